@@ -1,0 +1,145 @@
+//! The configuration: TOML in, valid typed settings out, or an error that names file, line, column and the nearest valid key.
+//!
+//! Owns parsing, defaults and validation. Nothing past this module sees an unchecked string. It opens no
+//! sockets and starts nothing; it looks users and groups up, because a misspelt one should be known early.
+
+use std::net::SocketAddr;
+use std::path::PathBuf;
+use std::time::Duration;
+
+use crate::pool::PoolSettings;
+
+/// A whole, valid configuration.
+#[derive(Clone, Debug)]
+pub struct Config {
+    /// Where workers connect.
+    pub dispatch_socket: UnixEndpoint,
+    /// Where the CLI and monitoring connect.
+    pub admin_socket: UnixEndpoint,
+    /// In file order; `pool` of each is a position in `pools`.
+    pub listeners: Vec<Listener>,
+    /// In file order (a listener's `ListenerSettings::pool` refers to this order).
+    pub pools: Vec<Pool>,
+    /// Bounds and waits of the dispatcher itself.
+    pub limits: Limits,
+}
+
+/// Where a Unix socket comes from, and what it looks like when we make it.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct UnixEndpoint {
+    /// A path, or an inherited socket.
+    pub source: UnixSource,
+    /// Permission bits of a socket we make.
+    pub mode: u32,
+    /// Owner of a socket we make, if not ourselves.
+    pub user: Option<u32>,
+    /// Group of a socket we make, if not our own.
+    pub group: Option<u32>,
+}
+
+/// Where a Unix socket comes from.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub enum UnixSource {
+    /// Made by us at this path.
+    Path(PathBuf),
+    /// Inherited under this `FileDescriptorName=`.
+    Systemd(String),
+}
+
+/// A listener.
+#[derive(Clone, Debug)]
+pub struct Listener {
+    /// Unique name.
+    pub name: String,
+    /// As written in the file.
+    pub address_text: String,
+    /// Where clients connect.
+    pub address: Address,
+    /// Position of its pool in [`Config::pools`].
+    pub pool: u16,
+    /// Socket options.
+    pub options: ListenerOptions,
+}
+
+/// Where clients connect.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub enum Address {
+    /// TCP, IPv4 or IPv6.
+    Tcp(SocketAddr),
+    /// A Unix socket made by us: `unix:/run/app.sock`.
+    Unix(PathBuf),
+    /// Inherited: `systemd:NAME`.
+    Systemd(String),
+}
+
+/// Options set on the listening socket; accepted connections inherit the TCP ones.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct ListenerOptions {
+    /// Length of the kernel's accept queue; the kernel caps it at `net.core.somaxconn`. Default 4096.
+    pub backlog: u32,
+    /// Only IPv6 on an IPv6 address. Default false: `[::]` takes IPv4 too.
+    pub ipv6_only: bool,
+    /// TCP_NODELAY. Default true.
+    pub nodelay: bool,
+    /// SO_KEEPALIVE with this TCP_KEEPIDLE. Default none.
+    pub keepalive: Option<Duration>,
+    /// TCP_KEEPINTVL.
+    pub keepalive_interval: Option<Duration>,
+    /// TCP_KEEPCNT.
+    pub keepalive_count: Option<u32>,
+    /// TCP_USER_TIMEOUT.
+    pub user_timeout: Option<Duration>,
+    /// TCP_DEFER_ACCEPT.
+    pub defer_accept: Option<Duration>,
+    /// TCP_FASTOPEN queue length.
+    pub fast_open: Option<u32>,
+    /// SO_RCVBUF, bytes.
+    pub receive_buffer: Option<u32>,
+    /// SO_SNDBUF, bytes.
+    pub send_buffer: Option<u32>,
+    /// SO_REUSEPORT. Default false.
+    pub reuse_port: bool,
+    /// IP_FREEBIND: bind an address the machine does not have yet. Default false.
+    pub free_bind: bool,
+    /// Permission bits of a Unix listener. Default 0o666.
+    pub mode: u32,
+}
+
+/// A pool: what the core decides by, and what only the shell needs.
+#[derive(Clone, Debug)]
+pub struct Pool {
+    /// For the core.
+    pub settings: PoolSettings,
+    /// Contents of `unavailable_response`'s file, read at load; at most 64 KiB.
+    pub unavailable_response: Option<Vec<u8>>,
+    /// Processes to start.
+    pub spawn: Option<Spawn>,
+}
+
+/// Processes the dispatcher keeps running for a pool.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct Spawn {
+    /// Program and arguments, at least the program.
+    pub command: Vec<String>,
+    /// How many.
+    pub processes: u32,
+    /// Environment variables on top of the dispatcher's own.
+    pub environment: Vec<(String, String)>,
+    /// Working directory, if not the dispatcher's.
+    pub directory: Option<PathBuf>,
+}
+
+/// Bounds and waits of the dispatcher itself; top-level keys.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct Limits {
+    /// `accept_batch`: most connections accepted from one listener in one turn. Default 64.
+    pub accept_batch: u32,
+    /// `hello_timeout`: how long a new control connection may take to say hello. Default 2 s.
+    pub hello_timeout: Duration,
+    /// `max_pending_hellos`: most control connections of one user that have not said hello. Default 64.
+    pub max_pending_hellos: u32,
+    /// `stop_timeout`: how long a stop waits for custody to empty, and then for spawned processes to end. Default 10 s.
+    pub stop_timeout: Duration,
+    /// `resource_pause`: how long accepting rests after EMFILE and its kind. Default 100 ms.
+    pub resource_pause: Duration,
+}

@@ -1,0 +1,97 @@
+//! What the core asks for. The shell performs each effect in order, and reports back where the comment says so.
+
+use std::time::Duration;
+
+use worker_sdk::wire::EntryFlags;
+
+use super::types::*;
+
+/// One thing for the shell to do.
+#[derive(Clone, Debug, PartialEq)]
+pub enum Effect {
+    /// Write SENT into the slot and send the connection (records may be gathered per worker until the end of the turn).
+    /// On failure: [`super::Core::send_failed`].
+    Send {
+        worker: WorkerId,
+        conn: ConnId,
+        ticket: Ticket,
+        listener: ListenerId,
+        flags: EntryFlags,
+    },
+    /// Write SENT into the slot and send a probe. On failure: [`super::Core::probe_failed`].
+    Probe { worker: WorkerId, ticket: Ticket },
+    /// Try to revoke the slot. Always: [`super::Core::revoked`] with the outcome.
+    Revoke { worker: WorkerId, ticket: Ticket },
+    /// Empty the worker's channel through the retained end, closing what comes out.
+    Purge { worker: WorkerId },
+    /// The worker has the connection: close the custody copy, then write RELEASED.
+    Release {
+        worker: WorkerId,
+        conn: ConnId,
+        ticket: Ticket,
+    },
+    /// Close the connection; for [`CloseReason::NoWorker`] send the pool's `unavailable_response` first.
+    Close { conn: ConnId, reason: CloseReason },
+    /// Cut the worker off: close its channel and control connection. [`super::Core::leave`] has already happened.
+    Disconnect {
+        worker: WorkerId,
+        reason: &'static str,
+    },
+    /// Nothing refers to this worker any more: drop everything kept for it.
+    Forget { worker: WorkerId },
+    /// Start this process. Always: [`super::Core::spawned`], and later [`super::Core::exited`].
+    Spawn { process: ProcessId },
+    /// Something an operator may want to read.
+    Event(Event),
+}
+
+/// Something that happened, for the log. The shell writes it out; nothing depends on it.
+#[derive(Clone, Debug, PartialEq)]
+pub enum Event {
+    /// A worker joined, holding `live` connections already.
+    Joined { worker: WorkerId, live: u64 },
+    /// A worker said goodbye; `resent` untaken connections went elsewhere, `live` stay with it.
+    Goodbye {
+        worker: WorkerId,
+        resent: u32,
+        live: u64,
+    },
+    /// A worker is gone: `resent` untaken connections went elsewhere, `live` were being served by it.
+    Gone {
+        worker: WorkerId,
+        why: Departure,
+        resent: u32,
+        live: u64,
+    },
+    /// A worker left a connection untaken for `waited`: `revoked` went elsewhere, a probe is out.
+    Suspect {
+        worker: WorkerId,
+        revoked: u32,
+        waited: Duration,
+    },
+    /// A suspect worker took its probe.
+    Trusted { worker: WorkerId, after: Duration },
+    /// A worker reported that `lost` connections did not reach it; it is treated as full for a moment.
+    Lost { worker: WorkerId },
+    /// The worker's channel was full.
+    ChannelFull { worker: WorkerId },
+    /// A counter was impossible and has been clamped: `what` names it.
+    Clamped {
+        worker: WorkerId,
+        what: &'static str,
+        said: u64,
+        used: u64,
+    },
+    /// The pool's last usable worker is gone; clients wait.
+    NoUsableWorker { pool: PoolId },
+    /// Nobody came for `wait_for_worker`: clients are refused from now on.
+    Refusing { pool: PoolId, closed: u32 },
+    /// Every usable worker is full or suspect: clients wait in the kernel's queue.
+    BackPressure { pool: PoolId },
+    /// A worker has room again.
+    Relieved { pool: PoolId },
+    /// Short of descriptors or memory; everything waits for `pause`.
+    Choked { pause: Duration },
+    /// A process ended or did not start; it is started again after `delay`.
+    Restarting { process: ProcessId, delay: Duration },
+}

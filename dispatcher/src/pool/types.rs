@@ -1,0 +1,278 @@
+//! Identifiers, units and settings of the decision core. Plain values, no behaviour worth a test of its own.
+
+use std::fmt;
+use std::ops::{Add, Sub};
+use std::time::Duration;
+
+use worker_sdk::PeerAddr;
+use worker_sdk::wire::Token;
+
+/// A moment: nanoseconds of a clock that never goes back (`CLOCK_MONOTONIC` in the shell, anything in a simulation).
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, PartialOrd, Ord, Hash)]
+pub struct Time(pub u64);
+
+impl Add<Duration> for Time {
+    type Output = Time;
+
+    /// Saturates at the end of time, so that an absurd configured duration means "never".
+    fn add(self, duration: Duration) -> Time {
+        Time(
+            self.0
+                .saturating_add(u64::try_from(duration.as_nanos()).unwrap_or(u64::MAX)),
+        )
+    }
+}
+
+impl Sub for Time {
+    type Output = Duration;
+
+    /// Zero when `earlier` is later.
+    fn sub(self, earlier: Time) -> Duration {
+        Duration::from_nanos(self.0.saturating_sub(earlier.0))
+    }
+}
+
+/// A pool, by its position in the configuration.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord, Hash)]
+pub struct PoolId(pub u16);
+
+/// A listener, by its position in the configuration. Handoffs carry it.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord, Hash)]
+pub struct ListenerId(pub u16);
+
+/// A worker. `index` is dense and used again; `serial` counts joins from 1, is never used again, and is what people see.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord, Hash)]
+pub struct WorkerId {
+    /// Position in tables that run parallel to the core's.
+    pub index: u32,
+    /// The id shown to people.
+    pub serial: u64,
+}
+
+impl fmt::Display for WorkerId {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        self.serial.fmt(f)
+    }
+}
+
+/// A connection the dispatcher still has a copy of. `serial` counts accepts from 1.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord, Hash)]
+pub struct ConnId {
+    /// Position in tables that run parallel to the core's; dense and used again.
+    pub index: u32,
+    /// The number shown in logs.
+    pub serial: u64,
+}
+
+impl fmt::Display for ConnId {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        self.serial.fmt(f)
+    }
+}
+
+/// Where a connection or probe is: slot and sequence number at one worker.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
+pub struct Ticket {
+    /// Slot of the worker's scoreboard.
+    pub slot: u32,
+    /// Sequence number written there.
+    pub seq: u64,
+}
+
+/// How the worker for a connection is chosen.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub enum Policy {
+    /// Fewest live connections for its weight.
+    #[default]
+    LeastConnections,
+}
+
+impl Policy {
+    /// The name in the configuration and the status.
+    pub fn name(self) -> &'static str {
+        match self {
+            Policy::LeastConnections => "least-connections",
+        }
+    }
+}
+
+/// Settings of a pool that the core needs. `config` makes them.
+#[derive(Clone, Debug)]
+pub struct PoolSettings {
+    /// Name, unique.
+    pub name: String,
+    /// Base policy.
+    pub policy: Policy,
+    /// Most live connections at one worker, at least 1.
+    pub max_connections_per_worker: u32,
+    /// Slots per worker: most connections sent and not yet released, at least 1.
+    pub max_untaken: u32,
+    /// Most workers at once.
+    pub max_workers: u32,
+    /// How long a connection may stay untaken.
+    pub handoff_timeout: Duration,
+    /// How long a worker that was suspect gets one connection at a time.
+    pub probation: Duration,
+    /// How long clients wait while there is no usable worker.
+    pub wait_for_worker: Duration,
+    /// Who may join.
+    pub access: Access,
+    /// Processes to keep running; 0 for none.
+    pub processes: u32,
+}
+
+/// Who may join a pool. Users and groups are numeric here; `config` resolves names.
+#[derive(Clone, Debug, Default)]
+pub struct Access {
+    /// User ids that may join.
+    pub users: Vec<u32>,
+    /// Group ids, primary or supplementary, whose members may join.
+    pub groups: Vec<u32>,
+}
+
+/// Settings of a listener that the core needs.
+#[derive(Clone, Debug)]
+pub struct ListenerSettings {
+    /// Name, unique.
+    pub name: String,
+    /// The address as configured, for the status.
+    pub address: String,
+    /// The pool that serves it.
+    pub pool: PoolId,
+}
+
+/// The kernel's word on who is behind a control connection, and what they said.
+#[derive(Clone, Debug)]
+pub struct Join {
+    /// From `SO_PEERCRED`.
+    pub pid: i32,
+    /// From `SO_PEERCRED`.
+    pub uid: u32,
+    /// Primary group from `SO_PEERCRED` and supplementary ones from `SO_PEERGROUPS`.
+    pub gids: Vec<u32>,
+    /// What the worker said.
+    pub hello: worker_sdk::wire::Hello,
+    /// The process the hello's token was made for, when the token is a real one.
+    pub spawned: Option<ProcessId>,
+}
+
+/// A process the dispatcher keeps running: which pool, and which of its processes.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
+pub struct ProcessId {
+    /// The pool.
+    pub pool: PoolId,
+    /// 0 to `processes - 1`.
+    pub number: u32,
+}
+
+/// Where a client connected, for placing it.
+#[derive(Clone, Copy, Debug)]
+pub struct Client {
+    /// The listener it came through.
+    pub listener: ListenerId,
+    /// Its address.
+    pub peer: PeerAddr,
+}
+
+/// Why a worker may not join. The core names the deciding configuration key where there is one.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct Refusal {
+    /// For the worker's program.
+    pub code: worker_sdk::wire::RefusedCode,
+    /// One sentence for people: what was wrong and what to do.
+    pub reason: String,
+    /// The deciding key, such as `pool.web.allow_users`.
+    pub key: Option<String>,
+}
+
+/// Why a worker has left.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Departure {
+    /// Its control connection ended.
+    Disconnected,
+    /// Its process ended.
+    Died,
+    /// The dispatcher cut it off because of what it did.
+    Expelled(&'static str),
+}
+
+/// Why a connection was closed by the dispatcher. Each has its own counter.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord, Hash)]
+pub enum CloseReason {
+    /// No usable worker for `wait_for_worker`.
+    NoWorker,
+    /// The client reset the connection while it was held.
+    ClientGone,
+    /// The dispatcher stopped before a worker could be given it.
+    Shutdown,
+}
+
+impl CloseReason {
+    /// Every reason, in the order of the status.
+    pub const ALL: [CloseReason; 3] = [
+        CloseReason::NoWorker,
+        CloseReason::ClientGone,
+        CloseReason::Shutdown,
+    ];
+
+    /// The name in the status and in logs.
+    pub fn name(self) -> &'static str {
+        match self {
+            CloseReason::NoWorker => "no_worker",
+            CloseReason::ClientGone => "client_gone",
+            CloseReason::Shutdown => "shutdown",
+        }
+    }
+}
+
+/// Why a record could not be sent.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum SendFailure {
+    /// The channel is full (EAGAIN): another worker may have room.
+    Full,
+    /// The worker closed its end (EPIPE, ECONNRESET): it is leaving or gone.
+    Closed,
+    /// This machine or user is short of descriptors or memory (ETOOMANYREFS, ENOMEM, ENOBUFS …): no worker will do for a moment.
+    Resources,
+}
+
+/// What the shell should do with a listener's queue.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Accepting {
+    /// Accept, and report each connection.
+    Yes,
+    /// Leave clients in the kernel's queue.
+    Pause,
+    /// Accept: each one will be closed at once, so that clients don't wait for nothing.
+    Refuse,
+    /// Stopping: accept what has queued on a listener of our own, then close it.
+    Finish,
+}
+
+/// A worker's state, as people see it.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum State {
+    /// Gets connections.
+    Active,
+    /// Left something untaken for too long; gets none until it takes its probe.
+    Suspect,
+    /// Said goodbye; keeps what it has.
+    Draining,
+    /// Left, while the last of its connections are being sorted out. Not shown.
+    Gone,
+}
+
+impl State {
+    /// The name in the status and in logs.
+    pub fn name(self) -> &'static str {
+        match self {
+            State::Active => "active",
+            State::Suspect => "suspect",
+            State::Draining => "draining",
+            State::Gone => "gone",
+        }
+    }
+}
+
+/// A token for a spawned process. The shell makes it; the core only says when.
+pub type SpawnToken = Token;

@@ -1,0 +1,98 @@
+//! The status JSON: what `GET /v1/status` answers and `dispatcher status` reads. Field names are stable.
+
+use std::collections::BTreeMap;
+
+use serde::{Deserialize, Serialize};
+
+/// Everything about one dispatcher at one instant.
+/// `accepted + returned = held + custody + taken + Σ closed` always holds.
+#[derive(Clone, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Status {
+    /// The dispatcher's version.
+    pub version: String,
+    /// Its process id.
+    pub pid: u32,
+    /// Seconds since it started.
+    pub uptime_seconds: u64,
+    /// Whether it is stopping.
+    pub stopping: bool,
+    /// Connections accepted since the start.
+    pub accepted: u64,
+    /// Connections handed back by workers since the start.
+    pub returned: u64,
+    /// Connections waiting for a worker now.
+    pub held: u64,
+    /// Connections sent and not yet taken now.
+    pub custody: u64,
+    /// Connections taken by workers since the start.
+    pub taken: u64,
+    /// Connections closed by the dispatcher since the start, by reason.
+    pub closed: BTreeMap<String, u64>,
+    /// Log lines left out because the log could not keep up.
+    pub log_lines_dropped: u64,
+    /// In the order of the configuration.
+    pub listeners: Vec<ListenerStatus>,
+    /// In the order of the configuration.
+    pub pools: Vec<PoolStatus>,
+}
+
+/// One listener.
+#[derive(Clone, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
+pub struct ListenerStatus {
+    /// Its name.
+    pub name: String,
+    /// The address it is bound to (the port the kernel chose, when 0 was configured).
+    pub address: String,
+    /// The pool that serves it.
+    pub pool: String,
+    /// `accepting`, `paused`, `refusing` or `closed`.
+    pub state: String,
+    /// Connections accepted since the start.
+    pub accepted: u64,
+}
+
+/// One pool.
+#[derive(Clone, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
+pub struct PoolStatus {
+    /// Its name.
+    pub name: String,
+    /// Its base policy.
+    pub policy: String,
+    /// `ready`, `back-pressure`, `no-worker` or `refusing`.
+    pub state: String,
+    /// Connections waiting for a worker of this pool now.
+    pub held: u64,
+    /// Its workers, by id.
+    pub workers: Vec<WorkerStatus>,
+}
+
+/// One worker. `load = base + taken + custody − finished`.
+#[derive(Clone, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
+pub struct WorkerStatus {
+    /// Its id at this dispatcher.
+    pub id: u64,
+    /// The name it gave itself.
+    pub name: String,
+    /// Its process.
+    pub pid: i32,
+    /// `active`, `suspect` or `draining`.
+    pub state: String,
+    /// Its share relative to others.
+    pub weight: u32,
+    /// Most connections it is given: the smaller of the pool's and its own maximum.
+    pub max_connections: u32,
+    /// Connections it had taken, over its lifetime, when it joined.
+    pub base: u64,
+    /// Live connections, untaken ones included.
+    pub load: u64,
+    /// Connections sent to it by this dispatcher.
+    pub sent: u64,
+    /// Connections it has taken from this dispatcher.
+    pub taken: u64,
+    /// Connections it has closed over its lifetime.
+    pub finished: u64,
+    /// Connections sent and not yet taken.
+    pub custody: u64,
+    /// Connections that were taken back from it.
+    pub revoked: u64,
+}

@@ -1,0 +1,182 @@
+//! The claim protocol: who has a connection, decided by one atomic word per slot.
+//!
+//! Owns the words' encoding, every transition and every memory ordering. Knows nothing of memory
+//! mappings, sockets or counters; it works on anything that is a [`Word`], so that the functions the two
+//! processes run are the very ones that the model checker runs.
+//!
+//! ```text
+//! FREE → SENT (dispatcher, before sendmsg) → TAKEN (worker) → RELEASED (dispatcher closed its copy) → SENT …
+//!                                          ↘ REVOKED (dispatcher) → SENT …
+//!                                          ↘ LOST (worker: the fd did not arrive) → SENT …
+//! ```
+//!
+//! SENT→TAKEN, SENT→LOST and SENT→REVOKED are compare-and-swaps of the whole word, sequence number
+//! included: exactly one side wins, and a word that was used again can't be mistaken for the old one. Whoever loses
+//! closes its copy of the connection and never shuts it down.
+//!
+//! # Sleeping
+//!
+//! The dispatcher wants to sleep, yet hear of a take or a close. It sets bits in the `want` word, then reads
+//! slots and counters once more, then sleeps. A worker changes a slot or counter, then reads `want`. Each side puts a
+//! sequentially consistent fence between its write and its read (Dekker's pattern), so at least one of
+//! them sees the other's write: either the dispatcher does not sleep, or the worker pokes.
+
+use std::sync::atomic::{AtomicU32, AtomicU64, Ordering, fence};
+
+/// An atomic integer shared by the two sides. Implemented by the standard atomics and, in tests, by a model checker's.
+pub trait Word<T: Copy> {
+    /// Atomic load.
+    fn load(&self, order: Ordering) -> T;
+    /// Atomic store.
+    fn store(&self, value: T, order: Ordering);
+    /// Atomic compare-and-swap (strong): true if the word was `old` and is now `new`.
+    fn swap_if(&self, old: T, new: T) -> bool;
+    /// Atomic or; returns the old value.
+    fn or(&self, bits: T) -> T;
+    /// Atomic and-not; returns the old value.
+    fn clear(&self, bits: T) -> T;
+    /// A fence, [`Ordering::SeqCst`].
+    fn fence();
+}
+
+macro_rules! word {
+    ($atomic:ty, $int:ty) => {
+        impl Word<$int> for $atomic {
+            fn load(&self, order: Ordering) -> $int {
+                <$atomic>::load(self, order)
+            }
+            fn store(&self, value: $int, order: Ordering) {
+                <$atomic>::store(self, value, order);
+            }
+            fn swap_if(&self, old: $int, new: $int) -> bool {
+                self.compare_exchange(old, new, Ordering::AcqRel, Ordering::Acquire)
+                    .is_ok()
+            }
+            fn or(&self, bits: $int) -> $int {
+                self.fetch_or(bits, Ordering::AcqRel)
+            }
+            fn clear(&self, bits: $int) -> $int {
+                self.fetch_and(!bits, Ordering::AcqRel)
+            }
+            fn fence() {
+                fence(Ordering::SeqCst);
+            }
+        }
+    };
+}
+word!(AtomicU64, u64);
+word!(AtomicU32, u32);
+
+const STATE_BITS: u32 = 3;
+const SENT: u64 = 1;
+const TAKEN: u64 = 2;
+const RELEASED: u64 = 3;
+const REVOKED: u64 = 4;
+const LOST: u64 = 5;
+
+/// Largest sequence number a slot can hold.
+pub const MAX_SEQ: u64 = u64::MAX >> STATE_BITS;
+
+const fn word(seq: u64, state: u64) -> u64 {
+    (seq << STATE_BITS) | state
+}
+
+/// What the dispatcher reads in a slot whose sequence number it knows.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum SlotState {
+    /// Not yet taken.
+    Sent,
+    /// The worker's application has it.
+    Taken,
+    /// The worker did not receive it, or declined it.
+    Lost,
+    /// A word that no worker may write there: the worker is broken or hostile.
+    Invalid,
+}
+
+/// How an attempt to revoke ended.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Revoke {
+    /// The dispatcher has the connection again; the worker can no longer claim it.
+    Revoked,
+    /// Too late: the slot had this state.
+    Was(SlotState),
+}
+
+/// Dispatcher: offers `seq` in a slot, before the record that names it is sent.
+pub fn offer(slot: &impl Word<u64>, seq: u64) {
+    slot.store(word(seq, SENT), Ordering::Release);
+}
+
+/// Dispatcher: what has become of `seq`.
+pub fn state(slot: &impl Word<u64>, seq: u64) -> SlotState {
+    let now = slot.load(Ordering::Acquire);
+    if now == word(seq, SENT) {
+        SlotState::Sent
+    } else if now == word(seq, TAKEN) {
+        SlotState::Taken
+    } else if now == word(seq, LOST) {
+        SlotState::Lost
+    } else {
+        SlotState::Invalid
+    }
+}
+
+/// Dispatcher: takes `seq` back unless the worker has it.
+pub fn revoke(slot: &impl Word<u64>, seq: u64) -> Revoke {
+    if slot.swap_if(word(seq, SENT), word(seq, REVOKED)) {
+        return Revoke::Revoked;
+    }
+    match state(slot, seq) {
+        // Only a worker that writes SENT itself gets here; it must not make us loop.
+        SlotState::Sent => Revoke::Was(SlotState::Invalid),
+        other => Revoke::Was(other),
+    }
+}
+
+/// Dispatcher: its own copy of the taken `seq` is closed; the worker's close alone ends the connection now.
+pub fn release(slot: &impl Word<u64>, seq: u64) {
+    slot.store(word(seq, RELEASED), Ordering::Release);
+}
+
+/// Worker: claims `seq` for its application. On false it closes its copy and touches nothing else.
+#[must_use]
+pub fn claim(slot: &impl Word<u64>, seq: u64) -> bool {
+    slot.swap_if(word(seq, SENT), word(seq, TAKEN))
+}
+
+/// Worker: `seq` did not arrive (the process is out of descriptors), or is declined. False if it was revoked meanwhile.
+pub fn decline(slot: &impl Word<u64>, seq: u64) -> bool {
+    slot.swap_if(word(seq, SENT), word(seq, LOST))
+}
+
+/// Worker: whether the dispatcher may still hold a copy of the taken `seq`, so that closing alone would not end it.
+pub fn still_held(slot: &impl Word<u64>, seq: u64) -> bool {
+    slot.load(Ordering::Acquire) == word(seq, TAKEN)
+}
+
+/// Bits of the `want` word: what the dispatcher wants to be woken for.
+pub mod want {
+    /// A slot changes from SENT.
+    pub const TAKEN: u32 = 1;
+    /// `finished` grows.
+    pub const ROOM: u32 = 2;
+}
+
+/// Dispatcher: asks to be poked. Everything it would sleep on must be read again after this.
+pub fn arm(want: &impl Word<u32>, bits: u32) {
+    want.or(bits);
+    fence_of(want);
+}
+
+/// Worker: after a change of the kind `bit`; true if it must poke.
+#[must_use]
+pub fn must_poke(want: &impl Word<u32>, bit: u32) -> bool {
+    fence_of(want);
+    // The plain load keeps the common case, nobody asleep, free of a write to a shared line.
+    want.load(Ordering::Relaxed) & bit != 0 && want.clear(bit) & bit != 0
+}
+
+fn fence_of<W: Word<u32>>(_: &W) {
+    W::fence();
+}

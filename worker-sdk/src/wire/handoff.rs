@@ -1,0 +1,185 @@
+//! handoff: connections for a worker, one file descriptor for each entry, in the entries' order.
+
+use std::fmt;
+use std::net::{IpAddr, Ipv4Addr, Ipv6Addr, SocketAddr, SocketAddrV6};
+
+use super::codec::{Reader, WireError, header};
+use super::{MAX_FDS_PER_RECORD, kind};
+
+/// Length of one entry on the wire, in bytes.
+pub const ENTRY_LEN: usize = 48;
+
+/// Where a client connected from, as the dispatcher saw it.
+///
+/// An IPv4 client of a dual-stack listener has its IPv4 address, not the mapped IPv6 one.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
+#[non_exhaustive]
+pub enum PeerAddr {
+    /// A TCP client.
+    Inet(SocketAddr),
+    /// A client of a Unix listener; such clients have no address worth naming.
+    Unix,
+}
+
+impl PeerAddr {
+    /// The client's IP address; `None` for a Unix client.
+    pub fn ip(&self) -> Option<IpAddr> {
+        self.socket_addr().map(|addr| addr.ip())
+    }
+
+    /// The client's address and port; `None` for a Unix client.
+    pub fn socket_addr(&self) -> Option<SocketAddr> {
+        match self {
+            PeerAddr::Inet(addr) => Some(*addr),
+            PeerAddr::Unix => None,
+        }
+    }
+}
+
+impl From<SocketAddr> for PeerAddr {
+    fn from(addr: SocketAddr) -> Self {
+        match addr.ip().to_canonical() {
+            // A mapped address carries no scope; a real IPv6 one keeps its own.
+            IpAddr::V4(ip) => PeerAddr::Inet((ip, addr.port()).into()),
+            IpAddr::V6(_) => PeerAddr::Inet(addr),
+        }
+    }
+}
+
+impl fmt::Display for PeerAddr {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        match self {
+            PeerAddr::Inet(addr) => addr.fmt(f),
+            PeerAddr::Unix => f.write_str("unix"),
+        }
+    }
+}
+
+/// Properties of one connection, a bit each.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub struct EntryFlags(pub u16);
+
+impl EntryFlags {
+    /// Nothing special.
+    pub const NONE: EntryFlags = EntryFlags(0);
+    /// The connection was sent to another worker before: that one may still hold a copy of the fd, so the
+    /// last handle shuts the socket down even when the slot is already RELEASED.
+    pub const RESENT: EntryFlags = EntryFlags(1);
+
+    /// Whether all bits of `other` are set.
+    pub fn contains(self, other: EntryFlags) -> bool {
+        self.0 & other.0 == other.0
+    }
+}
+
+/// One connection of a handoff.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Entry {
+    /// Sequence number; grows by at least 1 with every entry sent to this worker.
+    pub seq: u64,
+    /// The scoreboard slot that holds `seq`.
+    pub slot: u32,
+    /// Index of the listener the client connected to; the welcome names it.
+    pub listener: u16,
+    /// See [`EntryFlags`].
+    pub flags: EntryFlags,
+    /// When the dispatcher accepted it: nanoseconds of `CLOCK_MONOTONIC`.
+    pub accepted_ns: u64,
+    /// Where the client connected from.
+    pub peer: PeerAddr,
+}
+
+const FAMILY_UNIX: u16 = 1;
+const FAMILY_V4: u16 = 4;
+const FAMILY_V6: u16 = 6;
+
+impl Entry {
+    fn encode(&self, out: &mut Vec<u8>) {
+        let (family, port, scope, ip) = match self.peer {
+            PeerAddr::Unix => (FAMILY_UNIX, 0, 0, [0; 16]),
+            PeerAddr::Inet(SocketAddr::V4(addr)) => {
+                let mut ip = [0; 16];
+                ip[..4].copy_from_slice(&addr.ip().octets());
+                (FAMILY_V4, addr.port(), 0, ip)
+            }
+            PeerAddr::Inet(SocketAddr::V6(addr)) => {
+                (FAMILY_V6, addr.port(), addr.scope_id(), addr.ip().octets())
+            }
+        };
+        out.extend_from_slice(&self.seq.to_le_bytes());
+        out.extend_from_slice(&self.accepted_ns.to_le_bytes());
+        out.extend_from_slice(&self.slot.to_le_bytes());
+        out.extend_from_slice(&self.listener.to_le_bytes());
+        out.extend_from_slice(&self.flags.0.to_le_bytes());
+        out.extend_from_slice(&family.to_le_bytes());
+        out.extend_from_slice(&port.to_le_bytes());
+        out.extend_from_slice(&scope.to_le_bytes());
+        out.extend_from_slice(&ip);
+    }
+
+    fn decode(reader: &mut Reader<'_>) -> Result<Entry, WireError> {
+        let seq = reader.u64("sequence")?;
+        let accepted_ns = reader.u64("accept time")?;
+        let slot = reader.u32("slot")?;
+        let listener = reader.u16("listener")?;
+        let flags = EntryFlags(reader.u16("flags")?);
+        let family = reader.u16("address family")?;
+        let port = reader.u16("port")?;
+        let scope = reader.u32("scope")?;
+        let ip = reader.bytes16("address")?;
+        let peer = match family {
+            FAMILY_UNIX => PeerAddr::Unix,
+            FAMILY_V4 => PeerAddr::Inet((Ipv4Addr::new(ip[0], ip[1], ip[2], ip[3]), port).into()),
+            FAMILY_V6 => {
+                PeerAddr::Inet(SocketAddrV6::new(Ipv6Addr::from(ip), port, 0, scope).into())
+            }
+            _ => return Err(WireError::Invalid("address family")),
+        };
+        Ok(Entry {
+            seq,
+            slot,
+            listener,
+            flags,
+            accepted_ns,
+            peer,
+        })
+    }
+}
+
+/// Connections for this worker.
+#[derive(Clone, Debug, Default, PartialEq, Eq)]
+pub struct Handoff {
+    /// 1 to [`MAX_FDS_PER_RECORD`] entries.
+    pub entries: Vec<Entry>,
+}
+
+impl Handoff {
+    /// Appends the record's bytes to `out`.
+    pub fn encode(&self, out: &mut Vec<u8>) {
+        Handoff::encode_entries(&self.entries, out);
+    }
+
+    /// Appends the bytes of a handoff of these entries to `out`, without a `Handoff` being built.
+    ///
+    /// The caller gives at most [`MAX_FDS_PER_RECORD`]; a reader refuses more.
+    pub fn encode_entries(entries: &[Entry], out: &mut Vec<u8>) {
+        header(out, kind::HANDOFF);
+        let count = u16::try_from(entries.len()).unwrap_or(u16::MAX);
+        out.extend_from_slice(&count.to_le_bytes());
+        out.extend_from_slice(&[0, 0]);
+        entries.iter().for_each(|entry| entry.encode(out));
+    }
+
+    pub(super) fn decode_body(reader: &mut Reader<'_>) -> Result<Handoff, WireError> {
+        let count = usize::from(reader.u16("count")?);
+        reader.reserved16("handoff")?;
+        if count == 0 || count > MAX_FDS_PER_RECORD {
+            return Err(WireError::Invalid("count"));
+        }
+        let entries = (0..count)
+            .map(|_| Entry::decode(reader))
+            .collect::<Result<Vec<_>, WireError>>()?;
+        reader.skip_tlvs()?;
+        Ok(Handoff { entries })
+    }
+}

@@ -1,0 +1,154 @@
+//! hello: the first record on a control connection, worker to dispatcher.
+
+use super::codec::{Reader, WireError, header, name, once, put_tlv};
+use super::{VERSION, kind, tlv};
+
+/// Optional abilities, one bit each. A side acts only on bits that both have set.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub struct Features(pub u64);
+
+impl Features {
+    /// None.
+    pub const NONE: Features = Features(0);
+}
+
+/// The secret that a spawned worker finds in `DISPATCH_TOKEN` and returns in its hello.
+#[derive(Clone, Copy, PartialEq, Eq, Hash)]
+pub struct Token(pub [u8; 16]);
+
+impl std::fmt::Debug for Token {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        f.write_str("Token(…)")
+    }
+}
+
+impl std::fmt::Display for Token {
+    /// 32 hexadecimal digits, as in the environment.
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        self.0.iter().try_for_each(|byte| write!(f, "{byte:02x}"))
+    }
+}
+
+impl std::str::FromStr for Token {
+    type Err = WireError;
+
+    fn from_str(text: &str) -> Result<Token, WireError> {
+        let mut token = [0; 16];
+        if text.len() != 32 || !text.is_ascii() {
+            return Err(WireError::Invalid("token"));
+        }
+        for (i, byte) in token.iter_mut().enumerate() {
+            *byte = u8::from_str_radix(&text[2 * i..2 * i + 2], 16)
+                .map_err(|_| WireError::Invalid("token"))?;
+        }
+        Ok(Token(token))
+    }
+}
+
+/// What a worker says of itself when it joins.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct Hello {
+    /// Protocol version; see [`VERSION`].
+    pub version: u16,
+    /// Share relative to the other workers of the pool, 1 to 65,535.
+    pub weight: u16,
+    /// For policies that prefer some workers; higher first.
+    pub priority: u16,
+    /// Abilities of this worker.
+    pub features: Features,
+    /// Most connections it will hold at once; 0 is not allowed.
+    pub max_connections: u32,
+    /// Connections its application has taken since the process started, over all dispatchers.
+    pub base: u64,
+    /// Of those, how many it has closed. `base - finished` are live now.
+    pub finished: u64,
+    /// The pool to join.
+    pub pool: String,
+    /// A name for people, unique or not.
+    pub name: String,
+    /// Only for workers that the dispatcher started.
+    pub token: Option<Token>,
+}
+
+impl Default for Hello {
+    fn default() -> Self {
+        Hello {
+            version: VERSION,
+            weight: 1,
+            priority: 0,
+            features: Features::NONE,
+            max_connections: 1,
+            base: 0,
+            finished: 0,
+            pool: "default".to_owned(),
+            name: "worker".to_owned(),
+            token: None,
+        }
+    }
+}
+
+impl Hello {
+    /// Appends the record's bytes to `out`.
+    pub fn encode(&self, out: &mut Vec<u8>) {
+        header(out, kind::HELLO);
+        out.extend_from_slice(&self.version.to_le_bytes());
+        out.extend_from_slice(&self.weight.to_le_bytes());
+        out.extend_from_slice(&self.priority.to_le_bytes());
+        out.extend_from_slice(&[0, 0]);
+        out.extend_from_slice(&self.features.0.to_le_bytes());
+        out.extend_from_slice(&self.max_connections.to_le_bytes());
+        out.extend_from_slice(&[0, 0, 0, 0]);
+        out.extend_from_slice(&self.base.to_le_bytes());
+        out.extend_from_slice(&self.finished.to_le_bytes());
+        put_tlv(out, tlv::POOL, self.pool.as_bytes());
+        put_tlv(out, tlv::NAME, self.name.as_bytes());
+        if let Some(token) = self.token {
+            put_tlv(out, tlv::TOKEN, &token.0);
+        }
+    }
+
+    pub(super) fn decode_body(reader: &mut Reader<'_>) -> Result<Hello, WireError> {
+        let version = reader.u16("version")?;
+        let weight = reader.u16("weight")?;
+        let priority = reader.u16("priority")?;
+        reader.reserved16("hello")?;
+        let features = Features(reader.u64("features")?);
+        let max_connections = reader.u32("max_connections")?;
+        reader.reserved32("hello")?;
+        let base = reader.u64("base")?;
+        let finished = reader.u64("finished")?;
+        let (mut pool, mut worker_name, mut token) = (None, None, None);
+        while let Some((kind, value)) = reader.tlv()? {
+            match kind {
+                tlv::POOL => once(&mut pool, name(value, "pool name")?, "pool name")?,
+                tlv::NAME => once(&mut worker_name, name(value, "worker name")?, "worker name")?,
+                tlv::TOKEN => {
+                    let bytes = value.try_into().map_err(|_| WireError::Invalid("token"))?;
+                    once(&mut token, Token(bytes), "token")?;
+                }
+                _ => {}
+            }
+        }
+        if weight == 0 {
+            return Err(WireError::Invalid("weight"));
+        }
+        if max_connections == 0 {
+            return Err(WireError::Invalid("max_connections"));
+        }
+        if finished > base {
+            return Err(WireError::Invalid("finished: more than base"));
+        }
+        Ok(Hello {
+            version,
+            weight,
+            priority,
+            features,
+            max_connections,
+            base,
+            finished,
+            pool: pool.ok_or(WireError::Missing("pool name"))?,
+            name: worker_name.ok_or(WireError::Missing("worker name"))?,
+            token,
+        })
+    }
+}

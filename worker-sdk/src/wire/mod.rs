@@ -1,0 +1,187 @@
+//! The native protocol between a worker and the dispatcher, both directions.
+//!
+//! This module owns the bytes: every record's layout, its limits and its errors. It knows nothing of
+//! sockets, processes or time. Both peers use it, so a record that one side can write the other side
+//! can read. `docs/PROTOCOL.md` describes the same layouts for people who write a worker in another
+//! language; the byte vectors in the tests of each message are the ones printed there.
+//!
+//! A record is one message of a `SOCK_SEQPACKET` socket. All integers are little-endian:
+//!
+//! ```text
+//! kind u16 | reserved u16 (0) | fixed body, by kind | TLVs: type u16, length u16, value …
+//! ```
+//!
+//! A reader skips TLVs whose type it does not know, so a later version may add some to any record.
+//! Everything else is exact: a record that is too short, has a non-zero reserved field, or ends in half a
+//! TLV is an error, and so is the wrong number of file descriptors beside it.
+
+mod codec;
+mod goodbye;
+mod handoff;
+mod hello;
+mod probe;
+mod refused;
+mod welcome;
+
+pub use codec::WireError;
+pub use goodbye::Goodbye;
+pub use handoff::{ENTRY_LEN, Entry, EntryFlags, Handoff, PeerAddr};
+pub use hello::{Features, Hello, Token};
+pub use probe::Probe;
+pub use refused::{Refused, RefusedCode};
+pub use welcome::{Welcome, WelcomeListener};
+
+use codec::Reader;
+
+/// The protocol version both sides of this crate speak, carried by hello and welcome.
+pub const VERSION: u16 = 1;
+
+/// Longest record on the control connection, in bytes. A longer one is refused unread.
+pub const MAX_CONTROL_RECORD: usize = 4096;
+
+/// Longest record on the channel, in bytes: a full handoff and 4 KiB of TLVs.
+pub const MAX_CHANNEL_RECORD: usize = 4 + 4 + MAX_FDS_PER_RECORD * ENTRY_LEN + 4096;
+
+/// Most file descriptors in one handoff. The kernel's own limit is 253 (`SCM_MAX_FD`).
+pub const MAX_FDS_PER_RECORD: usize = 64;
+
+/// Longest pool, worker or listener name, in bytes of UTF-8.
+pub const MAX_NAME: usize = 64;
+
+/// File descriptors that come with a welcome: channel, scoreboard, poke eventfd, in this order.
+pub const WELCOME_FDS: usize = 3;
+
+/// First field of every record: what it is.
+pub mod kind {
+    /// Worker to dispatcher, control connection: who I am and what I hold.
+    pub const HELLO: u16 = 1;
+    /// Dispatcher to worker, control connection, with three fds: you are in.
+    pub const WELCOME: u16 = 2;
+    /// Dispatcher to worker, control connection: you are not, and why.
+    pub const REFUSED: u16 = 3;
+    /// Worker to dispatcher, control connection: send me nothing more.
+    pub const GOODBYE: u16 = 4;
+    /// Dispatcher to worker, channel: connections, one fd each.
+    pub const HANDOFF: u16 = 16;
+    /// Dispatcher to worker, channel, no fd: take this slot to show that you are alive.
+    pub const PROBE: u16 = 17;
+}
+
+/// TLV types. Types below 0x8000 are the dispatcher's; the rest are free for experiments.
+pub mod tlv {
+    /// Hello: the pool to join, UTF-8.
+    pub const POOL: u16 = 1;
+    /// Hello: the worker's own name, UTF-8.
+    pub const NAME: u16 = 2;
+    /// Hello: the token a spawned worker found in its environment, 16 bytes.
+    pub const TOKEN: u16 = 3;
+    /// Welcome, repeated: index u16, then the listener's name, UTF-8.
+    pub const LISTENER: u16 = 16;
+    /// Refused: one sentence for a person, UTF-8.
+    pub const REASON: u16 = 17;
+    /// Refused: the configuration key that decides it, UTF-8.
+    pub const KEY: u16 = 18;
+}
+
+/// Any record that may arrive on the control connection, in either direction.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub enum Control {
+    /// See [`Hello`].
+    Hello(Hello),
+    /// See [`Welcome`].
+    Welcome(Welcome),
+    /// See [`Refused`].
+    Refused(Refused),
+    /// See [`Goodbye`].
+    Goodbye(Goodbye),
+}
+
+impl Control {
+    /// Decodes one control record.
+    ///
+    /// # Errors
+    /// [`WireError`] when the record is not exactly one well-formed control record.
+    pub fn decode(record: &[u8]) -> Result<Control, WireError> {
+        if record.len() > MAX_CONTROL_RECORD {
+            return Err(WireError::TooLong {
+                len: record.len(),
+                max: MAX_CONTROL_RECORD,
+            });
+        }
+        let mut reader = Reader::new(record);
+        match reader.kind()? {
+            kind::HELLO => Hello::decode_body(&mut reader).map(Control::Hello),
+            kind::WELCOME => Welcome::decode_body(&mut reader).map(Control::Welcome),
+            kind::REFUSED => Refused::decode_body(&mut reader).map(Control::Refused),
+            kind::GOODBYE => Goodbye::decode_body(&mut reader).map(Control::Goodbye),
+            other => Err(WireError::UnknownKind(other)),
+        }
+    }
+
+    /// How many file descriptors must come beside this record; any other number is an error.
+    pub fn fds(&self) -> usize {
+        match self {
+            Control::Welcome(_) => WELCOME_FDS,
+            Control::Hello(_) | Control::Refused(_) | Control::Goodbye(_) => 0,
+        }
+    }
+
+    /// Appends the record's bytes to `out`.
+    pub fn encode(&self, out: &mut Vec<u8>) {
+        match self {
+            Control::Hello(m) => m.encode(out),
+            Control::Welcome(m) => m.encode(out),
+            Control::Refused(m) => m.encode(out),
+            Control::Goodbye(m) => m.encode(out),
+        }
+    }
+}
+
+/// Any record that may arrive on the channel (dispatcher to worker only).
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub enum Channel {
+    /// See [`Handoff`].
+    Handoff(Handoff),
+    /// See [`Probe`].
+    Probe(Probe),
+}
+
+impl Channel {
+    /// Decodes one channel record.
+    ///
+    /// # Errors
+    /// [`WireError`] when the record is not exactly one well-formed channel record.
+    pub fn decode(record: &[u8]) -> Result<Channel, WireError> {
+        if record.len() > MAX_CHANNEL_RECORD {
+            return Err(WireError::TooLong {
+                len: record.len(),
+                max: MAX_CHANNEL_RECORD,
+            });
+        }
+        let mut reader = Reader::new(record);
+        match reader.kind()? {
+            kind::HANDOFF => Handoff::decode_body(&mut reader).map(Channel::Handoff),
+            kind::PROBE => Probe::decode_body(&mut reader).map(Channel::Probe),
+            other => Err(WireError::UnknownKind(other)),
+        }
+    }
+
+    /// How many file descriptors must come beside this record.
+    pub fn fds(&self) -> usize {
+        match self {
+            Channel::Handoff(m) => m.entries.len(),
+            Channel::Probe(_) => 0,
+        }
+    }
+
+    /// Appends the record's bytes to `out`.
+    pub fn encode(&self, out: &mut Vec<u8>) {
+        match self {
+            Channel::Handoff(m) => m.encode(out),
+            Channel::Probe(m) => m.encode(out),
+        }
+    }
+}
+
+#[cfg(test)]
+mod tests;

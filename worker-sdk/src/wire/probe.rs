@@ -1,0 +1,31 @@
+//! probe: a handoff without a connection, by which a suspect worker shows that it takes again.
+
+use super::codec::{Reader, WireError, header};
+use super::kind;
+
+/// Take this slot; no file descriptor comes with it.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Probe {
+    /// The sequence number in the slot.
+    pub seq: u64,
+    /// The slot to take.
+    pub slot: u32,
+}
+
+impl Probe {
+    /// Appends the record's bytes to `out`.
+    pub fn encode(&self, out: &mut Vec<u8>) {
+        header(out, kind::PROBE);
+        out.extend_from_slice(&self.seq.to_le_bytes());
+        out.extend_from_slice(&self.slot.to_le_bytes());
+        out.extend_from_slice(&[0, 0, 0, 0]);
+    }
+
+    pub(super) fn decode_body(reader: &mut Reader<'_>) -> Result<Probe, WireError> {
+        let seq = reader.u64("sequence")?;
+        let slot = reader.u32("slot")?;
+        reader.reserved32("probe")?;
+        reader.skip_tlvs()?;
+        Ok(Probe { seq, slot })
+    }
+}

@@ -1,0 +1,120 @@
+//! refused: the answer to a hello that is not accepted; the control connection closes after it.
+
+use super::codec::{Reader, WireError, header, once, put_tlv, text};
+use super::{MAX_CONTROL_RECORD, kind, tlv};
+
+/// Why, for programs. Unknown codes decode as [`RefusedCode::Other`].
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+#[non_exhaustive]
+pub enum RefusedCode {
+    /// The dispatcher speaks another version.
+    Version,
+    /// No pool of this name.
+    UnknownPool,
+    /// This user may not join this pool.
+    NotAllowed,
+    /// The pool has all the workers it may have.
+    TooManyWorkers,
+    /// The dispatcher is stopping.
+    Stopping,
+    /// The hello was not well-formed.
+    Malformed,
+    /// The dispatcher is short of a resource; try again.
+    Resources,
+    /// A code of a later version.
+    Other(u16),
+}
+
+impl RefusedCode {
+    fn to_wire(self) -> u16 {
+        match self {
+            RefusedCode::Version => 1,
+            RefusedCode::UnknownPool => 2,
+            RefusedCode::NotAllowed => 3,
+            RefusedCode::TooManyWorkers => 4,
+            RefusedCode::Stopping => 5,
+            RefusedCode::Malformed => 6,
+            RefusedCode::Resources => 7,
+            RefusedCode::Other(code) => code,
+        }
+    }
+
+    fn from_wire(code: u16) -> RefusedCode {
+        match code {
+            1 => RefusedCode::Version,
+            2 => RefusedCode::UnknownPool,
+            3 => RefusedCode::NotAllowed,
+            4 => RefusedCode::TooManyWorkers,
+            5 => RefusedCode::Stopping,
+            6 => RefusedCode::Malformed,
+            7 => RefusedCode::Resources,
+            code => RefusedCode::Other(code),
+        }
+    }
+
+    /// Whether the same hello may be accepted later without anybody changing anything.
+    pub fn is_transient(self) -> bool {
+        match self {
+            RefusedCode::TooManyWorkers | RefusedCode::Stopping | RefusedCode::Resources => true,
+            RefusedCode::Version
+            | RefusedCode::UnknownPool
+            | RefusedCode::NotAllowed
+            | RefusedCode::Malformed
+            | RefusedCode::Other(_) => false,
+        }
+    }
+}
+
+/// You are not in, and this is why.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct Refused {
+    /// For programs.
+    pub code: RefusedCode,
+    /// For people: what was wrong and what to do, one sentence. Cut at 1,024 bytes.
+    pub reason: String,
+    /// The configuration key that decides it, if one does, such as `pool.web.allow_users`.
+    pub key: Option<String>,
+}
+
+/// Longest reason or key, in bytes.
+const MAX_TEXT: usize = 1024;
+
+impl Refused {
+    /// Appends the record's bytes to `out`.
+    pub fn encode(&self, out: &mut Vec<u8>) {
+        const _: () = assert!(8 + 2 * (4 + MAX_TEXT) <= MAX_CONTROL_RECORD);
+        header(out, kind::REFUSED);
+        out.extend_from_slice(&self.code.to_wire().to_le_bytes());
+        out.extend_from_slice(&[0, 0]);
+        put_tlv(out, tlv::REASON, cut(&self.reason));
+        if let Some(key) = &self.key {
+            put_tlv(out, tlv::KEY, cut(key));
+        }
+    }
+
+    pub(super) fn decode_body(reader: &mut Reader<'_>) -> Result<Refused, WireError> {
+        let code = RefusedCode::from_wire(reader.u16("code")?);
+        reader.reserved16("refused")?;
+        let (mut reason, mut key) = (None, None);
+        while let Some((kind, value)) = reader.tlv()? {
+            match kind {
+                tlv::REASON => once(&mut reason, text(value), "reason")?,
+                tlv::KEY => once(&mut key, text(value), "key")?,
+                _ => {}
+            }
+        }
+        Ok(Refused {
+            code,
+            reason: reason.ok_or(WireError::Missing("reason"))?,
+            key,
+        })
+    }
+}
+
+/// At most [`MAX_TEXT`] bytes, cut between characters.
+fn cut(text: &str) -> &[u8] {
+    let end = (0..=MAX_TEXT.min(text.len()))
+        .rev()
+        .find(|&i| text.is_char_boundary(i));
+    &text.as_bytes()[..end.unwrap_or(0)]
+}

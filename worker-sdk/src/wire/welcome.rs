@@ -1,0 +1,92 @@
+//! welcome: the answer to a hello that is accepted, with three file descriptors.
+
+use super::codec::{Reader, WireError, header, is_name, name, put_tlv};
+use super::{Features, kind, tlv};
+
+/// A listener of the worker's pool, so that a handoff can name it by its index.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct WelcomeListener {
+    /// The index that handoffs carry.
+    pub index: u16,
+    /// The listener's name in the configuration.
+    pub name: String,
+}
+
+/// You are in. Beside it come the channel, the scoreboard and the poke eventfd, in this order.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct Welcome {
+    /// Protocol version the dispatcher speaks.
+    pub version: u16,
+    /// Slots in the scoreboard's ring: most connections sent and not yet taken.
+    pub slots: u32,
+    /// The worker's id at this dispatcher; it appears in the status and in logs.
+    pub worker_id: u64,
+    /// Abilities that both sides have.
+    pub features: Features,
+    /// Most connections this worker will be given: the smaller of its own maximum and the pool's.
+    pub max_connections: u32,
+    /// How long a connection may stay untaken before it goes elsewhere, in milliseconds.
+    pub handoff_timeout_ms: u32,
+    /// The listeners of the pool.
+    pub listeners: Vec<WelcomeListener>,
+}
+
+impl Welcome {
+    /// Appends the record's bytes to `out`.
+    pub fn encode(&self, out: &mut Vec<u8>) {
+        header(out, kind::WELCOME);
+        out.extend_from_slice(&self.version.to_le_bytes());
+        out.extend_from_slice(&[0, 0]);
+        out.extend_from_slice(&self.slots.to_le_bytes());
+        out.extend_from_slice(&self.worker_id.to_le_bytes());
+        out.extend_from_slice(&self.features.0.to_le_bytes());
+        out.extend_from_slice(&self.max_connections.to_le_bytes());
+        out.extend_from_slice(&self.handoff_timeout_ms.to_le_bytes());
+        let mut value = Vec::new();
+        for listener in self.listeners.iter().filter(|l| is_name(&l.name)) {
+            value.clear();
+            value.extend_from_slice(&listener.index.to_le_bytes());
+            value.extend_from_slice(listener.name.as_bytes());
+            // A pool with very many listeners: the rest go by their index alone.
+            if out.len() + 4 + value.len() > super::MAX_CONTROL_RECORD {
+                break;
+            }
+            put_tlv(out, tlv::LISTENER, &value);
+        }
+    }
+
+    pub(super) fn decode_body(reader: &mut Reader<'_>) -> Result<Welcome, WireError> {
+        let version = reader.u16("version")?;
+        reader.reserved16("welcome")?;
+        let slots = reader.u32("slots")?;
+        let worker_id = reader.u64("worker id")?;
+        let features = Features(reader.u64("features")?);
+        let max_connections = reader.u32("max_connections")?;
+        let handoff_timeout_ms = reader.u32("handoff_timeout")?;
+        let mut listeners = Vec::new();
+        while let Some((kind, value)) = reader.tlv()? {
+            if kind == tlv::LISTENER {
+                let (index, rest) = value
+                    .split_first_chunk()
+                    .ok_or(WireError::TooShort("listener index"))?;
+                let index = u16::from_le_bytes(*index);
+                listeners.push(WelcomeListener {
+                    index,
+                    name: name(rest, "listener name")?,
+                });
+            }
+        }
+        if slots == 0 {
+            return Err(WireError::Invalid("slots"));
+        }
+        Ok(Welcome {
+            version,
+            slots,
+            worker_id,
+            features,
+            max_connections,
+            handoff_timeout_ms,
+            listeners,
+        })
+    }
+}
