@@ -1,0 +1,249 @@
+//! Clients at the door: accepting from the listeners as far as the core says, and no further.
+
+use std::net::SocketAddr;
+use std::os::fd::{AsRawFd, OwnedFd};
+
+use mio::unix::SourceFd;
+use mio::{Interest, Registry};
+use rustix::io::Errno;
+use rustix::net::SocketFlags;
+use worker_sdk::PeerAddr;
+
+use super::Shell;
+use super::sockets::Listening;
+use super::token::Source;
+use crate::pool::{Accepting, Client, ListenerId, Time};
+
+/// One listening socket. A configured listener has one, or several when a service manager passed several under its name.
+#[derive(Debug)]
+pub(super) struct Listener {
+    pub(super) id: ListenerId,
+    /// `None` once a stop has closed it.
+    pub(super) listening: Option<Listening>,
+    /// Position in the shell's table; part of its token.
+    position: usize,
+    /// May have clients waiting. Set by an edge, cleared only by EAGAIN.
+    ready: bool,
+    /// In the poll. Not while the core wants no clients, or each arrival would wake us for nothing.
+    watched: bool,
+    /// Resting after EMFILE and its kind.
+    pub(super) paused_until: Option<Time>,
+    /// Clients still to be accepted from this socket before a stop closes it.
+    last: u32,
+}
+
+/// A connection of which we still have a copy.
+#[derive(Debug)]
+pub(super) struct Conn {
+    pub(super) fd: OwnedFd,
+    pub(super) peer: PeerAddr,
+    pub(super) accepted: Time,
+    pub(super) listener: ListenerId,
+}
+
+/// What one attempt to accept gave.
+enum Attempt {
+    Client(OwnedFd, PeerAddr),
+    /// A client that was gone again, or a signal: try the next.
+    Again,
+    Empty,
+    /// No descriptor or memory for it now.
+    Short(Errno),
+}
+
+impl Listener {
+    pub(super) fn new(id: ListenerId, listening: Listening, position: usize, last: u32) -> Listener {
+        Listener {
+            id,
+            listening: Some(listening),
+            position,
+            ready: false,
+            watched: false,
+            paused_until: None,
+            last,
+        }
+    }
+
+    /// Notes an edge of the poll.
+    pub(super) fn edge(&mut self) {
+        self.ready = true;
+    }
+
+    /// Puts the socket into the poll or takes it out. Putting it in gives a new edge if clients wait.
+    fn watch(&mut self, registry: &Registry, wanted: bool) -> std::io::Result<()> {
+        let Some(listening) = &self.listening else { return Ok(()) };
+        if wanted == self.watched {
+            return Ok(());
+        }
+        let raw = listening.fd.as_raw_fd();
+        if wanted {
+            let token = Source::Listener(self.position).token();
+            registry.register(&mut SourceFd(&raw), token, Interest::READABLE)?;
+        } else {
+            registry.deregister(&mut SourceFd(&raw))?;
+            self.ready = false;
+        }
+        self.watched = wanted;
+        Ok(())
+    }
+
+    fn close(&mut self, registry: &Registry) {
+        let _ = self.watch(registry, false);
+        self.listening = None;
+        self.ready = false;
+    }
+
+    fn attempt(&self) -> Attempt {
+        let Some(listening) = &self.listening else { return Attempt::Empty };
+        let flags = SocketFlags::CLOEXEC | SocketFlags::NONBLOCK;
+        match rustix::net::acceptfrom_with(&listening.fd, flags) {
+            Ok((fd, address)) => {
+                let inet = address.and_then(|any| SocketAddr::try_from(any).ok());
+                Attempt::Client(fd, inet.map_or(PeerAddr::Unix, PeerAddr::from))
+            }
+            Err(Errno::AGAIN) => Attempt::Empty,
+            Err(
+                errno @ (Errno::MFILE
+                | Errno::NFILE
+                | Errno::NOBUFS
+                | Errno::NOMEM
+                | Errno::BADF
+                | Errno::INVAL
+                | Errno::NOTSOCK),
+            ) => Attempt::Short(errno),
+            // EINTR, ECONNABORTED, EPERM of a firewall, and the network errors of a client that is already gone.
+            Err(_) => Attempt::Again,
+        }
+    }
+}
+
+impl Shell {
+    /// Accepts up to `accept_batch` clients from each listener that has some, in turn.
+    pub(super) fn accept_all(&mut self) {
+        let count = self.listeners.len();
+        for step in 0..count {
+            self.accept_from((self.next_listener + step) % count);
+            // Each listener's clients are on their way before the next is asked.
+            self.perform();
+        }
+        self.next_listener = (self.next_listener + 1) % count.max(1);
+    }
+
+    fn accept_from(&mut self, position: usize) {
+        for _ in 0..self.config.limits.accept_batch {
+            let listener = &mut self.listeners[position];
+            if !listener.ready || listener.paused_until.is_some() {
+                return;
+            }
+            let id = listener.id;
+            match self.core.accepting(id) {
+                Accepting::Yes | Accepting::Refuse => {}
+                Accepting::Pause => return,
+                Accepting::Finish => {
+                    if listener.last == 0 {
+                        listener.close(self.poll.registry());
+                        return;
+                    }
+                    listener.last -= 1;
+                }
+            }
+            match listener.attempt() {
+                Attempt::Client(fd, peer) => {
+                    let client = Client { listener: id, peer };
+                    let conn = self.core.accepted(self.now, client);
+                    let index = conn.index as usize;
+                    if self.conns.len() <= index {
+                        self.conns.resize_with(index + 1, || None);
+                    }
+                    self.conns[index] = Some(Conn { fd, peer, accepted: self.now, listener: id });
+                }
+                Attempt::Again => {}
+                Attempt::Empty => {
+                    listener.ready = false;
+                    if self.core.accepting(id) == Accepting::Finish {
+                        listener.close(self.poll.registry());
+                    }
+                    return;
+                }
+                Attempt::Short(errno) => {
+                    let pause = self.config.limits.resource_pause;
+                    listener.paused_until = Some(self.now + pause);
+                    self.accept_pauses += 1;
+                    if self.may_warn() {
+                        log::warn!(
+                            "event=accept_paused listener={} error=\"{errno}\" pause={}",
+                            self.core.listener_name(id),
+                            humantime::format_duration(pause)
+                        );
+                    }
+                    return;
+                }
+            }
+        }
+    }
+
+    /// At most one warning a second about shortages: they repeat until somebody mends them.
+    fn may_warn(&mut self) -> bool {
+        let due = self.next_shortage_warning.is_none_or(|due| self.now >= due);
+        if due {
+            self.next_shortage_warning = Some(self.now + std::time::Duration::from_secs(1));
+        }
+        due
+    }
+
+    /// Watches exactly the listeners whose clients the core wants. True if one may have clients right now.
+    pub(super) fn watch_listeners(&mut self) -> bool {
+        let mut work = false;
+        for listener in &mut self.listeners {
+            if listener.paused_until.is_some_and(|until| until <= self.now) {
+                listener.paused_until = None;
+            }
+            let wanted = match self.core.accepting(listener.id) {
+                Accepting::Pause => false,
+                Accepting::Yes | Accepting::Refuse | Accepting::Finish => {
+                    listener.paused_until.is_none()
+                }
+            };
+            if let Err(error) = listener.watch(self.poll.registry(), wanted) {
+                // Out of memory for the poll: come back to it after a pause.
+                listener.paused_until = Some(self.now + self.config.limits.resource_pause);
+                log::warn!(
+                    "event=listener_not_watched listener={} error=\"{error}\"",
+                    self.core.listener_name(listener.id)
+                );
+            }
+            work |= listener.ready && wanted;
+        }
+        work
+    }
+
+    /// A stop begins. Sockets that somebody else keeps open are left with their queue; ours are emptied first.
+    pub(super) fn finish_listeners(&mut self) {
+        for listener in &mut self.listeners {
+            if listener.listening.as_ref().is_some_and(|listening| listening.inherited) {
+                listener.close(self.poll.registry());
+            } else {
+                // Even if no edge said so: the last look must be at the queue itself.
+                listener.ready = true;
+                listener.paused_until = None;
+            }
+        }
+    }
+
+    /// How a listener stands, for the status.
+    pub(super) fn listener_state(&self, id: ListenerId) -> &'static str {
+        let mut sockets = self.listeners.iter().filter(|listener| listener.id == id);
+        if sockets.clone().all(|listener| listener.listening.is_none()) {
+            return "closed";
+        }
+        if sockets.any(|listener| listener.paused_until.is_some()) {
+            return "paused";
+        }
+        match self.core.accepting(id) {
+            Accepting::Yes => "accepting",
+            Accepting::Pause => "paused",
+            Accepting::Refuse => "refusing",
+            Accepting::Finish => "closed",
+        }
+    }
+}

@@ -1,0 +1,116 @@
+//! Reading control connections, and who is behind them. Bytes of a peer end here: what leaves is a record or a reason.
+
+use std::io::IoSliceMut;
+use std::os::fd::{AsFd, OwnedFd};
+
+use nix::sys::socket::sockopt::{PeerCredentials, PeerPidfd};
+use rustix::io::Errno;
+use rustix::net::{RecvAncillaryBuffer, RecvFlags, ReturnFlags};
+use worker_sdk::wire::{Control, MAX_CONTROL_RECORD, WireError};
+
+use crate::sys;
+
+/// The kernel's word on the peer of a Unix socket.
+#[derive(Clone, Debug)]
+pub(super) struct Peer {
+    pub(super) pid: i32,
+    pub(super) uid: u32,
+    /// Primary group first, then the supplementary ones.
+    pub(super) gids: Vec<u32>,
+}
+
+impl Peer {
+    pub(super) fn of(socket: &OwnedFd) -> std::io::Result<Peer> {
+        let credentials = nix::sys::socket::getsockopt(socket, PeerCredentials)?;
+        let mut gids = vec![credentials.gid()];
+        // Kernels that do not know the option leave us with the primary group.
+        gids.extend(sys::peer_groups(socket).unwrap_or_default());
+        Ok(Peer { pid: credentials.pid(), uid: credentials.uid(), gids })
+    }
+}
+
+/// A descriptor that becomes readable when the peer's process ends.
+///
+/// Linux 6.5 gives it for the socket itself. Before that, the pid is opened; the worker is alive then,
+/// as it waits for our answer, unless it is going to be found dead by its closed connection anyway.
+pub(super) fn process_of(socket: &OwnedFd, peer: &Peer) -> Option<OwnedFd> {
+    match nix::sys::socket::getsockopt(socket, PeerPidfd) {
+        Ok(pidfd) => Some(pidfd),
+        Err(nix::errno::Errno::ENOPROTOOPT) => {
+            let pid = rustix::process::Pid::from_raw(peer.pid)?;
+            rustix::process::pidfd_open(pid, rustix::process::PidfdFlags::empty()).ok()
+        }
+        Err(_) => None,
+    }
+}
+
+/// What came on a control connection.
+#[derive(Debug)]
+pub(super) enum Received {
+    /// One well-formed record.
+    Record(Control),
+    /// Nothing more for now.
+    Empty,
+    /// The peer has closed it.
+    End,
+    /// Something that no worker may send.
+    Broken(Fault),
+}
+
+/// What was wrong with a record.
+#[derive(Debug)]
+pub(super) enum Fault {
+    /// It carried file descriptors, which were never received.
+    Descriptors,
+    /// It was longer than a record may be.
+    TooLong,
+    /// It was malformed.
+    Malformed(WireError),
+    /// It was well-formed and does not belong here.
+    Unexpected(&'static str),
+}
+
+impl std::fmt::Display for Fault {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        match self {
+            Fault::Descriptors => f.write_str("record carries file descriptors where none belong"),
+            Fault::TooLong => write!(f, "record longer than {MAX_CONTROL_RECORD} bytes"),
+            Fault::Malformed(error) => error.fmt(f),
+            Fault::Unexpected(what) => write!(f, "unexpected {what}"),
+        }
+    }
+}
+
+/// Receives one record.
+///
+/// There is no space for ancillary data, so descriptors that come with a record are dropped by the kernel and
+/// never enter this process; it says so with `MSG_CTRUNC`.
+pub(super) fn receive(socket: &OwnedFd) -> Received {
+    let mut buffer = [0; MAX_CONTROL_RECORD];
+    let received = loop {
+        let mut ancillary = RecvAncillaryBuffer::default();
+        let flags = RecvFlags::DONTWAIT | RecvFlags::CMSG_CLOEXEC;
+        let mut parts = [IoSliceMut::new(&mut buffer)];
+        match rustix::net::recvmsg(socket.as_fd(), &mut parts, &mut ancillary, flags) {
+            Err(Errno::INTR) => {}
+            other => break other,
+        }
+    };
+    match received {
+        Err(Errno::AGAIN) => Received::Empty,
+        Err(_) => Received::End,
+        Ok(message) if message.flags.contains(ReturnFlags::CTRUNC) => {
+            Received::Broken(Fault::Descriptors)
+        }
+        Ok(message) if message.flags.contains(ReturnFlags::TRUNC) => {
+            Received::Broken(Fault::TooLong)
+        }
+        // An empty record looks the same, and means as much.
+        Ok(message) if message.bytes == 0 => Received::End,
+        Ok(message) => match buffer.get(..message.bytes).map(Control::decode) {
+            Some(Ok(record)) => Received::Record(record),
+            Some(Err(error)) => Received::Broken(Fault::Malformed(error)),
+            None => Received::Broken(Fault::TooLong),
+        },
+    }
+}

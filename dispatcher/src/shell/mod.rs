@@ -1,0 +1,280 @@
+//! The hot thread: a mio loop that turns readiness into inputs of the core and performs its effects.
+//!
+//! Owns every file descriptor of the dispatcher and the one clock. Decides nothing: which worker, when to give
+//! up, whether to accept are all questions to `pool`. It never waits except in `poll`: logs, HTTP, starting processes
+//! and closes that may linger happen on other threads.
+//!
+//! A turn: sleep; read all scoreboards; handle events; let the core's deadlines fall due; perform; accept;
+//! perform. Before sleeping, the `want` words are set and the scoreboards of those workers read once more.
+
+mod accept;
+mod control;
+mod error;
+mod inherited;
+mod join;
+mod perform;
+mod sockets;
+mod start;
+mod status;
+mod tell;
+mod token;
+mod worker_io;
+
+use std::collections::{HashMap, VecDeque};
+use std::io;
+use std::os::fd::OwnedFd;
+use std::sync::mpsc::Receiver;
+use std::time::Duration;
+
+use mio::{Events, Poll};
+use signal_hook_mio::v1_0::Signals;
+use worker_sdk::scoreboard::claim::{self, SlotState};
+use worker_sdk::wire::{Entry, Token};
+
+use self::accept::{Conn, Listener};
+use self::join::Door;
+use self::sockets::Listening;
+use self::token::{Key, Source};
+use self::worker_io::WorkerIo;
+use crate::config::Config;
+use crate::pool::{Core, Departure, ProcessId, Ticket, Time};
+use crate::side::{Closer, Report, Request, Side};
+
+pub use self::error::RunError;
+
+/// Serves until a signal ends it.
+///
+/// # Errors
+/// [`RunError`] when it cannot start, or when the poll itself fails.
+pub fn run(config: Config) -> Result<(), RunError> {
+    let mut shell = Shell::start(config)?;
+    let served = shell.serve();
+    shell.finish();
+    served
+}
+
+/// The hot thread's state. Tables indexed by `index` run parallel to the core's.
+struct Shell {
+    config: Config,
+    core: Core,
+    poll: Poll,
+    signals: Signals,
+    now: Time,
+    started: Time,
+    /// Set once a stop has begun.
+    stop_deadline: Option<Time>,
+
+    listeners: Vec<Listener>,
+    /// Whose turn it is to be accepted from first.
+    next_listener: usize,
+    accept_pauses: u64,
+    next_shortage_warning: Option<Time>,
+
+    dispatch: Listening,
+    door: Door,
+    door_paused_until: Option<Time>,
+    /// By `WorkerId::index`.
+    workers: Vec<Option<Box<WorkerIo>>>,
+    /// Control connections that may have more to read although their edge is used up.
+    again: Vec<Key>,
+    /// Tokens of the processes we started.
+    tokens: HashMap<Token, ProcessId>,
+
+    /// By `ConnId::index`.
+    conns: Vec<Option<Conn>>,
+    /// Workers with connections gathered for them this turn.
+    dirty: Vec<u32>,
+    /// Copies whose close may linger and for which the closer had no room.
+    lingering: VecDeque<OwnedFd>,
+    closer: Closer,
+
+    side: Side,
+    requests: Receiver<Request>,
+    reports: Receiver<Report>,
+    /// The side thread's queues may hold more than one turn takes.
+    side_ready: bool,
+    /// Scratch space, kept warm.
+    seen: Vec<(Ticket, SlotState)>,
+    entries: Vec<Entry>,
+    record: Vec<u8>,
+}
+
+impl Shell {
+    fn serve(&mut self) -> Result<(), RunError> {
+        let mut events = Events::with_capacity(1024);
+        loop {
+            self.perform();
+            if self.stop_deadline.is_some() && self.core.stopped() {
+                return Ok(());
+            }
+            let timeout = self.before_sleep();
+            match self.poll.poll(&mut events, timeout) {
+                Ok(()) => {}
+                Err(error) if error.kind() == io::ErrorKind::Interrupted => continue,
+                Err(error) => return Err(RunError::System { what: "poll", error }),
+            }
+            self.now = clock();
+            self.scan_all();
+            for event in &events {
+                if let Some(source) = Source::of(event.token()) {
+                    self.handle(source);
+                }
+            }
+            self.handle_leftovers();
+            self.core.tick(self.now);
+            self.perform();
+            self.accept_all();
+        }
+    }
+
+    fn handle(&mut self, source: Source) {
+        match source {
+            Source::Signals => self.handle_signals(),
+            Source::Waker => self.handle_side(),
+            Source::Dispatch => self.door.ready = true,
+            Source::Listener(position) => {
+                if let Some(listener) = self.listeners.get_mut(position) {
+                    listener.edge();
+                }
+            }
+            Source::Pending(key) => self.hello(key),
+            Source::Control(key) => self.control(key),
+            Source::Process(key) => {
+                if let Some(io) = self.worker_mut(key) {
+                    let id = io.id;
+                    self.core.leave(self.now, id, Departure::Died);
+                }
+            }
+            // It was meant to end the sleep; the scan has seen what it was about.
+            Source::Poke => {}
+        }
+    }
+
+    /// What earlier turns did not finish, and what is due although no event says so.
+    fn handle_leftovers(&mut self) {
+        if self.door_paused_until.is_some_and(|until| until <= self.now) {
+            self.door_paused_until = None;
+            self.door.ready = true;
+        }
+        if self.door.ready && self.door_paused_until.is_none() {
+            self.knock();
+        }
+        for key in std::mem::take(&mut self.again) {
+            self.control(key);
+        }
+        if std::mem::take(&mut self.side_ready) {
+            self.handle_side();
+        }
+        self.close_silent();
+        self.retry_lingering();
+    }
+
+    fn handle_signals(&mut self) {
+        let received: Vec<i32> = self.signals.pending().collect();
+        for signal in received {
+            match signal {
+                libc::SIGHUP => log::warn!(
+                    "event=sighup_ignored hint=\"this version does not reload; restart it instead\""
+                ),
+                _ => self.begin_stop(signal),
+            }
+        }
+    }
+
+    /// The first signal stops gracefully, a second one at once.
+    fn begin_stop(&mut self, signal: i32) {
+        let patience = match self.stop_deadline {
+            None => self.config.limits.stop_timeout,
+            Some(_) => Duration::ZERO,
+        };
+        let name = match signal {
+            libc::SIGINT => "SIGINT",
+            libc::SIGQUIT => "SIGQUIT",
+            _ => "SIGTERM",
+        };
+        let totals = self.core.totals();
+        log::info!(
+            "event=stopping signal={name} held={} custody={} within={}",
+            totals.held,
+            totals.custody,
+            humantime::format_duration(patience)
+        );
+        if self.stop_deadline.is_none() {
+            let _ = sd_notify::notify(&[sd_notify::NotifyState::Stopping]);
+            self.finish_listeners();
+        }
+        let deadline = self.now + patience;
+        self.stop_deadline = Some(deadline);
+        self.core.stop(self.now, deadline);
+    }
+
+    /// Reads every scoreboard: what was taken, lost and finished.
+    fn scan_all(&mut self) {
+        for index in 0..self.workers.len() {
+            self.scan(index);
+        }
+    }
+
+    /// Reads one scoreboard and reports what changed; true if anything did.
+    ///
+    /// `finished` is read first: every connection it counts is then seen as taken, so an honest worker is never
+    /// found to have finished more than it took.
+    fn scan(&mut self, index: usize) -> bool {
+        let Some(io) = self.workers.get_mut(index).and_then(Option::as_deref_mut) else {
+            return false;
+        };
+        let id = io.id;
+        let finished = io.lane.board.finished();
+        for ticket in self.core.tickets(id) {
+            if let Some(slot) = io.lane.board.slot(ticket.slot) {
+                let state = claim::state(slot, ticket.seq);
+                if state != SlotState::Sent {
+                    self.seen.push((ticket, state));
+                }
+            }
+        }
+        let mut changed = !self.seen.is_empty();
+        for (ticket, state) in self.seen.drain(..) {
+            self.core.slot(self.now, id, ticket, state);
+        }
+        if finished != io.finished {
+            io.finished = finished;
+            self.core.finished(self.now, id, finished);
+            changed = true;
+        }
+        changed
+    }
+
+    /// Asks for pokes, looks once more, and says how long to sleep.
+    fn before_sleep(&mut self) -> Option<Duration> {
+        let mut work = false;
+        for index in 0..self.workers.len() {
+            let Some(io) = self.workers.get(index).and_then(Option::as_deref) else { continue };
+            let wants = self.core.wants(io.id);
+            if wants != 0 {
+                claim::arm(io.lane.board.want(), wants);
+                work |= self.scan(index);
+            }
+        }
+        work |= self.watch_listeners();
+        work |= self.door.ready && self.door_paused_until.is_none();
+        work |= self.side_ready || !self.again.is_empty();
+        if work {
+            return Some(Duration::ZERO);
+        }
+        // A close that found the closer full is tried again soon; nothing tells us when there is room.
+        let retry = (!self.lingering.is_empty()).then(|| self.now + Duration::from_millis(100));
+        let paused = self.listeners.iter().filter_map(|listener| listener.paused_until).min();
+        let deadlines =
+            [self.core.deadline(), self.door.deadline(), self.door_paused_until, paused, retry];
+        let next = deadlines.into_iter().flatten().min()?;
+        Some(next - clock())
+    }
+}
+
+/// Now, in nanoseconds of `CLOCK_MONOTONIC`.
+fn clock() -> Time {
+    let now = rustix::time::clock_gettime(rustix::time::ClockId::Monotonic);
+    let seconds = u64::try_from(now.tv_sec).unwrap_or(0);
+    Time(seconds * 1_000_000_000 + u64::try_from(now.tv_nsec).unwrap_or(0))
+}

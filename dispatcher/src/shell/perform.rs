@@ -1,0 +1,239 @@
+//! Performing the core's effects: sending, revoking, releasing, closing. One exhaustive match, no decision.
+
+use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
+use std::time::Duration;
+
+use rustix::net::sockopt::socket_linger;
+use rustix::net::{RecvFlags, SendFlags, Shutdown};
+use worker_sdk::scoreboard::claim;
+use worker_sdk::wire::{Entry, Handoff, MAX_FDS_PER_RECORD, Probe};
+
+use super::Shell;
+use super::accept::Conn;
+use super::join::forget;
+use super::worker_io::WorkerIo;
+use crate::pool::{CloseReason, ConnId, Effect, SendFailure, Ticket, WorkerId};
+
+impl Shell {
+    /// Performs effects until there are none, and sends what they gathered.
+    pub(super) fn perform(&mut self) {
+        loop {
+            while let Some(effect) = self.core.effect() {
+                self.carry_out(effect);
+            }
+            let Some(index) = self.dirty.pop() else { return };
+            self.flush(index);
+        }
+    }
+
+    fn carry_out(&mut self, effect: Effect) {
+        match effect {
+            Effect::Send { worker, conn, ticket, listener, flags } => {
+                let found = self.conns.get(conn.index as usize).and_then(Option::as_ref);
+                let Some(&Conn { peer, accepted, .. }) = found else { return };
+                let Ticket { slot, seq } = ticket;
+                let accepted_ns = accepted.0;
+                let entry = Entry { seq, slot, listener: listener.0, flags, accepted_ns, peer };
+                let Some(io) = self.io_mut(worker) else { return };
+                io.outbox.push((conn, entry));
+                let (first, full) = (io.outbox.len() == 1, io.outbox.len() == MAX_FDS_PER_RECORD);
+                if full {
+                    self.flush(worker.index);
+                } else if first {
+                    self.dirty.push(worker.index);
+                }
+            }
+            Effect::Probe { worker, ticket } => {
+                self.flush(worker.index);
+                self.probe(worker, ticket);
+            }
+            Effect::Revoke { worker, ticket } => {
+                // What is revoked must have been sent first, or the record would follow its revocation.
+                self.flush(worker.index);
+                let Some(io) = self.io(worker) else { return };
+                let Some(slot) = io.lane.board.slot(ticket.slot) else { return };
+                let outcome = claim::revoke(slot, ticket.seq);
+                self.core.revoked(self.now, worker, ticket, outcome);
+            }
+            Effect::Purge { worker } => {
+                self.flush(worker.index);
+                if let Some(io) = self.io(worker) {
+                    io.lane.purge();
+                }
+            }
+            Effect::Release { worker, conn, ticket } => {
+                self.close_copy(conn);
+                if let Some(slot) = self.io(worker).and_then(|io| io.lane.board.slot(ticket.slot)) {
+                    claim::release(slot, ticket.seq);
+                }
+            }
+            Effect::Close { conn, reason } => self.close_client(conn, reason),
+            Effect::Disconnect { worker, reason } => {
+                let Some(io) = self.io(worker) else { return };
+                // Both ends at once: the worker finds its channel ended, and rejoins if it can.
+                let _ = rustix::net::shutdown(&io.lane.channel, Shutdown::Both);
+                let _ = rustix::net::shutdown(&io.control, Shutdown::Both);
+                log::warn!(
+                    "event=worker_expelled worker={worker} pool={} pid={} reason=\"{reason}\"",
+                    self.core.pool_name(self.core.pool_of_worker(worker)),
+                    self.core.worker_pid(worker)
+                );
+            }
+            Effect::Forget { worker } => {
+                let place = self.workers.get_mut(worker.index as usize);
+                if let Some(io) = place.and_then(|place| place.take_if(|io| io.id == worker)) {
+                    self.put_away(*io);
+                }
+            }
+            Effect::Spawn { process } => self.spawn(process),
+            Effect::Event(event) => self.tell(&event),
+        }
+    }
+
+    pub(super) fn io(&self, worker: WorkerId) -> Option<&WorkerIo> {
+        let io = self.workers.get(worker.index as usize)?.as_deref()?;
+        (io.id == worker).then_some(io)
+    }
+
+    fn io_mut(&mut self, worker: WorkerId) -> Option<&mut WorkerIo> {
+        let io = self.workers.get_mut(worker.index as usize)?.as_deref_mut()?;
+        (io.id == worker).then_some(io)
+    }
+
+    /// Sends the gathered connections of a worker in one record.
+    ///
+    /// The slots are written before the record: the worker may read them the moment it arrives.
+    fn flush(&mut self, index: u32) {
+        let Some(io) = self.workers.get_mut(index as usize).and_then(Option::as_deref_mut) else {
+            return;
+        };
+        if io.outbox.is_empty() {
+            return;
+        }
+        let worker = io.id;
+        let mut outbox = std::mem::take(&mut io.outbox);
+        let result = send_gathered(io, &outbox, &self.conns, &mut self.entries, &mut self.record);
+        if let Err(why) = result {
+            for (_, entry) in &outbox {
+                let ticket = Ticket { slot: entry.slot, seq: entry.seq };
+                // Nobody was told of it, so nobody can have claimed it.
+                if let Some(slot) = io.lane.board.slot(entry.slot) {
+                    let _ = claim::revoke(slot, entry.seq);
+                }
+                self.core.send_failed(self.now, worker, ticket, why);
+            }
+        }
+        outbox.clear();
+        // The emptied vector goes back, so that a warm worker's record costs no allocation.
+        io.outbox = outbox;
+    }
+
+    fn probe(&mut self, worker: WorkerId, ticket: Ticket) {
+        let Some(io) = self.io(worker) else { return };
+        let Some(slot) = io.lane.board.slot(ticket.slot) else { return };
+        claim::offer(slot, ticket.seq);
+        let mut record = Vec::with_capacity(32);
+        Probe { seq: ticket.seq, slot: ticket.slot }.encode(&mut record);
+        if let Err(why) = io.lane.send(&record, &[]) {
+            let _ = claim::revoke(slot, ticket.seq);
+            self.core.probe_failed(self.now, worker, ticket, why);
+        }
+    }
+
+    /// Closes our copy of a connection that a worker has.
+    ///
+    /// The worker may have asked for a lingering close and closed its own copy already; then ours is the
+    /// last and could block for seconds, so another thread does it.
+    fn close_copy(&mut self, conn: ConnId) {
+        let Some(Conn { fd, .. }) = self.take_conn(conn) else { return };
+        match socket_linger(&fd) {
+            Ok(Some(linger)) if linger > Duration::ZERO => self.close_elsewhere(fd),
+            Ok(_) | Err(_) => drop(fd),
+        }
+    }
+
+    fn close_elsewhere(&mut self, fd: OwnedFd) {
+        if let Err(fd) = self.closer.close(fd) {
+            self.lingering.push_back(fd);
+        }
+    }
+
+    /// Offers the closer again what it had no room for.
+    pub(super) fn retry_lingering(&mut self) {
+        while let Some(fd) = self.lingering.pop_front() {
+            if let Err(fd) = self.closer.close(fd) {
+                self.lingering.push_front(fd);
+                return;
+            }
+        }
+    }
+
+    fn close_client(&mut self, conn: ConnId, reason: CloseReason) {
+        let Some(Conn { fd, peer, listener, .. }) = self.take_conn(conn) else { return };
+        log::debug!("event=client_closed conn={conn} peer={peer} reason={}", reason.name());
+        if reason != CloseReason::NoWorker {
+            return;
+        }
+        let listener = self.config.listeners.get(usize::from(listener.0));
+        let pool = listener.and_then(|listener| self.config.pools.get(usize::from(listener.pool)));
+        if let Some(response) = pool.and_then(|pool| pool.unavailable_response.as_deref()) {
+            answer_and_close(fd, response);
+        }
+    }
+
+    fn take_conn(&mut self, conn: ConnId) -> Option<Conn> {
+        self.conns.get_mut(conn.index as usize)?.take()
+    }
+
+    /// Drops everything kept for a worker: out of the poll first, the channel before the control connection.
+    pub(super) fn put_away(&mut self, io: WorkerIo) {
+        let registry = self.poll.registry();
+        forget(registry, &io.control);
+        forget(registry, &io.lane.poke);
+        if let Some(pidfd) = &io.pidfd {
+            forget(registry, pidfd);
+        }
+        drop(io.lane);
+        drop(io.control);
+    }
+}
+
+fn send_gathered(
+    io: &WorkerIo,
+    outbox: &[(ConnId, Entry)],
+    conns: &[Option<Conn>],
+    entries: &mut Vec<Entry>,
+    record: &mut Vec<u8>,
+) -> Result<(), SendFailure> {
+    entries.clear();
+    record.clear();
+    let mut fds: [BorrowedFd<'_>; MAX_FDS_PER_RECORD] = [io.control.as_fd(); MAX_FDS_PER_RECORD];
+    for ((conn, entry), place) in outbox.iter().zip(&mut fds) {
+        let found = conns.get(conn.index as usize).and_then(Option::as_ref);
+        let (Some(found), Some(slot)) = (found, io.lane.board.slot(entry.slot)) else {
+            debug_assert!(false, "an effect names a connection or slot that does not exist");
+            return Err(SendFailure::Closed);
+        };
+        *place = found.fd.as_fd();
+        entries.push(*entry);
+        claim::offer(slot, entry.seq);
+    }
+    Handoff::encode_entries(entries, record);
+    io.lane.send(record, &fds[..entries.len()])
+}
+
+/// Sends what fits of a prepared response, without waiting, and closes.
+///
+/// Bytes the client has already sent are discarded first: closing with unread bytes resets the connection, and the
+/// reset can overtake the response.
+fn answer_and_close(fd: OwnedFd, response: &[u8]) {
+    let _ = rustix::net::send(&fd, response, SendFlags::DONTWAIT | SendFlags::NOSIGNAL);
+    let _ = rustix::net::shutdown(&fd, Shutdown::Write);
+    let mut scratch = [0; 16 * 1024];
+    for _ in 0..4 {
+        match rustix::net::recv(&fd, &mut scratch[..], RecvFlags::DONTWAIT) {
+            Ok((_, received)) if received > 0 => {}
+            Ok(_) | Err(_) => break,
+        }
+    }
+}

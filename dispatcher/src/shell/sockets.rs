@@ -1,0 +1,287 @@
+//! Making the sockets that the dispatcher listens on. Owns options, permissions, the lock beside a Unix socket
+//! and the removal of what we made; knows nothing of what arrives on them.
+
+use std::fs::File;
+use std::io;
+use std::net::SocketAddr;
+use std::os::fd::{AsFd, OwnedFd};
+use std::os::unix::fs::{FileTypeExt, MetadataExt, OpenOptionsExt};
+use std::path::{Path, PathBuf};
+
+use nix::fcntl::{Flock, FlockArg};
+use rustix::net::sockopt;
+use rustix::net::{AddressFamily, SocketAddrUnix, SocketFlags, SocketType};
+
+use super::error::RunError;
+use super::inherited::Inherited;
+use crate::config::{Address, ListenerOptions, UnixEndpoint, UnixSource};
+use crate::sys;
+
+/// A listening socket, and what has to be put away when it goes.
+#[derive(Debug)]
+pub(super) struct Listening {
+    pub(super) fd: OwnedFd,
+    /// The address as bound, for people.
+    pub(super) address: String,
+    /// Whether somebody else keeps this socket open, so that its queue outlives us.
+    pub(super) inherited: bool,
+    path: Option<OwnedPath>,
+}
+
+impl Listening {
+    fn inherited(fd: OwnedFd) -> Listening {
+        let address = local_address(&fd);
+        Listening { fd, address, inherited: true, path: None }
+    }
+}
+
+/// A socket file that we made: removed when dropped, if it is still ours. The lock keeps a second dispatcher off.
+#[derive(Debug)]
+struct OwnedPath {
+    path: PathBuf,
+    inode: u64,
+    _lock: Flock<File>,
+}
+
+impl Drop for OwnedPath {
+    fn drop(&mut self) {
+        let ours = std::fs::symlink_metadata(&self.path).is_ok_and(|m| m.ino() == self.inode);
+        if ours {
+            let _ = std::fs::remove_file(&self.path);
+        }
+    }
+}
+
+const FLAGS: SocketFlags = SocketFlags::CLOEXEC.union(SocketFlags::NONBLOCK);
+
+/// Opens a client listener: one socket, or all that a service manager passed under its name.
+pub(super) fn listen(
+    address: &Address,
+    options: &ListenerOptions,
+    inherited: &mut Inherited,
+) -> Result<Vec<Listening>, RunError> {
+    match address {
+        Address::Tcp(addr) => {
+            let listening = listen_tcp(*addr, options).map_err(|error| RunError::Bind {
+                what: addr.to_string(),
+                error: explain(error, addr.port()),
+            })?;
+            Ok(vec![listening])
+        }
+        Address::Unix(path) => {
+            let kind = SocketType::STREAM;
+            listen_unix(path, kind, options.backlog, options.mode, None, None).map(|l| vec![l])
+        }
+        Address::Systemd(name) => {
+            let fds = inherited.take(name, SocketType::STREAM)?;
+            fds.into_iter()
+                .map(|fd| {
+                    if sockopt::socket_domain(&fd).is_ok_and(|d| d != AddressFamily::UNIX) {
+                        set_tcp_options(&fd, options).map_err(|error| RunError::Bind {
+                            what: format!("systemd:{name}"),
+                            error,
+                        })?;
+                    }
+                    Ok(Listening::inherited(fd))
+                })
+                .collect()
+        }
+    }
+}
+
+/// Opens the dispatch socket (SEQPACKET) or the admin socket (STREAM).
+pub(super) fn listen_endpoint(
+    endpoint: &UnixEndpoint,
+    kind: SocketType,
+    inherited: &mut Inherited,
+) -> Result<Listening, RunError> {
+    match &endpoint.source {
+        UnixSource::Path(path) => {
+            listen_unix(path, kind, 4096, endpoint.mode, endpoint.user, endpoint.group)
+        }
+        UnixSource::Systemd(name) => {
+            let mut fds = inherited.take(name, kind)?;
+            match (fds.pop(), fds.is_empty()) {
+                (Some(fd), true) => Ok(Listening::inherited(fd)),
+                _ => Err(RunError::Inherited(format!(
+                    "systemd:{name}: several sockets of this name; exactly one is wanted here"
+                ))),
+            }
+        }
+    }
+}
+
+fn explain(error: io::Error, port: u16) -> io::Error {
+    let hint = match error.kind() {
+        io::ErrorKind::PermissionDenied if port < 1024 => {
+            "ports below 1024 need CAP_NET_BIND_SERVICE, or let systemd listen (address = \"systemd:NAME\")"
+        }
+        io::ErrorKind::AddrInUse => "another process listens there; see it with: ss -ltnp",
+        io::ErrorKind::AddrNotAvailable => {
+            "this machine has no such address; free_bind = true binds it all the same"
+        }
+        _ => return error,
+    };
+    io::Error::new(error.kind(), format!("{error} ({hint})"))
+}
+
+fn listen_tcp(addr: SocketAddr, options: &ListenerOptions) -> io::Result<Listening> {
+    let family = if addr.is_ipv4() { AddressFamily::INET } else { AddressFamily::INET6 };
+    let fd = rustix::net::socket_with(family, SocketType::STREAM, FLAGS, None)?;
+    sockopt::set_socket_reuseaddr(&fd, true)?;
+    if options.reuse_port {
+        sockopt::set_socket_reuseport(&fd, true)?;
+    }
+    if addr.is_ipv6() {
+        sockopt::set_ipv6_v6only(&fd, options.ipv6_only)?;
+    }
+    if options.free_bind {
+        if addr.is_ipv4() {
+            sockopt::set_ip_freebind(&fd, true)?;
+        } else {
+            sockopt::set_ipv6_freebind(&fd, true)?;
+        }
+    }
+    set_tcp_options(&fd, options)?;
+    rustix::net::bind(&fd, &addr)?;
+    rustix::net::listen(&fd, i32::try_from(options.backlog).unwrap_or(i32::MAX))?;
+    let address = local_address(&fd);
+    Ok(Listening { fd, address, inherited: false, path: None })
+}
+
+/// Options that accepted connections inherit from the listening socket, so that they cost nothing per connection.
+fn set_tcp_options(fd: &OwnedFd, options: &ListenerOptions) -> io::Result<()> {
+    sockopt::set_tcp_nodelay(fd, options.nodelay)?;
+    if let Some(idle) = options.keepalive {
+        sockopt::set_socket_keepalive(fd, true)?;
+        sockopt::set_tcp_keepidle(fd, idle)?;
+    }
+    if let Some(interval) = options.keepalive_interval {
+        sockopt::set_tcp_keepintvl(fd, interval)?;
+    }
+    if let Some(count) = options.keepalive_count {
+        sockopt::set_tcp_keepcnt(fd, count)?;
+    }
+    if let Some(timeout) = options.user_timeout {
+        let millis = u32::try_from(timeout.as_millis()).unwrap_or(u32::MAX);
+        sockopt::set_tcp_user_timeout(fd, millis)?;
+    }
+    if let Some(wait) = options.defer_accept {
+        let seconds = u32::try_from(wait.as_secs().max(1)).unwrap_or(u32::MAX);
+        sys::set_tcp_option(fd, libc::TCP_DEFER_ACCEPT, seconds)?;
+    }
+    if let Some(queue) = options.fast_open {
+        sys::set_tcp_option(fd, libc::TCP_FASTOPEN, queue)?;
+    }
+    if let Some(bytes) = options.receive_buffer {
+        sockopt::set_socket_recv_buffer_size(fd, bytes as usize)?;
+    }
+    if let Some(bytes) = options.send_buffer {
+        sockopt::set_socket_send_buffer_size(fd, bytes as usize)?;
+    }
+    Ok(())
+}
+
+fn listen_unix(
+    path: &Path,
+    kind: SocketType,
+    backlog: u32,
+    mode: u32,
+    user: Option<u32>,
+    group: Option<u32>,
+) -> Result<Listening, RunError> {
+    let bind_error = |error: io::Error| {
+        let error = match error.kind() {
+            io::ErrorKind::NotFound => io::Error::new(
+                error.kind(),
+                format!("{error} (does its directory exist? systemd makes it with RuntimeDirectory=)"),
+            ),
+            _ => error,
+        };
+        RunError::Bind { what: format!("unix:{}", path.display()), error }
+    };
+    let lock = lock_beside(path).map_err(|error| match error.kind() {
+        io::ErrorKind::WouldBlock => RunError::InUse(path.to_owned()),
+        _ => bind_error(error),
+    })?;
+    remove_stale(path, kind, bind_error)?;
+    let make = || -> io::Result<(OwnedFd, u64)> {
+        let fd = rustix::net::socket_with(AddressFamily::UNIX, kind, FLAGS, None)?;
+        rustix::net::bind(&fd, &SocketAddrUnix::new(path)?)?;
+        std::os::unix::fs::chown(path, user, group)?;
+        std::fs::set_permissions(path, std::os::unix::fs::PermissionsExt::from_mode(mode))?;
+        let inode = std::fs::symlink_metadata(path)?.ino();
+        // Only now can anybody connect, and finds the permissions as they should be.
+        rustix::net::listen(&fd, i32::try_from(backlog).unwrap_or(i32::MAX))?;
+        Ok((fd, inode))
+    };
+    let (fd, inode) = make().map_err(bind_error)?;
+    Ok(Listening {
+        fd,
+        address: format!("unix:{}", path.display()),
+        inherited: false,
+        path: Some(OwnedPath { path: path.to_owned(), inode, _lock: lock }),
+    })
+}
+
+/// The lock decides between two dispatchers that start at the same moment. Its file stays: removing it would let a third in.
+fn lock_beside(path: &Path) -> io::Result<Flock<File>> {
+    let mut name = path.as_os_str().to_owned();
+    name.push(".lock");
+    let file = File::options()
+        .create(true)
+        .truncate(false)
+        .write(true)
+        .mode(0o600)
+        .custom_flags(libc::O_NOFOLLOW)
+        .open(name)?;
+    Flock::lock(file, FlockArg::LockExclusiveNonblock).map_err(|(_, error)| error.into())
+}
+
+/// Removes a socket file that nobody serves any more; refuses one that somebody does, and anything else.
+fn remove_stale(
+    path: &Path,
+    kind: SocketType,
+    bind_error: impl Fn(io::Error) -> RunError,
+) -> Result<(), RunError> {
+    match std::fs::symlink_metadata(path) {
+        Err(error) if error.kind() == io::ErrorKind::NotFound => return Ok(()),
+        Err(error) => return Err(bind_error(error)),
+        Ok(meta) if !meta.file_type().is_socket() => {
+            return Err(RunError::NotASocket(path.to_owned()));
+        }
+        Ok(_) => {}
+    }
+    let connect = || -> rustix::io::Result<()> {
+        let probe = rustix::net::socket_with(AddressFamily::UNIX, kind, FLAGS, None)?;
+        rustix::net::connect(&probe, &SocketAddrUnix::new(path)?)
+    };
+    match connect() {
+        // The program behind it may be of another make and take no lock of ours.
+        Ok(()) | Err(rustix::io::Errno::AGAIN | rustix::io::Errno::PROTOTYPE) => {
+            Err(RunError::InUse(path.to_owned()))
+        }
+        Err(rustix::io::Errno::CONNREFUSED) => {
+            log::info!("event=stale_socket_removed path={}", path.display());
+            std::fs::remove_file(path).map_err(bind_error)
+        }
+        Err(error) => Err(bind_error(error.into())),
+    }
+}
+
+/// The address a socket is bound to, as the configuration would write it.
+fn local_address(fd: impl AsFd) -> String {
+    match rustix::net::getsockname(fd) {
+        Err(_) => String::new(),
+        Ok(any) => match SocketAddr::try_from(any.clone()) {
+            Ok(addr) => addr.to_string(),
+            Err(_) => match SocketAddrUnix::try_from(any) {
+                Ok(unix) => match unix.path() {
+                    Some(path) => format!("unix:{}", path.to_string_lossy()),
+                    None => "unix:".to_owned(),
+                },
+                Err(_) => String::new(),
+            },
+        },
+    }
+}

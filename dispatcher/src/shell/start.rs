@@ -1,0 +1,187 @@
+//! From a configuration to a running shell, and back to nothing.
+
+use std::collections::{HashMap, VecDeque};
+use std::os::fd::AsRawFd;
+use std::sync::Arc;
+use std::sync::mpsc::sync_channel;
+
+use mio::unix::SourceFd;
+use mio::{Interest, Poll, Waker};
+use nix::sys::resource::{Resource, getrlimit, setrlimit};
+use rustix::net::SocketType;
+use signal_hook_mio::v1_0::Signals;
+
+use super::accept::Listener;
+use super::error::RunError;
+use super::inherited::Inherited;
+use super::join::Door;
+use super::sockets::{self, Listening};
+use super::token::Source;
+use super::{Shell, clock};
+use crate::config::Config;
+use crate::pool::{Core, ListenerId, ListenerSettings, PoolId};
+use crate::side::{Closer, Side};
+
+impl Shell {
+    /// Opens everything, tells the service manager, and is ready to serve.
+    pub(super) fn start(config: Config) -> Result<Shell, RunError> {
+        raise_descriptor_limit();
+        let signals =
+            Signals::new([libc::SIGTERM, libc::SIGINT, libc::SIGQUIT, libc::SIGHUP])
+                .map_err(RunError::system("signal handlers"))?;
+        let mut inherited = Inherited::from_environment();
+        let dispatch = sockets::listen_endpoint(
+            &config.dispatch_socket,
+            SocketType::SEQPACKET,
+            &mut inherited,
+        )?;
+        let admin =
+            sockets::listen_endpoint(&config.admin_socket, SocketType::STREAM, &mut inherited)?;
+        let mut listeners = Vec::new();
+        let mut settings = Vec::new();
+        for (position, listener) in (0u16..).zip(&config.listeners) {
+            let made = sockets::listen(&listener.address, &listener.options, &mut inherited)?;
+            let addresses: Vec<&str> = made.iter().map(|l| l.address.as_str()).collect();
+            settings.push(ListenerSettings {
+                name: listener.name.clone(),
+                address: addresses.join(", "),
+                pool: PoolId(listener.pool),
+            });
+            for listening in made {
+                let id = ListenerId(position);
+                let place = listeners.len();
+                listeners.push(Listener::new(id, listening, place, listener.options.backlog));
+            }
+        }
+        inherited.finish();
+        Shell::assemble(config, signals, dispatch, admin, listeners, settings)
+    }
+
+    fn assemble(
+        config: Config,
+        mut signals: Signals,
+        dispatch: Listening,
+        admin: Listening,
+        listeners: Vec<Listener>,
+        settings: Vec<ListenerSettings>,
+    ) -> Result<Shell, RunError> {
+        let poll = Poll::new().map_err(RunError::system("poll"))?;
+        let registry = poll.registry();
+        registry
+            .register(&mut signals, Source::Signals.token(), Interest::READABLE)
+            .map_err(RunError::system("poll"))?;
+        let raw = dispatch.fd.as_raw_fd();
+        registry
+            .register(&mut SourceFd(&raw), Source::Dispatch.token(), Interest::READABLE)
+            .map_err(RunError::system("poll"))?;
+        let waker =
+            Waker::new(registry, Source::Waker.token()).map_err(RunError::system("waker"))?;
+        let waker = Arc::new(waker);
+        let wake = Arc::new(move || {
+            // A waker fails only when its eventfd is full, and then it is set.
+            let _ = waker.wake();
+        });
+        let (send_request, requests) = sync_channel(64);
+        let (send_report, reports) = sync_channel(4096);
+        let side = Side::start(admin.into(), send_request, send_report, wake)
+            .map_err(RunError::system("side thread"))?;
+        let closer = Closer::start().map_err(RunError::system("closer thread"))?;
+        let now = clock();
+        let pools = config.pools.iter().map(|pool| pool.settings.clone()).collect();
+        let mut core = Core::new(pools, settings, now);
+        core.set_resource_pause(config.limits.resource_pause);
+        for listener in &listeners {
+            if let Some(listening) = &listener.listening {
+                log::info!(
+                    "event=listening listener={} address={} pool={}{}",
+                    core.listener_name(listener.id),
+                    listening.address,
+                    core.pool_name(core.pool_of_listener(listener.id)),
+                    if listening.inherited { " inherited=true" } else { "" }
+                );
+            }
+        }
+        let shell = Shell {
+            config,
+            core,
+            poll,
+            signals,
+            now,
+            started: now,
+            stop_deadline: None,
+            listeners,
+            next_listener: 0,
+            accept_pauses: 0,
+            next_shortage_warning: None,
+            dispatch,
+            door: Door::default(),
+            door_paused_until: None,
+            workers: Vec::new(),
+            again: Vec::new(),
+            tokens: HashMap::new(),
+            conns: Vec::new(),
+            dirty: Vec::new(),
+            lingering: VecDeque::new(),
+            closer,
+            side,
+            requests,
+            reports,
+            side_ready: false,
+            seen: Vec::new(),
+            entries: Vec::new(),
+            record: Vec::new(),
+        };
+        log::info!(
+            "event=ready version={} pid={} dispatch_socket={}",
+            env!("CARGO_PKG_VERSION"),
+            std::process::id(),
+            shell.dispatch.address
+        );
+        // Nobody may be listening for it; a dead NOTIFY_SOCKET is worth a line, not a failure.
+        if let Err(error) = sd_notify::notify(&[sd_notify::NotifyState::Ready]) {
+            log::warn!("event=not_notified error=\"{error}\" hint=\"is NOTIFY_SOCKET alive?\"");
+        }
+        Ok(shell)
+    }
+
+    /// Puts everything away: channels before control connections, so that a worker reads its channel to the end before it
+    /// looks for another dispatcher; then the processes we started; then the sockets.
+    pub(super) fn finish(mut self) {
+        let totals = self.core.totals();
+        for place in &mut self.workers {
+            if let Some(io) = place.as_deref_mut() {
+                io.outbox.clear();
+            }
+        }
+        let workers: Vec<_> = self.workers.iter_mut().filter_map(Option::take).collect();
+        let mut controls = Vec::with_capacity(workers.len());
+        for io in workers {
+            drop(io.lane);
+            controls.push(io.control);
+        }
+        drop(controls);
+        // What is still in custody lives on in the workers' channels; our copies are no longer needed.
+        self.conns.clear();
+        self.side.stop(self.patience());
+        log::info!(
+            "event=stopped accepted={} taken={} custody={} held={}",
+            totals.accepted,
+            totals.taken,
+            totals.custody,
+            totals.held
+        );
+    }
+}
+
+/// Custody needs descriptors: as many as the hard limit allows.
+fn raise_descriptor_limit() {
+    match getrlimit(Resource::RLIMIT_NOFILE) {
+        Ok((soft, hard)) if soft < hard => {
+            if let Err(error) = setrlimit(Resource::RLIMIT_NOFILE, hard, hard) {
+                log::warn!("event=descriptor_limit_not_raised soft={soft} error=\"{error}\"");
+            }
+        }
+        Ok(_) => {}
+        Err(error) => log::warn!("event=descriptor_limit_unknown error=\"{error}\""),
+    }
+}

@@ -1,0 +1,125 @@
+//! The side thread's requests and reports: answering the status, starting processes, noting their ends.
+
+use std::time::Duration;
+
+use rustix::rand::GetRandomFlags;
+use worker_sdk::wire::Token;
+
+use super::{Shell, clock};
+use crate::config::UnixSource;
+use crate::logger;
+use crate::pool::{ListenerId, ProcessId};
+use crate::side::{Report, Request, SpawnRequest};
+use crate::status::Status;
+
+/// Most messages of the side thread handled in one turn; it wakes us again for the rest.
+const MESSAGES_PER_TURN: usize = 256;
+
+impl Shell {
+    pub(super) fn handle_side(&mut self) {
+        let mut count = 0;
+        while count < MESSAGES_PER_TURN {
+            let Ok(report) = self.reports.try_recv() else { break };
+            self.note(report);
+            count += 1;
+        }
+        while count < MESSAGES_PER_TURN {
+            let Ok(request) = self.requests.try_recv() else { break };
+            match request {
+                Request::Status(answer) => {
+                    // Whoever asked may have gone; that is no concern of ours.
+                    let _ = answer.send(self.status());
+                }
+            }
+            count += 1;
+        }
+        if count == MESSAGES_PER_TURN {
+            self.side_ready = true;
+        }
+    }
+
+    fn status(&self) -> Status {
+        let mut status = self.core.status();
+        status.version = env!("CARGO_PKG_VERSION").to_owned();
+        status.pid = std::process::id();
+        status.uptime_seconds = (self.now - self.started).as_secs();
+        status.log_lines_dropped = logger::dropped_lines();
+        for (position, listener) in (0u16..).zip(&mut status.listeners) {
+            listener.state = self.listener_state(ListenerId(position)).to_owned();
+        }
+        status
+    }
+
+    /// Has a process started by the side thread, with a token by which it will be known.
+    pub(super) fn spawn(&mut self, process: ProcessId) {
+        let pool = self.config.pools.get(usize::from(process.pool.0));
+        let Some((pool, spawn)) = pool.and_then(|pool| Some((pool, pool.spawn.as_ref()?))) else {
+            return;
+        };
+        let mut token = [0; 16];
+        if rustix::rand::getrandom(&mut token, GetRandomFlags::empty()).is_err() {
+            self.core.spawned(self.now, process, false);
+            return;
+        }
+        let token = Token(token);
+        self.tokens.retain(|_, other| *other != process);
+        self.tokens.insert(token, process);
+        let dispatch_socket = match &self.config.dispatch_socket.source {
+            UnixSource::Path(path) => std::path::absolute(path).unwrap_or_else(|_| path.clone()),
+            UnixSource::Systemd(_) => {
+                self.dispatch.address.trim_start_matches("unix:").to_owned().into()
+            }
+        };
+        let request = SpawnRequest {
+            process,
+            pool: pool.settings.name.clone(),
+            name: format!("{}-{}", pool.settings.name, process.number + 1),
+            command: spawn.command.clone(),
+            environment: spawn.environment.clone(),
+            directory: spawn.directory.clone(),
+            token,
+            dispatch_socket,
+        };
+        if !self.side.spawn(request) {
+            self.core.spawned(self.now, process, false);
+        }
+    }
+
+    fn note(&mut self, report: Report) {
+        match report {
+            Report::Spawned { process, pid } => {
+                log::info!("event=process_started {} pid={pid}", self.process(process));
+                self.core.spawned(self.now, process, true);
+            }
+            Report::SpawnFailed { process, error } => {
+                log::error!("event=process_not_started {} error=\"{error}\"", self.process(process));
+                self.core.spawned(self.now, process, false);
+            }
+            Report::Exited { process, pid, status } => {
+                log::warn!(
+                    "event=process_ended {} pid={pid} status=\"{status}\"",
+                    self.process(process)
+                );
+                self.core.exited(self.now, process);
+            }
+        }
+    }
+
+    fn process(&self, process: ProcessId) -> String {
+        let spawn = self.config.pools.get(usize::from(process.pool.0)).and_then(|p| p.spawn.as_ref());
+        let program = spawn.and_then(|spawn| spawn.command.first()).map_or("", String::as_str);
+        format!(
+            "pool={} process={} program={program}",
+            self.core.pool_name(process.pool),
+            process.number + 1
+        )
+    }
+
+    /// How long a stop may still take, for the side thread.
+    pub(super) fn patience(&self) -> Duration {
+        match self.stop_deadline {
+            Some(deadline) => (deadline - clock()).max(Duration::from_millis(100)),
+            None => self.config.limits.stop_timeout,
+        }
+    }
+}

@@ -1,0 +1,92 @@
+//! Events of the core as log lines: `event=NAME key=value …`. Writing never waits; see `logger`.
+
+use humantime::format_duration;
+
+use super::Shell;
+use crate::pool::{Departure, Event, WorkerId};
+
+impl Shell {
+    pub(super) fn tell(&self, event: &Event) {
+        match event {
+            Event::Joined { worker, live } => {
+                log::info!("event=worker_joined {} live={live}", self.worker(*worker));
+            }
+            Event::Goodbye { worker, resent, live } => log::info!(
+                "event=worker_goodbye {} resent={resent} live={live}",
+                self.worker(*worker)
+            ),
+            Event::Gone { worker, why, resent, live } => {
+                let worker = self.worker(*worker);
+                match why {
+                    Departure::Disconnected if *live == 0 && *resent == 0 => {
+                        log::info!("event=worker_gone {worker} why=disconnected resent=0 live=0");
+                    }
+                    Departure::Disconnected => log::warn!(
+                        "event=worker_gone {worker} why=disconnected resent={resent} live={live}"
+                    ),
+                    Departure::Died => {
+                        log::warn!("event=worker_gone {worker} why=died resent={resent} live={live}");
+                    }
+                    Departure::Expelled(reason) => log::warn!(
+                        "event=worker_gone {worker} why=expelled reason=\"{reason}\" resent={resent} live={live}"
+                    ),
+                }
+            }
+            Event::Suspect { worker, revoked, waited } => log::warn!(
+                "event=worker_suspect {} revoked={revoked} waited={}",
+                self.worker(*worker),
+                format_duration(*waited)
+            ),
+            Event::Trusted { worker, after } => log::info!(
+                "event=worker_trusted {} after={}",
+                self.worker(*worker),
+                format_duration(*after)
+            ),
+            Event::Lost { worker } => log::warn!(
+                "event=connection_lost_by_worker {} hint=\"is it at its file descriptor limit?\"",
+                self.worker(*worker)
+            ),
+            Event::ChannelFull { worker } => {
+                log::warn!("event=channel_full {}", self.worker(*worker));
+            }
+            Event::Clamped { worker, what, said, used } => log::warn!(
+                "event=counter_clamped {} counter=\"{what}\" said={said} used={used}",
+                self.worker(*worker)
+            ),
+            Event::NoUsableWorker { pool } => log::warn!(
+                "event=no_worker pool={} clients=wait",
+                self.core.pool_name(*pool)
+            ),
+            Event::Refusing { pool, closed } => log::error!(
+                "event=refusing pool={} reason=\"no worker for wait_for_worker\" closed={closed}",
+                self.core.pool_name(*pool)
+            ),
+            Event::BackPressure { pool } => log::warn!(
+                "event=back_pressure pool={} reason=\"every worker is full or suspect\" clients=wait",
+                self.core.pool_name(*pool)
+            ),
+            Event::Relieved { pool } => {
+                log::info!("event=back_pressure_over pool={}", self.core.pool_name(*pool));
+            }
+            Event::Choked { pause } => log::warn!(
+                "event=choked reason=\"out of descriptors or memory\" pause={}",
+                format_duration(*pause)
+            ),
+            Event::Restarting { process, delay } => log::warn!(
+                "event=process_restarting pool={} process={} delay={}",
+                self.core.pool_name(process.pool),
+                process.number,
+                format_duration(*delay)
+            ),
+        }
+    }
+
+    fn worker(&self, id: WorkerId) -> String {
+        format!(
+            "worker={id} pool={} name={} pid={}",
+            self.core.pool_name(self.core.pool_of_worker(id)),
+            self.core.worker_name(id),
+            self.core.worker_pid(id)
+        )
+    }
+}

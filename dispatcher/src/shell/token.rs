@@ -1,0 +1,123 @@
+//! What an event of the poll is about. A token holds a serial number that is never used again,
+//! so an event that is still queued for something that is gone finds nothing.
+
+use mio::Token;
+
+use crate::pool::WorkerId;
+
+/// The source of an event.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(super) enum Source {
+    /// SIGTERM and its kind.
+    Signals,
+    /// The side thread has put something in our queue.
+    Waker,
+    /// The dispatch socket: workers knock.
+    Dispatch,
+    /// A listener, by its position.
+    Listener(usize),
+    /// A control connection that has not said hello.
+    Pending(Key),
+    /// A worker's control connection.
+    Control(Key),
+    /// A worker's process has ended.
+    Process(Key),
+    /// A worker took or closed something; the scan that every turn begins with will see it.
+    Poke,
+}
+
+/// Position and serial number of something that comes and goes.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(super) struct Key {
+    pub(super) index: u32,
+    pub(super) serial: u64,
+}
+
+const SERIAL_BITS: u32 = 40;
+const INDEX_BITS: u32 = 20;
+const SERIAL_MASK: u64 = (1 << SERIAL_BITS) - 1;
+
+impl Key {
+    /// Whether this key, which may have been through a token, names `serial`.
+    pub(super) fn is(self, serial: u64) -> bool {
+        self.serial & SERIAL_MASK == serial & SERIAL_MASK
+    }
+}
+
+impl From<WorkerId> for Key {
+    fn from(id: WorkerId) -> Key {
+        Key { index: id.index, serial: id.serial }
+    }
+}
+
+impl Source {
+    pub(super) fn token(self) -> Token {
+        let (kind, index, serial) = match self {
+            Source::Signals => (0, 0, 0),
+            Source::Waker => (1, 0, 0),
+            Source::Dispatch => (2, 0, 0),
+            Source::Poke => (3, 0, 0),
+            Source::Listener(position) => (4, 0, position as u64),
+            Source::Pending(key) => (5, key.index, key.serial),
+            Source::Control(key) => (6, key.index, key.serial),
+            Source::Process(key) => (7, key.index, key.serial),
+        };
+        let bits = kind << (SERIAL_BITS + INDEX_BITS)
+            | u64::from(index) << SERIAL_BITS
+            | (serial & SERIAL_MASK);
+        Token(bits as usize)
+    }
+
+    pub(super) fn of(token: Token) -> Option<Source> {
+        let bits = token.0 as u64;
+        let serial = bits & SERIAL_MASK;
+        let index = (bits >> SERIAL_BITS) as u32 & ((1 << INDEX_BITS) - 1);
+        let key = Key { index, serial };
+        Some(match bits >> (SERIAL_BITS + INDEX_BITS) {
+            0 => Source::Signals,
+            1 => Source::Waker,
+            2 => Source::Dispatch,
+            3 => Source::Poke,
+            4 => Source::Listener(usize::try_from(serial).ok()?),
+            5 => Source::Pending(key),
+            6 => Source::Control(key),
+            7 => Source::Process(key),
+            _ => return None,
+        })
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn every_source_survives_its_token() {
+        let key = Key { index: (1 << INDEX_BITS) - 1, serial: SERIAL_MASK };
+        for source in [
+            Source::Signals,
+            Source::Waker,
+            Source::Dispatch,
+            Source::Poke,
+            Source::Listener(7),
+            Source::Pending(key),
+            Source::Control(Key { index: 3, serial: 9 }),
+            Source::Process(key),
+        ] {
+            assert_eq!(Source::of(source.token()), Some(source));
+        }
+        assert_eq!(Source::of(Token(usize::MAX)), None);
+    }
+
+    #[test]
+    fn a_key_matches_a_serial_beyond_forty_bits() {
+        let serial = (5 << SERIAL_BITS) + 77;
+        let Some(Source::Control(key)) =
+            Source::of(Source::Control(Key { index: 0, serial }).token())
+        else {
+            panic!("not a control token")
+        };
+        assert!(key.is(serial));
+        assert!(!key.is(serial + 1));
+    }
+}

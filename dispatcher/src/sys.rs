@@ -1,0 +1,70 @@
+//! System calls that need `unsafe`, in one place. Decides nothing.
+
+use std::io;
+use std::os::fd::{AsFd, AsRawFd, FromRawFd, OwnedFd, RawFd};
+
+/// Takes ownership of a file descriptor that a service manager passed to this process.
+///
+/// # Errors
+/// When the number is not an open file descriptor.
+pub fn adopt_inherited(fd: RawFd) -> io::Result<OwnedFd> {
+    // SAFETY: F_GETFD on any number is harmless: it reads a flag or answers EBADF.
+    if fd < 0 || unsafe { libc::fcntl(fd, libc::F_GETFD) } < 0 {
+        return Err(io::Error::from_raw_os_error(libc::EBADF));
+    }
+    // SAFETY: the number is open (just checked) and the activation protocol gives it to us alone; the
+    // caller takes each number once, before anything else in this process could have opened it.
+    Ok(unsafe { OwnedFd::from_raw_fd(fd) })
+}
+
+/// The supplementary groups of the process behind a Unix socket, as they were when it connected (`SO_PEERGROUPS`).
+///
+/// # Errors
+/// What `getsockopt` answers; kernels before 4.13 do not know the option.
+pub fn peer_groups(socket: impl AsFd) -> io::Result<Vec<u32>> {
+    let mut groups: Vec<u32> = vec![0; 64];
+    loop {
+        let mut len = libc::socklen_t::try_from(groups.len() * size_of::<u32>())
+            .map_err(|_| io::Error::from_raw_os_error(libc::EOVERFLOW))?;
+        // SAFETY: the buffer has `len` writable bytes, and the kernel writes at most that many.
+        let result = unsafe {
+            libc::getsockopt(
+                socket.as_fd().as_raw_fd(),
+                libc::SOL_SOCKET,
+                libc::SO_PEERGROUPS,
+                groups.as_mut_ptr().cast(),
+                &raw mut len,
+            )
+        };
+        let count = len as usize / size_of::<u32>();
+        if result == 0 {
+            groups.truncate(count);
+            return Ok(groups);
+        }
+        let error = io::Error::last_os_error();
+        // ERANGE comes with the size it needs. The kernel allows 65,536 groups.
+        if error.raw_os_error() != Some(libc::ERANGE) || count <= groups.len() || count > 65_536 {
+            return Err(error);
+        }
+        groups.resize(count, 0);
+    }
+}
+
+/// Sets an integer option of level `IPPROTO_TCP` for which no library has a name.
+///
+/// # Errors
+/// What `setsockopt` answers.
+pub fn set_tcp_option(socket: impl AsFd, option: libc::c_int, value: u32) -> io::Result<()> {
+    let len = size_of::<u32>() as libc::socklen_t;
+    // SAFETY: `value` lives across the call and has `len` readable bytes.
+    let result = unsafe {
+        libc::setsockopt(
+            socket.as_fd().as_raw_fd(),
+            libc::IPPROTO_TCP,
+            option,
+            (&raw const value).cast(),
+            len,
+        )
+    };
+    if result == 0 { Ok(()) } else { Err(io::Error::last_os_error()) }
+}
