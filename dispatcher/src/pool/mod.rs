@@ -14,22 +14,152 @@
 //! 4. A slot has at most one ticket; sequence numbers of a worker only grow.
 //! 5. Cached eligibility and counts equal what a full recount gives.
 
+mod admit;
+mod check;
+mod custody;
 mod effect;
+mod health;
+mod ledger;
+mod place;
+mod policy;
+mod report;
+mod ring;
+mod supervise;
 mod types;
+mod worker;
+
+#[cfg(test)]
+mod tests;
 
 pub use effect::{Effect, Event};
+pub use health::LOST_PAUSE;
+pub use report::Totals;
+pub use supervise::{RESTART_MAX, RESTART_MIN, RESTART_RESET};
 pub use types::*;
 
-use worker_sdk::scoreboard::claim::{Revoke, SlotState};
+use std::collections::VecDeque;
+use std::time::Duration;
+
+use worker_sdk::scoreboard::claim::{Revoke, SlotState, want};
+
+use ledger::{Held, Ledger, Place};
+use policy::{Candidates, NEVER};
+use supervise::Processes;
+use worker::Worker;
+
+/// How long everything rests after [`SendFailure::Resources`], unless [`Core::set_resource_pause`] says otherwise.
+const RESOURCE_PAUSE: Duration = Duration::from_millis(100);
 
 /// The state of all pools of one dispatcher.
 #[derive(Debug)]
-pub struct Core {}
+pub struct Core {
+    pools: Vec<Pool>,
+    listeners: Vec<Listener>,
+    /// Entries outlive their workers until they are used again, so that an index is always valid.
+    workers: Vec<Worker>,
+    free_workers: Vec<u32>,
+    joins: u64,
+    ledger: Ledger,
+    totals: Totals,
+    effects: VecDeque<Effect>,
+    resource_pause: Duration,
+    /// `Some` while nothing is placed because this machine is short of something.
+    choked: Option<Time>,
+    stop: Option<Stop>,
+    #[cfg(any(test, debug_assertions))]
+    check_credit: usize,
+}
+
+/// A stop under way.
+#[derive(Clone, Copy, Debug)]
+struct Stop {
+    deadline: Time,
+    /// The deadline has passed: nothing is held any more, whatever the reason.
+    over: bool,
+}
+
+#[derive(Debug)]
+struct Listener {
+    settings: ListenerSettings,
+    pool: usize,
+    accepted: u64,
+}
+
+#[derive(Debug)]
+struct Pool {
+    settings: PoolSettings,
+    candidates: Candidates,
+    held: Held,
+    /// Workers active or suspect.
+    usable: u32,
+    clock: Clock,
+    /// Whether the operator was last told of back-pressure, and when.
+    pressure_told: bool,
+    pressure_at: Option<Time>,
+    processes: Processes,
+}
+
+/// What clients wait for.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+enum Clock {
+    /// There is a usable worker.
+    Off,
+    /// There has been none since then.
+    Since(Time),
+    /// Nobody came in time.
+    Refusing,
+}
 
 impl Core {
     /// A core with these pools and listeners, no workers, and the clock at `now`.
+    /// Each listener's pool is one of `pools`: the configuration has made sure of that.
     pub fn new(pools: Vec<PoolSettings>, listeners: Vec<ListenerSettings>, now: Time) -> Core {
-        todo!()
+        let mut effects = VecDeque::new();
+        let pools = (0..)
+            .map(PoolId)
+            .zip(pools)
+            .map(|(id, settings)| {
+                effects.push_back(Effect::Event(Event::NoUsableWorker { pool: id }));
+                Pool {
+                    candidates: Candidates::default(),
+                    held: Held::default(),
+                    usable: 0,
+                    clock: Clock::Since(now),
+                    pressure_told: false,
+                    pressure_at: None,
+                    processes: Processes::new(id, settings.processes, &mut effects),
+                    settings,
+                }
+            })
+            .collect();
+        let listeners = listeners
+            .into_iter()
+            .map(|settings| Listener {
+                pool: usize::from(settings.pool.0),
+                accepted: 0,
+                settings,
+            })
+            .collect();
+        Core {
+            pools,
+            listeners,
+            workers: Vec::new(),
+            free_workers: Vec::new(),
+            joins: 0,
+            ledger: Ledger::default(),
+            totals: Totals::default(),
+            effects,
+            resource_pause: RESOURCE_PAUSE,
+            choked: None,
+            stop: None,
+            #[cfg(any(test, debug_assertions))]
+            check_credit: 0,
+        }
+    }
+
+    /// How long everything rests after [`SendFailure::Resources`].
+    pub fn set_resource_pause(&mut self, pause: Duration) {
+        self.resource_pause = pause;
     }
 
     // --- workers ---------------------------------------------------------------------------
@@ -37,116 +167,265 @@ impl Core {
     /// A worker wants to join. On success the shell gives it its channel, and from then on it is chosen.
     /// The shell calls this only once it has everything a welcome needs.
     pub fn join(&mut self, now: Time, join: &Join) -> Result<WorkerId, Refusal> {
-        todo!()
+        let pool = self.admit(join)?;
+        let id = self.add_worker(pool, join);
+        self.after(now, pool);
+        Ok(id)
     }
 
     /// A worker said goodbye: revoke (and purge) what is untaken, send it nothing more.
     pub fn goodbye(&mut self, now: Time, worker: WorkerId) {
-        todo!()
+        if let Some(w) = self.find(worker) {
+            self.say_goodbye(now, w);
+            self.after(now, self.workers[w].pool);
+        }
     }
 
     /// A worker is gone. Its untaken connections are revoked and placed again; when the last is sorted out: Event::Gone, Forget.
     /// For `Expelled`, effect Disconnect comes first. A stale id is ignored, here and everywhere.
     pub fn leave(&mut self, now: Time, worker: WorkerId, why: Departure) {
-        todo!()
+        if let Some(w) = self.find(worker) {
+            self.remove(now, w, why);
+            self.after(now, self.workers[w].pool);
+        }
     }
 
-    /// The worker's `finished` counter reads `finished`. Call before reporting slots of the same scan… (see below: clamping
-    /// needs the slots of the same scan, so the shell calls: read finished; report slots; then this with the value read.)
+    /// The worker's `finished` counter read `finished` just before its slots were read. The shell reads the counter,
+    /// reads and reports the slots, then calls this: so an honest counter never exceeds the takes we know of.
     pub fn finished(&mut self, now: Time, worker: WorkerId, finished: u64) {
-        todo!()
+        if let Some(w) = self.find(worker)
+            && self.set_finished(now, w, finished)
+        {
+            self.after(now, self.workers[w].pool);
+        }
     }
 
     /// A slot of the worker that holds `ticket` reads `state` (`Sent` is ignored; `Invalid` expels the worker).
     pub fn slot(&mut self, now: Time, worker: WorkerId, ticket: Ticket, state: SlotState) {
-        todo!()
+        if let Some(w) = self.find(worker)
+            && state != SlotState::Sent
+        {
+            self.resolve(now, w, ticket, state);
+            self.after(now, self.workers[w].pool);
+        }
     }
 
     /// The outcome of an [`Effect::Revoke`].
     pub fn revoked(&mut self, now: Time, worker: WorkerId, ticket: Ticket, outcome: Revoke) {
-        todo!()
+        if let Some(w) = self.find(worker) {
+            match outcome {
+                Revoke::Revoked => self.take_back(now, w, ticket),
+                Revoke::Was(state) => self.resolve(now, w, ticket, state),
+            }
+            self.after(now, self.workers[w].pool);
+        }
     }
 
     /// The tickets a worker has not yet resolved (SENT as far as we know), oldest first.
     pub fn tickets(&self, worker: WorkerId) -> impl Iterator<Item = Ticket> + '_ {
-        std::iter::empty()
+        self.find(worker)
+            .into_iter()
+            .flat_map(|w| self.workers[w].ring.tickets())
     }
 
     // --- connections -----------------------------------------------------------------------
 
     /// What to do with a listener's queue now. O(1).
     pub fn accepting(&self, listener: ListenerId) -> Accepting {
-        todo!()
+        let pool = &self.pools[self.listeners[usize::from(listener.0)].pool];
+        if self.stop.is_some() {
+            Accepting::Finish
+        } else if pool.clock == Clock::Refusing {
+            Accepting::Refuse
+        } else if self.choked.is_none() && pool.candidates.eligible() > 0 && pool.held.is_empty() {
+            Accepting::Yes
+        } else {
+            Accepting::Pause
+        }
     }
 
     /// A connection was accepted. It is placed (effect Send), held, or closed at once (when refusing).
     pub fn accepted(&mut self, now: Time, client: Client) -> ConnId {
-        todo!()
+        let listener = &mut self.listeners[usize::from(client.listener.0)];
+        listener.accepted += 1;
+        let pool = listener.pool;
+        let conn = self.ledger.open(client.listener);
+        self.totals.accepted += 1;
+        self.put(now, pool, conn.index, false);
+        self.after(now, pool);
+        conn
     }
 
     /// A held connection's client is gone (the shell saw a reset). In custody: ignored.
     pub fn client_gone(&mut self, now: Time, conn: ConnId) {
-        todo!()
+        let Some(entry) = self.ledger.find(conn) else {
+            return;
+        };
+        if entry.place == Place::Held {
+            let pool = self.pool_of(entry.listener);
+            self.unhold(pool, conn.index);
+            self.close(conn.index, CloseReason::ClientGone);
+            self.after(now, pool);
+        }
     }
 
     /// An [`Effect::Send`] could not be carried out. The shell has already taken the slot back.
     pub fn send_failed(&mut self, now: Time, worker: WorkerId, ticket: Ticket, why: SendFailure) {
-        todo!()
+        if let Some(w) = self.find(worker) {
+            self.not_sent(now, w, ticket, why);
+            self.after(now, self.workers[w].pool);
+        }
     }
 
     /// An [`Effect::Probe`] could not be carried out; it is tried again after `handoff_timeout`.
     pub fn probe_failed(&mut self, now: Time, worker: WorkerId, ticket: Ticket, why: SendFailure) {
-        todo!()
+        if let Some(w) = self.find(worker) {
+            self.probe_not_sent(now, w, ticket, why);
+            self.after(now, self.workers[w].pool);
+        }
     }
 
     // --- processes -------------------------------------------------------------------------
 
     /// A process was started (`true`) or could not be.
     pub fn spawned(&mut self, now: Time, process: ProcessId, started: bool) {
-        todo!()
+        if !started {
+            return self.exited(now, process);
+        }
+        if let Some(pool) = self.pools.get_mut(usize::from(process.pool.0)) {
+            pool.processes.started(now, process.number);
+        }
     }
 
     /// A process ended.
     pub fn exited(&mut self, now: Time, process: ProcessId) {
-        todo!()
+        let stopping = self.stop.is_some();
+        if let Some(pool) = self.pools.get_mut(usize::from(process.pool.0)) {
+            pool.processes
+                .ended(now, process.number, stopping, &mut self.effects);
+        }
     }
 
     // --- time ------------------------------------------------------------------------------
 
     /// Lets everything happen that was due by `now`.
     pub fn tick(&mut self, now: Time) {
-        todo!()
+        if self.choked.is_some_and(|until| until <= now) {
+            self.choked = None;
+        }
+        for pool in 0..self.pools.len() {
+            self.pools[pool].processes.tick(now, &mut self.effects);
+            self.tick_workers(now, pool);
+            self.tick_clock(now, pool);
+        }
+        if let Some(stop) = &mut self.stop
+            && !stop.over
+            && stop.deadline <= now
+        {
+            stop.over = true;
+            self.empty_queues(now);
+        }
+        for pool in 0..self.pools.len() {
+            self.after(now, pool);
+        }
     }
 
     /// When [`Core::tick`] should be called next at the latest.
     pub fn deadline(&self) -> Option<Time> {
-        todo!()
+        let stop = self.stop.filter(|stop| !stop.over);
+        self.pools
+            .iter()
+            .map(|pool| {
+                let refusing = match pool.clock {
+                    Clock::Since(since) => since + pool.settings.wait_for_worker,
+                    Clock::Off | Clock::Refusing => NEVER,
+                };
+                refusing
+                    .min(pool.candidates.earliest())
+                    .min(pool.processes.due())
+            })
+            .chain(self.choked)
+            .chain(stop.map(|stop| stop.deadline))
+            .min()
+            .filter(|&time| time != NEVER)
     }
 
     /// Stop: accept nothing new, empty custody until `deadline`; then place what is held wherever a slot is free, and close the rest.
     pub fn stop(&mut self, now: Time, deadline: Time) {
-        todo!()
+        if self.stop.is_some() {
+            return;
+        }
+        let over = false;
+        self.stop = Some(Stop { deadline, over });
+        for pool in 0..self.pools.len() {
+            self.pools[pool].processes.stop();
+            self.after(now, pool);
+        }
     }
 
     /// Whether a stop is complete: nothing held, nothing in custody, or the deadline has passed.
     pub fn stopped(&self) -> bool {
-        todo!()
+        self.stop
+            .is_some_and(|stop| stop.over || self.totals.held + self.totals.custody == 0)
     }
 
     /// The next effect, in order. The shell takes all of them before it sleeps.
     pub fn effect(&mut self) -> Option<Effect> {
-        todo!()
+        let effect = self.effects.pop_front()?;
+        // Tables that run parallel to ours may have the entry until the shell has seen this very effect.
+        match &effect {
+            Effect::Release { conn, .. } | Effect::Close { conn, .. } => self.ledger.forget(*conn),
+            Effect::Forget { worker } => self.free_workers.push(worker.index),
+            Effect::Send { .. }
+            | Effect::Probe { .. }
+            | Effect::Revoke { .. }
+            | Effect::Purge { .. }
+            | Effect::Disconnect { .. }
+            | Effect::Spawn { .. }
+            | Effect::Event(_) => {}
+        }
+        Some(effect)
     }
-
-    // --- for the shell's sleep, and for people ---------------------------------------------
 
     /// Bits of the `want` word for this worker: TAKEN when something is out, ROOM when its pool cannot place a connection.
     pub fn wants(&self, worker: WorkerId) -> u32 {
-        todo!()
+        let Some(w) = self.find(worker) else { return 0 };
+        let worker = &self.workers[w];
+        let pool = &self.pools[worker.pool];
+        let mut bits = 0;
+        if worker.ring.len() > 0 {
+            bits |= want::TAKEN;
+        }
+        if worker.is_usable() && (pool.candidates.eligible() == 0 || !pool.held.is_empty()) {
+            bits |= want::ROOM;
+        }
+        bits
     }
 
-    /// Everything, for the status.
-    pub fn status(&self) -> crate::status::Status {
-        todo!()
+    // --- inside ----------------------------------------------------------------------------
+
+    /// The position of a worker that is not forgotten.
+    fn find(&self, id: WorkerId) -> Option<usize> {
+        let index = id.index as usize;
+        self.workers
+            .get(index)
+            .filter(|worker| worker.id == id && !worker.forgotten)
+            .map(|_| index)
+    }
+
+    fn pool_of(&self, listener: ListenerId) -> usize {
+        self.listeners[usize::from(listener.0)].pool
+    }
+
+    fn event(&mut self, event: Event) {
+        self.effects.push_back(Effect::Event(event));
+    }
+
+    /// Ends every public mutator: places what can be placed now, says what changed for the pool, checks.
+    fn after(&mut self, now: Time, pool: usize) {
+        self.place_held(now, pool);
+        self.tell_pressure(now, pool);
+        #[cfg(any(test, debug_assertions))]
+        self.check_sometimes();
     }
 }

@@ -1,0 +1,142 @@
+//! Who may join.
+
+use worker_sdk::wire::{RefusedCode, VERSION};
+
+use super::ring::Ring;
+use super::types::*;
+use super::worker::Worker;
+use super::{Core, Event};
+
+impl Core {
+    /// The pool a worker may join, or why it may not.
+    pub(super) fn admit(&self, join: &Join) -> Result<usize, Refusal> {
+        let hello = &join.hello;
+        let refusal = |code, key: Option<String>, reason| Refusal { code, reason, key };
+        if hello.version != VERSION {
+            return Err(refusal(
+                RefusedCode::Version,
+                None,
+                format!(
+                    "this dispatcher speaks version {VERSION} of the protocol, the worker version {}: \
+                     upgrade the older of the two",
+                    hello.version
+                ),
+            ));
+        }
+        if self.stop.is_some() {
+            return Err(refusal(
+                RefusedCode::Stopping,
+                None,
+                "the dispatcher is stopping: try again once it has started anew".to_owned(),
+            ));
+        }
+        let Some(p) = self
+            .pools
+            .iter()
+            .position(|pool| pool.settings.name == hello.pool)
+        else {
+            let known: Vec<&str> = self
+                .pools
+                .iter()
+                .map(|pool| pool.settings.name.as_str())
+                .collect();
+            return Err(refusal(
+                RefusedCode::UnknownPool,
+                Some("pool".to_owned()),
+                format!(
+                    "there is no pool `{}`: the configuration has {}",
+                    hello.pool,
+                    known.join(", ")
+                ),
+            ));
+        };
+        let pool = &self.pools[p];
+        let name = &pool.settings.name;
+        if !self.is_allowed(p, join) {
+            let groups: Vec<String> = join.gids.iter().map(u32::to_string).collect();
+            return Err(refusal(
+                RefusedCode::NotAllowed,
+                Some(format!("pool.{name}.allow_users")),
+                format!(
+                    "user {} with groups {} (process {}) may not join pool `{name}`: \
+                     add it to pool.{name}.allow_users or allow_groups",
+                    join.uid,
+                    groups.join(", "),
+                    join.pid
+                ),
+            ));
+        }
+        let max = pool.settings.max_workers;
+        if pool.candidates.len() >= max as usize {
+            return Err(refusal(
+                RefusedCode::TooManyWorkers,
+                Some(format!("pool.{name}.max_workers")),
+                format!(
+                    "pool `{name}` has {max} workers, as many as pool.{name}.max_workers allows"
+                ),
+            ));
+        }
+        Ok(p)
+    }
+
+    fn is_allowed(&self, pool: usize, join: &Join) -> bool {
+        let access = &self.pools[pool].settings.access;
+        join.spawned
+            .is_some_and(|process| usize::from(process.pool.0) == pool)
+            || access.users.contains(&join.uid)
+            || join.gids.iter().any(|gid| access.groups.contains(gid))
+    }
+
+    /// Enters an admitted worker.
+    pub(super) fn add_worker(&mut self, p: usize, join: &Join) -> WorkerId {
+        self.joins += 1;
+        let index = match self.free_workers.pop() {
+            Some(index) => index,
+            None => self.workers.len() as u32,
+        };
+        let id = WorkerId {
+            index,
+            serial: self.joins,
+        };
+        let hello = &join.hello;
+        let pool = &mut self.pools[p];
+        let worker = Worker {
+            id,
+            pool: p,
+            at: pool.candidates.add(index),
+            name: hello.name.clone(),
+            pid: join.pid,
+            weight: u32::from(hello.weight.max(1)),
+            max: hello
+                .max_connections
+                .min(pool.settings.max_connections_per_worker),
+            state: State::Active,
+            base: hello.base,
+            taken: 0,
+            finished: hello.finished.min(hello.base),
+            sent: 0,
+            revoked: 0,
+            ring: Ring::new(pool.settings.max_untaken),
+            round: None,
+            resent: 0,
+            suspect_since: Time::default(),
+            said_goodbye: false,
+            forgotten: false,
+            blocked: None,
+            starved: None,
+            probation: None,
+            probe_again: None,
+            told_clamped: false,
+            told_went_back: false,
+        };
+        let live = worker.load();
+        match self.workers.get_mut(index as usize) {
+            Some(entry) => *entry = worker,
+            None => self.workers.push(worker),
+        }
+        self.add_usable(p);
+        self.event(Event::Joined { worker: id, live });
+        self.refresh(index as usize);
+        id
+    }
+}

@@ -1,0 +1,117 @@
+//! The invariants, by a full recount of everything. Debug builds and tests only.
+#![cfg(any(test, debug_assertions))]
+
+use super::ledger::Place;
+use super::ring::Item;
+use super::types::*;
+use super::{Clock, Core};
+
+/// Entries a mutator may look at on average. A small core is checked every time, a large one now and then.
+const CREDIT: usize = 256;
+
+impl Core {
+    /// [`Core::check`], as often as its cost allows.
+    pub(super) fn check_sometimes(&mut self) {
+        let cost = self.workers.len() + self.ledger.entries().len();
+        self.check_credit = (self.check_credit + CREDIT).min(2 * cost + CREDIT);
+        if self.check_credit >= cost {
+            self.check_credit -= cost;
+            self.check();
+        }
+    }
+
+    /// Panics if an invariant of the module's description does not hold.
+    pub fn check(&self) {
+        assert!(self.totals.is_conserved(), "{:?}", self.totals);
+        let mut held = 0;
+        for (p, pool) in self.pools.iter().enumerate() {
+            let mut queued = 0;
+            for conn in self.ledger.walk(&pool.held) {
+                let conn = self.ledger.get(conn);
+                assert_eq!(conn.place, Place::Held);
+                assert_eq!(self.pool_of(conn.listener), p, "held in its own pool");
+                queued += 1;
+            }
+            assert_eq!(queued, pool.held.len());
+            held += queued;
+            self.check_pool(p);
+        }
+        assert_eq!(held, self.totals.held);
+
+        let mut custody = 0;
+        for (w, worker) in self.workers.iter().enumerate() {
+            custody += u64::from(worker.untaken());
+            self.check_worker(w);
+        }
+        assert_eq!(custody, self.totals.custody);
+
+        let count = |f: fn(Place) -> bool| {
+            let entries = self.ledger.entries().iter();
+            entries.filter(|conn| f(conn.place)).count() as u64
+        };
+        assert_eq!(held, count(|place| place == Place::Held));
+        assert_eq!(custody, count(|place| matches!(place, Place::Custody(_))));
+    }
+
+    fn check_pool(&self, p: usize) {
+        let pool = &self.pools[p];
+        let of_pool = || {
+            self.workers
+                .iter()
+                .filter(move |worker| worker.pool == p && worker.state != State::Gone)
+        };
+        assert_eq!(of_pool().count(), pool.candidates.len());
+        assert_eq!(
+            of_pool().filter(|worker| worker.is_eligible()).count(),
+            pool.candidates.eligible()
+        );
+        let usable = of_pool().filter(|worker| worker.is_usable()).count();
+        assert_eq!(usable, pool.usable as usize);
+        assert_eq!(usable > 0, pool.clock == Clock::Off);
+        assert!(
+            pool.held.is_empty() || pool.candidates.eligible() == 0 || self.choked.is_some(),
+            "nobody is held while somebody is eligible"
+        );
+        assert!(pool.held.is_empty() || pool.clock != Clock::Refusing);
+        assert!(pool.held.is_empty() || self.stop.is_none_or(|stop| !stop.over));
+    }
+
+    fn check_worker(&self, w: usize) {
+        let worker = &self.workers[w];
+        worker.ring.check();
+        for ticket in worker.ring.tickets() {
+            match worker.ring.item(ticket) {
+                Some(Item::Conn(conn)) => {
+                    assert_eq!(self.ledger.get(conn).place, Place::Custody(w as u32));
+                    assert_eq!(self.pool_of(self.ledger.get(conn).listener), worker.pool);
+                }
+                Some(Item::Probe) => {}
+                Some(Item::Nothing) | None => panic!("a ticket that is out is for something"),
+            }
+        }
+        assert_eq!(
+            worker.sent,
+            worker.taken + worker.revoked + u64::from(worker.untaken())
+        );
+        assert!(worker.finished <= worker.base.saturating_add(worker.taken));
+        assert!(worker.load() >= u64::from(worker.untaken()));
+        assert!(worker.round.is_some() || worker.ring.revoking() == 0);
+        if worker.state == State::Gone {
+            assert_eq!(worker.forgotten, worker.ring.len() == 0);
+            return;
+        }
+        let pool = &self.pools[worker.pool];
+        let candidate = pool.candidates.get(worker.at);
+        assert_eq!(candidate.worker as usize, w);
+        assert_eq!(worker.id.index as usize, w);
+        let expected = worker
+            .is_eligible()
+            .then(|| (worker.load() + 1, worker.weight));
+        assert_eq!(
+            expected.unwrap_or((super::policy::UNAVAILABLE, 1)),
+            (candidate.cost, candidate.weight)
+        );
+        let timeout = self.handoff_timeout(worker.pool);
+        assert_eq!(pool.candidates.due(worker.at), worker.due(timeout));
+    }
+}

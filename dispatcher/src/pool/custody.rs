@@ -1,0 +1,146 @@
+//! Custody: what becomes of a ticket. Each ends in exactly one of these functions, and only here.
+
+use worker_sdk::scoreboard::claim::SlotState;
+
+use super::health::BAD_SLOT;
+use super::ring::Item;
+use super::types::*;
+use super::{Core, Effect, Event};
+
+impl Core {
+    /// A slot no longer reads SENT: the worker has what was in it, or lost it, or is broken.
+    pub(super) fn resolve(&mut self, now: Time, w: usize, ticket: Ticket, state: SlotState) {
+        let Some(item) = self.workers[w].ring.item(ticket) else {
+            return;
+        };
+        match (state, item) {
+            (SlotState::Taken, Item::Conn(conn)) => self.taken(w, ticket, conn),
+            (SlotState::Taken, Item::Probe | Item::Nothing) => self.probe_taken(now, w, ticket),
+            (SlotState::Lost, Item::Conn(conn)) => self.lost(now, w, ticket, conn),
+            (SlotState::Lost, Item::Probe | Item::Nothing) => {
+                self.settle(w, ticket);
+                self.remove(now, w, Departure::Expelled(BAD_SLOT));
+            }
+            // After a revocation that failed, SENT is as impossible as any other word.
+            (SlotState::Sent | SlotState::Invalid, item) => {
+                self.settle(w, ticket);
+                if let Item::Conn(conn) = item {
+                    // Counts among those that its departure, which starts now, sends elsewhere.
+                    let first = self.workers[w].round.is_none();
+                    self.give_back(now, w, conn);
+                    self.workers[w].resent += u32::from(first);
+                }
+                self.remove(now, w, Departure::Expelled(BAD_SLOT));
+            }
+        }
+        self.end_round(now, w);
+        self.refresh(w);
+    }
+
+    /// A revocation succeeded.
+    pub(super) fn take_back(&mut self, now: Time, w: usize, ticket: Ticket) {
+        let Some(item) = self.workers[w].ring.item(ticket) else {
+            return;
+        };
+        self.settle(w, ticket);
+        if let Item::Conn(conn) = item {
+            self.give_back(now, w, conn);
+        }
+        self.end_round(now, w);
+        self.refresh(w);
+    }
+
+    /// A connection could not be sent at all.
+    pub(super) fn not_sent(&mut self, now: Time, w: usize, ticket: Ticket, why: SendFailure) {
+        let Some(Item::Conn(conn)) = self.workers[w].ring.item(ticket) else {
+            return;
+        };
+        let blocked = self.workers[w].blocked;
+        self.settle(w, ticket);
+        let worker = &mut self.workers[w];
+        let (id, pool) = (worker.id, worker.pool);
+        worker.sent -= 1;
+        // Settling a ticket ends a blockage, but this one is no sign of life.
+        worker.blocked = blocked;
+        self.totals.custody -= 1;
+        match why {
+            SendFailure::Full => {
+                let until = now + self.pools[pool].settings.handoff_timeout;
+                if worker.blocked.replace(until).is_none() {
+                    self.event(Event::ChannelFull { worker: id });
+                }
+            }
+            SendFailure::Closed => self.drain(now, w),
+            SendFailure::Resources => self.choke(now),
+        }
+        self.refresh(w);
+        self.put(now, pool, conn, true);
+        self.end_round(now, w);
+        self.refresh(w);
+    }
+
+    /// A probe could not be sent.
+    pub(super) fn probe_not_sent(&mut self, now: Time, w: usize, ticket: Ticket, why: SendFailure) {
+        let Some(Item::Probe) = self.workers[w].ring.item(ticket) else {
+            return;
+        };
+        self.settle(w, ticket);
+        match why {
+            SendFailure::Full | SendFailure::Resources => {
+                let worker = &mut self.workers[w];
+                if worker.state == State::Suspect {
+                    let pool = &self.pools[worker.pool];
+                    worker.probe_again = Some(now + pool.settings.handoff_timeout);
+                }
+            }
+            SendFailure::Closed => self.drain(now, w),
+        }
+        self.end_round(now, w);
+        self.refresh(w);
+    }
+
+    /// The worker's application has the connection.
+    fn taken(&mut self, w: usize, ticket: Ticket, conn: u32) {
+        self.settle(w, ticket);
+        let worker = &mut self.workers[w];
+        worker.taken += 1;
+        self.totals.custody -= 1;
+        self.totals.taken += 1;
+        self.ledger.get_mut(conn).place = super::ledger::Place::Leaving;
+        self.effects.push_back(Effect::Release {
+            worker: worker.id,
+            conn: self.ledger.id(conn),
+            ticket,
+        });
+    }
+
+    /// The connection did not reach the worker: it is short of descriptors, so it rests.
+    fn lost(&mut self, now: Time, w: usize, ticket: Ticket, conn: u32) {
+        self.settle(w, ticket);
+        self.starve(now, w);
+        self.refresh(w);
+        let worker = self.workers[w].id;
+        self.event(Event::Lost { worker });
+        self.give_back(now, w, conn);
+    }
+
+    /// The ticket is resolved: its slot is free.
+    pub(super) fn settle(&mut self, w: usize, ticket: Ticket) {
+        let worker = &mut self.workers[w];
+        worker.ring.settle(ticket);
+        worker.blocked = None;
+    }
+
+    /// A connection that was sent, and that the worker does not have, is placed again.
+    fn give_back(&mut self, now: Time, w: usize, conn: u32) {
+        let worker = &mut self.workers[w];
+        worker.revoked += 1;
+        if worker.round.is_some() {
+            worker.resent += 1;
+        }
+        let pool = worker.pool;
+        self.totals.custody -= 1;
+        self.ledger.get_mut(conn).resent = true;
+        self.put(now, pool, conn, true);
+    }
+}

@@ -1,0 +1,271 @@
+//! A worker's life: suspicion and probes, goodbyes, departures, and the timers of all of them.
+
+use std::time::Duration;
+
+use super::ring::Item;
+use super::types::*;
+use super::worker::Round;
+use super::{Core, Effect, Event};
+
+/// How long a worker that lost a connection gets none, unless one of its connections ends before.
+pub const LOST_PAUSE: Duration = Duration::from_secs(1);
+
+/// Why a worker is expelled whose slot reads what no worker may write.
+pub(super) const BAD_SLOT: &str = "wrote an impossible slot state";
+
+impl Core {
+    /// Lets everything happen that is due for a pool's workers.
+    pub(super) fn tick_workers(&mut self, now: Time, pool: usize) {
+        for at in 0..self.pools[pool].candidates.len() {
+            if self.pools[pool].candidates.due(at) <= now {
+                let w = self.pools[pool].candidates.get(at).worker as usize;
+                self.tick_worker(now, w);
+            }
+        }
+    }
+
+    fn tick_worker(&mut self, now: Time, w: usize) {
+        let timeout = self.handoff_timeout(self.workers[w].pool);
+        let due = |timer: Option<Time>| timer.is_some_and(|time| time <= now);
+        let worker = &mut self.workers[w];
+        if due(worker.blocked) {
+            worker.blocked = None;
+        }
+        if due(worker.probation) {
+            worker.probation = None;
+        }
+        if due(worker.starved) {
+            self.end_starvation(now, w);
+        }
+        let worker = &mut self.workers[w];
+        if due(worker.probe_again) {
+            worker.probe_again = None;
+            self.probe(now, w);
+        }
+        let worker = &self.workers[w];
+        if worker.ring.revoking() == 0
+            && let Some(timeout) = timeout
+            && let Some(oldest) = worker.ring.oldest()
+            && oldest + timeout <= now
+        {
+            self.suspect(now, w, now - oldest);
+        }
+        self.refresh(w);
+    }
+
+    /// It left something untaken: take everything untaken back, then ask whether it is alive.
+    fn suspect(&mut self, now: Time, w: usize, waited: Duration) {
+        let worker = &mut self.workers[w];
+        if worker.state == State::Active {
+            worker.state = State::Suspect;
+            worker.suspect_since = now;
+            worker.probation = None;
+        }
+        self.begin_round(now, w, Round::Suspect(waited));
+    }
+
+    fn probe(&mut self, now: Time, w: usize) {
+        let worker = &mut self.workers[w];
+        if worker.state == State::Suspect && worker.ring.has_room() {
+            let ticket = worker.ring.issue(now, Item::Probe);
+            let worker = worker.id;
+            self.effects.push_back(Effect::Probe { worker, ticket });
+        }
+    }
+
+    /// It is alive: trusted again, one connection at a time at first.
+    pub(super) fn probe_taken(&mut self, now: Time, w: usize, ticket: Ticket) {
+        self.settle(w, ticket);
+        let worker = &mut self.workers[w];
+        if worker.state != State::Suspect {
+            return;
+        }
+        worker.state = State::Active;
+        let event = Event::Trusted {
+            worker: worker.id,
+            after: now - worker.suspect_since,
+        };
+        self.event(event);
+        self.start_probation(now, w);
+    }
+
+    fn start_probation(&mut self, now: Time, w: usize) {
+        let worker = &mut self.workers[w];
+        let until = now + self.pools[worker.pool].settings.probation;
+        worker.probation = Some(until).filter(|&until| until > now);
+    }
+
+    /// It lost a connection.
+    pub(super) fn starve(&mut self, now: Time, w: usize) {
+        self.workers[w].starved = Some(now + LOST_PAUSE);
+    }
+
+    fn end_starvation(&mut self, now: Time, w: usize) {
+        self.workers[w].starved = None;
+        self.start_probation(now, w);
+    }
+
+    /// Takes a counter as far as it is possible; answers whether anything changed.
+    pub(super) fn set_finished(&mut self, now: Time, w: usize, said: u64) -> bool {
+        let worker = &mut self.workers[w];
+        if worker.state == State::Gone || said == worker.finished {
+            return false;
+        }
+        let id = worker.id;
+        let most = worker.base.saturating_add(worker.taken);
+        let used = said.min(most).max(worker.finished);
+        let clamped = |what| Event::Clamped {
+            worker: id,
+            what,
+            said,
+            used,
+        };
+        let event = if said > most {
+            let told = std::mem::replace(&mut worker.told_clamped, true);
+            (!told).then(|| clamped("finished"))
+        } else if said < worker.finished {
+            let told = std::mem::replace(&mut worker.told_went_back, true);
+            (!told).then(|| clamped("finished went back"))
+        } else {
+            None
+        };
+        let grown = used > worker.finished;
+        worker.finished = used;
+        let starved = worker.starved.is_some();
+        if let Some(event) = event {
+            self.event(event);
+        }
+        if grown {
+            if starved {
+                self.end_starvation(now, w);
+            }
+            self.refresh(w);
+        }
+        true
+    }
+
+    /// It gets nothing more; what it has been sent stays with it for now.
+    pub(super) fn drain(&mut self, now: Time, w: usize) {
+        let worker = &mut self.workers[w];
+        if !worker.is_usable() {
+            return;
+        }
+        worker.state = State::Draining;
+        worker.probation = None;
+        worker.probe_again = None;
+        let pool = worker.pool;
+        self.refresh(w);
+        self.remove_usable(now, pool);
+    }
+
+    pub(super) fn say_goodbye(&mut self, now: Time, w: usize) {
+        let worker = &mut self.workers[w];
+        if worker.state == State::Gone || std::mem::replace(&mut worker.said_goodbye, true) {
+            return;
+        }
+        self.drain(now, w);
+        self.begin_round(now, w, Round::Goodbye);
+    }
+
+    /// It is gone, or is made to go.
+    pub(super) fn remove(&mut self, now: Time, w: usize, why: Departure) {
+        let worker = &mut self.workers[w];
+        if worker.state == State::Gone {
+            return;
+        }
+        if let Departure::Expelled(reason) = why {
+            self.effects.push_back(Effect::Disconnect {
+                worker: worker.id,
+                reason,
+            });
+        }
+        let (pool, at, usable) = (worker.pool, worker.at, worker.is_usable());
+        worker.state = State::Gone;
+        if let Some(moved) = self.pools[pool].candidates.remove(at) {
+            self.workers[moved as usize].at = at;
+        }
+        if usable {
+            self.remove_usable(now, pool);
+        }
+        self.begin_round(now, w, Round::Gone(why));
+    }
+
+    /// Asks for everything untaken back; when the last outcome is in, [`Core::end_round`] says what came of it.
+    fn begin_round(&mut self, now: Time, w: usize, round: Round) {
+        self.announce(w);
+        let worker = &mut self.workers[w];
+        worker.round = Some(round);
+        let id = worker.id;
+        let effects = &mut self.effects;
+        worker.ring.revoke_all(|ticket| {
+            effects.push_back(Effect::Revoke { worker: id, ticket });
+        });
+        match round {
+            Round::Suspect(_) | Round::Goodbye => {
+                self.effects.push_back(Effect::Purge { worker: id });
+            }
+            // Its channel goes with everything else that is kept for it.
+            Round::Gone(_) => {}
+        }
+        self.end_round(now, w);
+        self.refresh(w);
+    }
+
+    /// Ends a round of revocations if every outcome is in.
+    pub(super) fn end_round(&mut self, now: Time, w: usize) {
+        let worker = &self.workers[w];
+        if worker.ring.revoking() > 0 || worker.round.is_none() {
+            return;
+        }
+        self.announce(w);
+        let worker = &mut self.workers[w];
+        match worker.state {
+            State::Suspect => self.probe(now, w),
+            State::Gone => {
+                worker.forgotten = true;
+                let worker = worker.id;
+                self.effects.push_back(Effect::Forget { worker });
+            }
+            State::Active | State::Draining => {}
+        }
+    }
+
+    /// Says what came of the round so far, if there is one, and ends it.
+    fn announce(&mut self, w: usize) {
+        let worker = &mut self.workers[w];
+        let live = worker.load().saturating_sub(u64::from(worker.untaken()));
+        let id = worker.id;
+        let Some(round) = worker.round.take() else {
+            return;
+        };
+        let resent = std::mem::take(&mut worker.resent);
+        let event = match round {
+            Round::Suspect(waited) => Event::Suspect {
+                worker: id,
+                revoked: resent,
+                waited,
+            },
+            Round::Goodbye => Event::Goodbye {
+                worker: id,
+                resent,
+                live,
+            },
+            Round::Gone(why) => Event::Gone {
+                worker: id,
+                why,
+                resent,
+                live,
+            },
+        };
+        self.event(event);
+    }
+
+    /// This machine or user is short of something: everything rests.
+    pub(super) fn choke(&mut self, now: Time) {
+        let until = now + self.resource_pause;
+        if self.choked.replace(until).is_none() {
+            let pause = self.resource_pause;
+            self.event(Event::Choked { pause });
+        }
+    }
+}

@@ -1,0 +1,203 @@
+//! The connections the dispatcher still has a copy of, and the queues of those that no worker has.
+//!
+//! Owns connection numbers and entries, and nothing else: where a connection goes is decided elsewhere. Entries and
+//! links are used again, so that once warm nothing is allocated for a connection.
+
+use super::types::{ConnId, ListenerId};
+
+/// No entry.
+const NONE: u32 = u32::MAX;
+
+/// Where a connection is.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(super) enum Place {
+    /// Nowhere: the entry may be used again.
+    Free,
+    /// In the pool's queue.
+    Held,
+    /// In custody for this worker.
+    Custody(u32),
+    /// Taken or closed; the shell has yet to drop its copy.
+    Leaving,
+}
+
+/// One connection.
+#[derive(Clone, Copy, Debug)]
+pub(super) struct Conn {
+    pub(super) serial: u64,
+    pub(super) listener: ListenerId,
+    pub(super) place: Place,
+    /// Whether a record that names it may have reached a worker before.
+    pub(super) resent: bool,
+    /// Which of the pool's two queues, while held.
+    returned: bool,
+    prev: u32,
+    next: u32,
+}
+
+/// Every connection.
+#[derive(Debug, Default)]
+pub(super) struct Ledger {
+    conns: Vec<Conn>,
+    free: Vec<u32>,
+    serial: u64,
+}
+
+/// First in, first out.
+#[derive(Clone, Copy, Debug)]
+struct Queue {
+    head: u32,
+    tail: u32,
+    len: u64,
+}
+
+impl Default for Queue {
+    fn default() -> Self {
+        Queue {
+            head: NONE,
+            tail: NONE,
+            len: 0,
+        }
+    }
+}
+
+/// A pool's connections that wait for a worker. Those that were sent before are older than all others, so they go first.
+#[derive(Clone, Copy, Debug, Default)]
+pub(super) struct Held {
+    returned: Queue,
+    fresh: Queue,
+}
+
+impl Held {
+    pub(super) fn len(&self) -> u64 {
+        self.returned.len + self.fresh.len
+    }
+
+    pub(super) fn is_empty(&self) -> bool {
+        self.len() == 0
+    }
+
+    fn queue(&mut self, returned: bool) -> &mut Queue {
+        if returned {
+            &mut self.returned
+        } else {
+            &mut self.fresh
+        }
+    }
+}
+
+impl Ledger {
+    /// A new connection, to be given a place at once.
+    pub(super) fn open(&mut self, listener: ListenerId) -> ConnId {
+        self.serial += 1;
+        let conn = Conn {
+            serial: self.serial,
+            listener,
+            place: Place::Leaving,
+            resent: false,
+            returned: false,
+            prev: NONE,
+            next: NONE,
+        };
+        let index = match self.free.pop() {
+            Some(index) => {
+                self.conns[index as usize] = conn;
+                index
+            }
+            None => {
+                self.conns.push(conn);
+                (self.conns.len() - 1) as u32
+            }
+        };
+        ConnId {
+            index,
+            serial: conn.serial,
+        }
+    }
+
+    /// The shell has dropped its copy: the entry may be used again.
+    pub(super) fn forget(&mut self, conn: ConnId) {
+        let entry = &mut self.conns[conn.index as usize];
+        debug_assert!(entry.place == Place::Leaving && entry.serial == conn.serial);
+        entry.place = Place::Free;
+        self.free.push(conn.index);
+    }
+
+    pub(super) fn id(&self, index: u32) -> ConnId {
+        ConnId {
+            index,
+            serial: self.conns[index as usize].serial,
+        }
+    }
+
+    pub(super) fn get(&self, index: u32) -> &Conn {
+        &self.conns[index as usize]
+    }
+
+    pub(super) fn get_mut(&mut self, index: u32) -> &mut Conn {
+        &mut self.conns[index as usize]
+    }
+
+    /// The entry of `conn`, if that is still what it was.
+    pub(super) fn find(&self, conn: ConnId) -> Option<&Conn> {
+        self.conns
+            .get(conn.index as usize)
+            .filter(|entry| entry.serial == conn.serial)
+    }
+
+    pub(super) fn entries(&self) -> &[Conn] {
+        &self.conns
+    }
+
+    /// Appends to the queue: of those that come back from a worker, or of new ones.
+    pub(super) fn hold(&mut self, held: &mut Held, index: u32, returned: bool) {
+        let queue = held.queue(returned);
+        let tail = std::mem::replace(&mut queue.tail, index);
+        queue.len += 1;
+        if tail == NONE {
+            queue.head = index;
+        } else {
+            self.conns[tail as usize].next = index;
+        }
+        let conn = &mut self.conns[index as usize];
+        conn.place = Place::Held;
+        conn.returned = returned;
+        (conn.prev, conn.next) = (tail, NONE);
+    }
+
+    /// Takes the first one out of the queue.
+    pub(super) fn pop(&mut self, held: &mut Held) -> Option<u32> {
+        let head = [held.returned.head, held.fresh.head]
+            .into_iter()
+            .find(|&head| head != NONE)?;
+        self.unhold(held, head);
+        Some(head)
+    }
+
+    /// Takes this one out of the queue.
+    pub(super) fn unhold(&mut self, held: &mut Held, index: u32) {
+        let conn = &mut self.conns[index as usize];
+        debug_assert!(conn.place == Place::Held);
+        conn.place = Place::Leaving;
+        let (returned, prev, next) = (conn.returned, conn.prev, conn.next);
+        let queue = held.queue(returned);
+        queue.len -= 1;
+        match prev {
+            NONE => queue.head = next,
+            prev => self.conns[prev as usize].next = next,
+        }
+        match next {
+            NONE => queue.tail = prev,
+            next => self.conns[next as usize].prev = prev,
+        }
+    }
+
+    /// Every held connection, in the order in which it will be placed.
+    pub(super) fn walk<'a>(&'a self, held: &Held) -> impl Iterator<Item = u32> + 'a {
+        let from = |head: u32| {
+            std::iter::successors(Some(head), |&at| Some(self.conns[at as usize].next))
+                .take_while(|&at| at != NONE)
+        };
+        from(held.returned.head).chain(from(held.fresh.head))
+    }
+}

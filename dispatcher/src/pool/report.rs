@@ -1,0 +1,163 @@
+//! What the core tells: the status, and names and numbers for logs and metrics.
+
+use crate::status::{ListenerStatus, PoolStatus, Status, WorkerStatus};
+
+use super::types::*;
+use super::worker::Worker;
+use super::{Clock, Core};
+
+/// Connections by where they are. `accepted + returned = held + custody + taken + Σ closed`, always.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub struct Totals {
+    /// Accepted since the start.
+    pub accepted: u64,
+    /// Handed back by workers since the start.
+    pub returned: u64,
+    /// Waiting for a worker now.
+    pub held: u64,
+    /// Sent and not yet taken now.
+    pub custody: u64,
+    /// Taken by workers since the start.
+    pub taken: u64,
+    /// Closed by the dispatcher since the start, in the order of [`CloseReason::ALL`].
+    pub closed: [u64; CloseReason::ALL.len()],
+}
+
+impl Totals {
+    /// Whether every connection is in exactly one place.
+    pub fn is_conserved(&self) -> bool {
+        self.accepted + self.returned
+            == self.held + self.custody + self.taken + self.closed.iter().sum::<u64>()
+    }
+}
+
+impl Core {
+    /// Everything the core knows, for the status. The shell adds what only it knows: version, process, uptime,
+    /// log, listeners' states and the addresses they are bound to.
+    pub fn status(&self) -> Status {
+        let totals = &self.totals;
+        Status {
+            stopping: self.stop.is_some(),
+            accepted: totals.accepted,
+            returned: totals.returned,
+            held: totals.held,
+            custody: totals.custody,
+            taken: totals.taken,
+            closed: CloseReason::ALL
+                .iter()
+                .zip(totals.closed)
+                .map(|(reason, count)| (reason.name().to_owned(), count))
+                .collect(),
+            listeners: self
+                .listeners
+                .iter()
+                .map(|listener| ListenerStatus {
+                    name: listener.settings.name.clone(),
+                    address: listener.settings.address.clone(),
+                    pool: self.pools[listener.pool].settings.name.clone(),
+                    state: String::new(),
+                    accepted: listener.accepted,
+                })
+                .collect(),
+            pools: (0..self.pools.len()).map(|p| self.pool_status(p)).collect(),
+            ..Status::default()
+        }
+    }
+
+    fn pool_status(&self, p: usize) -> PoolStatus {
+        let pool = &self.pools[p];
+        let state = match pool.clock {
+            Clock::Refusing => "refusing",
+            Clock::Since(_) => "no-worker",
+            Clock::Off if pool.candidates.eligible() == 0 => "back-pressure",
+            Clock::Off => "ready",
+        };
+        let mut workers: Vec<WorkerStatus> = pool
+            .candidates
+            .workers()
+            .map(|w| worker_status(&self.workers[w as usize]))
+            .collect();
+        workers.sort_by_key(|worker| worker.id);
+        PoolStatus {
+            name: pool.settings.name.clone(),
+            policy: pool.settings.policy.name().to_owned(),
+            state: state.to_owned(),
+            held: pool.held.len(),
+            workers,
+        }
+    }
+
+    /// How many connections are where.
+    pub fn totals(&self) -> Totals {
+        self.totals
+    }
+
+    /// The name a worker gave itself; empty for one that is forgotten. Valid until the shell has seen its Forget.
+    pub fn worker_name(&self, worker: WorkerId) -> &str {
+        self.entry(worker).map_or("", |worker| &worker.name)
+    }
+
+    /// A worker's process.
+    pub fn worker_pid(&self, worker: WorkerId) -> Option<i32> {
+        self.entry(worker).map(|worker| worker.pid)
+    }
+
+    /// A worker's pool.
+    pub fn pool_of_worker(&self, worker: WorkerId) -> Option<PoolId> {
+        self.entry(worker).map(|worker| PoolId(worker.pool as u16))
+    }
+
+    /// A worker's state.
+    pub fn worker_state(&self, worker: WorkerId) -> Option<State> {
+        self.entry(worker).map(|worker| worker.state)
+    }
+
+    /// A worker's live connections, untaken ones included.
+    pub fn load(&self, worker: WorkerId) -> Option<u64> {
+        self.entry(worker).map(Worker::load)
+    }
+
+    /// Most connections a worker is given: the smaller of its pool's maximum and its own.
+    pub fn max_connections_of(&self, worker: WorkerId) -> Option<u32> {
+        self.entry(worker).map(|worker| worker.max)
+    }
+
+    /// A pool's name.
+    pub fn pool_name(&self, pool: PoolId) -> &str {
+        self.pools
+            .get(usize::from(pool.0))
+            .map_or("", |pool| &pool.settings.name)
+    }
+
+    /// A listener's name.
+    pub fn listener_name(&self, listener: ListenerId) -> &str {
+        self.listeners
+            .get(usize::from(listener.0))
+            .map_or("", |listener| &listener.settings.name)
+    }
+
+    /// Unlike `find`, answers for a forgotten worker too while its entry is not used again: events that name it may be queued.
+    fn entry(&self, id: WorkerId) -> Option<&Worker> {
+        self.workers
+            .get(id.index as usize)
+            .filter(|worker| worker.id == id)
+    }
+}
+
+fn worker_status(worker: &Worker) -> WorkerStatus {
+    WorkerStatus {
+        id: worker.id.serial,
+        name: worker.name.clone(),
+        pid: worker.pid,
+        state: worker.state.name().to_owned(),
+        weight: worker.weight,
+        max_connections: worker.max,
+        base: worker.base,
+        load: worker.load(),
+        sent: worker.sent,
+        taken: worker.taken,
+        finished: worker.finished,
+        custody: u64::from(worker.untaken()),
+        revoked: worker.revoked,
+    }
+}

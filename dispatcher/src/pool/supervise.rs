@@ -1,0 +1,138 @@
+//! Processes the dispatcher keeps running: when to start each, and how long to wait after it ended.
+
+use std::collections::VecDeque;
+use std::time::Duration;
+
+use super::effect::{Effect, Event};
+use super::policy::NEVER;
+use super::types::{PoolId, ProcessId, Time};
+
+/// The first wait after a process ended.
+pub const RESTART_MIN: Duration = Duration::from_millis(100);
+/// The longest wait.
+pub const RESTART_MAX: Duration = Duration::from_secs(30);
+/// A process that lived this long is started again after [`RESTART_MIN`].
+pub const RESTART_RESET: Duration = Duration::from_secs(10);
+
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+enum Phase {
+    /// The shell was told to start it.
+    Starting,
+    Running {
+        since: Time,
+    },
+    Waiting {
+        until: Time,
+    },
+}
+
+#[derive(Clone, Copy, Debug)]
+struct Process {
+    phase: Phase,
+    /// The next wait.
+    delay: Duration,
+}
+
+/// The processes of one pool.
+#[derive(Debug)]
+pub(super) struct Processes {
+    pool: PoolId,
+    list: Vec<Process>,
+    due: Time,
+}
+
+impl Processes {
+    /// Asks for all of them.
+    pub(super) fn new(pool: PoolId, count: u32, effects: &mut VecDeque<Effect>) -> Processes {
+        effects.extend((0..count).map(|number| Effect::Spawn {
+            process: ProcessId { pool, number },
+        }));
+        let process = Process {
+            phase: Phase::Starting,
+            delay: RESTART_MIN,
+        };
+        Processes {
+            pool,
+            list: vec![process; count as usize],
+            due: NEVER,
+        }
+    }
+
+    pub(super) fn started(&mut self, now: Time, number: u32) {
+        if let Some(process) = self.list.get_mut(number as usize)
+            && process.phase == Phase::Starting
+        {
+            process.phase = Phase::Running { since: now };
+        }
+    }
+
+    /// It ended, or did not start. While `stopping` it stays so.
+    pub(super) fn ended(
+        &mut self,
+        now: Time,
+        number: u32,
+        stopping: bool,
+        effects: &mut VecDeque<Effect>,
+    ) {
+        let Some(process) = self.list.get_mut(number as usize) else {
+            return;
+        };
+        match process.phase {
+            Phase::Waiting { .. } => return,
+            Phase::Running { since } if now - since >= RESTART_RESET => process.delay = RESTART_MIN,
+            Phase::Running { .. } | Phase::Starting => {}
+        }
+        if stopping {
+            process.phase = Phase::Waiting { until: NEVER };
+            return;
+        }
+        let delay = process.delay;
+        process.phase = Phase::Waiting { until: now + delay };
+        process.delay = (delay * 2).min(RESTART_MAX);
+        self.due = self.due.min(now + delay);
+        effects.push_back(Effect::Event(Event::Restarting {
+            process: ProcessId {
+                pool: self.pool,
+                number,
+            },
+            delay,
+        }));
+    }
+
+    /// Starts those whose wait is over.
+    pub(super) fn tick(&mut self, now: Time, effects: &mut VecDeque<Effect>) {
+        if now < self.due {
+            return;
+        }
+        self.due = NEVER;
+        for (process, number) in self.list.iter_mut().zip(0..) {
+            match process.phase {
+                Phase::Waiting { until } if until <= now && until != NEVER => {
+                    process.phase = Phase::Starting;
+                    effects.push_back(Effect::Spawn {
+                        process: ProcessId {
+                            pool: self.pool,
+                            number,
+                        },
+                    });
+                }
+                Phase::Waiting { until } => self.due = self.due.min(until),
+                Phase::Starting | Phase::Running { .. } => {}
+            }
+        }
+    }
+
+    /// Starts nothing any more.
+    pub(super) fn stop(&mut self) {
+        for process in &mut self.list {
+            if let Phase::Waiting { until } = &mut process.phase {
+                *until = NEVER;
+            }
+        }
+        self.due = NEVER;
+    }
+
+    pub(super) fn due(&self) -> Time {
+        self.due
+    }
+}
