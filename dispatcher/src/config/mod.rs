@@ -3,11 +3,55 @@
 //! Owns parsing, defaults and validation. Nothing past this module sees an unchecked string. It opens no
 //! sockets and starts nothing; it looks users and groups up, because a misspelt one should be known early.
 
+mod accounts;
+mod demo;
+mod error;
+mod file;
+mod validate;
+mod value;
+
+#[cfg(test)]
+mod tests;
+
 use std::net::SocketAddr;
-use std::path::PathBuf;
+use std::path::{Path, PathBuf};
 use std::time::Duration;
 
+pub use error::{ConfigError, Diagnostic, Warning};
+
 use crate::pool::PoolSettings;
+
+/// Where `dispatcher run` looks for its configuration.
+pub const DEFAULT_FILE: &str = "/etc/dispatcher/dispatcher.toml";
+
+/// Default of `dispatch_socket`.
+pub const DEFAULT_DISPATCH_SOCKET: &str = "/run/dispatcher/dispatch.sock";
+
+/// Default of `admin_socket`.
+pub const DEFAULT_ADMIN_SOCKET: &str = "/run/dispatcher/admin.sock";
+
+/// Default of `handoff_timeout`.
+pub const HANDOFF_TIMEOUT: Duration = Duration::from_millis(200);
+
+/// Default of `probation`.
+pub const PROBATION: Duration = Duration::from_secs(10);
+
+/// Default of `wait_for_worker`.
+pub const WAIT_FOR_WORKER: Duration = Duration::from_secs(10);
+
+/// Environment variables the dispatcher sets for the processes it starts; `environment` may not.
+pub const RESERVED_VARIABLES: [&str; 4] = [
+    "DISPATCH_SOCKET",
+    "DISPATCH_POOL",
+    "DISPATCH_NAME",
+    "DISPATCH_TOKEN",
+];
+
+/// Most bytes of an `unavailable_response` file.
+pub const MAX_UNAVAILABLE_RESPONSE: usize = 64 * 1024;
+
+/// Most bytes of a configuration file: far beyond any real one, so that a wrong path (a device, a log) fails at once.
+const MAX_FILE: u64 = 4 * 1024 * 1024;
 
 /// A whole, valid configuration.
 #[derive(Clone, Debug)]
@@ -22,6 +66,76 @@ pub struct Config {
     pub pools: Vec<Pool>,
     /// Bounds and waits of the dispatcher itself.
     pub limits: Limits,
+    /// What is valid and yet probably not meant, such as a user this machine does not know.
+    pub warnings: Vec<Warning>,
+}
+
+impl Config {
+    /// Reads and checks a configuration file.
+    ///
+    /// Relative paths in it are kept as they are: they mean what they mean to the dispatcher's working directory.
+    ///
+    /// # Errors
+    /// [`ConfigError`] when the file cannot be read or holds a mistake; the first mistake is reported.
+    pub fn load(path: &Path) -> Result<Config, ConfigError> {
+        let text = read(path)?;
+        Config::parse(&text, &path.display().to_string())
+    }
+
+    /// Checks a configuration that is already in memory; `file_name` is what errors call it.
+    ///
+    /// # Errors
+    /// [`ConfigError`] for the first mistake.
+    pub fn parse(text: &str, file_name: &str) -> Result<Config, ConfigError> {
+        let source = error::Source {
+            file: file_name,
+            text,
+        };
+        let file = file::read(&source)?;
+        validate::validate(file, &source).map_err(|mistake| source.error(mistake))
+    }
+
+    /// Only `admin_socket` of a configuration file, and nothing else checked: what a client command needs. It
+    /// has to work while somebody is in the middle of editing the rest.
+    ///
+    /// # Errors
+    /// [`ConfigError`] when the file cannot be read, is not TOML, or has an `admin_socket` that is none.
+    pub fn admin_source(path: &Path) -> Result<UnixSource, ConfigError> {
+        let text = read(path)?;
+        let source = error::Source {
+            file: &path.display().to_string(),
+            text: &text,
+        };
+        let socket = file::admin_socket(&source)?;
+        validate::unix_source(socket, DEFAULT_ADMIN_SOCKET, "admin_socket")
+            .map_err(|mistake| source.error(mistake))
+    }
+}
+
+fn read(path: &Path) -> Result<String, ConfigError> {
+    use std::io::{self, Read};
+
+    let unreadable = |error: io::Error| ConfigError::Unreadable {
+        file: path.display().to_string(),
+        error,
+    };
+    let mut bytes = Vec::new();
+    let file = std::fs::File::open(path).map_err(unreadable)?;
+    file.take(MAX_FILE + 1)
+        .read_to_end(&mut bytes)
+        .map_err(unreadable)?;
+    if bytes.len() as u64 > MAX_FILE {
+        return Err(unreadable(io::Error::new(
+            io::ErrorKind::InvalidData,
+            "longer than 4 MiB: this is not a configuration file",
+        )));
+    }
+    String::from_utf8(bytes).map_err(|_| {
+        unreadable(io::Error::new(
+            io::ErrorKind::InvalidData,
+            "not UTF-8 text: this is not a configuration file",
+        ))
+    })
 }
 
 /// Where a Unix socket comes from, and what it looks like when we make it.
@@ -105,6 +219,27 @@ pub struct ListenerOptions {
     pub mode: u32,
 }
 
+impl Default for ListenerOptions {
+    fn default() -> ListenerOptions {
+        ListenerOptions {
+            backlog: 4096,
+            ipv6_only: false,
+            nodelay: true,
+            keepalive: None,
+            keepalive_interval: None,
+            keepalive_count: None,
+            user_timeout: None,
+            defer_accept: None,
+            fast_open: None,
+            receive_buffer: None,
+            send_buffer: None,
+            reuse_port: false,
+            free_bind: false,
+            mode: 0o666,
+        }
+    }
+}
+
 /// A pool: what the core decides by, and what only the shell needs.
 #[derive(Clone, Debug)]
 pub struct Pool {
@@ -142,4 +277,16 @@ pub struct Limits {
     pub stop_timeout: Duration,
     /// `resource_pause`: how long accepting rests after EMFILE and its kind. Default 100 ms.
     pub resource_pause: Duration,
+}
+
+impl Default for Limits {
+    fn default() -> Limits {
+        Limits {
+            accept_batch: 64,
+            hello_timeout: Duration::from_secs(2),
+            max_pending_hellos: 64,
+            stop_timeout: Duration::from_secs(10),
+            resource_pause: Duration::from_millis(100),
+        }
+    }
 }

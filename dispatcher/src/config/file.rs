@@ -1,0 +1,217 @@
+//! The file as serde sees it: every table and key, nothing resolved yet. Turns serde's errors into ours.
+
+use std::collections::BTreeMap;
+
+use serde::Deserialize;
+use serde::de::{Deserializer, Error as _, Visitor, value};
+use toml::Spanned;
+
+use super::error::{ConfigError, Mistake, Source, suggest};
+use super::value::{AMode, AnAccount, Count, Either, KERNEL_SECONDS, Wait, YEAR};
+
+/// The top level.
+#[derive(Debug, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub(super) struct File {
+    pub dispatch_socket: Option<Spanned<String>>,
+    pub dispatch_socket_mode: Option<Spanned<Either<AMode>>>,
+    pub dispatch_socket_user: Option<Spanned<Either<AnAccount>>>,
+    pub dispatch_socket_group: Option<Spanned<Either<AnAccount>>>,
+    pub admin_socket: Option<Spanned<String>>,
+    pub admin_socket_mode: Option<Spanned<Either<AMode>>>,
+    pub admin_socket_user: Option<Spanned<Either<AnAccount>>>,
+    pub admin_socket_group: Option<Spanned<Either<AnAccount>>>,
+    pub accept_batch: Option<Count<1, 4096>>,
+    pub hello_timeout: Option<Wait<1, YEAR>>,
+    pub max_pending_hellos: Option<Count<1, 65_536>>,
+    pub stop_timeout: Option<Wait<0, YEAR>>,
+    pub resource_pause: Option<Wait<1, YEAR>>,
+    pub defaults: Option<PoolKeys>,
+    #[serde(default)]
+    pub listener: Vec<Spanned<ListenerKeys>>,
+    #[serde(default)]
+    pub pool: BTreeMap<Spanned<String>, PoolKeys>,
+}
+
+/// `[[listener]]`.
+#[derive(Debug, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub(super) struct ListenerKeys {
+    pub name: Spanned<String>,
+    pub address: Spanned<String>,
+    pub pool: Spanned<String>,
+    pub backlog: Option<Count<1, 1_000_000>>,
+    pub ipv6_only: Option<Spanned<bool>>,
+    pub nodelay: Option<bool>,
+    pub keepalive: Option<Wait<1000, KERNEL_SECONDS>>,
+    pub keepalive_interval: Option<Spanned<Wait<1000, KERNEL_SECONDS>>>,
+    pub keepalive_count: Option<Spanned<Count<1, 127>>>,
+    pub user_timeout: Option<Wait<1, 2_147_483_647>>,
+    pub defer_accept: Option<Wait<1000, KERNEL_SECONDS>>,
+    pub fast_open: Option<Count<1, 65_535>>,
+    pub receive_buffer: Option<Count<1, 1_073_741_823>>,
+    pub send_buffer: Option<Count<1, 1_073_741_823>>,
+    pub reuse_port: Option<bool>,
+    pub free_bind: Option<bool>,
+    pub mode: Option<Spanned<Either<AMode>>>,
+}
+
+/// `[pool.NAME]`, and `[defaults]`, which has the same keys.
+#[derive(Clone, Debug, Default, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub(super) struct PoolKeys {
+    pub policy: Option<PolicyName>,
+    pub max_connections_per_worker: Option<Count<1, 10_000_000>>,
+    pub max_untaken: Option<Count<1, 4096>>,
+    pub max_workers: Option<Count<1, 65_536>>,
+    pub handoff_timeout: Option<Wait<1, YEAR>>,
+    pub probation: Option<Wait<0, YEAR>>,
+    pub wait_for_worker: Option<Wait<0, YEAR>>,
+    pub allow_users: Option<Vec<Spanned<Either<AnAccount>>>>,
+    pub allow_groups: Option<Vec<Spanned<Either<AnAccount>>>>,
+    pub unavailable_response: Option<Spanned<String>>,
+    pub spawn: Option<Spanned<SpawnKeys>>,
+}
+
+/// The values of `policy`.
+#[derive(Clone, Copy, Debug, Deserialize)]
+#[serde(rename_all = "kebab-case")]
+pub(super) enum PolicyName {
+    LeastConnections,
+}
+
+/// `[pool.NAME.spawn]`; nothing is required here because `[defaults.spawn]` may have it.
+#[derive(Clone, Debug, Default, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub(super) struct SpawnKeys {
+    pub command: Option<Spanned<Vec<Spanned<String>>>>,
+    pub processes: Option<Count<1, 1024>>,
+    pub environment: Option<BTreeMap<Spanned<String>, Spanned<String>>>,
+    pub directory: Option<Spanned<String>>,
+}
+
+/// Reads the whole file.
+pub(super) fn read(source: &Source<'_>) -> Result<File, ConfigError> {
+    toml::from_str(source.text).map_err(|error| source.error(translate(&error, source)))
+}
+
+/// Reads nothing but `admin_socket`.
+pub(super) fn admin_socket(source: &Source<'_>) -> Result<Option<Spanned<String>>, ConfigError> {
+    #[derive(Deserialize)]
+    struct Only {
+        admin_socket: Option<Spanned<String>>,
+    }
+    toml::from_str::<Only>(source.text)
+        .map(|only| only.admin_socket)
+        .map_err(|error| source.error(translate(&error, source)))
+}
+
+/// serde's words, made ours: keys instead of fields, tables instead of maps, and the nearest valid one.
+fn translate(error: &toml::de::Error, source: &Source<'_>) -> Mistake {
+    let span = error.span().unwrap_or(0..0);
+    let message = error.message();
+    let (message, help) = match message.split_once('\n') {
+        Some((message, help)) => (message, Some(help.to_owned())),
+        None => (message, None),
+    };
+    if let Some(rest) = message.strip_prefix("unknown field ") {
+        let (word, valid) = word_and_list(rest);
+        return Mistake::new(span, format!("unknown key `{word}`")).help(
+            elsewhere(word, &valid)
+                .unwrap_or_else(|| suggest(word, "the keys here are", valid.iter().copied())),
+        );
+    }
+    if let Some(rest) = message.strip_prefix("unknown variant ") {
+        let (word, valid) = word_and_list(rest);
+        return Mistake::new(span, format!("unknown value `{word}`")).help(suggest(
+            word,
+            "the values are",
+            valid.iter().copied(),
+        ));
+    }
+    if let Some(rest) = message.strip_prefix("missing field ") {
+        return Mistake::new(span, format!("missing key {rest}"))
+            .help(format!("add {rest} to this table"));
+    }
+    let single_bracket = source.slice(&span).starts_with("[listener]");
+    let message = message
+        .replace("invalid type: map", "wrong type: table")
+        .replace("invalid type: sequence", "wrong type: array")
+        .replace("invalid type: ", "wrong type: ")
+        .replace("expected a sequence", "expected an array")
+        .replace("expected a map", "expected a table");
+    let message = match message.split_once("expected struct ") {
+        Some((before, _)) => format!("{before}expected a table"),
+        None => message,
+    };
+    let help = match help {
+        None if single_bracket => Some("write [[listener]], with two brackets".to_owned()),
+        help => help,
+    };
+    Mistake {
+        span,
+        message,
+        help,
+    }
+}
+
+/// "`word`, expected one of `a`, `b`" taken apart.
+fn word_and_list(rest: &str) -> (&str, Vec<&str>) {
+    let mut quoted = rest.split('`').skip(1).step_by(2);
+    let word = quoted.next().unwrap_or_default();
+    (word, quoted.collect())
+}
+
+/// Where a key belongs that is a good one in the wrong table.
+fn elsewhere(word: &str, here: &[&str]) -> Option<String> {
+    tables()
+        .into_iter()
+        .find(|(_, keys)| keys.contains(&word) && !here.iter().any(|key| keys.contains(key)))
+        .map(|(table, _)| match table {
+            "" => format!("`{word}` is a top-level key: move it above the first [table]"),
+            table => format!("`{word}` belongs in {table}"),
+        })
+}
+
+/// Every table and its keys, straight from the types above.
+pub(super) fn tables() -> [(&'static str, &'static [&'static str]); 4] {
+    [
+        ("", keys_of::<File>()),
+        ("[[listener]]", keys_of::<ListenerKeys>()),
+        ("[pool.NAME]", keys_of::<PoolKeys>()),
+        ("[pool.NAME.spawn]", keys_of::<SpawnKeys>()),
+    ]
+}
+
+/// The keys serde knows for a table: a deserializer that only listens to what it is asked for.
+fn keys_of<'de, T: Deserialize<'de>>() -> &'static [&'static str] {
+    struct Listen<'a>(&'a mut &'static [&'static str]);
+
+    impl<'de> Deserializer<'de> for Listen<'_> {
+        type Error = value::Error;
+
+        fn deserialize_any<V: Visitor<'de>>(self, _: V) -> Result<V::Value, value::Error> {
+            Err(value::Error::custom("not a table"))
+        }
+
+        fn deserialize_struct<V: Visitor<'de>>(
+            self,
+            _: &'static str,
+            fields: &'static [&'static str],
+            _: V,
+        ) -> Result<V::Value, value::Error> {
+            *self.0 = fields;
+            Err(value::Error::custom("only listening"))
+        }
+
+        serde::forward_to_deserialize_any! {
+            bool i8 i16 i32 i64 i128 u8 u16 u32 u64 u128 f32 f64 char str string bytes byte_buf option
+            unit unit_struct newtype_struct seq tuple tuple_struct map enum identifier ignored_any
+        }
+    }
+
+    let mut keys: &'static [&'static str] = &[];
+    // The error is how it stops.
+    let _ = T::deserialize(Listen(&mut keys));
+    keys
+}

@@ -1,0 +1,144 @@
+//! Values that check themselves while serde reads them, so that the error points at the value.
+//!
+//! A custom error's text may have a second line: that is the help (`file::translate` takes them apart).
+
+use std::fmt;
+use std::marker::PhantomData;
+use std::time::Duration;
+
+use serde::de::{Deserialize, Deserializer, Error, Visitor};
+
+/// A whole number from `MIN` to `MAX`.
+#[derive(Clone, Copy, Debug)]
+pub(super) struct Count<const MIN: u32, const MAX: u32>(pub u32);
+
+impl<'de, const MIN: u32, const MAX: u32> Deserialize<'de> for Count<MIN, MAX> {
+    fn deserialize<D: Deserializer<'de>>(deserializer: D) -> Result<Self, D::Error> {
+        struct V<const MIN: u32, const MAX: u32>;
+
+        impl<const MIN: u32, const MAX: u32> Visitor<'_> for V<MIN, MAX> {
+            type Value = Count<MIN, MAX>;
+
+            fn expecting(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+                write!(f, "a whole number from {MIN} to {MAX}")
+            }
+
+            fn visit_i64<E: Error>(self, number: i64) -> Result<Self::Value, E> {
+                u32::try_from(number)
+                    .ok()
+                    .filter(|n| (MIN..=MAX).contains(n))
+                    .map(Count)
+                    .ok_or_else(|| E::custom(format!("must be from {MIN} to {MAX}, not {number}")))
+            }
+
+            fn visit_u64<E: Error>(self, number: u64) -> Result<Self::Value, E> {
+                self.visit_i64(i64::try_from(number).unwrap_or(i64::MAX))
+            }
+        }
+
+        deserializer.deserialize_any(V::<MIN, MAX>)
+    }
+}
+
+/// A duration of at least `MIN` and at most `MAX` milliseconds.
+#[derive(Clone, Copy, Debug)]
+pub(super) struct Wait<const MIN: u64, const MAX: u64>(pub Duration);
+
+/// A year: longer waits are surely a mistake, and shorter ones never overflow a clock.
+pub(super) const YEAR: u64 = 366 * 24 * 3600 * 1000;
+
+/// The most the kernel takes where it counts seconds in 15 bits.
+pub(super) const KERNEL_SECONDS: u64 = 32_767 * 1000;
+
+impl<'de, const MIN: u64, const MAX: u64> Deserialize<'de> for Wait<MIN, MAX> {
+    fn deserialize<D: Deserializer<'de>>(deserializer: D) -> Result<Self, D::Error> {
+        struct V<const MIN: u64, const MAX: u64>;
+
+        impl<const MIN: u64, const MAX: u64> Visitor<'_> for V<MIN, MAX> {
+            type Value = Wait<MIN, MAX>;
+
+            fn expecting(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+                f.write_str("a duration with its unit, such as \"200ms\" or \"10s\"")
+            }
+
+            fn visit_str<E: Error>(self, text: &str) -> Result<Self::Value, E> {
+                let duration = humantime::parse_duration(text).map_err(|error| {
+                    E::custom(format!(
+                        "`{text}` is not a duration: {error}\n\
+                         write a number and its unit, such as \"200ms\", \"10s\" or \"1m 30s\""
+                    ))
+                })?;
+                let (min, max) = (Duration::from_millis(MIN), Duration::from_millis(MAX));
+                if duration < min {
+                    return Err(E::custom(format!(
+                        "must be at least \"{}\"",
+                        humantime::format_duration(min)
+                    )));
+                }
+                if duration > max {
+                    return Err(E::custom(format!(
+                        "must be at most \"{}\"",
+                        humantime::format_duration(max)
+                    )));
+                }
+                Ok(Wait(duration))
+            }
+        }
+
+        deserializer.deserialize_any(V::<MIN, MAX>)
+    }
+}
+
+/// Text, or a whole number, where either has a meaning: modes and accounts.
+#[derive(Clone, Debug)]
+pub(super) enum TextOrNumber {
+    Text(String),
+    Number(i64),
+}
+
+/// What a [`TextOrNumber`] is, for the error when it is neither.
+pub(super) trait Expecting {
+    const WHAT: &'static str;
+}
+
+/// Permission bits.
+#[derive(Clone, Debug)]
+pub(super) struct AMode;
+impl Expecting for AMode {
+    const WHAT: &'static str = "permission bits in octal, such as \"0660\"";
+}
+
+/// A user or a group.
+#[derive(Clone, Debug)]
+pub(super) struct AnAccount;
+impl Expecting for AnAccount {
+    const WHAT: &'static str = "a name or a numeric id";
+}
+
+/// A [`TextOrNumber`] whose error says what `W` is.
+#[derive(Clone, Debug)]
+pub(super) struct Either<W>(pub TextOrNumber, PhantomData<W>);
+
+impl<'de, W: Expecting> Deserialize<'de> for Either<W> {
+    fn deserialize<D: Deserializer<'de>>(deserializer: D) -> Result<Self, D::Error> {
+        struct V<W>(PhantomData<W>);
+
+        impl<W: Expecting> Visitor<'_> for V<W> {
+            type Value = Either<W>;
+
+            fn expecting(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+                f.write_str(W::WHAT)
+            }
+
+            fn visit_str<E: Error>(self, text: &str) -> Result<Self::Value, E> {
+                Ok(Either(TextOrNumber::Text(text.to_owned()), PhantomData))
+            }
+
+            fn visit_i64<E: Error>(self, number: i64) -> Result<Self::Value, E> {
+                Ok(Either(TextOrNumber::Number(number), PhantomData))
+            }
+        }
+
+        deserializer.deserialize_any(V::<W>(PhantomData))
+    }
+}
