@@ -316,10 +316,12 @@ pub fn http_get(socket: &Path, path: &str) -> std::io::Result<(u16, String)> {
     Ok((code, body.to_owned()))
 }
 
-/// A client of a test worker: it has read the worker's greeting, `NAME PID`.
+/// A client of a test worker: it has read the worker's greeting, `NAME PID LISTENER PEER`.
 pub struct Client {
     pub stream: BufReader<TcpStream>,
     pub served_by: String,
+    pub listener: String,
+    pub peer: String,
 }
 
 impl Client {
@@ -336,8 +338,9 @@ impl Client {
         if stream.read_line(&mut line)? == 0 {
             return Err(std::io::ErrorKind::UnexpectedEof.into());
         }
-        let served_by = line.split(' ').next().unwrap_or_default().to_owned();
-        Ok(Client { stream, served_by })
+        let words: Vec<String> = line.split_whitespace().map(str::to_owned).collect();
+        let [served_by, _pid, listener, peer] = words.try_into().expect("a whole greeting");
+        Ok(Client { stream, served_by, listener, peer })
     }
 
     /// Sends a line and checks that the very same comes back.

@@ -164,6 +164,14 @@ impl Core {
 
     // --- workers ---------------------------------------------------------------------------
 
+    /// Whether [`Core::join`] would accept this worker now; asked before anything is made for it.
+    ///
+    /// # Errors
+    /// The refusal that `join` would answer.
+    pub fn may_join(&self, join: &Join) -> Result<(), Refusal> {
+        self.admit(join).map(|_| ())
+    }
+
     /// A worker wants to join. On success the shell gives it its channel, and from then on it is chosen.
     /// The shell calls this only once it has everything a welcome needs.
     pub fn join(&mut self, now: Time, join: &Join) -> Result<WorkerId, Refusal> {
@@ -350,13 +358,14 @@ impl Core {
             .filter(|&time| time != NEVER)
     }
 
-    /// Stop: accept nothing new, empty custody until `deadline`; then place what is held wherever a slot is free, and close the rest.
+    /// Stop: accept nothing new, empty custody until `deadline` (said again, the earlier one counts); then place what is held wherever a slot is free, and close the rest.
     pub fn stop(&mut self, now: Time, deadline: Time) {
-        if self.stop.is_some() {
+        if let Some(stop) = &mut self.stop {
+            // Somebody has lost patience.
+            stop.deadline = stop.deadline.min(deadline);
             return;
         }
-        let over = false;
-        self.stop = Some(Stop { deadline, over });
+        self.stop = Some(Stop { deadline, over: false });
         for pool in 0..self.pools.len() {
             self.pools[pool].processes.stop();
             self.after(now, pool);

@@ -122,6 +122,11 @@ impl Core {
         self.entry(worker).map(|worker| worker.max)
     }
 
+    /// The pool that serves a listener.
+    pub fn pool_of_listener(&self, listener: ListenerId) -> Option<PoolId> {
+        self.listeners.get(usize::from(listener.0)).map(|listener| listener.settings.pool)
+    }
+
     /// A pool's name.
     pub fn pool_name(&self, pool: PoolId) -> &str {
         self.pools

@@ -229,7 +229,7 @@ impl Shell {
             slots,
             worker_id: id.serial,
             features: Features::NONE,
-            max_connections: self.core.max_connections_of(id),
+            max_connections: self.core.max_connections_of(id).unwrap_or(join.hello.max_connections),
             handoff_timeout_ms: u32::try_from(timeout.as_millis()).unwrap_or(u32::MAX),
             listeners: self.listeners_of(&join.hello.pool),
         }

@@ -23,7 +23,6 @@ mod worker_io;
 use std::collections::{HashMap, VecDeque};
 use std::io;
 use std::os::fd::OwnedFd;
-use std::sync::mpsc::Receiver;
 use std::time::Duration;
 
 use mio::{Events, Poll};
@@ -33,12 +32,13 @@ use worker_sdk::wire::{Entry, Token};
 
 use self::accept::{Conn, Listener};
 use self::join::Door;
-use self::sockets::Listening;
+use self::sockets::{Listening, OwnedPath};
 use self::token::{Key, Source};
 use self::worker_io::WorkerIo;
+use crate::admin::Admin;
+use crate::closer::Closer;
 use crate::config::Config;
 use crate::pool::{Core, Departure, ProcessId, Ticket, Time};
-use crate::side::{Closer, Report, Request, Side};
 
 pub use self::error::RunError;
 
@@ -88,9 +88,9 @@ struct Shell {
     lingering: VecDeque<OwnedFd>,
     closer: Closer,
 
-    side: Side,
-    requests: Receiver<Request>,
-    reports: Receiver<Report>,
+    side: Admin,
+    /// Removes the admin socket's file at the end.
+    _admin_path: Option<OwnedPath>,
     /// The side thread's queues may hold more than one turn takes.
     side_ready: bool,
     /// Scratch space, kept warm.
@@ -104,7 +104,7 @@ impl Shell {
         let mut events = Events::with_capacity(1024);
         loop {
             self.perform();
-            if self.stop_deadline.is_some() && self.core.stopped() {
+            if self.is_over() {
                 return Ok(());
             }
             let timeout = self.before_sleep();
@@ -125,6 +125,13 @@ impl Shell {
             self.perform();
             self.accept_all();
         }
+    }
+
+    /// Whether a stop is complete. Our own listeners are emptied first, unless time has run out.
+    fn is_over(&self) -> bool {
+        let Some(deadline) = self.stop_deadline else { return false };
+        let emptied = self.listeners.iter().all(|listener| listener.listening.is_none());
+        self.core.stopped() && (emptied || deadline <= self.now)
     }
 
     fn handle(&mut self, source: Source) {

@@ -73,11 +73,7 @@ impl Shell {
                 // Both ends at once: the worker finds its channel ended, and rejoins if it can.
                 let _ = rustix::net::shutdown(&io.lane.channel, Shutdown::Both);
                 let _ = rustix::net::shutdown(&io.control, Shutdown::Both);
-                log::warn!(
-                    "event=worker_expelled worker={worker} pool={} pid={} reason=\"{reason}\"",
-                    self.core.pool_name(self.core.pool_of_worker(worker)),
-                    self.core.worker_pid(worker)
-                );
+                log::warn!("event=worker_expelled {} reason=\"{reason}\"", self.worker(worker));
             }
             Effect::Forget { worker } => {
                 let place = self.workers.get_mut(worker.index as usize);

@@ -6,6 +6,7 @@ use std::io;
 use std::net::SocketAddr;
 use std::os::fd::{AsFd, OwnedFd};
 use std::os::unix::fs::{FileTypeExt, MetadataExt, OpenOptionsExt};
+use std::os::unix::net::UnixListener;
 use std::path::{Path, PathBuf};
 
 use nix::fcntl::{Flock, FlockArg};
@@ -29,6 +30,11 @@ pub(super) struct Listening {
 }
 
 impl Listening {
+    /// The Unix socket for another thread to serve, and the file to be removed when it is over.
+    pub(super) fn into_listener(self) -> (UnixListener, Option<OwnedPath>) {
+        (self.fd.into(), self.path)
+    }
+
     fn inherited(fd: OwnedFd) -> Listening {
         let address = local_address(&fd);
         Listening { fd, address, inherited: true, path: None }
@@ -37,7 +43,7 @@ impl Listening {
 
 /// A socket file that we made: removed when dropped, if it is still ours. The lock keeps a second dispatcher off.
 #[derive(Debug)]
-struct OwnedPath {
+pub(super) struct OwnedPath {
     path: PathBuf,
     inode: u64,
     _lock: Flock<File>,

@@ -3,7 +3,7 @@
 use std::collections::{HashMap, VecDeque};
 use std::os::fd::AsRawFd;
 use std::sync::Arc;
-use std::sync::mpsc::sync_channel;
+use std::time::Duration;
 
 use mio::unix::SourceFd;
 use mio::{Interest, Poll, Waker};
@@ -18,9 +18,11 @@ use super::join::Door;
 use super::sockets::{self, Listening};
 use super::token::Source;
 use super::{Shell, clock};
+use crate::admin::Admin;
+use crate::closer::Closer;
 use crate::config::Config;
 use crate::pool::{Core, ListenerId, ListenerSettings, PoolId};
-use crate::side::{Closer, Side};
+use crate::spawner::Report;
 
 impl Shell {
     /// Opens everything, tells the service manager, and is ready to serve.
@@ -81,10 +83,8 @@ impl Shell {
             // A waker fails only when its eventfd is full, and then it is set.
             let _ = waker.wake();
         });
-        let (send_request, requests) = sync_channel(64);
-        let (send_report, reports) = sync_channel(4096);
-        let side = Side::start(admin.into(), send_request, send_report, wake)
-            .map_err(RunError::system("side thread"))?;
+        let (admin, admin_path) = admin.into_listener();
+        let side = Admin::start(admin, wake).map_err(RunError::system("admin thread"))?;
         let closer = Closer::start().map_err(RunError::system("closer thread"))?;
         let now = clock();
         let pools = config.pools.iter().map(|pool| pool.settings.clone()).collect();
@@ -96,7 +96,7 @@ impl Shell {
                     "event=listening listener={} address={} pool={}{}",
                     core.listener_name(listener.id),
                     listening.address,
-                    core.pool_name(core.pool_of_listener(listener.id)),
+                    core.pool_of_listener(listener.id).map_or("", |pool| core.pool_name(pool)),
                     if listening.inherited { " inherited=true" } else { "" }
                 );
             }
@@ -124,8 +124,7 @@ impl Shell {
             lingering: VecDeque::new(),
             closer,
             side,
-            requests,
-            reports,
+            _admin_path: admin_path,
             side_ready: false,
             seen: Vec::new(),
             entries: Vec::new(),
@@ -162,7 +161,8 @@ impl Shell {
         drop(controls);
         // What is still in custody lives on in the workers' channels; our copies are no longer needed.
         self.conns.clear();
-        self.side.stop(self.patience());
+        self.end_processes();
+        self.side.finish();
         log::info!(
             "event=stopped accepted={} taken={} custody={} held={}",
             totals.accepted,
@@ -170,6 +170,25 @@ impl Shell {
             totals.custody,
             totals.held
         );
+    }
+}
+
+impl Shell {
+    /// Ends the processes we started: SIGTERM, and SIGKILL for those that are still there after `stop_timeout`.
+    fn end_processes(&mut self) {
+        let timeout = self.config.limits.stop_timeout;
+        self.side.spawner.stop(timeout);
+        // The service kills and then answers by itself; a little longer is only for a machine in trouble.
+        let deadline = clock() + timeout + Duration::from_secs(5);
+        while let Ok(report) = self.side.reports.recv_timeout(deadline - clock()) {
+            if let Report::Stopped { killed } = report {
+                if killed > 0 {
+                    log::warn!("event=processes_killed count={killed} after=\"stop_timeout\"");
+                }
+                return;
+            }
+        }
+        log::error!("event=processes_left hint=\"they did not end in time\"");
     }
 }
 

@@ -1,15 +1,14 @@
 //! The side thread's requests and reports: answering the status, starting processes, noting their ends.
 
-use std::time::Duration;
-
 use rustix::rand::GetRandomFlags;
 use worker_sdk::wire::Token;
 
-use super::{Shell, clock};
+use super::Shell;
 use crate::config::UnixSource;
 use crate::logger;
 use crate::pool::{ListenerId, ProcessId};
-use crate::side::{Report, Request, SpawnRequest};
+use crate::admin::Request;
+use crate::spawner::{Report, SpawnRequest};
 use crate::status::Status;
 
 /// Most messages of the side thread handled in one turn; it wakes us again for the rest.
@@ -19,12 +18,12 @@ impl Shell {
     pub(super) fn handle_side(&mut self) {
         let mut count = 0;
         while count < MESSAGES_PER_TURN {
-            let Ok(report) = self.reports.try_recv() else { break };
+            let Ok(report) = self.side.reports.try_recv() else { break };
             self.note(report);
             count += 1;
         }
         while count < MESSAGES_PER_TURN {
-            let Ok(request) = self.requests.try_recv() else { break };
+            let Ok(request) = self.side.requests.try_recv() else { break };
             match request {
                 Request::Status(answer) => {
                     // Whoever asked may have gone; that is no concern of ours.
@@ -80,7 +79,7 @@ impl Shell {
             token,
             dispatch_socket,
         };
-        if !self.side.spawn(request) {
+        if self.side.spawner.spawn(request).is_err() {
             self.core.spawned(self.now, process, false);
         }
     }
@@ -95,13 +94,15 @@ impl Shell {
                 log::error!("event=process_not_started {} error=\"{error}\"", self.process(process));
                 self.core.spawned(self.now, process, false);
             }
-            Report::Exited { process, pid, status } => {
+            Report::Exited { process, pid, status_text } => {
                 log::warn!(
-                    "event=process_ended {} pid={pid} status=\"{status}\"",
+                    "event=process_ended {} pid={pid} status=\"{status_text}\"",
                     self.process(process)
                 );
                 self.core.exited(self.now, process);
             }
+            // Only ever the answer to the end of a stop, which waits for it elsewhere.
+            Report::Stopped { .. } => {}
         }
     }
 
@@ -113,13 +114,5 @@ impl Shell {
             self.core.pool_name(process.pool),
             process.number + 1
         )
-    }
-
-    /// How long a stop may still take, for the side thread.
-    pub(super) fn patience(&self) -> Duration {
-        match self.stop_deadline {
-            Some(deadline) => (deadline - clock()).max(Duration::from_millis(100)),
-            None => self.config.limits.stop_timeout,
-        }
     }
 }

@@ -81,12 +81,9 @@ impl Shell {
         }
     }
 
-    fn worker(&self, id: WorkerId) -> String {
-        format!(
-            "worker={id} pool={} name={} pid={}",
-            self.core.pool_name(self.core.pool_of_worker(id)),
-            self.core.worker_name(id),
-            self.core.worker_pid(id)
-        )
+    pub(super) fn worker(&self, id: WorkerId) -> String {
+        let pool = self.core.pool_of_worker(id).map_or("", |pool| self.core.pool_name(pool));
+        let pid = self.core.worker_pid(id).unwrap_or_default();
+        format!("worker={id} pool={pool} name={} pid={pid}", self.core.worker_name(id))
     }
 }

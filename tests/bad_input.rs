@@ -1,0 +1,389 @@
+//! Peers that lie, babble or break off: each loses its own connection, with a reason in the log, and nobody else anything.
+#![allow(clippy::unwrap_used)]
+
+mod support;
+
+use std::io::{IoSlice, IoSliceMut};
+use std::mem::MaybeUninit;
+use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
+use std::path::Path;
+
+use rustix::net::{
+    AddressFamily, RecvAncillaryBuffer, RecvAncillaryMessage, RecvFlags, SendAncillaryBuffer,
+    SendAncillaryMessage, SendFlags, SocketAddrUnix, SocketFlags, SocketType,
+};
+use support::*;
+use worker_sdk::scoreboard::claim;
+use worker_sdk::wire::{Channel, Control, Goodbye, Hello, Refused, RefusedCode, Welcome};
+
+const CONFIG: &str = r#"
+hello_timeout = "200ms"
+max_pending_hellos = 8
+
+[[listener]]
+name = "web"
+address = "127.0.0.1:0"
+pool = "web"
+
+[pool.web]
+"#;
+
+/// A peer on the dispatch socket that sends what it likes.
+struct Peer {
+    socket: OwnedFd,
+}
+
+impl Peer {
+    fn connect(path: &Path) -> Peer {
+        let flags = SocketFlags::CLOEXEC;
+        let socket =
+            rustix::net::socket_with(AddressFamily::UNIX, SocketType::SEQPACKET, flags, None)
+                .unwrap();
+        rustix::net::connect(&socket, &SocketAddrUnix::new(path).unwrap()).unwrap();
+        let patience = Some(PATIENCE);
+        rustix::net::sockopt::set_socket_timeout(
+            &socket,
+            rustix::net::sockopt::Timeout::Recv,
+            patience,
+        )
+        .unwrap();
+        Peer { socket }
+    }
+
+    fn send(&self, record: &[u8], fds: &[BorrowedFd<'_>]) -> rustix::io::Result<usize> {
+        let mut space = vec![MaybeUninit::uninit(); rustix::cmsg_space!(ScmRights(253))];
+        let mut ancillary = SendAncillaryBuffer::new(&mut space);
+        if !fds.is_empty() {
+            assert!(ancillary.push(SendAncillaryMessage::ScmRights(fds)));
+        }
+        let flags = SendFlags::NOSIGNAL;
+        rustix::net::sendmsg(&self.socket, &[IoSlice::new(record)], &mut ancillary, flags)
+    }
+
+    /// The next record and its descriptors; `None` at the end.
+    fn receive(&self) -> Option<(Vec<u8>, Vec<OwnedFd>)> {
+        receive(&self.socket)
+    }
+
+    fn refusal(&self) -> Refused {
+        let (record, fds) = self.receive().expect("an answer");
+        assert!(fds.is_empty());
+        let Control::Refused(refused) = Control::decode(&record).unwrap() else {
+            panic!("not a refusal: {record:?}")
+        };
+        assert!(self.receive().is_none(), "it closes after a refusal");
+        refused
+    }
+
+    /// Joins properly; the channel, the scoreboard, the eventfd.
+    fn join(&self, hello: &Hello) -> (Welcome, Vec<OwnedFd>) {
+        self.send(&encode(hello), &[]).unwrap();
+        let (record, fds) = self.receive().expect("an answer");
+        let Control::Welcome(welcome) = Control::decode(&record).unwrap() else {
+            panic!("not a welcome: {:?}", Control::decode(&record))
+        };
+        assert_eq!(fds.len(), 3);
+        (welcome, fds)
+    }
+
+    fn ended(&self) -> bool {
+        // A record may still be queued (a refusal); what counts is that the end follows.
+        for _ in 0..2 {
+            if self.receive().is_none() {
+                return true;
+            }
+        }
+        false
+    }
+}
+
+fn receive(socket: &OwnedFd) -> Option<(Vec<u8>, Vec<OwnedFd>)> {
+    let mut record = vec![0; 16 * 1024];
+    let mut space = vec![MaybeUninit::uninit(); rustix::cmsg_space!(ScmRights(253))];
+    let mut ancillary = RecvAncillaryBuffer::new(&mut space);
+    let flags = RecvFlags::CMSG_CLOEXEC;
+    let mut parts = [IoSliceMut::new(&mut record)];
+    match rustix::net::recvmsg(socket, &mut parts, &mut ancillary, flags) {
+        Ok(message) if message.bytes > 0 => {
+            let fds = ancillary
+                .drain()
+                .filter_map(|message| match message {
+                    RecvAncillaryMessage::ScmRights(fds) => Some(fds),
+                    _ => None,
+                })
+                .flatten()
+                .collect();
+            record.truncate(message.bytes);
+            Some((record, fds))
+        }
+        Ok(_) | Err(rustix::io::Errno::CONNRESET | rustix::io::Errno::PIPE) => None,
+        Err(errno) => panic!("no answer: {errno}"),
+    }
+}
+
+fn hello() -> Hello {
+    Hello { pool: "web".to_owned(), name: "bad".to_owned(), max_connections: 100, ..Hello::default() }
+}
+
+fn encode(hello: &Hello) -> Vec<u8> {
+    let mut record = Vec::new();
+    hello.encode(&mut record);
+    record
+}
+
+/// Runs `misbehave` against a dispatcher that serves at the same time; afterwards it still serves and holds no more descriptors.
+fn nobody_else_notices(misbehave: impl FnOnce(&Dispatcher)) -> Dispatcher {
+    let dispatcher = Dispatcher::start(CONFIG);
+    let _worker = dispatcher.worker("blocking", "web", "honest");
+    dispatcher.wait_joined("web", 1);
+    let address = dispatcher.address("web");
+    let mut client = Client::connect(address).unwrap();
+    Client::connect(address).unwrap().finish();
+    dispatcher.wait_status("one connection", |status| loads(status, "web").0 == [1]);
+    let before = dispatcher.fds();
+    misbehave(&dispatcher);
+    client.echo("as if nothing had happened");
+    Client::connect(address).unwrap().finish();
+    dispatcher.wait_status("only the honest worker to be left", |status| {
+        pool(status, "web").workers.len() == 1
+    });
+    wait_until("the descriptors to be closed", || dispatcher.fds() <= before);
+    assert_eq!(worker(&dispatcher.status(), "honest").unwrap().state, "active");
+    drop(client);
+    dispatcher
+}
+
+#[track_caller]
+fn logged(dispatcher: &Dispatcher, text: &str) {
+    wait_until(&format!("the log to say {text:?}"), || dispatcher.log().contains(text));
+}
+
+#[test]
+fn a_hello_of_another_version() {
+    let dispatcher = nobody_else_notices(|dispatcher| {
+        let peer = Peer::connect(&dispatcher.dispatch());
+        peer.send(&encode(&Hello { version: 99, ..hello() }), &[]).unwrap();
+        let refused = peer.refusal();
+        assert_eq!(refused.code, RefusedCode::Version);
+        assert!(refused.reason.contains("99"), "{}", refused.reason);
+    });
+    logged(&dispatcher, "version 99");
+}
+
+#[test]
+fn a_hello_for_a_pool_that_does_not_exist() {
+    let dispatcher = nobody_else_notices(|dispatcher| {
+        let peer = Peer::connect(&dispatcher.dispatch());
+        peer.send(&encode(&Hello { pool: "wbe".to_owned(), ..hello() }), &[]).unwrap();
+        let refused = peer.refusal();
+        assert_eq!(refused.code, RefusedCode::UnknownPool);
+        assert!(refused.reason.contains("wbe") && refused.reason.contains("web"));
+    });
+    logged(&dispatcher, "event=worker_refused");
+}
+
+#[test]
+fn a_hello_that_is_too_short() {
+    let dispatcher = nobody_else_notices(|dispatcher| {
+        let whole = encode(&hello());
+        for len in 1..whole.len() {
+            let peer = Peer::connect(&dispatcher.dispatch());
+            peer.send(&whole[..len], &[]).unwrap();
+            assert_eq!(peer.refusal().code, RefusedCode::Malformed, "at {len} bytes");
+        }
+    });
+    logged(&dispatcher, "reason=\"not a hello: record ends before");
+}
+
+#[test]
+fn a_hello_that_is_too_long() {
+    let dispatcher = nobody_else_notices(|dispatcher| {
+        let mut record = encode(&hello());
+        // A well-formed TLV of an unknown type, only too much of it.
+        record.extend_from_slice(&[0xff, 0x7f, 0x00, 0x20]);
+        record.resize(record.len() + 0x2000, b'x');
+        let peer = Peer::connect(&dispatcher.dispatch());
+        peer.send(&record, &[]).unwrap();
+        assert_eq!(peer.refusal().code, RefusedCode::Malformed);
+    });
+    logged(&dispatcher, "record longer than 4096 bytes");
+}
+
+#[test]
+fn a_hello_with_descriptors() {
+    let dispatcher = nobody_else_notices(|dispatcher| {
+        for count in [1, 2, 253] {
+            let file = std::fs::File::open("/dev/null").unwrap();
+            let fds = vec![file.as_fd(); count];
+            let peer = Peer::connect(&dispatcher.dispatch());
+            peer.send(&encode(&hello()), &fds).unwrap();
+            assert_eq!(peer.refusal().code, RefusedCode::Malformed, "{count} descriptors");
+        }
+    });
+    logged(&dispatcher, "record carries file descriptors where none belong");
+}
+
+#[test]
+fn anything_but_hello_first() {
+    let dispatcher = nobody_else_notices(|dispatcher| {
+        let mut goodbye = Vec::new();
+        Goodbye.encode(&mut goodbye);
+        let peer = Peer::connect(&dispatcher.dispatch());
+        peer.send(&goodbye, &[]).unwrap();
+        assert_eq!(peer.refusal().code, RefusedCode::Malformed);
+    });
+    logged(&dispatcher, "unexpected second goodbye");
+}
+
+#[test]
+fn a_second_hello_and_descriptors_after_the_first() {
+    let dispatcher = nobody_else_notices(|dispatcher| {
+        let peer = Peer::connect(&dispatcher.dispatch());
+        let _lane = peer.join(&hello());
+        peer.send(&encode(&hello()), &[]).unwrap();
+        assert!(peer.ended());
+
+        let peer = Peer::connect(&dispatcher.dispatch());
+        let _lane = peer.join(&hello());
+        let file = std::fs::File::open("/dev/null").unwrap();
+        let mut goodbye = Vec::new();
+        Goodbye.encode(&mut goodbye);
+        peer.send(&goodbye, &[file.as_fd()]).unwrap();
+        assert!(peer.ended());
+    });
+    logged(&dispatcher, "event=worker_expelled");
+    logged(&dispatcher, "unexpected hello");
+}
+
+#[test]
+fn the_channel_carries_nothing_towards_the_dispatcher() {
+    nobody_else_notices(|dispatcher| {
+        let peer = Peer::connect(&dispatcher.dispatch());
+        let (_, lane) = peer.join(&hello());
+        let on_channel = Peer { socket: lane[0].try_clone().unwrap() };
+        assert_eq!(on_channel.send(b"hello?", &[]), Err(rustix::io::Errno::PIPE));
+    });
+}
+
+#[test]
+fn silence_and_crowds_before_hello() {
+    let dispatcher = nobody_else_notices(|dispatcher| {
+        let crowd: Vec<Peer> = (0..20).map(|_| Peer::connect(&dispatcher.dispatch())).collect();
+        let refused: Vec<_> = crowd.iter().filter_map(Peer::receive).collect();
+        assert_eq!(refused.len(), 12, "eight may be silent for a while");
+        for (record, _) in refused {
+            let Control::Refused(refused) = Control::decode(&record).unwrap() else {
+                panic!("not a refusal")
+            };
+            assert_eq!(refused.key.as_deref(), Some("max_pending_hellos"));
+        }
+    });
+    logged(&dispatcher, "no hello in time");
+}
+
+#[test]
+fn an_impossible_slot_state_costs_the_worker_its_place_and_nobody_a_connection() {
+    let dispatcher = nobody_else_notices(|dispatcher| {
+        let peer = Peer::connect(&dispatcher.dispatch());
+        let (welcome, mut lane) = peer.join(&hello());
+        let board =
+            worker_sdk::scoreboard::Scoreboard::open(lane.remove(1), welcome.slots).unwrap();
+        // It holds nothing, so it is next.
+        let stream = connect(dispatcher.address("web"));
+        let (record, fds) = receive(&lane[0]).expect("a handoff");
+        let Channel::Handoff(handoff) = Channel::decode(&record).unwrap() else {
+            panic!("not a handoff")
+        };
+        let entry = handoff.entries[0];
+        // RELEASED is the dispatcher's to write.
+        claim::release(board.slot(entry.slot).unwrap(), entry.seq);
+        rustix::io::write(&lane[1], &1_u64.to_ne_bytes()).unwrap();
+        assert!(peer.ended());
+        drop(fds);
+        let mut client = Client::greeted(stream).unwrap();
+        assert_eq!(client.served_by, "honest");
+        client.echo("served all the same");
+        client.finish();
+    });
+    logged(&dispatcher, "impossible slot state");
+}
+
+#[test]
+fn a_lying_counter_is_clamped_and_named() {
+    let dispatcher = nobody_else_notices(|dispatcher| {
+        let peer = Peer::connect(&dispatcher.dispatch());
+        let (welcome, mut lane) = peer.join(&hello());
+        let board =
+            worker_sdk::scoreboard::Scoreboard::open(lane.remove(1), welcome.slots).unwrap();
+        board.raise_finished(u64::MAX);
+        rustix::io::write(&lane[1], &1_u64.to_ne_bytes()).unwrap();
+        logged(dispatcher, "event=counter_clamped");
+        assert_eq!(worker(&dispatcher.status(), "bad").unwrap().load, 0);
+    });
+    logged(&dispatcher, "counter=\"finished\" said=18446744073709551615 used=0");
+}
+
+#[test]
+fn ten_thousand_random_records() {
+    nobody_else_notices(|dispatcher| {
+        // xorshift: the same garbage in every run.
+        let mut random = 0x9e37_79b9_7f4a_7c15_u64;
+        let mut next = || {
+            random ^= random << 13;
+            random ^= random >> 7;
+            random ^= random << 17;
+            random
+        };
+        let valid = encode(&hello());
+        for round in 0..10_000 {
+            let mut record: Vec<u8> = match round % 3 {
+                0 => (0..next() % 200).map(|_| next() as u8).collect(),
+                // The right kind, then garbage.
+                1 => [1, 0, 0, 0].into_iter().chain((0..next() % 80).map(|_| next() as u8)).collect(),
+                // A good one with one byte changed in its fixed part.
+                _ => {
+                    let mut record = valid.clone();
+                    record[(next() % 44) as usize] ^= (next() % 255) as u8 + 1;
+                    record
+                }
+            };
+            if record.is_empty() {
+                record.push(0);
+            }
+            let peer = Peer::connect(&dispatcher.dispatch());
+            peer.send(&record, &[]).unwrap();
+            // Welcome (a changed counter may still be a valid hello) or refused, but always an answer.
+            let (answer, _fds) = peer.receive().expect("an answer");
+            assert!(Control::decode(&answer).is_ok());
+        }
+    });
+}
+
+#[test]
+fn the_wrong_user() {
+    if !rustix::process::geteuid().is_root() {
+        return skip("only root can connect as another user");
+    }
+    let dispatcher = nobody_else_notices(|dispatcher| {
+        use std::os::unix::fs::PermissionsExt;
+        std::fs::set_permissions(&dispatcher.dir, std::fs::Permissions::from_mode(0o755)).unwrap();
+        let path = dispatcher.dispatch();
+        let refused = std::thread::spawn(move || {
+            // The bare system calls change only this thread, and a thread's own user is what the kernel reports.
+            // SAFETY: they take plain numbers and touch no memory.
+            let changed = unsafe {
+                libc::syscall(libc::SYS_setgroups, 0, std::ptr::null::<libc::gid_t>()) == 0
+                    && libc::syscall(libc::SYS_setresgid, 65_534, 65_534, 65_534) == 0
+                    && libc::syscall(libc::SYS_setresuid, 65_534, 65_534, 65_534) == 0
+            };
+            assert!(changed);
+            let peer = Peer::connect(&path);
+            peer.send(&encode(&hello()), &[]).unwrap();
+            peer.refusal()
+        });
+        let refused = refused.join().unwrap();
+        assert_eq!(refused.code, RefusedCode::NotAllowed);
+        assert_eq!(refused.key.as_deref(), Some("pool.web.allow_users"));
+    });
+    logged(&dispatcher, "uid=65534 gid=65534");
+}
