@@ -1,5 +1,12 @@
 //! The dispatcher: accepts TCP connections and passes each one to the least-loaded worker.
 
+pub mod admin;
+pub mod cli;
+pub mod closer;
 pub mod config;
+#[cfg(feature = "demo")]
+pub mod demo;
+pub mod logger;
 pub mod pool;
+pub mod spawner;
 pub mod status;

@@ -1,1 +1,5 @@
-fn main() {}
+//! The `dispatcher` command.
+
+fn main() -> std::process::ExitCode {
+    dispatcher::cli::main()
+}

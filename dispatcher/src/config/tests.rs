@@ -281,7 +281,11 @@ fn wrong_types() {
         "expected an array",
         "[[listener]]",
     );
-    refused("pool = ‹4›", "wrong type: integer `4`, expected a table", "");
+    refused(
+        "pool = ‹4›",
+        "wrong type: integer `4`, expected a table",
+        "",
+    );
 }
 
 #[test]

@@ -1,0 +1,120 @@
+//! The CLI's end of the admin socket: one request, one answer, a deadline.
+
+use std::fmt;
+use std::io;
+use std::path::{Path, PathBuf};
+use std::time::Duration;
+
+use http_body_util::{BodyExt, Empty, Limited};
+use hyper::body::Bytes;
+use hyper_util::rt::TokioIo;
+use tokio::net::UnixStream;
+
+/// How long a command waits for its whole answer.
+pub const TIMEOUT: Duration = Duration::from_secs(5);
+
+/// Longest answer: a status of some hundred thousand workers.
+const MAX_ANSWER: usize = 64 * 1024 * 1024;
+
+/// Why there is no answer, by what one would do about it.
+#[derive(Debug)]
+pub enum ClientError {
+    /// Nobody listens there: start the dispatcher, or look elsewhere.
+    NotRunning(PathBuf, io::Error),
+    /// The socket is not for this user.
+    Permission(PathBuf),
+    /// The dispatcher is there and did not answer in time: try again.
+    Timeout(PathBuf),
+    /// The dispatcher answered that it cannot now: try again.
+    Busy(String),
+    /// What answered was no dispatcher of this version.
+    Unexpected(String),
+    /// The system failed us.
+    System(io::Error),
+}
+
+impl fmt::Display for ClientError {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        match self {
+            ClientError::NotRunning(path, error) => {
+                write!(f, "nobody listens on {}: {error}", path.display())
+            }
+            ClientError::Permission(path) => {
+                write!(f, "{}: permission denied", path.display())
+            }
+            ClientError::Timeout(path) => {
+                write!(
+                    f,
+                    "the dispatcher at {} did not answer within {} s",
+                    path.display(),
+                    TIMEOUT.as_secs()
+                )
+            }
+            ClientError::Busy(message) => f.write_str(message),
+            ClientError::Unexpected(what) => write!(f, "unexpected answer: {what}"),
+            ClientError::System(error) => error.fmt(f),
+        }
+    }
+}
+
+impl std::error::Error for ClientError {}
+
+/// `GET target` over the socket at `path`: the body of a 200 answer.
+///
+/// # Errors
+/// See [`ClientError`].
+pub fn get(path: &Path, target: &str, timeout: Duration) -> Result<Vec<u8>, ClientError> {
+    let runtime = tokio::runtime::Builder::new_current_thread()
+        .enable_all()
+        .build()
+        .map_err(ClientError::System)?;
+    runtime.block_on(async {
+        tokio::time::timeout(timeout, exchange(path, target))
+            .await
+            .unwrap_or_else(|_| Err(ClientError::Timeout(path.to_owned())))
+    })
+}
+
+async fn exchange(path: &Path, target: &str) -> Result<Vec<u8>, ClientError> {
+    let stream = UnixStream::connect(path)
+        .await
+        .map_err(|error| match error.kind() {
+            io::ErrorKind::NotFound
+            | io::ErrorKind::ConnectionRefused
+            | io::ErrorKind::NotADirectory => ClientError::NotRunning(path.to_owned(), error),
+            io::ErrorKind::PermissionDenied => ClientError::Permission(path.to_owned()),
+            // The queue of a listening Unix socket is full.
+            io::ErrorKind::WouldBlock => ClientError::Timeout(path.to_owned()),
+            _ => ClientError::System(error),
+        })?;
+    let unexpected = |error: hyper::Error| ClientError::Unexpected(error.to_string());
+    let (mut sender, connection) = hyper::client::conn::http1::handshake(TokioIo::new(stream))
+        .await
+        .map_err(unexpected)?;
+    // It ends with the runtime at the latest; its errors come out of `send_request` as well.
+    tokio::spawn(connection);
+    let request = hyper::Request::get(target)
+        .header(hyper::header::HOST, "dispatcher")
+        .header(hyper::header::CONNECTION, "close")
+        .body(Empty::<Bytes>::new())
+        .map_err(|error| ClientError::Unexpected(error.to_string()))?;
+    let response = sender.send_request(request).await.map_err(unexpected)?;
+    let status = response.status();
+    let body = Limited::new(response.into_body(), MAX_ANSWER)
+        .collect()
+        .await
+        .map_err(|error| ClientError::Unexpected(error.to_string()))?
+        .to_bytes();
+    if status == hyper::StatusCode::OK {
+        return Ok(body.to_vec());
+    }
+    let message = serde_json::from_slice::<serde_json::Value>(&body)
+        .ok()
+        .and_then(|json| json.get("error")?.as_str().map(str::to_owned))
+        .unwrap_or_else(|| status.to_string());
+    if status == hyper::StatusCode::SERVICE_UNAVAILABLE {
+        Err(ClientError::Busy(message))
+    } else {
+        Err(ClientError::Unexpected(format!("{status}: {message}")))
+    }
+}

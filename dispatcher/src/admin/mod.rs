@@ -1,0 +1,104 @@
+//! The side thread: everything that may wait, so that the hot thread never does.
+//!
+//! Owns one thread with a tokio runtime, on which two services run: HTTP on the admin socket, and the
+//! [`crate::spawner`]. They talk to the hot thread over bounded channels and wake it; they know nothing of workers,
+//! connections or policies. [`client`] is the other end of the admin socket, for the CLI.
+
+pub mod client;
+mod gate;
+mod http;
+
+#[cfg(test)]
+mod tests;
+
+use std::io;
+use std::os::unix::net::UnixListener;
+use std::sync::{Arc, mpsc};
+use std::thread::JoinHandle;
+use std::time::Duration;
+
+use tokio::sync::oneshot;
+
+use crate::spawner::{self, Report, Spawner};
+use crate::status::Status;
+
+/// Wakes the hot thread. Called after something was put into one of its channels, from any thread.
+pub type Wake = Arc<dyn Fn() + Send + Sync>;
+
+/// Most questions waiting for the hot thread. Status questions share one, so a few are plenty.
+const MAX_REQUESTS: usize = 16;
+
+/// How long a finishing side thread may hold the process up.
+const THREAD_END: Duration = Duration::from_secs(1);
+
+/// A question only the hot thread can answer. Dropping it unanswered is fine: the client gets 503.
+#[derive(Debug)]
+pub enum Request {
+    /// What is going on?
+    Status(oneshot::Sender<Status>),
+}
+
+/// The hot thread's side of the side thread.
+#[derive(Debug)]
+pub struct Admin {
+    /// Questions to answer: drain with `try_recv` once per wake-up; at most 16 wait here.
+    pub requests: mpsc::Receiver<Request>,
+    /// What became of spawned processes: drain with `try_recv` once per wake-up.
+    pub reports: mpsc::Receiver<Report>,
+    /// Starts and stops processes.
+    pub spawner: Spawner,
+    stop: oneshot::Sender<()>,
+    thread: JoinHandle<()>,
+}
+
+impl Admin {
+    /// Starts the side thread, serving HTTP on `listener` from now on. `wake` is called whenever there is something in
+    /// `requests` or `reports`.
+    ///
+    /// # Errors
+    /// When the system has no thread or epoll instance left.
+    pub fn start(listener: UnixListener, wake: Wake) -> io::Result<Admin> {
+        let runtime = tokio::runtime::Builder::new_current_thread()
+            .enable_all()
+            .build()?;
+        listener.set_nonblocking(true)?;
+        let listener = {
+            let _inside = runtime.enter();
+            tokio::net::UnixListener::from_std(listener)?
+        };
+        let (request_sender, requests) = mpsc::sync_channel(MAX_REQUESTS);
+        let gate = gate::Gate::new(request_sender, Arc::clone(&wake));
+        let (spawner, spawns, reports) = spawner::service(wake);
+        let (stop, stopped) = oneshot::channel();
+        let thread = std::thread::Builder::new()
+            .name("admin".to_owned())
+            .spawn(move || {
+                runtime.block_on(async {
+                    tokio::spawn(spawns.run());
+                    tokio::select! {
+                        () = http::serve(listener, gate) => {}
+                        // An error is a dropped `Admin`: the same.
+                        _ = stopped => {}
+                    }
+                });
+                runtime.shutdown_timeout(THREAD_END);
+            })?;
+        Ok(Admin {
+            requests,
+            reports,
+            spawner,
+            stop,
+            thread,
+        })
+    }
+
+    /// Ends the side thread, about at once. Processes that are still running stay; see [`Spawner::stop`].
+    pub fn finish(self) {
+        let Admin { stop, thread, .. } = self;
+        // It may have ended by itself already.
+        let _ = stop.send(());
+        if thread.join().is_err() {
+            log::error!("the admin thread panicked");
+        }
+    }
+}

@@ -1,0 +1,101 @@
+//! Finding and asking a running dispatcher, for every client command.
+
+use std::ffi::OsString;
+use std::path::{Path, PathBuf};
+
+use super::{AdminArgs, Exit, Failure};
+use crate::admin::client::{self, ClientError};
+use crate::config::{Config, DEFAULT_ADMIN_SOCKET, DEFAULT_FILE, UnixSource};
+
+/// The variable that names the admin socket.
+const VARIABLE: &str = "DISPATCHER_ADMIN";
+
+/// An admin socket, and who says so.
+#[derive(Debug, PartialEq, Eq)]
+pub(super) struct Place {
+    pub path: PathBuf,
+    pub from: String,
+}
+
+/// `--admin`, else `DISPATCHER_ADMIN`, else the configuration, else the default.
+pub(super) fn find(arguments: &AdminArgs) -> Result<Place, Failure> {
+    find_with(
+        arguments,
+        std::env::var_os(VARIABLE),
+        Path::new(DEFAULT_FILE),
+    )
+}
+
+pub(super) fn find_with(
+    arguments: &AdminArgs,
+    variable: Option<OsString>,
+    default_file: &Path,
+) -> Result<Place, Failure> {
+    if let Some(path) = &arguments.admin {
+        return Ok(Place {
+            path: path.clone(),
+            from: "--admin".to_owned(),
+        });
+    }
+    // A configuration on the command line is nearer than an environment from somewhere.
+    if let Some(file) = &arguments.config {
+        let source = Config::admin_source(file)
+            .map_err(|error| Failure::new(Exit::Config, error.to_string()))?;
+        return from_file(source, file);
+    }
+    if let Some(path) = variable.filter(|path| !path.is_empty()) {
+        return Ok(Place {
+            path: path.into(),
+            from: VARIABLE.to_owned(),
+        });
+    }
+    match Config::admin_source(default_file) {
+        Ok(source) => from_file(source, default_file),
+        // Missing, not for us to read, or being edited: the dispatcher may well be where it usually is.
+        Err(_) => Ok(Place {
+            path: DEFAULT_ADMIN_SOCKET.into(),
+            from: "default".to_owned(),
+        }),
+    }
+}
+
+fn from_file(source: UnixSource, file: &Path) -> Result<Place, Failure> {
+    match source {
+        UnixSource::Path(path) => Ok(Place {
+            path,
+            from: format!("config {}", file.display()),
+        }),
+        UnixSource::Systemd(name) => Err(Failure::new(
+            Exit::Usage,
+            format!(
+                "{}: the admin socket is made by systemd as {name}, so only systemd knows its path: \
+                 give it with --admin PATH",
+                file.display()
+            ),
+        )),
+    }
+}
+
+/// `GET target`.
+pub(super) fn get(place: &Place, target: &str) -> Result<Vec<u8>, Failure> {
+    client::get(&place.path, target, client::TIMEOUT).map_err(|error| failure(&error, place))
+}
+
+fn failure(error: &ClientError, place: &Place) -> Failure {
+    let tried = format!("tried {} (from {})", place.path.display(), place.from);
+    match error {
+        ClientError::NotRunning(..) => Failure::new(
+            Exit::Unavailable,
+            format!("is the dispatcher running? {tried}: {error}"),
+        ),
+        ClientError::Permission(_) => Failure::new(
+            Exit::NoPermission,
+            format!("{error} ({tried}): become its user, or see admin_socket_mode"),
+        ),
+        ClientError::Timeout(_) | ClientError::Busy(_) => {
+            Failure::new(Exit::TempFail, format!("{error} ({tried})"))
+        }
+        ClientError::Unexpected(_) => Failure::new(Exit::Protocol, format!("{error} ({tried})")),
+        ClientError::System(_) => Failure::new(Exit::OsErr, format!("{error} ({tried})")),
+    }
+}

@@ -1,0 +1,64 @@
+//! `dispatcher check`.
+
+use std::fmt::Write as _;
+use std::path::Path;
+
+use super::{Exit, Failure, complain, print};
+use crate::config::{Config, ConfigError, UnixSource};
+
+pub(super) fn check(path: &Path) -> Result<(), Failure> {
+    let config = load(path)?;
+    print(&format!("{}: ok\n{}", path.display(), summary(&config)))
+}
+
+/// Reads a configuration, with its warnings said.
+pub(super) fn load(path: &Path) -> Result<Config, Failure> {
+    let config = Config::load(path).map_err(|error| {
+        let hint = match &error {
+            ConfigError::Unreadable { .. } => "\nhelp: name another file with --config FILE",
+            ConfigError::Invalid(_) => "",
+        };
+        Failure::new(Exit::Config, format!("{error}{hint}"))
+    })?;
+    for warning in &config.warnings {
+        complain(&warning.to_string());
+    }
+    Ok(config)
+}
+
+fn summary(config: &Config) -> String {
+    let mut text = String::new();
+    for listener in &config.listeners {
+        let pool = config.pools.get(usize::from(listener.pool));
+        // Writing to a string cannot fail.
+        let _ = writeln!(
+            text,
+            "listener {}: {} -> pool {}",
+            listener.name,
+            listener.address_text,
+            pool.map_or("?", |pool| &pool.settings.name),
+        );
+    }
+    for pool in &config.pools {
+        let workers = match &pool.spawn {
+            Some(spawn) => format!("{} x {}", spawn.processes, spawn.command.join(" ")),
+            None => "workers join by themselves".to_owned(),
+        };
+        let _ = writeln!(
+            text,
+            "pool {}: {}, {workers}",
+            pool.settings.name,
+            pool.settings.policy.name(),
+        );
+    }
+    for (name, socket) in [
+        ("dispatch_socket", &config.dispatch_socket.source),
+        ("admin_socket", &config.admin_socket.source),
+    ] {
+        let _ = match socket {
+            UnixSource::Path(path) => writeln!(text, "{name}: {}", path.display()),
+            UnixSource::Systemd(name_there) => writeln!(text, "{name}: systemd:{name_there}"),
+        };
+    }
+    text
+}

@@ -1,0 +1,92 @@
+//! `dispatcher demo`: a configuration out of nothing, in a directory that goes away again.
+
+use std::fmt::Write as _;
+use std::fs::DirBuilder;
+use std::io;
+use std::os::unix::fs::DirBuilderExt;
+use std::path::{Path, PathBuf};
+
+use super::{DemoArgs, Exit, Failure, print, run};
+use crate::config::Config;
+
+pub(super) fn demo(arguments: &DemoArgs) -> Result<(), Failure> {
+    let directory = Directory::new()
+        .map_err(|error| Failure::new(Exit::CantCreate, format!("a directory: {error}")))?;
+    let admin = match &arguments.admin {
+        Some(path) => path.clone(),
+        None => directory.path.join("admin.sock"),
+    };
+    let program = std::env::current_exe()
+        .map_err(|error| Failure::new(Exit::OsErr, format!("our own path: {error}")))?;
+    let program = program.to_str().map(str::to_owned).ok_or_else(|| {
+        Failure::new(
+            Exit::OsErr,
+            format!("our own path is not UTF-8: {}", program.display()),
+        )
+    })?;
+    let config = Config::demo(
+        arguments.listen,
+        arguments.workers,
+        admin.clone(),
+        directory.path.join("dispatch.sock"),
+        vec![program.clone(), "demo-worker".to_owned()],
+    );
+    let workers = arguments.workers;
+    run::serve(config, |addresses| {
+        // A closed stdout is no reason not to serve.
+        let _ = print(&what_to_try(&program, addresses, workers, &admin));
+    })
+}
+
+fn what_to_try(program: &str, addresses: &[String], workers: u32, admin: &Path) -> String {
+    let mut text = String::new();
+    // Writing to a string cannot fail.
+    for address in addresses {
+        let _ = writeln!(
+            text,
+            "{workers} workers serve http://{address}/   (Ctrl-C stops everything)\n\n\
+             Try, in another terminal:\n  \
+             curl http://{address}/"
+        );
+    }
+    let _ = writeln!(text, "  {program} status --admin {}", admin.display());
+    text
+}
+
+/// A directory only for us, removed with what the dispatcher left in it.
+#[derive(Debug)]
+struct Directory {
+    path: PathBuf,
+}
+
+impl Directory {
+    fn new() -> io::Result<Directory> {
+        let parent = std::env::var_os("XDG_RUNTIME_DIR")
+            .map(PathBuf::from)
+            // A path that is too long for a socket is no help.
+            .filter(|path| path.is_dir() && path.as_os_str().len() < 64)
+            .unwrap_or_else(std::env::temp_dir);
+        let pid = std::process::id();
+        let mut last = io::Error::from(io::ErrorKind::AlreadyExists);
+        // A name that is taken is left alone, whoever made it: making fails, so it is never somebody else's.
+        for number in 0..16 {
+            let path = parent.join(format!("dispatcher-demo-{pid}-{number}"));
+            match DirBuilder::new().mode(0o700).create(&path) {
+                Ok(()) => return Ok(Directory { path }),
+                Err(error) if error.kind() == io::ErrorKind::AlreadyExists => last = error,
+                Err(error) => return Err(error),
+            }
+        }
+        Err(last)
+    }
+}
+
+impl Drop for Directory {
+    fn drop(&mut self) {
+        for name in ["admin.sock", "dispatch.sock"] {
+            let _ = std::fs::remove_file(self.path.join(name));
+        }
+        // Something else in it is not ours to remove.
+        let _ = std::fs::remove_dir(&self.path);
+    }
+}

@@ -1,0 +1,178 @@
+//! The command line. Owns arguments, what people read, and exit codes; each command is a module of its own.
+
+mod admin;
+mod check;
+mod demo;
+mod exit;
+mod run;
+mod status;
+
+#[cfg(test)]
+mod tests;
+
+use std::ffi::OsString;
+use std::io::Write;
+use std::net::SocketAddr;
+use std::path::PathBuf;
+use std::process::ExitCode;
+
+use clap::error::ErrorKind;
+use clap::{Args, Parser, Subcommand};
+
+pub use exit::Exit;
+
+const EXAMPLES: &str = "\
+Examples:
+  dispatcher demo                          four workers on http://127.0.0.1:8080/, no configuration
+  dispatcher check --config FILE           is this configuration good?
+  dispatcher run --config FILE             serve
+  dispatcher status                        who has how many connections?
+  dispatcher status --json                 the same for programs
+
+Environment:
+  DISPATCHER_LOG     what `run` and `demo` log: error, warn, info (default), debug, trace
+  DISPATCHER_ADMIN   the admin socket that `status` asks
+
+Exit codes are those of sysexits.h: 64 wrong usage, 69 not running, 77 not permitted, 78 bad configuration.";
+
+/// Accepts TCP connections and passes each one to the least-loaded worker process.
+#[derive(Debug, Parser)]
+#[command(name = "dispatcher", version, after_help = EXAMPLES)]
+struct Cli {
+    #[command(subcommand)]
+    command: Command,
+}
+
+#[derive(Debug, Subcommand)]
+enum Command {
+    /// Serve, until SIGTERM or SIGINT.
+    #[command(after_help = "Example:\n  dispatcher run --config ./dispatcher.toml")]
+    Run(FileArgs),
+    /// Check a configuration: exit code 0 if it is good, 78 with the place of the first mistake if not.
+    #[command(after_help = "Example:\n  dispatcher check --config ./dispatcher.toml")]
+    Check(FileArgs),
+    /// Show what a running dispatcher is doing.
+    #[command(
+        after_help = "Examples:\n  dispatcher status\n  dispatcher status --json | jq .pools[].workers[].load\n  \
+                      dispatcher status --admin /tmp/admin.sock"
+    )]
+    Status(StatusArgs),
+    /// Try it out: an HTTP server of several processes, without any configuration.
+    #[command(
+        after_help = "Examples:\n  dispatcher demo\n  dispatcher demo --listen '[::]:9000' --workers 8"
+    )]
+    Demo(DemoArgs),
+    /// One worker of the demo, started by it.
+    #[cfg(feature = "demo")]
+    #[command(hide = true)]
+    DemoWorker,
+}
+
+#[derive(Debug, Args)]
+struct FileArgs {
+    /// The configuration.
+    #[arg(long, value_name = "FILE", default_value = crate::config::DEFAULT_FILE)]
+    config: PathBuf,
+}
+
+/// Where client commands find the dispatcher.
+#[derive(Debug, Default, Args)]
+struct AdminArgs {
+    /// The dispatcher's admin socket [default: $DISPATCHER_ADMIN, or what the configuration says]
+    #[arg(long, value_name = "PATH")]
+    admin: Option<PathBuf>,
+    /// A configuration to read `admin_socket` from [default: /etc/dispatcher/dispatcher.toml, if there is one]
+    #[arg(long, value_name = "FILE")]
+    config: Option<PathBuf>,
+}
+
+#[derive(Debug, Args)]
+struct StatusArgs {
+    #[command(flatten)]
+    admin: AdminArgs,
+    /// The status as JSON.
+    #[arg(long)]
+    json: bool,
+}
+
+#[derive(Debug, Args)]
+struct DemoArgs {
+    /// Where to serve HTTP.
+    #[arg(long, value_name = "ADDR", default_value = "127.0.0.1:8080")]
+    listen: SocketAddr,
+    /// How many worker processes.
+    #[arg(long, value_name = "N", default_value_t = 4, value_parser = clap::value_parser!(u32).range(1..=1024))]
+    workers: u32,
+    /// Where to put the admin socket [default: in a directory of its own]
+    #[arg(long, value_name = "PATH")]
+    admin: Option<PathBuf>,
+}
+
+/// A command that failed: what to say, and the exit code.
+#[derive(Debug)]
+struct Failure {
+    exit: Exit,
+    message: String,
+}
+
+impl Failure {
+    fn new(exit: Exit, message: impl Into<String>) -> Failure {
+        Failure {
+            exit,
+            message: message.into(),
+        }
+    }
+}
+
+/// The whole program: arguments from the process, exit code to it.
+pub fn main() -> ExitCode {
+    execute(std::env::args_os()).into()
+}
+
+fn execute(arguments: impl IntoIterator<Item = OsString>) -> Exit {
+    let cli = match Cli::try_parse_from(arguments) {
+        Ok(cli) => cli,
+        Err(error) => {
+            // Help and version are no errors; clap prints each where it belongs.
+            let _ = error.print();
+            return match error.kind() {
+                ErrorKind::DisplayHelp | ErrorKind::DisplayVersion => Exit::Ok,
+                _ => Exit::Usage,
+            };
+        }
+    };
+    let result = match &cli.command {
+        Command::Run(arguments) => run::run(&arguments.config),
+        Command::Check(arguments) => check::check(&arguments.config),
+        Command::Status(arguments) => status::status(&arguments.admin, arguments.json),
+        Command::Demo(arguments) => demo::demo(arguments),
+        #[cfg(feature = "demo")]
+        Command::DemoWorker => {
+            crate::demo::worker().map_err(|error| Failure::new(Exit::Unavailable, error))
+        }
+    };
+    match result {
+        Ok(()) => Exit::Ok,
+        Err(failure) => {
+            complain(&failure.message);
+            failure.exit
+        }
+    }
+}
+
+/// To stderr, as ours.
+fn complain(message: &str) {
+    // When stderr is gone there is nobody to tell.
+    let _ = writeln!(std::io::stderr(), "dispatcher: {message}");
+}
+
+/// To stdout. A reader that has had enough (`| head`) is no error.
+fn print(text: &str) -> Result<(), Failure> {
+    let mut out = std::io::stdout().lock();
+    match out.write_all(text.as_bytes()).and_then(|()| out.flush()) {
+        Err(error) if error.kind() != std::io::ErrorKind::BrokenPipe => {
+            Err(Failure::new(Exit::IoErr, format!("stdout: {error}")))
+        }
+        _ => Ok(()),
+    }
+}

@@ -1,0 +1,174 @@
+//! `dispatcher status`: the JSON as it came, or a table for people.
+
+use std::fmt::Write as _;
+use std::time::Duration;
+
+use super::{AdminArgs, Exit, Failure, admin, print};
+use crate::status::Status;
+
+pub(super) fn status(arguments: &AdminArgs, json: bool) -> Result<(), Failure> {
+    let place = admin::find(arguments)?;
+    let body = admin::get(&place, "/v1/status")?;
+    if json {
+        // As it came, so that what a newer dispatcher adds is not lost.
+        let mut text = String::from_utf8_lossy(&body).into_owned();
+        text.push('\n');
+        return print(&text);
+    }
+    let status: Status = serde_json::from_slice(&body).map_err(|error| {
+        Failure::new(
+            Exit::Protocol,
+            format!(
+                "{} does not answer with a status of this version: {error}",
+                place.path.display()
+            ),
+        )
+    })?;
+    print(&table(&status))
+}
+
+pub(super) fn table(status: &Status) -> String {
+    let mut text = format!(
+        "dispatcher {}  pid {}  up {}{}\n\n",
+        clean(&status.version),
+        status.pid,
+        humantime::format_duration(Duration::from_secs(status.uptime_seconds)),
+        if status.stopping { "  stopping" } else { "" },
+    );
+    let mut totals = Table::new(
+        &["ACCEPTED", "RETURNED", "HELD", "CUSTODY", "TAKEN", "CLOSED"],
+        0,
+    );
+    totals.row([
+        status.accepted.to_string(),
+        status.returned.to_string(),
+        status.held.to_string(),
+        status.custody.to_string(),
+        status.taken.to_string(),
+        status.closed.values().sum::<u64>().to_string(),
+    ]);
+    totals.show(&mut text);
+    // Writing to a string cannot fail.
+    for (reason, count) in status.closed.iter().filter(|(_, count)| **count > 0) {
+        let _ = writeln!(text, "closed {}: {count}", clean(reason));
+    }
+    if status.log_lines_dropped > 0 {
+        let _ = writeln!(text, "log lines left out: {}", status.log_lines_dropped);
+    }
+
+    let mut listeners = Table::new(&["LISTENER", "ADDRESS", "POOL", "STATE", "ACCEPTED"], 4);
+    for listener in &status.listeners {
+        listeners.row([
+            clean(&listener.name),
+            clean(&listener.address),
+            clean(&listener.pool),
+            clean(&listener.state),
+            listener.accepted.to_string(),
+        ]);
+    }
+    text.push('\n');
+    listeners.show(&mut text);
+
+    let mut pools = Table::new(&["POOL", "POLICY", "STATE", "WORKERS", "LOAD", "HELD"], 3);
+    for pool in &status.pools {
+        pools.row([
+            clean(&pool.name),
+            clean(&pool.policy),
+            clean(&pool.state),
+            pool.workers.len().to_string(),
+            pool.workers.iter().map(|w| w.load).sum::<u64>().to_string(),
+            pool.held.to_string(),
+        ]);
+    }
+    text.push('\n');
+    pools.show(&mut text);
+
+    let mut workers = Table::new(
+        &[
+            "POOL", "WORKER", "STATE", "ID", "PID", "WEIGHT", "LOAD", "MAX", "SENT", "TAKEN",
+            "FINISHED", "CUSTODY", "REVOKED",
+        ],
+        3,
+    );
+    for pool in &status.pools {
+        for worker in &pool.workers {
+            workers.row([
+                clean(&pool.name),
+                clean(&worker.name),
+                clean(&worker.state),
+                worker.id.to_string(),
+                worker.pid.to_string(),
+                worker.weight.to_string(),
+                worker.load.to_string(),
+                worker.max_connections.to_string(),
+                worker.sent.to_string(),
+                worker.taken.to_string(),
+                worker.finished.to_string(),
+                worker.custody.to_string(),
+                worker.revoked.to_string(),
+            ]);
+        }
+    }
+    text.push('\n');
+    if workers.rows.is_empty() {
+        text.push_str("no workers\n");
+    } else {
+        workers.show(&mut text);
+    }
+    text
+}
+
+/// A worker names itself: its name must not move the cursor.
+fn clean(text: &str) -> String {
+    text.chars()
+        .map(|c| if c.is_control() { '\u{fffd}' } else { c })
+        .collect()
+}
+
+/// Columns wide enough for what is in them: the first `left` ones to the left, numbers to the right.
+struct Table<const N: usize> {
+    head: [&'static str; N],
+    left: usize,
+    rows: Vec<[String; N]>,
+}
+
+impl<const N: usize> Table<N> {
+    fn new(head: &[&'static str; N], left: usize) -> Table<N> {
+        Table {
+            head: *head,
+            left,
+            rows: Vec::new(),
+        }
+    }
+
+    fn row(&mut self, cells: [String; N]) {
+        self.rows.push(cells);
+    }
+
+    fn show(&self, text: &mut String) {
+        let width = |column: usize| {
+            self.rows
+                .iter()
+                .map(|row| row[column].chars().count())
+                .chain([self.head[column].len()])
+                .max()
+                .unwrap_or(0)
+        };
+        let widths: [usize; N] = std::array::from_fn(width);
+        let heads = self.head.map(str::to_owned);
+        for row in std::iter::once(&heads).chain(&self.rows) {
+            let mut line = String::new();
+            for (column, cell) in row.iter().enumerate() {
+                let gap = if column == 0 { "" } else { "  " };
+                let width = widths[column];
+                let _ = if column < self.left {
+                    write!(line, "{gap}{cell:<width$}")
+                } else {
+                    write!(line, "{gap}{cell:>width$}")
+                };
+            }
+            text.push_str(line.trim_end());
+            text.push('\n');
+        }
+    }
+}

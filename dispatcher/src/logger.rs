@@ -1,0 +1,357 @@
+//! The log: lines to stderr, without anybody ever waiting for stderr.
+//!
+//! Lines go into a bounded queue that the `log` thread writes out. When the queue is full (a terminal that is
+//! paused, a pipe nobody reads), lines are left out and counted; what is left out is said as soon as there is room.
+//! `DISPATCHER_LOG` selects what is logged, in the syntax of `env_logger`; the default is `info`.
+
+use std::fmt::Write as _;
+use std::io::{self, Write};
+use std::os::fd::AsFd;
+use std::sync::atomic::{AtomicU64, Ordering};
+use std::sync::mpsc::{Receiver, SyncSender, TrySendError, sync_channel};
+use std::sync::{Arc, OnceLock};
+use std::time::{Duration, Instant};
+
+use log::{Level, Record};
+
+/// The variable that selects what is logged.
+pub const VARIABLE: &str = "DISPATCHER_LOG";
+
+/// Most lines waiting to be written.
+const MAX_LINES: usize = 8192;
+
+/// Longest line; the rest of it is cut off, so that the queue is bounded in bytes too.
+const MAX_LINE: usize = 4096;
+
+static QUEUE: OnceLock<Queue> = OnceLock::new();
+
+/// Starts the `log` thread and makes it the destination of the `log` macros. A second call does nothing.
+///
+/// # Errors
+/// When the system has no thread left.
+pub fn init() -> io::Result<()> {
+    let style = if stderr_is_journal() {
+        Style::Journal
+    } else {
+        Style::Plain
+    };
+    let queue = Queue::start(io::stderr(), MAX_LINES, style)?;
+    if QUEUE.set(queue.clone()).is_err() {
+        return Ok(());
+    }
+    let filter = env_logger::Env::new().filter_or(VARIABLE, "info");
+    // An error means that a logger is set already, by a test say: then that one stays.
+    let _ = env_logger::Builder::from_env(filter)
+        .target(env_logger::Target::Pipe(Box::new(queue)))
+        .write_style(env_logger::WriteStyle::Never)
+        .format(move |out, record| {
+            out.write_all(line(record, style, std::time::SystemTime::now()).as_bytes())
+        })
+        .try_init();
+    Ok(())
+}
+
+/// Lines left out since the start.
+pub fn dropped_lines() -> u64 {
+    QUEUE.get().map_or(0, Queue::dropped)
+}
+
+/// Waits until everything logged so far is written, at most for `timeout`; says whether it is. For the end of the process.
+pub fn flush(timeout: Duration) -> bool {
+    QUEUE.get().is_none_or(|queue| queue.flush(timeout))
+}
+
+/// How a line starts.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+enum Style {
+    /// With the time and the level.
+    Plain,
+    /// The journal adds the time, and reads the level from `<N>`.
+    Journal,
+}
+
+/// Whether stderr is the journal's socket: `JOURNAL_STREAM` says which device and inode that is, because the
+/// variable outlives a redirection.
+fn stderr_is_journal() -> bool {
+    let Ok(stream) = std::env::var("JOURNAL_STREAM") else {
+        return false;
+    };
+    rustix::fs::fstat(io::stderr().as_fd())
+        .is_ok_and(|stat| stream == format!("{}:{}", stat.st_dev, stat.st_ino))
+}
+
+/// One line: `2026-01-31T12:00:00.000Z info shell: worker joined worker=3 pool=web`.
+fn line(record: &Record<'_>, style: Style, now: std::time::SystemTime) -> String {
+    let (name, priority) = match record.level() {
+        Level::Error => ("error", 3),
+        Level::Warn => ("warn", 4),
+        Level::Info => ("info", 6),
+        Level::Debug => ("debug", 7),
+        Level::Trace => ("trace", 7),
+    };
+    let mut text = String::with_capacity(128);
+    let target = record.target();
+    let target = target.strip_prefix("dispatcher::").unwrap_or(target);
+    // Writing to a string cannot fail.
+    let _ = match style {
+        Style::Plain => write!(
+            text,
+            "{} {name} {target}: ",
+            humantime::format_rfc3339_millis(now)
+        ),
+        Style::Journal => write!(text, "<{priority}>{target}: "),
+    };
+    let start = text.len();
+    let _ = write!(text, "{}", record.args());
+    let _ = record.key_values().visit(&mut Pairs(&mut text));
+    // What a peer said must not look like a line of ours, nor reach the terminal as an escape sequence.
+    if text[start..].contains(|c: char| c.is_control()) {
+        let clean: String = text[start..]
+            .chars()
+            .map(|c| if c.is_control() { '\u{fffd}' } else { c })
+            .collect();
+        text.truncate(start);
+        text.push_str(&clean);
+    }
+    if text.len() >= MAX_LINE {
+        let mut end = MAX_LINE - '…'.len_utf8() - 1;
+        while !text.is_char_boundary(end) {
+            end -= 1;
+        }
+        text.truncate(end);
+        text.push('…');
+    }
+    text.push('\n');
+    text
+}
+
+/// Writes ` key=value` for each pair.
+struct Pairs<'a>(&'a mut String);
+
+impl<'kvs> log::kv::VisitSource<'kvs> for Pairs<'_> {
+    fn visit_pair(
+        &mut self,
+        key: log::kv::Key<'kvs>,
+        value: log::kv::Value<'kvs>,
+    ) -> Result<(), log::kv::Error> {
+        let value = value.to_string();
+        let quoted = value.is_empty() || value.contains([' ', '"', '=']);
+        let _ = if quoted {
+            write!(self.0, " {key}={value:?}")
+        } else {
+            write!(self.0, " {key}={value}")
+        };
+        Ok(())
+    }
+}
+
+enum Message {
+    Line(Box<[u8]>),
+    Flush(SyncSender<()>),
+}
+
+/// The way into the queue. As a writer it takes one whole line per call, which is how `env_logger` calls it.
+#[derive(Clone)]
+struct Queue {
+    sender: SyncSender<Message>,
+    dropped: Arc<AtomicU64>,
+}
+
+impl Queue {
+    fn start(
+        writer: impl Write + Send + 'static,
+        capacity: usize,
+        style: Style,
+    ) -> io::Result<Queue> {
+        let (sender, receiver) = sync_channel(capacity);
+        let dropped = Arc::new(AtomicU64::new(0));
+        let counter = Arc::clone(&dropped);
+        std::thread::Builder::new()
+            .name("log".to_owned())
+            .spawn(move || write_out(&receiver, writer, &counter, style))?;
+        Ok(Queue { sender, dropped })
+    }
+
+    fn dropped(&self) -> u64 {
+        self.dropped.load(Ordering::Relaxed)
+    }
+
+    fn flush(&self, timeout: Duration) -> bool {
+        let deadline = Instant::now() + timeout;
+        let (done, flushed) = sync_channel(1);
+        let mut message = Message::Flush(done);
+        loop {
+            match self.sender.try_send(message) {
+                Ok(()) => break,
+                Err(TrySendError::Full(returned)) if Instant::now() < deadline => {
+                    message = returned;
+                    std::thread::sleep(Duration::from_millis(1));
+                }
+                Err(TrySendError::Full(_) | TrySendError::Disconnected(_)) => return false,
+            }
+        }
+        flushed
+            .recv_timeout(deadline.saturating_duration_since(Instant::now()))
+            .is_ok()
+    }
+}
+
+impl Write for Queue {
+    fn write(&mut self, line: &[u8]) -> io::Result<usize> {
+        if self.sender.try_send(Message::Line(line.into())).is_err() {
+            self.dropped.fetch_add(1, Ordering::Relaxed);
+        }
+        Ok(line.len())
+    }
+
+    fn flush(&mut self) -> io::Result<()> {
+        Ok(())
+    }
+}
+
+/// The `log` thread. An error of the writer is nothing it could tell anybody: it goes on with the next line.
+fn write_out(
+    receiver: &Receiver<Message>,
+    mut writer: impl Write,
+    dropped: &AtomicU64,
+    style: Style,
+) {
+    let mut reported = 0;
+    for message in receiver {
+        match message {
+            Message::Line(line) => {
+                let _ = writer.write_all(&line);
+            }
+            Message::Flush(done) => {
+                let _ = writer.flush();
+                let _ = done.try_send(());
+            }
+        }
+        // Right after a write there is room again, so this is the soonest it can be said.
+        let now = dropped.load(Ordering::Relaxed);
+        if now > reported {
+            let text = format_args!(
+                "the log could not keep up: lines left out count={}",
+                now - reported
+            )
+            .to_string();
+            let record = line(
+                &Record::builder()
+                    .level(Level::Warn)
+                    .target("dispatcher::logger")
+                    .args(format_args!("{text}"))
+                    .build(),
+                style,
+                std::time::SystemTime::now(),
+            );
+            let _ = writer.write_all(record.as_bytes());
+            reported = now;
+        }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use std::sync::mpsc::{Sender, channel};
+
+    use super::*;
+
+    /// A writer that waits for permission before each write, and passes on what was written.
+    struct Gated {
+        permits: Receiver<()>,
+        written: Sender<String>,
+    }
+
+    impl Write for Gated {
+        fn write(&mut self, bytes: &[u8]) -> io::Result<usize> {
+            self.permits
+                .recv()
+                .map_err(|_| io::Error::from(io::ErrorKind::BrokenPipe))?;
+            let _ = self
+                .written
+                .send(String::from_utf8_lossy(bytes).into_owned());
+            Ok(bytes.len())
+        }
+
+        fn flush(&mut self) -> io::Result<()> {
+            Ok(())
+        }
+    }
+
+    #[test]
+    fn a_blocked_writer_blocks_nobody() {
+        let (permit, permits) = channel();
+        let (written, lines) = channel();
+        let mut queue =
+            Queue::start(Gated { permits, written }, 4, Style::Plain).expect("a thread");
+        let start = Instant::now();
+        for number in 0..100 {
+            queue
+                .write_all(format!("line {number}\n").as_bytes())
+                .expect("never an error");
+        }
+        assert!(start.elapsed() < Duration::from_secs(5));
+        // Four wait, and one may be in the writer's hands.
+        let dropped = queue.dropped();
+        assert!((95..=96).contains(&dropped), "{dropped}");
+        assert!(!queue.flush(Duration::from_millis(20)));
+
+        for _ in 0..16 {
+            permit.send(()).expect("the writer");
+        }
+        assert!(queue.flush(Duration::from_secs(10)));
+        let lines: Vec<String> = lines.try_iter().collect();
+        assert_eq!(lines[0], "line 0\n");
+        assert!(
+            lines[1].ends_with(&format!(
+                " warn logger: the log could not keep up: lines left out count={dropped}\n"
+            )),
+            "{}",
+            lines[1]
+        );
+        assert_eq!(lines.len() as u64, 100 - dropped + 1);
+        assert!(
+            queue.flush(Duration::from_secs(10)),
+            "nothing waits any more"
+        );
+    }
+
+    fn shown(style: Style, text: &str, key_values: &[(&str, &str)]) -> String {
+        line(
+            &Record::builder()
+                .level(Level::Info)
+                .target("dispatcher::shell::worker")
+                .args(format_args!("{text}"))
+                .key_values(&key_values)
+                .build(),
+            style,
+            std::time::UNIX_EPOCH,
+        )
+    }
+
+    #[test]
+    fn lines() {
+        assert_eq!(
+            shown(Style::Plain, "joined", &[("worker", "3"), ("name", "a b")]),
+            "1970-01-01T00:00:00.000Z info shell::worker: joined worker=3 name=\"a b\"\n"
+        );
+        assert_eq!(
+            shown(Style::Journal, "joined", &[]),
+            "<6>shell::worker: joined\n"
+        );
+    }
+
+    #[test]
+    fn a_line_stays_one_line() {
+        assert_eq!(
+            shown(Style::Journal, "a\nb\x1b[2J", &[("k", "v\n")]),
+            "<6>shell::worker: a\u{fffd}b\u{fffd}[2J k=v\u{fffd}\n"
+        );
+        let long = shown(Style::Journal, &"é".repeat(MAX_LINE), &[]);
+        assert!(
+            long.len() <= MAX_LINE && long.ends_with("…\n"),
+            "{}",
+            long.len()
+        );
+    }
+}

@@ -1,0 +1,313 @@
+//! Starts the processes of spawned pools, waits for their ends, and stops them. Runs on the side thread, because
+//! starting a process takes a fraction of a millisecond, which the hot thread does not have.
+//!
+//! Decides nothing: when to start and whether to start again is the core's business.
+
+use std::os::unix::process::ExitStatusExt;
+use std::path::PathBuf;
+use std::process::{ExitStatus, Stdio};
+use std::sync::mpsc::{self, Receiver};
+use std::time::Duration;
+
+use nix::sys::signal::{Signal, killpg};
+use nix::unistd::Pid;
+use tokio::process::Child;
+use tokio::sync::{mpsc as tokio_mpsc, watch};
+use tokio::task::JoinSet;
+use worker_sdk::wire::Token;
+
+use crate::admin::Wake;
+use crate::pool::ProcessId;
+
+/// Most processes waiting to be started; as many as one pool may have.
+const MAX_WAITING: usize = 1024;
+
+/// How long after SIGKILL a process may still be there: one in an uninterruptible call stays as long as it likes.
+const KILLED: Duration = Duration::from_secs(2);
+
+/// What our own supervisor told us is not for our processes: they would answer in our name.
+const NOT_INHERITED: [&str; 6] = [
+    "LISTEN_FDS",
+    "LISTEN_FDNAMES",
+    "LISTEN_PID",
+    "NOTIFY_SOCKET",
+    "WATCHDOG_PID",
+    "WATCHDOG_USEC",
+];
+
+/// A process to start.
+#[derive(Clone, Debug)]
+pub struct SpawnRequest {
+    /// Who it is; comes back in every report.
+    pub process: ProcessId,
+    /// Program and arguments.
+    pub command: Vec<String>,
+    /// On top of our own environment.
+    pub environment: Vec<(String, String)>,
+    /// Working directory, if not ours.
+    pub directory: Option<PathBuf>,
+    /// For `DISPATCH_SOCKET`.
+    pub dispatch_socket: PathBuf,
+    /// For `DISPATCH_POOL`.
+    pub pool: String,
+    /// For `DISPATCH_NAME`.
+    pub name: String,
+    /// For `DISPATCH_TOKEN`.
+    pub token: Token,
+}
+
+/// What became of a process.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub enum Report {
+    /// It runs.
+    Spawned {
+        /// Which.
+        process: ProcessId,
+        /// Its process id, and the id of its process group.
+        pid: i32,
+    },
+    /// It could not be started.
+    SpawnFailed {
+        /// Which.
+        process: ProcessId,
+        /// Why, for people.
+        error: String,
+    },
+    /// It has ended. Comes once after every `Spawned`.
+    Exited {
+        /// Which.
+        process: ProcessId,
+        /// The process id it had.
+        pid: i32,
+        /// How it ended, for people: `exit status 1`, `signal 9 (SIGKILL)`.
+        status_text: String,
+    },
+    /// After [`Spawner::stop`]: all have ended, `killed` of them by SIGKILL. The last report.
+    Stopped {
+        /// How many did not end in time.
+        killed: u32,
+    },
+}
+
+/// The hot thread's handle.
+#[derive(Debug)]
+pub struct Spawner {
+    requests: tokio_mpsc::Sender<SpawnRequest>,
+    stop: watch::Sender<Option<Duration>>,
+}
+
+impl Spawner {
+    /// Asks for a process. `Spawned` or `SpawnFailed` will follow.
+    ///
+    /// # Errors
+    /// Gives the request back when too many are waiting, or the service has ended: then no report follows.
+    pub fn spawn(&self, request: SpawnRequest) -> Result<(), Box<SpawnRequest>> {
+        self.requests
+            .try_send(request)
+            .map_err(|error| Box::new(error.into_inner()))
+    }
+
+    /// Asks all processes to end: SIGTERM to the process group of each now, SIGKILL after `timeout`. `Exited` for each and
+    /// then `Stopped` will follow; nothing is started any more.
+    pub fn stop(&self, timeout: Duration) {
+        self.stop.send_replace(Some(timeout));
+    }
+}
+
+/// The service, before it runs.
+pub(crate) struct Service {
+    requests: tokio_mpsc::Receiver<SpawnRequest>,
+    stop: watch::Receiver<Option<Duration>>,
+    reports: Reports,
+}
+
+/// Where reports go. Unbounded as a channel, and yet bounded: two per request the hot thread made.
+#[derive(Clone)]
+struct Reports {
+    sender: mpsc::Sender<Report>,
+    wake: Wake,
+}
+
+impl Reports {
+    fn send(&self, report: Report) {
+        // Nobody listens only when the hot thread is gone, and then nobody needs to know.
+        if self.sender.send(report).is_ok() {
+            (self.wake)();
+        }
+    }
+}
+
+/// A handle, the service behind it, and what it reports.
+pub(crate) fn service(wake: Wake) -> (Spawner, Service, Receiver<Report>) {
+    let (request_sender, requests) = tokio_mpsc::channel(MAX_WAITING);
+    let (stop_sender, stop) = watch::channel(None);
+    let (sender, reports) = mpsc::channel();
+    (
+        Spawner {
+            requests: request_sender,
+            stop: stop_sender,
+        },
+        Service {
+            requests,
+            stop,
+            reports: Reports { sender, wake },
+        },
+        reports,
+    )
+}
+
+impl Service {
+    /// Runs until it was stopped and all processes have ended, or its handle is gone (processes then stay).
+    pub(crate) async fn run(mut self) {
+        let mut processes = JoinSet::new();
+        loop {
+            tokio::select! {
+                biased;
+                changed = self.stop.changed() => match changed {
+                    Ok(()) => break,
+                    Err(_) => {
+                        processes.detach_all();
+                        return;
+                    }
+                },
+                request = self.requests.recv() => match request {
+                    Some(request) => {
+                        processes.spawn(process(request, self.stop.clone(), self.reports.clone()));
+                    }
+                    None => {
+                        processes.detach_all();
+                        return;
+                    }
+                },
+                Some(_) = processes.join_next() => {}
+            }
+        }
+        self.requests.close();
+        while let Some(request) = self.requests.recv().await {
+            self.reports.send(Report::SpawnFailed {
+                process: request.process,
+                error: "the dispatcher is stopping".to_owned(),
+            });
+        }
+        let mut killed = 0;
+        while let Some(ended) = processes.join_next().await {
+            killed += u32::from(ended.unwrap_or(false));
+        }
+        self.reports.send(Report::Stopped { killed });
+    }
+}
+
+/// One process from start to end; says whether it had to be killed.
+async fn process(
+    request: SpawnRequest,
+    mut stop: watch::Receiver<Option<Duration>>,
+    reports: Reports,
+) -> bool {
+    let process = request.process;
+    let (mut child, pid) = match start(&request) {
+        Ok(started) => started,
+        Err(error) => {
+            reports.send(Report::SpawnFailed { process, error });
+            return false;
+        }
+    };
+    reports.send(Report::Spawned {
+        process,
+        pid: pid.as_raw(),
+    });
+    let mut killed = false;
+    let ended = tokio::select! {
+        ended = child.wait() => ended,
+        timeout = stopping(&mut stop) => {
+            // Only this task reaps the child, so until `wait` has returned the process group is the one we made.
+            signal(pid, Signal::SIGTERM);
+            match tokio::time::timeout(timeout, child.wait()).await {
+                Ok(ended) => ended,
+                Err(_) => {
+                    killed = true;
+                    signal(pid, Signal::SIGKILL);
+                    tokio::time::timeout(KILLED, child.wait())
+                        .await
+                        .unwrap_or_else(|_| Err(std::io::ErrorKind::TimedOut.into()))
+                }
+            }
+        }
+    };
+    reports.send(Report::Exited {
+        process,
+        pid: pid.as_raw(),
+        status_text: match ended {
+            Ok(status) => describe(status),
+            Err(error) => format!("unknown: {error}"),
+        },
+    });
+    killed
+}
+
+fn start(request: &SpawnRequest) -> Result<(Child, Pid), String> {
+    let (program, arguments) = request.command.split_first().ok_or("no command")?;
+    let mut command = tokio::process::Command::new(program);
+    command
+        .args(arguments)
+        .envs(
+            request
+                .environment
+                .iter()
+                .map(|(name, value)| (name, value)),
+        )
+        .env("DISPATCH_SOCKET", &request.dispatch_socket)
+        .env("DISPATCH_POOL", &request.pool)
+        .env("DISPATCH_NAME", &request.name)
+        .env("DISPATCH_TOKEN", request.token.to_string())
+        .stdin(Stdio::null())
+        // A group of its own: Ctrl-C at a terminal reaches only the dispatcher, which then stops the others in order.
+        .process_group(0);
+    for name in NOT_INHERITED {
+        command.env_remove(name);
+    }
+    if let Some(directory) = &request.directory {
+        command.current_dir(directory);
+    }
+    let child = command.spawn().map_err(|error| match &request.directory {
+        // One error for two paths: say both.
+        Some(directory) if !directory.is_dir() => {
+            format!("{program} in {}: {error}", directory.display())
+        }
+        _ => format!("{program}: {error}"),
+    })?;
+    let pid = child
+        .id()
+        .and_then(|pid| i32::try_from(pid).ok())
+        .ok_or_else(|| format!("{program}: no process id"))?;
+    Ok((child, Pid::from_raw(pid)))
+}
+
+/// Waits for the order to stop. Never, once nobody can give it any more.
+async fn stopping(stop: &mut watch::Receiver<Option<Duration>>) -> Duration {
+    match stop.wait_for(Option::is_some).await.map(|timeout| *timeout) {
+        Ok(Some(timeout)) => timeout,
+        Ok(None) | Err(_) => std::future::pending().await,
+    }
+}
+
+fn signal(group: Pid, signal: Signal) {
+    if let Err(error) = killpg(group, signal)
+        && error != nix::Error::ESRCH
+    {
+        log::warn!("process group {group} cannot be sent {signal}: {error}");
+    }
+}
+
+fn describe(status: ExitStatus) -> String {
+    match (status.code(), status.signal()) {
+        (Some(code), _) => format!("exit status {code}"),
+        (None, Some(number)) => match Signal::try_from(number) {
+            Ok(signal) => format!("signal {number} ({signal})"),
+            Err(_) => format!("signal {number}"),
+        },
+        (None, None) => status.to_string(),
+    }
+}
+
+#[cfg(test)]
+mod tests;
