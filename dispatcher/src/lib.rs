@@ -8,5 +8,7 @@ pub mod config;
 pub mod demo;
 pub mod logger;
 pub mod pool;
+pub mod shell;
 pub mod spawner;
 pub mod status;
+mod sys;

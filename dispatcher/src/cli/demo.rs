@@ -83,7 +83,7 @@ impl Directory {
 
 impl Drop for Directory {
     fn drop(&mut self) {
-        for name in ["admin.sock", "dispatch.sock"] {
+        for name in ["admin.sock", "admin.sock.lock", "dispatch.sock", "dispatch.sock.lock"] {
             let _ = std::fs::remove_file(self.path.join(name));
         }
         // Something else in it is not ours to remove.

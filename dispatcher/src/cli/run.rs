@@ -1,9 +1,11 @@
 //! `dispatcher run`.
 
+use std::io::ErrorKind;
 use std::path::Path;
 
 use super::{Exit, Failure, check};
 use crate::config::Config;
+use crate::shell::{self, RunError};
 
 pub(super) fn run(path: &Path) -> Result<(), Failure> {
     let config = check::load(path)?;
@@ -15,12 +17,20 @@ pub(super) fn run(path: &Path) -> Result<(), Failure> {
 pub(super) fn serve(config: Config, ready: impl FnOnce(&[String])) -> Result<(), Failure> {
     crate::logger::init()
         .map_err(|error| Failure::new(Exit::OsErr, format!("the log thread: {error}")))?;
-    // PLACEHOLDER: call the shell here, with `config` and `ready`, and map its errors to exit codes.
-    drop((config, ready));
-    let result = Err(Failure::new(
-        Exit::Software,
-        "serving is not part of this build yet",
-    ));
+    let result = shell::run(config, ready)
+        .map_err(|error| Failure::new(exit_for(&error), error.to_string()));
     crate::logger::flush(std::time::Duration::from_secs(1));
     result
+}
+
+fn exit_for(error: &RunError) -> Exit {
+    match error {
+        RunError::InUse(_) => Exit::Unavailable,
+        RunError::Bind { error, .. } if error.kind() == ErrorKind::PermissionDenied => {
+            Exit::NoPermission
+        }
+        RunError::NotASocket(_) | RunError::Bind { .. } => Exit::CantCreate,
+        RunError::Inherited(_) => Exit::Config,
+        RunError::System { .. } => Exit::OsErr,
+    }
 }

@@ -1,4 +1,4 @@
-//! Why the dispatcher could not start or go on, and the exit code that says so.
+//! Why the dispatcher could not start or go on, in words that say what to do.
 
 use std::fmt;
 use std::io;
@@ -33,19 +33,6 @@ impl RunError {
     /// Turns the answer to `what` into an error; for `map_err`.
     pub(crate) fn system<E: Into<io::Error>>(what: &'static str) -> impl FnOnce(E) -> RunError {
         move |error| RunError::System { what, error: error.into() }
-    }
-
-    /// The `sysexits.h` code for this error.
-    pub fn exit_code(&self) -> u8 {
-        match self {
-            RunError::InUse(_) | RunError::NotASocket(_) => 73,
-            RunError::Bind { error, .. } => match error.kind() {
-                io::ErrorKind::PermissionDenied => 77,
-                _ => 73,
-            },
-            RunError::Inherited(_) => 78,
-            RunError::System { .. } => 71,
-        }
     }
 }
 

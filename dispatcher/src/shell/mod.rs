@@ -42,12 +42,14 @@ use crate::pool::{Core, Departure, ProcessId, Ticket, Time};
 
 pub use self::error::RunError;
 
-/// Serves until a signal ends it.
+/// Serves until a signal ends it. `ready` is called once, with the addresses of the listeners as bound, when clients and
+/// workers can connect.
 ///
 /// # Errors
 /// [`RunError`] when it cannot start, or when the poll itself fails.
-pub fn run(config: Config) -> Result<(), RunError> {
+pub fn run(config: Config, ready: impl FnOnce(&[String])) -> Result<(), RunError> {
     let mut shell = Shell::start(config)?;
+    ready(&shell.addresses());
     let served = shell.serve();
     shell.finish();
     served

@@ -174,6 +174,12 @@ impl Shell {
 }
 
 impl Shell {
+    /// The addresses clients can connect to.
+    pub(super) fn addresses(&self) -> Vec<String> {
+        let listening = self.listeners.iter().filter_map(|listener| listener.listening.as_ref());
+        listening.map(|listening| listening.address.clone()).collect()
+    }
+
     /// Ends the processes we started: SIGTERM, and SIGKILL for those that are still there after `stop_timeout`.
     fn end_processes(&mut self) {
         let timeout = self.config.limits.stop_timeout;
