@@ -1,0 +1,176 @@
+//! The worker of the whole-process tests: `test-worker blocking|tokio|mio`.
+//!
+//! It greets each client with `NAME PID LISTENER PEER`, then sends back what it receives. SIGTERM makes it say
+//! goodbye; it ends when its last connection does. With `TEST_WORKER=never-take` it joins and takes nothing.
+#![allow(clippy::unwrap_used)]
+
+use std::collections::HashMap;
+use std::io::{ErrorKind, Read, Write};
+use std::os::fd::AsRawFd;
+use std::sync::Arc;
+use std::sync::atomic::{AtomicBool, Ordering};
+use std::time::Duration;
+
+use mio::unix::SourceFd;
+use mio::{Events, Interest, Poll, Token, Waker};
+use signal_hook::consts::SIGTERM;
+use signal_hook::iterator::Signals;
+use tokio::io::{AsyncReadExt, AsyncWriteExt};
+use worker_sdk::mio::MioWorker;
+use worker_sdk::{Connection, PeerAddr, Worker, WorkerConfig};
+
+fn main() {
+    env_logger::init();
+    let config = WorkerConfig::from_env().unwrap();
+    match std::env::args().nth(1).as_deref() {
+        Some("blocking") => blocking(config),
+        Some("tokio") => tokio(config),
+        Some("mio") => mio(config),
+        other => panic!("usage: test-worker blocking|tokio|mio, not {other:?}"),
+    }
+}
+
+fn on_sigterm(action: impl Fn() + Send + 'static) {
+    let mut signals = Signals::new([SIGTERM]).unwrap();
+    std::thread::spawn(move || signals.forever().for_each(|_| action()));
+}
+
+fn greeting(listener: &str, peer: PeerAddr) -> String {
+    let name = std::env::var("DISPATCH_NAME").unwrap_or_default();
+    format!("{name} {} {listener} {peer}\n", std::process::id())
+}
+
+fn wait_for_the_last(live: impl Fn() -> u64) {
+    while live() > 0 {
+        std::thread::sleep(Duration::from_millis(5));
+    }
+}
+
+fn blocking(config: WorkerConfig) {
+    let mut worker = Worker::connect(config).unwrap();
+    if std::env::var("TEST_WORKER").is_ok_and(|mode| mode == "never-take") {
+        let mut signals = Signals::new([SIGTERM]).unwrap();
+        signals.forever().next();
+        return;
+    }
+    let closer = worker.clone();
+    on_sigterm(move || closer.close());
+    for connection in worker.incoming() {
+        // Thousands of them must fit.
+        let thread = std::thread::Builder::new().stack_size(32 * 1024);
+        thread.spawn(move || echo(connection)).unwrap();
+    }
+    wait_for_the_last(|| worker.live());
+}
+
+fn echo(mut connection: Connection) {
+    let greeting = greeting(connection.listener(), connection.peer_addr());
+    if connection.write_all(greeting.as_bytes()).is_err() {
+        return;
+    }
+    let mut buffer = [0; 4096];
+    while let Ok(count) = connection.read(&mut buffer) {
+        if count == 0 || connection.write_all(&buffer[..count]).is_err() {
+            return;
+        }
+    }
+}
+
+fn tokio(config: WorkerConfig) {
+    let runtime = tokio::runtime::Builder::new_current_thread().enable_all().build().unwrap();
+    runtime.block_on(async {
+        let listener = worker_sdk::tokio::Listener::connect(config).await.unwrap();
+        let closer = listener.clone();
+        on_sigterm(move || closer.close());
+        while let Ok(mut connection) = listener.accept().await {
+            tokio::spawn(async move {
+                let greeting = greeting(connection.listener(), connection.peer_addr());
+                if connection.write_all(greeting.as_bytes()).await.is_err() {
+                    return;
+                }
+                let mut buffer = [0; 4096];
+                while let Ok(count) = connection.read(&mut buffer).await {
+                    if count == 0 || connection.write_all(&buffer[..count]).await.is_err() {
+                        return;
+                    }
+                }
+            });
+        }
+        while listener.live() > 0 {
+            tokio::time::sleep(Duration::from_millis(5)).await;
+        }
+    });
+}
+
+const WORKER: Token = Token(usize::MAX);
+const STOP: Token = Token(usize::MAX - 1);
+
+fn mio(config: WorkerConfig) {
+    let mut poll = Poll::new().unwrap();
+    let mut worker = MioWorker::new(config).unwrap();
+    poll.registry().register(&mut worker, WORKER, Interest::READABLE).unwrap();
+    let waker = Waker::new(poll.registry(), STOP).unwrap();
+    let stop = Arc::new(AtomicBool::new(false));
+    let asked = Arc::clone(&stop);
+    on_sigterm(move || {
+        asked.store(true, Ordering::SeqCst);
+        waker.wake().unwrap();
+    });
+    let mut connections: HashMap<Token, Connection> = HashMap::new();
+    let mut next = 0;
+    let mut events = Events::with_capacity(256);
+    loop {
+        match poll.poll(&mut events, None) {
+            Err(error) if error.kind() == ErrorKind::Interrupted => continue,
+            other => other.unwrap(),
+        }
+        for event in &events {
+            match event.token() {
+                WORKER => {
+                    while let Some(mut connection) = worker.try_accept().unwrap() {
+                        let greeting = greeting(connection.listener(), connection.peer_addr());
+                        // A greeting fits into an empty send buffer.
+                        if connection.write_all(greeting.as_bytes()).is_err() {
+                            continue;
+                        }
+                        let token = Token(next);
+                        next += 1;
+                        let raw = connection.as_raw_fd();
+                        let registry = poll.registry();
+                        registry.register(&mut SourceFd(&raw), token, Interest::READABLE).unwrap();
+                        connections.insert(token, connection);
+                    }
+                }
+                STOP => worker.close(),
+                token => {
+                    let over = connections.get_mut(&token).is_some_and(|c| !echo_what_is_there(c));
+                    if over && let Some(connection) = connections.remove(&token) {
+                        let raw = connection.as_raw_fd();
+                        poll.registry().deregister(&mut SourceFd(&raw)).unwrap();
+                    }
+                }
+            }
+        }
+        if stop.load(Ordering::SeqCst) && connections.is_empty() {
+            return;
+        }
+    }
+}
+
+/// False once the client is gone.
+fn echo_what_is_there(connection: &mut Connection) -> bool {
+    let mut buffer = [0; 4096];
+    loop {
+        match connection.read(&mut buffer) {
+            Ok(0) => return false,
+            // The tests send less than a send buffer holds.
+            Ok(count) => {
+                if connection.write_all(&buffer[..count]).is_err() {
+                    return false;
+                }
+            }
+            Err(error) if error.kind() == ErrorKind::WouldBlock => return true,
+            Err(_) => return false,
+        }
+    }
+}
