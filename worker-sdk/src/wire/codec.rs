@@ -150,7 +150,8 @@ pub(super) fn name(value: &[u8], field: &'static str) -> Result<String, WireErro
     }
 }
 
-pub(super) fn is_name(text: &str) -> bool {
+/// Whether `text` may name a pool, worker or listener: 1 to [`MAX_NAME`] bytes, no control characters, no spaces.
+pub fn is_name(text: &str) -> bool {
     (1..=MAX_NAME).contains(&text.len())
         && !text.chars().any(|c| c.is_control() || c.is_whitespace())
 }

@@ -23,7 +23,7 @@ mod probe;
 mod refused;
 mod welcome;
 
-pub use codec::WireError;
+pub use codec::{WireError, is_name};
 pub use goodbye::Goodbye;
 pub use handoff::{ENTRY_LEN, Entry, EntryFlags, Handoff, PeerAddr};
 pub use hello::{Features, Hello, Token};

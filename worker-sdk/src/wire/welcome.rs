@@ -1,7 +1,7 @@
 //! welcome: the answer to a hello that is accepted, with three file descriptors.
 
-use super::codec::{Reader, WireError, header, is_name, name, put_tlv};
-use super::{Features, kind, tlv};
+use super::codec::{Reader, WireError, header, name, put_tlv};
+use super::{Features, is_name, kind, tlv};
 
 /// A listener of the worker's pool, so that a handoff can name it by its index.
 #[derive(Clone, Debug, PartialEq, Eq)]

@@ -1,0 +1,49 @@
+//! Lets `axum::serve` take connections from a [`Listener`].
+
+use std::future::pending;
+use std::io;
+
+use axum::extract::connect_info::Connected;
+use axum::serve::IncomingStream;
+
+use crate::client::Error;
+use crate::tokio::{Connection, Listener};
+use crate::wire::PeerAddr;
+
+impl axum::serve::Listener for Listener {
+    type Io = Connection;
+    type Addr = PeerAddr;
+
+    /// Waits for ever once the listener is closed: use axum's graceful shutdown to end serving.
+    async fn accept(&mut self) -> (Connection, PeerAddr) {
+        loop {
+            match Listener::accept(self).await {
+                Ok(connection) => {
+                    let peer = connection.peer_addr();
+                    return (connection, peer);
+                }
+                Err(Error::Closed) => pending().await,
+                Err(error @ Error::Forked) => {
+                    log::error!("no more connections: {error}");
+                    pending().await
+                }
+                // A single connection's; the next may be better.
+                Err(error) => log::warn!("{error}"),
+            }
+        }
+    }
+
+    /// The address of a worker without a dispatcher.
+    ///
+    /// # Errors
+    /// [`io::ErrorKind::Unsupported`] with a dispatcher: the address is the dispatcher's.
+    fn local_addr(&self) -> io::Result<PeerAddr> {
+        Listener::local_addr(self).ok_or_else(|| io::ErrorKind::Unsupported.into())
+    }
+}
+
+impl Connected<IncomingStream<'_, Listener>> for PeerAddr {
+    fn connect_info(stream: IncomingStream<'_, Listener>) -> PeerAddr {
+        *stream.remote_addr()
+    }
+}

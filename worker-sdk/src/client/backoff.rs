@@ -1,0 +1,51 @@
+//! How long to wait between attempts.
+
+use std::hash::{BuildHasher, RandomState};
+use std::time::Duration;
+
+/// Doubling waits between two bounds, each shortened at random by up to half.
+pub(super) struct Backoff {
+    min: Duration,
+    max: Duration,
+    next: Duration,
+    random: RandomState,
+    draws: u64,
+}
+
+impl Backoff {
+    pub(super) fn new(min: Duration, max: Duration) -> Backoff {
+        Backoff {
+            min,
+            max,
+            next: min,
+            random: RandomState::new(),
+            draws: 0,
+        }
+    }
+
+    pub(super) fn reset(&mut self) {
+        self.next = self.min;
+    }
+
+    pub(super) fn next(&mut self) -> Duration {
+        let full = self.next;
+        self.next = full.saturating_mul(2).min(self.max);
+        self.draws += 1;
+        // Randomly keyed by the standard library: spread enough for workers not to return in step.
+        let share = (self.random.hash_one(self.draws) % 1024) as u32;
+        full - full / 2 * share / 1024
+    }
+}
+
+#[test]
+fn waits_double_up_to_the_maximum_and_are_shortened_by_at_most_half() {
+    let (min, max) = (Duration::from_millis(50), Duration::from_millis(300));
+    let mut backoff = Backoff::new(min, max);
+    for _ in 0..2 {
+        for full in [50, 100, 200, 300, 300].map(Duration::from_millis) {
+            let wait = backoff.next();
+            assert!(wait <= full && wait >= full / 2, "{wait:?} of {full:?}");
+        }
+        backoff.reset();
+    }
+}

@@ -1,0 +1,95 @@
+//! Receives records from the channel and pairs their entries with their file descriptors.
+
+use std::io::IoSliceMut;
+use std::mem::MaybeUninit;
+use std::os::fd::{BorrowedFd, OwnedFd};
+
+use rustix::io::Errno;
+use rustix::net::{
+    RecvAncillaryBuffer, RecvAncillaryMessage, RecvFlags, ReturnFlags, recvmsg as recv,
+};
+
+use crate::wire::{Channel, Entry, MAX_CHANNEL_RECORD, MAX_FDS_PER_RECORD, Probe};
+
+/// Whether to wait for a record. The flag goes with each call: `O_NONBLOCK` on the channel would be
+/// shared with the dispatcher's duplicate of it.
+#[derive(Clone, Copy, PartialEq, Eq)]
+pub(super) enum Wait {
+    Yes,
+    No,
+}
+
+pub(super) enum Received {
+    Handoff {
+        arrived: Vec<(Entry, OwnedFd)>,
+        /// Their descriptors did not arrive: this process has no room for more.
+        lost: Vec<Entry>,
+    },
+    Probe(Probe),
+    /// Nothing there now.
+    Empty,
+    /// The dispatcher has closed its end, and everything it sent was received.
+    End,
+    /// Not something a dispatcher sends. Every descriptor that came with it is closed.
+    Broken(String),
+}
+
+/// Bytes of a buffer for [`receive`]: one more than a record may have.
+pub(super) const BUFFER: usize = MAX_CHANNEL_RECORD + 1;
+
+pub(super) fn receive(channel: BorrowedFd<'_>, buffer: &mut [u8], wait: Wait) -> Received {
+    let mut flags = RecvFlags::CMSG_CLOEXEC;
+    if wait == Wait::No {
+        flags |= RecvFlags::DONTWAIT;
+    }
+    let mut space = [MaybeUninit::uninit(); rustix::cmsg_space!(ScmRights(MAX_FDS_PER_RECORD))];
+    let mut ancillary = RecvAncillaryBuffer::new(&mut space);
+    let message = loop {
+        match recv(
+            channel,
+            &mut [IoSliceMut::new(buffer)],
+            &mut ancillary,
+            flags,
+        ) {
+            Ok(message) => break message,
+            Err(Errno::INTR) => {}
+            Err(Errno::AGAIN) => return Received::Empty,
+            Err(error) => return Received::Broken(format!("cannot receive: {error}")),
+        }
+    };
+    let fds = take_fds(&mut ancillary);
+    if message.bytes == 0 && fds.is_empty() {
+        return Received::End;
+    }
+    if message.flags.contains(ReturnFlags::TRUNC) {
+        return Received::Broken("a record is too long".to_owned());
+    }
+    let record = match Channel::decode(&buffer[..message.bytes]) {
+        Ok(record) => record,
+        Err(error) => return Received::Broken(error.to_string()),
+    };
+    let cut = message.flags.contains(ReturnFlags::CTRUNC);
+    if fds.len() > record.fds() || cut && fds.len() == record.fds() {
+        return Received::Broken("a record has more file descriptors than entries".to_owned());
+    }
+    match record {
+        Channel::Probe(probe) => Received::Probe(probe),
+        Channel::Handoff(handoff) => {
+            // The kernel installs descriptors in order and stops at the first failure.
+            let lost = handoff.entries[fds.len()..].to_vec();
+            let arrived = handoff.entries.into_iter().zip(fds).collect();
+            Received::Handoff { arrived, lost }
+        }
+    }
+}
+
+pub(super) fn take_fds(ancillary: &mut RecvAncillaryBuffer<'_>) -> Vec<OwnedFd> {
+    let mut fds = Vec::new();
+    for message in ancillary.drain() {
+        // Credentials, and whatever later versions of the kernel add, are not ours to judge.
+        if let RecvAncillaryMessage::ScmRights(rights) = message {
+            fds.extend(rights);
+        }
+    }
+    fds
+}

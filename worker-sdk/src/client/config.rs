@@ -1,0 +1,373 @@
+//! A worker's settings: their defaults, how to read them from a file or the environment, and their checks.
+
+use std::ffi::OsString;
+use std::fmt;
+use std::path::{Path, PathBuf};
+use std::time::Duration;
+
+use serde::Deserialize;
+
+use super::error::Error;
+use crate::wire::{MAX_NAME, Token, is_name};
+
+/// File descriptors the default `max_connections` leaves to the rest of the program.
+const FD_RESERVE: u64 = 64;
+
+/// What a worker needs to know to join a dispatcher, or to listen by itself.
+///
+/// Every field has a default. A file can be deserialized into it, unknown keys are errors; durations
+/// there are strings such as `"250ms"`, `"10s"`, `"5m"`, or a whole number of seconds.
+///
+/// ```
+/// use worker_sdk::WorkerConfig;
+/// let config = WorkerConfig::new()
+///     .dispatch_socket("/run/dispatcher/dispatch.sock")
+///     .pool("web")
+///     .listen("127.0.0.1:8080");
+/// assert_eq!(config.pool, "web");
+/// ```
+///
+/// With [`with_env`](WorkerConfig::with_env) the same program obeys the environment that the
+/// dispatcher gives to the workers it starts.
+#[derive(Clone, Debug, PartialEq, Eq, Deserialize)]
+#[serde(default, deny_unknown_fields)]
+#[non_exhaustive]
+pub struct WorkerConfig {
+    /// The dispatcher's dispatch socket. `DISPATCH_SOCKET`. Default: none, which needs `listen`.
+    pub dispatch_socket: Option<PathBuf>,
+    /// The pool to join: 1 to 64 bytes without spaces. `DISPATCH_POOL`. Default: `default`.
+    pub pool: String,
+    /// A name for people, in status and logs. `DISPATCH_NAME`. Default: `<program>-<pid>`.
+    pub name: Option<String>,
+    /// Share of the load relative to the pool's other workers, 1 to 65,535. `DISPATCH_WEIGHT`. Default: 1.
+    pub weight: u16,
+    /// For pools that prefer some workers; higher first. `DISPATCH_PRIORITY`. Default: 0.
+    pub priority: u16,
+    /// Most connections to hold at once, at least 1. `DISPATCH_MAX_CONNECTIONS`. Default: the soft
+    /// limit of open files less 64, read when the worker is made; the limit itself is left alone.
+    pub max_connections: Option<u32>,
+    /// Without a dispatch socket: the address to listen on, `127.0.0.1:8080`, `[::]:8080` or
+    /// `unix:/path`. Ignored when there is a dispatch socket. `DISPATCH_LISTEN`. Default: none.
+    pub listen: Option<String>,
+    /// How long the first join may take. Default: none, wait for a late dispatcher for ever.
+    #[serde(deserialize_with = "optional_duration")]
+    pub join_timeout: Option<Duration>,
+    /// Wait before the second attempt to connect; it doubles with every failure, and each wait is
+    /// shortened by up to half at random, so that workers do not come back all at once. Default: 50 ms.
+    #[serde(deserialize_with = "duration")]
+    pub reconnect_min: Duration,
+    /// Longest wait between two attempts. Default: 5 s.
+    #[serde(deserialize_with = "duration")]
+    pub reconnect_max: Duration,
+    /// Proof that the dispatcher started this process: 32 hexadecimal digits. `DISPATCH_TOKEN`. Default: none.
+    #[serde(deserialize_with = "optional_token")]
+    pub token: Option<Token>,
+}
+
+impl Default for WorkerConfig {
+    fn default() -> Self {
+        WorkerConfig {
+            dispatch_socket: None,
+            pool: "default".to_owned(),
+            name: None,
+            weight: 1,
+            priority: 0,
+            max_connections: None,
+            listen: None,
+            join_timeout: None,
+            reconnect_min: Duration::from_millis(50),
+            reconnect_max: Duration::from_secs(5),
+            token: None,
+        }
+    }
+}
+
+impl WorkerConfig {
+    /// All defaults.
+    pub fn new() -> WorkerConfig {
+        WorkerConfig::default()
+    }
+
+    /// Defaults, overridden by the environment; see [`with_env`](WorkerConfig::with_env).
+    ///
+    /// # Errors
+    /// [`Error::Config`] names the variable and what is wrong with it.
+    pub fn from_env() -> Result<WorkerConfig, Error> {
+        WorkerConfig::default().with_env()
+    }
+
+    /// Overrides what the environment sets: `DISPATCH_SOCKET`, `DISPATCH_POOL`, `DISPATCH_NAME`,
+    /// `DISPATCH_WEIGHT`, `DISPATCH_PRIORITY`, `DISPATCH_MAX_CONNECTIONS`, `DISPATCH_LISTEN`,
+    /// `DISPATCH_TOKEN`. An empty variable is one that is not set.
+    ///
+    /// # Errors
+    /// [`Error::Config`] names the variable and what is wrong with it.
+    pub fn with_env(self) -> Result<WorkerConfig, Error> {
+        self.with_variables(|name| std::env::var_os(name))
+    }
+
+    fn with_variables(
+        mut self,
+        variable: impl Fn(&str) -> Option<OsString>,
+    ) -> Result<WorkerConfig, Error> {
+        let raw = |name: &str| variable(name).filter(|value| !value.is_empty());
+        let text = |name: &'static str| match raw(name).map(OsString::into_string) {
+            None => Ok(None),
+            Some(Ok(value)) => Ok(Some(value)),
+            Some(Err(_)) => Err(Error::config(name, "is not valid UTF-8")),
+        };
+        if let Some(path) = raw("DISPATCH_SOCKET") {
+            self.dispatch_socket = Some(path.into());
+        }
+        if let Some(pool) = text("DISPATCH_POOL")? {
+            self.pool = checked_name("DISPATCH_POOL", pool)?;
+        }
+        if let Some(name) = text("DISPATCH_NAME")? {
+            self.name = Some(checked_name("DISPATCH_NAME", name)?);
+        }
+        if let Some(weight) = text("DISPATCH_WEIGHT")? {
+            self.weight = number("DISPATCH_WEIGHT", &weight, 1, u16::MAX)?;
+        }
+        if let Some(priority) = text("DISPATCH_PRIORITY")? {
+            self.priority = number("DISPATCH_PRIORITY", &priority, 0, u16::MAX)?;
+        }
+        if let Some(max) = text("DISPATCH_MAX_CONNECTIONS")? {
+            self.max_connections = Some(number("DISPATCH_MAX_CONNECTIONS", &max, 1, u32::MAX)?);
+        }
+        if let Some(listen) = text("DISPATCH_LISTEN")? {
+            self.listen = Some(listen);
+        }
+        if let Some(token) = text("DISPATCH_TOKEN")? {
+            let parsed = token.parse::<Token>();
+            self.token = Some(parsed.map_err(|_| {
+                // The value is a secret, so the message does not repeat it.
+                Error::config("DISPATCH_TOKEN", "is not 32 hexadecimal digits")
+            })?);
+        }
+        Ok(self)
+    }
+
+    /// Sets [`dispatch_socket`](WorkerConfig::dispatch_socket).
+    #[must_use]
+    pub fn dispatch_socket(mut self, path: impl Into<PathBuf>) -> Self {
+        self.dispatch_socket = Some(path.into());
+        self
+    }
+
+    /// Sets [`pool`](WorkerConfig::pool).
+    #[must_use]
+    pub fn pool(mut self, pool: impl Into<String>) -> Self {
+        self.pool = pool.into();
+        self
+    }
+
+    /// Sets [`name`](WorkerConfig::name).
+    #[must_use]
+    pub fn name(mut self, name: impl Into<String>) -> Self {
+        self.name = Some(name.into());
+        self
+    }
+
+    /// Sets [`weight`](WorkerConfig::weight).
+    #[must_use]
+    pub fn weight(mut self, weight: u16) -> Self {
+        self.weight = weight;
+        self
+    }
+
+    /// Sets [`priority`](WorkerConfig::priority).
+    #[must_use]
+    pub fn priority(mut self, priority: u16) -> Self {
+        self.priority = priority;
+        self
+    }
+
+    /// Sets [`max_connections`](WorkerConfig::max_connections).
+    #[must_use]
+    pub fn max_connections(mut self, max: u32) -> Self {
+        self.max_connections = Some(max);
+        self
+    }
+
+    /// Sets [`listen`](WorkerConfig::listen).
+    #[must_use]
+    pub fn listen(mut self, address: impl Into<String>) -> Self {
+        self.listen = Some(address.into());
+        self
+    }
+
+    /// Sets [`join_timeout`](WorkerConfig::join_timeout).
+    #[must_use]
+    pub fn join_timeout(mut self, timeout: Duration) -> Self {
+        self.join_timeout = Some(timeout);
+        self
+    }
+
+    /// Sets [`reconnect_min`](WorkerConfig::reconnect_min) and [`reconnect_max`](WorkerConfig::reconnect_max).
+    #[must_use]
+    pub fn reconnect(mut self, min: Duration, max: Duration) -> Self {
+        (self.reconnect_min, self.reconnect_max) = (min, max);
+        self
+    }
+
+    /// Sets [`token`](WorkerConfig::token).
+    #[must_use]
+    pub fn token(mut self, token: Token) -> Self {
+        self.token = Some(token);
+        self
+    }
+
+    /// Checks every field, so that nothing wrong is found out only when the dispatcher refuses it.
+    pub(crate) fn check(&self) -> Result<(), Error> {
+        checked_name("pool", self.pool.clone())?;
+        if let Some(name) = &self.name {
+            checked_name("name", name.clone())?;
+        }
+        if self.weight == 0 {
+            return Err(Error::config("weight", "is 0; the smallest share is 1"));
+        }
+        if self.max_connections == Some(0) {
+            return Err(Error::config(
+                "max_connections",
+                "is 0; a worker holds at least 1",
+            ));
+        }
+        if self.reconnect_min.is_zero() || self.reconnect_min > self.reconnect_max {
+            return Err(Error::config(
+                "reconnect_min",
+                "must be more than 0 and at most reconnect_max",
+            ));
+        }
+        if self.dispatch_socket.is_none() && self.listen.is_none() {
+            return Err(Error::config(
+                "dispatch_socket",
+                "not set: set DISPATCH_SOCKET (or dispatch_socket) to the dispatcher's socket, \
+                 or DISPATCH_LISTEN (or listen) to an address to serve without a dispatcher",
+            ));
+        }
+        Ok(())
+    }
+
+    /// The name to send: the one set, or made from the program and the pid.
+    pub(crate) fn effective_name(&self) -> String {
+        match &self.name {
+            Some(name) => name.clone(),
+            None => default_name(std::env::current_exe().ok().as_deref(), std::process::id()),
+        }
+    }
+
+    pub(crate) fn effective_max_connections(&self) -> u32 {
+        self.max_connections.unwrap_or_else(|| {
+            let limit = rustix::process::getrlimit(rustix::process::Resource::Nofile).current;
+            let room = limit.unwrap_or(u64::MAX).saturating_sub(FD_RESERVE).max(1);
+            u32::try_from(room).unwrap_or(u32::MAX)
+        })
+    }
+}
+
+fn default_name(program: Option<&Path>, pid: u32) -> String {
+    let suffix = format!("-{pid}");
+    let program = program.and_then(Path::file_name).unwrap_or_default();
+    let mut name = String::new();
+    for c in program.to_string_lossy().chars() {
+        let c = if c.is_control() || c.is_whitespace() {
+            '_'
+        } else {
+            c
+        };
+        if name.len() + c.len_utf8() + suffix.len() > MAX_NAME {
+            break;
+        }
+        name.push(c);
+    }
+    if name.is_empty() {
+        name.push_str("worker");
+    }
+    name + &suffix
+}
+
+fn checked_name(setting: &'static str, name: String) -> Result<String, Error> {
+    if is_name(&name) {
+        Ok(name)
+    } else {
+        let problem = format!("{name:?} is not 1 to {MAX_NAME} bytes without spaces or controls");
+        Err(Error::config(setting, problem))
+    }
+}
+
+fn number<T>(setting: &'static str, text: &str, min: T, max: T) -> Result<T, Error>
+where
+    T: std::str::FromStr + PartialOrd + fmt::Display,
+{
+    match text.parse::<T>() {
+        Ok(value) if value >= min => Ok(value),
+        _ => Err(Error::config(
+            setting,
+            format!("{text:?} is not a whole number from {min} to {max}"),
+        )),
+    }
+}
+
+/// `250ms`, `10s`, `5m`, `1h`: one whole number, one unit.
+fn parse_duration(text: &str) -> Option<Duration> {
+    let digits = text
+        .find(|c: char| !c.is_ascii_digit())
+        .unwrap_or(text.len());
+    let (number, unit) = text.split_at(digits);
+    let number: u64 = number.parse().ok()?;
+    match unit.trim_start() {
+        "ms" => Some(Duration::from_millis(number)),
+        "s" => Some(Duration::from_secs(number)),
+        "m" => number.checked_mul(60).map(Duration::from_secs),
+        "h" => number.checked_mul(3600).map(Duration::from_secs),
+        _ => None,
+    }
+}
+
+fn duration<'de, D: serde::Deserializer<'de>>(deserializer: D) -> Result<Duration, D::Error> {
+    struct Visitor;
+    impl serde::de::Visitor<'_> for Visitor {
+        type Value = Duration;
+        fn expecting(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+            f.write_str("a duration such as \"250ms\" or \"10s\", or a whole number of seconds")
+        }
+        fn visit_u64<E: serde::de::Error>(self, seconds: u64) -> Result<Duration, E> {
+            Ok(Duration::from_secs(seconds))
+        }
+        fn visit_i64<E: serde::de::Error>(self, seconds: i64) -> Result<Duration, E> {
+            u64::try_from(seconds)
+                .map(Duration::from_secs)
+                .map_err(|_| E::invalid_value(serde::de::Unexpected::Signed(seconds), &self))
+        }
+        fn visit_str<E: serde::de::Error>(self, text: &str) -> Result<Duration, E> {
+            parse_duration(text)
+                .ok_or_else(|| E::invalid_value(serde::de::Unexpected::Str(text), &self))
+        }
+    }
+    deserializer.deserialize_any(Visitor)
+}
+
+fn optional_duration<'de, D>(deserializer: D) -> Result<Option<Duration>, D::Error>
+where
+    D: serde::Deserializer<'de>,
+{
+    #[derive(Deserialize)]
+    struct Wrapped(#[serde(deserialize_with = "duration")] Duration);
+    Ok(Option::<Wrapped>::deserialize(deserializer)?.map(|wrapped| wrapped.0))
+}
+
+fn optional_token<'de, D>(deserializer: D) -> Result<Option<Token>, D::Error>
+where
+    D: serde::Deserializer<'de>,
+{
+    let Some(text) = Option::<String>::deserialize(deserializer)? else {
+        return Ok(None);
+    };
+    // The value is a secret, so the message does not repeat it.
+    text.parse()
+        .map(Some)
+        .map_err(|_| serde::de::Error::custom("token is not 32 hexadecimal digits"))
+}
+
+#[cfg(test)]
+mod tests;

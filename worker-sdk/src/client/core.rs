@@ -1,0 +1,415 @@
+//! The worker itself, shared by the blocking, tokio and mio layers.
+//!
+//! Owns the link to the dispatcher (a state machine that advances by steps which never block), the queue
+//! of what was received and not yet asked for, and the two counters. Every claim is made here, under one
+//! lock, at the moment the application asks for its next connection.
+//!
+//! Blocking threads share the work as leader and followers: the leader waits on the channel itself, one
+//! system call per record; the others wait for it to hand over entries or its place. A record with many
+//! connections is so shared among threads, and nobody needs a thread of their own.
+
+use std::collections::VecDeque;
+use std::mem;
+use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
+use std::path::PathBuf;
+use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
+use std::sync::{Arc, Condvar, Mutex, MutexGuard, PoisonError, RwLock};
+use std::time::{Duration, Instant};
+
+use rustix::time::{ClockId, clock_gettime};
+
+use super::backoff::Backoff;
+use super::channel::{self, Received, Wait};
+use super::config::WorkerConfig;
+use super::connection::{Accepted, Custody, Guard, Origin};
+use super::error::Error;
+use super::join::{self, Failure, Joined, Session};
+use super::ready::Ready;
+use super::standalone::Listener;
+use crate::scoreboard::claim::{self, want};
+use crate::wire::{Entry, EntryFlags, Features, Hello, PeerAddr, Probe, VERSION};
+
+mod link;
+
+/// A dispatcher that accepts and then says nothing is tried again after this.
+const WELCOME_TIMEOUT: Duration = Duration::from_secs(10);
+
+/// How long a worker without a dispatcher waits when the system has no descriptor or memory for an accept.
+const ACCEPT_PAUSE: Duration = Duration::from_millis(100);
+
+/// A session that lasted this long shows that joining works, so the next waits start small again.
+const RELIABLE: Duration = Duration::from_secs(5);
+
+pub(crate) struct Core {
+    hello: Hello,
+    socket: PathBuf,
+    local_addr: Option<PeerAddr>,
+    pid: u32,
+    ready: Ready,
+    state: Mutex<State>,
+    handed_over: Condvar,
+    /// The session that finished connections are told to. Kept after a goodbye until the last one ended.
+    current: RwLock<Option<Arc<Session>>>,
+    closed: AtomicBool,
+    /// Connections the application has taken since the worker was made; grows under the lock only.
+    opened: AtomicU64,
+    /// Of those, how many have ended.
+    finished: AtomicU64,
+}
+
+struct State {
+    link: Link,
+    queue: VecDeque<Pending>,
+    /// Whether a thread waits for the dispatcher on behalf of all, outside the lock. Nobody else steps then.
+    leader: bool,
+    /// Threads that wait for the leader.
+    followers: usize,
+    backoff: Backoff,
+    ever_joined: bool,
+    /// Whether the log has said that we wait; then it is not repeated aloud.
+    complained: bool,
+    join_deadline: Option<(Instant, Duration)>,
+    last_problem: String,
+    buffer: Vec<u8>,
+}
+
+enum Link {
+    Waiting {
+        until: Instant,
+    },
+    Greeting {
+        control: OwnedFd,
+        until: Instant,
+    },
+    Joined {
+        session: Arc<Session>,
+        channel: Arc<OwnedFd>,
+    },
+    /// No dispatcher; `paused` while the system has no room for a connection.
+    Standalone {
+        listener: Listener,
+        paused: Option<Instant>,
+    },
+    Closed,
+}
+
+/// What was received and not yet asked for.
+enum Pending {
+    /// Not touched before its claim succeeds.
+    Offered { entry: Entry, fd: OwnedFd },
+    /// Claimed when its dispatcher went away: nobody else can serve it.
+    Taken(Accepted),
+    /// Answered when the application asks for its next connection: that is what it tests.
+    Probe(Probe),
+}
+
+enum Step {
+    /// Something changed; look again.
+    Again,
+    /// Nothing to do until `ready` says so.
+    Blocked,
+}
+
+/// What taking from the queue leaves to do outside the lock.
+#[derive(Default)]
+struct Popped {
+    accepted: Option<Accepted>,
+    /// Woken if it waits for takes.
+    poke: Option<Arc<Session>>,
+    /// Somebody else's now; closed, never shut down.
+    stale: Option<OwnedFd>,
+}
+
+impl Link {
+    fn session(&self) -> Option<&Arc<Session>> {
+        match self {
+            Link::Joined { session, .. } => Some(session),
+            Link::Waiting { .. }
+            | Link::Greeting { .. }
+            | Link::Standalone { .. }
+            | Link::Closed => None,
+        }
+    }
+}
+
+impl Core {
+    pub(crate) fn new(config: &WorkerConfig) -> Result<Arc<Core>, Error> {
+        config.check()?;
+        let failed = |error| Error::io("prepare to wait for connections", error);
+        let ready = Ready::new().map_err(failed)?;
+        let (mut socket, mut local_addr) = (PathBuf::new(), None);
+        let link = match (&config.dispatch_socket, &config.listen) {
+            (None, Some(address)) => {
+                let listener = Listener::bind(address)?;
+                ready.watch(listener.as_fd()).map_err(failed)?;
+                local_addr = listener.local_addr();
+                log::info!("no dispatcher: listening on {address}");
+                Link::Standalone {
+                    listener,
+                    paused: None,
+                }
+            }
+            (path, _) => {
+                // `check` has refused a configuration with neither.
+                socket = path.clone().unwrap_or_default();
+                ready.arm(Duration::ZERO);
+                Link::Waiting {
+                    until: Instant::now(),
+                }
+            }
+        };
+        let timeout = config.join_timeout;
+        Ok(Arc::new(Core {
+            hello: Hello {
+                version: VERSION,
+                weight: config.weight,
+                priority: config.priority,
+                features: Features::NONE,
+                max_connections: config.effective_max_connections(),
+                base: 0,
+                finished: 0,
+                pool: config.pool.clone(),
+                name: config.effective_name(),
+                token: config.token,
+            },
+            socket,
+            local_addr,
+            pid: std::process::id(),
+            ready,
+            state: Mutex::new(State {
+                link,
+                queue: VecDeque::new(),
+                leader: false,
+                followers: 0,
+                backoff: Backoff::new(config.reconnect_min, config.reconnect_max),
+                ever_joined: false,
+                complained: false,
+                join_deadline: timeout.and_then(|t| Some((Instant::now().checked_add(t)?, t))),
+                last_problem: "it did not answer".to_owned(),
+                buffer: vec![0; channel::BUFFER],
+            }),
+            handed_over: Condvar::new(),
+            current: RwLock::new(None),
+            closed: AtomicBool::new(false),
+            opened: AtomicU64::new(0),
+            finished: AtomicU64::new(0),
+        }))
+    }
+
+    /// The next connection, waited for; `None` once closed.
+    pub(crate) fn accept(self: &Arc<Self>) -> Result<Option<Accepted>, Error> {
+        self.check_process()?;
+        let mut state = self.lock();
+        loop {
+            if let Some(popped) = self.pop(&mut state) {
+                match self.hand_out(state, popped, false) {
+                    Some(accepted) => return Ok(Some(accepted)),
+                    None => state = self.lock(),
+                }
+            } else if matches!(state.link, Link::Closed) {
+                return Ok(None);
+            } else if state.leader {
+                state.followers += 1;
+                state = self
+                    .handed_over
+                    .wait(state)
+                    .unwrap_or_else(PoisonError::into_inner);
+                state.followers -= 1;
+            } else {
+                state.leader = true;
+                let result;
+                (state, result) = self.lead(state);
+                state.leader = false;
+                if let Err(error) = result {
+                    self.pass_on(&state);
+                    return Err(error);
+                }
+            }
+        }
+    }
+
+    /// The next connection if there is one now; `None` means wait until the descriptor is readable.
+    pub(crate) fn try_accept(self: &Arc<Self>) -> Result<Option<Accepted>, Error> {
+        self.check_process()?;
+        let mut state = self.lock();
+        loop {
+            if let Some(popped) = self.pop(&mut state) {
+                match self.hand_out(state, popped, true) {
+                    Some(accepted) => return Ok(Some(accepted)),
+                    None => state = self.lock(),
+                }
+            } else if state.leader {
+                return Ok(None);
+            } else {
+                match self.step(&mut state)? {
+                    Step::Again => {}
+                    Step::Blocked => {
+                        self.pass_on(&state);
+                        return Ok(None);
+                    }
+                }
+            }
+        }
+    }
+
+    /// Advances until joined (true) or until there is nothing to do before the descriptor is readable (false).
+    pub(crate) fn try_join(self: &Arc<Self>) -> Result<bool, Error> {
+        self.check_process()?;
+        let mut state = self.lock();
+        loop {
+            match &state.link {
+                Link::Joined { .. } | Link::Standalone { .. } => return Ok(true),
+                Link::Closed => return Err(Error::Closed),
+                Link::Waiting { .. } | Link::Greeting { .. } => {
+                    if let Step::Blocked = self.step(&mut state)? {
+                        return Ok(false);
+                    }
+                }
+            }
+        }
+    }
+
+    pub(crate) fn join(self: &Arc<Self>) -> Result<(), Error> {
+        while !self.try_join()? {
+            self.wait()?;
+        }
+        Ok(())
+    }
+
+    /// Stops receiving. What was claimed already is still handed out.
+    pub(crate) fn close(&self) {
+        if std::process::id() != self.pid {
+            return;
+        }
+        let mut state = self.lock();
+        match mem::replace(&mut state.link, Link::Closed) {
+            Link::Joined { session, channel } => {
+                session.goodbye();
+                self.ready.forget(channel.as_fd());
+                // Wakes the leader, and lets nothing more in.
+                let _ = rustix::net::shutdown(&*channel, rustix::net::Shutdown::Read);
+                // What is left there is the dispatcher's again: it has copies and revokes them.
+                let mut buffer = vec![0; channel::BUFFER];
+                while let Received::Handoff { .. } | Received::Probe(_) =
+                    channel::receive(channel.as_fd(), &mut buffer, Wait::No)
+                {}
+            }
+            Link::Greeting { control, .. } => self.ready.forget(control.as_fd()),
+            Link::Standalone { listener, paused } => {
+                if paused.is_none() {
+                    self.ready.forget(listener.as_fd());
+                }
+                listener.unlink();
+            }
+            Link::Waiting { .. } | Link::Closed => {}
+        }
+        state
+            .queue
+            .retain(|pending| matches!(pending, Pending::Taken(_)));
+        self.closed.store(true, Ordering::SeqCst);
+        self.ready.close();
+        self.handed_over.notify_all();
+        drop(state);
+        self.end_session_if_over();
+    }
+
+    /// Ends what was claimed on behalf of an application that will not ask again.
+    pub(crate) fn abandon(&self) {
+        if std::process::id() == self.pid {
+            self.close();
+            let queue = mem::take(&mut self.lock().queue);
+            for pending in queue {
+                if let Pending::Taken(accepted) = pending {
+                    drop(super::connection::Connection::new(accepted));
+                }
+            }
+        }
+    }
+
+    pub(crate) fn pid(&self) -> u32 {
+        self.pid
+    }
+
+    pub(crate) fn pool(&self) -> &str {
+        &self.hello.pool
+    }
+
+    pub(crate) fn local_addr(&self) -> Option<PeerAddr> {
+        self.local_addr
+    }
+
+    pub(crate) fn live(&self) -> u64 {
+        // In this order the difference can't be negative.
+        let finished = self.finished.load(Ordering::SeqCst);
+        self.opened.load(Ordering::SeqCst) - finished
+    }
+
+    pub(crate) fn id(&self) -> Option<u64> {
+        self.read_current().map(|session| session.worker_id)
+    }
+
+    pub(crate) fn is_joined(&self) -> bool {
+        matches!(
+            self.lock().link,
+            Link::Joined { .. } | Link::Standalone { .. }
+        )
+    }
+
+    pub(crate) fn ready_fd(&self) -> BorrowedFd<'_> {
+        self.ready.as_fd()
+    }
+
+    /// A guard was dropped. No lock is taken that is held while anything waits.
+    pub(super) fn finished_one(&self) {
+        let finished = self.finished.fetch_add(1, Ordering::SeqCst) + 1;
+        if let Some(session) = self.read_current() {
+            session.board.raise_finished(finished);
+            session.poke_if_wanted(want::ROOM);
+        }
+        self.end_session_if_over();
+    }
+
+    fn read_current(&self) -> Option<Arc<Session>> {
+        self.current
+            .read()
+            .unwrap_or_else(PoisonError::into_inner)
+            .clone()
+    }
+
+    fn set_current(&self, session: Option<Arc<Session>>) {
+        *self.current.write().unwrap_or_else(PoisonError::into_inner) = session;
+    }
+
+    /// After a goodbye the control connection ends with the last connection: the dispatcher counts until then.
+    fn end_session_if_over(&self) {
+        // Whoever closes sets the flag, then looks at the counters; whoever finishes does the opposite.
+        if self.closed.load(Ordering::SeqCst) && self.live() == 0 {
+            self.set_current(None);
+        }
+    }
+
+    fn check_process(&self) -> Result<(), Error> {
+        if std::process::id() == self.pid {
+            Ok(())
+        } else {
+            Err(Error::Forked)
+        }
+    }
+
+    fn lock(&self) -> MutexGuard<'_, State> {
+        self.state.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    fn wait(&self) -> Result<(), Error> {
+        let failed = |error| Error::io("wait for the dispatcher", error);
+        self.ready.wait().map_err(failed)
+    }
+
+    /// Every way out of the lock passes here, or entries (or the leader's place) would wait for a thread
+    /// that sleeps.
+    fn pass_on(&self, state: &State) {
+        if !state.leader && state.followers > 0 {
+            self.handed_over.notify_one();
+        }
+    }
+}

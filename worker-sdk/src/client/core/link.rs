@@ -1,0 +1,368 @@
+//! How the link to the dispatcher advances, and how connections enter and leave the queue.
+//!
+//! Everything here runs with the core's lock held, but for the one wait in [`Core::lead`].
+
+use super::*;
+
+impl Core {
+    /// Takes the front of the queue; `None` if it is empty. Counts what it claims before the lock is
+    /// released, so that a hello can't miss it.
+    pub(super) fn pop(self: &Arc<Self>, state: &mut State) -> Option<Popped> {
+        let mut popped = Popped::default();
+        match state.queue.pop_front()? {
+            Pending::Taken(accepted) => popped.accepted = Some(accepted),
+            Pending::Offered { entry, fd } => {
+                let session = state.link.session();
+                match session.filter(|session| claimed(session, entry.slot, entry.seq)) {
+                    Some(session) => {
+                        popped.accepted = Some(self.take(session, entry, fd));
+                        popped.poke = Some(Arc::clone(session));
+                    }
+                    None => popped.stale = Some(fd),
+                }
+            }
+            Pending::Probe(probe) => {
+                let session = state.link.session();
+                popped.poke = session
+                    .filter(|session| claimed(session, probe.slot, probe.seq))
+                    .cloned();
+            }
+        }
+        Some(popped)
+    }
+
+    /// The part of taking that needs no lock: lets others on, wakes the dispatcher, sets the mode.
+    pub(super) fn hand_out(
+        &self,
+        state: MutexGuard<'_, State>,
+        popped: Popped,
+        nonblocking: bool,
+    ) -> Option<Accepted> {
+        self.pass_on(&state);
+        drop(state);
+        if let Some(session) = popped.poke {
+            session.poke_if_wanted(want::TAKEN);
+        }
+        let accepted = popped.accepted?;
+        // Explicitly: the mode belongs to the open socket, and whoever had it before may have changed it.
+        if let Err(error) = accepted.stream.set_nonblocking(nonblocking) {
+            log::error!("cannot set a connection's blocking mode: {error}");
+        }
+        Some(accepted)
+    }
+
+    fn take(self: &Arc<Self>, session: &Session, entry: Entry, fd: OwnedFd) -> Accepted {
+        self.opened.fetch_add(1, Ordering::SeqCst);
+        let custody = Custody {
+            board: Arc::clone(&session.board),
+            slot: entry.slot,
+            seq: entry.seq,
+            resent: entry.flags.contains(EntryFlags::RESENT),
+        };
+        Accepted {
+            stream: fd.into(),
+            guard: Guard::new(Arc::clone(self), Some(custody)),
+            origin: Origin {
+                peer: entry.peer,
+                listener: session.listener(entry.listener),
+                accepted_at: Duration::from_nanos(entry.accepted_ns),
+            },
+        }
+    }
+
+    /// Waits, outside the lock, for whatever advances the link, and advances it.
+    pub(super) fn lead<'a>(
+        self: &'a Arc<Self>,
+        mut state: MutexGuard<'a, State>,
+    ) -> (MutexGuard<'a, State>, Result<(), Error>) {
+        let Link::Joined { channel, .. } = &state.link else {
+            let result = match self.step(&mut state) {
+                Ok(Step::Again) => return (state, Ok(())),
+                Ok(Step::Blocked) => {
+                    drop(state);
+                    self.wait()
+                }
+                Err(error) => return (state, Err(error)),
+            };
+            return (self.lock(), result);
+        };
+        let channel = Arc::clone(channel);
+        let mut buffer = mem::take(&mut state.buffer);
+        drop(state);
+        let mut received = channel::receive(channel.as_fd(), &mut buffer, Wait::Yes);
+        if matches!(received, Received::Empty) {
+            // Only if somebody made the channel non-blocking; then this is the way to wait.
+            let waited = self.wait();
+            received = channel::receive(channel.as_fd(), &mut buffer, Wait::No);
+            if waited.is_err() {
+                state = self.lock();
+                state.buffer = buffer;
+                self.received(&mut state, received);
+                return (state, waited);
+            }
+        }
+        let mut state = self.lock();
+        state.buffer = buffer;
+        self.received(&mut state, received);
+        (state, Ok(()))
+    }
+
+    /// Advances the link without waiting.
+    pub(super) fn step(self: &Arc<Self>, state: &mut State) -> Result<Step, Error> {
+        let now = Instant::now();
+        match &mut state.link {
+            Link::Closed => Err(Error::Closed),
+            Link::Waiting { until } if now < *until => {
+                let until = *until;
+                self.sleep(state, until, now)
+            }
+            Link::Waiting { .. } => {
+                let hello = Hello {
+                    // In this order: a connection may end between the two reads, none can open.
+                    finished: self.finished.load(Ordering::SeqCst),
+                    base: self.opened.load(Ordering::SeqCst),
+                    ..self.hello.clone()
+                };
+                let greeted = join::greet(&self.socket, &hello).and_then(|control| {
+                    match self.ready.watch(control.as_fd()) {
+                        Ok(()) => Ok(control),
+                        Err(error) => Err(Failure::Transient(error.to_string())),
+                    }
+                });
+                match greeted {
+                    Ok(control) => {
+                        let until = now + WELCOME_TIMEOUT;
+                        state.link = Link::Greeting { control, until };
+                    }
+                    Err(failure) => self.failed(state, failure)?,
+                }
+                Ok(Step::Again)
+            }
+            Link::Greeting { control, until } => {
+                let until = *until;
+                match join::answer(control, &self.socket) {
+                    Ok(None) if now < until => return self.sleep(state, until, now),
+                    Ok(None) => {
+                        let problem = format!("no answer within {WELCOME_TIMEOUT:?}");
+                        self.failed(state, Failure::Transient(problem))?;
+                    }
+                    Ok(Some(joined)) => self.joined(state, joined)?,
+                    Err(failure) => self.failed(state, failure)?,
+                }
+                Ok(Step::Again)
+            }
+            Link::Joined { channel, .. } => {
+                match channel::receive(channel.as_fd(), &mut state.buffer, Wait::No) {
+                    Received::Empty => Ok(Step::Blocked),
+                    received => {
+                        self.received(state, received);
+                        Ok(Step::Again)
+                    }
+                }
+            }
+            Link::Standalone { .. } => Ok(self.accept_directly(state, now)),
+        }
+    }
+
+    /// Nothing to do before `until`, unless the first join must succeed sooner.
+    fn sleep(&self, state: &mut State, until: Instant, now: Instant) -> Result<Step, Error> {
+        let wake = match state.join_deadline {
+            Some((deadline, after)) if now >= deadline => {
+                // Said once: who goes on asking wants us to go on trying.
+                state.join_deadline = None;
+                self.ready.arm(until.saturating_duration_since(now));
+                return Err(Error::JoinTimeout {
+                    socket: self.socket.clone(),
+                    after,
+                    last: state.last_problem.clone(),
+                });
+            }
+            Some((deadline, _)) => until.min(deadline),
+            None => until,
+        };
+        self.ready.arm(wake.saturating_duration_since(now));
+        Ok(Step::Blocked)
+    }
+
+    fn failed(&self, state: &mut State, failure: Failure) -> Result<(), Error> {
+        if let Link::Greeting { control, .. } = &state.link {
+            self.ready.forget(control.as_fd());
+        }
+        let delay = state.backoff.next();
+        state.link = Link::Waiting {
+            until: Instant::now() + delay,
+        };
+        // Here as well as before sleeping: the caller may get an error now and wait all the same.
+        self.ready.arm(delay);
+        let problem = match failure {
+            Failure::Permanent(error) if !state.ever_joined => return Err(error),
+            Failure::Permanent(error) => error.to_string(),
+            Failure::Transient(problem) => problem,
+        };
+        let level = if mem::replace(&mut state.complained, true) {
+            log::Level::Debug
+        } else {
+            log::Level::Warn
+        };
+        log::log!(
+            level,
+            "cannot join the dispatcher at {}: {problem}; trying again in {delay:?}, and so on",
+            self.socket.display()
+        );
+        state.last_problem = problem;
+        Ok(())
+    }
+
+    fn joined(&self, state: &mut State, joined: Joined) -> Result<(), Error> {
+        if let Err(error) = self.ready.watch(joined.channel.as_fd()) {
+            return self.failed(state, Failure::Transient(error.to_string()));
+        }
+        let until = Instant::now();
+        let Link::Greeting { control, .. } = mem::replace(&mut state.link, Link::Waiting { until })
+        else {
+            return Ok(());
+        };
+        self.ready.forget(control.as_fd());
+        self.ready.disarm();
+        let (session, channel) = Session::new(control, joined);
+        let session = Arc::new(session);
+        log::info!(
+            "joined the dispatcher at {} as worker {} of pool {}",
+            self.socket.display(),
+            session.worker_id,
+            self.hello.pool
+        );
+        // First published, then raised: a connection that ends in between is told by one of the two.
+        self.set_current(Some(Arc::clone(&session)));
+        session
+            .board
+            .raise_finished(self.finished.load(Ordering::SeqCst));
+        session.poke_if_wanted(want::ROOM);
+        state.link = Link::Joined {
+            session,
+            channel: Arc::new(channel),
+        };
+        (state.ever_joined, state.complained) = (true, false);
+        state.join_deadline = None;
+        Ok(())
+    }
+
+    fn received(self: &Arc<Self>, state: &mut State, received: Received) {
+        // Closed meanwhile: dropping closes what came, and the dispatcher still has its copies.
+        let Some(session) = state.link.session() else {
+            return;
+        };
+        match received {
+            Received::Empty => {}
+            Received::Probe(probe) => state.queue.push_back(Pending::Probe(probe)),
+            Received::Handoff { arrived, lost } => {
+                if !lost.is_empty() {
+                    log::warn!(
+                        "{} connections did not arrive and go elsewhere: is this process at its \
+                         limit of open files?",
+                        lost.len()
+                    );
+                    for entry in lost {
+                        let slot = session.board.slot(entry.slot);
+                        slot.map(|slot| claim::decline(slot, entry.seq));
+                    }
+                    session.poke_if_wanted(want::TAKEN);
+                }
+                // One for each, less one: the thread that received them takes one itself.
+                let helpers = arrived.len().saturating_sub(1).min(state.followers);
+                let offers = arrived.into_iter();
+                state
+                    .queue
+                    .extend(offers.map(|(entry, fd)| Pending::Offered { entry, fd }));
+                (0..helpers).for_each(|_| self.handed_over.notify_one());
+            }
+            Received::End => self.leave(state, "it closed the connection"),
+            Received::Broken(problem) => self.leave(state, &problem),
+        }
+    }
+
+    /// The dispatcher is gone, or unusable. What it sent is claimed now, while the next hello can still
+    /// count it; the application gets it when it asks.
+    fn leave(self: &Arc<Self>, state: &mut State, why: &str) {
+        let until = Instant::now();
+        let Link::Joined { session, channel } =
+            mem::replace(&mut state.link, Link::Waiting { until })
+        else {
+            return;
+        };
+        if session.since.elapsed() > RELIABLE {
+            // Not after every join: a dispatcher that dies of our hello would be tried without a pause.
+            state.backoff.reset();
+        }
+        state.link = Link::Waiting {
+            until: until + state.backoff.next(),
+        };
+        for pending in mem::take(&mut state.queue) {
+            match pending {
+                Pending::Offered { entry, fd } => {
+                    if claimed(&session, entry.slot, entry.seq) {
+                        let accepted = self.take(&session, entry, fd);
+                        state.queue.push_back(Pending::Taken(accepted));
+                    }
+                }
+                Pending::Taken(accepted) => state.queue.push_back(Pending::Taken(accepted)),
+                Pending::Probe(_) => {}
+            }
+        }
+        session.poke_if_wanted(want::TAKEN);
+        self.ready.forget(channel.as_fd());
+        self.set_current(None);
+        log::warn!(
+            "lost the dispatcher at {}: {why}; {} connections go on, joining again",
+            self.socket.display(),
+            self.live()
+        );
+    }
+
+    fn accept_directly(self: &Arc<Self>, state: &mut State, now: Instant) -> Step {
+        let Link::Standalone { listener, paused } = &mut state.link else {
+            return Step::Again;
+        };
+        if let Some(until) = *paused {
+            if now < until {
+                self.ready.arm(until - now);
+                return Step::Blocked;
+            }
+            self.ready.disarm();
+            *paused = match self.ready.watch(listener.as_fd()) {
+                Ok(()) => None,
+                Err(_) => Some(now + ACCEPT_PAUSE),
+            };
+            return Step::Again;
+        }
+        match listener.accept() {
+            Ok(None) => Step::Blocked,
+            Ok(Some((stream, peer))) => {
+                self.opened.fetch_add(1, Ordering::SeqCst);
+                let clock = clock_gettime(ClockId::Monotonic);
+                state.queue.push_back(Pending::Taken(Accepted {
+                    stream,
+                    guard: Guard::new(Arc::clone(self), None),
+                    origin: Origin {
+                        peer,
+                        listener: None,
+                        accepted_at: clock.try_into().unwrap_or_default(),
+                    },
+                }));
+                Step::Again
+            }
+            Err(error) => {
+                log::warn!("cannot accept: {error}; trying again in {ACCEPT_PAUSE:?}");
+                // It stays ready meanwhile, and would keep the caller spinning.
+                self.ready.forget(listener.as_fd());
+                *paused = Some(now + ACCEPT_PAUSE);
+                Step::Again
+            }
+        }
+    }
+}
+
+fn claimed(session: &Session, slot: u32, seq: u64) -> bool {
+    let slot = session.board.slot(slot);
+    slot.is_some_and(|slot| claim::claim(slot, seq))
+}

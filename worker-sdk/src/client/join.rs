@@ -1,0 +1,186 @@
+//! Connecting to a dispatcher: hello, and what comes of it. Decides nothing about when to try again.
+
+use std::io::IoSliceMut;
+use std::mem::MaybeUninit;
+use std::os::fd::OwnedFd;
+use std::path::Path;
+use std::sync::Arc;
+use std::time::Instant;
+
+use rustix::io::Errno;
+use rustix::net::{
+    AddressFamily, RecvAncillaryBuffer, RecvFlags, ReturnFlags, SendFlags, SocketAddrUnix,
+    SocketFlags, SocketType, connect, recvmsg, send, socket_with,
+};
+
+use super::channel::take_fds;
+use super::error::Error;
+use crate::scoreboard::{Scoreboard, claim};
+use crate::wire::{Control, Goodbye, Hello, MAX_CONTROL_RECORD, VERSION, WELCOME_FDS, Welcome};
+
+/// What a worker has of a dispatcher, apart from the channel. Dropping it tells the dispatcher that all is over.
+pub(super) struct Session {
+    control: OwnedFd,
+    poke: OwnedFd,
+    pub(super) board: Arc<Scoreboard>,
+    pub(super) worker_id: u64,
+    listeners: Vec<(u16, Arc<str>)>,
+    pub(super) since: Instant,
+}
+
+impl Session {
+    pub(super) fn new(control: OwnedFd, joined: Joined) -> (Session, OwnedFd) {
+        let listeners = joined.welcome.listeners.into_iter();
+        let session = Session {
+            control,
+            poke: joined.poke,
+            board: Arc::new(joined.board),
+            worker_id: joined.welcome.worker_id,
+            listeners: listeners.map(|l| (l.index, l.name.into())).collect(),
+            since: Instant::now(),
+        };
+        (session, joined.channel)
+    }
+
+    /// Wakes the dispatcher if it sleeps until something like `bit` happens. Call after the change.
+    pub(super) fn poke_if_wanted(&self, bit: u32) {
+        if claim::must_poke(self.board.want(), bit) {
+            // It can fail only when the counter is full, and then the dispatcher is awake.
+            let _ = rustix::io::write(&self.poke, &1u64.to_ne_bytes());
+        }
+    }
+
+    pub(super) fn goodbye(&self) {
+        let mut record = Vec::new();
+        Goodbye.encode(&mut record);
+        if let Err(error) = send(&self.control, &record, SendFlags::NOSIGNAL) {
+            log::debug!("could not say goodbye to the dispatcher: {error}");
+        }
+    }
+
+    pub(super) fn listener(&self, index: u16) -> Option<Arc<str>> {
+        let found = self.listeners.iter().find(|(i, _)| *i == index);
+        found.map(|(_, name)| Arc::clone(name))
+    }
+}
+
+/// Why joining did not work.
+pub(super) enum Failure {
+    /// Likely to go away by itself: the dispatcher starts late, restarts, or is full.
+    Transient(String),
+    /// Somebody must change something.
+    Permanent(Error),
+}
+
+/// A welcome that was checked, and what came with it.
+pub(super) struct Joined {
+    pub(super) welcome: Welcome,
+    pub(super) channel: OwnedFd,
+    board: Scoreboard,
+    poke: OwnedFd,
+}
+
+/// Connects and says hello; the result is the control connection.
+pub(super) fn greet(path: &Path, hello: &Hello) -> Result<OwnedFd, Failure> {
+    let action = || format!("connect to the dispatcher at {}", path.display());
+    let permanent = |error: Errno| Failure::Permanent(Error::io(action(), error));
+    let control = socket_with(
+        AddressFamily::UNIX,
+        SocketType::SEQPACKET,
+        SocketFlags::CLOEXEC | SocketFlags::NONBLOCK,
+        None,
+    )
+    .map_err(permanent)?;
+    let address = SocketAddrUnix::new(path).map_err(|error| {
+        let problem = format!("{} is not a usable socket path: {error}", path.display());
+        Failure::Permanent(Error::config("dispatch_socket", problem))
+    })?;
+    match connect(&control, &address) {
+        Ok(()) => {}
+        // Not there yet, not listening yet or no longer, or its queue is full.
+        Err(error @ (Errno::NOENT | Errno::CONNREFUSED | Errno::AGAIN | Errno::INTR)) => {
+            return Err(Failure::Transient(error.to_string()));
+        }
+        Err(error) => return Err(permanent(error)),
+    }
+    let mut record = Vec::new();
+    hello.encode(&mut record);
+    match send(&control, &record, SendFlags::NOSIGNAL) {
+        Ok(_) => Ok(control),
+        Err(error) => Err(Failure::Transient(format!("cannot send: {error}"))),
+    }
+}
+
+/// Looks for the answer to a hello, without waiting; `None` if it is not there yet.
+pub(super) fn answer(control: &OwnedFd, path: &Path) -> Result<Option<Joined>, Failure> {
+    let malformed = |problem: String| {
+        let socket = path.to_owned();
+        Failure::Permanent(Error::Protocol { socket, problem })
+    };
+    let mut buffer = [0; MAX_CONTROL_RECORD + 1];
+    let mut space = [MaybeUninit::uninit(); rustix::cmsg_space!(ScmRights(WELCOME_FDS))];
+    let mut ancillary = RecvAncillaryBuffer::new(&mut space);
+    let flags = RecvFlags::CMSG_CLOEXEC | RecvFlags::DONTWAIT;
+    let message = match recvmsg(
+        control,
+        &mut [IoSliceMut::new(&mut buffer)],
+        &mut ancillary,
+        flags,
+    ) {
+        Ok(message) => message,
+        Err(Errno::AGAIN | Errno::INTR) => return Ok(None),
+        Err(error) => return Err(Failure::Transient(format!("cannot receive: {error}"))),
+    };
+    let fds = take_fds(&mut ancillary);
+    if message.bytes == 0 {
+        return Err(Failure::Transient(
+            "it closed the connection without an answer".to_owned(),
+        ));
+    }
+    let decoded =
+        Control::decode(&buffer[..message.bytes]).map_err(|e| malformed(e.to_string()))?;
+    if message.flags.contains(ReturnFlags::CTRUNC) || fds.len() != decoded.fds() {
+        // Either it sent the wrong number, or there was no room for them here, which may pass.
+        let problem = format!("{} file descriptors came with its answer", fds.len());
+        return if fds.len() < decoded.fds() {
+            let hint = "is this process at its limit of open files?";
+            Err(Failure::Transient(format!("only {problem}; {hint}")))
+        } else {
+            Err(malformed(problem))
+        };
+    }
+    match decoded {
+        Control::Welcome(welcome) => joined(fds, welcome).map(Some).map_err(malformed),
+        Control::Refused(refused) if refused.code.is_transient() => {
+            Err(Failure::Transient(refused.reason))
+        }
+        Control::Refused(refused) => Err(Failure::Permanent(Error::Refused {
+            socket: path.to_owned(),
+            code: refused.code,
+            reason: refused.reason,
+            key: refused.key,
+        })),
+        Control::Hello(_) | Control::Goodbye(_) => Err(malformed(
+            "it sent a record that only workers send".to_owned(),
+        )),
+    }
+}
+
+fn joined(fds: Vec<OwnedFd>, welcome: Welcome) -> Result<Joined, String> {
+    if welcome.version != VERSION {
+        return Err(format!(
+            "it speaks version {}, we speak {VERSION}",
+            welcome.version
+        ));
+    }
+    let Ok([channel, board, poke]) = <[OwnedFd; WELCOME_FDS]>::try_from(fds) else {
+        return Err("wrong number of file descriptors".to_owned());
+    };
+    let board = Scoreboard::open(board, welcome.slots).map_err(|error| error.to_string())?;
+    Ok(Joined {
+        welcome,
+        channel,
+        board,
+        poke,
+    })
+}

@@ -1,0 +1,171 @@
+//! The worker: joins a dispatcher, takes connections, counts them, and comes back when it was away.
+//!
+//! Owns everything that the blocking, mio and tokio layers share; they only add how to wait. Knows
+//! nothing of what the application does with a connection.
+
+mod backoff;
+mod channel;
+mod config;
+mod connection;
+pub(crate) mod core;
+mod error;
+mod join;
+mod ready;
+mod standalone;
+
+use std::fmt;
+use std::sync::Arc;
+
+pub use self::config::WorkerConfig;
+#[cfg(any(feature = "mio", feature = "tokio"))]
+pub(crate) use self::connection::{Accepted, Held, Origin};
+pub use self::connection::{Connection, Guard};
+pub use self::error::Error;
+
+use self::core::Core;
+use crate::wire::PeerAddr;
+
+/// Closes the worker when the last of its handles is gone.
+pub(crate) struct Handle(pub(crate) Arc<Core>);
+
+impl Drop for Handle {
+    fn drop(&mut self) {
+        self.0.abandon();
+    }
+}
+
+/// A worker of a dispatcher, for programs that block: one thread or many.
+///
+/// It joins its pool, and from then on [`accept`](Worker::accept) gives the connections the dispatcher
+/// chose this process for. When the dispatcher goes away the connections go on, and the worker joins
+/// again as soon as there is one. Without a dispatcher (`listen`) it accepts connections itself.
+///
+/// Clones are handles of the same worker, for other threads. Dropping the last one says goodbye: what
+/// was not taken goes to other workers, what was taken goes on and is counted to its end. Connect after
+/// forking: a fork's copy takes nothing, and its end says nothing to the dispatcher.
+///
+/// ```no_run
+/// use std::io::{Read, Write};
+/// use worker_sdk::{Worker, WorkerConfig};
+///
+/// fn main() -> Result<(), worker_sdk::Error> {
+///     let mut worker = Worker::connect(WorkerConfig::from_env()?)?;
+///     for mut connection in worker.incoming() {
+///         std::thread::spawn(move || connection.write_all(b"hello\n"));
+///     }
+///     Ok(())
+/// }
+/// ```
+#[derive(Clone)]
+pub struct Worker(Arc<Handle>);
+
+impl Worker {
+    /// Joins, and waits until that has worked: for ever, or for `join_timeout`.
+    ///
+    /// A dispatcher that is not there yet, is stopping, or has no room is waited for. Without a
+    /// dispatch socket it binds `listen` instead.
+    ///
+    /// # Errors
+    /// [`Error::Config`] for a wrong setting, [`Error::Refused`] when the dispatcher does not take this
+    /// worker, [`Error::JoinTimeout`], [`Error::Protocol`] when something else answers, and [`Error::Io`].
+    pub fn connect(config: WorkerConfig) -> Result<Worker, Error> {
+        let worker = Worker(Arc::new(Handle(Core::new(&config)?)));
+        worker.core().join()?;
+        Ok(worker)
+    }
+
+    fn core(&self) -> &Arc<Core> {
+        &self.0.0
+    }
+
+    /// Waits for the next connection, which is this worker's from now on; `None` once the worker is closed.
+    ///
+    /// Any number of threads may wait. The connection is in blocking mode.
+    ///
+    /// # Errors
+    /// [`Error::Forked`] in a forked child, [`Error::Io`] when even waiting fails. A lost dispatcher is no
+    /// error: it is waited for.
+    ///
+    /// ```no_run
+    /// # fn serve(_: worker_sdk::Connection) {}
+    /// # fn main() -> Result<(), worker_sdk::Error> {
+    /// # let worker = worker_sdk::Worker::connect(worker_sdk::WorkerConfig::from_env()?)?;
+    /// while let Some(connection) = worker.accept()? {
+    ///     serve(connection);
+    /// }
+    /// # Ok(())
+    /// # }
+    /// ```
+    pub fn accept(&self) -> Result<Option<Connection>, Error> {
+        Ok(self.core().accept()?.map(Connection::new))
+    }
+
+    /// The connections, one after the other, until the worker is closed. Errors that can't pass end it, too, and are logged.
+    pub fn incoming(&mut self) -> Incoming<'_> {
+        Incoming { worker: self }
+    }
+
+    /// Says goodbye: no more connections, what was not taken goes elsewhere. Wakes the threads in
+    /// [`accept`](Worker::accept). Live connections go on, and are counted until the last has ended.
+    ///
+    /// Connections whose dispatcher had gone, so that nobody else can serve them, are still given out
+    /// by `accept` before it says `None`; dropping the last handle closes them.
+    pub fn close(&self) {
+        self.core().close();
+    }
+
+    /// Connections taken and not yet ended.
+    pub fn live(&self) -> u64 {
+        self.core().live()
+    }
+
+    /// The id the dispatcher gave this worker, as its status and logs show it; `None` while not joined.
+    pub fn id(&self) -> Option<u64> {
+        self.core().id()
+    }
+
+    /// Whether a dispatcher has us now. A blocking worker notices that it has gone when a thread is in `accept`.
+    pub fn is_joined(&self) -> bool {
+        self.core().is_joined()
+    }
+
+    /// The pool.
+    pub fn pool(&self) -> &str {
+        self.core().pool()
+    }
+
+    /// The address that a worker without a dispatcher listens on.
+    pub fn local_addr(&self) -> Option<PeerAddr> {
+        self.core().local_addr()
+    }
+}
+
+impl fmt::Debug for Worker {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.debug_struct("Worker")
+            .field("pool", &self.pool())
+            .field("id", &self.id())
+            .field("live", &self.live())
+            .finish_non_exhaustive()
+    }
+}
+
+/// Iterator over the connections of a [`Worker`]; see [`Worker::incoming`].
+#[derive(Debug)]
+pub struct Incoming<'a> {
+    worker: &'a Worker,
+}
+
+impl Iterator for Incoming<'_> {
+    type Item = Connection;
+
+    fn next(&mut self) -> Option<Connection> {
+        match self.worker.accept() {
+            Ok(connection) => connection,
+            Err(error) => {
+                log::error!("no more connections: {error}");
+                None
+            }
+        }
+    }
+}

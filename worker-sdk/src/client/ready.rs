@@ -1,0 +1,102 @@
+//! One file descriptor that is readable whenever a non-blocking worker has something to do.
+//!
+//! An epoll instance, so that mio and tokio register one descriptor once although what the worker waits
+//! for changes: a timer, the answer to a hello, the channel. Everything inside is level-triggered: an
+//! outer edge-triggered poller gets an edge when something is added that is ready already, and whoever
+//! acts on readiness acts until nothing is left, so nothing stays ready and spins.
+
+use std::io;
+use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
+use std::time::Duration;
+
+use rustix::event::{EventfdFlags, PollFd, PollFlags, epoll, eventfd, poll};
+use rustix::time::{
+    Itimerspec, TimerfdClockId, TimerfdFlags, TimerfdTimerFlags, Timespec, timerfd_create,
+    timerfd_settime,
+};
+
+pub(super) struct Ready {
+    epoll: OwnedFd,
+    timer: OwnedFd,
+    closed: OwnedFd,
+}
+
+impl Ready {
+    pub(super) fn new() -> io::Result<Ready> {
+        let ready = Ready {
+            epoll: epoll::create(epoll::CreateFlags::CLOEXEC)?,
+            timer: timerfd_create(
+                TimerfdClockId::Monotonic,
+                TimerfdFlags::CLOEXEC | TimerfdFlags::NONBLOCK,
+            )?,
+            closed: eventfd(0, EventfdFlags::CLOEXEC | EventfdFlags::NONBLOCK)?,
+        };
+        ready.watch(ready.timer.as_fd())?;
+        ready.watch(ready.closed.as_fd())?;
+        Ok(ready)
+    }
+
+    pub(super) fn watch(&self, fd: BorrowedFd<'_>) -> io::Result<()> {
+        // Nobody looks at which member is ready, so they all carry the same data.
+        let data = epoll::EventData::new_u64(0);
+        epoll::add(&self.epoll, fd, data, epoll::EventFlags::IN)?;
+        Ok(())
+    }
+
+    /// Must come before the descriptor is closed: somebody else (the dispatcher, a forked child) may
+    /// hold a duplicate, and then closing ours would leave it in the set, ready for ever.
+    pub(super) fn forget(&self, fd: BorrowedFd<'_>) {
+        if let Err(error) = epoll::delete(&self.epoll, fd) {
+            log::error!("cannot stop watching a file descriptor: {error}");
+        }
+    }
+
+    /// Ready after `delay`, in place of what was set before.
+    pub(super) fn arm(&self, delay: Duration) {
+        // Zero would disarm.
+        self.set_timer(delay.max(Duration::from_nanos(1)));
+    }
+
+    /// Also takes back an expiry that nobody has acted on.
+    pub(super) fn disarm(&self) {
+        self.set_timer(Duration::ZERO);
+    }
+
+    fn set_timer(&self, delay: Duration) {
+        let zero = Timespec {
+            tv_sec: 0,
+            tv_nsec: 0,
+        };
+        let value = Timespec {
+            tv_sec: i64::try_from(delay.as_secs()).unwrap_or(i64::MAX),
+            tv_nsec: delay.subsec_nanos().into(),
+        };
+        let spec = Itimerspec {
+            it_interval: zero,
+            it_value: value,
+        };
+        if let Err(error) = timerfd_settime(&self.timer, TimerfdTimerFlags::empty(), &spec) {
+            log::error!("cannot set a timer: {error}");
+        }
+    }
+
+    /// Ready from now on.
+    pub(super) fn close(&self) {
+        // It can fail only when it is ready already.
+        let _ = rustix::io::write(&self.closed, &1u64.to_ne_bytes());
+    }
+
+    /// Blocks until ready, or until a signal handler has run.
+    pub(super) fn wait(&self) -> io::Result<()> {
+        match poll(&mut [PollFd::new(&self.epoll, PollFlags::IN)], None) {
+            Ok(_) | Err(rustix::io::Errno::INTR) => Ok(()),
+            Err(error) => Err(error.into()),
+        }
+    }
+}
+
+impl AsFd for Ready {
+    fn as_fd(&self) -> BorrowedFd<'_> {
+        self.epoll.as_fd()
+    }
+}

@@ -1,0 +1,115 @@
+//! Listening without a dispatcher, so that the same program runs alone on a developer's machine.
+
+use std::io;
+use std::net::{SocketAddr, TcpListener, TcpStream};
+use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
+use std::os::unix::net::{UnixListener, UnixStream};
+use std::path::PathBuf;
+
+use super::error::Error;
+use crate::wire::PeerAddr;
+
+pub(super) enum Listener {
+    Tcp(TcpListener),
+    Unix {
+        listener: UnixListener,
+        path: PathBuf,
+    },
+}
+
+impl Listener {
+    /// Binds `127.0.0.1:8080`, `[::]:8080`, `localhost:8080` or `unix:/path`, non-blocking.
+    pub(super) fn bind(address: &str) -> Result<Listener, Error> {
+        let failed = |error| Error::io(format!("listen on {address}"), error);
+        let listener = match address.strip_prefix("unix:") {
+            Some(path) => {
+                let path = PathBuf::from(path);
+                Listener::Unix {
+                    listener: bind_unix(&path).map_err(failed)?,
+                    path,
+                }
+            }
+            // The standard library sets SO_REUSEADDR.
+            None => Listener::Tcp(TcpListener::bind(address).map_err(|error| {
+                if error.kind() == io::ErrorKind::InvalidInput {
+                    let problem = format!(
+                        "{address:?} is not an address; write 127.0.0.1:8080, [::]:8080 or unix:/path"
+                    );
+                    return Error::config("listen", problem);
+                }
+                failed(error)
+            })?),
+        };
+        match &listener {
+            Listener::Tcp(tcp) => tcp.set_nonblocking(true),
+            Listener::Unix { listener, .. } => listener.set_nonblocking(true),
+        }
+        .map_err(failed)?;
+        Ok(listener)
+    }
+
+    /// One connection; `None` if there is none now.
+    pub(super) fn accept(&self) -> io::Result<Option<(TcpStream, PeerAddr)>> {
+        loop {
+            let accepted = match self {
+                Listener::Tcp(tcp) => tcp.accept().map(|(stream, peer)| (stream, peer.into())),
+                Listener::Unix { listener, .. } => listener
+                    .accept()
+                    .map(|(stream, _)| (OwnedFd::from(stream).into(), PeerAddr::Unix)),
+            };
+            match accepted {
+                Ok(accepted) => return Ok(Some(accepted)),
+                Err(error) => match error.kind() {
+                    io::ErrorKind::WouldBlock => return Ok(None),
+                    // That one client is gone already.
+                    io::ErrorKind::Interrupted | io::ErrorKind::ConnectionAborted => {}
+                    _ => return Err(error),
+                },
+            }
+        }
+    }
+
+    pub(super) fn local_addr(&self) -> Option<PeerAddr> {
+        match self {
+            Listener::Tcp(tcp) => tcp.local_addr().ok().map(SocketAddr::into),
+            Listener::Unix { .. } => Some(PeerAddr::Unix),
+        }
+    }
+
+    /// Takes the name of a Unix listener away. Not on drop: a forked child drops its copy, too.
+    pub(super) fn unlink(&self) {
+        if let Listener::Unix { path, .. } = self
+            && let Err(error) = std::fs::remove_file(path)
+        {
+            log::debug!("cannot remove {}: {error}", path.display());
+        }
+    }
+}
+
+impl AsFd for Listener {
+    fn as_fd(&self) -> BorrowedFd<'_> {
+        match self {
+            Listener::Tcp(tcp) => tcp.as_fd(),
+            Listener::Unix { listener, .. } => listener.as_fd(),
+        }
+    }
+}
+
+/// Binds a Unix listener, in place of a socket file whose owner is gone.
+fn bind_unix(path: &PathBuf) -> io::Result<UnixListener> {
+    match UnixListener::bind(path) {
+        Err(error) if error.kind() == io::ErrorKind::AddrInUse => {}
+        result => return result,
+    }
+    match UnixStream::connect(path) {
+        Err(error) if error.kind() == io::ErrorKind::ConnectionRefused => {
+            // Refused by something that is no socket, too; that we must not remove.
+            use std::os::unix::fs::FileTypeExt;
+            if std::fs::symlink_metadata(path)?.file_type().is_socket() {
+                std::fs::remove_file(path)?;
+            }
+            UnixListener::bind(path)
+        }
+        _ => Err(io::ErrorKind::AddrInUse.into()),
+    }
+}

@@ -1,0 +1,152 @@
+//! The worker for programs with a [mio](::mio) event loop.
+
+use std::fmt;
+use std::io;
+use std::os::fd::{AsRawFd, RawFd};
+
+use ::mio::event::Source;
+use ::mio::unix::SourceFd;
+use ::mio::{Interest, Registry, Token};
+
+use crate::client::core::Core;
+use crate::client::{Connection, Error, Handle, WorkerConfig};
+use crate::wire::PeerAddr;
+
+/// A worker that never blocks. Register it once, readable; it joins, loses and finds its dispatcher again
+/// by itself, whenever [`try_accept`](MioWorker::try_accept) is called.
+///
+/// ```no_run
+/// use mio::{Events, Interest, Poll, Token};
+/// use worker_sdk::{WorkerConfig, mio::MioWorker};
+///
+/// fn main() -> Result<(), Box<dyn std::error::Error>> {
+///     let mut poll = Poll::new()?;
+///     let mut worker = MioWorker::new(WorkerConfig::from_env()?)?;
+///     poll.registry().register(&mut worker, Token(0), Interest::READABLE)?;
+///     let mut events = Events::with_capacity(64);
+///     loop {
+///         poll.poll(&mut events, None)?;
+///         for event in &events {
+///             if event.token() == Token(0) {
+///                 while let Some(connection) = worker.try_accept()? {
+///                     drop(connection); // Register it and serve it, rather.
+///                 }
+///             }
+///         }
+///     }
+/// }
+/// ```
+pub struct MioWorker(Handle);
+
+impl MioWorker {
+    /// Makes a worker that will join once it is registered and polled. Does not wait.
+    ///
+    /// # Errors
+    /// [`Error::Config`] for a wrong setting, [`Error::Io`].
+    pub fn new(config: WorkerConfig) -> Result<MioWorker, Error> {
+        Ok(MioWorker(Handle(Core::new(&config)?)))
+    }
+
+    /// The next connection, non-blocking; `None` if there is none now. After an event, call it until it says `None`.
+    ///
+    /// # Errors
+    /// Until the first join: [`Error::Refused`], [`Error::JoinTimeout`], [`Error::Protocol`] and
+    /// [`Error::Io`]; a caller that goes on waiting for events makes the worker try again. Later:
+    /// [`Error::Closed`] after [`close`](MioWorker::close), [`Error::Forked`] in a forked child.
+    pub fn try_accept(&self) -> Result<Option<Connection>, Error> {
+        Ok(self.0.0.try_accept()?.map(Connection::new))
+    }
+
+    /// Says goodbye: as [`Worker::close`](crate::Worker::close).
+    pub fn close(&self) {
+        self.0.0.close();
+    }
+
+    /// Connections taken and not yet ended.
+    pub fn live(&self) -> u64 {
+        self.0.0.live()
+    }
+
+    /// The id the dispatcher gave this worker; `None` while not joined.
+    pub fn id(&self) -> Option<u64> {
+        self.0.0.id()
+    }
+
+    /// Whether a dispatcher has us now.
+    pub fn is_joined(&self) -> bool {
+        self.0.0.is_joined()
+    }
+
+    /// The pool.
+    pub fn pool(&self) -> &str {
+        self.0.0.pool()
+    }
+
+    /// The address that a worker without a dispatcher listens on.
+    pub fn local_addr(&self) -> Option<PeerAddr> {
+        self.0.0.local_addr()
+    }
+
+    fn raw_fd(&self) -> RawFd {
+        self.0.0.ready_fd().as_raw_fd()
+    }
+}
+
+impl Source for MioWorker {
+    fn register(
+        &mut self,
+        registry: &Registry,
+        token: Token,
+        interests: Interest,
+    ) -> io::Result<()> {
+        SourceFd(&self.raw_fd()).register(registry, token, interests)
+    }
+
+    fn reregister(
+        &mut self,
+        registry: &Registry,
+        token: Token,
+        interests: Interest,
+    ) -> io::Result<()> {
+        SourceFd(&self.raw_fd()).reregister(registry, token, interests)
+    }
+
+    fn deregister(&mut self, registry: &Registry) -> io::Result<()> {
+        SourceFd(&self.raw_fd()).deregister(registry)
+    }
+}
+
+impl fmt::Debug for MioWorker {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.debug_struct("MioWorker")
+            .field("pool", &self.pool())
+            .field("id", &self.id())
+            .field("live", &self.live())
+            .finish_non_exhaustive()
+    }
+}
+
+/// A connection can be registered like any stream.
+impl Source for Connection {
+    fn register(
+        &mut self,
+        registry: &Registry,
+        token: Token,
+        interests: Interest,
+    ) -> io::Result<()> {
+        SourceFd(&self.as_raw_fd()).register(registry, token, interests)
+    }
+
+    fn reregister(
+        &mut self,
+        registry: &Registry,
+        token: Token,
+        interests: Interest,
+    ) -> io::Result<()> {
+        SourceFd(&self.as_raw_fd()).reregister(registry, token, interests)
+    }
+
+    fn deregister(&mut self, registry: &Registry) -> io::Result<()> {
+        SourceFd(&self.as_raw_fd()).deregister(registry)
+    }
+}

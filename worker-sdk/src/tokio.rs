@@ -1,0 +1,251 @@
+//! The worker for programs on [tokio](::tokio).
+
+use std::fmt;
+use std::io::{self, IoSlice};
+use std::os::fd::{AsFd, AsRawFd, BorrowedFd, RawFd};
+use std::pin::Pin;
+use std::sync::Arc;
+use std::task::{Context, Poll};
+use std::time::Duration;
+
+use ::tokio::io::unix::AsyncFd;
+use ::tokio::io::{AsyncRead, AsyncWrite, Interest, ReadBuf};
+use ::tokio::net::TcpStream;
+
+use crate::client::core::Core;
+use crate::client::{Accepted, Error, Handle, Held, Origin, WorkerConfig};
+use crate::wire::PeerAddr;
+
+/// A worker whose connections are awaited. With the feature `axum` it can be given to `axum::serve`.
+///
+/// Use it within one runtime, the one it was made in, with I/O enabled. Clones are handles of the same
+/// worker, for closing it elsewhere or for more tasks; dropping the last one says goodbye.
+///
+/// ```no_run
+/// use tokio::io::AsyncWriteExt;
+/// use worker_sdk::{WorkerConfig, tokio::Listener};
+///
+/// # async fn run() -> Result<(), worker_sdk::Error> {
+/// let listener = Listener::connect(WorkerConfig::from_env()?).await?;
+/// loop {
+///     let mut connection = listener.accept().await?;
+///     tokio::spawn(async move { connection.write_all(b"hello\n").await });
+/// }
+/// # }
+/// ```
+#[derive(Clone)]
+pub struct Listener(Arc<Inner>);
+
+struct Inner {
+    // Declared, and so dropped, first: it is deregistered before the descriptor inside is closed.
+    ready: AsyncFd<ReadyFd>,
+    handle: Handle,
+}
+
+struct ReadyFd(Arc<Core>);
+
+impl AsRawFd for ReadyFd {
+    fn as_raw_fd(&self) -> RawFd {
+        self.0.ready_fd().as_raw_fd()
+    }
+}
+
+impl Listener {
+    /// Joins, and waits until that has worked; as [`Worker::connect`](crate::Worker::connect).
+    ///
+    /// # Errors
+    /// As [`Worker::connect`](crate::Worker::connect).
+    ///
+    /// # Panics
+    /// Outside a tokio runtime with I/O enabled.
+    pub async fn connect(config: WorkerConfig) -> Result<Listener, Error> {
+        let core = Core::new(&config)?;
+        let handle = Handle(Arc::clone(&core));
+        let ready = AsyncFd::with_interest(ReadyFd(Arc::clone(&core)), Interest::READABLE)
+            .map_err(|error| Error::io("wait for the dispatcher", error))?;
+        let listener = Listener(Arc::new(Inner { ready, handle }));
+        while !core.try_join()? {
+            listener.until(|| core.try_join()).await?;
+        }
+        Ok(listener)
+    }
+
+    /// Waits until `attempt` is likely to say something else than "not now".
+    async fn until(&self, attempt: impl Fn() -> Result<bool, Error>) -> Result<(), Error> {
+        let failed = |error| Error::io("wait for the dispatcher", error);
+        let mut ready = self.0.ready.readable().await.map_err(failed)?;
+        // Readiness is forgotten only after an attempt that found nothing; what comes later sets it again.
+        if !attempt()? {
+            ready.clear_ready();
+        }
+        Ok(())
+    }
+
+    fn core(&self) -> &Arc<Core> {
+        &self.0.handle.0
+    }
+
+    /// The next connection, which is this worker's from now on. Cancelling it loses nothing.
+    ///
+    /// # Errors
+    /// [`Error::Closed`] after [`close`](Listener::close), [`Error::Forked`] in a forked child. A lost
+    /// dispatcher is no error: it is waited for.
+    pub async fn accept(&self) -> Result<Connection, Error> {
+        let failed = |error| Error::io("wait for connections", error);
+        loop {
+            let mut ready = self.0.ready.readable().await.map_err(failed)?;
+            match self.core().try_accept()? {
+                Some(accepted) => return Connection::new(accepted),
+                None => ready.clear_ready(),
+            }
+        }
+    }
+
+    /// Says goodbye: as [`Worker::close`](crate::Worker::close). Tasks in [`accept`](Listener::accept) get [`Error::Closed`].
+    pub fn close(&self) {
+        self.core().close();
+    }
+
+    /// Connections taken and not yet ended.
+    pub fn live(&self) -> u64 {
+        self.core().live()
+    }
+
+    /// The id the dispatcher gave this worker; `None` while not joined.
+    pub fn id(&self) -> Option<u64> {
+        self.core().id()
+    }
+
+    /// Whether a dispatcher has us now.
+    pub fn is_joined(&self) -> bool {
+        self.core().is_joined()
+    }
+
+    /// The pool.
+    pub fn pool(&self) -> &str {
+        self.core().pool()
+    }
+
+    /// The address that a worker without a dispatcher listens on.
+    pub fn local_addr(&self) -> Option<PeerAddr> {
+        self.core().local_addr()
+    }
+}
+
+impl fmt::Debug for Listener {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.debug_struct("Listener")
+            .field("pool", &self.pool())
+            .field("id", &self.id())
+            .field("live", &self.live())
+            .finish_non_exhaustive()
+    }
+}
+
+/// A live connection. Dropping it closes the socket, and then counts it as ended.
+///
+/// Split it with [`tokio::io::split`](::tokio::io::split) to read and write in different tasks.
+pub struct Connection {
+    held: Held<TcpStream>,
+    origin: Origin,
+}
+
+impl Connection {
+    fn new(accepted: Accepted) -> Result<Connection, Error> {
+        // On an error the stream is closed and the guard counts it; it needs an unregistrable socket.
+        let stream = TcpStream::from_std(accepted.stream)
+            .map_err(|error| Error::io("register a connection", error))?;
+        Ok(Connection {
+            held: Held::new(stream, accepted.guard),
+            origin: accepted.origin,
+        })
+    }
+
+    /// Where the client connected from, as the dispatcher saw it.
+    pub fn peer_addr(&self) -> PeerAddr {
+        self.origin.peer
+    }
+
+    /// The name of the dispatcher's listener the client connected to; empty if it has none, or
+    /// without a dispatcher.
+    pub fn listener(&self) -> &str {
+        self.origin.listener()
+    }
+
+    /// When the connection was accepted: the time of `CLOCK_MONOTONIC`, which starts at boot.
+    pub fn accepted_at(&self) -> Duration {
+        self.origin.accepted_at
+    }
+
+    /// The stream, for its options and readiness; `None` for a Unix client.
+    pub fn as_tcp(&self) -> Option<&TcpStream> {
+        match self.origin.peer {
+            PeerAddr::Inet(_) => Some(&self.held.stream),
+            PeerAddr::Unix => None,
+        }
+    }
+
+    /// Sends small writes at once (`TCP_NODELAY`). Does nothing for a Unix client.
+    ///
+    /// # Errors
+    /// What the system says.
+    pub fn set_nodelay(&self, nodelay: bool) -> io::Result<()> {
+        self.as_tcp()
+            .map_or(Ok(()), |stream| stream.set_nodelay(nodelay))
+    }
+}
+
+impl AsyncRead for Connection {
+    fn poll_read(
+        mut self: Pin<&mut Self>,
+        cx: &mut Context<'_>,
+        buffer: &mut ReadBuf<'_>,
+    ) -> Poll<io::Result<()>> {
+        Pin::new(&mut self.held.stream).poll_read(cx, buffer)
+    }
+}
+
+impl AsyncWrite for Connection {
+    fn poll_write(
+        mut self: Pin<&mut Self>,
+        cx: &mut Context<'_>,
+        buffer: &[u8],
+    ) -> Poll<io::Result<usize>> {
+        Pin::new(&mut self.held.stream).poll_write(cx, buffer)
+    }
+
+    fn poll_write_vectored(
+        mut self: Pin<&mut Self>,
+        cx: &mut Context<'_>,
+        buffers: &[IoSlice<'_>],
+    ) -> Poll<io::Result<usize>> {
+        Pin::new(&mut self.held.stream).poll_write_vectored(cx, buffers)
+    }
+
+    fn is_write_vectored(&self) -> bool {
+        true
+    }
+
+    fn poll_flush(mut self: Pin<&mut Self>, cx: &mut Context<'_>) -> Poll<io::Result<()>> {
+        Pin::new(&mut self.held.stream).poll_flush(cx)
+    }
+
+    fn poll_shutdown(mut self: Pin<&mut Self>, cx: &mut Context<'_>) -> Poll<io::Result<()>> {
+        Pin::new(&mut self.held.stream).poll_shutdown(cx)
+    }
+}
+
+impl AsFd for Connection {
+    fn as_fd(&self) -> BorrowedFd<'_> {
+        self.held.stream.as_fd()
+    }
+}
+
+impl fmt::Debug for Connection {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.debug_struct("Connection")
+            .field("peer", &self.peer_addr())
+            .field("listener", &self.listener())
+            .finish_non_exhaustive()
+    }
+}
