@@ -17,7 +17,7 @@ use signal_hook::consts::SIGTERM;
 use signal_hook::iterator::Signals;
 use tokio::io::{AsyncReadExt, AsyncWriteExt};
 use worker_sdk::mio::MioWorker;
-use worker_sdk::{Connection, PeerAddr, Worker, WorkerConfig};
+use worker_sdk::{Connection, Error, PeerAddr, Worker, WorkerConfig};
 
 fn main() {
     env_logger::init();
@@ -127,7 +127,12 @@ fn mio(config: WorkerConfig) {
         for event in &events {
             match event.token() {
                 WORKER => {
-                    while let Some(mut connection) = worker.try_accept().unwrap() {
+                    loop {
+                        let mut connection = match worker.try_accept() {
+                            Ok(Some(connection)) => connection,
+                            Ok(None) | Err(Error::Closed) => break,
+                            Err(error) => panic!("{error}"),
+                        };
                         let greeting = greeting(connection.listener(), connection.peer_addr());
                         // A greeting fits into an empty send buffer.
                         if connection.write_all(greeting.as_bytes()).is_err() {
