@@ -2,4 +2,6 @@
 
 pub mod config;
 pub mod pool;
+#[doc(hidden)]
+pub mod sim;
 pub mod status;
