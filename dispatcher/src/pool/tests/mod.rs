@@ -4,6 +4,7 @@ mod admission;
 mod balance;
 mod failures;
 mod lifecycle;
+mod model;
 
 mod purity;
 mod supervision;
