@@ -10,5 +10,7 @@ pub mod logger;
 pub mod pool;
 pub mod shell;
 pub mod spawner;
+#[doc(hidden)]
+pub mod sim;
 pub mod status;
 mod sys;

@@ -194,9 +194,9 @@ impl Ledger {
 
     /// Every held connection, in the order in which it will be placed.
     pub(super) fn walk<'a>(&'a self, held: &Held) -> impl Iterator<Item = u32> + 'a {
-        let from = |head: u32| {
-            std::iter::successors(Some(head), |&at| Some(self.conns[at as usize].next))
-                .take_while(|&at| at != NONE)
+        let some = |at: u32| (at != NONE).then_some(at);
+        let from = move |head: u32| {
+            std::iter::successors(some(head), move |&at| some(self.conns[at as usize].next))
         };
         from(held.returned.head).chain(from(held.fresh.head))
     }

@@ -229,11 +229,12 @@ impl Core {
         }
     }
 
-    /// The tickets a worker has not yet resolved (SENT as far as we know), oldest first.
+    /// The tickets a worker has not yet resolved (SENT as far as we know), oldest first. A ticket whose Send or Probe
+    /// the shell has not seen yet is not among them: its slot still has the word of an earlier one.
     pub fn tickets(&self, worker: WorkerId) -> impl Iterator<Item = Ticket> + '_ {
         self.find(worker)
             .into_iter()
-            .flat_map(|w| self.workers[w].ring.tickets())
+            .flat_map(|w| self.workers[w].ring.offered_tickets())
     }
 
     // --- connections -----------------------------------------------------------------------
@@ -385,9 +386,10 @@ impl Core {
         match &effect {
             Effect::Release { conn, .. } | Effect::Close { conn, .. } => self.ledger.forget(*conn),
             Effect::Forget { worker } => self.free_workers.push(worker.index),
-            Effect::Send { .. }
-            | Effect::Probe { .. }
-            | Effect::Revoke { .. }
+            Effect::Send { worker, ticket, .. } | Effect::Probe { worker, ticket } => {
+                self.workers[worker.index as usize].ring.offered(*ticket);
+            }
+            Effect::Revoke { .. }
             | Effect::Purge { .. }
             | Effect::Disconnect { .. }
             | Effect::Spawn { .. }

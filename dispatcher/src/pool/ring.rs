@@ -23,6 +23,8 @@ struct Slot {
     seq: u64,
     item: Item,
     sent_at: Time,
+    /// The shell has seen the effect, so the scoreboard says SENT or later. Before, the slot's word means nothing.
+    offered: bool,
     /// An outcome of [`super::Effect::Revoke`] is awaited.
     revoking: bool,
     prev: u32,
@@ -85,6 +87,7 @@ impl Ring {
             seq: self.seq,
             item,
             sent_at: now,
+            offered: false,
             revoking: false,
             prev: self.tail,
             next: NONE,
@@ -165,6 +168,21 @@ impl Ring {
             .map(|slot| slot.sent_at)
     }
 
+    /// The shell has seen the effect that `ticket` came with.
+    pub(super) fn offered(&mut self, ticket: Ticket) {
+        if let Some(slot) = self.slots.get_mut(ticket.slot as usize)
+            && slot.seq == ticket.seq
+        {
+            slot.offered = true;
+        }
+    }
+
+    /// Every ticket the shell has seen, oldest first. Those it has not are the newest.
+    pub(super) fn offered_tickets(&self) -> impl Iterator<Item = Ticket> + '_ {
+        self.tickets()
+            .take_while(|ticket| self.slots[ticket.slot as usize].offered)
+    }
+
     /// Every ticket out, oldest first.
     pub(super) fn tickets(&self) -> impl Iterator<Item = Ticket> + '_ {
         self.walk().map(|at| Ticket {
@@ -174,8 +192,10 @@ impl Ring {
     }
 
     fn walk(&self) -> impl Iterator<Item = u32> + '_ {
-        std::iter::successors(Some(self.head), |&at| Some(self.slots[at as usize].next))
-            .take_while(|&at| at != NONE)
+        let some = |at: u32| (at != NONE).then_some(at);
+        std::iter::successors(some(self.head), move |&at| {
+            some(self.slots[at as usize].next)
+        })
     }
 
     /// Recounts everything; panics if it differs.

@@ -1,0 +1,98 @@
+//! Who may join, and what a refusal says.
+
+use super::*;
+use worker_sdk::wire::RefusedCode;
+
+fn join(change: impl FnOnce(&mut Join)) -> Join {
+    let mut join = Join {
+        pid: 4_321,
+        uid: 0,
+        gids: vec![100],
+        hello: hello(),
+        spawned: None,
+    };
+    change(&mut join);
+    join
+}
+
+fn refusal(desk: &mut Desk, change: impl FnOnce(&mut Join)) -> Refusal {
+    desk.core.join(desk.now, &join(change)).unwrap_err()
+}
+
+#[test]
+fn another_version() {
+    let refusal = refusal(&mut desk(), |join| join.hello.version = 9);
+    assert_eq!(refusal.code, RefusedCode::Version);
+    assert!(refusal.reason.contains("version 1") && refusal.reason.contains('9'));
+}
+
+#[test]
+fn unknown_pool_names_the_known_ones() {
+    let refusal = refusal(&mut desk(), |join| join.hello.pool = "wbe".to_owned());
+    assert_eq!(refusal.code, RefusedCode::UnknownPool);
+    assert!(refusal.reason.contains("`wbe`") && refusal.reason.contains("web"));
+}
+
+#[test]
+fn a_stranger_is_told_who_it_is_and_which_key_decides() {
+    let refusal = refusal(&mut desk(), |join| join.uid = 1_234);
+    assert_eq!(refusal.code, RefusedCode::NotAllowed);
+    assert_eq!(refusal.key.as_deref(), Some("pool.web.allow_users"));
+    for word in ["1234", "100", "4321"] {
+        assert!(refusal.reason.contains(word), "{}", refusal.reason);
+    }
+}
+
+#[test]
+fn groups_and_spawned_processes_may_join() {
+    let mut desk = desk_with(|pool| pool.access.groups = vec![100]);
+    let by_group = join(|join| join.uid = 7);
+    assert!(desk.core.join(desk.now, &by_group).is_ok());
+    let process = |pool| {
+        Some(ProcessId {
+            pool: PoolId(pool),
+            number: 0,
+        })
+    };
+    let mut by_token = join(|join| (join.uid, join.gids) = (7, vec![7]));
+    by_token.spawned = process(0);
+    assert!(desk.core.join(desk.now, &by_token).is_ok());
+    by_token.spawned = process(1);
+    assert!(desk.core.join(desk.now, &by_token).is_err());
+}
+
+#[test]
+fn a_full_pool() {
+    let mut desk = desk_with(|pool| pool.max_workers = 1);
+    let worker = desk.worker();
+    let full = refusal(&mut desk, |_| {});
+    assert_eq!(full.code, RefusedCode::TooManyWorkers);
+    assert_eq!(full.key.as_deref(), Some("pool.web.max_workers"));
+    desk.leave(worker, Departure::Died);
+    assert!(desk.join(hello()).is_ok());
+}
+
+#[test]
+fn stopping() {
+    let mut desk = desk();
+    desk.core.stop(desk.now, desk.now + ms(1_000));
+    assert_eq!(refusal(&mut desk, |_| {}).code, RefusedCode::Stopping);
+}
+
+#[test]
+fn an_index_is_used_again_only_after_forget_was_seen() {
+    let mut desk = desk();
+    let first = desk.worker();
+    desk.core.leave(desk.now, first, Departure::Died);
+    // Not pumped: the shell's tables may still have it.
+    let second = desk.core.join(desk.now, &join(|_| {})).unwrap();
+    assert_ne!(first.index, second.index);
+    while desk.core.effect() != Some(Effect::Forget { worker: first }) {}
+    let third = desk.core.join(desk.now, &join(|_| {})).unwrap();
+    assert_eq!(first.index, third.index);
+    assert_ne!(first.serial, third.serial);
+    // The old id means nothing any more.
+    desk.core.goodbye(desk.now, first);
+    assert_eq!(desk.core.worker_state(third), Some(State::Active));
+    assert_eq!(desk.core.worker_name(first), "");
+}

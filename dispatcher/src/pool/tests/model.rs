@@ -1,0 +1,557 @@
+//! The core against a naive model: after every call, every decision is judged by a full recount.
+
+use std::collections::{BTreeMap, VecDeque};
+
+use proptest::prelude::*;
+use worker_sdk::PeerAddr;
+use worker_sdk::scoreboard::claim::{Revoke, SlotState};
+
+use super::*;
+
+const TIMEOUT: Duration = Duration::from_millis(100);
+const PROBATION: Duration = Duration::from_millis(300);
+const WAIT: Duration = Duration::from_millis(500);
+const SLOTS: usize = 3;
+
+/// What the worker's side has done to a slot.
+#[derive(Clone, Copy, Debug, PartialEq)]
+enum Word {
+    Sent,
+    Taken,
+    Lost,
+    Bad,
+}
+
+#[derive(Clone, Debug)]
+struct Out {
+    ticket: Ticket,
+    conn: Option<u64>,
+    sent_at: Time,
+    word: Word,
+    revoking: bool,
+}
+
+#[derive(Clone, Debug)]
+struct Naive {
+    id: WorkerId,
+    weight: u64,
+    max: u64,
+    base: u64,
+    taken: u64,
+    finished: u64,
+    out: Vec<Out>,
+    suspect: bool,
+    draining: bool,
+    gone: bool,
+    blocked: Option<Time>,
+    starved: Option<Time>,
+    probation: Option<Time>,
+}
+
+impl Naive {
+    fn untaken(&self) -> u64 {
+        self.out.iter().filter(|out| out.conn.is_some()).count() as u64
+    }
+
+    fn load(&self) -> u64 {
+        self.base + self.taken + self.untaken() - self.finished
+    }
+
+    fn usable(&self) -> bool {
+        !self.draining && !self.gone
+    }
+
+    fn eligible(&self) -> bool {
+        self.usable()
+            && !self.suspect
+            && self.load() < self.max
+            && self.out.len() < SLOTS
+            && self.blocked.is_none()
+            && self.starved.is_none()
+            && (self.probation.is_none() || self.untaken() == 0)
+    }
+}
+
+#[derive(Clone, Copy, Debug, PartialEq)]
+enum At {
+    Held,
+    Custody(u64),
+    Served,
+    Closed,
+}
+
+struct Model {
+    core: Core,
+    now: Time,
+    workers: BTreeMap<u64, Naive>,
+    /// By serial number: where, and whether it was sent before.
+    conns: BTreeMap<u64, (ConnId, At, bool)>,
+    revokes: VecDeque<(WorkerId, Ticket)>,
+    choked: Option<Time>,
+    alone: Option<Time>,
+    refusing: bool,
+}
+
+#[derive(Clone, Debug)]
+enum Op {
+    Join {
+        weight: u16,
+        max: u32,
+    },
+    Goodbye(usize),
+    Leave(usize),
+    Accept,
+    ClientGone(usize),
+    /// What the worker does to one of its slots, and whether the core reads it at once.
+    Touch(usize, usize, Word, bool),
+    Scan(usize),
+    Finish(usize, u64),
+    Fail(usize, usize, SendFailure),
+    Outcome,
+    Wait(u64),
+}
+
+fn op() -> impl Strategy<Value = Op> {
+    let worker = 0..6usize;
+    let word = prop_oneof![
+        12 => Just(Word::Taken),
+        2 => Just(Word::Lost),
+        1 => Just(Word::Bad)
+    ];
+    let failure = prop_oneof![
+        4 => Just(SendFailure::Full),
+        1 => Just(SendFailure::Closed),
+        1 => Just(SendFailure::Resources)
+    ];
+    prop_oneof![
+        3 => (1..5u16, 1..7u32).prop_map(|(weight, max)| Op::Join { weight, max }),
+        1 => worker.clone().prop_map(Op::Goodbye),
+        1 => worker.clone().prop_map(Op::Leave),
+        16 => Just(Op::Accept),
+        1 => (0..50usize).prop_map(Op::ClientGone),
+        12 => (worker.clone(), 0..SLOTS, word, any::<bool>())
+            .prop_map(|(w, slot, word, read)| Op::Touch(w, slot, word, read)),
+        4 => worker.clone().prop_map(Op::Scan),
+        8 => (worker.clone(), 0..6u64).prop_map(|(w, n)| Op::Finish(w, n)),
+        2 => (worker, 0..SLOTS, failure).prop_map(|(w, slot, why)| Op::Fail(w, slot, why)),
+        8 => Just(Op::Outcome),
+        4 => (1..150u64).prop_map(Op::Wait),
+    ]
+}
+
+impl Model {
+    fn new() -> Model {
+        let mut pool = settings();
+        pool.max_untaken = SLOTS as u32;
+        pool.handoff_timeout = TIMEOUT;
+        pool.probation = PROBATION;
+        pool.wait_for_worker = WAIT;
+        let now = Time(7);
+        let mut model = Model {
+            core: Core::new(vec![pool], vec![listener()], now),
+            now,
+            workers: BTreeMap::new(),
+            conns: BTreeMap::new(),
+            revokes: VecDeque::new(),
+            choked: None,
+            alone: Some(now),
+            refusing: false,
+        };
+        model.settle();
+        model
+    }
+
+    fn pick(&self, n: usize) -> Option<u64> {
+        let count = self.workers.len();
+        (count > 0).then(|| *self.workers.keys().nth(n % count).unwrap())
+    }
+
+    fn w(&mut self, serial: u64) -> &mut Naive {
+        self.workers.get_mut(&serial).unwrap()
+    }
+
+    fn held(&self) -> usize {
+        let at_held = |(_, at, _): &&(ConnId, At, bool)| *at == At::Held;
+        self.conns.values().filter(at_held).count()
+    }
+
+    /// Removes a ticket; what was in it is held for a moment, as a connection that was (or was not) sent.
+    fn remove(&mut self, serial: u64, ticket: Ticket, sent: bool) -> Option<Out> {
+        let out = &mut self.w(serial).out;
+        let at = out.iter().position(|out| out.ticket == ticket)?;
+        let out = out.remove(at);
+        if let Some(conn) = out.conn {
+            let entry = self.conns.get_mut(&conn).unwrap();
+            entry.1 = At::Held;
+            entry.2 |= sent;
+        }
+        Some(out)
+    }
+
+    /// What the core is told about a slot, and what follows by the rules.
+    fn resolved(&mut self, serial: u64, ticket: Ticket, word: Word) {
+        let now = self.now;
+        if word == Word::Taken {
+            let w = self.w(serial);
+            let Some(at) = w.out.iter().position(|out| out.ticket == ticket) else {
+                return;
+            };
+            w.blocked = None;
+            if let Some(conn) = w.out.remove(at).conn {
+                w.taken += 1;
+                self.conns.get_mut(&conn).unwrap().1 = At::Served;
+            } else if w.suspect {
+                w.suspect = false;
+                w.probation = Some(now + PROBATION);
+            }
+            return;
+        }
+        let Some(out) = self.remove(serial, ticket, true) else {
+            return;
+        };
+        let w = self.w(serial);
+        w.blocked = None;
+        if word == Word::Lost && out.conn.is_some() {
+            w.starved = Some(now + LOST_PAUSE);
+        } else {
+            w.gone = true;
+        }
+    }
+
+    fn tick(&mut self) {
+        let now = self.now;
+        let due = |timer: Option<Time>| timer.is_some_and(|time| time <= now);
+        if due(self.choked) {
+            self.choked = None;
+        }
+        for w in self.workers.values_mut() {
+            if due(w.blocked) {
+                w.blocked = None;
+            }
+            if due(w.probation) {
+                w.probation = None;
+            }
+            if due(w.starved) {
+                w.starved = None;
+                w.probation = Some(now + PROBATION);
+            }
+            let late = |out: &&Out| out.conn.is_some() && out.sent_at + TIMEOUT <= now;
+            let revoking = w.out.iter().any(|out| out.revoking);
+            if !w.gone && !revoking && w.out.iter().any(|out| late(&out)) {
+                w.suspect |= !w.draining;
+                w.probation = None;
+            }
+        }
+        self.clock();
+        if let Some(since) = self.alone
+            && since + WAIT <= now
+            && !self.refusing
+        {
+            self.refusing = true;
+        }
+        self.core.tick(now);
+    }
+
+    fn clock(&mut self) {
+        if self.workers.values().any(Naive::usable) {
+            self.alone = None;
+            self.refusing = false;
+        } else if self.alone.is_none() {
+            self.alone = Some(self.now);
+        }
+    }
+
+    fn apply(&mut self, op: &Op) {
+        let now = self.now;
+        match *op {
+            Op::Join { weight, max } => self.join(weight, max),
+            Op::Goodbye(n) => {
+                let Some(serial) = self.pick(n) else { return };
+                self.w(serial).draining = true;
+                let id = self.w(serial).id;
+                self.core.goodbye(now, id);
+            }
+            Op::Leave(n) => {
+                let Some(serial) = self.pick(n) else { return };
+                self.w(serial).gone = true;
+                let id = self.w(serial).id;
+                self.core.leave(now, id, Departure::Died);
+            }
+            Op::Accept => {
+                let peer = PeerAddr::Unix;
+                let listener = WEB;
+                let conn = self.core.accepted(now, Client { listener, peer });
+                self.conns.insert(conn.serial, (conn, At::Held, false));
+            }
+            Op::ClientGone(n) => {
+                let count = self.conns.len().max(1);
+                let Some(&(conn, ..)) = self.conns.values().nth(n % count) else {
+                    return;
+                };
+                self.core.client_gone(now, conn);
+            }
+            Op::Touch(n, slot, word, read) => {
+                let Some(serial) = self.pick(n) else { return };
+                let w = self.w(serial);
+                let id = w.id;
+                let Some(out) = w.out.get_mut(slot) else {
+                    return;
+                };
+                if out.word == Word::Sent {
+                    out.word = word;
+                }
+                let (ticket, word) = (out.ticket, out.word);
+                if read {
+                    self.read(serial, id, ticket, word);
+                }
+            }
+            Op::Scan(n) => {
+                let Some(serial) = self.pick(n) else { return };
+                let id = self.w(serial).id;
+                for out in self.w(serial).out.clone() {
+                    self.read(serial, id, out.ticket, out.word);
+                    self.settle();
+                }
+            }
+            Op::Finish(n, count) => {
+                let Some(serial) = self.pick(n) else { return };
+                let w = self.w(serial);
+                // Now and then a lie, in either direction.
+                let said = (w.finished + count).saturating_sub(1);
+                let used = said.min(w.base + w.taken).max(w.finished);
+                if !w.gone && used > w.finished && w.starved.take().is_some() {
+                    w.probation = Some(now + PROBATION);
+                }
+                if !w.gone {
+                    w.finished = used;
+                }
+                let id = w.id;
+                self.core.finished(now, id, said);
+            }
+            Op::Fail(n, slot, why) => self.fail(n, slot, why),
+            Op::Outcome => self.outcome(),
+            Op::Wait(millis) => {
+                self.now = now + ms(millis);
+                self.tick();
+            }
+        }
+    }
+
+    fn join(&mut self, weight: u16, max: u32) {
+        if self.workers.values().filter(|w| !w.gone).count() >= 6 {
+            return;
+        }
+        let join = Join {
+            pid: 1,
+            uid: 0,
+            gids: vec![],
+            hello: Hello {
+                weight,
+                max_connections: max,
+                base: 9,
+                finished: 8,
+                ..hello()
+            },
+            spawned: None,
+        };
+        let id = self.core.join(self.now, &join).unwrap();
+        let naive = Naive {
+            id,
+            weight: u64::from(weight),
+            max: u64::from(max),
+            base: 9,
+            taken: 0,
+            finished: 8,
+            out: Vec::new(),
+            suspect: false,
+            draining: false,
+            gone: false,
+            blocked: None,
+            starved: None,
+            probation: None,
+        };
+        self.workers.insert(id.serial, naive);
+    }
+
+    fn read(&mut self, serial: u64, id: WorkerId, ticket: Ticket, word: Word) {
+        let state = match word {
+            Word::Sent => SlotState::Sent,
+            Word::Taken => SlotState::Taken,
+            Word::Lost => SlotState::Lost,
+            Word::Bad => SlotState::Invalid,
+        };
+        if word != Word::Sent {
+            self.resolved(serial, ticket, word);
+        }
+        self.core.slot(self.now, id, ticket, state);
+    }
+
+    fn fail(&mut self, n: usize, slot: usize, why: SendFailure) {
+        let now = self.now;
+        let Some(serial) = self.pick(n) else { return };
+        let id = self.w(serial).id;
+        let Some(out) = self.w(serial).out.get(slot).cloned() else {
+            return;
+        };
+        if out.word != Word::Sent {
+            return;
+        }
+        self.remove(serial, out.ticket, false);
+        let w = self.workers.get_mut(&serial).unwrap();
+        match why {
+            SendFailure::Closed => w.draining = true,
+            SendFailure::Full if out.conn.is_some() => w.blocked = Some(now + TIMEOUT),
+            SendFailure::Resources if out.conn.is_some() => self.choked = Some(now + ms(100)),
+            // A probe: tried again later.
+            SendFailure::Full | SendFailure::Resources => w.blocked = None,
+        }
+        match out.conn {
+            Some(_) => self.core.send_failed(now, id, out.ticket, why),
+            None => self.core.probe_failed(now, id, out.ticket, why),
+        }
+    }
+
+    fn outcome(&mut self) {
+        let Some((id, ticket)) = self.revokes.pop_front() else {
+            return;
+        };
+        let serial = id.serial;
+        let out = self
+            .workers
+            .get(&serial)
+            .and_then(|w| w.out.iter().find(|out| out.ticket == ticket));
+        let word = out.map_or(Word::Bad, |out| out.word);
+        let outcome = match word {
+            Word::Sent => Revoke::Revoked,
+            Word::Taken => Revoke::Was(SlotState::Taken),
+            Word::Lost => Revoke::Was(SlotState::Lost),
+            Word::Bad => Revoke::Was(SlotState::Invalid),
+        };
+        if out.is_some() {
+            if word == Word::Sent {
+                self.remove(serial, ticket, true);
+                self.w(serial).blocked = None;
+            } else {
+                self.resolved(serial, ticket, word);
+            }
+        }
+        self.core.revoked(self.now, id, ticket, outcome);
+    }
+
+    /// Judges every effect of the last call, then compares everything.
+    fn settle(&mut self) {
+        self.clock();
+        while let Some(effect) = self.core.effect() {
+            self.absorb(effect);
+        }
+        self.core.check();
+        let totals = self.core.totals();
+        let count = |f: fn(&At) -> bool| {
+            let conns = self.conns.values();
+            conns.filter(|(_, at, _)| f(at)).count() as u64
+        };
+        assert_eq!(totals.held, count(|at| *at == At::Held));
+        assert_eq!(totals.custody, count(|at| matches!(at, At::Custody(_))));
+        assert_eq!(totals.taken, count(|at| *at == At::Served));
+        assert_eq!(totals.accepted, self.conns.len() as u64);
+        for w in self.workers.values() {
+            assert_eq!(self.core.load(w.id), Some(w.load()), "{w:?}");
+        }
+        let eligible = self.workers.values().any(Naive::eligible);
+        let expected = if self.refusing {
+            Accepting::Refuse
+        } else if self.choked.is_none() && eligible && self.held() == 0 {
+            Accepting::Yes
+        } else {
+            Accepting::Pause
+        };
+        assert_eq!(self.core.accepting(WEB), expected);
+        assert!(self.held() == 0 || !eligible || self.choked.is_some());
+    }
+
+    fn absorb(&mut self, effect: Effect) {
+        let now = self.now;
+        match effect {
+            Effect::Send {
+                worker,
+                conn,
+                ticket,
+                flags,
+                ..
+            } => {
+                let chosen = &self.workers[&worker.serial];
+                assert!(chosen.eligible() && self.choked.is_none(), "{chosen:?}");
+                for other in self.workers.values().filter(|other| other.eligible()) {
+                    let (ours, theirs) = (chosen.load() + 1, other.load() + 1);
+                    assert!(ours * other.weight <= theirs * chosen.weight);
+                }
+                let entry = self.conns.get_mut(&conn.serial).unwrap();
+                assert_eq!(entry.1, At::Held);
+                assert_eq!(flags.contains(EntryFlags::RESENT), entry.2);
+                entry.1 = At::Custody(worker.serial);
+                self.issue(worker, ticket, Some(conn.serial));
+            }
+            Effect::Probe { worker, ticket } => {
+                assert!(self.workers[&worker.serial].suspect);
+                assert!(self.workers[&worker.serial].out.is_empty());
+                self.issue(worker, ticket, None);
+            }
+            Effect::Revoke { worker, ticket } => {
+                let w = self.w(worker.serial);
+                assert!(w.suspect || w.draining || w.gone);
+                let out = w.out.iter_mut().find(|out| out.ticket == ticket);
+                out.unwrap().revoking = true;
+                self.revokes.push_back((worker, ticket));
+            }
+            Effect::Release { worker, conn, .. } => {
+                assert!(self.workers.contains_key(&worker.serial));
+                assert_eq!(self.conns[&conn.serial].1, At::Served);
+            }
+            Effect::Close { conn, reason } => {
+                let entry = self.conns.get_mut(&conn.serial).unwrap();
+                assert_eq!(entry.1, At::Held);
+                assert!(reason == CloseReason::ClientGone || self.refusing);
+                entry.1 = At::Closed;
+            }
+            Effect::Disconnect { worker, .. } => assert!(self.workers[&worker.serial].gone),
+            Effect::Forget { worker } => {
+                let w = self.workers.remove(&worker.serial).unwrap();
+                assert!(w.gone && w.out.is_empty());
+            }
+            Effect::Purge { worker } => {
+                let w = &self.workers[&worker.serial];
+                assert!(w.out.iter().all(|out| out.revoking), "at {now:?}: {w:?}");
+            }
+            Effect::Spawn { .. } => panic!("no processes are configured"),
+            Effect::Event(_) => {}
+        }
+    }
+
+    fn issue(&mut self, worker: WorkerId, ticket: Ticket, conn: Option<u64>) {
+        let sent_at = self.now;
+        let w = self.w(worker.serial);
+        let used = |out: &Out| out.ticket.slot == ticket.slot || out.ticket.seq >= ticket.seq;
+        assert!(!w.out.iter().any(used), "slots are used once at a time");
+        assert!((ticket.slot as usize) < SLOTS);
+        w.out.push(Out {
+            ticket,
+            conn,
+            sent_at,
+            word: Word::Sent,
+            revoking: false,
+        });
+    }
+}
+
+proptest! {
+    #![proptest_config(ProptestConfig { cases: 400, failure_persistence: None, ..ProptestConfig::default() })]
+
+    #[test]
+    fn the_core_does_what_the_naive_model_allows(ops in prop::collection::vec(op(), 1..250)) {
+        let mut model = Model::new();
+        for op in &ops {
+            model.apply(op);
+            model.settle();
+        }
+    }
+}
