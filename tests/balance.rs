@@ -4,6 +4,7 @@
 mod support;
 
 use std::sync::atomic::{AtomicBool, Ordering};
+use std::sync::{Mutex, PoisonError};
 
 use support::*;
 
@@ -43,11 +44,15 @@ fn watched(dispatcher: &Dispatcher, most: u64, work: impl FnOnce()) -> usize {
     samples
 }
 
+/// The tests of one file are threads of one process, whose descriptors do for 10,000 connections only once.
+static ONE_AT_A_TIME: Mutex<()> = Mutex::new(());
+
 /// 10,000 connections opened and held over 4 workers.
 fn ten_thousand_held(flavour: &str) {
-    if !descriptors(11_000) {
+    if !descriptors(16_000) {
         return;
     }
+    let _turn = ONE_AT_A_TIME.lock().unwrap_or_else(PoisonError::into_inner);
     let dispatcher = Dispatcher::start(CONFIG);
     let _workers = dispatcher.workers(flavour, "web", 4);
     let address = dispatcher.address("web");

@@ -188,6 +188,7 @@ processes = 3
         worker(status, "web-2").is_some_and(|w| w.pid != victim && w.state == "active")
     });
     let pids: Vec<i32> = pool(&dispatcher.status(), "web").workers.iter().map(|w| w.pid).collect();
+    drop(clients);
     let mut dispatcher = dispatcher;
     assert!(dispatcher.stop().success());
     // A stop ends what the dispatcher started.

@@ -1,9 +1,47 @@
-//! The built-in HTTP worker of `dispatcher demo`.
+//! The built-in HTTP worker of `dispatcher demo`: an ordinary worker that links the SDK.
+
+use axum::Router;
+use axum::extract::{ConnectInfo, State};
+use axum::routing::get;
+use nix::sys::prctl::set_pdeathsig;
+use nix::sys::signal::Signal;
+use worker_sdk::tokio::Listener;
+use worker_sdk::{PeerAddr, WorkerConfig};
 
 /// Serves until the dispatcher that started this process goes away.
 ///
 /// # Errors
-/// When it cannot join. PLACEHOLDER: always, until the worker is written with the SDK's axum layer.
+/// When it cannot join, in words for people.
 pub fn worker() -> Result<(), String> {
-    Err("the demo's worker is not part of this build yet".to_owned())
+    // A demo leaves nothing behind, even when its dispatcher is killed. An ordinary worker would serve on.
+    let parent = nix::unistd::getppid();
+    set_pdeathsig(Signal::SIGTERM).map_err(|error| format!("prctl: {error}"))?;
+    if nix::unistd::getppid() != parent {
+        return Ok(());
+    }
+    let runtime = tokio::runtime::Builder::new_current_thread()
+        .enable_all()
+        .build()
+        .map_err(|error| format!("the runtime: {error}"))?;
+    runtime.block_on(serve())
+}
+
+async fn serve() -> Result<(), String> {
+    let config = WorkerConfig::from_env().map_err(|error| error.to_string())?;
+    let name = std::env::var("DISPATCH_NAME").unwrap_or_else(|_| "demo".to_owned());
+    let listener = Listener::connect(config).await.map_err(|error| error.to_string())?;
+    let app = Router::new().route("/", get(answer)).with_state((name, listener.clone()));
+    axum::serve(listener, app.into_make_service_with_connect_info::<PeerAddr>())
+        .await
+        .map_err(|error| error.to_string())
+}
+
+async fn answer(
+    State((name, listener)): State<(String, Listener)>,
+    ConnectInfo(peer): ConnectInfo<PeerAddr>,
+) -> String {
+    let pid = std::process::id();
+    let live = listener.live();
+    let plural = if live == 1 { "" } else { "s" };
+    format!("worker {name}, pid {pid}, holds {live} connection{plural}; you are {peer}\n")
 }
