@@ -6,6 +6,8 @@ use std::path::PathBuf;
 use std::sync::atomic::{AtomicBool, AtomicUsize, Ordering};
 use std::time::Instant;
 
+use worker_sdk::wire::Token;
+
 use super::client::{self, ClientError};
 use super::*;
 
@@ -215,7 +217,7 @@ fn stopping_ends_the_processes_first() {
     let directory = tempfile::tempdir().expect("a directory");
     let listener = UnixListener::bind(directory.path().join("admin.sock")).expect("a socket");
     let admin = Admin::start(listener, Arc::new(|| {})).expect("a side thread");
-    let request = crate::spawner::SpawnRequest {
+    let request = spawner::SpawnRequest {
         process: crate::pool::ProcessId {
             pool: crate::pool::PoolId(0),
             number: 0,
@@ -226,7 +228,7 @@ fn stopping_ends_the_processes_first() {
         dispatch_socket: "/x".into(),
         pool: "web".to_owned(),
         name: "web-1".to_owned(),
-        token: worker_sdk::wire::Token([0; 16]),
+        token: Token([0; 16]),
     };
     admin.spawner.spawn(request).expect("room");
     let Ok(Report::Spawned { pid, .. }) = admin.reports.recv_timeout(PATIENCE) else {

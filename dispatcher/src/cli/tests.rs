@@ -43,6 +43,7 @@ fn exit_codes() {
     assert_eq!(run(&["status", "--admin", socket]), Exit::Unavailable);
     assert_eq!(run(&[]), Exit::Usage);
     assert_eq!(run(&["serve"]), Exit::Usage);
+    // Without the demo, the command itself is wrong usage.
     assert_eq!(run(&["demo", "--workers", "0"]), Exit::Usage);
     assert_eq!(run(&["demo", "--listen", "here"]), Exit::Usage);
     assert_eq!(run(&["--version"]), Exit::Ok);
