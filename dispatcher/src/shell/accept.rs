@@ -168,10 +168,9 @@ impl Shell {
                 Attempt::Short(errno) => {
                     let pause = self.config.limits.resource_pause;
                     listener.paused_until = Some(self.now + pause);
-                    self.accept_pauses += 1;
-                    if self.may_warn() {
+                    if let Some(left_out) = self.limits.shortage.allow(self.now) {
                         log::warn!(
-                            "event=accept_paused listener={} error=\"{errno}\" pause={}",
+                            "event=accept_paused listener={} error=\"{errno}\" pause={} left_out={left_out}",
                             self.core.listener_name(id),
                             humantime::format_duration(pause)
                         );
@@ -180,15 +179,6 @@ impl Shell {
                 }
             }
         }
-    }
-
-    /// At most one warning a second about shortages: they repeat until somebody mends them.
-    fn may_warn(&mut self) -> bool {
-        let due = self.next_shortage_warning.is_none_or(|due| self.now >= due);
-        if due {
-            self.next_shortage_warning = Some(self.now + std::time::Duration::from_secs(1));
-        }
-        due
     }
 
     /// Watches exactly the listeners whose clients the core wants. True if one may have clients right now.

@@ -12,6 +12,7 @@ mod control;
 mod error;
 mod inherited;
 mod join;
+mod limit;
 mod perform;
 mod sockets;
 mod start;
@@ -32,6 +33,7 @@ use worker_sdk::wire::{Entry, Token};
 
 use self::accept::{Conn, Listener};
 use self::join::Door;
+use self::limit::Limit;
 use self::sockets::{Listening, OwnedPath};
 use self::token::{Key, Source};
 use self::worker_io::WorkerIo;
@@ -69,8 +71,6 @@ struct Shell {
     listeners: Vec<Listener>,
     /// Whose turn it is to be accepted from first.
     next_listener: usize,
-    accept_pauses: u64,
-    next_shortage_warning: Option<Time>,
 
     dispatch: Listening,
     door: Door,
@@ -95,10 +95,19 @@ struct Shell {
     _admin_path: Option<OwnedPath>,
     /// The side thread's queues may hold more than one turn takes.
     side_ready: bool,
+    limits: Limits,
     /// Scratch space, kept warm.
     seen: Vec<(Ticket, SlotState)>,
     entries: Vec<Entry>,
     record: Vec<u8>,
+}
+
+/// What peers and shortages can make us log again and again.
+#[derive(Debug, Default)]
+struct Limits {
+    refused: Limit,
+    broken: Limit,
+    shortage: Limit,
 }
 
 impl Shell {
