@@ -3,7 +3,12 @@
 //! `SIM_SEED` is the first seed (default 1), `SIM_EVENTS` how much has to happen in all (default 1,500,000). A failure names
 //! the seed, and the fewest faults found that fail as well: `SIM_SEED=… SIM_EVENTS=1` repeats it.
 
+use std::time::{Duration, Instant};
+
 use dispatcher::sim::{Plan, attempt, shrink};
+
+/// How long to look for a shorter history that fails as well.
+const SHRINKING: Duration = Duration::from_secs(60);
 
 fn number(name: &str, default: u64) -> u64 {
     std::env::var(name).map_or(default, |text| {
@@ -30,7 +35,9 @@ fn nothing_is_lost_and_nothing_is_served_twice() {
                 seed += 1;
             }
             Err(why) => {
-                failed = Some((why, shrink(&plan, |plan| attempt(plan).is_err())));
+                let until = Instant::now() + SHRINKING;
+                let fails = |plan: &Plan| Instant::now() < until && attempt(plan).is_err();
+                failed = Some((why, shrink(&plan, fails)));
                 break;
             }
         }
