@@ -6,6 +6,7 @@
 //! For tests only; nothing here runs in the dispatcher.
 
 mod plan;
+mod process;
 mod random;
 mod run;
 

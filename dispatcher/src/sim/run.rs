@@ -10,6 +10,7 @@ use std::time::Duration;
 use worker_sdk::wire::Hello;
 
 use super::plan::{FaultKind, HORIZON, PROCESSES, Plan};
+use super::process::{Process, What};
 use super::{Desk, Random};
 use crate::pool::*;
 
@@ -28,51 +29,6 @@ pub struct Outcome {
     pub totals: Totals,
     /// Workers there were.
     pub workers: u64,
-}
-
-#[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord)]
-enum What {
-    /// A client connects.
-    Arrive,
-    /// The process looks into its channel.
-    Step(usize),
-    /// A connection of the process ends, if it is still the one that took it.
-    End(usize, u64),
-    /// The process starts (again).
-    Start(usize),
-    /// The death of a worker is noticed.
-    Notice(u64),
-    /// The process is as it should be again.
-    Heal(usize),
-    /// A held client gives up.
-    GiveUp(u32, u64),
-    Fault(usize),
-    Turn,
-    /// The last fault and the last client are over.
-    Calm,
-}
-
-#[derive(Debug, Default)]
-struct Process {
-    /// Counts lives, so that what belongs to an earlier one is ignored.
-    life: u64,
-    worker: Option<WorkerId>,
-    one_at_a_time: bool,
-    weight: u16,
-    stepping: bool,
-    opened: u64,
-    finished: u64,
-    hung: bool,
-    losing: bool,
-    lying: bool,
-    scribbling: bool,
-    leaving: bool,
-}
-
-impl Process {
-    fn live(&self) -> u64 {
-        self.opened - self.finished
-    }
 }
 
 struct Run<'a> {
