@@ -117,6 +117,12 @@ impl Core {
         self.entry(worker).map(Worker::load)
     }
 
+    /// Connections sent to a worker and not yet taken; 0 for one that is forgotten.
+    pub fn untaken(&self, worker: WorkerId) -> u64 {
+        self.entry(worker)
+            .map_or(0, |worker| u64::from(worker.untaken()))
+    }
+
     /// Most connections a worker is given: the smaller of its pool's maximum and its own.
     pub fn max_connections_of(&self, worker: WorkerId) -> Option<u32> {
         self.entry(worker).map(|worker| worker.max)

@@ -199,7 +199,6 @@ impl Ring {
     }
 
     /// Recounts everything; panics if it differs.
-    #[cfg(any(test, debug_assertions))]
     pub(super) fn check(&self) {
         let (mut len, mut conns, mut revoking, mut last) = (0, 0, 0, 0);
         for at in self.walk() {

@@ -5,6 +5,7 @@ mod balance;
 mod failures;
 mod lifecycle;
 mod model;
+mod naive;
 
 mod purity;
 mod supervision;
