@@ -292,3 +292,31 @@ fn nothing_is_left_open_afterwards() {
         wait_until("the descriptors to be closed", || dispatcher.fds() <= before);
     }
 }
+
+#[test]
+fn a_held_client_that_resets_is_dropped_and_counted() {
+    let dispatcher = Dispatcher::start(PATIENT);
+    let address = dispatcher.address("web");
+    let mut lazy = dispatcher.worker_with("blocking", "web", "lazy", &[("TEST_WORKER", "never-take")]);
+    dispatcher.wait_joined("web", 1);
+    let mut streams: Vec<TcpStream> = (0..10).map(|_| connect(address)).collect();
+    dispatcher.wait_status("10 in custody", |status| status.custody == 10);
+    lazy.kill();
+    dispatcher.wait_status("10 held", |status| status.held == 10);
+    // Four reset, three only half-close: those still wait for an answer.
+    for stream in streams.drain(..4) {
+        nix::sys::socket::setsockopt(
+            &stream,
+            nix::sys::socket::sockopt::Linger,
+            &libc::linger { l_onoff: 1, l_linger: 0 },
+        )
+        .unwrap();
+    }
+    for stream in &streams[..3] {
+        stream.shutdown(std::net::Shutdown::Write).unwrap();
+    }
+    let status = dispatcher.wait_status("four to be dropped", |status| status.held == 6);
+    assert_eq!(status.closed["client_gone"], 4);
+    let _worker = dispatcher.worker("tokio", "web", "late");
+    assert_eq!(tally(&greeted(streams))["late"], 6);
+}

@@ -265,6 +265,12 @@ impl Core {
         conn
     }
 
+    /// Every held connection. Bounded by what all workers' rings can give back at once.
+    pub fn held(&self) -> impl Iterator<Item = ConnId> + '_ {
+        let held = self.pools.iter().flat_map(|pool| self.ledger.walk(&pool.held));
+        held.map(|index| self.ledger.id(index))
+    }
+
     /// A held connection's client is gone (the shell saw a reset). In custody: ignored.
     pub fn client_gone(&mut self, now: Time, conn: ConnId) {
         let Some(entry) = self.ledger.find(conn) else {

@@ -39,6 +39,9 @@ pub(super) struct Conn {
     pub(super) peer: PeerAddr,
     pub(super) accepted: Time,
     pub(super) listener: ListenerId,
+    pub(super) serial: u64,
+    /// In the poll, because it is held. Must be taken out before it is sent or closed.
+    pub(super) watched: bool,
 }
 
 /// What one attempt to accept gave.
@@ -155,7 +158,14 @@ impl Shell {
                     if self.conns.len() <= index {
                         self.conns.resize_with(index + 1, || None);
                     }
-                    self.conns[index] = Some(Conn { fd, peer, accepted: self.now, listener: id });
+                    self.conns[index] = Some(Conn {
+                        fd,
+                        peer,
+                        accepted: self.now,
+                        listener: id,
+                        serial: conn.serial,
+                        watched: false,
+                    });
                 }
                 Attempt::Again => {}
                 Attempt::Empty => {

@@ -10,6 +10,7 @@
 mod accept;
 mod control;
 mod error;
+mod held;
 mod inherited;
 mod join;
 mod limit;
@@ -127,8 +128,10 @@ impl Shell {
             self.now = clock();
             self.scan_all();
             for event in &events {
-                if let Some(source) = Source::of(event.token()) {
-                    self.handle(source);
+                match Source::of(event.token()) {
+                    Some(Source::Held(key)) => self.held_event(key, event),
+                    Some(source) => self.handle(source),
+                    None => {}
                 }
             }
             self.handle_leftovers();
@@ -163,8 +166,8 @@ impl Shell {
                     self.core.leave(self.now, id, Departure::Died);
                 }
             }
-            // It was meant to end the sleep; the scan has seen what it was about.
-            Source::Poke => {}
+            // A poke was meant to end the sleep; the scan has seen what it was about. The other needs its event.
+            Source::Poke | Source::Held(_) => {}
         }
     }
 
@@ -274,6 +277,7 @@ impl Shell {
                 work |= self.scan(index);
             }
         }
+        self.watch_held();
         work |= self.watch_listeners();
         work |= self.door.ready && self.door_paused_until.is_none();
         work |= self.side_ready || !self.again.is_empty();
