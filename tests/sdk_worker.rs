@@ -506,10 +506,7 @@ fn lost_child() {
     for _ in 0..3 {
         probe.push(pairs[0].0.try_clone().unwrap());
     }
-    let highest = probe
-        .iter()
-        .map(std::os::fd::AsRawFd::as_raw_fd)
-        .max();
+    let highest = probe.iter().map(std::os::fd::AsRawFd::as_raw_fd).max();
     drop(probe);
     let low = rustix::process::Rlimit {
         current: Some(highest.unwrap() as u64 + 1),
