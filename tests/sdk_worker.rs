@@ -9,14 +9,13 @@
 mod fake;
 
 use std::io::{Read, Write};
-use std::net::TcpStream;
 use std::os::fd::AsFd;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicUsize, Ordering};
 use std::thread;
 use std::time::Duration;
 
-use fake::{FakeDispatcher, Peer, eventually, is_open, read_to_end};
+use fake::{FakeDispatcher, Peer, is_open, read_to_end};
 use worker_sdk::scoreboard::claim::{Revoke, SlotState, want};
 use worker_sdk::wire::{Control, EntryFlags, RefusedCode};
 use worker_sdk::{Connection, Error, PeerAddr, Worker, WorkerConfig};
@@ -457,151 +456,29 @@ fn a_permanent_refusal_says_why_and_where_to_change_it() {
 }
 
 #[test]
-fn many_clients_need_no_more_descriptors_afterwards() {
-    // In a process of its own: other tests open descriptors meanwhile.
-    in_child("fds_child", &[]);
-}
-
-#[test]
-fn fds_child() {
-    if !is_child("fds_child") {
-        return;
-    }
-    let fake = FakeDispatcher::new();
-    let before = fake::open_fds();
-    for _ in 0..3 {
-        let (worker, mut peer) = join(&fake);
-        for _ in 0..50 {
-            let (client, ours) = fake.client();
-            let (_client, revoked) = fake.client();
-            peer.send_one(&ours);
-            let entry = peer.send_one(&revoked);
-            drop(accept(&worker));
-            peer.revoke(&entry);
-            drop((client, ours));
-        }
-        let unasked = fake.client();
-        peer.send_one(&unasked.1);
-        drop(worker);
-    }
-    assert_eq!(fake::open_fds(), before);
-}
-
-#[test]
-fn at_the_descriptor_limit_what_does_not_arrive_is_reported_lost() {
-    in_child("lost_child", &[]);
-}
-
-#[test]
-fn lost_child() {
-    if !is_child("lost_child") {
-        return;
-    }
+fn a_worker_can_be_polled_like_a_socket() {
     let fake = FakeDispatcher::new();
     let (worker, mut peer) = join(&fake);
-    let pairs: Vec<_> = (0..8).map(|_| fake.client()).collect();
-    let limit = rustix::process::getrlimit(rustix::process::Resource::Nofile);
-    // The next descriptors are the lowest free ones; find the first that leaves room for exactly three.
-    let mut probe = Vec::new();
-    for _ in 0..3 {
-        probe.push(pairs[0].0.try_clone().unwrap());
-    }
-    let highest = probe.iter().map(std::os::fd::AsRawFd::as_raw_fd).max();
-    drop(probe);
-    let low = rustix::process::Rlimit {
-        current: Some(highest.unwrap() as u64 + 1),
-        ..limit
-    };
-    rustix::process::setrlimit(rustix::process::Resource::Nofile, low).unwrap();
-    let entries = peer.send(&pairs.iter().map(|(_, ours)| ours).collect::<Vec<_>>());
-    let held: Vec<_> = (0..3).map(|_| accept(&worker)).collect();
-    rustix::process::setrlimit(rustix::process::Resource::Nofile, limit).unwrap();
-    for (i, entry) in entries.iter().enumerate() {
-        let expected = if i < 3 {
-            SlotState::Taken
-        } else {
-            SlotState::Lost
-        };
-        assert_eq!(peer.state(entry), expected, "entry {i}");
-    }
-    for (i, connection) in held.iter().enumerate() {
-        let address = pairs[i].0.local_addr().unwrap();
-        assert_eq!(connection.peer_addr(), PeerAddr::from(address));
-    }
-    assert!(pairs.iter().all(|(client, _)| is_open(client)));
-    assert!(worker.is_joined(), "the session goes on");
+    assert!(worker.try_accept().unwrap().is_none());
+    let pairs = [fake.client(), fake.client()];
+    peer.send(&[&pairs[0].1, &pairs[1].1]);
+    fake::wait_readable(worker.as_fd(), "a connection");
+    let mut first = worker.try_accept().unwrap().unwrap();
+    let nothing = first.read(&mut [0]).unwrap_err();
+    assert_eq!(nothing.kind(), std::io::ErrorKind::WouldBlock);
+    // Both kinds of caller may share one worker.
+    let second = worker.accept().unwrap().unwrap();
+    assert!(worker.try_accept().unwrap().is_none());
+    worker.close();
+    fake::wait_readable(worker.as_fd(), "the end");
+    assert!(matches!(worker.try_accept(), Err(Error::Closed)));
+    drop((first, second));
 }
 
 #[test]
-fn a_record_with_the_wrong_descriptors_ends_the_session_and_leaks_nothing() {
-    in_child("wrong_fds_child", &[]);
-}
-
-#[test]
-fn wrong_fds_child() {
-    if !is_child("wrong_fds_child") {
-        return;
-    }
-    let fake = FakeDispatcher::new();
-    let (worker, mut peer) = join(&fake);
-    let worker = Arc::new(worker);
-    let waiting = {
-        let worker = Arc::clone(&worker);
-        thread::spawn(move || drop(accept(&worker)))
-    };
-    let (client, ours) = fake.client();
-    let before = fake::open_fds();
-    let breaks: [&dyn Fn(&mut Peer); 4] = [
-        &|peer| {
-            let entry = peer.offer(&ours);
-            peer.send_raw(&[entry], &[ours.as_fd(), ours.as_fd()]);
-        },
-        &|peer| peer.send_bytes(b"nonsense", &[ours.as_fd()]),
-        &|peer| peer.send_bytes(&vec![0; 8000], &[ours.as_fd()]),
-        &|peer| {
-            let entries: Vec<_> = (0..64).map(|_| peer.offer(&ours)).collect();
-            peer.send_raw(&entries, &vec![ours.as_fd(); 253]);
-        },
-    ];
-    for broken in breaks {
-        broken(&mut peer);
-        assert!(peer.control_record().is_none(), "it hangs up");
-        let next = fake.welcome();
-        assert_eq!((next.hello.base, next.hello.finished), (0, 0));
-        peer = next;
-        eventually("descriptors are closed", || fake::open_fds() <= before);
-    }
-    assert!(is_open(&client));
-    peer.send_one(&ours);
-    waiting.join().unwrap();
-    assert_eq!(worker.live(), 0);
-}
-
-/// Runs one test of this program again, alone in a process of its own.
-fn in_child(name: &str, env: &[(&str, &str)]) {
-    let output = std::process::Command::new(std::env::current_exe().unwrap())
-        .args(["--exact", name, "--nocapture", "--test-threads=1"])
-        .env("SDK_TEST_CHILD", name)
-        .envs(env.iter().copied())
-        .output()
-        .unwrap();
-    assert!(
-        output.status.success(),
-        "{}{}",
-        String::from_utf8_lossy(&output.stdout),
-        String::from_utf8_lossy(&output.stderr)
-    );
-}
-
-fn is_child(name: &str) -> bool {
-    std::env::var("SDK_TEST_CHILD").is_ok_and(|child| child == name)
-}
-
-#[allow(dead_code)]
-fn assert_traits() {
+fn handles_go_to_any_thread() {
     fn shared<T: Send + Sync>() {}
     shared::<Worker>();
     shared::<Connection>();
     shared::<worker_sdk::Guard>();
-    let _ = TcpStream::connect::<&str>;
 }

@@ -33,7 +33,7 @@ pub fn eventually(what: &str, mut condition: impl FnMut() -> bool) {
     }
 }
 
-fn wait_readable(fd: BorrowedFd<'_>, what: &str) {
+pub fn wait_readable(fd: BorrowedFd<'_>, what: &str) {
     let timeout = Timespec::try_from(DEADLINE).unwrap();
     let ready = poll(&mut [PollFd::new(&fd, PollFlags::IN)], Some(&timeout)).unwrap();
     assert!(ready > 0, "never came: {what}");

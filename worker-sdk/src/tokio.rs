@@ -1,4 +1,4 @@
-//! The worker for programs on [tokio](::tokio).
+//! The worker for programs on [tokio].
 
 use std::fmt;
 use std::io::{self, IoSlice};
@@ -137,7 +137,7 @@ impl fmt::Debug for Listener {
 
 /// A live connection. Dropping it closes the socket, and then counts it as ended.
 ///
-/// Split it with [`tokio::io::split`](::tokio::io::split) to read and write in different tasks.
+/// Split it with [`tokio::io::split`] to read and write in different tasks.
 pub struct Connection {
     held: Held<TcpStream>,
     origin: Origin,
