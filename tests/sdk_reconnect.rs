@@ -13,8 +13,10 @@ use std::net::TcpStream;
 use std::os::unix::net::UnixStream;
 use std::sync::mpsc;
 use std::thread;
+use std::time::{Duration, Instant};
 
 use fake::{DEADLINE, FakeDispatcher, Peer, eventually, is_open, read_to_end};
+use rustix::event::{PollFd, PollFlags, Timespec, poll};
 use worker_sdk::scoreboard::claim;
 use worker_sdk::{Connection, Error, PeerAddr, Worker, WorkerConfig};
 
@@ -194,6 +196,30 @@ fn closing_wakes_a_worker_that_waits_for_a_dispatcher() {
     eventually("the worker notices", || !worker.is_joined());
     worker.close();
     assert!(connections.recv().is_err(), "the accepting thread has left");
+}
+
+/// The dispatcher has a duplicate of the worker's end, which would stay in a set of descriptors that
+/// the worker merely closed it in: readable for ever.
+#[test]
+fn a_channel_that_ended_does_not_keep_the_worker_awake() {
+    let mut fake = FakeDispatcher::new();
+    let config = fake.config();
+    let worker = thread::spawn(move || Worker::connect(config).unwrap());
+    let mut peer = fake.welcome();
+    let worker = worker.join().unwrap();
+    fake.stop();
+    peer.channel = None;
+    let (mut wakeups, end) = (0, Instant::now() + Duration::from_millis(200));
+    while Instant::now() < end {
+        assert!(worker.try_accept().unwrap().is_none());
+        let timeout = Timespec::try_from(Duration::from_millis(200)).unwrap();
+        poll(&mut [PollFd::new(&worker, PollFlags::IN)], Some(&timeout)).unwrap();
+        wakeups += 1;
+    }
+    assert!(!worker.is_joined());
+    // It tries again every 2.5 to 50 ms.
+    assert!(wakeups < 100, "{wakeups} wake-ups");
+    assert!(peer.control_record().is_none());
 }
 
 #[test]

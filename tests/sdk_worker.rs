@@ -301,6 +301,45 @@ fn threads_share_one_record_and_every_connection_is_served_once() {
 }
 
 #[test]
+fn of_claim_and_revoke_one_wins_for_every_connection() {
+    let fake = FakeDispatcher::new();
+    let (worker, mut peer) = join(&fake);
+    let threads: Vec<_> = (0..4)
+        .map(|_| {
+            let mut worker = worker.clone();
+            thread::spawn(move || worker.incoming().map(|c| c.peer_addr()).collect::<Vec<_>>())
+        })
+        .collect();
+    let mut taken = Vec::new();
+    for batch in 1..60 {
+        let pairs: Vec<_> = (0..batch % 7 + 1).map(|_| fake.client()).collect();
+        let entries = peer.send(&pairs.iter().map(|(_, ours)| ours).collect::<Vec<_>>());
+        for (entry, (mut client, ours)) in entries.iter().zip(pairs).rev() {
+            match peer.revoke(entry) {
+                Revoke::Revoked => {
+                    (&ours).write_all(b"elsewhere").unwrap();
+                    drop(ours);
+                    assert_eq!(read_to_end(&mut client), b"elsewhere");
+                }
+                Revoke::Was(state) => {
+                    assert_eq!(state, SlotState::Taken);
+                    taken.push(entry.peer);
+                    assert_eq!(read_to_end(&mut client), b"");
+                }
+            }
+        }
+    }
+    peer.wait_finished(taken.len() as u64);
+    worker.close();
+    let served = threads.into_iter().flat_map(|t| t.join().unwrap());
+    let mut served: Vec<_> = served.map(|peer| peer.to_string()).collect();
+    let mut taken: Vec<_> = taken.iter().map(PeerAddr::to_string).collect();
+    served.sort();
+    taken.sort();
+    assert_eq!(served, taken);
+}
+
+#[test]
 fn closing_wakes_every_thread_in_accept() {
     let fake = FakeDispatcher::new();
     let (worker, peer) = join(&fake);

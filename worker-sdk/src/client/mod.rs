@@ -105,6 +105,8 @@ impl Worker {
     ///
     /// For event loops without a layer here: the worker's descriptor ([`AsFd`]) becomes readable when there
     /// is something to do. Call this then until it says `None`; that also joins again after a dispatcher was lost.
+    /// While a thread waits in [`accept`](Worker::accept), that one receives for all, and the descriptor
+    /// says nothing of what it has queued: use one way at a time.
     ///
     /// # Errors
     /// [`Error::Closed`] once closed, [`Error::Forked`] in a forked child.
