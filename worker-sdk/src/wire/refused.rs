@@ -98,8 +98,8 @@ impl Refused {
         let (mut reason, mut key) = (None, None);
         while let Some((kind, value)) = reader.tlv()? {
             match kind {
-                tlv::REASON => once(&mut reason, text(value), "reason")?,
-                tlv::KEY => once(&mut key, text(value), "key")?,
+                tlv::REASON => once(&mut reason, short(value), "reason")?,
+                tlv::KEY => once(&mut key, short(value), "key")?,
                 _ => {}
             }
         }
@@ -109,6 +109,13 @@ impl Refused {
             key,
         })
     }
+}
+
+/// Text from the wire, no longer than what we would send ourselves.
+fn short(value: &[u8]) -> String {
+    let mut text = text(value);
+    text.truncate(cut(&text).len());
+    text
 }
 
 /// At most [`MAX_TEXT`] bytes, cut between characters.
