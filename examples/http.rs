@@ -14,10 +14,8 @@ async fn main() -> Result<(), Box<dyn std::error::Error>> {
     let config = WorkerConfig::new().listen("127.0.0.1:8080").with_env()?;
     let listener = Listener::connect(config).await?;
 
-    let (mut terminate, mut interrupt) = (
-        signal(SignalKind::terminate())?,
-        signal(SignalKind::interrupt())?,
-    );
+    let (mut terminate, mut interrupt) =
+        (signal(SignalKind::terminate())?, signal(SignalKind::interrupt())?);
     let closing = listener.clone();
     let stop = async move {
         tokio::select! {
@@ -32,9 +30,7 @@ async fn main() -> Result<(), Box<dyn std::error::Error>> {
         .route("/", get(answer))
         .with_state(listener.clone())
         .into_make_service_with_connect_info::<PeerAddr>();
-    axum::serve(listener, app)
-        .with_graceful_shutdown(stop)
-        .await?;
+    axum::serve(listener, app).with_graceful_shutdown(stop).await?;
     Ok(())
 }
 

@@ -1,9 +1,5 @@
 //! The tokio, axum and mio layers over real sockets.
-#![allow(
-    clippy::unwrap_used,
-    clippy::expect_used,
-    reason = "in a test a panic is the report"
-)]
+#![allow(clippy::unwrap_used, clippy::expect_used, reason = "in a test a panic is the report")]
 
 #[path = "support/fake_dispatcher.rs"]
 mod fake;
@@ -21,17 +17,12 @@ use worker_sdk::wire::{Control, RefusedCode};
 use worker_sdk::{Connection, Error, PeerAddr, WorkerConfig};
 
 fn runtime() -> tokio::runtime::Runtime {
-    tokio::runtime::Builder::new_current_thread()
-        .enable_all()
-        .build()
-        .unwrap()
+    tokio::runtime::Builder::new_current_thread().enable_all().build().unwrap()
 }
 
 /// Fails rather than hangs.
 async fn soon<T>(future: impl Future<Output = T>) -> T {
-    tokio::time::timeout(DEADLINE, future)
-        .await
-        .expect("in time")
+    tokio::time::timeout(DEADLINE, future).await.expect("in time")
 }
 
 /// The fake's side, which blocks, beside the future.
@@ -46,10 +37,7 @@ async fn join(fake: FakeDispatcher) -> (FakeDispatcher, Listener, Peer) {
         (fake, peer)
     });
     let (listener, (fake, peer)) = soon(async {
-        tokio::join!(
-            async { Listener::connect(config).await.unwrap() },
-            dispatcher
-        )
+        tokio::join!(async { Listener::connect(config).await.unwrap() }, dispatcher)
     })
     .await;
     (fake, listener, peer)
@@ -158,9 +146,7 @@ fn axum_serves_and_knows_the_peer() {
         peer.send_one(&ours);
         let address = client.local_addr().unwrap().to_string();
         let response = beside(move || {
-            client
-                .write_all(b"GET / HTTP/1.1\r\nHost: x\r\nConnection: close\r\n\r\n")
-                .unwrap();
+            client.write_all(b"GET / HTTP/1.1\r\nHost: x\r\nConnection: close\r\n\r\n").unwrap();
             String::from_utf8(read_to_end(&mut client)).unwrap()
         })
         .await;
@@ -185,9 +171,8 @@ fn axum_serves_alone() {
         let local = axum::serve::Listener::local_addr(&listener).unwrap();
         let app = axum::Router::new().route("/", axum::routing::get(|| async { "alone" }));
         tokio::spawn(async move { axum::serve(listener, app).await });
-        let mut client = tokio::net::TcpStream::connect(local.socket_addr().unwrap())
-            .await
-            .unwrap();
+        let mut client =
+            tokio::net::TcpStream::connect(local.socket_addr().unwrap()).await.unwrap();
         let request = b"GET / HTTP/1.1\r\nHost: x\r\nConnection: close\r\n\r\n";
         client.write_all(request).await.unwrap();
         let mut text = String::new();
@@ -207,14 +192,8 @@ impl Loop {
         let poll = Poll::new().unwrap();
         let mut worker = MioWorker::new(config).unwrap();
         let registry = poll.registry();
-        registry
-            .register(&mut worker, Token(7), Interest::READABLE)
-            .unwrap();
-        Loop {
-            poll,
-            worker,
-            wakeups: 0,
-        }
+        registry.register(&mut worker, Token(7), Interest::READABLE).unwrap();
+        Loop { poll, worker, wakeups: 0 }
     }
 
     /// Waits for one event, then accepts all there is.
@@ -281,10 +260,7 @@ fn mio_joins_in_the_background_and_is_woken_by_every_dispatcher_that_comes() {
         }
         fake.start();
         peer = looped.join(&fake);
-        assert_eq!(
-            (peer.hello.base, peer.board.finished()),
-            (2 * round, 2 * round)
-        );
+        assert_eq!((peer.hello.base, peer.board.finished()), (2 * round, 2 * round));
     }
     looped.worker.close();
     let end = looped.until_one().unwrap_err();
@@ -338,9 +314,7 @@ fn mio_connections_are_sources() {
     let mut client = std::net::TcpStream::connect(address).unwrap();
     let mut connection = looped.until_one().unwrap();
     let mut poll = Poll::new().unwrap();
-    poll.registry()
-        .register(&mut connection, Token(1), Interest::READABLE)
-        .unwrap();
+    poll.registry().register(&mut connection, Token(1), Interest::READABLE).unwrap();
     client.write_all(b"x").unwrap();
     let mut events = Events::with_capacity(1);
     poll.poll(&mut events, Some(DEADLINE)).unwrap();

@@ -1,9 +1,5 @@
 //! Workers at the limits of their process: few file descriptors, wrong ones, forks. Each in a process of its own.
-#![allow(
-    clippy::unwrap_used,
-    clippy::expect_used,
-    reason = "in a test a panic is the report"
-)]
+#![allow(clippy::unwrap_used, clippy::expect_used, reason = "in a test a panic is the report")]
 
 #[path = "support/fake_dispatcher.rs"]
 mod fake;
@@ -85,20 +81,13 @@ fn lost_child() {
     }
     let highest = probe.iter().map(std::os::fd::AsRawFd::as_raw_fd).max();
     drop(probe);
-    let low = rustix::process::Rlimit {
-        current: Some(highest.unwrap() as u64 + 1),
-        ..limit
-    };
+    let low = rustix::process::Rlimit { current: Some(highest.unwrap() as u64 + 1), ..limit };
     rustix::process::setrlimit(rustix::process::Resource::Nofile, low).unwrap();
     let entries = peer.send(&pairs.iter().map(|(_, ours)| ours).collect::<Vec<_>>());
     let held: Vec<_> = (0..3).map(|_| accept(&worker)).collect();
     rustix::process::setrlimit(rustix::process::Resource::Nofile, limit).unwrap();
     for (i, entry) in entries.iter().enumerate() {
-        let expected = if i < 3 {
-            SlotState::Taken
-        } else {
-            SlotState::Lost
-        };
+        let expected = if i < 3 { SlotState::Taken } else { SlotState::Lost };
         assert_eq!(peer.state(entry), expected, "entry {i}");
     }
     for (i, connection) in held.iter().enumerate() {
@@ -161,10 +150,8 @@ fn in_child(name: &str) {
         .env("SDK_TEST_CHILD", name)
         .output()
         .unwrap();
-    let (stdout, stderr) = (
-        String::from_utf8_lossy(&output.stdout),
-        String::from_utf8_lossy(&output.stderr),
-    );
+    let (stdout, stderr) =
+        (String::from_utf8_lossy(&output.stdout), String::from_utf8_lossy(&output.stderr));
     // A name that matches no test is a success, too.
     let passed = output.status.success() && stdout.contains("1 passed");
     assert!(passed, "{stdout}{stderr}");

@@ -1,9 +1,5 @@
 //! A worker that loses its dispatcher, and one that never had any.
-#![allow(
-    clippy::unwrap_used,
-    clippy::expect_used,
-    reason = "in a test a panic is the report"
-)]
+#![allow(clippy::unwrap_used, clippy::expect_used, reason = "in a test a panic is the report")]
 
 #[path = "support/fake_dispatcher.rs"]
 mod fake;
@@ -103,10 +99,7 @@ fn what_was_claimed_for_a_dead_dispatcher_survives_close() {
         let waiting = scope.spawn(|| worker.accept().unwrap());
         waiting.join().unwrap().unwrap()
     });
-    assert_eq!(
-        taken.peer_addr(),
-        PeerAddr::from(pairs[1].0.local_addr().unwrap())
-    );
+    assert_eq!(taken.peer_addr(), PeerAddr::from(pairs[1].0.local_addr().unwrap()));
     worker.close();
     assert!(worker.accept().unwrap().is_none());
 }
@@ -174,11 +167,7 @@ fn a_refusal_after_the_first_join_is_no_end() {
     let (worker, peer, connections) = serve(&fake);
     peer.die();
     for _ in 0..3 {
-        fake.refuse(
-            worker_sdk::wire::RefusedCode::UnknownPool,
-            "no such pool",
-            None,
-        );
+        fake.refuse(worker_sdk::wire::RefusedCode::UnknownPool, "no such pool", None);
     }
     let mut peer = fake.welcome();
     let (_client, ours) = fake.client();
@@ -230,10 +219,7 @@ fn alone_it_listens_on_tcp() {
     let address = worker.local_addr().unwrap().socket_addr().unwrap();
     let mut client = TcpStream::connect(address).unwrap();
     let mut connection = worker.accept().unwrap().unwrap();
-    assert_eq!(
-        connection.peer_addr(),
-        PeerAddr::from(client.local_addr().unwrap())
-    );
+    assert_eq!(connection.peer_addr(), PeerAddr::from(client.local_addr().unwrap()));
     assert_eq!((connection.listener(), worker.live()), ("", 1));
     connection.write_all(b"alone").unwrap();
     drop(connection);
@@ -260,10 +246,7 @@ fn alone_it_listens_on_a_unix_socket_and_replaces_a_stale_one() {
     drop(std::os::unix::net::UnixListener::bind(&path).unwrap());
     let config = || WorkerConfig::new().listen(format!("unix:{}", path.display()));
     let worker = Worker::connect(config()).unwrap();
-    assert!(
-        Worker::connect(config()).is_err(),
-        "a socket in use is left alone"
-    );
+    assert!(Worker::connect(config()).is_err(), "a socket in use is left alone");
     // It found out by connecting.
     drop(worker.accept().unwrap().unwrap());
     let mut client = UnixStream::connect(&path).unwrap();

@@ -1,9 +1,5 @@
 //! A blocking worker, face to face with a dispatcher made of the same protocol, over real sockets.
-#![allow(
-    clippy::unwrap_used,
-    clippy::expect_used,
-    reason = "in a test a panic is the report"
-)]
+#![allow(clippy::unwrap_used, clippy::expect_used, reason = "in a test a panic is the report")]
 
 #[path = "support/fake_dispatcher.rs"]
 mod fake;
@@ -43,18 +39,12 @@ fn joins_and_says_who_it_is() {
     let config = fake.config().pool("web").weight(3).priority(2);
     let (worker, peer) = join_with(&fake, config);
     let hello = &peer.hello;
-    assert_eq!(
-        (hello.pool.as_str(), hello.name.as_str()),
-        ("web", "tested")
-    );
+    assert_eq!((hello.pool.as_str(), hello.name.as_str()), ("web", "tested"));
     assert_eq!((hello.weight, hello.priority), (3, 2));
     assert_eq!(hello.max_connections, 1000);
     assert_eq!((hello.base, hello.finished), (0, 0));
     assert!(worker.is_joined());
-    assert_eq!(
-        (worker.id(), worker.pool(), worker.live()),
-        (Some(42), "web", 0)
-    );
+    assert_eq!((worker.id(), worker.pool(), worker.live()), (Some(42), "web", 0));
 }
 
 #[test]
@@ -68,15 +58,9 @@ fn takes_a_connection_when_the_application_asks_and_not_before() {
     let mut connection = accept(&worker);
     assert_eq!(peer.state(&entry), SlotState::Taken);
     assert_eq!(worker.live(), 1);
-    assert_eq!(
-        connection.peer_addr(),
-        PeerAddr::from(client.local_addr().unwrap())
-    );
+    assert_eq!(connection.peer_addr(), PeerAddr::from(client.local_addr().unwrap()));
     assert_eq!(connection.listener(), "http");
-    assert_eq!(
-        connection.accepted_at(),
-        Duration::from_nanos(entry.accepted_ns)
-    );
+    assert_eq!(connection.accepted_at(), Duration::from_nanos(entry.accepted_ns));
     client.write_all(b"ping").unwrap();
     let mut bytes = [0; 4];
     connection.read_exact(&mut bytes).unwrap();
@@ -113,10 +97,7 @@ fn a_connection_revoked_in_the_queue_is_not_touched() {
     let first = accept(&worker);
     assert_eq!(peer.revoke(&entries[1]), Revoke::Revoked);
     let third = accept(&worker);
-    assert_eq!(
-        third.peer_addr(),
-        PeerAddr::from(pairs[2].0.local_addr().unwrap())
-    );
+    assert_eq!(third.peer_addr(), PeerAddr::from(pairs[2].0.local_addr().unwrap()));
     assert_eq!(worker.live(), 2);
     // Closing its copy ended nothing: the dispatcher's works.
     let (client, ours) = &pairs[1];
@@ -344,9 +325,8 @@ fn closing_wakes_every_thread_in_accept() {
     let fake = FakeDispatcher::new();
     let (worker, peer) = join(&fake);
     thread::scope(|scope| {
-        let waiting: Vec<_> = (0..4)
-            .map(|_| scope.spawn(|| worker.accept().unwrap().is_none()))
-            .collect();
+        let waiting: Vec<_> =
+            (0..4).map(|_| scope.spawn(|| worker.accept().unwrap().is_none())).collect();
         worker.close();
         assert!(waiting.into_iter().all(|t| t.join().unwrap()));
     });
@@ -432,15 +412,9 @@ fn two_workers_in_one_process_count_apart() {
     let (first, second) = (accept(&one), accept(&two));
     drop(first);
     assert_eq!((one.live(), two.live()), (0, 1));
-    assert_eq!(
-        (peer_one.board.finished(), peer_two.board.finished()),
-        (1, 0)
-    );
+    assert_eq!((peer_one.board.finished(), peer_two.board.finished()), (1, 0));
     drop(one);
-    assert!(matches!(
-        peer_one.control_record(),
-        Some(Control::Goodbye(_))
-    ));
+    assert!(matches!(peer_one.control_record(), Some(Control::Goodbye(_))));
     assert!(two.is_joined());
     drop(second);
 }
@@ -482,13 +456,7 @@ fn a_permanent_refusal_says_why_and_where_to_change_it() {
         Some("pool.web.allow_users"),
     );
     let error = worker.join().unwrap().unwrap_err();
-    assert!(matches!(
-        error,
-        Error::Refused {
-            code: RefusedCode::NotAllowed,
-            ..
-        }
-    ));
+    assert!(matches!(error, Error::Refused { code: RefusedCode::NotAllowed, .. }));
     let text = error.to_string();
     assert!(text.contains("user 33 may not join pool web"), "{text}");
     assert!(text.contains("pool.web.allow_users"), "{text}");

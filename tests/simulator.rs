@@ -12,8 +12,7 @@ const SHRINKING: Duration = Duration::from_secs(60);
 
 fn number(name: &str, default: u64) -> u64 {
     std::env::var(name).map_or(default, |text| {
-        text.parse()
-            .unwrap_or_else(|_| panic!("{name} is not a number: {text}"))
+        text.parse().unwrap_or_else(|_| panic!("{name} is not a number: {text}"))
     })
 }
 

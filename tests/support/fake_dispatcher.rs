@@ -105,11 +105,7 @@ impl FakeDispatcher {
     pub fn refuse(&self, code: RefusedCode, reason: &str, key: Option<&str>) -> Hello {
         let (hello, control) = self.hello();
         let mut record = Vec::new();
-        let refused = Refused {
-            code,
-            reason: reason.to_owned(),
-            key: key.map(str::to_owned),
-        };
+        let refused = Refused { code, reason: reason.to_owned(), key: key.map(str::to_owned) };
         refused.encode(&mut record);
         send(control.as_fd(), &record, &[]).unwrap();
         hello
@@ -126,12 +122,8 @@ impl FakeDispatcher {
         let mut record = Vec::new();
         peer.welcome_record(slots).encode(&mut record);
         let (board, retained, poke) = (&peer.board_fd, &peer.retained, &peer.poke);
-        send(
-            peer.control.as_fd(),
-            &record,
-            &[retained.as_fd(), board.as_fd(), poke.as_fd()],
-        )
-        .unwrap();
+        send(peer.control.as_fd(), &record, &[retained.as_fd(), board.as_fd(), poke.as_fd()])
+            .unwrap();
         peer
     }
 
@@ -210,10 +202,7 @@ impl Peer {
             features: Features::NONE,
             max_connections: self.hello.max_connections,
             handoff_timeout_ms: 5000,
-            listeners: vec![WelcomeListener {
-                index: 3,
-                name: "http".to_owned(),
-            }],
+            listeners: vec![WelcomeListener { index: 3, name: "http".to_owned() }],
         }
     }
 
@@ -285,15 +274,11 @@ impl Peer {
 
     /// Waits until every entry is taken.
     pub fn wait_taken(&self, entries: &[Entry]) {
-        eventually("the worker takes them", || {
-            entries.iter().all(|entry| self.taken(entry))
-        });
+        eventually("the worker takes them", || entries.iter().all(|entry| self.taken(entry)));
     }
 
     pub fn wait_finished(&self, count: u64) {
-        eventually("the worker counts its closes", || {
-            self.board.finished() == count
-        });
+        eventually("the worker counts its closes", || self.board.finished() == count);
     }
 
     /// Sleeps until poked for one of `bits`, as a dispatcher would, unless `done` holds already.

@@ -36,10 +36,7 @@ impl Mapping {
                 0,
             )
         }?;
-        Ok(Mapping {
-            start: start.cast(),
-            len,
-        })
+        Ok(Mapping { start: start.cast(), len })
     }
 
     /// The 8 bytes at `offset`, which is a multiple of 8 within the mapping.
@@ -65,9 +62,7 @@ impl Drop for Mapping {
     }
 }
 
-const SEALS: SealFlags = SealFlags::SHRINK
-    .union(SealFlags::GROW)
-    .union(SealFlags::SEAL);
+const SEALS: SealFlags = SealFlags::SHRINK.union(SealFlags::GROW).union(SealFlags::SEAL);
 
 /// A memfd of `len` zero bytes whose size and seals can no longer change.
 pub(crate) fn sealed_memfd(name: &CStr, len: usize) -> io::Result<OwnedFd> {

@@ -148,10 +148,7 @@ impl Connection {
         // On an error the stream is closed and the guard counts it; it needs an unregistrable socket.
         let stream = TcpStream::from_std(accepted.stream)
             .map_err(|error| Error::io("register a connection", error))?;
-        Ok(Connection {
-            held: Held::new(stream, accepted.guard),
-            origin: accepted.origin,
-        })
+        Ok(Connection { held: Held::new(stream, accepted.guard), origin: accepted.origin })
     }
 
     /// Where the client connected from, as the dispatcher saw it.
@@ -183,8 +180,7 @@ impl Connection {
     /// # Errors
     /// What the system says.
     pub fn set_nodelay(&self, nodelay: bool) -> io::Result<()> {
-        self.as_tcp()
-            .map_or(Ok(()), |stream| stream.set_nodelay(nodelay))
+        self.as_tcp().map_or(Ok(()), |stream| stream.set_nodelay(nodelay))
     }
 }
 

@@ -90,10 +90,7 @@ impl Core {
                 Some(Item::Nothing) | None => panic!("a ticket that is out is for something"),
             }
         }
-        assert_eq!(
-            worker.sent,
-            worker.taken + worker.revoked + u64::from(worker.untaken())
-        );
+        assert_eq!(worker.sent, worker.taken + worker.revoked + u64::from(worker.untaken()));
         assert!(worker.finished <= worker.base.saturating_add(worker.taken));
         assert!(worker.load() >= u64::from(worker.untaken()));
         assert!(worker.round.is_some() || worker.ring.revoking() == 0);
@@ -105,9 +102,7 @@ impl Core {
         let candidate = pool.candidates.get(worker.at);
         assert_eq!(candidate.worker as usize, w);
         assert_eq!(worker.id.index as usize, w);
-        let expected = worker
-            .is_eligible()
-            .then(|| (worker.load() + 1, worker.weight));
+        let expected = worker.is_eligible().then(|| (worker.load() + 1, worker.weight));
         assert_eq!(
             expected.unwrap_or((super::policy::UNAVAILABLE, 1)),
             (candidate.cost, candidate.weight)

@@ -55,7 +55,12 @@ enum Attempt {
 }
 
 impl Listener {
-    pub(super) fn new(id: ListenerId, listening: Listening, position: usize, last: u32) -> Listener {
+    pub(super) fn new(
+        id: ListenerId,
+        listening: Listening,
+        position: usize,
+        last: u32,
+    ) -> Listener {
         Listener {
             id,
             listening: Some(listening),

@@ -250,15 +250,8 @@ impl Shell {
         let sent = send_record(socket.as_fd(), &record, &fds);
         let finished = join.hello.finished;
         let outbox = Vec::new();
-        let io = WorkerIo {
-            id,
-            control: socket,
-            lane,
-            pidfd,
-            outbox,
-            finished,
-            said_goodbye: false,
-        };
+        let io =
+            WorkerIo { id, control: socket, lane, pidfd, outbox, finished, said_goodbye: false };
         let index = id.index as usize;
         if self.workers.len() <= index {
             self.workers.resize_with(index + 1, || None);

@@ -26,9 +26,8 @@ impl Shell {
     /// Opens everything, tells the service manager, and is ready to serve.
     pub(super) fn start(config: Config) -> Result<Shell, RunError> {
         raise_descriptor_limit();
-        let signals =
-            Signals::new([libc::SIGTERM, libc::SIGINT, libc::SIGQUIT, libc::SIGHUP])
-                .map_err(RunError::system("signal handlers"))?;
+        let signals = Signals::new([libc::SIGTERM, libc::SIGINT, libc::SIGQUIT, libc::SIGHUP])
+            .map_err(RunError::system("signal handlers"))?;
         let mut inherited = Inherited::from_environment();
         let dispatch = sockets::listen_endpoint(
             &config.dispatch_socket,

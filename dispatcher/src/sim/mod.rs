@@ -116,13 +116,7 @@ impl Desk {
 
     /// A worker with this hello joins, as user 0.
     pub fn join(&mut self, hello: Hello) -> Result<WorkerId, Refusal> {
-        let join = Join {
-            pid: 1,
-            uid: 0,
-            gids: vec![0],
-            hello,
-            spawned: None,
-        };
+        let join = Join { pid: 1, uid: 0, gids: vec![0], hello, spawned: None };
         let id = self.core.join(self.now, &join)?;
         self.links.push(Link {
             id,
@@ -199,13 +193,7 @@ impl Desk {
 
     fn perform(&mut self, effect: &Effect) {
         match *effect {
-            Effect::Send {
-                worker,
-                conn,
-                ticket,
-                flags,
-                ..
-            } => {
+            Effect::Send { worker, conn, ticket, flags, .. } => {
                 assert_eq!(self.copies[conn.index as usize], Some(conn.serial));
                 assert!(EntryFlags::RESENT.contains(flags));
                 let link = self.link(worker);
@@ -225,11 +213,7 @@ impl Desk {
                 self.core.revoked(self.now, worker, ticket, outcome);
             }
             Effect::Purge { worker } => self.link(worker).channel.clear(),
-            Effect::Release {
-                worker,
-                conn,
-                ticket,
-            } => {
+            Effect::Release { worker, conn, ticket } => {
                 assert!(self.is_served(conn), "released, so somebody has it");
                 self.drop_copy(conn);
                 claim::release(&self.link(worker).board[ticket.slot as usize], ticket.seq);

@@ -132,14 +132,11 @@ mod tests {
 
     #[test]
     fn shrinking_finds_the_two_faults_that_matter() {
-        let plan = (0..)
-            .map(Plan::from_seed)
-            .find(|plan| plan.faults.len() > 40);
+        let plan = (0..).map(Plan::from_seed).find(|plan| plan.faults.len() > 40);
         let plan = plan.unwrap();
         let (first, second) = (plan.faults[7], plan.faults[31]);
-        let shortest = shrink(&plan, |plan| {
-            plan.faults.contains(&first) && plan.faults.contains(&second)
-        });
+        let shortest =
+            shrink(&plan, |plan| plan.faults.contains(&first) && plan.faults.contains(&second));
         assert_eq!(shortest.faults, [first, second]);
     }
 }

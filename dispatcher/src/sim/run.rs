@@ -60,17 +60,11 @@ pub fn run(plan: &Plan) -> Outcome {
         handoff_timeout: Duration::from_millis(50 + random.below(250)),
         probation: Duration::from_millis(random.below(1_500)),
         wait_for_worker: Duration::from_millis(100 + random.below(2_000)),
-        access: Access {
-            users: vec![0],
-            groups: Vec::new(),
-        },
+        access: Access { users: vec![0], groups: Vec::new() },
         processes: 0,
     };
-    let listener = ListenerSettings {
-        name: "http".to_owned(),
-        address: String::new(),
-        pool: PoolId(0),
-    };
+    let listener =
+        ListenerSettings { name: "http".to_owned(), address: String::new(), pool: PoolId(0) };
     let max = pool.max_connections_per_worker;
     let mut desk = Desk::new(vec![pool], vec![listener]);
     desk.logging = false;

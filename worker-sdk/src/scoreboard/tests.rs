@@ -11,10 +11,7 @@ fn both_sides_see_one_memory() {
     assert_eq!(ours.finished(), 11, "it never goes down");
     for slot in 0..4 {
         claim::offer(ours.slot(slot).unwrap(), u64::from(slot) + 1);
-        assert!(claim::claim(
-            theirs.slot(slot).unwrap(),
-            u64::from(slot) + 1
-        ));
+        assert!(claim::claim(theirs.slot(slot).unwrap(), u64::from(slot) + 1));
     }
     assert!(ours.slot(4).is_none() && theirs.slot(u32::MAX).is_none());
     claim::arm(ours.want(), claim::want::TAKEN);
@@ -36,10 +33,7 @@ fn its_size_is_fixed_for_ever() {
 #[test]
 fn only_a_sealed_scoreboard_of_that_size_is_opened() {
     for slots in [0, MAX_SLOTS + 1] {
-        assert!(matches!(
-            Scoreboard::create(slots, 0),
-            Err(ScoreboardError::Malformed(_))
-        ));
+        assert!(matches!(Scoreboard::create(slots, 0), Err(ScoreboardError::Malformed(_))));
     }
     for slots in [0, 3, 5, MAX_SLOTS, MAX_SLOTS + 1] {
         let (_board, fd) = Scoreboard::create(4, 0).unwrap();

@@ -103,11 +103,7 @@ impl Refused {
                 _ => {}
             }
         }
-        Ok(Refused {
-            code,
-            reason: reason.ok_or(WireError::Missing("reason"))?,
-            key,
-        })
+        Ok(Refused { code, reason: reason.ok_or(WireError::Missing("reason"))?, key })
     }
 }
 
@@ -120,8 +116,6 @@ fn short(value: &[u8]) -> String {
 
 /// At most [`MAX_TEXT`] bytes, cut between characters.
 fn cut(text: &str) -> &[u8] {
-    let end = (0..=MAX_TEXT.min(text.len()))
-        .rev()
-        .find(|&i| text.is_char_boundary(i));
+    let end = (0..=MAX_TEXT.min(text.len())).rev().find(|&i| text.is_char_boundary(i));
     &text.as_bytes()[..end.unwrap_or(0)]
 }

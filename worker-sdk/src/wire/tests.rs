@@ -74,14 +74,8 @@ fn control_vectors() -> Vec<(&'static str, Control)> {
                 max_connections: 1000,
                 handoff_timeout_ms: 5000,
                 listeners: vec![
-                    WelcomeListener {
-                        index: 0,
-                        name: "http".to_owned(),
-                    },
-                    WelcomeListener {
-                        index: 3,
-                        name: "admin".to_owned(),
-                    },
+                    WelcomeListener { index: 0, name: "http".to_owned() },
+                    WelcomeListener { index: 3, name: "admin".to_owned() },
                 ],
             }),
         ),
@@ -117,13 +111,7 @@ fn handoff() -> Handoff {
     };
     Handoff {
         entries: vec![
-            entry(
-                1,
-                1,
-                0,
-                EntryFlags::NONE,
-                PeerAddr::Inet(([192, 0, 2, 1], 50_000).into()),
-            ),
+            entry(1, 1, 0, EntryFlags::NONE, PeerAddr::Inet(([192, 0, 2, 1], 50_000).into())),
             entry(
                 2,
                 2,
@@ -137,10 +125,7 @@ fn handoff() -> Handoff {
 }
 
 fn channel_vectors() -> Vec<(&'static str, Channel)> {
-    vec![
-        (HANDOFF, Channel::Handoff(handoff())),
-        (PROBE, Channel::Probe(Probe { seq: 9, slot: 9 })),
-    ]
+    vec![(HANDOFF, Channel::Handoff(handoff())), (PROBE, Channel::Probe(Probe { seq: 9, slot: 9 }))]
 }
 
 #[test]
@@ -172,11 +157,7 @@ fn the_document_prints_these_vectors() {
 #[test]
 fn descriptors_belong_to_these_records_only() {
     for (_, record) in control_vectors() {
-        let expected = if matches!(record, Control::Welcome(_)) {
-            WELCOME_FDS
-        } else {
-            0
-        };
+        let expected = if matches!(record, Control::Welcome(_)) { WELCOME_FDS } else { 0 };
         assert_eq!(record.fds(), expected);
     }
     assert_eq!(Channel::Handoff(handoff()).fds(), 3);
@@ -239,12 +220,7 @@ fn half_a_tlv_at_the_end_is_refused() {
 
 #[test]
 fn reserved_fields_must_be_zero() {
-    let all = [
-        (HELLO, &[2, 10, 24][..]),
-        (WELCOME, &[2, 6]),
-        (REFUSED, &[2, 6]),
-        (GOODBYE, &[2]),
-    ];
+    let all = [(HELLO, &[2, 10, 24][..]), (WELCOME, &[2, 6]), (REFUSED, &[2, 6]), (GOODBYE, &[2])];
     for (hex, offsets) in all {
         for &offset in offsets {
             let mut record = bytes(hex);
@@ -273,25 +249,16 @@ fn each_socket_has_its_kinds() {
         let error = Channel::decode(&bytes(hex)).unwrap_err();
         assert!(matches!(error, WireError::UnknownKind(_)));
     }
-    assert_eq!(
-        Control::decode(&[0xff, 0xff, 0, 0]),
-        Err(WireError::UnknownKind(0xffff))
-    );
+    assert_eq!(Control::decode(&[0xff, 0xff, 0, 0]), Err(WireError::UnknownKind(0xffff)));
 }
 
 #[test]
 fn too_long_a_record_is_refused() {
     let control = [&bytes(GOODBYE)[..], &[0; MAX_CONTROL_RECORD]].concat();
-    let too_long = WireError::TooLong {
-        len: control.len(),
-        max: MAX_CONTROL_RECORD,
-    };
+    let too_long = WireError::TooLong { len: control.len(), max: MAX_CONTROL_RECORD };
     assert_eq!(Control::decode(&control), Err(too_long));
     let channel = [&bytes(PROBE)[..], &[0; MAX_CHANNEL_RECORD]].concat();
-    assert!(matches!(
-        Channel::decode(&channel),
-        Err(WireError::TooLong { .. })
-    ));
+    assert!(matches!(Channel::decode(&channel), Err(WireError::TooLong { .. })));
 }
 
 #[test]
@@ -307,9 +274,7 @@ fn a_handoff_has_1_to_64_entries() {
         record[4..6].copy_from_slice(&count.to_le_bytes());
         assert!(Channel::decode(&record).is_err(), "{count}");
     }
-    let full = Handoff {
-        entries: vec![handoff().entries[0]; MAX_FDS_PER_RECORD],
-    };
+    let full = Handoff { entries: vec![handoff().entries[0]; MAX_FDS_PER_RECORD] };
     let record = channel_encoded(&Channel::Handoff(full.clone()));
     assert!(record.len() <= MAX_CHANNEL_RECORD - 4096);
     assert_eq!(Channel::decode(&record), Ok(Channel::Handoff(full)));
@@ -320,28 +285,16 @@ fn an_unknown_address_family_is_refused() {
     for family in [0, 2, 5, 10, u16::MAX] {
         let mut record = bytes(HANDOFF);
         record[8 + 24..8 + 26].copy_from_slice(&family.to_le_bytes());
-        assert_eq!(
-            Channel::decode(&record),
-            Err(WireError::Invalid("address family"))
-        );
+        assert_eq!(Channel::decode(&record), Err(WireError::Invalid("address family")));
     }
 }
 
 #[test]
 fn a_hello_with_impossible_numbers_is_refused() {
     let bad = [
-        Hello {
-            weight: 0,
-            ..hello()
-        },
-        Hello {
-            max_connections: 0,
-            ..hello()
-        },
-        Hello {
-            finished: 8,
-            ..hello()
-        },
+        Hello { weight: 0, ..hello() },
+        Hello { max_connections: 0, ..hello() },
+        Hello { finished: 8, ..hello() },
     ];
     for hello in bad {
         let error = Control::decode(&encoded(&Control::Hello(hello))).unwrap_err();
@@ -356,16 +309,9 @@ fn a_hello_with_impossible_numbers_is_refused() {
 fn bad_names_are_refused() {
     let long = "x".repeat(MAX_NAME + 1);
     for bad in ["", "two words", "line\nbreak", "tab\t", "\u{7f}", &long] {
-        for hello in [
-            Hello {
-                pool: bad.to_owned(),
-                ..hello()
-            },
-            Hello {
-                name: bad.to_owned(),
-                ..hello()
-            },
-        ] {
+        for hello in
+            [Hello { pool: bad.to_owned(), ..hello() }, Hello { name: bad.to_owned(), ..hello() }]
+        {
             let error = Control::decode(&encoded(&Control::Hello(hello))).unwrap_err();
             assert!(matches!(error, WireError::Invalid(_)), "{bad:?}: {error}");
         }
@@ -376,10 +322,7 @@ fn bad_names_are_refused() {
     // Not UTF-8: the last byte of the name.
     let mut record = bytes(HELLO);
     *record.last_mut().unwrap() = 0xff;
-    assert_eq!(
-        Control::decode(&record),
-        Err(WireError::Invalid("worker name"))
-    );
+    assert_eq!(Control::decode(&record), Err(WireError::Invalid("worker name")));
     // A listener's name, and one without room for its index.
     for value in [&[0, 0][..], &[0, 0, b' '], &[0]] {
         let mut record = bytes(WELCOME);
@@ -410,14 +353,8 @@ fn a_tlv_that_is_needed_must_be_there() {
     assert_eq!(Control::decode(fixed), Err(WireError::Missing("pool name")));
     let mut record = fixed.to_vec();
     codec::put_tlv(&mut record, tlv::POOL, b"web");
-    assert_eq!(
-        Control::decode(&record),
-        Err(WireError::Missing("worker name"))
-    );
-    assert_eq!(
-        Control::decode(&bytes(REFUSED)[..8]),
-        Err(WireError::Missing("reason"))
-    );
+    assert_eq!(Control::decode(&record), Err(WireError::Missing("worker name")));
+    assert_eq!(Control::decode(&bytes(REFUSED)[..8]), Err(WireError::Missing("reason")));
 }
 
 #[test]
@@ -451,10 +388,8 @@ fn texts_are_cut_and_cannot_forge_log_lines() {
 
 #[test]
 fn a_welcome_leaves_out_listeners_it_has_no_room_for() {
-    let listeners = (0..200).map(|index| WelcomeListener {
-        index,
-        name: format!("listener-{index:040}"),
-    });
+    let listeners =
+        (0..200).map(|index| WelcomeListener { index, name: format!("listener-{index:040}") });
     let Ok(Control::Welcome(mut welcome)) = Control::decode(&bytes(WELCOME)) else {
         panic!("a vector");
     };

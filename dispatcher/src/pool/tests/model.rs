@@ -231,13 +231,7 @@ impl Model {
             pid: 1,
             uid: 0,
             gids: vec![],
-            hello: Hello {
-                weight,
-                max_connections: max,
-                base: 9,
-                finished: 8,
-                ..hello()
-            },
+            hello: Hello { weight, max_connections: max, base: 9, finished: 8, ..hello() },
             spawned: None,
         };
         let id = self.core.join(self.now, &join).unwrap();
@@ -302,10 +296,8 @@ impl Model {
             return;
         };
         let serial = id.serial;
-        let out = self
-            .workers
-            .get(&serial)
-            .and_then(|w| w.out.iter().find(|out| out.ticket == ticket));
+        let out =
+            self.workers.get(&serial).and_then(|w| w.out.iter().find(|out| out.ticket == ticket));
         let word = out.map_or(Word::Bad, |out| out.word);
         let outcome = match word {
             Word::Sent => Revoke::Revoked,
@@ -358,13 +350,7 @@ impl Model {
     fn absorb(&mut self, effect: Effect) {
         let now = self.now;
         match effect {
-            Effect::Send {
-                worker,
-                conn,
-                ticket,
-                flags,
-                ..
-            } => {
+            Effect::Send { worker, conn, ticket, flags, .. } => {
                 let chosen = &self.workers[&worker.serial];
                 assert!(chosen.eligible() && self.choked.is_none(), "{chosen:?}");
                 for other in self.workers.values().filter(|other| other.eligible()) {
@@ -419,13 +405,7 @@ impl Model {
         let used = |out: &Out| out.ticket.slot == ticket.slot || out.ticket.seq >= ticket.seq;
         assert!(!w.out.iter().any(used), "slots are used once at a time");
         assert!((ticket.slot as usize) < SLOTS);
-        w.out.push(Out {
-            ticket,
-            conn,
-            sent_at,
-            word: Word::Sent,
-            revoking: false,
-        });
+        w.out.push(Out { ticket, conn, sent_at, word: Word::Sent, revoking: false });
     }
 }
 
