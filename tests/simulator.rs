@@ -1,7 +1,9 @@
 //! The core in a virtual world where everything goes wrong, run by run, each from a seed of its own.
 //!
 //! `SIM_SEED` is the first seed (default 1), `SIM_EVENTS` how much has to happen in all (default 1,500,000). A failure names
-//! the seed, and the fewest faults found that fail as well: `SIM_SEED=… SIM_EVENTS=1` repeats it.
+//! the seed, and the fewest faults found that fail as well: `SIM_SEED=… SIM_EVENTS=1` repeats it. For as long as you like:
+//!
+//!     SIM_MINUTES=60 SIM_SEED=1000 cargo test --release -p dispatcher --test simulator -- --nocapture
 
 use std::time::{Duration, Instant};
 
@@ -20,16 +22,18 @@ fn number(name: &str, default: u64) -> u64 {
 fn nothing_is_lost_and_nothing_is_served_twice() {
     let mut seed = number("SIM_SEED", 1);
     let wanted = number("SIM_EVENTS", 1_500_000);
-    let (mut events, mut runs, mut served) = (0, 0, 0);
+    let end = Instant::now() + Duration::from_secs(60 * number("SIM_MINUTES", 0));
+    let (mut events, mut runs, mut served, mut workers) = (0, 0, 0, 0);
     let hook = std::panic::take_hook();
     std::panic::set_hook(Box::new(|_| {}));
     let mut failed = None;
-    while events < wanted {
+    while events < wanted || Instant::now() < end {
         let plan = Plan::from_seed(seed);
         match attempt(&plan) {
             Ok(outcome) => {
                 events += outcome.events;
                 served += outcome.totals.taken;
+                workers += outcome.workers;
                 runs += 1;
                 seed += 1;
             }
@@ -45,5 +49,5 @@ fn nothing_is_lost_and_nothing_is_served_twice() {
     if let Some((why, shortest)) = failed {
         panic!("SIM_SEED={seed} fails: {why}\nit fails as well with: {shortest:#?}");
     }
-    println!("{runs} runs, {events} events, {served} connections served");
+    println!("{runs} runs, {events} events, {workers} workers, {served} connections served");
 }

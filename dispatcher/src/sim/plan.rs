@@ -49,29 +49,33 @@ pub struct Fault {
 pub struct Plan {
     /// Of everything that is not a fault.
     pub seed: u64,
+    /// Processes that start; a few in most runs, thousands in some.
+    pub processes: u64,
+    /// How long faults happen and clients arrive.
+    pub horizon: Duration,
     /// In order of time.
     pub faults: Vec<Fault>,
 }
 
-/// How long faults happen and clients arrive.
-pub const HORIZON: Duration = Duration::from_secs(6);
-/// Most processes.
-pub const PROCESSES: u64 = 6;
-
 impl Plan {
-    /// The plan for a seed.
+    /// The plan for a seed. One in 64 has a crowd of workers, one in 256 a very large one, for a shorter time.
     pub fn from_seed(seed: u64) -> Plan {
         let mut random = Random::new(seed ^ 0xfau64);
-        let count = random.below(60);
+        let (processes, most_faults, horizon) = match seed % 256 {
+            255 => (2_000, 4_000, Duration::from_millis(500)),
+            63 | 127 | 191 => (200, 600, Duration::from_secs(1)),
+            _ => (1 + random.below(6), 60, Duration::from_secs(6)),
+        };
+        let count = random.below(most_faults);
         let mut faults: Vec<Fault> = (0..count)
             .map(|_| Fault {
-                at: Duration::from_micros(random.below(HORIZON.as_micros() as u64)),
-                process: random.below(PROCESSES) as usize,
+                at: Duration::from_micros(random.below(horizon.as_micros() as u64)),
+                process: random.below(processes) as usize,
                 kind: kind(&mut random),
             })
             .collect();
         faults.sort_by_key(|fault| fault.at);
-        Plan { seed, faults }
+        Plan { seed, processes, horizon, faults }
     }
 }
 

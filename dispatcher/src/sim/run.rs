@@ -9,15 +9,13 @@ use std::time::Duration;
 
 use worker_sdk::wire::Hello;
 
-use super::plan::{FaultKind, HORIZON, PROCESSES, Plan};
+use super::plan::{FaultKind, Plan};
 use super::process::{Process, What};
 use super::{Desk, Random};
 use crate::pool::*;
 
 /// After the faults, everybody must have been served by then, even by a single process that takes one at a time.
 const TAIL: Duration = Duration::from_secs(60);
-/// Most clients in the kernel's queue; further ones are turned away by the kernel.
-const BACKLOG: u32 = 300;
 const LISTENER: ListenerId = ListenerId(0);
 
 /// What a run came to.
@@ -39,6 +37,8 @@ struct Run<'a> {
     order: u64,
     processes: Vec<Process>,
     backlog: u32,
+    /// Most clients in the kernel's queue; further ones are turned away by the kernel.
+    most_waiting: u32,
     next_turn: Option<Time>,
     start: Time,
     calm: bool,
@@ -56,7 +56,8 @@ pub fn run(plan: &Plan) -> Outcome {
         policy: Policy::LeastConnections,
         max_connections_per_worker: 2 + random.below(30) as u32,
         max_untaken: 1 + random.below(12) as u32,
-        max_workers: 64,
+        // Those that were killed are still there for a moment when their successors come.
+        max_workers: 64 + 4 * plan.processes as u32,
         handoff_timeout: Duration::from_millis(50 + random.below(250)),
         probation: Duration::from_millis(random.below(1_500)),
         wait_for_worker: Duration::from_millis(100 + random.below(2_000)),
@@ -77,6 +78,7 @@ pub fn run(plan: &Plan) -> Outcome {
         order: 0,
         processes: Vec::new(),
         backlog: 0,
+        most_waiting: 300.max(4 * plan.processes as u32),
         next_turn: None,
         start,
         calm: false,
@@ -91,8 +93,7 @@ pub fn run(plan: &Plan) -> Outcome {
 
 impl Run<'_> {
     fn all(&mut self) -> Outcome {
-        let count = 1 + self.random.below(PROCESSES);
-        for i in 0..count as usize {
+        for i in 0..self.plan.processes as usize {
             self.processes.push(Process {
                 one_at_a_time: self.random.once_in(5),
                 weight: 1 + self.random.below(3) as u16,
@@ -107,8 +108,8 @@ impl Run<'_> {
             self.heap.push(Reverse((time, self.order, What::Fault(i))));
         }
         self.after(0, What::Arrive);
-        self.after(HORIZON.as_nanos() as u64, What::Calm);
-        let end = self.start + HORIZON + TAIL;
+        self.after(self.plan.horizon.as_nanos() as u64, What::Calm);
+        let end = self.start + self.plan.horizon + TAIL;
         while let Some(Reverse((time, _, what))) = self.heap.pop()
             && time <= end
         {
@@ -194,8 +195,9 @@ impl Run<'_> {
         if self.calm {
             return;
         }
-        self.backlog = (self.backlog + 1).min(BACKLOG);
-        let next = self.random.around(2_500_000);
+        self.backlog = (self.backlog + 1).min(self.most_waiting);
+        // About the same for each process, however many there are.
+        let next = self.random.around(2_500_000 / self.plan.processes.div_ceil(6));
         self.after(next, What::Arrive);
     }
 
@@ -423,7 +425,7 @@ impl Run<'_> {
                 self.processes[p].leaving = true;
             }
             FaultKind::Scarcity(count) => self.desk.scarcity += count,
-            FaultKind::Burst(count) => self.backlog = (self.backlog + count).min(BACKLOG),
+            FaultKind::Burst(count) => self.backlog = (self.backlog + count).min(self.most_waiting),
         }
     }
 
