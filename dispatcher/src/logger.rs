@@ -80,7 +80,7 @@ fn stderr_is_journal() -> bool {
         .is_ok_and(|stat| stream == format!("{}:{}", stat.st_dev, stat.st_ino))
 }
 
-/// One line: `2026-01-31T12:00:00.000Z info shell: worker joined worker=3 pool=web`.
+/// One line: `2026-01-31T12:00:00.000Z info shell: event=worker_joined worker=3 pool=web`.
 fn line(record: &Record<'_>, style: Style, now: std::time::SystemTime) -> String {
     let (name, priority) = match record.level() {
         Level::Error => ("error", 3),
@@ -230,11 +230,7 @@ fn write_out(
         // Right after a write there is room again, so this is the soonest it can be said.
         let now = dropped.load(Ordering::Relaxed);
         if now > reported {
-            let text = format_args!(
-                "the log could not keep up: lines left out count={}",
-                now - reported
-            )
-            .to_string();
+            let text = format_args!("event=log_lines_dropped count={}", now - reported).to_string();
             let record = line(
                 &Record::builder()
                     .level(Level::Warn)
@@ -304,7 +300,7 @@ mod tests {
         assert_eq!(lines[0], "line 0\n");
         assert!(
             lines[1].ends_with(&format!(
-                " warn logger: the log could not keep up: lines left out count={dropped}\n"
+                " warn logger: event=log_lines_dropped count={dropped}\n"
             )),
             "{}",
             lines[1]

@@ -294,7 +294,7 @@ fn signal(group: Pid, signal: Signal) {
     if let Err(error) = killpg(group, signal)
         && error != nix::Error::ESRCH
     {
-        log::warn!("process group {group} cannot be sent {signal}: {error}");
+        log::warn!("event=signal_failed group={group} signal={signal} error=\"{error}\"");
     }
 }
 

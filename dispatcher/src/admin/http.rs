@@ -57,7 +57,7 @@ pub(super) async fn serve(listener: UnixListener, gate: Arc<Gate>) {
                 tokio::spawn(connection(stream, routes.clone(), slot));
             }
             Err(error) => {
-                log::warn!("the admin socket cannot accept: {error}");
+                log::warn!("event=admin_accept_failed error=\"{error}\"");
                 tokio::time::sleep(REST).await;
             }
         }
@@ -83,7 +83,7 @@ async fn connection(stream: UnixStream, routes: Router, _slot: OwnedSemaphorePer
         }
     };
     if let Err(error) = result {
-        log::debug!("a client of the admin socket: {error}");
+        log::debug!("event=admin_client_failed error=\"{error}\"");
     }
 }
 

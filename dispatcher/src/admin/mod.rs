@@ -15,7 +15,7 @@ use std::io;
 use std::os::unix::net::UnixListener;
 use std::sync::{Arc, mpsc};
 use std::thread::JoinHandle;
-use std::time::Duration;
+use std::time::{Duration, Instant};
 
 use tokio::sync::oneshot;
 
@@ -30,6 +30,9 @@ const MAX_REQUESTS: usize = 16;
 
 /// How long a finishing side thread may hold the process up.
 const THREAD_END: Duration = Duration::from_secs(1);
+
+/// How much longer than its timeout stopping may take: SIGKILL has to work, and be seen to.
+const PROCESSES_END: Duration = Duration::from_secs(3);
 
 /// A question only the hot thread can answer. Dropping it unanswered is fine: the client gets 503.
 #[derive(Debug)]
@@ -92,13 +95,36 @@ impl Admin {
         })
     }
 
+    /// Stops all processes (see [`Spawner::stop`]) and then ends the side thread. Waits for both, at most a few seconds longer
+    /// than `timeout`. For the very end: reports that are still queued are thrown away, questions get 503.
+    pub fn stop(self, timeout: Duration) {
+        self.spawner.stop(timeout);
+        let deadline = Instant::now() + timeout + PROCESSES_END;
+        loop {
+            let left = deadline.saturating_duration_since(Instant::now());
+            match self.reports.recv_timeout(left) {
+                Ok(Report::Stopped { killed: 0 }) => break,
+                Ok(Report::Stopped { killed }) => {
+                    log::warn!("event=processes_killed count={killed} after={timeout:?}");
+                    break;
+                }
+                Ok(_) => {}
+                Err(_) => {
+                    log::error!("event=processes_left_behind");
+                    break;
+                }
+            }
+        }
+        self.finish();
+    }
+
     /// Ends the side thread, about at once. Processes that are still running stay; see [`Spawner::stop`].
     pub fn finish(self) {
         let Admin { stop, thread, .. } = self;
         // It may have ended by itself already.
         let _ = stop.send(());
         if thread.join().is_err() {
-            log::error!("the admin thread panicked");
+            log::error!("event=admin_thread_panicked");
         }
     }
 }

@@ -4,9 +4,11 @@
 //! sockets and starts nothing; it looks users and groups up, because a misspelt one should be known early.
 
 mod accounts;
+mod address;
 mod demo;
 mod error;
 mod file;
+mod spawn;
 mod validate;
 mod value;
 
@@ -107,7 +109,7 @@ impl Config {
             text: &text,
         };
         let socket = file::admin_socket(&source)?;
-        validate::unix_source(socket, DEFAULT_ADMIN_SOCKET, "admin_socket")
+        address::unix_source(socket, DEFAULT_ADMIN_SOCKET, "admin_socket")
             .map_err(|mistake| source.error(mistake))
     }
 }
