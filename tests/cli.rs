@@ -40,26 +40,15 @@ fn run(arguments: &[&str]) -> Ran {
 fn finish(command: &mut Command) -> Ran {
     let dir = tempfile::tempdir().unwrap();
     let file = |name| File::create(dir.path().join(name)).unwrap();
-    command
-        .stdin(Stdio::null())
-        .stdout(file("out"))
-        .stderr(file("err"));
+    command.stdin(Stdio::null()).stdout(file("out")).stderr(file("err"));
     let status = Process::start("the command", command).wait();
     let read = |name| std::fs::read_to_string(dir.path().join(name)).unwrap();
-    Ran {
-        code: status.code().expect("an exit code"),
-        out: read("out"),
-        err: read("err"),
-    }
+    Ran { code: status.code().expect("an exit code"), out: read("out"), err: read("err") }
 }
 
 /// `command --config` with the `dispatcher.toml` of a directory.
 fn with_config(command: &str, dir: &Path) -> Ran {
-    run(&[
-        command,
-        "--config",
-        dir.join("dispatcher.toml").to_str().unwrap(),
-    ])
+    run(&[command, "--config", dir.join("dispatcher.toml").to_str().unwrap()])
 }
 
 /// The program for a user who may not do everything; where that is us, just the program. `dir` is for his eyes, too.
@@ -67,9 +56,12 @@ fn unprivileged(dir: &Path) -> Command {
     if !geteuid().is_root() {
         return Command::new(dispatcher_bin());
     }
-    // He need not be able to reach the build directory.
+    // He need not be able to reach the build directory. Not copied by ourselves: what other tests start meanwhile would have
+    // the copy open for writing, and such a file cannot be run.
     let copy = dir.join("program");
-    std::fs::copy(dispatcher_bin(), &copy).unwrap();
+    assert!(
+        Command::new("cp").args([dispatcher_bin().as_ref(), &*copy]).status().unwrap().success()
+    );
     std::fs::set_permissions(dir, Permissions::from_mode(0o755)).unwrap();
     let mut command = Command::new(copy);
     command.uid(65_534).gid(65_534).current_dir("/");
@@ -78,15 +70,8 @@ fn unprivileged(dir: &Path) -> Command {
 
 fn limits(pid: impl std::fmt::Display) -> Vec<String> {
     let text = std::fs::read_to_string(format!("/proc/{pid}/limits")).unwrap();
-    let line = text
-        .lines()
-        .find(|line| line.starts_with("Max open files"))
-        .unwrap();
-    line.split_whitespace()
-        .skip(3)
-        .take(2)
-        .map(str::to_owned)
-        .collect()
+    let line = text.lines().find(|line| line.starts_with("Max open files")).unwrap();
+    line.split_whitespace().skip(3).take(2).map(str::to_owned).collect()
 }
 
 #[test]
@@ -94,10 +79,7 @@ fn a_good_configuration_passes() {
     let temp = configure(CONFIG);
     let ran = with_config("check", temp.path());
     assert_eq!((ran.code, ran.err.as_str()), (0, ""));
-    assert!(
-        ran.out
-            .contains("dispatcher.toml: ok\nlistener web: 127.0.0.1:0 -> pool web\n")
-    );
+    assert!(ran.out.contains("dispatcher.toml: ok\nlistener web: 127.0.0.1:0 -> pool web\n"));
     assert!(ran.out.ends_with('\n'));
 }
 
@@ -138,29 +120,18 @@ fn a_mistake_is_shown_in_its_place() {
             assert_eq!((ran.code, ran.out.as_str()), (78, ""), "{}", ran.err);
             let start = format!("dispatcher: {}:{place}: ", file.display());
             assert!(ran.err.starts_with(&start), "{start}\n{}", ran.err);
-            assert!(
-                ran.err.contains(said) && ran.err.ends_with('\n'),
-                "{said}\n{}",
-                ran.err
-            );
+            assert!(ran.err.contains(said) && ran.err.ends_with('\n'), "{said}\n{}", ran.err);
         }
     }
 }
 
 #[test]
 fn an_unknown_user_is_a_warning() {
-    let temp = configure(&format!(
-        "{CONFIG}allow_users = [\"root\", \"no-such-user\"]\n"
-    ));
+    let temp = configure(&format!("{CONFIG}allow_users = [\"root\", \"no-such-user\"]\n"));
     let ran = with_config("check", temp.path());
     assert_eq!(ran.code, 0);
     let carets = "^".repeat("\"no-such-user\"".len());
-    for part in [
-        "dispatcher.toml:10:24: warning: ",
-        "no-such-user",
-        "getent passwd",
-        &carets,
-    ] {
+    for part in ["dispatcher.toml:10:24: warning: ", "no-such-user", "getent passwd", &carets] {
         assert!(ran.err.contains(part), "{part}: {}", ran.err);
     }
 }
@@ -171,18 +142,9 @@ fn no_configuration_is_a_bad_configuration() {
     for command in ["run", "check", "status"] {
         let ran = with_config(command, temp.path());
         assert_eq!((ran.code, ran.out.as_str()), (78, ""));
-        assert!(
-            ran.err
-                .contains("dispatcher.toml: No such file or directory"),
-            "{}",
-            ran.err
-        );
+        assert!(ran.err.contains("dispatcher.toml: No such file or directory"), "{}", ran.err);
     }
-    assert!(
-        with_config("run", temp.path())
-            .err
-            .contains("--config FILE")
-    );
+    assert!(with_config("run", temp.path()).err.contains("--config FILE"));
 }
 
 #[test]
@@ -202,12 +164,7 @@ fn wrong_usage_is_64_and_help_is_not_wrong() {
         assert!(!ran.err.is_empty());
     }
     assert!(run(&["run", "--confg", "x"]).err.contains("'--config'"));
-    for arguments in [
-        &["--help"][..],
-        &["--version"],
-        &["run", "--help"],
-        &["status", "--help"],
-    ] {
+    for arguments in [&["--help"][..], &["--version"], &["run", "--help"], &["status", "--help"]] {
         let ran = run(arguments);
         assert_eq!((ran.code, ran.err.as_str()), (0, ""), "{arguments:?}");
         assert!(ran.out.contains("dispatcher"));
@@ -223,10 +180,7 @@ fn a_second_dispatcher_is_refused() {
     let mut held = Client::connect(dispatcher.address("web")).unwrap();
 
     let same = with_config("run", temp.path());
-    let said = format!(
-        "{} is in use by another process",
-        dispatcher.dispatch().display()
-    );
+    let said = format!("{} is in use by another process", dispatcher.dispatch().display());
     assert!(same.code == 69 && same.err.contains(&said), "{same:?}");
 
     // Only the admin socket is the same.
@@ -236,15 +190,9 @@ fn a_second_dispatcher_is_refused() {
         .replace("T/", &format!("{}/", temp.path().display()));
     std::fs::write(other.path().join("dispatcher.toml"), text).unwrap();
     let ran = with_config("run", other.path());
-    let said = format!(
-        "{} is in use by another process",
-        dispatcher.admin().display()
-    );
+    let said = format!("{} is in use by another process", dispatcher.admin().display());
     assert!(ran.code == 69 && ran.err.contains(&said), "{ran:?}");
-    assert!(
-        !other.path().join("d.sock").exists(),
-        "it put away what it had made"
-    );
+    assert!(!other.path().join("d.sock").exists(), "it put away what it had made");
 
     // The first one has noticed nothing.
     held.echo("still here");
@@ -274,10 +222,7 @@ fn something_else_in_the_way_is_left_alone() {
         std::fs::write(&file, "precious").unwrap();
         let ran = with_config("run", temp.path());
         assert_eq!(ran.code, 73);
-        let said = format!(
-            "{} exists and is not a socket; it was left alone",
-            file.display()
-        );
+        let said = format!("{} exists and is not a socket; it was left alone", file.display());
         assert!(ran.err.contains(&said), "{}", ran.err);
         assert_eq!(std::fs::read_to_string(&file).unwrap(), "precious");
     }
@@ -290,61 +235,33 @@ fn a_port_in_use_is_named() {
     let temp = configure(&CONFIG.replace("127.0.0.1:0", &address));
     let ran = with_config("run", temp.path());
     assert_eq!(ran.code, 73);
-    assert!(
-        ran.err.contains(&format!("cannot listen on {address}: ")),
-        "{}",
-        ran.err
-    );
-    assert!(
-        ran.err.contains("in use") && ran.err.contains("ss -ltnp"),
-        "{}",
-        ran.err
-    );
+    assert!(ran.err.contains(&format!("cannot listen on {address}: ")), "{}", ran.err);
+    assert!(ran.err.contains("in use") && ran.err.contains("ss -ltnp"), "{}", ran.err);
     let demo = run(&["demo", "--listen", &address]);
     assert_eq!((demo.code, demo.out.as_str()), (73, ""));
-    assert!(
-        demo.err.contains(&format!("cannot listen on {address}: ")),
-        "{}",
-        demo.err
-    );
+    assert!(demo.err.contains(&format!("cannot listen on {address}: ")), "{}", demo.err);
 }
 
 #[test]
 fn status_finds_the_dispatcher() {
     let dispatcher = Dispatcher::start(CONFIG);
     let _workers = dispatcher.workers("blocking", "web", 2);
-    let _clients: Vec<Client> = (0..3)
-        .map(|_| Client::connect(dispatcher.address("web")).unwrap())
-        .collect();
+    let _clients: Vec<Client> =
+        (0..3).map(|_| Client::connect(dispatcher.address("web")).unwrap()).collect();
     let (admin, config) = (dispatcher.admin(), dispatcher.dir.join("dispatcher.toml"));
     let mut by_variable = Command::new(dispatcher_bin());
     by_variable.arg("status").env("DISPATCHER_ADMIN", &admin);
     let mut by_option = Command::new(dispatcher_bin());
     // The nearest word counts.
-    by_option
-        .arg("status")
-        .arg("--admin")
-        .arg(&admin)
-        .env("DISPATCHER_ADMIN", "/nonexistent");
+    by_option.arg("status").arg("--admin").arg(&admin).env("DISPATCHER_ADMIN", "/nonexistent");
     let mut by_config = Command::new(dispatcher_bin());
-    by_config
-        .arg("status")
-        .arg("--config")
-        .arg(config)
-        .env("DISPATCHER_ADMIN", "/nonexistent");
+    by_config.arg("status").arg("--config").arg(config).env("DISPATCHER_ADMIN", "/nonexistent");
     for command in [&mut by_variable, &mut by_option, &mut by_config] {
         let ran = finish(command);
         assert_eq!((ran.code, ran.err.as_str()), (0, ""));
-        assert!(
-            ran.out.ends_with('\n') && !ran.out.ends_with("\n\n"),
-            "{:?}",
-            ran.out
-        );
-        let rows: Vec<Vec<&str>> = ran
-            .out
-            .lines()
-            .map(|line| line.split_whitespace().collect())
-            .collect();
+        assert!(ran.out.ends_with('\n') && !ran.out.ends_with("\n\n"), "{:?}", ran.out);
+        let rows: Vec<Vec<&str>> =
+            ran.out.lines().map(|line| line.split_whitespace().collect()).collect();
         let row = |start: [&str; 2]| {
             let row = rows.iter().find(|row| row.starts_with(&start));
             row.unwrap_or_else(|| panic!("{start:?}: {}", ran.out))[2..].join(" ")
@@ -362,10 +279,7 @@ fn status_finds_the_dispatcher() {
         assert!(json.out.ends_with("}\n"), "{:?}", json.out);
         let status: Status = serde_json::from_str(&json.out).unwrap();
         assert_conserved(&status);
-        assert_eq!(
-            (status.accepted, pool(&status, "web").workers.len()),
-            (3, 2)
-        );
+        assert_eq!((status.accepted, pool(&status, "web").workers.len()), (3, 2));
     }
 }
 
@@ -380,8 +294,7 @@ fn status_of_nothing_is_69() {
     for (ran, from) in [(absent, "config "), (dead, "--admin")] {
         assert_eq!((ran.code, ran.out.as_str()), (69, ""));
         assert!(
-            ran.err
-                .starts_with("dispatcher: is the dispatcher running? tried "),
+            ran.err.starts_with("dispatcher: is the dispatcher running? tried "),
             "{}",
             ran.err
         );
@@ -401,48 +314,28 @@ fn what_is_not_permitted_is_77() {
     if !geteuid().is_root() {
         std::fs::set_permissions(&admin, Permissions::from_mode(0o000)).unwrap();
     }
-    let ran = finish(
-        unprivileged(&dispatcher.dir)
-            .arg("status")
-            .arg("--admin")
-            .arg(&admin),
-    );
+    let ran = finish(unprivileged(&dispatcher.dir).arg("status").arg("--admin").arg(&admin));
     assert_eq!((ran.code, ran.out.as_str()), (77, ""), "{}", ran.err);
     let said = format!("{}: permission denied", admin.display());
-    assert!(
-        ran.err.contains(&said) && ran.err.contains("admin_socket_mode"),
-        "{}",
-        ran.err
-    );
+    assert!(ran.err.contains(&said) && ran.err.contains("admin_socket_mode"), "{}", ran.err);
     // A socket where one may not write.
     let temp = configure(CONFIG);
     let mut command = unprivileged(temp.path());
     std::fs::set_permissions(temp.path(), Permissions::from_mode(0o555)).unwrap();
-    let ran = finish(
-        command
-            .args(["run", "--config"])
-            .arg(temp.path().join("dispatcher.toml")),
-    );
+    let ran = finish(command.args(["run", "--config"]).arg(temp.path().join("dispatcher.toml")));
     assert_eq!(ran.code, 77, "{}", ran.err);
-    assert!(
-        ran.err.contains("dispatch.sock: Permission denied"),
-        "{}",
-        ran.err
-    );
+    assert!(ran.err.contains("dispatch.sock: Permission denied"), "{}", ran.err);
     std::fs::set_permissions(temp.path(), Permissions::from_mode(0o755)).unwrap();
 }
 
 #[test]
 fn descriptors_are_for_the_dispatcher_and_not_for_its_processes() {
     let worker = example("test-worker");
-    let temp = configure(&format!(
-        "{CONFIG}[pool.web.spawn]\ncommand = [{worker:?}, \"blocking\"]\n"
-    ));
+    let temp =
+        configure(&format!("{CONFIG}[pool.web.spawn]\ncommand = [{worker:?}, \"blocking\"]\n"));
     let mut command = Command::new("sh");
     let limited = "ulimit -S -n 300 && ulimit -H -n 2000 && exec \"$0\" \"$@\"";
-    command
-        .args(["-c", limited, dispatcher_bin()])
-        .env_remove("NOTIFY_SOCKET");
+    command.args(["-c", limited, dispatcher_bin()]).env_remove("NOTIFY_SOCKET");
     let mut dispatcher = Dispatcher::start_as(temp.path(), &mut command);
     dispatcher.wait_joined("web", 1);
     assert_eq!(limits(dispatcher.process.pid()), ["2000", "2000"]);
@@ -492,11 +385,7 @@ fn a_dead_service_manager_is_no_reason_not_to_serve() {
 fn sockets_for_another_process_are_not_ours() {
     // Descriptor 3 is whatever it is: nobody looks at it.
     let with_sockets = |command: &mut Command| {
-        let variables = [
-            ("LISTEN_PID", "1"),
-            ("LISTEN_FDS", "1"),
-            ("LISTEN_FDNAMES", "web"),
-        ];
+        let variables = [("LISTEN_PID", "1"), ("LISTEN_FDS", "1"), ("LISTEN_FDNAMES", "web")];
         command.envs(variables);
     };
     let temp = configure(CONFIG);
@@ -504,25 +393,14 @@ fn sockets_for_another_process_are_not_ours() {
     with_sockets(&mut command);
     let mut dispatcher = Dispatcher::start_as(temp.path(), command.env_remove("NOTIFY_SOCKET"));
     let log = dispatcher.log();
-    assert!(
-        !log.contains("inherited=true") && !log.contains("event=socket"),
-        "{log}"
-    );
+    assert!(!log.contains("inherited=true") && !log.contains("event=socket"), "{log}");
     assert!(dispatcher.stop().success());
 
     write_config(temp.path(), &CONFIG.replace("127.0.0.1:0", "systemd:web"));
     let mut command = Command::new(dispatcher_bin());
     with_sockets(&mut command);
-    let ran = finish(
-        command
-            .args(["run", "--config"])
-            .arg(temp.path().join("dispatcher.toml")),
-    );
+    let ran = finish(command.args(["run", "--config"]).arg(temp.path().join("dispatcher.toml")));
     assert_eq!(ran.code, 78);
     let said = "systemd:web: no socket of this name; no other sockets were passed";
-    assert!(
-        ran.err.contains(said) && ran.err.contains("FileDescriptorName=web"),
-        "{}",
-        ran.err
-    );
+    assert!(ran.err.contains(said) && ran.err.contains("FileDescriptorName=web"), "{}", ran.err);
 }

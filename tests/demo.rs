@@ -29,53 +29,28 @@ impl Demo {
         let dir = tempfile::tempdir().unwrap();
         let file = |name| File::create(dir.path().join(name)).unwrap();
         let mut command = Command::new(dispatcher_bin());
-        command
-            .args(["demo", "--listen", "127.0.0.1:0"])
-            .args(arguments);
-        command
-            .env_remove("NOTIFY_SOCKET")
-            .env("XDG_RUNTIME_DIR", dir.path());
-        command
-            .stdin(Stdio::null())
-            .stdout(file("out"))
-            .stderr(file("log"));
+        command.args(["demo", "--listen", "127.0.0.1:0"]).args(arguments);
+        command.env_remove("NOTIFY_SOCKET").env("XDG_RUNTIME_DIR", dir.path());
+        command.stdin(Stdio::null()).stdout(file("out")).stderr(file("log"));
         let mut process = Process::start("demo", &mut command);
         let printed = wait_for("what to try", || {
             let log = || std::fs::read_to_string(dir.path().join("log")).unwrap();
             assert!(process.running(), "{}", log());
             let text = std::fs::read_to_string(dir.path().join("out")).unwrap();
-            text.contains("status --admin")
-                .then_some(text)
-                .filter(|text| text.ends_with('\n'))
+            text.contains("status --admin").then_some(text).filter(|text| text.ends_with('\n'))
         });
-        let address = printed
-            .split("http://")
-            .nth(1)
-            .and_then(|rest| rest.split('/').next());
+        let address = printed.split("http://").nth(1).and_then(|rest| rest.split('/').next());
         let address = address.unwrap().parse().unwrap();
-        Demo {
-            process,
-            dir,
-            printed,
-            address,
-        }
+        Demo { process, dir, printed, address }
     }
 
     /// Runs the command that it says to try, and the same for programs.
     fn status(&self) -> Status {
-        let line = self
-            .printed
-            .lines()
-            .find(|line| line.contains("status --admin"))
-            .unwrap();
+        let line = self.printed.lines().find(|line| line.contains("status --admin")).unwrap();
         let words: Vec<&str> = line.split_whitespace().collect();
         let table = Command::new(words[0]).args(&words[1..]).output().unwrap();
         assert!(table.status.success() && table.stdout.starts_with(b"dispatcher "));
-        let json = Command::new(words[0])
-            .args(&words[1..])
-            .arg("--json")
-            .output()
-            .unwrap();
+        let json = Command::new(words[0]).args(&words[1..]).arg("--json").output().unwrap();
         serde_json::from_slice(&json.stdout).unwrap()
     }
 
@@ -89,9 +64,8 @@ impl Demo {
 
     /// What it made for itself.
     fn directories(&self) -> Vec<PathBuf> {
-        let entries = std::fs::read_dir(self.dir.path())
-            .unwrap()
-            .map(|entry| entry.unwrap().path());
+        let entries =
+            std::fs::read_dir(self.dir.path()).unwrap().map(|entry| entry.unwrap().path());
         entries.filter(|path| path.is_dir()).collect()
     }
 }
@@ -121,9 +95,7 @@ fn pid(answer: &str) -> i32 {
 /// Whether a process is there and not just waiting to be noticed.
 fn runs(pid: i32) -> bool {
     let stat = std::fs::read_to_string(format!("/proc/{pid}/stat")).unwrap_or_default();
-    stat.rsplit(") ")
-        .next()
-        .is_some_and(|rest| !rest.is_empty() && !rest.starts_with(['Z', 'X']))
+    stat.rsplit(") ").next().is_some_and(|rest| !rest.is_empty() && !rest.starts_with(['Z', 'X']))
 }
 
 #[test]
@@ -137,10 +109,7 @@ fn four_processes_serve_http() {
             let (stream, answer) = get(demo.address);
             served.insert(pid(&answer));
             let plural = if round == 1 { "" } else { "s" };
-            assert!(
-                answer.contains(&format!("holds {round} connection{plural};")),
-                "{answer}"
-            );
+            assert!(answer.contains(&format!("holds {round} connection{plural};")), "{answer}");
             let peer = stream.local_addr().unwrap();
             assert!(answer.ends_with(&format!("you are {peer}\n")), "{answer}");
             open.push(stream);
@@ -148,15 +117,8 @@ fn four_processes_serve_http() {
         assert_eq!(served, pids);
     }
     let status = demo.status();
-    assert_eq!(
-        (loads(&status, "web"), status.accepted),
-        ((vec![3; 4], 0), 12)
-    );
-    for part in [
-        "4 workers serve http://",
-        "Ctrl-C stops everything",
-        "  curl http://",
-    ] {
+    assert_eq!((loads(&status, "web"), status.accepted), ((vec![3; 4], 0), 12));
+    for part in ["4 workers serve http://", "Ctrl-C stops everything", "  curl http://"] {
         assert!(demo.printed.contains(part), "{}", demo.printed);
     }
 }
@@ -171,15 +133,8 @@ fn curl_is_served() {
     let url = format!("http://{}/", demo.address);
     let mut seen = BTreeSet::new();
     wait_until("answers of all four", || {
-        let output = Command::new("curl")
-            .args(["-sS", "--max-time", "60", &url])
-            .output()
-            .unwrap();
-        assert!(
-            output.status.success(),
-            "{}",
-            String::from_utf8_lossy(&output.stderr)
-        );
+        let output = Command::new("curl").args(["-sS", "--max-time", "60", &url]).output().unwrap();
+        assert!(output.status.success(), "{}", String::from_utf8_lossy(&output.stderr));
         seen.insert(pid(std::str::from_utf8(&output.stdout).unwrap()));
         seen.len() == 4
     });
@@ -192,15 +147,8 @@ fn as_many_workers_and_where_one_likes() {
     let admin = dir.path().join("mine.sock");
     let mut demo = Demo::start(&["--workers", "2", "--admin", admin.to_str().unwrap()]);
     assert_eq!(demo.wait_joined(2).len(), 2);
-    assert!(
-        demo.printed.starts_with("2 workers serve http://"),
-        "{}",
-        demo.printed
-    );
-    assert!(
-        demo.printed
-            .contains(&format!("status --admin {}", admin.display()))
-    );
+    assert!(demo.printed.starts_with("2 workers serve http://"), "{}", demo.printed);
+    assert!(demo.printed.contains(&format!("status --admin {}", admin.display())));
     demo.process.signal(Signal::SIGTERM);
     assert!(demo.process.wait().success());
     assert!(!admin.exists());
@@ -216,11 +164,7 @@ fn ctrl_c_stops_everything() {
     assert!(pids.iter().all(|&pid| runs(pid)));
     demo.process.signal(Signal::SIGINT);
     assert!(demo.process.wait().success());
-    assert!(
-        !pids
-            .iter()
-            .any(|&pid| Path::new(&format!("/proc/{pid}")).exists())
-    );
+    assert!(!pids.iter().any(|&pid| Path::new(&format!("/proc/{pid}")).exists()));
     assert_eq!(demo.directories(), [] as [PathBuf; 0]);
     assert!(TcpStream::connect(demo.address).is_err());
 }
@@ -245,11 +189,5 @@ fn a_killed_worker_is_replaced() {
         (!pids.contains(&victim)).then_some(pids)
     });
     assert_eq!(before.intersection(&after).count(), 1);
-    assert_eq!(
-        (0..2)
-            .map(|_| get(demo.address))
-            .map(|(_, answer)| pid(&answer))
-            .len(),
-        2
-    );
+    assert_eq!((0..2).map(|_| get(demo.address)).map(|(_, answer)| pid(&answer)).len(), 2);
 }

@@ -31,9 +31,7 @@ fn serving() -> Option<Machine> {
 }
 
 fn clients(machine: &Machine, count: usize) -> Vec<Client> {
-    (0..count)
-        .map(|_| Client::connect(machine.address).unwrap())
-        .collect()
+    (0..count).map(|_| Client::connect(machine.address).unwrap()).collect()
 }
 
 /// It may be back already.
@@ -59,10 +57,7 @@ fn the_units_are_valid() {
     arguments.extend(SOCKETS);
     let output = machine.run("systemd-analyze", &arguments);
     let complaints = String::from_utf8_lossy(&output.stderr);
-    assert!(
-        output.status.success() && complaints.is_empty(),
-        "{complaints}"
-    );
+    assert!(output.status.success() && complaints.is_empty(), "{complaints}");
 }
 
 #[test]
@@ -73,20 +68,14 @@ fn the_first_connection_starts_the_dispatcher() {
     // It came before the dispatcher, and before any worker.
     machine.workers(&["w0"]);
     let mut first = Client::greeted(first).unwrap();
-    assert_eq!(
-        (first.served_by.as_str(), first.listener.as_str()),
-        ("w0", "web")
-    );
+    assert_eq!((first.served_by.as_str(), first.listener.as_str()), ("w0", "web"));
     first.echo("hello");
     let status = machine.status().unwrap();
     assert_eq!(status.listeners[0].address, machine.address.to_string());
     assert_eq!((status.accepted, status.taken), (1, 1));
     let log = machine.log();
     assert!(log.contains(" pool=web inherited=true"), "{log}");
-    assert!(
-        log.contains("dispatch_socket=unix:/run/dispatcher/dispatch.sock"),
-        "{log}"
-    );
+    assert!(log.contains("dispatch_socket=unix:/run/dispatcher/dispatch.sock"), "{log}");
     assert!(!log.contains("event=socket_unused"), "{log}");
 }
 
@@ -98,16 +87,11 @@ fn the_sample_configuration_goes_with_the_units() {
     let etc = std::path::Path::new(env!("CARGO_MANIFEST_DIR")).join("../etc");
     let sample = std::fs::read_to_string(etc.join("dispatcher.toml")).unwrap();
     // The two edits that the comments in the socket units ask for.
-    let edited = sample
-        .replace("\"127.0.0.1:8080\"", "\"systemd:web\"")
-        .replace(
-            "#dispatch_socket = \"/run/dispatcher/dispatch.sock\"",
-            "dispatch_socket = \"systemd:dispatch\"",
-        );
-    assert_eq!(
-        edited.matches("\"systemd:").count(),
-        sample.matches("\"systemd:").count() + 2
+    let edited = sample.replace("\"127.0.0.1:8080\"", "\"systemd:web\"").replace(
+        "#dispatch_socket = \"/run/dispatcher/dispatch.sock\"",
+        "dispatch_socket = \"systemd:dispatch\"",
     );
+    assert_eq!(edited.matches("\"systemd:").count(), sample.matches("\"systemd:").count() + 2);
     machine.configure(&edited);
     machine.order(&["start", SOCKETS[0], SOCKETS[1], SERVICE]);
     machine.workers(&["w0"]);
@@ -178,18 +162,11 @@ fn a_restart_loses_no_client() {
             machine.wait_joined(2);
         }
         over.store(true, Ordering::SeqCst);
-        threads
-            .into_iter()
-            .map(|thread| thread.join().unwrap())
-            .sum()
+        threads.into_iter().map(|thread| thread.join().unwrap()).sum()
     });
     assert!(greeted >= 800);
     wait_until("the last of them to be counted", || {
-        loads(&machine.status().unwrap(), "web")
-            .0
-            .iter()
-            .sum::<u64>()
-            == 20
+        loads(&machine.status().unwrap(), "web").0.iter().sum::<u64>() == 20
     });
     // The workers lived through it, with what they had.
     assert_eq!(machine.show("worker@w0.service", "NRestarts"), "0");
@@ -219,10 +196,7 @@ fn a_stop_leaves_the_sockets_and_a_client_starts_it_again() {
     drop(held);
     machine.order(&["stop", "worker@w0.service", "worker@w1.service", SERVICE]);
     assert_eq!(machine.state(SERVICE), "inactive");
-    assert_eq!(
-        SOCKETS.map(|unit| machine.state(unit)),
-        ["active", "active"]
-    );
+    assert_eq!(SOCKETS.map(|unit| machine.state(unit)), ["active", "active"]);
     assert!(machine.inside("/run/dispatcher/dispatch.sock").exists());
     let client = TcpStream::connect(machine.address).unwrap();
     wait_until("the service", || machine.state(SERVICE) == "active");
@@ -242,10 +216,7 @@ fn a_killed_dispatcher_is_started_again() {
     wait_for_its_end(&machine);
     // They wait in the queue of a socket that systemd holds.
     let waiting: Vec<TcpStream> = (0..200).map(|_| connect(machine.address)).collect();
-    let served: Vec<Client> = waiting
-        .into_iter()
-        .map(|s| Client::greeted(s).unwrap())
-        .collect();
+    let served: Vec<Client> = waiting.into_iter().map(|s| Client::greeted(s).unwrap()).collect();
     assert_eq!(served.len(), 200);
     assert_eq!(machine.show(SERVICE, "NRestarts"), "1");
     assert_eq!(machine.state(SERVICE), "active");
@@ -264,10 +235,7 @@ fn a_missing_socket_is_a_mistake_in_the_configuration() {
     assert!(!started, "{text}");
     assert_eq!(machine.show(SERVICE, "ExecMainStatus"), "78");
     let log = machine.log();
-    assert!(
-        log.contains("systemd:wbe: no socket of this name; passed were: web"),
-        "{log}"
-    );
+    assert!(log.contains("systemd:wbe: no socket of this name; passed were: web"), "{log}");
     // Trying again would not help.
     assert_eq!(machine.show(SERVICE, "NRestarts"), "0");
     assert_eq!(machine.state(SERVICE), "failed");

@@ -28,11 +28,7 @@ const STUBS: [&str; 8] = [
 ];
 
 /// The units under test, verbatim. What the tests change is in drop-ins, below.
-const UNITS: [&str; 3] = [
-    "dispatcher.service",
-    "dispatcher.socket",
-    "dispatcher-dispatch.socket",
-];
+const UNITS: [&str; 3] = ["dispatcher.service", "dispatcher.socket", "dispatcher-dispatch.socket"];
 
 /// Other paths, and a log to read. Everything else is as shipped, the hardening too.
 const SERVICE: &str = "\
@@ -90,11 +86,7 @@ impl Machine {
         let log = File::create(dir.path().join("boot-log")).unwrap();
         let mut helper = Command::new("unshare")
             .args(["--mount", "--propagation", "private", "sh"])
-            .args([
-                &tests.join("boot-systemd"),
-                dir.path(),
-                Path::new(dispatcher_bin()),
-            ])
+            .args([&tests.join("boot-systemd"), dir.path(), Path::new(dispatcher_bin())])
             .arg(example("test-worker"))
             // Ctrl-C is for the test; this one then still tidies up.
             .process_group(0)
@@ -104,13 +96,7 @@ impl Machine {
             .spawn()
             .unwrap();
         let stdin = helper.stdin.take();
-        let mut machine = Machine {
-            helper,
-            stdin,
-            pid: String::new(),
-            dir,
-            address,
-        };
+        let mut machine = Machine { helper, stdin, pid: String::new(), dir, address };
         machine.pid = wait_for("systemd", || {
             machine.assert_up();
             std::fs::read_to_string(machine.dir.path().join("pid")).ok()
@@ -191,10 +177,7 @@ impl Machine {
     pub fn wait_joined(&self, count: usize) -> Status {
         wait_for("the workers to join", || {
             let status = self.status()?;
-            let active = pool(&status, "web")
-                .workers
-                .iter()
-                .filter(|w| w.state == "active");
+            let active = pool(&status, "web").workers.iter().filter(|w| w.state == "active");
             (active.count() == count).then_some(status)
         })
     }
@@ -232,16 +215,7 @@ fn possible() -> Result<(), String> {
     let attempt = "mount -t tmpfs tmpfs /sys/fs/cgroup && mount -t cgroup2 cgroup2 /sys/fs/cgroup && \
                    test -w \"/sys/fs/cgroup$(sed -n s/^0:://p /proc/self/cgroup)/cgroup.procs\"";
     let output = Command::new("unshare")
-        .args([
-            "--mount",
-            "--propagation",
-            "private",
-            "--pid",
-            "--fork",
-            "sh",
-            "-c",
-            attempt,
-        ])
+        .args(["--mount", "--propagation", "private", "--pid", "--fork", "sh", "-c", attempt])
         .output()
         .map_err(|error| format!("needs unshare: {error}"))?;
     match output.status.success() {
@@ -260,10 +234,7 @@ fn write_units(units: &Path, address: SocketAddr) {
         std::fs::copy(etc.join(name), units.join(name)).unwrap();
     }
     let socket = format!("[Socket]\nListenStream=\nListenStream={address}\n");
-    for (unit, text) in [
-        ("dispatcher.service", SERVICE),
-        ("dispatcher.socket", &socket),
-    ] {
+    for (unit, text) in [("dispatcher.service", SERVICE), ("dispatcher.socket", &socket)] {
         let directory = units.join(format!("{unit}.d"));
         std::fs::create_dir(&directory).unwrap();
         std::fs::write(directory.join("test.conf"), text).unwrap();
@@ -279,8 +250,5 @@ fn free_address() -> SocketAddr {
     let [_, a, b, c] = (std::process::id() * 16 + machine % 16).to_be_bytes();
     // 127.0.x.x is where everybody else is.
     let ip = [127, a | 0x80, b, c.max(1)];
-    TcpListener::bind((std::net::Ipv4Addr::from(ip), 0))
-        .unwrap()
-        .local_addr()
-        .unwrap()
+    TcpListener::bind((std::net::Ipv4Addr::from(ip), 0)).unwrap().local_addr().unwrap()
 }

@@ -61,9 +61,7 @@ impl Admin {
     /// # Errors
     /// When the system has no thread or epoll instance left.
     pub fn start(listener: UnixListener, wake: Wake) -> io::Result<Admin> {
-        let runtime = tokio::runtime::Builder::new_current_thread()
-            .enable_all()
-            .build()?;
+        let runtime = tokio::runtime::Builder::new_current_thread().enable_all().build()?;
         listener.set_nonblocking(true)?;
         let listener = {
             let _inside = runtime.enter();
@@ -73,26 +71,18 @@ impl Admin {
         let gate = gate::Gate::new(request_sender, Arc::clone(&wake));
         let (spawner, spawns, reports) = spawner::service(wake);
         let (stop, stopped) = oneshot::channel();
-        let thread = std::thread::Builder::new()
-            .name("admin".to_owned())
-            .spawn(move || {
-                runtime.block_on(async {
-                    tokio::spawn(spawns.run());
-                    tokio::select! {
-                        () = http::serve(listener, gate) => {}
-                        // An error is a dropped `Admin`: the same.
-                        _ = stopped => {}
-                    }
-                });
-                runtime.shutdown_timeout(THREAD_END);
-            })?;
-        Ok(Admin {
-            requests,
-            reports,
-            spawner,
-            stop,
-            thread,
-        })
+        let thread = std::thread::Builder::new().name("admin".to_owned()).spawn(move || {
+            runtime.block_on(async {
+                tokio::spawn(spawns.run());
+                tokio::select! {
+                    () = http::serve(listener, gate) => {}
+                    // An error is a dropped `Admin`: the same.
+                    _ = stopped => {}
+                }
+            });
+            runtime.shutdown_timeout(THREAD_END);
+        })?;
+        Ok(Admin { requests, reports, spawner, stop, thread })
     }
 
     /// Stops all processes (see [`Spawner::stop`]) and then ends the side thread. Waits for both, at most a few seconds longer

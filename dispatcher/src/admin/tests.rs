@@ -57,13 +57,7 @@ impl Bench {
                 admin.finish();
             }
         });
-        Bench {
-            directory,
-            answering,
-            asked,
-            end,
-            hot: Some(hot),
-        }
+        Bench { directory, answering, asked, end, hot: Some(hot) }
     }
 
     fn path(&self) -> PathBuf {
@@ -101,16 +95,10 @@ fn the_status() {
     let body = client::get(&bench.path(), "/v1/status", PATIENCE).expect("a status");
     let status: Status = serde_json::from_slice(&body).expect("valid");
     assert_eq!(status.version, "test");
-    assert_eq!(
-        client::get(&bench.path(), "/healthz", PATIENCE).expect("healthy"),
-        b"ok\n"
-    );
+    assert_eq!(client::get(&bench.path(), "/healthz", PATIENCE).expect("healthy"), b"ok\n");
     let answer = bench.raw("GET /v1/status HTTP/1.1\r\nHost: x\r\nConnection: close\r\n\r\n");
     assert!(answer.starts_with("HTTP/1.1 200 "), "{answer}");
-    assert!(
-        answer.contains("content-type: application/json"),
-        "{answer}"
-    );
+    assert!(answer.contains("content-type: application/json"), "{answer}");
 }
 
 #[test]
@@ -124,11 +112,7 @@ fn paths_and_methods_that_do_not_exist() {
     assert!(answer.contains("allow: GET"), "{answer}");
     let answer = bench.raw("GET /v1/status HTTP/1.1\r\nHost: x\r\nContent-Length: 65537\r\n\r\n");
     assert!(answer.starts_with("HTTP/1.1 413 "), "{answer}");
-    assert!(
-        bench
-            .raw("what is this\r\n\r\n")
-            .starts_with("HTTP/1.1 400 ")
-    );
+    assert!(bench.raw("what is this\r\n\r\n").starts_with("HTTP/1.1 400 "));
     let error = client::get(&bench.path(), "/nope", PATIENCE).expect_err("404");
     assert!(matches!(error, ClientError::Unexpected(_)), "{error}");
 }
@@ -218,10 +202,7 @@ fn stopping_ends_the_processes_first() {
     let listener = UnixListener::bind(directory.path().join("admin.sock")).expect("a socket");
     let admin = Admin::start(listener, Arc::new(|| {})).expect("a side thread");
     let request = spawner::SpawnRequest {
-        process: crate::pool::ProcessId {
-            pool: crate::pool::PoolId(0),
-            number: 0,
-        },
+        process: crate::pool::ProcessId { pool: crate::pool::PoolId(0), number: 0 },
         command: vec!["sleep".to_owned(), "1000".to_owned()],
         environment: Vec::new(),
         directory: None,

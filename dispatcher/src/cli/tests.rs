@@ -6,11 +6,7 @@ use super::*;
 use crate::status::{ListenerStatus, PoolStatus, Status, WorkerStatus};
 
 fn run(arguments: &[&str]) -> Exit {
-    execute(
-        std::iter::once(&"dispatcher")
-            .chain(arguments)
-            .map(OsString::from),
-    )
+    execute(std::iter::once(&"dispatcher").chain(arguments).map(OsString::from))
 }
 
 #[test]
@@ -30,14 +26,8 @@ fn exit_codes() {
     std::fs::write(&file, format!("nope = 1\n{good}")).expect("written");
     assert_eq!(run(&["check", "--config", name]), Exit::Config);
     assert_eq!(run(&["run", "--config", name]), Exit::Config);
-    assert_eq!(
-        run(&["check", "--config", "/nonexistent/d.toml"]),
-        Exit::Config
-    );
-    assert_eq!(
-        run(&["status", "--config", "/nonexistent/d.toml"]),
-        Exit::Config
-    );
+    assert_eq!(run(&["check", "--config", "/nonexistent/d.toml"]), Exit::Config);
+    assert_eq!(run(&["status", "--config", "/nonexistent/d.toml"]), Exit::Config);
     let socket = directory.path().join("none.sock");
     let socket = socket.to_str().expect("UTF-8");
     assert_eq!(run(&["status", "--admin", socket]), Exit::Unavailable);
@@ -62,10 +52,8 @@ fn the_nearest_word_on_the_socket_counts() {
     std::fs::write(&systemd, "admin_socket = 'systemd:admin'").expect("written");
     let find =
         |given: Option<&str>, config: Option<&Path>, variable: Option<&str>, default: &Path| {
-            let arguments = AdminArgs {
-                admin: given.map(PathBuf::from),
-                config: config.map(Path::to_owned),
-            };
+            let arguments =
+                AdminArgs { admin: given.map(PathBuf::from), config: config.map(Path::to_owned) };
             admin::find_with(&arguments, variable.map(OsString::from), default)
                 .map(|place| (place.path.display().to_string(), place.from))
                 .map_err(|failure| failure.exit)
@@ -73,19 +61,13 @@ fn the_nearest_word_on_the_socket_counts() {
     let (path, from) = find(Some("/a"), Some(&file), Some("/v"), &file).expect("found");
     assert_eq!((path.as_str(), from.as_str()), ("/a", "--admin"));
     let (path, from) = find(None, Some(&file), Some("/v"), &missing).expect("found");
-    assert_eq!(
-        (path.as_str(), from),
-        ("/from/file", format!("config {}", file.display()))
-    );
+    assert_eq!((path.as_str(), from), ("/from/file", format!("config {}", file.display())));
     let (path, from) = find(None, None, Some("/v"), &file).expect("found");
     assert_eq!((path.as_str(), from.as_str()), ("/v", "DISPATCHER_ADMIN"));
     let (path, _) = find(None, None, Some(""), &file).expect("found");
     assert_eq!(path, "/from/file");
     let (path, from) = find(None, None, None, &missing).expect("found");
-    assert_eq!(
-        (path.as_str(), from.as_str()),
-        ("/run/dispatcher/admin.sock", "default")
-    );
+    assert_eq!((path.as_str(), from.as_str()), ("/run/dispatcher/admin.sock", "default"));
     assert_eq!(find(None, Some(&missing), None, &file), Err(Exit::Config));
     assert_eq!(find(None, None, None, &systemd), Err(Exit::Usage));
 }

@@ -60,16 +60,12 @@ fn socket_path(path: &str, span: Range<usize>) -> Checked<PathBuf> {
 fn descriptor_name(name: &str, span: Range<usize>) -> Checked<String> {
     // What systemd itself allows for FileDescriptorName=.
     let good = (1..=255).contains(&name.len())
-        && name
-            .bytes()
-            .all(|b| (b.is_ascii_graphic() || b == b' ') && b != b':');
+        && name.bytes().all(|b| (b.is_ascii_graphic() || b == b' ') && b != b':');
     if good {
         return Ok(name.to_owned());
     }
-    Err(
-        Mistake::new(span, "not a name that systemd can give to a socket")
-            .help("write \"systemd:NAME\" with the FileDescriptorName= of the .socket unit"),
-    )
+    Err(Mistake::new(span, "not a name that systemd can give to a socket")
+        .help("write \"systemd:NAME\" with the FileDescriptorName= of the .socket unit"))
 }
 
 /// `IP:PORT`, `unix:PATH` or `systemd:NAME`.
@@ -88,10 +84,7 @@ pub(super) fn address(text: &Spanned<String>) -> Checked<Address> {
     let help = if text.starts_with('/') {
         format!("for a Unix socket write \"unix:{text}\"")
     } else if let Ok(ip) = text.parse::<std::net::IpAddr>() {
-        format!(
-            "add a port: \"{}\"",
-            SocketAddr::new(ip, 8080).to_string().as_str()
-        )
+        format!("add a port: \"{}\"", SocketAddr::new(ip, 8080).to_string().as_str())
     } else if let Ok(port) = text.trim_start_matches(['*', ':']).parse::<u16>() {
         format!("name the address too: \"0.0.0.0:{port}\", or \"[::]:{port}\" for IPv4 and IPv6")
     } else {

@@ -17,11 +17,8 @@ pub(super) fn spawn(
 ) -> Checked<Spawn> {
     let own = keys.get_ref();
     let defaults = defaults.map(Spanned::get_ref);
-    let command = own
-        .command
-        .as_ref()
-        .or(defaults.and_then(|d| d.command.as_ref()))
-        .ok_or_else(|| {
+    let command =
+        own.command.as_ref().or(defaults.and_then(|d| d.command.as_ref())).ok_or_else(|| {
             Mistake::new(keys.span(), "missing key `command`")
                 .help("add the program and its arguments: command = [\"/usr/bin/my-server\"]")
         })?;
@@ -35,27 +32,14 @@ pub(super) fn spawn(
         }
         Some(_) => {}
     }
-    let environment = own
-        .environment
-        .as_ref()
-        .or(defaults.and_then(|d| d.environment.as_ref()));
-    let directory = own
-        .directory
-        .as_ref()
-        .or(defaults.and_then(|d| d.directory.as_ref()));
+    let environment = own.environment.as_ref().or(defaults.and_then(|d| d.environment.as_ref()));
+    let directory = own.directory.as_ref().or(defaults.and_then(|d| d.directory.as_ref()));
     for text in command.get_ref().iter().chain(directory) {
         no_zero_byte(text)?;
     }
     Ok(Spawn {
-        command: command
-            .get_ref()
-            .iter()
-            .map(|word| word.get_ref().clone())
-            .collect(),
-        processes: own
-            .processes
-            .or(defaults.and_then(|d| d.processes))
-            .map_or(1, |n| n.0),
+        command: command.get_ref().iter().map(|word| word.get_ref().clone()).collect(),
+        processes: own.processes.or(defaults.and_then(|d| d.processes)).map_or(1, |n| n.0),
         environment: environment.map_or(Ok(Vec::new()), variables)?,
         directory: directory.map(|directory| PathBuf::from(directory.get_ref())),
     })
@@ -74,10 +58,7 @@ fn variables(
     let mut variables = Vec::with_capacity(environment.len());
     for (name, value) in environment {
         if name.get_ref().is_empty() || name.get_ref().contains(['=', '\0']) {
-            return Err(Mistake::new(
-                name.span(),
-                "not a name for an environment variable",
-            ));
+            return Err(Mistake::new(name.span(), "not a name for an environment variable"));
         }
         if super::RESERVED_VARIABLES.contains(&name.get_ref().as_str()) {
             return Err(Mistake::new(
@@ -96,17 +77,12 @@ pub(super) fn unavailable_response(path: &Spanned<String>) -> Checked<Vec<u8>> {
     use std::io::Read;
 
     let unreadable = |error: std::io::Error| {
-        Mistake::new(
-            path.span(),
-            format!("`{}` cannot be read: {error}", path.get_ref()),
-        )
-        .help("it holds the bytes a client gets before it is closed because there is no worker")
+        Mistake::new(path.span(), format!("`{}` cannot be read: {error}", path.get_ref()))
+            .help("it holds the bytes a client gets before it is closed because there is no worker")
     };
     let file = std::fs::File::open(path.get_ref()).map_err(unreadable)?;
     let mut bytes = Vec::new();
-    file.take(MAX_UNAVAILABLE_RESPONSE as u64 + 1)
-        .read_to_end(&mut bytes)
-        .map_err(unreadable)?;
+    file.take(MAX_UNAVAILABLE_RESPONSE as u64 + 1).read_to_end(&mut bytes).map_err(unreadable)?;
     if bytes.len() > MAX_UNAVAILABLE_RESPONSE {
         return Err(Mistake::new(
             path.span(),

@@ -24,24 +24,14 @@ fn refused(marked: &str, message: &str, help: &str) {
     let error = Config::parse(&text, "test.toml").expect_err("this should be refused");
     let found = error.diagnostic().expect("a place").clone();
     check_place(&found, &text, start, end);
-    assert!(
-        found.message.contains(message),
-        "message: {}",
-        found.message
-    );
+    assert!(found.message.contains(message), "message: {}", found.message);
     let said = found.help.clone().unwrap_or_default();
     assert!(said.contains(help), "help: {said}");
 
     // And the printed form points at the same place.
     let shown = error.to_string();
     let lines: Vec<&str> = shown.lines().collect();
-    assert_eq!(
-        lines[0],
-        format!(
-            "test.toml:{}:{}: {}",
-            found.line, found.column, found.message
-        )
-    );
+    assert_eq!(lines[0], format!("test.toml:{}:{}: {}", found.line, found.column, found.message));
     let gutter = lines[1].find("| ").expect("a gutter") + 2;
     assert_eq!(&lines[1][gutter..], found.text);
     assert_eq!(lines[2].find("| "), Some(gutter - 2));
@@ -73,11 +63,7 @@ fn pool_refused(line: &str, message: &str, help: &str) {
 /// The good file with `line` added to its `[[listener]]`.
 #[track_caller]
 fn listener_refused(line: &str, message: &str, help: &str) {
-    refused(
-        &GOOD.replace("pool = \"web\"\n", &format!("pool = \"web\"\n{line}\n")),
-        message,
-        help,
-    );
+    refused(&GOOD.replace("pool = \"web\"\n", &format!("pool = \"web\"\n{line}\n")), message, help);
 }
 
 /// The good file with `line` at its top.
@@ -117,10 +103,7 @@ fn the_least_there_can_be() {
     assert_eq!(config.admin_socket.mode, 0o600);
     let listener = &config.listeners[0];
     assert_eq!(listener.options, ListenerOptions::default());
-    assert_eq!(
-        listener.address,
-        Address::Tcp(([127, 0, 0, 1], 8080).into())
-    );
+    assert_eq!(listener.address, Address::Tcp(([127, 0, 0, 1], 8080).into()));
     let pool = &config.pools[0];
     assert_eq!(pool.settings.max_connections_per_worker, 10_000);
     assert_eq!(pool.settings.max_untaken, 256);
@@ -136,18 +119,11 @@ fn pools_and_listeners_keep_their_order() {
          [[listener]]\nname='a'\naddress='systemd:web'\npool='ant'\n\
          [pool.zebra]\n[pool.ant]\n[pool.ant.spawn]\ncommand=['x']\n",
     );
-    let names: Vec<&str> = config
-        .pools
-        .iter()
-        .map(|p| p.settings.name.as_str())
-        .collect();
+    let names: Vec<&str> = config.pools.iter().map(|p| p.settings.name.as_str()).collect();
     assert_eq!(names, ["zebra", "ant"]);
     assert_eq!(config.listeners[0].address, Address::Unix("/b".into()));
     assert_eq!(config.listeners[0].pool, 0);
-    assert_eq!(
-        config.listeners[1].address,
-        Address::Systemd("web".to_owned())
-    );
+    assert_eq!(config.listeners[1].address, Address::Systemd("web".to_owned()));
     assert_eq!(config.listeners[1].pool, 1);
     assert_eq!(config.pools[1].settings.processes, 1);
 }
@@ -172,21 +148,13 @@ fn a_pool_overrides_the_defaults() {
 
 #[test]
 fn modes() {
-    for (written, bits) in [
-        ("'0660'", 0o660),
-        ("'660'", 0o660),
-        ("0o600", 0o600),
-        ("'0o777'", 0o777),
-        ("'0'", 0),
-    ] {
+    for (written, bits) in
+        [("'0660'", 0o660), ("'660'", 0o660), ("0o600", 0o600), ("'0o777'", 0o777), ("'0'", 0)]
+    {
         let config = good(&format!("dispatch_socket_mode = {written}\n{GOOD}"));
         assert_eq!(config.dispatch_socket.mode, bits, "{written}");
     }
-    top_refused(
-        "dispatch_socket_mode = ‹'1000'›",
-        "from \"0000\" to \"0777\"",
-        "0660",
-    );
+    top_refused("dispatch_socket_mode = ‹'1000'›", "from \"0000\" to \"0777\"", "0660");
     top_refused("admin_socket_mode = ‹'rw'›", "in octal", "0660");
     top_refused("admin_socket_mode = ‹660›", "in octal", "0o660");
     top_refused("admin_socket_mode = ‹true›", "wrong type", "");
@@ -197,98 +165,38 @@ fn modes() {
 fn not_toml() {
     refused("name ‹›", "expected", "");
     refused("a =‹›\n", "", "");
-    top_refused(
-        "dispatch_socket = '/a'\n‹dispatch_socket› = '/b'",
-        "duplicate key",
-        "",
-    );
+    top_refused("dispatch_socket = '/a'\n‹dispatch_socket› = '/b'", "duplicate key", "");
 }
 
 #[test]
 fn unknown_keys() {
-    top_refused(
-        "‹dispach_socket› = '/a'",
-        "unknown key `dispach_socket`",
-        "`dispatch_socket`?",
-    );
-    listener_refused(
-        "‹no_delay› = true",
-        "unknown key `no_delay`",
-        "did you mean `nodelay`?",
-    );
-    pool_refused(
-        "‹max-untaken› = 1",
-        "unknown key `max-untaken`",
-        "`max_untaken`?",
-    );
-    pool_refused(
-        "‹max_connections› = 1",
-        "unknown key",
-        "`max_connections_per_worker`?",
-    );
-    pool_refused(
-        "‹zzzzzzzzz› = 1",
-        "unknown key",
-        "the keys here are: policy, ",
-    );
-    pool_refused(
-        "[pool.web.spawn]\n‹comand› = ['x']",
-        "unknown key",
-        "`command`?",
-    );
-    top_refused(
-        "[defaults]\n‹polcy› = 'x'",
-        "unknown key `polcy`",
-        "did you mean `policy`?",
-    );
+    top_refused("‹dispach_socket› = '/a'", "unknown key `dispach_socket`", "`dispatch_socket`?");
+    listener_refused("‹no_delay› = true", "unknown key `no_delay`", "did you mean `nodelay`?");
+    pool_refused("‹max-untaken› = 1", "unknown key `max-untaken`", "`max_untaken`?");
+    pool_refused("‹max_connections› = 1", "unknown key", "`max_connections_per_worker`?");
+    pool_refused("‹zzzzzzzzz› = 1", "unknown key", "the keys here are: policy, ");
+    pool_refused("[pool.web.spawn]\n‹comand› = ['x']", "unknown key", "`command`?");
+    top_refused("[defaults]\n‹polcy› = 'x'", "unknown key `polcy`", "did you mean `policy`?");
     top_refused("[‹listeners›]\n", "unknown key", "`listener`?");
 }
 
 #[test]
 fn good_keys_in_the_wrong_table() {
-    pool_refused(
-        "‹admin_socket› = '/a'",
-        "unknown key",
-        "top-level key: move it above",
-    );
-    pool_refused(
-        "‹processes› = 4",
-        "unknown key",
-        "belongs in [pool.NAME.spawn]",
-    );
+    pool_refused("‹admin_socket› = '/a'", "unknown key", "top-level key: move it above");
+    pool_refused("‹processes› = 4", "unknown key", "belongs in [pool.NAME.spawn]");
     listener_refused("‹max_untaken› = 4", "unknown key", "belongs in [pool.NAME]");
     top_refused("‹policy› = 4", "unknown key", "belongs in [pool.NAME]");
 }
 
 #[test]
 fn wrong_types() {
-    top_refused(
-        "dispatch_socket = ‹4›",
-        "wrong type: integer `4`, expected a string",
-        "",
-    );
-    pool_refused(
-        "max_untaken = ‹'many'›",
-        "expected a whole number from 1 to 4096",
-        "",
-    );
-    pool_refused(
-        "handoff_timeout = ‹200›",
-        "expected a duration with its unit",
-        "",
-    );
+    top_refused("dispatch_socket = ‹4›", "wrong type: integer `4`, expected a string", "");
+    pool_refused("max_untaken = ‹'many'›", "expected a whole number from 1 to 4096", "");
+    pool_refused("handoff_timeout = ‹200›", "expected a duration with its unit", "");
     pool_refused("allow_users = ‹'www'›", "expected an array", "");
     listener_refused("nodelay = ‹'yes'›", "expected a boolean", "");
-    refused(
-        "‹[listener]›\nname = 'a'\n",
-        "expected an array",
-        "[[listener]]",
-    );
-    refused(
-        "pool = ‹4›",
-        "wrong type: integer `4`, expected a table",
-        "",
-    );
+    refused("‹[listener]›\nname = 'a'\n", "expected an array", "[[listener]]");
+    refused("pool = ‹4›", "wrong type: integer `4`, expected a table", "");
 }
 
 #[test]
@@ -298,11 +206,7 @@ fn numbers_out_of_range() {
     pool_refused("max_connections_per_worker = ‹0›", "must be from 1", "");
     pool_refused("max_untaken = ‹4097›", "from 1 to 4096, not 4097", "");
     pool_refused("max_workers = ‹0›", "must be from 1", "");
-    pool_refused(
-        "[pool.web.spawn]\ncommand=['x']\nprocesses = ‹0›",
-        "from 1 to 1024",
-        "",
-    );
+    pool_refused("[pool.web.spawn]\ncommand=['x']\nprocesses = ‹0›", "from 1 to 1024", "");
     listener_refused("backlog = ‹0›", "must be from 1", "");
     listener_refused("keepalive_count = ‹128›", "from 1 to 127", "");
     pool_refused("allow_users = [‹-2›]", "-2 is not a user id", "");
@@ -311,19 +215,13 @@ fn numbers_out_of_range() {
 
 #[test]
 fn durations() {
-    pool_refused(
-        "handoff_timeout = ‹'soon'›",
-        "`soon` is not a duration",
-        "\"200ms\"",
-    );
+    pool_refused("handoff_timeout = ‹'soon'›", "`soon` is not a duration", "\"200ms\"");
     pool_refused("handoff_timeout = ‹'10'›", "is not a duration", "\"10s\"");
     pool_refused("handoff_timeout = ‹'0s'›", "at least \"1ms\"", "");
     pool_refused("probation = ‹'10y'›", "at most", "");
     top_refused("resource_pause = ‹'0ms'›", "at least \"1ms\"", "");
     listener_refused("keepalive = ‹'10ms'›", "at least \"1s\"", "");
-    let config = good(&format!(
-        "{GOOD}wait_for_worker = '0s'\nprobation = '1m 30s'\n"
-    ));
+    let config = good(&format!("{GOOD}wait_for_worker = '0s'\nprobation = '1m 30s'\n"));
     assert_eq!(config.pools[0].settings.wait_for_worker, Duration::ZERO);
     assert_eq!(config.pools[0].settings.probation, Duration::from_secs(90));
 }
@@ -342,23 +240,13 @@ fn addresses() {
     address_refused("", "\"systemd:NAME\"");
     let other = |address: &str| GOOD.replace("\"127.0.0.1:8080\"", &format!("‹'{address}'›"));
     refused(&other("unix:"), "a socket needs a path", "");
-    refused(
-        &other(&format!("unix:/{}", "x".repeat(107))),
-        "the kernel allows 107",
-        "",
-    );
-    refused(
-        &other("systemd:a:b"),
-        "not a name that systemd",
-        "FileDescriptorName=",
-    );
+    refused(&other(&format!("unix:/{}", "x".repeat(107))), "the kernel allows 107", "");
+    refused(&other("systemd:a:b"), "not a name that systemd", "FileDescriptorName=");
     top_refused("dispatch_socket = ‹''›", "needs a path", "");
     top_refused("dispatch_socket = ‹'unix:/a'›", "is a path", "leave out");
     top_refused("admin_socket = ‹'systemd:'›", "not a name", "");
     assert_eq!(
-        good(&format!("dispatch_socket = 'systemd:dispatch'\n{GOOD}"))
-            .dispatch_socket
-            .source,
+        good(&format!("dispatch_socket = 'systemd:dispatch'\n{GOOD}")).dispatch_socket.source,
         UnixSource::Systemd("dispatch".to_owned())
     );
 }

@@ -17,10 +17,7 @@ use crate::pool::{Access, Policy, PoolSettings};
 pub(super) type Checked<T> = Result<T, Mistake>;
 
 pub(super) fn validate(file: File, source: &Source<'_>) -> Checked<Config> {
-    let mut check = Check {
-        source,
-        warnings: Vec::new(),
-    };
+    let mut check = Check { source, warnings: Vec::new() };
     let dispatch_socket = check.endpoint(
         &file.dispatch_socket,
         "dispatch_socket",
@@ -76,10 +73,9 @@ pub(super) fn validate(file: File, source: &Source<'_>) -> Checked<Config> {
     for keys in file.listener {
         let listener = check.listener(keys.get_ref(), &pools)?;
         check_distinct(&listener, keys.get_ref(), &listeners)?;
-        for (endpoint, key) in [
-            (&dispatch_socket.source, "dispatch_socket"),
-            (&admin_socket.source, "admin_socket"),
-        ] {
+        for (endpoint, key) in
+            [(&dispatch_socket.source, "dispatch_socket"), (&admin_socket.source, "admin_socket")]
+        {
             let same = match (&listener.address, endpoint) {
                 (Address::Unix(a), UnixSource::Path(b)) => a == b,
                 (Address::Systemd(a), UnixSource::Systemd(b)) => a == b,
@@ -98,10 +94,7 @@ pub(super) fn validate(file: File, source: &Source<'_>) -> Checked<Config> {
         return Err(Mistake::new(0..0, "more than 65535 listeners"));
     }
     for (position, (name, _)) in tables.iter().enumerate() {
-        if !listeners
-            .iter()
-            .any(|listener| usize::from(listener.pool) == position)
-        {
+        if !listeners.iter().any(|listener| usize::from(listener.pool) == position) {
             check.warn(
                 Mistake::new(
                     name.span(),
@@ -111,14 +104,7 @@ pub(super) fn validate(file: File, source: &Source<'_>) -> Checked<Config> {
             );
         }
     }
-    Ok(Config {
-        dispatch_socket,
-        admin_socket,
-        listeners,
-        pools,
-        limits,
-        warnings: check.warnings,
-    })
+    Ok(Config { dispatch_socket, admin_socket, listeners, pools, limits, warnings: check.warnings })
 }
 
 fn limits(file: &File) -> Limits {
@@ -126,9 +112,7 @@ fn limits(file: &File) -> Limits {
     Limits {
         accept_batch: file.accept_batch.map_or(default.accept_batch, |n| n.0),
         hello_timeout: file.hello_timeout.map_or(default.hello_timeout, |w| w.0),
-        max_pending_hellos: file
-            .max_pending_hellos
-            .map_or(default.max_pending_hellos, |n| n.0),
+        max_pending_hellos: file.max_pending_hellos.map_or(default.max_pending_hellos, |n| n.0),
         stop_timeout: file.stop_timeout.map_or(default.stop_timeout, |w| w.0),
         resource_pause: file.resource_pause.map_or(default.resource_pause, |w| w.0),
     }
@@ -142,10 +126,8 @@ fn check_name(name: &Spanned<String>, what: &str) -> Checked<()> {
     if good {
         return Ok(());
     }
-    Err(
-        Mistake::new(name.span(), format!("not a good name for a {what}"))
-            .help("a name is 1 to 64 printable ASCII characters, without spaces"),
-    )
+    Err(Mistake::new(name.span(), format!("not a good name for a {what}"))
+        .help("a name is 1 to 64 printable ASCII characters, without spaces"))
 }
 
 /// What goes through the whole check: the text, to look at how something was written, and what to warn about.
@@ -200,15 +182,12 @@ impl Check<'_> {
         };
         match bits {
             Some(bits) if bits <= 0o777 => Ok(bits),
-            Some(_) => Err(Mistake::new(
-                mode.span(),
-                "permission bits must be from \"0000\" to \"0777\"",
-            )
-            .help("such as \"0660\": owner and group may connect")),
-            None => Err(
-                Mistake::new(mode.span(), "permission bits must be written in octal")
-                    .help("such as \"0660\" (text), or 0o660"),
-            ),
+            Some(_) => {
+                Err(Mistake::new(mode.span(), "permission bits must be from \"0000\" to \"0777\"")
+                    .help("such as \"0660\": owner and group may connect"))
+            }
+            None => Err(Mistake::new(mode.span(), "permission bits must be written in octal")
+                .help("such as \"0660\" (text), or 0o660")),
         }
     }
 
@@ -283,10 +262,7 @@ impl Check<'_> {
         let default = ListenerOptions::default();
         let options = ListenerOptions {
             backlog: keys.backlog.map_or(default.backlog, |n| n.0),
-            ipv6_only: keys
-                .ipv6_only
-                .as_ref()
-                .map_or(default.ipv6_only, |flag| *flag.get_ref()),
+            ipv6_only: keys.ipv6_only.as_ref().map_or(default.ipv6_only, |flag| *flag.get_ref()),
             nodelay: keys.nodelay.unwrap_or(default.nodelay),
             keepalive: keys.keepalive.map(|w| w.0),
             keepalive_interval: keys.keepalive_interval.as_ref().map(|w| w.get_ref().0),
@@ -313,10 +289,7 @@ impl Check<'_> {
     /// Options that are valid and do nothing where they are.
     fn useless_options(&mut self, keys: &ListenerKeys, address: &Address) {
         if let (Some(mode), Address::Tcp(_)) = (&keys.mode, address) {
-            self.warn(Mistake::new(
-                mode.span(),
-                "`mode` has no effect on a TCP listener",
-            ));
+            self.warn(Mistake::new(mode.span(), "`mode` has no effect on a TCP listener"));
         }
         if let (Some(flag), Address::Tcp(SocketAddr::V4(_)) | Address::Unix(_)) =
             (&keys.ipv6_only, address)
@@ -342,20 +315,14 @@ impl Check<'_> {
             Some(spawn) => Some(spawn::spawn(spawn, defaults.spawn.as_ref())?),
             None => None,
         };
-        let response = keys
-            .unavailable_response
-            .as_ref()
-            .or(defaults.unavailable_response.as_ref());
+        let response =
+            keys.unavailable_response.as_ref().or(defaults.unavailable_response.as_ref());
         let unavailable_response = response.map(spawn::unavailable_response).transpose()?;
         let users = match keys.allow_users.as_ref().or(defaults.allow_users.as_ref()) {
             Some(list) => self.accounts(list, accounts::Kind::User)?,
             None => accounts::own_and_root(),
         };
-        let groups = match keys
-            .allow_groups
-            .as_ref()
-            .or(defaults.allow_groups.as_ref())
-        {
+        let groups = match keys.allow_groups.as_ref().or(defaults.allow_groups.as_ref()) {
             Some(list) => self.accounts(list, accounts::Kind::Group)?,
             None => Vec::new(),
         };
@@ -369,22 +336,13 @@ impl Check<'_> {
                 .max_connections_per_worker
                 .or(defaults.max_connections_per_worker)
                 .map_or(10_000, |n| n.0),
-            max_untaken: keys
-                .max_untaken
-                .or(defaults.max_untaken)
-                .map_or(256, |n| n.0),
-            max_workers: keys
-                .max_workers
-                .or(defaults.max_workers)
-                .map_or(4096, |n| n.0),
+            max_untaken: keys.max_untaken.or(defaults.max_untaken).map_or(256, |n| n.0),
+            max_workers: keys.max_workers.or(defaults.max_workers).map_or(4096, |n| n.0),
             handoff_timeout: keys
                 .handoff_timeout
                 .or(defaults.handoff_timeout)
                 .map_or(super::HANDOFF_TIMEOUT, |w| w.0),
-            probation: keys
-                .probation
-                .or(defaults.probation)
-                .map_or(super::PROBATION, |w| w.0),
+            probation: keys.probation.or(defaults.probation).map_or(super::PROBATION, |w| w.0),
             wait_for_worker: keys
                 .wait_for_worker
                 .or(defaults.wait_for_worker)
@@ -393,10 +351,6 @@ impl Check<'_> {
             processes: spawn.as_ref().map_or(0, |spawn| spawn.processes),
             name: name.to_owned(),
         };
-        Ok(Pool {
-            settings,
-            unavailable_response,
-            spawn,
-        })
+        Ok(Pool { settings, unavailable_response, spawn })
     }
 }

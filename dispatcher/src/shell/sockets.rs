@@ -78,19 +78,10 @@ pub(super) fn listen(
             let kind = SocketType::STREAM;
             listen_unix(path, kind, options.backlog, options.mode, None, None).map(|l| vec![l])
         }
+        // Whoever made the socket has set its options.
         Address::Systemd(name) => {
             let fds = inherited.take(name, SocketType::STREAM)?;
-            fds.into_iter()
-                .map(|fd| {
-                    if sockopt::socket_domain(&fd).is_ok_and(|d| d != AddressFamily::UNIX) {
-                        set_tcp_options(&fd, options).map_err(|error| RunError::Bind {
-                            what: format!("systemd:{name}"),
-                            error,
-                        })?;
-                    }
-                    Ok(Listening::inherited(fd))
-                })
-                .collect()
+            Ok(fds.into_iter().map(Listening::inherited).collect())
         }
     }
 }
@@ -200,7 +191,9 @@ fn listen_unix(
         let error = match error.kind() {
             io::ErrorKind::NotFound => io::Error::new(
                 error.kind(),
-                format!("{error} (does its directory exist? systemd makes it with RuntimeDirectory=)"),
+                format!(
+                    "{error} (does its directory exist? systemd makes it with RuntimeDirectory=)"
+                ),
             ),
             _ => error,
         };

@@ -30,11 +30,7 @@ impl Bench {
                 .expect("a runtime")
                 .block_on(service.run());
         });
-        Bench {
-            spawner,
-            reports,
-            wakes,
-        }
+        Bench { spawner, reports, wakes }
     }
 
     fn spawn(&self, number: u32, command: &[&str]) -> ProcessId {
@@ -47,10 +43,7 @@ impl Bench {
         command: &[&str],
         change: impl FnOnce(&mut SpawnRequest),
     ) -> ProcessId {
-        let process = ProcessId {
-            pool: PoolId(0),
-            number,
-        };
+        let process = ProcessId { pool: PoolId(0), number };
         let mut request = SpawnRequest {
             process,
             command: command.iter().map(|&word| word.to_owned()).collect(),
@@ -107,11 +100,7 @@ fn a_process_runs_and_ends() {
     let pid = bench.started();
     assert_eq!(
         bench.next(),
-        Report::Exited {
-            process,
-            pid,
-            status_text: "exit status 0".to_owned()
-        }
+        Report::Exited { process, pid, status_text: "exit status 0".to_owned() }
     );
     // The hot thread is woken after each report is there, so the last wake may be a moment late.
     let deadline = Instant::now() + PATIENCE;
@@ -128,21 +117,12 @@ fn a_process_runs_and_ends() {
 fn what_cannot_start_says_why() {
     let bench = Bench::new();
     let process = bench.spawn(0, &["/nonexistent/server"]);
-    let Report::SpawnFailed {
-        process: which,
-        error,
-    } = bench.next()
-    else {
+    let Report::SpawnFailed { process: which, error } = bench.next() else {
         panic!("it should not start");
     };
     assert_eq!(which, process);
-    assert!(
-        error.starts_with("/nonexistent/server: No such file"),
-        "{error}"
-    );
-    bench.spawn_with(0, &["true"], |request| {
-        request.directory = Some("/nonexistent".into())
-    });
+    assert!(error.starts_with("/nonexistent/server: No such file"), "{error}");
+    bench.spawn_with(0, &["true"], |request| request.directory = Some("/nonexistent".into()));
     let Report::SpawnFailed { error, .. } = bench.next() else {
         panic!("it should not start");
     };
@@ -177,11 +157,7 @@ fn a_process_finds_its_place_in_its_environment() {
     ] {
         assert!(found.contains(&variable), "{variable}");
     }
-    assert!(
-        !found
-            .iter()
-            .any(|variable| variable.starts_with("NOTIFY_SOCKET="))
-    );
+    assert!(!found.iter().any(|variable| variable.starts_with("NOTIFY_SOCKET=")));
 }
 
 #[test]
@@ -221,10 +197,7 @@ fn nothing_starts_while_stopping() {
     bench.spawner.stop(PATIENCE);
     assert_eq!(bench.next(), Report::Stopped { killed: 0 });
     let request = SpawnRequest {
-        process: ProcessId {
-            pool: PoolId(0),
-            number: 0,
-        },
+        process: ProcessId { pool: PoolId(0), number: 0 },
         command: vec!["true".to_owned()],
         environment: Vec::new(),
         directory: None,
@@ -234,8 +207,5 @@ fn nothing_starts_while_stopping() {
         token: Token([0; 16]),
         descriptors: None,
     };
-    bench
-        .spawner
-        .spawn(request)
-        .expect_err("no service any more");
+    bench.spawner.spawn(request).expect_err("no service any more");
 }

@@ -13,11 +13,7 @@ fn uncommented(skip: &[&str]) -> String {
     };
     SAMPLE
         .lines()
-        .filter(|line| {
-            !skip
-                .iter()
-                .any(|key| line.trim_start_matches('#').starts_with(key))
-        })
+        .filter(|line| !skip.iter().any(|key| line.trim_start_matches('#').starts_with(key)))
         .map(|line| setting(line).unwrap_or_else(|| line.to_owned()) + "\n")
         .collect()
 }
@@ -72,10 +68,7 @@ fn the_defaults_in_the_sample_are_the_defaults() {
     assert_eq!(written.admin_socket, least.admin_socket);
     assert_eq!(written.limits, least.limits);
     assert_eq!(written.listeners[0].options, least.listeners[0].options);
-    let (mut written, least) = (
-        written.pools[0].settings.clone(),
-        least.pools[0].settings.clone(),
-    );
+    let (mut written, least) = (written.pools[0].settings.clone(), least.pools[0].settings.clone());
     assert_eq!(written.processes, 1);
     written.processes = 0;
     assert_eq!(format!("{written:?}"), format!("{least:?}"));

@@ -7,22 +7,10 @@ fn two_of_a_kind() {
     let second = |name: &str, address: &str| {
         format!("{GOOD}[[listener]]\nname = {name}\naddress = {address}\npool = 'web'\n")
     };
-    refused(
-        &second("‹'web'›", "'127.0.0.1:1'"),
-        "there is a listener `web` already",
-        "",
-    );
-    refused(
-        &second("'b'", "‹'127.0.0.1:8080'›"),
-        "`web` has this address already",
-        "",
-    );
+    refused(&second("‹'web'›", "'127.0.0.1:1'"), "there is a listener `web` already", "");
+    refused(&second("'b'", "‹'127.0.0.1:8080'›"), "`web` has this address already", "");
     good(&second("'b'", "'127.0.0.1:8081'"));
-    refused(
-        &second("'b'", "‹'[::]:8080'›"),
-        "takes this IPv4 port",
-        "ipv6_only = true",
-    );
+    refused(&second("'b'", "‹'[::]:8080'›"), "takes this IPv4 port", "ipv6_only = true");
     good(&second("'b'", "'[::]:8080'\nipv6_only = true"));
     top_refused(
         "dispatch_socket = '/x'\nadmin_socket = ‹'/x'›",
@@ -35,9 +23,7 @@ fn two_of_a_kind() {
         "",
     );
     let any = GOOD.replace("8080", "0");
-    good(&format!(
-        "{any}[[listener]]\nname = 'b'\naddress = '127.0.0.1:0'\npool = 'web'\n"
-    ));
+    good(&format!("{any}[[listener]]\nname = 'b'\naddress = '127.0.0.1:0'\npool = 'web'\n"));
 }
 
 #[test]
@@ -46,38 +32,18 @@ fn names() {
     for bad in ["", "two words", "ünïcode", &"x".repeat(65)] {
         refused(&named(bad), "not a good name for a listener", "1 to 64");
     }
-    refused(
-        &GOOD.replace("[pool.web]", "[pool.‹\"a b\"›]"),
-        "not a good name for a pool",
-        "",
-    );
+    refused(&GOOD.replace("[pool.web]", "[pool.‹\"a b\"›]"), "not a good name for a pool", "");
     good(&named(&"x".repeat(64)).replace(['‹', '›'], ""));
 }
 
 #[test]
 fn missing_things() {
     refused("‹›", "no pool is configured", "[pool.web]");
-    refused(
-        "‹›[pool.web]\n",
-        "no listener is configured",
-        "[[listener]]",
-    );
-    refused(
-        "‹[[listener]]›\nname='a'\npool='web'\n[pool.web]\n",
-        "missing key `address`",
-        "",
-    );
-    pool_refused(
-        "‹[pool.web.spawn]›\nprocesses = 2",
-        "missing key `command`",
-        "program",
-    );
+    refused("‹›[pool.web]\n", "no listener is configured", "[[listener]]");
+    refused("‹[[listener]]›\nname='a'\npool='web'\n[pool.web]\n", "missing key `address`", "");
+    pool_refused("‹[pool.web.spawn]›\nprocesses = 2", "missing key `command`", "program");
     pool_refused("[pool.web.spawn]\ncommand = ‹[]›", "`command` is empty", "");
-    pool_refused(
-        "[pool.web.spawn]\ncommand = [‹''›]",
-        "the program has no name",
-        "",
-    );
+    pool_refused("[pool.web.spawn]\ncommand = [‹''›]", "the program has no name", "");
 }
 
 #[test]
@@ -97,11 +63,7 @@ fn pools_and_policies() {
         "unknown value `least-conections`",
         "did you mean `least-connections`?",
     );
-    pool_refused(
-        "policy = ‹'random'›",
-        "unknown value",
-        "the values are: least-connections",
-    );
+    pool_refused("policy = ‹'random'›", "unknown value", "the values are: least-connections");
 }
 
 #[test]
@@ -112,21 +74,9 @@ fn environment() {
         "the dispatcher itself sets",
         "",
     );
-    pool_refused(
-        &format!("{spawn}environment = {{ ‹'a=b'› = 'x' }}"),
-        "not a name",
-        "",
-    );
-    pool_refused(
-        &format!("{spawn}environment = {{ A = ‹1› }}"),
-        "wrong type",
-        "",
-    );
-    pool_refused(
-        &format!("{spawn}directory = ‹\"/\\u0000\"›"),
-        "zero byte",
-        "",
-    );
+    pool_refused(&format!("{spawn}environment = {{ ‹'a=b'› = 'x' }}"), "not a name", "");
+    pool_refused(&format!("{spawn}environment = {{ A = ‹1› }}"), "wrong type", "");
+    pool_refused(&format!("{spawn}directory = ‹\"/\\u0000\"›"), "zero byte", "");
 }
 
 #[test]
@@ -137,10 +87,7 @@ fn unavailable_response() {
     pool_refused(&line, "cannot be read", "no worker");
     std::fs::write(&path, b"busy").expect("written");
     let config = good(&format!("{GOOD}{}", line.replace(['‹', '›'], "")));
-    assert_eq!(
-        config.pools[0].unavailable_response.as_deref(),
-        Some(&b"busy"[..])
-    );
+    assert_eq!(config.pools[0].unavailable_response.as_deref(), Some(&b"busy"[..]));
     std::fs::write(&path, vec![0; MAX_UNAVAILABLE_RESPONSE + 1]).expect("written");
     pool_refused(&line, "longer than 64 KiB", "");
 }
@@ -170,52 +117,32 @@ fn other_warnings() {
     let warned = |text: &str, message: &str| {
         let config = good(text);
         assert!(
-            config
-                .warnings
-                .iter()
-                .any(|w| w.0.message.contains(message)),
+            config.warnings.iter().any(|w| w.0.message.contains(message)),
             "{:?}",
             config.warnings
         );
     };
-    warned(
-        &format!("{GOOD}[pool.idle]\n"),
-        "no listener sends connections to pool `idle`",
-    );
+    warned(&format!("{GOOD}[pool.idle]\n"), "no listener sends connections to pool `idle`");
     let with = |line: &str| GOOD.replace("pool = \"web\"\n", &format!("pool = \"web\"\n{line}\n"));
     warned(&with("mode = '0600'"), "no effect on a TCP listener");
     warned(&with("ipv6_only = true"), "without an IPv6 address");
-    warned(
-        &with("keepalive_count = 3"),
-        "no effect without `keepalive`",
-    );
+    warned(&with("keepalive_count = 3"), "no effect without `keepalive`");
 }
 
 #[test]
 fn carets_under_tabs_and_wide_letters() {
     let text = format!("{GOOD}allow_users = ['ä', 'ö']\n\tpolcy = 'x'\n");
-    let error = Config::parse(&text, "t")
-        .expect_err("an unknown key")
-        .to_string();
-    assert!(
-        error.contains(" 8 | \tpolcy = 'x'\n   | \t^^^^^\n"),
-        "{error}"
-    );
+    let error = Config::parse(&text, "t").expect_err("an unknown key").to_string();
+    assert!(error.contains(" 8 | \tpolcy = 'x'\n   | \t^^^^^\n"), "{error}");
     pool_refused("allow_users = ['1', \"ä\", ‹true›]", "wrong type", "");
-    refused(
-        "dispatch_socket = '/a'\r\n‹nope_nope_nope› = 1\r\n",
-        "unknown key",
-        "",
-    );
+    refused("dispatch_socket = '/a'\r\n‹nope_nope_nope› = 1\r\n", "unknown key", "");
 }
 
 #[test]
 fn files_that_cannot_be_read() {
     let directory = tempfile::tempdir().expect("a directory");
     let missing = directory.path().join("none.toml");
-    let error = Config::load(&missing)
-        .expect_err("no such file")
-        .to_string();
+    let error = Config::load(&missing).expect_err("no such file").to_string();
     assert!(error.contains("none.toml: No such file"), "{error}");
     std::fs::write(&missing, b"\xff\xfe").expect("written");
     let error = Config::load(&missing).expect_err("not text").to_string();
