@@ -4,20 +4,26 @@ use axum::Router;
 use axum::extract::{ConnectInfo, State};
 use axum::routing::get;
 use nix::sys::prctl::set_pdeathsig;
+use nix::sys::resource::{Resource, getrlimit, setrlimit};
 use nix::sys::signal::Signal;
 use worker_sdk::tokio::Listener;
 use worker_sdk::{PeerAddr, WorkerConfig};
 
-/// Serves until the dispatcher that started this process goes away.
+/// Serves until the dispatcher that started this process, which has this process id, goes away.
 ///
 /// # Errors
 /// When it cannot join, in words for people.
-pub fn worker() -> Result<(), String> {
+pub fn worker(dispatcher: i32) -> Result<(), String> {
     // A demo leaves nothing behind, even when its dispatcher is killed. An ordinary worker would serve on.
-    let parent = nix::unistd::getppid();
     set_pdeathsig(Signal::SIGTERM).map_err(|error| format!("prctl: {error}"))?;
-    if nix::unistd::getppid() != parent {
+    // It may have been killed before we asked to be told.
+    if nix::unistd::getppid().as_raw() != dispatcher {
         return Ok(());
+    }
+    // It starts with the limit that whoever started the demo had, which is often 1024; as many as possible are better here.
+    if let Ok((_, hard)) = getrlimit(Resource::RLIMIT_NOFILE) {
+        // Fewer connections are no reason not to serve.
+        let _ = setrlimit(Resource::RLIMIT_NOFILE, hard, hard);
     }
     let runtime = tokio::runtime::Builder::new_current_thread()
         .enable_all()

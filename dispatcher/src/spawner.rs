@@ -18,6 +18,7 @@ use worker_sdk::wire::Token;
 
 use crate::admin::Wake;
 use crate::pool::ProcessId;
+use crate::sys;
 
 /// Most processes waiting to be started; as many as one pool may have.
 const MAX_WAITING: usize = 1024;
@@ -54,6 +55,8 @@ pub struct SpawnRequest {
     pub name: String,
     /// For `DISPATCH_TOKEN`.
     pub token: Token,
+    /// Limits of open files to start with, soft and hard, if they are not ours.
+    pub descriptors: Option<(u64, u64)>,
 }
 
 /// What became of a process.
@@ -250,6 +253,9 @@ fn start(request: &SpawnRequest) -> Result<(Child, Pid), String> {
     }
     if let Some(directory) = &request.directory {
         command.current_dir(directory);
+    }
+    if let Some((soft, hard)) = request.descriptors {
+        sys::start_with_descriptor_limit(command.as_std_mut(), soft, hard);
     }
     let child = command.spawn().map_err(|error| match &request.directory {
         // One error for two paths: say both.

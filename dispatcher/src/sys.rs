@@ -2,6 +2,10 @@
 
 use std::io;
 use std::os::fd::{AsFd, AsRawFd, FromRawFd, OwnedFd, RawFd};
+use std::os::unix::process::CommandExt;
+use std::process::Command;
+
+use nix::sys::resource::{Resource, setrlimit};
 
 /// Takes ownership of a file descriptor that a service manager passed to this process.
 ///
@@ -67,4 +71,14 @@ pub fn set_tcp_option(socket: impl AsFd, option: libc::c_int, value: u32) -> io:
         )
     };
     if result == 0 { Ok(()) } else { Err(io::Error::last_os_error()) }
+}
+
+/// Makes the process that `command` will start have these limits of open files, from its first instruction on.
+///
+/// Setting them from here once it runs would be too late: it may have read them by then, or raised them itself.
+pub fn start_with_descriptor_limit(command: &mut Command, soft: u64, hard: u64) {
+    let limit = move || Ok(setrlimit(Resource::RLIMIT_NOFILE, soft, hard)?);
+    // SAFETY: between fork and exec only async-signal-safe things may happen: this is one system call, and the
+    // conversion of its error does not allocate.
+    unsafe { command.pre_exec(limit) };
 }

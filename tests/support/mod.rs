@@ -45,11 +45,8 @@ pub fn skip(reason: &str) {
         std::env::var_os("REQUIRE_ALL").is_none_or(|value| value != "1"),
         "REQUIRE_ALL=1, but: {reason}"
     );
-    // Past the capture of the test harness, which hides what a passing test prints.
-    let mut terminal = File::options().append(true).open("/dev/stderr").ok();
-    if let Some(terminal) = &mut terminal {
-        let _ = writeln!(terminal, "SKIPPED: {reason}");
-    }
+    // Not `eprintln!`: the test harness hides what that prints in a passing test.
+    let _ = writeln!(std::io::stderr(), "SKIPPED: {reason}");
 }
 
 /// Raises this process's descriptor limit; false (after a notice) if `wanted` cannot be had.
@@ -161,12 +158,16 @@ impl Dispatcher {
 
     /// Starts in a directory that holds a `dispatcher.toml`; the directory stays.
     pub fn start_in(dir: &Path) -> Dispatcher {
+        Dispatcher::start_as(dir, Command::new(dispatcher_bin()).env_remove("NOTIFY_SOCKET"))
+    }
+
+    /// The same with a command that ends in the program's own name.
+    pub fn start_as(dir: &Path, command: &mut Command) -> Dispatcher {
         let log = File::options().create(true).append(true).open(dir.join("log")).unwrap();
-        let mut command = Command::new(dispatcher_bin());
         command.args(["run", "--config"]).arg(dir.join("dispatcher.toml"));
-        command.env("DISPATCHER_LOG", "debug").env_remove("NOTIFY_SOCKET");
+        command.env("DISPATCHER_LOG", "debug");
         command.stdin(Stdio::null()).stdout(Stdio::null()).stderr(log);
-        let process = Process::start("dispatcher", &mut command);
+        let process = Process::start("dispatcher", command);
         let mut dispatcher = Dispatcher { process, dir: dir.to_owned(), _temp: None };
         wait_until("the dispatcher to serve", || {
             assert!(dispatcher.process.running(), "it ended:\n{}", dispatcher.log());

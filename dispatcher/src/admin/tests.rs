@@ -210,6 +210,7 @@ fn stopping_ends_the_processes_first() {
         pool: "web".to_owned(),
         name: "web-1".to_owned(),
         token: Token([0; 16]),
+        descriptors: None,
     };
     admin.spawner.spawn(request).expect("room");
     let Ok(Report::Spawned { pid, .. }) = admin.reports.recv_timeout(PATIENCE) else {

@@ -26,7 +26,7 @@ pub(super) fn demo(arguments: &DemoArgs) -> Result<(), Failure> {
         arguments.workers,
         admin.clone(),
         directory.path.join("dispatch.sock"),
-        vec![program.clone(), "demo-worker".to_owned()],
+        vec![program.clone(), "demo-worker".to_owned(), std::process::id().to_string()],
     );
     let workers = arguments.workers;
     run::serve(config, |addresses| {

@@ -66,7 +66,10 @@ enum Command {
     /// One worker of the demo, started by it.
     #[cfg(feature = "demo")]
     #[command(hide = true)]
-    DemoWorker,
+    DemoWorker {
+        /// The process id of the demo's dispatcher.
+        dispatcher: i32,
+    },
 }
 
 #[derive(Debug, Args)]
@@ -147,8 +150,8 @@ fn execute(arguments: impl IntoIterator<Item = OsString>) -> Exit {
         #[cfg(feature = "demo")]
         Command::Demo(arguments) => demo::demo(arguments),
         #[cfg(feature = "demo")]
-        Command::DemoWorker => {
-            crate::demo::worker().map_err(|error| Failure::new(Exit::Unavailable, error))
+        Command::DemoWorker { dispatcher } => {
+            crate::demo::worker(*dispatcher).map_err(|error| Failure::new(Exit::Unavailable, error))
         }
     };
     match result {

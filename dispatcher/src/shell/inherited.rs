@@ -19,7 +19,12 @@ impl Inherited {
     ///
     /// Variables meant for another process, or that make no sense, mean that nothing was passed.
     pub(super) fn from_environment() -> Inherited {
-        let fds = match sd_notify::listen_fds_with_names() {
+        // With nothing for us, the names are somebody else's too: as many as they like.
+        let fds = match sd_notify::listen_fds() {
+            Ok(fds) if fds.len() == 0 => return Inherited::default(),
+            _ => sd_notify::listen_fds_with_names(),
+        };
+        let fds = match fds {
             Ok(fds) => fds,
             Err(error) => {
                 log::warn!("event=sockets_not_inherited error=\"{error}\"");

@@ -80,6 +80,8 @@ struct Shell {
     workers: Vec<Option<Box<WorkerIo>>>,
     /// Control connections that may have more to read although their edge is used up.
     again: Vec<Key>,
+    /// Our limits of open files before we raised them, soft and hard: for the processes we start.
+    descriptors: Option<(u64, u64)>,
     /// Tokens of the processes we started.
     tokens: HashMap<Token, ProcessId>,
 

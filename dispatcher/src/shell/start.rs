@@ -25,10 +25,11 @@ use crate::pool::{Core, ListenerId, ListenerSettings, PoolId};
 impl Shell {
     /// Opens everything, tells the service manager, and is ready to serve.
     pub(super) fn start(config: Config) -> Result<Shell, RunError> {
-        raise_descriptor_limit();
+        let descriptors = raise_descriptor_limit();
+        // First of all, so that none of the numbers can be a descriptor of our own.
+        let mut inherited = Inherited::from_environment();
         let signals = Signals::new([libc::SIGTERM, libc::SIGINT, libc::SIGQUIT, libc::SIGHUP])
             .map_err(RunError::system("signal handlers"))?;
-        let mut inherited = Inherited::from_environment();
         let dispatch = sockets::listen_endpoint(
             &config.dispatch_socket,
             SocketType::SEQPACKET,
@@ -53,7 +54,9 @@ impl Shell {
             }
         }
         inherited.finish();
-        Shell::assemble(config, signals, dispatch, admin, listeners, settings)
+        let mut shell = Shell::assemble(config, signals, dispatch, admin, listeners, settings)?;
+        shell.descriptors = descriptors;
+        Ok(shell)
     }
 
     fn assemble(
@@ -113,6 +116,7 @@ impl Shell {
             door_paused_until: None,
             workers: Vec::new(),
             again: Vec::new(),
+            descriptors: None,
             tokens: HashMap::new(),
             conns: Vec::new(),
             dirty: Vec::new(),
@@ -176,15 +180,17 @@ impl Shell {
     }
 }
 
-/// Custody needs descriptors: as many as the hard limit allows.
-fn raise_descriptor_limit() {
+/// Custody needs descriptors: as many as the hard limit allows. Gives what the limits were, if they are others now.
+fn raise_descriptor_limit() -> Option<(u64, u64)> {
     match getrlimit(Resource::RLIMIT_NOFILE) {
-        Ok((soft, hard)) if soft < hard => {
-            if let Err(error) = setrlimit(Resource::RLIMIT_NOFILE, hard, hard) {
+        Ok((soft, hard)) if soft < hard => match setrlimit(Resource::RLIMIT_NOFILE, hard, hard) {
+            Ok(()) => return Some((soft, hard)),
+            Err(error) => {
                 log::warn!("event=descriptor_limit_not_raised soft={soft} error=\"{error}\"");
             }
-        }
+        },
         Ok(_) => {}
         Err(error) => log::warn!("event=descriptor_limit_unknown error=\"{error}\""),
     }
+    None
 }

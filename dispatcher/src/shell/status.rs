@@ -78,6 +78,7 @@ impl Shell {
             directory: spawn.directory.clone(),
             token,
             dispatch_socket,
+            descriptors: self.descriptors,
         };
         if self.side.spawner.spawn(request).is_err() {
             self.core.spawned(self.now, process, false);

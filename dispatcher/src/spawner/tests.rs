@@ -53,6 +53,7 @@ impl Bench {
             pool: "web".to_owned(),
             name: "web-1".to_owned(),
             token: Token([0xab; 16]),
+            descriptors: None,
         };
         change(&mut request);
         self.spawner.spawn(request).expect("room");
@@ -204,6 +205,7 @@ fn nothing_starts_while_stopping() {
         pool: "web".to_owned(),
         name: "web-1".to_owned(),
         token: Token([0; 16]),
+        descriptors: None,
     };
     bench.spawner.spawn(request).expect_err("no service any more");
 }

@@ -1,0 +1,246 @@
+//! The shipped units under a real systemd: activation, readiness, restarts that no client notices, failures.
+#![allow(clippy::unwrap_used)]
+
+#[path = "support/systemd.rs"]
+mod machine;
+mod support;
+
+use std::net::TcpStream;
+use std::sync::atomic::{AtomicBool, Ordering};
+
+use machine::{CONFIG, Machine};
+use support::*;
+
+const SERVICE: &str = "dispatcher.service";
+const SOCKETS: [&str; 2] = ["dispatcher.socket", "dispatcher-dispatch.socket"];
+
+/// A booted machine that listens, without a dispatcher as yet.
+fn listening() -> Option<Machine> {
+    let machine = Machine::boot()?;
+    machine.order(&["start", SOCKETS[0], SOCKETS[1]]);
+    assert_eq!(machine.state(SERVICE), "inactive");
+    Some(machine)
+}
+
+/// The same with a dispatcher and two workers.
+fn serving() -> Option<Machine> {
+    let machine = listening()?;
+    machine.order(&["start", SERVICE]);
+    machine.workers(&["w0", "w1"]);
+    Some(machine)
+}
+
+fn clients(machine: &Machine, count: usize) -> Vec<Client> {
+    (0..count).map(|_| Client::connect(machine.address).unwrap()).collect()
+}
+
+/// It may be back already.
+fn wait_for_its_end(machine: &Machine) {
+    wait_until("the end of the dispatcher", || {
+        machine.state(SERVICE) != "active" || machine.show(SERVICE, "NRestarts") != "0"
+    });
+}
+
+/// What clients hold goes on, and the dispatcher knows of all of it.
+fn assert_held(machine: &Machine, held: &mut [Client]) {
+    held.iter_mut().for_each(|client| client.echo("still here"));
+    let status = machine.wait_joined(2);
+    assert_eq!(loads(&status, "web"), (vec![held.len() as u64 / 2; 2], 0));
+}
+
+#[test]
+fn the_units_are_valid() {
+    let Some(machine) = Machine::boot() else {
+        return;
+    };
+    let mut arguments = vec!["verify", "--man=no", SERVICE];
+    arguments.extend(SOCKETS);
+    let output = machine.run("systemd-analyze", &arguments);
+    let complaints = String::from_utf8_lossy(&output.stderr);
+    assert!(output.status.success() && complaints.is_empty(), "{complaints}");
+}
+
+#[test]
+fn the_first_connection_starts_the_dispatcher() {
+    let Some(machine) = listening() else { return };
+    let first = TcpStream::connect(machine.address).unwrap();
+    wait_until("the service", || machine.state(SERVICE) == "active");
+    // It came before the dispatcher, and before any worker.
+    machine.workers(&["w0"]);
+    let mut first = Client::greeted(first).unwrap();
+    assert_eq!((first.served_by.as_str(), first.listener.as_str()), ("w0", "web"));
+    first.echo("hello");
+    let status = machine.status().unwrap();
+    assert_eq!(status.listeners[0].address, machine.address.to_string());
+    assert_eq!((status.accepted, status.taken), (1, 1));
+    let log = machine.log();
+    assert!(log.contains(" pool=web inherited=true"), "{log}");
+    assert!(log.contains("dispatch_socket=unix:/run/dispatcher/dispatch.sock"), "{log}");
+    assert!(!log.contains("event=socket_unused"), "{log}");
+}
+
+#[test]
+fn the_sample_configuration_goes_with_the_units() {
+    let Some(machine) = Machine::boot() else {
+        return;
+    };
+    let etc = std::path::Path::new(env!("CARGO_MANIFEST_DIR")).join("../etc");
+    let sample = std::fs::read_to_string(etc.join("dispatcher.toml")).unwrap();
+    // The two edits that the comments in the socket units ask for.
+    let edited = sample.replace("\"127.0.0.1:8080\"", "\"systemd:web\"").replace(
+        "#dispatch_socket = \"/run/dispatcher/dispatch.sock\"",
+        "dispatch_socket = \"systemd:dispatch\"",
+    );
+    assert_eq!(edited.matches("\"systemd:").count(), sample.matches("\"systemd:").count() + 2);
+    machine.configure(&edited);
+    machine.order(&["start", SOCKETS[0], SOCKETS[1], SERVICE]);
+    machine.workers(&["w0"]);
+    assert_eq!(clients(&machine, 1)[0].served_by, "w0");
+}
+
+#[test]
+fn workers_find_a_dispatch_socket_of_its_own_again() {
+    let Some(machine) = Machine::boot() else {
+        return;
+    };
+    machine.configure(&CONFIG.replace("dispatch_socket = \"systemd:dispatch\"", ""));
+    machine.order(&["start", SOCKETS[0], SERVICE]);
+    machine.workers(&["w0", "w1"]);
+    let mut held = clients(&machine, 20);
+    machine.order(&["restart", SERVICE]);
+    assert_held(&machine, &mut held);
+    // This time nobody tidies up: the socket files are left over, and replaced.
+    machine.order(&["kill", "--signal=KILL", "--kill-who=main", SERVICE]);
+    wait_for_its_end(&machine);
+    assert_held(&machine, &mut held);
+    held.extend(clients(&machine, 2));
+    assert_held(&machine, &mut held);
+    assert!(machine.log().contains("event=stale_socket_removed"));
+}
+
+#[test]
+fn the_first_worker_starts_the_dispatcher() {
+    let Some(machine) = listening() else { return };
+    machine.workers(&["w0"]);
+    assert_eq!(machine.state(SERVICE), "active");
+}
+
+#[test]
+fn started_means_ready() {
+    let Some(machine) = listening() else { return };
+    machine.order(&["start", SERVICE]);
+    // No waiting here.
+    assert!(machine.status().is_some());
+    assert_eq!(machine.state(SERVICE), "active");
+    assert_eq!(machine.show(SERVICE, "StatusErrno"), "0");
+    machine.order(&["stop", SERVICE]);
+    assert_eq!(machine.show(SERVICE, "Result"), "success");
+    assert!(machine.log().contains("event=stopped"));
+}
+
+#[test]
+fn a_restart_loses_no_client() {
+    let Some(machine) = serving() else { return };
+    let mut held = clients(&machine, 20);
+    let over = AtomicBool::new(false);
+    let greeted: usize = std::thread::scope(|scope| {
+        let threads: Vec<_> = (0..8)
+            .map(|_| {
+                scope.spawn(|| {
+                    let mut count = 0;
+                    while !over.load(Ordering::SeqCst) || count < 100 {
+                        let client = Client::connect(machine.address);
+                        client.expect("greeted, whenever it came").finish();
+                        count += 1;
+                    }
+                    count
+                })
+            })
+            .collect();
+        for _ in 0..3 {
+            machine.order(&["restart", SERVICE]);
+            machine.wait_joined(2);
+        }
+        over.store(true, Ordering::SeqCst);
+        threads.into_iter().map(|thread| thread.join().unwrap()).sum()
+    });
+    assert!(greeted >= 800);
+    wait_until("the last of them to be counted", || {
+        loads(&machine.status().unwrap(), "web").0.iter().sum::<u64>() == 20
+    });
+    // The workers lived through it, with what they had.
+    assert_eq!(machine.show("worker@w0.service", "NRestarts"), "0");
+    held.iter_mut().for_each(|client| client.echo("still here"));
+    let log = machine.log();
+    assert_eq!(log.matches("event=ready").count(), 4, "{log}");
+    assert_eq!(log.matches("event=stopped").count(), 3, "{log}");
+}
+
+#[test]
+fn clients_of_before_are_counted_after_a_restart() {
+    let Some(machine) = serving() else { return };
+    let mut held = clients(&machine, 20);
+    machine.order(&["restart", SERVICE]);
+    assert_held(&machine, &mut held);
+    held.extend(clients(&machine, 2));
+    assert_held(&machine, &mut held);
+    // In the eyes of this dispatcher they are what the workers brought along.
+    assert_eq!(machine.status().unwrap().accepted, 2);
+}
+
+#[test]
+fn a_stop_leaves_the_sockets_and_a_client_starts_it_again() {
+    let Some(machine) = serving() else { return };
+    let held = clients(&machine, 2);
+    // A worker that looks for its dispatcher would start it, too.
+    drop(held);
+    machine.order(&["stop", "worker@w0.service", "worker@w1.service", SERVICE]);
+    assert_eq!(machine.state(SERVICE), "inactive");
+    assert_eq!(SOCKETS.map(|unit| machine.state(unit)), ["active", "active"]);
+    assert!(machine.inside("/run/dispatcher/dispatch.sock").exists());
+    let client = TcpStream::connect(machine.address).unwrap();
+    wait_until("the service", || machine.state(SERVICE) == "active");
+    machine.workers(&["w2"]);
+    assert_eq!(Client::greeted(client).unwrap().served_by, "w2");
+    // All three together is how it stays down.
+    machine.order(&["stop", SOCKETS[0], SOCKETS[1], SERVICE]);
+    assert!(TcpStream::connect(machine.address).is_err());
+    assert_eq!(machine.state(SERVICE), "inactive");
+}
+
+#[test]
+fn a_killed_dispatcher_is_started_again() {
+    let Some(machine) = serving() else { return };
+    let mut held = clients(&machine, 20);
+    machine.order(&["kill", "--signal=KILL", "--kill-who=main", SERVICE]);
+    wait_for_its_end(&machine);
+    // They wait in the queue of a socket that systemd holds.
+    let waiting: Vec<TcpStream> = (0..200).map(|_| connect(machine.address)).collect();
+    let served: Vec<Client> = waiting.into_iter().map(|s| Client::greeted(s).unwrap()).collect();
+    assert_eq!(served.len(), 200);
+    assert_eq!(machine.show(SERVICE, "NRestarts"), "1");
+    assert_eq!(machine.state(SERVICE), "active");
+    served.into_iter().for_each(Client::finish);
+    wait_until("the last of them to be counted", || {
+        loads(&machine.status().unwrap(), "web") == (vec![10, 10], 0)
+    });
+    assert_held(&machine, &mut held);
+}
+
+#[test]
+fn a_missing_socket_is_a_mistake_in_the_configuration() {
+    let Some(machine) = listening() else { return };
+    machine.configure(&CONFIG.replace("systemd:web", "systemd:wbe"));
+    let (text, started) = machine.systemctl(&["start", SERVICE]);
+    assert!(!started, "{text}");
+    assert_eq!(machine.show(SERVICE, "ExecMainStatus"), "78");
+    let log = machine.log();
+    assert!(log.contains("systemd:wbe: no socket of this name; passed were: web"), "{log}");
+    // Trying again would not help.
+    assert_eq!(machine.show(SERVICE, "NRestarts"), "0");
+    assert_eq!(machine.state(SERVICE), "failed");
+    machine.configure(CONFIG);
+    machine.order(&["start", SERVICE]);
+    machine.workers(&["w0"]);
+    assert_eq!(clients(&machine, 1)[0].served_by, "w0");
+}
