@@ -223,7 +223,7 @@ impl Shell {
             humantime::format_duration(patience)
         );
         if self.stop_deadline.is_none() {
-            let _ = sd_notify::notify(&[sd_notify::NotifyState::Stopping]);
+            notify(sd_notify::NotifyState::Stopping);
             self.finish_listeners();
         }
         let deadline = self.now + patience;
@@ -293,6 +293,18 @@ impl Shell {
             [self.core.deadline(), self.door.deadline(), self.door_paused_until, paused, retry];
         let next = deadlines.into_iter().flatten().min()?;
         Some(next - clock())
+    }
+}
+
+/// Tells the service manager, if there is one. On a thread of its own: a `NOTIFY_SOCKET` that nobody reads blocks.
+fn notify(state: sd_notify::NotifyState<'static>) {
+    let tell = move || {
+        if let Err(error) = sd_notify::notify(&[state]) {
+            log::warn!("event=not_notified error=\"{error}\" hint=\"is NOTIFY_SOCKET alive?\"");
+        }
+    };
+    if let Err(error) = std::thread::Builder::new().name("notify".to_owned()).spawn(tell) {
+        log::warn!("event=not_notified error=\"{error}\"");
     }
 }
 

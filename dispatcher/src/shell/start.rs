@@ -16,7 +16,7 @@ use super::inherited::Inherited;
 use super::join::Door;
 use super::sockets::{self, Listening};
 use super::token::Source;
-use super::{Limits, Shell, clock};
+use super::{Limits, Shell, clock, notify};
 use crate::admin::Admin;
 use crate::closer::Closer;
 use crate::config::Config;
@@ -136,10 +136,7 @@ impl Shell {
             std::process::id(),
             shell.dispatch.address
         );
-        // Nobody may be listening for it; a dead NOTIFY_SOCKET is worth a line, not a failure.
-        if let Err(error) = sd_notify::notify(&[sd_notify::NotifyState::Ready]) {
-            log::warn!("event=not_notified error=\"{error}\" hint=\"is NOTIFY_SOCKET alive?\"");
-        }
+        notify(sd_notify::NotifyState::Ready);
         Ok(shell)
     }
 

@@ -35,6 +35,9 @@ pub(super) struct Key {
     pub(super) serial: u64,
 }
 
+// A token must hold both; the README says so too.
+const _: () = assert!(usize::BITS == 64, "the dispatcher needs a 64-bit machine");
+
 const SERIAL_BITS: u32 = 40;
 const INDEX_BITS: u32 = 20;
 const SERIAL_MASK: u64 = (1 << SERIAL_BITS) - 1;
