@@ -66,7 +66,8 @@ pub fn descriptors(wanted: u64) -> bool {
 
 /// The dispatcher's binary.
 pub fn dispatcher_bin() -> &'static str {
-    env!("CARGO_BIN_EXE_dispatcher")
+    let told = option_env!("CARGO_BIN_EXE_dispatcher");
+    told.unwrap_or_else(|| panic!("only tests are told where the dispatcher is"))
 }
 
 /// A built example: it stands beside the directory of the test itself.
