@@ -1,5 +1,5 @@
 //! Peers that lie, babble or break off: each loses its own connection, with a reason in the log, and nobody else anything.
-#![allow(clippy::unwrap_used)]
+#![allow(clippy::unwrap_used, clippy::expect_used)]
 
 mod support;
 
@@ -122,7 +122,12 @@ fn receive(socket: &OwnedFd) -> Option<(Vec<u8>, Vec<OwnedFd>)> {
 }
 
 fn hello() -> Hello {
-    Hello { pool: "web".to_owned(), name: "bad".to_owned(), max_connections: 100, ..Hello::default() }
+    Hello {
+        pool: "web".to_owned(),
+        name: "bad".to_owned(),
+        max_connections: 100,
+        ..Hello::default()
+    }
 }
 
 fn encode(hello: &Hello) -> Vec<u8> {
@@ -339,7 +344,9 @@ fn ten_thousand_random_records() {
             let mut record: Vec<u8> = match round % 3 {
                 0 => (0..next() % 200).map(|_| next() as u8).collect(),
                 // The right kind, then garbage.
-                1 => [1, 0, 0, 0].into_iter().chain((0..next() % 80).map(|_| next() as u8)).collect(),
+                1 => {
+                    [1, 0, 0, 0].into_iter().chain((0..next() % 80).map(|_| next() as u8)).collect()
+                }
                 // A good one with one byte changed in its fixed part.
                 _ => {
                     let mut record = valid.clone();

@@ -1,5 +1,5 @@
 //! Exactness: loads differ by at most one, from the first connection to the last, under every kind of worker.
-#![allow(clippy::unwrap_used)]
+#![allow(clippy::unwrap_used, clippy::expect_used)]
 
 mod support;
 
@@ -133,8 +133,7 @@ fn churn(flavour: &str) {
     let dispatcher = Dispatcher::start(CONFIG);
     let _workers = dispatcher.workers(flavour, "web", 8);
     let address = dispatcher.address("web");
-    let mut clients: Vec<Client> =
-        (0..2_000).map(|_| Client::connect(address).unwrap()).collect();
+    let mut clients: Vec<Client> = (0..2_000).map(|_| Client::connect(address).unwrap()).collect();
     // xorshift: the same victims in every run.
     let mut random = 0x2545_f491_4f6c_dd1d_u64;
     let mut worst: f64 = 0.0;

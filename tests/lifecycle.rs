@@ -1,5 +1,5 @@
 //! Workers that come, go, hang, die and come back; a dispatcher that dies and comes back. Nothing untaken is lost.
-#![allow(clippy::unwrap_used)]
+#![allow(clippy::unwrap_used, clippy::expect_used)]
 
 mod support;
 
@@ -74,8 +74,7 @@ fn live_connections_are_counted_after_a_restart_of_the_dispatcher() {
         let mut dispatcher = Dispatcher::start_in(temp.path());
         let _workers = dispatcher.workers(flavour, "web", 2);
         let address = dispatcher.address("web");
-        let mut clients: Vec<Client> =
-            (0..10).map(|_| Client::connect(address).unwrap()).collect();
+        let mut clients: Vec<Client> = (0..10).map(|_| Client::connect(address).unwrap()).collect();
         assert_eq!(tally(&clients)["w0"], 5);
         // Three of the first worker's connections end before the dispatcher does, two while it is away.
         let (mut of_first, mut others): (Vec<_>, Vec<_>) =
@@ -114,7 +113,8 @@ fn a_killed_worker_loses_nothing_it_had_not_taken() {
         workers[0].signal(Signal::SIGSTOP);
         let streams: Vec<TcpStream> = (0..400).map(|_| connect(address)).collect();
         dispatcher.wait_status("200 in custody", |status| {
-            worker(status, "w0").unwrap().custody == 200 && worker(status, "w1").unwrap().taken == 200
+            worker(status, "w0").unwrap().custody == 200
+                && worker(status, "w1").unwrap().taken == 200
         });
         workers[0].kill();
         let mut clients = greeted(streams);
@@ -153,7 +153,10 @@ fn a_hung_worker_costs_nobody_more_than_the_timeout() {
         let again: Vec<Client> = (0..40).map(|_| Client::connect(address).unwrap()).collect();
         assert!(tally(&again)["w2"] > 0, "{flavour}");
         let log = dispatcher.log();
-        assert!(log.contains("event=worker_suspect") && log.contains("event=worker_trusted"), "{log}");
+        assert!(
+            log.contains("event=worker_suspect") && log.contains("event=worker_trusted"),
+            "{log}"
+        );
         let status = dispatcher.status();
         assert_eq!(status.taken, 140, "each exactly once");
     }
@@ -232,7 +235,8 @@ wait_for_worker = "50ms"
     let address = dispatcher.address("web");
     let mut clients: Vec<Client> = (0..4).map(|_| Client::connect(address).unwrap()).collect();
     let waiting = connect(address);
-    let status = dispatcher.wait_status("back-pressure", |s| pool(s, "web").state == "back-pressure");
+    let status =
+        dispatcher.wait_status("back-pressure", |s| pool(s, "web").state == "back-pressure");
     // Back-pressure is not "no worker": the clock does not run, and nobody is refused.
     assert_eq!((status.closed["no_worker"], loads(&status, "web").0), (0, vec![2, 2]));
     let freed = clients.pop().unwrap();
@@ -291,4 +295,33 @@ fn nothing_is_left_open_afterwards() {
         dispatcher.wait_status("all to be gone", |status| pool(status, "web").workers.is_empty());
         wait_until("the descriptors to be closed", || dispatcher.fds() <= before);
     }
+}
+
+#[test]
+fn a_held_client_that_resets_is_dropped_and_counted() {
+    let dispatcher = Dispatcher::start(PATIENT);
+    let address = dispatcher.address("web");
+    let mut lazy =
+        dispatcher.worker_with("blocking", "web", "lazy", &[("TEST_WORKER", "never-take")]);
+    dispatcher.wait_joined("web", 1);
+    let mut streams: Vec<TcpStream> = (0..10).map(|_| connect(address)).collect();
+    dispatcher.wait_status("10 in custody", |status| status.custody == 10);
+    lazy.kill();
+    dispatcher.wait_status("10 held", |status| status.held == 10);
+    // Four reset, three only half-close: those still wait for an answer.
+    for stream in streams.drain(..4) {
+        nix::sys::socket::setsockopt(
+            &stream,
+            nix::sys::socket::sockopt::Linger,
+            &libc::linger { l_onoff: 1, l_linger: 0 },
+        )
+        .unwrap();
+    }
+    for stream in &streams[..3] {
+        stream.shutdown(std::net::Shutdown::Write).unwrap();
+    }
+    let status = dispatcher.wait_status("four to be dropped", |status| status.held == 6);
+    assert_eq!(status.closed["client_gone"], 4);
+    let _worker = dispatcher.worker("tokio", "web", "late");
+    assert_eq!(tally(&greeted(streams))["late"], 6);
 }

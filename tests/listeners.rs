@@ -1,5 +1,5 @@
 //! Every kind of listener, with every kind of worker: IPv4, IPv6, dual stack, Unix; two pools; two listeners on one pool.
-#![allow(clippy::unwrap_used)]
+#![allow(clippy::unwrap_used, clippy::expect_used)]
 
 mod support;
 
@@ -193,6 +193,8 @@ processes = 3
     assert!(dispatcher.stop().success());
     // A stop ends what the dispatcher started.
     for pid in pids {
-        wait_until("its processes to end", || !std::path::Path::new(&format!("/proc/{pid}")).exists());
+        wait_until("its processes to end", || {
+            !std::path::Path::new(&format!("/proc/{pid}")).exists()
+        });
     }
 }

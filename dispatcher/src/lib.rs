@@ -9,8 +9,8 @@ pub mod demo;
 pub mod logger;
 pub mod pool;
 pub mod shell;
-pub mod spawner;
 #[doc(hidden)]
 pub mod sim;
+pub mod spawner;
 pub mod status;
 mod sys;

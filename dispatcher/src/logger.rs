@@ -30,11 +30,7 @@ static QUEUE: OnceLock<Queue> = OnceLock::new();
 /// # Errors
 /// When the system has no thread left.
 pub fn init() -> io::Result<()> {
-    let style = if stderr_is_journal() {
-        Style::Journal
-    } else {
-        Style::Plain
-    };
+    let style = if stderr_is_journal() { Style::Journal } else { Style::Plain };
     let queue = Queue::start(io::stderr(), MAX_LINES, style)?;
     if QUEUE.set(queue.clone()).is_err() {
         return Ok(());
@@ -80,7 +76,7 @@ fn stderr_is_journal() -> bool {
         .is_ok_and(|stat| stream == format!("{}:{}", stat.st_dev, stat.st_ino))
 }
 
-/// One line: `2026-01-31T12:00:00.000Z info shell: worker joined worker=3 pool=web`.
+/// One line: `2026-01-31T12:00:00.000Z info shell: event=worker_joined worker=3 pool=web`.
 fn line(record: &Record<'_>, style: Style, now: std::time::SystemTime) -> String {
     let (name, priority) = match record.level() {
         Level::Error => ("error", 3),
@@ -94,11 +90,7 @@ fn line(record: &Record<'_>, style: Style, now: std::time::SystemTime) -> String
     let target = target.strip_prefix("dispatcher::").unwrap_or(target);
     // Writing to a string cannot fail.
     let _ = match style {
-        Style::Plain => write!(
-            text,
-            "{} {name} {target}: ",
-            humantime::format_rfc3339_millis(now)
-        ),
+        Style::Plain => write!(text, "{} {name} {target}: ", humantime::format_rfc3339_millis(now)),
         Style::Journal => write!(text, "<{priority}>{target}: "),
     };
     let start = text.len();
@@ -106,10 +98,8 @@ fn line(record: &Record<'_>, style: Style, now: std::time::SystemTime) -> String
     let _ = record.key_values().visit(&mut Pairs(&mut text));
     // What a peer said must not look like a line of ours, nor reach the terminal as an escape sequence.
     if text[start..].contains(|c: char| c.is_control()) {
-        let clean: String = text[start..]
-            .chars()
-            .map(|c| if c.is_control() { '\u{fffd}' } else { c })
-            .collect();
+        let clean: String =
+            text[start..].chars().map(|c| if c.is_control() { '\u{fffd}' } else { c }).collect();
         text.truncate(start);
         text.push_str(&clean);
     }
@@ -190,9 +180,7 @@ impl Queue {
                 Err(TrySendError::Full(_) | TrySendError::Disconnected(_)) => return false,
             }
         }
-        flushed
-            .recv_timeout(deadline.saturating_duration_since(Instant::now()))
-            .is_ok()
+        flushed.recv_timeout(deadline.saturating_duration_since(Instant::now())).is_ok()
     }
 }
 
@@ -230,11 +218,7 @@ fn write_out(
         // Right after a write there is room again, so this is the soonest it can be said.
         let now = dropped.load(Ordering::Relaxed);
         if now > reported {
-            let text = format_args!(
-                "the log could not keep up: lines left out count={}",
-                now - reported
-            )
-            .to_string();
+            let text = format_args!("event=log_lines_dropped count={}", now - reported).to_string();
             let record = line(
                 &Record::builder()
                     .level(Level::Warn)
@@ -264,12 +248,8 @@ mod tests {
 
     impl Write for Gated {
         fn write(&mut self, bytes: &[u8]) -> io::Result<usize> {
-            self.permits
-                .recv()
-                .map_err(|_| io::Error::from(io::ErrorKind::BrokenPipe))?;
-            let _ = self
-                .written
-                .send(String::from_utf8_lossy(bytes).into_owned());
+            self.permits.recv().map_err(|_| io::Error::from(io::ErrorKind::BrokenPipe))?;
+            let _ = self.written.send(String::from_utf8_lossy(bytes).into_owned());
             Ok(bytes.len())
         }
 
@@ -286,9 +266,7 @@ mod tests {
             Queue::start(Gated { permits, written }, 4, Style::Plain).expect("a thread");
         let start = Instant::now();
         for number in 0..100 {
-            queue
-                .write_all(format!("line {number}\n").as_bytes())
-                .expect("never an error");
+            queue.write_all(format!("line {number}\n").as_bytes()).expect("never an error");
         }
         assert!(start.elapsed() < Duration::from_secs(5));
         // Four wait, and one may be in the writer's hands.
@@ -303,17 +281,12 @@ mod tests {
         let lines: Vec<String> = lines.try_iter().collect();
         assert_eq!(lines[0], "line 0\n");
         assert!(
-            lines[1].ends_with(&format!(
-                " warn logger: the log could not keep up: lines left out count={dropped}\n"
-            )),
+            lines[1].ends_with(&format!(" warn logger: event=log_lines_dropped count={dropped}\n")),
             "{}",
             lines[1]
         );
         assert_eq!(lines.len() as u64, 100 - dropped + 1);
-        assert!(
-            queue.flush(Duration::from_secs(10)),
-            "nothing waits any more"
-        );
+        assert!(queue.flush(Duration::from_secs(10)), "nothing waits any more");
     }
 
     fn shown(style: Style, text: &str, key_values: &[(&str, &str)]) -> String {
@@ -335,10 +308,7 @@ mod tests {
             shown(Style::Plain, "joined", &[("worker", "3"), ("name", "a b")]),
             "1970-01-01T00:00:00.000Z info shell::worker: joined worker=3 name=\"a b\"\n"
         );
-        assert_eq!(
-            shown(Style::Journal, "joined", &[]),
-            "<6>shell::worker: joined\n"
-        );
+        assert_eq!(shown(Style::Journal, "joined", &[]), "<6>shell::worker: joined\n");
     }
 
     #[test]
@@ -348,10 +318,6 @@ mod tests {
             "<6>shell::worker: a\u{fffd}b\u{fffd}[2J k=v\u{fffd}\n"
         );
         let long = shown(Style::Journal, &"é".repeat(MAX_LINE), &[]);
-        assert!(
-            long.len() <= MAX_LINE && long.ends_with("…\n"),
-            "{}",
-            long.len()
-        );
+        assert!(long.len() <= MAX_LINE && long.ends_with("…\n"), "{}", long.len());
     }
 }

@@ -102,9 +102,7 @@ impl Spawner {
     /// # Errors
     /// Gives the request back when too many are waiting, or the service has ended: then no report follows.
     pub fn spawn(&self, request: SpawnRequest) -> Result<(), Box<SpawnRequest>> {
-        self.requests
-            .try_send(request)
-            .map_err(|error| Box::new(error.into_inner()))
+        self.requests.try_send(request).map_err(|error| Box::new(error.into_inner()))
     }
 
     /// Asks all processes to end: SIGTERM to the process group of each now, SIGKILL after `timeout`. `Exited` for each and
@@ -143,15 +141,8 @@ pub(crate) fn service(wake: Wake) -> (Spawner, Service, Receiver<Report>) {
     let (stop_sender, stop) = watch::channel(None);
     let (sender, reports) = mpsc::channel();
     (
-        Spawner {
-            requests: request_sender,
-            stop: stop_sender,
-        },
-        Service {
-            requests,
-            stop,
-            reports: Reports { sender, wake },
-        },
+        Spawner { requests: request_sender, stop: stop_sender },
+        Service { requests, stop, reports: Reports { sender, wake } },
         reports,
     )
 }
@@ -211,10 +202,7 @@ async fn process(
             return false;
         }
     };
-    reports.send(Report::Spawned {
-        process,
-        pid: pid.as_raw(),
-    });
+    reports.send(Report::Spawned { process, pid: pid.as_raw() });
     let mut killed = false;
     let ended = tokio::select! {
         ended = child.wait() => ended,
@@ -249,12 +237,7 @@ fn start(request: &SpawnRequest) -> Result<(Child, Pid), String> {
     let mut command = tokio::process::Command::new(program);
     command
         .args(arguments)
-        .envs(
-            request
-                .environment
-                .iter()
-                .map(|(name, value)| (name, value)),
-        )
+        .envs(request.environment.iter().map(|(name, value)| (name, value)))
         .env("DISPATCH_SOCKET", &request.dispatch_socket)
         .env("DISPATCH_POOL", &request.pool)
         .env("DISPATCH_NAME", &request.name)
@@ -294,7 +277,7 @@ fn signal(group: Pid, signal: Signal) {
     if let Err(error) = killpg(group, signal)
         && error != nix::Error::ESRCH
     {
-        log::warn!("process group {group} cannot be sent {signal}: {error}");
+        log::warn!("event=signal_failed group={group} signal={signal} error=\"{error}\"");
     }
 }
 

@@ -239,7 +239,9 @@ impl Dispatcher {
         command.env("DISPATCH_POOL", pool).env("DISPATCH_NAME", name);
         command.envs(environment.iter().copied());
         command.stdin(Stdio::null()).stdout(Stdio::null());
-        command.stderr(File::options().create(true).append(true).open(self.dir.join("worker-log")).unwrap());
+        command.stderr(
+            File::options().create(true).append(true).open(self.dir.join("worker-log")).unwrap(),
+        );
         Process::start(name, &mut command)
     }
 
@@ -278,10 +280,8 @@ impl Drop for Dispatcher {
 /// `accepted + returned = held + custody + taken + Σ closed`, at every instant.
 pub fn assert_conserved(status: &Status) {
     let closed: u64 = status.closed.values().sum();
-    let (arrived, placed) = (
-        status.accepted + status.returned,
-        status.held + status.custody + status.taken + closed,
-    );
+    let (arrived, placed) =
+        (status.accepted + status.returned, status.held + status.custody + status.taken + closed);
     assert_eq!(arrived, placed, "conservation: {status:?}");
     for worker in status.pools.iter().flat_map(|pool| &pool.workers) {
         let load = worker.base + worker.taken + worker.custody - worker.finished;

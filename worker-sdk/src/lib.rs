@@ -1,4 +1,83 @@
 //! Be a worker of the dispatcher: receive live TCP connections over a Unix socket.
+//!
+//! The dispatcher accepts connections and passes each one to the worker process with the fewest. This
+//! crate is the worker's side. It joins the pool, gives each connection to the application when that asks,
+//! counts what is live, and joins again after the dispatcher was away; live connections do not
+//! notice. Without a dispatcher the same program listens by itself.
+//!
+//! | feature | for | start at |
+//! |---|---|---|
+//! | `client` (default) | programs that block, with one thread or many | `Worker` |
+//! | `tokio` | tokio | `tokio::Listener` |
+//! | `axum` | axum; the listener goes to `axum::serve` | `tokio::Listener` |
+//! | `mio` | event loops with mio | `mio::MioWorker` |
+//!
+//! The protocol itself ([`wire`], [`scoreboard`]) is always there.
+//!
+//! # A thread for each connection
+//!
+#![cfg_attr(feature = "client", doc = "```no_run")]
+#![cfg_attr(not(feature = "client"), doc = "```ignore")]
+//! use std::io;
+//! use worker_sdk::{Worker, WorkerConfig};
+//!
+//! fn main() -> Result<(), worker_sdk::Error> {
+//!     let config = WorkerConfig::new().listen("127.0.0.1:7000").with_env()?;
+//!     let mut worker = Worker::connect(config)?;
+//!     for connection in worker.incoming() {
+//!         std::thread::spawn(move || io::copy(&mut &connection, &mut &connection));
+//!     }
+//!     Ok(())
+//! }
+//! ```
+//!
+//! # axum
+//!
+#![cfg_attr(feature = "axum", doc = "```no_run")]
+#![cfg_attr(not(feature = "axum"), doc = "```ignore")]
+//! use axum::{Router, extract::ConnectInfo, routing::get};
+//! use worker_sdk::{PeerAddr, WorkerConfig, tokio::Listener};
+//!
+//! async fn hello(ConnectInfo(peer): ConnectInfo<PeerAddr>) -> String {
+//!     format!("hello {peer}\n")
+//! }
+//!
+//! async fn serve() -> Result<(), Box<dyn std::error::Error>> {
+//!     let config = WorkerConfig::new().listen("127.0.0.1:8080").with_env()?;
+//!     let listener = Listener::connect(config).await?;
+//!     let app = Router::new().route("/", get(hello));
+//!     axum::serve(listener, app.into_make_service_with_connect_info::<PeerAddr>()).await?;
+//!     Ok(())
+//! }
+//!
+//! fn main() -> Result<(), Box<dyn std::error::Error>> {
+//!     tokio::runtime::Builder::new_multi_thread().enable_all().build()?.block_on(serve())
+//! }
+//! ```
+//!
+//! # mio
+//!
+#![cfg_attr(feature = "mio", doc = "```no_run")]
+#![cfg_attr(not(feature = "mio"), doc = "```ignore")]
+//! use std::io::Write;
+//! use mio::{Events, Interest, Poll, Token};
+//! use worker_sdk::{WorkerConfig, mio::MioWorker};
+//!
+//! fn main() -> Result<(), Box<dyn std::error::Error>> {
+//!     let mut poll = Poll::new()?;
+//!     let config = WorkerConfig::new().listen("127.0.0.1:7000").with_env()?;
+//!     let mut worker = MioWorker::new(config)?;
+//!     poll.registry().register(&mut worker, Token(0), Interest::READABLE)?;
+//!     let mut events = Events::with_capacity(64);
+//!     loop {
+//!         poll.poll(&mut events, None)?;
+//!         // Edge-triggered, like every source of mio: go on until there is none.
+//!         while let Some(mut connection) = worker.try_accept()? {
+//!             connection.write_all(b"hello\n")?;
+//!         }
+//!     }
+//! }
+//! ```
 #![warn(missing_docs)]
 
 #[cfg(feature = "axum")]

@@ -1,4 +1,4 @@
-//! The worker for programs with a [mio](::mio) event loop.
+//! The worker for programs with a [mio] event loop.
 
 use std::fmt;
 use std::io;

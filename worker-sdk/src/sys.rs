@@ -36,10 +36,7 @@ impl Mapping {
                 0,
             )
         }?;
-        Ok(Mapping {
-            start: start.cast(),
-            len,
-        })
+        Ok(Mapping { start: start.cast(), len })
     }
 
     /// The 8 bytes at `offset`, which is a multiple of 8 within the mapping.
@@ -65,9 +62,7 @@ impl Drop for Mapping {
     }
 }
 
-const SEALS: SealFlags = SealFlags::SHRINK
-    .union(SealFlags::GROW)
-    .union(SealFlags::SEAL);
+const SEALS: SealFlags = SealFlags::SHRINK.union(SealFlags::GROW).union(SealFlags::SEAL);
 
 /// A memfd of `len` zero bytes whose size and seals can no longer change.
 pub(crate) fn sealed_memfd(name: &CStr, len: usize) -> io::Result<OwnedFd> {
@@ -89,4 +84,33 @@ pub(crate) fn is_sealed(fd: BorrowedFd<'_>) -> io::Result<bool> {
 
 pub(crate) fn file_size(fd: impl AsFd) -> io::Result<u64> {
     Ok(u64::try_from(rustix::fs::fstat(fd)?.st_size).unwrap_or(0))
+}
+
+/// The worker's readiness, as tokio wants it: owns what it is a part of.
+#[cfg(feature = "tokio")]
+pub(crate) struct ReadyFd(std::sync::Arc<crate::client::core::Core>);
+
+#[cfg(feature = "tokio")]
+impl std::os::fd::AsRawFd for ReadyFd {
+    fn as_raw_fd(&self) -> std::os::fd::RawFd {
+        self.0.ready_fd().as_raw_fd()
+    }
+}
+
+#[cfg(feature = "tokio")]
+impl ReadyFd {
+    /// Panics outside a tokio runtime with I/O enabled.
+    pub(crate) fn register(
+        core: std::sync::Arc<crate::client::core::Core>,
+    ) -> io::Result<tokio::io::unix::AsyncFd<ReadyFd>> {
+        // SAFETY: the core makes its descriptor once, never replaces it, and closes it when it is dropped,
+        // which the reference inside prevents for as long as the `AsyncFd` exists.
+        let registered = unsafe {
+            tokio::io::unix::AsyncFd::register_with_interest(
+                ReadyFd(core),
+                tokio::io::Interest::READABLE,
+            )
+        };
+        registered.map_err(io::Error::from)
+    }
 }

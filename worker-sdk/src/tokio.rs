@@ -1,19 +1,20 @@
-//! The worker for programs on [tokio](::tokio).
+//! The worker for programs on [tokio].
 
 use std::fmt;
 use std::io::{self, IoSlice};
-use std::os::fd::{AsFd, AsRawFd, BorrowedFd, RawFd};
+use std::os::fd::{AsFd, BorrowedFd};
 use std::pin::Pin;
 use std::sync::Arc;
 use std::task::{Context, Poll};
 use std::time::Duration;
 
 use ::tokio::io::unix::AsyncFd;
-use ::tokio::io::{AsyncRead, AsyncWrite, Interest, ReadBuf};
+use ::tokio::io::{AsyncRead, AsyncWrite, ReadBuf};
 use ::tokio::net::TcpStream;
 
 use crate::client::core::Core;
 use crate::client::{Accepted, Error, Handle, Held, Origin, WorkerConfig};
+use crate::sys::ReadyFd;
 use crate::wire::PeerAddr;
 
 /// A worker whose connections are awaited. With the feature `axum` it can be given to `axum::serve`.
@@ -42,14 +43,6 @@ struct Inner {
     handle: Handle,
 }
 
-struct ReadyFd(Arc<Core>);
-
-impl AsRawFd for ReadyFd {
-    fn as_raw_fd(&self) -> RawFd {
-        self.0.ready_fd().as_raw_fd()
-    }
-}
-
 impl Listener {
     /// Joins, and waits until that has worked; as [`Worker::connect`](crate::Worker::connect).
     ///
@@ -61,7 +54,7 @@ impl Listener {
     pub async fn connect(config: WorkerConfig) -> Result<Listener, Error> {
         let core = Core::new(&config)?;
         let handle = Handle(Arc::clone(&core));
-        let ready = AsyncFd::with_interest(ReadyFd(Arc::clone(&core)), Interest::READABLE)
+        let ready = ReadyFd::register(Arc::clone(&core))
             .map_err(|error| Error::io("wait for the dispatcher", error))?;
         let listener = Listener(Arc::new(Inner { ready, handle }));
         while !core.try_join()? {
@@ -144,7 +137,7 @@ impl fmt::Debug for Listener {
 
 /// A live connection. Dropping it closes the socket, and then counts it as ended.
 ///
-/// Split it with [`tokio::io::split`](::tokio::io::split) to read and write in different tasks.
+/// Split it with [`tokio::io::split`] to read and write in different tasks.
 pub struct Connection {
     held: Held<TcpStream>,
     origin: Origin,
@@ -155,10 +148,7 @@ impl Connection {
         // On an error the stream is closed and the guard counts it; it needs an unregistrable socket.
         let stream = TcpStream::from_std(accepted.stream)
             .map_err(|error| Error::io("register a connection", error))?;
-        Ok(Connection {
-            held: Held::new(stream, accepted.guard),
-            origin: accepted.origin,
-        })
+        Ok(Connection { held: Held::new(stream, accepted.guard), origin: accepted.origin })
     }
 
     /// Where the client connected from, as the dispatcher saw it.
@@ -190,8 +180,7 @@ impl Connection {
     /// # Errors
     /// What the system says.
     pub fn set_nodelay(&self, nodelay: bool) -> io::Result<()> {
-        self.as_tcp()
-            .map_or(Ok(()), |stream| stream.set_nodelay(nodelay))
+        self.as_tcp().map_or(Ok(()), |stream| stream.set_nodelay(nodelay))
     }
 }
 

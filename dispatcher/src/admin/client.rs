@@ -76,21 +76,18 @@ pub fn get(path: &Path, target: &str, timeout: Duration) -> Result<Vec<u8>, Clie
 }
 
 async fn exchange(path: &Path, target: &str) -> Result<Vec<u8>, ClientError> {
-    let stream = UnixStream::connect(path)
-        .await
-        .map_err(|error| match error.kind() {
-            io::ErrorKind::NotFound
-            | io::ErrorKind::ConnectionRefused
-            | io::ErrorKind::NotADirectory => ClientError::NotRunning(path.to_owned(), error),
-            io::ErrorKind::PermissionDenied => ClientError::Permission(path.to_owned()),
-            // The queue of a listening Unix socket is full.
-            io::ErrorKind::WouldBlock => ClientError::Timeout(path.to_owned()),
-            _ => ClientError::System(error),
-        })?;
+    let stream = UnixStream::connect(path).await.map_err(|error| match error.kind() {
+        io::ErrorKind::NotFound
+        | io::ErrorKind::ConnectionRefused
+        | io::ErrorKind::NotADirectory => ClientError::NotRunning(path.to_owned(), error),
+        io::ErrorKind::PermissionDenied => ClientError::Permission(path.to_owned()),
+        // The queue of a listening Unix socket is full.
+        io::ErrorKind::WouldBlock => ClientError::Timeout(path.to_owned()),
+        _ => ClientError::System(error),
+    })?;
     let unexpected = |error: hyper::Error| ClientError::Unexpected(error.to_string());
-    let (mut sender, connection) = hyper::client::conn::http1::handshake(TokioIo::new(stream))
-        .await
-        .map_err(unexpected)?;
+    let (mut sender, connection) =
+        hyper::client::conn::http1::handshake(TokioIo::new(stream)).await.map_err(unexpected)?;
     // It ends with the runtime at the latest; its errors come out of `send_request` as well.
     tokio::spawn(connection);
     let request = hyper::Request::get(target)

@@ -29,11 +29,7 @@ pub(super) struct Gate {
 
 impl Gate {
     pub(super) fn new(requests: SyncSender<Request>, wake: Wake) -> Arc<Gate> {
-        Arc::new(Gate {
-            requests,
-            wake,
-            waiting: Mutex::new(Vec::new()),
-        })
+        Arc::new(Gate { requests, wake, waiting: Mutex::new(Vec::new()) })
     }
 
     /// The status, from the question that is already out if there is one: however many clients ask, the hot

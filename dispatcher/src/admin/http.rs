@@ -57,7 +57,7 @@ pub(super) async fn serve(listener: UnixListener, gate: Arc<Gate>) {
                 tokio::spawn(connection(stream, routes.clone(), slot));
             }
             Err(error) => {
-                log::warn!("the admin socket cannot accept: {error}");
+                log::warn!("event=admin_accept_failed error=\"{error}\"");
                 tokio::time::sleep(REST).await;
             }
         }
@@ -83,7 +83,7 @@ async fn connection(stream: UnixStream, routes: Router, _slot: OwnedSemaphorePer
         }
     };
     if let Err(error) = result {
-        log::debug!("a client of the admin socket: {error}");
+        log::debug!("event=admin_client_failed error=\"{error}\"");
     }
 }
 
@@ -106,10 +106,7 @@ async fn short_body(request: Request, next: Next) -> Response {
         .and_then(|value| value.to_str().ok())
         .and_then(|value| value.parse::<u64>().ok());
     if length.is_some_and(|length| length > MAX_BODY as u64) {
-        return error(
-            StatusCode::PAYLOAD_TOO_LARGE,
-            "a body may have at most 65536 bytes",
-        );
+        return error(StatusCode::PAYLOAD_TOO_LARGE, "a body may have at most 65536 bytes");
     }
     next.run(request).await
 }
@@ -145,9 +142,7 @@ async fn not_found() -> Response {
 
 async fn method_not_allowed() -> Response {
     let mut response = error(StatusCode::METHOD_NOT_ALLOWED, "only GET is possible here");
-    response
-        .headers_mut()
-        .insert(header::ALLOW, header::HeaderValue::from_static("GET, HEAD"));
+    response.headers_mut().insert(header::ALLOW, header::HeaderValue::from_static("GET, HEAD"));
     response
 }
 

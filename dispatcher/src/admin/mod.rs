@@ -15,7 +15,7 @@ use std::io;
 use std::os::unix::net::UnixListener;
 use std::sync::{Arc, mpsc};
 use std::thread::JoinHandle;
-use std::time::Duration;
+use std::time::{Duration, Instant};
 
 use tokio::sync::oneshot;
 
@@ -30,6 +30,9 @@ const MAX_REQUESTS: usize = 16;
 
 /// How long a finishing side thread may hold the process up.
 const THREAD_END: Duration = Duration::from_secs(1);
+
+/// How much longer than its timeout stopping may take: SIGKILL has to work, and be seen to.
+const PROCESSES_END: Duration = Duration::from_secs(3);
 
 /// A question only the hot thread can answer. Dropping it unanswered is fine: the client gets 503.
 #[derive(Debug)]
@@ -58,9 +61,7 @@ impl Admin {
     /// # Errors
     /// When the system has no thread or epoll instance left.
     pub fn start(listener: UnixListener, wake: Wake) -> io::Result<Admin> {
-        let runtime = tokio::runtime::Builder::new_current_thread()
-            .enable_all()
-            .build()?;
+        let runtime = tokio::runtime::Builder::new_current_thread().enable_all().build()?;
         listener.set_nonblocking(true)?;
         let listener = {
             let _inside = runtime.enter();
@@ -70,26 +71,41 @@ impl Admin {
         let gate = gate::Gate::new(request_sender, Arc::clone(&wake));
         let (spawner, spawns, reports) = spawner::service(wake);
         let (stop, stopped) = oneshot::channel();
-        let thread = std::thread::Builder::new()
-            .name("admin".to_owned())
-            .spawn(move || {
-                runtime.block_on(async {
-                    tokio::spawn(spawns.run());
-                    tokio::select! {
-                        () = http::serve(listener, gate) => {}
-                        // An error is a dropped `Admin`: the same.
-                        _ = stopped => {}
-                    }
-                });
-                runtime.shutdown_timeout(THREAD_END);
-            })?;
-        Ok(Admin {
-            requests,
-            reports,
-            spawner,
-            stop,
-            thread,
-        })
+        let thread = std::thread::Builder::new().name("admin".to_owned()).spawn(move || {
+            runtime.block_on(async {
+                tokio::spawn(spawns.run());
+                tokio::select! {
+                    () = http::serve(listener, gate) => {}
+                    // An error is a dropped `Admin`: the same.
+                    _ = stopped => {}
+                }
+            });
+            runtime.shutdown_timeout(THREAD_END);
+        })?;
+        Ok(Admin { requests, reports, spawner, stop, thread })
+    }
+
+    /// Stops all processes (see [`Spawner::stop`]) and then ends the side thread. Waits for both, at most a few seconds longer
+    /// than `timeout`. For the very end: reports that are still queued are thrown away, questions get 503.
+    pub fn stop(self, timeout: Duration) {
+        self.spawner.stop(timeout);
+        let deadline = Instant::now() + timeout + PROCESSES_END;
+        loop {
+            let left = deadline.saturating_duration_since(Instant::now());
+            match self.reports.recv_timeout(left) {
+                Ok(Report::Stopped { killed: 0 }) => break,
+                Ok(Report::Stopped { killed }) => {
+                    log::warn!("event=processes_killed count={killed} after={timeout:?}");
+                    break;
+                }
+                Ok(_) => {}
+                Err(_) => {
+                    log::error!("event=processes_left_behind");
+                    break;
+                }
+            }
+        }
+        self.finish();
     }
 
     /// Ends the side thread, about at once. Processes that are still running stay; see [`Spawner::stop`].
@@ -98,7 +114,7 @@ impl Admin {
         // It may have ended by itself already.
         let _ = stop.send(());
         if thread.join().is_err() {
-            log::error!("the admin thread panicked");
+            log::error!("event=admin_thread_panicked");
         }
     }
 }

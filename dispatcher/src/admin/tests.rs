@@ -1,1 +1,221 @@
+//! HTTP over a real Unix socket, with a thread that plays the hot one.
 
+use std::io::{Read, Write};
+use std::os::unix::net::UnixStream;
+use std::path::PathBuf;
+use std::sync::atomic::{AtomicBool, AtomicUsize, Ordering};
+use std::time::Instant;
+
+use worker_sdk::wire::Token;
+
+use super::client::{self, ClientError};
+use super::*;
+
+const PATIENCE: Duration = Duration::from_secs(30);
+
+/// A side thread and a hot thread that answers only while `answering`.
+struct Bench {
+    directory: tempfile::TempDir,
+    answering: Arc<AtomicBool>,
+    asked: Arc<AtomicUsize>,
+    end: Arc<AtomicBool>,
+    hot: Option<JoinHandle<()>>,
+}
+
+impl Bench {
+    fn new() -> Bench {
+        let directory = tempfile::tempdir().expect("a directory");
+        let listener = UnixListener::bind(directory.path().join("admin.sock")).expect("a socket");
+        let answering = Arc::new(AtomicBool::new(true));
+        let asked = Arc::new(AtomicUsize::new(0));
+        let end = Arc::new(AtomicBool::new(false));
+        let (wake, woken) = mpsc::channel();
+        let admin = Admin::start(
+            listener,
+            Arc::new(move || {
+                let _ = wake.send(());
+            }),
+        )
+        .expect("a side thread");
+        let hot = std::thread::spawn({
+            let (answering, asked, end) = (answering.clone(), asked.clone(), end.clone());
+            move || {
+                while !end.load(Ordering::SeqCst) {
+                    let _ = woken.recv_timeout(Duration::from_millis(5));
+                    if !answering.load(Ordering::SeqCst) {
+                        continue;
+                    }
+                    while let Ok(Request::Status(answer)) = admin.requests.try_recv() {
+                        let turn = asked.fetch_add(1, Ordering::SeqCst) as u64;
+                        let _ = answer.send(Status {
+                            version: "test".to_owned(),
+                            accepted: turn,
+                            ..Status::default()
+                        });
+                    }
+                }
+                admin.finish();
+            }
+        });
+        Bench { directory, answering, asked, end, hot: Some(hot) }
+    }
+
+    fn path(&self) -> PathBuf {
+        self.directory.path().join("admin.sock")
+    }
+
+    /// Sends bytes and reads until the other side closes.
+    fn raw(&self, request: &str) -> String {
+        let mut stream = self.open();
+        stream.write_all(request.as_bytes()).expect("sent");
+        let mut answer = String::new();
+        stream.read_to_string(&mut answer).expect("an answer");
+        answer
+    }
+
+    fn open(&self) -> UnixStream {
+        let stream = UnixStream::connect(self.path()).expect("connected");
+        stream.set_read_timeout(Some(PATIENCE)).expect("a timeout");
+        stream
+    }
+}
+
+impl Drop for Bench {
+    fn drop(&mut self) {
+        self.end.store(true, Ordering::SeqCst);
+        if let Some(hot) = self.hot.take() {
+            hot.join().expect("the hot thread");
+        }
+    }
+}
+
+#[test]
+fn the_status() {
+    let bench = Bench::new();
+    let body = client::get(&bench.path(), "/v1/status", PATIENCE).expect("a status");
+    let status: Status = serde_json::from_slice(&body).expect("valid");
+    assert_eq!(status.version, "test");
+    assert_eq!(client::get(&bench.path(), "/healthz", PATIENCE).expect("healthy"), b"ok\n");
+    let answer = bench.raw("GET /v1/status HTTP/1.1\r\nHost: x\r\nConnection: close\r\n\r\n");
+    assert!(answer.starts_with("HTTP/1.1 200 "), "{answer}");
+    assert!(answer.contains("content-type: application/json"), "{answer}");
+}
+
+#[test]
+fn paths_and_methods_that_do_not_exist() {
+    let bench = Bench::new();
+    let answer = bench.raw("GET /nope HTTP/1.1\r\nHost: x\r\nConnection: close\r\n\r\n");
+    assert!(answer.starts_with("HTTP/1.1 404 "), "{answer}");
+    assert!(answer.contains("\"/v1/status\""), "{answer}");
+    let answer = bench.raw("POST /v1/status HTTP/1.1\r\nHost: x\r\nConnection: close\r\n\r\n");
+    assert!(answer.starts_with("HTTP/1.1 405 "), "{answer}");
+    assert!(answer.contains("allow: GET"), "{answer}");
+    let answer = bench.raw("GET /v1/status HTTP/1.1\r\nHost: x\r\nContent-Length: 65537\r\n\r\n");
+    assert!(answer.starts_with("HTTP/1.1 413 "), "{answer}");
+    assert!(bench.raw("what is this\r\n\r\n").starts_with("HTTP/1.1 400 "));
+    let error = client::get(&bench.path(), "/nope", PATIENCE).expect_err("404");
+    assert!(matches!(error, ClientError::Unexpected(_)), "{error}");
+}
+
+#[test]
+fn many_clients_are_one_question() {
+    let bench = Bench::new();
+    bench.answering.store(false, Ordering::SeqCst);
+    let clients: Vec<_> = (0..16)
+        .map(|_| {
+            let mut stream = bench.open();
+            stream
+                .write_all(b"GET /v1/status HTTP/1.1\r\nHost: x\r\nConnection: close\r\n\r\n")
+                .expect("sent");
+            stream
+        })
+        .collect();
+    // One more, over a connection of its own, is late: by then all others are waiting.
+    let error = client::get(&bench.path(), "/healthz", PATIENCE).expect_err("not healthy");
+    assert!(matches!(error, ClientError::Busy(_)), "{error}");
+    bench.answering.store(true, Ordering::SeqCst);
+    for mut client in clients {
+        let mut answer = String::new();
+        client.read_to_string(&mut answer).expect("an answer");
+        assert!(answer.starts_with("HTTP/1.1 200 "), "{answer}");
+        assert!(answer.contains("\"accepted\":0"), "{answer}");
+    }
+    assert_eq!(bench.asked.load(Ordering::SeqCst), 1);
+    // And it can be asked again.
+    client::get(&bench.path(), "/healthz", PATIENCE).expect("healthy");
+}
+
+#[test]
+fn a_slow_head_is_not_waited_for() {
+    let bench = Bench::new();
+    let mut stream = bench.open();
+    stream.write_all(b"GET /v1/st").expect("sent");
+    let start = Instant::now();
+    let mut rest = Vec::new();
+    // Closed, with or without an answer.
+    let _ = stream.read_to_end(&mut rest);
+    assert!(start.elapsed() < PATIENCE, "it was waited for");
+}
+
+#[test]
+fn there_is_room_again_after_idle_clients() {
+    let bench = Bench::new();
+    let idle: Vec<UnixStream> = (0..http::MAX_CONNECTIONS).map(|_| bench.open()).collect();
+    // Waits in the kernel's queue until the idle ones are cut off.
+    client::get(&bench.path(), "/healthz", PATIENCE).expect("healthy");
+    drop(idle);
+}
+
+#[test]
+fn nobody_there() {
+    let directory = tempfile::tempdir().expect("a directory");
+    let path = directory.path().join("admin.sock");
+    let error = client::get(&path, "/healthz", PATIENCE).expect_err("no file");
+    assert!(matches!(error, ClientError::NotRunning(..)), "{error}");
+    // A file that is left over from a process that is gone.
+    drop(UnixListener::bind(&path).expect("a socket"));
+    let error = client::get(&path, "/healthz", PATIENCE).expect_err("a stale file");
+    assert!(matches!(error, ClientError::NotRunning(..)), "{error}");
+}
+
+#[test]
+fn somebody_else_there() {
+    let directory = tempfile::tempdir().expect("a directory");
+    let path = directory.path().join("admin.sock");
+    let listener = UnixListener::bind(&path).expect("a socket");
+    // Accepted by the kernel, answered by nobody.
+    let error = client::get(&path, "/healthz", Duration::from_millis(50)).expect_err("no answer");
+    assert!(matches!(error, ClientError::Timeout(_)), "{error}");
+    let other = std::thread::spawn(move || {
+        let _ = listener.accept();
+        let (mut stream, _) = listener.accept().expect("a client");
+        let _ = stream.write_all(b"220 mail.example ESMTP\r\n");
+    });
+    let error = client::get(&path, "/healthz", PATIENCE).expect_err("no HTTP");
+    assert!(matches!(error, ClientError::Unexpected(_)), "{error}");
+    other.join().expect("the other");
+}
+
+#[test]
+fn stopping_ends_the_processes_first() {
+    let directory = tempfile::tempdir().expect("a directory");
+    let listener = UnixListener::bind(directory.path().join("admin.sock")).expect("a socket");
+    let admin = Admin::start(listener, Arc::new(|| {})).expect("a side thread");
+    let request = spawner::SpawnRequest {
+        process: crate::pool::ProcessId { pool: crate::pool::PoolId(0), number: 0 },
+        command: vec!["sleep".to_owned(), "1000".to_owned()],
+        environment: Vec::new(),
+        directory: None,
+        dispatch_socket: "/x".into(),
+        pool: "web".to_owned(),
+        name: "web-1".to_owned(),
+        token: Token([0; 16]),
+    };
+    admin.spawner.spawn(request).expect("room");
+    let Ok(Report::Spawned { pid, .. }) = admin.reports.recv_timeout(PATIENCE) else {
+        panic!("it did not start");
+    };
+    admin.stop(PATIENCE);
+    let gone = nix::sys::signal::kill(nix::unistd::Pid::from_raw(pid), None);
+    assert_eq!(gone, Err(nix::Error::ESRCH));
+}

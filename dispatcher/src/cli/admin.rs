@@ -19,11 +19,7 @@ pub(super) struct Place {
 
 /// `--admin`, else `DISPATCHER_ADMIN`, else the configuration, else the default.
 pub(super) fn find(arguments: &AdminArgs) -> Result<Place, Failure> {
-    find_with(
-        arguments,
-        std::env::var_os(VARIABLE),
-        Path::new(DEFAULT_FILE),
-    )
+    find_with(arguments, std::env::var_os(VARIABLE), Path::new(DEFAULT_FILE))
 }
 
 pub(super) fn find_with(
@@ -32,10 +28,7 @@ pub(super) fn find_with(
     default_file: &Path,
 ) -> Result<Place, Failure> {
     if let Some(path) = &arguments.admin {
-        return Ok(Place {
-            path: path.clone(),
-            from: "--admin".to_owned(),
-        });
+        return Ok(Place { path: path.clone(), from: "--admin".to_owned() });
     }
     // A configuration on the command line is nearer than an environment from somewhere.
     if let Some(file) = &arguments.config {
@@ -44,27 +37,18 @@ pub(super) fn find_with(
         return from_file(source, file);
     }
     if let Some(path) = variable.filter(|path| !path.is_empty()) {
-        return Ok(Place {
-            path: path.into(),
-            from: VARIABLE.to_owned(),
-        });
+        return Ok(Place { path: path.into(), from: VARIABLE.to_owned() });
     }
     match Config::admin_source(default_file) {
         Ok(source) => from_file(source, default_file),
         // Missing, not for us to read, or being edited: the dispatcher may well be where it usually is.
-        Err(_) => Ok(Place {
-            path: DEFAULT_ADMIN_SOCKET.into(),
-            from: "default".to_owned(),
-        }),
+        Err(_) => Ok(Place { path: DEFAULT_ADMIN_SOCKET.into(), from: "default".to_owned() }),
     }
 }
 
 fn from_file(source: UnixSource, file: &Path) -> Result<Place, Failure> {
     match source {
-        UnixSource::Path(path) => Ok(Place {
-            path,
-            from: format!("config {}", file.display()),
-        }),
+        UnixSource::Path(path) => Ok(Place { path, from: format!("config {}", file.display()) }),
         UnixSource::Systemd(name) => Err(Failure::new(
             Exit::Usage,
             format!(
@@ -84,10 +68,9 @@ pub(super) fn get(place: &Place, target: &str) -> Result<Vec<u8>, Failure> {
 fn failure(error: &ClientError, place: &Place) -> Failure {
     let tried = format!("tried {} (from {})", place.path.display(), place.from);
     match error {
-        ClientError::NotRunning(..) => Failure::new(
-            Exit::Unavailable,
-            format!("is the dispatcher running? {tried}: {error}"),
-        ),
+        ClientError::NotRunning(..) => {
+            Failure::new(Exit::Unavailable, format!("is the dispatcher running? {tried}: {error}"))
+        }
         ClientError::Permission(_) => Failure::new(
             Exit::NoPermission,
             format!("{error} ({tried}): become its user, or see admin_socket_mode"),

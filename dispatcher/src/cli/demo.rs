@@ -19,10 +19,7 @@ pub(super) fn demo(arguments: &DemoArgs) -> Result<(), Failure> {
     let program = std::env::current_exe()
         .map_err(|error| Failure::new(Exit::OsErr, format!("our own path: {error}")))?;
     let program = program.to_str().map(str::to_owned).ok_or_else(|| {
-        Failure::new(
-            Exit::OsErr,
-            format!("our own path is not UTF-8: {}", program.display()),
-        )
+        Failure::new(Exit::OsErr, format!("our own path is not UTF-8: {}", program.display()))
     })?;
     let config = Config::demo(
         arguments.listen,

@@ -2,6 +2,7 @@
 
 mod admin;
 mod check;
+#[cfg(feature = "demo")]
 mod demo;
 mod exit;
 mod run;
@@ -12,7 +13,6 @@ mod tests;
 
 use std::ffi::OsString;
 use std::io::Write;
-use std::net::SocketAddr;
 use std::path::PathBuf;
 use std::process::ExitCode;
 
@@ -58,6 +58,7 @@ enum Command {
     )]
     Status(StatusArgs),
     /// Try it out: an HTTP server of several processes, without any configuration.
+    #[cfg(feature = "demo")]
     #[command(
         after_help = "Examples:\n  dispatcher demo\n  dispatcher demo --listen '[::]:9000' --workers 8"
     )]
@@ -95,11 +96,12 @@ struct StatusArgs {
     json: bool,
 }
 
+#[cfg(feature = "demo")]
 #[derive(Debug, Args)]
 struct DemoArgs {
     /// Where to serve HTTP.
     #[arg(long, value_name = "ADDR", default_value = "127.0.0.1:8080")]
-    listen: SocketAddr,
+    listen: std::net::SocketAddr,
     /// How many worker processes.
     #[arg(long, value_name = "N", default_value_t = 4, value_parser = clap::value_parser!(u32).range(1..=1024))]
     workers: u32,
@@ -117,10 +119,7 @@ struct Failure {
 
 impl Failure {
     fn new(exit: Exit, message: impl Into<String>) -> Failure {
-        Failure {
-            exit,
-            message: message.into(),
-        }
+        Failure { exit, message: message.into() }
     }
 }
 
@@ -145,6 +144,7 @@ fn execute(arguments: impl IntoIterator<Item = OsString>) -> Exit {
         Command::Run(arguments) => run::run(&arguments.config),
         Command::Check(arguments) => check::check(&arguments.config),
         Command::Status(arguments) => status::status(&arguments.admin, arguments.json),
+        #[cfg(feature = "demo")]
         Command::Demo(arguments) => demo::demo(arguments),
         #[cfg(feature = "demo")]
         Command::DemoWorker => {

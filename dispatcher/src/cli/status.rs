@@ -35,10 +35,7 @@ pub(super) fn table(status: &Status) -> String {
         humantime::format_duration(Duration::from_secs(status.uptime_seconds)),
         if status.stopping { "  stopping" } else { "" },
     );
-    let mut totals = Table::new(
-        &["ACCEPTED", "RETURNED", "HELD", "CUSTODY", "TAKEN", "CLOSED"],
-        0,
-    );
+    let mut totals = Table::new(&["ACCEPTED", "RETURNED", "HELD", "CUSTODY", "TAKEN", "CLOSED"], 0);
     totals.row([
         status.accepted.to_string(),
         status.returned.to_string(),
@@ -120,9 +117,7 @@ pub(super) fn table(status: &Status) -> String {
 
 /// A worker names itself: its name must not move the cursor.
 fn clean(text: &str) -> String {
-    text.chars()
-        .map(|c| if c.is_control() { '\u{fffd}' } else { c })
-        .collect()
+    text.chars().map(|c| if c.is_control() { '\u{fffd}' } else { c }).collect()
 }
 
 /// Columns wide enough for what is in them: the first `left` ones to the left, numbers to the right.
@@ -134,11 +129,7 @@ struct Table<const N: usize> {
 
 impl<const N: usize> Table<N> {
     fn new(head: &[&'static str; N], left: usize) -> Table<N> {
-        Table {
-            head: *head,
-            left,
-            rows: Vec::new(),
-        }
+        Table { head: *head, left, rows: Vec::new() }
     }
 
     fn row(&mut self, cells: [String; N]) {

@@ -1,1 +1,134 @@
+//! Exit codes, how the dispatcher is found, and the table.
 
+use std::path::Path;
+
+use super::*;
+use crate::status::{ListenerStatus, PoolStatus, Status, WorkerStatus};
+
+fn run(arguments: &[&str]) -> Exit {
+    execute(std::iter::once(&"dispatcher").chain(arguments).map(OsString::from))
+}
+
+#[test]
+fn the_arguments_are_consistent() {
+    use clap::CommandFactory;
+    Cli::command().debug_assert();
+}
+
+#[test]
+fn exit_codes() {
+    let directory = tempfile::tempdir().expect("a directory");
+    let file = directory.path().join("d.toml");
+    let name = file.to_str().expect("UTF-8");
+    let good = "[[listener]]\nname='a'\naddress='127.0.0.1:0'\npool='a'\n[pool.a]\n";
+    std::fs::write(&file, good).expect("written");
+    assert_eq!(run(&["check", "--config", name]), Exit::Ok);
+    std::fs::write(&file, format!("nope = 1\n{good}")).expect("written");
+    assert_eq!(run(&["check", "--config", name]), Exit::Config);
+    assert_eq!(run(&["run", "--config", name]), Exit::Config);
+    assert_eq!(run(&["check", "--config", "/nonexistent/d.toml"]), Exit::Config);
+    assert_eq!(run(&["status", "--config", "/nonexistent/d.toml"]), Exit::Config);
+    let socket = directory.path().join("none.sock");
+    let socket = socket.to_str().expect("UTF-8");
+    assert_eq!(run(&["status", "--admin", socket]), Exit::Unavailable);
+    assert_eq!(run(&[]), Exit::Usage);
+    assert_eq!(run(&["serve"]), Exit::Usage);
+    // Without the demo, the command itself is wrong usage.
+    assert_eq!(run(&["demo", "--workers", "0"]), Exit::Usage);
+    assert_eq!(run(&["demo", "--listen", "here"]), Exit::Usage);
+    assert_eq!(run(&["--version"]), Exit::Ok);
+    assert_eq!(run(&["check", "--help"]), Exit::Ok);
+    assert_eq!([Exit::Usage.code(), Exit::Unavailable.code()], [64, 69]);
+    assert_eq!([Exit::NoPermission.code(), Exit::Config.code()], [77, 78]);
+}
+
+#[test]
+fn the_nearest_word_on_the_socket_counts() {
+    let directory = tempfile::tempdir().expect("a directory");
+    let file = directory.path().join("d.toml");
+    let systemd = directory.path().join("s.toml");
+    let missing = directory.path().join("none.toml");
+    std::fs::write(&file, "admin_socket = '/from/file'").expect("written");
+    std::fs::write(&systemd, "admin_socket = 'systemd:admin'").expect("written");
+    let find =
+        |given: Option<&str>, config: Option<&Path>, variable: Option<&str>, default: &Path| {
+            let arguments =
+                AdminArgs { admin: given.map(PathBuf::from), config: config.map(Path::to_owned) };
+            admin::find_with(&arguments, variable.map(OsString::from), default)
+                .map(|place| (place.path.display().to_string(), place.from))
+                .map_err(|failure| failure.exit)
+        };
+    let (path, from) = find(Some("/a"), Some(&file), Some("/v"), &file).expect("found");
+    assert_eq!((path.as_str(), from.as_str()), ("/a", "--admin"));
+    let (path, from) = find(None, Some(&file), Some("/v"), &missing).expect("found");
+    assert_eq!((path.as_str(), from), ("/from/file", format!("config {}", file.display())));
+    let (path, from) = find(None, None, Some("/v"), &file).expect("found");
+    assert_eq!((path.as_str(), from.as_str()), ("/v", "DISPATCHER_ADMIN"));
+    let (path, _) = find(None, None, Some(""), &file).expect("found");
+    assert_eq!(path, "/from/file");
+    let (path, from) = find(None, None, None, &missing).expect("found");
+    assert_eq!((path.as_str(), from.as_str()), ("/run/dispatcher/admin.sock", "default"));
+    assert_eq!(find(None, Some(&missing), None, &file), Err(Exit::Config));
+    assert_eq!(find(None, None, None, &systemd), Err(Exit::Usage));
+}
+
+#[test]
+fn the_table() {
+    let status = Status {
+        version: "1.2.3".to_owned(),
+        pid: 42,
+        uptime_seconds: 3661,
+        accepted: 1000,
+        taken: 990,
+        custody: 7,
+        closed: [("no_worker".to_owned(), 3), ("shutdown".to_owned(), 0)].into(),
+        listeners: vec![ListenerStatus {
+            name: "web".to_owned(),
+            address: "127.0.0.1:8080".to_owned(),
+            pool: "web".to_owned(),
+            state: "accepting".to_owned(),
+            accepted: 1000,
+        }],
+        pools: vec![PoolStatus {
+            name: "web".to_owned(),
+            policy: "least-connections".to_owned(),
+            state: "ready".to_owned(),
+            held: 0,
+            workers: vec![WorkerStatus {
+                id: 1,
+                name: "a\x1b[2J".to_owned(),
+                pid: 77,
+                state: "active".to_owned(),
+                weight: 1,
+                max_connections: 10_000,
+                load: 12,
+                sent: 997,
+                taken: 990,
+                finished: 985,
+                custody: 7,
+                ..WorkerStatus::default()
+            }],
+        }],
+        ..Status::default()
+    };
+    assert_eq!(
+        status::table(&status),
+        "\
+dispatcher 1.2.3  pid 42  up 1h 1m 1s
+
+ACCEPTED  RETURNED  HELD  CUSTODY  TAKEN  CLOSED
+    1000         0     0        7    990       3
+closed no_worker: 3
+
+LISTENER  ADDRESS         POOL  STATE      ACCEPTED
+web       127.0.0.1:8080  web   accepting      1000
+
+POOL  POLICY             STATE  WORKERS  LOAD  HELD
+web   least-connections  ready        1    12     0
+
+POOL  WORKER  STATE   ID  PID  WEIGHT  LOAD    MAX  SENT  TAKEN  FINISHED  CUSTODY  REVOKED
+web   a\u{fffd}[2J   active   1   77       1    12  10000   997    990       985        7        0
+"
+    );
+    assert!(status::table(&Status::default()).ends_with("\nno workers\n"));
+}

@@ -45,10 +45,7 @@ impl Config {
                     handoff_timeout: HANDOFF_TIMEOUT,
                     probation: PROBATION,
                     wait_for_worker: WAIT_FOR_WORKER,
-                    access: Access {
-                        users: accounts::own_and_root(),
-                        groups: Vec::new(),
-                    },
+                    access: Access { users: accounts::own_and_root(), groups: Vec::new() },
                     processes: workers,
                 },
                 unavailable_response: None,

@@ -80,11 +80,7 @@ impl Diagnostic {
             .map(|c| if c == '\t' { '\t' } else { ' ' })
             .collect();
         let carets = "^".repeat(self.width);
-        writeln!(
-            f,
-            "{}:{}:{}: {kind}{}",
-            self.file, self.line, self.column, self.message
-        )?;
+        writeln!(f, "{}:{}:{}: {kind}{}", self.file, self.line, self.column, self.message)?;
         writeln!(f, " {number} | {}", self.text)?;
         write!(f, " {gutter} | {indent}{carets}")?;
         match &self.help {
@@ -105,11 +101,7 @@ pub(super) struct Mistake {
 
 impl Mistake {
     pub(super) fn new(span: Range<usize>, message: impl Into<String>) -> Mistake {
-        Mistake {
-            span,
-            message: message.into(),
-            help: None,
-        }
+        Mistake { span, message: message.into(), help: None }
     }
 
     pub(super) fn help(mut self, help: impl Into<String>) -> Mistake {
@@ -151,10 +143,8 @@ impl Source<'_> {
         // A span may go over several lines (a table): the caret marks its part of the first one.
         let line_end = line_start + text.len();
         let end = mistake.span.end.min(line_end);
-        let width = self
-            .text
-            .get(start..end)
-            .map_or(1, |marked| marked.trim_end().chars().count().max(1));
+        let width =
+            self.text.get(start..end).map_or(1, |marked| marked.trim_end().chars().count().max(1));
         Diagnostic {
             file: self.file.to_owned(),
             line: before.matches('\n').count() + 1,

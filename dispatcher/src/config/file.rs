@@ -148,11 +148,7 @@ fn translate(error: &toml::de::Error, source: &Source<'_>) -> Mistake {
         None if single_bracket => Some("write [[listener]], with two brackets".to_owned()),
         help => help,
     };
-    Mistake {
-        span,
-        message,
-        help,
-    }
+    Mistake { span, message, help }
 }
 
 /// "`word`, expected one of `a`, `b`" taken apart.

@@ -4,9 +4,11 @@
 //! sockets and starts nothing; it looks users and groups up, because a misspelt one should be known early.
 
 mod accounts;
+mod address;
 mod demo;
 mod error;
 mod file;
+mod spawn;
 mod validate;
 mod value;
 
@@ -40,12 +42,8 @@ pub const PROBATION: Duration = Duration::from_secs(10);
 pub const WAIT_FOR_WORKER: Duration = Duration::from_secs(10);
 
 /// Environment variables the dispatcher sets for the processes it starts; `environment` may not.
-pub const RESERVED_VARIABLES: [&str; 4] = [
-    "DISPATCH_SOCKET",
-    "DISPATCH_POOL",
-    "DISPATCH_NAME",
-    "DISPATCH_TOKEN",
-];
+pub const RESERVED_VARIABLES: [&str; 4] =
+    ["DISPATCH_SOCKET", "DISPATCH_POOL", "DISPATCH_NAME", "DISPATCH_TOKEN"];
 
 /// Most bytes of an `unavailable_response` file.
 pub const MAX_UNAVAILABLE_RESPONSE: usize = 64 * 1024;
@@ -87,10 +85,7 @@ impl Config {
     /// # Errors
     /// [`ConfigError`] for the first mistake.
     pub fn parse(text: &str, file_name: &str) -> Result<Config, ConfigError> {
-        let source = error::Source {
-            file: file_name,
-            text,
-        };
+        let source = error::Source { file: file_name, text };
         let file = file::read(&source)?;
         validate::validate(file, &source).map_err(|mistake| source.error(mistake))
     }
@@ -102,12 +97,9 @@ impl Config {
     /// [`ConfigError`] when the file cannot be read, is not TOML, or has an `admin_socket` that is none.
     pub fn admin_source(path: &Path) -> Result<UnixSource, ConfigError> {
         let text = read(path)?;
-        let source = error::Source {
-            file: &path.display().to_string(),
-            text: &text,
-        };
+        let source = error::Source { file: &path.display().to_string(), text: &text };
         let socket = file::admin_socket(&source)?;
-        validate::unix_source(socket, DEFAULT_ADMIN_SOCKET, "admin_socket")
+        address::unix_source(socket, DEFAULT_ADMIN_SOCKET, "admin_socket")
             .map_err(|mistake| source.error(mistake))
     }
 }
@@ -115,15 +107,11 @@ impl Config {
 fn read(path: &Path) -> Result<String, ConfigError> {
     use std::io::{self, Read};
 
-    let unreadable = |error: io::Error| ConfigError::Unreadable {
-        file: path.display().to_string(),
-        error,
-    };
+    let unreadable =
+        |error: io::Error| ConfigError::Unreadable { file: path.display().to_string(), error };
     let mut bytes = Vec::new();
     let file = std::fs::File::open(path).map_err(unreadable)?;
-    file.take(MAX_FILE + 1)
-        .read_to_end(&mut bytes)
-        .map_err(unreadable)?;
+    file.take(MAX_FILE + 1).read_to_end(&mut bytes).map_err(unreadable)?;
     if bytes.len() as u64 > MAX_FILE {
         return Err(unreadable(io::Error::new(
             io::ErrorKind::InvalidData,

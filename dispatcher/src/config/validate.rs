@@ -1,30 +1,23 @@
 //! From what the file says to what it means: defaults, names resolved, and everything that only shows across keys.
 
-use std::collections::BTreeMap;
 use std::net::SocketAddr;
-use std::path::PathBuf;
 
 use toml::Spanned;
 
+use super::address::{address, check_distinct, unix_source};
 use super::error::{Mistake, Source, Warning, suggest};
-use super::file::{File, ListenerKeys, PolicyName, PoolKeys, SpawnKeys};
+use super::file::{File, ListenerKeys, PolicyName, PoolKeys};
 use super::value::{AMode, AnAccount, Either, TextOrNumber};
 use super::{
     Address, Config, DEFAULT_ADMIN_SOCKET, DEFAULT_DISPATCH_SOCKET, Limits, Listener,
-    ListenerOptions, MAX_UNAVAILABLE_RESPONSE, Pool, Spawn, UnixEndpoint, UnixSource, accounts,
+    ListenerOptions, Pool, UnixEndpoint, UnixSource, accounts, spawn,
 };
 use crate::pool::{Access, Policy, PoolSettings};
 
-/// `sun_path` less its terminating zero.
-const MAX_SOCKET_PATH: usize = 107;
-
-type Checked<T> = Result<T, Mistake>;
+pub(super) type Checked<T> = Result<T, Mistake>;
 
 pub(super) fn validate(file: File, source: &Source<'_>) -> Checked<Config> {
-    let mut check = Check {
-        source,
-        warnings: Vec::new(),
-    };
+    let mut check = Check { source, warnings: Vec::new() };
     let dispatch_socket = check.endpoint(
         &file.dispatch_socket,
         "dispatch_socket",
@@ -80,10 +73,9 @@ pub(super) fn validate(file: File, source: &Source<'_>) -> Checked<Config> {
     for keys in file.listener {
         let listener = check.listener(keys.get_ref(), &pools)?;
         check_distinct(&listener, keys.get_ref(), &listeners)?;
-        for (endpoint, key) in [
-            (&dispatch_socket.source, "dispatch_socket"),
-            (&admin_socket.source, "admin_socket"),
-        ] {
+        for (endpoint, key) in
+            [(&dispatch_socket.source, "dispatch_socket"), (&admin_socket.source, "admin_socket")]
+        {
             let same = match (&listener.address, endpoint) {
                 (Address::Unix(a), UnixSource::Path(b)) => a == b,
                 (Address::Systemd(a), UnixSource::Systemd(b)) => a == b,
@@ -102,10 +94,7 @@ pub(super) fn validate(file: File, source: &Source<'_>) -> Checked<Config> {
         return Err(Mistake::new(0..0, "more than 65535 listeners"));
     }
     for (position, (name, _)) in tables.iter().enumerate() {
-        if !listeners
-            .iter()
-            .any(|listener| usize::from(listener.pool) == position)
-        {
+        if !listeners.iter().any(|listener| usize::from(listener.pool) == position) {
             check.warn(
                 Mistake::new(
                     name.span(),
@@ -115,14 +104,7 @@ pub(super) fn validate(file: File, source: &Source<'_>) -> Checked<Config> {
             );
         }
     }
-    Ok(Config {
-        dispatch_socket,
-        admin_socket,
-        listeners,
-        pools,
-        limits,
-        warnings: check.warnings,
-    })
+    Ok(Config { dispatch_socket, admin_socket, listeners, pools, limits, warnings: check.warnings })
 }
 
 fn limits(file: &File) -> Limits {
@@ -130,9 +112,7 @@ fn limits(file: &File) -> Limits {
     Limits {
         accept_batch: file.accept_batch.map_or(default.accept_batch, |n| n.0),
         hello_timeout: file.hello_timeout.map_or(default.hello_timeout, |w| w.0),
-        max_pending_hellos: file
-            .max_pending_hellos
-            .map_or(default.max_pending_hellos, |n| n.0),
+        max_pending_hellos: file.max_pending_hellos.map_or(default.max_pending_hellos, |n| n.0),
         stop_timeout: file.stop_timeout.map_or(default.stop_timeout, |w| w.0),
         resource_pause: file.resource_pause.map_or(default.resource_pause, |w| w.0),
     }
@@ -146,160 +126,8 @@ fn check_name(name: &Spanned<String>, what: &str) -> Checked<()> {
     if good {
         return Ok(());
     }
-    Err(
-        Mistake::new(name.span(), format!("not a good name for a {what}"))
-            .help("a name is 1 to 64 printable ASCII characters, without spaces"),
-    )
-}
-
-/// Two listeners cannot share a name, nor a place to listen on.
-fn check_distinct(new: &Listener, keys: &ListenerKeys, before: &[Listener]) -> Checked<()> {
-    if let Some(other) = before.iter().find(|other| other.name == new.name) {
-        return Err(Mistake::new(
-            keys.name.span(),
-            format!("there is a listener `{}` already", other.name),
-        )
-        .help("every listener needs a name of its own"));
-    }
-    for other in before {
-        if other.address == new.address && !any_port(&new.address) {
-            return Err(Mistake::new(
-                keys.address.span(),
-                format!("listener `{}` has this address already", other.name),
-            ));
-        }
-        let shared = new.options.reuse_port && other.options.reuse_port;
-        if !shared && (takes(other, new) || takes(new, other)) {
-            return Err(Mistake::new(
-                keys.address.span(),
-                format!(
-                    "listener `{}` at {} takes this IPv4 port as well",
-                    other.name, other.address_text
-                ),
-            )
-            .help("set `ipv6_only = true` for the IPv6 one, or keep only that one"));
-        }
-    }
-    Ok(())
-}
-
-fn any_port(address: &Address) -> bool {
-    matches!(address, Address::Tcp(address) if address.port() == 0)
-}
-
-/// Whether a dual-stack `[::]:PORT` also occupies the other's IPv4 port.
-fn takes(wide: &Listener, narrow: &Listener) -> bool {
-    match (&wide.address, &narrow.address) {
-        (Address::Tcp(SocketAddr::V6(wide_addr)), Address::Tcp(SocketAddr::V4(narrow_addr))) => {
-            wide_addr.ip().is_unspecified()
-                && !wide.options.ipv6_only
-                && wide_addr.port() == narrow_addr.port()
-                && wide_addr.port() != 0
-        }
-        _ => false,
-    }
-}
-
-/// A socket path or `systemd:NAME`.
-pub(super) fn unix_source(
-    text: Option<Spanned<String>>,
-    default: &str,
-    key: &str,
-) -> Checked<UnixSource> {
-    let Some(text) = text else {
-        return Ok(UnixSource::Path(PathBuf::from(default)));
-    };
-    let span = text.span();
-    match text.get_ref().strip_prefix("systemd:") {
-        Some(name) => Ok(UnixSource::Systemd(descriptor_name(name, span)?)),
-        None => {
-            let path = text.get_ref();
-            if let Some(path) = path.strip_prefix("unix:") {
-                return Err(Mistake::new(span, format!("`{key}` is a path"))
-                    .help(format!("leave out `unix:`: \"{path}\"")));
-            }
-            Ok(UnixSource::Path(socket_path(path, span)?))
-        }
-    }
-}
-
-fn socket_path(path: &str, span: std::ops::Range<usize>) -> Checked<PathBuf> {
-    if path.is_empty() {
-        return Err(Mistake::new(span, "a socket needs a path")
-            .help("such as \"/run/dispatcher/app.sock\""));
-    }
-    if path.len() > MAX_SOCKET_PATH {
-        return Err(Mistake::new(
-            span,
-            format!(
-                "this path has {} bytes; the kernel allows {MAX_SOCKET_PATH} for a socket",
-                path.len()
-            ),
-        ));
-    }
-    if path.contains('\0') {
-        return Err(Mistake::new(span, "a path cannot contain a zero byte"));
-    }
-    Ok(PathBuf::from(path))
-}
-
-fn descriptor_name(name: &str, span: std::ops::Range<usize>) -> Checked<String> {
-    // What systemd itself allows for FileDescriptorName=.
-    let good = (1..=255).contains(&name.len())
-        && name
-            .bytes()
-            .all(|b| (b.is_ascii_graphic() || b == b' ') && b != b':');
-    if good {
-        return Ok(name.to_owned());
-    }
-    Err(
-        Mistake::new(span, "not a name that systemd can give to a socket")
-            .help("write \"systemd:NAME\" with the FileDescriptorName= of the .socket unit"),
-    )
-}
-
-/// `IP:PORT`, `unix:PATH` or `systemd:NAME`.
-fn address(text: &Spanned<String>) -> Checked<Address> {
-    let span = text.span();
-    let text = text.get_ref().as_str();
-    if let Some(path) = text.strip_prefix("unix:") {
-        return Ok(Address::Unix(socket_path(path, span)?));
-    }
-    if let Some(name) = text.strip_prefix("systemd:") {
-        return Ok(Address::Systemd(descriptor_name(name, span)?));
-    }
-    if let Ok(address) = text.parse::<SocketAddr>() {
-        return Ok(Address::Tcp(address));
-    }
-    let help = if text.starts_with('/') {
-        format!("for a Unix socket write \"unix:{text}\"")
-    } else if let Ok(ip) = text.parse::<std::net::IpAddr>() {
-        format!(
-            "add a port: \"{}\"",
-            SocketAddr::new(ip, 8080).to_string().as_str()
-        )
-    } else if let Ok(port) = text.trim_start_matches(['*', ':']).parse::<u16>() {
-        format!("name the address too: \"0.0.0.0:{port}\", or \"[::]:{port}\" for IPv4 and IPv6")
-    } else {
-        match text.rsplit_once(':') {
-            Some((host, port)) if host.contains(':') && !host.starts_with('[') => {
-                format!("put the IPv6 address in brackets: \"[{host}]:{port}\"")
-            }
-            Some(("localhost", port)) => {
-                format!(
-                    "host names are not looked up: write \"127.0.0.1:{port}\" or \"[::1]:{port}\""
-                )
-            }
-            Some((_, port)) if port.parse::<u16>().is_err() => {
-                "a port is a number from 0 to 65535".to_owned()
-            }
-            _ => {
-                "write \"0.0.0.0:8080\", \"[::]:8080\", \"unix:/run/app.sock\" or \"systemd:NAME\""
-                    .to_owned()
-            }
-        }
-    };
-    Err(Mistake::new(span, format!("`{text}` is not an address")).help(help))
+    Err(Mistake::new(name.span(), format!("not a good name for a {what}"))
+        .help("a name is 1 to 64 printable ASCII characters, without spaces"))
 }
 
 /// What goes through the whole check: the text, to look at how something was written, and what to warn about.
@@ -354,15 +182,12 @@ impl Check<'_> {
         };
         match bits {
             Some(bits) if bits <= 0o777 => Ok(bits),
-            Some(_) => Err(Mistake::new(
-                mode.span(),
-                "permission bits must be from \"0000\" to \"0777\"",
-            )
-            .help("such as \"0660\": owner and group may connect")),
-            None => Err(
-                Mistake::new(mode.span(), "permission bits must be written in octal")
-                    .help("such as \"0660\" (text), or 0o660"),
-            ),
+            Some(_) => {
+                Err(Mistake::new(mode.span(), "permission bits must be from \"0000\" to \"0777\"")
+                    .help("such as \"0660\": owner and group may connect"))
+            }
+            None => Err(Mistake::new(mode.span(), "permission bits must be written in octal")
+                .help("such as \"0660\" (text), or 0o660")),
         }
     }
 
@@ -437,10 +262,7 @@ impl Check<'_> {
         let default = ListenerOptions::default();
         let options = ListenerOptions {
             backlog: keys.backlog.map_or(default.backlog, |n| n.0),
-            ipv6_only: keys
-                .ipv6_only
-                .as_ref()
-                .map_or(default.ipv6_only, |flag| *flag.get_ref()),
+            ipv6_only: keys.ipv6_only.as_ref().map_or(default.ipv6_only, |flag| *flag.get_ref()),
             nodelay: keys.nodelay.unwrap_or(default.nodelay),
             keepalive: keys.keepalive.map(|w| w.0),
             keepalive_interval: keys.keepalive_interval.as_ref().map(|w| w.get_ref().0),
@@ -467,10 +289,7 @@ impl Check<'_> {
     /// Options that are valid and do nothing where they are.
     fn useless_options(&mut self, keys: &ListenerKeys, address: &Address) {
         if let (Some(mode), Address::Tcp(_)) = (&keys.mode, address) {
-            self.warn(Mistake::new(
-                mode.span(),
-                "`mode` has no effect on a TCP listener",
-            ));
+            self.warn(Mistake::new(mode.span(), "`mode` has no effect on a TCP listener"));
         }
         if let (Some(flag), Address::Tcp(SocketAddr::V4(_)) | Address::Unix(_)) =
             (&keys.ipv6_only, address)
@@ -493,23 +312,17 @@ impl Check<'_> {
 
     fn pool(&mut self, name: &str, keys: PoolKeys, defaults: &PoolKeys) -> Checked<Pool> {
         let spawn = match &keys.spawn {
-            Some(spawn) => Some(self.spawn(spawn, defaults.spawn.as_ref())?),
+            Some(spawn) => Some(spawn::spawn(spawn, defaults.spawn.as_ref())?),
             None => None,
         };
-        let response = keys
-            .unavailable_response
-            .as_ref()
-            .or(defaults.unavailable_response.as_ref());
-        let unavailable_response = response.map(unavailable_response).transpose()?;
+        let response =
+            keys.unavailable_response.as_ref().or(defaults.unavailable_response.as_ref());
+        let unavailable_response = response.map(spawn::unavailable_response).transpose()?;
         let users = match keys.allow_users.as_ref().or(defaults.allow_users.as_ref()) {
             Some(list) => self.accounts(list, accounts::Kind::User)?,
             None => accounts::own_and_root(),
         };
-        let groups = match keys
-            .allow_groups
-            .as_ref()
-            .or(defaults.allow_groups.as_ref())
-        {
+        let groups = match keys.allow_groups.as_ref().or(defaults.allow_groups.as_ref()) {
             Some(list) => self.accounts(list, accounts::Kind::Group)?,
             None => Vec::new(),
         };
@@ -523,22 +336,13 @@ impl Check<'_> {
                 .max_connections_per_worker
                 .or(defaults.max_connections_per_worker)
                 .map_or(10_000, |n| n.0),
-            max_untaken: keys
-                .max_untaken
-                .or(defaults.max_untaken)
-                .map_or(256, |n| n.0),
-            max_workers: keys
-                .max_workers
-                .or(defaults.max_workers)
-                .map_or(4096, |n| n.0),
+            max_untaken: keys.max_untaken.or(defaults.max_untaken).map_or(256, |n| n.0),
+            max_workers: keys.max_workers.or(defaults.max_workers).map_or(4096, |n| n.0),
             handoff_timeout: keys
                 .handoff_timeout
                 .or(defaults.handoff_timeout)
                 .map_or(super::HANDOFF_TIMEOUT, |w| w.0),
-            probation: keys
-                .probation
-                .or(defaults.probation)
-                .map_or(super::PROBATION, |w| w.0),
+            probation: keys.probation.or(defaults.probation).map_or(super::PROBATION, |w| w.0),
             wait_for_worker: keys
                 .wait_for_worker
                 .or(defaults.wait_for_worker)
@@ -547,118 +351,6 @@ impl Check<'_> {
             processes: spawn.as_ref().map_or(0, |spawn| spawn.processes),
             name: name.to_owned(),
         };
-        Ok(Pool {
-            settings,
-            unavailable_response,
-            spawn,
-        })
+        Ok(Pool { settings, unavailable_response, spawn })
     }
-
-    /// `[pool.NAME.spawn]`, with what `[defaults.spawn]` adds. Only a pool with the table itself starts processes.
-    fn spawn(
-        &mut self,
-        keys: &Spanned<SpawnKeys>,
-        defaults: Option<&Spanned<SpawnKeys>>,
-    ) -> Checked<Spawn> {
-        let own = keys.get_ref();
-        let defaults = defaults.map(Spanned::get_ref);
-        let command = own
-            .command
-            .as_ref()
-            .or(defaults.and_then(|d| d.command.as_ref()))
-            .ok_or_else(|| {
-                Mistake::new(keys.span(), "missing key `command`")
-                    .help("add the program and its arguments: command = [\"/usr/bin/my-server\"]")
-            })?;
-        match command.get_ref().first() {
-            None => {
-                return Err(Mistake::new(command.span(), "`command` is empty")
-                    .help("it starts with a program: [\"/usr/bin/my-server\", \"--option\"]"));
-            }
-            Some(program) if program.get_ref().is_empty() => {
-                return Err(Mistake::new(program.span(), "the program has no name"));
-            }
-            Some(_) => {}
-        }
-        let environment = own
-            .environment
-            .as_ref()
-            .or(defaults.and_then(|d| d.environment.as_ref()));
-        let directory = own
-            .directory
-            .as_ref()
-            .or(defaults.and_then(|d| d.directory.as_ref()));
-        for text in command.get_ref().iter().chain(directory) {
-            no_zero_byte(text)?;
-        }
-        Ok(Spawn {
-            command: command
-                .get_ref()
-                .iter()
-                .map(|word| word.get_ref().clone())
-                .collect(),
-            processes: own
-                .processes
-                .or(defaults.and_then(|d| d.processes))
-                .map_or(1, |n| n.0),
-            environment: environment.map_or(Ok(Vec::new()), variables)?,
-            directory: directory.map(|directory| PathBuf::from(directory.get_ref())),
-        })
-    }
-}
-
-fn no_zero_byte(text: &Spanned<String>) -> Checked<()> {
-    if text.get_ref().contains('\0') {
-        return Err(Mistake::new(text.span(), "this cannot contain a zero byte"));
-    }
-    Ok(())
-}
-
-fn variables(
-    environment: &BTreeMap<Spanned<String>, Spanned<String>>,
-) -> Checked<Vec<(String, String)>> {
-    let mut variables = Vec::with_capacity(environment.len());
-    for (name, value) in environment {
-        if name.get_ref().is_empty() || name.get_ref().contains(['=', '\0']) {
-            return Err(Mistake::new(
-                name.span(),
-                "not a name for an environment variable",
-            ));
-        }
-        if super::RESERVED_VARIABLES.contains(&name.get_ref().as_str()) {
-            return Err(Mistake::new(
-                name.span(),
-                format!("the dispatcher itself sets `{}`", name.get_ref()),
-            )
-            .help("it tells the worker where and as whom to join"));
-        }
-        no_zero_byte(value)?;
-        variables.push((name.get_ref().clone(), value.get_ref().clone()));
-    }
-    Ok(variables)
-}
-
-fn unavailable_response(path: &Spanned<String>) -> Checked<Vec<u8>> {
-    use std::io::Read;
-
-    let unreadable = |error: std::io::Error| {
-        Mistake::new(
-            path.span(),
-            format!("`{}` cannot be read: {error}", path.get_ref()),
-        )
-        .help("it holds the bytes a client gets before it is closed because there is no worker")
-    };
-    let file = std::fs::File::open(path.get_ref()).map_err(unreadable)?;
-    let mut bytes = Vec::new();
-    file.take(MAX_UNAVAILABLE_RESPONSE as u64 + 1)
-        .read_to_end(&mut bytes)
-        .map_err(unreadable)?;
-    if bytes.len() > MAX_UNAVAILABLE_RESPONSE {
-        return Err(Mistake::new(
-            path.span(),
-            format!("`{}` is longer than 64 KiB", path.get_ref()),
-        )
-        .help("it has to fit into the client's socket buffer at once"));
-    }
-    Ok(bytes)
 }

@@ -30,16 +30,9 @@ impl Core {
                 "the dispatcher is stopping: try again once it has started anew".to_owned(),
             ));
         }
-        let Some(p) = self
-            .pools
-            .iter()
-            .position(|pool| pool.settings.name == hello.pool)
-        else {
-            let known: Vec<&str> = self
-                .pools
-                .iter()
-                .map(|pool| pool.settings.name.as_str())
-                .collect();
+        let Some(p) = self.pools.iter().position(|pool| pool.settings.name == hello.pool) else {
+            let known: Vec<&str> =
+                self.pools.iter().map(|pool| pool.settings.name.as_str()).collect();
             return Err(refusal(
                 RefusedCode::UnknownPool,
                 Some("pool".to_owned()),
@@ -81,8 +74,7 @@ impl Core {
 
     fn is_allowed(&self, pool: usize, join: &Join) -> bool {
         let access = &self.pools[pool].settings.access;
-        join.spawned
-            .is_some_and(|process| usize::from(process.pool.0) == pool)
+        join.spawned.is_some_and(|process| usize::from(process.pool.0) == pool)
             || access.users.contains(&join.uid)
             || join.gids.iter().any(|gid| access.groups.contains(gid))
     }
@@ -94,10 +86,7 @@ impl Core {
             Some(index) => index,
             None => self.workers.len() as u32,
         };
-        let id = WorkerId {
-            index,
-            serial: self.joins,
-        };
+        let id = WorkerId { index, serial: self.joins };
         let hello = &join.hello;
         let pool = &mut self.pools[p];
         let worker = Worker {
@@ -107,9 +96,7 @@ impl Core {
             name: hello.name.clone(),
             pid: join.pid,
             weight: u32::from(hello.weight.max(1)),
-            max: hello
-                .max_connections
-                .min(pool.settings.max_connections_per_worker),
+            max: hello.max_connections.min(pool.settings.max_connections_per_worker),
             state: State::Active,
             base: hello.base,
             taken: 0,

@@ -1,5 +1,4 @@
-//! The invariants, by a full recount of everything. Debug builds and tests only.
-#![cfg(any(test, debug_assertions))]
+//! The invariants, by a full recount of everything. Called after every public mutator in debug builds and tests.
 
 use super::ledger::Place;
 use super::ring::Item;
@@ -7,10 +6,12 @@ use super::types::*;
 use super::{Clock, Core};
 
 /// Entries a mutator may look at on average. A small core is checked every time, a large one now and then.
+#[cfg(any(test, debug_assertions))]
 const CREDIT: usize = 256;
 
 impl Core {
     /// [`Core::check`], as often as its cost allows.
+    #[cfg(any(test, debug_assertions))]
     pub(super) fn check_sometimes(&mut self) {
         let cost = self.workers.len() + self.ledger.entries().len();
         self.check_credit = (self.check_credit + CREDIT).min(2 * cost + CREDIT);
@@ -89,10 +90,7 @@ impl Core {
                 Some(Item::Nothing) | None => panic!("a ticket that is out is for something"),
             }
         }
-        assert_eq!(
-            worker.sent,
-            worker.taken + worker.revoked + u64::from(worker.untaken())
-        );
+        assert_eq!(worker.sent, worker.taken + worker.revoked + u64::from(worker.untaken()));
         assert!(worker.finished <= worker.base.saturating_add(worker.taken));
         assert!(worker.load() >= u64::from(worker.untaken()));
         assert!(worker.round.is_some() || worker.ring.revoking() == 0);
@@ -104,9 +102,7 @@ impl Core {
         let candidate = pool.candidates.get(worker.at);
         assert_eq!(candidate.worker as usize, w);
         assert_eq!(worker.id.index as usize, w);
-        let expected = worker
-            .is_eligible()
-            .then(|| (worker.load() + 1, worker.weight));
+        let expected = worker.is_eligible().then(|| (worker.load() + 1, worker.weight));
         assert_eq!(
             expected.unwrap_or((super::policy::UNAVAILABLE, 1)),
             (candidate.cost, candidate.weight)

@@ -11,13 +11,7 @@ use super::types::*;
 pub enum Effect {
     /// Write SENT into the slot and send the connection (records may be gathered per worker until the end of the turn).
     /// On failure: [`super::Core::send_failed`].
-    Send {
-        worker: WorkerId,
-        conn: ConnId,
-        ticket: Ticket,
-        listener: ListenerId,
-        flags: EntryFlags,
-    },
+    Send { worker: WorkerId, conn: ConnId, ticket: Ticket, listener: ListenerId, flags: EntryFlags },
     /// Write SENT into the slot and send a probe. On failure: [`super::Core::probe_failed`].
     Probe { worker: WorkerId, ticket: Ticket },
     /// Try to revoke the slot. Always: [`super::Core::revoked`] with the outcome.
@@ -25,18 +19,11 @@ pub enum Effect {
     /// Empty the worker's channel through the retained end, closing what comes out.
     Purge { worker: WorkerId },
     /// The worker has the connection: close the custody copy, then write RELEASED.
-    Release {
-        worker: WorkerId,
-        conn: ConnId,
-        ticket: Ticket,
-    },
+    Release { worker: WorkerId, conn: ConnId, ticket: Ticket },
     /// Close the connection; for [`CloseReason::NoWorker`] send the pool's `unavailable_response` first.
     Close { conn: ConnId, reason: CloseReason },
     /// Cut the worker off: close its channel and control connection. [`super::Core::leave`] has already happened.
-    Disconnect {
-        worker: WorkerId,
-        reason: &'static str,
-    },
+    Disconnect { worker: WorkerId, reason: &'static str },
     /// Nothing refers to this worker any more: drop everything kept for it.
     Forget { worker: WorkerId },
     /// Start this process. Always: [`super::Core::spawned`], and later [`super::Core::exited`].
@@ -51,24 +38,11 @@ pub enum Event {
     /// A worker joined, holding `live` connections already.
     Joined { worker: WorkerId, live: u64 },
     /// A worker said goodbye; `resent` untaken connections went elsewhere, `live` stay with it.
-    Goodbye {
-        worker: WorkerId,
-        resent: u32,
-        live: u64,
-    },
+    Goodbye { worker: WorkerId, resent: u32, live: u64 },
     /// A worker is gone: `resent` untaken connections went elsewhere, `live` were being served by it.
-    Gone {
-        worker: WorkerId,
-        why: Departure,
-        resent: u32,
-        live: u64,
-    },
+    Gone { worker: WorkerId, why: Departure, resent: u32, live: u64 },
     /// A worker left a connection untaken for `waited`: `revoked` went elsewhere, a probe is out.
-    Suspect {
-        worker: WorkerId,
-        revoked: u32,
-        waited: Duration,
-    },
+    Suspect { worker: WorkerId, revoked: u32, waited: Duration },
     /// A suspect worker took its probe.
     Trusted { worker: WorkerId, after: Duration },
     /// A worker reported that `lost` connections did not reach it; it is treated as full for a moment.
@@ -76,12 +50,7 @@ pub enum Event {
     /// The worker's channel was full.
     ChannelFull { worker: WorkerId },
     /// A counter was impossible and has been clamped: `what` names it.
-    Clamped {
-        worker: WorkerId,
-        what: &'static str,
-        said: u64,
-        used: u64,
-    },
+    Clamped { worker: WorkerId, what: &'static str, said: u64, used: u64 },
     /// The pool's last usable worker is gone; clients wait.
     NoUsableWorker { pool: PoolId },
     /// Nobody came for `wait_for_worker`: clients are refused from now on.

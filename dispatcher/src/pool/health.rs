@@ -81,10 +81,7 @@ impl Core {
             return;
         }
         worker.state = State::Active;
-        let event = Event::Trusted {
-            worker: worker.id,
-            after: now - worker.suspect_since,
-        };
+        let event = Event::Trusted { worker: worker.id, after: now - worker.suspect_since };
         self.event(event);
         self.start_probation(now, w);
     }
@@ -114,12 +111,7 @@ impl Core {
         let id = worker.id;
         let most = worker.base.saturating_add(worker.taken);
         let used = said.min(most).max(worker.finished);
-        let clamped = |what| Event::Clamped {
-            worker: id,
-            what,
-            said,
-            used,
-        };
+        let clamped = |what| Event::Clamped { worker: id, what, said, used };
         let event = if said > most {
             let told = std::mem::replace(&mut worker.told_clamped, true);
             (!told).then(|| clamped("finished"))
@@ -174,10 +166,7 @@ impl Core {
             return;
         }
         if let Departure::Expelled(reason) = why {
-            self.effects.push_back(Effect::Disconnect {
-                worker: worker.id,
-                reason,
-            });
+            self.effects.push_back(Effect::Disconnect { worker: worker.id, reason });
         }
         let (pool, at, usable) = (worker.pool, worker.at, worker.is_usable());
         worker.state = State::Gone;
@@ -240,22 +229,9 @@ impl Core {
         };
         let resent = std::mem::take(&mut worker.resent);
         let event = match round {
-            Round::Suspect(waited) => Event::Suspect {
-                worker: id,
-                revoked: resent,
-                waited,
-            },
-            Round::Goodbye => Event::Goodbye {
-                worker: id,
-                resent,
-                live,
-            },
-            Round::Gone(why) => Event::Gone {
-                worker: id,
-                why,
-                resent,
-                live,
-            },
+            Round::Suspect(waited) => Event::Suspect { worker: id, revoked: resent, waited },
+            Round::Goodbye => Event::Goodbye { worker: id, resent, live },
+            Round::Gone(why) => Event::Gone { worker: id, why, resent, live },
         };
         self.event(event);
     }

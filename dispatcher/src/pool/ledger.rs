@@ -53,11 +53,7 @@ struct Queue {
 
 impl Default for Queue {
     fn default() -> Self {
-        Queue {
-            head: NONE,
-            tail: NONE,
-            len: 0,
-        }
+        Queue { head: NONE, tail: NONE, len: 0 }
     }
 }
 
@@ -78,11 +74,7 @@ impl Held {
     }
 
     fn queue(&mut self, returned: bool) -> &mut Queue {
-        if returned {
-            &mut self.returned
-        } else {
-            &mut self.fresh
-        }
+        if returned { &mut self.returned } else { &mut self.fresh }
     }
 }
 
@@ -109,10 +101,7 @@ impl Ledger {
                 (self.conns.len() - 1) as u32
             }
         };
-        ConnId {
-            index,
-            serial: conn.serial,
-        }
+        ConnId { index, serial: conn.serial }
     }
 
     /// The shell has dropped its copy: the entry may be used again.
@@ -124,10 +113,7 @@ impl Ledger {
     }
 
     pub(super) fn id(&self, index: u32) -> ConnId {
-        ConnId {
-            index,
-            serial: self.conns[index as usize].serial,
-        }
+        ConnId { index, serial: self.conns[index as usize].serial }
     }
 
     pub(super) fn get(&self, index: u32) -> &Conn {
@@ -140,9 +126,7 @@ impl Ledger {
 
     /// The entry of `conn`, if that is still what it was.
     pub(super) fn find(&self, conn: ConnId) -> Option<&Conn> {
-        self.conns
-            .get(conn.index as usize)
-            .filter(|entry| entry.serial == conn.serial)
+        self.conns.get(conn.index as usize).filter(|entry| entry.serial == conn.serial)
     }
 
     pub(super) fn entries(&self) -> &[Conn] {
@@ -167,9 +151,7 @@ impl Ledger {
 
     /// Takes the first one out of the queue.
     pub(super) fn pop(&mut self, held: &mut Held) -> Option<u32> {
-        let head = [held.returned.head, held.fresh.head]
-            .into_iter()
-            .find(|&head| head != NONE)?;
+        let head = [held.returned.head, held.fresh.head].into_iter().find(|&head| head != NONE)?;
         self.unhold(held, head);
         Some(head)
     }

@@ -134,11 +134,7 @@ impl Core {
             .collect();
         let listeners = listeners
             .into_iter()
-            .map(|settings| Listener {
-                pool: usize::from(settings.pool.0),
-                accepted: 0,
-                settings,
-            })
+            .map(|settings| Listener { pool: usize::from(settings.pool.0), accepted: 0, settings })
             .collect();
         Core {
             pools,
@@ -232,9 +228,7 @@ impl Core {
     /// The tickets a worker has not yet resolved (SENT as far as we know), oldest first. A ticket whose Send or Probe
     /// the shell has not seen yet is not among them: its slot still has the word of an earlier one.
     pub fn tickets(&self, worker: WorkerId) -> impl Iterator<Item = Ticket> + '_ {
-        self.find(worker)
-            .into_iter()
-            .flat_map(|w| self.workers[w].ring.offered_tickets())
+        self.find(worker).into_iter().flat_map(|w| self.workers[w].ring.offered_tickets())
     }
 
     // --- connections -----------------------------------------------------------------------
@@ -263,6 +257,12 @@ impl Core {
         self.put(now, pool, conn.index, false);
         self.after(now, pool);
         conn
+    }
+
+    /// Every held connection. Bounded by what all workers' rings can give back at once.
+    pub fn held(&self) -> impl Iterator<Item = ConnId> + '_ {
+        let held = self.pools.iter().flat_map(|pool| self.ledger.walk(&pool.held));
+        held.map(|index| self.ledger.id(index))
     }
 
     /// A held connection's client is gone (the shell saw a reset). In custody: ignored.
@@ -310,8 +310,7 @@ impl Core {
     pub fn exited(&mut self, now: Time, process: ProcessId) {
         let stopping = self.stop.is_some();
         if let Some(pool) = self.pools.get_mut(usize::from(process.pool.0)) {
-            pool.processes
-                .ended(now, process.number, stopping, &mut self.effects);
+            pool.processes.ended(now, process.number, stopping, &mut self.effects);
         }
     }
 
@@ -349,9 +348,7 @@ impl Core {
                     Clock::Since(since) => since + pool.settings.wait_for_worker,
                     Clock::Off | Clock::Refusing => NEVER,
                 };
-                refusing
-                    .min(pool.candidates.earliest())
-                    .min(pool.processes.due())
+                refusing.min(pool.candidates.earliest()).min(pool.processes.due())
             })
             .chain(self.choked)
             .chain(stop.map(|stop| stop.deadline))
@@ -375,8 +372,7 @@ impl Core {
 
     /// Whether a stop is complete: nothing held, nothing in custody, or the deadline has passed.
     pub fn stopped(&self) -> bool {
-        self.stop
-            .is_some_and(|stop| stop.over || self.totals.held + self.totals.custody == 0)
+        self.stop.is_some_and(|stop| stop.over || self.totals.held + self.totals.custody == 0)
     }
 
     /// The next effect, in order. The shell takes all of them before it sleeps.
@@ -418,10 +414,7 @@ impl Core {
     /// The position of a worker that is not forgotten.
     fn find(&self, id: WorkerId) -> Option<usize> {
         let index = id.index as usize;
-        self.workers
-            .get(index)
-            .filter(|worker| worker.id == id && !worker.forgotten)
-            .map(|_| index)
+        self.workers.get(index).filter(|worker| worker.id == id && !worker.forgotten).map(|_| index)
     }
 
     fn pool_of(&self, listener: ListenerId) -> usize {

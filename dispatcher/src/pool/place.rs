@@ -81,11 +81,7 @@ impl Core {
         let id = self.ledger.id(conn);
         let entry = self.ledger.get_mut(conn);
         entry.place = Place::Custody(worker.id.index);
-        let flags = if entry.resent {
-            EntryFlags::RESENT
-        } else {
-            EntryFlags::NONE
-        };
+        let flags = if entry.resent { EntryFlags::RESENT } else { EntryFlags::NONE };
         self.effects.push_back(Effect::Send {
             worker: worker.id,
             conn: id,
@@ -131,9 +127,7 @@ impl Core {
         }
         let available = worker.is_eligible().then(|| (worker.load(), worker.weight));
         let due = worker.due(self.handoff_timeout(worker.pool));
-        self.pools[worker.pool]
-            .candidates
-            .set(worker.at, available, due);
+        self.pools[worker.pool].candidates.set(worker.at, available, due);
     }
 
     /// `None` once handoffs may take forever because the dispatcher is about to end.
@@ -157,9 +151,7 @@ impl Core {
         } else if !pool.pressure_told
             && !room
             && pool.usable > 0
-            && pool
-                .pressure_at
-                .is_none_or(|at| now - at >= PRESSURE_EVENTS)
+            && pool.pressure_at.is_none_or(|at| now - at >= PRESSURE_EVENTS)
         {
             pool.pressure_told = true;
             pool.pressure_at = Some(now);
@@ -180,9 +172,7 @@ impl Core {
         pool.usable -= 1;
         if pool.usable == 0 {
             pool.clock = Clock::Since(now);
-            self.event(Event::NoUsableWorker {
-                pool: PoolId(p as u16),
-            });
+            self.event(Event::NoUsableWorker { pool: PoolId(p as u16) });
         }
     }
 
@@ -202,9 +192,6 @@ impl Core {
             closed += 1;
             self.close(conn, CloseReason::NoWorker);
         }
-        self.event(Event::Refusing {
-            pool: PoolId(p as u16),
-            closed,
-        });
+        self.event(Event::Refusing { pool: PoolId(p as u16), closed });
     }
 }

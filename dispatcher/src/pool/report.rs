@@ -72,11 +72,8 @@ impl Core {
             Clock::Off if pool.candidates.eligible() == 0 => "back-pressure",
             Clock::Off => "ready",
         };
-        let mut workers: Vec<WorkerStatus> = pool
-            .candidates
-            .workers()
-            .map(|w| worker_status(&self.workers[w as usize]))
-            .collect();
+        let mut workers: Vec<WorkerStatus> =
+            pool.candidates.workers().map(|w| worker_status(&self.workers[w as usize])).collect();
         workers.sort_by_key(|worker| worker.id);
         PoolStatus {
             name: pool.settings.name.clone(),
@@ -117,6 +114,11 @@ impl Core {
         self.entry(worker).map(Worker::load)
     }
 
+    /// Connections sent to a worker and not yet taken; 0 for one that is forgotten.
+    pub fn untaken(&self, worker: WorkerId) -> u64 {
+        self.entry(worker).map_or(0, |worker| u64::from(worker.untaken()))
+    }
+
     /// Most connections a worker is given: the smaller of its pool's maximum and its own.
     pub fn max_connections_of(&self, worker: WorkerId) -> Option<u32> {
         self.entry(worker).map(|worker| worker.max)
@@ -129,23 +131,17 @@ impl Core {
 
     /// A pool's name.
     pub fn pool_name(&self, pool: PoolId) -> &str {
-        self.pools
-            .get(usize::from(pool.0))
-            .map_or("", |pool| &pool.settings.name)
+        self.pools.get(usize::from(pool.0)).map_or("", |pool| &pool.settings.name)
     }
 
     /// A listener's name.
     pub fn listener_name(&self, listener: ListenerId) -> &str {
-        self.listeners
-            .get(usize::from(listener.0))
-            .map_or("", |listener| &listener.settings.name)
+        self.listeners.get(usize::from(listener.0)).map_or("", |listener| &listener.settings.name)
     }
 
     /// Unlike `find`, answers for a forgotten worker too while its entry is not used again: events that name it may be queued.
     fn entry(&self, id: WorkerId) -> Option<&Worker> {
-        self.workers
-            .get(id.index as usize)
-            .filter(|worker| worker.id == id)
+        self.workers.get(id.index as usize).filter(|worker| worker.id == id)
     }
 }
 

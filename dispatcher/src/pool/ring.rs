@@ -109,10 +109,7 @@ impl Ring {
         self.tail = at;
         self.len += 1;
         self.conns += u32::from(matches!(item, Item::Conn(_)));
-        Ticket {
-            slot: at,
-            seq: self.seq,
-        }
+        Ticket { slot: at, seq: self.seq }
     }
 
     /// What `ticket` is for, if it is still out.
@@ -151,10 +148,7 @@ impl Ring {
             if !slot.revoking {
                 slot.revoking = true;
                 self.revoking += 1;
-                revoke(Ticket {
-                    slot: at,
-                    seq: slot.seq,
-                });
+                revoke(Ticket { slot: at, seq: slot.seq });
             }
             at = slot.next;
         }
@@ -179,27 +173,20 @@ impl Ring {
 
     /// Every ticket the shell has seen, oldest first. Those it has not are the newest.
     pub(super) fn offered_tickets(&self) -> impl Iterator<Item = Ticket> + '_ {
-        self.tickets()
-            .take_while(|ticket| self.slots[ticket.slot as usize].offered)
+        self.tickets().take_while(|ticket| self.slots[ticket.slot as usize].offered)
     }
 
     /// Every ticket out, oldest first.
     pub(super) fn tickets(&self) -> impl Iterator<Item = Ticket> + '_ {
-        self.walk().map(|at| Ticket {
-            slot: at,
-            seq: self.slots[at as usize].seq,
-        })
+        self.walk().map(|at| Ticket { slot: at, seq: self.slots[at as usize].seq })
     }
 
     fn walk(&self) -> impl Iterator<Item = u32> + '_ {
         let some = |at: u32| (at != NONE).then_some(at);
-        std::iter::successors(some(self.head), move |&at| {
-            some(self.slots[at as usize].next)
-        })
+        std::iter::successors(some(self.head), move |&at| some(self.slots[at as usize].next))
     }
 
     /// Recounts everything; panics if it differs.
-    #[cfg(any(test, debug_assertions))]
     pub(super) fn check(&self) {
         let (mut len, mut conns, mut revoking, mut last) = (0, 0, 0, 0);
         for at in self.walk() {
@@ -211,10 +198,7 @@ impl Ring {
             conns += u32::from(matches!(slot.item, Item::Conn(_)));
             revoking += u32::from(slot.revoking);
         }
-        assert_eq!(
-            (len, conns, revoking),
-            (self.len, self.conns, self.revoking)
-        );
+        assert_eq!((len, conns, revoking), (self.len, self.conns, self.revoking));
         assert!(len - conns <= 1, "at most one probe");
         assert!(len <= self.limit, "no more tickets than slots");
         assert_eq!(len as usize + self.free.len(), self.slots.len());

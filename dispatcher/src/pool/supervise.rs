@@ -44,18 +44,10 @@ pub(super) struct Processes {
 impl Processes {
     /// Asks for all of them.
     pub(super) fn new(pool: PoolId, count: u32, effects: &mut VecDeque<Effect>) -> Processes {
-        effects.extend((0..count).map(|number| Effect::Spawn {
-            process: ProcessId { pool, number },
-        }));
-        let process = Process {
-            phase: Phase::Starting,
-            delay: RESTART_MIN,
-        };
-        Processes {
-            pool,
-            list: vec![process; count as usize],
-            due: NEVER,
-        }
+        effects
+            .extend((0..count).map(|number| Effect::Spawn { process: ProcessId { pool, number } }));
+        let process = Process { phase: Phase::Starting, delay: RESTART_MIN };
+        Processes { pool, list: vec![process; count as usize], due: NEVER }
     }
 
     pub(super) fn started(&mut self, now: Time, number: u32) {
@@ -91,10 +83,7 @@ impl Processes {
         process.delay = (delay * 2).min(RESTART_MAX);
         self.due = self.due.min(now + delay);
         effects.push_back(Effect::Event(Event::Restarting {
-            process: ProcessId {
-                pool: self.pool,
-                number,
-            },
+            process: ProcessId { pool: self.pool, number },
             delay,
         }));
     }
@@ -110,10 +99,7 @@ impl Processes {
                 Phase::Waiting { until } if until <= now && until != NEVER => {
                     process.phase = Phase::Starting;
                     effects.push_back(Effect::Spawn {
-                        process: ProcessId {
-                            pool: self.pool,
-                            number,
-                        },
+                        process: ProcessId { pool: self.pool, number },
                     });
                 }
                 Phase::Waiting { until } => self.due = self.due.min(until),

@@ -16,10 +16,7 @@ impl Add<Duration> for Time {
 
     /// Saturates at the end of time, so that an absurd configured duration means "never".
     fn add(self, duration: Duration) -> Time {
-        Time(
-            self.0
-                .saturating_add(u64::try_from(duration.as_nanos()).unwrap_or(u64::MAX)),
-        )
+        Time(self.0.saturating_add(u64::try_from(duration.as_nanos()).unwrap_or(u64::MAX)))
     }
 }
 
@@ -209,11 +206,8 @@ pub enum CloseReason {
 
 impl CloseReason {
     /// Every reason, in the order of the status.
-    pub const ALL: [CloseReason; 3] = [
-        CloseReason::NoWorker,
-        CloseReason::ClientGone,
-        CloseReason::Shutdown,
-    ];
+    pub const ALL: [CloseReason; 3] =
+        [CloseReason::NoWorker, CloseReason::ClientGone, CloseReason::Shutdown];
 
     /// The name in the status and in logs.
     pub fn name(self) -> &'static str {

@@ -102,16 +102,10 @@ impl Worker {
         let oldest = handoff_timeout
             .filter(|_| self.ring.revoking() == 0)
             .and_then(|timeout| Some(self.ring.oldest()? + timeout));
-        [
-            self.blocked,
-            self.starved,
-            self.probation,
-            self.probe_again,
-            oldest,
-        ]
-        .into_iter()
-        .flatten()
-        .min()
-        .unwrap_or(NEVER)
+        [self.blocked, self.starved, self.probation, self.probe_again, oldest]
+            .into_iter()
+            .flatten()
+            .min()
+            .unwrap_or(NEVER)
     }
 }

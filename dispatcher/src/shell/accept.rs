@@ -39,6 +39,9 @@ pub(super) struct Conn {
     pub(super) peer: PeerAddr,
     pub(super) accepted: Time,
     pub(super) listener: ListenerId,
+    pub(super) serial: u64,
+    /// In the poll, because it is held. Must be taken out before it is sent or closed.
+    pub(super) watched: bool,
 }
 
 /// What one attempt to accept gave.
@@ -52,7 +55,12 @@ enum Attempt {
 }
 
 impl Listener {
-    pub(super) fn new(id: ListenerId, listening: Listening, position: usize, last: u32) -> Listener {
+    pub(super) fn new(
+        id: ListenerId,
+        listening: Listening,
+        position: usize,
+        last: u32,
+    ) -> Listener {
         Listener {
             id,
             listening: Some(listening),
@@ -155,7 +163,14 @@ impl Shell {
                     if self.conns.len() <= index {
                         self.conns.resize_with(index + 1, || None);
                     }
-                    self.conns[index] = Some(Conn { fd, peer, accepted: self.now, listener: id });
+                    self.conns[index] = Some(Conn {
+                        fd,
+                        peer,
+                        accepted: self.now,
+                        listener: id,
+                        serial: conn.serial,
+                        watched: false,
+                    });
                 }
                 Attempt::Again => {}
                 Attempt::Empty => {
@@ -168,10 +183,9 @@ impl Shell {
                 Attempt::Short(errno) => {
                     let pause = self.config.limits.resource_pause;
                     listener.paused_until = Some(self.now + pause);
-                    self.accept_pauses += 1;
-                    if self.may_warn() {
+                    if let Some(left_out) = self.limits.shortage.allow(self.now) {
                         log::warn!(
-                            "event=accept_paused listener={} error=\"{errno}\" pause={}",
+                            "event=accept_paused listener={} error=\"{errno}\" pause={} left_out={left_out}",
                             self.core.listener_name(id),
                             humantime::format_duration(pause)
                         );
@@ -180,15 +194,6 @@ impl Shell {
                 }
             }
         }
-    }
-
-    /// At most one warning a second about shortages: they repeat until somebody mends them.
-    fn may_warn(&mut self) -> bool {
-        let due = self.next_shortage_warning.is_none_or(|due| self.now >= due);
-        if due {
-            self.next_shortage_warning = Some(self.now + std::time::Duration::from_secs(1));
-        }
-        due
     }
 
     /// Watches exactly the listeners whose clients the core wants. True if one may have clients right now.

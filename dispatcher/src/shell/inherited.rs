@@ -39,7 +39,11 @@ impl Inherited {
     }
 
     /// Takes every listening socket of this name; there is at least one, and all are of the type wanted.
-    pub(super) fn take(&mut self, name: &str, wanted: SocketType) -> Result<Vec<OwnedFd>, RunError> {
+    pub(super) fn take(
+        &mut self,
+        name: &str,
+        wanted: SocketType,
+    ) -> Result<Vec<OwnedFd>, RunError> {
         let (found, rest) =
             std::mem::take(&mut self.sockets).into_iter().partition(|(other, _)| other == name);
         self.sockets = rest;
@@ -75,7 +79,9 @@ fn check(name: &str, fd: OwnedFd, wanted: SocketType) -> Result<OwnedFd, RunErro
     match socket_type(&fd) {
         Ok(kind) if kind == wanted => {}
         Ok(_) if wanted == SocketType::SEQPACKET => {
-            return refuse("wrong type; use ListenSequentialPacket= in its .socket unit".to_owned());
+            return refuse(
+                "wrong type; use ListenSequentialPacket= in its .socket unit".to_owned(),
+            );
         }
         Ok(_) => return refuse("wrong type; use ListenStream= in its .socket unit".to_owned()),
         Err(error) => return refuse(format!("not a socket ({error})")),

@@ -89,7 +89,11 @@ impl Shell {
                     // EMFILE and its kind: the worker stays in the socket's queue until `resource_pause` is over.
                     self.door.ready = false;
                     self.door_paused_until = Some(self.now + self.config.limits.resource_pause);
-                    log::warn!("event=worker_not_accepted error=\"{errno}\"");
+                    if let Some(left_out) = self.limits.shortage.allow(self.now) {
+                        log::warn!(
+                            "event=worker_not_accepted error=\"{errno}\" left_out={left_out}"
+                        );
+                    }
                     return;
                 }
             };
@@ -101,7 +105,11 @@ impl Shell {
         let peer = match Peer::of(&socket) {
             Ok(peer) => peer,
             Err(error) => {
-                log::warn!("event=worker_refused reason=\"no credentials: {error}\"");
+                if let Some(left_out) = self.limits.refused.allow(self.now) {
+                    log::warn!(
+                        "event=worker_refused reason=\"no credentials: {error}\" left_out={left_out}"
+                    );
+                }
                 return;
             }
         };
@@ -112,7 +120,7 @@ impl Shell {
                 peer.uid
             );
             let key = Some("max_pending_hellos".to_owned());
-            refuse(&socket, &peer, Refusal { code: RefusedCode::Resources, reason, key });
+            self.refuse(&socket, &peer, Refusal { code: RefusedCode::Resources, reason, key });
             return;
         }
         let raw = socket.as_raw_fd();
@@ -134,7 +142,11 @@ impl Shell {
             if let Some(pending) = late {
                 forget(self.poll.registry(), &pending.socket);
                 let Peer { pid, uid, .. } = pending.peer;
-                log::warn!("event=worker_refused pid={pid} uid={uid} reason=\"no hello in time\"");
+                if let Some(left_out) = self.limits.refused.allow(self.now) {
+                    log::warn!(
+                        "event=worker_refused pid={pid} uid={uid} reason=\"no hello in time\" left_out={left_out}"
+                    );
+                }
             }
         }
     }
@@ -159,7 +171,7 @@ impl Shell {
         forget(self.poll.registry(), &pending.socket);
         let reason = format!("not a hello: {fault}");
         let refusal = Refusal { code: RefusedCode::Malformed, reason, key: None };
-        refuse(&pending.socket, &pending.peer, refusal);
+        self.refuse(&pending.socket, &pending.peer, refusal);
     }
 
     fn join(&mut self, pending: Pending, hello: &Hello) {
@@ -174,7 +186,7 @@ impl Shell {
         let result = self.welcome(socket, &join);
         if let Err((socket, refusal)) = result {
             forget(self.poll.registry(), &socket);
-            refuse(&socket, &peer, refusal);
+            self.refuse(&socket, &peer, refusal);
         }
     }
 
@@ -238,15 +250,8 @@ impl Shell {
         let sent = send_record(socket.as_fd(), &record, &fds);
         let finished = join.hello.finished;
         let outbox = Vec::new();
-        let io = WorkerIo {
-            id,
-            control: socket,
-            lane,
-            pidfd,
-            outbox,
-            finished,
-            said_goodbye: false,
-        };
+        let io =
+            WorkerIo { id, control: socket, lane, pidfd, outbox, finished, said_goodbye: false };
         let index = id.index as usize;
         if self.workers.len() <= index {
             self.workers.resize_with(index + 1, || None);
@@ -301,8 +306,29 @@ impl Shell {
     fn expel(&mut self, key: Key, fault: &Fault) {
         let Some(io) = self.worker_mut(key) else { return };
         let id = io.id;
-        log::warn!("event=worker_broke_protocol worker={id} reason=\"{fault}\"");
+        if let Some(left_out) = self.limits.broken.allow(self.now) {
+            log::warn!(
+                "event=worker_broke_protocol {} reason=\"{fault}\" left_out={left_out}",
+                self.worker(id)
+            );
+        }
         self.core.leave(self.now, id, Departure::Expelled("it broke the protocol"));
+    }
+
+    /// Says why, in the log and to the peer. The record is small and the socket new, so it fits or nobody reads it.
+    fn refuse(&mut self, socket: &OwnedFd, peer: &Peer, refusal: Refusal) {
+        let Peer { pid, uid, gids } = peer;
+        let gid = gids.first().copied().unwrap_or_default();
+        let Refusal { code, reason, key } = refusal;
+        if let Some(left_out) = self.limits.refused.allow(self.now) {
+            log::warn!(
+                "event=worker_refused pid={pid} uid={uid} gid={gid} reason=\"{reason}\" key={} left_out={left_out}",
+                key.as_deref().unwrap_or("-")
+            );
+        }
+        let mut record = Vec::new();
+        Refused { code, reason, key }.encode(&mut record);
+        let _ = send_record(socket.as_fd(), &record, &[]);
     }
 
     /// The worker behind a key, unless it has gone since.
@@ -315,21 +341,6 @@ impl Shell {
 /// Takes a socket out of the poll before it is closed, so that no event for it can follow.
 pub(super) fn forget(registry: &mio::Registry, socket: &OwnedFd) {
     let _ = registry.deregister(&mut SourceFd(&socket.as_raw_fd()));
-}
-
-/// Says why, in the log and to the peer. The record is small and the socket new, so it fits or nobody reads it.
-fn refuse(socket: &OwnedFd, peer: &Peer, refusal: Refusal) {
-    let Peer { pid, uid, gids } = peer;
-    let gid = gids.first().copied().unwrap_or_default();
-    log::warn!(
-        "event=worker_refused pid={pid} uid={uid} gid={gid} reason=\"{}\" key={}",
-        refusal.reason,
-        refusal.key.as_deref().unwrap_or("-")
-    );
-    let Refusal { code, reason, key } = refusal;
-    let mut record = Vec::new();
-    Refused { code, reason, key }.encode(&mut record);
-    let _ = send_record(socket.as_fd(), &record, &[]);
 }
 
 fn name_of(record: &Control) -> &'static str {

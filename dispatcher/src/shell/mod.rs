@@ -10,8 +10,10 @@
 mod accept;
 mod control;
 mod error;
+mod held;
 mod inherited;
 mod join;
+mod limit;
 mod perform;
 mod sockets;
 mod start;
@@ -32,6 +34,7 @@ use worker_sdk::wire::{Entry, Token};
 
 use self::accept::{Conn, Listener};
 use self::join::Door;
+use self::limit::Limit;
 use self::sockets::{Listening, OwnedPath};
 use self::token::{Key, Source};
 use self::worker_io::WorkerIo;
@@ -69,8 +72,6 @@ struct Shell {
     listeners: Vec<Listener>,
     /// Whose turn it is to be accepted from first.
     next_listener: usize,
-    accept_pauses: u64,
-    next_shortage_warning: Option<Time>,
 
     dispatch: Listening,
     door: Door,
@@ -95,10 +96,19 @@ struct Shell {
     _admin_path: Option<OwnedPath>,
     /// The side thread's queues may hold more than one turn takes.
     side_ready: bool,
+    limits: Limits,
     /// Scratch space, kept warm.
     seen: Vec<(Ticket, SlotState)>,
     entries: Vec<Entry>,
     record: Vec<u8>,
+}
+
+/// What peers and shortages can make us log again and again.
+#[derive(Debug, Default)]
+struct Limits {
+    refused: Limit,
+    broken: Limit,
+    shortage: Limit,
 }
 
 impl Shell {
@@ -118,8 +128,10 @@ impl Shell {
             self.now = clock();
             self.scan_all();
             for event in &events {
-                if let Some(source) = Source::of(event.token()) {
-                    self.handle(source);
+                match Source::of(event.token()) {
+                    Some(Source::Held(key)) => self.held_event(key, event),
+                    Some(source) => self.handle(source),
+                    None => {}
                 }
             }
             self.handle_leftovers();
@@ -154,8 +166,8 @@ impl Shell {
                     self.core.leave(self.now, id, Departure::Died);
                 }
             }
-            // It was meant to end the sleep; the scan has seen what it was about.
-            Source::Poke => {}
+            // A poke was meant to end the sleep; the scan has seen what it was about. The other needs its event.
+            Source::Poke | Source::Held(_) => {}
         }
     }
 
@@ -265,6 +277,7 @@ impl Shell {
                 work |= self.scan(index);
             }
         }
+        self.watch_held();
         work |= self.watch_listeners();
         work |= self.door.ready && self.door_paused_until.is_none();
         work |= self.side_ready || !self.again.is_empty();

@@ -29,6 +29,7 @@ impl Shell {
     fn carry_out(&mut self, effect: Effect) {
         match effect {
             Effect::Send { worker, conn, ticket, listener, flags } => {
+                self.unwatch(conn);
                 let found = self.conns.get(conn.index as usize).and_then(Option::as_ref);
                 let Some(&Conn { peer, accepted, .. }) = found else { return };
                 let Ticket { slot, seq } = ticket;
@@ -67,7 +68,10 @@ impl Shell {
                     claim::release(slot, ticket.seq);
                 }
             }
-            Effect::Close { conn, reason } => self.close_client(conn, reason),
+            Effect::Close { conn, reason } => {
+                self.unwatch(conn);
+                self.close_client(conn, reason);
+            }
             Effect::Disconnect { worker, reason } => {
                 let Some(io) = self.io(worker) else { return };
                 // Both ends at once: the worker finds its channel ended, and rejoins if it can.

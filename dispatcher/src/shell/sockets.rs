@@ -200,7 +200,9 @@ fn listen_unix(
         let error = match error.kind() {
             io::ErrorKind::NotFound => io::Error::new(
                 error.kind(),
-                format!("{error} (does its directory exist? systemd makes it with RuntimeDirectory=)"),
+                format!(
+                    "{error} (does its directory exist? systemd makes it with RuntimeDirectory=)"
+                ),
             ),
             _ => error,
         };

@@ -3,7 +3,6 @@
 use std::collections::{HashMap, VecDeque};
 use std::os::fd::AsRawFd;
 use std::sync::Arc;
-use std::time::Duration;
 
 use mio::unix::SourceFd;
 use mio::{Interest, Poll, Waker};
@@ -17,20 +16,18 @@ use super::inherited::Inherited;
 use super::join::Door;
 use super::sockets::{self, Listening};
 use super::token::Source;
-use super::{Shell, clock};
+use super::{Limits, Shell, clock};
 use crate::admin::Admin;
 use crate::closer::Closer;
 use crate::config::Config;
 use crate::pool::{Core, ListenerId, ListenerSettings, PoolId};
-use crate::spawner::Report;
 
 impl Shell {
     /// Opens everything, tells the service manager, and is ready to serve.
     pub(super) fn start(config: Config) -> Result<Shell, RunError> {
         raise_descriptor_limit();
-        let signals =
-            Signals::new([libc::SIGTERM, libc::SIGINT, libc::SIGQUIT, libc::SIGHUP])
-                .map_err(RunError::system("signal handlers"))?;
+        let signals = Signals::new([libc::SIGTERM, libc::SIGINT, libc::SIGQUIT, libc::SIGHUP])
+            .map_err(RunError::system("signal handlers"))?;
         let mut inherited = Inherited::from_environment();
         let dispatch = sockets::listen_endpoint(
             &config.dispatch_socket,
@@ -111,8 +108,6 @@ impl Shell {
             stop_deadline: None,
             listeners,
             next_listener: 0,
-            accept_pauses: 0,
-            next_shortage_warning: None,
             dispatch,
             door: Door::default(),
             door_paused_until: None,
@@ -125,6 +120,7 @@ impl Shell {
             closer,
             side,
             _admin_path: admin_path,
+            limits: Limits::default(),
             side_ready: false,
             seen: Vec::new(),
             entries: Vec::new(),
@@ -161,8 +157,7 @@ impl Shell {
         drop(controls);
         // What is still in custody lives on in the workers' channels; our copies are no longer needed.
         self.conns.clear();
-        self.end_processes();
-        self.side.finish();
+        self.side.stop(self.config.limits.stop_timeout);
         log::info!(
             "event=stopped accepted={} taken={} custody={} held={}",
             totals.accepted,
@@ -178,23 +173,6 @@ impl Shell {
     pub(super) fn addresses(&self) -> Vec<String> {
         let listening = self.listeners.iter().filter_map(|listener| listener.listening.as_ref());
         listening.map(|listening| listening.address.clone()).collect()
-    }
-
-    /// Ends the processes we started: SIGTERM, and SIGKILL for those that are still there after `stop_timeout`.
-    fn end_processes(&mut self) {
-        let timeout = self.config.limits.stop_timeout;
-        self.side.spawner.stop(timeout);
-        // The service kills and then answers by itself; a little longer is only for a machine in trouble.
-        let deadline = clock() + timeout + Duration::from_secs(5);
-        while let Ok(report) = self.side.reports.recv_timeout(deadline - clock()) {
-            if let Report::Stopped { killed } = report {
-                if killed > 0 {
-                    log::warn!("event=processes_killed count={killed} after=\"stop_timeout\"");
-                }
-                return;
-            }
-        }
-        log::error!("event=processes_left hint=\"they did not end in time\"");
     }
 }
 

@@ -4,10 +4,10 @@ use rustix::rand::GetRandomFlags;
 use worker_sdk::wire::Token;
 
 use super::Shell;
+use crate::admin::Request;
 use crate::config::UnixSource;
 use crate::logger;
 use crate::pool::{ListenerId, ProcessId};
-use crate::admin::Request;
 use crate::spawner::{Report, SpawnRequest};
 use crate::status::Status;
 
@@ -91,7 +91,10 @@ impl Shell {
                 self.core.spawned(self.now, process, true);
             }
             Report::SpawnFailed { process, error } => {
-                log::error!("event=process_not_started {} error=\"{error}\"", self.process(process));
+                log::error!(
+                    "event=process_not_started {} error=\"{error}\"",
+                    self.process(process)
+                );
                 self.core.spawned(self.now, process, false);
             }
             Report::Exited { process, pid, status_text } => {
@@ -107,7 +110,8 @@ impl Shell {
     }
 
     fn process(&self, process: ProcessId) -> String {
-        let spawn = self.config.pools.get(usize::from(process.pool.0)).and_then(|p| p.spawn.as_ref());
+        let spawn =
+            self.config.pools.get(usize::from(process.pool.0)).and_then(|p| p.spawn.as_ref());
         let program = spawn.and_then(|spawn| spawn.command.first()).map_or("", String::as_str);
         format!(
             "pool={} process={} program={program}",

@@ -25,7 +25,9 @@ impl Shell {
                         "event=worker_gone {worker} why=disconnected resent={resent} live={live}"
                     ),
                     Departure::Died => {
-                        log::warn!("event=worker_gone {worker} why=died resent={resent} live={live}");
+                        log::warn!(
+                            "event=worker_gone {worker} why=died resent={resent} live={live}"
+                        );
                     }
                     Departure::Expelled(reason) => log::warn!(
                         "event=worker_gone {worker} why=expelled reason=\"{reason}\" resent={resent} live={live}"
@@ -53,10 +55,9 @@ impl Shell {
                 "event=counter_clamped {} counter=\"{what}\" said={said} used={used}",
                 self.worker(*worker)
             ),
-            Event::NoUsableWorker { pool } => log::warn!(
-                "event=no_worker pool={} clients=wait",
-                self.core.pool_name(*pool)
-            ),
+            Event::NoUsableWorker { pool } => {
+                log::warn!("event=no_worker pool={} clients=wait", self.core.pool_name(*pool))
+            }
             Event::Refusing { pool, closed } => log::error!(
                 "event=refusing pool={} reason=\"no worker for wait_for_worker\" closed={closed}",
                 self.core.pool_name(*pool)

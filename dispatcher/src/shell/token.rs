@@ -3,7 +3,7 @@
 
 use mio::Token;
 
-use crate::pool::WorkerId;
+use crate::pool::{ConnId, WorkerId};
 
 /// The source of an event.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -22,6 +22,8 @@ pub(super) enum Source {
     Control(Key),
     /// A worker's process has ended.
     Process(Key),
+    /// A held connection's client did something; worth knowing only if it has gone.
+    Held(Key),
     /// A worker took or closed something; the scan that every turn begins with will see it.
     Poke,
 }
@@ -50,6 +52,12 @@ impl From<WorkerId> for Key {
     }
 }
 
+impl From<ConnId> for Key {
+    fn from(id: ConnId) -> Key {
+        Key { index: id.index, serial: id.serial }
+    }
+}
+
 impl Source {
     pub(super) fn token(self) -> Token {
         let (kind, index, serial) = match self {
@@ -61,6 +69,7 @@ impl Source {
             Source::Pending(key) => (5, key.index, key.serial),
             Source::Control(key) => (6, key.index, key.serial),
             Source::Process(key) => (7, key.index, key.serial),
+            Source::Held(key) => (8, key.index, key.serial),
         };
         let bits = kind << (SERIAL_BITS + INDEX_BITS)
             | u64::from(index) << SERIAL_BITS
@@ -82,6 +91,7 @@ impl Source {
             5 => Source::Pending(key),
             6 => Source::Control(key),
             7 => Source::Process(key),
+            8 => Source::Held(key),
             _ => return None,
         })
     }
@@ -103,6 +113,7 @@ mod tests {
             Source::Pending(key),
             Source::Control(Key { index: 3, serial: 9 }),
             Source::Process(key),
+            Source::Held(key),
         ] {
             assert_eq!(Source::of(source.token()), Some(source));
         }

@@ -5,9 +5,14 @@
 //! worker has it or it is closed, nobody serves it twice, nobody serves what was taken back. It decides nothing.
 //! For tests only; nothing here runs in the dispatcher.
 
+mod plan;
+mod process;
 mod random;
+mod run;
 
+pub use plan::{Fault, FaultKind, Plan, attempt, shrink};
 pub use random::Random;
+pub use run::{Outcome, run};
 
 use std::collections::VecDeque;
 use std::sync::atomic::{AtomicU64, Ordering};
@@ -39,6 +44,8 @@ pub struct Link {
     pub capacity: usize,
     /// The worker closed its end of the channel.
     pub closed: bool,
+    /// Its process lives, so it may take a connection at any moment.
+    pub alive: bool,
     /// The shell cut the worker off.
     pub cut: bool,
     /// Nothing is kept for the worker any more.
@@ -72,6 +79,10 @@ pub struct Desk {
     pub log: Vec<Effect>,
     /// Whether to keep `log`.
     pub logging: bool,
+    /// Decides which revocations a worker forestalls at the last moment.
+    pub races: Option<Random>,
+    /// Workers that did, once for each connection.
+    pub raced: Vec<WorkerId>,
     slots: usize,
     /// Copies in custody, by the connection's index.
     copies: Vec<Option<u64>>,
@@ -92,6 +103,8 @@ impl Desk {
             scarcity: 0,
             log: Vec::new(),
             logging: true,
+            races: None,
+            raced: Vec::new(),
             slots,
             copies: Vec::new(),
             fates: Vec::new(),
@@ -103,19 +116,14 @@ impl Desk {
 
     /// A worker with this hello joins, as user 0.
     pub fn join(&mut self, hello: Hello) -> Result<WorkerId, Refusal> {
-        let join = Join {
-            pid: 1,
-            uid: 0,
-            gids: vec![0],
-            hello,
-            spawned: None,
-        };
+        let join = Join { pid: 1, uid: 0, gids: vec![0], hello, spawned: None };
         let id = self.core.join(self.now, &join)?;
         self.links.push(Link {
             id,
             channel: VecDeque::new(),
             capacity: 278,
             closed: false,
+            alive: true,
             cut: false,
             forgotten: false,
             finished: join.hello.finished,
@@ -185,13 +193,7 @@ impl Desk {
 
     fn perform(&mut self, effect: &Effect) {
         match *effect {
-            Effect::Send {
-                worker,
-                conn,
-                ticket,
-                flags,
-                ..
-            } => {
+            Effect::Send { worker, conn, ticket, flags, .. } => {
                 assert_eq!(self.copies[conn.index as usize], Some(conn.serial));
                 assert!(EntryFlags::RESENT.contains(flags));
                 let link = self.link(worker);
@@ -205,16 +207,13 @@ impl Desk {
                 link.gathered.push(Record { ticket, conn: None });
             }
             Effect::Revoke { worker, ticket } => {
+                self.race(worker);
                 let slot = &self.link(worker).board[ticket.slot as usize];
                 let outcome = claim::revoke(slot, ticket.seq);
                 self.core.revoked(self.now, worker, ticket, outcome);
             }
             Effect::Purge { worker } => self.link(worker).channel.clear(),
-            Effect::Release {
-                worker,
-                conn,
-                ticket,
-            } => {
+            Effect::Release { worker, conn, ticket } => {
                 assert!(self.is_served(conn), "released, so somebody has it");
                 self.drop_copy(conn);
                 claim::release(&self.link(worker).board[ticket.slot as usize], ticket.seq);
@@ -237,6 +236,16 @@ impl Desk {
                 }
             }
             Effect::Spawn { .. } | Effect::Event(_) => {}
+        }
+    }
+
+    /// Sometimes a worker takes a connection in the very moment in which we want to take one back.
+    fn race(&mut self, worker: WorkerId) {
+        if self.link(worker).alive
+            && self.races.as_mut().is_some_and(|races| races.once_in(4))
+            && self.take(worker).is_some()
+        {
+            self.raced.push(worker);
         }
     }
 

@@ -1,0 +1,475 @@
+//! One run: processes with a life of their own, clients, faults, and a shell that turns now and then.
+//!
+//! Everything is drawn from the plan's seed, so a run can be repeated. What must always hold is asserted by
+//! [`Desk`] and the core itself; here: loads are exact, and once the faults stop everybody is served in time.
+
+use std::cmp::Reverse;
+use std::collections::BinaryHeap;
+use std::time::Duration;
+
+use worker_sdk::wire::Hello;
+
+use super::plan::{FaultKind, HORIZON, PROCESSES, Plan};
+use super::process::{Process, What};
+use super::{Desk, Random};
+use crate::pool::*;
+
+/// After the faults, everybody must have been served by then, even by a single process that takes one at a time.
+const TAIL: Duration = Duration::from_secs(60);
+/// Most clients in the kernel's queue; further ones are turned away by the kernel.
+const BACKLOG: u32 = 300;
+const LISTENER: ListenerId = ListenerId(0);
+
+/// What a run came to.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub struct Outcome {
+    /// Things that happened.
+    pub events: u64,
+    /// Of the core.
+    pub totals: Totals,
+    /// Workers there were.
+    pub workers: u64,
+}
+
+struct Run<'a> {
+    plan: &'a Plan,
+    desk: Desk,
+    random: Random,
+    heap: BinaryHeap<Reverse<(Time, u64, What)>>,
+    order: u64,
+    processes: Vec<Process>,
+    backlog: u32,
+    next_turn: Option<Time>,
+    start: Time,
+    calm: bool,
+    stops: bool,
+    think: u64,
+    max: u32,
+    events: u64,
+}
+
+/// Runs a plan to its end. Panics if anything is not as it must be.
+pub fn run(plan: &Plan) -> Outcome {
+    let mut random = Random::new(plan.seed);
+    let pool = PoolSettings {
+        name: "web".to_owned(),
+        policy: Policy::LeastConnections,
+        max_connections_per_worker: 2 + random.below(30) as u32,
+        max_untaken: 1 + random.below(12) as u32,
+        max_workers: 64,
+        handoff_timeout: Duration::from_millis(50 + random.below(250)),
+        probation: Duration::from_millis(random.below(1_500)),
+        wait_for_worker: Duration::from_millis(100 + random.below(2_000)),
+        access: Access { users: vec![0], groups: Vec::new() },
+        processes: 0,
+    };
+    let listener =
+        ListenerSettings { name: "http".to_owned(), address: String::new(), pool: PoolId(0) };
+    let max = pool.max_connections_per_worker;
+    let mut desk = Desk::new(vec![pool], vec![listener]);
+    desk.logging = false;
+    desk.races = Some(random.clone());
+    let start = desk.now;
+    let mut run = Run {
+        plan,
+        desk,
+        heap: BinaryHeap::new(),
+        order: 0,
+        processes: Vec::new(),
+        backlog: 0,
+        next_turn: None,
+        start,
+        calm: false,
+        stops: random.once_in(3),
+        think: 5_000_000 + random.below(60_000_000),
+        max,
+        events: 0,
+        random,
+    };
+    run.all()
+}
+
+impl Run<'_> {
+    fn all(&mut self) -> Outcome {
+        let count = 1 + self.random.below(PROCESSES);
+        for i in 0..count as usize {
+            self.processes.push(Process {
+                one_at_a_time: self.random.once_in(5),
+                weight: 1 + self.random.below(3) as u16,
+                ..Process::default()
+            });
+            let delay = self.random.below(300_000_000);
+            self.after(delay, What::Start(i));
+        }
+        for (i, fault) in self.plan.faults.iter().enumerate() {
+            self.order += 1;
+            let time = self.start + fault.at;
+            self.heap.push(Reverse((time, self.order, What::Fault(i))));
+        }
+        self.after(0, What::Arrive);
+        self.after(HORIZON.as_nanos() as u64, What::Calm);
+        let end = self.start + HORIZON + TAIL;
+        while let Some(Reverse((time, _, what))) = self.heap.pop()
+            && time <= end
+        {
+            if what == What::Turn && self.next_turn != Some(time) {
+                continue;
+            }
+            assert!(time >= self.desk.now);
+            self.desk.now = time;
+            self.events += 1;
+            self.happen(what);
+            self.hear_of_races();
+            if what != What::Turn {
+                self.want_turn();
+            }
+        }
+        self.finale();
+        Outcome {
+            events: self.events,
+            totals: self.desk.core.totals(),
+            workers: self.desk.links.len() as u64,
+        }
+    }
+
+    fn finale(&mut self) {
+        self.desk.core.check();
+        let totals = self.desk.core.totals();
+        assert_eq!(totals.held, 0, "somebody waits for ever: {totals:?}");
+        if self.stops {
+            assert!(self.desk.core.stopped());
+            return;
+        }
+        assert_eq!(totals.custody, 0, "somebody is never taken: {totals:?}");
+        assert_eq!(self.backlog, 0, "somebody is never accepted: {totals:?}");
+        assert_eq!(self.desk.open_copies(), 0);
+        assert_eq!(self.desk.core.accepting(LISTENER), Accepting::Yes);
+    }
+
+    fn after(&mut self, nanos: u64, what: What) {
+        self.order += 1;
+        let time = self.desk.now + Duration::from_nanos(nanos);
+        self.heap.push(Reverse((time, self.order, what)));
+    }
+
+    /// The shell wakes up soon after anything happened, and when the core wants it to.
+    fn want_turn(&mut self) {
+        let soon = self.desk.now + Duration::from_nanos(1_000 + self.random.below(400_000));
+        let pending = self.next_turn.is_some_and(|at| at <= soon);
+        if !pending {
+            self.turn_at(soon);
+        }
+    }
+
+    fn turn_at(&mut self, time: Time) {
+        self.next_turn = Some(time);
+        self.order += 1;
+        self.heap.push(Reverse((time, self.order, What::Turn)));
+    }
+
+    fn happen(&mut self, what: What) {
+        match what {
+            What::Arrive => self.arrive(),
+            What::Step(p) => self.step(p),
+            What::End(p, life) => self.end(p, life),
+            What::Start(p) => self.begin(p),
+            What::Notice(serial) => self.notice(serial),
+            What::Heal(p) => self.heal(p),
+            What::GiveUp(index, serial) => {
+                let conn = ConnId { index, serial };
+                self.desk.core.client_gone(self.desk.now, conn);
+                self.desk.pump();
+            }
+            What::Fault(i) => {
+                let fault = self.plan.faults[i];
+                let p = fault.process % self.processes.len();
+                self.fault(p, fault.kind);
+            }
+            What::Turn => self.turn(),
+            What::Calm => self.calm_down(),
+        }
+    }
+
+    fn arrive(&mut self) {
+        if self.calm {
+            return;
+        }
+        self.backlog = (self.backlog + 1).min(BACKLOG);
+        let next = self.random.around(2_500_000);
+        self.after(next, What::Arrive);
+    }
+
+    fn turn(&mut self) {
+        self.next_turn = None;
+        self.desk.turn();
+        self.hear_of_races();
+        for _ in 0..64 {
+            if self.backlog == 0 || self.desk.core.accepting(LISTENER) == Accepting::Pause {
+                break;
+            }
+            self.backlog -= 1;
+            let conn = self.desk.accept_only(LISTENER);
+            if self.random.once_in(50) {
+                let delay = self.random.below(500_000_000);
+                self.after(delay, What::GiveUp(conn.index, conn.serial));
+            }
+        }
+        self.desk.pump();
+        self.hear_of_races();
+        self.check_loads();
+        for p in 0..self.processes.len() {
+            self.wake(p);
+        }
+        if self.backlog > 0 && self.desk.core.accepting(LISTENER) != Accepting::Pause {
+            return self.want_turn();
+        }
+        if let Some(deadline) = self.desk.core.deadline() {
+            let now = self.desk.now;
+            self.turn_at(deadline.max(now + Duration::from_nanos(1)));
+        }
+    }
+
+    /// Right after a turn, the core knows an honest worker's load exactly.
+    fn check_loads(&mut self) {
+        for process in &self.processes {
+            let Some(worker) = process.worker.filter(|_| !process.lying) else {
+                continue;
+            };
+            let link = &self.desk.links[worker.serial as usize - 1];
+            if link.finished != process.finished || link.forgotten || link.cut {
+                continue;
+            }
+            let claimed = link
+                .board
+                .iter()
+                .filter(|slot| slot.load(std::sync::atomic::Ordering::Relaxed) & 7 == 2)
+                .count();
+            if claimed == 0
+                && let Some(load) = self.desk.core.load(worker)
+            {
+                let untaken = self.desk.core.untaken(worker);
+                assert_eq!(load, process.live() + untaken, "of {worker:?}");
+            }
+        }
+    }
+
+    fn wake(&mut self, p: usize) {
+        let process = &mut self.processes[p];
+        let Some(worker) = process.worker else { return };
+        if !process.stepping && !self.desk.link(worker).channel.is_empty() {
+            process.stepping = true;
+            let delay = self.random.below(400_000);
+            self.after(delay, What::Step(p));
+        }
+    }
+
+    fn step(&mut self, p: usize) {
+        self.processes[p].stepping = false;
+        loop {
+            let process = &mut self.processes[p];
+            let Some(worker) = process.worker.filter(|_| !process.hung) else {
+                return;
+            };
+            if process.losing {
+                if self.desk.link(worker).channel.is_empty() {
+                    return;
+                }
+                self.desk.lose(worker);
+            } else if process.scribbling {
+                process.scribbling = false;
+                self.desk.scribble(worker);
+            } else if process.one_at_a_time && process.live() > 0 {
+                return;
+            } else if self.desk.take(worker).is_some() {
+                self.took(p);
+            } else {
+                return;
+            }
+        }
+    }
+
+    /// The process has taken a connection.
+    fn took(&mut self, p: usize) {
+        let process = &mut self.processes[p];
+        process.opened += 1;
+        let life = process.life;
+        let time = self.random.around(self.think);
+        self.after(time, What::End(p, life));
+    }
+
+    /// Takes that won against revocations during the turn.
+    fn hear_of_races(&mut self) {
+        while let Some(worker) = self.desk.raced.pop() {
+            let of = |process: &Process| process.worker == Some(worker);
+            if let Some(p) = self.processes.iter().position(of) {
+                self.took(p);
+            }
+        }
+    }
+
+    fn end(&mut self, p: usize, life: u64) {
+        let process = &mut self.processes[p];
+        if process.life != life {
+            return;
+        }
+        if process.hung {
+            return self.after(50_000_000, What::End(p, life));
+        }
+        process.finished += 1;
+        let said = if process.lying {
+            self.random.number() >> self.random.below(64)
+        } else {
+            process.finished
+        };
+        if let Some(worker) = process.worker {
+            self.desk.link(worker).finished = said;
+        }
+        if self.processes[p].leaving && self.processes[p].live() == 0 {
+            self.die(p);
+        }
+        self.wake(p);
+    }
+
+    fn begin(&mut self, p: usize) {
+        let process = &mut self.processes[p];
+        if process.worker.is_some() {
+            return;
+        }
+        let hello = Hello {
+            pool: "web".to_owned(),
+            weight: process.weight,
+            max_connections: self.max,
+            base: process.opened,
+            finished: process.finished,
+            ..Hello::default()
+        };
+        match self.desk.join(hello) {
+            Ok(worker) => {
+                self.processes[p].worker = Some(worker);
+                let live = self.processes[p].live();
+                assert!(self.desk.core.load(worker) >= Some(live));
+            }
+            Err(_) => assert!(self.stops && self.calm, "only a stop refuses"),
+        }
+    }
+
+    /// The process ends. What it had taken ends with it; what it had not must not be lost.
+    fn die(&mut self, p: usize) {
+        let process = &mut self.processes[p];
+        let life = process.life + 1;
+        let worker = process.worker.take();
+        *process = Process {
+            life,
+            one_at_a_time: process.one_at_a_time,
+            weight: process.weight,
+            ..Process::default()
+        };
+        if let Some(worker) = worker {
+            let link = self.desk.link(worker);
+            link.alive = false;
+            link.closed = true;
+            let delay = self.random.below(5_000_000);
+            self.after(delay, What::Notice(worker.serial));
+            let delay = self.random.below(1_500_000_000);
+            self.after(delay, What::Start(p));
+        }
+    }
+
+    fn notice(&mut self, serial: u64) {
+        let worker = self.desk.links[serial as usize - 1].id;
+        self.desk.core.leave(self.desk.now, worker, Departure::Died);
+        self.desk.pump();
+    }
+
+    fn heal(&mut self, p: usize) {
+        let process = &mut self.processes[p];
+        process.hung = false;
+        process.losing = false;
+        if let Some(worker) = process.worker {
+            self.desk.link(worker).capacity = 278;
+        }
+        self.wake(p);
+    }
+
+    fn fault(&mut self, p: usize, kind: FaultKind) {
+        match kind {
+            FaultKind::Hang(time) => self.impair(p, time, |process| process.hung = true),
+            FaultKind::LoseFds(time) => self.impair(p, time, |process| process.losing = true),
+            FaultKind::SmallChannel(time) => {
+                if let Some(worker) = self.processes[p].worker {
+                    self.desk.link(worker).capacity = 1;
+                }
+                self.impair(p, time, |_| {});
+            }
+            FaultKind::Crash => self.die(p),
+            FaultKind::Leave => {
+                if let Some(worker) = self.processes[p].worker {
+                    self.processes[p].leaving = true;
+                    self.desk.core.goodbye(self.desk.now, worker);
+                    self.desk.pump();
+                    self.hear_of_races();
+                    if self.processes[p].live() == 0 {
+                        self.die(p);
+                    }
+                }
+            }
+            FaultKind::Rejoin => self.rejoin(p),
+            FaultKind::Lie => self.processes[p].lying = true,
+            FaultKind::Scribble => self.processes[p].scribbling = true,
+            FaultKind::CloseChannel => {
+                if let Some(worker) = self.processes[p].worker {
+                    self.desk.link(worker).closed = true;
+                }
+                self.processes[p].leaving = true;
+            }
+            FaultKind::Scarcity(count) => self.desk.scarcity += count,
+            FaultKind::Burst(count) => self.backlog = (self.backlog + count).min(BACKLOG),
+        }
+    }
+
+    fn impair(&mut self, p: usize, time: Duration, change: impl FnOnce(&mut Process)) {
+        change(&mut self.processes[p]);
+        self.after(time.as_nanos() as u64, What::Heal(p));
+    }
+
+    /// Its connection to the dispatcher breaks; it reads the old channel to its end before it joins again.
+    fn rejoin(&mut self, p: usize) {
+        let process = &mut self.processes[p];
+        let Some(worker) = process.worker else { return };
+        if process.lying || process.leaving || process.hung {
+            return;
+        }
+        while self.desk.take(worker).is_some() {
+            self.took(p);
+        }
+        self.processes[p].worker = None;
+        self.desk.link(worker).alive = false;
+        let now = self.desk.now;
+        self.desk.core.leave(now, worker, Departure::Disconnected);
+        self.desk.pump();
+        self.begin(p);
+    }
+
+    /// From now on nothing goes wrong, and nobody new comes.
+    fn calm_down(&mut self) {
+        self.calm = true;
+        self.desk.scarcity = 0;
+        self.desk.races = None;
+        for p in 0..self.processes.len() {
+            self.heal(p);
+            self.processes[p].scribbling = false;
+            let process = &self.processes[p];
+            let cut = process
+                .worker
+                .is_some_and(|worker| self.desk.links[worker.serial as usize - 1].cut);
+            if process.lying || process.leaving || cut {
+                self.die(p);
+            }
+        }
+        if self.stops {
+            let now = self.desk.now;
+            self.backlog = 0;
+            self.desk.core.stop(now, now + Duration::from_secs(1));
+        }
+    }
+}

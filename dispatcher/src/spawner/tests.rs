@@ -1,1 +1,209 @@
+//! Real processes, without a shell.
 
+use std::sync::atomic::{AtomicUsize, Ordering};
+use std::sync::{Arc, mpsc::Receiver};
+use std::time::Instant;
+
+use super::*;
+use crate::pool::PoolId;
+
+const PATIENCE: Duration = Duration::from_secs(30);
+
+/// A service on a thread of its own.
+struct Bench {
+    spawner: Spawner,
+    reports: Receiver<Report>,
+    wakes: Arc<AtomicUsize>,
+}
+
+impl Bench {
+    fn new() -> Bench {
+        let wakes = Arc::new(AtomicUsize::new(0));
+        let counter = Arc::clone(&wakes);
+        let (spawner, service, reports) = service(Arc::new(move || {
+            counter.fetch_add(1, Ordering::SeqCst);
+        }));
+        std::thread::spawn(move || {
+            tokio::runtime::Builder::new_current_thread()
+                .enable_all()
+                .build()
+                .expect("a runtime")
+                .block_on(service.run());
+        });
+        Bench { spawner, reports, wakes }
+    }
+
+    fn spawn(&self, number: u32, command: &[&str]) -> ProcessId {
+        self.spawn_with(number, command, |_| {})
+    }
+
+    fn spawn_with(
+        &self,
+        number: u32,
+        command: &[&str],
+        change: impl FnOnce(&mut SpawnRequest),
+    ) -> ProcessId {
+        let process = ProcessId { pool: PoolId(0), number };
+        let mut request = SpawnRequest {
+            process,
+            command: command.iter().map(|&word| word.to_owned()).collect(),
+            environment: Vec::new(),
+            directory: None,
+            dispatch_socket: "/run/d.sock".into(),
+            pool: "web".to_owned(),
+            name: "web-1".to_owned(),
+            token: Token([0xab; 16]),
+        };
+        change(&mut request);
+        self.spawner.spawn(request).expect("room");
+        process
+    }
+
+    fn next(&self) -> Report {
+        self.reports.recv_timeout(PATIENCE).expect("a report")
+    }
+
+    fn started(&self) -> i32 {
+        match self.next() {
+            Report::Spawned { pid, .. } => pid,
+            other => panic!("{other:?}"),
+        }
+    }
+
+    fn exit_text(&self) -> String {
+        match self.next() {
+            Report::Exited { status_text, .. } => status_text,
+            other => panic!("{other:?}"),
+        }
+    }
+}
+
+impl Drop for Bench {
+    /// A test that fails leaves nothing running.
+    fn drop(&mut self) {
+        self.spawner.stop(Duration::ZERO);
+        let deadline = Instant::now() + PATIENCE;
+        while Instant::now() < deadline {
+            match self.reports.recv_timeout(PATIENCE) {
+                Ok(Report::Stopped { .. }) | Err(_) => return,
+                Ok(_) => {}
+            }
+        }
+    }
+}
+
+#[test]
+fn a_process_runs_and_ends() {
+    let bench = Bench::new();
+    let process = bench.spawn(3, &["true"]);
+    let pid = bench.started();
+    assert_eq!(
+        bench.next(),
+        Report::Exited { process, pid, status_text: "exit status 0".to_owned() }
+    );
+    // The hot thread is woken after each report is there, so the last wake may be a moment late.
+    let deadline = Instant::now() + PATIENCE;
+    while bench.wakes.load(Ordering::SeqCst) != 2 {
+        assert!(Instant::now() < deadline, "not woken for each report");
+        std::thread::yield_now();
+    }
+    bench.spawn(3, &["false"]);
+    bench.started();
+    assert_eq!(bench.exit_text(), "exit status 1");
+}
+
+#[test]
+fn what_cannot_start_says_why() {
+    let bench = Bench::new();
+    let process = bench.spawn(0, &["/nonexistent/server"]);
+    let Report::SpawnFailed { process: which, error } = bench.next() else {
+        panic!("it should not start");
+    };
+    assert_eq!(which, process);
+    assert!(error.starts_with("/nonexistent/server: No such file"), "{error}");
+    bench.spawn_with(0, &["true"], |request| request.directory = Some("/nonexistent".into()));
+    let Report::SpawnFailed { error, .. } = bench.next() else {
+        panic!("it should not start");
+    };
+    assert!(error.contains("true in /nonexistent: "), "{error}");
+}
+
+#[test]
+fn a_process_finds_its_place_in_its_environment() {
+    let directory = tempfile::tempdir().expect("a directory");
+    let bench = Bench::new();
+    // `cp` shows the environment without a shell: /proc/self is the copying process.
+    bench.spawn_with(0, &["cp", "/proc/self/environ", "found"], |request| {
+        request.directory = Some(directory.path().to_owned());
+        request.environment = vec![
+            ("EXTRA".to_owned(), "1".to_owned()),
+            ("DISPATCH_POOL".to_owned(), "mine".to_owned()),
+        ];
+    });
+    bench.started();
+    assert_eq!(bench.exit_text(), "exit status 0");
+    let found = std::fs::read(directory.path().join("found")).expect("copied");
+    let found: Vec<&str> = found
+        .split(|&byte| byte == 0)
+        .filter_map(|variable| std::str::from_utf8(variable).ok())
+        .collect();
+    for variable in [
+        "EXTRA=1",
+        "DISPATCH_SOCKET=/run/d.sock",
+        "DISPATCH_POOL=web",
+        "DISPATCH_NAME=web-1",
+        "DISPATCH_TOKEN=abababababababababababababababab",
+    ] {
+        assert!(found.contains(&variable), "{variable}");
+    }
+    assert!(!found.iter().any(|variable| variable.starts_with("NOTIFY_SOCKET=")));
+}
+
+#[test]
+fn stopping_asks_first() {
+    let bench = Bench::new();
+    bench.spawn(0, &["sleep", "1000"]);
+    let pid = bench.started();
+    // A group of its own, so that nothing else is asked to end.
+    let group = nix::unistd::getpgid(Some(Pid::from_raw(pid))).expect("running");
+    assert_eq!(group.as_raw(), pid);
+    bench.spawner.stop(PATIENCE);
+    assert_eq!(bench.exit_text(), "signal 15 (SIGTERM)");
+    assert_eq!(bench.next(), Report::Stopped { killed: 0 });
+}
+
+#[test]
+fn stopping_insists() {
+    let bench = Bench::new();
+    // `env` starts a program that ignores SIGTERM.
+    bench.spawn(0, &["env", "--ignore-signal=TERM", "sleep", "1000"]);
+    let pid = bench.started();
+    // Until the exec, SIGTERM would still end it.
+    let deadline = Instant::now() + PATIENCE;
+    let comm = format!("/proc/{pid}/comm");
+    while std::fs::read_to_string(&comm).expect("running") != "sleep\n" {
+        assert!(Instant::now() < deadline, "it never became sleep");
+        std::thread::yield_now();
+    }
+    bench.spawner.stop(Duration::from_millis(50));
+    assert_eq!(bench.exit_text(), "signal 9 (SIGKILL)");
+    assert_eq!(bench.next(), Report::Stopped { killed: 1 });
+}
+
+#[test]
+fn nothing_starts_while_stopping() {
+    let bench = Bench::new();
+    bench.spawner.stop(PATIENCE);
+    assert_eq!(bench.next(), Report::Stopped { killed: 0 });
+    let request = SpawnRequest {
+        process: ProcessId { pool: PoolId(0), number: 0 },
+        command: vec!["true".to_owned()],
+        environment: Vec::new(),
+        directory: None,
+        dispatch_socket: "/x".into(),
+        pool: "web".to_owned(),
+        name: "web-1".to_owned(),
+        token: Token([0; 16]),
+    };
+    bench.spawner.spawn(request).expect_err("no service any more");
+}

@@ -14,13 +14,7 @@ pub(super) struct Backoff {
 
 impl Backoff {
     pub(super) fn new(min: Duration, max: Duration) -> Backoff {
-        Backoff {
-            min,
-            max,
-            next: min,
-            random: RandomState::new(),
-            draws: 0,
-        }
+        Backoff { min, max, next: min, random: RandomState::new(), draws: 0 }
     }
 
     pub(super) fn reset(&mut self) {

@@ -45,12 +45,7 @@ pub(super) fn receive(channel: BorrowedFd<'_>, buffer: &mut [u8], wait: Wait) ->
     let mut space = [MaybeUninit::uninit(); rustix::cmsg_space!(ScmRights(MAX_FDS_PER_RECORD))];
     let mut ancillary = RecvAncillaryBuffer::new(&mut space);
     let message = loop {
-        match recv(
-            channel,
-            &mut [IoSliceMut::new(buffer)],
-            &mut ancillary,
-            flags,
-        ) {
+        match recv(channel, &mut [IoSliceMut::new(buffer)], &mut ancillary, flags) {
             Ok(message) => break message,
             Err(Errno::INTR) => {}
             Err(Errno::AGAIN) => return Received::Empty,

@@ -227,10 +227,7 @@ impl WorkerConfig {
             return Err(Error::config("weight", "is 0; the smallest share is 1"));
         }
         if self.max_connections == Some(0) {
-            return Err(Error::config(
-                "max_connections",
-                "is 0; a worker holds at least 1",
-            ));
+            return Err(Error::config("max_connections", "is 0; a worker holds at least 1"));
         }
         if self.reconnect_min.is_zero() || self.reconnect_min > self.reconnect_max {
             return Err(Error::config(
@@ -270,11 +267,7 @@ fn default_name(program: Option<&Path>, pid: u32) -> String {
     let program = program.and_then(Path::file_name).unwrap_or_default();
     let mut name = String::new();
     for c in program.to_string_lossy().chars() {
-        let c = if c.is_control() || c.is_whitespace() {
-            '_'
-        } else {
-            c
-        };
+        let c = if c.is_control() || c.is_whitespace() { '_' } else { c };
         if name.len() + c.len_utf8() + suffix.len() > MAX_NAME {
             break;
         }
@@ -310,9 +303,7 @@ where
 
 /// `250ms`, `10s`, `5m`, `1h`: one whole number, one unit.
 fn parse_duration(text: &str) -> Option<Duration> {
-    let digits = text
-        .find(|c: char| !c.is_ascii_digit())
-        .unwrap_or(text.len());
+    let digits = text.find(|c: char| !c.is_ascii_digit()).unwrap_or(text.len());
     let (number, unit) = text.split_at(digits);
     let number: u64 = number.parse().ok()?;
     match unit.trim_start() {

@@ -171,6 +171,14 @@ impl Connection {
         self.0.origin.accepted_at
     }
 
+    /// Another handle of the same connection: a [`clone`](Clone::clone) under the name that the standard library's streams use.
+    ///
+    /// # Errors
+    /// None; the type is that of [`TcpStream::try_clone`], so that code written for one takes the other.
+    pub fn try_clone(&self) -> io::Result<Connection> {
+        Ok(self.clone())
+    }
+
     /// The stream for another library to own, and the guard that counts it.
     ///
     /// Drop the guard after the stream is closed. If [`Guard::must_shut_down`] says so, shut the stream
@@ -200,8 +208,7 @@ impl Connection {
     /// # Errors
     /// What the system says.
     pub fn set_nodelay(&self, nodelay: bool) -> io::Result<()> {
-        self.as_tcp()
-            .map_or(Ok(()), |stream| stream.set_nodelay(nodelay))
+        self.as_tcp().map_or(Ok(()), |stream| stream.set_nodelay(nodelay))
     }
 
     /// Makes reads and writes return [`io::ErrorKind::WouldBlock`] instead of waiting.

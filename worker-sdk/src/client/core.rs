@@ -144,18 +144,13 @@ impl Core {
                 ready.watch(listener.as_fd()).map_err(failed)?;
                 local_addr = listener.local_addr();
                 log::info!("no dispatcher: listening on {address}");
-                Link::Standalone {
-                    listener,
-                    paused: None,
-                }
+                Link::Standalone { listener, paused: None }
             }
             (path, _) => {
                 // `check` has refused a configuration with neither.
                 socket = path.clone().unwrap_or_default();
                 ready.arm(Duration::ZERO);
-                Link::Waiting {
-                    until: Instant::now(),
-                }
+                Link::Waiting { until: Instant::now() }
             }
         };
         let timeout = config.join_timeout;
@@ -210,10 +205,7 @@ impl Core {
                 return Ok(None);
             } else if state.leader {
                 state.followers += 1;
-                state = self
-                    .handed_over
-                    .wait(state)
-                    .unwrap_or_else(PoisonError::into_inner);
+                state = self.handed_over.wait(state).unwrap_or_else(PoisonError::into_inner);
                 state.followers -= 1;
             } else {
                 state.leader = true;
@@ -303,9 +295,7 @@ impl Core {
             }
             Link::Waiting { .. } | Link::Closed => {}
         }
-        state
-            .queue
-            .retain(|pending| matches!(pending, Pending::Taken(_)));
+        state.queue.retain(|pending| matches!(pending, Pending::Taken(_)));
         self.closed.store(true, Ordering::SeqCst);
         self.ready.close();
         self.handed_over.notify_all();
@@ -349,10 +339,7 @@ impl Core {
     }
 
     pub(crate) fn is_joined(&self) -> bool {
-        matches!(
-            self.lock().link,
-            Link::Joined { .. } | Link::Standalone { .. }
-        )
+        matches!(self.lock().link, Link::Joined { .. } | Link::Standalone { .. })
     }
 
     pub(crate) fn ready_fd(&self) -> BorrowedFd<'_> {
@@ -370,10 +357,7 @@ impl Core {
     }
 
     fn read_current(&self) -> Option<Arc<Session>> {
-        self.current
-            .read()
-            .unwrap_or_else(PoisonError::into_inner)
-            .clone()
+        self.current.read().unwrap_or_else(PoisonError::into_inner).clone()
     }
 
     fn set_current(&self, session: Option<Arc<Session>>) {
@@ -389,11 +373,7 @@ impl Core {
     }
 
     fn check_process(&self) -> Result<(), Error> {
-        if std::process::id() == self.pid {
-            Ok(())
-        } else {
-            Err(Error::Forked)
-        }
+        if std::process::id() == self.pid { Ok(()) } else { Err(Error::Forked) }
     }
 
     fn lock(&self) -> MutexGuard<'_, State> {

@@ -63,17 +63,11 @@ pub enum Error {
 
 impl Error {
     pub(crate) fn config(setting: &'static str, problem: impl Into<String>) -> Error {
-        Error::Config {
-            setting,
-            problem: problem.into(),
-        }
+        Error::Config { setting, problem: problem.into() }
     }
 
     pub(crate) fn io(action: impl Into<String>, source: impl Into<io::Error>) -> Error {
-        Error::Io {
-            action: action.into(),
-            source: source.into(),
-        }
+        Error::Io { action: action.into(), source: source.into() }
     }
 }
 
@@ -81,27 +75,14 @@ impl fmt::Display for Error {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         match self {
             Error::Config { setting, problem } => write!(f, "{setting}: {problem}"),
-            Error::Refused {
-                socket,
-                reason,
-                key,
-                ..
-            } => {
-                write!(
-                    f,
-                    "the dispatcher at {} refused this worker: {reason}",
-                    socket.display()
-                )?;
+            Error::Refused { socket, reason, key, .. } => {
+                write!(f, "the dispatcher at {} refused this worker: {reason}", socket.display())?;
                 match key {
                     Some(key) => write!(f, " (decided by {key} in the dispatcher's configuration)"),
                     None => Ok(()),
                 }
             }
-            Error::JoinTimeout {
-                socket,
-                after,
-                last,
-            } => write!(
+            Error::JoinTimeout { socket, after, last } => write!(
                 f,
                 "could not join the dispatcher at {} within {after:?}: {last}; \
                  is it running, and is join_timeout long enough?",

@@ -121,21 +121,15 @@ pub(super) fn answer(control: &OwnedFd, path: &Path) -> Result<Option<Joined>, F
     let mut space = [MaybeUninit::uninit(); rustix::cmsg_space!(ScmRights(WELCOME_FDS))];
     let mut ancillary = RecvAncillaryBuffer::new(&mut space);
     let flags = RecvFlags::CMSG_CLOEXEC | RecvFlags::DONTWAIT;
-    let message = match recvmsg(
-        control,
-        &mut [IoSliceMut::new(&mut buffer)],
-        &mut ancillary,
-        flags,
-    ) {
+    let message = match recvmsg(control, &mut [IoSliceMut::new(&mut buffer)], &mut ancillary, flags)
+    {
         Ok(message) => message,
         Err(Errno::AGAIN | Errno::INTR) => return Ok(None),
         Err(error) => return Err(Failure::Transient(format!("cannot receive: {error}"))),
     };
     let fds = take_fds(&mut ancillary);
     if message.bytes == 0 {
-        return Err(Failure::Transient(
-            "it closed the connection without an answer".to_owned(),
-        ));
+        return Err(Failure::Transient("it closed the connection without an answer".to_owned()));
     }
     let decoded =
         Control::decode(&buffer[..message.bytes]).map_err(|e| malformed(e.to_string()))?;
@@ -160,27 +154,19 @@ pub(super) fn answer(control: &OwnedFd, path: &Path) -> Result<Option<Joined>, F
             reason: refused.reason,
             key: refused.key,
         })),
-        Control::Hello(_) | Control::Goodbye(_) => Err(malformed(
-            "it sent a record that only workers send".to_owned(),
-        )),
+        Control::Hello(_) | Control::Goodbye(_) => {
+            Err(malformed("it sent a record that only workers send".to_owned()))
+        }
     }
 }
 
 fn joined(fds: Vec<OwnedFd>, welcome: Welcome) -> Result<Joined, String> {
     if welcome.version != VERSION {
-        return Err(format!(
-            "it speaks version {}, we speak {VERSION}",
-            welcome.version
-        ));
+        return Err(format!("it speaks version {}, we speak {VERSION}", welcome.version));
     }
     let Ok([channel, board, poke]) = <[OwnedFd; WELCOME_FDS]>::try_from(fds) else {
         return Err("wrong number of file descriptors".to_owned());
     };
     let board = Scoreboard::open(board, welcome.slots).map_err(|error| error.to_string())?;
-    Ok(Joined {
-        welcome,
-        channel,
-        board,
-        poke,
-    })
+    Ok(Joined { welcome, channel, board, poke })
 }

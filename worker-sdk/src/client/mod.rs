@@ -14,10 +14,11 @@ mod ready;
 mod standalone;
 
 use std::fmt;
+use std::os::fd::{AsFd, BorrowedFd};
 use std::sync::Arc;
 
 pub use self::config::WorkerConfig;
-#[cfg(any(feature = "mio", feature = "tokio"))]
+#[cfg(feature = "tokio")]
 pub(crate) use self::connection::{Accepted, Held, Origin};
 pub use self::connection::{Connection, Guard};
 pub use self::error::Error;
@@ -100,6 +101,19 @@ impl Worker {
         Ok(self.core().accept()?.map(Connection::new))
     }
 
+    /// The next connection if there is one now, in non-blocking mode; `None` if there is none.
+    ///
+    /// For event loops without a layer here: the worker's descriptor ([`AsFd`]) becomes readable when there
+    /// is something to do. Call this then until it says `None`; that also joins again after a dispatcher was lost.
+    /// While a thread waits in [`accept`](Worker::accept), that one receives for all, and the descriptor
+    /// says nothing of what it has queued: use one way at a time.
+    ///
+    /// # Errors
+    /// [`Error::Closed`] once closed, [`Error::Forked`] in a forked child.
+    pub fn try_accept(&self) -> Result<Option<Connection>, Error> {
+        Ok(self.core().try_accept()?.map(Connection::new))
+    }
+
     /// The connections, one after the other, until the worker is closed. Errors that can't pass end it, too, and are logged.
     pub fn incoming(&mut self) -> Incoming<'_> {
         Incoming { worker: self }
@@ -137,6 +151,14 @@ impl Worker {
     /// The address that a worker without a dispatcher listens on.
     pub fn local_addr(&self) -> Option<PeerAddr> {
         self.core().local_addr()
+    }
+}
+
+/// One descriptor for the worker's whole life, readable when [`Worker::try_accept`] has something to do.
+/// Only poll it.
+impl AsFd for Worker {
+    fn as_fd(&self) -> BorrowedFd<'_> {
+        self.core().ready_fd()
     }
 }
 

@@ -63,18 +63,12 @@ impl Ready {
     }
 
     fn set_timer(&self, delay: Duration) {
-        let zero = Timespec {
-            tv_sec: 0,
-            tv_nsec: 0,
-        };
+        let zero = Timespec { tv_sec: 0, tv_nsec: 0 };
         let value = Timespec {
             tv_sec: i64::try_from(delay.as_secs()).unwrap_or(i64::MAX),
             tv_nsec: delay.subsec_nanos().into(),
         };
-        let spec = Itimerspec {
-            it_interval: zero,
-            it_value: value,
-        };
+        let spec = Itimerspec { it_interval: zero, it_value: value };
         if let Err(error) = timerfd_settime(&self.timer, TimerfdTimerFlags::empty(), &spec) {
             log::error!("cannot set a timer: {error}");
         }

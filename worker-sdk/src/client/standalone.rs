@@ -11,10 +11,7 @@ use crate::wire::PeerAddr;
 
 pub(super) enum Listener {
     Tcp(TcpListener),
-    Unix {
-        listener: UnixListener,
-        path: PathBuf,
-    },
+    Unix { listener: UnixListener, path: PathBuf },
 }
 
 impl Listener {

@@ -49,8 +49,7 @@ macro_rules! word {
                 <$atomic>::store(self, value, order);
             }
             fn swap_if(&self, old: $int, new: $int) -> bool {
-                self.compare_exchange(old, new, Ordering::AcqRel, Ordering::Acquire)
-                    .is_ok()
+                self.compare_exchange(old, new, Ordering::AcqRel, Ordering::Acquire).is_ok()
             }
             fn or(&self, bits: $int) -> $int {
                 self.fetch_or(bits, Ordering::AcqRel)

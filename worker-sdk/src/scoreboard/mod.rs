@@ -100,15 +100,9 @@ impl Scoreboard {
             return Err(ScoreboardError::Malformed("number of slots"));
         }
         let fd = sys::sealed_memfd(c"dispatcher-scoreboard", size(slots))?;
-        let board = Scoreboard {
-            map: Mapping::shared(fd.as_fd(), size(slots))?,
-            slots,
-        };
+        let board = Scoreboard { map: Mapping::shared(fd.as_fd(), size(slots))?, slots };
         board.map.u64(0).store(MAGIC, Ordering::Relaxed);
-        board
-            .map
-            .u32(OFFSET_VERSION)
-            .store(VERSION, Ordering::Relaxed);
+        board.map.u32(OFFSET_VERSION).store(VERSION, Ordering::Relaxed);
         board.map.u32(OFFSET_SLOTS).store(slots, Ordering::Relaxed);
         board.finished_word().store(finished, Ordering::Release);
         Ok((board, fd))
@@ -128,10 +122,7 @@ impl Scoreboard {
         if sys::file_size(fd.as_fd())? < size(slots) as u64 {
             return Err(ScoreboardError::Malformed("size"));
         }
-        let board = Scoreboard {
-            map: Mapping::shared(fd.as_fd(), size(slots))?,
-            slots,
-        };
+        let board = Scoreboard { map: Mapping::shared(fd.as_fd(), size(slots))?, slots };
         if board.map.u64(0).load(Ordering::Relaxed) != MAGIC {
             return Err(ScoreboardError::Malformed("magic"));
         }

@@ -58,10 +58,7 @@ impl<'a> Reader<'a> {
     }
 
     fn take<const N: usize>(&mut self, field: &'static str) -> Result<[u8; N], WireError> {
-        let (head, rest) = self
-            .rest
-            .split_first_chunk::<N>()
-            .ok_or(WireError::TooShort(field))?;
+        let (head, rest) = self.rest.split_first_chunk::<N>().ok_or(WireError::TooShort(field))?;
         self.rest = rest;
         Ok(*head)
     }
@@ -83,19 +80,11 @@ impl<'a> Reader<'a> {
     }
 
     pub(super) fn reserved16(&mut self, field: &'static str) -> Result<(), WireError> {
-        if self.u16(field)? == 0 {
-            Ok(())
-        } else {
-            Err(WireError::Reserved(field))
-        }
+        if self.u16(field)? == 0 { Ok(()) } else { Err(WireError::Reserved(field)) }
     }
 
     pub(super) fn reserved32(&mut self, field: &'static str) -> Result<(), WireError> {
-        if self.u32(field)? == 0 {
-            Ok(())
-        } else {
-            Err(WireError::Reserved(field))
-        }
+        if self.u32(field)? == 0 { Ok(()) } else { Err(WireError::Reserved(field)) }
     }
 
     /// The record's kind and its reserved field, which every record starts with.
@@ -112,10 +101,8 @@ impl<'a> Reader<'a> {
         }
         let kind = self.u16("TLV type")?;
         let len = usize::from(self.u16("TLV length")?);
-        let (value, rest) = self
-            .rest
-            .split_at_checked(len)
-            .ok_or(WireError::TooShort("end of TLV"))?;
+        let (value, rest) =
+            self.rest.split_at_checked(len).ok_or(WireError::TooShort("end of TLV"))?;
         self.rest = rest;
         Ok(Some((kind, value)))
     }
@@ -143,11 +130,7 @@ pub(super) fn put_tlv(out: &mut Vec<u8>, kind: u16, value: &[u8]) {
 /// Names are 1 to [`MAX_NAME`] bytes of printable UTF-8 without spaces: they go into logs, metrics and commands.
 pub(super) fn name(value: &[u8], field: &'static str) -> Result<String, WireError> {
     let text = str::from_utf8(value).map_err(|_| WireError::Invalid(field))?;
-    if is_name(text) {
-        Ok(text.to_owned())
-    } else {
-        Err(WireError::Invalid(field))
-    }
+    if is_name(text) { Ok(text.to_owned()) } else { Err(WireError::Invalid(field)) }
 }
 
 /// Whether `text` may name a pool, worker or listener: 1 to [`MAX_NAME`] bytes, no control characters, no spaces.
@@ -158,10 +141,7 @@ pub fn is_name(text: &str) -> bool {
 
 /// Free text for people: control characters become spaces, so that it cannot forge a log line.
 pub(super) fn text(value: &[u8]) -> String {
-    String::from_utf8_lossy(value)
-        .chars()
-        .map(|c| if c.is_control() { ' ' } else { c })
-        .collect()
+    String::from_utf8_lossy(value).chars().map(|c| if c.is_control() { ' ' } else { c }).collect()
 }
 
 /// Stores a TLV that may appear once.

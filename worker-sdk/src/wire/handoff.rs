@@ -135,14 +135,7 @@ impl Entry {
             }
             _ => return Err(WireError::Invalid("address family")),
         };
-        Ok(Entry {
-            seq,
-            slot,
-            listener,
-            flags,
-            accepted_ns,
-            peer,
-        })
+        Ok(Entry { seq, slot, listener, flags, accepted_ns, peer })
     }
 }
 
@@ -176,9 +169,8 @@ impl Handoff {
         if count == 0 || count > MAX_FDS_PER_RECORD {
             return Err(WireError::Invalid("count"));
         }
-        let entries = (0..count)
-            .map(|_| Entry::decode(reader))
-            .collect::<Result<Vec<_>, WireError>>()?;
+        let entries =
+            (0..count).map(|_| Entry::decode(reader)).collect::<Result<Vec<_>, WireError>>()?;
         reader.skip_tlvs()?;
         Ok(Handoff { entries })
     }

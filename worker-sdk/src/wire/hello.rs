@@ -34,7 +34,8 @@ impl std::str::FromStr for Token {
 
     fn from_str(text: &str) -> Result<Token, WireError> {
         let mut token = [0; 16];
-        if text.len() != 32 || !text.is_ascii() {
+        // Checked digit by digit: the number parser below would also take a sign.
+        if text.len() != 32 || !text.bytes().all(|b| b.is_ascii_hexdigit()) {
             return Err(WireError::Invalid("token"));
         }
         for (i, byte) in token.iter_mut().enumerate() {

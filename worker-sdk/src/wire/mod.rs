@@ -103,10 +103,7 @@ impl Control {
     /// [`WireError`] when the record is not exactly one well-formed control record.
     pub fn decode(record: &[u8]) -> Result<Control, WireError> {
         if record.len() > MAX_CONTROL_RECORD {
-            return Err(WireError::TooLong {
-                len: record.len(),
-                max: MAX_CONTROL_RECORD,
-            });
+            return Err(WireError::TooLong { len: record.len(), max: MAX_CONTROL_RECORD });
         }
         let mut reader = Reader::new(record);
         match reader.kind()? {
@@ -153,10 +150,7 @@ impl Channel {
     /// [`WireError`] when the record is not exactly one well-formed channel record.
     pub fn decode(record: &[u8]) -> Result<Channel, WireError> {
         if record.len() > MAX_CHANNEL_RECORD {
-            return Err(WireError::TooLong {
-                len: record.len(),
-                max: MAX_CHANNEL_RECORD,
-            });
+            return Err(WireError::TooLong { len: record.len(), max: MAX_CHANNEL_RECORD });
         }
         let mut reader = Reader::new(record);
         match reader.kind()? {

@@ -98,23 +98,24 @@ impl Refused {
         let (mut reason, mut key) = (None, None);
         while let Some((kind, value)) = reader.tlv()? {
             match kind {
-                tlv::REASON => once(&mut reason, text(value), "reason")?,
-                tlv::KEY => once(&mut key, text(value), "key")?,
+                tlv::REASON => once(&mut reason, short(value), "reason")?,
+                tlv::KEY => once(&mut key, short(value), "key")?,
                 _ => {}
             }
         }
-        Ok(Refused {
-            code,
-            reason: reason.ok_or(WireError::Missing("reason"))?,
-            key,
-        })
+        Ok(Refused { code, reason: reason.ok_or(WireError::Missing("reason"))?, key })
     }
+}
+
+/// Text from the wire, no longer than what we would send ourselves.
+fn short(value: &[u8]) -> String {
+    let mut text = text(value);
+    text.truncate(cut(&text).len());
+    text
 }
 
 /// At most [`MAX_TEXT`] bytes, cut between characters.
 fn cut(text: &str) -> &[u8] {
-    let end = (0..=MAX_TEXT.min(text.len()))
-        .rev()
-        .find(|&i| text.is_char_boundary(i));
+    let end = (0..=MAX_TEXT.min(text.len())).rev().find(|&i| text.is_char_boundary(i));
     &text.as_bytes()[..end.unwrap_or(0)]
 }

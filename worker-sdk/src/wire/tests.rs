@@ -1,1 +1,445 @@
+//! The bytes of every record, in both directions. `docs/PROTOCOL.md` prints the same vectors.
 
+use std::net::{Ipv6Addr, SocketAddrV6};
+
+use proptest::prelude::*;
+
+use super::*;
+
+const HELLO: &str = "0100000001000200010000000000000000000000e803000000000000070000000000000005000000\
+     0000000001000300776562020008007765622d31323334";
+const HELLO_TOKEN: &str = "01000000010001000000000000000000000000000100000000000000000000000000000000000000\
+     000000000100070064656661756c7402000100770300100000112233445566778899aabbccddeeff";
+const WELCOME: &str = "0200000001000000000100002a000000000000000000000000000000e80300008813000010000600\
+     00006874747010000700030061646d696e";
+const REFUSED: &str = "030000000200000011000b006e6f20706f6f6c2077656212000800706f6f6c2e776562";
+const REFUSED_BARE: &str = "03000000050000001100080073746f7070696e67";
+const GOODBYE: &str = "04000000";
+const HANDOFF: &str = "1000000003000000010000000000000000ca9a3b000000000100000000000000040050c300000000\
+     c0000201000000000000000000000000020000000000000001ca9a3b000000000200000003000100\
+     0600bb010700000020010db8000000000000000000000001030000000000000002ca9a3b00000000\
+     ff00000000000000010000000000000000000000000000000000000000000000";
+const PROBE: &str = "1100000009000000000000000900000000000000";
+
+fn bytes(hex: &str) -> Vec<u8> {
+    let digits: Vec<u32> = hex.chars().filter_map(|c| c.to_digit(16)).collect();
+    let pairs = digits.chunks_exact(2);
+    pairs.map(|pair| (pair[0] * 16 + pair[1]) as u8).collect()
+}
+
+fn encoded(record: &Control) -> Vec<u8> {
+    let mut out = Vec::new();
+    record.encode(&mut out);
+    out
+}
+
+fn channel_encoded(record: &Channel) -> Vec<u8> {
+    let mut out = Vec::new();
+    record.encode(&mut out);
+    out
+}
+
+fn hello() -> Hello {
+    Hello {
+        weight: 2,
+        priority: 1,
+        max_connections: 1000,
+        base: 7,
+        finished: 5,
+        pool: "web".to_owned(),
+        name: "web-1234".to_owned(),
+        ..Hello::default()
+    }
+}
+
+fn control_vectors() -> Vec<(&'static str, Control)> {
+    let token = std::array::from_fn(|i| 17 * i as u8);
+    vec![
+        (HELLO, Control::Hello(hello())),
+        (
+            HELLO_TOKEN,
+            Control::Hello(Hello {
+                name: "w".to_owned(),
+                token: Some(Token(token)),
+                ..Hello::default()
+            }),
+        ),
+        (
+            WELCOME,
+            Control::Welcome(Welcome {
+                version: VERSION,
+                slots: 256,
+                worker_id: 42,
+                features: Features::NONE,
+                max_connections: 1000,
+                handoff_timeout_ms: 5000,
+                listeners: vec![
+                    WelcomeListener { index: 0, name: "http".to_owned() },
+                    WelcomeListener { index: 3, name: "admin".to_owned() },
+                ],
+            }),
+        ),
+        (
+            REFUSED,
+            Control::Refused(Refused {
+                code: RefusedCode::UnknownPool,
+                reason: "no pool web".to_owned(),
+                key: Some("pool.web".to_owned()),
+            }),
+        ),
+        (
+            REFUSED_BARE,
+            Control::Refused(Refused {
+                code: RefusedCode::Stopping,
+                reason: "stopping".to_owned(),
+                key: None,
+            }),
+        ),
+        (GOODBYE, Control::Goodbye(Goodbye)),
+    ]
+}
+
+fn handoff() -> Handoff {
+    let v6 = Ipv6Addr::new(0x2001, 0xdb8, 0, 0, 0, 0, 0, 1);
+    let entry = |seq, slot, listener, flags, peer| Entry {
+        seq,
+        slot,
+        listener,
+        flags,
+        accepted_ns: 1_000_000_000 + seq - 1,
+        peer,
+    };
+    Handoff {
+        entries: vec![
+            entry(1, 1, 0, EntryFlags::NONE, PeerAddr::Inet(([192, 0, 2, 1], 50_000).into())),
+            entry(
+                2,
+                2,
+                3,
+                EntryFlags::RESENT,
+                PeerAddr::Inet(SocketAddrV6::new(v6, 443, 0, 7).into()),
+            ),
+            entry(3, 255, 0, EntryFlags::NONE, PeerAddr::Unix),
+        ],
+    }
+}
+
+fn channel_vectors() -> Vec<(&'static str, Channel)> {
+    vec![(HANDOFF, Channel::Handoff(handoff())), (PROBE, Channel::Probe(Probe { seq: 9, slot: 9 }))]
+}
+
+#[test]
+fn control_records_have_these_bytes() {
+    for (hex, record) in control_vectors() {
+        assert_eq!(encoded(&record), bytes(hex), "{record:?}");
+        assert_eq!(Control::decode(&bytes(hex)), Ok(record));
+    }
+}
+
+#[test]
+fn channel_records_have_these_bytes() {
+    for (hex, record) in channel_vectors() {
+        assert_eq!(channel_encoded(&record), bytes(hex), "{record:?}");
+        assert_eq!(Channel::decode(&bytes(hex)), Ok(record));
+    }
+}
+
+#[test]
+fn the_document_prints_these_vectors() {
+    let document = include_str!("../../../docs/PROTOCOL.md");
+    let document: String = document.split_whitespace().collect();
+    let control = control_vectors().into_iter().map(|(hex, _)| hex);
+    for hex in control.chain(channel_vectors().into_iter().map(|(hex, _)| hex)) {
+        assert!(document.contains(hex), "docs/PROTOCOL.md lacks {hex}");
+    }
+}
+
+#[test]
+fn descriptors_belong_to_these_records_only() {
+    for (_, record) in control_vectors() {
+        let expected = if matches!(record, Control::Welcome(_)) { WELCOME_FDS } else { 0 };
+        assert_eq!(record.fds(), expected);
+    }
+    assert_eq!(Channel::Handoff(handoff()).fds(), 3);
+    assert_eq!(Channel::Probe(Probe { seq: 1, slot: 1 }).fds(), 0);
+}
+
+#[test]
+fn tlvs_of_a_later_version_are_skipped() {
+    let future = [0x34, 0x12, 3, 0, b'a', b'b', b'c', 0xff, 0xff, 0, 0];
+    for (hex, record) in control_vectors() {
+        let longer = [&bytes(hex)[..], &future].concat();
+        assert_eq!(Control::decode(&longer), Ok(record));
+    }
+    for (hex, record) in channel_vectors() {
+        let longer = [&bytes(hex)[..], &future].concat();
+        assert_eq!(Channel::decode(&longer), Ok(record));
+    }
+}
+
+/// A cut record never decodes, except where the cut leaves a whole record without its optional TLVs.
+#[test]
+fn a_record_cut_anywhere_is_refused() {
+    for (hex, record) in control_vectors() {
+        let whole = bytes(hex);
+        for len in 0..whole.len() {
+            match (Control::decode(&whole[..len]), &record) {
+                (Err(_), _) => {}
+                (Ok(Control::Welcome(cut)), Control::Welcome(whole)) => {
+                    assert!(whole.listeners.starts_with(&cut.listeners));
+                    assert!(cut.listeners.len() < whole.listeners.len());
+                }
+                (Ok(Control::Hello(cut)), Control::Hello(_)) => assert_eq!(cut.token, None),
+                (Ok(Control::Refused(cut)), Control::Refused(_)) => assert_eq!(cut.key, None),
+                (Ok(other), _) => panic!("{len} bytes decoded as {other:?}"),
+            }
+        }
+    }
+    for (hex, _) in channel_vectors() {
+        let whole = bytes(hex);
+        for len in 0..whole.len() {
+            let error = Channel::decode(&whole[..len]).unwrap_err();
+            assert!(matches!(error, WireError::TooShort(_)), "{len}: {error}");
+        }
+    }
+}
+
+#[test]
+fn half_a_tlv_at_the_end_is_refused() {
+    for tail in [&[1][..], &[1, 0], &[1, 0, 4], &[1, 0, 4, 0, 1, 2, 3]] {
+        for (hex, _) in control_vectors() {
+            let error = Control::decode(&[&bytes(hex)[..], tail].concat()).unwrap_err();
+            assert!(matches!(error, WireError::TooShort(_)), "{error}");
+        }
+        for (hex, _) in channel_vectors() {
+            let error = Channel::decode(&[&bytes(hex)[..], tail].concat()).unwrap_err();
+            assert!(matches!(error, WireError::TooShort(_)), "{error}");
+        }
+    }
+}
+
+#[test]
+fn reserved_fields_must_be_zero() {
+    let all = [(HELLO, &[2, 10, 24][..]), (WELCOME, &[2, 6]), (REFUSED, &[2, 6]), (GOODBYE, &[2])];
+    for (hex, offsets) in all {
+        for &offset in offsets {
+            let mut record = bytes(hex);
+            record[offset] = 1;
+            let error = Control::decode(&record).unwrap_err();
+            assert!(matches!(error, WireError::Reserved(_)), "{offset}: {error}");
+        }
+    }
+    for (hex, offsets) in [(HANDOFF, &[2, 6][..]), (PROBE, &[2, 16])] {
+        for &offset in offsets {
+            let mut record = bytes(hex);
+            record[offset] = 1;
+            let error = Channel::decode(&record).unwrap_err();
+            assert!(matches!(error, WireError::Reserved(_)), "{offset}: {error}");
+        }
+    }
+}
+
+#[test]
+fn each_socket_has_its_kinds() {
+    for (hex, _) in channel_vectors() {
+        let error = Control::decode(&bytes(hex)).unwrap_err();
+        assert!(matches!(error, WireError::UnknownKind(_)));
+    }
+    for (hex, _) in control_vectors() {
+        let error = Channel::decode(&bytes(hex)).unwrap_err();
+        assert!(matches!(error, WireError::UnknownKind(_)));
+    }
+    assert_eq!(Control::decode(&[0xff, 0xff, 0, 0]), Err(WireError::UnknownKind(0xffff)));
+}
+
+#[test]
+fn too_long_a_record_is_refused() {
+    let control = [&bytes(GOODBYE)[..], &[0; MAX_CONTROL_RECORD]].concat();
+    let too_long = WireError::TooLong { len: control.len(), max: MAX_CONTROL_RECORD };
+    assert_eq!(Control::decode(&control), Err(too_long));
+    let channel = [&bytes(PROBE)[..], &[0; MAX_CHANNEL_RECORD]].concat();
+    assert!(matches!(Channel::decode(&channel), Err(WireError::TooLong { .. })));
+}
+
+#[test]
+fn a_handoff_has_1_to_64_entries() {
+    for count in [0, 65, u16::MAX] {
+        let mut record = bytes(HANDOFF);
+        record[4..6].copy_from_slice(&count.to_le_bytes());
+        assert_eq!(Channel::decode(&record), Err(WireError::Invalid("count")));
+    }
+    // More announced than there, and fewer: the rest then has to be TLVs.
+    for count in [4u16, 2] {
+        let mut record = bytes(HANDOFF);
+        record[4..6].copy_from_slice(&count.to_le_bytes());
+        assert!(Channel::decode(&record).is_err(), "{count}");
+    }
+    let full = Handoff { entries: vec![handoff().entries[0]; MAX_FDS_PER_RECORD] };
+    let record = channel_encoded(&Channel::Handoff(full.clone()));
+    assert!(record.len() <= MAX_CHANNEL_RECORD - 4096);
+    assert_eq!(Channel::decode(&record), Ok(Channel::Handoff(full)));
+}
+
+#[test]
+fn an_unknown_address_family_is_refused() {
+    for family in [0, 2, 5, 10, u16::MAX] {
+        let mut record = bytes(HANDOFF);
+        record[8 + 24..8 + 26].copy_from_slice(&family.to_le_bytes());
+        assert_eq!(Channel::decode(&record), Err(WireError::Invalid("address family")));
+    }
+}
+
+#[test]
+fn a_hello_with_impossible_numbers_is_refused() {
+    let bad = [
+        Hello { weight: 0, ..hello() },
+        Hello { max_connections: 0, ..hello() },
+        Hello { finished: 8, ..hello() },
+    ];
+    for hello in bad {
+        let error = Control::decode(&encoded(&Control::Hello(hello))).unwrap_err();
+        assert!(matches!(error, WireError::Invalid(_)), "{error}");
+    }
+    let mut welcome = bytes(WELCOME);
+    welcome[8..12].fill(0);
+    assert_eq!(Control::decode(&welcome), Err(WireError::Invalid("slots")));
+}
+
+#[test]
+fn bad_names_are_refused() {
+    let long = "x".repeat(MAX_NAME + 1);
+    for bad in ["", "two words", "line\nbreak", "tab\t", "\u{7f}", &long] {
+        for hello in
+            [Hello { pool: bad.to_owned(), ..hello() }, Hello { name: bad.to_owned(), ..hello() }]
+        {
+            let error = Control::decode(&encoded(&Control::Hello(hello))).unwrap_err();
+            assert!(matches!(error, WireError::Invalid(_)), "{bad:?}: {error}");
+        }
+    }
+    let name = "é".repeat(MAX_NAME / 2);
+    let record = Control::Hello(Hello { name, ..hello() });
+    assert_eq!(Control::decode(&encoded(&record)), Ok(record));
+    // Not UTF-8: the last byte of the name.
+    let mut record = bytes(HELLO);
+    *record.last_mut().unwrap() = 0xff;
+    assert_eq!(Control::decode(&record), Err(WireError::Invalid("worker name")));
+    // A listener's name, and one without room for its index.
+    for value in [&[0, 0][..], &[0, 0, b' '], &[0]] {
+        let mut record = bytes(WELCOME);
+        codec::put_tlv(&mut record, tlv::LISTENER, value);
+        assert!(Control::decode(&record).is_err(), "{value:?}");
+    }
+}
+
+#[test]
+fn a_tlv_that_may_appear_once_may_not_twice() {
+    for (hex, kind, value) in [
+        (HELLO, tlv::POOL, &b"web"[..]),
+        (HELLO, tlv::NAME, b"w"),
+        (HELLO_TOKEN, tlv::TOKEN, &[0; 16]),
+        (REFUSED, tlv::REASON, b"x"),
+        (REFUSED, tlv::KEY, b"x"),
+    ] {
+        let mut record = bytes(hex);
+        codec::put_tlv(&mut record, kind, value);
+        let error = Control::decode(&record).unwrap_err();
+        assert!(matches!(error, WireError::Repeated(_)), "{kind}: {error}");
+    }
+}
+
+#[test]
+fn a_tlv_that_is_needed_must_be_there() {
+    let fixed = &bytes(HELLO)[..44];
+    assert_eq!(Control::decode(fixed), Err(WireError::Missing("pool name")));
+    let mut record = fixed.to_vec();
+    codec::put_tlv(&mut record, tlv::POOL, b"web");
+    assert_eq!(Control::decode(&record), Err(WireError::Missing("worker name")));
+    assert_eq!(Control::decode(&bytes(REFUSED)[..8]), Err(WireError::Missing("reason")));
+}
+
+#[test]
+fn a_token_is_16_bytes_and_32_digits() {
+    let mut record = bytes(HELLO);
+    codec::put_tlv(&mut record, tlv::TOKEN, &[0; 15]);
+    assert_eq!(Control::decode(&record), Err(WireError::Invalid("token")));
+    let token = Token(std::array::from_fn(|i| i as u8 * 16 + 1));
+    assert_eq!(token.to_string().parse(), Ok(token));
+    assert!(!format!("{token:?}").contains("01"), "it is a secret");
+    for bad in ["", "0", &"g".repeat(32), &"é".repeat(16), &"+1".repeat(16)] {
+        assert!(bad.parse::<Token>().is_err(), "{bad:?}");
+    }
+}
+
+#[test]
+fn texts_are_cut_and_cannot_forge_log_lines() {
+    let refused = Refused {
+        code: RefusedCode::Other(900),
+        reason: format!("a\nb{}", "é".repeat(1000)),
+        key: None,
+    };
+    match Control::decode(&encoded(&Control::Refused(refused))) {
+        Ok(Control::Refused(refused)) => {
+            assert_eq!(refused.code, RefusedCode::Other(900));
+            assert!(refused.reason.starts_with("a bé") && refused.reason.len() <= 1024);
+        }
+        other => panic!("{other:?}"),
+    }
+}
+
+#[test]
+fn a_welcome_leaves_out_listeners_it_has_no_room_for() {
+    let listeners =
+        (0..200).map(|index| WelcomeListener { index, name: format!("listener-{index:040}") });
+    let Ok(Control::Welcome(mut welcome)) = Control::decode(&bytes(WELCOME)) else {
+        panic!("a vector");
+    };
+    welcome.listeners = listeners.collect();
+    let record = encoded(&Control::Welcome(welcome.clone()));
+    assert!(record.len() <= MAX_CONTROL_RECORD);
+    match Control::decode(&record) {
+        Ok(Control::Welcome(cut)) => assert!(welcome.listeners.starts_with(&cut.listeners)),
+        other => panic!("{other:?}"),
+    }
+}
+
+#[test]
+fn a_mapped_peer_is_the_ipv4_peer_it_is() {
+    let mapped: SocketAddrV6 = "[::ffff:192.0.2.1]:80".parse().unwrap();
+    let peer = PeerAddr::from(std::net::SocketAddr::from(mapped));
+    assert_eq!(peer.to_string(), "192.0.2.1:80");
+    assert_eq!(PeerAddr::Unix.to_string(), "unix");
+    assert_eq!(PeerAddr::Unix.ip(), None);
+}
+
+/// A record that starts like a real one, so that chance gets past the first checks.
+fn likely_record() -> impl Strategy<Value = Vec<u8>> {
+    let vectors: Vec<Vec<u8>> = control_vectors()
+        .into_iter()
+        .map(|(hex, _)| bytes(hex))
+        .chain(channel_vectors().into_iter().map(|(hex, _)| bytes(hex)))
+        .collect();
+    let edits = prop::collection::vec((any::<prop::sample::Index>(), any::<u8>()), 0..4);
+    let tail = prop::collection::vec(any::<u8>(), 0..16);
+    (prop::sample::select(vectors), edits, tail).prop_map(|(mut record, edits, tail)| {
+        for (index, value) in edits {
+            let index = index.index(record.len());
+            record[index] = value;
+        }
+        record.extend(tail);
+        record
+    })
+}
+
+proptest! {
+    #[test]
+    fn whatever_decodes_encodes_to_the_same_meaning(
+        record in prop_oneof![likely_record(), prop::collection::vec(any::<u8>(), 0..300)]
+    ) {
+        if let Ok(value) = Control::decode(&record) {
+            prop_assert_eq!(Control::decode(&encoded(&value)), Ok(value));
+        }
+        if let Ok(value) = Channel::decode(&record) {
+            prop_assert_eq!(Channel::decode(&channel_encoded(&value)), Ok(value));
+        }
+    }
+}

@@ -66,14 +66,10 @@ impl Welcome {
         let mut listeners = Vec::new();
         while let Some((kind, value)) = reader.tlv()? {
             if kind == tlv::LISTENER {
-                let (index, rest) = value
-                    .split_first_chunk()
-                    .ok_or(WireError::TooShort("listener index"))?;
+                let (index, rest) =
+                    value.split_first_chunk().ok_or(WireError::TooShort("listener index"))?;
                 let index = u16::from_le_bytes(*index);
-                listeners.push(WelcomeListener {
-                    index,
-                    name: name(rest, "listener name")?,
-                });
+                listeners.push(WelcomeListener { index, name: name(rest, "listener name")? });
             }
         }
         if slots == 0 {

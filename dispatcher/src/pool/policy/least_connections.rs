@@ -32,11 +32,7 @@ mod tests {
         costs
             .iter()
             .zip(0..)
-            .map(|(&(cost, weight), worker)| Candidate {
-                cost,
-                weight,
-                worker,
-            })
+            .map(|(&(cost, weight), worker)| Candidate { cost, weight, worker })
             .collect()
     }
 
@@ -56,10 +52,7 @@ mod tests {
 
     #[test]
     fn nobody_available() {
-        assert_eq!(
-            choose(&list(&[(UNAVAILABLE, 1), (UNAVAILABLE, 1)]), 1),
-            None
-        );
+        assert_eq!(choose(&list(&[(UNAVAILABLE, 1), (UNAVAILABLE, 1)]), 1), None);
         assert_eq!(choose(&[], 7), None);
     }
 

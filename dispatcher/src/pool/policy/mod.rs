@@ -39,11 +39,7 @@ pub(super) struct Candidates {
 impl Candidates {
     /// Adds a worker, not eligible yet; answers its position.
     pub(super) fn add(&mut self, worker: u32) -> usize {
-        self.list.push(Candidate {
-            cost: UNAVAILABLE,
-            weight: 1,
-            worker,
-        });
+        self.list.push(Candidate { cost: UNAVAILABLE, weight: 1, worker });
         self.due.push(NEVER);
         self.list.len() - 1
     }

@@ -4,13 +4,7 @@ use super::*;
 use worker_sdk::wire::RefusedCode;
 
 fn join(change: impl FnOnce(&mut Join)) -> Join {
-    let mut join = Join {
-        pid: 4_321,
-        uid: 0,
-        gids: vec![100],
-        hello: hello(),
-        spawned: None,
-    };
+    let mut join = Join { pid: 4_321, uid: 0, gids: vec![100], hello: hello(), spawned: None };
     change(&mut join);
     join
 }
@@ -48,12 +42,7 @@ fn groups_and_spawned_processes_may_join() {
     let mut desk = desk_with(|pool| pool.access.groups = vec![100]);
     let by_group = join(|join| join.uid = 7);
     assert!(desk.core.join(desk.now, &by_group).is_ok());
-    let process = |pool| {
-        Some(ProcessId {
-            pool: PoolId(pool),
-            number: 0,
-        })
-    };
+    let process = |pool| Some(ProcessId { pool: PoolId(pool), number: 0 });
     let mut by_token = join(|join| (join.uid, join.gids) = (7, vec![7]));
     by_token.spawned = process(0);
     assert!(desk.core.join(desk.now, &by_token).is_ok());

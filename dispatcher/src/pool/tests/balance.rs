@@ -93,12 +93,7 @@ fn ties_rotate() {
 #[test]
 fn nobody_gets_more_than_its_maximum() {
     let mut desk = desk_with(|pool| pool.max_connections_per_worker = 3);
-    let small = desk
-        .join(Hello {
-            max_connections: 2,
-            ..hello()
-        })
-        .unwrap();
+    let small = desk.join(Hello { max_connections: 2, ..hello() }).unwrap();
     let large = desk.worker();
     assert_eq!(desk.core.max_connections_of(small), Some(2));
     assert_eq!(desk.core.max_connections_of(large), Some(3));
@@ -131,17 +126,8 @@ fn nobody_has_more_untaken_than_slots() {
 #[test]
 fn what_a_worker_holds_already_counts() {
     let mut desk = desk();
-    let busy = desk
-        .join(Hello {
-            base: 100,
-            finished: 95,
-            ..hello()
-        })
-        .unwrap();
-    assert!(desk.events().contains(&Event::Joined {
-        worker: busy,
-        live: 5
-    }));
+    let busy = desk.join(Hello { base: 100, finished: 95, ..hello() }).unwrap();
+    assert!(desk.events().contains(&Event::Joined { worker: busy, live: 5 }));
     let idle = desk.worker();
     for _ in 0..5 {
         desk.accept(WEB);
@@ -161,12 +147,7 @@ fn impossible_counters_are_clamped_and_told_once() {
     desk.link(worker).finished = 1_000;
     desk.turn();
     desk.turn();
-    let clamped = |what, said, used| Event::Clamped {
-        worker,
-        what,
-        said,
-        used,
-    };
+    let clamped = |what, said, used| Event::Clamped { worker, what, said, used };
     assert_eq!(desk.events(), [clamped("finished", 1_000, 4)]);
     assert_eq!(desk.core.load(worker), Some(0));
     desk.link(worker).finished = 1;
@@ -179,13 +160,7 @@ fn impossible_counters_are_clamped_and_told_once() {
 #[test]
 fn an_absurd_base_does_no_harm() {
     let mut desk = desk();
-    let worker = desk
-        .join(Hello {
-            base: u64::MAX,
-            finished: u64::MAX,
-            ..hello()
-        })
-        .unwrap();
+    let worker = desk.join(Hello { base: u64::MAX, finished: u64::MAX, ..hello() }).unwrap();
     for _ in 0..3 {
         desk.accept(WEB);
     }

@@ -19,10 +19,7 @@ fn a_worker_that_hangs_loses_what_it_left_untaken_to_others() {
     assert_eq!(desk.state(hung), State::Suspect);
     assert_eq!(desk.loads(&[hung, other]), [0, 10]);
     let log = desk.log.clone();
-    let revokes = log
-        .iter()
-        .take_while(|effect| matches!(effect, Effect::Revoke { .. }))
-        .count();
+    let revokes = log.iter().take_while(|effect| matches!(effect, Effect::Revoke { .. })).count();
     assert_eq!(revokes, 5);
     assert_eq!(log[5], Effect::Purge { worker: hung });
     assert!(log.contains(&Effect::Event(Event::Suspect {
@@ -43,23 +40,14 @@ fn a_suspect_gets_nothing_until_it_takes_its_probe_then_one_at_a_time() {
     assert_eq!(desk.core.accepting(WEB), Accepting::Pause);
     desk.wait(ms(60_000));
     assert_eq!(desk.state(hung), State::Suspect);
-    assert_eq!(
-        desk.core.totals().held,
-        1,
-        "suspect is back-pressure, not absence"
-    );
+    assert_eq!(desk.core.totals().held, 1, "suspect is back-pressure, not absence");
     desk.events();
     assert_eq!(desk.take(hung), None, "only the probe is in the channel");
     desk.turn();
     assert_eq!(
         desk.events(),
-        [
-            Event::Trusted {
-                worker: hung,
-                after: ms(60_000)
-            },
-            Event::Relieved { pool: PoolId(0) }
-        ][..1]
+        [Event::Trusted { worker: hung, after: ms(60_000) }, Event::Relieved { pool: PoolId(0) }]
+            [..1]
             .to_vec(),
         "the held connection fills it again at once"
     );
@@ -101,11 +89,7 @@ fn a_take_that_wins_the_race_with_the_revocation_stands() {
     desk.pump();
     assert_eq!(desk.loads(&[slow, other]), [1, 0]);
     assert_eq!(desk.core.totals().taken, 1);
-    assert!(desk.log.contains(&Effect::Release {
-        worker: slow,
-        conn,
-        ticket
-    }));
+    assert!(desk.log.contains(&Effect::Release { worker: slow, conn, ticket }));
     // The probe was sent all the same.
     assert_eq!(desk.state(slow), State::Suspect);
     desk.take(slow);
@@ -137,10 +121,7 @@ fn a_lost_connection_goes_elsewhere_and_the_worker_rests() {
     assert!(desk.lose(short));
     desk.log.clear();
     desk.turn();
-    assert!(
-        desk.log
-            .contains(&Effect::Event(Event::Lost { worker: short }))
-    );
+    assert!(desk.log.contains(&Effect::Event(Event::Lost { worker: short })));
     assert_eq!(desk.sends(), [(other, true)]);
     for _ in 0..5 {
         desk.accept(WEB);
@@ -313,14 +294,9 @@ fn stale_reports_are_ignored() {
     desk.core.slot(now, worker, ticket, SlotState::Taken);
     desk.core.slot(now, worker, ticket, SlotState::Invalid);
     desk.core.revoked(now, worker, ticket, Revoke::Revoked);
-    desk.core
-        .send_failed(now, worker, ticket, SendFailure::Closed);
-    desk.core
-        .probe_failed(now, worker, ticket, SendFailure::Closed);
-    let far = Ticket {
-        slot: u32::MAX,
-        seq: 1,
-    };
+    desk.core.send_failed(now, worker, ticket, SendFailure::Closed);
+    desk.core.probe_failed(now, worker, ticket, SendFailure::Closed);
+    let far = Ticket { slot: u32::MAX, seq: 1 };
     desk.core.slot(now, worker, far, SlotState::Taken);
     assert_eq!(desk.core.effect(), None);
     assert_eq!(desk.core.totals(), before);

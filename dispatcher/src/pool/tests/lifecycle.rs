@@ -15,14 +15,7 @@ fn a_goodbye_takes_back_what_is_untaken_and_keeps_the_rest() {
     desk.events();
     desk.goodbye(leaving);
     desk.goodbye(leaving);
-    assert_eq!(
-        desk.events(),
-        [Event::Goodbye {
-            worker: leaving,
-            resent: 1,
-            live: 1
-        }]
-    );
+    assert_eq!(desk.events(), [Event::Goodbye { worker: leaving, resent: 1, live: 1 }]);
     assert_eq!(desk.state(leaving), State::Draining);
     assert_eq!(desk.loads(&[leaving, other]), [1, 3]);
     desk.accept(WEB);
@@ -43,12 +36,7 @@ fn a_death_loses_nothing_untaken() {
     desk.leave(dead, Departure::Died);
     assert_eq!(
         desk.events(),
-        [Event::Gone {
-            worker: dead,
-            why: Departure::Died,
-            resent: 99,
-            live: 1
-        }]
+        [Event::Gone { worker: dead, why: Departure::Died, resent: 99, live: 1 }]
     );
     assert_eq!(desk.take_all(other), 199);
     assert!(desk.is_served(served) && conns.iter().all(|&conn| desk.is_served(conn)));
@@ -174,10 +162,7 @@ fn the_status_tells_it_all() {
     assert_eq!(status.listeners[0].accepted, 2);
     assert_eq!(status.listeners[0].address, "0.0.0.0:80");
     let pool = &status.pools[0];
-    assert_eq!(
-        (pool.state.as_str(), pool.policy.as_str()),
-        ("ready", "least-connections")
-    );
+    assert_eq!((pool.state.as_str(), pool.policy.as_str()), ("ready", "least-connections"));
     let ids: Vec<u64> = pool.workers.iter().map(|worker| worker.id).collect();
     assert_eq!(ids, [first.serial, second.serial]);
     assert_eq!((pool.workers[0].taken, pool.workers[0].load), (1, 1));

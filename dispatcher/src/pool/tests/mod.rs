@@ -5,6 +5,7 @@ mod balance;
 mod failures;
 mod lifecycle;
 mod model;
+mod naive;
 
 mod purity;
 mod supervision;
@@ -33,28 +34,17 @@ fn settings() -> PoolSettings {
         handoff_timeout: ms(1_000),
         probation: ms(10_000),
         wait_for_worker: ms(5_000),
-        access: Access {
-            users: vec![0],
-            groups: vec![],
-        },
+        access: Access { users: vec![0], groups: vec![] },
         processes: 0,
     }
 }
 
 fn listener() -> ListenerSettings {
-    ListenerSettings {
-        name: "http".to_owned(),
-        address: "0.0.0.0:80".to_owned(),
-        pool: PoolId(0),
-    }
+    ListenerSettings { name: "http".to_owned(), address: "0.0.0.0:80".to_owned(), pool: PoolId(0) }
 }
 
 fn hello() -> Hello {
-    Hello {
-        pool: "web".to_owned(),
-        max_connections: 1_000_000,
-        ..Hello::default()
-    }
+    Hello { pool: "web".to_owned(), max_connections: 1_000_000, ..Hello::default() }
 }
 
 fn desk_with(change: impl FnOnce(&mut PoolSettings)) -> Desk {
@@ -73,10 +63,7 @@ impl Desk {
     }
 
     fn loads(&self, workers: &[WorkerId]) -> Vec<u64> {
-        workers
-            .iter()
-            .map(|&worker| self.core.load(worker).unwrap())
-            .collect()
+        workers.iter().map(|&worker| self.core.load(worker).unwrap()).collect()
     }
 
     fn state(&self, worker: WorkerId) -> State {

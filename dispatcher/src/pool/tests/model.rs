@@ -6,79 +6,12 @@ use proptest::prelude::*;
 use worker_sdk::PeerAddr;
 use worker_sdk::scoreboard::claim::{Revoke, SlotState};
 
+use super::naive::{At, Naive, Op, Out, SLOTS, Word, op};
 use super::*;
 
 const TIMEOUT: Duration = Duration::from_millis(100);
 const PROBATION: Duration = Duration::from_millis(300);
 const WAIT: Duration = Duration::from_millis(500);
-const SLOTS: usize = 3;
-
-/// What the worker's side has done to a slot.
-#[derive(Clone, Copy, Debug, PartialEq)]
-enum Word {
-    Sent,
-    Taken,
-    Lost,
-    Bad,
-}
-
-#[derive(Clone, Debug)]
-struct Out {
-    ticket: Ticket,
-    conn: Option<u64>,
-    sent_at: Time,
-    word: Word,
-    revoking: bool,
-}
-
-#[derive(Clone, Debug)]
-struct Naive {
-    id: WorkerId,
-    weight: u64,
-    max: u64,
-    base: u64,
-    taken: u64,
-    finished: u64,
-    out: Vec<Out>,
-    suspect: bool,
-    draining: bool,
-    gone: bool,
-    blocked: Option<Time>,
-    starved: Option<Time>,
-    probation: Option<Time>,
-}
-
-impl Naive {
-    fn untaken(&self) -> u64 {
-        self.out.iter().filter(|out| out.conn.is_some()).count() as u64
-    }
-
-    fn load(&self) -> u64 {
-        self.base + self.taken + self.untaken() - self.finished
-    }
-
-    fn usable(&self) -> bool {
-        !self.draining && !self.gone
-    }
-
-    fn eligible(&self) -> bool {
-        self.usable()
-            && !self.suspect
-            && self.load() < self.max
-            && self.out.len() < SLOTS
-            && self.blocked.is_none()
-            && self.starved.is_none()
-            && (self.probation.is_none() || self.untaken() == 0)
-    }
-}
-
-#[derive(Clone, Copy, Debug, PartialEq)]
-enum At {
-    Held,
-    Custody(u64),
-    Served,
-    Closed,
-}
 
 struct Model {
     core: Core,
@@ -90,53 +23,6 @@ struct Model {
     choked: Option<Time>,
     alone: Option<Time>,
     refusing: bool,
-}
-
-#[derive(Clone, Debug)]
-enum Op {
-    Join {
-        weight: u16,
-        max: u32,
-    },
-    Goodbye(usize),
-    Leave(usize),
-    Accept,
-    ClientGone(usize),
-    /// What the worker does to one of its slots, and whether the core reads it at once.
-    Touch(usize, usize, Word, bool),
-    Scan(usize),
-    Finish(usize, u64),
-    Fail(usize, usize, SendFailure),
-    Outcome,
-    Wait(u64),
-}
-
-fn op() -> impl Strategy<Value = Op> {
-    let worker = 0..6usize;
-    let word = prop_oneof![
-        12 => Just(Word::Taken),
-        2 => Just(Word::Lost),
-        1 => Just(Word::Bad)
-    ];
-    let failure = prop_oneof![
-        4 => Just(SendFailure::Full),
-        1 => Just(SendFailure::Closed),
-        1 => Just(SendFailure::Resources)
-    ];
-    prop_oneof![
-        3 => (1..5u16, 1..7u32).prop_map(|(weight, max)| Op::Join { weight, max }),
-        1 => worker.clone().prop_map(Op::Goodbye),
-        1 => worker.clone().prop_map(Op::Leave),
-        16 => Just(Op::Accept),
-        1 => (0..50usize).prop_map(Op::ClientGone),
-        12 => (worker.clone(), 0..SLOTS, word, any::<bool>())
-            .prop_map(|(w, slot, word, read)| Op::Touch(w, slot, word, read)),
-        4 => worker.clone().prop_map(Op::Scan),
-        8 => (worker.clone(), 0..6u64).prop_map(|(w, n)| Op::Finish(w, n)),
-        2 => (worker, 0..SLOTS, failure).prop_map(|(w, slot, why)| Op::Fail(w, slot, why)),
-        8 => Just(Op::Outcome),
-        4 => (1..150u64).prop_map(Op::Wait),
-    ]
 }
 
 impl Model {
@@ -345,13 +231,7 @@ impl Model {
             pid: 1,
             uid: 0,
             gids: vec![],
-            hello: Hello {
-                weight,
-                max_connections: max,
-                base: 9,
-                finished: 8,
-                ..hello()
-            },
+            hello: Hello { weight, max_connections: max, base: 9, finished: 8, ..hello() },
             spawned: None,
         };
         let id = self.core.join(self.now, &join).unwrap();
@@ -416,10 +296,8 @@ impl Model {
             return;
         };
         let serial = id.serial;
-        let out = self
-            .workers
-            .get(&serial)
-            .and_then(|w| w.out.iter().find(|out| out.ticket == ticket));
+        let out =
+            self.workers.get(&serial).and_then(|w| w.out.iter().find(|out| out.ticket == ticket));
         let word = out.map_or(Word::Bad, |out| out.word);
         let outcome = match word {
             Word::Sent => Revoke::Revoked,
@@ -472,13 +350,7 @@ impl Model {
     fn absorb(&mut self, effect: Effect) {
         let now = self.now;
         match effect {
-            Effect::Send {
-                worker,
-                conn,
-                ticket,
-                flags,
-                ..
-            } => {
+            Effect::Send { worker, conn, ticket, flags, .. } => {
                 let chosen = &self.workers[&worker.serial];
                 assert!(chosen.eligible() && self.choked.is_none(), "{chosen:?}");
                 for other in self.workers.values().filter(|other| other.eligible()) {
@@ -533,13 +405,7 @@ impl Model {
         let used = |out: &Out| out.ticket.slot == ticket.slot || out.ticket.seq >= ticket.seq;
         assert!(!w.out.iter().any(used), "slots are used once at a time");
         assert!((ticket.slot as usize) < SLOTS);
-        w.out.push(Out {
-            ticket,
-            conn,
-            sent_at,
-            word: Word::Sent,
-            revoking: false,
-        });
+        w.out.push(Out { ticket, conn, sent_at, word: Word::Sent, revoking: false });
     }
 }
 

@@ -22,10 +22,7 @@ const FORBIDDEN: [(&str, &str); 12] = [
 #[test]
 fn no_descriptors_clocks_sockets_or_logs() {
     let mut files = 0;
-    check(
-        Path::new(concat!(env!("CARGO_MANIFEST_DIR"), "/src/pool")),
-        &mut files,
-    );
+    check(Path::new(concat!(env!("CARGO_MANIFEST_DIR"), "/src/pool")), &mut files);
     assert!(files > 10, "the sources were found");
 }
 

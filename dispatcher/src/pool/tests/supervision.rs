@@ -2,10 +2,7 @@
 
 use super::*;
 
-const FIRST: ProcessId = ProcessId {
-    pool: PoolId(0),
-    number: 0,
-};
+const FIRST: ProcessId = ProcessId { pool: PoolId(0), number: 0 };
 
 fn spawns(desk: &mut Desk) -> Vec<u32> {
     desk.log
@@ -41,22 +38,14 @@ fn restarts_back_off_to_a_bound_and_recover() {
         assert_eq!(spawns(&mut desk), [0]);
         delays.push(delay.as_millis());
     }
-    assert_eq!(
-        delays,
-        [
-            100, 200, 400, 800, 1_600, 3_200, 6_400, 12_800, 25_600, 30_000, 30_000
-        ]
-    );
+    assert_eq!(delays, [100, 200, 400, 800, 1_600, 3_200, 6_400, 12_800, 25_600, 30_000, 30_000]);
     desk.core.spawned(desk.now, FIRST, true);
     desk.wait(RESTART_RESET);
     desk.core.exited(desk.now, FIRST);
     desk.pump();
     assert_eq!(
         desk.events().last(),
-        Some(&Event::Restarting {
-            process: FIRST,
-            delay: RESTART_MIN
-        })
+        Some(&Event::Restarting { process: FIRST, delay: RESTART_MIN })
     );
 }
 
@@ -77,10 +66,7 @@ fn no_restarts_while_stopping() {
 #[test]
 fn processes_that_do_not_exist_are_ignored() {
     let mut desk = desk();
-    let nobody = ProcessId {
-        pool: PoolId(7),
-        number: 7,
-    };
+    let nobody = ProcessId { pool: PoolId(7), number: 7 };
     desk.core.spawned(desk.now, nobody, true);
     desk.core.exited(desk.now, nobody);
     desk.core.exited(desk.now, FIRST);

@@ -77,10 +77,7 @@ fn back_pressure_is_told_once_a_second_at_most() {
         desk.finish(worker, 1);
     }
     let pool = PoolId(0);
-    assert_eq!(
-        desk.events(),
-        [Event::BackPressure { pool }, Event::Relieved { pool }]
-    );
+    assert_eq!(desk.events(), [Event::BackPressure { pool }, Event::Relieved { pool }]);
     desk.wait(ms(1_000));
     desk.accept(WEB);
     assert_eq!(desk.events(), [Event::BackPressure { pool }]);
@@ -89,14 +86,8 @@ fn back_pressure_is_told_once_a_second_at_most() {
 
 #[test]
 fn pools_do_not_share_workers() {
-    let other = PoolSettings {
-        name: "other".to_owned(),
-        ..settings()
-    };
-    let second = ListenerSettings {
-        pool: PoolId(1),
-        ..listener()
-    };
+    let other = PoolSettings { name: "other".to_owned(), ..settings() };
+    let second = ListenerSettings { pool: PoolId(1), ..listener() };
     let mut desk = Desk::new(vec![settings(), other], vec![listener(), second]);
     let worker = desk.worker();
     desk.accept(ListenerId(1));

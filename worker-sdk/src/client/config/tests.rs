@@ -55,22 +55,14 @@ fn a_bad_variable_is_named_with_its_value() {
         assert!(text.contains(name), "{text}");
         assert!(text.contains(&format!("{value:?}")), "{text}");
     }
-    let text = env(&[("DISPATCH_TOKEN", "secret")])
-        .unwrap_err()
-        .to_string();
-    assert!(
-        text.contains("DISPATCH_TOKEN") && !text.contains("secret"),
-        "{text}"
-    );
+    let text = env(&[("DISPATCH_TOKEN", "secret")]).unwrap_err().to_string();
+    assert!(text.contains("DISPATCH_TOKEN") && !text.contains("secret"), "{text}");
 }
 
 #[test]
 fn nothing_to_connect_to_says_what_to_set() {
     let text = WorkerConfig::new().check().unwrap_err().to_string();
-    assert!(
-        text.contains("DISPATCH_SOCKET") && text.contains("DISPATCH_LISTEN"),
-        "{text}"
-    );
+    assert!(text.contains("DISPATCH_SOCKET") && text.contains("DISPATCH_LISTEN"), "{text}");
 }
 
 #[test]
@@ -103,9 +95,7 @@ fn a_file_with_mistakes_is_refused() {
         ("token = 'abc'", "32 hexadecimal"),
         ("weight = 70000", "70000"),
     ] {
-        let error = toml::from_str::<WorkerConfig>(text)
-            .unwrap_err()
-            .to_string();
+        let error = toml::from_str::<WorkerConfig>(text).unwrap_err().to_string();
         assert!(error.contains(says), "{error}");
     }
 }
@@ -122,10 +112,7 @@ fn wrong_values_are_found_before_the_dispatcher_sees_them() {
         base().reconnect(Duration::ZERO, Duration::from_secs(1)),
         base().reconnect(Duration::from_secs(2), Duration::from_secs(1)),
     ] {
-        assert!(
-            matches!(bad.check(), Err(Error::Config { .. })),
-            "accepted {bad:?}"
-        );
+        assert!(matches!(bad.check(), Err(Error::Config { .. })), "accepted {bad:?}");
     }
 }
 

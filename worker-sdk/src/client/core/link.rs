@@ -23,9 +23,8 @@ impl Core {
             }
             Pending::Probe(probe) => {
                 let session = state.link.session();
-                popped.poke = session
-                    .filter(|session| claimed(session, probe.slot, probe.seq))
-                    .cloned();
+                popped.poke =
+                    session.filter(|session| claimed(session, probe.slot, probe.seq)).cloned();
             }
         }
         Some(popped)
@@ -189,9 +188,7 @@ impl Core {
             self.ready.forget(control.as_fd());
         }
         let delay = state.backoff.next();
-        state.link = Link::Waiting {
-            until: Instant::now() + delay,
-        };
+        state.link = Link::Waiting { until: Instant::now() + delay };
         // Here as well as before sleeping: the caller may get an error now and wait all the same.
         self.ready.arm(delay);
         let problem = match failure {
@@ -234,14 +231,9 @@ impl Core {
         );
         // First published, then raised: a connection that ends in between is told by one of the two.
         self.set_current(Some(Arc::clone(&session)));
-        session
-            .board
-            .raise_finished(self.finished.load(Ordering::SeqCst));
+        session.board.raise_finished(self.finished.load(Ordering::SeqCst));
         session.poke_if_wanted(want::ROOM);
-        state.link = Link::Joined {
-            session,
-            channel: Arc::new(channel),
-        };
+        state.link = Link::Joined { session, channel: Arc::new(channel) };
         (state.ever_joined, state.complained) = (true, false);
         state.join_deadline = None;
         Ok(())
@@ -271,9 +263,7 @@ impl Core {
                 // One for each, less one: the thread that received them takes one itself.
                 let helpers = arrived.len().saturating_sub(1).min(state.followers);
                 let offers = arrived.into_iter();
-                state
-                    .queue
-                    .extend(offers.map(|(entry, fd)| Pending::Offered { entry, fd }));
+                state.queue.extend(offers.map(|(entry, fd)| Pending::Offered { entry, fd }));
                 (0..helpers).for_each(|_| self.handed_over.notify_one());
             }
             Received::End => self.leave(state, "it closed the connection"),
@@ -294,9 +284,7 @@ impl Core {
             // Not after every join: a dispatcher that dies of our hello would be tried without a pause.
             state.backoff.reset();
         }
-        state.link = Link::Waiting {
-            until: until + state.backoff.next(),
-        };
+        state.link = Link::Waiting { until: until + state.backoff.next() };
         for pending in mem::take(&mut state.queue) {
             match pending {
                 Pending::Offered { entry, fd } => {

@@ -1,0 +1,162 @@
+//! Addresses of listeners and sockets: how they are written, and which of them exclude each other.
+
+use std::net::SocketAddr;
+use std::ops::Range;
+use std::path::PathBuf;
+
+use toml::Spanned;
+
+use super::error::Mistake;
+use super::file::ListenerKeys;
+use super::validate::Checked;
+use super::{Address, Listener, UnixSource};
+
+/// `sun_path` less its terminating zero.
+const MAX_SOCKET_PATH: usize = 107;
+
+/// A socket path or `systemd:NAME`.
+pub(super) fn unix_source(
+    text: Option<Spanned<String>>,
+    default: &str,
+    key: &str,
+) -> Checked<UnixSource> {
+    let Some(text) = text else {
+        return Ok(UnixSource::Path(PathBuf::from(default)));
+    };
+    let span = text.span();
+    match text.get_ref().strip_prefix("systemd:") {
+        Some(name) => Ok(UnixSource::Systemd(descriptor_name(name, span)?)),
+        None => {
+            let path = text.get_ref();
+            if let Some(path) = path.strip_prefix("unix:") {
+                return Err(Mistake::new(span, format!("`{key}` is a path"))
+                    .help(format!("leave out `unix:`: \"{path}\"")));
+            }
+            Ok(UnixSource::Path(socket_path(path, span)?))
+        }
+    }
+}
+
+fn socket_path(path: &str, span: Range<usize>) -> Checked<PathBuf> {
+    if path.is_empty() {
+        return Err(Mistake::new(span, "a socket needs a path")
+            .help("such as \"/run/dispatcher/app.sock\""));
+    }
+    if path.len() > MAX_SOCKET_PATH {
+        return Err(Mistake::new(
+            span,
+            format!(
+                "this path has {} bytes; the kernel allows {MAX_SOCKET_PATH} for a socket",
+                path.len()
+            ),
+        ));
+    }
+    if path.contains('\0') {
+        return Err(Mistake::new(span, "a path cannot contain a zero byte"));
+    }
+    Ok(PathBuf::from(path))
+}
+
+fn descriptor_name(name: &str, span: Range<usize>) -> Checked<String> {
+    // What systemd itself allows for FileDescriptorName=.
+    let good = (1..=255).contains(&name.len())
+        && name.bytes().all(|b| (b.is_ascii_graphic() || b == b' ') && b != b':');
+    if good {
+        return Ok(name.to_owned());
+    }
+    Err(Mistake::new(span, "not a name that systemd can give to a socket")
+        .help("write \"systemd:NAME\" with the FileDescriptorName= of the .socket unit"))
+}
+
+/// `IP:PORT`, `unix:PATH` or `systemd:NAME`.
+pub(super) fn address(text: &Spanned<String>) -> Checked<Address> {
+    let span = text.span();
+    let text = text.get_ref().as_str();
+    if let Some(path) = text.strip_prefix("unix:") {
+        return Ok(Address::Unix(socket_path(path, span)?));
+    }
+    if let Some(name) = text.strip_prefix("systemd:") {
+        return Ok(Address::Systemd(descriptor_name(name, span)?));
+    }
+    if let Ok(address) = text.parse::<SocketAddr>() {
+        return Ok(Address::Tcp(address));
+    }
+    let help = if text.starts_with('/') {
+        format!("for a Unix socket write \"unix:{text}\"")
+    } else if let Ok(ip) = text.parse::<std::net::IpAddr>() {
+        format!("add a port: \"{}\"", SocketAddr::new(ip, 8080).to_string().as_str())
+    } else if let Ok(port) = text.trim_start_matches(['*', ':']).parse::<u16>() {
+        format!("name the address too: \"0.0.0.0:{port}\", or \"[::]:{port}\" for IPv4 and IPv6")
+    } else {
+        match text.rsplit_once(':') {
+            Some((host, port)) if host.contains(':') && !host.starts_with('[') => {
+                format!("put the IPv6 address in brackets: \"[{host}]:{port}\"")
+            }
+            Some(("localhost", port)) => {
+                format!(
+                    "host names are not looked up: write \"127.0.0.1:{port}\" or \"[::1]:{port}\""
+                )
+            }
+            Some((_, port)) if port.parse::<u16>().is_err() => {
+                "a port is a number from 0 to 65535".to_owned()
+            }
+            _ => {
+                "write \"0.0.0.0:8080\", \"[::]:8080\", \"unix:/run/app.sock\" or \"systemd:NAME\""
+                    .to_owned()
+            }
+        }
+    };
+    Err(Mistake::new(span, format!("`{text}` is not an address")).help(help))
+}
+
+/// Two listeners cannot share a name, nor a place to listen on.
+pub(super) fn check_distinct(
+    new: &Listener,
+    keys: &ListenerKeys,
+    before: &[Listener],
+) -> Checked<()> {
+    if let Some(other) = before.iter().find(|other| other.name == new.name) {
+        return Err(Mistake::new(
+            keys.name.span(),
+            format!("there is a listener `{}` already", other.name),
+        )
+        .help("every listener needs a name of its own"));
+    }
+    for other in before {
+        if other.address == new.address && !any_port(&new.address) {
+            return Err(Mistake::new(
+                keys.address.span(),
+                format!("listener `{}` has this address already", other.name),
+            ));
+        }
+        let shared = new.options.reuse_port && other.options.reuse_port;
+        if !shared && (takes(other, new) || takes(new, other)) {
+            return Err(Mistake::new(
+                keys.address.span(),
+                format!(
+                    "listener `{}` at {} takes this IPv4 port as well",
+                    other.name, other.address_text
+                ),
+            )
+            .help("set `ipv6_only = true` for the IPv6 one, or keep only that one"));
+        }
+    }
+    Ok(())
+}
+
+fn any_port(address: &Address) -> bool {
+    matches!(address, Address::Tcp(address) if address.port() == 0)
+}
+
+/// Whether a dual-stack `[::]:PORT` also occupies the other's IPv4 port.
+fn takes(wide: &Listener, narrow: &Listener) -> bool {
+    match (&wide.address, &narrow.address) {
+        (Address::Tcp(SocketAddr::V6(wide_addr)), Address::Tcp(SocketAddr::V4(narrow_addr))) => {
+            wide_addr.ip().is_unspecified()
+                && !wide.options.ipv6_only
+                && wide_addr.port() == narrow_addr.port()
+                && wide_addr.port() != 0
+        }
+        _ => false,
+    }
+}

@@ -1,0 +1,83 @@
+//! `etc/dispatcher.toml` is true: valid, complete, and its defaults are the defaults.
+
+use super::*;
+
+const SAMPLE: &str = include_str!("../../../../etc/dispatcher.toml");
+
+/// The sample with every `#key = …` and `#[table]` switched on, except keys for which `skip` says so.
+fn uncommented(skip: &[&str]) -> String {
+    let setting = |line: &str| {
+        let rest = line.strip_prefix('#')?;
+        let first = rest.chars().next()?;
+        (first == '[' || first.is_ascii_lowercase()).then(|| rest.to_owned())
+    };
+    SAMPLE
+        .lines()
+        .filter(|line| !skip.iter().any(|key| line.trim_start_matches('#').starts_with(key)))
+        .map(|line| setting(line).unwrap_or_else(|| line.to_owned()) + "\n")
+        .collect()
+}
+
+#[test]
+fn the_sample_is_good_as_it_is() {
+    let config = good(SAMPLE);
+    assert_eq!(config.warnings, []);
+    assert_eq!(config.listeners.len(), 1);
+}
+
+#[test]
+fn the_sample_has_every_key() {
+    for (table, keys) in file::tables() {
+        assert!(!keys.is_empty(), "{table}");
+        for key in keys {
+            let found = SAMPLE.lines().any(|line| {
+                let line = line.strip_prefix('#').unwrap_or(line);
+                let name = line.split(['=', ' ']).next();
+                let header = line.trim_matches(['[', ']']);
+                name == Some(key)
+                    || line.starts_with('[')
+                        && (header == *key
+                            || header.starts_with(&format!("{key}."))
+                            || header.ends_with(&format!(".{key}")))
+            });
+            assert!(found, "{key} of {table} is not in the sample");
+        }
+    }
+}
+
+#[test]
+fn the_defaults_in_the_sample_are_the_defaults() {
+    // Examples that differ from the default on purpose, or would read a file.
+    let text = uncommented(&[
+        "unavailable_response",
+        "allow_",
+        "keepalive",
+        "user_timeout",
+        "defer_accept",
+        "fast_open",
+        "receive_buffer",
+        "send_buffer",
+        "dispatch_socket_user",
+        "dispatch_socket_group",
+        "admin_socket_user",
+        "admin_socket_group",
+    ]);
+    let written = good(&text);
+    let least = good(GOOD);
+    assert_eq!(written.dispatch_socket, least.dispatch_socket);
+    assert_eq!(written.admin_socket, least.admin_socket);
+    assert_eq!(written.limits, least.limits);
+    assert_eq!(written.listeners[0].options, least.listeners[0].options);
+    let (mut written, least) = (written.pools[0].settings.clone(), least.pools[0].settings.clone());
+    assert_eq!(written.processes, 1);
+    written.processes = 0;
+    assert_eq!(format!("{written:?}"), format!("{least:?}"));
+}
+
+#[test]
+fn the_examples_in_the_sample_are_good_too() {
+    let config = good(&uncommented(&["unavailable_response"]));
+    let spawn = config.pools[0].spawn.as_ref().expect("processes");
+    assert_eq!(spawn.command[0], "/usr/bin/my-server");
+    assert_eq!(config.listeners[0].options.keepalive_count, Some(4));
+}

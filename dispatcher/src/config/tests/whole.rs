@@ -1,0 +1,164 @@
+//! Mistakes that show only across keys, warnings, and files.
+
+use super::*;
+
+#[test]
+fn two_of_a_kind() {
+    let second = |name: &str, address: &str| {
+        format!("{GOOD}[[listener]]\nname = {name}\naddress = {address}\npool = 'web'\n")
+    };
+    refused(&second("‹'web'›", "'127.0.0.1:1'"), "there is a listener `web` already", "");
+    refused(&second("'b'", "‹'127.0.0.1:8080'›"), "`web` has this address already", "");
+    good(&second("'b'", "'127.0.0.1:8081'"));
+    refused(&second("'b'", "‹'[::]:8080'›"), "takes this IPv4 port", "ipv6_only = true");
+    good(&second("'b'", "'[::]:8080'\nipv6_only = true"));
+    top_refused(
+        "dispatch_socket = '/x'\nadmin_socket = ‹'/x'›",
+        "are the same",
+        "a path of its own",
+    );
+    refused(
+        &format!("admin_socket = '/x'\n{}", second("'b'", "‹'unix:/x'›")),
+        "this is `admin_socket` already",
+        "",
+    );
+    let any = GOOD.replace("8080", "0");
+    good(&format!("{any}[[listener]]\nname = 'b'\naddress = '127.0.0.1:0'\npool = 'web'\n"));
+}
+
+#[test]
+fn names() {
+    let named = |name: &str| GOOD.replace("name = \"web\"", &format!("name = ‹'{name}'›"));
+    for bad in ["", "two words", "ünïcode", &"x".repeat(65)] {
+        refused(&named(bad), "not a good name for a listener", "1 to 64");
+    }
+    refused(&GOOD.replace("[pool.web]", "[pool.‹\"a b\"›]"), "not a good name for a pool", "");
+    good(&named(&"x".repeat(64)).replace(['‹', '›'], ""));
+}
+
+#[test]
+fn missing_things() {
+    refused("‹›", "no pool is configured", "[pool.web]");
+    refused("‹›[pool.web]\n", "no listener is configured", "[[listener]]");
+    refused("‹[[listener]]›\nname='a'\npool='web'\n[pool.web]\n", "missing key `address`", "");
+    pool_refused("‹[pool.web.spawn]›\nprocesses = 2", "missing key `command`", "program");
+    pool_refused("[pool.web.spawn]\ncommand = ‹[]›", "`command` is empty", "");
+    pool_refused("[pool.web.spawn]\ncommand = [‹''›]", "the program has no name", "");
+}
+
+#[test]
+fn pools_and_policies() {
+    refused(
+        &GOOD.replace("pool = \"web\"", "pool = ‹\"wbe\"›"),
+        "unknown pool `wbe`",
+        "did you mean `web`?",
+    );
+    refused(
+        &GOOD.replace("pool = \"web\"", "pool = ‹\"zzzzzz\"›"),
+        "unknown pool `zzzzzz`",
+        "the pools are: web",
+    );
+    pool_refused(
+        "policy = ‹'least-conections'›",
+        "unknown value `least-conections`",
+        "did you mean `least-connections`?",
+    );
+    pool_refused("policy = ‹'random'›", "unknown value", "the values are: least-connections");
+}
+
+#[test]
+fn environment() {
+    let spawn = "[pool.web.spawn]\ncommand=['x']\n";
+    pool_refused(
+        &format!("{spawn}environment = {{ ‹DISPATCH_TOKEN› = 'x' }}"),
+        "the dispatcher itself sets",
+        "",
+    );
+    pool_refused(&format!("{spawn}environment = {{ ‹'a=b'› = 'x' }}"), "not a name", "");
+    pool_refused(&format!("{spawn}environment = {{ A = ‹1› }}"), "wrong type", "");
+    pool_refused(&format!("{spawn}directory = ‹\"/\\u0000\"›"), "zero byte", "");
+}
+
+#[test]
+fn unavailable_response() {
+    let directory = tempfile::tempdir().expect("a directory");
+    let path = directory.path().join("response");
+    let line = format!("unavailable_response = ‹'{}'›", path.display());
+    pool_refused(&line, "cannot be read", "no worker");
+    std::fs::write(&path, b"busy").expect("written");
+    let config = good(&format!("{GOOD}{}", line.replace(['‹', '›'], "")));
+    assert_eq!(config.pools[0].unavailable_response.as_deref(), Some(&b"busy"[..]));
+    std::fs::write(&path, vec![0; MAX_UNAVAILABLE_RESPONSE + 1]).expect("written");
+    pool_refused(&line, "longer than 64 KiB", "");
+}
+
+#[test]
+fn unknown_accounts_are_warnings() {
+    let config = good(&format!(
+        "dispatch_socket_group = 'no-such-group'\n{GOOD}allow_users = ['root', 7, '8', 'no-such-user']\n"
+    ));
+    let access = &config.pools[0].settings.access;
+    assert_eq!(access.users, [0, 7, 8]);
+    let shown: Vec<String> = config.warnings.iter().map(ToString::to_string).collect();
+    assert_eq!(shown.len(), 2);
+    assert!(
+        shown[0].starts_with("test.toml:1:25: warning: unknown group `no-such-group`"),
+        "{}",
+        shown[0]
+    );
+    assert!(shown[1].starts_with("test.toml:8:32: warning: unknown user `no-such-user`"));
+    // Nobody is let in instead of somebody unknown.
+    let nobody = good(&format!("{GOOD}allow_users = ['no-such-user']\n"));
+    assert_eq!(nobody.pools[0].settings.access.users, [] as [u32; 0]);
+}
+
+#[test]
+fn other_warnings() {
+    let warned = |text: &str, message: &str| {
+        let config = good(text);
+        assert!(
+            config.warnings.iter().any(|w| w.0.message.contains(message)),
+            "{:?}",
+            config.warnings
+        );
+    };
+    warned(&format!("{GOOD}[pool.idle]\n"), "no listener sends connections to pool `idle`");
+    let with = |line: &str| GOOD.replace("pool = \"web\"\n", &format!("pool = \"web\"\n{line}\n"));
+    warned(&with("mode = '0600'"), "no effect on a TCP listener");
+    warned(&with("ipv6_only = true"), "without an IPv6 address");
+    warned(&with("keepalive_count = 3"), "no effect without `keepalive`");
+}
+
+#[test]
+fn carets_under_tabs_and_wide_letters() {
+    let text = format!("{GOOD}allow_users = ['ä', 'ö']\n\tpolcy = 'x'\n");
+    let error = Config::parse(&text, "t").expect_err("an unknown key").to_string();
+    assert!(error.contains(" 8 | \tpolcy = 'x'\n   | \t^^^^^\n"), "{error}");
+    pool_refused("allow_users = ['1', \"ä\", ‹true›]", "wrong type", "");
+    refused("dispatch_socket = '/a'\r\n‹nope_nope_nope› = 1\r\n", "unknown key", "");
+}
+
+#[test]
+fn files_that_cannot_be_read() {
+    let directory = tempfile::tempdir().expect("a directory");
+    let missing = directory.path().join("none.toml");
+    let error = Config::load(&missing).expect_err("no such file").to_string();
+    assert!(error.contains("none.toml: No such file"), "{error}");
+    std::fs::write(&missing, b"\xff\xfe").expect("written");
+    let error = Config::load(&missing).expect_err("not text").to_string();
+    assert!(error.contains("not UTF-8"), "{error}");
+}
+
+#[test]
+fn clients_find_the_admin_socket_in_a_broken_file() {
+    let directory = tempfile::tempdir().expect("a directory");
+    let file = directory.path().join("d.toml");
+    std::fs::write(&file, "admin_socket = '/a'\nnot_a_key = 4\n").expect("written");
+    let found = Config::admin_source(&file).expect("the socket");
+    assert_eq!(found, UnixSource::Path("/a".into()));
+    std::fs::write(&file, "").expect("written");
+    let found = Config::admin_source(&file).expect("the default");
+    assert_eq!(found, UnixSource::Path(DEFAULT_ADMIN_SOCKET.into()));
+    std::fs::write(&file, "admin_socket = 4").expect("written");
+    Config::admin_source(&file).expect_err("a number is no path");
+}

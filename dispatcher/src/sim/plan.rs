@@ -1,0 +1,142 @@
+//! What goes wrong in a run, and when; and how to find the little of it that matters.
+
+use std::panic::{AssertUnwindSafe, catch_unwind};
+use std::time::Duration;
+
+use super::random::Random;
+use super::run::{Outcome, run};
+
+/// Something that goes wrong.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum FaultKind {
+    /// The process does nothing for a while, then goes on.
+    Hang(Duration),
+    /// The process dies; another takes its place some time later.
+    Crash,
+    /// The process says goodbye, finishes what it has and ends.
+    Leave,
+    /// The process loses its connection to the dispatcher, keeps what it has, and joins again.
+    Rejoin,
+    /// Descriptors do not arrive for a while.
+    LoseFds(Duration),
+    /// The process writes random counters from now on.
+    Lie,
+    /// The process writes an impossible word into its next slot.
+    Scribble,
+    /// The process's channel has room for one record only, for a while.
+    SmallChannel(Duration),
+    /// The process closes its end of the channel, and dies later.
+    CloseChannel,
+    /// So many sends fail for want of resources.
+    Scarcity(u32),
+    /// So many clients arrive at once.
+    Burst(u32),
+}
+
+/// Something that goes wrong with one process.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Fault {
+    /// After the start.
+    pub at: Duration,
+    /// Which process.
+    pub process: usize,
+    /// What.
+    pub kind: FaultKind,
+}
+
+/// A run: everything that happens in it follows from this.
+#[derive(Clone, Debug)]
+pub struct Plan {
+    /// Of everything that is not a fault.
+    pub seed: u64,
+    /// In order of time.
+    pub faults: Vec<Fault>,
+}
+
+/// How long faults happen and clients arrive.
+pub const HORIZON: Duration = Duration::from_secs(6);
+/// Most processes.
+pub const PROCESSES: u64 = 6;
+
+impl Plan {
+    /// The plan for a seed.
+    pub fn from_seed(seed: u64) -> Plan {
+        let mut random = Random::new(seed ^ 0xfau64);
+        let count = random.below(60);
+        let mut faults: Vec<Fault> = (0..count)
+            .map(|_| Fault {
+                at: Duration::from_micros(random.below(HORIZON.as_micros() as u64)),
+                process: random.below(PROCESSES) as usize,
+                kind: kind(&mut random),
+            })
+            .collect();
+        faults.sort_by_key(|fault| fault.at);
+        Plan { seed, faults }
+    }
+}
+
+fn kind(random: &mut Random) -> FaultKind {
+    let time = Duration::from_millis(random.below(800));
+    match random.below(14) {
+        0..=2 => FaultKind::Hang(time),
+        3..=4 => FaultKind::Crash,
+        5 => FaultKind::Leave,
+        6 => FaultKind::Rejoin,
+        7 => FaultKind::LoseFds(time),
+        8 => FaultKind::Lie,
+        9 => FaultKind::Scribble,
+        10 => FaultKind::SmallChannel(time),
+        11 => FaultKind::CloseChannel,
+        12 => FaultKind::Scarcity(1 + random.below(20) as u32),
+        _ => FaultKind::Burst(random.below(300) as u32),
+    }
+}
+
+/// Runs a plan; an error says why it fails.
+pub fn attempt(plan: &Plan) -> Result<Outcome, String> {
+    catch_unwind(AssertUnwindSafe(|| run(plan))).map_err(|panic| {
+        let text = panic
+            .downcast_ref::<String>()
+            .cloned()
+            .or_else(|| panic.downcast_ref::<&str>().map(|text| (*text).to_owned()));
+        text.unwrap_or_else(|| "a panic without a text".to_owned())
+    })
+}
+
+/// The shortest plan found that fails as well: parts of the faults are left out, in ever smaller portions.
+pub fn shrink(plan: &Plan, mut fails: impl FnMut(&Plan) -> bool) -> Plan {
+    let mut best = plan.clone();
+    let mut portion = best.faults.len().div_ceil(2);
+    let mut tries = 200;
+    while portion > 0 && tries > 0 {
+        let mut at = 0;
+        while at < best.faults.len() && tries > 0 {
+            tries -= 1;
+            let mut shorter = best.clone();
+            let end = (at + portion).min(shorter.faults.len());
+            shorter.faults.drain(at..end);
+            if fails(&shorter) {
+                best = shorter;
+            } else {
+                at += portion;
+            }
+        }
+        portion /= 2;
+    }
+    best
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn shrinking_finds_the_two_faults_that_matter() {
+        let plan = (0..).map(Plan::from_seed).find(|plan| plan.faults.len() > 40);
+        let plan = plan.unwrap();
+        let (first, second) = (plan.faults[7], plan.faults[31]);
+        let shortest =
+            shrink(&plan, |plan| plan.faults.contains(&first) && plan.faults.contains(&second));
+        assert_eq!(shortest.faults, [first, second]);
+    }
+}

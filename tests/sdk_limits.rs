@@ -1,0 +1,162 @@
+//! Workers at the limits of their process: few file descriptors, wrong ones, forks. Each in a process of its own.
+#![allow(clippy::unwrap_used, clippy::expect_used, reason = "in a test a panic is the report")]
+
+#[path = "support/fake_dispatcher.rs"]
+mod fake;
+
+use std::os::fd::AsFd;
+use std::sync::Arc;
+use std::thread;
+
+use fake::{FakeDispatcher, Peer, eventually, is_open};
+use worker_sdk::scoreboard::claim::SlotState;
+use worker_sdk::{Connection, PeerAddr, Worker, WorkerConfig};
+
+/// A worker and its dispatcher's view of it.
+fn join(fake: &FakeDispatcher) -> (Worker, Peer) {
+    join_with(fake, fake.config())
+}
+
+fn join_with(fake: &FakeDispatcher, config: WorkerConfig) -> (Worker, Peer) {
+    thread::scope(|scope| {
+        let worker = scope.spawn(|| Worker::connect(config).unwrap());
+        let peer = fake.welcome();
+        (worker.join().unwrap(), peer)
+    })
+}
+
+fn accept(worker: &Worker) -> Connection {
+    worker.accept().unwrap().expect("not closed")
+}
+
+#[test]
+fn many_clients_need_no_more_descriptors_afterwards() {
+    // In a process of its own: other tests open descriptors meanwhile.
+    in_child("fds_child");
+}
+
+#[test]
+fn fds_child() {
+    if !is_child("fds_child") {
+        return;
+    }
+    let fake = FakeDispatcher::new();
+    let before = fake::open_fds();
+    for _ in 0..3 {
+        let (worker, mut peer) = join(&fake);
+        for _ in 0..50 {
+            let (client, ours) = fake.client();
+            let (_client, revoked) = fake.client();
+            peer.send_one(&ours);
+            let entry = peer.send_one(&revoked);
+            drop(accept(&worker));
+            peer.revoke(&entry);
+            drop((client, ours));
+        }
+        let unasked = fake.client();
+        peer.send_one(&unasked.1);
+        drop(worker);
+    }
+    assert_eq!(fake::open_fds(), before);
+}
+
+#[test]
+fn at_the_descriptor_limit_what_does_not_arrive_is_reported_lost() {
+    in_child("lost_child");
+}
+
+#[test]
+fn lost_child() {
+    if !is_child("lost_child") {
+        return;
+    }
+    let fake = FakeDispatcher::new();
+    let (worker, mut peer) = join(&fake);
+    let pairs: Vec<_> = (0..8).map(|_| fake.client()).collect();
+    let limit = rustix::process::getrlimit(rustix::process::Resource::Nofile);
+    // The next descriptors are the lowest free ones; find the first that leaves room for exactly three.
+    let mut probe = Vec::new();
+    for _ in 0..3 {
+        probe.push(pairs[0].0.try_clone().unwrap());
+    }
+    let highest = probe.iter().map(std::os::fd::AsRawFd::as_raw_fd).max();
+    drop(probe);
+    let low = rustix::process::Rlimit { current: Some(highest.unwrap() as u64 + 1), ..limit };
+    rustix::process::setrlimit(rustix::process::Resource::Nofile, low).unwrap();
+    let entries = peer.send(&pairs.iter().map(|(_, ours)| ours).collect::<Vec<_>>());
+    let held: Vec<_> = (0..3).map(|_| accept(&worker)).collect();
+    rustix::process::setrlimit(rustix::process::Resource::Nofile, limit).unwrap();
+    for (i, entry) in entries.iter().enumerate() {
+        let expected = if i < 3 { SlotState::Taken } else { SlotState::Lost };
+        assert_eq!(peer.state(entry), expected, "entry {i}");
+    }
+    for (i, connection) in held.iter().enumerate() {
+        let address = pairs[i].0.local_addr().unwrap();
+        assert_eq!(connection.peer_addr(), PeerAddr::from(address));
+    }
+    assert!(pairs.iter().all(|(client, _)| is_open(client)));
+    assert!(worker.is_joined(), "the session goes on");
+}
+
+#[test]
+fn a_record_with_the_wrong_descriptors_ends_the_session_and_leaks_nothing() {
+    in_child("wrong_fds_child");
+}
+
+#[test]
+fn wrong_fds_child() {
+    if !is_child("wrong_fds_child") {
+        return;
+    }
+    let fake = FakeDispatcher::new();
+    let (worker, mut peer) = join(&fake);
+    let worker = Arc::new(worker);
+    let waiting = {
+        let worker = Arc::clone(&worker);
+        thread::spawn(move || drop(accept(&worker)))
+    };
+    let (client, ours) = fake.client();
+    let before = fake::open_fds();
+    let breaks: [&dyn Fn(&mut Peer); 4] = [
+        &|peer| {
+            let entry = peer.offer(&ours);
+            peer.send_raw(&[entry], &[ours.as_fd(), ours.as_fd()]);
+        },
+        &|peer| peer.send_bytes(b"nonsense", &[ours.as_fd()]),
+        &|peer| peer.send_bytes(&vec![0; 8000], &[ours.as_fd()]),
+        &|peer| {
+            let entries: Vec<_> = (0..64).map(|_| peer.offer(&ours)).collect();
+            peer.send_raw(&entries, &vec![ours.as_fd(); 253]);
+        },
+    ];
+    for broken in breaks {
+        broken(&mut peer);
+        assert!(peer.control_record().is_none(), "it hangs up");
+        let next = fake.welcome();
+        assert_eq!((next.hello.base, next.hello.finished), (0, 0));
+        peer = next;
+        eventually("descriptors are closed", || fake::open_fds() <= before);
+    }
+    assert!(is_open(&client));
+    peer.send_one(&ours);
+    waiting.join().unwrap();
+    assert_eq!(worker.live(), 0);
+}
+
+/// Runs one test of this program again, alone in a process of its own.
+fn in_child(name: &str) {
+    let output = std::process::Command::new(std::env::current_exe().unwrap())
+        .args(["--exact", name, "--nocapture", "--test-threads=1"])
+        .env("SDK_TEST_CHILD", name)
+        .output()
+        .unwrap();
+    let (stdout, stderr) =
+        (String::from_utf8_lossy(&output.stdout), String::from_utf8_lossy(&output.stderr));
+    // A name that matches no test is a success, too.
+    let passed = output.status.success() && stdout.contains("1 passed");
+    assert!(passed, "{stdout}{stderr}");
+}
+
+fn is_child(name: &str) -> bool {
+    std::env::var("SDK_TEST_CHILD").is_ok_and(|child| child == name)
+}
