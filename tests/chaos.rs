@@ -14,9 +14,8 @@ fn every_connection_is_answered_once_or_lost_for_a_reason() {
     if !support::descriptors(4_000) {
         return;
     }
-    let seed = std::env::var("CHAOS_SEED")
-        .ok()
-        .map_or_else(chaos::any_seed, |seed| seed.parse().unwrap());
+    let seed =
+        std::env::var("CHAOS_SEED").ok().map_or_else(chaos::any_seed, |seed| seed.parse().unwrap());
     let options = Options {
         faults_for: Duration::from_secs(20),
         seed,
@@ -27,8 +26,5 @@ fn every_connection_is_answered_once_or_lost_for_a_reason() {
             worker: support::example("chaos"),
         },
     };
-    assert!(
-        chaos::run(&options),
-        "what happened is above; run it again with CHAOS_SEED={seed}"
-    );
+    assert!(chaos::run(&options), "what happened is above; run it again with CHAOS_SEED={seed}");
 }

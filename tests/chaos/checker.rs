@@ -46,10 +46,7 @@ const BOTH_KILLED: &str = "the dispatcher was killed, then the worker it had bee
 
 impl Evidence<'_> {
     pub fn judge(&self) -> Verdict {
-        let mut verdict = Verdict {
-            abandoned: self.told.abandoned,
-            ..Verdict::default()
-        };
+        let mut verdict = Verdict { abandoned: self.told.abandoned, ..Verdict::default() };
         let log = std::fs::read(self.directory.join("log")).unwrap();
         let log = String::from_utf8_lossy(&log);
         let taken = self.read_taken(&mut verdict);
@@ -86,9 +83,7 @@ impl Evidence<'_> {
                 _ => None,
             };
             let Some((worker, id)) = place.filter(|&(_, id)| id < self.connections) else {
-                verdict
-                    .problems
-                    .push((None, format!("no such connection was made: {line:?}")));
+                verdict.problems.push((None, format!("no such connection was made: {line:?}")));
                 continue;
             };
             let before = std::mem::replace(&mut by[id as usize], worker + 1);
@@ -108,14 +103,9 @@ impl Evidence<'_> {
         closed: &BTreeMap<u32, &'static str>,
         unwritten: &mut [u32],
     ) -> Result<Option<&'static str>, String> {
-        let taker = taken.by[story.id as usize]
-            .checked_sub(1)
-            .map(|worker| worker as usize);
-        let killed = |worker: usize| {
-            self.records[worker]
-                .killed
-                .is_some_and(|at| at <= story.ended)
-        };
+        let taker = taken.by[story.id as usize].checked_sub(1).map(|worker| worker as usize);
+        let killed =
+            |worker: usize| self.records[worker].killed.is_some_and(|at| at <= story.ended);
         match &story.end {
             End::Served | End::Abandoned => Ok(None),
             End::Wrong(what) => Err(what.clone()),
@@ -123,18 +113,14 @@ impl Evidence<'_> {
                 (Some(taker), Some(answered)) if taker == answered as usize && killed(taker) => {
                     Ok(None)
                 }
-                _ => Err(format!(
-                    "broken off ({how}) by taker {taker:?}, which was not killed"
-                )),
+                _ => Err(format!("broken off ({how}) by taker {taker:?}, which was not killed")),
             },
             End::Lost(how) => {
                 if let Some(taker) = taker {
                     return if killed(taker) {
                         Ok(Some(TAKEN_BY_KILLED))
                     } else {
-                        Err(format!(
-                            "lost ({how}) by worker {taker}, which was not killed"
-                        ))
+                        Err(format!("lost ({how}) by worker {taker}, which was not killed"))
                     };
                 }
                 if let Some(reason) = closed.get(&story.id) {
@@ -142,12 +128,8 @@ impl Evidence<'_> {
                 }
                 let during = |deed: &&Deed| story.began <= deed.at && deed.at <= story.ended;
                 let at_the_end = |deed: &&Deed| story.ended - deed.at < AT_MOST;
-                let of = |what| {
-                    self.deeds
-                        .iter()
-                        .filter(move |deed| deed.what == what)
-                        .filter(during)
-                };
+                let of =
+                    |what| self.deeds.iter().filter(move |deed| deed.what == what).filter(during);
                 if of(What::DispatcherKill).any(|deed| at_the_end(&deed)) {
                     return Ok(Some(DISPATCHER_KILLED));
                 }
@@ -173,13 +155,9 @@ impl Evidence<'_> {
         if let Some(story) = self.told.broken.iter().find(|story| story.id == id) {
             (from, to) = (story.began, story.ended);
             lines.push((story.began, format!("client: opens {:?}", story.kind)));
-            let by = story
-                .answered_by
-                .map_or("nobody".to_owned(), |worker| self.name(worker as usize));
-            lines.push((
-                story.ended,
-                format!("client: {:?}, answered by {by}", story.end),
-            ));
+            let by =
+                story.answered_by.map_or("nobody".to_owned(), |worker| self.name(worker as usize));
+            lines.push((story.ended, format!("client: {:?}, answered by {by}", story.end)));
         }
         let taken = std::fs::read_to_string(self.directory.join("taken")).unwrap();
         for line in taken.lines() {
@@ -195,9 +173,7 @@ impl Evidence<'_> {
         let margin = 1_000_000;
         for deed in self.deeds {
             if deed.at + margin >= from && deed.at <= to.saturating_add(margin) {
-                let whom = deed
-                    .worker
-                    .map_or(String::new(), |worker| self.name(worker));
+                let whom = deed.worker.map_or(String::new(), |worker| self.name(worker));
                 lines.push((deed.at, format!("nemesis: {:?} {whom}", deed.what)));
             }
         }
@@ -209,19 +185,16 @@ impl Evidence<'_> {
         }
         let log = std::fs::read(self.directory.join("log")).unwrap();
         let peer = format!("{}:", address_of(id));
-        for line in String::from_utf8_lossy(&log)
-            .lines()
-            .filter(|line| line.contains(&peer))
-        {
+        for line in String::from_utf8_lossy(&log).lines().filter(|line| line.contains(&peer)) {
             text.push_str(&format!("  dispatcher: {line}\n"));
         }
         text
     }
 
     fn name(&self, worker: usize) -> String {
-        self.records.get(worker).map_or("?".to_owned(), |record| {
-            format!("{} (pid {})", record.name, record.pid)
-        })
+        self.records
+            .get(worker)
+            .map_or("?".to_owned(), |record| format!("{} (pid {})", record.name, record.pid))
     }
 }
 
@@ -235,17 +208,11 @@ fn read_log(log: &str, verdict: &mut Verdict) -> BTreeMap<u32, &'static str> {
     for line in log.lines() {
         let Some((_, rest)) = line.split_once("event=") else {
             if line.contains("panicked") {
-                verdict
-                    .problems
-                    .push((None, format!("the dispatcher panicked: {line}")));
+                verdict.problems.push((None, format!("the dispatcher panicked: {line}")));
             }
             continue;
         };
-        let number = |key| {
-            value(line, key)
-                .and_then(|n| n.parse::<u64>().ok())
-                .unwrap_or(0)
-        };
+        let number = |key| value(line, key).and_then(|n| n.parse::<u64>().ok()).unwrap_or(0);
         let mut add = |what: &'static str, count: u64| {
             *verdict.told.entry(what).or_default() += count;
         };
@@ -282,9 +249,7 @@ fn read_log(log: &str, verdict: &mut Verdict) -> BTreeMap<u32, &'static str> {
             | "worker_broke_protocol"
             | "choked"
             | "accept_paused") => {
-                verdict
-                    .problems
-                    .push((None, format!("the dispatcher said {event}: {line}")));
+                verdict.problems.push((None, format!("the dispatcher said {event}: {line}")));
             }
             _ => {}
         }

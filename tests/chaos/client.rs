@@ -150,38 +150,19 @@ impl Clients {
 
     fn open(&self, kind: Kind, random: &mut Random) -> Open {
         let id = self.next.fetch_add(1, Ordering::SeqCst);
-        let text = (0..random.below(12))
-            .map(|_| format!("{:x}", random.number()))
-            .collect();
+        let text = (0..random.below(12)).map(|_| format!("{:x}", random.number())).collect();
         let began = now();
         let stream = connect_from(id, self.address);
         stream.set_read_timeout(Some(PATIENCE)).unwrap();
         stream.set_write_timeout(Some(PATIENCE)).unwrap();
-        Open {
-            id,
-            kind,
-            began,
-            text,
-            stream,
-        }
+        Open { id, kind, began, text, stream }
     }
 
     fn finish(&self, open: Open, random: &mut Random) {
-        let Open {
-            id, kind, began, ..
-        } = open;
+        let Open { id, kind, began, .. } = open;
         let mut answered_by = None;
-        let end = converse(open, &mut answered_by, random)
-            .err()
-            .unwrap_or(End::Served);
-        let story = Story {
-            id,
-            kind,
-            began,
-            ended: now(),
-            answered_by,
-            end,
-        };
+        let end = converse(open, &mut answered_by, random).err().unwrap_or(End::Served);
+        let story = Story { id, kind, began, ended: now(), answered_by, end };
         let mut told = self.told();
         *told.kinds.entry(kind).or_default() += 1;
         told.answering.extend(answered_by);
@@ -207,13 +188,7 @@ impl Clients {
 
 /// `Err` is how it ended, if not well.
 fn converse(open: Open, answered_by: &mut Option<u32>, random: &mut Random) -> Result<(), End> {
-    let Open {
-        id,
-        kind,
-        text,
-        stream,
-        ..
-    } = open;
+    let Open { id, kind, text, stream, .. } = open;
     if kind == Kind::Silent {
         reset(stream);
         return Err(End::Abandoned);
@@ -243,10 +218,7 @@ fn converse(open: Open, answered_by: &mut Option<u32>, random: &mut Random) -> R
             pause(random, 300);
             let text = format!("{:x}", random.number());
             let cut = |error| End::Cut(format!("while asking again: {error}"));
-            reader
-                .get_mut()
-                .write_all(format!("{id} {text}\n").as_bytes())
-                .map_err(cut)?;
+            reader.get_mut().write_all(format!("{id} {text}\n").as_bytes()).map_err(cut)?;
             let again = answer(&mut reader, id, &text, End::Cut)?;
             if Some(again) != *answered_by {
                 return Err(End::Wrong(format!("then answered by worker {again}")));
@@ -272,9 +244,7 @@ fn answer(
     end: fn(String) -> End,
 ) -> Result<u32, End> {
     let mut line = String::new();
-    reader
-        .read_line(&mut line)
-        .map_err(|error| broken(&error, end))?;
+    reader.read_line(&mut line).map_err(|error| broken(&error, end))?;
     if line.is_empty() {
         return Err(end("closed".to_owned()));
     }
@@ -283,9 +253,7 @@ fn answer(
     if rest != format!("{id} {:08x}\n", checksum(text)) {
         return Err(wrong());
     }
-    name.get(1..)
-        .and_then(|number| number.parse().ok())
-        .ok_or_else(wrong)
+    name.get(1..).and_then(|number| number.parse().ok()).ok_or_else(wrong)
 }
 
 fn broken(error: &std::io::Error, end: fn(String) -> End) -> End {
@@ -302,27 +270,13 @@ fn pause(random: &mut Random, milliseconds: u64) {
 }
 
 fn connect_from(id: u32, address: SocketAddr) -> TcpStream {
-    let SocketAddr::V4(address) = address else {
-        panic!("an IPv4 listener")
-    };
-    let socket = socket(
-        AddressFamily::Inet,
-        SockType::Stream,
-        SockFlag::SOCK_CLOEXEC,
-        None,
-    )
-    .unwrap();
+    let SocketAddr::V4(address) = address else { panic!("an IPv4 listener") };
+    let socket =
+        socket(AddressFamily::Inet, SockType::Stream, SockFlag::SOCK_CLOEXEC, None).unwrap();
     let from = std::net::SocketAddrV4::new(address_of(id), 0);
-    bind(
-        std::os::fd::AsRawFd::as_raw_fd(&socket),
-        &SockaddrIn::from(from),
-    )
-    .unwrap();
-    connect(
-        std::os::fd::AsRawFd::as_raw_fd(&socket),
-        &SockaddrIn::from(address),
-    )
-    .unwrap_or_else(|error| panic!("connection {id}: {error}"));
+    bind(std::os::fd::AsRawFd::as_raw_fd(&socket), &SockaddrIn::from(from)).unwrap();
+    connect(std::os::fd::AsRawFd::as_raw_fd(&socket), &SockaddrIn::from(address))
+        .unwrap_or_else(|error| panic!("connection {id}: {error}"));
     TcpStream::from(socket)
 }
 

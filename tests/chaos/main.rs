@@ -49,14 +49,7 @@ fn main() -> ExitCode {
         seed: arguments.seed.unwrap_or_else(chaos::any_seed),
         clients: arguments.clients,
         only_dispatcher: arguments.only_dispatcher,
-        programs: Programs {
-            dispatcher: this.clone(),
-            worker: this,
-        },
+        programs: Programs { dispatcher: this.clone(), worker: this },
     };
-    if chaos::run(&options) {
-        ExitCode::SUCCESS
-    } else {
-        ExitCode::FAILURE
-    }
+    if chaos::run(&options) { ExitCode::SUCCESS } else { ExitCode::FAILURE }
 }

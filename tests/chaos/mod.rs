@@ -74,19 +74,12 @@ impl Run {
 
     fn start_worker(&self, flavour: &str, name: &str) -> Process {
         let mut command = Command::new(&self.programs.worker);
-        command
-            .env("CHAOS_ROLE", flavour)
-            .env("CHAOS_TAKEN", self.directory.join("taken"));
+        command.env("CHAOS_ROLE", flavour).env("CHAOS_TAKEN", self.directory.join("taken"));
         command.env("DISPATCH_SOCKET", self.directory.join("dispatch.sock"));
-        command
-            .env("DISPATCH_POOL", "web")
-            .env("DISPATCH_NAME", name);
+        command.env("DISPATCH_POOL", "web").env("DISPATCH_NAME", name);
         let log = self.directory.join("worker-log");
         let log = File::options().create(true).append(true).open(log).unwrap();
-        command
-            .stdin(Stdio::null())
-            .stdout(Stdio::null())
-            .stderr(log);
+        command.stdin(Stdio::null()).stdout(Stdio::null()).stderr(log);
         Process::start(name, &mut command)
     }
 
@@ -95,8 +88,7 @@ impl Run {
     }
 
     fn serves(&self, process: &Process) -> bool {
-        self.status()
-            .is_some_and(|status| i32::try_from(status.pid) == Ok(process.pid()))
+        self.status().is_some_and(|status| i32::try_from(status.pid) == Ok(process.pid()))
     }
 
     fn has_answered(&self, worker: usize) -> bool {
@@ -159,9 +151,7 @@ pub fn run(options: &Options) -> bool {
             .map(|number| {
                 let (run, seed) = (&run, options.seed ^ (number + 1) << 32);
                 let thread = std::thread::Builder::new().stack_size(256 * 1024);
-                thread
-                    .spawn_scoped(scope, move || run.clients.work(seed))
-                    .unwrap()
+                thread.spawn_scoped(scope, move || run.clients.work(seed)).unwrap()
             })
             .collect();
         let _ended = OnDrop(|| {
@@ -169,10 +159,7 @@ pub fn run(options: &Options) -> bool {
             sampling.store(false, Ordering::SeqCst);
         });
         let start = Instant::now();
-        let spare = start
-            + options
-                .faults_for
-                .mul_f64(if run.only_dispatcher { 1.0 } else { 0.7 });
+        let spare = start + options.faults_for.mul_f64(if run.only_dispatcher { 1.0 } else { 0.7 });
         nemesis.rage(spare, start + options.faults_for);
         nemesis.relent();
         run.clients.stop.store(true, Ordering::SeqCst);
@@ -183,9 +170,7 @@ pub fn run(options: &Options) -> bool {
         }
         settle(&run, &nemesis, options.seed);
         nemesis.dismiss_workers();
-        run.wait_status("the pool to be empty", |status| {
-            status.pools[0].workers.is_empty()
-        });
+        run.wait_status("the pool to be empty", |status| status.pools[0].workers.is_empty());
         sampling.store(false, Ordering::SeqCst);
         match sampler.join() {
             Ok(count) => samples = count,
@@ -196,9 +181,9 @@ pub fn run(options: &Options) -> bool {
         fds
     });
     if fds > baseline {
-        nemesis.problems.push(format!(
-            "the dispatcher had {baseline} descriptors before, {fds} after"
-        ));
+        nemesis
+            .problems
+            .push(format!("the dispatcher had {baseline} descriptors before, {fds} after"));
     }
     let told = run.clients.told();
     let evidence = Evidence {
@@ -209,29 +194,15 @@ pub fn run(options: &Options) -> bool {
         directory: temp.path(),
     };
     let mut verdict = evidence.judge();
-    verdict.problems.extend(
-        nemesis
-            .problems
-            .iter()
-            .map(|problem| (None, problem.clone())),
-    );
+    verdict.problems.extend(nemesis.problems.iter().map(|problem| (None, problem.clone())));
     let unaccounted = u64::from(evidence.connections)
         - verdict.served
         - verdict.abandoned
         - told.broken.len() as u64;
     if unaccounted > 0 {
-        verdict
-            .problems
-            .push((None, format!("{unaccounted} connections nobody told of")));
+        verdict.problems.push((None, format!("{unaccounted} connections nobody told of")));
     }
-    report(
-        &verdict,
-        &evidence,
-        began.elapsed(),
-        options.seed,
-        samples,
-        (baseline, fds),
-    );
+    report(&verdict, &evidence, began.elapsed(), options.seed, samples, (baseline, fds));
     let good = verdict.problems.is_empty();
     if !good && std::env::var_os("CHAOS_KEEP").is_some() {
         println!("kept: {}", temp.keep().display());
@@ -267,15 +238,11 @@ fn baseline(run: &Run) -> usize {
     let mut nemesis = Nemesis::new(run, 0);
     nemesis.start_worker("blocking");
     nemesis.relent();
-    run.wait_status("workers to join", |status| {
-        status.pools[0].workers.len() >= 3
-    });
+    run.wait_status("workers to join", |status| status.pools[0].workers.len() >= 3);
     let mut random = Random::new(0);
     (0..20).for_each(|_| run.clients.must_be_served(&mut random));
     nemesis.dismiss_workers();
-    run.wait_status("workers to leave", |status| {
-        status.pools[0].workers.is_empty()
-    });
+    run.wait_status("workers to leave", |status| status.pools[0].workers.is_empty());
     let fds = nemesis.dispatcher_fds();
     nemesis.dismiss_dispatcher();
     // These workers' numbers will be used again.
@@ -303,18 +270,11 @@ fn settle(run: &Run, nemesis: &Nemesis<'_>, seed: u64) {
     let names = nemesis.names();
     run.wait_status("all workers to be active", |status| {
         let workers = &status.pools[0].workers;
-        names.iter().all(|name| {
-            workers
-                .iter()
-                .any(|w| &w.name == name && w.state == "active")
-        })
+        names.iter().all(|name| workers.iter().any(|w| &w.name == name && w.state == "active"))
     });
     (0..200).for_each(|_| run.clients.must_be_served(&mut random));
     run.wait_status("every load to be zero", |status| {
-        let idle = status.pools[0]
-            .workers
-            .iter()
-            .all(|worker| worker.load == 0);
+        let idle = status.pools[0].workers.iter().all(|worker| worker.load == 0);
         idle && status.held == 0 && status.custody == 0
     });
 }
@@ -345,24 +305,12 @@ fn report(
     row("given up by the client itself", verdict.abandoned);
     row("answered, then cut: its worker was killed", verdict.cut);
     row("lost", verdict.lost.values().sum());
-    verdict
-        .lost
-        .iter()
-        .for_each(|(reason, count)| row(&format!("- {reason}"), *count));
+    verdict.lost.iter().for_each(|(reason, count)| row(&format!("- {reason}"), *count));
     row("workers started", evidence.records.len() as u64);
-    let count = |what| {
-        evidence
-            .deeds
-            .iter()
-            .filter(|deed| deed.what == what)
-            .count() as u64
-    };
+    let count = |what| evidence.deeds.iter().filter(|deed| deed.what == what).count() as u64;
     for (what, name) in [
         (What::Kill, "workers killed"),
-        (
-            What::StopShort,
-            "workers stopped for less than handoff_timeout",
-        ),
+        (What::StopShort, "workers stopped for less than handoff_timeout"),
         (What::StopLong, "workers stopped for longer"),
         (What::Goodbye, "workers sent away"),
         (What::Starve, "workers starved of descriptors"),
@@ -372,15 +320,9 @@ fn report(
     ] {
         row(name, count(what));
     }
-    verdict
-        .told
-        .iter()
-        .for_each(|(name, count)| row(name, *count));
+    verdict.told.iter().for_each(|(name, count)| row(name, *count));
     row("status samples that balanced", samples);
-    println!(
-        "  descriptors of the dispatcher before and after: {} and {}",
-        fds.0, fds.1
-    );
+    println!("  descriptors of the dispatcher before and after: {} and {}", fds.0, fds.1);
     if verdict.problems.is_empty() {
         return println!("nothing was taken twice or lost without a reason");
     }

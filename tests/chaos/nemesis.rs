@@ -7,7 +7,6 @@ use std::time::{Duration, Instant};
 
 use super::random::Random;
 use nix::sys::signal::Signal;
-use rustix::process::{Pid, Resource, Rlimit, getrlimit, prlimit};
 
 use super::Run;
 use super::protocol::now;
@@ -104,11 +103,7 @@ impl<'a> Nemesis<'a> {
     /// Does its worst until `end`; from `spare` on the dispatcher is left alone, so that it lives through something.
     pub fn rage(&mut self, spare: Instant, end: Instant) {
         while Instant::now() < end
-            && !self
-                .run
-                .clients
-                .stop
-                .load(std::sync::atomic::Ordering::SeqCst)
+            && !self.run.clients.stop.load(std::sync::atomic::Ordering::SeqCst)
         {
             self.mend();
             self.watch();
@@ -133,16 +128,11 @@ impl<'a> Nemesis<'a> {
             self.mend();
             self.watch();
             self.replenish();
-            matches!(
-                self.dispatcher,
-                Dispatcher::Up {
-                    stopped_until: None,
-                    ..
-                }
-            ) && self
-                .workers
-                .iter()
-                .all(|w| w.stopped_until.is_none() && w.starved_until.is_none())
+            matches!(self.dispatcher, Dispatcher::Up { stopped_until: None, .. })
+                && self
+                    .workers
+                    .iter()
+                    .all(|w| w.stopped_until.is_none() && w.starved_until.is_none())
                 && self.workers.iter().filter(|w| !w.leaving).count() >= 3
         });
     }
@@ -150,9 +140,7 @@ impl<'a> Nemesis<'a> {
     /// Names of the workers that are meant to be there.
     pub fn names(&self) -> Vec<String> {
         let staying = self.workers.iter().filter(|worker| !worker.leaving);
-        staying
-            .map(|worker| self.records[worker.number].name.clone())
-            .collect()
+        staying.map(|worker| self.records[worker.number].name.clone()).collect()
     }
 
     /// Lets all workers go politely.
@@ -175,13 +163,10 @@ impl<'a> Nemesis<'a> {
             process.signal(Signal::SIGTERM);
             let status = process.wait();
             if !status.success() {
-                self.problems
-                    .push(format!("the dispatcher's last end: {status}"));
+                self.problems.push(format!("the dispatcher's last end: {status}"));
             }
         }
-        self.dispatcher = Dispatcher::Down {
-            until: Instant::now(),
-        };
+        self.dispatcher = Dispatcher::Down { until: Instant::now() };
     }
 
     pub fn dispatcher_fds(&self) -> usize {
@@ -201,25 +186,14 @@ impl<'a> Nemesis<'a> {
     fn mend(&mut self) {
         let now = Instant::now();
         for worker in &mut self.workers {
-            if worker
-                .stopped_until
-                .take_if(|until| *until <= now)
-                .is_some()
-            {
+            if worker.stopped_until.take_if(|until| *until <= now).is_some() {
                 worker.process.signal(Signal::SIGCONT);
             }
-            if worker
-                .starved_until
-                .take_if(|until| *until <= now)
-                .is_some()
-            {
-                limit_descriptors(&worker.process, None);
+            if worker.starved_until.take_if(|until| *until <= now).is_some() {
+                worker.process.limit_descriptors(None);
             }
         }
-        if let Dispatcher::Up {
-            process,
-            stopped_until,
-        } = &mut self.dispatcher
+        if let Dispatcher::Up { process, stopped_until } = &mut self.dispatcher
             && stopped_until.take_if(|until| *until <= now).is_some()
         {
             process.signal(Signal::SIGCONT);
@@ -235,37 +209,28 @@ impl<'a> Nemesis<'a> {
             let worker = self.workers.swap_remove(index);
             let record = &self.records[worker.number];
             if record.killed.is_none() && !(worker.leaving && status.success()) {
-                self.problems
-                    .push(format!("worker {} ended by itself: {status}", record.name));
+                self.problems.push(format!("worker {} ended by itself: {status}", record.name));
             }
         }
         let pause = Duration::from_millis(self.random.below(200));
         match &mut self.dispatcher {
             Dispatcher::Up { process, .. } => {
                 if let Some(status) = process.child.try_wait().unwrap() {
-                    self.problems
-                        .push(format!("the dispatcher ended by itself: {status}"));
-                    self.dispatcher = Dispatcher::Down {
-                        until: Instant::now() + pause,
-                    };
+                    self.problems.push(format!("the dispatcher ended by itself: {status}"));
+                    self.dispatcher = Dispatcher::Down { until: Instant::now() + pause };
                 }
             }
             Dispatcher::Ending(process) => {
                 if let Some(status) = process.child.try_wait().unwrap() {
                     if !status.success() {
-                        self.problems
-                            .push(format!("the dispatcher's end: {status}"));
+                        self.problems.push(format!("the dispatcher's end: {status}"));
                     }
-                    self.dispatcher = Dispatcher::Down {
-                        until: Instant::now() + pause,
-                    };
+                    self.dispatcher = Dispatcher::Down { until: Instant::now() + pause };
                 }
             }
             Dispatcher::Down { until } if Instant::now() >= *until => {
-                self.dispatcher = Dispatcher::Up {
-                    process: self.run.start_dispatcher(),
-                    stopped_until: None,
-                };
+                self.dispatcher =
+                    Dispatcher::Up { process: self.run.start_dispatcher(), stopped_until: None };
                 self.did(What::DispatcherStart, None);
             }
             Dispatcher::Down { .. } => {}
@@ -284,11 +249,7 @@ impl<'a> Nemesis<'a> {
         let number = self.records.len();
         let name = format!("{}{number}", &flavour[..1]);
         let process = self.run.start_worker(flavour, &name);
-        self.records.push(Record {
-            name,
-            pid: process.pid(),
-            killed: None,
-        });
+        self.records.push(Record { name, pid: process.pid(), killed: None });
         self.workers.push(Worker {
             number,
             process,
@@ -306,9 +267,7 @@ impl<'a> Nemesis<'a> {
                 // Nobody is left, and for longer than clients are made to wait.
                 let extra = Duration::from_millis(self.random.below(1000));
                 self.no_starts_until = Instant::now() + WAIT_FOR_WORKER + extra;
-                (0..self.workers.len())
-                    .rev()
-                    .for_each(|index| self.kill(index));
+                (0..self.workers.len()).rev().for_each(|index| self.kill(index));
             }
             4..45 if dispatcher_too => self.terminate_dispatcher(),
             45..95 if dispatcher_too => self.kill_dispatcher(),
@@ -366,7 +325,7 @@ impl<'a> Nemesis<'a> {
 
     fn starve(&mut self) {
         let index = self.any();
-        let spare = self.random.below(4);
+        let spare = self.random.below(4) as usize;
         let until = Instant::now() + Duration::from_millis(50 + self.random.below(1500));
         let number = self.workers[index].number;
         if !self.run.has_answered(number) {
@@ -374,7 +333,7 @@ impl<'a> Nemesis<'a> {
         }
         self.did(What::Starve, Some(number));
         let worker = &mut self.workers[index];
-        limit_descriptors(&worker.process, Some(spare));
+        worker.process.limit_descriptors(Some(spare));
         worker.starved_until = Some(until);
     }
 
@@ -387,20 +346,13 @@ impl<'a> Nemesis<'a> {
             process.kill();
         }
         let pause = Duration::from_millis(self.random.below(200));
-        self.dispatcher = Dispatcher::Down {
-            until: Instant::now() + pause,
-        };
+        self.dispatcher = Dispatcher::Down { until: Instant::now() + pause };
     }
 
     fn terminate_dispatcher(&mut self) {
-        let down = Dispatcher::Down {
-            until: Instant::now(),
-        };
+        let down = Dispatcher::Down { until: Instant::now() };
         match std::mem::replace(&mut self.dispatcher, down) {
-            Dispatcher::Up {
-                process,
-                stopped_until: None,
-            } if self.run.serves(&process) => {
+            Dispatcher::Up { process, stopped_until: None } if self.run.serves(&process) => {
                 self.did(What::DispatcherTerm, None);
                 process.signal(Signal::SIGTERM);
                 self.dispatcher = Dispatcher::Ending(process);
@@ -411,31 +363,12 @@ impl<'a> Nemesis<'a> {
 
     fn stop_dispatcher(&mut self) {
         let until = Instant::now() + Duration::from_millis(5 + self.random.below(400));
-        if let Dispatcher::Up {
-            process,
-            stopped_until,
-        } = &mut self.dispatcher
-        {
+        if let Dispatcher::Up { process, stopped_until } = &mut self.dispatcher {
             process.signal(Signal::SIGSTOP);
             *stopped_until = Some(until);
             self.did(What::DispatcherStop, None);
         }
     }
-}
-
-/// Leaves a process only `spare` descriptors more than it has; `None` gives back what it had.
-fn limit_descriptors(process: &Process, spare: Option<u64>) {
-    let most = getrlimit(Resource::Nofile).maximum;
-    let current = match spare {
-        Some(spare) => Some(process.fds() as u64 + spare),
-        None => most,
-    };
-    let limit = Rlimit {
-        current,
-        maximum: most,
-    };
-    // It fails when the process has just ended.
-    let _ = prlimit(Pid::from_raw(process.pid()), Resource::Nofile, limit);
 }
 
 /// Started with the listening socket as descriptor 3, the way a service manager does it.
@@ -446,20 +379,13 @@ pub fn dispatcher_command(
 ) -> Command {
     let mut command = Command::new("sh");
     let script = r#"export LISTEN_PID=$$; exec "$0" run --config "$1" 3<&0 </dev/null"#;
-    command
-        .args(["-c", script])
-        .arg(program)
-        .arg(directory.join("dispatcher.toml"));
+    command.args(["-c", script]).arg(program).arg(directory.join("dispatcher.toml"));
     command.env("LISTEN_FDS", "1").env("LISTEN_FDNAMES", "web");
     command
         .env("CHAOS_ROLE", "dispatcher")
         .env("DISPATCHER_LOG", "debug")
         .env_remove("NOTIFY_SOCKET");
-    let log = File::options()
-        .create(true)
-        .append(true)
-        .open(directory.join("log"))
-        .unwrap();
+    let log = File::options().create(true).append(true).open(directory.join("log")).unwrap();
     command.stdin(listener).stdout(Stdio::null()).stderr(log);
     command
 }

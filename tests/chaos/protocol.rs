@@ -21,9 +21,7 @@ pub fn address_of(id: u32) -> Ipv4Addr {
 }
 
 pub fn id_at(address: Ipv4Addr) -> Option<u32> {
-    u32::from(address)
-        .checked_sub(FIRST)
-        .filter(|&id| id < MOST)
+    u32::from(address).checked_sub(FIRST).filter(|&id| id < MOST)
 }
 
 pub fn id_of(peer: PeerAddr) -> Option<u32> {
@@ -38,20 +36,14 @@ pub fn id_of(peer: PeerAddr) -> Option<u32> {
 
 /// FNV-1a.
 pub fn checksum(text: &str) -> u32 {
-    text.bytes().fold(0x811c_9dc5, |sum, byte| {
-        (sum ^ u32::from(byte)).wrapping_mul(0x0100_0193)
-    })
+    text.bytes().fold(0x811c_9dc5, |sum, byte| (sum ^ u32::from(byte)).wrapping_mul(0x0100_0193))
 }
 
 /// A worker's answer to the line `ID TEXT` on the connection `id`.
 pub fn answer(name: &str, id: Option<u32>, line: &str) -> String {
     let (said, text) = line.split_once(' ').unwrap_or((line, ""));
     let id = id.map_or_else(|| "none".to_owned(), |id| id.to_string());
-    let agreed = if said == id {
-        ""
-    } else {
-        " from-another-connection"
-    };
+    let agreed = if said == id { "" } else { " from-another-connection" };
     format!("{name} {id} {:08x}{agreed}\n", checksum(text))
 }
 

@@ -31,9 +31,7 @@ pub fn main(flavour: &str) {
     LazyLock::force(&NAME);
     LazyLock::force(&TAKEN);
     let most = Duration::from_millis(500);
-    let config = WorkerConfig::from_env()
-        .unwrap()
-        .reconnect(Duration::from_millis(10), most);
+    let config = WorkerConfig::from_env().unwrap().reconnect(Duration::from_millis(10), most);
     match flavour {
         "blocking" => blocking(config),
         "tokio" => tokio(config),
@@ -89,10 +87,7 @@ fn serve(connection: Connection, id: Option<u32>) {
 }
 
 fn tokio(config: WorkerConfig) {
-    let runtime = tokio::runtime::Builder::new_current_thread()
-        .enable_all()
-        .build()
-        .unwrap();
+    let runtime = tokio::runtime::Builder::new_current_thread().enable_all().build().unwrap();
     runtime.block_on(async {
         let listener = worker_sdk::tokio::Listener::connect(config).await.unwrap();
         let closer = listener.clone();
@@ -107,18 +102,9 @@ fn tokio(config: WorkerConfig) {
             tokio::spawn(async move {
                 let mut connection = tokio::io::BufReader::new(connection);
                 let mut line = String::new();
-                while connection
-                    .read_line(&mut line)
-                    .await
-                    .is_ok_and(|count| count > 0)
-                {
+                while connection.read_line(&mut line).await.is_ok_and(|count| count > 0) {
                     let text = answer(&NAME, id, line.trim_end());
-                    if connection
-                        .get_mut()
-                        .write_all(text.as_bytes())
-                        .await
-                        .is_err()
-                    {
+                    if connection.get_mut().write_all(text.as_bytes()).await.is_err() {
                         return;
                     }
                     line.clear();
@@ -143,9 +129,7 @@ struct Served {
 fn mio(config: WorkerConfig) {
     let mut poll = Poll::new().unwrap();
     let mut worker = MioWorker::new(config).unwrap();
-    poll.registry()
-        .register(&mut worker, WORKER, Interest::READABLE)
-        .unwrap();
+    poll.registry().register(&mut worker, WORKER, Interest::READABLE).unwrap();
     let waker = Waker::new(poll.registry(), STOP).unwrap();
     let stop = Arc::new(AtomicBool::new(false));
     let asked = Arc::clone(&stop);
@@ -177,23 +161,12 @@ fn mio(config: WorkerConfig) {
                     let id = write_down(connection.peer_addr());
                     let token = Token(next);
                     next += 1;
-                    poll.registry()
-                        .register(&mut connection, token, Interest::READABLE)
-                        .unwrap();
-                    connections.insert(
-                        token,
-                        Served {
-                            connection,
-                            id,
-                            input: Vec::new(),
-                        },
-                    );
+                    poll.registry().register(&mut connection, token, Interest::READABLE).unwrap();
+                    connections.insert(token, Served { connection, id, input: Vec::new() });
                 },
                 STOP => worker.close(),
                 token => {
-                    let over = connections
-                        .get_mut(&token)
-                        .is_some_and(|served| !served.go_on());
+                    let over = connections.get_mut(&token).is_some_and(|served| !served.go_on());
                     if over && let Some(served) = connections.remove(&token) {
                         let raw = served.connection.as_raw_fd();
                         poll.registry().deregister(&mut SourceFd(&raw)).unwrap();

@@ -4,6 +4,8 @@
 #![allow(dead_code)] // each test file uses its own part
 #![allow(clippy::unwrap_used, clippy::expect_used)]
 
+pub mod peer;
+
 use std::collections::BTreeMap;
 use std::fs::File;
 use std::io::{BufRead, BufReader, Read, Write};
@@ -118,6 +120,19 @@ impl Process {
         self.child.try_wait().unwrap().is_none()
     }
 
+    /// Leaves the process only `spare` more descriptors; `None` gives back what it had.
+    pub fn limit_descriptors(&self, spare: Option<usize>) {
+        let most = rustix::process::getrlimit(rustix::process::Resource::Nofile).maximum;
+        // The limit is on numbers, not on how many there are.
+        let free = |number: &u64| !Path::new(&format!("/proc/{}/fd/{number}", self.pid())).exists();
+        let lowest_forbidden = spare.and_then(|spare| (0..).filter(free).nth(spare));
+        let current = lowest_forbidden.or(most);
+        let limit = rustix::process::Rlimit { current, maximum: most };
+        // It fails when the process has just ended.
+        let pid = rustix::process::Pid::from_raw(self.pid());
+        let _ = rustix::process::prlimit(pid, rustix::process::Resource::Nofile, limit);
+    }
+
     /// Open descriptors of the process.
     pub fn fds(&self) -> usize {
         std::fs::read_dir(format!("/proc/{}/fd", self.pid())).unwrap().count()
@@ -163,6 +178,11 @@ impl Dispatcher {
     /// Starts in a directory that holds a `dispatcher.toml`; the directory stays.
     pub fn start_in(dir: &Path) -> Dispatcher {
         let log = File::options().create(true).append(true).open(dir.join("log")).unwrap();
+        Dispatcher::start_logging_to(dir, log.into())
+    }
+
+    /// As [`Dispatcher::start_in`], with another place for the log.
+    pub fn start_logging_to(dir: &Path, log: Stdio) -> Dispatcher {
         let mut command = Command::new(dispatcher_bin());
         command.args(["run", "--config"]).arg(dir.join("dispatcher.toml"));
         command.env("DISPATCHER_LOG", "debug").env_remove("NOTIFY_SOCKET");
