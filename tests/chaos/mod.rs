@@ -13,7 +13,7 @@ mod nemesis;
 
 pub mod protocol;
 
-mod random;
+pub mod random;
 
 use std::fs::File;
 use std::net::TcpListener;
@@ -103,17 +103,21 @@ impl Run {
         serde_json::from_str(&body).ok()
     }
 
-    fn wait_status(&self, what: &str, mut condition: impl FnMut(&Status) -> bool) -> Status {
+    fn wait_status(
+        &self,
+        what: &str,
+        mut condition: impl FnMut(&Status) -> bool,
+    ) -> Result<(), String> {
         let mut last = None;
         let deadline = Instant::now() + Duration::from_secs(60);
         while Instant::now() < deadline {
             last = self.status();
-            if let Some(status) = last.take_if(|status| condition(status)) {
-                return status;
+            if last.as_ref().is_some_and(&mut condition) {
+                return Ok(());
             }
             std::thread::sleep(Duration::from_millis(10));
         }
-        panic!("waited for {what}; last: {last:#?}");
+        Err(format!("waited for {what}; last: {last:#?}"))
     }
 }
 
@@ -168,9 +172,11 @@ pub fn run(options: &Options) -> bool {
                 nemesis.problems.push("a client panicked".to_owned());
             }
         }
-        settle(&run, &nemesis, options.seed);
+        let settled = settle(&run, &nemesis, options.seed);
+        nemesis.problems.extend(settled.err());
         nemesis.dismiss_workers();
-        run.wait_status("the pool to be empty", |status| status.pools[0].workers.is_empty());
+        let empty = |status: &Status| status.pools[0].workers.is_empty();
+        nemesis.problems.extend(run.wait_status("the pool to be empty", empty).err());
         sampling.store(false, Ordering::SeqCst);
         match sampler.join() {
             Ok(count) => samples = count,
@@ -238,11 +244,11 @@ fn baseline(run: &Run) -> usize {
     let mut nemesis = Nemesis::new(run, 0);
     nemesis.start_worker("blocking");
     nemesis.relent();
-    run.wait_status("workers to join", |status| status.pools[0].workers.len() >= 3);
+    run.wait_status("workers to join", |status| status.pools[0].workers.len() >= 3).unwrap();
     let mut random = Random::new(0);
     (0..20).for_each(|_| run.clients.must_be_served(&mut random));
     nemesis.dismiss_workers();
-    run.wait_status("workers to leave", |status| status.pools[0].workers.is_empty());
+    run.wait_status("workers to leave", |status| status.pools[0].workers.is_empty()).unwrap();
     let fds = nemesis.dispatcher_fds();
     nemesis.dismiss_dispatcher();
     // These workers' numbers will be used again.
@@ -265,18 +271,18 @@ fn sample(run: &Run, go_on: &AtomicBool) -> u64 {
 }
 
 /// The faults are over: everything is served and counted down to zero.
-fn settle(run: &Run, nemesis: &Nemesis<'_>, seed: u64) {
+fn settle(run: &Run, nemesis: &Nemesis<'_>, seed: u64) -> Result<(), String> {
     let mut random = Random::new(seed);
     let names = nemesis.names();
     run.wait_status("all workers to be active", |status| {
         let workers = &status.pools[0].workers;
         names.iter().all(|name| workers.iter().any(|w| &w.name == name && w.state == "active"))
-    });
+    })?;
     (0..200).for_each(|_| run.clients.must_be_served(&mut random));
     run.wait_status("every load to be zero", |status| {
         let idle = status.pools[0].workers.iter().all(|worker| worker.load == 0);
         idle && status.held == 0 && status.custody == 0
-    });
+    })
 }
 
 fn settled_fds(nemesis: &Nemesis<'_>, baseline: usize) -> usize {

@@ -1,6 +1,7 @@
 //! The worker of the chaos test, in three flavours. It writes down each connection the moment it has taken it, then
-//! answers line by line. SIGTERM makes it say goodbye; it ends when its last connection does.
+//! answers line by line. Now and then it hangs for a while before it takes the next. SIGTERM makes it say goodbye; it ends when its last connection does.
 
+use std::cell::RefCell;
 use std::collections::HashMap;
 use std::fs::File;
 use std::io::{BufRead, BufReader, ErrorKind, Read, Write};
@@ -18,6 +19,7 @@ use worker_sdk::mio::MioWorker;
 use worker_sdk::{Connection, Error, PeerAddr, Worker, WorkerConfig};
 
 use crate::chaos::protocol::{answer, id_of, now};
+use crate::chaos::random::Random;
 
 static NAME: LazyLock<String> = LazyLock::new(|| std::env::var("DISPATCH_NAME").unwrap());
 static TAKEN: LazyLock<File> = LazyLock::new(|| {
@@ -40,11 +42,24 @@ pub fn main(flavour: &str) {
     }
 }
 
+/// An application that is busy with something else: what was received with this one waits, and may be revoked.
+fn hang_sometimes() {
+    thread_local!(static RANDOM: RefCell<Random> = RefCell::new(Random::new(now())));
+    let pause = RANDOM.with_borrow_mut(|random| match random.below(200) {
+        0 => random.below(600),
+        _ => 0,
+    });
+    if pause > 0 {
+        std::thread::sleep(Duration::from_millis(pause));
+    }
+}
+
 /// One write per line, so that lines of many processes do not mix.
 fn write_down(peer: PeerAddr) -> Option<u32> {
     let id = id_of(peer);
     let line = format!("{} {} {}\n", *NAME, id.map_or(u32::MAX, |id| id), now());
     (&*TAKEN).write_all(line.as_bytes()).unwrap();
+    hang_sometimes();
     id
 }
 
