@@ -96,7 +96,7 @@ impl Holding {
         let (welcome, mut lane) = peer.join(&hello());
         let board = Scoreboard::open(lane.remove(1), welcome.slots).unwrap();
         let stream = connect(address);
-        let (record, mut fds) = receive(&lane[0]).expect("a handoff");
+        let (record, mut fds) = receive(&lane[0]).unwrap();
         let Channel::Handoff(handoff) = Channel::decode(&record).unwrap() else {
             panic!("not a handoff")
         };
@@ -115,7 +115,7 @@ impl Holding {
 
     /// Takes the probe that follows.
     fn answer_probe(&self) {
-        let (record, fds) = receive(&self.lane[0]).expect("a probe");
+        let (record, fds) = receive(&self.lane[0]).unwrap();
         let Channel::Probe(probe) = Channel::decode(&record).unwrap() else {
             panic!("not a probe")
         };
@@ -282,8 +282,7 @@ fn a_worker_at_its_descriptor_limit_loses_nothing() {
         let streams = connect_at_once(&dispatcher, address, 40);
         let clients = greeted(streams);
         assert_eq!(tally(&clients).get("w0"), Some(&3), "{flavour}");
-        let log = dispatcher.log();
-        assert!(log.contains("event=connection_lost_by_worker"), "{flavour}: {log}");
+        wait_for_log(&dispatcher, "event=connection_lost_by_worker");
         assert_eq!(dispatcher.status().taken, 44);
         workers[0].limit_descriptors(None);
         // It is tried again, and has the smaller load.
@@ -397,6 +396,34 @@ fn a_client_that_resets_in_custody_is_delivered_as_accept_would() {
         });
         assert_eq!(status.closed.values().sum::<u64>(), 0, "{flavour}");
     }
+}
+
+#[test]
+fn a_client_that_resets_while_held_is_dropped_and_one_that_half_closes_is_not() {
+    let (dispatcher, address) = start("handoff_timeout = \"10m\"\nwait_for_worker = \"10m\"");
+    let mut workers = dispatcher.workers("blocking", "web", 1);
+    workers[0].signal(Signal::SIGSTOP);
+    let mut streams: Vec<TcpStream> = (0..6).map(|_| connect(address)).collect();
+    dispatcher.wait_status("custody", |status| status.custody == 6);
+    workers[0].kill();
+    dispatcher.wait_status("all to be held", |status| status.held == 6);
+    for gone in streams.drain(..3) {
+        rustix::net::sockopt::set_socket_linger(&gone, Some(Duration::ZERO)).unwrap();
+    }
+    for half in &mut streams {
+        half.write_all(b"all I have to say\n").unwrap();
+        half.shutdown(std::net::Shutdown::Write).unwrap();
+    }
+    let status = dispatcher.wait_status("three to be dropped", |status| status.held == 3);
+    assert_eq!(status.closed["client_gone"], 3);
+    let _late = dispatcher.worker("tokio", "web", "late");
+    for mut half in greeted(streams) {
+        let mut text = String::new();
+        half.stream.read_to_string(&mut text).unwrap();
+        assert_eq!(text, "all I have to say\n");
+    }
+    let status = dispatcher.wait_status("all to be over", |status| loads(status, "web").0 == [0]);
+    assert_eq!((status.taken, status.closed.values().sum()), (3, 3));
 }
 
 #[test]
