@@ -4,6 +4,8 @@
 #![allow(dead_code)] // each test file uses its own part
 #![allow(clippy::unwrap_used, clippy::expect_used)]
 
+pub mod peer;
+
 use std::collections::BTreeMap;
 use std::fs::File;
 use std::io::{BufRead, BufReader, Read, Write};
@@ -63,7 +65,8 @@ pub fn descriptors(wanted: u64) -> bool {
 
 /// The dispatcher's binary.
 pub fn dispatcher_bin() -> &'static str {
-    env!("CARGO_BIN_EXE_dispatcher")
+    let told = option_env!("CARGO_BIN_EXE_dispatcher");
+    told.unwrap_or_else(|| panic!("only tests are told where the dispatcher is"))
 }
 
 /// A built example: it stands beside the directory of the test itself.
@@ -112,6 +115,19 @@ impl Process {
 
     pub fn running(&mut self) -> bool {
         self.child.try_wait().unwrap().is_none()
+    }
+
+    /// Leaves the process only `spare` more descriptors; `None` gives back what it had.
+    pub fn limit_descriptors(&self, spare: Option<usize>) {
+        let most = rustix::process::getrlimit(rustix::process::Resource::Nofile).maximum;
+        // The limit is on numbers, not on how many there are.
+        let free = |number: &u64| !Path::new(&format!("/proc/{}/fd/{number}", self.pid())).exists();
+        let lowest_forbidden = spare.and_then(|spare| (0..).filter(free).nth(spare));
+        let current = lowest_forbidden.or(most);
+        let limit = rustix::process::Rlimit { current, maximum: most };
+        // It fails when the process has just ended.
+        let pid = rustix::process::Pid::from_raw(self.pid());
+        let _ = rustix::process::prlimit(pid, rustix::process::Resource::Nofile, limit);
     }
 
     /// Open descriptors of the process.
@@ -164,6 +180,11 @@ impl Dispatcher {
     /// The same with a command that ends in the program's own name.
     pub fn start_as(dir: &Path, command: &mut Command) -> Dispatcher {
         let log = File::options().create(true).append(true).open(dir.join("log")).unwrap();
+        Dispatcher::start_logging_to(dir, command, log.into())
+    }
+
+    /// The same with another place for the log.
+    pub fn start_logging_to(dir: &Path, command: &mut Command, log: Stdio) -> Dispatcher {
         command.args(["run", "--config"]).arg(dir.join("dispatcher.toml"));
         command.env("DISPATCHER_LOG", "debug");
         command.stdin(Stdio::null()).stdout(Stdio::null()).stderr(log);

@@ -1,7 +1,8 @@
 //! The worker of the whole-process tests: `test-worker blocking|tokio|mio`.
 //!
 //! It greets each client with `NAME PID LISTENER PEER`, then sends back what it receives. SIGTERM makes it say
-//! goodbye; it ends when its last connection does. With `TEST_WORKER=never-take` it joins and takes nothing.
+//! goodbye; it ends when its last connection does. With `TEST_WORKER=never-take` it joins and takes nothing; with
+//! `TEST_WORKER=fork` it has a child, from its first connection on, that keeps all it has open until its standard input ends.
 #![allow(clippy::unwrap_used)]
 
 use std::collections::HashMap;
@@ -55,12 +56,28 @@ fn blocking(config: WorkerConfig) {
     }
     let closer = worker.clone();
     on_sigterm(move || closer.close());
+    let mut forks = std::env::var("TEST_WORKER").is_ok_and(|mode| mode == "fork");
     for connection in worker.incoming() {
+        if std::mem::take(&mut forks) {
+            fork();
+        }
         // Thousands of them must fit.
         let thread = std::thread::Builder::new().stack_size(32 * 1024);
         thread.spawn(move || echo(connection)).unwrap();
     }
     wait_for_the_last(|| worker.live());
+}
+
+/// Starts a child that holds a copy of every descriptor, those marked close-on-exec too, for it is the same program.
+fn fork() {
+    // SAFETY: the child only makes system calls, which are safe after a fork in a program with threads.
+    unsafe {
+        if nix::unistd::fork().unwrap().is_child() {
+            let mut byte = [0u8; 1];
+            while libc::read(0, byte.as_mut_ptr().cast(), 1) > 0 {}
+            libc::_exit(0);
+        }
+    }
 }
 
 fn echo(mut connection: Connection) {

@@ -1,0 +1,30 @@
+//! Chaos on real processes, briefly. `tests/chaos/main.rs` is the same for as long as you like.
+#![allow(clippy::unwrap_used)]
+
+#[path = "chaos/mod.rs"]
+mod chaos;
+mod support;
+
+use std::time::Duration;
+
+use chaos::{Options, Programs};
+
+#[test]
+fn every_connection_is_answered_once_or_lost_for_a_reason() {
+    if !support::descriptors(4_000) {
+        return;
+    }
+    let seed =
+        std::env::var("CHAOS_SEED").ok().map_or_else(chaos::any_seed, |seed| seed.parse().unwrap());
+    let options = Options {
+        faults_for: Duration::from_secs(20),
+        seed,
+        clients: 48,
+        only_dispatcher: false,
+        programs: Programs {
+            dispatcher: support::dispatcher_bin().into(),
+            worker: support::example("chaos"),
+        },
+    };
+    assert!(chaos::run(&options), "what happened is above; run it again with CHAOS_SEED={seed}");
+}

@@ -1,0 +1,55 @@
+//! What clients and workers of the chaos test say to each other, and how a connection is known.
+//!
+//! A connection's id is in the address it comes from, 127.x.y.z, so a worker can write down what it took before it has
+//! read a byte.
+
+#![allow(dead_code)] // the test does not answer, the worker does not ask
+
+use std::net::{IpAddr, Ipv4Addr};
+
+use worker_sdk::PeerAddr;
+
+/// 127.0.0.0/16 stays free: the listener is there.
+const FIRST: u32 = u32::from_be_bytes([127, 1, 0, 0]);
+
+/// How many ids there are.
+pub const MOST: u32 = 0x00fe_0000;
+
+pub fn address_of(id: u32) -> Ipv4Addr {
+    assert!(id < MOST, "out of connection ids; run it for less long");
+    Ipv4Addr::from(FIRST + id)
+}
+
+pub fn id_at(address: Ipv4Addr) -> Option<u32> {
+    u32::from(address).checked_sub(FIRST).filter(|&id| id < MOST)
+}
+
+pub fn id_of(peer: PeerAddr) -> Option<u32> {
+    match peer {
+        PeerAddr::Inet(address) => match address.ip() {
+            IpAddr::V4(address) => id_at(address),
+            IpAddr::V6(_) => None,
+        },
+        _ => None,
+    }
+}
+
+/// FNV-1a.
+pub fn checksum(text: &str) -> u32 {
+    text.bytes().fold(0x811c_9dc5, |sum, byte| (sum ^ u32::from(byte)).wrapping_mul(0x0100_0193))
+}
+
+/// A worker's answer to the line `ID TEXT` on the connection `id`.
+pub fn answer(name: &str, id: Option<u32>, line: &str) -> String {
+    let (said, text) = line.split_once(' ').unwrap_or((line, ""));
+    let id = id.map_or_else(|| "none".to_owned(), |id| id.to_string());
+    let agreed = if said == id { "" } else { " from-another-connection" };
+    format!("{name} {id} {:08x}{agreed}\n", checksum(text))
+}
+
+/// Microseconds of the clock that all processes share.
+pub fn now() -> u64 {
+    let now = rustix::time::clock_gettime(rustix::time::ClockId::Monotonic);
+    let seconds = u64::try_from(now.tv_sec).unwrap_or_default();
+    seconds * 1_000_000 + u64::try_from(now.tv_nsec).unwrap_or_default() / 1000
+}
