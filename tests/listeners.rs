@@ -3,10 +3,13 @@
 
 mod support;
 
+use std::fs::File;
 use std::io::{BufRead, BufReader, Write};
 use std::net::{SocketAddr, TcpListener};
 use std::os::unix::net::UnixStream;
+use std::process::{Command, Stdio};
 
+use nix::sys::signal::Signal;
 use support::*;
 
 fn has_ipv6() -> bool {
@@ -182,8 +185,7 @@ processes = 3
     let served = tally(&clients);
     assert_eq!(served.values().copied().collect::<Vec<_>>(), [3, 3, 3], "{served:?}");
     let victim = worker(&dispatcher.status(), "web-2").unwrap().pid;
-    nix::sys::signal::kill(nix::unistd::Pid::from_raw(victim), nix::sys::signal::Signal::SIGKILL)
-        .unwrap();
+    nix::sys::signal::kill(nix::unistd::Pid::from_raw(victim), Signal::SIGKILL).unwrap();
     dispatcher.wait_status("a successor", |status| {
         worker(status, "web-2").is_some_and(|w| w.pid != victim && w.state == "active")
     });
@@ -196,5 +198,41 @@ processes = 3
         wait_until("its processes to end", || {
             !std::path::Path::new(&format!("/proc/{pid}")).exists()
         });
+    }
+}
+
+/// `LISTEN_FDS` that somebody has set by hand: nothing was passed, and the numbers are descriptors the dispatcher opens itself.
+#[test]
+fn sockets_that_are_announced_and_not_passed_do_no_harm() {
+    for count in ["1", "2", "100000", "-1"] {
+        let temp = configure(
+            r#"
+[[listener]]
+name = "web"
+address = "127.0.0.1:0"
+pool = "web"
+
+[pool.web]
+"#,
+        );
+        let log = temp.path().join("log");
+        let mut command = Command::new("sh");
+        // The variables count only for the process they name, and `exec` keeps its number.
+        command.arg("-c").arg(
+            "exec 3<&- 4<&- 5<&- 6<&- 7<&- 8<&- 9<&-; export LISTEN_PID=$$; exec \"$0\" run --config \"$1\"",
+        );
+        command.arg(dispatcher_bin()).arg(temp.path().join("dispatcher.toml"));
+        command.env("LISTEN_FDS", count).env_remove("LISTEN_FDNAMES").env_remove("NOTIFY_SOCKET");
+        command.stdin(Stdio::null()).stdout(Stdio::null()).stderr(File::create(&log).unwrap());
+        let mut process = Process::start("dispatcher", &mut command);
+        let log = || std::fs::read_to_string(&log).unwrap();
+        wait_until("the dispatcher to serve", || {
+            assert!(process.running(), "LISTEN_FDS={count}: it ended:\n{}", log());
+            let health = http_get(&temp.path().join("admin.sock"), "/healthz");
+            health.is_ok_and(|(status, _)| status == 200)
+        });
+        process.signal(Signal::SIGTERM);
+        assert!(process.wait().success());
+        assert!(log().contains("event=sockets_not_inherited"), "LISTEN_FDS={count}: {}", log());
     }
 }

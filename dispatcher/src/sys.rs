@@ -7,18 +7,37 @@ use std::process::Command;
 
 use nix::sys::resource::{Resource, setrlimit};
 
-/// Takes ownership of a file descriptor that a service manager passed to this process.
+/// Whether this number is a descriptor that another program passed to this one when it started it.
+///
+/// What came that way has survived an `exec`, so it is not close-on-exec; whatever this process opens by itself is. So a
+/// wrong number can never name a descriptor of our own, whatever has been opened before this is asked.
 ///
 /// # Errors
-/// When the number is not an open file descriptor.
-pub fn adopt_inherited(fd: RawFd) -> io::Result<OwnedFd> {
+/// When it is not open, or one of our own.
+pub fn was_passed(fd: RawFd) -> io::Result<()> {
     // SAFETY: F_GETFD on any number is harmless: it reads a flag or answers EBADF.
-    if fd < 0 || unsafe { libc::fcntl(fd, libc::F_GETFD) } < 0 {
+    let flags = unsafe { libc::fcntl(fd, libc::F_GETFD) };
+    if fd < 0 || flags < 0 {
         return Err(io::Error::from_raw_os_error(libc::EBADF));
     }
-    // SAFETY: the number is open (just checked) and the activation protocol gives it to us alone; the
-    // caller takes each number once, before anything else in this process could have opened it.
-    Ok(unsafe { OwnedFd::from_raw_fd(fd) })
+    if flags & libc::FD_CLOEXEC != 0 {
+        return Err(io::Error::other("it is one that this process has opened by itself"));
+    }
+    Ok(())
+}
+
+/// Takes ownership of a file descriptor that a service manager passed to this process, and sets it close-on-exec. So
+/// each can be adopted once only.
+///
+/// # Errors
+/// When [`was_passed`] says that it was not.
+pub fn adopt_inherited(fd: RawFd) -> io::Result<OwnedFd> {
+    was_passed(fd)?;
+    // SAFETY: the number is open and nothing in this process has opened it (just checked); the activation protocol
+    // gives it to us alone, and the flag set below keeps anybody from adopting it again.
+    let fd = unsafe { OwnedFd::from_raw_fd(fd) };
+    rustix::io::fcntl_setfd(&fd, rustix::io::FdFlags::CLOEXEC)?;
+    Ok(fd)
 }
 
 /// The supplementary groups of the process behind a Unix socket, as they were when it connected (`SO_PEERGROUPS`).

@@ -75,12 +75,19 @@ fn variables(
 
 pub(super) fn unavailable_response(path: &Spanned<String>) -> Checked<Vec<u8>> {
     use std::io::Read;
+    use std::os::unix::fs::OpenOptionsExt;
 
     let unreadable = |error: std::io::Error| {
         Mistake::new(path.span(), format!("`{}` cannot be read: {error}", path.get_ref()))
             .help("it holds the bytes a client gets before it is closed because there is no worker")
     };
-    let file = std::fs::File::open(path.get_ref()).map_err(unreadable)?;
+    // Without waiting: a pipe would be waited for until somebody writes to it.
+    let mut options = std::fs::File::options();
+    let file = options.read(true).custom_flags(libc::O_NONBLOCK).open(path.get_ref());
+    let file = file.map_err(unreadable)?;
+    if !file.metadata().map_err(unreadable)?.is_file() {
+        return Err(unreadable(std::io::Error::other("not a regular file")));
+    }
     let mut bytes = Vec::new();
     file.take(MAX_UNAVAILABLE_RESPONSE as u64 + 1).read_to_end(&mut bytes).map_err(unreadable)?;
     if bytes.len() > MAX_UNAVAILABLE_RESPONSE {

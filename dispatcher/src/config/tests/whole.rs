@@ -90,6 +90,10 @@ fn unavailable_response() {
     assert_eq!(config.pools[0].unavailable_response.as_deref(), Some(&b"busy"[..]));
     std::fs::write(&path, vec![0; MAX_UNAVAILABLE_RESPONSE + 1]).expect("written");
     pool_refused(&line, "longer than 64 KiB", "");
+    // A pipe to which nobody writes would be waited for until somebody does.
+    std::fs::remove_file(&path).expect("removed");
+    nix::unistd::mkfifo(&path, nix::sys::stat::Mode::S_IRWXU).expect("a pipe");
+    pool_refused(&line, "not a regular file", "");
 }
 
 #[test]
