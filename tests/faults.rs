@@ -1,4 +1,4 @@
-//! Faults of workers and of the machine, one at a time: who was not served yet is served, and nothing is counted twice.
+//! Faults of workers and clients, one at a time: who was not served yet is served, and nothing is counted twice.
 #![allow(clippy::unwrap_used)]
 
 mod support;
@@ -10,50 +10,13 @@ use std::process::{Command, Stdio};
 use std::time::Duration;
 
 use nix::sys::signal::Signal;
-use rustix::net::SocketType;
-use rustix::process::{Pid, PidfdFlags, PidfdGetfdFlags, pidfd_getfd, pidfd_open};
 use support::peer::{Peer, hello, receive};
 use support::*;
 use worker_sdk::scoreboard::{Scoreboard, claim};
 use worker_sdk::wire::{Channel, Entry};
-use worker_sdk::{Worker, WorkerConfig};
-
-fn config(pool: &str) -> String {
-    format!(
-        "[[listener]]\nname = \"web\"\naddress = \"127.0.0.1:0\"\npool = \"web\"\n\n[pool.web]\n{pool}\n"
-    )
-}
 
 const QUICK: &str = "handoff_timeout = \"100ms\"\nprobation = \"0s\"";
 const PATIENT: &str = "handoff_timeout = \"10m\"";
-
-fn start(pool: &str) -> (Dispatcher, SocketAddr) {
-    let dispatcher = Dispatcher::start(&config(pool));
-    let address = dispatcher.address("web");
-    (dispatcher, address)
-}
-
-/// A worker in this very process.
-fn own_worker(dispatcher: &Dispatcher, name: &str) -> Worker {
-    let config = WorkerConfig::new().dispatch_socket(dispatcher.dispatch()).pool("web").name(name);
-    Worker::connect(config).unwrap()
-}
-
-fn greeted(streams: Vec<TcpStream>) -> Vec<Client> {
-    streams.into_iter().map(|stream| Client::greeted(stream).unwrap()).collect()
-}
-
-fn wait_for_log(dispatcher: &Dispatcher, text: &str) {
-    wait_until(&format!("the log to say {text}"), || dispatcher.log().contains(text));
-}
-
-/// Opens `count` connections that the dispatcher finds all at once.
-fn connect_at_once(dispatcher: &Dispatcher, address: SocketAddr, count: usize) -> Vec<TcpStream> {
-    dispatcher.process.signal(Signal::SIGSTOP);
-    let streams = (0..count).map(|_| connect(address)).collect();
-    dispatcher.process.signal(Signal::SIGCONT);
-    streams
-}
 
 fn is_over(client: &mut Client) -> bool {
     let mut rest = Vec::new();
@@ -66,7 +29,7 @@ fn is_over(client: &mut Client) -> bool {
 #[test]
 fn a_worker_killed_while_serving_costs_only_its_own_clients() {
     for flavour in ["blocking", "tokio", "mio"] {
-        let (dispatcher, address) = start(PATIENT);
+        let (dispatcher, address) = start_one_pool(PATIENT);
         let mut workers = dispatcher.workers(flavour, "web", 2);
         let clients: Vec<Client> = (0..20).map(|_| Client::connect(address).unwrap()).collect();
         let (mut of_killed, mut others): (Vec<_>, Vec<_>) =
@@ -127,7 +90,7 @@ impl Holding {
 
 #[test]
 fn stopped_between_receiving_and_taking_then_continued() {
-    let (dispatcher, address) = start(QUICK);
+    let (dispatcher, address) = start_one_pool(QUICK);
     let (mut holding, stream) = Holding::join(&dispatcher, address);
     let _other = dispatcher.worker("blocking", "web", "other");
     let mut client = Client::greeted(stream).unwrap();
@@ -146,7 +109,7 @@ fn stopped_between_receiving_and_taking_then_continued() {
 
 #[test]
 fn an_application_that_takes_one_of_many_and_hangs_gives_up_the_rest() {
-    let (dispatcher, address) = start(QUICK);
+    let (dispatcher, address) = start_one_pool(QUICK);
     let slow = own_worker(&dispatcher, "slow");
     dispatcher.wait_joined("web", 1);
     let streams = connect_at_once(&dispatcher, address, 20);
@@ -171,7 +134,7 @@ fn an_application_that_takes_one_of_many_and_hangs_gives_up_the_rest() {
     assert_eq!((status.taken, status.custody), (20, 0));
     let mut first = first;
     first.write_all(b"slow 0 web 127.0.0.1:0\n").unwrap();
-    let clients = greeted(streams);
+    let clients = all_greeted(streams);
     assert_eq!((tally(&clients)["slow"], tally(&clients)["other"]), (1, 19));
     drop((clients, first, dispatcher));
     drop(back);
@@ -179,7 +142,7 @@ fn an_application_that_takes_one_of_many_and_hangs_gives_up_the_rest() {
 
 #[test]
 fn a_stuck_thread_does_not_make_its_worker_suspect() {
-    let (dispatcher, address) = start(QUICK);
+    let (dispatcher, address) = start_one_pool(QUICK);
     let worker_here = own_worker(&dispatcher, "half");
     dispatcher.wait_joined("web", 1);
     let stream = connect(address);
@@ -202,11 +165,11 @@ fn a_stuck_thread_does_not_make_its_worker_suspect() {
 
 #[test]
 fn a_worker_that_never_takes_costs_nobody_more_than_the_timeout() {
-    let (dispatcher, address) = start(QUICK);
+    let (dispatcher, address) = start_one_pool(QUICK);
     let _lazy = dispatcher.worker_with("blocking", "web", "lazy", &[("TEST_WORKER", "never-take")]);
     let _other = dispatcher.worker("blocking", "web", "other");
     dispatcher.wait_joined("web", 2);
-    let clients = greeted((0..40).map(|_| connect(address)).collect());
+    let clients = all_greeted((0..40).map(|_| connect(address)).collect());
     assert_eq!(tally(&clients)["other"], 40);
     let status = dispatcher.status();
     let lazy = worker(&status, "lazy").unwrap();
@@ -215,165 +178,10 @@ fn a_worker_that_never_takes_costs_nobody_more_than_the_timeout() {
     assert_eq!(status.taken, 40);
 }
 
-/// Makes the channels of a dispatcher small. How large they are otherwise depends on the machine.
-fn narrow_channels(dispatcher: &Dispatcher) {
-    use rustix::net::sockopt::{set_socket_send_buffer_size, socket_send_buffer_size, socket_type};
-    let pid = dispatcher.process.pid();
-    let pidfd = pidfd_open(Pid::from_raw(pid).unwrap(), PidfdFlags::empty()).unwrap();
-    let mut narrowed = 0;
-    for entry in std::fs::read_dir(format!("/proc/{pid}/fd")).unwrap() {
-        let number = entry.unwrap().file_name().to_str().unwrap().parse().unwrap();
-        // A child of ours lets us have a duplicate; some of them are closed by now.
-        let Ok(fd) = pidfd_getfd(&pidfd, number, PidfdGetfdFlags::empty()) else { continue };
-        if socket_type(&fd) == Ok(SocketType::SEQPACKET)
-            && socket_send_buffer_size(&fd).is_ok_and(|size| size > 400_000)
-        {
-            set_socket_send_buffer_size(&fd, 64 * 1024).unwrap();
-            narrowed += 1;
-        }
-    }
-    assert_eq!(narrowed, 1, "the sending end of one channel");
-}
-
-#[test]
-fn a_full_channel_sends_clients_to_the_next_worker() {
-    if !descriptors(8_000) {
-        return;
-    }
-    let (dispatcher, address) = start(&format!("{PATIENT}\nmax_untaken = 4096"));
-    let environment = [
-        ("TEST_WORKER", "never-take"),
-        ("DISPATCH_WEIGHT", "10000"),
-        ("DISPATCH_MAX_CONNECTIONS", "100000"),
-    ];
-    let mut lazy = dispatcher.worker_with("blocking", "web", "lazy", &environment);
-    dispatcher.wait_joined("web", 1);
-    narrow_channels(&dispatcher);
-    let _other = dispatcher.worker("mio", "web", "other");
-    dispatcher.wait_joined("web", 2);
-    // By weight it would get all of them.
-    let mut streams = Vec::new();
-    while !dispatcher.log().contains("event=channel_full") {
-        assert!(streams.len() < 4_000, "its channel has no end");
-        streams.extend((0..20).map(|_| connect(address)));
-        dispatcher
-            .wait_status("all to be placed", |status| status.accepted == streams.len() as u64);
-    }
-    let status = dispatcher.status();
-    let full = worker(&status, "lazy").unwrap();
-    assert_eq!((full.state.as_str(), status.held), ("active", 0));
-    assert!(full.custody > 100, "{full:?}");
-    assert_eq!(Client::connect(address).unwrap().served_by, "other");
-    // It goes without having taken any: the other serves them all.
-    lazy.kill();
-    let clients = greeted(streams);
-    assert_eq!(tally(&clients)["other"], clients.len());
-}
-
-#[test]
-fn a_worker_at_its_descriptor_limit_loses_nothing() {
-    for flavour in ["blocking", "tokio", "mio"] {
-        let (dispatcher, address) = start(&format!("{PATIENT}\nprobation = \"0s\""));
-        let workers = dispatcher.workers(flavour, "web", 2);
-        let warm: Vec<Client> = (0..4).map(|_| Client::connect(address).unwrap()).collect();
-        assert_eq!(tally(&warm)["w0"], 2);
-        workers[0].limit_descriptors(Some(3));
-        // Three of this record arrive there, the others do not.
-        let streams = connect_at_once(&dispatcher, address, 40);
-        let clients = greeted(streams);
-        assert_eq!(tally(&clients).get("w0"), Some(&3), "{flavour}");
-        wait_for_log(&dispatcher, "event=connection_lost_by_worker");
-        assert_eq!(dispatcher.status().taken, 44);
-        workers[0].limit_descriptors(None);
-        // It is tried again, and has the smaller load.
-        wait_until("it to be given connections again", || {
-            Client::connect(address).unwrap().served_by == "w0"
-        });
-    }
-}
-
-/// Processor time of a process, in clock ticks of ten milliseconds.
-fn ticks(process: &Process) -> u64 {
-    let stat = std::fs::read_to_string(format!("/proc/{}/stat", process.pid())).unwrap();
-    let (_, rest) = stat.rsplit_once(") ").unwrap();
-    let fields: Vec<&str> = rest.split(' ').collect();
-    fields[11].parse::<u64>().unwrap() + fields[12].parse::<u64>().unwrap()
-}
-
-#[test]
-fn a_dispatcher_at_its_descriptor_limit_waits_quietly() {
-    let (dispatcher, address) = start(PATIENT);
-    let _worker = dispatcher.worker("tokio", "web", "first");
-    dispatcher.wait_joined("web", 1);
-    Client::connect(address).unwrap().finish();
-    dispatcher.wait_status("idleness", |status| loads(status, "web").0 == [0]);
-    wait_until("all that was opened for our questions to be closed", || {
-        let before = dispatcher.fds();
-        std::thread::sleep(Duration::from_millis(50));
-        dispatcher.fds() == before
-    });
-    dispatcher.process.limit_descriptors(Some(0));
-    let streams: Vec<TcpStream> = (0..50).map(|_| connect(address)).collect();
-    let late = dispatcher.worker("blocking", "web", "late");
-    wait_for_log(&dispatcher, "event=accept_paused");
-    // The worker's connection waits in its queue, too.
-    wait_for_log(&dispatcher, "event=worker_not_accepted");
-    let before = ticks(&dispatcher.process);
-    std::thread::sleep(Duration::from_secs(2));
-    let spent = ticks(&dispatcher.process) - before;
-    assert!(spent <= 10, "{spent} ticks of 200: more than 5 %");
-    dispatcher.process.limit_descriptors(None);
-    assert_eq!(greeted(streams).len(), 50);
-    dispatcher.wait_joined("web", 2);
-    let status = dispatcher.status();
-    assert_eq!((status.accepted, status.taken), (51, 51));
-    drop(late);
-}
-
-#[test]
-fn a_thousand_workers_come_and_go_at_once() {
-    if !descriptors(16_000) {
-        return;
-    }
-    let body = config(&format!("{PATIENT}\nmax_workers = 2000"));
-    let dispatcher = Dispatcher::start(&format!("max_pending_hellos = 2000\n\n{body}"));
-    let address = dispatcher.address("web");
-    let crowd: Vec<Worker> = std::thread::scope(|scope| {
-        let joining: Vec<_> = (0..20)
-            .map(|part| {
-                let dispatcher = &dispatcher;
-                scope.spawn(move || {
-                    let name = |number| format!("crowd-{part}-{number}");
-                    (0..50).map(|n| own_worker(dispatcher, &name(n))).collect::<Vec<_>>()
-                })
-            })
-            .collect();
-        joining.into_iter().flat_map(|thread| thread.join().unwrap()).collect()
-    });
-    dispatcher.wait_joined("web", 1000);
-    let streams: Vec<TcpStream> = (0..2_500).map(|_| connect(address)).collect();
-    let status =
-        dispatcher.wait_status("all to be sent", |status| status.custody + status.taken == 2_500);
-    let (loads, spread) = loads(&status, "web");
-    assert_eq!((loads.len(), loads.iter().sum::<u64>(), spread), (1000, 2_500, 1));
-    // They all leave without having taken any; one that came late serves the lot.
-    let _last = dispatcher.worker_with(
-        "mio",
-        "web",
-        "last",
-        &[("DISPATCH_MAX_CONNECTIONS", "100000"), ("DISPATCH_WEIGHT", "1")],
-    );
-    dispatcher.wait_joined("web", 1001);
-    drop(crowd);
-    let clients = greeted(streams);
-    assert_eq!(tally(&clients)["last"], 2_500);
-    dispatcher.wait_status("the crowd to be gone", |status| pool(status, "web").workers.len() == 1);
-}
-
 #[test]
 fn a_client_that_resets_in_custody_is_delivered_as_accept_would() {
     for flavour in ["blocking", "tokio", "mio"] {
-        let (dispatcher, address) = start(PATIENT);
+        let (dispatcher, address) = start_one_pool(PATIENT);
         let workers = dispatcher.workers(flavour, "web", 1);
         workers[0].signal(Signal::SIGSTOP);
         let mut streams: Vec<TcpStream> = (0..10).map(|_| connect(address)).collect();
@@ -386,7 +194,7 @@ fn a_client_that_resets_in_custody_is_delivered_as_accept_would() {
             half.shutdown(std::net::Shutdown::Write).unwrap();
         }
         workers[0].signal(Signal::SIGCONT);
-        for mut half in greeted(streams) {
+        for mut half in all_greeted(streams) {
             let mut text = String::new();
             half.stream.read_to_string(&mut text).unwrap();
             assert_eq!(text, "all I have to say\n", "{flavour}");
@@ -400,7 +208,8 @@ fn a_client_that_resets_in_custody_is_delivered_as_accept_would() {
 
 #[test]
 fn a_client_that_resets_while_held_is_dropped_and_one_that_half_closes_is_not() {
-    let (dispatcher, address) = start("handoff_timeout = \"10m\"\nwait_for_worker = \"10m\"");
+    let (dispatcher, address) =
+        start_one_pool("handoff_timeout = \"10m\"\nwait_for_worker = \"10m\"");
     let mut workers = dispatcher.workers("blocking", "web", 1);
     workers[0].signal(Signal::SIGSTOP);
     let mut streams: Vec<TcpStream> = (0..6).map(|_| connect(address)).collect();
@@ -417,7 +226,7 @@ fn a_client_that_resets_while_held_is_dropped_and_one_that_half_closes_is_not() 
     let status = dispatcher.wait_status("three to be dropped", |status| status.held == 3);
     assert_eq!(status.closed["client_gone"], 3);
     let _late = dispatcher.worker("tokio", "web", "late");
-    for mut half in greeted(streams) {
+    for mut half in all_greeted(streams) {
         let mut text = String::new();
         half.stream.read_to_string(&mut text).unwrap();
         assert_eq!(text, "all I have to say\n");
@@ -427,34 +236,8 @@ fn a_client_that_resets_while_held_is_dropped_and_one_that_half_closes_is_not() 
 }
 
 #[test]
-fn a_close_that_lingers_does_not_hold_up_the_dispatcher() {
-    let (dispatcher, address) = start(PATIENT);
-    let lingering = own_worker(&dispatcher, "lingering");
-    dispatcher.wait_joined("web", 1);
-    let unread = connect(address);
-    dispatcher.wait_status("custody", |status| status.custody == 1);
-    // While the dispatcher does not see it, the worker takes the connection, fills its send queue, asks for a
-    // lingering close and closes its copy: the dispatcher's is the last.
-    dispatcher.process.signal(Signal::SIGSTOP);
-    let (mut stream, guard) = lingering.accept().unwrap().unwrap().into_parts().unwrap();
-    stream.set_nonblocking(true).unwrap();
-    let block = vec![0; 1 << 20];
-    while stream.write(&block).is_ok() {}
-    let longer_than_any_patience = Some(Duration::from_secs(3_000));
-    rustix::net::sockopt::set_socket_linger(&stream, longer_than_any_patience).unwrap();
-    drop(stream);
-    drop(guard);
-    dispatcher.process.signal(Signal::SIGCONT);
-    dispatcher.wait_status("its end to be seen", |status| loads(status, "web").0 == [0]);
-    lingering.close();
-    let _other = dispatcher.worker("blocking", "web", "other");
-    assert_eq!(Client::connect(address).unwrap().served_by, "other");
-    drop(unread);
-}
-
-#[test]
 fn a_worker_that_meddles_with_the_shared_channel_blocks_and_leaks_nothing() {
-    let (dispatcher, address) = start(QUICK);
+    let (dispatcher, address) = start_one_pool(QUICK);
     let _other = dispatcher.worker("blocking", "web", "other");
     dispatcher.wait_joined("web", 1);
     Client::connect(address).unwrap().finish();
@@ -472,7 +255,7 @@ fn a_worker_that_meddles_with_the_shared_channel_blocks_and_leaks_nothing() {
     dispatcher.wait_status("trust", |status| worker(status, "bad").unwrap().state == "active");
     // Now it leaves several where they are, to be purged from the channel.
     let streams = connect_at_once(&dispatcher, address, 8);
-    assert_eq!(tally(&greeted(streams))["other"], 8);
+    assert_eq!(tally(&all_greeted(streams))["other"], 8);
     drop(holding);
     dispatcher.wait_status("it to be gone", |status| worker(status, "bad").is_none());
     wait_until("the descriptors to be closed", || dispatcher.fds() <= before);
@@ -482,14 +265,14 @@ fn a_worker_that_meddles_with_the_shared_channel_blocks_and_leaks_nothing() {
 #[test]
 fn what_was_sent_survives_the_dispatcher() {
     for flavour in ["blocking", "tokio", "mio"] {
-        let (mut dispatcher, address) = start(PATIENT);
+        let (mut dispatcher, address) = start_one_pool(PATIENT);
         let workers = dispatcher.workers(flavour, "web", 2);
         workers.iter().for_each(|worker| worker.signal(Signal::SIGSTOP));
         let streams: Vec<TcpStream> = (0..60).map(|_| connect(address)).collect();
         dispatcher.wait_status("all to be sent", |status| status.custody == 60);
         dispatcher.process.kill();
         workers.iter().for_each(|worker| worker.signal(Signal::SIGCONT));
-        let mut clients = greeted(streams);
+        let mut clients = all_greeted(streams);
         assert_eq!(tally(&clients).into_values().collect::<Vec<_>>(), [30, 30], "{flavour}");
         // Its successor knows of them from the first moment.
         let again = Dispatcher::start_in(&dispatcher.dir);
@@ -501,7 +284,7 @@ fn what_was_sent_survives_the_dispatcher() {
 
 #[test]
 fn a_stop_that_runs_out_of_time_sends_what_it_holds_to_whoever_is_there() {
-    let body = config("handoff_timeout = \"50ms\"");
+    let body = one_pool("handoff_timeout = \"50ms\"");
     let mut dispatcher = Dispatcher::start(&format!("stop_timeout = \"300ms\"\n\n{body}"));
     let address = dispatcher.address("web");
     let workers = dispatcher.workers("tokio", "web", 1);
@@ -513,12 +296,12 @@ fn a_stop_that_runs_out_of_time_sends_what_it_holds_to_whoever_is_there() {
     });
     assert!(dispatcher.stop().success());
     workers[0].signal(Signal::SIGCONT);
-    assert_eq!(tally(&greeted(streams))["w0"], 10);
+    assert_eq!(tally(&all_greeted(streams))["w0"], 10);
 }
 
 #[test]
 fn with_no_worker_a_stop_counts_whom_it_had_to_close() {
-    let body = config("wait_for_worker = \"10m\"\nhandoff_timeout = \"10m\"");
+    let body = one_pool("wait_for_worker = \"10m\"\nhandoff_timeout = \"10m\"");
     let mut dispatcher = Dispatcher::start(&format!("stop_timeout = \"100ms\"\n\n{body}"));
     let address = dispatcher.address("web");
     let mut workers = dispatcher.workers("blocking", "web", 1);
@@ -537,7 +320,7 @@ fn with_no_worker_a_stop_counts_whom_it_had_to_close() {
 
 #[test]
 fn a_forked_child_that_keeps_everything_open_hides_no_death() {
-    let (dispatcher, address) = start(PATIENT);
+    let (dispatcher, address) = start_one_pool(PATIENT);
     let mut command = Command::new(example("test-worker"));
     command
         .arg("blocking")
@@ -561,44 +344,10 @@ fn a_forked_child_that_keeps_everything_open_hides_no_death() {
     });
     parent.kill();
     // The control connection, the channel and the first connection are still open in the child.
-    assert_eq!(tally(&greeted(streams))["other"], 21);
+    assert_eq!(tally(&all_greeted(streams))["other"], 21);
     wait_for_log(&dispatcher, "why=died resent=10 live=1");
     let status = dispatcher.status();
     assert_eq!((status.taken, loads(&status, "web").0.len()), (22, 1));
     drop(child);
     assert!(is_over(&mut first));
-}
-
-#[test]
-fn a_log_that_nobody_reads_holds_up_nobody() {
-    if !descriptors(4_000) {
-        return;
-    }
-    let temp = configure(&config("wait_for_worker = \"0s\""));
-    let (reader, writer) = std::io::pipe().unwrap();
-    let mut command = Command::new(dispatcher_bin());
-    let dispatcher = Dispatcher::start_logging_to(temp.path(), &mut command, writer.into());
-    let address = dispatcher.address("web");
-    // Each is refused with one line: more than the pipe and the queue before it hold.
-    let dropped = wait_for("the log to fall behind", || {
-        for _ in 0..200 {
-            let mut rest = Vec::new();
-            let _ = connect(address).read_to_end(&mut rest);
-        }
-        Some(dispatcher.status().log_lines_dropped).filter(|&dropped| dropped > 100)
-    });
-    let _worker = dispatcher.worker("mio", "web", "unimpressed");
-    dispatcher.wait_joined("web", 1);
-    assert_eq!(Client::connect(address).unwrap().served_by, "unimpressed");
-    // As soon as somebody reads, it is said how many are missing.
-    let mut text = String::new();
-    let mut reader = reader;
-    wait_until("the log to say so", || {
-        let mut block = vec![0; 1 << 16];
-        let count = reader.read(&mut block).unwrap();
-        text.push_str(&String::from_utf8_lossy(&block[..count]));
-        text.contains("log_lines_dropped count=")
-    });
-    assert!(dispatcher.status().log_lines_dropped >= dropped);
-    drop(dispatcher);
 }

@@ -41,7 +41,7 @@ pub struct Evidence<'a> {
 
 const TAKEN_BY_KILLED: &str = "its worker was killed after taking it";
 const UNWRITTEN: &str = "its worker was killed between taking it and writing that down";
-const DISPATCHER_KILLED: &str = "the dispatcher was killed: accepted, not yet sent";
+const DISPATCHER_KILLED: &str = "the dispatcher was killed: accepted, and held or not yet sent";
 const BOTH_KILLED: &str = "the dispatcher was killed, then the worker it had been sent to";
 
 impl Evidence<'_> {

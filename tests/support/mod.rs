@@ -180,14 +180,20 @@ impl Dispatcher {
     /// The same with a command that ends in the program's own name.
     pub fn start_as(dir: &Path, command: &mut Command) -> Dispatcher {
         let log = File::options().create(true).append(true).open(dir.join("log")).unwrap();
-        Dispatcher::start_logging_to(dir, command, log.into())
+        command.args(["run", "--config"]).arg(dir.join("dispatcher.toml")).stderr(log);
+        Dispatcher::start_by(dir, command)
     }
 
     /// The same with another place for the log.
-    pub fn start_logging_to(dir: &Path, command: &mut Command, log: Stdio) -> Dispatcher {
-        command.args(["run", "--config"]).arg(dir.join("dispatcher.toml"));
-        command.env("DISPATCHER_LOG", "debug");
-        command.stdin(Stdio::null()).stdout(Stdio::null()).stderr(log);
+    pub fn start_logging_to(dir: &Path, log: Stdio) -> Dispatcher {
+        let mut command = Command::new(dispatcher_bin());
+        command.args(["run", "--config"]).arg(dir.join("dispatcher.toml")).stderr(log);
+        Dispatcher::start_by(dir, command.env_remove("NOTIFY_SOCKET"))
+    }
+
+    /// The same by a command that becomes the dispatcher.
+    pub fn start_by(dir: &Path, command: &mut Command) -> Dispatcher {
+        command.env("DISPATCHER_LOG", "debug").stdin(Stdio::null()).stdout(Stdio::null());
         let process = Process::start("dispatcher", command);
         let mut dispatcher = Dispatcher { process, dir: dir.to_owned(), _temp: None };
         wait_until("the dispatcher to serve", || {
@@ -393,4 +399,46 @@ pub fn tally(clients: &[Client]) -> BTreeMap<String, usize> {
         *tally.entry(client.served_by.clone()).or_insert(0) += 1;
     }
     tally
+}
+
+/// A configuration of one listener and one pool, both called `web`; `keys` are the pool's.
+pub fn one_pool(keys: &str) -> String {
+    format!(
+        "[[listener]]\nname = \"web\"\naddress = \"127.0.0.1:0\"\npool = \"web\"\n\n[pool.web]\n{keys}\n"
+    )
+}
+
+/// A dispatcher with [`one_pool`], and where it listens.
+pub fn start_one_pool(keys: &str) -> (Dispatcher, SocketAddr) {
+    let dispatcher = Dispatcher::start(&one_pool(keys));
+    let address = dispatcher.address("web");
+    (dispatcher, address)
+}
+
+/// A worker in this very process.
+pub fn own_worker(dispatcher: &Dispatcher, name: &str) -> worker_sdk::Worker {
+    let config = worker_sdk::WorkerConfig::new().dispatch_socket(dispatcher.dispatch());
+    worker_sdk::Worker::connect(config.pool("web").name(name)).unwrap()
+}
+
+/// Opens `count` connections that the dispatcher finds all at once.
+pub fn connect_at_once(
+    dispatcher: &Dispatcher,
+    address: SocketAddr,
+    count: usize,
+) -> Vec<TcpStream> {
+    dispatcher.process.signal(Signal::SIGSTOP);
+    let streams = (0..count).map(|_| connect(address)).collect();
+    dispatcher.process.signal(Signal::SIGCONT);
+    streams
+}
+
+/// All of them, greeted.
+pub fn all_greeted(streams: Vec<TcpStream>) -> Vec<Client> {
+    streams.into_iter().map(|stream| Client::greeted(stream).unwrap()).collect()
+}
+
+/// Lines of the log may come a moment after what they tell of.
+pub fn wait_for_log(dispatcher: &Dispatcher, text: &str) {
+    wait_until(&format!("the log to say {text}"), || dispatcher.log().contains(text));
 }
