@@ -63,8 +63,8 @@ fn a_worker_joins_and_leaves() {
     drop(rest);
     assert!(second.wait().success());
     dispatcher.wait_status("the second to be gone", |status| worker(status, "second").is_none());
-    let log = dispatcher.log();
-    assert!(log.contains("event=worker_goodbye") && log.contains("event=worker_gone"), "{log}");
+    wait_for_log(&dispatcher, "event=worker_goodbye");
+    wait_for_log(&dispatcher, "event=worker_gone");
 }
 
 #[test]
@@ -122,8 +122,7 @@ fn a_killed_worker_loses_nothing_it_had_not_taken() {
         clients.iter_mut().for_each(|client| client.echo("intact"));
         // The FIN arrives too: no copy is left anywhere.
         clients.into_iter().for_each(Client::finish);
-        let log = dispatcher.log();
-        assert!(log.contains("resent=200 live=0"), "{flavour}: {log}");
+        wait_for_log(&dispatcher, "resent=200 live=0");
         let status = dispatcher.status();
         assert_eq!((status.taken, status.custody, status.held), (400, 0, 0));
     }
@@ -152,11 +151,8 @@ fn a_hung_worker_costs_nobody_more_than_the_timeout() {
         });
         let again: Vec<Client> = (0..40).map(|_| Client::connect(address).unwrap()).collect();
         assert!(tally(&again)["w2"] > 0, "{flavour}");
-        let log = dispatcher.log();
-        assert!(
-            log.contains("event=worker_suspect") && log.contains("event=worker_trusted"),
-            "{log}"
-        );
+        wait_for_log(&dispatcher, "event=worker_suspect");
+        wait_for_log(&dispatcher, "event=worker_trusted");
         let status = dispatcher.status();
         assert_eq!(status.taken, 140, "each exactly once");
     }
