@@ -215,6 +215,71 @@ fn a_lying_counter_is_clamped_and_named() {
 }
 
 #[test]
+fn counters_that_go_back_or_are_absurd_are_clamped_and_named() {
+    let dispatcher = nobody_else_notices(|dispatcher| {
+        // 2^63 live connections: it can join, and is full.
+        let absurd = Peer::connect(&dispatcher.dispatch());
+        let _lane = absurd.join(&Hello { base: u64::MAX / 2, ..hello() });
+        assert_eq!(worker(&dispatcher.status(), "bad").unwrap().load, u64::MAX / 2);
+        Client::connect(dispatcher.address("web")).unwrap().finish();
+
+        // More finished than opened is no hello.
+        let impossible = Peer::connect(&dispatcher.dispatch());
+        impossible.send(&encode(&Hello { base: 1, finished: 2, ..hello() }), &[]).unwrap();
+        assert_eq!(impossible.refusal().code, RefusedCode::Malformed);
+
+        // Backwards: five connections, all closed; then none of them.
+        let back = Peer::connect(&dispatcher.dispatch());
+        let named = Hello { name: "back".to_owned(), base: 5, finished: 5, ..hello() };
+        let (_, lane) = back.join(&named);
+        let finished = 128;
+        rustix::io::pwrite(&lane[1], &0_u64.to_ne_bytes(), finished).unwrap();
+        rustix::io::write(&lane[2], &1_u64.to_ne_bytes()).unwrap();
+        logged(dispatcher, "finished went back");
+        let status = dispatcher.status();
+        let seen = worker(&status, "back").unwrap();
+        assert_eq!((seen.finished, seen.load), (5, 0));
+    });
+    logged(&dispatcher, "event=counter_clamped");
+}
+
+#[test]
+fn a_scoreboard_cannot_be_cut_and_scribbling_over_it_costs_only_the_scribbler() {
+    nobody_else_notices(|dispatcher| {
+        let address = dispatcher.address("web");
+        for round in 0_u8..20 {
+            let peer = Peer::connect(&dispatcher.dispatch());
+            let (welcome, lane) = peer.join(&hello());
+            let size = 256 + 8 * u64::from(welcome.slots);
+            // The seals hold, and it can be neither resized nor sealed against writing.
+            assert!(rustix::fs::ftruncate(&lane[1], 0).is_err());
+            assert!(rustix::fs::ftruncate(&lane[1], 2 * size).is_err());
+            assert!(rustix::fs::fcntl_add_seals(&lane[1], rustix::fs::SealFlags::WRITE).is_err());
+            let streams: Vec<_> = (0..8).map(|_| connect(address)).collect();
+            dispatcher.wait_status("some to be sent to it", |status| {
+                worker(status, "bad").is_none_or(|w| w.custody > 0)
+            });
+            // Holes, then garbage, over everything: magic, wishes, counters, slots.
+            let hole =
+                rustix::fs::FallocateFlags::PUNCH_HOLE | rustix::fs::FallocateFlags::KEEP_SIZE;
+            rustix::fs::fallocate(&lane[1], hole, 0, size).unwrap();
+            rustix::io::write(&lane[2], &1_u64.to_ne_bytes()).unwrap();
+            let garbage: Vec<u8> =
+                (0..size).map(|at| (at as u8).wrapping_mul(31) ^ round).collect();
+            rustix::io::pwrite(&lane[1], &garbage, 0).unwrap();
+            rustix::io::write(&lane[2], &1_u64.to_ne_bytes()).unwrap();
+            assert!(peer.ended());
+            for stream in streams {
+                let mut client = Client::greeted(stream).unwrap();
+                assert_eq!(client.served_by, "honest");
+                client.echo("not a scribble");
+                client.finish();
+            }
+        }
+    });
+}
+
+#[test]
 fn ten_thousand_random_records() {
     nobody_else_notices(|dispatcher| {
         // xorshift: the same garbage in every run.

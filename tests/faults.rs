@@ -89,6 +89,23 @@ impl Holding {
 }
 
 #[test]
+fn killed_between_receiving_and_taking() {
+    let (dispatcher, address) = start_one_pool(PATIENT);
+    let (holding, stream) = Holding::join(&dispatcher, address);
+    let _other = dispatcher.worker("tokio", "web", "other");
+    dispatcher.wait_joined("web", 2);
+    // All its descriptors go at once, the received connection among them, as when a process is killed.
+    drop(holding);
+    let mut client = Client::greeted(stream).unwrap();
+    assert_eq!(client.served_by, "other");
+    client.echo("served by another");
+    client.finish();
+    wait_for_log(&dispatcher, "resent=1 live=0");
+    let status = dispatcher.status();
+    assert_eq!((status.taken, status.custody, status.held), (1, 0, 0));
+}
+
+#[test]
 fn stopped_between_receiving_and_taking_then_continued() {
     let (dispatcher, address) = start_one_pool(QUICK);
     let (mut holding, stream) = Holding::join(&dispatcher, address);

@@ -260,7 +260,54 @@ fn a_close_that_lingers_does_not_hold_up_the_dispatcher() {
     lingering.close();
     let _other = dispatcher.worker("blocking", "web", "other");
     assert_eq!(Client::connect(address).unwrap().served_by, "other");
+    // Nothing in its turns waited for it. (Half the linger time is far beyond any noise of the machine.)
+    let longest = Duration::from_micros(dispatcher.status().longest_turn_microseconds);
+    assert!(longest < Duration::from_secs(1_500), "{longest:?}");
     drop(unread);
+}
+
+#[test]
+fn a_full_disk_under_the_log_holds_up_nobody() {
+    let temp = configure(&one_pool(""));
+    let full = std::fs::File::options().write(true).open("/dev/full").unwrap();
+    let dispatcher = Dispatcher::start_logging_to(temp.path(), full.into());
+    let _worker = dispatcher.worker("tokio", "web", "unimpressed");
+    dispatcher.wait_joined("web", 1);
+    assert_eq!(Client::connect(dispatcher.address("web")).unwrap().served_by, "unimpressed");
+    dispatcher.wait_status("the missing lines to be counted", |s| s.log_lines_dropped >= 3);
+}
+
+/// The kernel is out of something at `accept`, as strace pretends: three times each, then no more.
+#[test]
+fn accept_fails_for_a_while_and_then_serves() {
+    if Command::new("strace").arg("-V").output().is_err() {
+        return skip("needs strace");
+    }
+    let temp = configure(&one_pool("wait_for_worker = \"10m\""));
+    for error in ["ENFILE", "ENOMEM", "ENOBUFS", "EMFILE"] {
+        let log = std::fs::File::create(temp.path().join("log")).unwrap();
+        let mut command = Command::new("strace");
+        // The hot thread alone: strace follows no other. The first accept is that of the worker.
+        command.args(["-o", "/dev/null", "-e", "trace=accept4", "-e"]);
+        command.arg(format!("inject=accept4:error={error}:when=4..6"));
+        command.arg(dispatcher_bin()).args(["run", "--config"]);
+        command.arg(temp.path().join("dispatcher.toml")).stderr(log);
+        let dispatcher = Dispatcher::start_by(temp.path(), &mut command);
+        let address = dispatcher.address("web");
+        let _worker = dispatcher.worker("blocking", "web", "patient");
+        dispatcher.wait_joined("web", 1);
+        let clients: Vec<Client> = (0..8).map(|_| Client::connect(address).unwrap()).collect();
+        assert_eq!(tally(&clients)["patient"], 8, "{error}");
+        wait_until(&format!("{error} to be in the log"), || {
+            dispatcher.log().contains("event=accept_paused")
+                || dispatcher.log().contains("event=worker_not_accepted")
+        });
+        // Ends the dispatcher itself; strace then ends by itself.
+        let pid = i32::try_from(dispatcher.status().pid).unwrap();
+        nix::sys::signal::kill(nix::unistd::Pid::from_raw(pid), Signal::SIGTERM).unwrap();
+        let mut dispatcher = dispatcher;
+        dispatcher.process.wait();
+    }
 }
 
 #[test]

@@ -208,7 +208,10 @@ fn write_out(
     for message in receiver {
         match message {
             Message::Line(line) => {
-                let _ = writer.write_all(&line);
+                // A full disk, say. Nothing better can be done with the line than to count it.
+                if writer.write_all(&line).is_err() {
+                    dropped.fetch_add(1, Ordering::Relaxed);
+                }
             }
             Message::Flush(done) => {
                 let _ = writer.flush();

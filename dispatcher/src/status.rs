@@ -30,6 +30,8 @@ pub struct Status {
     pub closed: BTreeMap<String, u64>,
     /// Log lines left out because the log could not keep up.
     pub log_lines_dropped: u64,
+    /// The longest time the hot thread took from one sleep to the next, in microseconds.
+    pub longest_turn_microseconds: u64,
     /// In the order of the configuration.
     pub listeners: Vec<ListenerStatus>,
     /// In the order of the configuration.

@@ -66,6 +66,8 @@ struct Shell {
     signals: Signals,
     now: Time,
     started: Time,
+    /// Watches over invariant 6: from waking up to sleeping again.
+    longest_turn: Duration,
     /// Set once a stop has begun.
     stop_deadline: Option<Time>,
 
@@ -113,6 +115,9 @@ struct Limits {
     shortage: Limit,
 }
 
+/// A turn this long is worth a line; it is said again only for longer ones.
+const SLOW_TURN: Duration = Duration::from_millis(100);
+
 impl Shell {
     fn serve(&mut self) -> Result<(), RunError> {
         let mut events = Events::with_capacity(1024);
@@ -122,6 +127,7 @@ impl Shell {
                 return Ok(());
             }
             let timeout = self.before_sleep();
+            self.watch_turn();
             match self.poll.poll(&mut events, timeout) {
                 Ok(()) => {}
                 Err(error) if error.kind() == io::ErrorKind::Interrupted => continue,
@@ -140,6 +146,17 @@ impl Shell {
             self.core.tick(self.now);
             self.perform();
             self.accept_all();
+        }
+    }
+
+    /// A turn that takes long means that something in it waited, which nothing may.
+    fn watch_turn(&mut self) {
+        let turn = clock() - self.now;
+        if turn > self.longest_turn {
+            self.longest_turn = turn;
+            if turn > SLOW_TURN {
+                log::warn!("event=slow_turn took={}", humantime::format_duration(turn));
+            }
         }
     }
 

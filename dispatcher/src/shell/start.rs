@@ -3,6 +3,7 @@
 use std::collections::{HashMap, VecDeque};
 use std::os::fd::AsRawFd;
 use std::sync::Arc;
+use std::time::Duration;
 
 use mio::unix::SourceFd;
 use mio::{Interest, Poll, Waker};
@@ -108,6 +109,7 @@ impl Shell {
             signals,
             now,
             started: now,
+            longest_turn: Duration::ZERO,
             stop_deadline: None,
             listeners,
             next_listener: 0,

@@ -43,6 +43,8 @@ impl Shell {
         status.pid = std::process::id();
         status.uptime_seconds = (self.now - self.started).as_secs();
         status.log_lines_dropped = logger::dropped_lines();
+        status.longest_turn_microseconds =
+            u64::try_from(self.longest_turn.as_micros()).unwrap_or(u64::MAX);
         for (position, listener) in (0u16..).zip(&mut status.listeners) {
             listener.state = self.listener_state(ListenerId(position)).to_owned();
         }
