@@ -12,8 +12,8 @@ use crate::client::core::Core;
 use crate::client::{Connection, Error, Handle, WorkerConfig};
 use crate::wire::PeerAddr;
 
-/// A worker that never blocks, and whose connections are non-blocking. Register it once, readable; it joins, loses and finds its dispatcher again
-/// by itself, whenever [`try_accept`](MioWorker::try_accept) is called.
+/// A worker that never blocks, and whose connections are non-blocking. Register it once, readable; it joins, loses
+/// and finds its dispatcher again by itself, whenever [`try_accept`](MioWorker::try_accept) is called.
 ///
 /// ```no_run
 /// use mio::{Events, Interest, Poll, Token};
@@ -76,7 +76,8 @@ impl MioWorker {
     /// Makes a worker that will join once it is registered and polled. Does not wait.
     ///
     /// # Errors
-    /// [`Error::Config`] for a wrong setting, [`Error::Io`] when a system call fails: the address to listen on is in use.
+    /// [`Error::Config`] for a wrong setting, [`Error::Io`] when a system call fails: the address to listen on is in
+    /// use.
     pub fn new(config: WorkerConfig) -> Result<MioWorker, Error> {
         Ok(MioWorker(Handle(Core::new(&config)?)))
     }
@@ -84,9 +85,10 @@ impl MioWorker {
     /// The next connection, non-blocking; `None` if there is none now. After an event, call it until it says `None`.
     ///
     /// # Errors
-    /// Until the first join: [`Error::Refused`], [`Error::JoinTimeout`], [`Error::Protocol`], [`Error::Io`], and
-    /// [`Error::Config`] for a dispatch socket whose path is too long; a caller that goes on waiting for events makes the worker try again. Later:
-    /// [`Error::Closed`] after [`close`](MioWorker::close), [`Error::Forked`] in a forked child.
+    /// Until the first join: [`Error::Refused`], [`Error::JoinTimeout`], [`Error::Protocol`], [`Error::Io`],
+    /// and [`Error::Config`] for a dispatch socket whose path is too long; a caller that goes on waiting for events
+    /// makes the worker try again. Later: [`Error::Closed`] after [`close`](MioWorker::close), [`Error::Forked`] in a
+    /// forked child.
     pub fn try_accept(&self) -> Result<Option<Connection>, Error> {
         Ok(self.0.0.try_accept()?.map(Connection::new))
     }

@@ -126,7 +126,8 @@ impl Listener {
         }
     }
 
-    /// Says goodbye: as [`Worker::close`](crate::Worker::close). Tasks in [`accept`](Listener::accept) get [`Error::Closed`].
+    /// Says goodbye: as [`Worker::close`](crate::Worker::close). Tasks in [`accept`](Listener::accept) get
+    /// [`Error::Closed`].
     pub fn close(&self) {
         self.core().close();
     }

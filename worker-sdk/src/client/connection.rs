@@ -221,7 +221,8 @@ impl Connection {
         self.0.origin.accepted_at
     }
 
-    /// Another handle of the same connection: a [`clone`](Clone::clone) under the name that the standard library's streams use.
+    /// Another handle of the same connection: a [`clone`](Clone::clone) under the name that the standard library's
+    /// streams use.
     ///
     /// # Errors
     /// None; the type is that of [`TcpStream::try_clone`], so that code written for one takes the other.
@@ -245,7 +246,8 @@ impl Connection {
     /// down before closing it; otherwise the client may see the end some milliseconds late.
     ///
     /// The stream of a Unix client is given as a [`TcpStream`], too; everything but addresses and TCP
-    /// options works, and `UnixStream::from(OwnedFd::from(stream))` makes it the other type. See [`Guard`] for an example.
+    /// options works, and `UnixStream::from(OwnedFd::from(stream))` makes it the other type. See [`Guard`] for an
+    /// example.
     ///
     /// # Errors
     /// When the process has no file descriptor to spare; the connection is closed then, unless it has other handles.

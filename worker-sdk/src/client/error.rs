@@ -10,7 +10,8 @@ use crate::wire::RefusedCode;
 /// Why a worker could not be made, could not join, or gives no more connections.
 ///
 /// Only the first join reports these. A worker that has joined once retries for ever by itself, and says
-/// so in the log. After that [`Error::Closed`] and [`Error::Forked`] remain, and [`Error::Io`] where even waiting fails.
+/// so in the log. After that [`Error::Closed`] and [`Error::Forked`] remain, and [`Error::Io`] where even waiting
+/// fails.
 ///
 /// ```
 /// use worker_sdk::{Error, Worker, WorkerConfig};

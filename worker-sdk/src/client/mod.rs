@@ -166,8 +166,8 @@ impl Worker {
         Ok(self.core().try_accept()?.map(Connection::new))
     }
 
-    /// The connections, one after the other, until the worker is closed. Errors that can't pass end it, too, and are logged.
-    /// The [example above](Worker) shows it.
+    /// The connections, one after the other, until the worker is closed. Errors that can't pass end it, too, and are
+    /// logged. The [example above](Worker) shows it.
     pub fn incoming(&mut self) -> Incoming<'_> {
         Incoming { worker: self }
     }

@@ -83,7 +83,7 @@ impl fmt::Debug for Scoreboard {
 ///
 /// # fn main() -> std::io::Result<()> {
 /// let fd = std::fs::File::open("/dev/null")?.into();
-/// assert!(matches!(Scoreboard::open(fd, 256), Err(ScoreboardError::Io(_) | ScoreboardError::NotSealed)));
+/// assert!(matches!(Scoreboard::open(fd, 256), Err(ScoreboardError::NotSealed)));
 /// assert!(matches!(Scoreboard::create(0, 0), Err(ScoreboardError::Malformed("number of slots"))));
 /// # Ok(())
 /// # }
@@ -93,7 +93,7 @@ impl fmt::Debug for Scoreboard {
 pub enum ScoreboardError {
     /// A system call failed.
     Io(std::io::Error),
-    /// The memory can still shrink or grow under its readers.
+    /// The memory can still shrink or grow under its readers, or is no memfd.
     NotSealed,
     /// Wrong size, magic, version or number of slots.
     Malformed(&'static str),
@@ -129,7 +129,8 @@ fn size(slots: u32) -> usize {
 }
 
 impl Scoreboard {
-    /// Dispatcher: makes a sealed scoreboard with a ring of `slots`, all free, and `finished` as the worker reported it.
+    /// Dispatcher: makes a sealed scoreboard with a ring of `slots`, all free, and `finished` as the worker reported
+    /// it.
     ///
     /// # Errors
     /// [`ScoreboardError::Malformed`] for 0 or more than [`MAX_SLOTS`] slots, [`ScoreboardError::Io`] with what
@@ -150,8 +151,9 @@ impl Scoreboard {
     /// Worker: maps the scoreboard that came with a welcome which announced `slots`.
     ///
     /// # Errors
-    /// [`ScoreboardError::NotSealed`] when the memory can still be resized, [`ScoreboardError::Malformed`] when it
-    /// is not a scoreboard of that many slots, [`ScoreboardError::Io`] when it is no memfd or cannot be mapped.
+    /// [`ScoreboardError::NotSealed`] when the memory can still be resized or is no memfd,
+    /// [`ScoreboardError::Malformed`] when it is not a scoreboard of that many slots, [`ScoreboardError::Io`] when it
+    /// cannot be mapped.
     pub fn open(fd: OwnedFd, slots: u32) -> Result<Scoreboard, ScoreboardError> {
         if slots == 0 || slots > MAX_SLOTS {
             return Err(ScoreboardError::Malformed("number of slots"));
