@@ -10,6 +10,26 @@ use crate::client::Error;
 use crate::tokio::{Connection, Listener};
 use crate::wire::PeerAddr;
 
+/// ```no_run
+/// use axum::{Router, extract::ConnectInfo, routing::get};
+/// use worker_sdk::{PeerAddr, WorkerConfig, tokio::Listener};
+///
+/// # async fn serve() -> Result<(), Box<dyn std::error::Error>> {
+/// let listener = Listener::connect(WorkerConfig::from_env()?).await?;
+/// let app = Router::new()
+///     .route("/", get(|ConnectInfo(peer): ConnectInfo<PeerAddr>| async move { format!("hello {peer}\n") }))
+///     .into_make_service_with_connect_info::<PeerAddr>();
+///
+/// // At the end: goodbye first, so that what waits for us goes elsewhere; then finish what we have.
+/// let closing = listener.clone();
+/// let stop = async move {
+///     // Wait for SIGTERM here.
+///     closing.close();
+/// };
+/// axum::serve(listener, app).with_graceful_shutdown(stop).await?;
+/// # Ok(())
+/// # }
+/// ```
 impl axum::serve::Listener for Listener {
     type Io = Connection;
     type Addr = PeerAddr;
@@ -42,6 +62,7 @@ impl axum::serve::Listener for Listener {
     }
 }
 
+/// Lets a handler have the client's address: `ConnectInfo<PeerAddr>`.
 impl Connected<IncomingStream<'_, Listener>> for PeerAddr {
     fn connect_info(stream: IncomingStream<'_, Listener>) -> PeerAddr {
         *stream.remote_addr()

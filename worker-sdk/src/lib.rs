@@ -96,3 +96,8 @@ mod sys;
 #[cfg(feature = "client")]
 pub use client::{Connection, Error, Guard, Incoming, Worker, WorkerConfig};
 pub use wire::{PeerAddr, Token};
+
+/// The programs in the README compile.
+#[cfg(all(doctest, feature = "client"))]
+#[doc = include_str!("../../README.md")]
+struct Readme;

@@ -12,8 +12,8 @@ use crate::client::core::Core;
 use crate::client::{Connection, Error, Handle, WorkerConfig};
 use crate::wire::PeerAddr;
 
-/// A worker that never blocks. Register it once, readable; it joins, loses and finds its dispatcher again
-/// by itself, whenever [`try_accept`](MioWorker::try_accept) is called.
+/// A worker that never blocks, and whose connections are non-blocking. Register it once, readable; it joins, loses
+/// and finds its dispatcher again by itself, whenever [`try_accept`](MioWorker::try_accept) is called.
 ///
 /// ```no_run
 /// use mio::{Events, Interest, Poll, Token};
@@ -36,13 +36,48 @@ use crate::wire::PeerAddr;
 ///     }
 /// }
 /// ```
+///
+/// Alone, as in a test, and what it says of itself:
+///
+/// ```
+/// use mio::{Events, Interest, Poll, Token};
+/// use worker_sdk::{WorkerConfig, mio::MioWorker};
+///
+/// # fn main() -> Result<(), Box<dyn std::error::Error>> {
+/// let (mut poll, mut events) = (Poll::new()?, Events::with_capacity(64));
+/// let mut worker = MioWorker::new(WorkerConfig::new().pool("web").listen("127.0.0.1:0"))?;
+/// poll.registry().register(&mut worker, Token(0), Interest::READABLE)?;
+/// assert!(worker.is_joined() && worker.id().is_none(), "ready, and no dispatcher has numbered it");
+/// assert_eq!(worker.pool(), "web");
+///
+/// let address = worker.local_addr().and_then(|addr| addr.socket_addr()).ok_or("not TCP")?;
+/// let _client = std::net::TcpStream::connect(address)?;
+/// let mut connection = loop {
+///     match worker.try_accept()? {
+///         Some(connection) => break connection,
+///         None => poll.poll(&mut events, None)?,
+///     }
+/// };
+/// assert_eq!(worker.live(), 1);
+/// poll.registry().register(&mut connection, Token(1), Interest::READABLE)?;
+///
+/// poll.registry().deregister(&mut connection)?;
+/// drop(connection);
+/// assert_eq!(worker.live(), 0);
+///
+/// worker.close(); // At SIGTERM.
+/// assert!(worker.try_accept().is_err());
+/// # Ok(())
+/// # }
+/// ```
 pub struct MioWorker(Handle);
 
 impl MioWorker {
     /// Makes a worker that will join once it is registered and polled. Does not wait.
     ///
     /// # Errors
-    /// [`Error::Config`] for a wrong setting, [`Error::Io`].
+    /// [`Error::Config`] for a wrong setting, [`Error::Io`] when a system call fails: the address to listen on is in
+    /// use.
     pub fn new(config: WorkerConfig) -> Result<MioWorker, Error> {
         Ok(MioWorker(Handle(Core::new(&config)?)))
     }
@@ -50,9 +85,10 @@ impl MioWorker {
     /// The next connection, non-blocking; `None` if there is none now. After an event, call it until it says `None`.
     ///
     /// # Errors
-    /// Until the first join: [`Error::Refused`], [`Error::JoinTimeout`], [`Error::Protocol`] and
-    /// [`Error::Io`]; a caller that goes on waiting for events makes the worker try again. Later:
-    /// [`Error::Closed`] after [`close`](MioWorker::close), [`Error::Forked`] in a forked child.
+    /// Until the first join: [`Error::Refused`], [`Error::JoinTimeout`], [`Error::Protocol`], [`Error::Io`],
+    /// and [`Error::Config`] for a dispatch socket whose path is too long; a caller that goes on waiting for events
+    /// makes the worker try again. Later: [`Error::Closed`] after [`close`](MioWorker::close), [`Error::Forked`] in a
+    /// forked child.
     pub fn try_accept(&self) -> Result<Option<Connection>, Error> {
         Ok(self.0.0.try_accept()?.map(Connection::new))
     }
@@ -62,7 +98,7 @@ impl MioWorker {
         self.0.0.close();
     }
 
-    /// Connections taken and not yet ended.
+    /// Connections taken and not yet ended, in this process.
     pub fn live(&self) -> u64 {
         self.0.0.live()
     }
@@ -72,17 +108,17 @@ impl MioWorker {
         self.0.0.id()
     }
 
-    /// Whether a dispatcher has us now.
+    /// Whether connections can come now: a dispatcher has us, or we listen by ourselves.
     pub fn is_joined(&self) -> bool {
         self.0.0.is_joined()
     }
 
-    /// The pool.
+    /// The pool it joins.
     pub fn pool(&self) -> &str {
         self.0.0.pool()
     }
 
-    /// The address that a worker without a dispatcher listens on.
+    /// The address that a worker without a dispatcher listens on, with the port it got; `None` with a dispatcher.
     pub fn local_addr(&self) -> Option<PeerAddr> {
         self.0.0.local_addr()
     }
@@ -126,7 +162,8 @@ impl fmt::Debug for MioWorker {
     }
 }
 
-/// A connection can be registered like any stream.
+/// A connection can be registered like any stream. Deregister it before you drop it: the dispatcher, or another
+/// process, may have a copy, and then closing does not remove it from the poll.
 impl Source for Connection {
     fn register(
         &mut self,

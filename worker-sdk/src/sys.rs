@@ -75,7 +75,7 @@ pub(crate) fn sealed_memfd(name: &CStr, len: usize) -> io::Result<OwnedFd> {
 /// Whether the size of the memory behind `fd` is fixed for ever.
 pub(crate) fn is_sealed(fd: BorrowedFd<'_>) -> io::Result<bool> {
     match rustix::fs::fcntl_get_seals(fd) {
-        Ok(seals) => Ok(seals.contains(SealFlags::SHRINK | SealFlags::SEAL)),
+        Ok(seals) => Ok(seals.contains(SEALS)),
         // Not a memfd at all.
         Err(rustix::io::Errno::INVAL) => Ok(false),
         Err(error) => Err(error.into()),

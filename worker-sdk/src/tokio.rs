@@ -34,6 +34,37 @@ use crate::wire::PeerAddr;
 /// }
 /// # }
 /// ```
+///
+/// Alone, as in a test, and what it says of itself:
+///
+/// ```
+/// use tokio::io::{AsyncReadExt, AsyncWriteExt};
+/// use worker_sdk::{WorkerConfig, tokio::Listener};
+///
+/// #[tokio::main(flavor = "current_thread")]
+/// async fn main() -> Result<(), Box<dyn std::error::Error>> {
+///     let config = WorkerConfig::new().pool("web").listen("127.0.0.1:0");
+///     let listener = Listener::connect(config).await?;
+///     assert!(listener.is_joined() && listener.id().is_none(), "no dispatcher has numbered it");
+///     assert_eq!(listener.pool(), "web");
+///
+///     let address = listener.local_addr().and_then(|addr| addr.socket_addr()).ok_or("not TCP")?;
+///     let mut client = tokio::net::TcpStream::connect(address).await?;
+///     let mut connection = listener.accept().await?;
+///     assert_eq!(listener.live(), 1);
+///     connection.write_all(b"hello\n").await?;
+///     drop(connection);
+///     assert_eq!(listener.live(), 0);
+///
+///     let mut text = String::new();
+///     client.read_to_string(&mut text).await?;
+///     assert_eq!(text, "hello\n");
+///
+///     listener.close(); // At SIGTERM.
+///     assert!(listener.accept().await.is_err());
+///     Ok(())
+/// }
+/// ```
 #[derive(Clone)]
 pub struct Listener(Arc<Inner>);
 
@@ -81,8 +112,9 @@ impl Listener {
     /// The next connection, which is this worker's from now on. Cancelling it loses nothing.
     ///
     /// # Errors
-    /// [`Error::Closed`] after [`close`](Listener::close), [`Error::Forked`] in a forked child. A lost
-    /// dispatcher is no error: it is waited for.
+    /// [`Error::Closed`] after [`close`](Listener::close), [`Error::Forked`] in a forked child, [`Error::Io`] when the
+    /// runtime cannot take a connection (which is closed then); the next may be better. A lost dispatcher is no
+    /// error: it is waited for.
     pub async fn accept(&self) -> Result<Connection, Error> {
         let failed = |error| Error::io("wait for connections", error);
         loop {
@@ -94,12 +126,13 @@ impl Listener {
         }
     }
 
-    /// Says goodbye: as [`Worker::close`](crate::Worker::close). Tasks in [`accept`](Listener::accept) get [`Error::Closed`].
+    /// Says goodbye: as [`Worker::close`](crate::Worker::close). Tasks in [`accept`](Listener::accept) get
+    /// [`Error::Closed`].
     pub fn close(&self) {
         self.core().close();
     }
 
-    /// Connections taken and not yet ended.
+    /// Connections taken and not yet ended, in this process.
     pub fn live(&self) -> u64 {
         self.core().live()
     }
@@ -109,17 +142,17 @@ impl Listener {
         self.core().id()
     }
 
-    /// Whether a dispatcher has us now.
+    /// Whether connections can come now: a dispatcher has us, or we listen by ourselves.
     pub fn is_joined(&self) -> bool {
         self.core().is_joined()
     }
 
-    /// The pool.
+    /// The pool it joins.
     pub fn pool(&self) -> &str {
         self.core().pool()
     }
 
-    /// The address that a worker without a dispatcher listens on.
+    /// The address that a worker without a dispatcher listens on, with the port it got; `None` with a dispatcher.
     pub fn local_addr(&self) -> Option<PeerAddr> {
         self.core().local_addr()
     }
@@ -138,6 +171,24 @@ impl fmt::Debug for Listener {
 /// A live connection. Dropping it closes the socket, and then counts it as ended.
 ///
 /// Split it with [`tokio::io::split`] to read and write in different tasks.
+///
+/// ```no_run
+/// use tokio::io::{AsyncReadExt, AsyncWriteExt};
+/// use worker_sdk::tokio::Connection;
+///
+/// async fn serve(mut connection: Connection) -> std::io::Result<()> {
+///     connection.set_nodelay(true)?;
+///     println!("{} came in at {:?}", connection.peer_addr(), connection.listener());
+///     println!("accepted {:?} after boot", connection.accepted_at());
+///     if let Some(tcp) = connection.as_tcp() {
+///         tcp.set_ttl(64)?; // An option that has no method here.
+///     }
+///     let mut buffer = [0; 4096];
+///     let n = connection.read(&mut buffer).await?;
+///     connection.write_all(&buffer[..n]).await?;
+///     connection.shutdown().await
+/// }
+/// ```
 pub struct Connection {
     held: Held<TcpStream>,
     origin: Origin,
@@ -162,7 +213,7 @@ impl Connection {
         self.origin.listener()
     }
 
-    /// When the connection was accepted: the time of `CLOCK_MONOTONIC`, which starts at boot.
+    /// When the connection was accepted: the time of `CLOCK_MONOTONIC`, which starts at boot, in nanoseconds.
     pub fn accepted_at(&self) -> Duration {
         self.origin.accepted_at
     }

@@ -33,7 +33,7 @@ Environment:
   DISPATCHER_LOG     what `run` and `demo` log: error, warn, info (default), debug, trace
   DISPATCHER_ADMIN   the admin socket that `status` asks
 
-Exit codes are those of sysexits.h: 64 wrong usage, 69 not running, 77 not permitted, 78 bad configuration.";
+Exit codes are those of sysexits.h: 64 wrong usage, 69 not running (`run`: running already), 77 not permitted, 78 bad configuration.";
 
 /// Accepts TCP connections and passes each one to the least-loaded worker process.
 #[derive(Debug, Parser)]
@@ -53,7 +53,7 @@ enum Command {
     Check(FileArgs),
     /// Show what a running dispatcher is doing.
     #[command(
-        after_help = "Examples:\n  dispatcher status\n  dispatcher status --json | jq .pools[].workers[].load\n  \
+        after_help = "Examples:\n  dispatcher status\n  dispatcher status --json | jq '.pools[].workers[].load'\n  \
                       dispatcher status --admin /tmp/admin.sock"
     )]
     Status(StatusArgs),

@@ -15,20 +15,53 @@ const FD_RESERVE: u64 = 64;
 
 /// What a worker needs to know to join a dispatcher, or to listen by itself.
 ///
-/// Every field has a default. A file can be deserialized into it, unknown keys are errors; durations
-/// there are strings such as `"250ms"`, `"10s"`, `"5m"`, or a whole number of seconds.
+/// Every field has a default, and a method of the same name that sets it. What is wrong is said when a worker is
+/// made of it.
 ///
 /// ```
+/// use std::time::Duration;
 /// use worker_sdk::WorkerConfig;
+///
 /// let config = WorkerConfig::new()
 ///     .dispatch_socket("/run/dispatcher/dispatch.sock")
 ///     .pool("web")
-///     .listen("127.0.0.1:8080");
+///     .name("web-1")
+///     .weight(2) // Twice the share of a worker with weight 1.
+///     .priority(0)
+///     .max_connections(1000)
+///     .join_timeout(Duration::from_secs(30))
+///     .reconnect(Duration::from_millis(50), Duration::from_secs(5));
 /// assert_eq!(config.pool, "web");
 /// ```
 ///
-/// With [`with_env`](WorkerConfig::with_env) the same program obeys the environment that the
-/// dispatcher gives to the workers it starts.
+/// It can be part of the application's own configuration. Unknown keys are errors there; durations are strings such
+/// as `"250ms"`, `"10s"`, `"5m"`, `"1h"`, or a whole number of seconds.
+///
+/// ```
+/// # fn main() -> Result<(), Box<dyn std::error::Error>> {
+/// #[derive(serde::Deserialize)]
+/// struct MyConfig {
+///     greeting: String,
+///     worker: worker_sdk::WorkerConfig,
+/// }
+///
+/// let config: MyConfig = toml::from_str(r#"
+///     greeting = "hello"
+///
+///     [worker]
+///     dispatch_socket = "/run/dispatcher/dispatch.sock"
+///     pool = "web"
+///     join_timeout = "30s"
+/// "#)?;
+/// assert_eq!(config.worker.weight, 1);
+/// # assert_eq!(config.greeting, "hello");
+///
+/// // What the environment says comes first: so a dispatcher can start this program, too.
+/// let config = config.worker.with_env()?;
+/// # let _ = config;
+/// # Ok(())
+/// # }
+/// ```
 #[derive(Clone, Debug, PartialEq, Eq, Deserialize)]
 #[serde(default, deny_unknown_fields)]
 #[non_exhaustive]
@@ -83,7 +116,7 @@ impl Default for WorkerConfig {
 }
 
 impl WorkerConfig {
-    /// All defaults.
+    /// All defaults. It lacks a dispatch socket or an address to listen on.
     pub fn new() -> WorkerConfig {
         WorkerConfig::default()
     }
@@ -92,16 +125,33 @@ impl WorkerConfig {
     ///
     /// # Errors
     /// [`Error::Config`] names the variable and what is wrong with it.
+    ///
+    /// ```no_run
+    /// # fn main() -> Result<(), worker_sdk::Error> {
+    /// // DISPATCH_SOCKET=/run/dispatcher/dispatch.sock DISPATCH_POOL=web ./my-server
+    /// let worker = worker_sdk::Worker::connect(worker_sdk::WorkerConfig::from_env()?)?;
+    /// # Ok(())
+    /// # }
+    /// ```
     pub fn from_env() -> Result<WorkerConfig, Error> {
         WorkerConfig::default().with_env()
     }
 
     /// Overrides what the environment sets: `DISPATCH_SOCKET`, `DISPATCH_POOL`, `DISPATCH_NAME`,
     /// `DISPATCH_WEIGHT`, `DISPATCH_PRIORITY`, `DISPATCH_MAX_CONNECTIONS`, `DISPATCH_LISTEN`,
-    /// `DISPATCH_TOKEN`. An empty variable is one that is not set.
+    /// `DISPATCH_TOKEN`. An empty variable is one that is not set. What is set afterwards overrides the environment.
     ///
     /// # Errors
     /// [`Error::Config`] names the variable and what is wrong with it.
+    ///
+    /// ```
+    /// # fn main() -> Result<(), worker_sdk::Error> {
+    /// // Started without any variable, as a developer does: listens by itself.
+    /// let config = worker_sdk::WorkerConfig::new().listen("127.0.0.1:8080").with_env()?;
+    /// assert!(config.listen.is_some());
+    /// # Ok(())
+    /// # }
+    /// ```
     pub fn with_env(self) -> Result<WorkerConfig, Error> {
         self.with_variables(|name| std::env::var_os(name))
     }
@@ -190,6 +240,15 @@ impl WorkerConfig {
     }
 
     /// Sets [`listen`](WorkerConfig::listen).
+    ///
+    /// ```
+    /// # fn main() -> Result<(), worker_sdk::Error> {
+    /// let config = worker_sdk::WorkerConfig::new().listen("127.0.0.1:0"); // Any free port.
+    /// let worker = worker_sdk::Worker::connect(config)?;
+    /// println!("serving {:?}", worker.local_addr());
+    /// # Ok(())
+    /// # }
+    /// ```
     #[must_use]
     pub fn listen(mut self, address: impl Into<String>) -> Self {
         self.listen = Some(address.into());
@@ -210,7 +269,15 @@ impl WorkerConfig {
         self
     }
 
-    /// Sets [`token`](WorkerConfig::token).
+    /// Sets [`token`](WorkerConfig::token). Rarely needed: [`with_env`](WorkerConfig::with_env) finds it.
+    ///
+    /// ```
+    /// # fn main() -> Result<(), worker_sdk::wire::WireError> {
+    /// let token = "00112233445566778899aabbccddeeff".parse()?;
+    /// let config = worker_sdk::WorkerConfig::new().token(token);
+    /// # Ok(())
+    /// # }
+    /// ```
     #[must_use]
     pub fn token(mut self, token: Token) -> Self {
         self.token = Some(token);

@@ -19,6 +19,31 @@ use crate::wire::PeerAddr;
 /// library owns the stream: drop it after the stream is closed.
 ///
 /// A fork's copy counts nothing: only the process that took the connection does.
+///
+/// ```no_run
+/// use std::net::{Shutdown, TcpStream};
+/// use worker_sdk::{Connection, Guard};
+///
+/// /// A stream of our own. Fields are dropped in this order: the guard last.
+/// struct Counted {
+///     stream: TcpStream,
+///     guard: Guard,
+/// }
+///
+/// impl Drop for Counted {
+///     fn drop(&mut self) {
+///         if self.guard.must_shut_down() {
+///             // It fails when the client is gone already.
+///             let _ = self.stream.shutdown(Shutdown::Both);
+///         }
+///     }
+/// }
+///
+/// fn own(connection: Connection) -> std::io::Result<Counted> {
+///     let (stream, guard) = connection.into_parts()?;
+///     Ok(Counted { stream, guard })
+/// }
+/// ```
 #[derive(Clone)]
 pub struct Guard(Arc<Counted>);
 
@@ -46,7 +71,8 @@ impl Guard {
     /// Whether somebody else may still hold a copy of the socket, so that the client would not see the
     /// end if its owner merely closed it: shut it down first (both directions).
     ///
-    /// False in a forked child, and while this guard has clones: then the connection does not end yet.
+    /// False in a forked child, and while this guard has clones: then the connection does not end yet. The
+    /// [example above](Guard) shows where to ask.
     pub fn must_shut_down(&self) -> bool {
         // Fork comes first: nothing may end what the parent still serves.
         if std::process::id() != self.0.pid || Arc::strong_count(&self.0) > 1 {
@@ -124,12 +150,25 @@ pub(crate) struct Accepted {
 /// mode, or non-blocking when it comes from the mio layer.
 ///
 /// ```no_run
-/// # fn handle(mut connection: worker_sdk::Connection) -> std::io::Result<()> {
 /// use std::io::{Read, Write};
-/// let mut buffer = [0; 4096];
-/// let n = connection.read(&mut buffer)?;
-/// connection.write_all(&buffer[..n])
-/// # }
+/// use std::time::Duration;
+/// use worker_sdk::Connection;
+///
+/// fn serve(mut connection: Connection) -> std::io::Result<()> {
+///     connection.set_nodelay(true)?;
+///     connection.set_read_timeout(Some(Duration::from_secs(30)))?;
+///     connection.set_write_timeout(Some(Duration::from_secs(30)))?;
+///     println!("{} came in at {:?}", connection.peer_addr(), connection.listener());
+///
+///     let mut buffer = [0; 4096];
+///     let n = connection.read(&mut buffer)?;
+///     connection.write_all(&buffer[..n])?;
+///
+///     // No more from us; the client's last words are still read.
+///     connection.shutdown(std::net::Shutdown::Write)?;
+///     std::io::copy(&mut connection, &mut std::io::sink())?;
+///     Ok(())
+/// }
 /// ```
 ///
 /// A clone is another handle of the same connection, with the same file descriptor: they share its
@@ -166,15 +205,37 @@ impl Connection {
         self.0.origin.listener()
     }
 
-    /// When the connection was accepted: the time of `CLOCK_MONOTONIC`, which starts at boot.
+    /// When the connection was accepted: the time of `CLOCK_MONOTONIC`, which starts at boot, in nanoseconds.
+    ///
+    /// ```no_run
+    /// use std::time::Duration;
+    /// use rustix::time::{ClockId, clock_gettime};
+    ///
+    /// // How long the client has waited until now.
+    /// fn waited(connection: &worker_sdk::Connection) -> Duration {
+    ///     let now = clock_gettime(ClockId::Monotonic);
+    ///     Duration::try_from(now).unwrap_or_default().saturating_sub(connection.accepted_at())
+    /// }
+    /// ```
     pub fn accepted_at(&self) -> Duration {
         self.0.origin.accepted_at
     }
 
-    /// Another handle of the same connection: a [`clone`](Clone::clone) under the name that the standard library's streams use.
+    /// Another handle of the same connection: a [`clone`](Clone::clone) under the name that the standard library's
+    /// streams use.
     ///
     /// # Errors
     /// None; the type is that of [`TcpStream::try_clone`], so that code written for one takes the other.
+    ///
+    /// ```no_run
+    /// # fn relay(connection: worker_sdk::Connection, mut backend: std::net::TcpStream) -> std::io::Result<()> {
+    /// // One thread for each direction. The connection ends, and is counted, with the later one.
+    /// let (mut reader, mut to_backend) = (connection.try_clone()?, backend.try_clone()?);
+    /// std::thread::spawn(move || std::io::copy(&mut reader, &mut to_backend));
+    /// std::io::copy(&mut backend, &mut &connection)?;
+    /// # Ok(())
+    /// # }
+    /// ```
     pub fn try_clone(&self) -> io::Result<Connection> {
         Ok(self.clone())
     }
@@ -185,10 +246,11 @@ impl Connection {
     /// down before closing it; otherwise the client may see the end some milliseconds late.
     ///
     /// The stream of a Unix client is given as a [`TcpStream`], too; everything but addresses and TCP
-    /// options works, and `UnixStream::from(OwnedFd::from(stream))` makes it the other type.
+    /// options works, and `UnixStream::from(OwnedFd::from(stream))` makes it the other type. See [`Guard`] for an
+    /// example.
     ///
     /// # Errors
-    /// When the process has no file descriptor to spare; the connection is closed then.
+    /// When the process has no file descriptor to spare; the connection is closed then, unless it has other handles.
     pub fn into_parts(self) -> io::Result<(TcpStream, Guard)> {
         // The guard's clone keeps our own handle's end from being taken for the connection's.
         let guard = self.0.held.guard.clone();
@@ -196,6 +258,15 @@ impl Connection {
     }
 
     /// The stream, for its other options; `None` for a Unix client.
+    ///
+    /// ```no_run
+    /// # fn print(connection: &worker_sdk::Connection) -> std::io::Result<()> {
+    /// if let Some(tcp) = connection.as_tcp() {
+    ///     println!("the client called {}", tcp.local_addr()?);
+    /// }
+    /// # Ok(())
+    /// # }
+    /// ```
     pub fn as_tcp(&self) -> Option<&TcpStream> {
         match self.peer_addr() {
             PeerAddr::Inet(_) => Some(self.stream()),
@@ -211,10 +282,24 @@ impl Connection {
         self.as_tcp().map_or(Ok(()), |stream| stream.set_nodelay(nodelay))
     }
 
-    /// Makes reads and writes return [`io::ErrorKind::WouldBlock`] instead of waiting.
+    /// Makes reads and writes return [`io::ErrorKind::WouldBlock`] instead of waiting; for all handles.
     ///
     /// # Errors
     /// What the system says.
+    ///
+    /// ```no_run
+    /// # fn peek(mut connection: worker_sdk::Connection) -> std::io::Result<()> {
+    /// use std::io::{ErrorKind, Read};
+    ///
+    /// connection.set_nonblocking(true)?;
+    /// match connection.read(&mut [0; 4096]) {
+    ///     Ok(n) => println!("{n} bytes"),
+    ///     Err(error) if error.kind() == ErrorKind::WouldBlock => println!("nothing yet"),
+    ///     Err(error) => return Err(error),
+    /// }
+    /// # Ok(())
+    /// # }
+    /// ```
     pub fn set_nonblocking(&self, nonblocking: bool) -> io::Result<()> {
         self.stream().set_nonblocking(nonblocking)
     }

@@ -10,7 +10,31 @@ use crate::wire::RefusedCode;
 /// Why a worker could not be made, could not join, or gives no more connections.
 ///
 /// Only the first join reports these. A worker that has joined once retries for ever by itself, and says
-/// so in the log, so after that only [`Error::Closed`] and [`Error::Forked`] remain.
+/// so in the log. After that [`Error::Closed`] and [`Error::Forked`] remain, and [`Error::Io`] where even waiting
+/// fails.
+///
+/// ```
+/// use worker_sdk::{Error, Worker, WorkerConfig};
+///
+/// // The exit codes of sysexits.h, so that a service manager knows what to do.
+/// fn exit_code(error: &Error) -> i32 {
+///     match error {
+///         Error::Config { .. } => 78,
+///         Error::Refused { .. } => 77,
+///         Error::JoinTimeout { .. } => 75,
+///         Error::Protocol { .. } => 76,
+///         _ => 71,
+///     }
+/// }
+///
+/// match Worker::connect(WorkerConfig::new()) {
+///     Err(error) => {
+///         eprintln!("{error}"); // "dispatch_socket: not set: set DISPATCH_SOCKET …"
+///         assert_eq!(exit_code(&error), 78);
+///     }
+///     Ok(_) => unreachable!("neither a dispatcher nor an address to listen on"),
+/// }
+/// ```
 #[derive(Debug)]
 #[non_exhaustive]
 pub enum Error {
@@ -117,6 +141,7 @@ impl std::error::Error for Error {
     }
 }
 
+/// For functions that return [`io::Result`]. The kind says what sort of error it was, and the error itself is inside.
 impl From<Error> for io::Error {
     fn from(error: Error) -> io::Error {
         let kind = match &error {

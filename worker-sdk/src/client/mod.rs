@@ -46,7 +46,7 @@ impl Drop for Handle {
 /// forking: a fork's copy takes nothing, and its end says nothing to the dispatcher.
 ///
 /// ```no_run
-/// use std::io::{Read, Write};
+/// use std::io::Write;
 /// use worker_sdk::{Worker, WorkerConfig};
 ///
 /// fn main() -> Result<(), worker_sdk::Error> {
@@ -56,6 +56,32 @@ impl Drop for Handle {
 ///     }
 ///     Ok(())
 /// }
+/// ```
+///
+/// Alone, as in a test, and what it says of itself:
+///
+/// ```
+/// use std::io::{Read, Write};
+/// use worker_sdk::{Worker, WorkerConfig};
+///
+/// # fn main() -> Result<(), Box<dyn std::error::Error>> {
+/// let worker = Worker::connect(WorkerConfig::new().pool("web").listen("127.0.0.1:0"))?;
+/// assert!(worker.is_joined() && worker.id().is_none(), "ready, and no dispatcher has numbered it");
+/// assert_eq!(worker.pool(), "web");
+/// let address = worker.local_addr().and_then(|addr| addr.socket_addr()).ok_or("not TCP")?;
+///
+/// let mut client = std::net::TcpStream::connect(address)?;
+/// if let Some(mut connection) = worker.accept()? {
+///     assert_eq!(worker.live(), 1);
+///     connection.write_all(b"hello\n")?;
+/// } // Dropped: closed, then counted as ended.
+/// assert_eq!(worker.live(), 0);
+///
+/// let mut text = String::new();
+/// client.read_to_string(&mut text)?;
+/// assert_eq!(text, "hello\n");
+/// # Ok(())
+/// # }
 /// ```
 #[derive(Clone)]
 pub struct Worker(Arc<Handle>);
@@ -68,7 +94,18 @@ impl Worker {
     ///
     /// # Errors
     /// [`Error::Config`] for a wrong setting, [`Error::Refused`] when the dispatcher does not take this
-    /// worker, [`Error::JoinTimeout`], [`Error::Protocol`] when something else answers, and [`Error::Io`].
+    /// worker, [`Error::JoinTimeout`], [`Error::Protocol`] when something else answers, and [`Error::Io`] when
+    /// a system call fails: the address to listen on is in use, the dispatch socket is not for us to open.
+    ///
+    /// ```
+    /// use std::time::Duration;
+    /// use worker_sdk::{Error, Worker, WorkerConfig};
+    ///
+    /// let config = WorkerConfig::new()
+    ///     .dispatch_socket("/nonexistent/dispatch.sock")
+    ///     .join_timeout(Duration::from_millis(10));
+    /// assert!(matches!(Worker::connect(config), Err(Error::JoinTimeout { .. })));
+    /// ```
     pub fn connect(config: WorkerConfig) -> Result<Worker, Error> {
         let worker = Worker(Arc::new(Handle(Core::new(&config)?)));
         worker.core().join()?;
@@ -110,11 +147,27 @@ impl Worker {
     ///
     /// # Errors
     /// [`Error::Closed`] once closed, [`Error::Forked`] in a forked child.
+    ///
+    /// ```no_run
+    /// use rustix::event::{PollFd, PollFlags, poll};
+    ///
+    /// # fn register(_: worker_sdk::Connection) {}
+    /// # fn main() -> Result<(), Box<dyn std::error::Error>> {
+    /// # let worker = worker_sdk::Worker::connect(worker_sdk::WorkerConfig::from_env()?)?;
+    /// loop {
+    ///     while let Some(connection) = worker.try_accept()? {
+    ///         register(connection);
+    ///     }
+    ///     poll(&mut [PollFd::new(&worker, PollFlags::IN)], None)?; // And the connections.
+    /// }
+    /// # }
+    /// ```
     pub fn try_accept(&self) -> Result<Option<Connection>, Error> {
         Ok(self.core().try_accept()?.map(Connection::new))
     }
 
-    /// The connections, one after the other, until the worker is closed. Errors that can't pass end it, too, and are logged.
+    /// The connections, one after the other, until the worker is closed. Errors that can't pass end it, too, and are
+    /// logged. The [example above](Worker) shows it.
     pub fn incoming(&mut self) -> Incoming<'_> {
         Incoming { worker: self }
     }
@@ -124,11 +177,23 @@ impl Worker {
     ///
     /// Connections whose dispatcher had gone, so that nobody else can serve them, are still given out
     /// by `accept` before it says `None`; dropping the last handle closes them.
+    ///
+    /// ```
+    /// # fn main() -> Result<(), worker_sdk::Error> {
+    /// # let config = worker_sdk::WorkerConfig::new().listen("127.0.0.1:0");
+    /// let worker = worker_sdk::Worker::connect(config)?;
+    /// let closing = worker.clone();
+    /// let thread = std::thread::spawn(move || worker.accept()); // Waits …
+    /// closing.close(); // … until here, as when SIGTERM arrives.
+    /// assert!(matches!(thread.join(), Ok(Ok(None))));
+    /// # Ok(())
+    /// # }
+    /// ```
     pub fn close(&self) {
         self.core().close();
     }
 
-    /// Connections taken and not yet ended.
+    /// Connections taken and not yet ended, in this process.
     pub fn live(&self) -> u64 {
         self.core().live()
     }
@@ -138,17 +203,18 @@ impl Worker {
         self.core().id()
     }
 
-    /// Whether a dispatcher has us now. A blocking worker notices that it has gone when a thread is in `accept`.
+    /// Whether connections can come now: a dispatcher has us, or we listen by ourselves. A blocking worker notices that
+    /// the dispatcher has gone when a thread is in `accept`.
     pub fn is_joined(&self) -> bool {
         self.core().is_joined()
     }
 
-    /// The pool.
+    /// The pool it joins.
     pub fn pool(&self) -> &str {
         self.core().pool()
     }
 
-    /// The address that a worker without a dispatcher listens on.
+    /// The address that a worker without a dispatcher listens on, with the port it got; `None` with a dispatcher.
     pub fn local_addr(&self) -> Option<PeerAddr> {
         self.core().local_addr()
     }

@@ -14,16 +14,73 @@
 //! included: exactly one side wins, and a word that was used again can't be mistaken for the old one. Whoever loses
 //! closes its copy of the connection and never shuts it down.
 //!
+//! ```
+//! use std::sync::atomic::AtomicU64;
+//! use worker_sdk::scoreboard::claim::{self, Revoke, SlotState};
+//!
+//! let slot = AtomicU64::new(0); // In real life, one of a scoreboard.
+//!
+//! // A handoff: the dispatcher offers, the worker claims, the dispatcher closes its copy.
+//! claim::offer(&slot, 1);
+//! assert!(claim::claim(&slot, 1));
+//! assert!(claim::still_held(&slot, 1), "shut down before closing, or the client sees no end");
+//! assert_eq!(claim::state(&slot, 1), SlotState::Taken);
+//! claim::release(&slot, 1);
+//! assert!(!claim::still_held(&slot, 1));
+//!
+//! // The worker is slow, so the dispatcher takes the next one back. The late claim fails.
+//! claim::offer(&slot, 2);
+//! assert_eq!(claim::revoke(&slot, 2), Revoke::Revoked);
+//! assert!(!claim::claim(&slot, 2), "close it, never shut it down: somebody else serves it");
+//!
+//! // The file descriptor did not arrive: the worker gives the slot back, the dispatcher sends it elsewhere.
+//! claim::offer(&slot, 3);
+//! assert!(claim::decline(&slot, 3));
+//! assert_eq!(claim::revoke(&slot, 3), Revoke::Was(SlotState::Lost));
+//! ```
+//!
 //! # Sleeping
 //!
 //! The dispatcher wants to sleep, yet hear of a take or a close. It sets bits in the `want` word, then reads
 //! slots and counters once more, then sleeps. A worker changes a slot or counter, then reads `want`. Each side puts a
 //! sequentially consistent fence between its write and its read (Dekker's pattern), so at least one of
 //! them sees the other's write: either the dispatcher does not sleep, or the worker pokes.
+//!
+//! ```
+//! use std::sync::atomic::{AtomicU32, AtomicU64};
+//! use worker_sdk::scoreboard::claim::{self, SlotState, want};
+//!
+//! let (slot, word) = (AtomicU64::new(0), AtomicU32::new(0));
+//! claim::offer(&slot, 1);
+//!
+//! // The dispatcher, before it sleeps: ask, then look once more.
+//! claim::arm(&word, want::TAKEN | want::ROOM);
+//! assert_eq!(claim::state(&slot, 1), SlotState::Sent);
+//!
+//! // The worker: change, then ask whether somebody wants to know. Only the first change pokes.
+//! assert!(claim::claim(&slot, 1));
+//! assert!(claim::must_poke(&word, want::TAKEN), "now write 1 to the eventfd");
+//! assert!(!claim::must_poke(&word, want::TAKEN));
+//! ```
 
 use std::sync::atomic::{AtomicU32, AtomicU64, Ordering, fence};
 
 /// An atomic integer shared by the two sides. Implemented by the standard atomics and, in tests, by a model checker's.
+///
+/// ```
+/// use std::sync::atomic::AtomicU64;
+/// use worker_sdk::scoreboard::claim::{self, Word};
+///
+/// /// Works on shared memory and in a model checker alike.
+/// fn serve(slot: &impl Word<u64>, seq: u64) -> bool {
+///     claim::claim(slot, seq)
+/// }
+///
+/// let slot = AtomicU64::new(0);
+/// claim::offer(&slot, 7);
+/// assert!(serve(&slot, 7));
+/// assert!(!slot.swap_if(7 * 8 + 1, 7 * 8 + 2), "no longer SENT");
+/// ```
 pub trait Word<T: Copy> {
     /// Atomic load.
     fn load(&self, order: Ordering) -> T;
@@ -80,7 +137,7 @@ const fn word(seq: u64, state: u64) -> u64 {
     (seq << STATE_BITS) | state
 }
 
-/// What the dispatcher reads in a slot whose sequence number it knows.
+/// What the dispatcher reads in a slot whose sequence number it knows; see the [example](self).
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum SlotState {
     /// Not yet taken.
@@ -93,7 +150,7 @@ pub enum SlotState {
     Invalid,
 }
 
-/// How an attempt to revoke ended.
+/// How an attempt to revoke ended; see the [example](self).
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Revoke {
     /// The dispatcher has the connection again; the worker can no longer claim it.
@@ -102,12 +159,12 @@ pub enum Revoke {
     Was(SlotState),
 }
 
-/// Dispatcher: offers `seq` in a slot, before the record that names it is sent.
+/// Dispatcher: offers `seq` (1 to [`MAX_SEQ`]) in a slot, before the record that names it is sent. [Example](self).
 pub fn offer(slot: &impl Word<u64>, seq: u64) {
     slot.store(word(seq, SENT), Ordering::Release);
 }
 
-/// Dispatcher: what has become of `seq`.
+/// Dispatcher: what has become of `seq`. [Example](self).
 pub fn state(slot: &impl Word<u64>, seq: u64) -> SlotState {
     let now = slot.load(Ordering::Acquire);
     if now == word(seq, SENT) {
@@ -121,7 +178,7 @@ pub fn state(slot: &impl Word<u64>, seq: u64) -> SlotState {
     }
 }
 
-/// Dispatcher: takes `seq` back unless the worker has it.
+/// Dispatcher: takes `seq` back unless the worker has it. [Example](self).
 pub fn revoke(slot: &impl Word<u64>, seq: u64) -> Revoke {
     if slot.swap_if(word(seq, SENT), word(seq, REVOKED)) {
         return Revoke::Revoked;
@@ -134,22 +191,25 @@ pub fn revoke(slot: &impl Word<u64>, seq: u64) -> Revoke {
 }
 
 /// Dispatcher: its own copy of the taken `seq` is closed; the worker's close alone ends the connection now.
+/// [Example](self).
 pub fn release(slot: &impl Word<u64>, seq: u64) {
     slot.store(word(seq, RELEASED), Ordering::Release);
 }
 
-/// Worker: claims `seq` for its application. On false it closes its copy and touches nothing else.
+/// Worker: claims `seq` for its application. On false it closes its copy and touches nothing else. [Example](self).
 #[must_use]
 pub fn claim(slot: &impl Word<u64>, seq: u64) -> bool {
     slot.swap_if(word(seq, SENT), word(seq, TAKEN))
 }
 
 /// Worker: `seq` did not arrive (the process is out of descriptors), or is declined. False if it was revoked meanwhile.
+/// [Example](self).
 pub fn decline(slot: &impl Word<u64>, seq: u64) -> bool {
     slot.swap_if(word(seq, SENT), word(seq, LOST))
 }
 
 /// Worker: whether the dispatcher may still hold a copy of the taken `seq`, so that closing alone would not end it.
+/// [Example](self).
 pub fn still_held(slot: &impl Word<u64>, seq: u64) -> bool {
     slot.load(Ordering::Acquire) == word(seq, TAKEN)
 }
@@ -162,13 +222,14 @@ pub mod want {
     pub const ROOM: u32 = 2;
 }
 
-/// Dispatcher: asks to be poked. Everything it would sleep on must be read again after this.
+/// Dispatcher: asks to be poked, for the [bits](want) given. Everything it would sleep on must be read again after
+/// this. [Example](self#sleeping).
 pub fn arm(want: &impl Word<u32>, bits: u32) {
     want.or(bits);
     fence_of(want);
 }
 
-/// Worker: after a change of the kind `bit`; true if it must poke.
+/// Worker: after a change of the kind [`bit`](want); true if it must poke. [Example](self#sleeping).
 #[must_use]
 pub fn must_poke(want: &impl Word<u32>, bit: u32) -> bool {
     fence_of(want);

@@ -35,6 +35,33 @@ const OFFSET_RING: usize = 256;
 pub const MAX_SLOTS: u32 = 65_536;
 
 /// A mapped scoreboard; unmapped when dropped.
+///
+/// ```
+/// use worker_sdk::scoreboard::{Scoreboard, claim};
+///
+/// # fn main() -> Result<(), worker_sdk::scoreboard::ScoreboardError> {
+/// // The dispatcher makes it, for a worker that has closed 5 connections so far …
+/// let (dispatcher, fd) = Scoreboard::create(256, 5)?;
+/// // … and the worker maps what came with its welcome: the same memory.
+/// let worker = Scoreboard::open(fd, 256)?;
+/// assert_eq!(worker.slots(), 256);
+///
+/// if let (Some(ours), Some(theirs)) = (dispatcher.slot(0), worker.slot(0)) {
+///     claim::offer(ours, 1);
+///     assert!(claim::claim(theirs, 1));
+///     assert_eq!(claim::state(ours, 1), claim::SlotState::Taken);
+/// }
+/// assert!(worker.slot(256).is_none());
+///
+/// claim::arm(dispatcher.want(), claim::want::ROOM);
+/// worker.raise_finished(6);
+/// assert!(claim::must_poke(worker.want(), claim::want::ROOM));
+/// assert_eq!(dispatcher.finished(), 6);
+/// worker.raise_finished(3);
+/// assert_eq!(dispatcher.finished(), 6, "it never goes down");
+/// # Ok(())
+/// # }
+/// ```
 pub struct Scoreboard {
     map: Mapping,
     slots: u32,
@@ -50,12 +77,23 @@ impl fmt::Debug for Scoreboard {
 }
 
 /// Why a file descriptor is not a scoreboard, or none could be made.
+///
+/// ```
+/// use worker_sdk::scoreboard::{Scoreboard, ScoreboardError};
+///
+/// # fn main() -> std::io::Result<()> {
+/// let fd = std::fs::File::open("/dev/null")?.into();
+/// assert!(matches!(Scoreboard::open(fd, 256), Err(ScoreboardError::NotSealed)));
+/// assert!(matches!(Scoreboard::create(0, 0), Err(ScoreboardError::Malformed("number of slots"))));
+/// # Ok(())
+/// # }
+/// ```
 #[derive(Debug)]
 #[non_exhaustive]
 pub enum ScoreboardError {
     /// A system call failed.
     Io(std::io::Error),
-    /// The memory can still shrink or grow under its readers.
+    /// The memory can still shrink or grow under its readers, or is no memfd.
     NotSealed,
     /// Wrong size, magic, version or number of slots.
     Malformed(&'static str),
@@ -91,10 +129,12 @@ fn size(slots: u32) -> usize {
 }
 
 impl Scoreboard {
-    /// Dispatcher: makes a sealed scoreboard with a ring of `slots`, all free, and `finished` as the worker reported it.
+    /// Dispatcher: makes a sealed scoreboard with a ring of `slots`, all free, and `finished` as the worker reported
+    /// it.
     ///
     /// # Errors
-    /// [`ScoreboardError::Malformed`] for 0 or more than [`MAX_SLOTS`] slots, or what the system calls answer.
+    /// [`ScoreboardError::Malformed`] for 0 or more than [`MAX_SLOTS`] slots, [`ScoreboardError::Io`] with what
+    /// the system calls answer.
     pub fn create(slots: u32, finished: u64) -> Result<(Scoreboard, OwnedFd), ScoreboardError> {
         if slots == 0 || slots > MAX_SLOTS {
             return Err(ScoreboardError::Malformed("number of slots"));
@@ -111,7 +151,9 @@ impl Scoreboard {
     /// Worker: maps the scoreboard that came with a welcome which announced `slots`.
     ///
     /// # Errors
-    /// When the memory is not sealed against resizing or is not a scoreboard of that many slots.
+    /// [`ScoreboardError::NotSealed`] when the memory can still be resized or is no memfd,
+    /// [`ScoreboardError::Malformed`] when it is not a scoreboard of that many slots, [`ScoreboardError::Io`] when it
+    /// cannot be mapped.
     pub fn open(fd: OwnedFd, slots: u32) -> Result<Scoreboard, ScoreboardError> {
         if slots == 0 || slots > MAX_SLOTS {
             return Err(ScoreboardError::Malformed("number of slots"));

@@ -5,6 +5,14 @@ use std::fmt;
 use super::MAX_NAME;
 
 /// Why a record was not accepted.
+///
+/// ```
+/// use worker_sdk::wire::{Control, WireError};
+///
+/// let error = Control::decode(&[200, 0, 0, 0]).unwrap_err();
+/// assert_eq!(error, WireError::UnknownKind(200));
+/// assert_eq!(error.to_string(), "unknown record kind 200");
+/// ```
 #[derive(Clone, Debug, PartialEq, Eq)]
 #[non_exhaustive]
 pub enum WireError {
@@ -134,6 +142,13 @@ pub(super) fn name(value: &[u8], field: &'static str) -> Result<String, WireErro
 }
 
 /// Whether `text` may name a pool, worker or listener: 1 to [`MAX_NAME`] bytes, no control characters, no spaces.
+///
+/// ```
+/// use worker_sdk::wire::is_name;
+///
+/// assert!(is_name("web-1"));
+/// assert!(!is_name("two words") && !is_name(""));
+/// ```
 pub fn is_name(text: &str) -> bool {
     (1..=MAX_NAME).contains(&text.len())
         && !text.chars().any(|c| c.is_control() || c.is_whitespace())

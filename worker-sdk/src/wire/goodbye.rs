@@ -5,6 +5,14 @@ use super::kind;
 
 /// Send me nothing more. The control connection stays open until the last connection is closed,
 /// so that they are counted to the end.
+///
+/// ```
+/// use worker_sdk::wire::{Control, Goodbye};
+///
+/// let mut record = Vec::new();
+/// Goodbye.encode(&mut record);
+/// assert_eq!(Control::decode(&record), Ok(Control::Goodbye(Goodbye)));
+/// ```
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
 pub struct Goodbye;
 

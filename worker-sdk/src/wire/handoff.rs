@@ -12,6 +12,22 @@ pub const ENTRY_LEN: usize = 48;
 /// Where a client connected from, as the dispatcher saw it.
 ///
 /// An IPv4 client of a dual-stack listener has its IPv4 address, not the mapped IPv6 one.
+///
+/// ```
+/// use std::net::SocketAddr;
+/// use worker_sdk::PeerAddr;
+///
+/// # fn main() -> Result<(), std::net::AddrParseError> {
+/// let peer = PeerAddr::from("[::ffff:192.0.2.1]:50000".parse::<SocketAddr>()?);
+/// assert_eq!(peer.to_string(), "192.0.2.1:50000");
+/// assert_eq!(peer.ip(), Some("192.0.2.1".parse()?));
+/// assert_eq!(peer.socket_addr().map(|addr| addr.port()), Some(50000));
+///
+/// assert_eq!(PeerAddr::Unix.to_string(), "unix");
+/// assert_eq!(PeerAddr::Unix.ip(), None);
+/// # Ok(())
+/// # }
+/// ```
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
 #[non_exhaustive]
 pub enum PeerAddr {
@@ -37,6 +53,7 @@ impl PeerAddr {
 }
 
 impl From<SocketAddr> for PeerAddr {
+    /// An IPv4 address that is mapped into IPv6 becomes the IPv4 address it is.
     fn from(addr: SocketAddr) -> Self {
         match addr.ip().to_canonical() {
             // A mapped address carries no scope; a real IPv6 one keeps its own.
@@ -55,7 +72,15 @@ impl fmt::Display for PeerAddr {
     }
 }
 
-/// Properties of one connection, a bit each.
+/// Properties of one connection, a bit each. Bits that are not known are ignored.
+///
+/// ```
+/// use worker_sdk::wire::EntryFlags;
+///
+/// let flags = EntryFlags(0b101);
+/// assert!(flags.contains(EntryFlags::RESENT));
+/// assert!(!EntryFlags::NONE.contains(EntryFlags::RESENT));
+/// ```
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
 pub struct EntryFlags(pub u16);
 
@@ -72,7 +97,7 @@ impl EntryFlags {
     }
 }
 
-/// One connection of a handoff.
+/// One connection of a handoff. See [`Handoff`] for an example.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct Entry {
     /// Sequence number; grows by at least 1 with every entry sent to this worker.
@@ -140,6 +165,28 @@ impl Entry {
 }
 
 /// Connections for this worker.
+///
+/// ```
+/// use worker_sdk::PeerAddr;
+/// use worker_sdk::wire::{Channel, Entry, EntryFlags, Handoff};
+///
+/// let entry = Entry {
+///     seq: 1,
+///     slot: 0,
+///     listener: 0,
+///     flags: EntryFlags::NONE,
+///     accepted_ns: 1_000_000_000, // One second after boot.
+///     peer: PeerAddr::Inet(([192, 0, 2, 1], 50_000).into()),
+/// };
+/// let mut record = Vec::new();
+/// Handoff::encode_entries(&[entry], &mut record);
+///
+/// let handoff = Handoff { entries: vec![entry] };
+/// let mut same = Vec::new();
+/// handoff.encode(&mut same);
+/// assert_eq!(record, same);
+/// assert_eq!(Channel::decode(&record), Ok(Channel::Handoff(handoff)));
+/// ```
 #[derive(Clone, Debug, Default, PartialEq, Eq)]
 pub struct Handoff {
     /// 1 to [`MAX_FDS_PER_RECORD`] entries.
@@ -154,7 +201,7 @@ impl Handoff {
 
     /// Appends the bytes of a handoff of these entries to `out`, without a `Handoff` being built.
     ///
-    /// The caller gives at most [`MAX_FDS_PER_RECORD`]; a reader refuses more.
+    /// The caller gives 1 to [`MAX_FDS_PER_RECORD`]; a reader refuses any other number.
     pub fn encode_entries(entries: &[Entry], out: &mut Vec<u8>) {
         header(out, kind::HANDOFF);
         let count = u16::try_from(entries.len()).unwrap_or(u16::MAX);

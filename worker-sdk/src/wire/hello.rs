@@ -3,7 +3,15 @@
 use super::codec::{Reader, WireError, header, name, once, put_tlv};
 use super::{VERSION, kind, tlv};
 
-/// Optional abilities, one bit each. A side acts only on bits that both have set.
+/// Optional abilities, one bit each. A side acts only on bits that both have set. Version 1 defines none.
+///
+/// ```
+/// use worker_sdk::wire::Features;
+///
+/// let (mine, theirs) = (Features(0b011), Features(0b110));
+/// assert_eq!(Features(mine.0 & theirs.0), Features(0b010));
+/// assert_eq!(Features::default(), Features::NONE);
+/// ```
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
 pub struct Features(pub u64);
 
@@ -12,7 +20,20 @@ impl Features {
     pub const NONE: Features = Features(0);
 }
 
-/// The secret that a spawned worker finds in `DISPATCH_TOKEN` and returns in its hello.
+/// The secret that a spawned worker finds in `DISPATCH_TOKEN` and returns in its hello: 16 bytes, written
+/// as 32 hexadecimal digits. `Debug` does not show it; `Display` does.
+///
+/// ```
+/// use worker_sdk::Token;
+///
+/// # fn main() -> Result<(), worker_sdk::wire::WireError> {
+/// let token: Token = "00112233445566778899aabbccddeeff".parse()?;
+/// assert_eq!(token.0[1], 0x11);
+/// assert_eq!(token.to_string(), "00112233445566778899aabbccddeeff");
+/// assert!("secret".parse::<Token>().is_err());
+/// # Ok(())
+/// # }
+/// ```
 #[derive(Clone, Copy, PartialEq, Eq, Hash)]
 pub struct Token(pub [u8; 16]);
 
@@ -32,6 +53,8 @@ impl std::fmt::Display for Token {
 impl std::str::FromStr for Token {
     type Err = WireError;
 
+    /// # Errors
+    /// [`WireError::Invalid`] unless it is exactly 32 hexadecimal digits.
     fn from_str(text: &str) -> Result<Token, WireError> {
         let mut token = [0; 16];
         // Checked digit by digit: the number parser below would also take a sign.
@@ -47,6 +70,20 @@ impl std::str::FromStr for Token {
 }
 
 /// What a worker says of itself when it joins.
+///
+/// ```
+/// use worker_sdk::wire::{Control, Hello, WireError};
+///
+/// // A worker that comes back: it has taken 7 connections so far, 2 of them are live.
+/// let hello = Hello { pool: "web".to_owned(), base: 7, finished: 5, ..Hello::default() };
+/// let mut record = Vec::new();
+/// hello.encode(&mut record);
+/// assert_eq!(Control::decode(&record), Ok(Control::Hello(hello)));
+///
+/// let mut record = Vec::new();
+/// Hello { weight: 0, ..Hello::default() }.encode(&mut record);
+/// assert_eq!(Control::decode(&record), Err(WireError::Invalid("weight")));
+/// ```
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct Hello {
     /// Protocol version; see [`VERSION`].
@@ -89,7 +126,7 @@ impl Default for Hello {
 }
 
 impl Hello {
-    /// Appends the record's bytes to `out`.
+    /// Appends the record's bytes to `out`. Values are not checked here but when they are decoded.
     pub fn encode(&self, out: &mut Vec<u8>) {
         header(out, kind::HELLO);
         out.extend_from_slice(&self.version.to_le_bytes());

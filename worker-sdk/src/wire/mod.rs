@@ -14,6 +14,19 @@
 //! A reader skips TLVs whose type it does not know, so a later version may add some to any record.
 //! Everything else is exact: a record that is too short, has a non-zero reserved field, or ends in half a
 //! TLV is an error, and so is the wrong number of file descriptors beside it.
+//!
+//! ```
+//! use worker_sdk::wire::{Control, Hello};
+//!
+//! # fn main() -> Result<(), worker_sdk::wire::WireError> {
+//! let hello = Hello { pool: "web".to_owned(), max_connections: 1000, ..Hello::default() };
+//! let mut record = Vec::new();
+//! hello.encode(&mut record); // To be sent as one message.
+//!
+//! assert_eq!(Control::decode(&record)?, Control::Hello(hello));
+//! # Ok(())
+//! # }
+//! ```
 
 mod codec;
 mod goodbye;
@@ -84,6 +97,27 @@ pub mod tlv {
 }
 
 /// Any record that may arrive on the control connection, in either direction.
+///
+/// ```
+/// use worker_sdk::wire::{Control, Goodbye};
+///
+/// # fn main() -> Result<(), worker_sdk::wire::WireError> {
+/// let mut record = Vec::new();
+/// Control::Goodbye(Goodbye).encode(&mut record);
+/// assert_eq!(record, [4, 0, 0, 0]);
+///
+/// let received_fds = 0; // What `recvmsg` gave beside the record.
+/// let control = Control::decode(&record)?;
+/// assert_eq!(control.fds(), received_fds, "otherwise close them, and the connection");
+/// match control {
+///     Control::Welcome(welcome) => println!("we are worker {}", welcome.worker_id),
+///     Control::Refused(refused) => println!("not let in: {}", refused.reason),
+///     Control::Hello(hello) => println!("{} wants to join {}", hello.name, hello.pool),
+///     Control::Goodbye(_) => println!("a worker leaves"),
+/// }
+/// # Ok(())
+/// # }
+/// ```
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub enum Control {
     /// See [`Hello`].
@@ -135,6 +169,23 @@ impl Control {
 }
 
 /// Any record that may arrive on the channel (dispatcher to worker only).
+///
+/// ```
+/// use worker_sdk::wire::{Channel, Probe};
+///
+/// # fn main() -> Result<(), worker_sdk::wire::WireError> {
+/// let mut record = Vec::new();
+/// Channel::Probe(Probe { seq: 9, slot: 9 }).encode(&mut record);
+///
+/// let channel = Channel::decode(&record)?;
+/// assert_eq!(channel.fds(), 0);
+/// match channel {
+///     Channel::Handoff(handoff) => println!("{} connections", handoff.entries.len()),
+///     Channel::Probe(probe) => println!("claim slot {} when it is its turn", probe.slot),
+/// }
+/// # Ok(())
+/// # }
+/// ```
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub enum Channel {
     /// See [`Handoff`].
@@ -160,7 +211,8 @@ impl Channel {
         }
     }
 
-    /// How many file descriptors must come beside this record.
+    /// How many file descriptors must come beside this record. Fewer is no error of the sender's: at its
+    /// limit of open files a receiver gets only the first ones.
     pub fn fds(&self) -> usize {
         match self {
             Channel::Handoff(m) => m.entries.len(),

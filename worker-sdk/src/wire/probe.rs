@@ -4,6 +4,15 @@ use super::codec::{Reader, WireError, header};
 use super::kind;
 
 /// Take this slot; no file descriptor comes with it.
+///
+/// ```
+/// use worker_sdk::wire::{Channel, Probe};
+///
+/// let probe = Probe { seq: 9, slot: 9 };
+/// let mut record = Vec::new();
+/// probe.encode(&mut record);
+/// assert_eq!(Channel::decode(&record), Ok(Channel::Probe(probe)));
+/// ```
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct Probe {
     /// The sequence number in the slot.

@@ -4,6 +4,14 @@ use super::codec::{Reader, WireError, header, once, put_tlv, text};
 use super::{MAX_CONTROL_RECORD, kind, tlv};
 
 /// Why, for programs. Unknown codes decode as [`RefusedCode::Other`].
+///
+/// ```
+/// use worker_sdk::wire::RefusedCode;
+///
+/// // Whether to try again by ourselves, or to tell somebody.
+/// assert!(RefusedCode::Stopping.is_transient());
+/// assert!(!RefusedCode::NotAllowed.is_transient());
+/// ```
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 #[non_exhaustive]
 pub enum RefusedCode {
@@ -66,13 +74,26 @@ impl RefusedCode {
 }
 
 /// You are not in, and this is why.
+///
+/// ```
+/// use worker_sdk::wire::{Control, Refused, RefusedCode};
+///
+/// let refused = Refused {
+///     code: RefusedCode::UnknownPool,
+///     reason: "no pool web".to_owned(),
+///     key: Some("pool.web".to_owned()),
+/// };
+/// let mut record = Vec::new();
+/// refused.encode(&mut record);
+/// assert_eq!(Control::decode(&record), Ok(Control::Refused(refused)));
+/// ```
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct Refused {
     /// For programs.
     pub code: RefusedCode,
     /// For people: what was wrong and what to do, one sentence. Cut at 1,024 bytes.
     pub reason: String,
-    /// The configuration key that decides it, if one does, such as `pool.web.allow_users`.
+    /// The configuration key that decides it, if one does, such as `pool.web.allow_users`. Cut at 1,024 bytes.
     pub key: Option<String>,
 }
 

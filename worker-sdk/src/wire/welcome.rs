@@ -3,7 +3,7 @@
 use super::codec::{Reader, WireError, header, name, put_tlv};
 use super::{Features, is_name, kind, tlv};
 
-/// A listener of the worker's pool, so that a handoff can name it by its index.
+/// A listener of the worker's pool, so that a handoff can name it by its index. See [`Welcome`] for an example.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct WelcomeListener {
     /// The index that handoffs carry.
@@ -13,6 +13,24 @@ pub struct WelcomeListener {
 }
 
 /// You are in. Beside it come the channel, the scoreboard and the poke eventfd, in this order.
+///
+/// ```
+/// use worker_sdk::wire::{Control, Features, VERSION, WELCOME_FDS, Welcome, WelcomeListener};
+///
+/// let welcome = Control::Welcome(Welcome {
+///     version: VERSION,
+///     slots: 256,
+///     worker_id: 42,
+///     features: Features::NONE,
+///     max_connections: 1000,
+///     handoff_timeout_ms: 200,
+///     listeners: vec![WelcomeListener { index: 0, name: "web".to_owned() }],
+/// });
+/// let mut record = Vec::new();
+/// welcome.encode(&mut record);
+/// assert_eq!(welcome.fds(), WELCOME_FDS);
+/// assert_eq!(Control::decode(&record), Ok(welcome));
+/// ```
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct Welcome {
     /// Protocol version the dispatcher speaks.
@@ -32,7 +50,8 @@ pub struct Welcome {
 }
 
 impl Welcome {
-    /// Appends the record's bytes to `out`.
+    /// Appends the record's bytes to `out`. Listeners whose name is no name ([`is_name`]) are left out, and so
+    /// are those for which the record has no room.
     pub fn encode(&self, out: &mut Vec<u8>) {
         header(out, kind::WELCOME);
         out.extend_from_slice(&self.version.to_le_bytes());
