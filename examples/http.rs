@@ -39,5 +39,5 @@ async fn answer(
     ConnectInfo(peer): ConnectInfo<PeerAddr>,
 ) -> String {
     let (pid, live) = (std::process::id(), listener.live());
-    format!("pid {pid} holds {live} connections; you are {peer}\n")
+    format!("pid {pid}, connections held: {live}; you are {peer}\n")
 }

@@ -119,7 +119,10 @@ impl Core {
             .map(PoolId)
             .zip(pools)
             .map(|(id, settings)| {
-                effects.push_back(Effect::Event(Event::NoUsableWorker { pool: id }));
+                // Where processes are about to be started, this is no news.
+                if settings.processes == 0 {
+                    effects.push_back(Effect::Event(Event::NoUsableWorker { pool: id }));
+                }
                 Pool {
                     candidates: Candidates::default(),
                     held: Held::default(),

@@ -113,6 +113,8 @@ struct Limits {
     refused: Limit,
     broken: Limit,
     shortage: Limit,
+    /// By kind of event.
+    events: [Limit; 14],
 }
 
 /// A turn this long is worth a line; it is said again only for longer ones.

@@ -77,7 +77,12 @@ impl Shell {
                 // Both ends at once: the worker finds its channel ended, and rejoins if it can.
                 let _ = rustix::net::shutdown(&io.lane.channel, Shutdown::Both);
                 let _ = rustix::net::shutdown(&io.control, Shutdown::Both);
-                log::warn!("event=worker_expelled {} reason=\"{reason}\"", self.worker(worker));
+                if let Some(left_out) = self.limits.broken.allow(self.now) {
+                    log::warn!(
+                        "event=worker_expelled {} reason=\"{reason}\" left_out={left_out}",
+                        self.worker(worker)
+                    );
+                }
             }
             Effect::Forget { worker } => {
                 let place = self.workers.get_mut(worker.index as usize);
@@ -224,8 +229,8 @@ fn send_gathered(
 
 /// Sends what fits of a prepared response, without waiting, and closes.
 ///
-/// Bytes the client has already sent are discarded first: closing with unread bytes resets the connection, and the
-/// reset can overtake the response.
+/// Bytes the client has already sent are discarded before the close: closing with unread bytes resets the connection,
+/// and the reset can overtake the response.
 fn answer_and_close(fd: OwnedFd, response: &[u8]) {
     let _ = rustix::net::send(&fd, response, SendFlags::DONTWAIT | SendFlags::NOSIGNAL);
     let _ = rustix::net::shutdown(&fd, Shutdown::Write);

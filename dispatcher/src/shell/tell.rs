@@ -2,11 +2,46 @@
 
 use humantime::format_duration;
 
-use super::Shell;
+use super::limit::Limit;
+use super::{Limits, Shell};
 use crate::pool::{Departure, Event, WorkerId};
 
+impl Limits {
+    fn of(&mut self, event: &Event) -> (&'static str, &mut Limit) {
+        let (name, at) = match event {
+            Event::Joined { .. } => ("worker_joined", 0),
+            Event::Goodbye { .. } => ("worker_goodbye", 1),
+            Event::Gone { .. } => ("worker_gone", 2),
+            Event::Suspect { .. } => ("worker_suspect", 3),
+            Event::Trusted { .. } => ("worker_trusted", 4),
+            Event::Lost { .. } => ("connection_lost_by_worker", 5),
+            Event::ChannelFull { .. } => ("channel_full", 6),
+            Event::Clamped { .. } => ("counter_clamped", 7),
+            Event::NoUsableWorker { .. } => ("no_worker", 8),
+            Event::Refusing { .. } => ("refusing", 9),
+            Event::BackPressure { .. } => ("back_pressure", 10),
+            Event::Relieved { .. } => ("back_pressure_over", 11),
+            Event::Choked { .. } => ("choked", 12),
+            Event::Restarting { .. } => ("process_restarting", 13),
+        };
+        (name, &mut self.events[at])
+    }
+}
+
 impl Shell {
-    pub(super) fn tell(&self, event: &Event) {
+    /// Writes a line, unless this kind has had its share of the second: workers can cause most of these as often as
+    /// they like.
+    pub(super) fn tell(&mut self, event: &Event) {
+        let (kind, limit) = self.limits.of(event);
+        match limit.allow(self.now) {
+            None => return,
+            Some(0) => {}
+            Some(count) => log::warn!("event=lines_left_out kind={kind} count={count}"),
+        }
+        self.write(event);
+    }
+
+    fn write(&self, event: &Event) {
         match event {
             Event::Joined { worker, live } => {
                 log::info!("event=worker_joined {} live={live}", self.worker(*worker));

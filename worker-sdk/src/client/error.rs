@@ -35,7 +35,6 @@ use crate::wire::RefusedCode;
 ///     Ok(_) => unreachable!("neither a dispatcher nor an address to listen on"),
 /// }
 /// ```
-#[derive(Debug)]
 #[non_exhaustive]
 pub enum Error {
     /// A setting is missing or wrong: change it and start again.
@@ -92,6 +91,13 @@ impl Error {
 
     pub(crate) fn io(action: impl Into<String>, source: impl Into<io::Error>) -> Error {
         Error::Io { action: action.into(), source: source.into() }
+    }
+}
+
+impl fmt::Debug for Error {
+    /// The same words as `Display`: this is what a `main` that returns the error prints.
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        fmt::Display::fmt(self, f)
     }
 }
 
