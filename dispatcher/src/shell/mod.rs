@@ -288,21 +288,25 @@ impl Shell {
     }
 
     /// Asks for pokes, looks once more, and says how long to sleep.
+    ///
+    /// Nobody is asked for a poke while there is work: the next turn looks at the scoreboards anyway.
     fn before_sleep(&mut self) -> Option<Duration> {
-        let mut work = false;
+        self.watch_held();
+        let clients = self.watch_listeners();
+        let knocks = self.door.ready && self.door_paused_until.is_none();
+        if clients || knocks || self.side_ready || !self.again.is_empty() {
+            return Some(Duration::ZERO);
+        }
+        let mut changed = false;
         for index in 0..self.workers.len() {
             let Some(io) = self.workers.get(index).and_then(Option::as_deref) else { continue };
             let wants = self.core.wants(io.id);
             if wants != 0 {
                 claim::arm(io.lane.board.want(), wants);
-                work |= self.scan(index);
+                changed |= self.scan(index);
             }
         }
-        self.watch_held();
-        work |= self.watch_listeners();
-        work |= self.door.ready && self.door_paused_until.is_none();
-        work |= self.side_ready || !self.again.is_empty();
-        if work {
+        if changed {
             return Some(Duration::ZERO);
         }
         // A close that found the closer full is tried again soon; nothing tells us when there is room.
