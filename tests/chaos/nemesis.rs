@@ -300,7 +300,11 @@ impl<'a> Nemesis<'a> {
         // Noted first: what follows from it can be seen before the call returns.
         let at = self.did(What::Kill, Some(number));
         self.records[number].killed.get_or_insert(at);
-        self.workers[index].process.kill();
+        let worker = &mut self.workers[index];
+        worker.process.kill();
+        // Nothing is left to be mended.
+        worker.stopped_until = None;
+        worker.starved_until = None;
     }
 
     fn stop(&mut self, what: What, milliseconds: u64) {
