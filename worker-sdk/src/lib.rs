@@ -93,6 +93,8 @@ pub mod wire;
 
 mod sys;
 
+#[cfg(feature = "fuzzing")]
+pub use client::fuzzing;
 #[cfg(feature = "client")]
 pub use client::{Connection, Error, Guard, Incoming, Worker, WorkerConfig};
 pub use wire::{PeerAddr, Token};

@@ -142,6 +142,8 @@ impl Source<'_> {
         let text = text.strip_suffix('\r').unwrap_or(text);
         // A span may go over several lines (a table): the caret marks its part of the first one.
         let line_end = line_start + text.len();
+        // What is missing at the end of a line is missing before its line break, whichever kind that is.
+        let start = start.min(line_end);
         let end = mistake.span.end.min(line_end);
         let width =
             self.text.get(start..end).map_or(1, |marked| marked.trim_end().chars().count().max(1));

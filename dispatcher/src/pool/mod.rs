@@ -336,9 +336,7 @@ impl Core {
             stop.over = true;
             self.empty_queues(now);
         }
-        for pool in 0..self.pools.len() {
-            self.after(now, pool);
-        }
+        self.after_all(now);
     }
 
     /// When [`Core::tick`] should be called next at the latest.
@@ -369,8 +367,8 @@ impl Core {
         self.stop = Some(Stop { deadline, over: false });
         for pool in 0..self.pools.len() {
             self.pools[pool].processes.stop();
-            self.after(now, pool);
         }
+        self.after_all(now);
     }
 
     /// Whether a stop is complete: nothing held, nothing in custody, or the deadline has passed.
@@ -428,11 +426,24 @@ impl Core {
         self.effects.push_back(Effect::Event(event));
     }
 
-    /// Ends every public mutator: places what can be placed now, says what changed for the pool, checks.
+    /// Ends every public mutator that changes one pool: places what can be placed now, says what changed, checks.
     fn after(&mut self, now: Time, pool: usize) {
-        self.place_held(now, pool);
-        self.tell_pressure(now, pool);
+        self.place_and_tell(now, pool);
         #[cfg(any(test, debug_assertions))]
         self.check_sometimes();
+    }
+
+    /// Ends every public mutator that may change them all. Only with the last of them are the invariants true again.
+    fn after_all(&mut self, now: Time) {
+        for pool in 0..self.pools.len() {
+            self.place_and_tell(now, pool);
+        }
+        #[cfg(any(test, debug_assertions))]
+        self.check_sometimes();
+    }
+
+    fn place_and_tell(&mut self, now: Time, pool: usize) {
+        self.place_held(now, pool);
+        self.tell_pressure(now, pool);
     }
 }

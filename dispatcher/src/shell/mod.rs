@@ -10,6 +10,8 @@
 mod accept;
 mod control;
 mod error;
+#[cfg(feature = "fuzzing")]
+pub mod fuzzing;
 mod held;
 mod inherited;
 mod join;

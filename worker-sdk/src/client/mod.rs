@@ -9,6 +9,8 @@ mod config;
 mod connection;
 pub(crate) mod core;
 mod error;
+#[cfg(feature = "fuzzing")]
+pub mod fuzzing;
 mod join;
 mod ready;
 mod standalone;

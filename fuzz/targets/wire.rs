@@ -1,0 +1,42 @@
+//! Decoding records of either socket, and encoding what was decoded.
+
+use worker_sdk::wire::{Channel, Control, MAX_CHANNEL_RECORD, MAX_CONTROL_RECORD, WireError};
+
+pub fn wire_control(data: &[u8]) {
+    round(data, MAX_CONTROL_RECORD, Control::decode, |record, out| {
+        assert!(record.fds() <= 3);
+        record.encode(out);
+    });
+}
+
+pub fn wire_channel(data: &[u8]) {
+    round(data, MAX_CHANNEL_RECORD, Channel::decode, |record, out| {
+        assert!(record.fds() <= 64);
+        record.encode(out);
+    });
+}
+
+/// What decodes can be encoded, is then no longer than a record may be, and decodes as the same. From then on the bytes
+/// stay the same: there is one way to write a record without unknown TLVs.
+fn round<T: PartialEq + std::fmt::Debug>(
+    data: &[u8],
+    max: usize,
+    decode: impl Fn(&[u8]) -> Result<T, WireError>,
+    encode: impl Fn(&T, &mut Vec<u8>),
+) {
+    let record = match decode(data) {
+        Ok(record) => record,
+        Err(error) => {
+            assert!(!error.to_string().is_empty());
+            return;
+        }
+    };
+    assert!(data.len() <= max);
+    let (mut once, mut twice) = (Vec::new(), Vec::new());
+    encode(&record, &mut once);
+    assert!(once.len() <= max, "{record:?} has {} bytes", once.len());
+    let again = decode(&once).expect("what we encode decodes");
+    assert_eq!(again, record);
+    encode(&again, &mut twice);
+    assert_eq!(twice, once);
+}

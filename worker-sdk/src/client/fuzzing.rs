@@ -1,0 +1,54 @@
+//! The receive paths, for the fuzz targets: what they are is private, and stays so without the feature `fuzzing`.
+//!
+//! A feature rather than a hidden module, so that the crate as people use it has nothing of this; functions that
+//! wrap the private ones rather than copies, so that what is tested is what runs.
+
+use std::os::fd::{BorrowedFd, OwnedFd};
+use std::path::Path;
+
+use super::channel::{self, Wait};
+use super::join::{self, Failure};
+use crate::wire::{Entry, Probe, Welcome};
+
+/// What came on a channel.
+#[derive(Debug)]
+pub enum FromChannel {
+    /// Connections.
+    Handoff {
+        /// With their descriptors.
+        arrived: Vec<(Entry, OwnedFd)>,
+        /// Without.
+        lost: Vec<Entry>,
+    },
+    /// A probe.
+    Probe(Probe),
+    /// Nothing there now.
+    Empty,
+    /// The peer has closed it.
+    End,
+    /// Not something a dispatcher sends.
+    Broken(String),
+}
+
+/// Receives one record from a channel, without waiting.
+pub fn from_channel(channel: BorrowedFd<'_>) -> FromChannel {
+    match channel::receive(channel, &mut [0; channel::BUFFER], Wait::No) {
+        channel::Received::Handoff { arrived, lost } => FromChannel::Handoff { arrived, lost },
+        channel::Received::Probe(probe) => FromChannel::Probe(probe),
+        channel::Received::Empty => FromChannel::Empty,
+        channel::Received::End => FromChannel::End,
+        channel::Received::Broken(problem) => FromChannel::Broken(problem),
+    }
+}
+
+/// Looks for the answer to a hello, without waiting; `None` if it is not there yet.
+///
+/// # Errors
+/// When the dispatcher refuses, is gone, or sends something else.
+pub fn answer(control: &OwnedFd) -> Result<Option<Welcome>, String> {
+    match join::answer(control, Path::new("fuzz")) {
+        Ok(joined) => Ok(joined.map(|joined| joined.welcome)),
+        Err(Failure::Transient(problem)) => Err(problem),
+        Err(Failure::Permanent(error)) => Err(error.to_string()),
+    }
+}
