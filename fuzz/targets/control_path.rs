@@ -195,9 +195,11 @@ fn with_room<T>(room: Option<usize>, call: impl FnOnce() -> T) -> T {
         return call();
     };
     let before = getrlimit(Resource::Nofile);
-    // The kernel gives the lowest number that is free.
-    let lowest = file().as_raw_fd() as u64;
-    let current = Some(lowest + room as u64).min(before.maximum);
+    // The kernel gives the lowest numbers that are free, and there may be gaps: the first that must not be given is found
+    // by opening as many.
+    let files: Vec<OwnedFd> = (0..=room).map(|_| file()).collect();
+    let current = files.last().map(|file| file.as_raw_fd() as u64);
+    drop(files);
     setrlimit(Resource::Nofile, Rlimit { current, maximum: before.maximum }).expect("a limit");
     let result = call();
     setrlimit(Resource::Nofile, before).expect("the limit as it was");
