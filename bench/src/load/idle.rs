@@ -1,0 +1,34 @@
+//! One client at a time, with pauses: what a sleeping server takes to get a connection to its application.
+
+use std::io;
+use std::time::Duration;
+
+use rustix::net::RecvFlags;
+
+use super::{CpuMeter, Metrics, Request, add_percentiles, client_socket};
+use crate::machine;
+
+pub(super) fn run(request: &Request, count: usize, pause: Duration) -> io::Result<Metrics> {
+    let mut latencies = Vec::with_capacity(count);
+    let meter = CpuMeter::start(&request.processes);
+    for number in 0..count + count / 10 {
+        std::thread::sleep(pause);
+        let fd = client_socket(false)?;
+        let began = machine::now_ns();
+        rustix::net::connect(&fd, &request.addresses[0])?;
+        let mut stamp = [0; 8];
+        let (_, received) = rustix::net::recv(&fd, &mut stamp, RecvFlags::WAITALL)?;
+        if received != stamp.len() {
+            return Err(io::Error::other("a client got no time stamp"));
+        }
+        // The first tenth warms up.
+        if number >= count / 10 {
+            latencies.push(u64::from_le_bytes(stamp).saturating_sub(began));
+        }
+    }
+    let used = meter.read();
+    let mut metrics = Metrics::new();
+    used.add_to(&mut metrics, (count + count / 10) as f64);
+    add_percentiles(&mut metrics, "", latencies);
+    Ok(metrics)
+}
