@@ -82,7 +82,12 @@ impl Machine {
             cores: std::thread::available_parallelism().map_or(1, usize::from),
             cpu: cpu.unwrap_or("").trim_start_matches([' ', '\t', ':']).to_owned(),
             // Version numbers only: what follows the first dash may name the place.
-            kernel: read("/proc/sys/kernel/osrelease").trim().split('-').next().unwrap_or("").to_owned(),
+            kernel: read("/proc/sys/kernel/osrelease")
+                .trim()
+                .split('-')
+                .next()
+                .unwrap_or("")
+                .to_owned(),
             memory_gib: kib.unwrap_or(0) / (1024 * 1024),
             load_average: read("/proc/loadavg").split(' ').next().unwrap_or("").to_owned(),
         }

@@ -99,7 +99,12 @@ impl Report {
             .cases
             .iter()
             .map(|(work, case, results)| {
-                let rows = case.variants.iter().enumerate().zip(results).filter(|(_, rounds)| !rounds.is_empty());
+                let rows = case
+                    .variants
+                    .iter()
+                    .enumerate()
+                    .zip(results)
+                    .filter(|(_, rounds)| !rounds.is_empty());
                 json!({
                     "work": format!("{work:?}").to_lowercase(),
                     "title": case.title,
@@ -178,7 +183,11 @@ pub fn table(case: &Case, results: &[Vec<Metrics>]) -> String {
         row.extend(case.columns.iter().map(|&column| {
             let values = values(rounds, column);
             let decimals = column.decimals;
-            if values.is_empty() { "–".to_owned() } else { format!("{:.decimals$}", median(&values)) }
+            if values.is_empty() {
+                "–".to_owned()
+            } else {
+                format!("{:.decimals$}", median(&values))
+            }
         }));
         rows.push(row);
     }

@@ -10,6 +10,8 @@ use std::path::{Path, PathBuf};
 use std::process::{Child, Command, Stdio};
 use std::time::{Duration, Instant};
 
+use nix::sys::signal::{Signal, kill};
+use nix::unistd::Pid;
 use tempfile::TempDir;
 
 use crate::load::{Process, Role};
@@ -152,11 +154,22 @@ impl Running {
         Ok(())
     }
 
+    /// Fails once one of the processes has ended.
+    fn check_alive(&mut self) -> io::Result<()> {
+        for child in &mut self.children {
+            if let Some(status) = child.try_wait()? {
+                return Err(io::Error::other(format!("it ended by itself: {status}")));
+            }
+        }
+        Ok(())
+    }
+
     /// Waits until every address takes connections.
-    fn wait_for_port(&self) -> io::Result<()> {
+    fn wait_for_port(&mut self) -> io::Result<()> {
         let deadline = Instant::now() + PATIENCE;
-        for address in &self.addresses {
+        for address in self.addresses.clone() {
             while let Err(error) = std::net::TcpStream::connect(address) {
+                self.check_alive()?;
                 if Instant::now() > deadline {
                     return Err(error);
                 }
@@ -173,6 +186,12 @@ impl Drop for Running {
     fn drop(&mut self) {
         for child in self.children.iter_mut().rev() {
             let _ = child.kill();
+        }
+        // Workers that are children of a master we started do not all end with it.
+        for process in &self.processes {
+            if self.children.iter().all(|child| child.id() as i32 != process.pid) {
+                let _ = kill(Pid::from_raw(process.pid), Signal::SIGKILL);
+            }
         }
         for child in &mut self.children {
             let _ = child.wait();

@@ -35,17 +35,18 @@ pub(super) fn haproxy(running: &mut Running, kind: Kind, setup: &Setup) -> io::R
     let front = socket::free_address()?;
     running.addresses.push(front);
     let mut config = format!(
-        "global\n maxconn 30000\n\
+        "global\n maxconn 9000\n\
          defaults\n mode tcp\n timeout connect 5s\n timeout client 1h\n timeout server 1h\n\
          listen web\n bind {front} backlog {}\n balance leastconn\n",
         socket::BACKLOG
     );
     for (number, backend) in backends.iter().enumerate() {
-        let _ = writeln!(config, " server s{number} {backend} maxconn 30000");
+        let _ = writeln!(config, " server s{number} {backend}");
     }
     let file = running.path("haproxy.cfg");
     std::fs::write(&file, config)?;
-    let child = program(&installed("haproxy")?)?.arg("-db").arg("-q").arg("-f").arg(&file).spawn()?;
+    let child =
+        program(&installed("haproxy")?)?.arg("-db").arg("-q").arg("-f").arg(&file).spawn()?;
     running.add_child(Role::Front, child);
     Ok(())
 }
@@ -58,11 +59,13 @@ pub(super) fn nginx(running: &mut Running, kind: Kind, setup: &Setup) -> io::Res
     for backend in &backends {
         let _ = write!(servers, "server {backend}; ");
     }
-    let module = ["/usr/lib/nginx/modules", "/usr/lib64/nginx/modules"]
-        .map(|directory| format!("{directory}/ngx_stream_module.so"))
-        .into_iter()
-        .find(|file| std::path::Path::new(file).is_file())
-        .map_or(String::new(), |file| format!("load_module {file};\n"));
+    let binary = installed("nginx")?;
+    // Where distributions make it a module: sbin/nginx, lib/nginx/modules.
+    let prefix = binary.parent().and_then(std::path::Path::parent);
+    let module = prefix
+        .map(|prefix| prefix.join("lib/nginx/modules/ngx_stream_module.so"))
+        .filter(|file| file.is_file())
+        .map_or(String::new(), |file| format!("load_module {};\n", file.display()));
     let config = format!(
         "{module}daemon off; master_process on; worker_processes 2; worker_rlimit_nofile 20000;\n\
          pid {:?}; error_log /dev/null;\n\
@@ -74,13 +77,14 @@ pub(super) fn nginx(running: &mut Running, kind: Kind, setup: &Setup) -> io::Res
     );
     let file = running.path("nginx.conf");
     std::fs::write(&file, config)?;
-    let mut command = program(&installed("nginx")?)?;
+    let mut command = program(&binary)?;
     command.arg("-p").arg(running.directory.path()).arg("-e").arg("/dev/null").arg("-c").arg(&file);
     running.add_child(Role::Front, command.spawn()?);
     let master = running.processes.last().map_or(0, |process| process.pid);
     // Its own workers start a moment later.
     let deadline = std::time::Instant::now() + super::PATIENCE;
     while machine::children(master).len() < 2 && std::time::Instant::now() < deadline {
+        running.check_alive()?;
         std::thread::sleep(std::time::Duration::from_millis(5));
     }
     let children = machine::children(master).into_iter();

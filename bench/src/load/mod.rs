@@ -79,9 +79,16 @@ pub fn run(request: &str) -> io::Result<()> {
         }
         Job::Idle { count, pause } => idle::run(&request, *count, *pause),
         Job::Bulk { bytes } => bulk::run(&request, *bytes),
-        Job::Even { workers, held, churn, lifetimes, burst } => {
-            even::run(&request, &even::Plan { workers: *workers, held: *held, churn: *churn, lifetimes: *lifetimes, burst: *burst })
-        }
+        Job::Even { workers, held, churn, lifetimes, burst } => even::run(
+            &request,
+            &even::Plan {
+                workers: *workers,
+                held: *held,
+                churn: *churn,
+                lifetimes: *lifetimes,
+                burst: *burst,
+            },
+        ),
         Job::Held { count } => held::run(&request, *count),
     }?;
     println!("{}", serde_json::to_string(&metrics)?);
@@ -158,8 +165,7 @@ fn own_pid() -> i32 {
 fn client_socket(nonblocking: bool) -> io::Result<OwnedFd> {
     let mut flags = SocketFlags::CLOEXEC;
     flags.set(SocketFlags::NONBLOCK, nonblocking);
-    let fd =
-        rustix::net::socket_with(AddressFamily::INET, SocketType::STREAM, flags, None)?;
+    let fd = rustix::net::socket_with(AddressFamily::INET, SocketType::STREAM, flags, None)?;
     sockopt::set_socket_linger(&fd, Some(Duration::ZERO))?;
     Ok(fd)
 }

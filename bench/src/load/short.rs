@@ -88,7 +88,8 @@ impl Clients<'_> {
     fn turn(&mut self, slots: &mut [Slot]) -> io::Result<()> {
         let mut events = Vec::with_capacity(256);
         let timeout = rustix::time::Timespec { tv_sec: 0, tv_nsec: 100_000_000 };
-        match epoll::wait(&self.epoll, rustix::buffer::spare_capacity(&mut events), Some(&timeout)) {
+        match epoll::wait(&self.epoll, rustix::buffer::spare_capacity(&mut events), Some(&timeout))
+        {
             Ok(_) | Err(Errno::INTR) => {}
             Err(error) => return Err(error.into()),
         }

@@ -26,13 +26,7 @@ pub(super) fn cases(plan: &Plan) -> Vec<Case> {
                 (setup.processes, setup.listeners) = (PROCESSES, listeners);
                 let contender = Contender::new(How::Dispatcher, Kind::Mio);
                 let label = format!("{workers} workers, {listeners} listeners");
-                variants.push(Variant {
-                    label,
-                    contender,
-                    setup,
-                    job: job.clone(),
-                    excuse: None,
-                });
+                variants.push(Variant { label, contender, setup, job: job.clone(), excuse: None });
             }
         }
         variants

@@ -12,7 +12,11 @@ pub(super) fn cases(plan: &Plan) -> Vec<Case> {
     vec![Case::same(
         "idle latency, connect to application, 1 client, 2 workers".to_owned(),
         column("p50", "p50 µs", 1),
-        &[column("p99", "p99 µs", 1), column("cpu_front", "front CPU µs", 1), column("cpu_workers", "worker CPU µs", 1)],
+        &[
+            column("p99", "p99 µs", 1),
+            column("cpu_front", "front CPU µs", 1),
+            column("cpu_workers", "worker CPU µs", 1),
+        ],
         plan.contenders(),
         &Setup::new(Serve::Stamp, 2),
         &Job::Idle { count, pause: Duration::from_millis(1) },

@@ -133,9 +133,9 @@ impl Baseline {
     pub fn of(self, variant: &Variant, all: &[Variant]) -> Option<usize> {
         match self {
             Baseline::First => Some(0),
-            Baseline::How(how) => all.iter().position(|other| {
-                other.contender == Contender::new(how, variant.contender.kind)
-            }),
+            Baseline::How(how) => all
+                .iter()
+                .position(|other| other.contender == Contender::new(how, variant.contender.kind)),
         }
     }
 }

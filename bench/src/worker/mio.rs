@@ -173,7 +173,12 @@ pub(super) fn run(args: &WorkerArgs) -> io::Result<()> {
 }
 
 impl Server<'_> {
-    fn welcome(&mut self, registry: &Registry, mut stream: Stream, number: usize) -> io::Result<()> {
+    fn welcome(
+        &mut self,
+        registry: &Registry,
+        mut stream: Stream,
+        number: usize,
+    ) -> io::Result<()> {
         self.args.dawdle();
         let (mut greeting, serve) = ([0; 8], self.args.serve);
         let len = serve.greeting(self.args.index + number as u16, &mut greeting);

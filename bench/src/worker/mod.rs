@@ -124,7 +124,7 @@ impl WorkerArgs {
     fn config(&self, number: u16) -> WorkerConfig {
         let socket = self.socket.clone().unwrap_or_default();
         let name = format!("w{}", self.index + number);
-        WorkerConfig::new().dispatch_socket(socket).name(name)
+        WorkerConfig::new().dispatch_socket(socket).pool("web").name(name)
     }
 
     fn address(&self) -> io::Result<SocketAddr> {
