@@ -9,7 +9,7 @@ use super::{CpuMeter, Metrics, Request, add_percentiles, client_socket};
 use crate::machine;
 
 pub(super) fn run(request: &Request, count: usize, pause: Duration) -> io::Result<Metrics> {
-    let mut latencies = Vec::with_capacity(count);
+    let (mut latencies, mut fins) = (Vec::with_capacity(count), Vec::with_capacity(count));
     let meter = CpuMeter::start(&request.processes);
     for number in 0..count + count / 10 {
         std::thread::sleep(pause);
@@ -21,14 +21,19 @@ pub(super) fn run(request: &Request, count: usize, pause: Duration) -> io::Resul
         if received != stamp.len() {
             return Err(io::Error::other("a client got no time stamp"));
         }
+        let stamp = u64::from_le_bytes(stamp);
+        let (_, rest) = rustix::net::recv(&fd, &mut [0; 8], RecvFlags::empty())?;
+        let ended = machine::now_ns();
         // The first tenth warms up.
-        if number >= count / 10 {
-            latencies.push(u64::from_le_bytes(stamp).saturating_sub(began));
+        if number >= count / 10 && rest == 0 {
+            latencies.push(stamp.saturating_sub(began));
+            fins.push(ended.saturating_sub(stamp));
         }
     }
     let used = meter.read();
     let mut metrics = Metrics::new();
     used.add_to(&mut metrics, (count + count / 10) as f64);
     add_percentiles(&mut metrics, "", latencies);
+    add_percentiles(&mut metrics, "fin_", fins);
     Ok(metrics)
 }

@@ -9,14 +9,16 @@ use rustix::event::epoll;
 use rustix::io::Errno;
 use rustix::net::RecvFlags;
 
+use crate::machine;
+
 use super::{CpuMeter, Metrics, Request, add_percentiles, client_socket};
 
 /// A place for one client at a time.
 struct Slot {
     fd: OwnedFd,
     began: Instant,
-    /// When its byte had come.
-    answered: Option<Instant>,
+    /// When its worker wrote, by its own word, right before it closed.
+    answered: Option<u64>,
 }
 
 struct Clients<'a> {
@@ -115,10 +117,11 @@ impl Clients<'_> {
                     if !self.fin {
                         return true;
                     }
-                    slot.answered = Some(now);
+                    let Ok(stamp) = buffer[..8].try_into() else { return true };
+                    slot.answered = Some(u64::from_le_bytes(stamp));
                 }
                 (Ok((_, 0)), Some(answered)) => {
-                    self.fins.push((now - answered).as_nanos() as u64);
+                    self.fins.push(machine::now_ns().saturating_sub(answered));
                     return true;
                 }
                 (Err(Errno::AGAIN), _) => return false,

@@ -14,6 +14,8 @@ pub(super) fn cases(plan: &Plan) -> Vec<Case> {
         column("p50", "p50 µs", 1),
         &[
             column("p99", "p99 µs", 1),
+            column("fin_p50", "close to FIN p50 µs", 1),
+            column("fin_p99", "p99 µs", 1),
             column("cpu_front", "front CPU µs", 1),
             column("cpu_workers", "worker CPU µs", 1),
         ],

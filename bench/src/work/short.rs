@@ -30,6 +30,8 @@ pub(super) fn cases(plan: &Plan, fin: bool) -> Vec<Case> {
         columns.insert(3, column("fin_p99", "FIN p99 µs", 0));
         columns.insert(3, column("fin_p50", "FIN p50 µs", 0));
     }
+    // The time stamp says when the worker closed.
+    let serve = if fin { Serve::Stamp } else { Serve::Byte };
     let end = if fin { "client waits for the FIN" } else { "client resets" };
     [16, 256]
         .map(|clients| {
@@ -38,7 +40,7 @@ pub(super) fn cases(plan: &Plan, fin: bool) -> Vec<Case> {
                 RATE,
                 &columns,
                 plan.contenders(),
-                &Setup::new(Serve::Byte, 2),
+                &Setup::new(serve, 2),
                 &Job::Short { clients, fin, warm, time },
             )
         })
