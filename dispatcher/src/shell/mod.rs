@@ -246,6 +246,10 @@ impl Shell {
         };
         let id = io.id;
         let finished = io.lane.board.finished();
+        // Most of many workers, most of the time.
+        if finished == io.finished && !self.core.has_tickets(id.index) {
+            return false;
+        }
         for ticket in self.core.tickets(id) {
             if let Some(slot) = io.lane.board.slot(ticket.slot) {
                 let state = claim::state(slot, ticket.seq);
@@ -269,7 +273,11 @@ impl Shell {
     /// Asks for pokes, looks once more, and says how long to sleep.
     fn before_sleep(&mut self) -> Option<Duration> {
         let mut work = false;
+        let all = self.core.wants_room();
         for index in 0..self.workers.len() {
+            if !all && !self.core.has_tickets(index as u32) {
+                continue;
+            }
             let Some(io) = self.workers.get(index).and_then(Option::as_deref) else { continue };
             let wants = self.core.wants(io.id);
             if wants != 0 {
