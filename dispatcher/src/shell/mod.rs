@@ -76,8 +76,8 @@ struct Shell {
     dispatch: Listening,
     door: Door,
     door_paused_until: Option<Time>,
-    /// By `WorkerId::index`.
-    workers: Vec<Option<Box<WorkerIo>>>,
+    /// By `WorkerId::index`. Side by side in memory: every turn looks at all of them.
+    workers: Vec<Option<WorkerIo>>,
     /// Control connections that may have more to read although their edge is used up.
     again: Vec<Key>,
     /// Tokens of the processes we started.
@@ -241,7 +241,7 @@ impl Shell {
     /// `finished` is read first: every connection it counts is then seen as taken, so an honest worker is never
     /// found to have finished more than it took.
     fn scan(&mut self, index: usize) -> bool {
-        let Some(io) = self.workers.get_mut(index).and_then(Option::as_deref_mut) else {
+        let Some(io) = self.workers.get_mut(index).and_then(Option::as_mut) else {
             return false;
         };
         let id = io.id;
@@ -278,7 +278,7 @@ impl Shell {
             if !all && !self.core.has_tickets(index as u32) {
                 continue;
             }
-            let Some(io) = self.workers.get(index).and_then(Option::as_deref) else { continue };
+            let Some(io) = self.workers.get(index).and_then(Option::as_ref) else { continue };
             let wants = self.core.wants(io.id);
             if wants != 0 {
                 claim::arm(io.lane.board.want(), wants);
