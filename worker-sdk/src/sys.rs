@@ -40,6 +40,7 @@ impl Mapping {
     }
 
     /// The 8 bytes at `offset`, which is a multiple of 8 within the mapping.
+    #[inline]
     pub(crate) fn u64(&self, offset: usize) -> &AtomicU64 {
         assert!(offset.is_multiple_of(8) && offset + 8 <= self.len);
         // SAFETY: in bounds and aligned (asserted; a mapping starts on a page), and valid for as long as
@@ -48,6 +49,7 @@ impl Mapping {
     }
 
     /// The 4 bytes at `offset`, which is a multiple of 4 within the mapping.
+    #[inline]
     pub(crate) fn u32(&self, offset: usize) -> &AtomicU32 {
         assert!(offset.is_multiple_of(4) && offset + 4 <= self.len);
         // SAFETY: as for `u64`.

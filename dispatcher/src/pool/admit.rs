@@ -119,7 +119,10 @@ impl Core {
         let live = worker.load();
         match self.workers.get_mut(index as usize) {
             Some(entry) => *entry = worker,
-            None => self.workers.push(worker),
+            None => {
+                self.workers.push(worker);
+                self.out.push(0);
+            }
         }
         self.add_usable(p);
         self.event(Event::Joined { worker: id, live });

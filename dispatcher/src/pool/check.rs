@@ -90,6 +90,7 @@ impl Core {
                 Some(Item::Nothing) | None => panic!("a ticket that is out is for something"),
             }
         }
+        assert_eq!(self.out[w], worker.ring.len());
         assert_eq!(worker.sent, worker.taken + worker.revoked + u64::from(worker.untaken()));
         assert!(worker.finished <= worker.base.saturating_add(worker.taken));
         assert!(worker.load() >= u64::from(worker.untaken()));

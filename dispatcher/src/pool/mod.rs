@@ -57,6 +57,8 @@ pub struct Core {
     listeners: Vec<Listener>,
     /// Entries outlive their workers until they are used again, so that an index is always valid.
     workers: Vec<Worker>,
+    /// Tickets out, by `WorkerId::index`: apart from the workers, because every turn asks all of them.
+    out: Vec<u32>,
     free_workers: Vec<u32>,
     joins: u64,
     ledger: Ledger,
@@ -110,6 +112,13 @@ enum Clock {
     Refusing,
 }
 
+impl Pool {
+    /// Whether it has no worker for a connection, so that a worker's close is worth a poke.
+    fn wants_room(&self) -> bool {
+        self.candidates.eligible() == 0 || !self.held.is_empty()
+    }
+}
+
 impl Core {
     /// A core with these pools and listeners, no workers, and the clock at `now`.
     /// Each listener's pool is one of `pools`: the configuration has made sure of that.
@@ -143,6 +152,7 @@ impl Core {
             pools,
             listeners,
             workers: Vec::new(),
+            out: Vec::new(),
             free_workers: Vec::new(),
             joins: 0,
             ledger: Ledger::default(),
@@ -226,6 +236,17 @@ impl Core {
             }
             self.after(now, self.workers[w].pool);
         }
+    }
+
+    /// Whether the worker with this index has tickets out. Much cheaper than to ask for them.
+    #[inline]
+    pub fn has_tickets(&self, index: u32) -> bool {
+        self.out.get(index as usize).is_some_and(|&out| out > 0)
+    }
+
+    /// Whether some pool cannot place a connection, so that [`Core::wants`] may ask for ROOM of workers without tickets.
+    pub fn wants_room(&self) -> bool {
+        self.pools.iter().any(Pool::wants_room)
     }
 
     /// The tickets a worker has not yet resolved (SENT as far as we know), oldest first. A ticket whose Send or Probe
@@ -404,7 +425,7 @@ impl Core {
         if worker.ring.len() > 0 {
             bits |= want::TAKEN;
         }
-        if worker.is_usable() && (pool.candidates.eligible() == 0 || !pool.held.is_empty()) {
+        if worker.is_usable() && pool.wants_room() {
             bits |= want::ROOM;
         }
         bits

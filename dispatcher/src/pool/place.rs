@@ -122,6 +122,7 @@ impl Core {
     /// Brings what is cached about a worker up to date. After every change of one.
     pub(super) fn refresh(&mut self, w: usize) {
         let worker = &self.workers[w];
+        self.out[w] = worker.ring.len();
         if worker.state == State::Gone {
             return;
         }

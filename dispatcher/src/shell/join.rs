@@ -256,7 +256,7 @@ impl Shell {
         if self.workers.len() <= index {
             self.workers.resize_with(index + 1, || None);
         }
-        self.workers[index] = Some(Box::new(io));
+        self.workers[index] = Some(io);
         if let Err(error) = watched {
             log::warn!("event=worker_not_watched worker={id} error=\"{error}\"");
             self.core.leave(self.now, id, Departure::Expelled("its connection cannot be watched"));
@@ -333,7 +333,7 @@ impl Shell {
 
     /// The worker behind a key, unless it has gone since.
     pub(super) fn worker_mut(&mut self, key: Key) -> Option<&mut WorkerIo> {
-        let io = self.workers.get_mut(key.index as usize)?.as_deref_mut()?;
+        let io = self.workers.get_mut(key.index as usize)?.as_mut()?;
         key.is(io.id.serial).then_some(io)
     }
 }

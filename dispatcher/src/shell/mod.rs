@@ -80,8 +80,8 @@ struct Shell {
     dispatch: Listening,
     door: Door,
     door_paused_until: Option<Time>,
-    /// By `WorkerId::index`.
-    workers: Vec<Option<Box<WorkerIo>>>,
+    /// By `WorkerId::index`. Side by side in memory: every turn looks at all of them.
+    workers: Vec<Option<WorkerIo>>,
     /// Control connections that may have more to read although their edge is used up.
     again: Vec<Key>,
     /// Our limits of open files before we raised them, soft and hard: for the processes we start.
@@ -264,11 +264,15 @@ impl Shell {
     /// `finished` is read first: every connection it counts is then seen as taken, so an honest worker is never
     /// found to have finished more than it took.
     fn scan(&mut self, index: usize) -> bool {
-        let Some(io) = self.workers.get_mut(index).and_then(Option::as_deref_mut) else {
+        let Some(io) = self.workers.get_mut(index).and_then(Option::as_mut) else {
             return false;
         };
         let id = io.id;
         let finished = io.lane.board.finished();
+        // Most of many workers, most of the time.
+        if finished == io.finished && !self.core.has_tickets(id.index) {
+            return false;
+        }
         for ticket in self.core.tickets(id) {
             if let Some(slot) = io.lane.board.slot(ticket.slot) {
                 let state = claim::state(slot, ticket.seq);
@@ -300,8 +304,12 @@ impl Shell {
             return Some(Duration::ZERO);
         }
         let mut changed = false;
+        let all = self.core.wants_room();
         for index in 0..self.workers.len() {
-            let Some(io) = self.workers.get(index).and_then(Option::as_deref) else { continue };
+            if !all && !self.core.has_tickets(index as u32) {
+                continue;
+            }
+            let Some(io) = self.workers.get(index).and_then(Option::as_ref) else { continue };
             let wants = self.core.wants(io.id);
             if wants != 0 {
                 claim::arm(io.lane.board.want(), wants);

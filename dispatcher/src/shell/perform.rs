@@ -87,7 +87,7 @@ impl Shell {
             Effect::Forget { worker } => {
                 let place = self.workers.get_mut(worker.index as usize);
                 if let Some(io) = place.and_then(|place| place.take_if(|io| io.id == worker)) {
-                    self.put_away(*io);
+                    self.put_away(io);
                 }
             }
             Effect::Spawn { process } => self.spawn(process),
@@ -96,12 +96,12 @@ impl Shell {
     }
 
     pub(super) fn io(&self, worker: WorkerId) -> Option<&WorkerIo> {
-        let io = self.workers.get(worker.index as usize)?.as_deref()?;
+        let io = self.workers.get(worker.index as usize)?.as_ref()?;
         (io.id == worker).then_some(io)
     }
 
     fn io_mut(&mut self, worker: WorkerId) -> Option<&mut WorkerIo> {
-        let io = self.workers.get_mut(worker.index as usize)?.as_deref_mut()?;
+        let io = self.workers.get_mut(worker.index as usize)?.as_mut()?;
         (io.id == worker).then_some(io)
     }
 
@@ -109,7 +109,7 @@ impl Shell {
     ///
     /// The slots are written before the record: the worker may read them the moment it arrives.
     fn flush(&mut self, index: u32) {
-        let Some(io) = self.workers.get_mut(index as usize).and_then(Option::as_deref_mut) else {
+        let Some(io) = self.workers.get_mut(index as usize).and_then(Option::as_mut) else {
             return;
         };
         if io.outbox.is_empty() {

@@ -147,7 +147,7 @@ impl Shell {
     pub(super) fn finish(mut self) {
         let totals = self.core.totals();
         for place in &mut self.workers {
-            if let Some(io) = place.as_deref_mut() {
+            if let Some(io) = place.as_mut() {
                 io.outbox.clear();
             }
         }

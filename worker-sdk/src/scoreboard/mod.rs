@@ -178,20 +178,24 @@ impl Scoreboard {
     }
 
     /// Slots in the ring. Not read from the shared memory.
+    #[inline]
     pub fn slots(&self) -> u32 {
         self.slots
     }
 
     /// The word of a slot; `None` when there is no such slot.
+    #[inline]
     pub fn slot(&self, slot: u32) -> Option<&AtomicU64> {
         (slot < self.slots).then(|| self.map.u64(OFFSET_RING + 8 * slot as usize))
     }
 
     /// The word by which the dispatcher asks to be poked; see [`claim::arm`] and [`claim::must_poke`].
+    #[inline]
     pub fn want(&self) -> &AtomicU32 {
         self.map.u32(OFFSET_WANT)
     }
 
+    #[inline]
     fn finished_word(&self) -> &AtomicU64 {
         self.map.u64(OFFSET_FINISHED)
     }
@@ -199,6 +203,7 @@ impl Scoreboard {
     /// The worker's cumulative count of closed connections, as it stands in the shared memory.
     ///
     /// Read it before the slots: then every connection it counts is seen as taken.
+    #[inline]
     pub fn finished(&self) -> u64 {
         self.finished_word().load(Ordering::Acquire)
     }

@@ -1,0 +1,190 @@
+//! The hot thread's small parts: a decision, the wire codec, the claim ring, the ledger.
+//!
+//! Guards against a slip, not a promise: `cargo bench -p bench`.
+#![allow(clippy::expect_used, clippy::unwrap_used)]
+
+use std::hint::black_box;
+use std::time::Duration;
+
+use criterion::{BenchmarkId, Criterion, Throughput, criterion_group, criterion_main};
+use dispatcher::pool::{
+    Access, Client, Core, Effect, Join, ListenerId, ListenerSettings, Policy, PoolId, PoolSettings,
+    Ticket, Time, WorkerId,
+};
+use worker_sdk::PeerAddr;
+use worker_sdk::scoreboard::Scoreboard;
+use worker_sdk::scoreboard::claim::{self, SlotState};
+use worker_sdk::wire::{Channel, Entry, EntryFlags, Features, Handoff, Hello, VERSION};
+
+const LISTENER: ListenerId = ListenerId(0);
+
+fn peer() -> PeerAddr {
+    PeerAddr::from(std::net::SocketAddr::from(([127, 0, 0, 1], 40_000)))
+}
+
+/// A core whose workers have `weight(index)`.
+fn core(workers: u32, weight: impl Fn(u32) -> u16) -> Core {
+    let pool = PoolSettings {
+        name: "web".to_owned(),
+        policy: Policy::LeastConnections,
+        max_connections_per_worker: u32::MAX,
+        max_untaken: 256,
+        max_workers: 4096,
+        handoff_timeout: Duration::from_secs(1),
+        probation: Duration::from_secs(1),
+        wait_for_worker: Duration::from_secs(1),
+        access: Access { users: vec![0], groups: Vec::new() },
+        processes: 0,
+    };
+    let listener = ListenerSettings {
+        name: "web".to_owned(),
+        address: "127.0.0.1:80".to_owned(),
+        pool: PoolId(0),
+    };
+    let mut core = Core::new(vec![pool], vec![listener], Time(0));
+    for number in 0..workers {
+        let hello = Hello {
+            version: VERSION,
+            weight: weight(number),
+            priority: 0,
+            features: Features::NONE,
+            max_connections: u32::MAX,
+            base: 0,
+            finished: 0,
+            pool: "web".to_owned(),
+            name: format!("w{number}"),
+            token: None,
+        };
+        let join = Join { pid: 1, uid: 0, gids: Vec::new(), hello, spawned: None };
+        core.join(Time(0), &join).expect("admitted");
+    }
+    while core.effect().is_some() {}
+    core
+}
+
+/// A batch of connections is accepted, sent, seen taken, released and finished: a whole turn.
+fn turn(
+    core: &mut Core,
+    batch: usize,
+    sent: &mut Vec<(WorkerId, Ticket)>,
+    finished: &mut Vec<u64>,
+) {
+    let now = Time(1);
+    for _ in 0..batch {
+        core.accepted(now, Client { listener: LISTENER, peer: peer() });
+    }
+    while let Some(effect) = core.effect() {
+        if let Effect::Send { worker, ticket, .. } = effect {
+            sent.push((worker, ticket));
+        }
+    }
+    for &(worker, ticket) in &*sent {
+        core.slot(now, worker, ticket, SlotState::Taken);
+    }
+    while core.effect().is_some() {}
+    for (worker, _) in sent.drain(..) {
+        let at = worker.index as usize;
+        finished[at] += 1;
+        core.finished(now, worker, finished[at]);
+    }
+}
+
+fn decision(c: &mut Criterion) {
+    const BATCH: usize = 64;
+    type Weight = fn(u32) -> u16;
+    let weights: [(&str, Weight); 2] =
+        [("equal", |_| 1), ("mixed", |number| (number % 7 + 1) as u16)];
+    let mut group = c.benchmark_group("decision");
+    group.throughput(Throughput::Elements(BATCH as u64));
+    for workers in [2, 64, 1000] {
+        for (name, weight) in weights {
+            let mut core = core(workers, weight);
+            let mut sent = Vec::new();
+            let mut finished = vec![0; workers as usize];
+            group.bench_function(BenchmarkId::new(name, workers), |b| {
+                b.iter(|| turn(&mut core, BATCH, &mut sent, &mut finished));
+            });
+        }
+    }
+    group.finish();
+}
+
+fn wire(c: &mut Criterion) {
+    let entry = |seq| Entry {
+        seq,
+        slot: 7,
+        listener: 0,
+        flags: EntryFlags::NONE,
+        accepted_ns: 1,
+        peer: peer(),
+    };
+    let mut group = c.benchmark_group("wire");
+    for count in [1, 64] {
+        let entries: Vec<Entry> = (1..=count).map(entry).collect();
+        let mut record = Vec::new();
+        group.throughput(Throughput::Elements(count));
+        group.bench_function(BenchmarkId::new("encode handoff", count), |b| {
+            b.iter(|| {
+                record.clear();
+                Handoff::encode_entries(black_box(&entries), &mut record);
+            });
+        });
+        group.bench_function(BenchmarkId::new("decode handoff", count), |b| {
+            b.iter(|| Channel::decode(black_box(&record)).expect("well-formed"));
+        });
+    }
+    group.finish();
+}
+
+fn ring(c: &mut Criterion) {
+    const SLOTS: u32 = 256;
+    let (board, _fd) = Scoreboard::create(SLOTS, 0).expect("a scoreboard");
+    let mut seq = 0;
+    let mut group = c.benchmark_group("claim ring");
+    group.throughput(Throughput::Elements(u64::from(SLOTS)));
+    group.bench_function("offer, claim, see, release", |b| {
+        b.iter(|| {
+            seq += 1;
+            for slot in (0..SLOTS).filter_map(|slot| board.slot(slot)) {
+                claim::offer(slot, seq);
+                assert!(claim::claim(slot, seq));
+                assert_eq!(claim::state(slot, seq), SlotState::Taken);
+                claim::release(slot, seq);
+            }
+        });
+    });
+    group.bench_function("look at a full one", |b| {
+        b.iter(|| {
+            let slots = (0..SLOTS).filter_map(|slot| board.slot(slot));
+            slots.filter(|slot| claim::state(*slot, seq) == SlotState::Sent).count()
+        });
+    });
+    group.bench_function("must_poke, nobody asleep", |b| {
+        b.iter(|| claim::must_poke(board.want(), claim::want::TAKEN));
+    });
+    group.finish();
+}
+
+/// Connections nobody can be given yet: in and out of the queue.
+fn ledger(c: &mut Criterion) {
+    const BATCH: usize = 64;
+    let mut core = core(0, |_| 1);
+    let mut conns = Vec::new();
+    let mut group = c.benchmark_group("ledger");
+    group.throughput(Throughput::Elements(BATCH as u64));
+    group.bench_function("hold and let go", |b| {
+        b.iter(|| {
+            for _ in 0..BATCH {
+                conns.push(core.accepted(Time(1), Client { listener: LISTENER, peer: peer() }));
+            }
+            for conn in conns.drain(..) {
+                core.client_gone(Time(1), conn);
+            }
+            while core.effect().is_some() {}
+        });
+    });
+    group.finish();
+}
+
+criterion_group!(benches, decision, wire, ring, ledger);
+criterion_main!(benches);

@@ -1,0 +1,107 @@
+//! The command line.
+
+use std::io;
+use std::os::unix::process::CommandExt;
+use std::path::PathBuf;
+use std::process::Command;
+
+use clap::{Args, Parser, Subcommand};
+
+use crate::bare::BareArgs;
+use crate::work::{self, Plan, Work};
+use crate::worker::WorkerArgs;
+use crate::{bare, load, machine, worker};
+
+const EXAMPLES: &str = "\
+Examples:
+  cargo build --release -p dispatcher && cargo run --release -p bench -- --out target/bench
+  cargo run --release -p bench -- --quick
+  cargo run --release -p bench -- --work short,idle --rounds 7
+
+Figures of different runs do not compare: the table gives ratios within one.";
+
+/// Measures the dispatcher beside its alternatives.
+#[derive(Debug, Parser)]
+#[command(name = "bench", after_help = EXAMPLES, args_conflicts_with_subcommands = true)]
+struct Cli {
+    #[command(flatten)]
+    measure: MeasureArgs,
+    #[command(subcommand)]
+    hidden: Option<Hidden>,
+}
+
+#[derive(Debug, Args)]
+struct MeasureArgs {
+    /// What to measure; several with commas. Default: all.
+    #[arg(long, value_enum, value_delimiter = ',')]
+    work: Vec<Work>,
+    /// Contenders whose name contains one of these; several with commas. Default: all.
+    #[arg(long, value_delimiter = ',', value_name = "TEXT")]
+    only: Vec<String>,
+    /// Everything small, in under a minute: to see that it works, not to believe.
+    #[arg(long)]
+    quick: bool,
+    /// How often each contender has its turn. Default: 5, or 1 with --quick.
+    #[arg(long, value_name = "N")]
+    rounds: Option<usize>,
+    /// Directory for `results.json` and `chart.svg`; made if it is not there.
+    #[arg(long, value_name = "DIR")]
+    out: Option<PathBuf>,
+    /// The dispatcher's binary. Default: `dispatcher` beside this program.
+    #[arg(long, value_name = "FILE")]
+    dispatcher: Option<PathBuf>,
+}
+
+#[derive(Debug, Subcommand)]
+enum Hidden {
+    /// A server process.
+    #[command(hide = true)]
+    Worker(WorkerArgs),
+    /// The smallest dispatcher.
+    #[command(hide = true)]
+    Bare(BareArgs),
+    /// The clients.
+    #[command(hide = true)]
+    Load { request: String },
+    /// Another program that ends when we do.
+    #[command(hide = true)]
+    Exec {
+        program: PathBuf,
+        #[arg(trailing_var_arg = true, allow_hyphen_values = true)]
+        args: Vec<String>,
+    },
+}
+
+pub fn run() -> io::Result<()> {
+    let cli = Cli::parse();
+    match cli.hidden {
+        None => measure(cli.measure),
+        Some(Hidden::Worker(args)) => worker::run(&args),
+        Some(Hidden::Bare(args)) => bare::run(&args),
+        Some(Hidden::Load { request }) => load::run(&request),
+        Some(Hidden::Exec { program, args }) => {
+            machine::die_with_parent();
+            machine::raise_descriptors();
+            Err(Command::new(program).args(args).exec())
+        }
+    }
+}
+
+fn measure(args: MeasureArgs) -> io::Result<()> {
+    let dispatcher = match args.dispatcher {
+        Some(path) => path,
+        None => std::env::current_exe()?.with_file_name("dispatcher"),
+    };
+    let mut works = args.work;
+    if works.is_empty() {
+        works = Work::ALL.to_vec();
+    }
+    work::run(&Plan {
+        works,
+        only: args.only,
+        quick: args.quick,
+        rounds: args.rounds.unwrap_or(if args.quick { 1 } else { 5 }).max(1),
+        out: args.out,
+        dispatcher,
+    })
+}

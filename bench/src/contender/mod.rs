@@ -1,0 +1,214 @@
+//! Whoever is measured: starts it as real processes, knows its addresses and processes, and ends it.
+
+mod node;
+mod ours;
+mod proxy;
+
+use std::io::{self, BufRead, BufReader};
+use std::net::SocketAddr;
+use std::path::{Path, PathBuf};
+use std::process::{Child, Command, Stdio};
+use std::time::{Duration, Instant};
+
+use nix::sys::signal::{Signal, kill};
+use nix::unistd::Pid;
+use tempfile::TempDir;
+
+use crate::load::{Process, Role};
+use crate::machine;
+use crate::worker::{Kind, Serve};
+
+/// How long a contender may take to be ready.
+const PATIENCE: Duration = Duration::from_secs(20);
+
+/// A way to spread connections over processes.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum How {
+    Dispatcher,
+    ReusePort,
+    Shared,
+    Bare,
+    HaProxy,
+    Nginx,
+    Node,
+}
+
+/// A way, with a kind of worker behind it.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Contender {
+    pub how: How,
+    pub kind: Kind,
+}
+
+/// What it is to do.
+#[derive(Clone, Debug)]
+pub struct Setup {
+    pub serve: Serve,
+    pub workers: u16,
+    /// Processes they share; the dispatcher's alone can be fewer than the workers.
+    pub processes: u16,
+    pub listeners: u16,
+    /// Pause after each accept of the first quarter of the workers.
+    pub delay: Duration,
+}
+
+impl Setup {
+    pub fn new(serve: Serve, workers: u16) -> Setup {
+        Setup { serve, workers, processes: workers, listeners: 1, delay: Duration::ZERO }
+    }
+}
+
+impl Contender {
+    pub const fn new(how: How, kind: Kind) -> Contender {
+        Contender { how, kind }
+    }
+
+    pub fn name(self) -> String {
+        let how = match self.how {
+            How::Dispatcher => "dispatcher",
+            How::ReusePort => "SO_REUSEPORT",
+            How::Shared => "shared accept",
+            How::Bare => "bare loop",
+            How::HaProxy => return "HAProxy TCP".to_owned(),
+            How::Nginx => return "nginx stream".to_owned(),
+            How::Node => return "Node cluster".to_owned(),
+        };
+        format!("{how}/{}", self.kind.name())
+    }
+
+    /// Why it can't be measured here, if so.
+    pub fn missing(self, dispatcher: &Path) -> Option<String> {
+        let program = match self.how {
+            How::Dispatcher if dispatcher.is_file() => return None,
+            How::Dispatcher => {
+                return Some(format!(
+                    "{} is not built; run: cargo build --release -p dispatcher",
+                    dispatcher.display()
+                ));
+            }
+            How::ReusePort | How::Shared | How::Bare => return None,
+            How::HaProxy => "haproxy",
+            How::Nginx => "nginx",
+            How::Node => "node",
+        };
+        match machine::find_program(program) {
+            Some(_) => None,
+            None => Some("not installed".to_owned()),
+        }
+    }
+
+    /// Starts it and waits until clients can come.
+    pub fn start(self, setup: &Setup, dispatcher: &Path) -> io::Result<Running> {
+        let directory = TempDir::with_prefix("bench-")?;
+        let mut running = Running {
+            addresses: Vec::new(),
+            processes: Vec::new(),
+            children: Vec::new(),
+            directory,
+        };
+        match self.how {
+            How::Dispatcher => ours::dispatcher(&mut running, self.kind, setup, dispatcher),
+            How::ReusePort => ours::reuse_port(&mut running, self.kind, setup),
+            How::Shared => ours::shared(&mut running, self.kind, setup),
+            How::Bare => ours::bare(&mut running, self.kind, setup),
+            How::HaProxy => proxy::haproxy(&mut running, self.kind, setup),
+            How::Nginx => proxy::nginx(&mut running, self.kind, setup),
+            How::Node => node::cluster(&mut running, setup),
+        }?;
+        running.wait_for_port()?;
+        Ok(running)
+    }
+}
+
+/// A contender at work. Its processes are killed when it is dropped.
+#[derive(Debug)]
+pub struct Running {
+    pub addresses: Vec<SocketAddr>,
+    pub processes: Vec<Process>,
+    /// In order of their start; ended in the opposite order.
+    children: Vec<Child>,
+    directory: TempDir,
+}
+
+impl Running {
+    fn path(&self, name: &str) -> PathBuf {
+        self.directory.path().join(name)
+    }
+
+    fn add_child(&mut self, role: Role, child: Child) {
+        self.processes.push(Process { role, pid: child.id() as i32 });
+        self.children.push(child);
+    }
+
+    /// Starts a process and waits until it has said `ready` so often.
+    fn start_ready(&mut self, role: Role, command: &mut Command, times: u16) -> io::Result<()> {
+        let mut child = command.stdout(Stdio::piped()).spawn()?;
+        let out = child.stdout.take().ok_or(io::ErrorKind::BrokenPipe)?;
+        self.add_child(role, child);
+        let mut lines = BufReader::new(out).lines();
+        for _ in 0..times {
+            if lines.next().transpose()?.as_deref() != Some("ready") {
+                return Err(io::Error::other(format!("a process did not get ready: {command:?}")));
+            }
+        }
+        Ok(())
+    }
+
+    /// Fails once one of the processes has ended.
+    fn check_alive(&mut self) -> io::Result<()> {
+        for child in &mut self.children {
+            if let Some(status) = child.try_wait()? {
+                return Err(io::Error::other(format!("it ended by itself: {status}")));
+            }
+        }
+        Ok(())
+    }
+
+    /// Waits until every address takes connections.
+    fn wait_for_port(&mut self) -> io::Result<()> {
+        let deadline = Instant::now() + PATIENCE;
+        for address in self.addresses.clone() {
+            while let Err(error) = std::net::TcpStream::connect(address) {
+                self.check_alive()?;
+                if Instant::now() > deadline {
+                    return Err(error);
+                }
+                std::thread::sleep(Duration::from_millis(10));
+            }
+        }
+        // What the attempts have left behind is over.
+        std::thread::sleep(Duration::from_millis(50));
+        Ok(())
+    }
+}
+
+impl Drop for Running {
+    fn drop(&mut self) {
+        for child in self.children.iter_mut().rev() {
+            let _ = child.kill();
+        }
+        // Workers that are children of a master we started do not all end with it.
+        for process in &self.processes {
+            if self.children.iter().all(|child| child.id() as i32 != process.pid) {
+                let _ = kill(Pid::from_raw(process.pid), Signal::SIGKILL);
+            }
+        }
+        for child in &mut self.children {
+            let _ = child.wait();
+        }
+    }
+}
+
+/// This program with a hidden command.
+fn ourselves() -> io::Result<Command> {
+    let mut command = Command::new(std::env::current_exe()?);
+    command.stdin(Stdio::null());
+    Ok(command)
+}
+
+/// Somebody else's program, which ends when we do.
+fn program(path: &Path) -> io::Result<Command> {
+    let mut command = ourselves()?;
+    command.arg("exec").arg(path);
+    Ok(command)
+}

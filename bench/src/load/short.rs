@@ -1,0 +1,135 @@
+//! Short connections, a fixed number at a time, as fast as they are served.
+
+use std::io;
+use std::net::SocketAddr;
+use std::os::fd::OwnedFd;
+use std::time::{Duration, Instant};
+
+use rustix::event::epoll;
+use rustix::io::Errno;
+use rustix::net::RecvFlags;
+
+use crate::machine;
+
+use super::{CpuMeter, Metrics, Request, add_percentiles, client_socket};
+
+/// A place for one client at a time.
+struct Slot {
+    fd: OwnedFd,
+    began: Instant,
+    /// When its worker wrote, by its own word, right before it closed.
+    answered: Option<u64>,
+}
+
+struct Clients<'a> {
+    addresses: &'a [SocketAddr],
+    epoll: OwnedFd,
+    fin: bool,
+    next: usize,
+    latencies: Vec<u64>,
+    fins: Vec<u64>,
+    failed: u64,
+}
+
+pub(super) fn run(
+    request: &Request,
+    clients: usize,
+    fin: bool,
+    warm: Duration,
+    time: Duration,
+) -> io::Result<Metrics> {
+    let mut all = Clients {
+        addresses: &request.addresses,
+        epoll: epoll::create(epoll::CreateFlags::CLOEXEC)?,
+        fin,
+        next: 0,
+        latencies: Vec::with_capacity(1 << 20),
+        fins: Vec::with_capacity(if fin { 1 << 20 } else { 0 }),
+        failed: 0,
+    };
+    let mut slots = (0..clients).map(|at| all.connect(at)).collect::<io::Result<Vec<Slot>>>()?;
+    let begin = Instant::now();
+    while begin.elapsed() < warm {
+        all.turn(&mut slots)?;
+    }
+    all.latencies.clear();
+    all.fins.clear();
+    all.failed = 0;
+    let meter = CpuMeter::start(&request.processes);
+    while meter.since.elapsed() < time {
+        all.turn(&mut slots)?;
+    }
+    let used = meter.read();
+    let count = all.latencies.len() as f64;
+    let mut metrics = Metrics::new();
+    metrics.insert("rate".to_owned(), count / used.elapsed.as_secs_f64());
+    metrics.insert("failed".to_owned(), all.failed as f64);
+    used.add_to(&mut metrics, count.max(1.0));
+    add_percentiles(&mut metrics, "", all.latencies);
+    if fin {
+        add_percentiles(&mut metrics, "fin_", all.fins);
+    }
+    Ok(metrics)
+}
+
+impl Clients<'_> {
+    fn connect(&mut self, at: usize) -> io::Result<Slot> {
+        let fd = client_socket(true)?;
+        let address = &self.addresses[self.next];
+        self.next = (self.next + 1) % self.addresses.len();
+        let began = Instant::now();
+        match rustix::net::connect(&fd, address) {
+            Ok(()) | Err(Errno::INPROGRESS) => {}
+            Err(error) => return Err(error.into()),
+        }
+        let flags = epoll::EventFlags::IN | epoll::EventFlags::RDHUP;
+        epoll::add(&self.epoll, &fd, epoll::EventData::new_u64(at as u64), flags)?;
+        Ok(Slot { fd, began, answered: None })
+    }
+
+    fn turn(&mut self, slots: &mut [Slot]) -> io::Result<()> {
+        let mut events = Vec::with_capacity(256);
+        let timeout = rustix::time::Timespec { tv_sec: 0, tv_nsec: 100_000_000 };
+        match epoll::wait(&self.epoll, rustix::buffer::spare_capacity(&mut events), Some(&timeout))
+        {
+            Ok(_) | Err(Errno::INTR) => {}
+            Err(error) => return Err(error.into()),
+        }
+        for event in &events {
+            let at = event.data.u64() as usize;
+            if self.is_over(&mut slots[at]) {
+                // Assigning resets the old one.
+                slots[at] = self.connect(at)?;
+            }
+        }
+        Ok(())
+    }
+
+    /// Reads what has come; true once this client is done.
+    fn is_over(&mut self, slot: &mut Slot) -> bool {
+        let mut buffer = [0; 16];
+        loop {
+            let received = rustix::net::recv(&slot.fd, &mut buffer, RecvFlags::DONTWAIT);
+            let now = Instant::now();
+            match (received, slot.answered) {
+                (Ok((_, 1..)), None) => {
+                    self.latencies.push((now - slot.began).as_nanos() as u64);
+                    if !self.fin {
+                        return true;
+                    }
+                    let Ok(stamp) = buffer[..8].try_into() else { return true };
+                    slot.answered = Some(u64::from_le_bytes(stamp));
+                }
+                (Ok((_, 0)), Some(answered)) => {
+                    self.fins.push(machine::now_ns().saturating_sub(answered));
+                    return true;
+                }
+                (Err(Errno::AGAIN), _) => return false,
+                _ => {
+                    self.failed += 1;
+                    return true;
+                }
+            }
+        }
+    }
+}

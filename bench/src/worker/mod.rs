@@ -1,0 +1,157 @@
+//! The server process of every contender: one serving code, three ways to wait, four ways to get connections.
+
+mod blocking;
+mod mio;
+mod tokio;
+
+use std::io::{self, Write};
+use std::net::SocketAddr;
+use std::path::PathBuf;
+
+use clap::ValueEnum;
+use worker_sdk::WorkerConfig;
+
+use crate::machine;
+
+/// Bytes of one answer of the bulk server.
+pub const CHUNK: usize = 64 * 1024;
+
+/// How a worker waits.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, ValueEnum)]
+pub enum Kind {
+    Blocking,
+    Mio,
+    Tokio,
+}
+
+impl Kind {
+    pub fn name(self) -> &'static str {
+        match self {
+            Kind::Blocking => "blocking",
+            Kind::Mio => "mio",
+            Kind::Tokio => "tokio",
+        }
+    }
+}
+
+/// Where its connections come from.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, ValueEnum)]
+pub enum Source {
+    /// The dispatcher.
+    Sdk,
+    /// Its own listener, with `SO_REUSEPORT`.
+    ReusePort,
+    /// A listener that several processes share; standard input.
+    Shared,
+    /// The bare accept-and-pass loop; standard input.
+    Passed,
+}
+
+/// What it does with a connection.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, ValueEnum)]
+pub enum Serve {
+    /// Writes one byte and closes.
+    Byte,
+    /// Writes the time at which it got the connection and closes.
+    Stamp,
+    /// Writes its index and waits for the client to close.
+    Hold,
+    /// Answers each byte with 64 KiB.
+    Bulk,
+}
+
+impl Serve {
+    pub fn name(self) -> &'static str {
+        match self {
+            Serve::Byte => "byte",
+            Serve::Stamp => "stamp",
+            Serve::Hold => "hold",
+            Serve::Bulk => "bulk",
+        }
+    }
+
+    /// What is written at once, and how many bytes of `greeting` that is.
+    fn greeting(self, index: u16, greeting: &mut [u8; 8]) -> usize {
+        match self {
+            Serve::Byte => 1,
+            Serve::Stamp => {
+                *greeting = machine::now_ns().to_le_bytes();
+                8
+            }
+            Serve::Hold => {
+                greeting[..2].copy_from_slice(&index.to_le_bytes());
+                2
+            }
+            Serve::Bulk => 0,
+        }
+    }
+
+    /// Whether the greeting is all.
+    fn is_brief(self) -> bool {
+        match self {
+            Serve::Byte | Serve::Stamp => true,
+            Serve::Hold | Serve::Bulk => false,
+        }
+    }
+}
+
+/// Arguments of the hidden command.
+#[derive(Clone, Debug, clap::Args)]
+pub struct WorkerArgs {
+    #[arg(long)]
+    pub kind: Kind,
+    #[arg(long)]
+    pub source: Source,
+    #[arg(long)]
+    pub serve: Serve,
+    /// For `reuse-port`.
+    #[arg(long)]
+    pub listen: Option<SocketAddr>,
+    /// For `sdk`.
+    #[arg(long)]
+    pub socket: Option<PathBuf>,
+    /// How many workers this process is; only mio and the SDK.
+    #[arg(long, default_value_t = 1)]
+    pub count: u16,
+    /// Pause after each accept, in microseconds: a slow worker.
+    #[arg(long, default_value_t = 0)]
+    pub delay: u64,
+    /// The first worker's index.
+    pub index: u16,
+}
+
+impl WorkerArgs {
+    fn config(&self, number: u16) -> WorkerConfig {
+        let socket = self.socket.clone().unwrap_or_default();
+        let name = format!("w{}", self.index + number);
+        WorkerConfig::new().dispatch_socket(socket).pool("web").name(name)
+    }
+
+    fn address(&self) -> io::Result<SocketAddr> {
+        self.listen.ok_or_else(|| io::Error::other("--listen is missing"))
+    }
+
+    fn dawdle(&self) {
+        if self.delay > 0 {
+            std::thread::sleep(std::time::Duration::from_micros(self.delay));
+        }
+    }
+}
+
+/// Serves for ever.
+pub fn run(args: &WorkerArgs) -> io::Result<()> {
+    machine::die_with_parent();
+    machine::raise_descriptors();
+    match args.kind {
+        Kind::Blocking => blocking::run(args),
+        Kind::Mio => mio::run(args),
+        Kind::Tokio => tokio::run(args),
+    }
+}
+
+/// Tells the harness that clients may come.
+fn ready() -> io::Result<()> {
+    let mut out = io::stdout();
+    out.write_all(b"ready\n")?;
+    out.flush()
+}

@@ -1,0 +1,137 @@
+//! Once warm, the hot thread allocates nothing for a connection.
+//!
+//! A test binary of its own, because it counts with the global allocator: only what the thread that runs the
+//! dispatcher asks for. Workers and clients are other threads of this process. No timing decides anything.
+#![allow(clippy::unwrap_used)]
+
+mod support;
+
+use std::alloc::{GlobalAlloc, Layout, System};
+use std::cell::Cell;
+use std::io::{Read, Write};
+use std::net::{SocketAddr, TcpStream};
+use std::sync::atomic::{AtomicU64, Ordering};
+use std::sync::{Arc, Barrier, mpsc};
+use std::thread;
+
+use dispatcher::config::Config;
+use dispatcher::status::Status;
+use nix::sys::signal::{Signal, raise};
+use worker_sdk::{Worker, WorkerConfig};
+
+struct Counting;
+
+static ALLOCATIONS: AtomicU64 = AtomicU64::new(0);
+
+thread_local! {
+    static COUNTED: Cell<bool> = const { Cell::new(false) };
+}
+
+fn count() {
+    // At a thread's end its variable is gone already; such a thread is none that counts.
+    if COUNTED.try_with(Cell::get).unwrap_or(false) {
+        ALLOCATIONS.fetch_add(1, Ordering::SeqCst);
+    }
+}
+
+// SAFETY: every call is passed on to the system's allocator as it is; counting allocates nothing.
+unsafe impl GlobalAlloc for Counting {
+    unsafe fn alloc(&self, layout: Layout) -> *mut u8 {
+        count();
+        // SAFETY: the caller keeps the contract of `alloc`, which is the same there.
+        unsafe { System.alloc(layout) }
+    }
+
+    unsafe fn dealloc(&self, pointer: *mut u8, layout: Layout) {
+        // SAFETY: as above; the pointer came from `System`.
+        unsafe { System.dealloc(pointer, layout) }
+    }
+
+    unsafe fn realloc(&self, pointer: *mut u8, layout: Layout, size: usize) -> *mut u8 {
+        count();
+        // SAFETY: as above; the pointer came from `System`.
+        unsafe { System.realloc(pointer, layout, size) }
+    }
+}
+
+#[global_allocator]
+static ALLOCATOR: Counting = Counting;
+
+/// Untaken connections while warming up, more than later ever.
+const BURST: usize = 200;
+const CLIENTS: usize = 8;
+const EACH: usize = 500;
+
+/// One short connection, to its end.
+fn visit(address: SocketAddr) {
+    let mut bytes = Vec::new();
+    TcpStream::connect(address).unwrap().read_to_end(&mut bytes).unwrap();
+    assert_eq!(bytes, b"x");
+}
+
+#[test]
+fn a_warm_hot_thread_allocates_nothing() {
+    let directory = tempfile::tempdir().unwrap();
+    let path = |name: &str| directory.path().join(name);
+    // Nobody becomes suspect while the burst waits.
+    let config = format!(
+        "dispatch_socket = {:?}\nadmin_socket = {:?}\n\
+         [[listener]]\nname = \"web\"\naddress = \"127.0.0.1:0\"\npool = \"web\"\n\
+         [pool.web]\nhandoff_timeout = \"10m\"\n",
+        path("dispatch.sock"),
+        path("admin.sock")
+    );
+    let config = Config::parse(&config, "test").unwrap();
+    let (tell, told) = mpsc::channel();
+    let hot = thread::spawn(move || {
+        COUNTED.set(true);
+        let ready = move |addresses: &[String]| tell.send(addresses[0].clone()).unwrap();
+        dispatcher::shell::run(config, ready)
+    });
+    let address: SocketAddr = told.recv().unwrap().parse().unwrap();
+
+    let gate = Arc::new(Barrier::new(3));
+    let workers: Vec<Worker> = (0..2)
+        .map(|_| {
+            let config = WorkerConfig::new().dispatch_socket(path("dispatch.sock")).pool("web");
+            let worker = Worker::connect(config).unwrap();
+            let (server, gate) = (worker.clone(), Arc::clone(&gate));
+            thread::spawn(move || {
+                gate.wait();
+                while let Some(mut connection) = server.accept().unwrap() {
+                    connection.write_all(b"x").unwrap();
+                }
+            });
+            worker
+        })
+        .collect();
+
+    // Everything grows to its largest now: nothing is taken before all have been accepted and sent.
+    let burst: Vec<_> = (0..BURST).map(|_| TcpStream::connect(address).unwrap()).collect();
+    support::wait_until("the burst to be sent", || {
+        let (_, body) = support::http_get(&path("admin.sock"), "/v1/status").unwrap();
+        serde_json::from_str::<Status>(&body).unwrap().custody == BURST as u64
+    });
+    gate.wait();
+    for mut client in burst {
+        let mut byte = [0];
+        client.read_exact(&mut byte).unwrap();
+    }
+    for _ in 0..BURST {
+        visit(address);
+    }
+
+    let before = ALLOCATIONS.load(Ordering::SeqCst);
+    assert!(before > 0, "the hot thread is counted");
+    thread::scope(|scope| {
+        for _ in 0..CLIENTS {
+            scope.spawn(|| (0..EACH).for_each(|_| visit(address)));
+        }
+    });
+    let during = ALLOCATIONS.load(Ordering::SeqCst) - before;
+    assert_eq!(during, 0, "allocations during {} connections", CLIENTS * EACH);
+
+    workers.iter().for_each(Worker::close);
+    raise(Signal::SIGTERM).unwrap();
+    hot.join().unwrap().unwrap();
+}
