@@ -82,6 +82,8 @@ struct Shell {
     door_paused_until: Option<Time>,
     /// By `WorkerId::index`. Side by side in memory: every turn looks at all of them.
     workers: Vec<Option<WorkerIo>>,
+    /// Something has just happened, so more is likely to happen soon: see [`DOZE`].
+    dozing: bool,
     /// Control connections that may have more to read although their edge is used up.
     again: Vec<Key>,
     /// Our limits of open files before we raised them, soft and hard: for the processes we start.
@@ -119,6 +121,11 @@ struct Limits {
     events: [Limit; 14],
 }
 
+/// For this long after an event nobody is asked for pokes: at any rate worth mentioning the next client wakes us before,
+/// and what was taken is then seen without a system call of the worker and a wake-up of ours for each connection. Workers
+/// that close meanwhile find their slot not released and shut the connection down, so no client waits for this.
+const DOZE: Duration = Duration::from_millis(2);
+
 /// A turn this long is worth a line; it is said again only for longer ones.
 const SLOW_TURN: Duration = Duration::from_millis(100);
 
@@ -138,6 +145,7 @@ impl Shell {
                 Err(error) => return Err(RunError::System { what: "poll", error }),
             }
             self.now = clock();
+            self.dozing = !events.is_empty();
             self.scan_all();
             for event in &events {
                 match Source::of(event.token()) {
@@ -304,9 +312,12 @@ impl Shell {
             return Some(Duration::ZERO);
         }
         let mut changed = false;
+        let mut untaken = false;
         let all = self.core.wants_room();
         for index in 0..self.workers.len() {
-            if !all && !self.core.has_tickets(index as u32) {
+            let has_tickets = self.core.has_tickets(index as u32);
+            untaken |= has_tickets;
+            if !all && (!has_tickets || self.dozing) {
                 continue;
             }
             let Some(io) = self.workers.get(index).and_then(Option::as_ref) else { continue };
@@ -324,7 +335,9 @@ impl Shell {
         let paused = self.listeners.iter().filter_map(|listener| listener.paused_until).min();
         let deadlines =
             [self.core.deadline(), self.door.deadline(), self.door_paused_until, paused, retry];
-        let next = deadlines.into_iter().flatten().min()?;
+        let next = deadlines.into_iter().flatten().min();
+        let doze = (untaken && !all && self.dozing).then(|| self.now + DOZE);
+        let next = next.into_iter().chain(doze).min()?;
         Some(next - clock())
     }
 }

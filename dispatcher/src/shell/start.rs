@@ -117,6 +117,7 @@ impl Shell {
             door: Door::default(),
             door_paused_until: None,
             workers: Vec::new(),
+            dozing: false,
             again: Vec::new(),
             descriptors: None,
             tokens: HashMap::new(),
