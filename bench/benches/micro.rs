@@ -63,12 +63,7 @@ fn core(workers: u32, weight: impl Fn(u32) -> u16) -> Core {
 }
 
 /// A batch of connections is accepted, sent, seen taken, released and finished: a whole turn.
-fn turn(
-    core: &mut Core,
-    batch: usize,
-    sent: &mut Vec<(WorkerId, Ticket)>,
-    finished: &mut Vec<u64>,
-) {
+fn turn(core: &mut Core, batch: usize, sent: &mut Vec<(WorkerId, Ticket)>, finished: &mut [u64]) {
     let now = Time(1);
     for _ in 0..batch {
         core.accepted(now, Client { listener: LISTENER, peer: peer() });

@@ -25,7 +25,8 @@ pub(super) fn cases(plan: &Plan) -> Vec<Case> {
                 let mut setup = Setup::new(serve, workers);
                 (setup.processes, setup.listeners) = (PROCESSES, listeners);
                 let contender = Contender::new(How::Dispatcher, Kind::Mio);
-                let label = format!("{workers} workers, {listeners} listeners");
+                let plural = if listeners == 1 { "" } else { "s" };
+                let label = format!("{workers} workers, {listeners} listener{plural}");
                 variants.push(Variant { label, contender, setup, job: job.clone(), excuse: None });
             }
         }
