@@ -44,7 +44,7 @@ struct MeasureArgs {
     /// How often each contender has its turn. Default: 5, or 1 with --quick.
     #[arg(long, value_name = "N")]
     rounds: Option<usize>,
-    /// Directory for `results.json` and `chart.svg`; made if it is not there.
+    /// Directory for `results.json`, `tables.md` and `chart.svg`; made if it is not there.
     #[arg(long, value_name = "DIR")]
     out: Option<PathBuf>,
     /// The dispatcher's binary. Default: `dispatcher` beside this program.

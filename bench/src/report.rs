@@ -126,6 +126,10 @@ impl Report {
             "skipped": self.skipped,
         });
         fs::write(directory.join("results.json"), serde_json::to_string_pretty(&whole)? + "\n")?;
+        let tables = self.cases.iter().map(|(_, case, results)| table(case, results));
+        let tables = tables.collect::<Vec<_>>().join("\n");
+        let text = format!("{}\n{tables}\n{}", self.heading(), self.skipped());
+        fs::write(directory.join("tables.md"), text)?;
         let cases = self.cases.iter().map(|(_, case, results)| (case, results.as_slice()));
         fs::write(directory.join("chart.svg"), svg::chart(cases))
     }

@@ -32,6 +32,13 @@ pub fn free_address() -> io::Result<SocketAddr> {
     TcpListener::bind("127.0.0.1:0")?.local_addr()
 }
 
+/// Different ones: each is kept until all are found.
+pub fn free_addresses(count: u16) -> io::Result<Vec<SocketAddr>> {
+    let bind = |_| TcpListener::bind("127.0.0.1:0");
+    let listeners = (0..count).map(bind).collect::<io::Result<Vec<_>>>()?;
+    listeners.iter().map(TcpListener::local_addr).collect()
+}
+
 /// The descriptor that the parent put in place of standard input.
 pub fn from_stdin() -> io::Result<OwnedFd> {
     Ok(rustix::io::fcntl_dupfd_cloexec(rustix::stdio::stdin(), 3)?)

@@ -35,8 +35,7 @@ pub(super) fn dispatcher(
          [pool.web]\nmax_workers = 4096\nmax_connections_per_worker = 20000\n",
         running.path("admin.sock")
     );
-    for number in 0..setup.listeners {
-        let address = socket::free_address()?;
+    for (number, address) in socket::free_addresses(setup.listeners)?.into_iter().enumerate() {
         let _ = writeln!(
             config,
             "[[listener]]\nname = \"l{number}\"\naddress = \"{address}\"\npool = \"web\""

@@ -190,7 +190,7 @@ pub fn run(plan: &Plan) -> io::Result<()> {
     println!("{}", report.skipped());
     if let Some(directory) = &plan.out {
         report.write(directory)?;
-        println!("Written: results.json and chart.svg in {}", directory.display());
+        println!("Written: results.json, tables.md and chart.svg in {}", directory.display());
     }
     Ok(())
 }

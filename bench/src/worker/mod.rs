@@ -124,7 +124,9 @@ impl WorkerArgs {
     fn config(&self, number: u16) -> WorkerConfig {
         let socket = self.socket.clone().unwrap_or_default();
         let name = format!("w{}", self.index + number);
-        WorkerConfig::new().dispatch_socket(socket).pool("web").name(name)
+        // A dispatcher that does not come would be waited for for ever.
+        let patience = std::time::Duration::from_secs(20);
+        WorkerConfig::new().dispatch_socket(socket).pool("web").name(name).join_timeout(patience)
     }
 
     fn address(&self) -> io::Result<SocketAddr> {
