@@ -97,4 +97,6 @@ pub struct WorkerStatus {
     pub custody: u64,
     /// Connections that were taken back from it.
     pub revoked: u64,
+    /// Connections that went elsewhere because its channel had no room.
+    pub channel_full: u64,
 }

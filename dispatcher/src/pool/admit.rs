@@ -115,6 +115,7 @@ impl Core {
             probe_again: None,
             told_clamped: false,
             told_went_back: false,
+            channel_full: 0,
         };
         let live = worker.load();
         match self.workers.get_mut(index as usize) {

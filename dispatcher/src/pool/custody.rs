@@ -65,6 +65,7 @@ impl Core {
         self.totals.custody -= 1;
         match why {
             SendFailure::Full => {
+                worker.channel_full += 1;
                 let until = now + self.pools[pool].settings.handoff_timeout;
                 if worker.blocked.replace(until).is_none() {
                     self.event(Event::ChannelFull { worker: id });

@@ -160,5 +160,6 @@ fn worker_status(worker: &Worker) -> WorkerStatus {
         finished: worker.finished,
         custody: u64::from(worker.untaken()),
         revoked: worker.revoked,
+        channel_full: worker.channel_full,
     }
 }

@@ -59,6 +59,8 @@ pub(super) struct Worker {
     /// Kinds of impossible counters already reported.
     pub(super) told_clamped: bool,
     pub(super) told_went_back: bool,
+    /// Times its channel had no room.
+    pub(super) channel_full: u64,
 }
 
 impl Worker {
