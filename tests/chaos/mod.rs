@@ -13,8 +13,6 @@ mod nemesis;
 
 pub mod protocol;
 
-pub mod random;
-
 use std::fs::File;
 use std::net::TcpListener;
 use std::os::fd::OwnedFd;
@@ -25,9 +23,9 @@ use std::time::{Duration, Instant};
 
 use checker::{Evidence, Verdict};
 use client::Clients;
+use dispatcher::sim::Random;
 use dispatcher::status::Status;
 use nemesis::{HANDOFF_TIMEOUT, Nemesis, WAIT_FOR_WORKER, What};
-use random::Random;
 
 use crate::support::{Process, assert_conserved, configure, http_get, wait_for};
 

@@ -5,7 +5,7 @@ use std::path::PathBuf;
 use std::process::{Command, Stdio};
 use std::time::{Duration, Instant};
 
-use super::random::Random;
+use dispatcher::sim::Random;
 use nix::sys::signal::Signal;
 
 use super::Run;

@@ -19,7 +19,7 @@ use worker_sdk::mio::MioWorker;
 use worker_sdk::{Connection, Error, PeerAddr, Worker, WorkerConfig};
 
 use crate::chaos::protocol::{answer, id_of, now};
-use crate::chaos::random::Random;
+use dispatcher::sim::Random;
 
 static NAME: LazyLock<String> = LazyLock::new(|| std::env::var("DISPATCH_NAME").unwrap());
 static TAKEN: LazyLock<File> = LazyLock::new(|| {
