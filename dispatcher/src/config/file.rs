@@ -26,6 +26,7 @@ pub(super) struct File {
     pub max_pending_hellos: Option<Count<1, 65_536>>,
     pub stop_timeout: Option<Wait<0, YEAR>>,
     pub resource_pause: Option<Wait<1, YEAR>>,
+    pub busy_poll: Option<Wait<0, 1000>>,
     pub defaults: Option<PoolKeys>,
     #[serde(default)]
     pub listener: Vec<Spanned<ListenerKeys>>,

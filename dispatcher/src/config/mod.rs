@@ -265,6 +265,8 @@ pub struct Limits {
     pub stop_timeout: Duration,
     /// `resource_pause`: how long accepting rests after EMFILE and its kind. Default 100 ms.
     pub resource_pause: Duration,
+    /// `busy_poll`: how long after an event the hot thread looks for the next without sleeping. Default zero.
+    pub busy_poll: Duration,
 }
 
 impl Default for Limits {
@@ -275,6 +277,7 @@ impl Default for Limits {
             max_pending_hellos: 64,
             stop_timeout: Duration::from_secs(10),
             resource_pause: Duration::from_millis(100),
+            busy_poll: Duration::ZERO,
         }
     }
 }

@@ -219,6 +219,7 @@ fn durations() {
     pool_refused("handoff_timeout = ‹'10'›", "is not a duration", "\"10s\"");
     pool_refused("handoff_timeout = ‹'0s'›", "at least \"1ms\"", "");
     pool_refused("probation = ‹'10y'›", "at most", "");
+    top_refused("busy_poll = ‹'2s'›", "at most \"1s\"", "");
     top_refused("resource_pause = ‹'0ms'›", "at least \"1ms\"", "");
     listener_refused("keepalive = ‹'10ms'›", "at least \"1s\"", "");
     let config = good(&format!("{GOOD}wait_for_worker = '0s'\nprobation = '1m 30s'\n"));

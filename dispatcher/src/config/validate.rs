@@ -115,6 +115,7 @@ fn limits(file: &File) -> Limits {
         max_pending_hellos: file.max_pending_hellos.map_or(default.max_pending_hellos, |n| n.0),
         stop_timeout: file.stop_timeout.map_or(default.stop_timeout, |w| w.0),
         resource_pause: file.resource_pause.map_or(default.resource_pause, |w| w.0),
+        busy_poll: file.busy_poll.map_or(default.busy_poll, |w| w.0),
     }
 }
 

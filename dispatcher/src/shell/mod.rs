@@ -126,6 +126,14 @@ struct Limits {
 /// that close meanwhile find their slot not released and shut the connection down, so no client waits for this.
 const DOZE: Duration = Duration::from_millis(2);
 
+/// What a look without sleeping found.
+enum Look {
+    /// Events, to be handled now.
+    Found,
+    /// Nothing: sleep, at most for this long.
+    Sleep(Option<Duration>),
+}
+
 /// A turn this long is worth a line; it is said again only for longer ones.
 const SLOW_TURN: Duration = Duration::from_millis(100);
 
@@ -139,10 +147,10 @@ impl Shell {
             }
             let timeout = self.before_sleep();
             self.watch_turn();
-            match self.poll.poll(&mut events, timeout) {
-                Ok(()) => {}
-                Err(error) if error.kind() == io::ErrorKind::Interrupted => continue,
-                Err(error) => return Err(RunError::System { what: "poll", error }),
+            if let Look::Sleep(timeout) = self.look_again(&mut events, timeout)?
+                && !self.poll_events(&mut events, timeout)?
+            {
+                continue;
             }
             self.now = clock();
             self.dozing = !events.is_empty();
@@ -158,6 +166,46 @@ impl Shell {
             self.core.tick(self.now);
             self.perform();
             self.accept_all();
+        }
+    }
+
+    /// False if a signal handler ended it.
+    fn poll_events(
+        &mut self,
+        events: &mut Events,
+        timeout: Option<Duration>,
+    ) -> Result<bool, RunError> {
+        match self.poll.poll(events, timeout) {
+            Ok(()) => Ok(true),
+            Err(error) if error.kind() == io::ErrorKind::Interrupted => Ok(false),
+            Err(error) => Err(RunError::System { what: "poll", error }),
+        }
+    }
+
+    /// Looks for events without sleeping, when some have just happened: once after letting whoever waits for this
+    /// core run, and on for `busy_poll`.
+    ///
+    /// On a machine with more work than cores, clients and workers get on meanwhile, so that the next turn has more to
+    /// do and nobody pays for putting us to sleep and waking us. With a core to spare it costs two short system calls.
+    fn look_again(
+        &mut self,
+        events: &mut Events,
+        timeout: Option<Duration>,
+    ) -> Result<Look, RunError> {
+        if !self.dozing || timeout == Some(Duration::ZERO) {
+            return Ok(Look::Sleep(timeout));
+        }
+        let until = self.config.limits.busy_poll.min(timeout.unwrap_or(Duration::MAX));
+        let began = clock();
+        loop {
+            std::thread::yield_now();
+            if self.poll_events(events, Some(Duration::ZERO))? && !events.is_empty() {
+                return Ok(Look::Found);
+            }
+            let spent = clock() - began;
+            if spent >= until {
+                return Ok(Look::Sleep(timeout.map(|timeout| timeout.saturating_sub(spent))));
+            }
         }
     }
 
