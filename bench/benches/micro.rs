@@ -34,7 +34,7 @@ fn core(workers: u32, weight: impl Fn(u32) -> u16) -> Core {
         probation: Duration::from_secs(1),
         wait_for_worker: Duration::from_secs(1),
         access: Access { users: vec![0], groups: Vec::new() },
-        processes: 0,
+        ..PoolSettings::default()
     };
     let listener = ListenerSettings {
         name: "web".to_owned(),
@@ -66,7 +66,7 @@ fn core(workers: u32, weight: impl Fn(u32) -> u16) -> Core {
 fn turn(core: &mut Core, batch: usize, sent: &mut Vec<(WorkerId, Ticket)>, finished: &mut [u64]) {
     let now = Time(1);
     for _ in 0..batch {
-        core.accepted(now, Client { listener: LISTENER, peer: peer() });
+        core.accepted(now, Client::new(LISTENER, peer()));
     }
     while let Some(effect) = core.effect() {
         if let Effect::Send { worker, ticket, .. } = effect {
@@ -170,7 +170,7 @@ fn ledger(c: &mut Criterion) {
     group.bench_function("hold and let go", |b| {
         b.iter(|| {
             for _ in 0..BATCH {
-                conns.push(core.accepted(Time(1), Client { listener: LISTENER, peer: peer() }));
+                conns.push(core.accepted(Time(1), Client::new(LISTENER, peer())));
             }
             for conn in conns.drain(..) {
                 core.client_gone(Time(1), conn);

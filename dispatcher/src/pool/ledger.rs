@@ -3,7 +3,8 @@
 //! Owns connection numbers and entries, and nothing else: where a connection goes is decided elsewhere. Entries and
 //! links are used again, so that once warm nothing is allocated for a connection.
 
-use super::types::{ConnId, ListenerId};
+use super::types::{AffinityKey, Client, ConnId, ListenerId};
+use worker_sdk::PeerAddr;
 
 /// No entry.
 const NONE: u32 = u32::MAX;
@@ -26,6 +27,9 @@ pub(super) enum Place {
 pub(super) struct Conn {
     pub(super) serial: u64,
     pub(super) listener: ListenerId,
+    pub(super) peer: PeerAddr,
+    /// What its client is known by.
+    pub(super) key: Option<AffinityKey>,
     pub(super) place: Place,
     /// Whether a record that names it may have reached a worker before.
     pub(super) resent: bool,
@@ -73,6 +77,11 @@ impl Held {
         self.len() == 0
     }
 
+    /// The one to be placed first.
+    pub(super) fn first(&self) -> Option<u32> {
+        [self.returned.head, self.fresh.head].into_iter().find(|&head| head != NONE)
+    }
+
     fn queue(&mut self, returned: bool) -> &mut Queue {
         if returned { &mut self.returned } else { &mut self.fresh }
     }
@@ -80,11 +89,13 @@ impl Held {
 
 impl Ledger {
     /// A new connection, to be given a place at once.
-    pub(super) fn open(&mut self, listener: ListenerId) -> ConnId {
+    pub(super) fn open(&mut self, client: Client) -> ConnId {
         self.serial += 1;
         let conn = Conn {
             serial: self.serial,
-            listener,
+            listener: client.listener,
+            peer: client.peer,
+            key: client.key,
             place: Place::Leaving,
             resent: false,
             returned: false,
@@ -151,7 +162,7 @@ impl Ledger {
 
     /// Takes the first one out of the queue.
     pub(super) fn pop(&mut self, held: &mut Held) -> Option<u32> {
-        let head = [held.returned.head, held.fresh.head].into_iter().find(|&head| head != NONE)?;
+        let head = held.first()?;
         self.unhold(held, head);
         Some(head)
     }

@@ -22,6 +22,7 @@ mod health;
 mod ledger;
 mod place;
 mod policy;
+mod random;
 mod report;
 mod ring;
 mod supervise;
@@ -33,6 +34,7 @@ mod tests;
 
 pub use effect::{Effect, Event};
 pub use health::LOST_PAUSE;
+pub use random::Random;
 pub use report::Totals;
 pub use supervise::{RESTART_MAX, RESTART_MIN, RESTART_RESET};
 pub use types::*;
@@ -124,6 +126,7 @@ impl Core {
     /// Each listener's pool is one of `pools`: the configuration has made sure of that.
     pub fn new(pools: Vec<PoolSettings>, listeners: Vec<ListenerSettings>, now: Time) -> Core {
         let mut effects = VecDeque::new();
+        let mut seeds = Random::new(0);
         let pools = (0..)
             .map(PoolId)
             .zip(pools)
@@ -133,7 +136,7 @@ impl Core {
                     effects.push_back(Effect::Event(Event::NoUsableWorker { pool: id }));
                 }
                 Pool {
-                    candidates: Candidates::default(),
+                    candidates: Candidates::new(seeds.number()),
                     held: Held::default(),
                     usable: 0,
                     clock: Clock::Since(now),
@@ -163,6 +166,14 @@ impl Core {
             stop: None,
             #[cfg(any(test, debug_assertions))]
             check_credit: 0,
+        }
+    }
+
+    /// What every choice by lot follows from. The same seed and the same history give the same choices.
+    pub fn set_seed(&mut self, seed: u64) {
+        let mut seeds = Random::new(seed);
+        for pool in &mut self.pools {
+            pool.candidates.set_seed(seeds.number());
         }
     }
 
@@ -276,7 +287,7 @@ impl Core {
         let listener = &mut self.listeners[usize::from(client.listener.0)];
         listener.accepted += 1;
         let pool = listener.pool;
-        let conn = self.ledger.open(client.listener);
+        let conn = self.ledger.open(client);
         self.totals.accepted += 1;
         self.put(now, pool, conn.index, false);
         self.after(now, pool);

@@ -17,7 +17,7 @@ impl Core {
     pub(super) fn put(&mut self, now: Time, pool: usize, conn: u32, returned: bool) {
         let over = self.stop.is_some_and(|stop| stop.over);
         if over {
-            match self.choose_any(pool) {
+            match self.choose_any(pool, conn) {
                 Some(worker) => self.send(now, worker, conn),
                 None => self.close(conn, CloseReason::Shutdown),
             }
@@ -25,7 +25,7 @@ impl Core {
             self.close(conn, CloseReason::NoWorker);
         } else if !returned
             && self.pools[pool].held.is_empty()
-            && let Some(worker) = self.choose(pool)
+            && let Some(worker) = self.choose(pool, conn)
         {
             self.send(now, worker, conn);
         } else {
@@ -37,30 +37,31 @@ impl Core {
 
     /// Places held connections while a worker is eligible.
     pub(super) fn place_held(&mut self, now: Time, pool: usize) {
-        while !self.pools[pool].held.is_empty()
-            && let Some(worker) = self.choose(pool)
-            && let Some(conn) = self.ledger.pop(&mut self.pools[pool].held)
+        while let Some(conn) = self.pools[pool].held.first()
+            && let Some(worker) = self.choose(pool, conn)
         {
-            self.totals.held -= 1;
+            self.unhold(pool, conn);
             self.send(now, worker, conn);
         }
     }
 
-    fn choose(&mut self, pool: usize) -> Option<usize> {
+    /// The worker for this connection; `None` if nobody may be chosen.
+    fn choose(&mut self, pool: usize, conn: u32) -> Option<usize> {
         if self.choked.is_some() {
             return None;
         }
+        let key = self.ledger.get(conn).key;
         let pool = &mut self.pools[pool];
-        let worker = pool.candidates.choose(pool.settings.policy)?;
+        let worker = pool.candidates.choose(pool.settings.policy, key)?;
         Some(worker as usize)
     }
 
     /// At the end of a stop: whoever's channel may have room, trusted ones first.
-    fn choose_any(&mut self, pool: usize) -> Option<usize> {
+    fn choose_any(&mut self, pool: usize, conn: u32) -> Option<usize> {
         if self.choked.is_some() {
             return None;
         }
-        self.choose(pool).or_else(|| {
+        self.choose(pool, conn).or_else(|| {
             self.pools[pool]
                 .candidates
                 .workers()

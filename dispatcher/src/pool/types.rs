@@ -1,9 +1,12 @@
 //! Identifiers, units and settings of the decision core. Plain values, no behaviour worth a test of its own.
 
+use core::net::IpAddr;
 use std::fmt;
+use std::hash::Hasher;
 use std::ops::{Add, Sub};
 use std::time::Duration;
 
+use siphasher::sip::SipHasher13;
 use worker_sdk::PeerAddr;
 use worker_sdk::wire::Token;
 
@@ -76,12 +79,47 @@ pub struct Ticket {
     pub seq: u64,
 }
 
+/// What a client is known by: a hash of its address, cookie or whatever else a pool goes by. The same bytes give the
+/// same key in every dispatcher and after every restart.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord, Hash)]
+pub struct AffinityKey(pub u64);
+
+impl AffinityKey {
+    /// The key of these bytes.
+    pub fn of(bytes: &[u8]) -> AffinityKey {
+        // Fixed, so that a restart or a second dispatcher sends a client where it was before.
+        let mut hasher = SipHasher13::new_with_keys(0x6469_7370_6174_6368, 0x6166_6669_6e69_7479);
+        hasher.write(bytes);
+        AffinityKey(hasher.finish())
+    }
+
+    /// The key of a client's IP address; clients of a Unix listener have none.
+    pub fn of_peer(peer: &PeerAddr) -> Option<AffinityKey> {
+        Some(match peer.ip()? {
+            IpAddr::V4(ip) => AffinityKey::of(&ip.octets()),
+            IpAddr::V6(ip) => AffinityKey::of(&ip.octets()),
+        })
+    }
+}
+
 /// How the worker for a connection is chosen.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
 pub enum Policy {
     /// Fewest live connections for its weight.
     #[default]
     LeastConnections,
+    /// Each in turn, as often as its weight says.
+    RoundRobin,
+    /// By lot, as likely as its weight says.
+    Random,
+    /// The less loaded of two drawn by lot.
+    TwoChoices,
+    /// The one its key belongs to.
+    Hash,
+    /// The least loaded of the highest priority that is up; the others stand by.
+    Failover,
+    /// Lowest score.
+    LeastScore,
 }
 
 impl Policy {
@@ -89,6 +127,12 @@ impl Policy {
     pub fn name(self) -> &'static str {
         match self {
             Policy::LeastConnections => "least-connections",
+            Policy::RoundRobin => "round-robin",
+            Policy::Random => "random",
+            Policy::TwoChoices => "two-choices",
+            Policy::Hash => "hash",
+            Policy::Failover => "failover",
+            Policy::LeastScore => "least-score",
         }
     }
 }
@@ -116,6 +160,24 @@ pub struct PoolSettings {
     pub access: Access,
     /// Processes to keep running; 0 for none.
     pub processes: u32,
+}
+
+impl Default for PoolSettings {
+    /// A pool without a name, with the defaults of the configuration, that nobody may join.
+    fn default() -> PoolSettings {
+        PoolSettings {
+            name: String::new(),
+            policy: Policy::default(),
+            max_connections_per_worker: 10_000,
+            max_untaken: 256,
+            max_workers: 4096,
+            handoff_timeout: Duration::from_millis(200),
+            probation: Duration::from_secs(10),
+            wait_for_worker: Duration::from_secs(10),
+            access: Access::default(),
+            processes: 0,
+        }
+    }
 }
 
 /// Who may join a pool. Users and groups are numeric here; `config` resolves names.
@@ -169,6 +231,15 @@ pub struct Client {
     pub listener: ListenerId,
     /// Its address.
     pub peer: PeerAddr,
+    /// What it is known by, if the pool asks for that and the client has told.
+    pub key: Option<AffinityKey>,
+}
+
+impl Client {
+    /// A client of which no more is known than where it came from.
+    pub fn new(listener: ListenerId, peer: PeerAddr) -> Client {
+        Client { listener, peer, key: None }
+    }
 }
 
 /// Why a worker may not join. The core names the deciding configuration key where there is one.

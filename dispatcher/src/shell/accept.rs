@@ -157,7 +157,7 @@ impl Shell {
             }
             match listener.attempt() {
                 Attempt::Client(fd, peer) => {
-                    let client = Client { listener: id, peer };
+                    let client = Client::new(id, peer);
                     let conn = self.core.accepted(self.now, client);
                     let index = conn.index as usize;
                     if self.conns.len() <= index {

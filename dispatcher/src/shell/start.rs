@@ -91,6 +91,7 @@ impl Shell {
         let pools = config.pools.iter().map(|pool| pool.settings.clone()).collect();
         let mut core = Core::new(pools, settings, now);
         core.set_resource_pause(config.limits.resource_pause);
+        core.set_seed(seed());
         for listener in &listeners {
             if let Some(listening) = &listener.listening {
                 log::info!(
@@ -177,6 +178,16 @@ impl Shell {
     pub(super) fn addresses(&self) -> Vec<String> {
         let listening = self.listeners.iter().filter_map(|listener| listener.listening.as_ref());
         listening.map(|listening| listening.address.clone()).collect()
+    }
+}
+
+/// Where choices by lot come from: dispatchers that start at the same time must not all choose the same workers.
+fn seed() -> u64 {
+    let mut bytes = [0; 8];
+    match rustix::rand::getrandom(&mut bytes, rustix::rand::GetRandomFlags::empty()) {
+        Ok(_) => u64::from_ne_bytes(bytes),
+        // Another moment is another seed too.
+        Err(_) => clock().0,
     }
 }
 

@@ -7,11 +7,9 @@
 
 mod plan;
 mod process;
-mod random;
 mod run;
 
 pub use plan::{Fault, FaultKind, Plan, attempt, shrink};
-pub use random::Random;
 pub use run::{Outcome, run};
 
 use std::collections::VecDeque;
@@ -22,6 +20,7 @@ use worker_sdk::PeerAddr;
 use worker_sdk::scoreboard::claim::{self, Revoke};
 use worker_sdk::wire::{EntryFlags, Hello};
 
+pub use crate::pool::Random;
 use crate::pool::*;
 
 /// What is in a channel.
@@ -142,7 +141,7 @@ impl Desk {
     /// A client is accepted; effects are left for [`Desk::pump`].
     pub fn accept_only(&mut self, listener: ListenerId) -> ConnId {
         let peer = PeerAddr::Unix;
-        let conn = self.core.accepted(self.now, Client { listener, peer });
+        let conn = self.core.accepted(self.now, Client::new(listener, peer));
         self.fates.push(Fate::default());
         assert_eq!(self.fates.len() as u64, conn.serial);
         let index = conn.index as usize;

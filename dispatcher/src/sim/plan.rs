@@ -3,7 +3,7 @@
 use std::panic::{AssertUnwindSafe, catch_unwind};
 use std::time::Duration;
 
-use super::random::Random;
+use super::Random;
 use super::run::{Outcome, run};
 
 /// Something that goes wrong.

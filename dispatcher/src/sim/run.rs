@@ -62,7 +62,7 @@ pub fn run(plan: &Plan) -> Outcome {
         probation: Duration::from_millis(random.below(1_500)),
         wait_for_worker: Duration::from_millis(100 + random.below(2_000)),
         access: Access { users: vec![0], groups: Vec::new() },
-        processes: 0,
+        ..PoolSettings::default()
     };
     let listener =
         ListenerSettings { name: "http".to_owned(), address: String::new(), pool: PoolId(0) };

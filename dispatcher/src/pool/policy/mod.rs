@@ -6,7 +6,8 @@
 pub(super) mod least_connections;
 
 use self::least_connections::Tournament;
-use super::types::{Policy, Time};
+use super::random::Random;
+use super::types::{AffinityKey, Policy, Time};
 
 /// The end of time: a timer that is not running.
 pub(super) const NEVER: Time = Time(u64::MAX);
@@ -27,7 +28,7 @@ pub(super) struct Candidate {
 }
 
 /// The workers of a pool that have not left, and beside each its next timer.
-#[derive(Debug, Default)]
+#[derive(Debug)]
 pub(super) struct Candidates {
     list: Vec<Candidate>,
     /// Over `list`, always up to date.
@@ -37,9 +38,26 @@ pub(super) struct Candidates {
     /// Where the next decision starts, so that ties rotate.
     start: usize,
     eligible: usize,
+    random: Random,
 }
 
 impl Candidates {
+    /// Nobody yet; `seed` is where choices by lot come from.
+    pub(super) fn new(seed: u64) -> Candidates {
+        Candidates {
+            list: Vec::new(),
+            tournament: Tournament::default(),
+            due: Vec::new(),
+            start: 0,
+            eligible: 0,
+            random: Random::new(seed),
+        }
+    }
+
+    pub(super) fn set_seed(&mut self, seed: u64) {
+        self.random = Random::new(seed);
+    }
+
     /// Adds a worker, not eligible yet; answers its position.
     pub(super) fn add(&mut self, worker: u32) -> usize {
         self.list.push(Candidate { cost: UNAVAILABLE, weight: 1, worker });
@@ -74,14 +92,15 @@ impl Candidates {
         self.tournament.update(&self.list, at);
     }
 
-    /// The worker for the next connection.
+    /// The worker for the next connection, of a client known by `key`.
     #[inline]
-    pub(super) fn choose(&mut self, policy: Policy) -> Option<u32> {
+    pub(super) fn choose(&mut self, policy: Policy, _key: Option<AffinityKey>) -> Option<u32> {
         if self.eligible == 0 {
             return None;
         }
         let at = match policy {
-            Policy::LeastConnections => self.tournament.choose(&self.list, self.start)?,
+            // Each has a file of its own, but for those that have not been written.
+            _ => self.tournament.choose(&self.list, self.start)?,
         };
         self.start = at + 1;
         Some(self.list[at].worker)

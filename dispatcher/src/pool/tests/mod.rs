@@ -35,7 +35,7 @@ fn settings() -> PoolSettings {
         probation: ms(10_000),
         wait_for_worker: ms(5_000),
         access: Access { users: vec![0], groups: vec![] },
-        processes: 0,
+        ..PoolSettings::default()
     }
 }
 

@@ -166,7 +166,7 @@ impl Model {
             Op::Accept => {
                 let peer = PeerAddr::Unix;
                 let listener = WEB;
-                let conn = self.core.accepted(now, Client { listener, peer });
+                let conn = self.core.accepted(now, Client::new(listener, peer));
                 self.conns.insert(conn.serial, (conn, At::Held, false));
             }
             Op::ClientGone(n) => {
