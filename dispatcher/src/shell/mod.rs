@@ -9,6 +9,7 @@
 
 mod accept;
 mod control;
+mod courtesy;
 mod error;
 #[cfg(feature = "fuzzing")]
 pub mod fuzzing;
@@ -35,6 +36,7 @@ use worker_sdk::scoreboard::claim::{self, SlotState};
 use worker_sdk::wire::{Entry, Token};
 
 use self::accept::{Conn, Listener};
+use self::courtesy::Courtesy;
 use self::join::Door;
 use self::limit::Limit;
 use self::sockets::{Listening, OwnedPath};
@@ -84,6 +86,7 @@ struct Shell {
     workers: Vec<Option<WorkerIo>>,
     /// Something has just happened, so more is likely to happen soon: see [`DOZE`].
     dozing: bool,
+    courtesy: Courtesy,
     /// Control connections that may have more to read although their edge is used up.
     again: Vec<Key>,
     /// Our limits of open files before we raised them, soft and hard: for the processes we start.
@@ -197,12 +200,25 @@ impl Shell {
         }
         let until = self.config.limits.busy_poll.min(timeout.unwrap_or(Duration::MAX));
         let began = clock();
+        let mut looked = began;
         loop {
-            std::thread::yield_now();
-            if self.poll_events(events, Some(Duration::ZERO))? && !events.is_empty() {
+            let yielded = self.courtesy.wanted(looked);
+            if yielded {
+                std::thread::yield_now();
+                let now = clock();
+                self.courtesy.took(now, now - looked);
+                looked = now;
+            }
+            if (yielded || !until.is_zero())
+                && self.poll_events(events, Some(Duration::ZERO))?
+                && !events.is_empty()
+            {
                 return Ok(Look::Found);
             }
-            let spent = clock() - began;
+            if !until.is_zero() {
+                looked = clock();
+            }
+            let spent = looked - began;
             if spent >= until {
                 return Ok(Look::Sleep(timeout.map(|timeout| timeout.saturating_sub(spent))));
             }

@@ -12,6 +12,7 @@ use rustix::net::SocketType;
 use signal_hook_mio::v1_0::Signals;
 
 use super::accept::Listener;
+use super::courtesy::Courtesy;
 use super::error::RunError;
 use super::inherited::Inherited;
 use super::join::Door;
@@ -119,6 +120,7 @@ impl Shell {
             door_paused_until: None,
             workers: Vec::new(),
             dozing: false,
+            courtesy: Courtesy::default(),
             again: Vec::new(),
             descriptors: None,
             tokens: HashMap::new(),

@@ -1,0 +1,79 @@
+//! When to let others run before sleeping. Knows only how long that took the last times.
+//!
+//! Yielding pays where cores are shared with clients and workers that themselves sleep often: the yield is over in
+//! microseconds, and the next turn has more to do. Beside a process that only computes it would cost a whole time slice,
+//! milliseconds, in which a sleeper would have been woken at once. So a long yield is followed by a pause without yields,
+//! longer each time, and a run of short ones makes the next pause short again.
+
+use std::time::Duration;
+
+use crate::pool::Time;
+
+/// A yield this long had a computing neighbour.
+const LONG: Duration = Duration::from_millis(1);
+
+const MIN_PAUSE: Duration = Duration::from_millis(20);
+const MAX_PAUSE: Duration = Duration::from_secs(2);
+
+/// So many short yields in a row end the suspicion.
+const TRUST: u32 = 64;
+
+#[derive(Debug)]
+pub(super) struct Courtesy {
+    paused_until: Time,
+    next_pause: Duration,
+    short: u32,
+}
+
+impl Default for Courtesy {
+    fn default() -> Courtesy {
+        Courtesy { paused_until: Time(0), next_pause: MIN_PAUSE, short: 0 }
+    }
+}
+
+impl Courtesy {
+    pub(super) fn wanted(&self, now: Time) -> bool {
+        self.paused_until <= now
+    }
+
+    /// A yield that ended at `now` took this long.
+    pub(super) fn took(&mut self, now: Time, took: Duration) {
+        if took > LONG {
+            self.short = 0;
+            self.paused_until = now + self.next_pause;
+            self.next_pause = (self.next_pause * 2).min(MAX_PAUSE);
+        } else {
+            self.short += 1;
+            if self.short >= TRUST {
+                self.short = 0;
+                self.next_pause = MIN_PAUSE;
+            }
+        }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn long_yields_stop_it_for_longer_and_longer_and_short_ones_bring_it_back() {
+        let mut courtesy = Courtesy::default();
+        let mut now = Time(1_000_000_000);
+        assert!(courtesy.wanted(now));
+        for pause in [20, 40, 80, 160, 320, 640, 1280, 2000, 2000] {
+            courtesy.took(now, Duration::from_millis(3));
+            let pause = Duration::from_millis(pause);
+            assert!(!courtesy.wanted(now + (pause - Duration::from_nanos(1))));
+            now = now + pause;
+            assert!(courtesy.wanted(now));
+        }
+        for _ in 0..TRUST {
+            courtesy.took(now, Duration::from_micros(50));
+            assert!(courtesy.wanted(now));
+        }
+        courtesy.took(now, Duration::from_millis(3));
+        assert!(!courtesy.wanted(now));
+        assert!(courtesy.wanted(now + MIN_PAUSE));
+    }
+}
