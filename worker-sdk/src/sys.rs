@@ -7,6 +7,8 @@ use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
 use std::ptr::NonNull;
 use std::sync::atomic::{AtomicU32, AtomicU64};
 
+#[cfg(feature = "client")]
+use nix::sys::mman::mmap_anonymous;
 use nix::sys::mman::{MapFlags, ProtFlags, mmap, munmap};
 use rustix::fs::{MemfdFlags, SealFlags};
 
@@ -37,6 +39,25 @@ impl Mapping {
             )
         }?;
         Ok(Mapping { start: start.cast(), len })
+    }
+
+    /// Private memory that reads as zero in every child that is forked off, by whatever means.
+    #[cfg(feature = "client")]
+    pub(crate) fn wiped_on_fork() -> io::Result<Mapping> {
+        let size = NonZeroUsize::MIN.saturating_add(4095);
+        let access = ProtFlags::PROT_READ | ProtFlags::PROT_WRITE;
+        // SAFETY: a fresh mapping at an address of the kernel's choice aliases nothing of ours.
+        let start = unsafe { mmap_anonymous(None, size, access, MapFlags::MAP_PRIVATE) }?;
+        let mapping = Mapping { start: start.cast(), len: size.get() };
+        // SAFETY: the advice concerns only the mapping just made, and what a child sees of it is valid: zeros.
+        unsafe {
+            rustix::mm::madvise(
+                mapping.start.as_ptr().cast(),
+                mapping.len,
+                rustix::mm::Advice::LinuxWipeOnFork,
+            )
+        }?;
+        Ok(mapping)
     }
 
     /// The 8 bytes at `offset`, which is a multiple of 8 within the mapping.

@@ -10,6 +10,7 @@ use std::sync::Arc;
 use std::time::Duration;
 
 use super::core::Core;
+use super::process::Process;
 use crate::scoreboard::{Scoreboard, claim};
 use crate::wire::PeerAddr;
 
@@ -49,7 +50,7 @@ pub struct Guard(Arc<Counted>);
 
 struct Counted {
     core: Arc<Core>,
-    pid: u32,
+    process: Process,
     /// Where the dispatcher shows whether it still has a copy; `None` without a dispatcher.
     custody: Option<Custody>,
 }
@@ -64,8 +65,8 @@ pub(super) struct Custody {
 
 impl Guard {
     pub(super) fn new(core: Arc<Core>, custody: Option<Custody>) -> Guard {
-        let pid = core.pid();
-        Guard(Arc::new(Counted { core, pid, custody }))
+        let process = core.process();
+        Guard(Arc::new(Counted { core, process, custody }))
     }
 
     /// Whether somebody else may still hold a copy of the socket, so that the client would not see the
@@ -75,7 +76,7 @@ impl Guard {
     /// [example above](Guard) shows where to ask.
     pub fn must_shut_down(&self) -> bool {
         // Fork comes first: nothing may end what the parent still serves.
-        if std::process::id() != self.0.pid || Arc::strong_count(&self.0) > 1 {
+        if !self.0.process.is_current() || Arc::strong_count(&self.0) > 1 {
             return false;
         }
         self.0.custody.as_ref().is_some_and(|custody| {
@@ -87,7 +88,7 @@ impl Guard {
 
 impl Drop for Counted {
     fn drop(&mut self) {
-        if std::process::id() == self.pid {
+        if self.process.is_current() {
             self.core.finished_one();
         }
     }

@@ -24,6 +24,7 @@ use super::config::WorkerConfig;
 use super::connection::{Accepted, Custody, Guard, Origin};
 use super::error::Error;
 use super::join::{self, Failure, Joined, Session};
+use super::process::Process;
 use super::ready::Ready;
 use super::standalone::Listener;
 use crate::scoreboard::claim::{self, want};
@@ -44,7 +45,7 @@ pub(crate) struct Core {
     hello: Hello,
     socket: PathBuf,
     local_addr: Option<PeerAddr>,
-    pid: u32,
+    process: Process,
     ready: Ready,
     state: Mutex<State>,
     handed_over: Condvar,
@@ -169,7 +170,7 @@ impl Core {
             },
             socket,
             local_addr,
-            pid: std::process::id(),
+            process: Process::current(),
             ready,
             state: Mutex::new(State {
                 link,
@@ -270,7 +271,7 @@ impl Core {
 
     /// Stops receiving. What was claimed already is still handed out.
     pub(crate) fn close(&self) {
-        if std::process::id() != self.pid {
+        if !self.process.is_current() {
             return;
         }
         let mut state = self.lock();
@@ -305,7 +306,7 @@ impl Core {
 
     /// Ends what was claimed on behalf of an application that will not ask again.
     pub(crate) fn abandon(&self) {
-        if std::process::id() == self.pid {
+        if self.process.is_current() {
             self.close();
             let queue = mem::take(&mut self.lock().queue);
             for pending in queue {
@@ -316,8 +317,8 @@ impl Core {
         }
     }
 
-    pub(crate) fn pid(&self) -> u32 {
-        self.pid
+    pub(crate) fn process(&self) -> Process {
+        self.process
     }
 
     pub(crate) fn pool(&self) -> &str {
@@ -373,7 +374,7 @@ impl Core {
     }
 
     fn check_process(&self) -> Result<(), Error> {
-        if std::process::id() == self.pid { Ok(()) } else { Err(Error::Forked) }
+        if self.process.is_current() { Ok(()) } else { Err(Error::Forked) }
     }
 
     fn lock(&self) -> MutexGuard<'_, State> {

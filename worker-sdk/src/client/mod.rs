@@ -12,6 +12,7 @@ mod error;
 #[cfg(feature = "fuzzing")]
 pub mod fuzzing;
 mod join;
+mod process;
 mod ready;
 mod standalone;
 
