@@ -5,10 +5,12 @@ use std::io;
 use std::path::{Path, PathBuf};
 use std::time::Duration;
 
-use http_body_util::{BodyExt, Empty, Limited};
+use http_body_util::{BodyExt, Full, Limited};
 use hyper::body::Bytes;
 use hyper_util::rt::TokioIo;
 use tokio::net::UnixStream;
+
+use super::command::CommandError;
 
 /// How long a command waits for its whole answer.
 pub const TIMEOUT: Duration = Duration::from_secs(5);
@@ -27,6 +29,8 @@ pub enum ClientError {
     Timeout(PathBuf),
     /// The dispatcher answered that it cannot now: try again.
     Busy(String),
+    /// The dispatcher understood, and did not do it.
+    Rejected(CommandError),
     /// What answered was no dispatcher of this version.
     Unexpected(String),
     /// The system failed us.
@@ -51,6 +55,7 @@ impl fmt::Display for ClientError {
                 )
             }
             ClientError::Busy(message) => f.write_str(message),
+            ClientError::Rejected(error) => error.fmt(f),
             ClientError::Unexpected(what) => write!(f, "unexpected answer: {what}"),
             ClientError::System(error) => error.fmt(f),
         }
@@ -64,18 +69,46 @@ impl std::error::Error for ClientError {}
 /// # Errors
 /// See [`ClientError`].
 pub fn get(path: &Path, target: &str, timeout: Duration) -> Result<Vec<u8>, ClientError> {
+    run(path, hyper::Method::GET, target, Bytes::new(), timeout)
+}
+
+/// `POST target` with a JSON body: the body of a 200 answer.
+///
+/// # Errors
+/// See [`ClientError`].
+pub fn post(
+    path: &Path,
+    target: &str,
+    body: &serde_json::Value,
+    timeout: Duration,
+) -> Result<Vec<u8>, ClientError> {
+    run(path, hyper::Method::POST, target, Bytes::from(body.to_string()), timeout)
+}
+
+fn run(
+    path: &Path,
+    method: hyper::Method,
+    target: &str,
+    body: Bytes,
+    timeout: Duration,
+) -> Result<Vec<u8>, ClientError> {
     let runtime = tokio::runtime::Builder::new_current_thread()
         .enable_all()
         .build()
         .map_err(ClientError::System)?;
     runtime.block_on(async {
-        tokio::time::timeout(timeout, exchange(path, target))
+        tokio::time::timeout(timeout, exchange(path, method, target, body))
             .await
             .unwrap_or_else(|_| Err(ClientError::Timeout(path.to_owned())))
     })
 }
 
-async fn exchange(path: &Path, target: &str) -> Result<Vec<u8>, ClientError> {
+async fn exchange(
+    path: &Path,
+    method: hyper::Method,
+    target: &str,
+    body: Bytes,
+) -> Result<Vec<u8>, ClientError> {
     let stream = UnixStream::connect(path).await.map_err(|error| match error.kind() {
         io::ErrorKind::NotFound
         | io::ErrorKind::ConnectionRefused
@@ -90,10 +123,13 @@ async fn exchange(path: &Path, target: &str) -> Result<Vec<u8>, ClientError> {
         hyper::client::conn::http1::handshake(TokioIo::new(stream)).await.map_err(unexpected)?;
     // It ends with the runtime at the latest; its errors come out of `send_request` as well.
     tokio::spawn(connection);
-    let request = hyper::Request::get(target)
+    let request = hyper::Request::builder()
+        .method(method)
+        .uri(target)
         .header(hyper::header::HOST, "dispatcher")
         .header(hyper::header::CONNECTION, "close")
-        .body(Empty::<Bytes>::new())
+        .header(hyper::header::CONTENT_TYPE, "application/json")
+        .body(Full::new(body))
         .map_err(|error| ClientError::Unexpected(error.to_string()))?;
     let response = sender.send_request(request).await.map_err(unexpected)?;
     let status = response.status();
@@ -104,6 +140,9 @@ async fn exchange(path: &Path, target: &str) -> Result<Vec<u8>, ClientError> {
         .to_bytes();
     if status == hyper::StatusCode::OK {
         return Ok(body.to_vec());
+    }
+    if let Ok(error) = serde_json::from_slice::<CommandError>(&body) {
+        return Err(ClientError::Rejected(error));
     }
     let message = serde_json::from_slice::<serde_json::Value>(&body)
         .ok()

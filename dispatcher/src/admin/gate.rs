@@ -1,4 +1,4 @@
-//! Asking the hot thread: many clients, at most one question at a time.
+//! Asking the hot thread: many clients, at most one question and one command at a time.
 
 use std::sync::mpsc::SyncSender;
 use std::sync::{Arc, Mutex, PoisonError};
@@ -6,6 +6,7 @@ use std::time::Duration;
 
 use tokio::sync::oneshot;
 
+use super::command::{Answer, Command};
 use super::{Request, Wake};
 use crate::status::Status;
 
@@ -25,11 +26,18 @@ pub(super) struct Gate {
     /// Who gets the answer to the question that is out. Empty iff none is out. Bounded by the number of HTTP
     /// connections: each waits for one answer, and those that gave up are removed.
     waiting: Mutex<Vec<oneshot::Sender<Arc<Status>>>>,
+    /// Held by the command that is out.
+    commands: tokio::sync::Mutex<()>,
 }
 
 impl Gate {
     pub(super) fn new(requests: SyncSender<Request>, wake: Wake) -> Arc<Gate> {
-        Arc::new(Gate { requests, wake, waiting: Mutex::new(Vec::new()) })
+        Arc::new(Gate {
+            requests,
+            wake,
+            waiting: Mutex::new(Vec::new()),
+            commands: tokio::sync::Mutex::new(()),
+        })
     }
 
     /// The status, from the question that is already out if there is one: however many clients ask, the hot
@@ -54,6 +62,24 @@ impl Gate {
             Ok(Err(_)) => Err(NoAnswer::Refused),
             Err(_) => Err(NoAnswer::Late),
         }
+    }
+
+    /// What came of a command. One after the other: the next waits here, on this thread, so that the hot thread has at
+    /// most one to look at. A command that is late may still be carried out.
+    pub(super) async fn command(
+        &self,
+        command: Command,
+        patience: Duration,
+    ) -> Result<Answer, NoAnswer> {
+        let exchange = async {
+            let _turn = self.commands.lock().await;
+            let (sender, answer) = oneshot::channel();
+            let request = Request::Command { command, answer: sender };
+            self.requests.try_send(request).map_err(|_| NoAnswer::Refused)?;
+            (self.wake)();
+            answer.await.map_err(|_| NoAnswer::Refused)
+        };
+        tokio::time::timeout(patience, exchange).await.unwrap_or(Err(NoAnswer::Late))
     }
 
     fn ask(self: &Arc<Gate>) {

@@ -5,8 +5,10 @@
 //! connections or policies. [`client`] is the other end of the admin socket, for the CLI.
 
 pub mod client;
+pub mod command;
 mod gate;
 mod http;
+mod routes;
 
 #[cfg(test)]
 mod tests;
@@ -19,6 +21,7 @@ use std::time::{Duration, Instant};
 
 use tokio::sync::oneshot;
 
+use self::command::{Answer, Command};
 use crate::spawner::{self, Report, Spawner};
 use crate::status::Status;
 
@@ -34,11 +37,18 @@ const THREAD_END: Duration = Duration::from_secs(1);
 /// How much longer than its timeout stopping may take: SIGKILL has to work, and be seen to.
 const PROCESSES_END: Duration = Duration::from_secs(3);
 
-/// A question only the hot thread can answer. Dropping it unanswered is fine: the client gets 503.
+/// A question or command for the hot thread. Dropping it unanswered is fine: the client gets 503.
 #[derive(Debug)]
 pub enum Request {
     /// What is going on?
     Status(oneshot::Sender<Status>),
+    /// Do this.
+    Command {
+        /// What.
+        command: Command,
+        /// What came of it.
+        answer: oneshot::Sender<Answer>,
+    },
 }
 
 /// The hot thread's side of the side thread.
@@ -75,7 +85,7 @@ impl Admin {
             runtime.block_on(async {
                 tokio::spawn(spawns.run());
                 tokio::select! {
-                    () = http::serve(listener, gate) => {}
+                    () = http::serve(listener, routes::App { gate }) => {}
                     // An error is a dropped `Admin`: the same.
                     _ = stopped => {}
                 }

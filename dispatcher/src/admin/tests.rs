@@ -9,7 +9,9 @@ use std::time::Instant;
 use worker_sdk::wire::Token;
 
 use super::client::{self, ClientError};
+use super::command::{Problem, Target};
 use super::*;
+use crate::status::{PoolStatus, WorkerStatus};
 
 const PATIENCE: Duration = Duration::from_secs(30);
 
@@ -45,13 +47,16 @@ impl Bench {
                     if !answering.load(Ordering::SeqCst) {
                         continue;
                     }
-                    while let Ok(Request::Status(answer)) = admin.requests.try_recv() {
+                    while let Ok(request) = admin.requests.try_recv() {
                         let turn = asked.fetch_add(1, Ordering::SeqCst) as u64;
-                        let _ = answer.send(Status {
-                            version: "test".to_owned(),
-                            accepted: turn,
-                            ..Status::default()
-                        });
+                        match request {
+                            Request::Status(answer) => {
+                                let _ = answer.send(status(turn));
+                            }
+                            Request::Command { command, answer } => {
+                                let _ = answer.send(carried_out(&command));
+                            }
+                        }
                     }
                 }
                 admin.finish();
@@ -86,6 +91,87 @@ impl Drop for Bench {
         if let Some(hot) = self.hot.take() {
             hot.join().expect("the hot thread");
         }
+    }
+}
+
+fn status(accepted: u64) -> Status {
+    let worker =
+        |id, name: &str| WorkerStatus { id, name: name.to_owned(), ..WorkerStatus::default() };
+    let pool = PoolStatus {
+        name: "web".to_owned(),
+        state: "ready".to_owned(),
+        workers: vec![worker(1, "a"), worker(2, "b")],
+        ..PoolStatus::default()
+    };
+    Status { version: "test".to_owned(), accepted, pools: vec![pool], ..Status::default() }
+}
+
+/// What the hot thread of this file does: it repeats what it heard, and knows no pool called `none`.
+fn carried_out(command: &Command) -> Answer {
+    match command {
+        Command::Drain { target: Target::Pool(name), .. } if name == "none" => {
+            Err(command::unknown_pool(name, ["web"].into_iter()))
+        }
+        command => Ok(serde_json::json!({ "heard": format!("{command:?}") })),
+    }
+}
+
+#[test]
+fn commands() {
+    let bench = Bench::new();
+    let post = |target: &str, body: serde_json::Value| {
+        client::post(&bench.path(), target, &body, PATIENCE)
+            .map(|body| String::from_utf8(body).expect("UTF-8"))
+    };
+    let rejected = |target: &str, body: serde_json::Value| match post(target, body) {
+        Err(ClientError::Rejected(error)) => error,
+        other => panic!("{target}: {other:?}"),
+    };
+    let drain = serde_json::json!({ "action": "drain", "deadline": "30s" });
+    let heard = post("/v1/workers/7", drain.clone()).expect("done");
+    assert!(heard.contains("Drain { target: Worker(Id(7)), deadline: Some(30s) }"), "{heard}");
+    let heard =
+        post("/v1/workers/web%2Fa", serde_json::json!({ "action": "resume" })).expect("done");
+    assert!(heard.contains("Resume { target: Worker(Named"), "{heard}");
+    let heard = post("/v1/pools/web", drain.clone()).expect("done");
+    assert!(heard.contains("Pool(") && heard.contains("web"), "{heard}");
+    assert!(post("/v1/workers", drain.clone()).expect("done").contains("target: All"));
+
+    let error = rejected("/v1/pools/none", drain.clone());
+    assert_eq!(error.problem, Problem::NotFound);
+    assert_eq!(error.hint.as_deref(), Some("the pools are web"));
+    assert_eq!(rejected("/v1/workers/web", drain).problem, Problem::Invalid);
+    let error =
+        rejected("/v1/workers/1", serde_json::json!({ "action": "drain", "deadline": "soon" }));
+    assert_eq!(error.problem, Problem::Invalid);
+    for body in [serde_json::json!({}), serde_json::json!({ "action": "explode" })] {
+        let error = post("/v1/workers/1", body).expect_err("refused");
+        assert!(matches!(&error, ClientError::Unexpected(text) if text.contains("422")), "{error}");
+    }
+    let answer = bench.raw(
+        "POST /v1/workers/1 HTTP/1.1\r\nHost: x\r\nConnection: close\r\nContent-Length: 2\r\n\r\n{}",
+    );
+    assert!(answer.starts_with("HTTP/1.1 415 ") && answer.contains("content-type"), "{answer}");
+}
+
+#[test]
+fn parts_of_the_status() {
+    let bench = Bench::new();
+    let get = |target: &str| {
+        let body = client::get(&bench.path(), target, PATIENCE)?;
+        Ok::<serde_json::Value, ClientError>(serde_json::from_slice(&body).expect("JSON"))
+    };
+    assert_eq!(get("/v1/workers/2").expect("there")["name"], "b");
+    assert_eq!(get("/v1/workers/web%2Fa").expect("there")["id"], 1);
+    assert_eq!(get("/v1/workers/web%2Fa").expect("there")["pool"], "web");
+    assert_eq!(get("/v1/pools/web").expect("there")["workers"][1]["name"], "b");
+    assert_eq!(get("/v1/workers").expect("there")["workers"].as_array().map(Vec::len), Some(2));
+    for target in ["/v1/workers/3", "/v1/workers/web%2Fc", "/v1/pools/wep"] {
+        let error = get(target).expect_err("not there");
+        assert!(
+            matches!(&error, ClientError::Rejected(e) if e.problem == Problem::NotFound && e.hint.is_some()),
+            "{target}: {error}"
+        );
     }
 }
 

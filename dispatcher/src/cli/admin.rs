@@ -1,10 +1,15 @@
 //! Finding and asking a running dispatcher, for every client command.
 
 use std::ffi::OsString;
+use std::fmt::Write as _;
 use std::path::{Path, PathBuf};
+
+use serde::de::DeserializeOwned;
+use serde_json::Value;
 
 use super::{AdminArgs, Exit, Failure};
 use crate::admin::client::{self, ClientError};
+use crate::admin::command::Problem;
 use crate::config::{Config, DEFAULT_ADMIN_SOCKET, DEFAULT_FILE, UnixSource};
 
 /// The variable that names the admin socket.
@@ -65,6 +70,36 @@ pub(super) fn get(place: &Place, target: &str) -> Result<Vec<u8>, Failure> {
     client::get(&place.path, target, client::TIMEOUT).map_err(|error| failure(&error, place))
 }
 
+/// `POST target`.
+pub(super) fn post(place: &Place, target: &str, body: &Value) -> Result<Value, Failure> {
+    let answer = client::post(&place.path, target, body, client::TIMEOUT)
+        .map_err(|error| failure(&error, place))?;
+    parse(&answer, place)
+}
+
+pub(super) fn parse<T: DeserializeOwned>(body: &[u8], place: &Place) -> Result<T, Failure> {
+    serde_json::from_slice(body).map_err(|error| {
+        let path = place.path.display();
+        let message = format!("{path} does not answer like a dispatcher of this version: {error}");
+        Failure::new(Exit::Protocol, message)
+    })
+}
+
+/// Part of a path: a name as it must be written there.
+pub(super) fn segment(name: &str) -> String {
+    let mut text = String::new();
+    for byte in name.bytes() {
+        match byte {
+            b'a'..=b'z' | b'A'..=b'Z' | b'0'..=b'9' | b'-' | b'.' | b'_' | b'~' => {
+                text.push(char::from(byte));
+            }
+            // Writing to a string cannot fail.
+            _ => drop(write!(text, "%{byte:02X}")),
+        }
+    }
+    text
+}
+
 fn failure(error: &ClientError, place: &Place) -> Failure {
     let tried = format!("tried {} (from {})", place.path.display(), place.from);
     match error {
@@ -77,6 +112,15 @@ fn failure(error: &ClientError, place: &Place) -> Failure {
         ),
         ClientError::Timeout(_) | ClientError::Busy(_) => {
             Failure::new(Exit::TempFail, format!("{error} ({tried})"))
+        }
+        ClientError::Rejected(error) => {
+            let exit = match error.problem {
+                Problem::NotFound => Exit::NoInput,
+                Problem::Ambiguous | Problem::Invalid => Exit::Usage,
+                Problem::Conflict => Exit::DataErr,
+                Problem::Config => Exit::Config,
+            };
+            Failure::new(exit, error.to_string())
         }
         ClientError::Unexpected(_) => Failure::new(Exit::Protocol, format!("{error} ({tried})")),
         ClientError::System(_) => Failure::new(Exit::OsErr, format!("{error} ({tried})")),

@@ -10,6 +10,10 @@ pub enum Exit {
     Ok = 0,
     /// Wrong arguments (`EX_USAGE`).
     Usage = 64,
+    /// What was named is not what the command can be done to, such as a worker that is leaving (`EX_DATAERR`).
+    DataErr = 65,
+    /// No worker or pool has the name given (`EX_NOINPUT`).
+    NoInput = 66,
     /// Nobody listens on the admin socket; or another dispatcher has ours (`EX_UNAVAILABLE`).
     Unavailable = 69,
     /// A mistake of ours (`EX_SOFTWARE`).

@@ -4,6 +4,7 @@ mod admin;
 mod check;
 #[cfg(feature = "demo")]
 mod demo;
+mod drain;
 mod exit;
 mod run;
 mod status;
@@ -28,12 +29,13 @@ Examples:
   dispatcher run --config FILE             serve
   dispatcher status                        who has how many connections?
   dispatcher status --json                 the same for programs
+  dispatcher drain web/web-1               no new connections for this worker
 
 Environment:
   DISPATCHER_LOG     what `run` and `demo` log: error, warn, info (default), debug, trace
-  DISPATCHER_ADMIN   the admin socket that `status` asks
+  DISPATCHER_ADMIN   the admin socket of the dispatcher to ask
 
-Exit codes are those of sysexits.h: 64 wrong usage, 69 not running (`run`: running already), 77 not permitted, 78 bad configuration.";
+Exit codes are those of sysexits.h: 64 wrong usage, 65 not possible for this one, 66 no such worker or pool, 69 not running (`run`: running already), 77 not permitted, 78 bad configuration.";
 
 /// Accepts TCP connections and passes each one to the least-loaded worker process.
 #[derive(Debug, Parser)]
@@ -57,6 +59,12 @@ enum Command {
                       dispatcher status --admin /tmp/admin.sock"
     )]
     Status(StatusArgs),
+    /// Give workers no new connections; what they have goes on.
+    #[command(after_help = drain::DRAIN_EXAMPLES)]
+    Drain(drain::DrainArgs),
+    /// Give drained workers connections again.
+    #[command(after_help = drain::RESUME_EXAMPLES)]
+    Resume(drain::ResumeArgs),
     /// Try it out: an HTTP server of several processes, without any configuration.
     #[cfg(feature = "demo")]
     #[command(
@@ -146,6 +154,8 @@ fn execute(arguments: impl IntoIterator<Item = OsString>) -> Exit {
     let result = match &cli.command {
         Command::Run(arguments) => run::run(&arguments.config),
         Command::Check(arguments) => check::check(&arguments.config),
+        Command::Drain(arguments) => drain::drain(arguments),
+        Command::Resume(arguments) => drain::resume(arguments),
         Command::Status(arguments) => status::status(&arguments.admin, arguments.json),
         #[cfg(feature = "demo")]
         Command::Demo(arguments) => demo::demo(arguments),

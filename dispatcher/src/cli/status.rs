@@ -3,7 +3,7 @@
 use std::fmt::Write as _;
 use std::time::Duration;
 
-use super::{AdminArgs, Exit, Failure, admin, print};
+use super::{AdminArgs, Failure, admin, print};
 use crate::status::Status;
 
 pub(super) fn status(arguments: &AdminArgs, json: bool) -> Result<(), Failure> {
@@ -15,15 +15,7 @@ pub(super) fn status(arguments: &AdminArgs, json: bool) -> Result<(), Failure> {
         text.push('\n');
         return print(&text);
     }
-    let status: Status = serde_json::from_slice(&body).map_err(|error| {
-        Failure::new(
-            Exit::Protocol,
-            format!(
-                "{} does not answer with a status of this version: {error}",
-                place.path.display()
-            ),
-        )
-    })?;
+    let status: Status = admin::parse(&body, &place)?;
     print(&table(&status))
 }
 
@@ -116,7 +108,7 @@ pub(super) fn table(status: &Status) -> String {
 }
 
 /// A worker names itself: its name must not move the cursor.
-fn clean(text: &str) -> String {
+pub(super) fn clean(text: &str) -> String {
     text.chars().map(|c| if c.is_control() { '\u{fffd}' } else { c }).collect()
 }
 

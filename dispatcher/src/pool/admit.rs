@@ -108,6 +108,8 @@ impl Core {
             resent: 0,
             suspect_since: Time::default(),
             said_goodbye: false,
+            closed: false,
+            unproven: false,
             forgotten: false,
             blocked: None,
             starved: None,

@@ -71,7 +71,7 @@ impl Core {
                     self.event(Event::ChannelFull { worker: id });
                 }
             }
-            SendFailure::Closed => self.drain(now, w),
+            SendFailure::Closed => self.closed(now, w),
             SendFailure::Resources => self.choke(now),
         }
         self.refresh(w);
@@ -94,7 +94,7 @@ impl Core {
                     worker.probe_again = Some(now + pool.settings.handoff_timeout);
                 }
             }
-            SendFailure::Closed => self.drain(now, w),
+            SendFailure::Closed => self.closed(now, w),
         }
         self.end_round(now, w);
         self.refresh(w);

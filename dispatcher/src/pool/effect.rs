@@ -43,6 +43,10 @@ pub enum Event {
     Gone { worker: WorkerId, why: Departure, resent: u32, live: u64 },
     /// A worker left a connection untaken for `waited`: `revoked` went elsewhere, a probe is out.
     Suspect { worker: WorkerId, revoked: u32, waited: Duration },
+    /// An operator drains the worker, which has `live` connections.
+    Draining { worker: WorkerId, live: u64 },
+    /// An operator has made the worker active again.
+    Resumed { worker: WorkerId },
     /// A suspect worker took its probe.
     Trusted { worker: WorkerId, after: Duration },
     /// A worker reported that `lost` connections did not reach it; it is treated as full for a moment.

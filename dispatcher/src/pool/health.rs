@@ -60,13 +60,17 @@ impl Core {
             worker.state = State::Suspect;
             worker.suspect_since = now;
             worker.probation = None;
+        } else if worker.state == State::Draining {
+            worker.unproven = true;
         }
         self.begin_round(now, w, Round::Suspect(waited));
     }
 
-    fn probe(&mut self, now: Time, w: usize) {
+    pub(super) fn probe(&mut self, now: Time, w: usize) {
         let worker = &mut self.workers[w];
-        if worker.state == State::Suspect && worker.ring.has_room() {
+        // One at a time: it may have been suspect and asked before it was drained.
+        let asked = worker.ring.len() > worker.ring.conns();
+        if worker.state == State::Suspect && !asked && worker.ring.has_room() {
             let ticket = worker.ring.issue(now, Item::Probe);
             let worker = worker.id;
             self.effects.push_back(Effect::Probe { worker, ticket });
@@ -77,6 +81,7 @@ impl Core {
     pub(super) fn probe_taken(&mut self, now: Time, w: usize, ticket: Ticket) {
         self.settle(w, ticket);
         let worker = &mut self.workers[w];
+        worker.unproven = false;
         if worker.state != State::Suspect {
             return;
         }
@@ -148,6 +153,12 @@ impl Core {
         let pool = worker.pool;
         self.refresh(w);
         self.remove_usable(now, pool);
+    }
+
+    /// Its end of the channel is closed: it is leaving or gone.
+    pub(super) fn closed(&mut self, now: Time, w: usize) {
+        self.workers[w].closed = true;
+        self.drain(now, w);
     }
 
     pub(super) fn say_goodbye(&mut self, now: Time, w: usize) {

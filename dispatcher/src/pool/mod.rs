@@ -17,6 +17,7 @@
 mod admit;
 mod check;
 mod custody;
+mod drain;
 mod effect;
 mod health;
 mod ledger;
@@ -32,6 +33,7 @@ mod worker;
 #[cfg(test)]
 mod tests;
 
+pub use drain::CannotResume;
 pub use effect::{Effect, Event};
 pub use health::LOST_PAUSE;
 pub use random::Random;

@@ -321,7 +321,7 @@ pub enum State {
     Active,
     /// Left something untaken for too long; gets none until it takes its probe.
     Suspect,
-    /// Said goodbye; keeps what it has.
+    /// Said goodbye, or an operator drains it: gets none, keeps what it has.
     Draining,
     /// Left, while the last of its connections are being sorted out. Not shown.
     Gone,

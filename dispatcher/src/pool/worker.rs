@@ -46,6 +46,10 @@ pub(super) struct Worker {
 
     pub(super) suspect_since: Time,
     pub(super) said_goodbye: bool,
+    /// Its channel is closed at its end: it takes nothing more, goodbye or not.
+    pub(super) closed: bool,
+    /// Draining, and suspect: asked whether it is alive before it gets anything again.
+    pub(super) unproven: bool,
     /// Gone, and nothing refers to it any more.
     pub(super) forgotten: bool,
     /// Its channel is full; tried again then at the latest.

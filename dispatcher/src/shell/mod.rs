@@ -8,6 +8,7 @@
 //! perform. Before sleeping, the `want` words are set and the scoreboards of those workers read once more.
 
 mod accept;
+mod command;
 mod control;
 mod courtesy;
 mod error;
@@ -121,7 +122,7 @@ struct Limits {
     broken: Limit,
     shortage: Limit,
     /// By kind of event.
-    events: [Limit; 14],
+    events: [Limit; 16],
 }
 
 /// For this long after an event nobody is asked for pokes: at any rate worth mentioning the next client wakes us before,

@@ -29,6 +29,9 @@ impl Shell {
                     // Whoever asked may have gone; that is no concern of ours.
                     let _ = answer.send(self.status());
                 }
+                Request::Command { command, answer } => {
+                    let _ = answer.send(self.command(command));
+                }
             }
             count += 1;
         }

@@ -23,6 +23,8 @@ impl Limits {
             Event::Relieved { .. } => ("back_pressure_over", 11),
             Event::Choked { .. } => ("choked", 12),
             Event::Restarting { .. } => ("process_restarting", 13),
+            Event::Draining { .. } => ("worker_draining", 14),
+            Event::Resumed { .. } => ("worker_resumed", 15),
         };
         (name, &mut self.events[at])
     }
@@ -74,6 +76,12 @@ impl Shell {
                 self.worker(*worker),
                 format_duration(*waited)
             ),
+            Event::Draining { worker, live } => {
+                log::info!("event=worker_draining {} live={live}", self.worker(*worker));
+            }
+            Event::Resumed { worker } => {
+                log::info!("event=worker_resumed {}", self.worker(*worker));
+            }
             Event::Trusted { worker, after } => log::info!(
                 "event=worker_trusted {} after={}",
                 self.worker(*worker),

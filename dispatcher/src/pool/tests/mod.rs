@@ -2,6 +2,7 @@
 
 mod admission;
 mod balance;
+mod draining;
 mod failures;
 mod lifecycle;
 mod model;

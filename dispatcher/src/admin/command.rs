@@ -1,0 +1,276 @@
+//! What an operator can tell the dispatcher to do, the answers, and how a worker is named.
+//!
+//! Owns the vocabulary that HTTP, the CLI and the hot thread share. Carries nothing out: `shell/command.rs` does.
+
+use std::fmt;
+use std::str::FromStr;
+use std::time::Duration;
+
+use serde::{Deserialize, Serialize};
+use strsim::damerau_levenshtein;
+
+/// One thing for the hot thread to do.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub enum Command {
+    /// Give these workers no new connections.
+    Drain {
+        /// Which.
+        target: Target,
+        /// After this long, what they still have is ended.
+        deadline: Option<Duration>,
+    },
+    /// Give these workers connections again.
+    Resume {
+        /// Which.
+        target: Target,
+    },
+}
+
+/// What a command answers when it was carried out.
+pub type Answer = Result<serde_json::Value, CommandError>;
+
+/// Which workers a command is about.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub enum Target {
+    /// This one.
+    Worker(WorkerRef),
+    /// All that are in this pool now.
+    Pool(String),
+    /// All there are now.
+    All,
+}
+
+/// Why a command was not carried out, by what one would do about it.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "snake_case")]
+pub enum Problem {
+    /// Nothing has this name.
+    NotFound,
+    /// Several things have this name.
+    Ambiguous,
+    /// The command makes no sense as it is.
+    Invalid,
+    /// It makes sense, but not for this one, or not now.
+    Conflict,
+    /// The configuration has a mistake.
+    Config,
+}
+
+/// Why a command was not carried out. Over HTTP: `{"problem": …, "error": …, "hint": …}`.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub struct CommandError {
+    /// For programs.
+    pub problem: Problem,
+    /// What was wrong.
+    #[serde(rename = "error")]
+    pub message: String,
+    /// What to do about it.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub hint: Option<String>,
+}
+
+impl CommandError {
+    /// Without a hint.
+    pub fn new(problem: Problem, message: impl Into<String>) -> CommandError {
+        CommandError { problem, message: message.into(), hint: None }
+    }
+
+    /// With one.
+    #[must_use]
+    pub fn hint(mut self, hint: impl Into<String>) -> CommandError {
+        self.hint = Some(hint.into());
+        self
+    }
+}
+
+impl fmt::Display for CommandError {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.write_str(&self.message)?;
+        match &self.hint {
+            Some(hint) => write!(f, "\nhelp: {hint}"),
+            None => Ok(()),
+        }
+    }
+}
+
+impl std::error::Error for CommandError {}
+
+/// How people name a worker: by its id, or as `POOL/NAME`.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub enum WorkerRef {
+    /// The id the status shows.
+    Id(u64),
+    /// Names need not be unique; then only the id will do.
+    Named {
+        /// Its pool.
+        pool: String,
+        /// The name it gave itself.
+        name: String,
+    },
+}
+
+impl FromStr for WorkerRef {
+    type Err = CommandError;
+
+    fn from_str(text: &str) -> Result<WorkerRef, CommandError> {
+        if let Ok(id) = text.parse() {
+            return Ok(WorkerRef::Id(id));
+        }
+        match text.split_once('/') {
+            Some((pool, name)) if !pool.is_empty() && !name.is_empty() => {
+                Ok(WorkerRef::Named { pool: pool.to_owned(), name: name.to_owned() })
+            }
+            _ => Err(CommandError::new(
+                Problem::Invalid,
+                format!("`{}` does not name a worker", shown(text)),
+            )
+            .hint(
+                "write its id, such as 3, or POOL/NAME, such as web/web-1; see: dispatcher workers",
+            )),
+        }
+    }
+}
+
+impl fmt::Display for WorkerRef {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        match self {
+            WorkerRef::Id(id) => id.fmt(f),
+            WorkerRef::Named { pool, name } => write!(f, "{pool}/{name}"),
+        }
+    }
+}
+
+impl WorkerRef {
+    /// The one of `workers` (id, pool, name) that is meant.
+    ///
+    /// # Errors
+    /// [`Problem::NotFound`] with the nearest name, or [`Problem::Ambiguous`] with the ids.
+    pub fn resolve<'a>(
+        &self,
+        workers: impl Iterator<Item = (u64, &'a str, &'a str)> + Clone,
+    ) -> Result<u64, CommandError> {
+        match self {
+            WorkerRef::Id(id) => {
+                if workers.clone().any(|(other, _, _)| other == *id) {
+                    return Ok(*id);
+                }
+                let error = CommandError::new(
+                    Problem::NotFound,
+                    format!("there is no worker with id {id}"),
+                );
+                Err(error
+                    .hint("ids are never used again; see who is there with: dispatcher workers"))
+            }
+            WorkerRef::Named { pool, name } => {
+                let found: Vec<u64> = workers
+                    .clone()
+                    .filter(|(_, p, n)| p == pool && n == name)
+                    .map(|(id, _, _)| id)
+                    .collect();
+                match found[..] {
+                    [id] => Ok(id),
+                    [] => {
+                        let wanted = self.to_string();
+                        let known = workers.map(|(_, pool, name)| format!("{pool}/{name}"));
+                        Err(not_found(
+                            "worker",
+                            &wanted,
+                            known,
+                            "see who is there with: dispatcher workers",
+                        ))
+                    }
+                    _ => {
+                        let ids: Vec<String> = found.iter().map(u64::to_string).collect();
+                        let many = format!("{} workers are called {self}", found.len());
+                        let hint = format!("name one by its id: {}", ids.join(", "));
+                        Err(CommandError::new(Problem::Ambiguous, many).hint(hint))
+                    }
+                }
+            }
+        }
+    }
+}
+
+/// No such pool; with the nearest one of those there are.
+pub fn unknown_pool<'a>(wanted: &str, pools: impl Iterator<Item = &'a str>) -> CommandError {
+    let known: Vec<String> = pools.map(str::to_owned).collect();
+    let all = match known.len() {
+        0 => "there is no pool at all".to_owned(),
+        _ => format!("the pools are {}", known.join(", ")),
+    };
+    not_found("pool", wanted, known.into_iter(), &all)
+}
+
+fn not_found(
+    what: &str,
+    wanted: &str,
+    known: impl Iterator<Item = String>,
+    otherwise: &str,
+) -> CommandError {
+    let nearest = known
+        .map(|name| (damerau_levenshtein(wanted, &name), name))
+        .min()
+        .filter(|(distance, _)| *distance <= 2.max(wanted.chars().count() / 3));
+    let message = format!("there is no {what} `{}`", shown(wanted));
+    CommandError::new(Problem::NotFound, message).hint(match nearest {
+        Some((_, name)) => format!("did you mean `{}`?", shown(&name)),
+        None => otherwise.to_owned(),
+    })
+}
+
+/// A name from outside, for a message.
+fn shown(text: &str) -> String {
+    text.chars().take(128).map(|c| if c.is_control() { '\u{fffd}' } else { c }).collect()
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    const WORKERS: [(u64, &str, &str); 4] =
+        [(1, "web", "web-1"), (2, "web", "web-2"), (5, "chat", "twin"), (6, "chat", "twin")];
+
+    fn resolve(text: &str) -> Result<u64, CommandError> {
+        text.parse::<WorkerRef>()?.resolve(WORKERS.into_iter())
+    }
+
+    #[test]
+    fn a_worker_has_an_id_and_a_name() {
+        assert_eq!(resolve("2"), Ok(2));
+        assert_eq!(resolve("web/web-1"), Ok(1));
+        assert_eq!(resolve("5"), Ok(5));
+    }
+
+    #[test]
+    fn names_that_do_not_work_say_why() {
+        let error = resolve("web/web-3").unwrap_err();
+        assert_eq!(error.problem, Problem::NotFound);
+        assert_eq!(error.message, "there is no worker `web/web-3`");
+        assert_eq!(error.hint.as_deref(), Some("did you mean `web/web-1`?"));
+        let error = resolve("nothing/like-it-at-all").unwrap_err();
+        assert_eq!(error.hint.as_deref(), Some("see who is there with: dispatcher workers"));
+        let error = resolve("9").unwrap_err();
+        assert_eq!(
+            (error.problem, error.message.as_str()),
+            (Problem::NotFound, "there is no worker with id 9")
+        );
+        let error = resolve("chat/twin").unwrap_err();
+        assert_eq!(error.problem, Problem::Ambiguous);
+        assert_eq!(
+            error.to_string(),
+            "2 workers are called chat/twin\nhelp: name one by its id: 5, 6"
+        );
+        for text in ["web", "", "/", "web/", "/web-1", "-1"] {
+            assert_eq!(resolve(text).unwrap_err().problem, Problem::Invalid, "{text}");
+        }
+        assert!(!resolve("a\x1b[2J").unwrap_err().message.contains('\x1b'));
+    }
+
+    #[test]
+    fn pools_have_neighbours_too() {
+        let error = unknown_pool("wep", ["web", "chat"].into_iter());
+        assert_eq!(error.to_string(), "there is no pool `wep`\nhelp: did you mean `web`?");
+        let error = unknown_pool("elsewhere", ["web", "chat"].into_iter());
+        assert_eq!(error.hint.as_deref(), Some("the pools are web, chat"));
+    }
+}

@@ -1,0 +1,54 @@
+//! `/healthz` and `/readyz`: is it alive, and can clients be served?
+
+use std::time::Duration;
+
+use axum::extract::State;
+use axum::http::StatusCode;
+use axum::response::{IntoResponse, Response};
+use axum::routing::get;
+use axum::{Json, Router};
+
+use super::{App, PATIENCE, methods, no_answer};
+
+/// How long the hot thread may take for `/healthz`.
+const HEALTHY: Duration = Duration::from_secs(1);
+
+pub(super) fn routes() -> Router<App> {
+    Router::new()
+        .route("/healthz", methods("GET, HEAD", get(healthz)))
+        .route("/readyz", methods("GET, HEAD", get(readyz)))
+}
+
+/// The hot thread answers: restarting the dispatcher would help nobody, whatever its workers do.
+async fn healthz(State(app): State<App>) -> Response {
+    match app.gate.status(HEALTHY).await {
+        Ok(_) => "ok\n".into_response(),
+        Err(why) => no_answer(why),
+    }
+}
+
+/// Every pool that a listener leads to has a worker that may be given connections, now or as soon as one is free, and
+/// no stop is under way. Back-pressure is ready: more clients elsewhere would not be served sooner here, but they will be.
+async fn readyz(State(app): State<App>) -> Response {
+    let status = match app.gate.status(PATIENCE).await {
+        Ok(status) => status,
+        Err(why) => return no_answer(why),
+    };
+    let waiting: Vec<&str> = status
+        .pools
+        .iter()
+        .filter(|pool| status.listeners.iter().any(|listener| listener.pool == pool.name))
+        .filter(|pool| matches!(pool.state.as_str(), "no-worker" | "refusing"))
+        .map(|pool| pool.name.as_str())
+        .collect();
+    let error = if status.stopping {
+        "the dispatcher is stopping".to_owned()
+    } else if waiting.is_empty() {
+        return "ready\n".into_response();
+    } else {
+        format!("no usable worker in: {}", waiting.join(", "))
+    };
+    let hint = "see: dispatcher status";
+    let body = serde_json::json!({ "error": error, "hint": hint, "pools": waiting });
+    (StatusCode::SERVICE_UNAVAILABLE, Json(body)).into_response()
+}

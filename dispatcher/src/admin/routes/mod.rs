@@ -1,0 +1,143 @@
+//! The routes, one file for each subject, and what they share: state, errors, limits on bodies.
+//!
+//! To add a route: a function `routes()` in a file of its own, merged in [`all`], and its path in [`PATHS`].
+
+mod health;
+mod pools;
+mod status;
+mod workers;
+
+use std::sync::Arc;
+use std::time::Duration;
+
+use axum::extract::rejection::JsonRejection;
+use axum::extract::{DefaultBodyLimit, FromRequest, Request};
+use axum::http::{HeaderValue, Method, StatusCode, header};
+use axum::middleware::{self, Next};
+use axum::response::{IntoResponse, Response};
+use axum::routing::MethodRouter;
+use axum::{Json, Router};
+use serde::de::DeserializeOwned;
+
+use super::command::{Command, CommandError, Problem};
+use super::gate::{Gate, NoAnswer};
+
+/// Longest request body.
+const MAX_BODY: usize = 64 * 1024;
+
+/// How long the hot thread may take for an answer. The CLI waits a little longer.
+pub(super) const PATIENCE: Duration = Duration::from_secs(3);
+
+/// Everything there is to ask for, as the answer to a wrong path lists it.
+const PATHS: [&str; 6] =
+    ["/v1/status", "/v1/pools/NAME", "/v1/workers", "/v1/workers/ID", "/healthz", "/readyz"];
+
+/// What every handler can have with `State(app): State<App>`.
+#[derive(Clone)]
+pub(super) struct App {
+    pub(super) gate: Arc<Gate>,
+}
+
+/// Every route.
+pub(super) fn all(app: App) -> Router {
+    Router::new()
+        .merge(status::routes())
+        .merge(pools::routes())
+        .merge(workers::routes())
+        .merge(health::routes())
+        .fallback(not_found)
+        .layer(DefaultBodyLimit::max(MAX_BODY))
+        .layer(middleware::from_fn(short_body))
+        .with_state(app)
+}
+
+/// A route's methods, with an answer for all others that says which there are: `methods("GET, HEAD", get(handler))`.
+fn methods(allowed: &'static str, router: MethodRouter<App>) -> MethodRouter<App> {
+    router.fallback(move |method: Method| async move {
+        let message = format!("{method} is not possible here; possible: {allowed}");
+        let mut response = error(StatusCode::METHOD_NOT_ALLOWED, &message);
+        response.headers_mut().insert(header::ALLOW, HeaderValue::from_static(allowed));
+        response
+    })
+}
+
+/// Handlers that read no body do not notice a long one; say no before it is sent.
+async fn short_body(request: Request, next: Next) -> Response {
+    let length = request
+        .headers()
+        .get(header::CONTENT_LENGTH)
+        .and_then(|value| value.to_str().ok())
+        .and_then(|value| value.parse::<u64>().ok());
+    if length.is_some_and(|length| length > MAX_BODY as u64) {
+        return error(StatusCode::PAYLOAD_TOO_LARGE, "a body may have at most 65536 bytes");
+    }
+    next.run(request).await
+}
+
+async fn not_found() -> Response {
+    let body = serde_json::json!({
+        "error": "no such path",
+        "hint": "see `paths` for those there are",
+        "paths": PATHS,
+    });
+    (StatusCode::NOT_FOUND, Json(body)).into_response()
+}
+
+/// A JSON body; what is wrong with it is said in our own form.
+pub(super) struct Body<T>(pub(super) T);
+
+impl<S: Send + Sync, T: DeserializeOwned> FromRequest<S> for Body<T> {
+    type Rejection = Response;
+
+    async fn from_request(request: Request, state: &S) -> Result<Body<T>, Response> {
+        match Json::<T>::from_request(request, state).await {
+            Ok(Json(body)) => Ok(Body(body)),
+            Err(rejection) => Err(bad_body(&rejection)),
+        }
+    }
+}
+
+fn bad_body(rejection: &JsonRejection) -> Response {
+    let hint = match rejection {
+        JsonRejection::MissingJsonContentType(_) => {
+            "send a JSON body with the header `content-type: application/json`"
+        }
+        _ => "see docs/OPERATING.md for what belongs here",
+    };
+    let body = serde_json::json!({ "error": rejection.body_text(), "hint": hint });
+    (rejection.status(), Json(body)).into_response()
+}
+
+/// Has the hot thread carry out a command, and answers with what came of it.
+pub(super) async fn carry_out(app: &App, command: Command) -> Response {
+    match app.gate.command(command, PATIENCE).await {
+        Ok(Ok(value)) => Json(value).into_response(),
+        Ok(Err(why)) => refused(&why),
+        Err(why) => no_answer(why),
+    }
+}
+
+/// A command that was not carried out.
+pub(super) fn refused(error: &CommandError) -> Response {
+    let status = match error.problem {
+        Problem::NotFound => StatusCode::NOT_FOUND,
+        Problem::Invalid => StatusCode::BAD_REQUEST,
+        Problem::Ambiguous | Problem::Conflict => StatusCode::CONFLICT,
+        Problem::Config => StatusCode::UNPROCESSABLE_ENTITY,
+    };
+    (status, Json(error)).into_response()
+}
+
+pub(super) fn no_answer(why: NoAnswer) -> Response {
+    error(
+        StatusCode::SERVICE_UNAVAILABLE,
+        match why {
+            NoAnswer::Refused => "the dispatcher is busy or stopping",
+            NoAnswer::Late => "the dispatcher did not answer in time",
+        },
+    )
+}
+
+pub(super) fn error(status: StatusCode, message: &str) -> Response {
+    (status, Json(serde_json::json!({ "error": message }))).into_response()
+}

@@ -1,0 +1,112 @@
+//! `/v1/workers` and `/v1/workers/ID`: who is there, and what they shall do. ID may be POOL/NAME, with the slash as `%2F`.
+
+use std::time::Duration;
+
+use axum::extract::{Path, State};
+use axum::response::{IntoResponse, Response};
+use axum::routing::get;
+use axum::{Json, Router};
+use serde::Deserialize;
+
+use super::{App, Body, PATIENCE, carry_out, methods, no_answer, refused};
+use crate::admin::command::{Command, CommandError, Problem, Target, WorkerRef};
+use crate::status::Status;
+
+pub(super) fn routes() -> Router<App> {
+    Router::new()
+        .route("/v1/workers", methods("GET, HEAD, POST", get(list).post(act_on_all)))
+        .route("/v1/workers/{id}", methods("GET, HEAD, POST", get(show).post(act)))
+}
+
+/// What to do, as the body of a POST: `{"action": "drain", "deadline": "30s"}`.
+#[derive(Debug, Deserialize)]
+#[serde(tag = "action", rename_all = "snake_case", deny_unknown_fields)]
+pub(super) enum Action {
+    /// No new connections.
+    Drain {
+        #[serde(default)]
+        deadline: Option<String>,
+    },
+    /// Connections again.
+    Resume {},
+}
+
+impl Action {
+    /// The command, if what it says makes sense.
+    pub(super) fn command(self, target: Target) -> Result<Command, CommandError> {
+        Ok(match self {
+            Action::Drain { deadline } => {
+                Command::Drain { target, deadline: deadline.map(|text| wait(&text)).transpose()? }
+            }
+            Action::Resume {} => Command::Resume { target },
+        })
+    }
+}
+
+fn wait(text: &str) -> Result<Duration, CommandError> {
+    humantime::parse_duration(text).map_err(|error| {
+        CommandError::new(Problem::Invalid, format!("deadline: {error}"))
+            .hint("write a duration, such as \"30s\" or \"5min\"")
+    })
+}
+
+fn resolve(text: &str, status: &Status) -> Result<u64, CommandError> {
+    let workers = status.pools.iter().flat_map(|pool| {
+        pool.workers.iter().map(|worker| (worker.id, pool.name.as_str(), worker.name.as_str()))
+    });
+    text.parse::<WorkerRef>()?.resolve(workers)
+}
+
+async fn list(State(app): State<App>) -> Response {
+    match app.gate.status(PATIENCE).await {
+        Ok(status) => Json(serde_json::json!({ "workers": rows(&status, None) })).into_response(),
+        Err(why) => no_answer(why),
+    }
+}
+
+async fn show(State(app): State<App>, Path(id): Path<String>) -> Response {
+    let status = match app.gate.status(PATIENCE).await {
+        Ok(status) => status,
+        Err(why) => return no_answer(why),
+    };
+    match resolve(&id, &status) {
+        Ok(id) => Json(rows(&status, Some(id)).pop()).into_response(),
+        Err(why) => refused(&why),
+    }
+}
+
+/// Workers as the status has them, each with its pool.
+fn rows(status: &Status, only: Option<u64>) -> Vec<serde_json::Value> {
+    let with_pool = |pool: &str, worker| {
+        let mut row = serde_json::to_value(worker).unwrap_or_default();
+        if let Some(object) = row.as_object_mut() {
+            object.insert("pool".to_owned(), pool.into());
+        }
+        row
+    };
+    let pools = status.pools.iter();
+    pools
+        .flat_map(|pool| pool.workers.iter().map(move |worker| (pool, worker)))
+        .filter(|(_, worker)| only.is_none_or(|id| worker.id == id))
+        .map(|(pool, worker)| with_pool(&pool.name, worker))
+        .collect()
+}
+
+async fn act(
+    State(app): State<App>,
+    Path(id): Path<String>,
+    Body(action): Body<Action>,
+) -> Response {
+    let command = id.parse().and_then(|worker| action.command(Target::Worker(worker)));
+    match command {
+        Ok(command) => carry_out(&app, command).await,
+        Err(why) => refused(&why),
+    }
+}
+
+async fn act_on_all(State(app): State<App>, Body(action): Body<Action>) -> Response {
+    match action.command(Target::All) {
+        Ok(command) => carry_out(&app, command).await,
+        Err(why) => refused(&why),
+    }
+}

@@ -1,0 +1,124 @@
+//! `dispatcher drain` and `dispatcher resume`.
+
+use std::fmt::Write as _;
+use std::time::Duration;
+
+use clap::Args;
+use serde_json::{Value, json};
+
+use super::{AdminArgs, Exit, Failure, admin, print};
+use crate::admin::command::WorkerRef;
+
+pub(super) const DRAIN_EXAMPLES: &str = "\
+Examples:
+  dispatcher drain 3                             worker 3 gets no new connections
+  dispatcher drain web/web-1 --deadline 30s      and what it has after 30 s is ended
+  dispatcher drain --pool web --wait             until its workers have none left
+  dispatcher resume web/web-1                    it gets connections again";
+
+pub(super) const RESUME_EXAMPLES: &str = "\
+Examples:
+  dispatcher resume web/web-1
+  dispatcher resume --pool web
+  dispatcher resume --all --json";
+
+/// Which workers.
+#[derive(Debug, Args)]
+#[group(required = true, multiple = false)]
+pub(super) struct TargetArgs {
+    /// A worker: its id, or POOL/NAME.
+    #[arg(value_name = "WORKER")]
+    worker: Option<String>,
+    /// All workers of this pool.
+    #[arg(long, value_name = "POOL")]
+    pool: Option<String>,
+    /// All workers.
+    #[arg(long)]
+    all: bool,
+}
+
+impl TargetArgs {
+    /// Where commands for them go.
+    fn path(&self) -> Result<String, Failure> {
+        if let Some(pool) = &self.pool {
+            return Ok(format!("/v1/pools/{}", admin::segment(pool)));
+        }
+        match &self.worker {
+            Some(worker) => {
+                let name: WorkerRef = worker
+                    .parse()
+                    .map_err(|error| Failure::new(Exit::Usage, format!("{error}")))?;
+                Ok(format!("/v1/workers/{}", admin::segment(&name.to_string())))
+            }
+            // The parser has made sure that it is this one.
+            None => Ok("/v1/workers".to_owned()),
+        }
+    }
+}
+
+#[derive(Debug, Args)]
+pub(super) struct DrainArgs {
+    #[command(flatten)]
+    target: TargetArgs,
+    /// End what the workers still have after this long, such as 30s [default: never]
+    #[arg(long, value_name = "DURATION", value_parser = humantime::parse_duration)]
+    deadline: Option<Duration>,
+    /// The answer as JSON.
+    #[arg(long)]
+    json: bool,
+    #[command(flatten)]
+    admin: AdminArgs,
+}
+
+#[derive(Debug, Args)]
+pub(super) struct ResumeArgs {
+    #[command(flatten)]
+    target: TargetArgs,
+    /// The answer as JSON.
+    #[arg(long)]
+    json: bool,
+    #[command(flatten)]
+    admin: AdminArgs,
+}
+
+pub(super) fn drain(arguments: &DrainArgs) -> Result<(), Failure> {
+    let mut body = json!({ "action": "drain" });
+    if let Some(deadline) = arguments.deadline {
+        body["deadline"] = humantime::format_duration(deadline).to_string().into();
+    }
+    let place = admin::find(&arguments.admin)?;
+    let answer = admin::post(&place, &arguments.target.path()?, &body)?;
+    show(&answer, arguments.json)
+}
+
+pub(super) fn resume(arguments: &ResumeArgs) -> Result<(), Failure> {
+    let place = admin::find(&arguments.admin)?;
+    let body = json!({ "action": "resume" });
+    let answer = admin::post(&place, &arguments.target.path()?, &body)?;
+    show(&answer, arguments.json)
+}
+
+fn show(answer: &Value, json: bool) -> Result<(), Failure> {
+    if json {
+        return print(&format!("{answer}\n"));
+    }
+    let workers = answer["workers"].as_array().map_or(&[][..], Vec::as_slice);
+    if workers.is_empty() {
+        return print("no workers\n");
+    }
+    let mut text = String::new();
+    for worker in workers {
+        let word = |key: &str| super::status::clean(worker[key].as_str().unwrap_or("?"));
+        // Writing to a string cannot fail.
+        let _ = writeln!(
+            text,
+            "worker {} ({}/{}): {}, {} connections",
+            worker["id"],
+            word("pool"),
+            word("name"),
+            word("state"),
+            worker["load"]
+        );
+    }
+    print(&text)
+}

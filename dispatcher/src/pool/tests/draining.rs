@@ -1,0 +1,110 @@
+//! Draining and resuming by an operator.
+
+use super::*;
+
+impl Desk {
+    fn drain(&mut self, worker: WorkerId) -> bool {
+        let drained = self.core.drain_worker(self.now, worker);
+        self.pump();
+        drained
+    }
+
+    fn resume(&mut self, worker: WorkerId) -> Result<bool, CannotResume> {
+        let resumed = self.core.resume_worker(self.now, worker);
+        self.pump();
+        resumed
+    }
+}
+
+#[test]
+fn a_drained_worker_gets_nothing_new_and_keeps_what_it_has() {
+    let mut desk = desk();
+    let (drained, other) = (desk.worker(), desk.worker());
+    for _ in 0..4 {
+        desk.accept(WEB);
+    }
+    desk.events();
+    assert!(desk.drain(drained));
+    assert!(!desk.drain(drained), "it is draining already");
+    assert_eq!(desk.events(), [Event::Draining { worker: drained, live: 2 }]);
+    assert_eq!(desk.state(drained), State::Draining);
+    for _ in 0..4 {
+        desk.accept(WEB);
+    }
+    assert_eq!(desk.loads(&[drained, other]), [2, 6]);
+    assert_eq!(desk.take_all(drained), 2, "what it was sent is still its to take");
+    assert_eq!(desk.resume(drained), Ok(true));
+    assert_eq!(desk.resume(drained), Ok(false), "it is active already");
+    assert_eq!(desk.events(), [Event::Resumed { worker: drained }]);
+    for _ in 0..4 {
+        desk.accept(WEB);
+    }
+    assert_eq!(desk.loads(&[drained, other]), [6, 6]);
+}
+
+#[test]
+fn what_a_drained_worker_leaves_untaken_goes_elsewhere_and_it_must_show_it_is_alive() {
+    let mut desk = desk();
+    let (hung, other) = (desk.worker(), desk.worker());
+    for _ in 0..4 {
+        desk.accept(WEB);
+    }
+    desk.take_all(other);
+    desk.drain(hung);
+    desk.wait(ms(1_000));
+    assert_eq!(desk.state(hung), State::Draining);
+    assert_eq!(desk.loads(&[hung, other]), [0, 4]);
+    desk.take_all(other);
+    assert_eq!(desk.resume(hung), Ok(true));
+    assert_eq!(desk.state(hung), State::Suspect, "nothing until it takes its probe");
+    assert_eq!(desk.take(hung), None, "only the probe was in its channel");
+    desk.turn();
+    assert_eq!(desk.state(hung), State::Active);
+}
+
+#[test]
+fn a_suspect_that_is_drained_stays_unproven() {
+    let mut desk = desk();
+    let hung = desk.worker();
+    desk.accept(WEB);
+    desk.wait(ms(1_000));
+    assert_eq!(desk.state(hung), State::Suspect);
+    desk.drain(hung);
+    assert_eq!(desk.resume(hung), Ok(true));
+    assert_eq!(desk.state(hung), State::Suspect);
+    // Drained again, it takes its probe meanwhile: nothing is open any more.
+    desk.drain(hung);
+    assert_eq!(desk.take(hung), None);
+    desk.turn();
+    assert_eq!(desk.resume(hung), Ok(true));
+    assert_eq!(desk.state(hung), State::Active);
+}
+
+#[test]
+fn all_draining_is_no_worker_not_back_pressure() {
+    let mut desk = desk();
+    let worker = desk.worker();
+    desk.drain(worker);
+    assert_eq!(desk.core.accepting(WEB), Accepting::Pause);
+    desk.wait(ms(4_999));
+    assert_eq!(desk.core.accepting(WEB), Accepting::Pause);
+    desk.wait(ms(1));
+    assert_eq!(desk.core.accepting(WEB), Accepting::Refuse);
+    assert_eq!(desk.resume(worker), Ok(true));
+    assert_eq!(desk.core.accepting(WEB), Accepting::Yes);
+}
+
+#[test]
+fn a_worker_that_leaves_is_not_resumed() {
+    let mut desk = desk();
+    let (leaving, closed, gone) = (desk.worker(), desk.worker(), desk.worker());
+    desk.goodbye(leaving);
+    assert_eq!(desk.resume(leaving), Err(CannotResume::Leaving));
+    desk.leave(gone, Departure::Died);
+    assert_eq!(desk.resume(gone), Err(CannotResume::Leaving));
+    assert!(!desk.drain(gone));
+    desk.link(closed).closed = true;
+    desk.accept(WEB);
+    assert_eq!(desk.state(closed), State::Draining);
+    assert_eq!(desk.resume(closed), Err(CannotResume::Leaving));
+}

@@ -1,0 +1,78 @@
+//! What an operator told us to do: one exhaustive match from commands to the core, and the answers.
+
+use serde_json::{Value, json};
+
+use super::Shell;
+use crate::admin::command::{
+    Answer, Command, CommandError, Problem, Target, WorkerRef, unknown_pool,
+};
+use crate::pool::{CannotResume, WorkerId};
+
+impl Shell {
+    /// Carries out a command. The answer goes to whoever asked, who may be gone by now.
+    pub(super) fn command(&mut self, command: Command) -> Answer {
+        match command {
+            Command::Drain { target, deadline: _ } => {
+                let workers = self.targets(&target)?;
+                for &worker in &workers {
+                    self.core.drain_worker(self.now, worker);
+                }
+                Ok(self.workers_json(&workers))
+            }
+            Command::Resume { target } => {
+                let workers = self.targets(&target)?;
+                for &worker in &workers {
+                    let resumed = self.core.resume_worker(self.now, worker);
+                    // Of many, those that can be are; of one, its operator wants to know.
+                    if let (Target::Worker(name), Err(CannotResume::Leaving)) = (&target, resumed) {
+                        return Err(leaving(name));
+                    }
+                }
+                Ok(self.workers_json(&workers))
+            }
+        }
+    }
+
+    /// The workers a command is about.
+    pub(super) fn targets(&self, target: &Target) -> Result<Vec<WorkerId>, CommandError> {
+        match target {
+            Target::All => Ok(self.core.workers().collect()),
+            Target::Pool(name) => {
+                if !self.core.pool_names().any(|pool| pool == name) {
+                    return Err(unknown_pool(name, self.core.pool_names()));
+                }
+                Ok(self.core.workers().filter(|&worker| self.pool_of(worker) == name).collect())
+            }
+            Target::Worker(name) => {
+                let workers = self.core.workers();
+                let serial = name.resolve(workers.map(|worker| {
+                    (worker.serial, self.pool_of(worker), self.core.worker_name(worker))
+                }))?;
+                Ok(self.core.workers().filter(|worker| worker.serial == serial).collect())
+            }
+        }
+    }
+
+    fn pool_of(&self, worker: WorkerId) -> &str {
+        self.core.pool_of_worker(worker).map_or("", |pool| self.core.pool_name(pool))
+    }
+
+    /// What became of them.
+    fn workers_json(&self, workers: &[WorkerId]) -> Value {
+        let row = |&worker: &WorkerId| {
+            json!({
+                "id": worker.serial,
+                "pool": self.pool_of(worker),
+                "name": self.core.worker_name(worker),
+                "state": self.core.worker_state(worker).map_or("gone", |state| state.name()),
+                "load": self.core.load(worker).unwrap_or_default(),
+            })
+        };
+        json!({ "workers": workers.iter().map(row).collect::<Vec<_>>() })
+    }
+}
+
+fn leaving(name: &WorkerRef) -> CommandError {
+    CommandError::new(Problem::Conflict, format!("worker {name} is leaving: it takes nothing more"))
+        .hint("start another worker in its place")
+}
