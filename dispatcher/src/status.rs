@@ -51,6 +51,12 @@ pub struct ListenerStatus {
     pub state: String,
     /// Connections accepted since the start.
     pub accepted: u64,
+    /// Those of them closed by the dispatcher, by reason.
+    #[serde(default)]
+    pub closed: BTreeMap<String, u64>,
+    /// Clients remembered for `rate_limit` and `max_queued_per_client`.
+    #[serde(default)]
+    pub tracked_clients: u64,
 }
 
 /// One pool.

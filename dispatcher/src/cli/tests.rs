@@ -88,6 +88,7 @@ fn the_table() {
             pool: "web".to_owned(),
             state: "accepting".to_owned(),
             accepted: 1000,
+            ..ListenerStatus::default()
         }],
         pools: vec![PoolStatus {
             name: "web".to_owned(),

@@ -7,7 +7,7 @@ use super::{
     Address, Config, HANDOFF_TIMEOUT, Limits, Listener, ListenerOptions, PROBATION, Pool, Spawn,
     UnixEndpoint, UnixSource, WAIT_FOR_WORKER, accounts,
 };
-use crate::pool::{Access, Policy, PoolSettings};
+use crate::pool::{Access, Policy, PoolSettings, Screening};
 
 impl Config {
     /// One listener `web`, one pool `web`, `workers` processes of `command`; everything else as by default,
@@ -34,6 +34,7 @@ impl Config {
                 address: Address::Tcp(listen),
                 pool: 0,
                 options: ListenerOptions::default(),
+                screening: Screening::default(),
             }],
             pools: vec![Pool {
                 settings: PoolSettings {

@@ -55,6 +55,14 @@ pub(super) struct ListenerKeys {
     pub reuse_port: Option<bool>,
     pub free_bind: Option<bool>,
     pub mode: Option<Spanned<Either<AMode>>>,
+    pub allow: Option<Vec<Spanned<String>>>,
+    pub deny: Option<Vec<Spanned<String>>>,
+    pub rate_limit: Option<Spanned<String>>,
+    pub rate_burst: Option<Spanned<Count<1, 1_000_000>>>,
+    pub max_queued_per_client: Option<Spanned<Count<1, 1_000_000>>>,
+    pub client_prefix_ipv4: Option<Spanned<Count<0, 32>>>,
+    pub client_prefix_ipv6: Option<Spanned<Count<0, 128>>>,
+    pub max_tracked_clients: Option<Spanned<Count<1, 16_777_216>>>,
 }
 
 /// `[pool.NAME]`, and `[defaults]`, which has the same keys.

@@ -8,6 +8,7 @@ mod address;
 mod demo;
 mod error;
 mod file;
+mod screening;
 mod spawn;
 mod validate;
 mod value;
@@ -21,7 +22,7 @@ use std::time::Duration;
 
 pub use error::{ConfigError, Diagnostic, Warning};
 
-use crate::pool::PoolSettings;
+use crate::pool::{PoolSettings, Screening};
 
 /// Where `dispatcher run` looks for its configuration.
 pub const DEFAULT_FILE: &str = "/etc/dispatcher/dispatcher.toml";
@@ -161,6 +162,8 @@ pub struct Listener {
     pub pool: u16,
     /// Socket options.
     pub options: ListenerOptions,
+    /// Who may come in.
+    pub screening: Screening,
 }
 
 /// Where clients connect.

@@ -10,7 +10,7 @@ use super::file::{File, ListenerKeys, PolicyName, PoolKeys};
 use super::value::{AMode, AnAccount, Either, TextOrNumber};
 use super::{
     Address, Config, DEFAULT_ADMIN_SOCKET, DEFAULT_DISPATCH_SOCKET, Limits, Listener,
-    ListenerOptions, Pool, UnixEndpoint, UnixSource, accounts, spawn,
+    ListenerOptions, Pool, UnixEndpoint, UnixSource, accounts, screening, spawn,
 };
 use crate::pool::{Access, Policy, PoolSettings};
 
@@ -278,12 +278,15 @@ impl Check<'_> {
             mode: self.mode(&keys.mode, default.mode)?,
         };
         self.useless_options(keys, &address);
+        let (screening, useless) = screening::screening(keys, &address)?;
+        useless.into_iter().for_each(|mistake| self.warn(mistake));
         Ok(Listener {
             name: keys.name.get_ref().clone(),
             address_text: keys.address.get_ref().clone(),
             address,
             pool,
             options,
+            screening,
         })
     }
 

@@ -2,6 +2,7 @@
 
 use super::ledger::Place;
 use super::ring::Item;
+use super::screen::UNTRACKED;
 use super::types::*;
 use super::{Clock, Core};
 
@@ -38,6 +39,7 @@ impl Core {
             self.check_pool(p);
         }
         assert_eq!(held, self.totals.held);
+        self.check_screens();
 
         let mut custody = 0;
         for (w, worker) in self.workers.iter().enumerate() {
@@ -52,6 +54,22 @@ impl Core {
         };
         assert_eq!(held, count(|place| place == Place::Held));
         assert_eq!(custody, count(|place| matches!(place, Place::Custody(_))));
+    }
+
+    fn check_screens(&self) {
+        for (position, listener) in self.listeners.iter().enumerate() {
+            let Some(screen) = &listener.screen else { continue };
+            screen.check();
+            let counted = self.ledger.entries().iter().filter(|conn| {
+                usize::from(conn.listener.0) == position && conn.client != UNTRACKED
+            });
+            let mut count = 0;
+            for conn in counted {
+                assert!(matches!(conn.place, Place::Held | Place::Custody(_)), "{conn:?}");
+                count += 1;
+            }
+            assert_eq!(count, screen.queued());
+        }
     }
 
     fn check_pool(&self, p: usize) {

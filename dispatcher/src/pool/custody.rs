@@ -103,6 +103,7 @@ impl Core {
     /// The worker's application has the connection.
     fn taken(&mut self, w: usize, ticket: Ticket, conn: u32) {
         self.settle(w, ticket);
+        self.dequeue(conn);
         let worker = &mut self.workers[w];
         worker.taken += 1;
         self.totals.custody -= 1;

@@ -31,6 +31,8 @@ pub(super) struct Conn {
     /// What its client is known by.
     pub(super) key: Option<AffinityKey>,
     pub(super) place: Place,
+    /// Where its listener's [`super::screen::Screen`] counts it, while it does.
+    pub(super) client: u32,
     /// Whether a record that names it may have reached a worker before.
     pub(super) resent: bool,
     /// Which of the pool's two queues, while held.
@@ -97,6 +99,7 @@ impl Ledger {
             peer: client.peer,
             key: client.key,
             place: Place::Leaving,
+            client: super::screen::UNTRACKED,
             resent: false,
             returned: false,
             prev: NONE,
@@ -138,6 +141,13 @@ impl Ledger {
     /// The entry of `conn`, if that is still what it was.
     pub(super) fn find(&self, conn: ConnId) -> Option<&Conn> {
         self.conns.get(conn.index as usize).filter(|entry| entry.serial == conn.serial)
+    }
+
+    /// The listener no longer counts any of its connections.
+    pub(super) fn untrack(&mut self, listener: ListenerId) {
+        for conn in self.conns.iter_mut().filter(|conn| conn.listener == listener) {
+            conn.client = super::screen::UNTRACKED;
+        }
     }
 
     pub(super) fn entries(&self) -> &[Conn] {

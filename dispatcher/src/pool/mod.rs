@@ -26,6 +26,7 @@ mod policy;
 mod random;
 mod report;
 mod ring;
+mod screen;
 mod supervise;
 mod types;
 mod worker;
@@ -38,6 +39,7 @@ pub use effect::{Effect, Event};
 pub use health::LOST_PAUSE;
 pub use random::Random;
 pub use report::Totals;
+pub use screen::{Rate, Screening};
 pub use supervise::{RESTART_MAX, RESTART_MIN, RESTART_RESET};
 pub use types::*;
 
@@ -48,6 +50,7 @@ use worker_sdk::scoreboard::claim::{Revoke, SlotState, want};
 
 use ledger::{Held, Ledger, Place};
 use policy::{Candidates, NEVER};
+use screen::{Screen, UNTRACKED};
 use supervise::Processes;
 use worker::Worker;
 
@@ -89,6 +92,10 @@ struct Listener {
     settings: ListenerSettings,
     pool: usize,
     accepted: u64,
+    /// In the order of [`CloseReason::ALL`].
+    closed: [u64; CloseReason::ALL.len()],
+    /// `None` lets everybody in.
+    screen: Option<Box<Screen>>,
 }
 
 #[derive(Debug)]
@@ -151,7 +158,13 @@ impl Core {
             .collect();
         let listeners = listeners
             .into_iter()
-            .map(|settings| Listener { pool: usize::from(settings.pool.0), accepted: 0, settings })
+            .map(|settings| Listener {
+                pool: usize::from(settings.pool.0),
+                accepted: 0,
+                closed: [0; CloseReason::ALL.len()],
+                screen: None,
+                settings,
+            })
             .collect();
         Core {
             pools,
@@ -182,6 +195,20 @@ impl Core {
     /// How long everything rests after [`SendFailure::Resources`].
     pub fn set_resource_pause(&mut self, pause: Duration) {
         self.resource_pause = pause;
+    }
+
+    /// Sets who may come in at a listener, now or later. `seed` is a secret number: clients must not be able to tell where
+    /// they are remembered. Rules that are the same as before keep what they know of clients; others start afresh,
+    /// with none of the connections that wait already counted.
+    pub fn set_screening(&mut self, listener: ListenerId, rules: Screening, seed: u64) {
+        let Some(entry) = self.listeners.get_mut(usize::from(listener.0)) else { return };
+        if entry.screen.as_ref().is_some_and(|screen| *screen.rules() == rules) {
+            return;
+        }
+        if entry.screen.is_some() {
+            self.ledger.untrack(listener);
+        }
+        entry.screen = (!rules.is_open()).then(|| Box::new(Screen::new(rules, seed)));
     }
 
     // --- workers ---------------------------------------------------------------------------
@@ -284,14 +311,25 @@ impl Core {
         }
     }
 
-    /// A connection was accepted. It is placed (effect Send), held, or closed at once (when refusing).
+    /// A connection was accepted. It is placed (effect Send), held, or closed at once: when the listener's rules keep
+    /// it out, or when refusing.
     pub fn accepted(&mut self, now: Time, client: Client) -> ConnId {
         let listener = &mut self.listeners[usize::from(client.listener.0)];
         listener.accepted += 1;
         let pool = listener.pool;
+        let admitted = match &mut listener.screen {
+            Some(screen) => screen.admit(now, client.peer),
+            None => Ok(UNTRACKED),
+        };
         let conn = self.ledger.open(client);
         self.totals.accepted += 1;
-        self.put(now, pool, conn.index, false);
+        match admitted {
+            Ok(place) => {
+                self.ledger.get_mut(conn.index).client = place;
+                self.put(now, pool, conn.index, false);
+            }
+            Err(reason) => self.close(conn.index, reason),
+        }
         self.after(now, pool);
         conn
     }
@@ -454,6 +492,17 @@ impl Core {
 
     fn pool_of(&self, listener: ListenerId) -> usize {
         self.listeners[usize::from(listener.0)].pool
+    }
+
+    /// No longer queued, as its client is counted: its application has it, or nobody will.
+    fn dequeue(&mut self, conn: u32) {
+        let entry = self.ledger.get_mut(conn);
+        let place = std::mem::replace(&mut entry.client, UNTRACKED);
+        if place != UNTRACKED
+            && let Some(screen) = &mut self.listeners[usize::from(entry.listener.0)].screen
+        {
+            screen.dequeue(place);
+        }
     }
 
     fn event(&mut self, event: Event) {

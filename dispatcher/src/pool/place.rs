@@ -95,7 +95,10 @@ impl Core {
 
     /// Closes a connection that is in no queue and no custody.
     pub(super) fn close(&mut self, conn: u32, reason: CloseReason) {
-        self.ledger.get_mut(conn).place = Place::Leaving;
+        self.dequeue(conn);
+        let entry = self.ledger.get_mut(conn);
+        entry.place = Place::Leaving;
+        self.listeners[usize::from(entry.listener.0)].closed[reason as usize] += 1;
         self.totals.closed[reason as usize] += 1;
         let conn = self.ledger.id(conn);
         self.effects.push_back(Effect::Close { conn, reason });

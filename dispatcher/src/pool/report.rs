@@ -1,5 +1,7 @@
 //! What the core tells: the status, and names and numbers for logs and metrics.
 
+use std::collections::BTreeMap;
+
 use crate::status::{ListenerStatus, PoolStatus, Status, WorkerStatus};
 
 use super::types::*;
@@ -43,11 +45,7 @@ impl Core {
             held: totals.held,
             custody: totals.custody,
             taken: totals.taken,
-            closed: CloseReason::ALL
-                .iter()
-                .zip(totals.closed)
-                .map(|(reason, count)| (reason.name().to_owned(), count))
-                .collect(),
+            closed: by_reason(&totals.closed),
             listeners: self
                 .listeners
                 .iter()
@@ -57,6 +55,11 @@ impl Core {
                     pool: self.pools[listener.pool].settings.name.clone(),
                     state: String::new(),
                     accepted: listener.accepted,
+                    closed: by_reason(&listener.closed),
+                    tracked_clients: listener
+                        .screen
+                        .as_ref()
+                        .map_or(0, |screen| screen.len() as u64),
                 })
                 .collect(),
             pools: (0..self.pools.len()).map(|p| self.pool_status(p)).collect(),
@@ -143,6 +146,14 @@ impl Core {
     fn entry(&self, id: WorkerId) -> Option<&Worker> {
         self.workers.get(id.index as usize).filter(|worker| worker.id == id)
     }
+}
+
+fn by_reason(counts: &[u64; CloseReason::ALL.len()]) -> BTreeMap<String, u64> {
+    CloseReason::ALL
+        .iter()
+        .zip(counts)
+        .map(|(reason, &count)| (reason.name().to_owned(), count))
+        .collect()
 }
 
 fn worker_status(worker: &Worker) -> WorkerStatus {

@@ -273,12 +273,24 @@ pub enum CloseReason {
     ClientGone,
     /// The dispatcher stopped before a worker could be given it.
     Shutdown,
+    /// The listener's `allow` and `deny` keep this client out.
+    Denied,
+    /// More connections of this client than the listener's `rate_limit`.
+    RateLimited,
+    /// `max_queued_per_client` of this client's connections wait already.
+    TooManyQueued,
 }
 
 impl CloseReason {
     /// Every reason, in the order of the status.
-    pub const ALL: [CloseReason; 3] =
-        [CloseReason::NoWorker, CloseReason::ClientGone, CloseReason::Shutdown];
+    pub const ALL: [CloseReason; 6] = [
+        CloseReason::NoWorker,
+        CloseReason::ClientGone,
+        CloseReason::Shutdown,
+        CloseReason::Denied,
+        CloseReason::RateLimited,
+        CloseReason::TooManyQueued,
+    ];
 
     /// The name in the status and in logs.
     pub fn name(self) -> &'static str {
@@ -286,6 +298,9 @@ impl CloseReason {
             CloseReason::NoWorker => "no_worker",
             CloseReason::ClientGone => "client_gone",
             CloseReason::Shutdown => "shutdown",
+            CloseReason::Denied => "denied",
+            CloseReason::RateLimited => "rate_limited",
+            CloseReason::TooManyQueued => "too_many_queued",
         }
     }
 }

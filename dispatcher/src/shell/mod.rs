@@ -121,6 +121,8 @@ struct Limits {
     refused: Limit,
     broken: Limit,
     shortage: Limit,
+    /// Clients kept out by their listener's rules, by reason.
+    kept_out: [Limit; 3],
     /// By kind of event.
     events: [Limit; 16],
 }

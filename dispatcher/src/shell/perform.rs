@@ -176,6 +176,25 @@ impl Shell {
     fn close_client(&mut self, conn: ConnId, reason: CloseReason) {
         let Some(Conn { fd, peer, listener, .. }) = self.take_conn(conn) else { return };
         log::debug!("event=client_closed conn={conn} peer={peer} reason={}", reason.name());
+        let kept_out = match reason {
+            CloseReason::Denied => Some(0),
+            CloseReason::RateLimited => Some(1),
+            CloseReason::TooManyQueued => Some(2),
+            CloseReason::NoWorker | CloseReason::ClientGone | CloseReason::Shutdown => None,
+        };
+        if let Some(kind) = kept_out {
+            if let Some(left_out) = self.limits.kept_out[kind].allow(self.now) {
+                log::warn!(
+                    "event=client_kept_out listener={} pool={} conn={conn} peer={peer} reason={} left_out={left_out}",
+                    self.core.listener_name(listener),
+                    self.core
+                        .pool_of_listener(listener)
+                        .map_or("", |pool| self.core.pool_name(pool)),
+                    reason.name()
+                );
+            }
+            return;
+        }
         if reason != CloseReason::NoWorker {
             return;
         }

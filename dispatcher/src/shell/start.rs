@@ -93,6 +93,9 @@ impl Shell {
         let mut core = Core::new(pools, settings, now);
         core.set_resource_pause(config.limits.resource_pause);
         core.set_seed(seed());
+        for (position, listener) in (0u16..).zip(&config.listeners) {
+            core.set_screening(ListenerId(position), listener.screening.clone(), seed());
+        }
         for listener in &listeners {
             if let Some(listening) = &listener.listening {
                 log::info!(

@@ -140,7 +140,11 @@ impl Desk {
 
     /// A client is accepted; effects are left for [`Desk::pump`].
     pub fn accept_only(&mut self, listener: ListenerId) -> ConnId {
-        let peer = PeerAddr::Unix;
+        self.accept_only_from(listener, PeerAddr::Unix)
+    }
+
+    /// The same from this address.
+    pub fn accept_only_from(&mut self, listener: ListenerId, peer: PeerAddr) -> ConnId {
         let conn = self.core.accepted(self.now, Client::new(listener, peer));
         self.fates.push(Fate::default());
         assert_eq!(self.fates.len() as u64, conn.serial);

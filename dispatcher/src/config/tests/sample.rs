@@ -50,7 +50,10 @@ fn the_defaults_in_the_sample_are_the_defaults() {
     // Examples that differ from the default on purpose, or would read a file.
     let text = uncommented(&[
         "unavailable_response",
-        "allow_",
+        "allow",
+        "deny",
+        "rate_",
+        "max_queued_per_client",
         "keepalive",
         "user_timeout",
         "defer_accept",
@@ -68,6 +71,7 @@ fn the_defaults_in_the_sample_are_the_defaults() {
     assert_eq!(written.admin_socket, least.admin_socket);
     assert_eq!(written.limits, least.limits);
     assert_eq!(written.listeners[0].options, least.listeners[0].options);
+    assert_eq!(written.listeners[0].screening, least.listeners[0].screening);
     let (mut written, least) = (written.pools[0].settings.clone(), least.pools[0].settings.clone());
     assert_eq!(written.processes, 1);
     written.processes = 0;

@@ -9,6 +9,7 @@ mod model;
 mod naive;
 
 mod purity;
+mod screening;
 mod supervision;
 mod waiting;
 
