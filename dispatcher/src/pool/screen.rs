@@ -8,8 +8,8 @@
 //! reserved at the start, it never rehashes, and every operation is short, whatever clients do: where a prefix goes
 //! depends on a seed they do not know.
 
+use core::net::{IpAddr, Ipv6Addr};
 use std::hash::{DefaultHasher, Hasher};
-use std::net::{IpAddr, Ipv6Addr};
 use std::time::Duration;
 
 use ipnet::IpNet;

@@ -1,7 +1,7 @@
 //! Who may come in: against a naive model, and what follows for the connections.
 
+use core::net::{IpAddr, Ipv4Addr, Ipv6Addr, SocketAddr};
 use std::collections::HashMap;
-use std::net::{IpAddr, Ipv4Addr, Ipv6Addr, SocketAddr};
 
 use ipnet::IpNet;
 use proptest::prelude::*;
@@ -57,8 +57,8 @@ fn deny_wins_and_mapped_addresses_are_ipv4() {
 
 #[test]
 fn prefixes_make_clients() {
-    let rules = Screening { rate: rate(1000, 1), prefix_ipv4: 24, prefix_ipv6: 64, ..rules() };
-    let mut screen = Screen::new(rules, 1);
+    let wide = Screening { rate: rate(1000, 1), prefix_ipv4: 24, prefix_ipv6: 64, ..rules() };
+    let mut screen = Screen::new(wide, 1);
     let mut passes = |text: &str| screen.admit(Time(0), of(text)).is_ok();
     assert!(passes("192.0.2.1"));
     assert!(!passes("192.0.2.200") && !passes("::ffff:192.0.2.3"), "the same /24");
@@ -222,7 +222,9 @@ fn a_connection_counts_as_queued_until_it_is_taken_wherever_it_waits() {
     let mut desk = desk();
     desk.core.set_screening(WEB, Screening { max_queued_per_client: Some(3), ..rules() }, 3);
     let first = desk.worker();
-    (0..3).for_each(|_| drop(knock(&mut desk, "192.0.2.1")));
+    for _ in 0..3 {
+        knock(&mut desk, "192.0.2.1");
+    }
     let fourth = knock(&mut desk, "192.0.2.1");
     assert_eq!(desk.closed(fourth), Some(CloseReason::TooManyQueued));
     let other = knock(&mut desk, "192.0.2.2");
