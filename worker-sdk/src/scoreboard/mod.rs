@@ -1,35 +1,48 @@
 //! The scoreboard: one page or so of memory that a worker and the dispatcher share.
 //!
 //! Owns the layout and the mapping. What the words mean is in [`claim`]; who counts what is the
-//! business of the two sides. The memory is a sealed memfd of fixed size, so neither side can make the
+//! business of the two sides; what a gauge is, in [`gauge`]. The memory is a sealed memfd of fixed size, so neither side can make the
 //! other fault; but the worker can write any value anywhere in it at any time, so the dispatcher keeps
 //! its own truth (which slots are out, with which sequence numbers) and only compares.
 //!
 //! Layout, native-endian (both processes run on the same machine), offsets in bytes:
 //!
 //! ```text
-//!   0  u64 magic      8  u32 version    12  u32 slots
+//!   0  u64 magic      8  u32 version    12  u32 slots    16  u32 gauges
 //!  64  u32 want       dispatcher sets bits, worker clears the one it answers
 //! 128  u64 finished   worker: connections closed since its process started; only grows
-//! 192  reserved (zero)
+//! 192  u32 named      worker: gauges that have a name, from the first on; only grows
 //! 256  u64 × slots    the ring; see `claim`
+//!   …  64 × gauges    from the next multiple of 64 on: u64 time, u64 value, 48 bytes of name; see `gauge`
 //! ```
+//!
+//! An older dispatcher leaves 0 where the number of gauges is, and there are none. An older worker maps only what
+//! comes before them.
 
 pub mod claim;
+pub mod gauge;
 
 use std::fmt;
 use std::os::fd::{AsFd, OwnedFd};
 use std::sync::atomic::{AtomicU32, AtomicU64, Ordering};
 
+use self::gauge::{GAUGES, GaugeName, MAX_GAUGE_NAME, MAX_GAUGES, NoGaugeName, Reading};
 use crate::sys::{self, Mapping};
 
 const MAGIC: u64 = u64::from_le_bytes(*b"DSPBOARD");
 const VERSION: u32 = 1;
 const OFFSET_VERSION: usize = 8;
 const OFFSET_SLOTS: usize = 12;
+const OFFSET_GAUGES: usize = 16;
 const OFFSET_WANT: usize = 64;
 const OFFSET_FINISHED: usize = 128;
+const OFFSET_NAMED: usize = 192;
 const OFFSET_RING: usize = 256;
+
+/// A gauge has a cache line to itself.
+const GAUGE_LEN: usize = 64;
+const OFFSET_GAUGE_VALUE: usize = 8;
+const OFFSET_GAUGE_NAME: usize = 16;
 
 /// Most slots a scoreboard may have.
 pub const MAX_SLOTS: u32 = 65_536;
@@ -65,6 +78,7 @@ pub const MAX_SLOTS: u32 = 65_536;
 pub struct Scoreboard {
     map: Mapping,
     slots: u32,
+    gauges: u32,
 }
 
 impl fmt::Debug for Scoreboard {
@@ -128,9 +142,16 @@ fn size(slots: u32) -> usize {
     OFFSET_RING + 8 * slots as usize
 }
 
+fn size_with_gauges(slots: u32, gauges: u32) -> usize {
+    match gauges {
+        0 => size(slots),
+        _ => size(slots).next_multiple_of(GAUGE_LEN) + GAUGE_LEN * gauges as usize,
+    }
+}
+
 impl Scoreboard {
-    /// Dispatcher: makes a sealed scoreboard with a ring of `slots`, all free, and `finished` as the worker reported
-    /// it.
+    /// Dispatcher: makes a sealed scoreboard with a ring of `slots`, all free, `finished` as the worker reported
+    /// it, and [`GAUGES`](gauge::GAUGES) gauges without names.
     ///
     /// # Errors
     /// [`ScoreboardError::Malformed`] for 0 or more than [`MAX_SLOTS`] slots, [`ScoreboardError::Io`] with what
@@ -139,11 +160,14 @@ impl Scoreboard {
         if slots == 0 || slots > MAX_SLOTS {
             return Err(ScoreboardError::Malformed("number of slots"));
         }
-        let fd = sys::sealed_memfd(c"dispatcher-scoreboard", size(slots))?;
-        let board = Scoreboard { map: Mapping::shared(fd.as_fd(), size(slots))?, slots };
+        let len = size_with_gauges(slots, GAUGES);
+        let fd = sys::sealed_memfd(c"dispatcher-scoreboard", len)?;
+        let map = Mapping::shared(fd.as_fd(), len)?;
+        let board = Scoreboard { map, slots, gauges: GAUGES };
         board.map.u64(0).store(MAGIC, Ordering::Relaxed);
         board.map.u32(OFFSET_VERSION).store(VERSION, Ordering::Relaxed);
         board.map.u32(OFFSET_SLOTS).store(slots, Ordering::Relaxed);
+        board.map.u32(OFFSET_GAUGES).store(GAUGES, Ordering::Relaxed);
         board.finished_word().store(finished, Ordering::Release);
         Ok((board, fd))
     }
@@ -161,10 +185,12 @@ impl Scoreboard {
         if !sys::is_sealed(fd.as_fd())? {
             return Err(ScoreboardError::NotSealed);
         }
-        if sys::file_size(fd.as_fd())? < size(slots) as u64 {
+        let len = sys::file_size(fd.as_fd())?;
+        if len < size(slots) as u64 {
             return Err(ScoreboardError::Malformed("size"));
         }
-        let board = Scoreboard { map: Mapping::shared(fd.as_fd(), size(slots))?, slots };
+        let map = Mapping::shared(fd.as_fd(), size(slots))?;
+        let mut board = Scoreboard { map, slots, gauges: 0 };
         if board.map.u64(0).load(Ordering::Relaxed) != MAGIC {
             return Err(ScoreboardError::Malformed("magic"));
         }
@@ -173,6 +199,14 @@ impl Scoreboard {
         }
         if board.map.u32(OFFSET_SLOTS).load(Ordering::Relaxed) != slots {
             return Err(ScoreboardError::Malformed("number of slots"));
+        }
+        let gauges = board.map.u32(OFFSET_GAUGES).load(Ordering::Relaxed);
+        if gauges > 0 {
+            let whole = size_with_gauges(slots, gauges.min(MAX_GAUGES));
+            if gauges > MAX_GAUGES || len < whole as u64 {
+                return Err(ScoreboardError::Malformed("number of gauges"));
+            }
+            board = Scoreboard { map: Mapping::shared(fd.as_fd(), whole)?, slots, gauges };
         }
         Ok(board)
     }
@@ -211,6 +245,65 @@ impl Scoreboard {
     /// Worker: raises `finished` to at least `count`; it never goes down.
     pub fn raise_finished(&self, count: u64) {
         self.finished_word().fetch_max(count, Ordering::AcqRel);
+    }
+
+    /// Gauges there is room for; 0 at an older dispatcher. Not read from the shared memory.
+    #[inline]
+    pub fn gauges(&self) -> u32 {
+        self.gauges
+    }
+
+    /// How many gauges have a name, from the first on; at most [`gauges`](Scoreboard::gauges). An honest worker's only
+    /// grows, and a name that is there no longer changes: read it once.
+    #[inline]
+    pub fn named_gauges(&self) -> u32 {
+        self.map.u32(OFFSET_NAMED).load(Ordering::Acquire).min(self.gauges)
+    }
+
+    fn gauge_offset(&self, gauge: u32) -> Option<usize> {
+        let first = size(self.slots).next_multiple_of(GAUGE_LEN);
+        (gauge < self.gauges).then(|| first + GAUGE_LEN * gauge as usize)
+    }
+
+    /// Worker: names the next gauge and answers its number; `None` when all have names. One thread at a time.
+    pub fn name_gauge(&self, name: &GaugeName) -> Option<u32> {
+        let gauge = self.named_gauges();
+        let start = self.gauge_offset(gauge)? + OFFSET_GAUGE_NAME;
+        for (word, bytes) in name.padded().as_chunks().0.iter().enumerate() {
+            self.map.u64(start + 8 * word).store(u64::from_ne_bytes(*bytes), Ordering::Relaxed);
+        }
+        // The name is whole before it is announced.
+        self.map.u32(OFFSET_NAMED).store(gauge + 1, Ordering::Release);
+        Some(gauge)
+    }
+
+    /// The name of a gauge; `None` when there is no such gauge.
+    ///
+    /// # Errors
+    /// [`NoGaugeName`] when what is there is no name.
+    pub fn gauge_name(&self, gauge: u32) -> Option<Result<GaugeName, NoGaugeName>> {
+        let start = self.gauge_offset(gauge)? + OFFSET_GAUGE_NAME;
+        // A copy first: the worker may change it at any time.
+        let mut bytes = [0; MAX_GAUGE_NAME];
+        for (word, bytes) in bytes.as_chunks_mut().0.iter_mut().enumerate() {
+            *bytes = self.map.u64(start + 8 * word).load(Ordering::Relaxed).to_ne_bytes();
+        }
+        Some(GaugeName::from_padded(bytes))
+    }
+
+    /// Worker: sets a gauge; nothing happens when there is no such gauge.
+    #[inline]
+    pub fn set_gauge(&self, gauge: u32, reading: Reading) {
+        if let Some(at) = self.gauge_offset(gauge) {
+            gauge::write(self.map.u64(at + OFFSET_GAUGE_VALUE), self.map.u64(at), reading);
+        }
+    }
+
+    /// What a gauge says; `None` when it was never set, or there is no such gauge.
+    #[inline]
+    pub fn gauge(&self, gauge: u32) -> Option<Reading> {
+        let at = self.gauge_offset(gauge)?;
+        gauge::read(self.map.u64(at + OFFSET_GAUGE_VALUE), self.map.u64(at))
     }
 }
 

@@ -97,7 +97,7 @@ fn slot_words_are_encoded_as_the_document_says() {
     assert_eq!(word(), 7 * 8 + 5);
 }
 
-mod model {
+pub(super) mod model {
     //! The claim protocol under every interleaving, by a model checker. The functions are the very ones
     //! that the two processes run; only the atomics are the checker's.
 
@@ -108,7 +108,7 @@ mod model {
     use super::super::claim::{self, Revoke, SlotState, Word, want};
     use std::sync::atomic::Ordering;
 
-    struct Modelled<A>(A);
+    pub(in crate::scoreboard) struct Modelled<A>(pub(in crate::scoreboard) A);
 
     macro_rules! word {
         ($atomic:ty, $int:ty) => {
