@@ -117,10 +117,17 @@ impl FakeDispatcher {
     }
 
     pub fn welcome_with(&self, slots: u32) -> Peer {
+        self.welcome_scoring(slots, &[])
+    }
+
+    /// Lets the next worker into a pool that scores by these gauges.
+    pub fn welcome_scoring(&self, slots: u32, gauges: &[&str]) -> Peer {
         let (hello, control) = self.hello();
         let peer = Peer::new(hello, control, slots);
         let mut record = Vec::new();
-        peer.welcome_record(slots).encode(&mut record);
+        let mut welcome = peer.welcome_record(slots);
+        welcome.gauges = gauges.iter().map(|name| name.parse().unwrap()).collect();
+        welcome.encode(&mut record);
         let (board, retained, poke) = (&peer.board_fd, &peer.retained, &peer.poke);
         send(peer.control.as_fd(), &record, &[retained.as_fd(), board.as_fd(), poke.as_fd()])
             .unwrap();
@@ -203,6 +210,7 @@ impl Peer {
             max_connections: self.hello.max_connections,
             handoff_timeout_ms: 5000,
             listeners: vec![WelcomeListener { index: 3, name: "http".to_owned() }],
+            gauges: Vec::new(),
         }
     }
 

@@ -9,7 +9,7 @@ use ::mio::unix::SourceFd;
 use ::mio::{Interest, Registry, Token};
 
 use crate::client::core::Core;
-use crate::client::{Connection, Error, Handle, WorkerConfig};
+use crate::client::{Connection, Error, Gauge, Handle, WorkerConfig};
 use crate::wire::PeerAddr;
 
 /// A worker that never blocks, and whose connections are non-blocking. Register it once, readable; it joins, loses
@@ -101,6 +101,14 @@ impl MioWorker {
     /// Connections taken and not yet ended, in this process.
     pub fn live(&self) -> u64 {
         self.0.0.live()
+    }
+
+    /// The gauge of this name, made if there is none: a number that the dispatcher sees. See [`Gauge`].
+    ///
+    /// # Errors
+    /// [`Error::Config`] for what is [no name](crate::scoreboard::gauge::GaugeName), and when there are 24 already.
+    pub fn gauge(&self, name: &str) -> Result<Gauge, Error> {
+        self.0.0.gauge(name)
     }
 
     /// The id the dispatcher gave this worker; `None` while not joined.

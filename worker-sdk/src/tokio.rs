@@ -13,7 +13,7 @@ use ::tokio::io::{AsyncRead, AsyncWrite, ReadBuf};
 use ::tokio::net::TcpStream;
 
 use crate::client::core::Core;
-use crate::client::{Accepted, Error, Handle, Held, Origin, WorkerConfig};
+use crate::client::{Accepted, Error, Gauge, Handle, Held, Origin, WorkerConfig};
 use crate::sys::ReadyFd;
 use crate::wire::PeerAddr;
 
@@ -135,6 +135,14 @@ impl Listener {
     /// Connections taken and not yet ended, in this process.
     pub fn live(&self) -> u64 {
         self.core().live()
+    }
+
+    /// The gauge of this name, made if there is none: a number that the dispatcher sees. See [`Gauge`].
+    ///
+    /// # Errors
+    /// [`Error::Config`] for what is [no name](crate::scoreboard::gauge::GaugeName), and when there are 24 already.
+    pub fn gauge(&self, name: &str) -> Result<Gauge, Error> {
+        self.core().gauge(name)
     }
 
     /// The id the dispatcher gave this worker; `None` while not joined.

@@ -244,6 +244,7 @@ impl Shell {
             max_connections: self.core.max_connections_of(id).unwrap_or(join.hello.max_connections),
             handoff_timeout_ms: u32::try_from(timeout.as_millis()).unwrap_or(u32::MAX),
             listeners: self.listeners_of(&join.hello.pool),
+            gauges: Vec::new(),
         }
         .encode(&mut record);
         let fds = [theirs.channel.as_fd(), theirs.board.as_fd(), lane.poke.as_fd()];

@@ -8,10 +8,14 @@ use std::time::Duration;
 use serde::Deserialize;
 
 use super::error::Error;
+use super::sample::Sampling;
 use crate::wire::{MAX_NAME, Token, is_name};
 
 /// File descriptors the default `max_connections` leaves to the rest of the program.
 const FD_RESERVE: u64 = 64;
+
+/// Measuring more often than this would be measuring itself.
+const MIN_SAMPLE: Duration = Duration::from_millis(10);
 
 /// What a worker needs to know to join a dispatcher, or to listen by itself.
 ///
@@ -30,7 +34,8 @@ const FD_RESERVE: u64 = 64;
 ///     .priority(0)
 ///     .max_connections(1000)
 ///     .join_timeout(Duration::from_secs(30))
-///     .reconnect(Duration::from_millis(50), Duration::from_secs(5));
+///     .reconnect(Duration::from_millis(50), Duration::from_secs(5))
+///     .sample(worker_sdk::Sampling::Auto, Duration::from_secs(1));
 /// assert_eq!(config.pool, "web");
 /// ```
 ///
@@ -92,6 +97,13 @@ pub struct WorkerConfig {
     /// Longest wait between two attempts. Default: 5 s.
     #[serde(deserialize_with = "duration")]
     pub reconnect_max: Duration,
+    /// Whether to measure the machine and this process for pools that choose by it (gauges
+    /// [`system_cpu`, `free_memory`, `process_cpu`, `process_rss`](crate::scoreboard::gauge::names)): `auto` (what the
+    /// pool scores by), `always` (all four) or `never`. It takes a thread that sleeps. `DISPATCH_SAMPLE`. Default: `auto`.
+    pub sample: Sampling,
+    /// How often that is; at least 10 ms. `DISPATCH_SAMPLE_INTERVAL`. Default: 1 s.
+    #[serde(deserialize_with = "duration")]
+    pub sample_interval: Duration,
     /// Proof that the dispatcher started this process: 32 hexadecimal digits. `DISPATCH_TOKEN`. Default: none.
     #[serde(deserialize_with = "optional_token")]
     pub token: Option<Token>,
@@ -110,6 +122,8 @@ impl Default for WorkerConfig {
             join_timeout: None,
             reconnect_min: Duration::from_millis(50),
             reconnect_max: Duration::from_secs(5),
+            sample: Sampling::Auto,
+            sample_interval: Duration::from_secs(1),
             token: None,
         }
     }
@@ -139,7 +153,7 @@ impl WorkerConfig {
 
     /// Overrides what the environment sets: `DISPATCH_SOCKET`, `DISPATCH_POOL`, `DISPATCH_NAME`,
     /// `DISPATCH_WEIGHT`, `DISPATCH_PRIORITY`, `DISPATCH_MAX_CONNECTIONS`, `DISPATCH_LISTEN`,
-    /// `DISPATCH_TOKEN`. An empty variable is one that is not set. What is set afterwards overrides the environment.
+    /// `DISPATCH_SAMPLE`, `DISPATCH_SAMPLE_INTERVAL`, `DISPATCH_TOKEN`. An empty variable is one that is not set. What is set afterwards overrides the environment.
     ///
     /// # Errors
     /// [`Error::Config`] names the variable and what is wrong with it.
@@ -186,6 +200,25 @@ impl WorkerConfig {
         }
         if let Some(listen) = text("DISPATCH_LISTEN")? {
             self.listen = Some(listen);
+        }
+        if let Some(sample) = text("DISPATCH_SAMPLE")? {
+            self.sample = match sample.as_str() {
+                "auto" => Sampling::Auto,
+                "always" => Sampling::Always,
+                "never" => Sampling::Never,
+                _ => {
+                    let problem = format!("{sample:?} is not auto, always or never");
+                    return Err(Error::config("DISPATCH_SAMPLE", problem));
+                }
+            };
+        }
+        if let Some(interval) = text("DISPATCH_SAMPLE_INTERVAL")? {
+            let parsed = parse_duration(&interval).filter(|interval| *interval >= MIN_SAMPLE);
+            self.sample_interval = parsed.ok_or_else(|| {
+                let problem =
+                    format!("{interval:?} is not a duration such as 250ms, at least 10ms");
+                Error::config("DISPATCH_SAMPLE_INTERVAL", problem)
+            })?;
         }
         if let Some(token) = text("DISPATCH_TOKEN")? {
             let parsed = token.parse::<Token>();
@@ -269,6 +302,13 @@ impl WorkerConfig {
         self
     }
 
+    /// Sets [`sample`](WorkerConfig::sample) and [`sample_interval`](WorkerConfig::sample_interval).
+    #[must_use]
+    pub fn sample(mut self, sampling: Sampling, interval: Duration) -> Self {
+        (self.sample, self.sample_interval) = (sampling, interval);
+        self
+    }
+
     /// Sets [`token`](WorkerConfig::token). Rarely needed: [`with_env`](WorkerConfig::with_env) finds it.
     ///
     /// ```
@@ -301,6 +341,9 @@ impl WorkerConfig {
                 "reconnect_min",
                 "must be more than 0 and at most reconnect_max",
             ));
+        }
+        if self.sample_interval < MIN_SAMPLE {
+            return Err(Error::config("sample_interval", "must be at least 10 ms"));
         }
         if self.dispatch_socket.is_none() && self.listen.is_none() {
             return Err(Error::config(

@@ -23,9 +23,11 @@ use super::channel::{self, Received, Wait};
 use super::config::WorkerConfig;
 use super::connection::{Accepted, Custody, Guard, Origin};
 use super::error::Error;
+use super::gauges::{Gauge, Gauges};
 use super::join::{self, Failure, Joined, Session};
 use super::process::Process;
 use super::ready::Ready;
+use super::sample::Sampler;
 use super::standalone::Listener;
 use crate::scoreboard::claim::{self, want};
 use crate::wire::{Entry, EntryFlags, Features, Hello, PeerAddr, Probe, VERSION};
@@ -56,6 +58,9 @@ pub(crate) struct Core {
     opened: AtomicU64,
     /// Of those, how many have ended.
     finished: AtomicU64,
+    gauges: Arc<Gauges>,
+    /// Ends with this, and with it the thread that measures.
+    sampler: Sampler,
 }
 
 struct State {
@@ -155,6 +160,9 @@ impl Core {
             }
         };
         let timeout = config.join_timeout;
+        let gauges = Arc::new(Gauges::default());
+        let sampler = Sampler::new(config.sample, config.sample_interval);
+        sampler.start(&gauges);
         Ok(Arc::new(Core {
             hello: Hello {
                 version: VERSION,
@@ -189,6 +197,8 @@ impl Core {
             closed: AtomicBool::new(false),
             opened: AtomicU64::new(0),
             finished: AtomicU64::new(0),
+            gauges,
+            sampler,
         }))
     }
 
@@ -335,6 +345,10 @@ impl Core {
         self.opened.load(Ordering::SeqCst) - finished
     }
 
+    pub(crate) fn gauge(&self, name: &str) -> Result<Gauge, Error> {
+        self.gauges.gauge(name)
+    }
+
     pub(crate) fn id(&self) -> Option<u64> {
         self.read_current().map(|session| session.worker_id)
     }
@@ -370,6 +384,7 @@ impl Core {
         // Whoever closes sets the flag, then looks at the counters; whoever finishes does the opposite.
         if self.closed.load(Ordering::SeqCst) && self.live() == 0 {
             self.set_current(None);
+            self.gauges.hide();
         }
     }
 

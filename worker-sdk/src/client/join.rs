@@ -15,6 +15,7 @@ use rustix::net::{
 
 use super::channel::take_fds;
 use super::error::Error;
+use crate::scoreboard::gauge::GaugeName;
 use crate::scoreboard::{Scoreboard, claim};
 use crate::wire::{Control, Goodbye, Hello, MAX_CONTROL_RECORD, VERSION, WELCOME_FDS, Welcome};
 
@@ -25,6 +26,8 @@ pub(super) struct Session {
     pub(super) board: Arc<Scoreboard>,
     pub(super) worker_id: u64,
     listeners: Vec<(u16, Arc<str>)>,
+    /// The pool scores by these.
+    pub(super) gauges: Vec<GaugeName>,
     pub(super) since: Instant,
 }
 
@@ -37,6 +40,7 @@ impl Session {
             board: Arc::new(joined.board),
             worker_id: joined.welcome.worker_id,
             listeners: listeners.map(|l| (l.index, l.name.into())).collect(),
+            gauges: joined.welcome.gauges,
             since: Instant::now(),
         };
         (session, joined.channel)

@@ -11,9 +11,11 @@ pub(crate) mod core;
 mod error;
 #[cfg(feature = "fuzzing")]
 pub mod fuzzing;
+mod gauges;
 mod join;
 mod process;
 mod ready;
+mod sample;
 mod standalone;
 
 use std::fmt;
@@ -25,6 +27,8 @@ pub use self::config::WorkerConfig;
 pub(crate) use self::connection::{Accepted, Held, Origin};
 pub use self::connection::{Connection, Guard};
 pub use self::error::Error;
+pub use self::gauges::Gauge;
+pub use self::sample::Sampling;
 
 use self::core::Core;
 use crate::wire::PeerAddr;
@@ -199,6 +203,14 @@ impl Worker {
     /// Connections taken and not yet ended, in this process.
     pub fn live(&self) -> u64 {
         self.core().live()
+    }
+
+    /// The gauge of this name, made if there is none: a number that the dispatcher sees. Any thread may set it.
+    ///
+    /// # Errors
+    /// [`Error::Config`] for what is [no name](crate::scoreboard::gauge::GaugeName), and when there are 24 already.
+    pub fn gauge(&self, name: &str) -> Result<Gauge, Error> {
+        self.core().gauge(name)
     }
 
     /// The id the dispatcher gave this worker, as its status and logs show it; `None` while not joined.

@@ -118,10 +118,7 @@ pub struct NoGaugeName;
 
 impl fmt::Display for NoGaugeName {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        write!(
-            f,
-            "a gauge's name is 1 to {MAX_GAUGE_NAME} ASCII letters, digits, `_`, `-` and `.`"
-        )
+        write!(f, "a gauge's name is 1 to {MAX_GAUGE_NAME} ASCII letters, digits, `_`, `-` and `.`")
     }
 }
 

@@ -90,6 +90,8 @@ pub mod tlv {
     pub const TOKEN: u16 = 3;
     /// Welcome, repeated: index u16, then the listener's name, UTF-8.
     pub const LISTENER: u16 = 16;
+    /// Welcome, repeated: the name of a gauge that the pool scores by.
+    pub const GAUGE: u16 = 19;
     /// Refused: one sentence for a person, UTF-8.
     pub const REASON: u16 = 17;
     /// Refused: the configuration key that decides it, UTF-8.

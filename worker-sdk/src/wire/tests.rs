@@ -5,6 +5,7 @@ use std::net::{Ipv6Addr, SocketAddrV6};
 use proptest::prelude::*;
 
 use super::*;
+use crate::scoreboard::gauge::GAUGES;
 
 const HELLO: &str = "0100000001000200010000000000000000000000e803000000000000070000000000000005000000\
      0000000001000300776562020008007765622d31323334";
@@ -12,6 +13,8 @@ const HELLO_TOKEN: &str = "01000000010001000000000000000000000000000100000000000
      000000000100070064656661756c7402000100770300100000112233445566778899aabbccddeeff";
 const WELCOME: &str = "0200000001000000000100002a000000000000000000000000000000e80300008813000010000600\
      00006874747010000700030061646d696e";
+const WELCOME_GAUGES: &str = "020000000100000000010000070000000000000000000000000000000a000000c800000013000a00\
+     71756575655f7761697413000b00667265655f6d656d6f727910000600000068747470";
 const REFUSED: &str = "030000000200000011000b006e6f20706f6f6c2077656212000800706f6f6c2e776562";
 const REFUSED_BARE: &str = "03000000050000001100080073746f7070696e67";
 const GOODBYE: &str = "04000000";
@@ -77,6 +80,20 @@ fn control_vectors() -> Vec<(&'static str, Control)> {
                     WelcomeListener { index: 0, name: "http".to_owned() },
                     WelcomeListener { index: 3, name: "admin".to_owned() },
                 ],
+                gauges: vec![],
+            }),
+        ),
+        (
+            WELCOME_GAUGES,
+            Control::Welcome(Welcome {
+                version: VERSION,
+                slots: 256,
+                worker_id: 7,
+                features: Features::NONE,
+                max_connections: 10,
+                handoff_timeout_ms: 200,
+                listeners: vec![WelcomeListener { index: 0, name: "http".to_owned() }],
+                gauges: vec!["queue_wait".parse().unwrap(), "free_memory".parse().unwrap()],
             }),
         ),
         (
@@ -187,6 +204,7 @@ fn a_record_cut_anywhere_is_refused() {
                 (Err(_), _) => {}
                 (Ok(Control::Welcome(cut)), Control::Welcome(whole)) => {
                     assert!(whole.listeners.starts_with(&cut.listeners));
+                    assert!(whole.gauges.starts_with(&cut.gauges));
                     assert!(cut.listeners.len() < whole.listeners.len());
                 }
                 (Ok(Control::Hello(cut)), Control::Hello(_)) => assert_eq!(cut.token, None),
@@ -387,17 +405,21 @@ fn texts_are_cut_and_cannot_forge_log_lines() {
 }
 
 #[test]
-fn a_welcome_leaves_out_listeners_it_has_no_room_for() {
+fn a_welcome_names_every_gauge_and_leaves_out_listeners_it_has_no_room_for() {
     let listeners =
         (0..200).map(|index| WelcomeListener { index, name: format!("listener-{index:040}") });
     let Ok(Control::Welcome(mut welcome)) = Control::decode(&bytes(WELCOME)) else {
         panic!("a vector");
     };
     welcome.listeners = listeners.collect();
+    welcome.gauges = (0..GAUGES).map(|n| format!("{n:048}").parse().unwrap()).collect();
     let record = encoded(&Control::Welcome(welcome.clone()));
     assert!(record.len() <= MAX_CONTROL_RECORD);
     match Control::decode(&record) {
-        Ok(Control::Welcome(cut)) => assert!(welcome.listeners.starts_with(&cut.listeners)),
+        Ok(Control::Welcome(cut)) => {
+            assert!(!cut.listeners.is_empty() && welcome.listeners.starts_with(&cut.listeners));
+            assert_eq!(welcome.gauges, cut.gauges);
+        }
         other => panic!("{other:?}"),
     }
 }
@@ -441,5 +463,15 @@ proptest! {
         if let Ok(value) = Channel::decode(&record) {
             prop_assert_eq!(Channel::decode(&channel_encoded(&value)), Ok(value));
         }
+    }
+}
+
+#[test]
+fn a_gauge_in_a_welcome_has_a_name() {
+    for bad in [&b""[..], b"two words", b"\xff", b"a\0", &[b'x'; 49]] {
+        let mut record = bytes(WELCOME);
+        record.extend_from_slice(&[19, 0, bad.len() as u8, 0]);
+        record.extend_from_slice(bad);
+        assert_eq!(Control::decode(&record), Err(WireError::Invalid("gauge name")), "{bad:?}");
     }
 }

@@ -2,6 +2,7 @@
 
 use super::codec::{Reader, WireError, header, name, put_tlv};
 use super::{Features, is_name, kind, tlv};
+use crate::scoreboard::gauge::{GAUGES, GaugeName};
 
 /// A listener of the worker's pool, so that a handoff can name it by its index. See [`Welcome`] for an example.
 #[derive(Clone, Debug, PartialEq, Eq)]
@@ -25,11 +26,13 @@ pub struct WelcomeListener {
 ///     max_connections: 1000,
 ///     handoff_timeout_ms: 200,
 ///     listeners: vec![WelcomeListener { index: 0, name: "web".to_owned() }],
+///     gauges: vec!["queue_wait".parse()?],
 /// });
 /// let mut record = Vec::new();
 /// welcome.encode(&mut record);
 /// assert_eq!(welcome.fds(), WELCOME_FDS);
 /// assert_eq!(Control::decode(&record), Ok(welcome));
+/// # Ok::<(), worker_sdk::scoreboard::gauge::NoGaugeName>(())
 /// ```
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct Welcome {
@@ -47,6 +50,8 @@ pub struct Welcome {
     pub handoff_timeout_ms: u32,
     /// The listeners of the pool.
     pub listeners: Vec<WelcomeListener>,
+    /// Gauges that the pool scores by: a worker that does not set them all gets little.
+    pub gauges: Vec<GaugeName>,
 }
 
 impl Welcome {
@@ -61,6 +66,10 @@ impl Welcome {
         out.extend_from_slice(&self.features.0.to_le_bytes());
         out.extend_from_slice(&self.max_connections.to_le_bytes());
         out.extend_from_slice(&self.handoff_timeout_ms.to_le_bytes());
+        // Before the listeners, which may fill the record.
+        for gauge in self.gauges.iter().take(GAUGES as usize) {
+            put_tlv(out, tlv::GAUGE, gauge.as_str().as_bytes());
+        }
         let mut value = Vec::new();
         for listener in self.listeners.iter().filter(|l| is_name(&l.name)) {
             value.clear();
@@ -82,13 +91,21 @@ impl Welcome {
         let features = Features(reader.u64("features")?);
         let max_connections = reader.u32("max_connections")?;
         let handoff_timeout_ms = reader.u32("handoff_timeout")?;
-        let mut listeners = Vec::new();
+        let (mut listeners, mut gauges) = (Vec::new(), Vec::new());
         while let Some((kind, value)) = reader.tlv()? {
-            if kind == tlv::LISTENER {
-                let (index, rest) =
-                    value.split_first_chunk().ok_or(WireError::TooShort("listener index"))?;
-                let index = u16::from_le_bytes(*index);
-                listeners.push(WelcomeListener { index, name: name(rest, "listener name")? });
+            match kind {
+                tlv::LISTENER => {
+                    let (index, rest) =
+                        value.split_first_chunk().ok_or(WireError::TooShort("listener index"))?;
+                    let index = u16::from_le_bytes(*index);
+                    listeners.push(WelcomeListener { index, name: name(rest, "listener name")? });
+                }
+                tlv::GAUGE => {
+                    let invalid = || WireError::Invalid("gauge name");
+                    let text = str::from_utf8(value).map_err(|_| invalid())?;
+                    gauges.push(text.parse().map_err(|_| invalid())?);
+                }
+                _ => {}
             }
         }
         if slots == 0 {
@@ -102,6 +119,7 @@ impl Welcome {
             max_connections,
             handoff_timeout_ms,
             listeners,
+            gauges,
         })
     }
 }

@@ -18,6 +18,8 @@ fn the_environment_sets_every_variable_it_documents() {
         ("DISPATCH_PRIORITY", "7"),
         ("DISPATCH_MAX_CONNECTIONS", "100"),
         ("DISPATCH_LISTEN", "[::1]:80"),
+        ("DISPATCH_SAMPLE", "always"),
+        ("DISPATCH_SAMPLE_INTERVAL", "250ms"),
         ("DISPATCH_TOKEN", token),
     ])
     .unwrap();
@@ -29,6 +31,7 @@ fn the_environment_sets_every_variable_it_documents() {
         .priority(7)
         .max_connections(100)
         .listen("[::1]:80")
+        .sample(Sampling::Always, Duration::from_millis(250))
         .token(token.parse().unwrap());
     assert_eq!(config, expected);
 }
@@ -50,6 +53,9 @@ fn a_bad_variable_is_named_with_its_value() {
         ("DISPATCH_MAX_CONNECTIONS", "many"),
         ("DISPATCH_POOL", "two words"),
         ("DISPATCH_NAME", "a\nb"),
+        ("DISPATCH_SAMPLE", "yes"),
+        ("DISPATCH_SAMPLE_INTERVAL", "soon"),
+        ("DISPATCH_SAMPLE_INTERVAL", "9ms"),
     ] {
         let text = env(&[(name, value)]).unwrap_err().to_string();
         assert!(text.contains(name), "{text}");
@@ -74,6 +80,8 @@ fn a_file_gives_the_same_settings() {
         join_timeout = "10s"
         reconnect_min = "20 ms"
         reconnect_max = 2
+        sample = "never"
+        sample_interval = "2s"
         token = "00112233445566778899aabbccddeeff"
         "#,
     )
@@ -81,6 +89,7 @@ fn a_file_gives_the_same_settings() {
     assert_eq!(config.join_timeout, Some(Duration::from_secs(10)));
     assert_eq!(config.reconnect_min, Duration::from_millis(20));
     assert_eq!(config.reconnect_max, Duration::from_secs(2));
+    assert_eq!((config.sample, config.sample_interval), (Sampling::Never, Duration::from_secs(2)));
     assert_eq!(config.weight, 1);
     assert!(config.check().is_ok());
 }
@@ -94,6 +103,7 @@ fn a_file_with_mistakes_is_refused() {
         ("reconnect_min = '5 parsecs'", "parsecs"),
         ("token = 'abc'", "32 hexadecimal"),
         ("weight = 70000", "70000"),
+        ("sample = 'yes'", "yes"),
     ] {
         let error = toml::from_str::<WorkerConfig>(text).unwrap_err().to_string();
         assert!(error.contains(says), "{error}");
@@ -111,6 +121,7 @@ fn wrong_values_are_found_before_the_dispatcher_sees_them() {
         base().name("x".repeat(65)),
         base().reconnect(Duration::ZERO, Duration::from_secs(1)),
         base().reconnect(Duration::from_secs(2), Duration::from_secs(1)),
+        base().sample(Sampling::Auto, Duration::from_millis(9)),
     ] {
         assert!(matches!(bad.check(), Err(Error::Config { .. })), "accepted {bad:?}");
     }

@@ -233,6 +233,8 @@ impl Core {
         self.set_current(Some(Arc::clone(&session)));
         session.board.raise_finished(self.finished.load(Ordering::SeqCst));
         session.poke_if_wanted(want::ROOM);
+        self.gauges.show(&session.board);
+        self.sampler.wanted(&self.gauges, &session.gauges);
         state.link = Link::Joined { session, channel: Arc::new(channel) };
         (state.ever_joined, state.complained) = (true, false);
         state.join_deadline = None;
@@ -300,6 +302,7 @@ impl Core {
         session.poke_if_wanted(want::TAKEN);
         self.ready.forget(channel.as_fd());
         self.set_current(None);
+        self.gauges.hide();
         log::warn!(
             "lost the dispatcher at {}: {why}; {} connections go on, joining again",
             self.socket.display(),

@@ -1,0 +1,263 @@
+//! Measuring the machine and this process, for the gauges that say how busy they are.
+//!
+//! Owns the thread that does it, its interval, and the numbers read from `/proc`. Their formats are fixed (the
+//! kernel promises them to programs), so that a few lines do, without a library that knows all the rest of `/proc`.
+
+use std::fs::File;
+use std::io::{self, Read};
+use std::sync::mpsc::{Receiver, RecvTimeoutError, Sender, channel};
+use std::sync::{Arc, Mutex, PoisonError};
+use std::time::{Duration, Instant};
+
+use rustix::time::{ClockId, clock_gettime};
+use serde::Deserialize;
+
+use super::gauges::{Gauge, Gauges};
+use crate::scoreboard::gauge::{GaugeName, names};
+
+/// When to measure the machine and this process.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Deserialize)]
+#[serde(rename_all = "lowercase")]
+pub enum Sampling {
+    /// What the pool scores by, from the first join on at which it says so.
+    #[default]
+    Auto,
+    /// All four, whatever the pool does.
+    Always,
+    /// Nothing: the application sets these gauges itself, or nobody does.
+    Never,
+}
+
+/// What can be measured here.
+const MEASURED: [&str; 4] =
+    [names::SYSTEM_CPU, names::FREE_MEMORY, names::PROCESS_CPU, names::PROCESS_RSS];
+
+/// Between the first two samples.
+const FIRST_INTERVAL: Duration = Duration::from_millis(100);
+
+/// The thread, if there is one. Dropping this ends it.
+pub(super) struct Sampler {
+    sampling: Sampling,
+    interval: Duration,
+    /// What is measured so far, and the way to the thread.
+    thread: Mutex<(Vec<&'static str>, Option<Sender<Meter>>)>,
+}
+
+impl Sampler {
+    pub(super) fn new(sampling: Sampling, interval: Duration) -> Sampler {
+        Sampler { sampling, interval, thread: Mutex::new((Vec::new(), None)) }
+    }
+
+    /// Begins what is to be measured from the start.
+    pub(super) fn start(&self, gauges: &Arc<Gauges>) {
+        if self.sampling == Sampling::Always {
+            self.measure(gauges, &MEASURED);
+        }
+    }
+
+    /// The pool scores by these.
+    pub(super) fn wanted(&self, gauges: &Arc<Gauges>, wanted: &[GaugeName]) {
+        if self.sampling == Sampling::Auto {
+            let here = |name: &&str| wanted.iter().any(|wanted| wanted.as_str() == *name);
+            let names: Vec<&str> = MEASURED.into_iter().filter(here).collect();
+            self.measure(gauges, &names);
+        }
+    }
+
+    fn measure(&self, gauges: &Arc<Gauges>, names: &[&'static str]) {
+        let mut thread = self.thread.lock().unwrap_or_else(PoisonError::into_inner);
+        let (measured, sender) = &mut *thread;
+        for &name in names {
+            if measured.contains(&name) {
+                continue;
+            }
+            let gauge = match gauges.gauge(name) {
+                Ok(gauge) => gauge,
+                Err(error) => {
+                    log::warn!("cannot show {name} to the dispatcher: {error}");
+                    continue;
+                }
+            };
+            let sender = match sender {
+                Some(sender) => sender,
+                None => match start(self.interval) {
+                    Ok(started) => sender.insert(started),
+                    Err(error) => return log::warn!("cannot start a thread to measure: {error}"),
+                },
+            };
+            measured.push(name);
+            // The thread ends after this end of the way to it.
+            let _ = sender.send(Meter { name, gauge, before: None, complained: false });
+        }
+    }
+}
+
+fn start(interval: Duration) -> io::Result<Sender<Meter>> {
+    let (sender, receiver) = channel();
+    let thread = std::thread::Builder::new().name("gauges".to_owned()).stack_size(64 * 1024);
+    thread.spawn(move || sample(interval, &receiver))?;
+    Ok(sender)
+}
+
+fn sample(interval: Duration, receiver: &Receiver<Meter>) {
+    let mut meters: Vec<Meter> = Vec::new();
+    let mut next = Instant::now() + interval;
+    loop {
+        match receiver.recv_timeout(next.saturating_duration_since(Instant::now())) {
+            Ok(mut meter) => {
+                // At once, and what needs two looks soon again, so that a worker that has just joined is scored soon.
+                meter.measure();
+                meters.push(meter);
+                next = next.min(Instant::now() + FIRST_INTERVAL);
+            }
+            Err(RecvTimeoutError::Timeout) => {
+                meters.iter_mut().for_each(Meter::measure);
+                next = Instant::now() + interval;
+            }
+            Err(RecvTimeoutError::Disconnected) => return,
+        }
+    }
+}
+
+/// One gauge, and what its next value is measured against.
+struct Meter {
+    name: &'static str,
+    gauge: Gauge,
+    /// Busy and whole time at the last sample.
+    before: Option<(f64, f64)>,
+    complained: bool,
+}
+
+impl Meter {
+    fn measure(&mut self) {
+        match self.value() {
+            Ok(Some(value)) => self.gauge.set(value),
+            Ok(None) => {}
+            Err(error) => {
+                if !std::mem::replace(&mut self.complained, true) {
+                    log::warn!("cannot measure {}: {error}", self.name);
+                }
+            }
+        }
+    }
+
+    /// `None` while there is nothing to compare with.
+    fn value(&mut self) -> io::Result<Option<f64>> {
+        let odd = || io::Error::other("it is not as expected");
+        match self.name {
+            names::SYSTEM_CPU => {
+                let text = read("/proc/stat")?;
+                let (busy, whole) = processor_time(&text).ok_or_else(odd)?;
+                Ok(self.rate(busy, whole))
+            }
+            names::PROCESS_CPU => {
+                let seconds = |clock| {
+                    let time = clock_gettime(clock);
+                    time.tv_sec as f64 + time.tv_nsec as f64 / 1e9
+                };
+                Ok(self.rate(seconds(ClockId::ProcessCPUTime), seconds(ClockId::Monotonic)))
+            }
+            names::FREE_MEMORY => {
+                mib(&read("/proc/meminfo")?, "MemAvailable:").ok_or_else(odd).map(Some)
+            }
+            names::PROCESS_RSS => {
+                mib(&read("/proc/self/status")?, "VmRSS:").ok_or_else(odd).map(Some)
+            }
+            _ => Err(odd()),
+        }
+    }
+
+    /// How much of the time since the last sample was busy.
+    fn rate(&mut self, busy: f64, whole: f64) -> Option<f64> {
+        let (busy_before, whole_before) = self.before.replace((busy, whole))?;
+        let passed = whole - whole_before;
+        // A counter may go back a little: the kernel's idle time does.
+        (passed > 0.0).then(|| ((busy - busy_before) / passed).max(0.0))
+    }
+}
+
+/// The beginning of a file in `/proc`: what is looked for is in it.
+fn read(path: &str) -> io::Result<String> {
+    let mut text = String::new();
+    File::open(path)?.take(4096).read_to_string(&mut text)?;
+    Ok(text)
+}
+
+/// Busy and whole processor time since boot, from the first line of `/proc/stat`:
+/// `cpu user nice system idle iowait irq softirq steal guest guest_nice`, guests being part of user and nice.
+fn processor_time(text: &str) -> Option<(f64, f64)> {
+    let line = text.lines().next()?.strip_prefix("cpu ")?;
+    let times: Option<Vec<f64>> =
+        line.split_whitespace().take(8).map(|word| word.parse().ok()).collect();
+    let times = times.filter(|times| times.len() >= 4)?;
+    let whole: f64 = times.iter().sum();
+    let idle: f64 = times.iter().skip(3).take(2).sum();
+    Some((whole - idle, whole))
+}
+
+/// A line `KEY: NUMBER kB`, in MiB.
+fn mib(text: &str, key: &str) -> Option<f64> {
+    let rest = text.lines().find_map(|line| line.strip_prefix(key))?;
+    let kib: f64 = rest.trim().strip_suffix(" kB")?.parse().ok()?;
+    Some(kib / 1024.0)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn processor_time_counts_everything_but_idling_as_busy() {
+        let text = "cpu  100 20 30 800 50 1 2 3 40 5\ncpu0 1 2 3 4 5 6 7 8 9 10\n";
+        assert_eq!(processor_time(text), Some((156.0, 1006.0)));
+        // Of an old kernel.
+        assert_eq!(processor_time("cpu 1 2 3 4\n"), Some((6.0, 10.0)));
+        for bad in ["", "cpu\n", "cpu 1 2 3\n", "cpu0 1 2 3 4\n", "cpu 1 2 x 4\n"] {
+            assert_eq!(processor_time(bad), None, "{bad:?}");
+        }
+    }
+
+    #[test]
+    fn memory_is_in_mib() {
+        let text =
+            "MemTotal: 8000000 kB\nMemFree: 1 kB\nMemAvailable:    2097152 kB\nBuffers: 3 kB\n";
+        assert_eq!(mib(text, "MemAvailable:"), Some(2048.0));
+        for bad in ["", "VmRSS: kB\n", "VmRSS: 5 MB\n", "VmSize: 1 kB\n"] {
+            assert_eq!(mib(bad, "VmRSS:"), None, "{bad:?}");
+        }
+    }
+
+    #[test]
+    fn a_rate_is_of_the_time_since_the_last_sample() {
+        let gauges = Arc::new(Gauges::default());
+        let gauge = gauges.gauge("x").unwrap();
+        let mut meter = Meter { name: "x", gauge, before: None, complained: false };
+        assert_eq!(meter.rate(500.0, 1000.0), None, "nothing to compare with");
+        assert_eq!(meter.rate(505.0, 1020.0), Some(0.25));
+        assert_eq!(meter.rate(505.0, 1020.0), None, "no time has passed");
+        assert_eq!(meter.rate(504.0, 1021.0), Some(0.0), "it went back");
+    }
+
+    #[test]
+    fn this_machine_and_this_process_can_be_measured() {
+        let gauges = Arc::new(Gauges::default());
+        for name in MEASURED {
+            let gauge = gauges.gauge(name).unwrap();
+            let mut meter = Meter { name, gauge, before: None, complained: false };
+            let needs_two = [names::SYSTEM_CPU, names::PROCESS_CPU].contains(&name);
+            assert_eq!(meter.value().unwrap().is_none(), needs_two, "{name}");
+            // The counter of the machine goes by in steps.
+            let end = Instant::now() + Duration::from_secs(20);
+            let value = loop {
+                match meter.value().unwrap() {
+                    Some(value) => break value,
+                    None => assert!(Instant::now() < end, "{name} stands still"),
+                }
+            };
+            let most = if name == names::SYSTEM_CPU { 1.0 } else { 1e9 };
+            assert!((0.0..=most).contains(&value), "{name}: {value}");
+        }
+        let rss = mib(&read("/proc/self/status").unwrap(), "VmRSS:").unwrap();
+        assert!(rss > 0.4, "a test of 400 KiB at least: {rss}");
+    }
+}
