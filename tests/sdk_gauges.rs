@@ -238,6 +238,29 @@ fn the_machine_is_measured_when_the_pool_asks_or_the_worker_wants() {
 }
 
 #[test]
+fn a_forked_child_sets_nothing() {
+    let fake = FakeDispatcher::new();
+    let (worker, peer) = joined(&fake, fake.config(), &[]);
+    let gauge = worker.gauge("x").unwrap();
+    gauge.set(1.0);
+    let before = reading(&peer.board, "x");
+    // SAFETY: what the child calls takes no lock, allocates nothing, and ends it.
+    unsafe {
+        match nix::unistd::fork().unwrap() {
+            nix::unistd::ForkResult::Child => {
+                gauge.set(2.0);
+                libc::_exit(0);
+            }
+            nix::unistd::ForkResult::Parent { child } => {
+                let status = nix::sys::wait::waitpid(child, None).unwrap();
+                assert_eq!(status, nix::sys::wait::WaitStatus::Exited(child, 0));
+            }
+        }
+    }
+    assert_eq!(reading(&peer.board, "x"), before);
+}
+
+#[test]
 fn a_worker_without_a_dispatcher_sets_for_nobody() {
     let worker = Worker::connect(WorkerConfig::new().listen("127.0.0.1:0")).unwrap();
     let gauge = worker.gauge("x").unwrap();

@@ -160,7 +160,7 @@ impl Core {
             }
         };
         let timeout = config.join_timeout;
-        let gauges = Arc::new(Gauges::default());
+        let gauges = Gauges::new();
         let sampler = Sampler::new(config.sample, config.sample_interval);
         sampler.start(&gauges);
         Ok(Arc::new(Core {

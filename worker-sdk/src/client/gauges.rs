@@ -10,12 +10,13 @@ use std::sync::{Arc, PoisonError, RwLock};
 use rustix::time::{ClockId, clock_gettime};
 
 use super::error::Error;
+use super::process::Process;
 use crate::scoreboard::Scoreboard;
 use crate::scoreboard::gauge::{self, GAUGES, GaugeName, Reading};
 
 /// All gauges of a worker. A gauge has the same number here and in every scoreboard.
-#[derive(Default)]
 pub(crate) struct Gauges {
+    process: Process,
     values: [Value; GAUGES as usize],
     shown: RwLock<Shown>,
 }
@@ -34,6 +35,11 @@ struct Shown {
 }
 
 impl Gauges {
+    pub(super) fn new() -> Arc<Gauges> {
+        let (values, shown) = Default::default();
+        Arc::new(Gauges { process: Process::current(), values, shown })
+    }
+
     /// The gauge of this name, made if there is none.
     pub(crate) fn gauge(self: &Arc<Self>, name: &str) -> Result<Gauge, Error> {
         let name: GaugeName = name
@@ -98,7 +104,7 @@ impl Gauges {
 /// is set again.
 ///
 /// Clones are the same gauge, and so is another one of the same name. Setting is cheap: no system call, no allocation, no
-/// lock that anybody holds for long. A forked child must not set: it would set its parent's.
+/// lock that anybody holds for long. In a forked child it does nothing.
 ///
 /// ```
 /// use worker_sdk::scoreboard::gauge::names;
@@ -126,7 +132,7 @@ impl Gauge {
     /// Sets it, as of now. Infinities and what is no number are left out: the gauge keeps its value and gets old.
     #[inline]
     pub fn set(&self, value: f64) {
-        if value.is_finite() {
+        if value.is_finite() && self.gauges.process.is_current() {
             self.gauges.set(self.number, Reading { value, at: now() });
         }
     }

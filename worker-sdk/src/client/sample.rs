@@ -229,7 +229,7 @@ mod tests {
 
     #[test]
     fn a_rate_is_of_the_time_since_the_last_sample() {
-        let gauges = Arc::new(Gauges::default());
+        let gauges = Gauges::new();
         let gauge = gauges.gauge("x").unwrap();
         let mut meter = Meter { name: "x", gauge, before: None, complained: false };
         assert_eq!(meter.rate(500.0, 1000.0), None, "nothing to compare with");
@@ -240,7 +240,7 @@ mod tests {
 
     #[test]
     fn this_machine_and_this_process_can_be_measured() {
-        let gauges = Arc::new(Gauges::default());
+        let gauges = Gauges::new();
         for name in MEASURED {
             let gauge = gauges.gauge(name).unwrap();
             let mut meter = Meter { name, gauge, before: None, complained: false };
