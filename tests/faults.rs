@@ -10,10 +10,10 @@ use std::process::{Command, Stdio};
 use std::time::Duration;
 
 use nix::sys::signal::Signal;
-use support::peer::{Peer, hello, receive};
+use support::peer::{Peer, encode, hello, receive};
 use support::*;
 use worker_sdk::scoreboard::{Scoreboard, claim};
-use worker_sdk::wire::{Channel, Entry};
+use worker_sdk::wire::{Channel, Entry, Hello};
 
 const QUICK: &str = "handoff_timeout = \"100ms\"\nprobation = \"0s\"";
 const PATIENT: &str = "handoff_timeout = \"10m\"";
@@ -367,4 +367,64 @@ fn a_forked_child_that_keeps_everything_open_hides_no_death() {
     assert_eq!((status.taken, loads(&status, "web").0.len()), (22, 1));
     drop(child);
     assert!(is_over(&mut first));
+}
+
+#[test]
+fn the_status_tells_the_last_faults_and_who_came_when() {
+    let keys = format!("{QUICK}\nmax_connections_per_worker = 2");
+    let body = one_pool(&keys);
+    let dispatcher = Dispatcher::start(&format!("fault_history = 5\n\n{body}"));
+    let address = dispatcher.address("web");
+    let told = |kind: &str, subject: &str, text: &str| {
+        let status = dispatcher.wait_status(kind, |status| {
+            status.faults.iter().any(|fault| fault.kind == kind && fault.subject == subject)
+        });
+        let fault = status.faults.iter().rev().find(|fault| fault.kind == kind).unwrap();
+        assert!(fault.text.contains(text), "{fault:?}");
+        assert!(humantime::parse_rfc3339(&fault.time).is_ok(), "{fault:?}");
+        (fault.count, status)
+    };
+    assert_eq!(dispatcher.status().faults, []);
+
+    // Refused, twice: one line that says so.
+    for count in 1..=2 {
+        let peer = Peer::connect(&dispatcher.dispatch());
+        peer.send(&encode(&Hello { pool: "wbe".to_owned(), ..hello() }), &[]).unwrap();
+        assert!(peer.refusal().reason.contains("wbe"));
+        assert_eq!(told("worker_refused", "dispatch_socket", "wbe").0, count);
+    }
+    let mut workers = dispatcher.workers("tokio", "web", 1);
+    let mut clients: Vec<Client> = (0..2).map(|_| Client::connect(address).unwrap()).collect();
+    // Full, and one more waits.
+    let waiting = connect(address);
+    told("back_pressure", "web", "full or suspect");
+    clients.pop().unwrap().finish();
+    clients.push(Client::greeted(waiting).unwrap());
+    clients.pop().unwrap().finish();
+    dispatcher.wait_status("room", |status| loads(status, "web").0 == [1]);
+    // Stopped, it is suspect; and it is the only one.
+    workers[0].signal(Signal::SIGSTOP);
+    let untaken = connect(address);
+    told("worker_suspect", "web/w0", "took nothing for");
+    workers[0].kill();
+    told("worker_gone", "web/w0", "1 were being served");
+    let (_, status) = told("no_worker", "web", "clients wait");
+    let kinds: Vec<&str> = status.faults.iter().map(|fault| fault.kind.as_str()).collect();
+    assert_eq!(kinds[0], "worker_refused", "{kinds:?}");
+    // No more than were asked for: the oldest go.
+    let mut second = dispatcher.worker("tokio", "web", "w1");
+    let last = Client::greeted(untaken).unwrap();
+    second.kill();
+    let (_, status) = told("worker_gone", "web/w1", "process");
+    assert_eq!(status.faults.len(), 5, "{:#?}", status.faults);
+    assert!(!status.faults.iter().any(|fault| fault.kind == "worker_refused"));
+    drop((clients, last));
+
+    // Everybody who came did so in one of the seconds.
+    let status = dispatcher.wait_status("the last second to be over", |status| {
+        status.accepted_per_second.iter().sum::<u64>() == status.accepted
+    });
+    assert_eq!(status.accepted, 4);
+    let seconds = status.accepted_per_second.len() as u64;
+    assert!(seconds.abs_diff(status.uptime_seconds) <= 1, "{status:?}");
 }

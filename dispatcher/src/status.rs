@@ -32,10 +32,31 @@ pub struct Status {
     pub log_lines_dropped: u64,
     /// The longest time the hot thread took from one sleep to the next, in microseconds.
     pub longest_turn_microseconds: u64,
+    /// Connections accepted in each of the last whole seconds, oldest first; at most 300.
+    #[serde(default)]
+    pub accepted_per_second: Vec<u64>,
+    /// The last things that went wrong, newest last; at most `fault_history`.
+    #[serde(default)]
+    pub faults: Vec<FaultStatus>,
     /// In the order of the configuration.
     pub listeners: Vec<ListenerStatus>,
     /// In the order of the configuration.
     pub pools: Vec<PoolStatus>,
+}
+
+/// Something that went wrong, once or several times in a row.
+#[derive(Clone, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
+pub struct FaultStatus {
+    /// When, the last time: RFC 3339, UTC.
+    pub time: String,
+    /// What, in one word: `worker_gone`, `worker_suspect`, `worker_refused` … `docs/OPERATING.md` lists them.
+    pub kind: String,
+    /// Whom or what it is about: `POOL/WORKER`, a pool, a listener.
+    pub subject: String,
+    /// A sentence for people.
+    pub text: String,
+    /// How often in a row.
+    pub count: u64,
 }
 
 /// One listener.

@@ -27,6 +27,7 @@ pub(super) struct File {
     pub stop_timeout: Option<Wait<0, YEAR>>,
     pub resource_pause: Option<Wait<1, YEAR>>,
     pub busy_poll: Option<Wait<0, 1000>>,
+    pub fault_history: Option<Count<0, 1000>>,
     pub defaults: Option<PoolKeys>,
     #[serde(default)]
     pub listener: Vec<Spanned<ListenerKeys>>,

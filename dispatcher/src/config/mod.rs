@@ -270,6 +270,8 @@ pub struct Limits {
     pub resource_pause: Duration,
     /// `busy_poll`: how long after an event the hot thread looks for the next without sleeping. Default zero.
     pub busy_poll: Duration,
+    /// `fault_history`: how many of the last faults the status shows. Default 50.
+    pub fault_history: u32,
 }
 
 impl Default for Limits {
@@ -281,6 +283,7 @@ impl Default for Limits {
             stop_timeout: Duration::from_secs(10),
             resource_pause: Duration::from_millis(100),
             busy_poll: Duration::ZERO,
+            fault_history: 50,
         }
     }
 }

@@ -116,6 +116,7 @@ fn limits(file: &File) -> Limits {
         stop_timeout: file.stop_timeout.map_or(default.stop_timeout, |w| w.0),
         resource_pause: file.resource_pause.map_or(default.resource_pause, |w| w.0),
         busy_poll: file.busy_poll.map_or(default.busy_poll, |w| w.0),
+        fault_history: file.fault_history.map_or(default.fault_history, |n| n.0),
     }
 }
 

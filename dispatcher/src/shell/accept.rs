@@ -189,6 +189,13 @@ impl Shell {
                             self.core.listener_name(id),
                             humantime::format_duration(pause)
                         );
+                        let name = self.core.listener_name(id).to_owned();
+                        self.fault("accept_paused", &name, || {
+                            format!(
+                                "clients wait for {}: {errno}",
+                                humantime::format_duration(pause)
+                            )
+                        });
                     }
                     return;
                 }

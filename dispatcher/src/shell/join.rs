@@ -93,6 +93,10 @@ impl Shell {
                         log::warn!(
                             "event=worker_not_accepted error=\"{errno}\" left_out={left_out}"
                         );
+                        let pause = humantime::format_duration(self.config.limits.resource_pause);
+                        self.fault("worker_not_accepted", "dispatch_socket", || {
+                            format!("a worker waits for {pause}: {errno}")
+                        });
                     }
                     return;
                 }
@@ -137,8 +141,9 @@ impl Shell {
 
     /// Closes those that have not said hello in time.
     pub(super) fn close_silent(&mut self) {
-        for place in &mut self.door.pending {
-            let late = place.take_if(|pending| pending.deadline <= self.now);
+        for position in 0..self.door.pending.len() {
+            let place = self.door.pending.get_mut(position);
+            let late = place.and_then(|p| p.take_if(|pending| pending.deadline <= self.now));
             if let Some(pending) = late {
                 forget(self.poll.registry(), &pending.socket);
                 let Peer { pid, uid, .. } = pending.peer;
@@ -146,6 +151,9 @@ impl Shell {
                     log::warn!(
                         "event=worker_refused pid={pid} uid={uid} reason=\"no hello in time\" left_out={left_out}"
                     );
+                    self.fault("worker_refused", "dispatch_socket", || {
+                        format!("process {pid} of user {uid} was refused: no hello in time")
+                    });
                 }
             }
         }
@@ -326,6 +334,10 @@ impl Shell {
                 "event=worker_refused pid={pid} uid={uid} gid={gid} reason=\"{reason}\" key={} left_out={left_out}",
                 key.as_deref().unwrap_or("-")
             );
+            self.fault("worker_refused", "dispatch_socket", || {
+                let key = key.as_ref().map_or(String::new(), |key| format!(" (see {key})"));
+                format!("process {pid} of user {uid} was refused: {reason}{key}")
+            });
         }
         let mut record = Vec::new();
         Refused { code, reason, key }.encode(&mut record);

@@ -12,6 +12,7 @@ mod command;
 mod control;
 mod courtesy;
 mod error;
+mod faults;
 #[cfg(feature = "fuzzing")]
 pub mod fuzzing;
 mod held;
@@ -19,6 +20,7 @@ mod inherited;
 mod join;
 mod limit;
 mod perform;
+mod recent;
 mod sockets;
 mod start;
 mod status;
@@ -40,6 +42,7 @@ use self::accept::{Conn, Listener};
 use self::courtesy::Courtesy;
 use self::join::Door;
 use self::limit::Limit;
+use self::recent::{Faults, Seconds};
 use self::sockets::{Listening, OwnedPath};
 use self::token::{Key, Source};
 use self::worker_io::WorkerIo;
@@ -109,6 +112,8 @@ struct Shell {
     /// The side thread's queues may hold more than one turn takes.
     side_ready: bool,
     limits: Limits,
+    faults: Faults,
+    seconds: Seconds,
     /// Scratch space, kept warm.
     seen: Vec<(Ticket, SlotState)>,
     entries: Vec<Entry>,
@@ -172,6 +177,7 @@ impl Shell {
             self.core.tick(self.now);
             self.perform();
             self.accept_all();
+            self.seconds.note(self.now, self.core.totals().accepted);
         }
     }
 

@@ -16,6 +16,7 @@ use super::courtesy::Courtesy;
 use super::error::RunError;
 use super::inherited::Inherited;
 use super::join::Door;
+use super::recent::{Faults, Seconds};
 use super::sockets::{self, Listening};
 use super::token::Source;
 use super::{Limits, Shell, clock, notify};
@@ -134,6 +135,8 @@ impl Shell {
             side,
             _admin_path: admin_path,
             limits: Limits::default(),
+            faults: Faults::default(),
+            seconds: Seconds::new(now),
             side_ready: false,
             seen: Vec::new(),
             entries: Vec::new(),

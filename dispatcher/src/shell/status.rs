@@ -40,7 +40,7 @@ impl Shell {
         }
     }
 
-    fn status(&self) -> Status {
+    fn status(&mut self) -> Status {
         let mut status = self.core.status();
         status.version = env!("CARGO_PKG_VERSION").to_owned();
         status.pid = std::process::id();
@@ -48,6 +48,8 @@ impl Shell {
         status.log_lines_dropped = logger::dropped_lines();
         status.longest_turn_microseconds =
             u64::try_from(self.longest_turn.as_micros()).unwrap_or(u64::MAX);
+        status.accepted_per_second = self.seconds.whole(self.now);
+        status.faults = self.faults.status();
         for (position, listener) in (0u16..).zip(&mut status.listeners) {
             listener.state = self.listener_state(ListenerId(position)).to_owned();
         }
@@ -101,6 +103,8 @@ impl Shell {
                     "event=process_not_started {} error=\"{error}\"",
                     self.process(process)
                 );
+                let subject = self.process_name(process);
+                self.fault("process_not_started", &subject, || format!("could not start: {error}"));
                 self.core.spawned(self.now, process, false);
             }
             Report::Exited { process, pid, status_text } => {
@@ -108,6 +112,10 @@ impl Shell {
                     "event=process_ended {} pid={pid} status=\"{status_text}\"",
                     self.process(process)
                 );
+                let subject = self.process_name(process);
+                self.fault("process_ended", &subject, || {
+                    format!("process {pid} ended: {status_text}")
+                });
                 self.core.exited(self.now, process);
             }
             // Only ever the answer to the end of a stop, which waits for it elsewhere.

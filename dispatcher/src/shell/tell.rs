@@ -41,6 +41,7 @@ impl Shell {
             Some(count) => log::warn!("event=lines_left_out kind={kind} count={count}"),
         }
         self.write(event);
+        self.note_fault(event);
     }
 
     fn write(&self, event: &Event) {

@@ -1,0 +1,171 @@
+//! What has happened lately, for people who look: the last faults, and how many clients came in each of the last seconds.
+//!
+//! Both are bounded and only written down here; nothing is decided by them. Counting a second's clients takes no
+//! memory; a fault takes some, and is as rare as the log line that goes with it.
+
+use std::collections::VecDeque;
+use std::time::{Duration, SystemTime};
+
+use crate::pool::Time;
+use crate::status::FaultStatus;
+
+/// How many whole seconds are remembered.
+pub(super) const SECONDS: usize = 300;
+
+/// One fault, or several of the same kind about the same subject in a row.
+#[derive(Debug)]
+struct Fault {
+    at: SystemTime,
+    kind: &'static str,
+    /// Whom or what it is about.
+    subject: String,
+    text: String,
+    count: u64,
+}
+
+/// The last faults, newest last.
+#[derive(Debug, Default)]
+pub(super) struct Faults {
+    list: VecDeque<Fault>,
+}
+
+impl Faults {
+    /// Remembers a fault, and `most` altogether. The same again only counts, so that one worker in trouble does not push everything else out.
+    pub(super) fn note(
+        &mut self,
+        most: u32,
+        at: SystemTime,
+        kind: &'static str,
+        subject: String,
+        text: String,
+    ) {
+        if let Some(last) = self.list.back_mut()
+            && last.kind == kind
+            && last.subject == subject
+        {
+            last.at = at;
+            last.text = text;
+            last.count += 1;
+            return;
+        }
+        self.list.push_back(Fault { at, kind, subject, text, count: 1 });
+        self.list.drain(..self.list.len().saturating_sub(most as usize));
+    }
+
+    pub(super) fn status(&self) -> Vec<FaultStatus> {
+        self.list
+            .iter()
+            .map(|fault| FaultStatus {
+                time: humantime::format_rfc3339_millis(fault.at).to_string(),
+                kind: fault.kind.to_owned(),
+                subject: fault.subject.clone(),
+                text: fault.text.clone(),
+                count: fault.count,
+            })
+            .collect()
+    }
+}
+
+/// Clients accepted in each second. Looked at once per turn: in seconds without a turn nobody came.
+#[derive(Debug)]
+pub(super) struct Seconds {
+    start: Time,
+    /// All that have been accepted, when last looked at.
+    accepted: u64,
+    /// The second that is not over yet, counted from `start`.
+    current: u64,
+    /// By second, modulo their number; one more than are shown, for the current one.
+    counts: [u64; SECONDS + 1],
+}
+
+impl Seconds {
+    pub(super) fn new(start: Time) -> Seconds {
+        Seconds { start, accepted: 0, current: 0, counts: [0; SECONDS + 1] }
+    }
+
+    /// `accepted` clients have been accepted by `now`, since the start.
+    pub(super) fn note(&mut self, now: Time, accepted: u64) {
+        self.advance(now);
+        let new = accepted.saturating_sub(self.accepted);
+        self.accepted = accepted;
+        self.counts[Seconds::place(self.current)] += new;
+    }
+
+    /// The whole seconds up to `now`, oldest first, as many as there have been.
+    pub(super) fn whole(&mut self, now: Time) -> Vec<u64> {
+        self.advance(now);
+        let first = self.current.saturating_sub(SECONDS as u64);
+        (first..self.current).map(|second| self.counts[Seconds::place(second)]).collect()
+    }
+
+    fn advance(&mut self, now: Time) {
+        let second = (now - self.start).as_nanos() / Duration::from_secs(1).as_nanos();
+        let second = u64::try_from(second).unwrap_or(u64::MAX);
+        if second <= self.current {
+            return;
+        }
+        // After a long sleep every place is cleared, once.
+        let first = (self.current + 1).max(second.saturating_sub(SECONDS as u64));
+        for skipped in first..=second {
+            self.counts[Seconds::place(skipped)] = 0;
+        }
+        self.current = second;
+    }
+
+    fn place(second: u64) -> usize {
+        // The remainder is small.
+        (second % (SECONDS as u64 + 1)) as usize
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use std::time::UNIX_EPOCH;
+
+    use super::*;
+
+    #[test]
+    fn only_the_last_faults_are_kept_and_repeats_are_counted() {
+        let mut faults = Faults::default();
+        let at = |second| UNIX_EPOCH + Duration::from_secs(second);
+        for second in 0..5 {
+            faults.note(3, at(second), "worker_gone", format!("web/w{second}"), "died".to_owned());
+        }
+        faults.note(3, at(9), "worker_gone", "web/w4".to_owned(), "died again".to_owned());
+        faults.note(3, at(10), "worker_suspect", "web/w4".to_owned(), "slow".to_owned());
+        let status = faults.status();
+        let short: Vec<_> =
+            status.iter().map(|f| (f.subject.as_str(), f.text.as_str(), f.count)).collect();
+        assert_eq!(
+            short,
+            [("web/w3", "died", 1), ("web/w4", "died again", 2), ("web/w4", "slow", 1)]
+        );
+        assert_eq!(status[1].time, "1970-01-01T00:00:09.000Z");
+        faults.note(1, at(11), "choked", String::new(), "out of memory".to_owned());
+        assert_eq!(faults.status().len(), 1);
+        faults.note(0, at(11), "worker_gone", String::new(), String::new());
+        assert_eq!(faults.status(), []);
+    }
+
+    #[test]
+    fn every_client_is_counted_in_its_second() {
+        let start = Time(7_000_000_123);
+        let mut seconds = Seconds::new(start);
+        let at = |millis| start + Duration::from_millis(millis);
+        assert_eq!(seconds.whole(start), [0; 0]);
+        seconds.note(at(10), 3);
+        seconds.note(at(990), 5);
+        seconds.note(at(1_000), 6);
+        // The current second is not whole.
+        assert_eq!(seconds.whole(at(1_999)), [5]);
+        seconds.note(at(4_500), 10);
+        assert_eq!(seconds.whole(at(5_000)), [5, 1, 0, 0, 4]);
+        // The window moves on, and is empty after a long silence.
+        seconds.note(at(300_500), 11);
+        let whole = seconds.whole(at(301_000));
+        assert_eq!((whole.len(), whole[0], whole[3], whole[299]), (SECONDS, 1, 4, 1));
+        assert_eq!(seconds.whole(at(10_000_000)), [0; SECONDS]);
+        seconds.note(at(10_000_001), 12);
+        assert_eq!(seconds.whole(at(10_001_000)).iter().sum::<u64>(), 1);
+    }
+}
