@@ -125,6 +125,7 @@ impl Core {
             None => {
                 self.workers.push(worker);
                 self.out.push(0);
+                self.live.push(false);
             }
         }
         self.add_usable(p);

@@ -109,6 +109,7 @@ impl Core {
             }
         }
         assert_eq!(self.out[w], worker.ring.len());
+        assert_eq!(self.live[w], worker.load() > 0);
         assert_eq!(worker.sent, worker.taken + worker.revoked + u64::from(worker.untaken()));
         assert!(worker.finished <= worker.base.saturating_add(worker.taken));
         assert!(worker.load() >= u64::from(worker.untaken()));

@@ -21,6 +21,7 @@ mod drain;
 mod effect;
 mod health;
 mod ledger;
+mod news;
 mod place;
 mod policy;
 mod random;
@@ -66,6 +67,8 @@ pub struct Core {
     workers: Vec<Worker>,
     /// Tickets out, by `WorkerId::index`: apart from the workers, because every turn asks all of them.
     out: Vec<u32>,
+    /// Whether each has connections at all, likewise.
+    live: Vec<bool>,
     free_workers: Vec<u32>,
     joins: u64,
     ledger: Ledger,
@@ -171,6 +174,7 @@ impl Core {
             listeners,
             workers: Vec::new(),
             out: Vec::new(),
+            live: Vec::new(),
             free_workers: Vec::new(),
             joins: 0,
             ledger: Ledger::default(),
@@ -278,23 +282,6 @@ impl Core {
         }
     }
 
-    /// Whether the worker with this index has tickets out. Much cheaper than to ask for them.
-    #[inline]
-    pub fn has_tickets(&self, index: u32) -> bool {
-        self.out.get(index as usize).is_some_and(|&out| out > 0)
-    }
-
-    /// Whether some pool cannot place a connection, so that [`Core::wants`] may ask for ROOM of workers without tickets.
-    pub fn wants_room(&self) -> bool {
-        self.pools.iter().any(Pool::wants_room)
-    }
-
-    /// The tickets a worker has not yet resolved (SENT as far as we know), oldest first. A ticket whose Send or Probe
-    /// the shell has not seen yet is not among them: its slot still has the word of an earlier one.
-    pub fn tickets(&self, worker: WorkerId) -> impl Iterator<Item = Ticket> + '_ {
-        self.find(worker).into_iter().flat_map(|w| self.workers[w].ring.offered_tickets())
-    }
-
     // --- connections -----------------------------------------------------------------------
 
     /// What to do with a listener's queue now. O(1).
@@ -366,26 +353,6 @@ impl Core {
         if let Some(w) = self.find(worker) {
             self.probe_not_sent(now, w, ticket, why);
             self.after(now, self.workers[w].pool);
-        }
-    }
-
-    // --- processes -------------------------------------------------------------------------
-
-    /// A process was started (`true`) or could not be.
-    pub fn spawned(&mut self, now: Time, process: ProcessId, started: bool) {
-        if !started {
-            return self.exited(now, process);
-        }
-        if let Some(pool) = self.pools.get_mut(usize::from(process.pool.0)) {
-            pool.processes.started(now, process.number);
-        }
-    }
-
-    /// A process ended.
-    pub fn exited(&mut self, now: Time, process: ProcessId) {
-        let stopping = self.stop.is_some();
-        if let Some(pool) = self.pools.get_mut(usize::from(process.pool.0)) {
-            pool.processes.ended(now, process.number, stopping, &mut self.effects);
         }
     }
 

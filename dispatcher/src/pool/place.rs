@@ -127,6 +127,7 @@ impl Core {
     pub(super) fn refresh(&mut self, w: usize) {
         let worker = &self.workers[w];
         self.out[w] = worker.ring.len();
+        self.live[w] = worker.load() > 0;
         if worker.state == State::Gone {
             return;
         }

@@ -3,6 +3,7 @@
 use std::collections::VecDeque;
 use std::time::Duration;
 
+use super::Core;
 use super::effect::{Effect, Event};
 use super::policy::NEVER;
 use super::types::{PoolId, ProcessId, Time};
@@ -120,5 +121,25 @@ impl Processes {
 
     pub(super) fn due(&self) -> Time {
         self.due
+    }
+}
+
+impl Core {
+    /// A process was started (`true`) or could not be.
+    pub fn spawned(&mut self, now: Time, process: ProcessId, started: bool) {
+        if !started {
+            return self.exited(now, process);
+        }
+        if let Some(pool) = self.pools.get_mut(usize::from(process.pool.0)) {
+            pool.processes.started(now, process.number);
+        }
+    }
+
+    /// A process ended.
+    pub fn exited(&mut self, now: Time, process: ProcessId) {
+        let stopping = self.stop.is_some();
+        if let Some(pool) = self.pools.get_mut(usize::from(process.pool.0)) {
+            pool.processes.ended(now, process.number, stopping, &mut self.effects);
+        }
     }
 }

@@ -91,6 +91,9 @@ struct Shell {
     /// Something has just happened, so more is likely to happen soon: see [`DOZE`].
     dozing: bool,
     courtesy: Courtesy,
+    scanned_all: Time,
+    /// The last turn left some out.
+    scan_due: bool,
     /// Control connections that may have more to read although their edge is used up.
     again: Vec<Key>,
     /// Our limits of open files before we raised them, soft and hard: for the processes we start.
@@ -136,6 +139,9 @@ struct Limits {
 /// and what was taken is then seen without a system call of the worker and a wake-up of ours for each connection. Workers
 /// that close meanwhile find their slot not released and shut the connection down, so no client waits for this.
 const DOZE: Duration = Duration::from_millis(2);
+
+/// How often workers that have nothing are looked at, at most; see [`Shell::scan_all`].
+const SCAN_ALL: Duration = Duration::from_millis(10);
 
 /// What a look without sleeping found.
 enum Look {
@@ -334,9 +340,18 @@ impl Shell {
     }
 
     /// Reads every scoreboard: what was taken, lost and finished.
+    ///
+    /// Under load only of workers that can have news, and now and then of all: one that has nothing can only lie.
     fn scan_all(&mut self) {
+        let all = self.now - self.scanned_all >= SCAN_ALL;
+        if all {
+            self.scanned_all = self.now;
+        }
+        self.scan_due = !all;
         for index in 0..self.workers.len() {
-            self.scan(index);
+            if all || self.core.may_have_news(index as u32) {
+                self.scan(index);
+            }
         }
     }
 
@@ -410,7 +425,8 @@ impl Shell {
             [self.core.deadline(), self.door.deadline(), self.door_paused_until, paused, retry];
         let next = deadlines.into_iter().flatten().min();
         let doze = (untaken && !all && self.dozing).then(|| self.now + DOZE);
-        let next = next.into_iter().chain(doze).min()?;
+        let rest = self.scan_due.then(|| self.scanned_all + SCAN_ALL);
+        let next = next.into_iter().chain(doze).chain(rest).min()?;
         Some(next - clock())
     }
 }

@@ -23,7 +23,7 @@ use super::{Limits, Shell, clock, notify};
 use crate::admin::Admin;
 use crate::closer::Closer;
 use crate::config::Config;
-use crate::pool::{Core, ListenerId, ListenerSettings, PoolId};
+use crate::pool::{Core, ListenerId, ListenerSettings, PoolId, Time};
 
 impl Shell {
     /// Opens everything, tells the service manager, and is ready to serve.
@@ -125,6 +125,8 @@ impl Shell {
             workers: Vec::new(),
             dozing: false,
             courtesy: Courtesy::default(),
+            scanned_all: Time(0),
+            scan_due: false,
             again: Vec::new(),
             descriptors: None,
             tokens: HashMap::new(),
