@@ -108,6 +108,10 @@ pub struct WorkerStatus {
     pub state: String,
     /// Its share relative to others.
     pub weight: u32,
+    /// How much of its weight it has, in hundredths: less than 100 during its slow start.
+    pub warm_percent: u32,
+    /// For failover: the highest that is up takes all.
+    pub priority: u16,
     /// Most connections it is given: the smaller of the pool's and its own maximum.
     pub max_connections: u32,
     /// Connections it had taken, over its lifetime, when it joined.

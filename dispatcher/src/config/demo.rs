@@ -4,10 +4,10 @@ use std::net::SocketAddr;
 use std::path::PathBuf;
 
 use super::{
-    Address, Config, HANDOFF_TIMEOUT, Limits, Listener, ListenerOptions, PROBATION, Pool, Spawn,
-    UnixEndpoint, UnixSource, WAIT_FOR_WORKER, accounts,
+    Address, Config, Limits, Listener, ListenerOptions, Pool, Spawn, UnixEndpoint, UnixSource,
+    accounts,
 };
-use crate::pool::{Access, Policy, PoolSettings, Screening};
+use crate::pool::{Access, PoolSettings, Screening};
 
 impl Config {
     /// One listener `web`, one pool `web`, `workers` processes of `command`; everything else as by default,
@@ -39,15 +39,9 @@ impl Config {
             pools: vec![Pool {
                 settings: PoolSettings {
                     name: "web".to_owned(),
-                    policy: Policy::LeastConnections,
-                    max_connections_per_worker: 10_000,
-                    max_untaken: 256,
-                    max_workers: 4096,
-                    handoff_timeout: HANDOFF_TIMEOUT,
-                    probation: PROBATION,
-                    wait_for_worker: WAIT_FOR_WORKER,
                     access: Access { users: accounts::own_and_root(), groups: Vec::new() },
                     processes: workers,
+                    ..PoolSettings::default()
                 },
                 unavailable_response: None,
                 spawn: Some(Spawn {

@@ -77,6 +77,9 @@ pub(super) struct PoolKeys {
     pub handoff_timeout: Option<Wait<1, YEAR>>,
     pub probation: Option<Wait<0, YEAR>>,
     pub wait_for_worker: Option<Wait<0, YEAR>>,
+    pub slow_start: Option<Wait<0, YEAR>>,
+    pub history: Option<Count<0, 10_000>>,
+    pub history_candidates: Option<Count<1, 1024>>,
     pub allow_users: Option<Vec<Spanned<Either<AnAccount>>>>,
     pub allow_groups: Option<Vec<Spanned<Either<AnAccount>>>>,
     pub unavailable_response: Option<Spanned<String>>,
@@ -88,6 +91,11 @@ pub(super) struct PoolKeys {
 #[serde(rename_all = "kebab-case")]
 pub(super) enum PolicyName {
     LeastConnections,
+    RoundRobin,
+    Random,
+    TwoChoices,
+    Hash,
+    Failover,
 }
 
 /// `[pool.NAME.spawn]`; nothing is required here because `[defaults.spawn]` may have it.

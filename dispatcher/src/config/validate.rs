@@ -1,6 +1,7 @@
 //! From what the file says to what it means: defaults, names resolved, and everything that only shows across keys.
 
 use std::net::SocketAddr;
+use std::time::Duration;
 
 use toml::Spanned;
 
@@ -333,6 +334,11 @@ impl Check<'_> {
         };
         let policy = match keys.policy.or(defaults.policy) {
             Some(PolicyName::LeastConnections) => Policy::LeastConnections,
+            Some(PolicyName::RoundRobin) => Policy::RoundRobin,
+            Some(PolicyName::Random) => Policy::Random,
+            Some(PolicyName::TwoChoices) => Policy::TwoChoices,
+            Some(PolicyName::Hash) => Policy::Hash,
+            Some(PolicyName::Failover) => Policy::Failover,
             None => Policy::default(),
         };
         let settings = PoolSettings {
@@ -352,6 +358,12 @@ impl Check<'_> {
                 .wait_for_worker
                 .or(defaults.wait_for_worker)
                 .map_or(super::WAIT_FOR_WORKER, |w| w.0),
+            slow_start: keys.slow_start.or(defaults.slow_start).map_or(Duration::ZERO, |w| w.0),
+            history: keys.history.or(defaults.history).map_or(0, |n| n.0),
+            history_candidates: keys
+                .history_candidates
+                .or(defaults.history_candidates)
+                .map_or(16, |n| n.0),
             access: Access { users, groups },
             processes: spawn.as_ref().map_or(0, |spawn| spawn.processes),
             name: name.to_owned(),

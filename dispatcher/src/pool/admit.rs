@@ -2,6 +2,7 @@
 
 use worker_sdk::wire::{RefusedCode, VERSION};
 
+use super::policy::Member;
 use super::ring::Ring;
 use super::types::*;
 use super::worker::Worker;
@@ -80,7 +81,7 @@ impl Core {
     }
 
     /// Enters an admitted worker.
-    pub(super) fn add_worker(&mut self, p: usize, join: &Join) -> WorkerId {
+    pub(super) fn add_worker(&mut self, now: Time, p: usize, join: &Join) -> WorkerId {
         self.joins += 1;
         let index = match self.free_workers.pop() {
             Some(index) => index,
@@ -88,13 +89,20 @@ impl Core {
         };
         let id = WorkerId { index, serial: self.joins };
         let hello = &join.hello;
+        let twin = self.free_twin(p, &hello.name);
+        // Not its id: whoever comes in its place, with its name, has its keys.
+        let node = AffinityKey::of(format!("{}\0{twin}", hello.name).as_bytes()).0;
         let pool = &mut self.pools[p];
-        let worker = Worker {
+        let priority = hello.priority;
+        let mut worker = Worker {
             id,
             pool: p,
-            at: pool.candidates.add(index),
-            name: hello.name.clone(),
+            at: pool.candidates.add(Member { worker: index, node, priority }),
+            name: hello.name.as_str().into(),
+            twin,
             pid: join.pid,
+            priority,
+            ramp: None,
             weight: u32::from(hello.weight.max(1)),
             max: hello.max_connections.min(pool.settings.max_connections_per_worker),
             state: State::Active,
@@ -119,6 +127,7 @@ impl Core {
             told_went_back: false,
             channel_full: 0,
         };
+        worker.start_slowly(now, pool.settings.slow_start);
         let live = worker.load();
         match self.workers.get_mut(index as usize) {
             Some(entry) => *entry = worker,
@@ -132,5 +141,21 @@ impl Core {
         self.event(Event::Joined { worker: id, live });
         self.refresh(index as usize);
         id
+    }
+
+    /// The smallest number that no worker of this name has. One that said goodbye needs none any more.
+    fn free_twin(&self, p: usize, name: &str) -> u32 {
+        let mut used: Vec<u32> = self.pools[p]
+            .candidates
+            .workers()
+            .map(|w| &self.workers[w as usize])
+            .filter(|worker| *worker.name == *name && !worker.said_goodbye)
+            .map(|worker| worker.twin)
+            .collect();
+        used.sort_unstable();
+        (0..)
+            .zip(&used)
+            .find(|(free, used)| free != *used)
+            .map_or(used.len() as u32, |(free, _)| free)
     }
 }

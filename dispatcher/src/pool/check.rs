@@ -4,6 +4,7 @@ use super::ledger::Place;
 use super::ring::Item;
 use super::screen::UNTRACKED;
 use super::types::*;
+use super::worker::Worker;
 use super::{Clock, Core};
 
 /// Entries a mutator may look at on average. A small core is checked every time, a large one now and then.
@@ -81,7 +82,7 @@ impl Core {
         };
         assert_eq!(of_pool().count(), pool.candidates.len());
         assert_eq!(
-            of_pool().filter(|worker| worker.is_eligible()).count(),
+            of_pool().filter(|worker| self.is_choosable(worker)).count(),
             pool.candidates.eligible()
         );
         let usable = of_pool().filter(|worker| worker.is_usable()).count();
@@ -93,6 +94,15 @@ impl Core {
         );
         assert!(pool.held.is_empty() || pool.clock != Clock::Refusing);
         assert!(pool.held.is_empty() || self.stop.is_none_or(|stop| !stop.over));
+    }
+
+    /// Whether a worker may be chosen, its pool's policy included.
+    fn is_choosable(&self, worker: &Worker) -> bool {
+        let above = |other: &Worker| {
+            other.pool == worker.pool && other.is_up() && other.priority > worker.priority
+        };
+        let failover = self.pools[worker.pool].settings.policy == Policy::Failover;
+        worker.is_eligible() && !(failover && self.workers.iter().any(above))
     }
 
     fn check_worker(&self, w: usize) {
@@ -122,7 +132,8 @@ impl Core {
         let candidate = pool.candidates.get(worker.at);
         assert_eq!(candidate.worker as usize, w);
         assert_eq!(worker.id.index as usize, w);
-        let expected = worker.is_eligible().then(|| (worker.load() + 1, worker.weight));
+        let expected =
+            self.is_choosable(worker).then(|| (worker.load() + 1, worker.effective_weight()));
         assert_eq!(
             expected.unwrap_or((super::policy::UNAVAILABLE, 1)),
             (candidate.cost, candidate.weight)

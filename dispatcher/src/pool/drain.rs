@@ -44,6 +44,8 @@ impl Core {
             state.suspect_since = now;
         } else {
             state.state = State::Active;
+            // What it has finished meanwhile must not draw every new client to it at once.
+            state.start_slowly(now, self.pools[pool].settings.slow_start);
         }
         self.add_usable(pool);
         self.event(Event::Resumed { worker });

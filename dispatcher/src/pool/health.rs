@@ -27,7 +27,9 @@ impl Core {
     fn tick_worker(&mut self, now: Time, w: usize) {
         let timeout = self.handoff_timeout(self.workers[w].pool);
         let due = |timer: Option<Time>| timer.is_some_and(|time| time <= now);
+        let slow_start = self.pools[self.workers[w].pool].settings.slow_start;
         let worker = &mut self.workers[w];
+        worker.warm_up(now, slow_start);
         if due(worker.blocked) {
             worker.blocked = None;
         }
@@ -87,6 +89,7 @@ impl Core {
         }
         worker.state = State::Active;
         let event = Event::Trusted { worker: worker.id, after: now - worker.suspect_since };
+        worker.start_slowly(now, self.pools[worker.pool].settings.slow_start);
         self.event(event);
         self.start_probation(now, w);
     }

@@ -20,6 +20,7 @@ mod custody;
 mod drain;
 mod effect;
 mod health;
+mod history;
 mod ledger;
 mod news;
 mod place;
@@ -28,8 +29,10 @@ mod random;
 mod report;
 mod ring;
 mod screen;
+mod stop;
 mod supervise;
 mod types;
+mod weights;
 mod worker;
 
 #[cfg(test)]
@@ -38,6 +41,7 @@ mod tests;
 pub use drain::CannotResume;
 pub use effect::{Effect, Event};
 pub use health::LOST_PAUSE;
+pub use history::{Decision, Explanation, Obstacle, Seen};
 pub use random::Random;
 pub use report::Totals;
 pub use screen::{Rate, Screening};
@@ -49,9 +53,11 @@ use std::time::Duration;
 
 use worker_sdk::scoreboard::claim::{Revoke, SlotState, want};
 
+use history::History;
 use ledger::{Held, Ledger, Place};
 use policy::{Candidates, NEVER};
 use screen::{Screen, UNTRACKED};
+use stop::Stop;
 use supervise::Processes;
 use worker::Worker;
 
@@ -82,14 +88,6 @@ pub struct Core {
     check_credit: usize,
 }
 
-/// A stop under way.
-#[derive(Clone, Copy, Debug)]
-struct Stop {
-    deadline: Time,
-    /// The deadline has passed: nothing is held any more, whatever the reason.
-    over: bool,
-}
-
 #[derive(Debug)]
 struct Listener {
     settings: ListenerSettings,
@@ -105,6 +103,7 @@ struct Listener {
 struct Pool {
     settings: PoolSettings,
     candidates: Candidates,
+    history: History,
     held: Held,
     /// Workers active or suspect.
     usable: u32,
@@ -148,7 +147,8 @@ impl Core {
                     effects.push_back(Effect::Event(Event::NoUsableWorker { pool: id }));
                 }
                 Pool {
-                    candidates: Candidates::new(seeds.number()),
+                    candidates: Candidates::new(settings.policy, seeds.number()),
+                    history: History::new(settings.history, settings.history_candidates),
                     held: Held::default(),
                     usable: 0,
                     clock: Clock::Since(now),
@@ -188,14 +188,6 @@ impl Core {
         }
     }
 
-    /// What every choice by lot follows from. The same seed and the same history give the same choices.
-    pub fn set_seed(&mut self, seed: u64) {
-        let mut seeds = Random::new(seed);
-        for pool in &mut self.pools {
-            pool.candidates.set_seed(seeds.number());
-        }
-    }
-
     /// How long everything rests after [`SendFailure::Resources`].
     pub fn set_resource_pause(&mut self, pause: Duration) {
         self.resource_pause = pause;
@@ -229,7 +221,7 @@ impl Core {
     /// The shell calls this only once it has everything a welcome needs.
     pub fn join(&mut self, now: Time, join: &Join) -> Result<WorkerId, Refusal> {
         let pool = self.admit(join)?;
-        let id = self.add_worker(pool, join);
+        let id = self.add_worker(now, pool, join);
         self.after(now, pool);
         Ok(id)
     }
@@ -300,10 +292,13 @@ impl Core {
 
     /// A connection was accepted. It is placed (effect Send), held, or closed at once: when the listener's rules keep
     /// it out, or when refusing.
-    pub fn accepted(&mut self, now: Time, client: Client) -> ConnId {
+    pub fn accepted(&mut self, now: Time, mut client: Client) -> ConnId {
         let listener = &mut self.listeners[usize::from(client.listener.0)];
         listener.accepted += 1;
         let pool = listener.pool;
+        if client.key.is_none() {
+            client.key = self.pools[pool].settings.policy.key_of(&client.peer);
+        }
         let admitted = match &mut listener.screen {
             Some(screen) => screen.admit(now, client.peer),
             None => Ok(UNTRACKED),
@@ -394,25 +389,6 @@ impl Core {
             .chain(stop.map(|stop| stop.deadline))
             .min()
             .filter(|&time| time != NEVER)
-    }
-
-    /// Stop: accept nothing new, empty custody until `deadline` (said again, the earlier one counts); then place what is held wherever a slot is free, and close the rest.
-    pub fn stop(&mut self, now: Time, deadline: Time) {
-        if let Some(stop) = &mut self.stop {
-            // Somebody has lost patience.
-            stop.deadline = stop.deadline.min(deadline);
-            return;
-        }
-        self.stop = Some(Stop { deadline, over: false });
-        for pool in 0..self.pools.len() {
-            self.pools[pool].processes.stop();
-        }
-        self.after_all(now);
-    }
-
-    /// Whether a stop is complete: nothing held, nothing in custody, or the deadline has passed.
-    pub fn stopped(&self) -> bool {
-        self.stop.is_some_and(|stop| stop.over || self.totals.held + self.totals.custody == 0)
     }
 
     /// The next effect, in order. The shell takes all of them before it sleeps.

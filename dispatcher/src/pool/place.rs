@@ -5,6 +5,7 @@ use std::time::Duration;
 use worker_sdk::wire::EntryFlags;
 
 use super::ledger::Place;
+use super::policy::Standing;
 use super::ring::Item;
 use super::types::*;
 use super::{Clock, Core, Effect, Event};
@@ -17,7 +18,7 @@ impl Core {
     pub(super) fn put(&mut self, now: Time, pool: usize, conn: u32, returned: bool) {
         let over = self.stop.is_some_and(|stop| stop.over);
         if over {
-            match self.choose_any(pool, conn) {
+            match self.choose_any(now, pool, conn) {
                 Some(worker) => self.send(now, worker, conn),
                 None => self.close(conn, CloseReason::Shutdown),
             }
@@ -25,7 +26,7 @@ impl Core {
             self.close(conn, CloseReason::NoWorker);
         } else if !returned
             && self.pools[pool].held.is_empty()
-            && let Some(worker) = self.choose(pool, conn)
+            && let Some(worker) = self.choose(now, pool, conn)
         {
             self.send(now, worker, conn);
         } else {
@@ -38,7 +39,7 @@ impl Core {
     /// Places held connections while a worker is eligible.
     pub(super) fn place_held(&mut self, now: Time, pool: usize) {
         while let Some(conn) = self.pools[pool].held.first()
-            && let Some(worker) = self.choose(pool, conn)
+            && let Some(worker) = self.choose(now, pool, conn)
         {
             self.unhold(pool, conn);
             self.send(now, worker, conn);
@@ -46,22 +47,24 @@ impl Core {
     }
 
     /// The worker for this connection; `None` if nobody may be chosen.
-    fn choose(&mut self, pool: usize, conn: u32) -> Option<usize> {
+    fn choose(&mut self, now: Time, p: usize, conn: u32) -> Option<usize> {
         if self.choked.is_some() {
             return None;
         }
         let key = self.ledger.get(conn).key;
-        let pool = &mut self.pools[pool];
-        let worker = pool.candidates.choose(pool.settings.policy, key)?;
-        Some(worker as usize)
+        let choice = self.pools[p].candidates.pick(key)?;
+        if self.pools[p].history.is_on() {
+            self.record(now, p, conn, &choice);
+        }
+        Some(self.pools[p].candidates.commit(choice) as usize)
     }
 
     /// At the end of a stop: whoever's channel may have room, trusted ones first.
-    fn choose_any(&mut self, pool: usize, conn: u32) -> Option<usize> {
+    fn choose_any(&mut self, now: Time, pool: usize, conn: u32) -> Option<usize> {
         if self.choked.is_some() {
             return None;
         }
-        self.choose(pool, conn).or_else(|| {
+        self.choose(now, pool, conn).or_else(|| {
             self.pools[pool]
                 .candidates
                 .workers()
@@ -131,9 +134,12 @@ impl Core {
         if worker.state == State::Gone {
             return;
         }
-        let available = worker.is_eligible().then(|| (worker.load(), worker.weight));
-        let due = worker.due(self.handoff_timeout(worker.pool));
-        self.pools[worker.pool].candidates.set(worker.at, available, due);
+        let standing = Standing {
+            available: worker.is_eligible().then(|| (worker.load(), worker.effective_weight())),
+            up: worker.is_up(),
+            due: worker.due(self.handoff_timeout(worker.pool)),
+        };
+        self.pools[worker.pool].candidates.set(worker.at, standing);
     }
 
     /// `None` once handoffs may take forever because the dispatcher is about to end.

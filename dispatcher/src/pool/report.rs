@@ -159,10 +159,12 @@ fn by_reason(counts: &[u64; CloseReason::ALL.len()]) -> BTreeMap<String, u64> {
 fn worker_status(worker: &Worker) -> WorkerStatus {
     WorkerStatus {
         id: worker.id.serial,
-        name: worker.name.clone(),
+        name: worker.name.to_string(),
         pid: worker.pid,
         state: worker.state.name().to_owned(),
         weight: worker.weight,
+        warm_percent: worker.warm_percent(),
+        priority: worker.priority,
         max_connections: worker.max,
         base: worker.base,
         load: worker.load(),

@@ -123,6 +123,17 @@ pub enum Policy {
 }
 
 impl Policy {
+    /// Every policy.
+    pub const ALL: [Policy; 7] = [
+        Policy::LeastConnections,
+        Policy::RoundRobin,
+        Policy::Random,
+        Policy::TwoChoices,
+        Policy::Hash,
+        Policy::Failover,
+        Policy::LeastScore,
+    ];
+
     /// The name in the configuration and the status.
     pub fn name(self) -> &'static str {
         match self {
@@ -133,6 +144,74 @@ impl Policy {
             Policy::Hash => "hash",
             Policy::Failover => "failover",
             Policy::LeastScore => "least-score",
+        }
+    }
+
+    /// What a client is known by as long as nothing better is configured: where it comes from, if that matters at all.
+    pub fn key_of(self, peer: &PeerAddr) -> Option<AffinityKey> {
+        match self {
+            Policy::Hash => AffinityKey::of_peer(peer),
+            Policy::LeastConnections
+            | Policy::RoundRobin
+            | Policy::Random
+            | Policy::TwoChoices
+            | Policy::Failover
+            | Policy::LeastScore => None,
+        }
+    }
+}
+
+/// Why a worker was chosen or passed over by the policy.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Why {
+    /// It was chosen.
+    Chosen,
+    /// It has more connections for its weight than the one that was chosen.
+    MoreLoaded,
+    /// It was as good, and others are first this time.
+    Tie,
+    /// Its turn comes later.
+    LaterTurn,
+    /// The lot fell on another one.
+    NotDrawn,
+    /// The key belongs to another one.
+    OtherKey,
+    /// A worker of a higher priority is up.
+    StandsBy,
+    /// It has as many connections as it may.
+    Full,
+    /// It has as many untaken connections as it has slots.
+    NoSlot,
+    /// It left something untaken.
+    Suspect,
+    /// It gets nothing more.
+    Draining,
+    /// Its channel had no room.
+    ChannelFull,
+    /// It lost a connection a moment ago.
+    LostOne,
+    /// It was suspect, and has an untaken connection.
+    OnProbation,
+}
+
+impl Why {
+    /// The name in answers and on the command line.
+    pub fn name(self) -> &'static str {
+        match self {
+            Why::Chosen => "chosen",
+            Why::MoreLoaded => "more-loaded",
+            Why::Tie => "tie",
+            Why::LaterTurn => "later-turn",
+            Why::NotDrawn => "not-drawn",
+            Why::OtherKey => "other-key",
+            Why::StandsBy => "stands-by",
+            Why::Full => "full",
+            Why::NoSlot => "no-slot",
+            Why::Suspect => "suspect",
+            Why::Draining => "draining",
+            Why::ChannelFull => "channel-full",
+            Why::LostOne => "lost-one",
+            Why::OnProbation => "on-probation",
         }
     }
 }
@@ -156,6 +235,12 @@ pub struct PoolSettings {
     pub probation: Duration,
     /// How long clients wait while there is no usable worker.
     pub wait_for_worker: Duration,
+    /// How long a worker's weight grows after it has come; zero for not at all.
+    pub slow_start: Duration,
+    /// How many decisions are kept; 0 for none.
+    pub history: u32,
+    /// How many workers each of them names, at least 1.
+    pub history_candidates: u32,
     /// Who may join.
     pub access: Access,
     /// Processes to keep running; 0 for none.
@@ -174,6 +259,9 @@ impl Default for PoolSettings {
             handoff_timeout: Duration::from_millis(200),
             probation: Duration::from_secs(10),
             wait_for_worker: Duration::from_secs(10),
+            slow_start: Duration::ZERO,
+            history: 0,
+            history_candidates: 16,
             access: Access::default(),
             processes: 0,
         }

@@ -2,9 +2,10 @@
 //!
 //! Owns the arithmetic of load and eligibility. What follows from a change (events, placing) is decided elsewhere.
 
+use std::sync::Arc;
 use std::time::Duration;
 
-use super::policy::NEVER;
+use super::policy::{FULL_WEIGHT, NEVER};
 use super::ring::Ring;
 use super::types::{Departure, State, Time, WorkerId};
 
@@ -19,15 +20,33 @@ pub(super) enum Round {
     Gone(Departure),
 }
 
+/// Steps in which a weight grows. Each is a timer, so not too many; each is a jump, so not too few.
+const RAMP_STEPS: u32 = 64;
+
+/// A slow start under way.
+#[derive(Clone, Copy, Debug)]
+pub(super) struct Ramp {
+    since: Time,
+    /// From 1 on.
+    step: u32,
+    next: Time,
+}
+
 #[derive(Debug)]
 pub(super) struct Worker {
     pub(super) id: WorkerId,
     pub(super) pool: usize,
     /// Position among the pool's candidates; meaningless once gone.
     pub(super) at: usize,
-    pub(super) name: String,
+    pub(super) name: Arc<str>,
+    /// Tells those of the same name apart.
+    pub(super) twin: u32,
     pub(super) pid: i32,
+    pub(super) priority: u16,
+    /// 1 to 65,535.
     pub(super) weight: u32,
+    /// `Some` while it has less than its weight.
+    pub(super) ramp: Option<Ramp>,
     pub(super) max: u32,
     pub(super) state: State,
 
@@ -94,6 +113,48 @@ impl Worker {
         self.is_usable() && self.ring.has_room() && self.blocked.is_none() && self.starved.is_none()
     }
 
+    /// Whether it is there for new connections, be it full at the moment.
+    pub(super) fn is_up(&self) -> bool {
+        self.state == State::Active
+    }
+
+    /// What the policies go by, in parts of [`FULL_WEIGHT`].
+    pub(super) fn effective_weight(&self) -> u32 {
+        let step = self.ramp.map_or(RAMP_STEPS, |ramp| ramp.step);
+        self.weight * (FULL_WEIGHT / RAMP_STEPS) * step
+    }
+
+    /// Its weight grows from next to nothing in this time.
+    pub(super) fn start_slowly(&mut self, now: Time, slow_start: Duration) {
+        self.ramp = (!slow_start.is_zero()).then(|| Ramp {
+            since: now,
+            step: 1,
+            next: now + slow_start / RAMP_STEPS,
+        });
+    }
+
+    /// As far as its slow start has come by now.
+    pub(super) fn warm_up(&mut self, now: Time, slow_start: Duration) {
+        let Some(ramp) = &mut self.ramp else { return };
+        let elapsed = now - ramp.since;
+        if elapsed >= slow_start {
+            self.ramp = None;
+            return;
+        }
+        let steps = elapsed.as_nanos() * u128::from(RAMP_STEPS) / slow_start.as_nanos().max(1);
+        ramp.step = 1 + steps as u32;
+        ramp.next = ramp.since + slow_start / RAMP_STEPS * ramp.step;
+        // Rounding must not make a timer that has just fired due again.
+        if ramp.next <= now {
+            ramp.next = now + Duration::from_nanos(1);
+        }
+    }
+
+    /// How much of its weight it has, in hundredths.
+    pub(super) fn warm_percent(&self) -> u32 {
+        self.ramp.map_or(100, |ramp| ramp.step * 100 / RAMP_STEPS)
+    }
+
     /// Whether it may be chosen.
     pub(super) fn is_eligible(&self) -> bool {
         self.state == State::Active
@@ -108,7 +169,8 @@ impl Worker {
         let oldest = handoff_timeout
             .filter(|_| self.ring.revoking() == 0)
             .and_then(|timeout| Some(self.ring.oldest()? + timeout));
-        [self.blocked, self.starved, self.probation, self.probe_again, oldest]
+        let ramp = self.ramp.map(|ramp| ramp.next);
+        [self.blocked, self.starved, self.probation, self.probe_again, oldest, ramp]
             .into_iter()
             .flatten()
             .min()

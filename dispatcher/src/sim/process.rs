@@ -33,6 +33,7 @@ pub(super) struct Process {
     pub(super) worker: Option<WorkerId>,
     pub(super) one_at_a_time: bool,
     pub(super) weight: u16,
+    pub(super) priority: u16,
     pub(super) stepping: bool,
     pub(super) opened: u64,
     pub(super) finished: u64,

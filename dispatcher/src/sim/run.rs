@@ -53,7 +53,7 @@ pub fn run(plan: &Plan) -> Outcome {
     let mut random = Random::new(plan.seed);
     let pool = PoolSettings {
         name: "web".to_owned(),
-        policy: Policy::LeastConnections,
+        policy: Policy::ALL[random.below(Policy::ALL.len() as u64) as usize],
         max_connections_per_worker: 2 + random.below(30) as u32,
         max_untaken: 1 + random.below(12) as u32,
         // Those that were killed are still there for a moment when their successors come.
@@ -61,6 +61,8 @@ pub fn run(plan: &Plan) -> Outcome {
         handoff_timeout: Duration::from_millis(50 + random.below(250)),
         probation: Duration::from_millis(random.below(1_500)),
         wait_for_worker: Duration::from_millis(100 + random.below(2_000)),
+        slow_start: Duration::from_millis(random.below(2) * random.below(2_000)),
+        history: random.below(2) as u32 * 5,
         access: Access { users: vec![0], groups: Vec::new() },
         ..PoolSettings::default()
     };
@@ -97,6 +99,7 @@ impl Run<'_> {
             self.processes.push(Process {
                 one_at_a_time: self.random.once_in(5),
                 weight: 1 + self.random.below(3) as u16,
+                priority: self.random.below(2) as u16,
                 ..Process::default()
             });
             let delay = self.random.below(300_000_000);
@@ -340,6 +343,7 @@ impl Run<'_> {
         let hello = Hello {
             pool: "web".to_owned(),
             weight: process.weight,
+            priority: process.priority,
             max_connections: self.max,
             base: process.opened,
             finished: process.finished,
@@ -364,6 +368,7 @@ impl Run<'_> {
             life,
             one_at_a_time: process.one_at_a_time,
             weight: process.weight,
+            priority: process.priority,
             ..Process::default()
         };
         if let Some(worker) = worker {

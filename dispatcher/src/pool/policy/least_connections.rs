@@ -1,98 +1,22 @@
-//! Fewest live connections for its weight.
-//!
-//! Owns an index over the candidates: a tournament in which each node names the better of its two halves. A change costs
-//! as many comparisons as the tree is deep, and often fewer; a decision needs no look at those who are not chosen.
+//! Fewest live connections for its weight; among equals in turn.
 
+use super::tournament::Rank;
 use super::{Candidate, UNAVAILABLE};
 
-/// No candidate here.
-const NOBODY: u32 = u32::MAX;
-
-/// For each node the position of the least candidate below it, the first among equals.
-///
-/// The root is node 1, the halves of node `n` are nodes `2n` and `2n + 1`; the leaf of position `p` is node `leaves + p`.
-#[derive(Debug, Default)]
-pub(in crate::pool) struct Tournament {
-    nodes: Vec<u32>,
-    /// A power of two, at least the number of candidates.
-    leaves: usize,
-}
-
-/// Whether `a` has less cost for its weight than `b`.
-///
-/// Fractions are compared by cross-multiplication: exact, and within 64 bits by the bound on costs.
-fn is_less(a: Candidate, b: Candidate) -> bool {
-    a.cost * u64::from(b.weight) < b.cost * u64::from(a.weight)
-}
-
-impl Tournament {
-    /// Candidates were added or removed: all is played again.
-    pub(super) fn rebuild(&mut self, list: &[Candidate]) {
-        self.leaves = list.len().next_power_of_two().max(2);
-        self.nodes.clear();
-        self.nodes.resize(2 * self.leaves, NOBODY);
-        for (leaf, position) in self.nodes[self.leaves..].iter_mut().zip(0..list.len()) {
-            *leaf = position as u32;
-        }
-        for node in (1..self.leaves).rev() {
-            self.nodes[node] = self.winner(list, node);
-        }
+impl Rank for Candidate {
+    /// Fractions are compared by cross-multiplication: exact, and within 64 bits by the bounds on costs and weights.
+    fn is_before(self, other: Candidate) -> bool {
+        self.cost * u64::from(other.weight) < other.cost * u64::from(self.weight)
     }
 
-    /// The candidate at `at` has changed.
-    pub(super) fn update(&mut self, list: &[Candidate], at: usize) {
-        let mut node = (self.leaves + at) / 2;
-        while node > 0 {
-            let winner = self.winner(list, node);
-            let before = std::mem::replace(&mut self.nodes[node], winner);
-            // Above here nothing depends on a candidate that neither won nor wins.
-            if before == winner && winner != at as u32 {
-                return;
-            }
-            node /= 2;
-        }
-    }
-
-    /// The left one among equals: it comes first in the list.
-    fn winner(&self, list: &[Candidate], node: usize) -> u32 {
-        let (left, right) = (self.nodes[2 * node], self.nodes[2 * node + 1]);
-        match (list.get(left as usize), list.get(right as usize)) {
-            (Some(&a), Some(&b)) if is_less(b, a) => right,
-            (Some(_), _) => left,
-            (None, _) => right,
-        }
-    }
-
-    /// The position of the candidate with the least cost for its weight; among equals the first from `start` on, cyclically.
-    #[inline]
-    pub(super) fn choose(&self, list: &[Candidate], start: usize) -> Option<usize> {
-        let first = *self.nodes.get(1)?;
-        let least = *list.get(first as usize)?;
-        if least.cost >= UNAVAILABLE {
-            return None;
-        }
-        let is_equal = |position: u32| {
-            list.get(position as usize).is_some_and(|&candidate| !is_less(least, candidate))
-        };
-        // Upwards from the leaf at `start`: what lies to the right of the path comes after it, the nearest first.
-        if start < list.len() {
-            let mut node = self.leaves + start;
-            if is_equal(start as u32) {
-                return Some(start);
-            }
-            while node > 1 {
-                if node.is_multiple_of(2) && is_equal(self.nodes[node + 1]) {
-                    return Some(self.nodes[node + 1] as usize);
-                }
-                node /= 2;
-            }
-        }
-        Some(first as usize)
+    fn is_available(self) -> bool {
+        self.cost < UNAVAILABLE
     }
 }
 
 #[cfg(test)]
 mod tests {
+    use super::super::tournament::Tournament;
     use super::*;
 
     fn list(costs: &[(u64, u32)]) -> Vec<Candidate> {
@@ -127,7 +51,7 @@ mod tests {
     fn nobody_available() {
         assert_eq!(choose(&list(&[(UNAVAILABLE, 1), (UNAVAILABLE, 1)]), 1), None);
         assert_eq!(choose(&[], 7), None);
-        assert_eq!(Tournament::default().choose(&[], 0), None);
+        assert_eq!(Tournament::default().choose::<Candidate>(&[], 0), None);
     }
 
     #[test]
@@ -145,7 +69,7 @@ mod tests {
         for at in (start..list.len()).chain(0..start) {
             let candidate = list[at];
             if candidate.cost < UNAVAILABLE
-                && best.is_none_or(|best| is_less(candidate, list[best]))
+                && best.is_none_or(|best| candidate.is_before(list[best]))
             {
                 best = Some(at);
             }

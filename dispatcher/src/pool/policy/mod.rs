@@ -1,38 +1,86 @@
 //! Choosing a worker: what a policy sees, and which policy a pool has.
 //!
-//! Owns the compact table that decisions are made from. A policy is a pure function of that table; it knows nothing of
-//! workers' states, tickets or time: whoever is not to be chosen simply costs too much.
+//! Owns the compact table that decisions are made from, and what each policy keeps beside it. A policy is a pure function of
+//! these; it knows nothing of workers' states, tickets or time: whoever is not to be chosen simply costs too much.
 
-pub(super) mod least_connections;
+mod failover;
+mod hash;
+mod least_connections;
+mod lots;
+mod random;
+mod round_robin;
+mod tournament;
+mod two_choices;
 
-use self::least_connections::Tournament;
+use self::failover::{Change, Failover};
+use self::hash::Rendezvous;
+use self::lots::Lots;
+use self::round_robin::RoundRobin;
+use self::tournament::Tournament;
 use super::random::Random;
-use super::types::{AffinityKey, Policy, Time};
+use super::types::{AffinityKey, Policy, Time, Why};
 
 /// The end of time: a timer that is not running.
 pub(super) const NEVER: Time = Time(u64::MAX);
 
 /// The cost of a worker that must not be chosen: more than that of any eligible one (at most 2³²), and small enough
-/// that its product with a weight fits in 64 bits.
+/// that its product with a weight (below 2²⁴) fits in 64 bits.
 pub(super) const UNAVAILABLE: u64 = 1 << 40;
+
+/// What a configured weight of 1 is in the table, so that a worker that starts slowly can have a part of it.
+pub(super) const FULL_WEIGHT: u32 = 256;
 
 /// One worker as a policy sees it. 16 bytes, so that 1,000 stay in the first-level cache.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(super) struct Candidate {
     /// Its load after one more connection, or [`UNAVAILABLE`].
     pub(super) cost: u64,
-    /// Its weight, or 1 if unavailable.
+    /// Its weight in parts of [`FULL_WEIGHT`], or 1 if unavailable.
     pub(super) weight: u32,
     /// Position in the core's workers.
     pub(super) worker: u32,
+}
+
+/// What a worker is to the policies for as long as it is there.
+#[derive(Clone, Copy, Debug)]
+pub(super) struct Member {
+    /// Position in the core's workers.
+    pub(super) worker: u32,
+    /// What it draws its numbers from for `hash`: the same for whoever takes its place.
+    pub(super) node: u64,
+    /// For `failover`.
+    pub(super) priority: u16,
+}
+
+/// How a worker stands now.
+#[derive(Clone, Copy, Debug)]
+pub(super) struct Standing {
+    /// Its load and weight, if it may be chosen.
+    pub(super) available: Option<(u64, u32)>,
+    /// Whether it is there for new connections at all, be it full at the moment.
+    pub(super) up: bool,
+    /// Its next timer.
+    pub(super) due: Time,
+}
+
+/// What a policy keeps beside the table.
+#[derive(Debug)]
+enum Index {
+    LeastConnections,
+    RoundRobin(RoundRobin),
+    Random(Lots),
+    TwoChoices(Lots),
+    Hash(Rendezvous),
+    Failover(Failover),
 }
 
 /// The workers of a pool that have not left, and beside each its next timer.
 #[derive(Debug)]
 pub(super) struct Candidates {
     list: Vec<Candidate>,
-    /// Over `list`, always up to date.
+    /// Over `list`, always up to date: the policy of those that have no other, or no answer of their own.
     tournament: Tournament,
+    index: Index,
     /// Runs parallel to `list`, apart from it because ticks scan only this.
     due: Vec<Time>,
     /// Where the next decision starts, so that ties rotate.
@@ -41,28 +89,66 @@ pub(super) struct Candidates {
     random: Random,
 }
 
+/// A decision that has not had any effect yet.
+#[derive(Clone, Debug)]
+pub(super) struct Choice {
+    /// Position of the worker among the candidates.
+    pub(super) at: usize,
+    /// With two choices, the other one.
+    pub(super) other: Option<usize>,
+    random: Random,
+}
+
+/// What one worker looked like in a decision: the number that was compared, and how it ended.
+#[derive(Clone, Copy, Debug, PartialEq)]
+pub(super) struct Look {
+    pub(super) score: Option<f64>,
+    pub(super) why: Why,
+}
+
 impl Candidates {
     /// Nobody yet; `seed` is where choices by lot come from.
-    pub(super) fn new(seed: u64) -> Candidates {
+    pub(super) fn new(policy: Policy, seed: u64) -> Candidates {
+        let mut random = Random::new(seed);
+        let index = match policy {
+            Policy::LeastConnections | Policy::LeastScore => Index::LeastConnections,
+            Policy::RoundRobin => Index::RoundRobin(RoundRobin::new(random.number())),
+            Policy::Random => Index::Random(Lots::default()),
+            Policy::TwoChoices => Index::TwoChoices(Lots::default()),
+            Policy::Hash => Index::Hash(Rendezvous::default()),
+            Policy::Failover => Index::Failover(Failover::default()),
+        };
         Candidates {
             list: Vec::new(),
             tournament: Tournament::default(),
+            index,
             due: Vec::new(),
             start: 0,
             eligible: 0,
-            random: Random::new(seed),
+            random,
         }
     }
 
+    /// Draws from another seed from now on.
     pub(super) fn set_seed(&mut self, seed: u64) {
         self.random = Random::new(seed);
+        if let Index::RoundRobin(turns) = &mut self.index {
+            turns.set_first(self.random.number());
+        }
     }
 
     /// Adds a worker, not eligible yet; answers its position.
-    pub(super) fn add(&mut self, worker: u32) -> usize {
-        self.list.push(Candidate { cost: UNAVAILABLE, weight: 1, worker });
+    pub(super) fn add(&mut self, member: Member) -> usize {
+        self.list.push(Candidate { cost: UNAVAILABLE, weight: 1, worker: member.worker });
         self.due.push(NEVER);
         self.tournament.rebuild(&self.list);
+        match &mut self.index {
+            Index::LeastConnections => {}
+            Index::RoundRobin(turns) => turns.add(),
+            Index::Random(lots) | Index::TwoChoices(lots) => lots.rebuild(&self.list),
+            Index::Hash(nodes) => nodes.add(member.node),
+            Index::Failover(stands) => stands.add(member.priority),
+        }
         self.list.len() - 1
     }
 
@@ -72,12 +158,44 @@ impl Candidates {
         self.list.swap_remove(at);
         self.due.swap_remove(at);
         self.tournament.rebuild(&self.list);
+        let mut change = Change::One;
+        match &mut self.index {
+            Index::LeastConnections => {}
+            Index::RoundRobin(turns) => turns.remove(at),
+            Index::Random(lots) | Index::TwoChoices(lots) => lots.rebuild(&self.list),
+            Index::Hash(nodes) => nodes.remove(at),
+            Index::Failover(stands) => change = stands.remove(at),
+        }
+        if change == Change::All {
+            self.apply_all();
+        }
         self.list.get(at).map(|moved| moved.worker)
     }
 
-    /// Updates the worker at `at`: `load` and `weight` if it is eligible, and its next timer.
-    pub(super) fn set(&mut self, at: usize, available: Option<(u64, u32)>, due: Time) {
-        self.due[at] = due;
+    /// Updates the worker at `at`.
+    pub(super) fn set(&mut self, at: usize, standing: Standing) {
+        self.due[at] = standing.due;
+        let mut available = standing.available;
+        if let Index::Failover(stands) = &mut self.index {
+            if stands.set(at, standing.up, available) == Change::All {
+                return self.apply_all();
+            }
+            available = stands.available(at);
+        }
+        self.apply(at, available);
+    }
+
+    /// With failover: another priority is the highest.
+    fn apply_all(&mut self) {
+        for at in 0..self.list.len() {
+            if let Index::Failover(stands) = &self.index {
+                let available = stands.available(at);
+                self.apply(at, available);
+            }
+        }
+    }
+
+    fn apply(&mut self, at: usize, available: Option<(u64, u32)>) {
         let candidate = &mut self.list[at];
         let (cost, weight) = match available {
             Some((load, weight)) => (load + 1, weight),
@@ -89,21 +207,90 @@ impl Candidates {
         self.eligible -= usize::from(candidate.cost != UNAVAILABLE);
         self.eligible += usize::from(available.is_some());
         (candidate.cost, candidate.weight) = (cost, weight);
+        match &mut self.index {
+            Index::LeastConnections | Index::Failover(_) => {}
+            // These never ask who has least: spare them the tournament.
+            Index::RoundRobin(turns) => return turns.update(&self.list, at),
+            Index::Random(lots) | Index::TwoChoices(lots) => return lots.update(&self.list, at),
+            Index::Hash(nodes) => nodes.update(&self.list, at),
+        }
         self.tournament.update(&self.list, at);
     }
 
-    /// The worker for the next connection, of a client known by `key`.
+    /// The worker for the next connection, of a client known by `key`. Nothing changes until [`Candidates::commit`].
     #[inline]
-    pub(super) fn choose(&mut self, policy: Policy, _key: Option<AffinityKey>) -> Option<u32> {
+    pub(super) fn pick(&self, key: Option<AffinityKey>) -> Option<Choice> {
         if self.eligible == 0 {
             return None;
         }
-        let at = match policy {
-            // Each has a file of its own, but for those that have not been written.
-            _ => self.tournament.choose(&self.list, self.start)?,
+        let mut random = self.random.clone();
+        let mut other = None;
+        let at = match (&self.index, key) {
+            (Index::RoundRobin(turns), _) => turns.pick()?,
+            (Index::Random(lots), _) => random::pick(lots, &mut random)?,
+            (Index::TwoChoices(lots), _) => {
+                let (chosen, passed) = two_choices::pick(lots, &self.list, &mut random)?;
+                other = Some(passed);
+                chosen
+            }
+            (Index::Hash(nodes), Some(key)) => nodes.pick(&self.list, key)?,
+            // Clients without a key too: nothing says that they belong together.
+            (Index::LeastConnections | Index::Failover(_) | Index::Hash(_), _) => {
+                self.tournament.choose(&self.list, self.start)?
+            }
         };
+        Some(Choice { at, other, random })
+    }
+
+    /// The decision takes effect; answers the worker.
+    #[inline]
+    pub(super) fn commit(&mut self, choice: Choice) -> u32 {
+        let Choice { at, random, .. } = choice;
+        self.random = random;
         self.start = at + 1;
-        Some(self.list[at].worker)
+        if let Index::RoundRobin(turns) = &mut self.index {
+            turns.commit(at);
+        }
+        self.list[at].worker
+    }
+
+    /// Why the worker at `at`, which was available, was chosen or passed over in this decision.
+    pub(super) fn look(&self, at: usize, choice: &Choice, key: Option<AffinityKey>) -> Look {
+        let chosen = at == choice.at;
+        let say = |why| if chosen { Why::Chosen } else { why };
+        let (mine, theirs) = (self.cost(at), self.cost(choice.at));
+        let by_load = || {
+            let why = if mine > theirs { Why::MoreLoaded } else { Why::Tie };
+            Look { score: Some(mine), why: say(why) }
+        };
+        match (&self.index, key) {
+            (Index::RoundRobin(turns), _) => {
+                let (mine, theirs) = (turns.distance(at), turns.distance(choice.at));
+                let why = if mine > theirs { Why::LaterTurn } else { Why::Tie };
+                Look { score: Some(mine), why: say(why) }
+            }
+            (Index::Random(_), _) => Look { score: None, why: say(Why::NotDrawn) },
+            (Index::TwoChoices(_), _) if chosen || choice.other == Some(at) => by_load(),
+            (Index::TwoChoices(_), _) => Look { score: None, why: Why::NotDrawn },
+            (Index::Hash(nodes), Some(key)) => {
+                Look { score: Some(nodes.score(&self.list, at, key)), why: say(Why::OtherKey) }
+            }
+            (Index::LeastConnections | Index::Failover(_) | Index::Hash(_), _) => by_load(),
+        }
+    }
+
+    /// What least connections compares.
+    fn cost(&self, at: usize) -> f64 {
+        let candidate = self.list[at];
+        candidate.cost as f64 * f64::from(FULL_WEIGHT) / f64::from(candidate.weight)
+    }
+
+    /// Whether the worker at `at` is only waiting for others to go.
+    pub(super) fn stands_by(&self, at: usize) -> bool {
+        match &self.index {
+            Index::Failover(stands) => stands.stands_by(at),
+            _ => false,
+        }
     }
 
     pub(super) fn eligible(&self) -> usize {

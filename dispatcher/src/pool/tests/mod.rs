@@ -4,14 +4,16 @@ mod admission;
 mod balance;
 mod draining;
 mod failures;
+mod history;
 mod lifecycle;
 mod model;
 mod naive;
-
+mod policies;
 mod purity;
 mod screening;
 mod supervision;
 mod waiting;
+mod weights;
 
 use std::time::Duration;
 

@@ -2,8 +2,9 @@
 
 use std::collections::{BTreeMap, VecDeque};
 
+use core::net::SocketAddr;
+
 use proptest::prelude::*;
-use worker_sdk::PeerAddr;
 use worker_sdk::scoreboard::claim::{Revoke, SlotState};
 
 use super::naive::{At, Naive, Op, Out, SLOTS, Word, op};
@@ -15,6 +16,7 @@ const WAIT: Duration = Duration::from_millis(500);
 
 struct Model {
     core: Core,
+    policy: Policy,
     now: Time,
     workers: BTreeMap<u64, Naive>,
     /// By serial number: where, and whether it was sent before.
@@ -23,11 +25,18 @@ struct Model {
     choked: Option<Time>,
     alone: Option<Time>,
     refusing: bool,
+    /// By serial number of the connection.
+    peers: BTreeMap<u64, u8>,
+    /// For hash: who got the connections of a client while just these workers, with their weights, were to be had.
+    keys: BTreeMap<(u8, Vec<(u64, u64)>), u64>,
 }
 
 impl Model {
-    fn new() -> Model {
+    fn new(policy: Policy) -> Model {
         let mut pool = settings();
+        pool.policy = policy;
+        pool.history = 3;
+        pool.history_candidates = 4;
         pool.max_untaken = SLOTS as u32;
         pool.handoff_timeout = TIMEOUT;
         pool.probation = PROBATION;
@@ -35,6 +44,7 @@ impl Model {
         let now = Time(7);
         let mut model = Model {
             core: Core::new(vec![pool], vec![listener()], now),
+            policy,
             now,
             workers: BTreeMap::new(),
             conns: BTreeMap::new(),
@@ -42,6 +52,8 @@ impl Model {
             choked: None,
             alone: Some(now),
             refusing: false,
+            peers: BTreeMap::new(),
+            keys: BTreeMap::new(),
         };
         model.settle();
         model
@@ -150,7 +162,14 @@ impl Model {
     fn apply(&mut self, op: &Op) {
         let now = self.now;
         match *op {
-            Op::Join { weight, max } => self.join(weight, max),
+            Op::Join { weight, max, priority } => self.join(weight, max, priority),
+            Op::Weight(n, weight) => {
+                let Some(serial) = self.pick(n) else { return };
+                let w = self.w(serial);
+                w.weight = u64::from(weight);
+                let id = w.id;
+                assert!(self.core.set_weight(now, id, weight), "known until it is forgotten");
+            }
             Op::Goodbye(n) => {
                 let Some(serial) = self.pick(n) else { return };
                 self.w(serial).draining = true;
@@ -163,10 +182,10 @@ impl Model {
                 let id = self.w(serial).id;
                 self.core.leave(now, id, Departure::Died);
             }
-            Op::Accept => {
-                let peer = PeerAddr::Unix;
-                let listener = WEB;
-                let conn = self.core.accepted(now, Client::new(listener, peer));
+            Op::Accept(from) => {
+                let peer = SocketAddr::from(([10, 0, 0, from], 1));
+                let conn = self.core.accepted(now, Client::new(WEB, peer.into()));
+                self.peers.insert(conn.serial, from);
                 self.conns.insert(conn.serial, (conn, At::Held, false));
             }
             Op::ClientGone(n) => {
@@ -223,7 +242,7 @@ impl Model {
         }
     }
 
-    fn join(&mut self, weight: u16, max: u32) {
+    fn join(&mut self, weight: u16, max: u32, priority: u16) {
         if self.workers.values().filter(|w| !w.gone).count() >= 6 {
             return;
         }
@@ -231,13 +250,21 @@ impl Model {
             pid: 1,
             uid: 0,
             gids: vec![],
-            hello: Hello { weight, max_connections: max, base: 9, finished: 8, ..hello() },
+            hello: Hello {
+                weight,
+                max_connections: max,
+                priority,
+                base: 9,
+                finished: 8,
+                ..hello()
+            },
             spawned: None,
         };
         let id = self.core.join(self.now, &join).unwrap();
         let naive = Naive {
             id,
             weight: u64::from(weight),
+            priority,
             max: u64::from(max),
             base: 9,
             taken: 0,
@@ -335,7 +362,7 @@ impl Model {
         for w in self.workers.values() {
             assert_eq!(self.core.load(w.id), Some(w.load()), "{w:?}");
         }
-        let eligible = self.workers.values().any(Naive::eligible);
+        let eligible = self.workers.values().any(|w| self.may_be_chosen(w));
         let expected = if self.refusing {
             Accepting::Refuse
         } else if self.choked.is_none() && eligible && self.held() == 0 {
@@ -351,12 +378,7 @@ impl Model {
         let now = self.now;
         match effect {
             Effect::Send { worker, conn, ticket, flags, .. } => {
-                let chosen = &self.workers[&worker.serial];
-                assert!(chosen.eligible() && self.choked.is_none(), "{chosen:?}");
-                for other in self.workers.values().filter(|other| other.eligible()) {
-                    let (ours, theirs) = (chosen.load() + 1, other.load() + 1);
-                    assert!(ours * other.weight <= theirs * chosen.weight);
-                }
+                self.judge(worker.serial, conn.serial);
                 let entry = self.conns.get_mut(&conn.serial).unwrap();
                 assert_eq!(entry.1, At::Held);
                 assert_eq!(flags.contains(EntryFlags::RESENT), entry.2);
@@ -399,6 +421,42 @@ impl Model {
         }
     }
 
+    /// Whether the policy may choose it, or somebody of a higher priority is there.
+    fn may_be_chosen(&self, w: &Naive) -> bool {
+        let above = |other: &Naive| other.up() && other.priority > w.priority;
+        w.eligible() && !(self.policy == Policy::Failover && self.workers.values().any(above))
+    }
+
+    /// Whether the policy may have chosen this one.
+    fn judge(&mut self, chosen: u64, conn: u64) {
+        let w = &self.workers[&chosen];
+        assert!(self.may_be_chosen(w) && self.choked.is_none(), "{w:?}");
+        let others: Vec<&Naive> =
+            self.workers.values().filter(|other| self.may_be_chosen(other)).collect();
+        let is_more = |a: &Naive, b: &Naive| (a.load() + 1) * b.weight > (b.load() + 1) * a.weight;
+        match self.policy {
+            Policy::LeastConnections | Policy::Failover | Policy::LeastScore => {
+                assert!(!others.iter().any(|other| is_more(w, other)));
+            }
+            Policy::TwoChoices => {
+                let others = others.iter().filter(|other| other.id != w.id);
+                let mut others = others.peekable();
+                let alone = others.peek().is_none();
+                assert!(alone || others.any(|other| !is_more(w, other)));
+            }
+            Policy::Hash => {
+                let set = others.iter().map(|other| (other.id.serial, other.weight)).collect();
+                let first = *self.keys.entry((self.peers[&conn], set)).or_insert(chosen);
+                assert_eq!(first, chosen, "the same client, the same workers");
+            }
+            // How often each has its turn is no matter of one decision.
+            Policy::RoundRobin | Policy::Random => {}
+        }
+        let decisions = self.core.history(PoolId(0), 0);
+        assert!(decisions.len() <= 3);
+        assert!(decisions.iter().all(|d| d.candidates.len() <= 4));
+    }
+
     fn issue(&mut self, worker: WorkerId, ticket: Ticket, conn: Option<u64>) {
         let sent_at = self.now;
         let w = self.w(worker.serial);
@@ -410,11 +468,14 @@ impl Model {
 }
 
 proptest! {
-    #![proptest_config(ProptestConfig { cases: 400, failure_persistence: None, ..ProptestConfig::default() })]
+    #![proptest_config(ProptestConfig { cases: 600, failure_persistence: None, ..ProptestConfig::default() })]
 
     #[test]
-    fn the_core_does_what_the_naive_model_allows(ops in prop::collection::vec(op(), 1..250)) {
-        let mut model = Model::new();
+    fn the_core_does_what_the_naive_model_allows(
+        policy in prop::sample::select(&Policy::ALL[..]),
+        ops in prop::collection::vec(op(), 1..250),
+    ) {
+        let mut model = Model::new(policy);
         for op in &ops {
             model.apply(op);
             model.settle();

@@ -29,6 +29,7 @@ pub(super) struct Out {
 pub(super) struct Naive {
     pub(super) id: WorkerId,
     pub(super) weight: u64,
+    pub(super) priority: u16,
     pub(super) max: u64,
     pub(super) base: u64,
     pub(super) taken: u64,
@@ -55,6 +56,11 @@ impl Naive {
         !self.draining && !self.gone
     }
 
+    /// Full or not.
+    pub(super) fn up(&self) -> bool {
+        self.usable() && !self.suspect
+    }
+
     pub(super) fn eligible(&self) -> bool {
         self.usable()
             && !self.suspect
@@ -79,10 +85,12 @@ pub(super) enum Op {
     Join {
         weight: u16,
         max: u32,
+        priority: u16,
     },
+    Weight(usize, u16),
     Goodbye(usize),
     Leave(usize),
-    Accept,
+    Accept(u8),
     ClientGone(usize),
     /// What the worker does to one of its slots, and whether the core reads it at once.
     Touch(usize, usize, Word, bool),
@@ -106,10 +114,12 @@ pub(super) fn op() -> impl Strategy<Value = Op> {
         1 => Just(SendFailure::Resources)
     ];
     prop_oneof![
-        3 => (1..5u16, 1..7u32).prop_map(|(weight, max)| Op::Join { weight, max }),
+        3 => (1..5u16, 1..7u32, 0..3u16)
+            .prop_map(|(weight, max, priority)| Op::Join { weight, max, priority }),
+        1 => (worker.clone(), 1..5u16).prop_map(|(w, weight)| Op::Weight(w, weight)),
         1 => worker.clone().prop_map(Op::Goodbye),
         1 => worker.clone().prop_map(Op::Leave),
-        16 => Just(Op::Accept),
+        16 => (0..4u8).prop_map(Op::Accept),
         1 => (0..50usize).prop_map(Op::ClientGone),
         12 => (worker.clone(), 0..SLOTS, word, any::<bool>())
             .prop_map(|(w, slot, word, read)| Op::Touch(w, slot, word, read)),

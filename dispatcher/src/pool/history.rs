@@ -1,0 +1,258 @@
+//! A pool's last decisions, and the next one: who was looked at, with what load, and why one of them was chosen.
+//!
+//! Owns the ring of decisions and what is written into one. It changes no decision. With a size of 0 nothing is kept and
+//! nothing is spent; otherwise what is used for one decision is used again for a later one.
+
+use std::collections::VecDeque;
+use std::sync::Arc;
+
+use worker_sdk::PeerAddr;
+
+use super::policy::{Choice, FULL_WEIGHT};
+use super::types::*;
+use super::worker::Worker;
+use super::{Clock, Core};
+
+/// A decision.
+#[derive(Clone, Debug, PartialEq)]
+pub struct Decision {
+    /// Counts a pool's decisions from 1.
+    pub number: u64,
+    /// When.
+    pub at: Time,
+    /// The connection; `None` for one that does not exist.
+    pub conn: Option<u64>,
+    /// Where it came in; `None` for a connection that does not exist.
+    pub listener: Option<ListenerId>,
+    /// Where it came from.
+    pub peer: PeerAddr,
+    /// What its client is known by.
+    pub key: Option<AffinityKey>,
+    /// Whether it was sent to another worker before.
+    pub resent: bool,
+    /// The worker that was chosen, if any.
+    pub chosen: Option<u64>,
+    /// Workers that were looked at, the chosen one first.
+    pub candidates: Vec<Seen>,
+    /// How many more workers there were.
+    pub left_out: usize,
+}
+
+/// A worker as it was in a decision, before it got the connection.
+#[derive(Clone, Debug, PartialEq)]
+pub struct Seen {
+    /// Its id.
+    pub worker: u64,
+    /// Its name.
+    pub name: Arc<str>,
+    /// Live connections, untaken ones included.
+    pub load: u64,
+    /// Its weight, less than it was configured while it starts slowly.
+    pub weight: f64,
+    /// The number that the policy compared, if it compares numbers.
+    pub score: Option<f64>,
+    /// Why it was chosen or passed over.
+    pub why: Why,
+}
+
+/// What would become of the next connection.
+#[derive(Clone, Debug, PartialEq)]
+pub struct Explanation {
+    /// The decision, with every worker.
+    pub decision: Decision,
+    /// Why nobody was chosen, or would be sent anything at the moment.
+    pub obstacle: Option<Obstacle>,
+}
+
+/// Why a connection would not be sent now.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Obstacle {
+    /// Every worker is full, suspect or resting.
+    BackPressure,
+    /// There is no usable worker yet.
+    NoWorker,
+    /// There has been none for `wait_for_worker`: clients are turned away.
+    Refusing,
+    /// Other clients wait already, and come first.
+    Queue,
+    /// This machine is short of descriptors or memory.
+    Short,
+    /// The dispatcher is stopping.
+    Stopping,
+}
+
+impl Obstacle {
+    /// The name in answers.
+    pub fn name(self) -> &'static str {
+        match self {
+            Obstacle::BackPressure => "back-pressure",
+            Obstacle::NoWorker => "no-worker",
+            Obstacle::Refusing => "refusing",
+            Obstacle::Queue => "queue",
+            Obstacle::Short => "short-of-resources",
+            Obstacle::Stopping => "stopping",
+        }
+    }
+}
+
+/// The last decisions of a pool.
+#[derive(Debug, Default)]
+pub(super) struct History {
+    size: usize,
+    most_candidates: usize,
+    decisions: VecDeque<Arc<Decision>>,
+    count: u64,
+}
+
+impl History {
+    pub(super) fn new(size: u32, most_candidates: u32) -> History {
+        History {
+            size: size as usize,
+            most_candidates: most_candidates as usize,
+            ..History::default()
+        }
+    }
+
+    pub(super) fn is_on(&self) -> bool {
+        self.size > 0
+    }
+
+    /// A place for the next decision: that of the oldest one, unless somebody is reading it.
+    fn place(&mut self) -> Arc<Decision> {
+        if self.decisions.len() >= self.size
+            && let Some(mut oldest) = self.decisions.pop_front()
+            && Arc::get_mut(&mut oldest).is_some()
+        {
+            return oldest;
+        }
+        Arc::new(Decision::empty())
+    }
+}
+
+impl Decision {
+    fn empty() -> Decision {
+        Decision {
+            number: 0,
+            at: Time::default(),
+            conn: None,
+            listener: None,
+            peer: PeerAddr::Unix,
+            key: None,
+            resent: false,
+            chosen: None,
+            candidates: Vec::new(),
+            left_out: 0,
+        }
+    }
+}
+
+impl Core {
+    /// The decisions of a pool that come after number `after`, oldest first.
+    pub fn history(&self, pool: PoolId, after: u64) -> Vec<Arc<Decision>> {
+        let Some(pool) = self.pools.get(usize::from(pool.0)) else { return Vec::new() };
+        let decisions = &pool.history.decisions;
+        let start = decisions.partition_point(|decision| decision.number <= after);
+        decisions.range(start..).cloned().collect()
+    }
+
+    /// To whom a connection of this pool from `peer` would go now, and why. Nothing changes by asking.
+    pub fn explain(&self, now: Time, pool: PoolId, peer: PeerAddr) -> Option<Explanation> {
+        let p = usize::from(pool.0);
+        let settings = &self.pools.get(p)?.settings;
+        let key = settings.policy.key_of(&peer);
+        let mut decision = Decision { at: now, peer, key, ..Decision::empty() };
+        let choice = self.pools[p].candidates.pick(key);
+        self.describe(p, choice.as_ref(), usize::MAX, &mut decision);
+        let pool = &self.pools[p];
+        let obstacle = if self.stop.is_some() {
+            Some(Obstacle::Stopping)
+        } else if self.choked.is_some() {
+            Some(Obstacle::Short)
+        } else if choice.is_some() {
+            (!pool.held.is_empty()).then_some(Obstacle::Queue)
+        } else {
+            Some(match pool.clock {
+                Clock::Refusing => Obstacle::Refusing,
+                Clock::Since(_) => Obstacle::NoWorker,
+                Clock::Off => Obstacle::BackPressure,
+            })
+        };
+        Some(Explanation { decision, obstacle })
+    }
+
+    /// Keeps a decision that is about to take effect.
+    pub(super) fn record(&mut self, now: Time, p: usize, conn: u32, choice: &Choice) {
+        let history = &mut self.pools[p].history;
+        let most = history.most_candidates;
+        history.count += 1;
+        let number = history.count;
+        let mut place = history.place();
+        if let Some(decision) = Arc::get_mut(&mut place) {
+            let entry = self.ledger.get(conn);
+            decision.number = number;
+            decision.at = now;
+            decision.conn = Some(entry.serial);
+            decision.listener = Some(entry.listener);
+            decision.peer = entry.peer;
+            decision.key = entry.key;
+            decision.resent = entry.resent;
+            self.describe(p, Some(choice), most, decision);
+        }
+        self.pools[p].history.decisions.push_back(place);
+    }
+
+    /// Writes down the workers as they are: the chosen one first, then at most as many others as `most` allows.
+    fn describe(&self, p: usize, choice: Option<&Choice>, most: usize, decision: &mut Decision) {
+        let candidates = &self.pools[p].candidates;
+        let chosen = choice.map(|choice| choice.at);
+        let others = (0..candidates.len()).filter(|&at| Some(at) != chosen);
+        decision.candidates.clear();
+        for at in chosen.into_iter().chain(others).take(most) {
+            let worker = &self.workers[candidates.get(at).worker as usize];
+            let (score, why) = match (worker.why_not(candidates.stands_by(at)), choice) {
+                (None, Some(choice)) => {
+                    let look = candidates.look(at, choice, decision.key);
+                    (look.score, look.why)
+                }
+                (why, _) => (None, why.unwrap_or(Why::Tie)),
+            };
+            decision.candidates.push(Seen {
+                worker: worker.id.serial,
+                name: Arc::clone(&worker.name),
+                load: worker.load(),
+                weight: f64::from(worker.effective_weight()) / f64::from(FULL_WEIGHT),
+                score,
+                why,
+            });
+        }
+        decision.left_out = candidates.len() - decision.candidates.len();
+        decision.chosen =
+            chosen.map(|at| self.workers[candidates.get(at).worker as usize].id.serial);
+    }
+}
+
+impl Worker {
+    /// Why it may not be chosen, if so.
+    fn why_not(&self, stands_by: bool) -> Option<Why> {
+        match self.state {
+            State::Suspect => return Some(Why::Suspect),
+            State::Draining | State::Gone => return Some(Why::Draining),
+            State::Active => {}
+        }
+        if stands_by {
+            Some(Why::StandsBy)
+        } else if self.starved.is_some() {
+            Some(Why::LostOne)
+        } else if self.blocked.is_some() {
+            Some(Why::ChannelFull)
+        } else if self.load() >= u64::from(self.max) {
+            Some(Why::Full)
+        } else if !self.ring.has_room() {
+            Some(Why::NoSlot)
+        } else if !self.is_eligible() {
+            Some(Why::OnProbation)
+        } else {
+            None
+        }
+    }
+}

@@ -1,0 +1,71 @@
+//! The worker that the client's key belongs to: weighted rendezvous hashing, without any table.
+//!
+//! Each worker draws a number from the key and its own name; the highest for its weight wins. So a key stays where it is
+//! while its worker can take it, and when a worker leaves, only its own keys go elsewhere, to all the others. Highest random
+//! weight: Thaler and Ravishankar, "Using name-based mappings to increase hit rates", 1998. With weights `−w / ln(u)` is
+//! compared: Schindelhauer and Schomaker, "Weighted distributed hash tables", 2005 (the logarithmic method).
+
+use super::{Candidate, UNAVAILABLE};
+use crate::pool::types::AffinityKey;
+
+/// What each worker draws its numbers from.
+#[derive(Debug, Default)]
+pub(super) struct Rendezvous {
+    /// Runs parallel to the candidates.
+    nodes: Vec<u64>,
+    /// At least the weight of any candidate there has been.
+    heaviest: u32,
+}
+
+/// A number above 0 and below 1 that only these two decide.
+fn draw(key: AffinityKey, node: u64) -> f64 {
+    // The finisher of SplitMix64: every bit of both counts for every bit of the result.
+    let mut z = key.0 ^ node;
+    z = (z ^ (z >> 30)).wrapping_mul(0xbf58_476d_1ce4_e5b9);
+    z = (z ^ (z >> 27)).wrapping_mul(0x94d0_49bb_1331_11eb);
+    z ^= z >> 31;
+    ((z >> 11) as f64 + 0.5) / (1u64 << 53) as f64
+}
+
+fn score(weight: u32, drawn: f64) -> f64 {
+    -f64::from(weight) / drawn.ln()
+}
+
+impl Rendezvous {
+    pub(super) fn add(&mut self, node: u64) {
+        self.nodes.push(node);
+    }
+
+    pub(super) fn remove(&mut self, at: usize) {
+        self.nodes.swap_remove(at);
+    }
+
+    pub(super) fn update(&mut self, list: &[Candidate], at: usize) {
+        self.heaviest = self.heaviest.max(list[at].weight);
+    }
+
+    pub(super) fn pick(&self, list: &[Candidate], key: AffinityKey) -> Option<usize> {
+        let mut best = None;
+        let mut highest = 0.0;
+        // Whoever draws less cannot win even if it is the heaviest: this saves nearly all logarithms.
+        let mut least = 0.0;
+        for (at, (candidate, &node)) in list.iter().zip(&self.nodes).enumerate() {
+            let drawn = draw(key, node);
+            if drawn < least || candidate.cost >= UNAVAILABLE {
+                continue;
+            }
+            let score = score(candidate.weight, drawn);
+            if score > highest {
+                (best, highest) = (Some(at), score);
+                // A little less, for the last digits of two roundings.
+                least = (-f64::from(self.heaviest) / score).exp() * (1.0 - 1e-9);
+            }
+        }
+        best
+    }
+
+    /// What the worker at `at` has for this key, in terms of a configured weight.
+    pub(super) fn score(&self, list: &[Candidate], at: usize, key: AffinityKey) -> f64 {
+        score(list[at].weight, draw(key, self.nodes[at])) / 256.0
+    }
+}

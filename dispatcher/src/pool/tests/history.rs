@@ -1,0 +1,211 @@
+//! What is kept of decisions, and what is said of the next one.
+
+use std::sync::Arc;
+
+use proptest::prelude::*;
+use worker_sdk::PeerAddr;
+
+use super::policies::{client, desk_of};
+use super::*;
+
+fn desk_with_history(size: u32, candidates: u32) -> Desk {
+    desk_with(|pool| {
+        pool.history = size;
+        pool.history_candidates = candidates;
+    })
+}
+
+#[test]
+fn nothing_is_kept_unless_asked_for() {
+    let mut desk = desk();
+    desk.worker();
+    desk.next_from(PeerAddr::Unix);
+    assert_eq!(desk.core.history(PoolId(0), 0), []);
+    assert_eq!(desk.core.history(PoolId(7), 0), []);
+}
+
+#[test]
+fn a_decision_says_when_from_where_who_and_why() {
+    let mut desk = desk_with_history(10, 16);
+    let small =
+        desk.join(Hello { name: "small".to_owned(), max_connections: 1, ..hello() }).unwrap();
+    let large = desk.join(Hello { name: "large".to_owned(), weight: 2, ..hello() }).unwrap();
+    let lazy = desk.join(Hello { name: "lazy".to_owned(), base: 3, ..hello() }).unwrap();
+    for n in 0..4 {
+        desk.next_from(client(n));
+    }
+    desk.goodbye(lazy);
+    desk.next_from(client(4));
+    let decisions = desk.core.history(PoolId(0), 0);
+    assert_eq!(decisions.len(), 5);
+    let first = &decisions[0];
+    assert_eq!((first.number, first.conn, first.at), (1, Some(1), desk.now));
+    assert_eq!((first.listener, first.peer, first.key), (Some(WEB), client(0), None));
+    assert_eq!((first.chosen, first.resent, first.left_out), (Some(large.serial), false, 0));
+    let seen = |decision: &Decision| -> Vec<(u64, u64, Option<f64>, Why)> {
+        decision.candidates.iter().map(|c| (c.worker, c.load, c.score, c.why)).collect()
+    };
+    let (small, large, lazy) = (small.serial, large.serial, lazy.serial);
+    assert_eq!(
+        seen(first),
+        [
+            (large, 0, Some(0.5), Why::Chosen),
+            (small, 0, Some(1.0), Why::MoreLoaded),
+            (lazy, 3, Some(4.0), Why::MoreLoaded)
+        ]
+    );
+    // The second is a tie of the first two.
+    assert_eq!(seen(&decisions[1])[0].3, Why::Chosen);
+    assert_eq!(seen(&decisions[1])[1].3, Why::Tie);
+    assert_eq!(
+        seen(&decisions[4]),
+        [
+            (large, 3, Some(2.0), Why::Chosen),
+            (small, 1, None, Why::Full),
+            (lazy, 3, None, Why::Draining)
+        ]
+    );
+    assert_eq!(&*decisions[0].candidates[0].name, "large");
+    assert_eq!(decisions[0].candidates[0].weight, 2.0);
+}
+
+#[test]
+fn a_decision_says_what_was_in_a_workers_way() {
+    let mut desk = desk_with(|pool| {
+        pool.history = 10;
+        pool.max_untaken = 1;
+    });
+    let [idle, suspect, blocked, starved] = [(); 4].map(|()| desk.worker());
+    desk.link(blocked).capacity = 0;
+    for _ in 0..4 {
+        desk.accept(WEB);
+    }
+    // What the blocked one could not be sent waits for a slot.
+    desk.lose(starved);
+    desk.take_all(idle);
+    desk.take_all(idle);
+    desk.accept(WEB);
+    let why = |desk: &Desk| -> Vec<(u64, Why)> {
+        let explained = desk.core.explain(desk.now, PoolId(0), PeerAddr::Unix).unwrap();
+        let mut list: Vec<_> =
+            explained.decision.candidates.iter().map(|c| (c.worker, c.why)).collect();
+        list.sort_by_key(|(worker, _)| *worker);
+        list
+    };
+    assert_eq!(
+        why(&desk),
+        [
+            (idle.serial, Why::NoSlot),
+            (suspect.serial, Why::NoSlot),
+            (blocked.serial, Why::ChannelFull),
+            (starved.serial, Why::LostOne)
+        ]
+    );
+    desk.take_all(idle);
+    desk.wait(ms(999));
+    desk.take_all(idle);
+    desk.wait(ms(1));
+    assert_eq!(why(&desk)[1], (suspect.serial, Why::Suspect));
+}
+
+#[test]
+fn only_the_last_are_kept_and_only_some_workers_of_each() {
+    let mut desk = desk_with_history(3, 2);
+    for _ in 0..5 {
+        desk.worker();
+    }
+    for n in 0..10 {
+        desk.next_from(client(n));
+    }
+    let decisions = desk.core.history(PoolId(0), 0);
+    assert_eq!(decisions.iter().map(|d| d.number).collect::<Vec<_>>(), [8, 9, 10]);
+    for decision in &decisions {
+        assert_eq!((decision.candidates.len(), decision.left_out), (2, 3));
+        assert_eq!(decision.candidates[0].why, Why::Chosen);
+        assert_eq!(Some(decision.candidates[0].worker), decision.chosen);
+    }
+    let later = desk.core.history(PoolId(0), 9);
+    assert_eq!(later.iter().map(|d| d.number).collect::<Vec<_>>(), [10]);
+    // Whoever reads keeps what he reads; the next decisions are written elsewhere.
+    let read = Arc::clone(&decisions[0]);
+    for n in 0..10 {
+        desk.next_from(client(n));
+    }
+    assert_eq!(read.number, 8);
+    assert_eq!(desk.core.history(PoolId(0), 0)[0].number, 18);
+}
+
+#[test]
+fn a_connection_that_comes_back_is_marked() {
+    let mut desk = desk_with_history(10, 16);
+    let first = desk.worker();
+    desk.accept(WEB);
+    let second = desk.worker();
+    desk.leave(first, Departure::Died);
+    let decisions = desk.core.history(PoolId(0), 0);
+    assert_eq!(decisions.len(), 2);
+    assert_eq!(decisions[0].conn, decisions[1].conn);
+    assert_eq!((decisions[1].resent, decisions[1].chosen), (true, Some(second.serial)));
+}
+
+#[test]
+fn what_is_in_the_way_of_all_is_said() {
+    let mut desk = desk();
+    let obstacle =
+        |desk: &Desk| desk.core.explain(desk.now, PoolId(0), PeerAddr::Unix).unwrap().obstacle;
+    assert_eq!(obstacle(&desk), Some(Obstacle::NoWorker));
+    desk.wait(ms(5_000));
+    assert_eq!(obstacle(&desk), Some(Obstacle::Refusing));
+    let worker = desk.join(Hello { max_connections: 1, ..hello() }).unwrap();
+    assert_eq!(obstacle(&desk), None);
+    desk.accept(WEB);
+    assert_eq!(obstacle(&desk), Some(Obstacle::BackPressure));
+    desk.take_all(worker);
+    desk.finish(worker, 1);
+    desk.scarcity = 1;
+    desk.accept(WEB);
+    assert_eq!(obstacle(&desk), Some(Obstacle::Short));
+    desk.core.stop(desk.now, desk.now + ms(1));
+    assert_eq!(obstacle(&desk), Some(Obstacle::Stopping));
+    assert_eq!(desk.core.explain(desk.now, PoolId(9), PeerAddr::Unix), None);
+}
+
+proptest! {
+    #![proptest_config(ProptestConfig { cases: 64, failure_persistence: None, ..ProptestConfig::default() })]
+
+    #[test]
+    fn explained_is_done(
+        policy in prop::sample::select(&Policy::ALL[..]),
+        seed in any::<u64>(),
+        weights in prop::collection::vec((1u16..9, 0u16..3), 1..9),
+        steps in prop::collection::vec((0u32..20, 0usize..9, 0u64..3), 1..60),
+    ) {
+        let mut desk = desk_of(policy);
+        desk.core.set_seed(seed);
+        for (n, &(weight, priority)) in weights.iter().enumerate() {
+            let name = format!("w{n}");
+            desk.join(Hello { weight, priority, name, max_connections: 12, ..hello() }).unwrap();
+        }
+        for (from, who, ended) in steps {
+            let ended = ended.min(desk.core.load(desk.links[who % weights.len()].id).unwrap());
+            let worker = desk.links[who % weights.len()].id;
+            desk.finish(worker, ended);
+            let explained = desk.core.explain(desk.now, PoolId(0), client(from)).unwrap();
+            let again = desk.core.explain(desk.now, PoolId(0), client(from)).unwrap();
+            prop_assert_eq!(&explained, &again, "asking changes nothing");
+            prop_assert_eq!(explained.decision.candidates.len(), weights.len());
+            if desk.core.accepting(WEB) == Accepting::Pause {
+                prop_assert_eq!(explained.obstacle, Some(Obstacle::BackPressure));
+                prop_assert_eq!(explained.decision.chosen, None);
+                continue;
+            }
+            prop_assert_eq!(explained.obstacle, None);
+            let worker = desk.next_from(client(from));
+            prop_assert_eq!(explained.decision.chosen, Some(worker.serial));
+            let first = &explained.decision.candidates[0];
+            prop_assert_eq!((first.worker, first.why), (worker.serial, Why::Chosen));
+            let chosen = explained.decision.candidates.iter().filter(|c| c.why == Why::Chosen);
+            prop_assert_eq!(chosen.count(), 1);
+        }
+    }
+}

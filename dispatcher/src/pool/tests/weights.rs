@@ -1,0 +1,119 @@
+//! Weights that change: by an operator at any time, and by themselves during a slow start.
+
+use worker_sdk::PeerAddr;
+
+use super::policies::{ONCE_IN_1000, chi_squared, counts, desk_of, visits};
+use super::*;
+
+#[test]
+fn weights_can_be_changed_at_any_time() {
+    for policy in [Policy::LeastConnections, Policy::RoundRobin] {
+        let mut desk = desk_of(policy);
+        let workers = [desk.worker(), desk.worker()];
+        for _ in 0..100 {
+            desk.next_from(PeerAddr::Unix);
+        }
+        assert_eq!(desk.loads(&workers), [50, 50]);
+        assert!(desk.core.set_weight(desk.now, workers[0], 3));
+        for _ in 0..100 {
+            desk.next_from(PeerAddr::Unix);
+        }
+        let expected = if policy == Policy::RoundRobin { [125, 75] } else { [150, 50] };
+        assert_eq!(desk.loads(&workers), expected, "{policy:?}");
+    }
+    let mut desk = desk_of(Policy::Random);
+    let workers = [desk.worker(), desk.worker()];
+    desk.core.set_weight(desk.now, workers[0], 9);
+    let order = visits(&mut desk, &workers, 10_000);
+    let counts = counts(&order, 2);
+    assert!(chi_squared(&counts, &[9.0, 1.0]) < ONCE_IN_1000[0], "{counts:?}");
+}
+
+#[test]
+fn a_weight_of_a_worker_that_is_gone_is_nobodys() {
+    let mut desk = desk_of(Policy::LeastConnections);
+    let worker = desk.worker();
+    desk.leave(worker, Departure::Died);
+    assert!(!desk.core.set_weight(desk.now, worker, 3));
+}
+
+fn slow(policy: Policy) -> Desk {
+    let mut desk = desk_with(|pool| {
+        pool.policy = policy;
+        pool.max_untaken = 4_096;
+        pool.slow_start = ms(10_000);
+    });
+    desk
+}
+
+#[test]
+fn a_new_worker_starts_slowly_by_least_connections() {
+    let mut desk = slow(Policy::LeastConnections);
+    let old = desk.worker();
+    desk.wait(ms(10_000));
+    for _ in 0..6_400 {
+        desk.next_from(PeerAddr::Unix);
+    }
+    let new = desk.worker();
+    // Connections come and go; after each quarter it has its part, and no more at any time.
+    for quarter in 1..=4 {
+        for _ in 0..16 {
+            desk.wait(Duration::from_micros(156_250));
+            for _ in 0..400 {
+                if desk.core.load(old) > Some(0) {
+                    desk.finish(old, 1);
+                }
+                desk.next_from(PeerAddr::Unix);
+            }
+        }
+        let loads = desk.loads(&[old, new]);
+        let most = loads[0] * (16 * quarter + 1).min(64) / 64 + 1;
+        assert!(loads[1] <= most, "{loads:?} after quarter {quarter}");
+        assert!(loads[1] * 10 >= most * 8, "{loads:?} after quarter {quarter}");
+    }
+}
+
+#[test]
+fn a_new_worker_starts_slowly_by_turns_and_lots() {
+    for policy in [Policy::RoundRobin, Policy::Random] {
+        let mut desk = slow(policy);
+        let old = desk.worker();
+        desk.wait(ms(10_000));
+        let workers = [old, desk.worker()];
+        let mut shares = Vec::new();
+        for _ in 0..10 {
+            let mut had = 0;
+            for _ in 0..100 {
+                desk.wait(ms(10));
+                had += visits(&mut desk, &workers, 10).iter().sum::<usize>();
+            }
+            shares.push(had);
+        }
+        // With the fraction p of its weight it gets p / (1 + p) of 1,000; in the middle of each second.
+        for (second, &had) in shares.iter().enumerate() {
+            let part = (second as f64 + 0.5) / 10.0;
+            let expected = 1_000.0 * part / (1.0 + part);
+            assert!((had as f64 - expected).abs() < 60.0, "{policy:?}: {shares:?}");
+        }
+        let order = visits(&mut desk, &workers, 1_000);
+        let counts = counts(&order, 2);
+        assert!(chi_squared(&counts, &[1.0, 1.0]) < ONCE_IN_1000[0], "{policy:?}: {counts:?}");
+    }
+}
+
+#[test]
+fn whoever_starts_slowly_and_is_alone_gets_all() {
+    let mut desk = slow(Policy::LeastConnections);
+    let worker = desk.worker();
+    for _ in 0..100 {
+        desk.next_from(PeerAddr::Unix);
+    }
+    assert_eq!(desk.loads(&[worker]), [100]);
+    let status = desk.core.status();
+    assert_eq!(status.pools[0].workers[0].warm_percent, 1);
+    desk.wait(ms(5_000));
+    assert_eq!(desk.core.status().pools[0].workers[0].warm_percent, 51);
+    desk.wait(ms(5_000));
+    assert_eq!(desk.core.status().pools[0].workers[0].warm_percent, 100);
+    assert_eq!(desk.core.deadline(), None, "no timer is left");
+}
