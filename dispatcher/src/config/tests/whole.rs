@@ -1,6 +1,7 @@
 //! Mistakes that show only across keys, warnings, and files.
 
 use super::*;
+use crate::pool::Policy;
 
 #[test]
 fn two_of_a_kind() {
@@ -63,7 +64,11 @@ fn pools_and_policies() {
         "unknown value `least-conections`",
         "did you mean `least-connections`?",
     );
-    pool_refused("policy = ‹'random'›", "unknown value", "the values are: least-connections");
+    pool_refused("policy = ‹'fair'›", "unknown value", "the values are: least-connections");
+    for policy in Policy::ALL.into_iter().filter(|policy| *policy != Policy::LeastScore) {
+        let config = good(&format!("{GOOD}policy = '{}'\n", policy.name()));
+        assert_eq!(config.pools[0].settings.policy, policy);
+    }
 }
 
 #[test]
