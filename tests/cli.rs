@@ -404,3 +404,32 @@ fn sockets_for_another_process_are_not_ours() {
     let said = "systemd:web: no socket of this name; no other sockets were passed";
     assert!(ran.err.contains(said) && ran.err.contains("FileDescriptorName=web"), "{}", ran.err);
 }
+
+#[test]
+fn a_check_for_programs() {
+    let temp = configure(CONFIG);
+    let file = temp.path().join("dispatcher.toml");
+    let check = || {
+        let ran =
+            finish(Command::new(dispatcher_bin()).args(["check", "--json", "--config"]).arg(&file));
+        let json: serde_json::Value = serde_json::from_str(&ran.out).unwrap();
+        assert_eq!(json["file"], file.to_str().unwrap());
+        (ran.code, json)
+    };
+    let (code, json) = check();
+    assert_eq!((code, &json["ok"], json["mistake"].is_null()), (0, &true.into(), true), "{json}");
+    let good = std::fs::read_to_string(&file).unwrap();
+    std::fs::write(&file, format!("handof_timeout = \"1s\"\n{good}")).unwrap();
+    let (code, json) = check();
+    assert_eq!((code, &json["ok"]), (78, &false.into()), "{json}");
+    let mistake = &json["mistake"];
+    assert_eq!(
+        (&mistake["line"], &mistake["column"], &mistake["width"]),
+        (&1.into(), &1.into(), &14.into())
+    );
+    assert_eq!(mistake["message"], "unknown key `handof_timeout`");
+    std::fs::remove_file(&file).unwrap();
+    let (code, json) = check();
+    assert_eq!(code, 78);
+    assert!(json["mistake"]["message"].as_str().unwrap().contains("No such file"), "{json}");
+}

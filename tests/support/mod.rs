@@ -4,6 +4,7 @@
 #![allow(dead_code)] // each test file uses its own part
 #![allow(clippy::unwrap_used, clippy::expect_used)]
 
+pub mod browser;
 pub mod peer;
 
 use std::collections::BTreeMap;

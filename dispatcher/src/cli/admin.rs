@@ -16,7 +16,7 @@ use crate::config::{Config, DEFAULT_ADMIN_SOCKET, DEFAULT_FILE, UnixSource};
 const VARIABLE: &str = "DISPATCHER_ADMIN";
 
 /// An admin socket, and who says so.
-#[derive(Debug, PartialEq, Eq)]
+#[derive(Clone, Debug, PartialEq, Eq)]
 pub(super) struct Place {
     pub path: PathBuf,
     pub from: String,

@@ -3,12 +3,37 @@
 use std::fmt::Write as _;
 use std::path::Path;
 
-use super::{Exit, Failure, complain, print};
-use crate::config::{Config, ConfigError, UnixSource};
+use serde_json::{Value, json};
 
-pub(super) fn check(path: &Path) -> Result<(), Failure> {
+use super::{Exit, Failure, complain, print};
+use crate::config::{Config, ConfigError, Diagnostic, UnixSource};
+
+pub(super) fn check(path: &Path, json: bool) -> Result<(), Failure> {
+    if json {
+        return check_for_programs(path);
+    }
     let config = load(path)?;
     print(&format!("{}: ok\n{}", path.display(), summary(&config)))
+}
+
+/// `{"file", "ok", "mistake", "warnings"}`; the exit code is the same as for people.
+fn check_for_programs(path: &Path) -> Result<(), Failure> {
+    let place = |found: &Diagnostic| {
+        json!({ "line": found.line, "column": found.column, "width": found.width,
+            "message": found.message, "help": found.help })
+    };
+    let result = Config::load(path);
+    let (mistake, warnings) = match &result {
+        Ok(config) => (Value::Null, config.warnings.iter().map(|w| place(&w.0)).collect()),
+        Err(error) => {
+            let unreadable = || json!({ "message": error.to_string() });
+            (error.diagnostic().map_or_else(unreadable, place), Vec::new())
+        }
+    };
+    let answer = json!({ "file": path.display().to_string(), "ok": result.is_ok(),
+        "mistake": mistake, "warnings": warnings });
+    print(&format!("{answer}\n"))?;
+    result.map(drop).map_err(|error| Failure::new(Exit::Config, error.to_string()))
 }
 
 /// Reads a configuration, with its warnings said.

@@ -6,8 +6,11 @@ mod check;
 mod demo;
 mod drain;
 mod exit;
+mod manual;
 mod run;
 mod status;
+#[cfg(feature = "tui")]
+mod top;
 
 #[cfg(test)]
 mod tests;
@@ -29,6 +32,7 @@ Examples:
   dispatcher run --config FILE             serve
   dispatcher status                        who has how many connections?
   dispatcher status --json                 the same for programs
+  dispatcher top                           the same as a live screen
   dispatcher drain web/web-1               no new connections for this worker
 
 Environment:
@@ -51,20 +55,31 @@ enum Command {
     #[command(after_help = "Example:\n  dispatcher run --config ./dispatcher.toml")]
     Run(FileArgs),
     /// Check a configuration: exit code 0 if it is good, 78 with the place of the first mistake if not.
-    #[command(after_help = "Example:\n  dispatcher check --config ./dispatcher.toml")]
-    Check(FileArgs),
+    #[command(after_help = "Examples:\n  dispatcher check --config ./dispatcher.toml\n  \
+                      dispatcher check --json | jq -r '.mistake.line'")]
+    Check(CheckArgs),
     /// Show what a running dispatcher is doing.
     #[command(
         after_help = "Examples:\n  dispatcher status\n  dispatcher status --json | jq '.pools[].workers[].load'\n  \
                       dispatcher status --admin /tmp/admin.sock"
     )]
     Status(StatusArgs),
+    /// Watch pools and workers, drain and resume them, on a live screen.
+    #[cfg(feature = "tui")]
+    #[command(after_help = top::EXAMPLES)]
+    Top(top::TopArgs),
     /// Give workers no new connections; what they have goes on.
     #[command(after_help = drain::DRAIN_EXAMPLES)]
     Drain(drain::DrainArgs),
     /// Give drained workers connections again.
     #[command(after_help = drain::RESUME_EXAMPLES)]
     Resume(drain::ResumeArgs),
+    /// Print the script that completes commands and options in a shell.
+    #[command(after_help = manual::COMPLETIONS_EXAMPLES)]
+    Completions(manual::CompletionsArgs),
+    /// Print a manual page, or write all of them.
+    #[command(after_help = manual::MAN_EXAMPLES)]
+    Man(manual::ManArgs),
     /// Try it out: an HTTP server of several processes, without any configuration.
     #[cfg(feature = "demo")]
     #[command(
@@ -85,6 +100,15 @@ struct FileArgs {
     /// The configuration.
     #[arg(long, value_name = "FILE", default_value = crate::config::DEFAULT_FILE)]
     config: PathBuf,
+}
+
+#[derive(Debug, Args)]
+struct CheckArgs {
+    #[command(flatten)]
+    file: FileArgs,
+    /// What was found, as JSON.
+    #[arg(long)]
+    json: bool,
 }
 
 /// Where client commands find the dispatcher.
@@ -153,7 +177,11 @@ fn execute(arguments: impl IntoIterator<Item = OsString>) -> Exit {
     };
     let result = match &cli.command {
         Command::Run(arguments) => run::run(&arguments.config),
-        Command::Check(arguments) => check::check(&arguments.config),
+        Command::Check(arguments) => check::check(&arguments.file.config, arguments.json),
+        #[cfg(feature = "tui")]
+        Command::Top(arguments) => top::top(arguments),
+        Command::Completions(arguments) => manual::completions(arguments),
+        Command::Man(arguments) => manual::man(arguments),
         Command::Drain(arguments) => drain::drain(arguments),
         Command::Resume(arguments) => drain::resume(arguments),
         Command::Status(arguments) => status::status(&arguments.admin, arguments.json),

@@ -16,6 +16,31 @@ fn the_arguments_are_consistent() {
 }
 
 #[test]
+fn every_command_explains_itself_and_speaks_json() {
+    use clap::CommandFactory;
+    // What they print is no data: a screen, a script, a page, or nothing.
+    let without = ["run", "demo", "top", "completions", "man"];
+    let mut whole = Cli::command();
+    whole.build();
+    let shown = whole.get_subcommands().filter(|command| !command.is_hide_set());
+    let mut seen = 0;
+    for command in shown.filter(|command| command.get_name() != "help") {
+        seen += 1;
+        let name = command.get_name();
+        assert!(command.get_about().is_some(), "{name}: what is it for?");
+        let more = command.get_after_help().map(ToString::to_string).unwrap_or_default();
+        assert!(more.contains("Example"), "{name}: an example");
+        assert!(more.contains(&format!("dispatcher {name}")), "{name}: an example of it");
+        for argument in command.get_arguments() {
+            assert!(argument.get_help().is_some(), "{name} {}: what is it?", argument.get_id());
+        }
+        let json = command.get_arguments().any(|argument| argument.get_id() == "json");
+        assert_eq!(json, !without.contains(&name), "{name}: --json");
+    }
+    assert!(seen >= 8);
+}
+
+#[test]
 fn exit_codes() {
     let directory = tempfile::tempdir().expect("a directory");
     let file = directory.path().join("d.toml");

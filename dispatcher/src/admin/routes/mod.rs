@@ -3,6 +3,7 @@
 //! To add a route: a function `routes()` in a file of its own, merged in [`all`], and its path in [`PATHS`].
 
 mod health;
+mod page;
 mod pools;
 mod status;
 mod workers;
@@ -29,8 +30,8 @@ const MAX_BODY: usize = 64 * 1024;
 pub(super) const PATIENCE: Duration = Duration::from_secs(3);
 
 /// Everything there is to ask for, as the answer to a wrong path lists it.
-const PATHS: [&str; 6] =
-    ["/v1/status", "/v1/pools/NAME", "/v1/workers", "/v1/workers/ID", "/healthz", "/readyz"];
+const PATHS: [&str; 7] =
+    ["/", "/v1/status", "/v1/pools/NAME", "/v1/workers", "/v1/workers/ID", "/healthz", "/readyz"];
 
 /// What every handler can have with `State(app): State<App>`.
 #[derive(Clone)]
@@ -41,6 +42,7 @@ pub(super) struct App {
 /// Every route.
 pub(super) fn all(app: App) -> Router {
     Router::new()
+        .merge(page::routes())
         .merge(status::routes())
         .merge(pools::routes())
         .merge(workers::routes())

@@ -1,0 +1,248 @@
+//! `dispatcher top`: the status as a live screen. Owns the terminal and the thread that asks; what keys mean is in `model`,
+//! what is drawn in `view`.
+
+mod model;
+#[cfg(test)]
+mod tests;
+mod view;
+
+use std::io::IsTerminal;
+use std::sync::Arc;
+use std::sync::atomic::{AtomicBool, Ordering};
+use std::sync::mpsc::{self, Receiver, RecvTimeoutError, SyncSender};
+use std::time::{Duration, Instant};
+
+use clap::Args;
+use ratatui::Terminal;
+use ratatui::backend::TestBackend;
+use ratatui::crossterm::event::{self, Event, KeyCode, KeyEvent, KeyEventKind, KeyModifiers};
+
+use self::model::{Action, Key, Model, Notice};
+use self::view::Theme;
+use super::admin::{self, Place};
+use super::{AdminArgs, Exit, Failure, print};
+use crate::status::Status;
+
+pub(super) const EXAMPLES: &str = "\
+Examples:
+  dispatcher top                                 q ends it, the last line shows the other keys
+  dispatcher top --interval 200ms
+  dispatcher top --snapshot --size 100x30        one frame as text
+
+Environment:
+  NO_COLOR     anything: no colours";
+
+#[derive(Debug, Args)]
+pub(super) struct TopArgs {
+    #[command(flatten)]
+    admin: AdminArgs,
+    /// How long between two looks.
+    #[arg(long, value_name = "DURATION", default_value = "1s", value_parser = interval)]
+    interval: Duration,
+    /// Print one frame as text, for which no terminal is needed.
+    #[arg(long)]
+    snapshot: bool,
+    /// How many columns and lines the frame has.
+    #[arg(long, value_name = "COLUMNSxLINES", default_value = "100x30", value_parser = size, requires = "snapshot")]
+    size: (u16, u16),
+}
+
+fn interval(text: &str) -> Result<Duration, String> {
+    match humantime::parse_duration(text) {
+        Ok(interval) if interval >= LOOK => Ok(interval),
+        Ok(_) => Err("at least 100ms".to_owned()),
+        Err(error) => Err(error.to_string()),
+    }
+}
+
+fn size(text: &str) -> Result<(u16, u16), String> {
+    let (columns, lines) = text.split_once('x').ok_or("write it like 100x30")?;
+    match (columns.parse(), lines.parse()) {
+        (Ok(columns @ 20..=500), Ok(lines @ 5..=500)) => Ok((columns, lines)),
+        _ => Err("20 to 500 columns, 5 to 500 lines".to_owned()),
+    }
+}
+
+/// How long a signal or an answer may wait for us while nobody types.
+const LOOK: Duration = Duration::from_millis(100);
+
+pub(super) fn top(arguments: &TopArgs) -> Result<(), Failure> {
+    let place = admin::find(&arguments.admin)?;
+    let theme = Theme { color: std::env::var_os("NO_COLOR").is_none_or(|value| value.is_empty()) };
+    if arguments.snapshot {
+        return snapshot(&place, arguments.size);
+    }
+    if !std::io::stdout().is_terminal() || !std::io::stdin().is_terminal() {
+        return Err(Failure::new(
+            Exit::Usage,
+            "top draws on a terminal, and this is none: see `dispatcher top --snapshot` and \
+             `dispatcher status`",
+        ));
+    }
+    // Before the screen is taken: whoever has nothing to look at should read why.
+    let first = ask(&place)?;
+    let stop = stop_flag().map_err(|error| system("signal handlers", &error))?;
+    let mut terminal = ratatui::try_init().map_err(|error| system("the terminal", &error))?;
+    // From here on a panic restores the terminal too, before it says what happened.
+    let result = live(&mut terminal, &place, first, arguments.interval, theme, &stop);
+    ratatui::restore();
+    result
+}
+
+fn system(what: &str, error: &std::io::Error) -> Failure {
+    Failure::new(Exit::OsErr, format!("{what}: {error}"))
+}
+
+/// Set by the signals that ask a program to end.
+fn stop_flag() -> std::io::Result<Arc<AtomicBool>> {
+    let stop = Arc::new(AtomicBool::new(false));
+    for signal in [libc::SIGTERM, libc::SIGHUP, libc::SIGINT, libc::SIGQUIT] {
+        signal_hook::flag::register(signal, Arc::clone(&stop))?;
+    }
+    Ok(stop)
+}
+
+/// One frame as text.
+fn snapshot(place: &Place, (width, height): (u16, u16)) -> Result<(), Failure> {
+    let mut model = Model::new();
+    model.answer(ask(place)?, Duration::ZERO);
+    print(&frame(&mut model, width, height))
+}
+
+/// A frame without colours, the spaces at the ends of lines left out.
+fn frame(model: &mut Model, width: u16, height: u16) -> String {
+    let Ok(mut terminal) = Terminal::new(TestBackend::new(width, height));
+    let Ok(drawn) = terminal.draw(|frame| view::draw(frame, model, Theme { color: false }));
+    let buffer = drawn.buffer;
+    let mut text = String::new();
+    for y in 0..height {
+        let line: String =
+            (0..width).filter_map(|x| buffer.cell((x, y)).map(|cell| cell.symbol())).collect();
+        text.push_str(line.trim_end());
+        text.push('\n');
+    }
+    text
+}
+
+fn ask(place: &Place) -> Result<Status, Failure> {
+    admin::parse(&admin::get(place, "/v1/status")?, place)
+}
+
+/// What the thread that asks found out.
+enum News {
+    Status(Box<Status>),
+    NoAnswer(String),
+    Done(String),
+    Failed(String),
+}
+
+fn live(
+    terminal: &mut ratatui::DefaultTerminal,
+    place: &Place,
+    first: Status,
+    interval: Duration,
+    theme: Theme,
+    stop: &AtomicBool,
+) -> Result<(), Failure> {
+    let began = Instant::now();
+    let mut model = Model::new();
+    model.answer(first, Duration::ZERO);
+    let (orders, to_do) = mpsc::sync_channel(16);
+    let (tell, news) = mpsc::sync_channel(16);
+    let place = place.clone();
+    // It ends with the process: it may be in the middle of asking.
+    std::thread::Builder::new()
+        .name("ask".to_owned())
+        .spawn(move || keep_asking(&place, interval, &to_do, &tell))
+        .map_err(|error| system("a thread", &error))?;
+    let broken = |error: std::io::Error| system("the terminal", &error);
+    while !stop.load(Ordering::SeqCst) {
+        while let Ok(news) = news.try_recv() {
+            match news {
+                News::Status(status) => model.answer(*status, began.elapsed()),
+                News::NoAnswer(why) => model.no_answer(why),
+                News::Done(what) => model.notice = Notice::Done(what),
+                News::Failed(why) => model.notice = Notice::Failed(why),
+            }
+        }
+        terminal.draw(|frame| view::draw(frame, &mut model, theme)).map_err(broken)?;
+        if !event::poll(LOOK).map_err(broken)? {
+            continue;
+        }
+        if let Event::Key(pressed) = event::read().map_err(broken)?
+            && let Some(key) = key(&pressed)
+        {
+            match model.key(key) {
+                None => {}
+                Some(Action::Quit) => break,
+                Some(order) => {
+                    if orders.try_send(order).is_err() {
+                        model.notice = Notice::Failed("busy with what you asked before".to_owned());
+                    }
+                }
+            }
+        }
+    }
+    Ok(())
+}
+
+fn key(event: &KeyEvent) -> Option<Key> {
+    if event.kind == KeyEventKind::Release {
+        return None;
+    }
+    let control = event.modifiers.contains(KeyModifiers::CONTROL);
+    Some(match event.code {
+        KeyCode::Char('c') if control => Key::Interrupt,
+        KeyCode::Char(_) if control => return None,
+        KeyCode::Char(character) => Key::Character(character),
+        KeyCode::Up => Key::Up,
+        KeyCode::Down => Key::Down,
+        KeyCode::PageUp => Key::PageUp,
+        KeyCode::PageDown => Key::PageDown,
+        KeyCode::Home => Key::First,
+        KeyCode::End => Key::Last,
+        KeyCode::Esc => Key::Escape,
+        _ => return None,
+    })
+}
+
+/// Asks every `interval`, and at once after an order; ends when nobody listens any more.
+fn keep_asking(
+    place: &Place,
+    interval: Duration,
+    orders: &Receiver<Action>,
+    tell: &SyncSender<News>,
+) {
+    loop {
+        let order = match orders.recv_timeout(interval) {
+            Ok(order) => Some(order),
+            Err(RecvTimeoutError::Timeout) => None,
+            Err(RecvTimeoutError::Disconnected) => return,
+        };
+        if let Some(order) = order
+            && tell.send(carry_out(place, &order)).is_err()
+        {
+            return;
+        }
+        let news = match ask(place) {
+            Ok(status) => News::Status(Box::new(status)),
+            Err(failure) => News::NoAnswer(failure.message),
+        };
+        if tell.send(news).is_err() {
+            return;
+        }
+    }
+}
+
+fn carry_out(place: &Place, order: &Action) -> News {
+    let (id, action, done) = match order {
+        Action::Drain(id) => (id, "drain", "is draining"),
+        Action::Resume(id) => (id, "resume", "gets connections again"),
+        Action::Quit => return News::Failed("nothing to do".to_owned()),
+    };
+    let body = serde_json::json!({ "action": action });
+    match admin::post(place, &format!("/v1/workers/{id}"), &body) {
+        Ok(_) => News::Done(format!("worker {id} {done}")),
+        Err(failure) => News::Failed(failure.message),
+    }
+}

@@ -1,0 +1,351 @@
+//! One frame of `top`: from what is known to cells of a terminal of any size. Without colours it says the same.
+
+use std::time::Duration;
+
+use ratatui::Frame;
+use ratatui::layout::{Constraint, Layout, Rect};
+use ratatui::style::{Color, Modifier, Style};
+use ratatui::text::{Line, Span};
+use ratatui::widgets::{Block, Cell, Paragraph, Row, Sparkline, Table, TableState};
+
+use super::model::{self, Model, Notice};
+use crate::cli::status::clean;
+use crate::status::Status;
+
+/// Most faults shown at once.
+const FAULTS: usize = 4;
+
+/// Widest bar of a worker's load.
+const BAR: u16 = 16;
+
+/// Colours, or none.
+#[derive(Clone, Copy, Debug)]
+pub(super) struct Theme {
+    pub color: bool,
+}
+
+impl Theme {
+    fn with(self, color: Color) -> Style {
+        if self.color { Style::new().fg(color) } else { Style::new() }
+    }
+
+    fn head(self) -> Style {
+        Style::new().add_modifier(Modifier::BOLD)
+    }
+
+    fn of_state(self, state: &str) -> Style {
+        match state {
+            "active" | "ready" | "accepting" => self.with(Color::Green),
+            "draining" | "paused" | "back-pressure" => {
+                self.with(Color::Yellow).add_modifier(Modifier::BOLD)
+            }
+            _ => self.with(Color::Red).add_modifier(Modifier::BOLD),
+        }
+    }
+}
+
+pub(super) fn draw(frame: &mut Frame<'_>, model: &mut Model, theme: Theme) {
+    let area = frame.area();
+    let Some(status) = model.status.clone() else {
+        let text = match &model.lost {
+            Some(why) => format!("{why}\n\nStill asking.  q quit"),
+            None => "Asking the dispatcher …".to_owned(),
+        };
+        frame.render_widget(Paragraph::new(text), area);
+        return;
+    };
+    let pools = u16::try_from(status.pools.len()).unwrap_or(u16::MAX);
+    let faults = u16::try_from(status.faults.len().min(FAULTS)).unwrap_or(0);
+    // What has the least to say gives way first on a small screen.
+    let tall = area.height >= 20;
+    let [head, chart, pool_area, worker_area, fault_area, foot] = Layout::vertical([
+        Constraint::Length(3),
+        Constraint::Length(if tall { 4 } else { 0 }),
+        Constraint::Length(pools.saturating_add(1).min(area.height / 4).max(2)),
+        Constraint::Min(3),
+        Constraint::Length(if tall && faults > 0 { faults + 1 } else { 0 }),
+        Constraint::Length(1),
+    ])
+    .areas(area);
+    self::head(frame, head, &status, model, theme);
+    accepted(frame, chart, &status, theme);
+    self::pools(frame, pool_area, &status, model, theme);
+    workers(frame, worker_area, model, theme);
+    self::faults(frame, fault_area, &status, theme);
+    frame.render_widget(self::foot(model, theme), foot);
+}
+
+fn head(frame: &mut Frame<'_>, area: Rect, status: &Status, model: &Model, theme: Theme) {
+    let up = humantime::format_duration(Duration::from_secs(status.uptime_seconds));
+    let mut first = vec![
+        Span::styled(format!("dispatcher {}", clean(&status.version)), theme.head()),
+        Span::raw(format!("  pid {}  up {up}", status.pid)),
+    ];
+    if status.stopping {
+        first.push(Span::styled("  stopping", theme.of_state("stopping")));
+    }
+    if model.paused {
+        first.push(Span::styled("  paused", theme.of_state("paused")));
+    }
+    let live: u64 = status.pools.iter().flat_map(|pool| &pool.workers).map(|w| w.load).sum();
+    let totals = format!(
+        "live {live}  accepted {}  returned {}  held {}  custody {}  taken {}  closed {}",
+        status.accepted,
+        status.returned,
+        status.held,
+        status.custody,
+        status.taken,
+        status.closed.values().sum::<u64>(),
+    );
+    let reasons: Vec<String> = status
+        .closed
+        .iter()
+        .filter(|(_, count)| **count > 0)
+        .map(|(reason, count)| format!("closed {} {count}", clean(reason)))
+        .collect();
+    let last = match &model.lost {
+        Some(why) => Line::styled(
+            format!("no answer, these are the last figures: {}", clean(why)),
+            theme.of_state("lost"),
+        ),
+        None => Line::raw(reasons.join("  ")),
+    };
+    frame.render_widget(Paragraph::new(vec![Line::from(first), Line::raw(totals), last]), area);
+}
+
+fn accepted(frame: &mut Frame<'_>, area: Rect, status: &Status, theme: Theme) {
+    let width = usize::from(area.width);
+    let seconds = &status.accepted_per_second;
+    let shown = &seconds[seconds.len().saturating_sub(width)..];
+    let title = format!(
+        "accepted per second: {} now, most {} in the last {} s",
+        seconds.last().unwrap_or(&0),
+        shown.iter().max().unwrap_or(&0),
+        shown.len()
+    );
+    // The newest at the right edge, from the first second on.
+    let mut data = vec![0; width - shown.len()];
+    data.extend_from_slice(shown);
+    let line = Sparkline::default()
+        .block(Block::new().title(title).title_style(theme.head()))
+        .style(theme.with(Color::Cyan))
+        .data(data);
+    frame.render_widget(line, area);
+}
+
+fn pools(frame: &mut Frame<'_>, area: Rect, status: &Status, model: &Model, theme: Theme) {
+    let header = ["POOL", "POLICY", "STATE", "WORKERS", "LOAD", "HELD", "LOAD OVER TIME"];
+    let rows = status.pools.iter().map(|pool| {
+        let load: u64 = pool.workers.iter().map(|worker| worker.load).sum();
+        Row::new([
+            Cell::new(clean(&pool.name)),
+            Cell::new(clean(&pool.policy)),
+            Cell::new(clean(&pool.state)).style(theme.of_state(&pool.state)),
+            right(pool.workers.len().to_string()),
+            right(load.to_string()),
+            right(pool.held.to_string()),
+            Cell::new(sparks(&model.loads(&pool.name), 30)).style(theme.with(Color::Cyan)),
+        ])
+    });
+    let widths = [
+        Constraint::Length(12),
+        Constraint::Length(17),
+        Constraint::Length(13),
+        Constraint::Length(8),
+        Constraint::Length(9),
+        Constraint::Length(7),
+        Constraint::Fill(1),
+    ];
+    let head =
+        header.iter().enumerate().map(|(column, word)| heading(word, (3..6).contains(&column)));
+    frame.render_widget(Table::new(rows, widths).header(Row::new(head).style(theme.head())), area);
+}
+
+/// A column of the workers' table.
+#[derive(Clone, Copy, PartialEq, Eq)]
+enum Column {
+    Pool,
+    Worker,
+    State,
+    Load,
+    Custody,
+    Rate,
+    Id,
+    Pid,
+    Bar,
+    Weight,
+    Revoked,
+}
+
+impl Column {
+    /// As they stand.
+    const ALL: [Column; 11] = [
+        Column::Pool,
+        Column::Worker,
+        Column::State,
+        Column::Id,
+        Column::Pid,
+        Column::Weight,
+        Column::Load,
+        Column::Bar,
+        Column::Rate,
+        Column::Custody,
+        Column::Revoked,
+    ];
+
+    /// What a narrow screen does without, the last first.
+    const OPTIONAL: [Column; 8] = [
+        Column::Pool,
+        Column::Custody,
+        Column::Rate,
+        Column::Id,
+        Column::Pid,
+        Column::Bar,
+        Column::Weight,
+        Column::Revoked,
+    ];
+
+    fn head(self) -> &'static str {
+        match self {
+            Column::Pool => "POOL",
+            Column::Worker => "WORKER",
+            Column::State => "STATE",
+            Column::Load => "LOAD",
+            Column::Custody => "CUSTODY",
+            Column::Rate => "PER SECOND",
+            Column::Id => "ID",
+            Column::Pid => "PID",
+            Column::Bar => "",
+            Column::Weight => "WEIGHT",
+            Column::Revoked => "REVOKED",
+        }
+    }
+
+    fn width(self) -> u16 {
+        match self {
+            Column::Pool => 12,
+            Column::Worker => 14,
+            Column::State => 9,
+            Column::Load | Column::Custody | Column::Revoked => 7,
+            Column::Rate => 10,
+            Column::Id | Column::Weight => 6,
+            Column::Pid => 8,
+            Column::Bar => BAR,
+        }
+    }
+
+    fn is_number(self) -> bool {
+        !matches!(self, Column::Pool | Column::Worker | Column::State | Column::Bar)
+    }
+
+    /// Those that fit.
+    fn fitting(width: u16) -> Vec<Column> {
+        let mut shown = Column::ALL.to_vec();
+        for dropped in Column::OPTIONAL.iter().rev() {
+            let needed: u16 = shown.iter().map(|column| column.width() + 1).sum();
+            if needed + 1 <= width {
+                break;
+            }
+            shown.retain(|column| column != dropped);
+        }
+        shown
+    }
+
+    fn cell(self, row: &model::Row<'_>, most: u64, theme: Theme) -> Cell<'static> {
+        let worker = row.worker;
+        match self {
+            Column::Pool => Cell::new(clean(&row.pool.name)),
+            Column::Worker => Cell::new(clean(&worker.name)),
+            Column::State => Cell::new(clean(&worker.state)).style(theme.of_state(&worker.state)),
+            Column::Load => right(worker.load.to_string()),
+            Column::Custody => right(worker.custody.to_string()),
+            Column::Rate => right(row.rate.map_or("-".to_owned(), |rate| format!("{rate:.1}"))),
+            Column::Id => right(worker.id.to_string()),
+            Column::Pid => right(worker.pid.to_string()),
+            Column::Bar => {
+                Cell::new(bar(worker.load, worker.custody, most)).style(theme.with(Color::Blue))
+            }
+            Column::Weight => right(worker.weight.to_string()),
+            Column::Revoked => right(worker.revoked.to_string()),
+        }
+    }
+}
+
+fn workers(frame: &mut Frame<'_>, area: Rect, model: &mut Model, theme: Theme) {
+    model.page = usize::from(area.height.saturating_sub(1));
+    let position = model.position();
+    let rows = model.rows();
+    if rows.is_empty() {
+        frame.render_widget(Paragraph::new("no worker has joined"), area);
+        return;
+    }
+    let most = rows.iter().map(|row| row.worker.load).max().unwrap_or(0).max(1);
+    let columns = Column::fitting(area.width);
+    let table = rows.iter().map(|row| Row::new(columns.iter().map(|c| c.cell(row, most, theme))));
+    let head = columns.iter().map(|column| heading(column.head(), column.is_number()));
+    let widths = columns.iter().map(|column| match column {
+        Column::Worker => Constraint::Fill(1),
+        other => Constraint::Length(other.width()),
+    });
+    let table = Table::new(table, widths)
+        .header(Row::new(head).style(theme.head()))
+        // A sign as well: reversed cells do not show in a screen reader, nor in text.
+        .highlight_symbol("> ")
+        .row_highlight_style(Style::new().add_modifier(Modifier::REVERSED));
+    let mut state = TableState::new().with_selected(position);
+    frame.render_stateful_widget(table, area, &mut state);
+}
+
+fn faults(frame: &mut Frame<'_>, area: Rect, status: &Status, theme: Theme) {
+    let mut lines = vec![Line::styled("last faults", theme.head())];
+    for fault in status.faults.iter().rev().take(usize::from(area.height.saturating_sub(1))) {
+        let time = fault.time.get(11..19).unwrap_or(&fault.time);
+        let times =
+            if fault.count > 1 { format!(" ({} times)", fault.count) } else { String::new() };
+        lines.push(Line::raw(clean(&format!(
+            "{time} {} {}: {}{times}",
+            fault.kind, fault.subject, fault.text
+        ))));
+    }
+    frame.render_widget(Paragraph::new(lines), area);
+}
+
+fn foot(model: &Model, theme: Theme) -> Line<'static> {
+    match &model.notice {
+        Notice::Nothing => Line::raw(format!(
+            "q quit  ↑↓ choose  d drain  r resume  s order: {}  p {}",
+            model.order.name(),
+            if model.paused { "go on" } else { "pause" }
+        )),
+        Notice::Done(text) => Line::styled(clean(text), theme.with(Color::Green)),
+        Notice::Failed(text) => Line::styled(clean(text), theme.of_state("failed")),
+        Notice::Confirm { name, .. } => Line::styled(
+            format!("drain {}? It gets no new connections.  y yes, any other key no", clean(name)),
+            theme.of_state("draining"),
+        ),
+    }
+}
+
+fn heading(word: &'static str, right: bool) -> Cell<'static> {
+    let line = Line::raw(word);
+    Cell::new(if right { line.right_aligned() } else { line })
+}
+
+fn right(text: String) -> Cell<'static> {
+    Cell::new(Line::raw(text).right_aligned())
+}
+
+/// The load as a bar, its untaken part lighter.
+fn bar(load: u64, custody: u64, most: u64) -> String {
+    let cells = |part: u64| (part as f64 / most as f64 * f64::from(BAR)).round() as usize;
+    let (whole, taken) = (cells(load), cells(load.saturating_sub(custody)));
+    format!("{}{}", "█".repeat(taken), "░".repeat(whole.saturating_sub(taken)))
+}
+
+/// The last values as a line of small bars.
+fn sparks(values: &[u64], width: usize) -> String {
+    const LEVELS: [char; 8] = ['▁', '▂', '▃', '▄', '▅', '▆', '▇', '█'];
+    let shown = &values[values.len().saturating_sub(width)..];
+    let most = shown.iter().copied().max().unwrap_or(0).max(1);
+    shown.iter().map(|value| LEVELS[(*value as f64 / most as f64 * 7.0).round() as usize]).collect()
+}

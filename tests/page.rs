@@ -1,0 +1,538 @@
+//! The status page in a headless Chromium, with a real dispatcher and real workers behind it.
+#![allow(clippy::unwrap_used, clippy::expect_used)]
+
+mod support;
+
+use std::io::{Read, Write};
+use std::net::{Shutdown, TcpListener, TcpStream};
+use std::os::unix::net::UnixStream;
+use std::path::PathBuf;
+
+use dispatcher::status::{FaultStatus, PoolStatus, Status, WorkerStatus};
+use nix::sys::signal::Signal;
+use serde_json::{Value, json};
+use support::browser::Browser;
+use support::*;
+
+/// A name that would run, if it were taken for markup, and one that fits nowhere.
+const HOSTILE: &str = "<img/src=x/onerror=document.title='hit'>";
+const LONG: &str = "a-worker-whose-name-is-sixty-four-characters-long-because-it-may";
+
+/// What the page shows of a table: the text of each cell, by row.
+fn rows(body: &str) -> String {
+    format!(
+        "[...document.querySelectorAll('#{body} > tr')].map((row) => [...row.children].map((cell) => cell.innerText.trim()))"
+    )
+}
+
+fn cells(browser: &mut Browser, body: &str) -> Vec<Vec<String>> {
+    serde_json::from_value(browser.value(&rows(body))).unwrap()
+}
+
+/// The digits of a number that is written for people.
+fn digits(text: &str) -> u64 {
+    let digits: String = text.chars().filter(char::is_ascii_digit).collect();
+    digits.parse().unwrap_or_else(|_| panic!("no number: {text:?}"))
+}
+
+/// Leads a browser, which speaks TCP, to the admin socket.
+struct Door {
+    url: String,
+}
+
+impl Door {
+    fn open(admin: PathBuf) -> Door {
+        let listener = TcpListener::bind("127.0.0.1:0").unwrap();
+        let url = format!("http://{}/", listener.local_addr().unwrap());
+        std::thread::spawn(move || {
+            for client in listener.incoming().map_while(Result::ok) {
+                // Dropping the client is how a dispatcher looks that is not there.
+                if let Ok(server) = UnixStream::connect(&admin) {
+                    let (a, b) = (client.try_clone().unwrap(), server.try_clone().unwrap());
+                    std::thread::spawn(move || copy(a, b));
+                    std::thread::spawn(move || copy(server, client));
+                }
+            }
+        });
+        Door { url }
+    }
+}
+
+fn copy(mut from: impl Read, mut to: impl Write + Shut) {
+    let _ = std::io::copy(&mut from, &mut to);
+    to.shut();
+}
+
+trait Shut {
+    fn shut(&self);
+}
+
+impl Shut for TcpStream {
+    fn shut(&self) {
+        let _ = self.shutdown(Shutdown::Both);
+    }
+}
+
+impl Shut for UnixStream {
+    fn shut(&self) {
+        let _ = self.shutdown(Shutdown::Both);
+    }
+}
+
+/// Whether the page shows exactly this.
+fn equals(browser: &mut Browser, status: &Status) -> Result<(), String> {
+    let same = |what: &str, shown: u64, said: u64| {
+        (shown == said).then_some(()).ok_or_else(|| format!("{what}: {shown} and not {said}"))
+    };
+    for (tile, said) in [
+        ("accepted", status.accepted),
+        ("returned", status.returned),
+        ("held", status.held),
+        ("custody", status.custody),
+        ("taken", status.taken),
+        ("closed", status.closed.values().sum()),
+        ("live", status.pools.iter().flat_map(|pool| &pool.workers).map(|w| w.load).sum()),
+    ] {
+        let shown = browser.value(&format!("document.getElementById('{tile}')?.innerText ?? ''"));
+        let shown = shown.as_str().unwrap();
+        if shown.is_empty() {
+            return Err("nothing is shown yet".to_owned());
+        }
+        same(tile, digits(shown), said)?;
+    }
+    let closed = cells(browser, "closed");
+    for ((reason, count), row) in status.closed.iter().zip(&closed) {
+        assert_eq!(row[0], reason.replace('_', " "));
+        same(reason, digits(&row[1]), *count)?;
+    }
+    let listeners = cells(browser, "listeners");
+    for (listener, row) in status.listeners.iter().zip(&listeners) {
+        assert_eq!(row[..3], [&*listener.name, &*listener.address, &*listener.pool]);
+        assert!(row[3].ends_with(&listener.state), "{row:?}");
+        same(&listener.name, digits(&row[4]), listener.accepted)?;
+    }
+    let pools = cells(browser, "pools");
+    for (pool, row) in status.pools.iter().zip(&pools) {
+        let loads = || pool.workers.iter().map(|worker| worker.load);
+        assert_eq!((&*row[0], &*row[2]), (&*pool.name, &*pool.policy));
+        if !row[1].ends_with(&pool.state) {
+            return Err(format!("{row:?} and not {}", pool.state));
+        }
+        same(&pool.name, digits(&row[4]), loads().sum())?;
+        same(&pool.name, digits(&row[7]), pool.workers.iter().map(|w| w.custody).sum())?;
+        same(&pool.name, digits(&row[8]), pool.held)?;
+    }
+    let workers: Vec<_> =
+        status.pools.iter().flat_map(|pool| pool.workers.iter().map(move |w| (pool, w))).collect();
+    let shown = cells(browser, "workers");
+    same("workers", shown.len() as u64, workers.len() as u64)?;
+    for ((pool, worker), row) in workers.into_iter().zip(&shown) {
+        let who = format!("{} {}, id {}, pid {}", worker.name, pool.name, worker.id, worker.pid);
+        if row[0] != who || !row[1].ends_with(&worker.state) {
+            return Err(format!("{row:?} and not {who} {}", worker.state));
+        }
+        let (load, most) = row[2].split_once(" of ").unwrap();
+        same("maximum", digits(most), worker.max_connections.into())?;
+        for (shown, said) in [
+            (load, worker.load),
+            (&*row[4], worker.custody),
+            (&*row[5], worker.weight.into()),
+            (&*row[6], worker.taken),
+            (&*row[7], worker.revoked),
+        ] {
+            same(&who, digits(shown), said)?;
+        }
+    }
+    let most = status.accepted_per_second.iter().max().copied().unwrap_or(0);
+    same(
+        "most per second",
+        digits(&browser.text("document.getElementById('peak').innerText")),
+        most,
+    )?;
+    let listed = browser.value("document.querySelectorAll('#faults > li').length");
+    same("faults", listed.as_u64().unwrap(), status.faults.len() as u64)
+}
+
+/// Waits until the page shows what the JSON says.
+fn wait_equal(browser: &mut Browser, dispatcher: &Dispatcher) -> Status {
+    let mut last = String::new();
+    let deadline = std::time::Instant::now() + PATIENCE;
+    while std::time::Instant::now() < deadline {
+        let status = dispatcher.status();
+        match equals(browser, &status) {
+            Ok(()) => return status,
+            Err(difference) => last = difference,
+        }
+        std::thread::sleep(std::time::Duration::from_millis(20));
+    }
+    panic!("the page and the JSON differ: {last}");
+}
+
+#[test]
+fn the_page_shows_what_the_json_says() {
+    let Some(shared) = Browser::shared() else { return };
+    let mut browser = Browser::take(&shared);
+    let pool =
+        "max_connections_per_worker = 3000\nwait_for_worker = \"10m\"\nhandoff_timeout = \"10m\"";
+    let temp = configure(&format!(
+        "{}\n[[listener]]\nname = \"idle\"\naddress = \"127.0.0.1:0\"\npool = \"idle\"\n[pool.idle]\n",
+        one_pool(pool)
+    ));
+    let mut dispatcher = Dispatcher::start_in(temp.path());
+    let address = dispatcher.address("web");
+    let mut workers = dispatcher.workers("tokio", "web", 3);
+    let hostile = dispatcher.worker("tokio", "web", HOSTILE);
+    dispatcher.wait_joined("web", 4);
+    let clients: Vec<Client> = (0..22).map(|_| Client::connect(address).unwrap()).collect();
+    // Some in custody: sent to one that does not look.
+    hostile.signal(Signal::SIGSTOP);
+    let untaken: Vec<TcpStream> = (0..8).map(|_| connect(address)).collect();
+    let door = Door::open(dispatcher.admin());
+    browser.open(&door.url);
+    let status = wait_equal(&mut browser, &dispatcher);
+    assert!(status.custody > 0 && status.accepted == 30, "{status:?}");
+    assert_eq!(browser.text("document.title"), "dispatcher");
+    assert_eq!(browser.value("document.images.length"), 0);
+    let policy = "document.querySelectorAll('#pools > tr')[1].children[1].innerText";
+    assert!(browser.text(policy).ends_with("no-worker"));
+
+    // More clients: the page follows by itself.
+    let more: Vec<TcpStream> = (0..12).map(|_| connect(address)).collect();
+    dispatcher.wait_status("more clients", |status| status.accepted == 42);
+    wait_equal(&mut browser, &dispatcher);
+
+    // One that says goodbye is draining while it has clients; one that is killed disappears, and the page says why.
+    workers[1].signal(Signal::SIGTERM);
+    browser.wait_true(&format!(
+        "{}.some((row) => row[0].startsWith('w1 ') && row[1].endsWith('draining'))",
+        rows("workers")
+    ));
+    let pools = cells(&mut browser, "pools");
+    assert!(pools[0][3].contains("1 draining"), "{pools:?}");
+    workers[0].kill();
+    browser.wait_true(&format!("{}.every((row) => !row[0].startsWith('w0 '))", rows("workers")));
+    let faults = "document.getElementById('faults').innerText";
+    browser.wait_true(&format!("{faults}.includes('worker gone web/w0: process')"));
+    wait_equal(&mut browser, &dispatcher);
+
+    // The dispatcher goes: the page says so, keeps the last figures, and goes on when there is one again.
+    dispatcher.process.kill();
+    browser.wait_true("!document.getElementById('alarm').hidden");
+    let alarm = browser.text("document.getElementById('alarm').innerText");
+    assert!(alarm.starts_with("No answer from the dispatcher since "), "{alarm}");
+    assert!(
+        alarm.contains("Is it running?") && alarm.contains("The figures are the last it gave.")
+    );
+    assert_ne!(browser.value("document.querySelectorAll('#workers > tr').length"), 0);
+    hostile.signal(Signal::SIGCONT);
+    let again = Dispatcher::start_in(temp.path());
+    browser.wait_true("document.getElementById('alarm').hidden");
+    again.wait_status("the workers to come back", |s| support::pool(s, "web").workers.len() >= 2);
+    wait_equal(&mut browser, &again);
+    assert_eq!(browser.complaints, [] as [Value; 0]);
+    drop((untaken, more, clients));
+}
+
+/// An answer in place of the dispatcher's.
+fn pretend(browser: &mut Browser, status: &Status) {
+    let json = serde_json::to_string(status).unwrap();
+    browser.value(&format!("globalThis.fetch = async () => Response.json({json}), true"));
+}
+
+/// A dispatcher without workers, with its page open.
+fn idle(browser: &mut Browser) -> (Dispatcher, Door) {
+    let (dispatcher, _) = start_one_pool("");
+    let door = Door::open(dispatcher.admin());
+    browser.open(&door.url);
+    (dispatcher, door)
+}
+
+fn crowd(count: u64) -> Status {
+    let workers = (1..=count)
+        .map(|id| WorkerStatus {
+            id,
+            name: if id == 700 { "needle".to_owned() } else { format!("{LONG}-{id}") },
+            pid: i32::try_from(id).unwrap() + 1000,
+            state: if id == 999 { "suspect" } else { "active" }.to_owned(),
+            weight: 1,
+            max_connections: 10_000,
+            load: id % 500,
+            ..WorkerStatus::default()
+        })
+        .collect();
+    Status {
+        version: "1".to_owned(),
+        accepted: 12_345_678_901,
+        closed: [("no_worker".to_owned(), 3)].into(),
+        accepted_per_second: (0..300).collect(),
+        faults: (0..50)
+            .map(|n| FaultStatus {
+                time: format!("2026-01-02T03:04:{n:02}.000Z"),
+                kind: "worker_gone".to_owned(),
+                subject: format!("web/{HOSTILE}{LONG}"),
+                text: "x".repeat(300),
+                count: n,
+            })
+            .collect(),
+        pools: vec![PoolStatus {
+            name: LONG.to_owned(),
+            policy: "least-connections".to_owned(),
+            state: "ready".to_owned(),
+            workers,
+            ..PoolStatus::default()
+        }],
+        ..Status::default()
+    }
+}
+
+#[test]
+fn a_thousand_workers_stay_usable() {
+    let Some(shared) = Browser::shared() else { return };
+    let mut browser = Browser::take(&shared);
+    let (_dispatcher, _door) = idle(&mut browser);
+    pretend(&mut browser, &crowd(1000));
+    let count = "document.querySelectorAll('#workers > tr').length";
+    browser.wait_true(&format!("{count} === 100"));
+    let shown = browser.text("document.getElementById('shown').innerText");
+    assert_eq!(shown, "100 of 1,000: those that are not active, then the busiest");
+    let summary = cells(&mut browser, "pools");
+    assert_eq!(summary[0][3], "999 active, 1 suspect");
+    assert_eq!(summary[0][5], "0, 249.5, 499");
+    assert!(cells(&mut browser, "workers").iter().any(|row| row[1].ends_with("suspect")));
+    // Those one looks for are found among all.
+    let look_for = |what: &str| {
+        format!(
+            "(() => {{ const field = document.getElementById('filter'); field.value = '{what}';
+               field.dispatchEvent(new Event('input')); return true; }})()"
+        )
+    };
+    browser.value(&look_for("NEEDLE"));
+    assert_eq!(browser.value(count), 1);
+    browser.value(&look_for(""));
+    browser.value("document.getElementById('order').value = 'load', document.getElementById('order').dispatchEvent(new Event('input'))");
+    let loads: Vec<u64> = cells(&mut browser, "workers")
+        .iter()
+        .map(|row| digits(row[2].split(" of ").next().unwrap()))
+        .collect();
+    assert!(loads.is_sorted_by(|a, b| a >= b) && loads[0] == 499, "{loads:?}");
+    browser.value("document.getElementById('all').click()");
+    browser.wait_true(&format!("{count} === 1000"));
+    assert_eq!(browser.complaints, [] as [Value; 0]);
+}
+
+/// The least contrast between a text and what is behind it, and where that is.
+const CONTRAST: &str = r"(() => {
+  const light = (color) => {
+    const [r, g, b] = color.match(/[\d.]+/g).map((v) => v / 255).map((v) => v <= 0.04045 ? v / 12.92 : ((v + 0.055) / 1.055) ** 2.4);
+    return 0.2126 * r + 0.7152 * g + 0.0722 * b;
+  };
+  let worst = [99, ''];
+  for (const node of document.querySelectorAll('body *')) {
+    const own = [...node.childNodes].some((child) => child.nodeType === 3 && child.data.trim());
+    if (!own || !node.checkVisibility() || node.closest('script, style')) continue;
+    let behind = node;
+    while (behind && /, 0\)$|transparent/.test(getComputedStyle(behind).backgroundColor)) behind = behind.parentElement;
+    const [a, b] = [getComputedStyle(node).color, getComputedStyle(behind || document.body).backgroundColor].map(light);
+    const contrast = (Math.max(a, b) + 0.05) / (Math.min(a, b) + 0.05);
+    if (contrast < worst[0]) worst = [contrast, node.outerHTML.slice(0, 200)];
+  }
+  return worst;
+})()";
+
+#[test]
+fn light_and_dark_on_a_phone_and_without_motion() {
+    let Some(shared) = Browser::shared() else { return };
+    let mut browser = Browser::take(&shared);
+    let (_dispatcher, _door) = idle(&mut browser);
+    pretend(&mut browser, &crowd(20));
+    browser.wait_true("document.querySelectorAll('#workers > tr').length === 20");
+    let mut grounds = Vec::new();
+    for scheme in ["light", "dark"] {
+        for width in [320, 768, 1440] {
+            browser.screen(width, 800, scheme, "no-preference");
+            let too_wide = browser.value(
+                "[...document.querySelectorAll('body *')].filter((node) => node.checkVisibility()
+                   && !node.closest('thead, .visually-hidden, .skip, svg') && node.getBoundingClientRect().right > innerWidth + 0.5)
+                 .map((node) => node.outerHTML.slice(0, 200))",
+            );
+            assert_eq!(too_wide, json!([]), "{scheme} {width}");
+            assert_eq!(browser.value("document.documentElement.scrollWidth"), width, "{scheme}");
+        }
+        let contrast = browser.value(CONTRAST);
+        assert!(contrast[0].as_f64().unwrap() >= 4.5, "{scheme}: {contrast}");
+        grounds.push(browser.text("getComputedStyle(document.body).backgroundColor"));
+    }
+    assert_ne!(grounds[0], grounds[1]);
+    let moves = "getComputedStyle(document.querySelector('.bar i')).transitionDuration";
+    assert_eq!(browser.text(moves), "0.3s");
+    browser.screen(320, 800, "dark", "reduce");
+    assert_eq!(browser.text(moves), "0s");
+    assert_eq!(browser.complaints, [] as [Value; 0]);
+}
+
+/// Roles and names as a screen reader gets them.
+fn tree(browser: &mut Browser) -> Vec<(String, String)> {
+    let tree = browser.call("Accessibility.getFullAXTree", json!({}));
+    let word = |node: &Value, key: &str| node[key]["value"].as_str().unwrap_or("").to_owned();
+    let nodes = tree["nodes"].as_array().unwrap().iter().filter(|node| node["ignored"] == false);
+    nodes.map(|node| (word(node, "role"), word(node, "name"))).collect()
+}
+
+#[test]
+fn keyboard_and_screen_reader() {
+    let Some(shared) = Browser::shared() else { return };
+    let mut browser = Browser::take(&shared);
+    let (_dispatcher, _door) = idle(&mut browser);
+    // On its clock hardly any time passes, however slow this machine is.
+    browser.value("{ let now = performance.now(); performance.now = () => now += 1; }");
+    pretend(&mut browser, &crowd(4));
+    browser.wait_true("document.querySelectorAll('#workers > tr').length === 4");
+    for width in [1280, 320] {
+        browser.screen(width, 800, "light", "no-preference");
+        let tree = tree(&mut browser);
+        let count = |role: &str| tree.iter().filter(|(r, _)| r == role).count();
+        let named = |role: &str, name: &str| {
+            tree.iter().any(|(r, n)| r == role && (n == name || name.is_empty()))
+        };
+        for landmark in ["banner", "main", "contentinfo"] {
+            assert_eq!(count(landmark), 1, "{width} {landmark}");
+        }
+        for heading in ["dispatcher", "Connections", "Last faults", "Pools", "Workers"] {
+            assert!(named("heading", heading), "{width} {heading}: {tree:?}");
+        }
+        // As tables on a phone too, where they don't look like it.
+        assert_eq!(count("table"), 4, "{width}");
+        assert_eq!(count("rowheader"), 4 + 1 + 1, "{width}");
+        assert_eq!(count("columnheader"), 9 + 8 + 2 + 5, "{width}");
+        assert!(named("button", "Pause"), "{width}");
+        assert!(named("searchbox", "Show only") && named("combobox", "Order"), "{width}");
+        assert!(named("status", ""), "{width}");
+    }
+    // A new fault is read aloud; nothing is because figures change, nor the next fault right after it.
+    let live = "[...document.querySelectorAll('[aria-live], [role=status], [role=alert]')].map((n) => n.id)";
+    assert_eq!(browser.value(live), json!(["alarm", "news"]));
+    let news = "document.getElementById('news').textContent";
+    browser.wait_true(&format!("{news}.startsWith('New fault: worker gone, web/')"));
+    let mut next = crowd(150);
+    next.faults.push(FaultStatus { kind: "choked".to_owned(), ..FaultStatus::default() });
+    pretend(&mut browser, &next);
+    browser.wait_true("document.getElementById('faults').innerText.includes('choked')");
+    browser.wait_true("!document.getElementById('all').hidden");
+    assert!(browser.text(news).contains("worker gone"));
+    // Everything that can be used is reached with Tab, in the order of the page, and shows that it is.
+    let mut seen = Vec::new();
+    for _ in 0..7 {
+        browser.press("Tab");
+        let focus = browser.value(
+            "(() => { const node = document.activeElement, style = getComputedStyle(node);
+               return [node.id || node.className || node.localName, style.outlineStyle, parseFloat(style.outlineWidth)]; })()",
+        );
+        assert!(focus[1] != "none" && focus[2].as_f64().unwrap() >= 2.0, "{focus}");
+        seen.push(focus[0].as_str().unwrap().to_owned());
+    }
+    assert_eq!(seen, ["skip", "pause", "faults", "filter", "order", "all", "a"]);
+}
+
+#[test]
+fn it_asks_only_while_somebody_looks() {
+    let Some(shared) = Browser::shared() else { return };
+    let mut browser = Browser::take(&shared);
+    let (dispatcher, _door) = idle(&mut browser);
+    wait_equal(&mut browser, &dispatcher);
+    // Counts what it asks.
+    browser.value(
+        "(() => { const ask = globalThis.fetch; globalThis.asked = 0;
+           globalThis.fetch = (...all) => { globalThis.asked += 1; return ask(...all); }; return true; })()",
+    );
+    browser.wait_true("asked >= 2");
+    let quiet = |browser: &mut Browser| {
+        // What was under way is over; then several rounds.
+        browser.value(
+            "(async () => { const wait = (ms) => new Promise((done) => setTimeout(done, ms));
+               await wait(1000); const before = asked; await wait(5000); return asked - before; })()",
+        )
+    };
+    browser.press("Tab");
+    browser.press("Tab");
+    browser.press("Enter");
+    assert_eq!(
+        browser.text("document.getElementById('pause').getAttribute('aria-pressed')"),
+        "true"
+    );
+    assert_eq!(quiet(&mut browser), 0);
+    browser.press("Enter");
+    browser.wait_true("globalThis.asked > 0 && (globalThis.mark ??= asked, asked > mark)");
+    let hide = |yes: bool| {
+        format!(
+            "Object.defineProperty(document, 'hidden', {{ value: {yes}, configurable: true }}),
+             document.dispatchEvent(new Event('visibilitychange'))"
+        )
+    };
+    browser.value(&hide(true));
+    assert_eq!(quiet(&mut browser), 0);
+    browser.value("globalThis.mark = asked");
+    browser.value(&hide(false));
+    browser.wait_true("asked > mark");
+    assert_eq!(browser.complaints, [] as [Value; 0]);
+}
+
+#[test]
+fn the_policy_lets_nothing_else_run() {
+    let (dispatcher, _) = start_one_pool("");
+    let whole = |path: &str| {
+        let mut stream = UnixStream::connect(dispatcher.admin()).unwrap();
+        write!(stream, "GET {path} HTTP/1.1\r\nHost: test\r\nConnection: close\r\n\r\n").unwrap();
+        let mut text = String::new();
+        stream.read_to_string(&mut text).unwrap();
+        text
+    };
+    let (first, second) = (whole("/"), whole("/"));
+    let nonce = |text: &str| {
+        let (_, rest) = text.split_once("script-src 'nonce-").expect("a policy");
+        let nonce = rest.split('\'').next().unwrap().to_owned();
+        assert_eq!(text.matches(&format!("nonce=\"{nonce}\"")).count(), 2, "script and style");
+        assert!(nonce.len() >= 22 && !text.contains("nonce=\"NONCE\""));
+        nonce
+    };
+    assert_ne!(nonce(&first), nonce(&second));
+    let head = first.split("\r\n\r\n").next().unwrap().to_ascii_lowercase();
+    for part in [
+        "content-type: text/html; charset=utf-8",
+        "default-src 'none'",
+        "connect-src 'self'",
+        "frame-ancestors 'none'",
+        "base-uri 'none'",
+        "x-content-type-options: nosniff",
+    ] {
+        assert!(head.contains(part), "{part}: {head}");
+    }
+    assert!(!head.contains("unsafe"));
+    // No outside assets, and nothing that turns text into markup.
+    for word in [
+        "http:",
+        "https:",
+        "//cdn",
+        "innerHTML",
+        "outerHTML",
+        "insertAdjacentHTML",
+        "document.write",
+        "eval(",
+    ] {
+        assert!(!first.contains(word), "{word}");
+    }
+    // Without the nonce nothing runs.
+    let Some(shared) = Browser::shared() else { return };
+    let mut browser = Browser::take(&shared);
+    let door = Door::open(dispatcher.admin());
+    browser.open(&door.url);
+    browser.wait_true("document.getElementById('about').innerText.includes('pid')");
+    browser.value(
+        "(() => { const script = document.createElement('script'); script.textContent = 'globalThis.hit = 1';
+           document.body.append(script);
+           const cell = document.createElement('div'); cell.innerHTML = '<img src=x onerror=\"globalThis.hit = 1\">';
+           document.body.append(cell); return true; })()",
+    );
+    assert_eq!(browser.value("globalThis.hit === undefined"), true);
+    let forbidden = |complaint: &Value| complaint.to_string().contains("Content Security Policy");
+    assert!(!browser.complaints.is_empty() && browser.complaints.iter().all(forbidden));
+}

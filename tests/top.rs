@@ -1,0 +1,194 @@
+//! `dispatcher top`: one frame of a real dispatcher, and the live screen on a pseudo-terminal.
+#![allow(clippy::unwrap_used, clippy::expect_used)]
+
+mod support;
+
+use std::io::{Read, Write};
+use std::process::{Command, Output, Stdio};
+use std::sync::{Arc, Mutex};
+
+use nix::sys::signal::{Signal, kill};
+use nix::unistd::Pid;
+use support::*;
+
+fn top(dispatcher: &Dispatcher, arguments: &[&str]) -> Output {
+    let mut command = Command::new(dispatcher_bin());
+    command.arg("top").args(arguments).arg("--admin").arg(dispatcher.admin());
+    command.stdin(Stdio::null()).output().unwrap()
+}
+
+#[test]
+fn a_snapshot_says_what_the_status_says() {
+    let (dispatcher, address) = start_one_pool("handoff_timeout = \"10m\"");
+    let workers = dispatcher.workers("tokio", "web", 2);
+    let clients: Vec<Client> = (0..10).map(|_| Client::connect(address).unwrap()).collect();
+    workers[1].signal(Signal::SIGTERM);
+    dispatcher
+        .wait_status("one to drain", |status| worker(status, "w1").unwrap().state == "draining");
+    // One that nobody has taken yet.
+    workers[0].signal(Signal::SIGSTOP);
+    let untaken = connect(address);
+    let status = dispatcher.wait_status("custody", |status| status.custody == 1);
+    let output = top(&dispatcher, &["--snapshot", "--size", "120x30"]);
+    assert!(output.status.success(), "{}", String::from_utf8_lossy(&output.stderr));
+    let frame = String::from_utf8(output.stdout).unwrap();
+    assert_eq!(frame.lines().count(), 30);
+    assert!(
+        frame.lines().all(|line| line.chars().count() <= 120) && !frame.contains('\x1b'),
+        "{frame}"
+    );
+    let rows: Vec<Vec<&str>> =
+        frame.lines().map(|line| line.split_whitespace().collect()).collect();
+    let row = |start: &[&str]| {
+        let row = rows.iter().find(|row| row.starts_with(start));
+        row.unwrap_or_else(|| panic!("{start:?}:\n{frame}")).clone()
+    };
+    let pid = status.pid.to_string();
+    row(&["dispatcher", &status.version, "pid", &pid]);
+    row(&[
+        "live", "11", "accepted", "11", "returned", "0", "held", "0", "custody", "1", "taken", "10",
+    ]);
+    row(&["web", "least-connections", "ready", "2", "11", "0"]);
+    let of = |name: &str| worker(&status, name).unwrap();
+    let (first, second) = (of("w0"), of("w1"));
+    let (id, pid) = (first.id.to_string(), first.pid.to_string());
+    let line = row(&[">", "web", "w0", "active", &id, &pid, "1", "6"]);
+    assert_eq!(line[line.len() - 3..], ["-", "1", "0"], "{line:?}");
+    let (id, pid) = (second.id.to_string(), second.pid.to_string());
+    row(&["web", "w1", "draining", &id, &pid, "1", "5"]);
+    assert!(frame.contains("accepted per second: "), "{frame}");
+    drop((clients, untaken));
+}
+
+#[test]
+fn without_a_dispatcher_or_a_terminal_it_says_what_to_do() {
+    let temp = tempfile::tempdir().unwrap();
+    let socket = temp.path().join("admin.sock");
+    let mut command = Command::new(dispatcher_bin());
+    command.args(["top", "--snapshot", "--admin"]).arg(&socket);
+    let output = command.stdin(Stdio::null()).output().unwrap();
+    let said = String::from_utf8(output.stderr).unwrap();
+    assert_eq!(output.status.code(), Some(69), "{said}");
+    assert!(said.starts_with("dispatcher: is the dispatcher running? tried "), "{said}");
+    let (dispatcher, _) = start_one_pool("");
+    let output = top(&dispatcher, &[]);
+    let said = String::from_utf8(output.stderr).unwrap();
+    assert_eq!((output.status.code(), output.stdout.as_slice()), (Some(64), &b""[..]), "{said}");
+    assert!(said.contains("--snapshot") && said.contains("dispatcher status"), "{said}");
+    assert_eq!(top(&dispatcher, &["--snapshot", "--size", "huge"]).status.code(), Some(64));
+}
+
+/// `top` on a pseudo-terminal of 100 columns and 30 lines.
+struct Screen {
+    process: Process,
+    out: Arc<Mutex<Vec<u8>>>,
+}
+
+impl Screen {
+    fn open(dispatcher: &Dispatcher, environment: &str) -> Option<Screen> {
+        if Command::new("script").arg("--version").output().is_err() {
+            skip("needs script");
+            return None;
+        }
+        let inner = format!(
+            "stty cols 100 rows 30; echo pid $$ dip; {environment} exec '{}' top --interval 100ms --admin '{}'",
+            dispatcher_bin(),
+            dispatcher.admin().display()
+        );
+        let mut command = Command::new("script");
+        command.args(["-q", "-e", "-f", "-c", &inner, "/dev/null"]).env("TERM", "xterm-256color");
+        command.env("SHELL", "/bin/sh").env_remove("NO_COLOR");
+        command.stdin(Stdio::piped()).stdout(Stdio::piped()).stderr(Stdio::null());
+        let mut process = Process::start("top", &mut command);
+        let mut read = process.child.stdout.take().unwrap();
+        let out = Arc::new(Mutex::new(Vec::new()));
+        let seen = Arc::clone(&out);
+        std::thread::spawn(move || {
+            let mut buffer = [0; 4096];
+            while let Ok(count @ 1..) = read.read(&mut buffer) {
+                seen.lock().unwrap().extend_from_slice(&buffer[..count]);
+            }
+        });
+        Some(Screen { process, out })
+    }
+
+    fn text(&self) -> String {
+        String::from_utf8_lossy(&self.out.lock().unwrap()).into_owned()
+    }
+
+    /// One word: what is blank already is not drawn.
+    fn wait_for(&self, what: &str) {
+        wait_until(what, || self.text().contains(what));
+    }
+
+    fn press(&mut self, keys: &str) {
+        let stdin = self.process.child.stdin.as_mut().unwrap();
+        stdin.write_all(keys.as_bytes()).unwrap();
+        stdin.flush().unwrap();
+    }
+
+    /// Of `top` itself.
+    fn pid(&self) -> Pid {
+        let text = self.text();
+        let rest = text.split("pid ").nth(1).expect("its pid");
+        Pid::from_raw(rest.split(" dip").next().unwrap().parse().unwrap())
+    }
+
+    /// Whether it has gone back to the screen that was there before, with its cursor, as the last thing it did.
+    fn is_restored(&self) -> bool {
+        let text = self.text();
+        let (_, after) = text.rsplit_once("\x1b[?1049h").expect("a screen of its own");
+        after.contains("\x1b[?1049l") && after.rfind("\x1b[?25h") > after.rfind("\x1b[?25l")
+    }
+}
+
+#[test]
+fn keys_drain_and_resume_and_the_end_leaves_the_terminal_as_it_was() {
+    let (dispatcher, _) = start_one_pool("");
+    let _workers = dispatcher.workers("tokio", "web", 2);
+    let Some(mut screen) = Screen::open(&dispatcher, "") else { return };
+    screen.wait_for("quit");
+    let is = |state: &'static str| {
+        dispatcher.wait_status(state, |status| {
+            let states: Vec<&str> = pool(status, "web").workers.iter().map(|w| &*w.state).collect();
+            states.contains(&state) || state == "active" && states == ["active", "active"]
+        })
+    };
+    screen.press("jd");
+    screen.wait_for("connections.");
+    screen.press("y");
+    let status = is("draining");
+    let drained = pool(&status, "web").workers.iter().find(|w| w.state == "draining").unwrap();
+    assert_eq!(drained.id, pool(&status, "web").workers[1].id);
+    screen.press("r");
+    wait_until("both to be active", || {
+        pool(&dispatcher.status(), "web").workers.iter().all(|w| w.state == "active")
+    });
+    // Colours, as they are wanted.
+    assert!(
+        screen.text().contains("\x1b[38;5;") || screen.text().contains("\x1b[3"),
+        "{:?}",
+        screen.text()
+    );
+    screen.press("q");
+    assert!(screen.process.wait().success());
+    wait_until("its last words", || screen.is_restored());
+}
+
+#[test]
+fn a_signal_leaves_the_terminal_as_it_was_and_no_color_is_heeded() {
+    let (dispatcher, _) = start_one_pool("");
+    let _workers = dispatcher.workers("tokio", "web", 1);
+    for signal in [Signal::SIGTERM, Signal::SIGHUP] {
+        let Some(mut screen) = Screen::open(&dispatcher, "NO_COLOR=1") else { return };
+        screen.wait_for("quit");
+        kill(screen.pid(), signal).unwrap();
+        assert!(screen.process.wait().success());
+        wait_until("its last words", || screen.is_restored());
+        let text = screen.text();
+        for color in ["\x1b[31m", "\x1b[32m", "\x1b[34m", "\x1b[36m", "\x1b[38;5;"] {
+            let resets = text.replace("\x1b[39m", "");
+            assert!(!resets.contains(color), "{color:?}: {text:?}");
+        }
+    }
+}
