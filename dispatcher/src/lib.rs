@@ -7,6 +7,7 @@ pub mod config;
 #[cfg(feature = "demo")]
 pub mod demo;
 pub mod logger;
+pub mod measure;
 pub mod pool;
 pub mod shell;
 #[doc(hidden)]

@@ -38,6 +38,9 @@ pub struct Status {
     /// The last things that went wrong, newest last; at most `fault_history`.
     #[serde(default)]
     pub faults: Vec<FaultStatus>,
+    /// What the dispatcher measures of itself.
+    #[serde(default)]
+    pub meters: Meters,
     /// In the order of the configuration.
     pub listeners: Vec<ListenerStatus>,
     /// In the order of the configuration.
@@ -57,6 +60,37 @@ pub struct FaultStatus {
     pub text: String,
     /// How often in a row.
     pub count: u64,
+}
+
+/// Durations, by bucket: `counts` has one more entry than `up_to_nanoseconds`, for those longer than the last bound.
+#[derive(Clone, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Distribution {
+    /// The longest duration in each bucket, ascending.
+    pub up_to_nanoseconds: Vec<u64>,
+    /// How many are in each.
+    pub counts: Vec<u64>,
+    /// The sum of them all.
+    pub sum_nanoseconds: u64,
+}
+
+/// What the dispatcher measures of itself, since the start.
+#[derive(Clone, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Meters {
+    /// How long finding a place for a new connection took; every 64th is timed.
+    pub decision: Distribution,
+    /// How long the hot thread took from one sleep to the next.
+    pub turn: Distribution,
+    /// Times accepting rested for want of descriptors or memory.
+    pub accept_pauses: u64,
+    /// Workers that were not let in.
+    pub workers_refused: u64,
+    /// Log lines left out because the log could not keep up.
+    pub log_lines_dropped: u64,
+    /// Log lines left out because there were too many of their kind.
+    pub log_lines_limited: u64,
+    /// Connections that are in no place, or in two: `accepted + returned` as listeners count less what pools and workers
+    /// count. Always 0.
+    pub residual: i64,
 }
 
 /// One listener.
@@ -91,6 +125,30 @@ pub struct PoolStatus {
     pub state: String,
     /// Connections waiting for a worker of this pool now.
     pub held: u64,
+    /// Connections taken by its workers since the start, those that have left included.
+    #[serde(default)]
+    pub taken: u64,
+    /// Connections taken back from its workers since the start.
+    #[serde(default)]
+    pub revoked: u64,
+    /// Connections that did not reach their worker, for want of descriptors there.
+    #[serde(default)]
+    pub lost: u64,
+    /// Times a connection went elsewhere because a worker's channel had no room.
+    #[serde(default)]
+    pub channel_full: u64,
+    /// Times a worker became suspect.
+    #[serde(default)]
+    pub suspects: u64,
+    /// Workers that have joined since the start.
+    #[serde(default)]
+    pub joined: u64,
+    /// Workers that have left since the start.
+    #[serde(default)]
+    pub gone: u64,
+    /// From accept to take, as the dispatcher sees it.
+    #[serde(default)]
+    pub handoff: Distribution,
     /// Its workers, by id.
     pub workers: Vec<WorkerStatus>,
 }

@@ -8,6 +8,7 @@ pub mod client;
 pub mod command;
 mod gate;
 mod http;
+mod metrics;
 mod routes;
 
 #[cfg(test)]
@@ -15,6 +16,7 @@ mod tests;
 
 use std::io;
 use std::os::unix::net::UnixListener;
+use std::sync::atomic::AtomicU32;
 use std::sync::{Arc, mpsc};
 use std::thread::JoinHandle;
 use std::time::{Duration, Instant};
@@ -60,6 +62,8 @@ pub struct Admin {
     pub reports: mpsc::Receiver<Report>,
     /// Starts and stops processes.
     pub spawner: Spawner,
+    /// `metrics_max_workers`; to be set at the start and by a reload.
+    pub metrics_max_workers: Arc<AtomicU32>,
     stop: oneshot::Sender<()>,
     thread: JoinHandle<()>,
 }
@@ -80,19 +84,21 @@ impl Admin {
         let (request_sender, requests) = mpsc::sync_channel(MAX_REQUESTS);
         let gate = gate::Gate::new(request_sender, Arc::clone(&wake));
         let (spawner, spawns, reports) = spawner::service(wake);
+        let metrics_max_workers = Arc::new(AtomicU32::new(0));
+        let app = routes::App { gate, max_workers: Arc::clone(&metrics_max_workers) };
         let (stop, stopped) = oneshot::channel();
         let thread = std::thread::Builder::new().name("admin".to_owned()).spawn(move || {
             runtime.block_on(async {
                 tokio::spawn(spawns.run());
                 tokio::select! {
-                    () = http::serve(listener, routes::App { gate }) => {}
+                    () = http::serve(listener, app) => {}
                     // An error is a dropped `Admin`: the same.
                     _ = stopped => {}
                 }
             });
             runtime.shutdown_timeout(THREAD_END);
         })?;
-        Ok(Admin { requests, reports, spawner, stop, thread })
+        Ok(Admin { requests, reports, spawner, metrics_max_workers, stop, thread })
     }
 
     /// Stops all processes (see [`Spawner::stop`]) and then ends the side thread. Waits for both, at most a few seconds longer

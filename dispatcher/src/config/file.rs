@@ -28,6 +28,7 @@ pub(super) struct File {
     pub resource_pause: Option<Wait<1, YEAR>>,
     pub busy_poll: Option<Wait<0, 1000>>,
     pub fault_history: Option<Count<0, 1000>>,
+    pub metrics_max_workers: Option<Count<0, 65_536>>,
     pub defaults: Option<PoolKeys>,
     #[serde(default)]
     pub listener: Vec<Spanned<ListenerKeys>>,

@@ -272,6 +272,8 @@ pub struct Limits {
     pub busy_poll: Duration,
     /// `fault_history`: how many of the last faults the status shows. Default 50.
     pub fault_history: u32,
+    /// `metrics_max_workers`: most workers with metrics of their own. Default 256.
+    pub metrics_max_workers: u32,
 }
 
 impl Default for Limits {
@@ -284,6 +286,7 @@ impl Default for Limits {
             resource_pause: Duration::from_millis(100),
             busy_poll: Duration::ZERO,
             fault_history: 50,
+            metrics_max_workers: 256,
         }
     }
 }

@@ -128,6 +128,7 @@ impl Core {
             channel_full: 0,
         };
         worker.start_slowly(now, pool.settings.slow_start);
+        pool.counts.joined += 1;
         let live = worker.load();
         match self.workers.get_mut(index as usize) {
             Some(entry) => *entry = worker,

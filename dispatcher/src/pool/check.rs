@@ -26,6 +26,7 @@ impl Core {
     /// Panics if an invariant of the module's description does not hold.
     pub fn check(&self) {
         assert!(self.totals.is_conserved(), "{:?}", self.totals);
+        assert_eq!(self.residual(), 0, "{:?}", self.totals);
         let mut held = 0;
         for (p, pool) in self.pools.iter().enumerate() {
             let mut queued = 0;

@@ -14,7 +14,7 @@ impl Core {
             return;
         };
         match (state, item) {
-            (SlotState::Taken, Item::Conn(conn)) => self.taken(w, ticket, conn),
+            (SlotState::Taken, Item::Conn(conn)) => self.taken(now, w, ticket, conn),
             (SlotState::Taken, Item::Probe | Item::Nothing) => self.probe_taken(now, w, ticket),
             (SlotState::Lost, Item::Conn(conn)) => self.lost(now, w, ticket, conn),
             (SlotState::Lost, Item::Probe | Item::Nothing) => {
@@ -66,6 +66,7 @@ impl Core {
         match why {
             SendFailure::Full => {
                 worker.channel_full += 1;
+                self.pools[pool].counts.channel_full += 1;
                 let until = now + self.pools[pool].settings.handoff_timeout;
                 if worker.blocked.replace(until).is_none() {
                     self.event(Event::ChannelFull { worker: id });
@@ -101,14 +102,18 @@ impl Core {
     }
 
     /// The worker's application has the connection.
-    fn taken(&mut self, w: usize, ticket: Ticket, conn: u32) {
+    fn taken(&mut self, now: Time, w: usize, ticket: Ticket, conn: u32) {
         self.settle(w, ticket);
         self.dequeue(conn);
         let worker = &mut self.workers[w];
         worker.taken += 1;
         self.totals.custody -= 1;
         self.totals.taken += 1;
-        self.ledger.get_mut(conn).place = super::ledger::Place::Leaving;
+        let pool = &mut self.pools[worker.pool];
+        pool.counts.taken += 1;
+        let entry = self.ledger.get_mut(conn);
+        pool.handoff.record(now - entry.accepted);
+        entry.place = super::ledger::Place::Leaving;
         self.effects.push_back(Effect::Release {
             worker: worker.id,
             conn: self.ledger.id(conn),
@@ -121,7 +126,9 @@ impl Core {
         self.settle(w, ticket);
         self.starve(now, w);
         self.refresh(w);
-        let worker = self.workers[w].id;
+        let worker = &self.workers[w];
+        self.pools[worker.pool].counts.lost += 1;
+        let worker = worker.id;
         self.event(Event::Lost { worker });
         self.give_back(now, w, conn);
     }
@@ -141,6 +148,7 @@ impl Core {
             worker.resent += 1;
         }
         let pool = worker.pool;
+        self.pools[pool].counts.revoked += 1;
         self.totals.custody -= 1;
         self.ledger.get_mut(conn).resent = true;
         self.put(now, pool, conn, true);

@@ -60,6 +60,7 @@ impl Core {
         let worker = &mut self.workers[w];
         if worker.state == State::Active {
             worker.state = State::Suspect;
+            self.pools[worker.pool].counts.suspects += 1;
             worker.suspect_since = now;
             worker.probation = None;
         } else if worker.state == State::Draining {
@@ -184,6 +185,7 @@ impl Core {
         }
         let (pool, at, usable) = (worker.pool, worker.at, worker.is_usable());
         worker.state = State::Gone;
+        self.pools[pool].counts.gone += 1;
         if let Some(moved) = self.pools[pool].candidates.remove(at) {
             self.workers[moved as usize].at = at;
         }

@@ -3,7 +3,7 @@
 //! Owns connection numbers and entries, and nothing else: where a connection goes is decided elsewhere. Entries and
 //! links are used again, so that once warm nothing is allocated for a connection.
 
-use super::types::{AffinityKey, Client, ConnId, ListenerId};
+use super::types::{AffinityKey, Client, ConnId, ListenerId, Time};
 use worker_sdk::PeerAddr;
 
 /// No entry.
@@ -26,6 +26,7 @@ pub(super) enum Place {
 #[derive(Clone, Copy, Debug)]
 pub(super) struct Conn {
     pub(super) serial: u64,
+    pub(super) accepted: Time,
     pub(super) listener: ListenerId,
     pub(super) peer: PeerAddr,
     /// What its client is known by.
@@ -91,10 +92,11 @@ impl Held {
 
 impl Ledger {
     /// A new connection, to be given a place at once.
-    pub(super) fn open(&mut self, client: Client) -> ConnId {
+    pub(super) fn open(&mut self, now: Time, client: Client) -> ConnId {
         self.serial += 1;
         let conn = Conn {
             serial: self.serial,
+            accepted: now,
             listener: client.listener,
             peer: client.peer,
             key: client.key,

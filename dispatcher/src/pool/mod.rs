@@ -53,6 +53,8 @@ use std::time::Duration;
 
 use worker_sdk::scoreboard::claim::{Revoke, SlotState, want};
 
+use crate::measure::{self, Histogram};
+
 use history::History;
 use ledger::{Held, Ledger, Place};
 use policy::{Candidates, NEVER};
@@ -112,6 +114,21 @@ struct Pool {
     pressure_told: bool,
     pressure_at: Option<Time>,
     processes: Processes,
+    counts: Counts,
+    /// From accept to take.
+    handoff: Histogram,
+}
+
+/// What happened in a pool since the start, workers that have left included.
+#[derive(Clone, Copy, Debug, Default)]
+struct Counts {
+    taken: u64,
+    revoked: u64,
+    lost: u64,
+    channel_full: u64,
+    suspects: u64,
+    joined: u64,
+    gone: u64,
 }
 
 /// What clients wait for.
@@ -155,6 +172,8 @@ impl Core {
                     pressure_told: false,
                     pressure_at: None,
                     processes: Processes::new(id, settings.processes, &mut effects),
+                    counts: Counts::default(),
+                    handoff: Histogram::new(measure::HANDOFF),
                     settings,
                 }
             })
@@ -303,7 +322,7 @@ impl Core {
             Some(screen) => screen.admit(now, client.peer),
             None => Ok(UNTRACKED),
         };
-        let conn = self.ledger.open(client);
+        let conn = self.ledger.open(now, client);
         self.totals.accepted += 1;
         match admitted {
             Ok(place) => {

@@ -83,8 +83,28 @@ impl Core {
             policy: pool.settings.policy.name().to_owned(),
             state: state.to_owned(),
             held: pool.held.len(),
+            taken: pool.counts.taken,
+            revoked: pool.counts.revoked,
+            lost: pool.counts.lost,
+            channel_full: pool.counts.channel_full,
+            suspects: pool.counts.suspects,
+            joined: pool.counts.joined,
+            gone: pool.counts.gone,
+            handoff: pool.handoff.status(),
             workers,
         }
+    }
+
+    /// What is wrong with the sum of all connections: 0, always. Recounted from what listeners, queues, workers and pools
+    /// count, each for itself, and not from the [`Totals`].
+    pub fn residual(&self) -> i64 {
+        let arrived: u64 = self.listeners.iter().map(|listener| listener.accepted).sum();
+        let closed: u64 = self.listeners.iter().flat_map(|listener| listener.closed).sum();
+        let held: u64 = self.pools.iter().map(|pool| pool.held.len()).sum();
+        let taken: u64 = self.pools.iter().map(|pool| pool.counts.taken).sum();
+        let custody: u64 = self.workers.iter().map(|worker| u64::from(worker.untaken())).sum();
+        let placed = held + custody + taken + closed;
+        (arrived + self.totals.returned).wrapping_sub(placed).cast_signed()
     }
 
     /// How many connections are where.

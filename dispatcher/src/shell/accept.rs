@@ -158,7 +158,14 @@ impl Shell {
             match listener.attempt() {
                 Attempt::Client(fd, peer) => {
                     let client = Client::new(id, peer);
-                    let conn = self.core.accepted(self.now, client);
+                    let conn = if self.meters.samples() {
+                        let began = super::clock();
+                        let conn = self.core.accepted(self.now, client);
+                        self.meters.decision.record(super::clock() - began);
+                        conn
+                    } else {
+                        self.core.accepted(self.now, client)
+                    };
                     let index = conn.index as usize;
                     if self.conns.len() <= index {
                         self.conns.resize_with(index + 1, || None);
@@ -183,6 +190,7 @@ impl Shell {
                 Attempt::Short(errno) => {
                     let pause = self.config.limits.resource_pause;
                     listener.paused_until = Some(self.now + pause);
+                    self.meters.accept_pauses += 1;
                     if let Some(left_out) = self.limits.shortage.allow(self.now) {
                         log::warn!(
                             "event=accept_paused listener={} error=\"{errno}\" pause={} left_out={left_out}",

@@ -109,6 +109,7 @@ impl Shell {
         let peer = match Peer::of(&socket) {
             Ok(peer) => peer,
             Err(error) => {
+                self.meters.workers_refused += 1;
                 if let Some(left_out) = self.limits.refused.allow(self.now) {
                     log::warn!(
                         "event=worker_refused reason=\"no credentials: {error}\" left_out={left_out}"
@@ -147,6 +148,7 @@ impl Shell {
             if let Some(pending) = late {
                 forget(self.poll.registry(), &pending.socket);
                 let Peer { pid, uid, .. } = pending.peer;
+                self.meters.workers_refused += 1;
                 if let Some(left_out) = self.limits.refused.allow(self.now) {
                     log::warn!(
                         "event=worker_refused pid={pid} uid={uid} reason=\"no hello in time\" left_out={left_out}"
@@ -329,6 +331,7 @@ impl Shell {
         let Peer { pid, uid, gids } = peer;
         let gid = gids.first().copied().unwrap_or_default();
         let Refusal { code, reason, key } = refusal;
+        self.meters.workers_refused += 1;
         if let Some(left_out) = self.limits.refused.allow(self.now) {
             log::warn!(
                 "event=worker_refused pid={pid} uid={uid} gid={gid} reason=\"{reason}\" key={} left_out={left_out}",

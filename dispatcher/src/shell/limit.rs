@@ -13,6 +13,8 @@ pub(super) struct Limit {
     window: Option<Time>,
     written: u32,
     left_out: u64,
+    /// Since the start.
+    total: u64,
 }
 
 impl Limit {
@@ -24,10 +26,16 @@ impl Limit {
         }
         if self.written == PER_SECOND {
             self.left_out += 1;
+            self.total += 1;
             return None;
         }
         self.written += 1;
         Some(std::mem::take(&mut self.left_out))
+    }
+
+    /// Lines left out since the start.
+    pub(super) fn left_out(&self) -> u64 {
+        self.total
     }
 }
 
@@ -44,5 +52,6 @@ mod tests {
         let next = start + Duration::from_secs(1);
         assert_eq!(limit.allow(next), Some(1_000 - u64::from(PER_SECOND)));
         assert_eq!(limit.allow(next), Some(0));
+        assert_eq!(limit.left_out(), 1_000 - u64::from(PER_SECOND));
     }
 }

@@ -19,6 +19,7 @@ mod held;
 mod inherited;
 mod join;
 mod limit;
+mod meters;
 mod perform;
 mod recent;
 mod sockets;
@@ -42,6 +43,7 @@ use self::accept::{Conn, Listener};
 use self::courtesy::Courtesy;
 use self::join::Door;
 use self::limit::Limit;
+use self::meters::Meters;
 use self::recent::{Faults, Seconds};
 use self::sockets::{Listening, OwnedPath};
 use self::token::{Key, Source};
@@ -76,6 +78,7 @@ struct Shell {
     started: Time,
     /// Watches over invariant 6: from waking up to sleeping again.
     longest_turn: Duration,
+    meters: Meters,
     /// Set once a stop has begun.
     stop_deadline: Option<Time>,
 
@@ -243,6 +246,7 @@ impl Shell {
     /// A turn that takes long means that something in it waited, which nothing may.
     fn watch_turn(&mut self) {
         let turn = clock() - self.now;
+        self.meters.turn.record(turn);
         if turn > self.longest_turn {
             self.longest_turn = turn;
             if turn > SLOW_TURN {

@@ -3,6 +3,7 @@
 use std::collections::{HashMap, VecDeque};
 use std::os::fd::AsRawFd;
 use std::sync::Arc;
+use std::sync::atomic::Ordering;
 use std::time::Duration;
 
 use mio::unix::SourceFd;
@@ -16,6 +17,7 @@ use super::courtesy::Courtesy;
 use super::error::RunError;
 use super::inherited::Inherited;
 use super::join::Door;
+use super::meters::Meters;
 use super::recent::{Faults, Seconds};
 use super::sockets::{self, Listening};
 use super::token::Source;
@@ -88,6 +90,7 @@ impl Shell {
         });
         let (admin, admin_path) = admin.into_listener();
         let side = Admin::start(admin, wake).map_err(RunError::system("admin thread"))?;
+        side.metrics_max_workers.store(config.limits.metrics_max_workers, Ordering::Relaxed);
         let closer = Closer::start().map_err(RunError::system("closer thread"))?;
         let now = clock();
         let pools = config.pools.iter().map(|pool| pool.settings.clone()).collect();
@@ -116,6 +119,7 @@ impl Shell {
             now,
             started: now,
             longest_turn: Duration::ZERO,
+            meters: Meters::default(),
             stop_deadline: None,
             listeners,
             next_listener: 0,

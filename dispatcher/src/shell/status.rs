@@ -6,7 +6,6 @@ use worker_sdk::wire::Token;
 use super::Shell;
 use crate::admin::Request;
 use crate::config::UnixSource;
-use crate::logger;
 use crate::pool::{ListenerId, ProcessId};
 use crate::spawner::{Report, SpawnRequest};
 use crate::status::Status;
@@ -45,7 +44,8 @@ impl Shell {
         status.version = env!("CARGO_PKG_VERSION").to_owned();
         status.pid = std::process::id();
         status.uptime_seconds = (self.now - self.started).as_secs();
-        status.log_lines_dropped = logger::dropped_lines();
+        status.meters = self.meters_status();
+        status.log_lines_dropped = status.meters.log_lines_dropped;
         status.longest_turn_microseconds =
             u64::try_from(self.longest_turn.as_micros()).unwrap_or(u64::MAX);
         status.accepted_per_second = self.seconds.whole(self.now);

@@ -3,12 +3,14 @@
 //! To add a route: a function `routes()` in a file of its own, merged in [`all`], and its path in [`PATHS`].
 
 mod health;
+mod metrics;
 mod page;
 mod pools;
 mod status;
 mod workers;
 
 use std::sync::Arc;
+use std::sync::atomic::AtomicU32;
 use std::time::Duration;
 
 use axum::extract::rejection::JsonRejection;
@@ -30,13 +32,23 @@ const MAX_BODY: usize = 64 * 1024;
 pub(super) const PATIENCE: Duration = Duration::from_secs(3);
 
 /// Everything there is to ask for, as the answer to a wrong path lists it.
-const PATHS: [&str; 7] =
-    ["/", "/v1/status", "/v1/pools/NAME", "/v1/workers", "/v1/workers/ID", "/healthz", "/readyz"];
+const PATHS: [&str; 8] = [
+    "/",
+    "/v1/status",
+    "/v1/pools/NAME",
+    "/v1/workers",
+    "/v1/workers/ID",
+    "/metrics",
+    "/healthz",
+    "/readyz",
+];
 
 /// What every handler can have with `State(app): State<App>`.
 #[derive(Clone)]
 pub(super) struct App {
     pub(super) gate: Arc<Gate>,
+    /// Most workers with metrics of their own.
+    pub(super) max_workers: Arc<AtomicU32>,
 }
 
 /// Every route.
@@ -47,6 +59,7 @@ pub(super) fn all(app: App) -> Router {
         .merge(pools::routes())
         .merge(workers::routes())
         .merge(health::routes())
+        .merge(metrics::routes())
         .fallback(not_found)
         .layer(DefaultBodyLimit::max(MAX_BODY))
         .layer(middleware::from_fn(short_body))

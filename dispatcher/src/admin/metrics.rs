@@ -1,0 +1,523 @@
+//! The status as metrics: the text of `GET /metrics`.
+//!
+//! Owns names, labels and help texts; `docs/METRICS.md` lists them, and a test compares. Series for each worker are bounded by
+//! `metrics_max_workers`; all others are bounded by the configuration.
+
+use std::fmt;
+use std::sync::Arc;
+
+use prometheus_client::collector::Collector;
+use prometheus_client::encoding::{DescriptorEncoder, EncodeLabelSet, NoLabelSet, text};
+use prometheus_client::metrics::MetricType;
+use prometheus_client::registry::{Registry, Unit};
+
+use crate::status::{Distribution, PoolStatus, Status, WorkerStatus};
+
+/// What the text is made of.
+#[derive(Debug)]
+pub(super) struct Snapshot {
+    pub(super) status: Arc<Status>,
+    pub(super) process: Process,
+    /// Most workers with series of their own.
+    pub(super) max_workers: usize,
+}
+
+/// What the kernel knows of this process.
+#[derive(Clone, Copy, Debug, Default)]
+pub(super) struct Process {
+    open_fds: u64,
+    max_fds: u64,
+    resident_bytes: u64,
+}
+
+impl Process {
+    /// Looks it up; what cannot be read is 0.
+    pub(super) fn look() -> Process {
+        let fields = std::fs::read_to_string("/proc/self/statm").unwrap_or_default();
+        let pages = fields.split(' ').nth(1).and_then(|pages| pages.parse::<u64>().ok());
+        let limit = rustix::process::getrlimit(rustix::process::Resource::Nofile);
+        Process {
+            // One is the directory itself.
+            open_fds: std::fs::read_dir("/proc/self/fd")
+                .map_or(0, |list| (list.count() as u64).saturating_sub(1)),
+            max_fds: limit.current.unwrap_or(u64::MAX),
+            resident_bytes: pages.unwrap_or(0) * rustix::param::page_size() as u64,
+        }
+    }
+}
+
+/// OpenMetrics 1.0.
+pub(super) fn openmetrics(snapshot: Snapshot) -> String {
+    let mut registry = Registry::with_prefix("dispatcher");
+    registry.register_collector(Box::new(snapshot));
+    let mut out = String::with_capacity(16 * 1024);
+    // Writing to a string cannot fail.
+    let _ = text::encode(&mut out, &registry);
+    out
+}
+
+/// The older text format, version 0.0.4, which has no units, no end mark, and the whole name of a counter in its head.
+pub(super) fn plain(openmetrics: &str) -> String {
+    let mut out = String::with_capacity(openmetrics.len());
+    let mut held: Option<(&str, &str)> = None;
+    for line in openmetrics.lines() {
+        if let Some(rest) = line.strip_prefix("# HELP ") {
+            // The type decides about the name, and comes next.
+            held = rest.split_once(' ');
+        } else if let Some((name, kind)) =
+            line.strip_prefix("# TYPE ").and_then(|rest| rest.split_once(' '))
+        {
+            let suffix = if kind == "counter" { "_total" } else { "" };
+            if let Some((_, help)) = held.take() {
+                out += &format!("# HELP {name}{suffix} {help}\n");
+            }
+            out += &format!("# TYPE {name}{suffix} {kind}\n");
+        } else if !line.starts_with('#') {
+            out.push_str(line);
+            out.push('\n');
+        }
+    }
+    out
+}
+
+/// Label values as the format wants them: prometheus-client writes them as they are.
+fn escaped(value: &str) -> String {
+    value.replace('\\', r"\\").replace('"', "\\\"").replace('\n', r"\n")
+}
+
+/// Labels with their values, already escaped.
+#[derive(Debug)]
+struct Labels(Vec<(&'static str, String)>);
+
+impl Labels {
+    fn new<const N: usize>(pairs: [(&'static str, &str); N]) -> Labels {
+        Labels(pairs.into_iter().map(|(name, value)| (name, escaped(value))).collect())
+    }
+}
+
+impl EncodeLabelSet for Labels {
+    fn encode(
+        &self,
+        encoder: &mut prometheus_client::encoding::LabelSetEncoder<'_>,
+    ) -> fmt::Result {
+        use prometheus_client::encoding::EncodeLabel;
+        for (name, value) in &self.0 {
+            (*name, value.as_str()).encode(encoder.encode_label())?;
+        }
+        Ok(())
+    }
+}
+
+/// Writes metrics one after the other.
+struct Page<'a>(DescriptorEncoder<'a>);
+
+impl Page<'_> {
+    fn counter(&mut self, name: &str, help: &str, value: u64) -> fmt::Result {
+        self.0
+            .encode_descriptor(name, help, None, MetricType::Counter)?
+            .encode_counter::<NoLabelSet, _, u64>(&value, None)
+    }
+
+    fn counters(
+        &mut self,
+        name: &str,
+        help: &str,
+        series: impl IntoIterator<Item = (Labels, u64)>,
+    ) -> fmt::Result {
+        let mut series = series.into_iter().peekable();
+        // A head without series is allowed and useless.
+        if series.peek().is_none() {
+            return Ok(());
+        }
+        let mut metric = self.0.encode_descriptor(name, help, None, MetricType::Counter)?;
+        for (labels, value) in series {
+            metric.encode_family(&labels)?.encode_counter::<NoLabelSet, _, u64>(&value, None)?;
+        }
+        Ok(())
+    }
+
+    fn gauge(&mut self, name: &str, help: &str, unit: Option<&Unit>, value: i64) -> fmt::Result {
+        self.0.encode_descriptor(name, help, unit, MetricType::Gauge)?.encode_gauge(&value)
+    }
+
+    fn gauges(
+        &mut self,
+        name: &str,
+        help: &str,
+        series: impl IntoIterator<Item = (Labels, u64)>,
+    ) -> fmt::Result {
+        let mut series = series.into_iter().peekable();
+        if series.peek().is_none() {
+            return Ok(());
+        }
+        let mut metric = self.0.encode_descriptor(name, help, None, MetricType::Gauge)?;
+        for (labels, value) in series {
+            metric.encode_family(&labels)?.encode_gauge(&signed(value))?;
+        }
+        Ok(())
+    }
+
+    fn histograms<'d>(
+        &mut self,
+        name: &str,
+        help: &str,
+        series: impl IntoIterator<Item = (Labels, &'d Distribution)>,
+    ) -> fmt::Result {
+        let mut metric =
+            self.0.encode_descriptor(name, help, Some(&Unit::Seconds), MetricType::Histogram)?;
+        for (labels, distribution) in series {
+            let bounds = distribution.up_to_nanoseconds.iter().map(|&bound| seconds(bound));
+            let buckets: Vec<(f64, u64)> =
+                bounds.chain([f64::MAX]).zip(distribution.counts.iter().copied()).collect();
+            let count = distribution.counts.iter().sum();
+            let sum = seconds(distribution.sum_nanoseconds);
+            metric
+                .encode_family(&labels)?
+                .encode_histogram::<NoLabelSet>(sum, count, &buckets, None)?;
+        }
+        Ok(())
+    }
+}
+
+/// Divided rather than multiplied, so that 0.00001 does not become 0.000009999999999999999.
+fn seconds(nanoseconds: u64) -> f64 {
+    nanoseconds as f64 / 1e9
+}
+
+fn signed(value: u64) -> i64 {
+    i64::try_from(value).unwrap_or(i64::MAX)
+}
+
+impl Collector for Snapshot {
+    fn encode(&self, encoder: DescriptorEncoder<'_>) -> fmt::Result {
+        let mut page = Page(encoder);
+        self.itself(&mut page)?;
+        self.listeners(&mut page)?;
+        self.pools(&mut page)?;
+        self.workers(&mut page)
+    }
+}
+
+impl Snapshot {
+    fn itself(&self, page: &mut Page<'_>) -> fmt::Result {
+        let status = &*self.status;
+        let meters = &status.meters;
+        page.gauges(
+            "build_info",
+            "1, with the version as a label",
+            [(Labels::new([("version", &status.version)]), 1)],
+        )?;
+        page.gauge(
+            "uptime",
+            "Time since the start",
+            Some(&Unit::Seconds),
+            signed(status.uptime_seconds),
+        )?;
+        page.gauge("stopping", "1 while a stop is under way", None, status.stopping.into())?;
+        page.counter(
+            "returned_connections",
+            "Connections handed back by workers",
+            status.returned,
+        )?;
+        page.gauge(
+            "conservation_residual",
+            "Connections in no place or in two; anything but 0 is a defect of the dispatcher",
+            None,
+            meters.residual,
+        )?;
+        page.histograms(
+            "decision",
+            "Time to find a place for a new connection; every 64th is timed",
+            [(Labels::new([]), &meters.decision)],
+        )?;
+        page.histograms(
+            "turn",
+            "Time the hot thread took from one sleep to the next",
+            [(Labels::new([]), &meters.turn)],
+        )?;
+        page.counter(
+            "accept_pauses",
+            "Times accepting rested for want of descriptors or memory",
+            meters.accept_pauses,
+        )?;
+        page.counter("workers_refused", "Workers that were not let in", meters.workers_refused)?;
+        page.counter(
+            "log_lines_dropped",
+            "Log lines left out because the log could not keep up",
+            meters.log_lines_dropped,
+        )?;
+        page.counter(
+            "log_lines_limited",
+            "Log lines left out because there were too many of their kind",
+            meters.log_lines_limited,
+        )?;
+        page.gauge("open_fds", "Open descriptors", None, signed(self.process.open_fds))?;
+        page.gauge("max_fds", "Most open descriptors", None, signed(self.process.max_fds))?;
+        page.gauge(
+            "resident_memory",
+            "Resident memory",
+            Some(&Unit::Bytes),
+            signed(self.process.resident_bytes),
+        )
+    }
+
+    fn listeners(&self, page: &mut Page<'_>) -> fmt::Result {
+        let listeners = || self.status.listeners.iter();
+        page.counters(
+            "accepted_connections",
+            "Connections accepted",
+            listeners()
+                .map(|l| (Labels::new([("listener", &l.name), ("pool", &l.pool)]), l.accepted)),
+        )?;
+        page.counters(
+            "closed_connections",
+            "Connections closed by the dispatcher",
+            listeners().flat_map(|l| {
+                l.closed.iter().map(|(reason, &count)| {
+                    let labels = [("listener", &*l.name), ("pool", &l.pool), ("reason", reason)];
+                    (Labels::new(labels), count)
+                })
+            }),
+        )?;
+        page.gauges(
+            "listener_state",
+            "1 for the state the listener is in",
+            listeners().flat_map(|l| {
+                ["accepting", "paused", "refusing", "closed"].map(|state| {
+                    let labels = [("listener", &*l.name), ("pool", &l.pool), ("state", state)];
+                    (Labels::new(labels), u64::from(l.state == state))
+                })
+            }),
+        )?;
+        page.gauges(
+            "tracked_clients",
+            "Clients remembered for rate_limit and max_queued_per_client",
+            listeners().map(|l| {
+                (Labels::new([("listener", &l.name), ("pool", &l.pool)]), l.tracked_clients)
+            }),
+        )
+    }
+
+    fn pools(&self, page: &mut Page<'_>) -> fmt::Result {
+        let of = |value: fn(&PoolStatus) -> u64| {
+            self.status
+                .pools
+                .iter()
+                .map(move |pool| (Labels::new([("pool", &pool.name)]), value(pool)))
+        };
+        let sum = |value: fn(&WorkerStatus) -> u64| {
+            self.status.pools.iter().map(move |pool| {
+                (Labels::new([("pool", &pool.name)]), pool.workers.iter().map(value).sum())
+            })
+        };
+        page.gauges(
+            "pool_state",
+            "1 for the state the pool is in",
+            self.status.pools.iter().flat_map(|pool| {
+                ["ready", "back-pressure", "no-worker", "refusing"].map(|state| {
+                    let labels = Labels::new([("pool", &*pool.name), ("state", state)]);
+                    (labels, u64::from(pool.state == state))
+                })
+            }),
+        )?;
+        page.gauges("held_connections", "Connections waiting for a worker", of(|p| p.held))?;
+        page.gauges(
+            "custody_connections",
+            "Connections sent to a worker and not yet taken",
+            sum(|w| w.custody),
+        )?;
+        page.counters("taken_connections", "Connections taken by workers", of(|p| p.taken))?;
+        page.counters(
+            "revoked_connections",
+            "Connections taken back from workers and placed again",
+            of(|p| p.revoked),
+        )?;
+        page.counters(
+            "lost_connections",
+            "Connections that did not reach their worker and were placed again",
+            of(|p| p.lost),
+        )?;
+        page.counters("suspects", "Times a worker became suspect", of(|p| p.suspects))?;
+        page.counters(
+            "channel_full",
+            "Times a connection went elsewhere because a worker's channel had no room",
+            of(|p| p.channel_full),
+        )?;
+        page.counters("workers_joined", "Workers that joined", of(|p| p.joined))?;
+        page.counters("workers_gone", "Workers that left", of(|p| p.gone))?;
+        page.gauges(
+            "workers",
+            "Workers by state",
+            self.status.pools.iter().flat_map(|pool| {
+                ["active", "suspect", "draining"].map(|state| {
+                    let labels = Labels::new([("pool", &*pool.name), ("state", state)]);
+                    let count = pool.workers.iter().filter(|worker| worker.state == state).count();
+                    (labels, count as u64)
+                })
+            }),
+        )?;
+        page.gauges(
+            "live_connections",
+            "Connections at workers, untaken ones included",
+            sum(|w| w.load),
+        )?;
+        page.gauges(
+            "capacity_connections",
+            "Most connections the pool's workers are given",
+            sum(|w| w.max_connections.into()),
+        )?;
+        page.histograms(
+            "handoff_latency",
+            "Time from accept to take, as the dispatcher sees it",
+            self.status
+                .pools
+                .iter()
+                .map(|pool| (Labels::new([("pool", &pool.name)]), &pool.handoff)),
+        )
+    }
+
+    /// Workers with series of their own: the first `max_workers` by id, so that those that stay keep theirs.
+    fn workers(&self, page: &mut Page<'_>) -> fmt::Result {
+        let mut all: Vec<(&PoolStatus, &WorkerStatus)> = self
+            .status
+            .pools
+            .iter()
+            .flat_map(|pool| pool.workers.iter().map(move |worker| (pool, worker)))
+            .collect();
+        all.sort_by_key(|(_, worker)| worker.id);
+        let shown = &all[..all.len().min(self.max_workers)];
+        page.gauges(
+            "workers_not_shown",
+            "Workers without series of their own, being more than metrics_max_workers",
+            self.status.pools.iter().map(|pool| {
+                let hidden =
+                    all[shown.len()..].iter().filter(|(other, _)| other.name == pool.name).count();
+                (Labels::new([("pool", &pool.name)]), hidden as u64)
+            }),
+        )?;
+        let of = |value: fn(&WorkerStatus) -> u64| {
+            shown.iter().map(move |(pool, worker)| {
+                let id = worker.id.to_string();
+                let labels = [("pool", &*pool.name), ("worker", &worker.name), ("id", &id)];
+                (Labels::new(labels), value(worker))
+            })
+        };
+        page.gauges(
+            "worker_state",
+            "1, with the worker's state as a label",
+            shown.iter().map(|(pool, worker)| {
+                let id = worker.id.to_string();
+                let labels = [
+                    ("pool", &*pool.name),
+                    ("worker", &worker.name),
+                    ("id", &id),
+                    ("state", &worker.state),
+                ];
+                (Labels::new(labels), 1)
+            }),
+        )?;
+        page.gauges("worker_live_connections", "Connections at the worker", of(|w| w.load))?;
+        page.gauges(
+            "worker_custody_connections",
+            "Connections sent to the worker and not yet taken",
+            of(|w| w.custody),
+        )?;
+        page.gauges(
+            "worker_max_connections",
+            "Most connections the worker is given",
+            of(|w| w.max_connections.into()),
+        )?;
+        page.gauges("worker_weight", "The worker's share", of(|w| w.weight.into()))?;
+        page.counters("worker_taken_connections", "Connections the worker took", of(|w| w.taken))?;
+        page.counters(
+            "worker_finished_connections",
+            "Connections the worker closed, over its lifetime",
+            of(|w| w.finished),
+        )?;
+        page.counters(
+            "worker_revoked_connections",
+            "Connections taken back from the worker",
+            of(|w| w.revoked),
+        )?;
+        page.counters(
+            "worker_channel_full",
+            "Times the worker's channel had no room",
+            of(|w| w.channel_full),
+        )
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn status(workers: u64) -> Status {
+        let worker = |id| WorkerStatus {
+            id,
+            name: "a\"b\\c\nd".to_owned(),
+            state: "active".to_owned(),
+            load: 10,
+            ..WorkerStatus::default()
+        };
+        let mut histogram = crate::measure::Histogram::new(crate::measure::HANDOFF);
+        histogram.record(std::time::Duration::from_micros(15));
+        histogram.record(std::time::Duration::from_secs(60));
+        let pool = PoolStatus {
+            name: "web".to_owned(),
+            state: "ready".to_owned(),
+            taken: 5,
+            handoff: histogram.status(),
+            workers: (1..=workers).map(worker).collect(),
+            ..PoolStatus::default()
+        };
+        Status { pools: vec![pool], version: "1.2.3".to_owned(), ..Status::default() }
+    }
+
+    fn text(workers: u64, max_workers: usize) -> String {
+        let process = Process::look();
+        openmetrics(Snapshot { status: Arc::new(status(workers)), process, max_workers })
+    }
+
+    #[test]
+    fn both_formats() {
+        let open = text(1, 10);
+        assert!(open.ends_with("# EOF\n"));
+        assert!(open.contains("# TYPE dispatcher_taken_connections counter\n"), "{open}");
+        assert!(open.contains("\ndispatcher_taken_connections_total{pool=\"web\"} 5\n"));
+        assert!(open.contains("# UNIT dispatcher_handoff_latency_seconds seconds\n"));
+        let bucket = "dispatcher_handoff_latency_seconds_bucket";
+        assert!(open.contains(&format!("{bucket}{{le=\"0.00001\",pool=\"web\"}} 0\n")), "{open}");
+        assert!(open.contains(&format!("{bucket}{{le=\"0.00002\",pool=\"web\"}} 1\n")));
+        assert!(open.contains(&format!("{bucket}{{le=\"+Inf\",pool=\"web\"}} 2\n")));
+        assert!(open.contains("dispatcher_handoff_latency_seconds_sum{pool=\"web\"} 60.000015\n"));
+
+        let plain = plain(&open);
+        assert!(plain.contains("# TYPE dispatcher_taken_connections_total counter\n"));
+        assert!(plain.contains("# HELP dispatcher_taken_connections_total Connections taken"));
+        assert!(!plain.contains("# EOF") && !plain.contains("# UNIT"));
+        let samples = |text: &str| text.lines().filter(|line| !line.starts_with('#')).count();
+        assert_eq!(samples(&open), samples(&plain));
+    }
+
+    #[test]
+    fn names_cannot_break_a_line() {
+        let open = text(1, 10);
+        assert!(open.contains(
+            "dispatcher_worker_live_connections{pool=\"web\",worker=\"a\\\"b\\\\c\\nd\",id=\"1\"} 10\n"
+        ), "{open}");
+    }
+
+    #[test]
+    fn series_of_workers_are_bounded() {
+        let open = text(20, 3);
+        let lines = |start: &str| open.lines().filter(|line| line.starts_with(start)).count();
+        assert_eq!(lines("dispatcher_worker_live_connections{"), 3);
+        assert_eq!(lines("dispatcher_worker_state{"), 3);
+        assert!(open.contains("dispatcher_workers_not_shown{pool=\"web\"} 17\n"));
+        // The pool's sums have all of them.
+        assert!(open.contains("dispatcher_live_connections{pool=\"web\"} 200\n"));
+        let none = text(20, 0);
+        assert!(!none.contains("dispatcher_worker_"), "{none}");
+        assert!(none.contains("dispatcher_workers_not_shown{pool=\"web\"} 20\n"));
+    }
+}

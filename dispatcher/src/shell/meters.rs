@@ -1,0 +1,68 @@
+//! What the hot thread measures of itself: plain counters, read out with the status.
+//!
+//! No clock is read for a turn that the turn does not read anyway, and two for every 64th decision: the clock costs about
+//! as much as a decision does.
+
+use super::{Limits, Shell};
+use crate::logger;
+use crate::measure::{self, Histogram};
+use crate::status::Meters as Told;
+
+/// One decision in so many is timed.
+pub(super) const SAMPLE: u64 = 64;
+
+#[derive(Debug)]
+pub(super) struct Meters {
+    /// From accept to the place found, of every [`SAMPLE`]th connection.
+    pub(super) decision: Histogram,
+    /// From waking up to sleeping again.
+    pub(super) turn: Histogram,
+    /// Connections accepted, to choose the samples.
+    decisions: u64,
+    /// Times accepting rested for want of descriptors or memory.
+    pub(super) accept_pauses: u64,
+    /// Workers that were not let in.
+    pub(super) workers_refused: u64,
+}
+
+impl Default for Meters {
+    fn default() -> Meters {
+        Meters {
+            decision: Histogram::new(measure::DECISION),
+            turn: Histogram::new(measure::TURN),
+            decisions: 0,
+            accept_pauses: 0,
+            workers_refused: 0,
+        }
+    }
+}
+
+impl Meters {
+    /// Whether the next decision shall be timed. The first is not: it meets cold caches.
+    pub(super) fn samples(&mut self) -> bool {
+        self.decisions += 1;
+        self.decisions.is_multiple_of(SAMPLE)
+    }
+}
+
+impl Shell {
+    pub(super) fn meters_status(&self) -> Told {
+        Told {
+            decision: self.meters.decision.status(),
+            turn: self.meters.turn.status(),
+            accept_pauses: self.meters.accept_pauses,
+            workers_refused: self.meters.workers_refused,
+            log_lines_dropped: logger::dropped_lines(),
+            log_lines_limited: self.limits.left_out(),
+            residual: self.core.residual(),
+        }
+    }
+}
+
+impl Limits {
+    /// Lines left out since the start, of all kinds.
+    fn left_out(&self) -> u64 {
+        let single = [&self.refused, &self.broken, &self.shortage];
+        single.into_iter().chain(&self.kept_out).chain(&self.events).map(|l| l.left_out()).sum()
+    }
+}
