@@ -134,6 +134,7 @@ fn the_table() {
                 custody: 7,
                 ..WorkerStatus::default()
             }],
+            ..PoolStatus::default()
         }],
         ..Status::default()
     };

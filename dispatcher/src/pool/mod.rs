@@ -58,6 +58,7 @@ use crate::measure::{self, Histogram};
 use history::History;
 use ledger::{Held, Ledger, Place};
 use policy::{Candidates, NEVER};
+use report::Counts;
 use screen::{Screen, UNTRACKED};
 use stop::Stop;
 use supervise::Processes;
@@ -117,18 +118,6 @@ struct Pool {
     counts: Counts,
     /// From accept to take.
     handoff: Histogram,
-}
-
-/// What happened in a pool since the start, workers that have left included.
-#[derive(Clone, Copy, Debug, Default)]
-struct Counts {
-    taken: u64,
-    revoked: u64,
-    lost: u64,
-    channel_full: u64,
-    suspects: u64,
-    joined: u64,
-    gone: u64,
 }
 
 /// What clients wait for.
@@ -210,20 +199,6 @@ impl Core {
     /// How long everything rests after [`SendFailure::Resources`].
     pub fn set_resource_pause(&mut self, pause: Duration) {
         self.resource_pause = pause;
-    }
-
-    /// Sets who may come in at a listener, now or later. `seed` is a secret number: clients must not be able to tell where
-    /// they are remembered. Rules that are the same as before keep what they know of clients; others start afresh,
-    /// with none of the connections that wait already counted.
-    pub fn set_screening(&mut self, listener: ListenerId, rules: Screening, seed: u64) {
-        let Some(entry) = self.listeners.get_mut(usize::from(listener.0)) else { return };
-        if entry.screen.as_ref().is_some_and(|screen| *screen.rules() == rules) {
-            return;
-        }
-        if entry.screen.is_some() {
-            self.ledger.untrack(listener);
-        }
-        entry.screen = (!rules.is_open()).then(|| Box::new(Screen::new(rules, seed)));
     }
 
     // --- workers ---------------------------------------------------------------------------
@@ -454,17 +429,6 @@ impl Core {
 
     fn pool_of(&self, listener: ListenerId) -> usize {
         self.listeners[usize::from(listener.0)].pool
-    }
-
-    /// No longer queued, as its client is counted: its application has it, or nobody will.
-    fn dequeue(&mut self, conn: u32) {
-        let entry = self.ledger.get_mut(conn);
-        let place = std::mem::replace(&mut entry.client, UNTRACKED);
-        if place != UNTRACKED
-            && let Some(screen) = &mut self.listeners[usize::from(entry.listener.0)].screen
-        {
-            screen.dequeue(place);
-        }
     }
 
     fn event(&mut self, event: Event) {

@@ -25,6 +25,18 @@ pub struct Totals {
     pub closed: [u64; CloseReason::ALL.len()],
 }
 
+/// What happened in a pool since the start, workers that have left included.
+#[derive(Clone, Copy, Debug, Default)]
+pub(super) struct Counts {
+    pub(super) taken: u64,
+    pub(super) revoked: u64,
+    pub(super) lost: u64,
+    pub(super) channel_full: u64,
+    pub(super) suspects: u64,
+    pub(super) joined: u64,
+    pub(super) gone: u64,
+}
+
 impl Totals {
     /// Whether every connection is in exactly one place.
     pub fn is_conserved(&self) -> bool {

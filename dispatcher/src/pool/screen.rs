@@ -15,7 +15,8 @@ use std::time::Duration;
 use ipnet::IpNet;
 use worker_sdk::PeerAddr;
 
-use super::types::{CloseReason, Time};
+use super::Core;
+use super::types::{CloseReason, ListenerId, Time};
 
 /// No entry.
 const NONE: u32 = u32::MAX;
@@ -358,5 +359,32 @@ impl Screen {
             at = client.newer;
         }
         sum
+    }
+}
+
+impl Core {
+    /// Sets who may come in at a listener, now or later. `seed` is a secret number: clients must not be able to tell where
+    /// they are remembered. Rules that are the same as before keep what they know of clients; others start afresh,
+    /// with none of the connections that wait already counted.
+    pub fn set_screening(&mut self, listener: ListenerId, rules: Screening, seed: u64) {
+        let Some(entry) = self.listeners.get_mut(usize::from(listener.0)) else { return };
+        if entry.screen.as_ref().is_some_and(|screen| *screen.rules() == rules) {
+            return;
+        }
+        if entry.screen.is_some() {
+            self.ledger.untrack(listener);
+        }
+        entry.screen = (!rules.is_open()).then(|| Box::new(Screen::new(rules, seed)));
+    }
+
+    /// No longer queued, as its client is counted: its application has it, or nobody will.
+    pub(super) fn dequeue(&mut self, conn: u32) {
+        let entry = self.ledger.get_mut(conn);
+        let place = std::mem::replace(&mut entry.client, UNTRACKED);
+        if place != UNTRACKED
+            && let Some(screen) = &mut self.listeners[usize::from(entry.listener.0)].screen
+        {
+            screen.dequeue(place);
+        }
     }
 }
