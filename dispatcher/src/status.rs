@@ -6,7 +6,7 @@ use serde::{Deserialize, Serialize};
 
 /// Everything about one dispatcher at one instant.
 /// `accepted + returned = held + custody + taken + Σ closed` always holds.
-#[derive(Clone, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
+#[derive(Clone, Debug, Default, PartialEq, Serialize, Deserialize)]
 pub struct Status {
     /// The dispatcher's version.
     pub version: String,
@@ -115,7 +115,7 @@ pub struct ListenerStatus {
 }
 
 /// One pool.
-#[derive(Clone, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
+#[derive(Clone, Debug, Default, PartialEq, Serialize, Deserialize)]
 pub struct PoolStatus {
     /// Its name.
     pub name: String,
@@ -154,7 +154,7 @@ pub struct PoolStatus {
 }
 
 /// One worker. `load = base + taken + custody − finished`.
-#[derive(Clone, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
+#[derive(Clone, Debug, Default, PartialEq, Serialize, Deserialize)]
 pub struct WorkerStatus {
     /// Its id at this dispatcher.
     pub id: u64,
@@ -188,4 +188,24 @@ pub struct WorkerStatus {
     pub revoked: u64,
     /// Connections that went elsewhere because its channel had no room.
     pub channel_full: u64,
+    /// With the policy `least-score`: what it would have after one more connection; `null` while it is passed over.
+    #[serde(default)]
+    pub score: Option<f64>,
+    /// With the policy `least-score`: why it is passed over, such as `gauge queue_wait stale: set 7s ago`.
+    #[serde(default)]
+    pub not_scored: Option<String>,
+    /// The numbers it shows, in the order in which it named them.
+    #[serde(default)]
+    pub gauges: Vec<GaugeStatus>,
+}
+
+/// A number that a worker shows.
+#[derive(Clone, Debug, Default, PartialEq, Serialize, Deserialize)]
+pub struct GaugeStatus {
+    /// What the worker calls it.
+    pub name: String,
+    /// Its value; `null` if it was never set, or to what is no number.
+    pub value: Option<f64>,
+    /// Milliseconds since it was last set; `null` likewise.
+    pub age_milliseconds: Option<u64>,
 }

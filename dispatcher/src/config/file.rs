@@ -7,6 +7,7 @@ use serde::de::{Deserializer, Error as _, Visitor, value};
 use toml::Spanned;
 
 use super::error::{ConfigError, Mistake, Source, suggest};
+use super::scores::ScoreKeys;
 use super::value::{AMode, AnAccount, Count, Either, KERNEL_SECONDS, Wait, YEAR};
 
 /// The top level.
@@ -78,6 +79,7 @@ pub(super) struct PoolKeys {
     pub handoff_timeout: Option<Wait<1, YEAR>>,
     pub probation: Option<Wait<0, YEAR>>,
     pub wait_for_worker: Option<Wait<0, YEAR>>,
+    pub scores: Option<Spanned<ScoreKeys>>,
     pub slow_start: Option<Wait<0, YEAR>>,
     pub history: Option<Count<0, 10_000>>,
     pub history_candidates: Option<Count<1, 1024>>,
@@ -97,6 +99,7 @@ pub(super) enum PolicyName {
     TwoChoices,
     Hash,
     Failover,
+    LeastScore,
 }
 
 /// `[pool.NAME.spawn]`; nothing is required here because `[defaults.spawn]` may have it.
@@ -189,11 +192,12 @@ fn elsewhere(word: &str, here: &[&str]) -> Option<String> {
 }
 
 /// Every table and its keys, straight from the types above.
-pub(super) fn tables() -> [(&'static str, &'static [&'static str]); 4] {
+pub(super) fn tables() -> [(&'static str, &'static [&'static str]); 5] {
     [
         ("", keys_of::<File>()),
         ("[[listener]]", keys_of::<ListenerKeys>()),
         ("[pool.NAME]", keys_of::<PoolKeys>()),
+        ("[pool.NAME.scores]", keys_of::<ScoreKeys>()),
         ("[pool.NAME.spawn]", keys_of::<SpawnKeys>()),
     ]
 }

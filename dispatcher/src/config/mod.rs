@@ -8,6 +8,7 @@ mod address;
 mod demo;
 mod error;
 mod file;
+mod scores;
 mod screening;
 mod spawn;
 mod validate;

@@ -1,6 +1,7 @@
 //! Every kind of mistake: where the caret is, what is said, what is suggested.
 
 mod sample;
+mod scores;
 mod screening;
 mod whole;
 

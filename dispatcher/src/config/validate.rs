@@ -11,7 +11,7 @@ use super::file::{File, ListenerKeys, PolicyName, PoolKeys};
 use super::value::{AMode, AnAccount, Either, TextOrNumber};
 use super::{
     Address, Config, DEFAULT_ADMIN_SOCKET, DEFAULT_DISPATCH_SOCKET, Limits, Listener,
-    ListenerOptions, Pool, UnixEndpoint, UnixSource, accounts, screening, spawn,
+    ListenerOptions, Pool, UnixEndpoint, UnixSource, accounts, scores, screening, spawn,
 };
 use crate::pool::{Access, Policy, PoolSettings};
 
@@ -135,13 +135,13 @@ fn check_name(name: &Spanned<String>, what: &str) -> Checked<()> {
 }
 
 /// What goes through the whole check: the text, to look at how something was written, and what to warn about.
-struct Check<'a> {
+pub(super) struct Check<'a> {
     source: &'a Source<'a>,
     warnings: Vec<Warning>,
 }
 
 impl Check<'_> {
-    fn warn(&mut self, mistake: Mistake) {
+    pub(super) fn warn(&mut self, mistake: Mistake) {
         let warning = self.source.warning(mistake);
         // A default is looked at once for every pool; once is enough to say it.
         if !self.warnings.contains(&warning) {
@@ -340,10 +340,13 @@ impl Check<'_> {
             Some(PolicyName::TwoChoices) => Policy::TwoChoices,
             Some(PolicyName::Hash) => Policy::Hash,
             Some(PolicyName::Failover) => Policy::Failover,
+            Some(PolicyName::LeastScore) => Policy::LeastScore,
             None => Policy::default(),
         };
+        let scores = scores::scores(self, keys.scores.as_ref(), defaults.scores.as_ref(), policy)?;
         let settings = PoolSettings {
             policy,
+            scores,
             max_connections_per_worker: keys
                 .max_connections_per_worker
                 .or(defaults.max_connections_per_worker)

@@ -125,6 +125,7 @@ impl Core {
             probe_again: None,
             told_clamped: false,
             told_went_back: false,
+            told_gauges: [false; GaugeProblem::COUNT],
             channel_full: 0,
         };
         worker.start_slowly(now, pool.settings.slow_start);

@@ -2,6 +2,7 @@
 
 use std::time::Duration;
 
+use worker_sdk::scoreboard::gauge::GaugeName;
 use worker_sdk::wire::EntryFlags;
 
 use super::types::*;
@@ -55,6 +56,8 @@ pub enum Event {
     ChannelFull { worker: WorkerId },
     /// A counter was impossible and has been clamped: `what` names it.
     Clamped { worker: WorkerId, what: &'static str, said: u64, used: u64 },
+    /// A gauge, or its name, was impossible. Said once for each worker and problem.
+    BadGauge { worker: WorkerId, gauge: Option<GaugeName>, problem: GaugeProblem },
     /// The pool's last usable worker is gone; clients wait.
     NoUsableWorker { pool: PoolId },
     /// Nobody came for `wait_for_worker`: clients are refused from now on.

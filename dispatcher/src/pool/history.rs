@@ -53,6 +53,8 @@ pub struct Seen {
     pub score: Option<f64>,
     /// Why it was chosen or passed over.
     pub why: Why,
+    /// With the policy `least-score`: which of its gauges kept it out; its `Display` is a sentence.
+    pub out: Option<Scored>,
 }
 
 /// What would become of the next connection.
@@ -161,7 +163,7 @@ impl Core {
         let settings = &self.pools.get(p)?.settings;
         let key = settings.policy.key_of(&peer);
         let mut decision = Decision { at: now, peer, key, ..Decision::empty() };
-        let choice = self.pools[p].candidates.pick(key);
+        let choice = self.pools[p].candidates.pick(now, key);
         self.describe(p, choice.as_ref(), usize::MAX, &mut decision);
         let pool = &self.pools[p];
         let obstacle = if self.stop.is_some() {
@@ -209,12 +211,12 @@ impl Core {
         decision.candidates.clear();
         for at in chosen.into_iter().chain(others).take(most) {
             let worker = &self.workers[candidates.get(at).worker as usize];
-            let (score, why) = match (worker.why_not(candidates.stands_by(at)), choice) {
+            let (score, why, out) = match (worker.why_not(candidates.stands_by(at)), choice) {
                 (None, Some(choice)) => {
                     let look = candidates.look(at, choice, decision.key);
-                    (look.score, look.why)
+                    (look.score, look.why, look.out)
                 }
-                (why, _) => (None, why.unwrap_or(Why::Tie)),
+                (why, _) => (None, why.unwrap_or(Why::Tie), None),
             };
             decision.candidates.push(Seen {
                 worker: worker.id.serial,
@@ -223,6 +225,7 @@ impl Core {
                 weight: f64::from(worker.effective_weight()) / f64::from(FULL_WEIGHT),
                 score,
                 why,
+                out,
             });
         }
         decision.left_out = candidates.len() - decision.candidates.len();

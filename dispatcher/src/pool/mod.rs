@@ -19,6 +19,7 @@ mod check;
 mod custody;
 mod drain;
 mod effect;
+mod gauges;
 mod health;
 mod history;
 mod ledger;
@@ -40,6 +41,7 @@ mod tests;
 
 pub use drain::CannotResume;
 pub use effect::{Effect, Event};
+pub use gauges::MAX_GAUGE_VALUE;
 pub use health::LOST_PAUSE;
 pub use history::{Decision, Explanation, Obstacle, Seen};
 pub use random::Random;
@@ -107,6 +109,8 @@ struct Pool {
     settings: PoolSettings,
     candidates: Candidates,
     history: History,
+    /// Gauges that are read at intervals are due then.
+    sample_at: Time,
     held: Held,
     /// Workers active or suspect.
     usable: u32,
@@ -153,8 +157,9 @@ impl Core {
                     effects.push_back(Effect::Event(Event::NoUsableWorker { pool: id }));
                 }
                 Pool {
-                    candidates: Candidates::new(settings.policy, seeds.number()),
+                    candidates: Candidates::new(settings.policy, &settings.scores, seeds.number()),
                     history: History::new(settings.history, settings.history_candidates),
+                    sample_at: now,
                     held: Held::default(),
                     usable: 0,
                     clock: Clock::Since(now),

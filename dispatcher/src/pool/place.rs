@@ -52,7 +52,7 @@ impl Core {
             return None;
         }
         let key = self.ledger.get(conn).key;
-        let choice = self.pools[p].candidates.pick(key)?;
+        let choice = self.pools[p].candidates.pick(now, key)?;
         if self.pools[p].history.is_on() {
             self.record(now, p, conn, &choice);
         }

@@ -206,5 +206,7 @@ fn worker_status(worker: &Worker) -> WorkerStatus {
         custody: u64::from(worker.untaken()),
         revoked: worker.revoked,
         channel_full: worker.channel_full,
+        // What the shell reads, and how old it is, it adds itself.
+        ..WorkerStatus::default()
     }
 }

@@ -8,6 +8,7 @@ use std::time::Duration;
 
 use siphasher::sip::SipHasher13;
 use worker_sdk::PeerAddr;
+use worker_sdk::scoreboard::gauge::GaugeName;
 use worker_sdk::wire::Token;
 
 /// A moment: nanoseconds of a clock that never goes back (`CLOCK_MONOTONIC` in the shell, anything in a simulation).
@@ -176,6 +177,10 @@ pub enum Why {
     NotDrawn,
     /// The key belongs to another one.
     OtherKey,
+    /// Its score is higher than that of the one that was chosen.
+    HigherScore,
+    /// One of its gauges is too old, or was never set.
+    StaleGauge,
     /// A worker of a higher priority is up.
     StandsBy,
     /// It has as many connections as it may.
@@ -204,6 +209,8 @@ impl Why {
             Why::LaterTurn => "later-turn",
             Why::NotDrawn => "not-drawn",
             Why::OtherKey => "other-key",
+            Why::HigherScore => "higher-score",
+            Why::StaleGauge => "stale-gauge",
             Why::StandsBy => "stands-by",
             Why::Full => "full",
             Why::NoSlot => "no-slot",
@@ -212,6 +219,92 @@ impl Why {
             Why::ChannelFull => "channel-full",
             Why::LostOne => "lost-one",
             Why::OnProbation => "on-probation",
+        }
+    }
+}
+
+/// What the policy `least-score` goes by.
+#[derive(Clone, Debug, PartialEq)]
+pub struct Scores {
+    /// What a live connection costs, for a worker of weight 1.
+    pub connections: f64,
+    /// What else counts; none twice.
+    pub gauges: Vec<ScoredGauge>,
+    /// How old a gauge may be.
+    pub valid_for: Duration,
+    /// How often gauges are read; `None` for before every decision.
+    pub interval: Option<Duration>,
+}
+
+impl Default for Scores {
+    fn default() -> Scores {
+        let valid_for = Duration::from_secs(5);
+        Scores { connections: 1.0, gauges: Vec::new(), valid_for, interval: None }
+    }
+}
+
+/// A gauge that counts.
+#[derive(Clone, Copy, Debug, PartialEq)]
+pub struct ScoredGauge {
+    /// What workers call it.
+    pub name: GaugeName,
+    /// What one unit of it costs; less than nothing where more is better.
+    pub multiplier: f64,
+}
+
+/// How a worker stands in a pool that scores.
+#[derive(Clone, Copy, Debug, PartialEq)]
+pub enum Scored {
+    /// The lowest one wins.
+    Score(f64),
+    /// It is passed over: it has no such gauge, has never set it, or set it to something impossible.
+    NeverSet(GaugeName),
+    /// It is passed over: it set this gauge so long ago.
+    Stale(GaugeName, Duration),
+}
+
+impl fmt::Display for Scored {
+    /// `12.5`, or `gauge queue_wait stale: set 7s ago`.
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        match self {
+            Scored::Score(score) => write!(f, "{score}"),
+            Scored::NeverSet(gauge) => write!(f, "gauge {gauge} never set"),
+            Scored::Stale(gauge, age) => {
+                // Whole milliseconds: nobody reads the rest.
+                let age = Duration::from_millis(u64::try_from(age.as_millis()).unwrap_or(u64::MAX));
+                write!(f, "gauge {gauge} stale: set {age:?} ago")
+            }
+        }
+    }
+}
+
+/// What was wrong with a worker's gauge.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum GaugeProblem {
+    /// Not a number, or an infinite one: as if never set.
+    NoNumber,
+    /// A time that is yet to come: as if never set.
+    Future,
+    /// Too large, or too small, a number: clamped.
+    TooLarge,
+    /// A name that is none: ignored.
+    NoName,
+    /// A name that another gauge of the worker has: ignored.
+    NameTwice,
+}
+
+impl GaugeProblem {
+    /// How many there are.
+    pub const COUNT: usize = 5;
+
+    /// What happened, for the log.
+    pub fn text(self) -> &'static str {
+        match self {
+            GaugeProblem::NoNumber => "what is no number: as if never set",
+            GaugeProblem::Future => "a time in the future: as if never set",
+            GaugeProblem::TooLarge => "a number that is too large: clamped",
+            GaugeProblem::NoName => "a name that is none: ignored",
+            GaugeProblem::NameTwice => "a name it has given before: ignored",
         }
     }
 }
@@ -235,6 +328,8 @@ pub struct PoolSettings {
     pub probation: Duration,
     /// How long clients wait while there is no usable worker.
     pub wait_for_worker: Duration,
+    /// What `least-score` goes by; nothing else does.
+    pub scores: Scores,
     /// How long a worker's weight grows after it has come; zero for not at all.
     pub slow_start: Duration,
     /// How many decisions are kept; 0 for none.
@@ -259,6 +354,7 @@ impl Default for PoolSettings {
             handoff_timeout: Duration::from_millis(200),
             probation: Duration::from_secs(10),
             wait_for_worker: Duration::from_secs(10),
+            scores: Scores::default(),
             slow_start: Duration::ZERO,
             history: 0,
             history_candidates: 16,

@@ -7,7 +7,7 @@ use std::time::Duration;
 
 use super::policy::{FULL_WEIGHT, NEVER};
 use super::ring::Ring;
-use super::types::{Departure, State, Time, WorkerId};
+use super::types::{Departure, GaugeProblem, State, Time, WorkerId};
 
 /// What to say once every outcome of a round of revocations is in.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -82,6 +82,8 @@ pub(super) struct Worker {
     /// Kinds of impossible counters already reported.
     pub(super) told_clamped: bool,
     pub(super) told_went_back: bool,
+    /// The same for gauges, by [`GaugeProblem`].
+    pub(super) told_gauges: [bool; GaugeProblem::COUNT],
     /// Times its channel had no room.
     pub(super) channel_full: u64,
 }

@@ -72,6 +72,12 @@ impl Shell {
                     format!("process {pid} reports an impossible {what}: {said}; {used} is used")
                 });
             }
+            Event::BadGauge { worker, gauge, problem } => {
+                self.worker_fault("gauge_impossible", worker, |pid| {
+                    let gauge = gauge.as_ref().map_or("a gauge", |gauge| gauge.as_str());
+                    format!("process {pid} shows {gauge} with {}", problem.text())
+                });
+            }
             // Every dispatcher starts without workers.
             Event::NoUsableWorker { .. } if self.now == self.started => {}
             Event::NoUsableWorker { pool } => {

@@ -13,6 +13,7 @@ use worker_sdk::wire::{
 
 use super::Shell;
 use super::control::{self, Fault, Peer, Received};
+use super::gauges::Gauges;
 use super::token::{Key, Source};
 use super::worker_io::{Lane, WorkerIo, send_record};
 use crate::pool::{Departure, Join, Refusal, Time};
@@ -245,6 +246,8 @@ impl Shell {
                     Interest::READABLE,
                 ),
             });
+        let pool_id = self.core.pool_of_worker(id);
+        let scored = pool_id.map_or(&[][..], |pool| self.core.scored_gauges(pool));
         let mut record = Vec::new();
         Welcome {
             version: VERSION,
@@ -254,15 +257,25 @@ impl Shell {
             max_connections: self.core.max_connections_of(id).unwrap_or(join.hello.max_connections),
             handoff_timeout_ms: u32::try_from(timeout.as_millis()).unwrap_or(u32::MAX),
             listeners: self.listeners_of(&join.hello.pool),
-            gauges: Vec::new(),
+            gauges: scored.iter().map(|gauge| gauge.name).collect(),
         }
         .encode(&mut record);
         let fds = [theirs.channel.as_fd(), theirs.board.as_fd(), lane.poke.as_fd()];
         let sent = send_record(socket.as_fd(), &record, &fds);
         let finished = join.hello.finished;
         let outbox = Vec::new();
-        let io =
-            WorkerIo { id, control: socket, lane, pidfd, outbox, finished, said_goodbye: false };
+        let gauges = pool_id.and_then(|pool| Gauges::new(&self.core, pool));
+        self.gauge_readers += usize::from(gauges.is_some());
+        let io = WorkerIo {
+            id,
+            control: socket,
+            lane,
+            pidfd,
+            outbox,
+            finished,
+            gauges,
+            said_goodbye: false,
+        };
         let index = id.index as usize;
         if self.workers.len() <= index {
             self.workers.resize_with(index + 1, || None);

@@ -15,6 +15,7 @@ mod error;
 mod faults;
 #[cfg(feature = "fuzzing")]
 pub mod fuzzing;
+mod gauges;
 mod held;
 mod inherited;
 mod join;
@@ -91,6 +92,8 @@ struct Shell {
     door_paused_until: Option<Time>,
     /// By `WorkerId::index`. Side by side in memory: every turn looks at all of them.
     workers: Vec<Option<WorkerIo>>,
+    /// Workers of pools that score by gauges.
+    gauge_readers: usize,
     /// Something has just happened, so more is likely to happen soon: see [`DOZE`].
     dozing: bool,
     courtesy: Courtesy,
@@ -121,6 +124,7 @@ struct Shell {
     faults: Faults,
     seconds: Seconds,
     /// Scratch space, kept warm.
+    gauges_due: Vec<bool>,
     seen: Vec<(Ticket, SlotState)>,
     entries: Vec<Entry>,
     record: Vec<u8>,
@@ -135,7 +139,7 @@ struct Limits {
     /// Clients kept out by their listener's rules, by reason.
     kept_out: [Limit; 3],
     /// By kind of event.
-    events: [Limit; 16],
+    events: [Limit; 17],
 }
 
 /// For this long after an event nobody is asked for pokes: at any rate worth mentioning the next client wakes us before,
@@ -174,6 +178,8 @@ impl Shell {
             }
             self.now = clock();
             self.dozing = !events.is_empty();
+            // First: what is taken in the scan may give somebody who waits a place.
+            self.read_gauges();
             self.scan_all();
             for event in &events {
                 match Source::of(event.token()) {

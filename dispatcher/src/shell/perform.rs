@@ -217,6 +217,7 @@ impl Shell {
         if let Some(pidfd) = &io.pidfd {
             forget(registry, pidfd);
         }
+        self.gauge_readers -= usize::from(io.gauges.is_some());
         drop(io.lane);
         drop(io.control);
     }

@@ -41,6 +41,7 @@ impl Shell {
 
     fn status(&mut self) -> Status {
         let mut status = self.core.status();
+        self.show_gauges(&mut status);
         status.version = env!("CARGO_PKG_VERSION").to_owned();
         status.pid = std::process::id();
         status.uptime_seconds = (self.now - self.started).as_secs();

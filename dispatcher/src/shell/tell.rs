@@ -2,6 +2,8 @@
 
 use humantime::format_duration;
 
+use worker_sdk::scoreboard::gauge::GaugeName;
+
 use super::limit::Limit;
 use super::{Limits, Shell};
 use crate::pool::{Departure, Event, WorkerId};
@@ -25,6 +27,7 @@ impl Limits {
             Event::Restarting { .. } => ("process_restarting", 13),
             Event::Draining { .. } => ("worker_draining", 14),
             Event::Resumed { .. } => ("worker_resumed", 15),
+            Event::BadGauge { .. } => ("gauge_impossible", 16),
         };
         (name, &mut self.events[at])
     }
@@ -98,6 +101,12 @@ impl Shell {
             Event::Clamped { worker, what, said, used } => log::warn!(
                 "event=counter_clamped {} counter=\"{what}\" said={said} used={used}",
                 self.worker(*worker)
+            ),
+            Event::BadGauge { worker, gauge, problem } => log::warn!(
+                "event=gauge_impossible {} gauge={} problem=\"{}\"",
+                self.worker(*worker),
+                gauge.as_ref().map_or("-", GaugeName::as_str),
+                problem.text()
             ),
             Event::NoUsableWorker { pool } => {
                 log::warn!("event=no_worker pool={} clients=wait", self.core.pool_name(*pool))

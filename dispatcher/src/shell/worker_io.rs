@@ -12,6 +12,7 @@ use rustix::net::{
 use worker_sdk::scoreboard::{Scoreboard, ScoreboardError};
 use worker_sdk::wire::{Entry, MAX_CHANNEL_RECORD, MAX_FDS_PER_RECORD};
 
+use super::gauges::Gauges;
 use crate::pool::{ConnId, SendFailure, WorkerId};
 
 /// Everything the shell keeps for a worker.
@@ -26,6 +27,8 @@ pub(super) struct WorkerIo {
     pub(super) outbox: Vec<(ConnId, Entry)>,
     /// The `finished` counter as last reported to the core.
     pub(super) finished: u64,
+    /// What the pool scores by, if it does.
+    pub(super) gauges: Option<Gauges>,
     /// It said goodbye; anything more on its control connection is an error.
     pub(super) said_goodbye: bool,
 }

@@ -18,6 +18,7 @@ use std::time::Duration;
 
 use worker_sdk::PeerAddr;
 use worker_sdk::scoreboard::claim::{self, Revoke};
+use worker_sdk::scoreboard::gauge::Reading;
 use worker_sdk::wire::{EntryFlags, Hello};
 
 pub use crate::pool::Random;
@@ -53,6 +54,10 @@ pub struct Link {
     pub finished: u64,
     /// The worker's slots.
     pub board: Vec<AtomicU64>,
+    /// The gauges in the scoreboard that the pool scores by, whatever the worker writes there.
+    pub gauges: Vec<Option<Reading>>,
+    /// As the core was last told.
+    told: Vec<Option<Reading>>,
     gathered: Vec<Record>,
 }
 
@@ -83,6 +88,7 @@ pub struct Desk {
     /// Workers that did, once for each connection.
     pub raced: Vec<WorkerId>,
     slots: usize,
+    pools: u16,
     /// Copies in custody, by the connection's index.
     copies: Vec<Option<u64>>,
     /// By the connection's serial number, from 1 on.
@@ -95,6 +101,7 @@ impl Desk {
     pub fn new(pools: Vec<PoolSettings>, listeners: Vec<ListenerSettings>) -> Desk {
         let now = Time(1_000_000_000);
         let slots = pools.iter().map(|pool| pool.max_untaken).max().unwrap_or(1) as usize;
+        let many = pools.len() as u16;
         let mut desk = Desk {
             core: Core::new(pools, listeners, now),
             now,
@@ -105,6 +112,7 @@ impl Desk {
             races: None,
             raced: Vec::new(),
             slots,
+            pools: many,
             copies: Vec::new(),
             fates: Vec::new(),
             scratch: Vec::new(),
@@ -117,6 +125,8 @@ impl Desk {
     pub fn join(&mut self, hello: Hello) -> Result<WorkerId, Refusal> {
         let join = Join { pid: 1, uid: 0, gids: vec![0], hello, spawned: None };
         let id = self.core.join(self.now, &join)?;
+        let pool = self.core.pool_of_worker(id);
+        let scored = pool.map_or(0, |pool| self.core.scored_gauges(pool).len());
         self.links.push(Link {
             id,
             channel: VecDeque::new(),
@@ -127,6 +137,8 @@ impl Desk {
             forgotten: false,
             finished: join.hello.finished,
             board: (0..self.slots).map(|_| AtomicU64::new(0)).collect(),
+            gauges: vec![None; scored],
+            told: vec![None; scored],
             gathered: Vec::new(),
         });
         self.pump();
@@ -293,6 +305,7 @@ impl Desk {
 
     /// Reads every worker's counter and slots, as the shell does once per turn, then lets time take effect.
     pub fn turn(&mut self) {
+        self.read_gauges();
         for link in &self.links {
             if link.forgotten {
                 continue;
@@ -308,6 +321,27 @@ impl Desk {
         }
         self.core.tick(self.now);
         self.pump();
+    }
+
+    /// Reads the gauges of every pool that scores by some and wants them read now.
+    fn read_gauges(&mut self) {
+        for pool in (0..self.pools).map(PoolId) {
+            if !self.core.reads_gauges(self.now, pool) {
+                continue;
+            }
+            for link in self.links.iter_mut().filter(|link| !link.forgotten) {
+                if self.core.pool_of_worker(link.id) == Some(pool) {
+                    for (gauge, (said, told)) in link.gauges.iter().zip(&mut link.told).enumerate()
+                    {
+                        let bits = |reading: Reading| (reading.value.to_bits(), reading.at);
+                        if said.map(bits) != told.map(bits) {
+                            *told = *said;
+                            self.core.gauge(self.now, link.id, gauge, *said);
+                        }
+                    }
+                }
+            }
+        }
     }
 
     /// Time passes, and a turn follows.

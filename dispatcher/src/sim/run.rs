@@ -7,6 +7,7 @@ use std::cmp::Reverse;
 use std::collections::BinaryHeap;
 use std::time::Duration;
 
+use worker_sdk::scoreboard::gauge::Reading;
 use worker_sdk::wire::Hello;
 
 use super::plan::{FaultKind, Plan};
@@ -62,6 +63,7 @@ pub fn run(plan: &Plan) -> Outcome {
         probation: Duration::from_millis(random.below(1_500)),
         wait_for_worker: Duration::from_millis(100 + random.below(2_000)),
         slow_start: Duration::from_millis(random.below(2) * random.below(2_000)),
+        scores: scores(&mut random),
         history: random.below(2) as u32 * 5,
         access: Access { users: vec![0], groups: Vec::new() },
         ..PoolSettings::default()
@@ -91,6 +93,19 @@ pub fn run(plan: &Plan) -> Outcome {
         random,
     };
     run.all()
+}
+
+/// What a pool scores by, if its policy is that.
+fn scores(random: &mut Random) -> Scores {
+    let gauge = |(name, multiplier): (&str, f64)| {
+        Some(ScoredGauge { name: name.parse().ok()?, multiplier })
+    };
+    Scores {
+        connections: random.below(3) as f64,
+        gauges: [("wait", 2.0), ("room", -0.5)].into_iter().filter_map(gauge).collect(),
+        valid_for: Duration::from_millis(20 + random.below(200)),
+        interval: random.once_in(2).then(|| Duration::from_millis(1 + random.below(19))),
+    }
 }
 
 impl Run<'_> {
@@ -204,8 +219,28 @@ impl Run<'_> {
         self.after(next, What::Arrive);
     }
 
+    /// Processes set their gauges now and then; those that lie, to anything.
+    fn set_gauges(&mut self) {
+        for process in &self.processes {
+            let Some(worker) = process.worker.filter(|_| !process.hung) else { continue };
+            let gauges = &mut self.desk.links[worker.serial as usize - 1].gauges;
+            for gauge in gauges {
+                if self.random.below(4) > 0 {
+                    continue;
+                }
+                *gauge = Some(if process.lying {
+                    let at = self.random.number() >> self.random.below(64);
+                    Reading { value: f64::from_bits(self.random.number()), at }
+                } else {
+                    Reading { value: self.random.below(20) as f64, at: self.desk.now.0 }
+                });
+            }
+        }
+    }
+
     fn turn(&mut self) {
         self.next_turn = None;
+        self.set_gauges();
         self.desk.turn();
         self.hear_of_races();
         for _ in 0..64 {

@@ -6,19 +6,23 @@
 mod failover;
 mod hash;
 mod least_connections;
+mod least_score;
 mod lots;
 mod random;
 mod round_robin;
 mod tournament;
 mod two_choices;
 
+use worker_sdk::scoreboard::gauge::Reading;
+
 use self::failover::{Change, Failover};
 use self::hash::Rendezvous;
+use self::least_score::LeastScore;
 use self::lots::Lots;
 use self::round_robin::RoundRobin;
 use self::tournament::Tournament;
 use super::random::Random;
-use super::types::{AffinityKey, Policy, Time, Why};
+use super::types::{AffinityKey, Policy, Scored, Scores, Time, Why};
 
 /// The end of time: a timer that is not running.
 pub(super) const NEVER: Time = Time(u64::MAX);
@@ -72,6 +76,7 @@ enum Index {
     TwoChoices(Lots),
     Hash(Rendezvous),
     Failover(Failover),
+    LeastScore(LeastScore),
 }
 
 /// The workers of a pool that have not left, and beside each its next timer.
@@ -96,6 +101,7 @@ pub(super) struct Choice {
     pub(super) at: usize,
     /// With two choices, the other one.
     pub(super) other: Option<usize>,
+    now: Time,
     random: Random,
 }
 
@@ -104,19 +110,28 @@ pub(super) struct Choice {
 pub(super) struct Look {
     pub(super) score: Option<f64>,
     pub(super) why: Why,
+    /// With scores: which gauge kept it out.
+    pub(super) out: Option<Scored>,
+}
+
+impl Look {
+    fn new(score: Option<f64>, why: Why) -> Look {
+        Look { score, why, out: None }
+    }
 }
 
 impl Candidates {
     /// Nobody yet; `seed` is where choices by lot come from.
-    pub(super) fn new(policy: Policy, seed: u64) -> Candidates {
+    pub(super) fn new(policy: Policy, scores: &Scores, seed: u64) -> Candidates {
         let mut random = Random::new(seed);
         let index = match policy {
-            Policy::LeastConnections | Policy::LeastScore => Index::LeastConnections,
+            Policy::LeastConnections => Index::LeastConnections,
             Policy::RoundRobin => Index::RoundRobin(RoundRobin::new(random.number())),
             Policy::Random => Index::Random(Lots::default()),
             Policy::TwoChoices => Index::TwoChoices(Lots::default()),
             Policy::Hash => Index::Hash(Rendezvous::default()),
             Policy::Failover => Index::Failover(Failover::default()),
+            Policy::LeastScore => Index::LeastScore(LeastScore::new(scores.clone())),
         };
         Candidates {
             list: Vec::new(),
@@ -148,6 +163,7 @@ impl Candidates {
             Index::Random(lots) | Index::TwoChoices(lots) => lots.rebuild(&self.list),
             Index::Hash(nodes) => nodes.add(member.node),
             Index::Failover(stands) => stands.add(member.priority),
+            Index::LeastScore(scores) => scores.add(),
         }
         self.list.len() - 1
     }
@@ -165,6 +181,7 @@ impl Candidates {
             Index::Random(lots) | Index::TwoChoices(lots) => lots.rebuild(&self.list),
             Index::Hash(nodes) => nodes.remove(at),
             Index::Failover(stands) => change = stands.remove(at),
+            Index::LeastScore(scores) => scores.remove(at),
         }
         if change == Change::All {
             self.apply_all();
@@ -208,7 +225,7 @@ impl Candidates {
         self.eligible += usize::from(available.is_some());
         (candidate.cost, candidate.weight) = (cost, weight);
         match &mut self.index {
-            Index::LeastConnections | Index::Failover(_) => {}
+            Index::LeastConnections | Index::Failover(_) | Index::LeastScore(_) => {}
             // These never ask who has least: spare them the tournament.
             Index::RoundRobin(turns) => return turns.update(&self.list, at),
             Index::Random(lots) | Index::TwoChoices(lots) => return lots.update(&self.list, at),
@@ -219,7 +236,7 @@ impl Candidates {
 
     /// The worker for the next connection, of a client known by `key`. Nothing changes until [`Candidates::commit`].
     #[inline]
-    pub(super) fn pick(&self, key: Option<AffinityKey>) -> Option<Choice> {
+    pub(super) fn pick(&self, now: Time, key: Option<AffinityKey>) -> Option<Choice> {
         if self.eligible == 0 {
             return None;
         }
@@ -234,12 +251,16 @@ impl Candidates {
                 chosen
             }
             (Index::Hash(nodes), Some(key)) => nodes.pick(&self.list, key)?,
+            (Index::LeastScore(scores), _) => match scores.pick(&self.list, self.start, now) {
+                Some(at) => at,
+                None => self.tournament.choose(&self.list, self.start)?,
+            },
             // Clients without a key too: nothing says that they belong together.
             (Index::LeastConnections | Index::Failover(_) | Index::Hash(_), _) => {
                 self.tournament.choose(&self.list, self.start)?
             }
         };
-        Some(Choice { at, other, random })
+        Some(Choice { at, other, now, random })
     }
 
     /// The decision takes effect; answers the worker.
@@ -261,19 +282,35 @@ impl Candidates {
         let (mine, theirs) = (self.cost(at), self.cost(choice.at));
         let by_load = || {
             let why = if mine > theirs { Why::MoreLoaded } else { Why::Tie };
-            Look { score: Some(mine), why: say(why) }
+            Look::new(Some(mine), say(why))
         };
         match (&self.index, key) {
             (Index::RoundRobin(turns), _) => {
                 let (mine, theirs) = (turns.distance(at), turns.distance(choice.at));
                 let why = if mine > theirs { Why::LaterTurn } else { Why::Tie };
-                Look { score: Some(mine), why: say(why) }
+                Look::new(Some(mine), say(why))
             }
-            (Index::Random(_), _) => Look { score: None, why: say(Why::NotDrawn) },
+            (Index::Random(_), _) => Look::new(None, say(Why::NotDrawn)),
             (Index::TwoChoices(_), _) if chosen || choice.other == Some(at) => by_load(),
-            (Index::TwoChoices(_), _) => Look { score: None, why: Why::NotDrawn },
+            (Index::TwoChoices(_), _) => Look::new(None, Why::NotDrawn),
             (Index::Hash(nodes), Some(key)) => {
-                Look { score: Some(nodes.score(&self.list, at, key)), why: say(Why::OtherKey) }
+                Look::new(Some(nodes.score(&self.list, at, key)), say(Why::OtherKey))
+            }
+            (Index::LeastScore(scores), _) => {
+                let standing = |at| scores.standing(at, self.list[at], choice.now);
+                match (standing(at), standing(choice.at)) {
+                    (Scored::Score(mine), Scored::Score(theirs)) => {
+                        let why = if mine > theirs { Why::HigherScore } else { Why::Tie };
+                        Look::new(Some(mine), say(why))
+                    }
+                    // The chosen one itself is out: so was everybody, and the load decided.
+                    (out, Scored::NeverSet(_) | Scored::Stale(..)) => {
+                        Look { out: Some(out), ..by_load() }
+                    }
+                    (out, Scored::Score(_)) => {
+                        Look { score: None, why: Why::StaleGauge, out: Some(out) }
+                    }
+                }
             }
             (Index::LeastConnections | Index::Failover(_) | Index::Hash(_), _) => by_load(),
         }
@@ -283,6 +320,24 @@ impl Candidates {
     fn cost(&self, at: usize) -> f64 {
         let candidate = self.list[at];
         candidate.cost as f64 * f64::from(FULL_WEIGHT) / f64::from(candidate.weight)
+    }
+
+    /// With scores: a gauge of the worker at `at` reads so.
+    pub(super) fn set_gauge(&mut self, at: usize, gauge: usize, reading: Option<Reading>) {
+        if let Index::LeastScore(scores) = &mut self.index {
+            scores.set(at, gauge, reading);
+        }
+    }
+
+    /// With scores: how the worker at `at` stands, with `cost` for its load after one more connection.
+    pub(super) fn score(&self, at: usize, cost: u64, weight: u32, now: Time) -> Option<Scored> {
+        match &self.index {
+            Index::LeastScore(scores) => {
+                let candidate = Candidate { cost, weight, ..self.list[at] };
+                Some(scores.standing(at, candidate, now))
+            }
+            _ => None,
+        }
     }
 
     /// Whether the worker at `at` is only waiting for others to go.

@@ -10,6 +10,7 @@ mod model;
 mod naive;
 mod policies;
 mod purity;
+mod scores;
 mod screening;
 mod supervision;
 mod waiting;

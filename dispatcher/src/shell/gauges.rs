@@ -1,0 +1,138 @@
+//! Reading workers' gauges: only those that a policy goes by, and only where one does.
+//!
+//! Owns which gauge of a scoreboard is which of the pool's, and what was last read there. Whether it is time to read, and
+//! what a reading is worth, the core says. For the status everything is read that has a name.
+
+use worker_sdk::scoreboard::Scoreboard;
+use worker_sdk::scoreboard::gauge::{GaugeName, Reading};
+
+use super::Shell;
+use crate::pool::{Core, PoolId, Scored, Time, WorkerId};
+use crate::status::{GaugeStatus, Status};
+
+/// The gauges of one worker that its pool scores by.
+#[derive(Debug)]
+pub(super) struct Gauges {
+    pool: PoolId,
+    scored: Vec<Place>,
+    /// Gauges whose names have been looked at. A worker gets no second look at one: its names cost us little, whatever it
+    /// does to them.
+    known: u32,
+}
+
+#[derive(Debug)]
+struct Place {
+    name: GaugeName,
+    /// Its number in the scoreboard, once the worker has named it.
+    number: Option<u32>,
+    /// As last told to the core.
+    told: Option<Reading>,
+}
+
+impl Gauges {
+    /// For a worker of this pool; `None` if the pool does not score by gauges.
+    pub(super) fn new(core: &Core, pool: PoolId) -> Option<Gauges> {
+        let scored: Vec<Place> = core
+            .scored_gauges(pool)
+            .iter()
+            .map(|gauge| Place { name: gauge.name, number: None, told: None })
+            .collect();
+        (!scored.is_empty()).then_some(Gauges { pool, scored, known: 0 })
+    }
+
+    fn read(&mut self, board: &Scoreboard, core: &mut Core, now: Time, worker: WorkerId) {
+        let named = board.named_gauges();
+        while self.known < named {
+            self.learn(board, core, worker);
+        }
+        for (position, gauge) in self.scored.iter_mut().enumerate() {
+            let Some(said) = gauge.number.map(|number| board.gauge(number)) else { continue };
+            if !is_same(said, gauge.told) {
+                gauge.told = said;
+                core.gauge(now, worker, position, said);
+            }
+        }
+    }
+
+    fn learn(&mut self, board: &Scoreboard, core: &mut Core, worker: WorkerId) {
+        let number = self.known;
+        self.known += 1;
+        let name = match board.gauge_name(number) {
+            Some(Ok(name)) => name,
+            Some(Err(_)) | None => return core.misnamed_gauge(worker, None),
+        };
+        if let Some(gauge) = self.scored.iter_mut().find(|gauge| gauge.name == name) {
+            match gauge.number {
+                None => gauge.number = Some(number),
+                Some(_) => core.misnamed_gauge(worker, Some(name)),
+            }
+        }
+    }
+}
+
+/// To the bit: what is no number is never equal to itself.
+fn is_same(a: Option<Reading>, b: Option<Reading>) -> bool {
+    let bits = |reading: Reading| (reading.value.to_bits(), reading.at);
+    a.map(bits) == b.map(bits)
+}
+
+impl Shell {
+    /// Tells the core what has changed in the gauges it goes by. Before anything is decided in a turn.
+    pub(super) fn read_gauges(&mut self) {
+        if self.gauge_readers == 0 {
+            return;
+        }
+        self.gauges_due.clear();
+        for pool in 0..self.config.pools.len() as u16 {
+            self.gauges_due.push(self.core.reads_gauges(self.now, PoolId(pool)));
+        }
+        if !self.gauges_due.contains(&true) {
+            return;
+        }
+        for io in self.workers.iter_mut().flatten() {
+            if let Some(gauges) = &mut io.gauges
+                && self.gauges_due.get(usize::from(gauges.pool.0)) == Some(&true)
+            {
+                gauges.read(&io.lane.board, &mut self.core, self.now, io.id);
+            }
+        }
+    }
+
+    /// Adds to a status what every worker shows.
+    pub(super) fn show_gauges(&self, status: &mut Status) {
+        for io in self.workers.iter().flatten() {
+            let scored = self.core.score(self.now, io.id);
+            if scored.is_none() && io.lane.board.named_gauges() == 0 {
+                continue;
+            }
+            let shown = status.pools.iter_mut().find_map(|pool| {
+                let at = pool.workers.binary_search_by_key(&io.id.serial, |worker| worker.id);
+                pool.workers.get_mut(at.ok()?)
+            });
+            if let Some(worker) = shown {
+                worker.gauges = all(&io.lane.board, self.now);
+                match scored {
+                    Some(Scored::Score(score)) => worker.score = Some(score),
+                    Some(out) => worker.not_scored = Some(out.to_string()),
+                    None => {}
+                }
+            }
+        }
+    }
+}
+
+/// Every gauge with a good name, in the order in which the worker named them.
+fn all(board: &Scoreboard, now: Time) -> Vec<GaugeStatus> {
+    let gauge = |number| {
+        let name = board.gauge_name(number)?.ok()?;
+        let reading = board.gauge(number).filter(|reading| reading.value.is_finite());
+        Some(GaugeStatus {
+            name: name.to_string(),
+            value: reading.map(|reading| reading.value),
+            age_milliseconds: reading.map(|reading| {
+                u64::try_from((now - Time(reading.at)).as_millis()).unwrap_or(u64::MAX)
+            }),
+        })
+    };
+    (0..board.named_gauges()).filter_map(gauge).collect()
+}
