@@ -71,13 +71,21 @@ fn visit(address: SocketAddr) {
 
 #[test]
 fn a_warm_hot_thread_allocates_nothing() {
+    // Once at length, and with every other policy and the last decisions kept. One after the other: a signal ends them.
+    allocates_nothing("", EACH);
+    for policy in ["round-robin", "random", "two-choices", "hash", "failover"] {
+        allocates_nothing(&format!("policy = \"{policy}\"\nhistory = 50\n"), EACH / 10);
+    }
+}
+
+fn allocates_nothing(keys: &str, each: usize) {
     let directory = tempfile::tempdir().unwrap();
     let path = |name: &str| directory.path().join(name);
     // Nobody becomes suspect while the burst waits.
     let config = format!(
         "dispatch_socket = {:?}\nadmin_socket = {:?}\n\
          [[listener]]\nname = \"web\"\naddress = \"127.0.0.1:0\"\npool = \"web\"\n\
-         [pool.web]\nhandoff_timeout = \"10m\"\n",
+         [pool.web]\nhandoff_timeout = \"10m\"\n{keys}",
         path("dispatch.sock"),
         path("admin.sock")
     );
@@ -125,11 +133,11 @@ fn a_warm_hot_thread_allocates_nothing() {
     assert!(before > 0, "the hot thread is counted");
     thread::scope(|scope| {
         for _ in 0..CLIENTS {
-            scope.spawn(|| (0..EACH).for_each(|_| visit(address)));
+            scope.spawn(|| (0..each).for_each(|_| visit(address)));
         }
     });
     let during = ALLOCATIONS.load(Ordering::SeqCst) - before;
-    assert_eq!(during, 0, "allocations during {} connections", CLIENTS * EACH);
+    assert_eq!(during, 0, "allocations during {} connections, {keys}", CLIENTS * each);
 
     workers.iter().for_each(Worker::close);
     raise(Signal::SIGTERM).unwrap();

@@ -23,10 +23,10 @@ fn peer() -> PeerAddr {
 }
 
 /// A core whose workers have `weight(index)`.
-fn core(workers: u32, weight: impl Fn(u32) -> u16) -> Core {
+fn core(policy: Policy, workers: u32, weight: impl Fn(u32) -> u16) -> Core {
     let pool = PoolSettings {
         name: "web".to_owned(),
-        policy: Policy::LeastConnections,
+        policy,
         max_connections_per_worker: u32::MAX,
         max_untaken: 256,
         max_workers: 4096,
@@ -65,8 +65,10 @@ fn core(workers: u32, weight: impl Fn(u32) -> u16) -> Core {
 /// A batch of connections is accepted, sent, seen taken, released and finished: a whole turn.
 fn turn(core: &mut Core, batch: usize, sent: &mut Vec<(WorkerId, Ticket)>, finished: &mut [u64]) {
     let now = Time(1);
-    for _ in 0..batch {
-        core.accepted(now, Client::new(LISTENER, peer()));
+    for number in 0..batch {
+        let address = [10, 0, 0, number as u8];
+        let peer = PeerAddr::from(std::net::SocketAddr::from((address, 40_000)));
+        core.accepted(now, Client::new(LISTENER, peer));
     }
     while let Some(effect) = core.effect() {
         if let Effect::Send { worker, ticket, .. } = effect {
@@ -84,6 +86,7 @@ fn turn(core: &mut Core, batch: usize, sent: &mut Vec<(WorkerId, Ticket)>, finis
     }
 }
 
+/// What a turn costs with each policy: the differences between them are those of the decisions.
 fn decision(c: &mut Criterion) {
     const BATCH: usize = 64;
     type Weight = fn(u32) -> u16;
@@ -91,14 +94,17 @@ fn decision(c: &mut Criterion) {
         [("equal", |_| 1), ("mixed", |number| (number % 7 + 1) as u16)];
     let mut group = c.benchmark_group("decision");
     group.throughput(Throughput::Elements(BATCH as u64));
-    for workers in [2, 64, 1000] {
-        for (name, weight) in weights {
-            let mut core = core(workers, weight);
-            let mut sent = Vec::new();
-            let mut finished = vec![0; workers as usize];
-            group.bench_function(BenchmarkId::new(name, workers), |b| {
-                b.iter(|| turn(&mut core, BATCH, &mut sent, &mut finished));
-            });
+    for policy in Policy::ALL {
+        for workers in [2, 64, 1000] {
+            for (name, weight) in weights {
+                let mut core = core(policy, workers, weight);
+                let mut sent = Vec::new();
+                let mut finished = vec![0; workers as usize];
+                let id = BenchmarkId::new(format!("{} {name}", policy.name()), workers);
+                group.bench_function(id, |b| {
+                    b.iter(|| turn(&mut core, BATCH, &mut sent, &mut finished));
+                });
+            }
         }
     }
     group.finish();
@@ -163,7 +169,7 @@ fn ring(c: &mut Criterion) {
 /// Connections nobody can be given yet: in and out of the queue.
 fn ledger(c: &mut Criterion) {
     const BATCH: usize = 64;
-    let mut core = core(0, |_| 1);
+    let mut core = core(Policy::LeastConnections, 0, |_| 1);
     let mut conns = Vec::new();
     let mut group = c.benchmark_group("ledger");
     group.throughput(Throughput::Elements(BATCH as u64));

@@ -4,6 +4,7 @@ pub mod admin;
 pub mod cli;
 pub mod closer;
 pub mod config;
+pub mod decisions;
 #[cfg(feature = "demo")]
 pub mod demo;
 pub mod logger;

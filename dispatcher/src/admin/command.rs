@@ -24,6 +24,13 @@ pub enum Command {
         /// Which.
         target: Target,
     },
+    /// Give these workers another share of new connections.
+    Weight {
+        /// Which.
+        target: Target,
+        /// Relative to others, from 1 on.
+        weight: u16,
+    },
 }
 
 /// What a command answers when it was carried out.

@@ -64,18 +64,26 @@ impl Gate {
         }
     }
 
-    /// What came of a command. One after the other: the next waits here, on this thread, so that the hot thread has at
-    /// most one to look at. A command that is late may still be carried out.
+    /// What came of a command. One that is late may still be carried out.
     pub(super) async fn command(
         &self,
         command: Command,
         patience: Duration,
     ) -> Result<Answer, NoAnswer> {
+        self.ask_for(|answer| Request::Command { command, answer }, patience).await
+    }
+
+    /// The answer to any other request. One after the other: the next waits here, on this thread, so that the hot thread
+    /// has at most one to look at.
+    pub(super) async fn ask_for<T>(
+        &self,
+        request: impl FnOnce(oneshot::Sender<T>) -> Request,
+        patience: Duration,
+    ) -> Result<T, NoAnswer> {
         let exchange = async {
             let _turn = self.commands.lock().await;
             let (sender, answer) = oneshot::channel();
-            let request = Request::Command { command, answer: sender };
-            self.requests.try_send(request).map_err(|_| NoAnswer::Refused)?;
+            self.requests.try_send(request(sender)).map_err(|_| NoAnswer::Refused)?;
             (self.wake)();
             answer.await.map_err(|_| NoAnswer::Refused)
         };

@@ -23,7 +23,8 @@ use std::time::{Duration, Instant};
 
 use tokio::sync::oneshot;
 
-use self::command::{Answer, Command};
+use self::command::{Answer, Command, CommandError};
+use crate::decisions::{Next, Past};
 use crate::spawner::{self, Report, Spawner};
 use crate::status::Status;
 
@@ -50,6 +51,24 @@ pub enum Request {
         command: Command,
         /// What came of it.
         answer: oneshot::Sender<Answer>,
+    },
+    /// Who was chosen lately?
+    History {
+        /// In this pool.
+        pool: String,
+        /// After the decision with this number.
+        after: u64,
+        /// The decisions.
+        answer: oneshot::Sender<Result<Past, CommandError>>,
+    },
+    /// Who would get the next connection?
+    Explain {
+        /// Of this pool.
+        pool: String,
+        /// Of a client from there.
+        peer: worker_sdk::PeerAddr,
+        /// The decision.
+        answer: oneshot::Sender<Result<Next, CommandError>>,
     },
 }
 

@@ -56,6 +56,8 @@ impl Bench {
                             Request::Command { command, answer } => {
                                 let _ = answer.send(carried_out(&command));
                             }
+                            // Not asked for here.
+                            Request::History { .. } | Request::Explain { .. } => {}
                         }
                     }
                 }

@@ -98,7 +98,7 @@ pub(super) fn resume(arguments: &ResumeArgs) -> Result<(), Failure> {
     show(&answer, arguments.json)
 }
 
-fn show(answer: &Value, json: bool) -> Result<(), Failure> {
+pub(super) fn show(answer: &Value, json: bool) -> Result<(), Failure> {
     if json {
         return print(&format!("{answer}\n"));
     }

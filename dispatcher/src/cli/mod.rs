@@ -2,6 +2,7 @@
 
 mod admin;
 mod check;
+mod decisions;
 #[cfg(feature = "demo")]
 mod demo;
 mod drain;
@@ -11,6 +12,7 @@ mod run;
 mod status;
 #[cfg(feature = "tui")]
 mod top;
+mod weight;
 
 #[cfg(test)]
 mod tests;
@@ -34,6 +36,9 @@ Examples:
   dispatcher status --json                 the same for programs
   dispatcher top                           the same as a live screen
   dispatcher drain web/web-1               no new connections for this worker
+  dispatcher weight web/web-1 3            it gets three times what others get
+  dispatcher explain web                   who gets the next connection, and why?
+  dispatcher history web --follow          who got the last ones, and why?
 
 Environment:
   DISPATCHER_LOG     what `run` and `demo` log: error, warn, info (default), debug, trace
@@ -74,6 +79,15 @@ enum Command {
     /// Give drained workers connections again.
     #[command(after_help = drain::RESUME_EXAMPLES)]
     Resume(drain::ResumeArgs),
+    /// Give a worker another share of new connections.
+    #[command(after_help = weight::EXAMPLES)]
+    Weight(weight::WeightArgs),
+    /// Show a pool's last decisions: who was chosen, and why the others were passed over.
+    #[command(after_help = decisions::HISTORY_EXAMPLES)]
+    History(decisions::HistoryArgs),
+    /// Show to whom a pool's next connection would go, and why.
+    #[command(after_help = decisions::EXPLAIN_EXAMPLES)]
+    Explain(decisions::ExplainArgs),
     /// Print the script that completes commands and options in a shell.
     #[command(after_help = manual::COMPLETIONS_EXAMPLES)]
     Completions(manual::CompletionsArgs),
@@ -184,6 +198,9 @@ fn execute(arguments: impl IntoIterator<Item = OsString>) -> Exit {
         Command::Man(arguments) => manual::man(arguments),
         Command::Drain(arguments) => drain::drain(arguments),
         Command::Resume(arguments) => drain::resume(arguments),
+        Command::Weight(arguments) => weight::weight(arguments),
+        Command::History(arguments) => decisions::history(arguments),
+        Command::Explain(arguments) => decisions::explain(arguments),
         Command::Status(arguments) => status::status(&arguments.admin, arguments.json),
         #[cfg(feature = "demo")]
         Command::Demo(arguments) => demo::demo(arguments),

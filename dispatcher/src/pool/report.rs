@@ -164,6 +164,11 @@ impl Core {
         self.listeners.get(usize::from(listener.0)).map(|listener| listener.settings.pool)
     }
 
+    /// A pool's settings.
+    pub fn pool_settings(&self, pool: PoolId) -> Option<&PoolSettings> {
+        self.pools.get(usize::from(pool.0)).map(|pool| &pool.settings)
+    }
+
     /// A pool's name.
     pub fn pool_name(&self, pool: PoolId) -> &str {
         self.pools.get(usize::from(pool.0)).map_or("", |pool| &pool.settings.name)

@@ -1,12 +1,16 @@
 //! What an operator told us to do: one exhaustive match from commands to the core, and the answers.
 
-use serde_json::{Value, json};
+use std::time::SystemTime;
 
-use super::Shell;
+use serde_json::{Value, json};
+use worker_sdk::PeerAddr;
+
+use super::{Shell, clock};
 use crate::admin::command::{
     Answer, Command, CommandError, Problem, Target, WorkerRef, unknown_pool,
 };
-use crate::pool::{CannotResume, WorkerId};
+use crate::decisions::{Next, Past};
+use crate::pool::{CannotResume, ListenerId, PoolId, WorkerId};
 
 impl Shell {
     /// Carries out a command. The answer goes to whoever asked, who may be gone by now.
@@ -16,6 +20,13 @@ impl Shell {
                 let workers = self.targets(&target)?;
                 for &worker in &workers {
                     self.core.drain_worker(self.now, worker);
+                }
+                Ok(self.workers_json(&workers))
+            }
+            Command::Weight { target, weight } => {
+                let workers = self.targets(&target)?;
+                for &worker in &workers {
+                    self.core.set_weight(self.now, worker, weight);
                 }
                 Ok(self.workers_json(&workers))
             }
@@ -30,6 +41,42 @@ impl Shell {
                 }
                 Ok(self.workers_json(&workers))
             }
+        }
+    }
+
+    /// What a pool keeps of its past.
+    pub(super) fn history(&self, pool: &str, after: u64) -> Result<Past, CommandError> {
+        let id = self.pool_called(pool)?;
+        let settings = self.core.pool_settings(id);
+        let listeners = (0u16..).map_while(|n| {
+            self.config.listeners.get(usize::from(n))?;
+            Some(self.core.listener_name(ListenerId(n)).to_owned())
+        });
+        Ok(Past {
+            policy: settings.map_or("", |settings| settings.policy.name()),
+            size: settings.map_or(0, |settings| settings.history),
+            clock: (clock(), SystemTime::now()),
+            listeners: listeners.collect(),
+            decisions: self.core.history(id, after),
+        })
+    }
+
+    /// To whom a pool's next connection would go.
+    pub(super) fn explain(&self, pool: &str, peer: PeerAddr) -> Result<Next, CommandError> {
+        let id = self.pool_called(pool)?;
+        let unknown = || unknown_pool(pool, self.core.pool_names());
+        Ok(Next {
+            policy: self.core.pool_settings(id).map_or("", |settings| settings.policy.name()),
+            clock: (clock(), SystemTime::now()),
+            explanation: self.core.explain(self.now, id, peer).ok_or_else(unknown)?,
+        })
+    }
+
+    fn pool_called(&self, name: &str) -> Result<PoolId, CommandError> {
+        let mut pools = (0u16..).map(PoolId).zip(self.core.pool_names());
+        match pools.find(|(_, pool)| *pool == name) {
+            Some((id, _)) => Ok(id),
+            None => Err(unknown_pool(name, self.core.pool_names())),
         }
     }
 

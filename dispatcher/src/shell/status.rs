@@ -28,6 +28,12 @@ impl Shell {
                     // Whoever asked may have gone; that is no concern of ours.
                     let _ = answer.send(self.status());
                 }
+                Request::History { pool, after, answer } => {
+                    let _ = answer.send(self.history(&pool, after));
+                }
+                Request::Explain { pool, peer, answer } => {
+                    let _ = answer.send(self.explain(&pool, peer));
+                }
                 Request::Command { command, answer } => {
                     let _ = answer.send(self.command(command));
                 }

@@ -2,6 +2,7 @@
 //!
 //! To add a route: a function `routes()` in a file of its own, merged in [`all`], and its path in [`PATHS`].
 
+mod decisions;
 mod health;
 mod metrics;
 mod page;
@@ -32,10 +33,12 @@ const MAX_BODY: usize = 64 * 1024;
 pub(super) const PATIENCE: Duration = Duration::from_secs(3);
 
 /// Everything there is to ask for, as the answer to a wrong path lists it.
-const PATHS: [&str; 8] = [
+const PATHS: [&str; 10] = [
     "/",
     "/v1/status",
     "/v1/pools/NAME",
+    "/v1/pools/NAME/history",
+    "/v1/pools/NAME/explain",
     "/v1/workers",
     "/v1/workers/ID",
     "/metrics",
@@ -56,6 +59,7 @@ pub(super) fn all(app: App) -> Router {
     Router::new()
         .merge(page::routes())
         .merge(status::routes())
+        .merge(decisions::routes())
         .merge(pools::routes())
         .merge(workers::routes())
         .merge(health::routes())

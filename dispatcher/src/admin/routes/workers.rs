@@ -29,6 +29,8 @@ pub(super) enum Action {
     },
     /// Connections again.
     Resume {},
+    /// Another share of new connections.
+    Weight { weight: u32 },
 }
 
 impl Action {
@@ -39,6 +41,15 @@ impl Action {
                 Command::Drain { target, deadline: deadline.map(|text| wait(&text)).transpose()? }
             }
             Action::Resume {} => Command::Resume { target },
+            Action::Weight { weight } => {
+                let valid = u16::try_from(weight).ok().filter(|&weight| weight > 0);
+                let weight = valid.ok_or_else(|| {
+                    let message = format!("a weight is from 1 to 65535, not {weight}");
+                    CommandError::new(Problem::Invalid, message)
+                        .hint("to give a worker nothing, drain it")
+                })?;
+                Command::Weight { target, weight }
+            }
         })
     }
 }

@@ -1,0 +1,95 @@
+//! `/v1/pools/NAME/history` and `/v1/pools/NAME/explain`: who was chosen and why, and who would be.
+
+use std::net::{IpAddr, SocketAddr};
+use std::str::FromStr;
+
+use axum::extract::{Path, RawQuery, State};
+use axum::response::{IntoResponse, Response};
+use axum::routing::get;
+use axum::{Json, Router};
+use worker_sdk::PeerAddr;
+
+use super::{App, PATIENCE, methods, no_answer, refused};
+use crate::admin::Request;
+use crate::admin::command::{CommandError, Problem};
+
+pub(super) fn routes() -> Router<App> {
+    Router::new()
+        .route("/v1/pools/{name}/history", methods("GET, HEAD", get(history)))
+        .route("/v1/pools/{name}/explain", methods("GET, HEAD", get(explain)))
+}
+
+async fn history(
+    State(app): State<App>,
+    Path(pool): Path<String>,
+    RawQuery(query): RawQuery,
+) -> Response {
+    let after = match parameter(query.as_deref(), "after", "the number of a decision") {
+        Ok(after) => after.unwrap_or(0),
+        Err(why) => return refused(&why),
+    };
+    let name = pool.clone();
+    let ask = move |answer| Request::History { pool, after, answer };
+    match app.gate.ask_for(ask, PATIENCE).await {
+        Ok(Ok(past)) => Json(past.write(name)).into_response(),
+        Ok(Err(why)) => refused(&why),
+        Err(why) => no_answer(why),
+    }
+}
+
+async fn explain(
+    State(app): State<App>,
+    Path(pool): Path<String>,
+    RawQuery(query): RawQuery,
+) -> Response {
+    let from = parameter::<IpAddr>(query.as_deref(), "from", "the client's IP address");
+    let peer = match from {
+        // Which port a client will have nobody knows, and nothing depends on it.
+        Ok(Some(ip)) => PeerAddr::from(SocketAddr::new(ip, 0)),
+        Ok(None) => PeerAddr::Unix,
+        Err(why) => return refused(&why),
+    };
+    let name = pool.clone();
+    let ask = move |answer| Request::Explain { pool, peer, answer };
+    match app.gate.ask_for(ask, PATIENCE).await {
+        Ok(Ok(next)) => Json(next.write(name)).into_response(),
+        Ok(Err(why)) => refused(&why),
+        Err(why) => no_answer(why),
+    }
+}
+
+/// The value of the only parameter a route has, if it is there.
+fn parameter<T: FromStr>(
+    query: Option<&str>,
+    name: &str,
+    what: &str,
+) -> Result<Option<T>, CommandError> {
+    let Some(query) = query.filter(|query| !query.is_empty()) else { return Ok(None) };
+    // A colon is all that can be escaped in an address or a number.
+    let value = query.strip_prefix(name).and_then(|rest| rest.strip_prefix('='));
+    let value = value.map(|value| value.replace("%3A", ":").replace("%3a", ":"));
+    match value.and_then(|value| value.parse().ok()) {
+        Some(value) => Ok(Some(value)),
+        None => {
+            let message = format!("`?{name}=` is all that can be asked for: {what}");
+            Err(CommandError::new(Problem::Invalid, message))
+        }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn one_parameter() {
+        let ip = |query| parameter::<IpAddr>(query, "from", "an address").map_err(|_| ());
+        assert_eq!(ip(None), Ok(None));
+        assert_eq!(ip(Some("")), Ok(None));
+        assert_eq!(ip(Some("from=192.0.2.7")), Ok("192.0.2.7".parse().ok()));
+        assert_eq!(ip(Some("from=2001%3adb8::1")), Ok("2001:db8::1".parse().ok()));
+        for bad in ["from", "from=", "from=here", "fromm=192.0.2.7", "from=192.0.2.7&a=b"] {
+            assert_eq!(ip(Some(bad)), Err(()), "{bad}");
+        }
+    }
+}

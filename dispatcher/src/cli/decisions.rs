@@ -1,0 +1,274 @@
+//! `dispatcher history` and `dispatcher explain`: who was chosen and why, and who would be.
+
+use std::fmt::Write as _;
+use std::net::IpAddr;
+use std::time::Duration;
+
+use clap::Args;
+
+use super::admin::{self, Place};
+use super::status::clean;
+use super::{AdminArgs, Failure, print};
+use crate::decisions::{Considered, Decided, Explained, History};
+
+pub(super) const HISTORY_EXAMPLES: &str = "\
+Examples:
+  dispatcher history web                  the last decisions of pool web
+  dispatcher history web --follow         and all that come, until Ctrl-C
+  dispatcher history web --json | jq '.decisions[-1].candidates'
+
+A pool keeps its decisions if the configuration says how many: history = 100";
+
+pub(super) const EXPLAIN_EXAMPLES: &str = "\
+Examples:
+  dispatcher explain web                        who gets the next connection of pool web?
+  dispatcher explain web --from 192.0.2.7       of a client at this address
+  dispatcher explain web --json | jq .chosen";
+
+/// How long `--follow` rests between two questions.
+const FOLLOW: Duration = Duration::from_millis(250);
+
+#[derive(Debug, Args)]
+pub(super) struct HistoryArgs {
+    /// The pool.
+    pool: String,
+    /// Go on with each new decision, until interrupted.
+    #[arg(long)]
+    follow: bool,
+    /// As JSON; with --follow one decision in each line.
+    #[arg(long)]
+    json: bool,
+    #[command(flatten)]
+    admin: AdminArgs,
+}
+
+#[derive(Debug, Args)]
+pub(super) struct ExplainArgs {
+    /// The pool.
+    pool: String,
+    /// The client's IP address.
+    #[arg(long, value_name = "IP")]
+    from: Option<IpAddr>,
+    /// As JSON.
+    #[arg(long)]
+    json: bool,
+    #[command(flatten)]
+    admin: AdminArgs,
+}
+
+pub(super) fn history(arguments: &HistoryArgs) -> Result<(), Failure> {
+    let place = admin::find(&arguments.admin)?;
+    let path = format!("/v1/pools/{}/history", admin::segment(&arguments.pool));
+    if !arguments.follow {
+        let body = admin::get(&place, &path)?;
+        if arguments.json {
+            return print(&format!("{}\n", String::from_utf8_lossy(&body)));
+        }
+        return print(&past(&admin::parse(&body, &place)?));
+    }
+    follow(&place, &path, arguments.json)
+}
+
+/// Ends when it is interrupted, or when the dispatcher ends.
+fn follow(place: &Place, path: &str, json: bool) -> Result<(), Failure> {
+    let mut after = 0;
+    // What was forgotten before the first answer is missed by nobody.
+    let mut first = true;
+    loop {
+        let body = admin::get(place, &format!("{path}?after={after}"))?;
+        let history: History = admin::parse(&body, place)?;
+        if history.size == 0 {
+            return print(&past(&history));
+        }
+        for decided in &history.decisions {
+            let number = decided.number.unwrap_or_default();
+            let missed = number.saturating_sub(after + 1);
+            if json {
+                let line = serde_json::to_string(decided).unwrap_or_default();
+                print(&format!("{line}\n"))?;
+            } else {
+                if missed > 0 && !first {
+                    print(&format!("({missed} were gone before they could be read)\n"))?;
+                }
+                print(&decision(decided))?;
+            }
+            after = number;
+            first = false;
+        }
+        std::thread::sleep(FOLLOW);
+    }
+}
+
+fn past(history: &History) -> String {
+    if history.size == 0 {
+        return format!(
+            "pool {pool} keeps no decisions: set history = 100, say, in [pool.{pool}]\n",
+            pool = clean(&history.pool)
+        );
+    }
+    if history.decisions.is_empty() {
+        return "no decisions yet\n".to_owned();
+    }
+    history.decisions.iter().map(decision).collect()
+}
+
+/// A head and a line for each worker.
+fn decision(decided: &Decided) -> String {
+    let mut text = format!(
+        "#{} {} {} from {}{}{} -> {}\n",
+        decided.number.unwrap_or_default(),
+        clean(&decided.at),
+        clean(decided.listener.as_deref().unwrap_or("?")),
+        clean(&decided.from),
+        key(decided),
+        if decided.resent { " (again)" } else { "" },
+        chosen(decided),
+    );
+    text.push_str(&candidates(decided));
+    text
+}
+
+fn key(decided: &Decided) -> String {
+    decided.key.as_deref().map(|key| format!(" key {}", clean(key))).unwrap_or_default()
+}
+
+fn chosen(decided: &Decided) -> String {
+    let worker = |c: &&Considered| Some(c.id) == decided.chosen;
+    match decided.candidates.iter().find(worker) {
+        Some(worker) => format!("worker {} ({})", worker.id, clean(&worker.name)),
+        None => "nobody".to_owned(),
+    }
+}
+
+fn candidates(decided: &Decided) -> String {
+    let name = |c: &Considered| format!("{} ({})", c.id, clean(&c.name));
+    let width = decided.candidates.iter().map(|c| name(c).chars().count()).max().unwrap_or(0);
+    let mut text = String::new();
+    for c in &decided.candidates {
+        let score = c.score.map_or_else(|| "-".to_owned(), |score| format!("{score:.2}"));
+        // Writing to a string cannot fail.
+        let _ = writeln!(
+            text,
+            "    {:width$}  load {:>5}  weight {:>6}  score {score:>8}  {}",
+            name(c),
+            c.load,
+            weight(c.weight),
+            clean(&c.why)
+        );
+    }
+    if decided.left_out > 0 {
+        let _ = writeln!(text, "    and {} more workers", decided.left_out);
+    }
+    text
+}
+
+/// Whole, unless it grows.
+fn weight(weight: f64) -> String {
+    if weight.fract() == 0.0 { format!("{weight:.0}") } else { format!("{weight:.2}") }
+}
+
+pub(super) fn explain(arguments: &ExplainArgs) -> Result<(), Failure> {
+    let place = admin::find(&arguments.admin)?;
+    let mut path = format!("/v1/pools/{}/explain", admin::segment(&arguments.pool));
+    if let Some(from) = arguments.from {
+        // No character of an address means anything else in a query.
+        let _ = write!(path, "?from={from}");
+    }
+    let body = admin::get(&place, &path)?;
+    if arguments.json {
+        return print(&format!("{}\n", String::from_utf8_lossy(&body)));
+    }
+    print(&next(&admin::parse(&body, &place)?))
+}
+
+fn next(explained: &Explained) -> String {
+    let Explained { pool, policy, obstacle, decision } = explained;
+    let mut text = match obstacle.as_deref() {
+        None => format!("goes to {}", chosen(decision)),
+        Some("refusing") => {
+            "is turned away: there has been no worker for wait_for_worker".to_owned()
+        }
+        Some("stopping") => "is not accepted any more: the dispatcher is stopping".to_owned(),
+        Some("no-worker") => "waits: there is no worker".to_owned(),
+        Some("back-pressure") => "waits: no worker has room".to_owned(),
+        Some("queue") => format!("waits behind others, then goes to {}", chosen(decision)),
+        Some(other) => format!("waits: {}", clean(other)),
+    };
+    text = format!(
+        "the next connection of pool {}{} {text}, by {}\n",
+        clean(pool),
+        key(decision),
+        clean(policy)
+    );
+    text.push_str(&candidates(decision));
+    text
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn considered(id: u64, name: &str, score: Option<f64>, why: &str) -> Considered {
+        let name = name.to_owned();
+        Considered { id, name, load: 4, weight: 1.0, score, why: why.to_owned() }
+    }
+
+    fn decided() -> Decided {
+        Decided {
+            number: Some(12),
+            at: "2026-01-02T03:04:05.678Z".to_owned(),
+            connection: Some(99),
+            listener: Some("http".to_owned()),
+            from: "192.0.2.7:4711".to_owned(),
+            key: Some("00000000000000ff".to_owned()),
+            resent: true,
+            chosen: Some(3),
+            candidates: vec![
+                considered(3, "web-1", Some(5.0), "chosen"),
+                considered(10, "web\u{1b}2", None, "full"),
+            ],
+            left_out: 7,
+        }
+    }
+
+    #[test]
+    fn a_decision_is_a_head_and_a_line_for_each_worker() {
+        assert_eq!(
+            decision(&decided()),
+            "#12 2026-01-02T03:04:05.678Z http from 192.0.2.7:4711 key 00000000000000ff (again) -> worker 3 (web-1)\n    \
+             3 (web-1)   load     4  weight      1  score     5.00  chosen\n    \
+             10 (web\u{fffd}2)  load     4  weight      1  score        -  full\n    \
+             and 7 more workers\n"
+        );
+    }
+
+    #[test]
+    fn nothing_kept_says_what_to_do() {
+        let mut history =
+            History { pool: "web".to_owned(), policy: String::new(), size: 0, decisions: vec![] };
+        assert!(past(&history).contains("set history = 100, say, in [pool.web]"));
+        history.size = 5;
+        assert_eq!(past(&history), "no decisions yet\n");
+    }
+
+    #[test]
+    fn every_obstacle_is_a_sentence() {
+        let mut explained = Explained {
+            pool: "web".to_owned(),
+            policy: "hash".to_owned(),
+            obstacle: None,
+            decision: decided(),
+        };
+        let head = |explained: &Explained| next(explained).lines().next().map(str::to_owned);
+        assert_eq!(
+            head(&explained).as_deref(),
+            Some(
+                "the next connection of pool web key 00000000000000ff goes to worker 3 (web-1), by hash"
+            )
+        );
+        explained.obstacle = Some("back-pressure".to_owned());
+        assert!(head(&explained).is_some_and(|head| head.contains("waits: no worker has room")));
+        explained.obstacle = Some("short-of-resources".to_owned());
+        assert!(head(&explained).is_some_and(|head| head.contains("waits: short-of-resources")));
+    }
+}

@@ -1,0 +1,46 @@
+//! `dispatcher weight`: another share of new connections for a worker, from now on.
+
+use clap::Args;
+use serde_json::json;
+
+use super::{AdminArgs, Exit, Failure, admin, drain};
+use crate::admin::command::WorkerRef;
+
+pub(super) const EXAMPLES: &str = "\
+Examples:
+  dispatcher weight 3 10             worker 3 gets ten times what one with weight 1 gets
+  dispatcher weight web/web-1 1      back to what it was
+
+The weight is the worker's until it leaves. To give it nothing at all: dispatcher drain";
+
+#[derive(Debug, Args)]
+pub(super) struct WeightArgs {
+    /// The worker: its id, or POOL/NAME.
+    worker: String,
+    /// Its weight from now on: 1 to 65535.
+    #[arg(value_name = "N", value_parser = parse)]
+    weight: u16,
+    /// The answer as JSON.
+    #[arg(long)]
+    json: bool,
+    #[command(flatten)]
+    admin: AdminArgs,
+}
+
+fn parse(text: &str) -> Result<u16, String> {
+    match text.parse() {
+        Ok(0) => Err("a weight is at least 1; to give a worker nothing, drain it".to_owned()),
+        Ok(weight) => Ok(weight),
+        Err(_) => Err("a weight is a whole number from 1 to 65535".to_owned()),
+    }
+}
+
+pub(super) fn weight(arguments: &WeightArgs) -> Result<(), Failure> {
+    let worker: WorkerRef =
+        arguments.worker.parse().map_err(|error| Failure::new(Exit::Usage, format!("{error}")))?;
+    let place = admin::find(&arguments.admin)?;
+    let path = format!("/v1/workers/{}", admin::segment(&worker.to_string()));
+    let body = json!({ "action": "weight", "weight": arguments.weight });
+    let answer = admin::post(&place, &path, &body)?;
+    drain::show(&answer, arguments.json)
+}
