@@ -110,6 +110,7 @@ fn equals(browser: &mut Browser, status: &Status) -> Result<(), String> {
         assert_eq!(row[..3], [&*listener.name, &*listener.address, &*listener.pool]);
         assert!(row[3].ends_with(&listener.state), "{row:?}");
         same(&listener.name, digits(&row[4]), listener.accepted)?;
+        same(&listener.name, digits(&row[5]), listener.closed.values().sum())?;
     }
     let pools = cells(browser, "pools");
     for (pool, row) in status.pools.iter().zip(&pools) {
@@ -201,6 +202,17 @@ fn the_page_shows_what_the_json_says() {
     dispatcher.wait_status("more clients", |status| status.accepted == 42);
     wait_equal(&mut browser, &dispatcher);
 
+    // One that is drained says so, until it is resumed.
+    for (command, state) in [("drain", "draining"), ("resume", "active")] {
+        let mut cli = std::process::Command::new(dispatcher_bin());
+        cli.args([command, "web/w2", "--admin"]).arg(dispatcher.admin());
+        assert!(cli.output().unwrap().status.success());
+        browser.wait_true(&format!(
+            "{}.some((row) => row[0].startsWith('w2 ') && row[1].endsWith('{state}'))",
+            rows("workers")
+        ));
+    }
+
     // One that says goodbye is draining while it has clients; one that is killed disappears, and the page says why.
     workers[1].signal(Signal::SIGTERM);
     browser.wait_true(&format!(
@@ -255,6 +267,7 @@ fn crowd(count: u64) -> Status {
             pid: i32::try_from(id).unwrap() + 1000,
             state: if id == 999 { "suspect" } else { "active" }.to_owned(),
             weight: 1,
+            warm_percent: if id == 140 { 40 } else { 100 },
             max_connections: 10_000,
             load: id % 500,
             ..WorkerStatus::default()
@@ -403,7 +416,7 @@ fn keyboard_and_screen_reader() {
         // As tables on a phone too, where they don't look like it.
         assert_eq!(count("table"), 4, "{width}");
         assert_eq!(count("rowheader"), 4 + 1 + 1, "{width}");
-        assert_eq!(count("columnheader"), 9 + 8 + 2 + 5, "{width}");
+        assert_eq!(count("columnheader"), 9 + 8 + 2 + 6, "{width}");
         assert!(named("button", "Pause"), "{width}");
         assert!(named("searchbox", "Show only") && named("combobox", "Order"), "{width}");
         assert!(named("status", ""), "{width}");
@@ -419,6 +432,8 @@ fn keyboard_and_screen_reader() {
     browser.wait_true("document.getElementById('faults').innerText.includes('choked')");
     browser.wait_true("!document.getElementById('all').hidden");
     assert!(browser.text(news).contains("worker gone"));
+    let warm = "document.querySelector('[data-worker=\"140\"]').innerText";
+    browser.wait_true(&format!("{warm}.includes('warming up, 40 %')"));
     // Everything that can be used is reached with Tab, in the order of the page, and shows that it is.
     let mut seen = Vec::new();
     for _ in 0..7 {

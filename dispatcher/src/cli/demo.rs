@@ -46,7 +46,10 @@ fn what_to_try(program: &str, addresses: &[String], workers: u32, admin: &Path) 
              curl http://{address}/"
         );
     }
-    let _ = writeln!(text, "  {program} status --admin {}", admin.display());
+    let admin = admin.display();
+    for command in ["status", "top", "drain web/web-1"] {
+        let _ = writeln!(text, "  {program} {command} --admin {admin}");
+    }
     text
 }
 

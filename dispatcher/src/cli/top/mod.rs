@@ -176,7 +176,8 @@ fn live(
                 None => {}
                 Some(Action::Quit) => break,
                 Some(order) => {
-                    if orders.try_send(order).is_err() {
+                    let asked = orders.try_send(order);
+                    if asked.is_err() {
                         model.notice = Notice::Failed("busy with what you asked before".to_owned());
                     }
                 }

@@ -243,7 +243,7 @@ impl Column {
         let mut shown = Column::ALL.to_vec();
         for dropped in Column::OPTIONAL.iter().rev() {
             let needed: u16 = shown.iter().map(|column| column.width() + 1).sum();
-            if needed + 1 <= width {
+            if needed < width {
                 break;
             }
             shown.retain(|column| column != dropped);
