@@ -27,7 +27,7 @@ fn main() -> Result<(), Box<dyn std::error::Error>> {
         threads.retain(|thread: &thread::JoinHandle<_>| !thread.is_finished());
         threads.push(thread::spawn(move || echo(&connection)));
     }
-    // Closed: what we have is served to its end, and counted meanwhile.
+    // Closed, or drained by an operator: what we have is served to its end, and counted meanwhile.
     for thread in threads {
         let _ = thread.join();
     }

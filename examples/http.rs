@@ -21,6 +21,8 @@ async fn main() -> Result<(), Box<dyn std::error::Error>> {
         tokio::select! {
             _ = terminate.recv() => {}
             _ = interrupt.recv() => {}
+            // An operator wants this process empty: another takes its place.
+            () = closing.drained() => {}
         }
         // Goodbye now: what waits for us goes to other workers while we finish what we have.
         closing.close();

@@ -8,7 +8,7 @@ use std::io::{self, ErrorKind, Read, Write};
 use mio::{Events, Interest, Poll, Token};
 use signal_hook::consts::{SIGINT, SIGTERM};
 use signal_hook_mio::v1_0::Signals;
-use worker_sdk::{Connection, WorkerConfig, mio::MioWorker};
+use worker_sdk::{Connection, Error, WorkerConfig, mio::MioWorker};
 
 const WORKER: Token = Token(0);
 const SIGNALS: Token = Token(1);
@@ -47,7 +47,18 @@ fn main() -> Result<(), Box<dyn std::error::Error>> {
                 SIGNALS => {}
                 WORKER if closing => {}
                 WORKER => {
-                    while let Some(mut connection) = worker.try_accept()? {
+                    loop {
+                        let mut connection = match worker.try_accept() {
+                            Ok(Some(connection)) => connection,
+                            Ok(None) => break,
+                            // An operator wants this process empty: it serves what it has to the end.
+                            Err(Error::Draining) => {
+                                worker.close();
+                                closing = true;
+                                break;
+                            }
+                            Err(error) => return Err(error.into()),
+                        };
                         // Never used twice, so an old event can't reach a new client.
                         let token = Token(next);
                         next += 1;

@@ -28,6 +28,9 @@ pub struct Status {
     pub taken: u64,
     /// Connections closed by the dispatcher since the start, by reason.
     pub closed: BTreeMap<String, u64>,
+    /// Connections that workers were told to end because the deadline of their drain had come.
+    #[serde(default)]
+    pub ended_at_deadline: u64,
     /// Log lines left out because the log could not keep up.
     pub log_lines_dropped: u64,
     /// The longest time the hot thread took from one sleep to the next, in microseconds.
@@ -188,6 +191,9 @@ pub struct WorkerStatus {
     pub revoked: u64,
     /// Connections that went elsewhere because its channel had no room.
     pub channel_full: u64,
+    /// Connections it was told to end because the deadline of its drain had come.
+    #[serde(default)]
+    pub ended_at_deadline: u64,
     /// With the policy `least-score`: what it would have after one more connection; `null` while it is passed over.
     #[serde(default)]
     pub score: Option<f64>,

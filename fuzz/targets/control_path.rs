@@ -14,7 +14,7 @@ use rustix::net::{
 use rustix::process::{Resource, Rlimit, getrlimit, setrlimit};
 use worker_sdk::fuzzing::{FromChannel, answer, from_channel};
 use worker_sdk::scoreboard::Scoreboard;
-use worker_sdk::wire::{Channel, Control, MAX_CONTROL_RECORD, VERSION, WELCOME_FDS};
+use worker_sdk::wire::{Channel, Control, MAX_CONTROL_RECORD, Resume, VERSION, WELCOME_FDS};
 
 use super::bytes::Bytes;
 
@@ -87,6 +87,14 @@ fn to_worker(record: &[u8], count: usize, room: Option<usize>, closes: bool) {
         (FromChannel::Broken(why), Ok(sent)) => assert!(count > sent.fds(), "{sent:?}: {why}"),
         (FromChannel::Probe(received), Ok(sent)) => {
             assert_eq!(Channel::Probe(received), sent);
+            assert!(count == 0 || short);
+        }
+        (FromChannel::Drain(received), Ok(sent)) => {
+            assert_eq!(Channel::Drain(received), sent);
+            assert!(count == 0 || short);
+        }
+        (FromChannel::Resume, Ok(sent)) => {
+            assert_eq!(Channel::Resume(Resume), sent);
             assert!(count == 0 || short);
         }
         (FromChannel::Handoff { arrived, lost }, Ok(Channel::Handoff(sent))) => {

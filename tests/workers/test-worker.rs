@@ -1,7 +1,7 @@
 //! The worker of the whole-process tests: `test-worker blocking|tokio|mio`.
 //!
 //! It greets each client with `NAME PID LISTENER PEER`, then sends back what it receives. SIGTERM makes it say
-//! goodbye; it ends when its last connection does. With `TEST_WORKER=never-take` it joins and takes nothing; with
+//! goodbye; it ends when its last connection does, and when it is drained, unless `TEST_WORKER=stays` (blocking only). With `TEST_WORKER=never-take` it joins and takes nothing; with
 //! `TEST_WORKER=fork` it has a child, from its first connection on, that keeps all it has open until its standard input ends.
 #![allow(clippy::unwrap_used)]
 
@@ -57,13 +57,19 @@ fn blocking(config: WorkerConfig) {
     let closer = worker.clone();
     on_sigterm(move || closer.close());
     let mut forks = std::env::var("TEST_WORKER").is_ok_and(|mode| mode == "fork");
-    for connection in worker.incoming() {
-        if std::mem::take(&mut forks) {
-            fork();
+    let stays = std::env::var("TEST_WORKER").is_ok_and(|mode| mode == "stays");
+    loop {
+        for connection in worker.incoming() {
+            if std::mem::take(&mut forks) {
+                fork();
+            }
+            // Thousands of them must fit.
+            let thread = std::thread::Builder::new().stack_size(32 * 1024);
+            thread.spawn(move || echo(connection)).unwrap();
         }
-        // Thousands of them must fit.
-        let thread = std::thread::Builder::new().stack_size(32 * 1024);
-        thread.spawn(move || echo(connection)).unwrap();
+        if !stays || !worker.resumed().unwrap() {
+            break;
+        }
     }
     wait_for_the_last(|| worker.live());
 }
@@ -147,7 +153,7 @@ fn mio(config: WorkerConfig) {
                     loop {
                         let mut connection = match worker.try_accept() {
                             Ok(Some(connection)) => connection,
-                            Ok(None) | Err(Error::Closed) => break,
+                            Ok(None) | Err(Error::Closed | Error::Draining) => break,
                             Err(error) => panic!("{error}"),
                         };
                         let greeting = greeting(connection.listener(), connection.peer_addr());
@@ -173,7 +179,7 @@ fn mio(config: WorkerConfig) {
                 }
             }
         }
-        if stop.load(Ordering::SeqCst) && connections.is_empty() {
+        if (stop.load(Ordering::SeqCst) || worker.is_draining()) && connections.is_empty() {
             return;
         }
     }

@@ -23,7 +23,8 @@ use crate::wire::PeerAddr;
 /// // At the end: goodbye first, so that what waits for us goes elsewhere; then finish what we have.
 /// let closing = listener.clone();
 /// let stop = async move {
-///     // Wait for SIGTERM here.
+///     // Wait for SIGTERM here, too.
+///     closing.drained().await;
 ///     closing.close();
 /// };
 /// axum::serve(listener, app).with_graceful_shutdown(stop).await?;
@@ -34,7 +35,7 @@ impl axum::serve::Listener for Listener {
     type Io = Connection;
     type Addr = PeerAddr;
 
-    /// Waits for ever once the listener is closed: use axum's graceful shutdown to end serving.
+    /// Waits for ever once the listener is closed, and while it is drained: use axum's graceful shutdown to end serving.
     async fn accept(&mut self) -> (Connection, PeerAddr) {
         loop {
             match Listener::accept(self).await {
@@ -43,6 +44,12 @@ impl axum::serve::Listener for Listener {
                     return (connection, peer);
                 }
                 Err(Error::Closed) => pending().await,
+                // A graceful shutdown that waits for `drained` ends this; without one, it may be resumed.
+                Err(Error::Draining) => {
+                    if !matches!(self.resumed().await, Ok(true)) {
+                        pending().await
+                    }
+                }
                 Err(error @ Error::Forked) => {
                     log::error!("no more connections: {error}");
                     pending().await

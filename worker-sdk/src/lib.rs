@@ -96,7 +96,9 @@ mod sys;
 #[cfg(feature = "fuzzing")]
 pub use client::fuzzing;
 #[cfg(feature = "client")]
-pub use client::{Connection, Error, Gauge, Guard, Incoming, Sampling, Worker, WorkerConfig};
+pub use client::{
+    Connection, Drain, Error, Gauge, Guard, Incoming, Sampling, Worker, WorkerConfig,
+};
 pub use wire::{PeerAddr, Token};
 
 /// The programs in the README compile.

@@ -3,13 +3,14 @@
 use std::fmt;
 use std::io;
 use std::os::fd::{AsRawFd, RawFd};
+use std::sync::Arc;
 
 use ::mio::event::Source;
 use ::mio::unix::SourceFd;
 use ::mio::{Interest, Registry, Token};
 
 use crate::client::core::Core;
-use crate::client::{Connection, Error, Gauge, Handle, WorkerConfig};
+use crate::client::{Connection, Drain, Error, Gauge, Handle, WorkerConfig};
 use crate::wire::PeerAddr;
 
 /// A worker that never blocks, and whose connections are non-blocking. Register it once, readable; it joins, loses
@@ -87,10 +88,21 @@ impl MioWorker {
     /// # Errors
     /// Until the first join: [`Error::Refused`], [`Error::JoinTimeout`], [`Error::Protocol`], [`Error::Io`],
     /// and [`Error::Config`] for a dispatch socket whose path is too long; a caller that goes on waiting for events
-    /// makes the worker try again. Later: [`Error::Closed`] after [`close`](MioWorker::close), [`Error::Forked`] in a
-    /// forked child.
+    /// makes the worker try again. Later: [`Error::Closed`] after [`close`](MioWorker::close), [`Error::Draining`] while the
+    /// dispatcher drains this worker (go on with what is live, then end; or go on polling, in case it is resumed),
+    /// [`Error::Forked`] in a forked child.
     pub fn try_accept(&self) -> Result<Option<Connection>, Error> {
         Ok(self.0.0.try_accept()?.map(Connection::new))
+    }
+
+    /// Calls `callback` when the dispatcher begins to drain this worker: as [`Worker::on_drain`](crate::Worker::on_drain).
+    pub fn on_drain(&self, callback: impl Fn(&Drain) + Send + Sync + 'static) {
+        self.0.0.draining().on_drain(&self.0.0, Arc::new(callback));
+    }
+
+    /// Whether the dispatcher drains this worker.
+    pub fn is_draining(&self) -> bool {
+        self.0.0.draining().now().is_some()
     }
 
     /// Says goodbye: as [`Worker::close`](crate::Worker::close).

@@ -137,3 +137,20 @@ impl ReadyFd {
         registered.map_err(io::Error::from)
     }
 }
+
+/// Ends both directions of the socket with this number.
+#[cfg(feature = "client")]
+pub(crate) fn shut_down(fd: std::os::fd::RawFd) -> io::Result<()> {
+    // SAFETY: borrowed for this one call. A number that is not open, or no socket, makes it fail; the caller knows whose
+    // it is.
+    let fd = unsafe { BorrowedFd::borrow_raw(fd) };
+    Ok(rustix::net::shutdown(fd, rustix::net::Shutdown::Both)?)
+}
+
+/// A duplicate of whatever has this number now.
+#[cfg(feature = "client")]
+pub(crate) fn duplicate(fd: std::os::fd::RawFd) -> io::Result<OwnedFd> {
+    // SAFETY: as above.
+    let fd = unsafe { BorrowedFd::borrow_raw(fd) };
+    Ok(rustix::io::fcntl_dupfd_cloexec(fd, 0)?)
+}

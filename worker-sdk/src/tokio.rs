@@ -13,7 +13,7 @@ use ::tokio::io::{AsyncRead, AsyncWrite, ReadBuf};
 use ::tokio::net::TcpStream;
 
 use crate::client::core::Core;
-use crate::client::{Accepted, Error, Gauge, Handle, Held, Origin, WorkerConfig};
+use crate::client::{Accepted, Drain, Error, Gauge, Handle, Held, Origin, WorkerConfig};
 use crate::sys::ReadyFd;
 use crate::wire::PeerAddr;
 
@@ -112,7 +112,8 @@ impl Listener {
     /// The next connection, which is this worker's from now on. Cancelling it loses nothing.
     ///
     /// # Errors
-    /// [`Error::Closed`] after [`close`](Listener::close), [`Error::Forked`] in a forked child, [`Error::Io`] when the
+    /// [`Error::Closed`] after [`close`](Listener::close), [`Error::Draining`] while the dispatcher drains this worker and
+    /// nothing that came before is left (see [`drained`](Listener::drained)), [`Error::Forked`] in a forked child, [`Error::Io`] when the
     /// runtime cannot take a connection (which is closed then); the next may be better. A lost dispatcher is no
     /// error: it is waited for.
     pub async fn accept(&self) -> Result<Connection, Error> {
@@ -124,6 +125,43 @@ impl Listener {
                 None => ready.clear_ready(),
             }
         }
+    }
+
+    /// Waits until the dispatcher drains this worker. For axum's graceful shutdown, beside SIGTERM. It is heard of only
+    /// while somebody is in [`accept`](Listener::accept), as `axum::serve` always is.
+    pub async fn drained(&self) {
+        let draining = self.core().draining();
+        std::future::poll_fn(|cx| match draining.poll(cx.waker()) {
+            true => Poll::Ready(()),
+            false => Poll::Pending,
+        })
+        .await;
+    }
+
+    /// Waits until no drain is under way: true; or until the listener is closed: false. For a worker that stays when it is
+    /// drained: when [`accept`](Listener::accept) says [`Error::Draining`], wait here and accept again.
+    ///
+    /// # Errors
+    /// As [`accept`](Listener::accept).
+    pub async fn resumed(&self) -> Result<bool, Error> {
+        let failed = |error| Error::io("wait for connections", error);
+        loop {
+            let mut ready = self.0.ready.readable().await.map_err(failed)?;
+            match self.core().try_resumed()? {
+                Some(resumed) => return Ok(resumed),
+                None => ready.clear_ready(),
+            }
+        }
+    }
+
+    /// Calls `callback` when the dispatcher begins to drain this worker: as [`Worker::on_drain`](crate::Worker::on_drain).
+    pub fn on_drain(&self, callback: impl Fn(&Drain) + Send + Sync + 'static) {
+        self.core().draining().on_drain(self.core(), Arc::new(callback));
+    }
+
+    /// Whether the dispatcher drains this worker.
+    pub fn is_draining(&self) -> bool {
+        self.core().draining().now().is_some()
     }
 
     /// Says goodbye: as [`Worker::close`](crate::Worker::close). Tasks in [`accept`](Listener::accept) get

@@ -6,7 +6,7 @@ use std::time::Duration;
 use clap::Args;
 use serde_json::{Value, json};
 
-use super::{AdminArgs, Exit, Failure, admin, print};
+use super::{AdminArgs, Exit, Failure, admin, print, wait};
 use crate::admin::command::WorkerRef;
 
 pub(super) const DRAIN_EXAMPLES: &str = "\
@@ -21,6 +21,10 @@ Examples:
   dispatcher resume web/web-1
   dispatcher resume --pool web
   dispatcher resume --all --json";
+
+/// How long `--wait` waits when there is no deadline; and how long after one, for the workers to close what was ended.
+const LONGEST_WAIT: Duration = Duration::from_secs(3600);
+const AFTER_DEADLINE: Duration = Duration::from_secs(10);
 
 /// Which workers.
 #[derive(Debug, Args)]
@@ -63,6 +67,12 @@ pub(super) struct DrainArgs {
     /// End what the workers still have after this long, such as 30s [default: never]
     #[arg(long, value_name = "DURATION", value_parser = humantime::parse_duration)]
     deadline: Option<Duration>,
+    /// Wait until they have no connections left, showing progress on stderr.
+    #[arg(long)]
+    wait: bool,
+    /// Give up waiting after this long, with exit code 75 [default: 10s after the deadline, or 1h]
+    #[arg(long, value_name = "DURATION", requires = "wait", value_parser = humantime::parse_duration)]
+    timeout: Option<Duration>,
     /// The answer as JSON.
     #[arg(long)]
     json: bool,
@@ -88,7 +98,18 @@ pub(super) fn drain(arguments: &DrainArgs) -> Result<(), Failure> {
     }
     let place = admin::find(&arguments.admin)?;
     let answer = admin::post(&place, &arguments.target.path()?, &body)?;
-    show(&answer, arguments.json)
+    show(&answer, arguments.json)?;
+    if !arguments.wait {
+        return Ok(());
+    }
+    let workers = answer["workers"].as_array().map_or(&[][..], Vec::as_slice);
+    let name =
+        |worker: &Value, key: &str| super::status::clean(worker[key].as_str().unwrap_or("?"));
+    let workers = workers.iter().filter_map(|worker| {
+        Some((worker["id"].as_u64()?, format!("{}/{}", name(worker, "pool"), name(worker, "name"))))
+    });
+    let default = arguments.deadline.map_or(LONGEST_WAIT, |deadline| deadline + AFTER_DEADLINE);
+    wait::until_drained(&place, workers.collect(), arguments.timeout.unwrap_or(default))
 }
 
 pub(super) fn resume(arguments: &ResumeArgs) -> Result<(), Failure> {

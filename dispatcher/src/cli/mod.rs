@@ -12,7 +12,9 @@ mod run;
 mod status;
 #[cfg(feature = "tui")]
 mod top;
+mod wait;
 mod weight;
+mod workers;
 
 #[cfg(test)]
 mod tests;
@@ -35,6 +37,7 @@ Examples:
   dispatcher status                        who has how many connections?
   dispatcher status --json                 the same for programs
   dispatcher top                           the same as a live screen
+  dispatcher workers                       who is there?
   dispatcher drain web/web-1               no new connections for this worker
   dispatcher weight web/web-1 3            it gets three times what others get
   dispatcher explain web                   who gets the next connection, and why?
@@ -64,11 +67,11 @@ enum Command {
                       dispatcher check --json | jq -r '.mistake.line'")]
     Check(CheckArgs),
     /// Show what a running dispatcher is doing.
-    #[command(
-        after_help = "Examples:\n  dispatcher status\n  dispatcher status --json | jq '.pools[].workers[].load'\n  \
-                      dispatcher status --admin /tmp/admin.sock"
-    )]
-    Status(StatusArgs),
+    #[command(after_help = status::EXAMPLES)]
+    Status(status::StatusArgs),
+    /// List the workers: who they are, how they are, what they have.
+    #[command(after_help = workers::EXAMPLES)]
+    Workers(workers::WorkersArgs),
     /// Watch pools and workers, drain and resume them, on a live screen.
     #[cfg(feature = "tui")]
     #[command(after_help = top::EXAMPLES)]
@@ -136,15 +139,6 @@ struct AdminArgs {
     config: Option<PathBuf>,
 }
 
-#[derive(Debug, Args)]
-struct StatusArgs {
-    #[command(flatten)]
-    admin: AdminArgs,
-    /// The status as JSON.
-    #[arg(long)]
-    json: bool,
-}
-
 #[cfg(feature = "demo")]
 #[derive(Debug, Args)]
 struct DemoArgs {
@@ -201,7 +195,8 @@ fn execute(arguments: impl IntoIterator<Item = OsString>) -> Exit {
         Command::Weight(arguments) => weight::weight(arguments),
         Command::History(arguments) => decisions::history(arguments),
         Command::Explain(arguments) => decisions::explain(arguments),
-        Command::Status(arguments) => status::status(&arguments.admin, arguments.json),
+        Command::Status(arguments) => status::status(arguments),
+        Command::Workers(arguments) => workers::workers(arguments),
         #[cfg(feature = "demo")]
         Command::Demo(arguments) => demo::demo(arguments),
         #[cfg(feature = "demo")]

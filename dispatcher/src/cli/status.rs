@@ -1,22 +1,72 @@
 //! `dispatcher status`: the JSON as it came, or a table for people.
 
 use std::fmt::Write as _;
+use std::io::{IsTerminal, Write as _};
 use std::time::Duration;
 
-use super::{AdminArgs, Failure, admin, print};
+use clap::Args;
+
+use super::admin::Place;
+use super::{AdminArgs, Exit, Failure, admin, print};
 use crate::status::Status;
 
-pub(super) fn status(arguments: &AdminArgs, json: bool) -> Result<(), Failure> {
-    let place = admin::find(arguments)?;
-    let body = admin::get(&place, "/v1/status")?;
+pub(super) const EXAMPLES: &str = "\
+Examples:
+  dispatcher status
+  dispatcher status --watch                 again every 2 s, until Ctrl-C
+  dispatcher status --watch 500ms --json    one line each time
+  dispatcher status --json | jq '.pools[].workers[].load'
+  dispatcher status --admin /tmp/admin.sock";
+
+#[derive(Debug, Args)]
+pub(super) struct StatusArgs {
+    #[command(flatten)]
+    admin: AdminArgs,
+    /// The status as JSON.
+    #[arg(long)]
+    json: bool,
+    /// Show it again and again, this often.
+    #[arg(long, value_name = "DURATION", num_args = 0..=1, default_missing_value = "2s",
+          value_parser = humantime::parse_duration)]
+    watch: Option<Duration>,
+}
+
+pub(super) fn status(arguments: &StatusArgs) -> Result<(), Failure> {
+    let place = admin::find(&arguments.admin)?;
+    let Some(pace) = arguments.watch else {
+        return print(&once(&place, arguments.json)?);
+    };
+    // Shorter would only ask the dispatcher for what nobody can read.
+    let pace = pace.max(Duration::from_millis(100));
+    let mut out = std::io::stdout();
+    loop {
+        let text = once(&place, arguments.json)?;
+        let text = match (arguments.json, out.is_terminal()) {
+            (true, _) => text,
+            // From the top, each line to its end, and nothing of the last one below.
+            (false, true) => format!("\x1b[H{}\x1b[J", text.replace('\n', "\x1b[K\n")),
+            (false, false) => text + "\n",
+        };
+        match out.write_all(text.as_bytes()).and_then(|()| out.flush()) {
+            // The reader has seen enough.
+            Err(error) if error.kind() == std::io::ErrorKind::BrokenPipe => return Ok(()),
+            Err(error) => return Err(Failure::new(Exit::IoErr, format!("stdout: {error}"))),
+            Ok(()) => {}
+        }
+        std::thread::sleep(pace);
+    }
+}
+
+fn once(place: &Place, json: bool) -> Result<String, Failure> {
+    let body = admin::get(place, "/v1/status")?;
     if json {
         // As it came, so that what a newer dispatcher adds is not lost.
         let mut text = String::from_utf8_lossy(&body).into_owned();
         text.push('\n');
-        return print(&text);
+        return Ok(text);
     }
-    let status: Status = admin::parse(&body, &place)?;
-    print(&table(&status))
+    let status: Status = admin::parse(&body, place)?;
+    Ok(table(&status))
 }
 
 pub(super) fn table(status: &Status) -> String {
@@ -113,22 +163,22 @@ pub(super) fn clean(text: &str) -> String {
 }
 
 /// Columns wide enough for what is in them: the first `left` ones to the left, numbers to the right.
-struct Table<const N: usize> {
+pub(super) struct Table<const N: usize> {
     head: [&'static str; N],
     left: usize,
     rows: Vec<[String; N]>,
 }
 
 impl<const N: usize> Table<N> {
-    fn new(head: &[&'static str; N], left: usize) -> Table<N> {
+    pub(super) fn new(head: &[&'static str; N], left: usize) -> Table<N> {
         Table { head: *head, left, rows: Vec::new() }
     }
 
-    fn row(&mut self, cells: [String; N]) {
+    pub(super) fn row(&mut self, cells: [String; N]) {
         self.rows.push(cells);
     }
 
-    fn show(&self, text: &mut String) {
+    pub(super) fn show(&self, text: &mut String) {
         let width = |column: usize| {
             self.rows
                 .iter()

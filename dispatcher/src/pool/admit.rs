@@ -1,6 +1,6 @@
 //! Who may join.
 
-use worker_sdk::wire::{RefusedCode, VERSION};
+use worker_sdk::wire::{Features, RefusedCode, VERSION};
 
 use super::policy::Member;
 use super::ring::Ring;
@@ -118,6 +118,11 @@ impl Core {
             said_goodbye: false,
             closed: false,
             unproven: false,
+            hears: hello.features.contains(Features::DRAIN),
+            notice: None,
+            notice_again: None,
+            drain_deadline: None,
+            ended: 0,
             forgotten: false,
             blocked: None,
             starved: None,

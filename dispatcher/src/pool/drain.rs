@@ -3,24 +3,53 @@
 //! What it was sent and has not taken stays with it, as everything before it was its own choice to take; if it leaves
 //! that untaken for `handoff_timeout`, it goes elsewhere like any suspect's. While all of a pool's workers drain the
 //! pool has no usable worker: its clients wait for `wait_for_worker`, and are then refused.
+//!
+//! The worker is told, on its channel, so after everything it was sent before. Only it can end a connection it has
+//! taken; at the deadline its SDK shuts them down. What it has not taken by then goes elsewhere.
+
+use std::time::Duration;
 
 use super::types::*;
-use super::{Core, Event};
+use super::worker::Round;
+use super::{Core, Effect, Event};
+
+/// How much later than ours the worker's deadline is: what it ends then must have been counted.
+pub const COUNT_FIRST: Duration = Duration::from_millis(100);
 
 impl Core {
-    /// An operator wants the worker to get nothing more. False if that was so already, or the worker is gone.
-    pub fn drain_worker(&mut self, now: Time, worker: WorkerId) -> bool {
+    /// An operator wants the worker to get nothing more; at `deadline` what it still has is ended. Said again, the last
+    /// deadline counts, and without one the earlier goes on counting. False if the worker is gone.
+    pub fn drain_worker(&mut self, now: Time, worker: WorkerId, deadline: Option<Time>) -> bool {
         let Some(w) = self.find(worker) else { return false };
-        let usable = self.workers[w].is_usable();
-        if usable {
-            let live = self.workers[w].load();
+        if self.workers[w].state == State::Gone {
+            return false;
+        }
+        let live = self.workers[w].load();
+        let begins = self.workers[w].is_usable();
+        let state = &self.workers[w];
+        // One that leaves by its own wish listens no more.
+        let listens = !state.said_goodbye && !state.closed;
+        let later = listens && deadline.is_some() && state.drain_deadline != deadline;
+        if begins {
             // Whether it is alive is as open as before, should it be made active again.
             self.workers[w].unproven = self.workers[w].state == State::Suspect;
             self.drain(now, w);
-            self.event(Event::Draining { worker, live });
+        }
+        if begins || later {
+            let state = &mut self.workers[w];
+            state.drain_deadline = deadline.or(state.drain_deadline);
+            let deadline = state.drain_deadline.map(|deadline| deadline - now);
+            self.event(Event::Draining { worker, live, deadline });
+            self.give_notice(
+                w,
+                Notice::Drain {
+                    deadline: self.workers[w].drain_deadline.map(|deadline| deadline + COUNT_FIRST),
+                },
+            );
+            self.refresh(w);
         }
         self.after(now, self.workers[w].pool);
-        usable
+        true
     }
 
     /// An operator wants the worker to get connections again. False if it does already.
@@ -39,6 +68,7 @@ impl Core {
             State::Draining => {}
         }
         let pool = state.pool;
+        state.drain_deadline = None;
         if std::mem::take(&mut state.unproven) {
             state.state = State::Suspect;
             state.suspect_since = now;
@@ -49,6 +79,7 @@ impl Core {
         }
         self.add_usable(pool);
         self.event(Event::Resumed { worker });
+        self.give_notice(w, Notice::Resume);
         // In a round of revocations its end does this.
         if self.workers[w].ring.revoking() == 0 {
             self.probe(now, w);
@@ -56,6 +87,56 @@ impl Core {
         self.refresh(w);
         self.after(now, pool);
         Ok(true)
+    }
+
+    /// An [`super::Effect::Tell`] could not be carried out; it is tried again after `handoff_timeout`.
+    pub fn notice_failed(&mut self, now: Time, worker: WorkerId, why: SendFailure) {
+        let Some(w) = self.find(worker) else { return };
+        match why {
+            SendFailure::Closed => self.closed(now, w),
+            SendFailure::Full | SendFailure::Resources => {
+                let state = &mut self.workers[w];
+                let pause = self.pools[state.pool].settings.handoff_timeout;
+                state.notice_again = Some(now + pause);
+            }
+        }
+        self.refresh(w);
+        self.after(now, self.workers[w].pool);
+    }
+
+    fn give_notice(&mut self, w: usize, notice: Notice) {
+        if self.workers[w].hears {
+            self.workers[w].notice = Some(notice);
+            self.repeat_notice(w);
+        }
+    }
+
+    /// Says the last notice once more, because its record may have been lost.
+    pub(super) fn repeat_notice(&mut self, w: usize) {
+        let state = &mut self.workers[w];
+        state.notice_again = None;
+        if state.said_goodbye || state.closed || state.state == State::Gone {
+            return;
+        }
+        if let Some(notice) = state.notice {
+            let worker = state.id;
+            self.effects.push_back(Effect::Tell { worker, notice });
+        }
+    }
+
+    /// The time it was given to drain is over: what it has not taken goes elsewhere, what it has it shall end.
+    pub(super) fn end_drain(&mut self, now: Time, w: usize) {
+        let state = &mut self.workers[w];
+        state.drain_deadline = None;
+        if state.state != State::Draining {
+            return;
+        }
+        let live = state.load().saturating_sub(u64::from(state.untaken()));
+        if state.hears {
+            state.ended += live;
+            self.ended += live;
+        }
+        self.begin_round(now, w, Round::Drained);
     }
 
     /// Every worker that is there, in no particular order.
@@ -69,6 +150,18 @@ impl Core {
     pub fn pool_names(&self) -> impl Iterator<Item = &str> + Clone {
         self.pools.iter().map(|pool| pool.settings.name.as_str())
     }
+}
+
+/// What a worker is told, if it listens ([`worker_sdk::wire::Features::DRAIN`]).
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Notice {
+    /// No more connections.
+    Drain {
+        /// When it shall end what it still has.
+        deadline: Option<Time>,
+    },
+    /// Connections may come again.
+    Resume,
 }
 
 /// Why a worker cannot be made active again.

@@ -5,6 +5,7 @@ use std::time::Duration;
 use worker_sdk::scoreboard::gauge::GaugeName;
 use worker_sdk::wire::EntryFlags;
 
+use super::drain::Notice;
 use super::types::*;
 
 /// One thing for the shell to do.
@@ -15,6 +16,8 @@ pub enum Effect {
     Send { worker: WorkerId, conn: ConnId, ticket: Ticket, listener: ListenerId, flags: EntryFlags },
     /// Write SENT into the slot and send a probe. On failure: [`super::Core::probe_failed`].
     Probe { worker: WorkerId, ticket: Ticket },
+    /// Send a notice. On failure: [`super::Core::notice_failed`].
+    Tell { worker: WorkerId, notice: Notice },
     /// Try to revoke the slot. Always: [`super::Core::revoked`] with the outcome.
     Revoke { worker: WorkerId, ticket: Ticket },
     /// Empty the worker's channel through the retained end, closing what comes out.
@@ -44,8 +47,11 @@ pub enum Event {
     Gone { worker: WorkerId, why: Departure, resent: u32, live: u64 },
     /// A worker left a connection untaken for `waited`: `revoked` went elsewhere, a probe is out.
     Suspect { worker: WorkerId, revoked: u32, waited: Duration },
-    /// An operator drains the worker, which has `live` connections.
-    Draining { worker: WorkerId, live: u64 },
+    /// An operator drains the worker, which has `live` connections, until `deadline` from now.
+    Draining { worker: WorkerId, live: u64, deadline: Option<Duration> },
+    /// That deadline has come: `resent` untaken connections went elsewhere, and the worker shall end the `live` ones; it
+    /// cannot be `told` if its SDK is too old.
+    DrainOver { worker: WorkerId, resent: u32, live: u64, told: bool },
     /// An operator has made the worker active again.
     Resumed { worker: WorkerId },
     /// A suspect worker took its probe.

@@ -44,6 +44,12 @@ impl Core {
             worker.probe_again = None;
             self.probe(now, w);
         }
+        if due(self.workers[w].notice_again) {
+            self.repeat_notice(w);
+        }
+        if due(self.workers[w].drain_deadline) {
+            self.end_drain(now, w);
+        }
         let worker = &self.workers[w];
         if worker.ring.revoking() == 0
             && let Some(timeout) = timeout
@@ -196,7 +202,7 @@ impl Core {
     }
 
     /// Asks for everything untaken back; when the last outcome is in, [`Core::end_round`] says what came of it.
-    fn begin_round(&mut self, now: Time, w: usize, round: Round) {
+    pub(super) fn begin_round(&mut self, now: Time, w: usize, round: Round) {
         self.announce(w);
         let worker = &mut self.workers[w];
         worker.round = Some(round);
@@ -206,8 +212,10 @@ impl Core {
             effects.push_back(Effect::Revoke { worker: id, ticket });
         });
         match round {
-            Round::Suspect(_) | Round::Goodbye => {
+            Round::Suspect(_) | Round::Goodbye | Round::Drained => {
                 self.effects.push_back(Effect::Purge { worker: id });
+                // It may have been among what was purged.
+                self.repeat_notice(w);
             }
             // Its channel goes with everything else that is kept for it.
             Round::Gone(_) => {}
@@ -247,6 +255,10 @@ impl Core {
         let event = match round {
             Round::Suspect(waited) => Event::Suspect { worker: id, revoked: resent, waited },
             Round::Goodbye => Event::Goodbye { worker: id, resent, live },
+            Round::Drained => {
+                let told = worker.hears;
+                Event::DrainOver { worker: id, resent, live, told }
+            }
             Round::Gone(why) => Event::Gone { worker: id, why, resent, live },
         };
         self.event(event);

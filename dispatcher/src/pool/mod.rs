@@ -39,7 +39,7 @@ mod worker;
 #[cfg(test)]
 mod tests;
 
-pub use drain::CannotResume;
+pub use drain::{COUNT_FIRST, CannotResume, Notice};
 pub use effect::{Effect, Event};
 pub use gauges::MAX_GAUGE_VALUE;
 pub use health::LOST_PAUSE;
@@ -89,6 +89,8 @@ pub struct Core {
     /// `Some` while nothing is placed because this machine is short of something.
     choked: Option<Time>,
     stop: Option<Stop>,
+    /// Connections that workers had at the deadlines of their drains, and were told to end.
+    ended: u64,
     #[cfg(any(test, debug_assertions))]
     check_credit: usize,
 }
@@ -196,6 +198,7 @@ impl Core {
             resource_pause: RESOURCE_PAUSE,
             choked: None,
             stop: None,
+            ended: 0,
             #[cfg(any(test, debug_assertions))]
             check_credit: 0,
         }
@@ -401,6 +404,7 @@ impl Core {
                 self.workers[worker.index as usize].ring.offered(*ticket);
             }
             Effect::Revoke { .. }
+            | Effect::Tell { .. }
             | Effect::Purge { .. }
             | Effect::Disconnect { .. }
             | Effect::Spawn { .. }

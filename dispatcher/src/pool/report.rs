@@ -55,6 +55,7 @@ impl Core {
             accepted: totals.accepted,
             returned: totals.returned,
             held: totals.held,
+            ended_at_deadline: self.ended,
             custody: totals.custody,
             taken: totals.taken,
             closed: by_reason(&totals.closed),
@@ -211,6 +212,7 @@ fn worker_status(worker: &Worker) -> WorkerStatus {
         custody: u64::from(worker.untaken()),
         revoked: worker.revoked,
         channel_full: worker.channel_full,
+        ended_at_deadline: worker.ended,
         // What the shell reads, and how old it is, it adds itself.
         ..WorkerStatus::default()
     }

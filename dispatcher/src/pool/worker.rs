@@ -5,6 +5,7 @@
 use std::sync::Arc;
 use std::time::Duration;
 
+use super::drain::Notice;
 use super::policy::{FULL_WEIGHT, NEVER};
 use super::ring::Ring;
 use super::types::{Departure, GaugeProblem, State, Time, WorkerId};
@@ -16,6 +17,8 @@ pub(super) enum Round {
     Suspect(Duration),
     /// It said goodbye.
     Goodbye,
+    /// The deadline of its drain has come.
+    Drained,
     /// It is gone.
     Gone(Departure),
 }
@@ -69,6 +72,14 @@ pub(super) struct Worker {
     pub(super) closed: bool,
     /// Draining, and suspect: asked whether it is alive before it gets anything again.
     pub(super) unproven: bool,
+    /// It understands notices; the last one, and when to repeat it at the latest.
+    pub(super) hears: bool,
+    pub(super) notice: Option<Notice>,
+    pub(super) notice_again: Option<Time>,
+    /// While an operator drains it: when what it has is ended.
+    pub(super) drain_deadline: Option<Time>,
+    /// Connections it was told to end at such a deadline.
+    pub(super) ended: u64,
     /// Gone, and nothing refers to it any more.
     pub(super) forgotten: bool,
     /// Its channel is full; tried again then at the latest.
@@ -172,10 +183,8 @@ impl Worker {
             .filter(|_| self.ring.revoking() == 0)
             .and_then(|timeout| Some(self.ring.oldest()? + timeout));
         let ramp = self.ramp.map(|ramp| ramp.next);
-        [self.blocked, self.starved, self.probation, self.probe_again, oldest, ramp]
-            .into_iter()
-            .flatten()
-            .min()
-            .unwrap_or(NEVER)
+        let timers = [self.blocked, self.starved, self.probation, self.probe_again, oldest, ramp];
+        let timers = timers.into_iter().chain([self.notice_again, self.drain_deadline]);
+        timers.flatten().min().unwrap_or(NEVER)
     }
 }

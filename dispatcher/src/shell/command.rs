@@ -16,10 +16,11 @@ impl Shell {
     /// Carries out a command. The answer goes to whoever asked, who may be gone by now.
     pub(super) fn command(&mut self, command: Command) -> Answer {
         match command {
-            Command::Drain { target, deadline: _ } => {
+            Command::Drain { target, deadline } => {
+                let deadline = deadline.map(|wait| self.now + wait);
                 let workers = self.targets(&target)?;
                 for &worker in &workers {
-                    self.core.drain_worker(self.now, worker);
+                    self.core.drain_worker(self.now, worker, deadline);
                 }
                 Ok(self.workers_json(&workers))
             }

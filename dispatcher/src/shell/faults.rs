@@ -26,6 +26,7 @@ impl Shell {
         match *event {
             Event::Joined { .. }
             | Event::Draining { .. }
+            | Event::DrainOver { .. }
             | Event::Resumed { .. }
             | Event::Goodbye { .. }
             | Event::Trusted { .. }

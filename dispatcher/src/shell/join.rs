@@ -24,6 +24,9 @@ const KNOCKS_PER_TURN: usize = 64;
 /// Most records read from one control connection in one turn.
 const RECORDS_PER_TURN: usize = 16;
 
+/// What we can do, beyond what every version can.
+const FEATURES: Features = Features::DRAIN;
+
 /// A control connection that has not said hello.
 #[derive(Debug)]
 pub(super) struct Pending {
@@ -253,7 +256,7 @@ impl Shell {
             version: VERSION,
             slots,
             worker_id: id.serial,
-            features: Features::NONE,
+            features: Features(join.hello.features.0 & FEATURES.0),
             max_connections: self.core.max_connections_of(id).unwrap_or(join.hello.max_connections),
             handoff_timeout_ms: u32::try_from(timeout.as_millis()).unwrap_or(u32::MAX),
             listeners: self.listeners_of(&join.hello.pool),

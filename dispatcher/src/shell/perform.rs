@@ -6,13 +6,13 @@ use std::time::Duration;
 use rustix::net::sockopt::socket_linger;
 use rustix::net::{RecvFlags, SendFlags, Shutdown};
 use worker_sdk::scoreboard::claim;
-use worker_sdk::wire::{Entry, Handoff, MAX_FDS_PER_RECORD, Probe};
+use worker_sdk::wire::{Drain, Entry, Handoff, MAX_FDS_PER_RECORD, Probe, Resume};
 
 use super::Shell;
 use super::accept::Conn;
 use super::join::forget;
 use super::worker_io::WorkerIo;
-use crate::pool::{CloseReason, ConnId, Effect, SendFailure, Ticket, WorkerId};
+use crate::pool::{CloseReason, ConnId, Effect, Notice, SendFailure, Ticket, WorkerId};
 
 impl Shell {
     /// Performs effects until there are none, and sends what they gathered.
@@ -47,6 +47,11 @@ impl Shell {
             Effect::Probe { worker, ticket } => {
                 self.flush(worker.index);
                 self.probe(worker, ticket);
+            }
+            Effect::Tell { worker, notice } => {
+                // After what it was sent before.
+                self.flush(worker.index);
+                self.give_notice(worker, notice);
             }
             Effect::Revoke { worker, ticket } => {
                 // What is revoked must have been sent first, or the record would follow its revocation.
@@ -92,6 +97,20 @@ impl Shell {
             }
             Effect::Spawn { process } => self.spawn(process),
             Effect::Event(event) => self.tell(&event),
+        }
+    }
+
+    fn give_notice(&mut self, worker: WorkerId, notice: Notice) {
+        let Some(io) = self.io(worker) else { return };
+        let mut record = Vec::new();
+        match notice {
+            Notice::Drain { deadline } => {
+                Drain { deadline_ns: deadline.map_or(0, |time| time.0) }.encode(&mut record);
+            }
+            Notice::Resume => Resume.encode(&mut record),
+        }
+        if let Err(why) = io.lane.send(&record, &[]) {
+            self.core.notice_failed(self.now, worker, why);
         }
     }
 

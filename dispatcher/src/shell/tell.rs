@@ -26,6 +26,7 @@ impl Limits {
             Event::Choked { .. } => ("choked", 12),
             Event::Restarting { .. } => ("process_restarting", 13),
             Event::Draining { .. } => ("worker_draining", 14),
+            Event::DrainOver { .. } => ("drain_over", 16),
             Event::Resumed { .. } => ("worker_resumed", 15),
             Event::BadGauge { .. } => ("gauge_impossible", 16),
         };
@@ -80,9 +81,19 @@ impl Shell {
                 self.worker(*worker),
                 format_duration(*waited)
             ),
-            Event::Draining { worker, live } => {
-                log::info!("event=worker_draining {} live={live}", self.worker(*worker));
+            Event::Draining { worker, live, deadline } => log::info!(
+                "event=worker_draining {} live={live} deadline={}",
+                self.worker(*worker),
+                deadline.map_or("none".to_owned(), |wait| format_duration(wait).to_string())
+            ),
+            Event::DrainOver { worker, resent, live, told: true } => {
+                log::info!("event=drain_over {} resent={resent} ended={live}", self.worker(*worker))
             }
+            Event::DrainOver { worker, resent, live, told: false } => log::warn!(
+                "event=drain_over {} resent={resent} left={live} \
+                 hint=\"the SDK it was built with cannot be told to end them: restart it\"",
+                self.worker(*worker)
+            ),
             Event::Resumed { worker } => {
                 log::info!("event=worker_resumed {}", self.worker(*worker));
             }

@@ -58,6 +58,8 @@ pub struct Link {
     pub gauges: Vec<Option<Reading>>,
     /// As the core was last told.
     told: Vec<Option<Reading>>,
+    /// Notices sent and not received; they come after the records.
+    pub notices: Vec<Notice>,
     gathered: Vec<Record>,
 }
 
@@ -139,6 +141,7 @@ impl Desk {
             board: (0..self.slots).map(|_| AtomicU64::new(0)).collect(),
             gauges: vec![None; scored],
             told: vec![None; scored],
+            notices: Vec::new(),
             gathered: Vec::new(),
         });
         self.pump();
@@ -227,7 +230,25 @@ impl Desk {
                 let outcome = claim::revoke(slot, ticket.seq);
                 self.core.revoked(self.now, worker, ticket, outcome);
             }
-            Effect::Purge { worker } => self.link(worker).channel.clear(),
+            Effect::Tell { worker, notice } => {
+                // What was gathered is sent before.
+                self.flush();
+                let link = self.link(worker);
+                let failure = if link.closed || link.cut {
+                    Some(SendFailure::Closed)
+                } else {
+                    (link.channel.len() >= link.capacity).then_some(SendFailure::Full)
+                };
+                match failure {
+                    None => link.notices.push(notice),
+                    Some(why) => self.core.notice_failed(self.now, worker, why),
+                }
+            }
+            Effect::Purge { worker } => {
+                let link = self.link(worker);
+                link.channel.clear();
+                link.notices.clear();
+            }
             Effect::Release { worker, conn, ticket } => {
                 assert!(self.is_served(conn), "released, so somebody has it");
                 self.drop_copy(conn);

@@ -27,6 +27,8 @@ pub enum FaultKind {
     SmallChannel(Duration),
     /// The process closes its end of the channel, and dies later.
     CloseChannel,
+    /// An operator drains its worker, and makes it active again after a while.
+    Drain(Duration),
     /// So many sends fail for want of resources.
     Scarcity(u32),
     /// So many clients arrive at once.
@@ -81,7 +83,7 @@ impl Plan {
 
 fn kind(random: &mut Random) -> FaultKind {
     let time = Duration::from_millis(random.below(800));
-    match random.below(14) {
+    match random.below(16) {
         0..=2 => FaultKind::Hang(time),
         3..=4 => FaultKind::Crash,
         5 => FaultKind::Leave,
@@ -91,7 +93,8 @@ fn kind(random: &mut Random) -> FaultKind {
         9 => FaultKind::Scribble,
         10 => FaultKind::SmallChannel(time),
         11 => FaultKind::CloseChannel,
-        12 => FaultKind::Scarcity(1 + random.below(20) as u32),
+        12..=13 => FaultKind::Drain(time),
+        14 => FaultKind::Scarcity(1 + random.below(20) as u32),
         _ => FaultKind::Burst(random.below(300) as u32),
     }
 }

@@ -21,6 +21,8 @@ pub(super) enum What {
     GiveUp(u32, u64),
     Fault(usize),
     Turn,
+    /// An operator makes the worker with this serial number active again.
+    Resume(u64),
     /// The last fault and the last client are over.
     Calm,
 }

@@ -8,7 +8,7 @@ use std::collections::BinaryHeap;
 use std::time::Duration;
 
 use worker_sdk::scoreboard::gauge::Reading;
-use worker_sdk::wire::Hello;
+use worker_sdk::wire::{Features, Hello};
 
 use super::plan::{FaultKind, Plan};
 use super::process::{Process, What};
@@ -163,6 +163,15 @@ impl Run<'_> {
         assert_eq!(self.backlog, 0, "somebody is never accepted: {totals:?}");
         assert_eq!(self.desk.open_copies(), 0);
         assert_eq!(self.desk.core.accepting(LISTENER), Accepting::Yes);
+        for link in self.desk.links.iter().filter(|link| !link.forgotten && !link.cut) {
+            if self.desk.core.worker_state(link.id) == Some(State::Active) {
+                let last = link.notices.last();
+                assert!(
+                    last.is_none_or(|last| *last == Notice::Resume),
+                    "it does not know: {last:?}"
+                );
+            }
+        }
     }
 
     fn after(&mut self, nanos: u64, what: What) {
@@ -205,6 +214,7 @@ impl Run<'_> {
                 self.fault(p, fault.kind);
             }
             What::Turn => self.turn(),
+            What::Resume(serial) => self.resume(serial),
             What::Calm => self.calm_down(),
         }
     }
@@ -380,6 +390,7 @@ impl Run<'_> {
             weight: process.weight,
             priority: process.priority,
             max_connections: self.max,
+            features: Features(u64::from(process.weight > 1)),
             base: process.opened,
             finished: process.finished,
             ..Hello::default()
@@ -464,9 +475,27 @@ impl Run<'_> {
                 }
                 self.processes[p].leaving = true;
             }
+            FaultKind::Drain(time) => {
+                if let Some(worker) = self.processes[p].worker {
+                    let now = self.desk.now;
+                    let deadline = self.random.once_in(2).then(|| now + time / 2);
+                    self.desk.core.drain_worker(now, worker, deadline);
+                    self.desk.pump();
+                    self.hear_of_races();
+                    self.after(time.as_nanos() as u64, What::Resume(worker.serial));
+                }
+            }
             FaultKind::Scarcity(count) => self.desk.scarcity += count,
             FaultKind::Burst(count) => self.backlog = (self.backlog + count).min(self.most_waiting),
         }
+    }
+
+    fn resume(&mut self, serial: u64) {
+        let worker = self.desk.links[serial as usize - 1].id;
+        // It may be leaving; then it stays as it is.
+        let _ = self.desk.core.resume_worker(self.desk.now, worker);
+        self.desk.pump();
+        self.hear_of_races();
     }
 
     fn impair(&mut self, p: usize, time: Duration, change: impl FnOnce(&mut Process)) {
@@ -507,6 +536,9 @@ impl Run<'_> {
             if process.lying || process.leaving || cut {
                 self.die(p);
             }
+        }
+        for serial in 1..=self.desk.links.len() as u64 {
+            self.resume(serial);
         }
         if self.stops {
             let now = self.desk.now;

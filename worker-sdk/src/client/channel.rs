@@ -9,7 +9,7 @@ use rustix::net::{
     RecvAncillaryBuffer, RecvAncillaryMessage, RecvFlags, ReturnFlags, recvmsg as recv,
 };
 
-use crate::wire::{Channel, Entry, MAX_CHANNEL_RECORD, MAX_FDS_PER_RECORD, Probe};
+use crate::wire::{Channel, Drain, Entry, MAX_CHANNEL_RECORD, MAX_FDS_PER_RECORD, Probe};
 
 /// Whether to wait for a record. The flag goes with each call: `O_NONBLOCK` on the channel would be
 /// shared with the dispatcher's duplicate of it.
@@ -26,6 +26,8 @@ pub(super) enum Received {
         lost: Vec<Entry>,
     },
     Probe(Probe),
+    Drain(Drain),
+    Resume,
     /// Nothing there now.
     Empty,
     /// The dispatcher has closed its end, and everything it sent was received.
@@ -69,6 +71,8 @@ pub(super) fn receive(channel: BorrowedFd<'_>, buffer: &mut [u8], wait: Wait) ->
     }
     match record {
         Channel::Probe(probe) => Received::Probe(probe),
+        Channel::Drain(drain) => Received::Drain(drain),
+        Channel::Resume(_) => Received::Resume,
         Channel::Handoff(handoff) => {
             // The kernel installs descriptors in order and stops at the first failure.
             let lost = handoff.entries[fds.len()..].to_vec();

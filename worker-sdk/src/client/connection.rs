@@ -6,7 +6,7 @@ use std::fmt;
 use std::io::{self, IoSlice, IoSliceMut, Read, Write};
 use std::net::{Shutdown, TcpStream};
 use std::os::fd::{AsFd, AsRawFd, BorrowedFd, RawFd};
-use std::sync::Arc;
+use std::sync::{Arc, OnceLock};
 use std::time::Duration;
 
 use super::core::Core;
@@ -53,6 +53,8 @@ struct Counted {
     process: Process,
     /// Where the dispatcher shows whether it still has a copy; `None` without a dispatcher.
     custody: Option<Custody>,
+    /// Its place among the live connections, once it has a descriptor there.
+    place: OnceLock<u32>,
 }
 
 pub(super) struct Custody {
@@ -66,7 +68,25 @@ pub(super) struct Custody {
 impl Guard {
     pub(super) fn new(core: Arc<Core>, custody: Option<Custody>) -> Guard {
         let process = core.process();
-        Guard(Arc::new(Counted { core, process, custody }))
+        Guard(Arc::new(Counted { core, process, custody, place: OnceLock::new() }))
+    }
+
+    /// Enters the connection among the live ones; `fd` stays open until [`Guard::disown`].
+    fn own(&self, fd: BorrowedFd<'_>) {
+        if self.0.process.is_current() {
+            self.0.place.get_or_init(|| self.0.core.live_connections().enter(fd));
+        }
+    }
+
+    fn disown(&self) {
+        if let Some(at) = self.place() {
+            self.0.core.live_connections().disown(at);
+        }
+    }
+
+    /// Nothing in a forked child: its copy of the lock may be locked for ever.
+    fn place(&self) -> Option<u32> {
+        self.0.place.get().copied().filter(|_| self.0.process.is_current())
     }
 
     /// Whether somebody else may still hold a copy of the socket, so that the client would not see the
@@ -89,6 +109,9 @@ impl Guard {
 impl Drop for Counted {
     fn drop(&mut self) {
         if self.process.is_current() {
+            if let Some(&at) = self.place.get() {
+                self.core.live_connections().leave(at);
+            }
             self.core.finished_one();
         }
     }
@@ -109,6 +132,7 @@ pub(crate) struct Held<S: AsFd> {
 
 impl<S: AsFd> Held<S> {
     pub(crate) fn new(stream: S, guard: Guard) -> Held<S> {
+        guard.own(stream.as_fd());
         Held { stream, guard }
     }
 }
@@ -119,6 +143,8 @@ impl<S: AsFd> Drop for Held<S> {
             // It fails when the client is gone already.
             let _ = rustix::net::shutdown(&self.stream, rustix::net::Shutdown::Both);
         }
+        // Last of all, before the stream is closed.
+        self.guard.disown();
     }
 }
 
@@ -255,7 +281,11 @@ impl Connection {
     pub fn into_parts(self) -> io::Result<(TcpStream, Guard)> {
         // The guard's clone keeps our own handle's end from being taken for the connection's.
         let guard = self.0.held.guard.clone();
-        Ok((self.stream().try_clone()?, guard))
+        let stream = self.stream().try_clone()?;
+        if let Some(at) = guard.place() {
+            guard.0.core.live_connections().part(at, stream.as_fd());
+        }
+        Ok((stream, guard))
     }
 
     /// The stream, for its other options; `None` for a Unix client.

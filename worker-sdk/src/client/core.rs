@@ -22,9 +22,11 @@ use super::backoff::Backoff;
 use super::channel::{self, Received, Wait};
 use super::config::WorkerConfig;
 use super::connection::{Accepted, Custody, Guard, Origin};
+use super::drain::{Drain, Draining};
 use super::error::Error;
 use super::gauges::{Gauge, Gauges};
 use super::join::{self, Failure, Joined, Session};
+use super::live::Live;
 use super::process::Process;
 use super::ready::Ready;
 use super::sample::Sampler;
@@ -61,6 +63,8 @@ pub(crate) struct Core {
     gauges: Arc<Gauges>,
     /// Ends with this, and with it the thread that measures.
     sampler: Sampler,
+    live: Live,
+    draining: Draining,
 }
 
 struct State {
@@ -168,7 +172,7 @@ impl Core {
                 version: VERSION,
                 weight: config.weight,
                 priority: config.priority,
-                features: Features::NONE,
+                features: Features::DRAIN,
                 max_connections: config.effective_max_connections(),
                 base: 0,
                 finished: 0,
@@ -199,10 +203,12 @@ impl Core {
             finished: AtomicU64::new(0),
             gauges,
             sampler,
+            live: Live::default(),
+            draining: Draining::default(),
         }))
     }
 
-    /// The next connection, waited for; `None` once closed.
+    /// The next connection, waited for; `None` once closed, and while drained.
     pub(crate) fn accept(self: &Arc<Self>) -> Result<Option<Accepted>, Error> {
         self.check_process()?;
         let mut state = self.lock();
@@ -214,19 +220,19 @@ impl Core {
                 }
             } else if matches!(state.link, Link::Closed) {
                 return Ok(None);
-            } else if state.leader {
-                state.followers += 1;
-                state = self.handed_over.wait(state).unwrap_or_else(PoisonError::into_inner);
-                state.followers -= 1;
-            } else {
-                state.leader = true;
-                let result;
-                (state, result) = self.lead(state);
-                state.leader = false;
-                if let Err(error) = result {
-                    self.pass_on(&state);
-                    return Err(error);
+            } else if self.draining.now().is_some() {
+                // Perhaps it has ended since.
+                match if state.leader { Step::Blocked } else { self.step(&mut state)? } {
+                    Step::Again => {}
+                    Step::Blocked => {
+                        self.pass_on(&state);
+                        return Ok(None);
+                    }
                 }
+            } else {
+                let result;
+                (state, result) = self.follow_or_lead(state);
+                result?;
             }
         }
     }
@@ -241,18 +247,73 @@ impl Core {
                     Some(accepted) => return Ok(Some(accepted)),
                     None => state = self.lock(),
                 }
-            } else if state.leader {
-                return Ok(None);
             } else {
-                match self.step(&mut state)? {
+                match if state.leader { Step::Blocked } else { self.step(&mut state)? } {
                     Step::Again => {}
                     Step::Blocked => {
                         self.pass_on(&state);
-                        return Ok(None);
+                        let drained = self.draining.now().is_some();
+                        return if drained { Err(Error::Draining) } else { Ok(None) };
                     }
                 }
             }
         }
+    }
+
+    /// Waits until no drain is under way (true), or the worker is closed (false).
+    pub(crate) fn resumed(self: &Arc<Self>) -> Result<bool, Error> {
+        self.check_process()?;
+        let mut state = self.lock();
+        loop {
+            if matches!(state.link, Link::Closed) {
+                return Ok(false);
+            } else if self.draining.now().is_none() {
+                self.pass_on(&state);
+                return Ok(true);
+            }
+            let result;
+            (state, result) = self.follow_or_lead(state);
+            result?;
+        }
+    }
+
+    /// The same without waiting; `None` means wait until the descriptor is readable.
+    #[cfg(feature = "tokio")]
+    pub(crate) fn try_resumed(self: &Arc<Self>) -> Result<Option<bool>, Error> {
+        self.check_process()?;
+        let mut state = self.lock();
+        loop {
+            if matches!(state.link, Link::Closed) {
+                return Ok(Some(false));
+            } else if self.draining.now().is_none() {
+                return Ok(Some(true));
+            } else if state.leader {
+                return Ok(None);
+            } else if let Step::Blocked = self.step(&mut state)? {
+                return Ok(None);
+            }
+        }
+    }
+
+    /// Waits for something to change, on behalf of all if nobody does yet.
+    fn follow_or_lead<'a>(
+        self: &'a Arc<Self>,
+        mut state: MutexGuard<'a, State>,
+    ) -> (MutexGuard<'a, State>, Result<(), Error>) {
+        if state.leader {
+            state.followers += 1;
+            state = self.handed_over.wait(state).unwrap_or_else(PoisonError::into_inner);
+            state.followers -= 1;
+            return (state, Ok(()));
+        }
+        state.leader = true;
+        let result;
+        (state, result) = self.lead(state);
+        state.leader = false;
+        if result.is_err() {
+            self.pass_on(&state);
+        }
+        (state, result)
     }
 
     /// Advances until joined (true) or until there is nothing to do before the descriptor is readable (false).
@@ -293,9 +354,12 @@ impl Core {
                 let _ = rustix::net::shutdown(&*channel, rustix::net::Shutdown::Read);
                 // What is left there is the dispatcher's again: it has copies and revokes them.
                 let mut buffer = vec![0; channel::BUFFER];
-                while let Received::Handoff { .. } | Received::Probe(_) =
-                    channel::receive(channel.as_fd(), &mut buffer, Wait::No)
-                {}
+                while let Received::Handoff { .. }
+                | Received::Probe(_)
+                | Received::Drain(_)
+                | Received::Resume = channel::receive(channel.as_fd(), &mut buffer, Wait::No)
+                {
+                }
             }
             Link::Greeting { control, .. } => self.ready.forget(control.as_fd()),
             Link::Standalone { listener, paused } => {
@@ -369,6 +433,20 @@ impl Core {
             session.poke_if_wanted(want::ROOM);
         }
         self.end_session_if_over();
+    }
+
+    pub(crate) fn draining(&self) -> &Draining {
+        &self.draining
+    }
+
+    pub(super) fn live_connections(&self) -> &Live {
+        &self.live
+    }
+
+    /// The deadline of a drain has come.
+    pub(super) fn end_all(&self) {
+        let ended = self.live.end_all();
+        log::warn!("the deadline of the drain has come: {ended} connections are shut down");
     }
 
     fn read_current(&self) -> Option<Arc<Session>> {

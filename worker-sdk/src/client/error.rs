@@ -10,7 +10,7 @@ use crate::wire::RefusedCode;
 /// Why a worker could not be made, could not join, or gives no more connections.
 ///
 /// Only the first join reports these. A worker that has joined once retries for ever by itself, and says
-/// so in the log. After that [`Error::Closed`] and [`Error::Forked`] remain, and [`Error::Io`] where even waiting
+/// so in the log. After that [`Error::Closed`], [`Error::Draining`] and [`Error::Forked`] remain, and [`Error::Io`] where even waiting
 /// fails.
 ///
 /// ```
@@ -80,6 +80,8 @@ pub enum Error {
     },
     /// The worker was closed: there will be no more connections.
     Closed,
+    /// The dispatcher drains this worker: there will be no more connections, unless it resumes it.
+    Draining,
     /// This process is a fork of the one that joined. Only that one may take connections; connect after forking.
     Forked,
 }
@@ -126,6 +128,7 @@ impl fmt::Display for Error {
             ),
             Error::Io { action, source } => write!(f, "cannot {action}: {source}"),
             Error::Closed => f.write_str("the worker is closed"),
+            Error::Draining => f.write_str("the dispatcher drains this worker"),
             Error::Forked => f.write_str(
                 "this process is a fork of the worker; connect after forking, once in each process",
             ),
@@ -142,6 +145,7 @@ impl std::error::Error for Error {
             | Error::JoinTimeout { .. }
             | Error::Protocol { .. }
             | Error::Closed
+            | Error::Draining
             | Error::Forked => None,
         }
     }
@@ -156,7 +160,7 @@ impl From<Error> for io::Error {
             Error::JoinTimeout { .. } => io::ErrorKind::TimedOut,
             Error::Protocol { .. } => io::ErrorKind::InvalidData,
             Error::Io { source, .. } => source.kind(),
-            Error::Closed => io::ErrorKind::NotConnected,
+            Error::Closed | Error::Draining => io::ErrorKind::NotConnected,
             Error::Forked => io::ErrorKind::Unsupported,
         };
         io::Error::new(kind, error)

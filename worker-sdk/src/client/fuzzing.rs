@@ -8,7 +8,7 @@ use std::path::Path;
 
 use super::channel::{self, Wait};
 use super::join::{self, Failure};
-use crate::wire::{Entry, Probe, Welcome};
+use crate::wire::{Drain, Entry, Probe, Welcome};
 
 /// What came on a channel.
 #[derive(Debug)]
@@ -22,6 +22,10 @@ pub enum FromChannel {
     },
     /// A probe.
     Probe(Probe),
+    /// No more connections.
+    Drain(Drain),
+    /// Connections again.
+    Resume,
     /// Nothing there now.
     Empty,
     /// The peer has closed it.
@@ -35,6 +39,8 @@ pub fn from_channel(channel: BorrowedFd<'_>) -> FromChannel {
     match channel::receive(channel, &mut [0; channel::BUFFER], Wait::No) {
         channel::Received::Handoff { arrived, lost } => FromChannel::Handoff { arrived, lost },
         channel::Received::Probe(probe) => FromChannel::Probe(probe),
+        channel::Received::Drain(drain) => FromChannel::Drain(drain),
+        channel::Received::Resume => FromChannel::Resume,
         channel::Received::Empty => FromChannel::Empty,
         channel::Received::End => FromChannel::End,
         channel::Received::Broken(problem) => FromChannel::Broken(problem),

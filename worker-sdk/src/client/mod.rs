@@ -8,11 +8,13 @@ mod channel;
 mod config;
 mod connection;
 pub(crate) mod core;
+mod drain;
 mod error;
 #[cfg(feature = "fuzzing")]
 pub mod fuzzing;
 mod gauges;
 mod join;
+mod live;
 mod process;
 mod ready;
 mod sample;
@@ -26,6 +28,7 @@ pub use self::config::WorkerConfig;
 #[cfg(feature = "tokio")]
 pub(crate) use self::connection::{Accepted, Held, Origin};
 pub use self::connection::{Connection, Guard};
+pub use self::drain::Drain;
 pub use self::error::Error;
 pub use self::gauges::Gauge;
 pub use self::sample::Sampling;
@@ -123,7 +126,11 @@ impl Worker {
         &self.0.0
     }
 
-    /// Waits for the next connection, which is this worker's from now on; `None` once the worker is closed.
+    /// Waits for the next connection, which is this worker's from now on; `None` once the worker is closed, and while the
+    /// dispatcher drains it (an operator said `dispatcher drain`) and nothing that came before is left.
+    ///
+    /// A worker that is drained usually finishes what it has and ends, and another takes its place. One that rather stays
+    /// waits in [`resumed`](Worker::resumed).
     ///
     /// Any number of threads may wait. The connection is in blocking mode.
     ///
@@ -153,7 +160,8 @@ impl Worker {
     /// says nothing of what it has queued: use one way at a time.
     ///
     /// # Errors
-    /// [`Error::Closed`] once closed, [`Error::Forked`] in a forked child.
+    /// [`Error::Closed`] once closed, [`Error::Draining`] while the dispatcher drains this worker, [`Error::Forked`] in a
+    /// forked child.
     ///
     /// ```no_run
     /// use rustix::event::{PollFd, PollFlags, poll};
@@ -173,10 +181,56 @@ impl Worker {
         Ok(self.core().try_accept()?.map(Connection::new))
     }
 
-    /// The connections, one after the other, until the worker is closed. Errors that can't pass end it, too, and are
+    /// The connections, one after the other, until the worker is closed or drained. Errors that can't pass end it, too, and are
     /// logged. The [example above](Worker) shows it.
     pub fn incoming(&mut self) -> Incoming<'_> {
         Incoming { worker: self }
+    }
+
+    /// Calls `callback` when the dispatcher begins to drain this worker, or at once if it does already: a moment to fail health
+    /// checks, to tell clients to reconnect, to stop keep-alive. On a thread of its own; what it does delays only the
+    /// shutdown of connections at the drain's deadline.
+    ///
+    /// The worker hears of a drain when it asks for connections: a thread must be in [`accept`](Worker::accept), or an event
+    /// loop must call [`try_accept`](Worker::try_accept). From then on the deadline counts, whatever the program does: the
+    /// connections that are still live are shut down, so that reading and writing them ends.
+    ///
+    /// ```no_run
+    /// # fn main() -> Result<(), worker_sdk::Error> {
+    /// # let worker = worker_sdk::Worker::connect(worker_sdk::WorkerConfig::from_env()?)?;
+    /// worker.on_drain(|drain| println!("no more connections; the last end at {:?}", drain.deadline()));
+    /// # Ok(())
+    /// # }
+    /// ```
+    pub fn on_drain(&self, callback: impl Fn(&Drain) + Send + Sync + 'static) {
+        self.core().draining().on_drain(self.core(), Arc::new(callback));
+    }
+
+    /// Whether the dispatcher drains this worker.
+    pub fn is_draining(&self) -> bool {
+        self.core().draining().now().is_some()
+    }
+
+    /// Waits until no drain is under way: true; or until the worker is closed: false. For a worker that stays when it is
+    /// drained.
+    ///
+    /// # Errors
+    /// As [`accept`](Worker::accept).
+    ///
+    /// ```no_run
+    /// # fn serve(_: worker_sdk::Connection) {}
+    /// # fn main() -> Result<(), worker_sdk::Error> {
+    /// # let mut worker = worker_sdk::Worker::connect(worker_sdk::WorkerConfig::from_env()?)?;
+    /// loop {
+    ///     worker.incoming().for_each(serve);
+    ///     if !worker.resumed()? {
+    ///         return Ok(());
+    ///     }
+    /// }
+    /// # }
+    /// ```
+    pub fn resumed(&self) -> Result<bool, Error> {
+        self.core().resumed()
     }
 
     /// Says goodbye: no more connections, what was not taken goes elsewhere. Wakes the threads in

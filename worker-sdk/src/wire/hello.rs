@@ -3,7 +3,7 @@
 use super::codec::{Reader, WireError, header, name, once, put_tlv};
 use super::{VERSION, kind, tlv};
 
-/// Optional abilities, one bit each. A side acts only on bits that both have set. Version 1 defines none.
+/// Optional abilities, one bit each. A side acts only on bits that both have set.
 ///
 /// ```
 /// use worker_sdk::wire::Features;
@@ -18,6 +18,13 @@ pub struct Features(pub u64);
 impl Features {
     /// None.
     pub const NONE: Features = Features(0);
+    /// The worker understands [`Drain`](super::Drain) and [`Resume`](super::Resume).
+    pub const DRAIN: Features = Features(1);
+
+    /// Whether every ability of `other` is there.
+    pub fn contains(self, other: Features) -> bool {
+        self.0 & other.0 == other.0
+    }
 }
 
 /// The secret that a spawned worker finds in `DISPATCH_TOKEN` and returns in its hello: 16 bytes, written

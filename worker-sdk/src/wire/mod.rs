@@ -29,19 +29,23 @@
 //! ```
 
 mod codec;
+mod drain;
 mod goodbye;
 mod handoff;
 mod hello;
 mod probe;
 mod refused;
+mod resume;
 mod welcome;
 
 pub use codec::{WireError, is_name};
+pub use drain::Drain;
 pub use goodbye::Goodbye;
 pub use handoff::{ENTRY_LEN, Entry, EntryFlags, Handoff, PeerAddr};
 pub use hello::{Features, Hello, Token};
 pub use probe::Probe;
 pub use refused::{Refused, RefusedCode};
+pub use resume::Resume;
 pub use welcome::{Welcome, WelcomeListener};
 
 use codec::Reader;
@@ -78,6 +82,10 @@ pub mod kind {
     pub const HANDOFF: u16 = 16;
     /// Dispatcher to worker, channel, no fd: take this slot to show that you are alive.
     pub const PROBE: u16 = 17;
+    /// Dispatcher to worker, channel, no fd: no more connections for now.
+    pub const DRAIN: u16 = 18;
+    /// Dispatcher to worker, channel, no fd: connections again.
+    pub const RESUME: u16 = 19;
 }
 
 /// TLV types. Types below 0x8000 are the dispatcher's; the rest are free for experiments.
@@ -184,6 +192,8 @@ impl Control {
 /// match channel {
 ///     Channel::Handoff(handoff) => println!("{} connections", handoff.entries.len()),
 ///     Channel::Probe(probe) => println!("claim slot {} when it is its turn", probe.slot),
+///     Channel::Drain(_) => println!("nothing more for now"),
+///     Channel::Resume(_) => println!("connections again"),
 /// }
 /// # Ok(())
 /// # }
@@ -194,6 +204,10 @@ pub enum Channel {
     Handoff(Handoff),
     /// See [`Probe`].
     Probe(Probe),
+    /// See [`Drain`].
+    Drain(Drain),
+    /// See [`Resume`].
+    Resume(Resume),
 }
 
 impl Channel {
@@ -209,6 +223,8 @@ impl Channel {
         match reader.kind()? {
             kind::HANDOFF => Handoff::decode_body(&mut reader).map(Channel::Handoff),
             kind::PROBE => Probe::decode_body(&mut reader).map(Channel::Probe),
+            kind::DRAIN => Drain::decode_body(&mut reader).map(Channel::Drain),
+            kind::RESUME => Resume::decode_body(&mut reader).map(Channel::Resume),
             other => Err(WireError::UnknownKind(other)),
         }
     }
@@ -218,7 +234,7 @@ impl Channel {
     pub fn fds(&self) -> usize {
         match self {
             Channel::Handoff(m) => m.entries.len(),
-            Channel::Probe(_) => 0,
+            Channel::Probe(_) | Channel::Drain(_) | Channel::Resume(_) => 0,
         }
     }
 
@@ -227,6 +243,8 @@ impl Channel {
         match self {
             Channel::Handoff(m) => m.encode(out),
             Channel::Probe(m) => m.encode(out),
+            Channel::Drain(m) => m.encode(out),
+            Channel::Resume(m) => m.encode(out),
         }
     }
 }

@@ -23,6 +23,8 @@ const HANDOFF: &str = "1000000003000000010000000000000000ca9a3b00000000010000000
      0600bb010700000020010db8000000000000000000000001030000000000000002ca9a3b00000000\
      ff00000000000000010000000000000000000000000000000000000000000000";
 const PROBE: &str = "1100000009000000000000000900000000000000";
+const DRAIN: &str = "1200000000ac23fc06000000";
+const RESUME: &str = "13000000";
 
 fn bytes(hex: &str) -> Vec<u8> {
     let digits: Vec<u32> = hex.chars().filter_map(|c| c.to_digit(16)).collect();
@@ -142,7 +144,12 @@ fn handoff() -> Handoff {
 }
 
 fn channel_vectors() -> Vec<(&'static str, Channel)> {
-    vec![(HANDOFF, Channel::Handoff(handoff())), (PROBE, Channel::Probe(Probe { seq: 9, slot: 9 }))]
+    vec![
+        (HANDOFF, Channel::Handoff(handoff())),
+        (PROBE, Channel::Probe(Probe { seq: 9, slot: 9 })),
+        (DRAIN, Channel::Drain(Drain { deadline_ns: 30_000_000_000 })),
+        (RESUME, Channel::Resume(Resume)),
+    ]
 }
 
 #[test]
@@ -179,6 +186,7 @@ fn descriptors_belong_to_these_records_only() {
     }
     assert_eq!(Channel::Handoff(handoff()).fds(), 3);
     assert_eq!(Channel::Probe(Probe { seq: 1, slot: 1 }).fds(), 0);
+    assert_eq!(Channel::Drain(Drain::default()).fds() + Channel::Resume(Resume).fds(), 0);
 }
 
 #[test]
@@ -247,7 +255,8 @@ fn reserved_fields_must_be_zero() {
             assert!(matches!(error, WireError::Reserved(_)), "{offset}: {error}");
         }
     }
-    for (hex, offsets) in [(HANDOFF, &[2, 6][..]), (PROBE, &[2, 16])] {
+    for (hex, offsets) in [(HANDOFF, &[2, 6][..]), (PROBE, &[2, 16]), (DRAIN, &[2]), (RESUME, &[2])]
+    {
         for &offset in offsets {
             let mut record = bytes(hex);
             record[offset] = 1;

@@ -1,10 +1,11 @@
 //! Draining and resuming by an operator.
 
 use super::*;
+use worker_sdk::wire::Features;
 
 impl Desk {
     fn drain(&mut self, worker: WorkerId) -> bool {
-        let drained = self.core.drain_worker(self.now, worker);
+        let drained = self.core.drain_worker(self.now, worker, None);
         self.pump();
         drained
     }
@@ -25,8 +26,9 @@ fn a_drained_worker_gets_nothing_new_and_keeps_what_it_has() {
     }
     desk.events();
     assert!(desk.drain(drained));
-    assert!(!desk.drain(drained), "it is draining already");
-    assert_eq!(desk.events(), [Event::Draining { worker: drained, live: 2 }]);
+    assert!(desk.drain(drained), "said again, nothing changes");
+    let draining = Event::Draining { worker: drained, live: 2, deadline: None };
+    assert_eq!(desk.events(), [draining]);
     assert_eq!(desk.state(drained), State::Draining);
     for _ in 0..4 {
         desk.accept(WEB);
@@ -107,4 +109,69 @@ fn a_worker_that_leaves_is_not_resumed() {
     desk.accept(WEB);
     assert_eq!(desk.state(closed), State::Draining);
     assert_eq!(desk.resume(closed), Err(CannotResume::Leaving));
+}
+
+fn hearing(desk: &mut Desk) -> WorkerId {
+    desk.join(Hello { features: Features::DRAIN, ..hello() }).unwrap()
+}
+
+#[test]
+fn a_worker_that_listens_is_told_and_told_again_when_the_record_is_lost() {
+    let mut desk = desk();
+    let (worker, deaf) = (hearing(&mut desk), desk.worker());
+    for _ in 0..4 {
+        desk.accept(WEB);
+    }
+    desk.drain(worker);
+    desk.drain(deaf);
+    let drain = Notice::Drain { deadline: None };
+    assert_eq!(desk.link(worker).notices, [drain]);
+    assert_eq!(desk.link(deaf).notices, []);
+    // It takes nothing: the record is purged with what goes elsewhere.
+    desk.wait(ms(1_000));
+    assert_eq!(desk.link(worker).notices, [drain], "once more");
+    desk.link(worker).notices.clear();
+    desk.link(worker).capacity = 0;
+    desk.resume(worker).unwrap();
+    assert_eq!(desk.link(worker).notices, [], "its channel is full");
+    desk.link(worker).capacity = 278;
+    desk.wait(ms(1_000));
+    assert_eq!(desk.link(worker).notices, [Notice::Resume]);
+}
+
+#[test]
+fn at_the_deadline_what_is_untaken_goes_elsewhere_and_what_is_left_is_counted() {
+    let mut desk = desk();
+    let (worker, deaf) = (hearing(&mut desk), desk.worker());
+    for _ in 0..6 {
+        desk.accept(WEB);
+    }
+    assert!(desk.take(worker).is_some() && desk.take(deaf).is_some());
+    desk.turn();
+    let other = desk.worker();
+    let deadline = Some(desk.now + ms(500));
+    for worker in [worker, deaf] {
+        desk.core.drain_worker(desk.now, worker, deadline);
+    }
+    desk.pump();
+    let told = deadline.map(|deadline| deadline + COUNT_FIRST);
+    assert_eq!(desk.link(worker).notices, [Notice::Drain { deadline: told }]);
+    assert_eq!(desk.core.deadline(), deadline, "what is ended must have been counted");
+    desk.events();
+    desk.wait(ms(500));
+    let over = |worker, told| Event::DrainOver { worker, resent: 2, live: 1, told };
+    assert_eq!(desk.events(), [over(worker, true), over(deaf, false)]);
+    assert_eq!(desk.loads(&[worker, deaf, other]), [1, 1, 4]);
+    let status = desk.core.status();
+    assert_eq!(status.ended_at_deadline, 1, "nobody could tell the other");
+    assert_eq!(desk.state(worker), State::Draining);
+    // Made active again before it comes, a deadline counts no more.
+    let (now, later) = (desk.now, desk.now + ms(500));
+    desk.core.resume_worker(now, worker).unwrap();
+    desk.core.drain_worker(now, worker, Some(later));
+    desk.core.resume_worker(now, worker).unwrap();
+    desk.pump();
+    desk.events();
+    desk.wait(ms(600));
+    assert_eq!(desk.events(), []);
 }

@@ -417,6 +417,8 @@ impl Model {
                 assert!(w.out.iter().all(|out| out.revoking), "at {now:?}: {w:?}");
             }
             Effect::Spawn { .. } => panic!("no processes are configured"),
+            // Nobody here listens.
+            Effect::Tell { .. } => panic!("told, and has no ears"),
             Effect::Event(_) => {}
         }
     }

@@ -249,6 +249,17 @@ impl Core {
         match received {
             Received::Empty => {}
             Received::Probe(probe) => state.queue.push_back(Pending::Probe(probe)),
+            Received::Drain(drain) => {
+                let drain = Drain::from(drain);
+                log::info!("the dispatcher drains this worker");
+                self.draining.begin(self, drain);
+                self.handed_over.notify_all();
+            }
+            Received::Resume => {
+                log::info!("the dispatcher gives this worker connections again");
+                self.draining.end();
+                self.handed_over.notify_all();
+            }
             Received::Handoff { arrived, lost } => {
                 if !lost.is_empty() {
                     log::warn!(
@@ -282,6 +293,8 @@ impl Core {
         else {
             return;
         };
+        // The next one knows nothing of it.
+        self.draining.end();
         if session.since.elapsed() > RELIABLE {
             // Not after every join: a dispatcher that dies of our hello would be tried without a pause.
             state.backoff.reset();
