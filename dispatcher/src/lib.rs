@@ -1,6 +1,7 @@
 //! The dispatcher: accepts TCP connections and passes each one to the least-loaded worker.
 
 pub mod admin;
+pub mod affinity;
 pub mod cli;
 pub mod closer;
 pub mod config;

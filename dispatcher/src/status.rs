@@ -152,8 +152,40 @@ pub struct PoolStatus {
     /// From accept to take, as the dispatcher sees it.
     #[serde(default)]
     pub handoff: Distribution,
+    /// What is remembered of clients; absent without `affinity.key`.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub affinity: Option<AffinityStatus>,
     /// Its workers, by id.
     pub workers: Vec<WorkerStatus>,
+}
+
+/// What a pool remembers of its clients. Counts are of connections since the start.
+#[derive(Clone, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
+pub struct AffinityStatus {
+    /// `affinity.key` as configured.
+    pub key: String,
+    /// Keys remembered now, those included that are too old and not yet removed.
+    pub entries: u64,
+    /// Whose first bytes are awaited now; they are part of `held`.
+    pub awaiting: u64,
+    /// That went to the worker remembered for their key.
+    pub hits: u64,
+    /// Whose key was not remembered.
+    pub misses: u64,
+    /// Whose worker could not be given them: they went elsewhere, and that is remembered.
+    pub moved: u64,
+    /// That went to the worker their session id names.
+    pub routed: u64,
+    /// Without a key.
+    pub unknown: u64,
+    /// Of those, whose first bytes did not come within `peek_timeout`.
+    pub timed_out: u64,
+    /// Of those, whose first bytes were not awaited because `max_awaiting` others were.
+    pub not_awaited: u64,
+    /// Keys claimed by workers.
+    pub claimed: u64,
+    /// Keys forgotten before their time because there were `affinity.max_entries`.
+    pub evicted: u64,
 }
 
 /// One worker. `load = base + taken + custody − finished`.

@@ -97,7 +97,7 @@ mod sys;
 pub use client::fuzzing;
 #[cfg(feature = "client")]
 pub use client::{
-    Connection, Drain, Error, Gauge, Guard, Incoming, Sampling, Worker, WorkerConfig,
+    Connection, Drain, Error, Gauge, Guard, Incoming, OwnError, Sampling, Worker, WorkerConfig,
 };
 pub use wire::{PeerAddr, Token};
 

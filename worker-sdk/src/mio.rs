@@ -10,7 +10,7 @@ use ::mio::unix::SourceFd;
 use ::mio::{Interest, Registry, Token};
 
 use crate::client::core::Core;
-use crate::client::{Connection, Drain, Error, Gauge, Handle, WorkerConfig};
+use crate::client::{Connection, Drain, Error, Gauge, Handle, OwnError, WorkerConfig};
 use crate::wire::PeerAddr;
 
 /// A worker that never blocks, and whose connections are non-blocking. Register it once, readable; it joins, loses
@@ -108,6 +108,14 @@ impl MioWorker {
     /// Says goodbye: as [`Worker::close`](crate::Worker::close).
     pub fn close(&self) {
         self.0.0.close();
+    }
+
+    /// Claims a key for this worker: as [`Worker::own`](crate::Worker::own). Never waits.
+    ///
+    /// # Errors
+    /// See [`OwnError`].
+    pub fn own(&self, key: impl AsRef<[u8]>) -> Result<(), OwnError> {
+        self.0.0.own(key.as_ref())
     }
 
     /// Connections taken and not yet ended, in this process.

@@ -13,7 +13,7 @@ use ::tokio::io::{AsyncRead, AsyncWrite, ReadBuf};
 use ::tokio::net::TcpStream;
 
 use crate::client::core::Core;
-use crate::client::{Accepted, Drain, Error, Gauge, Handle, Held, Origin, WorkerConfig};
+use crate::client::{Accepted, Drain, Error, Gauge, Handle, Held, Origin, OwnError, WorkerConfig};
 use crate::sys::ReadyFd;
 use crate::wire::PeerAddr;
 
@@ -168,6 +168,14 @@ impl Listener {
     /// [`Error::Closed`].
     pub fn close(&self) {
         self.core().close();
+    }
+
+    /// Claims a key for this worker: as [`Worker::own`](crate::Worker::own). Never waits.
+    ///
+    /// # Errors
+    /// See [`OwnError`].
+    pub fn own(&self, key: impl AsRef<[u8]>) -> Result<(), OwnError> {
+        self.core().own(key.as_ref())
     }
 
     /// Connections taken and not yet ended, in this process.

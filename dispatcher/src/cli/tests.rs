@@ -120,6 +120,7 @@ fn the_table() {
             policy: "least-connections".to_owned(),
             state: "ready".to_owned(),
             held: 0,
+            affinity: None,
             workers: vec![WorkerStatus {
                 id: 1,
                 name: "a\x1b[2J".to_owned(),

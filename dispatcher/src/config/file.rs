@@ -6,6 +6,7 @@ use serde::Deserialize;
 use serde::de::{Deserializer, Error as _, Visitor, value};
 use toml::Spanned;
 
+use super::affinity::AffinityKeys;
 use super::error::{ConfigError, Mistake, Source, suggest};
 use super::scores::ScoreKeys;
 use super::value::{AMode, AnAccount, Count, Either, KERNEL_SECONDS, Wait, YEAR};
@@ -83,6 +84,10 @@ pub(super) struct PoolKeys {
     pub slow_start: Option<Wait<0, YEAR>>,
     pub history: Option<Count<0, 10_000>>,
     pub history_candidates: Option<Count<1, 1024>>,
+    pub affinity: Option<Spanned<AffinityKeys>>,
+    pub peek_timeout: Option<Spanned<Wait<1, YEAR>>>,
+    pub peek_max_bytes: Option<Spanned<Count<256, 65_536>>>,
+    pub max_awaiting: Option<Spanned<Count<1, 1_000_000>>>,
     pub allow_users: Option<Vec<Spanned<Either<AnAccount>>>>,
     pub allow_groups: Option<Vec<Spanned<Either<AnAccount>>>>,
     pub unavailable_response: Option<Spanned<String>>,
@@ -192,12 +197,13 @@ fn elsewhere(word: &str, here: &[&str]) -> Option<String> {
 }
 
 /// Every table and its keys, straight from the types above.
-pub(super) fn tables() -> [(&'static str, &'static [&'static str]); 5] {
+pub(super) fn tables() -> [(&'static str, &'static [&'static str]); 6] {
     [
         ("", keys_of::<File>()),
         ("[[listener]]", keys_of::<ListenerKeys>()),
         ("[pool.NAME]", keys_of::<PoolKeys>()),
         ("[pool.NAME.scores]", keys_of::<ScoreKeys>()),
+        ("[pool.NAME.affinity]", keys_of::<AffinityKeys>()),
         ("[pool.NAME.spawn]", keys_of::<SpawnKeys>()),
     ]
 }

@@ -5,6 +5,7 @@
 
 mod accounts;
 mod address;
+mod affinity;
 mod demo;
 mod error;
 mod file;

@@ -11,7 +11,7 @@ use super::file::{File, ListenerKeys, PolicyName, PoolKeys};
 use super::value::{AMode, AnAccount, Either, TextOrNumber};
 use super::{
     Address, Config, DEFAULT_ADMIN_SOCKET, DEFAULT_DISPATCH_SOCKET, Limits, Listener,
-    ListenerOptions, Pool, UnixEndpoint, UnixSource, accounts, scores, screening, spawn,
+    ListenerOptions, Pool, UnixEndpoint, UnixSource, accounts, affinity, scores, screening, spawn,
 };
 use crate::pool::{Access, Policy, PoolSettings};
 
@@ -344,6 +344,8 @@ impl Check<'_> {
             None => Policy::default(),
         };
         let scores = scores::scores(self, keys.scores.as_ref(), defaults.scores.as_ref(), policy)?;
+        let known = affinity::known(&keys, defaults)?;
+        known.useless.into_iter().for_each(|mistake| self.warn(mistake));
         let settings = PoolSettings {
             policy,
             scores,
@@ -368,6 +370,8 @@ impl Check<'_> {
                 .history_candidates
                 .or(defaults.history_candidates)
                 .map_or(16, |n| n.0),
+            affinity: known.affinity,
+            peek: known.peek,
             access: Access { users, groups },
             processes: spawn.as_ref().map_or(0, |spawn| spawn.processes),
             name: name.to_owned(),

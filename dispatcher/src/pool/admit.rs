@@ -93,6 +93,10 @@ impl Core {
         // Not its id: whoever comes in its place, with its name, has its keys.
         let node = AffinityKey::of(format!("{}\0{twin}", hello.name).as_bytes()).0;
         let pool = &mut self.pools[p];
+        let workers = &self.workers;
+        let home = pool.memory.as_mut().map_or(0, |memory| {
+            memory.move_in(&hello.name, index, |w| workers[w as usize].is_usable())
+        });
         let priority = hello.priority;
         let mut worker = Worker {
             id,
@@ -100,6 +104,7 @@ impl Core {
             at: pool.candidates.add(Member { worker: index, node, priority }),
             name: hello.name.as_str().into(),
             twin,
+            home,
             pid: join.pid,
             priority,
             ramp: None,

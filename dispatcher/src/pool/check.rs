@@ -15,7 +15,9 @@ impl Core {
     /// [`Core::check`], as often as its cost allows.
     #[cfg(any(test, debug_assertions))]
     pub(super) fn check_sometimes(&mut self) {
-        let cost = self.workers.len() + self.ledger.entries().len();
+        let memory: usize =
+            self.pools.iter().flat_map(|pool| &pool.memory).map(|memory| memory.size()).sum();
+        let cost = self.workers.len() + self.ledger.entries().len() + memory;
         self.check_credit = (self.check_credit + CREDIT).min(2 * cost + CREDIT);
         if self.check_credit >= cost {
             self.check_credit -= cost;
@@ -27,7 +29,7 @@ impl Core {
     pub fn check(&self) {
         assert!(self.totals.is_conserved(), "{:?}", self.totals);
         assert_eq!(self.residual(), 0, "{:?}", self.totals);
-        let mut held = 0;
+        let (mut held, mut awaited) = (0, 0);
         for (p, pool) in self.pools.iter().enumerate() {
             let mut queued = 0;
             for conn in self.ledger.walk(&pool.held) {
@@ -38,9 +40,10 @@ impl Core {
             }
             assert_eq!(queued, pool.held.len());
             held += queued;
+            awaited += self.check_awaiting(p);
             self.check_pool(p);
         }
-        assert_eq!(held, self.totals.held);
+        assert_eq!(held + awaited, self.totals.held);
         self.check_screens();
 
         let mut custody = 0;
@@ -55,6 +58,7 @@ impl Core {
             entries.filter(|conn| f(conn.place)).count() as u64
         };
         assert_eq!(held, count(|place| place == Place::Held));
+        assert_eq!(awaited, count(|place| place == Place::Awaiting));
         assert_eq!(custody, count(|place| matches!(place, Place::Custody(_))));
     }
 
@@ -67,7 +71,10 @@ impl Core {
             });
             let mut count = 0;
             for conn in counted {
-                assert!(matches!(conn.place, Place::Held | Place::Custody(_)), "{conn:?}");
+                assert!(
+                    matches!(conn.place, Place::Held | Place::Awaiting | Place::Custody(_)),
+                    "{conn:?}"
+                );
                 count += 1;
             }
             assert_eq!(count, screen.queued());
@@ -86,6 +93,9 @@ impl Core {
             of_pool().filter(|worker| self.is_choosable(worker)).count(),
             pool.candidates.eligible()
         );
+        if let Some(memory) = &pool.memory {
+            memory.check();
+        }
         let usable = of_pool().filter(|worker| worker.is_usable()).count();
         assert_eq!(usable, pool.usable as usize);
         assert_eq!(usable > 0, pool.clock == Clock::Off);

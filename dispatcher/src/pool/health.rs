@@ -192,6 +192,9 @@ impl Core {
         let (pool, at, usable) = (worker.pool, worker.at, worker.is_usable());
         worker.state = State::Gone;
         self.pools[pool].counts.gone += 1;
+        if let Some(memory) = &mut self.pools[pool].memory {
+            memory.move_out(worker.home, w as u32);
+        }
         if let Some(moved) = self.pools[pool].candidates.remove(at) {
             self.workers[moved as usize].at = at;
         }

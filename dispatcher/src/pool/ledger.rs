@@ -4,6 +4,7 @@
 //! links are used again, so that once warm nothing is allocated for a connection.
 
 use super::types::{AffinityKey, Client, ConnId, ListenerId, Time};
+use crate::affinity::Known;
 use worker_sdk::PeerAddr;
 
 /// No entry.
@@ -14,6 +15,8 @@ const NONE: u32 = u32::MAX;
 pub(super) enum Place {
     /// Nowhere: the entry may be used again.
     Free,
+    /// Its first bytes are awaited.
+    Awaiting,
     /// In the pool's queue.
     Held,
     /// In custody for this worker.
@@ -31,6 +34,10 @@ pub(super) struct Conn {
     pub(super) peer: PeerAddr,
     /// What its client is known by.
     pub(super) key: Option<AffinityKey>,
+    /// What the pool remembers it by: its key, if that is what `affinity.key` asks for, and a route.
+    pub(super) known: Option<Known>,
+    /// Since when its first bytes have been awaited.
+    pub(super) since: Time,
     pub(super) place: Place,
     /// Where its listener's [`super::screen::Screen`] counts it, while it does.
     pub(super) client: u32,
@@ -52,7 +59,7 @@ pub(super) struct Ledger {
 
 /// First in, first out.
 #[derive(Clone, Copy, Debug)]
-struct Queue {
+pub(super) struct Queue {
     head: u32,
     tail: u32,
     len: u64,
@@ -61,6 +68,16 @@ struct Queue {
 impl Default for Queue {
     fn default() -> Self {
         Queue { head: NONE, tail: NONE, len: 0 }
+    }
+}
+
+impl Queue {
+    pub(super) fn len(&self) -> u64 {
+        self.len
+    }
+
+    pub(super) fn first(&self) -> Option<u32> {
+        Some(self.head).filter(|&head| head != NONE)
     }
 }
 
@@ -100,6 +117,8 @@ impl Ledger {
             listener: client.listener,
             peer: client.peer,
             key: client.key,
+            known: None,
+            since: Time::default(),
             place: Place::Leaving,
             client: super::screen::UNTRACKED,
             resent: false,
@@ -158,7 +177,21 @@ impl Ledger {
 
     /// Appends to the queue: of those that come back from a worker, or of new ones.
     pub(super) fn hold(&mut self, held: &mut Held, index: u32, returned: bool) {
-        let queue = held.queue(returned);
+        self.append(held.queue(returned), index);
+        let conn = &mut self.conns[index as usize];
+        conn.place = Place::Held;
+        conn.returned = returned;
+    }
+
+    /// Appends to the queue of those whose first bytes are awaited.
+    pub(super) fn await_bytes(&mut self, awaiting: &mut Queue, index: u32, now: Time) {
+        self.append(awaiting, index);
+        let conn = &mut self.conns[index as usize];
+        conn.place = Place::Awaiting;
+        conn.since = now;
+    }
+
+    fn append(&mut self, queue: &mut Queue, index: u32) {
         let tail = std::mem::replace(&mut queue.tail, index);
         queue.len += 1;
         if tail == NONE {
@@ -167,8 +200,6 @@ impl Ledger {
             self.conns[tail as usize].next = index;
         }
         let conn = &mut self.conns[index as usize];
-        conn.place = Place::Held;
-        conn.returned = returned;
         (conn.prev, conn.next) = (tail, NONE);
     }
 
@@ -184,8 +215,20 @@ impl Ledger {
         let conn = &mut self.conns[index as usize];
         debug_assert!(conn.place == Place::Held);
         conn.place = Place::Leaving;
-        let (returned, prev, next) = (conn.returned, conn.prev, conn.next);
-        let queue = held.queue(returned);
+        let returned = conn.returned;
+        self.remove(held.queue(returned), index);
+    }
+
+    /// Takes this one out of the queue of those whose first bytes are awaited.
+    pub(super) fn end_await(&mut self, awaiting: &mut Queue, index: u32) {
+        let conn = &mut self.conns[index as usize];
+        debug_assert!(conn.place == Place::Awaiting);
+        conn.place = Place::Leaving;
+        self.remove(awaiting, index);
+    }
+
+    fn remove(&mut self, queue: &mut Queue, index: u32) {
+        let Conn { prev, next, .. } = self.conns[index as usize];
         queue.len -= 1;
         match prev {
             NONE => queue.head = next,
@@ -199,10 +242,12 @@ impl Ledger {
 
     /// Every held connection, in the order in which it will be placed.
     pub(super) fn walk<'a>(&'a self, held: &Held) -> impl Iterator<Item = u32> + 'a {
+        self.walk_queue(&held.returned).chain(self.walk_queue(&held.fresh))
+    }
+
+    /// Every connection of a queue, the first first.
+    pub(super) fn walk_queue<'a>(&'a self, queue: &Queue) -> impl Iterator<Item = u32> + use<'a> {
         let some = |at: u32| (at != NONE).then_some(at);
-        let from = move |head: u32| {
-            std::iter::successors(some(head), move |&at| some(self.conns[at as usize].next))
-        };
-        from(held.returned.head).chain(from(held.fresh.head))
+        std::iter::successors(some(queue.head), move |&at| some(self.conns[at as usize].next))
     }
 }

@@ -15,6 +15,8 @@
 //! 5. Cached eligibility and counts equal what a full recount gives.
 
 mod admit;
+mod affinity;
+mod awaiting;
 mod check;
 mod custody;
 mod drain;
@@ -39,6 +41,7 @@ mod worker;
 #[cfg(test)]
 mod tests;
 
+pub use affinity::Claim;
 pub use drain::{COUNT_FIRST, CannotResume, Notice};
 pub use effect::{Effect, Event};
 pub use gauges::MAX_GAUGE_VALUE;
@@ -57,6 +60,8 @@ use worker_sdk::scoreboard::claim::{Revoke, SlotState, want};
 
 use crate::measure::{self, Histogram};
 
+use affinity::Memory;
+use awaiting::Awaiting;
 use history::History;
 use ledger::{Held, Ledger, Place};
 use policy::{Candidates, NEVER};
@@ -113,6 +118,9 @@ struct Pool {
     history: History,
     /// Gauges that are read at intervals are due then.
     sample_at: Time,
+    /// `Some` iff the settings say how clients are known.
+    memory: Option<Memory>,
+    awaiting: Awaiting,
     held: Held,
     /// Workers active or suspect.
     usable: u32,
@@ -162,6 +170,8 @@ impl Core {
                     candidates: Candidates::new(settings.policy, &settings.scores, seeds.number()),
                     history: History::new(settings.history, settings.history_candidates),
                     sample_at: now,
+                    memory: settings.affinity.as_ref().map(|a| Memory::new(a, seeds.number())),
+                    awaiting: Awaiting::default(),
                     held: Held::default(),
                     usable: 0,
                     clock: Clock::Since(now),
@@ -293,7 +303,7 @@ impl Core {
     }
 
     /// A connection was accepted. It is placed (effect Send), held, or closed at once: when the listener's rules keep
-    /// it out, or when refusing.
+    /// it out, or when refusing. Or its first bytes are awaited: see [`Core::awaits_bytes`].
     pub fn accepted(&mut self, now: Time, mut client: Client) -> ConnId {
         let listener = &mut self.listeners[usize::from(client.listener.0)];
         listener.accepted += 1;
@@ -310,7 +320,7 @@ impl Core {
         match admitted {
             Ok(place) => {
                 self.ledger.get_mut(conn.index).client = place;
-                self.put(now, pool, conn.index, false);
+                self.arrive(now, pool, conn.index);
             }
             Err(reason) => self.close(conn.index, reason),
         }
@@ -324,17 +334,19 @@ impl Core {
         held.map(|index| self.ledger.id(index))
     }
 
-    /// A held connection's client is gone (the shell saw a reset). In custody: ignored.
+    /// The client of a held connection, or of one whose first bytes are awaited, is gone (the shell saw a reset). In custody: ignored.
     pub fn client_gone(&mut self, now: Time, conn: ConnId) {
         let Some(entry) = self.ledger.find(conn) else {
             return;
         };
-        if entry.place == Place::Held {
-            let pool = self.pool_of(entry.listener);
-            self.unhold(pool, conn.index);
-            self.close(conn.index, CloseReason::ClientGone);
-            self.after(now, pool);
+        let pool = self.pool_of(entry.listener);
+        match entry.place {
+            Place::Held => self.unhold(pool, conn.index),
+            Place::Awaiting => self.end_await(pool, conn.index),
+            Place::Free | Place::Custody(_) | Place::Leaving => return,
         }
+        self.close(conn.index, CloseReason::ClientGone);
+        self.after(now, pool);
     }
 
     /// An [`Effect::Send`] could not be carried out. The shell has already taken the slot back.
@@ -363,6 +375,7 @@ impl Core {
         for pool in 0..self.pools.len() {
             self.pools[pool].processes.tick(now, &mut self.effects);
             self.tick_workers(now, pool);
+            self.tick_awaiting(now, pool);
             self.tick_clock(now, pool);
         }
         if let Some(stop) = &mut self.stop
@@ -385,7 +398,10 @@ impl Core {
                     Clock::Since(since) => since + pool.settings.wait_for_worker,
                     Clock::Off | Clock::Refusing => NEVER,
                 };
-                refusing.min(pool.candidates.earliest()).min(pool.processes.due())
+                refusing
+                    .min(pool.candidates.earliest())
+                    .min(pool.processes.due())
+                    .min(self.awaiting_due(pool))
             })
             .chain(self.choked)
             .chain(stop.map(|stop| stop.deadline))

@@ -4,11 +4,13 @@ use std::time::Duration;
 
 use worker_sdk::wire::EntryFlags;
 
-use super::ledger::Place;
-use super::policy::Standing;
+use super::affinity::Recall;
+use super::ledger::{Conn, Place};
+use super::policy::{Choice, Standing};
 use super::ring::Item;
 use super::types::*;
-use super::{Clock, Core, Effect, Event};
+use super::{Clock, Core, Effect, Event, Pool};
+use crate::affinity::Known;
 
 /// Back-pressure of a pool is told at most this often.
 const PRESSURE_EVENTS: Duration = Duration::from_secs(1);
@@ -51,12 +53,45 @@ impl Core {
         if self.choked.is_some() {
             return None;
         }
-        let key = self.ledger.get(conn).key;
-        let choice = self.pools[p].candidates.pick(now, key)?;
+        let Conn { key, known, .. } = *self.ledger.get(conn);
+        let (choice, recall) = self.pick(now, p, key, known)?;
         if self.pools[p].history.is_on() {
             self.record(now, p, conn, &choice);
         }
-        Some(self.pools[p].candidates.commit(choice) as usize)
+        let pool = &mut self.pools[p];
+        let worker = pool.candidates.commit(choice) as usize;
+        if let (Some(memory), Some(known)) = (&mut pool.memory, known) {
+            memory.note(now, known.key, self.workers[worker].home, recall);
+        }
+        Some(worker)
+    }
+
+    /// Whom a client would be sent to: the worker that is remembered for it, or else the policy's choice.
+    pub(super) fn pick(
+        &self,
+        now: Time,
+        p: usize,
+        key: Option<AffinityKey>,
+        known: Option<Known>,
+    ) -> Option<(Choice, Recall)> {
+        let Pool { candidates, memory, .. } = &self.pools[p];
+        if candidates.eligible() == 0 {
+            return None;
+        }
+        let place = |worker: u32| self.workers[worker as usize].at;
+        let recall = match (memory, known) {
+            (Some(memory), Some(known)) => {
+                memory.recall(now, known, |worker| candidates.is_available(place(worker)))
+            }
+            _ => Recall::New,
+        };
+        let choice = match recall {
+            Recall::Routed(worker) | Recall::Here(worker) => {
+                candidates.remembered(now, place(worker))
+            }
+            Recall::Away | Recall::New => candidates.pick(now, key)?,
+        };
+        Some((choice, recall))
     }
 
     /// At the end of a stop: whoever's channel may have room, trusted ones first.
@@ -115,6 +150,7 @@ impl Core {
     /// At the deadline of a stop: nothing stays held.
     pub(super) fn empty_queues(&mut self, now: Time) {
         for pool in 0..self.pools.len() {
+            self.empty_awaiting(now, pool);
             while let Some(conn) = self.ledger.pop(&mut self.pools[pool].held) {
                 self.totals.held -= 1;
                 self.put(now, pool, conn, true);
@@ -204,6 +240,7 @@ impl Core {
             closed += 1;
             self.close(conn, CloseReason::NoWorker);
         }
+        closed += self.refuse_awaiting(p);
         self.event(Event::Refusing { pool: PoolId(p as u16), closed });
     }
 }

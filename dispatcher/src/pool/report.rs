@@ -95,7 +95,6 @@ impl Core {
             name: pool.settings.name.clone(),
             policy: pool.settings.policy.name().to_owned(),
             state: state.to_owned(),
-            held: pool.held.len(),
             taken: pool.counts.taken,
             revoked: pool.counts.revoked,
             lost: pool.counts.lost,
@@ -104,6 +103,8 @@ impl Core {
             joined: pool.counts.joined,
             gone: pool.counts.gone,
             handoff: pool.handoff.status(),
+            held: pool.held.len() + pool.awaiting.len(),
+            affinity: pool.affinity_status(),
             workers,
         }
     }

@@ -11,6 +11,8 @@ use worker_sdk::PeerAddr;
 use worker_sdk::scoreboard::gauge::GaugeName;
 use worker_sdk::wire::Token;
 
+use crate::affinity::KeySource;
+
 /// A moment: nanoseconds of a clock that never goes back (`CLOCK_MONOTONIC` in the shell, anything in a simulation).
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq, PartialOrd, Ord, Hash)]
 pub struct Time(pub u64);
@@ -167,6 +169,8 @@ impl Policy {
 pub enum Why {
     /// It was chosen.
     Chosen,
+    /// It was chosen because the client was there before, or its session id names it.
+    Remembered,
     /// It has more connections for its weight than the one that was chosen.
     MoreLoaded,
     /// It was as good, and others are first this time.
@@ -204,6 +208,7 @@ impl Why {
     pub fn name(self) -> &'static str {
         match self {
             Why::Chosen => "chosen",
+            Why::Remembered => "remembered",
             Why::MoreLoaded => "more-loaded",
             Why::Tie => "tie",
             Why::LaterTurn => "later-turn",
@@ -338,6 +343,10 @@ pub struct PoolSettings {
     pub history_candidates: u32,
     /// Who may join.
     pub access: Access,
+    /// By what clients are known and for how long they are remembered, if they are.
+    pub affinity: Option<Affinity>,
+    /// How first bytes are awaited, where `affinity` needs them.
+    pub peek: Peek,
     /// Processes to keep running; 0 for none.
     pub processes: u32,
 }
@@ -359,8 +368,47 @@ impl Default for PoolSettings {
             history: 0,
             history_candidates: 16,
             access: Access::default(),
+            affinity: None,
+            peek: Peek::default(),
             processes: 0,
         }
+    }
+}
+
+/// How a pool remembers its clients.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct Affinity {
+    /// What they are known by.
+    pub key: KeySource,
+    /// How long after its last use a key is forgotten.
+    pub ttl: Duration,
+    /// Most keys, at least 1.
+    pub max_entries: u32,
+}
+
+impl Affinity {
+    /// Default of `affinity.ttl`.
+    pub const DEFAULT_TTL: Duration = Duration::from_secs(30 * 60);
+
+    /// Default of `affinity.max_entries`.
+    pub const DEFAULT_MAX_ENTRIES: u32 = 100_000;
+}
+
+/// How a pool awaits first bytes.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Peek {
+    /// How long they are awaited.
+    pub timeout: Duration,
+    /// How many of them are looked at.
+    pub max_bytes: u32,
+    /// Most connections that await them at once.
+    pub max_awaiting: u32,
+}
+
+impl Default for Peek {
+    /// The defaults of the configuration.
+    fn default() -> Peek {
+        Peek { timeout: Duration::from_secs(5), max_bytes: 16_384, max_awaiting: 4096 }
     }
 }
 

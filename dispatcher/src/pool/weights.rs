@@ -10,6 +10,9 @@ impl Core {
         let mut seeds = Random::new(seed);
         for pool in &mut self.pools {
             pool.candidates.set_seed(seeds.number());
+            if let Some(memory) = &mut pool.memory {
+                memory.set_seed(seeds.number());
+            }
         }
     }
 

@@ -44,6 +44,8 @@ pub(super) struct Worker {
     pub(super) name: Arc<str>,
     /// Tells those of the same name apart.
     pub(super) twin: u32,
+    /// What the pool's memory of clients points at; meaningless where there is none, and once gone.
+    pub(super) home: u32,
     pub(super) pid: i32,
     pub(super) priority: u16,
     /// 1 to 65,535.

@@ -42,6 +42,8 @@ pub(super) struct Conn {
     pub(super) serial: u64,
     /// In the poll, because it is held. Must be taken out before it is sent or closed.
     pub(super) watched: bool,
+    /// What looking at its first bytes has cost so far.
+    pub(super) looked: u32,
 }
 
 /// What one attempt to accept gave.
@@ -177,7 +179,9 @@ impl Shell {
                         listener: id,
                         serial: conn.serial,
                         watched: false,
+                        looked: 0,
                     });
+                    self.look(conn, false);
                 }
                 Attempt::Again => {}
                 Attempt::Empty => {

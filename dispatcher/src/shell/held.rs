@@ -1,4 +1,4 @@
-//! Held connections: nobody could be given them yet. Watched only for clients that go away meanwhile.
+//! Held connections: nobody could be given them yet. Watched for clients that go away meanwhile, and for first bytes.
 
 use std::os::fd::AsRawFd;
 
@@ -32,15 +32,18 @@ impl Shell {
         }
     }
 
-    /// A client that reset its connection is gone; one that only has nothing more to say still waits for its answer.
+    /// A client that reset its connection is gone; one that only has nothing more to say still waits for its answer. What
+    /// it says matters only while its first bytes are awaited.
     pub(super) fn held_event(&mut self, key: Key, event: &Event) {
-        if !event.is_error() && !event.is_write_closed() {
+        let Some(Some(conn)) = self.conns.get(key.index as usize) else { return };
+        if !conn.watched || !key.is(conn.serial) {
             return;
         }
-        let Some(Some(conn)) = self.conns.get(key.index as usize) else { return };
-        if conn.watched && key.is(conn.serial) {
-            let id = ConnId { index: key.index, serial: conn.serial };
+        let id = ConnId { index: key.index, serial: conn.serial };
+        if event.is_error() || event.is_write_closed() {
             self.core.client_gone(self.now, id);
+        } else {
+            self.look(id, event.is_read_closed());
         }
     }
 

@@ -16,7 +16,7 @@ use super::control::{self, Fault, Peer, Received};
 use super::gauges::Gauges;
 use super::token::{Key, Source};
 use super::worker_io::{Lane, WorkerIo, send_record};
-use crate::pool::{Departure, Join, Refusal, Time};
+use crate::pool::{Claim, Departure, Join, Refusal, Time, WorkerId};
 
 /// Most control connections accepted in one turn.
 const KNOCKS_PER_TURN: usize = 64;
@@ -256,7 +256,7 @@ impl Shell {
             version: VERSION,
             slots,
             worker_id: id.serial,
-            features: Features(join.hello.features.0 & FEATURES.0),
+            features: self.features_for(&join.hello),
             max_connections: self.core.max_connections_of(id).unwrap_or(join.hello.max_connections),
             handoff_timeout_ms: u32::try_from(timeout.as_millis()).unwrap_or(u32::MAX),
             listeners: self.listeners_of(&join.hello.pool),
@@ -293,6 +293,31 @@ impl Shell {
         Ok(())
     }
 
+    /// What the worker and its pool both can.
+    fn features_for(&self, hello: &Hello) -> Features {
+        let pool = self.config.pools.iter().find(|pool| pool.settings.name == hello.pool);
+        let claims = match pool.and_then(|pool| pool.settings.affinity.as_ref()) {
+            Some(_) => Features::OWN,
+            None => Features::NONE,
+        };
+        Features(hello.features.0 & (FEATURES.0 | claims.0))
+    }
+
+    /// A worker claims a key. It may be leaving, and need not know what its pool's keys look like: no reason to cut it off.
+    fn own(&mut self, worker: WorkerId, key: &[u8]) {
+        let reason = match self.core.own(self.now, worker, key) {
+            Claim::Noted | Claim::Leaving => return,
+            Claim::NoAffinity => "its pool has no affinity.key",
+            Claim::NotAKey => "its pool's affinity.key has no such values",
+        };
+        if let Some(left_out) = self.limits.claims.allow(self.now) {
+            log::warn!(
+                "event=claim_ignored {} reason=\"{reason}\" left_out={left_out}",
+                self.worker(worker)
+            );
+        }
+    }
+
     fn listeners_of(&self, pool: &str) -> Vec<WelcomeListener> {
         let serves = |position: u16| {
             self.config.pools.get(usize::from(position)).is_some_and(|p| p.settings.name == pool)
@@ -311,6 +336,7 @@ impl Shell {
             let id = io.id;
             match control::receive(&io.control) {
                 Received::Empty => return,
+                Received::Record(Control::Own(own)) => self.own(id, own.key()),
                 Received::Record(Control::Goodbye(_)) if !io.said_goodbye => {
                     io.said_goodbye = true;
                     self.core.goodbye(self.now, id);
@@ -381,5 +407,6 @@ fn name_of(record: &Control) -> &'static str {
         Control::Welcome(_) => "welcome",
         Control::Refused(_) => "refused",
         Control::Goodbye(_) => "second goodbye",
+        Control::Own(_) => "claim of a key",
     }
 }

@@ -21,6 +21,7 @@ mod inherited;
 mod join;
 mod limit;
 mod meters;
+mod peek;
 mod perform;
 mod recent;
 mod sockets;
@@ -128,6 +129,7 @@ struct Shell {
     seen: Vec<(Ticket, SlotState)>,
     entries: Vec<Entry>,
     record: Vec<u8>,
+    first_bytes: Vec<u8>,
 }
 
 /// What peers and shortages can make us log again and again.
@@ -135,6 +137,7 @@ struct Shell {
 struct Limits {
     refused: Limit,
     broken: Limit,
+    claims: Limit,
     shortage: Limit,
     /// Clients kept out by their listener's rules, by reason.
     kept_out: [Limit; 3],

@@ -149,6 +149,7 @@ impl Shell {
             seen: Vec::new(),
             entries: Vec::new(),
             record: Vec::new(),
+            first_bytes: Vec::new(),
         };
         log::info!(
             "event=ready version={} pid={} dispatch_socket={}",

@@ -67,8 +67,8 @@ pub(crate) struct Core {
     draining: Draining,
 }
 
-struct State {
-    link: Link,
+pub(super) struct State {
+    pub(super) link: Link,
     queue: VecDeque<Pending>,
     /// Whether a thread waits for the dispatcher on behalf of all, outside the lock. Nobody else steps then.
     leader: bool,
@@ -83,7 +83,7 @@ struct State {
     buffer: Vec<u8>,
 }
 
-enum Link {
+pub(super) enum Link {
     Waiting {
         until: Instant,
     },
@@ -172,7 +172,7 @@ impl Core {
                 version: VERSION,
                 weight: config.weight,
                 priority: config.priority,
-                features: Features::DRAIN,
+                features: Features(Features::DRAIN.0 | Features::OWN.0),
                 max_connections: config.effective_max_connections(),
                 base: 0,
                 finished: 0,
@@ -470,7 +470,7 @@ impl Core {
         if self.process.is_current() { Ok(()) } else { Err(Error::Forked) }
     }
 
-    fn lock(&self) -> MutexGuard<'_, State> {
+    pub(super) fn lock(&self) -> MutexGuard<'_, State> {
         self.state.lock().unwrap_or_else(PoisonError::into_inner)
     }
 

@@ -17,14 +17,18 @@ use super::channel::take_fds;
 use super::error::Error;
 use crate::scoreboard::gauge::GaugeName;
 use crate::scoreboard::{Scoreboard, claim};
-use crate::wire::{Control, Goodbye, Hello, MAX_CONTROL_RECORD, VERSION, WELCOME_FDS, Welcome};
+use crate::wire::{
+    Control, Features, Goodbye, Hello, MAX_CONTROL_RECORD, VERSION, WELCOME_FDS, Welcome,
+};
 
 /// What a worker has of a dispatcher, apart from the channel. Dropping it tells the dispatcher that all is over.
 pub(super) struct Session {
-    control: OwnedFd,
+    pub(super) control: OwnedFd,
     poke: OwnedFd,
     pub(super) board: Arc<Scoreboard>,
     pub(super) worker_id: u64,
+    /// What both sides can.
+    pub(super) features: Features,
     listeners: Vec<(u16, Arc<str>)>,
     /// The pool scores by these.
     pub(super) gauges: Vec<GaugeName>,
@@ -39,6 +43,7 @@ impl Session {
             poke: joined.poke,
             board: Arc::new(joined.board),
             worker_id: joined.welcome.worker_id,
+            features: joined.welcome.features,
             listeners: listeners.map(|l| (l.index, l.name.into())).collect(),
             gauges: joined.welcome.gauges,
             since: Instant::now(),
@@ -158,7 +163,7 @@ pub(super) fn answer(control: &OwnedFd, path: &Path) -> Result<Option<Joined>, F
             reason: refused.reason,
             key: refused.key,
         })),
-        Control::Hello(_) | Control::Goodbye(_) => {
+        Control::Hello(_) | Control::Goodbye(_) | Control::Own(_) => {
             Err(malformed("it sent a record that only workers send".to_owned()))
         }
     }

@@ -15,6 +15,7 @@ pub mod fuzzing;
 mod gauges;
 mod join;
 mod live;
+mod own;
 mod process;
 mod ready;
 mod sample;
@@ -31,6 +32,7 @@ pub use self::connection::{Connection, Guard};
 pub use self::drain::Drain;
 pub use self::error::Error;
 pub use self::gauges::Gauge;
+pub use self::own::OwnError;
 pub use self::sample::Sampling;
 
 use self::core::Core;
@@ -252,6 +254,29 @@ impl Worker {
     /// ```
     pub fn close(&self) {
         self.core().close();
+    }
+
+    /// Claims a key, such as the id just given to a client in a cookie: from the next connection on, a client that
+    /// brings it comes to this worker. `key` is what the client will send, decoded; for `client-ip` an address as text.
+    ///
+    /// Never waits. It is a hint that may come too late or get lost with the dispatcher: then the client goes where it
+    /// would have gone without it. A session id that ends in a route (`ID.NAME`) needs no claim.
+    ///
+    /// # Errors
+    /// See [`OwnError`]; none of them harms the worker.
+    ///
+    /// ```no_run
+    /// # use std::io::Write;
+    /// # fn login(worker: &worker_sdk::Worker, client: &mut worker_sdk::Connection) -> std::io::Result<()> {
+    /// let id = "6f1d29"; // From a good random source.
+    /// if let Err(error) = worker.own(id) {
+    ///     log::debug!("session {id} may move: {error}");
+    /// }
+    /// write!(client, "HTTP/1.1 204 No Content\r\nSet-Cookie: SESSION={id}\r\n\r\n")
+    /// # }
+    /// ```
+    pub fn own(&self, key: impl AsRef<[u8]>) -> Result<(), OwnError> {
+        self.core().own(key.as_ref())
     }
 
     /// Connections taken and not yet ended, in this process.

@@ -21,6 +21,9 @@ impl Features {
     /// The worker understands [`Drain`](super::Drain) and [`Resume`](super::Resume).
     pub const DRAIN: Features = Features(1);
 
+    /// Keys can be claimed with [`Own`](super::Own). A dispatcher has it for pools with affinity only.
+    pub const OWN: Features = Features(2);
+
     /// Whether every ability of `other` is there.
     pub fn contains(self, other: Features) -> bool {
         self.0 & other.0 == other.0

@@ -33,6 +33,7 @@ mod drain;
 mod goodbye;
 mod handoff;
 mod hello;
+mod own;
 mod probe;
 mod refused;
 mod resume;
@@ -43,6 +44,7 @@ pub use drain::Drain;
 pub use goodbye::Goodbye;
 pub use handoff::{ENTRY_LEN, Entry, EntryFlags, Handoff, PeerAddr};
 pub use hello::{Features, Hello, Token};
+pub use own::{MAX_KEY, Own};
 pub use probe::Probe;
 pub use refused::{Refused, RefusedCode};
 pub use resume::Resume;
@@ -78,6 +80,8 @@ pub mod kind {
     pub const REFUSED: u16 = 3;
     /// Worker to dispatcher, control connection: send me nothing more.
     pub const GOODBYE: u16 = 4;
+    /// Worker to dispatcher, control connection: the client known by this key is mine.
+    pub const OWN: u16 = 5;
     /// Dispatcher to worker, channel: connections, one fd each.
     pub const HANDOFF: u16 = 16;
     /// Dispatcher to worker, channel, no fd: take this slot to show that you are alive.
@@ -96,6 +100,8 @@ pub mod tlv {
     pub const NAME: u16 = 2;
     /// Hello: the token a spawned worker found in its environment, 16 bytes.
     pub const TOKEN: u16 = 3;
+    /// Own: the key, 1 to 4,000 bytes.
+    pub const CLIENT_KEY: u16 = 4;
     /// Welcome, repeated: index u16, then the listener's name, UTF-8.
     pub const LISTENER: u16 = 16;
     /// Welcome, repeated: the name of a gauge that the pool scores by.
@@ -124,6 +130,7 @@ pub mod tlv {
 ///     Control::Refused(refused) => println!("not let in: {}", refused.reason),
 ///     Control::Hello(hello) => println!("{} wants to join {}", hello.name, hello.pool),
 ///     Control::Goodbye(_) => println!("a worker leaves"),
+///     Control::Own(own) => println!("a worker claims {:?}", own.key()),
 /// }
 /// # Ok(())
 /// # }
@@ -138,6 +145,8 @@ pub enum Control {
     Refused(Refused),
     /// See [`Goodbye`].
     Goodbye(Goodbye),
+    /// See [`Own`].
+    Own(Own),
 }
 
 impl Control {
@@ -155,6 +164,7 @@ impl Control {
             kind::WELCOME => Welcome::decode_body(&mut reader).map(Control::Welcome),
             kind::REFUSED => Refused::decode_body(&mut reader).map(Control::Refused),
             kind::GOODBYE => Goodbye::decode_body(&mut reader).map(Control::Goodbye),
+            kind::OWN => Own::decode_body(&mut reader).map(Control::Own),
             other => Err(WireError::UnknownKind(other)),
         }
     }
@@ -163,7 +173,7 @@ impl Control {
     pub fn fds(&self) -> usize {
         match self {
             Control::Welcome(_) => WELCOME_FDS,
-            Control::Hello(_) | Control::Refused(_) | Control::Goodbye(_) => 0,
+            Control::Hello(_) | Control::Refused(_) | Control::Goodbye(_) | Control::Own(_) => 0,
         }
     }
 
@@ -174,6 +184,7 @@ impl Control {
             Control::Welcome(m) => m.encode(out),
             Control::Refused(m) => m.encode(out),
             Control::Goodbye(m) => m.encode(out),
+            Control::Own(m) => m.encode(out),
         }
     }
 }

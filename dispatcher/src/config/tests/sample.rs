@@ -75,6 +75,8 @@ fn the_defaults_in_the_sample_are_the_defaults() {
     let (mut written, least) = (written.pools[0].settings.clone(), least.pools[0].settings.clone());
     assert_eq!(written.processes, 1);
     written.processes = 0;
+    // It says "none", and so do its other keys then.
+    assert_eq!(written.affinity, None);
     assert_eq!(format!("{written:?}"), format!("{least:?}"));
 }
 

@@ -72,6 +72,74 @@ fn pools_and_policies() {
 }
 
 #[test]
+fn keys_of_clients() {
+    use crate::affinity::KeySource;
+    use crate::pool::{Affinity, Peek};
+
+    let known = |lines: &str| good(&format!("{GOOD}{lines}\n")).pools[0].settings.clone();
+    assert_eq!(known("").affinity, None);
+    assert_eq!(known("affinity.key = 'none'").affinity, None);
+    let ip = |ipv4_prefix, ipv6_prefix| KeySource::ClientIp { ipv4_prefix, ipv6_prefix };
+    for (word, key) in [
+        ("client-ip", ip(32, 64)),
+        ("cookie:JSESSIONID", KeySource::Cookie("JSESSIONID".to_owned())),
+        ("url:jsessionid", KeySource::Url("jsessionid".to_owned())),
+        ("form:user name", KeySource::Form("user name".to_owned())),
+        ("header:X-User", KeySource::Header("X-User".to_owned())),
+        ("sni", KeySource::Sni),
+    ] {
+        let settings = known(&format!("affinity.key = '{word}'"));
+        let ttl = Duration::from_secs(1800);
+        assert_eq!(settings.affinity, Some(Affinity { key, ttl, max_entries: 100_000 }), "{word}");
+        assert_eq!(settings.peek, Peek::default());
+    }
+    let settings = known(
+        "peek_timeout = '1s'\npeek_max_bytes = 1024\nmax_awaiting = 7\n\
+         [pool.web.affinity]\nkey = 'cookie:a'\nttl = '1m'\nmax_entries = 9",
+    );
+    let (key, ttl) = (KeySource::Cookie("a".to_owned()), Duration::from_secs(60));
+    assert_eq!(settings.affinity, Some(Affinity { key, ttl, max_entries: 9 }));
+    let timeout = Duration::from_secs(1);
+    assert_eq!(settings.peek, Peek { timeout, max_bytes: 1024, max_awaiting: 7 });
+
+    pool_refused("affinity.key = ‹'cokie:a'›", "unknown kind of key `cokie`", "`cookie`?");
+    pool_refused(
+        "affinity.key = ‹'zzzzzzzz'›",
+        "unknown kind of key",
+        "the kinds are: client-ip, ",
+    );
+    pool_refused("affinity.key = ‹'cookie'›", "`cookie` needs a name", "\"cookie:JSESSIONID\"");
+    pool_refused("affinity.key = ‹'header:'›", "`header` needs a name", "\"header:NAME\"");
+    pool_refused("affinity.key = ‹'sni:a'›", "`sni` takes no name", "write \"sni\" alone");
+    pool_refused("affinity.key = ‹'cookie:a b'›", "cannot be the name of a cookie", "");
+    pool_refused("affinity.key = ‹\"url:\\n\"›", "cannot be the name of a url", "");
+    pool_refused("affinity.key = ‹4›", "wrong type", "");
+    pool_refused("affinity.‹kye› = 'sni'", "unknown key `kye`", "did you mean `key`?");
+    pool_refused("affinity.ttl = ‹'0s'›", "at least", "");
+    pool_refused("affinity.ipv4_prefix = ‹33›", "from 1 to 32", "");
+    pool_refused("affinity.max_entries = ‹0›", "must be from 1", "");
+    pool_refused("peek_max_bytes = ‹100›", "from 256 to 65536", "");
+    pool_refused("‹ttl› = '1s'", "unknown key", "belongs in [pool.NAME.affinity]");
+    pool_refused("‹[pool.web.affinity]›\nttl = '1m'", "missing key `key`", "cookie:SESSION");
+}
+
+#[test]
+fn keys_of_clients_by_default() {
+    let config = good(&format!(
+        "[defaults]\nmax_awaiting = 5\n[defaults.affinity]\nkey = 'client-ip'\nipv4_prefix = 24\n\
+         {GOOD}[pool.web.affinity]\nipv6_prefix = 48\nttl = '1s'\n\
+         [[listener]]\nname='o'\naddress='unix:/o'\npool='other'\n\
+         [pool.other]\naffinity.key = 'none'\n"
+    ));
+    let affinity = config.pools[0].settings.affinity.clone().expect("by default");
+    let key = crate::affinity::KeySource::ClientIp { ipv4_prefix: 24, ipv6_prefix: 48 };
+    assert_eq!((affinity.key, affinity.ttl), (key, Duration::from_secs(1)));
+    assert_eq!(config.pools[0].settings.peek.max_awaiting, 5);
+    assert_eq!(config.pools[1].settings.affinity, None);
+    assert_eq!(config.warnings, []);
+}
+
+#[test]
 fn environment() {
     let spawn = "[pool.web.spawn]\ncommand=['x']\n";
     pool_refused(
@@ -136,6 +204,10 @@ fn other_warnings() {
     warned(&with("mode = '0600'"), "no effect on a TCP listener");
     warned(&with("ipv6_only = true"), "without an IPv6 address");
     warned(&with("keepalive_count = 3"), "no effect without `keepalive`");
+    for line in ["peek_timeout = '1s'", "peek_max_bytes = 999", "max_awaiting = 9"] {
+        warned(&format!("{GOOD}{line}\naffinity.key = 'client-ip'\n"), "first bytes");
+    }
+    warned(&format!("{GOOD}affinity.key = 'sni'\naffinity.ipv4_prefix = 9\n"), "client-ip");
 }
 
 #[test]

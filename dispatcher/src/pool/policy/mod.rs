@@ -102,6 +102,8 @@ pub(super) struct Choice {
     /// With two choices, the other one.
     pub(super) other: Option<usize>,
     now: Time,
+    /// It was not the policy that chose.
+    pub(super) remembered: bool,
     random: Random,
 }
 
@@ -260,13 +262,21 @@ impl Candidates {
                 self.tournament.choose(&self.list, self.start)?
             }
         };
-        Some(Choice { at, other, now, random })
+        Some(Choice { at, other, now, remembered: false, random })
+    }
+
+    /// The worker at `at`, because the client is its own. For the policy it is as if nothing had been asked.
+    pub(super) fn remembered(&self, now: Time, at: usize) -> Choice {
+        Choice { at, other: None, now, remembered: true, random: self.random.clone() }
     }
 
     /// The decision takes effect; answers the worker.
     #[inline]
     pub(super) fn commit(&mut self, choice: Choice) -> u32 {
-        let Choice { at, random, .. } = choice;
+        let Choice { at, random, remembered, .. } = choice;
+        if remembered {
+            return self.list[at].worker;
+        }
         self.random = random;
         self.start = at + 1;
         if let Index::RoundRobin(turns) = &mut self.index {
@@ -279,6 +289,10 @@ impl Candidates {
     pub(super) fn look(&self, at: usize, choice: &Choice, key: Option<AffinityKey>) -> Look {
         let chosen = at == choice.at;
         let say = |why| if chosen { Why::Chosen } else { why };
+        if choice.remembered {
+            let why = if chosen { Why::Remembered } else { Why::OtherKey };
+            return Look::new(None, why);
+        }
         let (mine, theirs) = (self.cost(at), self.cost(choice.at));
         let by_load = || {
             let why = if mine > theirs { Why::MoreLoaded } else { Why::Tie };
@@ -346,6 +360,11 @@ impl Candidates {
             Index::Failover(stands) => stands.stands_by(at),
             _ => false,
         }
+    }
+
+    /// Whether the worker at `at` may be chosen.
+    pub(super) fn is_available(&self, at: usize) -> bool {
+        self.list[at].cost != UNAVAILABLE
     }
 
     pub(super) fn eligible(&self) -> usize {

@@ -1,6 +1,7 @@
 //! Tests of the core, on the virtual machine of [`crate::sim`].
 
 mod admission;
+mod affinity;
 mod balance;
 mod draining;
 mod failures;
