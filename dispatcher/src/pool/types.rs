@@ -8,10 +8,15 @@ use std::time::Duration;
 
 use siphasher::sip::SipHasher13;
 use worker_sdk::PeerAddr;
-use worker_sdk::scoreboard::gauge::GaugeName;
 use worker_sdk::wire::Token;
 
 use crate::affinity::KeySource;
+
+mod scores;
+mod why;
+
+pub use scores::*;
+pub use why::Why;
 
 /// A moment: nanoseconds of a clock that never goes back (`CLOCK_MONOTONIC` in the shell, anything in a simulation).
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq, PartialOrd, Ord, Hash)]
@@ -160,156 +165,6 @@ impl Policy {
             | Policy::TwoChoices
             | Policy::Failover
             | Policy::LeastScore => None,
-        }
-    }
-}
-
-/// Why a worker was chosen or passed over by the policy.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub enum Why {
-    /// It was chosen.
-    Chosen,
-    /// It was chosen because the client was there before, or its session id names it.
-    Remembered,
-    /// It has more connections for its weight than the one that was chosen.
-    MoreLoaded,
-    /// It was as good, and others are first this time.
-    Tie,
-    /// Its turn comes later.
-    LaterTurn,
-    /// The lot fell on another one.
-    NotDrawn,
-    /// The key belongs to another one.
-    OtherKey,
-    /// Its score is higher than that of the one that was chosen.
-    HigherScore,
-    /// One of its gauges is too old, or was never set.
-    StaleGauge,
-    /// A worker of a higher priority is up.
-    StandsBy,
-    /// It has as many connections as it may.
-    Full,
-    /// It has as many untaken connections as it has slots.
-    NoSlot,
-    /// It left something untaken.
-    Suspect,
-    /// It gets nothing more.
-    Draining,
-    /// Its channel had no room.
-    ChannelFull,
-    /// It lost a connection a moment ago.
-    LostOne,
-    /// It was suspect, and has an untaken connection.
-    OnProbation,
-}
-
-impl Why {
-    /// The name in answers and on the command line.
-    pub fn name(self) -> &'static str {
-        match self {
-            Why::Chosen => "chosen",
-            Why::Remembered => "remembered",
-            Why::MoreLoaded => "more-loaded",
-            Why::Tie => "tie",
-            Why::LaterTurn => "later-turn",
-            Why::NotDrawn => "not-drawn",
-            Why::OtherKey => "other-key",
-            Why::HigherScore => "higher-score",
-            Why::StaleGauge => "stale-gauge",
-            Why::StandsBy => "stands-by",
-            Why::Full => "full",
-            Why::NoSlot => "no-slot",
-            Why::Suspect => "suspect",
-            Why::Draining => "draining",
-            Why::ChannelFull => "channel-full",
-            Why::LostOne => "lost-one",
-            Why::OnProbation => "on-probation",
-        }
-    }
-}
-
-/// What the policy `least-score` goes by.
-#[derive(Clone, Debug, PartialEq)]
-pub struct Scores {
-    /// What a live connection costs, for a worker of weight 1.
-    pub connections: f64,
-    /// What else counts; none twice.
-    pub gauges: Vec<ScoredGauge>,
-    /// How old a gauge may be.
-    pub valid_for: Duration,
-    /// How often gauges are read; `None` for before every decision.
-    pub interval: Option<Duration>,
-}
-
-impl Default for Scores {
-    fn default() -> Scores {
-        let valid_for = Duration::from_secs(5);
-        Scores { connections: 1.0, gauges: Vec::new(), valid_for, interval: None }
-    }
-}
-
-/// A gauge that counts.
-#[derive(Clone, Copy, Debug, PartialEq)]
-pub struct ScoredGauge {
-    /// What workers call it.
-    pub name: GaugeName,
-    /// What one unit of it costs; less than nothing where more is better.
-    pub multiplier: f64,
-}
-
-/// How a worker stands in a pool that scores.
-#[derive(Clone, Copy, Debug, PartialEq)]
-pub enum Scored {
-    /// The lowest one wins.
-    Score(f64),
-    /// It is passed over: it has no such gauge, has never set it, or set it to something impossible.
-    NeverSet(GaugeName),
-    /// It is passed over: it set this gauge so long ago.
-    Stale(GaugeName, Duration),
-}
-
-impl fmt::Display for Scored {
-    /// `12.5`, or `gauge queue_wait stale: set 7s ago`.
-    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        match self {
-            Scored::Score(score) => write!(f, "{score}"),
-            Scored::NeverSet(gauge) => write!(f, "gauge {gauge} never set"),
-            Scored::Stale(gauge, age) => {
-                // Whole milliseconds: nobody reads the rest.
-                let age = Duration::from_millis(u64::try_from(age.as_millis()).unwrap_or(u64::MAX));
-                write!(f, "gauge {gauge} stale: set {age:?} ago")
-            }
-        }
-    }
-}
-
-/// What was wrong with a worker's gauge.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub enum GaugeProblem {
-    /// Not a number, or an infinite one: as if never set.
-    NoNumber,
-    /// A time that is yet to come: as if never set.
-    Future,
-    /// Too large, or too small, a number: clamped.
-    TooLarge,
-    /// A name that is none: ignored.
-    NoName,
-    /// A name that another gauge of the worker has: ignored.
-    NameTwice,
-}
-
-impl GaugeProblem {
-    /// How many there are.
-    pub const COUNT: usize = 5;
-
-    /// What happened, for the log.
-    pub fn text(self) -> &'static str {
-        match self {
-            GaugeProblem::NoNumber => "what is no number: as if never set",
-            GaugeProblem::Future => "a time in the future: as if never set",
-            GaugeProblem::TooLarge => "a number that is too large: clamped",
-            GaugeProblem::NoName => "a name that is none: ignored",
-            GaugeProblem::NameTwice => "a name it has given before: ignored",
         }
     }
 }
