@@ -43,7 +43,10 @@ fn millis(bytes: &mut Bytes<'_>) -> Duration {
 fn settings(name: &str, processes: u32, bytes: &mut Bytes<'_>) -> PoolSettings {
     PoolSettings {
         name: name.to_owned(),
-        policy: Policy::LeastConnections,
+        policy: Policy::ALL[bytes.below(Policy::ALL.len())],
+        slow_start: millis(bytes),
+        history: u32::from(bytes.byte() % 4),
+        history_candidates: 2,
         max_connections_per_worker: 1 + bytes.below(6) as u32,
         max_untaken: 1 + bytes.below(4) as u32,
         max_workers: 1 + bytes.below(5) as u32,
@@ -163,6 +166,7 @@ impl Run {
             version: if kind == 255 { VERSION + 1 } else { VERSION },
             pool: if kind & 1 == 0 { "web" } else { "api" }.to_owned(),
             weight: (bytes.number() as u16).max(1),
+            priority: u16::from(kind >> 1 & 3),
             max_connections: (bytes.number() as u32).max(1),
             base,
             // More than `base` does not get through the wire.
@@ -217,7 +221,18 @@ impl Run {
 
     fn rarely(&mut self, bytes: &mut Bytes<'_>) {
         let now = self.desk.now;
-        match bytes.below(8) {
+        match bytes.below(10) {
+            8 => {
+                let weight = bytes.number() as u16;
+                let Some(worker) = self.worker(bytes) else { return };
+                self.desk.core.set_weight(now, worker, weight);
+            }
+            9 => {
+                // Asking changes nothing: what follows would tell.
+                let pool = PoolId(u16::from(bytes.byte() % 3));
+                let first = self.desk.core.explain(now, pool, worker_sdk::PeerAddr::Unix);
+                assert_eq!(first, self.desk.core.explain(now, pool, worker_sdk::PeerAddr::Unix));
+            }
             0 => {
                 self.stopping = true;
                 let deadline = now + millis(bytes);

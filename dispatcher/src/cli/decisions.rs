@@ -200,6 +200,9 @@ fn next(explained: &Explained) -> String {
         key(decision),
         clean(policy)
     );
+    if policy == "hash" && decision.key.is_none() {
+        text.push_str("(of a client without a key; --from IP says which client)\n");
+    }
     text.push_str(&candidates(decision));
     text
 }
@@ -266,6 +269,8 @@ mod tests {
                 "the next connection of pool web key 00000000000000ff goes to worker 3 (web-1), by hash"
             )
         );
+        explained.decision.key = None;
+        assert!(next(&explained).contains("--from IP says which client"));
         explained.obstacle = Some("back-pressure".to_owned());
         assert!(head(&explained).is_some_and(|head| head.contains("waits: no worker has room")));
         explained.obstacle = Some("short-of-resources".to_owned());

@@ -82,7 +82,7 @@ pub(super) struct PoolKeys {
     pub wait_for_worker: Option<Wait<0, YEAR>>,
     pub scores: Option<Spanned<ScoreKeys>>,
     pub slow_start: Option<Wait<0, YEAR>>,
-    pub history: Option<Count<0, 10_000>>,
+    pub history: Option<Spanned<Count<0, 10_000>>>,
     pub history_candidates: Option<Count<1, 1024>>,
     pub affinity: Option<Spanned<AffinityKeys>>,
     pub peek_timeout: Option<Spanned<Wait<1, YEAR>>>,

@@ -365,11 +365,8 @@ impl Check<'_> {
                 .or(defaults.wait_for_worker)
                 .map_or(super::WAIT_FOR_WORKER, |w| w.0),
             slow_start: keys.slow_start.or(defaults.slow_start).map_or(Duration::ZERO, |w| w.0),
-            history: keys.history.or(defaults.history).map_or(0, |n| n.0),
-            history_candidates: keys
-                .history_candidates
-                .or(defaults.history_candidates)
-                .map_or(16, |n| n.0),
+            history: history(&keys, defaults)?,
+            history_candidates: history_candidates(&keys, defaults),
             affinity: known.affinity,
             peek: known.peek,
             access: Access { users, groups },
@@ -378,4 +375,22 @@ impl Check<'_> {
         };
         Ok(Pool { settings, unavailable_response, spawn })
     }
+}
+
+/// What a thousand workers in ten thousand decisions would take is no bound.
+const MOST_HISTORY: u32 = 500_000;
+
+fn history(keys: &PoolKeys, defaults: &PoolKeys) -> Checked<u32> {
+    let Some(history) = keys.history.as_ref().or(defaults.history.as_ref()) else { return Ok(0) };
+    let (decisions, workers) = (history.get_ref().0, history_candidates(keys, defaults));
+    if decisions * workers > MOST_HISTORY {
+        let message = format!("{decisions} decisions with {workers} workers each are too many");
+        let most = format!("`history` times `history_candidates` may be {MOST_HISTORY} at most");
+        return Err(Mistake::new(history.span(), message).help(most));
+    }
+    Ok(decisions)
+}
+
+fn history_candidates(keys: &PoolKeys, defaults: &PoolKeys) -> u32 {
+    keys.history_candidates.or(defaults.history_candidates).map_or(16, |n| n.0)
 }

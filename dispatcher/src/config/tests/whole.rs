@@ -140,6 +140,19 @@ fn keys_of_clients_by_default() {
 }
 
 #[test]
+fn histories() {
+    let config = good(&format!("{GOOD}history = 10000\nhistory_candidates = 50\n"));
+    assert_eq!(config.pools[0].settings.history, 10_000);
+    assert_eq!(config.pools[0].settings.history_candidates, 50);
+    pool_refused(
+        "history = ‹10000›\nhistory_candidates = 51",
+        "10000 decisions with 51 workers each are too many",
+        "500000 at most",
+    );
+    pool_refused("history = ‹10001›", "must be from 0 to 10000", "");
+}
+
+#[test]
 fn environment() {
     let spawn = "[pool.web.spawn]\ncommand=['x']\n";
     pool_refused(
