@@ -2,17 +2,18 @@
 //!
 //! Lines go into a bounded queue that the `log` thread writes out. When the queue is full (a terminal that is
 //! paused, a pipe nobody reads), lines are left out and counted; what is left out is said as soon as there is room.
-//! `DISPATCHER_LOG` selects what is logged, in the syntax of `env_logger`; the default is `info`.
+//! `DISPATCHER_LOG` selects what is logged at the start, in the syntax of `env_logger`; without it, `log_level` of the
+//! configuration does. Both can be changed while it runs: see [`set_level`].
 
 use std::fmt::Write as _;
 use std::io::{self, Write};
 use std::os::fd::AsFd;
 use std::sync::atomic::{AtomicU64, Ordering};
 use std::sync::mpsc::{Receiver, SyncSender, TrySendError, sync_channel};
-use std::sync::{Arc, OnceLock};
+use std::sync::{Arc, OnceLock, PoisonError, RwLock};
 use std::time::{Duration, Instant};
 
-use log::{Level, Record};
+use log::{Level, LevelFilter, Record};
 
 /// The variable that selects what is logged.
 pub const VARIABLE: &str = "DISPATCHER_LOG";
@@ -25,26 +26,125 @@ const MAX_LINE: usize = 4096;
 
 static QUEUE: OnceLock<Queue> = OnceLock::new();
 
-/// Starts the `log` thread and makes it the destination of the `log` macros. A second call does nothing.
+static SWITCH: OnceLock<Switch> = OnceLock::new();
+
+/// Starts the `log` thread and makes it the destination of the `log` macros. A second call does nothing. `level` is what the
+/// configuration says.
 ///
 /// # Errors
 /// When the system has no thread left.
-pub fn init() -> io::Result<()> {
+pub fn init(level: LevelFilter) -> io::Result<()> {
     let style = if stderr_is_journal() { Style::Journal } else { Style::Plain };
     let queue = Queue::start(io::stderr(), MAX_LINES, style)?;
     if QUEUE.set(queue.clone()).is_err() {
         return Ok(());
     }
-    let filter = env_logger::Env::new().filter_or(VARIABLE, "info");
+    let selected = environment().unwrap_or_else(|| name(level).to_owned());
+    let switch = SWITCH.get_or_init(|| {
+        let current = Current { logger: build(&queue, style, &selected), selected };
+        Switch { queue, style, current: RwLock::new(current) }
+    });
     // An error means that a logger is set already, by a test say: then that one stays.
-    let _ = env_logger::Builder::from_env(filter)
-        .target(env_logger::Target::Pipe(Box::new(queue)))
+    if log::set_logger(switch).is_ok() {
+        log::set_max_level(switch.read().logger.filter());
+    }
+    Ok(())
+}
+
+/// What is selected by the environment, which counts more than the configuration.
+fn environment() -> Option<String> {
+    std::env::var(VARIABLE).ok().filter(|text| !text.trim().is_empty())
+}
+
+fn build(queue: &Queue, style: Style, selected: &str) -> env_logger::Logger {
+    env_logger::Builder::new()
+        .parse_filters(selected)
+        .target(env_logger::Target::Pipe(Box::new(queue.clone())))
         .write_style(env_logger::WriteStyle::Never)
         .format(move |out, record| {
             out.write_all(line(record, style, std::time::SystemTime::now()).as_bytes())
         })
-        .try_init();
-    Ok(())
+        .build()
+}
+
+/// A level as people write it.
+fn name(level: LevelFilter) -> &'static str {
+    match level {
+        LevelFilter::Off => "off",
+        LevelFilter::Error => "error",
+        LevelFilter::Warn => "warn",
+        LevelFilter::Info => "info",
+        LevelFilter::Debug => "debug",
+        LevelFilter::Trace => "trace",
+    }
+}
+
+/// What is logged now: a level, or what `DISPATCHER_LOG` says.
+pub fn selected() -> String {
+    SWITCH.get().map_or_else(String::new, |switch| switch.read().selected.clone())
+}
+
+/// Logs this much from now on, whatever was selected before; gives what that was. From any thread but best not the hot one:
+/// it allocates, and waits for lines that are just being written into the queue.
+pub fn set_level(level: LevelFilter) -> String {
+    let Some(switch) = SWITCH.get() else { return String::new() };
+    let current = Current {
+        logger: build(&switch.queue, switch.style, name(level)),
+        selected: name(level).to_owned(),
+    };
+    let before = {
+        let mut place = switch.current.write().unwrap_or_else(PoisonError::into_inner);
+        std::mem::replace(&mut *place, current).selected
+    };
+    // Whatever the level is now, this is said.
+    let text = format!("event=log_level from={before:?} to={}", name(level));
+    let _ = switch.queue.clone().write(own_line(&text, Level::Info, switch.style).as_bytes());
+    log::set_max_level(level);
+    before
+}
+
+/// Logs as much as the configuration says, after it was read again. Does nothing when `DISPATCHER_LOG` is set.
+pub fn configure(level: LevelFilter) {
+    if environment().is_none() && selected() != name(level) {
+        set_level(level);
+    }
+}
+
+/// The logger of the moment. Whoever logs never waits for whoever changes it.
+struct Switch {
+    queue: Queue,
+    style: Style,
+    current: RwLock<Current>,
+}
+
+struct Current {
+    logger: env_logger::Logger,
+    selected: String,
+}
+
+impl Switch {
+    fn read(&self) -> std::sync::RwLockReadGuard<'_, Current> {
+        self.current.read().unwrap_or_else(PoisonError::into_inner)
+    }
+}
+
+impl log::Log for Switch {
+    fn enabled(&self, metadata: &log::Metadata<'_>) -> bool {
+        self.current.try_read().is_ok_and(|current| current.logger.enabled(metadata))
+    }
+
+    fn log(&self, record: &Record<'_>) {
+        match self.current.try_read() {
+            Ok(current) => current.logger.log(record),
+            // It is being changed this very moment: rather a line too many than one too few.
+            Err(_) => {
+                let text = line(record, self.style, std::time::SystemTime::now());
+                let _ = self.queue.clone().write(text.as_bytes());
+            }
+        }
+    }
+
+    fn flush(&self) {}
 }
 
 /// Lines left out since the start.
@@ -113,6 +213,19 @@ fn line(record: &Record<'_>, style: Style, now: std::time::SystemTime) -> String
     }
     text.push('\n');
     text
+}
+
+/// A line of the logger itself, which no filter sees.
+fn own_line(text: &str, level: Level, style: Style) -> String {
+    line(
+        &Record::builder()
+            .level(level)
+            .target("dispatcher::logger")
+            .args(format_args!("{text}"))
+            .build(),
+        style,
+        std::time::SystemTime::now(),
+    )
 }
 
 /// Writes ` key=value` for each pair.
@@ -221,16 +334,8 @@ fn write_out(
         // Right after a write there is room again, so this is the soonest it can be said.
         let now = dropped.load(Ordering::Relaxed);
         if now > reported {
-            let text = format_args!("event=log_lines_dropped count={}", now - reported).to_string();
-            let record = line(
-                &Record::builder()
-                    .level(Level::Warn)
-                    .target("dispatcher::logger")
-                    .args(format_args!("{text}"))
-                    .build(),
-                style,
-                std::time::SystemTime::now(),
-            );
+            let text = format!("event=log_lines_dropped count={}", now - reported);
+            let record = own_line(&text, Level::Warn, style);
             let _ = writer.write_all(record.as_bytes());
             reported = now;
         }

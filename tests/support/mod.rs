@@ -205,6 +205,11 @@ impl Dispatcher {
         dispatcher
     }
 
+    /// Its directory goes when it does.
+    pub fn keep(&mut self, temp: TempDir) {
+        self._temp = Some(temp);
+    }
+
     pub fn admin(&self) -> PathBuf {
         self.dir.join("admin.sock")
     }

@@ -15,7 +15,7 @@ pub(super) fn run(path: &Path) -> Result<(), Failure> {
 /// Serves until told to stop. `ready` is called once, with the addresses the listeners are bound to, when clients and workers can
 /// connect.
 pub(super) fn serve(config: Config, ready: impl FnOnce(&[String])) -> Result<(), Failure> {
-    crate::logger::init()
+    crate::logger::init(config.limits.log_level)
         .map_err(|error| Failure::new(Exit::OsErr, format!("the log thread: {error}")))?;
     let result = shell::run(config, ready)
         .map_err(|error| Failure::new(exit_for(&error), error.to_string()));

@@ -30,12 +30,38 @@ pub(super) struct File {
     pub resource_pause: Option<Wait<1, YEAR>>,
     pub busy_poll: Option<Wait<0, 1000>>,
     pub fault_history: Option<Count<0, 1000>>,
+    pub log_level: Option<LogLevel>,
     pub metrics_max_workers: Option<Count<0, 65_536>>,
     pub defaults: Option<PoolKeys>,
     #[serde(default)]
     pub listener: Vec<Spanned<ListenerKeys>>,
     #[serde(default)]
     pub pool: BTreeMap<Spanned<String>, PoolKeys>,
+}
+
+/// The values of `log_level`.
+#[derive(Clone, Copy, Debug, Deserialize)]
+#[serde(rename_all = "kebab-case")]
+pub(super) enum LogLevel {
+    Off,
+    Error,
+    Warn,
+    Info,
+    Debug,
+    Trace,
+}
+
+impl From<LogLevel> for log::LevelFilter {
+    fn from(level: LogLevel) -> log::LevelFilter {
+        match level {
+            LogLevel::Off => log::LevelFilter::Off,
+            LogLevel::Error => log::LevelFilter::Error,
+            LogLevel::Warn => log::LevelFilter::Warn,
+            LogLevel::Info => log::LevelFilter::Info,
+            LogLevel::Debug => log::LevelFilter::Debug,
+            LogLevel::Trace => log::LevelFilter::Trace,
+        }
+    }
 }
 
 /// `[[listener]]`.

@@ -274,6 +274,8 @@ pub struct Limits {
     pub busy_poll: Duration,
     /// `fault_history`: how many of the last faults the status shows. Default 50.
     pub fault_history: u32,
+    /// `log_level`: how much is logged, unless `DISPATCHER_LOG` says it. Default info.
+    pub log_level: log::LevelFilter,
     /// `metrics_max_workers`: most workers with metrics of their own. Default 256.
     pub metrics_max_workers: u32,
 }
@@ -288,6 +290,7 @@ impl Default for Limits {
             resource_pause: Duration::from_millis(100),
             busy_poll: Duration::ZERO,
             fault_history: 50,
+            log_level: log::LevelFilter::Info,
             metrics_max_workers: 256,
         }
     }

@@ -89,6 +89,13 @@ fn good(text: &str) -> Config {
 }
 
 #[test]
+fn levels_of_the_log() {
+    let config = good(&format!("log_level = 'debug'\n{GOOD}"));
+    assert_eq!(config.limits.log_level, log::LevelFilter::Debug);
+    top_refused("log_level = ‹'inf'›", "unknown value `inf`", "did you mean `info`?");
+}
+
+#[test]
 fn the_least_there_can_be() {
     let config = good(GOOD);
     assert_eq!(config.warnings, []);

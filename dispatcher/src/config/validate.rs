@@ -118,6 +118,7 @@ fn limits(file: &File) -> Limits {
         resource_pause: file.resource_pause.map_or(default.resource_pause, |w| w.0),
         busy_poll: file.busy_poll.map_or(default.busy_poll, |w| w.0),
         fault_history: file.fault_history.map_or(default.fault_history, |n| n.0),
+        log_level: file.log_level.map_or(default.log_level, Into::into),
         metrics_max_workers: file.metrics_max_workers.map_or(default.metrics_max_workers, |n| n.0),
     }
 }

@@ -28,6 +28,8 @@ pub(super) struct Listener {
     watched: bool,
     /// Resting after EMFILE and its kind.
     pub(super) paused_until: Option<Time>,
+    /// No client has been accepted since it last rested for that.
+    short: bool,
     /// Clients still to be accepted from this socket before a stop closes it.
     last: u32,
 }
@@ -70,6 +72,7 @@ impl Listener {
             ready: false,
             watched: false,
             paused_until: None,
+            short: false,
             last,
         }
     }
@@ -159,6 +162,14 @@ impl Shell {
             }
             match listener.attempt() {
                 Attempt::Client(fd, peer) => {
+                    if std::mem::take(&mut listener.short)
+                        && let Some(left_out) = self.limits.relieved.allow(self.now)
+                    {
+                        log::info!(
+                            "event=accept_resumed {} left_out={left_out}",
+                            self.listener(id)
+                        );
+                    }
                     let client = Client::new(id, peer);
                     let conn = if self.meters.samples() {
                         let began = super::clock();
@@ -194,12 +205,13 @@ impl Shell {
                 Attempt::Short(errno) => {
                     let pause = self.config.limits.resource_pause;
                     listener.paused_until = Some(self.now + pause);
+                    listener.short = true;
                     self.meters.accept_pauses += 1;
                     if let Some(left_out) = self.limits.shortage.allow(self.now) {
                         log::warn!(
-                            "event=accept_paused listener={} error=\"{errno}\" pause={} left_out={left_out}",
-                            self.core.listener_name(id),
-                            humantime::format_duration(pause)
+                            "event=accept_paused {} error=\"{errno}\" pause={} left_out={left_out}",
+                            self.listener(id),
+                            super::tell::span(pause)
                         );
                         let name = self.core.listener_name(id).to_owned();
                         self.fault("accept_paused", &name, || {
@@ -231,10 +243,12 @@ impl Shell {
             if let Err(error) = listener.watch(self.poll.registry(), wanted) {
                 // Out of memory for the poll: come back to it after a pause.
                 listener.paused_until = Some(self.now + self.config.limits.resource_pause);
-                log::warn!(
-                    "event=listener_not_watched listener={} error=\"{error}\"",
-                    self.core.listener_name(listener.id)
-                );
+                if let Some(left_out) = self.limits.unwatched.allow(self.now) {
+                    log::warn!(
+                        "event=listener_not_watched listener={} error=\"{error}\" left_out={left_out}",
+                        self.core.listener_name(listener.id)
+                    );
+                }
             }
             work |= listener.ready && wanted;
         }
@@ -252,6 +266,12 @@ impl Shell {
                 listener.paused_until = None;
             }
         }
+    }
+
+    /// A listener and its pool, for a log line.
+    fn listener(&self, id: ListenerId) -> String {
+        let pool = self.core.pool_of_listener(id).map_or("", |pool| self.core.pool_name(pool));
+        format!("listener={} pool={pool}", self.core.listener_name(id))
     }
 
     /// How a listener stands, for the status.

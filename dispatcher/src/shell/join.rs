@@ -139,7 +139,12 @@ impl Shell {
         let registered =
             self.poll.registry().register(&mut SourceFd(&raw), token, Interest::READABLE);
         if let Err(error) = registered {
-            log::warn!("event=worker_refused reason=\"cannot watch its connection: {error}\"");
+            self.meters.workers_refused += 1;
+            if let Some(left_out) = self.limits.unwatched.allow(self.now) {
+                log::warn!(
+                    "event=worker_refused reason=\"cannot watch its connection: {error}\" left_out={left_out}"
+                );
+            }
             self.door.take(key);
         }
     }
@@ -285,7 +290,12 @@ impl Shell {
         }
         self.workers[index] = Some(io);
         if let Err(error) = watched {
-            log::warn!("event=worker_not_watched worker={id} error=\"{error}\"");
+            if let Some(left_out) = self.limits.unwatched.allow(self.now) {
+                log::warn!(
+                    "event=worker_not_watched {} error=\"{error}\" left_out={left_out}",
+                    self.worker(id)
+                );
+            }
             self.core.leave(self.now, id, Departure::Expelled("its connection cannot be watched"));
         } else if sent.is_err() {
             self.core.leave(self.now, id, Departure::Disconnected);
@@ -376,7 +386,8 @@ impl Shell {
         self.meters.workers_refused += 1;
         if let Some(left_out) = self.limits.refused.allow(self.now) {
             log::warn!(
-                "event=worker_refused pid={pid} uid={uid} gid={gid} reason=\"{reason}\" key={} left_out={left_out}",
+                "event=worker_refused pid={pid} uid={uid} gid={gid} reason=\"{}\" key={} left_out={left_out}",
+                reason.replace('"', "'"),
                 key.as_deref().unwrap_or("-")
             );
             self.fault("worker_refused", "dispatch_socket", || {

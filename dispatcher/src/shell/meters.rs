@@ -62,7 +62,15 @@ impl Shell {
 impl Limits {
     /// Lines left out since the start, of all kinds.
     fn left_out(&self) -> u64 {
-        let single = [&self.refused, &self.broken, &self.shortage];
+        let single = [
+            &self.refused,
+            &self.broken,
+            &self.shortage,
+            &self.turned_away,
+            &self.resent,
+            &self.relieved,
+            &self.unwatched,
+        ];
         single.into_iter().chain(&self.kept_out).chain(&self.events).map(|l| l.left_out()).sum()
     }
 }

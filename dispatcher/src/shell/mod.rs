@@ -141,6 +141,14 @@ struct Limits {
     shortage: Limit,
     /// Clients kept out by their listener's rules, by reason.
     kept_out: [Limit; 3],
+    /// Clients turned away for want of a worker.
+    turned_away: Limit,
+    /// Connections that go to another worker.
+    resent: Limit,
+    /// Ends of shortages.
+    relieved: Limit,
+    /// What the poll refused to watch.
+    unwatched: Limit,
     /// By kind of event.
     events: [Limit; 17],
 }
@@ -259,7 +267,7 @@ impl Shell {
         if turn > self.longest_turn {
             self.longest_turn = turn;
             if turn > SLOW_TURN {
-                log::warn!("event=slow_turn took={}", humantime::format_duration(turn));
+                log::warn!("event=slow_turn took={}", tell::span(turn));
             }
         }
     }
@@ -341,7 +349,7 @@ impl Shell {
             "event=stopping signal={name} held={} custody={} within={}",
             totals.held,
             totals.custody,
-            humantime::format_duration(patience)
+            tell::span(patience)
         );
         if self.stop_deadline.is_none() {
             notify(sd_notify::NotifyState::Stopping);

@@ -6,7 +6,7 @@ use std::time::Duration;
 use rustix::net::sockopt::socket_linger;
 use rustix::net::{RecvFlags, SendFlags, Shutdown};
 use worker_sdk::scoreboard::claim;
-use worker_sdk::wire::{Drain, Entry, Handoff, MAX_FDS_PER_RECORD, Probe, Resume};
+use worker_sdk::wire::{Drain, Entry, EntryFlags, Handoff, MAX_FDS_PER_RECORD, Probe, Resume};
 
 use super::Shell;
 use super::accept::Conn;
@@ -35,6 +35,9 @@ impl Shell {
                 let Ticket { slot, seq } = ticket;
                 let accepted_ns = accepted.0;
                 let entry = Entry { seq, slot, listener: listener.0, flags, accepted_ns, peer };
+                if flags.contains(EntryFlags::RESENT) {
+                    self.tell_resent(worker, conn, &entry.peer);
+                }
                 let Some(io) = self.io_mut(worker) else { return };
                 io.outbox.push((conn, entry));
                 let (first, full) = (io.outbox.len() == 1, io.outbox.len() == MAX_FDS_PER_RECORD);
@@ -194,26 +197,7 @@ impl Shell {
 
     fn close_client(&mut self, conn: ConnId, reason: CloseReason) {
         let Some(Conn { fd, peer, listener, .. }) = self.take_conn(conn) else { return };
-        log::debug!("event=client_closed conn={conn} peer={peer} reason={}", reason.name());
-        let kept_out = match reason {
-            CloseReason::Denied => Some(0),
-            CloseReason::RateLimited => Some(1),
-            CloseReason::TooManyQueued => Some(2),
-            CloseReason::NoWorker | CloseReason::ClientGone | CloseReason::Shutdown => None,
-        };
-        if let Some(kind) = kept_out {
-            if let Some(left_out) = self.limits.kept_out[kind].allow(self.now) {
-                log::warn!(
-                    "event=client_kept_out listener={} pool={} conn={conn} peer={peer} reason={} left_out={left_out}",
-                    self.core.listener_name(listener),
-                    self.core
-                        .pool_of_listener(listener)
-                        .map_or("", |pool| self.core.pool_name(pool)),
-                    reason.name()
-                );
-            }
-            return;
-        }
+        self.tell_closed(conn, &peer, listener, reason);
         if reason != CloseReason::NoWorker {
             return;
         }

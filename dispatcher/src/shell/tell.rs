@@ -1,12 +1,14 @@
 //! Events of the core as log lines: `event=NAME key=value …`. Writing never waits; see `logger`.
 
-use humantime::format_duration;
+use std::time::Duration;
+
+use worker_sdk::PeerAddr;
 
 use worker_sdk::scoreboard::gauge::GaugeName;
 
 use super::limit::Limit;
 use super::{Limits, Shell};
-use crate::pool::{Departure, Event, WorkerId};
+use crate::pool::{CloseReason, ConnId, Departure, Event, ListenerId, WorkerId};
 
 impl Limits {
     fn of(&mut self, event: &Event) -> (&'static str, &mut Limit) {
@@ -79,7 +81,7 @@ impl Shell {
             Event::Suspect { worker, revoked, waited } => log::warn!(
                 "event=worker_suspect {} revoked={revoked} waited={}",
                 self.worker(*worker),
-                format_duration(*waited)
+                span(*waited)
             ),
             Event::Draining { worker, live, deadline } => log::info!(
                 "event=worker_draining {} live={live} deadline={}",
@@ -97,11 +99,9 @@ impl Shell {
             Event::Resumed { worker } => {
                 log::info!("event=worker_resumed {}", self.worker(*worker));
             }
-            Event::Trusted { worker, after } => log::info!(
-                "event=worker_trusted {} after={}",
-                self.worker(*worker),
-                format_duration(*after)
-            ),
+            Event::Trusted { worker, after } => {
+                log::info!("event=worker_trusted {} after={}", self.worker(*worker), span(*after))
+            }
             Event::Lost { worker } => log::warn!(
                 "event=connection_lost_by_worker {} hint=\"is it at its file descriptor limit?\"",
                 self.worker(*worker)
@@ -135,14 +135,60 @@ impl Shell {
             }
             Event::Choked { pause } => log::warn!(
                 "event=choked reason=\"out of descriptors or memory\" pause={}",
-                format_duration(*pause)
+                span(*pause)
             ),
             Event::Restarting { process, delay } => log::warn!(
                 "event=process_restarting pool={} process={} delay={}",
                 self.core.pool_name(process.pool),
-                process.number,
-                format_duration(*delay)
+                // As people count them, like the lines about its start and end.
+                process.number + 1,
+                span(*delay)
             ),
+        }
+    }
+
+    /// A connection was closed. All of them are told at `debug`; those that were kept out or turned away before that, as far
+    /// as there are not too many.
+    pub(super) fn tell_closed(
+        &mut self,
+        conn: ConnId,
+        peer: &PeerAddr,
+        listener: ListenerId,
+        reason: CloseReason,
+    ) {
+        let pool = self.core.pool_of_listener(listener);
+        let about = format_args!(
+            "listener={} pool={} conn={conn} peer={peer} reason={}",
+            self.core.listener_name(listener),
+            pool.map_or("", |pool| self.core.pool_name(pool)),
+            reason.name()
+        );
+        log::debug!("event=client_closed {about}");
+        let limits = &mut self.limits;
+        let limit = match reason {
+            CloseReason::Denied => &mut limits.kept_out[0],
+            CloseReason::RateLimited => &mut limits.kept_out[1],
+            CloseReason::TooManyQueued => &mut limits.kept_out[2],
+            CloseReason::NoWorker | CloseReason::Shutdown => &mut limits.turned_away,
+            // It left by itself.
+            CloseReason::ClientGone => return,
+        };
+        let Some(left_out) = limit.allow(self.now) else { return };
+        match reason {
+            CloseReason::NoWorker | CloseReason::Shutdown => {
+                log::info!("event=client_turned_away {about} left_out={left_out}");
+            }
+            _ => log::warn!("event=client_kept_out {about} left_out={left_out}"),
+        }
+    }
+
+    /// A connection that another worker had untaken goes to this one.
+    pub(super) fn tell_resent(&mut self, to: WorkerId, conn: ConnId, peer: &PeerAddr) {
+        if let Some(left_out) = self.limits.resent.allow(self.now) {
+            log::info!(
+                "event=connection_resent conn={conn} peer={peer} {} left_out={left_out}",
+                self.worker(to)
+            );
         }
     }
 
@@ -150,5 +196,26 @@ impl Shell {
         let pool = self.core.pool_of_worker(id).map_or("", |pool| self.core.pool_name(pool));
         let pid = self.core.worker_pid(id).unwrap_or_default();
         format!("worker={id} pool={pool} name={} pid={pid}", self.core.worker_name(id))
+    }
+}
+
+/// A duration as one word, such as `101.3ms`: a value with spaces would be several.
+pub(super) fn span(duration: Duration) -> String {
+    let text = format!("{duration:.1?}");
+    match text.split_once(".0") {
+        Some((whole, unit)) => format!("{whole}{unit}"),
+        None => text,
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn durations_are_one_word() {
+        let shown = [0, 999, 1_500, 101_027_026, 100_000_000, 10_000_000_000, 3_600_000_000_000]
+            .map(|nanoseconds| span(Duration::from_nanos(nanoseconds)));
+        assert_eq!(shown, ["0ns", "999ns", "1.5µs", "101ms", "100ms", "10s", "3600s"]);
     }
 }

@@ -4,6 +4,7 @@
 
 mod decisions;
 mod health;
+mod log;
 mod metrics;
 mod page;
 mod pools;
@@ -33,7 +34,7 @@ const MAX_BODY: usize = 64 * 1024;
 pub(super) const PATIENCE: Duration = Duration::from_secs(3);
 
 /// Everything there is to ask for, as the answer to a wrong path lists it.
-const PATHS: [&str; 10] = [
+const PATHS: [&str; 11] = [
     "/",
     "/v1/status",
     "/v1/pools/NAME",
@@ -41,6 +42,7 @@ const PATHS: [&str; 10] = [
     "/v1/pools/NAME/explain",
     "/v1/workers",
     "/v1/workers/ID",
+    "/v1/log_level",
     "/metrics",
     "/healthz",
     "/readyz",
@@ -64,6 +66,7 @@ pub(super) fn all(app: App) -> Router {
         .merge(workers::routes())
         .merge(health::routes())
         .merge(metrics::routes())
+        .merge(log::routes())
         .fallback(not_found)
         .layer(DefaultBodyLimit::max(MAX_BODY))
         .layer(middleware::from_fn(short_body))
