@@ -67,7 +67,13 @@ fn allow_and_deny() {
         wait_until("both to be named", || {
             log_lines(&dispatcher, &["event=client_kept_out", "listener=web", "reason=denied"]) == 2
         });
-        assert_eq!(log_lines(&dispatcher, &["peer=127.0.0.9:", "reason=denied", "pool=web"]), 1);
+        assert_eq!(
+            log_lines(
+                &dispatcher,
+                &["event=client_kept_out", "peer=127.0.0.9:", "reason=denied", "pool=web"]
+            ),
+            1
+        );
     }
 }
 

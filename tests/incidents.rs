@@ -365,7 +365,8 @@ fn the_journal_gets_priorities_if_the_log_goes_there() {
 fn every_event_is_documented() {
     fn events_in(text: &str, start: &str, found: &mut BTreeSet<String>) {
         for part in text.split(start).skip(1) {
-            let end = part.find(|c: char| !c.is_ascii_lowercase() && c != '_').unwrap_or(0);
+            let end =
+                part.find(|c: char| !c.is_ascii_lowercase() && c != '_').unwrap_or(part.len());
             if end > 0 {
                 found.insert(part[..end].to_owned());
             }
