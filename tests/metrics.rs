@@ -231,10 +231,10 @@ fn selected(text: &str) -> Vec<(String, Vec<String>)> {
             continue;
         }
         let mut labels = Vec::new();
-        if rest.starts_with('{') {
+        if let Some(inside) = rest.strip_prefix('{') {
             let mut quoted = false;
             let mut word = String::new();
-            for c in rest[1..].chars() {
+            for c in inside.chars() {
                 match c {
                     '"' => quoted = !quoted,
                     '}' if !quoted => break,

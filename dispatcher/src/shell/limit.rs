@@ -34,7 +34,7 @@ impl Limit {
     }
 
     /// Lines left out since the start.
-    pub(super) fn left_out(&self) -> u64 {
+    pub(super) fn total(&self) -> u64 {
         self.total
     }
 }
@@ -52,6 +52,6 @@ mod tests {
         let next = start + Duration::from_secs(1);
         assert_eq!(limit.allow(next), Some(1_000 - u64::from(PER_SECOND)));
         assert_eq!(limit.allow(next), Some(0));
-        assert_eq!(limit.left_out(), 1_000 - u64::from(PER_SECOND));
+        assert_eq!(limit.total(), 1_000 - u64::from(PER_SECOND));
     }
 }

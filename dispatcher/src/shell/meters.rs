@@ -71,6 +71,6 @@ impl Limits {
             &self.relieved,
             &self.unwatched,
         ];
-        single.into_iter().chain(&self.kept_out).chain(&self.events).map(|l| l.left_out()).sum()
+        single.into_iter().chain(&self.kept_out).chain(&self.events).map(|l| l.total()).sum()
     }
 }
