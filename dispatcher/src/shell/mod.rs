@@ -150,7 +150,7 @@ struct Limits {
     /// What the poll refused to watch.
     unwatched: Limit,
     /// By kind of event.
-    events: [Limit; 17],
+    events: [Limit; 18],
 }
 
 /// For this long after an event nobody is asked for pokes: at any rate worth mentioning the next client wakes us before,

@@ -30,7 +30,7 @@ impl Limits {
             Event::Draining { .. } => ("worker_draining", 14),
             Event::DrainOver { .. } => ("drain_over", 16),
             Event::Resumed { .. } => ("worker_resumed", 15),
-            Event::BadGauge { .. } => ("gauge_impossible", 16),
+            Event::BadGauge { .. } => ("gauge_impossible", 17),
         };
         (name, &mut self.events[at])
     }
@@ -86,7 +86,7 @@ impl Shell {
             Event::Draining { worker, live, deadline } => log::info!(
                 "event=worker_draining {} live={live} deadline={}",
                 self.worker(*worker),
-                deadline.map_or("none".to_owned(), |wait| format_duration(wait).to_string())
+                deadline.map_or("none".to_owned(), span)
             ),
             Event::DrainOver { worker, resent, live, told: true } => {
                 log::info!("event=drain_over {} resent={resent} ended={live}", self.worker(*worker))
