@@ -3,6 +3,7 @@
 //! No clock is read for a turn that the turn does not read anyway, and two for every 64th decision: the clock costs about
 //! as much as a decision does.
 
+use super::limit::Limit;
 use super::{Limits, Shell};
 use crate::logger;
 use crate::measure::{self, Histogram};
@@ -62,15 +63,20 @@ impl Shell {
 impl Limits {
     /// Lines left out since the start, of all kinds.
     fn left_out(&self) -> u64 {
-        let single = [
-            &self.refused,
-            &self.broken,
-            &self.shortage,
-            &self.turned_away,
-            &self.resent,
-            &self.relieved,
-            &self.unwatched,
-        ];
-        single.into_iter().chain(&self.kept_out).chain(&self.events).map(|l| l.total()).sum()
+        // Taken apart, so that a new one cannot be forgotten here.
+        let Limits {
+            refused,
+            broken,
+            claims,
+            shortage,
+            kept_out,
+            turned_away,
+            resent,
+            relieved,
+            unwatched,
+            events,
+        } = self;
+        let single = [refused, broken, claims, shortage, turned_away, resent, relieved, unwatched];
+        single.into_iter().chain(kept_out).chain(events).map(Limit::total).sum()
     }
 }
