@@ -184,3 +184,53 @@ fn the_status_is_shown_again_until_nobody_reads() {
     drop(out);
     assert!(watching.wait().unwrap().success());
 }
+
+#[test]
+fn over_tcp_one_can_read_and_change_nothing() {
+    let config = format!("admin_http = \"127.0.0.1:0\"\n{}", one_pool(""));
+    let dispatcher = Dispatcher::start(&config);
+    let _worker = dispatcher.workers("blocking", "web", 1);
+    wait_for_log(&dispatcher, "event=admin_http address=");
+    let log = dispatcher.log();
+    let address = log.split("event=admin_http address=").nth(1).unwrap().lines().next().unwrap();
+    let ask = |request: &str| {
+        let mut stream = std::net::TcpStream::connect(address).unwrap();
+        stream.set_read_timeout(Some(PATIENCE)).unwrap();
+        let head = format!("{request} HTTP/1.1\r\nHost: {address}\r\nConnection: close\r\n\r\n");
+        std::io::Write::write_all(&mut stream, head.as_bytes()).unwrap();
+        let mut answer = String::new();
+        stream.read_to_string(&mut answer).unwrap();
+        answer
+    };
+    for path in [
+        "/v1/status",
+        "/v1/workers/web%2Fw0",
+        "/v1/pools/web",
+        "/healthz",
+        "/readyz",
+        "/metrics",
+        "/",
+    ] {
+        let answer = ask(&format!("GET {path}"));
+        assert!(answer.starts_with("HTTP/1.1 200 "), "{path}: {answer}");
+    }
+    let answer = ask("POST /v1/workers/web%2Fw0");
+    assert!(answer.starts_with("HTTP/1.1 403 ") && answer.contains("admin socket"), "{answer}");
+    assert_eq!(state(&dispatcher, "w0").as_deref(), Some("active"));
+}
+
+#[test]
+fn other_machines_are_refused_unless_wanted() {
+    let config = format!("admin_http = \"0.0.0.0:0\"\n{}", one_pool(""));
+    let check = |config: &str| {
+        let dir = configure(config);
+        let file = dir.path().join("dispatcher.toml");
+        let output = Command::new(dispatcher_bin()).arg("check").arg("--config").arg(file).output();
+        let output = output.unwrap();
+        (output.status.code(), String::from_utf8(output.stderr).unwrap())
+    };
+    let (code, error) = check(&config);
+    assert_eq!(code, Some(78));
+    assert!(error.contains("admin_http_allow_remote") && error.contains("^^^"), "{error}");
+    assert_eq!(check(&format!("admin_http_allow_remote = true\n{config}")).0, Some(0));
+}

@@ -1,15 +1,17 @@
-//! HTTP on the admin socket: the bounds that keep a client from holding anything up. What it answers is in `routes`.
+//! HTTP on the admin socket, and for reading over TCP: the bounds that keep a client from holding anything up. What it answers is in `routes`.
 
 use std::pin::pin;
 use std::sync::Arc;
 use std::time::Duration;
 
-use axum::Router;
+use axum::{Router, middleware};
 use hyper_util::rt::{TokioIo, TokioTimer};
 use hyper_util::service::TowerToHyperService;
-use tokio::net::{UnixListener, UnixStream};
+use tokio::io::{AsyncRead, AsyncWrite};
+use tokio::net::{TcpListener, UnixListener};
 use tokio::sync::{OwnedSemaphorePermit, Semaphore};
 
+use super::read_only;
 use super::routes::{self, App};
 
 /// Most connections at once; more wait in the kernel's queue.
@@ -47,7 +49,30 @@ pub(super) async fn serve(listener: UnixListener, app: App) {
     }
 }
 
-async fn connection(stream: UnixStream, routes: Router, _slot: OwnedSemaphorePermit) {
+/// The same over TCP, for reading only. It has connections of its own, so that its clients keep nobody from the socket.
+pub(super) async fn serve_tcp(listener: TcpListener, app: App) {
+    // Should nobody know its address: the stricter way.
+    let loopback = listener.local_addr().map_or(true, |address| address.ip().is_loopback());
+    let check = middleware::from_fn_with_state(loopback, read_only::check);
+    let routes = routes::all(app).layer(check);
+    let slots = Arc::new(Semaphore::new(MAX_CONNECTIONS));
+    while let Ok(slot) = Arc::clone(&slots).acquire_owned().await {
+        match listener.accept().await {
+            Ok((stream, _)) => {
+                tokio::spawn(connection(stream, routes.clone(), slot));
+            }
+            Err(error) => {
+                log::warn!("event=admin_accept_failed error=\"{error}\"");
+                tokio::time::sleep(REST).await;
+            }
+        }
+    }
+}
+
+async fn connection<S>(stream: S, routes: Router, _slot: OwnedSemaphorePermit)
+where
+    S: AsyncRead + AsyncWrite + Unpin,
+{
     let mut connection = pin!(
         hyper::server::conn::http1::Builder::new()
             .timer(TokioTimer::new())

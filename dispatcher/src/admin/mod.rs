@@ -9,12 +9,14 @@ pub mod command;
 mod gate;
 mod http;
 mod metrics;
+mod read_only;
 mod routes;
 
 #[cfg(test)]
 mod tests;
 
 use std::io;
+use std::net::TcpListener;
 use std::os::unix::net::UnixListener;
 use std::sync::atomic::AtomicU32;
 use std::sync::{Arc, mpsc};
@@ -88,17 +90,25 @@ pub struct Admin {
 }
 
 impl Admin {
-    /// Starts the side thread, serving HTTP on `listener` from now on. `wake` is called whenever there is something in
+    /// Starts the side thread, serving HTTP on `listener` from now on, and on `tcp` for reading only. `wake` is called whenever there is something in
     /// `requests` or `reports`.
     ///
     /// # Errors
     /// When the system has no thread or epoll instance left.
-    pub fn start(listener: UnixListener, wake: Wake) -> io::Result<Admin> {
+    pub fn start(
+        listener: UnixListener,
+        tcp: Option<TcpListener>,
+        wake: Wake,
+    ) -> io::Result<Admin> {
         let runtime = tokio::runtime::Builder::new_current_thread().enable_all().build()?;
         listener.set_nonblocking(true)?;
-        let listener = {
+        let (listener, tcp) = {
             let _inside = runtime.enter();
-            tokio::net::UnixListener::from_std(listener)?
+            let make = |tcp: TcpListener| {
+                tcp.set_nonblocking(true)?;
+                tokio::net::TcpListener::from_std(tcp)
+            };
+            (tokio::net::UnixListener::from_std(listener)?, tcp.map(make).transpose()?)
         };
         let (request_sender, requests) = mpsc::sync_channel(MAX_REQUESTS);
         let gate = gate::Gate::new(request_sender, Arc::clone(&wake));
@@ -109,6 +119,9 @@ impl Admin {
         let thread = std::thread::Builder::new().name("admin".to_owned()).spawn(move || {
             runtime.block_on(async {
                 tokio::spawn(spawns.run());
+                if let Some(tcp) = tcp {
+                    tokio::spawn(http::serve_tcp(tcp, app.clone()));
+                }
                 tokio::select! {
                     () = http::serve(listener, app) => {}
                     // An error is a dropped `Admin`: the same.

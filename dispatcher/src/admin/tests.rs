@@ -18,6 +18,7 @@ const PATIENCE: Duration = Duration::from_secs(30);
 /// A side thread and a hot thread that answers only while `answering`.
 struct Bench {
     directory: tempfile::TempDir,
+    port: u16,
     answering: Arc<AtomicBool>,
     asked: Arc<AtomicUsize>,
     end: Arc<AtomicBool>,
@@ -28,12 +29,15 @@ impl Bench {
     fn new() -> Bench {
         let directory = tempfile::tempdir().expect("a directory");
         let listener = UnixListener::bind(directory.path().join("admin.sock")).expect("a socket");
+        let tcp = TcpListener::bind("127.0.0.1:0").expect("a port");
+        let port = tcp.local_addr().expect("bound").port();
         let answering = Arc::new(AtomicBool::new(true));
         let asked = Arc::new(AtomicUsize::new(0));
         let end = Arc::new(AtomicBool::new(false));
         let (wake, woken) = mpsc::channel();
         let admin = Admin::start(
             listener,
+            Some(tcp),
             Arc::new(move || {
                 let _ = wake.send(());
             }),
@@ -64,7 +68,7 @@ impl Bench {
                 admin.finish();
             }
         });
-        Bench { directory, answering, asked, end, hot: Some(hot) }
+        Bench { directory, port, answering, asked, end, hot: Some(hot) }
     }
 
     fn path(&self) -> PathBuf {
@@ -234,6 +238,60 @@ fn many_clients_are_one_question() {
 }
 
 #[test]
+fn reads_of_all_kinds_are_one_question() {
+    let bench = Bench::new();
+    bench.answering.store(false, Ordering::SeqCst);
+    let targets = ["/v1/status", "/v1/pools/web", "/v1/workers", "/v1/workers/1", "/readyz"];
+    let clients: Vec<_> = (0..40)
+        .map(|n| {
+            let mut stream = bench.open();
+            let target = targets[n % targets.len()];
+            write!(stream, "GET {target} HTTP/1.1\r\nHost: x\r\nConnection: close\r\n\r\n")
+                .expect("sent");
+            stream
+        })
+        .collect();
+    let error = client::get(&bench.path(), "/healthz", PATIENCE).expect_err("not healthy");
+    assert!(matches!(error, ClientError::Busy(_)), "{error}");
+    bench.answering.store(true, Ordering::SeqCst);
+    for mut client in clients {
+        let mut answer = String::new();
+        client.read_to_string(&mut answer).expect("an answer");
+        assert!(answer.starts_with("HTTP/1.1 200 "), "{answer}");
+    }
+    assert_eq!(bench.asked.load(Ordering::SeqCst), 1);
+}
+
+#[test]
+fn over_tcp_one_can_only_read() {
+    let bench = Bench::new();
+    let ask = |head: &str| {
+        let mut stream =
+            std::net::TcpStream::connect(("127.0.0.1", bench.port)).expect("connected");
+        stream.set_read_timeout(Some(PATIENCE)).expect("a timeout");
+        write!(stream, "{head}\r\nConnection: close\r\n\r\n").expect("sent");
+        let mut answer = String::new();
+        stream.read_to_string(&mut answer).expect("an answer");
+        answer
+    };
+    for host in ["localhost", "127.0.0.1:9900", "[::1]"] {
+        let answer = ask(&format!("GET /v1/status HTTP/1.1\r\nHost: {host}"));
+        assert!(answer.starts_with("HTTP/1.1 200 "), "{answer}");
+        assert!(!answer.to_ascii_lowercase().contains("access-control"), "{answer}");
+    }
+    assert!(ask("HEAD /healthz HTTP/1.1\r\nHost: localhost").starts_with("HTTP/1.1 200 "));
+    assert!(ask("GET /nope HTTP/1.1\r\nHost: localhost").starts_with("HTTP/1.1 404 "));
+    for method in ["POST", "PUT", "DELETE", "OPTIONS"] {
+        let answer = ask(&format!("{method} /v1/workers/1 HTTP/1.1\r\nHost: localhost"));
+        assert!(answer.starts_with("HTTP/1.1 403 "), "{answer}");
+        assert!(answer.contains("admin socket"), "{answer}");
+    }
+    // A page from elsewhere, whose name has just become an address of this machine.
+    let answer = ask("GET /v1/status HTTP/1.1\r\nHost: evil.example:9900");
+    assert!(answer.starts_with("HTTP/1.1 403 ") && answer.contains("Host"), "{answer}");
+}
+
+#[test]
 fn a_slow_head_is_not_waited_for() {
     let bench = Bench::new();
     let mut stream = bench.open();
@@ -288,7 +346,7 @@ fn somebody_else_there() {
 fn stopping_ends_the_processes_first() {
     let directory = tempfile::tempdir().expect("a directory");
     let listener = UnixListener::bind(directory.path().join("admin.sock")).expect("a socket");
-    let admin = Admin::start(listener, Arc::new(|| {})).expect("a side thread");
+    let admin = Admin::start(listener, None, Arc::new(|| {})).expect("a side thread");
     let request = spawner::SpawnRequest {
         process: crate::pool::ProcessId { pool: crate::pool::PoolId(0), number: 0 },
         command: vec!["sleep".to_owned(), "1000".to_owned()],

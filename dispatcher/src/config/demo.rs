@@ -52,6 +52,7 @@ impl Config {
                 }),
             }],
             limits: Limits::default(),
+            admin_http: None,
             warnings: Vec::new(),
         }
     }

@@ -61,6 +61,8 @@ pub struct Config {
     pub dispatch_socket: UnixEndpoint,
     /// Where the CLI and monitoring connect.
     pub admin_socket: UnixEndpoint,
+    /// Where monitoring may read over TCP.
+    pub admin_http: Option<SocketAddr>,
     /// In file order; `pool` of each is a position in `pools`.
     pub listeners: Vec<Listener>,
     /// In file order (a listener's `ListenerSettings::pool` refers to this order).

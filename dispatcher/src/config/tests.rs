@@ -228,6 +228,8 @@ fn durations() {
     pool_refused("handoff_timeout = ‹'10'›", "is not a duration", "\"10s\"");
     pool_refused("handoff_timeout = ‹'0s'›", "at least \"1ms\"", "");
     pool_refused("probation = ‹'10y'›", "at most", "");
+    top_refused("admin_http = ‹'here'›", "not an address and a port", "127.0.0.1:9900");
+    top_refused("admin_http = ‹'0.0.0.0:9900'›", "other machines", "admin_http_allow_remote");
     top_refused("busy_poll = ‹'2s'›", "at most \"1s\"", "");
     top_refused("resource_pause = ‹'0ms'›", "at least \"1ms\"", "");
     listener_refused("keepalive = ‹'10ms'›", "at least \"1s\"", "");

@@ -35,6 +35,7 @@ pub(super) fn validate(file: File, source: &Source<'_>) -> Checked<Config> {
         &file.admin_socket_user,
         &file.admin_socket_group,
     )?;
+    let admin_http = admin_http(&file)?;
     if dispatch_socket.source == admin_socket.source {
         let span = [&file.admin_socket, &file.dispatch_socket]
             .into_iter()
@@ -105,7 +106,22 @@ pub(super) fn validate(file: File, source: &Source<'_>) -> Checked<Config> {
             );
         }
     }
-    Ok(Config { dispatch_socket, admin_socket, listeners, pools, limits, warnings: check.warnings })
+    let warnings = check.warnings;
+    Ok(Config { dispatch_socket, admin_socket, admin_http, listeners, pools, limits, warnings })
+}
+
+fn admin_http(file: &File) -> Checked<Option<SocketAddr>> {
+    let Some(text) = &file.admin_http else { return Ok(None) };
+    let address: SocketAddr = text.get_ref().parse().map_err(|_| {
+        Mistake::new(text.span(), "not an address and a port")
+            .help("write \"127.0.0.1:9900\" or \"[::1]:9900\"")
+    })?;
+    if !address.ip().is_loopback() && file.admin_http_allow_remote != Some(true) {
+        return Err(Mistake::new(text.span(), "other machines could read everything there").help(
+            "write \"127.0.0.1:PORT\", or set admin_http_allow_remote = true if that is wanted",
+        ));
+    }
+    Ok(Some(address))
 }
 
 fn limits(file: &File) -> Limits {

@@ -86,6 +86,14 @@ pub(super) fn listen(
     }
 }
 
+/// Opens a TCP address with the usual options.
+pub(super) fn listen_here(address: SocketAddr) -> Result<Listening, RunError> {
+    listen_tcp(address, &ListenerOptions::default()).map_err(|error| RunError::Bind {
+        what: address.to_string(),
+        error: explain(error, address.port()),
+    })
+}
+
 /// Opens the dispatch socket (SEQPACKET) or the admin socket (STREAM).
 pub(super) fn listen_endpoint(
     endpoint: &UnixEndpoint,

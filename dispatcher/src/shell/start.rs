@@ -89,7 +89,15 @@ impl Shell {
             let _ = waker.wake();
         });
         let (admin, admin_path) = admin.into_listener();
-        let side = Admin::start(admin, wake).map_err(RunError::system("admin thread"))?;
+        let tcp = match config.admin_http {
+            None => None,
+            Some(address) => {
+                let made = sockets::listen_here(address)?;
+                log::info!("event=admin_http address={}", made.address);
+                Some(made.fd.into())
+            }
+        };
+        let side = Admin::start(admin, tcp, wake).map_err(RunError::system("admin thread"))?;
         side.metrics_max_workers.store(config.limits.metrics_max_workers, Ordering::Relaxed);
         let closer = Closer::start().map_err(RunError::system("closer thread"))?;
         let now = clock();

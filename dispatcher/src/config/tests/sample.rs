@@ -64,6 +64,7 @@ fn the_defaults_in_the_sample_are_the_defaults() {
         "dispatch_socket_group",
         "admin_socket_user",
         "admin_socket_group",
+        "admin_http",
     ]);
     let written = good(&text);
     let least = good(GOOD);
