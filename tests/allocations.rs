@@ -76,6 +76,12 @@ fn a_warm_hot_thread_allocates_nothing() {
     for policy in ["round-robin", "random", "two-choices", "hash", "failover"] {
         allocates_nothing(&format!("policy = \"{policy}\"\nhistory = 50\n"), EACH / 10);
     }
+    // Workers set the first of these gauges, and nobody the other: both ways of deciding come about.
+    for gauge in ["process_rss", "unheard_of"] {
+        let scores = format!("[pool.web.scores]\nmultipliers = {{ {gauge} = 0.5 }}\n");
+        let keys = format!("policy = \"least-score\"\nhistory = 50\n{scores}");
+        allocates_nothing(&keys, EACH / 10);
+    }
 }
 
 fn allocates_nothing(keys: &str, each: usize) {

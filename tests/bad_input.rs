@@ -259,7 +259,8 @@ fn a_scoreboard_cannot_be_cut_and_scribbling_over_it_costs_only_the_scribbler() 
             dispatcher.wait_status("some to be sent to it", |status| {
                 worker(status, "bad").is_none_or(|w| w.custody > 0)
             });
-            // Holes, then garbage, over everything: magic, wishes, counters, slots.
+            // Holes, then garbage, over everything: magic, wishes, counters, slots, gauges.
+            let size = rustix::fs::fstat(&lane[1]).unwrap().st_size as u64;
             let hole =
                 rustix::fs::FallocateFlags::PUNCH_HOLE | rustix::fs::FallocateFlags::KEEP_SIZE;
             rustix::fs::fallocate(&lane[1], hole, 0, size).unwrap();

@@ -175,6 +175,11 @@ fn a_worker_that_never_heard_of_gauges_stands_by() {
     assert_eq!(shares(&dispatcher, address, &mut held, &names, 10), [5, 5], "nobody has gauges");
     gauge(&new, "queue_wait", 1_000.0);
     assert_eq!(shares(&dispatcher, address, &mut held, &names, 10), [10, 0]);
+    let (code, explained) = http_get(&dispatcher.admin(), "/v1/pools/web/explain").unwrap();
+    assert_eq!(code, 200);
+    for text in ["\"chosen\"", "\"stale-gauge\"", "gauge queue_wait never set"] {
+        assert!(explained.contains(text), "{text}: {explained}");
+    }
     new.close();
     dispatcher.wait_status("it to leave", |status| {
         worker(status, "new").is_none_or(|w| w.state == "draining")

@@ -89,6 +89,9 @@ pub struct Considered {
     pub score: Option<f64>,
     /// Why it was chosen or passed over.
     pub why: String,
+    /// With the policy `least-score`: which gauge kept it out, such as `gauge queue_wait stale: set 7s ago`.
+    #[serde(default)]
+    pub gauge: Option<String>,
 }
 
 /// What would become of the next connection.
@@ -142,6 +145,7 @@ impl Decided {
             weight: seen.weight,
             score: seen.score,
             why: seen.why.name().to_owned(),
+            gauge: seen.out.map(|out| out.to_string()),
         });
         let listener = decision.listener;
         Decided {

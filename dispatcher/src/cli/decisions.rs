@@ -149,11 +149,12 @@ fn candidates(decided: &Decided) -> String {
         // Writing to a string cannot fail.
         let _ = writeln!(
             text,
-            "    {:width$}  load {:>5}  weight {:>6}  score {score:>8}  {}",
+            "    {:width$}  load {:>5}  weight {:>6}  score {score:>8}  {}{}",
             name(c),
             c.load,
             weight(c.weight),
-            clean(&c.why)
+            clean(&c.why),
+            c.gauge.as_ref().map(|gauge| format!(" ({})", clean(gauge))).unwrap_or_default()
         );
     }
     if decided.left_out > 0 {
@@ -213,7 +214,7 @@ mod tests {
 
     fn considered(id: u64, name: &str, score: Option<f64>, why: &str) -> Considered {
         let name = name.to_owned();
-        Considered { id, name, load: 4, weight: 1.0, score, why: why.to_owned() }
+        Considered { id, name, load: 4, weight: 1.0, score, why: why.to_owned(), gauge: None }
     }
 
     fn decided() -> Decided {
