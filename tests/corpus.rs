@@ -60,3 +60,8 @@ fn listen_fds() {
 fn pool_ops() {
     replay("pool_ops", targets::pool_ops);
 }
+
+#[test]
+fn first_bytes() {
+    replay("first_bytes", targets::first_bytes);
+}

@@ -7,9 +7,10 @@ use std::hint::black_box;
 use std::time::Duration;
 
 use criterion::{BenchmarkId, Criterion, Throughput, criterion_group, criterion_main};
+use dispatcher::affinity::KeySource;
 use dispatcher::pool::{
-    Access, Client, Core, Effect, Join, ListenerId, ListenerSettings, Policy, PoolId, PoolSettings,
-    Ticket, Time, WorkerId,
+    Access, Affinity, Client, Core, Effect, Join, ListenerId, ListenerSettings, Policy, PoolId,
+    PoolSettings, Ticket, Time, WorkerId,
 };
 use worker_sdk::PeerAddr;
 use worker_sdk::scoreboard::Scoreboard;
@@ -24,7 +25,16 @@ fn peer() -> PeerAddr {
 
 /// A core whose workers have `weight(index)`.
 fn core(policy: Policy, workers: u32, weight: impl Fn(u32) -> u16) -> Core {
-    let pool = PoolSettings {
+    core_with(policy, workers, weight, |_| {})
+}
+
+fn core_with(
+    policy: Policy,
+    workers: u32,
+    weight: impl Fn(u32) -> u16,
+    change: impl FnOnce(&mut PoolSettings),
+) -> Core {
+    let mut pool = PoolSettings {
         name: "web".to_owned(),
         policy,
         max_connections_per_worker: u32::MAX,
@@ -36,6 +46,7 @@ fn core(policy: Policy, workers: u32, weight: impl Fn(u32) -> u16) -> Core {
         access: Access { users: vec![0], groups: Vec::new() },
         ..PoolSettings::default()
     };
+    change(&mut pool);
     let listener = ListenerSettings {
         name: "web".to_owned(),
         address: "127.0.0.1:80".to_owned(),
@@ -64,9 +75,24 @@ fn core(policy: Policy, workers: u32, weight: impl Fn(u32) -> u16) -> Core {
 
 /// A batch of connections is accepted, sent, seen taken, released and finished: a whole turn.
 fn turn(core: &mut Core, batch: usize, sent: &mut Vec<(WorkerId, Ticket)>, finished: &mut [u64]) {
+    let mut number = 0;
+    let mut next = || {
+        number += 1;
+        [10, 0, 0, number]
+    };
+    turn_of(core, batch, &mut next, sent, finished);
+}
+
+fn turn_of(
+    core: &mut Core,
+    batch: usize,
+    next: &mut impl FnMut() -> [u8; 4],
+    sent: &mut Vec<(WorkerId, Ticket)>,
+    finished: &mut [u64],
+) {
     let now = Time(1);
-    for number in 0..batch {
-        let address = [10, 0, 0, number as u8];
+    for _ in 0..batch {
+        let address = next();
         let peer = PeerAddr::from(std::net::SocketAddr::from((address, 40_000)));
         core.accepted(now, Client::new(LISTENER, peer));
     }
@@ -187,5 +213,41 @@ fn ledger(c: &mut Criterion) {
     group.finish();
 }
 
-criterion_group!(benches, decision, wire, ring, ledger);
+/// A turn of clients that are known, in a pool that remembers a million.
+fn affinity(c: &mut Criterion) {
+    const BATCH: usize = 64;
+    const ENTRIES: u32 = 1_000_000;
+    let mut group = c.benchmark_group("affinity");
+    group.throughput(Throughput::Elements(BATCH as u64));
+    // From all over the table, again and again; and never seen before, so that each one drives out another.
+    for (name, clients) in [("known", ENTRIES), ("new", u32::MAX)] {
+        let mut core = core_with(
+            Policy::LeastConnections,
+            64,
+            |_| 1,
+            |pool| {
+                pool.affinity = Some(Affinity {
+                    key: KeySource::ClientIp { ipv4_prefix: 32, ipv6_prefix: 128 },
+                    ttl: Duration::from_secs(3600),
+                    max_entries: ENTRIES,
+                });
+            },
+        );
+        let (mut sent, mut finished) = (Vec::new(), vec![0; 64]);
+        let mut number = 0u32;
+        let mut next = || {
+            number = number.wrapping_add(0x9e37_79b1);
+            std::net::Ipv4Addr::from(number % clients).octets()
+        };
+        for _ in 0..ENTRIES as usize / BATCH {
+            turn_of(&mut core, BATCH, &mut next, &mut sent, &mut finished);
+        }
+        group.bench_function(BenchmarkId::new(name, ENTRIES), |b| {
+            b.iter(|| turn_of(&mut core, BATCH, &mut next, &mut sent, &mut finished));
+        });
+    }
+    group.finish();
+}
+
+criterion_group!(benches, decision, wire, ring, ledger, affinity);
 criterion_main!(benches);

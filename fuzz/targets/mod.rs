@@ -8,12 +8,14 @@
 mod bytes;
 mod config;
 mod control_path;
+mod first_bytes;
 mod listen_fds;
 mod pool_ops;
 mod wire;
 
 pub use config::config;
 pub use control_path::control_path;
+pub use first_bytes::first_bytes;
 pub use listen_fds::listen_fds;
 pub use pool_ops::pool_ops;
 pub use wire::{wire_channel, wire_control};

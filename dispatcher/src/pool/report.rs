@@ -114,7 +114,7 @@ impl Core {
     pub fn residual(&self) -> i64 {
         let arrived: u64 = self.listeners.iter().map(|listener| listener.accepted).sum();
         let closed: u64 = self.listeners.iter().flat_map(|listener| listener.closed).sum();
-        let held: u64 = self.pools.iter().map(|pool| pool.held.len()).sum();
+        let held: u64 = self.pools.iter().map(|pool| pool.held.len() + pool.awaiting.len()).sum();
         let taken: u64 = self.pools.iter().map(|pool| pool.counts.taken).sum();
         let custody: u64 = self.workers.iter().map(|worker| u64::from(worker.untaken())).sum();
         let placed = held + custody + taken + closed;

@@ -17,6 +17,8 @@ pub(super) enum What {
     Notice(u64),
     /// The process is as it should be again.
     Heal(usize),
+    /// A client whose first bytes are awaited says who it is.
+    Say(u32, u64, u64),
     /// A held client gives up.
     GiveUp(u32, u64),
     Fault(usize),

@@ -10,6 +10,7 @@ use std::time::Duration;
 use worker_sdk::scoreboard::gauge::Reading;
 use worker_sdk::wire::{Features, Hello};
 
+use super::affinity;
 use super::plan::{FaultKind, Plan};
 use super::process::{Process, What};
 use super::{Desk, Random};
@@ -65,6 +66,8 @@ pub fn run(plan: &Plan) -> Outcome {
         slow_start: Duration::from_millis(random.below(2) * random.below(2_000)),
         scores: scores(&mut random),
         history: random.below(2) as u32 * 5,
+        affinity: affinity::affinity(&mut random),
+        peek: affinity::peek(&mut random),
         access: Access { users: vec![0], groups: Vec::new() },
         ..PoolSettings::default()
     };
@@ -203,6 +206,11 @@ impl Run<'_> {
             What::Start(p) => self.begin(p),
             What::Notice(serial) => self.notice(serial),
             What::Heal(p) => self.heal(p),
+            What::Say(index, serial, id) => {
+                let conn = ConnId { index, serial };
+                self.desk.core.first_bytes(self.desk.now, conn, affinity::known(id));
+                self.desk.pump();
+            }
             What::GiveUp(index, serial) => {
                 let conn = ConnId { index, serial };
                 self.desk.core.client_gone(self.desk.now, conn);
@@ -259,6 +267,11 @@ impl Run<'_> {
             }
             self.backlog -= 1;
             let conn = self.desk.accept_only(LISTENER);
+            if self.desk.core.awaits_bytes(conn)
+                && let Some((delay, id)) = affinity::first_words(&mut self.random)
+            {
+                self.after(delay, What::Say(conn.index, conn.serial, id));
+            }
             if self.random.once_in(50) {
                 let delay = self.random.below(500_000_000);
                 self.after(delay, What::GiveUp(conn.index, conn.serial));
@@ -343,6 +356,13 @@ impl Run<'_> {
         let process = &mut self.processes[p];
         process.opened += 1;
         let life = process.life;
+        // Sometimes it gives the client an id, and says so.
+        if let Some(worker) = process.worker
+            && self.random.once_in(20)
+        {
+            let id = self.random.below(60).to_string();
+            self.desk.core.own(self.desk.now, worker, id.as_bytes());
+        }
         let time = self.random.around(self.think);
         self.after(time, What::End(p, life));
     }
@@ -387,6 +407,7 @@ impl Run<'_> {
         }
         let hello = Hello {
             pool: "web".to_owned(),
+            name: format!("p{p}"),
             weight: process.weight,
             priority: process.priority,
             max_connections: self.max,
