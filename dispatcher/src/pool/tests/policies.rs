@@ -13,7 +13,7 @@ const DECISIONS: usize = 100_000;
 const FEWER: usize = 20_000;
 
 pub(super) fn desk_of(policy: Policy) -> Desk {
-    let mut desk = desk_with(|pool| {
+    let desk = desk_with(|pool| {
         pool.policy = policy;
         pool.max_untaken = 4_096;
     });
