@@ -150,8 +150,10 @@ impl Screen {
 
 #[test]
 fn keys_drain_and_resume_and_the_end_leaves_the_terminal_as_it_was() {
-    let (dispatcher, _) = start_one_pool("");
+    let (dispatcher, address) = start_one_pool("");
     let _workers = dispatcher.workers("tokio", "web", 2);
+    // With nothing left to serve, a drained worker ends.
+    let _clients: Vec<Client> = (0..4).map(|_| Client::connect(address).unwrap()).collect();
     let Some(mut screen) = Screen::open(&dispatcher, "") else { return };
     screen.wait_for("quit");
     let is = |state: &'static str| {
