@@ -106,7 +106,7 @@ fn with_head<'a>(
     }
 }
 
-fn fields<'h, 'a>(headers: &'h [Header<'a>], name: &str) -> impl Iterator<Item = &'a [u8]> {
+fn fields<'a>(headers: &[Header<'a>], name: &str) -> impl Iterator<Item = &'a [u8]> {
     headers.iter().filter(move |h| h.name.eq_ignore_ascii_case(name)).map(|h| h.value)
 }
 
