@@ -25,6 +25,8 @@ const PATIENCE: Duration = Duration::from_secs(20);
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum How {
     Dispatcher,
+    /// With `busy_poll`.
+    Busy,
     ReusePort,
     Shared,
     Bare,
@@ -66,6 +68,7 @@ impl Contender {
     pub fn name(self) -> String {
         let how = match self.how {
             How::Dispatcher => "dispatcher",
+            How::Busy => "dispatcher busy_poll",
             How::ReusePort => "SO_REUSEPORT",
             How::Shared => "shared accept",
             How::Bare => "bare loop",
@@ -79,8 +82,8 @@ impl Contender {
     /// Why it can't be measured here, if so.
     pub fn missing(self, dispatcher: &Path) -> Option<String> {
         let program = match self.how {
-            How::Dispatcher if dispatcher.is_file() => return None,
-            How::Dispatcher => {
+            How::Dispatcher | How::Busy if dispatcher.is_file() => return None,
+            How::Dispatcher | How::Busy => {
                 return Some(format!(
                     "{} is not built; run: cargo build --release -p dispatcher",
                     dispatcher.display()
@@ -107,7 +110,8 @@ impl Contender {
             directory,
         };
         match self.how {
-            How::Dispatcher => ours::dispatcher(&mut running, self.kind, setup, dispatcher),
+            How::Dispatcher => ours::dispatcher(&mut running, self.kind, setup, dispatcher, false),
+            How::Busy => ours::dispatcher(&mut running, self.kind, setup, dispatcher, true),
             How::ReusePort => ours::reuse_port(&mut running, self.kind, setup),
             How::Shared => ours::shared(&mut running, self.kind, setup),
             How::Bare => ours::bare(&mut running, self.kind, setup),

@@ -28,6 +28,7 @@ pub(super) fn dispatcher(
     kind: Kind,
     setup: &Setup,
     binary: &Path,
+    busy_poll: bool,
 ) -> io::Result<()> {
     let socket = running.path("dispatch.sock");
     let mut config = format!(
@@ -35,6 +36,10 @@ pub(super) fn dispatcher(
          [pool.web]\nmax_workers = 4096\nmax_connections_per_worker = 20000\n",
         running.path("admin.sock")
     );
+    if busy_poll {
+        // Longer than the pauses of any load that is used with it.
+        config.insert_str(0, "busy_poll = \"5ms\"\n");
+    }
     for (number, address) in socket::free_addresses(setup.listeners)?.into_iter().enumerate() {
         let _ = writeln!(
             config,

@@ -3,12 +3,14 @@
 use std::time::Duration;
 
 use super::{Case, Plan, column};
-use crate::contender::Setup;
+use crate::contender::{Contender, How, Setup};
 use crate::load::Job;
-use crate::worker::Serve;
+use crate::worker::{Kind, Serve};
 
 pub(super) fn cases(plan: &Plan) -> Vec<Case> {
     let count = if plan.quick { 200 } else { 2000 };
+    let mut contenders = plan.contenders();
+    contenders.insert(1, Contender::new(How::Busy, Kind::Mio));
     vec![Case::same(
         "idle latency, connect to application, 1 client, 2 workers".to_owned(),
         column("p50", "p50 µs", 1),
@@ -19,7 +21,7 @@ pub(super) fn cases(plan: &Plan) -> Vec<Case> {
             column("cpu_front", "front CPU µs", 1),
             column("cpu_workers", "worker CPU µs", 1),
         ],
-        plan.contenders(),
+        contenders,
         &Setup::new(Serve::Stamp, 2),
         &Job::Idle { count, pause: Duration::from_millis(1) },
     )]
