@@ -200,3 +200,15 @@ fn a_signal_leaves_the_terminal_as_it_was_and_no_color_is_heeded() {
         }
     }
 }
+
+#[test]
+fn it_ends_with_its_terminal() {
+    let (dispatcher, _) = start_one_pool("");
+    let Some(mut screen) = Screen::open(&dispatcher, "") else { return };
+    screen.wait_for("quit");
+    let top = screen.pid();
+    // The terminal is gone, and whoever would pass a signal on with it.
+    kill(Pid::from_raw(screen.process.child.id() as i32), Signal::SIGKILL).unwrap();
+    screen.process.wait();
+    wait_until("top to end", || kill(top, None).is_err());
+}

@@ -156,7 +156,8 @@ fn live(
         .spawn(move || keep_asking(&place, interval, &to_do, &tell))
         .map_err(|error| system("a thread", &error))?;
     let broken = |error: std::io::Error| system("the terminal", &error);
-    while !stop.load(Ordering::SeqCst) {
+    let typed = typed()?;
+    while !stop.load(Ordering::SeqCst) && !hung_up() {
         while let Ok(news) = news.try_recv() {
             match news {
                 News::Status(status) => model.answer(*status, began.elapsed()),
@@ -166,10 +167,12 @@ fn live(
             }
         }
         terminal.draw(|frame| view::draw(frame, &mut model, theme)).map_err(broken)?;
-        if !event::poll(LOOK).map_err(broken)? {
-            continue;
-        }
-        if let Event::Key(pressed) = event::read().map_err(broken)?
+        let event = match typed.recv_timeout(LOOK) {
+            Ok(event) => event.map_err(broken)?,
+            Err(RecvTimeoutError::Timeout) => continue,
+            Err(RecvTimeoutError::Disconnected) => break,
+        };
+        if let Event::Key(pressed) = event
             && let Some(key) = key(&pressed)
         {
             match model.key(key) {
@@ -185,6 +188,36 @@ fn live(
         }
     }
     Ok(())
+}
+
+/// What is typed, read on a thread of its own that ends with the process: once the terminal is gone, crossterm's
+/// reading never returns, whatever its time-out.
+fn typed() -> Result<Receiver<std::io::Result<Event>>, Failure> {
+    let (tell, typed) = mpsc::sync_channel(16);
+    std::thread::Builder::new()
+        .name("keys".to_owned())
+        .spawn(move || {
+            loop {
+                let event = event::read();
+                let last = event.is_err();
+                if tell.send(event).is_err() || last {
+                    return;
+                }
+            }
+        })
+        .map_err(|error| system("a thread", &error))?;
+    Ok(typed)
+}
+
+/// Whether the terminal is gone: nobody looks any more, and no signal need have said so.
+fn hung_up() -> bool {
+    use rustix::event::{PollFd, PollFlags, Timespec, poll};
+
+    let stdin = std::io::stdin();
+    let mut terminal = [PollFd::new(&stdin, PollFlags::empty())];
+    let now = Timespec::default();
+    poll(&mut terminal, Some(&now)).is_ok_and(|ready| ready > 0)
+        && terminal[0].revents().intersects(PollFlags::HUP | PollFlags::ERR | PollFlags::NVAL)
 }
 
 fn key(event: &KeyEvent) -> Option<Key> {
