@@ -13,11 +13,10 @@ const DECISIONS: usize = 100_000;
 const FEWER: usize = 20_000;
 
 pub(super) fn desk_of(policy: Policy) -> Desk {
-    let desk = desk_with(|pool| {
+    desk_with(|pool| {
         pool.policy = policy;
         pool.max_untaken = 4_096;
-    });
-    desk
+    })
 }
 
 pub(super) fn client(number: u32) -> PeerAddr {

@@ -38,12 +38,11 @@ fn a_weight_of_a_worker_that_is_gone_is_nobodys() {
 }
 
 fn slow(policy: Policy) -> Desk {
-    let desk = desk_with(|pool| {
+    desk_with(|pool| {
         pool.policy = policy;
         pool.max_untaken = 4_096;
         pool.slow_start = ms(10_000);
-    });
-    desk
+    })
 }
 
 #[test]
