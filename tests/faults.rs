@@ -332,7 +332,9 @@ fn with_no_worker_a_stop_counts_whom_it_had_to_close() {
         stream.set_read_timeout(Some(PATIENCE)).unwrap();
         assert_eq!(stream.read(&mut [0]).unwrap(), 0);
     }
-    assert_eq!(dispatcher.log().matches("reason=shutdown").count(), 5);
+    let log = dispatcher.log();
+    let closed = |line: &&str| line.contains("client_closed") && line.contains("reason=shutdown");
+    assert_eq!(log.lines().filter(closed).count(), 5, "{log}");
 }
 
 #[test]
