@@ -336,7 +336,6 @@ impl Screen {
     }
 
     /// Recounts everything; panics if it differs.
-    #[cfg(any(test, debug_assertions))]
     pub(super) fn check(&self) {
         assert!(self.clients.len() <= self.rules.max_clients.max(1) as usize);
         let (mut count, mut last, mut at) = (0, NONE, self.oldest);
@@ -350,7 +349,6 @@ impl Screen {
     }
 
     /// Connections queued, over all clients that are remembered.
-    #[cfg(any(test, debug_assertions))]
     pub(super) fn queued(&self) -> u64 {
         let mut sum = 0;
         let mut at = self.oldest;
