@@ -5,7 +5,7 @@ use worker_sdk::wire::{Features, RefusedCode, VERSION};
 use super::policy::Member;
 use super::ring::Ring;
 use super::types::*;
-use super::worker::Worker;
+use super::worker::{Worker, node};
 use super::{Core, Event};
 
 impl Core {
@@ -31,9 +31,8 @@ impl Core {
                 "the dispatcher is stopping: try again once it has started anew".to_owned(),
             ));
         }
-        let Some(p) = self.pools.iter().position(|pool| pool.settings.name == hello.pool) else {
-            let known: Vec<&str> =
-                self.pools.iter().map(|pool| pool.settings.name.as_str()).collect();
+        let Some(p) = self.pool_named(&hello.pool).map(|pool| usize::from(pool.0)) else {
+            let known: Vec<&str> = self.pool_names().collect();
             return Err(refusal(
                 RefusedCode::UnknownPool,
                 Some("pool".to_owned()),
@@ -90,8 +89,7 @@ impl Core {
         let id = WorkerId { index, serial: self.joins };
         let hello = &join.hello;
         let twin = self.free_twin(p, &hello.name);
-        // Not its id: whoever comes in its place, with its name, has its keys.
-        let node = AffinityKey::of(format!("{}\0{twin}", hello.name).as_bytes()).0;
+        let node = node(&hello.name, twin);
         let pool = &mut self.pools[p];
         let workers = &self.workers;
         let home = pool.memory.as_mut().map_or(0, |memory| {
@@ -110,6 +108,8 @@ impl Core {
             ramp: None,
             weight: u32::from(hello.weight.max(1)),
             max: hello.max_connections.min(pool.settings.max_connections_per_worker),
+            own_max: hello.max_connections,
+            process: join.spawned,
             state: State::Active,
             base: hello.base,
             taken: 0,

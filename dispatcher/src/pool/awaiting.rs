@@ -110,6 +110,17 @@ impl Core {
         }
     }
 
+    /// Gives up on the oldest that are more than `most`.
+    pub(super) fn await_at_most(&mut self, now: Time, p: usize, most: u64) {
+        while self.pools[p].awaiting.len() > most
+            && let Some(conn) = self.pools[p].awaiting.queue.first()
+        {
+            self.end_await(p, conn);
+            self.pools[p].awaiting.not_awaited += 1;
+            self.identified(now, p, conn, None);
+        }
+    }
+
     /// At the deadline of a stop nobody is awaited any more.
     pub(super) fn empty_awaiting(&mut self, now: Time, p: usize) {
         while let Some(conn) = self.pools[p].awaiting.queue.first() {

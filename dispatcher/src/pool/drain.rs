@@ -146,9 +146,9 @@ impl Core {
         self.workers.iter().filter(there).map(|worker| worker.id)
     }
 
-    /// The names of all pools.
+    /// The names of all pools that workers can join.
     pub fn pool_names(&self) -> impl Iterator<Item = &str> + Clone {
-        self.pools.iter().map(|pool| pool.settings.name.as_str())
+        self.pools.iter().filter(|pool| !pool.retired).map(|pool| pool.settings.name.as_str())
     }
 }
 

@@ -115,6 +115,14 @@ impl History {
         }
     }
 
+    /// Keeps so many from now on, the latest of those there are.
+    pub(super) fn resize(&mut self, size: u32, most_candidates: u32) {
+        self.size = size as usize;
+        self.most_candidates = most_candidates as usize;
+        let surplus = self.decisions.len().saturating_sub(self.size);
+        self.decisions.drain(..surplus);
+    }
+
     pub(super) fn is_on(&self) -> bool {
         self.size > 0
     }

@@ -17,6 +17,7 @@
 mod admit;
 mod affinity;
 mod awaiting;
+mod change;
 mod check;
 mod custody;
 mod drain;
@@ -58,7 +59,7 @@ use std::time::Duration;
 
 use worker_sdk::scoreboard::claim::{Revoke, SlotState, want};
 
-use crate::measure::{self, Histogram};
+use crate::measure::Histogram;
 
 use affinity::Memory;
 use awaiting::Awaiting;
@@ -109,6 +110,8 @@ struct Listener {
     closed: [u64; CloseReason::ALL.len()],
     /// `None` lets everybody in.
     screen: Option<Box<Screen>>,
+    /// Taken out of the configuration: its queue is emptied (`Some(false)`), then it is closed (`Some(true)`).
+    retired: Option<bool>,
 }
 
 #[derive(Debug)]
@@ -132,6 +135,8 @@ struct Pool {
     counts: Counts,
     /// From accept to take.
     handoff: Histogram,
+    /// Taken out of the configuration: nobody joins it any more.
+    retired: bool,
 }
 
 /// What clients wait for.
@@ -161,39 +166,9 @@ impl Core {
         let pools = (0..)
             .map(PoolId)
             .zip(pools)
-            .map(|(id, settings)| {
-                // Where processes are about to be started, this is no news.
-                if settings.processes == 0 {
-                    effects.push_back(Effect::Event(Event::NoUsableWorker { pool: id }));
-                }
-                Pool {
-                    candidates: Candidates::new(settings.policy, &settings.scores, seeds.number()),
-                    history: History::new(settings.history, settings.history_candidates),
-                    sample_at: now,
-                    memory: settings.affinity.as_ref().map(|a| Memory::new(a, seeds.number())),
-                    awaiting: Awaiting::default(),
-                    held: Held::default(),
-                    usable: 0,
-                    clock: Clock::Since(now),
-                    pressure_told: false,
-                    pressure_at: None,
-                    processes: Processes::new(id, settings.processes, &mut effects),
-                    counts: Counts::default(),
-                    handoff: Histogram::new(measure::HANDOFF),
-                    settings,
-                }
-            })
+            .map(|(id, settings)| Pool::new(id, settings, now, &mut seeds, &mut effects))
             .collect();
-        let listeners = listeners
-            .into_iter()
-            .map(|settings| Listener {
-                pool: usize::from(settings.pool.0),
-                accepted: 0,
-                closed: [0; CloseReason::ALL.len()],
-                screen: None,
-                settings,
-            })
-            .collect();
+        let listeners = listeners.into_iter().map(Listener::new).collect();
         Core {
             pools,
             listeners,
@@ -290,8 +265,9 @@ impl Core {
 
     /// What to do with a listener's queue now. O(1).
     pub fn accepting(&self, listener: ListenerId) -> Accepting {
-        let pool = &self.pools[self.listeners[usize::from(listener.0)].pool];
-        if self.stop.is_some() {
+        let listener = &self.listeners[usize::from(listener.0)];
+        let pool = &self.pools[listener.pool];
+        if self.stop.is_some() || listener.retired.is_some() {
             Accepting::Finish
         } else if pool.clock == Clock::Refusing {
             Accepting::Refuse
@@ -377,6 +353,7 @@ impl Core {
             self.tick_workers(now, pool);
             self.tick_awaiting(now, pool);
             self.tick_clock(now, pool);
+            self.tick_retired(now, pool);
         }
         if let Some(stop) = &mut self.stop
             && !stop.over

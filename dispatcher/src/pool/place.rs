@@ -220,6 +220,10 @@ impl Core {
         pool.usable -= 1;
         if pool.usable == 0 {
             pool.clock = Clock::Since(now);
+            // Of a pool that was taken out nobody expects one.
+            if pool.retired {
+                return;
+            }
             self.event(Event::NoUsableWorker { pool: PoolId(p as u16) });
         }
     }

@@ -62,6 +62,7 @@ impl Core {
             listeners: self
                 .listeners
                 .iter()
+                .filter(|listener| listener.retired.is_none())
                 .map(|listener| ListenerStatus {
                     name: listener.settings.name.clone(),
                     address: listener.settings.address.clone(),
@@ -75,7 +76,10 @@ impl Core {
                         .map_or(0, |screen| screen.len() as u64),
                 })
                 .collect(),
-            pools: (0..self.pools.len()).map(|p| self.pool_status(p)).collect(),
+            pools: (0..self.pools.len())
+                .filter(|&p| self.is_shown(p))
+                .map(|p| self.pool_status(p))
+                .collect(),
             ..Status::default()
         }
     }
@@ -83,6 +87,7 @@ impl Core {
     fn pool_status(&self, p: usize) -> PoolStatus {
         let pool = &self.pools[p];
         let state = match pool.clock {
+            _ if pool.retired => "removed",
             Clock::Refusing => "refusing",
             Clock::Since(_) => "no-worker",
             Clock::Off if pool.candidates.eligible() == 0 => "back-pressure",

@@ -39,6 +39,8 @@ struct Process {
 pub(super) struct Processes {
     pool: PoolId,
     list: Vec<Process>,
+    /// Those from here on are not started again.
+    wanted: u32,
     due: Time,
 }
 
@@ -48,7 +50,26 @@ impl Processes {
         effects
             .extend((0..count).map(|number| Effect::Spawn { process: ProcessId { pool, number } }));
         let process = Process { phase: Phase::Starting, delay: RESTART_MIN };
-        Processes { pool, list: vec![process; count as usize], due: NEVER }
+        Processes { pool, list: vec![process; count as usize], wanted: count, due: NEVER }
+    }
+
+    /// Wants so many from now on. Those that are too many are not started again; to end them is not done here.
+    pub(super) fn resize(&mut self, count: u32, effects: &mut VecDeque<Effect>) {
+        let pool = self.pool;
+        let new = Process { phase: Phase::Waiting { until: NEVER }, delay: RESTART_MIN };
+        if self.list.len() < count as usize {
+            self.list.resize(count as usize, new);
+        }
+        for (process, number) in self.list.iter_mut().zip(0..) {
+            let Phase::Waiting { until } = &mut process.phase else { continue };
+            if number >= count {
+                *until = NEVER;
+            } else if number >= self.wanted {
+                *process = Process { phase: Phase::Starting, delay: RESTART_MIN };
+                effects.push_back(Effect::Spawn { process: ProcessId { pool, number } });
+            }
+        }
+        self.wanted = count;
     }
 
     pub(super) fn started(&mut self, now: Time, number: u32) {
@@ -75,7 +96,7 @@ impl Processes {
             Phase::Running { since } if now - since >= RESTART_RESET => process.delay = RESTART_MIN,
             Phase::Running { .. } | Phase::Starting => {}
         }
-        if stopping {
+        if stopping || number >= self.wanted {
             process.phase = Phase::Waiting { until: NEVER };
             return;
         }

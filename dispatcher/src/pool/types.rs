@@ -170,7 +170,7 @@ impl Policy {
 }
 
 /// Settings of a pool that the core needs. `config` makes them.
-#[derive(Clone, Debug)]
+#[derive(Clone, Debug, PartialEq)]
 pub struct PoolSettings {
     /// Name, unique.
     pub name: String,
@@ -268,7 +268,7 @@ impl Default for Peek {
 }
 
 /// Who may join a pool. Users and groups are numeric here; `config` resolves names.
-#[derive(Clone, Debug, Default)]
+#[derive(Clone, Debug, Default, PartialEq, Eq)]
 pub struct Access {
     /// User ids that may join.
     pub users: Vec<u32>,
@@ -412,7 +412,7 @@ pub enum Accepting {
     Pause,
     /// Accept: each one will be closed at once, so that clients don't wait for nothing.
     Refuse,
-    /// Stopping: accept what has queued on a listener of our own, then close it.
+    /// Stopping, or taken out: accept what has queued, then close it.
     Finish,
 }
 

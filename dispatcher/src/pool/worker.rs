@@ -8,7 +8,7 @@ use std::time::Duration;
 use super::drain::Notice;
 use super::policy::{FULL_WEIGHT, NEVER};
 use super::ring::Ring;
-use super::types::{Departure, GaugeProblem, State, Time, WorkerId};
+use super::types::{AffinityKey, Departure, GaugeProblem, ProcessId, State, Time, WorkerId};
 
 /// What to say once every outcome of a round of revocations is in.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -35,6 +35,11 @@ pub(super) struct Ramp {
     next: Time,
 }
 
+/// See [`Worker::node`].
+pub(super) fn node(name: &str, twin: u32) -> u64 {
+    AffinityKey::of(format!("{name}\0{twin}").as_bytes()).0
+}
+
 #[derive(Debug)]
 pub(super) struct Worker {
     pub(super) id: WorkerId,
@@ -53,6 +58,10 @@ pub(super) struct Worker {
     /// `Some` while it has less than its weight.
     pub(super) ramp: Option<Ramp>,
     pub(super) max: u32,
+    /// The most it wants itself.
+    pub(super) own_max: u32,
+    /// The process we started, if it is one.
+    pub(super) process: Option<ProcessId>,
     pub(super) state: State,
 
     pub(super) base: u64,
@@ -126,6 +135,11 @@ impl Worker {
     /// Whether there is nothing in the way of a record, whatever we think of the worker.
     pub(super) fn can_be_sent_to(&self) -> bool {
         self.is_usable() && self.ring.has_room() && self.blocked.is_none() && self.starved.is_none()
+    }
+
+    /// What `hash` knows it by. Not its id: whoever comes in its place, with its name, has its keys.
+    pub(super) fn node(&self) -> u64 {
+        node(&self.name, self.twin)
     }
 
     /// Whether it is there for new connections, be it full at the moment.
