@@ -29,7 +29,7 @@ fn commands() -> Vec<String> {
     let lines = list.lines().take_while(|line| !line.is_empty());
     let names = lines.filter_map(|line| line.split_whitespace().next());
     let names: Vec<String> = names.filter(|name| *name != "help").map(str::to_owned).collect();
-    for command in ["run", "check", "status", "drain", "resume", "completions", "man"] {
+    for command in ["run", "check", "status", "drain", "resume", "reload", "completions", "man"] {
         assert!(names.iter().any(|name| name == command), "{command}: {names:?}");
     }
     names

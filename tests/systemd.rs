@@ -228,6 +228,40 @@ fn a_killed_dispatcher_is_started_again() {
 }
 
 #[test]
+fn a_reload_is_over_when_systemctl_returns() {
+    let Some(machine) = serving() else { return };
+    let mut held = clients(&machine, 4);
+    let policy = || pool(&machine.status().unwrap(), "web").policy.clone();
+    let serves = || {
+        wait_until("it to serve as before", || machine.state(SERVICE) == "active");
+        assert_eq!(machine.show(SERVICE, "NRestarts"), "0");
+    };
+    machine.configure(&CONFIG.replace("[pool.web]", "[pool.web]\npolicy = \"failover\""));
+    machine.order(&["reload", SERVICE]);
+    // No waiting here.
+    assert_eq!(policy(), "failover");
+    serves();
+    machine.configure(&CONFIG.replace("handoff_timeout", "handof_timeout"));
+    let (text, reloaded) = machine.systemctl(&["reload", SERVICE]);
+    assert!(!reloaded, "{text}");
+    assert_eq!(policy(), "failover");
+    serves();
+    let log = machine.log();
+    assert!(log.contains("event=reload_refused by=request"), "{log}");
+    assert!(
+        log.contains("\nhelp: did you mean `handoff_timeout`?"),
+        "what the command said: {log}"
+    );
+    // The manager is not told that it goes on reloading for ever.
+    machine.configure(CONFIG);
+    machine.order(&["kill", "--signal=HUP", "--kill-who=main", SERVICE]);
+    wait_until("the log to tell of it", || machine.log().contains("event=reloaded by=SIGHUP"));
+    assert_eq!(policy(), "least-connections");
+    serves();
+    assert_held(&machine, &mut held);
+}
+
+#[test]
 fn a_missing_socket_is_a_mistake_in_the_configuration() {
     let Some(machine) = listening() else { return };
     machine.configure(&CONFIG.replace("systemd:web", "systemd:wbe"));

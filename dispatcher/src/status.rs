@@ -124,7 +124,7 @@ pub struct PoolStatus {
     pub name: String,
     /// Its base policy.
     pub policy: String,
-    /// `ready`, `back-pressure`, `no-worker` or `refusing`.
+    /// `ready`, `back-pressure`, `no-worker`, `refusing`, or `removed`: a reload took it out, and its workers have connections yet.
     pub state: String,
     /// Connections waiting for a worker of this pool now.
     pub held: u64,

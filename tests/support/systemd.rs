@@ -35,6 +35,8 @@ const SERVICE: &str = "\
 [Service]
 ExecStart=
 ExecStart=/run/bin/dispatcher run --config /run/test/dispatcher.toml
+ExecReload=
+ExecReload=/run/bin/dispatcher reload
 Environment=DISPATCHER_LOG=debug
 StandardOutput=append:/run/test/log
 StandardError=append:/run/test/log

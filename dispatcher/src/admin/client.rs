@@ -47,12 +47,7 @@ impl fmt::Display for ClientError {
                 write!(f, "{}: permission denied", path.display())
             }
             ClientError::Timeout(path) => {
-                write!(
-                    f,
-                    "the dispatcher at {} did not answer within {} s",
-                    path.display(),
-                    TIMEOUT.as_secs()
-                )
+                write!(f, "the dispatcher at {} did not answer in time", path.display())
             }
             ClientError::Busy(message) => f.write_str(message),
             ClientError::Rejected(error) => error.fmt(f),

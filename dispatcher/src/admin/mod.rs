@@ -10,6 +10,7 @@ mod gate;
 mod http;
 mod metrics;
 mod read_only;
+mod reload;
 mod routes;
 
 #[cfg(test)]
@@ -23,10 +24,11 @@ use std::sync::{Arc, mpsc};
 use std::thread::JoinHandle;
 use std::time::{Duration, Instant};
 
-use tokio::sync::oneshot;
+use tokio::sync::{Notify, oneshot};
 
 use self::command::{Answer, Command, CommandError};
 use crate::decisions::{Next, Past};
+use crate::shell::reload::{InForce, Plan, Reloaded};
 use crate::spawner::{self, Report, Spawner};
 use crate::status::Status;
 
@@ -53,6 +55,15 @@ pub enum Request {
         command: Command,
         /// What came of it.
         answer: oneshot::Sender<Answer>,
+    },
+    /// Which configuration is in force?
+    InForce(oneshot::Sender<Box<InForce>>),
+    /// Put this one into force.
+    Reload {
+        /// What to do.
+        plan: Box<Plan>,
+        /// What was done.
+        answer: oneshot::Sender<Result<Reloaded, CommandError>>,
     },
     /// Who was chosen lately?
     History {
@@ -85,6 +96,8 @@ pub struct Admin {
     pub spawner: Spawner,
     /// `metrics_max_workers`; to be set at the start and by a reload.
     pub metrics_max_workers: Arc<AtomicU32>,
+    /// Asks for a reload, without waiting for it.
+    pub reload: Arc<Notify>,
     stop: oneshot::Sender<()>,
     thread: JoinHandle<()>,
 }
@@ -114,11 +127,19 @@ impl Admin {
         let gate = gate::Gate::new(request_sender, Arc::clone(&wake));
         let (spawner, spawns, reports) = spawner::service(wake);
         let metrics_max_workers = Arc::new(AtomicU32::new(0));
-        let app = routes::App { gate, max_workers: Arc::clone(&metrics_max_workers) };
+        let reload = Arc::new(Notify::new());
+        let reloader = reload::Reloader::new(Arc::clone(&gate));
+        let app = routes::App {
+            gate,
+            max_workers: Arc::clone(&metrics_max_workers),
+            reloader: Arc::clone(&reloader),
+        };
+        let asked = Arc::clone(&reload);
         let (stop, stopped) = oneshot::channel();
         let thread = std::thread::Builder::new().name("admin".to_owned()).spawn(move || {
             runtime.block_on(async {
                 tokio::spawn(spawns.run());
+                tokio::spawn(reloader.whenever(asked));
                 if let Some(tcp) = tcp {
                     tokio::spawn(http::serve_tcp(tcp, app.clone()));
                 }
@@ -130,7 +151,7 @@ impl Admin {
             });
             runtime.shutdown_timeout(THREAD_END);
         })?;
-        Ok(Admin { requests, reports, spawner, metrics_max_workers, stop, thread })
+        Ok(Admin { requests, reports, spawner, metrics_max_workers, reload, stop, thread })
     }
 
     /// Stops all processes (see [`Spawner::stop`]) and then ends the side thread. Waits for both, at most a few seconds longer

@@ -61,7 +61,10 @@ impl Bench {
                                 let _ = answer.send(carried_out(&command));
                             }
                             // Not asked for here.
-                            Request::History { .. } | Request::Explain { .. } => {}
+                            Request::History { .. }
+                            | Request::Explain { .. }
+                            | Request::InForce(_)
+                            | Request::Reload { .. } => {}
                         }
                     }
                 }

@@ -3,6 +3,7 @@
 use std::ffi::OsString;
 use std::fmt::Write as _;
 use std::path::{Path, PathBuf};
+use std::time::Duration;
 
 use serde::de::DeserializeOwned;
 use serde_json::Value;
@@ -72,8 +73,18 @@ pub(super) fn get(place: &Place, target: &str) -> Result<Vec<u8>, Failure> {
 
 /// `POST target`.
 pub(super) fn post(place: &Place, target: &str, body: &Value) -> Result<Value, Failure> {
-    let answer = client::post(&place.path, target, body, client::TIMEOUT)
-        .map_err(|error| failure(&error, place))?;
+    post_within(place, target, body, client::TIMEOUT)
+}
+
+/// The same, for what may take longer.
+pub(super) fn post_within(
+    place: &Place,
+    target: &str,
+    body: &Value,
+    timeout: Duration,
+) -> Result<Value, Failure> {
+    let answer =
+        client::post(&place.path, target, body, timeout).map_err(|error| failure(&error, place))?;
     parse(&answer, place)
 }
 

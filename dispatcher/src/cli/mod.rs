@@ -8,6 +8,7 @@ mod demo;
 mod drain;
 mod exit;
 mod manual;
+mod reload;
 mod run;
 mod status;
 #[cfg(feature = "tui")]
@@ -40,6 +41,7 @@ Examples:
   dispatcher workers                       who is there?
   dispatcher drain web/web-1               no new connections for this worker
   dispatcher weight web/web-1 3            it gets three times what others get
+  dispatcher reload                        the configuration has changed
   dispatcher explain web                   who gets the next connection, and why?
   dispatcher history web --follow          who got the last ones, and why?
 
@@ -59,7 +61,7 @@ struct Cli {
 
 #[derive(Debug, Subcommand)]
 enum Command {
-    /// Serve, until SIGTERM or SIGINT.
+    /// Serve, until SIGTERM or SIGINT; SIGHUP has the configuration read again.
     #[command(after_help = "Example:\n  dispatcher run --config ./dispatcher.toml")]
     Run(FileArgs),
     /// Check a configuration: exit code 0 if it is good, 78 with the place of the first mistake if not.
@@ -85,6 +87,9 @@ enum Command {
     /// Give a worker another share of new connections.
     #[command(after_help = weight::EXAMPLES)]
     Weight(weight::WeightArgs),
+    /// Read the configuration again and put it into force.
+    #[command(after_help = reload::EXAMPLES)]
+    Reload(reload::ReloadArgs),
     /// Show a pool's last decisions: who was chosen, and why the others were passed over.
     #[command(after_help = decisions::HISTORY_EXAMPLES)]
     History(decisions::HistoryArgs),
@@ -193,6 +198,7 @@ fn execute(arguments: impl IntoIterator<Item = OsString>) -> Exit {
         Command::Drain(arguments) => drain::drain(arguments),
         Command::Resume(arguments) => drain::resume(arguments),
         Command::Weight(arguments) => weight::weight(arguments),
+        Command::Reload(arguments) => reload::reload(arguments),
         Command::History(arguments) => decisions::history(arguments),
         Command::Explain(arguments) => decisions::explain(arguments),
         Command::Status(arguments) => status::status(arguments),

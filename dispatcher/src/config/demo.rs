@@ -26,6 +26,7 @@ impl Config {
             group: None,
         };
         Config {
+            file: None,
             dispatch_socket: private(dispatch_socket),
             admin_socket: private(admin_socket),
             listeners: vec![Listener {

@@ -57,6 +57,8 @@ const MAX_FILE: u64 = 4 * 1024 * 1024;
 /// A whole, valid configuration.
 #[derive(Clone, Debug)]
 pub struct Config {
+    /// The file it was read from, if it was.
+    pub file: Option<PathBuf>,
     /// Where workers connect.
     pub dispatch_socket: UnixEndpoint,
     /// Where the CLI and monitoring connect.
@@ -82,7 +84,8 @@ impl Config {
     /// [`ConfigError`] when the file cannot be read or holds a mistake; the first mistake is reported.
     pub fn load(path: &Path) -> Result<Config, ConfigError> {
         let text = read(path)?;
-        Config::parse(&text, &path.display().to_string())
+        let config = Config::parse(&text, &path.display().to_string())?;
+        Ok(Config { file: Some(path.to_owned()), ..config })
     }
 
     /// Checks a configuration that is already in memory; `file_name` is what errors call it.
@@ -236,7 +239,7 @@ impl Default for ListenerOptions {
 }
 
 /// A pool: what the core decides by, and what only the shell needs.
-#[derive(Clone, Debug)]
+#[derive(Clone, Debug, PartialEq)]
 pub struct Pool {
     /// For the core.
     pub settings: PoolSettings,

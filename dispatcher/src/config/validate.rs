@@ -107,7 +107,16 @@ pub(super) fn validate(file: File, source: &Source<'_>) -> Checked<Config> {
         }
     }
     let warnings = check.warnings;
-    Ok(Config { dispatch_socket, admin_socket, admin_http, listeners, pools, limits, warnings })
+    Ok(Config {
+        file: None,
+        dispatch_socket,
+        admin_socket,
+        admin_http,
+        listeners,
+        pools,
+        limits,
+        warnings,
+    })
 }
 
 fn admin_http(file: &File) -> Checked<Option<SocketAddr>> {
@@ -237,7 +246,7 @@ impl Check<'_> {
                         Mistake::new(account.span(), format!("unknown {} `{text}`", kind.name()))
                             .help(format!(
                                 "this machine does not know it: until it does and the dispatcher \
-                                 is restarted, this entry has no effect{}",
+                                 is reloaded, this entry has no effect{}",
                                 kind.hint()
                             )),
                     );

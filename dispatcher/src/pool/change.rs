@@ -226,38 +226,36 @@ impl Core {
 
     /// Drains the workers of a retired pool that gets nothing more, and forgets what it remembers once they are gone.
     pub(super) fn tick_retired(&mut self, now: Time, p: usize) {
-        let pool = &self.pools[p];
-        let waiting = pool.held.len() + pool.awaiting.len();
-        if !pool.retired || waiting > 0 || self.stop.is_some() {
+        let pool = &mut self.pools[p];
+        if !pool.retired || self.stop.is_some() {
+            return;
+        }
+        if pool.candidates.len() == 0 && pool.clock == Clock::Refusing {
+            // Nobody can come any more: nothing is left to do, in any turn to come.
+            if pool.memory.take().is_some() {
+                pool.settings.affinity = None;
+            }
+            pool.history.resize(0, 1);
+            return;
+        }
+        if pool.held.len() + pool.awaiting.len() > 0 {
             return;
         }
         let open = |listener: &Listener| listener.pool == p && listener.retired != Some(true);
         if self.listeners.iter().any(open) {
             return;
         }
-        if pool.usable > 0 {
-            let of_pool = |worker: &&Worker| worker.pool == p && worker.is_usable();
-            let workers = || self.workers.iter().filter(of_pool);
-            // What a worker leaves untaken must find another.
-            if workers().any(|worker| worker.untaken() > 0) {
-                return;
-            }
-            let ids: Vec<WorkerId> = workers().map(|worker| worker.id).collect();
-            for id in ids {
-                self.drain_worker(now, id, None);
-            }
+        // What a worker leaves untaken must find another.
+        if self.workers.iter().any(|worker| worker.pool == p && worker.untaken() > 0) {
+            return;
         }
-        let pool = &mut self.pools[p];
-        if pool.usable == 0 {
-            // Nobody waits for a worker.
-            pool.clock = Clock::Refusing;
+        let of_pool = |worker: &&Worker| worker.pool == p && worker.is_usable();
+        let ids: Vec<WorkerId> =
+            self.workers.iter().filter(of_pool).map(|worker| worker.id).collect();
+        for id in ids {
+            self.drain_worker(now, id, None);
         }
-        if pool.candidates.len() == 0 && pool.memory.is_some() {
-            pool.memory = None;
-            pool.settings.affinity = None;
-        }
-        if pool.candidates.len() == 0 {
-            pool.history = History::default();
-        }
+        // Nobody waits for a worker.
+        self.pools[p].clock = Clock::Refusing;
     }
 }

@@ -18,7 +18,7 @@ use crate::pool::{Accepting, Client, ListenerId, Time};
 #[derive(Debug)]
 pub(super) struct Listener {
     pub(super) id: ListenerId,
-    /// `None` once a stop has closed it.
+    /// `None` once a stop has closed it, or a reload that took it out.
     pub(super) listening: Option<Listening>,
     /// Position in the shell's table; part of its token.
     position: usize,
@@ -30,8 +30,8 @@ pub(super) struct Listener {
     pub(super) paused_until: Option<Time>,
     /// No client has been accepted since it last rested for that.
     short: bool,
-    /// Clients still to be accepted from this socket before a stop closes it.
-    last: u32,
+    /// Clients still to be accepted from this socket before it is closed, once it is to be.
+    pub(super) last: u32,
 }
 
 /// A connection of which we still have a copy.
@@ -155,7 +155,7 @@ impl Shell {
                 Accepting::Finish => {
                     if listener.last == 0 {
                         listener.close(self.poll.registry());
-                        return;
+                        return self.closed(id);
                     }
                     listener.last -= 1;
                 }
@@ -199,6 +199,7 @@ impl Shell {
                     listener.ready = false;
                     if self.core.accepting(id) == Accepting::Finish {
                         listener.close(self.poll.registry());
+                        self.closed(id);
                     }
                     return;
                 }
@@ -265,6 +266,24 @@ impl Shell {
                 listener.ready = true;
                 listener.paused_until = None;
             }
+        }
+    }
+
+    /// A listener was taken out: its sockets are emptied, then closed.
+    pub(super) fn drain_listener(&mut self, id: ListenerId) {
+        for listener in self.listeners.iter_mut().filter(|listener| listener.id == id) {
+            // Even if no edge said so: the last look must be at the queue itself.
+            listener.ready = true;
+            listener.paused_until = None;
+        }
+    }
+
+    /// One of its sockets was closed; perhaps the last one.
+    fn closed(&mut self, id: ListenerId) {
+        let mut sockets = self.listeners.iter().filter(|listener| listener.id == id);
+        if self.core.is_listener_retired(id) && sockets.all(|socket| socket.listening.is_none()) {
+            log::info!("event=listener_closed {}", self.listener(id));
+            self.core.listener_closed(self.now, id);
         }
     }
 

@@ -74,11 +74,8 @@ impl Shell {
     }
 
     fn pool_called(&self, name: &str) -> Result<PoolId, CommandError> {
-        let mut pools = (0u16..).map(PoolId).zip(self.core.pool_names());
-        match pools.find(|(_, pool)| *pool == name) {
-            Some((id, _)) => Ok(id),
-            None => Err(unknown_pool(name, self.core.pool_names())),
-        }
+        let unknown = || unknown_pool(name, self.core.pool_names());
+        self.core.pool_named(name).ok_or_else(unknown)
     }
 
     /// The workers a command is about.

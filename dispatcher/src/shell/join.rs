@@ -16,7 +16,8 @@ use super::control::{self, Fault, Peer, Received};
 use super::gauges::Gauges;
 use super::token::{Key, Source};
 use super::worker_io::{Lane, WorkerIo, send_record};
-use crate::pool::{Claim, Departure, Join, Refusal, Time, WorkerId};
+use crate::config::Pool;
+use crate::pool::{Claim, Departure, Join, ListenerId, Refusal, Time, WorkerId};
 
 /// Most control connections accepted in one turn.
 const KNOCKS_PER_TURN: usize = 64;
@@ -218,7 +219,7 @@ impl Shell {
             reason: format!("the dispatcher is short of a resource ({error}); try again"),
             key: None,
         };
-        let pool = self.config.pools.iter().find(|p| p.settings.name == join.hello.pool);
+        let pool = self.configured(&join.hello.pool);
         let slots = pool.map_or(1, |pool| pool.settings.max_untaken);
         let timeout = pool.map_or(std::time::Duration::ZERO, |p| p.settings.handoff_timeout);
         let (lane, theirs) = match Lane::new(slots, join.hello.finished) {
@@ -305,11 +306,11 @@ impl Shell {
 
     /// What the worker and its pool both can.
     fn features_for(&self, hello: &Hello) -> Features {
-        let pool = self.config.pools.iter().find(|pool| pool.settings.name == hello.pool);
-        let claims = match pool.and_then(|pool| pool.settings.affinity.as_ref()) {
-            Some(_) => Features::OWN,
-            None => Features::NONE,
-        };
+        let claims =
+            match self.configured(&hello.pool).and_then(|pool| pool.settings.affinity.as_ref()) {
+                Some(_) => Features::OWN,
+                None => Features::NONE,
+            };
         Features(hello.features.0 & (FEATURES.0 | claims.0))
     }
 
@@ -328,15 +329,17 @@ impl Shell {
         }
     }
 
+    /// The pool of this name that there is now.
+    fn configured(&self, name: &str) -> Option<&Pool> {
+        self.config.pools.get(usize::from(self.core.pool_named(name)?.0))
+    }
+
     fn listeners_of(&self, pool: &str) -> Vec<WelcomeListener> {
-        let serves = |position: u16| {
-            self.config.pools.get(usize::from(position)).is_some_and(|p| p.settings.name == pool)
-        };
-        (0u16..)
-            .zip(&self.config.listeners)
-            .filter(|(_, listener)| serves(listener.pool))
-            .map(|(index, listener)| WelcomeListener { index, name: listener.name.clone() })
-            .collect()
+        let Some(pool) = self.core.pool_named(pool) else { return Vec::new() };
+        let serves = |id: &ListenerId| self.core.pool_of_listener(*id) == Some(pool);
+        let name = |id: ListenerId| self.core.listener_name(id).to_owned();
+        let listeners = self.core.listeners().filter(serves);
+        listeners.map(|id| WelcomeListener { index: id.0, name: name(id) }).collect()
     }
 
     /// A worker's control connection is readable: goodbye, or its end.

@@ -24,6 +24,7 @@ mod meters;
 mod peek;
 mod perform;
 mod recent;
+pub mod reload;
 mod sockets;
 mod start;
 mod status;
@@ -72,7 +73,10 @@ pub fn run(config: Config, ready: impl FnOnce(&[String])) -> Result<(), RunError
 
 /// The hot thread's state. Tables indexed by `index` run parallel to the core's.
 struct Shell {
+    /// Its pools and listeners by id: those that were taken out stay.
     config: Config,
+    /// Counts reloads.
+    generation: u64,
     core: Core,
     poll: Poll,
     signals: Signals,
@@ -325,9 +329,8 @@ impl Shell {
         let received: Vec<i32> = self.signals.pending().collect();
         for signal in received {
             match signal {
-                libc::SIGHUP => log::warn!(
-                    "event=sighup_ignored hint=\"this version does not reload; restart it instead\""
-                ),
+                // Reading files is nothing for this thread.
+                libc::SIGHUP => self.side.reload.notify_one(),
                 _ => self.begin_stop(signal),
             }
         }

@@ -4,7 +4,7 @@
 use std::fs::File;
 use std::io;
 use std::net::SocketAddr;
-use std::os::fd::{AsFd, OwnedFd};
+use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
 use std::os::unix::fs::{FileTypeExt, MetadataExt, OpenOptionsExt};
 use std::os::unix::net::UnixListener;
 use std::path::{Path, PathBuf};
@@ -147,7 +147,7 @@ fn listen_tcp(addr: SocketAddr, options: &ListenerOptions) -> io::Result<Listeni
             sockopt::set_ipv6_freebind(&fd, true)?;
         }
     }
-    set_tcp_options(&fd, options)?;
+    set_tcp_options(fd.as_fd(), options)?;
     rustix::net::bind(&fd, &addr)?;
     rustix::net::listen(&fd, i32::try_from(options.backlog).unwrap_or(i32::MAX))?;
     let address = local_address(&fd);
@@ -155,7 +155,7 @@ fn listen_tcp(addr: SocketAddr, options: &ListenerOptions) -> io::Result<Listeni
 }
 
 /// Options that accepted connections inherit from the listening socket, so that they cost nothing per connection.
-fn set_tcp_options(fd: &OwnedFd, options: &ListenerOptions) -> io::Result<()> {
+fn set_tcp_options(fd: BorrowedFd<'_>, options: &ListenerOptions) -> io::Result<()> {
     sockopt::set_tcp_nodelay(fd, options.nodelay)?;
     if let Some(idle) = options.keepalive {
         sockopt::set_socket_keepalive(fd, true)?;
@@ -184,6 +184,66 @@ fn set_tcp_options(fd: &OwnedFd, options: &ListenerOptions) -> io::Result<()> {
     if let Some(bytes) = options.send_buffer {
         sockopt::set_socket_send_buffer_size(fd, bytes as usize)?;
     }
+    Ok(())
+}
+
+/// As much of `wanted` as a socket with `old` can still be given, and the names of the options that it cannot.
+pub(super) fn changeable(
+    old: &ListenerOptions,
+    wanted: &ListenerOptions,
+) -> (ListenerOptions, Vec<&'static str>) {
+    let mut options = wanted.clone();
+    let mut fixed = Vec::new();
+    for (name, place, was) in [
+        // They say how the address is bound.
+        ("ipv6_only", &mut options.ipv6_only, old.ipv6_only),
+        ("reuse_port", &mut options.reuse_port, old.reuse_port),
+        ("free_bind", &mut options.free_bind, old.free_bind),
+    ] {
+        if std::mem::replace(place, was) != was {
+            fixed.push(name);
+        }
+    }
+    // Once set, the kernel has no way back to its own choice.
+    for (name, place, was) in [
+        ("receive_buffer", &mut options.receive_buffer, old.receive_buffer),
+        ("send_buffer", &mut options.send_buffer, old.send_buffer),
+        ("keepalive_count", &mut options.keepalive_count, old.keepalive_count),
+    ] {
+        if place.is_none() && was.is_some() {
+            *place = was;
+            fixed.push(name);
+        }
+    }
+    if options.keepalive_interval.is_none() && old.keepalive_interval.is_some() {
+        options.keepalive_interval = old.keepalive_interval;
+        fixed.push("keepalive_interval");
+    }
+    (options, fixed)
+}
+
+/// Other options for a socket that is open; for connections accepted from now on.
+pub(super) fn change_options(
+    fd: BorrowedFd<'_>,
+    tcp: bool,
+    options: &ListenerOptions,
+) -> io::Result<()> {
+    if tcp {
+        if options.keepalive.is_none() {
+            sockopt::set_socket_keepalive(fd, false)?;
+        }
+        if options.user_timeout.is_none() {
+            sockopt::set_tcp_user_timeout(fd, 0)?;
+        }
+        if options.defer_accept.is_none() {
+            sys::set_tcp_option(fd, libc::TCP_DEFER_ACCEPT, 0)?;
+        }
+        if options.fast_open.is_none() {
+            sys::set_tcp_option(fd, libc::TCP_FASTOPEN, 0)?;
+        }
+        set_tcp_options(fd, options)?;
+    }
+    rustix::net::listen(fd, i32::try_from(options.backlog).unwrap_or(i32::MAX))?;
     Ok(())
 }
 
@@ -290,5 +350,48 @@ fn local_address(fd: impl AsFd) -> String {
                 Err(_) => String::new(),
             },
         },
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use std::time::Duration;
+
+    use super::*;
+
+    fn tuned() -> ListenerOptions {
+        ListenerOptions {
+            nodelay: false,
+            keepalive: Some(Duration::from_secs(60)),
+            keepalive_interval: Some(Duration::from_secs(7)),
+            user_timeout: Some(Duration::from_secs(9)),
+            defer_accept: Some(Duration::from_secs(3)),
+            send_buffer: Some(65_536),
+            reuse_port: true,
+            ..ListenerOptions::default()
+        }
+    }
+
+    #[test]
+    fn options_of_an_open_socket_change_there_and_back() {
+        let made = listen_here("127.0.0.1:0".parse().unwrap()).unwrap();
+        let fd = made.fd.as_fd();
+        let plain = ListenerOptions::default();
+        let (options, fixed) = changeable(&plain, &tuned());
+        assert_eq!(fixed, ["reuse_port"]);
+        assert_eq!(options, ListenerOptions { reuse_port: false, ..tuned() });
+        change_options(fd, true, &options).unwrap();
+        assert!(!sockopt::tcp_nodelay(fd).unwrap());
+        assert!(sockopt::socket_keepalive(fd).unwrap());
+        assert_eq!(sockopt::tcp_keepidle(fd).unwrap(), Duration::from_secs(60));
+        assert_eq!(sockopt::tcp_user_timeout(fd).unwrap(), 9_000);
+
+        let (back, fixed) = changeable(&options, &plain);
+        assert_eq!(fixed, ["send_buffer", "keepalive_interval"], "the kernel has no way back");
+        change_options(fd, true, &back).unwrap();
+        assert!(sockopt::tcp_nodelay(fd).unwrap());
+        assert!(!sockopt::socket_keepalive(fd).unwrap());
+        assert_eq!(sockopt::tcp_user_timeout(fd).unwrap(), 0);
+        assert!(std::net::TcpStream::connect(&made.address).is_ok(), "it listens all the while");
     }
 }

@@ -140,6 +140,7 @@ impl Shell {
             courtesy: Courtesy::default(),
             scanned_all: Time(0),
             scan_due: false,
+            generation: 0,
             again: Vec::new(),
             descriptors: None,
             tokens: HashMap::new(),
@@ -207,7 +208,7 @@ impl Shell {
 }
 
 /// Where choices by lot come from: dispatchers that start at the same time must not all choose the same workers.
-fn seed() -> u64 {
+pub(super) fn seed() -> u64 {
     let mut bytes = [0; 8];
     match rustix::rand::getrandom(&mut bytes, rustix::rand::GetRandomFlags::empty()) {
         Ok(_) => u64::from_ne_bytes(bytes),

@@ -6,7 +6,7 @@ use worker_sdk::wire::Token;
 use super::Shell;
 use crate::admin::Request;
 use crate::config::UnixSource;
-use crate::pool::{ListenerId, ProcessId};
+use crate::pool::ProcessId;
 use crate::spawner::{Report, SpawnRequest};
 use crate::status::Status;
 
@@ -34,6 +34,12 @@ impl Shell {
                 Request::Explain { pool, peer, answer } => {
                     let _ = answer.send(self.explain(&pool, peer));
                 }
+                Request::InForce(answer) => {
+                    let _ = answer.send(Box::new(self.in_force()));
+                }
+                Request::Reload { plan, answer } => {
+                    let _ = answer.send(self.reload(*plan));
+                }
                 Request::Command { command, answer } => {
                     let _ = answer.send(self.command(command));
                 }
@@ -57,8 +63,8 @@ impl Shell {
             u64::try_from(self.longest_turn.as_micros()).unwrap_or(u64::MAX);
         status.accepted_per_second = self.seconds.whole(self.now);
         status.faults = self.faults.status();
-        for (position, listener) in (0u16..).zip(&mut status.listeners) {
-            listener.state = self.listener_state(ListenerId(position)).to_owned();
+        for (id, listener) in self.core.listeners().zip(&mut status.listeners) {
+            listener.state = self.listener_state(id).to_owned();
         }
         status
     }

@@ -226,8 +226,8 @@ impl Connection {
         self.0.origin.peer
     }
 
-    /// The name of the dispatcher's listener the client connected to; empty if it has none, or
-    /// without a dispatcher.
+    /// The name of the dispatcher's listener the client connected to; empty if it has none, without a dispatcher, and
+    /// for a listener that the dispatcher has had only since after this worker joined.
     pub fn listener(&self) -> &str {
         self.0.origin.listener()
     }

@@ -8,6 +8,7 @@ mod log;
 mod metrics;
 mod page;
 mod pools;
+mod reload;
 mod status;
 mod workers;
 
@@ -26,6 +27,7 @@ use serde::de::DeserializeOwned;
 
 use super::command::{Command, CommandError, Problem};
 use super::gate::{Gate, NoAnswer};
+use super::reload::Reloader;
 
 /// Longest request body.
 const MAX_BODY: usize = 64 * 1024;
@@ -34,7 +36,7 @@ const MAX_BODY: usize = 64 * 1024;
 pub(super) const PATIENCE: Duration = Duration::from_secs(3);
 
 /// Everything there is to ask for, as the answer to a wrong path lists it.
-const PATHS: [&str; 11] = [
+const PATHS: [&str; 12] = [
     "/",
     "/v1/status",
     "/v1/pools/NAME",
@@ -43,6 +45,7 @@ const PATHS: [&str; 11] = [
     "/v1/workers",
     "/v1/workers/ID",
     "/v1/log_level",
+    "/v1/reload",
     "/metrics",
     "/healthz",
     "/readyz",
@@ -54,6 +57,7 @@ pub(super) struct App {
     pub(super) gate: Arc<Gate>,
     /// Most workers with metrics of their own.
     pub(super) max_workers: Arc<AtomicU32>,
+    pub(super) reloader: Arc<Reloader>,
 }
 
 /// Every route.
@@ -67,6 +71,7 @@ pub(super) fn all(app: App) -> Router {
         .merge(health::routes())
         .merge(metrics::routes())
         .merge(log::routes())
+        .merge(reload::routes())
         .fallback(not_found)
         .layer(DefaultBodyLimit::max(MAX_BODY))
         .layer(middleware::from_fn(short_body))

@@ -3,6 +3,7 @@
 mod admission;
 mod affinity;
 mod balance;
+mod change;
 mod draining;
 mod failures;
 mod history;

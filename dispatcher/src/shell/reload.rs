@@ -1,0 +1,490 @@
+//! Another configuration while everything goes on.
+//!
+//! Two halves. [`prepare`] runs on the side thread: it reads the file, compares it with what is in force, and binds what is
+//! new. Whatever can fail does so there, when nothing has changed yet. [`Shell::reload`] then puts the result into force, in
+//! one turn of the hot thread, without waiting for anything.
+//!
+//! The shell's tables of pools and listeners are by id, like the core's: entries that were taken out stay.
+
+use std::os::fd::AsFd;
+use std::path::PathBuf;
+use std::sync::atomic::Ordering;
+
+use serde::{Deserialize, Serialize};
+
+use super::Shell;
+use super::accept::Listener as Door;
+use super::error::RunError;
+use super::gauges::Gauges;
+use super::inherited::Inherited;
+use super::sockets::{self, Listening};
+use super::start::seed;
+use crate::admin::command::{CommandError, Problem};
+use crate::config::{Address, Config, ConfigError, Limits, Listener, Pool};
+use crate::pool::{ListenerId, ListenerSettings, PoolId};
+
+/// What is in force, as the side thread sees it.
+#[derive(Clone, Debug)]
+pub struct InForce {
+    /// Counts reloads: a plan is made for one of these.
+    generation: u64,
+    /// Its pools and listeners by id.
+    config: Config,
+    /// Those of them that were not taken out.
+    pools: Vec<PoolId>,
+    listeners: Vec<ListenerId>,
+}
+
+/// A reload that can be carried out.
+#[derive(Debug)]
+pub struct Plan {
+    generation: u64,
+    pools: Vec<(PoolStep, Pool)>,
+    listeners: Vec<(ListenerStep, Listener)>,
+    removed_pools: Vec<PoolId>,
+    removed_listeners: Vec<ListenerId>,
+    limits: Limits,
+    modes: Vec<(PathBuf, u32)>,
+    reloaded: Reloaded,
+}
+
+#[derive(Debug)]
+enum PoolStep {
+    Keep(PoolId),
+    Change(PoolId),
+    Add,
+}
+
+#[derive(Debug)]
+enum ListenerStep {
+    /// The same one, perhaps with other options or other rules.
+    Keep(ListenerId),
+    /// The socket of this one, under another name or for another pool.
+    TakeOver(ListenerId),
+    /// A new one.
+    Open(Vec<Listening>),
+}
+
+/// What a reload did, for people and programs.
+#[derive(Clone, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Reloaded {
+    /// The file that was read.
+    pub file: String,
+    /// What is new, by name.
+    pub added: Vec<String>,
+    /// What is no more.
+    pub removed: Vec<String>,
+    /// What has changed.
+    pub changed: Vec<String>,
+    /// What is different in the file and stays as it was until a restart.
+    pub needs_restart: Vec<String>,
+    /// What the file has that is probably not meant.
+    pub warnings: Vec<String>,
+}
+
+impl Plan {
+    /// What it is going to do.
+    pub fn reloaded(&self) -> &Reloaded {
+        &self.reloaded
+    }
+
+    /// Permission bits of socket files that are to change. Left to the side thread: a file system may be slow.
+    pub fn take_modes(&mut self) -> Vec<(PathBuf, u32)> {
+        std::mem::take(&mut self.modes)
+    }
+
+    /// How much is to be logged. Left to the side thread too.
+    pub fn log_level(&self) -> log::LevelFilter {
+        self.limits.log_level
+    }
+}
+
+fn refused(message: impl Into<String>) -> CommandError {
+    CommandError::new(Problem::Config, message)
+}
+
+/// Reads the configuration again and gets everything ready. May take its time; changes nothing.
+///
+/// # Errors
+/// When the file has a mistake, or something in it cannot be had.
+pub fn prepare(now: &InForce) -> Result<Plan, CommandError> {
+    let Some(file) = &now.config.file else {
+        return Err(CommandError::new(
+            Problem::Conflict,
+            "this dispatcher has no configuration file",
+        )
+        .hint("`dispatcher demo` does without; write one for `dispatcher run`"));
+    };
+    let new = Config::load(file).map_err(|error| match &error {
+        ConfigError::Unreadable { .. } => {
+            refused(error.to_string()).hint("nothing was changed; the file must stay where it was")
+        }
+        ConfigError::Invalid(_) => refused(error.to_string()),
+    })?;
+    plan(now, new)
+}
+
+fn plan(now: &InForce, new: Config) -> Result<Plan, CommandError> {
+    let mut reloaded = Reloaded {
+        file: new.file.as_ref().map_or_else(String::new, |file| file.display().to_string()),
+        warnings: new.warnings.iter().map(ToString::to_string).collect(),
+        needs_restart: fixed(&now.config, &new),
+        ..Reloaded::default()
+    };
+    let room = usize::from(u16::MAX);
+    if now.config.pools.len() + new.pools.len() > room
+        || now.config.listeners.len() + new.listeners.len() > room
+    {
+        return Err(CommandError::new(
+            Problem::Conflict,
+            "too many pools and listeners have come and gone: nothing was changed",
+        )
+        .hint("restart the dispatcher; connections that workers have stay open"));
+    }
+    let (pools, removed_pools) = plan_pools(now, &new, &mut reloaded);
+    let (listeners, removed_listeners) = plan_listeners(now, &new, &mut reloaded)?;
+    if now.config.limits != new.limits {
+        reloaded.changed.push("limits".to_owned());
+    }
+    let modes = listeners.iter().filter_map(|(step, listener)| new_mode(now, step, listener));
+    Ok(Plan {
+        generation: now.generation,
+        pools,
+        modes: modes.collect(),
+        listeners,
+        removed_pools,
+        removed_listeners,
+        limits: new.limits,
+        reloaded,
+    })
+}
+
+fn plan_pools(
+    now: &InForce,
+    new: &Config,
+    reloaded: &mut Reloaded,
+) -> (Vec<(PoolStep, Pool)>, Vec<PoolId>) {
+    let mut removed = now.pools.clone();
+    let mut pools = Vec::with_capacity(new.pools.len());
+    for pool in &new.pools {
+        let name = &pool.settings.name;
+        let known = |id: &PoolId| {
+            now.config.pools.get(usize::from(id.0)).filter(|pool| pool.settings.name == *name)
+        };
+        let step = match now.pools.iter().find_map(|id| Some((*id, known(id)?))) {
+            None => {
+                reloaded.added.push(format!("pool {name}"));
+                PoolStep::Add
+            }
+            Some((id, old)) => {
+                removed.retain(|other| *other != id);
+                if old == pool {
+                    PoolStep::Keep(id)
+                } else {
+                    reloaded.changed.push(format!("pool {name}"));
+                    PoolStep::Change(id)
+                }
+            }
+        };
+        pools.push((step, pool.clone()));
+    }
+    for id in &removed {
+        if let Some(pool) = now.config.pools.get(usize::from(id.0)) {
+            reloaded.removed.push(format!("pool {}", pool.settings.name));
+        }
+    }
+    (pools, removed)
+}
+
+type Steps = Vec<(ListenerStep, Listener)>;
+
+fn plan_listeners(
+    now: &InForce,
+    new: &Config,
+    reloaded: &mut Reloaded,
+) -> Result<(Steps, Vec<ListenerId>), CommandError> {
+    let mut rest: Vec<(ListenerId, &Listener)> = now
+        .listeners
+        .iter()
+        .filter_map(|id| Some((*id, now.config.listeners.get(usize::from(id.0))?)))
+        .collect();
+    // By name first: several may have the same address, with port 0.
+    let mut found: Vec<Option<(ListenerId, &Listener)>> = Vec::with_capacity(new.listeners.len());
+    for wanted in &new.listeners {
+        let same = |(_, old): &(ListenerId, &Listener)| {
+            old.name == wanted.name && old.address == wanted.address
+        };
+        found.push(rest.iter().position(same).map(|at| rest.remove(at)));
+    }
+    let mut steps = Vec::with_capacity(new.listeners.len());
+    for (wanted, found) in new.listeners.iter().zip(found) {
+        let found = found.or_else(|| {
+            let at = rest.iter().position(|(_, old)| {
+                old.address == wanted.address && !has_any_port(&wanted.address)
+            })?;
+            Some(rest.remove(at))
+        });
+        steps.push(match found {
+            Some((id, old)) => plan_known(now, new, (id, old), wanted, reloaded),
+            None => {
+                if let Address::Systemd(name) = &wanted.address {
+                    return Err(not_inherited(&wanted.name, name));
+                }
+                reloaded.added.push(format!("listener {}", wanted.name));
+                (ListenerStep::Open(Vec::new()), wanted.clone())
+            }
+        });
+    }
+    for (_, old) in &rest {
+        reloaded.removed.push(format!("listener {}", old.name));
+    }
+    // Last, because it is the first thing that anybody could notice.
+    for (step, listener) in &mut steps {
+        if let ListenerStep::Open(made) = step {
+            *made =
+                sockets::listen(&listener.address, &listener.options, &mut Inherited::default())
+                    .map_err(|error| not_opened(&listener.name, &error))?;
+        }
+    }
+    Ok((steps, rest.iter().map(|(id, _)| *id).collect()))
+}
+
+/// One whose socket is there already.
+fn plan_known(
+    now: &InForce,
+    new: &Config,
+    (id, old): (ListenerId, &Listener),
+    wanted: &Listener,
+    reloaded: &mut Reloaded,
+) -> (ListenerStep, Listener) {
+    let (options, fixed) = match &wanted.address {
+        Address::Tcp(_) => sockets::changeable(&old.options, &wanted.options),
+        // What else there is changes at any time, or is systemd's business.
+        Address::Unix(_) | Address::Systemd(_) => (wanted.options.clone(), Vec::new()),
+    };
+    let name = &wanted.name;
+    for option in fixed {
+        reloaded.needs_restart.push(format!("{option} of listener {name}"));
+    }
+    let pool_of = |config: &Config, listener: &Listener| {
+        config.pools.get(usize::from(listener.pool)).map(|pool| pool.settings.name.clone())
+    };
+    let moved = old.name != *name || pool_of(&now.config, old) != pool_of(new, wanted);
+    if moved || old.options != options || old.screening != wanted.screening {
+        reloaded.changed.push(match old.name == *name {
+            true => format!("listener {name}"),
+            false => format!("listener {name} (was {})", old.name),
+        });
+    }
+    let step = if moved { ListenerStep::TakeOver(id) } else { ListenerStep::Keep(id) };
+    (step, Listener { options, ..wanted.clone() })
+}
+
+/// The socket file of one that stays, and its permission bits if they are to be others.
+fn new_mode(now: &InForce, step: &ListenerStep, listener: &Listener) -> Option<(PathBuf, u32)> {
+    let (ListenerStep::Keep(id) | ListenerStep::TakeOver(id)) = step else { return None };
+    let (Address::Unix(path), mode) = (&listener.address, listener.options.mode) else {
+        return None;
+    };
+    let old = now.config.listeners.get(usize::from(id.0))?;
+    (old.options.mode != mode).then(|| (path.clone(), mode))
+}
+
+fn not_inherited(listener: &str, name: &str) -> CommandError {
+    let message = format!(
+        "listener `{listener}`: systemd:{name} is new, and systemd passes sockets only when it starts a service: \
+         nothing was changed"
+    );
+    refused(message).hint("restart the dispatcher; connections that workers have stay open")
+}
+
+fn not_opened(listener: &str, error: &RunError) -> CommandError {
+    refused(format!("listener `{listener}`: {error}")).hint("nothing was changed")
+}
+
+fn has_any_port(address: &Address) -> bool {
+    matches!(address, Address::Tcp(address) if address.port() == 0)
+}
+
+/// Differences that a running dispatcher cannot follow: workers and operators connect there, and sockets that are given
+/// up would strand them.
+fn fixed(old: &Config, new: &Config) -> Vec<String> {
+    let mut keys = Vec::new();
+    let ends = [
+        ("dispatch_socket", &old.dispatch_socket, &new.dispatch_socket),
+        ("admin_socket", &old.admin_socket, &new.admin_socket),
+    ];
+    for (key, old, new) in ends {
+        let differs = [
+            ("", old.source != new.source),
+            ("_mode", old.mode != new.mode),
+            ("_user", old.user != new.user),
+            ("_group", old.group != new.group),
+        ];
+        let differs = differs.into_iter().filter(|(_, differs)| *differs);
+        keys.extend(differs.map(|(end, _)| format!("{key}{end}")));
+    }
+    if old.admin_http != new.admin_http {
+        keys.push("admin_http".to_owned());
+    }
+    keys
+}
+
+impl Shell {
+    /// What is in force, for [`prepare`].
+    pub(super) fn in_force(&self) -> InForce {
+        let pools = (0u16..).map(PoolId).take(self.config.pools.len());
+        InForce {
+            generation: self.generation,
+            config: self.config.clone(),
+            pools: pools.filter(|&id| !self.core.is_pool_retired(id)).collect(),
+            listeners: self.core.listeners().collect(),
+        }
+    }
+
+    /// Puts a prepared configuration into force.
+    pub(super) fn reload(&mut self, plan: Plan) -> Result<Reloaded, CommandError> {
+        if self.stop_deadline.is_some() {
+            return Err(CommandError::new(Problem::Conflict, "the dispatcher is stopping"));
+        }
+        if plan.generation != self.generation {
+            let message = "another reload came in between: nothing was changed";
+            return Err(CommandError::new(Problem::Conflict, message).hint("try again"));
+        }
+        self.generation += 1;
+        let mut reloaded = plan.reloaded;
+        let mut ids = Vec::with_capacity(plan.pools.len());
+        for (step, pool) in plan.pools {
+            ids.push(self.put_pool(step, pool));
+        }
+        for (step, listener) in plan.listeners {
+            let pool = ids.get(usize::from(listener.pool)).copied().unwrap_or(PoolId(0));
+            let listener = Listener { pool: pool.0, ..listener };
+            self.put_listener(step, listener, &mut reloaded);
+        }
+        for id in plan.removed_listeners {
+            self.core.retire_listener(id);
+            self.drain_listener(id);
+        }
+        for id in plan.removed_pools {
+            self.core.retire_pool(self.now, id);
+        }
+        self.core.set_resource_pause(plan.limits.resource_pause);
+        let most = plan.limits.metrics_max_workers;
+        self.side.metrics_max_workers.store(most, Ordering::Relaxed);
+        self.config.limits = plan.limits;
+        Ok(reloaded)
+    }
+
+    fn put_pool(&mut self, step: PoolStep, pool: Pool) -> PoolId {
+        match step {
+            PoolStep::Keep(id) => id,
+            PoolStep::Change(id) => {
+                if let Some(entry) = self.config.pools.get_mut(usize::from(id.0)) {
+                    *entry = pool.clone();
+                }
+                self.core.change_pool(self.now, id, pool.settings, seed());
+                self.score_anew(id);
+                id
+            }
+            PoolStep::Add => {
+                self.config.pools.push(pool.clone());
+                self.core.add_pool(self.now, pool.settings, seed())
+            }
+        }
+    }
+
+    /// The gauges that its workers are scored by may be others now.
+    fn score_anew(&mut self, pool: PoolId) {
+        for io in self.workers.iter_mut().flatten() {
+            if self.core.pool_of_worker(io.id) == Some(pool) {
+                io.gauges = Gauges::new(&self.core, pool);
+            }
+        }
+        self.gauge_readers = self.workers.iter().flatten().filter(|io| io.gauges.is_some()).count();
+    }
+
+    fn put_listener(&mut self, step: ListenerStep, listener: Listener, reloaded: &mut Reloaded) {
+        let id = match step {
+            ListenerStep::Keep(id) => id,
+            ListenerStep::TakeOver(old) => {
+                let had = self.config.listeners.get(usize::from(old.0));
+                let options = had.map_or_else(|| listener.options.clone(), |l| l.options.clone());
+                let as_it_is = Listener { options, ..listener.clone() };
+                let id = self.add_listener(&as_it_is, self.addresses_of(old));
+                for door in self.listeners.iter_mut().filter(|door| door.id == old) {
+                    door.id = id;
+                }
+                self.core.retire_listener(old);
+                self.core.listener_closed(self.now, old);
+                id
+            }
+            ListenerStep::Open(made) => {
+                let addresses: Vec<&str> = made.iter().map(|l| l.address.as_str()).collect();
+                let id = self.add_listener(&listener, addresses.join(", "));
+                for listening in made {
+                    self.open(id, listening, listener.options.backlog);
+                }
+                id
+            }
+        };
+        self.core.set_screening(id, listener.screening.clone(), seed());
+        if let Some(entry) = self.config.listeners.get_mut(usize::from(id.0)) {
+            let before = std::mem::replace(entry, listener);
+            self.set_options(id, &before, reloaded);
+        }
+    }
+
+    /// In the tables; its sockets follow.
+    fn add_listener(&mut self, listener: &Listener, address: String) -> ListenerId {
+        self.config.listeners.push(listener.clone());
+        let (name, pool) = (listener.name.clone(), PoolId(listener.pool));
+        self.core.add_listener(ListenerSettings { name, address, pool })
+    }
+
+    fn addresses_of(&self, id: ListenerId) -> String {
+        let doors = self.listeners.iter().filter(|door| door.id == id);
+        let listening = doors.filter_map(|door| door.listening.as_ref());
+        let addresses: Vec<&str> = listening.map(|listening| listening.address.as_str()).collect();
+        addresses.join(", ")
+    }
+
+    fn open(&mut self, id: ListenerId, listening: Listening, backlog: u32) {
+        log::info!(
+            "event=listening listener={} address={} pool={}",
+            self.core.listener_name(id),
+            listening.address,
+            self.core.pool_of_listener(id).map_or("", |pool| self.core.pool_name(pool)),
+        );
+        // The place of one that is closed: it is out of the poll, and an event for it that is still to be handled does no
+        // more than have the new one's queue looked at.
+        let free = self.listeners.iter().position(|door| door.listening.is_none());
+        let place = free.unwrap_or(self.listeners.len());
+        let door = Door::new(id, listening, place, backlog);
+        match self.listeners.get_mut(place) {
+            Some(entry) => *entry = door,
+            None => self.listeners.push(door),
+        }
+    }
+
+    /// Options of sockets that stay. One that the kernel will not have stays as it was, too.
+    fn set_options(&mut self, id: ListenerId, before: &Listener, reloaded: &mut Reloaded) {
+        let Some(listener) = self.config.listeners.get(usize::from(id.0)) else { return };
+        if before.options == listener.options {
+            return;
+        }
+        let tcp = matches!(listener.address, Address::Tcp(_));
+        for door in self.listeners.iter_mut().filter(|door| door.id == id) {
+            let Some(listening) = &door.listening else { continue };
+            if listening.inherited {
+                continue;
+            }
+            door.last = listener.options.backlog;
+            let set = sockets::change_options(listening.fd.as_fd(), tcp, &listener.options);
+            if let Err(error) = set {
+                let left = format!("options of listener {} ({error})", listener.name);
+                reloaded.needs_restart.push(left);
+            }
+        }
+    }
+}
