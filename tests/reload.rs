@@ -264,6 +264,47 @@ fn processes_come_with_their_pool_and_go_with_it() {
 }
 
 #[test]
+fn an_operator_scales_a_pool_until_the_next_reload() {
+    let text = format!(
+        "{}[pool.web.spawn]\ncommand = [{:?}, \"blocking\"]\nprocesses = 1\n{}[pool.other]\n",
+        one_pool(""),
+        example("test-worker").to_str().unwrap(),
+        listener("other", "127.0.0.1:0", "other", ""),
+    );
+    let mut dispatcher = Dispatcher::start(&text);
+    let scale = |arguments: &[&str]| {
+        let mut command = Command::new(dispatcher_bin());
+        let output = command.arg("scale").args(arguments).arg("--admin").arg(dispatcher.admin());
+        let output = output.output().unwrap();
+        let text = String::from_utf8([output.stdout, output.stderr].concat()).unwrap();
+        (output.status.code().unwrap(), text)
+    };
+    dispatcher.wait_joined("web", 1);
+    assert_eq!(scale(&["web", "3"]), (0, "pool web: 3 processes, 1 before\n".to_owned()));
+    dispatcher.wait_joined("web", 3);
+    let mut client = Client::connect(dispatcher.address("web")).unwrap();
+    assert_eq!(scale(&["web", "-1"]).0, 0);
+    dispatcher.wait_status("one to be gone", |status| pool(status, "web").workers.len() == 2);
+    assert_eq!(scale(&["web", "+1", "--json"]).0, 0);
+    dispatcher.wait_joined("web", 3);
+    for wrong in
+        [&["web", "0"][..], &["web", "-3"], &["web", "1025"], &["other", "2"], &["wbe", "2"]]
+    {
+        let (code, text) = scale(wrong);
+        assert!(code != 0 && text.contains("help: "), "{wrong:?}: {code} {text}");
+    }
+    reload(&dispatcher, &text);
+    client.echo("still here");
+    dispatcher.wait_status("what the configuration says", |status| {
+        let workers = &pool(status, "web").workers;
+        workers.iter().filter(|worker| worker.state == "active").count() == 1
+    });
+    drop(client);
+    assert!(dispatcher.log().contains("event=pool_scaled pool=web processes=3 before=1"));
+    assert!(dispatcher.stop().success());
+}
+
+#[test]
 fn rules_and_options_of_a_listener_change_while_it_is_open() {
     let body = |keys: &str| format!("{}[pool.web]\n", web(keys));
     let dispatcher = Dispatcher::start(&body(""));

@@ -31,6 +31,22 @@ pub enum Command {
         /// Relative to others, from 1 on.
         weight: u16,
     },
+    /// Run so many of a pool's processes.
+    Scale {
+        /// Which pool.
+        pool: String,
+        /// How many.
+        wanted: Wanted,
+    },
+}
+
+/// How many processes.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Wanted {
+    /// So many.
+    So(u32),
+    /// So many more, or fewer.
+    By(i32),
 }
 
 /// What a command answers when it was carried out.

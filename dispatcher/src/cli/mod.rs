@@ -10,6 +10,7 @@ mod exit;
 mod manual;
 mod reload;
 mod run;
+mod scale;
 mod status;
 #[cfg(feature = "tui")]
 mod top;
@@ -41,6 +42,7 @@ Examples:
   dispatcher workers                       who is there?
   dispatcher drain web/web-1               no new connections for this worker
   dispatcher weight web/web-1 3            it gets three times what others get
+  dispatcher scale web +1                  one more of the processes that it starts
   dispatcher reload                        the configuration has changed
   dispatcher explain web                   who gets the next connection, and why?
   dispatcher history web --follow          who got the last ones, and why?
@@ -85,6 +87,8 @@ enum Command {
     #[command(after_help = drain::RESUME_EXAMPLES)]
     Resume(drain::ResumeArgs),
     /// Give a worker another share of new connections.
+    #[command(after_help = scale::EXAMPLES)]
+    Scale(scale::ScaleArgs),
     #[command(after_help = weight::EXAMPLES)]
     Weight(weight::WeightArgs),
     /// Read the configuration again and put it into force.
@@ -197,6 +201,7 @@ fn execute(arguments: impl IntoIterator<Item = OsString>) -> Exit {
         Command::Man(arguments) => manual::man(arguments),
         Command::Drain(arguments) => drain::drain(arguments),
         Command::Resume(arguments) => drain::resume(arguments),
+        Command::Scale(arguments) => scale::scale(arguments),
         Command::Weight(arguments) => weight::weight(arguments),
         Command::Reload(arguments) => reload::reload(arguments),
         Command::History(arguments) => decisions::history(arguments),

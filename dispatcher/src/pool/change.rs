@@ -136,6 +136,16 @@ impl Core {
         }
     }
 
+    /// Wants so many of a pool's processes from now on. Workers of those that are too many are drained.
+    pub fn scale(&mut self, now: Time, pool: PoolId, processes: u32) {
+        let p = usize::from(pool.0);
+        let Some(entry) = self.pools.get_mut(p).filter(|entry| !entry.retired) else { return };
+        entry.settings.processes = processes;
+        entry.processes.resize(processes, &mut self.effects);
+        self.after(now, p);
+        self.drain_surplus(now, p);
+    }
+
     /// Drains the workers of processes that are too many.
     fn drain_surplus(&mut self, now: Time, p: usize) {
         let wanted = self.pools[p].settings.processes;

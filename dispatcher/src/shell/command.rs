@@ -7,10 +7,13 @@ use worker_sdk::PeerAddr;
 
 use super::{Shell, clock};
 use crate::admin::command::{
-    Answer, Command, CommandError, Problem, Target, WorkerRef, unknown_pool,
+    Answer, Command, CommandError, Problem, Target, Wanted, WorkerRef, unknown_pool,
 };
 use crate::decisions::{Next, Past};
 use crate::pool::{CannotResume, ListenerId, PoolId, WorkerId};
+
+/// Most processes of a pool; as the configuration has it.
+const MAX_PROCESSES: u32 = 1024;
 
 impl Shell {
     /// Carries out a command. The answer goes to whoever asked, who may be gone by now.
@@ -31,6 +34,7 @@ impl Shell {
                 }
                 Ok(self.workers_json(&workers))
             }
+            Command::Scale { pool, wanted } => self.scale(&pool, wanted),
             Command::Resume { target } => {
                 let workers = self.targets(&target)?;
                 for &worker in &workers {
@@ -43,6 +47,32 @@ impl Shell {
                 Ok(self.workers_json(&workers))
             }
         }
+    }
+
+    /// As many processes of a pool as the operator wants.
+    fn scale(&mut self, name: &str, wanted: Wanted) -> Answer {
+        let id = self.pool_called(name)?;
+        let spawns =
+            self.config.pools.get(usize::from(id.0)).is_some_and(|pool| pool.spawn.is_some());
+        if !spawns {
+            let message = format!("pool {name} starts no processes");
+            return Err(CommandError::new(Problem::Conflict, message)
+                .hint("its workers are services of their own; see [pool.NAME.spawn]"));
+        }
+        let before = self.core.pool_settings(id).map_or(0, |settings| settings.processes);
+        let processes = match wanted {
+            Wanted::So(processes) => i64::from(processes),
+            Wanted::By(by) => i64::from(before) + i64::from(by),
+        };
+        let valid = u32::try_from(processes).ok().filter(|n| (1..=MAX_PROCESSES).contains(n));
+        let Some(processes) = valid else {
+            let message = format!("a pool has 1 to {MAX_PROCESSES} processes, not {processes}");
+            return Err(CommandError::new(Problem::Invalid, message)
+                .hint("to give its workers nothing, drain the pool"));
+        };
+        self.core.scale(self.now, id, processes);
+        log::info!("event=pool_scaled pool={name} processes={processes} before={before}");
+        Ok(json!({ "pool": name, "processes": processes, "before": before }))
     }
 
     /// What a pool keeps of its past.

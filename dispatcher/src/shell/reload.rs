@@ -378,7 +378,15 @@ impl Shell {
 
     fn put_pool(&mut self, step: PoolStep, pool: Pool) -> PoolId {
         match step {
-            PoolStep::Keep(id) => id,
+            PoolStep::Keep(id) => {
+                let wanted = pool.settings.processes;
+                let now = self.core.pool_settings(id).map_or(wanted, |settings| settings.processes);
+                if now != wanted {
+                    // An operator has scaled it meanwhile.
+                    self.core.scale(self.now, id, wanted);
+                }
+                id
+            }
             PoolStep::Change(id) => {
                 if let Some(entry) = self.config.pools.get_mut(usize::from(id.0)) {
                     *entry = pool.clone();

@@ -9,7 +9,7 @@ use axum::{Json, Router};
 use serde::Deserialize;
 
 use super::{App, Body, PATIENCE, carry_out, methods, no_answer, refused};
-use crate::admin::command::{Command, CommandError, Problem, Target, WorkerRef};
+use crate::admin::command::{Command, CommandError, Problem, Target, Wanted, WorkerRef};
 use crate::status::Status;
 
 pub(super) fn routes() -> Router<App> {
@@ -31,6 +31,13 @@ pub(super) enum Action {
     Resume {},
     /// Another share of new connections.
     Weight { weight: u32 },
+    /// More or fewer processes of a pool: one of the two.
+    Scale {
+        #[serde(default)]
+        processes: Option<u32>,
+        #[serde(default)]
+        by: Option<i32>,
+    },
 }
 
 impl Action {
@@ -49,6 +56,23 @@ impl Action {
                         .hint("to give a worker nothing, drain it")
                 })?;
                 Command::Weight { target, weight }
+            }
+            Action::Scale { processes, by } => {
+                let wanted = match (processes, by) {
+                    (Some(processes), None) => Wanted::So(processes),
+                    (None, Some(by)) => Wanted::By(by),
+                    (Some(_), Some(_)) | (None, None) => {
+                        let message = "say either `processes` or `by`";
+                        return Err(CommandError::new(Problem::Invalid, message)
+                            .hint("such as {\"action\": \"scale\", \"processes\": 8}"));
+                    }
+                };
+                let Target::Pool(pool) = target else {
+                    let message = "only a pool can be scaled";
+                    return Err(CommandError::new(Problem::Invalid, message)
+                        .hint("post it to /v1/pools/NAME"));
+                };
+                Command::Scale { pool, wanted }
             }
         })
     }

@@ -269,10 +269,17 @@ fn keep_asking(
 }
 
 fn carry_out(place: &Place, order: &Action) -> News {
+    if let Action::Scale(pool, by) = order {
+        let body = serde_json::json!({ "action": "scale", "by": by });
+        return match admin::post(place, &format!("/v1/pools/{}", admin::segment(pool)), &body) {
+            Ok(answer) => News::Done(format!("{pool}: {} processes", answer["processes"])),
+            Err(failure) => News::Failed(failure.message),
+        };
+    }
     let (id, action, done) = match order {
         Action::Drain(id) => (id, "drain", "is draining"),
         Action::Resume(id) => (id, "resume", "gets connections again"),
-        Action::Quit => return News::Failed("nothing to do".to_owned()),
+        Action::Quit | Action::Scale(..) => return News::Failed("nothing to do".to_owned()),
     };
     let body = serde_json::json!({ "action": action });
     match admin::post(place, &format!("/v1/workers/{id}"), &body) {

@@ -31,6 +31,8 @@ pub(super) enum Action {
     Quit,
     Drain(u64),
     Resume(u64),
+    /// So many more processes of this pool.
+    Scale(String, i32),
 }
 
 /// Which worker comes first.
@@ -71,6 +73,8 @@ pub(super) enum Notice {
         id: u64,
         name: String,
     },
+    /// One process fewer in this pool, really?
+    ConfirmFewer(String),
 }
 
 /// One worker as the table has it.
@@ -219,6 +223,11 @@ impl Model {
             self.notice = Notice::Nothing;
             return (key == Key::Character('y')).then_some(Action::Drain(id));
         }
+        if let Notice::ConfirmFewer(pool) = &self.notice {
+            let order = Action::Scale(pool.clone(), -1);
+            self.notice = Notice::Nothing;
+            return (key == Key::Character('y')).then_some(order);
+        }
         self.notice = Notice::Nothing;
         let page = isize::try_from(self.page).unwrap_or(1).max(1);
         match key {
@@ -236,10 +245,20 @@ impl Model {
                     self.notice = Notice::Confirm { id, name };
                 }
             }
+            Key::Character('+') => return self.selected_pool().map(|pool| Action::Scale(pool, 1)),
+            Key::Character('-') => {
+                if let Some(pool) = self.selected_pool() {
+                    self.notice = Notice::ConfirmFewer(pool);
+                }
+            }
             Key::Character('r') => return self.selected_worker().map(|(id, _)| Action::Resume(id)),
             Key::Interrupt | Key::Character(_) => {}
         }
         None
+    }
+
+    fn selected_pool(&self) -> Option<String> {
+        Some(self.rows().get(self.position()?)?.pool.name.clone())
     }
 
     fn selected_worker(&self) -> Option<(u64, String)> {

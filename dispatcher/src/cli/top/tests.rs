@@ -106,6 +106,16 @@ fn draining_is_asked_twice_and_resuming_once() {
 }
 
 #[test]
+fn one_process_more_is_asked_once_and_one_fewer_twice() {
+    let mut model = three();
+    assert_eq!(press(&mut model, "+"), Some(Action::Scale("web".to_owned(), 1)));
+    assert_eq!(press(&mut model, "-"), None);
+    assert_eq!(press(&mut model, "n"), None);
+    assert_eq!(press(&mut model, "-y"), Some(Action::Scale("web".to_owned(), -1)));
+    assert_eq!(model.notice, Notice::Nothing);
+}
+
+#[test]
 fn rates_are_over_the_last_answers() {
     let mut model = three();
     assert!(model.rows().iter().all(|row| row.rate.is_none()));
@@ -170,7 +180,7 @@ web          least-connections ready                2         6       0 █
 
 last faults
 03:04:05 worker_gone web/w0: process 100 died (2 times)
-q quit  ↑↓ choose  d drain  r resume  s order: id  p pause
+q quit  ↑↓ choose  d drain  r resume  + - scale  s order: id  p pause
 "
     );
 }

@@ -313,12 +313,19 @@ fn faults(frame: &mut Frame<'_>, area: Rect, status: &Status, theme: Theme) {
 fn foot(model: &Model, theme: Theme) -> Line<'static> {
     match &model.notice {
         Notice::Nothing => Line::raw(format!(
-            "q quit  ↑↓ choose  d drain  r resume  s order: {}  p {}",
+            "q quit  ↑↓ choose  d drain  r resume  + - scale  s order: {}  p {}",
             model.order.name(),
             if model.paused { "go on" } else { "pause" }
         )),
         Notice::Done(text) => Line::styled(clean(text), theme.with(Color::Green)),
         Notice::Failed(text) => Line::styled(clean(text), theme.of_state("failed")),
+        Notice::ConfirmFewer(pool) => Line::styled(
+            format!(
+                "one process fewer in {}? Its last is drained.  y yes, any other key no",
+                clean(pool)
+            ),
+            theme.of_state("draining"),
+        ),
         Notice::Confirm { name, .. } => Line::styled(
             format!("drain {}? It gets no new connections.  y yes, any other key no", clean(name)),
             theme.of_state("draining"),

@@ -266,8 +266,9 @@ fn processes_come_and_are_not_started_again() {
     desk.wait(RESTART_MAX);
     assert!(spawns(&mut desk).is_empty(), "nobody wants it any more");
     // The second never ended.
-    desk.change_web(|pool| pool.processes = 3);
-    assert_eq!(spawns(&mut desk), [2]);
+    desk.core.scale(desk.now, PoolId(0), 4);
+    desk.wait(ms(0));
+    assert_eq!(spawns(&mut desk), [2, 3], "scaling is the same");
 }
 
 #[test]

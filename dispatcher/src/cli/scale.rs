@@ -1,0 +1,62 @@
+//! `dispatcher scale`: more or fewer processes of a pool that the dispatcher starts, from now on.
+
+use clap::Args;
+use serde_json::json;
+
+use super::{AdminArgs, Failure, admin, print, status::clean};
+
+pub(super) const EXAMPLES: &str = "\
+Examples:
+  dispatcher scale jobs 8       eight processes
+  dispatcher scale jobs +1      one more
+  dispatcher scale jobs -1      one fewer: the last one is drained, and ends with its last connection
+
+It holds until the next reload or restart: then the configuration's `processes` counts again.";
+
+#[derive(Debug, Args)]
+pub(super) struct ScaleArgs {
+    /// The pool.
+    pool: String,
+    /// How many processes, 1 to 1024; or how many more (+N) or fewer (-N).
+    #[arg(value_name = "N", allow_hyphen_values = true, value_parser = parse)]
+    processes: Wanted,
+    /// The answer as JSON.
+    #[arg(long)]
+    json: bool,
+    #[command(flatten)]
+    admin: AdminArgs,
+}
+
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+enum Wanted {
+    So(u32),
+    By(i32),
+}
+
+fn parse(text: &str) -> Result<Wanted, String> {
+    let wrong = |_| "a whole number such as 8, +1 or -1".to_owned();
+    if text.starts_with(['+', '-']) {
+        text.parse().map(Wanted::By).map_err(wrong)
+    } else {
+        text.parse().map(Wanted::So).map_err(wrong)
+    }
+}
+
+pub(super) fn scale(arguments: &ScaleArgs) -> Result<(), Failure> {
+    let place = admin::find(&arguments.admin)?;
+    let body = match arguments.processes {
+        Wanted::So(processes) => json!({ "action": "scale", "processes": processes }),
+        Wanted::By(by) => json!({ "action": "scale", "by": by }),
+    };
+    let path = format!("/v1/pools/{}", admin::segment(&arguments.pool));
+    let answer = admin::post(&place, &path, &body)?;
+    if arguments.json {
+        return print(&format!("{answer}\n"));
+    }
+    print(&format!(
+        "pool {}: {} processes, {} before\n",
+        clean(&arguments.pool),
+        answer["processes"],
+        answer["before"]
+    ))
+}
