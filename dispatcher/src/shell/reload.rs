@@ -1,7 +1,7 @@
 //! Another configuration while everything goes on.
 //!
 //! Two halves. [`prepare`] runs on the side thread: it reads the file, compares it with what is in force, and binds what is
-//! new. Whatever can fail does so there, when nothing has changed yet. [`Shell::reload`] then puts the result into force, in
+//! new. Whatever can fail does so there, when nothing has changed yet. `Shell::reload` then puts the result into force, in
 //! one turn of the hot thread, without waiting for anything.
 //!
 //! The shell's tables of pools and listeners are by id, like the core's: entries that were taken out stay.

@@ -151,7 +151,7 @@ fn size_with_gauges(slots: u32, gauges: u32) -> usize {
 
 impl Scoreboard {
     /// Dispatcher: makes a sealed scoreboard with a ring of `slots`, all free, `finished` as the worker reported
-    /// it, and [`GAUGES`](gauge::GAUGES) gauges without names.
+    /// it, and [`GAUGES`] gauges without names.
     ///
     /// # Errors
     /// [`ScoreboardError::Malformed`] for 0 or more than [`MAX_SLOTS`] slots, [`ScoreboardError::Io`] with what
