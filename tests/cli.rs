@@ -185,14 +185,13 @@ fn a_second_dispatcher_is_refused() {
 
     // Only the admin socket is the same.
     let other = tempfile::tempdir().unwrap();
-    let text = format!("dispatch_socket = 'O/d.sock'\nadmin_socket = 'T/admin.sock'\n{CONFIG}")
-        .replace('O', other.path().to_str().unwrap())
-        .replace("T/", &format!("{}/", temp.path().display()));
+    let (theirs, admin) = (other.path().join("d.sock"), dispatcher.admin());
+    let text = format!("dispatch_socket = {theirs:?}\nadmin_socket = {admin:?}\n{CONFIG}");
     std::fs::write(other.path().join("dispatcher.toml"), text).unwrap();
     let ran = with_config("run", other.path());
     let said = format!("{} is in use by another process", dispatcher.admin().display());
     assert!(ran.code == 69 && ran.err.contains(&said), "{ran:?}");
-    assert!(!other.path().join("d.sock").exists(), "it put away what it had made");
+    assert!(!theirs.exists(), "it put away what it had made");
 
     // The first one has noticed nothing.
     held.echo("still here");

@@ -11,54 +11,33 @@ use crate::status::Distribution;
 const MOST: usize = 20;
 
 /// Nanoseconds from 10 µs to 10 s: from a client's accept to its worker's take.
-pub const HANDOFF: &[u64] = &[
-    10_000,
-    20_000,
-    50_000,
-    100_000,
-    200_000,
-    500_000,
-    1_000_000,
-    2_000_000,
-    5_000_000,
-    10_000_000,
-    20_000_000,
-    50_000_000,
-    100_000_000,
-    200_000_000,
-    500_000_000,
-    1_000_000_000,
-    2_000_000_000,
-    5_000_000_000,
-    10_000_000_000,
-];
+pub const HANDOFF: &[u64] = &steps::<19>(10_000);
 
 /// Nanoseconds from 50 ns to 1 ms: a decision.
-pub const DECISION: &[u64] = &[
-    50, 100, 200, 500, 1_000, 2_000, 5_000, 10_000, 20_000, 50_000, 100_000, 200_000, 500_000,
-    1_000_000,
-];
+pub const DECISION: &[u64] = &steps::<14>(50);
 
 /// Nanoseconds from 2 µs to 500 ms: a turn of the hot thread.
-pub const TURN: &[u64] = &[
-    2_000,
-    5_000,
-    10_000,
-    20_000,
-    50_000,
-    100_000,
-    200_000,
-    500_000,
-    1_000_000,
-    2_000_000,
-    5_000_000,
-    10_000_000,
-    20_000_000,
-    50_000_000,
-    100_000_000,
-    200_000_000,
-    500_000_000,
-];
+pub const TURN: &[u64] = &steps::<17>(2_000);
+
+/// So many bounds from `first` on, which is 1, 2 or 5 of its decade.
+const fn steps<const N: usize>(first: u64) -> [u64; N] {
+    let mut bounds = [first; N];
+    let mut digit = first;
+    while digit >= 10 {
+        digit /= 10;
+    }
+    let mut at = 1;
+    while at < N {
+        let before = bounds[at - 1];
+        (bounds[at], digit) = match digit {
+            1 => (before * 2, 2),
+            2 => (before / 2 * 5, 5),
+            _ => (before * 2, 1),
+        };
+        at += 1;
+    }
+    bounds
+}
 
 /// Durations, by bucket.
 #[derive(Clone, Debug)]

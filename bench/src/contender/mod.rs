@@ -5,7 +5,7 @@ mod ours;
 mod proxy;
 
 use std::io::{self, BufRead, BufReader};
-use std::net::SocketAddr;
+use std::net::{Shutdown, SocketAddr, TcpStream};
 use std::path::{Path, PathBuf};
 use std::process::{Child, Command, Stdio};
 use std::time::{Duration, Instant};
@@ -172,16 +172,23 @@ impl Running {
     fn wait_for_port(&mut self) -> io::Result<()> {
         let deadline = Instant::now() + PATIENCE;
         for address in self.addresses.clone() {
-            while let Err(error) = std::net::TcpStream::connect(address) {
-                self.check_alive()?;
-                if Instant::now() > deadline {
-                    return Err(error);
+            let mut stream = loop {
+                match TcpStream::connect(address) {
+                    Ok(stream) => break stream,
+                    Err(error) if Instant::now() > deadline => return Err(error),
+                    Err(_) => self.check_alive()?,
                 }
                 std::thread::sleep(Duration::from_millis(10));
+            };
+            // Its worker has served and closed it before anything is measured.
+            let _ = stream.shutdown(Shutdown::Write);
+            stream.set_read_timeout(Some(PATIENCE))?;
+            match io::copy(&mut stream, &mut io::sink()) {
+                Err(error) if error.kind() == io::ErrorKind::WouldBlock => return Err(error),
+                // A reset is an end, too.
+                Ok(_) | Err(_) => {}
             }
         }
-        // What the attempts have left behind is over.
-        std::thread::sleep(Duration::from_millis(50));
         Ok(())
     }
 }

@@ -1,5 +1,6 @@
 //! HTTP on the admin socket, and for reading over TCP: the bounds that keep a client from holding anything up. What it answers is in `routes`.
 
+use std::io;
 use std::pin::pin;
 use std::sync::Arc;
 use std::time::Duration;
@@ -8,7 +9,7 @@ use axum::{Router, middleware};
 use hyper_util::rt::{TokioIo, TokioTimer};
 use hyper_util::service::TowerToHyperService;
 use tokio::io::{AsyncRead, AsyncWrite};
-use tokio::net::{TcpListener, UnixListener};
+use tokio::net::{TcpListener, TcpStream, UnixListener, UnixStream};
 use tokio::sync::{OwnedSemaphorePermit, Semaphore};
 
 use super::read_only;
@@ -35,18 +36,7 @@ const REST: Duration = Duration::from_millis(100);
 /// Serves for as long as it is polled.
 pub(super) async fn serve(listener: UnixListener, app: App) {
     let routes = routes::all(app);
-    let slots = Arc::new(Semaphore::new(MAX_CONNECTIONS));
-    while let Ok(slot) = Arc::clone(&slots).acquire_owned().await {
-        match listener.accept().await {
-            Ok((stream, _)) => {
-                tokio::spawn(connection(stream, routes.clone(), slot));
-            }
-            Err(error) => {
-                log::warn!("event=admin_accept_failed error=\"{error}\"");
-                tokio::time::sleep(REST).await;
-            }
-        }
-    }
+    accept_all(listener, routes).await;
 }
 
 /// The same over TCP, for reading only. It has connections of its own, so that its clients keep nobody from the socket.
@@ -55,10 +45,37 @@ pub(super) async fn serve_tcp(listener: TcpListener, app: App) {
     let loopback = listener.local_addr().map_or(true, |address| address.ip().is_loopback());
     let check = middleware::from_fn_with_state(loopback, read_only::check);
     let routes = routes::all(app).layer(check);
+    accept_all(listener, routes).await;
+}
+
+/// What both kinds of listener do.
+trait Accept {
+    type Stream: AsyncRead + AsyncWrite + Unpin + Send + 'static;
+
+    fn next(&self) -> impl Future<Output = io::Result<Self::Stream>> + Send;
+}
+
+impl Accept for UnixListener {
+    type Stream = UnixStream;
+
+    async fn next(&self) -> io::Result<UnixStream> {
+        Ok(self.accept().await?.0)
+    }
+}
+
+impl Accept for TcpListener {
+    type Stream = TcpStream;
+
+    async fn next(&self) -> io::Result<TcpStream> {
+        Ok(self.accept().await?.0)
+    }
+}
+
+async fn accept_all(listener: impl Accept, routes: Router) {
     let slots = Arc::new(Semaphore::new(MAX_CONNECTIONS));
     while let Ok(slot) = Arc::clone(&slots).acquire_owned().await {
-        match listener.accept().await {
-            Ok((stream, _)) => {
+        match listener.next().await {
+            Ok(stream) => {
                 tokio::spawn(connection(stream, routes.clone(), slot));
             }
             Err(error) => {

@@ -118,26 +118,17 @@ impl Page<'_> {
             .encode_counter::<NoLabelSet, _, u64>(&value, None)
     }
 
+    fn gauge(&mut self, name: &str, help: &str, unit: Option<&Unit>, value: i64) -> fmt::Result {
+        self.0.encode_descriptor(name, help, unit, MetricType::Gauge)?.encode_gauge(&value)
+    }
+
     fn counters(
         &mut self,
         name: &str,
         help: &str,
         series: impl IntoIterator<Item = (Labels, u64)>,
     ) -> fmt::Result {
-        let mut series = series.into_iter().peekable();
-        // A head without series is allowed and useless.
-        if series.peek().is_none() {
-            return Ok(());
-        }
-        let mut metric = self.0.encode_descriptor(name, help, None, MetricType::Counter)?;
-        for (labels, value) in series {
-            metric.encode_family(&labels)?.encode_counter::<NoLabelSet, _, u64>(&value, None)?;
-        }
-        Ok(())
-    }
-
-    fn gauge(&mut self, name: &str, help: &str, unit: Option<&Unit>, value: i64) -> fmt::Result {
-        self.0.encode_descriptor(name, help, unit, MetricType::Gauge)?.encode_gauge(&value)
+        self.family(name, help, MetricType::Counter, series)
     }
 
     fn gauges(
@@ -146,13 +137,28 @@ impl Page<'_> {
         help: &str,
         series: impl IntoIterator<Item = (Labels, u64)>,
     ) -> fmt::Result {
+        self.family(name, help, MetricType::Gauge, series)
+    }
+
+    fn family(
+        &mut self,
+        name: &str,
+        help: &str,
+        kind: MetricType,
+        series: impl IntoIterator<Item = (Labels, u64)>,
+    ) -> fmt::Result {
         let mut series = series.into_iter().peekable();
+        // A head without series is allowed and useless.
         if series.peek().is_none() {
             return Ok(());
         }
-        let mut metric = self.0.encode_descriptor(name, help, None, MetricType::Gauge)?;
+        let mut metric = self.0.encode_descriptor(name, help, None, kind)?;
         for (labels, value) in series {
-            metric.encode_family(&labels)?.encode_gauge(&signed(value))?;
+            let mut one = metric.encode_family(&labels)?;
+            match kind {
+                MetricType::Counter => one.encode_counter::<NoLabelSet, _, u64>(&value, None)?,
+                _ => one.encode_gauge(&signed(value))?,
+            }
         }
         Ok(())
     }

@@ -21,6 +21,7 @@ mod inherited;
 mod join;
 mod limit;
 mod meters;
+mod notify;
 mod peek;
 mod perform;
 mod recent;
@@ -47,6 +48,7 @@ use self::courtesy::Courtesy;
 use self::join::Door;
 use self::limit::Limit;
 use self::meters::Meters;
+use self::notify::ServiceManager;
 use self::recent::{Faults, Seconds};
 use self::sockets::{Listening, OwnedPath};
 use self::token::{Key, Source};
@@ -126,6 +128,7 @@ struct Shell {
     /// The side thread's queues may hold more than one turn takes.
     side_ready: bool,
     limits: Limits,
+    manager: ServiceManager,
     faults: Faults,
     seconds: Seconds,
     /// Scratch space, kept warm.
@@ -355,7 +358,7 @@ impl Shell {
             tell::span(patience)
         );
         if self.stop_deadline.is_none() {
-            notify(sd_notify::NotifyState::Stopping);
+            self.manager.tell(sd_notify::NotifyState::Stopping);
             self.finish_listeners();
         }
         let deadline = self.now + patience;
@@ -452,18 +455,6 @@ impl Shell {
         let rest = self.scan_due.then(|| self.scanned_all + SCAN_ALL);
         let next = next.into_iter().chain(doze).chain(rest).min()?;
         Some(next - clock())
-    }
-}
-
-/// Tells the service manager, if there is one. On a thread of its own: a `NOTIFY_SOCKET` that nobody reads blocks.
-fn notify(state: sd_notify::NotifyState<'static>) {
-    let tell = move || {
-        if let Err(error) = sd_notify::notify(&[state]) {
-            log::warn!("event=not_notified error=\"{error}\" hint=\"is NOTIFY_SOCKET alive?\"");
-        }
-    };
-    if let Err(error) = std::thread::Builder::new().name("notify".to_owned()).spawn(tell) {
-        log::warn!("event=not_notified error=\"{error}\"");
     }
 }
 

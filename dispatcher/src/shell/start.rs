@@ -18,10 +18,11 @@ use super::error::RunError;
 use super::inherited::Inherited;
 use super::join::Door;
 use super::meters::Meters;
+use super::notify::ServiceManager;
 use super::recent::{Faults, Seconds};
 use super::sockets::{self, Listening};
 use super::token::Source;
-use super::{Limits, Shell, clock, notify};
+use super::{Limits, Shell, clock};
 use crate::admin::Admin;
 use crate::closer::Closer;
 use crate::config::Config;
@@ -119,7 +120,7 @@ impl Shell {
                 );
             }
         }
-        let shell = Shell {
+        let mut shell = Shell {
             config,
             core,
             poll,
@@ -152,6 +153,7 @@ impl Shell {
             side,
             _admin_path: admin_path,
             limits: Limits::default(),
+            manager: ServiceManager::default(),
             faults: Faults::default(),
             seconds: Seconds::new(now),
             side_ready: false,
@@ -166,7 +168,7 @@ impl Shell {
             std::process::id(),
             shell.dispatch.address
         );
-        notify(sd_notify::NotifyState::Ready);
+        shell.manager.tell(sd_notify::NotifyState::Ready);
         Ok(shell)
     }
 
@@ -189,6 +191,7 @@ impl Shell {
         // What is still in custody lives on in the workers' channels; our copies are no longer needed.
         self.conns.clear();
         self.side.stop(self.config.limits.stop_timeout);
+        self.manager.finish();
         log::info!(
             "event=stopped accepted={} taken={} custody={} held={}",
             totals.accepted,
