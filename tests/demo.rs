@@ -26,7 +26,12 @@ struct Demo {
 
 impl Demo {
     fn start(arguments: &[&str]) -> Demo {
-        let dir = tempfile::tempdir().unwrap();
+        Demo::start_in("demo", arguments)
+    }
+
+    /// The same in a directory of this name.
+    fn start_in(name: &str, arguments: &[&str]) -> Demo {
+        let dir = tempfile::Builder::new().prefix(name).tempdir().unwrap();
         let file = |name| File::create(dir.path().join(name)).unwrap();
         let mut command = Command::new(dispatcher_bin());
         command.args(["demo", "--listen", "127.0.0.1:0"]).args(arguments);
@@ -44,14 +49,16 @@ impl Demo {
         Demo { process, dir, printed, address }
     }
 
+    /// The line that it says to try with this in it, for a shell.
+    fn line(&self, with: &str) -> &str {
+        self.printed.lines().find(|line| line.contains(with)).expect(with)
+    }
+
     /// Runs the command that it says to try, and the same for programs.
     fn status(&self) -> Status {
-        let line = self.printed.lines().find(|line| line.contains("status --admin")).unwrap();
-        let words: Vec<&str> = line.split_whitespace().collect();
-        let table = Command::new(words[0]).args(&words[1..]).output().unwrap();
-        assert!(table.status.success() && table.stdout.starts_with(b"dispatcher "));
-        let json = Command::new(words[0]).args(&words[1..]).arg("--json").output().unwrap();
-        serde_json::from_slice(&json.stdout).unwrap()
+        let line = self.line("status --admin");
+        assert!(shell(line).starts_with("dispatcher "));
+        serde_json::from_str(&shell(&format!("{line} --json"))).unwrap()
     }
 
     fn wait_joined(&self, count: usize) -> BTreeSet<i32> {
@@ -68,6 +75,14 @@ impl Demo {
             std::fs::read_dir(self.dir.path()).unwrap().map(|entry| entry.unwrap().path());
         entries.filter(|path| path.is_dir()).collect()
     }
+}
+
+/// What a line prints when it is typed into a shell.
+#[track_caller]
+fn shell(line: &str) -> String {
+    let output = Command::new("sh").args(["-c", line]).stdin(Stdio::null()).output().unwrap();
+    assert!(output.status.success(), "{line}: {}", String::from_utf8_lossy(&output.stderr));
+    String::from_utf8(output.stdout).unwrap()
 }
 
 /// A request on a connection that stays open.
@@ -121,6 +136,98 @@ fn four_processes_serve_http() {
     for part in ["4 workers serve http://", "Ctrl-C stops everything", "  curl http://"] {
         assert!(demo.printed.contains(part), "{}", demo.printed);
     }
+}
+
+/// Eight more clients that stay.
+fn eight(demo: &Demo) -> Vec<(TcpStream, String)> {
+    (0..8).map(|_| get(demo.address)).collect()
+}
+
+#[test]
+fn the_line_it_prints_drains_a_worker() {
+    // In a directory that a shell would take for several words.
+    let demo = Demo::start_in("it's a place", &[]);
+    demo.wait_joined(4);
+    let before = eight(&demo);
+    let of = |status: &Status| worker(status, "web-1").cloned().unwrap();
+    let (one, line) = (of(&demo.status()), demo.line("drain web/web-1"));
+    let said = shell(line);
+    assert_eq!(said, format!("worker {} (web/web-1): draining, 2 connections\n", one.id));
+    assert!(shell(demo.line("status --admin")).lines().any(|row| {
+        let words: Vec<&str> = row.split_whitespace().collect();
+        words.starts_with(&["web", "web-1", "draining"])
+    }));
+    // What it has goes on; nobody new comes to it, although it has the fewest.
+    let after: Vec<_> = eight(&demo).into_iter().chain(eight(&demo)).collect();
+    assert!(after.iter().all(|(_, answer)| pid(answer) != one.pid), "{after:?}");
+    let drained = of(&demo.status());
+    assert_eq!((&*drained.state, drained.load, drained.taken), ("draining", 2, one.taken));
+    drop(before);
+    wait_until("its clients to be gone", || of(&demo.status()).load == 0);
+    assert_eq!(of(&demo.status()).pid, one.pid, "the process stays");
+    let said = shell(&line.replace(" drain ", " resume "));
+    assert_eq!(said, format!("worker {} (web/web-1): active, 0 connections\n", one.id));
+    assert_eq!(pid(&get(demo.address).1), one.pid, "the least loaded");
+}
+
+/// The commands of a part of the README and what it says each of them prints.
+fn readme(heading: &str) -> Vec<(String, Vec<String>)> {
+    let path = Path::new(env!("CARGO_MANIFEST_DIR")).join("../README.md");
+    let text = std::fs::read_to_string(path).unwrap();
+    let part = text.split(&format!("## {heading}\n")).nth(1).unwrap();
+    let part = part.split("\n## ").next().unwrap();
+    let mut found: Vec<(String, Vec<String>)> = Vec::new();
+    for block in part.split("```console\n").skip(1) {
+        for line in block.split("```").next().unwrap().lines() {
+            match line.strip_prefix("$ ") {
+                Some(command) => found.push((command.to_owned(), Vec::new())),
+                None => found.last_mut().unwrap().1.push(line.to_owned()),
+            }
+        }
+    }
+    found
+}
+
+/// A line but for its numbers and how it is filled up, which differ from run to run.
+fn shape(line: &str) -> String {
+    let word = |word: &str| word.replace(|c: char| c.is_ascii_digit(), "");
+    line.split_whitespace().map(word).collect::<Vec<_>>().join(" ")
+}
+
+#[test]
+fn the_readme_says_what_happens() {
+    if Command::new("curl").arg("--version").output().is_err() {
+        return skip("needs curl");
+    }
+    let demo = Demo::start(&[]);
+    demo.wait_joined(4);
+    let commands = readme("Try it");
+    let names: Vec<&str> = commands.iter().map(|(c, _)| c.split(' ').next().unwrap()).collect();
+    assert_eq!(names, ["curl", "curl", "export", "dispatcher", "dispatcher", "dispatcher"]);
+    let admin = demo.line("status --admin").split("--admin ").nth(1).unwrap();
+    let bin = Path::new(dispatcher_bin()).parent().unwrap().display().to_string();
+    let mut exported = String::new();
+    let mut open = Vec::new();
+    for (command, said) in &commands {
+        if let Some(variables) = command.strip_prefix("export ") {
+            // The names are as the README says; where things are is not.
+            let [(_, theirs), (_, path)] =
+                [0, 1].map(|n| variables.split(' ').nth(n).unwrap().split_once('=').unwrap());
+            let ours = variables.replace(theirs, admin).replace(path, &format!("{bin}:$PATH"));
+            exported = format!("export {ours}; ");
+            open = eight(&demo);
+            continue;
+        }
+        let command = command.replace("127.0.0.1:8080", &demo.address.to_string());
+        let printed = shell(&format!("{exported}{command}"));
+        let mut lines: [Vec<String>; 2] =
+            [printed.lines().map(shape).collect(), said.iter().map(|line| shape(line)).collect()];
+        // Who came first is a matter of chance.
+        lines.iter_mut().for_each(|lines| lines.sort());
+        let [printed, said] = lines;
+        assert_eq!(printed, said, "{command}");
+    }
+    drop(open);
 }
 
 #[test]

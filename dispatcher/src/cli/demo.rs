@@ -1,5 +1,6 @@
 //! `dispatcher demo`: a configuration out of nothing, in a directory that goes away again.
 
+use std::borrow::Cow;
 use std::fmt::Write as _;
 use std::fs::DirBuilder;
 use std::io;
@@ -46,11 +47,21 @@ fn what_to_try(program: &str, addresses: &[String], workers: u32, admin: &Path) 
              curl http://{address}/"
         );
     }
-    let admin = admin.display();
+    let admin = admin.display().to_string();
+    let (program, admin) = (quoted(program), quoted(&admin));
     for command in ["status", "top", "drain web/web-1"] {
         let _ = writeln!(text, "  {program} {command} --admin {admin}");
     }
     text
+}
+
+/// A word for a shell: it is to be copied as it is.
+fn quoted(word: &str) -> Cow<'_, str> {
+    let plain = |c: char| c.is_alphanumeric() || "/._-+,:@%=".contains(c);
+    if word.chars().all(plain) {
+        return word.into();
+    }
+    format!("'{}'", word.replace('\'', "'\\''")).into()
 }
 
 /// A directory only for us, removed with what the dispatcher left in it.
