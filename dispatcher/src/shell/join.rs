@@ -284,6 +284,7 @@ impl Shell {
             finished,
             gauges,
             said_goodbye: false,
+            unread: false,
         };
         let index = id.index as usize;
         if self.workers.len() <= index {
@@ -342,8 +343,26 @@ impl Shell {
         listeners.map(|id| WelcomeListener { index: id.0, name: name(id) }).collect()
     }
 
-    /// A worker's control connection is readable: goodbye, or its end.
+    /// A worker's control connection is readable: claims, goodbye, or its end.
     pub(super) fn control(&mut self, key: Key) {
+        if self.worker_mut(key).is_some_and(|io| !io.unread) {
+            self.read_records(key);
+        }
+    }
+
+    /// Reads on where earlier turns stopped: the first so many of those that wait for it.
+    pub(super) fn read_on(&mut self, count: usize) {
+        for _ in 0..count {
+            let Some(key) = self.again.pop_front() else { return };
+            if let Some(io) = self.worker_mut(key) {
+                io.unread = false;
+                self.read_records(key);
+            }
+        }
+    }
+
+    /// At most so many of one worker in a turn, whatever it sends: called once for each.
+    fn read_records(&mut self, key: Key) {
         for _ in 0..RECORDS_PER_TURN {
             let Some(io) = self.worker_mut(key) else { return };
             let id = io.id;
@@ -366,7 +385,10 @@ impl Shell {
             }
         }
         // There may be more, and the edge is used up.
-        self.again.push(key);
+        if let Some(io) = self.worker_mut(key) {
+            io.unread = true;
+            self.again.push_back(key);
+        }
     }
 
     fn expel(&mut self, key: Key, fault: &Fault) {

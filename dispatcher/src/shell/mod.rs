@@ -107,8 +107,8 @@ struct Shell {
     scanned_all: Time,
     /// The last turn left some out.
     scan_due: bool,
-    /// Control connections that may have more to read although their edge is used up.
-    again: Vec<Key>,
+    /// Control connections that may have more to read although their edge is used up; each once.
+    again: VecDeque<Key>,
     /// Our limits of open files before we raised them, soft and hard: for the processes we start.
     descriptors: Option<(u64, u64)>,
     /// Tokens of the processes we started.
@@ -199,19 +199,27 @@ impl Shell {
             // First: what is taken in the scan may give somebody who waits a place.
             self.read_gauges();
             self.scan_all();
-            for event in &events {
-                match Source::of(event.token()) {
-                    Some(Source::Held(key)) => self.held_event(key, event),
-                    Some(source) => self.handle(source),
-                    None => {}
-                }
-            }
-            self.handle_leftovers();
+            self.handle_all(&events);
             self.core.tick(self.now);
             self.perform();
             self.accept_all();
             self.seconds.note(self.now, self.core.totals().accepted);
         }
+    }
+
+    /// Everything that has happened, and what earlier turns left.
+    fn handle_all(&mut self, events: &Events) {
+        // Not those that this turn adds: they have had their share.
+        let unread = self.again.len();
+        for event in events {
+            match Source::of(event.token()) {
+                Some(Source::Held(key)) => self.held_event(key, event),
+                Some(source) => self.handle(source),
+                None => {}
+            }
+        }
+        self.read_on(unread);
+        self.handle_leftovers();
     }
 
     /// False if a signal handler ended it.
@@ -317,9 +325,6 @@ impl Shell {
         }
         if self.door.ready && self.door_paused_until.is_none() {
             self.knock();
-        }
-        for key in std::mem::take(&mut self.again) {
-            self.control(key);
         }
         if std::mem::take(&mut self.side_ready) {
             self.handle_side();
@@ -464,3 +469,6 @@ fn clock() -> Time {
     let seconds = u64::try_from(now.tv_sec).unwrap_or(0);
     Time(seconds * 1_000_000_000 + u64::try_from(now.tv_nsec).unwrap_or(0))
 }
+
+#[cfg(test)]
+mod tests;

@@ -142,7 +142,7 @@ impl Shell {
             scanned_all: Time(0),
             scan_due: false,
             generation: 0,
-            again: Vec::new(),
+            again: VecDeque::new(),
             descriptors: None,
             tokens: HashMap::new(),
             conns: Vec::new(),

@@ -31,6 +31,8 @@ pub(super) struct WorkerIo {
     pub(super) gauges: Option<Gauges>,
     /// It said goodbye; anything more on its control connection is an error.
     pub(super) said_goodbye: bool,
+    /// It is among those whose control connection is read on in the next turn: an event for it tells nothing new.
+    pub(super) unread: bool,
 }
 
 /// The way to a worker: channel, scoreboard and poke eventfd, made before its welcome.
