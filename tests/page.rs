@@ -79,11 +79,65 @@ impl Shut for UnixStream {
     }
 }
 
+/// A number with at most one decimal, as the page writes it.
+fn decimal(text: &str) -> f64 {
+    text.replace(',', "").parse().unwrap_or_else(|_| panic!("no number: {text:?}"))
+}
+
+fn same<T: PartialEq + std::fmt::Debug>(what: &str, shown: T, said: T) -> Result<(), String> {
+    (shown == said).then_some(()).ok_or_else(|| format!("{what}: {shown:?} and not {said:?}"))
+}
+
+/// For what is written with fewer decimals than it has, or measured in pixels.
+fn near(what: &str, shown: f64, said: f64, within: f64) -> Result<(), String> {
+    let near = (shown - said).abs() <= within;
+    near.then_some(()).ok_or_else(|| format!("{what}: {shown} and not {said}"))
+}
+
+/// The line of accepted connections: a point for each second, the last one at the right edge, the most at the top.
+fn chart_equals(browser: &mut Browser, said: &[u64]) -> Result<(), String> {
+    let (peak, latest) = (said.iter().max().unwrap_or(&0), said.last().unwrap_or(&0));
+    let parts = browser.value(
+        "['peak', 'latest', 'chart-text'].map((id) => document.getElementById(id).textContent)
+           .concat([...document.querySelectorAll('#chart path')].map((path) => path.getAttribute('d')))",
+    );
+    let [most, now, text, area, line]: [String; 5] = serde_json::from_value(parts).unwrap();
+    same("points", line.split('L').count(), said.len())?;
+    same("most per second", most, format!("most {peak}"))?;
+    same("this second", now, format!("now {latest}"))?;
+    let mean = said.iter().sum::<u64>() as f64 / said.len() as f64;
+    let words = format!("{latest} in the last second; at most {peak}, on average ");
+    let (average, rest) = text.strip_prefix(&words).ok_or(text.clone())?.split_once(',').unwrap();
+    near("average", decimal(average), mean, 0.051)?;
+    same("seconds", digits(rest) as usize, said.len())?;
+    let points = line.strip_prefix('M').ok_or("no line")?.split('L');
+    for (i, (point, &count)) in points.zip(said).enumerate() {
+        let (x, y) = point.split_once(',').unwrap();
+        same("second", digits(x) as usize, 300 - said.len() + i)?;
+        near("height", decimal(y), 98.0 - count as f64 / (*peak).max(1) as f64 * 94.0, 0.051)?;
+    }
+    same("area", area, format!("{line}L299,100L{},100Z", 300 - said.len()))
+}
+
+/// How much of its place each bar fills: connections taken, those in custody, rate.
+fn bars(browser: &mut Browser) -> Vec<[f64; 3]> {
+    let bars = browser.value(
+        "[...document.querySelectorAll('#workers > tr')].map((row) => [...row.querySelectorAll('.bar i')]
+           .map((bar) => bar.getBoundingClientRect().width / bar.parentElement.clientWidth))",
+    );
+    serde_json::from_value(bars).unwrap()
+}
+
 /// Whether the page shows exactly this.
 fn equals(browser: &mut Browser, status: &Status) -> Result<(), String> {
-    let same = |what: &str, shown: u64, said: u64| {
-        (shown == said).then_some(()).ok_or_else(|| format!("{what}: {shown} and not {said}"))
-    };
+    let about = browser.text("document.getElementById('about').innerText");
+    if !about.starts_with(&format!("{}, pid {}, up ", status.version, status.pid)) {
+        return Err(format!("nothing of this dispatcher is shown yet: {about}"));
+    }
+    // First, as it changes every second.
+    chart_equals(browser, &status.accepted_per_second)?;
+    let workers =
+        || status.pools.iter().flat_map(|pool| pool.workers.iter().map(move |w| (pool, w)));
     for (tile, said) in [
         ("accepted", status.accepted),
         ("returned", status.returned),
@@ -91,43 +145,59 @@ fn equals(browser: &mut Browser, status: &Status) -> Result<(), String> {
         ("custody", status.custody),
         ("taken", status.taken),
         ("closed", status.closed.values().sum()),
-        ("live", status.pools.iter().flat_map(|pool| &pool.workers).map(|w| w.load).sum()),
+        ("live", workers().map(|(_, worker)| worker.load).sum()),
     ] {
-        let shown = browser.value(&format!("document.getElementById('{tile}')?.innerText ?? ''"));
-        let shown = shown.as_str().unwrap();
-        if shown.is_empty() {
-            return Err("nothing is shown yet".to_owned());
-        }
-        same(tile, digits(shown), said)?;
+        let shown = browser.text(&format!("document.getElementById('{tile}').innerText"));
+        same(tile, digits(&shown), said)?;
     }
+    let conserved = browser.text("document.getElementById('conserved').innerText");
+    same("conserved", conserved.starts_with('✓'), true)?;
     let closed = cells(browser, "closed");
+    same("reasons", closed.len(), status.closed.len())?;
     for ((reason, count), row) in status.closed.iter().zip(&closed) {
         assert_eq!(row[0], reason.replace('_', " "));
         same(reason, digits(&row[1]), *count)?;
     }
     let listeners = cells(browser, "listeners");
+    same("listeners", listeners.len(), status.listeners.len())?;
     for (listener, row) in status.listeners.iter().zip(&listeners) {
         assert_eq!(row[..3], [&*listener.name, &*listener.address, &*listener.pool]);
-        assert!(row[3].ends_with(&listener.state), "{row:?}");
+        same(&listener.name, row[3].ends_with(&listener.state), true)?;
         same(&listener.name, digits(&row[4]), listener.accepted)?;
         same(&listener.name, digits(&row[5]), listener.closed.values().sum())?;
     }
     let pools = cells(browser, "pools");
+    same("pools", pools.len(), status.pools.len())?;
     for (pool, row) in status.pools.iter().zip(&pools) {
-        let loads = || pool.workers.iter().map(|worker| worker.load);
+        let loads: Vec<u64> = pool.workers.iter().map(|worker| worker.load).collect();
         assert_eq!((&*row[0], &*row[2]), (&*pool.name, &*pool.policy));
         if !row[1].ends_with(&pool.state) {
             return Err(format!("{row:?} and not {}", pool.state));
         }
-        same(&pool.name, digits(&row[4]), loads().sum())?;
+        let total: u64 = loads.iter().sum();
+        same(&pool.name, digits(&row[4]), total)?;
         same(&pool.name, digits(&row[7]), pool.workers.iter().map(|w| w.custody).sum())?;
         same(&pool.name, digits(&row[8]), pool.held)?;
+        let Some(least) = loads.iter().min() else {
+            same("an empty pool", [&*row[3], &*row[5]], ["none", "–"])?;
+            continue;
+        };
+        let even: Vec<f64> = row[5].split(", ").map(decimal).collect();
+        same(
+            "least and most",
+            [even[0], even[2]],
+            [*least, *loads.iter().max().unwrap()].map(|n| n as f64),
+        )?;
+        near("mean", even[1], total as f64 / loads.len() as f64, 0.051)?;
+        let mut states = std::collections::BTreeMap::new();
+        pool.workers.iter().for_each(|w| *states.entry(&*w.state).or_insert(0) += 1);
+        let shown = row[3].split(", ").map(|part| part.split_once(' ').unwrap());
+        let shown = shown.map(|(count, state)| (state, digits(count)));
+        same("states", shown.collect(), states)?;
     }
-    let workers: Vec<_> =
-        status.pools.iter().flat_map(|pool| pool.workers.iter().map(move |w| (pool, w))).collect();
     let shown = cells(browser, "workers");
-    same("workers", shown.len() as u64, workers.len() as u64)?;
-    for ((pool, worker), row) in workers.into_iter().zip(&shown) {
+    same("workers", shown.len(), workers().count())?;
+    for (((pool, worker), row), bar) in workers().zip(&shown).zip(bars(browser)) {
         let who = format!("{} {}, id {}, pid {}", worker.name, pool.name, worker.id, worker.pid);
         if row[0] != who || !row[1].ends_with(&worker.state) {
             return Err(format!("{row:?} and not {who} {}", worker.state));
@@ -143,15 +213,25 @@ fn equals(browser: &mut Browser, status: &Status) -> Result<(), String> {
         ] {
             same(&who, digits(shown), said)?;
         }
+        let most = pool.workers.iter().map(|worker| worker.load).max().unwrap_or(0).max(1) as f64;
+        near("bar", bar[0], (worker.load - worker.custody) as f64 / most, 0.01)?;
+        near("bar of custody", bar[1], worker.custody as f64 / most, 0.01)?;
     }
-    let most = status.accepted_per_second.iter().max().copied().unwrap_or(0);
-    same(
-        "most per second",
-        digits(&browser.text("document.getElementById('peak').innerText")),
-        most,
-    )?;
-    let listed = browser.value("document.querySelectorAll('#faults > li').length");
-    same("faults", listed.as_u64().unwrap(), status.faults.len() as u64)
+    let faults = browser.value(
+        "[...document.querySelectorAll('#faults > li')].map((row) => [row.querySelector('time').dateTime, row.textContent])",
+    );
+    let faults: Vec<[String; 2]> = serde_json::from_value(faults).unwrap();
+    same("faults", faults.len(), status.faults.len())?;
+    for ([time, text], fault) in faults.iter().zip(status.faults.iter().rev()) {
+        same("time", time, &fault.time)?;
+        let times =
+            if fault.count > 1 { format!(" ({} times)", fault.count) } else { String::new() };
+        let kind = fault.kind.replace('_', " ");
+        let said = format!(" {kind} {}: {}{times}", fault.subject, fault.text);
+        same(&fault.kind, text.ends_with(&said), true)
+            .map_err(|_| format!("{text} and not {said}"))?;
+    }
+    Ok(())
 }
 
 /// Waits until the page shows what the JSON says.
@@ -198,8 +278,14 @@ fn the_page_shows_what_the_json_says() {
     assert!(browser.text(policy).ends_with("no-worker"));
 
     // More clients: the page follows by itself.
-    let more: Vec<TcpStream> = (0..12).map(|_| connect(address)).collect();
+    let mut more: Vec<TcpStream> = (0..12).map(|_| connect(address)).collect();
     dispatcher.wait_status("more clients", |status| status.accepted == 42);
+    wait_until("a rate where they come, and only there", || {
+        more.push(connect(address));
+        let rates: Vec<f64> =
+            cells(&mut browser, "pools").iter().map(|row| decimal(&row[6])).collect();
+        rates[0] > 0.0 && rates[1] == 0.0
+    });
     wait_equal(&mut browser, &dispatcher);
 
     // One that is drained says so, until it is resumed.
@@ -330,6 +416,43 @@ fn a_thousand_workers_stay_usable() {
     assert!(loads.is_sorted_by(|a, b| a >= b) && loads[0] == 499, "{loads:?}");
     browser.value("document.getElementById('all').click()");
     browser.wait_true(&format!("{count} === 1000"));
+    assert_eq!(browser.complaints, [] as [Value; 0]);
+}
+
+#[test]
+fn rates_are_of_what_the_last_answers_counted() {
+    let Some(shared) = Browser::shared() else { return };
+    let mut browser = Browser::take(&shared);
+    let (_dispatcher, _door) = idle(&mut browser);
+    let mut status = crowd(3);
+    status.pools.push(PoolStatus { name: "other".to_owned(), ..status.pools[0].clone() });
+    // A second passes between two answers, whatever this machine's clock says.
+    let json = serde_json::to_string(&status).unwrap();
+    browser.value(&format!(
+        "{{ const status = {json}, every = [[40, 10, 0], [2, 2, 0.5]]; let seconds = 0;
+           status.pools[1].workers.forEach((worker) => worker.id += 10);
+           performance.now = () => seconds * 1000;
+           globalThis.fetch = async () => {{
+             seconds += 1;
+             status.pools.forEach((pool, p) => pool.workers.forEach((worker, w) => worker.sent = every[p][w] * seconds * 2));
+             return Response.json(status);
+           }}; }}"
+    ));
+    let column = |browser: &mut Browser, body, column: usize| -> Vec<String> {
+        cells(browser, body).into_iter().map(|mut row| row.swap_remove(column)).collect()
+    };
+    wait_until("the rates of the workers", || {
+        column(&mut browser, "workers", 3) == ["80.0", "20.0", "0.0", "4.0", "4.0", "1.0"]
+    });
+    assert_eq!(column(&mut browser, "pools", 6), ["100.0", "9.0"]);
+    // Bars compare the workers of a pool.
+    wait_until("the bars to be that long", || {
+        let shown = bars(&mut browser).into_iter().map(|[_, _, rate]| rate);
+        let wanted = [1.0, 0.25, 0.0, 1.0, 1.0, 0.25];
+        shown.zip(wanted).all(|(shown, wanted)| near("bar", shown, wanted, 0.01).is_ok())
+    });
+    browser.value("document.getElementById('order').value = 'rate', document.getElementById('order').dispatchEvent(new Event('input'))");
+    assert_eq!(column(&mut browser, "workers", 3), ["80.0", "20.0", "4.0", "4.0", "1.0", "0.0"]);
     assert_eq!(browser.complaints, [] as [Value; 0]);
 }
 
