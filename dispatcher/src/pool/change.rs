@@ -88,6 +88,7 @@ impl Core {
         let chooses = old.policy != new.policy || old.scores != new.scores;
         let remembers = old.affinity != new.affinity;
         let most = new.max_connections_per_worker;
+        let slow_start = new.slow_start;
         if chooses {
             self.change_policy(now, p, seeds.number());
         }
@@ -98,6 +99,7 @@ impl Core {
             let worker = &mut self.workers[w];
             if worker.pool == p && worker.state != State::Gone {
                 worker.max = worker.own_max.min(most);
+                worker.warm_up(now, slow_start);
                 self.refresh(w);
             }
         }
@@ -146,17 +148,20 @@ impl Core {
         self.drain_surplus(now, p);
     }
 
-    /// Drains the workers of processes that are too many.
-    fn drain_surplus(&mut self, now: Time, p: usize) {
-        let wanted = self.pools[p].settings.processes;
-        let surplus = |worker: &&Worker| {
-            let process = worker.process.filter(|process| usize::from(process.pool.0) == p);
-            worker.is_usable() && process.is_some_and(|process| process.number >= wanted)
-        };
-        let ids: Vec<WorkerId> =
-            self.workers.iter().filter(surplus).map(|worker| worker.id).collect();
-        for id in ids {
-            self.drain_worker(now, id, None);
+    /// Whether a worker's process is one of those that are too many.
+    pub(super) fn is_surplus(&self, w: usize) -> bool {
+        let Worker { pool, process, .. } = self.workers[w];
+        let wanted = self.pools[pool].settings.processes;
+        process.is_some_and(|p| usize::from(p.pool.0) == pool && p.number >= wanted)
+    }
+
+    /// Drains the workers of processes that are too many. Those that were starting come later: see [`Core::join`].
+    pub(super) fn drain_surplus(&mut self, now: Time, p: usize) {
+        for w in 0..self.workers.len() {
+            let worker = &self.workers[w];
+            if worker.pool == p && worker.is_usable() && self.is_surplus(w) {
+                self.drain_worker(now, worker.id, None);
+            }
         }
     }
 

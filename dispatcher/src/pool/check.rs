@@ -140,6 +140,9 @@ impl Core {
             return;
         }
         let pool = &self.pools[worker.pool];
+        if let Some(memory) = pool.memory.as_ref().filter(|_| worker.is_usable()) {
+            assert!(memory.is_home_of(worker.home, w as u32), "{} lives elsewhere", worker.name);
+        }
         let candidate = pool.candidates.get(worker.at);
         assert_eq!(candidate.worker as usize, w);
         assert_eq!(worker.id.index as usize, w);

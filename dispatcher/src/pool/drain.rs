@@ -55,7 +55,7 @@ impl Core {
     /// An operator wants the worker to get connections again. False if it does already.
     ///
     /// # Errors
-    /// [`CannotResume`] for a worker that leaves by its own wish.
+    /// [`CannotResume`] for a worker that leaves by its own wish, and for one that is not wanted any more.
     pub fn resume_worker(&mut self, now: Time, worker: WorkerId) -> Result<bool, CannotResume> {
         let w = self.find(worker).ok_or(CannotResume::Leaving)?;
         let state = &mut self.workers[w];
@@ -68,6 +68,14 @@ impl Core {
             State::Draining => {}
         }
         let pool = state.pool;
+        if self.pools[pool].retired {
+            return Err(CannotResume::PoolRemoved);
+        }
+        if self.is_surplus(w) {
+            return Err(CannotResume::Surplus);
+        }
+        self.come_home(w);
+        let state = &mut self.workers[w];
         state.drain_deadline = None;
         if std::mem::take(&mut state.unproven) {
             state.state = State::Suspect;
@@ -87,6 +95,18 @@ impl Core {
         self.refresh(w);
         self.after(now, pool);
         Ok(true)
+    }
+
+    /// While it drained its clients went to whoever came with its name, if anybody did: they stay there.
+    fn come_home(&mut self, w: usize) {
+        let state = &self.workers[w];
+        let Some(memory) = &mut self.pools[state.pool].memory else { return };
+        if memory.is_home_of(state.home, w as u32) {
+            return;
+        }
+        let workers = &self.workers;
+        let home = memory.move_in(&state.name, w as u32, |w| workers[w as usize].is_usable());
+        self.workers[w].home = home;
     }
 
     /// An [`super::Effect::Tell`] could not be carried out; it is tried again after `handoff_timeout`.
@@ -169,4 +189,8 @@ pub enum Notice {
 pub enum CannotResume {
     /// It said goodbye, closed its channel or is gone: it takes nothing more.
     Leaving,
+    /// Its pool was taken out of the configuration.
+    PoolRemoved,
+    /// Its process is one more than its pool is to have.
+    Surplus,
 }

@@ -151,9 +151,9 @@ enum Clock {
 }
 
 impl Pool {
-    /// Whether it has no worker for a connection, so that a worker's close is worth a poke.
+    /// Whether none of its workers can be given a connection, so that a close of one is worth a poke.
     fn wants_room(&self) -> bool {
-        self.candidates.eligible() == 0 || !self.held.is_empty()
+        self.usable > 0 && (self.candidates.eligible() == 0 || !self.held.is_empty())
     }
 }
 
@@ -209,6 +209,10 @@ impl Core {
     pub fn join(&mut self, now: Time, join: &Join) -> Result<WorkerId, Refusal> {
         let pool = self.admit(join)?;
         let id = self.add_worker(now, pool, join);
+        // Fewer may be wanted than when its process was started.
+        if self.is_surplus(id.index as usize) {
+            self.drain_worker(now, id, None);
+        }
         self.after(now, pool);
         Ok(id)
     }

@@ -40,8 +40,8 @@ impl Shell {
                 for &worker in &workers {
                     let resumed = self.core.resume_worker(self.now, worker);
                     // Of many, those that can be are; of one, its operator wants to know.
-                    if let (Target::Worker(name), Err(CannotResume::Leaving)) = (&target, resumed) {
-                        return Err(leaving(name));
+                    if let (Target::Worker(name), Err(why)) = (&target, resumed) {
+                        return Err(self.not_resumed(name, worker, why));
                     }
                 }
                 Ok(self.workers_json(&workers))
@@ -128,6 +128,25 @@ impl Shell {
         }
     }
 
+    fn not_resumed(&self, name: &WorkerRef, worker: WorkerId, why: CannotResume) -> CommandError {
+        let pool = self.pool_of(worker);
+        let (reason, hint) = match why {
+            CannotResume::Leaving => (
+                "is leaving: it takes nothing more".to_owned(),
+                "start another worker in its place".to_owned(),
+            ),
+            CannotResume::PoolRemoved => (
+                format!("cannot be resumed: pool {pool} was taken out of the configuration"),
+                format!("put [pool.{pool}] back and reload; then start another worker"),
+            ),
+            CannotResume::Surplus => (
+                format!("cannot be resumed: its process is one more than pool {pool} is to have"),
+                format!("dispatcher scale {pool} +1"),
+            ),
+        };
+        CommandError::new(Problem::Conflict, format!("worker {name} {reason}")).hint(hint)
+    }
+
     fn pool_of(&self, worker: WorkerId) -> &str {
         self.core.pool_of_worker(worker).map_or("", |pool| self.core.pool_name(pool))
     }
@@ -145,9 +164,4 @@ impl Shell {
         };
         json!({ "workers": workers.iter().map(row).collect::<Vec<_>>() })
     }
-}
-
-fn leaving(name: &WorkerRef) -> CommandError {
-    CommandError::new(Problem::Conflict, format!("worker {name} is leaving: it takes nothing more"))
-        .hint("start another worker in its place")
 }

@@ -432,17 +432,21 @@ impl Shell {
             return Some(Duration::ZERO);
         }
         let mut changed = false;
-        let mut untaken = false;
-        let all = self.core.wants_room();
+        // Some have tickets and are not asked.
+        let mut dozes = false;
+        let room = self.core.wants_room();
         for index in 0..self.workers.len() {
             let has_tickets = self.core.has_tickets(index as u32);
-            untaken |= has_tickets;
-            if !all && (!has_tickets || self.dozing) {
+            if !room && (!has_tickets || self.dozing) {
+                dozes |= has_tickets;
                 continue;
             }
             let Some(io) = self.workers.get(index).and_then(Option::as_ref) else { continue };
             let wants = self.core.wants(io.id);
-            if wants != 0 {
+            // A pool that is full is no reason to ask the workers of others.
+            if self.dozing && wants & claim::want::ROOM == 0 {
+                dozes |= has_tickets;
+            } else if wants != 0 {
                 claim::arm(io.lane.board.want(), wants);
                 changed |= self.scan(index);
             }
@@ -456,7 +460,7 @@ impl Shell {
         let deadlines =
             [self.core.deadline(), self.door.deadline(), self.door_paused_until, paused, retry];
         let next = deadlines.into_iter().flatten().min();
-        let doze = (untaken && !all && self.dozing).then(|| self.now + DOZE);
+        let doze = dozes.then(|| self.now + DOZE);
         let rest = self.scan_due.then(|| self.scanned_all + SCAN_ALL);
         let next = next.into_iter().chain(doze).chain(rest).min()?;
         Some(next - clock())

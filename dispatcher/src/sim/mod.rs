@@ -126,7 +126,16 @@ impl Desk {
 
     /// A worker with this hello joins, as user 0.
     pub fn join(&mut self, hello: Hello) -> Result<WorkerId, Refusal> {
-        let join = Join { pid: 1, uid: 0, gids: vec![0], hello, spawned: None };
+        self.join_as(hello, None)
+    }
+
+    /// The same, of a process that the dispatcher has started.
+    pub fn join_as(
+        &mut self,
+        hello: Hello,
+        spawned: Option<ProcessId>,
+    ) -> Result<WorkerId, Refusal> {
+        let join = Join { pid: 1, uid: 0, gids: vec![0], hello, spawned };
         let id = self.core.join(self.now, &join)?;
         let pool = self.core.pool_of_worker(id);
         let scored = pool.map_or(0, |pool| self.core.scored_gauges(pool).len());

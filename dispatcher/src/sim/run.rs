@@ -47,6 +47,8 @@ struct Run<'a> {
     stops: bool,
     think: u64,
     max: u32,
+    /// So many names are shared by all processes.
+    names: u64,
     events: u64,
 }
 
@@ -92,6 +94,7 @@ pub fn run(plan: &Plan) -> Outcome {
         stops: random.once_in(3),
         think: 5_000_000 + random.below(60_000_000),
         max,
+        names: if random.once_in(3) { 1 + random.below(3) } else { u64::MAX },
         events: 0,
         random,
     };
@@ -407,7 +410,7 @@ impl Run<'_> {
         }
         let hello = Hello {
             pool: "web".to_owned(),
-            name: format!("p{p}"),
+            name: format!("p{}", p as u64 % self.names),
             weight: process.weight,
             priority: process.priority,
             max_connections: self.max,

@@ -84,6 +84,11 @@ impl Memory {
         self.homes.move_in(AffinityKey::of(name.as_bytes()), worker, is_usable)
     }
 
+    /// Whether what is remembered with this home comes to this worker.
+    pub(super) fn is_home_of(&self, home: u32, worker: u32) -> bool {
+        self.homes.worker(home) == Some(worker)
+    }
+
     pub(super) fn move_out(&mut self, home: u32, worker: u32) {
         self.homes.move_out(home, worker);
     }

@@ -17,7 +17,7 @@ pub(super) struct Rendezvous {
     heaviest: u32,
 }
 
-/// A number above 0 and below 1 that only these two decide.
+/// A number above 0 and up to 1 that only these two decide.
 fn draw(key: AffinityKey, node: u64) -> f64 {
     // The finisher of SplitMix64: every bit of both counts for every bit of the result.
     let mut z = key.0 ^ node;
@@ -27,8 +27,9 @@ fn draw(key: AffinityKey, node: u64) -> f64 {
     ((z >> 11) as f64 + 0.5) / (1u64 << 53) as f64
 }
 
+/// Above 0, and without end for the greatest draw: that is 1 once it is rounded, and its logarithm may be either zero.
 fn score(weight: u32, drawn: f64) -> f64 {
-    -f64::from(weight) / drawn.ln()
+    f64::from(weight) / drawn.ln().abs()
 }
 
 impl Rendezvous {
@@ -67,5 +68,29 @@ impl Rendezvous {
     /// What the worker at `at` has for this key, in terms of a configured weight.
     pub(super) fn score(&self, list: &[Candidate], at: usize, key: AffinityKey) -> f64 {
         score(list[at].weight, draw(key, self.nodes[at])) / 256.0
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn the_greatest_draw_wins_and_is_no_reason_to_choose_nobody() {
+        // What comes out of the finisher as ones only.
+        const TOP: u64 = 0xcf9a_04af_fa6b_adc0;
+        let key = AffinityKey(0);
+        assert_eq!(draw(key, TOP), 1.0, "rounded");
+        let candidate = Candidate { cost: 1, weight: 256, worker: 0 };
+        for nodes in [vec![TOP], vec![TOP, 1], vec![1, TOP]] {
+            let list = vec![candidate; nodes.len()];
+            let place = nodes.iter().position(|&node| node == TOP);
+            let mut rendezvous = Rendezvous::default();
+            for (at, node) in nodes.into_iter().enumerate() {
+                rendezvous.add(node);
+                rendezvous.update(&list, at);
+            }
+            assert_eq!(rendezvous.pick(&list, key), place);
+        }
     }
 }

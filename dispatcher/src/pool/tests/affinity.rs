@@ -22,12 +22,12 @@ fn cookie_desk(change: impl FnOnce(&mut PoolSettings)) -> Desk {
     })
 }
 
-fn known(id: &str) -> Option<Known> {
+pub(super) fn known(id: &str) -> Option<Known> {
     KeySource::Cookie(String::new()).of_value(id.as_bytes())
 }
 
 impl Desk {
-    fn called(&mut self, name: &str) -> WorkerId {
+    pub(super) fn called(&mut self, name: &str) -> WorkerId {
         self.join(Hello { name: name.to_owned(), ..hello() }).unwrap()
     }
 
@@ -44,7 +44,7 @@ impl Desk {
         worker
     }
 
-    fn say(&mut self, conn: ConnId, known: Option<Known>) {
+    pub(super) fn say(&mut self, conn: ConnId, known: Option<Known>) {
         self.core.first_bytes(self.now, conn, known);
         self.pump();
     }
@@ -169,6 +169,52 @@ fn a_worker_that_comes_back_finds_its_clients() {
     }
     assert_eq!(desk.client("x.a"), a3, "nor does its name mean it");
     assert_eq!(desk.remembered().moved, 0);
+}
+
+#[test]
+fn a_worker_that_is_resumed_has_a_home_of_its_own() {
+    // Somebody with its name came meanwhile: who was there before stays there.
+    let mut desk = cookie_desk(|_| {});
+    let old = desk.called("w");
+    assert_eq!(desk.client("one"), old);
+    desk.drain(old);
+    let new = desk.called("w");
+    assert_eq!(desk.client("one"), new);
+    desk.resume(old).unwrap();
+    assert_eq!(desk.client("one"), new);
+    assert_eq!(desk.core.own(desk.now, old, b"mine"), Claim::Noted);
+    for _ in 0..3 {
+        assert_eq!(desk.client("mine"), old);
+        assert_eq!(desk.client("one"), new);
+    }
+
+    // It left again, and nothing is remembered of it.
+    let mut desk = cookie_desk(|_| {});
+    let old = desk.called("w");
+    desk.drain(old);
+    let new = desk.called("w");
+    desk.leave(new, Departure::Disconnected);
+    desk.resume(old).unwrap();
+    assert_eq!(desk.client("one"), old);
+    let third = desk.called("third");
+    assert_eq!(desk.client("two"), third);
+    assert_eq!((desk.client("one"), desk.client("two")), (old, third));
+    desk.leave(old, Departure::Died);
+    desk.leave(third, Departure::Died);
+
+    // It left again, and its clients are its predecessor's.
+    let mut desk = cookie_desk(|_| {});
+    let old = desk.called("w");
+    desk.drain(old);
+    let new = desk.called("w");
+    assert_eq!(desk.client("one"), new);
+    desk.leave(new, Departure::Disconnected);
+    desk.resume(old).unwrap();
+    for _ in 0..3 {
+        assert_eq!(desk.client("one"), old);
+    }
+    let status = desk.remembered();
+    assert_eq!((status.hits, status.misses, status.moved), (3, 1, 0));
 }
 
 #[test]

@@ -1,5 +1,6 @@
 //! Changing the configuration of a core at work: no connection notices, and every invariant holds all the while.
 
+use super::affinity::known;
 use super::*;
 use crate::affinity::KeySource;
 
@@ -287,6 +288,69 @@ fn workers_of_processes_that_are_too_many_are_drained() {
 }
 
 #[test]
+fn a_process_that_is_too_many_when_it_comes_gets_nothing() {
+    let mut desk = desk_with(|pool| pool.processes = 8);
+    let join = |desk: &mut Desk, number| {
+        let process = ProcessId { pool: PoolId(0), number };
+        desk.core.spawned(desk.now, process, true);
+        desk.join_as(hello(), Some(process)).unwrap()
+    };
+    let wanted = [join(&mut desk, 0), join(&mut desk, 1)];
+    desk.core.scale(desk.now, PoolId(0), 2);
+    desk.events();
+    let late = join(&mut desk, 7);
+    let draining = Event::Draining { worker: late, live: 0, deadline: None };
+    assert!(desk.events().contains(&draining), "it is told, so that it ends");
+    for _ in 0..4 {
+        desk.accept(WEB);
+    }
+    assert_eq!(desk.loads(&wanted), [2, 2]);
+    assert_eq!(desk.state(late), State::Draining);
+    assert_eq!(desk.resume(late), Err(CannotResume::Surplus));
+    assert_eq!(desk.state(late), State::Draining);
+    desk.core.scale(desk.now, PoolId(0), 8);
+    assert_eq!(desk.resume(late), Ok(true));
+    // A service that came by itself is nobody's process.
+    desk.core.scale(desk.now, PoolId(0), 1);
+    let own = desk.worker();
+    assert_eq!(desk.state(own), State::Active);
+}
+
+#[test]
+fn nobody_is_resumed_in_a_pool_that_was_taken_out() {
+    let (mut desk, worker) = two_pools();
+    desk.core.retire_listener(SECOND);
+    desk.core.listener_closed(desk.now, SECOND);
+    desk.core.retire_pool(desk.now, OTHER);
+    desk.turn();
+    assert_eq!(desk.state(worker), State::Draining);
+    assert_eq!(desk.resume(worker), Err(CannotResume::PoolRemoved));
+    assert_eq!(desk.state(worker), State::Draining);
+}
+
+#[test]
+fn another_slow_start_counts_at_once() {
+    let mut desk = desk_with(|pool| pool.slow_start = ms(10_000));
+    let old = desk.worker();
+    desk.wait(ms(10_000));
+    let new = desk.worker();
+    desk.wait(ms(5_000));
+    let warm = |desk: &Desk| {
+        let status = desk.core.status();
+        status.pools[0].workers.iter().map(|worker| worker.warm_percent).collect::<Vec<_>>()
+    };
+    assert_eq!(warm(&desk), [100, 51]);
+    desk.change_web(|pool| pool.slow_start = ms(20_000));
+    assert_eq!(warm(&desk), [100, 26]);
+    desk.change_web(|pool| pool.slow_start = ms(0));
+    assert_eq!(warm(&desk), [100, 100]);
+    for _ in 0..10 {
+        desk.accept(WEB);
+    }
+    assert_eq!(desk.loads(&[old, new]), [5, 5]);
+}
+
+#[test]
 fn changes_at_any_moment_break_nothing() {
     for seed in 0..40 {
         let mut random = Random::new(seed);
@@ -296,16 +360,32 @@ fn changes_at_any_moment_break_nothing() {
         let mut listeners = vec![WEB];
         for _ in 0..300 {
             let listener = listeners[random.below(listeners.len() as u64) as usize];
-            let worker = workers[random.below(workers.len() as u64) as usize];
-            match random.below(12) {
+            let place = random.below(workers.len() as u64) as usize;
+            let worker = workers[place];
+            match random.below(15) {
                 0..4 if desk.core.accepting(listener) != Accepting::Pause => {
-                    desk.accept(listener);
+                    let conn = desk.accept(listener);
+                    if !random.once_in(4) {
+                        desk.say(conn, known(&random.below(6).to_string()));
+                    }
                 }
                 4 | 5 => {
                     desk.take(worker);
                 }
-                6 if workers.len() < 6 => workers.push(desk.worker()),
+                // Of a few names, so that some come again, beside those that drain and in place of those that are gone.
+                6 => {
+                    let new = desk.called(&format!("w{}", random.below(2)));
+                    if workers.len() < 6 {
+                        workers.push(new);
+                    } else {
+                        desk.leave(worker, Departure::Died);
+                        workers[place] = new;
+                    }
+                }
                 7 if random.once_in(3) => desk.leave(worker, Departure::Died),
+                12 => drop(desk.drain(worker)),
+                13 => drop(desk.resume(worker)),
+                14 if random.once_in(3) => desk.goodbye(worker),
                 8 => desk.change_web(|pool| {
                     pool.policy = Policy::ALL[random.below(7) as usize];
                     pool.max_connections_per_worker = 1 + random.below(20) as u32;

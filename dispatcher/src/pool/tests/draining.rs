@@ -4,13 +4,13 @@ use super::*;
 use worker_sdk::wire::Features;
 
 impl Desk {
-    fn drain(&mut self, worker: WorkerId) -> bool {
+    pub(super) fn drain(&mut self, worker: WorkerId) -> bool {
         let drained = self.core.drain_worker(self.now, worker, None);
         self.pump();
         drained
     }
 
-    fn resume(&mut self, worker: WorkerId) -> Result<bool, CannotResume> {
+    pub(super) fn resume(&mut self, worker: WorkerId) -> Result<bool, CannotResume> {
         let resumed = self.core.resume_worker(self.now, worker);
         self.pump();
         resumed

@@ -3,6 +3,26 @@
 use super::*;
 
 #[test]
+fn only_a_pool_with_workers_wants_room() {
+    let other = PoolSettings { name: "other".to_owned(), ..settings() };
+    let mut desk = Desk::new(vec![settings(), other], vec![listener()]);
+    assert!(!desk.core.wants_room(), "nobody is there who could make any");
+    let worker = desk.join(Hello { max_connections: 1, ..hello() }).unwrap();
+    assert!(!desk.core.wants_room(), "and the other pool's workers are nobody's business");
+    desk.accept(WEB);
+    desk.take_all(worker);
+    assert!(desk.core.wants_room(), "it is full");
+    assert_eq!(desk.core.wants(worker), want::ROOM);
+    desk.finish(worker, 1);
+    assert!(!desk.core.wants_room());
+    desk.drain(worker);
+    assert!(!desk.core.wants_room());
+    desk.core.retire_pool(desk.now, PoolId(1));
+    desk.turn();
+    assert!(!desk.core.wants_room(), "not even when it was taken out");
+}
+
+#[test]
 fn nobody_is_accepted_until_somebody_joins() {
     let mut desk = desk();
     assert_eq!(desk.core.accepting(WEB), Accepting::Pause);
