@@ -274,7 +274,7 @@ fn a_full_disk_under_the_log_holds_up_nobody() {
     let _worker = dispatcher.worker("tokio", "web", "unimpressed");
     dispatcher.wait_joined("web", 1);
     assert_eq!(Client::connect(dispatcher.address("web")).unwrap().served_by, "unimpressed");
-    dispatcher.wait_status("the missing lines to be counted", |s| s.log_lines_dropped >= 3);
+    dispatcher.wait_status("the missing lines to be counted", |s| s.meters.log_lines_dropped >= 3);
 }
 
 /// The kernel is out of something at `accept`, as strace pretends: three times each, then no more.
@@ -325,7 +325,7 @@ fn a_log_that_nobody_reads_holds_up_nobody() {
             let mut rest = Vec::new();
             let _ = connect(address).read_to_end(&mut rest);
         }
-        Some(dispatcher.status().log_lines_dropped).filter(|&dropped| dropped > 100)
+        Some(dispatcher.status().meters.log_lines_dropped).filter(|&dropped| dropped > 100)
     });
     let _worker = dispatcher.worker("mio", "web", "unimpressed");
     dispatcher.wait_joined("web", 1);
@@ -339,6 +339,6 @@ fn a_log_that_nobody_reads_holds_up_nobody() {
         text.push_str(&String::from_utf8_lossy(&block[..count]));
         text.contains("log_lines_dropped count=")
     });
-    assert!(dispatcher.status().log_lines_dropped >= dropped);
+    assert!(dispatcher.status().meters.log_lines_dropped >= dropped);
     drop(dispatcher);
 }

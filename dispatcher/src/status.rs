@@ -31,8 +31,6 @@ pub struct Status {
     /// Connections that workers were told to end because the deadline of their drain had come.
     #[serde(default)]
     pub ended_at_deadline: u64,
-    /// Log lines left out because the log could not keep up.
-    pub log_lines_dropped: u64,
     /// The longest time the hot thread took from one sleep to the next, in microseconds.
     pub longest_turn_microseconds: u64,
     /// Connections accepted in each of the last whole seconds, oldest first; at most 300.

@@ -12,8 +12,8 @@ use tokio::io::{AsyncRead, AsyncWrite};
 use tokio::net::{TcpListener, TcpStream, UnixListener, UnixStream};
 use tokio::sync::{OwnedSemaphorePermit, Semaphore};
 
-use super::read_only;
 use super::routes::{self, App};
+use super::who_may;
 
 /// Most connections at once; more wait in the kernel's queue.
 pub(super) const MAX_CONNECTIONS: usize = 64;
@@ -35,7 +35,7 @@ const REST: Duration = Duration::from_millis(100);
 
 /// Serves for as long as it is polled.
 pub(super) async fn serve(listener: UnixListener, app: App) {
-    let routes = routes::all(app);
+    let routes = routes::all(app).layer(middleware::from_fn(who_may::no_pages));
     accept_all(listener, routes).await;
 }
 
@@ -43,7 +43,7 @@ pub(super) async fn serve(listener: UnixListener, app: App) {
 pub(super) async fn serve_tcp(listener: TcpListener, app: App) {
     // Should nobody know its address: the stricter way.
     let loopback = listener.local_addr().map_or(true, |address| address.ip().is_loopback());
-    let check = middleware::from_fn_with_state(loopback, read_only::check);
+    let check = middleware::from_fn_with_state(loopback, who_may::read_only);
     let routes = routes::all(app).layer(check);
     accept_all(listener, routes).await;
 }

@@ -9,9 +9,9 @@ pub mod command;
 mod gate;
 mod http;
 mod metrics;
-mod read_only;
 mod reload;
 mod routes;
+mod who_may;
 
 #[cfg(test)]
 mod tests;

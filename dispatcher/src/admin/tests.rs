@@ -270,6 +270,49 @@ fn over_tcp_one_can_only_read() {
 }
 
 #[test]
+fn a_page_in_a_browser_changes_nothing_and_reads_nothing_by_its_own_name() {
+    let bench = Bench::new();
+    let ask = |method: &str, path: &str, headers: &str| {
+        let body = "{\"action\":\"drain\"}";
+        bench.raw(&format!(
+            "{method} {path} HTTP/1.1\r\nConnection: close\r\nContent-Type: application/json\r\n\
+             Content-Length: {}\r\n{headers}\r\n{body}",
+            body.len()
+        ))
+    };
+    let here = "Host: 127.0.0.1:9900\r\n";
+    // What a form, or fetch with no-cors, of any page sends through a tunnel; also one that is open here by itself.
+    for by in [
+        "Origin: https://evil.example\r\n",
+        "Origin: null\r\n",
+        "Origin: http://127.0.0.1:9900\r\n",
+        "Sec-Fetch-Site: cross-site\r\n",
+        "Sec-Fetch-Site: none\r\n",
+    ] {
+        for path in ["/v1/reload", "/v1/workers", "/v1/pools/web", "/v1/log_level"] {
+            let answer = ask("POST", path, &format!("{here}{by}"));
+            assert!(answer.starts_with("HTTP/1.1 403 "), "{by}{path}: {answer}");
+            assert!(answer.contains("browser"), "{answer}");
+        }
+        let answer = ask("GET", "/v1/status", &format!("{here}{by}"));
+        assert!(answer.starts_with("HTTP/1.1 200 "), "the page itself asks so: {answer}");
+    }
+    for method in ["GET", "POST"] {
+        let answer = ask(method, "/v1/workers", "Host: evil.example:9900\r\n");
+        assert!(answer.starts_with("HTTP/1.1 403 ") && answer.contains("Host"), "{answer}");
+    }
+    // Whatever scripts call the socket, and no name at all, as of old.
+    for host in
+        ["Host: d\r\n", "Host: localhost\r\n", "Host: dispatcher\r\n", "Host: 10.0.0.7:80\r\n"]
+    {
+        let answer = ask("POST", "/v1/workers", host);
+        assert!(answer.starts_with("HTTP/1.1 200 "), "{host}{answer}");
+    }
+    let answer = bench.raw("GET /healthz HTTP/1.0\r\n\r\n");
+    assert!(answer.starts_with("HTTP/1.0 200 "), "{answer}");
+}
+
+#[test]
 fn a_slow_head_is_not_waited_for() {
     let bench = Bench::new();
     let mut stream = bench.open();

@@ -16,11 +16,27 @@ use crate::config::{Config, DEFAULT_ADMIN_SOCKET, DEFAULT_FILE, UnixSource};
 /// The variable that names the admin socket.
 const VARIABLE: &str = "DISPATCHER_ADMIN";
 
+/// How `from` starts when a configuration says it.
+const FROM_FILE: &str = "config ";
+
 /// An admin socket, and who says so.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub(super) struct Place {
     pub path: PathBuf,
     pub from: String,
+    /// Why the configuration could not say where it is, if it should have: the mistake and its place.
+    pub unsaid: Option<String>,
+}
+
+impl Place {
+    fn new(path: impl Into<PathBuf>, from: impl Into<String>) -> Place {
+        Place { path: path.into(), from: from.into(), unsaid: None }
+    }
+
+    /// Whether a configuration says so, as it is now.
+    pub(super) fn is_of_a_file(&self) -> bool {
+        self.from.starts_with(FROM_FILE)
+    }
 }
 
 /// `--admin`, else `DISPATCHER_ADMIN`, else the configuration, else the default.
@@ -34,7 +50,7 @@ pub(super) fn find_with(
     default_file: &Path,
 ) -> Result<Place, Failure> {
     if let Some(path) = &arguments.admin {
-        return Ok(Place { path: path.clone(), from: "--admin".to_owned() });
+        return Ok(Place::new(path, "--admin"));
     }
     // A configuration on the command line is nearer than an environment from somewhere.
     if let Some(file) = &arguments.config {
@@ -43,18 +59,43 @@ pub(super) fn find_with(
         return from_file(source, file);
     }
     if let Some(path) = variable.filter(|path| !path.is_empty()) {
-        return Ok(Place { path: path.into(), from: VARIABLE.to_owned() });
+        return Ok(Place::new(path, VARIABLE));
     }
     match Config::admin_source(default_file) {
         Ok(source) => from_file(source, default_file),
-        // Missing, not for us to read, or being edited: the dispatcher may well be where it usually is.
-        Err(_) => Ok(Place { path: DEFAULT_ADMIN_SOCKET.into(), from: "default".to_owned() }),
+        // Missing, not for us to read, or being edited: the dispatcher may well be where it usually is. If it is not, the
+        // mistake that keeps us from reading where it is comes first.
+        Err(error) => {
+            let unsaid = error.diagnostic().is_some().then(|| error.to_string());
+            Ok(Place { unsaid, ..Place::new(DEFAULT_ADMIN_SOCKET, "default") })
+        }
     }
+}
+
+/// Where a dispatcher that is to read its changed configuration may be, most likely first. The file that says so may be the
+/// very one that was changed: of the installed one, the dispatcher may still be where it is by default.
+pub(super) fn places(arguments: &AdminArgs) -> Result<Vec<Place>, Failure> {
+    places_with(arguments, std::env::var_os(VARIABLE), Path::new(DEFAULT_FILE))
+}
+
+pub(super) fn places_with(
+    arguments: &AdminArgs,
+    variable: Option<OsString>,
+    default_file: &Path,
+) -> Result<Vec<Place>, Failure> {
+    let mut places = vec![find_with(arguments, variable, default_file)?];
+    if places[0].is_of_a_file()
+        && arguments.config.is_none()
+        && places[0].path != Path::new(DEFAULT_ADMIN_SOCKET)
+    {
+        places.push(Place::new(DEFAULT_ADMIN_SOCKET, "default"));
+    }
+    Ok(places)
 }
 
 fn from_file(source: UnixSource, file: &Path) -> Result<Place, Failure> {
     match source {
-        UnixSource::Path(path) => Ok(Place { path, from: format!("config {}", file.display()) }),
+        UnixSource::Path(path) => Ok(Place::new(path, format!("{FROM_FILE}{}", file.display()))),
         UnixSource::Systemd(name) => Err(Failure::new(
             Exit::Usage,
             format!(
@@ -114,6 +155,11 @@ pub(super) fn segment(name: &str) -> String {
 fn failure(error: &ClientError, place: &Place) -> Failure {
     let tried = format!("tried {} (from {})", place.path.display(), place.from);
     match error {
+        ClientError::NotRunning(..) if place.unsaid.is_some() => {
+            let mistake = place.unsaid.as_deref().unwrap_or_default();
+            let hint = "it may say where the admin socket is: mend it, or name the socket with --admin PATH";
+            Failure::new(Exit::Config, format!("{mistake}\nnobody listens; {tried}\nhelp: {hint}"))
+        }
         ClientError::NotRunning(..) => {
             Failure::new(Exit::Unavailable, format!("is the dispatcher running? {tried}: {error}"))
         }
@@ -131,7 +177,7 @@ fn failure(error: &ClientError, place: &Place) -> Failure {
                 Problem::Conflict => Exit::DataErr,
                 Problem::Config => Exit::Config,
             };
-            Failure::new(exit, error.to_string())
+            Failure { refused: Some(error.clone()), ..Failure::new(exit, error.to_string()) }
         }
         ClientError::Unexpected(_) => Failure::new(Exit::Protocol, format!("{error} ({tried})")),
         ClientError::System(_) => Failure::new(Exit::OsErr, format!("{error} ({tried})")),

@@ -8,7 +8,7 @@ use clap::Args;
 
 use super::admin::{self, Place};
 use super::status::clean;
-use super::{AdminArgs, Failure, print};
+use super::{AdminArgs, Failure, feed, print, rest};
 use crate::decisions::{Considered, Decided, Explained, History};
 
 pub(super) const HISTORY_EXAMPLES: &str = "\
@@ -37,7 +37,7 @@ pub(super) struct HistoryArgs {
     follow: bool,
     /// As JSON; with --follow one decision in each line.
     #[arg(long)]
-    json: bool,
+    pub(super) json: bool,
     #[command(flatten)]
     admin: AdminArgs,
 }
@@ -51,7 +51,7 @@ pub(super) struct ExplainArgs {
     from: Option<IpAddr>,
     /// As JSON.
     #[arg(long)]
-    json: bool,
+    pub(super) json: bool,
     #[command(flatten)]
     admin: AdminArgs,
 }
@@ -69,7 +69,7 @@ pub(super) fn history(arguments: &HistoryArgs) -> Result<(), Failure> {
     follow(&place, &path, arguments.json)
 }
 
-/// Ends when it is interrupted, or when the dispatcher ends.
+/// Ends when it is interrupted, when nobody reads any more, or when the dispatcher ends.
 fn follow(place: &Place, path: &str, json: bool) -> Result<(), Failure> {
     let mut after = 0;
     // What was forgotten before the first answer is missed by nobody.
@@ -83,19 +83,22 @@ fn follow(place: &Place, path: &str, json: bool) -> Result<(), Failure> {
         for decided in &history.decisions {
             let number = decided.number.unwrap_or_default();
             let missed = number.saturating_sub(after + 1);
-            if json {
-                let line = serde_json::to_string(decided).unwrap_or_default();
-                print(&format!("{line}\n"))?;
+            let text = if json {
+                serde_json::to_string(decided).unwrap_or_default() + "\n"
+            } else if missed > 0 && !first {
+                format!("({missed} were gone before they could be read)\n{}", decision(decided))
             } else {
-                if missed > 0 && !first {
-                    print(&format!("({missed} were gone before they could be read)\n"))?;
-                }
-                print(&decision(decided))?;
+                decision(decided)
+            };
+            if !feed(&text)? {
+                return Ok(());
             }
             after = number;
             first = false;
         }
-        std::thread::sleep(FOLLOW);
+        if !rest(FOLLOW) {
+            return Ok(());
+        }
     }
 }
 

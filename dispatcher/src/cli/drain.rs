@@ -26,7 +26,7 @@ Examples:
 const LONGEST_WAIT: Duration = Duration::from_secs(3600);
 const AFTER_DEADLINE: Duration = Duration::from_secs(10);
 
-/// Which workers.
+// Which workers. No doc comment: clap would make it a command's description.
 #[derive(Debug, Args)]
 #[group(required = true, multiple = false)]
 pub(super) struct TargetArgs {
@@ -75,7 +75,7 @@ pub(super) struct DrainArgs {
     timeout: Option<Duration>,
     /// The answer as JSON.
     #[arg(long)]
-    json: bool,
+    pub(super) json: bool,
     #[command(flatten)]
     admin: AdminArgs,
 }
@@ -86,7 +86,7 @@ pub(super) struct ResumeArgs {
     target: TargetArgs,
     /// The answer as JSON.
     #[arg(long)]
-    json: bool,
+    pub(super) json: bool,
     #[command(flatten)]
     admin: AdminArgs,
 }
@@ -108,7 +108,8 @@ pub(super) fn drain(arguments: &DrainArgs) -> Result<(), Failure> {
     let workers = workers.iter().filter_map(|worker| {
         Some((worker["id"].as_u64()?, format!("{}/{}", name(worker, "pool"), name(worker, "name"))))
     });
-    let default = arguments.deadline.map_or(LONGEST_WAIT, |deadline| deadline + AFTER_DEADLINE);
+    let default =
+        arguments.deadline.map_or(LONGEST_WAIT, |deadline| deadline.saturating_add(AFTER_DEADLINE));
     wait::until_drained(&place, workers.collect(), arguments.timeout.unwrap_or(default))
 }
 

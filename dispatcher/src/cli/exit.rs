@@ -10,14 +10,13 @@ pub enum Exit {
     Ok = 0,
     /// Wrong arguments (`EX_USAGE`).
     Usage = 64,
-    /// What was named is not what the command can be done to, such as a worker that is leaving (`EX_DATAERR`).
+    /// What was named is not what the command can be done to, such as a worker that is leaving or a pool that starts no
+    /// processes (`EX_DATAERR`).
     DataErr = 65,
     /// No worker or pool has the name given (`EX_NOINPUT`).
     NoInput = 66,
     /// Nobody listens on the admin socket; or another dispatcher has ours (`EX_UNAVAILABLE`).
     Unavailable = 69,
-    /// A mistake of ours (`EX_SOFTWARE`).
-    Software = 70,
     /// The system is short of something: threads, descriptors (`EX_OSERR`).
     OsErr = 71,
     /// A socket or directory cannot be made (`EX_CANTCREAT`).
@@ -38,6 +37,24 @@ impl Exit {
     /// The number the process ends with.
     pub fn code(self) -> u8 {
         self as u8
+    }
+
+    /// For programs, where the dispatcher itself has not said what is wrong.
+    pub fn problem(self) -> &'static str {
+        match self {
+            Exit::Ok => "none",
+            Exit::Usage => "invalid",
+            Exit::DataErr => "conflict",
+            Exit::NoInput => "not_found",
+            Exit::Unavailable => "not_running",
+            Exit::OsErr => "system",
+            Exit::CantCreate => "cannot_create",
+            Exit::IoErr => "io",
+            Exit::TempFail => "try_again",
+            Exit::Protocol => "protocol",
+            Exit::NoPermission => "not_permitted",
+            Exit::Config => "config",
+        }
     }
 }
 

@@ -7,6 +7,7 @@ mod decisions;
 mod demo;
 mod drain;
 mod exit;
+mod log_level;
 mod manual;
 mod reload;
 mod run;
@@ -25,11 +26,15 @@ use std::ffi::OsString;
 use std::io::Write;
 use std::path::PathBuf;
 use std::process::ExitCode;
+use std::time::Duration;
 
 use clap::error::ErrorKind;
 use clap::{Args, Parser, Subcommand};
+use serde_json::{Value, json};
 
 pub use exit::Exit;
+
+use crate::admin::command::CommandError;
 
 const EXAMPLES: &str = "\
 Examples:
@@ -46,12 +51,15 @@ Examples:
   dispatcher reload                        the configuration has changed
   dispatcher explain web                   who gets the next connection, and why?
   dispatcher history web --follow          who got the last ones, and why?
+  dispatcher log-level debug               log more, for now
 
 Environment:
   DISPATCHER_LOG     what `run` and `demo` log: error, warn, info (default), debug, trace
   DISPATCHER_ADMIN   the admin socket of the dispatcher to ask
 
-Exit codes are those of sysexits.h: 64 wrong usage, 65 not possible for this one, 66 no such worker or pool, 69 not running (`run`: running already), 77 not permitted, 78 bad configuration.";
+Exit codes are those of sysexits.h: 0 done, 64 wrong usage, 65 not possible for this one, 66 no such worker or pool, 69 not running (`run`: running already), 71 the system is short of something, 73 a socket or file cannot be made, 74 input or output failed, 75 try again, 76 not a dispatcher of this version, 77 not permitted, 78 bad configuration.
+
+With --json a command that fails prints {\"problem\", \"error\", \"hint\"} on stdout, and the same for people on stderr.";
 
 /// Accepts TCP connections and passes each one to the least-loaded worker process.
 #[derive(Debug, Parser)]
@@ -87,13 +95,17 @@ enum Command {
     #[command(after_help = drain::RESUME_EXAMPLES)]
     Resume(drain::ResumeArgs),
     /// Give a worker another share of new connections.
-    #[command(after_help = scale::EXAMPLES)]
-    Scale(scale::ScaleArgs),
     #[command(after_help = weight::EXAMPLES)]
     Weight(weight::WeightArgs),
+    /// Run more or fewer processes of a pool that the dispatcher starts.
+    #[command(after_help = scale::EXAMPLES)]
+    Scale(scale::ScaleArgs),
     /// Read the configuration again and put it into force.
     #[command(after_help = reload::EXAMPLES)]
     Reload(reload::ReloadArgs),
+    /// Show how much is logged, or log more or less for now.
+    #[command(after_help = log_level::EXAMPLES)]
+    LogLevel(log_level::LogLevelArgs),
     /// Show a pool's last decisions: who was chosen, and why the others were passed over.
     #[command(after_help = decisions::HISTORY_EXAMPLES)]
     History(decisions::HistoryArgs),
@@ -137,7 +149,8 @@ struct CheckArgs {
     json: bool,
 }
 
-/// Where client commands find the dispatcher.
+// Where client commands find the dispatcher. No doc comment: clap would make it the description of every command that
+// has none of its own.
 #[derive(Debug, Default, Args)]
 struct AdminArgs {
     /// The dispatcher's admin socket [default: $DISPATCHER_ADMIN, or what the configuration says]
@@ -167,11 +180,46 @@ struct DemoArgs {
 struct Failure {
     exit: Exit,
     message: String,
+    /// What the dispatcher said, where it was the dispatcher that refused.
+    refused: Option<CommandError>,
 }
 
 impl Failure {
     fn new(exit: Exit, message: impl Into<String>) -> Failure {
-        Failure { exit, message: message.into() }
+        Failure { exit, message: message.into(), refused: None }
+    }
+
+    /// For programs: `{"problem", "error", "hint"}`, as over HTTP.
+    fn json(&self) -> Value {
+        match &self.refused {
+            Some(refused) => json!(refused),
+            None => json!({ "problem": self.exit.problem(), "error": self.message }),
+        }
+    }
+}
+
+impl Command {
+    /// Whether what it prints is for a program. `check` is not here: its answer has the mistake in it.
+    fn for_programs(&self) -> bool {
+        match self {
+            Command::Status(arguments) => arguments.json,
+            Command::Workers(arguments) => arguments.json,
+            Command::Drain(arguments) => arguments.json,
+            Command::Resume(arguments) => arguments.json,
+            Command::Weight(arguments) => arguments.json,
+            Command::Scale(arguments) => arguments.json,
+            Command::Reload(arguments) => arguments.json,
+            Command::LogLevel(arguments) => arguments.json,
+            Command::History(arguments) => arguments.json,
+            Command::Explain(arguments) => arguments.json,
+            Command::Run(_) | Command::Check(_) | Command::Completions(_) | Command::Man(_) => {
+                false
+            }
+            #[cfg(feature = "tui")]
+            Command::Top(_) => false,
+            #[cfg(feature = "demo")]
+            Command::Demo(_) | Command::DemoWorker { .. } => false,
+        }
     }
 }
 
@@ -204,6 +252,7 @@ fn execute(arguments: impl IntoIterator<Item = OsString>) -> Exit {
         Command::Scale(arguments) => scale::scale(arguments),
         Command::Weight(arguments) => weight::weight(arguments),
         Command::Reload(arguments) => reload::reload(arguments),
+        Command::LogLevel(arguments) => log_level::log_level(arguments),
         Command::History(arguments) => decisions::history(arguments),
         Command::Explain(arguments) => decisions::explain(arguments),
         Command::Status(arguments) => status::status(arguments),
@@ -218,6 +267,10 @@ fn execute(arguments: impl IntoIterator<Item = OsString>) -> Exit {
     match result {
         Ok(()) => Exit::Ok,
         Err(failure) => {
+            if cli.command.for_programs() {
+                // Without a reader the exit code has to do.
+                let _ = print(&format!("{}\n", failure.json()));
+            }
             complain(&failure.message);
             failure.exit
         }
@@ -232,11 +285,27 @@ fn complain(message: &str) {
 
 /// To stdout. A reader that has had enough (`| head`) is no error.
 fn print(text: &str) -> Result<(), Failure> {
+    feed(text).map(drop)
+}
+
+/// The same, for whoever goes on: whether anybody still reads.
+fn feed(text: &str) -> Result<bool, Failure> {
     let mut out = std::io::stdout().lock();
     match out.write_all(text.as_bytes()).and_then(|()| out.flush()) {
-        Err(error) if error.kind() != std::io::ErrorKind::BrokenPipe => {
-            Err(Failure::new(Exit::IoErr, format!("stdout: {error}")))
-        }
-        _ => Ok(()),
+        Ok(()) => Ok(true),
+        Err(error) if error.kind() == std::io::ErrorKind::BrokenPipe => Ok(false),
+        Err(error) => Err(Failure::new(Exit::IoErr, format!("stdout: {error}"))),
     }
+}
+
+/// Rests; false if whoever reads stdout has gone meanwhile, which is noticed at the end and without writing.
+fn rest(pace: Duration) -> bool {
+    use rustix::event::{PollFd, PollFlags, Timespec, poll};
+
+    std::thread::sleep(pace);
+    let out = std::io::stdout();
+    // Asked for nothing, the kernel tells of a pipe without a reader, and of nothing that would come by itself.
+    let mut reader = [PollFd::new(&out, PollFlags::empty())];
+    let found = poll(&mut reader, Some(&Timespec::default()));
+    !(found.is_ok_and(|found| found > 0) && reader[0].revents().contains(PollFlags::ERR))
 }

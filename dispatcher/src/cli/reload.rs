@@ -6,7 +6,8 @@ use std::time::Duration;
 use clap::Args;
 use serde_json::{Value, json};
 
-use super::{AdminArgs, Failure, admin, complain, print, status};
+use super::wait::Patience;
+use super::{AdminArgs, Exit, Failure, admin, complain, print, status};
 
 pub(super) const EXAMPLES: &str = "\
 Examples:
@@ -18,7 +19,8 @@ as by `dispatcher check`, and the exit code is 78. `systemctl reload dispatcher`
 it is in the log too. The file is the one the dispatcher was started with.
 
 dispatch_socket, admin_socket and admin_http, and how a listener's address is bound (ipv6_only, reuse_port, free_bind),
-stay as they are until a restart; if they differ it says so, and everything else is put into force.";
+stay as they are until a restart; if they differ it says so, and everything else is put into force. The dispatcher then
+still listens on its old admin socket: --admin PATH or DISPATCHER_ADMIN name it.";
 
 /// Name services and slow disks may take their time.
 const PATIENCE: Duration = Duration::from_secs(60);
@@ -27,14 +29,13 @@ const PATIENCE: Duration = Duration::from_secs(60);
 pub(super) struct ReloadArgs {
     /// The answer as JSON.
     #[arg(long)]
-    json: bool,
+    pub(super) json: bool,
     #[command(flatten)]
     admin: AdminArgs,
 }
 
 pub(super) fn reload(arguments: &ReloadArgs) -> Result<(), Failure> {
-    let place = admin::find(&arguments.admin)?;
-    let answer = admin::post_within(&place, "/v1/reload", &json!({}), PATIENCE)?;
+    let answer = ask(&arguments.admin)?;
     if arguments.json {
         return print(&format!("{answer}\n"));
     }
@@ -43,6 +44,28 @@ pub(super) fn reload(arguments: &ReloadArgs) -> Result<(), Failure> {
     }
     print(&summary(&answer))
 }
+
+fn ask(arguments: &AdminArgs) -> Result<Value, Failure> {
+    let _patience = Patience::new("waiting for the dispatcher to read its configuration …");
+    let places = admin::places(arguments)?;
+    let mut first = None;
+    for place in &places {
+        match admin::post_within(place, "/v1/reload", &json!({}), PATIENCE) {
+            Err(failure) if failure.exit == Exit::Unavailable => {
+                first.get_or_insert(failure);
+            }
+            answer => return answer,
+        }
+    }
+    let mut failure = first.unwrap_or_else(|| Failure::new(Exit::Unavailable, "nowhere to ask"));
+    if places.iter().any(admin::Place::is_of_a_file) {
+        failure.message += MOVED;
+    }
+    Err(failure)
+}
+
+/// A running dispatcher listens where the file said when it was started.
+const MOVED: &str = "\nhelp: if admin_socket was changed in the file since it was started, give the old one with --admin PATH";
 
 fn texts(list: &Value) -> impl Iterator<Item = String> + '_ {
     let texts = list.as_array().into_iter().flatten().filter_map(Value::as_str);

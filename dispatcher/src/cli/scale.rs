@@ -4,6 +4,7 @@ use clap::Args;
 use serde_json::json;
 
 use super::{AdminArgs, Failure, admin, print, status::clean};
+use crate::admin::command::Wanted;
 
 pub(super) const EXAMPLES: &str = "\
 Examples:
@@ -22,15 +23,9 @@ pub(super) struct ScaleArgs {
     processes: Wanted,
     /// The answer as JSON.
     #[arg(long)]
-    json: bool,
+    pub(super) json: bool,
     #[command(flatten)]
     admin: AdminArgs,
-}
-
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
-enum Wanted {
-    So(u32),
-    By(i32),
 }
 
 fn parse(text: &str) -> Result<Wanted, String> {

@@ -1,13 +1,13 @@
 //! `dispatcher status`: the JSON as it came, or a table for people.
 
 use std::fmt::Write as _;
-use std::io::{IsTerminal, Write as _};
+use std::io::IsTerminal;
 use std::time::Duration;
 
 use clap::Args;
 
 use super::admin::Place;
-use super::{AdminArgs, Exit, Failure, admin, print};
+use super::{AdminArgs, Failure, admin, feed, print, rest};
 use crate::status::Status;
 
 pub(super) const EXAMPLES: &str = "\
@@ -24,7 +24,7 @@ pub(super) struct StatusArgs {
     admin: AdminArgs,
     /// The status as JSON.
     #[arg(long)]
-    json: bool,
+    pub(super) json: bool,
     /// Show it again and again, this often.
     #[arg(long, value_name = "DURATION", num_args = 0..=1, default_missing_value = "2s",
           value_parser = humantime::parse_duration)]
@@ -38,22 +38,19 @@ pub(super) fn status(arguments: &StatusArgs) -> Result<(), Failure> {
     };
     // Shorter would only ask the dispatcher for what nobody can read.
     let pace = pace.max(Duration::from_millis(100));
-    let mut out = std::io::stdout();
+    let terminal = std::io::stdout().is_terminal();
     loop {
         let text = once(&place, arguments.json)?;
-        let text = match (arguments.json, out.is_terminal()) {
+        let text = match (arguments.json, terminal) {
             (true, _) => text,
             // From the top, each line to its end, and nothing of the last one below.
             (false, true) => format!("\x1b[H{}\x1b[J", text.replace('\n', "\x1b[K\n")),
             (false, false) => text + "\n",
         };
-        match out.write_all(text.as_bytes()).and_then(|()| out.flush()) {
+        if !(feed(&text)? && rest(pace)) {
             // The reader has seen enough.
-            Err(error) if error.kind() == std::io::ErrorKind::BrokenPipe => return Ok(()),
-            Err(error) => return Err(Failure::new(Exit::IoErr, format!("stdout: {error}"))),
-            Ok(()) => {}
+            return Ok(());
         }
-        std::thread::sleep(pace);
     }
 }
 
@@ -91,8 +88,8 @@ pub(super) fn table(status: &Status) -> String {
     for (reason, count) in status.closed.iter().filter(|(_, count)| **count > 0) {
         let _ = writeln!(text, "closed {}: {count}", clean(reason));
     }
-    if status.log_lines_dropped > 0 {
-        let _ = writeln!(text, "log lines left out: {}", status.log_lines_dropped);
+    if status.meters.log_lines_dropped > 0 {
+        let _ = writeln!(text, "log lines left out: {}", status.meters.log_lines_dropped);
     }
 
     let mut listeners = Table::new(&["LISTENER", "ADDRESS", "POOL", "STATE", "ACCEPTED"], 4);

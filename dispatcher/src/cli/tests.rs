@@ -41,6 +41,90 @@ fn every_command_explains_itself_and_speaks_json() {
 }
 
 #[test]
+fn every_command_is_for_something_of_its_own() {
+    use clap::CommandFactory;
+    let whole = Cli::command();
+    let about = |command: &clap::Command| command.get_about().expect("an about").to_string();
+    let mut abouts: Vec<String> = whole.get_subcommands().map(about).collect();
+    let of = |name| whole.find_subcommand(name).map(about).expect("a command");
+    assert!(of("weight").contains("share") && of("scale").contains("processes"));
+    // What arguments that several commands have are for is nothing that a command is for.
+    assert!(!abouts.iter().any(|about| about.contains("client commands")), "{abouts:?}");
+    let all = abouts.len();
+    abouts.sort();
+    abouts.dedup();
+    assert_eq!(abouts.len(), all, "{abouts:?}");
+}
+
+#[test]
+fn exit_codes_are_documented() {
+    use clap::CommandFactory;
+    let codes = include_str!("exit.rs").lines().filter_map(|line| {
+        let (_, code) = line.trim().strip_suffix(',')?.split_once(" = ")?;
+        code.parse::<u8>().ok()
+    });
+    let codes: Vec<u8> = codes.collect();
+    assert_eq!(codes.len(), 12, "{codes:?}");
+    let page = include_str!("../../../docs/OPERATING.md");
+    let help = Cli::command().get_after_help().expect("more").to_string();
+    let help = help.split("Exit codes").nth(1).expect("exit codes").to_owned();
+    for code in codes {
+        assert!(page.contains(&format!("| {code} |")), "{code} is not in docs/OPERATING.md");
+        assert!(help.contains(&format!(" {code} ")), "{code} is not in --help");
+    }
+}
+
+#[test]
+fn a_configuration_that_cannot_say_where_the_dispatcher_is() {
+    let directory = tempfile::tempdir().expect("a directory");
+    let file = directory.path().join("d.toml");
+    let other = directory.path().join("other.sock");
+    let nothing = AdminArgs::default();
+    // With a mistake anywhere in it: nobody can know what it would have said.
+    std::fs::write(&file, "admin_socket = '/custom'\n[pool\n").expect("written");
+    let places = admin::places_with(&nothing, None, &file).expect("somewhere");
+    assert_eq!(places.len(), 1);
+    let place = admin::Place { path: other.clone(), ..places[0].clone() };
+    let failure = admin::get(&place, "/v1/status").expect_err("nobody there");
+    assert_eq!(failure.exit, Exit::Config);
+    assert!(failure.message.contains("d.toml:2:6: "), "{}", failure.message);
+    assert!(failure.message.contains("| [pool\n"), "{}", failure.message);
+    assert!(failure.message.contains("     ^"), "{}", failure.message);
+    assert!(failure.message.contains("--admin PATH"), "{}", failure.message);
+    // A nearer word makes it no matter.
+    let told = Some(OsString::from("/v"));
+    let place = admin::find_with(&nothing, told, &file).expect("found");
+    assert_eq!((place.from.as_str(), place.unsaid), ("DISPATCHER_ADMIN", None));
+    // One that is missing says nothing, and is no mistake.
+    let missing = directory.path().join("none.toml");
+    let place = admin::find_with(&nothing, None, &missing).expect("found");
+    let place = admin::Place { path: other, ..place };
+    assert_eq!(admin::get(&place, "/v1/status").expect_err("nobody").exit, Exit::Unavailable);
+}
+
+#[test]
+fn a_reload_is_asked_for_where_the_dispatcher_may_be_yet() {
+    let directory = tempfile::tempdir().expect("a directory");
+    let file = directory.path().join("d.toml");
+    std::fs::write(&file, "admin_socket = '/custom'").expect("written");
+    let paths = |arguments: &AdminArgs, variable: Option<&str>| {
+        let places = admin::places_with(arguments, variable.map(OsString::from), &file);
+        let places = places.expect("somewhere").into_iter();
+        places.map(|place| place.path.display().to_string()).collect::<Vec<_>>()
+    };
+    let default = "/run/dispatcher/admin.sock";
+    assert_eq!(paths(&AdminArgs::default(), None), ["/custom", default]);
+    assert_eq!(paths(&AdminArgs::default(), Some("/v")), ["/v"]);
+    let given = AdminArgs { admin: Some("/a".into()), config: None };
+    assert_eq!(paths(&given, None), ["/a"]);
+    // It may be another dispatcher's configuration.
+    let other = AdminArgs { admin: None, config: Some(file.clone()) };
+    assert_eq!(paths(&other, None), ["/custom"]);
+    std::fs::write(&file, "").expect("written");
+    assert_eq!(paths(&AdminArgs::default(), None), [default]);
+}
+
+#[test]
 fn exit_codes() {
     let directory = tempfile::tempdir().expect("a directory");
     let file = directory.path().join("d.toml");

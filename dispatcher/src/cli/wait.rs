@@ -1,12 +1,16 @@
-//! Waiting for drained workers to have nothing left, with progress on stderr.
+//! Waiting, and saying so on stderr: for drained workers to have nothing left, and for whatever takes its time.
 
 use std::collections::BTreeMap;
 use std::io::{IsTerminal, Write};
+use std::sync::mpsc;
 use std::time::{Duration, Instant};
 
 use super::admin::Place;
-use super::{Exit, Failure, admin};
+use super::{Exit, Failure, admin, complain};
 use crate::status::Status;
+
+/// For how long nothing is said.
+const SILENCE: Duration = Duration::from_secs(1);
 
 /// How often is looked.
 const PACE: Duration = Duration::from_millis(200);
@@ -17,11 +21,24 @@ pub(super) fn until_drained(
     mut workers: BTreeMap<u64, String>,
     timeout: Duration,
 ) -> Result<(), Failure> {
-    let deadline = Instant::now() + timeout;
+    // So late that no clock has a name for it: never.
+    let deadline = Instant::now().checked_add(timeout);
     let all = workers.len();
     let mut progress = Progress::default();
     loop {
-        let status: Status = admin::parse(&admin::get(place, "/v1/status")?, place)?;
+        let late = deadline.is_some_and(|deadline| Instant::now() >= deadline);
+        let status: Status = match look(place) {
+            Ok(status) => status,
+            // Busy now is no reason to give up what may take an hour.
+            Err(failure) if failure.exit == Exit::TempFail && !late => {
+                std::thread::sleep(PACE);
+                continue;
+            }
+            Err(failure) => {
+                progress.end();
+                return Err(failure);
+            }
+        };
         let mut left = 0;
         let there: BTreeMap<u64, _> =
             status.pools.iter().flat_map(|pool| &pool.workers).map(|w| (w.id, w)).collect();
@@ -46,7 +63,7 @@ pub(super) fn until_drained(
             progress.end();
             return Ok(());
         }
-        if Instant::now() >= deadline {
+        if late {
             progress.end();
             let names: Vec<&str> = workers.values().map(String::as_str).collect();
             let waited = humantime::format_duration(timeout);
@@ -59,7 +76,30 @@ pub(super) fn until_drained(
                 ),
             ));
         }
-        std::thread::sleep(PACE.min(deadline.saturating_duration_since(Instant::now())));
+        let left = deadline.map(|deadline| deadline.saturating_duration_since(Instant::now()));
+        std::thread::sleep(left.map_or(PACE, |left| PACE.min(left)));
+    }
+}
+
+fn look(place: &Place) -> Result<Status, Failure> {
+    admin::parse(&admin::get(place, "/v1/status")?, place)
+}
+
+/// Says what is waited for, unless it is over within a second: dropped, it says nothing more.
+pub(super) struct Patience {
+    _over: mpsc::Sender<()>,
+}
+
+impl Patience {
+    pub(super) fn new(what: &'static str) -> Patience {
+        let (over, waits) = mpsc::channel::<()>();
+        // Without a thread nothing is said. It ends with what is waited for, or with the process.
+        let _ = std::thread::Builder::new().name("patience".to_owned()).spawn(move || {
+            if waits.recv_timeout(SILENCE) == Err(mpsc::RecvTimeoutError::Timeout) {
+                complain(what);
+            }
+        });
+        Patience { _over: over }
     }
 }
 

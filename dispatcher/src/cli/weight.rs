@@ -22,7 +22,7 @@ pub(super) struct WeightArgs {
     weight: u16,
     /// The answer as JSON.
     #[arg(long)]
-    json: bool,
+    pub(super) json: bool,
     #[command(flatten)]
     admin: AdminArgs,
 }

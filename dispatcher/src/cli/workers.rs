@@ -19,7 +19,7 @@ pub(super) struct WorkersArgs {
     pool: Option<String>,
     /// As JSON.
     #[arg(long)]
-    json: bool,
+    pub(super) json: bool,
     #[command(flatten)]
     admin: AdminArgs,
 }

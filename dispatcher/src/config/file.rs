@@ -6,10 +6,12 @@ use serde::Deserialize;
 use serde::de::{Deserializer, Error as _, Visitor, value};
 use toml::Spanned;
 
+use super::MAX_PROCESSES;
 use super::affinity::AffinityKeys;
 use super::error::{ConfigError, Mistake, Source, suggest};
 use super::scores::ScoreKeys;
 use super::value::{AMode, AnAccount, Count, Either, KERNEL_SECONDS, Wait, YEAR};
+use crate::pool::Policy;
 
 /// The top level.
 #[derive(Debug, Deserialize)]
@@ -101,7 +103,7 @@ pub(super) struct ListenerKeys {
 #[derive(Clone, Debug, Default, Deserialize)]
 #[serde(deny_unknown_fields)]
 pub(super) struct PoolKeys {
-    pub policy: Option<PolicyName>,
+    pub policy: Option<Policy>,
     pub max_connections_per_worker: Option<Count<1, 10_000_000>>,
     pub max_untaken: Option<Count<1, 4096>>,
     pub max_workers: Option<Count<1, 65_536>>,
@@ -122,25 +124,12 @@ pub(super) struct PoolKeys {
     pub spawn: Option<Spanned<SpawnKeys>>,
 }
 
-/// The values of `policy`.
-#[derive(Clone, Copy, Debug, Deserialize)]
-#[serde(rename_all = "kebab-case")]
-pub(super) enum PolicyName {
-    LeastConnections,
-    RoundRobin,
-    Random,
-    TwoChoices,
-    Hash,
-    Failover,
-    LeastScore,
-}
-
 /// `[pool.NAME.spawn]`; nothing is required here because `[defaults.spawn]` may have it.
 #[derive(Clone, Debug, Default, Deserialize)]
 #[serde(deny_unknown_fields)]
 pub(super) struct SpawnKeys {
     pub command: Option<Spanned<Vec<Spanned<String>>>>,
-    pub processes: Option<Count<1, 1024>>,
+    pub processes: Option<Count<1, MAX_PROCESSES>>,
     pub environment: Option<BTreeMap<Spanned<String>, Spanned<String>>>,
     pub directory: Option<Spanned<String>>,
 }

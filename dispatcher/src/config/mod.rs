@@ -48,6 +48,9 @@ pub const WAIT_FOR_WORKER: Duration = Duration::from_secs(10);
 pub const RESERVED_VARIABLES: [&str; 4] =
     ["DISPATCH_SOCKET", "DISPATCH_POOL", "DISPATCH_NAME", "DISPATCH_TOKEN"];
 
+/// Most processes of a pool.
+pub const MAX_PROCESSES: u32 = 1024;
+
 /// Most bytes of an `unavailable_response` file.
 pub const MAX_UNAVAILABLE_RESPONSE: usize = 64 * 1024;
 

@@ -7,13 +7,13 @@ use toml::Spanned;
 
 use super::address::{address, check_distinct, unix_source};
 use super::error::{Mistake, Source, Warning, suggest};
-use super::file::{File, ListenerKeys, PolicyName, PoolKeys};
+use super::file::{File, ListenerKeys, PoolKeys};
 use super::value::{AMode, AnAccount, Either, TextOrNumber};
 use super::{
     Address, Config, DEFAULT_ADMIN_SOCKET, DEFAULT_DISPATCH_SOCKET, Limits, Listener,
     ListenerOptions, Pool, UnixEndpoint, UnixSource, accounts, affinity, scores, screening, spawn,
 };
-use crate::pool::{Access, Policy, PoolSettings};
+use crate::pool::{Access, PoolSettings};
 
 pub(super) type Checked<T> = Result<T, Mistake>;
 
@@ -359,16 +359,7 @@ impl Check<'_> {
             Some(list) => self.accounts(list, accounts::Kind::Group)?,
             None => Vec::new(),
         };
-        let policy = match keys.policy.or(defaults.policy) {
-            Some(PolicyName::LeastConnections) => Policy::LeastConnections,
-            Some(PolicyName::RoundRobin) => Policy::RoundRobin,
-            Some(PolicyName::Random) => Policy::Random,
-            Some(PolicyName::TwoChoices) => Policy::TwoChoices,
-            Some(PolicyName::Hash) => Policy::Hash,
-            Some(PolicyName::Failover) => Policy::Failover,
-            Some(PolicyName::LeastScore) => Policy::LeastScore,
-            None => Policy::default(),
-        };
+        let policy = keys.policy.or(defaults.policy).unwrap_or_default();
         let scores = scores::scores(self, keys.scores.as_ref(), defaults.scores.as_ref(), policy)?;
         let known = affinity::known(&keys, defaults)?;
         known.useless.into_iter().for_each(|mistake| self.warn(mistake));

@@ -111,7 +111,8 @@ impl AffinityKey {
 }
 
 /// How the worker for a connection is chosen.
-#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, serde::Deserialize)]
+#[serde(rename_all = "kebab-case")]
 pub enum Policy {
     /// Fewest live connections for its weight.
     #[default]

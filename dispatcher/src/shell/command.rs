@@ -9,11 +9,9 @@ use super::{Shell, clock};
 use crate::admin::command::{
     Answer, Command, CommandError, Problem, Target, Wanted, WorkerRef, unknown_pool,
 };
+use crate::config::MAX_PROCESSES;
 use crate::decisions::{Next, Past};
 use crate::pool::{CannotResume, ListenerId, PoolId, WorkerId};
-
-/// Most processes of a pool; as the configuration has it.
-const MAX_PROCESSES: u32 = 1024;
 
 impl Shell {
     /// Carries out a command. The answer goes to whoever asked, who may be gone by now.

@@ -58,7 +58,6 @@ impl Shell {
         status.pid = std::process::id();
         status.uptime_seconds = (self.now - self.started).as_secs();
         status.meters = self.meters_status();
-        status.log_lines_dropped = status.meters.log_lines_dropped;
         status.longest_turn_microseconds =
             u64::try_from(self.longest_turn.as_micros()).unwrap_or(u64::MAX);
         status.accepted_per_second = self.seconds.whole(self.now);

@@ -168,3 +168,22 @@ pub(super) fn no_answer(why: NoAnswer) -> Response {
 pub(super) fn error(status: StatusCode, message: &str) -> Response {
     (status, Json(serde_json::json!({ "error": message }))).into_response()
 }
+
+#[cfg(test)]
+mod tests {
+    use super::PATHS;
+
+    #[test]
+    fn every_path_is_documented() {
+        let page = include_str!("../../../../docs/OPERATING.md");
+        let (_, table) = page.split_once("| path | GET |").expect("the table of paths");
+        let table = table.split("\n\n").next().expect("its rows");
+        for path in PATHS {
+            assert!(
+                table.contains(&format!("\n| `{path}` |")),
+                "{path} is not in docs/OPERATING.md"
+            );
+        }
+        assert_eq!(table.lines().count(), PATHS.len() + 2, "and no others are");
+    }
+}

@@ -8,6 +8,9 @@ use crate::status::{PoolStatus, Status, WorkerStatus};
 /// How many answers a pool's load is remembered for.
 const LOADS: usize = 300;
 
+/// Several pools, and the cursor in none of them.
+const WHICH_POOL: &str = "there is no worker to choose a pool by: dispatcher scale POOL N";
+
 /// A rate is over the last so many answers.
 const SAMPLES: usize = 6;
 
@@ -245,11 +248,15 @@ impl Model {
                     self.notice = Notice::Confirm { id, name };
                 }
             }
-            Key::Character('+') => return self.selected_pool().map(|pool| Action::Scale(pool, 1)),
+            Key::Character('+') => match self.selected_pool() {
+                Some(pool) => return Some(Action::Scale(pool, 1)),
+                None => self.notice = Notice::Failed(WHICH_POOL.to_owned()),
+            },
             Key::Character('-') => {
-                if let Some(pool) = self.selected_pool() {
-                    self.notice = Notice::ConfirmFewer(pool);
-                }
+                self.notice = match self.selected_pool() {
+                    Some(pool) => Notice::ConfirmFewer(pool),
+                    None => Notice::Failed(WHICH_POOL.to_owned()),
+                };
             }
             Key::Character('r') => return self.selected_worker().map(|(id, _)| Action::Resume(id)),
             Key::Interrupt | Key::Character(_) => {}
@@ -257,8 +264,15 @@ impl Model {
         None
     }
 
+    /// The pool of the worker under the cursor; without workers, the only pool.
     fn selected_pool(&self) -> Option<String> {
-        Some(self.rows().get(self.position()?)?.pool.name.clone())
+        if let Some(position) = self.position() {
+            return Some(self.rows().get(position)?.pool.name.clone());
+        }
+        match &self.status.as_ref()?.pools[..] {
+            [only] => Some(only.name.clone()),
+            [] | [_, _, ..] => None,
+        }
     }
 
     fn selected_worker(&self) -> Option<(u64, String)> {

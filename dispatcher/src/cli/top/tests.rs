@@ -116,6 +116,22 @@ fn one_process_more_is_asked_once_and_one_fewer_twice() {
 }
 
 #[test]
+fn a_pool_without_workers_can_have_more_processes_too() {
+    let mut model = Model::new();
+    model.answer(status(vec![]), Duration::ZERO);
+    assert_eq!(press(&mut model, "+"), Some(Action::Scale("web".to_owned(), 1)));
+    assert_eq!(press(&mut model, "-y"), Some(Action::Scale("web".to_owned(), -1)));
+    // Of several nobody can know which is meant; that is said.
+    let mut two = status(vec![]);
+    two.pools.push(PoolStatus { name: "chat".to_owned(), ..PoolStatus::default() });
+    model.answer(two, Duration::from_secs(1));
+    for key in ["+", "-"] {
+        assert_eq!(press(&mut model, key), None);
+        assert!(matches!(&model.notice, Notice::Failed(why) if why.contains("scale POOL N")));
+    }
+}
+
+#[test]
 fn rates_are_over_the_last_answers() {
     let mut model = three();
     assert!(model.rows().iter().all(|row| row.rate.is_none()));

@@ -1,0 +1,122 @@
+//! Who may ask for what over HTTP. Over TCP: anybody on the machine can reach it, so nothing can be changed there. On
+//! either way in: a browser cannot be made to ask on behalf of a page from elsewhere. A browser gets to the Unix socket by
+//! a tunnel, which any page that it shows can use as well as the person before it.
+
+use std::net::IpAddr;
+
+use axum::Json;
+use axum::extract::{Request, State};
+use axum::http::{Method, StatusCode, header};
+use axum::middleware::Next;
+use axum::response::{IntoResponse, Response};
+
+/// Lets only reads pass. On a loopback address `Host` must name this machine: otherwise a page from elsewhere whose name
+/// suddenly resolves to 127.0.0.1 could read everything (DNS rebinding). Elsewhere any name may be a good one.
+pub(super) async fn read_only(
+    State(loopback): State<bool>,
+    request: Request,
+    next: Next,
+) -> Response {
+    let method = request.method();
+    if method != Method::GET && method != Method::HEAD {
+        return forbidden(
+            "over TCP nothing can be changed",
+            "use the admin socket: the dispatcher command, or curl --unix-socket PATH",
+        );
+    }
+    let host = request.headers().get(header::HOST).and_then(|host| host.to_str().ok());
+    if loopback && !host.is_some_and(names_this_machine) {
+        return strange_host();
+    }
+    next.run(request).await
+}
+
+/// On the admin socket: lets no page of a browser change anything, and none read anything by a name of its own.
+///
+/// Browsers send `Origin` or `Sec-Fetch-Site` with everything that can change something, and no page can keep them from it;
+/// commands and scripts send neither. The names that scripts make up for a socket (`http://d/`) have no dot; those that a page
+/// can have resolve to an address of this machine do, and an address itself resolves to nothing else.
+pub(super) async fn no_pages(request: Request, next: Next) -> Response {
+    let (method, headers) = (request.method(), request.headers());
+    let reads = method == Method::GET || method == Method::HEAD;
+    if !reads && BY_A_BROWSER.iter().any(|name| headers.contains_key(*name)) {
+        return forbidden(
+            "a browser cannot change anything here: any page it shows could",
+            "use the dispatcher command, or curl --unix-socket PATH",
+        );
+    }
+    // One that is no text names nothing at all.
+    let host = headers.get(header::HOST).map(|host| host.to_str().unwrap_or("no.text"));
+    if host.is_some_and(|host| !names_this_machine(host) && is_name_of_others(host)) {
+        return strange_host();
+    }
+    next.run(request).await
+}
+
+/// What only browsers send, and always with what is no plain read.
+const BY_A_BROWSER: [&str; 2] = ["origin", "sec-fetch-site"];
+
+fn strange_host() -> Response {
+    forbidden(
+        "the Host header does not name this machine",
+        "ask for http://127.0.0.1:PORT/ or http://localhost:PORT/",
+    )
+}
+
+/// A name that somebody can own, unlike an address, or a word without a dot.
+fn is_name_of_others(host: &str) -> bool {
+    let name = name_of(host);
+    name.trim_end_matches('.').contains('.') && name.parse::<IpAddr>().is_err()
+}
+
+/// Without the port.
+fn name_of(host: &str) -> &str {
+    match host.strip_prefix('[') {
+        Some(rest) => rest.split(']').next().unwrap_or(rest),
+        None => host.split(':').next().unwrap_or(host),
+    }
+}
+
+/// `localhost` or a loopback address, with or without a port.
+fn names_this_machine(host: &str) -> bool {
+    let name = name_of(host);
+    name.eq_ignore_ascii_case("localhost")
+        || name.parse().is_ok_and(|address: IpAddr| address.is_loopback())
+}
+
+fn forbidden(error: &str, hint: &str) -> Response {
+    let body = serde_json::json!({ "error": error, "hint": hint });
+    (StatusCode::FORBIDDEN, Json(body)).into_response()
+}
+
+#[cfg(test)]
+mod tests {
+    use super::{is_name_of_others, names_this_machine};
+
+    #[test]
+    fn names_of_this_machine() {
+        for host in ["localhost", "LOCALHOST:9900", "127.0.0.1", "127.1.2.3:9900", "[::1]:9900"] {
+            assert!(names_this_machine(host), "{host}");
+        }
+        for host in [
+            "",
+            "example.com",
+            "localhost.example.com",
+            "10.0.0.1:9900",
+            "[::2]",
+            "127.0.0.1.nip.io",
+        ] {
+            assert!(!names_this_machine(host), "{host}");
+        }
+    }
+
+    #[test]
+    fn names_that_somebody_can_own() {
+        for host in ["evil.example:9900", "EVIL.example", "127.0.0.1.nip.io", "a.b.", "."] {
+            assert_eq!(is_name_of_others(host), host != ".", "{host}");
+        }
+        for host in ["d", "dispatcher", "x:80", "10.0.0.1:9900", "[2001:db8::1]:80", "localhost."] {
+            assert!(!is_name_of_others(host), "{host}");
+        }
+    }
+}

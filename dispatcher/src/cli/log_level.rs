@@ -1,0 +1,41 @@
+//! `dispatcher log-level`: how much a running dispatcher logs.
+
+use clap::Args;
+use serde_json::{Value, json};
+
+use super::status::clean;
+use super::{AdminArgs, Failure, admin, print};
+
+pub(super) const EXAMPLES: &str = "\
+Examples:
+  dispatcher log-level                            how much is logged now
+  dispatcher log-level debug                      more, from now on
+  dispatcher log-level --json | jq -r .level
+
+It holds until it is changed again, until the next reload, which brings the configuration's log_level back (unless
+DISPATCHER_LOG is set for the dispatcher), or until it ends.";
+
+#[derive(Debug, Args)]
+pub(super) struct LogLevelArgs {
+    /// How much from now on: off, error, warn, info, debug or trace [default: only show it]
+    level: Option<String>,
+    /// The answer as JSON.
+    #[arg(long)]
+    pub(super) json: bool,
+    #[command(flatten)]
+    admin: AdminArgs,
+}
+
+pub(super) fn log_level(arguments: &LogLevelArgs) -> Result<(), Failure> {
+    let place = admin::find(&arguments.admin)?;
+    let answer: Value = match &arguments.level {
+        Some(level) => admin::post(&place, "/v1/log_level", &json!({ "level": level }))?,
+        None => admin::parse(&admin::get(&place, "/v1/log_level")?, &place)?,
+    };
+    if arguments.json {
+        return print(&format!("{answer}\n"));
+    }
+    let word = |key: &str| answer[key].as_str().map(clean);
+    let before = word("previous").map(|level| format!(", {level} before")).unwrap_or_default();
+    print(&format!("{}{before}\n", word("level").unwrap_or_else(|| "?".to_owned())))
+}
