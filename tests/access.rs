@@ -97,19 +97,53 @@ fn a_rate_for_each_client() {
     wait_until("some to be named", || log_lines(&dispatcher, &["reason=rate_limited"]) > 0);
 }
 
+/// Clients kept out that the log speaks of: a line each, and those it says it left out.
+fn told_of(dispatcher: &Dispatcher) -> usize {
+    let log = dispatcher.log();
+    let number = |line: &str, key| {
+        line.split(key).nth(1).map_or(0, |rest| rest.split(' ').next().unwrap().parse().unwrap())
+    };
+    let count = |line: &str| -> usize {
+        if line.contains("event=client_kept_out ") {
+            1 + number(line, " left_out=")
+        } else if line.contains("event=lines_left_out kind=client_kept_out ") {
+            number(line, " count=")
+        } else {
+            0
+        }
+    };
+    log.lines().map(count).sum()
+}
+
 #[test]
-fn a_flood_is_named_at_a_bounded_rate() {
+fn a_flood_is_named_at_a_bounded_rate_and_nobody_is_forgotten() {
     let dispatcher = Dispatcher::start(&config("127.0.0.1:0", "deny = ['127.0.0.0/8']"));
     let _worker = dispatcher.workers("blocking", "web", 1);
     let to = dispatcher.address("web");
     let start = std::time::Instant::now();
-    (0..300).for_each(|_| is_closed(from([127, 0, 0, 1], to)));
+    let mut all = 300;
+    (0..all).for_each(|_| is_closed(from([127, 0, 0, 1], to)));
     let status = dispatcher.status();
     assert_eq!(status.closed["denied"], 300);
+    let limited = dispatcher.metric("dispatcher_log_lines_limited_total");
     // Twenty lines in any second; windows begin with their first line.
     let most = 20 * (start.elapsed().as_secs() as usize + 2);
-    let written = log_lines(&dispatcher, &["event=client_kept_out"]);
-    assert!(written <= most.min(300), "{written} lines, at most {most}");
+    let written = wait_for("those of the first second", || {
+        Some(log_lines(&dispatcher, &["event=client_kept_out"])).filter(|&lines| lines >= 20)
+    });
+    assert!(written <= most, "{written} lines, at most {most}");
+    assert!(limited >= 300.0 - most as f64, "{limited} left out");
+    // With one of the next second it is said how many there were.
+    wait_until("all to be told of", || {
+        is_closed(from([127, 0, 0, 1], to));
+        all += 1;
+        // Lines come a moment later.
+        (0..50).any(|_| {
+            std::thread::sleep(std::time::Duration::from_millis(2));
+            told_of(&dispatcher) == all
+        })
+    });
+    assert!(log_lines(&dispatcher, &["event=client_kept_out"]) < all, "{all}");
 }
 
 #[test]

@@ -394,6 +394,7 @@ fn the_status_tells_the_last_faults_and_who_came_when() {
         peer.send(&encode(&Hello { pool: "wbe".to_owned(), ..hello() }), &[]).unwrap();
         assert!(peer.refusal().reason.contains("wbe"));
         assert_eq!(told("worker_refused", "dispatch_socket", "wbe").0, count);
+        assert_eq!(dispatcher.metric("dispatcher_workers_refused_total"), count as f64);
     }
     let mut workers = dispatcher.workers("tokio", "web", 1);
     let mut clients: Vec<Client> = (0..2).map(|_| Client::connect(address).unwrap()).collect();

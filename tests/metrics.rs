@@ -202,6 +202,34 @@ fn the_text_is_valid_and_true() {
 }
 
 #[test]
+fn what_was_taken_back_is_counted() {
+    let (dispatcher, address) = start_one_pool("handoff_timeout = \"100ms\"");
+    let slow = own_worker(&dispatcher, "slow");
+    dispatcher.wait_joined("web", 1);
+    let streams = connect_at_once(&dispatcher, address, 20);
+    let first = slow.accept().unwrap().unwrap();
+    // There is nobody else: all but the one that it took wait.
+    let status =
+        dispatcher.wait_status("suspicion", |s| pool(s, "web").suspects == 1 && s.held == 19);
+    let web = pool(&status, "web");
+    assert_eq!((web.revoked, web.workers[0].revoked), (19, 19));
+    for (name, value) in [
+        ("suspects_total", 1.0),
+        ("revoked_connections_total", 19.0),
+        ("worker_revoked_connections_total", 19.0),
+        ("held_connections", 19.0),
+        ("custody_connections", 0.0),
+        ("taken_connections_total", 1.0),
+        ("accepted_connections_total", 20.0),
+        ("workers{pool=\"web\",state=\"suspect\"}", 1.0),
+        ("pool_state{pool=\"web\",state=\"back-pressure\"}", 1.0),
+    ] {
+        assert_eq!(dispatcher.metric(&format!("dispatcher_{name}")), value, "{name}");
+    }
+    drop((first, slow, streams));
+}
+
+#[test]
 fn workers_beyond_the_bound_are_in_the_sums_only() {
     let config = format!("metrics_max_workers = 2\n{}", one_pool(""));
     let dispatcher = Dispatcher::start(&config);

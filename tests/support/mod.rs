@@ -234,6 +234,19 @@ impl Dispatcher {
         status
     }
 
+    /// The sum of a metric's series.
+    pub fn metric(&self, name: &str) -> f64 {
+        let (code, body) = http_get(&self.admin(), "/metrics").unwrap();
+        assert_eq!(code, 200, "{body}");
+        let series = body.lines().filter(|line| {
+            line.strip_prefix(name).is_some_and(|rest| rest.starts_with(['{', ' ']))
+        });
+        let values: Vec<f64> =
+            series.map(|line| line.rsplit(' ').next().unwrap().parse().unwrap()).collect();
+        assert!(!values.is_empty(), "{name} in {body}");
+        values.iter().sum()
+    }
+
     pub fn wait_status(&self, what: &str, mut condition: impl FnMut(&Status) -> bool) -> Status {
         let mut last = None;
         let deadline = Instant::now() + PATIENCE;

@@ -1,0 +1,199 @@
+use super::*;
+use crate::status::{ListenerStatus, Meters};
+
+fn status(workers: u64) -> Status {
+    let worker = |id| WorkerStatus {
+        id,
+        name: "a\"b\\c\nd".to_owned(),
+        state: "active".to_owned(),
+        load: 10,
+        ..WorkerStatus::default()
+    };
+    let mut histogram = crate::measure::Histogram::new(crate::measure::HANDOFF);
+    histogram.record(std::time::Duration::from_micros(15));
+    histogram.record(std::time::Duration::from_secs(60));
+    let pool = PoolStatus {
+        name: "web".to_owned(),
+        state: "ready".to_owned(),
+        taken: 5,
+        handoff: histogram.status(),
+        workers: (1..=workers).map(worker).collect(),
+        ..PoolStatus::default()
+    };
+    Status { pools: vec![pool], version: "1.2.3".to_owned(), ..Status::default() }
+}
+
+fn text(workers: u64, max_workers: usize) -> String {
+    let process = Process::look();
+    openmetrics(Snapshot { status: Arc::new(status(workers)), process, max_workers })
+}
+
+#[test]
+fn both_formats() {
+    let open = text(1, 10);
+    assert!(open.ends_with("# EOF\n"));
+    assert!(open.contains("# TYPE dispatcher_taken_connections counter\n"), "{open}");
+    assert!(open.contains("\ndispatcher_taken_connections_total{pool=\"web\"} 5\n"));
+    assert!(open.contains("# UNIT dispatcher_handoff_latency_seconds seconds\n"));
+    let bucket = "dispatcher_handoff_latency_seconds_bucket";
+    assert!(open.contains(&format!("{bucket}{{le=\"0.00001\",pool=\"web\"}} 0\n")), "{open}");
+    assert!(open.contains(&format!("{bucket}{{le=\"0.00002\",pool=\"web\"}} 1\n")));
+    assert!(open.contains(&format!("{bucket}{{le=\"+Inf\",pool=\"web\"}} 2\n")));
+    assert!(open.contains("dispatcher_handoff_latency_seconds_sum{pool=\"web\"} 60.000015\n"));
+
+    let plain = plain(&open);
+    assert!(plain.contains("# TYPE dispatcher_taken_connections_total counter\n"));
+    assert!(plain.contains("# HELP dispatcher_taken_connections_total Connections taken"));
+    assert!(!plain.contains("# EOF") && !plain.contains("# UNIT"));
+    let samples = |text: &str| text.lines().filter(|line| !line.starts_with('#')).count();
+    assert_eq!(samples(&open), samples(&plain));
+}
+
+#[test]
+fn names_cannot_break_a_line() {
+    let open = text(1, 10);
+    assert!(open.contains(
+        "dispatcher_worker_live_connections{pool=\"web\",worker=\"a\\\"b\\\\c\\nd\",id=\"1\"} 10\n"
+    ), "{open}");
+}
+
+#[test]
+fn series_of_workers_are_bounded() {
+    let open = text(20, 3);
+    let lines = |start: &str| open.lines().filter(|line| line.starts_with(start)).count();
+    assert_eq!(lines("dispatcher_worker_live_connections{"), 3);
+    assert_eq!(lines("dispatcher_worker_state{"), 3);
+    assert!(open.contains("dispatcher_workers_not_shown{pool=\"web\"} 17\n"));
+    // The pool's sums have all of them.
+    assert!(open.contains("dispatcher_live_connections{pool=\"web\"} 200\n"));
+    let none = text(20, 0);
+    assert!(!none.contains("dispatcher_worker_"), "{none}");
+    assert!(none.contains("dispatcher_workers_not_shown{pool=\"web\"} 20\n"));
+}
+
+/// Every number is another one, so that none can stand for another, nor for nothing.
+#[test]
+fn each_number_has_its_own_place() {
+    let histogram = |count| Distribution {
+        up_to_nanoseconds: vec![1_000_000_000],
+        counts: vec![count, 1],
+        sum_nanoseconds: 5_000_000_000,
+    };
+    let worker = WorkerStatus {
+        id: 31,
+        name: "w".to_owned(),
+        state: "suspect".to_owned(),
+        load: 19,
+        custody: 20,
+        max_connections: 21,
+        weight: 22,
+        taken: 23,
+        finished: 24,
+        revoked: 25,
+        channel_full: 26,
+        ..WorkerStatus::default()
+    };
+    let pool = PoolStatus {
+        name: "p".to_owned(),
+        state: "back-pressure".to_owned(),
+        held: 11,
+        taken: 12,
+        revoked: 13,
+        lost: 14,
+        suspects: 15,
+        channel_full: 16,
+        joined: 17,
+        gone: 18,
+        handoff: histogram(32),
+        workers: vec![worker],
+        ..PoolStatus::default()
+    };
+    let listener = ListenerStatus {
+        name: "l".to_owned(),
+        pool: "p".to_owned(),
+        state: "paused".to_owned(),
+        accepted: 8,
+        closed: [("denied".to_owned(), 9)].into(),
+        tracked_clients: 10,
+        ..ListenerStatus::default()
+    };
+    let status = Status {
+        version: "1.2.3".to_owned(),
+        uptime_seconds: 30,
+        stopping: true,
+        returned: 2,
+        meters: Meters {
+            decision: histogram(33),
+            turn: histogram(34),
+            accept_pauses: 3,
+            workers_refused: 4,
+            log_lines_dropped: 5,
+            log_lines_limited: 6,
+            residual: -7,
+        },
+        listeners: vec![listener],
+        pools: vec![pool],
+        ..Status::default()
+    };
+    let process = Process { open_fds: 27, max_fds: 28, resident_bytes: 29 };
+    let text = openmetrics(Snapshot { status: Arc::new(status), process, max_workers: 1 });
+    let samples: Vec<&str> = text
+        .lines()
+        .filter(|line| !line.starts_with('#') && !line.contains("_bucket{"))
+        .map(|line| line.strip_prefix("dispatcher_").unwrap())
+        .collect();
+    let expected = r#"build_info{version="1.2.3"} 1
+uptime_seconds 30
+stopping 1
+returned_connections_total 2
+conservation_residual -7
+decision_seconds_sum{} 5.0
+decision_seconds_count{} 34
+turn_seconds_sum{} 5.0
+turn_seconds_count{} 35
+accept_pauses_total 3
+workers_refused_total 4
+log_lines_dropped_total 5
+log_lines_limited_total 6
+open_fds 27
+max_fds 28
+resident_memory_bytes 29
+accepted_connections_total{listener="l",pool="p"} 8
+closed_connections_total{listener="l",pool="p",reason="denied"} 9
+listener_state{listener="l",pool="p",state="accepting"} 0
+listener_state{listener="l",pool="p",state="paused"} 1
+listener_state{listener="l",pool="p",state="refusing"} 0
+listener_state{listener="l",pool="p",state="closed"} 0
+tracked_clients{listener="l",pool="p"} 10
+pool_state{pool="p",state="ready"} 0
+pool_state{pool="p",state="back-pressure"} 1
+pool_state{pool="p",state="no-worker"} 0
+pool_state{pool="p",state="refusing"} 0
+held_connections{pool="p"} 11
+custody_connections{pool="p"} 20
+taken_connections_total{pool="p"} 12
+revoked_connections_total{pool="p"} 13
+lost_connections_total{pool="p"} 14
+suspects_total{pool="p"} 15
+channel_full_total{pool="p"} 16
+workers_joined_total{pool="p"} 17
+workers_gone_total{pool="p"} 18
+workers{pool="p",state="active"} 0
+workers{pool="p",state="suspect"} 1
+workers{pool="p",state="draining"} 0
+live_connections{pool="p"} 19
+capacity_connections{pool="p"} 21
+handoff_latency_seconds_sum{pool="p"} 5.0
+handoff_latency_seconds_count{pool="p"} 33
+workers_not_shown{pool="p"} 0
+worker_state{pool="p",worker="w",id="31",state="suspect"} 1
+worker_live_connections{pool="p",worker="w",id="31"} 19
+worker_custody_connections{pool="p",worker="w",id="31"} 20
+worker_max_connections{pool="p",worker="w",id="31"} 21
+worker_weight{pool="p",worker="w",id="31"} 22
+worker_taken_connections_total{pool="p",worker="w",id="31"} 23
+worker_finished_connections_total{pool="p",worker="w",id="31"} 24
+worker_revoked_connections_total{pool="p",worker="w",id="31"} 25
+worker_channel_full_total{pool="p",worker="w",id="31"} 26"#;
+    assert_eq!(samples, expected.lines().collect::<Vec<_>>());
+}
