@@ -4,6 +4,7 @@
 mod support;
 
 use std::io::Read;
+use std::os::unix::net::UnixStream;
 use std::process::{Command, Output, Stdio};
 
 use serde_json::Value;
@@ -185,38 +186,193 @@ fn the_status_is_shown_again_until_nobody_reads() {
     assert!(watching.wait().unwrap().success());
 }
 
-#[test]
-fn over_tcp_one_can_read_and_change_nothing() {
-    let config = format!("admin_http = \"127.0.0.1:0\"\n{}", one_pool(""));
-    let dispatcher = Dispatcher::start(&config);
-    let _worker = dispatcher.workers("blocking", "web", 1);
-    wait_for_log(&dispatcher, "event=admin_http address=");
-    let log = dispatcher.log();
-    let address = log.split("event=admin_http address=").nth(1).unwrap().lines().next().unwrap();
-    let ask = |request: &str| {
-        let mut stream = std::net::TcpStream::connect(address).unwrap();
-        stream.set_read_timeout(Some(PATIENCE)).unwrap();
-        let head = format!("{request} HTTP/1.1\r\nHost: {address}\r\nConnection: close\r\n\r\n");
-        std::io::Write::write_all(&mut stream, head.as_bytes()).unwrap();
-        let mut answer = String::new();
-        stream.read_to_string(&mut answer).unwrap();
-        answer
-    };
-    for path in [
-        "/v1/status",
-        "/v1/workers/web%2Fw0",
-        "/v1/pools/web",
-        "/healthz",
-        "/readyz",
-        "/metrics",
-        "/",
-    ] {
-        let answer = ask(&format!("GET {path}"));
-        assert!(answer.starts_with("HTTP/1.1 200 "), "{path}: {answer}");
+/// One request; the code, the head and the body of the answer.
+fn ask(
+    mut stream: impl Read + std::io::Write,
+    request: &str,
+    host: &str,
+    body: &str,
+) -> (u16, String, String) {
+    let head = format!("{request} HTTP/1.1\r\nHost: {host}\r\nConnection: close\r\n");
+    let kind = "Content-Type: application/json\r\nContent-Length: ";
+    write!(stream, "{head}{kind}{}\r\n\r\n{body}", body.len()).unwrap();
+    let mut answer = String::new();
+    stream.read_to_string(&mut answer).unwrap();
+    let (head, body) = answer.split_once("\r\n\r\n").unwrap();
+    let code = head.split(' ').nth(1).unwrap().parse().unwrap();
+    (code, head.to_ascii_lowercase(), body.to_owned())
+}
+
+/// What can be asked for, and what can be told there.
+const ROUTES: [(&str, &str, &str); 12] = [
+    ("/", "GET, HEAD", ""),
+    ("/v1/status", "GET, HEAD", ""),
+    ("/v1/pools/web", "GET, HEAD, POST", r#"{"action": "drain"}"#),
+    ("/v1/pools/web/history", "GET, HEAD", ""),
+    ("/v1/pools/web/explain", "GET, HEAD", ""),
+    ("/v1/workers", "GET, HEAD, POST", r#"{"action": "weight", "weight": 7}"#),
+    ("/v1/workers/web%2Fweb-1", "GET, HEAD, POST", r#"{"action": "drain"}"#),
+    ("/v1/log_level", "GET, HEAD, POST", r#"{"level": "error"}"#),
+    ("/v1/reload", "POST", ""),
+    ("/metrics", "GET, HEAD", ""),
+    ("/healthz", "GET, HEAD", ""),
+    ("/readyz", "GET, HEAD", ""),
+];
+
+/// What is the same however often one asks.
+fn lasting(path: &str, body: &str) -> Value {
+    match path {
+        "/v1/status" => {
+            let status: Value = serde_json::from_str(body).unwrap();
+            serde_json::json!([
+                status["pid"],
+                status["accepted"],
+                status["pools"],
+                status["listeners"]
+            ])
+        }
+        "/metrics" => {
+            let series = body.lines().filter(|line| !line.starts_with('#'));
+            let names: Vec<&str> = series.map(|line| line.rsplit_once(' ').unwrap().0).collect();
+            assert!(names.len() > 50);
+            serde_json::json!(names)
+        }
+        "/v1/pools/web/explain" => {
+            let mut next: Value = serde_json::from_str(body).unwrap();
+            assert!(next.as_object_mut().unwrap().remove("at").is_some());
+            next
+        }
+        // Each has a nonce of its own, always as long.
+        "/" => body.len().into(),
+        _ => serde_json::from_str(body).unwrap_or_else(|_| body.into()),
     }
-    let answer = ask("POST /v1/workers/web%2Fw0");
-    assert!(answer.starts_with("HTTP/1.1 403 ") && answer.contains("admin socket"), "{answer}");
-    assert_eq!(state(&dispatcher, "w0").as_deref(), Some("active"));
+}
+
+/// A pool with a process of its own and history.
+fn spawned() -> String {
+    let program = example("test-worker");
+    let command = format!("command = [{:?}, \"blocking\"]", program.to_str().unwrap());
+    let pool = one_pool("history = 5");
+    format!("{pool}\n[pool.web.spawn]\n{command}\nprocesses = 1\n")
+}
+
+#[test]
+fn over_tcp_one_can_read_everything_and_change_nothing() {
+    let config = format!("admin_http = \"127.0.0.1:0\"\n{}", spawned());
+    let dispatcher = Dispatcher::start(&config);
+    dispatcher.wait_joined("web", 1);
+    Client::connect(dispatcher.address("web")).unwrap().finish();
+    dispatcher.wait_status("its end", |s| s.taken == 1 && loads(s, "web").0 == [0]);
+    let address = admin_http(&dispatcher);
+    let socket = || UnixStream::connect(dispatcher.admin()).unwrap();
+    let tcp = || std::net::TcpStream::connect(&address).unwrap();
+    let before = lasting("/v1/status", &ask(socket(), "GET /v1/status", "d", "").2);
+    // A reload would change this.
+    write_config(&dispatcher.dir, &config.replace("history = 5", "policy = \"random\""));
+
+    for (path, possible, body) in ROUTES {
+        for method in ["GET", "HEAD", "POST", "PUT", "PATCH", "DELETE", "OPTIONS"] {
+            let request = format!("{method} {path}");
+            let reads = ["GET", "HEAD"].contains(&method);
+            let is_possible = possible.split(", ").any(|one| one == method);
+            let there = ask(tcp(), &request, &address, if reads { "" } else { body });
+            if !reads {
+                assert_eq!(there.0, 403, "{request}: {there:?}");
+                let said: Value = serde_json::from_str(&there.2).unwrap();
+                assert!(said["hint"].as_str().unwrap().contains("admin socket"), "{said}");
+            }
+            // What it can do there is seen to be done only by the next test.
+            if is_possible && !reads {
+                continue;
+            }
+            let here = ask(socket(), &request, "d", "");
+            assert_eq!(here.0, if is_possible { 200 } else { 405 }, "{request}: {here:?}");
+            if !is_possible {
+                let allow = format!("allow: {}", possible.to_ascii_lowercase());
+                assert!(here.1.contains(&allow), "{request}: {here:?}");
+            }
+            if !reads {
+                continue;
+            }
+            assert_eq!(there.0, here.0, "{request}: {there:?}");
+            match method {
+                "GET" if is_possible => {
+                    assert_eq!(lasting(path, &there.2), lasting(path, &here.2), "{path}");
+                }
+                "GET" => assert_eq!(there.2, here.2, "{path}"),
+                _ => assert_eq!((there.2.as_str(), here.2.as_str()), ("", ""), "{path}"),
+            }
+        }
+    }
+    for stranger in ["/v2", "/v1/pools/wep", "/v1/workers/99"] {
+        assert_eq!(ask(tcp(), &format!("GET {stranger}"), &address, "").0, 404, "{stranger}");
+    }
+    let history = ask(tcp(), "GET /v1/pools/web/history", &address, "").2;
+    let history: Value = serde_json::from_str(&history).unwrap();
+    assert_eq!(history["decisions"].as_array().map(Vec::len), Some(1), "{history}");
+    let after = lasting("/v1/status", &ask(socket(), "GET /v1/status", "d", "").2);
+    assert_eq!(before, after, "nothing has changed");
+    let level = ask(socket(), "GET /v1/log_level", "d", "").2;
+    assert!(level.contains("debug"), "{level}");
+}
+
+#[test]
+fn everything_can_be_told_over_the_socket_without_the_command() {
+    let dispatcher = Dispatcher::start(&spawned());
+    dispatcher.wait_joined("web", 1);
+    let post = |path: &str, body: &str| {
+        let stream = UnixStream::connect(dispatcher.admin()).unwrap();
+        let (code, _, answer) = ask(stream, &format!("POST {path}"), "d", body);
+        (code, serde_json::from_str::<Value>(&answer).unwrap())
+    };
+    let weights = || -> Vec<u32> {
+        pool(&dispatcher.status(), "web").workers.iter().map(|worker| worker.weight).collect()
+    };
+    let (code, scaled) = post("/v1/pools/web", r#"{"action": "scale", "processes": 3}"#);
+    assert_eq!((code, &scaled["processes"], &scaled["before"]), (200, &3.into(), &1.into()));
+    dispatcher.wait_joined("web", 3);
+    let one = r#"{"action": "weight", "weight": 3}"#;
+    let (code, said) = post("/v1/workers/1", one);
+    assert_eq!((code, &said["workers"][0]["id"]), (200, &1.into()), "{said}");
+    assert_eq!(weights(), [3, 1, 1]);
+    assert_eq!(post("/v1/workers/web%2Fweb-1", &one.replace('3', "5")).0, 200);
+    assert_eq!(weights(), [5, 1, 1]);
+    assert_eq!(post("/v1/pools/web", &one.replace('3', "8")).0, 200);
+    assert_eq!(weights(), [8; 3]);
+    assert_eq!(post("/v1/workers", &one.replace('3', "9")).0, 200);
+    assert_eq!(weights(), [9; 3]);
+    assert_eq!(post("/v1/pools/web", r#"{"action": "scale", "by": -2}"#).0, 200);
+    dispatcher.wait_joined("web", 1);
+    let (code, level) = post("/v1/log_level", r#"{"level": "error"}"#);
+    assert_eq!((code, level), (200, serde_json::json!({"level": "error", "previous": "debug"})));
+
+    for (path, body, code) in [
+        ("/v1/workers/1", r#"{"action": "weight", "weight": 0}"#, 400),
+        ("/v1/workers/1", r#"{"action": "weight", "weight": 65536}"#, 400),
+        ("/v1/workers/1", r#"{"action": "scale", "processes": 2}"#, 400),
+        ("/v1/workers", r#"{"action": "scale", "processes": 2}"#, 400),
+        ("/v1/pools/web", r#"{"action": "scale"}"#, 400),
+        ("/v1/pools/web", r#"{"action": "scale", "processes": 2, "by": 1}"#, 400),
+        ("/v1/pools/web", r#"{"action": "drain", "deadline": "soon"}"#, 400),
+        ("/v1/pools/wep", r#"{"action": "drain"}"#, 404),
+        ("/v1/workers/77", one, 404),
+        ("/v1/workers/1", r#"{"action": "explode"}"#, 422),
+        ("/v1/workers/1", r#"{"action": "drain", "dedline": "1s"}"#, 422),
+        ("/v1/log_level", r#"{"level": "loud"}"#, 400),
+        ("/v1/log_level", "debug", 400),
+    ] {
+        let (got, said) = post(path, body);
+        assert_eq!(got, code, "{path} {body}: {said}");
+        assert!(said["error"].is_string() && said["hint"].is_string(), "{path} {body}: {said}");
+    }
+    assert_eq!(weights(), [9]);
+}
+
+/// Where it listens for HTTP over TCP.
+fn admin_http(dispatcher: &Dispatcher) -> String {
+    wait_for_log(dispatcher, "event=admin_http address=");
+    let log = dispatcher.log();
+    log.split("event=admin_http address=").nth(1).unwrap().lines().next().unwrap().to_owned()
 }
 
 #[test]
@@ -233,4 +389,19 @@ fn other_machines_are_refused_unless_wanted() {
     assert_eq!(code, Some(78));
     assert!(error.contains("admin_http_allow_remote") && error.contains("^^^"), "{error}");
     assert_eq!(check(&format!("admin_http_allow_remote = true\n{config}")).0, Some(0));
+
+    // Then under any name, and still for reading only.
+    let dispatcher = Dispatcher::start(&format!("admin_http_allow_remote = true\n{config}"));
+    let address = admin_http(&dispatcher);
+    let port = address.strip_prefix("0.0.0.0:").expect(&address).parse::<u16>().unwrap();
+    let tcp = || std::net::TcpStream::connect(("127.0.0.1", port)).unwrap();
+    let host = "dispatcher.example.com:9900";
+    assert_eq!(ask(tcp(), "GET /v1/status", host, "").0, 200);
+    assert_eq!(ask(tcp(), "POST /v1/reload", host, "").0, 403);
+    // On a loopback address only a name of this machine is a good one.
+    let dispatcher = Dispatcher::start(&config.replace("0.0.0.0", "127.0.0.1"));
+    let address = admin_http(&dispatcher);
+    let tcp = || std::net::TcpStream::connect(&address).unwrap();
+    assert_eq!(ask(tcp(), "GET /v1/status", host, "").0, 403);
+    assert_eq!(ask(tcp(), "GET /v1/status", "localhost", "").0, 200);
 }
