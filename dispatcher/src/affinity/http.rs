@@ -1,8 +1,8 @@
 //! Keys in the first request of HTTP/1: cookie, path or query, form field, header field.
 //!
 //! Of several with the same name the first counts that has a value. HTTP/2, and anything that is no HTTP, has no key.
+//! A value is decoded into a buffer of the caller's, and only if it is the one: nothing is allocated for a client.
 
-use std::borrow::Cow;
 use std::mem::MaybeUninit;
 
 use httparse::{Header, Request, Status};
@@ -21,7 +21,7 @@ pub(super) fn cookie<'a>(bytes: &'a [u8], name: &str) -> Found<'a> {
             .filter_map(|pair| pair_named(pair, name.as_bytes()))
             .map(unquoted)
             .find(|value| !value.is_empty())
-            .map_or(Found::Nothing, |value| Found::Value(Cow::Borrowed(value)))
+            .map_or(Found::Nothing, Found::Value)
     })
 }
 
@@ -31,12 +31,12 @@ pub(super) fn header<'a>(bytes: &'a [u8], name: &str) -> Found<'a> {
         fields(headers, name)
             .map(<[u8]>::trim_ascii)
             .find(|value| !value.is_empty())
-            .map_or(Found::Nothing, |value| Found::Value(Cow::Borrowed(value)))
+            .map_or(Found::Nothing, Found::Value)
     })
 }
 
 /// The value of a path parameter, or else of a query parameter.
-pub(super) fn url<'a>(bytes: &'a [u8], name: &str) -> Found<'a> {
+pub(super) fn url<'a>(bytes: &'a [u8], name: &str, scratch: &'a mut Vec<u8>) -> Found<'a> {
     let mut headers = [MaybeUninit::uninit(); MAX_HEADERS];
     let mut request = Request::new(&mut []);
     let parsed = request.parse_with_uninit_headers(bytes, &mut headers);
@@ -52,28 +52,32 @@ pub(super) fn url<'a>(bytes: &'a [u8], name: &str) -> Found<'a> {
         .split('/')
         .flat_map(|segment| segment.split(';').skip(1))
         .filter_map(|parameter| parameter.split_once('='))
-        .filter(|(key, _)| percent_decode(key.as_bytes()).eq(name.bytes()))
-        .map(|(_, value)| Cow::from(percent_decode(value.as_bytes())))
-        .find(|value| !value.is_empty());
-    match parameter.or_else(|| urlencoded(query.as_bytes(), name)) {
-        Some(value) => Found::Value(value),
+        .find(|(key, value)| !value.is_empty() && Escapes::Percent.say(key.as_bytes(), name));
+    if let Some((_, value)) = parameter {
+        return Found::Value(Escapes::Percent.decoded(value.as_bytes(), scratch));
+    }
+    match urlencoded(query.as_bytes(), name) {
+        Some(value) => Found::Value(Escapes::Form.decoded(value, scratch)),
         None => Found::Nothing,
     }
 }
 
 /// The value of a field in a form's body.
-pub(super) fn form<'a>(bytes: &'a [u8], name: &str) -> Found<'a> {
+pub(super) fn form<'a>(bytes: &'a [u8], name: &str, scratch: &'a mut Vec<u8>) -> Found<'a> {
     with_head(bytes, |headers, head| {
         let Some(length) = form_length(headers) else { return Found::Nothing };
         let body = bytes.get(head..).unwrap_or_default();
-        if let Some(body) = body.get(..length) {
-            return urlencoded(body, name).map_or(Found::Nothing, Found::Value);
-        }
-        // A pair is whole when the next one begins.
-        let whole = body.iter().rposition(|&byte| byte == b'&').unwrap_or(0);
-        match body.get(..whole).and_then(|body| urlencoded(body, name)) {
-            Some(value) => Found::Value(value),
-            None => Found::More,
+        let (whole, otherwise) = match body.get(..length) {
+            Some(body) => (body, Found::Nothing),
+            // A pair is whole when the next one begins.
+            None => {
+                let end = body.iter().rposition(|&byte| byte == b'&').unwrap_or(0);
+                (body.get(..end).unwrap_or_default(), Found::More)
+            }
+        };
+        match urlencoded(whole, name) {
+            Some(value) => Found::Value(Escapes::Form.decoded(value, scratch)),
+            None => otherwise,
         }
     })
 }
@@ -121,12 +125,47 @@ fn unquoted(value: &[u8]) -> &[u8] {
     value.strip_prefix(b"\"").and_then(|value| value.strip_suffix(b"\"")).unwrap_or(value)
 }
 
-fn urlencoded<'a>(pairs: &'a [u8], name: &str) -> Option<Cow<'a, [u8]>> {
-    form_urlencoded::parse(pairs)
-        .filter(|(key, _)| key == name)
-        .map(|(_, value)| match value {
-            Cow::Borrowed(text) => Cow::Borrowed(text.as_bytes()),
-            Cow::Owned(text) => Cow::Owned(text.into_bytes()),
+/// The first value of this name, as it stands there. It is empty only if it stands for nothing.
+fn urlencoded<'a>(pairs: &'a [u8], name: &str) -> Option<&'a [u8]> {
+    pairs.split(|&byte| byte == b'&').find_map(|pair| {
+        let at = pair.iter().position(|&byte| byte == b'=')?;
+        let (key, value) = pair.split_at_checked(at)?;
+        let value = value.get(1..).filter(|value| !value.is_empty())?;
+        Escapes::Form.say(key, name).then_some(value)
+    })
+}
+
+/// How bytes are written that cannot stand for themselves.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+enum Escapes {
+    /// `%20`: in a path.
+    Percent,
+    /// The same, and `+` for a space: in queries and forms.
+    Form,
+}
+
+impl Escapes {
+    fn decode(self, bytes: &[u8]) -> impl Iterator<Item = u8> {
+        let parts = bytes.split(move |&byte| self == Escapes::Form && byte == b'+');
+        parts.enumerate().flat_map(|(n, part)| {
+            let space = (n > 0).then_some(b' ');
+            space.into_iter().chain(percent_decode(part))
         })
-        .find(|value| !value.is_empty())
+    }
+
+    fn say(self, bytes: &[u8], what: &str) -> bool {
+        self.decode(bytes).eq(what.bytes())
+    }
+
+    fn decoded<'a>(self, bytes: &'a [u8], scratch: &'a mut Vec<u8>) -> &'a [u8] {
+        let plain = |&byte: &u8| byte != b'%' && (self == Escapes::Percent || byte != b'+');
+        if bytes.iter().all(plain) {
+            return bytes;
+        }
+        scratch.clear();
+        // Decoded it is never longer; so the buffer grows to the most that is ever looked at, and no further.
+        scratch.reserve(bytes.len());
+        scratch.extend(self.decode(bytes));
+        scratch
+    }
 }

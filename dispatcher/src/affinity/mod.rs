@@ -9,7 +9,6 @@ mod sni;
 #[cfg(test)]
 mod tests;
 
-use std::borrow::Cow;
 use std::fmt;
 use std::net::IpAddr;
 
@@ -76,10 +75,13 @@ pub enum Look {
 /// What a reader of first bytes has found.
 #[derive(Debug)]
 enum Found<'a> {
-    Value(Cow<'a, [u8]>),
+    Value(&'a [u8]),
     More,
     Nothing,
 }
+
+/// Longest name of a server: DNS has no longer ones.
+const MAX_SERVER_NAME: usize = 255;
 
 impl KeySource {
     /// Whether the key is in the first bytes.
@@ -111,18 +113,19 @@ impl KeySource {
 
     /// What the first bytes say, from the very first on. With `end`, there will be no more of them.
     ///
-    /// Whatever was said of fewer bytes, other than [`Look::More`], is said of more bytes too.
-    pub fn of_first_bytes(&self, bytes: &[u8], end: bool) -> Look {
+    /// Whatever was said of fewer bytes, other than [`Look::More`], is said of more bytes too. `scratch` is for what has to be
+    /// decoded: kept by the caller, so that it is warm.
+    pub fn of_first_bytes(&self, bytes: &[u8], end: bool, scratch: &mut Vec<u8>) -> Look {
         let found = match self {
             KeySource::ClientIp { .. } => Found::Nothing,
             KeySource::Cookie(name) => http::cookie(bytes, name),
-            KeySource::Url(name) => http::url(bytes, name),
-            KeySource::Form(name) => http::form(bytes, name),
+            KeySource::Url(name) => http::url(bytes, name, scratch),
+            KeySource::Form(name) => http::form(bytes, name, scratch),
             KeySource::Header(name) => http::header(bytes, name),
-            KeySource::Sni => sni::server_name(bytes),
+            KeySource::Sni => sni::server_name(bytes, scratch),
         };
         match found {
-            Found::Value(value) => match self.of_value(&value) {
+            Found::Value(value) => match self.of_value(value) {
                 Some(known) => Look::Known(known),
                 None => Look::Unknown,
             },
@@ -140,8 +143,12 @@ impl KeySource {
                 Some(Known { key, route: None })
             }
             KeySource::Sni => {
-                let name = value.strip_suffix(b".").unwrap_or(value).to_ascii_lowercase();
-                let key = Some(AffinityKey::of(&name)).filter(|_| !name.is_empty())?;
+                let value = value.strip_suffix(b".").unwrap_or(value);
+                let mut name = [0; MAX_SERVER_NAME];
+                let name = name.get_mut(..value.len())?;
+                name.copy_from_slice(value);
+                name.make_ascii_lowercase();
+                let key = Some(AffinityKey::of(name)).filter(|_| !name.is_empty())?;
                 Some(Known { key, route: None })
             }
             KeySource::Cookie(_)

@@ -31,12 +31,14 @@ fn header(name: &str) -> KeySource {
 #[track_caller]
 fn look(source: &KeySource, bytes: impl AsRef<[u8]>) -> Look {
     let bytes = bytes.as_ref();
-    let whole = source.of_first_bytes(bytes, false);
+    // Whatever is in it from an earlier client says nothing of this one.
+    let mut scratch = b"left from before".to_vec();
+    let whole = source.of_first_bytes(bytes, false, &mut scratch);
     for cut in 0..bytes.len() {
-        let said = source.of_first_bytes(&bytes[..cut], false);
+        let said = source.of_first_bytes(&bytes[..cut], false, &mut scratch);
         assert!(said == Look::More || said == whole, "{cut} bytes: {said:?}, all: {whole:?}");
     }
-    assert_ne!(source.of_first_bytes(bytes, true), Look::More);
+    assert_ne!(source.of_first_bytes(bytes, true, &mut scratch), Look::More);
     whole
 }
 
@@ -171,8 +173,8 @@ fn no_http_no_key() {
         assert_eq!(look(&KeySource::Sni, bytes), Look::Unknown);
     }
     for source in [cookie("a"), url("a"), form("a"), header("a"), KeySource::Sni] {
-        assert_eq!(source.of_first_bytes(b"", false), Look::More);
-        assert_eq!(source.of_first_bytes(b"", true), Look::Unknown);
+        assert_eq!(source.of_first_bytes(b"", false, &mut Vec::new()), Look::More);
+        assert_eq!(source.of_first_bytes(b"", true, &mut Vec::new()), Look::Unknown);
         assert!(source.is_peeked());
     }
 }
@@ -214,6 +216,8 @@ fn server_names() {
     // A name in the configuration's or an application's words is the same name.
     assert_eq!(KeySource::Sni.of_value(b"A.TEST."), KeySource::Sni.of_value(b"a.test"));
     assert_eq!(KeySource::Sni.of_value(b"."), None);
+    assert!(KeySource::Sni.of_value(&[b'a'; 255]).is_some());
+    assert_eq!(KeySource::Sni.of_value(&[b'a'; 256]), None, "no server is called that");
 }
 
 #[test]
@@ -237,7 +241,7 @@ fn addresses() {
     assert_eq!(whole.of_peer(&PeerAddr::Unix), None);
     assert_eq!(whole.of_value(b"192.0.2.1").unwrap().key, of(&whole, "192.0.2.1"));
     assert_eq!(whole.of_value(b"somebody"), None);
-    assert_eq!(whole.of_first_bytes(b"x", false), Look::Unknown);
+    assert_eq!(whole.of_first_bytes(b"x", false, &mut Vec::new()), Look::Unknown);
     assert!(!whole.is_peeked());
     assert_eq!(cookie("a").of_peer(&PeerAddr::Unix), None);
 }
@@ -273,6 +277,16 @@ fn likely() -> impl Strategy<Value = Vec<u8>> {
 }
 
 proptest! {
+    /// Against the crate that does it in browsers' and servers' stead, which allocates for each of them.
+    #[test]
+    fn pairs_are_read_as_elsewhere(pairs in "(id|i%64|x|%69+d|%C3%A4)?(=|==|&|%|%4|%zz|%41|[a+&=])*") {
+        let expected = form_urlencoded::parse(pairs.as_bytes())
+            .find(|(key, value)| key == "id" && !value.is_empty())
+            .map_or(Look::Unknown, |(_, value)| key(&value));
+        prop_assert_eq!(look(&url("id"), get(&format!("/?{pairs}"), "")), expected);
+        prop_assert_eq!(look(&form("id"), post(FORM, &pairs)), expected);
+    }
+
     #[test]
     fn any_bytes_cut_anywhere_give_the_same_answer(
         bytes in prop_oneof![4 => likely(), 1 => prop::collection::vec(any::<u8>(), 0..300)]

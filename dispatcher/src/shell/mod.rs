@@ -137,6 +137,7 @@ struct Shell {
     entries: Vec<Entry>,
     record: Vec<u8>,
     first_bytes: Vec<u8>,
+    decoded: Vec<u8>,
 }
 
 /// What peers and shortages can make us log again and again.

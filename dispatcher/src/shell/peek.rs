@@ -53,7 +53,7 @@ impl Shell {
                     || count == most
                     || is_enough(&mut conn.looked, count, peek.max_bytes);
                 let bytes = self.first_bytes.get(..count).unwrap_or_default();
-                match affinity.key.of_first_bytes(bytes, last) {
+                match affinity.key.of_first_bytes(bytes, last, &mut self.decoded) {
                     Look::Known(known) => Some(known),
                     Look::More => return self.watch_first_bytes(id),
                     Look::Unknown => None,

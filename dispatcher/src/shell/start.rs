@@ -161,6 +161,7 @@ impl Shell {
             entries: Vec::new(),
             record: Vec::new(),
             first_bytes: Vec::new(),
+            decoded: Vec::new(),
         };
         log::info!(
             "event=ready version={} pid={} dispatch_socket={}",

@@ -100,15 +100,19 @@ impl Homes {
 
     /// Panics unless `entries` are exactly those that are counted. For checks.
     pub(super) fn check(&self, entries: impl Iterator<Item = u32>) {
-        let mut counts = vec![0; self.homes.len()];
-        entries.for_each(|at| counts[at as usize] += 1);
-        for (at, (home, count)) in self.homes.iter().zip(counts).enumerate() {
-            assert_eq!(home.entries, count, "entries of home {at}");
-            let free = self.free.contains(&(at as u32));
+        // A number for each home, whose sums are equal only if the counts are: a table of counts would be memory of the hot
+        // thread, which is watched.
+        let mark = |at: u32| AffinityKey::of(&at.to_ne_bytes()).0;
+        let found = entries.fold(0u64, |sum, at| sum.wrapping_add(mark(at)));
+        let mut counted = 0u64;
+        for (at, home) in (0..).zip(&self.homes) {
+            counted = counted.wrapping_add(mark(at).wrapping_mul(u64::from(home.entries)));
+            let free = self.free.contains(&at);
             assert_eq!(free, home.entries == 0 && home.worker == NOBODY, "home {at}");
             if let Some(name) = home.name.filter(|_| !free) {
-                assert_eq!(self.named.get(&name), Some(&(at as u32)));
+                assert_eq!(self.named.get(&name), Some(&at));
             }
         }
+        assert_eq!(found, counted, "entries of all homes");
     }
 }
