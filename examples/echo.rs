@@ -22,15 +22,12 @@ fn main() -> Result<(), Box<dyn std::error::Error>> {
         }
     });
 
-    let mut threads = Vec::new();
     for connection in worker.incoming() {
-        threads.retain(|thread: &thread::JoinHandle<_>| !thread.is_finished());
-        threads.push(thread::spawn(move || echo(&connection)));
+        thread::spawn(move || echo(&connection));
     }
-    // Closed, or drained by an operator: what we have is served to its end, and counted meanwhile.
-    for thread in threads {
-        let _ = thread.join();
-    }
+    // Drained by an operator, or closed: goodbye, and what we have is served to its end.
+    worker.close();
+    worker.wait_until_idle();
     Ok(())
 }
 

@@ -3,7 +3,8 @@
 
 mod support;
 
-use std::io::Read;
+use std::io::{Read, Write};
+use std::net::TcpStream;
 use std::os::unix::net::UnixStream;
 use std::process::{Command, Output, Stdio};
 
@@ -265,7 +266,7 @@ fn over_tcp_one_can_read_everything_and_change_nothing() {
     dispatcher.wait_status("its end", |s| s.taken == 1 && loads(s, "web").0 == [0]);
     let address = admin_http(&dispatcher);
     let socket = || UnixStream::connect(dispatcher.admin()).unwrap();
-    let tcp = || std::net::TcpStream::connect(&address).unwrap();
+    let tcp = || TcpStream::connect(&address).unwrap();
     let before = lasting("/v1/status", &ask(socket(), "GET /v1/status", "d", "").2);
     // A reload would change this.
     write_config(&dispatcher.dir, &config.replace("history = 5", "policy = \"random\""));
@@ -394,14 +395,50 @@ fn other_machines_are_refused_unless_wanted() {
     let dispatcher = Dispatcher::start(&format!("admin_http_allow_remote = true\n{config}"));
     let address = admin_http(&dispatcher);
     let port = address.strip_prefix("0.0.0.0:").expect(&address).parse::<u16>().unwrap();
-    let tcp = || std::net::TcpStream::connect(("127.0.0.1", port)).unwrap();
+    let tcp = || TcpStream::connect(("127.0.0.1", port)).unwrap();
     let host = "dispatcher.example.com:9900";
     assert_eq!(ask(tcp(), "GET /v1/status", host, "").0, 200);
     assert_eq!(ask(tcp(), "POST /v1/reload", host, "").0, 403);
     // On a loopback address only a name of this machine is a good one.
     let dispatcher = Dispatcher::start(&config.replace("0.0.0.0", "127.0.0.1"));
     let address = admin_http(&dispatcher);
-    let tcp = || std::net::TcpStream::connect(&address).unwrap();
+    let tcp = || TcpStream::connect(&address).unwrap();
     assert_eq!(ask(tcp(), "GET /v1/status", host, "").0, 403);
     assert_eq!(ask(tcp(), "GET /v1/status", "localhost", "").0, 200);
+}
+
+/// Programs as the documentation shows them: their `main` returns when nothing is left to serve, and not before.
+#[test]
+fn a_worker_as_in_the_examples_serves_what_it_has_when_it_is_drained_and_then_ends() {
+    for program in ["echo", "mio-echo"] {
+        let (dispatcher, address) = start_one_pool("");
+        let mut command = Command::new(example(program));
+        command.env("DISPATCH_SOCKET", dispatcher.dispatch()).env("DISPATCH_POOL", "web");
+        let mut drained = Process::start(program, command.env("DISPATCH_NAME", "w0"));
+        dispatcher.wait_joined("web", 1);
+        let mut clients = [connect(address), connect(address)];
+        let echo = |client: &mut TcpStream, text: &[u8]| {
+            client.set_read_timeout(Some(PATIENCE)).unwrap();
+            client.write_all(text).unwrap();
+            let mut back = vec![0; text.len()];
+            client.read_exact(&mut back).unwrap();
+            assert_eq!(back, text, "{program}");
+        };
+        clients.iter_mut().for_each(|client| echo(client, b"before"));
+        done(&dispatcher, &["drain", "web/w0"]);
+        // It knows, and has said goodbye: from here on only what it has keeps it.
+        wait_for_log(&dispatcher, "event=worker_goodbye");
+        clients.iter_mut().for_each(|client| echo(client, b"they go on"));
+        let [mut last, first] = clients;
+        drop(first);
+        let one = |status: &_| worker(status, "w0").is_some_and(|worker| worker.load == 1);
+        dispatcher.wait_status("one to be left", one);
+        echo(&mut last, b"the last one, too");
+        assert!(drained.running(), "{program}");
+        drop(last);
+        assert!(drained.wait().success(), "{program} ends with its last connection");
+        let status =
+            dispatcher.wait_status("it to be gone", |status| worker(status, "w0").is_none());
+        assert_eq!((status.taken, status.closed.values().sum::<u64>()), (2, 0));
+    }
 }

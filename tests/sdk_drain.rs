@@ -9,7 +9,7 @@ use std::sync::{Arc, mpsc};
 use std::thread;
 use std::time::Duration;
 
-use fake::{DEADLINE, FakeDispatcher, Peer, is_open, read_to_end};
+use fake::{DEADLINE, FakeDispatcher, Peer, eventually, is_open, read_to_end};
 use mio::{Events, Interest, Poll, Token};
 use tokio::sync::Notify;
 use worker_sdk::mio::MioWorker;
@@ -155,26 +155,147 @@ fn a_resumed_worker_has_no_deadline_and_one_without_a_dispatcher_is_not_drained(
     let mut fake = FakeDispatcher::new();
     let (worker, mut peer) = join(&fake);
     let (client, ours) = fake.client();
-    peer.send_one(&ours);
+    let entry = peer.send_one(&ours);
+    drop(ours);
     let _connection = worker.accept().unwrap().unwrap();
+    peer.release(&entry);
     drain(&peer, Some(Duration::from_secs(3600)));
     assert!(worker.accept().unwrap().is_none());
     fake.stop();
     drop(peer.die());
     fake.start();
     // The next dispatcher knows nothing of a drain: connections come again.
-    thread::scope(|scope| {
+    let (peer, next, second) = thread::scope(|scope| {
         let next = scope.spawn(|| worker.accept().unwrap());
         let mut peer = fake.welcome();
-        let (_second, ours) = fake.client();
+        let (second, ours) = fake.client();
         peer.send_one(&ours);
-        assert!(next.join().unwrap().is_some());
-        drain(&peer, Some(Duration::from_millis(1)));
-        tell(&peer, Channel::Resume(Resume));
-        drop(peer);
+        (peer, next.join().unwrap().unwrap(), second)
     });
     assert!(!worker.is_draining());
-    drop(client);
+    // One that is not resumed shows when the deadline of both has passed.
+    let (other, mut other_peer) = join(&fake);
+    let (mut third, ours) = fake.client();
+    let entry = other_peer.send_one(&ours);
+    drop(ours);
+    let ended = other.accept().unwrap().unwrap();
+    other_peer.release(&entry);
+    let wait = Duration::from_millis(1500);
+    drain(&peer, Some(wait));
+    assert!(worker.accept().unwrap().is_none());
+    tell(&peer, Channel::Resume(Resume));
+    assert!(worker.resumed().unwrap());
+    drain(&other_peer, Some(wait));
+    assert!(other.accept().unwrap().is_none());
+    assert!(read_to_end(&mut third).is_empty());
+    assert!(is_open(&client) && is_open(&second), "their deadline is no more");
+    drop((ended, next));
+}
+
+#[test]
+fn a_callback_that_panics_or_waits_for_the_last_connection_is_in_nobodys_way() {
+    let fake = FakeDispatcher::new();
+    let (worker, mut peer) = join(&fake);
+    let (tell_us, told) = mpsc::channel();
+    let waiting = worker.clone();
+    worker.on_drain(|_| panic!("of a callback, as the test wants it"));
+    worker.on_drain(move |_| {
+        waiting.wait_until_idle();
+        tell_us.send(waiting.live()).unwrap();
+    });
+    for round in 0..2 {
+        let (mut client, ours) = fake.client();
+        let entry = peer.send_one(&ours);
+        drop(ours);
+        let mut connection = worker.accept().unwrap().unwrap();
+        peer.release(&entry);
+        drain(&peer, Some(Duration::ZERO));
+        assert!(worker.accept().unwrap().is_none());
+        assert_eq!(
+            connection.read(&mut [0; 16]).unwrap(),
+            0,
+            "its deadline comes, in round {round}"
+        );
+        assert!(read_to_end(&mut client).is_empty() && told.try_recv().is_err());
+        drop(connection);
+        assert_eq!(
+            told.recv_timeout(DEADLINE),
+            Ok(0),
+            "the next callback is called, in round {round}"
+        );
+        tell(&peer, Channel::Resume(Resume));
+        assert!(worker.resumed().unwrap());
+    }
+    worker.close();
+}
+
+#[test]
+fn callbacks_are_let_go_by_close_once_they_were_told() {
+    let fake = FakeDispatcher::new();
+    let (worker, peer) = join(&fake);
+    // A callback may own a handle of its worker, and anything else.
+    let owned = Arc::new(());
+    let (go_on, goes_on) = mpsc::channel();
+    let (tell_us, told) = mpsc::channel();
+    let (handle, kept) = (worker.clone(), Arc::clone(&owned));
+    let goes_on = std::sync::Mutex::new(goes_on);
+    worker.on_drain(move |_| {
+        let _ = (&handle, &kept);
+        goes_on.lock().unwrap().recv().unwrap();
+    });
+    let kept = Arc::clone(&owned);
+    worker.on_drain(move |_| {
+        let _ = &kept;
+        tell_us.send(()).unwrap();
+    });
+    drain(&peer, None);
+    assert!(worker.accept().unwrap().is_none());
+    worker.close();
+    assert!(matches!(peer.control_record(), Some(Control::Goodbye(_))));
+    assert_eq!(Arc::strong_count(&owned), 3, "they have yet to be told");
+    go_on.send(()).unwrap();
+    told.recv_timeout(DEADLINE).unwrap();
+    eventually("both are let go", || Arc::strong_count(&owned) == 1);
+    // Nothing follows for one that comes later.
+    let kept = Arc::clone(&owned);
+    worker.on_drain(move |_| drop(Arc::clone(&kept)));
+    eventually("it is let go, too", || Arc::strong_count(&owned) == 1);
+
+    // Without a drain: at once, and with them the whole worker.
+    let (worker, peer) = join(&fake);
+    let (handle, kept) = (worker.clone(), Arc::clone(&owned));
+    worker.on_drain(move |_| drop((handle.clone(), Arc::clone(&kept))));
+    worker.close();
+    assert_eq!(Arc::strong_count(&owned), 1);
+    assert!(matches!(peer.control_record(), Some(Control::Goodbye(_))));
+    assert!(peer.control_record().is_none(), "nothing is left of it");
+}
+
+#[test]
+fn a_goodbye_finds_its_way_past_claims_that_fill_the_socket() {
+    let fake = FakeDispatcher::new();
+    let (worker, peer) = thread::scope(|scope| {
+        let worker = scope.spawn(|| Worker::connect(fake.config()).unwrap());
+        let peer = fake.welcome_with_affinity();
+        (worker.join().unwrap(), peer)
+    });
+    let claims = (0..).take_while(|n| worker.own(format!("client-{n}")).is_ok()).count();
+    let (tell_us, told) = mpsc::channel();
+    let closing = thread::spawn(move || {
+        tell_us.send(rustix::thread::gettid()).unwrap();
+        worker.close();
+    });
+    // Nothing is read before it sleeps on that, or has given up.
+    let stat = format!("/proc/self/task/{}/stat", told.recv().unwrap().as_raw_nonzero());
+    eventually("it waits", || {
+        let stat = std::fs::read_to_string(&stat).unwrap_or_default();
+        closing.is_finished() || stat.rsplit(')').next().is_some_and(|s| s.starts_with(" S"))
+    });
+    for _ in 0..claims {
+        assert!(matches!(peer.control_record(), Some(Control::Own(_))));
+    }
+    assert!(matches!(peer.control_record(), Some(Control::Goodbye(_))));
+    closing.join().unwrap();
 }
 
 fn runtime() -> tokio::runtime::Runtime {
@@ -235,6 +356,39 @@ fn with_tokio() {
                 .is_empty()
         );
         drop(connection);
+    });
+}
+
+#[test]
+fn with_tokio_giving_up_waiting_leaves_nothing() {
+    use std::task::{Context, Wake};
+
+    struct Task;
+    impl Wake for Task {
+        fn wake(self: Arc<Self>) {}
+    }
+
+    runtime().block_on(async {
+        let (_fake, listener, peer) = join_tokio(FakeDispatcher::new()).await;
+        // As a `select!` for each connection does.
+        let tasks: Vec<_> = (0..10_000)
+            .map(|_| {
+                let task = Arc::new(Task);
+                let waker = Arc::clone(&task).into();
+                let mut drained = std::pin::pin!(listener.drained());
+                assert!(drained.as_mut().poll(&mut Context::from_waker(&waker)).is_pending());
+                assert!(Arc::strong_count(&task) > 1, "it would be woken");
+                Arc::downgrade(&task)
+            })
+            .collect();
+        assert_eq!(tasks.iter().filter(|task| task.strong_count() > 0).count(), 0);
+
+        // Who gives up waiting for the end of a drain takes no news from who asks next.
+        drain(&peer, None);
+        assert!(matches!(soon(listener.accept()).await, Err(Error::Draining)));
+        let given_up = tokio::time::timeout(Duration::from_millis(1), listener.resumed()).await;
+        assert!(given_up.is_err());
+        assert!(matches!(soon(listener.accept()).await, Err(Error::Draining)));
     });
 }
 

@@ -249,7 +249,8 @@ fn a_forked_child_sets_nothing() {
         match nix::unistd::fork().unwrap() {
             nix::unistd::ForkResult::Child => {
                 gauge.set(2.0);
-                libc::_exit(0);
+                let refused = matches!(worker.gauge("of.the.child"), Err(Error::Forked));
+                libc::_exit(if refused { 0 } else { 1 });
             }
             nix::unistd::ForkResult::Parent { child } => {
                 let status = nix::sys::wait::waitpid(child, None).unwrap();
@@ -258,6 +259,21 @@ fn a_forked_child_sets_nothing() {
         }
     }
     assert_eq!(reading(&peer.board, "x"), before);
+    // The parent's numbers are what they were.
+    worker.gauge("y").unwrap().set(3.0);
+    assert_eq!(named(&peer.board), ["x", "y"]);
+    assert_eq!(reading(&peer.board, "y").unwrap().value, 3.0);
+}
+
+#[test]
+fn a_gauge_that_has_another_number_there_is_not_taken_for_another() {
+    let fake = FakeDispatcher::new();
+    let (worker, peer) = joined(&fake, fake.config(), &[]);
+    worker.gauge("before").unwrap().set(1.0);
+    peer.board.name_gauge(&"stranger".parse().unwrap()).unwrap();
+    worker.gauge("x").unwrap().set(2.0);
+    assert_eq!(named(&peer.board), ["before", "stranger", "x"]);
+    assert_eq!((reading(&peer.board, "stranger"), reading(&peer.board, "x")), (None, None));
 }
 
 #[test]

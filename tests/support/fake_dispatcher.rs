@@ -122,11 +122,21 @@ impl FakeDispatcher {
 
     /// Lets the next worker into a pool that scores by these gauges.
     pub fn welcome_scoring(&self, slots: u32, gauges: &[&str]) -> Peer {
+        let gauges = gauges.iter().map(|name| name.parse().unwrap()).collect();
+        self.welcome_as(slots, |welcome| welcome.gauges = gauges)
+    }
+
+    /// Lets the next worker into a pool that knows keys.
+    pub fn welcome_with_affinity(&self) -> Peer {
+        self.welcome_as(256, |welcome| welcome.features = Features::OWN)
+    }
+
+    fn welcome_as(&self, slots: u32, change: impl FnOnce(&mut Welcome)) -> Peer {
         let (hello, control) = self.hello();
         let peer = Peer::new(hello, control, slots);
         let mut record = Vec::new();
         let mut welcome = peer.welcome_record(slots);
-        welcome.gauges = gauges.iter().map(|name| name.parse().unwrap()).collect();
+        change(&mut welcome);
         welcome.encode(&mut record);
         let (board, retained, poke) = (&peer.board_fd, &peer.retained, &peer.poke);
         send(peer.control.as_fd(), &record, &[retained.as_fd(), board.as_fd(), poke.as_fd()])

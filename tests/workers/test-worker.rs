@@ -10,7 +10,6 @@ use std::io::{ErrorKind, Read, Write};
 use std::os::fd::AsRawFd;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, Ordering};
-use std::time::Duration;
 
 use mio::unix::SourceFd;
 use mio::{Events, Interest, Poll, Token, Waker};
@@ -41,12 +40,6 @@ fn greeting(listener: &str, peer: PeerAddr) -> String {
     format!("{name} {} {listener} {peer}\n", std::process::id())
 }
 
-fn wait_for_the_last(live: impl Fn() -> u64) {
-    while live() > 0 {
-        std::thread::sleep(Duration::from_millis(5));
-    }
-}
-
 fn blocking(config: WorkerConfig) {
     let mut worker = Worker::connect(config).unwrap();
     if std::env::var("TEST_WORKER").is_ok_and(|mode| mode == "never-take") {
@@ -71,7 +64,7 @@ fn blocking(config: WorkerConfig) {
             break;
         }
     }
-    wait_for_the_last(|| worker.live());
+    worker.wait_until_idle();
 }
 
 /// Starts a child that holds a copy of every descriptor, those marked close-on-exec too, for it is the same program.
@@ -119,9 +112,7 @@ fn tokio(config: WorkerConfig) {
                 }
             });
         }
-        while listener.live() > 0 {
-            tokio::time::sleep(Duration::from_millis(5)).await;
-        }
+        listener.wait_until_idle().await;
     });
 }
 

@@ -18,23 +18,33 @@ use crate::wire::PeerAddr;
 ///
 /// ```no_run
 /// use mio::{Events, Interest, Poll, Token};
-/// use worker_sdk::{WorkerConfig, mio::MioWorker};
+/// use worker_sdk::{Error, WorkerConfig, mio::MioWorker};
 ///
 /// fn main() -> Result<(), Box<dyn std::error::Error>> {
 ///     let mut poll = Poll::new()?;
 ///     let mut worker = MioWorker::new(WorkerConfig::from_env()?)?;
 ///     poll.registry().register(&mut worker, Token(0), Interest::READABLE)?;
 ///     let mut events = Events::with_capacity(64);
-///     loop {
+///     let mut closing = false;
+///     // An event of the worker also says that the last connection has ended, wherever it was dropped.
+///     while !closing || worker.live() > 0 {
 ///         poll.poll(&mut events, None)?;
 ///         for event in &events {
-///             if event.token() == Token(0) {
-///                 while let Some(connection) = worker.try_accept()? {
-///                     drop(connection); // Register it and serve it, rather.
+///             while event.token() == Token(0) && !closing {
+///                 match worker.try_accept() {
+///                     Ok(Some(connection)) => drop(connection), // Register it and serve it, rather.
+///                     Ok(None) => break,
+///                     // Drained by an operator, or closed: goodbye, and on until the last connection has ended.
+///                     Err(Error::Draining | Error::Closed) => {
+///                         worker.close();
+///                         closing = true;
+///                     }
+///                     Err(error) => return Err(error.into()),
 ///                 }
 ///             }
 ///         }
 ///     }
+///     Ok(())
 /// }
 /// ```
 ///
@@ -105,7 +115,8 @@ impl MioWorker {
         self.0.0.draining().now().is_some()
     }
 
-    /// Says goodbye: as [`Worker::close`](crate::Worker::close).
+    /// Says goodbye: as [`Worker::close`](crate::Worker::close). Go on with what is live until [`live`](MioWorker::live)
+    /// says 0: there is an event of this worker when the last connection has ended, wherever it was dropped.
     pub fn close(&self) {
         self.0.0.close();
     }
@@ -126,7 +137,8 @@ impl MioWorker {
     /// The gauge of this name, made if there is none: a number that the dispatcher sees. See [`Gauge`].
     ///
     /// # Errors
-    /// [`Error::Config`] for what is [no name](crate::scoreboard::gauge::GaugeName), and when there are 24 already.
+    /// [`Error::Config`] for what is [no name](crate::scoreboard::gauge::GaugeName), and when there are 24 already;
+    /// [`Error::Forked`] in a forked child.
     pub fn gauge(&self, name: &str) -> Result<Gauge, Error> {
         self.0.0.gauge(name)
     }

@@ -138,19 +138,46 @@ impl ReadyFd {
     }
 }
 
+// What follows takes numbers, not borrowed descriptors: whether they are open, and whose, is just what is not known.
+
 /// Ends both directions of the socket with this number.
 #[cfg(feature = "client")]
 pub(crate) fn shut_down(fd: std::os::fd::RawFd) -> io::Result<()> {
-    // SAFETY: borrowed for this one call. A number that is not open, or no socket, makes it fail; the caller knows whose
-    // it is.
-    let fd = unsafe { BorrowedFd::borrow_raw(fd) };
-    Ok(rustix::net::shutdown(fd, rustix::net::Shutdown::Both)?)
+    // SAFETY: the call takes any number, reaches no memory of ours, and fails for what is not open or no socket.
+    match unsafe { libc::shutdown(fd, libc::SHUT_RDWR) } {
+        0 => Ok(()),
+        _ => Err(io::Error::last_os_error()),
+    }
 }
 
 /// A duplicate of whatever has this number now.
 #[cfg(feature = "client")]
 pub(crate) fn duplicate(fd: std::os::fd::RawFd) -> io::Result<OwnedFd> {
-    // SAFETY: as above.
-    let fd = unsafe { BorrowedFd::borrow_raw(fd) };
-    Ok(rustix::io::fcntl_dupfd_cloexec(fd, 0)?)
+    use std::os::fd::FromRawFd;
+
+    // SAFETY: the call takes any number, reaches no memory of ours, and fails for what is not open.
+    match unsafe { libc::fcntl(fd, libc::F_DUPFD_CLOEXEC, 0) } {
+        -1 => Err(io::Error::last_os_error()),
+        // SAFETY: the kernel has just made it for us, and nobody else knows of it.
+        copy => Ok(unsafe { OwnedFd::from_raw_fd(copy) }),
+    }
+}
+
+/// The cookie of the socket that has this number now, which no other socket ever has; `None` for anything else.
+#[cfg(feature = "client")]
+pub(crate) fn socket_cookie(fd: std::os::fd::RawFd) -> Option<u64> {
+    let mut cookie = 0u64;
+    let mut len = size_of::<u64>() as libc::socklen_t;
+    // SAFETY: the kernel writes at most `len` bytes into `cookie`, which has as many, and `len`; both live on. It takes
+    // any number, and fails for what is not open or no socket.
+    let result = unsafe {
+        libc::getsockopt(
+            fd,
+            libc::SOL_SOCKET,
+            libc::SO_COOKIE,
+            (&raw mut cookie).cast(),
+            &raw mut len,
+        )
+    };
+    (result == 0).then_some(cookie)
 }

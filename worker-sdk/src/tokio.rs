@@ -24,13 +24,24 @@ use crate::wire::PeerAddr;
 ///
 /// ```no_run
 /// use tokio::io::AsyncWriteExt;
-/// use worker_sdk::{WorkerConfig, tokio::Listener};
+/// use worker_sdk::{Error, WorkerConfig, tokio::Listener};
 ///
 /// # async fn run() -> Result<(), worker_sdk::Error> {
 /// let listener = Listener::connect(WorkerConfig::from_env()?).await?;
-/// loop {
-///     let mut connection = listener.accept().await?;
-///     tokio::spawn(async move { connection.write_all(b"hello\n").await });
+/// let end = loop {
+///     match listener.accept().await {
+///         Ok(mut connection) => {
+///             tokio::spawn(async move { connection.write_all(b"hello\n").await });
+///         }
+///         Err(end) => break end,
+///     }
+/// };
+/// // Drained by an operator, or closed: goodbye, and what is live goes on to its end.
+/// listener.close();
+/// listener.wait_until_idle().await;
+/// match end {
+///     Error::Draining | Error::Closed => Ok(()),
+///     error => Err(error),
 /// }
 /// # }
 /// ```
@@ -118,6 +129,12 @@ impl Listener {
     /// error: it is waited for.
     pub async fn accept(&self) -> Result<Connection, Error> {
         let failed = |error| Error::io("wait for connections", error);
+        // A `resumed` that was given up may have used up the readiness that says so.
+        if self.is_draining()
+            && let Some(accepted) = self.core().try_accept()?
+        {
+            return Connection::new(accepted);
+        }
         loop {
             let mut ready = self.0.ready.readable().await.map_err(failed)?;
             match self.core().try_accept()? {
@@ -129,13 +146,16 @@ impl Listener {
 
     /// Waits until the dispatcher drains this worker. For axum's graceful shutdown, beside SIGTERM. It is heard of only
     /// while somebody is in [`accept`](Listener::accept), as `axum::serve` always is.
+    ///
+    /// Any number of tasks may wait, and give up, as in a `select!` for every connection.
     pub async fn drained(&self) {
-        let draining = self.core().draining();
-        std::future::poll_fn(|cx| match draining.poll(cx.waker()) {
-            true => Poll::Ready(()),
-            false => Poll::Pending,
-        })
-        .await;
+        self.core().draining().begun().await;
+    }
+
+    /// Waits until no connection is live in this process: for the end of a program that serves what it has. Call
+    /// [`close`](Listener::close) before, so that no more come. As [`Worker::wait_until_idle`](crate::Worker::wait_until_idle).
+    pub async fn wait_until_idle(&self) {
+        self.core().idle().await;
     }
 
     /// Waits until no drain is under way: true; or until the listener is closed: false. For a worker that stays when it is
@@ -186,7 +206,8 @@ impl Listener {
     /// The gauge of this name, made if there is none: a number that the dispatcher sees. See [`Gauge`].
     ///
     /// # Errors
-    /// [`Error::Config`] for what is [no name](crate::scoreboard::gauge::GaugeName), and when there are 24 already.
+    /// [`Error::Config`] for what is [no name](crate::scoreboard::gauge::GaugeName), and when there are 24 already;
+    /// [`Error::Forked`] in a forked child.
     pub fn gauge(&self, name: &str) -> Result<Gauge, Error> {
         self.core().gauge(name)
     }

@@ -99,7 +99,8 @@ pub struct WorkerConfig {
     pub reconnect_max: Duration,
     /// Whether to measure the machine and this process for pools that choose by it (gauges
     /// [`system_cpu`, `free_memory`, `process_cpu`, `process_rss`](crate::scoreboard::gauge::names)): `auto` (what the
-    /// pool scores by), `always` (all four) or `never`. It takes a thread that sleeps. `DISPATCH_SAMPLE`. Default: `auto`.
+    /// pool scores by), `always` (all four) or `never`. It takes a thread that sleeps. In a container the two of the system are
+    /// the host's. `DISPATCH_SAMPLE`. Default: `auto`.
     pub sample: Sampling,
     /// How often that is; at least 10 ms. `DISPATCH_SAMPLE_INTERVAL`. Default: 1 s.
     #[serde(deserialize_with = "duration")]

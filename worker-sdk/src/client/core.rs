@@ -25,6 +25,7 @@ use super::connection::{Accepted, Custody, Guard, Origin};
 use super::drain::{Drain, Draining};
 use super::error::Error;
 use super::gauges::{Gauge, Gauges};
+use super::idle::Idle;
 use super::join::{self, Failure, Joined, Session};
 use super::live::Live;
 use super::process::Process;
@@ -65,6 +66,7 @@ pub(crate) struct Core {
     sampler: Sampler,
     live: Live,
     draining: Draining,
+    idle: Idle,
 }
 
 pub(super) struct State {
@@ -205,6 +207,7 @@ impl Core {
             sampler,
             live: Live::default(),
             draining: Draining::default(),
+            idle: Idle::default(),
         }))
     }
 
@@ -375,6 +378,8 @@ impl Core {
         self.ready.close();
         self.handed_over.notify_all();
         drop(state);
+        // Without the lock: what a callback owns may be a handle of this very worker.
+        self.draining.close();
         self.end_session_if_over();
     }
 
@@ -409,7 +414,24 @@ impl Core {
         self.opened.load(Ordering::SeqCst) - finished
     }
 
+    /// Waits until no connection is live. In a forked child none ever is.
+    pub(crate) fn wait_until_idle(&self) {
+        if self.process.is_current() {
+            self.idle.wait(|| self.live());
+        }
+    }
+
+    /// The same for a task.
+    #[cfg(feature = "tokio")]
+    pub(crate) async fn idle(&self) {
+        if self.process.is_current() {
+            self.idle.waited(|| self.live()).await;
+        }
+    }
+
     pub(crate) fn gauge(&self, name: &str) -> Result<Gauge, Error> {
+        // The scoreboard is the parent's, too.
+        self.check_process()?;
         self.gauges.gauge(name)
     }
 
@@ -433,6 +455,7 @@ impl Core {
             session.poke_if_wanted(want::ROOM);
         }
         self.end_session_if_over();
+        self.idle.ended(|| self.live());
     }
 
     pub(crate) fn draining(&self) -> &Draining {
@@ -444,9 +467,10 @@ impl Core {
     }
 
     /// The deadline of a drain has come.
-    pub(super) fn end_all(&self) {
-        let ended = self.live.end_all();
-        log::warn!("the deadline of the drain has come: {ended} connections are shut down");
+    pub(super) fn end_all(&self, round: u64) {
+        if let Some(ended) = self.live.end_all(round) {
+            log::warn!("the deadline of the drain has come: {ended} connections are shut down");
+        }
     }
 
     fn read_current(&self) -> Option<Arc<Session>> {
@@ -463,6 +487,9 @@ impl Core {
         if self.closed.load(Ordering::SeqCst) && self.live() == 0 {
             self.set_current(None);
             self.gauges.hide();
+            self.draining.forget_deadline();
+            // An event loop that waits for this is told, on the one descriptor it watches.
+            self.ready.close();
         }
     }
 

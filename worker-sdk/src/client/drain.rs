@@ -1,11 +1,12 @@
 //! Being drained: telling the application, waiting for the deadline, ending what is left then.
 //!
-//! Owns the thread on which all that happens: an application's callback may do what it likes, and a deadline comes even
-//! when nobody is in `accept`. The thread lives only while there is something to tell or to wait for.
+//! Owns the threads on which that happens, one for each: an application's callback may do what it likes, wait for its last
+//! connection or panic, and the deadline comes all the same; and it comes when nobody is in `accept`. A thread lives only
+//! while there is something to tell or to wait for.
 
 use std::fmt;
+use std::panic::{AssertUnwindSafe, catch_unwind};
 use std::sync::{Arc, Condvar, Mutex, MutexGuard, PoisonError};
-use std::task::Waker;
 use std::time::{Duration, Instant};
 
 use rustix::time::{ClockId, clock_gettime};
@@ -41,7 +42,11 @@ type Callback = Arc<dyn Fn(&Drain) + Send + Sync>;
 #[derive(Default)]
 pub(crate) struct Draining {
     state: Mutex<State>,
+    /// Wakes the thread that waits for the deadline.
     changed: Condvar,
+    /// Wakes tasks that wait for a drain to begin.
+    #[cfg(feature = "tokio")]
+    begun: tokio::sync::Notify,
 }
 
 #[derive(Default)]
@@ -50,11 +55,22 @@ struct State {
     callbacks: Vec<Callback>,
     /// The drain was announced, and not yet told to so many of the callbacks, the last ones.
     untold: usize,
-    /// Until then the thread waits. Cleared when it has come.
+    /// Whether a thread tells them.
+    telling: bool,
+    /// Until then a thread waits, if `waiting`. Cleared when it has come.
     deadline: Option<Instant>,
-    thread: bool,
-    /// Tasks that wait for a drain to begin.
-    wakers: Vec<Waker>,
+    waiting: bool,
+    /// What the connections have been told of it: see [`Live::next_round`](super::live::Live::next_round).
+    round: u64,
+    /// No drain follows: a callback is kept only until it was told of this one.
+    closed: bool,
+}
+
+impl State {
+    /// The callbacks that nobody will call any more; to be dropped without the lock, as they may own anything.
+    fn done(&mut self) -> Vec<Callback> {
+        if self.closed && !self.telling { std::mem::take(&mut self.callbacks) } else { Vec::new() }
+    }
 }
 
 impl fmt::Debug for Draining {
@@ -76,17 +92,35 @@ impl Draining {
         }
         state.now = Some(drain);
         state.deadline = drain.deadline;
-        self.wake_thread(core, &mut state);
-        let wakers = std::mem::take(&mut state.wakers);
+        state.round = core.live_connections().next_round();
+        start_telling(core, &mut state);
+        self.await_deadline(core, &mut state);
         drop(state);
-        wakers.into_iter().for_each(Waker::wake);
+        #[cfg(feature = "tokio")]
+        self.begun.notify_waiters();
     }
 
     /// It is over: the dispatcher said so, or is gone. What its deadline was does not matter any more.
-    pub(super) fn end(&self) {
+    pub(super) fn end(&self, core: &Core) {
         let mut state = self.lock();
         state.now = None;
+        state.round = core.live_connections().next_round();
         state.deadline = None;
+        self.changed.notify_all();
+    }
+
+    /// The worker is closed: whoever has yet to be told still is, and then the callbacks and all they own are let go.
+    pub(super) fn close(&self) {
+        let mut state = self.lock();
+        state.closed = true;
+        let done = state.done();
+        drop(state);
+        drop(done);
+    }
+
+    /// The last connection of a closed worker has ended: there is nothing left for a deadline to end.
+    pub(super) fn forget_deadline(&self) {
+        self.lock().deadline = None;
         self.changed.notify_all();
     }
 
@@ -95,74 +129,96 @@ impl Draining {
         state.callbacks.push(callback);
         if state.now.is_some() {
             state.untold += 1;
-            self.wake_thread(core, &mut state);
+            start_telling(core, &mut state);
         }
+        let done = state.done();
+        drop(state);
+        drop(done);
     }
 
-    /// Whether a drain is under way; if not, `waker` is woken when one begins.
+    /// Waits until a drain is under way.
     #[cfg(feature = "tokio")]
-    pub(crate) fn poll(&self, waker: &Waker) -> bool {
-        let mut state = self.lock();
-        if state.now.is_some() {
-            return true;
+    pub(crate) async fn begun(&self) {
+        let mut begun = std::pin::pin!(self.begun.notified());
+        // Among those who are woken from here on, before looking: so none is missed. Leaves them when dropped.
+        begun.as_mut().enable();
+        if self.now().is_none() {
+            begun.await;
         }
-        if !state.wakers.iter().any(|other| other.will_wake(waker)) {
-            state.wakers.push(waker.clone());
-        }
-        false
     }
 
-    fn wake_thread(&self, core: &Arc<Core>, state: &mut State) {
-        if state.thread || state.untold == 0 && state.deadline.is_none() {
+    fn await_deadline(&self, core: &Arc<Core>, state: &mut State) {
+        if state.waiting {
             self.changed.notify_all();
-            return;
-        }
-        let core = Arc::clone(core);
-        let run = move || core.draining().run(&core);
-        match std::thread::Builder::new().name("worker-drain".to_owned()).spawn(run) {
-            Ok(_) => state.thread = true,
-            Err(error) => log::error!(
-                "no thread for a drain: {error}; nobody is told, and its deadline does not count"
-            ),
+        } else if state.deadline.is_some() {
+            let core = Arc::clone(core);
+            state.waiting = start_thread("worker-drain", move || core.draining().wait(&core));
         }
     }
 
-    fn run(&self, core: &Core) {
+    fn wait(&self, core: &Core) {
         let mut state = self.lock();
-        loop {
-            if state.untold > 0 {
-                let first = state.callbacks.len() - state.untold;
-                let (callback, drain) = (state.callbacks.get(first).cloned(), state.now);
-                state.untold -= 1;
-                drop(state);
-                // A drain that is over already is not worth a word.
-                if let (Some(callback), Some(drain)) = (callback, drain) {
-                    callback(&drain);
-                }
-                state = self.lock();
-                continue;
-            }
+        while let Some(deadline) = state.deadline {
             let now = Instant::now();
-            match state.deadline {
-                None => {
-                    state.thread = false;
-                    return;
-                }
-                Some(deadline) if deadline <= now => {
-                    state.deadline = None;
-                    drop(state);
-                    core.end_all();
-                    state = self.lock();
-                }
-                Some(deadline) => {
-                    let waited = self.changed.wait_timeout(state, deadline - now);
-                    state = waited.unwrap_or_else(PoisonError::into_inner).0;
-                }
+            if deadline <= now {
+                state.deadline = None;
+                let round = state.round;
+                drop(state);
+                core.end_all(round);
+                state = self.lock();
+            } else {
+                let waited = self.changed.wait_timeout(state, deadline - now);
+                state = waited.unwrap_or_else(PoisonError::into_inner).0;
             }
         }
+        state.waiting = false;
+    }
+
+    fn tell(&self) {
+        let mut state = self.lock();
+        while state.untold > 0 {
+            let first = state.callbacks.len().saturating_sub(state.untold);
+            let (callback, drain) = (state.callbacks.get(first).cloned(), state.now);
+            state.untold -= 1;
+            drop(state);
+            // A drain that is over already is not worth a word.
+            if let (Some(callback), Some(drain)) = (callback, drain) {
+                // The panic's own message was printed where it happened. The callback is not ours to look at again.
+                if catch_unwind(AssertUnwindSafe(|| callback(&drain))).is_err() {
+                    log::error!(
+                        "a callback of on_drain panicked; the others are called all the same"
+                    );
+                }
+            }
+            state = self.lock();
+        }
+        state.telling = false;
+        let done = state.done();
+        drop(state);
+        drop(done);
     }
 
     fn lock(&self) -> MutexGuard<'_, State> {
         self.state.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+}
+
+fn start_telling(core: &Arc<Core>, state: &mut State) {
+    if !state.telling && state.untold > 0 {
+        let core = Arc::clone(core);
+        state.telling = start_thread("worker-told", move || core.draining().tell());
+    }
+}
+
+/// Whether it could be started.
+fn start_thread(name: &str, run: impl FnOnce() + Send + 'static) -> bool {
+    match std::thread::Builder::new().name(name.to_owned()).spawn(run) {
+        Ok(_) => true,
+        Err(error) => {
+            log::error!(
+                "no thread for a drain ({name}): {error}; nobody is told, or its deadline does not count"
+            );
+            false
+        }
     }
 }

@@ -54,11 +54,14 @@ impl Gauges {
                 return Err(Error::config("gauge", problem));
             }
             None => {
-                if let Some(board) = &shown.board {
-                    board.name_gauge(&name);
+                let number = shown.names.len();
+                if let Some(board) = &shown.board
+                    && !named(board, number, &name)
+                {
+                    shown.board = None;
                 }
                 shown.names.push(name);
-                shown.names.len() - 1
+                number
             }
         };
         Ok(Gauge { gauges: Arc::clone(self), number: number as u32 })
@@ -70,8 +73,11 @@ impl Gauges {
     /// here, or it follows; and nothing that follows is overwritten.
     pub(super) fn show(&self, board: &Arc<Scoreboard>) {
         let mut shown = self.shown.write().unwrap_or_else(PoisonError::into_inner);
+        shown.board = None;
         for ((number, name), value) in (0..).zip(&shown.names).zip(&self.values) {
-            board.name_gauge(name);
+            if !named(board, number as usize, name) {
+                return;
+            }
             if let Some(reading) = gauge::read(&value.bits, &value.time) {
                 board.set_gauge(number, reading);
             }
@@ -90,6 +96,26 @@ impl Gauges {
         let shown = self.shown.read().unwrap_or_else(PoisonError::into_inner);
         if let Some(board) = &shown.board {
             board.set_gauge(number, reading);
+        }
+    }
+}
+
+/// Whether the gauge can be shown there: if it has room, under the number that it has here. A dispatcher where it has
+/// another one is shown nothing more, as it would take one gauge for another.
+fn named(board: &Scoreboard, number: usize, name: &GaugeName) -> bool {
+    match board.name_gauge(name) {
+        Some(there) if there as usize == number => true,
+        // Less room than here: setting it does nothing there.
+        None if number >= board.gauges() as usize => {
+            log::debug!(
+                "the dispatcher has room for {} gauges: {name} is not shown",
+                board.gauges()
+            );
+            true
+        }
+        _ => {
+            log::error!("{name} is not gauge {number} in the scoreboard: nothing more is shown");
+            false
         }
     }
 }

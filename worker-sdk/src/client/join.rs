@@ -5,8 +5,9 @@ use std::mem::MaybeUninit;
 use std::os::fd::OwnedFd;
 use std::path::Path;
 use std::sync::Arc;
-use std::time::Instant;
+use std::time::{Duration, Instant};
 
+use rustix::event::{PollFd, PollFlags, Timespec, poll};
 use rustix::io::Errno;
 use rustix::net::{
     AddressFamily, RecvAncillaryBuffer, RecvFlags, ReturnFlags, SendFlags, SocketAddrUnix,
@@ -20,6 +21,9 @@ use crate::scoreboard::{Scoreboard, claim};
 use crate::wire::{
     Control, Features, Goodbye, Hello, MAX_CONTROL_RECORD, VERSION, WELCOME_FDS, Welcome,
 };
+
+/// How long a goodbye may wait for the dispatcher to read what was sent before.
+const GOODBYE_WAIT: Duration = Duration::from_secs(1);
 
 /// What a worker has of a dispatcher, apart from the channel. Dropping it tells the dispatcher that all is over.
 pub(super) struct Session {
@@ -59,11 +63,22 @@ impl Session {
         }
     }
 
+    /// Claims may have filled the socket: then it waits a moment until the dispatcher has read some.
     pub(super) fn goodbye(&self) {
         let mut record = Vec::new();
         Goodbye.encode(&mut record);
-        if let Err(error) = send(&self.control, &record, SendFlags::NOSIGNAL) {
-            log::debug!("could not say goodbye to the dispatcher: {error}");
+        let end = Instant::now() + GOODBYE_WAIT;
+        loop {
+            let Err(error) = send(&self.control, &record, SendFlags::NOSIGNAL) else { return };
+            let left = end.saturating_duration_since(Instant::now());
+            let again = matches!(error, Errno::AGAIN | Errno::INTR) && !left.is_zero();
+            let timeout = Timespec::try_from(left).ok().filter(|_| again);
+            let Some(timeout) = timeout else {
+                log::debug!("could not say goodbye to the dispatcher: {error}");
+                return;
+            };
+            // However it ends, the next attempt says more.
+            let _ = poll(&mut [PollFd::new(&self.control, PollFlags::OUT)], Some(&timeout));
         }
     }
 

@@ -14,6 +14,10 @@ pub(super) struct Live(Mutex<Table>);
 struct Table {
     entries: Vec<Entry>,
     free: Vec<u32>,
+    /// Counts the beginnings and ends of drains.
+    round: u64,
+    /// The deadline of this round's drain has come. Who has just been taken, and enters only now, is ended, too.
+    over: bool,
 }
 
 #[derive(Clone, Copy, Debug, Default)]
@@ -28,6 +32,9 @@ impl Live {
     /// Enters a connection; gives its place.
     pub(super) fn enter(&self, fd: BorrowedFd<'_>) -> u32 {
         let mut table = self.lock();
+        if table.over {
+            let _ = crate::sys::shut_down(fd.as_raw_fd());
+        }
         let entry = Entry { owned: Some(fd.as_raw_fd()), parted: None };
         match table.free.pop() {
             Some(at) => {
@@ -64,9 +71,23 @@ impl Live {
         table.free.push(at);
     }
 
-    /// Shuts every connection down, both ways; gives how many there were. What was written is still sent.
-    pub(super) fn end_all(&self) -> usize {
-        let table = self.lock();
+    /// A drain begins, is announced with another deadline, or is over: no deadline has come in what begins now. Gives
+    /// its number, so that a deadline which comes late ends nothing.
+    pub(super) fn next_round(&self) -> u64 {
+        let mut table = self.lock();
+        table.round += 1;
+        table.over = false;
+        table.round
+    }
+
+    /// Shuts every connection down, both ways; gives how many there were. What was written is still sent. `None` in
+    /// another round.
+    pub(super) fn end_all(&self, round: u64) -> Option<usize> {
+        let mut table = self.lock();
+        if table.round != round {
+            return None;
+        }
+        table.over = true;
         let mut count = 0;
         for entry in &table.entries {
             let ended = match entry {
@@ -80,7 +101,7 @@ impl Live {
             };
             count += usize::from(ended);
         }
-        count
+        Some(count)
     }
 
     fn lock(&self) -> MutexGuard<'_, Table> {
@@ -89,7 +110,12 @@ impl Live {
 }
 
 /// A number may be another file's by now: a duplicate stays what it is, and the cookie says what that is.
+///
+/// First without a duplicate: closing one of some other file would take the process's locks (`fcntl`) off that file.
 fn end_parted(fd: RawFd, cookie: u64) -> bool {
+    if crate::sys::socket_cookie(fd) != Some(cookie) {
+        return false;
+    }
     let Ok(copy) = crate::sys::duplicate(fd) else { return false };
     if rustix::net::sockopt::socket_cookie(&copy) != Ok(cookie) {
         return false;
@@ -128,10 +154,55 @@ mod tests {
         if let Some((fd, _)) = &mut live.lock().entries[places[2] as usize].parted {
             *fd = other.as_raw_fd();
         }
-        assert_eq!(live.end_all(), 2);
+        let round = live.next_round();
+        assert_eq!(live.end_all(round - 1), None, "a deadline of an earlier drain");
+        assert_eq!(live.end_all(round), Some(2));
         let found: Vec<bool> = theirs.iter_mut().map(ended).collect();
         assert_eq!(found, [false, true, false, true]);
         assert!(!ended(&mut others), "somebody else's socket");
-        assert_eq!(live.enter(ours[0].as_fd()), places[0], "a place is used again");
+        assert_eq!(live.enter(others.as_fd()), places[0], "a place is used again");
+    }
+
+    #[test]
+    fn who_enters_after_the_deadline_is_ended_until_the_drain_is_over() {
+        let live = Live::default();
+        let round = live.next_round();
+        assert_eq!(live.end_all(round), Some(0));
+        let (late, mut client) = UnixStream::pair().unwrap();
+        live.enter(late.as_fd());
+        assert!(ended(&mut client), "taken before, entered after");
+        live.next_round();
+        let (next, mut client) = UnixStream::pair().unwrap();
+        live.enter(next.as_fd());
+        assert!(!ended(&mut client));
+    }
+
+    #[test]
+    fn the_locks_on_a_file_that_has_the_number_now_stay() {
+        use nix::fcntl::{FcntlArg, fcntl};
+        use rustix::fs::{FlockOperation, fcntl_lock};
+
+        let live = Live::default();
+        let (ours, _theirs) = UnixStream::pair().unwrap();
+        let at = live.enter(ours.as_fd());
+        live.part(at, ours.as_fd());
+        live.disown(at);
+        let file = tempfile::NamedTempFile::new().unwrap();
+        fcntl_lock(file.as_file(), FlockOperation::NonBlockingLockExclusive).unwrap();
+        if let Some((fd, _)) = &mut live.lock().entries[at as usize].parted {
+            *fd = file.as_file().as_raw_fd();
+        }
+        assert_eq!(live.end_all(0), Some(0));
+        // A lock of the other kind is in the way of ours, within the process too.
+        let other = file.reopen().unwrap();
+        let lock = libc::flock {
+            l_type: libc::F_WRLCK as _,
+            l_whence: libc::SEEK_SET as _,
+            l_start: 0,
+            l_len: 0,
+            l_pid: 0,
+        };
+        let locked = fcntl(&other, FcntlArg::F_OFD_SETLK(&lock));
+        assert_eq!(locked, Err(nix::errno::Errno::EAGAIN), "the file is still locked");
     }
 }

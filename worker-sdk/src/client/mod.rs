@@ -13,6 +13,7 @@ mod error;
 #[cfg(feature = "fuzzing")]
 pub mod fuzzing;
 mod gauges;
+mod idle;
 mod join;
 mod live;
 mod own;
@@ -66,6 +67,9 @@ impl Drop for Handle {
 ///     for mut connection in worker.incoming() {
 ///         std::thread::spawn(move || connection.write_all(b"hello\n"));
 ///     }
+///     // Drained by an operator, or closed: goodbye, and what is live goes on to its end.
+///     worker.close();
+///     worker.wait_until_idle();
 ///     Ok(())
 /// }
 /// ```
@@ -131,8 +135,9 @@ impl Worker {
     /// Waits for the next connection, which is this worker's from now on; `None` once the worker is closed, and while the
     /// dispatcher drains it (an operator said `dispatcher drain`) and nothing that came before is left.
     ///
-    /// A worker that is drained usually finishes what it has and ends, and another takes its place. One that rather stays
-    /// waits in [`resumed`](Worker::resumed).
+    /// A worker that is drained usually finishes what it has and ends, and another takes its place: it says
+    /// [goodbye](Worker::close) and [waits](Worker::wait_until_idle). One that rather stays waits in
+    /// [`resumed`](Worker::resumed). A `main` that returns ends its connections, whoever serves them.
     ///
     /// Any number of threads may wait. The connection is in blocking mode.
     ///
@@ -167,16 +172,30 @@ impl Worker {
     ///
     /// ```no_run
     /// use rustix::event::{PollFd, PollFlags, poll};
+    /// use worker_sdk::Error;
     ///
     /// # fn register(_: worker_sdk::Connection) {}
     /// # fn main() -> Result<(), Box<dyn std::error::Error>> {
     /// # let worker = worker_sdk::Worker::connect(worker_sdk::WorkerConfig::from_env()?)?;
-    /// loop {
-    ///     while let Some(connection) = worker.try_accept()? {
-    ///         register(connection);
+    /// let mut interest = PollFlags::IN;
+    /// while !interest.is_empty() || worker.live() > 0 {
+    ///     match worker.try_accept() {
+    ///         Ok(Some(connection)) => {
+    ///             register(connection);
+    ///             continue;
+    ///         }
+    ///         Ok(None) => {}
+    ///         // Drained by an operator, or closed: goodbye, and on until the last connection has ended. From here
+    ///         // on the worker is readable all the time.
+    ///         Err(Error::Draining | Error::Closed) => {
+    ///             worker.close();
+    ///             interest = PollFlags::empty();
+    ///         }
+    ///         Err(error) => return Err(error.into()),
     ///     }
-    ///     poll(&mut [PollFd::new(&worker, PollFlags::IN)], None)?; // And the connections.
+    ///     poll(&mut [PollFd::new(&worker, interest)], None)?; // And the connections.
     /// }
+    /// # Ok(())
     /// # }
     /// ```
     pub fn try_accept(&self) -> Result<Option<Connection>, Error> {
@@ -190,8 +209,11 @@ impl Worker {
     }
 
     /// Calls `callback` when the dispatcher begins to drain this worker, or at once if it does already: a moment to fail health
-    /// checks, to tell clients to reconnect, to stop keep-alive. On a thread of its own; what it does delays only the
-    /// shutdown of connections at the drain's deadline.
+    /// checks, to tell clients to reconnect, to stop keep-alive. On a thread of its own, one callback after the other: it may
+    /// take its time, wait for the last connection to end, or panic; the drain's deadline comes all the same.
+    ///
+    /// A callback that owns a clone of this worker is a handle, too: dropping the others says no goodbye then.
+    /// [`close`](Worker::close) does, and lets go of all callbacks, once they have been told of a drain that is under way.
     ///
     /// The worker hears of a drain when it asks for connections: a thread must be in [`accept`](Worker::accept), or an event
     /// loop must call [`try_accept`](Worker::try_accept). From then on the deadline counts, whatever the program does: the
@@ -256,6 +278,32 @@ impl Worker {
         self.core().close();
     }
 
+    /// Waits until no connection is live in this process: for the end of a program that serves what it has. No polling:
+    /// whoever ends the last one wakes this thread.
+    ///
+    /// Call [`close`](Worker::close) before, so that no more come, and take what [`accept`](Worker::accept) still has: it
+    /// counts as live. At the deadline of a drain the connections are shut down; they end when the application drops
+    /// them. In a forked child it returns at once.
+    ///
+    /// ```
+    /// # fn main() -> Result<(), Box<dyn std::error::Error>> {
+    /// # let config = worker_sdk::WorkerConfig::new().listen("127.0.0.1:0");
+    /// let worker = worker_sdk::Worker::connect(config)?;
+    /// # let address = worker.local_addr().and_then(|addr| addr.socket_addr()).ok_or("not TCP")?;
+    /// # let client = std::net::TcpStream::connect(address)?;
+    /// let connection = worker.accept()?;
+    /// worker.close();
+    /// let serving = std::thread::spawn(move || drop(connection));
+    /// worker.wait_until_idle();
+    /// assert_eq!(worker.live(), 0);
+    /// # serving.join().map_err(|_| "it panicked")?;
+    /// # Ok(())
+    /// # }
+    /// ```
+    pub fn wait_until_idle(&self) {
+        self.core().wait_until_idle();
+    }
+
     /// Claims a key, such as the id just given to a client in a cookie: from the next connection on, a client that
     /// brings it comes to this worker. `key` is what the client will send, decoded; for `client-ip` an address as text.
     ///
@@ -287,7 +335,8 @@ impl Worker {
     /// The gauge of this name, made if there is none: a number that the dispatcher sees. Any thread may set it.
     ///
     /// # Errors
-    /// [`Error::Config`] for what is [no name](crate::scoreboard::gauge::GaugeName), and when there are 24 already.
+    /// [`Error::Config`] for what is [no name](crate::scoreboard::gauge::GaugeName), and when there are 24 already;
+    /// [`Error::Forked`] in a forked child.
     pub fn gauge(&self, name: &str) -> Result<Gauge, Error> {
         self.core().gauge(name)
     }

@@ -74,7 +74,7 @@ impl Ready {
         }
     }
 
-    /// Ready from now on.
+    /// Ready from now on, and once more an edge for those who wait for edges.
     pub(super) fn close(&self) {
         // It can fail only when it is ready already.
         let _ = rustix::io::write(&self.closed, &1u64.to_ne_bytes());

@@ -9,6 +9,7 @@ use std::sync::mpsc::{Receiver, RecvTimeoutError, Sender, channel};
 use std::sync::{Arc, Mutex, PoisonError};
 use std::time::{Duration, Instant};
 
+use rustix::param::page_size;
 use rustix::time::{ClockId, clock_gettime};
 use serde::Deserialize;
 
@@ -101,22 +102,29 @@ fn start(interval: Duration) -> io::Result<Sender<Meter>> {
 
 fn sample(interval: Duration, receiver: &Receiver<Meter>) {
     let mut meters: Vec<Meter> = Vec::new();
-    let mut next = Instant::now() + interval;
+    let mut next = after(interval);
     loop {
         match receiver.recv_timeout(next.saturating_duration_since(Instant::now())) {
             Ok(mut meter) => {
                 // At once, and what needs two looks soon again, so that a worker that has just joined is scored soon.
                 meter.measure();
                 meters.push(meter);
-                next = next.min(Instant::now() + FIRST_INTERVAL);
+                next = next.min(after(FIRST_INTERVAL));
             }
             Err(RecvTimeoutError::Timeout) => {
                 meters.iter_mut().for_each(Meter::measure);
-                next = Instant::now() + interval;
+                next = after(interval);
             }
             Err(RecvTimeoutError::Disconnected) => return,
         }
     }
+}
+
+/// So long from now; for what is beyond the clock, the end of anybody's patience.
+fn after(interval: Duration) -> Instant {
+    const FAR: Duration = Duration::from_secs(365 * 24 * 3600);
+    let now = Instant::now();
+    now.checked_add(interval).unwrap_or_else(|| now + FAR)
 }
 
 /// One gauge, and what its next value is measured against.
@@ -148,7 +156,7 @@ impl Meter {
             names::SYSTEM_CPU => {
                 let text = read("/proc/stat")?;
                 let (busy, whole) = processor_time(&text).ok_or_else(odd)?;
-                Ok(self.rate(busy, whole))
+                Ok(self.share(busy, whole))
             }
             names::PROCESS_CPU => {
                 let seconds = |clock| {
@@ -161,7 +169,8 @@ impl Meter {
                 mib(&read("/proc/meminfo")?, "MemAvailable:").ok_or_else(odd).map(Some)
             }
             names::PROCESS_RSS => {
-                mib(&read("/proc/self/status")?, "VmRSS:").ok_or_else(odd).map(Some)
+                // Not `status`, which begins with a name that may be any bytes, and has its lines wherever they fall.
+                resident(&read("/proc/self/statm")?, page_size()).ok_or_else(odd).map(Some)
             }
             _ => Err(odd()),
         }
@@ -173,6 +182,11 @@ impl Meter {
         let passed = whole - whole_before;
         // A counter may go back a little: the kernel's idle time does.
         (passed > 0.0).then(|| ((busy - busy_before) / passed).max(0.0))
+    }
+
+    /// The same of a whole: the time spent waiting for disks may go back, and then more than all would be busy.
+    fn share(&mut self, busy: f64, whole: f64) -> Option<f64> {
+        self.rate(busy, whole).map(|rate| rate.min(1.0))
     }
 }
 
@@ -200,6 +214,12 @@ fn mib(text: &str, key: &str) -> Option<f64> {
     let rest = text.lines().find_map(|line| line.strip_prefix(key))?;
     let kib: f64 = rest.trim().strip_suffix(" kB")?.parse().ok()?;
     Some(kib / 1024.0)
+}
+
+/// The second number of `/proc/self/statm`, pages in RAM, in MiB.
+fn resident(text: &str, page_size: usize) -> Option<f64> {
+    let pages: f64 = text.split_whitespace().nth(1)?.parse().ok()?;
+    Some(pages * page_size as f64 / (1024.0 * 1024.0))
 }
 
 #[cfg(test)]
@@ -236,6 +256,7 @@ mod tests {
         assert_eq!(meter.rate(505.0, 1020.0), Some(0.25));
         assert_eq!(meter.rate(505.0, 1020.0), None, "no time has passed");
         assert_eq!(meter.rate(504.0, 1021.0), Some(0.0), "it went back");
+        assert_eq!(meter.share(514.0, 1025.0), Some(1.0), "idling went back");
     }
 
     #[test]
@@ -257,7 +278,39 @@ mod tests {
             let most = if name == names::SYSTEM_CPU { 1.0 } else { 1e9 };
             assert!((0.0..=most).contains(&value), "{name}: {value}");
         }
-        let rss = mib(&read("/proc/self/status").unwrap(), "VmRSS:").unwrap();
-        assert!(rss > 0.4, "a test of 400 KiB at least: {rss}");
+    }
+
+    #[test]
+    fn memory_is_found_whatever_the_process_is_called() {
+        let name = std::fs::read("/proc/self/comm").unwrap();
+        // The kernel keeps 15 bytes, and so half of the last character.
+        std::fs::write("/proc/self/comm", "fourteen-bytes\u{e9}").unwrap();
+        let gauges = Gauges::new();
+        let rss = names::PROCESS_RSS;
+        let gauge = gauges.gauge(rss).unwrap();
+        let mut meter = Meter { name: rss, gauge, before: None, complained: false };
+        let value = meter.value();
+        std::fs::write("/proc/self/comm", name.trim_ascii_end()).unwrap();
+        let value = value.unwrap().unwrap();
+        assert!(value > 0.4 && value < 65_536.0, "a test of 400 KiB at least: {value} MiB");
+    }
+
+    #[test]
+    fn what_is_in_memory_is_counted_in_pages() {
+        assert_eq!(resident("1000 512 3 4 0 6 0\n", 4096), Some(2.0));
+        assert_eq!(resident("1000 512 3 4 0 6 0\n", 65536), Some(32.0));
+        assert_eq!(resident("1000\n", 4096), None);
+    }
+
+    #[test]
+    fn no_interval_is_too_long() {
+        assert!(after(Duration::MAX) > Instant::now() + Duration::from_secs(3600));
+        let gauge = Gauges::new().gauge(names::FREE_MEMORY).unwrap();
+        let (sender, receiver) = channel();
+        let name = names::FREE_MEMORY;
+        sender.send(Meter { name, gauge, before: None, complained: false }).unwrap();
+        drop(sender);
+        // Ends when nobody can ask for more.
+        sample(Duration::MAX, &receiver);
     }
 }

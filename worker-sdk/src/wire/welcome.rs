@@ -2,7 +2,7 @@
 
 use super::codec::{Reader, WireError, header, name, put_tlv};
 use super::{Features, is_name, kind, tlv};
-use crate::scoreboard::gauge::{GAUGES, GaugeName};
+use crate::scoreboard::gauge::GaugeName;
 
 /// A listener of the worker's pool, so that a handoff can name it by its index. See [`Welcome`] for an example.
 #[derive(Clone, Debug, PartialEq, Eq)]
@@ -56,8 +56,9 @@ pub struct Welcome {
 
 impl Welcome {
     /// Appends the record's bytes to `out`. Listeners whose name is no name ([`is_name`]) are left out, and so
-    /// are those for which the record has no room.
+    /// are gauges and listeners for which the record has no room.
     pub fn encode(&self, out: &mut Vec<u8>) {
+        let most = out.len() + super::MAX_CONTROL_RECORD;
         header(out, kind::WELCOME);
         out.extend_from_slice(&self.version.to_le_bytes());
         out.extend_from_slice(&[0, 0]);
@@ -67,7 +68,10 @@ impl Welcome {
         out.extend_from_slice(&self.max_connections.to_le_bytes());
         out.extend_from_slice(&self.handoff_timeout_ms.to_le_bytes());
         // Before the listeners, which may fill the record.
-        for gauge in self.gauges.iter().take(GAUGES as usize) {
+        for gauge in &self.gauges {
+            if out.len() + 4 + gauge.as_str().len() > most {
+                break;
+            }
             put_tlv(out, tlv::GAUGE, gauge.as_str().as_bytes());
         }
         let mut value = Vec::new();
@@ -76,7 +80,7 @@ impl Welcome {
             value.extend_from_slice(&listener.index.to_le_bytes());
             value.extend_from_slice(listener.name.as_bytes());
             // A pool with very many listeners: the rest go by their index alone.
-            if out.len() + 4 + value.len() > super::MAX_CONTROL_RECORD {
+            if out.len() + 4 + value.len() > most {
                 break;
             }
             put_tlv(out, tlv::LISTENER, &value);

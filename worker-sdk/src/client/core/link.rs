@@ -257,7 +257,7 @@ impl Core {
             }
             Received::Resume => {
                 log::info!("the dispatcher gives this worker connections again");
-                self.draining.end();
+                self.draining.end(self);
                 self.handed_over.notify_all();
             }
             Received::Handoff { arrived, lost } => {
@@ -294,7 +294,7 @@ impl Core {
             return;
         };
         // The next one knows nothing of it.
-        self.draining.end();
+        self.draining.end(self);
         if session.since.elapsed() > RELIABLE {
             // Not after every join: a dispatcher that dies of our hello would be tried without a pause.
             state.backoff.reset();
