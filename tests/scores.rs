@@ -166,6 +166,47 @@ fn idle_workers_on_one_machine_share_a_burst_evenly() {
     }
 }
 
+/// A pool that scores by `queue_wait`, and looks at gauges only so often.
+fn now_and_then(interval: &str) -> (Dispatcher, std::net::SocketAddr) {
+    start_one_pool(&format!(
+        "policy = \"least-score\"\nhandoff_timeout = \"10m\"\n\
+         [pool.web.scores]\nmultipliers = {{ queue_wait = 1 }}\nvalid_for = \"1h\"\n\
+         mode = \"interval\"\ninterval = \"{interval}\""
+    ))
+}
+
+#[test]
+fn at_intervals_the_picture_stays_but_newcomers_are_seen_at_once() {
+    let (dispatcher, address) = now_and_then("30m");
+    let names = ["a", "b", "late"];
+    let (a, b) = (taking(&dispatcher, "a"), taking(&dispatcher, "b"));
+    let wait = gauge(&a, "queue_wait", 0.0);
+    let _other = gauge(&b, "queue_wait", 100.0);
+    let mut held = Vec::new();
+    assert_eq!(shares(&dispatcher, address, &mut held, &names[..2], 10), [10, 0]);
+    wait.set(500.0);
+    assert_eq!(shares(&dispatcher, address, &mut held, &names[..2], 10), [10, 0], "nobody looks");
+    let late = taking(&dispatcher, "late");
+    assert_eq!(shares(&dispatcher, address, &mut held, &names, 1), [1, 0, 0], "it has set none");
+    let _its = gauge(&late, "queue_wait", 0.0);
+    assert_eq!(shares(&dispatcher, address, &mut held, &names, 10), [0, 0, 10]);
+}
+
+#[test]
+fn at_the_end_of_an_interval_gauges_are_read_again() {
+    let (dispatcher, address) = now_and_then("50ms");
+    let (a, b) = (taking(&dispatcher, "a"), taking(&dispatcher, "b"));
+    let wait = gauge(&a, "queue_wait", 0.0);
+    let _other = gauge(&b, "queue_wait", 100.0);
+    let mut held = Vec::new();
+    assert_eq!(shares(&dispatcher, address, &mut held, &["a", "b"], 10), [10, 0]);
+    wait.set(500.0);
+    dispatcher.wait_status("the core to know", |status| {
+        worker(status, "a").is_some_and(|a| a.score.is_some_and(|score| score > 500.0))
+    });
+    assert_eq!(shares(&dispatcher, address, &mut held, &["a", "b"], 10), [0, 10]);
+}
+
 #[test]
 fn a_worker_that_never_heard_of_gauges_stands_by() {
     let (dispatcher, address) = scoring("queue_wait = 1");

@@ -27,7 +27,7 @@ impl Core {
         }
     }
 
-    /// Whether the gauges of a pool's workers are to be read now. With an interval, once for each.
+    /// Whether the gauges of all of a pool's workers are to be read now. With an interval, once for each.
     pub fn reads_gauges(&mut self, now: Time, pool: PoolId) -> bool {
         if self.scored_gauges(pool).is_empty() {
             return false;
@@ -39,6 +39,13 @@ impl Core {
             pool.sample_at = now + interval;
         }
         due
+    }
+
+    /// Whether the pool scores by a gauge of this worker that has said nothing yet. Such a worker is looked at in every turn,
+    /// whatever the interval: it would get nothing until the next one, as if it had been silent for long.
+    pub fn lacks_gauges(&self, worker: WorkerId) -> bool {
+        let Some(worker) = self.find(worker).map(|w| &self.workers[w]) else { return false };
+        worker.state != State::Gone && self.pools[worker.pool].candidates.lacks_gauges(worker.at)
     }
 
     /// What the gauge with this position in [`Core::scored_gauges`] says; `None` if the worker has none of that name or has

@@ -86,12 +86,10 @@ impl Shell {
         for pool in 0..self.config.pools.len() as u16 {
             self.gauges_due.push(self.core.reads_gauges(self.now, PoolId(pool)));
         }
-        if !self.gauges_due.contains(&true) {
-            return;
-        }
         for io in self.workers.iter_mut().flatten() {
             if let Some(gauges) = &mut io.gauges
-                && self.gauges_due.get(usize::from(gauges.pool.0)) == Some(&true)
+                && (self.gauges_due.get(usize::from(gauges.pool.0)) == Some(&true)
+                    || self.core.lacks_gauges(io.id))
             {
                 gauges.read(&io.lane.board, &mut self.core, self.now, io.id);
             }

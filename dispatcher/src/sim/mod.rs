@@ -354,22 +354,21 @@ impl Desk {
         self.pump();
     }
 
-    /// Reads the gauges of every pool that scores by some and wants them read now.
+    /// Reads the gauges of those workers of which the core wants them read now.
     fn read_gauges(&mut self) {
-        for pool in (0..self.pools).map(PoolId) {
-            if !self.core.reads_gauges(self.now, pool) {
+        let pools = (0..self.pools).map(PoolId);
+        let due: Vec<bool> = pools.map(|pool| self.core.reads_gauges(self.now, pool)).collect();
+        for link in self.links.iter_mut().filter(|link| !link.forgotten) {
+            let pool = self.core.pool_of_worker(link.id);
+            let due = pool.is_some_and(|pool| due.get(usize::from(pool.0)) == Some(&true));
+            if !due && !self.core.lacks_gauges(link.id) {
                 continue;
             }
-            for link in self.links.iter_mut().filter(|link| !link.forgotten) {
-                if self.core.pool_of_worker(link.id) == Some(pool) {
-                    for (gauge, (said, told)) in link.gauges.iter().zip(&mut link.told).enumerate()
-                    {
-                        let bits = |reading: Reading| (reading.value.to_bits(), reading.at);
-                        if said.map(bits) != told.map(bits) {
-                            *told = *said;
-                            self.core.gauge(self.now, link.id, gauge, *said);
-                        }
-                    }
+            for (gauge, (said, told)) in link.gauges.iter().zip(&mut link.told).enumerate() {
+                let bits = |reading: Reading| (reading.value.to_bits(), reading.at);
+                if said.map(bits) != told.map(bits) {
+                    *told = *said;
+                    self.core.gauge(self.now, link.id, gauge, *said);
                 }
             }
         }

@@ -12,6 +12,9 @@ use worker_sdk::scoreboard::gauge::Reading;
 use super::{Candidate, FULL_WEIGHT, UNAVAILABLE};
 use crate::pool::types::{Scored, Scores, Time};
 
+/// Until when a gauge is fresh that has no value.
+const NEVER_SET: Time = Time(0);
+
 /// The readings of the candidates, in the same order.
 #[derive(Debug)]
 pub(in crate::pool) struct LeastScore {
@@ -37,7 +40,7 @@ impl LeastScore {
     /// A candidate whose gauges nobody has read yet.
     pub(super) fn add(&mut self) {
         self.readings.resize(self.readings.len() + self.scores.gauges.len(), None);
-        self.sums.push(Sum { value: 0.0, until: Time(0) });
+        self.sums.push(Sum { value: 0.0, until: NEVER_SET });
         self.sum_up(self.sums.len() - 1);
     }
 
@@ -55,6 +58,11 @@ impl LeastScore {
         self.sum_up(at);
     }
 
+    /// Whether one of its gauges was never set.
+    pub(super) fn lacks_some(&self, at: usize) -> bool {
+        self.sums[at].until == NEVER_SET
+    }
+
     fn readings(&self, at: usize) -> &[Option<Reading>] {
         let many = self.scores.gauges.len();
         &self.readings[at * many..(at + 1) * many]
@@ -68,7 +76,7 @@ impl LeastScore {
                     sum.value += gauge.multiplier * reading.value;
                     sum.until = sum.until.min(Time(reading.at) + self.scores.valid_for);
                 }
-                None => sum.until = Time(0),
+                None => sum.until = NEVER_SET,
             }
         }
         self.sums[at] = sum;

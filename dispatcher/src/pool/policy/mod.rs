@@ -343,6 +343,11 @@ impl Candidates {
         }
     }
 
+    /// With scores: whether the worker at `at` has one that was never set.
+    pub(super) fn lacks_gauges(&self, at: usize) -> bool {
+        matches!(&self.index, Index::LeastScore(scores) if scores.lacks_some(at))
+    }
+
     /// With scores: how the worker at `at` stands, with `cost` for its load after one more connection.
     pub(super) fn score(&self, at: usize, cost: u64, weight: u32, now: Time) -> Option<Scored> {
         match &self.index {

@@ -185,6 +185,14 @@ fn gauges_are_read_at_every_turn_or_once_in_an_interval() {
     desk.now = desk.now + ms(1);
     assert_eq!(desk.shares(&workers, 4), [0, 4]);
     assert!(!desk.core.reads_gauges(desk.now, PoolId(0)), "once");
+    // Who comes in between does not wait for the next time, nor does he who sets his gauge later than he comes.
+    let late = desk.worker();
+    assert_eq!(desk.shares(&[workers[1], late], 1), [1, 0]);
+    assert!(desk.core.lacks_gauges(late) && !desk.core.lacks_gauges(workers[1]));
+    desk.set(late, 0, 0.0);
+    assert_eq!(desk.shares(&[workers[1], late], 4), [0, 4]);
+    desk.set(late, 0, 50.0);
+    assert_eq!(desk.shares(&[workers[1], late], 2), [0, 2], "from then on like everybody");
 }
 
 #[test]
