@@ -8,7 +8,6 @@ use std::io::{BufRead, BufReader, Read, Write};
 use std::net::TcpListener;
 use std::os::unix::fs::PermissionsExt;
 use std::os::unix::net::{UnixDatagram, UnixListener, UnixStream};
-use std::os::unix::process::CommandExt;
 use std::path::{Path, PathBuf};
 use std::process::{Command, Stdio};
 
@@ -50,23 +49,6 @@ fn finish(command: &mut Command) -> Ran {
 /// `command --config` with the `dispatcher.toml` of a directory.
 fn with_config(command: &str, dir: &Path) -> Ran {
     run(&[command, "--config", dir.join("dispatcher.toml").to_str().unwrap()])
-}
-
-/// The program for a user who may not do everything; where that is us, just the program. `dir` is for his eyes, too.
-fn unprivileged(dir: &Path) -> Command {
-    if !geteuid().is_root() {
-        return Command::new(dispatcher_bin());
-    }
-    // He need not be able to reach the build directory. Not copied by ourselves: what other tests start meanwhile would have
-    // the copy open for writing, and such a file cannot be run.
-    let copy = dir.join("program");
-    assert!(
-        Command::new("cp").args([dispatcher_bin().as_ref(), &*copy]).status().unwrap().success()
-    );
-    std::fs::set_permissions(dir, Permissions::from_mode(0o755)).unwrap();
-    let mut command = Command::new(copy);
-    command.uid(65_534).gid(65_534).current_dir("/");
-    command
 }
 
 fn limits(pid: impl std::fmt::Display) -> Vec<String> {

@@ -287,11 +287,16 @@ fn an_operator_scales_a_pool_until_the_next_reload() {
     dispatcher.wait_status("one to be gone", |status| pool(status, "web").workers.len() == 2);
     assert_eq!(scale(&["web", "+1", "--json"]).0, 0);
     dispatcher.wait_joined("web", 3);
-    for wrong in
-        [&["web", "0"][..], &["web", "-3"], &["web", "1025"], &["other", "2"], &["wbe", "2"]]
-    {
+    for (wrong, with) in [
+        (&["web", "0"][..], 64),
+        (&["web", "-3"], 64),
+        (&["web", "1025"], 64),
+        (&["other", "2"], 65),
+        (&["wbe", "2"], 66),
+    ] {
         let (code, text) = scale(wrong);
-        assert!(code != 0 && text.contains("help: "), "{wrong:?}: {code} {text}");
+        assert_eq!(code, with, "{wrong:?}: {text}");
+        assert!(text.contains("help: "), "{wrong:?}: {text}");
     }
     reload(&dispatcher, &text);
     client.echo("still here");

@@ -184,6 +184,44 @@ fn keys_drain_and_resume_and_the_end_leaves_the_terminal_as_it_was() {
 }
 
 #[test]
+fn keys_give_a_pool_more_and_fewer_processes() {
+    let program = example("test-worker");
+    let spawn =
+        format!("[pool.web.spawn]\ncommand = [{:?}, \"blocking\"]", program.to_str().unwrap());
+    let (dispatcher, address) = start_one_pool(&format!("{spawn}\nprocesses = 1"));
+    dispatcher.wait_joined("web", 1);
+    let mut client = Client::connect(address).unwrap();
+    let Some(mut screen) = Screen::open(&dispatcher, "") else { return };
+    screen.wait_for("web-1");
+    screen.press("+");
+    dispatcher.wait_joined("web", 2);
+    screen.wait_for("web-2");
+    // Any other key is a no.
+    screen.press("-");
+    screen.wait_for("fewer");
+    screen.press("n");
+    screen.press("+");
+    dispatcher.wait_joined("web", 3);
+    screen.press("-");
+    screen.press("y");
+    dispatcher.wait_status("one to be gone", |status| pool(status, "web").workers.len() == 2);
+    wait_for_log(&dispatcher, "event=pool_scaled pool=web processes=2 before=3");
+    client.echo("still here");
+    // The last one stays, and the screen says why.
+    screen.press("-");
+    screen.press("y");
+    dispatcher.wait_status("another to be gone", |status| pool(status, "web").workers.len() == 1);
+    screen.press("-");
+    screen.press("y");
+    screen.wait_for("1024");
+    wait_for_log(&dispatcher, "event=pool_scaled pool=web processes=1 before=2");
+    assert_eq!(dispatcher.log().matches("event=pool_scaled").count(), 4);
+    client.echo("to the end");
+    screen.press("q");
+    assert!(screen.process.wait().success());
+}
+
+#[test]
 fn a_signal_leaves_the_terminal_as_it_was_and_no_color_is_heeded() {
     let (dispatcher, _) = start_one_pool("");
     let _workers = dispatcher.workers("tokio", "web", 1);

@@ -11,7 +11,9 @@ use std::collections::BTreeMap;
 use std::fs::File;
 use std::io::{BufRead, BufReader, Read, Write};
 use std::net::{SocketAddr, TcpStream};
+use std::os::unix::fs::PermissionsExt;
 use std::os::unix::net::UnixStream;
+use std::os::unix::process::CommandExt;
 use std::path::{Path, PathBuf};
 use std::process::{Child, Command, ExitStatus, Stdio};
 use std::time::{Duration, Instant};
@@ -460,4 +462,21 @@ pub fn all_greeted(streams: Vec<TcpStream>) -> Vec<Client> {
 /// Lines of the log may come a moment after what they tell of.
 pub fn wait_for_log(dispatcher: &Dispatcher, text: &str) {
     wait_until(&format!("the log to say {text}"), || dispatcher.log().contains(text));
+}
+
+/// The program for a user who may not do everything; where that is us, just the program. `dir` is for his eyes, too.
+pub fn unprivileged(dir: &Path) -> Command {
+    if !nix::unistd::geteuid().is_root() {
+        return Command::new(dispatcher_bin());
+    }
+    // He need not be able to reach the build directory. Not copied by ourselves: what other tests start meanwhile would have
+    // the copy open for writing, and such a file cannot be run.
+    let copy = dir.join("program");
+    assert!(
+        Command::new("cp").args([dispatcher_bin().as_ref(), &*copy]).status().unwrap().success()
+    );
+    std::fs::set_permissions(dir, PermissionsExt::from_mode(0o755)).unwrap();
+    let mut command = Command::new(copy);
+    command.uid(65_534).gid(65_534).current_dir("/");
+    command
 }

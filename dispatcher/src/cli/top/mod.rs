@@ -162,8 +162,8 @@ fn live(
             match news {
                 News::Status(status) => model.answer(*status, began.elapsed()),
                 News::NoAnswer(why) => model.no_answer(why),
-                News::Done(what) => model.notice = Notice::Done(what),
-                News::Failed(why) => model.notice = Notice::Failed(why),
+                News::Done(what) => model.tell(Notice::Done(what)),
+                News::Failed(why) => model.tell(Notice::Failed(why)),
             }
         }
         terminal.draw(|frame| view::draw(frame, &mut model, theme)).map_err(broken)?;

@@ -100,6 +100,8 @@ pub(super) struct Model {
     /// Why there is no newer answer.
     pub lost: Option<String>,
     pub notice: Notice,
+    /// What became of an earlier command, while a question waits for its answer.
+    later: Option<Notice>,
     pub order: Order,
     pub paused: bool,
     /// The worker under the cursor, by id: it stays there when the order changes.
@@ -117,6 +119,7 @@ impl Model {
             status: None,
             lost: None,
             notice: Notice::Nothing,
+            later: None,
             order: Order::Id,
             paused: false,
             selected: None,
@@ -216,6 +219,14 @@ impl Model {
         self.rows().iter().position(|row| row.worker.id == selected)
     }
 
+    /// What became of a command. It takes no question from the screen: whoever reads one is about to answer it.
+    pub(super) fn tell(&mut self, notice: Notice) {
+        match self.notice {
+            Notice::Confirm { .. } | Notice::ConfirmFewer(_) => self.later = Some(notice),
+            Notice::Nothing | Notice::Done(_) | Notice::Failed(_) => self.notice = notice,
+        }
+    }
+
     /// What a key does.
     pub(super) fn key(&mut self, key: Key) -> Option<Action> {
         if key == Key::Interrupt {
@@ -223,12 +234,12 @@ impl Model {
         }
         if let Notice::Confirm { id, .. } = self.notice {
             // Anything but yes is no.
-            self.notice = Notice::Nothing;
+            self.notice = self.later.take().unwrap_or(Notice::Nothing);
             return (key == Key::Character('y')).then_some(Action::Drain(id));
         }
         if let Notice::ConfirmFewer(pool) = &self.notice {
             let order = Action::Scale(pool.clone(), -1);
-            self.notice = Notice::Nothing;
+            self.notice = self.later.take().unwrap_or(Notice::Nothing);
             return (key == Key::Character('y')).then_some(order);
         }
         self.notice = Notice::Nothing;

@@ -116,6 +116,23 @@ fn one_process_more_is_asked_once_and_one_fewer_twice() {
 }
 
 #[test]
+fn an_answer_takes_no_question_away() {
+    let mut model = three();
+    for (keys, action) in [("-", Action::Scale("web".to_owned(), -1)), ("d", Action::Drain(1))] {
+        press(&mut model, "+");
+        press(&mut model, keys);
+        let question = model.notice.clone();
+        let done = Notice::Done("web: 4 processes".to_owned());
+        model.tell(done.clone());
+        assert_eq!(model.notice, question);
+        assert_eq!(press(&mut model, "y"), Some(action));
+        assert_eq!(model.notice, done, "told once the question is answered");
+        press(&mut model, "s");
+        assert_eq!(model.notice, Notice::Nothing);
+    }
+}
+
+#[test]
 fn a_pool_without_workers_can_have_more_processes_too() {
     let mut model = Model::new();
     model.answer(status(vec![]), Duration::ZERO);
