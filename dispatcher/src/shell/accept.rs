@@ -193,6 +193,9 @@ impl Shell {
                         looked: 0,
                     });
                     self.look(conn, false);
+                    if std::mem::take(&mut self.rested) {
+                        self.perform();
+                    }
                 }
                 Attempt::Again => {}
                 Attempt::Empty => {
@@ -203,6 +206,7 @@ impl Shell {
                     }
                     return;
                 }
+                Attempt::Short(_) if !self.copies.is_empty() => self.close_copies(),
                 Attempt::Short(errno) => {
                     let pause = self.config.limits.resource_pause;
                     listener.paused_until = Some(self.now + pause);

@@ -8,6 +8,7 @@
 //! perform. Before sleeping, the `want` words are set and the scoreboards of those workers read once more.
 
 mod accept;
+mod alarm;
 mod command;
 mod control;
 mod courtesy;
@@ -44,6 +45,7 @@ use worker_sdk::scoreboard::claim::{self, SlotState};
 use worker_sdk::wire::{Entry, Token};
 
 use self::accept::{Conn, Listener};
+use self::alarm::Alarm;
 use self::courtesy::Courtesy;
 use self::join::Door;
 use self::limit::Limit;
@@ -103,6 +105,9 @@ struct Shell {
     gauge_readers: usize,
     /// Something has just happened, so more is likely to happen soon: see [`DOZE`].
     dozing: bool,
+    alarm: Alarm,
+    /// Woken after a [`REST`]: nobody else has asked for anything lately.
+    rested: bool,
     courtesy: Courtesy,
     scanned_all: Time,
     /// The last turn left some out.
@@ -118,6 +123,8 @@ struct Shell {
     conns: Vec<Option<Conn>>,
     /// Workers with connections gathered for them this turn.
     dirty: Vec<u32>,
+    /// Copies of connections that their workers have, to be closed at the end of the turn: whoever waits goes first.
+    copies: Vec<OwnedFd>,
     /// Copies whose close may linger and for which the closer had no room.
     lingering: VecDeque<OwnedFd>,
     closer: Closer,
@@ -166,6 +173,10 @@ struct Limits {
 /// that close meanwhile find their slot not released and shut the connection down, so no client waits for this.
 const DOZE: Duration = Duration::from_millis(2);
 
+/// After a sleep this long a client goes to its worker at once. Otherwise more clients are likely to have come with it, and
+/// one record for all of a worker's is cheaper.
+const REST: Duration = Duration::from_micros(200);
+
 /// How often workers that have nothing are looked at, at most; see [`Shell::scan_all`].
 const SCAN_ALL: Duration = Duration::from_millis(10);
 
@@ -185,18 +196,21 @@ impl Shell {
         let mut events = Events::with_capacity(1024);
         loop {
             self.perform();
+            self.close_copies();
             if self.is_over() {
                 return Ok(());
             }
             let timeout = self.before_sleep();
             self.watch_turn();
+            self.rested = false;
             if let Look::Sleep(timeout) = self.look_again(&mut events, timeout)?
-                && !self.poll_events(&mut events, timeout)?
+                && !self.sleep(&mut events, timeout)?
             {
                 continue;
             }
             self.now = clock();
-            self.dozing = !events.is_empty();
+            self.dozing =
+                events.iter().any(|event| Source::of(event.token()) != Some(Source::Alarm));
             // First: what is taken in the scan may give somebody who waits a place.
             self.read_gauges();
             self.scan_all();
@@ -221,6 +235,18 @@ impl Shell {
         }
         self.read_on(unread);
         self.handle_leftovers();
+    }
+
+    /// Waits until something happens or `timeout` is over. False if a signal handler ended it.
+    fn sleep(&mut self, events: &mut Events, timeout: Option<Duration>) -> Result<bool, RunError> {
+        if timeout == Some(Duration::ZERO) {
+            return self.poll_events(events, timeout);
+        }
+        let began = clock();
+        let unset = timeout.filter(|&timeout| self.alarm.set(began, began + timeout).is_err());
+        let polled = self.poll_events(events, unset)?;
+        self.rested = clock() - began >= REST;
+        Ok(polled)
     }
 
     /// False if a signal handler ended it.
@@ -313,8 +339,8 @@ impl Shell {
                     self.core.leave(self.now, id, Departure::Died);
                 }
             }
-            // A poke was meant to end the sleep; the scan has seen what it was about. The other needs its event.
-            Source::Poke | Source::Held(_) => {}
+            // These were meant to end the sleep; the scan has seen what a poke was about. The last needs its event.
+            Source::Poke | Source::Alarm | Source::Held(_) => {}
         }
     }
 

@@ -34,6 +34,11 @@ impl Shell {
                 let Some(&Conn { peer, accepted, .. }) = found else { return };
                 let Ticket { slot, seq } = ticket;
                 let accepted_ns = accepted.0;
+                // As it was accepted; a worker that had it before could have changed that.
+                let flags = match flags.contains(EntryFlags::RESENT) {
+                    true => flags,
+                    false => flags | EntryFlags::NONBLOCKING,
+                };
                 let entry = Entry { seq, slot, listener: listener.0, flags, accepted_ns, peer };
                 if flags.contains(EntryFlags::RESENT) {
                     self.tell_resent(worker, conn, &entry.peer);
@@ -71,7 +76,10 @@ impl Shell {
                 }
             }
             Effect::Release { worker, conn, ticket } => {
-                self.close_copy(conn);
+                // The slot is free for the next from here on. A worker that closes before the end of this turn leaves the
+                // connection's end to our copy.
+                let copy = self.take_conn(conn);
+                self.copies.extend(copy.map(|conn| conn.fd));
                 if let Some(slot) = self.io(worker).and_then(|io| io.lane.board.slot(ticket.slot)) {
                     claim::release(slot, ticket.seq);
                 }
@@ -167,15 +175,16 @@ impl Shell {
         }
     }
 
-    /// Closes our copy of a connection that a worker has.
+    /// Closes our copies of connections that workers have.
     ///
-    /// The worker may have asked for a lingering close and closed its own copy already; then ours is the
+    /// A worker may have asked for a lingering close and closed its own copy already; then ours is the
     /// last and could block for seconds, so another thread does it.
-    fn close_copy(&mut self, conn: ConnId) {
-        let Some(Conn { fd, .. }) = self.take_conn(conn) else { return };
-        match socket_linger(&fd) {
-            Ok(Some(linger)) if linger > Duration::ZERO => self.close_elsewhere(fd),
-            Ok(_) | Err(_) => drop(fd),
+    pub(super) fn close_copies(&mut self) {
+        while let Some(fd) = self.copies.pop() {
+            match socket_linger(&fd) {
+                Ok(Some(linger)) if linger > Duration::ZERO => self.close_elsewhere(fd),
+                Ok(_) | Err(_) => drop(fd),
+            }
         }
     }
 

@@ -13,6 +13,7 @@ use rustix::net::SocketType;
 use signal_hook_mio::v1_0::Signals;
 
 use super::accept::Listener;
+use super::alarm::Alarm;
 use super::courtesy::Courtesy;
 use super::error::RunError;
 use super::inherited::Inherited;
@@ -82,6 +83,7 @@ impl Shell {
         registry
             .register(&mut SourceFd(&raw), Source::Dispatch.token(), Interest::READABLE)
             .map_err(RunError::system("poll"))?;
+        let alarm = Alarm::new(registry).map_err(RunError::system("timerfd"))?;
         let waker =
             Waker::new(registry, Source::Waker.token()).map_err(RunError::system("waker"))?;
         let waker = Arc::new(waker);
@@ -138,6 +140,8 @@ impl Shell {
             workers: Vec::new(),
             gauge_readers: 0,
             dozing: false,
+            alarm,
+            rested: false,
             courtesy: Courtesy::default(),
             scanned_all: Time(0),
             scan_due: false,
@@ -148,6 +152,7 @@ impl Shell {
             conns: Vec::new(),
             gauges_due: Vec::new(),
             dirty: Vec::new(),
+            copies: Vec::new(),
             lingering: VecDeque::new(),
             closer,
             side,

@@ -26,6 +26,8 @@ pub(super) enum Source {
     Held(Key),
     /// A worker took or closed something; the scan that every turn begins with will see it.
     Poke,
+    /// A time has come; a turn looks at the clock anyway.
+    Alarm,
 }
 
 /// Position and serial number of something that comes and goes.
@@ -73,6 +75,7 @@ impl Source {
             Source::Control(key) => (6, key.index, key.serial),
             Source::Process(key) => (7, key.index, key.serial),
             Source::Held(key) => (8, key.index, key.serial),
+            Source::Alarm => (9, 0, 0),
         };
         let bits = kind << (SERIAL_BITS + INDEX_BITS)
             | u64::from(index) << SERIAL_BITS
@@ -95,6 +98,7 @@ impl Source {
             6 => Source::Control(key),
             7 => Source::Process(key),
             8 => Source::Held(key),
+            9 => Source::Alarm,
             _ => return None,
         })
     }
@@ -117,6 +121,7 @@ mod tests {
             Source::Control(Key { index: 3, serial: 9 }),
             Source::Process(key),
             Source::Held(key),
+            Source::Alarm,
         ] {
             assert_eq!(Source::of(source.token()), Some(source));
         }

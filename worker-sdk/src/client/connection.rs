@@ -167,6 +167,8 @@ pub(crate) struct Accepted {
     /// Also of a Unix client: reading, writing and options go by the descriptor, and the standard
     /// library asks the kernel for the kind only where addresses are concerned.
     pub(crate) stream: TcpStream,
+    /// Known to be in non-blocking mode. Otherwise its mode is not known.
+    pub(crate) nonblocking: bool,
     pub(crate) guard: Guard,
     pub(crate) origin: Origin,
 }

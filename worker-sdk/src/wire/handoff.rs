@@ -90,10 +90,20 @@ impl EntryFlags {
     /// The connection was sent to another worker before: that one may still hold a copy of the fd, so the
     /// last handle shuts the socket down even when the slot is already RELEASED.
     pub const RESENT: EntryFlags = EntryFlags(1);
+    /// The socket is in non-blocking mode, and no other worker ever had it.
+    pub const NONBLOCKING: EntryFlags = EntryFlags(2);
 
     /// Whether all bits of `other` are set.
     pub fn contains(self, other: EntryFlags) -> bool {
         self.0 & other.0 == other.0
+    }
+}
+
+impl std::ops::BitOr for EntryFlags {
+    type Output = EntryFlags;
+
+    fn bitor(self, other: EntryFlags) -> EntryFlags {
+        EntryFlags(self.0 | other.0)
     }
 }
 

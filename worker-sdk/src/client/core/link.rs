@@ -43,8 +43,10 @@ impl Core {
             session.poke_if_wanted(want::TAKEN);
         }
         let accepted = popped.accepted?;
-        // Explicitly: the mode belongs to the open socket, and whoever had it before may have changed it.
-        if let Err(error) = accepted.stream.set_nonblocking(nonblocking) {
+        // The mode belongs to the open socket: whoever had it before may have changed it.
+        if !(nonblocking && accepted.nonblocking)
+            && let Err(error) = accepted.stream.set_nonblocking(nonblocking)
+        {
             log::error!("cannot set a connection's blocking mode: {error}");
         }
         Some(accepted)
@@ -60,6 +62,7 @@ impl Core {
         };
         Accepted {
             stream: fd.into(),
+            nonblocking: entry.flags.contains(EntryFlags::NONBLOCKING),
             guard: Guard::new(Arc::clone(self), Some(custody)),
             origin: Origin {
                 peer: entry.peer,
@@ -346,6 +349,7 @@ impl Core {
                 let clock = clock_gettime(ClockId::Monotonic);
                 state.queue.push_back(Pending::Taken(Accepted {
                     stream,
+                    nonblocking: false,
                     guard: Guard::new(Arc::clone(self), None),
                     origin: Origin {
                         peer,
