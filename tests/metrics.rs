@@ -87,6 +87,13 @@ fn sum(samples: &[Sample], name: &str) -> f64 {
     values.iter().sum()
 }
 
+/// Where all connections are, whatever was reloaded.
+fn total(samples: &[Sample]) -> f64 {
+    let places = ["held", "custody", "taken_total", "closed_total"];
+    let of = |place| sum(samples, &format!("dispatcher_connections_{place}"));
+    places.into_iter().map(of).sum()
+}
+
 /// Every metric with the labels it has.
 fn exposed(text: &str) -> BTreeMap<String, BTreeSet<String>> {
     let mut names: BTreeMap<String, BTreeSet<String>> = BTreeMap::new();
@@ -96,7 +103,7 @@ fn exposed(text: &str) -> BTreeMap<String, BTreeSet<String>> {
     names
 }
 
-const TWO_POOLS: &str = r#"
+const POOLS: &str = r#"
 [[listener]]
 name = "http"
 address = "127.0.0.1:0"
@@ -114,6 +121,15 @@ address = "127.0.0.1:0"
 pool = "chat"
 max_queued_per_client = 1000
 
+[[listener]]
+name = "shop"
+address = "127.0.0.1:0"
+pool = "shop"
+
+[pool.shop]
+policy = "least-score"
+affinity.key = "client-ip"
+
 [pool.web]
 handoff_timeout = "10m"
 
@@ -123,7 +139,7 @@ handoff_timeout = "10m"
 
 /// A dispatcher that has something to tell: clients taken, in custody, denied; workers that came and went.
 fn busy() -> (Dispatcher, Vec<Process>, Vec<Client>, Vec<TcpStream>) {
-    let dispatcher = Dispatcher::start(TWO_POOLS);
+    let dispatcher = Dispatcher::start(POOLS);
     let mut workers = dispatcher.workers("blocking", "web", 2);
     let lazy = [("TEST_WORKER", "never-take")];
     workers.push(dispatcher.worker_with("blocking", "chat", "lazy", &lazy));
@@ -160,6 +176,8 @@ fn the_text_is_valid_and_true() {
         + sum(&found, "dispatcher_closed_connections_total");
     assert_eq!((accepted, placed), (210.0, 210.0));
     assert_eq!(sum(&found, "dispatcher_conservation_residual"), 0.0);
+    let all = sum(&found, "dispatcher_connections_accepted_total");
+    assert_eq!((all, total(&found)), (accepted, accepted));
     assert_eq!(sum(&found, "dispatcher_taken_connections_total"), before.taken as f64);
     assert_eq!(sum(&found, "dispatcher_workers_joined_total"), 4.0);
     assert_eq!(sum(&found, "dispatcher_workers_gone_total"), 1.0);
@@ -227,6 +245,54 @@ fn what_was_taken_back_is_counted() {
         assert_eq!(dispatcher.metric(&format!("dispatcher_{name}")), value, "{name}");
     }
     drop((first, slow, streams));
+}
+
+#[test]
+fn the_totals_outlive_what_a_reload_takes_out() {
+    let (dispatcher, _workers, clients, waiting) = busy();
+    drop(waiting);
+    let chat = POOLS.find("[[listener]]\nname = \"chat\"").unwrap();
+    let shop = POOLS.find("[[listener]]\nname = \"shop\"").unwrap();
+    let (before, rest) = (&POOLS[..chat], &POOLS[shop..]);
+    write_config(
+        &dispatcher.dir,
+        &format!("{before}{}", rest.split("[pool.chat]").next().unwrap()),
+    );
+    let mut command = Command::new(dispatcher_bin());
+    command.args(["reload", "--json"]).env("DISPATCHER_ADMIN", dispatcher.admin());
+    let output = command.output().unwrap();
+    let done = String::from_utf8(output.stdout).unwrap();
+    assert!(done.contains("\"removed\":[\"pool chat\",\"listener chat\"]"), "{done}");
+    dispatcher.wait_status("its listener to be gone", |s| s.listeners.len() == 3);
+    let found = samples(&plain(&dispatcher.admin()));
+    // What its listener accepted is in no series of its own any more.
+    assert_eq!(sum(&found, "dispatcher_accepted_connections_total"), 203.0);
+    assert_eq!(sum(&found, "dispatcher_connections_accepted_total"), 210.0);
+    assert_eq!((total(&found), sum(&found, "dispatcher_conservation_residual")), (210.0, 0.0));
+    drop(clients);
+}
+
+#[test]
+fn what_affinity_does_is_counted() {
+    let dispatcher = Dispatcher::start(&one_pool(
+        "affinity.key = \"client-ip\"\npolicy = \"least-score\"\nscores.multipliers = { queue_wait = 1 }",
+    ));
+    let _workers = dispatcher.workers("blocking", "web", 2);
+    let address = dispatcher.address("web");
+    (0..5).for_each(|_| Client::connect(address).unwrap().finish());
+    dispatcher.wait_status("all to be taken", |s| s.taken == 5);
+    let found = samples(&plain(&dispatcher.admin()));
+    let by = |label: &str| {
+        let of = |(name, labels, value): &Sample| {
+            (name == "dispatcher_affinity_connections_total" && labels["result"] == label)
+                .then_some(*value)
+        };
+        found.iter().find_map(of)
+    };
+    assert_eq!((by("miss"), by("hit"), by("moved")), (Some(1.0), Some(4.0), Some(0.0)));
+    assert_eq!(sum(&found, "dispatcher_affinity_entries"), 1.0);
+    assert_eq!(sum(&found, "dispatcher_awaited_connections"), 0.0);
+    assert_eq!(sum(&found, "dispatcher_workers_not_scored"), 2.0, "nobody set the gauge");
 }
 
 #[test]

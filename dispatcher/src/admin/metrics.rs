@@ -3,15 +3,18 @@
 //! Owns names, labels and help texts; `docs/METRICS.md` lists them, and a test compares. Series for each worker are bounded by
 //! `metrics_max_workers`; all others are bounded by the configuration.
 
+mod page;
+
 use std::fmt;
 use std::sync::Arc;
 
 use prometheus_client::collector::Collector;
-use prometheus_client::encoding::{DescriptorEncoder, EncodeLabelSet, NoLabelSet, text};
-use prometheus_client::metrics::MetricType;
+use prometheus_client::encoding::{DescriptorEncoder, text};
 use prometheus_client::registry::{Registry, Unit};
 
-use crate::status::{Distribution, PoolStatus, Status, WorkerStatus};
+use self::page::{Labels, Page, signed};
+use crate::pool::Policy;
+use crate::status::{AffinityStatus, PoolStatus, Status, WorkerStatus};
 
 /// What the text is made of.
 #[derive(Debug)]
@@ -80,120 +83,6 @@ pub(super) fn plain(openmetrics: &str) -> String {
     out
 }
 
-/// Label values as the format wants them: prometheus-client writes them as they are.
-fn escaped(value: &str) -> String {
-    value.replace('\\', r"\\").replace('"', "\\\"").replace('\n', r"\n")
-}
-
-/// Labels with their values, already escaped.
-#[derive(Debug)]
-struct Labels(Vec<(&'static str, String)>);
-
-impl Labels {
-    fn new<const N: usize>(pairs: [(&'static str, &str); N]) -> Labels {
-        Labels(pairs.into_iter().map(|(name, value)| (name, escaped(value))).collect())
-    }
-}
-
-impl EncodeLabelSet for Labels {
-    fn encode(
-        &self,
-        encoder: &mut prometheus_client::encoding::LabelSetEncoder<'_>,
-    ) -> fmt::Result {
-        use prometheus_client::encoding::EncodeLabel;
-        for (name, value) in &self.0 {
-            (*name, value.as_str()).encode(encoder.encode_label())?;
-        }
-        Ok(())
-    }
-}
-
-/// Writes metrics one after the other.
-struct Page<'a>(DescriptorEncoder<'a>);
-
-impl Page<'_> {
-    fn counter(&mut self, name: &str, help: &str, value: u64) -> fmt::Result {
-        self.0
-            .encode_descriptor(name, help, None, MetricType::Counter)?
-            .encode_counter::<NoLabelSet, _, u64>(&value, None)
-    }
-
-    fn gauge(&mut self, name: &str, help: &str, unit: Option<&Unit>, value: i64) -> fmt::Result {
-        self.0.encode_descriptor(name, help, unit, MetricType::Gauge)?.encode_gauge(&value)
-    }
-
-    fn counters(
-        &mut self,
-        name: &str,
-        help: &str,
-        series: impl IntoIterator<Item = (Labels, u64)>,
-    ) -> fmt::Result {
-        self.family(name, help, MetricType::Counter, series)
-    }
-
-    fn gauges(
-        &mut self,
-        name: &str,
-        help: &str,
-        series: impl IntoIterator<Item = (Labels, u64)>,
-    ) -> fmt::Result {
-        self.family(name, help, MetricType::Gauge, series)
-    }
-
-    fn family(
-        &mut self,
-        name: &str,
-        help: &str,
-        kind: MetricType,
-        series: impl IntoIterator<Item = (Labels, u64)>,
-    ) -> fmt::Result {
-        let mut series = series.into_iter().peekable();
-        // A head without series is allowed and useless.
-        if series.peek().is_none() {
-            return Ok(());
-        }
-        let mut metric = self.0.encode_descriptor(name, help, None, kind)?;
-        for (labels, value) in series {
-            let mut one = metric.encode_family(&labels)?;
-            match kind {
-                MetricType::Counter => one.encode_counter::<NoLabelSet, _, u64>(&value, None)?,
-                _ => one.encode_gauge(&signed(value))?,
-            }
-        }
-        Ok(())
-    }
-
-    fn histograms<'d>(
-        &mut self,
-        name: &str,
-        help: &str,
-        series: impl IntoIterator<Item = (Labels, &'d Distribution)>,
-    ) -> fmt::Result {
-        let mut metric =
-            self.0.encode_descriptor(name, help, Some(&Unit::Seconds), MetricType::Histogram)?;
-        for (labels, distribution) in series {
-            let bounds = distribution.up_to_nanoseconds.iter().map(|&bound| seconds(bound));
-            let buckets: Vec<(f64, u64)> =
-                bounds.chain([f64::MAX]).zip(distribution.counts.iter().copied()).collect();
-            let count = distribution.counts.iter().sum();
-            let sum = seconds(distribution.sum_nanoseconds);
-            metric
-                .encode_family(&labels)?
-                .encode_histogram::<NoLabelSet>(sum, count, &buckets, None)?;
-        }
-        Ok(())
-    }
-}
-
-/// Divided rather than multiplied, so that 0.00001 does not become 0.000009999999999999999.
-fn seconds(nanoseconds: u64) -> f64 {
-    nanoseconds as f64 / 1e9
-}
-
-fn signed(value: u64) -> i64 {
-    i64::try_from(value).unwrap_or(i64::MAX)
-}
-
 impl Collector for Snapshot {
     fn encode(&self, encoder: DescriptorEncoder<'_>) -> fmt::Result {
         let mut page = Page(encoder);
@@ -225,6 +114,7 @@ impl Snapshot {
             "Connections handed back by workers",
             status.returned,
         )?;
+        self.totals(page)?;
         page.gauge(
             "conservation_residual",
             "Connections in no place or in two; anything but 0 is a defect of the dispatcher",
@@ -264,6 +154,44 @@ impl Snapshot {
             "Resident memory",
             Some(&Unit::Bytes),
             signed(self.process.resident_bytes),
+        )
+    }
+
+    /// Where all connections are, those of listeners and pools included that a reload took out: their own series have ended.
+    fn totals(&self, page: &mut Page<'_>) -> fmt::Result {
+        let status = &*self.status;
+        let all = "of all listeners and pools that ever were";
+        page.counter(
+            "connections_accepted",
+            &format!("Connections accepted, {all}"),
+            status.accepted,
+        )?;
+        page.gauge(
+            "connections_held",
+            &format!("Connections waiting for a worker, {all}"),
+            None,
+            signed(status.held),
+        )?;
+        page.gauge(
+            "connections_custody",
+            &format!("Connections sent and not yet taken, {all}"),
+            None,
+            signed(status.custody),
+        )?;
+        page.counter(
+            "connections_taken",
+            &format!("Connections taken by workers, {all}"),
+            status.taken,
+        )?;
+        page.counters(
+            "connections_closed",
+            &format!("Connections closed by the dispatcher, {all}"),
+            status.closed.iter().map(|(reason, &count)| (Labels::new([("reason", reason)]), count)),
+        )?;
+        page.counter(
+            "ended_connections",
+            "Connections that workers were told to end because the deadline of their drain had come",
+            status.ended_at_deadline,
         )
     }
 
@@ -372,6 +300,17 @@ impl Snapshot {
             "Most connections the pool's workers are given",
             sum(|w| w.max_connections.into()),
         )?;
+        page.gauges(
+            "workers_not_scored",
+            "Workers that least-score passes over for want of a fresh gauge",
+            self.status.pools.iter().filter(|pool| pool.policy == Policy::LeastScore.name()).map(
+                |pool| {
+                    let without = pool.workers.iter().filter(|w| w.not_scored.is_some()).count();
+                    (Labels::new([("pool", &pool.name)]), without as u64)
+                },
+            ),
+        )?;
+        self.affinity(page)?;
         page.histograms(
             "handoff_latency",
             "Time from accept to take, as the dispatcher sees it",
@@ -379,6 +318,51 @@ impl Snapshot {
                 .pools
                 .iter()
                 .map(|pool| (Labels::new([("pool", &pool.name)]), &pool.handoff)),
+        )
+    }
+
+    /// Of pools that know their clients by something.
+    fn affinity(&self, page: &mut Page<'_>) -> fmt::Result {
+        let pools =
+            || self.status.pools.iter().filter_map(|p| Some((&*p.name, p.affinity.as_ref()?)));
+        let of = |value: fn(&AffinityStatus) -> u64| {
+            pools().map(move |(name, a)| (Labels::new([("pool", name)]), value(a)))
+        };
+        page.gauges(
+            "awaited_connections",
+            "Connections whose first bytes are awaited; they are among the held",
+            of(|a| a.awaiting),
+        )?;
+        page.gauges("affinity_entries", "Keys remembered", of(|a| a.entries))?;
+        page.counters(
+            "affinity_connections",
+            "Connections by what affinity did with them",
+            pools().flat_map(|(name, a)| {
+                let counts = [
+                    ("hit", a.hits),
+                    ("miss", a.misses),
+                    ("moved", a.moved),
+                    ("routed", a.routed),
+                    ("unknown", a.unknown),
+                ];
+                counts.map(|(result, count)| {
+                    (Labels::new([("pool", name), ("result", result)]), count)
+                })
+            }),
+        )?;
+        page.counters("affinity_claimed", "Keys claimed by workers", of(|a| a.claimed))?;
+        page.counters(
+            "affinity_evicted",
+            "Keys forgotten before their time for want of room",
+            of(|a| a.evicted),
+        )?;
+        page.counters(
+            "peeks_failed",
+            "Connections whose first bytes did not tell who they are from, for want of time or room",
+            pools().flat_map(|(name, a)| {
+                let counts = [("timed_out", a.timed_out), ("not_awaited", a.not_awaited)];
+                counts.map(|(reason, count)| (Labels::new([("pool", name), ("reason", reason)]), count))
+            }),
         )
     }
 

@@ -85,11 +85,24 @@ pub enum Request {
     },
 }
 
+impl Request {
+    /// Whether nobody waits for the answer any more: a client hung up, or its time is over.
+    fn is_given_up(&self) -> bool {
+        match self {
+            Request::Status(answer) => answer.is_closed(),
+            Request::Command { answer, .. } => answer.is_closed(),
+            Request::InForce(answer) => answer.is_closed(),
+            Request::Reload { answer, .. } => answer.is_closed(),
+            Request::History { answer, .. } => answer.is_closed(),
+            Request::Explain { answer, .. } => answer.is_closed(),
+        }
+    }
+}
+
 /// The hot thread's side of the side thread.
 #[derive(Debug)]
 pub struct Admin {
-    /// Questions to answer: drain with `try_recv` once per wake-up; at most 16 wait here.
-    pub requests: mpsc::Receiver<Request>,
+    requests: mpsc::Receiver<Request>,
     /// What became of spawned processes: drain with `try_recv` once per wake-up.
     pub reports: mpsc::Receiver<Report>,
     /// Starts and stops processes.
@@ -152,6 +165,14 @@ impl Admin {
             runtime.shutdown_timeout(THREAD_END);
         })?;
         Ok(Admin { requests, reports, spawner, metrics_max_workers, reload, stop, thread })
+    }
+
+    /// The next question that somebody waits for. Others are thrown away: whoever asks and hangs up, again and again, makes the
+    /// hot thread do nothing, and a command whose asker has been told that it is late is not carried out after that.
+    pub fn request(&self) -> Option<Request> {
+        // At most as many as there is room for: who fills it meanwhile waits for the next turn.
+        let mut waiting = self.requests.try_iter().take(MAX_REQUESTS);
+        waiting.find(|request| !request.is_given_up())
     }
 
     /// Stops all processes (see [`Spawner::stop`]) and then ends the side thread. Waits for both, at most a few seconds longer

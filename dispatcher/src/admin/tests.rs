@@ -21,6 +21,8 @@ struct Bench {
     port: u16,
     answering: Arc<AtomicBool>,
     asked: Arc<AtomicUsize>,
+    /// Times the hot thread was woken.
+    woken: Arc<AtomicUsize>,
     end: Arc<AtomicBool>,
     hot: Option<JoinHandle<()>>,
 }
@@ -34,11 +36,14 @@ impl Bench {
         let answering = Arc::new(AtomicBool::new(true));
         let asked = Arc::new(AtomicUsize::new(0));
         let end = Arc::new(AtomicBool::new(false));
-        let (wake, woken) = mpsc::channel();
+        let (wake, sleep) = mpsc::channel();
+        let woken = Arc::new(AtomicUsize::new(0));
+        let count = Arc::clone(&woken);
         let admin = Admin::start(
             listener,
             Some(tcp),
             Arc::new(move || {
+                count.fetch_add(1, Ordering::SeqCst);
                 let _ = wake.send(());
             }),
         )
@@ -47,11 +52,11 @@ impl Bench {
             let (answering, asked, end) = (answering.clone(), asked.clone(), end.clone());
             move || {
                 while !end.load(Ordering::SeqCst) {
-                    let _ = woken.recv_timeout(Duration::from_millis(5));
+                    let _ = sleep.recv_timeout(Duration::from_millis(5));
                     if !answering.load(Ordering::SeqCst) {
                         continue;
                     }
-                    while let Ok(request) = admin.requests.try_recv() {
+                    while let Some(request) = admin.request() {
                         let turn = asked.fetch_add(1, Ordering::SeqCst) as u64;
                         match request {
                             Request::Status(answer) => {
@@ -71,7 +76,7 @@ impl Bench {
                 admin.finish();
             }
         });
-        Bench { directory, port, answering, asked, end, hot: Some(hot) }
+        Bench { directory, port, answering, asked, woken, end, hot: Some(hot) }
     }
 
     fn path(&self) -> PathBuf {
@@ -238,6 +243,46 @@ fn reads_of_all_kinds_are_one_question() {
     assert_eq!(bench.asked.load(Ordering::SeqCst), 1);
     // And it can be asked again.
     client::get(&bench.path(), "/healthz", PATIENCE).expect("healthy");
+}
+
+#[test]
+fn who_hangs_up_is_not_answered_and_what_is_late_is_not_done() {
+    let bench = Bench::new();
+    bench.answering.store(false, Ordering::SeqCst);
+    let until_woken = |count: usize| {
+        let start = Instant::now();
+        while bench.woken.load(Ordering::SeqCst) < count {
+            assert!(start.elapsed() < PATIENCE, "{count} requests did not come through");
+            std::thread::sleep(Duration::from_millis(1));
+        }
+    };
+    // Each goes before it is answered, which is noticed when the next one has its turn.
+    for n in 0..10 {
+        let mut stream = bench.open();
+        let head = match n % 2 {
+            0 => "GET /v1/pools/web/explain HTTP/1.1\r\nHost: x\r\n\r\n".to_owned(),
+            _ => {
+                let body = "{\"action\":\"drain\"}";
+                let length = body.len();
+                format!(
+                    "POST /v1/workers HTTP/1.1\r\nHost: x\r\nContent-Type: application/json\r\n\
+                     Content-Length: {length}\r\n\r\n{body}"
+                )
+            }
+        };
+        stream.write_all(head.as_bytes()).expect("sent");
+        until_woken(n + 1);
+    }
+    let mut last = bench.open();
+    let head = "POST /v1/workers/7 HTTP/1.1\r\nHost: x\r\nConnection: close\r\nContent-Type: application/json\r\n";
+    let body = "{\"action\":\"resume\"}";
+    write!(last, "{head}Content-Length: {}\r\n\r\n{body}", body.len()).expect("sent");
+    until_woken(11);
+    bench.answering.store(true, Ordering::SeqCst);
+    let mut answer = String::new();
+    last.read_to_string(&mut answer).expect("an answer");
+    assert!(answer.contains("Resume"), "{answer}");
+    assert_eq!(bench.asked.load(Ordering::SeqCst), 1, "only the one who waits is answered");
 }
 
 #[test]

@@ -1,7 +1,8 @@
 //! Changing the configuration of a core that is at work.
 //!
 //! Ids are positions and are never used for something else: what is added comes at the end, what is removed stays as a
-//! retired entry, so that connections and workers that refer to it go on as they were. A listener's pool never changes:
+//! retired entry, so that connections and workers that refer to it go on as they were. A pool that comes back under its name is
+//! the same pool again. A listener's pool never changes:
 //! a listener that shall lead elsewhere is a new one.
 
 use std::collections::VecDeque;
@@ -65,12 +66,32 @@ impl Pool {
 }
 
 impl Core {
-    /// Adds a pool.
+    /// Adds a pool. One of this name that was taken out is put back, with the workers it still has: two of one name could not
+    /// be told apart.
     pub fn add_pool(&mut self, now: Time, settings: PoolSettings, seed: u64) -> PoolId {
+        let same = |pool: &Pool| pool.retired && pool.settings.name == settings.name;
+        if let Some(p) = self.pools.iter().position(same) {
+            return self.put_back(now, p, settings, seed);
+        }
         let id = PoolId(self.pools.len() as u16);
         let mut seeds = Random::new(seed);
         self.pools.push(Pool::new(id, settings, now, &mut seeds, &mut self.effects));
         self.after(now, usize::from(id.0));
+        id
+    }
+
+    /// What was drained stays so; nobody else notices that the pool was gone for a while.
+    fn put_back(&mut self, now: Time, p: usize, settings: PoolSettings, seed: u64) -> PoolId {
+        let id = PoolId(p as u16);
+        let pool = &mut self.pools[p];
+        pool.retired = false;
+        if pool.usable == 0 {
+            pool.clock = Clock::Since(now);
+            if settings.processes == 0 {
+                self.event(Event::NoUsableWorker { pool: id });
+            }
+        }
+        self.change_pool(now, id, settings, seed);
         id
     }
 
@@ -231,12 +252,10 @@ impl Core {
         found.map(|p| PoolId(p as u16))
     }
 
-    /// Whether a pool is in the status: one that was taken out stays there while it has workers, unless another has
-    /// its name meanwhile.
+    /// Whether a pool is in the status: one that was taken out stays there while it has workers.
     pub(super) fn is_shown(&self, p: usize) -> bool {
         let pool = &self.pools[p];
-        !pool.retired
-            || (pool.candidates.len() > 0 && self.pool_named(&pool.settings.name).is_none())
+        !pool.retired || pool.candidates.len() > 0
     }
 
     /// Drains the workers of a retired pool that gets nothing more, and forgets what it remembers once they are gone.

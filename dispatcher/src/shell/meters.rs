@@ -3,8 +3,7 @@
 //! No clock is read for a turn that the turn does not read anyway, and two for every 64th decision: the clock costs about
 //! as much as a decision does.
 
-use super::limit::Limit;
-use super::{Limits, Shell};
+use super::Shell;
 use crate::logger;
 use crate::measure::{self, Histogram};
 use crate::status::Meters as Told;
@@ -47,36 +46,15 @@ impl Meters {
 }
 
 impl Shell {
-    pub(super) fn meters_status(&self) -> Told {
+    pub(super) fn meters_status(&mut self) -> Told {
         Told {
             decision: self.meters.decision.status(),
             turn: self.meters.turn.status(),
             accept_pauses: self.meters.accept_pauses,
             workers_refused: self.meters.workers_refused,
             log_lines_dropped: logger::dropped_lines(),
-            log_lines_limited: self.limits.left_out(),
+            log_lines_limited: self.limits.total(),
             residual: self.core.residual(),
         }
-    }
-}
-
-impl Limits {
-    /// Lines left out since the start, of all kinds.
-    fn left_out(&self) -> u64 {
-        // Taken apart, so that a new one cannot be forgotten here.
-        let Limits {
-            refused,
-            broken,
-            claims,
-            shortage,
-            kept_out,
-            turned_away,
-            resent,
-            relieved,
-            unwatched,
-            events,
-        } = self;
-        let single = [refused, broken, claims, shortage, turned_away, resent, relieved, unwatched];
-        single.into_iter().chain(kept_out).chain(events).map(Limit::total).sum()
     }
 }

@@ -48,7 +48,7 @@ use self::accept::{Conn, Listener};
 use self::alarm::Alarm;
 use self::courtesy::Courtesy;
 use self::join::Door;
-use self::limit::Limit;
+use self::limit::Limits;
 use self::meters::Meters;
 use self::notify::ServiceManager;
 use self::recent::{Faults, Seconds};
@@ -135,6 +135,8 @@ struct Shell {
     /// The side thread's queues may hold more than one turn takes.
     side_ready: bool,
     limits: Limits,
+    /// Lines were left out that the log is to be told of by then.
+    unsaid_due: Option<Time>,
     manager: ServiceManager,
     faults: Faults,
     seconds: Seconds,
@@ -145,27 +147,6 @@ struct Shell {
     record: Vec<u8>,
     first_bytes: Vec<u8>,
     decoded: Vec<u8>,
-}
-
-/// What peers and shortages can make us log again and again.
-#[derive(Debug, Default)]
-struct Limits {
-    refused: Limit,
-    broken: Limit,
-    claims: Limit,
-    shortage: Limit,
-    /// Clients kept out by their listener's rules, by reason.
-    kept_out: [Limit; 3],
-    /// Clients turned away for want of a worker.
-    turned_away: Limit,
-    /// Connections that go to another worker.
-    resent: Limit,
-    /// Ends of shortages.
-    relieved: Limit,
-    /// What the poll refused to watch.
-    unwatched: Limit,
-    /// By kind of event.
-    events: [Limit; 18],
 }
 
 /// For this long after an event nobody is asked for pokes: at any rate worth mentioning the next client wakes us before,
@@ -324,7 +305,8 @@ impl Shell {
     fn handle(&mut self, source: Source) {
         match source {
             Source::Signals => self.handle_signals(),
-            Source::Waker => self.handle_side(),
+            // Once a turn, whatever was left over from the last one.
+            Source::Waker => self.side_ready = true,
             Source::Dispatch => self.door.ready = true,
             Source::Listener(position) => {
                 if let Some(listener) = self.listeners.get_mut(position) {
@@ -358,6 +340,9 @@ impl Shell {
         }
         self.close_silent();
         self.retry_lingering();
+        if self.unsaid_due.is_some_and(|due| due <= self.now) {
+            self.tell_left_out();
+        }
     }
 
     fn handle_signals(&mut self) {
@@ -484,8 +469,15 @@ impl Shell {
         // A close that found the closer full is tried again soon; nothing tells us when there is room.
         let retry = (!self.lingering.is_empty()).then(|| self.now + Duration::from_millis(100));
         let paused = self.listeners.iter().filter_map(|listener| listener.paused_until).min();
-        let deadlines =
-            [self.core.deadline(), self.door.deadline(), self.door_paused_until, paused, retry];
+        self.unsaid_due = self.limits.due();
+        let deadlines = [
+            self.core.deadline(),
+            self.door.deadline(),
+            self.door_paused_until,
+            paused,
+            retry,
+            self.unsaid_due,
+        ];
         let next = deadlines.into_iter().flatten().min();
         let doze = dozes.then(|| self.now + DOZE);
         let rest = self.scan_due.then(|| self.scanned_all + SCAN_ALL);

@@ -355,7 +355,7 @@ impl Shell {
         let mut reloaded = plan.reloaded;
         let mut ids = Vec::with_capacity(plan.pools.len());
         for (step, pool) in plan.pools {
-            ids.push(self.put_pool(step, pool));
+            ids.push(self.put_pool(step, pool, &mut reloaded));
         }
         for (step, listener) in plan.listeners {
             let pool = ids.get(usize::from(listener.pool)).copied().unwrap_or(PoolId(0));
@@ -376,7 +376,7 @@ impl Shell {
         Ok(reloaded)
     }
 
-    fn put_pool(&mut self, step: PoolStep, pool: Pool) -> PoolId {
+    fn put_pool(&mut self, step: PoolStep, pool: Pool, reloaded: &mut Reloaded) -> PoolId {
         match step {
             PoolStep::Keep(id) => {
                 let wanted = pool.settings.processes;
@@ -384,6 +384,7 @@ impl Shell {
                 if now != wanted {
                     // An operator has scaled it meanwhile.
                     self.core.scale(self.now, id, wanted);
+                    reloaded.changed.push(format!("pool {}", pool.settings.name));
                 }
                 id
             }
@@ -396,8 +397,14 @@ impl Shell {
                 id
             }
             PoolStep::Add => {
-                self.config.pools.push(pool.clone());
-                self.core.add_pool(self.now, pool.settings, seed())
+                let id = self.core.add_pool(self.now, pool.settings.clone(), seed());
+                match self.config.pools.get_mut(usize::from(id.0)) {
+                    // It was there before, and may have workers yet.
+                    Some(entry) => *entry = pool,
+                    None => self.config.pools.push(pool),
+                }
+                self.score_anew(id);
+                id
             }
         }
     }

@@ -158,6 +158,7 @@ impl Shell {
             side,
             _admin_path: admin_path,
             limits: Limits::default(),
+            unsaid_due: None,
             manager: ServiceManager::default(),
             faults: Faults::default(),
             seconds: Seconds::new(now),

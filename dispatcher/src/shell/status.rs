@@ -10,44 +10,39 @@ use crate::pool::ProcessId;
 use crate::spawner::{Report, SpawnRequest};
 use crate::status::Status;
 
-/// Most messages of the side thread handled in one turn; it wakes us again for the rest.
-const MESSAGES_PER_TURN: usize = 256;
+/// Most reports of the side thread handled in one turn, beside one request; the rest is for the next turn.
+const REPORTS_PER_TURN: usize = 256;
 
 impl Shell {
     pub(super) fn handle_side(&mut self) {
         let mut count = 0;
-        while count < MESSAGES_PER_TURN {
+        while count < REPORTS_PER_TURN {
             let Ok(report) = self.side.reports.try_recv() else { break };
             self.note(report);
             count += 1;
         }
-        while count < MESSAGES_PER_TURN {
-            let Ok(request) = self.side.requests.try_recv() else { break };
-            match request {
-                Request::Status(answer) => {
-                    // Whoever asked may have gone; that is no concern of ours.
-                    let _ = answer.send(self.status());
-                }
-                Request::History { pool, after, answer } => {
-                    let _ = answer.send(self.history(&pool, after));
-                }
-                Request::Explain { pool, peer, answer } => {
-                    let _ = answer.send(self.explain(&pool, peer));
-                }
-                Request::InForce(answer) => {
-                    let _ = answer.send(Box::new(self.in_force()));
-                }
-                Request::Reload { plan, answer } => {
-                    let _ = answer.send(self.reload(*plan));
-                }
-                Request::Command { command, answer } => {
-                    let _ = answer.send(self.command(command));
-                }
-            }
-            count += 1;
+        let request = self.side.request();
+        // There may be another; clients come first.
+        self.side_ready = count == REPORTS_PER_TURN || request.is_some();
+        if let Some(request) = request {
+            self.answer(request);
         }
-        if count == MESSAGES_PER_TURN {
-            self.side_ready = true;
+    }
+
+    /// Answers one request. Whoever asked may be gone this very moment; that is no concern of ours. If it is not, the answer
+    /// wakes the side thread: one write to its eventfd.
+    fn answer(&mut self, request: Request) {
+        match request {
+            Request::Status(answer) => drop(answer.send(self.status())),
+            Request::History { pool, after, answer } => {
+                drop(answer.send(self.history(&pool, after)));
+            }
+            Request::Explain { pool, peer, answer } => {
+                drop(answer.send(self.explain(&pool, peer)));
+            }
+            Request::InForce(answer) => drop(answer.send(Box::new(self.in_force()))),
+            Request::Reload { plan, answer } => drop(answer.send(self.reload(*plan))),
+            Request::Command { command, answer } => drop(answer.send(self.command(command))),
         }
     }
 
@@ -107,27 +102,34 @@ impl Shell {
     fn note(&mut self, report: Report) {
         match report {
             Report::Spawned { process, pid } => {
-                log::info!("event=process_started {} pid={pid}", self.process(process));
+                if let Some(left_out) = self.limits.processes[0].allow(self.now) {
+                    let process = self.process(process);
+                    log::info!("event=process_started {process} pid={pid} left_out={left_out}");
+                }
                 self.core.spawned(self.now, process, true);
             }
             Report::SpawnFailed { process, error } => {
-                log::error!(
-                    "event=process_not_started {} error=\"{error}\"",
-                    self.process(process)
-                );
-                let subject = self.process_name(process);
-                self.fault("process_not_started", &subject, || format!("could not start: {error}"));
+                if let Some(left_out) = self.limits.processes[1].allow(self.now) {
+                    log::error!(
+                        "event=process_not_started {} error=\"{error}\" left_out={left_out}",
+                        self.process(process)
+                    );
+                    let subject = self.process_name(process);
+                    let text = || format!("could not start: {error}");
+                    self.fault("process_not_started", &subject, text);
+                }
                 self.core.spawned(self.now, process, false);
             }
             Report::Exited { process, pid, status_text } => {
-                log::warn!(
-                    "event=process_ended {} pid={pid} status=\"{status_text}\"",
-                    self.process(process)
-                );
-                let subject = self.process_name(process);
-                self.fault("process_ended", &subject, || {
-                    format!("process {pid} ended: {status_text}")
-                });
+                if let Some(left_out) = self.limits.processes[2].allow(self.now) {
+                    log::warn!(
+                        "event=process_ended {} pid={pid} status=\"{status_text}\" left_out={left_out}",
+                        self.process(process)
+                    );
+                    let subject = self.process_name(process);
+                    let text = || format!("process {pid} ended: {status_text}");
+                    self.fault("process_ended", &subject, text);
+                }
                 self.core.exited(self.now, process);
             }
             // Only ever the answer to the end of a stop, which waits for it elsewhere.

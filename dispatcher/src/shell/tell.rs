@@ -6,33 +6,31 @@ use worker_sdk::PeerAddr;
 
 use worker_sdk::scoreboard::gauge::GaugeName;
 
-use super::limit::Limit;
-use super::{Limits, Shell};
+use super::Shell;
+use super::limit::EVENTS;
 use crate::pool::{CloseReason, ConnId, Departure, Event, ListenerId, WorkerId};
 
-impl Limits {
-    fn of(&mut self, event: &Event) -> (&'static str, &mut Limit) {
-        let (name, at) = match event {
-            Event::Joined { .. } => ("worker_joined", 0),
-            Event::Goodbye { .. } => ("worker_goodbye", 1),
-            Event::Gone { .. } => ("worker_gone", 2),
-            Event::Suspect { .. } => ("worker_suspect", 3),
-            Event::Trusted { .. } => ("worker_trusted", 4),
-            Event::Lost { .. } => ("connection_lost_by_worker", 5),
-            Event::ChannelFull { .. } => ("channel_full", 6),
-            Event::Clamped { .. } => ("counter_clamped", 7),
-            Event::NoUsableWorker { .. } => ("no_worker", 8),
-            Event::Refusing { .. } => ("refusing", 9),
-            Event::BackPressure { .. } => ("back_pressure", 10),
-            Event::Relieved { .. } => ("back_pressure_over", 11),
-            Event::Choked { .. } => ("choked", 12),
-            Event::Restarting { .. } => ("process_restarting", 13),
-            Event::Draining { .. } => ("worker_draining", 14),
-            Event::DrainOver { .. } => ("drain_over", 16),
-            Event::Resumed { .. } => ("worker_resumed", 15),
-            Event::BadGauge { .. } => ("gauge_impossible", 17),
-        };
-        (name, &mut self.events[at])
+/// The place of an event's kind in [`EVENTS`].
+fn kind_of(event: &Event) -> usize {
+    match event {
+        Event::Joined { .. } => 0,
+        Event::Goodbye { .. } => 1,
+        Event::Gone { .. } => 2,
+        Event::Suspect { .. } => 3,
+        Event::Trusted { .. } => 4,
+        Event::Lost { .. } => 5,
+        Event::ChannelFull { .. } => 6,
+        Event::Clamped { .. } => 7,
+        Event::NoUsableWorker { .. } => 8,
+        Event::Refusing { .. } => 9,
+        Event::BackPressure { .. } => 10,
+        Event::Relieved { .. } => 11,
+        Event::Choked { .. } => 12,
+        Event::Restarting { .. } => 13,
+        Event::Draining { .. } => 14,
+        Event::Resumed { .. } => 15,
+        Event::DrainOver { .. } => 16,
+        Event::BadGauge { .. } => 17,
     }
 }
 
@@ -40,14 +38,21 @@ impl Shell {
     /// Writes a line, unless this kind has had its share of the second: workers can cause most of these as often as
     /// they like.
     pub(super) fn tell(&mut self, event: &Event) {
-        let (kind, limit) = self.limits.of(event);
-        match limit.allow(self.now) {
+        let at = kind_of(event);
+        match self.limits.events[at].allow(self.now) {
             None => return,
             Some(0) => {}
-            Some(count) => log::warn!("event=lines_left_out kind={kind} count={count}"),
+            Some(count) => left_out(EVENTS[at], count),
         }
         self.write(event);
         self.note_fault(event);
+    }
+
+    /// Says what was left out and is followed by silence. A flood that goes on says so itself.
+    pub(super) fn tell_left_out(&mut self) {
+        for (kind, count) in self.limits.unsaid(self.now) {
+            left_out(kind, count);
+        }
     }
 
     fn write(&self, event: &Event) {
@@ -197,6 +202,10 @@ impl Shell {
         let pid = self.core.worker_pid(id).unwrap_or_default();
         format!("worker={id} pool={pool} name={} pid={pid}", self.core.worker_name(id))
     }
+}
+
+fn left_out(kind: &str, count: u64) {
+    log::warn!("event=lines_left_out kind={kind} count={count}");
 }
 
 /// A duration as one word, such as `101.3ms`: a value with spaces would be several.

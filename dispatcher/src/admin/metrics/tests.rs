@@ -1,5 +1,5 @@
 use super::*;
-use crate::status::{ListenerStatus, Meters};
+use crate::status::{Distribution, ListenerStatus, Meters};
 
 fn status(workers: u64) -> Status {
     let worker = |id| WorkerStatus {
@@ -63,6 +63,15 @@ fn series_of_workers_are_bounded() {
     let lines = |start: &str| open.lines().filter(|line| line.starts_with(start)).count();
     assert_eq!(lines("dispatcher_worker_live_connections{"), 3);
     assert_eq!(lines("dispatcher_worker_state{"), 3);
+    // As many as the documentation says that each has.
+    let own = open.lines().filter(|line| line.contains(",id=\"1\"")).count();
+    let docs = include_str!("../../../../docs/METRICS.md");
+    assert!(docs.contains(&format!("{own} series each")), "{own}");
+    let bound = own * crate::config::Limits::default().metrics_max_workers as usize;
+    let said = format!("at most {},{:03} series", bound / 1000, bound % 1000);
+    assert!(docs.contains(&said), "{said}");
+    assert_eq!(own, 9, "etc/dispatcher.toml says so in words");
+    assert!(include_str!("../../../../etc/dispatcher.toml").contains("Each has nine series."));
     assert!(open.contains("dispatcher_workers_not_shown{pool=\"web\"} 17\n"));
     // The pool's sums have all of them.
     assert!(open.contains("dispatcher_live_connections{pool=\"web\"} 200\n"));
@@ -91,10 +100,12 @@ fn each_number_has_its_own_place() {
         finished: 24,
         revoked: 25,
         channel_full: 26,
+        not_scored: Some("gauge queue_wait never set".to_owned()),
         ..WorkerStatus::default()
     };
     let pool = PoolStatus {
         name: "p".to_owned(),
+        policy: "least-score".to_owned(),
         state: "back-pressure".to_owned(),
         held: 11,
         taken: 12,
@@ -105,6 +116,20 @@ fn each_number_has_its_own_place() {
         joined: 17,
         gone: 18,
         handoff: histogram(32),
+        affinity: Some(AffinityStatus {
+            key: "client-ip".to_owned(),
+            entries: 35,
+            awaiting: 36,
+            hits: 37,
+            misses: 38,
+            moved: 39,
+            routed: 40,
+            unknown: 41,
+            timed_out: 42,
+            not_awaited: 43,
+            claimed: 44,
+            evicted: 45,
+        }),
         workers: vec![worker],
         ..PoolStatus::default()
     };
@@ -122,6 +147,12 @@ fn each_number_has_its_own_place() {
         uptime_seconds: 30,
         stopping: true,
         returned: 2,
+        accepted: 46,
+        held: 47,
+        custody: 48,
+        taken: 49,
+        closed: [("no_worker".to_owned(), 50)].into(),
+        ended_at_deadline: 51,
         meters: Meters {
             decision: histogram(33),
             turn: histogram(34),
@@ -146,6 +177,12 @@ fn each_number_has_its_own_place() {
 uptime_seconds 30
 stopping 1
 returned_connections_total 2
+connections_accepted_total 46
+connections_held 47
+connections_custody 48
+connections_taken_total 49
+connections_closed_total{reason="no_worker"} 50
+ended_connections_total 51
 conservation_residual -7
 decision_seconds_sum{} 5.0
 decision_seconds_count{} 34
@@ -183,6 +220,18 @@ workers{pool="p",state="suspect"} 1
 workers{pool="p",state="draining"} 0
 live_connections{pool="p"} 19
 capacity_connections{pool="p"} 21
+workers_not_scored{pool="p"} 1
+awaited_connections{pool="p"} 36
+affinity_entries{pool="p"} 35
+affinity_connections_total{pool="p",result="hit"} 37
+affinity_connections_total{pool="p",result="miss"} 38
+affinity_connections_total{pool="p",result="moved"} 39
+affinity_connections_total{pool="p",result="routed"} 40
+affinity_connections_total{pool="p",result="unknown"} 41
+affinity_claimed_total{pool="p"} 44
+affinity_evicted_total{pool="p"} 45
+peeks_failed_total{pool="p",reason="timed_out"} 42
+peeks_failed_total{pool="p",reason="not_awaited"} 43
 handoff_latency_seconds_sum{pool="p"} 5.0
 handoff_latency_seconds_count{pool="p"} 33
 workers_not_shown{pool="p"} 0

@@ -215,23 +215,48 @@ fn without_a_worker_those_that_came_are_turned_away_in_time() {
 }
 
 #[test]
-fn a_name_can_come_back_and_is_another_pool() {
+fn a_pool_that_comes_back_has_its_workers() {
     let (mut desk, old) = two_pools();
+    desk.accept(SECOND);
+    desk.take_all(old);
     desk.core.retire_listener(SECOND);
     desk.core.listener_closed(desk.now, SECOND);
     desk.core.retire_pool(desk.now, OTHER);
     desk.turn();
     assert_eq!(desk.state(old), State::Draining);
-    let id = desk.core.add_pool(desk.now, other(), 7);
+    // Under other settings: it has forgotten what it knew, and nobody is turned away before the new time.
+    let settings = PoolSettings { affinity: cookie(1000), wait_for_worker: ms(50), ..other() };
+    let id = desk.core.add_pool(desk.now, settings.clone(), 7);
     let third = desk.core.add_listener(ListenerSettings { pool: id, ..second() });
     desk.pump();
-    assert_eq!((id, third), (PoolId(2), ListenerId(2)));
-    assert_eq!(desk.core.pool_named("other"), Some(id));
-    assert_eq!(desk.shown_pools().len(), 2, "of two pools of one name only the new one is shown");
+    assert_eq!((id, third), (OTHER, ListenerId(2)));
+    assert_eq!(desk.core.pool_settings(id), Some(&settings));
+    let shown: Vec<(String, String)> = desk.shown_pools();
+    assert_eq!(shown[1], ("other".to_owned(), "no-worker".to_owned()));
+    let workers = &desk.core.status().pools[1].workers;
+    assert_eq!((workers.len(), workers[0].load, workers[0].state.as_str()), (1, 1, "draining"));
+    assert_eq!(desk.core.accepting(third), Accepting::Pause);
+    desk.wait(ms(50));
+    assert_eq!(desk.core.accepting(third), Accepting::Refuse);
     let new = desk.join(Hello { pool: "other".to_owned(), ..hello() }).unwrap();
-    desk.accept(third);
-    assert_eq!(desk.loads(&[old, new]), [0, 1]);
+    assert_eq!((desk.core.accepting(third), desk.loads(&[old, new])), (Accepting::Yes, vec![1, 0]));
+    // And what was drained by its end can be used again.
+    assert_eq!(desk.resume(old), Ok(true));
     desk.core.check();
+}
+
+#[test]
+fn a_pool_that_comes_back_at_once_was_never_gone() {
+    let (mut desk, worker) = two_pools();
+    // Its listener is not emptied yet, so its workers are not drained yet.
+    desk.core.retire_listener(SECOND);
+    desk.core.retire_pool(desk.now, OTHER);
+    desk.turn();
+    assert_eq!(desk.core.add_pool(desk.now, other(), 7), OTHER);
+    desk.core.listener_closed(desk.now, SECOND);
+    desk.turn();
+    assert_eq!(desk.state(worker), State::Active);
+    assert_eq!(desk.shown_pools()[1].1, "ready");
 }
 
 #[test]
