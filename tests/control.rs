@@ -189,7 +189,7 @@ fn the_status_is_shown_again_until_nobody_reads() {
 
 /// One request; the code, the head and the body of the answer.
 fn ask(
-    mut stream: impl Read + std::io::Write,
+    mut stream: impl Read + Write,
     request: &str,
     host: &str,
     body: &str,

@@ -55,6 +55,23 @@ fn served_by(stream: impl Read) -> String {
     line.split(' ').next().unwrap().to_owned()
 }
 
+#[test]
+fn keys_that_are_new_are_claimed_by_workers_that_join_again() {
+    let body = |keys: &str| format!("{}[pool.web]\n{keys}\n", web(""));
+    let dispatcher = Dispatcher::start(&body(""));
+    let before = own_worker(&dispatcher, "before");
+    reload(&dispatcher, &body("affinity.key = \"cookie:ID\""));
+    let error = before.own("issued").unwrap_err();
+    assert_eq!(error, worker_sdk::OwnError::NoAffinity);
+    assert!(error.to_string().contains("join again"), "{error}");
+    before.close();
+    let again = own_worker(&dispatcher, "before");
+    again.own("issued").unwrap();
+    dispatcher.wait_status("the claim to be noted", |status| {
+        pool(status, "web").affinity.as_ref().is_some_and(|affinity| affinity.claimed == 1)
+    });
+}
+
 fn policy(dispatcher: &Dispatcher, name: &str) -> String {
     pool(&dispatcher.status(), name).policy.clone()
 }

@@ -2,11 +2,15 @@
 //! processes; workers that say and do anything a worker can. The simulator's own runs are histories that make sense; these
 //! need not. Every effect is judged by the shell, and the invariants are checked after every input.
 
+use std::net::SocketAddr;
 use std::time::Duration;
 
+use dispatcher::affinity::{KeySource, Known};
 use dispatcher::pool::*;
 use dispatcher::sim::{Desk, Random};
+use worker_sdk::PeerAddr;
 use worker_sdk::scoreboard::claim::{Revoke, SlotState};
+use worker_sdk::scoreboard::gauge::Reading;
 use worker_sdk::wire::{Hello, VERSION};
 
 use super::bytes::Bytes;
@@ -40,13 +44,45 @@ fn millis(bytes: &mut Bytes<'_>) -> Duration {
     Duration::from_millis(u64::from(bytes.byte()))
 }
 
+/// Every kind of memory, small enough to be full soon.
+fn affinity(kind: u8) -> Option<Affinity> {
+    let key = match kind % 4 {
+        0 => return None,
+        1 => KeySource::ClientIp { ipv4_prefix: 32, ipv6_prefix: 64 },
+        2 => KeySource::Cookie("ID".to_owned()),
+        _ => KeySource::Sni,
+    };
+    Some(Affinity {
+        key,
+        ttl: Duration::from_millis(200),
+        max_entries: 1 + u32::from(kind >> 2 & 3),
+    })
+}
+
+fn scores(kind: u8) -> Scores {
+    let gauge = |name: &str, multiplier| ScoredGauge { name: name.parse().unwrap(), multiplier };
+    let gauges = vec![gauge("queue_wait", 100.0), gauge("sessions", -1.0)];
+    Scores {
+        gauges: gauges.into_iter().take(usize::from(kind & 3)).collect(),
+        valid_for: Duration::from_millis(100),
+        interval: (kind & 4 != 0).then_some(Duration::from_millis(10)),
+        ..Scores::default()
+    }
+}
+
 fn settings(name: &str, processes: u32, bytes: &mut Bytes<'_>) -> PoolSettings {
+    let policy = Policy::ALL[bytes.below(Policy::ALL.len())];
+    let slow_start = millis(bytes);
+    let kinds = bytes.byte();
     PoolSettings {
         name: name.to_owned(),
-        policy: Policy::ALL[bytes.below(Policy::ALL.len())],
-        slow_start: millis(bytes),
-        history: u32::from(bytes.byte() % 4),
+        policy,
+        slow_start,
+        history: u32::from(kinds % 4),
         history_candidates: 2,
+        affinity: affinity(kinds >> 2),
+        peek: Peek { timeout: Duration::from_millis(50), max_bytes: 64, max_awaiting: 2 },
+        scores: scores(kinds >> 4),
         max_connections_per_worker: 1 + bytes.below(6) as u32,
         max_untaken: 1 + bytes.below(4) as u32,
         max_workers: 1 + bytes.below(5) as u32,
@@ -88,7 +124,7 @@ impl Run {
 
     fn step(&mut self, bytes: &mut Bytes<'_>) {
         let now = self.desk.now;
-        match bytes.below(24) {
+        match bytes.below(28) {
             0 | 1 => self.join(bytes),
             2 => {
                 let Some(worker) = self.worker(bytes) else { return };
@@ -110,7 +146,12 @@ impl Run {
             4..=6 => {
                 let listener = ListenerId(bytes.below(LISTENERS.into()) as u16);
                 for _ in 0..=bytes.below(4) {
-                    self.conns.push(self.desk.accept_only(listener));
+                    // Some are known by where they come from, and come again.
+                    let peer = match self.conns.len() % 5 {
+                        0 => PeerAddr::Unix,
+                        n => SocketAddr::from(([127, 0, 0, n as u8], 1)).into(),
+                    };
+                    self.conns.push(self.desk.accept_only_from(listener, peer));
                 }
             }
             7..=9 => {
@@ -155,6 +196,31 @@ impl Run {
             20 => self.desk.scarcity = u32::from(bytes.byte() % 8),
             21 => self.process(bytes),
             22 => self.stale(bytes),
+            24 => {
+                let Some(worker) = self.worker(bytes) else { return };
+                let deadline = match bytes.byte() {
+                    0 => None,
+                    millis => Some(now + Duration::from_millis(millis.into())),
+                };
+                self.desk.core.drain_worker(now, worker, deadline);
+            }
+            25 => {
+                let Some(worker) = self.worker(bytes) else { return };
+                // Why not is tested elsewhere; the invariants hold either way.
+                let _ = self.desk.core.resume_worker(now, worker);
+            }
+            26 => self.says(bytes),
+            27 => {
+                let back = bytes.below(self.conns.len().min(16));
+                let Some(&conn) = self.conns.iter().rev().nth(back) else { return };
+                let (key, route) = (bytes.byte(), bytes.byte());
+                let known = (key > 0).then(|| Known {
+                    key: AffinityKey(u64::from(key % 8)),
+                    // Every worker of this machine has the same name.
+                    route: (route % 2 == 1).then(|| AffinityKey::of(b"")),
+                });
+                self.desk.core.first_bytes(now, conn, known);
+            }
             _ => self.rarely(bytes),
         }
     }
@@ -175,6 +241,51 @@ impl Run {
         };
         if let Ok(worker) = self.desk.join(hello) {
             self.workers.push(worker);
+        }
+    }
+
+    /// What a worker says of itself: keys, and gauges with any value at any time.
+    fn says(&mut self, bytes: &mut Bytes<'_>) {
+        let now = self.desk.now;
+        let Some(worker) = self.worker(bytes) else { return };
+        let choice = bytes.byte();
+        let number = usize::from(choice >> 4);
+        match choice % 4 {
+            0 => {
+                let key: &[u8] = match number {
+                    0 => b"127.0.0.1",
+                    1 => b"localhost.",
+                    _ => &[number as u8],
+                };
+                self.desk.core.own(now, worker, key);
+            }
+            1 => {
+                let name = (number > 0).then(|| "queue_wait".parse().unwrap());
+                self.desk.core.misnamed_gauge(worker, name);
+            }
+            of => {
+                let value = f64::from_bits(match bytes.byte() {
+                    255 => f64::NAN.to_bits(),
+                    254 => f64::NEG_INFINITY.to_bits(),
+                    253 => f64::MAX.to_bits(),
+                    small => f64::from(small).to_bits(),
+                });
+                // Old, fresh, and of a time to come.
+                let at = match bytes.byte() {
+                    255 => u64::MAX,
+                    ago => now.0.saturating_sub(1_000_000 * u64::from(ago)),
+                };
+                let said = Some(Reading { value, at });
+                if of == 2 {
+                    // As the shell reads it, in its turn; or out of turn, and perhaps of a gauge that there is not.
+                    let gauges = &mut self.desk.link(worker).gauges;
+                    if let Some(gauge) = gauges.get_mut(number % 2) {
+                        *gauge = said;
+                    }
+                } else {
+                    self.desk.core.gauge(now, worker, number, said);
+                }
+            }
         }
     }
 
@@ -230,8 +341,8 @@ impl Run {
             9 => {
                 // Asking changes nothing: what follows would tell.
                 let pool = PoolId(u16::from(bytes.byte() % 3));
-                let first = self.desk.core.explain(now, pool, worker_sdk::PeerAddr::Unix);
-                assert_eq!(first, self.desk.core.explain(now, pool, worker_sdk::PeerAddr::Unix));
+                let first = self.desk.core.explain(now, pool, PeerAddr::Unix);
+                assert_eq!(first, self.desk.core.explain(now, pool, PeerAddr::Unix));
             }
             0 => {
                 self.stopping = true;
@@ -257,7 +368,6 @@ impl Run {
         core.check();
         let totals = core.totals();
         assert_eq!(self.desk.open_copies() as u64, totals.held + totals.custody);
-        assert_eq!(core.held().count() as u64, totals.held);
         for listener in (0..LISTENERS).map(ListenerId) {
             assert_eq!(core.accepting(listener) == Accepting::Finish, self.stopping);
         }
@@ -269,6 +379,10 @@ impl Run {
             assert!(tickets == 0 || core.wants(worker) != 0);
         }
         let status = core.status();
+        // Those that wait for a worker, and those whose first bytes are awaited.
+        let affinities = status.pools.iter().filter_map(|pool| pool.affinity.as_ref());
+        let awaited: u64 = affinities.map(|affinity| affinity.awaiting).sum();
+        assert_eq!(core.held().count() as u64 + awaited, totals.held);
         assert_eq!((status.held, status.custody), (totals.held, totals.custody));
     }
 

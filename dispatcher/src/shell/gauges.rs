@@ -119,18 +119,41 @@ impl Shell {
     }
 }
 
-/// Every gauge with a good name, in the order in which the worker named them.
+/// Every gauge with a good name, in the order in which the worker named them; of two with the same name the first.
 fn all(board: &Scoreboard, now: Time) -> Vec<GaugeStatus> {
-    let gauge = |number| {
-        let name = board.gauge_name(number)?.ok()?;
+    let mut shown: Vec<GaugeStatus> = Vec::new();
+    for number in 0..board.named_gauges() {
+        let Some(Ok(name)) = board.gauge_name(number) else { continue };
+        if shown.iter().any(|other| other.name == name.as_str()) {
+            continue;
+        }
         let reading = board.gauge(number).filter(|reading| reading.value.is_finite());
-        Some(GaugeStatus {
+        shown.push(GaugeStatus {
             name: name.to_string(),
             value: reading.map(|reading| reading.value),
             age_milliseconds: reading.map(|reading| {
                 u64::try_from((now - Time(reading.at)).as_millis()).unwrap_or(u64::MAX)
             }),
-        })
-    };
-    (0..board.named_gauges()).filter_map(gauge).collect()
+        });
+    }
+    shown
+}
+
+#[cfg(test)]
+mod tests {
+    #![allow(clippy::unwrap_used)]
+    use super::*;
+
+    #[test]
+    fn a_name_that_is_there_twice_is_shown_once() {
+        let (board, _fd) = Scoreboard::create(1, 0).unwrap();
+        for (name, value) in [("x", 1.0), ("y", 2.0), ("x", 3.0)] {
+            let number = board.name_gauge(&name.parse().unwrap()).unwrap();
+            board.set_gauge(number, Reading { value, at: 1_000_000 });
+        }
+        let shown = all(&board, Time(3_000_000));
+        let shown: Vec<_> =
+            shown.iter().map(|g| (g.name.as_str(), g.value, g.age_milliseconds)).collect();
+        assert_eq!(shown, [("x", Some(1.0), Some(2)), ("y", Some(2.0), Some(2))]);
+    }
 }

@@ -30,7 +30,7 @@ pub enum OwnError {
     Key,
     /// The dispatcher is away, or this worker is closed or the fork of one.
     NotJoined,
-    /// The dispatcher's pool has no `affinity.key`, or it is a version that does not know claims.
+    /// The dispatcher's pool had no `affinity.key` when this worker joined, or it is a version that does not know claims.
     NoAffinity,
     /// The dispatcher has yet to read earlier claims. Trying again later may help.
     Busy,
@@ -42,7 +42,8 @@ impl fmt::Display for OwnError {
             OwnError::Key => write!(f, "a key to claim has 1 to {MAX_KEY} bytes"),
             OwnError::NotJoined => f.write_str("no dispatcher has this worker now"),
             OwnError::NoAffinity => f.write_str(
-                "this pool knows no keys: set its affinity.key in the dispatcher's configuration",
+                "this pool knew no keys when the worker joined: set its affinity.key in the dispatcher's \
+                 configuration, and join again if it has been set since",
             ),
             OwnError::Busy => {
                 f.write_str("the dispatcher has not read the last claims yet; try again later")

@@ -458,6 +458,20 @@ fn a_welcome_names_every_gauge_and_leaves_out_listeners_it_has_no_room_for() {
 }
 
 #[test]
+fn what_a_later_dispatcher_scores_by_is_passed_on_whole() {
+    // More gauges than this version makes, and as many as a record holds.
+    let mut record = bytes(WELCOME);
+    while record.len() + 5 <= MAX_CONTROL_RECORD {
+        record.extend_from_slice(&[19, 0, 1, 0, b'a']);
+    }
+    let Ok(Control::Welcome(welcome)) = Control::decode(&record) else { panic!("a welcome") };
+    assert!(welcome.gauges.len() > GAUGES as usize);
+    let again = encoded(&Control::Welcome(welcome.clone()));
+    assert_eq!(again.len(), record.len());
+    assert_eq!(Control::decode(&again), Ok(Control::Welcome(welcome)));
+}
+
+#[test]
 fn a_mapped_peer_is_the_ipv4_peer_it_is() {
     let mapped: SocketAddrV6 = "[::ffff:192.0.2.1]:80".parse().unwrap();
     let peer = PeerAddr::from(std::net::SocketAddr::from(mapped));
