@@ -4,28 +4,15 @@
 
 mod support;
 
-use std::io::{BufRead, BufReader, Read, Write};
+use std::io::{Read, Write};
 use std::net::{TcpListener, TcpStream};
 use std::os::unix::net::UnixStream;
-use std::process::{Command, Output, Stdio};
+use std::process::Command;
 
 use nix::sys::signal::Signal;
 use serde_json::Value;
+use support::reloading::*;
 use support::*;
-
-fn run(dispatcher: &Dispatcher, arguments: &[&str]) -> Output {
-    let mut command = Command::new(dispatcher_bin());
-    command.args(arguments).env("DISPATCHER_ADMIN", dispatcher.admin()).stdin(Stdio::null());
-    command.output().unwrap()
-}
-
-/// Reloads with this configuration, which must be good; what was done.
-fn reload(dispatcher: &Dispatcher, body: &str) -> Value {
-    write_config(&dispatcher.dir, body);
-    let output = run(dispatcher, &["reload", "--json"]);
-    assert!(output.status.success(), "{}", String::from_utf8_lossy(&output.stderr));
-    serde_json::from_slice(&output.stdout).unwrap()
-}
 
 /// Reloads with what is in the file, which must be refused; the exit code and the words.
 fn refused(dispatcher: &Dispatcher) -> (i32, String) {
@@ -34,25 +21,8 @@ fn refused(dispatcher: &Dispatcher) -> (i32, String) {
     (output.status.code().unwrap(), String::from_utf8(output.stderr).unwrap())
 }
 
-fn names(list: &Value) -> Vec<&str> {
-    list.as_array().unwrap().iter().map(|name| name.as_str().unwrap()).collect()
-}
-
-fn listener(name: &str, address: &str, pool: &str, keys: &str) -> String {
-    format!(
-        "[[listener]]\nname = \"{name}\"\naddress = \"{address}\"\npool = \"{pool}\"\n{keys}\n\n"
-    )
-}
-
 fn web(keys: &str) -> String {
     listener("web", "127.0.0.1:0", "web", keys)
-}
-
-/// The name of the worker that serves it. A worker does not know the name of a listener that came after it.
-fn served_by(stream: impl Read) -> String {
-    let mut line = String::new();
-    BufReader::new(stream).read_line(&mut line).unwrap();
-    line.split(' ').next().unwrap().to_owned()
 }
 
 #[test]

@@ -6,6 +6,7 @@
 
 pub mod browser;
 pub mod peer;
+pub mod reloading;
 
 use std::collections::BTreeMap;
 use std::fs::File;
