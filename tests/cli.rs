@@ -63,7 +63,10 @@ fn a_good_configuration_passes() {
     let ran = with_config("check", temp.path());
     assert_eq!((ran.code, ran.err.as_str()), (0, ""));
     assert!(ran.out.contains("dispatcher.toml: ok\nlistener web: 127.0.0.1:0 -> pool web\n"));
-    assert!(ran.out.ends_with('\n'));
+    assert!(ran.out.ends_with('\n') && !ran.out.contains("admin_http"));
+    write_config(temp.path(), &format!("admin_http = \"127.0.0.1:9900\"\n{CONFIG}"));
+    let ran = with_config("check", temp.path());
+    assert!(ran.out.ends_with("\nadmin_http: 127.0.0.1:9900, only for reading\n"), "{}", ran.out);
 }
 
 #[test]

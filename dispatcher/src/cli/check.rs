@@ -85,5 +85,8 @@ fn summary(config: &Config) -> String {
             UnixSource::Systemd(name_there) => writeln!(text, "{name}: systemd:{name_there}"),
         };
     }
+    if let Some(address) = config.admin_http {
+        let _ = writeln!(text, "admin_http: {address}, only for reading");
+    }
     text
 }

@@ -130,15 +130,24 @@ pub(super) fn check_distinct(
             ));
         }
         let shared = new.options.reuse_port && other.options.reuse_port;
-        if !shared && (takes(other, new) || takes(new, other)) {
+        let (one, two) = (tcp(other), tcp(new));
+        if !shared && (takes(one, two) || takes(two, one)) {
+            let both = one
+                .is_some_and(|(one, _)| two.is_some_and(|(two, _)| one.is_ipv4() == two.is_ipv4()));
+            let (version, help) = match both {
+                true => ("", "keep only the one for all addresses, or name each address by itself"),
+                false => {
+                    (" IPv4", "set `ipv6_only = true` for the IPv6 one, or keep only that one")
+                }
+            };
             return Err(Mistake::new(
                 keys.address.span(),
                 format!(
-                    "listener `{}` at {} takes this IPv4 port as well",
+                    "listener `{}` at {} takes this{version} port as well",
                     other.name, other.address_text
                 ),
             )
-            .help("set `ipv6_only = true` for the IPv6 one, or keep only that one"));
+            .help(help));
         }
     }
     Ok(())
@@ -148,15 +157,40 @@ fn any_port(address: &Address) -> bool {
     matches!(address, Address::Tcp(address) if address.port() == 0)
 }
 
-/// Whether a dual-stack `[::]:PORT` also occupies the other's IPv4 port.
-fn takes(wide: &Listener, narrow: &Listener) -> bool {
-    match (&wide.address, &narrow.address) {
-        (Address::Tcp(SocketAddr::V6(wide_addr)), Address::Tcp(SocketAddr::V4(narrow_addr))) => {
-            wide_addr.ip().is_unspecified()
-                && !wide.options.ipv6_only
-                && wide_addr.port() == narrow_addr.port()
-                && wide_addr.port() != 0
-        }
-        _ => false,
+/// The address of a TCP listener, and whether it takes IPv6 only.
+fn tcp(listener: &Listener) -> Option<(SocketAddr, bool)> {
+    match listener.address {
+        Address::Tcp(address) => Some((address, listener.options.ipv6_only)),
+        Address::Unix(_) | Address::Systemd(_) => None,
     }
+}
+
+/// Whether one that is bound to all addresses also occupies the other's port: `[::]:PORT` that of IPv4 too.
+fn takes(wide: Option<(SocketAddr, bool)>, narrow: Option<(SocketAddr, bool)>) -> bool {
+    let (Some((wide, ipv6_only)), Some((narrow, _))) = (wide, narrow) else { return false };
+    wide.ip().is_unspecified()
+        && wide.port() == narrow.port()
+        && wide.port() != 0
+        && (wide.is_ipv4() == narrow.is_ipv4() || (wide.is_ipv6() && !ipv6_only))
+}
+
+/// `admin_http` cannot be where clients connect.
+pub(super) fn check_admin_http(
+    admin: Option<SocketAddr>,
+    new: &Listener,
+    keys: &ListenerKeys,
+) -> Checked<()> {
+    // Bound like a listener without options.
+    let (admin, listener) = (admin.map(|address| (address, false)), tcp(new));
+    let same =
+        |(address, _): (SocketAddr, bool)| listener.is_some_and(|(other, _)| other == address);
+    let equal = admin.is_some_and(|address| same(address) && address.0.port() != 0);
+    if equal || takes(admin, listener) || takes(listener, admin) {
+        return Err(Mistake::new(
+            keys.address.span(),
+            "this is the address of `admin_http` already",
+        )
+        .help("give each a port of its own"));
+    }
+    Ok(())
 }

@@ -26,7 +26,7 @@ pub(super) struct File {
     pub admin_socket_user: Option<Spanned<Either<AnAccount>>>,
     pub admin_socket_group: Option<Spanned<Either<AnAccount>>>,
     pub admin_http: Option<Spanned<String>>,
-    pub admin_http_allow_remote: Option<bool>,
+    pub admin_http_allow_remote: Option<Spanned<bool>>,
     pub accept_batch: Option<Count<1, 4096>>,
     pub hello_timeout: Option<Wait<1, YEAR>>,
     pub max_pending_hellos: Option<Count<1, 65_536>>,

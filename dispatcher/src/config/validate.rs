@@ -5,7 +5,7 @@ use std::time::Duration;
 
 use toml::Spanned;
 
-use super::address::{address, check_distinct, unix_source};
+use super::address::{address, check_admin_http, check_distinct, unix_source};
 use super::error::{Mistake, Source, Warning, suggest};
 use super::file::{File, ListenerKeys, PoolKeys};
 use super::value::{AMode, AnAccount, Either, TextOrNumber};
@@ -35,7 +35,7 @@ pub(super) fn validate(file: File, source: &Source<'_>) -> Checked<Config> {
         &file.admin_socket_user,
         &file.admin_socket_group,
     )?;
-    let admin_http = admin_http(&file)?;
+    let admin_http = admin_http(&mut check, &file)?;
     if dispatch_socket.source == admin_socket.source {
         let span = [&file.admin_socket, &file.dispatch_socket]
             .into_iter()
@@ -61,6 +61,10 @@ pub(super) fn validate(file: File, source: &Source<'_>) -> Checked<Config> {
     let mut pools = Vec::with_capacity(tables.len());
     for (name, keys) in &tables {
         check_name(name, "pool")?;
+        if name.get_ref().contains('/') {
+            return Err(Mistake::new(name.span(), "a pool cannot have a slash in its name")
+                .help("workers are called POOL/NAME, so nobody could tell where the one ends"));
+        }
         pools.push(check.pool(name.get_ref(), keys.clone(), &defaults)?);
     }
     if pools.len() > usize::from(u16::MAX) {
@@ -75,6 +79,7 @@ pub(super) fn validate(file: File, source: &Source<'_>) -> Checked<Config> {
     for keys in file.listener {
         let listener = check.listener(keys.get_ref(), &pools)?;
         check_distinct(&listener, keys.get_ref(), &listeners)?;
+        check_admin_http(admin_http, &listener, keys.get_ref())?;
         for (endpoint, key) in
             [(&dispatch_socket.source, "dispatch_socket"), (&admin_socket.source, "admin_socket")]
         {
@@ -119,13 +124,19 @@ pub(super) fn validate(file: File, source: &Source<'_>) -> Checked<Config> {
     })
 }
 
-fn admin_http(file: &File) -> Checked<Option<SocketAddr>> {
-    let Some(text) = &file.admin_http else { return Ok(None) };
+fn admin_http(check: &mut Check<'_>, file: &File) -> Checked<Option<SocketAddr>> {
+    let allow_remote = file.admin_http_allow_remote.as_ref();
+    let Some(text) = &file.admin_http else {
+        if let Some(useless) = allow_remote {
+            check.warn(Mistake::new(useless.span(), "this has no effect without `admin_http`"));
+        }
+        return Ok(None);
+    };
     let address: SocketAddr = text.get_ref().parse().map_err(|_| {
         Mistake::new(text.span(), "not an address and a port")
             .help("write \"127.0.0.1:9900\" or \"[::1]:9900\"")
     })?;
-    if !address.ip().is_loopback() && file.admin_http_allow_remote != Some(true) {
+    if !address.ip().is_loopback() && !allow_remote.is_some_and(|flag| *flag.get_ref()) {
         return Err(Mistake::new(text.span(), "other machines could read everything there").help(
             "write \"127.0.0.1:PORT\", or set admin_http_allow_remote = true if that is wanted",
         ));

@@ -7,6 +7,26 @@ use humantime::format_duration;
 use super::Shell;
 use crate::pool::{Departure, Event, PoolId, ProcessId, WorkerId};
 
+/// Every kind there is. `docs/OPERATING.md` says of each what to do.
+const KINDS: [&str; 16] = [
+    "worker_gone",
+    "worker_suspect",
+    "worker_expelled",
+    "worker_refused",
+    "connection_lost_by_worker",
+    "channel_full",
+    "counter_clamped",
+    "gauge_impossible",
+    "no_worker",
+    "refusing",
+    "back_pressure",
+    "process_ended",
+    "process_not_started",
+    "choked",
+    "accept_paused",
+    "worker_not_accepted",
+];
+
 impl Shell {
     /// Remembers a fault. For use beside a log line, behind the same limit.
     pub(super) fn fault(
@@ -15,6 +35,7 @@ impl Shell {
         subject: &str,
         text: impl FnOnce() -> String,
     ) {
+        debug_assert!(KINDS.contains(&kind), "{kind} is not documented");
         let most = self.config.limits.fault_history;
         if most > 0 {
             self.faults.note(most, SystemTime::now(), kind, subject.to_owned(), text());
@@ -118,5 +139,42 @@ impl Shell {
     pub(super) fn process_name(&self, process: ProcessId) -> String {
         let pool = self.core.pool_name(process.pool);
         format!("{pool}/{pool}-{}", process.number + 1)
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::KINDS;
+
+    #[test]
+    fn every_kind_is_documented_and_no_other() {
+        let page = include_str!("../../../docs/OPERATING.md");
+        let (_, table) = page.split_once("| kind | what happened |").expect("the table of faults");
+        let rows = table.lines().skip(2).take_while(|line| line.starts_with('|'));
+        let kinds = rows.flat_map(|row| row.split('|').nth(1).unwrap_or_default().split(", "));
+        let mut documented: Vec<&str> = kinds.map(|kind| kind.trim().trim_matches('`')).collect();
+        documented.sort_unstable();
+        let mut written = KINDS.to_vec();
+        written.sort_unstable();
+        assert_eq!(documented, written);
+    }
+
+    #[test]
+    fn every_kind_in_the_program_is_listed() {
+        let mut found = 0;
+        for entry in
+            std::fs::read_dir(concat!(env!("CARGO_MANIFEST_DIR"), "/src/shell")).expect("sources")
+        {
+            let text = std::fs::read_to_string(entry.expect("a file").path()).unwrap_or_default();
+            for part in text.split("fault(\"").skip(1) {
+                let kind = part.split('"').next().unwrap_or_default();
+                // This very line, and the next.
+                if kind.bytes().all(|byte| byte.is_ascii_lowercase() || byte == b'_') {
+                    assert!(KINDS.contains(&kind), "{kind}");
+                    found += 1;
+                }
+            }
+        }
+        assert!(found > 10, "the sources were found");
     }
 }

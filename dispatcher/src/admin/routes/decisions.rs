@@ -3,13 +3,13 @@
 use std::net::{IpAddr, SocketAddr};
 use std::str::FromStr;
 
+use axum::Router;
 use axum::extract::{Path, RawQuery, State};
-use axum::response::{IntoResponse, Response};
+use axum::response::Response;
 use axum::routing::get;
-use axum::{Json, Router};
 use worker_sdk::PeerAddr;
 
-use super::{App, PATIENCE, methods, no_answer, refused};
+use super::{App, PATIENCE, methods, outcome, refused};
 use crate::admin::Request;
 use crate::admin::command::{CommandError, Problem};
 
@@ -30,11 +30,8 @@ async fn history(
     };
     let name = pool.clone();
     let ask = move |answer| Request::History { pool, after, answer };
-    match app.gate.ask_for(ask, PATIENCE).await {
-        Ok(Ok(past)) => Json(past.write(name)).into_response(),
-        Ok(Err(why)) => refused(&why),
-        Err(why) => no_answer(why),
-    }
+    let answer = app.gate.ask_for(ask, PATIENCE).await;
+    outcome(answer.map(|past| past.map(|past| past.write(name))))
 }
 
 async fn explain(
@@ -51,11 +48,8 @@ async fn explain(
     };
     let name = pool.clone();
     let ask = move |answer| Request::Explain { pool, peer, answer };
-    match app.gate.ask_for(ask, PATIENCE).await {
-        Ok(Ok(next)) => Json(next.write(name)).into_response(),
-        Ok(Err(why)) => refused(&why),
-        Err(why) => no_answer(why),
-    }
+    let answer = app.gate.ask_for(ask, PATIENCE).await;
+    outcome(answer.map(|next| next.map(|next| next.write(name))))
 }
 
 /// The value of the only parameter a route has, if it is there.

@@ -23,6 +23,7 @@ use axum::middleware::{self, Next};
 use axum::response::{IntoResponse, Response};
 use axum::routing::MethodRouter;
 use axum::{Json, Router};
+use serde::Serialize;
 use serde::de::DeserializeOwned;
 
 use super::command::{Command, CommandError, Problem};
@@ -137,7 +138,12 @@ fn bad_body(rejection: &JsonRejection) -> Response {
 
 /// Has the hot thread carry out a command, and answers with what came of it.
 pub(super) async fn carry_out(app: &App, command: Command) -> Response {
-    match app.gate.command(command, PATIENCE).await {
+    outcome(app.gate.command(command, PATIENCE).await)
+}
+
+/// What came of a request to the hot thread.
+pub(super) fn outcome<T: Serialize>(answer: Result<Result<T, CommandError>, NoAnswer>) -> Response {
+    match answer {
         Ok(Ok(value)) => Json(value).into_response(),
         Ok(Err(why)) => refused(&why),
         Err(why) => no_answer(why),

@@ -2,12 +2,12 @@
 
 use std::sync::Arc;
 
+use axum::Router;
 use axum::extract::State;
-use axum::response::{IntoResponse, Response};
+use axum::response::Response;
 use axum::routing::post;
-use axum::{Json, Router};
 
-use super::{App, methods, no_answer, refused};
+use super::{App, methods, outcome};
 use crate::admin::gate::NoAnswer;
 
 pub(super) fn routes() -> Router<App> {
@@ -17,10 +17,6 @@ pub(super) fn routes() -> Router<App> {
 /// In a task of its own: a client that hangs up must not leave it half done.
 async fn reload(State(app): State<App>) -> Response {
     let reloader = Arc::clone(&app.reloader);
-    match tokio::spawn(async move { reloader.reload("request").await }).await {
-        Ok(Ok(Ok(reloaded))) => Json(reloaded).into_response(),
-        Ok(Ok(Err(why))) => refused(&why),
-        Ok(Err(why)) => no_answer(why),
-        Err(_) => no_answer(NoAnswer::Refused),
-    }
+    let task = tokio::spawn(async move { reloader.reload("request").await });
+    outcome(task.await.unwrap_or(Err(NoAnswer::Refused)))
 }

@@ -13,6 +13,8 @@ fn two_of_a_kind() {
     good(&second("'b'", "'127.0.0.1:8081'"));
     refused(&second("'b'", "‹'[::]:8080'›"), "takes this IPv4 port", "ipv6_only = true");
     good(&second("'b'", "'[::]:8080'\nipv6_only = true"));
+    refused(&second("'b'", "‹'0.0.0.0:8080'›"), "takes this port", "keep only the one");
+    good(&second("'b'", "'127.0.0.2:8080'"));
     top_refused(
         "dispatch_socket = '/x'\nadmin_socket = ‹'/x'›",
         "are the same",
@@ -255,4 +257,39 @@ fn clients_find_the_admin_socket_in_a_broken_file() {
     assert_eq!(found, UnixSource::Path(DEFAULT_ADMIN_SOCKET.into()));
     std::fs::write(&file, "admin_socket = 4").expect("written");
     Config::admin_source(&file).expect_err("a number is no path");
+}
+
+#[test]
+fn admin_http_has_an_address_of_its_own() {
+    let with = |admin: &str, address: &str| {
+        let good = GOOD.replace("\"127.0.0.1:8080\"", address);
+        format!("admin_http = '{admin}'\nadmin_http_allow_remote = true\n{good}")
+    };
+    for (admin, address) in [
+        ("127.0.0.1:8080", "‹'127.0.0.1:8080'›"),
+        ("127.0.0.1:8080", "‹'0.0.0.0:8080'›"),
+        ("127.0.0.1:8080", "‹'[::]:8080'›"),
+        ("0.0.0.0:8080", "‹'127.0.0.1:8080'›"),
+        ("[::1]:8080", "‹'[::1]:8080'›"),
+    ] {
+        refused(&with(admin, address), "the address of `admin_http` already", "a port of its own");
+    }
+    for (admin, address) in [
+        ("127.0.0.1:8080", "'127.0.0.1:8081'"),
+        ("127.0.0.1:8080", "'127.0.0.2:8080'"),
+        ("127.0.0.1:8080", "'[::]:8080'\nipv6_only = true"),
+        ("127.0.0.1:0", "'127.0.0.1:0'"),
+        ("127.0.0.1:8080", "'unix:/x'"),
+    ] {
+        assert_eq!(good(&with(admin, address)).warnings, [], "{admin} {address}");
+    }
+    let warnings = good(&format!("admin_http_allow_remote = true\n{GOOD}")).warnings;
+    assert_eq!(warnings.len(), 1);
+    assert!(warnings[0].0.message.contains("no effect without `admin_http`"), "{warnings:?}");
+}
+
+#[test]
+fn a_pool_has_no_slash_in_its_name() {
+    let listener = "[[listener]]\nname = 'a'\naddress = '127.0.0.1:1'\npool = 'a/b'\n";
+    refused(&format!("{listener}[pool.‹'a/b'›]\n"), "a slash in its name", "POOL/NAME");
 }
