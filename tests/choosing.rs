@@ -13,6 +13,7 @@ use std::time::Duration;
 
 use dispatcher::pool::*;
 use dispatcher::sim::{Desk, Random};
+use worker_sdk::scoreboard::gauge::Reading;
 use worker_sdk::wire::Hello;
 
 const LISTENER: ListenerId = ListenerId(0);
@@ -28,10 +29,16 @@ struct Scene {
 
 impl Scene {
     fn new(policy: Policy, slow_start: Duration) -> Scene {
+        let name = "queue_wait".parse().unwrap();
         let pool = PoolSettings {
             name: "web".to_owned(),
             policy,
             slow_start,
+            scores: Scores {
+                gauges: vec![ScoredGauge { name, multiplier: 100.0 }],
+                valid_for: Duration::from_secs(3_600),
+                ..Scores::default()
+            },
             access: Access { users: vec![0], groups: vec![] },
             ..PoolSettings::default()
         };
@@ -52,6 +59,14 @@ impl Scene {
             ..Hello::default()
         };
         self.workers.push(self.desk.join(hello).unwrap());
+    }
+
+    /// The last worker that came shows this, if anybody wants to know.
+    fn show(&mut self, wait: f64) {
+        let at = self.desk.now.0;
+        for gauge in self.desk.links.iter_mut().last().into_iter().flat_map(|l| &mut l.gauges) {
+            *gauge = Some(Reading { value: wait, at });
+        }
     }
 
     /// One client: it comes up to 2 ms after the last one, and stays for 20 ms half of the time, for 40 ms a quarter of it,
@@ -135,6 +150,8 @@ fn panel(at: (f64, f64), policy: Policy) -> String {
     for n in 0..8 {
         // With failover, two of eight are first.
         scene.join(u16::from(policy == Policy::Failover && n < 2));
+        // With scores, requests wait with two of eight, as long as is worth ten connections.
+        scene.show(if n < 2 { 0.1 } else { 0.0 });
     }
     let mut samples = Vec::new();
     for _ in 0..SAMPLES {
@@ -202,17 +219,18 @@ fn uneven_lifetimes() {
         Policy::TwoChoices,
         Policy::Hash,
         Policy::Failover,
+        Policy::LeastScore,
     ];
     let mut body = String::new();
     for (n, policy) in policies.into_iter().enumerate() {
         let at = (40.0 + 310.0 * (n % 3) as f64, 40.0 + 215.0 * (n / 3) as f64);
         body += &panel(at, policy);
     }
-    body += "<text x=\"40\" y=\"440\" fill=\"#555555\">Live connections of 8 workers while 2,500 clients come: from the least to the most \
+    body += "<text x=\"40\" y=\"655\" fill=\"#555555\">Live connections of 8 workers while 2,500 clients come: from the least to the most \
              loaded one (band), and the mean (line).</text>\n";
     check(
         "choosing-lifetimes.svg",
-        &svg(960, 455, "Loads under uneven lifetimes, by policy", &body),
+        &svg(960, 670, "Loads under uneven lifetimes, by policy", &body),
     );
 }
 

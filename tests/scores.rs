@@ -145,22 +145,22 @@ fn idle_workers_on_one_machine_share_a_burst_evenly() {
     if !descriptors(3_000) {
         return;
     }
-    let (dispatcher, address) =
-        scoring("connections = 1, system_cpu = 4, free_memory = -0.0001, process_rss = 0.01");
+    // As docs/CHOOSING.md has it for workers of one machine.
+    let (dispatcher, address) = scoring("connections = 1, process_cpu = 10, process_rss = 0.01");
     let environment = [("DISPATCH_SAMPLE_INTERVAL", "50ms")];
     let _workers: Vec<Process> = (0..8)
         .map(|n| dispatcher.worker_with("mio", "web", &format!("w{n}"), &environment))
         .collect();
     dispatcher.wait_status("all to be measured", |status| {
         let workers = &pool(status, "web").workers;
-        workers.len() == 8 && workers.iter().all(|w| w.score.is_some() && w.gauges.len() == 3)
+        workers.len() == 8 && workers.iter().all(|w| w.score.is_some() && w.gauges.len() == 2)
     });
     let streams = connect_at_once(&dispatcher, address, 1_000);
     let status = dispatcher.wait_status("all to be taken", |status| status.taken == 1_000);
     let (loads, spread) = loads(&status, "web");
     assert_eq!(loads.iter().sum::<u64>(), 1_000);
-    // The gauges differ by little more than 4 connections' worth, at the very most.
-    assert!(spread <= 10, "{loads:?}");
+    // By no more than the gauges do: a processor in full use would be worth 10 connections, and the memory of all is alike.
+    assert!(spread <= 12, "{loads:?}");
     for stream in streams.into_iter().step_by(100) {
         Client::greeted(stream).unwrap().echo("hello");
     }

@@ -2,6 +2,7 @@
 
 pub mod admin;
 pub mod affinity;
+pub mod cleaner;
 pub mod cli;
 pub mod closer;
 pub mod config;

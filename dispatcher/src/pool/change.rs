@@ -9,6 +9,7 @@ use std::collections::VecDeque;
 
 use super::affinity::Memory;
 use super::awaiting::Awaiting;
+use super::discarded::Kept;
 use super::effect::{Effect, Event};
 use super::history::History;
 use super::ledger::Held;
@@ -105,11 +106,12 @@ impl Core {
         let old = std::mem::replace(&mut entry.settings, PoolSettings { name, ..settings });
         let new = &entry.settings;
         entry.processes.resize(new.processes, &mut self.effects);
-        entry.history.resize(new.history, new.history_candidates);
+        let forgotten = entry.history.resize(new.history, new.history_candidates);
         let chooses = old.policy != new.policy || old.scores != new.scores;
         let remembers = old.affinity != new.affinity;
         let most = new.max_connections_per_worker;
         let slow_start = new.slow_start;
+        self.discard(Kept::Decisions(forgotten));
         if chooses {
             self.change_policy(now, p, seeds.number());
         }
@@ -148,7 +150,11 @@ impl Core {
     /// What was remembered of clients is forgotten: it was by another key, or for another time.
     fn change_memory(&mut self, p: usize, seed: u64) {
         let pool = &mut self.pools[p];
-        pool.memory = pool.settings.affinity.as_ref().map(|settings| Memory::new(settings, seed));
+        let new = pool.settings.affinity.as_ref().map(|settings| Memory::new(settings, seed));
+        if let Some(old) = std::mem::replace(&mut pool.memory, new) {
+            self.discard(Kept::Memory(old));
+        }
+        let pool = &mut self.pools[p];
         let Some(memory) = &mut pool.memory else { return };
         let indices: Vec<u32> = pool.candidates.workers().collect();
         for index in indices {
@@ -220,10 +226,9 @@ impl Core {
         }
         let Some(entry) = self.listeners.get_mut(usize::from(listener.0)) else { return };
         entry.retired = Some(true);
-        // Its table may be large, and nobody comes any more.
-        entry.screen = None;
         let p = entry.pool;
-        self.ledger.untrack(listener);
+        // Its table may be large, and nobody comes any more.
+        self.set_screen(listener, None);
         self.after(now, p);
         self.tick_retired(now, p);
     }
@@ -266,10 +271,13 @@ impl Core {
         }
         if pool.candidates.len() == 0 && pool.clock == Clock::Refusing {
             // Nobody can come any more: nothing is left to do, in any turn to come.
-            if pool.memory.take().is_some() {
+            let decisions = pool.history.resize(0, 1);
+            self.discard(Kept::Decisions(decisions));
+            let pool = &mut self.pools[p];
+            if let Some(memory) = pool.memory.take() {
                 pool.settings.affinity = None;
+                self.discard(Kept::Memory(memory));
             }
-            pool.history.resize(0, 1);
             return;
         }
         if pool.held.len() + pool.awaiting.len() > 0 {

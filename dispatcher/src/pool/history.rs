@@ -115,12 +115,13 @@ impl History {
         }
     }
 
-    /// Keeps so many from now on, the latest of those there are.
-    pub(super) fn resize(&mut self, size: u32, most_candidates: u32) {
+    /// Keeps so many from now on, the latest of those there are; answers the others.
+    pub(super) fn resize(&mut self, size: u32, most_candidates: u32) -> VecDeque<Arc<Decision>> {
         self.size = size as usize;
         self.most_candidates = most_candidates as usize;
         let surplus = self.decisions.len().saturating_sub(self.size);
-        self.decisions.drain(..surplus);
+        let kept = self.decisions.split_off(surplus);
+        std::mem::replace(&mut self.decisions, kept)
     }
 
     pub(super) fn is_on(&self) -> bool {

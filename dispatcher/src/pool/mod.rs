@@ -20,6 +20,7 @@ mod awaiting;
 mod change;
 mod check;
 mod custody;
+mod discarded;
 mod drain;
 mod effect;
 mod gauges;
@@ -43,6 +44,7 @@ mod worker;
 mod tests;
 
 pub use affinity::Claim;
+pub use discarded::Discarded;
 pub use drain::{COUNT_FIRST, CannotResume, Notice};
 pub use effect::{Effect, Event};
 pub use gauges::MAX_GAUGE_VALUE;
@@ -50,7 +52,7 @@ pub use health::LOST_PAUSE;
 pub use history::{Decision, Explanation, Obstacle, Seen};
 pub use random::Random;
 pub use report::Totals;
-pub use screen::{Rate, Screening};
+pub use screen::{Rate, Screen, Screening};
 pub use supervise::{RESTART_MAX, RESTART_MIN, RESTART_RESET};
 pub use types::*;
 
@@ -67,7 +69,7 @@ use history::History;
 use ledger::{Held, Ledger, Place};
 use policy::{Candidates, NEVER};
 use report::Counts;
-use screen::{Screen, UNTRACKED};
+use screen::UNTRACKED;
 use stop::Stop;
 use supervise::Processes;
 use worker::Worker;
@@ -97,6 +99,7 @@ pub struct Core {
     stop: Option<Stop>,
     /// Connections that workers had at the deadlines of their drains, and were told to end.
     ended: u64,
+    discarded: Vec<Discarded>,
     #[cfg(any(test, debug_assertions))]
     check_credit: usize,
 }
@@ -184,6 +187,7 @@ impl Core {
             choked: None,
             stop: None,
             ended: 0,
+            discarded: Vec::new(),
             #[cfg(any(test, debug_assertions))]
             check_credit: 0,
         }

@@ -16,6 +16,7 @@ use ipnet::IpNet;
 use worker_sdk::PeerAddr;
 
 use super::Core;
+use super::discarded::Kept;
 use super::types::{CloseReason, ListenerId, Time};
 
 /// No entry.
@@ -127,9 +128,9 @@ struct Client {
     newer: u32,
 }
 
-/// A listener's rules at work.
+/// A listener's rules at work. It may be large: it is made where nobody waits, and dropped there ([`super::Discarded`]).
 #[derive(Debug)]
-pub(super) struct Screen {
+pub struct Screen {
     rules: Screening,
     allow: Addresses,
     deny: Addresses,
@@ -145,9 +146,14 @@ pub(super) struct Screen {
 pub(super) const UNTRACKED: u32 = NONE;
 
 impl Screen {
-    pub(super) fn new(rules: Screening, seed: u64) -> Screen {
+    /// For these rules; `None` if they let everybody in. `seed` is a secret number: clients must not be able to tell where
+    /// they are remembered.
+    pub fn new(rules: Screening, seed: u64) -> Option<Box<Screen>> {
+        if rules.is_open() {
+            return None;
+        }
         let most = if rules.counts() { rules.max_clients.max(1) as usize } else { 0 };
-        Screen {
+        Some(Box::new(Screen {
             allow: Addresses::new(&rules.allow),
             deny: Addresses::new(&rules.deny),
             seed,
@@ -157,11 +163,7 @@ impl Screen {
             oldest: NONE,
             newest: NONE,
             rules,
-        }
-    }
-
-    pub(super) fn rules(&self) -> &Screening {
-        &self.rules
+        }))
     }
 
     /// Whether a client may come in now. If so its connection counts as queued, at the returned place, until
@@ -269,6 +271,10 @@ impl Screen {
         Some(at)
     }
 
+    /// The size of an entry.
+    #[cfg(test)]
+    pub(super) const CLIENT: usize = size_of::<Client>();
+
     /// How far `forget_one` looks for a client without queued connections.
     const LOOK: usize = 8;
 
@@ -361,18 +367,14 @@ impl Screen {
 }
 
 impl Core {
-    /// Sets who may come in at a listener, now or later. `seed` is a secret number: clients must not be able to tell where
-    /// they are remembered. Rules that are the same as before keep what they know of clients; others start afresh,
-    /// with none of the connections that wait already counted.
-    pub fn set_screening(&mut self, listener: ListenerId, rules: Screening, seed: u64) {
+    /// Sets who may come in at a listener, now or later. Everything starts afresh, with none of the connections that wait
+    /// already counted.
+    pub fn set_screen(&mut self, listener: ListenerId, screen: Option<Box<Screen>>) {
         let Some(entry) = self.listeners.get_mut(usize::from(listener.0)) else { return };
-        if entry.screen.as_ref().is_some_and(|screen| *screen.rules() == rules) {
-            return;
-        }
-        if entry.screen.is_some() {
+        if let Some(old) = std::mem::replace(&mut entry.screen, screen) {
             self.ledger.untrack(listener);
+            self.discard(Kept::Screen(old));
         }
-        entry.screen = (!rules.is_open()).then(|| Box::new(Screen::new(rules, seed)));
     }
 
     /// No longer queued, as its client is counted: its application has it, or nobody will.

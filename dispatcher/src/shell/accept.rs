@@ -12,6 +12,7 @@ use worker_sdk::PeerAddr;
 use super::Shell;
 use super::sockets::Listening;
 use super::token::Source;
+use crate::cleaner::Cleaner;
 use crate::pool::{Accepting, Client, ListenerId, Time};
 
 /// One listening socket. A configured listener has one, or several when a service manager passed several under its name.
@@ -100,9 +101,12 @@ impl Listener {
         Ok(())
     }
 
-    fn close(&mut self, registry: &Registry) {
+    /// The socket goes, and its file: in a file system, which may be slow.
+    fn close(&mut self, registry: &Registry, cleaner: &mut Cleaner) {
         let _ = self.watch(registry, false);
-        self.listening = None;
+        if let Some(listening) = self.listening.take() {
+            listening.close(cleaner);
+        }
         self.ready = false;
     }
 
@@ -154,7 +158,7 @@ impl Shell {
                 Accepting::Pause => return,
                 Accepting::Finish => {
                     if listener.last == 0 {
-                        listener.close(self.poll.registry());
+                        listener.close(self.poll.registry(), &mut self.cleaner);
                         return self.closed(id);
                     }
                     listener.last -= 1;
@@ -201,7 +205,7 @@ impl Shell {
                 Attempt::Empty => {
                     listener.ready = false;
                     if self.core.accepting(id) == Accepting::Finish {
-                        listener.close(self.poll.registry());
+                        listener.close(self.poll.registry(), &mut self.cleaner);
                         self.closed(id);
                     }
                     return;
@@ -264,7 +268,7 @@ impl Shell {
     pub(super) fn finish_listeners(&mut self) {
         for listener in &mut self.listeners {
             if listener.listening.as_ref().is_some_and(|listening| listening.inherited) {
-                listener.close(self.poll.registry());
+                listener.close(self.poll.registry(), &mut self.cleaner);
             } else {
                 // Even if no edge said so: the last look must be at the queue itself.
                 listener.ready = true;

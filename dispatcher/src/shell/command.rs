@@ -135,7 +135,7 @@ impl Shell {
             ),
             CannotResume::PoolRemoved => (
                 format!("cannot be resumed: pool {pool} was taken out of the configuration"),
-                format!("put [pool.{pool}] back and reload; then start another worker"),
+                format!("put [pool.{pool}] back and reload first"),
             ),
             CannotResume::Surplus => (
                 format!("cannot be resumed: its process is one more than pool {pool} is to have"),

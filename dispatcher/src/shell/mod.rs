@@ -56,6 +56,7 @@ use self::sockets::{Listening, OwnedPath};
 use self::token::{Key, Source};
 use self::worker_io::WorkerIo;
 use crate::admin::Admin;
+use crate::cleaner::Cleaner;
 use crate::closer::Closer;
 use crate::config::Config;
 use crate::pool::{Core, Departure, ProcessId, Ticket, Time};
@@ -128,6 +129,7 @@ struct Shell {
     /// Copies whose close may linger and for which the closer had no room.
     lingering: VecDeque<OwnedFd>,
     closer: Closer,
+    cleaner: Cleaner,
 
     side: Admin,
     /// Removes the admin socket's file at the end.
@@ -342,6 +344,9 @@ impl Shell {
         self.retry_lingering();
         if self.unsaid_due.is_some_and(|due| due <= self.now) {
             self.tell_left_out();
+        }
+        if let Some(discarded) = self.core.discarded() {
+            self.cleaner.clean(discarded);
         }
     }
 

@@ -6,12 +6,15 @@
 //!
 //! The shell's tables of pools and listeners are by id, like the core's: entries that were taken out stay.
 
+mod fixed;
+
 use std::os::fd::AsFd;
 use std::path::PathBuf;
 use std::sync::atomic::Ordering;
 
 use serde::{Deserialize, Serialize};
 
+use self::fixed::fixed;
 use super::Shell;
 use super::accept::Listener as Door;
 use super::error::RunError;
@@ -21,7 +24,7 @@ use super::sockets::{self, Listening};
 use super::start::seed;
 use crate::admin::command::{CommandError, Problem};
 use crate::config::{Address, Config, ConfigError, Limits, Listener, Pool};
-use crate::pool::{ListenerId, ListenerSettings, PoolId};
+use crate::pool::{ListenerId, ListenerSettings, PoolId, Screen};
 
 /// What is in force, as the side thread sees it.
 #[derive(Clone, Debug)]
@@ -40,7 +43,7 @@ pub struct InForce {
 pub struct Plan {
     generation: u64,
     pools: Vec<(PoolStep, Pool)>,
-    listeners: Vec<(ListenerStep, Listener)>,
+    listeners: Vec<(ListenerStep, Rules, Listener)>,
     removed_pools: Vec<PoolId>,
     removed_listeners: Vec<ListenerId>,
     limits: Limits,
@@ -63,6 +66,15 @@ enum ListenerStep {
     TakeOver(ListenerId),
     /// A new one.
     Open(Vec<Listening>),
+}
+
+/// Who may come in at a listener.
+#[derive(Debug)]
+enum Rules {
+    /// As before: what is known of clients stays.
+    Same,
+    /// Its table may take long to make.
+    New(Option<Box<Screen>>),
 }
 
 /// What a reload did, for people and programs.
@@ -146,7 +158,7 @@ fn plan(now: &InForce, new: Config) -> Result<Plan, CommandError> {
     if now.config.limits != new.limits {
         reloaded.changed.push("limits".to_owned());
     }
-    let modes = listeners.iter().filter_map(|(step, listener)| new_mode(now, step, listener));
+    let modes = listeners.iter().filter_map(|(step, _, listener)| new_mode(now, step, listener));
     Ok(Plan {
         generation: now.generation,
         pools,
@@ -196,7 +208,7 @@ fn plan_pools(
     (pools, removed)
 }
 
-type Steps = Vec<(ListenerStep, Listener)>;
+type Steps = Vec<(ListenerStep, Rules, Listener)>;
 
 fn plan_listeners(
     now: &InForce,
@@ -231,7 +243,7 @@ fn plan_listeners(
                     return Err(not_inherited(&wanted.name, name));
                 }
                 reloaded.added.push(format!("listener {}", wanted.name));
-                (ListenerStep::Open(Vec::new()), wanted.clone())
+                (ListenerStep::Open(Vec::new()), new_rules(wanted), wanted.clone())
             }
         });
     }
@@ -239,7 +251,7 @@ fn plan_listeners(
         reloaded.removed.push(format!("listener {}", old.name));
     }
     // Last, because it is the first thing that anybody could notice.
-    for (step, listener) in &mut steps {
+    for (step, _, listener) in &mut steps {
         if let ListenerStep::Open(made) = step {
             *made =
                 sockets::listen(&listener.address, &listener.options, &mut Inherited::default())
@@ -256,7 +268,7 @@ fn plan_known(
     (id, old): (ListenerId, &Listener),
     wanted: &Listener,
     reloaded: &mut Reloaded,
-) -> (ListenerStep, Listener) {
+) -> (ListenerStep, Rules, Listener) {
     let (options, fixed) = match &wanted.address {
         Address::Tcp(_) => sockets::changeable(&old.options, &wanted.options),
         // What else there is changes at any time, or is systemd's business.
@@ -277,7 +289,13 @@ fn plan_known(
         });
     }
     let step = if moved { ListenerStep::TakeOver(id) } else { ListenerStep::Keep(id) };
-    (step, Listener { options, ..wanted.clone() })
+    let same = !moved && old.screening == wanted.screening;
+    let rules = if same { Rules::Same } else { new_rules(wanted) };
+    (step, rules, Listener { options, ..wanted.clone() })
+}
+
+fn new_rules(listener: &Listener) -> Rules {
+    Rules::New(Screen::new(listener.screening.clone(), seed()))
 }
 
 /// The socket file of one that stays, and its permission bits if they are to be others.
@@ -304,30 +322,6 @@ fn not_opened(listener: &str, error: &RunError) -> CommandError {
 
 fn has_any_port(address: &Address) -> bool {
     matches!(address, Address::Tcp(address) if address.port() == 0)
-}
-
-/// Differences that a running dispatcher cannot follow: workers and operators connect there, and sockets that are given
-/// up would strand them.
-fn fixed(old: &Config, new: &Config) -> Vec<String> {
-    let mut keys = Vec::new();
-    let ends = [
-        ("dispatch_socket", &old.dispatch_socket, &new.dispatch_socket),
-        ("admin_socket", &old.admin_socket, &new.admin_socket),
-    ];
-    for (key, old, new) in ends {
-        let differs = [
-            ("", old.source != new.source),
-            ("_mode", old.mode != new.mode),
-            ("_user", old.user != new.user),
-            ("_group", old.group != new.group),
-        ];
-        let differs = differs.into_iter().filter(|(_, differs)| *differs);
-        keys.extend(differs.map(|(end, _)| format!("{key}{end}")));
-    }
-    if old.admin_http != new.admin_http {
-        keys.push("admin_http".to_owned());
-    }
-    keys
 }
 
 impl Shell {
@@ -357,10 +351,13 @@ impl Shell {
         for (step, pool) in plan.pools {
             ids.push(self.put_pool(step, pool, &mut reloaded));
         }
-        for (step, listener) in plan.listeners {
+        for (step, rules, listener) in plan.listeners {
             let pool = ids.get(usize::from(listener.pool)).copied().unwrap_or(PoolId(0));
             let listener = Listener { pool: pool.0, ..listener };
-            self.put_listener(step, listener, &mut reloaded);
+            let id = self.put_listener(step, listener, &mut reloaded);
+            if let Rules::New(screen) = rules {
+                self.core.set_screen(id, screen);
+            }
         }
         for id in plan.removed_listeners {
             self.core.retire_listener(id);
@@ -419,7 +416,12 @@ impl Shell {
         self.gauge_readers = self.workers.iter().flatten().filter(|io| io.gauges.is_some()).count();
     }
 
-    fn put_listener(&mut self, step: ListenerStep, listener: Listener, reloaded: &mut Reloaded) {
+    fn put_listener(
+        &mut self,
+        step: ListenerStep,
+        listener: Listener,
+        reloaded: &mut Reloaded,
+    ) -> ListenerId {
         let id = match step {
             ListenerStep::Keep(id) => id,
             ListenerStep::TakeOver(old) => {
@@ -443,11 +445,11 @@ impl Shell {
                 id
             }
         };
-        self.core.set_screening(id, listener.screening.clone(), seed());
         if let Some(entry) = self.config.listeners.get_mut(usize::from(id.0)) {
             let before = std::mem::replace(entry, listener);
             self.set_options(id, &before, reloaded);
         }
+        id
     }
 
     /// In the tables; its sockets follow.

@@ -15,6 +15,7 @@ use rustix::net::{AddressFamily, SocketAddrUnix, SocketFlags, SocketType};
 
 use super::error::RunError;
 use super::inherited::Inherited;
+use crate::cleaner::Cleaner;
 use crate::config::{Address, ListenerOptions, UnixEndpoint, UnixSource};
 use crate::sys;
 
@@ -33,6 +34,13 @@ impl Listening {
     /// The Unix socket for another thread to serve, and the file to be removed when it is over.
     pub(super) fn into_listener(self) -> (UnixListener, Option<OwnedPath>) {
         (self.fd.into(), self.path)
+    }
+
+    /// The socket at once, so that nobody connects any more; the file elsewhere.
+    pub(super) fn close(self, cleaner: &mut Cleaner) {
+        if let Some(path) = self.path {
+            cleaner.clean(path);
+        }
     }
 
     fn inherited(fd: OwnedFd) -> Listening {

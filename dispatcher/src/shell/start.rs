@@ -25,9 +25,10 @@ use super::sockets::{self, Listening};
 use super::token::Source;
 use super::{Limits, Shell, clock};
 use crate::admin::Admin;
+use crate::cleaner::Cleaner;
 use crate::closer::Closer;
 use crate::config::Config;
-use crate::pool::{Core, ListenerId, ListenerSettings, PoolId, Time};
+use crate::pool::{Core, ListenerId, ListenerSettings, PoolId, Screen, Time};
 
 impl Shell {
     /// Opens everything, tells the service manager, and is ready to serve.
@@ -109,7 +110,7 @@ impl Shell {
         core.set_resource_pause(config.limits.resource_pause);
         core.set_seed(seed());
         for (position, listener) in (0u16..).zip(&config.listeners) {
-            core.set_screening(ListenerId(position), listener.screening.clone(), seed());
+            core.set_screen(ListenerId(position), Screen::new(listener.screening.clone(), seed()));
         }
         for listener in &listeners {
             if let Some(listening) = &listener.listening {
@@ -155,6 +156,7 @@ impl Shell {
             copies: Vec::new(),
             lingering: VecDeque::new(),
             closer,
+            cleaner: Cleaner::default(),
             side,
             _admin_path: admin_path,
             limits: Limits::default(),
@@ -199,6 +201,7 @@ impl Shell {
         self.conns.clear();
         self.side.stop(self.config.limits.stop_timeout);
         self.manager.finish();
+        self.cleaner.finish();
         log::info!(
             "event=stopped accepted={} taken={} custody={} held={}",
             totals.accepted,

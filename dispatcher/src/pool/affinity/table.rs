@@ -233,6 +233,14 @@ mod tests {
         }
     }
 
+    /// docs/CHOOSING.md and etc/dispatcher.toml say 36 to 40 bytes.
+    #[test]
+    fn a_key_takes_36_to_40_bytes() {
+        // As many places in the index as keys, up to the next power of two.
+        let place = size_of::<u32>();
+        assert_eq!((size_of::<Entry>() + place, size_of::<Entry>() + 2 * place), (36, 40));
+    }
+
     #[test]
     fn a_million_keys() {
         const COUNT: u32 = 1_000_000;

@@ -55,19 +55,69 @@ impl Desk {
 }
 
 #[test]
-fn a_known_client_goes_where_it_was() {
-    let mut desk = cookie_desk(|_| {});
-    let workers: Vec<_> = (0..4).map(|n| desk.called(&format!("w{n}"))).collect();
-    let first = desk.client("one");
-    for n in 0..100 {
-        desk.client(&format!("other-{n}"));
-        assert_eq!(desk.client("one"), first, "although it has the most by now");
+fn a_known_client_goes_where_it_was_whatever_the_policy() {
+    for policy in Policy::ALL {
+        let mut desk = cookie_desk(|pool| pool.policy = policy);
+        let workers: Vec<_> = (0..4).map(|n| desk.called(&format!("w{n}"))).collect();
+        let first = desk.client("one");
+        for n in 0..100 {
+            desk.client(&format!("other-{n}"));
+            assert_eq!(desk.client("one"), first, "{policy:?}: although it has the most by now");
+        }
+        let loads = desk.loads(&workers);
+        assert!(
+            loads.iter().all(|&load| load > 10),
+            "{policy:?}: the others are spread: {loads:?}"
+        );
+        let status = desk.remembered();
+        assert_eq!((status.hits, status.misses, status.moved), (100, 101, 0), "{policy:?}");
+        assert_eq!((status.entries, status.evicted), (100, 1), "at most 100, and 101 clients");
+        assert_eq!(status.key, "cookie:ID");
     }
-    assert!(desk.loads(&workers).iter().all(|&load| load > 20));
-    let status = desk.remembered();
-    assert_eq!((status.hits, status.misses, status.moved), (100, 101, 0));
-    assert_eq!((status.entries, status.evicted), (100, 1), "at most 100, and 101 clients");
-    assert_eq!(status.key, "cookie:ID");
+}
+
+#[test]
+fn a_decision_says_by_which_key_and_why_whatever_the_policy() {
+    for (policy, first, again) in [
+        (Policy::LeastConnections, ["chosen", "tie", "tie"], "other-key"),
+        (Policy::RoundRobin, ["chosen", "tie", "tie"], "other-key"),
+        (Policy::Random, ["chosen", "not-drawn", "not-drawn"], "other-key"),
+        (Policy::TwoChoices, ["chosen", "not-drawn", "tie"], "other-key"),
+        (Policy::Hash, ["chosen", "other-key", "other-key"], "other-key"),
+        (Policy::Failover, ["chosen", "stands-by", "tie"], "stands-by"),
+        (Policy::LeastScore, ["chosen", "tie", "tie"], "other-key"),
+    ] {
+        let mut desk = cookie_desk(|pool| {
+            pool.policy = policy;
+            pool.history = 10;
+        });
+        for (name, priority) in [("a", 1), ("b", 1), ("c", 0)] {
+            desk.join(Hello { name: name.to_owned(), priority, ..hello() }).unwrap();
+        }
+        let one = desk.client("one");
+        assert_eq!(desk.client("one"), one);
+        let nobody = desk.accept(WEB);
+        desk.say(nobody, None);
+        let decisions = desk.core.history(PoolId(0), 0);
+        let whys = |decision: &Decision| -> Vec<&str> {
+            let mut whys: Vec<_> = decision.candidates.iter().map(|c| c.why.name()).collect();
+            whys.sort_unstable();
+            whys
+        };
+        let key = known("one").map(|known| known.key);
+        let keys: Vec<_> = decisions.iter().map(|decision| decision.key).collect();
+        assert_eq!(keys, [key, key, None], "{policy:?}");
+        assert_eq!(whys(&decisions[0]), first, "{policy:?}");
+        let mut expected = ["other-key", "remembered", again];
+        expected.sort_unstable();
+        assert_eq!(whys(&decisions[1]), expected, "{policy:?}");
+        assert_eq!(decisions[1].candidates[0].why, Why::Remembered);
+        assert_eq!(decisions[1].chosen, Some(one.serial));
+        if policy == Policy::RoundRobin {
+            let had_its_turn = ["chosen", "later-turn", "tie"];
+            assert_eq!(whys(&decisions[2]), had_its_turn, "what is remembered is no turn");
+        }
+    }
 }
 
 #[test]

@@ -113,8 +113,10 @@ fn the_history_keeps_as_many_as_it_is_told() {
         decisions.iter().map(|decision| decision.number).collect::<Vec<_>>()
     };
     assert_eq!(numbers(&desk), [3, 4, 5, 6]);
+    assert!(desk.core.discarded().is_none());
     desk.change_web(|pool| pool.history = 2);
     assert_eq!(numbers(&desk), [5, 6]);
+    assert!(desk.core.discarded().is_some(), "what is forgotten is dropped by somebody else");
     desk.change_web(|pool| pool.history = 0);
     desk.accept(WEB);
     assert_eq!(numbers(&desk), [0u64; 0]);
@@ -135,7 +137,9 @@ fn another_affinity_starts_afresh_and_nobody_waits_for_the_old_one() {
     assert_eq!(entries(&desk), Some(1));
     let awaited = desk.accept(WEB);
     assert!(desk.core.awaits_bytes(awaited));
+    desk.core.discarded();
     desk.change_web(|pool| pool.affinity = cookie(1_000));
+    assert!(desk.core.discarded().is_some(), "a table to be dropped by somebody else");
     assert_eq!(entries(&desk), Some(0));
     assert!(!desk.core.awaits_bytes(awaited));
     assert_eq!(desk.loads(&workers), [1, 1]);

@@ -108,6 +108,31 @@ fn a_decision_says_what_was_in_a_workers_way() {
     assert_eq!(why(&desk)[1], (suspect.serial, Why::Suspect));
 }
 
+/// docs/CHOOSING.md says 128 bytes.
+#[test]
+fn a_worker_in_a_decision_takes_128_bytes() {
+    assert_eq!(size_of::<Seen>(), 128);
+}
+
+#[test]
+fn whoever_is_on_probation_is_said_to_be() {
+    let mut desk = desk();
+    let hung = desk.worker();
+    desk.accept(WEB);
+    desk.wait(ms(1_000));
+    assert_eq!(desk.take(hung), None, "the probe");
+    desk.turn();
+    assert_eq!(desk.state(hung), State::Active);
+    let other = desk.join(Hello { base: 5, ..hello() }).unwrap();
+    let explained = desk.core.explain(desk.now, PoolId(0), PeerAddr::Unix).unwrap();
+    let why = |worker: WorkerId| {
+        let mut candidates = explained.decision.candidates.iter();
+        candidates.find(|c| c.worker == worker.serial).map(|c| c.why.name())
+    };
+    assert_eq!(desk.loads(&[hung]), [1], "one at a time");
+    assert_eq!((why(hung), why(other)), (Some("on-probation"), Some("chosen")));
+}
+
 #[test]
 fn only_the_last_are_kept_and_only_some_workers_of_each() {
     let mut desk = desk_with_history(3, 2);

@@ -8,7 +8,7 @@ use worker_sdk::scoreboard::claim;
 
 use super::*;
 
-const DECISIONS: usize = 100_000;
+pub(super) const DECISIONS: usize = 100_000;
 /// Where no weights are to be told apart.
 const FEWER: usize = 20_000;
 
@@ -152,7 +152,7 @@ fn round_robin_gives_as_many_turns_as_the_weight_says_and_spreads_them() {
     for round in order.chunks(8) {
         assert_eq!(counts(round, 3), [1, 2, 5]);
     }
-    // At no moment is anybody more than one turn away from its share.
+    // At no moment is anybody further away from its share than one turn and a half.
     let mut had = [0usize; 3];
     for (i, &worker) in order.iter().enumerate() {
         had[worker] += 1;
@@ -355,6 +355,21 @@ fn failover_gives_all_to_the_highest_that_is_up() {
         desk.next_from(PeerAddr::Unix);
     }
     assert_eq!(desk.loads(&[low, standby, back]), [0, 10, 10]);
+}
+
+#[test]
+fn failover_shares_among_equals_by_weight_and_the_standby_gets_nothing() {
+    let mut desk = desk_of(Policy::Failover);
+    let join = |desk: &mut Desk, priority, weight| {
+        desk.join(Hello { priority, weight, ..hello() }).unwrap()
+    };
+    let primaries = [1, 2, 5].map(|weight| join(&mut desk, 9, weight));
+    let standby = join(&mut desk, 1, 8);
+    for _ in 0..DECISIONS {
+        desk.next_from(PeerAddr::Unix);
+    }
+    assert_eq!(desk.loads(&primaries), [12_500, 25_000, 62_500]);
+    assert_eq!(desk.loads(&[standby]), [0]);
 }
 
 #[test]

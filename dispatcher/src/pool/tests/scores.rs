@@ -3,6 +3,7 @@
 use worker_sdk::PeerAddr;
 use worker_sdk::scoreboard::gauge::{GaugeName, Reading};
 
+use super::policies::DECISIONS;
 use super::*;
 
 fn name(text: &str) -> GaugeName {
@@ -162,7 +163,11 @@ fn ties_rotate_and_weights_share_the_connections() {
     for &worker in &workers {
         desk.set(worker, 0, 3.0);
     }
-    assert_eq!(desk.shares(&workers, 400), [50, 100, 250]);
+    desk.turn();
+    for _ in 0..DECISIONS {
+        desk.next_from(PeerAddr::Unix);
+    }
+    assert_eq!(desk.loads(&workers), [12_500, 25_000, 62_500]);
 }
 
 #[test]

@@ -100,6 +100,45 @@ fn a_new_worker_starts_slowly_by_turns_and_lots() {
     }
 }
 
+fn warm(desk: &Desk, worker: WorkerId) -> u32 {
+    let status = desk.core.status();
+    let mut workers = status.pools[0].workers.iter();
+    workers.find(|w| w.id == worker.serial).unwrap().warm_percent
+}
+
+#[test]
+fn whoever_is_resumed_starts_slowly() {
+    let mut desk = slow(Policy::LeastConnections);
+    let (worker, other) = (desk.worker(), desk.worker());
+    desk.wait(ms(10_000));
+    assert_eq!((warm(&desk, worker), warm(&desk, other)), (100, 100));
+    desk.drain(worker);
+    desk.wait(ms(1_000));
+    desk.resume(worker).unwrap();
+    assert_eq!((warm(&desk, worker), warm(&desk, other)), (1, 100));
+    for _ in 0..60 {
+        desk.next_from(PeerAddr::Unix);
+    }
+    assert_eq!(desk.loads(&[worker]), [0], "60 for the other are not yet 64 times one for it");
+    desk.wait(ms(5_000));
+    assert_eq!(warm(&desk, worker), 51);
+}
+
+#[test]
+fn whoever_was_suspect_starts_slowly() {
+    let mut desk = slow(Policy::LeastConnections);
+    let worker = desk.worker();
+    desk.wait(ms(10_000));
+    desk.accept(WEB);
+    desk.wait(ms(1_000));
+    assert_eq!((desk.state(worker), warm(&desk, worker)), (State::Suspect, 100));
+    assert_eq!(desk.take(worker), None, "the probe");
+    desk.turn();
+    assert_eq!((desk.state(worker), warm(&desk, worker)), (State::Active, 1));
+    desk.wait(ms(5_000));
+    assert_eq!(warm(&desk, worker), 51);
+}
+
 #[test]
 fn whoever_starts_slowly_and_is_alone_gets_all() {
     let mut desk = slow(Policy::LeastConnections);

@@ -1,0 +1,39 @@
+//! What is no longer needed and takes long to drop: tables of clients and decisions, which may be hundreds of megabytes.
+//!
+//! Changes of the configuration put it here instead of dropping it; whoever drives the core drops it where nobody waits.
+
+use std::collections::VecDeque;
+use std::sync::Arc;
+
+use super::Core;
+use super::affinity::Memory;
+use super::history::Decision;
+use super::screen::Screen;
+
+/// Something that is only there to be dropped.
+#[derive(Debug)]
+pub struct Discarded {
+    _kept: Kept,
+}
+
+#[derive(Debug)]
+#[expect(dead_code, reason = "nobody looks at it any more")]
+pub(super) enum Kept {
+    Screen(Box<Screen>),
+    Memory(Memory),
+    Decisions(VecDeque<Arc<Decision>>),
+}
+
+impl Core {
+    pub(super) fn discard(&mut self, kept: Kept) {
+        if matches!(&kept, Kept::Decisions(decisions) if decisions.is_empty()) {
+            return;
+        }
+        self.discarded.push(Discarded { _kept: kept });
+    }
+
+    /// What has been put aside since the last time; `None` if nothing.
+    pub fn discarded(&mut self) -> Option<Vec<Discarded>> {
+        (!self.discarded.is_empty()).then(|| std::mem::take(&mut self.discarded))
+    }
+}

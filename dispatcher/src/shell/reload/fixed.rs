@@ -1,0 +1,27 @@
+//! What a running dispatcher cannot follow.
+
+use crate::config::Config;
+
+/// Differences that a running dispatcher cannot follow: workers and operators connect there, and sockets that are given
+/// up would strand them.
+pub(super) fn fixed(old: &Config, new: &Config) -> Vec<String> {
+    let mut keys = Vec::new();
+    let ends = [
+        ("dispatch_socket", &old.dispatch_socket, &new.dispatch_socket),
+        ("admin_socket", &old.admin_socket, &new.admin_socket),
+    ];
+    for (key, old, new) in ends {
+        let differs = [
+            ("", old.source != new.source),
+            ("_mode", old.mode != new.mode),
+            ("_user", old.user != new.user),
+            ("_group", old.group != new.group),
+        ];
+        let differs = differs.into_iter().filter(|(_, differs)| *differs);
+        keys.extend(differs.map(|(end, _)| format!("{key}{end}")));
+    }
+    if old.admin_http != new.admin_http {
+        keys.push("admin_http".to_owned());
+    }
+    keys
+}
