@@ -1,4 +1,4 @@
-//! The dispatcher: accepts TCP connections and passes each one to the least-loaded worker.
+//! The dispatcher: accepts TCP connections and passes each one to the worker that the policy chooses.
 
 pub mod admin;
 pub mod affinity;

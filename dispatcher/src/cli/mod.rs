@@ -61,7 +61,7 @@ Exit codes are those of sysexits.h: 0 done, 64 wrong usage, 65 not possible for 
 
 With --json a command that fails prints {\"problem\", \"error\", \"hint\"} on stdout, and the same for people on stderr.";
 
-/// Accepts TCP connections and passes each one to the least-loaded worker process.
+/// Accepts TCP connections and passes each one to the worker process that the policy chooses.
 #[derive(Debug, Parser)]
 #[command(name = "dispatcher", version, after_help = EXAMPLES)]
 struct Cli {
