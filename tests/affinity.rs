@@ -8,6 +8,7 @@ use std::collections::VecDeque;
 use std::io::{Read, Write};
 use std::net::{IpAddr, Ipv4Addr, Shutdown, SocketAddr, TcpStream};
 use std::sync::Arc;
+use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
 
 use dispatcher::status::AffinityStatus;
 use rustix::net::{AddressFamily, SocketType};
@@ -26,14 +27,24 @@ fn affinity(dispatcher: &Dispatcher) -> AffinityStatus {
     pool(&dispatcher.status(), "web").affinity.clone().unwrap()
 }
 
-/// The client with `request("me")` comes a hundred times while others come and go.
+/// The client with `request("me")` comes a hundred times while others come and go: clients, and workers too.
 fn always_the_same(key: &str, request: impl Fn(&str) -> String) {
     let (dispatcher, address) = start_one_pool(&format!("affinity.key = \"{key}\""));
-    let _workers = dispatcher.workers("tokio", "web", 3);
+    let mut workers = dispatcher.workers("tokio", "web", 3);
     let first = ask(address, request("me")).served_by;
     let mut others = VecDeque::new();
     let mut tally = std::collections::BTreeMap::new();
     for n in 0..100 {
+        if n == 33 {
+            workers.push(dispatcher.worker("tokio", "web", "late"));
+            dispatcher.wait_joined("web", 4);
+        }
+        if n == 66 {
+            let goes = workers.iter_mut().find(|worker| worker.name != first).unwrap();
+            goes.kill();
+            others.retain(|other: &Client| other.served_by != goes.name);
+            dispatcher.wait_joined("web", 3);
+        }
         let other = ask(address, request(&format!("other{n}")));
         *tally.entry(other.served_by.clone()).or_insert(0) += 1;
         others.push_back(other);
@@ -48,44 +59,50 @@ fn always_the_same(key: &str, request: impl Fn(&str) -> String) {
         assert_eq!(echo, request("me").into_bytes());
         me.finish();
     }
-    assert!(tally.len() == 3, "{key}: everybody else goes by the policy: {tally:?}");
+    assert!(tally.len() == 4, "{key}: everybody else goes by the policy: {tally:?}");
     let status = affinity(&dispatcher);
     assert_eq!((status.hits, status.misses, status.moved), (100, 101, 0), "{key}");
     assert_eq!((status.entries, status.unknown, status.awaiting), (101, 0, 0), "{key}");
 }
 
+/// What a pool may go by, and a request of somebody who is known by it.
+type Known = (&'static str, fn(&str) -> String);
+
+const COOKIE: Known =
+    ("cookie:ID", |id| format!("GET / HTTP/1.1\r\nHost: a\r\nCookie: x=y; ID={id}\r\n\r\n"));
+const PATH: Known =
+    ("url:jsessionid", |id| format!("GET /x;jsessionid={id}?a=b HTTP/1.1\r\nHost: a\r\n\r\n"));
+const QUERY: Known = ("url:id", |id| format!("GET /x?a=b&id={id} HTTP/1.1\r\nHost: a\r\n\r\n"));
+const FORM: Known = ("form:user", |id| {
+    let body = format!("a=b&user={id}&c=d");
+    format!(
+        "POST /login HTTP/1.1\r\nHost: a\r\nContent-Type: application/x-www-form-urlencoded\r\n\
+         Content-Length: {}\r\n\r\n{body}",
+        body.len()
+    )
+});
+const HEADER: Known =
+    ("header:X-User", |id| format!("GET / HTTP/1.1\r\nHost: a\r\nx-user: {id}\r\n\r\n"));
+
 #[test]
 fn by_cookie() {
-    always_the_same("cookie:ID", |id| {
-        format!("GET / HTTP/1.1\r\nHost: a\r\nCookie: x=y; ID={id}\r\n\r\n")
-    });
+    always_the_same(COOKIE.0, COOKIE.1);
 }
 
 #[test]
 fn by_path_and_query() {
-    always_the_same("url:jsessionid", |id| {
-        format!("GET /x;jsessionid={id}?a=b HTTP/1.1\r\nHost: a\r\n\r\n")
-    });
-    always_the_same("url:id", |id| format!("GET /x?a=b&id={id} HTTP/1.1\r\nHost: a\r\n\r\n"));
+    always_the_same(PATH.0, PATH.1);
+    always_the_same(QUERY.0, QUERY.1);
 }
 
 #[test]
 fn by_form() {
-    always_the_same("form:user", |id| {
-        let body = format!("a=b&user={id}&c=d");
-        format!(
-            "POST /login HTTP/1.1\r\nHost: a\r\nContent-Type: application/x-www-form-urlencoded\r\n\
-             Content-Length: {}\r\n\r\n{body}",
-            body.len()
-        )
-    });
+    always_the_same(FORM.0, FORM.1);
 }
 
 #[test]
 fn by_header() {
-    always_the_same("header:X-User", |id| {
-        format!("GET / HTTP/1.1\r\nHost: a\r\nx-user: {id}\r\n\r\n")
-    });
+    always_the_same(HEADER.0, HEADER.1);
 }
 
 /// A client with this address.
@@ -181,6 +198,21 @@ fn by_tls_server_name() {
 
 fn with_cookie(id: &str) -> String {
     format!("GET / HTTP/1.1\r\nCookie: ID={id}\r\n\r\n")
+}
+
+#[test]
+fn a_session_id_names_its_worker_wherever_it_is() {
+    for (key, request) in [PATH, QUERY, FORM, HEADER] {
+        let (dispatcher, address) = start_one_pool(&format!("affinity.key = \"{key}\""));
+        let _workers = dispatcher.workers("tokio", "web", 3);
+        let ids = (0..6).map(|n| request(&format!("s{n}.w1")));
+        let clients: Vec<Client> = ids.map(|request| ask(address, request)).collect();
+        assert_eq!(tally(&clients).get("w1"), Some(&6), "{key}: although it has the most");
+        // A name that nobody has is part of the id.
+        assert_ne!(ask(address, request("s0.w7")).served_by, "w1", "{key}");
+        let status = affinity(&dispatcher);
+        assert_eq!((status.routed, status.misses), (6, 1), "{key}: {status:?}");
+    }
 }
 
 #[test]
@@ -359,10 +391,103 @@ fn memory(process: &Process) -> u64 {
     line.split_whitespace().nth(1).unwrap().parse::<u64>().unwrap() * 1024
 }
 
+/// Others must not wait for a test that has failed.
+struct SetAtEnd<'a>(&'a AtomicBool);
+
+impl Drop for SetAtEnd<'_> {
+    fn drop(&mut self) {
+        self.0.store(true, Ordering::SeqCst);
+    }
+}
+
+#[test]
+fn nobody_is_looked_at_for_ever() {
+    let keys = "affinity.key = \"cookie:ID\"\npeek_timeout = \"10m\"\npeek_max_bytes = 4096";
+    let (dispatcher, address) = start_one_pool(keys);
+    let _worker = dispatcher.workers("blocking", "web", 1);
+    let mut dripping = connect(address);
+    dripping.set_nodelay(true).unwrap();
+    let mut sent = b"GET / HTTP/1.1\r\nX: ".to_vec();
+    dripping.write_all(&sent).unwrap();
+    // Every byte is looked at as it comes, together with all before it: 4 * 4096 bytes in all, and that is enough.
+    while affinity(&dispatcher).unknown == 0 {
+        assert!(sent.len() < 1_000, "far from 4096 bytes, but looked at again and again");
+        dripping.write_all(b"z").unwrap();
+        sent.push(b'z');
+    }
+    assert!(sent.len() > 50, "not at once either: {}", sent.len());
+    let status = affinity(&dispatcher);
+    assert_eq!((status.unknown, status.timed_out, status.awaiting), (1, 0, 0));
+    // It goes by the policy, and its worker gets every byte.
+    let mut client = Client::greeted(dripping).unwrap();
+    let mut echo = vec![0; sent.len()];
+    client.stream.read_exact(&mut echo).unwrap();
+    assert_eq!(echo, sent);
+}
+
+#[test]
+fn decisions_tell_the_key() {
+    let said = |dispatcher: &Dispatcher, arguments: &[&str]| -> serde_json::Value {
+        let mut command = std::process::Command::new(dispatcher_bin());
+        let output = command.args(arguments).arg("--json").arg("--admin").arg(dispatcher.admin());
+        let output = output.output().unwrap();
+        assert!(output.status.success(), "{}", String::from_utf8_lossy(&output.stderr));
+        serde_json::from_slice(&output.stdout).unwrap()
+    };
+    let (dispatcher, address) = start_one_pool("affinity.key = \"cookie:ID\"\nhistory = 9");
+    let _workers = dispatcher.workers("tokio", "web", 2);
+    let clients = ["me", "you", "me", "me"].map(|id| ask(address, with_cookie(id)));
+    let plain = ask(address, "GET / HTTP/1.1\r\n\r\n");
+    let history = said(&dispatcher, &["history", "web"]);
+    let decisions = history["decisions"].as_array().unwrap();
+    let keys: Vec<Option<&str>> = decisions.iter().map(|d| d["key"].as_str()).collect();
+    let [me, you, third, fourth, none] = keys[..] else { panic!("{history}") };
+    assert!(me.is_some_and(|key| key.len() == 16 && key.chars().all(|c| c.is_ascii_hexdigit())));
+    assert_eq!((third, fourth, none), (me, me, None));
+    assert!(you.is_some() && you != me);
+    // By its key it went where more are already; the other stood by.
+    for decision in &decisions[2..4] {
+        let [chosen, passed] = &decision["candidates"].as_array().unwrap()[..] else { panic!() };
+        assert_eq!(chosen["name"], clients[0].served_by.as_str());
+        assert_eq!(
+            (&chosen["id"], chosen["why"].as_str()),
+            (&decision["chosen"], Some("remembered"))
+        );
+        assert_eq!(passed["name"], clients[1].served_by.as_str());
+    }
+    assert_eq!(decisions[3]["candidates"][0]["load"], 2);
+    assert_eq!(decisions[4]["candidates"][0]["name"], plain.served_by.as_str());
+    assert_eq!(plain.served_by, clients[1].served_by, "without a key the least loaded");
+
+    // Of an address one can ask before it comes.
+    let keys = "affinity.key = \"client-ip\"\naffinity.ipv4_prefix = 24\nhistory = 9";
+    let (dispatcher, address) = start_one_pool(keys);
+    let _workers = dispatcher.workers("tokio", "web", 2);
+    let from = |c, d| {
+        Client::greeted(connect_from(IpAddr::V4(Ipv4Addr::new(127, 0, c, d)), address)).unwrap()
+    };
+    let mine: Vec<Client> = (1..4).map(|d| from(1, d)).collect();
+    let explained = said(&dispatcher, &["explain", "web", "--from", "127.0.1.99"]);
+    let history = said(&dispatcher, &["history", "web"]);
+    assert_eq!(explained["key"], history["decisions"][0]["key"], "{explained}");
+    let chosen = &explained["candidates"][0];
+    assert_eq!(
+        (chosen["name"].as_str(), chosen["why"].as_str()),
+        (Some(&*mine[0].served_by), Some("remembered"))
+    );
+    let stranger = said(&dispatcher, &["explain", "web", "--from", "127.0.2.1"]);
+    assert_ne!(stranger["key"], explained["key"]);
+    assert_ne!(stranger["candidates"][0]["name"], chosen["name"]);
+    // And it does come to whom it was said.
+    assert_eq!(stranger["candidates"][0]["name"], from(2, 1).served_by.as_str());
+    assert_eq!(from(1, 99).served_by, mine[0].served_by);
+}
+
 #[test]
 fn ten_thousand_that_say_nothing_harm_nobody() {
     const CLIENTS: usize = 10_000;
     const AWAITED: usize = 9_000;
+    const DRIPPING: usize = 2_000;
     // Here as many, and in the dispatcher.
     if !descriptors(CLIENTS as u64 + 2_000) {
         return;
@@ -379,30 +504,58 @@ fn ten_thousand_that_say_nothing_harm_nobody() {
     let _worker = dispatcher.worker("mio", "web", "w0");
     dispatcher.wait_joined("web", 1);
     let (fds, before) = (dispatcher.fds(), memory(&dispatcher.process));
-    let mut silent: Vec<TcpStream> = (0..CLIENTS).map(|_| connect(address)).collect();
-    dispatcher.wait_status("all to be accepted", |s| s.accepted == CLIENTS as u64);
-    let status = affinity(&dispatcher);
-    assert_eq!((status.awaiting, status.not_awaited), (AWAITED as u64, (CLIENTS - AWAITED) as u64));
-    // A byte at a time, from many, and never the end of anything.
-    for byte in b"GET / HTTP/1.1\r\nX: y" {
-        for stream in &mut silent[..500] {
-            stream.write_all(&[*byte]).unwrap();
+    // Clients of the other listener come and go all the while, and one stays.
+    let (rounds, over) = (AtomicU64::new(0), AtomicBool::new(false));
+    let mut staying = Client::connect(plain).unwrap();
+    let silent = std::thread::scope(|scope| {
+        let _over = SetAtEnd(&over);
+        scope.spawn(|| {
+            while !over.load(Ordering::SeqCst) {
+                let mut client = Client::connect(plain).unwrap();
+                client.echo("others are served meanwhile");
+                client.finish();
+                staying.echo("and so is whoever was here before");
+                rounds.fetch_add(1, Ordering::SeqCst);
+            }
+        });
+        let three_more = |what: &str| {
+            let before = rounds.load(Ordering::SeqCst);
+            // Two may have begun earlier; the third has not.
+            wait_until(what, || rounds.load(Ordering::SeqCst) >= before + 3);
+        };
+        let mut silent: Vec<TcpStream> = Vec::with_capacity(CLIENTS);
+        while silent.len() < CLIENTS {
+            silent.extend((0..CLIENTS / 10).map(|_| connect(address)));
+            three_more("others to be served while they come");
         }
-        Client::connect(plain).unwrap().echo("others are served meanwhile");
-    }
-    // One of them for very long: nobody looks at it all the time.
-    let mut dripping = silent.swap_remove(0);
-    dripping.set_nodelay(true).unwrap();
-    for _ in 0..2_000 {
-        if dripping.write_all(b"z").is_err() {
-            break;
+        dispatcher.wait_status("all to be accepted", |s| {
+            s.listeners.iter().any(|l| l.name == "web" && l.accepted == CLIENTS as u64)
+        });
+        let status = affinity(&dispatcher);
+        let expected = (AWAITED as u64, (CLIENTS - AWAITED) as u64);
+        assert_eq!((status.awaiting, status.not_awaited), expected);
+        three_more("others to be served while they are silent");
+        // A byte at a time, from many, and never the end of anything.
+        for byte in b"GET / HTTP/1.1\r\nX: y" {
+            for stream in &mut silent[..DRIPPING] {
+                stream.write_all(&[*byte]).unwrap();
+            }
+            three_more("others to be served while they drip");
         }
-    }
+        assert_eq!(affinity(&dispatcher).awaiting, AWAITED as u64, "they have all they had");
+        silent
+    });
     let more = memory(&dispatcher.process).saturating_sub(before);
     assert!(more < 20_000_000, "{more} bytes for {CLIENTS} clients");
     // Who is beyond the cap is served, if not known.
     assert_eq!(ask(address, with_cookie("x")).served_by, "w0");
-    drop((silent, dripping));
-    dispatcher.wait_status("all to be gone", |status| status.held == 0 && status.custody == 0);
+    for stream in silent {
+        // A reset, not an end: whoever only says no more is served yet.
+        rustix::net::sockopt::set_socket_linger(&stream, Some(std::time::Duration::ZERO)).unwrap();
+    }
+    drop(staying);
+    let status =
+        dispatcher.wait_status("all to be gone", |status| status.held == 0 && status.custody == 0);
+    assert_eq!(status.closed["client_gone"], AWAITED as u64);
     wait_until("their descriptors to be closed", || dispatcher.fds() <= fds);
 }
