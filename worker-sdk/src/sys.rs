@@ -12,6 +12,30 @@ use nix::sys::mman::mmap_anonymous;
 use nix::sys::mman::{MapFlags, ProtFlags, mmap, munmap};
 use rustix::fs::{MemfdFlags, SealFlags};
 
+/// Has the runtime watch a socket.
+#[cfg(feature = "tokio")]
+pub(crate) fn register(
+    socket: std::sync::Arc<std::net::TcpStream>,
+) -> io::Result<tokio::io::unix::AsyncFd<std::sync::Arc<std::net::TcpStream>>> {
+    // SAFETY: the registration shares the socket, which therefore stays open, and always has this one descriptor.
+    Ok(unsafe { tokio::io::unix::AsyncFd::register(socket) }?)
+}
+
+/// Receives what there is, or what has room, behind what `buffer` holds already, and says how much; 0 is the end.
+#[cfg(feature = "tokio")]
+pub(crate) fn receive_into(
+    socket: BorrowedFd<'_>,
+    buffer: &mut tokio::io::ReadBuf<'_>,
+) -> io::Result<usize> {
+    // SAFETY: the kernel only writes there, so nothing initialized is made uninitialized.
+    let unfilled = unsafe { buffer.unfilled_mut() };
+    let (_, count) = rustix::net::recv(socket, unfilled, rustix::net::RecvFlags::empty())?;
+    // SAFETY: without MSG_TRUNC the count is that of the bytes written, from the start of the unfilled part.
+    unsafe { buffer.assume_init(count) };
+    buffer.advance(count);
+    Ok(count)
+}
+
 /// A shared, writable mapping of a memfd; unmapped when dropped.
 pub(crate) struct Mapping {
     start: NonNull<u8>,

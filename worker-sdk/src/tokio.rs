@@ -1,7 +1,10 @@
 //! The worker for programs on [tokio].
 
+mod stream;
+
 use std::fmt;
 use std::io::{self, IoSlice};
+use std::net::TcpStream;
 use std::os::fd::{AsFd, BorrowedFd};
 use std::pin::Pin;
 use std::sync::Arc;
@@ -10,8 +13,8 @@ use std::time::Duration;
 
 use ::tokio::io::unix::AsyncFd;
 use ::tokio::io::{AsyncRead, AsyncWrite, ReadBuf};
-use ::tokio::net::TcpStream;
 
+use self::stream::Stream;
 use crate::client::core::Core;
 use crate::client::{Accepted, Drain, Error, Gauge, Handle, Held, Origin, OwnError, WorkerConfig};
 use crate::sys::ReadyFd;
@@ -125,20 +128,19 @@ impl Listener {
     /// # Errors
     /// [`Error::Closed`] after [`close`](Listener::close), [`Error::Draining`] while the dispatcher drains this worker and
     /// nothing that came before is left (see [`drained`](Listener::drained)), [`Error::Forked`] in a forked child, [`Error::Io`] when the
-    /// runtime cannot take a connection (which is closed then); the next may be better. A lost dispatcher is no
-    /// error: it is waited for.
+    /// runtime cannot wait. A lost dispatcher is no error: it is waited for.
     pub async fn accept(&self) -> Result<Connection, Error> {
         let failed = |error| Error::io("wait for connections", error);
         // A `resumed` that was given up may have used up the readiness that says so.
         if self.is_draining()
             && let Some(accepted) = self.core().try_accept()?
         {
-            return Connection::new(accepted);
+            return Ok(Connection::new(accepted));
         }
         loop {
             let mut ready = self.0.ready.readable().await.map_err(failed)?;
             match self.core().try_accept()? {
-                Some(accepted) => return Connection::new(accepted),
+                Some(accepted) => return Ok(Connection::new(accepted)),
                 None => ready.clear_ready(),
             }
         }
@@ -245,7 +247,8 @@ impl fmt::Debug for Listener {
 
 /// A live connection. Dropping it closes the socket, and then counts it as ended.
 ///
-/// Split it with [`tokio::io::split`] to read and write in different tasks.
+/// Split it with [`tokio::io::split`] to read and write in different tasks. What is asked for is tried at once, and the
+/// runtime watches the socket only from when it has to wait: a connection that is answered and closed costs it nothing.
 ///
 /// ```no_run
 /// use tokio::io::{AsyncReadExt, AsyncWriteExt};
@@ -265,16 +268,14 @@ impl fmt::Debug for Listener {
 /// }
 /// ```
 pub struct Connection {
-    held: Held<TcpStream>,
+    held: Held<Stream>,
     origin: Origin,
 }
 
 impl Connection {
-    fn new(accepted: Accepted) -> Result<Connection, Error> {
-        // On an error the stream is closed and the guard counts it; it needs an unregistrable socket.
-        let stream = TcpStream::from_std(accepted.stream)
-            .map_err(|error| Error::io("register a connection", error))?;
-        Ok(Connection { held: Held::new(stream, accepted.guard), origin: accepted.origin })
+    fn new(accepted: Accepted) -> Connection {
+        let stream = Stream::new(accepted.stream);
+        Connection { held: Held::new(stream, accepted.guard), origin: accepted.origin }
     }
 
     /// Where the client connected from, as the dispatcher saw it.
@@ -293,10 +294,10 @@ impl Connection {
         self.origin.accepted_at
     }
 
-    /// The stream, for its options and readiness; `None` for a Unix client.
+    /// The stream, for its options; `None` for a Unix client. It is in non-blocking mode and must stay so.
     pub fn as_tcp(&self) -> Option<&TcpStream> {
         match self.origin.peer {
-            PeerAddr::Inet(_) => Some(&self.held.stream),
+            PeerAddr::Inet(_) => Some(self.held.stream.tcp()),
             PeerAddr::Unix => None,
         }
     }
@@ -316,7 +317,7 @@ impl AsyncRead for Connection {
         cx: &mut Context<'_>,
         buffer: &mut ReadBuf<'_>,
     ) -> Poll<io::Result<()>> {
-        Pin::new(&mut self.held.stream).poll_read(cx, buffer)
+        self.held.stream.poll_read(cx, buffer)
     }
 }
 
@@ -326,7 +327,7 @@ impl AsyncWrite for Connection {
         cx: &mut Context<'_>,
         buffer: &[u8],
     ) -> Poll<io::Result<usize>> {
-        Pin::new(&mut self.held.stream).poll_write(cx, buffer)
+        self.held.stream.poll_write(cx, buffer)
     }
 
     fn poll_write_vectored(
@@ -334,19 +335,19 @@ impl AsyncWrite for Connection {
         cx: &mut Context<'_>,
         buffers: &[IoSlice<'_>],
     ) -> Poll<io::Result<usize>> {
-        Pin::new(&mut self.held.stream).poll_write_vectored(cx, buffers)
+        self.held.stream.poll_write_vectored(cx, buffers)
     }
 
     fn is_write_vectored(&self) -> bool {
         true
     }
 
-    fn poll_flush(mut self: Pin<&mut Self>, cx: &mut Context<'_>) -> Poll<io::Result<()>> {
-        Pin::new(&mut self.held.stream).poll_flush(cx)
+    fn poll_flush(self: Pin<&mut Self>, _: &mut Context<'_>) -> Poll<io::Result<()>> {
+        Poll::Ready(Ok(()))
     }
 
-    fn poll_shutdown(mut self: Pin<&mut Self>, cx: &mut Context<'_>) -> Poll<io::Result<()>> {
-        Pin::new(&mut self.held.stream).poll_shutdown(cx)
+    fn poll_shutdown(self: Pin<&mut Self>, _: &mut Context<'_>) -> Poll<io::Result<()>> {
+        Poll::Ready(self.held.stream.shut_down_write())
     }
 }
 

@@ -1,0 +1,240 @@
+//! The socket of a connection, registered with the runtime only when it has to wait.
+//!
+//! A runtime learns from the kernel that a socket can be read or written after it has registered it, and not before it
+//! looks the next time. A new connection can be written at once, and often its first bytes are there: so what is asked
+//! for is tried first. One that never waits, because it answers and closes, is never registered.
+
+use std::io::{self, IoSlice, Write};
+use std::net::{Shutdown, TcpStream};
+use std::os::fd::{AsFd, BorrowedFd};
+use std::sync::Arc;
+use std::task::{Context, Poll, ready};
+
+use ::tokio::io::ReadBuf;
+use ::tokio::io::unix::{AsyncFd, AsyncFdReadyGuard};
+use ::tokio::task::coop;
+
+use crate::sys;
+
+/// A socket in non-blocking mode.
+pub(super) struct Stream {
+    registered: Option<AsyncFd<Arc<TcpStream>>>,
+    tcp: Arc<TcpStream>,
+}
+
+/// What one system call gave, and whether the socket has nothing more to give or no more room.
+type Did<T> = io::Result<(T, bool)>;
+
+impl Stream {
+    pub(super) fn new(tcp: TcpStream) -> Stream {
+        Stream { registered: None, tcp: Arc::new(tcp) }
+    }
+
+    pub(super) fn tcp(&self) -> &TcpStream {
+        &self.tcp
+    }
+
+    pub(super) fn poll_read(
+        &mut self,
+        cx: &mut Context<'_>,
+        buffer: &mut ReadBuf<'_>,
+    ) -> Poll<io::Result<()>> {
+        self.poll(cx, AsyncFd::poll_read_ready, |tcp| {
+            let room = buffer.remaining();
+            let count = sys::receive_into(tcp.as_fd(), buffer)?;
+            Ok(((), 0 < count && count < room))
+        })
+    }
+
+    pub(super) fn poll_write(
+        &mut self,
+        cx: &mut Context<'_>,
+        bytes: &[u8],
+    ) -> Poll<io::Result<usize>> {
+        self.poll(cx, AsyncFd::poll_write_ready, |mut tcp| {
+            let count = tcp.write(bytes)?;
+            Ok((count, 0 < count && count < bytes.len()))
+        })
+    }
+
+    pub(super) fn poll_write_vectored(
+        &mut self,
+        cx: &mut Context<'_>,
+        slices: &[IoSlice<'_>],
+    ) -> Poll<io::Result<usize>> {
+        self.poll(cx, AsyncFd::poll_write_ready, |mut tcp| {
+            let len: usize = slices.iter().map(|slice| slice.len()).sum();
+            let count = tcp.write_vectored(slices)?;
+            Ok((count, 0 < count && count < len))
+        })
+    }
+
+    pub(super) fn shut_down_write(&self) -> io::Result<()> {
+        self.tcp.shutdown(Shutdown::Write)
+    }
+
+    /// Tries `call`; where it would block, waits with `ready` and tries again.
+    fn poll<T>(
+        &mut self,
+        cx: &mut Context<'_>,
+        ready: impl for<'a> Fn(
+            &'a AsyncFd<Arc<TcpStream>>,
+            &mut Context<'_>,
+        ) -> Poll<io::Result<AsyncFdReadyGuard<'a, Arc<TcpStream>>>>,
+        mut call: impl FnMut(&TcpStream) -> Did<T>,
+    ) -> Poll<io::Result<T>> {
+        let registered = match &mut self.registered {
+            Some(registered) => registered,
+            unregistered => {
+                // As waiting does: a task that never has to wait must let others on all the same.
+                let turn = ready!(coop::poll_proceed(cx));
+                match call(&self.tcp) {
+                    Err(error) if error.kind() == io::ErrorKind::WouldBlock => {}
+                    did => {
+                        turn.made_progress();
+                        return Poll::Ready(did.map(|(value, _)| value));
+                    }
+                }
+                unregistered.insert(sys::register(Arc::clone(&self.tcp))?)
+            }
+        };
+        loop {
+            let mut guard = ready!(ready(registered, cx))?;
+            match guard.try_io(|_| call(&self.tcp)) {
+                Ok(did) => {
+                    let (value, exhausted) = did?;
+                    // The kernel tells when that changes; asking it once more now would be a system call for nothing.
+                    if exhausted {
+                        guard.clear_ready();
+                    }
+                    return Poll::Ready(Ok(value));
+                }
+                Err(_would_block) => {}
+            }
+        }
+    }
+}
+
+impl AsFd for Stream {
+    fn as_fd(&self) -> BorrowedFd<'_> {
+        self.tcp.as_fd()
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use std::io::{Read, Write};
+    use std::net::TcpListener;
+    use std::pin::Pin;
+
+    use ::tokio::io::{AsyncRead, AsyncReadExt, AsyncWrite, AsyncWriteExt};
+
+    use super::*;
+
+    /// With the traits, as a connection has them.
+    struct Whole(Stream);
+
+    impl AsyncRead for Whole {
+        fn poll_read(
+            mut self: Pin<&mut Self>,
+            cx: &mut Context<'_>,
+            buffer: &mut ReadBuf<'_>,
+        ) -> Poll<io::Result<()>> {
+            self.0.poll_read(cx, buffer)
+        }
+    }
+
+    impl AsyncWrite for Whole {
+        fn poll_write(
+            mut self: Pin<&mut Self>,
+            cx: &mut Context<'_>,
+            bytes: &[u8],
+        ) -> Poll<io::Result<usize>> {
+            self.0.poll_write(cx, bytes)
+        }
+
+        fn poll_flush(self: Pin<&mut Self>, _: &mut Context<'_>) -> Poll<io::Result<()>> {
+            Poll::Ready(Ok(()))
+        }
+
+        fn poll_shutdown(self: Pin<&mut Self>, _: &mut Context<'_>) -> Poll<io::Result<()>> {
+            Poll::Ready(self.0.shut_down_write())
+        }
+    }
+
+    fn pair() -> (Whole, TcpStream) {
+        let listener = TcpListener::bind("127.0.0.1:0").unwrap();
+        let client = TcpStream::connect(listener.local_addr().unwrap()).unwrap();
+        let (server, _) = listener.accept().unwrap();
+        server.set_nonblocking(true).unwrap();
+        (Whole(Stream::new(server)), client)
+    }
+
+    #[tokio::test]
+    async fn what_never_waits_is_never_registered() {
+        let (mut server, mut client) = pair();
+        client.write_all(b"question").unwrap();
+        let mut question = [0; 8];
+        // On loopback the bytes are there when the write returns.
+        server.read_exact(&mut question).await.unwrap();
+        assert_eq!(&question, b"question");
+        server.write_all(b"answer").await.unwrap();
+        server.shutdown().await.unwrap();
+        assert!(server.0.registered.is_none());
+        let mut answer = String::new();
+        client.read_to_string(&mut answer).unwrap();
+        assert_eq!(answer, "answer");
+    }
+
+    #[tokio::test]
+    async fn what_is_not_there_yet_is_waited_for() {
+        let (mut server, mut client) = pair();
+        let asking = tokio::spawn(async move {
+            let mut text = String::new();
+            server.read_to_string(&mut text).await.unwrap();
+            assert!(server.0.registered.is_some());
+            text
+        });
+        // It runs now, finds nothing and waits.
+        tokio::task::yield_now().await;
+        // In pieces: after a partial read the rest must wake it, too.
+        for piece in ["one ", "two ", "three"] {
+            client.write_all(piece.as_bytes()).unwrap();
+            tokio::time::sleep(std::time::Duration::from_millis(1)).await;
+        }
+        drop(client);
+        assert_eq!(asking.await.unwrap(), "one two three");
+    }
+
+    #[tokio::test]
+    async fn a_full_socket_takes_the_rest_when_there_is_room() {
+        let (mut server, mut client) = pair();
+        let bytes: Vec<u8> = (0..16_000_000_u32).map(|n| n as u8).collect();
+        let expected = bytes.clone();
+        let writing = tokio::spawn(async move {
+            server.write_all(&bytes).await.unwrap();
+            server.0.registered.is_some()
+        });
+        let reading = tokio::task::spawn_blocking(move || {
+            let mut all = Vec::new();
+            client.read_to_end(&mut all).unwrap();
+            all
+        });
+        assert!(writing.await.unwrap(), "more than any socket holds");
+        assert!(reading.await.unwrap() == expected);
+    }
+
+    #[tokio::test(flavor = "current_thread")]
+    async fn who_never_waits_lets_others_run() {
+        let (mut server, mut client) = pair();
+        let draining = std::thread::spawn(move || io::copy(&mut client, &mut io::sink()));
+        let busy = tokio::spawn(async move { while server.write_all(b"x").await.is_ok() {} });
+        // Nobody is asked again while the other task keeps the only thread.
+        for _ in 0..3 {
+            tokio::task::yield_now().await;
+        }
+        busy.abort();
+        assert!(busy.await.unwrap_err().is_cancelled());
+        draining.join().unwrap().unwrap();
+    }
+}
