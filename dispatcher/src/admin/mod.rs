@@ -102,7 +102,7 @@ impl Request {
 /// The hot thread's side of the side thread.
 #[derive(Debug)]
 pub struct Admin {
-    requests: mpsc::Receiver<Request>,
+    pub(crate) requests: mpsc::Receiver<Request>,
     /// What became of spawned processes: drain with `try_recv` once per wake-up.
     pub reports: mpsc::Receiver<Report>,
     /// Starts and stops processes.

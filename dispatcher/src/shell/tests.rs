@@ -2,12 +2,15 @@
 #![allow(clippy::unwrap_used)]
 
 use std::path::Path;
+use std::sync::mpsc;
 use std::time::Instant;
 
 use rustix::net::{AddressFamily, SendFlags, SocketAddrUnix, SocketFlags, SocketType};
+use tokio::sync::oneshot;
 use worker_sdk::wire::{Features, Hello, Own, VERSION};
 
 use super::*;
+use crate::admin::Request;
 
 const PATIENCE: Duration = Duration::from_secs(20);
 
@@ -92,5 +95,57 @@ fn a_worker_that_floods_its_control_connection_gets_its_share_of_a_turn() {
         turn(&mut shell, &mut events);
     }
     assert!(shell.again.len() <= 1);
+    shell.finish();
+}
+
+#[test]
+fn a_turn_answers_one_who_waits_and_nobody_who_has_gone() {
+    let dir = tempfile::tempdir().unwrap();
+    let file = dir.path().join("dispatcher.toml");
+    let text = |more: &str| {
+        let dir = dir.path().display();
+        format!(
+            "dispatch_socket = \"{dir}/dispatch.sock\"\nadmin_socket = \"{dir}/admin.sock\"\n\
+             [[listener]]\nname = \"web\"\naddress = \"127.0.0.1:0\"\npool = \"web\"\n[pool.web]\n{more}\n"
+        )
+    };
+    std::fs::write(&file, text("")).unwrap();
+    let mut shell = Shell::start(Config::load(&file).unwrap()).unwrap();
+    let mut events = Events::with_capacity(64);
+    turn(&mut shell, &mut events);
+    let (ask, requests) = mpsc::sync_channel(16);
+    shell.side.requests = requests;
+    let explain = || {
+        let (answer, wait) = oneshot::channel();
+        let (pool, peer) = ("web".to_owned(), worker_sdk::PeerAddr::Unix);
+        ask.try_send(Request::Explain { pool, peer, answer }).unwrap();
+        wait
+    };
+    // Three who wait, and between them many who have gone; one of these wanted a reload.
+    (0..3).for_each(|_| drop(explain()));
+    let mut waiting = vec![explain()];
+    std::fs::write(&file, text("history = 7")).unwrap();
+    let plan = Box::new(reload::prepare(&shell.in_force()).unwrap());
+    let (answer, late) = oneshot::channel();
+    ask.try_send(Request::Reload { plan, answer }).unwrap();
+    drop(late);
+    waiting.extend([explain(), explain()]);
+    (0..5).for_each(|_| drop(explain()));
+
+    let answered = |waiting: &mut Vec<oneshot::Receiver<_>>| {
+        waiting.iter_mut().position(|wait| wait.try_recv().is_ok())
+    };
+    shell.side_ready = true;
+    for _ in 0..3 {
+        turn(&mut shell, &mut events);
+        // The first of those that are left, and no other.
+        assert_eq!(answered(&mut waiting), Some(0));
+        waiting.remove(0);
+        assert_eq!(answered(&mut waiting), None);
+        assert!(shell.side_ready, "the next turn looks again");
+    }
+    turn(&mut shell, &mut events);
+    assert!(!shell.side_ready, "nobody is left");
+    assert_eq!(shell.generation, 0, "what nobody waits for is not carried out");
     shell.finish();
 }

@@ -131,7 +131,6 @@ fn each_number_has_its_own_place() {
             evicted: 45,
         }),
         workers: vec![worker],
-        ..PoolStatus::default()
     };
     let listener = ListenerStatus {
         name: "l".to_owned(),
