@@ -91,7 +91,6 @@ fn settings(name: &str, processes: u32, bytes: &mut Bytes<'_>) -> PoolSettings {
         wait_for_worker: millis(bytes),
         access: Access { users: vec![0], groups: Vec::new() },
         processes,
-        ..PoolSettings::default()
     }
 }
 
