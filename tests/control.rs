@@ -126,6 +126,70 @@ fn a_worker_that_stays_is_resumed() {
 }
 
 #[test]
+fn a_pool_and_all_are_drained_and_resumed() {
+    let other = "[[listener]]\nname = \"other\"\naddress = \"127.0.0.1:0\"\npool = \"other\"\n[pool.other]\n";
+    let dispatcher = Dispatcher::start(&format!("{other}{}", one_pool("wait_for_worker = \"1h\"")));
+    let start = |pool: &str, name: &str| {
+        dispatcher.worker_with("blocking", pool, name, &[("TEST_WORKER", "stays")])
+    };
+    let _workers = ["w0", "w1", "w2"].map(|name| start("web", name));
+    let _other = start("other", "o0");
+    dispatcher.wait_joined("web", 3);
+    dispatcher.wait_joined("other", 1);
+    let (web, elsewhere) = (dispatcher.address("web"), dispatcher.address("other"));
+    let mut live: Vec<Client> = (0..6).map(|_| Client::connect(web).unwrap()).collect();
+    live.push(Client::connect(elsewhere).unwrap());
+    let states = || -> Vec<String> {
+        let status = dispatcher.status();
+        let mut workers: Vec<_> = status.pools.iter().flat_map(|pool| &pool.workers).collect();
+        workers.sort_by_key(|worker| worker.name.clone());
+        workers.into_iter().map(|worker| worker.state.clone()).collect()
+    };
+    // In the order of their names: the other pool's comes first.
+    for (target, first, lines) in
+        [(&["--pool", "web"][..], "active", 3), (&["--all"], "draining", 4)]
+    {
+        let said = done(&dispatcher, &[&["drain"], target].concat());
+        assert_eq!(said.matches(": draining, ").count(), lines, "{said}");
+        assert_eq!(states(), [first, "draining", "draining", "draining"], "{target:?}");
+        if first == "active" {
+            Client::connect(elsewhere).unwrap().finish();
+        }
+        let waiting: Vec<_> = (0..3).map(|_| connect(web)).collect();
+        live.iter_mut().for_each(|client| client.echo("live ones go on"));
+        let taken = dispatcher.status().taken;
+        let said = done(&dispatcher, &[&["resume"], target].concat());
+        assert_eq!(said.matches(": active, ").count(), lines, "{said}");
+        assert_eq!(states(), ["active"; 4], "{target:?}");
+        // Who waited was served by all of them, and by nobody before.
+        let served = all_greeted(waiting);
+        assert_eq!(tally(&served).len(), 3);
+        dispatcher.wait_status("them to be counted", |status| status.taken == taken + 3);
+        served.into_iter().for_each(Client::finish);
+        dispatcher.wait_status("their end", |status| loads(status, "web").0 == [2; 3]);
+    }
+    // Waiting is for all of them together.
+    let mut waiting = cli(&dispatcher, &["drain", "--pool", "web", "--wait"]);
+    let mut waiting = waiting.stdout(Stdio::null()).stderr(Stdio::piped()).spawn().unwrap();
+    let mut progress = waiting.stderr.take().unwrap();
+    let mut said = String::new();
+    wait_until("progress", || {
+        let mut bytes = [0; 256];
+        let n = progress.read(&mut bytes).unwrap();
+        said.push_str(&String::from_utf8_lossy(&bytes[..n]));
+        said.contains("0 of 3 workers drained, 6 connections left")
+    });
+    let last = live.remove(0);
+    live.into_iter().for_each(Client::finish);
+    dispatcher.wait_status("all but one to end", |s| loads(s, "web").0.iter().sum::<u64>() == 1);
+    assert!(waiting.try_wait().unwrap().is_none(), "one is left");
+    last.finish();
+    progress.read_to_string(&mut said).unwrap();
+    assert!(waiting.wait().unwrap().success());
+    assert!(said.contains("3 of 3 workers drained, 0 connections left"), "{said}");
+}
+
+#[test]
 fn waiting_ends_after_its_timeout() {
     let (dispatcher, address) = start_one_pool("");
     let _worker = dispatcher.workers("blocking", "web", 1);

@@ -134,6 +134,42 @@ fn a_weight_can_be_changed_at_run_time() {
 }
 
 #[test]
+fn who_comes_back_starts_slowly() {
+    let keys = "handoff_timeout = \"10m\"\nprobation = \"0s\"";
+    let (dispatcher, address) = start_one_pool(keys);
+    let stays = [("TEST_WORKER", "stays")];
+    let workers = ["w0", "w1"].map(|name| dispatcher.worker_with("blocking", "web", name, &stays));
+    dispatcher.wait_joined("web", 2);
+    let warm = || {
+        let status = dispatcher.status();
+        ["w0", "w1"].map(|name| worker(&status, name).unwrap().warm_percent)
+    };
+    // Those that were there before this was said are warm; nobody else gets so within this test.
+    let keys = format!("{keys}\nslow_start = \"10h\"");
+    write_config(&dispatcher.dir, &one_pool(&keys));
+    said(&dispatcher, &["reload"]);
+    assert_eq!(warm(), [100, 100]);
+    let before: Vec<Client> = (0..4).map(|_| Client::connect(address).unwrap()).collect();
+    assert_eq!(tally(&before).into_values().collect::<Vec<_>>(), [2, 2]);
+    said(&dispatcher, &["drain", "web/w0"]);
+    said(&dispatcher, &["resume", "web/w0"]);
+    let [w0, w1] = warm();
+    assert!((1..=2).contains(&w0) && w1 == 100, "{w0} {w1}");
+    let clients: Vec<Client> = (0..20).map(|_| Client::connect(address).unwrap()).collect();
+    assert_eq!(tally(&clients)["w1"], 20, "the other has next to no weight yet");
+    // The same after a suspicion.
+    write_config(&dispatcher.dir, &one_pool(&keys.replace("10m", "200ms")));
+    said(&dispatcher, &["reload"]);
+    workers[1].signal(Signal::SIGSTOP);
+    let untaken = connect(address);
+    assert_eq!(Client::greeted(untaken).unwrap().served_by, "w0", "once the first is suspect");
+    assert_eq!(worker(&dispatcher.status(), "w1").unwrap().state, "suspect");
+    workers[1].signal(Signal::SIGCONT);
+    dispatcher.wait_status("trust", |status| worker(status, "w1").unwrap().state == "active");
+    assert!(warm().iter().all(|percent| (1..=2).contains(percent)), "{:?}", warm());
+}
+
+#[test]
 fn the_last_decisions_can_be_read() {
     let (dispatcher, address) = start_one_pool("history = 5");
     let _workers = dispatcher.workers("blocking", "web", 2);
