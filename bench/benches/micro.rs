@@ -1,4 +1,4 @@
-//! The hot thread's small parts: a decision, the wire codec, the claim ring, the ledger.
+//! The hot thread's small parts: a decision, gauges, the wire codec, the claim ring, the ledger.
 //!
 //! Guards against a slip, not a promise: `cargo bench -p bench`.
 #![allow(clippy::expect_used, clippy::unwrap_used)]
@@ -10,11 +10,12 @@ use criterion::{BenchmarkId, Criterion, Throughput, criterion_group, criterion_m
 use dispatcher::affinity::KeySource;
 use dispatcher::pool::{
     Access, Affinity, Client, Core, Effect, Join, ListenerId, ListenerSettings, Policy, PoolId,
-    PoolSettings, Ticket, Time, WorkerId,
+    PoolSettings, ScoredGauge, Scores, Ticket, Time, WorkerId,
 };
 use worker_sdk::PeerAddr;
 use worker_sdk::scoreboard::Scoreboard;
 use worker_sdk::scoreboard::claim::{self, SlotState};
+use worker_sdk::scoreboard::gauge::Reading;
 use worker_sdk::wire::{Channel, Entry, EntryFlags, Features, Handoff, Hello, VERSION};
 
 const LISTENER: ListenerId = ListenerId(0);
@@ -26,6 +27,22 @@ fn peer() -> PeerAddr {
 /// A core whose workers have `weight(index)`.
 fn core(policy: Policy, workers: u32, weight: impl Fn(u32) -> u16) -> Core {
     core_with(policy, workers, weight, |_| {})
+}
+
+/// What a worker's gauge says: none is like the next one's.
+fn reading(worker: u32, gauge: usize) -> Option<Reading> {
+    Some(Reading { value: f64::from(worker % 5) * 0.1 + gauge as f64, at: 0 })
+}
+
+/// Four gauges, as a pool of mixed work might score by.
+fn scores() -> Scores {
+    let multipliers =
+        [("queue_wait", 100.0), ("sessions", 0.5), ("process_cpu", 10.0), ("free_memory", -0.001)];
+    let gauge = |(name, multiplier): (&str, f64)| ScoredGauge {
+        name: name.parse().expect("a name"),
+        multiplier,
+    };
+    Scores { gauges: multipliers.map(gauge).into(), ..Scores::default() }
 }
 
 fn core_with(
@@ -53,6 +70,8 @@ fn core_with(
         pool: PoolId(0),
     };
     let mut core = Core::new(vec![pool], vec![listener], Time(0));
+    // What a pool with `least-score` goes by: each worker has set all of them.
+    let gauges = core.scored_gauges(PoolId(0)).len();
     for number in 0..workers {
         let hello = Hello {
             version: VERSION,
@@ -67,7 +86,10 @@ fn core_with(
             token: None,
         };
         let join = Join { pid: 1, uid: 0, gids: Vec::new(), hello, spawned: None };
-        core.join(Time(0), &join).expect("admitted");
+        let worker = core.join(Time(0), &join).expect("admitted");
+        for gauge in 0..gauges {
+            core.gauge(Time(0), worker, gauge, reading(number, gauge));
+        }
     }
     while core.effect().is_some() {}
     core
@@ -123,7 +145,7 @@ fn decision(c: &mut Criterion) {
     for policy in Policy::ALL {
         for workers in [2, 64, 1000] {
             for (name, weight) in weights {
-                let mut core = core(policy, workers, weight);
+                let mut core = core_with(policy, workers, weight, |pool| pool.scores = scores());
                 let mut sent = Vec::new();
                 let mut finished = vec![0; workers as usize];
                 let id = BenchmarkId::new(format!("{} {name}", policy.name()), workers);
@@ -132,6 +154,38 @@ fn decision(c: &mut Criterion) {
                 });
             }
         }
+    }
+    group.finish();
+}
+
+/// A turn's look at the gauges of every worker: four that are read, and told to the core when they have changed.
+fn gauges(c: &mut Criterion) {
+    const SLOTS: u32 = 16;
+    let mut group = c.benchmark_group("gauges");
+    for workers in [2, 64, 1000] {
+        let mut core = core_with(Policy::LeastScore, workers, |_| 1, |pool| pool.scores = scores());
+        let boards: Vec<_> =
+            (0..workers).map(|_| Scoreboard::create(SLOTS, 0).expect("a scoreboard").0).collect();
+        for (number, board) in (0..).zip(&boards) {
+            for (gauge, n) in (0..4).zip(0..) {
+                board.set_gauge(n, reading(number, gauge).expect("a value"));
+            }
+        }
+        let ids: Vec<WorkerId> = core.workers().collect();
+        group.throughput(Throughput::Elements(u64::from(workers)));
+        group.bench_function(BenchmarkId::new("read", workers), |b| {
+            let read = |board: &Scoreboard| (0..4).filter_map(|n| board.gauge(n)).count();
+            b.iter(|| boards.iter().map(read).sum::<usize>());
+        });
+        group.bench_function(BenchmarkId::new("told", workers), |b| {
+            b.iter(|| {
+                for (number, &id) in (0..).zip(&ids) {
+                    for gauge in 0..4 {
+                        core.gauge(Time(1), id, gauge, reading(number, gauge));
+                    }
+                }
+            });
+        });
     }
     group.finish();
 }
@@ -249,5 +303,5 @@ fn affinity(c: &mut Criterion) {
     group.finish();
 }
 
-criterion_group!(benches, decision, wire, ring, ledger, affinity);
+criterion_group!(benches, decision, gauges, wire, ring, ledger, affinity);
 criterion_main!(benches);

@@ -5,7 +5,7 @@
 //! worker has it or it is closed, nobody serves it twice, nobody serves what was taken back. It decides nothing.
 //! For tests only; nothing here runs in the dispatcher.
 
-mod affinity;
+mod clients;
 mod plan;
 mod process;
 mod run;

@@ -3,6 +3,8 @@
 //! Everything is drawn from the plan's seed, so a run can be repeated. What must always hold is asserted by
 //! [`Desk`] and the core itself; here: loads are exact, and once the faults stop everybody is served in time.
 
+mod faults;
+
 use std::cmp::Reverse;
 use std::collections::BinaryHeap;
 use std::time::Duration;
@@ -10,8 +12,8 @@ use std::time::Duration;
 use worker_sdk::scoreboard::gauge::Reading;
 use worker_sdk::wire::{Features, Hello};
 
-use super::affinity;
-use super::plan::{FaultKind, Plan};
+use super::clients;
+use super::plan::Plan;
 use super::process::{Process, What};
 use super::{Desk, Random};
 use crate::pool::*;
@@ -68,8 +70,8 @@ pub fn run(plan: &Plan) -> Outcome {
         slow_start: Duration::from_millis(random.below(2) * random.below(2_000)),
         scores: scores(&mut random),
         history: random.below(2) as u32 * 5,
-        affinity: affinity::affinity(&mut random),
-        peek: affinity::peek(&mut random),
+        affinity: clients::affinity(&mut random),
+        peek: clients::peek(&mut random),
         access: Access { users: vec![0], groups: Vec::new() },
         ..PoolSettings::default()
     };
@@ -79,6 +81,7 @@ pub fn run(plan: &Plan) -> Outcome {
     let mut desk = Desk::new(vec![pool], vec![listener]);
     desk.logging = false;
     desk.races = Some(random.clone());
+    desk.core.set_screen(LISTENER, clients::screen(&mut random));
     let start = desk.now;
     let mut run = Run {
         plan,
@@ -211,7 +214,7 @@ impl Run<'_> {
             What::Heal(p) => self.heal(p),
             What::Say(index, serial, id) => {
                 let conn = ConnId { index, serial };
-                self.desk.core.first_bytes(self.desk.now, conn, affinity::known(id));
+                self.desk.core.first_bytes(self.desk.now, conn, clients::known(id));
                 self.desk.pump();
             }
             What::GiveUp(index, serial) => {
@@ -269,9 +272,10 @@ impl Run<'_> {
                 break;
             }
             self.backlog -= 1;
-            let conn = self.desk.accept_only(LISTENER);
+            let peer = clients::peer(&mut self.random);
+            let conn = self.desk.accept_only_from(LISTENER, peer);
             if self.desk.core.awaits_bytes(conn)
-                && let Some((delay, id)) = affinity::first_words(&mut self.random)
+                && let Some((delay, id)) = clients::first_words(&mut self.random)
             {
                 self.after(delay, What::Say(conn.index, conn.serial, id));
             }
@@ -466,108 +470,5 @@ impl Run<'_> {
             self.desk.link(worker).capacity = 278;
         }
         self.wake(p);
-    }
-
-    fn fault(&mut self, p: usize, kind: FaultKind) {
-        match kind {
-            FaultKind::Hang(time) => self.impair(p, time, |process| process.hung = true),
-            FaultKind::LoseFds(time) => self.impair(p, time, |process| process.losing = true),
-            FaultKind::SmallChannel(time) => {
-                if let Some(worker) = self.processes[p].worker {
-                    self.desk.link(worker).capacity = 1;
-                }
-                self.impair(p, time, |_| {});
-            }
-            FaultKind::Crash => self.die(p),
-            FaultKind::Leave => {
-                if let Some(worker) = self.processes[p].worker {
-                    self.processes[p].leaving = true;
-                    self.desk.core.goodbye(self.desk.now, worker);
-                    self.desk.pump();
-                    self.hear_of_races();
-                    if self.processes[p].live() == 0 {
-                        self.die(p);
-                    }
-                }
-            }
-            FaultKind::Rejoin => self.rejoin(p),
-            FaultKind::Lie => self.processes[p].lying = true,
-            FaultKind::Scribble => self.processes[p].scribbling = true,
-            FaultKind::CloseChannel => {
-                if let Some(worker) = self.processes[p].worker {
-                    self.desk.link(worker).closed = true;
-                }
-                self.processes[p].leaving = true;
-            }
-            FaultKind::Drain(time) => {
-                if let Some(worker) = self.processes[p].worker {
-                    let now = self.desk.now;
-                    let deadline = self.random.once_in(2).then(|| now + time / 2);
-                    self.desk.core.drain_worker(now, worker, deadline);
-                    self.desk.pump();
-                    self.hear_of_races();
-                    self.after(time.as_nanos() as u64, What::Resume(worker.serial));
-                }
-            }
-            FaultKind::Scarcity(count) => self.desk.scarcity += count,
-            FaultKind::Burst(count) => self.backlog = (self.backlog + count).min(self.most_waiting),
-        }
-    }
-
-    fn resume(&mut self, serial: u64) {
-        let worker = self.desk.links[serial as usize - 1].id;
-        // It may be leaving; then it stays as it is.
-        let _ = self.desk.core.resume_worker(self.desk.now, worker);
-        self.desk.pump();
-        self.hear_of_races();
-    }
-
-    fn impair(&mut self, p: usize, time: Duration, change: impl FnOnce(&mut Process)) {
-        change(&mut self.processes[p]);
-        self.after(time.as_nanos() as u64, What::Heal(p));
-    }
-
-    /// Its connection to the dispatcher breaks; it reads the old channel to its end before it joins again.
-    fn rejoin(&mut self, p: usize) {
-        let process = &mut self.processes[p];
-        let Some(worker) = process.worker else { return };
-        if process.lying || process.leaving || process.hung {
-            return;
-        }
-        while self.desk.take(worker).is_some() {
-            self.took(p);
-        }
-        self.processes[p].worker = None;
-        self.desk.link(worker).alive = false;
-        let now = self.desk.now;
-        self.desk.core.leave(now, worker, Departure::Disconnected);
-        self.desk.pump();
-        self.begin(p);
-    }
-
-    /// From now on nothing goes wrong, and nobody new comes.
-    fn calm_down(&mut self) {
-        self.calm = true;
-        self.desk.scarcity = 0;
-        self.desk.races = None;
-        for p in 0..self.processes.len() {
-            self.heal(p);
-            self.processes[p].scribbling = false;
-            let process = &self.processes[p];
-            let cut = process
-                .worker
-                .is_some_and(|worker| self.desk.links[worker.serial as usize - 1].cut);
-            if process.lying || process.leaving || cut {
-                self.die(p);
-            }
-        }
-        for serial in 1..=self.desk.links.len() as u64 {
-            self.resume(serial);
-        }
-        if self.stops {
-            let now = self.desk.now;
-            self.backlog = 0;
-            self.desk.core.stop(now, now + Duration::from_secs(1));
-        }
     }
 }

@@ -1,10 +1,13 @@
-//! What a run's clients are known by: ids, routes and silences, drawn from the plan's seed like everything else.
+//! A run's clients: where they come from, who of them may come in, and what they are known by. Addresses, ids, routes and
+//! silences are drawn from the plan's seed like everything else.
 
 use std::time::Duration;
 
+use worker_sdk::PeerAddr;
+
 use super::Random;
 use crate::affinity::{KeySource, Known};
-use crate::pool::{Affinity, Peek};
+use crate::pool::{Affinity, Peek, Rate, Screen, Screening};
 
 /// Few enough that they come again, more than the smallest memory holds.
 const CLIENTS: u64 = 40;
@@ -40,4 +43,30 @@ pub(super) fn known(id: u64) -> Option<Known> {
         _ => format!("{id}"),
     };
     KeySource::Cookie(String::new()).of_value(text.as_bytes())
+}
+
+/// Where a client comes from: a few addresses, or a Unix socket.
+pub(super) fn peer(random: &mut Random) -> PeerAddr {
+    match random.below(24) as u8 {
+        0 => PeerAddr::Unix,
+        host => PeerAddr::Inet(([192, 0, 2, host], 40_000).into()),
+    }
+}
+
+/// Who may come in: in half of all runs everybody. Often fewer are remembered than there are.
+pub(super) fn screen(random: &mut Random) -> Option<Box<Screen>> {
+    if random.once_in(2) {
+        return None;
+    }
+    let rate = Rate {
+        every: Duration::from_millis(1 + random.below(50)),
+        burst: 1 + random.below(40) as u32,
+    };
+    let rules = Screening {
+        rate: random.once_in(2).then_some(rate),
+        max_queued_per_client: random.once_in(2).then(|| 1 + random.below(20) as u32),
+        max_clients: 1 + random.below(40) as u32,
+        ..Screening::default()
+    };
+    Screen::new(rules, random.number())
 }
