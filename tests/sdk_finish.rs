@@ -13,6 +13,14 @@ use worker_sdk::mio::MioWorker;
 use worker_sdk::tokio::Listener;
 use worker_sdk::{Error, Worker};
 
+fn eventually_asleep(thread: rustix::thread::Pid) {
+    let stat = format!("/proc/self/task/{}/stat", thread.as_raw_nonzero());
+    eventually("it sleeps", || {
+        let stat = std::fs::read_to_string(&stat).unwrap();
+        stat.rsplit(')').next().is_some_and(|rest| rest.starts_with(" S"))
+    });
+}
+
 #[test]
 fn every_thread_that_waits_is_woken_by_the_last_connection() {
     let fake = FakeDispatcher::new();
@@ -32,17 +40,19 @@ fn every_thread_that_waits_is_woken_by_the_last_connection() {
         .collect();
     worker.close();
     let (done, ends) = mpsc::channel();
+    let (started, starts) = mpsc::channel();
     thread::scope(|scope| {
         let threads: Vec<_> = (0..3)
             .map(|_| {
-                let (worker, done) = (&worker, done.clone());
+                let (worker, done, started) = (&worker, done.clone(), started.clone());
                 scope.spawn(move || {
+                    started.send(rustix::thread::gettid()).unwrap();
                     worker.wait_until_idle();
                     done.send(worker.live()).unwrap();
                 })
             })
             .collect();
-        // Each has its turn at sleeping through the end of one that is not the last.
+        (0..3).for_each(|_| eventually_asleep(starts.recv().unwrap()));
         drop(connections.pop());
         drop(connections.pop());
         assert!(ends.try_recv().is_err(), "one is left");
