@@ -7,6 +7,7 @@
 pub mod browser;
 pub mod peer;
 pub mod reloading;
+pub mod shown;
 
 use std::collections::BTreeMap;
 use std::fs::File;
