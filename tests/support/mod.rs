@@ -316,8 +316,28 @@ impl Dispatcher {
     }
 }
 
+/// Processes that this one has started and not yet buried.
+fn children(parent: i32) -> Vec<i32> {
+    let is_child = |pid: &i32| {
+        let stat = std::fs::read_to_string(format!("/proc/{pid}/stat")).unwrap_or_default();
+        let after_name = stat.rsplit(") ").next().unwrap_or_default();
+        after_name.split(' ').nth(1) == Some(&parent.to_string())
+    };
+    let entries = std::fs::read_dir("/proc").into_iter().flatten().flatten();
+    let pids = entries.filter_map(|entry| entry.file_name().to_str()?.parse().ok());
+    pids.filter(is_child).collect()
+}
+
 impl Drop for Dispatcher {
     fn drop(&mut self) {
+        // Its own workers would serve on without it. Stopped, it neither starts others nor gives their ids away.
+        if self.process.child.try_wait().is_ok_and(|status| status.is_none()) {
+            self.process.signal(Signal::SIGSTOP);
+            for pid in children(self.process.pid()) {
+                let _ = kill(Pid::from_raw(pid), Signal::SIGKILL);
+            }
+            self.process.kill();
+        }
         if std::thread::panicking() {
             let log = self.log();
             let tail: Vec<&str> = log.lines().rev().take(60).collect();
