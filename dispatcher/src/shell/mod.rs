@@ -5,7 +5,8 @@
 //! and closes that may linger happen on other threads.
 //!
 //! A turn: sleep; read all scoreboards; handle events; let the core's deadlines fall due; perform; accept;
-//! perform. Before sleeping, the `want` words are set and the scoreboards of those workers read once more.
+//! perform; close the copies of what was taken. Before sleeping, the `want` words are set and the scoreboards of those
+//! workers read once more.
 
 mod accept;
 mod alarm;
