@@ -187,10 +187,8 @@ impl Shell {
             let timeout = self.before_sleep();
             self.watch_turn();
             self.rested = false;
-            if let Look::Sleep(timeout) = self.look_again(&mut events, timeout)?
-                && !self.sleep(&mut events, timeout)?
-            {
-                continue;
+            if let Look::Sleep(timeout) = self.look_again(&mut events, timeout)? {
+                self.sleep(&mut events, timeout)?;
             }
             self.now = clock();
             self.dozing =
@@ -221,27 +219,30 @@ impl Shell {
         self.handle_leftovers();
     }
 
-    /// Waits until something happens or `timeout` is over. False if a signal handler ended it.
-    fn sleep(&mut self, events: &mut Events, timeout: Option<Duration>) -> Result<bool, RunError> {
+    /// Waits until something happens or `timeout` is over.
+    fn sleep(&mut self, events: &mut Events, timeout: Option<Duration>) -> Result<(), RunError> {
         if timeout == Some(Duration::ZERO) {
             return self.poll_events(events, timeout);
         }
         let began = clock();
         let unset = timeout.filter(|&timeout| self.alarm.set(began, began + timeout).is_err());
-        let polled = self.poll_events(events, unset)?;
+        self.poll_events(events, unset)?;
         self.rested = clock() - began >= REST;
-        Ok(polled)
+        Ok(())
     }
 
-    /// False if a signal handler ended it.
+    /// Nothing has happened, too, if a signal handler ended it.
     fn poll_events(
         &mut self,
         events: &mut Events,
         timeout: Option<Duration>,
-    ) -> Result<bool, RunError> {
+    ) -> Result<(), RunError> {
         match self.poll.poll(events, timeout) {
-            Ok(()) => Ok(true),
-            Err(error) if error.kind() == io::ErrorKind::Interrupted => Ok(false),
+            Ok(()) => Ok(()),
+            Err(error) if error.kind() == io::ErrorKind::Interrupted => {
+                events.clear();
+                Ok(())
+            }
             Err(error) => Err(RunError::System { what: "poll", error }),
         }
     }
@@ -270,11 +271,11 @@ impl Shell {
                 self.courtesy.took(now, now - looked);
                 looked = now;
             }
-            if (yielded || !until.is_zero())
-                && self.poll_events(events, Some(Duration::ZERO))?
-                && !events.is_empty()
-            {
-                return Ok(Look::Found);
+            if yielded || !until.is_zero() {
+                self.poll_events(events, Some(Duration::ZERO))?;
+                if !events.is_empty() {
+                    return Ok(Look::Found);
+                }
             }
             if !until.is_zero() {
                 looked = clock();
