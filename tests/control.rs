@@ -6,7 +6,7 @@ mod support;
 use std::io::{Read, Write};
 use std::net::TcpStream;
 use std::os::unix::net::UnixStream;
-use std::process::{Command, Output, Stdio};
+use std::process::{Child, ChildStderr, Command, Output, Stdio};
 
 use serde_json::Value;
 use support::*;
@@ -36,6 +36,27 @@ fn failed(dispatcher: &Dispatcher, arguments: &[&str]) -> (i32, String) {
     (output.status.code().unwrap(), String::from_utf8(output.stderr).unwrap())
 }
 
+/// A command that waits, once it has said so; and its progress from there on.
+fn waits(dispatcher: &Dispatcher, arguments: &[&str], words: &str) -> (Child, ChildStderr) {
+    let mut waiting = cli(dispatcher, arguments);
+    let mut waiting = waiting.stdout(Stdio::null()).stderr(Stdio::piped()).spawn().unwrap();
+    let mut progress = waiting.stderr.take().unwrap();
+    let mut said = String::new();
+    wait_until("progress", || {
+        let mut bytes = [0; 256];
+        let n = progress.read(&mut bytes).unwrap();
+        said.push_str(&String::from_utf8_lossy(&bytes[..n]));
+        said.contains(words)
+    });
+    (waiting, progress)
+}
+
+fn rest(progress: &mut ChildStderr) -> String {
+    let mut said = String::new();
+    progress.read_to_string(&mut said).unwrap();
+    said
+}
+
 fn state(dispatcher: &Dispatcher, name: &str) -> Option<String> {
     worker(&dispatcher.status(), name).map(|worker| worker.state.clone())
 }
@@ -57,20 +78,15 @@ fn a_drained_worker_gets_nothing_new_and_is_waited_for() {
         before.iter_mut().for_each(|client| client.echo("live ones go on"));
 
         // Waiting says how far it is, and ends when the worker has nothing left.
-        let mut waiting = cli(&dispatcher, &["drain", "web/w0", "--wait"]);
-        let mut waiting = waiting.stdout(Stdio::null()).stderr(Stdio::piped()).spawn().unwrap();
-        let mut progress = waiting.stderr.take().unwrap();
-        let mut said = String::new();
-        wait_until("progress", || {
-            let mut bytes = [0; 256];
-            let n = progress.read(&mut bytes).unwrap();
-            said.push_str(&String::from_utf8_lossy(&bytes[..n]));
-            said.contains("0 of 1 workers drained, 2 connections left")
-        });
+        let (mut waiting, mut progress) = waits(
+            &dispatcher,
+            &["drain", "web/w0", "--wait"],
+            "0 of 1 workers drained, 2 connections left",
+        );
         assert!(waiting.try_wait().unwrap().is_none(), "it waits");
         before.into_iter().for_each(Client::finish);
         assert!(waiting.wait().unwrap().success());
-        progress.read_to_string(&mut said).unwrap();
+        let said = rest(&mut progress);
         assert!(said.trim_end().ends_with("1 of 1 workers drained, 0 connections left"), "{said}");
         // Told by the dispatcher, it has ended by itself.
         assert!(workers[0].wait().success(), "{flavour}");
@@ -169,22 +185,17 @@ fn a_pool_and_all_are_drained_and_resumed() {
         dispatcher.wait_status("their end", |status| loads(status, "web").0 == [2; 3]);
     }
     // Waiting is for all of them together.
-    let mut waiting = cli(&dispatcher, &["drain", "--pool", "web", "--wait"]);
-    let mut waiting = waiting.stdout(Stdio::null()).stderr(Stdio::piped()).spawn().unwrap();
-    let mut progress = waiting.stderr.take().unwrap();
-    let mut said = String::new();
-    wait_until("progress", || {
-        let mut bytes = [0; 256];
-        let n = progress.read(&mut bytes).unwrap();
-        said.push_str(&String::from_utf8_lossy(&bytes[..n]));
-        said.contains("0 of 3 workers drained, 6 connections left")
-    });
+    let (mut waiting, mut progress) = waits(
+        &dispatcher,
+        &["drain", "--pool", "web", "--wait"],
+        "0 of 3 workers drained, 6 connections left",
+    );
     let last = live.remove(0);
     live.into_iter().for_each(Client::finish);
     dispatcher.wait_status("all but one to end", |s| loads(s, "web").0.iter().sum::<u64>() == 1);
     assert!(waiting.try_wait().unwrap().is_none(), "one is left");
     last.finish();
-    progress.read_to_string(&mut said).unwrap();
+    let said = rest(&mut progress);
     assert!(waiting.wait().unwrap().success());
     assert!(said.contains("3 of 3 workers drained, 0 connections left"), "{said}");
 }

@@ -317,7 +317,7 @@ impl AsyncRead for Connection {
         cx: &mut Context<'_>,
         buffer: &mut ReadBuf<'_>,
     ) -> Poll<io::Result<()>> {
-        self.held.stream.poll_read(cx, buffer)
+        Pin::new(&mut self.held.stream).poll_read(cx, buffer)
     }
 }
 
@@ -327,7 +327,7 @@ impl AsyncWrite for Connection {
         cx: &mut Context<'_>,
         buffer: &[u8],
     ) -> Poll<io::Result<usize>> {
-        self.held.stream.poll_write(cx, buffer)
+        Pin::new(&mut self.held.stream).poll_write(cx, buffer)
     }
 
     fn poll_write_vectored(
@@ -335,19 +335,19 @@ impl AsyncWrite for Connection {
         cx: &mut Context<'_>,
         buffers: &[IoSlice<'_>],
     ) -> Poll<io::Result<usize>> {
-        self.held.stream.poll_write_vectored(cx, buffers)
+        Pin::new(&mut self.held.stream).poll_write_vectored(cx, buffers)
     }
 
     fn is_write_vectored(&self) -> bool {
         true
     }
 
-    fn poll_flush(self: Pin<&mut Self>, _: &mut Context<'_>) -> Poll<io::Result<()>> {
-        Poll::Ready(Ok(()))
+    fn poll_flush(mut self: Pin<&mut Self>, cx: &mut Context<'_>) -> Poll<io::Result<()>> {
+        Pin::new(&mut self.held.stream).poll_flush(cx)
     }
 
-    fn poll_shutdown(self: Pin<&mut Self>, _: &mut Context<'_>) -> Poll<io::Result<()>> {
-        Poll::Ready(self.held.stream.shut_down_write())
+    fn poll_shutdown(mut self: Pin<&mut Self>, cx: &mut Context<'_>) -> Poll<io::Result<()>> {
+        Pin::new(&mut self.held.stream).poll_shutdown(cx)
     }
 }
 

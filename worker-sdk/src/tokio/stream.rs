@@ -7,11 +7,12 @@
 use std::io::{self, IoSlice, Write};
 use std::net::{Shutdown, TcpStream};
 use std::os::fd::{AsFd, BorrowedFd};
+use std::pin::Pin;
 use std::sync::Arc;
 use std::task::{Context, Poll, ready};
 
-use ::tokio::io::ReadBuf;
 use ::tokio::io::unix::{AsyncFd, AsyncFdReadyGuard};
+use ::tokio::io::{AsyncRead, AsyncWrite, ReadBuf};
 use ::tokio::task::coop;
 
 use crate::sys;
@@ -32,45 +33,6 @@ impl Stream {
 
     pub(super) fn tcp(&self) -> &TcpStream {
         &self.tcp
-    }
-
-    pub(super) fn poll_read(
-        &mut self,
-        cx: &mut Context<'_>,
-        buffer: &mut ReadBuf<'_>,
-    ) -> Poll<io::Result<()>> {
-        self.poll(cx, AsyncFd::poll_read_ready, |tcp| {
-            let room = buffer.remaining();
-            let count = sys::receive_into(tcp.as_fd(), buffer)?;
-            Ok(((), 0 < count && count < room))
-        })
-    }
-
-    pub(super) fn poll_write(
-        &mut self,
-        cx: &mut Context<'_>,
-        bytes: &[u8],
-    ) -> Poll<io::Result<usize>> {
-        self.poll(cx, AsyncFd::poll_write_ready, |mut tcp| {
-            let count = tcp.write(bytes)?;
-            Ok((count, 0 < count && count < bytes.len()))
-        })
-    }
-
-    pub(super) fn poll_write_vectored(
-        &mut self,
-        cx: &mut Context<'_>,
-        slices: &[IoSlice<'_>],
-    ) -> Poll<io::Result<usize>> {
-        self.poll(cx, AsyncFd::poll_write_ready, |mut tcp| {
-            let len: usize = slices.iter().map(|slice| slice.len()).sum();
-            let count = tcp.write_vectored(slices)?;
-            Ok((count, 0 < count && count < len))
-        })
-    }
-
-    pub(super) fn shut_down_write(&self) -> io::Result<()> {
-        self.tcp.shutdown(Shutdown::Write)
     }
 
     /// Tries `call`; where it would block, waits with `ready` and tries again.
@@ -115,6 +77,57 @@ impl Stream {
     }
 }
 
+impl AsyncRead for Stream {
+    fn poll_read(
+        mut self: Pin<&mut Self>,
+        cx: &mut Context<'_>,
+        buffer: &mut ReadBuf<'_>,
+    ) -> Poll<io::Result<()>> {
+        self.poll(cx, AsyncFd::poll_read_ready, |tcp| {
+            let room = buffer.remaining();
+            let count = sys::receive_into(tcp.as_fd(), buffer)?;
+            Ok(((), 0 < count && count < room))
+        })
+    }
+}
+
+impl AsyncWrite for Stream {
+    fn poll_write(
+        mut self: Pin<&mut Self>,
+        cx: &mut Context<'_>,
+        bytes: &[u8],
+    ) -> Poll<io::Result<usize>> {
+        self.poll(cx, AsyncFd::poll_write_ready, |mut tcp| {
+            let count = tcp.write(bytes)?;
+            Ok((count, 0 < count && count < bytes.len()))
+        })
+    }
+
+    fn poll_write_vectored(
+        mut self: Pin<&mut Self>,
+        cx: &mut Context<'_>,
+        slices: &[IoSlice<'_>],
+    ) -> Poll<io::Result<usize>> {
+        self.poll(cx, AsyncFd::poll_write_ready, |mut tcp| {
+            let len: usize = slices.iter().map(|slice| slice.len()).sum();
+            let count = tcp.write_vectored(slices)?;
+            Ok((count, 0 < count && count < len))
+        })
+    }
+
+    fn is_write_vectored(&self) -> bool {
+        true
+    }
+
+    fn poll_flush(self: Pin<&mut Self>, _: &mut Context<'_>) -> Poll<io::Result<()>> {
+        Poll::Ready(Ok(()))
+    }
+
+    fn poll_shutdown(self: Pin<&mut Self>, _: &mut Context<'_>) -> Poll<io::Result<()>> {
+        Poll::Ready(self.tcp.shutdown(Shutdown::Write))
+    }
+}
+
 impl AsFd for Stream {
     fn as_fd(&self) -> BorrowedFd<'_> {
         self.tcp.as_fd()
@@ -125,49 +138,17 @@ impl AsFd for Stream {
 mod tests {
     use std::io::{Read, Write};
     use std::net::TcpListener;
-    use std::pin::Pin;
 
-    use ::tokio::io::{AsyncRead, AsyncReadExt, AsyncWrite, AsyncWriteExt};
+    use ::tokio::io::{AsyncReadExt, AsyncWriteExt};
 
     use super::*;
 
-    /// With the traits, as a connection has them.
-    struct Whole(Stream);
-
-    impl AsyncRead for Whole {
-        fn poll_read(
-            mut self: Pin<&mut Self>,
-            cx: &mut Context<'_>,
-            buffer: &mut ReadBuf<'_>,
-        ) -> Poll<io::Result<()>> {
-            self.0.poll_read(cx, buffer)
-        }
-    }
-
-    impl AsyncWrite for Whole {
-        fn poll_write(
-            mut self: Pin<&mut Self>,
-            cx: &mut Context<'_>,
-            bytes: &[u8],
-        ) -> Poll<io::Result<usize>> {
-            self.0.poll_write(cx, bytes)
-        }
-
-        fn poll_flush(self: Pin<&mut Self>, _: &mut Context<'_>) -> Poll<io::Result<()>> {
-            Poll::Ready(Ok(()))
-        }
-
-        fn poll_shutdown(self: Pin<&mut Self>, _: &mut Context<'_>) -> Poll<io::Result<()>> {
-            Poll::Ready(self.0.shut_down_write())
-        }
-    }
-
-    fn pair() -> (Whole, TcpStream) {
+    fn pair() -> (Stream, TcpStream) {
         let listener = TcpListener::bind("127.0.0.1:0").unwrap();
         let client = TcpStream::connect(listener.local_addr().unwrap()).unwrap();
         let (server, _) = listener.accept().unwrap();
         server.set_nonblocking(true).unwrap();
-        (Whole(Stream::new(server)), client)
+        (Stream::new(server), client)
     }
 
     #[tokio::test]
@@ -180,7 +161,7 @@ mod tests {
         assert_eq!(&question, b"question");
         server.write_all(b"answer").await.unwrap();
         server.shutdown().await.unwrap();
-        assert!(server.0.registered.is_none());
+        assert!(server.registered.is_none());
         let mut answer = String::new();
         client.read_to_string(&mut answer).unwrap();
         assert_eq!(answer, "answer");
@@ -192,7 +173,7 @@ mod tests {
         let asking = tokio::spawn(async move {
             let mut text = String::new();
             server.read_to_string(&mut text).await.unwrap();
-            assert!(server.0.registered.is_some());
+            assert!(server.registered.is_some());
             text
         });
         // It runs now, finds nothing and waits.
@@ -213,7 +194,7 @@ mod tests {
         let expected = bytes.clone();
         let writing = tokio::spawn(async move {
             server.write_all(&bytes).await.unwrap();
-            server.0.registered.is_some()
+            server.registered.is_some()
         });
         let reading = tokio::task::spawn_blocking(move || {
             let mut all = Vec::new();
