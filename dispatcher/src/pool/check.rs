@@ -47,9 +47,12 @@ impl Core {
         self.check_screens();
 
         let mut custody = 0;
-        for (w, worker) in self.workers.iter().enumerate() {
-            custody += u64::from(worker.untaken());
-            self.check_worker(w);
+        for p in 0..self.pools.len() {
+            let top = self.top_priority(p);
+            for (w, worker) in self.workers.iter().enumerate().filter(|(_, it)| it.pool == p) {
+                custody += u64::from(worker.untaken());
+                self.check_worker(w, top);
+            }
         }
         assert_eq!(custody, self.totals.custody);
 
@@ -89,10 +92,9 @@ impl Core {
                 .filter(move |worker| worker.pool == p && worker.state != State::Gone)
         };
         assert_eq!(of_pool().count(), pool.candidates.len());
-        assert_eq!(
-            of_pool().filter(|worker| self.is_choosable(worker)).count(),
-            pool.candidates.eligible()
-        );
+        let top = self.top_priority(p);
+        let choosable = of_pool().filter(|worker| is_choosable(worker, top));
+        assert_eq!(choosable.count(), pool.candidates.eligible());
         if let Some(memory) = &pool.memory {
             memory.check();
         }
@@ -107,16 +109,16 @@ impl Core {
         assert!(pool.held.is_empty() || self.stop.is_none_or(|stop| !stop.over));
     }
 
-    /// Whether a worker may be chosen, its pool's policy included.
-    fn is_choosable(&self, worker: &Worker) -> bool {
-        let above = |other: &Worker| {
-            other.pool == worker.pool && other.is_up() && other.priority > worker.priority
-        };
-        let failover = self.pools[worker.pool].settings.policy == Policy::Failover;
-        worker.is_eligible() && !(failover && self.workers.iter().any(above))
+    /// Below which nobody may be chosen, by the pool's policy.
+    fn top_priority(&self, p: usize) -> Option<u16> {
+        let up = self.workers.iter().filter(|worker| worker.pool == p && worker.is_up());
+        match self.pools[p].settings.policy {
+            Policy::Failover => up.map(|worker| worker.priority).max(),
+            _ => None,
+        }
     }
 
-    fn check_worker(&self, w: usize) {
+    fn check_worker(&self, w: usize, top: Option<u16>) {
         let worker = &self.workers[w];
         worker.ring.check();
         for ticket in worker.ring.tickets() {
@@ -147,7 +149,7 @@ impl Core {
         assert_eq!(candidate.worker as usize, w);
         assert_eq!(worker.id.index as usize, w);
         let expected =
-            self.is_choosable(worker).then(|| (worker.load() + 1, worker.effective_weight()));
+            is_choosable(worker, top).then(|| (worker.load() + 1, worker.effective_weight()));
         assert_eq!(
             expected.unwrap_or((super::policy::UNAVAILABLE, 1)),
             (candidate.cost, candidate.weight)
@@ -155,4 +157,8 @@ impl Core {
         let timeout = self.handoff_timeout(worker.pool);
         assert_eq!(pool.candidates.due(worker.at), worker.due(timeout));
     }
+}
+
+fn is_choosable(worker: &Worker, top: Option<u16>) -> bool {
+    worker.is_eligible() && top.is_none_or(|top| worker.priority >= top)
 }
