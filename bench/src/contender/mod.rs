@@ -122,6 +122,16 @@ impl Contender {
         running.wait_for_port()?;
         Ok(running)
     }
+
+    /// Microseconds that choosing a worker took on average since the start, as the dispatcher measures it; others do not say.
+    pub fn decision(self, running: &Running) -> io::Result<Option<f64>> {
+        match self.how {
+            How::Dispatcher | How::Busy => ours::decision(running),
+            How::ReusePort | How::Shared | How::Bare | How::HaProxy | How::Nginx | How::Node => {
+                Ok(None)
+            }
+        }
+    }
 }
 
 /// A contender at work. Its processes are killed when it is dropped.

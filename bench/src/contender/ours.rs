@@ -1,7 +1,8 @@
 //! The contenders that share our worker: the dispatcher, pre-fork with and without `SO_REUSEPORT`, the bare loop.
 
-use std::fmt::Write;
-use std::io;
+use std::fmt::Write as _;
+use std::io::{self, Read as _, Write as _};
+use std::os::unix::net::UnixStream;
 use std::path::Path;
 use std::process::{Command, Stdio};
 
@@ -23,6 +24,9 @@ fn delayed(command: &mut Command, index: u16, setup: &Setup) {
     }
 }
 
+/// The dispatcher's admin socket.
+const ADMIN: &str = "admin.sock";
+
 pub(super) fn dispatcher(
     running: &mut Running,
     kind: Kind,
@@ -34,7 +38,7 @@ pub(super) fn dispatcher(
     let mut config = format!(
         "dispatch_socket = {socket:?}\nadmin_socket = {:?}\nmax_pending_hellos = 4096\n\
          [pool.web]\nmax_workers = 4096\nmax_connections_per_worker = 20000\n",
-        running.path("admin.sock")
+        running.path(ADMIN)
     );
     if busy_poll {
         // Longer than the pauses of any load that is used with it.
@@ -68,6 +72,20 @@ pub(super) fn dispatcher(
         running.start_ready(Role::Worker, &mut command, 1)?;
     }
     Ok(())
+}
+
+pub(super) fn decision(running: &Running) -> io::Result<Option<f64>> {
+    let mut stream = UnixStream::connect(running.path(ADMIN))?;
+    stream.write_all(b"GET /v1/status HTTP/1.1\r\nHost: bench\r\nConnection: close\r\n\r\n")?;
+    let mut answer = String::new();
+    stream.read_to_string(&mut answer)?;
+    let body = answer.split_once("\r\n\r\n").map_or("", |(_, body)| body);
+    let status: serde_json::Value = serde_json::from_str(body)?;
+    let decision = &status["meters"]["decision"];
+    let counts = decision["counts"].as_array().into_iter().flatten();
+    let count: u64 = counts.filter_map(serde_json::Value::as_u64).sum();
+    let sum = decision["sum_nanoseconds"].as_f64().unwrap_or(0.0);
+    Ok((count > 0).then(|| sum / count as f64 / 1e3))
 }
 
 pub(super) fn reuse_port(running: &mut Running, kind: Kind, setup: &Setup) -> io::Result<()> {

@@ -39,6 +39,7 @@ pub(super) fn cases(plan: &Plan) -> Vec<Case> {
         columns: vec![
             column("p50", "p50 µs", 0),
             column("p99", "p99 µs", 0),
+            column("decision", "decision µs", 2),
             column("cpu_front", "front CPU µs", 2),
             column("cpu_workers", "worker CPU µs", 2),
             column("load_busy", "client busy", 2),

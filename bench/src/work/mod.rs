@@ -236,9 +236,13 @@ fn measure(plan: &Plan, case: &Case, report: &mut Report) -> Vec<Vec<Metrics>> {
 
 fn once(variant: &Variant, plan: &Plan) -> io::Result<Metrics> {
     let running = variant.contender.start(&variant.setup, &plan.dispatcher)?;
-    load::drive(&Request {
+    let mut metrics = load::drive(&Request {
         addresses: running.addresses.clone(),
         processes: running.processes.clone(),
         job: variant.job.clone(),
-    })
+    })?;
+    if let Some(decision) = variant.contender.decision(&running)? {
+        metrics.insert("decision".to_owned(), decision);
+    }
+    Ok(metrics)
 }
