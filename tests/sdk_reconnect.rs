@@ -85,6 +85,60 @@ fn what_a_dead_dispatcher_sent_is_claimed_and_served_and_counted_once() {
 }
 
 #[test]
+fn close_claims_what_only_this_worker_can_serve_when_nobody_hears_its_goodbye() {
+    let fake = FakeDispatcher::new();
+    let config = fake.config();
+    let worker = thread::spawn(move || Worker::connect(config).unwrap());
+    let mut peer = fake.welcome();
+    let worker = worker.join().unwrap();
+    let mut clients = Vec::new();
+    // Of the first record one is taken and two are in the worker's queue; the others are still in the channel.
+    for count in [3, 1, 2] {
+        let pairs: Vec<_> = (0..count).map(|_| fake.client()).collect();
+        let ours: Vec<&TcpStream> = pairs.iter().map(|(_, ours)| ours).collect();
+        let entries = peer.send(&ours);
+        clients.extend(pairs.into_iter().map(|(client, _)| client).zip(entries));
+    }
+    let first = worker.accept().unwrap().unwrap();
+    peer.revoke(&clients[2].1);
+    let board = peer.die();
+    // It has not noticed: it is busy, and is told to end.
+    worker.close();
+    assert_eq!(worker.live(), 5, "one was revoked before");
+    drop(first);
+    let mut addresses = Vec::new();
+    while let Some(mut connection) = worker.accept().unwrap() {
+        addresses.push(connection.peer_addr());
+        connection.write_all(b"served").unwrap();
+    }
+    clients.remove(0);
+    let revoked = clients.remove(1);
+    assert!(board.slot(revoked.1.slot).is_some());
+    for (place, (client, entry)) in clients.iter_mut().enumerate() {
+        let state = claim::state(board.slot(entry.slot).unwrap(), entry.seq);
+        assert_eq!(state, claim::SlotState::Taken);
+        assert_eq!(addresses[place], PeerAddr::from(client.local_addr().unwrap()));
+        assert_eq!(read_to_end(client), b"served");
+    }
+    assert_eq!((addresses.len(), worker.live()), (4, 0));
+}
+
+#[test]
+fn close_leaves_what_a_living_dispatcher_can_give_to_others() {
+    let fake = FakeDispatcher::new();
+    let config = fake.config();
+    let worker = thread::spawn(move || Worker::connect(config).unwrap());
+    let mut peer = fake.welcome();
+    let worker = worker.join().unwrap();
+    let pairs = [fake.client(), fake.client(), fake.client()];
+    let entries = peer.send(&[&pairs[0].1, &pairs[1].1, &pairs[2].1]);
+    drop(worker.accept().unwrap().unwrap());
+    worker.close();
+    assert!(worker.accept().unwrap().is_none());
+    assert!(entries[1..].iter().all(|entry| !peer.taken(entry)), "the dispatcher revokes them");
+}
+
+#[test]
 fn what_was_claimed_for_a_dead_dispatcher_survives_close() {
     let fake = FakeDispatcher::new();
     let (worker, mut peer, receiver) = serve(&fake);

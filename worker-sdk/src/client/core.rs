@@ -83,6 +83,8 @@ pub(super) struct State {
     join_deadline: Option<(Instant, Duration)>,
     last_problem: String,
     buffer: Vec<u8>,
+    /// Its dispatcher had died when we said goodbye: what it sent is nobody else's.
+    orphaned: Option<Arc<Session>>,
 }
 
 pub(super) enum Link {
@@ -197,6 +199,7 @@ impl Core {
                 join_deadline: timeout.and_then(|t| Some((Instant::now().checked_add(t)?, t))),
                 last_problem: "it did not answer".to_owned(),
                 buffer: vec![0; channel::BUFFER],
+                orphaned: None,
             }),
             handed_over: Condvar::new(),
             current: RwLock::new(None),
@@ -344,24 +347,35 @@ impl Core {
     }
 
     /// Stops receiving. What was claimed already is still handed out.
-    pub(crate) fn close(&self) {
+    pub(crate) fn close(self: &Arc<Self>) {
         if !self.process.is_current() {
             return;
         }
         let mut state = self.lock();
         match mem::replace(&mut state.link, Link::Closed) {
             Link::Joined { session, channel } => {
-                session.goodbye();
+                let heard = session.goodbye();
                 self.ready.forget(channel.as_fd());
                 // Wakes the leader, and lets nothing more in.
                 let _ = rustix::net::shutdown(&*channel, rustix::net::Shutdown::Read);
-                // What is left there is the dispatcher's again: it has copies and revokes them.
+                if !heard {
+                    // The leader may have just received something.
+                    state.orphaned = Some(Arc::clone(&session));
+                    self.claim_all(&mut state, &session);
+                }
+                // What is left there is the dispatcher's again: it has copies and revokes them. If it has died, it is ours.
                 let mut buffer = vec![0; channel::BUFFER];
-                while let Received::Handoff { .. }
-                | Received::Probe(_)
-                | Received::Drain(_)
-                | Received::Resume = channel::receive(channel.as_fd(), &mut buffer, Wait::No)
-                {
+                loop {
+                    match channel::receive(channel.as_fd(), &mut buffer, Wait::No) {
+                        Received::Handoff { arrived, .. } if !heard => {
+                            self.adopt(&mut state, &session, arrived);
+                        }
+                        Received::Handoff { .. }
+                        | Received::Probe(_)
+                        | Received::Drain(_)
+                        | Received::Resume => {}
+                        Received::Empty | Received::End | Received::Broken(_) => break,
+                    }
                 }
             }
             Link::Greeting { control, .. } => self.ready.forget(control.as_fd()),
@@ -384,7 +398,7 @@ impl Core {
     }
 
     /// Ends what was claimed on behalf of an application that will not ask again.
-    pub(crate) fn abandon(&self) {
+    pub(crate) fn abandon(self: &Arc<Self>) {
         if self.process.is_current() {
             self.close();
             let queue = mem::take(&mut self.lock().queue);

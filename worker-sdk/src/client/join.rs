@@ -63,19 +63,21 @@ impl Session {
         }
     }
 
-    /// Claims may have filled the socket: then it waits a moment until the dispatcher has read some.
-    pub(super) fn goodbye(&self) {
+    /// Claims may have filled the socket: then it waits a moment until the dispatcher has read some. False if there is no
+    /// dispatcher any more that could hear it.
+    pub(super) fn goodbye(&self) -> bool {
         let mut record = Vec::new();
         Goodbye.encode(&mut record);
         let end = Instant::now() + GOODBYE_WAIT;
         loop {
-            let Err(error) = send(&self.control, &record, SendFlags::NOSIGNAL) else { return };
+            let Err(error) = send(&self.control, &record, SendFlags::NOSIGNAL) else { return true };
             let left = end.saturating_duration_since(Instant::now());
             let again = matches!(error, Errno::AGAIN | Errno::INTR) && !left.is_zero();
             let timeout = Timespec::try_from(left).ok().filter(|_| again);
             let Some(timeout) = timeout else {
                 log::debug!("could not say goodbye to the dispatcher: {error}");
-                return;
+                // One that is there but does not read finds us gone, and takes back what we have not taken.
+                return matches!(error, Errno::AGAIN | Errno::INTR);
             };
             // However it ends, the next attempt says more.
             let _ = poll(&mut [PollFd::new(&self.control, PollFlags::OUT)], Some(&timeout));

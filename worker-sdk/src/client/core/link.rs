@@ -245,8 +245,13 @@ impl Core {
     }
 
     fn received(self: &Arc<Self>, state: &mut State, received: Received) {
-        // Closed meanwhile: dropping closes what came, and the dispatcher still has its copies.
         let Some(session) = state.link.session() else {
+            // Closed meanwhile: dropping closes what came, and the dispatcher still has its copies, unless it has died.
+            if let (Some(session), Received::Handoff { arrived, .. }) =
+                (state.orphaned.clone(), received)
+            {
+                self.adopt(state, &session, arrived);
+            }
             return;
         };
         match received {
@@ -303,18 +308,7 @@ impl Core {
             state.backoff.reset();
         }
         state.link = Link::Waiting { until: until + state.backoff.next() };
-        for pending in mem::take(&mut state.queue) {
-            match pending {
-                Pending::Offered { entry, fd } => {
-                    if claimed(&session, entry.slot, entry.seq) {
-                        let accepted = self.take(&session, entry, fd);
-                        state.queue.push_back(Pending::Taken(accepted));
-                    }
-                }
-                Pending::Taken(accepted) => state.queue.push_back(Pending::Taken(accepted)),
-                Pending::Probe(_) => {}
-            }
-        }
+        self.claim_all(state, &session);
         session.poke_if_wanted(want::TAKEN);
         self.ready.forget(channel.as_fd());
         self.set_current(None);
@@ -324,6 +318,34 @@ impl Core {
             self.socket.display(),
             self.live()
         );
+    }
+
+    /// Claims what is in the queue: its dispatcher is gone, so nobody else can serve it.
+    pub(super) fn claim_all(self: &Arc<Self>, state: &mut State, session: &Session) {
+        for pending in mem::take(&mut state.queue) {
+            match pending {
+                Pending::Offered { entry, fd } => self.adopt(state, session, vec![(entry, fd)]),
+                Pending::Taken(accepted) => state.queue.push_back(Pending::Taken(accepted)),
+                Pending::Probe(_) => {}
+            }
+        }
+    }
+
+    /// The same for what has just been received.
+    pub(super) fn adopt(
+        self: &Arc<Self>,
+        state: &mut State,
+        session: &Session,
+        arrived: Vec<(Entry, OwnedFd)>,
+    ) {
+        for (entry, fd) in arrived {
+            if claimed(session, entry.slot, entry.seq) {
+                let accepted = self.take(session, entry, fd);
+                state.queue.push_back(Pending::Taken(accepted));
+            }
+        }
+        // Whoever waits has been woken, or will be.
+        self.handed_over.notify_all();
     }
 
     fn accept_directly(self: &Arc<Self>, state: &mut State, now: Instant) -> Step {
