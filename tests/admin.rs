@@ -171,7 +171,10 @@ fn a_reload_that_undoes_a_scaling_says_so() {
     let body = one_pool(&spawn);
     let dispatcher = Dispatcher::start(&body);
     dispatcher.wait_joined("web", 1);
-    assert_eq!(text(&dispatcher, &["scale", "web", "2"]), "pool web: 2 processes, 1 before\n");
+    assert_eq!(
+        text(&dispatcher, &["scale", "web", "2"]),
+        "pool web: 2 processes wanted, 1 before: 1 active, 1 starting, 0 draining\n"
+    );
     dispatcher.wait_joined("web", 2);
     assert!(reload(&dispatcher, &body).ends_with(": in force\nchanged: pool web\n"));
     dispatcher.wait_joined("web", 1);

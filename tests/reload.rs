@@ -267,7 +267,13 @@ fn an_operator_scales_a_pool_until_the_next_reload() {
         (output.status.code().unwrap(), text)
     };
     dispatcher.wait_joined("web", 1);
-    assert_eq!(scale(&["web", "3"]), (0, "pool web: 3 processes, 1 before\n".to_owned()));
+    assert_eq!(
+        scale(&["web", "3"]),
+        (
+            0,
+            "pool web: 3 processes wanted, 1 before: 1 active, 2 starting, 0 draining\n".to_owned()
+        )
+    );
     dispatcher.wait_joined("web", 3);
     let mut client = Client::connect(dispatcher.address("web")).unwrap();
     assert_eq!(scale(&["web", "-1"]).0, 0);

@@ -3,6 +3,7 @@
 //!
 //! Decides nothing: when to start and whether to start again is the core's business.
 
+use std::collections::HashMap;
 use std::os::unix::process::ExitStatusExt;
 use std::path::PathBuf;
 use std::process::{ExitStatus, Stdio};
@@ -17,7 +18,7 @@ use tokio::task::JoinSet;
 use worker_sdk::wire::Token;
 
 use crate::admin::Wake;
-use crate::pool::ProcessId;
+use crate::pool::{PoolId, ProcessId};
 use crate::sys;
 
 /// Most processes waiting to be started; as many as one pool may have.
@@ -96,7 +97,20 @@ pub enum Report {
 #[derive(Debug)]
 pub struct Spawner {
     requests: tokio_mpsc::Sender<SpawnRequest>,
-    stop: watch::Sender<Option<Duration>>,
+    stop: watch::Sender<Stops>,
+}
+
+/// Whose processes are to end, and how long each may take: SIGKILL follows.
+#[derive(Clone, Debug, Default)]
+struct Stops {
+    all: Option<Duration>,
+    pools: HashMap<PoolId, Duration>,
+}
+
+impl Stops {
+    fn of(&self, pool: PoolId) -> Option<Duration> {
+        self.all.or_else(|| self.pools.get(&pool).copied())
+    }
 }
 
 impl Spawner {
@@ -111,14 +125,21 @@ impl Spawner {
     /// Asks all processes to end: SIGTERM to the process group of each now, SIGKILL after `timeout`. `Exited` for each and
     /// then `Stopped` will follow; nothing is started any more.
     pub fn stop(&self, timeout: Duration) {
-        self.stop.send_replace(Some(timeout));
+        self.stop.send_modify(|stops| stops.all = Some(timeout));
+    }
+
+    /// The same for the processes of one pool. `Stopped` does not follow.
+    pub fn stop_pool(&self, pool: PoolId, timeout: Duration) {
+        self.stop.send_modify(|stops| {
+            stops.pools.insert(pool, timeout);
+        });
     }
 }
 
 /// The service, before it runs.
 pub(crate) struct Service {
     requests: tokio_mpsc::Receiver<SpawnRequest>,
-    stop: watch::Receiver<Option<Duration>>,
+    stop: watch::Receiver<Stops>,
     reports: Reports,
 }
 
@@ -141,7 +162,7 @@ impl Reports {
 /// A handle, the service behind it, and what it reports.
 pub(crate) fn service(wake: Wake) -> (Spawner, Service, Receiver<Report>) {
     let (request_sender, requests) = tokio_mpsc::channel(MAX_WAITING);
-    let (stop_sender, stop) = watch::channel(None);
+    let (stop_sender, stop) = watch::channel(Stops::default());
     let (sender, reports) = mpsc::channel();
     (
         Spawner { requests: request_sender, stop: stop_sender },
@@ -158,7 +179,8 @@ impl Service {
             tokio::select! {
                 biased;
                 changed = self.stop.changed() => match changed {
-                    Ok(()) => break,
+                    Ok(()) if self.stop.borrow_and_update().all.is_some() => break,
+                    Ok(()) => {}
                     Err(_) => {
                         processes.detach_all();
                         return;
@@ -194,7 +216,7 @@ impl Service {
 /// One process from start to end; says whether it had to be killed.
 async fn process(
     request: SpawnRequest,
-    mut stop: watch::Receiver<Option<Duration>>,
+    mut stop: watch::Receiver<Stops>,
     reports: Reports,
 ) -> bool {
     let process = request.process;
@@ -209,7 +231,7 @@ async fn process(
     let mut killed = false;
     let ended = tokio::select! {
         ended = child.wait() => ended,
-        timeout = stopping(&mut stop) => {
+        timeout = stopping(&mut stop, process.pool) => {
             // Only this task reaps the child, so until `wait` has returned the process group is the one we made.
             signal(pid, Signal::SIGTERM);
             match tokio::time::timeout(timeout, child.wait()).await {
@@ -272,10 +294,11 @@ fn start(request: &SpawnRequest) -> Result<(Child, Pid), String> {
 }
 
 /// Waits for the order to stop. Never, once nobody can give it any more.
-async fn stopping(stop: &mut watch::Receiver<Option<Duration>>) -> Duration {
-    match stop.wait_for(Option::is_some).await.map(|timeout| *timeout) {
-        Ok(Some(timeout)) => timeout,
-        Ok(None) | Err(_) => std::future::pending().await,
+async fn stopping(stop: &mut watch::Receiver<Stops>, pool: PoolId) -> Duration {
+    let given = stop.wait_for(|stops| stops.of(pool).is_some()).await;
+    match given.ok().and_then(|stops| stops.of(pool)) {
+        Some(timeout) => timeout,
+        None => std::future::pending().await,
     }
 }
 

@@ -5,21 +5,22 @@ use std::collections::BTreeMap;
 use serde::{Deserialize, Serialize};
 
 /// Everything about one dispatcher at one instant.
-/// `accepted + returned = held + custody + taken + Σ closed` always holds.
+/// `accepted = held + custody + taken + Σ closed` always holds.
 #[derive(Clone, Debug, Default, PartialEq, Serialize, Deserialize)]
 pub struct Status {
     /// The dispatcher's version.
     pub version: String,
     /// Its process id.
     pub pid: u32,
+    /// Which start of a dispatcher this is: another after every start. Worker ids are valid only together with it.
+    #[serde(default)]
+    pub instance: String,
     /// Seconds since it started.
     pub uptime_seconds: u64,
     /// Whether it is stopping.
     pub stopping: bool,
     /// Connections accepted since the start.
     pub accepted: u64,
-    /// Connections handed back by workers since the start.
-    pub returned: u64,
     /// Connections waiting for a worker now.
     pub held: u64,
     /// Connections sent and not yet taken now.
@@ -89,7 +90,7 @@ pub struct Meters {
     pub log_lines_dropped: u64,
     /// Log lines left out because there were too many of their kind.
     pub log_lines_limited: u64,
-    /// Connections that are in no place, or in two: `accepted + returned` as listeners count less what pools and workers
+    /// Connections that are in no place, or in two: `accepted` as listeners count less what pools and workers
     /// count. Always 0.
     pub residual: i64,
 }

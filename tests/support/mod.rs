@@ -347,11 +347,10 @@ impl Drop for Dispatcher {
     }
 }
 
-/// `accepted + returned = held + custody + taken + Σ closed`, at every instant.
+/// `accepted = held + custody + taken + Σ closed`, at every instant.
 pub fn assert_conserved(status: &Status) {
     let closed: u64 = status.closed.values().sum();
-    let (arrived, placed) =
-        (status.accepted + status.returned, status.held + status.custody + status.taken + closed);
+    let (arrived, placed) = (status.accepted, status.held + status.custody + status.taken + closed);
     assert_eq!(arrived, placed, "conservation: {status:?}");
     for worker in status.pools.iter().flat_map(|pool| &pool.workers) {
         let load = worker.base + worker.taken + worker.custody - worker.finished;

@@ -82,7 +82,6 @@ pub fn equals(browser: &mut Browser, status: &Status) -> Result<(), String> {
         || status.pools.iter().flat_map(|pool| pool.workers.iter().map(move |w| (pool, w)));
     for (tile, said) in [
         ("accepted", status.accepted),
-        ("returned", status.returned),
         ("held", status.held),
         ("custody", status.custody),
         ("taken", status.taken),

@@ -136,14 +136,17 @@ async fn exchange(
     if status == hyper::StatusCode::OK {
         return Ok(body.to_vec());
     }
-    if let Ok(error) = serde_json::from_slice::<CommandError>(&body) {
+    let busy = status == hyper::StatusCode::SERVICE_UNAVAILABLE;
+    if let Ok(error) = serde_json::from_slice::<CommandError>(&body)
+        && !busy
+    {
         return Err(ClientError::Rejected(error));
     }
     let message = serde_json::from_slice::<serde_json::Value>(&body)
         .ok()
         .and_then(|json| json.get("error")?.as_str().map(str::to_owned))
         .unwrap_or_else(|| status.to_string());
-    if status == hyper::StatusCode::SERVICE_UNAVAILABLE {
+    if busy {
         Err(ClientError::Busy(message))
     } else {
         Err(ClientError::Unexpected(format!("{status}: {message}")))

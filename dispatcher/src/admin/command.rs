@@ -77,6 +77,18 @@ pub enum Problem {
     Conflict,
     /// The configuration has a mistake.
     Config,
+    /// Who asks may not, or not this way.
+    Forbidden,
+    /// The path is there, and cannot be asked like this.
+    Method,
+    /// What was sent is longer than anything that belongs there.
+    TooLarge,
+    /// The dispatcher is busy or stopping.
+    Unavailable,
+    /// Clients cannot be served now.
+    NotReady,
+    /// A defect of the dispatcher.
+    Internal,
 }
 
 /// Why a command was not carried out. Over HTTP: `{"problem": …, "error": …, "hint": …}`.
@@ -123,6 +135,13 @@ impl std::error::Error for CommandError {}
 pub enum WorkerRef {
     /// The id the status shows.
     Id(u64),
+    /// The same, and which start of the dispatcher gave it: `ID@INSTANCE`. Another one gives the same ids to others.
+    IdOf {
+        /// The id.
+        id: u64,
+        /// What the status calls `instance`.
+        instance: String,
+    },
     /// Names need not be unique; then only the id will do.
     Named {
         /// Its pool.
@@ -138,6 +157,12 @@ impl FromStr for WorkerRef {
     fn from_str(text: &str) -> Result<WorkerRef, CommandError> {
         if let Ok(id) = text.parse() {
             return Ok(WorkerRef::Id(id));
+        }
+        if let Some((id, instance)) = text.split_once('@')
+            && let Ok(id) = id.parse()
+            && !instance.is_empty()
+        {
+            return Ok(WorkerRef::IdOf { id, instance: instance.to_owned() });
         }
         match text.split_once('/') {
             Some((pool, name)) if !pool.is_empty() && !name.is_empty() => {
@@ -158,22 +183,33 @@ impl fmt::Display for WorkerRef {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         match self {
             WorkerRef::Id(id) => id.fmt(f),
+            WorkerRef::IdOf { id, instance } => write!(f, "{id}@{instance}"),
             WorkerRef::Named { pool, name } => write!(f, "{pool}/{name}"),
         }
     }
 }
 
 impl WorkerRef {
-    /// The one of `workers` (id, pool, name) that is meant.
+    /// The one of `workers` (id, pool, name) that is meant, at the dispatcher `current`.
     ///
     /// # Errors
-    /// [`Problem::NotFound`] with the nearest name, or [`Problem::Ambiguous`] with the ids.
+    /// [`Problem::NotFound`] with the nearest name, [`Problem::Ambiguous`] with the ids, or [`Problem::Conflict`] for an id
+    /// that another instance has given.
     pub fn resolve<'a>(
         &self,
+        current: &str,
         workers: impl Iterator<Item = (u64, &'a str, &'a str)> + Clone,
     ) -> Result<u64, CommandError> {
         match self {
-            WorkerRef::Id(id) => {
+            WorkerRef::IdOf { id, instance } if instance != current => {
+                let message = format!(
+                    "worker {id} is of instance {}: the dispatcher was started again since, as instance {current}",
+                    shown(instance)
+                );
+                Err(CommandError::new(Problem::Conflict, message)
+                    .hint("see who is there now with: dispatcher workers"))
+            }
+            WorkerRef::Id(id) | WorkerRef::IdOf { id, .. } => {
                 if workers.clone().any(|(other, _, _)| other == *id) {
                     return Ok(*id);
                 }
@@ -181,8 +217,9 @@ impl WorkerRef {
                     Problem::NotFound,
                     format!("there is no worker with id {id}"),
                 );
-                Err(error
-                    .hint("ids are never used again; see who is there with: dispatcher workers"))
+                Err(error.hint(
+                    "ids are used again only after a restart; see who is there with: dispatcher workers",
+                ))
             }
             WorkerRef::Named { pool, name } => {
                 let found: Vec<u64> = workers
@@ -254,13 +291,14 @@ mod tests {
         [(1, "web", "web-1"), (2, "web", "web-2"), (5, "chat", "twin"), (6, "chat", "twin")];
 
     fn resolve(text: &str) -> Result<u64, CommandError> {
-        text.parse::<WorkerRef>()?.resolve(WORKERS.into_iter())
+        text.parse::<WorkerRef>()?.resolve("0a1b", WORKERS.into_iter())
     }
 
     #[test]
     fn a_worker_has_an_id_and_a_name() {
         assert_eq!(resolve("2"), Ok(2));
         assert_eq!(resolve("web/web-1"), Ok(1));
+        assert_eq!(resolve("2@0a1b"), Ok(2));
         assert_eq!(resolve("5"), Ok(5));
     }
 
@@ -277,13 +315,16 @@ mod tests {
             (error.problem, error.message.as_str()),
             (Problem::NotFound, "there is no worker with id 9")
         );
+        let error = resolve("2@ffff").unwrap_err();
+        assert_eq!(error.problem, Problem::Conflict);
+        assert!(error.message.contains("as instance 0a1b"), "{error}");
         let error = resolve("chat/twin").unwrap_err();
         assert_eq!(error.problem, Problem::Ambiguous);
         assert_eq!(
             error.to_string(),
             "2 workers are called chat/twin\nhelp: name one by its id: 5, 6"
         );
-        for text in ["web", "", "/", "web/", "/web-1", "-1"] {
+        for text in ["web", "", "/", "web/", "/web-1", "-1", "2@", "@0a1b", "x@0a1b"] {
             assert_eq!(resolve(text).unwrap_err().problem, Problem::Invalid, "{text}");
         }
         assert!(!resolve("a\x1b[2J").unwrap_err().message.contains('\x1b'));

@@ -72,6 +72,8 @@ impl Accept for TcpListener {
 }
 
 async fn accept_all(listener: impl Accept, routes: Router) {
+    // Outermost, so that it sees every answer.
+    let routes = routes.layer(middleware::from_fn(routes::all_as_json));
     let slots = Arc::new(Semaphore::new(MAX_CONNECTIONS));
     while let Ok(slot) = Arc::clone(&slots).acquire_owned().await {
         match listener.next().await {

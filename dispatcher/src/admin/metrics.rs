@@ -109,11 +109,6 @@ impl Snapshot {
             signed(status.uptime_seconds),
         )?;
         page.gauge("stopping", "1 while a stop is under way", None, status.stopping.into())?;
-        page.counter(
-            "returned_connections",
-            "Connections handed back by workers",
-            status.returned,
-        )?;
         self.totals(page)?;
         page.gauge(
             "conservation_residual",

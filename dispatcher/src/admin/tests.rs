@@ -159,8 +159,7 @@ fn commands() {
         rejected("/v1/workers/1", serde_json::json!({ "action": "drain", "deadline": "soon" }));
     assert_eq!(error.problem, Problem::Invalid);
     for body in [serde_json::json!({}), serde_json::json!({ "action": "explode" })] {
-        let error = post("/v1/workers/1", body).expect_err("refused");
-        assert!(matches!(&error, ClientError::Unexpected(text) if text.contains("422")), "{error}");
+        assert_eq!(rejected("/v1/workers/1", body).problem, Problem::Invalid);
     }
     let answer = bench.raw(
         "POST /v1/workers/1 HTTP/1.1\r\nHost: x\r\nConnection: close\r\nContent-Length: 2\r\n\r\n{}",
@@ -214,7 +213,45 @@ fn paths_and_methods_that_do_not_exist() {
     assert!(answer.starts_with("HTTP/1.1 413 "), "{answer}");
     assert!(bench.raw("what is this\r\n\r\n").starts_with("HTTP/1.1 400 "));
     let error = client::get(&bench.path(), "/nope", PATIENCE).expect_err("404");
-    assert!(matches!(error, ClientError::Unexpected(_)), "{error}");
+    assert!(
+        matches!(&error, ClientError::Rejected(error) if error.problem == Problem::NotFound),
+        "{error}"
+    );
+}
+
+#[test]
+fn whatever_cannot_be_answered_says_why_as_json() {
+    let bench = Bench::new();
+    let asked = |line: &str, more: &str| {
+        let host = "Host: x\r\nConnection: close\r\n";
+        let answer = bench.raw(&format!("{line} HTTP/1.1\r\n{host}{more}"));
+        let (head, body) = answer.split_once("\r\n\r\n").expect("a head and a body");
+        assert!(head.contains("content-type: application/json"), "{line}: {head}");
+        let body: serde_json::Value = serde_json::from_str(body).expect(line);
+        assert!(body["error"].as_str().is_some_and(|text| !text.is_empty()), "{line}: {body}");
+        (head[9..12].to_owned(), body["problem"].as_str().expect(line).to_owned())
+    };
+    let json = "Content-Type: application/json\r\nContent-Length: 3\r\n\r\n{]}";
+    for (line, more, status, problem) in [
+        ("GET /nope", "\r\n", "404", "not_found"),
+        ("GET //", "\r\n", "404", "not_found"),
+        ("GET /v1/pools/%ff", "\r\n", "400", "invalid"),
+        ("GET /v1/pools/%ff/history", "\r\n", "400", "invalid"),
+        ("GET /v1/workers/%ff", "\r\n", "400", "invalid"),
+        ("GET /v1/workers/%C3%28", "\r\n", "400", "invalid"),
+        ("GET /v1/pools/web/history?after=x", "\r\n", "400", "invalid"),
+        ("GET /v1/pools/wep", "\r\n", "404", "not_found"),
+        ("PUT /v1/status", "\r\n", "405", "method"),
+        ("WHATEVER /metrics", "\r\n", "405", "method"),
+        ("OPTIONS /", "\r\n", "405", "method"),
+        ("GET /v1/status", "Content-Length: 65537\r\n\r\n", "413", "too_large"),
+        ("POST /v1/workers", "Content-Length: 2\r\n\r\n{}", "415", "invalid"),
+        ("POST /v1/workers", json, "400", "invalid"),
+        ("POST /v1/reload", "Origin: http://evil.example\r\n\r\n", "403", "forbidden"),
+    ] {
+        let expected = (status.to_owned(), problem.to_owned());
+        assert_eq!(asked(line, more), expected, "{line} {more}");
+    }
 }
 
 #[test]

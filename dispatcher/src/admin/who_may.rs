@@ -10,6 +10,8 @@ use axum::http::{Method, StatusCode, header};
 use axum::middleware::Next;
 use axum::response::{IntoResponse, Response};
 
+use super::command::{CommandError, Problem};
+
 /// Lets only reads pass. On a loopback address `Host` must name this machine: otherwise a page from elsewhere whose name
 /// suddenly resolves to 127.0.0.1 could read everything (DNS rebinding). Elsewhere any name may be a good one.
 pub(super) async fn read_only(
@@ -85,8 +87,8 @@ fn names_this_machine(host: &str) -> bool {
 }
 
 fn forbidden(error: &str, hint: &str) -> Response {
-    let body = serde_json::json!({ "error": error, "hint": hint });
-    (StatusCode::FORBIDDEN, Json(body)).into_response()
+    let error = CommandError::new(Problem::Forbidden, error).hint(hint);
+    (StatusCode::FORBIDDEN, Json(error)).into_response()
 }
 
 #[cfg(test)]

@@ -176,6 +176,9 @@ fn failure(error: &ClientError, place: &Place) -> Failure {
                 Problem::Ambiguous | Problem::Invalid => Exit::Usage,
                 Problem::Conflict => Exit::DataErr,
                 Problem::Config => Exit::Config,
+                Problem::Forbidden => Exit::NoPermission,
+                Problem::Unavailable | Problem::NotReady => Exit::TempFail,
+                Problem::Method | Problem::TooLarge | Problem::Internal => Exit::Protocol,
             };
             Failure { refused: Some(error.clone()), ..Failure::new(exit, error.to_string()) }
         }

@@ -30,7 +30,7 @@ const AFTER_DEADLINE: Duration = Duration::from_secs(10);
 #[derive(Debug, Args)]
 #[group(required = true, multiple = false)]
 pub(super) struct TargetArgs {
-    /// A worker: its id, or POOL/NAME.
+    /// A worker: its id, or POOL/NAME. ID@INSTANCE is refused after a restart of the dispatcher.
     #[arg(value_name = "WORKER")]
     worker: Option<String>,
     /// All workers of this pool.
@@ -110,7 +110,11 @@ pub(super) fn drain(arguments: &DrainArgs) -> Result<(), Failure> {
     });
     let default =
         arguments.deadline.map_or(LONGEST_WAIT, |deadline| deadline.saturating_add(AFTER_DEADLINE));
-    wait::until_drained(&place, workers.collect(), arguments.timeout.unwrap_or(default))
+    let drained = wait::Drained {
+        instance: answer["instance"].as_str().unwrap_or_default().to_owned(),
+        workers: workers.collect(),
+    };
+    drained.wait(&place, arguments.timeout.unwrap_or(default))
 }
 
 pub(super) fn resume(arguments: &ResumeArgs) -> Result<(), Failure> {

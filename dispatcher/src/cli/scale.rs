@@ -49,9 +49,12 @@ pub(super) fn scale(arguments: &ScaleArgs) -> Result<(), Failure> {
         return print(&format!("{answer}\n"));
     }
     print(&format!(
-        "pool {}: {} processes, {} before\n",
+        "pool {}: {} processes wanted, {} before: {} active, {} starting, {} draining\n",
         clean(&arguments.pool),
         answer["processes"],
-        answer["before"]
+        answer["before"],
+        answer["active"],
+        answer["starting"],
+        answer["draining"]
     ))
 }

@@ -68,16 +68,16 @@ fn once(place: &Place, json: bool) -> Result<String, Failure> {
 
 pub(super) fn table(status: &Status) -> String {
     let mut text = format!(
-        "dispatcher {}  pid {}  up {}{}\n\n",
+        "dispatcher {}  pid {}  instance {}  up {}{}\n\n",
         clean(&status.version),
         status.pid,
+        clean(&status.instance),
         humantime::format_duration(Duration::from_secs(status.uptime_seconds)),
         if status.stopping { "  stopping" } else { "" },
     );
-    let mut totals = Table::new(&["ACCEPTED", "RETURNED", "HELD", "CUSTODY", "TAKEN", "CLOSED"], 0);
+    let mut totals = Table::new(&["ACCEPTED", "HELD", "CUSTODY", "TAKEN", "CLOSED"], 0);
     totals.row([
         status.accepted.to_string(),
-        status.returned.to_string(),
         status.held.to_string(),
         status.custody.to_string(),
         status.taken.to_string(),

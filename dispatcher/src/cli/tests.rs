@@ -186,6 +186,7 @@ fn the_table() {
     let status = Status {
         version: "1.2.3".to_owned(),
         pid: 42,
+        instance: "00c0ffee".to_owned(),
         uptime_seconds: 3661,
         accepted: 1000,
         taken: 990,
@@ -226,10 +227,10 @@ fn the_table() {
     assert_eq!(
         status::table(&status),
         "\
-dispatcher 1.2.3  pid 42  up 1h 1m 1s
+dispatcher 1.2.3  pid 42  instance 00c0ffee  up 1h 1m 1s
 
-ACCEPTED  RETURNED  HELD  CUSTODY  TAKEN  CLOSED
-    1000         0     0        7    990       3
+ACCEPTED  HELD  CUSTODY  TAKEN  CLOSED
+    1000     0        7    990       3
 closed no_worker: 3
 
 LISTENER  ADDRESS         POOL  STATE      ACCEPTED

@@ -15,16 +15,48 @@ const SILENCE: Duration = Duration::from_secs(1);
 /// How often is looked.
 const PACE: Duration = Duration::from_millis(200);
 
-/// Waits until none of these workers (id, name) has a connection: they are gone, or drained.
-pub(super) fn until_drained(
+/// Workers that are being drained.
+pub(super) struct Drained {
+    /// The dispatcher that drains them. Another one knows nothing of that, and gives their ids to others.
+    pub(super) instance: String,
+    /// Their ids and names.
+    pub(super) workers: BTreeMap<u64, String>,
+}
+
+impl Drained {
+    /// Waits until none of them has a connection: they are gone, or drained.
+    pub(super) fn wait(self, place: &Place, timeout: Duration) -> Result<(), Failure> {
+        let mut progress = Progress::default();
+        let outcome = until_drained(place, self, timeout, &mut progress);
+        progress.end();
+        outcome
+    }
+
+    /// What became of them nobody knows: the dispatcher that was to drain them has ended.
+    fn restarted(&self, exit: Exit, how: &str) -> Failure {
+        let names: Vec<&str> = self.workers.values().map(String::as_str).collect();
+        Failure::new(
+            exit,
+            format!(
+                "the dispatcher {how} before it said that these workers had no connections left: {}\n\
+                 help: a drain ends with the dispatcher; workers that join the next one are active there. \
+                 See who is there with `dispatcher workers`, and drain again",
+                names.join(", ")
+            ),
+        )
+    }
+}
+
+fn until_drained(
     place: &Place,
-    mut workers: BTreeMap<u64, String>,
+    mut drained: Drained,
     timeout: Duration,
+    progress: &mut Progress,
 ) -> Result<(), Failure> {
     // So late that no clock has a name for it: never.
     let deadline = Instant::now().checked_add(timeout);
-    let all = workers.len();
-    let mut progress = Progress::default();
+    let all = drained.workers.len();
+    let mut broken = false;
     loop {
         let late = deadline.is_some_and(|deadline| Instant::now() >= deadline);
         let status: Status = match look(place) {
@@ -34,11 +66,22 @@ pub(super) fn until_drained(
                 std::thread::sleep(PACE);
                 continue;
             }
-            Err(failure) => {
-                progress.end();
-                return Err(failure);
+            // Half an answer: it has probably just ended. The next look will tell.
+            Err(failure) if failure.exit == Exit::Protocol && !broken => {
+                broken = true;
+                std::thread::sleep(PACE);
+                continue;
             }
+            Err(failure) if failure.exit == Exit::Unavailable => {
+                return Err(drained.restarted(Exit::Unavailable, "has ended"));
+            }
+            Err(failure) => return Err(failure),
         };
+        // One of an earlier version does not say.
+        if !drained.instance.is_empty() && status.instance != drained.instance {
+            return Err(drained.restarted(Exit::DataErr, "was started again"));
+        }
+        let workers = &mut drained.workers;
         let mut left = 0;
         let there: BTreeMap<u64, _> =
             status.pools.iter().flat_map(|pool| &pool.workers).map(|w| (w.id, w)).collect();
@@ -46,7 +89,6 @@ pub(super) fn until_drained(
             .iter()
             .find(|(id, _)| there.get(id).is_some_and(|worker| worker.state != "draining"));
         if let Some((id, name)) = resumed {
-            progress.end();
             let message = format!("worker {id} ({name}) was made active again meanwhile");
             return Err(Failure::new(Exit::DataErr, message));
         }
@@ -60,11 +102,9 @@ pub(super) fn until_drained(
         let done = all - workers.len();
         progress.say(&format!("{done} of {all} workers drained, {left} connections left"));
         if workers.is_empty() {
-            progress.end();
             return Ok(());
         }
         if late {
-            progress.end();
             let names: Vec<&str> = workers.values().map(String::as_str).collect();
             let waited = humantime::format_duration(timeout);
             return Err(Failure::new(

@@ -24,12 +24,15 @@ impl Core {
                 ),
             ));
         }
-        if self.stop.is_some() {
-            return Err(refusal(
+        let stopping = || {
+            refusal(
                 RefusedCode::Stopping,
                 None,
                 "the dispatcher is stopping: try again once it has started anew".to_owned(),
-            ));
+            )
+        };
+        if self.stop.is_some_and(|stop| stop.over) {
+            return Err(stopping());
         }
         let Some(p) = self.pool_named(&hello.pool).map(|pool| usize::from(pool.0)) else {
             let known: Vec<&str> = self.pool_names().collect();
@@ -44,6 +47,10 @@ impl Core {
             ));
         };
         let pool = &self.pools[p];
+        // Until then its clients wait for a worker.
+        if pool.done {
+            return Err(stopping());
+        }
         let name = &pool.settings.name;
         if !self.is_allowed(p, join) {
             let groups: Vec<String> = join.gids.iter().map(u32::to_string).collect();
@@ -127,6 +134,7 @@ impl Core {
             notice: None,
             notice_again: None,
             drain_deadline: None,
+            unwanted: false,
             ended: 0,
             forgotten: false,
             blocked: None,

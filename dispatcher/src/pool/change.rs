@@ -1,9 +1,9 @@
 //! Changing the configuration of a core that is at work.
 //!
-//! Ids are positions and are never used for something else: what is added comes at the end, what is removed stays as a
-//! retired entry, so that connections and workers that refer to it go on as they were. A pool that comes back under its name is
-//! the same pool again. A listener's pool never changes:
-//! a listener that shall lead elsewhere is a new one.
+//! Ids are positions. What is removed stays as a retired entry, so that connections and workers that refer to it go on as they
+//! were. Once nothing refers to it any more, the entry is used for what is added next, so that neither memory nor the time of a
+//! turn grows with the number of changes. A pool that comes back under its name before that is the same pool again. A
+//! listener's pool never changes: a listener that shall lead elsewhere is a new one.
 
 use std::collections::VecDeque;
 
@@ -22,13 +22,16 @@ use super::{Clock, Core, Listener, Pool, Random};
 use crate::measure::{self, Histogram};
 
 impl Listener {
-    pub(super) fn new(settings: ListenerSettings) -> Listener {
+    /// After so many joins.
+    pub(super) fn new(settings: ListenerSettings, joins: u64) -> Listener {
         Listener {
             pool: usize::from(settings.pool.0),
             accepted: 0,
             closed: [0; CloseReason::ALL.len()],
             screen: None,
-            retired: None,
+            retired: false,
+            closed_for_good: false,
+            known: (joins, u64::MAX),
             settings,
         }
     }
@@ -61,6 +64,8 @@ impl Pool {
             counts: Counts::default(),
             handoff: Histogram::new(measure::HANDOFF),
             retired: false,
+            unserved: now,
+            done: false,
             settings,
         }
     }
@@ -68,20 +73,43 @@ impl Pool {
 
 impl Core {
     /// Adds a pool. One of this name that was taken out is put back, with the workers it still has: two of one name could not
-    /// be told apart.
+    /// be told apart. Otherwise the entry of one that was taken out is used, if nothing refers to it any more.
     pub fn add_pool(&mut self, now: Time, settings: PoolSettings, seed: u64) -> PoolId {
         let same = |pool: &Pool| pool.retired && pool.settings.name == settings.name;
         if let Some(p) = self.pools.iter().position(same) {
             return self.put_back(now, p, settings, seed);
         }
-        let id = PoolId(self.pools.len() as u16);
+        let p = (0..self.pools.len()).find(|&p| self.is_free(p)).unwrap_or(self.pools.len());
+        let id = PoolId(p as u16);
         let mut seeds = Random::new(seed);
-        self.pools.push(Pool::new(id, settings, now, &mut seeds, &mut self.effects));
-        self.after(now, usize::from(id.0));
+        let pool = Pool::new(id, settings, now, &mut seeds, &mut self.effects);
+        match self.pools.get_mut(p) {
+            None => self.pools.push(pool),
+            Some(entry) => {
+                let old = std::mem::replace(entry, pool);
+                self.former.taken += old.counts.taken;
+            }
+        }
+        self.after(now, p);
         id
     }
 
-    /// What was drained stays so; nobody else notices that the pool was gone for a while.
+    /// Whether nothing refers to a pool that was taken out.
+    fn is_free(&self, p: usize) -> bool {
+        let pool = &self.pools[p];
+        pool.retired
+            && pool.candidates.len() == 0
+            && pool.processes.is_idle()
+            && !self.has_clients(p)
+            // Gone, and the last of what it left is being sorted out.
+            && !self.workers.iter().any(|worker| worker.pool == p && !worker.forgotten)
+            && !self.listeners.iter().enumerate().any(|(at, listener)| {
+                listener.pool == p && (!listener.closed_for_good || self.ledger.refers_to(at))
+            })
+    }
+
+    /// What an operator drained stays so; what drained because the pool was not wanted goes on, and nobody else notices that
+    /// the pool was gone for a while.
     fn put_back(&mut self, now: Time, p: usize, settings: PoolSettings, seed: u64) -> PoolId {
         let id = PoolId(p as u16);
         let pool = &mut self.pools[p];
@@ -129,8 +157,19 @@ impl Core {
         // First bytes that were awaited for the old key say nothing about the new one.
         let most = if remembers { 0 } else { u64::from(self.pools[p].settings.peek.max_awaiting) };
         self.await_at_most(now, p, most);
+        self.wait_again(now, p);
         self.after(now, p);
         self.drain_surplus(now, p);
+        self.resume_wanted(now, p);
+    }
+
+    /// A pool that refuses waits for a worker again, if its clients are to wait longer now.
+    fn wait_again(&mut self, now: Time, p: usize) {
+        let pool = &mut self.pools[p];
+        let until = pool.unserved + pool.settings.wait_for_worker;
+        if pool.clock == Clock::Refusing && !pool.retired && now < until {
+            pool.clock = Clock::Since(pool.unserved);
+        }
     }
 
     /// The same workers in the same places, seen by another policy. Each is refreshed afterwards.
@@ -165,7 +204,8 @@ impl Core {
         }
     }
 
-    /// Wants so many of a pool's processes from now on. Workers of those that are too many are drained.
+    /// Wants so many of a pool's processes from now on. Workers of those that are too many are drained; workers that drain for
+    /// that reason, and are wanted again, get connections again.
     pub fn scale(&mut self, now: Time, pool: PoolId, processes: u32) {
         let p = usize::from(pool.0);
         let Some(entry) = self.pools.get_mut(p).filter(|entry| !entry.retired) else { return };
@@ -173,6 +213,7 @@ impl Core {
         entry.processes.resize(processes, &mut self.effects);
         self.after(now, p);
         self.drain_surplus(now, p);
+        self.resume_wanted(now, p);
     }
 
     /// Whether a worker's process is one of those that are too many.
@@ -186,8 +227,8 @@ impl Core {
     pub(super) fn drain_surplus(&mut self, now: Time, p: usize) {
         for w in 0..self.workers.len() {
             let worker = &self.workers[w];
-            if worker.pool == p && worker.is_usable() && self.is_surplus(w) {
-                self.drain_worker(now, worker.id, None);
+            if worker.pool == p && self.is_surplus(w) {
+                self.drain_unwanted(now, worker.id);
             }
         }
     }
@@ -204,28 +245,61 @@ impl Core {
         self.tick_retired(now, p);
     }
 
-    /// Adds a listener.
+    /// Adds a listener, in the place of one that was taken out if nothing refers to it any more.
     pub fn add_listener(&mut self, settings: ListenerSettings) -> ListenerId {
-        let id = ListenerId(self.listeners.len() as u16);
-        self.listeners.push(Listener::new(settings));
-        id
+        let free = (0..self.listeners.len()).find(|&at| self.is_listener_free(at, &settings));
+        let at = free.unwrap_or(self.listeners.len());
+        let mut new = Listener::new(settings, self.joins);
+        match self.listeners.get_mut(at) {
+            None => self.listeners.push(new),
+            Some(entry) => {
+                if entry.settings.name == new.settings.name {
+                    // Workers that know the old one by its name know the new one, too.
+                    new.known.0 = new.known.0.min(entry.known.0);
+                }
+                let old = std::mem::replace(entry, new);
+                self.former.accepted += old.accepted;
+                self.former.closed += old.closed.iter().sum::<u64>();
+            }
+        }
+        ListenerId(at as u16)
+    }
+
+    /// Whether nothing refers to a listener that was taken out, or what does will not be misled by a new one. Workers name a
+    /// listener by its id, as they were told when they joined.
+    fn is_listener_free(&self, at: usize, new: &ListenerSettings) -> bool {
+        let old = &self.listeners[at];
+        let same = old.settings.name == new.name && old.settings.pool == new.pool;
+        let knows = |worker: &Worker| {
+            let (after, until) = old.known;
+            worker.pool == old.pool
+                && worker.state != State::Gone
+                && (after + 1..=until).contains(&worker.id.serial)
+        };
+        old.retired
+            && old.closed_for_good
+            && !self.ledger.refers_to(at)
+            && (same || !self.workers.iter().any(knows))
     }
 
     /// Takes a listener out. [`Core::accepting`] then says [`Accepting::Finish`]: what is in its queue is still accepted.
     /// When the shell has closed it, it says so with [`Core::listener_closed`].
     pub fn retire_listener(&mut self, listener: ListenerId) {
-        if let Some(entry) = self.listeners.get_mut(usize::from(listener.0)) {
-            entry.retired.get_or_insert(false);
+        let joins = self.joins;
+        if let Some(entry) = self.listeners.get_mut(usize::from(listener.0))
+            && !std::mem::replace(&mut entry.retired, true)
+        {
+            entry.known.1 = joins;
         }
     }
 
-    /// A retired listener accepts nothing any more.
+    /// A listener accepts nothing any more: it was taken out, or the dispatcher is stopping.
     pub fn listener_closed(&mut self, now: Time, listener: ListenerId) {
-        if !self.is_listener_retired(listener) {
+        let Some(entry) = self.listeners.get_mut(usize::from(listener.0)) else { return };
+        entry.closed_for_good = true;
+        if !entry.retired {
             return;
         }
-        let Some(entry) = self.listeners.get_mut(usize::from(listener.0)) else { return };
-        entry.retired = Some(true);
         let p = entry.pool;
         // Its table may be large, and nobody comes any more.
         self.set_screen(listener, None);
@@ -235,7 +309,7 @@ impl Core {
 
     /// Whether a listener was taken out.
     pub fn is_listener_retired(&self, listener: ListenerId) -> bool {
-        self.listeners.get(usize::from(listener.0)).is_none_or(|entry| entry.retired.is_some())
+        self.listeners.get(usize::from(listener.0)).is_none_or(|entry| entry.retired)
     }
 
     /// Whether a pool was taken out.
@@ -247,7 +321,7 @@ impl Core {
     pub fn listeners(&self) -> impl Iterator<Item = ListenerId> + '_ {
         (0u16..)
             .zip(&self.listeners)
-            .filter(|(_, entry)| entry.retired.is_none())
+            .filter(|(_, entry)| !entry.retired)
             .map(|(id, _)| ListenerId(id))
     }
 
@@ -283,8 +357,7 @@ impl Core {
         if pool.held.len() + pool.awaiting.len() > 0 {
             return;
         }
-        let open = |listener: &Listener| listener.pool == p && listener.retired != Some(true);
-        if self.listeners.iter().any(open) {
+        if self.has_open_listeners(p) {
             return;
         }
         // What a worker leaves untaken must find another.
@@ -295,7 +368,7 @@ impl Core {
         let ids: Vec<WorkerId> =
             self.workers.iter().filter(of_pool).map(|worker| worker.id).collect();
         for id in ids {
-            self.drain_worker(now, id, None);
+            self.drain_unwanted(now, id);
         }
         // Nobody waits for a worker.
         self.pools[p].clock = Clock::Refusing;

@@ -20,6 +20,34 @@ impl Core {
     /// An operator wants the worker to get nothing more; at `deadline` what it still has is ended. Said again, the last
     /// deadline counts, and without one the earlier goes on counting. False if the worker is gone.
     pub fn drain_worker(&mut self, now: Time, worker: WorkerId, deadline: Option<Time>) -> bool {
+        if let Some(w) = self.find(worker) {
+            self.workers[w].unwanted = false;
+        }
+        self.begin_drain(now, worker, deadline)
+    }
+
+    /// The worker's process, or its pool, is not wanted any more. One that drains already goes on as it is.
+    pub(super) fn drain_unwanted(&mut self, now: Time, worker: WorkerId) {
+        if let Some(w) = self.find(worker).filter(|&w| self.workers[w].is_usable()) {
+            self.workers[w].unwanted = true;
+            self.begin_drain(now, worker, None);
+        }
+    }
+
+    /// Workers of a pool that drain only because they were not wanted, and are wanted again, get connections again. Those
+    /// that are leaving by now end, and their processes are started again.
+    pub(super) fn resume_wanted(&mut self, now: Time, p: usize) {
+        for w in 0..self.workers.len() {
+            let worker = &self.workers[w];
+            if worker.pool == p && worker.unwanted && !self.is_surplus(w) {
+                let id = worker.id;
+                // One that is leaving cannot be: it has said so.
+                let _ = self.resume_worker(now, id);
+            }
+        }
+    }
+
+    fn begin_drain(&mut self, now: Time, worker: WorkerId, deadline: Option<Time>) -> bool {
         let Some(w) = self.find(worker) else { return false };
         if self.workers[w].state == State::Gone {
             return false;
@@ -77,6 +105,7 @@ impl Core {
         self.come_home(w);
         let state = &mut self.workers[w];
         state.drain_deadline = None;
+        state.unwanted = false;
         if std::mem::take(&mut state.unproven) {
             state.state = State::Suspect;
             state.suspect_since = now;

@@ -24,14 +24,17 @@ pub enum Effect {
     Purge { worker: WorkerId },
     /// The worker has the connection: close the custody copy, then write RELEASED.
     Release { worker: WorkerId, conn: ConnId, ticket: Ticket },
-    /// Close the connection; for [`CloseReason::NoWorker`] send the pool's `unavailable_response` first.
-    Close { conn: ConnId, reason: CloseReason },
+    /// Close the connection; for [`CloseReason::NoWorker`] send the pool's `unavailable_response` first. If it is `shared`, a
+    /// worker that had it may still hold a copy: then a close alone ends nothing, it must be shut down.
+    Close { conn: ConnId, reason: CloseReason, shared: bool },
     /// Cut the worker off: close its channel and control connection. [`super::Core::leave`] has already happened.
     Disconnect { worker: WorkerId, reason: &'static str },
     /// Nothing refers to this worker any more: drop everything kept for it.
     Forget { worker: WorkerId },
     /// Start this process. Always: [`super::Core::spawned`], and later [`super::Core::exited`].
     Spawn { process: ProcessId },
+    /// The dispatcher is stopping and this pool is done: end its processes.
+    StopProcesses { pool: PoolId },
     /// Something an operator may want to read.
     Event(Event),
 }

@@ -55,6 +55,8 @@ pub(super) struct Ledger {
     conns: Vec<Conn>,
     free: Vec<u32>,
     serial: u64,
+    /// Entries that are not free, by listener.
+    of_listener: Vec<u32>,
 }
 
 /// First in, first out.
@@ -111,6 +113,11 @@ impl Ledger {
     /// A new connection, to be given a place at once.
     pub(super) fn open(&mut self, now: Time, client: Client) -> ConnId {
         self.serial += 1;
+        let listener = usize::from(client.listener.0);
+        if self.of_listener.len() <= listener {
+            self.of_listener.resize(listener + 1, 0);
+        }
+        self.of_listener[listener] += 1;
         let conn = Conn {
             serial: self.serial,
             accepted: now,
@@ -144,7 +151,13 @@ impl Ledger {
         let entry = &mut self.conns[conn.index as usize];
         debug_assert!(entry.place == Place::Leaving && entry.serial == conn.serial);
         entry.place = Place::Free;
+        self.of_listener[usize::from(entry.listener.0)] -= 1;
         self.free.push(conn.index);
+    }
+
+    /// Whether an entry names this listener.
+    pub(super) fn refers_to(&self, listener: usize) -> bool {
+        self.of_listener.get(listener).is_some_and(|&count| count > 0)
     }
 
     pub(super) fn id(&self, index: u32) -> ConnId {

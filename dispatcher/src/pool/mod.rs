@@ -53,7 +53,7 @@ pub use history::{Decision, Explanation, Obstacle, Seen};
 pub use random::Random;
 pub use report::Totals;
 pub use screen::{Rate, Screen, Screening};
-pub use supervise::{RESTART_MAX, RESTART_MIN, RESTART_RESET};
+pub use supervise::{ProcessCounts, RESTART_MAX, RESTART_MIN, RESTART_RESET};
 pub use types::*;
 
 use std::collections::VecDeque;
@@ -68,7 +68,7 @@ use awaiting::Awaiting;
 use history::History;
 use ledger::{Held, Ledger, Place};
 use policy::{Candidates, NEVER};
-use report::Counts;
+use report::{Counts, Former};
 use screen::UNTRACKED;
 use stop::Stop;
 use supervise::Processes;
@@ -100,6 +100,8 @@ pub struct Core {
     /// Connections that workers had at the deadlines of their drains, and were told to end.
     ended: u64,
     discarded: Vec<Discarded>,
+    /// What listeners and pools have counted whose entries are used for others now.
+    former: Former,
     #[cfg(any(test, debug_assertions))]
     check_credit: usize,
 }
@@ -113,8 +115,12 @@ struct Listener {
     closed: [u64; CloseReason::ALL.len()],
     /// `None` lets everybody in.
     screen: Option<Box<Screen>>,
-    /// Taken out of the configuration: its queue is emptied (`Some(false)`), then it is closed (`Some(true)`).
-    retired: Option<bool>,
+    /// Taken out of the configuration: its queue is emptied, then it is closed.
+    retired: bool,
+    /// The shell has closed its sockets.
+    closed_for_good: bool,
+    /// Workers that joined after the first of these joins, up to the second, know its name by its id.
+    known: (u64, u64),
 }
 
 #[derive(Debug)]
@@ -140,6 +146,10 @@ struct Pool {
     handoff: Histogram,
     /// Taken out of the configuration: nobody joins it any more.
     retired: bool,
+    /// How long it had been without a usable worker when it began to refuse: since then.
+    unserved: Time,
+    /// The dispatcher is stopping, and this pool has nothing left to do.
+    done: bool,
 }
 
 /// What clients wait for.
@@ -171,7 +181,7 @@ impl Core {
             .zip(pools)
             .map(|(id, settings)| Pool::new(id, settings, now, &mut seeds, &mut effects))
             .collect();
-        let listeners = listeners.into_iter().map(Listener::new).collect();
+        let listeners = listeners.into_iter().map(|settings| Listener::new(settings, 0)).collect();
         Core {
             pools,
             listeners,
@@ -188,6 +198,7 @@ impl Core {
             stop: None,
             ended: 0,
             discarded: Vec::new(),
+            former: Former::default(),
             #[cfg(any(test, debug_assertions))]
             check_credit: 0,
         }
@@ -215,7 +226,7 @@ impl Core {
         let id = self.add_worker(now, pool, join);
         // Fewer may be wanted than when its process was started.
         if self.is_surplus(id.index as usize) {
-            self.drain_worker(now, id, None);
+            self.drain_unwanted(now, id);
         }
         self.after(now, pool);
         Ok(id)
@@ -275,7 +286,7 @@ impl Core {
     pub fn accepting(&self, listener: ListenerId) -> Accepting {
         let listener = &self.listeners[usize::from(listener.0)];
         let pool = &self.pools[listener.pool];
-        if self.stop.is_some() || listener.retired.is_some() {
+        if self.stop.is_some() || listener.retired {
             Accepting::Finish
         } else if pool.clock == Clock::Refusing {
             Accepting::Refuse
@@ -363,13 +374,7 @@ impl Core {
             self.tick_clock(now, pool);
             self.tick_retired(now, pool);
         }
-        if let Some(stop) = &mut self.stop
-            && !stop.over
-            && stop.deadline <= now
-        {
-            stop.over = true;
-            self.empty_queues(now);
-        }
+        self.tick_stop(now);
         self.after_all(now);
     }
 
@@ -409,6 +414,7 @@ impl Core {
             | Effect::Purge { .. }
             | Effect::Disconnect { .. }
             | Effect::Spawn { .. }
+            | Effect::StopProcesses { .. }
             | Effect::Event(_) => {}
         }
         Some(effect)

@@ -138,8 +138,9 @@ impl Core {
         entry.place = Place::Leaving;
         self.listeners[usize::from(entry.listener.0)].closed[reason as usize] += 1;
         self.totals.closed[reason as usize] += 1;
+        let shared = entry.resent;
         let conn = self.ledger.id(conn);
-        self.effects.push_back(Effect::Close { conn, reason });
+        self.effects.push_back(Effect::Close { conn, reason, shared });
     }
 
     pub(super) fn unhold(&mut self, pool: usize, conn: u32) {
@@ -220,8 +221,8 @@ impl Core {
         pool.usable -= 1;
         if pool.usable == 0 {
             pool.clock = Clock::Since(now);
-            // Of a pool that was taken out nobody expects one.
-            if pool.retired {
+            // Of a pool that was taken out, or is done, nobody expects one.
+            if pool.retired || pool.done {
                 return;
             }
             self.event(Event::NoUsableWorker { pool: PoolId(p as u16) });
@@ -238,6 +239,7 @@ impl Core {
             return;
         }
         pool.clock = Clock::Refusing;
+        pool.unserved = since;
         let mut closed = 0;
         while let Some(conn) = self.ledger.pop(&mut self.pools[p].held) {
             self.totals.held -= 1;

@@ -8,13 +8,11 @@ use super::types::*;
 use super::worker::Worker;
 use super::{Clock, Core};
 
-/// Connections by where they are. `accepted + returned = held + custody + taken + Σ closed`, always.
+/// Connections by where they are. `accepted = held + custody + taken + Σ closed`, always.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
 pub struct Totals {
     /// Accepted since the start.
     pub accepted: u64,
-    /// Handed back by workers since the start.
-    pub returned: u64,
     /// Waiting for a worker now.
     pub held: u64,
     /// Sent and not yet taken now.
@@ -37,11 +35,18 @@ pub(super) struct Counts {
     pub(super) gone: u64,
 }
 
+/// What was counted by listeners and pools whose entries are used for others now.
+#[derive(Clone, Copy, Debug, Default)]
+pub(super) struct Former {
+    pub(super) accepted: u64,
+    pub(super) closed: u64,
+    pub(super) taken: u64,
+}
+
 impl Totals {
     /// Whether every connection is in exactly one place.
     pub fn is_conserved(&self) -> bool {
-        self.accepted + self.returned
-            == self.held + self.custody + self.taken + self.closed.iter().sum::<u64>()
+        self.accepted == self.held + self.custody + self.taken + self.closed.iter().sum::<u64>()
     }
 }
 
@@ -53,7 +58,6 @@ impl Core {
         Status {
             stopping: self.stop.is_some(),
             accepted: totals.accepted,
-            returned: totals.returned,
             held: totals.held,
             ended_at_deadline: self.ended,
             custody: totals.custody,
@@ -62,7 +66,7 @@ impl Core {
             listeners: self
                 .listeners
                 .iter()
-                .filter(|listener| listener.retired.is_none())
+                .filter(|listener| !listener.retired)
                 .map(|listener| ListenerStatus {
                     name: listener.settings.name.clone(),
                     address: listener.settings.address.clone(),
@@ -122,8 +126,9 @@ impl Core {
         let held: u64 = self.pools.iter().map(|pool| pool.held.len() + pool.awaiting.len()).sum();
         let taken: u64 = self.pools.iter().map(|pool| pool.counts.taken).sum();
         let custody: u64 = self.workers.iter().map(|worker| u64::from(worker.untaken())).sum();
-        let placed = held + custody + taken + closed;
-        (arrived + self.totals.returned).wrapping_sub(placed).cast_signed()
+        let former = &self.former;
+        let placed = held + custody + taken + former.taken + closed + former.closed;
+        (arrived + former.accepted).wrapping_sub(placed).cast_signed()
     }
 
     /// How many connections are where.

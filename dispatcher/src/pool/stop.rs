@@ -1,7 +1,10 @@
-//! The end of the core: when it begins, and when nothing is left to do.
+//! The end of the core: when it begins, which pools are done, and when nothing is left to do.
+//!
+//! A pool is done when its listeners are closed and none of its connections waits or is in custody. Its workers are
+//! released then, whatever other pools still wait for. Until then workers may join it: its clients may be waiting for them.
 
-use super::Core;
-use super::types::Time;
+use super::types::*;
+use super::{Core, Effect};
 
 /// A stop under way.
 #[derive(Clone, Copy, Debug)]
@@ -21,7 +24,10 @@ impl Core {
         }
         self.stop = Some(Stop { deadline, over: false });
         for pool in 0..self.pools.len() {
-            self.pools[pool].processes.stop();
+            // Those that clients wait for are still started.
+            if !self.has_clients(pool) {
+                self.pools[pool].processes.stop();
+            }
         }
         self.after_all(now);
     }
@@ -29,5 +35,49 @@ impl Core {
     /// Whether a stop is complete: nothing held, nothing in custody, or the deadline has passed.
     pub fn stopped(&self) -> bool {
         self.stop.is_some_and(|stop| stop.over || self.totals.held + self.totals.custody == 0)
+    }
+
+    /// Ends the stop when its time is over, and before that what each pool has to do with it.
+    pub(super) fn tick_stop(&mut self, now: Time) {
+        let Some(stop) = &mut self.stop else { return };
+        if stop.over {
+            return;
+        }
+        if stop.deadline <= now {
+            stop.over = true;
+            self.empty_queues(now);
+            return;
+        }
+        for p in 0..self.pools.len() {
+            if !self.pools[p].done && !self.has_clients(p) && !self.has_open_listeners(p) {
+                self.release(now, p);
+            }
+        }
+    }
+
+    /// A pool is done: its workers need not wait for the others'.
+    fn release(&mut self, now: Time, p: usize) {
+        let pool = &mut self.pools[p];
+        pool.done = true;
+        pool.processes.stop();
+        let workers: Vec<u32> = pool.candidates.workers().collect();
+        for w in workers {
+            self.remove(now, w as usize, Departure::Released);
+        }
+        if !self.pools[p].processes.is_idle() {
+            self.effects.push_back(Effect::StopProcesses { pool: PoolId(p as u16) });
+        }
+    }
+
+    /// Whether a pool has connections that no worker has taken.
+    pub(super) fn has_clients(&self, p: usize) -> bool {
+        let pool = &self.pools[p];
+        pool.held.len() + pool.awaiting.len() > 0
+            || self.workers.iter().any(|worker| worker.pool == p && worker.untaken() > 0)
+    }
+
+    /// Whether more clients may come to a pool.
+    pub(super) fn has_open_listeners(&self, p: usize) -> bool {
+        self.listeners.iter().any(|listener| listener.pool == p && !listener.closed_for_good)
     }
 }

@@ -6,7 +6,7 @@ use std::time::Duration;
 use super::Core;
 use super::effect::{Effect, Event};
 use super::policy::NEVER;
-use super::types::{PoolId, ProcessId, Time};
+use super::types::{PoolId, ProcessId, State, Time};
 
 /// The first wait after a process ended.
 pub const RESTART_MIN: Duration = Duration::from_millis(100);
@@ -14,6 +14,19 @@ pub const RESTART_MIN: Duration = Duration::from_millis(100);
 pub const RESTART_MAX: Duration = Duration::from_secs(30);
 /// A process that lived this long is started again after [`RESTART_MIN`].
 pub const RESTART_RESET: Duration = Duration::from_secs(10);
+
+/// How the processes of a pool stand. One that has ended and is to be started again counts as starting.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub struct ProcessCounts {
+    /// So many are to run.
+    pub wanted: u32,
+    /// Have joined, and get connections.
+    pub active: u32,
+    /// Of those wanted, have not joined yet.
+    pub starting: u32,
+    /// Have joined, and get no more connections.
+    pub draining: u32,
+}
 
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 enum Phase {
@@ -70,6 +83,31 @@ impl Processes {
             }
         }
         self.wanted = count;
+    }
+
+    /// Starts at once those that wait, and those that do not start now wait no longer than at first: what they start from
+    /// has changed.
+    pub(super) fn retry(&mut self, now: Time) {
+        for process in &mut self.list {
+            process.delay = RESTART_MIN;
+            if let Phase::Waiting { until } = &mut process.phase
+                && *until != NEVER
+            {
+                *until = now;
+                self.due = now;
+            }
+        }
+    }
+
+    /// How many processes are wanted.
+    pub(super) fn wanted(&self) -> u32 {
+        self.wanted
+    }
+
+    /// Whether none runs, and none will.
+    pub(super) fn is_idle(&self) -> bool {
+        let idle = |process: &Process| process.phase == Phase::Waiting { until: NEVER };
+        self.list.iter().all(idle)
     }
 
     pub(super) fn started(&mut self, now: Time, number: u32) {
@@ -156,9 +194,41 @@ impl Core {
         }
     }
 
+    /// What a pool's processes start from has changed: those that wait to be started again are started now.
+    pub fn retry_processes(&mut self, now: Time, pool: PoolId) {
+        if let Some(entry) = self.pools.get_mut(usize::from(pool.0)).filter(|pool| !pool.retired) {
+            entry.processes.retry(now);
+            entry.processes.tick(now, &mut self.effects);
+        }
+    }
+
+    /// How a pool's processes stand.
+    pub fn processes(&self, pool: PoolId) -> ProcessCounts {
+        let p = usize::from(pool.0);
+        let mut counts = ProcessCounts::default();
+        let Some(entry) = self.pools.get(p) else { return counts };
+        counts.wanted = entry.processes.wanted();
+        let mut joined = 0;
+        for (w, worker) in self.workers.iter().enumerate() {
+            let ours = worker.process.is_some_and(|process| process.pool == pool);
+            if worker.pool != p || !ours || worker.state == State::Gone {
+                continue;
+            }
+            joined += u32::from(!self.is_surplus(w));
+            match worker.is_usable() {
+                true => counts.active += 1,
+                false => counts.draining += 1,
+            }
+        }
+        counts.starting = counts.wanted.saturating_sub(joined);
+        counts
+    }
+
     /// A process ended.
     pub fn exited(&mut self, now: Time, process: ProcessId) {
-        let stopping = self.stop.is_some();
+        // A stopping dispatcher starts one again only for clients that wait for it.
+        let p = usize::from(process.pool.0);
+        let stopping = self.stop.is_some() && !(p < self.pools.len() && self.has_clients(p));
         if let Some(pool) = self.pools.get_mut(usize::from(process.pool.0)) {
             pool.processes.ended(now, process.number, stopping, &mut self.effects);
         }

@@ -350,6 +350,8 @@ pub enum Departure {
     Died,
     /// The dispatcher cut it off because of what it did.
     Expelled(&'static str),
+    /// The dispatcher is stopping, and the worker's pool has nothing left to do.
+    Released,
 }
 
 /// Why a connection was closed by the dispatcher. Each has its own counter.

@@ -89,6 +89,8 @@ pub(super) struct Worker {
     pub(super) notice_again: Option<Time>,
     /// While an operator drains it: when what it has is ended.
     pub(super) drain_deadline: Option<Time>,
+    /// It drains because its process, or its pool, was not wanted; not because an operator drains it.
+    pub(super) unwanted: bool,
     /// Connections it was told to end at such a deadline.
     pub(super) ended: u64,
     /// Gone, and nothing refers to it any more.

@@ -289,8 +289,10 @@ impl Shell {
     /// One of its sockets was closed; perhaps the last one.
     fn closed(&mut self, id: ListenerId) {
         let mut sockets = self.listeners.iter().filter(|listener| listener.id == id);
-        if self.core.is_listener_retired(id) && sockets.all(|socket| socket.listening.is_none()) {
-            log::info!("event=listener_closed {}", self.listener(id));
+        if sockets.all(|socket| socket.listening.is_none()) {
+            if self.core.is_listener_retired(id) {
+                log::info!("event=listener_closed {}", self.listener(id));
+            }
             self.core.listener_closed(self.now, id);
         }
     }

@@ -70,7 +70,16 @@ impl Shell {
         };
         self.core.scale(self.now, id, processes);
         log::info!("event=pool_scaled pool={name} processes={processes} before={before}");
-        Ok(json!({ "pool": name, "processes": processes, "before": before }))
+        let counts = self.core.processes(id);
+        Ok(json!({
+            "pool": name,
+            "processes": processes,
+            "before": before,
+            "active": counts.active,
+            "starting": counts.starting,
+            "draining": counts.draining,
+            "instance": self.instance,
+        }))
     }
 
     /// What a pool keeps of its past.
@@ -118,9 +127,10 @@ impl Shell {
             }
             Target::Worker(name) => {
                 let workers = self.core.workers();
-                let serial = name.resolve(workers.map(|worker| {
+                let workers = workers.map(|worker| {
                     (worker.serial, self.pool_of(worker), self.core.worker_name(worker))
-                }))?;
+                });
+                let serial = name.resolve(&self.instance, workers)?;
                 Ok(self.core.workers().filter(|worker| worker.serial == serial).collect())
             }
         }
@@ -160,6 +170,6 @@ impl Shell {
                 "load": self.core.load(worker).unwrap_or_default(),
             })
         };
-        json!({ "workers": workers.iter().map(row).collect::<Vec<_>>() })
+        json!({ "instance": self.instance, "workers": workers.iter().map(row).collect::<Vec<_>>() })
     }
 }

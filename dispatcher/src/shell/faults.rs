@@ -57,6 +57,7 @@ impl Shell {
             Event::Gone { worker, why, resent, live } => {
                 let kind = match why {
                     Departure::Disconnected if live == 0 && resent == 0 => return,
+                    Departure::Released => return,
                     // Of a killed process either news may come first.
                     Departure::Disconnected | Departure::Died => "worker_gone",
                     Departure::Expelled(_) => "worker_expelled",
@@ -66,6 +67,7 @@ impl Shell {
                         Departure::Disconnected => "is gone without a goodbye".to_owned(),
                         Departure::Died => "died".to_owned(),
                         Departure::Expelled(reason) => format!("was expelled: {reason}"),
+                        Departure::Released => "was released".to_owned(),
                     };
                     format!(
                         "process {pid} {what}; {resent} untaken went elsewhere, {live} were being served"

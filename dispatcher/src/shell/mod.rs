@@ -58,7 +58,7 @@ use self::token::{Key, Source};
 use self::worker_io::WorkerIo;
 use crate::admin::Admin;
 use crate::cleaner::Cleaner;
-use crate::closer::Closer;
+use crate::closer::{Closer, Closing};
 use crate::config::Config;
 use crate::pool::{Core, Departure, ProcessId, Ticket, Time};
 
@@ -81,6 +81,8 @@ pub fn run(config: Config, ready: impl FnOnce(&[String])) -> Result<(), RunError
 struct Shell {
     /// Its pools and listeners by id: those that were taken out stay.
     config: Config,
+    /// Which start of a dispatcher this is, for people and programs.
+    instance: String,
     /// Counts reloads.
     generation: u64,
     core: Core,
@@ -128,7 +130,7 @@ struct Shell {
     /// Copies of connections that their workers have, to be closed at the end of the turn: whoever waits goes first.
     copies: Vec<OwnedFd>,
     /// Copies whose close may linger and for which the closer had no room.
-    lingering: VecDeque<OwnedFd>,
+    lingering: VecDeque<Closing>,
     closer: Closer,
     cleaner: Cleaner,
 

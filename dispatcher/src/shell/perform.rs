@@ -1,10 +1,10 @@
 //! Performing the core's effects: sending, revoking, releasing, closing. One exhaustive match, no decision.
 
-use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
+use std::os::fd::{AsFd, BorrowedFd};
 use std::time::Duration;
 
+use rustix::net::Shutdown;
 use rustix::net::sockopt::socket_linger;
-use rustix::net::{RecvFlags, SendFlags, Shutdown};
 use worker_sdk::scoreboard::claim;
 use worker_sdk::wire::{Drain, Entry, EntryFlags, Handoff, MAX_FDS_PER_RECORD, Probe, Resume};
 
@@ -12,6 +12,7 @@ use super::Shell;
 use super::accept::Conn;
 use super::join::forget;
 use super::worker_io::WorkerIo;
+use crate::closer::{Closing, answer};
 use crate::pool::{CloseReason, ConnId, Effect, Notice, SendFailure, Ticket, WorkerId};
 
 impl Shell {
@@ -84,9 +85,9 @@ impl Shell {
                     claim::release(slot, ticket.seq);
                 }
             }
-            Effect::Close { conn, reason } => {
+            Effect::Close { conn, reason, shared } => {
                 self.unwatch(conn);
-                self.close_client(conn, reason);
+                self.close_client(conn, reason, shared);
             }
             Effect::Disconnect { worker, reason } => {
                 let Some(io) = self.io(worker) else { return };
@@ -107,6 +108,9 @@ impl Shell {
                 }
             }
             Effect::Spawn { process } => self.spawn(process),
+            Effect::StopProcesses { pool } => {
+                self.side.spawner.stop_pool(pool, self.config.limits.stop_timeout);
+            }
             Effect::Event(event) => self.tell(&event),
         }
     }
@@ -182,38 +186,43 @@ impl Shell {
     pub(super) fn close_copies(&mut self) {
         while let Some(fd) = self.copies.pop() {
             match socket_linger(&fd) {
-                Ok(Some(linger)) if linger > Duration::ZERO => self.close_elsewhere(fd),
+                Ok(Some(linger)) if linger > Duration::ZERO => {
+                    self.close_elsewhere(Closing::copy(fd))
+                }
                 Ok(_) | Err(_) => drop(fd),
             }
         }
     }
 
-    fn close_elsewhere(&mut self, fd: OwnedFd) {
-        if let Err(fd) = self.closer.close(fd) {
-            self.lingering.push_back(fd);
+    fn close_elsewhere(&mut self, closing: Closing) {
+        if let Err(closing) = self.closer.close(closing) {
+            self.lingering.push_back(closing);
         }
     }
 
     /// Offers the closer again what it had no room for.
     pub(super) fn retry_lingering(&mut self) {
-        while let Some(fd) = self.lingering.pop_front() {
-            if let Err(fd) = self.closer.close(fd) {
-                self.lingering.push_front(fd);
+        while let Some(closing) = self.lingering.pop_front() {
+            if let Err(closing) = self.closer.close(closing) {
+                self.lingering.push_front(closing);
                 return;
             }
         }
     }
 
-    fn close_client(&mut self, conn: ConnId, reason: CloseReason) {
+    fn close_client(&mut self, conn: ConnId, reason: CloseReason, shared: bool) {
         let Some(Conn { fd, peer, listener, .. }) = self.take_conn(conn) else { return };
         self.tell_closed(conn, &peer, listener, reason);
-        if reason != CloseReason::NoWorker {
-            return;
-        }
         let listener = self.config.listeners.get(usize::from(listener.0));
         let pool = listener.and_then(|listener| self.config.pools.get(usize::from(listener.pool)));
-        if let Some(response) = pool.and_then(|pool| pool.unavailable_response.as_deref()) {
-            answer_and_close(fd, response);
+        let response = pool
+            .filter(|_| reason == CloseReason::NoWorker)
+            .and_then(|pool| pool.unavailable_response.as_deref());
+        if shared {
+            // A worker that had it may hold a copy: ours is not the last. It may hold up whoever touches it, too.
+            self.close_elsewhere(Closing::whole(fd, response));
+        } else if let Some(response) = response {
+            answer(&fd, response);
         }
     }
 
@@ -257,20 +266,4 @@ fn send_gathered(
     }
     Handoff::encode_entries(entries, record);
     io.lane.send(record, &fds[..entries.len()])
-}
-
-/// Sends what fits of a prepared response, without waiting, and closes.
-///
-/// Bytes the client has already sent are discarded before the close: closing with unread bytes resets the connection,
-/// and the reset can overtake the response.
-fn answer_and_close(fd: OwnedFd, response: &[u8]) {
-    let _ = rustix::net::send(&fd, response, SendFlags::DONTWAIT | SendFlags::NOSIGNAL);
-    let _ = rustix::net::shutdown(&fd, Shutdown::Write);
-    let mut scratch = [0; 16 * 1024];
-    for _ in 0..4 {
-        match rustix::net::recv(&fd, &mut scratch[..], RecvFlags::DONTWAIT) {
-            Ok((_, received)) if received > 0 => {}
-            Ok(_) | Err(_) => break,
-        }
-    }
 }

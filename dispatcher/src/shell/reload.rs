@@ -4,7 +4,8 @@
 //! new. Whatever can fail does so there, when nothing has changed yet. `Shell::reload` then puts the result into force, in
 //! one turn of the hot thread, without waiting for anything.
 //!
-//! The shell's tables of pools and listeners are by id, like the core's: entries that were taken out stay.
+//! The shell's tables of pools and listeners are by id, like the core's: entries that were taken out stay until the core uses
+//! them for others.
 
 mod fixed;
 
@@ -346,6 +347,8 @@ impl Shell {
             return Err(CommandError::new(Problem::Conflict, message).hint("try again"));
         }
         self.generation += 1;
+        // What was decided before is done before names mean something else.
+        self.perform();
         let mut reloaded = plan.reloaded;
         let mut ids = Vec::with_capacity(plan.pools.len());
         for (step, pool) in plan.pools {
@@ -386,18 +389,28 @@ impl Shell {
                 id
             }
             PoolStep::Change(id) => {
+                let mut starts_anew = false;
                 if let Some(entry) = self.config.pools.get_mut(usize::from(id.0)) {
+                    starts_anew = entry.spawn != pool.spawn;
                     *entry = pool.clone();
                 }
                 self.core.change_pool(self.now, id, pool.settings, seed());
+                if starts_anew {
+                    self.core.retry_processes(self.now, id);
+                }
                 self.score_anew(id);
                 id
             }
             PoolStep::Add => {
                 let id = self.core.add_pool(self.now, pool.settings.clone(), seed());
                 match self.config.pools.get_mut(usize::from(id.0)) {
-                    // It was there before, and may have workers yet.
-                    Some(entry) => *entry = pool,
+                    Some(entry) => {
+                        if entry.settings.name != pool.settings.name {
+                            // Another had its place. What was given to that one's processes opens nothing here.
+                            self.tokens.retain(|_, process| process.pool != id);
+                        }
+                        *entry = pool;
+                    }
                     None => self.config.pools.push(pool),
                 }
                 self.score_anew(id);
@@ -454,9 +467,13 @@ impl Shell {
 
     /// In the tables; its sockets follow.
     fn add_listener(&mut self, listener: &Listener, address: String) -> ListenerId {
-        self.config.listeners.push(listener.clone());
         let (name, pool) = (listener.name.clone(), PoolId(listener.pool));
-        self.core.add_listener(ListenerSettings { name, address, pool })
+        let id = self.core.add_listener(ListenerSettings { name, address, pool });
+        match self.config.listeners.get_mut(usize::from(id.0)) {
+            Some(entry) => *entry = listener.clone(),
+            None => self.config.listeners.push(listener.clone()),
+        }
+        id
     }
 
     fn addresses_of(&self, id: ListenerId) -> String {

@@ -30,6 +30,9 @@ use crate::closer::Closer;
 use crate::config::Config;
 use crate::pool::{Core, ListenerId, ListenerSettings, PoolId, Screen, Time};
 
+/// How long the end waits for clients that are turned away to be told so, where a worker has a copy of their socket.
+const LAST_CLOSES: Duration = Duration::from_secs(1);
+
 impl Shell {
     /// Opens everything, tells the service manager, and is ready to serve.
     pub(super) fn start(config: Config) -> Result<Shell, RunError> {
@@ -146,6 +149,7 @@ impl Shell {
             courtesy: Courtesy::default(),
             scanned_all: Time(0),
             scan_due: false,
+            instance: format!("{:016x}", seed()),
             generation: 0,
             again: VecDeque::new(),
             descriptors: None,
@@ -172,9 +176,10 @@ impl Shell {
             decoded: Vec::new(),
         };
         log::info!(
-            "event=ready version={} pid={} dispatch_socket={}",
+            "event=ready version={} pid={} instance={} dispatch_socket={}",
             env!("CARGO_PKG_VERSION"),
             std::process::id(),
+            shell.instance,
             shell.dispatch.address
         );
         shell.manager.tell(sd_notify::NotifyState::Ready);
@@ -199,6 +204,8 @@ impl Shell {
         drop(controls);
         // What is still in custody lives on in the workers' channels; our copies are no longer needed.
         self.conns.clear();
+        self.retry_lingering();
+        self.closer.finish(LAST_CLOSES);
         self.side.stop(self.config.limits.stop_timeout);
         self.manager.finish();
         self.cleaner.finish();

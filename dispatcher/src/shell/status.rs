@@ -51,6 +51,7 @@ impl Shell {
         self.show_gauges(&mut status);
         status.version = env!("CARGO_PKG_VERSION").to_owned();
         status.pid = std::process::id();
+        status.instance.clone_from(&self.instance);
         status.uptime_seconds = (self.now - self.started).as_secs();
         status.meters = self.meters_status();
         status.longest_turn_microseconds =

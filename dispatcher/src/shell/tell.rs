@@ -70,6 +70,11 @@ impl Shell {
                     Departure::Disconnected if *live == 0 && *resent == 0 => {
                         log::info!("event=worker_gone {worker} why=disconnected resent=0 live=0");
                     }
+                    Departure::Released => {
+                        log::info!(
+                            "event=worker_gone {worker} why=released resent={resent} live={live}"
+                        );
+                    }
                     Departure::Disconnected => log::warn!(
                         "event=worker_gone {worker} why=disconnected resent={resent} live={live}"
                     ),

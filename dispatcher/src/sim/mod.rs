@@ -264,7 +264,7 @@ impl Desk {
                 self.drop_copy(conn);
                 claim::release(&self.link(worker).board[ticket.slot as usize], ticket.seq);
             }
-            Effect::Close { conn, reason } => {
+            Effect::Close { conn, reason, .. } => {
                 let fate = &mut self.fates[conn.serial as usize - 1];
                 assert!(!fate.served, "closed by the dispatcher, so nobody has it");
                 assert_eq!(fate.closed.replace(reason), None);
@@ -281,7 +281,7 @@ impl Desk {
                     assert!(!claim::claim(slot, record.ticket.seq));
                 }
             }
-            Effect::Spawn { .. } | Effect::Event(_) => {}
+            Effect::Spawn { .. } | Effect::StopProcesses { .. } | Effect::Event(_) => {}
         }
     }
 

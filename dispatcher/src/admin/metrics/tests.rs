@@ -145,7 +145,6 @@ fn each_number_has_its_own_place() {
         version: "1.2.3".to_owned(),
         uptime_seconds: 30,
         stopping: true,
-        returned: 2,
         accepted: 46,
         held: 47,
         custody: 48,
@@ -175,7 +174,6 @@ fn each_number_has_its_own_place() {
     let expected = r#"build_info{version="1.2.3"} 1
 uptime_seconds 30
 stopping 1
-returned_connections_total 2
 connections_accepted_total 46
 connections_held 47
 connections_custody 48

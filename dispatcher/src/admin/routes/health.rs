@@ -9,6 +9,7 @@ use axum::routing::get;
 use axum::{Json, Router};
 
 use super::{App, PATIENCE, methods, no_answer};
+use crate::admin::command::Problem;
 
 /// How long the hot thread may take for `/healthz`.
 const HEALTHY: Duration = Duration::from_secs(1);
@@ -48,7 +49,11 @@ async fn readyz(State(app): State<App>) -> Response {
     } else {
         format!("no usable worker in: {}", waiting.join(", "))
     };
-    let hint = "see: dispatcher status";
-    let body = serde_json::json!({ "error": error, "hint": hint, "pools": waiting });
+    let body = serde_json::json!({
+        "problem": Problem::NotReady,
+        "error": error,
+        "hint": "see: dispatcher status",
+        "pools": waiting,
+    });
     (StatusCode::SERVICE_UNAVAILABLE, Json(body)).into_response()
 }

@@ -83,7 +83,7 @@ pub(super) fn all(app: App) -> Router {
 fn methods(allowed: &'static str, router: MethodRouter<App>) -> MethodRouter<App> {
     router.fallback(move |method: Method| async move {
         let message = format!("{method} is not possible here; possible: {allowed}");
-        let mut response = error(StatusCode::METHOD_NOT_ALLOWED, &message);
+        let mut response = refused(&CommandError::new(Problem::Method, message));
         response.headers_mut().insert(header::ALLOW, HeaderValue::from_static(allowed));
         response
     })
@@ -97,13 +97,17 @@ async fn short_body(request: Request, next: Next) -> Response {
         .and_then(|value| value.to_str().ok())
         .and_then(|value| value.parse::<u64>().ok());
     if length.is_some_and(|length| length > MAX_BODY as u64) {
-        return error(StatusCode::PAYLOAD_TOO_LARGE, "a body may have at most 65536 bytes");
+        return refused(&CommandError::new(
+            Problem::TooLarge,
+            "a body may have at most 65536 bytes",
+        ));
     }
     next.run(request).await
 }
 
 async fn not_found() -> Response {
     let body = serde_json::json!({
+        "problem": Problem::NotFound,
         "error": "no such path",
         "hint": "see `paths` for those there are",
         "paths": PATHS,
@@ -132,8 +136,9 @@ fn bad_body(rejection: &JsonRejection) -> Response {
         }
         _ => "see docs/OPERATING.md for what belongs here",
     };
-    let body = serde_json::json!({ "error": rejection.body_text(), "hint": hint });
-    (rejection.status(), Json(body)).into_response()
+    let status = rejection.status();
+    let error = CommandError::new(problem_of(status), rejection.body_text()).hint(hint);
+    (status, Json(error)).into_response()
 }
 
 /// Has the hot thread carry out a command, and answers with what came of it.
@@ -152,27 +157,68 @@ pub(super) fn outcome<T: Serialize>(answer: Result<Result<T, CommandError>, NoAn
 
 /// A command that was not carried out.
 pub(super) fn refused(error: &CommandError) -> Response {
-    let status = match error.problem {
+    (status_of(error.problem), Json(error)).into_response()
+}
+
+fn status_of(problem: Problem) -> StatusCode {
+    match problem {
         Problem::NotFound => StatusCode::NOT_FOUND,
         Problem::Invalid => StatusCode::BAD_REQUEST,
         Problem::Ambiguous | Problem::Conflict => StatusCode::CONFLICT,
         Problem::Config => StatusCode::UNPROCESSABLE_ENTITY,
-    };
-    (status, Json(error)).into_response()
+        Problem::Forbidden => StatusCode::FORBIDDEN,
+        Problem::Method => StatusCode::METHOD_NOT_ALLOWED,
+        Problem::TooLarge => StatusCode::PAYLOAD_TOO_LARGE,
+        Problem::Unavailable | Problem::NotReady => StatusCode::SERVICE_UNAVAILABLE,
+        Problem::Internal => StatusCode::INTERNAL_SERVER_ERROR,
+    }
+}
+
+fn problem_of(status: StatusCode) -> Problem {
+    match status {
+        StatusCode::NOT_FOUND => Problem::NotFound,
+        StatusCode::FORBIDDEN => Problem::Forbidden,
+        StatusCode::METHOD_NOT_ALLOWED => Problem::Method,
+        StatusCode::PAYLOAD_TOO_LARGE => Problem::TooLarge,
+        StatusCode::SERVICE_UNAVAILABLE => Problem::Unavailable,
+        status if status.is_server_error() => Problem::Internal,
+        _ => Problem::Invalid,
+    }
 }
 
 pub(super) fn no_answer(why: NoAnswer) -> Response {
-    error(
-        StatusCode::SERVICE_UNAVAILABLE,
+    refused(&CommandError::new(
+        Problem::Unavailable,
         match why {
             NoAnswer::Refused => "the dispatcher is busy or stopping",
             NoAnswer::Late => "the dispatcher did not answer in time",
         },
-    )
+    ))
 }
 
-pub(super) fn error(status: StatusCode, message: &str) -> Response {
-    (status, Json(serde_json::json!({ "error": message }))).into_response()
+/// Longest text of a library that is passed on as an error.
+const MAX_TEXT: usize = 4096;
+
+/// Whatever could not be answered says why in our own form, also where a library has refused it before we saw it: a path
+/// that is no text, a parameter that is none.
+pub(super) async fn all_as_json(request: Request, next: Next) -> Response {
+    let response = next.run(request).await;
+    let status = response.status();
+    let json = response
+        .headers()
+        .get(header::CONTENT_TYPE)
+        .and_then(|value| value.to_str().ok())
+        .is_some_and(|kind| kind.starts_with("application/json"));
+    if json || !(status.is_client_error() || status.is_server_error()) {
+        return response;
+    }
+    let text = axum::body::to_bytes(response.into_body(), MAX_TEXT).await.unwrap_or_default();
+    let text = String::from_utf8_lossy(&text);
+    let message = match text.trim() {
+        "" => status.canonical_reason().unwrap_or("refused"),
+        text => text,
+    };
+    (status, Json(CommandError::new(problem_of(status), message))).into_response()
 }
 
 #[cfg(test)]

@@ -3,12 +3,13 @@
 use std::fmt::Write as _;
 
 use axum::Router;
-use axum::http::{HeaderName, StatusCode, header};
+use axum::http::{HeaderName, header};
 use axum::response::{Html, IntoResponse, Response};
 use axum::routing::get;
 use rustix::rand::{GetRandomFlags, getrandom};
 
-use super::{App, error, methods};
+use super::{App, methods, refused};
+use crate::admin::command::{CommandError, Problem};
 
 const PAGE: &str = include_str!("page.html");
 
@@ -24,7 +25,7 @@ pub(super) fn routes() -> Router<App> {
 async fn page() -> Response {
     let Some(nonce) = nonce() else {
         let why = "the system has no random numbers yet";
-        return error(StatusCode::SERVICE_UNAVAILABLE, why);
+        return refused(&CommandError::new(Problem::Unavailable, why));
     };
     let policy = format!(
         "default-src 'none'; script-src 'nonce-{nonce}'; style-src 'nonce-{nonce}'; connect-src 'self'; \

@@ -89,12 +89,16 @@ fn resolve(text: &str, status: &Status) -> Result<u64, CommandError> {
     let workers = status.pools.iter().flat_map(|pool| {
         pool.workers.iter().map(|worker| (worker.id, pool.name.as_str(), worker.name.as_str()))
     });
-    text.parse::<WorkerRef>()?.resolve(workers)
+    text.parse::<WorkerRef>()?.resolve(&status.instance, workers)
 }
 
 async fn list(State(app): State<App>) -> Response {
     match app.gate.status(PATIENCE).await {
-        Ok(status) => Json(serde_json::json!({ "workers": rows(&status, None) })).into_response(),
+        Ok(status) => {
+            let body =
+                serde_json::json!({ "instance": status.instance, "workers": rows(&status, None) });
+            Json(body).into_response()
+        }
         Err(why) => no_answer(why),
     }
 }

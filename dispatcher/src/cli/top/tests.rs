@@ -195,7 +195,7 @@ fn a_frame() {
         frame(&mut model, 100, 20),
         "\
 dispatcher 1.2.3  pid 42  up 1m 1s
-live 6  accepted 1000  returned 0  held 0  custody 0  taken 997  closed 3
+live 6  accepted 1000  held 0  custody 0  taken 997  closed 3
 closed no_worker 3
 accepted per second: 8 now, most 8 in the last 4 s
                                                                                                    █

@@ -89,9 +89,8 @@ fn head(frame: &mut Frame<'_>, area: Rect, status: &Status, model: &Model, theme
     }
     let live: u64 = status.pools.iter().flat_map(|pool| &pool.workers).map(|w| w.load).sum();
     let totals = format!(
-        "live {live}  accepted {}  returned {}  held {}  custody {}  taken {}  closed {}",
+        "live {live}  accepted {}  held {}  custody {}  taken {}  closed {}",
         status.accepted,
-        status.returned,
         status.held,
         status.custody,
         status.taken,

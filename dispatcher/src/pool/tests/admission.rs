@@ -65,6 +65,34 @@ fn a_full_pool() {
 fn stopping() {
     let mut desk = desk();
     desk.core.stop(desk.now, desk.now + ms(1_000));
+    desk.core.listener_closed(desk.now, WEB);
+    desk.turn();
+    assert_eq!(refusal(&mut desk, |_| {}).code, RefusedCode::Stopping);
+}
+
+#[test]
+fn while_clients_wait_a_stopping_dispatcher_lets_their_workers_in() {
+    let mut desk = desk();
+    let conns: Vec<_> = (0..3).map(|_| desk.accept(WEB)).collect();
+    desk.core.stop(desk.now, desk.now + ms(1_000));
+    desk.core.listener_closed(desk.now, WEB);
+    desk.wait(ms(500));
+    let worker = desk.worker();
+    assert_eq!(desk.take_all(worker), 3);
+    assert!(desk.core.stopped() && conns.iter().all(|&conn| desk.is_served(conn)));
+    // Nobody waits any more.
+    desk.turn();
+    assert_eq!(refusal(&mut desk, |_| {}).code, RefusedCode::Stopping);
+}
+
+#[test]
+fn after_the_deadline_of_a_stop_nobody_comes_in() {
+    let mut desk = desk();
+    let worker = desk.worker();
+    desk.accept(WEB);
+    desk.core.stop(desk.now, desk.now + ms(500));
+    desk.wait(ms(500));
+    assert_eq!(desk.core.untaken(worker), 1);
     assert_eq!(refusal(&mut desk, |_| {}).code, RefusedCode::Stopping);
 }
 

@@ -112,6 +112,36 @@ fn a_stop_is_complete_once_nothing_is_held_or_in_custody() {
 }
 
 #[test]
+fn workers_are_released_as_soon_as_their_own_pool_is_done() {
+    let other = PoolSettings { name: "other".to_owned(), processes: 1, ..settings() };
+    let second = ListenerSettings { name: "second".to_owned(), pool: PoolId(1), ..listener() };
+    let mut desk = Desk::new(vec![settings(), other], vec![listener(), second]);
+    let hung = desk.worker();
+    let process = ProcessId { pool: PoolId(1), number: 0 };
+    desk.core.spawned(desk.now, process, true);
+    let join = Hello { pool: "other".to_owned(), ..hello() };
+    let quick = desk.join_as(join, Some(process)).unwrap();
+    desk.accept(WEB);
+    desk.accept(ListenerId(1));
+    desk.core.stop(desk.now, desk.now + ms(60_000));
+    for id in 0..2 {
+        desk.core.listener_closed(desk.now, ListenerId(id));
+    }
+    desk.turn();
+    assert_eq!(desk.state(quick), State::Active, "it has not taken what it was sent");
+    desk.log.clear();
+    desk.take_all(quick);
+    assert!(desk.link(quick).forgotten, "released");
+    assert!(desk.log.contains(&Effect::StopProcesses { pool: PoolId(1) }));
+    let gone = Event::Gone { worker: quick, why: Departure::Released, resent: 0, live: 1 };
+    assert_eq!(desk.events(), [gone], "and nobody misses it");
+    assert_eq!(desk.state(hung), State::Active);
+    assert!(!desk.core.stopped());
+    desk.take_all(hung);
+    assert!(desk.core.stopped());
+}
+
+#[test]
 fn at_the_deadline_what_is_held_goes_wherever_a_slot_is_free() {
     let mut desk = desk_with(|pool| {
         pool.max_connections_per_worker = 1;

@@ -401,7 +401,7 @@ impl Model {
                 assert!(self.workers.contains_key(&worker.serial));
                 assert_eq!(self.conns[&conn.serial].1, At::Served);
             }
-            Effect::Close { conn, reason } => {
+            Effect::Close { conn, reason, .. } => {
                 let entry = self.conns.get_mut(&conn.serial).unwrap();
                 assert_eq!(entry.1, At::Held);
                 assert!(reason == CloseReason::ClientGone || self.refusing);
@@ -416,7 +416,9 @@ impl Model {
                 let w = &self.workers[&worker.serial];
                 assert!(w.out.iter().all(|out| out.revoking), "at {now:?}: {w:?}");
             }
-            Effect::Spawn { .. } => panic!("no processes are configured"),
+            Effect::Spawn { .. } | Effect::StopProcesses { .. } => {
+                panic!("no processes are configured")
+            }
             // Nobody here listens.
             Effect::Tell { .. } => panic!("told, and has no ears"),
             Effect::Event(_) => {}

@@ -64,6 +64,55 @@ fn no_restarts_while_stopping() {
 }
 
 #[test]
+fn while_stopping_a_process_is_started_again_for_clients_that_wait_for_it() {
+    let mut desk = desk_with(|pool| pool.processes = 1);
+    desk.core.spawned(desk.now, FIRST, true);
+    desk.accept(WEB);
+    desk.core.stop(desk.now, desk.now + ms(60_000));
+    desk.core.listener_closed(desk.now, WEB);
+    spawns(&mut desk);
+    desk.core.exited(desk.now, FIRST);
+    desk.wait(RESTART_MIN);
+    assert_eq!(spawns(&mut desk), [0]);
+    desk.core.spawned(desk.now, FIRST, true);
+    let worker = desk.join_as(hello(), Some(FIRST)).unwrap();
+    desk.take_all(worker);
+    desk.turn();
+    // Now nobody waits for it.
+    desk.core.exited(desk.now, FIRST);
+    desk.wait(RESTART_MAX);
+    assert!(spawns(&mut desk).is_empty());
+}
+
+#[test]
+fn what_they_start_from_has_changed_so_they_are_started_at_once() {
+    let mut desk = desk_with(|pool| pool.processes = 2);
+    let second = ProcessId { number: 1, ..FIRST };
+    desk.core.spawned(desk.now, second, true);
+    for _ in 0..8 {
+        desk.core.spawned(desk.now, FIRST, false);
+        desk.pump();
+        desk.wait(desk.core.deadline().unwrap() - desk.now);
+    }
+    desk.core.spawned(desk.now, FIRST, false);
+    desk.wait(RESTART_MIN * 2);
+    spawns(&mut desk);
+    desk.core.retry_processes(desk.now, PoolId(0));
+    desk.pump();
+    assert_eq!(spawns(&mut desk), [0], "at once; the one that runs goes on");
+    // It may have been started from the old ones: then it does not wait long either.
+    desk.core.spawned(desk.now, FIRST, false);
+    desk.wait(RESTART_MIN);
+    assert_eq!(spawns(&mut desk), [0]);
+    // Those that are not wanted stay away.
+    desk.core.scale(desk.now, PoolId(0), 1);
+    desk.core.exited(desk.now, second);
+    desk.core.retry_processes(desk.now, PoolId(0));
+    desk.pump();
+    assert!(spawns(&mut desk).is_empty());
+}
+
+#[test]
 fn processes_that_do_not_exist_are_ignored() {
     let mut desk = desk();
     let nobody = ProcessId { pool: PoolId(7), number: 7 };
