@@ -144,7 +144,10 @@ fn a_pool_that_was_taken_out_and_put_back_shows_the_workers_it_has() {
         worker(s, "w0").is_some_and(|worker| worker.state == "draining")
     });
     assert!(reload(&dispatcher, &with).contains("new: pool chat\n"));
-    let status = dispatcher.status();
+    // It has said goodbye by itself when it was drained, so it is not asked back.
+    let status = dispatcher.wait_status("it to be leaving", |s| {
+        worker(s, "w0").is_some_and(|worker| worker.state == "draining")
+    });
     let chat: Vec<_> = status.pools.iter().filter(|pool| pool.name == "chat").collect();
     assert_eq!((chat.len(), chat[0].state.as_str()), (1, "no-worker"));
     let old = &chat[0].workers[0];

@@ -251,7 +251,8 @@ fn status_finds_the_dispatcher() {
             let row = rows.iter().find(|row| row.starts_with(&start));
             row.unwrap_or_else(|| panic!("{start:?}: {}", ran.out))[2..].join(" ")
         };
-        let pid = format!("pid {} up ", dispatcher.process.pid());
+        let instance = dispatcher.status().instance;
+        let pid = format!("pid {} instance {instance} up ", dispatcher.process.pid());
         assert!(row(["dispatcher", env!("CARGO_PKG_VERSION")]).starts_with(&pid));
         let address = dispatcher.address("web").to_string();
         assert_eq!(row(["web", &address]), "web accepting 3");
