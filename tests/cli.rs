@@ -1,6 +1,8 @@
 //! The command line as a user meets it: what is printed where, exit codes, what is left alone and what is put away.
 #![allow(clippy::unwrap_used, clippy::expect_used)]
 
+#[path = "cli/output.rs"]
+mod output;
 mod support;
 
 use std::fs::{File, Permissions};
@@ -96,7 +98,7 @@ fn a_mistake_is_shown_in_its_place() {
             "[pool.web]\npolicy = \"least-conections\"\n",
             "2:10",
             "\n 2 | policy = \"least-conections\"\n   |          ^^^^^^^^^^^^^^^^^^\n\
-             help: did you mean `least-connections`?\n",
+             help: did you mean `least-connections`? The values are: least-connections, round-robin, ",
         ),
         ("[pool.web\n", "1:10", "\n 1 | [pool.web\n   |          ^"),
     ] {
@@ -548,7 +550,7 @@ fn a_drain_is_waited_for_although_the_dispatcher_is_busy_for_a_moment() {
     let dispatcher = play(socket.clone(), plan);
     let ran = run(&["drain", "7", "--wait", "--admin", socket.to_str().unwrap()]);
     assert_eq!(ran.code, 0, "{ran:?}");
-    assert!(ran.err.contains("1 of 1 workers drained"), "{ran:?}");
+    assert!(ran.err.contains("1 of 1 worker drained"), "{ran:?}");
     let asked = dispatcher.join().unwrap();
     assert_eq!(asked.iter().filter(|line| line.starts_with("get /v1/status")).count(), 3);
 }

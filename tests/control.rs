@@ -81,13 +81,13 @@ fn a_drained_worker_gets_nothing_new_and_is_waited_for() {
         let (mut waiting, mut progress) = waits(
             &dispatcher,
             &["drain", "web/w0", "--wait"],
-            "0 of 1 workers drained, 2 connections left",
+            "0 of 1 worker drained, 2 connections left",
         );
         assert!(waiting.try_wait().unwrap().is_none(), "it waits");
         before.into_iter().for_each(Client::finish);
         assert!(waiting.wait().unwrap().success());
         let said = rest(&mut progress);
-        assert!(said.trim_end().ends_with("1 of 1 workers drained, 0 connections left"), "{said}");
+        assert!(said.trim_end().ends_with("1 of 1 worker drained, 0 connections left"), "{said}");
         // Told by the dispatcher, it has ended by itself.
         assert!(workers[0].wait().success(), "{flavour}");
         dispatcher.wait_status("w0 to be gone", |status| worker(status, "w0").is_none());
@@ -207,7 +207,7 @@ fn waiting_ends_after_its_timeout() {
     let client = Client::connect(address).unwrap();
     let (code, error) = failed(&dispatcher, &["drain", "web/w0", "--wait", "--timeout", "50ms"]);
     assert_eq!(code, 75, "{error}");
-    assert!(error.contains("1 connections are left") && error.contains("--deadline"), "{error}");
+    assert!(error.contains("1 connection left") && error.contains("--deadline"), "{error}");
     client.finish();
 }
 

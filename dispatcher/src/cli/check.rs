@@ -5,33 +5,37 @@ use std::path::Path;
 
 use serde_json::{Value, json};
 
-use super::{Exit, Failure, complain, print};
-use crate::config::{Config, ConfigError, Diagnostic, UnixSource};
+use super::{CheckArgs, Exit, Failure, complain, print};
+use crate::config::{Config, ConfigError, DEFAULT_FILE, Diagnostic, UnixSource};
 
-pub(super) fn check(path: &Path, json: bool) -> Result<(), Failure> {
-    if json {
+pub(super) fn check(arguments: &CheckArgs) -> Result<(), Failure> {
+    let given = arguments.file.as_deref().or(arguments.config.as_deref());
+    let path = given.unwrap_or(Path::new(DEFAULT_FILE));
+    if arguments.json {
         return check_for_programs(path);
     }
     let config = load(path)?;
     print(&format!("{}: ok\n{}", path.display(), summary(&config)))
 }
 
-/// `{"file", "ok", "mistake", "warnings"}`; the exit code is the same as for people.
+/// `{"file", "ok", "mistake", "mistakes", "warnings"}`; `mistake` is the first. The exit code is the same as for people.
 fn check_for_programs(path: &Path) -> Result<(), Failure> {
     let place = |found: &Diagnostic| {
         json!({ "line": found.line, "column": found.column, "width": found.width,
             "message": found.message, "help": found.help })
     };
     let result = Config::load(path);
-    let (mistake, warnings) = match &result {
-        Ok(config) => (Value::Null, config.warnings.iter().map(|w| place(&w.0)).collect()),
+    let (mistakes, warnings) = match &result {
+        Ok(config) => (Vec::new(), &config.warnings[..]),
         Err(error) => {
-            let unreadable = || json!({ "message": error.to_string() });
-            (error.diagnostic().map_or_else(unreadable, place), Vec::new())
+            let found: Vec<Value> = error.diagnostics().iter().map(place).collect();
+            let unreadable = || vec![json!({ "message": error.to_string() })];
+            (if found.is_empty() { unreadable() } else { found }, error.warnings())
         }
     };
+    let warnings: Vec<Value> = warnings.iter().map(|warning| place(&warning.0)).collect();
     let answer = json!({ "file": path.display().to_string(), "ok": result.is_ok(),
-        "mistake": mistake, "warnings": warnings });
+        "mistake": mistakes.first(), "mistakes": mistakes, "warnings": warnings });
     print(&format!("{answer}\n"))?;
     result.map(drop).map_err(|error| Failure::new(Exit::Config, error.to_string()))
 }
@@ -41,8 +45,11 @@ pub(super) fn load(path: &Path) -> Result<Config, Failure> {
     let config = Config::load(path).map_err(|error| {
         let hint = match &error {
             ConfigError::Unreadable { .. } => "\nhelp: name another file with --config FILE",
-            ConfigError::Invalid(_) => "",
+            ConfigError::Invalid { .. } => "",
         };
+        for warning in error.warnings() {
+            complain(&warning.to_string());
+        }
         Failure::new(Exit::Config, format!("{error}{hint}"))
     })?;
     for warning in &config.warnings {

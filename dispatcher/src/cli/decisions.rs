@@ -7,7 +7,7 @@ use std::time::Duration;
 use clap::Args;
 
 use super::admin::{self, Place};
-use super::status::clean;
+use super::table::{clean, count, cut, width};
 use super::{AdminArgs, Failure, feed, print, rest};
 use crate::decisions::{Considered, Decided, Explained, History};
 
@@ -24,6 +24,9 @@ Examples:
   dispatcher explain web                        who gets the next connection of pool web?
   dispatcher explain web --from 192.0.2.7       of a client at this address
   dispatcher explain web --json | jq .chosen";
+
+/// A name is not cut to fewer characters than this.
+const SHORT_NAME: usize = 16;
 
 /// How long `--follow` rests between two questions.
 const FOLLOW: Duration = Duration::from_millis(250);
@@ -127,7 +130,7 @@ fn decision(decided: &Decided) -> String {
         if decided.resent { " (again)" } else { "" },
         chosen(decided),
     );
-    text.push_str(&candidates(decided));
+    text.push_str(&candidates(decided, width()));
     text
 }
 
@@ -143,25 +146,31 @@ fn chosen(decided: &Decided) -> String {
     }
 }
 
-fn candidates(decided: &Decided) -> String {
+fn candidates(decided: &Decided, line_width: usize) -> String {
     let name = |c: &Considered| format!("{} ({})", c.id, clean(&c.name));
-    let width = decided.candidates.iter().map(|c| name(c).chars().count()).max().unwrap_or(0);
-    let mut text = String::new();
-    for c in &decided.candidates {
+    let rest = |c: &Considered| {
         let score = c.score.map_or_else(|| "-".to_owned(), |score| format!("{score:.2}"));
-        // Writing to a string cannot fail.
-        let _ = writeln!(
-            text,
-            "    {:width$}  load {:>5}  weight {:>6}  score {score:>8}  {}{}",
-            name(c),
+        format!(
+            "load {:>5}  weight {:>6}  score {score:>8}  {}{}",
             c.load,
             weight(c.weight),
             clean(&c.why),
             c.gauge.as_ref().map(|gauge| format!(" ({})", clean(gauge))).unwrap_or_default()
-        );
+        )
+    };
+    let longest = |text: &dyn Fn(&Considered) -> String| {
+        decided.candidates.iter().map(|c| text(c).chars().count()).max().unwrap_or(0)
+    };
+    // Indentation and the gap take six.
+    let room = line_width.saturating_sub(longest(&rest) + 6).max(SHORT_NAME);
+    let width = longest(&name).min(room);
+    let mut text = String::new();
+    for c in &decided.candidates {
+        // Writing to a string cannot fail.
+        let _ = writeln!(text, "    {:width$}  {}", cut(&name(c), width), rest(c));
     }
     if decided.left_out > 0 {
-        let _ = writeln!(text, "    and {} more workers", decided.left_out);
+        let _ = writeln!(text, "    and {}", count(decided.left_out as u64, "more worker"));
     }
     text
 }
@@ -207,7 +216,7 @@ fn next(explained: &Explained) -> String {
     if policy == "hash" && decision.key.is_none() {
         text.push_str("(of a client without a key; --from IP says which client)\n");
     }
-    text.push_str(&candidates(decision));
+    text.push_str(&candidates(decision, width()));
     text
 }
 

@@ -6,8 +6,9 @@ use std::time::Duration;
 use clap::Args;
 use serde_json::{Value, json};
 
+use super::table::{clean, count};
 use super::{AdminArgs, Exit, Failure, admin, print, wait};
-use crate::admin::command::WorkerRef;
+use crate::admin::command::{CommandError, WorkerRef};
 
 pub(super) const DRAIN_EXAMPLES: &str = "\
 Examples:
@@ -42,22 +43,33 @@ pub(super) struct TargetArgs {
 }
 
 impl TargetArgs {
-    /// Where commands for them go.
-    fn path(&self) -> Result<String, Failure> {
+    /// Where commands for them go. `command` is the one that is given, for what to write instead.
+    fn path(&self, command: &str) -> Result<String, Failure> {
         if let Some(pool) = &self.pool {
             return Ok(format!("/v1/pools/{}", admin::segment(pool)));
         }
         match &self.worker {
             Some(worker) => {
-                let name: WorkerRef = worker
-                    .parse()
-                    .map_err(|error| Failure::new(Exit::Usage, format!("{error}")))?;
+                let name: WorkerRef = worker.parse().map_err(|error: CommandError| {
+                    // A single word is a pool, most likely.
+                    let hint = format!(
+                        "for every worker of a pool: dispatcher {command} --pool {worker}; for one of them: \
+                         its id, or POOL/NAME (see: dispatcher workers)"
+                    );
+                    let is_word = !worker.is_empty() && !worker.contains('/');
+                    usage(if is_word { error.hint(clean(&hint)) } else { error })
+                })?;
                 Ok(format!("/v1/workers/{}", admin::segment(&name.to_string())))
             }
             // The parser has made sure that it is this one.
             None => Ok("/v1/workers".to_owned()),
         }
     }
+}
+
+/// A command that makes no sense as it is written.
+pub(super) fn usage(error: CommandError) -> Failure {
+    Failure { refused: Some(error.clone()), ..Failure::new(Exit::Usage, error.to_string()) }
 }
 
 #[derive(Debug, Args)]
@@ -96,15 +108,15 @@ pub(super) fn drain(arguments: &DrainArgs) -> Result<(), Failure> {
     if let Some(deadline) = arguments.deadline {
         body["deadline"] = humantime::format_duration(deadline).to_string().into();
     }
+    let path = arguments.target.path("drain")?;
     let place = admin::find(&arguments.admin)?;
-    let answer = admin::post(&place, &arguments.target.path()?, &body)?;
+    let answer = admin::post(&place, &path, &body)?;
     show(&answer, arguments.json)?;
     if !arguments.wait {
         return Ok(());
     }
     let workers = answer["workers"].as_array().map_or(&[][..], Vec::as_slice);
-    let name =
-        |worker: &Value, key: &str| super::status::clean(worker[key].as_str().unwrap_or("?"));
+    let name = |worker: &Value, key: &str| clean(worker[key].as_str().unwrap_or("?"));
     let workers = workers.iter().filter_map(|worker| {
         Some((worker["id"].as_u64()?, format!("{}/{}", name(worker, "pool"), name(worker, "name"))))
     });
@@ -118,13 +130,24 @@ pub(super) fn drain(arguments: &DrainArgs) -> Result<(), Failure> {
 }
 
 pub(super) fn resume(arguments: &ResumeArgs) -> Result<(), Failure> {
+    let path = arguments.target.path("resume")?;
     let place = admin::find(&arguments.admin)?;
     let body = json!({ "action": "resume" });
-    let answer = admin::post(&place, &arguments.target.path()?, &body)?;
+    let answer = admin::post(&place, &path, &body)?;
     show(&answer, arguments.json)
 }
 
+/// What became of the workers: a line for each.
 pub(super) fn show(answer: &Value, json: bool) -> Result<(), Failure> {
+    show_with(answer, json, |_| String::new())
+}
+
+/// The same; `first` is what comes before the state of each.
+pub(super) fn show_with(
+    answer: &Value,
+    json: bool,
+    first: impl Fn(&Value) -> String,
+) -> Result<(), Failure> {
     if json {
         return print(&format!("{answer}\n"));
     }
@@ -134,16 +157,17 @@ pub(super) fn show(answer: &Value, json: bool) -> Result<(), Failure> {
     }
     let mut text = String::new();
     for worker in workers {
-        let word = |key: &str| super::status::clean(worker[key].as_str().unwrap_or("?"));
+        let word = |key: &str| clean(worker[key].as_str().unwrap_or("?"));
         // Writing to a string cannot fail.
         let _ = writeln!(
             text,
-            "worker {} ({}/{}): {}, {} connections",
+            "worker {} ({}/{}): {}{}, {}",
             worker["id"],
             word("pool"),
             word("name"),
+            first(worker),
             word("state"),
-            worker["load"]
+            count(worker["load"].as_u64().unwrap_or_default(), "connection")
         );
     }
     print(&text)

@@ -13,6 +13,7 @@ mod reload;
 mod run;
 mod scale;
 mod status;
+mod table;
 #[cfg(feature = "tui")]
 mod top;
 mod wait;
@@ -39,7 +40,7 @@ use crate::admin::command::CommandError;
 const EXAMPLES: &str = "\
 Examples:
   dispatcher demo                          four workers on http://127.0.0.1:8080/, no configuration
-  dispatcher check --config FILE           is this configuration good?
+  dispatcher check FILE                    is this configuration good?
   dispatcher run --config FILE             serve
   dispatcher status                        who has how many connections?
   dispatcher status --json                 the same for programs
@@ -74,9 +75,12 @@ enum Command {
     /// Serve, until SIGTERM or SIGINT; SIGHUP has the configuration read again.
     #[command(after_help = "Example:\n  dispatcher run --config ./dispatcher.toml")]
     Run(FileArgs),
-    /// Check a configuration: exit code 0 if it is good, 78 with the place of the first mistake if not.
-    #[command(after_help = "Examples:\n  dispatcher check --config ./dispatcher.toml\n  \
-                      dispatcher check --json | jq -r '.mistake.line'")]
+    /// Check a configuration: exit code 0 if it is good, 78 with the place of every mistake if not.
+    #[command(
+        after_help = "Examples:\n  dispatcher check\n  dispatcher check ./dispatcher.toml\n  \
+                      dispatcher check --json | jq -r '.mistakes[].line'\n  \
+                      dispatcher check && systemctl restart dispatcher"
+    )]
     Check(CheckArgs),
     /// Show what a running dispatcher is doing.
     #[command(after_help = status::EXAMPLES)]
@@ -142,8 +146,12 @@ struct FileArgs {
 
 #[derive(Debug, Args)]
 struct CheckArgs {
-    #[command(flatten)]
-    file: FileArgs,
+    /// The configuration [default: /etc/dispatcher/dispatcher.toml]
+    #[arg(value_name = "FILE", conflicts_with = "config")]
+    file: Option<PathBuf>,
+    /// The same.
+    #[arg(long, value_name = "FILE")]
+    config: Option<PathBuf>,
     /// What was found, as JSON.
     #[arg(long)]
     json: bool,
@@ -242,7 +250,7 @@ fn execute(arguments: impl IntoIterator<Item = OsString>) -> Exit {
     };
     let result = match &cli.command {
         Command::Run(arguments) => run::run(&arguments.config),
-        Command::Check(arguments) => check::check(&arguments.file.config, arguments.json),
+        Command::Check(arguments) => check::check(arguments),
         #[cfg(feature = "tui")]
         Command::Top(arguments) => top::top(arguments),
         Command::Completions(arguments) => manual::completions(arguments),

@@ -3,7 +3,8 @@
 use clap::Args;
 use serde_json::json;
 
-use super::{AdminArgs, Failure, admin, print, status::clean};
+use super::table::{clean, count};
+use super::{AdminArgs, Failure, admin, print};
 use crate::admin::command::Wanted;
 
 pub(super) const EXAMPLES: &str = "\
@@ -49,9 +50,9 @@ pub(super) fn scale(arguments: &ScaleArgs) -> Result<(), Failure> {
         return print(&format!("{answer}\n"));
     }
     print(&format!(
-        "pool {}: {} processes wanted, {} before: {} active, {} starting, {} draining\n",
+        "pool {}: {} wanted, {} before: {} active, {} starting, {} draining\n",
         clean(&arguments.pool),
-        answer["processes"],
+        count(answer["processes"].as_u64().unwrap_or_default(), "process"),
         answer["before"],
         answer["active"],
         answer["starting"],

@@ -7,14 +7,17 @@ use std::time::Duration;
 use clap::Args;
 
 use super::admin::Place;
+pub(super) use super::table::{Table, clean};
+use super::table::{count, width, wrap};
 use super::{AdminArgs, Failure, admin, feed, print, rest};
-use crate::status::Status;
+use crate::status::{FaultStatus, Status};
 
 pub(super) const EXAMPLES: &str = "\
 Examples:
   dispatcher status
   dispatcher status --watch                 again every 2 s, until Ctrl-C
   dispatcher status --watch 500ms --json    one line each time
+  dispatcher status --faults 50             more of the last faults
   dispatcher status --json | jq '.pools[].workers[].load'
   dispatcher status --admin /tmp/admin.sock";
 
@@ -29,18 +32,21 @@ pub(super) struct StatusArgs {
     #[arg(long, value_name = "DURATION", num_args = 0..=1, default_missing_value = "2s",
           value_parser = humantime::parse_duration)]
     watch: Option<Duration>,
+    /// Show so many of the last faults.
+    #[arg(long, value_name = "N", default_value_t = 5)]
+    faults: usize,
 }
 
 pub(super) fn status(arguments: &StatusArgs) -> Result<(), Failure> {
     let place = admin::find(&arguments.admin)?;
     let Some(pace) = arguments.watch else {
-        return print(&once(&place, arguments.json)?);
+        return print(&once(&place, arguments)?);
     };
     // Shorter would only ask the dispatcher for what nobody can read.
     let pace = pace.max(Duration::from_millis(100));
     let terminal = std::io::stdout().is_terminal();
     loop {
-        let text = once(&place, arguments.json)?;
+        let text = once(&place, arguments)?;
         let text = match (arguments.json, terminal) {
             (true, _) => text,
             // From the top, each line to its end, and nothing of the last one below.
@@ -54,19 +60,20 @@ pub(super) fn status(arguments: &StatusArgs) -> Result<(), Failure> {
     }
 }
 
-fn once(place: &Place, json: bool) -> Result<String, Failure> {
+fn once(place: &Place, arguments: &StatusArgs) -> Result<String, Failure> {
     let body = admin::get(place, "/v1/status")?;
-    if json {
+    if arguments.json {
         // As it came, so that what a newer dispatcher adds is not lost.
         let mut text = String::from_utf8_lossy(&body).into_owned();
         text.push('\n');
         return Ok(text);
     }
     let status: Status = admin::parse(&body, place)?;
-    Ok(table(&status))
+    Ok(table(&status, arguments.faults, width()))
 }
 
-pub(super) fn table(status: &Status) -> String {
+/// All of it, in lines of at most `width` characters, with the last `faults` of them.
+pub(super) fn table(status: &Status, faults: usize, width: usize) -> String {
     let mut text = format!(
         "dispatcher {}  pid {}  instance {}  up {}{}\n\n",
         clean(&status.version),
@@ -83,7 +90,7 @@ pub(super) fn table(status: &Status) -> String {
         status.taken.to_string(),
         status.closed.values().sum::<u64>().to_string(),
     ]);
-    totals.show(&mut text);
+    totals.show(&mut text, width);
     // Writing to a string cannot fail.
     for (reason, count) in status.closed.iter().filter(|(_, count)| **count > 0) {
         let _ = writeln!(text, "closed {}: {count}", clean(reason));
@@ -103,7 +110,7 @@ pub(super) fn table(status: &Status) -> String {
         ]);
     }
     text.push('\n');
-    listeners.show(&mut text);
+    listeners.show(&mut text, width);
 
     let mut pools = Table::new(&["POOL", "POLICY", "STATE", "WORKERS", "LOAD", "HELD"], 3);
     for pool in &status.pools {
@@ -117,7 +124,7 @@ pub(super) fn table(status: &Status) -> String {
         ]);
     }
     text.push('\n');
-    pools.show(&mut text);
+    pools.show(&mut text, width);
 
     let mut workers = Table::new(
         &[
@@ -125,7 +132,8 @@ pub(super) fn table(status: &Status) -> String {
             "FINISHED", "CUSTODY", "REVOKED",
         ],
         3,
-    );
+    )
+    .optional(&["FINISHED", "SENT", "REVOKED", "MAX", "TAKEN"]);
     for pool in &status.pools {
         for worker in &pool.workers {
             workers.row([
@@ -146,59 +154,34 @@ pub(super) fn table(status: &Status) -> String {
         }
     }
     text.push('\n');
-    if workers.rows.is_empty() {
+    if workers.is_empty() {
         text.push_str("no workers\n");
     } else {
-        workers.show(&mut text);
+        workers.show(&mut text, width);
     }
+    last_faults(&mut text, &status.faults, faults, width);
     text
 }
 
-/// A worker names itself: its name must not move the cursor.
-pub(super) fn clean(text: &str) -> String {
-    text.chars().map(|c| if c.is_control() { '\u{fffd}' } else { c }).collect()
-}
-
-/// Columns wide enough for what is in them: the first `left` ones to the left, numbers to the right.
-pub(super) struct Table<const N: usize> {
-    head: [&'static str; N],
-    left: usize,
-    rows: Vec<[String; N]>,
-}
-
-impl<const N: usize> Table<N> {
-    pub(super) fn new(head: &[&'static str; N], left: usize) -> Table<N> {
-        Table { head: *head, left, rows: Vec::new() }
+/// The newest last, as in a log.
+fn last_faults(text: &mut String, all: &[FaultStatus], most: usize, width: usize) {
+    let shown = &all[all.len().saturating_sub(most)..];
+    if shown.is_empty() {
+        return;
     }
-
-    pub(super) fn row(&mut self, cells: [String; N]) {
-        self.rows.push(cells);
-    }
-
-    pub(super) fn show(&self, text: &mut String) {
-        let width = |column: usize| {
-            self.rows
-                .iter()
-                .map(|row| row[column].chars().count())
-                .chain([self.head[column].len()])
-                .max()
-                .unwrap_or(0)
+    // Writing to a string cannot fail.
+    let _ = match all.len() {
+        number if number == shown.len() => writeln!(text, "\nlast faults"),
+        number => writeln!(text, "\nlast faults ({} of {number})", shown.len()),
+    };
+    for fault in shown {
+        let time = fault.time.split('.').next().unwrap_or_default().replacen('T', " ", 1);
+        let often = match fault.count {
+            0 | 1 => String::new(),
+            times => format!(" {}", count(times, "time")),
         };
-        let widths: [usize; N] = std::array::from_fn(width);
-        let heads = self.head.map(str::to_owned);
-        for row in std::iter::once(&heads).chain(&self.rows) {
-            let mut line = String::new();
-            for (column, cell) in row.iter().enumerate() {
-                let gap = if column == 0 { "" } else { "  " };
-                let width = widths[column];
-                let _ = if column < self.left {
-                    write!(line, "{gap}{cell:<width$}")
-                } else {
-                    write!(line, "{gap}{cell:>width$}")
-                };
-            }
-            text.push_str(line.trim_end());
-            text.push('\n');
-        }
+        let head = format!("{time}Z {} {}{often}", fault.kind, fault.subject);
+        text.push_str(&wrap(&clean(&head), "", width));
+        text.push_str(&wrap(&clean(&fault.text), "    ", width));
     }
 }

@@ -3,7 +3,7 @@
 use std::path::Path;
 
 use super::*;
-use crate::status::{ListenerStatus, PoolStatus, Status, WorkerStatus};
+use crate::status::{FaultStatus, ListenerStatus, PoolStatus, Status, WorkerStatus};
 
 fn run(arguments: &[&str]) -> Exit {
     execute(std::iter::once(&"dispatcher").chain(arguments).map(OsString::from))
@@ -225,7 +225,7 @@ fn the_table() {
         ..Status::default()
     };
     assert_eq!(
-        status::table(&status),
+        status::table(&status, 5, 200),
         "\
 dispatcher 1.2.3  pid 42  instance 00c0ffee  up 1h 1m 1s
 
@@ -243,5 +243,29 @@ POOL  WORKER  STATE   ID  PID  WEIGHT  LOAD    MAX  SENT  TAKEN  FINISHED  CUSTO
 web   a\u{fffd}[2J   active   1   77       1    12  10000   997    990       985        7        0
 "
     );
-    assert!(status::table(&Status::default()).ends_with("\nno workers\n"));
+    assert!(status::table(&Status::default(), 5, 80).ends_with("\nno workers\n"));
+    // Eighty columns do for names as long as they may be, and for the last faults.
+    let mut status = status;
+    status.pools[0].name = "p".repeat(64);
+    status.pools[0].workers[0].name = "w".repeat(64);
+    status.listeners[0].address = format!("unix:/{}", "x".repeat(100));
+    status.faults = (1..=7)
+        .map(|n| FaultStatus {
+            time: format!("2026-01-02T03:04:{n:02}.678Z"),
+            kind: "worker_gone".to_owned(),
+            subject: format!("web/w{n}"),
+            text: format!("process {n} died; {}", "5 untaken went elsewhere, ".repeat(4)),
+            count: n,
+        })
+        .collect();
+    let text = status::table(&status, 5, 80);
+    assert!(text.lines().all(|line| line.chars().count() <= 80), "{text}");
+    let (_, faults) = text.split_once("\nlast faults (5 of 7)\n").expect("the faults");
+    let first = "2026-01-02 03:04:03Z worker_gone web/w3 3 times\n    process 3 died; 5 untaken";
+    assert!(faults.starts_with(first), "{faults}");
+    assert!(faults.contains("worker_gone web/w7 7 times"), "{faults}");
+    status.faults.truncate(1);
+    let text = status::table(&status, 5, 80);
+    assert!(text.contains("\nlast faults\n2026-01-02 03:04:01Z worker_gone web/w1\n"), "{text}");
+    assert!(!status::table(&status, 0, 80).contains("last faults"));
 }

@@ -6,6 +6,7 @@ use std::sync::mpsc;
 use std::time::{Duration, Instant};
 
 use super::admin::Place;
+use super::table::count;
 use super::{Exit, Failure, admin, complain};
 use crate::status::Status;
 
@@ -100,7 +101,9 @@ fn until_drained(
             None => false,
         });
         let done = all - workers.len();
-        progress.say(&format!("{done} of {all} workers drained, {left} connections left"));
+        let connections = count(left, "connection");
+        progress
+            .say(&format!("{done} of {} drained, {connections} left", count(all as u64, "worker")));
         if workers.is_empty() {
             return Ok(());
         }
@@ -110,8 +113,8 @@ fn until_drained(
             return Err(Failure::new(
                 Exit::TempFail,
                 format!(
-                    "{left} connections are left after {waited}, at {}: they go on; \
-                     wait longer with --timeout, or end them with --deadline",
+                    "{connections} left after {waited}, at {}: what is left goes on; \
+                     wait longer with --timeout, or end it with --deadline",
                     names.join(", ")
                 ),
             ));

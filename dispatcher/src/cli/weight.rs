@@ -3,7 +3,7 @@
 use clap::Args;
 use serde_json::json;
 
-use super::{AdminArgs, Exit, Failure, admin, drain};
+use super::{AdminArgs, Failure, admin, drain};
 use crate::admin::command::WorkerRef;
 
 pub(super) const EXAMPLES: &str = "\
@@ -36,11 +36,10 @@ fn parse(text: &str) -> Result<u16, String> {
 }
 
 pub(super) fn weight(arguments: &WeightArgs) -> Result<(), Failure> {
-    let worker: WorkerRef =
-        arguments.worker.parse().map_err(|error| Failure::new(Exit::Usage, format!("{error}")))?;
+    let worker: WorkerRef = arguments.worker.parse().map_err(drain::usage)?;
     let place = admin::find(&arguments.admin)?;
     let path = format!("/v1/workers/{}", admin::segment(&worker.to_string()));
     let body = json!({ "action": "weight", "weight": arguments.weight });
     let answer = admin::post(&place, &path, &body)?;
-    drain::show(&answer, arguments.json)
+    drain::show_with(&answer, arguments.json, |worker| format!("weight {}, ", worker["weight"]))
 }

@@ -3,7 +3,7 @@
 use clap::Args;
 use serde_json::Value;
 
-use super::status::{Table, clean};
+use super::table::{Table, clean, width};
 use super::{AdminArgs, Failure, admin, print};
 
 pub(super) const EXAMPLES: &str = "\
@@ -41,8 +41,8 @@ pub(super) fn workers(arguments: &WorkersArgs) -> Result<(), Failure> {
     if rows.is_empty() {
         return print("no workers\n");
     }
-    let mut table =
-        Table::new(&["WORKER", "STATE", "ID", "PID", "WEIGHT", "LOAD", "MAX", "CUSTODY"], 2);
+    let head = ["WORKER", "STATE", "ID", "PID", "WEIGHT", "LOAD", "MAX", "CUSTODY"];
+    let mut table = Table::new(&head, 2);
     for row in rows {
         let word = |key: &str| clean(row[key].as_str().unwrap_or("?"));
         table.row([
@@ -57,6 +57,6 @@ pub(super) fn workers(arguments: &WorkersArgs) -> Result<(), Failure> {
         ]);
     }
     let mut text = String::new();
-    table.show(&mut text);
+    table.show(&mut text, width());
     print(&text)
 }

@@ -60,7 +60,7 @@ fn affinity(
     let pick = |get: fn(&AffinityKeys) -> Option<u32>| tables.into_iter().flatten().find_map(get);
     let Some(text) = tables.into_iter().flatten().find_map(|keys| keys.key.as_ref()) else {
         return match own {
-            Some(table) => Err(Mistake::new(table.span(), "missing key `key`")
+            Some(table) => Err(Mistake::absence(table.span(), "missing key `key`")
                 .help("say what clients are known by, such as key = \"cookie:SESSION\"")),
             None => Ok(None),
         };

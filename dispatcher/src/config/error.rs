@@ -14,16 +14,34 @@ pub enum ConfigError {
         /// Why not.
         error: io::Error,
     },
-    /// It holds a mistake.
-    Invalid(Box<Diagnostic>),
+    /// It holds mistakes.
+    Invalid {
+        /// All of them, in the order of the file; at least one.
+        mistakes: Vec<Diagnostic>,
+        /// What is valid beside them and probably not meant.
+        warnings: Vec<Warning>,
+    },
 }
 
 impl ConfigError {
-    /// The mistake and its place, if the file could be read at all.
+    /// The first mistake and its place, if the file could be read at all.
     pub fn diagnostic(&self) -> Option<&Diagnostic> {
+        self.diagnostics().first()
+    }
+
+    /// Every mistake and its place, in the order of the file. None if the file could not be read.
+    pub fn diagnostics(&self) -> &[Diagnostic] {
         match self {
-            ConfigError::Invalid(diagnostic) => Some(diagnostic),
-            ConfigError::Unreadable { .. } => None,
+            ConfigError::Invalid { mistakes, .. } => mistakes,
+            ConfigError::Unreadable { .. } => &[],
+        }
+    }
+
+    /// What is valid beside the mistakes and probably not meant.
+    pub fn warnings(&self) -> &[Warning] {
+        match self {
+            ConfigError::Invalid { warnings, .. } => warnings,
+            ConfigError::Unreadable { .. } => &[],
         }
     }
 }
@@ -32,7 +50,18 @@ impl fmt::Display for ConfigError {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         match self {
             ConfigError::Unreadable { file, error } => write!(f, "{file}: {error}"),
-            ConfigError::Invalid(diagnostic) => diagnostic.write(f, ""),
+            ConfigError::Invalid { mistakes, .. } => {
+                for (position, mistake) in mistakes.iter().enumerate() {
+                    if position > 0 {
+                        f.write_str("\n")?;
+                    }
+                    mistake.write(f, "")?;
+                }
+                match mistakes.len() {
+                    0 | 1 => Ok(()),
+                    count => write!(f, "\n{count} mistakes"),
+                }
+            }
         }
     }
 }
@@ -97,11 +126,18 @@ pub(super) struct Mistake {
     pub span: Range<usize>,
     pub message: String,
     pub help: Option<String>,
+    /// Something is missing here. It may be missing only because another mistake hides it.
+    pub absence: bool,
 }
 
 impl Mistake {
     pub(super) fn new(span: Range<usize>, message: impl Into<String>) -> Mistake {
-        Mistake { span, message: message.into(), help: None }
+        Mistake { span, message: message.into(), help: None, absence: false }
+    }
+
+    /// Something that is missing. It is not reported beside mistakes that may hide it.
+    pub(super) fn absence(span: Range<usize>, message: impl Into<String>) -> Mistake {
+        Mistake { absence: true, ..Mistake::new(span, message) }
     }
 
     pub(super) fn help(mut self, help: impl Into<String>) -> Mistake {
@@ -118,7 +154,16 @@ pub(super) struct Source<'a> {
 
 impl Source<'_> {
     pub(super) fn error(&self, mistake: Mistake) -> ConfigError {
-        ConfigError::Invalid(Box::new(self.locate(mistake)))
+        self.errors(vec![mistake], Vec::new())
+    }
+
+    /// At least one mistake.
+    pub(super) fn errors(&self, mistakes: Vec<Mistake>, warnings: Vec<Warning>) -> ConfigError {
+        let mut mistakes: Vec<Diagnostic> = mistakes.into_iter().map(|m| self.locate(m)).collect();
+        mistakes.sort_by_key(|mistake| (mistake.line, mistake.column));
+        // A default is looked at once for every pool; once is enough to say it.
+        mistakes.dedup();
+        ConfigError::Invalid { mistakes, warnings }
     }
 
     pub(super) fn warning(&self, mistake: Mistake) -> Warning {
@@ -128,6 +173,13 @@ impl Source<'_> {
     /// The bytes a span means; empty when the span is none of this text.
     pub(super) fn slice(&self, span: &Range<usize>) -> &str {
         self.text.get(span.clone()).unwrap_or_default()
+    }
+
+    /// Whether two spans begin in the same line.
+    pub(super) fn same_line(&self, one: &Range<usize>, two: &Range<usize>) -> bool {
+        let (first, last) = (one.start.min(two.start), one.start.max(two.start));
+        let between = self.text.as_bytes().get(first..last.min(self.text.len()));
+        !between.unwrap_or_default().contains(&b'\n')
     }
 
     fn locate(&self, mistake: Mistake) -> Diagnostic {

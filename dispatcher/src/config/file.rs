@@ -1,4 +1,4 @@
-//! The file as serde sees it: every table and key, nothing resolved yet. Turns serde's errors into ours.
+//! The file as serde sees it: every table and key, nothing resolved yet.
 
 use std::collections::BTreeMap;
 
@@ -8,7 +8,6 @@ use toml::Spanned;
 
 use super::MAX_PROCESSES;
 use super::affinity::AffinityKeys;
-use super::error::{ConfigError, Mistake, Source, suggest};
 use super::scores::ScoreKeys;
 use super::value::{AMode, AnAccount, Count, Either, KERNEL_SECONDS, Wait, YEAR};
 use crate::pool::Policy;
@@ -75,19 +74,19 @@ pub(super) struct ListenerKeys {
     pub name: Spanned<String>,
     pub address: Spanned<String>,
     pub pool: Spanned<String>,
-    pub backlog: Option<Count<1, 1_000_000>>,
+    pub backlog: Option<Spanned<Count<1, 1_000_000>>>,
     pub ipv6_only: Option<Spanned<bool>>,
-    pub nodelay: Option<bool>,
-    pub keepalive: Option<Wait<1000, KERNEL_SECONDS>>,
+    pub nodelay: Option<Spanned<bool>>,
+    pub keepalive: Option<Spanned<Wait<1000, KERNEL_SECONDS>>>,
     pub keepalive_interval: Option<Spanned<Wait<1000, KERNEL_SECONDS>>>,
     pub keepalive_count: Option<Spanned<Count<1, 127>>>,
-    pub user_timeout: Option<Wait<1, 2_147_483_647>>,
-    pub defer_accept: Option<Wait<1000, KERNEL_SECONDS>>,
-    pub fast_open: Option<Count<1, 65_535>>,
-    pub receive_buffer: Option<Count<1, 1_073_741_823>>,
-    pub send_buffer: Option<Count<1, 1_073_741_823>>,
-    pub reuse_port: Option<bool>,
-    pub free_bind: Option<bool>,
+    pub user_timeout: Option<Spanned<Wait<1, 2_147_483_647>>>,
+    pub defer_accept: Option<Spanned<Wait<1000, KERNEL_SECONDS>>>,
+    pub fast_open: Option<Spanned<Count<1, 65_535>>>,
+    pub receive_buffer: Option<Spanned<Count<1, 1_073_741_823>>>,
+    pub send_buffer: Option<Spanned<Count<1, 1_073_741_823>>>,
+    pub reuse_port: Option<Spanned<bool>>,
+    pub free_bind: Option<Spanned<bool>>,
     pub mode: Option<Spanned<Either<AMode>>>,
     pub allow: Option<Vec<Spanned<String>>>,
     pub deny: Option<Vec<Spanned<String>>>,
@@ -132,85 +131,6 @@ pub(super) struct SpawnKeys {
     pub processes: Option<Count<1, MAX_PROCESSES>>,
     pub environment: Option<BTreeMap<Spanned<String>, Spanned<String>>>,
     pub directory: Option<Spanned<String>>,
-}
-
-/// Reads the whole file.
-pub(super) fn read(source: &Source<'_>) -> Result<File, ConfigError> {
-    toml::from_str(source.text).map_err(|error| source.error(translate(&error, source)))
-}
-
-/// Reads nothing but `admin_socket`.
-pub(super) fn admin_socket(source: &Source<'_>) -> Result<Option<Spanned<String>>, ConfigError> {
-    #[derive(Deserialize)]
-    struct Only {
-        admin_socket: Option<Spanned<String>>,
-    }
-    toml::from_str::<Only>(source.text)
-        .map(|only| only.admin_socket)
-        .map_err(|error| source.error(translate(&error, source)))
-}
-
-/// serde's words, made ours: keys instead of fields, tables instead of maps, and the nearest valid one.
-fn translate(error: &toml::de::Error, source: &Source<'_>) -> Mistake {
-    let span = error.span().unwrap_or(0..0);
-    let message = error.message();
-    let (message, help) = match message.split_once('\n') {
-        Some((message, help)) => (message, Some(help.to_owned())),
-        None => (message, None),
-    };
-    if let Some(rest) = message.strip_prefix("unknown field ") {
-        let (word, valid) = word_and_list(rest);
-        return Mistake::new(span, format!("unknown key `{word}`")).help(
-            elsewhere(word, &valid)
-                .unwrap_or_else(|| suggest(word, "the keys here are", valid.iter().copied())),
-        );
-    }
-    if let Some(rest) = message.strip_prefix("unknown variant ") {
-        let (word, valid) = word_and_list(rest);
-        return Mistake::new(span, format!("unknown value `{word}`")).help(suggest(
-            word,
-            "the values are",
-            valid.iter().copied(),
-        ));
-    }
-    if let Some(rest) = message.strip_prefix("missing field ") {
-        return Mistake::new(span, format!("missing key {rest}"))
-            .help(format!("add {rest} to this table"));
-    }
-    let single_bracket = source.slice(&span).starts_with("[listener]");
-    let message = message
-        .replace("invalid type: map", "wrong type: table")
-        .replace("invalid type: sequence", "wrong type: array")
-        .replace("invalid type: ", "wrong type: ")
-        .replace("expected a sequence", "expected an array")
-        .replace("expected a map", "expected a table");
-    let message = match message.split_once("expected struct ") {
-        Some((before, _)) => format!("{before}expected a table"),
-        None => message,
-    };
-    let help = match help {
-        None if single_bracket => Some("write [[listener]], with two brackets".to_owned()),
-        help => help,
-    };
-    Mistake { span, message, help }
-}
-
-/// "`word`, expected one of `a`, `b`" taken apart.
-fn word_and_list(rest: &str) -> (&str, Vec<&str>) {
-    let mut quoted = rest.split('`').skip(1).step_by(2);
-    let word = quoted.next().unwrap_or_default();
-    (word, quoted.collect())
-}
-
-/// Where a key belongs that is a good one in the wrong table.
-fn elsewhere(word: &str, here: &[&str]) -> Option<String> {
-    tables()
-        .into_iter()
-        .find(|(_, keys)| keys.contains(&word) && !here.iter().any(|key| keys.contains(key)))
-        .map(|(table, _)| match table {
-            "" => format!("`{word}` is a top-level key: move it above the first [table]"),
-            table => format!("`{word}` belongs in {table}"),
-        })
 }
 
 /// Every table and its keys, straight from the types above.

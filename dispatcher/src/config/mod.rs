@@ -9,6 +9,9 @@ mod affinity;
 mod demo;
 mod error;
 mod file;
+mod hints;
+mod listener;
+mod read;
 mod scores;
 mod screening;
 mod spawn;
@@ -84,9 +87,9 @@ impl Config {
     /// Relative paths in it are kept as they are: they mean what they mean to the dispatcher's working directory.
     ///
     /// # Errors
-    /// [`ConfigError`] when the file cannot be read or holds a mistake; the first mistake is reported.
+    /// [`ConfigError`] when the file cannot be read or holds mistakes; all of them are reported.
     pub fn load(path: &Path) -> Result<Config, ConfigError> {
-        let text = read(path)?;
+        let text = text_of(path)?;
         let config = Config::parse(&text, &path.display().to_string())?;
         Ok(Config { file: Some(path.to_owned()), ..config })
     }
@@ -94,11 +97,14 @@ impl Config {
     /// Checks a configuration that is already in memory; `file_name` is what errors call it.
     ///
     /// # Errors
-    /// [`ConfigError`] for the first mistake.
+    /// [`ConfigError`] with every mistake.
     pub fn parse(text: &str, file_name: &str) -> Result<Config, ConfigError> {
         let source = error::Source { file: file_name, text };
-        let file = file::read(&source)?;
-        validate::validate(file, &source).map_err(|mistake| source.error(mistake))
+        let (file, mistakes) = read::read(&source);
+        match file {
+            Some(file) => validate::validate(file, mistakes, &source),
+            None => Err(source.errors(mistakes, Vec::new())),
+        }
     }
 
     /// Only `admin_socket` of a configuration file, and nothing else checked: what a client command needs. It
@@ -107,15 +113,15 @@ impl Config {
     /// # Errors
     /// [`ConfigError`] when the file cannot be read, is not TOML, or has an `admin_socket` that is none.
     pub fn admin_source(path: &Path) -> Result<UnixSource, ConfigError> {
-        let text = read(path)?;
+        let text = text_of(path)?;
         let source = error::Source { file: &path.display().to_string(), text: &text };
-        let socket = file::admin_socket(&source)?;
+        let socket = read::admin_socket(&source)?;
         address::unix_source(socket, DEFAULT_ADMIN_SOCKET, "admin_socket")
             .map_err(|mistake| source.error(mistake))
     }
 }
 
-fn read(path: &Path) -> Result<String, ConfigError> {
+fn text_of(path: &Path) -> Result<String, ConfigError> {
     use std::io::{self, Read};
 
     let unreadable =

@@ -81,7 +81,7 @@ pub(super) fn scores(
     keys: Option<&Spanned<ScoreKeys>>,
     defaults: Option<&Spanned<ScoreKeys>>,
     policy: Policy,
-) -> Checked<Scores> {
+) -> Scores {
     if let Some(keys) = keys
         && policy != Policy::LeastScore
     {
@@ -106,8 +106,10 @@ pub(super) fn scores(
         if every >= scores.valid_for {
             let spans = [valid_for.map(Spanned::span), interval.map(Spanned::span)];
             let span = spans.into_iter().flatten().next().unwrap_or(0..0);
-            return Err(Mistake::new(span, "`valid_for` must be longer than `interval`")
-                .help("or every gauge is too old before it is read again"));
+            check.mistake(
+                Mistake::new(span, "`valid_for` must be longer than `interval`")
+                    .help("or every gauge is too old before it is read again"),
+            );
         }
         scores.interval = Some(every);
     } else if let Some(interval) = keys.and_then(|keys| keys.interval.as_ref()) {
@@ -117,16 +119,16 @@ pub(super) fn scores(
         );
     }
     if let Some(multipliers) = multipliers {
-        read(check, multipliers, &mut scores)?;
+        read(check, multipliers, &mut scores);
     }
-    Ok(scores)
+    scores
 }
 
 fn read(
     check: &mut Check<'_>,
     multipliers: &BTreeMap<Spanned<String>, Spanned<Multiplier>>,
     scores: &mut Scores,
-) -> Checked<()> {
+) {
     let mut multipliers: Vec<_> = multipliers.iter().collect();
     multipliers.sort_by_key(|(name, _)| name.span().start);
     let mut connections = 0..0;
@@ -137,9 +139,10 @@ fn read(
             connections = name.span();
             continue;
         }
-        let gauge: GaugeName = text.parse().map_err(|problem| {
+        let gauge: Checked<GaugeName> = text.parse().map_err(|problem| {
             Mistake::new(name.span(), "not a name for a gauge").help(format!("{problem}"))
-        })?;
+        });
+        let Some(gauge) = check.keep(gauge) else { continue };
         if !names::ALL.contains(&text)
             && let Some(meant) = nearest(text, names::ALL.into_iter().chain([CONNECTIONS]))
         {
@@ -153,13 +156,15 @@ fn read(
             continue;
         }
         if scores.gauges.len() == GAUGES as usize {
-            return Err(Mistake::new(name.span(), format!("more than {GAUGES} gauges"))
-                .help("a worker has no room for more"));
+            check.mistake(
+                Mistake::new(name.span(), format!("more than {GAUGES} gauges"))
+                    .help("a worker has no room for more"),
+            );
+            return;
         }
         scores.gauges.push(ScoredGauge { name: gauge, multiplier });
     }
     if scores.connections == 0.0 && scores.gauges.is_empty() {
         check.warn(Mistake::new(connections, "nothing counts: workers take turns"));
     }
-    Ok(())
 }

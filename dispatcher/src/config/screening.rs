@@ -9,22 +9,26 @@ use toml::Spanned;
 use super::Address;
 use super::error::Mistake;
 use super::file::ListenerKeys;
-use super::validate::Checked;
+use super::validate::{Check, Checked};
 use crate::pool::{Rate, Screening};
 
 /// Most connections in a second, a minute or an hour that can be written.
 const MAX_RATE: u32 = 1_000_000;
 
-/// The rules, and what is valid in them and yet does nothing.
+/// The rules; a warning for each that is valid and does nothing. Without an address, that has a mistake.
 pub(super) fn screening(
+    check: &mut Check<'_>,
     keys: &ListenerKeys,
-    address: &Address,
-) -> Checked<(Screening, Vec<Mistake>)> {
+    address: Option<&Address>,
+) -> Screening {
     let default = Screening::default();
-    let rules = Screening {
-        allow: networks(keys.allow.as_deref())?,
-        deny: networks(keys.deny.as_deref())?,
-        rate: rate(keys)?,
+    for mistake in address.map_or_else(Vec::new, |address| useless(keys, address)) {
+        check.warn(mistake);
+    }
+    Screening {
+        allow: networks(check, keys.allow.as_deref()),
+        deny: networks(check, keys.deny.as_deref()),
+        rate: check.keep(rate(keys)).flatten(),
         max_queued_per_client: keys.max_queued_per_client.as_ref().map(|n| n.get_ref().0),
         prefix_ipv4: prefix(keys.client_prefix_ipv4.as_ref().map(|n| n.get_ref().0))
             .unwrap_or(default.prefix_ipv4),
@@ -34,16 +38,15 @@ pub(super) fn screening(
             .max_tracked_clients
             .as_ref()
             .map_or(default.max_clients, |n| n.get_ref().0),
-    };
-    Ok((rules, useless(keys, address)))
+    }
 }
 
 fn prefix(length: Option<u32>) -> Option<u8> {
     length.and_then(|length| u8::try_from(length).ok())
 }
 
-fn networks(list: Option<&[Spanned<String>]>) -> Checked<Vec<IpNet>> {
-    list.unwrap_or_default().iter().map(network).collect()
+fn networks(check: &mut Check<'_>, list: Option<&[Spanned<String>]>) -> Vec<IpNet> {
+    list.unwrap_or_default().iter().filter_map(|text| check.keep(network(text))).collect()
 }
 
 fn network(text: &Spanned<String>) -> Checked<IpNet> {

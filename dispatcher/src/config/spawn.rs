@@ -1,48 +1,106 @@
 //! What a pool has besides numbers: the processes it starts, and the bytes it sends when there is no worker.
 
 use std::collections::BTreeMap;
-use std::path::PathBuf;
+use std::path::{Path, PathBuf};
 
+use nix::unistd::{AccessFlags, access};
 use toml::Spanned;
 
 use super::error::Mistake;
 use super::file::SpawnKeys;
-use super::validate::Checked;
+use super::validate::{Check, Checked};
 use super::{MAX_UNAVAILABLE_RESPONSE, Spawn};
 
 /// `[pool.NAME.spawn]`, with what `[defaults.spawn]` adds. Only a pool with the table itself starts processes.
 pub(super) fn spawn(
+    check: &mut Check<'_>,
     keys: &Spanned<SpawnKeys>,
     defaults: Option<&Spanned<SpawnKeys>>,
-) -> Checked<Spawn> {
+) -> Option<Spawn> {
     let own = keys.get_ref();
     let defaults = defaults.map(Spanned::get_ref);
-    let command =
-        own.command.as_ref().or(defaults.and_then(|d| d.command.as_ref())).ok_or_else(|| {
-            Mistake::new(keys.span(), "missing key `command`")
-                .help("add the program and its arguments: command = [\"/usr/bin/my-server\"]")
-        })?;
+    let environment = own.environment.as_ref().or(defaults.and_then(|d| d.environment.as_ref()));
+    let environment = environment.map_or_else(Vec::new, |table| variables(check, table));
+    let directory = own.directory.as_ref().or(defaults.and_then(|d| d.directory.as_ref()));
+    let command = own.command.as_ref().or(defaults.and_then(|d| d.command.as_ref()));
+    for text in command.into_iter().flat_map(Spanned::get_ref).chain(directory) {
+        check.keep(no_zero_byte(text));
+    }
+    let Some(command) = command else {
+        check.mistake(
+            Mistake::absence(keys.span(), "missing key `command`")
+                .help("add the program and its arguments: command = [\"/usr/bin/my-server\"]"),
+        );
+        return None;
+    };
     match command.get_ref().first() {
         None => {
-            return Err(Mistake::new(command.span(), "`command` is empty")
-                .help("it starts with a program: [\"/usr/bin/my-server\", \"--option\"]"));
+            check.mistake(
+                Mistake::new(command.span(), "`command` is empty")
+                    .help("it starts with a program: [\"/usr/bin/my-server\", \"--option\"]"),
+            );
         }
         Some(program) if program.get_ref().is_empty() => {
-            return Err(Mistake::new(program.span(), "the program has no name"));
+            check.mistake(Mistake::new(program.span(), "the program has no name"));
         }
-        Some(_) => {}
+        Some(program) => {
+            if let Some(warning) = missing_program(program, directory, &environment) {
+                check.warn(warning);
+            }
+        }
     }
-    let environment = own.environment.as_ref().or(defaults.and_then(|d| d.environment.as_ref()));
-    let directory = own.directory.as_ref().or(defaults.and_then(|d| d.directory.as_ref()));
-    for text in command.get_ref().iter().chain(directory) {
-        no_zero_byte(text)?;
+    if let Some(directory) = directory
+        && !Path::new(directory.get_ref()).is_dir()
+    {
+        let message = format!("there is no directory `{}`", directory.get_ref());
+        check.warn(Mistake::new(directory.span(), message).help(NOT_NOW));
     }
-    Ok(Spawn {
+    Some(Spawn {
         command: command.get_ref().iter().map(|word| word.get_ref().clone()).collect(),
         processes: own.processes.or(defaults.and_then(|d| d.processes)).map_or(1, |n| n.0),
-        environment: environment.map_or(Ok(Vec::new()), variables)?,
+        environment,
         directory: directory.map(|directory| PathBuf::from(directory.get_ref())),
     })
+}
+
+/// What is missing may come before it is wanted; so that is only a warning.
+const NOT_NOW: &str = "until there is, its processes cannot be started";
+
+/// A warning if no such program can be started now.
+fn missing_program(
+    program: &Spanned<String>,
+    directory: Option<&Spanned<String>>,
+    environment: &[(String, String)],
+) -> Option<Mistake> {
+    let name = program.get_ref().as_str();
+    let runs = |path: &Path| path.is_file() && access(path, AccessFlags::X_OK).is_ok();
+    let span = program.span();
+    if !name.contains('/') {
+        // Where the child looks: its own PATH, if it is given one.
+        let own = environment.iter().find(|(variable, _)| variable == "PATH");
+        let paths = own.map(|(_, value)| value.into()).or_else(|| std::env::var_os("PATH"));
+        let paths = paths.unwrap_or_else(|| "/bin:/usr/bin".into());
+        let found = std::env::split_paths(&paths).any(|folder| runs(&folder.join(name)));
+        let message = format!("there is no program `{name}` in PATH ({})", paths.display());
+        return (!found).then(|| {
+            Mistake::new(span, message).help("write its whole path, such as \"/usr/bin/my-server\"")
+        });
+    }
+    // A relative path is relative to the directory in which the process starts.
+    let path = match directory {
+        Some(directory) => Path::new(directory.get_ref()).join(name),
+        None => PathBuf::from(name),
+    };
+    match std::fs::metadata(&path) {
+        Err(error) => {
+            Some(Mistake::new(span, format!("`{}`: {error}", path.display())).help(NOT_NOW))
+        }
+        Ok(_) if !runs(&path) => {
+            let message = format!("`{}` is not an executable file", path.display());
+            Some(Mistake::new(span, message).help(NOT_NOW))
+        }
+        Ok(_) => None,
+    }
 }
 
 fn no_zero_byte(text: &Spanned<String>) -> Checked<()> {
@@ -53,24 +111,28 @@ fn no_zero_byte(text: &Spanned<String>) -> Checked<()> {
 }
 
 fn variables(
+    check: &mut Check<'_>,
     environment: &BTreeMap<Spanned<String>, Spanned<String>>,
-) -> Checked<Vec<(String, String)>> {
+) -> Vec<(String, String)> {
     let mut variables = Vec::with_capacity(environment.len());
     for (name, value) in environment {
-        if name.get_ref().is_empty() || name.get_ref().contains(['=', '\0']) {
-            return Err(Mistake::new(name.span(), "not a name for an environment variable"));
-        }
-        if super::RESERVED_VARIABLES.contains(&name.get_ref().as_str()) {
-            return Err(Mistake::new(
-                name.span(),
-                format!("the dispatcher itself sets `{}`", name.get_ref()),
-            )
-            .help("it tells the worker where and as whom to join"));
-        }
-        no_zero_byte(value)?;
+        check.keep(variable(name));
+        check.keep(no_zero_byte(value));
         variables.push((name.get_ref().clone(), value.get_ref().clone()));
     }
-    Ok(variables)
+    variables
+}
+
+fn variable(name: &Spanned<String>) -> Checked<()> {
+    if name.get_ref().is_empty() || name.get_ref().contains(['=', '\0']) {
+        return Err(Mistake::new(name.span(), "not a name for an environment variable"));
+    }
+    if super::RESERVED_VARIABLES.contains(&name.get_ref().as_str()) {
+        let message = format!("the dispatcher itself sets `{}`", name.get_ref());
+        return Err(Mistake::new(name.span(), message)
+            .help("it tells the worker where and as whom to join"));
+    }
+    Ok(())
 }
 
 pub(super) fn unavailable_response(path: &Spanned<String>) -> Checked<Vec<u8>> {

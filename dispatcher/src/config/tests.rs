@@ -3,6 +3,7 @@
 mod sample;
 mod scores;
 mod screening;
+mod several;
 mod whole;
 
 use super::*;

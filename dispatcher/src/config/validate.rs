@@ -5,123 +5,166 @@ use std::time::Duration;
 
 use toml::Spanned;
 
-use super::address::{address, check_admin_http, check_distinct, unix_source};
-use super::error::{Mistake, Source, Warning, suggest};
+use super::address::{check_admin_http, check_distinct, unix_source};
+use super::error::{ConfigError, Mistake, Source, Warning};
 use super::file::{File, ListenerKeys, PoolKeys};
+use super::listener::set_in_unit;
 use super::value::{AMode, AnAccount, Either, TextOrNumber};
 use super::{
-    Address, Config, DEFAULT_ADMIN_SOCKET, DEFAULT_DISPATCH_SOCKET, Limits, Listener,
-    ListenerOptions, Pool, UnixEndpoint, UnixSource, accounts, affinity, scores, screening, spawn,
+    Address, Config, DEFAULT_ADMIN_SOCKET, DEFAULT_DISPATCH_SOCKET, Limits, Listener, Pool,
+    UnixEndpoint, UnixSource, accounts, affinity, scores, spawn,
 };
-use crate::pool::{Access, PoolSettings};
+use crate::pool::{Access, Peek, PoolSettings};
 
 pub(super) type Checked<T> = Result<T, Mistake>;
 
-pub(super) fn validate(file: File, source: &Source<'_>) -> Checked<Config> {
-    let mut check = Check { source, warnings: Vec::new() };
-    let dispatch_socket = check.endpoint(
-        &file.dispatch_socket,
-        "dispatch_socket",
-        DEFAULT_DISPATCH_SOCKET,
-        (&file.dispatch_socket_mode, 0o666),
-        &file.dispatch_socket_user,
-        &file.dispatch_socket_group,
-    )?;
-    let admin_socket = check.endpoint(
-        &file.admin_socket,
-        "admin_socket",
-        DEFAULT_ADMIN_SOCKET,
-        (&file.admin_socket_mode, 0o600),
-        &file.admin_socket_user,
-        &file.admin_socket_group,
-    )?;
-    let admin_http = admin_http(&mut check, &file)?;
-    if dispatch_socket.source == admin_socket.source {
-        let span = [&file.admin_socket, &file.dispatch_socket]
-            .into_iter()
-            .flatten()
-            .map(Spanned::span)
-            .next();
-        return Err(Mistake::new(
-            span.unwrap_or(0..0),
-            "`admin_socket` and `dispatch_socket` are the same",
-        )
-        .help("give each a path of its own"));
-    }
-    let limits = limits(&file);
-    let defaults = file.defaults.unwrap_or_default();
-
-    // serde hands tables over sorted by name; people think in the order they wrote.
-    let mut tables: Vec<(Spanned<String>, PoolKeys)> = file.pool.into_iter().collect();
-    tables.sort_by_key(|(name, _)| name.span().start);
-    if tables.is_empty() {
-        return Err(Mistake::new(0..0, "no pool is configured")
-            .help("add a table [pool.web] and name that pool in a [[listener]]"));
-    }
-    let mut pools = Vec::with_capacity(tables.len());
-    for (name, keys) in &tables {
-        check_name(name, "pool")?;
-        if name.get_ref().contains('/') {
-            return Err(Mistake::new(name.span(), "a pool cannot have a slash in its name")
-                .help("workers are called POOL/NAME, so nobody could tell where the one ends"));
+/// The configuration, or every mistake in it: those of form that were `found` before, and those that show here.
+pub(super) fn validate(
+    file: File,
+    found: Vec<Mistake>,
+    source: &Source<'_>,
+) -> Result<Config, ConfigError> {
+    let incomplete = !found.is_empty();
+    let mut check = Check { source, incomplete, mistakes: found, warnings: Vec::new() };
+    let config = check.config(file);
+    check.warnings.sort_by_key(|warning| (warning.0.line, warning.0.column));
+    match config {
+        Some(config) if check.mistakes.is_empty() => {
+            Ok(Config { warnings: check.warnings, ..config })
         }
-        pools.push(check.pool(name.get_ref(), keys.clone(), &defaults)?);
+        Some(_) | None => Err(source.errors(check.mistakes, check.warnings)),
     }
-    if pools.len() > usize::from(u16::MAX) {
-        return Err(Mistake::new(0..0, "more than 65535 pools"));
-    }
+}
 
-    if file.listener.is_empty() {
-        return Err(Mistake::new(0..0, "no listener is configured")
-            .help("add a table [[listener]] with `name`, `address` and `pool`"));
+/// Where both sockets are the same.
+fn check_sockets(file: &File, dispatch: &UnixEndpoint, admin: &UnixEndpoint) -> Checked<()> {
+    if dispatch.source != admin.source {
+        return Ok(());
     }
-    let mut listeners = Vec::with_capacity(file.listener.len());
-    for keys in file.listener {
-        let listener = check.listener(keys.get_ref(), &pools)?;
-        check_distinct(&listener, keys.get_ref(), &listeners)?;
-        check_admin_http(admin_http, &listener, keys.get_ref())?;
-        for (endpoint, key) in
-            [(&dispatch_socket.source, "dispatch_socket"), (&admin_socket.source, "admin_socket")]
-        {
-            let same = match (&listener.address, endpoint) {
-                (Address::Unix(a), UnixSource::Path(b)) => a == b,
-                (Address::Systemd(a), UnixSource::Systemd(b)) => a == b,
-                (Address::Unix(_) | Address::Systemd(_) | Address::Tcp(_), _) => false,
-            };
-            if same {
-                return Err(Mistake::new(
-                    keys.get_ref().address.span(),
-                    format!("this is `{key}` already"),
-                ));
-            }
+    let spans = [&file.admin_socket, &file.dispatch_socket];
+    let span = spans.into_iter().flatten().map(Spanned::span).next();
+    Err(Mistake::new(span.unwrap_or(0..0), "`admin_socket` and `dispatch_socket` are the same")
+        .help("give each a path of its own"))
+}
+
+/// A listener cannot be where workers or operators connect.
+fn check_endpoints(
+    listener: &Listener,
+    keys: &ListenerKeys,
+    dispatch: &UnixEndpoint,
+    admin: &UnixEndpoint,
+) -> Checked<()> {
+    for (endpoint, key) in [(&dispatch.source, "dispatch_socket"), (&admin.source, "admin_socket")]
+    {
+        let same = match (&listener.address, endpoint) {
+            (Address::Unix(a), UnixSource::Path(b)) => a == b,
+            (Address::Systemd(a), UnixSource::Systemd(b)) => a == b,
+            (Address::Unix(_) | Address::Systemd(_) | Address::Tcp(_), _) => false,
+        };
+        if same {
+            let message = format!("this is `{key}` already");
+            return Err(Mistake::new(keys.address.span(), message));
         }
-        listeners.push(listener);
     }
-    if listeners.len() > usize::from(u16::MAX) {
-        return Err(Mistake::new(0..0, "more than 65535 listeners"));
-    }
-    for (position, (name, _)) in tables.iter().enumerate() {
-        if !listeners.iter().any(|listener| usize::from(listener.pool) == position) {
-            check.warn(
-                Mistake::new(
-                    name.span(),
-                    format!("no listener sends connections to pool `{}`", name.get_ref()),
-                )
-                .help("name it in a [[listener]], or remove it"),
+    Ok(())
+}
+
+impl Check<'_> {
+    /// Everything; nothing after mistakes that leave too little of it.
+    fn config(&mut self, file: File) -> Option<Config> {
+        let check = self;
+        let dispatch_socket = check.endpoint(
+            &file.dispatch_socket,
+            "dispatch_socket",
+            DEFAULT_DISPATCH_SOCKET,
+            (&file.dispatch_socket_mode, 0o666),
+            &file.dispatch_socket_user,
+            &file.dispatch_socket_group,
+        );
+        let admin_socket = check.endpoint(
+            &file.admin_socket,
+            "admin_socket",
+            DEFAULT_ADMIN_SOCKET,
+            (&file.admin_socket_mode, 0o600),
+            &file.admin_socket_user,
+            &file.admin_socket_group,
+        );
+        let admin_http = admin_http(check, &file);
+        let admin_http = check.keep(admin_http).flatten();
+        check.keep(check_sockets(&file, &dispatch_socket, &admin_socket));
+        let limits = limits(&file);
+        let defaults = file.defaults.unwrap_or_default();
+
+        // serde hands tables over sorted by name; people think in the order they wrote.
+        let mut tables: Vec<(Spanned<String>, PoolKeys)> = file.pool.into_iter().collect();
+        tables.sort_by_key(|(name, _)| name.span().start);
+        if tables.is_empty() {
+            check.mistake(
+                Mistake::absence(0..0, "no pool is configured")
+                    .help("add a table [pool.web] and name that pool in a [[listener]]"),
             );
         }
+        let mut pools = Vec::with_capacity(tables.len());
+        for (name, keys) in &tables {
+            check.keep(check_name(name, "pool"));
+            if name.get_ref().contains('/') {
+                check.mistake(
+                    Mistake::new(name.span(), "a pool cannot have a slash in its name").help(
+                        "workers are called POOL/NAME, so nobody could tell where the one ends",
+                    ),
+                );
+            }
+            pools.push(check.pool(name.get_ref(), keys.clone(), &defaults));
+        }
+        if pools.len() > usize::from(u16::MAX) {
+            check.mistake(Mistake::new(0..0, "more than 65535 pools"));
+            return None;
+        }
+
+        // With no pool at all that is what to say.
+        if file.listener.is_empty() && !tables.is_empty() {
+            check.mistake(
+                Mistake::absence(0..0, "no listener is configured")
+                    .help("add a table [[listener]] with `name`, `address` and `pool`"),
+            );
+        }
+        let mut listeners = Vec::with_capacity(file.listener.len());
+        for keys in &file.listener {
+            let keys = keys.get_ref();
+            let Some(listener) = check.listener(keys, &pools) else { continue };
+            check.keep(check_distinct(&listener, keys, &listeners));
+            check.keep(check_admin_http(admin_http, &listener, keys));
+            check.keep(check_endpoints(&listener, keys, &dispatch_socket, &admin_socket));
+            listeners.push(listener);
+        }
+        if listeners.len() > usize::from(u16::MAX) {
+            check.mistake(Mistake::new(0..0, "more than 65535 listeners"));
+        }
+        for (name, _) in &tables {
+            let used =
+                file.listener.iter().any(|keys| keys.get_ref().pool.get_ref() == name.get_ref());
+            // A listener that has mistakes may be the one.
+            if !used && check.mistakes.is_empty() {
+                check.warn(
+                    Mistake::new(
+                        name.span(),
+                        format!("no listener sends connections to pool `{}`", name.get_ref()),
+                    )
+                    .help("name it in a [[listener]], or remove it"),
+                );
+            }
+        }
+        Some(Config {
+            file: None,
+            dispatch_socket,
+            admin_socket,
+            admin_http,
+            listeners,
+            pools,
+            limits,
+            warnings: Vec::new(),
+        })
     }
-    let warnings = check.warnings;
-    Ok(Config {
-        file: None,
-        dispatch_socket,
-        admin_socket,
-        admin_http,
-        listeners,
-        pools,
-        limits,
-        warnings,
-    })
 }
 
 fn admin_http(check: &mut Check<'_>, file: &File) -> Checked<Option<SocketAddr>> {
@@ -160,7 +203,7 @@ fn limits(file: &File) -> Limits {
 }
 
 /// Names go into logs, environment variables and the wire: nothing that could be mistaken for something else there.
-fn check_name(name: &Spanned<String>, what: &str) -> Checked<()> {
+pub(super) fn check_name(name: &Spanned<String>, what: &str) -> Checked<()> {
     let bytes = name.get_ref().as_bytes();
     let good = (1..=worker_sdk::wire::MAX_NAME).contains(&bytes.len())
         && bytes.iter().all(u8::is_ascii_graphic);
@@ -171,13 +214,27 @@ fn check_name(name: &Spanned<String>, what: &str) -> Checked<()> {
         .help("a name is 1 to 64 printable ASCII characters, without spaces"))
 }
 
-/// What goes through the whole check: the text, to look at how something was written, and what to warn about.
+/// What goes through the whole check: the text, to look at how something was written, what is wrong, and what to warn about.
 pub(super) struct Check<'a> {
     source: &'a Source<'a>,
+    /// Parts of the file with mistakes were left out when it was read.
+    incomplete: bool,
+    mistakes: Vec<Mistake>,
     warnings: Vec<Warning>,
 }
 
 impl Check<'_> {
+    pub(super) fn mistake(&mut self, mistake: Mistake) {
+        if !(mistake.absence && self.incomplete) {
+            self.mistakes.push(mistake);
+        }
+    }
+
+    /// The value, or nothing and a mistake more: the check goes on.
+    pub(super) fn keep<T>(&mut self, checked: Checked<T>) -> Option<T> {
+        checked.map_err(|mistake| self.mistake(mistake)).ok()
+    }
+
     pub(super) fn warn(&mut self, mistake: Mistake) {
         let warning = self.source.warning(mistake);
         // A default is looked at once for every pool; once is enough to say it.
@@ -194,16 +251,38 @@ impl Check<'_> {
         (mode, default_mode): (&Option<Spanned<Either<AMode>>>, u32),
         user: &Option<Spanned<Either<AnAccount>>>,
         group: &Option<Spanned<Either<AnAccount>>>,
-    ) -> Checked<UnixEndpoint> {
-        Ok(UnixEndpoint {
-            source: unix_source(text.clone(), default, key)?,
-            mode: self.mode(mode, default_mode)?,
-            user: self.account(user.as_ref(), accounts::Kind::User)?,
-            group: self.account(group.as_ref(), accounts::Kind::Group)?,
-        })
+    ) -> UnixEndpoint {
+        let source = self.keep(unix_source(text.clone(), default, key));
+        // Its own default would only be the next mistake.
+        let source = source.unwrap_or_else(|| UnixSource::Systemd(key.to_owned()));
+        if let UnixSource::Systemd(_) = source {
+            let spans = [
+                mode.as_ref().map(Spanned::span),
+                user.as_ref().map(Spanned::span),
+                group.as_ref().map(Spanned::span),
+            ];
+            for (span, option) in spans.into_iter().zip(["mode", "user", "group"]) {
+                let Some(span) = span else { continue };
+                let there = match option {
+                    "mode" => "SocketMode=",
+                    "user" => "SocketUser=",
+                    _ => "SocketGroup=",
+                };
+                let message =
+                    format!("`{key}_{option}` has no effect on a socket that systemd made");
+                self.warn(Mistake::new(span, message).help(set_in_unit(there)));
+            }
+        }
+        let mode = self.mode(mode, default_mode);
+        UnixEndpoint {
+            source,
+            mode: self.keep(mode).unwrap_or(default_mode),
+            user: self.account(user.as_ref(), accounts::Kind::User),
+            group: self.account(group.as_ref(), accounts::Kind::Group),
+        }
     }
 
-    fn mode(&self, mode: &Option<Spanned<Either<AMode>>>, default: u32) -> Checked<u32> {
+    pub(super) fn mode(&self, mode: &Option<Spanned<Either<AMode>>>, default: u32) -> Checked<u32> {
         let Some(mode) = mode else {
             return Ok(default);
         };
@@ -237,21 +316,20 @@ impl Check<'_> {
         &mut self,
         account: Option<&Spanned<Either<AnAccount>>>,
         kind: accounts::Kind,
-    ) -> Checked<Option<u32>> {
-        let Some(account) = account else {
-            return Ok(None);
-        };
+    ) -> Option<u32> {
+        let account = account?;
         match &account.get_ref().0 {
             TextOrNumber::Number(number) => match u32::try_from(*number) {
                 // The kernel uses the largest one for "leave as it is".
-                Ok(id) if id != u32::MAX => Ok(Some(id)),
-                _ => Err(Mistake::new(
-                    account.span(),
-                    format!("{number} is not a {} id", kind.name()),
-                )),
+                Ok(id) if id != u32::MAX => Some(id),
+                _ => {
+                    let message = format!("{number} is not a {} id", kind.name());
+                    self.mistake(Mistake::new(account.span(), message));
+                    None
+                }
             },
             TextOrNumber::Text(text) => match accounts::find(text, kind) {
-                Ok(Some(id)) => Ok(Some(id)),
+                Ok(Some(id)) => Some(id),
                 Ok(None) => {
                     self.warn(
                         Mistake::new(account.span(), format!("unknown {} `{text}`", kind.name()))
@@ -261,119 +339,49 @@ impl Check<'_> {
                                 kind.hint()
                             )),
                     );
-                    Ok(None)
+                    None
                 }
                 Err(error) => {
                     self.warn(Mistake::new(
                         account.span(),
                         format!("{} `{text}` cannot be looked up: {error}", kind.name()),
                     ));
-                    Ok(None)
+                    None
                 }
             },
         }
     }
 
-    fn accounts(
-        &mut self,
-        list: &[Spanned<Either<AnAccount>>],
-        kind: accounts::Kind,
-    ) -> Checked<Vec<u32>> {
-        let mut ids = Vec::with_capacity(list.len());
-        for entry in list {
-            ids.extend(self.account(Some(entry), kind)?);
-        }
-        Ok(ids)
+    fn accounts(&mut self, list: &[Spanned<Either<AnAccount>>], kind: accounts::Kind) -> Vec<u32> {
+        list.iter().filter_map(|entry| self.account(Some(entry), kind)).collect()
     }
 
-    fn listener(&mut self, keys: &ListenerKeys, pools: &[Pool]) -> Checked<Listener> {
-        check_name(&keys.name, "listener")?;
-        let address = address(&keys.address)?;
-        let names = pools.iter().map(|pool| pool.settings.name.as_str());
-        let wanted = keys.pool.get_ref();
-        let pool =
-            names
-                .clone()
-                .position(|name| name == wanted)
-                .and_then(|position| u16::try_from(position).ok())
-                .ok_or_else(|| {
-                    Mistake::new(keys.pool.span(), format!("unknown pool `{wanted}`"))
-                        .help(suggest(wanted, "the pools are", names))
-                })?;
-        let default = ListenerOptions::default();
-        let options = ListenerOptions {
-            backlog: keys.backlog.map_or(default.backlog, |n| n.0),
-            ipv6_only: keys.ipv6_only.as_ref().map_or(default.ipv6_only, |flag| *flag.get_ref()),
-            nodelay: keys.nodelay.unwrap_or(default.nodelay),
-            keepalive: keys.keepalive.map(|w| w.0),
-            keepalive_interval: keys.keepalive_interval.as_ref().map(|w| w.get_ref().0),
-            keepalive_count: keys.keepalive_count.as_ref().map(|n| n.get_ref().0),
-            user_timeout: keys.user_timeout.map(|w| w.0),
-            defer_accept: keys.defer_accept.map(|w| w.0),
-            fast_open: keys.fast_open.map(|n| n.0),
-            receive_buffer: keys.receive_buffer.map(|n| n.0),
-            send_buffer: keys.send_buffer.map(|n| n.0),
-            reuse_port: keys.reuse_port.unwrap_or(default.reuse_port),
-            free_bind: keys.free_bind.unwrap_or(default.free_bind),
-            mode: self.mode(&keys.mode, default.mode)?,
-        };
-        self.useless_options(keys, &address);
-        let (screening, useless) = screening::screening(keys, &address)?;
-        useless.into_iter().for_each(|mistake| self.warn(mistake));
-        Ok(Listener {
-            name: keys.name.get_ref().clone(),
-            address_text: keys.address.get_ref().clone(),
-            address,
-            pool,
-            options,
-            screening,
-        })
-    }
-
-    /// Options that are valid and do nothing where they are.
-    fn useless_options(&mut self, keys: &ListenerKeys, address: &Address) {
-        if let (Some(mode), Address::Tcp(_)) = (&keys.mode, address) {
-            self.warn(Mistake::new(mode.span(), "`mode` has no effect on a TCP listener"));
-        }
-        if let (Some(flag), Address::Tcp(SocketAddr::V4(_)) | Address::Unix(_)) =
-            (&keys.ipv6_only, address)
-        {
-            self.warn(Mistake::new(
-                flag.span(),
-                "`ipv6_only` has no effect without an IPv6 address",
-            ));
-        }
-        if keys.keepalive.is_none() {
-            let spans = [
-                keys.keepalive_interval.as_ref().map(Spanned::span),
-                keys.keepalive_count.as_ref().map(Spanned::span),
-            ];
-            for span in spans.into_iter().flatten() {
-                self.warn(Mistake::new(span, "this has no effect without `keepalive`"));
-            }
-        }
-    }
-
-    fn pool(&mut self, name: &str, keys: PoolKeys, defaults: &PoolKeys) -> Checked<Pool> {
-        let spawn = match &keys.spawn {
-            Some(spawn) => Some(spawn::spawn(spawn, defaults.spawn.as_ref())?),
-            None => None,
-        };
+    fn pool(&mut self, name: &str, keys: PoolKeys, defaults: &PoolKeys) -> Pool {
+        let spawn = keys.spawn.as_ref();
+        let spawn = spawn.and_then(|spawn| spawn::spawn(self, spawn, defaults.spawn.as_ref()));
         let response =
             keys.unavailable_response.as_ref().or(defaults.unavailable_response.as_ref());
-        let unavailable_response = response.map(spawn::unavailable_response).transpose()?;
+        let unavailable_response =
+            response.and_then(|path| self.keep(spawn::unavailable_response(path)));
         let users = match keys.allow_users.as_ref().or(defaults.allow_users.as_ref()) {
-            Some(list) => self.accounts(list, accounts::Kind::User)?,
+            Some(list) => self.accounts(list, accounts::Kind::User),
             None => accounts::own_and_root(),
         };
         let groups = match keys.allow_groups.as_ref().or(defaults.allow_groups.as_ref()) {
-            Some(list) => self.accounts(list, accounts::Kind::Group)?,
+            Some(list) => self.accounts(list, accounts::Kind::Group),
             None => Vec::new(),
         };
         let policy = keys.policy.or(defaults.policy).unwrap_or_default();
-        let scores = scores::scores(self, keys.scores.as_ref(), defaults.scores.as_ref(), policy)?;
-        let known = affinity::known(&keys, defaults)?;
-        known.useless.into_iter().for_each(|mistake| self.warn(mistake));
+        let scores = scores::scores(self, keys.scores.as_ref(), defaults.scores.as_ref(), policy);
+        let known = affinity::known(&keys, defaults);
+        let (affinity, peek) = match self.keep(known) {
+            Some(known) => {
+                known.useless.into_iter().for_each(|mistake| self.warn(mistake));
+                (known.affinity, known.peek)
+            }
+            None => (None, Peek::default()),
+        };
+        let history = history(&keys, defaults);
         let settings = PoolSettings {
             policy,
             scores,
@@ -393,15 +401,15 @@ impl Check<'_> {
                 .or(defaults.wait_for_worker)
                 .map_or(super::WAIT_FOR_WORKER, |w| w.0),
             slow_start: keys.slow_start.or(defaults.slow_start).map_or(Duration::ZERO, |w| w.0),
-            history: history(&keys, defaults)?,
+            history: self.keep(history).unwrap_or(0),
             history_candidates: history_candidates(&keys, defaults),
-            affinity: known.affinity,
-            peek: known.peek,
+            affinity,
+            peek,
             access: Access { users, groups },
             processes: spawn.as_ref().map_or(0, |spawn| spawn.processes),
             name: name.to_owned(),
         };
-        Ok(Pool { settings, unavailable_response, spawn })
+        Pool { settings, unavailable_response, spawn }
     }
 }
 

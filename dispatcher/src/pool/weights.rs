@@ -24,4 +24,9 @@ impl Core {
         self.after(now, self.workers[w].pool);
         true
     }
+
+    /// The worker's share of new connections relative to others, once it has all of it; `None` if it is gone.
+    pub fn weight(&self, worker: WorkerId) -> Option<u32> {
+        self.find(worker).map(|w| self.workers[w].weight)
+    }
 }

@@ -167,6 +167,7 @@ impl Shell {
                 "pool": self.pool_of(worker),
                 "name": self.core.worker_name(worker),
                 "state": self.core.worker_state(worker).map_or("gone", |state| state.name()),
+                "weight": self.core.weight(worker).unwrap_or_default(),
                 "load": self.core.load(worker).unwrap_or_default(),
             })
         };

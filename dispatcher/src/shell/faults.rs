@@ -70,7 +70,8 @@ impl Shell {
                         Departure::Released => "was released".to_owned(),
                     };
                     format!(
-                        "process {pid} {what}; {resent} untaken went elsewhere, {live} were being served"
+                        "process {pid} {what}; {resent} untaken went elsewhere, {live} {} being served",
+                        if live == 1 { "was" } else { "were" }
                     )
                 });
             }
@@ -108,7 +109,10 @@ impl Shell {
                 self.pool_fault("no_worker", pool, || "no worker: clients wait".to_owned());
             }
             Event::Refusing { pool, closed } => self.pool_fault("refusing", pool, || {
-                format!("no worker for wait_for_worker: {closed} clients were turned away, and so is everybody now")
+                format!(
+                    "no worker for wait_for_worker: {closed} {} turned away, and so is everybody now",
+                    if closed == 1 { "client was" } else { "clients were" }
+                )
             }),
             Event::BackPressure { pool } => self.pool_fault("back_pressure", pool, || {
                 "every worker is full or suspect: clients wait".to_owned()

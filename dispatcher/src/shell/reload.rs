@@ -132,7 +132,7 @@ pub fn prepare(now: &InForce) -> Result<Plan, CommandError> {
         ConfigError::Unreadable { .. } => {
             refused(error.to_string()).hint("nothing was changed; the file must stay where it was")
         }
-        ConfigError::Invalid(_) => refused(error.to_string()),
+        ConfigError::Invalid { .. } => refused(error.to_string()),
     })?;
     plan(now, new)
 }

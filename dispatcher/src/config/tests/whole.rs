@@ -35,7 +35,8 @@ fn names() {
     for bad in ["", "two words", "ünïcode", &"x".repeat(65)] {
         refused(&named(bad), "not a good name for a listener", "1 to 64");
     }
-    refused(&GOOD.replace("[pool.web]", "[pool.‹\"a b\"›]"), "not a good name for a pool", "");
+    let both = GOOD.replace("pool = \"web\"", "pool = 'a b'");
+    refused(&both.replace("[pool.web]", "[pool.‹\"a b\"›]"), "not a good name for a pool", "");
     good(&named(&"x".repeat(64)).replace(['‹', '›'], ""));
 }
 

@@ -1,0 +1,182 @@
+//! Text for people: tables that fit the terminal, paragraphs, numbers with their noun.
+
+use std::fmt::Write as _;
+use std::io::IsTerminal;
+
+/// The width that everything fits which goes to a file or a pipe, or to a narrower terminal.
+pub(super) const NARROW: usize = 80;
+
+/// Fewest characters to which a text column is cut.
+const LEAST: usize = 8;
+
+/// How many characters a line may have.
+pub(super) fn width() -> usize {
+    let out = std::io::stdout();
+    if !out.is_terminal() {
+        return NARROW;
+    }
+    rustix::termios::tcgetwinsize(&out).map_or(NARROW, |size| NARROW.max(size.ws_col.into()))
+}
+
+/// A worker names itself: its name must not move the cursor.
+pub(super) fn clean(text: &str) -> String {
+    text.chars().map(|c| if c.is_control() { '\u{fffd}' } else { c }).collect()
+}
+
+/// `1 connection`, `2 connections`: a number and its noun.
+pub(super) fn count(number: u64, noun: &str) -> String {
+    let ending = match (number, noun.ends_with('s')) {
+        (1, _) => "",
+        (_, true) => "es",
+        (_, false) => "s",
+    };
+    format!("{number} {noun}{ending}")
+}
+
+/// At most so many characters, the last of them a sign that some are missing.
+pub(super) fn cut(text: &str, most: usize) -> String {
+    if text.chars().count() <= most {
+        return text.to_owned();
+    }
+    let mut kept: String = text.chars().take(most.saturating_sub(1)).collect();
+    kept.push('…');
+    kept
+}
+
+/// Lines of at most `width` characters, broken between words, each after an indentation. A longer word stays whole.
+pub(super) fn wrap(text: &str, indent: &str, width: usize) -> String {
+    let mut out = String::new();
+    let mut line = indent.to_owned();
+    for word in text.split_whitespace() {
+        let first = line.len() == indent.len();
+        if !first && line.chars().count() + 1 + word.chars().count() > width {
+            out.push_str(&line);
+            out.push('\n');
+            line.truncate(indent.len());
+        }
+        if line.len() > indent.len() {
+            line.push(' ');
+        }
+        line.push_str(word);
+    }
+    out.push_str(&line);
+    out.push('\n');
+    out
+}
+
+/// Columns wide enough for what is in them: the first `left` ones to the left, numbers to the right. What does not fit is
+/// left out: first columns, in the order given, and then the ends of texts.
+pub(super) struct Table<const N: usize> {
+    head: [&'static str; N],
+    left: usize,
+    optional: &'static [&'static str],
+    rows: Vec<[String; N]>,
+}
+
+impl<const N: usize> Table<N> {
+    pub(super) fn new(head: &[&'static str; N], left: usize) -> Table<N> {
+        Table { head: *head, left, optional: &[], rows: Vec::new() }
+    }
+
+    /// These columns are left out, the first one first, where there is no room for them.
+    pub(super) fn optional(mut self, columns: &'static [&'static str]) -> Table<N> {
+        self.optional = columns;
+        self
+    }
+
+    pub(super) fn row(&mut self, cells: [String; N]) {
+        self.rows.push(cells);
+    }
+
+    pub(super) fn is_empty(&self) -> bool {
+        self.rows.is_empty()
+    }
+
+    pub(super) fn show(&self, text: &mut String, width: usize) {
+        let widest = |column: usize| {
+            let cells = self.rows.iter().map(|row| row[column].chars().count());
+            cells.chain([self.head[column].len()]).max().unwrap_or(0)
+        };
+        let mut widths: [usize; N] = std::array::from_fn(widest);
+        let mut shown = [true; N];
+        let total = |widths: &[usize; N], shown: &[bool; N]| -> usize {
+            let columns = widths.iter().zip(shown).filter(|(_, shown)| **shown);
+            columns.map(|(width, _)| width + 2).sum::<usize>().saturating_sub(2)
+        };
+        for name in self.optional {
+            if total(&widths, &shown) <= width {
+                break;
+            }
+            if let Some(column) = self.head.iter().position(|head| head == name) {
+                shown[column] = false;
+            }
+        }
+        while total(&widths, &shown) > width {
+            let Some(column) = (0..self.left).max_by_key(|&column| widths[column]) else { break };
+            if widths[column] <= LEAST {
+                break;
+            }
+            widths[column] -= 1;
+        }
+        let heads = self.head.map(str::to_owned);
+        for row in std::iter::once(&heads).chain(&self.rows) {
+            let mut line = String::new();
+            for (column, cell) in row.iter().enumerate().filter(|(column, _)| shown[*column]) {
+                let gap = if line.is_empty() { "" } else { "  " };
+                let width = widths[column];
+                // Writing to a string cannot fail.
+                let _ = if column < self.left {
+                    write!(line, "{gap}{:<width$}", cut(cell, width))
+                } else {
+                    write!(line, "{gap}{cell:>width$}")
+                };
+            }
+            text.push_str(line.trim_end());
+            text.push('\n');
+        }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn numbers_have_the_right_noun() {
+        assert_eq!(count(0, "connection"), "0 connections");
+        assert_eq!(count(1, "connection"), "1 connection");
+        assert_eq!(count(2, "worker"), "2 workers");
+        assert_eq!(count(1, "process"), "1 process");
+        assert_eq!(count(8, "process"), "8 processes");
+    }
+
+    #[test]
+    fn paragraphs_are_broken_between_words() {
+        assert_eq!(wrap("one two three", "  ", 9), "  one two\n  three\n");
+        assert_eq!(wrap("", "  ", 9), "  \n");
+        assert_eq!(wrap("a longer-than-that b", "", 6), "a\nlonger-than-that\nb\n");
+    }
+
+    #[test]
+    fn what_does_not_fit_is_left_out() {
+        let table = |name: &str| {
+            let mut table =
+                Table::new(&["NAME", "STATE", "LOAD", "SENT"], 2).optional(&["SENT", "LOAD"]);
+            table.row([name.to_owned(), "active".to_owned(), "1".to_owned(), "22".to_owned()]);
+            table
+        };
+        let shown = |name: &str, width: usize| {
+            let mut text = String::new();
+            table(name).show(&mut text, width);
+            text
+        };
+        assert_eq!(shown("w0", 24), "NAME  STATE   LOAD  SENT\nw0    active     1    22\n");
+        assert_eq!(shown("w0", 23), "NAME  STATE   LOAD\nw0    active     1\n");
+        assert_eq!(shown("w0", 17), "NAME  STATE\nw0    active\n");
+        assert_eq!(shown("a-very-long-name", 20), "NAME          STATE\na-very-long…  active\n");
+        for width in 20..60 {
+            let text = shown(&"n".repeat(64), width);
+            assert!(text.lines().all(|line| line.chars().count() <= width), "{text}");
+        }
+    }
+}

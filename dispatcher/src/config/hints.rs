@@ -1,0 +1,107 @@
+//! What somebody meant: the words of other load balancers, and examples of our own keys.
+
+use super::error::nearest;
+use crate::pool::Policy;
+
+/// The sample configuration has every key with its default or an example.
+pub(super) const SAMPLE: &str = include_str!("../../../etc/dispatcher.toml");
+
+/// How other programs name ways to choose a server, and what does the same here.
+const POLICIES: [(&str, &[&str], &str); 8] = [
+    ("HAProxy", &["leastconn"], "\"least-connections\""),
+    ("nginx", &["least_conn"], "\"least-connections\""),
+    ("HAProxy", &["roundrobin", "static-rr"], "\"round-robin\""),
+    ("HAProxy", &["first"], "\"failover\", with a priority for each worker"),
+    ("HAProxy", &["source"], "\"hash\", which goes by the client's address"),
+    ("nginx", &["ip_hash", "hash"], "\"hash\", which goes by the client's address"),
+    ("nginx", &["least_time"], "\"least-score\", with a gauge for the time"),
+    ("nginx", &["two"], "\"two-choices\""),
+];
+
+/// The same for HAProxy's ways to hash something that the client sends.
+const KEYS: [(&str, &str); 5] = [
+    ("url_param", "url:NAME"),
+    ("uri", "url:NAME"),
+    ("hdr", "header:NAME"),
+    ("rdp-cookie", "cookie:NAME"),
+    ("sticky", "cookie:NAME"),
+];
+
+/// Keys of other programs.
+const SETTINGS: [(&str, &str); 7] = [
+    ("balance", "policy"),
+    ("lb_policy", "policy"),
+    ("bind", "address"),
+    ("listen", "address"),
+    ("maxconn", "max_connections_per_worker"),
+    ("max_conns", "max_connections_per_worker"),
+    ("default_backend", "pool"),
+];
+
+/// What to write for a value that is none of the valid ones: the one that was meant, if that can be told, and all there are.
+pub(super) fn value(word: &str, valid: &[&str]) -> String {
+    let all = format!("the values are: {}", valid.join(", "));
+    let policies = valid.contains(&Policy::LeastConnections.name());
+    let meant = policies.then(|| policy(word)).flatten().or_else(|| {
+        nearest(word, valid.iter().copied()).map(|near| format!("did you mean `{near}`?"))
+    });
+    match meant {
+        Some(meant) => format!("{meant} {}{}", all[..1].to_uppercase(), &all[1..]),
+        None => all,
+    }
+}
+
+fn policy(word: &str) -> Option<String> {
+    // "hash $remote_addr consistent", "random two least_conn", "hdr(host)"
+    let lower = word.to_ascii_lowercase();
+    let mut words = lower.split([' ', '(']);
+    let first = words.next().unwrap_or_default();
+    if first == "random" {
+        let two = words.any(|word| word.starts_with("two") || word.starts_with('2'));
+        let ours = if two { "two-choices" } else { "random" };
+        return Some(format!("`{word}` is \"{ours}\" here."));
+    }
+    if let Some((_, key)) = KEYS.into_iter().find(|(theirs, _)| *theirs == first) {
+        return Some(format!("`{word}` is policy = \"hash\" with affinity.key = \"{key}\" here."));
+    }
+    let found = POLICIES.into_iter().find(|(_, theirs, _)| theirs.contains(&first));
+    found.map(|(program, _, ours)| format!("`{word}` of {program} is {ours} here."))
+}
+
+/// What to write for a key that is another program's.
+pub(super) fn key(word: &str, valid: &[&str]) -> Option<String> {
+    let (_, ours) = SETTINGS.into_iter().find(|(theirs, _)| *theirs == word)?;
+    valid.contains(&ours).then(|| format!("did you mean `{ours}`?"))
+}
+
+/// The line of the sample configuration that sets the key at the end of this path.
+pub(super) fn example(path: &[String]) -> Option<String> {
+    // Array elements are examples of their array.
+    let names: Vec<&str> = path.iter().map(String::as_str).collect();
+    let names: Vec<&str> = match names[..] {
+        ["listener", _, ..] => {
+            std::iter::once("listener").chain(names[2..].iter().copied()).collect()
+        }
+        ["defaults", ..] => ["pool", "web"].into_iter().chain(names[1..].iter().copied()).collect(),
+        ["pool", _, ..] => ["pool", "web"].into_iter().chain(names[2..].iter().copied()).collect(),
+        _ => names,
+    };
+    let names: Vec<&str> =
+        names.into_iter().filter(|name| name.parse::<usize>().is_err()).collect();
+    let (key, table) = names.split_last()?;
+    let table = table.join(".");
+    let mut here = String::new();
+    for line in SAMPLE.lines() {
+        let line = line.strip_prefix('#').unwrap_or(line);
+        if let Some(header) = line.strip_prefix('[') {
+            here = header.trim_matches(['[', ']']).to_owned();
+        } else if here == table
+            && let Some((name, value)) = line.split_once('=')
+            && name.trim() == *key
+        {
+            let value = value.split("    #").next().unwrap_or_default().trim();
+            return Some(format!("{key} = {value}"));
+        }
+    }
+    None
+}
