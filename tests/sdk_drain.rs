@@ -36,7 +36,7 @@ fn drain(peer: &Peer, wait: Option<Duration>) {
     let now = rustix::time::clock_gettime(rustix::time::ClockId::Monotonic);
     let now: Duration = now.try_into().unwrap();
     let deadline_ns = wait.map_or(0, |wait| u64::try_from((now + wait).as_nanos()).unwrap());
-    tell(peer, Channel::Drain(Drain { deadline_ns }));
+    tell(peer, Channel::Drain(Drain { deadline_ns, left: None }));
 }
 
 #[test]

@@ -365,42 +365,6 @@ fn goodbye_leaves_the_untaken_and_keeps_the_taken_counted() {
 }
 
 #[test]
-fn a_fork_copy_counts_nothing_and_ends_nothing() {
-    let fake = FakeDispatcher::new();
-    let (worker, mut peer) = join(&fake);
-    let (client, ours) = fake.client();
-    peer.send_one(&ours);
-    let connection = accept(&worker);
-    let mut parts = Some((connection, worker));
-    // SAFETY: the child only drops, which takes no lock of another thread, and leaves by _exit.
-    match unsafe { nix::unistd::fork() }.unwrap() {
-        nix::unistd::ForkResult::Child => {
-            let forked = parts
-                .as_ref()
-                .is_some_and(|(_, worker)| matches!(worker.accept(), Err(Error::Forked)));
-            drop(parts.take());
-            // SAFETY: ends the child without running anything of the test program.
-            unsafe { libc::_exit(if forked { 0 } else { 1 }) }
-        }
-        nix::unistd::ForkResult::Parent { child } => {
-            let status = nix::sys::wait::waitpid(child, None).unwrap();
-            assert_eq!(status, nix::sys::wait::WaitStatus::Exited(child, 0));
-        }
-    }
-    let (mut connection, worker) = parts.unwrap();
-    assert_eq!((worker.live(), peer.board.finished()), (1, 0));
-    assert!(is_open(&client), "the child's drop shut nothing down");
-    connection.write_all(b"x").unwrap();
-    (&client).read_exact(&mut [0]).unwrap();
-    let (_client, ours) = fake.client();
-    peer.send_one(&ours);
-    drop(accept(&worker));
-    assert_eq!(peer.board.finished(), 1, "it said no goodbye either");
-    drop(connection);
-    assert_eq!((worker.live(), peer.board.finished()), (0, 2));
-}
-
-#[test]
 fn two_workers_in_one_process_count_apart() {
     let fake = FakeDispatcher::new();
     let (one, mut peer_one) = join(&fake);

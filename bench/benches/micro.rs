@@ -198,6 +198,7 @@ fn wire(c: &mut Criterion) {
         flags: EntryFlags::NONE,
         accepted_ns: 1,
         peer: peer(),
+        number: seq,
     };
     let mut group = c.benchmark_group("wire");
     for count in [1, 64] {

@@ -237,6 +237,7 @@ impl Peer {
             flags: EntryFlags::NONE,
             accepted_ns: 1_000 + seq,
             peer: peer.peer_addr().unwrap().into(),
+            number: 7_000 + seq,
         }
     }
 

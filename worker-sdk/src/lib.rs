@@ -127,7 +127,8 @@ mod sys;
 pub use client::fuzzing;
 #[cfg(feature = "client")]
 pub use client::{
-    Connection, Drain, Error, Gauge, Guard, Incoming, OwnError, Sampling, Worker, WorkerConfig,
+    Connection, Drain, Error, Gauge, Guard, Incoming, IntoIncoming, OwnError, Sampling, Worker,
+    WorkerConfig,
 };
 pub use wire::{PeerAddr, Token};
 

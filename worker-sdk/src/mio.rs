@@ -4,6 +4,7 @@ use std::fmt;
 use std::io;
 use std::os::fd::{AsRawFd, RawFd};
 use std::sync::Arc;
+use std::time::Duration;
 
 use ::mio::event::Source;
 use ::mio::unix::SourceFd;
@@ -110,6 +111,27 @@ impl MioWorker {
         self.0.0.draining().on_drain(&self.0.0, Arc::new(callback));
     }
 
+    /// Calls `callback` whenever this worker has joined a dispatcher: as [`Worker::on_joined`](crate::Worker::on_joined).
+    pub fn on_joined(&self, callback: impl Fn(u64) + Send + Sync + 'static) {
+        self.0.0.on_joined(callback);
+    }
+
+    /// Calls `callback` whenever this worker has lost its dispatcher: as [`Worker::on_lost`](crate::Worker::on_lost).
+    pub fn on_lost(&self, callback: impl Fn(&str) + Send + Sync + 'static) {
+        self.0.0.on_lost(callback);
+    }
+
+    /// Calls `callback` whenever a drain is over: as [`Worker::on_resumed`](crate::Worker::on_resumed).
+    pub fn on_resumed(&self, callback: impl Fn() + Send + Sync + 'static) {
+        self.0.0.on_resumed(callback);
+    }
+
+    /// Says goodbye, and shuts down what is still live after `within`: as [`Worker::shutdown`](crate::Worker::shutdown), but
+    /// does not wait. Go on with what is live until [`live`](MioWorker::live) says 0.
+    pub fn shutdown(&self, within: Duration) {
+        self.0.0.shut_down_on_a_thread(within, drop);
+    }
+
     /// Whether the dispatcher drains this worker.
     pub fn is_draining(&self) -> bool {
         self.0.0.draining().now().is_some()
@@ -211,7 +233,7 @@ impl Source for Connection {
         token: Token,
         interests: Interest,
     ) -> io::Result<()> {
-        SourceFd(&self.as_raw_fd()).register(registry, token, interests)
+        SourceFd(&self.registered_fd()).register(registry, token, interests)
     }
 
     fn reregister(
@@ -220,10 +242,10 @@ impl Source for Connection {
         token: Token,
         interests: Interest,
     ) -> io::Result<()> {
-        SourceFd(&self.as_raw_fd()).reregister(registry, token, interests)
+        SourceFd(&self.registered_fd()).reregister(registry, token, interests)
     }
 
     fn deregister(&mut self, registry: &Registry) -> io::Result<()> {
-        SourceFd(&self.as_raw_fd()).deregister(registry)
+        SourceFd(&self.registered_fd()).deregister(registry)
     }
 }

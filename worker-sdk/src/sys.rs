@@ -21,6 +21,27 @@ pub(crate) fn register(
     Ok(unsafe { tokio::io::unix::AsyncFd::register(socket) }?)
 }
 
+/// Readable once, after so much time.
+#[cfg(feature = "tokio")]
+pub(crate) fn timer(time: std::time::Duration) -> io::Result<tokio::io::unix::AsyncFd<OwnedFd>> {
+    use rustix::time::{
+        Itimerspec, TimerfdClockId, TimerfdFlags, TimerfdTimerFlags, Timespec, timerfd_create,
+        timerfd_settime,
+    };
+
+    let flags = TimerfdFlags::CLOEXEC | TimerfdFlags::NONBLOCK;
+    let timer = timerfd_create(TimerfdClockId::Monotonic, flags)?;
+    let value = Timespec::try_from(time).map_err(|_| io::ErrorKind::InvalidInput)?;
+    let it_interval = Timespec { tv_sec: 0, tv_nsec: 0 };
+    let spec = Itimerspec { it_interval, it_value: value };
+    timerfd_settime(&timer, TimerfdTimerFlags::empty(), &spec)?;
+    // SAFETY: an owned descriptor is open for as long as it exists, and always has this one number.
+    let registered = unsafe {
+        tokio::io::unix::AsyncFd::register_with_interest(timer, tokio::io::Interest::READABLE)
+    };
+    registered.map_err(io::Error::from)
+}
+
 /// Receives what there is, or what has room, behind what `buffer` holds already, and says how much; 0 is the end.
 #[cfg(feature = "tokio")]
 pub(crate) fn receive_into(
@@ -160,6 +181,14 @@ impl ReadyFd {
         };
         registered.map_err(io::Error::from)
     }
+}
+
+/// Has `count` called before every fork of this process that the C library makes; false if it cannot.
+#[cfg(feature = "client")]
+pub(crate) fn before_every_fork(count: extern "C" fn()) -> bool {
+    // SAFETY: the function is there for as long as the program is, and does only what may be done in the middle of a fork:
+    // it changes an atomic.
+    unsafe { libc::pthread_atfork(Some(count), None, None) == 0 }
 }
 
 // What follows takes numbers, not borrowed descriptors: whether they are open, and whose, is just what is not known.

@@ -1,22 +1,26 @@
 //! The worker for programs on [tokio].
 
+mod connection;
+mod incoming;
+mod split;
 mod stream;
 
 use std::fmt;
-use std::io::{self, IoSlice};
-use std::net::TcpStream;
-use std::os::fd::{AsFd, BorrowedFd};
-use std::pin::Pin;
 use std::sync::Arc;
-use std::task::{Context, Poll};
+use std::sync::atomic::{AtomicBool, Ordering};
+use std::task::{Context, Poll, ready};
 use std::time::Duration;
 
 use ::tokio::io::unix::AsyncFd;
-use ::tokio::io::{AsyncRead, AsyncWrite, ReadBuf};
+use ::tokio::runtime::Handle as Runtime;
+use ::tokio::task::coop;
 
-use self::stream::Stream;
+pub use self::connection::Connection;
+pub use self::incoming::Incoming;
+pub use self::split::{OwnedReadHalf, OwnedWriteHalf, ReuniteError};
+
 use crate::client::core::Core;
-use crate::client::{Accepted, Drain, Error, Gauge, Handle, Held, Origin, OwnError, WorkerConfig};
+use crate::client::{Accepted, Drain, Error, Gauge, Handle, OwnError, WorkerConfig};
 use crate::sys::ReadyFd;
 use crate::wire::PeerAddr;
 
@@ -24,6 +28,14 @@ use crate::wire::PeerAddr;
 ///
 /// Use it within one runtime, the one it was made in, with I/O enabled. Clones are handles of the same
 /// worker, for closing it elsewhere or for more tasks; dropping the last one says goodbye.
+///
+/// # Which errors end an accept loop
+/// All of them. [`accept`](Listener::accept) hides what passes by itself: a lost dispatcher, a client that is gone, a lack of
+/// descriptors. It says [`Error::Draining`] and [`Error::Closed`] when there will be no more connections, unless the
+/// dispatcher resumes the worker, which [`resumed`](Listener::resumed) waits for. [`Error::Forked`] and [`Error::Io`] mean a
+/// program or a runtime in which there is nothing to wait with. A loop that goes on all the same does no harm: from the
+/// second error on each takes a tenth of a second, and every return counts as work of the task, so that the runtime lets
+/// others run.
 ///
 /// ```no_run
 /// use tokio::io::AsyncWriteExt;
@@ -79,13 +91,27 @@ use crate::wire::PeerAddr;
 ///     Ok(())
 /// }
 /// ```
-#[derive(Clone)]
-pub struct Listener(Arc<Inner>);
+pub struct Listener {
+    inner: Arc<Inner>,
+    /// The last accept on this handle gave an error.
+    ended: AtomicBool,
+}
+
+impl Clone for Listener {
+    fn clone(&self) -> Listener {
+        Listener { inner: Arc::clone(&self.inner), ended: AtomicBool::new(false) }
+    }
+}
+
+/// From the second error in a row on, each takes so long.
+const REPEATED: Duration = Duration::from_millis(100);
 
 struct Inner {
     // Declared, and so dropped, first: it is deregistered before the descriptor inside is closed.
     ready: AsyncFd<ReadyFd>,
     handle: Handle,
+    /// Where it was made.
+    runtime: Runtime,
 }
 
 impl Listener {
@@ -101,7 +127,9 @@ impl Listener {
         let handle = Handle(Arc::clone(&core));
         let ready = ReadyFd::register(Arc::clone(&core))
             .map_err(|error| Error::io("wait for the dispatcher", error))?;
-        let listener = Listener(Arc::new(Inner { ready, handle }));
+        let runtime = Runtime::current();
+        let inner = Arc::new(Inner { ready, handle, runtime });
+        let listener = Listener { inner, ended: AtomicBool::new(false) };
         while !core.try_join()? {
             listener.until(|| core.try_join()).await?;
         }
@@ -111,7 +139,7 @@ impl Listener {
     /// Waits until `attempt` is likely to say something else than "not now".
     async fn until(&self, attempt: impl Fn() -> Result<bool, Error>) -> Result<(), Error> {
         let failed = |error| Error::io("wait for the dispatcher", error);
-        let mut ready = self.0.ready.readable().await.map_err(failed)?;
+        let mut ready = self.inner.ready.readable().await.map_err(failed)?;
         // Readiness is forgotten only after an attempt that found nothing; what comes later sets it again.
         if !attempt()? {
             ready.clear_ready();
@@ -120,7 +148,7 @@ impl Listener {
     }
 
     fn core(&self) -> &Arc<Core> {
-        &self.0.handle.0
+        &self.inner.handle.0
     }
 
     /// The next connection, which is this worker's from now on. Cancelling it loses nothing.
@@ -130,17 +158,67 @@ impl Listener {
     /// nothing that came before is left (see [`drained`](Listener::drained)), [`Error::Forked`] in a forked child, [`Error::Io`] when the
     /// runtime cannot wait. A lost dispatcher is no error: it is waited for.
     pub async fn accept(&self) -> Result<Connection, Error> {
+        // Every return is a piece of work: a task that never has to wait lets others run all the same.
+        coop::consume_budget().await;
+        let accepted = self.next().await;
+        let repeated = self.ended.swap(accepted.is_err(), Ordering::Relaxed);
+        if repeated && accepted.is_err() {
+            pause(REPEATED).await;
+        }
+        accepted
+    }
+
+    /// The same for a future that is written by hand, as [`tokio::net::TcpListener::poll_accept`]. As there, only the task
+    /// that has called it last is woken, of all handles of this worker; tasks in [`accept`](Listener::accept) are not
+    /// concerned.
+    ///
+    /// # Errors
+    /// As [`accept`](Listener::accept), but at once, however often it is called.
+    pub fn poll_accept(&self, cx: &mut Context<'_>) -> Poll<Result<Connection, Error>> {
+        let failed = |error| Error::io("wait for connections", error);
+        let turn = ready!(coop::poll_proceed(cx));
+        if self.is_draining() {
+            let accepted = self.core().try_accept();
+            if let Some(result) = accepted.transpose() {
+                turn.made_progress();
+                return Poll::Ready(result.map(|accepted| self.connection(accepted)));
+            }
+        }
+        loop {
+            let mut ready = ready!(self.inner.ready.poll_read_ready(cx)).map_err(failed)?;
+            match self.core().try_accept().transpose() {
+                Some(result) => {
+                    turn.made_progress();
+                    return Poll::Ready(result.map(|accepted| self.connection(accepted)));
+                }
+                None => ready.clear_ready(),
+            }
+        }
+    }
+
+    /// The connections as a stream, for what takes one, such as tonic.
+    pub fn into_incoming(self) -> Incoming {
+        Incoming::new(self)
+    }
+
+    fn connection(&self, accepted: Accepted) -> Connection {
+        // As tokio's own: of the runtime in which it is accepted.
+        let runtime = Runtime::try_current().unwrap_or_else(|_| self.inner.runtime.clone());
+        Connection::new(accepted, runtime)
+    }
+
+    async fn next(&self) -> Result<Connection, Error> {
         let failed = |error| Error::io("wait for connections", error);
         // A `resumed` that was given up may have used up the readiness that says so.
         if self.is_draining()
             && let Some(accepted) = self.core().try_accept()?
         {
-            return Ok(Connection::new(accepted));
+            return Ok(self.connection(accepted));
         }
         loop {
-            let mut ready = self.0.ready.readable().await.map_err(failed)?;
+            let mut ready = self.inner.ready.readable().await.map_err(failed)?;
             match self.core().try_accept()? {
-                Some(accepted) => return Ok(Connection::new(accepted)),
+                Some(accepted) => return Ok(self.connection(accepted)),
                 None => ready.clear_ready(),
             }
         }
@@ -160,6 +238,12 @@ impl Listener {
         self.core().idle().await;
     }
 
+    /// The end of a program in one call: says goodbye, waits until no connection is live, and after `within` shuts down
+    /// those that are left; gives how many. As [`Worker::shutdown`](crate::Worker::shutdown).
+    pub async fn shutdown(&self, within: Duration) -> usize {
+        self.core().shut_down_aside(within).await
+    }
+
     /// Waits until no drain is under way: true; or until the listener is closed: false. For a worker that stays when it is
     /// drained: when [`accept`](Listener::accept) says [`Error::Draining`], wait here and accept again.
     ///
@@ -168,7 +252,7 @@ impl Listener {
     pub async fn resumed(&self) -> Result<bool, Error> {
         let failed = |error| Error::io("wait for connections", error);
         loop {
-            let mut ready = self.0.ready.readable().await.map_err(failed)?;
+            let mut ready = self.inner.ready.readable().await.map_err(failed)?;
             match self.core().try_resumed()? {
                 Some(resumed) => return Ok(resumed),
                 None => ready.clear_ready(),
@@ -179,6 +263,21 @@ impl Listener {
     /// Calls `callback` when the dispatcher begins to drain this worker: as [`Worker::on_drain`](crate::Worker::on_drain).
     pub fn on_drain(&self, callback: impl Fn(&Drain) + Send + Sync + 'static) {
         self.core().draining().on_drain(self.core(), Arc::new(callback));
+    }
+
+    /// Calls `callback` whenever this worker has joined a dispatcher: as [`Worker::on_joined`](crate::Worker::on_joined).
+    pub fn on_joined(&self, callback: impl Fn(u64) + Send + Sync + 'static) {
+        self.core().on_joined(callback);
+    }
+
+    /// Calls `callback` whenever this worker has lost its dispatcher: as [`Worker::on_lost`](crate::Worker::on_lost).
+    pub fn on_lost(&self, callback: impl Fn(&str) + Send + Sync + 'static) {
+        self.core().on_lost(callback);
+    }
+
+    /// Calls `callback` whenever a drain is over: as [`Worker::on_resumed`](crate::Worker::on_resumed).
+    pub fn on_resumed(&self, callback: impl Fn() + Send + Sync + 'static) {
+        self.core().on_resumed(callback);
     }
 
     /// Whether the dispatcher drains this worker.
@@ -245,123 +344,10 @@ impl fmt::Debug for Listener {
     }
 }
 
-/// A live connection. Dropping it closes the socket, and then counts it as ended.
-///
-/// Split it with [`tokio::io::split`] to read and write in different tasks. What is asked for is tried at once, and the
-/// runtime watches the socket only from when it has to wait: a connection that is answered and closed costs it nothing.
-///
-/// ```no_run
-/// use tokio::io::{AsyncReadExt, AsyncWriteExt};
-/// use worker_sdk::tokio::Connection;
-///
-/// async fn serve(mut connection: Connection) -> std::io::Result<()> {
-///     connection.set_nodelay(true)?;
-///     println!("{} came in at {:?}", connection.peer_addr(), connection.listener());
-///     println!("accepted {:?} after boot", connection.accepted_at());
-///     if let Some(tcp) = connection.as_tcp() {
-///         tcp.set_ttl(64)?; // An option that has no method here.
-///     }
-///     let mut buffer = [0; 4096];
-///     let n = connection.read(&mut buffer).await?;
-///     connection.write_all(&buffer[..n]).await?;
-///     connection.shutdown().await
-/// }
-/// ```
-pub struct Connection {
-    held: Held<Stream>,
-    origin: Origin,
-}
-
-impl Connection {
-    fn new(accepted: Accepted) -> Connection {
-        let stream = Stream::new(accepted.stream);
-        Connection { held: Held::new(stream, accepted.guard), origin: accepted.origin }
-    }
-
-    /// Where the client connected from, as the dispatcher saw it.
-    pub fn peer_addr(&self) -> PeerAddr {
-        self.origin.peer
-    }
-
-    /// The name of the dispatcher's listener the client connected to; empty if it has none, or
-    /// without a dispatcher.
-    pub fn listener(&self) -> &str {
-        self.origin.listener()
-    }
-
-    /// When the connection was accepted: the time of `CLOCK_MONOTONIC`, which starts at boot, in nanoseconds.
-    pub fn accepted_at(&self) -> Duration {
-        self.origin.accepted_at
-    }
-
-    /// The stream, for its options; `None` for a Unix client. It is in non-blocking mode and must stay so.
-    pub fn as_tcp(&self) -> Option<&TcpStream> {
-        match self.origin.peer {
-            PeerAddr::Inet(_) => Some(self.held.stream.tcp()),
-            PeerAddr::Unix => None,
-        }
-    }
-
-    /// Sends small writes at once (`TCP_NODELAY`). Does nothing for a Unix client.
-    ///
-    /// # Errors
-    /// What the system says.
-    pub fn set_nodelay(&self, nodelay: bool) -> io::Result<()> {
-        self.as_tcp().map_or(Ok(()), |stream| stream.set_nodelay(nodelay))
-    }
-}
-
-impl AsyncRead for Connection {
-    fn poll_read(
-        mut self: Pin<&mut Self>,
-        cx: &mut Context<'_>,
-        buffer: &mut ReadBuf<'_>,
-    ) -> Poll<io::Result<()>> {
-        Pin::new(&mut self.held.stream).poll_read(cx, buffer)
-    }
-}
-
-impl AsyncWrite for Connection {
-    fn poll_write(
-        mut self: Pin<&mut Self>,
-        cx: &mut Context<'_>,
-        buffer: &[u8],
-    ) -> Poll<io::Result<usize>> {
-        Pin::new(&mut self.held.stream).poll_write(cx, buffer)
-    }
-
-    fn poll_write_vectored(
-        mut self: Pin<&mut Self>,
-        cx: &mut Context<'_>,
-        buffers: &[IoSlice<'_>],
-    ) -> Poll<io::Result<usize>> {
-        Pin::new(&mut self.held.stream).poll_write_vectored(cx, buffers)
-    }
-
-    fn is_write_vectored(&self) -> bool {
-        true
-    }
-
-    fn poll_flush(mut self: Pin<&mut Self>, cx: &mut Context<'_>) -> Poll<io::Result<()>> {
-        Pin::new(&mut self.held.stream).poll_flush(cx)
-    }
-
-    fn poll_shutdown(mut self: Pin<&mut Self>, cx: &mut Context<'_>) -> Poll<io::Result<()>> {
-        Pin::new(&mut self.held.stream).poll_shutdown(cx)
-    }
-}
-
-impl AsFd for Connection {
-    fn as_fd(&self) -> BorrowedFd<'_> {
-        self.held.stream.as_fd()
-    }
-}
-
-impl fmt::Debug for Connection {
-    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        f.debug_struct("Connection")
-            .field("peer", &self.peer_addr())
-            .field("listener", &self.listener())
-            .finish_non_exhaustive()
+/// Lets so much time pass, with a timer of our own: a runtime may have none. At once where there is none to be had.
+async fn pause(time: Duration) {
+    match crate::sys::timer(time) {
+        Ok(timer) => drop(timer.readable().await),
+        Err(_) => ::tokio::task::yield_now().await,
     }
 }

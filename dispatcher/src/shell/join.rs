@@ -444,5 +444,6 @@ fn name_of(record: &Control) -> &'static str {
         Control::Refused(_) => "refused",
         Control::Goodbye(_) => "second goodbye",
         Control::Own(_) => "claim of a key",
+        Control::Update(_) => "update",
     }
 }

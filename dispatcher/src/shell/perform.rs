@@ -8,10 +8,10 @@ use rustix::net::sockopt::socket_linger;
 use worker_sdk::scoreboard::claim;
 use worker_sdk::wire::{Drain, Entry, EntryFlags, Handoff, MAX_FDS_PER_RECORD, Probe, Resume};
 
-use super::Shell;
 use super::accept::Conn;
 use super::join::forget;
 use super::worker_io::WorkerIo;
+use super::{Shell, clock};
 use crate::closer::{Closing, answer};
 use crate::pool::{CloseReason, ConnId, Effect, Notice, SendFailure, Ticket, WorkerId};
 
@@ -40,7 +40,8 @@ impl Shell {
                     true => flags,
                     false => flags | EntryFlags::NONBLOCKING,
                 };
-                let entry = Entry { seq, slot, listener: listener.0, flags, accepted_ns, peer };
+                let (listener, number) = (listener.0, conn.serial);
+                let entry = Entry { seq, slot, listener, flags, accepted_ns, peer, number };
                 if flags.contains(EntryFlags::RESENT) {
                     self.tell_resent(worker, conn, &entry.peer);
                 }
@@ -120,7 +121,8 @@ impl Shell {
         let mut record = Vec::new();
         match notice {
             Notice::Drain { deadline } => {
-                Drain { deadline_ns: deadline.map_or(0, |time| time.0) }.encode(&mut record);
+                let left = deadline.map(|deadline| deadline - clock());
+                Drain { deadline_ns: deadline.map_or(0, |time| time.0), left }.encode(&mut record);
             }
             Notice::Resume => Resume.encode(&mut record),
         }

@@ -3,6 +3,8 @@
 use std::hash::{BuildHasher, RandomState};
 use std::time::Duration;
 
+const SHORTEST: Duration = Duration::from_millis(1);
+
 /// Doubling waits between two bounds, each shortened at random by up to half.
 pub(super) struct Backoff {
     min: Duration,
@@ -14,6 +16,8 @@ pub(super) struct Backoff {
 
 impl Backoff {
     pub(super) fn new(min: Duration, max: Duration) -> Backoff {
+        // Shorter ones would keep a processor busy.
+        let (min, max) = (min.max(SHORTEST), max.max(SHORTEST));
         Backoff { min, max, next: min, random: RandomState::new(), draws: 0 }
     }
 
@@ -27,7 +31,16 @@ impl Backoff {
         self.draws += 1;
         // Randomly keyed by the standard library: spread enough for workers not to return in step.
         let share = (self.random.hash_one(self.draws) % 1024) as u32;
-        full - full / 2 * share / 1024
+        // Divided first: no wait is too long for this.
+        full - full / 2 / 1024 * share
+    }
+}
+
+#[test]
+fn the_longest_wait_there_is_does_no_harm() {
+    let mut backoff = Backoff::new(Duration::MAX, Duration::MAX);
+    for _ in 0..100 {
+        assert!(backoff.next() >= Duration::MAX / 2);
     }
 }
 

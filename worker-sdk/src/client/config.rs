@@ -5,8 +5,9 @@ use std::fmt;
 use std::path::{Path, PathBuf};
 use std::time::Duration;
 
-use serde::Deserialize;
+use serde::{Deserialize, Serialize};
 
+use super::clock;
 use super::error::Error;
 use super::sample::Sampling;
 use crate::wire::{MAX_NAME, Token, is_name};
@@ -39,8 +40,9 @@ const MIN_SAMPLE: Duration = Duration::from_millis(10);
 /// assert_eq!(config.pool, "web");
 /// ```
 ///
-/// It can be part of the application's own configuration. Unknown keys are errors there; durations are strings such
-/// as `"250ms"`, `"10s"`, `"5m"`, `"1h"`, or a whole number of seconds.
+/// It can be part of the application's own configuration. Unknown keys are errors there; durations are strings as in
+/// the dispatcher's configuration: `"250ms"`, `"10s"`, `"1m 30s"`. It can be written, too, for example to show what is in
+/// force; the token, a secret, is left out.
 ///
 /// ```
 /// # fn main() -> Result<(), Box<dyn std::error::Error>> {
@@ -67,15 +69,17 @@ const MIN_SAMPLE: Duration = Duration::from_millis(10);
 /// # Ok(())
 /// # }
 /// ```
-#[derive(Clone, Debug, PartialEq, Eq, Deserialize)]
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(default, deny_unknown_fields)]
 #[non_exhaustive]
 pub struct WorkerConfig {
     /// The dispatcher's dispatch socket. `DISPATCH_SOCKET`. Default: none, which needs `listen`.
+    #[serde(skip_serializing_if = "Option::is_none")]
     pub dispatch_socket: Option<PathBuf>,
     /// The pool to join: 1 to 64 bytes without spaces. `DISPATCH_POOL`. Default: `default`.
     pub pool: String,
     /// A name for people, in status and logs. `DISPATCH_NAME`. Default: `<program>-<pid>`.
+    #[serde(skip_serializing_if = "Option::is_none")]
     pub name: Option<String>,
     /// Share of the load relative to the pool's other workers, 1 to 65,535. `DISPATCH_WEIGHT`. Default: 1.
     pub weight: u16,
@@ -83,19 +87,23 @@ pub struct WorkerConfig {
     pub priority: u16,
     /// Most connections to hold at once, at least 1. `DISPATCH_MAX_CONNECTIONS`. Default: the soft
     /// limit of open files less 64, read when the worker is made; the limit itself is left alone.
+    #[serde(skip_serializing_if = "Option::is_none")]
     pub max_connections: Option<u32>,
     /// Without a dispatch socket: the address to listen on, `127.0.0.1:8080`, `[::]:8080` or
     /// `unix:/path`. Ignored when there is a dispatch socket. `DISPATCH_LISTEN`. Default: none.
+    #[serde(skip_serializing_if = "Option::is_none")]
     pub listen: Option<String>,
-    /// How long the first join may take. Default: none, wait for a late dispatcher for ever.
-    #[serde(deserialize_with = "optional_duration")]
+    /// How long the first join may take. `DISPATCH_JOIN_TIMEOUT`. Default: none, wait for a late dispatcher for ever.
+    #[serde(deserialize_with = "optional_duration", serialize_with = "write_optional_duration")]
+    #[serde(skip_serializing_if = "Option::is_none")]
     pub join_timeout: Option<Duration>,
     /// Wait before the second attempt to connect; it doubles with every failure, and each wait is
-    /// shortened by up to half at random, so that workers do not come back all at once. Default: 50 ms.
-    #[serde(deserialize_with = "duration")]
+    /// shortened by up to half at random, so that workers do not come back all at once. Default: 50 ms;
+    /// less than 1 ms counts as 1 ms.
+    #[serde(deserialize_with = "duration", serialize_with = "write_duration")]
     pub reconnect_min: Duration,
     /// Longest wait between two attempts. Default: 5 s.
-    #[serde(deserialize_with = "duration")]
+    #[serde(deserialize_with = "duration", serialize_with = "write_duration")]
     pub reconnect_max: Duration,
     /// Whether to measure the machine and this process for pools that choose by it (gauges
     /// [`system_cpu`, `free_memory`, `process_cpu`, `process_rss`](crate::scoreboard::gauge::names)): `auto` (what the
@@ -103,10 +111,10 @@ pub struct WorkerConfig {
     /// the host's. `DISPATCH_SAMPLE`. Default: `auto`.
     pub sample: Sampling,
     /// How often that is; at least 10 ms. `DISPATCH_SAMPLE_INTERVAL`. Default: 1 s.
-    #[serde(deserialize_with = "duration")]
+    #[serde(deserialize_with = "duration", serialize_with = "write_duration")]
     pub sample_interval: Duration,
     /// Proof that the dispatcher started this process: 32 hexadecimal digits. `DISPATCH_TOKEN`. Default: none.
-    #[serde(deserialize_with = "optional_token")]
+    #[serde(deserialize_with = "optional_token", skip_serializing)]
     pub token: Option<Token>,
 }
 
@@ -154,7 +162,7 @@ impl WorkerConfig {
 
     /// Overrides what the environment sets: `DISPATCH_SOCKET`, `DISPATCH_POOL`, `DISPATCH_NAME`,
     /// `DISPATCH_WEIGHT`, `DISPATCH_PRIORITY`, `DISPATCH_MAX_CONNECTIONS`, `DISPATCH_LISTEN`,
-    /// `DISPATCH_SAMPLE`, `DISPATCH_SAMPLE_INTERVAL`, `DISPATCH_TOKEN`. An empty variable is one that is not set. What is set afterwards overrides the environment.
+    /// `DISPATCH_JOIN_TIMEOUT`, `DISPATCH_SAMPLE`, `DISPATCH_SAMPLE_INTERVAL`, `DISPATCH_TOKEN`. An empty variable is one that is not set. What is set afterwards overrides the environment.
     ///
     /// # Errors
     /// [`Error::Config`] names the variable and what is wrong with it.
@@ -214,12 +222,17 @@ impl WorkerConfig {
             };
         }
         if let Some(interval) = text("DISPATCH_SAMPLE_INTERVAL")? {
-            let parsed = parse_duration(&interval).filter(|interval| *interval >= MIN_SAMPLE);
-            self.sample_interval = parsed.ok_or_else(|| {
-                let problem =
-                    format!("{interval:?} is not a duration such as 250ms, at least 10ms");
-                Error::config("DISPATCH_SAMPLE_INTERVAL", problem)
-            })?;
+            let parsed = parse_duration(&interval).and_then(|parsed| match parsed {
+                short if short < MIN_SAMPLE => Err(format!("`{interval}` is less than 10ms")),
+                parsed => Ok(parsed),
+            });
+            self.sample_interval =
+                parsed.map_err(|problem| Error::config("DISPATCH_SAMPLE_INTERVAL", problem))?;
+        }
+        if let Some(timeout) = text("DISPATCH_JOIN_TIMEOUT")? {
+            let parsed = parse_duration(&timeout)
+                .map_err(|problem| Error::config("DISPATCH_JOIN_TIMEOUT", problem))?;
+            self.join_timeout = Some(parsed);
         }
         if let Some(token) = text("DISPATCH_TOKEN")? {
             let parsed = token.parse::<Token>();
@@ -412,18 +425,13 @@ where
     }
 }
 
-/// `250ms`, `10s`, `5m`, `1h`: one whole number, one unit.
-fn parse_duration(text: &str) -> Option<Duration> {
-    let digits = text.find(|c: char| !c.is_ascii_digit()).unwrap_or(text.len());
-    let (number, unit) = text.split_at(digits);
-    let number: u64 = number.parse().ok()?;
-    match unit.trim_start() {
-        "ms" => Some(Duration::from_millis(number)),
-        "s" => Some(Duration::from_secs(number)),
-        "m" => number.checked_mul(60).map(Duration::from_secs),
-        "h" => number.checked_mul(3600).map(Duration::from_secs),
-        _ => None,
-    }
+/// What the dispatcher's configuration takes, too: `250ms`, `10s`, `1m 30s`, `2h`.
+fn parse_duration(text: &str) -> Result<Duration, String> {
+    humantime::parse_duration(text).map_err(|error| {
+        format!(
+            "`{text}` is not a duration: {error}; write a number and its unit, such as \"200ms\", \"10s\" or \"1m 30s\""
+        )
+    })
 }
 
 fn duration<'de, D: serde::Deserializer<'de>>(deserializer: D) -> Result<Duration, D::Error> {
@@ -431,22 +439,32 @@ fn duration<'de, D: serde::Deserializer<'de>>(deserializer: D) -> Result<Duratio
     impl serde::de::Visitor<'_> for Visitor {
         type Value = Duration;
         fn expecting(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-            f.write_str("a duration such as \"250ms\" or \"10s\", or a whole number of seconds")
-        }
-        fn visit_u64<E: serde::de::Error>(self, seconds: u64) -> Result<Duration, E> {
-            Ok(Duration::from_secs(seconds))
-        }
-        fn visit_i64<E: serde::de::Error>(self, seconds: i64) -> Result<Duration, E> {
-            u64::try_from(seconds)
-                .map(Duration::from_secs)
-                .map_err(|_| E::invalid_value(serde::de::Unexpected::Signed(seconds), &self))
+            f.write_str("a duration with its unit, such as \"200ms\" or \"10s\"")
         }
         fn visit_str<E: serde::de::Error>(self, text: &str) -> Result<Duration, E> {
-            parse_duration(text)
-                .ok_or_else(|| E::invalid_value(serde::de::Unexpected::Str(text), &self))
+            parse_duration(text).map_err(E::custom)
         }
     }
     deserializer.deserialize_any(Visitor)
+}
+
+fn write_duration<S: serde::Serializer>(
+    duration: &Duration,
+    serializer: S,
+) -> Result<S::Ok, S::Error> {
+    // Years are the largest unit, and what is written is to be read again.
+    let duration = clock::bounded(*duration);
+    serializer.collect_str(&humantime::format_duration(duration))
+}
+
+fn write_optional_duration<S: serde::Serializer>(
+    duration: &Option<Duration>,
+    serializer: S,
+) -> Result<S::Ok, S::Error> {
+    match duration {
+        Some(duration) => write_duration(duration, serializer),
+        None => serializer.serialize_none(),
+    }
 }
 
 fn optional_duration<'de, D>(deserializer: D) -> Result<Option<Duration>, D::Error>

@@ -5,12 +5,13 @@
 use std::fmt;
 use std::io::{self, IoSlice, IoSliceMut, Read, Write};
 use std::net::{Shutdown, TcpStream};
-use std::os::fd::{AsFd, AsRawFd, BorrowedFd, RawFd};
+use std::os::fd::{AsFd, AsRawFd, BorrowedFd, OwnedFd, RawFd};
+use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::{Arc, OnceLock};
 use std::time::Duration;
 
 use super::core::Core;
-use super::process::Process;
+use super::process::{Forks, Process};
 use crate::scoreboard::{Scoreboard, claim};
 use crate::wire::PeerAddr;
 
@@ -51,6 +52,10 @@ pub struct Guard(Arc<Counted>);
 struct Counted {
     core: Arc<Core>,
     process: Process,
+    /// When the application took it: a child forked since may serve it.
+    forks: Forks,
+    /// The descriptor has left our control: the application may have duplicated it, or given it away.
+    exposed: AtomicBool,
     /// Where the dispatcher shows whether it still has a copy; `None` without a dispatcher.
     custody: Option<Custody>,
     /// Its place among the live connections, once it has a descriptor there.
@@ -61,14 +66,23 @@ pub(super) struct Custody {
     pub(super) board: Arc<Scoreboard>,
     pub(super) slot: u32,
     pub(super) seq: u64,
-    /// Another worker may have a copy, too.
+    /// Wakes the dispatcher.
+    pub(super) poke: Arc<OwnedFd>,
+    /// Another process that will never serve it may have a copy, too: another worker, or a child forked before it was taken.
     pub(super) resent: bool,
+}
+
+impl Custody {
+    fn still_held(&self) -> bool {
+        self.board.slot(self.slot).is_some_and(|slot| claim::still_held(slot, self.seq))
+    }
 }
 
 impl Guard {
     pub(super) fn new(core: Arc<Core>, custody: Option<Custody>) -> Guard {
         let process = core.process();
-        Guard(Arc::new(Counted { core, process, custody, place: OnceLock::new() }))
+        let (forks, exposed, place) = (Forks::now(), AtomicBool::new(false), OnceLock::new());
+        Guard(Arc::new(Counted { core, process, forks, exposed, custody, place }))
     }
 
     /// Enters the connection among the live ones; `fd` stays open until [`Guard::disown`].
@@ -76,6 +90,27 @@ impl Guard {
         if self.0.process.is_current() {
             self.0.place.get_or_init(|| self.0.core.live_connections().enter(fd));
         }
+    }
+
+    /// The descriptor leaves our control, for good: see [`Counted::exposed`].
+    pub(crate) fn expose(&self) {
+        self.0.exposed.store(true, Ordering::Relaxed);
+    }
+
+    /// A duplicate for the application to own.
+    pub(crate) fn part(&self, stream: &TcpStream) -> io::Result<TcpStream> {
+        self.expose();
+        let stream = stream.try_clone()?;
+        if let Some(at) = self.place() {
+            self.0.core.live_connections().part(at, stream.as_fd());
+        }
+        Ok(stream)
+    }
+
+    /// False in a forked child.
+    #[cfg(feature = "tokio")]
+    pub(crate) fn is_ours(&self) -> bool {
+        self.0.process.is_current()
     }
 
     fn disown(&self) {
@@ -89,20 +124,27 @@ impl Guard {
         self.0.place.get().copied().filter(|_| self.0.process.is_current())
     }
 
-    /// Whether somebody else may still hold a copy of the socket, so that the client would not see the
-    /// end if its owner merely closed it: shut it down first (both directions).
+    /// Whether the dispatcher may still hold a copy of the socket, so that the client sees the end a little later if the
+    /// stream is merely closed. Its owner may shut it down first (both directions), if nothing else serves it: no
+    /// duplicate, no child process.
     ///
-    /// False in a forked child, and while this guard has clones: then the connection does not end yet. The
-    /// [example above](Guard) shows where to ask.
+    /// False in a forked child, after a later fork, and while this guard has clones: then the connection need not end
+    /// yet. The [example above](Guard) shows where to ask. Without it the guard, when it is dropped, has the dispatcher
+    /// close its copy at once.
     pub fn must_shut_down(&self) -> bool {
-        // Fork comes first: nothing may end what the parent still serves.
-        if !self.0.process.is_current() || Arc::strong_count(&self.0) > 1 {
+        // Fork comes first: nothing may end what the parent, or a child, still serves.
+        if !self.0.process.is_current()
+            || Arc::strong_count(&self.0) > 1
+            || self.0.forks.more_since()
+        {
             return false;
         }
-        self.0.custody.as_ref().is_some_and(|custody| {
-            let slot = custody.board.slot(custody.slot);
-            custody.resent || slot.is_some_and(|slot| claim::still_held(slot, custody.seq))
-        })
+        self.0.custody.as_ref().is_some_and(|custody| custody.resent || custody.still_held())
+    }
+
+    /// The same for the SDK's own close: never once the descriptor has left its control.
+    fn shuts_down(&self) -> bool {
+        !self.0.exposed.load(Ordering::Relaxed) && self.must_shut_down()
     }
 }
 
@@ -111,6 +153,14 @@ impl Drop for Counted {
         if self.process.is_current() {
             if let Some(&at) = self.place.get() {
                 self.core.live_connections().leave(at);
+            }
+            // Closed without a shutdown: whatever else serves it goes on, and its end must not wait for the dispatcher's
+            // copy. That is released as soon as the dispatcher looks.
+            if (*self.exposed.get_mut() || self.forks.more_since())
+                && let Some(custody) = self.custody.as_ref().filter(|custody| custody.still_held())
+            {
+                // It can fail only when the counter is full, and then the dispatcher is awake.
+                let _ = rustix::io::write(&*custody.poke, &1u64.to_ne_bytes());
             }
             self.core.finished_one();
         }
@@ -127,7 +177,7 @@ impl fmt::Debug for Guard {
 pub(crate) struct Held<S: AsFd> {
     // Declared, and so dropped, before the guard: what is counted as finished is closed.
     pub(crate) stream: S,
-    guard: Guard,
+    pub(crate) guard: Guard,
 }
 
 impl<S: AsFd> Held<S> {
@@ -139,7 +189,7 @@ impl<S: AsFd> Held<S> {
 
 impl<S: AsFd> Drop for Held<S> {
     fn drop(&mut self) {
-        if self.guard.must_shut_down() {
+        if self.guard.shuts_down() {
             // It fails when the client is gone already.
             let _ = rustix::net::shutdown(&self.stream, rustix::net::Shutdown::Both);
         }
@@ -154,6 +204,7 @@ pub(crate) struct Origin {
     pub(crate) peer: PeerAddr,
     pub(crate) listener: Option<Arc<str>>,
     pub(crate) accepted_at: Duration,
+    pub(crate) number: Option<u64>,
 }
 
 impl Origin {
@@ -202,7 +253,19 @@ pub(crate) struct Accepted {
 ///
 /// A clone is another handle of the same connection, with the same file descriptor: they share its
 /// blocking mode, time-outs and options. Dropping the last handle closes the socket, and then counts.
-/// A forked child's copy just closes.
+///
+/// # Closing
+/// As long as only the SDK has had the descriptor, dropping the last handle ends the connection: the client sees its end at
+/// once, although the dispatcher may still have a copy. Once the descriptor has left the SDK's control, anything may serve
+/// the connection: a child process, a thread with a duplicate, another library. Then dropping the last handle only closes
+/// this descriptor, as it would with a [`TcpStream`], and the dispatcher closes its copy at once; the client sees the end when
+/// the last holder has closed. The descriptor leaves with [`as_fd`](AsFd::as_fd), [`as_raw_fd`](AsRawFd::as_raw_fd),
+/// [`as_tcp`](Connection::as_tcp), [`into_parts`](Connection::into_parts), [`into_fd`](Connection::into_fd), and with a child
+/// that is forked while the connection is there. (A child made by a raw `clone` system call is not noticed.) A forked child's
+/// own copy of a `Connection` just closes.
+///
+/// The connection counts for this worker until its last handle is dropped, whatever else serves it. So a parent that gives
+/// connections to children keeps its handle until the child has ended; the example `inetd` shows it.
 #[derive(Clone)]
 pub struct Connection(Arc<Inner>);
 
@@ -250,6 +313,31 @@ impl Connection {
         self.0.origin.accepted_at
     }
 
+    /// The dispatcher's number of this connection, as its log shows it (`conn=`), for the application's own log; `None`
+    /// without a dispatcher, and with one of an older version.
+    pub fn number(&self) -> Option<u64> {
+        self.0.origin.number
+    }
+
+    /// The address the client connected to.
+    ///
+    /// # Errors
+    /// What the system says.
+    pub fn local_addr(&self) -> io::Result<PeerAddr> {
+        match self.tcp() {
+            Some(stream) => stream.local_addr().map(PeerAddr::from),
+            None => Ok(PeerAddr::Unix),
+        }
+    }
+
+    /// Reads without taking: the next read gets the same bytes.
+    ///
+    /// # Errors
+    /// As reading.
+    pub fn peek(&self, buffer: &mut [u8]) -> io::Result<usize> {
+        self.stream().peek(buffer)
+    }
+
     /// Another handle of the same connection: a [`clone`](Clone::clone) under the name that the standard library's
     /// streams use.
     ///
@@ -271,8 +359,8 @@ impl Connection {
 
     /// The stream for another library to own, and the guard that counts it.
     ///
-    /// Drop the guard after the stream is closed. If [`Guard::must_shut_down`] says so, shut the stream
-    /// down before closing it; otherwise the client may see the end some milliseconds late.
+    /// Drop the guard after the stream is closed: it has the dispatcher close its copy. From here on nothing shuts the
+    /// connection down but its new owner: see [`Guard::must_shut_down`].
     ///
     /// The stream of a Unix client is given as a [`TcpStream`], too; everything but addresses and TCP
     /// options works, and `UnixStream::from(OwnedFd::from(stream))` makes it the other type. See [`Guard`] for an
@@ -283,14 +371,35 @@ impl Connection {
     pub fn into_parts(self) -> io::Result<(TcpStream, Guard)> {
         // The guard's clone keeps our own handle's end from being taken for the connection's.
         let guard = self.0.held.guard.clone();
-        let stream = self.stream().try_clone()?;
-        if let Some(at) = guard.place() {
-            guard.0.core.live_connections().part(at, stream.as_fd());
-        }
+        let stream = guard.part(self.stream())?;
         Ok((stream, guard))
     }
 
-    /// The stream, for its other options; `None` for a Unix client.
+    /// The same as a descriptor, whatever kind of socket it is: for a child process, or a Unix client.
+    ///
+    /// # Errors
+    /// As [`into_parts`](Connection::into_parts).
+    ///
+    /// ```no_run
+    /// # fn give(connection: worker_sdk::Connection) -> std::io::Result<()> {
+    /// use std::process::{Command, Stdio};
+    ///
+    /// let (fd, guard) = connection.into_fd()?;
+    /// let mut child = Command::new("/usr/bin/rev").stdin(fd.try_clone()?).stdout(Stdio::from(fd)).spawn()?;
+    /// std::thread::spawn(move || {
+    ///     let _ = child.wait();
+    ///     drop(guard); // Counted as ended when the child has ended.
+    /// });
+    /// # Ok(())
+    /// # }
+    /// ```
+    pub fn into_fd(self) -> io::Result<(OwnedFd, Guard)> {
+        let (stream, guard) = self.into_parts()?;
+        Ok((stream.into(), guard))
+    }
+
+    /// The stream, for its other options; `None` for a Unix client. From here on dropping the connection only closes it: see
+    /// [Closing](Connection#closing).
     ///
     /// ```no_run
     /// # fn print(connection: &worker_sdk::Connection) -> std::io::Result<()> {
@@ -301,6 +410,17 @@ impl Connection {
     /// # }
     /// ```
     pub fn as_tcp(&self) -> Option<&TcpStream> {
+        self.0.held.guard.expose();
+        self.tcp()
+    }
+
+    /// For the mio layer, which does not give it away.
+    #[cfg(feature = "mio")]
+    pub(crate) fn registered_fd(&self) -> RawFd {
+        self.stream().as_raw_fd()
+    }
+
+    fn tcp(&self) -> Option<&TcpStream> {
         match self.peer_addr() {
             PeerAddr::Inet(_) => Some(self.stream()),
             PeerAddr::Unix => None,
@@ -312,7 +432,7 @@ impl Connection {
     /// # Errors
     /// What the system says.
     pub fn set_nodelay(&self, nodelay: bool) -> io::Result<()> {
-        self.as_tcp().map_or(Ok(()), |stream| stream.set_nodelay(nodelay))
+        self.tcp().map_or(Ok(()), |stream| stream.set_nodelay(nodelay))
     }
 
     /// Makes reads and writes return [`io::ErrorKind::WouldBlock`] instead of waiting; for all handles.
@@ -404,14 +524,18 @@ impl Write for Connection {
     }
 }
 
+/// From here on the SDK does not know who has the descriptor: dropping the connection only closes it. See [`Connection`].
 impl AsFd for Connection {
     fn as_fd(&self) -> BorrowedFd<'_> {
+        self.0.held.guard.expose();
         self.stream().as_fd()
     }
 }
 
+/// As with [`AsFd`], dropping the connection only closes it from here on.
 impl AsRawFd for Connection {
     fn as_raw_fd(&self) -> RawFd {
+        self.0.held.guard.expose();
         self.stream().as_raw_fd()
     }
 }
@@ -419,7 +543,7 @@ impl AsRawFd for Connection {
 impl fmt::Debug for Connection {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         f.debug_struct("Connection")
-            .field("fd", &self.as_raw_fd())
+            .field("fd", &self.stream().as_raw_fd())
             .field("peer", &self.peer_addr())
             .field("listener", &self.listener())
             .finish()

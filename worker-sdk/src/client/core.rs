@@ -20,16 +20,21 @@ use rustix::time::{ClockId, clock_gettime};
 
 use super::backoff::Backoff;
 use super::channel::{self, Received, Wait};
+use super::clock::after;
 use super::config::WorkerConfig;
 use super::connection::{Accepted, Custody, Guard, Origin};
+#[cfg(any(feature = "mio", feature = "tokio"))]
+use super::drain::start_thread;
 use super::drain::{Drain, Draining};
 use super::error::Error;
+use super::events::{Callback, Event, Events};
 use super::gauges::{Gauge, Gauges};
 use super::idle::Idle;
 use super::join::{self, Failure, Joined, Session};
 use super::live::Live;
-use super::process::Process;
+use super::process::{Forks, Process};
 use super::ready::Ready;
+use super::said::Said;
 use super::sample::Sampler;
 use super::standalone::Listener;
 use crate::scoreboard::claim::{self, want};
@@ -66,7 +71,9 @@ pub(crate) struct Core {
     sampler: Sampler,
     live: Live,
     draining: Draining,
+    events: Events,
     idle: Idle,
+    said: Arc<Said>,
 }
 
 pub(super) struct State {
@@ -85,6 +92,58 @@ pub(super) struct State {
     buffer: Vec<u8>,
     /// Its dispatcher had died when we said goodbye: what it sent is nobody else's.
     orphaned: Option<Arc<Session>>,
+    /// Taken before the first of the queue was received: a child forked since then may have a copy of what is in it.
+    forks: Forks,
+}
+
+/// The lock on the state. What was said under it is passed to the application's logger after its release.
+pub(super) struct Locked<'a> {
+    // Declared, and so dropped, first.
+    state: MutexGuard<'a, State>,
+    flush: Flush<'a>,
+}
+
+struct Flush<'a>(&'a Said);
+
+impl Drop for Flush<'_> {
+    fn drop(&mut self) {
+        self.0.flush();
+    }
+}
+
+impl<'a> Locked<'a> {
+    /// Waits for `condition`, perhaps in vain.
+    fn wait(self, condition: &Condvar, core: &'a Core, until: Option<Instant>) -> Locked<'a> {
+        let Locked { state, flush } = self;
+        if !flush.0.is_empty() {
+            // The logger first; it may take its time, so the caller looks again.
+            drop(state);
+            drop(flush);
+            return core.lock();
+        }
+        let state = match until {
+            None => condition.wait(state).unwrap_or_else(PoisonError::into_inner),
+            Some(until) => {
+                let left = until.saturating_duration_since(Instant::now());
+                condition.wait_timeout(state, left).unwrap_or_else(PoisonError::into_inner).0
+            }
+        };
+        Locked { state, flush }
+    }
+}
+
+impl std::ops::Deref for Locked<'_> {
+    type Target = State;
+
+    fn deref(&self) -> &State {
+        &self.state
+    }
+}
+
+impl std::ops::DerefMut for Locked<'_> {
+    fn deref_mut(&mut self) -> &mut State {
+        &mut self.state
+    }
 }
 
 pub(super) enum Link {
@@ -150,14 +209,15 @@ impl Core {
     pub(crate) fn new(config: &WorkerConfig) -> Result<Arc<Core>, Error> {
         config.check()?;
         let failed = |error| Error::io("prepare to wait for connections", error);
-        let ready = Ready::new().map_err(failed)?;
+        let said = Arc::new(Said::default());
+        let ready = Ready::new(Arc::clone(&said)).map_err(failed)?;
         let (mut socket, mut local_addr) = (PathBuf::new(), None);
         let link = match (&config.dispatch_socket, &config.listen) {
             (None, Some(address)) => {
                 let listener = Listener::bind(address)?;
                 ready.watch(listener.as_fd()).map_err(failed)?;
                 local_addr = listener.local_addr();
-                log::info!("no dispatcher: listening on {address}");
+                said.say(log::Level::Info, || format!("no dispatcher: listening on {address}"));
                 Link::Standalone { listener, paused: None }
             }
             (path, _) => {
@@ -168,9 +228,10 @@ impl Core {
             }
         };
         let timeout = config.join_timeout;
-        let gauges = Gauges::new();
+        let gauges = Gauges::new(Arc::clone(&said));
         let sampler = Sampler::new(config.sample, config.sample_interval);
         sampler.start(&gauges);
+        said.flush();
         Ok(Arc::new(Core {
             hello: Hello {
                 version: VERSION,
@@ -196,10 +257,11 @@ impl Core {
                 backoff: Backoff::new(config.reconnect_min, config.reconnect_max),
                 ever_joined: false,
                 complained: false,
-                join_deadline: timeout.and_then(|t| Some((Instant::now().checked_add(t)?, t))),
+                join_deadline: timeout.map(|timeout| (after(timeout), timeout)),
                 last_problem: "it did not answer".to_owned(),
                 buffer: vec![0; channel::BUFFER],
                 orphaned: None,
+                forks: Forks::now(),
             }),
             handed_over: Condvar::new(),
             current: RwLock::new(None),
@@ -210,14 +272,21 @@ impl Core {
             sampler,
             live: Live::default(),
             draining: Draining::default(),
+            events: Events::default(),
             idle: Idle::default(),
+            said,
         }))
     }
 
-    /// The next connection, waited for; `None` once closed, and while drained.
-    pub(crate) fn accept(self: &Arc<Self>) -> Result<Option<Accepted>, Error> {
+    /// The next connection, waited for, but not beyond `until`; `None` once closed, and while drained.
+    pub(crate) fn accept(
+        self: &Arc<Self>,
+        until: Option<Instant>,
+    ) -> Result<Option<Accepted>, Error> {
         self.check_process()?;
         let mut state = self.lock();
+        // Whether a look without waiting has found nothing since the time was up.
+        let mut looked = false;
         loop {
             if let Some(popped) = self.pop(&mut state) {
                 match self.hand_out(state, popped, false) {
@@ -235,9 +304,20 @@ impl Core {
                         return Ok(None);
                     }
                 }
+            } else if until.is_some_and(|until| until <= Instant::now()) {
+                let step = if state.leader || looked {
+                    Step::Blocked
+                } else {
+                    looked = true;
+                    self.step(&mut state)?
+                };
+                if let Step::Blocked = step {
+                    self.pass_on(&state);
+                    return Err(Error::TimedOut);
+                }
             } else {
                 let result;
-                (state, result) = self.follow_or_lead(state);
+                (state, result) = self.follow_or_lead(state, until);
                 result?;
             }
         }
@@ -278,7 +358,7 @@ impl Core {
                 return Ok(true);
             }
             let result;
-            (state, result) = self.follow_or_lead(state);
+            (state, result) = self.follow_or_lead(state, None);
             result?;
         }
     }
@@ -304,17 +384,18 @@ impl Core {
     /// Waits for something to change, on behalf of all if nobody does yet.
     fn follow_or_lead<'a>(
         self: &'a Arc<Self>,
-        mut state: MutexGuard<'a, State>,
-    ) -> (MutexGuard<'a, State>, Result<(), Error>) {
+        mut state: Locked<'a>,
+        until: Option<Instant>,
+    ) -> (Locked<'a>, Result<(), Error>) {
         if state.leader {
             state.followers += 1;
-            state = self.handed_over.wait(state).unwrap_or_else(PoisonError::into_inner);
+            state = state.wait(&self.handed_over, self, until);
             state.followers -= 1;
             return (state, Ok(()));
         }
         state.leader = true;
         let result;
-        (state, result) = self.lead(state);
+        (state, result) = self.lead(state, until);
         state.leader = false;
         if result.is_err() {
             self.pass_on(&state);
@@ -341,7 +422,7 @@ impl Core {
 
     pub(crate) fn join(self: &Arc<Self>) -> Result<(), Error> {
         while !self.try_join()? {
-            self.wait()?;
+            self.wait(None)?;
         }
         Ok(())
     }
@@ -354,7 +435,7 @@ impl Core {
         let mut state = self.lock();
         match mem::replace(&mut state.link, Link::Closed) {
             Link::Joined { session, channel } => {
-                let heard = session.goodbye();
+                let heard = session.goodbye(&self.said);
                 self.ready.forget(channel.as_fd());
                 // Wakes the leader, and lets nothing more in.
                 let _ = rustix::net::shutdown(&*channel, rustix::net::Shutdown::Read);
@@ -378,12 +459,15 @@ impl Core {
                     }
                 }
             }
-            Link::Greeting { control, .. } => self.ready.forget(control.as_fd()),
+            Link::Greeting { control, .. } => {
+                self.ready.forget(control.as_fd());
+                join::end(&control);
+            }
             Link::Standalone { listener, paused } => {
                 if paused.is_none() {
                     self.ready.forget(listener.as_fd());
                 }
-                listener.unlink();
+                listener.unlink(&self.said);
             }
             Link::Waiting { .. } | Link::Closed => {}
         }
@@ -394,6 +478,7 @@ impl Core {
         drop(state);
         // Without the lock: what a callback owns may be a handle of this very worker.
         self.draining.close();
+        self.events.close();
         self.end_session_if_over();
     }
 
@@ -401,13 +486,34 @@ impl Core {
     pub(crate) fn abandon(self: &Arc<Self>) {
         if self.process.is_current() {
             self.close();
-            let queue = mem::take(&mut self.lock().queue);
-            for pending in queue {
-                if let Pending::Taken(accepted) = pending {
-                    drop(super::connection::Connection::new(accepted));
-                }
+            self.end_queue();
+        }
+    }
+
+    fn end_queue(&self) {
+        let queue = mem::take(&mut self.lock().queue);
+        for pending in queue {
+            if let Pending::Taken(accepted) = pending {
+                drop(super::connection::Connection::new(accepted));
             }
         }
+    }
+
+    /// Closes, waits until no connection is live, and shuts down what is left after `within`: gives how many that are.
+    pub(crate) fn shutdown(self: &Arc<Self>, within: Duration) -> usize {
+        if !self.process.is_current() {
+            return 0;
+        }
+        self.close();
+        if self.wait_until_idle(Some(after(within))) {
+            return 0;
+        }
+        self.end_queue();
+        let ended = self.live.end_now();
+        if ended > 0 {
+            log::warn!("the time to shut down is over: {ended} connections are shut down");
+        }
+        ended
     }
 
     pub(crate) fn process(&self) -> Process {
@@ -428,11 +534,67 @@ impl Core {
         self.opened.load(Ordering::SeqCst) - finished
     }
 
-    /// Waits until no connection is live. In a forked child none ever is.
-    pub(crate) fn wait_until_idle(&self) {
-        if self.process.is_current() {
-            self.idle.wait(|| self.live());
+    /// Waits until no connection is live; false if that moment has come before. In a forked child none ever is.
+    pub(crate) fn wait_until_idle(&self, until: Option<Instant>) -> bool {
+        !self.process.is_current() || self.idle.wait(until, || self.live())
+    }
+
+    /// The same for a task: the waiting is done by a thread, as a runtime may have no timers.
+    #[cfg(feature = "tokio")]
+    pub(crate) async fn shut_down_aside(self: &Arc<Self>, within: Duration) -> usize {
+        self.close();
+        let (tell, told) = tokio::sync::oneshot::channel();
+        self.shut_down_on_a_thread(within, move |ended| {
+            // Whoever asked may have given up.
+            let _ = tell.send(ended);
+        });
+        // Without a thread there is no deadline.
+        match told.await {
+            Ok(ended) => ended,
+            Err(_) => {
+                self.idle().await;
+                0
+            }
         }
+    }
+
+    /// Closes, and has a thread do the rest of [`Core::shutdown`].
+    #[cfg(any(feature = "mio", feature = "tokio"))]
+    pub(crate) fn shut_down_on_a_thread(
+        self: &Arc<Self>,
+        within: Duration,
+        done: impl FnOnce(usize) + Send + 'static,
+    ) {
+        self.close();
+        let core = Arc::clone(self);
+        start_thread(self, "worker-shutdown", move || done(core.shutdown(within)));
+        self.said.flush();
+    }
+
+    pub(crate) fn on_joined(self: &Arc<Self>, callback: impl Fn(u64) + Send + Sync + 'static) {
+        self.on(Callback::Joined(Arc::new(callback)));
+    }
+
+    pub(crate) fn on_lost(self: &Arc<Self>, callback: impl Fn(&str) + Send + Sync + 'static) {
+        self.on(Callback::Lost(Arc::new(callback)));
+    }
+
+    pub(crate) fn on_resumed(self: &Arc<Self>, callback: impl Fn() + Send + Sync + 'static) {
+        self.on(Callback::Resumed(Arc::new(callback)));
+    }
+
+    fn on(self: &Arc<Self>, callback: Callback) {
+        // Under the lock, so that what happens meanwhile is told once.
+        let state = self.lock();
+        let already = match (&callback, &state.link) {
+            (Callback::Joined(_), Link::Joined { session, .. }) => {
+                Some(Event::Joined(session.worker_id))
+            }
+            _ => None,
+        };
+        let done = self.events.on(self, callback, already);
+        drop(state);
+        drop(done);
     }
 
     /// The same for a task.
@@ -446,7 +608,9 @@ impl Core {
     pub(crate) fn gauge(&self, name: &str) -> Result<Gauge, Error> {
         // The scoreboard is the parent's, too.
         self.check_process()?;
-        self.gauges.gauge(name)
+        let gauge = self.gauges.gauge(name);
+        self.said.flush();
+        gauge
     }
 
     pub(crate) fn id(&self) -> Option<u64> {
@@ -476,6 +640,14 @@ impl Core {
         &self.draining
     }
 
+    pub(super) fn events(&self) -> &Events {
+        &self.events
+    }
+
+    pub(super) fn said(&self) -> &Said {
+        &self.said
+    }
+
     pub(super) fn live_connections(&self) -> &Live {
         &self.live
     }
@@ -499,7 +671,10 @@ impl Core {
     fn end_session_if_over(&self) {
         // Whoever closes sets the flag, then looks at the counters; whoever finishes does the opposite.
         if self.closed.load(Ordering::SeqCst) && self.live() == 0 {
-            self.set_current(None);
+            let over = self.current.write().unwrap_or_else(PoisonError::into_inner).take();
+            if let Some(session) = over {
+                session.end();
+            }
             self.gauges.hide();
             self.draining.forget_deadline();
             // An event loop that waits for this is told, on the one descriptor it watches.
@@ -511,13 +686,14 @@ impl Core {
         if self.process.is_current() { Ok(()) } else { Err(Error::Forked) }
     }
 
-    pub(super) fn lock(&self) -> MutexGuard<'_, State> {
-        self.state.lock().unwrap_or_else(PoisonError::into_inner)
+    pub(super) fn lock(&self) -> Locked<'_> {
+        let state = self.state.lock().unwrap_or_else(PoisonError::into_inner);
+        Locked { state, flush: Flush(&self.said) }
     }
 
-    fn wait(&self) -> Result<(), Error> {
+    fn wait(&self, until: Option<Instant>) -> Result<(), Error> {
         let failed = |error| Error::io("wait for the dispatcher", error);
-        self.ready.wait().map_err(failed)
+        self.ready.wait(until).map_err(failed)
     }
 
     /// Every way out of the lock passes here, or entries (or the leader's place) would wait for a thread

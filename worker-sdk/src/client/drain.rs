@@ -11,6 +11,7 @@ use std::time::{Duration, Instant};
 
 use rustix::time::{ClockId, clock_gettime};
 
+use super::clock::after;
 use super::core::Core;
 use crate::wire;
 
@@ -29,11 +30,13 @@ impl Drain {
 
 impl From<wire::Drain> for Drain {
     fn from(record: wire::Drain) -> Drain {
-        let now: Duration = clock_gettime(ClockId::Monotonic).try_into().unwrap_or_default();
-        let left = || Duration::from_nanos(record.deadline_ns).saturating_sub(now);
-        // A deadline beyond what the clock can say is none.
-        let deadline = (record.deadline_ns != 0).then(|| Instant::now().checked_add(left()));
-        Drain { deadline: deadline.flatten() }
+        // The time that is left, by preference: this process may have another clock (a time namespace).
+        let left = record.left.or_else(|| {
+            let now: Duration = clock_gettime(ClockId::Monotonic).try_into().unwrap_or_default();
+            let deadline = (record.deadline_ns != 0).then_some(record.deadline_ns)?;
+            Some(Duration::from_nanos(deadline).saturating_sub(now))
+        });
+        Drain { deadline: left.map(after) }
     }
 }
 
@@ -101,12 +104,14 @@ impl Draining {
     }
 
     /// It is over: the dispatcher said so, or is gone. What its deadline was does not matter any more.
-    pub(super) fn end(&self, core: &Core) {
+    /// Whether one was under way.
+    pub(super) fn end(&self, core: &Core) -> bool {
         let mut state = self.lock();
-        state.now = None;
+        let was = state.now.take().is_some();
         state.round = core.live_connections().next_round();
         state.deadline = None;
         self.changed.notify_all();
+        was
     }
 
     /// The worker is closed: whoever has yet to be told still is, and then the callbacks and all they own are let go.
@@ -151,8 +156,10 @@ impl Draining {
         if state.waiting {
             self.changed.notify_all();
         } else if state.deadline.is_some() {
-            let core = Arc::clone(core);
-            state.waiting = start_thread("worker-drain", move || core.draining().wait(&core));
+            let for_thread = Arc::clone(core);
+            state.waiting = start_thread(core, "worker-drain", move || {
+                for_thread.draining().wait(&for_thread);
+            });
         }
     }
 
@@ -205,19 +212,19 @@ impl Draining {
 
 fn start_telling(core: &Arc<Core>, state: &mut State) {
     if !state.telling && state.untold > 0 {
-        let core = Arc::clone(core);
-        state.telling = start_thread("worker-told", move || core.draining().tell());
+        let for_thread = Arc::clone(core);
+        state.telling = start_thread(core, "worker-told", move || for_thread.draining().tell());
     }
 }
 
-/// Whether it could be started.
-fn start_thread(name: &str, run: impl FnOnce() + Send + 'static) -> bool {
+/// Whether it could be started. May be called under any lock.
+pub(super) fn start_thread(core: &Core, name: &str, run: impl FnOnce() + Send + 'static) -> bool {
     match std::thread::Builder::new().name(name.to_owned()).spawn(run) {
         Ok(_) => true,
         Err(error) => {
-            log::error!(
-                "no thread for a drain ({name}): {error}; nobody is told, or its deadline does not count"
-            );
+            core.said().say(log::Level::Error, || {
+                format!("no thread {name}: {error}; no callback is called, or no deadline counts")
+            });
             false
         }
     }

@@ -82,6 +82,8 @@ pub enum Error {
     Closed,
     /// The dispatcher drains this worker: there will be no more connections, unless it resumes it.
     Draining,
+    /// No connection came within the time given to [`accept_timeout`](crate::Worker::accept_timeout). Trying again may help.
+    TimedOut,
     /// This process is a fork of the one that joined. Only that one may take connections; connect after forking.
     Forked,
 }
@@ -128,6 +130,7 @@ impl fmt::Display for Error {
             ),
             Error::Io { action, source } => write!(f, "cannot {action}: {source}"),
             Error::Closed => f.write_str("the worker is closed"),
+            Error::TimedOut => f.write_str("no connection came in time"),
             Error::Draining => f.write_str("the dispatcher drains this worker"),
             Error::Forked => f.write_str(
                 "this process is a fork of the worker; connect after forking, once in each process",
@@ -146,6 +149,7 @@ impl std::error::Error for Error {
             | Error::Protocol { .. }
             | Error::Closed
             | Error::Draining
+            | Error::TimedOut
             | Error::Forked => None,
         }
     }
@@ -157,7 +161,7 @@ impl From<Error> for io::Error {
         let kind = match &error {
             Error::Config { .. } => io::ErrorKind::InvalidInput,
             Error::Refused { .. } => io::ErrorKind::PermissionDenied,
-            Error::JoinTimeout { .. } => io::ErrorKind::TimedOut,
+            Error::JoinTimeout { .. } | Error::TimedOut => io::ErrorKind::TimedOut,
             Error::Protocol { .. } => io::ErrorKind::InvalidData,
             Error::Io { source, .. } => source.kind(),
             Error::Closed | Error::Draining => io::ErrorKind::NotConnected,

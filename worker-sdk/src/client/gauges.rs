@@ -11,6 +11,7 @@ use rustix::time::{ClockId, clock_gettime};
 
 use super::error::Error;
 use super::process::Process;
+use super::said::Said;
 use crate::scoreboard::Scoreboard;
 use crate::scoreboard::gauge::{self, GAUGES, GaugeName, Reading};
 
@@ -19,6 +20,7 @@ pub(crate) struct Gauges {
     process: Process,
     values: [Value; GAUGES as usize],
     shown: RwLock<Shown>,
+    pub(super) said: Arc<Said>,
 }
 
 #[derive(Default)]
@@ -35,9 +37,9 @@ struct Shown {
 }
 
 impl Gauges {
-    pub(super) fn new() -> Arc<Gauges> {
+    pub(super) fn new(said: Arc<Said>) -> Arc<Gauges> {
         let (values, shown) = Default::default();
-        Arc::new(Gauges { process: Process::current(), values, shown })
+        Arc::new(Gauges { process: Process::current(), values, shown, said })
     }
 
     /// The gauge of this name, made if there is none.
@@ -56,7 +58,7 @@ impl Gauges {
             None => {
                 let number = shown.names.len();
                 if let Some(board) = &shown.board
-                    && !named(board, number, &name)
+                    && !named(board, number, &name, &self.said)
                 {
                     shown.board = None;
                 }
@@ -75,7 +77,7 @@ impl Gauges {
         let mut shown = self.shown.write().unwrap_or_else(PoisonError::into_inner);
         shown.board = None;
         for ((number, name), value) in (0..).zip(&shown.names).zip(&self.values) {
-            if !named(board, number as usize, name) {
+            if !named(board, number as usize, name, &self.said) {
                 return;
             }
             if let Some(reading) = gauge::read(&value.bits, &value.time) {
@@ -102,19 +104,23 @@ impl Gauges {
 
 /// Whether the gauge can be shown there: if it has room, under the number that it has here. A dispatcher where it has
 /// another one is shown nothing more, as it would take one gauge for another.
-fn named(board: &Scoreboard, number: usize, name: &GaugeName) -> bool {
+fn named(board: &Scoreboard, number: usize, name: &GaugeName, said: &Said) -> bool {
     match board.name_gauge(name) {
         Some(there) if there as usize == number => true,
         // Less room than here: setting it does nothing there.
         None if number >= board.gauges() as usize => {
-            log::debug!(
-                "the dispatcher has room for {} gauges: {name} is not shown",
-                board.gauges()
-            );
+            said.say(log::Level::Debug, || {
+                format!(
+                    "the dispatcher has room for {} gauges: {name} is not shown",
+                    board.gauges()
+                )
+            });
             true
         }
         _ => {
-            log::error!("{name} is not gauge {number} in the scoreboard: nothing more is shown");
+            said.say(log::Level::Error, || {
+                format!("{name} is not gauge {number} in the scoreboard: nothing more is shown")
+            });
             false
         }
     }

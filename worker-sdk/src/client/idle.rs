@@ -4,6 +4,7 @@
 
 use std::sync::atomic::{AtomicUsize, Ordering};
 use std::sync::{Condvar, Mutex, PoisonError};
+use std::time::Instant;
 
 #[derive(Debug, Default)]
 pub(super) struct Idle {
@@ -43,12 +44,23 @@ impl Idle {
         }
     }
 
-    pub(super) fn wait(&self, live: impl Fn() -> u64) {
+    /// False if that moment has come before.
+    pub(super) fn wait(&self, until: Option<Instant>, live: impl Fn() -> u64) -> bool {
         let _waiting = self.enter();
         let mut lock = self.lock.lock().unwrap_or_else(PoisonError::into_inner);
         while live() > 0 {
-            lock = self.ended.wait(lock).unwrap_or_else(PoisonError::into_inner);
+            let Some(until) = until else {
+                lock = self.ended.wait(lock).unwrap_or_else(PoisonError::into_inner);
+                continue;
+            };
+            let left = until.saturating_duration_since(Instant::now());
+            if left.is_zero() {
+                return false;
+            }
+            let waited = self.ended.wait_timeout(lock, left);
+            lock = waited.unwrap_or_else(PoisonError::into_inner).0;
         }
+        true
     }
 
     #[cfg(feature = "tokio")]

@@ -16,6 +16,7 @@ use rustix::net::{
 
 use super::channel::take_fds;
 use super::error::Error;
+use super::said::Said;
 use crate::scoreboard::gauge::GaugeName;
 use crate::scoreboard::{Scoreboard, claim};
 use crate::wire::{
@@ -28,7 +29,8 @@ const GOODBYE_WAIT: Duration = Duration::from_secs(1);
 /// What a worker has of a dispatcher, apart from the channel. Dropping it tells the dispatcher that all is over.
 pub(super) struct Session {
     pub(super) control: OwnedFd,
-    poke: OwnedFd,
+    /// A connection may outlive this.
+    pub(super) poke: Arc<OwnedFd>,
     pub(super) board: Arc<Scoreboard>,
     pub(super) worker_id: u64,
     /// What both sides can.
@@ -44,7 +46,7 @@ impl Session {
         let listeners = joined.welcome.listeners.into_iter();
         let session = Session {
             control,
-            poke: joined.poke,
+            poke: Arc::new(joined.poke),
             board: Arc::new(joined.board),
             worker_id: joined.welcome.worker_id,
             features: joined.welcome.features,
@@ -59,13 +61,13 @@ impl Session {
     pub(super) fn poke_if_wanted(&self, bit: u32) {
         if claim::must_poke(self.board.want(), bit) {
             // It can fail only when the counter is full, and then the dispatcher is awake.
-            let _ = rustix::io::write(&self.poke, &1u64.to_ne_bytes());
+            let _ = rustix::io::write(&*self.poke, &1u64.to_ne_bytes());
         }
     }
 
     /// Claims may have filled the socket: then it waits a moment until the dispatcher has read some. False if there is no
     /// dispatcher any more that could hear it.
-    pub(super) fn goodbye(&self) -> bool {
+    pub(super) fn goodbye(&self, said: &Said) -> bool {
         let mut record = Vec::new();
         Goodbye.encode(&mut record);
         let end = Instant::now() + GOODBYE_WAIT;
@@ -75,7 +77,9 @@ impl Session {
             let again = matches!(error, Errno::AGAIN | Errno::INTR) && !left.is_zero();
             let timeout = Timespec::try_from(left).ok().filter(|_| again);
             let Some(timeout) = timeout else {
-                log::debug!("could not say goodbye to the dispatcher: {error}");
+                said.say(log::Level::Debug, || {
+                    format!("could not say goodbye to the dispatcher: {error}")
+                });
                 // One that is there but does not read finds us gone, and takes back what we have not taken.
                 return matches!(error, Errno::AGAIN | Errno::INTR);
             };
@@ -84,10 +88,22 @@ impl Session {
         }
     }
 
+    /// Tells the dispatcher that all is over, also when a forked child has a copy of the control connection: closing ours
+    /// would say nothing then.
+    pub(super) fn end(&self) {
+        end(&self.control);
+    }
+
     pub(super) fn listener(&self, index: u16) -> Option<Arc<str>> {
         let found = self.listeners.iter().find(|(i, _)| *i == index);
         found.map(|(_, name)| Arc::clone(name))
     }
+}
+
+/// See [`Session::end`].
+pub(super) fn end(control: &OwnedFd) {
+    // It fails when the dispatcher is gone already.
+    let _ = rustix::net::shutdown(control, rustix::net::Shutdown::Both);
 }
 
 /// Why joining did not work.
@@ -180,7 +196,7 @@ pub(super) fn answer(control: &OwnedFd, path: &Path) -> Result<Option<Joined>, F
             reason: refused.reason,
             key: refused.key,
         })),
-        Control::Hello(_) | Control::Goodbye(_) | Control::Own(_) => {
+        Control::Hello(_) | Control::Goodbye(_) | Control::Own(_) | Control::Update(_) => {
             Err(malformed("it sent a record that only workers send".to_owned()))
         }
     }

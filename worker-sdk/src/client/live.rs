@@ -80,6 +80,12 @@ impl Live {
         table.round
     }
 
+    /// The same in whatever round it is, for a worker that takes no more connections.
+    pub(super) fn end_now(&self) -> usize {
+        let round = self.next_round();
+        self.end_all(round).unwrap_or(0)
+    }
+
     /// Shuts every connection down, both ways; gives how many there were. What was written is still sent. `None` in
     /// another round.
     pub(super) fn end_all(&self, round: u64) -> Option<usize> {

@@ -5,11 +5,13 @@
 
 mod backoff;
 mod channel;
+mod clock;
 mod config;
 mod connection;
 pub(crate) mod core;
 mod drain;
 mod error;
+mod events;
 #[cfg(feature = "fuzzing")]
 pub mod fuzzing;
 mod gauges;
@@ -19,12 +21,14 @@ mod live;
 mod own;
 mod process;
 mod ready;
+mod said;
 mod sample;
 mod standalone;
 
 use std::fmt;
 use std::os::fd::{AsFd, BorrowedFd};
 use std::sync::Arc;
+use std::time::Duration;
 
 pub use self::config::WorkerConfig;
 #[cfg(feature = "tokio")]
@@ -156,7 +160,30 @@ impl Worker {
     /// # }
     /// ```
     pub fn accept(&self) -> Result<Option<Connection>, Error> {
-        Ok(self.core().accept()?.map(Connection::new))
+        Ok(self.core().accept(None)?.map(Connection::new))
+    }
+
+    /// The same, but waits no longer than `timeout`.
+    ///
+    /// # Errors
+    /// [`Error::TimedOut`] when no connection has come; otherwise as [`accept`](Worker::accept).
+    ///
+    /// ```
+    /// use std::time::Duration;
+    /// # use worker_sdk::{Error, Worker, WorkerConfig};
+    /// # fn main() -> Result<(), worker_sdk::Error> {
+    /// # let worker = Worker::connect(WorkerConfig::new().listen("127.0.0.1:0"))?;
+    /// match worker.accept_timeout(Duration::from_millis(10)) {
+    ///     Ok(Some(_connection)) => {}
+    ///     Ok(None) => {} // Closed, or drained.
+    ///     Err(Error::TimedOut) => {} // Time for something else; then call it again.
+    ///     Err(error) => return Err(error),
+    /// }
+    /// # Ok(())
+    /// # }
+    /// ```
+    pub fn accept_timeout(&self, timeout: Duration) -> Result<Option<Connection>, Error> {
+        Ok(self.core().accept(Some(clock::after(timeout)))?.map(Connection::new))
     }
 
     /// The next connection if there is one now, in non-blocking mode; `None` if there is none.
@@ -206,6 +233,54 @@ impl Worker {
     /// logged. The [example above](Worker) shows it.
     pub fn incoming(&mut self) -> Incoming<'_> {
         Incoming { worker: self }
+    }
+
+    /// The same for an iterator that owns its worker, and can be given to a thread. A worker is also an [`IntoIterator`].
+    ///
+    /// ```no_run
+    /// # fn serve(_: worker_sdk::Connection) {}
+    /// # fn main() -> Result<(), worker_sdk::Error> {
+    /// # let worker = worker_sdk::Worker::connect(worker_sdk::WorkerConfig::from_env()?)?;
+    /// let incoming = worker.clone().into_incoming();
+    /// let serving = std::thread::spawn(move || incoming.for_each(serve));
+    /// # drop(serving);
+    /// # Ok(())
+    /// # }
+    /// ```
+    pub fn into_incoming(self) -> IntoIncoming {
+        IntoIncoming { worker: self }
+    }
+
+    /// Calls `callback` whenever this worker has joined a dispatcher, with the id it has there, and at once if it has
+    /// already. Not without a dispatcher.
+    ///
+    /// All three of these callbacks are called on a thread of their own, in the order of the events, without a lock held:
+    /// they may call the worker, take their time, or panic. They are called for at most 64 events that wait. A worker hears
+    /// of events when it asks for connections. A callback that owns a clone of this worker is a handle;
+    /// [`close`](Worker::close) lets go of all callbacks.
+    ///
+    /// ```no_run
+    /// # fn main() -> Result<(), worker_sdk::Error> {
+    /// # let worker = worker_sdk::Worker::connect(worker_sdk::WorkerConfig::from_env()?)?;
+    /// worker.on_joined(|id| println!("worker {id} of the dispatcher"));
+    /// worker.on_lost(|why| println!("no new connections for now: {why}"));
+    /// worker.on_resumed(|| println!("no longer drained"));
+    /// # Ok(())
+    /// # }
+    /// ```
+    pub fn on_joined(&self, callback: impl Fn(u64) + Send + Sync + 'static) {
+        self.core().on_joined(callback);
+    }
+
+    /// Calls `callback` whenever this worker has lost its dispatcher, with the reason; it joins again by itself, and live
+    /// connections go on. As [`on_joined`](Worker::on_joined).
+    pub fn on_lost(&self, callback: impl Fn(&str) + Send + Sync + 'static) {
+        self.core().on_lost(callback);
+    }
+
+    /// Calls `callback` whenever a drain is over and connections may come again. As [`on_joined`](Worker::on_joined).
+    pub fn on_resumed(&self, callback: impl Fn() + Send + Sync + 'static) {
+        self.core().on_resumed(callback);
     }
 
     /// Calls `callback` when the dispatcher begins to drain this worker, or at once if it does already: a moment to fail health
@@ -301,7 +376,35 @@ impl Worker {
     /// # }
     /// ```
     pub fn wait_until_idle(&self) {
-        self.core().wait_until_idle();
+        self.core().wait_until_idle(None);
+    }
+
+    /// The same, but waits no longer than `timeout`: false if connections are live then.
+    pub fn wait_until_idle_timeout(&self, timeout: Duration) -> bool {
+        self.core().wait_until_idle(Some(clock::after(timeout)))
+    }
+
+    /// The end of a program in one call, such as at SIGTERM: says goodbye, as [`close`](Worker::close), waits until no
+    /// connection is live, and after `within` shuts down those that are left, so that reading and writing them ends. Gives
+    /// how many that were.
+    ///
+    /// ```
+    /// # fn main() -> Result<(), Box<dyn std::error::Error>> {
+    /// use std::io::Read;
+    /// use std::time::Duration;
+    /// # let config = worker_sdk::WorkerConfig::new().listen("127.0.0.1:0");
+    /// let worker = worker_sdk::Worker::connect(config)?;
+    /// # let address = worker.local_addr().and_then(|addr| addr.socket_addr()).ok_or("not TCP")?;
+    /// # let client = std::net::TcpStream::connect(address)?;
+    /// let connection = worker.accept()?.ok_or("closed")?;
+    /// let serving = std::thread::spawn(move || (&connection).read(&mut [0])); // The client says nothing.
+    /// assert_eq!(worker.shutdown(Duration::from_millis(10)), 1);
+    /// assert!(matches!(serving.join(), Ok(Ok(0))));
+    /// # Ok(())
+    /// # }
+    /// ```
+    pub fn shutdown(&self, within: Duration) -> usize {
+        self.core().shutdown(within)
     }
 
     /// Claims a key, such as the id just given to a client in a cookie: from the next connection on, a client that
@@ -391,12 +494,39 @@ impl Iterator for Incoming<'_> {
     type Item = Connection;
 
     fn next(&mut self) -> Option<Connection> {
-        match self.worker.accept() {
-            Ok(connection) => connection,
-            Err(error) => {
-                log::error!("no more connections: {error}");
-                None
-            }
+        next(self.worker)
+    }
+}
+
+/// Iterator over the connections of a [`Worker`] that owns it; see [`Worker::into_incoming`].
+#[derive(Debug)]
+pub struct IntoIncoming {
+    worker: Worker,
+}
+
+impl Iterator for IntoIncoming {
+    type Item = Connection;
+
+    fn next(&mut self) -> Option<Connection> {
+        next(&self.worker)
+    }
+}
+
+impl IntoIterator for Worker {
+    type Item = Connection;
+    type IntoIter = IntoIncoming;
+
+    fn into_iter(self) -> IntoIncoming {
+        self.into_incoming()
+    }
+}
+
+fn next(worker: &Worker) -> Option<Connection> {
+    match worker.accept() {
+        Ok(connection) => connection,
+        Err(error) => {
+            log::error!("no more connections: {error}");
+            None
         }
     }
 }

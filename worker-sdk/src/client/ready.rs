@@ -7,7 +7,8 @@
 
 use std::io;
 use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
-use std::time::Duration;
+use std::sync::Arc;
+use std::time::{Duration, Instant};
 
 use rustix::event::{EventfdFlags, PollFd, PollFlags, epoll, eventfd, poll};
 use rustix::time::{
@@ -15,14 +16,19 @@ use rustix::time::{
     timerfd_settime,
 };
 
+use super::clock::bounded;
+use super::said::Said;
+
 pub(super) struct Ready {
     epoll: OwnedFd,
     timer: OwnedFd,
     closed: OwnedFd,
+    /// It is called under the core's lock.
+    said: Arc<Said>,
 }
 
 impl Ready {
-    pub(super) fn new() -> io::Result<Ready> {
+    pub(super) fn new(said: Arc<Said>) -> io::Result<Ready> {
         let ready = Ready {
             epoll: epoll::create(epoll::CreateFlags::CLOEXEC)?,
             timer: timerfd_create(
@@ -30,6 +36,7 @@ impl Ready {
                 TimerfdFlags::CLOEXEC | TimerfdFlags::NONBLOCK,
             )?,
             closed: eventfd(0, EventfdFlags::CLOEXEC | EventfdFlags::NONBLOCK)?,
+            said,
         };
         ready.watch(ready.timer.as_fd())?;
         ready.watch(ready.closed.as_fd())?;
@@ -47,14 +54,16 @@ impl Ready {
     /// hold a duplicate, and then closing ours would leave it in the set, ready for ever.
     pub(super) fn forget(&self, fd: BorrowedFd<'_>) {
         if let Err(error) = epoll::delete(&self.epoll, fd) {
-            log::error!("cannot stop watching a file descriptor: {error}");
+            self.said.say(log::Level::Error, || {
+                format!("cannot stop watching a file descriptor: {error}")
+            });
         }
     }
 
     /// Ready after `delay`, in place of what was set before.
     pub(super) fn arm(&self, delay: Duration) {
         // Zero would disarm.
-        self.set_timer(delay.max(Duration::from_nanos(1)));
+        self.set_timer(bounded(delay).max(Duration::from_nanos(1)));
     }
 
     /// Also takes back an expiry that nobody has acted on.
@@ -70,7 +79,7 @@ impl Ready {
         };
         let spec = Itimerspec { it_interval: zero, it_value: value };
         if let Err(error) = timerfd_settime(&self.timer, TimerfdTimerFlags::empty(), &spec) {
-            log::error!("cannot set a timer: {error}");
+            self.said.say(log::Level::Error, || format!("cannot set a timer: {error}"));
         }
     }
 
@@ -80,17 +89,26 @@ impl Ready {
         let _ = rustix::io::write(&self.closed, &1u64.to_ne_bytes());
     }
 
-    /// Blocks until ready, or until a signal handler has run.
-    pub(super) fn wait(&self) -> io::Result<()> {
-        match poll(&mut [PollFd::new(&self.epoll, PollFlags::IN)], None) {
-            Ok(_) | Err(rustix::io::Errno::INTR) => Ok(()),
-            Err(error) => Err(error.into()),
-        }
+    /// Blocks until ready, until a signal handler has run, or until that moment.
+    pub(super) fn wait(&self, until: Option<Instant>) -> io::Result<()> {
+        wait_readable(self.epoll.as_fd(), until).map(drop)
     }
 }
 
 impl AsFd for Ready {
     fn as_fd(&self) -> BorrowedFd<'_> {
         self.epoll.as_fd()
+    }
+}
+
+/// Blocks until there is something to read, until a signal handler has run, or until that moment. Whether there is
+/// something to read.
+pub(super) fn wait_readable(fd: BorrowedFd<'_>, until: Option<Instant>) -> io::Result<bool> {
+    let left = until.map(|until| bounded(until.saturating_duration_since(Instant::now())));
+    let timeout = left.and_then(|left| Timespec::try_from(left).ok());
+    match poll(&mut [PollFd::new(&fd, PollFlags::IN)], timeout.as_ref()) {
+        Ok(ready) => Ok(ready > 0),
+        Err(rustix::io::Errno::INTR) => Ok(false),
+        Err(error) => Err(error.into()),
     }
 }

@@ -11,13 +11,14 @@ use std::time::{Duration, Instant};
 
 use rustix::param::page_size;
 use rustix::time::{ClockId, clock_gettime};
-use serde::Deserialize;
+use serde::{Deserialize, Serialize};
 
+use super::clock::after;
 use super::gauges::{Gauge, Gauges};
 use crate::scoreboard::gauge::{GaugeName, names};
 
 /// When to measure the machine and this process.
-#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Deserialize)]
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(rename_all = "lowercase")]
 pub enum Sampling {
     /// What the pool scores by, from the first join on at which it says so.
@@ -75,7 +76,9 @@ impl Sampler {
             let gauge = match gauges.gauge(name) {
                 Ok(gauge) => gauge,
                 Err(error) => {
-                    log::warn!("cannot show {name} to the dispatcher: {error}");
+                    gauges.said.say(log::Level::Warn, || {
+                        format!("cannot show {name} to the dispatcher: {error}")
+                    });
                     continue;
                 }
             };
@@ -83,7 +86,10 @@ impl Sampler {
                 Some(sender) => sender,
                 None => match start(self.interval) {
                     Ok(started) => sender.insert(started),
-                    Err(error) => return log::warn!("cannot start a thread to measure: {error}"),
+                    Err(error) => {
+                        let line = || format!("cannot start a thread to measure: {error}");
+                        return gauges.said.say(log::Level::Warn, line);
+                    }
                 },
             };
             measured.push(name);
@@ -118,13 +124,6 @@ fn sample(interval: Duration, receiver: &Receiver<Meter>) {
             Err(RecvTimeoutError::Disconnected) => return,
         }
     }
-}
-
-/// So long from now; for what is beyond the clock, the end of anybody's patience.
-fn after(interval: Duration) -> Instant {
-    const FAR: Duration = Duration::from_secs(365 * 24 * 3600);
-    let now = Instant::now();
-    now.checked_add(interval).unwrap_or_else(|| now + FAR)
 }
 
 /// One gauge, and what its next value is measured against.
@@ -249,7 +248,7 @@ mod tests {
 
     #[test]
     fn a_rate_is_of_the_time_since_the_last_sample() {
-        let gauges = Gauges::new();
+        let gauges = Gauges::new(Arc::default());
         let gauge = gauges.gauge("x").unwrap();
         let mut meter = Meter { name: "x", gauge, before: None, complained: false };
         assert_eq!(meter.rate(500.0, 1000.0), None, "nothing to compare with");
@@ -261,7 +260,7 @@ mod tests {
 
     #[test]
     fn this_machine_and_this_process_can_be_measured() {
-        let gauges = Gauges::new();
+        let gauges = Gauges::new(Arc::default());
         for name in MEASURED {
             let gauge = gauges.gauge(name).unwrap();
             let mut meter = Meter { name, gauge, before: None, complained: false };
@@ -285,7 +284,7 @@ mod tests {
         let name = std::fs::read("/proc/self/comm").unwrap();
         // The kernel keeps 15 bytes, and so half of the last character.
         std::fs::write("/proc/self/comm", "fourteen-bytes\u{e9}").unwrap();
-        let gauges = Gauges::new();
+        let gauges = Gauges::new(Arc::default());
         let rss = names::PROCESS_RSS;
         let gauge = gauges.gauge(rss).unwrap();
         let mut meter = Meter { name: rss, gauge, before: None, complained: false };
@@ -305,7 +304,7 @@ mod tests {
     #[test]
     fn no_interval_is_too_long() {
         assert!(after(Duration::MAX) > Instant::now() + Duration::from_secs(3600));
-        let gauge = Gauges::new().gauge(names::FREE_MEMORY).unwrap();
+        let gauge = Gauges::new(Arc::default()).gauge(names::FREE_MEMORY).unwrap();
         let (sender, receiver) = channel();
         let name = names::FREE_MEMORY;
         sender.send(Meter { name, gauge, before: None, complained: false }).unwrap();

@@ -7,6 +7,7 @@ use std::os::unix::net::{UnixListener, UnixStream};
 use std::path::PathBuf;
 
 use super::error::Error;
+use super::said::Said;
 use crate::wire::PeerAddr;
 
 pub(super) enum Listener {
@@ -74,11 +75,11 @@ impl Listener {
     }
 
     /// Takes the name of a Unix listener away. Not on drop: a forked child drops its copy, too.
-    pub(super) fn unlink(&self) {
+    pub(super) fn unlink(&self, said: &Said) {
         if let Listener::Unix { path, .. } = self
             && let Err(error) = std::fs::remove_file(path)
         {
-            log::debug!("cannot remove {}: {error}", path.display());
+            said.say(log::Level::Debug, || format!("cannot remove {}: {error}", path.display()));
         }
     }
 }

@@ -7,59 +7,88 @@
 use std::io::{self, IoSlice, Write};
 use std::net::{Shutdown, TcpStream};
 use std::os::fd::{AsFd, BorrowedFd};
-use std::pin::Pin;
-use std::sync::Arc;
+use std::sync::{Arc, Mutex, OnceLock, PoisonError};
 use std::task::{Context, Poll, ready};
 
 use ::tokio::io::unix::{AsyncFd, AsyncFdReadyGuard};
-use ::tokio::io::{AsyncRead, AsyncWrite, ReadBuf};
+use ::tokio::io::{Interest, ReadBuf, Ready};
+use ::tokio::runtime::Handle;
 use ::tokio::task::coop;
 
 use crate::sys;
 
-/// A socket in non-blocking mode.
+/// A socket in non-blocking mode. Everything works through a shared reference, so that it can be split.
 pub(super) struct Stream {
-    registered: Option<AsyncFd<Arc<TcpStream>>>,
+    // Declared, and so dropped, first: it is deregistered before the socket is closed.
+    registered: OnceLock<AsyncFd<Arc<TcpStream>>>,
+    /// Held while it is registered: a socket can be so only once.
+    registering: Mutex<()>,
+    /// Where it is registered, whichever thread asks.
+    runtime: Handle,
     tcp: Arc<TcpStream>,
 }
 
 /// What one system call gave, and whether the socket has nothing more to give or no more room.
 type Did<T> = io::Result<(T, bool)>;
 
+/// [`AsyncFd::poll_read_ready`] or [`AsyncFd::poll_write_ready`].
+type PollReady = for<'a> fn(
+    &'a AsyncFd<Arc<TcpStream>>,
+    &mut Context<'_>,
+) -> Poll<io::Result<AsyncFdReadyGuard<'a, Arc<TcpStream>>>>;
+
 impl Stream {
-    pub(super) fn new(tcp: TcpStream) -> Stream {
-        Stream { registered: None, tcp: Arc::new(tcp) }
+    pub(super) fn new(tcp: TcpStream, runtime: Handle) -> Stream {
+        Stream {
+            registered: OnceLock::new(),
+            registering: Mutex::new(()),
+            runtime,
+            tcp: Arc::new(tcp),
+        }
     }
 
     pub(super) fn tcp(&self) -> &TcpStream {
         &self.tcp
     }
 
+    pub(super) fn runtime(&self) -> &Handle {
+        &self.runtime
+    }
+
+    /// The socket as the runtime watches it, from now on if it has not before.
+    fn registered(&self) -> io::Result<&AsyncFd<Arc<TcpStream>>> {
+        if let Some(registered) = self.registered.get() {
+            return Ok(registered);
+        }
+        let _lock = self.registering.lock().unwrap_or_else(PoisonError::into_inner);
+        if let Some(registered) = self.registered.get() {
+            return Ok(registered);
+        }
+        // The caller may be a thread of no runtime, or of another.
+        let _entered = self.runtime.enter();
+        let registered = sys::register(Arc::clone(&self.tcp))?;
+        Ok(self.registered.get_or_init(|| registered))
+    }
+
     /// Tries `call`; where it would block, waits with `ready` and tries again.
     fn poll<T>(
-        &mut self,
+        &self,
         cx: &mut Context<'_>,
-        ready: impl for<'a> Fn(
-            &'a AsyncFd<Arc<TcpStream>>,
-            &mut Context<'_>,
-        ) -> Poll<io::Result<AsyncFdReadyGuard<'a, Arc<TcpStream>>>>,
+        ready: PollReady,
         mut call: impl FnMut(&TcpStream) -> Did<T>,
     ) -> Poll<io::Result<T>> {
-        let registered = match &mut self.registered {
-            Some(registered) => registered,
-            unregistered => {
-                // As waiting does: a task that never has to wait must let others on all the same.
-                let turn = ready!(coop::poll_proceed(cx));
-                match call(&self.tcp) {
-                    Err(error) if error.kind() == io::ErrorKind::WouldBlock => {}
-                    did => {
-                        turn.made_progress();
-                        return Poll::Ready(did.map(|(value, _)| value));
-                    }
+        if self.registered.get().is_none() {
+            // As waiting does: a task that never has to wait must let others on all the same.
+            let turn = ready!(coop::poll_proceed(cx));
+            match call(&self.tcp) {
+                Err(error) if error.kind() == io::ErrorKind::WouldBlock => {}
+                did => {
+                    turn.made_progress();
+                    return Poll::Ready(did.map(|(value, _)| value));
                 }
-                unregistered.insert(sys::register(Arc::clone(&self.tcp))?)
             }
-        };
+        }
+        let registered = self.registered()?;
         loop {
             let mut guard = ready!(ready(registered, cx))?;
             match guard.try_io(|_| call(&self.tcp)) {
@@ -75,11 +104,9 @@ impl Stream {
             }
         }
     }
-}
 
-impl AsyncRead for Stream {
-    fn poll_read(
-        mut self: Pin<&mut Self>,
+    pub(super) fn poll_read(
+        &self,
         cx: &mut Context<'_>,
         buffer: &mut ReadBuf<'_>,
     ) -> Poll<io::Result<()>> {
@@ -89,22 +116,25 @@ impl AsyncRead for Stream {
             Ok(((), 0 < count && count < room))
         })
     }
-}
 
-impl AsyncWrite for Stream {
-    fn poll_write(
-        mut self: Pin<&mut Self>,
+    pub(super) fn poll_peek(
+        &self,
         cx: &mut Context<'_>,
-        bytes: &[u8],
+        buffer: &mut [u8],
     ) -> Poll<io::Result<usize>> {
+        // What is there stays there: ready as before.
+        self.poll(cx, AsyncFd::poll_read_ready, |tcp| Ok((tcp.peek(buffer)?, false)))
+    }
+
+    pub(super) fn poll_write(&self, cx: &mut Context<'_>, bytes: &[u8]) -> Poll<io::Result<usize>> {
         self.poll(cx, AsyncFd::poll_write_ready, |mut tcp| {
             let count = tcp.write(bytes)?;
             Ok((count, 0 < count && count < bytes.len()))
         })
     }
 
-    fn poll_write_vectored(
-        mut self: Pin<&mut Self>,
+    pub(super) fn poll_write_vectored(
+        &self,
         cx: &mut Context<'_>,
         slices: &[IoSlice<'_>],
     ) -> Poll<io::Result<usize>> {
@@ -115,16 +145,28 @@ impl AsyncWrite for Stream {
         })
     }
 
-    fn is_write_vectored(&self) -> bool {
-        true
+    /// No more from us. A client that is gone already is no error, as with tokio's own stream.
+    pub(super) fn shut_down_writing(&self) -> io::Result<()> {
+        match self.tcp.shutdown(Shutdown::Write) {
+            Err(error) if error.kind() == io::ErrorKind::NotConnected => Ok(()),
+            result => result,
+        }
     }
 
-    fn poll_flush(self: Pin<&mut Self>, _: &mut Context<'_>) -> Poll<io::Result<()>> {
-        Poll::Ready(Ok(()))
+    pub(super) async fn ready(&self, interest: Interest) -> io::Result<Ready> {
+        Ok(self.registered()?.ready(interest).await?.ready())
     }
 
-    fn poll_shutdown(self: Pin<&mut Self>, _: &mut Context<'_>) -> Poll<io::Result<()>> {
-        Poll::Ready(self.tcp.shutdown(Shutdown::Write))
+    /// One system call, now. Where it would block, readiness is forgotten, so that waiting for it works.
+    pub(super) fn try_io<T>(
+        &self,
+        interest: Interest,
+        call: impl FnOnce(&TcpStream) -> io::Result<T>,
+    ) -> io::Result<T> {
+        match self.registered.get() {
+            Some(registered) => registered.try_io(interest, |tcp| call(tcp)),
+            None => call(&self.tcp),
+        }
     }
 }
 
@@ -139,7 +181,9 @@ mod tests {
     use std::io::{Read, Write};
     use std::net::TcpListener;
 
-    use ::tokio::io::{AsyncReadExt, AsyncWriteExt};
+    use std::pin::Pin;
+
+    use ::tokio::io::{AsyncRead, AsyncReadExt, AsyncWrite, AsyncWriteExt};
 
     use super::*;
 
@@ -148,7 +192,35 @@ mod tests {
         let client = TcpStream::connect(listener.local_addr().unwrap()).unwrap();
         let (server, _) = listener.accept().unwrap();
         server.set_nonblocking(true).unwrap();
-        (Stream::new(server), client)
+        (Stream::new(server, Handle::current()), client)
+    }
+
+    impl AsyncRead for Stream {
+        fn poll_read(
+            self: Pin<&mut Self>,
+            cx: &mut Context<'_>,
+            buffer: &mut ReadBuf<'_>,
+        ) -> Poll<io::Result<()>> {
+            Stream::poll_read(&self, cx, buffer)
+        }
+    }
+
+    impl AsyncWrite for Stream {
+        fn poll_write(
+            self: Pin<&mut Self>,
+            cx: &mut Context<'_>,
+            bytes: &[u8],
+        ) -> Poll<io::Result<usize>> {
+            Stream::poll_write(&self, cx, bytes)
+        }
+
+        fn poll_flush(self: Pin<&mut Self>, _: &mut Context<'_>) -> Poll<io::Result<()>> {
+            Poll::Ready(Ok(()))
+        }
+
+        fn poll_shutdown(self: Pin<&mut Self>, _: &mut Context<'_>) -> Poll<io::Result<()>> {
+            Poll::Ready(self.shut_down_writing())
+        }
     }
 
     #[tokio::test]
@@ -161,7 +233,7 @@ mod tests {
         assert_eq!(&question, b"question");
         server.write_all(b"answer").await.unwrap();
         server.shutdown().await.unwrap();
-        assert!(server.registered.is_none());
+        assert!(server.registered.get().is_none());
         let mut answer = String::new();
         client.read_to_string(&mut answer).unwrap();
         assert_eq!(answer, "answer");
@@ -173,7 +245,7 @@ mod tests {
         let asking = tokio::spawn(async move {
             let mut text = String::new();
             server.read_to_string(&mut text).await.unwrap();
-            assert!(server.registered.is_some());
+            assert!(server.registered.get().is_some());
             text
         });
         // It runs now, finds nothing and waits.
@@ -194,7 +266,7 @@ mod tests {
         let expected = bytes.clone();
         let writing = tokio::spawn(async move {
             server.write_all(&bytes).await.unwrap();
-            server.registered.is_some()
+            server.registered.get().is_some()
         });
         let reading = tokio::task::spawn_blocking(move || {
             let mut all = Vec::new();

@@ -135,6 +135,18 @@ pub(super) fn put_tlv(out: &mut Vec<u8>, kind: u16, value: &[u8]) {
     out.extend_from_slice(&value[..usize::from(len)]);
 }
 
+/// The same for a value that is gathered from pieces, none of which is copied before.
+pub(super) fn put_tlv_of<const N: usize>(
+    out: &mut Vec<u8>,
+    kind: u16,
+    pieces: impl ExactSizeIterator<Item = [u8; N]>,
+) {
+    let len = u16::try_from(N * pieces.len()).unwrap_or(u16::MAX);
+    out.extend_from_slice(&kind.to_le_bytes());
+    out.extend_from_slice(&len.to_le_bytes());
+    pieces.for_each(|piece| out.extend_from_slice(&piece));
+}
+
 /// Names are 1 to [`MAX_NAME`] bytes of printable UTF-8 without spaces: they go into logs, metrics and commands.
 pub(super) fn name(value: &[u8], field: &'static str) -> Result<String, WireError> {
     let text = str::from_utf8(value).map_err(|_| WireError::Invalid(field))?;

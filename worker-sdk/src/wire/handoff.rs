@@ -3,8 +3,8 @@
 use std::fmt;
 use std::net::{IpAddr, Ipv4Addr, Ipv6Addr, SocketAddr, SocketAddrV6};
 
-use super::codec::{Reader, WireError, header};
-use super::{MAX_FDS_PER_RECORD, kind};
+use super::codec::{Reader, WireError, header, once, put_tlv_of};
+use super::{MAX_FDS_PER_RECORD, kind, tlv};
 
 /// Length of one entry on the wire, in bytes.
 pub const ENTRY_LEN: usize = 48;
@@ -122,6 +122,8 @@ pub struct Entry {
     pub accepted_ns: u64,
     /// Where the client connected from.
     pub peer: PeerAddr,
+    /// The dispatcher's number of the connection, as its log shows it (`conn=`); 0 if it does not say.
+    pub number: u64,
 }
 
 const FAMILY_UNIX: u16 = 1;
@@ -170,7 +172,9 @@ impl Entry {
             }
             _ => return Err(WireError::Invalid("address family")),
         };
-        Ok(Entry { seq, slot, listener, flags, accepted_ns, peer })
+        // Comes behind the entries.
+        let number = 0;
+        Ok(Entry { seq, slot, listener, flags, accepted_ns, peer, number })
     }
 }
 
@@ -187,6 +191,7 @@ impl Entry {
 ///     flags: EntryFlags::NONE,
 ///     accepted_ns: 1_000_000_000, // One second after boot.
 ///     peer: PeerAddr::Inet(([192, 0, 2, 1], 50_000).into()),
+///     number: 1234,
 /// };
 /// let mut record = Vec::new();
 /// Handoff::encode_entries(&[entry], &mut record);
@@ -218,6 +223,9 @@ impl Handoff {
         out.extend_from_slice(&count.to_le_bytes());
         out.extend_from_slice(&[0, 0]);
         entries.iter().for_each(|entry| entry.encode(out));
+        if entries.iter().any(|entry| entry.number != 0) {
+            put_tlv_of(out, tlv::NUMBERS, entries.iter().map(|entry| entry.number.to_le_bytes()));
+        }
     }
 
     pub(super) fn decode_body(reader: &mut Reader<'_>) -> Result<Handoff, WireError> {
@@ -226,9 +234,23 @@ impl Handoff {
         if count == 0 || count > MAX_FDS_PER_RECORD {
             return Err(WireError::Invalid("count"));
         }
-        let entries =
+        let mut entries =
             (0..count).map(|_| Entry::decode(reader)).collect::<Result<Vec<_>, WireError>>()?;
-        reader.skip_tlvs()?;
+        let mut seen = None;
+        while let Some((kind, value)) = reader.tlv()? {
+            if kind == tlv::NUMBERS {
+                once(&mut seen, (), "numbers")?;
+                let (numbers, []) = value.as_chunks() else {
+                    return Err(WireError::Invalid("numbers"));
+                };
+                if numbers.len() != entries.len() {
+                    return Err(WireError::Invalid("numbers"));
+                }
+                for (entry, number) in entries.iter_mut().zip(numbers) {
+                    entry.number = u64::from_le_bytes(*number);
+                }
+            }
+        }
         Ok(Handoff { entries })
     }
 }

@@ -24,6 +24,9 @@ impl Features {
     /// Keys can be claimed with [`Own`](super::Own). A dispatcher has it for pools with affinity only.
     pub const OWN: Features = Features(2);
 
+    /// Weight, maximum and pauses can be told with [`Update`](super::Update).
+    pub const UPDATE: Features = Features(4);
+
     /// Whether every ability of `other` is there.
     pub fn contains(self, other: Features) -> bool {
         self.0 & other.0 == other.0

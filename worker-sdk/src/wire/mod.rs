@@ -37,6 +37,7 @@ mod own;
 mod probe;
 mod refused;
 mod resume;
+mod update;
 mod welcome;
 
 pub use codec::{WireError, is_name};
@@ -48,6 +49,7 @@ pub use own::{MAX_KEY, Own};
 pub use probe::Probe;
 pub use refused::{Refused, RefusedCode};
 pub use resume::Resume;
+pub use update::Update;
 pub use welcome::{Welcome, WelcomeListener};
 
 use codec::Reader;
@@ -82,6 +84,8 @@ pub mod kind {
     pub const GOODBYE: u16 = 4;
     /// Worker to dispatcher, control connection: the client known by this key is mine.
     pub const OWN: u16 = 5;
+    /// Worker to dispatcher, control connection: my weight, my maximum, whether I take connections.
+    pub const UPDATE: u16 = 6;
     /// Dispatcher to worker, channel: connections, one fd each.
     pub const HANDOFF: u16 = 16;
     /// Dispatcher to worker, channel, no fd: take this slot to show that you are alive.
@@ -106,6 +110,10 @@ pub mod tlv {
     pub const LISTENER: u16 = 16;
     /// Welcome, repeated: the name of a gauge that the pool scores by.
     pub const GAUGE: u16 = 19;
+    /// Drain: the time that is left, u64 nanoseconds.
+    pub const TIME_LEFT: u16 = 20;
+    /// Handoff: the dispatcher's number of each connection, u64, in the order of the entries.
+    pub const NUMBERS: u16 = 21;
     /// Refused: one sentence for a person, UTF-8.
     pub const REASON: u16 = 17;
     /// Refused: the configuration key that decides it, UTF-8.
@@ -131,6 +139,7 @@ pub mod tlv {
 ///     Control::Hello(hello) => println!("{} wants to join {}", hello.name, hello.pool),
 ///     Control::Goodbye(_) => println!("a worker leaves"),
 ///     Control::Own(own) => println!("a worker claims {:?}", own.key()),
+///     Control::Update(update) => println!("a worker has weight {} now", update.weight),
 /// }
 /// # Ok(())
 /// # }
@@ -147,6 +156,8 @@ pub enum Control {
     Goodbye(Goodbye),
     /// See [`Own`].
     Own(Own),
+    /// See [`Update`].
+    Update(Update),
 }
 
 impl Control {
@@ -165,6 +176,7 @@ impl Control {
             kind::REFUSED => Refused::decode_body(&mut reader).map(Control::Refused),
             kind::GOODBYE => Goodbye::decode_body(&mut reader).map(Control::Goodbye),
             kind::OWN => Own::decode_body(&mut reader).map(Control::Own),
+            kind::UPDATE => Update::decode_body(&mut reader).map(Control::Update),
             other => Err(WireError::UnknownKind(other)),
         }
     }
@@ -173,7 +185,11 @@ impl Control {
     pub fn fds(&self) -> usize {
         match self {
             Control::Welcome(_) => WELCOME_FDS,
-            Control::Hello(_) | Control::Refused(_) | Control::Goodbye(_) | Control::Own(_) => 0,
+            Control::Hello(_)
+            | Control::Refused(_)
+            | Control::Goodbye(_)
+            | Control::Own(_)
+            | Control::Update(_) => 0,
         }
     }
 
@@ -185,6 +201,7 @@ impl Control {
             Control::Refused(m) => m.encode(out),
             Control::Goodbye(m) => m.encode(out),
             Control::Own(m) => m.encode(out),
+            Control::Update(m) => m.encode(out),
         }
     }
 }

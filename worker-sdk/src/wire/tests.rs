@@ -1,6 +1,7 @@
 //! The bytes of every record, in both directions. `docs/PROTOCOL.md` prints the same vectors.
 
 use std::net::{Ipv6Addr, SocketAddrV6};
+use std::time::Duration;
 
 use proptest::prelude::*;
 
@@ -25,6 +26,9 @@ const HANDOFF: &str = "1000000003000000010000000000000000ca9a3b00000000010000000
      ff00000000000000010000000000000000000000000000000000000000000000";
 const PROBE: &str = "1100000009000000000000000900000000000000";
 const DRAIN: &str = "1200000000ac23fc06000000";
+const DRAIN_LEFT: &str = "1200000000ac23fc060000001400080000e40b5402000000";
+const UPDATE: &str = "0600000002000100f4010000";
+const NUMBERED: &str = "1000000001000000010000000000000000ca9a3b00000000010000000000000001000000000000000000000000000000000000000000000015000800d204000000000000";
 const RESUME: &str = "13000000";
 
 fn bytes(hex: &str) -> Vec<u8> {
@@ -117,7 +121,48 @@ fn control_vectors() -> Vec<(&'static str, Control)> {
         ),
         (GOODBYE, Control::Goodbye(Goodbye)),
         (OWN, Control::Own(Own::new(b"6f1d29").unwrap())),
+        (UPDATE, Control::Update(Update { weight: 2, paused: true, max_connections: 500 })),
     ]
+}
+
+fn numbered() -> Handoff {
+    let entry = Entry {
+        seq: 1,
+        slot: 1,
+        listener: 0,
+        flags: EntryFlags::NONE,
+        accepted_ns: 1_000_000_000,
+        peer: PeerAddr::Unix,
+        number: 1234,
+    };
+    Handoff { entries: vec![entry] }
+}
+
+#[test]
+fn there_is_a_number_for_each_connection_or_none() {
+    for value in [&[][..], &[0; 7], &[0; 16]] {
+        let mut record = bytes(NUMBERED)[..8 + ENTRY_LEN].to_vec();
+        codec::put_tlv(&mut record, tlv::NUMBERS, value);
+        assert_eq!(Channel::decode(&record), Err(WireError::Invalid("numbers")));
+    }
+    let mut twice = bytes(NUMBERED);
+    codec::put_tlv(&mut twice, tlv::NUMBERS, &[0; 8]);
+    assert!(matches!(Channel::decode(&twice), Err(WireError::Repeated(_))));
+    let full = Handoff { entries: vec![numbered().entries[0]; MAX_FDS_PER_RECORD] };
+    let record = channel_encoded(&Channel::Handoff(full.clone()));
+    assert_eq!(Channel::decode(&record), Ok(Channel::Handoff(full)));
+}
+
+#[test]
+fn an_update_has_possible_numbers() {
+    for (at, len) in [(4, 2), (8, 4)] {
+        let mut record = bytes(UPDATE);
+        record[at..at + len].fill(0);
+        assert!(matches!(Control::decode(&record), Err(WireError::Invalid(_))));
+    }
+    let mut record = bytes(DRAIN);
+    codec::put_tlv(&mut record, tlv::TIME_LEFT, &[0; 7]);
+    assert_eq!(Channel::decode(&record), Err(WireError::Invalid("time left")));
 }
 
 fn handoff() -> Handoff {
@@ -129,6 +174,7 @@ fn handoff() -> Handoff {
         flags,
         accepted_ns: 1_000_000_000 + seq - 1,
         peer,
+        number: 0,
     };
     Handoff {
         entries: vec![
@@ -149,7 +195,15 @@ fn channel_vectors() -> Vec<(&'static str, Channel)> {
     vec![
         (HANDOFF, Channel::Handoff(handoff())),
         (PROBE, Channel::Probe(Probe { seq: 9, slot: 9 })),
-        (DRAIN, Channel::Drain(Drain { deadline_ns: 30_000_000_000 })),
+        (DRAIN, Channel::Drain(Drain { deadline_ns: 30_000_000_000, left: None })),
+        (
+            DRAIN_LEFT,
+            Channel::Drain(Drain {
+                deadline_ns: 30_000_000_000,
+                left: Some(Duration::from_secs(10)),
+            }),
+        ),
+        (NUMBERED, Channel::Handoff(numbered())),
         (RESUME, Channel::Resume(Resume)),
     ]
 }
@@ -223,11 +277,19 @@ fn a_record_cut_anywhere_is_refused() {
             }
         }
     }
-    for (hex, _) in channel_vectors() {
+    for (hex, record) in channel_vectors() {
         let whole = bytes(hex);
         for len in 0..whole.len() {
-            let error = Channel::decode(&whole[..len]).unwrap_err();
-            assert!(matches!(error, WireError::TooShort(_)), "{len}: {error}");
+            match (Channel::decode(&whole[..len]), &record) {
+                (Err(error), _) => {
+                    assert!(matches!(error, WireError::TooShort(_)), "{len}: {error}")
+                }
+                (Ok(Channel::Drain(cut)), Channel::Drain(_)) => assert_eq!(cut.left, None),
+                (Ok(Channel::Handoff(cut)), Channel::Handoff(_)) => {
+                    assert!(cut.entries.iter().all(|entry| entry.number == 0));
+                }
+                (Ok(other), _) => panic!("{len} bytes decoded as {other:?}"),
+            }
         }
     }
 }

@@ -18,6 +18,7 @@ fn the_environment_sets_every_variable_it_documents() {
         ("DISPATCH_PRIORITY", "7"),
         ("DISPATCH_MAX_CONNECTIONS", "100"),
         ("DISPATCH_LISTEN", "[::1]:80"),
+        ("DISPATCH_JOIN_TIMEOUT", "1m 30s"),
         ("DISPATCH_SAMPLE", "always"),
         ("DISPATCH_SAMPLE_INTERVAL", "250ms"),
         ("DISPATCH_TOKEN", token),
@@ -31,6 +32,7 @@ fn the_environment_sets_every_variable_it_documents() {
         .priority(7)
         .max_connections(100)
         .listen("[::1]:80")
+        .join_timeout(Duration::from_secs(90))
         .sample(Sampling::Always, Duration::from_millis(250))
         .token(token.parse().unwrap());
     assert_eq!(config, expected);
@@ -56,10 +58,12 @@ fn a_bad_variable_is_named_with_its_value() {
         ("DISPATCH_SAMPLE", "yes"),
         ("DISPATCH_SAMPLE_INTERVAL", "soon"),
         ("DISPATCH_SAMPLE_INTERVAL", "9ms"),
+        ("DISPATCH_JOIN_TIMEOUT", "30"),
     ] {
         let text = env(&[(name, value)]).unwrap_err().to_string();
         assert!(text.contains(name), "{text}");
-        assert!(text.contains(&format!("{value:?}")), "{text}");
+        let quoted = [format!("{value:?}"), format!("`{value}`")];
+        assert!(quoted.iter().any(|quoted| text.contains(quoted)), "{text}");
     }
     let text = env(&[("DISPATCH_TOKEN", "secret")]).unwrap_err().to_string();
     assert!(text.contains("DISPATCH_TOKEN") && !text.contains("secret"), "{text}");
@@ -79,7 +83,7 @@ fn a_file_gives_the_same_settings() {
         pool = "web"
         join_timeout = "10s"
         reconnect_min = "20 ms"
-        reconnect_max = 2
+        reconnect_max = "2s"
         sample = "never"
         sample_interval = "2s"
         token = "00112233445566778899aabbccddeeff"
@@ -95,11 +99,28 @@ fn a_file_gives_the_same_settings() {
 }
 
 #[test]
+fn what_is_written_is_read_again_without_the_secret() {
+    let config = WorkerConfig::new()
+        .dispatch_socket("/run/d.sock")
+        .pool("web")
+        .max_connections(7)
+        .join_timeout(Duration::from_millis(1_500))
+        .reconnect(Duration::from_nanos(1), Duration::from_secs(90));
+    let text = toml::to_string(&config.clone().token("00".repeat(16).parse().unwrap())).unwrap();
+    assert!(!text.contains("token"), "{text}");
+    assert_eq!(toml::from_str::<WorkerConfig>(&text).unwrap(), config, "{text}");
+    let text = toml::to_string(&config.reconnect(Duration::MAX, Duration::MAX)).unwrap();
+    let again = toml::from_str::<WorkerConfig>(&text).unwrap();
+    assert!(again.reconnect_max >= Duration::from_secs(3_000_000_000), "as good as never: {text}");
+}
+
+#[test]
 fn a_file_with_mistakes_is_refused() {
     for (text, says) in [
         ("poool = 'web'", "poool"),
         ("join_timeout = 'soon'", "soon"),
         ("join_timeout = -1", "-1"),
+        ("reconnect_max = 2", "a duration with its unit"),
         ("reconnect_min = '5 parsecs'", "parsecs"),
         ("token = 'abc'", "32 hexadecimal"),
         ("weight = 70000", "70000"),

@@ -1,6 +1,7 @@
 //! How the link to the dispatcher advances, and how connections enter and leave the queue.
 //!
-//! Everything here runs with the core's lock held, but for the one wait in [`Core::lead`].
+//! Everything here runs with the core's lock held, but for the one wait in [`Core::lead`]. So nothing here calls the
+//! application's logger: see [`Said`].
 
 use super::*;
 
@@ -15,7 +16,8 @@ impl Core {
                 let session = state.link.session();
                 match session.filter(|session| claimed(session, entry.slot, entry.seq)) {
                     Some(session) => {
-                        popped.accepted = Some(self.take(session, entry, fd));
+                        let copied = state.forks.more_since();
+                        popped.accepted = Some(self.take(session, entry, fd, copied));
                         popped.poke = Some(Arc::clone(session));
                     }
                     None => popped.stale = Some(fd),
@@ -33,7 +35,7 @@ impl Core {
     /// The part of taking that needs no lock: lets others on, wakes the dispatcher, sets the mode.
     pub(super) fn hand_out(
         &self,
-        state: MutexGuard<'_, State>,
+        state: Locked<'_>,
         popped: Popped,
         nonblocking: bool,
     ) -> Option<Accepted> {
@@ -52,13 +54,21 @@ impl Core {
         Some(accepted)
     }
 
-    fn take(self: &Arc<Self>, session: &Session, entry: Entry, fd: OwnedFd) -> Accepted {
+    /// `copied` if a child that was forked off since its arrival may have a copy, which nobody will ever serve.
+    fn take(
+        self: &Arc<Self>,
+        session: &Session,
+        entry: Entry,
+        fd: OwnedFd,
+        copied: bool,
+    ) -> Accepted {
         self.opened.fetch_add(1, Ordering::SeqCst);
         let custody = Custody {
             board: Arc::clone(&session.board),
             slot: entry.slot,
             seq: entry.seq,
-            resent: entry.flags.contains(EntryFlags::RESENT),
+            poke: Arc::clone(&session.poke),
+            resent: copied || entry.flags.contains(EntryFlags::RESENT),
         };
         Accepted {
             stream: fd.into(),
@@ -68,6 +78,7 @@ impl Core {
                 peer: entry.peer,
                 listener: session.listener(entry.listener),
                 accepted_at: Duration::from_nanos(entry.accepted_ns),
+                number: (entry.number != 0).then_some(entry.number),
             },
         }
     }
@@ -75,14 +86,15 @@ impl Core {
     /// Waits, outside the lock, for whatever advances the link, and advances it.
     pub(super) fn lead<'a>(
         self: &'a Arc<Self>,
-        mut state: MutexGuard<'a, State>,
-    ) -> (MutexGuard<'a, State>, Result<(), Error>) {
+        mut state: Locked<'a>,
+        until: Option<Instant>,
+    ) -> (Locked<'a>, Result<(), Error>) {
         let Link::Joined { channel, .. } = &state.link else {
             let result = match self.step(&mut state) {
                 Ok(Step::Again) => return (state, Ok(())),
                 Ok(Step::Blocked) => {
                     drop(state);
-                    self.wait()
+                    self.wait(until)
                 }
                 Err(error) => return (state, Err(error)),
             };
@@ -90,11 +102,13 @@ impl Core {
         };
         let channel = Arc::clone(channel);
         let mut buffer = mem::take(&mut state.buffer);
+        state.note_forks();
         drop(state);
-        let mut received = channel::receive(channel.as_fd(), &mut buffer, Wait::Yes);
+        let wait = if until.is_none() { Wait::Yes } else { Wait::No };
+        let mut received = channel::receive(channel.as_fd(), &mut buffer, wait);
         if matches!(received, Received::Empty) {
-            // Only if somebody made the channel non-blocking; then this is the way to wait.
-            let waited = self.wait();
+            // With a time limit, or if somebody made the channel non-blocking.
+            let waited = self.wait(until);
             received = channel::receive(channel.as_fd(), &mut buffer, Wait::No);
             if waited.is_err() {
                 state = self.lock();
@@ -154,6 +168,8 @@ impl Core {
                 Ok(Step::Again)
             }
             Link::Joined { channel, .. } => {
+                let channel = Arc::clone(channel);
+                state.note_forks();
                 match channel::receive(channel.as_fd(), &mut state.buffer, Wait::No) {
                     Received::Empty => Ok(Step::Blocked),
                     received => {
@@ -168,30 +184,19 @@ impl Core {
 
     /// Nothing to do before `until`, unless the first join must succeed sooner.
     fn sleep(&self, state: &mut State, until: Instant, now: Instant) -> Result<Step, Error> {
-        let wake = match state.join_deadline {
-            Some((deadline, after)) if now >= deadline => {
-                // Said once: who goes on asking wants us to go on trying.
-                state.join_deadline = None;
-                self.ready.arm(until.saturating_duration_since(now));
-                return Err(Error::JoinTimeout {
-                    socket: self.socket.clone(),
-                    after,
-                    last: state.last_problem.clone(),
-                });
-            }
-            Some((deadline, _)) => until.min(deadline),
-            None => until,
-        };
+        let timeout = self.check_join_deadline(state, now);
+        let wake = state.join_deadline.map_or(until, |(deadline, _)| until.min(deadline));
         self.ready.arm(wake.saturating_duration_since(now));
-        Ok(Step::Blocked)
+        timeout.map(|()| Step::Blocked)
     }
 
     fn failed(&self, state: &mut State, failure: Failure) -> Result<(), Error> {
         if let Link::Greeting { control, .. } = &state.link {
             self.ready.forget(control.as_fd());
+            join::end(control);
         }
         let delay = state.backoff.next();
-        state.link = Link::Waiting { until: Instant::now() + delay };
+        state.link = Link::Waiting { until: after(delay) };
         // Here as well as before sleeping: the caller may get an error now and wait all the same.
         self.ready.arm(delay);
         let problem = match failure {
@@ -199,21 +204,36 @@ impl Core {
             Failure::Permanent(error) => error.to_string(),
             Failure::Transient(problem) => problem,
         };
-        let level = if mem::replace(&mut state.complained, true) {
-            log::Level::Debug
-        } else {
-            log::Level::Warn
+        let line = || {
+            format!(
+                "cannot join the dispatcher at {}: {problem}; trying again in {delay:?}, and so on",
+                self.socket.display()
+            )
         };
-        log::log!(
-            level,
-            "cannot join the dispatcher at {}: {problem}; trying again in {delay:?}, and so on",
-            self.socket.display()
-        );
+        if mem::replace(&mut state.complained, true) {
+            self.said.say(log::Level::Debug, line);
+        } else {
+            // Whoever started the program wonders why it serves nobody.
+            self.said.say_to_all(log::Level::Warn, line);
+        }
         state.last_problem = problem;
-        Ok(())
+        // Here as well, as the next attempt may be due already.
+        self.check_join_deadline(state, Instant::now())
     }
 
-    fn joined(&self, state: &mut State, joined: Joined) -> Result<(), Error> {
+    /// Said once: a caller that goes on asking wants us to go on trying.
+    fn check_join_deadline(&self, state: &mut State, now: Instant) -> Result<(), Error> {
+        match state.join_deadline.take_if(|(deadline, _)| *deadline <= now) {
+            None => Ok(()),
+            Some((_, after)) => Err(Error::JoinTimeout {
+                socket: self.socket.clone(),
+                after,
+                last: state.last_problem.clone(),
+            }),
+        }
+    }
+
+    fn joined(self: &Arc<Self>, state: &mut State, joined: Joined) -> Result<(), Error> {
         if let Err(error) = self.ready.watch(joined.channel.as_fd()) {
             return self.failed(state, Failure::Transient(error.to_string()));
         }
@@ -226,12 +246,15 @@ impl Core {
         self.ready.disarm();
         let (session, channel) = Session::new(control, joined);
         let session = Arc::new(session);
-        log::info!(
-            "joined the dispatcher at {} as worker {} of pool {}",
-            self.socket.display(),
-            session.worker_id,
-            self.hello.pool
-        );
+        self.said.say(log::Level::Info, || {
+            format!(
+                "joined the dispatcher at {} as worker {} of pool {}",
+                self.socket.display(),
+                session.worker_id,
+                self.hello.pool
+            )
+        });
+        self.events.happened(self, Event::Joined(session.worker_id));
         // First published, then raised: a connection that ends in between is told by one of the two.
         self.set_current(Some(Arc::clone(&session)));
         session.board.raise_finished(self.finished.load(Ordering::SeqCst));
@@ -259,22 +282,28 @@ impl Core {
             Received::Probe(probe) => state.queue.push_back(Pending::Probe(probe)),
             Received::Drain(drain) => {
                 let drain = Drain::from(drain);
-                log::info!("the dispatcher drains this worker");
+                let line = || "the dispatcher drains this worker".to_owned();
+                self.said.say(log::Level::Info, line);
                 self.draining.begin(self, drain);
                 self.handed_over.notify_all();
             }
             Received::Resume => {
-                log::info!("the dispatcher gives this worker connections again");
-                self.draining.end(self);
+                let line = || "the dispatcher gives this worker connections again".to_owned();
+                self.said.say(log::Level::Info, line);
+                if self.draining.end(self) {
+                    self.events.happened(self, Event::Resumed);
+                }
                 self.handed_over.notify_all();
             }
             Received::Handoff { arrived, lost } => {
                 if !lost.is_empty() {
-                    log::warn!(
-                        "{} connections did not arrive and go elsewhere: is this process at its \
-                         limit of open files?",
-                        lost.len()
-                    );
+                    self.said.say(log::Level::Warn, || {
+                        format!(
+                            "{} connections did not arrive and go elsewhere: is this process at \
+                             its limit of open files?",
+                            lost.len()
+                        )
+                    });
                     for entry in lost {
                         let slot = session.board.slot(entry.slot);
                         slot.map(|slot| claim::decline(slot, entry.seq));
@@ -307,17 +336,21 @@ impl Core {
             // Not after every join: a dispatcher that dies of our hello would be tried without a pause.
             state.backoff.reset();
         }
-        state.link = Link::Waiting { until: until + state.backoff.next() };
+        state.link = Link::Waiting { until: after(state.backoff.next()) };
         self.claim_all(state, &session);
         session.poke_if_wanted(want::TAKEN);
         self.ready.forget(channel.as_fd());
         self.set_current(None);
+        session.end();
         self.gauges.hide();
-        log::warn!(
-            "lost the dispatcher at {}: {why}; {} connections go on, joining again",
-            self.socket.display(),
-            self.live()
-        );
+        self.said.say(log::Level::Warn, || {
+            format!(
+                "lost the dispatcher at {}: {why}; {} connections go on, joining again",
+                self.socket.display(),
+                self.live()
+            )
+        });
+        self.events.happened(self, Event::Lost(why.to_owned()));
     }
 
     /// Claims what is in the queue: its dispatcher is gone, so nobody else can serve it.
@@ -340,7 +373,8 @@ impl Core {
     ) {
         for (entry, fd) in arrived {
             if claimed(session, entry.slot, entry.seq) {
-                let accepted = self.take(session, entry, fd);
+                let copied = state.forks.more_since();
+                let accepted = self.take(session, entry, fd, copied);
                 state.queue.push_back(Pending::Taken(accepted));
             }
         }
@@ -377,17 +411,29 @@ impl Core {
                         peer,
                         listener: None,
                         accepted_at: clock.try_into().unwrap_or_default(),
+                        number: None,
                     },
                 }));
                 Step::Again
             }
             Err(error) => {
-                log::warn!("cannot accept: {error}; trying again in {ACCEPT_PAUSE:?}");
+                self.said.say(log::Level::Warn, || {
+                    format!("cannot accept: {error}; trying again in {ACCEPT_PAUSE:?}")
+                });
                 // It stays ready meanwhile, and would keep the caller spinning.
                 self.ready.forget(listener.as_fd());
                 *paused = Some(now + ACCEPT_PAUSE);
                 Step::Again
             }
+        }
+    }
+}
+
+impl State {
+    /// To be called before anything is received.
+    fn note_forks(&mut self) {
+        if self.queue.is_empty() {
+            self.forks = Forks::now();
         }
     }
 }

@@ -1,0 +1,26 @@
+//! Moments that are computed from settings: no duration, however long, overflows.
+
+use std::time::{Duration, Instant};
+
+/// As good as never, and still within every clock.
+const FAR: Duration = Duration::from_secs(100 * 366 * 24 * 3600);
+
+/// The moment after `delay`; a hundred years from now at the latest.
+pub(super) fn after(delay: Duration) -> Instant {
+    Instant::now() + delay.min(FAR)
+}
+
+/// A time-out that the kernel's timers take.
+pub(super) fn bounded(delay: Duration) -> Duration {
+    delay.min(FAR)
+}
+
+#[test]
+fn every_duration_has_a_moment() {
+    for delay in
+        [Duration::ZERO, Duration::from_secs(1), Duration::from_secs(1 << 62), Duration::MAX]
+    {
+        assert!(after(delay) >= Instant::now() - Duration::from_secs(1));
+        assert!(bounded(delay) <= FAR);
+    }
+}

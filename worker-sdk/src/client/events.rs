@@ -1,0 +1,156 @@
+//! Telling the application that the worker joined, lost its dispatcher, or was resumed after a drain.
+//!
+//! Owns the callbacks, what they have yet to be told, and the thread that tells it: in order, one after the other, without
+//! a lock. The thread lives only while there is something to tell.
+
+use std::collections::VecDeque;
+use std::fmt;
+use std::mem;
+use std::panic::{AssertUnwindSafe, catch_unwind};
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
+
+use super::core::Core;
+use super::drain::start_thread;
+
+/// Most events that wait for a callback which takes its time. Beyond that the oldest are left out.
+const MOST: usize = 64;
+
+/// What happened between the worker and its dispatchers.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub(super) enum Event {
+    /// As the worker with this id.
+    Joined(u64),
+    /// For this reason.
+    Lost(String),
+    Resumed,
+}
+
+/// Each is told of the events of its own kind only.
+#[derive(Clone)]
+pub(super) enum Callback {
+    Joined(Arc<dyn Fn(u64) + Send + Sync>),
+    Lost(Arc<dyn Fn(&str) + Send + Sync>),
+    Resumed(Arc<dyn Fn() + Send + Sync>),
+}
+
+impl Callback {
+    fn call(&self, event: &Event) {
+        match (self, event) {
+            (Callback::Joined(call), Event::Joined(id)) => call(*id),
+            (Callback::Lost(call), Event::Lost(why)) => call(why),
+            (Callback::Resumed(call), Event::Resumed) => call(),
+            (Callback::Joined(_) | Callback::Lost(_) | Callback::Resumed(_), _) => {}
+        }
+    }
+}
+
+#[derive(Default)]
+pub(super) struct Events(Mutex<State>);
+
+#[derive(Default)]
+struct State {
+    callbacks: Vec<Callback>,
+    /// For all callbacks, or for one that was added when it had happened already.
+    untold: VecDeque<(Event, Option<Callback>)>,
+    left_out: u64,
+    /// Whether a thread tells them.
+    telling: bool,
+    /// Nothing happens any more.
+    closed: bool,
+}
+
+impl State {
+    /// The callbacks that nobody will call any more; to be dropped without the lock, as they may own anything.
+    fn done(&mut self) -> Vec<Callback> {
+        if self.closed && !self.telling { mem::take(&mut self.callbacks) } else { Vec::new() }
+    }
+
+    fn add(&mut self, event: Event, only: Option<Callback>) {
+        if self.untold.len() == MOST {
+            self.untold.pop_front();
+            self.left_out += 1;
+        }
+        self.untold.push_back((event, only));
+    }
+}
+
+impl fmt::Debug for Events {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.debug_struct("Events").finish_non_exhaustive()
+    }
+}
+
+impl Events {
+    /// It has just happened. May be called under the core's lock.
+    pub(super) fn happened(&self, core: &Arc<Core>, event: Event) {
+        let mut state = self.lock();
+        if !state.callbacks.is_empty() {
+            state.add(event, None);
+            self.start(core, &mut state);
+        }
+    }
+
+    /// `already` is what has happened before, and still is so. Gives what is to be dropped without any lock.
+    pub(super) fn on(
+        &self,
+        core: &Arc<Core>,
+        callback: Callback,
+        already: Option<Event>,
+    ) -> Vec<Callback> {
+        let mut state = self.lock();
+        if let Some(event) = already {
+            state.add(event, Some(callback.clone()));
+            self.start(core, &mut state);
+        }
+        state.callbacks.push(callback);
+        state.done()
+    }
+
+    /// The worker is closed: what has yet to be told still is, and then the callbacks and all they own are let go.
+    pub(super) fn close(&self) {
+        let mut state = self.lock();
+        state.closed = true;
+        let done = state.done();
+        drop(state);
+        drop(done);
+    }
+
+    fn start(&self, core: &Arc<Core>, state: &mut State) {
+        if !state.telling {
+            let for_thread = Arc::clone(core);
+            state.telling = start_thread(core, "worker-events", move || for_thread.events().tell());
+        }
+    }
+
+    fn tell(&self) {
+        loop {
+            let mut state = self.lock();
+            let left_out = mem::take(&mut state.left_out);
+            let Some((event, only)) = state.untold.pop_front() else {
+                state.telling = false;
+                let done = state.done();
+                drop(state);
+                drop(done);
+                return;
+            };
+            let callbacks = match only {
+                Some(callback) => vec![callback],
+                None => state.callbacks.clone(),
+            };
+            drop(state);
+            if left_out > 0 {
+                log::warn!("{left_out} events were left out: the callbacks take too long");
+            }
+            for callback in callbacks {
+                // The panic's own message was printed where it happened. The callback is not ours to look at again.
+                if catch_unwind(AssertUnwindSafe(|| callback.call(&event))).is_err() {
+                    log::error!("a callback panicked; the others are called all the same");
+                }
+            }
+        }
+    }
+
+    fn lock(&self) -> MutexGuard<'_, State> {
+        self.0.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+}

@@ -1,0 +1,60 @@
+//! The connections of a listener as a stream.
+
+use std::fmt;
+use std::pin::Pin;
+use std::task::{Context, Poll, ready};
+
+use futures_core::Stream;
+
+use super::{Connection, Listener};
+use crate::client::Error;
+
+/// The connections of a [`Listener`], one after the other; from [`Listener::into_incoming`].
+///
+/// It ends when the listener is closed or drained. Any other error is its last item.
+pub struct Incoming {
+    listener: Listener,
+    /// The accept that waits, if one does.
+    next: Option<Pin<Box<dyn Future<Output = Result<Connection, Error>> + Send + Sync>>>,
+    ended: bool,
+}
+
+impl Incoming {
+    pub(super) fn new(listener: Listener) -> Incoming {
+        Incoming { listener, next: None, ended: false }
+    }
+}
+
+impl fmt::Debug for Incoming {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.debug_struct("Incoming").field("listener", &self.listener).finish_non_exhaustive()
+    }
+}
+
+impl Stream for Incoming {
+    type Item = Result<Connection, Error>;
+
+    fn poll_next(mut self: Pin<&mut Self>, cx: &mut Context<'_>) -> Poll<Option<Self::Item>> {
+        if self.ended {
+            return Poll::Ready(None);
+        }
+        let Incoming { listener, next, .. } = &mut *self;
+        // A future of its own, and not `poll_accept`: other tasks may accept from clones at the same time.
+        let accept = next.get_or_insert_with(|| {
+            let listener = listener.clone();
+            Box::pin(async move { listener.accept().await })
+        });
+        let result = ready!(accept.as_mut().poll(cx));
+        *next = None;
+        match result {
+            Ok(connection) => Poll::Ready(Some(Ok(connection))),
+            Err(error) => {
+                self.ended = true;
+                Poll::Ready(match error {
+                    Error::Closed | Error::Draining => None,
+                    error => Some(Err(error)),
+                })
+            }
+        }
+    }
+}
