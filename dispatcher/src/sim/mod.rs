@@ -9,6 +9,7 @@ mod clients;
 mod plan;
 mod process;
 mod run;
+pub mod waits;
 
 pub use plan::{Fault, FaultKind, Plan, attempt, shrink};
 pub use run::{Outcome, run};
@@ -20,7 +21,7 @@ use std::time::Duration;
 use worker_sdk::PeerAddr;
 use worker_sdk::scoreboard::claim::{self, Revoke};
 use worker_sdk::scoreboard::gauge::Reading;
-use worker_sdk::wire::{EntryFlags, Hello};
+use worker_sdk::wire::{EntryFlags, Features, Hello};
 
 pub use crate::pool::Random;
 use crate::pool::*;
@@ -424,4 +425,9 @@ impl Desk {
         }
         true
     }
+}
+
+/// The features of a worker that reports how many of its threads wait in accept, if it does.
+fn idle_threads_feature(_reports: bool) -> Features {
+    Features::NONE
 }
