@@ -3,7 +3,7 @@
 //!
 //! `HANDOFF_ROWS` is a part of the names of the rows to play (default: all), `HANDOFF_SEEDS` the seeds, `HANDOFF_CLIENTS` how
 //! many clients are counted in each. The defaults of a release build are three seeds and 30,000 clients; a debug build, which
-//! checks all invariants all the time, has one seed and 500. A table is printed at the end:
+//! checks all invariants all the time, plays some of the rows, with one seed and 200 clients. A table is printed at the end:
 //!
 //!     cargo test --release -p dispatcher --test handoff -- --nocapture
 
@@ -20,7 +20,7 @@ use rows::Row;
 
 /// Seeds and clients.
 const DEFAULTS: (&str, &str) =
-    if cfg!(debug_assertions) { ("1", "500") } else { ("1,2,3", "30000") };
+    if cfg!(debug_assertions) { ("1", "200") } else { ("1,2,3", "30000") };
 
 fn setting(name: &str, default: &str) -> String {
     std::env::var(name).unwrap_or_else(|_| default.to_owned())
@@ -34,7 +34,9 @@ fn no_client_waits_longer_than_the_table_allows() {
         .map(|seed| seed.parse().unwrap_or_else(|_| panic!("HANDOFF_SEEDS: {seed}")))
         .collect();
     let most: u32 = setting("HANDOFF_CLIENTS", DEFAULTS.1).parse().expect("HANDOFF_CLIENTS");
-    let rows: Vec<Row> = rows::all().into_iter().filter(|row| row.name.contains(&wanted)).collect();
+    let step = if cfg!(debug_assertions) && wanted.is_empty() { 16 } else { 1 };
+    let rows = rows::all().into_iter().filter(|row| row.name.contains(&wanted)).step_by(step);
+    let rows: Vec<Row> = rows.collect();
     let next = Mutex::new(0..rows.len());
     let judged = Mutex::new(BTreeMap::<usize, (String, Vec<Verdict>)>::new());
     let begun = Instant::now();

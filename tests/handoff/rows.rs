@@ -439,6 +439,7 @@ fn even() -> Vec<Row> {
         let mut scenario = Scenario::new(kinds, if is_serial { 50.0 } else { 100.0 });
         scenario.service = if is_serial { exp(ms(1_500)) } else { Service::Forever };
         scenario.burst = burst;
+        scenario.warm = s(30);
         scenario.compare_loads = true;
         row(format!("even: {name}"), scenario, if is_serial { vec![] } else { vec![Need::Even(1)] })
     })

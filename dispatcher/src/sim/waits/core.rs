@@ -9,11 +9,10 @@ use worker_sdk::wire::Hello;
 use super::Scenario;
 use super::outcome::Outcome;
 use super::references::Front;
+use super::world::LAG;
 use crate::pool::*;
 use crate::sim::Desk;
 
-/// From a worker's poke to the dispatcher's turn.
-const LAG: u64 = 100_000;
 const LISTENER: ListenerId = ListenerId(0);
 
 /// What the dispatcher keeps of a client.
@@ -175,7 +174,10 @@ impl Dispatcher {
                     self.delivered.push(number);
                 }
                 Effect::Close { .. } => self.closed += 1,
-                Effect::Event(Event::Suspect { .. }) if now >= self.warm => self.suspicions += 1,
+                Effect::Event(Event::Suspect { worker, .. }) if now >= self.warm => {
+                    let has_taken = self.longest[self.number(worker)] > 0;
+                    self.suspicions += u32::from(has_taken);
+                }
                 _ => {}
             }
         }

@@ -24,7 +24,7 @@ pub struct Outcome {
     pub clients: Vec<Client>,
     /// How many of the first clients do not count.
     pub uncounted: usize,
-    /// How often a worker became suspect after the warm-up; the core only.
+    /// How often a worker that had taken connections became suspect after the warm-up; the core only.
     pub suspicions: u32,
     /// Clients that the dispatcher closed; the core only.
     pub closed: u32,

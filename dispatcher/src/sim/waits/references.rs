@@ -116,6 +116,8 @@ pub(super) struct Never {
     held: VecDeque<u32>,
     most: usize,
     delivered: Vec<usize>,
+    /// It has seen that a worker has room again.
+    poke: Option<u64>,
     random: Random,
 }
 
@@ -128,6 +130,7 @@ impl Never {
             held: VecDeque::new(),
             most: most as usize,
             delivered: Vec::new(),
+            poke: None,
             random: Random::new(seed),
         }
     }
@@ -165,9 +168,11 @@ impl Front for Never {
         self.place();
     }
 
-    fn receive(&mut self, _: u64, worker: usize) -> Option<u32> {
+    fn receive(&mut self, now: u64, worker: usize) -> Option<u32> {
         let client = self.queues[worker].pop_front()?;
-        self.place();
+        if !self.held.is_empty() {
+            self.poke.get_or_insert(now + super::world::LAG);
+        }
         Some(client)
     }
 
@@ -182,10 +187,13 @@ impl Front for Never {
     fn stopped(&mut self, _: usize, _: bool) {}
 
     fn next_turn(&self) -> Option<u64> {
-        None
+        self.poke
     }
 
-    fn turn(&mut self, _: u64) {}
+    fn turn(&mut self, _: u64) {
+        self.poke = None;
+        self.place();
+    }
 
     fn delivered(&mut self, workers: &mut Vec<usize>) {
         workers.append(&mut self.delivered);

@@ -13,6 +13,9 @@ use super::{Change, Contender, Kind, Scenario};
 /// From a send to the moment in which a worker that waits has received it.
 pub(super) const DELIVERY: u64 = 50_000;
 
+/// From a worker's poke to the dispatcher's turn.
+pub(super) const LAG: u64 = 100_000;
+
 /// After the last arrival everything must be served by then.
 const TAIL: u64 = 90_000_000_000;
 
@@ -142,7 +145,8 @@ impl World<'_> {
             What::Arrive(client) => {
                 self.front.arrive(self.now, client);
                 self.next_arrival(client + 1);
-                if self.scenario.compare_loads {
+                let warm = self.scenario.warm.as_nanos() as u64;
+                if self.scenario.compare_loads && self.now >= warm {
                     self.compare_loads();
                 }
             }
