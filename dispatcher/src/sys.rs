@@ -6,6 +6,7 @@ use std::os::unix::process::CommandExt;
 use std::process::Command;
 
 use nix::sys::resource::{Resource, setrlimit};
+use nix::sys::signal::{SaFlags, SigAction, SigHandler, SigSet, Signal, sigaction};
 
 /// Whether this number is a descriptor that another program passed to this one when it started it.
 ///
@@ -100,4 +101,57 @@ pub fn start_with_descriptor_limit(command: &mut Command, soft: u64, hard: u64) 
     // SAFETY: between fork and exec only async-signal-safe things may happen: this is one system call, and the
     // conversion of its error does not allocate.
     unsafe { command.pre_exec(limit) };
+}
+
+/// The signal of [`interrupt`]. Its default is to be ignored, so one that meets a program we start does nothing there.
+const INTERRUPT: Signal = Signal::SIGURG;
+
+/// Makes [`interrupt`] end system calls that wait: the signal needs a handler for that, and one without `SA_RESTART`.
+///
+/// # Errors
+/// What `sigaction` answers.
+pub fn handle_interrupts() -> io::Result<()> {
+    extern "C" fn nothing(_: libc::c_int) {}
+    let action = SigAction::new(SigHandler::Handler(nothing), SaFlags::empty(), SigSet::empty());
+    // SAFETY: the handler does nothing, so it may run at any time on any thread.
+    unsafe { sigaction(INTERRUPT, &action) }?;
+    Ok(())
+}
+
+/// Ends what this thread of our own process waits for, as far as a signal can.
+pub fn interrupt(thread: rustix::thread::Pid) {
+    let own = std::process::id();
+    // SAFETY: the call takes three numbers. A thread that has ended is not found; should another of this process have its
+    // number by now, that one runs a handler that does nothing.
+    unsafe {
+        libc::syscall(
+            libc::SYS_tgkill,
+            own,
+            thread.as_raw_nonzero().get(),
+            INTERRUPT as libc::c_int,
+        )
+    };
+}
+
+/// Has the kernel refuse descriptors that come with records to this socket, and to what is accepted from it, at their
+/// sender (`SO_PASSRIGHTS`, Linux 6.16).
+///
+/// # Errors
+/// `ENOPROTOOPT` on a kernel that does not know it.
+pub fn refuse_descriptors(socket: impl AsFd) -> io::Result<()> {
+    // The same number on every architecture that Rust's standard library runs on, but for these.
+    const SO_PASSRIGHTS: libc::c_int =
+        if cfg!(any(target_arch = "sparc", target_arch = "sparc64")) { 0x005c } else { 83 };
+    let off: libc::c_int = 0;
+    // SAFETY: `off` lives across the call and has as many readable bytes as said.
+    let result = unsafe {
+        libc::setsockopt(
+            socket.as_fd().as_raw_fd(),
+            libc::SOL_SOCKET,
+            SO_PASSRIGHTS,
+            (&raw const off).cast(),
+            size_of::<libc::c_int>() as libc::socklen_t,
+        )
+    };
+    if result == 0 { Ok(()) } else { Err(io::Error::last_os_error()) }
 }

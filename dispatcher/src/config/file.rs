@@ -35,6 +35,12 @@ pub(super) struct File {
     pub fault_history: Option<Count<0, 1000>>,
     pub log_level: Option<LogLevel>,
     pub metrics_max_workers: Option<Count<0, 65_536>>,
+    pub max_handshakes: Option<Count<1, 65_536>>,
+    pub connect_rate: Option<Count<1, 1_000_000>>,
+    pub join_rate: Option<Count<1, 1_000_000>>,
+    pub join_burst: Option<Count<1, 1_000_000>>,
+    pub closing_threads: Option<Count<1, 256>>,
+    pub max_closing: Option<Count<16, 1_000_000>>,
     pub defaults: Option<PoolKeys>,
     #[serde(default)]
     pub listener: Vec<Spanned<ListenerKeys>>,

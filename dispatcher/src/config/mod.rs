@@ -23,6 +23,7 @@ mod tests;
 
 use std::net::SocketAddr;
 use std::path::{Path, PathBuf};
+use std::sync::Arc;
 use std::time::Duration;
 
 pub use error::{ConfigError, Diagnostic, Warning};
@@ -253,7 +254,7 @@ pub struct Pool {
     /// For the core.
     pub settings: PoolSettings,
     /// Contents of `unavailable_response`'s file, read at load; at most 64 KiB.
-    pub unavailable_response: Option<Vec<u8>>,
+    pub unavailable_response: Option<Arc<[u8]>>,
     /// Processes to start.
     pub spawn: Option<Spawn>,
 }
@@ -290,6 +291,19 @@ pub struct Limits {
     pub fault_history: u32,
     /// `log_level`: how much is logged, unless `DISPATCHER_LOG` says it. Default info.
     pub log_level: log::LevelFilter,
+    /// `max_handshakes`: most control connections that have not been answered, of all users. Default 256.
+    pub max_handshakes: u32,
+    /// `connect_rate`: most control connections accepted in a second. Default 2,000.
+    pub connect_rate: u32,
+    /// `join_rate`: most control connections of one user in a second, on average. Default 50.
+    pub join_rate: u32,
+    /// `join_burst`: most control connections of one user at once. Default 1,000.
+    pub join_burst: u32,
+    /// `closing_threads`: most threads for closes that linger and what else may hang. Default 16.
+    pub closing_threads: u32,
+    /// `max_closing`: descriptors that wait to be closed before their linger is cleared; with twice as many no client is
+    /// accepted. Default 1,024.
+    pub max_closing: u32,
     /// `metrics_max_workers`: most workers with metrics of their own. Default 256.
     pub metrics_max_workers: u32,
 }
@@ -305,6 +319,12 @@ impl Default for Limits {
             busy_poll: Duration::ZERO,
             fault_history: 50,
             log_level: log::LevelFilter::Info,
+            max_handshakes: 256,
+            connect_rate: 2_000,
+            join_rate: 50,
+            join_burst: 1_000,
+            closing_threads: 16,
+            max_closing: 1_024,
             metrics_max_workers: 256,
         }
     }

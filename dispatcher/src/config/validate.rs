@@ -199,6 +199,12 @@ fn limits(file: &File) -> Limits {
         fault_history: file.fault_history.map_or(default.fault_history, |n| n.0),
         log_level: file.log_level.map_or(default.log_level, Into::into),
         metrics_max_workers: file.metrics_max_workers.map_or(default.metrics_max_workers, |n| n.0),
+        max_handshakes: file.max_handshakes.map_or(default.max_handshakes, |n| n.0),
+        connect_rate: file.connect_rate.map_or(default.connect_rate, |n| n.0),
+        join_rate: file.join_rate.map_or(default.join_rate, |n| n.0),
+        join_burst: file.join_burst.map_or(default.join_burst, |n| n.0),
+        closing_threads: file.closing_threads.map_or(default.closing_threads, |n| n.0),
+        max_closing: file.max_closing.map_or(default.max_closing, |n| n.0),
     }
 }
 
@@ -362,7 +368,7 @@ impl Check<'_> {
         let response =
             keys.unavailable_response.as_ref().or(defaults.unavailable_response.as_ref());
         let unavailable_response =
-            response.and_then(|path| self.keep(spawn::unavailable_response(path)));
+            response.and_then(|path| self.keep(spawn::unavailable_response(path))).map(Into::into);
         let users = match keys.allow_users.as_ref().or(defaults.allow_users.as_ref()) {
             Some(list) => self.accounts(list, accounts::Kind::User),
             None => accounts::own_and_root(),

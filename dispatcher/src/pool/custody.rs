@@ -74,9 +74,16 @@ impl Core {
             }
             SendFailure::Closed => self.closed(now, w),
             SendFailure::Resources => self.choke(now),
+            SendFailure::Client => {}
         }
         self.refresh(w);
-        self.put(now, pool, conn, true);
+        match why {
+            // No other worker would do either.
+            SendFailure::Client => self.close(conn, CloseReason::Unsendable),
+            SendFailure::Full | SendFailure::Closed | SendFailure::Resources => {
+                self.put(now, pool, conn, true);
+            }
+        }
         self.end_round(now, w);
         self.refresh(w);
     }
@@ -88,7 +95,7 @@ impl Core {
         };
         self.settle(w, ticket);
         match why {
-            SendFailure::Full | SendFailure::Resources => {
+            SendFailure::Full | SendFailure::Resources | SendFailure::Client => {
                 let worker = &mut self.workers[w];
                 if worker.state == State::Suspect {
                     let pool = &self.pools[worker.pool];

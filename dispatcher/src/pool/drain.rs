@@ -143,7 +143,7 @@ impl Core {
         let Some(w) = self.find(worker) else { return };
         match why {
             SendFailure::Closed => self.closed(now, w),
-            SendFailure::Full | SendFailure::Resources => {
+            SendFailure::Full | SendFailure::Resources | SendFailure::Client => {
                 let state = &mut self.workers[w];
                 let pause = self.pools[state.pool].settings.handoff_timeout;
                 state.notice_again = Some(now + pause);

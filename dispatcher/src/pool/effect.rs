@@ -20,7 +20,8 @@ pub enum Effect {
     Tell { worker: WorkerId, notice: Notice },
     /// Try to revoke the slot. Always: [`super::Core::revoked`] with the outcome.
     Revoke { worker: WorkerId, ticket: Ticket },
-    /// Empty the worker's channel through the retained end, closing what comes out.
+    /// Empty the worker's channel through the retained end, closing what comes out. What is asked for afterwards is sent when
+    /// that is done: the shell keeps it back, so that nothing new is taken out.
     Purge { worker: WorkerId },
     /// The worker has the connection: close the custody copy, then write RELEASED.
     Release { worker: WorkerId, conn: ConnId, ticket: Ticket },

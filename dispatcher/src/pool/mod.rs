@@ -52,6 +52,7 @@ pub use health::LOST_PAUSE;
 pub use history::{Decision, Explanation, Obstacle, Seen};
 pub use random::Random;
 pub use report::Totals;
+pub use ring::SPARE_SLOTS;
 pub use screen::{Rate, Screen, Screening};
 pub use supervise::{ProcessCounts, RESTART_MAX, RESTART_MIN, RESTART_RESET};
 pub use types::*;

@@ -1,9 +1,15 @@
 //! A worker's tickets: which slot of its scoreboard holds what.
 //!
 //! Owns slots and sequence numbers. It is the dispatcher's own truth; the words in the scoreboard are only
-//! compared with it. Slots are made as they are needed, and the last freed is used first, so a quick worker's stay in cache.
+//! compared with it. Slots are made as they are needed. One that is freed rests until [`SPARE_SLOTS`] others are free:
+//! the closers write RELEASED into it meanwhile, and the worker must find it there when it closes the connection.
+
+use std::collections::VecDeque;
 
 use super::types::{Ticket, Time};
+
+/// Slots of a scoreboard beyond `max_untaken`: so many connections go to a worker before a slot is used again.
+pub const SPARE_SLOTS: u32 = 128;
 
 const NONE: u32 = u32::MAX;
 
@@ -35,7 +41,8 @@ struct Slot {
 #[derive(Debug)]
 pub(super) struct Ring {
     slots: Vec<Slot>,
-    free: Vec<u32>,
+    /// The longest free first.
+    free: VecDeque<u32>,
     limit: u32,
     seq: u64,
     head: u32,
@@ -49,7 +56,7 @@ impl Ring {
     pub(super) fn new(limit: u32) -> Ring {
         Ring {
             slots: Vec::new(),
-            free: Vec::new(),
+            free: VecDeque::new(),
             limit,
             seq: 0,
             head: NONE,
@@ -92,7 +99,8 @@ impl Ring {
             prev: self.tail,
             next: NONE,
         };
-        let at = match self.free.pop() {
+        let rested = self.free.len() > SPARE_SLOTS as usize;
+        let at = match rested.then(|| self.free.pop_front()).flatten() {
             Some(at) => {
                 self.slots[at as usize] = slot;
                 at
@@ -138,7 +146,7 @@ impl Ring {
             NONE => self.tail = prev,
             next => self.slots[next as usize].prev = prev,
         }
-        self.free.push(ticket.slot);
+        self.free.push_back(ticket.slot);
     }
 
     /// Marks every ticket as being revoked, and calls `revoke` for each that was not yet, oldest first.

@@ -369,17 +369,20 @@ pub enum CloseReason {
     RateLimited,
     /// `max_queued_per_client` of this client's connections wait already.
     TooManyQueued,
+    /// It cannot be passed to any worker, because of what the client has in the queue of its own socket.
+    Unsendable,
 }
 
 impl CloseReason {
     /// Every reason, in the order of the status.
-    pub const ALL: [CloseReason; 6] = [
+    pub const ALL: [CloseReason; 7] = [
         CloseReason::NoWorker,
         CloseReason::ClientGone,
         CloseReason::Shutdown,
         CloseReason::Denied,
         CloseReason::RateLimited,
         CloseReason::TooManyQueued,
+        CloseReason::Unsendable,
     ];
 
     /// The name in the status and in logs.
@@ -391,6 +394,7 @@ impl CloseReason {
             CloseReason::Denied => "denied",
             CloseReason::RateLimited => "rate_limited",
             CloseReason::TooManyQueued => "too_many_queued",
+            CloseReason::Unsendable => "unsendable",
         }
     }
 }
@@ -404,6 +408,9 @@ pub enum SendFailure {
     Closed,
     /// This machine or user is short of descriptors or memory (ETOOMANYREFS, ENOMEM, ENOBUFS …): no worker will do for a moment.
     Resources,
+    /// This connection cannot be passed to any worker, although others can: a Unix socket with Unix sockets in its queue
+    /// (ETOOMANYREFS, before Linux 6.10).
+    Client,
 }
 
 /// What the shell should do with a listener's queue.

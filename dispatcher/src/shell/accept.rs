@@ -2,6 +2,7 @@
 
 use std::net::SocketAddr;
 use std::os::fd::{AsRawFd, OwnedFd};
+use std::time::Duration;
 
 use mio::unix::SourceFd;
 use mio::{Interest, Registry};
@@ -10,9 +11,11 @@ use rustix::net::SocketFlags;
 use worker_sdk::PeerAddr;
 
 use super::Shell;
+use super::limit::Cause;
 use super::sockets::Listening;
 use super::token::Source;
 use crate::cleaner::Cleaner;
+use crate::closer::Closers;
 use crate::pool::{Accepting, Client, ListenerId, Time};
 
 /// One listening socket. A configured listener has one, or several when a service manager passed several under its name.
@@ -31,6 +34,8 @@ pub(super) struct Listener {
     pub(super) paused_until: Option<Time>,
     /// No client has been accepted since it last rested for that.
     short: bool,
+    /// Times in a row that it rested only for a descriptor that is about to be closed.
+    waits: u32,
     /// Clients still to be accepted from this socket before it is closed, once it is to be.
     pub(super) last: u32,
 }
@@ -45,9 +50,17 @@ pub(super) struct Conn {
     pub(super) serial: u64,
     /// In the poll, because it is held. Must be taken out before it is sent or closed.
     pub(super) watched: bool,
+    /// The last worker that it was sent to, which may have a copy.
+    pub(super) at_worker: Option<u64>,
     /// What looking at its first bytes has cost so far.
     pub(super) looked: u32,
 }
+
+/// How long to rest when descriptors are about to be closed.
+const CLOSING: Duration = Duration::from_millis(1);
+
+/// After so many such rests in a row there is a shortage.
+const MOST_WAITS: u32 = 20;
 
 /// What one attempt to accept gave.
 enum Attempt {
@@ -74,6 +87,7 @@ impl Listener {
             watched: false,
             paused_until: None,
             short: false,
+            waits: 0,
             last,
         }
     }
@@ -102,10 +116,10 @@ impl Listener {
     }
 
     /// The socket goes, and its file: in a file system, which may be slow.
-    fn close(&mut self, registry: &Registry, cleaner: &mut Cleaner) {
+    fn close(&mut self, registry: &Registry, cleaner: &mut Cleaner, closers: &mut Closers) {
         let _ = self.watch(registry, false);
         if let Some(listening) = self.listening.take() {
-            listening.close(cleaner);
+            listening.close(cleaner, closers);
         }
         self.ready = false;
     }
@@ -152,13 +166,18 @@ impl Shell {
             if !listener.ready || listener.paused_until.is_some() {
                 return;
             }
+            // Closes are behind: more descriptors would only pile up.
+            if self.closers.is_full() {
+                listener.paused_until = Some(self.now + CLOSING);
+                return;
+            }
             let id = listener.id;
             match self.core.accepting(id) {
                 Accepting::Yes | Accepting::Refuse => {}
                 Accepting::Pause => return,
                 Accepting::Finish => {
                     if listener.last == 0 {
-                        listener.close(self.poll.registry(), &mut self.cleaner);
+                        listener.close(self.poll.registry(), &mut self.cleaner, &mut self.closers);
                         return self.closed(id);
                     }
                     listener.last -= 1;
@@ -166,8 +185,13 @@ impl Shell {
             }
             match listener.attempt() {
                 Attempt::Client(fd, peer) => {
+                    listener.waits = 0;
                     if std::mem::take(&mut listener.short)
-                        && let Some(left_out) = self.limits.relieved.allow(self.now)
+                        && let Some(left_out) = self.limits.allow(
+                            self.now,
+                            self.core.pool_of_listener(id),
+                            Cause::Relieved,
+                        )
                     {
                         log::info!(
                             "event=accept_resumed {} left_out={left_out}",
@@ -194,6 +218,7 @@ impl Shell {
                         listener: id,
                         serial: conn.serial,
                         watched: false,
+                        at_worker: None,
                         looked: 0,
                     });
                     self.look(conn, false);
@@ -205,18 +230,23 @@ impl Shell {
                 Attempt::Empty => {
                     listener.ready = false;
                     if self.core.accepting(id) == Accepting::Finish {
-                        listener.close(self.poll.registry(), &mut self.cleaner);
+                        listener.close(self.poll.registry(), &mut self.cleaner, &mut self.closers);
                         self.closed(id);
                     }
                     return;
                 }
-                Attempt::Short(_) if !self.copies.is_empty() => self.close_copies(),
+                Attempt::Short(_) if listener.waits < MOST_WAITS && self.closers.is_busy() => {
+                    listener.waits += 1;
+                    listener.paused_until = Some(self.now + CLOSING);
+                    return;
+                }
                 Attempt::Short(errno) => {
                     let pause = self.config.limits.resource_pause;
                     listener.paused_until = Some(self.now + pause);
                     listener.short = true;
                     self.meters.accept_pauses += 1;
-                    if let Some(left_out) = self.limits.shortage.allow(self.now) {
+                    let pool = self.core.pool_of_listener(id);
+                    if let Some(left_out) = self.limits.allow(self.now, pool, Cause::Shortage) {
                         log::warn!(
                             "event=accept_paused {} error=\"{errno}\" pause={} left_out={left_out}",
                             self.listener(id),
@@ -252,7 +282,8 @@ impl Shell {
             if let Err(error) = listener.watch(self.poll.registry(), wanted) {
                 // Out of memory for the poll: come back to it after a pause.
                 listener.paused_until = Some(self.now + self.config.limits.resource_pause);
-                if let Some(left_out) = self.limits.unwatched.allow(self.now) {
+                let pool = self.core.pool_of_listener(listener.id);
+                if let Some(left_out) = self.limits.allow(self.now, pool, Cause::NotWatched) {
                     log::warn!(
                         "event=listener_not_watched listener={} error=\"{error}\" left_out={left_out}",
                         self.core.listener_name(listener.id)
@@ -268,7 +299,7 @@ impl Shell {
     pub(super) fn finish_listeners(&mut self) {
         for listener in &mut self.listeners {
             if listener.listening.as_ref().is_some_and(|listening| listening.inherited) {
-                listener.close(self.poll.registry(), &mut self.cleaner);
+                listener.close(self.poll.registry(), &mut self.cleaner, &mut self.closers);
             } else {
                 // Even if no edge said so: the last look must be at the queue itself.
                 listener.ready = true;

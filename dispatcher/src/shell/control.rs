@@ -1,11 +1,12 @@
 //! Reading control connections, and who is behind them. Bytes of a peer end here: what leaves is a record or a reason.
 
 use std::io::IoSliceMut;
+use std::mem::MaybeUninit;
 use std::os::fd::{AsFd, OwnedFd};
 
 use nix::sys::socket::sockopt::{PeerCredentials, PeerPidfd};
 use rustix::io::Errno;
-use rustix::net::{RecvAncillaryBuffer, RecvFlags, ReturnFlags};
+use rustix::net::{RecvAncillaryBuffer, RecvAncillaryMessage, RecvFlags, ReturnFlags};
 use worker_sdk::wire::{Control, MAX_CONTROL_RECORD, WireError};
 
 use crate::sys;
@@ -22,10 +23,13 @@ pub(super) struct Peer {
 impl Peer {
     pub(super) fn of(socket: &OwnedFd) -> std::io::Result<Peer> {
         let credentials = nix::sys::socket::getsockopt(socket, PeerCredentials)?;
-        let mut gids = vec![credentials.gid()];
-        // Kernels that do not know the option leave us with the primary group.
-        gids.extend(sys::peer_groups(socket).unwrap_or_default());
+        let gids = vec![credentials.gid()];
         Ok(Peer { pid: credentials.pid(), uid: credentials.uid(), gids })
+    }
+
+    /// The supplementary groups, too. Kernels that do not know the option leave us with the primary one.
+    pub(super) fn add_groups(&mut self, socket: &OwnedFd) {
+        self.gids.extend(sys::peer_groups(socket).unwrap_or_default());
     }
 }
 
@@ -60,7 +64,7 @@ pub(super) enum Received {
 /// What was wrong with a record.
 #[derive(Debug)]
 pub(super) enum Fault {
-    /// It carried file descriptors, which were never received.
+    /// It carried file descriptors.
     Descriptors,
     /// It was longer than a record may be.
     TooLong,
@@ -81,22 +85,33 @@ impl std::fmt::Display for Fault {
     }
 }
 
-/// Receives one record.
-///
-/// There is no space for ancillary data, so descriptors that come with a record are dropped by the kernel and
-/// never enter this process; it says so with `MSG_CTRUNC`.
-pub(super) fn receive(socket: &OwnedFd) -> Received {
+/// The most descriptors that the kernel lets a message carry.
+const MOST_FDS: usize = 253;
+
+/// Receives one record. Descriptors that come with it are put into `rubbish`, to be closed where a close may hang; those for
+/// which there is no room (`MSG_CTRUNC`) the kernel closes here.
+pub(super) fn receive(socket: &OwnedFd, rubbish: &mut Vec<OwnedFd>) -> Received {
     let mut buffer = [0; MAX_CONTROL_RECORD];
+    let mut space = [MaybeUninit::uninit(); rustix::cmsg_space!(ScmRights(MOST_FDS))];
+    let before = rubbish.len();
     let received = loop {
-        let mut ancillary = RecvAncillaryBuffer::default();
+        let mut ancillary = RecvAncillaryBuffer::new(&mut space);
         let flags = RecvFlags::DONTWAIT | RecvFlags::CMSG_CLOEXEC;
         let mut parts = [IoSliceMut::new(&mut buffer)];
         match rustix::net::recvmsg(socket.as_fd(), &mut parts, &mut ancillary, flags) {
             Err(Errno::INTR) => {}
-            other => break other,
+            other => {
+                for message in ancillary.drain() {
+                    if let RecvAncillaryMessage::ScmRights(fds) = message {
+                        rubbish.extend(fds);
+                    }
+                }
+                break other;
+            }
         }
     };
     match received {
+        Ok(_) if rubbish.len() > before => Received::Broken(Fault::Descriptors),
         Err(Errno::AGAIN) => Received::Empty,
         Err(_) => Received::End,
         Ok(message) if message.flags.contains(ReturnFlags::CTRUNC) => {

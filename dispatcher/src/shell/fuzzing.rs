@@ -26,7 +26,7 @@ pub enum FromControl {
 
 /// Receives one record from a control connection, without waiting.
 pub fn from_control(socket: &OwnedFd) -> FromControl {
-    match control::receive(socket) {
+    match control::receive(socket, &mut Vec::new()) {
         Received::Record(record) => FromControl::Record(record),
         Received::Empty => FromControl::Empty,
         Received::End => FromControl::End,

@@ -1,8 +1,10 @@
-//! How often a kind of line may be logged: what a peer can cause again and again must not fill a disk.
+//! How often a kind of line may be logged: what a peer can cause again and again must not fill a disk. Each pool has limits of
+//! its own, so that what happens in one does not hide what happens in another.
 
+use std::collections::HashMap;
 use std::time::Duration;
 
-use crate::pool::Time;
+use crate::pool::{CloseReason, PoolId, Time};
 
 /// Lines of one kind in any one second.
 const PER_SECOND: u32 = 20;
@@ -33,46 +35,84 @@ impl Limit {
             return None;
         }
         self.written += 1;
-        Some(std::mem::take(&mut self.left_out))
+        Some(self.take_left_out())
     }
 
-    /// Lines left out since the start.
-    pub(super) fn total(&self) -> u64 {
-        self.total
+    /// How many were left out and are told of now.
+    pub(super) fn take_left_out(&mut self) -> u64 {
+        std::mem::take(&mut self.left_out)
     }
-}
 
-impl Limit {
     /// When lines that were left out are to be told of, should no line of their kind come before.
-    fn due(&self) -> Option<Time> {
+    pub(super) fn due(&self) -> Option<Time> {
         self.window.filter(|_| self.left_out > 0).map(|start| start + WINDOW)
     }
+
+    /// Whether it can be forgotten: nothing is left to be told, and its second is over.
+    pub(super) fn is_over(&self, now: Time) -> bool {
+        self.left_out == 0 && self.window.is_none_or(|start| now - start >= WINDOW)
+    }
 }
 
-/// What peers and shortages can make us log again and again.
-#[derive(Debug, Default)]
-pub(super) struct Limits {
-    pub(super) refused: Limit,
-    pub(super) broken: Limit,
-    pub(super) claims: Limit,
-    pub(super) shortage: Limit,
-    /// Clients kept out by their listener's rules, by reason.
-    pub(super) kept_out: [Limit; 3],
-    /// Clients turned away for want of a worker.
-    pub(super) turned_away: Limit,
-    /// Connections that go to another worker.
-    pub(super) resent: Limit,
-    /// Ends of shortages.
-    pub(super) relieved: Limit,
-    /// What the poll refused to watch.
-    pub(super) unwatched: Limit,
-    /// Processes that start, do not start, end.
-    pub(super) processes: [Limit; 3],
-    /// By kind of event.
-    pub(super) events: [Limit; EVENTS.len()],
+/// Why a line is written.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
+pub(super) enum Cause {
+    /// A worker broke the protocol, or is cut off.
+    Broken,
+    /// A worker claims a key that cannot be.
+    Claim,
+    /// Out of descriptors or memory.
+    Shortage,
+    /// A client is kept out, turned away, or dropped.
+    Closed(CloseReason),
+    /// A connection goes to another worker.
+    Resent,
+    /// A shortage is over.
+    Relieved,
+    /// The poll refused to watch something.
+    NotWatched,
+    /// A process started, did not start, or ended.
+    Process(ProcessNews),
+    /// An event of the core, by its place in [`EVENTS`].
+    Event(usize),
 }
 
-/// Kinds of lines about events, in the order of [`Limits::events`].
+/// See [`Cause::Process`].
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
+pub(super) enum ProcessNews {
+    Started,
+    NotStarted,
+    Ended,
+}
+
+impl Cause {
+    /// The kind of line that most of what it limits is.
+    fn kind(self) -> &'static str {
+        match self {
+            Cause::Broken => "worker_broke_protocol",
+            Cause::Claim => "claim_ignored",
+            Cause::Shortage => "accept_paused",
+            Cause::Closed(
+                CloseReason::Denied | CloseReason::RateLimited | CloseReason::TooManyQueued,
+            ) => "client_kept_out",
+            Cause::Closed(
+                CloseReason::NoWorker
+                | CloseReason::ClientGone
+                | CloseReason::Shutdown
+                | CloseReason::Unsendable,
+            ) => "client_turned_away",
+            Cause::Resent => "connection_resent",
+            Cause::Relieved => "accept_resumed",
+            Cause::NotWatched => "worker_not_watched",
+            Cause::Process(ProcessNews::Started) => "process_started",
+            Cause::Process(ProcessNews::NotStarted) => "process_not_started",
+            Cause::Process(ProcessNews::Ended) => "process_ended",
+            Cause::Event(at) => EVENTS[at],
+        }
+    }
+}
+
+/// Kinds of lines about events.
 pub(super) const EVENTS: [&str; 18] = [
     "worker_joined",
     "worker_goodbye",
@@ -94,54 +134,60 @@ pub(super) const EVENTS: [&str; 18] = [
     "gauge_impossible",
 ];
 
-impl Limits {
-    /// Lines left out since the start, of all kinds.
-    pub(super) fn total(&mut self) -> u64 {
-        self.all().map(|(_, limit)| limit.total()).sum()
-    }
+/// Lines that were left out.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(super) struct LeftOut {
+    pub(super) kind: &'static str,
+    pub(super) pool: Option<PoolId>,
+    pub(super) count: u64,
+}
 
+/// What peers and shortages can make us log again and again, by pool and cause: as many entries as there are of both.
+#[derive(Debug, Default)]
+pub(super) struct Limits {
+    table: HashMap<(Option<PoolId>, Cause), Limit>,
     /// When [`Limits::unsaid`] has something at the earliest.
-    pub(super) fn due(&mut self) -> Option<Time> {
-        self.all().filter_map(|(_, limit)| limit.due()).min()
+    due: Option<Time>,
+}
+
+impl Limits {
+    /// Whether such a line may be written now; if so, how many were left out before it.
+    pub(super) fn allow(&mut self, now: Time, pool: Option<PoolId>, cause: Cause) -> Option<u64> {
+        let limit = self.table.entry((pool, cause)).or_default();
+        let left_out = limit.allow(now);
+        if left_out.is_none()
+            && let Some(due) = limit.due()
+        {
+            self.due = Some(self.due.map_or(due, |other| other.min(due)));
+        }
+        left_out
     }
 
-    /// Lines left out of which no later line has told within a second: their kind, and how many. Told of now.
-    pub(super) fn unsaid(&mut self, now: Time) -> impl Iterator<Item = (&'static str, u64)> {
-        self.all()
-            .filter(move |(_, limit)| limit.due().is_some_and(|due| due <= now))
-            .map(|(kind, limit)| (kind, std::mem::take(&mut limit.left_out)))
+    /// Lines left out since the start, of all kinds.
+    pub(super) fn total(&self) -> u64 {
+        self.table.values().map(|limit| limit.total).sum()
     }
 
-    /// All of them, by the kind of line that most of what they limit is.
-    fn all(&mut self) -> impl Iterator<Item = (&'static str, &mut Limit)> {
-        // Taken apart, so that a new one cannot be forgotten here.
-        let Limits {
-            refused,
-            broken,
-            claims,
-            shortage,
-            kept_out,
-            turned_away,
-            resent,
-            relieved,
-            unwatched,
-            processes,
-            events,
-        } = self;
-        let single = [
-            ("worker_refused", refused),
-            ("worker_broke_protocol", broken),
-            ("claim_ignored", claims),
-            ("accept_paused", shortage),
-            ("client_turned_away", turned_away),
-            ("connection_resent", resent),
-            ("accept_resumed", relieved),
-            ("worker_not_watched", unwatched),
-        ];
-        let processes =
-            ["process_started", "process_not_started", "process_ended"].into_iter().zip(processes);
-        let kept_out = kept_out.iter_mut().map(|limit| ("client_kept_out", limit));
-        single.into_iter().chain(kept_out).chain(processes).chain(EVENTS.into_iter().zip(events))
+    /// When there may be lines to be told of.
+    pub(super) fn due(&self) -> Option<Time> {
+        self.due
+    }
+
+    /// Lines left out of which no later line has told within a second. Told of now.
+    pub(super) fn unsaid(&mut self, now: Time) -> Vec<LeftOut> {
+        let mut unsaid = Vec::new();
+        let mut next: Option<Time> = None;
+        for (&(pool, cause), limit) in &mut self.table {
+            match limit.due() {
+                Some(due) if due <= now => {
+                    unsaid.push(LeftOut { kind: cause.kind(), pool, count: limit.take_left_out() });
+                }
+                Some(due) => next = Some(next.map_or(due, |other| other.min(due))),
+                None => {}
+            }
+        }
+        self.due = next;
+        unsaid
     }
 }
 
@@ -149,26 +195,30 @@ impl Limits {
 mod tests {
     use super::*;
 
+    const WEB: Option<PoolId> = Some(PoolId(0));
+    const OTHER: Option<PoolId> = Some(PoolId(1));
+
     #[test]
     fn what_was_left_out_is_said_when_silence_follows() {
         let mut limits = Limits::default();
         let start = Time(1_000);
+        let gone = Cause::Event(2);
         let flood = |limits: &mut Limits, lines: usize| {
-            (0..lines).for_each(|_| _ = limits.resent.allow(start));
-            (0..lines).for_each(|_| _ = limits.events[2].allow(start + WINDOW / 2));
+            (0..lines).for_each(|_| _ = limits.allow(start, WEB, Cause::Resent));
+            (0..lines).for_each(|_| _ = limits.allow(start + WINDOW / 2, OTHER, gone));
         };
         flood(&mut limits, PER_SECOND as usize);
         assert_eq!(limits.due(), None, "nothing is missing");
         flood(&mut limits, 5);
         assert_eq!(limits.due(), Some(start + WINDOW));
-        let said = |limits: &mut Limits, now: Time| limits.unsaid(now).collect::<Vec<_>>();
-        assert_eq!(said(&mut limits, start + WINDOW / 2), []);
-        assert_eq!(said(&mut limits, start + WINDOW), [("connection_resent", 5)]);
+        let told = |kind, pool| LeftOut { kind, pool, count: 5 };
+        assert_eq!(limits.unsaid(start + WINDOW / 2), []);
+        assert_eq!(limits.unsaid(start + WINDOW), [told("connection_resent", WEB)]);
         assert_eq!(limits.due(), Some(start + WINDOW / 2 + WINDOW));
-        assert_eq!(said(&mut limits, start + WINDOW * 2), [("worker_gone", 5)]);
-        assert_eq!((limits.due(), said(&mut limits, start + WINDOW * 3).len()), (None, 0));
+        assert_eq!(limits.unsaid(start + WINDOW * 2), [told("worker_gone", OTHER)]);
+        assert_eq!((limits.due(), limits.unsaid(start + WINDOW * 3).len()), (None, 0));
         // What was said is said once, and stays in the sum.
-        assert_eq!(limits.resent.allow(start + WINDOW * 3), Some(0));
+        assert_eq!(limits.allow(start + WINDOW * 3, WEB, Cause::Resent), Some(0));
         assert_eq!(limits.total(), 10);
     }
 
@@ -181,6 +231,15 @@ mod tests {
         let next = start + Duration::from_secs(1);
         assert_eq!(limit.allow(next), Some(1_000 - u64::from(PER_SECOND)));
         assert_eq!(limit.allow(next), Some(0));
-        assert_eq!(limit.total(), 1_000 - u64::from(PER_SECOND));
+        assert_eq!(limit.total, 1_000 - u64::from(PER_SECOND));
+    }
+
+    #[test]
+    fn what_floods_in_one_pool_hides_nothing_of_another() {
+        let mut limits = Limits::default();
+        let gone = Cause::Event(2);
+        (0..1_000).for_each(|_| _ = limits.allow(Time(1_000), WEB, gone));
+        assert_eq!(limits.allow(Time(1_001), OTHER, gone), Some(0));
+        assert_eq!(limits.allow(Time(1_001), WEB, Cause::Event(3)), Some(0), "nor another cause");
     }
 }

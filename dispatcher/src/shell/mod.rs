@@ -5,7 +5,7 @@
 //! and closes that may linger happen on other threads.
 //!
 //! A turn: sleep; read all scoreboards; handle events; let the core's deadlines fall due; perform; accept;
-//! perform; close the copies of what was taken. Before sleeping, the `want` words are set and the scoreboards of those
+//! perform; hand over what is to be closed. Before sleeping, the `want` words are set and the scoreboards of those
 //! workers read once more.
 
 mod accept;
@@ -13,6 +13,7 @@ mod alarm;
 mod command;
 mod control;
 mod courtesy;
+mod door;
 mod error;
 mod faults;
 #[cfg(feature = "fuzzing")]
@@ -28,19 +29,23 @@ mod peek;
 mod perform;
 mod recent;
 pub mod reload;
+mod rings;
 mod sockets;
 mod start;
 mod status;
 mod tell;
 mod token;
+mod trial;
 mod worker_io;
 
-use std::collections::{HashMap, VecDeque};
+use std::collections::HashMap;
 use std::io;
-use std::os::fd::OwnedFd;
+use std::os::fd::AsRawFd;
+use std::sync::mpsc::Receiver;
 use std::time::Duration;
 
-use mio::{Events, Poll};
+use mio::unix::SourceFd;
+use mio::{Events, Interest, Poll};
 use signal_hook_mio::v1_0::Signals;
 use worker_sdk::scoreboard::claim::{self, SlotState};
 use worker_sdk::wire::{Entry, Token};
@@ -48,19 +53,20 @@ use worker_sdk::wire::{Entry, Token};
 use self::accept::{Conn, Listener};
 use self::alarm::Alarm;
 use self::courtesy::Courtesy;
-use self::join::Door;
-use self::limit::Limits;
+use self::door::Door;
+use self::limit::{Cause, Limits};
 use self::meters::Meters;
 use self::notify::ServiceManager;
 use self::recent::{Faults, Seconds};
-use self::sockets::{Listening, OwnedPath};
+use self::sockets::OwnedPath;
 use self::token::{Key, Source};
+use self::trial::Trial;
 use self::worker_io::WorkerIo;
 use crate::admin::Admin;
 use crate::cleaner::Cleaner;
-use crate::closer::{Closer, Closing};
+use crate::closer::Closers;
 use crate::config::Config;
-use crate::pool::{Core, Departure, ProcessId, Ticket, Time};
+use crate::pool::{Core, ProcessId, Ticket, Time, WorkerId};
 
 pub use self::error::RunError;
 
@@ -100,11 +106,15 @@ struct Shell {
     /// Whose turn it is to be accepted from first.
     next_listener: usize,
 
-    dispatch: Listening,
+    /// Where workers connect, for people.
+    dispatch_address: String,
+    /// Removes the dispatch socket's file at the end.
+    dispatch_path: Option<OwnedPath>,
     door: Door,
-    door_paused_until: Option<Time>,
     /// By `WorkerId::index`. Side by side in memory: every turn looks at all of them.
     workers: Vec<Option<WorkerIo>>,
+    /// Workers that are not listened to for a while.
+    muted: usize,
     /// Workers of pools that score by gauges.
     gauge_readers: usize,
     /// Something has just happened, so more is likely to happen soon: see [`DOZE`].
@@ -116,8 +126,6 @@ struct Shell {
     scanned_all: Time,
     /// The last turn left some out.
     scan_due: bool,
-    /// Control connections that may have more to read although their edge is used up; each once.
-    again: VecDeque<Key>,
     /// Our limits of open files before we raised them, soft and hard: for the processes we start.
     descriptors: Option<(u64, u64)>,
     /// Tokens of the processes we started.
@@ -127,11 +135,13 @@ struct Shell {
     conns: Vec<Option<Conn>>,
     /// Workers with connections gathered for them this turn.
     dirty: Vec<u32>,
-    /// Copies of connections that their workers have, to be closed at the end of the turn: whoever waits goes first.
-    copies: Vec<OwnedFd>,
-    /// Copies whose close may linger and for which the closer had no room.
-    lingering: VecDeque<Closing>,
-    closer: Closer,
+    /// What other processes may hold is closed there. Handed over at the end of the turn: clients go first.
+    closers: Closers,
+    /// Not all could be handed over at the end of the turn.
+    closing_due: Option<Time>,
+    /// Workers whose channels are empty now.
+    purged: Receiver<WorkerId>,
+    trial: Trial,
     cleaner: Cleaner,
 
     side: Admin,
@@ -182,7 +192,7 @@ impl Shell {
         let mut events = Events::with_capacity(1024);
         loop {
             self.perform();
-            self.close_copies();
+            self.hand_over();
             if self.is_over() {
                 return Ok(());
             }
@@ -208,8 +218,6 @@ impl Shell {
 
     /// Everything that has happened, and what earlier turns left.
     fn handle_all(&mut self, events: &Events) {
-        // Not those that this turn adds: they have had their share.
-        let unread = self.again.len();
         for event in events {
             match Source::of(event.token()) {
                 Some(Source::Held(key)) => self.held_event(key, event),
@@ -217,7 +225,6 @@ impl Shell {
                 None => {}
             }
         }
-        self.read_on(unread);
         self.handle_leftovers();
     }
 
@@ -312,40 +319,35 @@ impl Shell {
         match source {
             Source::Signals => self.handle_signals(),
             // Once a turn, whatever was left over from the last one.
-            Source::Waker => self.side_ready = true,
-            Source::Dispatch => self.door.ready = true,
+            Source::Waker => {
+                self.side_ready = true;
+                self.door.ready = true;
+            }
             Source::Listener(position) => {
                 if let Some(listener) = self.listeners.get_mut(position) {
                     listener.edge();
                 }
             }
-            Source::Pending(key) => self.hello(key),
-            Source::Control(key) => self.control(key),
-            Source::Process(key) => {
-                if let Some(io) = self.worker_mut(key) {
-                    let id = io.id;
-                    self.core.leave(self.now, id, Departure::Died);
-                }
-            }
-            // These were meant to end the sleep; the scan has seen what a poke was about. The last needs its event.
-            Source::Poke | Source::Alarm | Source::Held(_) => {}
+            // The door's.
+            Source::Dispatch | Source::Pending(_) | Source::Control(_) | Source::Process(_) => {}
+            // These were meant to end the sleep; the scan has seen what a poke was about. A held one needs its event.
+            Source::Poke(key) => self.rang(key),
+            Source::Alarm | Source::Held(_) => {}
         }
     }
 
     /// What earlier turns did not finish, and what is due although no event says so.
     fn handle_leftovers(&mut self) {
-        if self.door_paused_until.is_some_and(|until| until <= self.now) {
-            self.door_paused_until = None;
-            self.door.ready = true;
-        }
-        if self.door.ready && self.door_paused_until.is_none() {
-            self.knock();
+        if self.door.ready {
+            self.hear();
         }
         if std::mem::take(&mut self.side_ready) {
             self.handle_side();
         }
-        self.close_silent();
-        self.retry_lingering();
+        while let Ok(worker) = self.purged.try_recv() {
+            self.purged(worker);
+        }
+        self.listen_again();
         if self.unsaid_due.is_some_and(|due| due <= self.now) {
             self.tell_left_out();
         }
@@ -439,7 +441,45 @@ impl Shell {
             self.core.finished(self.now, id, finished);
             changed = true;
         }
+        if changed && let Some(Some(io)) = self.workers.get_mut(index) {
+            io.rings.news();
+        }
         changed
+    }
+
+    /// A worker has written to its eventfd. One that does so all the time is not listened to for a while.
+    fn rang(&mut self, key: Key) {
+        let now = self.now;
+        let Some(io) = self.worker_mut(key) else { return };
+        if !io.rings.rang(now) {
+            return;
+        }
+        let id = io.id;
+        self.muted += 1;
+        if let Some(io) = self.io(id) {
+            join::forget(self.poll.registry(), &io.lane.poke);
+        }
+        let pool = self.core.pool_of_worker(id);
+        if let Some(left_out) = self.limits.allow(self.now, pool, Cause::Broken) {
+            log::warn!("event=worker_rings_idly {} left_out={left_out}", self.worker(id));
+        }
+    }
+
+    /// Listens again to workers that have rested.
+    fn listen_again(&mut self) {
+        if self.muted == 0 {
+            return;
+        }
+        let registry = self.poll.registry();
+        for io in self.workers.iter_mut().flatten() {
+            if io.rings.unmute(self.now) {
+                self.muted -= 1;
+                let token = Source::Poke(Key::from(io.id)).token();
+                let raw = io.lane.poke.as_raw_fd();
+                // Without it, the next turn that something else brings about sees what it takes.
+                let _ = registry.register(&mut SourceFd(&raw), token, Interest::READABLE);
+            }
+        }
     }
 
     /// Asks for pokes, looks once more, and says how long to sleep.
@@ -448,8 +488,7 @@ impl Shell {
     fn before_sleep(&mut self) -> Option<Duration> {
         self.watch_held();
         let clients = self.watch_listeners();
-        let knocks = self.door.ready && self.door_paused_until.is_none();
-        if clients || knocks || self.side_ready || !self.again.is_empty() {
+        if clients || self.door.ready || self.side_ready {
             return Some(Duration::ZERO);
         }
         let mut changed = false;
@@ -464,6 +503,11 @@ impl Shell {
             }
             let Some(io) = self.workers.get(index).and_then(Option::as_ref) else { continue };
             let wants = self.core.wants(io.id);
+            // One that is not listened to is looked at as often as that.
+            if io.rings.muted_until.is_some() {
+                dozes |= has_tickets;
+                continue;
+            }
             // A pool that is full is no reason to ask the workers of others.
             if self.dozing && wants & claim::want::ROOM == 0 {
                 dozes |= has_tickets;
@@ -475,18 +519,13 @@ impl Shell {
         if changed {
             return Some(Duration::ZERO);
         }
-        // A close that found the closer full is tried again soon; nothing tells us when there is room.
-        let retry = (!self.lingering.is_empty()).then(|| self.now + Duration::from_millis(100));
         let paused = self.listeners.iter().filter_map(|listener| listener.paused_until).min();
         self.unsaid_due = self.limits.due();
-        let deadlines = [
-            self.core.deadline(),
-            self.door.deadline(),
-            self.door_paused_until,
-            paused,
-            retry,
-            self.unsaid_due,
-        ];
+        let muted = (self.muted > 0).then(|| {
+            let muted = self.workers.iter().flatten().filter_map(|io| io.rings.muted_until);
+            muted.min().unwrap_or(self.now)
+        });
+        let deadlines = [self.core.deadline(), paused, self.closing_due, muted, self.unsaid_due];
         let next = deadlines.into_iter().flatten().min();
         let doze = dozes.then(|| self.now + DOZE);
         let rest = self.scan_due.then(|| self.scanned_all + SCAN_ALL);

@@ -3,7 +3,7 @@
 //! Both are bounded and only written down here; nothing is decided by them. Counting a second's clients takes no
 //! memory; a fault takes some, and is as rare as the log line that goes with it.
 
-use std::collections::VecDeque;
+use std::collections::{HashMap, VecDeque};
 use std::time::{Duration, SystemTime};
 
 use crate::pool::Time;
@@ -49,7 +49,22 @@ impl Faults {
             return;
         }
         self.list.push_back(Fault { at, kind, subject, text, count: 1 });
-        self.list.drain(..self.list.len().saturating_sub(most as usize));
+        while self.list.len() > most as usize {
+            self.drop_one();
+        }
+    }
+
+    /// Forgets the oldest of those of which there are most: of one kind, in one pool. What happens again and again in one
+    /// does not push out what happened in others.
+    fn drop_one(&mut self) {
+        let group = |fault: &Fault| (fault.kind, pool_of(&fault.subject).to_owned());
+        let mut counts: HashMap<_, usize> = HashMap::new();
+        for fault in &self.list {
+            *counts.entry(group(fault)).or_default() += 1;
+        }
+        let most = counts.values().max().copied().unwrap_or(0);
+        let oldest = self.list.iter().position(|fault| counts.get(&group(fault)) == Some(&most));
+        self.list.remove(oldest.unwrap_or(0));
     }
 
     pub(super) fn status(&self) -> Vec<FaultStatus> {
@@ -64,6 +79,11 @@ impl Faults {
             })
             .collect()
     }
+}
+
+/// The pool that a fault is about: `POOL`, or `POOL/WORKER`.
+fn pool_of(subject: &str) -> &str {
+    subject.split('/').next().unwrap_or_default()
 }
 
 /// Clients accepted in each second. Looked at once per turn: in seconds without a turn nobody came.
@@ -145,6 +165,23 @@ mod tests {
         assert_eq!(faults.status().len(), 1);
         faults.note(0, at(11), "worker_gone", String::new(), String::new());
         assert_eq!(faults.status(), []);
+    }
+
+    #[test]
+    fn a_flood_of_faults_in_one_pool_leaves_those_of_others() {
+        let mut faults = Faults::default();
+        let mut note = |kind, subject: String| {
+            faults.note(50, UNIX_EPOCH, kind, subject, String::new());
+        };
+        (0..5).for_each(|n| note("worker_gone", format!("other/w{n}")));
+        (0..1_000).for_each(|n| note("worker_gone", format!("web/mallory{n}")));
+        (0..1_000).for_each(|n| note("worker_expelled", format!("web/mallory{n}")));
+        let status = faults.status();
+        let count =
+            |what: &str| status.iter().filter(|fault| fault.subject.starts_with(what)).count();
+        assert_eq!((status.len(), count("other/")), (50, 5));
+        let last = status.last().expect("the newest");
+        assert_eq!(last.subject, "web/mallory999");
     }
 
     #[test]

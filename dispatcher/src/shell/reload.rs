@@ -372,7 +372,10 @@ impl Shell {
         self.core.set_resource_pause(plan.limits.resource_pause);
         let most = plan.limits.metrics_max_workers;
         self.side.metrics_max_workers.store(most, Ordering::Relaxed);
+        self.closers.set_bounds(super::start::bounds(&plan.limits));
         self.config.limits = plan.limits;
+        let settings = Shell::door_settings(&self.config);
+        self.door.order(super::door::Order::Settings(settings));
         Ok(reloaded)
     }
 

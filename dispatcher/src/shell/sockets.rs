@@ -16,6 +16,7 @@ use rustix::net::{AddressFamily, SocketAddrUnix, SocketFlags, SocketType};
 use super::error::RunError;
 use super::inherited::Inherited;
 use crate::cleaner::Cleaner;
+use crate::closer::{Closers, Owner, Task};
 use crate::config::{Address, ListenerOptions, UnixEndpoint, UnixSource};
 use crate::sys;
 
@@ -31,13 +32,22 @@ pub(super) struct Listening {
 }
 
 impl Listening {
+    /// The same for the dispatch socket, with its address.
+    pub(super) fn into_parts(self) -> (OwnedFd, String, Option<OwnedPath>) {
+        (self.fd, self.address, self.path)
+    }
+
     /// The Unix socket for another thread to serve, and the file to be removed when it is over.
     pub(super) fn into_listener(self) -> (UnixListener, Option<OwnedPath>) {
         (self.fd.into(), self.path)
     }
 
-    /// The socket at once, so that nobody connects any more; the file elsewhere.
-    pub(super) fn close(self, cleaner: &mut Cleaner) {
+    /// The socket at once if it is TCP, so that nobody connects any more. Clients of a Unix socket that were not accepted
+    /// may have sent descriptors, and the last close of these lingers: so that one is closed elsewhere, like the file.
+    pub(super) fn close(self, cleaner: &mut Cleaner, closers: &mut Closers) {
+        if self.address.starts_with("unix:") {
+            closers.task(Task::Drop(Owner::Other, Box::new(self.fd)));
+        }
         if let Some(path) = self.path {
             cleaner.clean(path);
         }
@@ -108,7 +118,7 @@ pub(super) fn listen_endpoint(
     kind: SocketType,
     inherited: &mut Inherited,
 ) -> Result<Listening, RunError> {
-    match &endpoint.source {
+    let listening = match &endpoint.source {
         UnixSource::Path(path) => {
             listen_unix(path, kind, 4096, endpoint.mode, endpoint.user, endpoint.group)
         }
@@ -121,7 +131,12 @@ pub(super) fn listen_endpoint(
                 ))),
             }
         }
+    };
+    if let Ok(listening) = &listening {
+        // Nobody has a reason to send any here. Kernels before 6.16 leave them to the threads that receive.
+        let _ = sys::refuse_descriptors(&listening.fd);
     }
+    listening
 }
 
 fn explain(error: io::Error, port: u16) -> io::Error {

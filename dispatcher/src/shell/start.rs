@@ -1,12 +1,10 @@
 //! From a configuration to a running shell, and back to nothing.
 
-use std::collections::{HashMap, VecDeque};
-use std::os::fd::AsRawFd;
-use std::sync::Arc;
+use std::collections::HashMap;
 use std::sync::atomic::Ordering;
+use std::sync::{Arc, mpsc};
 use std::time::Duration;
 
-use mio::unix::SourceFd;
 use mio::{Interest, Poll, Waker};
 use nix::sys::resource::{Resource, getrlimit, setrlimit};
 use rustix::net::SocketType;
@@ -15,18 +13,19 @@ use signal_hook_mio::v1_0::Signals;
 use super::accept::Listener;
 use super::alarm::Alarm;
 use super::courtesy::Courtesy;
+use super::door::Door;
 use super::error::RunError;
 use super::inherited::Inherited;
-use super::join::Door;
 use super::meters::Meters;
 use super::notify::ServiceManager;
 use super::recent::{Faults, Seconds};
 use super::sockets::{self, Listening};
 use super::token::Source;
+use super::trial::Trial;
 use super::{Limits, Shell, clock};
 use crate::admin::Admin;
 use crate::cleaner::Cleaner;
-use crate::closer::Closer;
+use crate::closer::{Bounds, Closers, Owner, Task};
 use crate::config::Config;
 use crate::pool::{Core, ListenerId, ListenerSettings, PoolId, Screen, Time};
 
@@ -83,10 +82,6 @@ impl Shell {
         registry
             .register(&mut signals, Source::Signals.token(), Interest::READABLE)
             .map_err(RunError::system("poll"))?;
-        let raw = dispatch.fd.as_raw_fd();
-        registry
-            .register(&mut SourceFd(&raw), Source::Dispatch.token(), Interest::READABLE)
-            .map_err(RunError::system("poll"))?;
         let alarm = Alarm::new(registry).map_err(RunError::system("timerfd"))?;
         let waker =
             Waker::new(registry, Source::Waker.token()).map_err(RunError::system("waker"))?;
@@ -95,6 +90,8 @@ impl Shell {
             // A waker fails only when its eventfd is full, and then it is set.
             let _ = waker.wake();
         });
+        let wake_closers = Arc::clone(&wake) as crate::admin::Wake;
+        let wake_door = Arc::clone(&wake) as crate::admin::Wake;
         let (admin, admin_path) = admin.into_listener();
         let tcp = match config.admin_http {
             None => None,
@@ -106,7 +103,16 @@ impl Shell {
         };
         let side = Admin::start(admin, tcp, wake).map_err(RunError::system("admin thread"))?;
         side.metrics_max_workers.store(config.limits.metrics_max_workers, Ordering::Relaxed);
-        let closer = Closer::start().map_err(RunError::system("closer thread"))?;
+        let (sender, purged) = mpsc::channel();
+        let closers = Closers::start(bounds(&config.limits), sender, wake_closers)
+            .map_err(RunError::system("closing threads"))?;
+        let (dispatch, dispatch_address, dispatch_path) = dispatch.into_parts();
+        // Where the kernel refuses descriptors at their sender, no call of that thread can hang.
+        let watch = crate::sys::refuse_descriptors(&dispatch).is_err().then(|| closers.watch());
+        let door_settings = Shell::door_settings(&config);
+        let door = Door::start(dispatch, door_settings, wake_door, closers.bin(), watch)
+            .map_err(RunError::system("handshake thread"))?;
+        let trial = Trial::new().map_err(RunError::system("socket pair"))?;
         let now = clock();
         let pools = config.pools.iter().map(|pool| pool.settings.clone()).collect();
         let mut core = Core::new(pools, settings, now);
@@ -138,9 +144,9 @@ impl Shell {
             stop_deadline: None,
             listeners,
             next_listener: 0,
-            dispatch,
-            door: Door::default(),
-            door_paused_until: None,
+            dispatch_address,
+            dispatch_path,
+            door,
             workers: Vec::new(),
             gauge_readers: 0,
             dozing: false,
@@ -151,15 +157,16 @@ impl Shell {
             scan_due: false,
             instance: format!("{:016x}", seed()),
             generation: 0,
-            again: VecDeque::new(),
             descriptors: None,
             tokens: HashMap::new(),
             conns: Vec::new(),
             gauges_due: Vec::new(),
             dirty: Vec::new(),
-            copies: Vec::new(),
-            lingering: VecDeque::new(),
-            closer,
+            closers,
+            closing_due: None,
+            purged,
+            trial,
+            muted: 0,
             cleaner: Cleaner::default(),
             side,
             _admin_path: admin_path,
@@ -180,7 +187,7 @@ impl Shell {
             env!("CARGO_PKG_VERSION"),
             std::process::id(),
             shell.instance,
-            shell.dispatch.address
+            shell.dispatch_address
         );
         shell.manager.tell(sd_notify::NotifyState::Ready);
         Ok(shell)
@@ -196,18 +203,24 @@ impl Shell {
             }
         }
         let workers: Vec<_> = self.workers.iter_mut().filter_map(Option::take).collect();
-        let mut controls = Vec::with_capacity(workers.len());
-        for io in workers {
-            drop(io.lane);
-            controls.push(io.control);
+        for io in &workers {
+            io.lane.shut();
         }
-        drop(controls);
+        for io in workers {
+            let owner = Owner::Worker(io.id.serial);
+            self.closers.task(Task::Drop(owner, Box::new(io.lane)));
+        }
         // What is still in custody lives on in the workers' channels; our copies are no longer needed.
-        self.conns.clear();
-        self.retry_lingering();
-        self.closer.finish(LAST_CLOSES);
+        for conn in self.conns.drain(..).flatten() {
+            self.closers.task(Task::Drop(Owner::Other, Box::new(conn.fd)));
+        }
+        if let Some(dispatch) = self.door.end(CLOSES_END) {
+            self.closers.task(Task::Drop(Owner::Other, Box::new(dispatch)));
+        }
+        self.closers.finish(CLOSES_END);
         self.side.stop(self.config.limits.stop_timeout);
         self.manager.finish();
+        drop(self.dispatch_path);
         self.cleaner.finish();
         log::info!(
             "event=stopped accepted={} taken={} custody={} held={}",
@@ -225,6 +238,14 @@ impl Shell {
         let listening = self.listeners.iter().filter_map(|listener| listener.listening.as_ref());
         listening.map(|listening| listening.address.clone()).collect()
     }
+}
+
+/// How long closes that hang may hold the end up. The end of the process closes the rest, without lingering.
+const CLOSES_END: Duration = Duration::from_secs(1);
+
+/// The bounds of the closing threads.
+pub(super) fn bounds(limits: &crate::config::Limits) -> Bounds {
+    Bounds { threads: limits.closing_threads, waiting: limits.max_closing }
 }
 
 /// Where choices by lot come from: dispatchers that start at the same time must not all choose the same workers.

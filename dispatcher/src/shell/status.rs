@@ -4,6 +4,7 @@ use rustix::rand::GetRandomFlags;
 use worker_sdk::wire::Token;
 
 use super::Shell;
+use super::limit::{Cause, ProcessNews};
 use crate::admin::Request;
 use crate::config::UnixSource;
 use crate::pool::ProcessId;
@@ -81,7 +82,7 @@ impl Shell {
         let dispatch_socket = match &self.config.dispatch_socket.source {
             UnixSource::Path(path) => std::path::absolute(path).unwrap_or_else(|_| path.clone()),
             UnixSource::Systemd(_) => {
-                self.dispatch.address.trim_start_matches("unix:").to_owned().into()
+                self.dispatch_address.trim_start_matches("unix:").to_owned().into()
             }
         };
         let request = SpawnRequest {
@@ -103,14 +104,20 @@ impl Shell {
     fn note(&mut self, report: Report) {
         match report {
             Report::Spawned { process, pid } => {
-                if let Some(left_out) = self.limits.processes[0].allow(self.now) {
+                let pool = Some(process.pool);
+                if let Some(left_out) =
+                    self.limits.allow(self.now, pool, Cause::Process(ProcessNews::Started))
+                {
                     let process = self.process(process);
                     log::info!("event=process_started {process} pid={pid} left_out={left_out}");
                 }
                 self.core.spawned(self.now, process, true);
             }
             Report::SpawnFailed { process, error } => {
-                if let Some(left_out) = self.limits.processes[1].allow(self.now) {
+                let pool = Some(process.pool);
+                if let Some(left_out) =
+                    self.limits.allow(self.now, pool, Cause::Process(ProcessNews::NotStarted))
+                {
                     log::error!(
                         "event=process_not_started {} error=\"{error}\" left_out={left_out}",
                         self.process(process)
@@ -122,7 +129,10 @@ impl Shell {
                 self.core.spawned(self.now, process, false);
             }
             Report::Exited { process, pid, status_text } => {
-                if let Some(left_out) = self.limits.processes[2].allow(self.now) {
+                let pool = Some(process.pool);
+                if let Some(left_out) =
+                    self.limits.allow(self.now, pool, Cause::Process(ProcessNews::Ended))
+                {
                     log::warn!(
                         "event=process_ended {} pid={pid} status=\"{status_text}\" left_out={left_out}",
                         self.process(process)

@@ -7,8 +7,8 @@ use worker_sdk::PeerAddr;
 use worker_sdk::scoreboard::gauge::GaugeName;
 
 use super::Shell;
-use super::limit::EVENTS;
-use crate::pool::{CloseReason, ConnId, Departure, Event, ListenerId, WorkerId};
+use super::limit::{Cause, EVENTS};
+use crate::pool::{CloseReason, ConnId, Departure, Event, ListenerId, PoolId, WorkerId};
 
 /// The place of an event's kind in [`EVENTS`].
 fn kind_of(event: &Event) -> usize {
@@ -39,10 +39,11 @@ impl Shell {
     /// they like.
     pub(super) fn tell(&mut self, event: &Event) {
         let at = kind_of(event);
-        match self.limits.events[at].allow(self.now) {
+        let pool = self.pool_of_event(event);
+        match self.limits.allow(self.now, pool, Cause::Event(at)) {
             None => return,
             Some(0) => {}
-            Some(count) => left_out(EVENTS[at], count),
+            Some(count) => self.left_out(EVENTS[at], pool, count),
         }
         self.write(event);
         self.note_fault(event);
@@ -50,8 +51,36 @@ impl Shell {
 
     /// Says what was left out and is followed by silence. A flood that goes on says so itself.
     pub(super) fn tell_left_out(&mut self) {
-        for (kind, count) in self.limits.unsaid(self.now) {
-            left_out(kind, count);
+        for unsaid in self.limits.unsaid(self.now) {
+            self.left_out(unsaid.kind, unsaid.pool, unsaid.count);
+        }
+    }
+
+    fn left_out(&self, kind: &str, pool: Option<PoolId>, count: u64) {
+        let pool = pool.map_or("-", |pool| self.core.pool_name(pool));
+        log::warn!("event=lines_left_out kind={kind} pool={pool} count={count}");
+    }
+
+    fn pool_of_event(&self, event: &Event) -> Option<PoolId> {
+        match *event {
+            Event::Joined { worker, .. }
+            | Event::Goodbye { worker, .. }
+            | Event::Gone { worker, .. }
+            | Event::Suspect { worker, .. }
+            | Event::Draining { worker, .. }
+            | Event::DrainOver { worker, .. }
+            | Event::Resumed { worker }
+            | Event::Trusted { worker, .. }
+            | Event::Lost { worker }
+            | Event::ChannelFull { worker }
+            | Event::Clamped { worker, .. }
+            | Event::BadGauge { worker, .. } => self.core.pool_of_worker(worker),
+            Event::NoUsableWorker { pool }
+            | Event::Refusing { pool, .. }
+            | Event::BackPressure { pool }
+            | Event::Relieved { pool } => Some(pool),
+            Event::Restarting { process, .. } => Some(process.pool),
+            Event::Choked { .. } => None,
         }
     }
 
@@ -174,18 +203,14 @@ impl Shell {
             reason.name()
         );
         log::debug!("event=client_closed {about}");
-        let limits = &mut self.limits;
-        let limit = match reason {
-            CloseReason::Denied => &mut limits.kept_out[0],
-            CloseReason::RateLimited => &mut limits.kept_out[1],
-            CloseReason::TooManyQueued => &mut limits.kept_out[2],
-            CloseReason::NoWorker | CloseReason::Shutdown => &mut limits.turned_away,
-            // It left by itself.
-            CloseReason::ClientGone => return,
-        };
-        let Some(left_out) = limit.allow(self.now) else { return };
+        // It left by itself.
+        if reason == CloseReason::ClientGone {
+            return;
+        }
+        let limit = self.limits.allow(self.now, pool, Cause::Closed(reason));
+        let Some(left_out) = limit else { return };
         match reason {
-            CloseReason::NoWorker | CloseReason::Shutdown => {
+            CloseReason::NoWorker | CloseReason::Shutdown | CloseReason::Unsendable => {
                 log::info!("event=client_turned_away {about} left_out={left_out}");
             }
             _ => log::warn!("event=client_kept_out {about} left_out={left_out}"),
@@ -194,7 +219,8 @@ impl Shell {
 
     /// A connection that another worker had untaken goes to this one.
     pub(super) fn tell_resent(&mut self, to: WorkerId, conn: ConnId, peer: &PeerAddr) {
-        if let Some(left_out) = self.limits.resent.allow(self.now) {
+        let pool = self.core.pool_of_worker(to);
+        if let Some(left_out) = self.limits.allow(self.now, pool, Cause::Resent) {
             log::info!(
                 "event=connection_resent conn={conn} peer={peer} {} left_out={left_out}",
                 self.worker(to)
@@ -207,10 +233,6 @@ impl Shell {
         let pid = self.core.worker_pid(id).unwrap_or_default();
         format!("worker={id} pool={pool} name={} pid={pid}", self.core.worker_name(id))
     }
-}
-
-fn left_out(kind: &str, count: u64) {
-    log::warn!("event=lines_left_out kind={kind} count={count}");
 }
 
 /// A duration as one word, such as `101.3ms`: a value with spaces would be several.

@@ -1,6 +1,7 @@
 //! Turns of the shell, one by one, over real sockets.
 #![allow(clippy::unwrap_used)]
 
+use std::os::fd::OwnedFd;
 use std::path::Path;
 use std::sync::mpsc;
 use std::time::Instant;
@@ -77,24 +78,22 @@ fn a_worker_that_floods_its_control_connection_gets_its_share_of_a_turn() {
         turn(&mut shell, &mut events);
     }
 
-    // More is always waiting, and every turn has an event for it.
-    let mut sent = 0;
-    for number in 0..30 {
+    // It sends as fast as it can; the door passes on so many in a tenth of a second.
+    let (begun, mut sent) = (Instant::now(), 0);
+    while begun.elapsed() < Duration::from_millis(500) {
         for _ in 0..150 {
             sent += u64::from(claim(&worker, sent));
         }
-        let before = claimed(&shell);
         turn(&mut shell, &mut events);
-        let read = claimed(&shell) - before;
-        assert_eq!(read, 16, "records read in turn {number}");
-        assert_eq!(shell.again.len(), 1);
     }
+    let most = 200 * (begun.elapsed().as_millis() as u64 / 100 + 2);
+    assert!(claimed(&shell) <= most, "{} claims", claimed(&shell));
+    assert!(sent > 2 * 150, "the rest waits in its socket");
     // None is forgotten once it has stopped.
     while claimed(&shell) < sent {
         assert!(Instant::now() < end, "all are read");
         turn(&mut shell, &mut events);
     }
-    assert!(shell.again.len() <= 1);
     shell.finish();
 }
 

@@ -25,7 +25,7 @@ pub(super) enum Source {
     /// A held connection's client did something; worth knowing only if it has gone.
     Held(Key),
     /// A worker took or closed something; the scan that every turn begins with will see it.
-    Poke,
+    Poke(Key),
     /// A time has come; a turn looks at the clock anyway.
     Alarm,
 }
@@ -40,9 +40,13 @@ pub(super) struct Key {
 // A token must hold both; the README says so too.
 const _: () = assert!(usize::BITS == 64, "the dispatcher needs a 64-bit machine");
 
-const SERIAL_BITS: u32 = 40;
-const INDEX_BITS: u32 = 20;
+/// Enough to tell an event apart from what else had the same index lately: it is handled in the turn that it came in.
+const SERIAL_BITS: u32 = 29;
+
+/// Every descriptor has a number below 2³¹, so no table has more entries.
+const INDEX_BITS: u32 = 31;
 const SERIAL_MASK: u64 = (1 << SERIAL_BITS) - 1;
+const INDEX_MASK: u64 = (1 << INDEX_BITS) - 1;
 
 impl Key {
     /// Whether this key, which may have been through a token, names `serial`.
@@ -69,8 +73,8 @@ impl Source {
             Source::Signals => (0, 0, 0),
             Source::Waker => (1, 0, 0),
             Source::Dispatch => (2, 0, 0),
-            Source::Poke => (3, 0, 0),
-            Source::Listener(position) => (4, 0, position as u64),
+            Source::Poke(key) => (3, key.index, key.serial),
+            Source::Listener(position) => (4, position as u32, 0),
             Source::Pending(key) => (5, key.index, key.serial),
             Source::Control(key) => (6, key.index, key.serial),
             Source::Process(key) => (7, key.index, key.serial),
@@ -78,7 +82,7 @@ impl Source {
             Source::Alarm => (9, 0, 0),
         };
         let bits = kind << (SERIAL_BITS + INDEX_BITS)
-            | u64::from(index) << SERIAL_BITS
+            | (u64::from(index) & INDEX_MASK) << SERIAL_BITS
             | (serial & SERIAL_MASK);
         Token(bits as usize)
     }
@@ -86,14 +90,14 @@ impl Source {
     pub(super) fn of(token: Token) -> Option<Source> {
         let bits = token.0 as u64;
         let serial = bits & SERIAL_MASK;
-        let index = (bits >> SERIAL_BITS) as u32 & ((1 << INDEX_BITS) - 1);
+        let index = (bits >> SERIAL_BITS & INDEX_MASK) as u32;
         let key = Key { index, serial };
         Some(match bits >> (SERIAL_BITS + INDEX_BITS) {
             0 => Source::Signals,
             1 => Source::Waker,
             2 => Source::Dispatch,
-            3 => Source::Poke,
-            4 => Source::Listener(usize::try_from(serial).ok()?),
+            3 => Source::Poke(key),
+            4 => Source::Listener(index as usize),
             5 => Source::Pending(key),
             6 => Source::Control(key),
             7 => Source::Process(key),
@@ -115,7 +119,7 @@ mod tests {
             Source::Signals,
             Source::Waker,
             Source::Dispatch,
-            Source::Poke,
+            Source::Poke(key),
             Source::Listener(7),
             Source::Pending(key),
             Source::Control(Key { index: 3, serial: 9 }),
@@ -129,7 +133,7 @@ mod tests {
     }
 
     #[test]
-    fn a_key_matches_a_serial_beyond_forty_bits() {
+    fn a_key_matches_a_serial_that_does_not_fit() {
         let serial = (5 << SERIAL_BITS) + 77;
         let Some(Source::Control(key)) =
             Source::of(Source::Control(Key { index: 0, serial }).token())
@@ -138,5 +142,12 @@ mod tests {
         };
         assert!(key.is(serial));
         assert!(!key.is(serial + 1));
+    }
+    #[test]
+    fn an_index_beyond_a_million_is_not_taken_for_another() {
+        for index in [(1 << 20) - 1, 1 << 20, (1 << 20) + 1, (1 << 28) + 5, (1 << 31) - 1] {
+            let held = Source::Held(Key { index, serial: 77 });
+            assert_eq!(Source::of(held.token()), Some(held));
+        }
     }
 }

@@ -1,38 +1,44 @@
 //! What the shell keeps for one worker: its sockets, its scoreboard, and the records of this turn.
 
-use std::io::{IoSlice, IoSliceMut};
+use std::io::IoSlice;
 use std::mem::MaybeUninit;
 use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
+use std::sync::Arc;
 
 use rustix::io::Errno;
 use rustix::net::{
-    AddressFamily, RecvAncillaryBuffer, RecvFlags, SendAncillaryBuffer, SendAncillaryMessage,
-    SendFlags, Shutdown, SocketFlags, SocketType,
+    AddressFamily, SendAncillaryBuffer, SendAncillaryMessage, SendFlags, Shutdown, SocketFlags,
+    SocketType,
 };
 use worker_sdk::scoreboard::{Scoreboard, ScoreboardError};
-use worker_sdk::wire::{Entry, MAX_CHANNEL_RECORD, MAX_FDS_PER_RECORD};
+use worker_sdk::wire::{Entry, MAX_FDS_PER_RECORD};
 
 use super::gauges::Gauges;
-use crate::pool::{ConnId, SendFailure, WorkerId};
+use super::rings::Rings;
+use crate::pool::{ConnId, Notice, SendFailure, Ticket, WorkerId};
 
 /// Everything the shell keeps for a worker.
 #[derive(Debug)]
 pub(super) struct WorkerIo {
     pub(super) id: WorkerId,
-    pub(super) control: OwnedFd,
     pub(super) lane: Lane,
-    /// Readable once the process has ended; `None` on kernels that cannot say.
-    pub(super) pidfd: Option<OwnedFd>,
     /// Connections for the record that is being gathered, in the order they were chosen.
     pub(super) outbox: Vec<(ConnId, Entry)>,
+    /// `Some` while its channel is being emptied on another thread: nothing may be sent, or it might be taken out.
+    pub(super) purge: Option<Deferred>,
+    pub(super) rings: Rings,
     /// The `finished` counter as last reported to the core.
     pub(super) finished: u64,
     /// What the pool scores by, if it does.
     pub(super) gauges: Option<Gauges>,
-    /// It said goodbye; anything more on its control connection is an error.
-    pub(super) said_goodbye: bool,
-    /// It is among those whose control connection is read on in the next turn: an event for it tells nothing new.
-    pub(super) unread: bool,
+}
+
+/// What is to be sent once the channel is empty. Its slots read SENT already, because the core goes by them.
+#[derive(Debug, Default)]
+pub(super) struct Deferred {
+    pub(super) entries: Vec<(ConnId, Entry)>,
+    pub(super) probe: Option<Ticket>,
+    pub(super) notice: Option<Notice>,
 }
 
 /// The way to a worker: channel, scoreboard and poke eventfd, made before its welcome.
@@ -40,9 +46,10 @@ pub(super) struct WorkerIo {
 pub(super) struct Lane {
     /// Our end of the channel; only for sending.
     pub(super) channel: OwnedFd,
-    /// A dup of the worker's end, by which its queue can be emptied.
-    pub(super) retained: OwnedFd,
-    pub(super) board: Scoreboard,
+    /// A dup of the worker's end, by which its queue can be emptied: on another thread, because a worker inside a receive
+    /// of its own makes ours wait.
+    pub(super) retained: Arc<OwnedFd>,
+    pub(super) board: Arc<Scoreboard>,
     pub(super) poke: OwnedFd,
 }
 
@@ -74,34 +81,24 @@ impl Lane {
         let (board, board_fd) = Scoreboard::create(slots, finished)?;
         let flags = rustix::event::EventfdFlags::CLOEXEC | rustix::event::EventfdFlags::NONBLOCK;
         let poke = rustix::event::eventfd(0, flags).map_err(std::io::Error::from)?;
-        let lane = Lane { channel, retained, board, poke };
+        let lane = Lane { channel, retained: Arc::new(retained), board: Arc::new(board), poke };
         Ok((lane, LaneFds { channel: theirs, board: board_fd }))
     }
 
-    /// Sends one record with these descriptors, without waiting.
-    pub(super) fn send(&self, record: &[u8], fds: &[BorrowedFd<'_>]) -> Result<(), SendFailure> {
-        send_record(self.channel.as_fd(), record, fds).map_err(classify)
+    /// Sends one record without descriptors, without waiting.
+    pub(super) fn send(&self, record: &[u8]) -> Result<(), SendFailure> {
+        send_record(self.channel.as_fd(), record, &[]).map_err(classify)
     }
 
-    /// Receives and closes everything in the worker's queue; bounded by what the queue can hold.
-    pub(super) fn purge(&self) {
-        let mut record = [0; MAX_CHANNEL_RECORD];
-        let mut space = [MaybeUninit::uninit(); rustix::cmsg_space!(ScmRights(MAX_FDS_PER_RECORD))];
-        for _ in 0..=2 * self.board.slots() {
-            let mut ancillary = RecvAncillaryBuffer::new(&mut space);
-            let received = rustix::net::recvmsg(
-                &self.retained,
-                &mut [IoSliceMut::new(&mut record)],
-                &mut ancillary,
-                RecvFlags::DONTWAIT | RecvFlags::CMSG_CLOEXEC,
-            );
-            match received {
-                // Dropping the buffer closes what it received.
-                Ok(message) if message.bytes > 0 => {}
-                Err(Errno::INTR) => {}
-                Ok(_) | Err(_) => return,
-            }
-        }
+    /// Most records that can be in the channel: a full ring, notices, and a probe, with room for what the worker peeks at.
+    pub(super) fn most_records(&self) -> u32 {
+        2 * self.board.slots()
+    }
+
+    /// Nothing more can be sent or received. Our end is held by nobody else, so this cannot block; the worker finds the end
+    /// of the channel after what is queued in it.
+    pub(super) fn shut(&self) {
+        let _ = rustix::net::shutdown(&self.channel, Shutdown::Both);
     }
 }
 
@@ -126,7 +123,7 @@ pub(super) fn send_record(
     }
 }
 
-fn classify(errno: Errno) -> SendFailure {
+pub(super) fn classify(errno: Errno) -> SendFailure {
     match errno {
         Errno::AGAIN => SendFailure::Full,
         Errno::TOOMANYREFS | Errno::NOMEM | Errno::NOBUFS | Errno::MFILE | Errno::NFILE => {

@@ -104,7 +104,8 @@ impl Desk {
     /// A machine with this configuration.
     pub fn new(pools: Vec<PoolSettings>, listeners: Vec<ListenerSettings>) -> Desk {
         let now = Time(1_000_000_000);
-        let slots = pools.iter().map(|pool| pool.max_untaken).max().unwrap_or(1) as usize;
+        let slots = pools.iter().map(|pool| pool.max_untaken).max().unwrap_or(1) + SPARE_SLOTS;
+        let slots = slots as usize;
         let many = pools.len() as u16;
         let mut desk = Desk {
             core: Core::new(pools, listeners, now),

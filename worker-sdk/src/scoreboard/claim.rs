@@ -5,7 +5,7 @@
 //! processes run are the very ones that the model checker runs.
 //!
 //! ```text
-//! FREE → SENT (dispatcher, before sendmsg) → TAKEN (worker) → RELEASED (dispatcher closes its copy) → SENT …
+//! FREE → SENT (dispatcher, before sendmsg) → TAKEN (worker) → RELEASED (dispatcher has closed its copy) → SENT …
 //!                                          ↘ REVOKED (dispatcher) → SENT …
 //!                                          ↘ LOST (worker: the fd did not arrive) → SENT …
 //! ```
@@ -190,10 +190,10 @@ pub fn revoke(slot: &impl Word<u64>, seq: u64) -> Revoke {
     }
 }
 
-/// Dispatcher: its own copy of the taken `seq` is closed, or will be before it waits for anything; the worker's close then
-/// ends the connection. [Example](self).
+/// Dispatcher: its own copy of the taken `seq` is closed; the worker's close then ends the connection. Does nothing if the
+/// slot has been used again meanwhile. [Example](self).
 pub fn release(slot: &impl Word<u64>, seq: u64) {
-    slot.store(word(seq, RELEASED), Ordering::Release);
+    slot.swap_if(word(seq, TAKEN), word(seq, RELEASED));
 }
 
 /// Worker: claims `seq` for its application. On false it closes its copy and touches nothing else. [Example](self).

@@ -1,5 +1,7 @@
 //! Who gets a connection: exactness, weights, bounds.
 
+use std::collections::{BTreeSet, VecDeque};
+
 use super::*;
 
 fn assert_even(loads: &[u64]) {
@@ -174,10 +176,17 @@ fn entries_and_slots_are_used_again() {
     let mut desk = desk();
     let worker = desk.worker();
     let first = desk.accept(WEB);
+    let (mut used, mut last) = (BTreeSet::new(), VecDeque::new());
     for _ in 0..1_000 {
         desk.take_all(worker);
         desk.finish(worker, 1);
         assert_eq!(desk.accept(WEB).index, first.index);
-        assert_eq!(desk.core.tickets(worker).next().unwrap().slot, 0);
+        let slot = desk.core.tickets(worker).next().unwrap().slot;
+        used.insert(slot);
+        // RELEASED is written into it some time after it is free: it rests.
+        assert!(!last.contains(&slot));
+        last.push_front(slot);
+        last.truncate(SPARE_SLOTS as usize);
     }
+    assert_eq!(used.len() as u32, SPARE_SLOTS + 1);
 }

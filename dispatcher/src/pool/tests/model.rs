@@ -310,7 +310,7 @@ impl Model {
             SendFailure::Full if out.conn.is_some() => w.blocked = Some(now + TIMEOUT),
             SendFailure::Resources if out.conn.is_some() => self.choked = Some(now + ms(100)),
             // A probe: tried again later.
-            SendFailure::Full | SendFailure::Resources => w.blocked = None,
+            SendFailure::Full | SendFailure::Resources | SendFailure::Client => w.blocked = None,
         }
         match out.conn {
             Some(_) => self.core.send_failed(now, id, out.ticket, why),
@@ -466,7 +466,7 @@ impl Model {
         let w = self.w(worker.serial);
         let used = |out: &Out| out.ticket.slot == ticket.slot || out.ticket.seq >= ticket.seq;
         assert!(!w.out.iter().any(used), "slots are used once at a time");
-        assert!((ticket.slot as usize) < SLOTS);
+        assert!((ticket.slot as usize) < SLOTS + SPARE_SLOTS as usize);
         w.out.push(Out { ticket, conn, sent_at, word: Word::Sent, revoking: false });
     }
 }

@@ -1,0 +1,121 @@
+//! The queues of the slow lane: one for each owner, so that one whose calls hang keeps one thread and no other owner.
+
+use std::collections::{BTreeMap, VecDeque};
+use std::os::fd::OwnedFd;
+use std::sync::Arc;
+
+use worker_sdk::scoreboard::{Scoreboard, claim};
+
+use super::{Owner, Rubbish};
+use crate::pool::WorkerId;
+
+/// Something that may take long.
+#[derive(Debug)]
+pub(super) enum Job {
+    /// A close that lingers, and the slot to write RELEASED into after it.
+    Close(OwnedFd, Option<Slot>),
+    End(OwnedFd, Option<Arc<[u8]>>),
+    Purge(WorkerId, Arc<OwnedFd>, u32),
+    Drop(Box<dyn Rubbish>),
+}
+
+/// A slot of a scoreboard, and what was in it.
+#[derive(Debug)]
+pub(super) struct Slot {
+    pub(super) board: Arc<Scoreboard>,
+    pub(super) slot: u32,
+    pub(super) seq: u64,
+}
+
+impl Slot {
+    /// The copy is closed.
+    pub(super) fn release(&self) {
+        if let Some(slot) = self.board.slot(self.slot) {
+            claim::release(slot, self.seq);
+        }
+    }
+}
+
+/// One place in the order of service.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord)]
+pub(super) struct Turn(u8, u64);
+
+#[derive(Debug, Default)]
+struct Queue {
+    jobs: VecDeque<Job>,
+    /// A thread is at it.
+    engaged: bool,
+}
+
+/// All queues.
+#[derive(Debug, Default)]
+pub(super) struct Slow {
+    queues: BTreeMap<Turn, Queue>,
+    /// Who was served last.
+    last: Option<Turn>,
+    others: u64,
+    /// Jobs waiting.
+    waiting: usize,
+    pub(super) threads: usize,
+    pub(super) idle: usize,
+}
+
+impl Slow {
+    pub(super) fn push(&mut self, owner: Owner, job: Job) {
+        let turn = match owner {
+            Owner::Worker(serial) => Turn(0, serial),
+            Owner::Other => {
+                self.others += 1;
+                Turn(1, self.others)
+            }
+        };
+        self.queues.entry(turn).or_default().jobs.push_back(job);
+        self.waiting += 1;
+    }
+
+    /// The next job of an owner that no thread is at, one owner after the other.
+    pub(super) fn take(&mut self) -> Option<(Turn, Job)> {
+        let after = self.last.map_or(std::ops::Bound::Unbounded, std::ops::Bound::Excluded);
+        let later = self.queues.range((after, std::ops::Bound::Unbounded));
+        let turn = later
+            .chain(self.queues.iter())
+            .find(|(_, queue)| !queue.engaged && !queue.jobs.is_empty())
+            .map(|(turn, _)| *turn)?;
+        let queue = self.queues.get_mut(&turn)?;
+        let job = queue.jobs.pop_front()?;
+        queue.engaged = true;
+        self.last = Some(turn);
+        self.waiting -= 1;
+        Some((turn, job))
+    }
+
+    /// The thread that was at it is not any more.
+    pub(super) fn done(&mut self, turn: Turn) {
+        if let Some(queue) = self.queues.get_mut(&turn) {
+            queue.engaged = false;
+            if queue.jobs.is_empty() {
+                self.queues.remove(&turn);
+            }
+        }
+    }
+
+    /// Whether there is a job that a thread could begin.
+    pub(super) fn is_ready(&self) -> bool {
+        self.waiting > 0 && self.queues.values().any(|q| !q.engaged && !q.jobs.is_empty())
+    }
+
+    pub(super) fn has_work(&self) -> bool {
+        self.waiting > 0
+    }
+
+    /// Everything that no thread has begun.
+    pub(super) fn take_all(&mut self) -> Vec<Job> {
+        self.waiting = 0;
+        let mut all = Vec::new();
+        for queue in self.queues.values_mut() {
+            all.extend(queue.jobs.drain(..));
+        }
+        self.queues.retain(|_, queue| queue.engaged);
+        all
+    }
+}

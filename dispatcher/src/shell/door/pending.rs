@@ -1,0 +1,137 @@
+//! Control connections that have not been answered.
+
+use std::collections::HashMap;
+use std::os::fd::OwnedFd;
+
+use super::super::control::Peer;
+use super::super::token::Key;
+use crate::pool::Time;
+
+/// One of them.
+#[derive(Debug)]
+pub(super) struct Pending {
+    pub(super) serial: u64,
+    pub(super) socket: OwnedFd,
+    pub(super) peer: Peer,
+    /// Until when it may say hello; `None` once it has, and the hot thread decides.
+    pub(super) deadline: Option<Time>,
+    /// Its process, once it has said hello.
+    pub(super) process: Option<OwnedFd>,
+}
+
+/// All of them.
+#[derive(Debug, Default)]
+pub(super) struct Table {
+    places: Vec<Option<Pending>>,
+    serial: u64,
+    len: usize,
+}
+
+impl Table {
+    pub(super) fn len(&self) -> usize {
+        self.len
+    }
+
+    pub(super) fn insert(&mut self, socket: OwnedFd, peer: Peer, deadline: Time) -> Key {
+        self.serial += 1;
+        self.len += 1;
+        let serial = self.serial;
+        let pending =
+            Some(Pending { serial, socket, peer, deadline: Some(deadline), process: None });
+        let index = match self.places.iter().position(Option::is_none) {
+            Some(index) => {
+                self.places[index] = pending;
+                index
+            }
+            None => {
+                self.places.push(pending);
+                self.places.len() - 1
+            }
+        };
+        Key { index: index as u32, serial }
+    }
+
+    pub(super) fn get(&mut self, key: Key) -> Option<&mut Pending> {
+        let pending = self.places.get_mut(key.index as usize)?.as_mut()?;
+        key.is(pending.serial).then_some(pending)
+    }
+
+    pub(super) fn take(&mut self, key: Key) -> Option<Pending> {
+        let place = self.places.get_mut(key.index as usize)?;
+        let taken = place.take_if(|pending| key.is(pending.serial))?;
+        self.len -= 1;
+        Some(taken)
+    }
+
+    pub(super) fn count_of(&self, uid: u32) -> usize {
+        self.iter().filter(|(_, pending)| pending.peer.uid == uid).count()
+    }
+
+    /// When the first of them runs out of time.
+    pub(super) fn deadline(&self) -> Option<Time> {
+        self.iter().filter_map(|(_, pending)| pending.deadline).min()
+    }
+
+    /// One that has run out of time.
+    pub(super) fn late(&self, now: Time) -> Option<Key> {
+        let mut late =
+            self.iter().filter(|(_, pending)| pending.deadline.is_some_and(|d| d <= now));
+        late.next().map(|(key, _)| key)
+    }
+
+    /// Of the user that has the most, the one that has waited longest for its hello; nothing if that user is `uid`, or has
+    /// no more than `uid`.
+    pub(super) fn victim(&self, uid: u32) -> Option<Key> {
+        let mut counts: HashMap<u32, usize> = HashMap::new();
+        for (_, pending) in self.iter().filter(|(_, pending)| pending.deadline.is_some()) {
+            *counts.entry(pending.peer.uid).or_default() += 1;
+        }
+        let (&most, &count) = counts.iter().max_by_key(|(_, count)| **count)?;
+        if most == uid || count <= self.count_of(uid) {
+            return None;
+        }
+        let theirs = self.iter().filter(|(_, pending)| pending.peer.uid == most);
+        let waiting = theirs.filter_map(|(key, pending)| Some((pending.deadline?, key)));
+        waiting.min_by_key(|(deadline, _)| *deadline).map(|(_, key)| key)
+    }
+
+    pub(super) fn drain(&mut self) -> impl Iterator<Item = Pending> + '_ {
+        self.len = 0;
+        self.places.drain(..).flatten()
+    }
+
+    fn iter(&self) -> impl Iterator<Item = (Key, &Pending)> {
+        (0..).zip(&self.places).filter_map(|(index, place)| {
+            let pending = place.as_ref()?;
+            Some((Key { index, serial: pending.serial }, pending))
+        })
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn insert(table: &mut Table, uid: u32, deadline: u64) -> Key {
+        let socket = std::fs::File::open("/dev/null").expect("it is there").into();
+        table.insert(socket, Peer { pid: 1, uid, gids: Vec::new() }, Time(deadline))
+    }
+
+    #[test]
+    fn when_all_places_are_taken_the_user_with_the_most_makes_room() {
+        let mut table = Table::default();
+        let first = insert(&mut table, 1, 10);
+        for deadline in 11..20 {
+            insert(&mut table, 1, deadline);
+        }
+        let other = insert(&mut table, 2, 5);
+        assert_eq!(table.victim(3), Some(first));
+        assert_eq!(table.victim(1), None, "it has the most itself");
+        // One that has said hello is about to be answered.
+        table.get(first).expect("it is there").deadline = None;
+        assert_ne!(table.victim(3), Some(first));
+        assert_eq!(table.late(Time(5)), Some(other));
+        assert!(table.take(other).is_some() && table.take(other).is_none());
+        assert_eq!((table.len(), table.count_of(1), table.deadline()), (10, 10, Some(Time(11))));
+    }
+}

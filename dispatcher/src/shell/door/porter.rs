@@ -1,0 +1,541 @@
+//! The thread at the door.
+
+use std::collections::{HashMap, VecDeque};
+use std::io;
+use std::os::fd::{AsFd, AsRawFd, OwnedFd};
+use std::sync::mpsc::{Receiver, SyncSender, TrySendError};
+use std::time::Duration;
+
+use mio::unix::SourceFd;
+use mio::{Events, Interest, Poll};
+use rustix::io::Errno;
+use worker_sdk::wire::{Control, Hello, Refused, RefusedCode};
+
+use super::super::clock;
+use super::super::control::{self, Fault, Peer, Received};
+use super::super::join::{forget, name_of};
+use super::super::limit::Limit;
+use super::super::token::{Key, Source};
+use super::super::worker_io::{Lane, send_record};
+use super::pending::{Pending, Table};
+use super::rates::{Bucket, Rates};
+use super::{Knock, News, Order, Settings};
+use crate::admin::Wake;
+use crate::closer::{Bin, Watched};
+use crate::pool::{Departure, Join, Refusal, Time, WorkerId};
+
+/// Most control connections accepted in one round.
+const KNOCKS: usize = 64;
+
+/// Most records read from one control connection in one round.
+const RECORDS: usize = 16;
+
+/// Most claims of one worker in a window of [`CLAIM_WINDOW`]; the rest waits in its socket.
+const CLAIMS: u32 = 200;
+const CLAIM_WINDOW: Duration = Duration::from_millis(100);
+
+/// Users whose refusals are counted apart.
+const REFUSED_USERS: usize = 1_024;
+
+/// A worker that has joined.
+#[derive(Debug)]
+struct Member {
+    id: WorkerId,
+    control: OwnedFd,
+    /// Readable once the process has ended; `None` on kernels that cannot say.
+    process: Option<OwnedFd>,
+    said_goodbye: bool,
+    /// It has gone, or broken the protocol: nothing more is read.
+    over: bool,
+    /// It is among those that are read on: an event for it tells nothing new.
+    unread: bool,
+    claims: (Time, u32),
+}
+
+pub(super) struct Porter {
+    poll: Poll,
+    listener: OwnedFd,
+    /// In the poll. Not while it rests, or each arrival would wake this thread for nothing.
+    watched: bool,
+    /// More may be waiting than one round takes.
+    ready: bool,
+    rest_until: Option<Time>,
+    settings: Settings,
+    pending: Table,
+    /// By `WorkerId::index`.
+    members: Vec<Option<Member>>,
+    /// Control connections that may have more to read although their edge is used up, not before a time; each once.
+    again: VecDeque<(Key, Time)>,
+    connects: Bucket,
+    rates: Rates,
+    /// By user.
+    refusals: HashMap<u32, Limit>,
+    news: SyncSender<News>,
+    wake: Wake,
+    /// There is news that the hot thread was not woken for.
+    told: bool,
+    orders: Receiver<Order>,
+    bin: Bin,
+    /// The hot thread has gone, or says so.
+    over: bool,
+    now: Time,
+}
+
+impl Porter {
+    pub(super) fn new(
+        poll: Poll,
+        listener: OwnedFd,
+        settings: Settings,
+        (news, wake): (SyncSender<News>, Wake),
+        orders: Receiver<Order>,
+        bin: Bin,
+    ) -> io::Result<Porter> {
+        let mut porter = Porter {
+            poll,
+            listener,
+            watched: false,
+            ready: false,
+            rest_until: None,
+            settings,
+            pending: Table::default(),
+            members: Vec::new(),
+            again: VecDeque::new(),
+            connects: Bucket::default(),
+            rates: Rates::default(),
+            refusals: HashMap::new(),
+            news,
+            wake,
+            told: false,
+            orders,
+            bin,
+            over: false,
+            now: clock(),
+        };
+        porter.watch()?;
+        Ok(porter)
+    }
+
+    /// Until the hot thread ends it; gives back the listening socket.
+    pub(super) fn run(mut self, watched: Option<Watched>) -> OwnedFd {
+        let mut events = Events::with_capacity(256);
+        while !self.over {
+            let timeout = self.timeout();
+            if let Err(error) = self.poll.poll(&mut events, timeout) {
+                if error.kind() != io::ErrorKind::Interrupted {
+                    log::error!("event=handshakes_failed error=\"{error}\"");
+                    break;
+                }
+                events.clear();
+            }
+            if let Some(watched) = &watched {
+                watched.begin();
+            }
+            self.now = clock();
+            self.round(&events, watched.as_ref());
+            if let Some(watched) = &watched {
+                watched.end();
+            }
+            if std::mem::take(&mut self.told) {
+                (self.wake)();
+            }
+        }
+        let pending: Vec<OwnedFd> = self.pending.drain().map(|pending| pending.socket).collect();
+        let members = self.members.drain(..).flatten().map(|member| member.control);
+        self.bin.close(members.chain(pending).collect());
+        self.listener
+    }
+
+    fn round(&mut self, events: &Events, watched: Option<&Watched>) {
+        // Not those that this round adds: they have had their share.
+        let unread = self.again.len();
+        for event in events {
+            if let Some(watched) = watched {
+                watched.next();
+            }
+            match Source::of(event.token()) {
+                Some(Source::Dispatch) => self.ready = true,
+                Some(Source::Pending(key)) => self.hello(key),
+                Some(Source::Control(key)) => self.control(key),
+                Some(Source::Process(key)) => self.left(key, Departure::Died),
+                Some(_) | None => {}
+            }
+        }
+        // At most as many as the hot thread has sent by now; what it sends is bounded by what it was told.
+        while let Ok(order) = self.orders.try_recv() {
+            self.obey(order);
+        }
+        for _ in 0..unread {
+            let Some((key, time)) = self.again.pop_front() else { break };
+            if time > self.now {
+                self.again.push_back((key, time));
+            } else if let Some(member) = self.member(key) {
+                member.unread = false;
+                self.read_records(key);
+            }
+        }
+        if self.rest_until.is_some_and(|until| until <= self.now) {
+            self.rest_until = None;
+            if self.watch().is_err() {
+                self.rest(self.settings.limits.resource_pause);
+            }
+        }
+        if self.ready && self.rest_until.is_none() {
+            self.accept();
+        }
+        self.refuse_silent();
+        self.tell_unsaid();
+    }
+
+    fn timeout(&self) -> Option<Duration> {
+        let again = self.again.iter().map(|(_, time)| *time).min();
+        if self.ready && self.rest_until.is_none() {
+            return Some(Duration::ZERO);
+        }
+        let unsaid = self.refusals.values().filter_map(Limit::due).min();
+        let next = [self.rest_until, self.pending.deadline(), again, unsaid];
+        Some(next.into_iter().flatten().min()? - clock())
+    }
+
+    fn tell(&mut self, news: News) {
+        let news = match self.news.try_send(news) {
+            Ok(()) => {
+                self.told = true;
+                return;
+            }
+            Err(TrySendError::Disconnected(_)) => {
+                self.over = true;
+                return;
+            }
+            Err(TrySendError::Full(news)) => news,
+        };
+        (self.wake)();
+        self.told = true;
+        self.over |= self.news.send(news).is_err();
+    }
+
+    fn watch(&mut self) -> io::Result<()> {
+        let raw = self.listener.as_raw_fd();
+        let token = Source::Dispatch.token();
+        self.poll.registry().register(&mut SourceFd(&raw), token, Interest::READABLE)?;
+        self.watched = true;
+        Ok(())
+    }
+
+    /// Accepts nobody for a while: they wait in the socket's queue.
+    fn rest(&mut self, pause: Duration) {
+        if std::mem::take(&mut self.watched) {
+            forget(self.poll.registry(), &self.listener);
+        }
+        self.ready = false;
+        self.rest_until = Some(self.now + pause);
+    }
+
+    fn accept(&mut self) {
+        for _ in 0..KNOCKS {
+            let most = self.settings.limits.connect_rate;
+            if let Err(again) = self.connects.take(self.now, most, (most / 10).max(KNOCKS as u32)) {
+                return self.rest(again - self.now);
+            }
+            let flags = rustix::net::SocketFlags::CLOEXEC | rustix::net::SocketFlags::NONBLOCK;
+            match rustix::net::accept_with(&self.listener, flags) {
+                Ok(socket) => self.admit(socket),
+                Err(Errno::INTR | Errno::CONNABORTED) => {}
+                Err(Errno::AGAIN) => {
+                    self.ready = false;
+                    return;
+                }
+                Err(errno) => {
+                    // EMFILE and its kind: the worker stays in the socket's queue.
+                    self.rest(self.settings.limits.resource_pause);
+                    return self.tell(News::Short(errno.to_string()));
+                }
+            }
+        }
+    }
+
+    fn admit(&mut self, socket: OwnedFd) {
+        let mut peer = match Peer::of(&socket) {
+            Ok(peer) => peer,
+            Err(error) => {
+                let peer = Peer { pid: 0, uid: u32::MAX, gids: Vec::new() };
+                self.refused(&peer, format!("no credentials: {error}"), None);
+                return self.bin.close(vec![socket]);
+            }
+        };
+        let uid = peer.uid;
+        let limits = &self.settings.limits;
+        let (rate, burst) = (limits.join_rate, limits.join_burst);
+        let (of_user, of_all) =
+            (limits.max_pending_hellos as usize, limits.max_handshakes as usize);
+        let deadline = self.now + limits.hello_timeout;
+        let why = if !self.rates.take(self.now, uid, rate, burst) {
+            Some(("join_rate", format!("user {uid} connects more than {rate} times a second")))
+        } else if self.pending.count_of(uid) >= of_user {
+            let reason = format!("user {uid} has {of_user} connections that have not said hello");
+            Some(("max_pending_hellos", reason))
+        } else if self.pending.len() >= of_all {
+            match self.pending.victim(uid).and_then(|key| self.pending.take(key)) {
+                Some(victim) => {
+                    let reason = format!("{of_all} handshakes are under way");
+                    self.refuse(victim, again("max_handshakes", reason));
+                    None
+                }
+                None => Some(("max_handshakes", format!("{of_all} handshakes are under way"))),
+            }
+        } else {
+            None
+        };
+        if let Some((key, reason)) = why {
+            return self.refuse_at(socket, &peer, again(key, reason));
+        }
+        peer.add_groups(&socket);
+        let raw = socket.as_raw_fd();
+        let key = self.pending.insert(socket, peer, deadline);
+        let token = Source::Pending(key).token();
+        let registry = self.poll.registry();
+        if let Err(error) = registry.register(&mut SourceFd(&raw), token, Interest::READABLE)
+            && let Some(pending) = self.pending.take(key)
+        {
+            let reason = format!("cannot watch its connection: {error}");
+            self.refuse(pending, Refusal { code: RefusedCode::Resources, reason, key: None });
+        }
+    }
+
+    /// Those that have not said hello in time.
+    fn refuse_silent(&mut self) {
+        while let Some(late) = self.pending.late(self.now).and_then(|key| self.pending.take(key)) {
+            let Pending { socket, peer, .. } = late;
+            forget(self.poll.registry(), &socket);
+            self.refused(&peer, "no hello in time".to_owned(), None);
+            self.bin.close(vec![socket]);
+        }
+    }
+
+    /// A pending control connection is readable: its hello, or its end.
+    fn hello(&mut self, key: Key) {
+        let Some(pending) = self.pending.get(key) else { return };
+        // Once it is about to be answered, what follows is read afterwards.
+        if pending.deadline.is_none() {
+            return;
+        }
+        let mut rubbish = Vec::new();
+        let received = control::receive(&pending.socket, &mut rubbish);
+        self.bin.close(rubbish);
+        let fault = match received {
+            Received::Empty => return,
+            Received::End => {
+                if let Some(pending) = self.pending.take(key) {
+                    forget(self.poll.registry(), &pending.socket);
+                    self.bin.close(vec![pending.socket]);
+                }
+                return;
+            }
+            Received::Record(Control::Hello(hello)) => return self.ask(key, hello),
+            Received::Record(other) => Fault::Unexpected(name_of(&other)),
+            Received::Broken(fault) => fault,
+        };
+        if let Some(pending) = self.pending.take(key) {
+            let reason = format!("not a hello: {fault}");
+            self.refuse(pending, Refusal { code: RefusedCode::Malformed, reason, key: None });
+        }
+    }
+
+    /// Everything a welcome needs is made before the hot thread is asked, so that it makes nothing.
+    fn ask(&mut self, key: Key, hello: Hello) {
+        let slots = self.settings.slots.get(&hello.pool).copied();
+        let Some(pending) = self.pending.get(key) else { return };
+        pending.deadline = None;
+        pending.process = control::process_of(&pending.socket, &pending.peer);
+        let lane = slots.map(|slots| Lane::new(slots, hello.finished).map_err(|e| e.to_string()));
+        let Peer { pid, uid, gids } = pending.peer.clone();
+        let join = Join { pid, uid, gids, hello, spawned: None };
+        self.tell(News::Hello(Box::new(Knock { key, join, lane })));
+    }
+
+    fn obey(&mut self, order: Order) {
+        match order {
+            Order::Welcome { key, worker, record, fds } => {
+                self.welcome(key, worker, &record, fds);
+            }
+            Order::Refuse { key, refusal } => {
+                if let Some(pending) = self.pending.take(key) {
+                    self.refuse(pending, refusal);
+                }
+            }
+            Order::Cut(worker) => {
+                if let Some(member) = self.member(Key::from(worker)) {
+                    let _ = rustix::net::shutdown(&member.control, rustix::net::Shutdown::Both);
+                }
+            }
+            Order::Forget(worker) => {
+                let place = self.members.get_mut(worker.index as usize);
+                let member = place.and_then(|p| p.take_if(|member| member.id == worker));
+                if let Some(member) = member {
+                    let registry = self.poll.registry();
+                    forget(registry, &member.control);
+                    if let Some(process) = &member.process {
+                        forget(registry, process);
+                    }
+                    self.bin.close(vec![member.control]);
+                }
+            }
+            Order::Settings(settings) => self.settings = settings,
+            Order::End => self.over = true,
+        }
+    }
+
+    fn welcome(&mut self, key: Key, worker: WorkerId, record: &[u8], fds: [OwnedFd; 3]) {
+        let Some(Pending { socket, process, .. }) = self.pending.take(key) else { return };
+        let key = Key::from(worker);
+        let registry = self.poll.registry();
+        let interest = Interest::READABLE;
+        let raw = socket.as_raw_fd();
+        let watched = registry
+            .reregister(&mut SourceFd(&raw), Source::Control(key).token(), interest)
+            .and_then(|()| match &process {
+                None => Ok(()),
+                Some(process) => {
+                    let token = Source::Process(key).token();
+                    registry.register(&mut SourceFd(&process.as_raw_fd()), token, interest)
+                }
+            });
+        let [channel, board, poke] = &fds;
+        let theirs = [channel.as_fd(), board.as_fd(), poke.as_fd()];
+        let sent = send_record(socket.as_fd(), record, &theirs);
+        let index = worker.index as usize;
+        if self.members.len() <= index {
+            self.members.resize_with(index + 1, || None);
+        }
+        self.members[index] = Some(Member {
+            id: worker,
+            control: socket,
+            process,
+            said_goodbye: false,
+            over: false,
+            unread: true,
+            claims: (self.now, 0),
+        });
+        if watched.is_err() {
+            self.left(key, Departure::Expelled("its connection cannot be watched"));
+        } else if sent.is_err() {
+            self.left(key, Departure::Disconnected);
+        }
+        // What came since its hello has used up its edge.
+        self.again.push_back((key, self.now));
+        // The worker's end of the channel: its last reference if the welcome did not arrive.
+        self.bin.close(fds.into());
+    }
+
+    /// A worker's control connection is readable: claims, goodbye, or its end.
+    fn control(&mut self, key: Key) {
+        if self.member(key).is_some_and(|member| !member.unread) {
+            self.read_records(key);
+        }
+    }
+
+    fn read_records(&mut self, key: Key) {
+        let now = self.now;
+        for _ in 0..RECORDS {
+            let Some(member) = self.member(key) else { return };
+            if member.over {
+                return;
+            }
+            if now - member.claims.0 >= CLAIM_WINDOW {
+                member.claims = (now, 0);
+            } else if member.claims.1 >= CLAIMS {
+                let next = member.claims.0 + CLAIM_WINDOW;
+                return self.read_on(key, next);
+            }
+            let id = member.id;
+            let mut rubbish = Vec::new();
+            let received = control::receive(&member.control, &mut rubbish);
+            let fault = match received {
+                Received::Empty => return,
+                Received::Record(Control::Own(own)) => {
+                    member.claims.1 += 1;
+                    self.tell(News::Own(id, own));
+                    continue;
+                }
+                Received::Record(Control::Goodbye(_)) if !member.said_goodbye => {
+                    member.said_goodbye = true;
+                    self.tell(News::Goodbye(id));
+                    continue;
+                }
+                Received::End => return self.left(key, Departure::Disconnected),
+                Received::Record(other) => Fault::Unexpected(name_of(&other)),
+                Received::Broken(fault) => fault,
+            };
+            member.over = true;
+            self.bin.close(rubbish);
+            return self.tell(News::Broke(id, fault));
+        }
+        // There may be more, and the edge is used up.
+        self.read_on(key, now);
+    }
+
+    fn read_on(&mut self, key: Key, time: Time) {
+        if let Some(member) = self.member(key) {
+            member.unread = true;
+            self.again.push_back((key, time));
+        }
+    }
+
+    fn left(&mut self, key: Key, why: Departure) {
+        let Some(member) = self.member(key) else { return };
+        let id = member.id;
+        // Of a killed process either news may come first, and both do.
+        if !std::mem::replace(&mut member.over, true) || why == Departure::Died {
+            self.tell(News::Left(id, why));
+        }
+    }
+
+    fn member(&mut self, key: Key) -> Option<&mut Member> {
+        let member = self.members.get_mut(key.index as usize)?.as_mut()?;
+        key.is(member.id.serial).then_some(member)
+    }
+
+    fn refuse(&mut self, pending: Pending, refusal: Refusal) {
+        forget(self.poll.registry(), &pending.socket);
+        self.refuse_at(pending.socket, &pending.peer, refusal);
+    }
+
+    /// Says why, to the peer and to the hot thread. The record is small and the socket new, so it fits or nobody reads it.
+    fn refuse_at(&mut self, socket: OwnedFd, peer: &Peer, refusal: Refusal) {
+        let Refusal { code, reason, key } = refusal;
+        self.refused(peer, reason.clone(), key.clone());
+        let mut record = Vec::new();
+        Refused { code, reason, key }.encode(&mut record);
+        let _ = send_record(socket.as_fd(), &record, &[]);
+        self.bin.close(vec![socket]);
+    }
+
+    /// The hot thread hears of so many of a user in a second, and of the others how many they were.
+    fn refused(&mut self, peer: &Peer, reason: String, key: Option<String>) {
+        let Peer { pid, uid, .. } = *peer;
+        let known = self.refusals.len() < REFUSED_USERS || self.refusals.contains_key(&uid);
+        let limit = self.refusals.entry(if known { uid } else { u32::MAX }).or_default();
+        if let Some(more) = limit.allow(self.now) {
+            self.tell(News::Refused { pid, uid, reason, key, more });
+        }
+    }
+
+    fn tell_unsaid(&mut self) {
+        let now = self.now;
+        let mut unsaid = Vec::new();
+        self.refusals.retain(|&uid, limit| {
+            if limit.due().is_some_and(|due| due <= now) {
+                unsaid.push((uid, limit.take_left_out()));
+            }
+            !limit.is_over(now)
+        });
+        for (uid, count) in unsaid {
+            self.tell(News::RefusedMore { uid, count });
+        }
+    }
+}
+
+/// Something that goes by itself.
+fn again(key: &str, reason: String) -> Refusal {
+    let reason = format!("{reason}; try again");
+    Refusal { code: RefusedCode::Resources, reason, key: Some(key.to_owned()) }
+}
