@@ -4,6 +4,7 @@
 mod support;
 
 use std::os::fd::AsFd;
+use std::sync::atomic::Ordering;
 
 use rustix::io::Errno;
 use support::peer::{Peer, encode, hello, receive};
@@ -14,6 +15,8 @@ use worker_sdk::wire::{Channel, Control, Goodbye, Hello, RefusedCode};
 const CONFIG: &str = r#"
 hello_timeout = "200ms"
 max_pending_hellos = 8
+join_burst = 100000
+connect_rate = 100000
 
 [[listener]]
 name = "web"
@@ -197,7 +200,7 @@ fn an_impossible_slot_state_costs_the_worker_its_place_and_nobody_a_connection()
         };
         let entry = handoff.entries[0];
         // RELEASED is the dispatcher's to write.
-        claim::release(board.slot(entry.slot).unwrap(), entry.seq);
+        board.slot(entry.slot).unwrap().store(entry.seq << 3 | 3, Ordering::SeqCst);
         rustix::io::write(&lane[1], &1_u64.to_ne_bytes()).unwrap();
         assert!(peer.ended());
         drop(fds);

@@ -34,10 +34,10 @@ impl Shell {
                 News::Goodbye(worker) => self.core.goodbye(self.now, worker),
                 News::Left(worker, why) => self.core.leave(self.now, worker, why),
                 News::Broke(worker, fault) => self.expel(worker, &fault),
-                News::Refused { pid, uid, reason, key, more } => {
+                News::Refused { pid, uid, gid, reason, key, more } => {
                     self.meters.workers_refused += 1 + more;
                     log::warn!(
-                        "event=worker_refused pid={pid} uid={uid} reason=\"{}\" key={} left_out={more}",
+                        "event=worker_refused pid={pid} uid={uid} gid={gid} reason=\"{}\" key={} left_out={more}",
                         reason.replace('"', "'"),
                         key.as_deref().unwrap_or("-")
                     );

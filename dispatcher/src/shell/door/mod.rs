@@ -51,7 +51,7 @@ pub(super) enum News {
     /// A worker has sent what it may not.
     Broke(WorkerId, Fault),
     /// A control connection was refused: `more` others of this user before it were not told of.
-    Refused { pid: i32, uid: u32, reason: String, key: Option<String>, more: u64 },
+    Refused { pid: i32, uid: u32, gid: u32, reason: String, key: Option<String>, more: u64 },
     /// As many of a user were refused and not told of.
     RefusedMore { uid: u32, count: u64 },
     /// No descriptor or memory for another control connection: accepting rests.

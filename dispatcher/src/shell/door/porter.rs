@@ -512,10 +512,11 @@ impl Porter {
     /// The hot thread hears of so many of a user in a second, and of the others how many they were.
     fn refused(&mut self, peer: &Peer, reason: String, key: Option<String>) {
         let Peer { pid, uid, .. } = *peer;
+        let gid = peer.gids.first().copied().unwrap_or_default();
         let known = self.refusals.len() < REFUSED_USERS || self.refusals.contains_key(&uid);
         let limit = self.refusals.entry(if known { uid } else { u32::MAX }).or_default();
         if let Some(more) = limit.allow(self.now) {
-            self.tell(News::Refused { pid, uid, reason, key, more });
+            self.tell(News::Refused { pid, uid, gid, reason, key, more });
         }
     }
 
