@@ -9,7 +9,6 @@ use std::sync::atomic::Ordering;
 use rustix::io::Errno;
 use support::peer::{Peer, encode, hello, receive};
 use support::*;
-use worker_sdk::scoreboard::claim;
 use worker_sdk::wire::{Channel, Control, Goodbye, Hello, RefusedCode};
 
 const CONFIG: &str = r#"
@@ -165,7 +164,7 @@ fn the_channel_carries_nothing_towards_the_dispatcher() {
         let peer = Peer::connect(&dispatcher.dispatch());
         let (_, lane) = peer.join(&hello());
         let on_channel = Peer { socket: lane[0].try_clone().unwrap() };
-        assert_eq!(on_channel.send(b"hello?", &[]), Err(rustix::io::Errno::PIPE));
+        assert_eq!(on_channel.send(b"hello?", &[]), Err(Errno::PIPE));
     });
 }
 

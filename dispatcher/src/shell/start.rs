@@ -29,9 +29,6 @@ use crate::closer::{Bounds, Closers, Owner, Task};
 use crate::config::Config;
 use crate::pool::{Core, ListenerId, ListenerSettings, PoolId, Screen, Time};
 
-/// How long the end waits for clients that are turned away to be told so, where a worker has a copy of their socket.
-const LAST_CLOSES: Duration = Duration::from_secs(1);
-
 impl Shell {
     /// Opens everything, tells the service manager, and is ready to serve.
     pub(super) fn start(config: Config) -> Result<Shell, RunError> {
