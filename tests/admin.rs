@@ -29,8 +29,8 @@ fn reload(dispatcher: &Dispatcher, body: &str) -> String {
     text(dispatcher, &["reload"])
 }
 
-/// How many clients ask at once; fewer than the connections there may be.
-const AT_ONCE: usize = 60;
+/// How many clients ask at once; fewer than the connections that one user may have.
+const AT_ONCE: usize = 45;
 
 /// How often they do.
 const WAVES: usize = 20;

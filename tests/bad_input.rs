@@ -229,10 +229,23 @@ fn a_lying_counter_is_clamped_and_named() {
 #[test]
 fn counters_that_go_back_or_are_absurd_are_clamped_and_named() {
     let dispatcher = nobody_else_notices(|dispatcher| {
-        // 2^63 live connections: it can join, and is full.
+        // 2^63 live connections: it can join, and is as full as it can be.
         let absurd = Peer::connect(&dispatcher.dispatch());
         let _lane = absurd.join(&Hello { base: u64::MAX / 2, ..hello() });
-        assert_eq!(worker(&dispatcher.status(), "bad").unwrap().load, u64::MAX / 2);
+        let status = dispatcher.status();
+        let seen = worker(&status, "bad").unwrap();
+        assert_eq!((seen.base, seen.load), (100, 100));
+        logged(dispatcher, "counter=\"base\" said=9223372036854775807 used=100");
+        // Two of them are no more than one: the sums go on being sums.
+        let most = Peer::connect(&dispatcher.dispatch());
+        let _most = most.join(&Hello { base: u64::MAX, name: "most".to_owned(), ..hello() });
+        let both = Hello { base: u64::MAX, finished: u64::MAX, name: "both".to_owned(), ..hello() };
+        let peer = Peer::connect(&dispatcher.dispatch());
+        let _both = peer.join(&both);
+        let status = dispatcher.status();
+        assert_eq!(worker(&status, "most").unwrap().load, 100);
+        assert_eq!(worker(&status, "both").unwrap().load, 0);
+        assert!(dispatcher.metric("dispatcher_worker_live_connections") < 1e6);
         Client::connect(dispatcher.address("web")).unwrap().finish();
 
         // More finished than opened is no hello.

@@ -1,14 +1,24 @@
-//! Asking the hot thread: many clients, at most one question and one command at a time.
+//! Asking the hot thread: many clients, at most one question and one command at a time, and neither too often.
 
 use std::sync::mpsc::SyncSender;
 use std::sync::{Arc, Mutex, PoisonError};
 use std::time::Duration;
 
 use tokio::sync::oneshot;
+use tokio::time::Instant;
 
 use super::command::{Answer, Command};
-use super::{Request, Wake};
+use super::{Gathered, Request, Wake};
 use crate::status::Status;
+
+/// The status is gathered at most ten times in a second.
+const STATUS_EVERY: Duration = Duration::from_millis(100);
+
+/// How often the hot thread is asked whether it turns, at most.
+const ALIVE_EVERY: Duration = Duration::from_millis(20);
+
+/// How often it is asked for anything else, at most.
+const OTHERS_EVERY: Duration = Duration::from_millis(2);
 
 /// Why there is no answer.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -19,15 +29,64 @@ pub(super) enum NoAnswer {
     Late,
 }
 
+/// A question that all who ask it meanwhile share.
+struct Question<T> {
+    every: Duration,
+    state: Mutex<Waiting<T>>,
+}
+
+struct Waiting<T> {
+    /// Who gets the answer to the question that is out, or about to be. Empty iff there is none. Bounded by the number of
+    /// HTTP connections: each waits for one answer, and those that gave up are removed.
+    askers: Vec<oneshot::Sender<T>>,
+    /// Not asked again before that.
+    next: Instant,
+}
+
+impl<T: Clone + Send + 'static> Question<T> {
+    fn new(every: Duration) -> Question<T> {
+        Question { every, state: Mutex::new(Waiting { askers: Vec::new(), next: Instant::now() }) }
+    }
+
+    fn lock(&self) -> std::sync::MutexGuard<'_, Waiting<T>> {
+        self.state.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    /// Waits for the next answer. When the question is not out yet: from when on it may be asked.
+    fn join(&self) -> (oneshot::Receiver<T>, Option<Instant>) {
+        let (sender, answer) = oneshot::channel();
+        let mut state = self.lock();
+        let first = state.askers.is_empty();
+        state.askers.retain(|sender| !sender.is_closed());
+        state.askers.push(sender);
+        (answer, first.then_some(state.next))
+    }
+
+    /// It is asked now.
+    fn asked(&self) {
+        self.lock().next = Instant::now() + self.every;
+    }
+
+    /// All who wait get the answer. Without one, dropping the senders says so.
+    fn answer(&self, answer: Option<&T>) {
+        let askers = std::mem::take(&mut self.lock().askers);
+        for asker in askers {
+            if let Some(answer) = answer {
+                // Nobody minds a client that has left.
+                let _ = asker.send(answer.clone());
+            }
+        }
+    }
+}
+
 /// Shared by all HTTP connections.
 pub(super) struct Gate {
     requests: SyncSender<Request>,
     wake: Wake,
-    /// Who gets the answer to the question that is out. Empty iff none is out. Bounded by the number of HTTP
-    /// connections: each waits for one answer, and those that gave up are removed.
-    waiting: Mutex<Vec<oneshot::Sender<Arc<Status>>>>,
-    /// Held by the command that is out.
-    commands: tokio::sync::Mutex<()>,
+    status: Question<Arc<Status>>,
+    alive: Question<()>,
+    /// Held by the command that is out; not asked again before the time in it.
+    commands: tokio::sync::Mutex<Instant>,
 }
 
 impl Gate {
@@ -35,33 +94,45 @@ impl Gate {
         Arc::new(Gate {
             requests,
             wake,
-            waiting: Mutex::new(Vec::new()),
-            commands: tokio::sync::Mutex::new(()),
+            status: Question::new(STATUS_EVERY),
+            alive: Question::new(ALIVE_EVERY),
+            commands: tokio::sync::Mutex::new(Instant::now()),
         })
     }
 
-    /// The status, from the question that is already out if there is one: however many clients ask, the hot
-    /// thread answers at most once per turn.
+    /// The status, gathered after this was called or about then: however many clients ask, the hot thread answers one
+    /// question at a time, and seldom. What takes long to say is said here.
     pub(super) async fn status(
         self: &Arc<Gate>,
         patience: Duration,
     ) -> Result<Arc<Status>, NoAnswer> {
-        let (sender, answer) = oneshot::channel();
-        let first = {
-            let mut waiting = self.lock();
-            let first = waiting.is_empty();
-            waiting.retain(|sender| !sender.is_closed());
-            waiting.push(sender);
-            first
-        };
-        if first {
-            self.ask();
+        let (answer, from) = self.status.join();
+        if let Some(from) = from {
+            let gate = Arc::clone(self);
+            tokio::spawn(async move {
+                tokio::time::sleep_until(from).await;
+                gate.status.asked();
+                let gathered = gate.put(Request::Status).await;
+                let status = gathered.map(|Gathered(finish)| Arc::new(finish()));
+                gate.status.answer(status.as_ref());
+            });
         }
-        match tokio::time::timeout(patience, answer).await {
-            Ok(Ok(status)) => Ok(status),
-            Ok(Err(_)) => Err(NoAnswer::Refused),
-            Err(_) => Err(NoAnswer::Late),
+        in_time(patience, answer).await
+    }
+
+    /// Whether the hot thread turns: it has nothing to gather for that.
+    pub(super) async fn alive(self: &Arc<Gate>, patience: Duration) -> Result<(), NoAnswer> {
+        let (answer, from) = self.alive.join();
+        if let Some(from) = from {
+            let gate = Arc::clone(self);
+            tokio::spawn(async move {
+                tokio::time::sleep_until(from).await;
+                gate.alive.asked();
+                let answer = gate.put(Request::Alive).await;
+                gate.alive.answer(answer.as_ref());
+            });
         }
+        in_time(patience, answer).await
     }
 
     /// What came of a command. One that is late may still be carried out.
@@ -81,35 +152,27 @@ impl Gate {
         patience: Duration,
     ) -> Result<T, NoAnswer> {
         let exchange = async {
-            let _turn = self.commands.lock().await;
-            let (sender, answer) = oneshot::channel();
-            self.requests.try_send(request(sender)).map_err(|_| NoAnswer::Refused)?;
-            (self.wake)();
-            answer.await.map_err(|_| NoAnswer::Refused)
+            let mut turn = self.commands.lock().await;
+            tokio::time::sleep_until(*turn).await;
+            *turn = Instant::now() + OTHERS_EVERY;
+            self.put(request).await.ok_or(NoAnswer::Refused)
         };
         tokio::time::timeout(patience, exchange).await.unwrap_or(Err(NoAnswer::Late))
     }
 
-    fn ask(self: &Arc<Gate>) {
+    /// Puts one request to the hot thread; `None` if it does not take it, or does not answer.
+    async fn put<T>(&self, request: impl FnOnce(oneshot::Sender<T>) -> Request) -> Option<T> {
         let (sender, answer) = oneshot::channel();
-        if self.requests.try_send(Request::Status(sender)).is_err() {
-            self.lock().clear();
-            return;
-        }
+        self.requests.try_send(request(sender)).ok()?;
         (self.wake)();
-        let gate = Arc::clone(self);
-        tokio::spawn(async move {
-            let answer = answer.await.ok().map(Arc::new);
-            for waiting in gate.lock().drain(..) {
-                // Without an answer, dropping the sender says so. Nobody minds a client that has left.
-                if let Some(status) = &answer {
-                    let _ = waiting.send(Arc::clone(status));
-                }
-            }
-        });
+        answer.await.ok()
     }
+}
 
-    fn lock(&self) -> std::sync::MutexGuard<'_, Vec<oneshot::Sender<Arc<Status>>>> {
-        self.waiting.lock().unwrap_or_else(PoisonError::into_inner)
+async fn in_time<T>(patience: Duration, answer: oneshot::Receiver<T>) -> Result<T, NoAnswer> {
+    match tokio::time::timeout(patience, answer).await {
+        Ok(Ok(answer)) => Ok(answer),
+        Ok(Err(_)) => Err(NoAnswer::Refused),
+        Err(_) => Err(NoAnswer::Late),
     }
 }

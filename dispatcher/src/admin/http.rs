@@ -6,12 +6,14 @@ use std::sync::Arc;
 use std::time::Duration;
 
 use axum::{Router, middleware};
+use hyper::service::{Service, service_fn};
 use hyper_util::rt::{TokioIo, TokioTimer};
 use hyper_util::service::TowerToHyperService;
 use tokio::io::{AsyncRead, AsyncWrite};
 use tokio::net::{TcpListener, TcpStream, UnixListener, UnixStream};
 use tokio::sync::{OwnedSemaphorePermit, Semaphore};
 
+use super::guests::{Connection, Connects, Guests, Who};
 use super::routes::{self, App};
 use super::who_may;
 
@@ -34,51 +36,59 @@ const MAX_HEAD: usize = 16 * 1024;
 const REST: Duration = Duration::from_millis(100);
 
 /// Serves for as long as it is polled.
-pub(super) async fn serve(listener: UnixListener, app: App) {
+pub(super) async fn serve(listener: UnixListener, app: App, guests: Guests) {
     let routes = routes::all(app).layer(middleware::from_fn(who_may::no_pages));
-    accept_all(listener, routes).await;
+    accept_all(listener, routes, guests).await;
 }
 
 /// The same over TCP, for reading only. It has connections of its own, so that its clients keep nobody from the socket.
-pub(super) async fn serve_tcp(listener: TcpListener, app: App) {
+pub(super) async fn serve_tcp(listener: TcpListener, app: App, guests: Guests) {
     // Should nobody know its address: the stricter way.
     let loopback = listener.local_addr().map_or(true, |address| address.ip().is_loopback());
     let check = middleware::from_fn_with_state(loopback, who_may::read_only);
     let routes = routes::all(app).layer(check);
-    accept_all(listener, routes).await;
+    accept_all(listener, routes, guests).await;
 }
 
 /// What both kinds of listener do.
 trait Accept {
     type Stream: AsyncRead + AsyncWrite + Unpin + Send + 'static;
 
-    fn next(&self) -> impl Future<Output = io::Result<Self::Stream>> + Send;
+    fn next(&self) -> impl Future<Output = io::Result<(Self::Stream, Who)>> + Send;
 }
 
 impl Accept for UnixListener {
     type Stream = UnixStream;
 
-    async fn next(&self) -> io::Result<UnixStream> {
-        Ok(self.accept().await?.0)
+    async fn next(&self) -> io::Result<(UnixStream, Who)> {
+        let (stream, _) = self.accept().await?;
+        let who = stream.peer_cred().map_or(Who::Unknown, |peer| Who::User(peer.uid()));
+        Ok((stream, who))
     }
 }
 
 impl Accept for TcpListener {
     type Stream = TcpStream;
 
-    async fn next(&self) -> io::Result<TcpStream> {
-        Ok(self.accept().await?.0)
+    async fn next(&self) -> io::Result<(TcpStream, Who)> {
+        let (stream, address) = self.accept().await?;
+        Ok((stream, Who::Address(address.ip())))
     }
 }
 
-async fn accept_all(listener: impl Accept, routes: Router) {
+async fn accept_all(listener: impl Accept, routes: Router, guests: Guests) {
     // Outermost, so that it sees every answer.
     let routes = routes.layer(middleware::from_fn(routes::all_as_json));
     let slots = Arc::new(Semaphore::new(MAX_CONNECTIONS));
+    let mut connects = Connects::new();
     while let Ok(slot) = Arc::clone(&slots).acquire_owned().await {
+        connects.pace().await;
         match listener.next().await {
-            Ok(stream) => {
-                tokio::spawn(connection(stream, routes.clone(), slot));
+            Ok((stream, who)) => {
+                // Of a user that has too many: the connection is closed.
+                if let Some(guest) = guests.connect(who) {
+                    tokio::spawn(connection(stream, routes.clone(), guest, slot));
+                }
             }
             Err(error) => {
                 log::warn!("event=admin_accept_failed error=\"{error}\"");
@@ -88,16 +98,25 @@ async fn accept_all(listener: impl Accept, routes: Router) {
     }
 }
 
-async fn connection<S>(stream: S, routes: Router, _slot: OwnedSemaphorePermit)
+async fn connection<S>(stream: S, routes: Router, guest: Connection, _slot: OwnedSemaphorePermit)
 where
     S: AsyncRead + AsyncWrite + Unpin,
 {
+    let guest = Arc::new(guest);
+    let routes = TowerToHyperService::new(routes);
+    let paced = service_fn(move |request| {
+        let (guest, routes) = (Arc::clone(&guest), routes.clone());
+        async move {
+            guest.pace().await;
+            routes.call(request).await
+        }
+    });
     let mut connection = pin!(
         hyper::server::conn::http1::Builder::new()
             .timer(TokioTimer::new())
             .header_read_timeout(HEADER_TIMEOUT)
             .max_buf_size(MAX_HEAD)
-            .serve_connection(TokioIo::new(stream), TowerToHyperService::new(routes))
+            .serve_connection(TokioIo::new(stream), paced)
     );
     let result = match tokio::time::timeout(CONNECTION_TIME, connection.as_mut()).await {
         Ok(result) => result,

@@ -7,6 +7,7 @@
 pub mod client;
 pub mod command;
 mod gate;
+mod guests;
 mod http;
 mod metrics;
 mod reload;
@@ -27,6 +28,7 @@ use std::time::{Duration, Instant};
 use tokio::sync::{Notify, oneshot};
 
 use self::command::{Answer, Command, CommandError};
+use self::guests::Guests;
 use crate::decisions::{Next, Past};
 use crate::shell::reload::{InForce, Plan, Reloaded};
 use crate::spawner::{self, Report, Spawner};
@@ -48,7 +50,9 @@ const PROCESSES_END: Duration = Duration::from_secs(3);
 #[derive(Debug)]
 pub enum Request {
     /// What is going on?
-    Status(oneshot::Sender<Status>),
+    Status(oneshot::Sender<Gathered>),
+    /// Does it turn?
+    Alive(oneshot::Sender<()>),
     /// Do this.
     Command {
         /// What.
@@ -85,11 +89,21 @@ pub enum Request {
     },
 }
 
+/// What the hot thread has gathered for a status: the rest is done where nobody waits.
+pub struct Gathered(pub Box<dyn FnOnce() -> Status + Send>);
+
+impl std::fmt::Debug for Gathered {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        f.write_str("Gathered")
+    }
+}
+
 impl Request {
     /// Whether nobody waits for the answer any more: a client hung up, or its time is over.
     fn is_given_up(&self) -> bool {
         match self {
             Request::Status(answer) => answer.is_closed(),
+            Request::Alive(answer) => answer.is_closed(),
             Request::Command { answer, .. } => answer.is_closed(),
             Request::InForce(answer) => answer.is_closed(),
             Request::Reload { answer, .. } => answer.is_closed(),
@@ -109,6 +123,8 @@ pub struct Admin {
     pub spawner: Spawner,
     /// `metrics_max_workers`; to be set at the start and by a reload.
     pub metrics_max_workers: Arc<AtomicU32>,
+    /// `admin_rate`, likewise.
+    pub admin_rate: Arc<AtomicU32>,
     /// Asks for a reload, without waiting for it.
     pub reload: Arc<Notify>,
     stop: oneshot::Sender<()>,
@@ -140,6 +156,8 @@ impl Admin {
         let gate = gate::Gate::new(request_sender, Arc::clone(&wake));
         let (spawner, spawns, reports) = spawner::service(wake);
         let metrics_max_workers = Arc::new(AtomicU32::new(0));
+        let guests = Guests::default();
+        let admin_rate = guests.rate();
         let reload = Arc::new(Notify::new());
         let reloader = reload::Reloader::new(Arc::clone(&gate));
         let app = routes::App {
@@ -154,17 +172,26 @@ impl Admin {
                 tokio::spawn(spawns.run());
                 tokio::spawn(reloader.whenever(asked));
                 if let Some(tcp) = tcp {
-                    tokio::spawn(http::serve_tcp(tcp, app.clone()));
+                    tokio::spawn(http::serve_tcp(tcp, app.clone(), guests.clone()));
                 }
                 tokio::select! {
-                    () = http::serve(listener, app) => {}
+                    () = http::serve(listener, app, guests) => {}
                     // An error is a dropped `Admin`: the same.
                     _ = stopped => {}
                 }
             });
             runtime.shutdown_timeout(THREAD_END);
         })?;
-        Ok(Admin { requests, reports, spawner, metrics_max_workers, reload, stop, thread })
+        Ok(Admin {
+            requests,
+            reports,
+            spawner,
+            metrics_max_workers,
+            admin_rate,
+            reload,
+            stop,
+            thread,
+        })
     }
 
     /// The next question that somebody waits for. Others are thrown away: whoever asks and hangs up, again and again, makes the

@@ -48,6 +48,7 @@ impl Bench {
             }),
         )
         .expect("a side thread");
+        admin.admin_rate.store(10_000, Ordering::SeqCst);
         let hot = std::thread::spawn({
             let (answering, asked, end) = (answering.clone(), asked.clone(), end.clone());
             move || {
@@ -60,8 +61,9 @@ impl Bench {
                         let turn = asked.fetch_add(1, Ordering::SeqCst) as u64;
                         match request {
                             Request::Status(answer) => {
-                                let _ = answer.send(status(turn));
+                                let _ = answer.send(Gathered(Box::new(move || status(turn))));
                             }
+                            Request::Alive(answer) => drop(answer.send(())),
                             Request::Command { command, answer } => {
                                 let _ = answer.send(carried_out(&command));
                             }
@@ -277,9 +279,37 @@ fn reads_of_all_kinds_are_one_question() {
         client.read_to_string(&mut answer).expect("an answer");
         assert!(answer.starts_with("HTTP/1.1 200 "), "{answer}");
     }
-    assert_eq!(bench.asked.load(Ordering::SeqCst), 1);
+    // One for all of them, and one of the other kind.
+    assert_eq!(bench.asked.load(Ordering::SeqCst), 2);
     // And it can be asked again.
     client::get(&bench.path(), "/healthz", PATIENCE).expect("healthy");
+}
+
+#[test]
+fn a_flood_of_questions_asks_the_hot_thread_seldom() {
+    let bench = Bench::new();
+    let start = Instant::now();
+    let floods: Vec<_> = (0..8)
+        .map(|n| {
+            let path = bench.path();
+            std::thread::spawn(move || {
+                let target = ["/healthz", "/v1/status", "/metrics", "/readyz"][n % 4];
+                let mut count = 0;
+                while start.elapsed() < Duration::from_millis(600) {
+                    client::get(&path, target, PATIENCE).expect("an answer");
+                    count += 1;
+                }
+                count
+            })
+        })
+        .collect();
+    let answered: usize = floods.into_iter().map(|flood| flood.join().expect("no panic")).sum();
+    let took = start.elapsed().as_millis() as usize;
+    // The status at most ten times in a second, whether it turns at most fifty times; each once more at the edges.
+    let most = took / 100 + took / 20 + 4;
+    let asked = bench.asked.load(Ordering::SeqCst);
+    assert!(asked <= most, "{asked} questions in {took} ms, {answered} answers");
+    assert!(answered > 8);
 }
 
 #[test]
@@ -409,9 +439,14 @@ fn a_slow_head_is_not_waited_for() {
 #[test]
 fn there_is_room_again_after_idle_clients() {
     let bench = Bench::new();
+    // As many as one user may have, and more, which are closed at once.
     let idle: Vec<UnixStream> = (0..http::MAX_CONNECTIONS).map(|_| bench.open()).collect();
-    // Waits in the kernel's queue until the idle ones are cut off.
-    client::get(&bench.path(), "/healthz", PATIENCE).expect("healthy");
+    // Until the idle ones are cut off.
+    let start = Instant::now();
+    while client::get(&bench.path(), "/healthz", PATIENCE).is_err() {
+        assert!(start.elapsed() < PATIENCE, "they are cut off");
+        std::thread::sleep(Duration::from_millis(10));
+    }
     drop(idle);
 }
 

@@ -39,6 +39,7 @@ pub(super) struct File {
     pub connect_rate: Option<Count<1, 1_000_000>>,
     pub join_rate: Option<Count<1, 1_000_000>>,
     pub join_burst: Option<Count<1, 1_000_000>>,
+    pub admin_rate: Option<Count<1, 1_000_000>>,
     pub closing_threads: Option<Count<1, 256>>,
     pub max_closing: Option<Count<16, 1_000_000>>,
     pub defaults: Option<PoolKeys>,

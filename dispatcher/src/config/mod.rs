@@ -299,6 +299,8 @@ pub struct Limits {
     pub join_rate: u32,
     /// `join_burst`: most control connections of one user at once. Default 1,000.
     pub join_burst: u32,
+    /// `admin_rate`: most requests of one user over HTTP in a second, on average; more wait. Default 200.
+    pub admin_rate: u32,
     /// `closing_threads`: most threads for closes that linger and what else may hang. Default 16.
     pub closing_threads: u32,
     /// `max_closing`: descriptors that wait to be closed before their linger is cleared; with twice as many no client is
@@ -323,6 +325,7 @@ impl Default for Limits {
             connect_rate: 2_000,
             join_rate: 50,
             join_burst: 1_000,
+            admin_rate: 200,
             closing_threads: 16,
             max_closing: 1_024,
             metrics_max_workers: 256,

@@ -203,6 +203,7 @@ fn limits(file: &File) -> Limits {
         connect_rate: file.connect_rate.map_or(default.connect_rate, |n| n.0),
         join_rate: file.join_rate.map_or(default.join_rate, |n| n.0),
         join_burst: file.join_burst.map_or(default.join_burst, |n| n.0),
+        admin_rate: file.admin_rate.map_or(default.admin_rate, |n| n.0),
         closing_threads: file.closing_threads.map_or(default.closing_threads, |n| n.0),
         max_closing: file.max_closing.map_or(default.max_closing, |n| n.0),
     }

@@ -1,12 +1,30 @@
 //! Who may join.
 
-use worker_sdk::wire::{Features, RefusedCode, VERSION};
+use worker_sdk::wire::{Features, Hello, RefusedCode, VERSION};
 
 use super::policy::Member;
 use super::ring::Ring;
 use super::types::*;
 use super::worker::{Worker, node};
 use super::{Core, Event};
+
+/// More than a process can have taken: at a million a second this takes 285 years. Every sum of them is exact, too.
+const MOST_TAKEN: u64 = 1 << 53;
+
+/// More live connections than `max_connections_per_worker` can be.
+const MOST_LIVE: u64 = 10_000_000;
+
+/// What a worker says it has taken and closed so far. If that cannot be, it is as if it had as many connections as it
+/// wants to have.
+fn possible(hello: &Hello) -> (u64, u64) {
+    let finished = hello.finished.min(hello.base);
+    let live = hello.base - finished;
+    if hello.base <= MOST_TAKEN && live <= MOST_LIVE {
+        return (hello.base, finished);
+    }
+    let finished = if finished <= MOST_TAKEN { finished } else { 0 };
+    (finished + live.min(u64::from(hello.max_connections)), finished)
+}
 
 impl Core {
     /// The pool a worker may join, or why it may not.
@@ -103,6 +121,7 @@ impl Core {
             memory.move_in(&hello.name, index, |w| workers[w as usize].is_usable())
         });
         let priority = hello.priority;
+        let (base, finished) = possible(hello);
         let mut worker = Worker {
             id,
             pool: p,
@@ -118,9 +137,9 @@ impl Core {
             own_max: hello.max_connections,
             process: join.spawned,
             state: State::Active,
-            base: hello.base,
+            base,
             taken: 0,
-            finished: hello.finished.min(hello.base),
+            finished,
             sent: 0,
             revoked: 0,
             ring: Ring::new(pool.settings.max_untaken),
@@ -159,6 +178,9 @@ impl Core {
         }
         self.add_usable(p);
         self.event(Event::Joined { worker: id, live });
+        if base != hello.base {
+            self.event(Event::Clamped { worker: id, what: "base", said: hello.base, used: base });
+        }
         self.refresh(index as usize);
         id
     }

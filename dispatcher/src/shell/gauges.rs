@@ -3,6 +3,8 @@
 //! Owns which gauge of a scoreboard is which of the pool's, and what was last read there. Whether it is time to read, and
 //! what a reading is worth, the core says. For the status everything is read that has a name.
 
+use std::sync::Arc;
+
 use worker_sdk::scoreboard::Scoreboard;
 use worker_sdk::scoreboard::gauge::{GaugeName, Reading};
 
@@ -96,24 +98,37 @@ impl Shell {
         }
     }
 
-    /// Adds to a status what every worker shows.
-    pub(super) fn show_gauges(&self, status: &mut Status) {
-        for io in self.workers.iter().flatten() {
+    /// What every worker shows, to be read elsewhere.
+    pub(super) fn boards(&self) -> Vec<Shown> {
+        let shown = self.workers.iter().flatten().filter_map(|io| {
             let scored = self.core.score(self.now, io.id);
-            if scored.is_none() && io.lane.board.named_gauges() == 0 {
-                continue;
-            }
-            let shown = status.pools.iter_mut().find_map(|pool| {
-                let at = pool.workers.binary_search_by_key(&io.id.serial, |worker| worker.id);
-                pool.workers.get_mut(at.ok()?)
-            });
-            if let Some(worker) = shown {
-                worker.gauges = all(&io.lane.board, self.now);
-                match scored {
-                    Some(Scored::Score(score)) => worker.score = Some(score),
-                    Some(out) => worker.not_scored = Some(out.to_string()),
-                    None => {}
-                }
+            let named = scored.is_some() || io.lane.board.named_gauges() > 0;
+            named.then(|| Shown { worker: io.id.serial, scored, board: Arc::clone(&io.lane.board) })
+        });
+        shown.collect()
+    }
+}
+
+/// What a worker shows.
+pub(super) struct Shown {
+    worker: u64,
+    scored: Option<Scored>,
+    board: Arc<Scoreboard>,
+}
+
+/// Adds to a status what every worker shows.
+pub(super) fn show_gauges(now: Time, shown: Vec<Shown>, status: &mut Status) {
+    for Shown { worker: id, scored, board } in shown {
+        let worker = status.pools.iter_mut().find_map(|pool| {
+            let at = pool.workers.binary_search_by_key(&id, |worker| worker.id);
+            pool.workers.get_mut(at.ok()?)
+        });
+        if let Some(worker) = worker {
+            worker.gauges = all(&board, now);
+            match scored {
+                Some(Scored::Score(score)) => worker.score = Some(score),
+                Some(out) => worker.not_scored = Some(out.to_string()),
+                None => {}
             }
         }
     }

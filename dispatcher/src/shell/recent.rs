@@ -13,7 +13,7 @@ use crate::status::FaultStatus;
 pub(super) const SECONDS: usize = 300;
 
 /// One fault, or several of the same kind about the same subject in a row.
-#[derive(Debug)]
+#[derive(Clone, Debug)]
 struct Fault {
     at: SystemTime,
     kind: &'static str,
@@ -24,7 +24,7 @@ struct Fault {
 }
 
 /// The last faults, newest last.
-#[derive(Debug, Default)]
+#[derive(Clone, Debug, Default)]
 pub(super) struct Faults {
     list: VecDeque<Fault>,
 }

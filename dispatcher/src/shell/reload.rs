@@ -372,6 +372,7 @@ impl Shell {
         self.core.set_resource_pause(plan.limits.resource_pause);
         let most = plan.limits.metrics_max_workers;
         self.side.metrics_max_workers.store(most, Ordering::Relaxed);
+        self.side.admin_rate.store(plan.limits.admin_rate, Ordering::Relaxed);
         self.closers.set_bounds(super::start::bounds(&plan.limits));
         self.config.limits = plan.limits;
         let settings = Shell::door_settings(&self.config);

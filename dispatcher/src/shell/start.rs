@@ -100,6 +100,7 @@ impl Shell {
         };
         let side = Admin::start(admin, tcp, wake).map_err(RunError::system("admin thread"))?;
         side.metrics_max_workers.store(config.limits.metrics_max_workers, Ordering::Relaxed);
+        side.admin_rate.store(config.limits.admin_rate, Ordering::Relaxed);
         let (sender, purged) = mpsc::channel();
         let closers = Closers::start(bounds(&config.limits), sender, wake_closers)
             .map_err(RunError::system("closing threads"))?;

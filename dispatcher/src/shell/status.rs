@@ -4,12 +4,12 @@ use rustix::rand::GetRandomFlags;
 use worker_sdk::wire::Token;
 
 use super::Shell;
+use super::gauges::show_gauges;
 use super::limit::{Cause, ProcessNews};
-use crate::admin::Request;
+use crate::admin::{Gathered, Request};
 use crate::config::UnixSource;
 use crate::pool::ProcessId;
 use crate::spawner::{Report, SpawnRequest};
-use crate::status::Status;
 
 /// Most reports of the side thread handled in one turn, beside one request; the rest is for the next turn.
 const REPORTS_PER_TURN: usize = 256;
@@ -34,7 +34,8 @@ impl Shell {
     /// wakes the side thread: one write to its eventfd.
     fn answer(&mut self, request: Request) {
         match request {
-            Request::Status(answer) => drop(answer.send(self.status())),
+            Request::Status(answer) => drop(answer.send(self.gather())),
+            Request::Alive(answer) => drop(answer.send(())),
             Request::History { pool, after, answer } => {
                 drop(answer.send(self.history(&pool, after)));
             }
@@ -47,9 +48,10 @@ impl Shell {
         }
     }
 
-    fn status(&mut self) -> Status {
+    /// Everything that only this thread knows. Reading what workers show, and putting times into words, is left to the side
+    /// thread.
+    fn gather(&mut self) -> Gathered {
         let mut status = self.core.status();
-        self.show_gauges(&mut status);
         status.version = env!("CARGO_PKG_VERSION").to_owned();
         status.pid = std::process::id();
         status.instance.clone_from(&self.instance);
@@ -58,11 +60,15 @@ impl Shell {
         status.longest_turn_microseconds =
             u64::try_from(self.longest_turn.as_micros()).unwrap_or(u64::MAX);
         status.accepted_per_second = self.seconds.whole(self.now);
-        status.faults = self.faults.status();
         for (id, listener) in self.core.listeners().zip(&mut status.listeners) {
             listener.state = self.listener_state(id).to_owned();
         }
-        status
+        let (now, boards, faults) = (self.now, self.boards(), self.faults.clone());
+        Gathered(Box::new(move || {
+            show_gauges(now, boards, &mut status);
+            status.faults = faults.status();
+            status
+        }))
     }
 
     /// Has a process started by the side thread, with a token by which it will be known.

@@ -20,10 +20,10 @@ pub(super) fn routes() -> Router<App> {
         .route("/readyz", methods("GET, HEAD", get(readyz)))
 }
 
-/// The hot thread answers: restarting the dispatcher would help nobody, whatever its workers do.
+/// The hot thread turns: restarting the dispatcher would help nobody, whatever its workers do.
 async fn healthz(State(app): State<App>) -> Response {
-    match app.gate.status(HEALTHY).await {
-        Ok(_) => "ok\n".into_response(),
+    match app.gate.alive(HEALTHY).await {
+        Ok(()) => "ok\n".into_response(),
         Err(why) => no_answer(why),
     }
 }
