@@ -13,6 +13,7 @@ pub mod logger;
 pub mod measure;
 pub mod pool;
 pub mod shell;
+pub mod signals;
 #[doc(hidden)]
 pub mod sim;
 pub mod spawner;

@@ -2,8 +2,18 @@
 //!
 //! Lines go into a bounded queue that the `log` thread writes out. When the queue is full (a terminal that is
 //! paused, a pipe nobody reads), lines are left out and counted; what is left out is said as soon as there is room.
-//! `DISPATCHER_LOG` selects what is logged at the start, in the syntax of `env_logger`; without it, `log_level` of the
-//! configuration does. Both can be changed while it runs: see [`set_level`].
+//! `DISPATCHER_LOG` selects what is logged at the start, in the syntax of `env_logger`; without it, and for all that it
+//! does not name, `log_level` of the configuration does. Both can be changed while it runs: see [`set_level`].
+//!
+//! Values in log lines go through [`value`] or [`quoted`].
+
+mod filter;
+mod output;
+mod value;
+
+pub use self::value::{Quoted, Value, quoted, value};
+
+use self::output::Output;
 
 use std::fmt::Write as _;
 use std::io::{self, Write};
@@ -14,6 +24,7 @@ use std::sync::{Arc, OnceLock, PoisonError, RwLock};
 use std::time::{Duration, Instant};
 
 use log::{Level, LevelFilter, Record};
+use worker_sdk::wire::is_hidden;
 
 /// The variable that selects what is logged.
 pub const VARIABLE: &str = "DISPATCHER_LOG";
@@ -39,11 +50,26 @@ pub fn init(level: LevelFilter) -> io::Result<()> {
     if QUEUE.set(queue.clone()).is_err() {
         return Ok(());
     }
-    let selected = environment().unwrap_or_else(|| name(level).to_owned());
+    let (selected, mistakes) = match environment() {
+        Some(text) => {
+            let filter = filter::parse(&text, level);
+            (filter.directives, filter.mistakes)
+        }
+        None => (name(level).to_owned(), Vec::new()),
+    };
     let switch = SWITCH.get_or_init(|| {
         let current = Current { logger: build(&queue, style, &selected), selected };
-        Switch { queue, style, current: RwLock::new(current) }
+        Switch { queue: queue.clone(), style, current: RwLock::new(current) }
     });
+    // Whatever the level is, this is said.
+    for mistake in mistakes {
+        let text = format!(
+            "event=log_filter_ignored mistake={} hint={}",
+            quoted(format_args!("{VARIABLE}: {mistake}")),
+            quoted(filter::hint())
+        );
+        let _ = queue.clone().write(own_line(&text, Level::Warn, style).as_bytes());
+    }
     // An error means that a logger is set already, by a test say: then that one stays.
     if log::set_logger(switch).is_ok() {
         log::set_max_level(switch.read().logger.filter());
@@ -51,9 +77,11 @@ pub fn init(level: LevelFilter) -> io::Result<()> {
     Ok(())
 }
 
-/// What is selected by the environment, which counts more than the configuration.
+/// What is selected by the environment, which counts more than the configuration. What is no text is a mistake that
+/// [`filter::parse`] finds.
 fn environment() -> Option<String> {
-    std::env::var(VARIABLE).ok().filter(|text| !text.trim().is_empty())
+    let text = std::env::var_os(VARIABLE)?;
+    Some(text.to_string_lossy().into_owned()).filter(|text| !text.trim().is_empty())
 }
 
 fn build(queue: &Queue, style: Style, selected: &str) -> env_logger::Logger {
@@ -97,7 +125,7 @@ pub fn set_level(level: LevelFilter) -> String {
         std::mem::replace(&mut *place, current).selected
     };
     // Whatever the level is now, this is said.
-    let text = format!("event=log_level from={before:?} to={}", name(level));
+    let text = format!("event=log_level from={} to={}", quoted(&before), name(level));
     let _ = switch.queue.clone().write(own_line(&text, Level::Info, switch.style).as_bytes());
     log::set_max_level(level);
     before
@@ -197,9 +225,9 @@ fn line(record: &Record<'_>, style: Style, now: std::time::SystemTime) -> String
     let _ = write!(text, "{}", record.args());
     let _ = record.key_values().visit(&mut Pairs(&mut text));
     // What a peer said must not look like a line of ours, nor reach the terminal as an escape sequence.
-    if text[start..].contains(|c: char| c.is_control()) {
+    if text[start..].contains(is_hidden) {
         let clean: String =
-            text[start..].chars().map(|c| if c.is_control() { '\u{fffd}' } else { c }).collect();
+            text[start..].chars().map(|c| if is_hidden(c) { '\u{fffd}' } else { c }).collect();
         text.truncate(start);
         text.push_str(&clean);
     }
@@ -235,15 +263,9 @@ impl<'kvs> log::kv::VisitSource<'kvs> for Pairs<'_> {
     fn visit_pair(
         &mut self,
         key: log::kv::Key<'kvs>,
-        value: log::kv::Value<'kvs>,
+        shown: log::kv::Value<'kvs>,
     ) -> Result<(), log::kv::Error> {
-        let value = value.to_string();
-        let quoted = value.is_empty() || value.contains([' ', '"', '=']);
-        let _ = if quoted {
-            write!(self.0, " {key}={value:?}")
-        } else {
-            write!(self.0, " {key}={value}")
-        };
+        let _ = write!(self.0, " {key}={}", value(shown));
         Ok(())
     }
 }
@@ -271,7 +293,7 @@ impl Queue {
         let counter = Arc::clone(&dropped);
         std::thread::Builder::new()
             .name("log".to_owned())
-            .spawn(move || write_out(&receiver, writer, &counter, style))?;
+            .spawn(move || write_out(&receiver, Output::new(writer, style, counter)))?;
         Ok(Queue { sender, dropped })
     }
 
@@ -310,35 +332,14 @@ impl Write for Queue {
     }
 }
 
-/// The `log` thread. An error of the writer is nothing it could tell anybody: it goes on with the next line.
-fn write_out(
-    receiver: &Receiver<Message>,
-    mut writer: impl Write,
-    dropped: &AtomicU64,
-    style: Style,
-) {
-    let mut reported = 0;
-    for message in receiver {
-        match message {
-            Message::Line(line) => {
-                // A full disk, say. Nothing better can be done with the line than to count it.
-                if writer.write_all(&line).is_err() {
-                    dropped.fetch_add(1, Ordering::Relaxed);
-                }
-            }
-            Message::Flush(done) => {
-                let _ = writer.flush();
-                let _ = done.try_send(());
-            }
+/// The `log` thread. It goes on after a panic: without it nothing would ever be logged again.
+fn write_out<W: Write>(receiver: &Receiver<Message>, mut output: Output<W>) {
+    loop {
+        let run = std::panic::AssertUnwindSafe(|| output.run(receiver));
+        if std::panic::catch_unwind(run).is_ok() {
+            return;
         }
-        // Right after a write there is room again, so this is the soonest it can be said.
-        let now = dropped.load(Ordering::Relaxed);
-        if now > reported {
-            let text = format!("event=log_lines_dropped count={}", now - reported);
-            let record = own_line(&text, Level::Warn, style);
-            let _ = writer.write_all(record.as_bytes());
-            reported = now;
-        }
+        output.lost_one();
     }
 }
 
@@ -423,7 +424,7 @@ mod tests {
     fn a_line_stays_one_line() {
         assert_eq!(
             shown(Style::Journal, "a\nb\x1b[2J", &[("k", "v\n")]),
-            "<6>shell::worker: a\u{fffd}b\u{fffd}[2J k=v\u{fffd}\n"
+            "<6>shell::worker: a\u{fffd}b\u{fffd}[2J k=\"v\\n\"\n"
         );
         let long = shown(Style::Journal, &"é".repeat(MAX_LINE), &[]);
         assert!(long.len() <= MAX_LINE && long.ends_with("…\n"), "{}", long.len());

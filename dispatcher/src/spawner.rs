@@ -3,6 +3,9 @@
 //!
 //! Decides nothing: when to start and whether to start again is the core's business.
 
+mod group;
+mod reaper;
+
 use std::collections::HashMap;
 use std::os::unix::process::ExitStatusExt;
 use std::path::PathBuf;
@@ -10,13 +13,14 @@ use std::process::{ExitStatus, Stdio};
 use std::sync::mpsc::{self, Receiver};
 use std::time::Duration;
 
-use nix::sys::signal::{Signal, killpg};
+use nix::sys::signal::Signal;
 use nix::unistd::Pid;
 use tokio::process::Child;
 use tokio::sync::{mpsc as tokio_mpsc, watch};
 use tokio::task::JoinSet;
 use worker_sdk::wire::Token;
 
+use self::reaper::Own;
 use crate::admin::Wake;
 use crate::pool::{PoolId, ProcessId};
 use crate::sys;
@@ -28,10 +32,11 @@ const MAX_WAITING: usize = 1024;
 const KILLED: Duration = Duration::from_secs(2);
 
 /// What our own supervisor told us is not for our processes: they would answer in our name.
-const NOT_INHERITED: [&str; 6] = [
+pub const NOT_INHERITED: [&str; 7] = [
     "LISTEN_FDS",
     "LISTEN_FDNAMES",
     "LISTEN_PID",
+    "LISTEN_PIDFDID",
     "NOTIFY_SOCKET",
     "WATCHDOG_PID",
     "WATCHDOG_USEC",
@@ -56,6 +61,8 @@ pub struct SpawnRequest {
     pub name: String,
     /// For `DISPATCH_TOKEN`.
     pub token: Token,
+    /// How long what it leaves behind in its process group may take to end by itself, once it has ended.
+    pub patience: Duration,
     /// Limits of open files to start with, soft and hard, if they are not ours.
     pub descriptors: Option<(u64, u64)>,
 }
@@ -77,7 +84,7 @@ pub enum Report {
         /// Why, for people.
         error: String,
     },
-    /// It has ended. Comes once after every `Spawned`.
+    /// It has ended, and all that it had started in its process group. Comes once after every `Spawned`.
     Exited {
         /// Which.
         process: ProcessId,
@@ -141,6 +148,8 @@ pub(crate) struct Service {
     requests: tokio_mpsc::Receiver<SpawnRequest>,
     stop: watch::Receiver<Stops>,
     reports: Reports,
+    processes: JoinSet<bool>,
+    own: Own,
 }
 
 /// Where reports go. Unbounded as a channel, and yet bounded: two per request the hot thread made.
@@ -166,15 +175,25 @@ pub(crate) fn service(wake: Wake) -> (Spawner, Service, Receiver<Report>) {
     let (sender, reports) = mpsc::channel();
     (
         Spawner { requests: request_sender, stop: stop_sender },
-        Service { requests, stop, reports: Reports { sender, wake } },
+        Service {
+            requests,
+            stop,
+            reports: Reports { sender, wake },
+            processes: JoinSet::new(),
+            own: Own::default(),
+        },
         reports,
     )
 }
 
 impl Service {
-    /// Runs until it was stopped and all processes have ended, or its handle is gone (processes then stay).
-    pub(crate) async fn run(mut self) {
-        let mut processes = JoinSet::new();
+    /// Runs until it was stopped and all processes have ended, or its handle is gone (processes then stay). After a panic it
+    /// can be run again, and goes on with the processes it had.
+    pub(crate) async fn run(&mut self) {
+        // A process that is a dispatcher and nothing else has no children but these and those it inherits.
+        let reaper =
+            crate::signals::is_dispatcher().then(|| tokio::spawn(reaper::reap(self.own.clone())));
+        let _ends = AbortOnDrop(reaper);
         loop {
             tokio::select! {
                 biased;
@@ -182,20 +201,22 @@ impl Service {
                     Ok(()) if self.stop.borrow_and_update().all.is_some() => break,
                     Ok(()) => {}
                     Err(_) => {
-                        processes.detach_all();
+                        self.processes.detach_all();
                         return;
                     }
                 },
                 request = self.requests.recv() => match request {
                     Some(request) => {
-                        processes.spawn(process(request, self.stop.clone(), self.reports.clone()));
+                        let process =
+                            process(request, self.stop.clone(), self.reports.clone(), self.own.clone());
+                        self.processes.spawn(process);
                     }
                     None => {
-                        processes.detach_all();
+                        self.processes.detach_all();
                         return;
                     }
                 },
-                Some(_) = processes.join_next() => {}
+                Some(_) = self.processes.join_next() => {}
             }
         }
         self.requests.close();
@@ -206,18 +227,30 @@ impl Service {
             });
         }
         let mut killed = 0;
-        while let Some(ended) = processes.join_next().await {
-            killed += u32::from(ended.unwrap_or(false));
+        while let Some(ended) = self.processes.join_next().await {
+            killed += u32::from(ended.unwrap_or(true));
         }
         self.reports.send(Report::Stopped { killed });
     }
 }
 
-/// One process from start to end; says whether it had to be killed.
+/// The reaper, which must not run twice.
+struct AbortOnDrop(Option<tokio::task::JoinHandle<()>>);
+
+impl Drop for AbortOnDrop {
+    fn drop(&mut self) {
+        if let Some(task) = &self.0 {
+            task.abort();
+        }
+    }
+}
+
+/// One process from start to end, with all that it started in its group; says whether any of them had to be killed.
 async fn process(
     request: SpawnRequest,
     mut stop: watch::Receiver<Stops>,
     reports: Reports,
+    own: Own,
 ) -> bool {
     let process = request.process;
     let (mut child, pid) = match start(&request) {
@@ -227,34 +260,91 @@ async fn process(
             return false;
         }
     };
+    own.add(pid.as_raw());
     reports.send(Report::Spawned { process, pid: pid.as_raw() });
-    let mut killed = false;
-    let ended = tokio::select! {
-        ended = child.wait() => ended,
-        timeout = stopping(&mut stop, process.pool) => {
-            // Only this task reaps the child, so until `wait` has returned the process group is the one we made.
-            signal(pid, Signal::SIGTERM);
-            match tokio::time::timeout(timeout, child.wait()).await {
-                Ok(ended) => ended,
-                Err(_) => {
-                    killed = true;
-                    signal(pid, Signal::SIGKILL);
-                    tokio::time::timeout(KILLED, child.wait())
-                        .await
-                        .unwrap_or_else(|_| Err(std::io::ErrorKind::TimedOut.into()))
-                }
+    let mut end = End { process, pid, reports, own, ended: None, others: None };
+    let patience = tokio::select! {
+        ended = child.wait() => {
+            end.leader(ended);
+            if group::is_empty(pid) {
+                return false;
             }
+            end.others = Some("ended");
+            request.patience
         }
+        patience = stopping(&mut stop, process.pool) => patience,
     };
-    reports.send(Report::Exited {
-        process,
-        pid: pid.as_raw(),
-        status_text: match ended {
-            Ok(status) => describe(status),
-            Err(error) => format!("unknown: {error}"),
-        },
-    });
-    killed
+    group::signal(pid, Signal::SIGTERM);
+    let ended = async {
+        if end.ended.is_none() {
+            end.leader(child.wait().await);
+        }
+        group::emptied(pid).await;
+    };
+    let late = tokio::select! {
+        ended = tokio::time::timeout(patience, ended) => ended.is_err(),
+        // A stop that begins meanwhile may be more urgent.
+        () = late(&mut stop, process.pool) => true,
+    };
+    if !late {
+        return false;
+    }
+    group::signal(pid, Signal::SIGKILL);
+    end.others = end.others.map(|_| "killed");
+    let killed = async {
+        if end.ended.is_none() {
+            end.leader(child.wait().await);
+        }
+        group::emptied(pid).await;
+    };
+    if tokio::time::timeout(KILLED, killed).await.is_err() && end.ended.is_none() {
+        end.leader(Err(std::io::ErrorKind::TimedOut.into()));
+    }
+    true
+}
+
+/// What is told of a process at its end, however its task ends.
+struct End {
+    process: ProcessId,
+    pid: Pid,
+    reports: Reports,
+    own: Own,
+    /// How the leader of the group ended, once it has.
+    ended: Option<std::io::Result<ExitStatus>>,
+    /// What became of the others in its group, if it left some behind.
+    others: Option<&'static str>,
+}
+
+impl End {
+    /// The leader has ended, and its end was collected.
+    fn leader(&mut self, ended: std::io::Result<ExitStatus>) {
+        self.own.remove(self.pid.as_raw());
+        self.ended = Some(ended);
+    }
+}
+
+impl Drop for End {
+    fn drop(&mut self) {
+        let mut status_text = match self.ended.take() {
+            Some(Ok(status)) => describe(status),
+            Some(Err(error)) => format!("unknown: {error}"),
+            // Its task has panicked. Nothing watches over it any more, so it must not stay beside its replacement.
+            None => {
+                group::signal(self.pid, Signal::SIGKILL);
+                self.own.remove(self.pid.as_raw());
+                "unknown: its supervision failed".to_owned()
+            }
+        };
+        if let Some(others) = self.others {
+            status_text.push_str("; what it had started was ");
+            status_text.push_str(others);
+        }
+        self.reports.send(Report::Exited {
+            process: self.process,
+            pid: self.pid.as_raw(),
+            status_text,
+        });
+    }
 }
 
 fn start(request: &SpawnRequest) -> Result<(Child, Pid), String> {
@@ -276,6 +366,7 @@ fn start(request: &SpawnRequest) -> Result<(Child, Pid), String> {
     if let Some(directory) = &request.directory {
         command.current_dir(directory);
     }
+    sys::start_with_default_signals(command.as_std_mut());
     if let Some((soft, hard)) = request.descriptors {
         sys::start_with_descriptor_limit(command.as_std_mut(), soft, hard);
     }
@@ -302,11 +393,16 @@ async fn stopping(stop: &mut watch::Receiver<Stops>, pool: PoolId) -> Duration {
     }
 }
 
-fn signal(group: Pid, signal: Signal) {
-    if let Err(error) = killpg(group, signal)
-        && error != nix::Error::ESRCH
-    {
-        log::warn!("event=signal_failed group={group} signal={signal} error=\"{error}\"");
+/// Waits until a stop that was ordered gives no more time; never without one.
+async fn late(stop: &mut watch::Receiver<Stops>, pool: PoolId) {
+    loop {
+        let timeout = stopping(stop, pool).await;
+        tokio::select! {
+            () = tokio::time::sleep(timeout) => return,
+            changed = stop.changed() => if changed.is_err() {
+                return tokio::time::sleep(timeout).await;
+            },
+        }
     }
 }
 

@@ -93,6 +93,94 @@ pub fn set_tcp_option(socket: impl AsFd, option: libc::c_int, value: u32) -> io:
     if result == 0 { Ok(()) } else { Err(io::Error::last_os_error()) }
 }
 
+/// A child that has ended and whose end was not collected yet; it stays so.
+pub fn ended_child() -> Option<i32> {
+    let mut info = std::mem::MaybeUninit::<libc::siginfo_t>::zeroed();
+    let options = libc::WEXITED | libc::WNOHANG | libc::WNOWAIT;
+    // SAFETY: the call writes one `siginfo_t` at most, to memory that is large enough and ours.
+    let result = unsafe { libc::waitid(libc::P_ALL, 0, info.as_mut_ptr(), options) };
+    // SAFETY: all zeros is a valid `siginfo_t`; without a child that has ended its pid stays zero.
+    let pid = unsafe { info.assume_init().si_pid() };
+    (result == 0 && pid > 0).then_some(pid)
+}
+
+/// Stops this process like Ctrl-Z at a terminal does, until it is continued; with `group` its whole process group. Does
+/// nothing where no shell could continue it. From a thread that no signal is blocked for.
+///
+/// # Errors
+/// What `sigaction` answers.
+pub fn stop_like_a_job(group: bool) -> io::Result<()> {
+    let mut before = std::mem::MaybeUninit::<libc::sigaction>::zeroed();
+    // SAFETY: all zeros is a valid `sigaction`, with the default disposition; both structures live across the call.
+    let result = unsafe {
+        let default = std::mem::MaybeUninit::<libc::sigaction>::zeroed();
+        libc::sigaction(libc::SIGTSTP, default.as_ptr(), before.as_mut_ptr())
+    };
+    if result != 0 {
+        return Err(io::Error::last_os_error());
+    }
+    if group {
+        // SAFETY: plain numbers. Zero is our own group.
+        unsafe { libc::kill(0, libc::SIGTSTP) };
+    } else {
+        // SAFETY: a plain number. The thread itself gets it, so it has stopped before this returns.
+        unsafe { libc::raise(libc::SIGTSTP) };
+    }
+    // SAFETY: the structure was filled by the kernel above.
+    unsafe { libc::sigaction(libc::SIGTSTP, before.as_ptr(), std::ptr::null_mut()) };
+    Ok(())
+}
+
+/// The number of the kernel's last signal.
+const LAST_SIGNAL: i32 = 64;
+
+/// The two that the C library keeps for itself, and keeps programs from touching.
+const OF_THE_LIBRARY: [i32; 2] = [32, 33];
+
+/// What the kernel does with a signal: the handler first, then flags, which stay zero, and what goes with a handler of one's
+/// own.
+#[repr(C)]
+#[derive(Clone, Copy, Default)]
+struct Disposition([usize; 4]);
+
+/// The kernel's own call, for the signals that the C library does not let through. Gives what it was; with `new` it is that
+/// from now on. Safe to call between fork and exec.
+fn disposition(signal: i32, new: Option<libc::sighandler_t>) -> Option<libc::sighandler_t> {
+    let mut old = Disposition::default();
+    let new = new.map(|handler| Disposition([handler, 0, 0, 0]));
+    let new = new.as_ref().map_or(std::ptr::null(), std::ptr::from_ref);
+    // SAFETY: both structures are as large as the kernel's, or larger, and live across the call; no handler of ours is set.
+    let result = unsafe {
+        libc::syscall(libc::SYS_rt_sigaction, signal, new, &raw mut old, size_of::<u64>())
+    };
+    (result == 0).then_some(old.0[0])
+}
+
+/// Lets the two signals that the C library keeps for itself end nothing, unless it uses them.
+pub fn ignore_signals_of_the_library() {
+    for signal in OF_THE_LIBRARY {
+        if disposition(signal, None) == Some(libc::SIG_DFL) {
+            disposition(signal, Some(libc::SIG_IGN));
+        }
+    }
+}
+
+/// Makes the process that `command` will start have the default disposition for every signal, and none blocked, whatever
+/// this process has.
+pub fn start_with_default_signals(command: &mut Command) {
+    let reset = || {
+        for signal in 1..=LAST_SIGNAL {
+            if disposition(signal, None) != Some(libc::SIG_DFL) {
+                disposition(signal, Some(libc::SIG_DFL));
+            }
+        }
+        Ok(SigSet::empty().thread_set_mask()?)
+    };
+    // SAFETY: between fork and exec only async-signal-safe things may happen: these are system calls, and the conversion of
+    // their errors does not allocate.
+    unsafe { command.pre_exec(reset) };
+}
+
 /// Makes the process that `command` will start have these limits of open files, from its first instruction on.
 ///
 /// Setting them from here once it runs would be too late: it may have read them by then, or raised them itself.

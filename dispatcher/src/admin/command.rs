@@ -5,6 +5,7 @@
 use std::fmt;
 use std::str::FromStr;
 use std::time::Duration;
+use worker_sdk::wire::is_hidden;
 
 use serde::{Deserialize, Serialize};
 use strsim::damerau_levenshtein;
@@ -280,7 +281,7 @@ fn not_found(
 
 /// A name from outside, for a message.
 fn shown(text: &str) -> String {
-    text.chars().take(128).map(|c| if c.is_control() { '\u{fffd}' } else { c }).collect()
+    text.chars().take(128).map(|c| if is_hidden(c) { '\u{fffd}' } else { c }).collect()
 }
 
 #[cfg(test)]

@@ -79,6 +79,15 @@ impl<T: Clone + Send + 'static> Question<T> {
     }
 }
 
+/// A question that is out. However its task ends, the next client asks anew.
+struct Unanswered<'a, T: Clone + Send + 'static>(&'a Question<T>);
+
+impl<T: Clone + Send + 'static> Drop for Unanswered<'_, T> {
+    fn drop(&mut self) {
+        self.0.answer(None);
+    }
+}
+
 /// Shared by all HTTP connections.
 pub(super) struct Gate {
     requests: SyncSender<Request>,
@@ -112,6 +121,7 @@ impl Gate {
             tokio::spawn(async move {
                 tokio::time::sleep_until(from).await;
                 gate.status.asked();
+                let _end = Unanswered(&gate.status);
                 let gathered = gate.put(Request::Status).await;
                 let status = gathered.map(|Gathered(finish)| Arc::new(finish()));
                 gate.status.answer(status.as_ref());
@@ -128,6 +138,7 @@ impl Gate {
             tokio::spawn(async move {
                 tokio::time::sleep_until(from).await;
                 gate.alive.asked();
+                let _end = Unanswered(&gate.alive);
                 let answer = gate.put(Request::Alive).await;
                 gate.alive.answer(answer.as_ref());
             });

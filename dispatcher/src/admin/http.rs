@@ -1,5 +1,6 @@
 //! HTTP on the admin socket, and for reading over TCP: the bounds that keep a client from holding anything up. What it answers is in `routes`.
 
+use crate::logger::quoted;
 use std::io;
 use std::pin::pin;
 use std::sync::Arc;
@@ -15,7 +16,7 @@ use tokio::sync::{OwnedSemaphorePermit, Semaphore};
 
 use super::guests::{Connection, Connects, Guests, Who};
 use super::routes::{self, App};
-use super::who_may;
+use super::who_may::{self, Hosts};
 
 /// Most connections at once; more wait in the kernel's queue.
 pub(super) const MAX_CONNECTIONS: usize = 64;
@@ -36,16 +37,14 @@ const MAX_HEAD: usize = 16 * 1024;
 const REST: Duration = Duration::from_millis(100);
 
 /// Serves for as long as it is polled.
-pub(super) async fn serve(listener: UnixListener, app: App, guests: Guests) {
+pub(super) async fn serve(listener: Arc<UnixListener>, app: App, guests: Guests) {
     let routes = routes::all(app).layer(middleware::from_fn(who_may::no_pages));
     accept_all(listener, routes, guests).await;
 }
 
 /// The same over TCP, for reading only. It has connections of its own, so that its clients keep nobody from the socket.
-pub(super) async fn serve_tcp(listener: TcpListener, app: App, guests: Guests) {
-    // Should nobody know its address: the stricter way.
-    let loopback = listener.local_addr().map_or(true, |address| address.ip().is_loopback());
-    let check = middleware::from_fn_with_state(loopback, who_may::read_only);
+pub(super) async fn serve_tcp(listener: Arc<TcpListener>, app: App, guests: Guests, hosts: Hosts) {
+    let check = middleware::from_fn_with_state(hosts, who_may::read_only);
     let routes = routes::all(app).layer(check);
     accept_all(listener, routes, guests).await;
 }
@@ -76,7 +75,7 @@ impl Accept for TcpListener {
     }
 }
 
-async fn accept_all(listener: impl Accept, routes: Router, guests: Guests) {
+async fn accept_all(listener: Arc<impl Accept>, routes: Router, guests: Guests) {
     // Outermost, so that it sees every answer.
     let routes = routes.layer(middleware::from_fn(routes::all_as_json));
     let slots = Arc::new(Semaphore::new(MAX_CONNECTIONS));
@@ -91,7 +90,7 @@ async fn accept_all(listener: impl Accept, routes: Router, guests: Guests) {
                 }
             }
             Err(error) => {
-                log::warn!("event=admin_accept_failed error=\"{error}\"");
+                log::warn!("event=admin_accept_failed error={error}", error = quoted(&error));
                 tokio::time::sleep(REST).await;
             }
         }
@@ -129,6 +128,6 @@ where
         }
     };
     if let Err(error) = result {
-        log::debug!("event=admin_client_failed error=\"{error}\"");
+        log::debug!("event=admin_client_failed error={error}", error = quoted(&error));
     }
 }

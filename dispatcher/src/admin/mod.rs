@@ -6,9 +6,12 @@
 
 pub mod client;
 pub mod command;
+mod elsewhere;
 mod gate;
 mod guests;
 mod http;
+mod keep;
+mod manager;
 mod metrics;
 mod reload;
 mod routes;
@@ -25,7 +28,10 @@ use std::sync::{Arc, mpsc};
 use std::thread::JoinHandle;
 use std::time::{Duration, Instant};
 
-use tokio::sync::{Notify, oneshot};
+use tokio::sync::{Mutex, Notify, oneshot};
+
+pub use self::manager::{ServiceManager, State};
+pub use self::who_may::Hosts;
 
 use self::command::{Answer, Command, CommandError};
 use self::guests::Guests;
@@ -127,6 +133,10 @@ pub struct Admin {
     pub admin_rate: Arc<AtomicU32>,
     /// Asks for a reload, without waiting for it.
     pub reload: Arc<Notify>,
+    /// By which names it may be asked over TCP; to be set at the start and by a reload.
+    pub hosts: Hosts,
+    /// Tells the service manager how far we are.
+    pub manager: ServiceManager,
     stop: oneshot::Sender<()>,
     thread: JoinHandle<()>,
 }
@@ -159,7 +169,12 @@ impl Admin {
         let guests = Guests::default();
         let admin_rate = guests.rate();
         let reload = Arc::new(Notify::new());
-        let reloader = reload::Reloader::new(Arc::clone(&gate));
+        let elsewhere = elsewhere::Elsewhere::start()?;
+        let (manager, teller) = manager::manager();
+        let hosts = Hosts::default();
+        let reloader =
+            reload::Reloader::new(Arc::clone(&gate), manager.clone(), elsewhere, hosts.clone());
+        let named = hosts.clone();
         let app = routes::App {
             gate,
             max_workers: Arc::clone(&metrics_max_workers),
@@ -169,16 +184,37 @@ impl Admin {
         let (stop, stopped) = oneshot::channel();
         let thread = std::thread::Builder::new().name("admin".to_owned()).spawn(move || {
             runtime.block_on(async {
-                tokio::spawn(spawns.run());
-                tokio::spawn(reloader.whenever(asked));
+                // What these own is shared with the task that replaces one that failed.
+                let spawns = Arc::new(Mutex::new(spawns));
+                tokio::spawn(keep::keep("processes", move || {
+                    let spawns = Arc::clone(&spawns);
+                    async move { spawns.lock().await.run().await }
+                }));
+                let teller = Arc::new(Mutex::new(teller));
+                tokio::spawn(keep::keep("service_manager", move || {
+                    let teller = Arc::clone(&teller);
+                    async move { teller.lock().await.run().await }
+                }));
+                tokio::spawn(keep::keep("reload", move || {
+                    Arc::clone(&reloader).whenever(Arc::clone(&asked))
+                }));
                 if let Some(tcp) = tcp {
-                    tokio::spawn(http::serve_tcp(tcp, app.clone(), guests.clone()));
+                    let (tcp, app, guests) = (Arc::new(tcp), app.clone(), guests.clone());
+                    tokio::spawn(keep::keep("admin_http", move || {
+                        http::serve_tcp(
+                            Arc::clone(&tcp),
+                            app.clone(),
+                            guests.clone(),
+                            named.clone(),
+                        )
+                    }));
                 }
-                tokio::select! {
-                    () = http::serve(listener, app, guests) => {}
-                    // An error is a dropped `Admin`: the same.
-                    _ = stopped => {}
-                }
+                let listener = Arc::new(listener);
+                tokio::spawn(keep::keep("admin_socket", move || {
+                    http::serve(Arc::clone(&listener), app.clone(), guests.clone())
+                }));
+                // An error is a dropped `Admin`: the same.
+                let _ = stopped.await;
             });
             runtime.shutdown_timeout(THREAD_END);
         })?;
@@ -189,6 +225,8 @@ impl Admin {
             metrics_max_workers,
             admin_rate,
             reload,
+            hosts,
+            manager,
             stop,
             thread,
         })

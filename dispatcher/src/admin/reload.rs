@@ -4,24 +4,27 @@
 
 use std::os::unix::fs::PermissionsExt;
 use std::sync::Arc;
-use std::time::Duration;
 
-use sd_notify::NotifyState;
 use tokio::sync::{Mutex, Notify};
 
 use super::Request;
 use super::command::{CommandError, Problem};
+use super::elsewhere::Elsewhere;
 use super::gate::{Gate, NoAnswer};
+use super::keep::message;
+use super::manager::{ServiceManager, State};
 use super::routes::PATIENCE;
+use super::who_may::Hosts;
 use crate::logger;
+use crate::logger::{Quoted, quoted};
 use crate::shell::reload::{Reloaded, prepare};
-
-/// How long the service manager may take to read what it is told.
-const NOTIFY_TIME: Duration = Duration::from_secs(1);
 
 /// Shared by everybody who can ask for a reload.
 pub(super) struct Reloader {
     gate: Arc<Gate>,
+    manager: ServiceManager,
+    elsewhere: Elsewhere,
+    hosts: Hosts,
     /// Held by the one that is under way.
     turn: Mutex<()>,
 }
@@ -29,8 +32,13 @@ pub(super) struct Reloader {
 type Outcome = Result<Result<Reloaded, CommandError>, NoAnswer>;
 
 impl Reloader {
-    pub(super) fn new(gate: Arc<Gate>) -> Arc<Reloader> {
-        Arc::new(Reloader { gate, turn: Mutex::new(()) })
+    pub(super) fn new(
+        gate: Arc<Gate>,
+        manager: ServiceManager,
+        elsewhere: Elsewhere,
+        hosts: Hosts,
+    ) -> Arc<Reloader> {
+        Arc::new(Reloader { gate, manager, elsewhere, hosts, turn: Mutex::new(()) })
     }
 
     /// Reloads whenever it is asked to, by somebody who does not wait. Asked several times meanwhile, once.
@@ -43,33 +51,37 @@ impl Reloader {
     }
 
     /// Reads the configuration again and puts it into force. When this returns, it is, or nothing has changed.
-    pub(super) async fn reload(&self, by: &str) -> Outcome {
+    pub(super) async fn reload(self: &Arc<Reloader>, by: &str) -> Outcome {
         let _turn = self.turn.lock().await;
         log::info!("event=reloading by={by}");
-        let mut begin = vec![NotifyState::Reloading];
-        // Newer service managers want both in one message.
-        begin.extend(NotifyState::monotonic_usec_now());
-        notify(begin).await;
-        let outcome = self.carry_out().await;
+        self.manager.tell_now(State::Reloading).await;
+        // Even if it fails or panics: the dispatcher serves as before.
+        let ready = self.manager.ready_afterwards();
+        // In a task of its own, so that a panic ends no more than this reload.
+        let reloader = Arc::clone(self);
+        let outcome = match tokio::spawn(async move { reloader.carry_out().await }).await {
+            Ok(outcome) => outcome,
+            Err(error) => {
+                let panic = error.try_into_panic();
+                let why = panic.as_ref().map_or("it was cancelled", |panic| message(&**panic));
+                Ok(Err(failed(&format!("a defect of the dispatcher: {why}"))))
+            }
+        };
         tell(by, &outcome);
-        // Even if it failed: the dispatcher serves as before.
-        notify(vec![NotifyState::Ready]).await;
+        ready.now().await;
         outcome
     }
 
     async fn carry_out(&self) -> Outcome {
         let now = self.gate.ask_for(Request::InForce, PATIENCE).await?;
         // Files and name services may take their time; here nobody else waits for them.
-        let prepared = tokio::task::spawn_blocking(move || prepare(&now)).await;
-        let mut plan = match prepared {
+        let mut plan = match self.elsewhere.run(move || prepare(&now)).await {
             Ok(Ok(plan)) => plan,
             Ok(Err(why)) => return Ok(Err(why)),
-            Err(_) => {
-                let message = "reading the configuration failed: a defect of the dispatcher";
-                return Ok(Err(CommandError::new(Problem::Conflict, message)));
-            }
+            Err(why) => return Ok(Err(failed(&why))),
         };
         let (level, modes) = (plan.log_level(), plan.take_modes());
+        let hosts = plan.admin_http_hosts().to_vec();
         let plan = Box::new(plan);
         let put = self.gate.ask_for(|answer| Request::Reload { plan, answer }, PATIENCE).await?;
         let Ok(mut reloaded) = put else { return Ok(put) };
@@ -80,52 +92,46 @@ impl Reloader {
             };
             modes.iter().filter_map(set).collect::<Vec<String>>()
         };
+        let left = self.elsewhere.run(set_modes).await;
         reloaded
             .needs_restart
-            .extend(tokio::task::spawn_blocking(set_modes).await.unwrap_or_default());
+            .extend(left.unwrap_or_else(|why| vec![format!("modes of socket files ({why})")]));
         logger::configure(level);
+        self.hosts.set(hosts);
         Ok(Ok(reloaded))
     }
 }
 
-/// Waits until the message is sent, so that the service manager has it before whoever asked gets the answer.
-async fn notify(states: Vec<NotifyState<'static>>) {
-    let tell = tokio::task::spawn_blocking(move || sd_notify::notify(&states));
-    let failed = match tokio::time::timeout(NOTIFY_TIME, tell).await {
-        Ok(Ok(Ok(()))) => return,
-        Ok(Ok(Err(error))) => error.to_string(),
-        Ok(Err(error)) => error.to_string(),
-        Err(late) => late.to_string(),
-    };
-    log::warn!("event=not_notified error=\"{failed}\" hint=\"is NOTIFY_SOCKET alive?\"");
+fn failed(why: &str) -> CommandError {
+    CommandError::new(Problem::Conflict, format!("reading the configuration failed: {why}"))
 }
 
 fn tell(by: &str, outcome: &Outcome) {
     match outcome {
         Ok(Ok(reloaded)) => {
             for warning in &reloaded.warnings {
-                log::warn!("event=config_warning text=\"{}\"", quoted(warning));
+                log::warn!("event=config_warning text={}", one_line(warning));
             }
             for what in &reloaded.needs_restart {
-                log::warn!("event=reload_needs_restart what=\"{}\"", quoted(what));
+                log::warn!("event=reload_needs_restart what={}", one_line(what));
             }
-            let list = |names: &[String]| quoted(&names.join(", "));
+            let list = |names: &[String]| quoted(names.join(", "));
             log::info!(
-                "event=reloaded by={by} added=\"{}\" removed=\"{}\" changed=\"{}\"",
+                "event=reloaded by={by} added={} removed={} changed={}",
                 list(&reloaded.added),
                 list(&reloaded.removed),
                 list(&reloaded.changed)
             );
         }
         Ok(Err(why)) => {
-            log::error!("event=reload_refused by={by} error=\"{}\"", quoted(&why.to_string()));
+            log::error!("event=reload_refused by={by} error={}", one_line(&why.to_string()));
         }
         Err(NoAnswer::Late) => log::error!("event=reload_late by={by}"),
         Err(NoAnswer::Refused) => log::error!("event=reload_refused by={by} error=\"stopping\""),
     }
 }
 
-/// On one line, without quotes of its own.
-fn quoted(text: &str) -> String {
-    text.lines().map(str::trim_end).collect::<Vec<_>>().join(" / ").replace('"', "'")
+/// In quotes, on one line: a mistake in a configuration has several.
+fn one_line(text: &str) -> Quoted<String> {
+    quoted(text.lines().map(str::trim_end).collect::<Vec<_>>().join(" / "))
 }

@@ -24,6 +24,7 @@ struct Bench {
     /// Times the hot thread was woken.
     woken: Arc<AtomicUsize>,
     end: Arc<AtomicBool>,
+    hosts: Hosts,
     hot: Option<JoinHandle<()>>,
 }
 
@@ -49,6 +50,7 @@ impl Bench {
         )
         .expect("a side thread");
         admin.admin_rate.store(10_000, Ordering::SeqCst);
+        let hosts = admin.hosts.clone();
         let hot = std::thread::spawn({
             let (answering, asked, end) = (answering.clone(), asked.clone(), end.clone());
             move || {
@@ -78,7 +80,7 @@ impl Bench {
                 admin.finish();
             }
         });
-        Bench { directory, port, answering, asked, woken, end, hot: Some(hot) }
+        Bench { directory, port, answering, asked, woken, end, hosts, hot: Some(hot) }
     }
 
     fn path(&self) -> PathBuf {
@@ -377,8 +379,34 @@ fn over_tcp_one_can_only_read() {
         assert!(answer.contains("admin socket"), "{answer}");
     }
     // A page from elsewhere, whose name has just become an address of this machine.
-    let answer = ask("GET /v1/status HTTP/1.1\r\nHost: evil.example:9900");
-    assert!(answer.starts_with("HTTP/1.1 403 ") && answer.contains("Host"), "{answer}");
+    for head in [
+        "GET /v1/status HTTP/1.1\r\nHost: evil.example:9900",
+        "GET /v1/status HTTP/1.1\r\nHost: localhost\r\nHost: evil.example",
+        "GET http://evil.example/v1/status HTTP/1.1\r\nHost: localhost",
+    ] {
+        let answer = ask(head);
+        assert!(
+            answer.starts_with("HTTP/1.1 403 ") && answer.contains("admin_http_hosts"),
+            "{answer}"
+        );
+    }
+    // A health check, which has no name for this machine.
+    for path in ["/healthz", "/v1/status", "/metrics"] {
+        let answer = bench_without_host(bench.port, path);
+        assert!(answer.starts_with("HTTP/1.0 200 "), "{path}: {answer}");
+    }
+    bench.hosts.set(vec!["good.example".to_owned()]);
+    let answer = ask("GET /v1/status HTTP/1.1\r\nHost: good.example:9900");
+    assert!(answer.starts_with("HTTP/1.1 200 "), "{answer}");
+}
+
+fn bench_without_host(port: u16, path: &str) -> String {
+    let mut stream = std::net::TcpStream::connect(("127.0.0.1", port)).expect("connected");
+    stream.set_read_timeout(Some(PATIENCE)).expect("a timeout");
+    write!(stream, "GET {path} HTTP/1.0\r\n\r\n").expect("sent");
+    let mut answer = String::new();
+    stream.read_to_string(&mut answer).expect("an answer");
+    answer
 }
 
 #[test]
@@ -494,6 +522,7 @@ fn stopping_ends_the_processes_first() {
         pool: "web".to_owned(),
         name: "web-1".to_owned(),
         token: Token([0; 16]),
+        patience: PATIENCE,
         descriptors: None,
     };
     admin.spawner.spawn(request).expect("room");

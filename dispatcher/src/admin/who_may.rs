@@ -3,6 +3,7 @@
 //! a tunnel, which any page that it shows can use as well as the person before it.
 
 use std::net::IpAddr;
+use std::sync::{Arc, PoisonError, RwLock};
 
 use axum::Json;
 use axum::extract::{Request, State};
@@ -12,10 +13,42 @@ use axum::response::{IntoResponse, Response};
 
 use super::command::{CommandError, Problem};
 
-/// Lets only reads pass. On a loopback address `Host` must name this machine: otherwise a page from elsewhere whose name
-/// suddenly resolves to 127.0.0.1 could read everything (DNS rebinding). Elsewhere any name may be a good one.
+/// The host names by which this machine may be asked over TCP, besides `localhost` and its own name: `admin_http_hosts`.
+#[derive(Clone, Debug, Default)]
+pub struct Hosts(Arc<RwLock<Vec<String>>>);
+
+impl Hosts {
+    /// From now on it may be asked by these.
+    pub fn set(&self, hosts: Vec<String>) {
+        *self.0.write().unwrap_or_else(PoisonError::into_inner) = hosts;
+    }
+
+    fn has(&self, name: &str) -> bool {
+        let hosts = self.0.read().unwrap_or_else(PoisonError::into_inner);
+        hosts.iter().any(|host| host.eq_ignore_ascii_case(name))
+    }
+
+    /// Whether a `Host` can be right: an address, which belongs to no page, or a name of this machine.
+    fn allow(&self, host: &str) -> bool {
+        let name = name_of(host).trim_end_matches('.');
+        name.parse::<IpAddr>().is_ok()
+            || name.eq_ignore_ascii_case("localhost")
+            || is_own_name(name, rustix::system::uname().nodename().to_str().unwrap_or_default())
+            || self.has(name)
+    }
+}
+
+/// Whether `name` is the machine's name, with its domain or without.
+fn is_own_name(name: &str, own: &str) -> bool {
+    let short = own.split('.').next().unwrap_or(own);
+    !name.is_empty() && (name.eq_ignore_ascii_case(own) || name.eq_ignore_ascii_case(short))
+}
+
+/// Lets only reads pass, and only by a name of this machine: otherwise a page from elsewhere whose name suddenly resolves to
+/// an address of it could read everything (DNS rebinding). A request without `Host` is none of a browser; health checks
+/// send such.
 pub(super) async fn read_only(
-    State(loopback): State<bool>,
+    State(hosts): State<Hosts>,
     request: Request,
     next: Next,
 ) -> Response {
@@ -26,9 +59,13 @@ pub(super) async fn read_only(
             "use the admin socket: the dispatcher command, or curl --unix-socket PATH",
         );
     }
-    let host = request.headers().get(header::HOST).and_then(|host| host.to_str().ok());
-    if loopback && !host.is_some_and(names_this_machine) {
-        return strange_host();
+    let headers = request.headers().get_all(header::HOST).into_iter();
+    let mut named =
+        headers.map(|host| host.to_str().unwrap_or_default()).chain(request.uri().host());
+    if !named.all(|host| hosts.allow(host)) {
+        return strange_host(
+            "ask by an IP address, by localhost or by the host name, or list the name in admin_http_hosts",
+        );
     }
     next.run(request).await
 }
@@ -50,7 +87,7 @@ pub(super) async fn no_pages(request: Request, next: Next) -> Response {
     // One that is no text names nothing at all.
     let host = headers.get(header::HOST).map(|host| host.to_str().unwrap_or("no.text"));
     if host.is_some_and(|host| !names_this_machine(host) && is_name_of_others(host)) {
-        return strange_host();
+        return strange_host("ask for http://127.0.0.1:PORT/ or http://localhost:PORT/");
     }
     next.run(request).await
 }
@@ -58,11 +95,8 @@ pub(super) async fn no_pages(request: Request, next: Next) -> Response {
 /// What only browsers send, and always with what is no plain read.
 const BY_A_BROWSER: [&str; 2] = ["origin", "sec-fetch-site"];
 
-fn strange_host() -> Response {
-    forbidden(
-        "the Host header does not name this machine",
-        "ask for http://127.0.0.1:PORT/ or http://localhost:PORT/",
-    )
+fn strange_host(hint: &str) -> Response {
+    forbidden("the Host header does not name this machine", hint)
 }
 
 /// A name that somebody can own, unlike an address, or a word without a dot.
@@ -93,7 +127,40 @@ fn forbidden(error: &str, hint: &str) -> Response {
 
 #[cfg(test)]
 mod tests {
-    use super::{is_name_of_others, names_this_machine};
+    use super::{Hosts, is_name_of_others, is_own_name, names_this_machine};
+
+    #[test]
+    fn hosts_by_which_it_may_be_asked() {
+        let hosts = Hosts::default();
+        hosts.set(vec!["status.example.org".to_owned()]);
+        for host in [
+            "localhost",
+            "localhost.:9900",
+            "127.0.0.1:9900",
+            "10.0.0.7",
+            "[2001:db8::1]:9900",
+            "status.example.org",
+            "Status.Example.ORG:9900",
+        ] {
+            assert!(hosts.allow(host), "{host}");
+        }
+        for host in
+            ["", ":80", ".", "example.org", "evil.status.example.org", "127.0.0.1.nip.io", "::1"]
+        {
+            assert!(!hosts.allow(host), "{host}");
+        }
+        for (name, own) in [
+            ("web1", "web1"),
+            ("WEB1", "web1.example.org"),
+            ("web1.example.org", "web1.example.org"),
+        ] {
+            assert!(is_own_name(name, own), "{name}");
+        }
+        for (name, own) in [("web2", "web1"), ("web1.example.org", "web1"), ("", ""), ("", "web1")]
+        {
+            assert!(!is_own_name(name, own), "{name}");
+        }
+    }
 
     #[test]
     fn names_of_this_machine() {

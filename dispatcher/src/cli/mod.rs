@@ -233,6 +233,12 @@ impl Command {
 
 /// The whole program: arguments from the process, exit code to it.
 pub fn main() -> ExitCode {
+    // Before anything that could wait. Other commands end by signals as programs do.
+    let serves = std::env::args_os().nth(1).is_some_and(|word| word == "run" || word == "demo");
+    if serves && let Err(error) = crate::signals::prepare() {
+        complain(&format!("signal handlers: {error}"));
+        return Exit::OsErr.into();
+    }
     execute(std::env::args_os()).into()
 }
 

@@ -2,6 +2,7 @@
 
 use std::fmt::Write as _;
 use std::io::IsTerminal;
+use worker_sdk::wire::is_hidden;
 
 /// The width that everything fits which goes to a file or a pipe, or to a narrower terminal.
 pub(super) const NARROW: usize = 80;
@@ -20,7 +21,7 @@ pub(super) fn width() -> usize {
 
 /// A worker names itself: its name must not move the cursor.
 pub(super) fn clean(text: &str) -> String {
-    text.chars().map(|c| if c.is_control() { '\u{fffd}' } else { c }).collect()
+    text.chars().map(|c| if is_hidden(c) { '\u{fffd}' } else { c }).collect()
 }
 
 /// `1 connection`, `2 connections`: a number and its noun.

@@ -2,7 +2,7 @@
 
 use std::net::SocketAddr;
 use std::ops::Range;
-use std::path::PathBuf;
+use std::path::{Path, PathBuf};
 
 use toml::Spanned;
 
@@ -32,9 +32,65 @@ pub(super) fn unix_source(
                 return Err(Mistake::new(span, format!("`{key}` is a path"))
                     .help(format!("leave out `unix:`: \"{path}\"")));
             }
-            Ok(UnixSource::Path(socket_path(path, span)?))
+            let path = socket_path(path, span.clone())?;
+            // Workers connect by the absolute path: their working directory is their own.
+            let absolute = std::path::absolute(&path).unwrap_or_else(|_| path.clone());
+            if key == "dispatch_socket" && absolute.as_os_str().len() > MAX_SOCKET_PATH {
+                return Err(Mistake::new(
+                    span,
+                    format!(
+                        "as an absolute path this has {} bytes; the kernel allows {MAX_SOCKET_PATH} for a socket",
+                        absolute.as_os_str().len()
+                    ),
+                )
+                .help("workers connect by the absolute path: use a shorter directory"));
+            }
+            Ok(UnixSource::Path(path))
         }
     }
+}
+
+/// Whether two sockets would be the same file, or one the lock file of the other, however their paths are written.
+pub(super) fn same_path(one: &Path, two: &Path) -> bool {
+    let locked = |path: &Path| {
+        let mut name = path.as_os_str().to_owned();
+        name.push(".lock");
+        PathBuf::from(name)
+    };
+    let (one, two) = (real_path(one), real_path(two));
+    one == two || locked(&one) == two || one == locked(&two)
+}
+
+pub(super) fn same_source(one: &UnixSource, two: &UnixSource) -> bool {
+    match (one, two) {
+        (UnixSource::Path(one), UnixSource::Path(two)) => same_path(one, two),
+        (UnixSource::Systemd(one), UnixSource::Systemd(two)) => one == two,
+        (UnixSource::Path(_) | UnixSource::Systemd(_), _) => false,
+    }
+}
+
+/// Absolute, with the links in its directory resolved as far as there is one already.
+fn real_path(path: &Path) -> PathBuf {
+    let absolute = std::path::absolute(path).unwrap_or_else(|_| path.to_owned());
+    match (absolute.parent().map(Path::canonicalize), absolute.file_name()) {
+        (Some(Ok(directory)), Some(name)) => directory.join(name),
+        _ => absolute,
+    }
+}
+
+/// Whether two listeners would have the same address.
+fn same_address(one: &Address, two: &Address) -> bool {
+    match (one, two) {
+        (Address::Tcp(one), Address::Tcp(two)) => canonical(*one) == canonical(*two),
+        (Address::Unix(one), Address::Unix(two)) => same_path(one, two),
+        (Address::Systemd(one), Address::Systemd(two)) => one == two,
+        (Address::Tcp(_) | Address::Unix(_) | Address::Systemd(_), _) => false,
+    }
+}
+
+/// An IPv4 address that is written as an IPv6 one (`::ffff:127.0.0.1`) is the same to the kernel.
+fn canonical(address: SocketAddr) -> SocketAddr {
+    SocketAddr::new(address.ip().to_canonical(), address.port())
 }
 
 fn socket_path(path: &str, span: Range<usize>) -> Checked<PathBuf> {
@@ -123,7 +179,7 @@ pub(super) fn check_distinct(
         .help("every listener needs a name of its own"));
     }
     for other in before {
-        if other.address == new.address && !any_port(&new.address) {
+        if same_address(&other.address, &new.address) && !any_port(&new.address) {
             return Err(Mistake::new(
                 keys.address.span(),
                 format!("listener `{}` has this address already", other.name),
@@ -160,7 +216,7 @@ fn any_port(address: &Address) -> bool {
 /// The address of a TCP listener, and whether it takes IPv6 only.
 fn tcp(listener: &Listener) -> Option<(SocketAddr, bool)> {
     match listener.address {
-        Address::Tcp(address) => Some((address, listener.options.ipv6_only)),
+        Address::Tcp(address) => Some((canonical(address), listener.options.ipv6_only)),
         Address::Unix(_) | Address::Systemd(_) => None,
     }
 }
@@ -181,7 +237,7 @@ pub(super) fn check_admin_http(
     keys: &ListenerKeys,
 ) -> Checked<()> {
     // Bound like a listener without options.
-    let (admin, listener) = (admin.map(|address| (address, false)), tcp(new));
+    let (admin, listener) = (admin.map(|address| (canonical(address), false)), tcp(new));
     let same =
         |(address, _): (SocketAddr, bool)| listener.is_some_and(|(other, _)| other == address);
     let equal = admin.is_some_and(|address| same(address) && address.0.port() != 0);

@@ -54,6 +54,7 @@ impl Config {
             }],
             limits: Limits::default(),
             admin_http: None,
+            admin_http_hosts: Vec::new(),
             warnings: Vec::new(),
         }
     }

@@ -9,7 +9,7 @@ use toml::Spanned;
 use super::MAX_PROCESSES;
 use super::affinity::AffinityKeys;
 use super::scores::ScoreKeys;
-use super::value::{AMode, AnAccount, Count, Either, KERNEL_SECONDS, Wait, YEAR};
+use super::value::{AMode, AnAccount, Count, Either, KERNEL_SECONDS, SECOND, Wait, Whole, YEAR};
 use crate::pool::Policy;
 
 /// The top level.
@@ -26,6 +26,7 @@ pub(super) struct File {
     pub admin_socket_group: Option<Spanned<Either<AnAccount>>>,
     pub admin_http: Option<Spanned<String>>,
     pub admin_http_allow_remote: Option<Spanned<bool>>,
+    pub admin_http_hosts: Option<Spanned<Vec<Spanned<String>>>>,
     pub accept_batch: Option<Count<1, 4096>>,
     pub hello_timeout: Option<Wait<1, YEAR>>,
     pub max_pending_hellos: Option<Count<1, 65_536>>,
@@ -84,11 +85,11 @@ pub(super) struct ListenerKeys {
     pub backlog: Option<Spanned<Count<1, 1_000_000>>>,
     pub ipv6_only: Option<Spanned<bool>>,
     pub nodelay: Option<Spanned<bool>>,
-    pub keepalive: Option<Spanned<Wait<1000, KERNEL_SECONDS>>>,
-    pub keepalive_interval: Option<Spanned<Wait<1000, KERNEL_SECONDS>>>,
+    pub keepalive: Option<Spanned<Whole<SECOND, 1000, KERNEL_SECONDS>>>,
+    pub keepalive_interval: Option<Spanned<Whole<SECOND, 1000, KERNEL_SECONDS>>>,
     pub keepalive_count: Option<Spanned<Count<1, 127>>>,
-    pub user_timeout: Option<Spanned<Wait<1, 2_147_483_647>>>,
-    pub defer_accept: Option<Spanned<Wait<1000, KERNEL_SECONDS>>>,
+    pub user_timeout: Option<Spanned<Whole<1, 1, 2_147_483_647>>>,
+    pub defer_accept: Option<Spanned<Whole<SECOND, 1000, KERNEL_SECONDS>>>,
     pub fast_open: Option<Spanned<Count<1, 65_535>>>,
     pub receive_buffer: Option<Spanned<Count<1, 1_073_741_823>>>,
     pub send_buffer: Option<Spanned<Count<1, 1_073_741_823>>>,

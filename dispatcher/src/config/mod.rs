@@ -72,6 +72,8 @@ pub struct Config {
     pub admin_socket: UnixEndpoint,
     /// Where monitoring may read over TCP.
     pub admin_http: Option<SocketAddr>,
+    /// By which names it may be asked there, besides `localhost` and the host name.
+    pub admin_http_hosts: Vec<String>,
     /// In file order; `pool` of each is a position in `pools`.
     pub listeners: Vec<Listener>,
     /// In file order (a listener's `ListenerSettings::pool` refers to this order).

@@ -10,6 +10,10 @@ use super::error::Mistake;
 use super::file::SpawnKeys;
 use super::validate::{Check, Checked};
 use super::{MAX_UNAVAILABLE_RESPONSE, Spawn};
+use crate::spawner::NOT_INHERITED;
+
+/// What the kernel takes as one argument or variable (`MAX_ARG_STRLEN`), with its terminating zero.
+const MAX_STRING: usize = 131_072;
 
 /// `[pool.NAME.spawn]`, with what `[defaults.spawn]` adds. Only a pool with the table itself starts processes.
 pub(super) fn spawn(
@@ -24,7 +28,7 @@ pub(super) fn spawn(
     let directory = own.directory.as_ref().or(defaults.and_then(|d| d.directory.as_ref()));
     let command = own.command.as_ref().or(defaults.and_then(|d| d.command.as_ref()));
     for text in command.into_iter().flat_map(Spanned::get_ref).chain(directory) {
-        check.keep(no_zero_byte(text));
+        check.keep(argument(text));
     }
     let Some(command) = command else {
         check.mistake(
@@ -103,6 +107,14 @@ fn missing_program(
     }
 }
 
+fn argument(text: &Spanned<String>) -> Checked<()> {
+    if text.get_ref().len() + 1 > MAX_STRING {
+        return Err(Mistake::new(text.span(), "this is too long")
+            .help("the kernel allows 131072 bytes for an argument"));
+    }
+    no_zero_byte(text)
+}
+
 fn no_zero_byte(text: &Spanned<String>) -> Checked<()> {
     if text.get_ref().contains('\0') {
         return Err(Mistake::new(text.span(), "this cannot contain a zero byte"));
@@ -116,14 +128,14 @@ fn variables(
 ) -> Vec<(String, String)> {
     let mut variables = Vec::with_capacity(environment.len());
     for (name, value) in environment {
-        check.keep(variable(name));
+        check.keep(variable(name, value));
         check.keep(no_zero_byte(value));
         variables.push((name.get_ref().clone(), value.get_ref().clone()));
     }
     variables
 }
 
-fn variable(name: &Spanned<String>) -> Checked<()> {
+fn variable(name: &Spanned<String>, value: &Spanned<String>) -> Checked<()> {
     if name.get_ref().is_empty() || name.get_ref().contains(['=', '\0']) {
         return Err(Mistake::new(name.span(), "not a name for an environment variable"));
     }
@@ -131,6 +143,17 @@ fn variable(name: &Spanned<String>) -> Checked<()> {
         let message = format!("the dispatcher itself sets `{}`", name.get_ref());
         return Err(Mistake::new(name.span(), message)
             .help("it tells the worker where and as whom to join"));
+    }
+    if NOT_INHERITED.contains(&name.get_ref().as_str()) {
+        let message = format!("`{}` cannot be set here", name.get_ref());
+        return Err(Mistake::new(name.span(), message).help(
+            "it is how a service manager speaks to the dispatcher: its processes start without it",
+        ));
+    }
+    // With the sign between them and the zero at the end.
+    if name.get_ref().len() + value.get_ref().len() + 2 > MAX_STRING {
+        return Err(Mistake::new(value.span(), format!("`{}` is too long", name.get_ref()))
+            .help("the kernel allows 131072 bytes for a variable, with its name"));
     }
     Ok(())
 }

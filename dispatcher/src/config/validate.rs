@@ -5,7 +5,7 @@ use std::time::Duration;
 
 use toml::Spanned;
 
-use super::address::{check_admin_http, check_distinct, unix_source};
+use super::address::{check_admin_http, check_distinct, same_path, same_source, unix_source};
 use super::error::{ConfigError, Mistake, Source, Warning};
 use super::file::{File, ListenerKeys, PoolKeys};
 use super::listener::set_in_unit;
@@ -38,7 +38,7 @@ pub(super) fn validate(
 
 /// Where both sockets are the same.
 fn check_sockets(file: &File, dispatch: &UnixEndpoint, admin: &UnixEndpoint) -> Checked<()> {
-    if dispatch.source != admin.source {
+    if !same_source(&dispatch.source, &admin.source) {
         return Ok(());
     }
     let spans = [&file.admin_socket, &file.dispatch_socket];
@@ -57,7 +57,7 @@ fn check_endpoints(
     for (endpoint, key) in [(&dispatch.source, "dispatch_socket"), (&admin.source, "admin_socket")]
     {
         let same = match (&listener.address, endpoint) {
-            (Address::Unix(a), UnixSource::Path(b)) => a == b,
+            (Address::Unix(a), UnixSource::Path(b)) => same_path(a, b),
             (Address::Systemd(a), UnixSource::Systemd(b)) => a == b,
             (Address::Unix(_) | Address::Systemd(_) | Address::Tcp(_), _) => false,
         };
@@ -91,6 +91,7 @@ impl Check<'_> {
         );
         let admin_http = admin_http(check, &file);
         let admin_http = check.keep(admin_http).flatten();
+        let admin_http_hosts = admin_http_hosts(check, &file);
         check.keep(check_sockets(&file, &dispatch_socket, &admin_socket));
         let limits = limits(&file);
         let defaults = file.defaults.unwrap_or_default();
@@ -159,6 +160,7 @@ impl Check<'_> {
             dispatch_socket,
             admin_socket,
             admin_http,
+            admin_http_hosts,
             listeners,
             pools,
             limits,
@@ -179,12 +181,37 @@ fn admin_http(check: &mut Check<'_>, file: &File) -> Checked<Option<SocketAddr>>
         Mistake::new(text.span(), "not an address and a port")
             .help("write \"127.0.0.1:9900\" or \"[::1]:9900\"")
     })?;
-    if !address.ip().is_loopback() && !allow_remote.is_some_and(|flag| *flag.get_ref()) {
+    if !address.ip().to_canonical().is_loopback()
+        && !allow_remote.is_some_and(|flag| *flag.get_ref())
+    {
         return Err(Mistake::new(text.span(), "other machines could read everything there").help(
             "write \"127.0.0.1:PORT\", or set admin_http_allow_remote = true if that is wanted",
         ));
     }
     Ok(Some(address))
+}
+
+/// Names as they stand in a `Host` header, without a port.
+fn admin_http_hosts(check: &mut Check<'_>, file: &File) -> Vec<String> {
+    let Some(list) = &file.admin_http_hosts else { return Vec::new() };
+    if file.admin_http.is_none() {
+        check.warn(Mistake::new(list.span(), "this has no effect without `admin_http`"));
+    }
+    let mut hosts = Vec::with_capacity(list.get_ref().len());
+    for host in list.get_ref() {
+        let name = host.get_ref().strip_suffix('.').unwrap_or(host.get_ref());
+        let label = |label: &str| {
+            (1..=63).contains(&label.len())
+                && label.bytes().all(|b| b.is_ascii_alphanumeric() || b == b'-' || b == b'_')
+        };
+        if name.len() > 253 || !name.split('.').all(label) {
+            check.mistake(Mistake::new(host.span(), "not a host name").help(
+                "write it as browsers send it, without a scheme or a port: \"status.example.org\"",
+            ));
+        }
+        hosts.push(name.to_ascii_lowercase());
+    }
+    hosts
 }
 
 fn limits(file: &File) -> Limits {

@@ -89,6 +89,29 @@ impl<'de, const MIN: u64, const MAX: u64> Deserialize<'de> for Wait<MIN, MAX> {
     }
 }
 
+/// Milliseconds of a second.
+pub(super) const SECOND: u64 = 1000;
+
+/// A [`Wait`] that is a multiple of `UNIT` milliseconds, because that is how the kernel counts it.
+#[derive(Clone, Copy, Debug)]
+pub(super) struct Whole<const UNIT: u64, const MIN: u64, const MAX: u64>(pub Duration);
+
+impl<'de, const UNIT: u64, const MIN: u64, const MAX: u64> Deserialize<'de>
+    for Whole<UNIT, MIN, MAX>
+{
+    fn deserialize<D: Deserializer<'de>>(deserializer: D) -> Result<Self, D::Error> {
+        let Wait(wait) = Wait::<MIN, MAX>::deserialize(deserializer)?;
+        let unit = Duration::from_millis(UNIT);
+        if wait.as_nanos().is_multiple_of(unit.as_nanos()) {
+            return Ok(Whole(wait));
+        }
+        let name = if UNIT == SECOND { "seconds" } else { "milliseconds" };
+        Err(D::Error::custom(format!(
+            "must be whole {name}: the kernel knows no parts of them here"
+        )))
+    }
+}
+
 /// Text, or a whole number, where either has a meaning: modes and accounts.
 #[derive(Clone, Debug)]
 pub(super) enum TextOrNumber {

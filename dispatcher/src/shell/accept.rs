@@ -16,6 +16,7 @@ use super::sockets::Listening;
 use super::token::Source;
 use crate::cleaner::Cleaner;
 use crate::closer::Closers;
+use crate::logger::quoted;
 use crate::pool::{Accepting, Client, ListenerId, Time};
 
 /// One listening socket. A configured listener has one, or several when a service manager passed several under its name.
@@ -248,9 +249,10 @@ impl Shell {
                     let pool = self.core.pool_of_listener(id);
                     if let Some(left_out) = self.limits.allow(self.now, pool, Cause::Shortage) {
                         log::warn!(
-                            "event=accept_paused {} error=\"{errno}\" pause={} left_out={left_out}",
+                            "event=accept_paused {} error={errno} pause={} left_out={left_out}",
                             self.listener(id),
-                            super::tell::span(pause)
+                            super::tell::span(pause),
+                            errno = quoted(&errno)
                         );
                         let name = self.core.listener_name(id).to_owned();
                         self.fault("accept_paused", &name, || {
@@ -285,8 +287,9 @@ impl Shell {
                 let pool = self.core.pool_of_listener(listener.id);
                 if let Some(left_out) = self.limits.allow(self.now, pool, Cause::NotWatched) {
                     log::warn!(
-                        "event=listener_not_watched listener={} error=\"{error}\" left_out={left_out}",
-                        self.core.listener_name(listener.id)
+                        "event=listener_not_watched listener={} error={error} left_out={left_out}",
+                        self.core.listener_name(listener.id),
+                        error = quoted(&error)
                     );
                 }
             }

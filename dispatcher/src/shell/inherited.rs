@@ -7,6 +7,7 @@ use rustix::net::SocketType;
 use rustix::net::sockopt::{socket_acceptconn, socket_type};
 
 use super::error::RunError;
+use crate::logger::{quoted, value};
 use crate::sys;
 
 /// The sockets passed to this process and not yet claimed by a listener.
@@ -90,7 +91,7 @@ impl Inherited {
         let announced = match announced {
             Ok(announced) => announced,
             Err(error) => {
-                log::warn!("event=sockets_not_inherited error=\"{error}\"");
+                log::warn!("event=sockets_not_inherited error={error}", error = quoted(&error));
                 return Inherited::default();
             }
         };
@@ -99,7 +100,11 @@ impl Inherited {
             match sys::adopt_inherited(fd) {
                 Ok(fd) => sockets.push((name, fd)),
                 Err(error) => {
-                    log::warn!("event=socket_not_inherited fd={fd} name={name} error=\"{error}\"");
+                    log::warn!(
+                        "event=socket_not_inherited fd={fd} name={name} error={error}",
+                        name = value(&name),
+                        error = quoted(&error)
+                    );
                 }
             }
         }
@@ -136,7 +141,9 @@ impl Inherited {
     pub(super) fn finish(self) {
         for (name, _) in &self.sockets {
             log::warn!(
-                "event=socket_unused name={name} hint=\"no listener has address = systemd:{name}\""
+                "event=socket_unused name={} hint={}",
+                value(name),
+                quoted(format_args!("no listener has address = systemd:{name}"))
             );
         }
     }

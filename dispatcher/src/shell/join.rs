@@ -15,6 +15,7 @@ use super::rings::Rings;
 use super::token::{Key, Source};
 use super::worker_io::{Lane, WorkerIo};
 use crate::config::{self, Pool};
+use crate::logger::{quoted, value};
 use crate::pool::{Claim, Departure, ListenerId, Refusal, SPARE_SLOTS, WorkerId};
 
 /// Most messages of the door handled in one turn; the rest is for the next turn.
@@ -37,9 +38,9 @@ impl Shell {
                 News::Refused { pid, uid, gid, reason, key, more } => {
                     self.meters.workers_refused += 1 + more;
                     log::warn!(
-                        "event=worker_refused pid={pid} uid={uid} gid={gid} reason=\"{}\" key={} left_out={more}",
-                        reason.replace('"', "'"),
-                        key.as_deref().unwrap_or("-")
+                        "event=worker_refused pid={pid} uid={uid} gid={gid} reason={} key={} left_out={more}",
+                        quoted(&reason),
+                        value(key.as_deref().unwrap_or("-"))
                     );
                     self.fault("worker_refused", "dispatch_socket", || {
                         let key = key.as_ref().map_or(String::new(), |key| format!(" (see {key})"));
@@ -54,7 +55,8 @@ impl Shell {
                     let limit = self.limits.allow(self.now, None, Cause::Shortage);
                     if let Some(left_out) = limit {
                         log::warn!(
-                            "event=worker_not_accepted error=\"{error}\" left_out={left_out}"
+                            "event=worker_not_accepted error={error} left_out={left_out}",
+                            error = quoted(&error)
                         );
                         let pause = humantime::format_duration(self.config.limits.resource_pause);
                         self.fault("worker_not_accepted", "dispatch_socket", || {
@@ -143,8 +145,9 @@ impl Shell {
             let limit = self.limits.allow(self.now, pool_id, Cause::NotWatched);
             if let Some(left_out) = limit {
                 log::warn!(
-                    "event=worker_not_watched {} error=\"{error}\" left_out={left_out}",
-                    self.worker(id)
+                    "event=worker_not_watched {} error={error} left_out={left_out}",
+                    self.worker(id),
+                    error = quoted(&error)
                 );
             }
             self.core.leave(self.now, id, Departure::Expelled("its connection cannot be watched"));
@@ -185,8 +188,9 @@ impl Shell {
         let pool = self.core.pool_of_worker(worker);
         if let Some(left_out) = self.limits.allow(self.now, pool, Cause::Claim) {
             log::warn!(
-                "event=claim_ignored {} reason=\"{reason}\" left_out={left_out}",
-                self.worker(worker)
+                "event=claim_ignored {} reason={reason} left_out={left_out}",
+                self.worker(worker),
+                reason = quoted(&reason)
             );
         }
     }
@@ -208,8 +212,9 @@ impl Shell {
         let pool = self.core.pool_of_worker(id);
         if let Some(left_out) = self.limits.allow(self.now, pool, Cause::Broken) {
             log::warn!(
-                "event=worker_broke_protocol {} reason=\"{fault}\" left_out={left_out}",
-                self.worker(id)
+                "event=worker_broke_protocol {} reason={fault} left_out={left_out}",
+                self.worker(id),
+                fault = quoted(&fault)
             );
         }
         self.core.leave(self.now, id, Departure::Expelled("it broke the protocol"));

@@ -24,7 +24,6 @@ mod inherited;
 mod join;
 mod limit;
 mod meters;
-mod notify;
 mod peek;
 mod perform;
 mod recent;
@@ -56,13 +55,12 @@ use self::courtesy::Courtesy;
 use self::door::Door;
 use self::limit::{Cause, Limits};
 use self::meters::Meters;
-use self::notify::ServiceManager;
 use self::recent::{Faults, Seconds};
 use self::sockets::OwnedPath;
 use self::token::{Key, Source};
 use self::trial::Trial;
 use self::worker_io::WorkerIo;
-use crate::admin::Admin;
+use crate::admin::{Admin, State};
 use crate::cleaner::Cleaner;
 use crate::closer::Closers;
 use crate::config::Config;
@@ -152,7 +150,6 @@ struct Shell {
     limits: Limits,
     /// Lines were left out that the log is to be told of by then.
     unsaid_due: Option<Time>,
-    manager: ServiceManager,
     faults: Faults,
     seconds: Seconds,
     /// Scratch space, kept warm.
@@ -386,7 +383,7 @@ impl Shell {
             tell::span(patience)
         );
         if self.stop_deadline.is_none() {
-            self.manager.tell(sd_notify::NotifyState::Stopping);
+            drop(self.side.manager.tell(State::Stopping));
             self.finish_listeners();
         }
         let deadline = self.now + patience;

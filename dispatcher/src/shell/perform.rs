@@ -19,6 +19,7 @@ use super::limit::Cause;
 use super::worker_io::{Deferred, WorkerIo, classify, send_record};
 use super::{Shell, clock};
 use crate::closer::{Owner, Task};
+use crate::logger::quoted;
 use crate::pool::{CloseReason, ConnId, Core, Effect, Notice, SendFailure, Ticket, Time, WorkerId};
 
 impl Shell {
@@ -126,8 +127,9 @@ impl Shell {
                 let pool = self.core.pool_of_worker(worker);
                 if let Some(left_out) = self.limits.allow(self.now, pool, Cause::Broken) {
                     log::warn!(
-                        "event=worker_expelled {} reason=\"{reason}\" left_out={left_out}",
-                        self.worker(worker)
+                        "event=worker_expelled {} reason={reason} left_out={left_out}",
+                        self.worker(worker),
+                        reason = quoted(&reason)
                     );
                 }
             }

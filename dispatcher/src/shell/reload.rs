@@ -25,6 +25,7 @@ use super::sockets::{self, Listening};
 use super::start::seed;
 use crate::admin::command::{CommandError, Problem};
 use crate::config::{Address, Config, ConfigError, Limits, Listener, Pool};
+use crate::logger::value;
 use crate::pool::{ListenerId, ListenerSettings, PoolId, Screen};
 
 /// What is in force, as the side thread sees it.
@@ -48,6 +49,7 @@ pub struct Plan {
     removed_pools: Vec<PoolId>,
     removed_listeners: Vec<ListenerId>,
     limits: Limits,
+    admin_http_hosts: Vec<String>,
     modes: Vec<(PathBuf, u32)>,
     reloaded: Reloaded,
 }
@@ -106,6 +108,11 @@ impl Plan {
         std::mem::take(&mut self.modes)
     }
 
+    /// By which names it may be asked over TCP. Left to the side thread too.
+    pub fn admin_http_hosts(&self) -> &[String] {
+        &self.admin_http_hosts
+    }
+
     /// How much is to be logged. Left to the side thread too.
     pub fn log_level(&self) -> log::LevelFilter {
         self.limits.log_level
@@ -159,6 +166,9 @@ fn plan(now: &InForce, new: Config) -> Result<Plan, CommandError> {
     if now.config.limits != new.limits {
         reloaded.changed.push("limits".to_owned());
     }
+    if now.config.admin_http_hosts != new.admin_http_hosts {
+        reloaded.changed.push("admin_http_hosts".to_owned());
+    }
     let modes = listeners.iter().filter_map(|(step, _, listener)| new_mode(now, step, listener));
     Ok(Plan {
         generation: now.generation,
@@ -168,6 +178,7 @@ fn plan(now: &InForce, new: Config) -> Result<Plan, CommandError> {
         removed_pools,
         removed_listeners,
         limits: new.limits,
+        admin_http_hosts: new.admin_http_hosts,
         reloaded,
     })
 }
@@ -377,6 +388,7 @@ impl Shell {
         self.config.limits = plan.limits;
         let settings = Shell::door_settings(&self.config);
         self.door.order(super::door::Order::Settings(settings));
+        self.config.admin_http_hosts = plan.admin_http_hosts;
         Ok(reloaded)
     }
 
@@ -491,7 +503,7 @@ impl Shell {
         log::info!(
             "event=listening listener={} address={} pool={}",
             self.core.listener_name(id),
-            listening.address,
+            value(&listening.address),
             self.core.pool_of_listener(id).map_or("", |pool| self.core.pool_name(pool)),
         );
         // The place of one that is closed: it is out of the poll, and an event for it that is still to be handled does no

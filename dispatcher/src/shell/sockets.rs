@@ -18,6 +18,7 @@ use super::inherited::Inherited;
 use crate::cleaner::Cleaner;
 use crate::closer::{Closers, Owner, Task};
 use crate::config::{Address, ListenerOptions, UnixEndpoint, UnixSource};
+use crate::logger::value;
 use crate::sys;
 
 /// A listening socket, and what has to be put away when it goes.
@@ -352,7 +353,7 @@ fn remove_stale(
             Err(RunError::InUse(path.to_owned()))
         }
         Err(rustix::io::Errno::CONNREFUSED) => {
-            log::info!("event=stale_socket_removed path={}", path.display());
+            log::info!("event=stale_socket_removed path={}", value(path.display()));
             std::fs::remove_file(path).map_err(bind_error)
         }
         Err(error) => Err(bind_error(error.into())),

@@ -17,17 +17,18 @@ use super::door::Door;
 use super::error::RunError;
 use super::inherited::Inherited;
 use super::meters::Meters;
-use super::notify::ServiceManager;
 use super::recent::{Faults, Seconds};
 use super::sockets::{self, Listening};
 use super::token::Source;
 use super::trial::Trial;
 use super::{Limits, Shell, clock};
-use crate::admin::Admin;
+use crate::admin::{Admin, State};
 use crate::cleaner::Cleaner;
 use crate::closer::{Bounds, Closers, Owner, Task};
 use crate::config::Config;
+use crate::logger::{quoted, value};
 use crate::pool::{Core, ListenerId, ListenerSettings, PoolId, Screen, Time};
+use crate::signals;
 
 impl Shell {
     /// Opens everything, tells the service manager, and is ready to serve.
@@ -35,8 +36,7 @@ impl Shell {
         let descriptors = raise_descriptor_limit();
         // First of all, so that none of the numbers can be a descriptor of our own.
         let mut inherited = Inherited::from_environment();
-        let signals = Signals::new([libc::SIGTERM, libc::SIGINT, libc::SIGQUIT, libc::SIGHUP])
-            .map_err(RunError::system("signal handlers"))?;
+        let signals = signals::take().map_err(RunError::system("signal handlers"))?;
         let dispatch = sockets::listen_endpoint(
             &config.dispatch_socket,
             SocketType::SEQPACKET,
@@ -94,11 +94,12 @@ impl Shell {
             None => None,
             Some(address) => {
                 let made = sockets::listen_here(address)?;
-                log::info!("event=admin_http address={}", made.address);
+                log::info!("event=admin_http address={}", value(&made.address));
                 Some(made.fd.into())
             }
         };
         let side = Admin::start(admin, tcp, wake).map_err(RunError::system("admin thread"))?;
+        side.hosts.set(config.admin_http_hosts.clone());
         side.metrics_max_workers.store(config.limits.metrics_max_workers, Ordering::Relaxed);
         side.admin_rate.store(config.limits.admin_rate, Ordering::Relaxed);
         let (sender, purged) = mpsc::channel();
@@ -124,13 +125,13 @@ impl Shell {
                 log::info!(
                     "event=listening listener={} address={} pool={}{}",
                     core.listener_name(listener.id),
-                    listening.address,
+                    value(&listening.address),
                     core.pool_of_listener(listener.id).map_or("", |pool| core.pool_name(pool)),
                     if listening.inherited { " inherited=true" } else { "" }
                 );
             }
         }
-        let mut shell = Shell {
+        let shell = Shell {
             config,
             core,
             poll,
@@ -170,7 +171,6 @@ impl Shell {
             _admin_path: admin_path,
             limits: Limits::default(),
             unsaid_due: None,
-            manager: ServiceManager::default(),
             faults: Faults::default(),
             seconds: Seconds::new(now),
             side_ready: false,
@@ -185,9 +185,9 @@ impl Shell {
             env!("CARGO_PKG_VERSION"),
             std::process::id(),
             shell.instance,
-            shell.dispatch_address
+            value(&shell.dispatch_address)
         );
-        shell.manager.tell(sd_notify::NotifyState::Ready);
+        drop(shell.side.manager.tell(State::Ready));
         Ok(shell)
     }
 
@@ -216,8 +216,8 @@ impl Shell {
             self.closers.task(Task::Drop(Owner::Other, Box::new(dispatch)));
         }
         self.closers.finish(CLOSES_END);
+        self.side.manager.finish();
         self.side.stop(self.config.limits.stop_timeout);
-        self.manager.finish();
         drop(self.dispatch_path);
         self.cleaner.finish();
         log::info!(
@@ -262,11 +262,16 @@ fn raise_descriptor_limit() -> Option<(u64, u64)> {
         Ok((soft, hard)) if soft < hard => match setrlimit(Resource::RLIMIT_NOFILE, hard, hard) {
             Ok(()) => return Some((soft, hard)),
             Err(error) => {
-                log::warn!("event=descriptor_limit_not_raised soft={soft} error=\"{error}\"");
+                log::warn!(
+                    "event=descriptor_limit_not_raised soft={soft} error={error}",
+                    error = quoted(&error)
+                );
             }
         },
         Ok(_) => {}
-        Err(error) => log::warn!("event=descriptor_limit_unknown error=\"{error}\""),
+        Err(error) => {
+            log::warn!("event=descriptor_limit_unknown error={error}", error = quoted(&error))
+        }
     }
     None
 }

@@ -8,6 +8,7 @@ use super::gauges::show_gauges;
 use super::limit::{Cause, ProcessNews};
 use crate::admin::{Gathered, Request};
 use crate::config::UnixSource;
+use crate::logger::{quoted, value};
 use crate::pool::ProcessId;
 use crate::spawner::{Report, SpawnRequest};
 
@@ -101,6 +102,7 @@ impl Shell {
             token,
             dispatch_socket,
             descriptors: self.descriptors,
+            patience: self.config.limits.stop_timeout,
         };
         if self.side.spawner.spawn(request).is_err() {
             self.core.spawned(self.now, process, false);
@@ -125,8 +127,9 @@ impl Shell {
                     self.limits.allow(self.now, pool, Cause::Process(ProcessNews::NotStarted))
                 {
                     log::error!(
-                        "event=process_not_started {} error=\"{error}\" left_out={left_out}",
-                        self.process(process)
+                        "event=process_not_started {} error={error} left_out={left_out}",
+                        self.process(process),
+                        error = quoted(&error)
                     );
                     let subject = self.process_name(process);
                     let text = || format!("could not start: {error}");
@@ -140,8 +143,9 @@ impl Shell {
                     self.limits.allow(self.now, pool, Cause::Process(ProcessNews::Ended))
                 {
                     log::warn!(
-                        "event=process_ended {} pid={pid} status=\"{status_text}\" left_out={left_out}",
-                        self.process(process)
+                        "event=process_ended {} pid={pid} status={status_text} left_out={left_out}",
+                        self.process(process),
+                        status_text = quoted(&status_text)
                     );
                     let subject = self.process_name(process);
                     let text = || format!("process {pid} ended: {status_text}");
@@ -159,9 +163,10 @@ impl Shell {
             self.config.pools.get(usize::from(process.pool.0)).and_then(|p| p.spawn.as_ref());
         let program = spawn.and_then(|spawn| spawn.command.first()).map_or("", String::as_str);
         format!(
-            "pool={} process={} program={program}",
+            "pool={} process={} program={}",
             self.core.pool_name(process.pool),
-            process.number + 1
+            process.number + 1,
+            value(program)
         )
     }
 }

@@ -8,6 +8,7 @@ use worker_sdk::scoreboard::gauge::GaugeName;
 
 use super::Shell;
 use super::limit::{Cause, EVENTS};
+use crate::logger::{quoted, value};
 use crate::pool::{CloseReason, ConnId, Departure, Event, ListenerId, PoolId, WorkerId};
 
 /// The place of an event's kind in [`EVENTS`].
@@ -113,7 +114,8 @@ impl Shell {
                         );
                     }
                     Departure::Expelled(reason) => log::warn!(
-                        "event=worker_gone {worker} why=expelled reason=\"{reason}\" resent={resent} live={live}"
+                        "event=worker_gone {worker} why=expelled reason={reason} resent={resent} live={live}",
+                        reason = quoted(&reason)
                     ),
                 }
             }
@@ -149,14 +151,15 @@ impl Shell {
                 log::warn!("event=channel_full {}", self.worker(*worker));
             }
             Event::Clamped { worker, what, said, used } => log::warn!(
-                "event=counter_clamped {} counter=\"{what}\" said={said} used={used}",
-                self.worker(*worker)
+                "event=counter_clamped {} counter={what} said={said} used={used}",
+                self.worker(*worker),
+                what = quoted(&what)
             ),
             Event::BadGauge { worker, gauge, problem } => log::warn!(
-                "event=gauge_impossible {} gauge={} problem=\"{}\"",
+                "event=gauge_impossible {} gauge={} problem={}",
                 self.worker(*worker),
-                gauge.as_ref().map_or("-", GaugeName::as_str),
-                problem.text()
+                value(gauge.as_ref().map_or("-", GaugeName::as_str)),
+                quoted(problem.text())
             ),
             Event::NoUsableWorker { pool } => {
                 log::warn!("event=no_worker pool={} clients=wait", self.core.pool_name(*pool))
@@ -231,7 +234,7 @@ impl Shell {
     pub(super) fn worker(&self, id: WorkerId) -> String {
         let pool = self.core.pool_of_worker(id).map_or("", |pool| self.core.pool_name(pool));
         let pid = self.core.worker_pid(id).unwrap_or_default();
-        format!("worker={id} pool={pool} name={} pid={pid}", self.core.worker_name(id))
+        format!("worker={id} pool={pool} name={} pid={pid}", value(self.core.worker_name(id)))
     }
 }
 

@@ -20,7 +20,7 @@ impl Bench {
     fn new() -> Bench {
         let wakes = Arc::new(AtomicUsize::new(0));
         let counter = Arc::clone(&wakes);
-        let (spawner, service, reports) = service(Arc::new(move || {
+        let (spawner, mut service, reports) = service(Arc::new(move || {
             counter.fetch_add(1, Ordering::SeqCst);
         }));
         std::thread::spawn(move || {
@@ -54,6 +54,7 @@ impl Bench {
             name: "web-1".to_owned(),
             token: Token([0xab; 16]),
             descriptors: None,
+            patience: PATIENCE,
         };
         change(&mut request);
         self.spawner.spawn(request).expect("room");
@@ -191,6 +192,105 @@ fn stopping_insists() {
     assert_eq!(bench.next(), Report::Stopped { killed: 1 });
 }
 
+/// A file that a script has written to completely, as numbers.
+fn pids(path: &std::path::Path, count: usize) -> Vec<i32> {
+    let deadline = Instant::now() + PATIENCE;
+    loop {
+        let text = std::fs::read_to_string(path).unwrap_or_default();
+        let pids: Vec<i32> = text.lines().filter_map(|line| line.parse().ok()).collect();
+        if pids.len() == count && text.ends_with('\n') {
+            return pids;
+        }
+        assert!(Instant::now() < deadline, "{text:?}");
+        std::thread::sleep(Duration::from_millis(5));
+    }
+}
+
+/// Whether a process could still do anything.
+fn lives(pid: i32) -> bool {
+    let stat = std::fs::read_to_string(format!("/proc/{pid}/stat")).unwrap_or_default();
+    stat.rsplit(") ").next().is_some_and(|rest| !rest.is_empty() && !rest.starts_with('Z'))
+}
+
+#[test]
+fn what_a_wrapper_started_is_ended_before_its_end_is_reported() {
+    let directory = tempfile::tempdir().expect("a directory");
+    let bench = Bench::new();
+    let script = "sleep 1000 & echo $! >> pids; echo $$ >> pids; wait";
+    bench.spawn_with(0, &["sh", "-c", script], |request| {
+        request.directory = Some(directory.path().to_owned());
+    });
+    let pid = bench.started();
+    let [server, shell] = pids(&directory.path().join("pids"), 2)[..] else { panic!("two") };
+    assert_eq!(shell, pid);
+    nix::sys::signal::kill(Pid::from_raw(shell), Signal::SIGKILL).expect("running");
+    assert_eq!(bench.exit_text(), "signal 9 (SIGKILL); what it had started was ended");
+    assert!(!lives(server), "it stayed");
+}
+
+#[test]
+fn what_a_wrapper_started_and_does_not_end_is_killed() {
+    let directory = tempfile::tempdir().expect("a directory");
+    let bench = Bench::new();
+    let script = "trap '' TERM; (echo up >> up; while :; do sleep 0.05; done) & \
+                  echo $! >> pids; while [ ! -e up ]; do sleep 0.01; done; exit 3";
+    bench.spawn_with(0, &["sh", "-c", script], |request| {
+        request.directory = Some(directory.path().to_owned());
+        request.patience = Duration::from_millis(50);
+    });
+    bench.started();
+    assert_eq!(bench.exit_text(), "exit status 3; what it had started was killed");
+    assert!(!lives(pids(&directory.path().join("pids"), 1)[0]), "it stayed");
+}
+
+#[test]
+fn stopping_waits_for_the_whole_group() {
+    let directory = tempfile::tempdir().expect("a directory");
+    let bench = Bench::new();
+    // The wrapper ends at once, the server takes its time.
+    let script = "(trap 'sleep 0.3; echo done >> done; exit' TERM; echo up >> up; \
+                  while :; do sleep 0.02; done) & trap 'exit 0' TERM; wait";
+    bench.spawn_with(0, &["sh", "-c", script], |request| {
+        request.directory = Some(directory.path().to_owned());
+    });
+    bench.started();
+    let deadline = Instant::now() + PATIENCE;
+    while !directory.path().join("up").exists() {
+        assert!(Instant::now() < deadline, "it never came up");
+        std::thread::sleep(Duration::from_millis(5));
+    }
+    bench.spawner.stop(PATIENCE);
+    let text = bench.exit_text();
+    assert!(text.starts_with("exit status 0") || text.starts_with("signal 15"), "{text}");
+    assert!(directory.path().join("done").exists(), "the server had no time to end");
+    assert_eq!(bench.next(), Report::Stopped { killed: 0 });
+}
+
+/// Whatever this process ignores or blocks.
+#[test]
+fn a_process_starts_with_default_dispositions_and_an_empty_mask() {
+    use nix::sys::signal::{SigSet, SigmaskHow};
+    let directory = tempfile::tempdir().expect("a directory");
+    let mut blocked = SigSet::empty();
+    blocked.add(Signal::SIGUSR1);
+    let mut before = SigSet::empty();
+    nix::sys::signal::pthread_sigmask(SigmaskHow::SIG_BLOCK, Some(&blocked), Some(&mut before))
+        .expect("a mask");
+    // The threads of the service have this mask.
+    let bench = Bench::new();
+    nix::sys::signal::pthread_sigmask(SigmaskHow::SIG_SETMASK, Some(&before), None)
+        .expect("a mask");
+    bench.spawn_with(0, &["cp", "/proc/self/status", "found"], |request| {
+        request.directory = Some(directory.path().to_owned());
+    });
+    bench.started();
+    assert_eq!(bench.exit_text(), "exit status 0");
+    let found = std::fs::read_to_string(directory.path().join("found")).expect("copied");
+    assert!(found.contains("SigBlk:\t0000000000000000"), "{found}");
+    // The runtime of Rust ignores SIGPIPE here, and whoever started the test may ignore others.
+    assert!(found.contains("SigIgn:\t0000000000000000"), "{found}");
+}
+
 #[test]
 fn nothing_starts_while_stopping() {
     let bench = Bench::new();
@@ -206,6 +306,7 @@ fn nothing_starts_while_stopping() {
         name: "web-1".to_owned(),
         token: Token([0; 16]),
         descriptors: None,
+        patience: PATIENCE,
     };
     bench.spawner.spawn(request).expect_err("no service any more");
 }

@@ -10,7 +10,7 @@ use serde::{Deserialize, Serialize};
 use super::clock;
 use super::error::Error;
 use super::sample::Sampling;
-use crate::wire::{MAX_NAME, Token, is_name};
+use crate::wire::{MAX_NAME, Token, is_hidden, is_name};
 
 /// File descriptors the default `max_connections` leaves to the rest of the program.
 const FD_RESERVE: u64 = 64;
@@ -391,7 +391,7 @@ fn default_name(program: Option<&Path>, pid: u32) -> String {
     let program = program.and_then(Path::file_name).unwrap_or_default();
     let mut name = String::new();
     for c in program.to_string_lossy().chars() {
-        let c = if c.is_control() || c.is_whitespace() { '_' } else { c };
+        let c = if c.is_whitespace() || is_hidden(c) { '_' } else { c };
         if name.len() + c.len_utf8() + suffix.len() > MAX_NAME {
             break;
         }
@@ -407,7 +407,8 @@ fn checked_name(setting: &'static str, name: String) -> Result<String, Error> {
     if is_name(&name) {
         Ok(name)
     } else {
-        let problem = format!("{name:?} is not 1 to {MAX_NAME} bytes without spaces or controls");
+        let problem =
+            format!("{name:?} is not 1 to {MAX_NAME} bytes of visible characters without spaces");
         Err(Error::config(setting, problem))
     }
 }

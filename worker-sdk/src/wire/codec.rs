@@ -2,7 +2,7 @@
 
 use std::fmt;
 
-use super::MAX_NAME;
+use super::{MAX_NAME, is_hidden};
 
 /// Why a record was not accepted.
 ///
@@ -153,22 +153,22 @@ pub(super) fn name(value: &[u8], field: &'static str) -> Result<String, WireErro
     if is_name(text) { Ok(text.to_owned()) } else { Err(WireError::Invalid(field)) }
 }
 
-/// Whether `text` may name a pool, worker or listener: 1 to [`MAX_NAME`] bytes, no control characters, no spaces.
+/// Whether `text` may name a pool, worker or listener: 1 to [`MAX_NAME`] bytes, each character of which can be seen
+/// ([`is_hidden`]). Two names that look alike are then the same, as far as that can be said of any text.
 ///
 /// ```
 /// use worker_sdk::wire::is_name;
 ///
 /// assert!(is_name("web-1"));
-/// assert!(!is_name("two words") && !is_name(""));
+/// assert!(!is_name("two words") && !is_name("") && !is_name("web\u{200b}"));
 /// ```
 pub fn is_name(text: &str) -> bool {
-    (1..=MAX_NAME).contains(&text.len())
-        && !text.chars().any(|c| c.is_control() || c.is_whitespace())
+    (1..=MAX_NAME).contains(&text.len()) && !text.chars().any(|c| c.is_whitespace() || is_hidden(c))
 }
 
-/// Free text for people: control characters become spaces, so that it cannot forge a log line.
+/// Free text for people: characters that cannot be seen become spaces, so that it cannot forge a log line.
 pub(super) fn text(value: &[u8]) -> String {
-    String::from_utf8_lossy(value).chars().map(|c| if c.is_control() { ' ' } else { c }).collect()
+    String::from_utf8_lossy(value).chars().map(|c| if is_hidden(c) { ' ' } else { c }).collect()
 }
 
 /// Stores a TLV that may appear once.

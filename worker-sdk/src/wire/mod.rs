@@ -38,6 +38,7 @@ mod probe;
 mod refused;
 mod resume;
 mod update;
+mod visible;
 mod welcome;
 
 pub use codec::{WireError, is_name};
@@ -50,6 +51,7 @@ pub use probe::Probe;
 pub use refused::{Refused, RefusedCode};
 pub use resume::Resume;
 pub use update::Update;
+pub use visible::is_hidden;
 pub use welcome::{Welcome, WelcomeListener};
 
 use codec::Reader;

@@ -1,7 +1,8 @@
-//! `dispatcher top`: the status as a live screen. Owns the terminal and the thread that asks; what keys mean is in `model`,
-//! what is drawn in `view`.
+//! `dispatcher top`: the status as a live screen. Owns the thread that asks; the terminal is in `screen`, what keys mean in
+//! `model`, what is drawn in `view`.
 
 mod model;
+mod screen;
 #[cfg(test)]
 mod tests;
 mod view;
@@ -18,6 +19,7 @@ use ratatui::backend::TestBackend;
 use ratatui::crossterm::event::{self, Event, KeyCode, KeyEvent, KeyEventKind, KeyModifiers};
 
 use self::model::{Action, Key, Model, Notice};
+use self::screen::{Screen, Suspend};
 use self::view::Theme;
 use super::admin::{self, Place};
 use super::{AdminArgs, Exit, Failure, print};
@@ -81,25 +83,44 @@ pub(super) fn top(arguments: &TopArgs) -> Result<(), Failure> {
     }
     // Before the screen is taken: whoever has nothing to look at should read why.
     let first = ask(&place)?;
-    let stop = stop_flag().map_err(|error| system("signal handlers", &error))?;
-    let mut terminal = ratatui::try_init().map_err(|error| system("the terminal", &error))?;
-    // From here on a panic restores the terminal too, before it says what happened.
-    let result = live(&mut terminal, &place, first, arguments.interval, theme, &stop);
-    ratatui::restore();
-    result
+    let signals = Signals::register().map_err(|error| system("signal handlers", &error))?;
+    let mut screen = Screen::open().map_err(|error| system("the terminal", &error))?;
+    let result = live(&mut screen, &place, first, arguments.interval, theme, &signals);
+    let gone = screen.is_gone();
+    drop(screen);
+    // Whatever failed because the terminal is gone is no failure: nothing is left to look at.
+    if gone { Ok(()) } else { result }
 }
 
 fn system(what: &str, error: &std::io::Error) -> Failure {
     Failure::new(Exit::OsErr, format!("{what}: {error}"))
 }
 
-/// Set by the signals that ask a program to end.
-fn stop_flag() -> std::io::Result<Arc<AtomicBool>> {
-    let stop = Arc::new(AtomicBool::new(false));
-    for signal in [libc::SIGTERM, libc::SIGHUP, libc::SIGINT, libc::SIGQUIT] {
-        signal_hook::flag::register(signal, Arc::clone(&stop))?;
+/// What signals have asked for.
+struct Signals {
+    /// To end.
+    stop: Arc<AtomicBool>,
+    /// To stop until it is continued.
+    suspend: Arc<AtomicBool>,
+    /// It was continued: the terminal was another program's meanwhile.
+    continued: Arc<AtomicBool>,
+}
+
+impl Signals {
+    fn register() -> std::io::Result<Signals> {
+        let flag = |signals: &[i32]| {
+            let flag = Arc::new(AtomicBool::new(false));
+            for signal in signals {
+                signal_hook::flag::register(*signal, Arc::clone(&flag))?;
+            }
+            std::io::Result::Ok(flag)
+        };
+        Ok(Signals {
+            stop: flag(&[libc::SIGTERM, libc::SIGHUP, libc::SIGINT, libc::SIGQUIT])?,
+            suspend: flag(&[libc::SIGTSTP])?,
+            continued: flag(&[libc::SIGCONT])?,
+        })
     }
-    Ok(stop)
 }
 
 /// One frame as text.
@@ -137,12 +158,12 @@ enum News {
 }
 
 fn live(
-    terminal: &mut ratatui::DefaultTerminal,
+    screen: &mut Screen,
     place: &Place,
     first: Status,
     interval: Duration,
     theme: Theme,
-    stop: &AtomicBool,
+    signals: &Signals,
 ) -> Result<(), Failure> {
     let began = Instant::now();
     let mut model = Model::new();
@@ -157,7 +178,13 @@ fn live(
         .map_err(|error| system("a thread", &error))?;
     let broken = |error: std::io::Error| system("the terminal", &error);
     let typed = typed()?;
-    while !stop.load(Ordering::SeqCst) && !hung_up() {
+    while !signals.stop.load(Ordering::SeqCst) && !screen.is_gone() {
+        if signals.suspend.swap(false, Ordering::SeqCst) {
+            screen.suspend(Suspend::Alone).map_err(broken)?;
+        }
+        if signals.continued.swap(false, Ordering::SeqCst) {
+            screen.take().map_err(broken)?;
+        }
         while let Ok(news) = news.try_recv() {
             match news {
                 News::Status(status) => model.answer(*status, began.elapsed()),
@@ -166,13 +193,17 @@ fn live(
                 News::Failed(why) => model.tell(Notice::Failed(why)),
             }
         }
-        terminal.draw(|frame| view::draw(frame, &mut model, theme)).map_err(broken)?;
+        screen.draw(|frame| view::draw(frame, &mut model, theme)).map_err(broken)?;
         let event = match typed.recv_timeout(LOOK) {
             Ok(event) => event.map_err(broken)?,
             Err(RecvTimeoutError::Timeout) => continue,
             Err(RecvTimeoutError::Disconnected) => break,
         };
         if let Event::Key(pressed) = event
+            && is_suspend(&pressed)
+        {
+            screen.suspend(Suspend::Job).map_err(broken)?;
+        } else if let Event::Key(pressed) = event
             && let Some(key) = key(&pressed)
         {
             match model.key(key) {
@@ -209,15 +240,11 @@ fn typed() -> Result<Receiver<std::io::Result<Event>>, Failure> {
     Ok(typed)
 }
 
-/// Whether the terminal is gone: nobody looks any more, and no signal need have said so.
-fn hung_up() -> bool {
-    use rustix::event::{PollFd, PollFlags, Timespec, poll};
-
-    let stdin = std::io::stdin();
-    let mut terminal = [PollFd::new(&stdin, PollFlags::empty())];
-    let now = Timespec::default();
-    poll(&mut terminal, Some(&now)).is_ok_and(|ready| ready > 0)
-        && terminal[0].revents().intersects(PollFlags::HUP | PollFlags::ERR | PollFlags::NVAL)
+/// Ctrl-Z, which the terminal leaves to us.
+fn is_suspend(event: &KeyEvent) -> bool {
+    event.kind != KeyEventKind::Release
+        && event.code == KeyCode::Char('z')
+        && event.modifiers.contains(KeyModifiers::CONTROL)
 }
 
 fn key(event: &KeyEvent) -> Option<Key> {

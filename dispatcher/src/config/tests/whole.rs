@@ -165,6 +165,23 @@ fn environment() {
     );
     pool_refused(&format!("{spawn}environment = {{ ‹'a=b'› = 'x' }}"), "not a name", "");
     pool_refused(&format!("{spawn}environment = {{ A = ‹1› }}"), "wrong type", "");
+    for name in crate::spawner::NOT_INHERITED {
+        pool_refused(
+            &format!("{spawn}environment = {{ ‹{name}› = 'x' }}"),
+            &format!("`{name}` cannot be set here"),
+            "start without it",
+        );
+    }
+    pool_refused(&format!("{spawn}environment = {{ ‹''› = 'x' }}"), "not a name", "");
+    pool_refused(&format!("{spawn}environment = {{ ‹\"a\\u0000b\"› = 'x' }}"), "not a name", "");
+    pool_refused(&format!("{spawn}environment = {{ A = ‹\"\\u0000\"› }}"), "a zero byte", "");
+    let long = "x".repeat(131_072 - 3);
+    good(&format!("{GOOD}{spawn}environment = {{ A = '{long}' }}"));
+    pool_refused(
+        &format!("{spawn}environment = {{ A = ‹'{long}x'› }}"),
+        "`A` is too long",
+        "131072",
+    );
     pool_refused(&format!("{spawn}directory = ‹\"/\\u0000\"›"), "zero byte", "");
 }
 
@@ -293,4 +310,73 @@ fn admin_http_has_an_address_of_its_own() {
 fn a_pool_has_no_slash_in_its_name() {
     let listener = "[[listener]]\nname = 'a'\naddress = '127.0.0.1:1'\npool = 'a/b'\n";
     refused(&format!("{listener}[pool.‹'a/b'›]\n"), "a slash in its name", "POOL/NAME");
+}
+
+#[test]
+fn names_by_which_admin_http_may_be_asked() {
+    let config = good(&format!(
+        "admin_http = '127.0.0.1:9900'\nadmin_http_hosts = ['Status.Example.ORG', 'web1.']\n{GOOD}"
+    ));
+    assert_eq!(config.admin_http_hosts, ["status.example.org", "web1"]);
+    for name in ["", "http://a", "a:80", "a b", "a..b", ".", "größe.example"] {
+        top_refused(
+            &format!("admin_http = '127.0.0.1:9900'\nadmin_http_hosts = ['a', ‹'{name}'›]"),
+            "not a host name",
+            "without a scheme or a port",
+        );
+    }
+    let config = good(&format!("admin_http_hosts = ['a']\n{GOOD}"));
+    assert!(config.warnings[0].to_string().contains("no effect without `admin_http`"));
+}
+
+#[test]
+fn what_is_written_otherwise_and_is_the_same() {
+    let two = |first: &str, second: &str| {
+        format!(
+            "{}[[listener]]\nname='o'\naddress={second}\npool='web'\n",
+            GOOD.replace("\"127.0.0.1:8080\"", first)
+        )
+    };
+    let real = tempfile::tempdir().expect("a directory");
+    let link = real.path().join("link");
+    std::os::unix::fs::symlink(real.path(), &link).expect("a link");
+    let (real, link) = (real.path().display(), link.display());
+    for (first, second) in [
+        ("'127.0.0.1:8080'".to_owned(), "‹'[::ffff:127.0.0.1]:8080'›".to_owned()),
+        ("'0.0.0.0:8080'".to_owned(), "‹'[::ffff:127.0.0.1]:8080'›".to_owned()),
+        (format!("'unix:{real}/s'"), format!("‹'unix:{real}//./s'›")),
+        (format!("'unix:{real}/s'"), format!("‹'unix:{link}/s'›")),
+        // One would be the lock file of the other.
+        (format!("'unix:{real}/s'"), format!("‹'unix:{real}/s.lock'›")),
+    ] {
+        refused(&two(&first, &second), "", "");
+    }
+    good(&two(&format!("'unix:{real}/s'"), &format!("'unix:{real}/t'")));
+    top_refused(
+        &format!("dispatch_socket = '{real}/s'\nadmin_socket = ‹'{link}/s'›"),
+        "are the same",
+        "",
+    );
+    // This machine, written as an IPv6 address, is no remote one; another one is.
+    good(&format!("admin_http = '[::ffff:127.0.0.1]:9900'\n{GOOD}"));
+    top_refused("admin_http = ‹'[::ffff:10.0.0.1]:9900'›", "other machines", "");
+    // Workers connect by the absolute path.
+    let cwd = std::env::current_dir().expect("a directory").as_os_str().len();
+    let long = "x".repeat(107 - cwd - 1);
+    good(&format!("dispatch_socket = '{long}'\n{GOOD}"));
+    top_refused(
+        &format!("dispatch_socket = ‹'{long}x'›"),
+        "as an absolute path this has 108 bytes",
+        "",
+    );
+}
+
+#[test]
+fn options_that_the_kernel_counts_in_whole_units() {
+    for key in ["keepalive", "defer_accept"] {
+        listener_refused(&format!("{key} = ‹'1500ms'›"), "must be whole seconds", "");
+    }
+    listener_refused("user_timeout = ‹'1500us'›", "must be whole milliseconds", "");
+    let text = GOOD.replace("pool = \"web\"\n", "pool = \"web\"\nkeepalive = '2000ms'\n");
+    assert_eq!(good(&text).listeners[0].options.keepalive, Some(Duration::from_secs(2)));
 }

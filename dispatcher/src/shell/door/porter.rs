@@ -122,7 +122,10 @@ impl Porter {
             let timeout = self.timeout();
             if let Err(error) = self.poll.poll(&mut events, timeout) {
                 if error.kind() != io::ErrorKind::Interrupted {
-                    log::error!("event=handshakes_failed error=\"{error}\"");
+                    log::error!(
+                        "event=handshakes_failed error={error}",
+                        error = crate::logger::quoted(&error)
+                    );
                     break;
                 }
                 events.clear();

@@ -1,0 +1,74 @@
+//! One thread for what may wait, such as reading files and looking names up: started with the dispatcher, so that it is
+//! there when no thread can be made. Jobs are done one after the other.
+
+use std::io;
+use std::panic::{AssertUnwindSafe, catch_unwind};
+use std::sync::mpsc::{SyncSender, sync_channel};
+
+use tokio::sync::oneshot;
+
+use super::keep::message;
+
+/// Most jobs waiting. A reload has one at a time, and so has the watch over socket files.
+const MAX_JOBS: usize = 16;
+
+type Job = Box<dyn FnOnce() + Send>;
+
+/// The thread. It ends after its last job once every handle is gone; nothing waits for that.
+#[derive(Clone, Debug)]
+pub(super) struct Elsewhere {
+    jobs: SyncSender<Job>,
+}
+
+impl Elsewhere {
+    /// Starts the thread.
+    ///
+    /// # Errors
+    /// When the system has no thread left.
+    pub(super) fn start() -> io::Result<Elsewhere> {
+        let (jobs, receiver) = sync_channel::<Job>(MAX_JOBS);
+        // A job catches its own panics: see `run`.
+        let work = move || receiver.into_iter().for_each(|job| job());
+        std::thread::Builder::new().name("files".to_owned()).spawn(work)?;
+        Ok(Elsewhere { jobs })
+    }
+
+    /// Has the thread do this.
+    ///
+    /// # Errors
+    /// Why there is no result: it panicked, or too much is waiting.
+    pub(super) async fn run<T: Send + 'static>(
+        &self,
+        job: impl FnOnce() -> T + Send + 'static,
+    ) -> Result<T, String> {
+        let (done, result) = oneshot::channel();
+        let job = move || {
+            let outcome = catch_unwind(AssertUnwindSafe(job));
+            let outcome = outcome
+                .map_err(|panic| format!("a defect of the dispatcher: {}", message(&*panic)));
+            // Without a listener the result is not needed any more.
+            let _ = done.send(outcome);
+        };
+        let queued = self.jobs.try_send(Box::new(job));
+        queued.map_err(|_| "the thread for files is busy; try again".to_owned())?;
+        result.await.unwrap_or_else(|_| Err("the thread for files has ended".to_owned()))
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_job_that_panics_ends_only_itself() {
+        let elsewhere = Elsewhere::start().expect("a thread");
+        let runtime = tokio::runtime::Builder::new_current_thread().build().expect("a runtime");
+        runtime.block_on(async {
+            let failed = elsewhere.run(|| -> u32 { panic!("on purpose") }).await;
+            assert!(failed.expect_err("it panicked").ends_with("on purpose"));
+            let here = std::thread::current().id();
+            let there = elsewhere.run(|| std::thread::current().id()).await.expect("done");
+            assert_ne!(here, there);
+        });
+    }
+}
