@@ -466,14 +466,27 @@ fn other_machines_are_refused_unless_wanted() {
     assert!(error.contains("admin_http_allow_remote") && error.contains("^^^"), "{error}");
     assert_eq!(check(&format!("admin_http_allow_remote = true\n{config}")).0, Some(0));
 
-    // Then under any name, and still for reading only.
-    let dispatcher = Dispatcher::start(&format!("admin_http_allow_remote = true\n{config}"));
+    // Then under the names that are listed, and still for reading only.
+    let mut listed = format!(
+        "admin_http_allow_remote = true\nadmin_http_hosts = [\"dispatcher.example.com\"]\n{config}"
+    );
+    let dispatcher = Dispatcher::start(&listed);
     let address = admin_http(&dispatcher);
     let port = address.strip_prefix("0.0.0.0:").expect(&address).parse::<u16>().unwrap();
     let tcp = || TcpStream::connect(("127.0.0.1", port)).unwrap();
     let host = "dispatcher.example.com:9900";
     assert_eq!(ask(tcp(), "GET /v1/status", host, "").0, 200);
     assert_eq!(ask(tcp(), "POST /v1/reload", host, "").0, 403);
+    assert_eq!(ask(tcp(), "GET /v1/status", "other.example.com", "").0, 403);
+    assert_eq!(ask(tcp(), "GET /v1/status", "192.0.2.7:9900", "").0, 200);
+    let own = rustix::system::uname();
+    assert_eq!(ask(tcp(), "GET /v1/status", own.nodename().to_str().unwrap(), "").0, 200);
+    // A reload changes them.
+    listed = listed.replace("dispatcher.example.com", "other.example.com");
+    let done = support::reloading::reload(&dispatcher, &listed);
+    assert_eq!(support::reloading::names(&done["changed"]), ["admin_http_hosts"]);
+    assert_eq!(ask(tcp(), "GET /v1/status", host, "").0, 403);
+    assert_eq!(ask(tcp(), "GET /v1/status", "other.example.com", "").0, 200);
     // On a loopback address only a name of this machine is a good one.
     let dispatcher = Dispatcher::start(&config.replace("0.0.0.0", "127.0.0.1"));
     let address = admin_http(&dispatcher);

@@ -317,7 +317,7 @@ impl Dispatcher {
 }
 
 /// Processes that this one has started and not yet buried.
-fn children(parent: i32) -> Vec<i32> {
+pub fn children_of(parent: i32) -> Vec<i32> {
     let is_child = |pid: &i32| {
         let stat = std::fs::read_to_string(format!("/proc/{pid}/stat")).unwrap_or_default();
         let after_name = stat.rsplit(") ").next().unwrap_or_default();
@@ -333,7 +333,7 @@ impl Drop for Dispatcher {
         // Its own workers would serve on without it. Stopped, it neither starts others nor gives their ids away.
         if self.process.child.try_wait().is_ok_and(|status| status.is_none()) {
             self.process.signal(Signal::SIGSTOP);
-            for pid in children(self.process.pid()) {
+            for pid in children_of(self.process.pid()) {
                 let _ = kill(Pid::from_raw(pid), Signal::SIGKILL);
             }
             self.process.kill();

@@ -1,0 +1,11 @@
+//! What surrounds a dispatcher: signals, processes and their groups, a system short of threads, the log's file, names.
+#![allow(clippy::unwrap_used, clippy::expect_used, reason = "in a test a panic is the report")]
+
+mod support;
+
+#[path = "surroundings/log.rs"]
+mod log;
+#[path = "surroundings/processes.rs"]
+mod processes;
+#[path = "surroundings/signals.rs"]
+mod signals;
