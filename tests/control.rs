@@ -483,8 +483,8 @@ fn other_machines_are_refused_unless_wanted() {
     assert_eq!(ask(tcp(), "GET /v1/status", own.nodename().to_str().unwrap(), "").0, 200);
     // A reload changes them.
     listed = listed.replace("dispatcher.example.com", "other.example.com");
-    let done = support::reloading::reload(&dispatcher, &listed);
-    assert_eq!(support::reloading::names(&done["changed"]), ["admin_http_hosts"]);
+    let done = reloading::reload(&dispatcher, &listed);
+    assert_eq!(reloading::names(&done["changed"]), ["admin_http_hosts"]);
     assert_eq!(ask(tcp(), "GET /v1/status", host, "").0, 403);
     assert_eq!(ask(tcp(), "GET /v1/status", "other.example.com", "").0, 200);
     // On a loopback address only a name of this machine is a good one.
