@@ -3,6 +3,8 @@
 
 #[path = "support/fake_dispatcher.rs"]
 mod fake;
+#[path = "sdk_async/tokio.rs"]
+mod like_tokio;
 
 use std::io::{Read, Write};
 use std::time::{Duration, Instant};

@@ -206,6 +206,9 @@ pub struct WorkerStatus {
     pub priority: u16,
     /// Most connections it is given: the smaller of the pool's and its own maximum.
     pub max_connections: u32,
+    /// It takes no connections for now, by its own wish.
+    #[serde(default)]
+    pub paused: bool,
     /// Connections it had taken, over its lifetime, when it joined.
     pub base: u64,
     /// Live connections, untaken ones included.

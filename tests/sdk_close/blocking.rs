@@ -4,7 +4,8 @@ use std::sync::mpsc;
 use std::time::Instant;
 
 use worker_sdk::Error;
-use worker_sdk::wire::{Channel, Control, Drain, Resume};
+use worker_sdk::scoreboard::claim;
+use worker_sdk::wire::{Channel, Control, Drain, Features, Resume, Update};
 
 use super::*;
 use fake::DEADLINE;
@@ -155,4 +156,108 @@ fn the_application_is_told_of_joins_losses_and_the_end_of_drains() {
     worker.close();
     drop(tell);
     assert!(told.recv_timeout(DEADLINE).is_err(), "all callbacks are let go");
+}
+
+fn next_update(peer: &Peer) -> Update {
+    match peer.control_record() {
+        Some(Control::Update(update)) => update,
+        other => panic!("expected an update, got {other:?}"),
+    }
+}
+
+#[test]
+fn weight_and_maximum_are_told_at_once_and_to_the_next_dispatcher() {
+    let fake = FakeDispatcher::new();
+    let config = fake.config().weight(2);
+    let worker = thread::spawn(move || Worker::connect(config).unwrap());
+    let peer = fake.welcome_with_updates();
+    let worker = worker.join().unwrap();
+    assert!(peer.hello.features.contains(Features::UPDATE));
+    worker.set_weight(7).unwrap();
+    let update = Update { weight: 7, paused: false, max_connections: 1000 };
+    assert_eq!(next_update(&peer), update);
+    worker.set_max_connections(5).unwrap();
+    worker.set_max_connections(5).unwrap();
+    assert!(matches!(worker.set_weight(0), Err(Error::Config { .. })));
+    assert!(matches!(worker.set_max_connections(0), Err(Error::Config { .. })));
+    assert_eq!(next_update(&peer), Update { max_connections: 5, ..update });
+    worker.pause_accepting().unwrap();
+    assert!(next_update(&peer).paused);
+    drop(peer);
+    assert!(matches!(worker.accept_timeout(Duration::from_millis(20)), Err(Error::TimedOut)));
+    let peer = thread::scope(|scope| {
+        let again = scope.spawn(|| fake.welcome_with_updates());
+        let result = worker.accept_timeout(Duration::from_millis(500));
+        assert!(matches!(result, Err(Error::TimedOut)), "{result:?}");
+        again.join().unwrap()
+    });
+    assert_eq!((peer.hello.weight, peer.hello.max_connections), (7, 5));
+    assert!(next_update(&peer).paused, "said again");
+    worker.resume_accepting().unwrap();
+    assert!(!next_update(&peer).paused);
+    // Nothing was sent twice, and nothing else.
+    worker.close();
+    assert!(matches!(peer.control_record(), Some(Control::Goodbye(_))));
+}
+
+#[test]
+fn a_paused_worker_claims_nothing_unless_its_dispatcher_dies() {
+    let fake = FakeDispatcher::new();
+    let worker = thread::scope(|scope| {
+        let worker = scope.spawn(|| Worker::connect(fake.config()).unwrap());
+        let mut peer = fake.welcome_with_updates();
+        let worker = worker.join().unwrap();
+        let short = Duration::from_millis(30);
+        let pairs: Vec<_> = (0..4).map(|_| fake.client()).collect();
+        // One is taken, one is in the queue, one still on its way; all but the first are offered during the pause.
+        let entries = peer.send(&[&pairs[0].1, &pairs[1].1]);
+        let taken = accept(&worker);
+        worker.pause_accepting().unwrap();
+        assert!(worker.is_paused());
+        let late = peer.send_one(&pairs[2].1);
+        assert!(matches!(worker.accept_timeout(short), Err(Error::TimedOut)));
+        assert!(!peer.taken(&entries[1]) && !peer.taken(&late));
+        // The dispatcher takes them back, as it does when it hears of the pause.
+        assert_eq!(peer.revoke(&entries[1]), claim::Revoke::Revoked);
+        drop(taken);
+        // One that it had no time to take back.
+        let last = peer.send_one(&pairs[3].1);
+        assert!(matches!(worker.accept_timeout(short), Err(Error::TimedOut)));
+        let board = peer.die();
+        // It is nobody else's now.
+        for entry in [late, last] {
+            let _orphan = worker.accept_timeout(DEADLINE).unwrap().unwrap();
+            let state = claim::state(board.slot(entry.slot).unwrap(), entry.seq);
+            assert_eq!(state, claim::SlotState::Taken);
+        }
+        worker
+    });
+    worker.resume_accepting().unwrap();
+    let mut peer = thread::scope(|scope| {
+        let waiting = scope.spawn(|| worker.accept().unwrap().is_some());
+        let mut peer = fake.welcome_with_updates();
+        peer.send_one(&fake.client().1);
+        assert!(waiting.join().unwrap());
+        peer
+    });
+    peer.send_one(&fake.client().1);
+    assert!(worker.accept_timeout(DEADLINE).unwrap().is_some());
+}
+
+#[test]
+fn alone_a_pause_leaves_clients_waiting() {
+    let worker = Worker::connect(WorkerConfig::new().listen("127.0.0.1:0")).unwrap();
+    let address = worker.local_addr().unwrap().socket_addr().unwrap();
+    worker.pause_accepting().unwrap();
+    let _client = TcpStream::connect(address).unwrap();
+    assert!(matches!(worker.accept_timeout(Duration::from_millis(30)), Err(Error::TimedOut)));
+    thread::scope(|scope| {
+        let waiting = scope.spawn(|| worker.accept().unwrap().is_some());
+        worker.resume_accepting().unwrap();
+        assert!(waiting.join().unwrap());
+    });
+    worker.pause_accepting().unwrap();
+    worker.close();
+    assert!(!worker.is_paused());
+    assert!(worker.accept().unwrap().is_none());
 }

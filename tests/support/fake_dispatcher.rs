@@ -131,6 +131,11 @@ impl FakeDispatcher {
         self.welcome_as(256, |welcome| welcome.features = Features::OWN)
     }
 
+    /// Lets the next worker in, which may then change what its hello said.
+    pub fn welcome_with_updates(&self) -> Peer {
+        self.welcome_as(256, |welcome| welcome.features = Features::UPDATE)
+    }
+
     fn welcome_as(&self, slots: u32, change: impl FnOnce(&mut Welcome)) -> Peer {
         let (hello, control) = self.hello();
         let peer = Peer::new(hello, control, slots);

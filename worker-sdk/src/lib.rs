@@ -11,6 +11,7 @@
 //! | `tokio` | tokio | `tokio::Listener` |
 //! | `axum` | axum; the listener goes to `axum::serve` | `tokio::Listener` |
 //! | `mio` | event loops with mio | `mio::MioWorker` |
+//! | `testing` | tests of a server against a real dispatcher; for `dev-dependencies` | `testing::Dispatcher` |
 //!
 //! The protocol itself ([`wire`], [`scoreboard`]) is always there.
 //!
@@ -122,6 +123,8 @@ pub mod tokio;
 pub mod wire;
 
 mod sys;
+#[cfg(feature = "testing")]
+pub mod testing;
 
 #[cfg(feature = "fuzzing")]
 pub use client::fuzzing;

@@ -291,6 +291,47 @@ impl Listener {
         self.core().close();
     }
 
+    /// Takes no connections for now: what is untaken goes to other workers, and the dispatcher sends nothing more until
+    /// [`resume_accepting`](Listener::resume_accepting). Live connections go on, and so does the membership in the pool; a pool
+    /// all of whose workers are paused lets its clients wait, as if all were full. Also alone, without a dispatcher.
+    ///
+    /// # Errors
+    /// [`Error::Forked`] in a forked child.
+    pub fn pause_accepting(&self) -> Result<(), Error> {
+        self.core().set_paused(true)
+    }
+
+    /// Ends a [pause](Listener::pause_accepting).
+    ///
+    /// # Errors
+    /// [`Error::Forked`] in a forked child; [`Error::Io`] when a worker without a dispatcher can no longer watch its listener.
+    pub fn resume_accepting(&self) -> Result<(), Error> {
+        self.core().set_paused(false)
+    }
+
+    /// Whether it is [paused](Listener::pause_accepting).
+    pub fn is_paused(&self) -> bool {
+        self.core().is_paused()
+    }
+
+    /// Another share of the load from now on, in place of [`WorkerConfig::weight`]; kept over all dispatchers. A weight that
+    /// an operator has set (`dispatcher weight`) wins until the worker joins anew.
+    ///
+    /// # Errors
+    /// [`Error::Config`] for 0, [`Error::Forked`] in a forked child.
+    pub fn set_weight(&self, weight: u16) -> Result<(), Error> {
+        self.core().set_weight(weight)
+    }
+
+    /// Another maximum from now on, in place of [`WorkerConfig::max_connections`]; kept over all dispatchers. The pool's own
+    /// maximum bounds it. What is live beyond it goes on.
+    ///
+    /// # Errors
+    /// [`Error::Config`] for 0, [`Error::Forked`] in a forked child.
+    pub fn set_max_connections(&self, max: u32) -> Result<(), Error> {
+        self.core().set_max_connections(max)
+    }
+
     /// Claims a key for this worker: as [`Worker::own`](crate::Worker::own). Never waits.
     ///
     /// # Errors

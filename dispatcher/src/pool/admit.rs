@@ -135,6 +135,8 @@ impl Core {
             weight: u32::from(hello.weight.max(1)),
             max: hello.max_connections.min(pool.settings.max_connections_per_worker),
             own_max: hello.max_connections,
+            weight_set: false,
+            paused: false,
             process: join.spawned,
             state: State::Active,
             base,

@@ -58,6 +58,10 @@ pub enum Event {
     DrainOver { worker: WorkerId, resent: u32, live: u64, told: bool },
     /// An operator has made the worker active again.
     Resumed { worker: WorkerId },
+    /// A worker takes no connections for now: `resent` untaken ones went elsewhere, `live` stay with it.
+    Paused { worker: WorkerId, resent: u32, live: u64 },
+    /// A worker has another weight or maximum, or ended its pause: these are in force.
+    Updated { worker: WorkerId, weight: u32, max: u32, paused: bool },
     /// A suspect worker took its probe.
     Trusted { worker: WorkerId, after: Duration },
     /// A worker reported that `lost` connections did not reach it; it is treated as full for a moment.

@@ -215,7 +215,7 @@ impl Core {
             effects.push_back(Effect::Revoke { worker: id, ticket });
         });
         match round {
-            Round::Suspect(_) | Round::Goodbye | Round::Drained => {
+            Round::Suspect(_) | Round::Goodbye | Round::Drained | Round::Paused => {
                 self.effects.push_back(Effect::Purge { worker: id });
                 // It may have been among what was purged.
                 self.repeat_notice(w);
@@ -262,6 +262,7 @@ impl Core {
                 let told = worker.hears;
                 Event::DrainOver { worker: id, resent, live, told }
             }
+            Round::Paused => Event::Paused { worker: id, resent, live },
             Round::Gone(why) => Event::Gone { worker: id, why, resent, live },
         };
         self.event(event);

@@ -258,7 +258,7 @@ impl Worker {
             Some(Why::LostOne)
         } else if self.blocked.is_some() {
             Some(Why::ChannelFull)
-        } else if self.load() >= u64::from(self.max) {
+        } else if self.paused || self.load() >= u64::from(self.max) {
             Some(Why::Full)
         } else if !self.ring.has_room() {
             Some(Why::NoSlot)

@@ -215,6 +215,7 @@ fn worker_status(worker: &Worker) -> WorkerStatus {
         warm_percent: worker.warm_percent(),
         priority: worker.priority,
         max_connections: worker.max,
+        paused: worker.paused,
         base: worker.base,
         load: worker.load(),
         sent: worker.sent,

@@ -1,8 +1,11 @@
 //! What an operator, or chance, has to say about who is chosen.
 
-use super::Core;
+use worker_sdk::wire::Update;
+
 use super::random::Random;
-use super::types::{Time, WorkerId};
+use super::types::{State, Time, WorkerId};
+use super::worker::Round;
+use super::{Core, Event};
 
 impl Core {
     /// What every choice by lot follows from. The same seed and the same history give the same choices.
@@ -20,9 +23,37 @@ impl Core {
     pub fn set_weight(&mut self, now: Time, worker: WorkerId, weight: u16) -> bool {
         let Some(w) = self.find(worker) else { return false };
         self.workers[w].weight = u32::from(weight.max(1));
+        self.workers[w].weight_set = true;
         self.refresh(w);
         self.after(now, self.workers[w].pool);
         true
+    }
+
+    /// The worker says anew what its hello said. An operator's weight and the pool's maximum win. While it is paused it gets
+    /// nothing, and what it has untaken goes elsewhere: it is as good as full, not suspect.
+    pub fn update(&mut self, now: Time, worker: WorkerId, update: Update) {
+        let Some(w) = self.find(worker) else { return };
+        let pool = self.workers[w].pool;
+        let most = self.pools[pool].settings.max_connections_per_worker;
+        let state = &mut self.workers[w];
+        if state.said_goodbye || state.closed || state.state == State::Gone {
+            return;
+        }
+        if !state.weight_set {
+            state.weight = u32::from(update.weight.max(1));
+        }
+        state.own_max = update.max_connections;
+        state.max = update.max_connections.min(most);
+        let pauses = update.paused && !state.paused;
+        state.paused = update.paused;
+        if pauses {
+            self.begin_round(now, w, Round::Paused);
+        } else {
+            let (weight, max) = (state.weight, state.max);
+            self.event(Event::Updated { worker, weight, max, paused: update.paused });
+        }
+        self.refresh(w);
+        self.after(now, pool);
     }
 
     /// The worker's share of new connections relative to others, once it has all of it; `None` if it is gone.

@@ -19,6 +19,8 @@ pub(super) enum Round {
     Goodbye,
     /// The deadline of its drain has come.
     Drained,
+    /// It takes no connections for now.
+    Paused,
     /// It is gone.
     Gone(Departure),
 }
@@ -55,11 +57,15 @@ pub(super) struct Worker {
     pub(super) priority: u16,
     /// 1 to 65,535.
     pub(super) weight: u32,
+    /// An operator has set it: what the worker says of it does not count.
+    pub(super) weight_set: bool,
     /// `Some` while it has less than its weight.
     pub(super) ramp: Option<Ramp>,
     pub(super) max: u32,
     /// The most it wants itself.
     pub(super) own_max: u32,
+    /// It takes no connections for now, by its own wish: as good as full.
+    pub(super) paused: bool,
     /// The process we started, if it is one.
     pub(super) process: Option<ProcessId>,
     pub(super) state: State,
@@ -189,6 +195,7 @@ impl Worker {
     /// Whether it may be chosen.
     pub(super) fn is_eligible(&self) -> bool {
         self.state == State::Active
+            && !self.paused
             && self.can_be_sent_to()
             && self.load() < u64::from(self.max)
             && (self.probation.is_none() || self.untaken() == 0)

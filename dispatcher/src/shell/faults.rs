@@ -49,6 +49,8 @@ impl Shell {
             | Event::Draining { .. }
             | Event::DrainOver { .. }
             | Event::Resumed { .. }
+            | Event::Paused { .. }
+            | Event::Updated { .. }
             | Event::Goodbye { .. }
             | Event::Trusted { .. }
             | Event::Relieved { .. }

@@ -22,7 +22,7 @@ use crate::pool::{Claim, Departure, ListenerId, Refusal, SPARE_SLOTS, WorkerId};
 const NEWS_PER_TURN: usize = 64;
 
 /// What we can do, beyond what every version can.
-const FEATURES: Features = Features::DRAIN;
+const FEATURES: Features = Features(Features::DRAIN.0 | Features::UPDATE.0);
 
 impl Shell {
     /// Handles what the door has told.
@@ -32,6 +32,7 @@ impl Shell {
             match news {
                 News::Hello(knock) => self.join(*knock),
                 News::Own(worker, own) => self.own(worker, own.key()),
+                News::Update(worker, update) => self.core.update(self.now, worker, update),
                 News::Goodbye(worker) => self.core.goodbye(self.now, worker),
                 News::Left(worker, why) => self.core.leave(self.now, worker, why),
                 News::Broke(worker, fault) => self.expel(worker, &fault),

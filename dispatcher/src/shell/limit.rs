@@ -113,7 +113,7 @@ impl Cause {
 }
 
 /// Kinds of lines about events.
-pub(super) const EVENTS: [&str; 18] = [
+pub(super) const EVENTS: [&str; 20] = [
     "worker_joined",
     "worker_goodbye",
     "worker_gone",
@@ -132,6 +132,8 @@ pub(super) const EVENTS: [&str; 18] = [
     "worker_resumed",
     "drain_over",
     "gauge_impossible",
+    "worker_paused",
+    "worker_updated",
 ];
 
 /// Lines that were left out.

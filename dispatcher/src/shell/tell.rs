@@ -32,6 +32,8 @@ fn kind_of(event: &Event) -> usize {
         Event::Resumed { .. } => 15,
         Event::DrainOver { .. } => 16,
         Event::BadGauge { .. } => 17,
+        Event::Paused { .. } => 18,
+        Event::Updated { .. } => 19,
     }
 }
 
@@ -71,6 +73,8 @@ impl Shell {
             | Event::Draining { worker, .. }
             | Event::DrainOver { worker, .. }
             | Event::Resumed { worker }
+            | Event::Paused { worker, .. }
+            | Event::Updated { worker, .. }
             | Event::Trusted { worker, .. }
             | Event::Lost { worker }
             | Event::ChannelFull { worker }
@@ -140,6 +144,16 @@ impl Shell {
             Event::Resumed { worker } => {
                 log::info!("event=worker_resumed {}", self.worker(*worker));
             }
+            Event::Paused { worker, resent, live } => {
+                log::info!(
+                    "event=worker_paused {} resent={resent} live={live}",
+                    self.worker(*worker)
+                );
+            }
+            Event::Updated { worker, weight, max, paused } => log::info!(
+                "event=worker_updated {} weight={weight} max_connections={max} paused={paused}",
+                self.worker(*worker)
+            ),
             Event::Trusted { worker, after } => {
                 log::info!("event=worker_trusted {} after={}", self.worker(*worker), span(*after))
             }

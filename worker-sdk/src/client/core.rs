@@ -38,7 +38,7 @@ use super::said::Said;
 use super::sample::Sampler;
 use super::standalone::Listener;
 use crate::scoreboard::claim::{self, want};
-use crate::wire::{Entry, EntryFlags, Features, Hello, PeerAddr, Probe, VERSION};
+use crate::wire::{Entry, EntryFlags, Features, Hello, PeerAddr, Probe, Update, VERSION};
 
 mod link;
 
@@ -78,7 +78,7 @@ pub(crate) struct Core {
 
 pub(super) struct State {
     pub(super) link: Link,
-    queue: VecDeque<Pending>,
+    pub(super) queue: VecDeque<Pending>,
     /// Whether a thread waits for the dispatcher on behalf of all, outside the lock. Nobody else steps then.
     leader: bool,
     /// Threads that wait for the leader.
@@ -94,6 +94,10 @@ pub(super) struct State {
     orphaned: Option<Arc<Session>>,
     /// Taken before the first of the queue was received: a child forked since then may have a copy of what is in it.
     forks: Forks,
+    /// What the dispatcher is to know of this worker.
+    pub(super) told: Update,
+    /// Offered while paused: see [`State::set_aside`].
+    pub(super) aside: Vec<Pending>,
 }
 
 /// The lock on the state. What was said under it is passed to the application's logger after its release.
@@ -167,7 +171,7 @@ pub(super) enum Link {
 }
 
 /// What was received and not yet asked for.
-enum Pending {
+pub(super) enum Pending {
     /// Not touched before its claim succeeds.
     Offered { entry: Entry, fd: OwnedFd },
     /// Claimed when its dispatcher went away: nobody else can serve it.
@@ -194,7 +198,7 @@ struct Popped {
 }
 
 impl Link {
-    fn session(&self) -> Option<&Arc<Session>> {
+    pub(super) fn session(&self) -> Option<&Arc<Session>> {
         match self {
             Link::Joined { session, .. } => Some(session),
             Link::Waiting { .. }
@@ -228,6 +232,7 @@ impl Core {
             }
         };
         let timeout = config.join_timeout;
+        let max_connections = config.effective_max_connections();
         let gauges = Gauges::new(Arc::clone(&said));
         let sampler = Sampler::new(config.sample, config.sample_interval);
         sampler.start(&gauges);
@@ -237,8 +242,8 @@ impl Core {
                 version: VERSION,
                 weight: config.weight,
                 priority: config.priority,
-                features: Features(Features::DRAIN.0 | Features::OWN.0),
-                max_connections: config.effective_max_connections(),
+                features: Features(Features::DRAIN.0 | Features::OWN.0 | Features::UPDATE.0),
+                max_connections,
                 base: 0,
                 finished: 0,
                 pool: config.pool.clone(),
@@ -262,6 +267,8 @@ impl Core {
                 buffer: vec![0; channel::BUFFER],
                 orphaned: None,
                 forks: Forks::now(),
+                told: Update { weight: config.weight, paused: false, max_connections },
+                aside: Vec::new(),
             }),
             handed_over: Condvar::new(),
             current: RwLock::new(None),
@@ -442,6 +449,7 @@ impl Core {
                 if !heard {
                     // The leader may have just received something.
                     state.orphaned = Some(Arc::clone(&session));
+                    state.take_up();
                     self.claim_all(&mut state, &session);
                 }
                 // What is left there is the dispatcher's again: it has copies and revokes them. If it has died, it is ours.
@@ -464,7 +472,7 @@ impl Core {
                 join::end(&control);
             }
             Link::Standalone { listener, paused } => {
-                if paused.is_none() {
+                if paused.is_none() && !state.told.paused {
                     self.ready.forget(listener.as_fd());
                 }
                 listener.unlink(&self.said);
@@ -472,6 +480,7 @@ impl Core {
             Link::Waiting { .. } | Link::Closed => {}
         }
         state.queue.retain(|pending| matches!(pending, Pending::Taken(_)));
+        (state.told.paused, state.aside) = (false, Vec::new());
         self.closed.store(true, Ordering::SeqCst);
         self.ready.close();
         self.handed_over.notify_all();
@@ -638,6 +647,10 @@ impl Core {
 
     pub(crate) fn draining(&self) -> &Draining {
         &self.draining
+    }
+
+    pub(super) fn ready(&self) -> &Ready {
+        &self.ready
     }
 
     pub(super) fn events(&self) -> &Events {

@@ -23,8 +23,8 @@ use crate::wire::{
     Control, Features, Goodbye, Hello, MAX_CONTROL_RECORD, VERSION, WELCOME_FDS, Welcome,
 };
 
-/// How long a goodbye may wait for the dispatcher to read what was sent before.
-const GOODBYE_WAIT: Duration = Duration::from_secs(1);
+/// How long a goodbye or an update may wait for the dispatcher to read what was sent before.
+const SEND_WAIT: Duration = Duration::from_secs(1);
 
 /// What a worker has of a dispatcher, apart from the channel. Dropping it tells the dispatcher that all is over.
 pub(super) struct Session {
@@ -65,23 +65,27 @@ impl Session {
         }
     }
 
-    /// Claims may have filled the socket: then it waits a moment until the dispatcher has read some. False if there is no
-    /// dispatcher any more that could hear it.
+    /// False if there is no dispatcher any more that could hear it.
     pub(super) fn goodbye(&self, said: &Said) -> bool {
         let mut record = Vec::new();
         Goodbye.encode(&mut record);
-        let end = Instant::now() + GOODBYE_WAIT;
+        let Err(error) = self.send(&record) else { return true };
+        said.say(log::Level::Debug, || format!("could not say goodbye to the dispatcher: {error}"));
+        // One that is there but does not read finds us gone, and takes back what we have not taken.
+        matches!(error, Errno::AGAIN | Errno::INTR)
+    }
+
+    /// Claims may have filled the socket: then it waits a moment until the dispatcher has read some.
+    pub(super) fn send(&self, record: &[u8]) -> Result<(), Errno> {
+        let end = Instant::now() + SEND_WAIT;
         loop {
-            let Err(error) = send(&self.control, &record, SendFlags::NOSIGNAL) else { return true };
+            let Err(error) = send(&self.control, record, SendFlags::NOSIGNAL) else {
+                return Ok(());
+            };
             let left = end.saturating_duration_since(Instant::now());
             let again = matches!(error, Errno::AGAIN | Errno::INTR) && !left.is_zero();
-            let timeout = Timespec::try_from(left).ok().filter(|_| again);
-            let Some(timeout) = timeout else {
-                said.say(log::Level::Debug, || {
-                    format!("could not say goodbye to the dispatcher: {error}")
-                });
-                // One that is there but does not read finds us gone, and takes back what we have not taken.
-                return matches!(error, Errno::AGAIN | Errno::INTR);
+            let Some(timeout) = Timespec::try_from(left).ok().filter(|_| again) else {
+                return Err(error);
             };
             // However it ends, the next attempt says more.
             let _ = poll(&mut [PollFd::new(&self.control, PollFlags::OUT)], Some(&timeout));

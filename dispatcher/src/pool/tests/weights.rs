@@ -1,6 +1,7 @@
 //! Weights that change: by an operator at any time, and by themselves during a slow start.
 
 use worker_sdk::PeerAddr;
+use worker_sdk::wire::Update;
 
 use super::policies::{ONCE_IN_1000, chi_squared, counts, desk_of, visits};
 use super::*;
@@ -35,6 +36,68 @@ fn a_weight_of_a_worker_that_is_gone_is_nobodys() {
     let worker = desk.worker();
     desk.leave(worker, Departure::Died);
     assert!(!desk.core.set_weight(desk.now, worker, 3));
+}
+
+fn update(weight: u16, paused: bool, max_connections: u32) -> Update {
+    Update { weight, paused, max_connections }
+}
+
+#[test]
+fn a_worker_may_change_its_weight_until_an_operator_does() {
+    let mut desk = desk();
+    let workers = [desk.worker(), desk.worker()];
+    desk.core.update(desk.now, workers[0], update(3, false, 1000));
+    for _ in 0..100 {
+        desk.next_from(PeerAddr::Unix);
+    }
+    assert_eq!(desk.loads(&workers), [75, 25]);
+    assert!(desk.core.set_weight(desk.now, workers[0], 1));
+    desk.core.update(desk.now, workers[0], update(9, false, 1000));
+    assert_eq!(desk.core.weight(workers[0]), Some(1), "the operator's");
+    desk.core.update(desk.now, workers[1], update(9, false, 1000));
+    assert_eq!(desk.core.weight(workers[1]), Some(9));
+}
+
+#[test]
+fn a_worker_may_change_its_maximum_within_the_pools() {
+    let mut desk = desk_with(|pool| pool.max_connections_per_worker = 5);
+    let worker = desk.worker();
+    for (asked, has) in [(3, 3), (1000, 5), (1, 1)] {
+        desk.core.update(desk.now, worker, update(1, false, asked));
+        assert_eq!(desk.core.max_connections_of(worker), Some(has));
+    }
+}
+
+#[test]
+fn a_paused_worker_is_as_good_as_full_and_what_it_has_untaken_goes_elsewhere() {
+    let mut desk = desk();
+    let workers = [desk.worker(), desk.worker()];
+    for _ in 0..4 {
+        desk.accept(WEB);
+    }
+    assert_eq!(desk.loads(&workers), [2, 2]);
+    desk.take(workers[0]).unwrap();
+    desk.turn();
+    desk.events();
+    desk.core.update(desk.now, workers[0], update(1, true, 1000));
+    desk.pump();
+    assert_eq!(desk.loads(&workers), [1, 3], "what it has taken stays");
+    let paused = Event::Paused { worker: workers[0], resent: 1, live: 1 };
+    assert!(desk.events().contains(&paused));
+    for _ in 0..4 {
+        desk.accept(WEB);
+    }
+    assert_eq!(desk.loads(&workers), [1, 7]);
+    assert_eq!(desk.state(workers[0]), State::Active, "not suspect");
+    desk.core.update(desk.now, workers[1], update(1, true, 1000));
+    desk.pump();
+    assert!(desk.events().iter().any(|event| matches!(event, Event::BackPressure { .. })));
+    desk.core.update(desk.now, workers[0], update(1, false, 1000));
+    desk.pump();
+    assert_eq!(desk.loads(&workers), [8, 0], "what was taken back from the other has waited");
+    desk.goodbye(workers[0]);
+    desk.core.update(desk.now, workers[0], update(7, true, 1));
+    assert_eq!(desk.core.weight(workers[0]), Some(1), "after goodbye it says nothing");
 }
 
 fn slow(policy: Policy) -> Desk {

@@ -23,7 +23,7 @@ use std::sync::mpsc::{Receiver, Sender, SyncSender, channel, sync_channel};
 use std::time::Duration;
 
 use mio::{Poll, Waker};
-use worker_sdk::wire::Own;
+use worker_sdk::wire::{Own, Update};
 
 use self::porter::Porter;
 use super::control::Fault;
@@ -44,6 +44,8 @@ pub(super) enum News {
     Hello(Box<Knock>),
     /// A worker claims a key.
     Own(WorkerId, Own),
+    /// A worker says anew what its hello said.
+    Update(WorkerId, Update),
     /// A worker says goodbye.
     Goodbye(WorkerId),
     /// A worker has closed its control connection, or its process has ended.

@@ -459,6 +459,12 @@ impl Porter {
                     self.tell(News::Own(id, own));
                     continue;
                 }
+                Received::Record(Control::Update(update)) => {
+                    // Within the same bound.
+                    member.claims.1 += 1;
+                    self.tell(News::Update(id, update));
+                    continue;
+                }
                 Received::Record(Control::Goodbye(_)) if !member.said_goodbye => {
                     member.said_goodbye = true;
                     self.tell(News::Goodbye(id));

@@ -137,6 +137,8 @@ impl Core {
                     // In this order: a connection may end between the two reads, none can open.
                     finished: self.finished.load(Ordering::SeqCst),
                     base: self.opened.load(Ordering::SeqCst),
+                    weight: state.told.weight,
+                    max_connections: state.told.max_connections,
                     ..self.hello.clone()
                 };
                 let greeted = join::greet(&self.socket, &hello).and_then(|control| {
@@ -261,6 +263,9 @@ impl Core {
         session.poke_if_wanted(want::ROOM);
         self.gauges.show(&session.board);
         self.sampler.wanted(&self.gauges, &session.gauges);
+        if state.told.paused {
+            session.update(&state.told, &self.said);
+        }
         state.link = Link::Joined { session, channel: Arc::new(channel) };
         (state.ever_joined, state.complained) = (true, false);
         state.join_deadline = None;
@@ -314,6 +319,9 @@ impl Core {
                 let helpers = arrived.len().saturating_sub(1).min(state.followers);
                 let offers = arrived.into_iter();
                 state.queue.extend(offers.map(|(entry, fd)| Pending::Offered { entry, fd }));
+                if state.told.paused {
+                    state.set_aside();
+                }
                 (0..helpers).for_each(|_| self.handed_over.notify_one());
             }
             Received::End => self.leave(state, "it closed the connection"),
@@ -337,6 +345,7 @@ impl Core {
             state.backoff.reset();
         }
         state.link = Link::Waiting { until: after(state.backoff.next()) };
+        state.take_up();
         self.claim_all(state, &session);
         session.poke_if_wanted(want::TAKEN);
         self.ready.forget(channel.as_fd());
@@ -383,6 +392,9 @@ impl Core {
     }
 
     fn accept_directly(self: &Arc<Self>, state: &mut State, now: Instant) -> Step {
+        if state.told.paused {
+            return Step::Blocked;
+        }
         let Link::Standalone { listener, paused } = &mut state.link else {
             return Step::Again;
         };
@@ -430,6 +442,12 @@ impl Core {
 }
 
 impl State {
+    /// What was offered during a pause is ours after all.
+    pub(super) fn take_up(&mut self) {
+        let aside = mem::take(&mut self.aside);
+        self.queue.extend(aside);
+    }
+
     /// To be called before anything is received.
     fn note_forks(&mut self) {
         if self.queue.is_empty() {

@@ -1,0 +1,209 @@
+//! Every recipe behind a real dispatcher, with a real client.
+#![allow(clippy::unwrap_used, clippy::expect_used, reason = "in a test a panic is the report")]
+
+mod support;
+#[path = "recipes/workers.rs"]
+mod workers;
+
+use std::io::{BufRead, BufReader, Read, Write};
+use std::net::TcpStream;
+use std::sync::Arc;
+use std::time::{Duration, Instant};
+
+use nix::sys::signal::Signal;
+use rustls::pki_types::{CertificateDer, ServerName};
+use rustls::{ClientConfig, ClientConnection, RootCertStore, StreamOwned};
+use support::{Server, dispatcher, free_port, tls_files};
+use tokio_tungstenite::tungstenite;
+
+fn ask(address: impl std::net::ToSocketAddrs, path: &str) -> std::io::Result<String> {
+    let mut client = TcpStream::connect(address)?;
+    client.set_read_timeout(Some(support::PATIENCE))?;
+    write!(client, "GET {path} HTTP/1.1\r\nHost: test\r\nConnection: close\r\n\r\n")?;
+    let mut answer = String::new();
+    client.read_to_string(&mut answer)?;
+    Ok(answer)
+}
+
+#[test]
+fn hyper_answers_and_ends_at_sigterm_and_when_drained() {
+    let Some(mut dispatcher) = dispatcher() else { return };
+    for end in ["SIGTERM", "drain"] {
+        let mut server = Server::behind(&mut dispatcher, "hyper", &[]);
+        let answer = ask(dispatcher.address(), "/question").unwrap();
+        assert!(answer.starts_with("HTTP/1.1 200") && answer.contains("/question for 127.0.0.1:"));
+        // A client that stays: it is idle, so it does not hold up the end.
+        let mut idle = TcpStream::connect(dispatcher.address()).unwrap();
+        write!(idle, "GET / HTTP/1.1\r\nHost: test\r\n\r\n").unwrap();
+        idle.set_read_timeout(Some(support::PATIENCE)).unwrap();
+        idle.read_exact(&mut [0; 12]).unwrap();
+        match end {
+            "SIGTERM" => server.signal(Signal::SIGTERM),
+            _ => drop(dispatcher.command(&["drain", "--pool", "default"]).unwrap()),
+        }
+        assert!(server.wait().success());
+        idle.read_to_end(&mut Vec::new()).unwrap();
+    }
+}
+
+#[test]
+fn hyper_serves_alone() {
+    let port = free_port();
+    let mut server = Server::alone("hyper", &[], port);
+    let end = Instant::now() + support::PATIENCE;
+    let answer = loop {
+        match ask(("127.0.0.1", port), "/alone") {
+            Ok(answer) => break answer,
+            Err(error) => assert!(Instant::now() < end, "{error}"),
+        }
+        std::thread::sleep(Duration::from_millis(10));
+    };
+    assert!(answer.contains("/alone for 127.0.0.1:"), "{answer}");
+    server.signal(Signal::SIGTERM);
+    assert!(server.wait().success());
+}
+
+/// The messages and the method, as a code generator would make them for a client.
+#[derive(Clone, PartialEq, prost::Message)]
+struct Text {
+    #[prost(string, tag = "1")]
+    text: String,
+}
+
+#[test]
+fn tonic_answers_a_tonic_client() {
+    let Some(mut dispatcher) = dispatcher() else { return };
+    let mut server = Server::behind(&mut dispatcher, "grpc", &[]);
+    let runtime = tokio::runtime::Builder::new_current_thread().enable_all().build().unwrap();
+    let answer = runtime.block_on(async {
+        let to = format!("http://{}", dispatcher.address());
+        let channel = tonic::transport::Endpoint::new(to).unwrap().connect().await.unwrap();
+        let mut client = tonic::client::Grpc::new(channel);
+        client.ready().await.unwrap();
+        let codec = tonic_prost::ProstCodec::<Text, Text>::default();
+        let path = "/example.Greeter/Greet".parse().unwrap();
+        let request = tonic::Request::new(Text { text: "world".to_owned() });
+        client.unary(request, path, codec).await.unwrap().into_inner().text
+    });
+    assert!(answer.starts_with("hello world at 127.0.0.1:"), "{answer}");
+    // The client's connection ends with it.
+    drop(runtime);
+    server.signal(Signal::SIGTERM);
+    assert!(server.wait().success());
+}
+
+fn over_tls(address: std::net::SocketAddr) {
+    let mut roots = RootCertStore::empty();
+    let [certificate, _] = tls_files();
+    roots.add(CertificateDer::from(std::fs::read(certificate).unwrap())).unwrap();
+    let config = ClientConfig::builder().with_root_certificates(roots).with_no_client_auth();
+    let name = ServerName::try_from("a.example.test").unwrap();
+    let session = ClientConnection::new(Arc::new(config), name).unwrap();
+    let socket = TcpStream::connect(address).unwrap();
+    socket.set_read_timeout(Some(support::PATIENCE)).unwrap();
+    let mut stream = BufReader::new(StreamOwned::new(session, socket));
+    for word in ["one", "two"] {
+        writeln!(stream.get_mut(), "{word}").unwrap();
+        let mut line = String::new();
+        stream.read_line(&mut line).unwrap();
+        assert_eq!(line, format!("you said {word}\n"));
+    }
+    stream.get_mut().conn.send_close_notify();
+    stream.get_mut().flush().unwrap();
+    // The whole of it, with the other side's close_notify: a stream that was cut off would be an error.
+    assert_eq!(stream.read_to_end(&mut Vec::new()).unwrap(), 0);
+}
+
+#[test]
+fn rustls_serves_blocking_and_on_tokio() {
+    let Some(mut dispatcher) = dispatcher() else { return };
+    for server in ["tls", "tokio-tls"] {
+        let mut server = Server::behind(&mut dispatcher, server, &tls_files());
+        over_tls(dispatcher.address());
+        over_tls(dispatcher.address());
+        dispatcher.command(&["drain", "--pool", "default"]).unwrap();
+        assert!(server.wait().success());
+    }
+}
+
+#[test]
+fn websockets_echo_and_are_closed_in_order_when_the_worker_is_drained() {
+    let Some(mut dispatcher) = dispatcher() else { return };
+    let mut server = Server::behind(&mut dispatcher, "websocket", &[]);
+    let socket = TcpStream::connect(dispatcher.address()).unwrap();
+    socket.set_read_timeout(Some(support::PATIENCE)).unwrap();
+    let (mut client, _) = tungstenite::client("ws://test/", socket).unwrap();
+    for text in ["one", "two"] {
+        client.send(tungstenite::Message::text(text)).unwrap();
+        assert_eq!(client.read().unwrap().into_text().unwrap(), text);
+    }
+    dispatcher.command(&["drain", "--pool", "default"]).unwrap();
+    assert!(client.read().unwrap().is_close(), "told, not cut off");
+    while client.read().is_ok() {}
+    assert!(server.wait().success());
+}
+
+#[test]
+fn at_sigterm_what_is_live_goes_on_until_the_deadline() {
+    let Some(mut dispatcher) = dispatcher() else { return };
+    let mut server = Server::behind(&mut dispatcher, "sigterm", &[]);
+    let connect = || {
+        let client = TcpStream::connect(dispatcher.address()).unwrap();
+        client.set_read_timeout(Some(support::PATIENCE)).unwrap();
+        client
+    };
+    let echoed = |mut client: &TcpStream| {
+        client.write_all(b"x").is_ok() && client.read(&mut [0]).is_ok_and(|count| count == 1)
+    };
+    let (short, long) = (connect(), connect());
+    assert!(echoed(&short) && echoed(&long));
+    let began = Instant::now();
+    server.signal(Signal::SIGTERM);
+    assert!(echoed(&short), "served on");
+    drop(short);
+    assert_eq!((&long).read(&mut [0]).unwrap(), 0, "ended");
+    assert!(began.elapsed() >= Duration::from_millis(1900));
+    assert!(server.wait().success());
+    assert_eq!(server.output(), "ended 1\n");
+}
+
+#[test]
+fn a_child_with_the_connection_as_its_standard_input_and_output_is_not_cut_off() {
+    let Some(mut dispatcher) = dispatcher() else { return };
+    let script = "read line; sleep 0.1; echo \"$line for $REMOTE_ADDR\"; sleep 0.1; echo end";
+    let mut server = Server::behind(&mut dispatcher, "inetd", &["sh", "-c", script]);
+    let mut clients: Vec<_> =
+        (0..16).map(|_| TcpStream::connect(dispatcher.address()).unwrap()).collect();
+    for (n, client) in clients.iter_mut().enumerate() {
+        client.set_read_timeout(Some(support::PATIENCE)).unwrap();
+        writeln!(client, "answer {n}").unwrap();
+    }
+    for (n, client) in clients.iter_mut().enumerate() {
+        let mut answer = String::new();
+        client.read_to_string(&mut answer).unwrap();
+        let address = client.local_addr().unwrap();
+        assert_eq!(answer, format!("answer {n} for {address}\nend\n"));
+    }
+    dispatcher.command(&["drain", "--pool", "default"]).unwrap();
+    assert!(server.wait().success());
+}
+
+#[test]
+fn a_fork_serves_its_connection_to_the_end() {
+    let Some(mut dispatcher) = dispatcher() else { return };
+    let mut server = Server::behind(&mut dispatcher, "fork", &[]);
+    let mut pids = std::collections::HashSet::new();
+    for _ in 0..16 {
+        let mut client = TcpStream::connect(dispatcher.address()).unwrap();
+        client.set_read_timeout(Some(support::PATIENCE)).unwrap();
+        let mut answer = String::new();
+        client.read_to_string(&mut answer).unwrap();
+        let words: Vec<_> = answer.split_whitespace().collect();
+        let address = client.local_addr().unwrap().to_string();
+        assert_eq!(words[2..], ["serves", &address], "{answer}");
+        pids.insert(words[1].to_owned());
+    }
+    assert_eq!(pids.len(), 16, "each by a process of its own");
+    dispatcher.command(&["drain", "--pool", "default"]).unwrap();
+    assert!(server.wait().success());
+}

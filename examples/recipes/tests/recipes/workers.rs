@@ -1,0 +1,83 @@
+//! Workers in the test's own process, as the documentation of `worker_sdk::testing` shows them.
+
+use worker_sdk::{Error, Worker};
+
+use super::*;
+
+fn connect(dispatcher: &worker_sdk::testing::Dispatcher) -> TcpStream {
+    let client = TcpStream::connect(dispatcher.address()).unwrap();
+    client.set_read_timeout(Some(support::PATIENCE)).unwrap();
+    client
+}
+
+fn eventually(what: &str, mut condition: impl FnMut() -> bool) {
+    let end = Instant::now() + support::PATIENCE;
+    while !condition() {
+        assert!(Instant::now() < end, "never happened: {what}");
+        std::thread::sleep(Duration::from_millis(5));
+    }
+}
+
+/// What the status says of the worker with this name.
+fn row(dispatcher: &worker_sdk::testing::Dispatcher, name: &str, key: &str) -> String {
+    let text = dispatcher.command(&["status", "--json"]).unwrap();
+    let status: serde_json::Value = serde_json::from_str(&text).unwrap();
+    let workers = status["pools"][0]["workers"].as_array().unwrap();
+    let found = workers.iter().find(|worker| worker["name"] == name);
+    found.map_or("gone".to_owned(), |worker| worker[key].to_string())
+}
+
+#[test]
+fn a_connection_has_the_number_of_the_log() {
+    let Some(dispatcher) = dispatcher() else { return };
+    let first = Worker::connect(dispatcher.config().name("first")).unwrap();
+    let client = connect(&dispatcher);
+    let address = client.local_addr().unwrap();
+    eventually("it was sent", || row(&dispatcher, "first", "custody") == "1");
+    // It goes to another worker, and that is logged.
+    first.close();
+    let second = Worker::connect(dispatcher.config().name("second")).unwrap();
+    let connection = second.accept().unwrap().unwrap();
+    let line = format!("conn={} peer={address}", connection.number().unwrap());
+    eventually("the line is written", || dispatcher.log().contains(&line));
+}
+
+#[test]
+fn a_worker_changes_what_it_said_and_pauses() {
+    let Some(dispatcher) = dispatcher() else { return };
+    let worker = Worker::connect(dispatcher.config().name("w")).unwrap();
+    let is = |key: &str, value: &str| {
+        eventually(&format!("{key} is {value}"), || row(&dispatcher, "w", key) == value);
+    };
+    worker.set_weight(7).unwrap();
+    is("weight", "7");
+    worker.set_max_connections(9).unwrap();
+    is("max_connections", "9");
+    // An operator's weight wins.
+    dispatcher.command(&["weight", "default/w", "3"]).unwrap();
+    worker.set_weight(5).unwrap();
+    worker.set_max_connections(11).unwrap();
+    is("max_connections", "11");
+    is("weight", "3");
+
+    let before = connect(&dispatcher);
+    is("custody", "1");
+    worker.pause_accepting().unwrap();
+    is("paused", "true");
+    is("custody", "0");
+    let after = connect(&dispatcher);
+    let short = Duration::from_millis(100);
+    assert!(matches!(worker.accept_timeout(short), Err(Error::TimedOut)));
+    is("state", "\"active\"");
+    let other = Worker::connect(dispatcher.config().name("other")).unwrap();
+    for _ in [&before, &after] {
+        other.accept_timeout(support::PATIENCE).unwrap().unwrap().write_all(b"x").unwrap();
+    }
+    other.close();
+    let last = connect(&dispatcher);
+    worker.resume_accepting().unwrap();
+    worker.accept_timeout(support::PATIENCE).unwrap().unwrap().write_all(b"x").unwrap();
+    for mut client in [before, after, last] {
+        client.read_exact(&mut [0]).unwrap();
+    }
+}

@@ -1,0 +1,108 @@
+//! Changing what hello said of the worker, and pausing, at run time.
+//!
+//! What is set here outlives the dispatcher: the next hello says it, too.
+
+use std::os::fd::AsFd;
+
+use super::core::{Core, Link, Pending, State};
+use super::error::Error;
+use super::join::Session;
+use super::said::Said;
+use crate::wire::{Features, Update};
+
+impl Core {
+    pub(crate) fn set_weight(&self, weight: u16) -> Result<(), Error> {
+        if weight == 0 {
+            return Err(Error::config("weight", "is 0; the smallest share is 1"));
+        }
+        self.change(|told| told.weight = weight)
+    }
+
+    pub(crate) fn set_max_connections(&self, max: u32) -> Result<(), Error> {
+        if max == 0 {
+            return Err(Error::config("max_connections", "is 0; a worker holds at least 1"));
+        }
+        self.change(|told| told.max_connections = max)
+    }
+
+    pub(crate) fn set_paused(&self, paused: bool) -> Result<(), Error> {
+        self.change(|told| told.paused = paused)
+    }
+
+    pub(crate) fn is_paused(&self) -> bool {
+        self.lock().told.paused
+    }
+
+    fn change(&self, change: impl FnOnce(&mut Update)) -> Result<(), Error> {
+        if !self.process().is_current() {
+            return Err(Error::Forked);
+        }
+        let mut locked = self.lock();
+        let state = &mut *locked;
+        let before = state.told;
+        change(&mut state.told);
+        if state.told == before {
+            return Ok(());
+        }
+        match &state.link {
+            // Under the lock: so it never follows a goodbye, and two changes arrive in their order.
+            Link::Joined { session, .. } => session.update(&state.told, self.said()),
+            Link::Standalone { listener, paused: None } => {
+                // What waits there goes on waiting, and keeps nobody busy.
+                match (before.paused, state.told.paused) {
+                    (false, true) => self.ready().forget(listener.as_fd()),
+                    (true, false) => {
+                        let failed = |error| Error::io("wait for connections", error);
+                        self.ready().watch(listener.as_fd()).map_err(failed)?;
+                    }
+                    _ => {}
+                }
+            }
+            Link::Standalone { .. } | Link::Waiting { .. } | Link::Greeting { .. } => {}
+            Link::Closed => state.told.paused = false,
+        }
+        if state.told.paused {
+            state.set_aside();
+        } else {
+            // The dispatcher has taken them back when it heard of the pause.
+            state.aside.clear();
+        }
+        Ok(())
+    }
+}
+
+impl State {
+    /// While paused nothing is claimed. What has come all the same the dispatcher takes back; should it die before, nobody
+    /// else can serve it.
+    pub(super) fn set_aside(&mut self) {
+        for pending in std::mem::take(&mut self.queue) {
+            match pending {
+                Pending::Offered { .. } => self.aside.push(pending),
+                Pending::Taken(_) | Pending::Probe(_) => self.queue.push_back(pending),
+            }
+        }
+        // What was taken back is not held for the length of a pause: no more than a ring can have out.
+        let most = self.link.session().map_or(0, |session| session.board.slots() as usize);
+        let surplus = self.aside.len().saturating_sub(most);
+        self.aside.drain(..surplus);
+    }
+}
+
+impl Session {
+    pub(super) fn update(&self, update: &Update, said: &Said) {
+        if !self.features.contains(Features::UPDATE) {
+            said.say(log::Level::Warn, || {
+                "this dispatcher is too old to be told of another weight, maximum or pause"
+                    .to_owned()
+            });
+            return;
+        }
+        let mut record = Vec::new();
+        update.encode(&mut record);
+        if let Err(error) = self.send(&record) {
+            said.say(log::Level::Warn, || {
+                format!("could not tell the dispatcher of a change: {error}")
+            });
+        }
+    }
+}
