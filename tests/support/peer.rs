@@ -83,10 +83,15 @@ impl Peer {
 }
 
 pub fn receive(socket: &OwnedFd) -> Option<(Vec<u8>, Vec<OwnedFd>)> {
+    receive_with(socket, RecvFlags::empty())
+}
+
+/// The same with other flags, such as PEEK.
+pub fn receive_with(socket: &OwnedFd, flags: RecvFlags) -> Option<(Vec<u8>, Vec<OwnedFd>)> {
     let mut record = vec![0; 16 * 1024];
     let mut space = vec![MaybeUninit::uninit(); rustix::cmsg_space!(ScmRights(253))];
     let mut ancillary = RecvAncillaryBuffer::new(&mut space);
-    let flags = RecvFlags::CMSG_CLOEXEC;
+    let flags = flags | RecvFlags::CMSG_CLOEXEC;
     let mut parts = [IoSliceMut::new(&mut record)];
     match rustix::net::recvmsg(socket, &mut parts, &mut ancillary, flags) {
         Ok(message) if message.bytes > 0 => {

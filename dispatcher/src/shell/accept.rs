@@ -161,7 +161,7 @@ impl Shell {
         self.next_listener = (self.next_listener + 1) % count.max(1);
     }
 
-    fn accept_from(&mut self, position: usize) {
+    pub(super) fn accept_from(&mut self, position: usize) {
         for _ in 0..self.config.limits.accept_batch {
             let listener = &mut self.listeners[position];
             if !listener.ready || listener.paused_until.is_some() {

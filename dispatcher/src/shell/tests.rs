@@ -148,3 +148,61 @@ fn a_turn_answers_one_who_waits_and_nobody_who_has_gone() {
     assert_eq!(shell.generation, 0, "what nobody waits for is not carried out");
     shell.finish();
 }
+
+/// A worker that has joined, by hand: its control connection and its channel.
+fn joined(shell: &mut Shell, events: &mut Events, dir: &Path) -> (OwnedFd, OwnedFd) {
+    let worker = connected(dir);
+    let mut hello = Vec::new();
+    Hello {
+        pool: "web".to_owned(),
+        name: "w".to_owned(),
+        max_connections: 100,
+        ..Hello::default()
+    }
+    .encode(&mut hello);
+    rustix::net::send(&worker, &hello, SendFlags::NOSIGNAL).unwrap();
+    let end = Instant::now() + PATIENCE;
+    loop {
+        assert!(Instant::now() < end, "it joins");
+        turn(shell, events);
+        let mut space = [std::mem::MaybeUninit::uninit(); rustix::cmsg_space!(ScmRights(3))];
+        let mut ancillary = rustix::net::RecvAncillaryBuffer::new(&mut space);
+        let mut record = [0; 4096];
+        let mut parts = [io::IoSliceMut::new(&mut record)];
+        let flags = rustix::net::RecvFlags::DONTWAIT;
+        if rustix::net::recvmsg(&worker, &mut parts, &mut ancillary, flags).is_ok() {
+            let fds = ancillary.drain().filter_map(|message| match message {
+                rustix::net::RecvAncillaryMessage::ScmRights(fds) => Some(fds),
+                _ => None,
+            });
+            return (worker, fds.flatten().next().unwrap());
+        }
+    }
+}
+
+#[test]
+fn a_client_that_cannot_be_passed_is_dropped_and_blocks_no_other() {
+    let dir = tempfile::tempdir().unwrap();
+    let mut shell = started(dir.path(), "");
+    let mut events = Events::with_capacity(64);
+    let (_control, _channel) = joined(&mut shell, &mut events, dir.path());
+    let address = shell.addresses()[0].clone();
+    let _clients: Vec<_> =
+        (0..5).map(|_| std::net::TcpStream::connect(&address).unwrap()).collect();
+    let end = Instant::now() + PATIENCE;
+    while shell.core.totals().accepted < 5 {
+        assert!(Instant::now() < end, "they are accepted");
+        // All of them for one record.
+        shell.rested = false;
+        shell.listeners[0].edge();
+        shell.accept_from(0);
+    }
+    let raw = |nth: usize| shell.conns[nth].as_ref().unwrap().fd.as_raw_fd();
+    worker_io::refusing::refuse(vec![raw(1), raw(3)]);
+    shell.perform();
+    worker_io::refusing::refuse(Vec::new());
+    let totals = shell.core.totals();
+    let unsendable = totals.closed[crate::pool::CloseReason::Unsendable as usize];
+    assert_eq!((totals.custody, unsendable, totals.held), (3, 2, 0));
+    shell.finish();
+}

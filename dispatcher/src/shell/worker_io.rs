@@ -108,6 +108,10 @@ pub(super) fn send_record(
     record: &[u8],
     fds: &[BorrowedFd<'_>],
 ) -> rustix::io::Result<()> {
+    #[cfg(test)]
+    if refusing::refuses(fds) {
+        return Err(Errno::TOOMANYREFS);
+    }
     let mut space = [MaybeUninit::uninit(); rustix::cmsg_space!(ScmRights(MAX_FDS_PER_RECORD))];
     loop {
         let mut ancillary = SendAncillaryBuffer::new(&mut space);
@@ -132,5 +136,24 @@ pub(super) fn classify(errno: Errno) -> SendFailure {
         // EPIPE and ECONNRESET are what a closed end answers. Nothing else is known to happen on a
         // socketpair of ours, and a channel that answers something else can't be used either.
         _ => SendFailure::Closed,
+    }
+}
+
+/// For tests: descriptors that the kernel shall refuse to pass.
+#[cfg(test)]
+pub(super) mod refusing {
+    use std::cell::RefCell;
+    use std::os::fd::{AsRawFd, BorrowedFd, RawFd};
+
+    thread_local! {
+        static REFUSED: RefCell<Vec<RawFd>> = const { RefCell::new(Vec::new()) };
+    }
+
+    pub(in crate::shell) fn refuse(fds: Vec<RawFd>) {
+        REFUSED.set(fds);
+    }
+
+    pub(super) fn refuses(fds: &[BorrowedFd<'_>]) -> bool {
+        REFUSED.with_borrow(|refused| fds.iter().any(|fd| refused.contains(&fd.as_raw_fd())))
     }
 }

@@ -50,7 +50,13 @@ struct Member {
     /// It is among those that are read on: an event for it tells nothing new.
     unread: bool,
     claims: (Time, u32),
+    /// Its connection has ended without a goodbye; told by then, unless its process turns out to have ended.
+    ended: Option<Time>,
 }
+
+/// How long the end of a connection waits for that of its process: a process that is killed closes its descriptors just
+/// before it is seen to be dead.
+const DYING: Duration = Duration::from_millis(3);
 
 pub(super) struct Porter {
     poll: Poll,
@@ -66,6 +72,8 @@ pub(super) struct Porter {
     members: Vec<Option<Member>>,
     /// Control connections that may have more to read although their edge is used up, not before a time; each once.
     again: VecDeque<(Key, Time)>,
+    /// Members whose connections have ended, in the order in which they are to be told of.
+    ending: VecDeque<(Key, Time)>,
     connects: Bucket,
     rates: Rates,
     /// By user.
@@ -100,6 +108,7 @@ impl Porter {
             pending: Table::default(),
             members: Vec::new(),
             again: VecDeque::new(),
+            ending: VecDeque::new(),
             connects: Bucket::default(),
             rates: Rates::default(),
             refusals: HashMap::new(),
@@ -185,6 +194,11 @@ impl Porter {
         if self.ready && self.rest_until.is_none() {
             self.accept();
         }
+        while let Some((key, _)) = self.ending.pop_front_if(|(_, until)| *until <= self.now) {
+            if self.member(key).is_some_and(|member| member.ended.take().is_some()) {
+                self.left(key, Departure::Disconnected);
+            }
+        }
         self.refuse_silent();
         self.tell_unsaid();
     }
@@ -195,7 +209,8 @@ impl Porter {
             return Some(Duration::ZERO);
         }
         let unsaid = self.refusals.values().filter_map(Limit::due).min();
-        let next = [self.rest_until, self.pending.deadline(), again, unsaid];
+        let ending = self.ending.front().map(|(_, until)| *until);
+        let next = [self.rest_until, self.pending.deadline(), again, unsaid, ending];
         Some(next.into_iter().flatten().min()? - clock())
     }
 
@@ -417,6 +432,7 @@ impl Porter {
             over: false,
             unread: true,
             claims: (self.now, 0),
+            ended: None,
         });
         if watched.is_err() {
             self.left(key, Departure::Expelled("its connection cannot be watched"));
@@ -470,7 +486,7 @@ impl Porter {
                     self.tell(News::Goodbye(id));
                     continue;
                 }
-                Received::End => return self.left(key, Departure::Disconnected),
+                Received::End => return self.ended(key),
                 Received::Record(other) => Fault::Unexpected(name_of(&other)),
                 Received::Broken(fault) => fault,
             };
@@ -489,13 +505,25 @@ impl Porter {
         }
     }
 
+    /// A control connection has ended. It may be the first sign of a process that has.
+    fn ended(&mut self, key: Key) {
+        let until = self.now + DYING;
+        let Some(member) = self.member(key) else { return };
+        if member.said_goodbye || member.process.is_none() {
+            return self.left(key, Departure::Disconnected);
+        }
+        if !std::mem::replace(&mut member.over, true) {
+            member.ended = Some(until);
+            self.ending.push_back((key, until));
+        }
+    }
+
     fn left(&mut self, key: Key, why: Departure) {
         let Some(member) = self.member(key) else { return };
+        member.over = true;
+        member.ended = None;
         let id = member.id;
-        // Of a killed process either news may come first, and both do.
-        if !std::mem::replace(&mut member.over, true) || why == Departure::Died {
-            self.tell(News::Left(id, why));
-        }
+        self.tell(News::Left(id, why));
     }
 
     fn member(&mut self, key: Key) -> Option<&mut Member> {
