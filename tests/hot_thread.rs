@@ -321,7 +321,8 @@ fn share_during(dispatcher: &Dispatcher, flood: impl Fn() + Send + 'static) -> f
 fn a_worker_that_only_rings_costs_the_hot_thread_little() {
     let (dispatcher, address) = start_one_pool(NEVER_SUSPECT);
     let mallory = Mallory::join(&dispatcher);
-    let _honest = dispatcher.workers("blocking", "web", 1);
+    let _honest = dispatcher.worker("blocking", "web", "honest");
+    dispatcher.wait_joined("web", 2);
     let eventfd = mallory.lane[1].try_clone().unwrap();
     let share = share_during(&dispatcher, move || {
         rustix::io::write(&eventfd, &1_u64.to_ne_bytes()).unwrap();

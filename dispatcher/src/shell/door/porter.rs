@@ -194,7 +194,10 @@ impl Porter {
         if self.ready && self.rest_until.is_none() {
             self.accept();
         }
-        while let Some((key, _)) = self.ending.pop_front_if(|(_, until)| *until <= self.now) {
+        while let Some(&(key, until)) = self.ending.front()
+            && until <= self.now
+        {
+            self.ending.pop_front();
             if self.member(key).is_some_and(|member| member.ended.take().is_some()) {
                 self.left(key, Departure::Disconnected);
             }
