@@ -410,7 +410,7 @@ fn the_status_tells_the_last_faults_and_who_came_when() {
     let untaken = connect(address);
     told("worker_suspect", "web/w0", "took nothing for");
     workers[0].kill();
-    told("worker_gone", "web/w0", "1 were being served");
+    told("worker_gone", "web/w0", "1 was being served");
     let (_, status) = told("no_worker", "web", "clients wait");
     let kinds: Vec<&str> = status.faults.iter().map(|fault| fault.kind.as_str()).collect();
     assert_eq!(kinds[0], "worker_refused", "{kinds:?}");

@@ -1,6 +1,8 @@
 //! Incidents, told by nothing but the log: what happened, to whom, in which order, and how it ended. At the level `info`.
 #![allow(clippy::unwrap_used, clippy::expect_used)]
 
+#[path = "incidents/order.rs"]
+mod order;
 mod support;
 
 use std::collections::{BTreeMap, BTreeSet};

@@ -169,16 +169,16 @@ fn the_text_is_valid_and_true() {
     let open = openmetrics(&dispatcher.admin());
     let found = samples(&text);
 
-    let accepted = sum(&found, "dispatcher_accepted_connections_total");
-    let placed = sum(&found, "dispatcher_held_connections")
-        + sum(&found, "dispatcher_custody_connections")
-        + sum(&found, "dispatcher_taken_connections_total")
-        + sum(&found, "dispatcher_closed_connections_total");
+    let accepted = sum(&found, "dispatcher_listener_accepted_connections_total");
+    let placed = sum(&found, "dispatcher_pool_held_connections")
+        + sum(&found, "dispatcher_pool_custody_connections")
+        + sum(&found, "dispatcher_pool_taken_connections_total")
+        + sum(&found, "dispatcher_listener_closed_connections_total");
     assert_eq!((accepted, placed), (210.0, 210.0));
     assert_eq!(sum(&found, "dispatcher_conservation_residual"), 0.0);
     let all = sum(&found, "dispatcher_connections_accepted_total");
     assert_eq!((all, total(&found)), (accepted, accepted));
-    assert_eq!(sum(&found, "dispatcher_taken_connections_total"), before.taken as f64);
+    assert_eq!(sum(&found, "dispatcher_pool_taken_connections_total"), before.taken as f64);
     assert_eq!(sum(&found, "dispatcher_workers_joined_total"), 4.0);
     assert_eq!(sum(&found, "dispatcher_workers_gone_total"), 1.0);
     let live: u64 = before.pools.iter().flat_map(|p| &p.workers).map(|w| w.load).sum();
@@ -191,7 +191,7 @@ fn the_text_is_valid_and_true() {
     assert_eq!(sum(&found, "dispatcher_decision_seconds_count"), 3.0);
     assert!(sum(&found, "dispatcher_turn_seconds_count") > 200.0);
     for (name, labels, _) in &found {
-        if name == "dispatcher_closed_connections_total" {
+        if name == "dispatcher_listener_closed_connections_total" {
             assert!(before.closed.contains_key(&labels["reason"]), "{labels:?}");
         }
     }
@@ -235,10 +235,10 @@ fn what_was_taken_back_is_counted() {
         ("suspects_total", 1.0),
         ("revoked_connections_total", 19.0),
         ("worker_revoked_connections_total", 19.0),
-        ("held_connections", 19.0),
-        ("custody_connections", 0.0),
-        ("taken_connections_total", 1.0),
-        ("accepted_connections_total", 20.0),
+        ("pool_held_connections", 19.0),
+        ("pool_custody_connections", 0.0),
+        ("pool_taken_connections_total", 1.0),
+        ("listener_accepted_connections_total", 20.0),
         ("workers{pool=\"web\",state=\"suspect\"}", 1.0),
         ("pool_state{pool=\"web\",state=\"back-pressure\"}", 1.0),
     ] {
@@ -266,7 +266,7 @@ fn the_totals_outlive_what_a_reload_takes_out() {
     dispatcher.wait_status("its listener to be gone", |s| s.listeners.len() == 3);
     let found = samples(&plain(&dispatcher.admin()));
     // What its listener accepted is in no series of its own any more.
-    assert_eq!(sum(&found, "dispatcher_accepted_connections_total"), 203.0);
+    assert_eq!(sum(&found, "dispatcher_listener_accepted_connections_total"), 203.0);
     assert_eq!(sum(&found, "dispatcher_connections_accepted_total"), 210.0);
     assert_eq!((total(&found), sum(&found, "dispatcher_conservation_residual")), (210.0, 0.0));
     drop(clients);
@@ -311,11 +311,68 @@ fn workers_beyond_the_bound_are_in_the_sums_only() {
     assert_eq!(sum(&found, "dispatcher_live_connections"), 8.0);
 }
 
+#[test]
+fn what_prometheus_knows_of_every_process_is_there() {
+    let dispatcher = Dispatcher::start(&one_pool(""));
+    let pid = dispatcher.process.pid();
+    let now = || {
+        let since = std::time::SystemTime::now().duration_since(std::time::UNIX_EPOCH);
+        since.unwrap().as_secs_f64()
+    };
+    let metric = |name: &str| dispatcher.metric(name);
+    let started = metric("process_start_time_seconds");
+    assert!((now() - 300.0..=now() + 2.0).contains(&started), "{started} is not lately: {}", now());
+    let before = metric("process_cpu_seconds_total");
+    wait_until("it to use a processor", || metric("process_cpu_seconds_total") > before);
+    let memory = std::fs::read_to_string(format!("/proc/{pid}/status")).unwrap();
+    let kib = |name: &str| -> f64 {
+        let line = memory.lines().find_map(|line| line.strip_prefix(name)).unwrap();
+        line.trim().trim_end_matches(" kB").parse().unwrap()
+    };
+    for (metric, name) in
+        [("process_resident_memory_bytes", "VmRSS:"), ("process_virtual_memory_bytes", "VmSize:")]
+    {
+        let (shown, kernel) = (dispatcher.metric(metric), kib(name) * 1024.0);
+        assert!((0.5..2.0).contains(&(shown / kernel)), "{metric}: {shown}, not {kernel}");
+    }
+    let open = std::fs::read_dir(format!("/proc/{pid}/fd")).unwrap().count() as f64;
+    assert!((metric("process_open_fds") - open).abs() <= 3.0, "{open}");
+    assert!(metric("process_max_fds") >= open);
+}
+
+#[test]
+fn reloads_and_restarts_of_processes_are_told() {
+    let dispatcher = Dispatcher::start(&format!(
+        "{}[pool.web.spawn]\ncommand = [\"/bin/false\"]\n",
+        one_pool("")
+    ));
+    let metric = |name: &str| dispatcher.metric(name);
+    assert_eq!(metric("dispatcher_config_last_reload_successful"), 1.0);
+    let first = metric("dispatcher_config_last_reload_success_timestamp_seconds");
+    assert!(first > 1.6e9, "{first}");
+    let reload = || {
+        let mut command = Command::new(dispatcher_bin());
+        command.arg("reload").env("DISPATCHER_ADMIN", dispatcher.admin());
+        command.output().unwrap().status.success()
+    };
+    write_config(&dispatcher.dir, "nope = 1\n");
+    assert!(!reload());
+    assert_eq!(metric("dispatcher_config_last_reload_successful"), 0.0);
+    assert_eq!(metric("dispatcher_config_last_reload_success_timestamp_seconds"), first);
+    write_config(&dispatcher.dir, &one_pool(""));
+    assert!(reload());
+    assert_eq!(metric("dispatcher_config_last_reload_successful"), 1.0);
+    assert!(metric("dispatcher_config_last_reload_success_timestamp_seconds") > first);
+    assert!(metric("dispatcher_process_restarts_total{pool=\"web\"}") >= 1.0);
+}
+
 /// Names of metrics in a text, each with the labels it is selected by. Strings end with their quote.
 fn selected(text: &str) -> Vec<(String, Vec<String>)> {
     let mut found = Vec::new();
     let mut rest = text;
-    while let Some(at) = rest.find("dispatcher_") {
+    let next =
+        |text: &str| ["dispatcher_", "process_"].iter().filter_map(|start| text.find(start)).min();
+    while let Some(at) = next(rest) {
         let before = rest[..at].chars().next_back();
         rest = &rest[at..];
         let end = rest.find(|c: char| !c.is_ascii_alphanumeric() && c != '_').unwrap_or(rest.len());
@@ -363,6 +420,7 @@ fn templated(text: &str) -> Vec<String> {
     inside
         .map(|word| word.split('|').next().unwrap().trim())
         .filter(|word| *word != "$value")
+        .filter(|word| !word.starts_with("if ") && !matches!(*word, "else" | "end"))
         .map(|word| word.trim_start_matches("$labels.").to_owned())
         .collect()
 }
@@ -469,7 +527,10 @@ fn the_documentation_names_every_metric_and_its_labels() {
     let (dispatcher, _workers, _clients, _waiting) = busy();
     let docs = Path::new(env!("CARGO_MANIFEST_DIR")).join("../docs/METRICS.md");
     let docs = std::fs::read_to_string(docs).unwrap();
-    let rows: Vec<&str> = docs.lines().filter(|line| line.starts_with("| `dispatcher_")).collect();
+    let rows: Vec<&str> = docs
+        .lines()
+        .filter(|line| line.starts_with("| `dispatcher_") || line.starts_with("| `process_"))
+        .collect();
     let text = plain(&dispatcher.admin());
     let families: BTreeSet<&str> = text
         .lines()

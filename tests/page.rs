@@ -8,7 +8,7 @@ use std::net::{Shutdown, TcpListener, TcpStream};
 use std::os::unix::net::UnixStream;
 use std::path::PathBuf;
 
-use dispatcher::status::{FaultStatus, PoolStatus, Status, WorkerStatus};
+use dispatcher::status::{FaultStatus, ListenerStatus, PoolStatus, Status, WorkerStatus};
 use nix::sys::signal::Signal;
 use serde_json::{Value, json};
 use support::browser::Browser;
@@ -101,7 +101,9 @@ fn the_page_shows_what_the_json_says() {
     browser.open(&door.url);
     let status = wait_equal(&mut browser, &dispatcher);
     assert!(status.custody > 0 && status.accepted == 30, "{status:?}");
-    assert_eq!(browser.text("document.title"), "dispatcher");
+    let host = nix::sys::utsname::uname().unwrap().nodename().to_string_lossy().into_owned();
+    assert_eq!((&status.host, host.is_empty()), (&host, false));
+    assert_eq!(browser.text("document.title"), format!("{host} – dispatcher"));
     assert_eq!(browser.value("document.images.length"), 0);
     let policy = "document.querySelectorAll('#pools > tr')[1].children[1].innerText";
     assert!(browser.text(policy).ends_with("no-worker"));
@@ -145,6 +147,7 @@ fn the_page_shows_what_the_json_says() {
     // The dispatcher goes: the page says so, keeps the last figures, and goes on when there is one again.
     dispatcher.process.kill();
     browser.wait_true("!document.getElementById('alarm').hidden");
+    assert_eq!(browser.text("document.title"), format!("no answer – {host} – dispatcher"));
     let alarm = browser.text("document.getElementById('alarm').innerText");
     assert!(alarm.starts_with("No answer from the dispatcher since "), "{alarm}");
     assert!(
@@ -197,9 +200,10 @@ fn crowd(count: u64) -> Status {
             .map(|n| FaultStatus {
                 time: format!("2026-01-02T03:04:{n:02}.000Z"),
                 kind: "worker_gone".to_owned(),
-                subject: format!("web/{HOSTILE}{LONG}"),
+                subject: format!("web/{HOSTILE}{LONG}{n}"),
                 text: "x".repeat(300),
                 count: n,
+                ongoing: n % 7 == 0,
             })
             .collect(),
         pools: vec![PoolStatus {
@@ -246,6 +250,78 @@ fn a_thousand_workers_stay_usable() {
     browser.value("document.getElementById('all').click()");
     browser.wait_true(&format!("{count} === 1000"));
     assert_eq!(browser.complaints, [] as [Value; 0]);
+}
+
+/// What is wider than it may be, at the width that the screen has.
+const TOO_WIDE: &str = "[...document.querySelectorAll('body *')].filter((node) => node.checkVisibility()
+   && !node.closest('thead, .visually-hidden, .skip, svg, option')
+   && (node.getBoundingClientRect().right > innerWidth + 0.5
+       || !node.matches('bdi, span, strong, time, a, code, i, input, select') && node.scrollWidth > node.clientWidth + 1))
+ .map((node) => node.outerHTML.slice(0, 200))";
+
+#[test]
+fn nothing_overflows_between_320_and_2560_pixels() {
+    let Some(shared) = Browser::shared() else { return };
+    let mut browser = Browser::take(&shared);
+    let (_dispatcher, _door) = idle(&mut browser);
+    let mut status = crowd(12);
+    status.host = "h".repeat(64);
+    for worker in &mut status.pools[0].workers {
+        worker.name = LONG.to_owned();
+        worker.max_connections = u32::MAX;
+        worker.load = 10_000_000 - worker.id;
+        worker.taken = u64::MAX >> 12;
+        worker.revoked = 1_000_000_000;
+        worker.weight = 65_535;
+        worker.custody = 4_096;
+        worker.priority = 65_535;
+    }
+    status.listeners = vec![ListenerStatus {
+        name: LONG.to_owned(),
+        address: format!("unix:/run/{}", "x".repeat(100)),
+        pool: LONG.to_owned(),
+        state: "accepting".to_owned(),
+        accepted: u64::MAX >> 12,
+        ..ListenerStatus::default()
+    }];
+    pretend(&mut browser, &status);
+    browser.wait_true("document.querySelectorAll('#workers > tr').length === 12");
+    for width in [
+        320, 360, 414, 480, 640, 641, 700, 768, 769, 834, 959, 960, 961, 1024, 1280, 1600, 1920,
+        2560,
+    ] {
+        browser.screen(width, 900, "light", "no-preference");
+        assert_eq!(browser.value(TOO_WIDE), json!([]), "{width}");
+        assert_eq!(browser.value("document.documentElement.scrollWidth"), width);
+    }
+    assert_eq!(browser.complaints, [] as [Value; 0]);
+}
+
+#[test]
+fn load_bars_show_something_whatever_the_maximum_is() {
+    let Some(shared) = Browser::shared() else { return };
+    let mut browser = Browser::take(&shared);
+    let (_dispatcher, _door) = idle(&mut browser);
+    for (loads, maximum, wanted) in [
+        // Nobody is near the maximum: the bars compare.
+        ([100, 50, 0], u32::MAX, [0.8, 0.4, 0.0]),
+        ([3, 2, 1], 10_000_000, [0.8, 0.533, 0.267]),
+        // Somebody is: they show how full each is.
+        ([100, 50, 0], 110, [0.909, 0.455, 0.0]),
+        ([100, 100, 100], 100, [1.0, 1.0, 1.0]),
+        ([0, 0, 0], 100, [0.0, 0.0, 0.0]),
+    ] {
+        let mut status = crowd(3);
+        for (worker, load) in status.pools[0].workers.iter_mut().zip(loads) {
+            (worker.load, worker.max_connections) = (load, maximum);
+        }
+        pretend(&mut browser, &status);
+        wait_until("the bars to be that long", || {
+            let shown = bars(&mut browser).into_iter().map(|[live, ..]| live);
+            let near = |(shown, wanted)| near("bar", shown, wanted, 0.02).is_ok();
+            shown.len() == 3 && shown.zip(wanted).all(near)
+        });
+    }
 }
 
 #[test]

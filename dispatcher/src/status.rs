@@ -12,6 +12,9 @@ pub struct Status {
     pub version: String,
     /// Its process id.
     pub pid: u32,
+    /// The name of the machine.
+    #[serde(default)]
+    pub host: String,
     /// Which start of a dispatcher this is: another after every start. Worker ids are valid only together with it.
     #[serde(default)]
     pub instance: String,
@@ -49,19 +52,22 @@ pub struct Status {
     pub pools: Vec<PoolStatus>,
 }
 
-/// Something that went wrong, once or several times in a row.
+/// Something that went wrong, once or several times.
 #[derive(Clone, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
 pub struct FaultStatus {
-    /// When, the last time: RFC 3339, UTC.
+    /// When, the last time, it began: RFC 3339, UTC.
     pub time: String,
     /// What, in one word: `worker_gone`, `worker_suspect`, `worker_refused` … `docs/OPERATING.md` lists them.
     pub kind: String,
     /// Whom or what it is about: `POOL/WORKER`, a pool, a listener.
     pub subject: String,
-    /// A sentence for people.
+    /// A sentence for people; of what is ongoing, as it is now.
     pub text: String,
-    /// How often in a row.
+    /// How often.
     pub count: u64,
+    /// Whether it goes on: the pool is still without a worker, say.
+    #[serde(default)]
+    pub ongoing: bool,
 }
 
 /// Durations, by bucket: `counts` has one more entry than `up_to_nanoseconds`, for those longer than the last bound.
@@ -142,6 +148,9 @@ pub struct PoolStatus {
     /// Times a worker became suspect.
     #[serde(default)]
     pub suspects: u64,
+    /// Times since the start that a process ended or did not start and was to be started again.
+    #[serde(default)]
+    pub process_restarts: u64,
     /// Workers that have joined since the start.
     #[serde(default)]
     pub joined: u64,

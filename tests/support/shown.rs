@@ -155,8 +155,9 @@ pub fn equals(browser: &mut Browser, status: &Status) -> Result<(), String> {
             same(&who, digits(shown), said)?;
         }
         let most = pool.workers.iter().map(|worker| worker.load).max().unwrap_or(0).max(1) as f64;
-        near("bar", bar[0], (worker.load - worker.custody) as f64 / most, 0.01)?;
-        near("bar of custody", bar[1], worker.custody as f64 / most, 0.01)?;
+        let full = (most * 1.25).min(worker.max_connections.into()).max(1.0);
+        near("bar", bar[0], (worker.load - worker.custody) as f64 / full, 0.01)?;
+        near("bar of custody", bar[1], worker.custody as f64 / full, 0.01)?;
     }
     let faults = browser.value(
         "[...document.querySelectorAll('#faults > li')].map((row) => [row.querySelector('time').dateTime, row.textContent])",
@@ -165,8 +166,12 @@ pub fn equals(browser: &mut Browser, status: &Status) -> Result<(), String> {
     same("faults", faults.len(), status.faults.len())?;
     for ([time, text], fault) in faults.iter().zip(status.faults.iter().rev()) {
         same("time", time, &fault.time)?;
-        let times =
-            if fault.count > 1 { format!(" ({} times)", fault.count) } else { String::new() };
+        let times = match (fault.count > 1, fault.ongoing) {
+            (true, false) => format!(" ({} times)", fault.count),
+            (true, true) => format!(" ({} times, ongoing)", fault.count),
+            (false, true) => " (ongoing)".to_owned(),
+            (false, false) => String::new(),
+        };
         let kind = fault.kind.replace('_', " ");
         let said = format!(" {kind} {}: {}{times}", fault.subject, fault.text);
         same(&fault.kind, text.ends_with(&said), true)

@@ -16,9 +16,10 @@ use crate::support::{
 };
 
 /// What any systemd needs, as empty as possible: nothing of the host is started.
-const STUBS: [&str; 8] = [
+const STUBS: [&str; 9] = [
     "basic.target",
     "default.target",
+    "multi-user.target",
     "network-online.target",
     "shutdown.target",
     "sockets.target",
@@ -68,6 +69,7 @@ pub struct Machine {
     stdin: Option<ChildStdin>,
     pid: String,
     dir: TempDir,
+    installs: bool,
     /// Where `dispatcher.socket` listens.
     pub address: SocketAddr,
 }
@@ -75,6 +77,15 @@ pub struct Machine {
 impl Machine {
     /// Boots; `None`, after a notice, where that is impossible.
     pub fn boot() -> Option<Machine> {
+        Machine::boot_as(false)
+    }
+
+    /// One that is as empty as a new one, on which programs can be installed. Its network is its own.
+    pub fn boot_to_install() -> Option<Machine> {
+        Machine::boot_as(true)
+    }
+
+    fn boot_as(installs: bool) -> Option<Machine> {
         if let Err(reason) = possible() {
             skip(&format!("a real systemd: {reason}"));
             return None;
@@ -82,7 +93,10 @@ impl Machine {
         let address = free_address();
         let dir = tempfile::tempdir().unwrap();
         let units = dir.path().join("units");
-        write_units(&units, address);
+        write_stubs(&units);
+        if !installs {
+            write_units(&units, address);
+        }
         std::fs::write(dir.path().join("dispatcher.toml"), CONFIG).unwrap();
         let tests = Path::new(env!("CARGO_MANIFEST_DIR")).join("../tests/support");
         let log = File::create(dir.path().join("boot-log")).unwrap();
@@ -90,6 +104,7 @@ impl Machine {
             .args(["--mount", "--propagation", "private", "sh"])
             .args([&tests.join("boot-systemd"), dir.path(), Path::new(dispatcher_bin())])
             .arg(example("test-worker"))
+            .envs(installs.then_some(("MACHINE_INSTALLS", "1")))
             // Ctrl-C is for the test; this one then still tidies up.
             .process_group(0)
             .stdin(Stdio::piped())
@@ -98,7 +113,7 @@ impl Machine {
             .spawn()
             .unwrap();
         let stdin = helper.stdin.take();
-        let mut machine = Machine { helper, stdin, pid: String::new(), dir, address };
+        let mut machine = Machine { helper, stdin, pid: String::new(), dir, address, installs };
         machine.pid = wait_for("systemd", || {
             machine.assert_up();
             std::fs::read_to_string(machine.dir.path().join("pid")).ok()
@@ -125,10 +140,17 @@ impl Machine {
 
     /// A command in the machine.
     pub fn run(&self, program: &str, arguments: &[&str]) -> Output {
-        Command::new("nsenter")
-            .args(["-t", &self.pid, "-m", "-p", "-i", "-u", program])
+        let mut known = "/run/test/units".to_owned();
+        let mut command = Command::new("nsenter");
+        command.args(["-t", &self.pid, "-m", "-p", "-i", "-u"]);
+        if self.installs {
+            command.arg("-n");
+            known.insert_str(0, "/etc/systemd/system:");
+        }
+        command
+            .arg(program)
             .args(arguments)
-            .env("SYSTEMD_UNIT_PATH", "/run/test/units")
+            .env("SYSTEMD_UNIT_PATH", known)
             .env("LANG", "C")
             .stdin(Stdio::null())
             .output()
@@ -158,6 +180,11 @@ impl Machine {
     /// `active`, `inactive`, `failed`, …
     pub fn state(&self, unit: &str) -> String {
         self.systemctl(&["is-active", unit]).0
+    }
+
+    /// A directory of this test, which is /run/test inside.
+    pub fn shared(&self) -> &Path {
+        self.dir.path()
     }
 
     pub fn log(&self) -> String {
@@ -226,11 +253,14 @@ fn possible() -> Result<(), String> {
     }
 }
 
-fn write_units(units: &Path, address: SocketAddr) {
+fn write_stubs(units: &Path) {
     std::fs::create_dir(units).unwrap();
     for name in STUBS {
         std::fs::write(units.join(name), "[Unit]\nDefaultDependencies=no\n").unwrap();
     }
+}
+
+fn write_units(units: &Path, address: SocketAddr) {
     let etc = Path::new(env!("CARGO_MANIFEST_DIR")).join("../etc");
     for name in UNITS {
         std::fs::copy(etc.join(name), units.join(name)).unwrap();

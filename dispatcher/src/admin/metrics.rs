@@ -8,6 +8,8 @@ mod page;
 use std::fmt;
 use std::sync::Arc;
 
+use nix::sys::resource::{UsageWho, getrusage};
+use nix::sys::time::TimeVal;
 use prometheus_client::collector::Collector;
 use prometheus_client::encoding::{DescriptorEncoder, text};
 use prometheus_client::registry::{Registry, Unit};
@@ -20,41 +22,100 @@ use crate::status::{AffinityStatus, PoolStatus, Status, WorkerStatus};
 #[derive(Debug)]
 pub(super) struct Snapshot {
     pub(super) status: Arc<Status>,
-    pub(super) process: Process,
+    pub(super) last_reload: LastReload,
     /// Most workers with series of their own.
     pub(super) max_workers: usize,
 }
 
-/// What the kernel knows of this process.
+/// How the last reading of the configuration went; the start is the first.
+#[derive(Clone, Copy, Debug)]
+pub(super) struct LastReload {
+    pub(super) successful: bool,
+    /// When one was last put into force, in seconds since 1970.
+    pub(super) success_at: f64,
+}
+
+/// What the kernel knows of this process. Under the names that every process has in Prometheus.
 #[derive(Clone, Copy, Debug, Default)]
 pub(super) struct Process {
+    cpu_seconds: f64,
+    /// Since 1970.
+    start_seconds: f64,
     open_fds: u64,
     max_fds: u64,
     resident_bytes: u64,
+    virtual_bytes: u64,
 }
 
 impl Process {
     /// Looks it up; what cannot be read is 0.
     pub(super) fn look() -> Process {
-        let fields = std::fs::read_to_string("/proc/self/statm").unwrap_or_default();
-        let pages = fields.split(' ').nth(1).and_then(|pages| pages.parse::<u64>().ok());
+        let statm = std::fs::read_to_string("/proc/self/statm").unwrap_or_default();
+        let mut pages = statm.split(' ').map(|pages| pages.parse::<u64>().unwrap_or(0));
+        let page = rustix::param::page_size() as u64;
+        let mut bytes = || pages.next().unwrap_or(0) * page;
+        let (virtual_bytes, resident_bytes) = (bytes(), bytes());
         let limit = rustix::process::getrlimit(rustix::process::Resource::Nofile);
+        let used = getrusage(UsageWho::RUSAGE_SELF);
+        let seconds = |time: TimeVal| time.tv_sec() as f64 + time.tv_usec() as f64 / 1e6;
         Process {
+            cpu_seconds: used
+                .map_or(0.0, |used| seconds(used.user_time()) + seconds(used.system_time())),
+            start_seconds: start_seconds().unwrap_or(0.0),
             // One is the directory itself.
             open_fds: std::fs::read_dir("/proc/self/fd")
                 .map_or(0, |list| (list.count() as u64).saturating_sub(1)),
             max_fds: limit.current.unwrap_or(u64::MAX),
-            resident_bytes: pages.unwrap_or(0) * rustix::param::page_size() as u64,
+            resident_bytes,
+            virtual_bytes,
         }
     }
 }
 
+/// When this process was started, in seconds since 1970: so long after the machine.
+fn start_seconds() -> Option<f64> {
+    let stat = std::fs::read_to_string("/proc/self/stat").ok()?;
+    // The name of the program may contain anything; what follows its bracket is the third field.
+    let (_, fields) = stat.rsplit_once(')')?;
+    let ticks: f64 = fields.split_whitespace().nth(22 - 3)?.parse().ok()?;
+    let machine = std::fs::read_to_string("/proc/stat").ok()?;
+    let booted = machine.lines().find_map(|line| line.strip_prefix("btime "))?;
+    let booted: f64 = booted.trim().parse().ok()?;
+    Some(booted + ticks / rustix::param::clock_ticks_per_second() as f64)
+}
+
+impl Collector for Process {
+    fn encode(&self, encoder: DescriptorEncoder<'_>) -> fmt::Result {
+        let mut page = Page(encoder);
+        page.counter_float(
+            "cpu",
+            "Processor time used, of user and system",
+            Some(&Unit::Seconds),
+            self.cpu_seconds,
+        )?;
+        page.gauge_float(
+            "start_time",
+            "When the process was started, in seconds since 1970",
+            Some(&Unit::Seconds),
+            self.start_seconds,
+        )?;
+        page.gauge("open_fds", "Open descriptors", None, signed(self.open_fds))?;
+        page.gauge("max_fds", "Most open descriptors", None, signed(self.max_fds))?;
+        let bytes = Some(&Unit::Bytes);
+        page.gauge("resident_memory", "Resident memory", bytes, signed(self.resident_bytes))?;
+        page.gauge("virtual_memory", "Virtual memory", bytes, signed(self.virtual_bytes))
+    }
+}
+
 /// OpenMetrics 1.0.
-pub(super) fn openmetrics(snapshot: Snapshot) -> String {
+pub(super) fn openmetrics(snapshot: Snapshot, process: Process) -> String {
     let mut registry = Registry::with_prefix("dispatcher");
     registry.register_collector(Box::new(snapshot));
+    let mut usual = Registry::with_prefix("process");
+    usual.register_collector(Box::new(process));
     let mut out = String::with_capacity(16 * 1024);
     // Writing to a string cannot fail.
+    let _ = text::encode_registry(&mut out, &usual);
     let _ = text::encode(&mut out, &registry);
     out
 }
@@ -142,13 +203,18 @@ impl Snapshot {
             "Log lines left out because there were too many of their kind",
             meters.log_lines_limited,
         )?;
-        page.gauge("open_fds", "Open descriptors", None, signed(self.process.open_fds))?;
-        page.gauge("max_fds", "Most open descriptors", None, signed(self.process.max_fds))?;
+        let reload = self.last_reload;
         page.gauge(
-            "resident_memory",
-            "Resident memory",
-            Some(&Unit::Bytes),
-            signed(self.process.resident_bytes),
+            "config_last_reload_successful",
+            "1 if the configuration was good when it was last read",
+            None,
+            reload.successful.into(),
+        )?;
+        page.gauge_float(
+            "config_last_reload_success_timestamp",
+            "When a configuration was last put into force, in seconds since 1970",
+            Some(&Unit::Seconds),
+            reload.success_at,
         )
     }
 
@@ -193,13 +259,13 @@ impl Snapshot {
     fn listeners(&self, page: &mut Page<'_>) -> fmt::Result {
         let listeners = || self.status.listeners.iter();
         page.counters(
-            "accepted_connections",
+            "listener_accepted_connections",
             "Connections accepted",
             listeners()
                 .map(|l| (Labels::new([("listener", &l.name), ("pool", &l.pool)]), l.accepted)),
         )?;
         page.counters(
-            "closed_connections",
+            "listener_closed_connections",
             "Connections closed by the dispatcher",
             listeners().flat_map(|l| {
                 l.closed.iter().map(|(reason, &count)| {
@@ -249,13 +315,13 @@ impl Snapshot {
                 })
             }),
         )?;
-        page.gauges("held_connections", "Connections waiting for a worker", of(|p| p.held))?;
+        page.gauges("pool_held_connections", "Connections waiting for a worker", of(|p| p.held))?;
         page.gauges(
-            "custody_connections",
+            "pool_custody_connections",
             "Connections sent to a worker and not yet taken",
             sum(|w| w.custody),
         )?;
-        page.counters("taken_connections", "Connections taken by workers", of(|p| p.taken))?;
+        page.counters("pool_taken_connections", "Connections taken by workers", of(|p| p.taken))?;
         page.counters(
             "revoked_connections",
             "Connections taken back from workers and placed again",
@@ -271,6 +337,11 @@ impl Snapshot {
             "channel_full",
             "Times a connection went elsewhere because a worker's channel had no room",
             of(|p| p.channel_full),
+        )?;
+        page.counters(
+            "process_restarts",
+            "Times a process ended or did not start and was to be started again",
+            of(|p| p.process_restarts),
         )?;
         page.counters("workers_joined", "Workers that joined", of(|p| p.joined))?;
         page.counters("workers_gone", "Workers that left", of(|p| p.gone))?;

@@ -3,7 +3,8 @@
 //! Owns the order of the steps. What a reload is made of, and what it does, is `shell::reload`.
 
 use std::os::unix::fs::PermissionsExt;
-use std::sync::Arc;
+use std::sync::{Arc, PoisonError};
+use std::time::{SystemTime, UNIX_EPOCH};
 
 use tokio::sync::{Mutex, Notify};
 
@@ -13,6 +14,7 @@ use super::elsewhere::Elsewhere;
 use super::gate::{Gate, NoAnswer};
 use super::keep::message;
 use super::manager::{ServiceManager, State};
+use super::metrics::LastReload;
 use super::routes::PATIENCE;
 use super::who_may::Hosts;
 use crate::logger;
@@ -27,6 +29,8 @@ pub(super) struct Reloader {
     hosts: Hosts,
     /// Held by the one that is under way.
     turn: Mutex<()>,
+    /// How the last one went.
+    last: std::sync::Mutex<LastReload>,
 }
 
 type Outcome = Result<Result<Reloaded, CommandError>, NoAnswer>;
@@ -38,7 +42,14 @@ impl Reloader {
         elsewhere: Elsewhere,
         hosts: Hosts,
     ) -> Arc<Reloader> {
-        Arc::new(Reloader { gate, manager, elsewhere, hosts, turn: Mutex::new(()) })
+        // What the dispatcher was started with was good.
+        let last = LastReload { successful: true, success_at: since_1970() };
+        let (turn, last) = (Mutex::new(()), std::sync::Mutex::new(last));
+        Arc::new(Reloader { gate, manager, elsewhere, hosts, turn, last })
+    }
+
+    pub(super) fn last(&self) -> LastReload {
+        *self.last.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
     /// Reloads whenever it is asked to, by somebody who does not wait. Asked several times meanwhile, once.
@@ -67,6 +78,12 @@ impl Reloader {
                 Ok(Err(failed(&format!("a defect of the dispatcher: {why}"))))
             }
         };
+        let mut last = self.last();
+        last.successful = matches!(outcome, Ok(Ok(_)));
+        if last.successful {
+            last.success_at = since_1970();
+        }
+        *self.last.lock().unwrap_or_else(PoisonError::into_inner) = last;
         tell(by, &outcome);
         ready.now().await;
         outcome
@@ -100,6 +117,10 @@ impl Reloader {
         self.hosts.set(hosts);
         Ok(Ok(reloaded))
     }
+}
+
+fn since_1970() -> f64 {
+    SystemTime::now().duration_since(UNIX_EPOCH).map_or(0.0, |since| since.as_secs_f64())
 }
 
 fn failed(why: &str) -> CommandError {

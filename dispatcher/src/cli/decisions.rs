@@ -5,10 +5,11 @@ use std::net::IpAddr;
 use std::time::Duration;
 
 use clap::Args;
+use clap_complete::engine::ArgValueCandidates;
 
 use super::admin::{self, Place};
 use super::table::{clean, count, cut, width};
-use super::{AdminArgs, Failure, feed, print, rest};
+use super::{AdminArgs, Failure, complete, feed, print, rest};
 use crate::decisions::{Considered, Decided, Explained, History};
 
 pub(super) const HISTORY_EXAMPLES: &str = "\
@@ -34,6 +35,7 @@ const FOLLOW: Duration = Duration::from_millis(250);
 #[derive(Debug, Args)]
 pub(super) struct HistoryArgs {
     /// The pool.
+    #[arg(add = ArgValueCandidates::new(complete::pools))]
     pool: String,
     /// Go on with each new decision, until interrupted.
     #[arg(long)]
@@ -48,6 +50,7 @@ pub(super) struct HistoryArgs {
 #[derive(Debug, Args)]
 pub(super) struct ExplainArgs {
     /// The pool.
+    #[arg(add = ArgValueCandidates::new(complete::pools))]
     pool: String,
     /// The client's IP address.
     #[arg(long, value_name = "IP")]

@@ -4,10 +4,11 @@ use std::fmt::Write as _;
 use std::time::Duration;
 
 use clap::Args;
+use clap_complete::engine::ArgValueCandidates;
 use serde_json::{Value, json};
 
 use super::table::{clean, count};
-use super::{AdminArgs, Exit, Failure, admin, print, wait};
+use super::{AdminArgs, Exit, Failure, admin, complete, print, wait};
 use crate::admin::command::{CommandError, WorkerRef};
 
 pub(super) const DRAIN_EXAMPLES: &str = "\
@@ -32,10 +33,10 @@ const AFTER_DEADLINE: Duration = Duration::from_secs(10);
 #[group(required = true, multiple = false)]
 pub(super) struct TargetArgs {
     /// A worker: its id, or POOL/NAME. ID@INSTANCE is refused after a restart of the dispatcher.
-    #[arg(value_name = "WORKER")]
+    #[arg(value_name = "WORKER", add = ArgValueCandidates::new(complete::workers))]
     worker: Option<String>,
     /// All workers of this pool.
-    #[arg(long, value_name = "POOL")]
+    #[arg(long, value_name = "POOL", add = ArgValueCandidates::new(complete::pools))]
     pool: Option<String>,
     /// All workers.
     #[arg(long)]

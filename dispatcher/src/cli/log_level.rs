@@ -1,10 +1,11 @@
 //! `dispatcher log-level`: how much a running dispatcher logs.
 
 use clap::Args;
+use clap_complete::engine::ArgValueCandidates;
 use serde_json::{Value, json};
 
 use super::status::clean;
-use super::{AdminArgs, Failure, admin, print};
+use super::{AdminArgs, Failure, admin, complete, print};
 
 pub(super) const EXAMPLES: &str = "\
 Examples:
@@ -18,6 +19,7 @@ DISPATCHER_LOG is set for the dispatcher), or until it ends.";
 #[derive(Debug, Args)]
 pub(super) struct LogLevelArgs {
     /// How much from now on: off, error, warn, info, debug or trace [default: only show it]
+    #[arg(add = ArgValueCandidates::new(complete::levels))]
     level: Option<String>,
     /// The answer as JSON.
     #[arg(long)]

@@ -1,26 +1,34 @@
 //! `dispatcher completions` and `dispatcher man`: made from the same description of the arguments as `--help`, so
 //! that they cannot disagree with it.
 
+mod configuration;
+
 use std::path::{Path, PathBuf};
 
 use clap::{Args, Command, CommandFactory};
 use clap_complete::Shell;
+use clap_complete::env::Shells;
 use clap_mangen::Man;
 use clap_mangen::roff::{Roff, roman};
 
-use super::{Cli, Exit, Failure, print};
+use super::{Cli, Exit, Failure, complete, print};
 
 pub(super) const COMPLETIONS_EXAMPLES: &str = "\
 Examples:
   source <(dispatcher completions bash)          for this shell
+  source <(dispatcher completions zsh)
+  dispatcher completions fish | source
   dispatcher completions bash > /usr/share/bash-completion/completions/dispatcher
   dispatcher completions zsh > \"${fpath[1]}/_dispatcher\"
-  dispatcher completions fish > ~/.config/fish/completions/dispatcher.fish";
+  dispatcher completions fish > ~/.config/fish/completions/dispatcher.fish
+
+It completes commands and options, and the names of workers and pools that the running dispatcher knows.";
 
 pub(super) const MAN_EXAMPLES: &str = "\
 Examples:
   dispatcher man | man -l -                      read it now
   dispatcher man drain | man -l -                one command's page
+  dispatcher man dispatcher.toml | man -l -      the page of the configuration
   dispatcher man --out /usr/local/share/man/man1";
 
 #[derive(Debug, Args)]
@@ -28,22 +36,44 @@ pub(super) struct CompletionsArgs {
     /// For which shell.
     #[arg(value_name = "SHELL")]
     shell: Shell,
+    /// What the script runs to find out [default: dispatcher, or this file where that is not in PATH]
+    #[arg(long, value_name = "PROGRAM")]
+    program: Option<String>,
 }
 
 #[derive(Debug, Args)]
 pub(super) struct ManArgs {
-    /// The page of this command [default: the page of the program]
+    /// The page of this command, or dispatcher.toml [default: the page of the program]
     #[arg(value_name = "COMMAND", conflicts_with = "out")]
     command: Option<String>,
-    /// Write all pages into this directory.
+    /// Write all pages into this directory; that of the configuration into man5 beside it, if it is called man1.
     #[arg(long, value_name = "DIR")]
     out: Option<PathBuf>,
 }
 
 pub(super) fn completions(arguments: &CompletionsArgs) -> Result<(), Failure> {
+    let shells = Shells::builtins();
+    let name = arguments.shell.to_string();
+    let shell = shells
+        .completer(&name)
+        .ok_or_else(|| Failure::new(Exit::Usage, format!("no completions for {name}")))?;
+    let program = arguments.program.clone().unwrap_or_else(program);
     let mut bytes = Vec::new();
-    clap_complete::generate(arguments.shell, &mut visible(), "dispatcher", &mut bytes);
+    shell
+        .write_registration(complete::VARIABLE, PROGRAM, PROGRAM, &program, &mut bytes)
+        .map_err(|error| Failure::new(Exit::IoErr, error.to_string()))?;
     print(&String::from_utf8_lossy(&bytes))
+}
+
+/// How a shell calls this program.
+const PROGRAM: &str = "dispatcher";
+
+/// By its name, if a shell finds it by that.
+fn program() -> String {
+    let paths = std::env::var_os("PATH").unwrap_or_default();
+    let installed = std::env::split_paths(&paths).any(|folder| folder.join(PROGRAM).is_file());
+    let own = std::env::current_exe().ok().filter(|_| !installed);
+    own.map_or_else(|| PROGRAM.to_owned(), |path| path.display().to_string())
 }
 
 pub(super) fn man(arguments: &ManArgs) -> Result<(), Failure> {
@@ -52,6 +82,7 @@ pub(super) fn man(arguments: &ManArgs) -> Result<(), Failure> {
         return write_all(directory, &pages);
     }
     let name = match &arguments.command {
+        Some(command) if command == configuration::TITLE => return print(&configuration::page()),
         Some(command) => format!("dispatcher-{command}"),
         None => "dispatcher".to_owned(),
     };
@@ -76,11 +107,16 @@ fn write_all(directory: &Path, pages: &[(String, String)]) -> Result<(), Failure
         let path = directory.join(format!("{title}.1"));
         std::fs::write(&path, page).map_err(|error| cannot(&path, error))?;
     }
-    Ok(())
+    // Every section has a directory of its own where `man` looks.
+    let beside = directory.file_name().is_some_and(|name| name == "man1");
+    let directory = if beside { directory.with_file_name("man5") } else { directory.to_owned() };
+    std::fs::create_dir_all(&directory).map_err(|error| cannot(&directory, error))?;
+    let path = directory.join(format!("{}.5", configuration::TITLE));
+    std::fs::write(&path, configuration::page()).map_err(|error| cannot(&path, error))
 }
 
 /// The commands without those that only the program itself uses.
-fn visible() -> Command {
+pub(super) fn visible() -> Command {
     let whole = Cli::command();
     let mut command = Command::new("dispatcher").version(env!("CARGO_PKG_VERSION"));
     if let Some(about) = whole.get_about() {
@@ -127,8 +163,11 @@ fn page(title: &str, command: &Command) -> String {
     let _ = sections(&more).to_writer(&mut bytes);
     let mut also = Roff::new();
     also.control("SH", ["SEE ALSO"]);
-    let pages =
-        if subcommands { "dispatcher-run(1), dispatcher-status(1)" } else { "dispatcher(1)" };
+    let pages = if subcommands {
+        "dispatcher-run(1), dispatcher-status(1), dispatcher.toml(5)"
+    } else {
+        "dispatcher(1), dispatcher.toml(5)"
+    };
     also.text([roman(pages)]);
     let _ = also.to_writer(&mut bytes);
     String::from_utf8_lossy(&bytes).into_owned()

@@ -2,6 +2,7 @@
 
 mod admin;
 mod check;
+mod complete;
 mod decisions;
 #[cfg(feature = "demo")]
 mod demo;
@@ -233,6 +234,9 @@ impl Command {
 
 /// The whole program: arguments from the process, exit code to it.
 pub fn main() -> ExitCode {
+    if let Some(shell) = std::env::var_os(complete::VARIABLE).filter(|shell| !shell.is_empty()) {
+        return complete::complete(&shell, std::env::args_os().collect()).into();
+    }
     // Before anything that could wait. Other commands end by signals as programs do.
     let serves = std::env::args_os().nth(1).is_some_and(|word| word == "run" || word == "demo");
     if serves && let Err(error) = crate::signals::prepare() {

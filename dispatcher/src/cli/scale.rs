@@ -1,10 +1,11 @@
 //! `dispatcher scale`: more or fewer processes of a pool that the dispatcher starts, from now on.
 
 use clap::Args;
+use clap_complete::engine::ArgValueCandidates;
 use serde_json::json;
 
 use super::table::{clean, count};
-use super::{AdminArgs, Failure, admin, print};
+use super::{AdminArgs, Failure, admin, complete, print};
 use crate::admin::command::Wanted;
 
 pub(super) const EXAMPLES: &str = "\
@@ -18,6 +19,7 @@ It holds until the next reload or restart: then the configuration's `processes` 
 #[derive(Debug, Args)]
 pub(super) struct ScaleArgs {
     /// The pool.
+    #[arg(add = ArgValueCandidates::new(complete::pools))]
     pool: String,
     /// How many processes, 1 to 1024; or how many more (+N) or fewer (-N).
     #[arg(value_name = "N", allow_hyphen_values = true, value_parser = parse)]

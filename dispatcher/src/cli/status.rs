@@ -180,7 +180,8 @@ fn last_faults(text: &mut String, all: &[FaultStatus], most: usize, width: usize
             0 | 1 => String::new(),
             times => format!(" {}", count(times, "time")),
         };
-        let head = format!("{time}Z {} {}{often}", fault.kind, fault.subject);
+        let ongoing = if fault.ongoing { ", ongoing" } else { "" };
+        let head = format!("{time}Z {} {}{often}{ongoing}", fault.kind, fault.subject);
         text.push_str(&wrap(&clean(&head), "", width));
         text.push_str(&wrap(&clean(&fault.text), "    ", width));
     }

@@ -256,6 +256,7 @@ web   a\u{fffd}[2J   active   1   77       1    12  10000   997    990       985
             subject: format!("web/w{n}"),
             text: format!("process {n} died; {}", "5 untaken went elsewhere, ".repeat(4)),
             count: n,
+            ongoing: n == 7,
         })
         .collect();
     let text = status::table(&status, 5, 80);
@@ -263,7 +264,7 @@ web   a\u{fffd}[2J   active   1   77       1    12  10000   997    990       985
     let (_, faults) = text.split_once("\nlast faults (5 of 7)\n").expect("the faults");
     let first = "2026-01-02 03:04:03Z worker_gone web/w3 3 times\n    process 3 died; 5 untaken";
     assert!(faults.starts_with(first), "{faults}");
-    assert!(faults.contains("worker_gone web/w7 7 times"), "{faults}");
+    assert!(faults.contains("worker_gone web/w7 7 times, ongoing"), "{faults}");
     status.faults.truncate(1);
     let text = status::table(&status, 5, 80);
     assert!(text.contains("\nlast faults\n2026-01-02 03:04:01Z worker_gone web/w1\n"), "{text}");

@@ -1,9 +1,10 @@
 //! `dispatcher weight`: another share of new connections for a worker, from now on.
 
 use clap::Args;
+use clap_complete::engine::ArgValueCandidates;
 use serde_json::json;
 
-use super::{AdminArgs, Failure, admin, drain};
+use super::{AdminArgs, Failure, admin, complete, drain};
 use crate::admin::command::WorkerRef;
 
 pub(super) const EXAMPLES: &str = "\
@@ -16,6 +17,7 @@ The weight is the worker's until it leaves. To give it nothing at all: dispatche
 #[derive(Debug, Args)]
 pub(super) struct WeightArgs {
     /// The worker: its id, or POOL/NAME.
+    #[arg(add = ArgValueCandidates::new(complete::workers))]
     worker: String,
     /// Its weight from now on: 1 to 65535.
     #[arg(value_name = "N", value_parser = parse)]

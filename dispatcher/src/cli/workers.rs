@@ -1,10 +1,11 @@
 //! `dispatcher workers`: who is there, one line each.
 
 use clap::Args;
+use clap_complete::engine::ArgValueCandidates;
 use serde_json::Value;
 
 use super::table::{Table, clean, width};
-use super::{AdminArgs, Failure, admin, print};
+use super::{AdminArgs, Failure, admin, complete, print};
 
 pub(super) const EXAMPLES: &str = "\
 Examples:
@@ -15,7 +16,7 @@ Examples:
 #[derive(Debug, Args)]
 pub(super) struct WorkersArgs {
     /// Only those of this pool.
-    #[arg(long, value_name = "POOL")]
+    #[arg(long, value_name = "POOL", add = ArgValueCandidates::new(complete::pools))]
     pool: Option<String>,
     /// As JSON.
     #[arg(long)]

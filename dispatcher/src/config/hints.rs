@@ -4,7 +4,7 @@ use super::error::nearest;
 use crate::pool::Policy;
 
 /// The sample configuration has every key with its default or an example.
-pub(super) const SAMPLE: &str = include_str!("../../../etc/dispatcher.toml");
+pub(crate) const SAMPLE: &str = include_str!("../../../etc/dispatcher.toml");
 
 /// How other programs name ways to choose a server, and what does the same here.
 const POLICIES: [(&str, &[&str], &str); 8] = [

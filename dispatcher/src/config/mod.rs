@@ -27,6 +27,7 @@ use std::sync::Arc;
 use std::time::Duration;
 
 pub use error::{ConfigError, Diagnostic, Warning};
+pub(crate) use hints::SAMPLE;
 
 use crate::pool::{PoolSettings, Screening};
 

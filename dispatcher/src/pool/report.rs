@@ -88,15 +88,26 @@ impl Core {
         }
     }
 
-    fn pool_status(&self, p: usize) -> PoolStatus {
+    /// `ready`, `back-pressure`, `no-worker`, `refusing`, or `removed`.
+    pub fn pool_state(&self, pool: PoolId) -> Option<&'static str> {
+        let p = usize::from(pool.0);
+        (p < self.pools.len()).then(|| self.state_of_pool(p))
+    }
+
+    fn state_of_pool(&self, p: usize) -> &'static str {
         let pool = &self.pools[p];
-        let state = match pool.clock {
+        match pool.clock {
             _ if pool.retired => "removed",
             Clock::Refusing => "refusing",
             Clock::Since(_) => "no-worker",
             Clock::Off if pool.candidates.eligible() == 0 => "back-pressure",
             Clock::Off => "ready",
-        };
+        }
+    }
+
+    fn pool_status(&self, p: usize) -> PoolStatus {
+        let pool = &self.pools[p];
+        let state = self.state_of_pool(p);
         let mut workers: Vec<WorkerStatus> =
             pool.candidates.workers().map(|w| worker_status(&self.workers[w as usize])).collect();
         workers.sort_by_key(|worker| worker.id);
@@ -109,6 +120,7 @@ impl Core {
             lost: pool.counts.lost,
             channel_full: pool.counts.channel_full,
             suspects: pool.counts.suspects,
+            process_restarts: pool.processes.restarts(),
             joined: pool.counts.joined,
             gone: pool.counts.gone,
             handoff: pool.handoff.status(),

@@ -6,7 +6,7 @@ use std::time::Duration;
 use super::Core;
 use super::effect::{Effect, Event};
 use super::policy::NEVER;
-use super::types::{PoolId, ProcessId, State, Time};
+use super::types::{PoolId, ProcessId, State, Time, WorkerId};
 
 /// The first wait after a process ended.
 pub const RESTART_MIN: Duration = Duration::from_millis(100);
@@ -55,6 +55,8 @@ pub(super) struct Processes {
     /// Those from here on are not started again.
     wanted: u32,
     due: Time,
+    /// Times one was to be started again.
+    restarts: u64,
 }
 
 impl Processes {
@@ -63,7 +65,13 @@ impl Processes {
         effects
             .extend((0..count).map(|number| Effect::Spawn { process: ProcessId { pool, number } }));
         let process = Process { phase: Phase::Starting, delay: RESTART_MIN };
-        Processes { pool, list: vec![process; count as usize], wanted: count, due: NEVER }
+        Processes {
+            pool,
+            list: vec![process; count as usize],
+            wanted: count,
+            due: NEVER,
+            restarts: 0,
+        }
     }
 
     /// Wants so many from now on. Those that are too many are not started again; to end them is not done here.
@@ -97,6 +105,11 @@ impl Processes {
                 self.due = now;
             }
         }
+    }
+
+    /// Times one ended or did not start, and was to be started again.
+    pub(super) fn restarts(&self) -> u64 {
+        self.restarts
     }
 
     /// How many processes are wanted.
@@ -138,6 +151,7 @@ impl Processes {
             process.phase = Phase::Waiting { until: NEVER };
             return;
         }
+        self.restarts += 1;
         let delay = process.delay;
         process.phase = Phase::Waiting { until: now + delay };
         process.delay = (delay * 2).min(RESTART_MAX);
@@ -181,6 +195,11 @@ impl Processes {
     pub(super) fn due(&self) -> Time {
         self.due
     }
+
+    /// Whether this one is to run, and is started again when it ends.
+    pub(super) fn wants(&self, number: u32) -> bool {
+        number < self.wanted
+    }
 }
 
 impl Core {
@@ -222,6 +241,17 @@ impl Core {
         }
         counts.starting = counts.wanted.saturating_sub(joined);
         counts
+    }
+
+    /// Whether this process is to run: it is started again when it ends.
+    pub fn wants_process(&self, process: ProcessId) -> bool {
+        let pool = self.pools.get(usize::from(process.pool.0));
+        pool.is_some_and(|pool| !pool.retired && pool.processes.wants(process.number))
+    }
+
+    /// The process that we started and that a worker is, if it is one.
+    pub fn process_of(&self, worker: WorkerId) -> Option<ProcessId> {
+        self.find(worker).and_then(|w| self.workers[w].process)
     }
 
     /// A process ended.

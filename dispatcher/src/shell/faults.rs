@@ -5,6 +5,7 @@ use std::time::{Duration, SystemTime};
 use humantime::format_duration;
 
 use super::Shell;
+use super::conditions::Condition;
 use crate::pool::{Departure, Event, PoolId, ProcessId, WorkerId};
 
 /// Every kind there is. `docs/OPERATING.md` says of each what to do.
@@ -42,8 +43,45 @@ impl Shell {
         }
     }
 
-    /// Remembers an event of the core, if it is a fault.
-    pub(super) fn note_fault(&mut self, event: &Event) {
+    /// Keeps in mind what is ordered to end; says whether this event is such an end.
+    pub(super) fn note_order(&mut self, event: &Event) -> bool {
+        self.follow_conditions(false);
+        match *event {
+            Event::Goodbye { worker, .. } | Event::Draining { worker, .. } => {
+                let process = self.core.process_of(worker).zip(self.core.worker_pid(worker));
+                self.orderly.leaves(worker, process);
+            }
+            Event::DrainOver { worker, .. } => self.orderly.is_over(worker),
+            Event::Resumed { worker } => {
+                self.orderly.stays(worker, self.core.process_of(worker));
+            }
+            Event::Gone { worker, live, resent, .. } => {
+                return self.orderly.gone(worker, live + u64::from(resent));
+            }
+            _ => {}
+        }
+        false
+    }
+
+    /// Brings the faults up to date that have just ended, and with `ongoing` those that go on.
+    pub(super) fn follow_conditions(&mut self, ongoing: bool) {
+        if self.conditions.is_empty() {
+            return;
+        }
+        let core = &self.core;
+        let over = self.conditions.over(|pool| core.pool_state(pool));
+        let over = over.iter().map(|one| (one, false));
+        let on = self.conditions.ongoing().iter().filter(|_| ongoing).map(|one| (one, true));
+        for (one, ongoing) in over.chain(on) {
+            let clients = self.conditions.clients_of(one);
+            let text = one.condition.text(self.now - one.since, clients, ongoing);
+            let name = self.core.pool_name(one.pool);
+            self.faults.update(one.condition.kind(), name, text, ongoing);
+        }
+    }
+
+    /// Remembers an event of the core, if it is a fault. An end that was `ordered` is none.
+    pub(super) fn note_fault(&mut self, event: &Event, ordered: bool) {
         match *event {
             Event::Joined { .. }
             | Event::Draining { .. }
@@ -59,6 +97,7 @@ impl Shell {
             Event::Gone { worker, why, resent, live } => {
                 let kind = match why {
                     Departure::Disconnected if live == 0 && resent == 0 => return,
+                    Departure::Disconnected | Departure::Died if ordered => return,
                     Departure::Released => return,
                     // Of a killed process either news may come first.
                     Departure::Disconnected | Departure::Died => "worker_gone",
@@ -108,17 +147,12 @@ impl Shell {
             // Every dispatcher starts without workers.
             Event::NoUsableWorker { .. } if self.now == self.started => {}
             Event::NoUsableWorker { pool } => {
-                self.pool_fault("no_worker", pool, || "no worker: clients wait".to_owned());
+                self.condition(Condition::NoWorker, pool, 0);
             }
-            Event::Refusing { pool, closed } => self.pool_fault("refusing", pool, || {
-                format!(
-                    "no worker for wait_for_worker: {closed} {} turned away, and so is everybody now",
-                    if closed == 1 { "client was" } else { "clients were" }
-                )
-            }),
-            Event::BackPressure { pool } => self.pool_fault("back_pressure", pool, || {
-                "every worker is full or suspect: clients wait".to_owned()
-            }),
+            Event::Refusing { pool, closed } => {
+                self.condition(Condition::Refusing, pool, closed.into());
+            }
+            Event::BackPressure { pool } => self.condition(Condition::BackPressure, pool, 0),
             Event::Choked { pause } => self.fault("choked", "dispatcher", || {
                 let pause = format_duration(pause);
                 format!("out of descriptors or memory: everything waits for {pause}")
@@ -138,9 +172,11 @@ impl Shell {
         self.fault(kind, &subject, || text(pid));
     }
 
-    fn pool_fault(&mut self, kind: &'static str, pool: PoolId, text: impl FnOnce() -> String) {
+    /// A fault of a pool that goes on until its state is another one.
+    fn condition(&mut self, condition: Condition, pool: PoolId, clients: u64) {
+        self.conditions.begin(condition, pool, self.now, clients);
         let name = self.core.pool_name(pool).to_owned();
-        self.fault(kind, &name, text);
+        self.fault(condition.kind(), &name, || condition.text(Duration::ZERO, clients, true));
     }
 
     /// What a process we start is called; it joins as a worker of this name unless it chooses another.

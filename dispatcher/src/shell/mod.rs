@@ -11,6 +11,7 @@
 mod accept;
 mod alarm;
 mod command;
+mod conditions;
 mod control;
 mod courtesy;
 mod door;
@@ -24,6 +25,7 @@ mod inherited;
 mod join;
 mod limit;
 mod meters;
+mod order;
 mod peek;
 mod perform;
 mod recent;
@@ -51,10 +53,12 @@ use worker_sdk::wire::{Entry, Token};
 
 use self::accept::{Conn, Listener};
 use self::alarm::Alarm;
+use self::conditions::Conditions;
 use self::courtesy::Courtesy;
 use self::door::Door;
 use self::limit::{Cause, Limits};
 use self::meters::Meters;
+use self::order::{Later, Orderly};
 use self::recent::{Faults, Seconds};
 use self::sockets::OwnedPath;
 use self::token::{Key, Source};
@@ -151,6 +155,11 @@ struct Shell {
     /// Lines were left out that the log is to be told of by then.
     unsaid_due: Option<Time>,
     faults: Faults,
+    /// What is wrong with pools now.
+    conditions: Conditions,
+    orderly: Orderly,
+    /// Lines of the log that come after others of this turn.
+    later: Vec<Later>,
     seconds: Seconds,
     /// Scratch space, kept warm.
     gauges_due: Vec<bool>,

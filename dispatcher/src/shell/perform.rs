@@ -16,6 +16,7 @@ use super::accept::Conn;
 use super::door::Order;
 use super::join::forget;
 use super::limit::Cause;
+use super::order::Later;
 use super::worker_io::{Deferred, WorkerIo, classify, send_record};
 use super::{Shell, clock};
 use crate::closer::{Owner, Task};
@@ -29,8 +30,10 @@ impl Shell {
             while let Some(effect) = self.core.effect() {
                 self.carry_out(effect);
             }
-            let Some(index) = self.dirty.pop() else { return };
-            self.flush(index);
+            match self.dirty.pop() {
+                Some(index) => self.flush(index),
+                None => return self.tell_later(),
+            }
         }
     }
 
@@ -52,7 +55,7 @@ impl Shell {
                 let (listener, number) = (listener.0, conn.serial);
                 let entry = Entry { seq, slot, listener, flags, accepted_ns, peer, number };
                 if flags.contains(EntryFlags::RESENT) {
-                    self.tell_resent(worker, conn, &entry.peer);
+                    self.later(Later::Resent { to: worker, conn, peer: entry.peer });
                 }
                 let Some(io) = self.io_mut(worker) else { return };
                 if let Some(deferred) = &mut io.purge {
@@ -143,7 +146,7 @@ impl Shell {
             Effect::StopProcesses { pool } => {
                 self.side.spawner.stop_pool(pool, self.config.limits.stop_timeout);
             }
-            Effect::Event(event) => self.tell(&event),
+            Effect::Event(event) => self.tell_in_order(event),
         }
     }
 
@@ -265,7 +268,13 @@ impl Shell {
 
     fn close_client(&mut self, conn: ConnId, reason: CloseReason, shared: bool) {
         let Some(Conn { fd, peer, listener, at_worker, .. }) = self.take_conn(conn) else { return };
-        self.tell_closed(conn, &peer, listener, reason);
+        match reason {
+            CloseReason::NoWorker | CloseReason::Shutdown => {
+                self.conditions.turned_away(self.core.pool_of_listener(listener));
+                self.later(Later::Closed { conn, peer, listener, reason });
+            }
+            _ => self.tell_closed(conn, &peer, listener, reason),
+        }
         let response = match reason {
             CloseReason::NoWorker => {
                 let listener = self.config.listeners.get(usize::from(listener.0));

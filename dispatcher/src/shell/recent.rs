@@ -12,7 +12,7 @@ use crate::status::FaultStatus;
 /// How many whole seconds are remembered.
 pub(super) const SECONDS: usize = 300;
 
-/// One fault, or several of the same kind about the same subject in a row.
+/// One fault, or several of the same kind about the same subject.
 #[derive(Clone, Debug)]
 struct Fault {
     at: SystemTime,
@@ -21,6 +21,8 @@ struct Fault {
     subject: String,
     text: String,
     count: u64,
+    /// It is not over.
+    ongoing: bool,
 }
 
 /// The last faults, newest last.
@@ -30,7 +32,8 @@ pub(super) struct Faults {
 }
 
 impl Faults {
-    /// Remembers a fault, and `most` altogether. The same again only counts, so that one worker in trouble does not push everything else out.
+    /// Remembers a fault, and `most` altogether. The same again, wherever it is in the list, only counts: it becomes the newest,
+    /// and one worker in trouble does not push everything else out.
     pub(super) fn note(
         &mut self,
         most: u32,
@@ -39,16 +42,10 @@ impl Faults {
         subject: String,
         text: String,
     ) {
-        if let Some(last) = self.list.back_mut()
-            && last.kind == kind
-            && last.subject == subject
-        {
-            last.at = at;
-            last.text = text;
-            last.count += 1;
-            return;
-        }
-        self.list.push_back(Fault { at, kind, subject, text, count: 1 });
+        let same = |fault: &Fault| fault.kind == kind && fault.subject == subject;
+        let before = self.list.iter().position(same).and_then(|place| self.list.remove(place));
+        let count = before.map_or(0, |fault| fault.count) + 1;
+        self.list.push_back(Fault { at, kind, subject, text, count, ongoing: false });
         while self.list.len() > most as usize {
             self.drop_one();
         }
@@ -67,6 +64,15 @@ impl Faults {
         self.list.remove(oldest.unwrap_or(0));
     }
 
+    /// What became of a fault that goes on, or of one that went on until now.
+    pub(super) fn update(&mut self, kind: &str, subject: &str, text: String, ongoing: bool) {
+        let same = |fault: &&mut Fault| fault.kind == kind && fault.subject == subject;
+        if let Some(fault) = self.list.iter_mut().rev().find(same) {
+            fault.text = text;
+            fault.ongoing = ongoing;
+        }
+    }
+
     pub(super) fn status(&self) -> Vec<FaultStatus> {
         self.list
             .iter()
@@ -76,6 +82,7 @@ impl Faults {
                 subject: fault.subject.clone(),
                 text: fault.text.clone(),
                 count: fault.count,
+                ongoing: fault.ongoing,
             })
             .collect()
     }
@@ -161,6 +168,18 @@ mod tests {
             [("web/w3", "died", 1), ("web/w4", "died again", 2), ("web/w4", "slow", 1)]
         );
         assert_eq!(status[1].time, "1970-01-01T00:00:09.000Z");
+        // The same again, with others after it, is the newest.
+        faults.note(3, at(11), "worker_gone", "web/w4".to_owned(), "died once more".to_owned());
+        let status = faults.status();
+        let short: Vec<_> = status.iter().map(|f| (f.text.as_str(), f.count)).collect();
+        assert_eq!(short, [("died", 1), ("slow", 1), ("died once more", 3)]);
+        // It is updated where it is, and counts no further.
+        faults.update("worker_suspect", "web/w4", "slow for 3s now".to_owned(), true);
+        faults.update("worker_suspect", "web/w5", "nobody knows it".to_owned(), true);
+        let status = faults.status();
+        let fault = &status[1];
+        assert_eq!((fault.text.as_str(), fault.count, fault.ongoing), ("slow for 3s now", 1, true));
+        assert!(!status[0].ongoing && status.len() == 3);
         faults.note(1, at(11), "choked", String::new(), "out of memory".to_owned());
         assert_eq!(faults.status().len(), 1);
         faults.note(0, at(11), "worker_gone", String::new(), String::new());

@@ -12,11 +12,13 @@ use signal_hook_mio::v1_0::Signals;
 
 use super::accept::Listener;
 use super::alarm::Alarm;
+use super::conditions::Conditions;
 use super::courtesy::Courtesy;
 use super::door::Door;
 use super::error::RunError;
 use super::inherited::Inherited;
 use super::meters::Meters;
+use super::order::Orderly;
 use super::recent::{Faults, Seconds};
 use super::sockets::{self, Listening};
 use super::token::Source;
@@ -172,6 +174,9 @@ impl Shell {
             limits: Limits::default(),
             unsaid_due: None,
             faults: Faults::default(),
+            conditions: Conditions::default(),
+            orderly: Orderly::default(),
+            later: Vec::new(),
             seconds: Seconds::new(now),
             side_ready: false,
             seen: Vec::new(),

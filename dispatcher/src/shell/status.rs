@@ -12,6 +12,9 @@ use crate::logger::{quoted, value};
 use crate::pool::ProcessId;
 use crate::spawner::{Report, SpawnRequest};
 
+/// How a process ends that does as it is told.
+const ENDED_WELL: [&str; 2] = ["exit status 0", "signal 15 (SIGTERM)"];
+
 /// Most reports of the side thread handled in one turn, beside one request; the rest is for the next turn.
 const REPORTS_PER_TURN: usize = 256;
 
@@ -61,11 +64,13 @@ impl Shell {
         status.longest_turn_microseconds =
             u64::try_from(self.longest_turn.as_micros()).unwrap_or(u64::MAX);
         status.accepted_per_second = self.seconds.whole(self.now);
+        self.follow_conditions(true);
         for (id, listener) in self.core.listeners().zip(&mut status.listeners) {
             listener.state = self.listener_state(id).to_owned();
         }
         let (now, boards, faults) = (self.now, self.boards(), self.faults.clone());
         Gathered(Box::new(move || {
+            status.host = rustix::system::uname().nodename().to_string_lossy().into_owned();
             show_gauges(now, boards, &mut status);
             status.faults = faults.status();
             status
@@ -138,18 +143,25 @@ impl Shell {
                 self.core.spawned(self.now, process, false);
             }
             Report::Exited { process, pid, status_text } => {
+                // Whatever it was told: a crash is one.
+                let well = ENDED_WELL.contains(&status_text.as_str());
+                let wanted = self.stop_deadline.is_none() && self.core.wants_process(process);
+                let ordered = self.orderly.ended(process, pid) || !wanted;
                 let pool = Some(process.pool);
                 if let Some(left_out) =
                     self.limits.allow(self.now, pool, Cause::Process(ProcessNews::Ended))
                 {
-                    log::warn!(
+                    log::log!(
+                        if ordered && well { log::Level::Info } else { log::Level::Warn },
                         "event=process_ended {} pid={pid} status={status_text} left_out={left_out}",
                         self.process(process),
                         status_text = quoted(&status_text)
                     );
-                    let subject = self.process_name(process);
-                    let text = || format!("process {pid} ended: {status_text}");
-                    self.fault("process_ended", &subject, text);
+                    if !(ordered && well) {
+                        let subject = self.process_name(process);
+                        let text = || format!("process {pid} ended: {status_text}");
+                        self.fault("process_ended", &subject, text);
+                    }
                 }
                 self.core.exited(self.now, process);
             }

@@ -41,6 +41,7 @@ impl Shell {
     /// Writes a line, unless this kind has had its share of the second: workers can cause most of these as often as
     /// they like.
     pub(super) fn tell(&mut self, event: &Event) {
+        let ordered = self.note_order(event);
         let at = kind_of(event);
         let pool = self.pool_of_event(event);
         match self.limits.allow(self.now, pool, Cause::Event(at)) {
@@ -48,8 +49,8 @@ impl Shell {
             Some(0) => {}
             Some(count) => self.left_out(EVENTS[at], pool, count),
         }
-        self.write(event);
-        self.note_fault(event);
+        self.write(event, ordered);
+        self.note_fault(event, ordered);
     }
 
     /// Says what was left out and is followed by silence. A flood that goes on says so itself.
@@ -89,7 +90,8 @@ impl Shell {
         }
     }
 
-    fn write(&self, event: &Event) {
+    /// An end that was `ordered` is no reason to worry.
+    fn write(&self, event: &Event, ordered: bool) {
         match event {
             Event::Joined { worker, live } => {
                 log::info!("event=worker_joined {} live={live}", self.worker(*worker));
@@ -109,6 +111,10 @@ impl Shell {
                             "event=worker_gone {worker} why=released resent={resent} live={live}"
                         );
                     }
+                    Departure::Disconnected | Departure::Died if ordered => log::info!(
+                        "event=worker_gone {worker} why={} resent={resent} live={live}",
+                        if *why == Departure::Died { "died" } else { "disconnected" }
+                    ),
                     Departure::Disconnected => log::warn!(
                         "event=worker_gone {worker} why=disconnected resent={resent} live={live}"
                     ),

@@ -46,6 +46,28 @@ impl Page<'_> {
             .encode_counter::<NoLabelSet, _, u64>(&value, None)
     }
 
+    pub(super) fn counter_float(
+        &mut self,
+        name: &str,
+        help: &str,
+        unit: Option<&Unit>,
+        value: f64,
+    ) -> fmt::Result {
+        self.0
+            .encode_descriptor(name, help, unit, MetricType::Counter)?
+            .encode_counter::<NoLabelSet, _, f64>(&value, None)
+    }
+
+    pub(super) fn gauge_float(
+        &mut self,
+        name: &str,
+        help: &str,
+        unit: Option<&Unit>,
+        value: f64,
+    ) -> fmt::Result {
+        self.0.encode_descriptor(name, help, unit, MetricType::Gauge)?.encode_gauge(&value)
+    }
+
     pub(super) fn gauge(
         &mut self,
         name: &str,

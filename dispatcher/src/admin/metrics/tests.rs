@@ -23,17 +23,19 @@ fn status(workers: u64) -> Status {
     Status { pools: vec![pool], version: "1.2.3".to_owned(), ..Status::default() }
 }
 
+const RELOAD: LastReload = LastReload { successful: true, success_at: 1_700_000_000.5 };
+
 fn text(workers: u64, max_workers: usize) -> String {
-    let process = Process::look();
-    openmetrics(Snapshot { status: Arc::new(status(workers)), process, max_workers })
+    let status = Arc::new(status(workers));
+    openmetrics(Snapshot { status, last_reload: RELOAD, max_workers }, Process::look())
 }
 
 #[test]
 fn both_formats() {
     let open = text(1, 10);
     assert!(open.ends_with("# EOF\n"));
-    assert!(open.contains("# TYPE dispatcher_taken_connections counter\n"), "{open}");
-    assert!(open.contains("\ndispatcher_taken_connections_total{pool=\"web\"} 5\n"));
+    assert!(open.contains("# TYPE dispatcher_pool_taken_connections counter\n"), "{open}");
+    assert!(open.contains("\ndispatcher_pool_taken_connections_total{pool=\"web\"} 5\n"));
     assert!(open.contains("# UNIT dispatcher_handoff_latency_seconds seconds\n"));
     let bucket = "dispatcher_handoff_latency_seconds_bucket";
     assert!(open.contains(&format!("{bucket}{{le=\"0.00001\",pool=\"web\"}} 0\n")), "{open}");
@@ -42,8 +44,8 @@ fn both_formats() {
     assert!(open.contains("dispatcher_handoff_latency_seconds_sum{pool=\"web\"} 60.000015\n"));
 
     let plain = plain(&open);
-    assert!(plain.contains("# TYPE dispatcher_taken_connections_total counter\n"));
-    assert!(plain.contains("# HELP dispatcher_taken_connections_total Connections taken"));
+    assert!(plain.contains("# TYPE dispatcher_pool_taken_connections_total counter\n"));
+    assert!(plain.contains("# HELP dispatcher_pool_taken_connections_total Connections taken"));
     assert!(!plain.contains("# EOF") && !plain.contains("# UNIT"));
     let samples = |text: &str| text.lines().filter(|line| !line.starts_with('#')).count();
     assert_eq!(samples(&open), samples(&plain));
@@ -113,6 +115,7 @@ fn each_number_has_its_own_place() {
         lost: 14,
         suspects: 15,
         channel_full: 16,
+        process_restarts: 52,
         joined: 17,
         gone: 18,
         handoff: histogram(32),
@@ -164,14 +167,28 @@ fn each_number_has_its_own_place() {
         pools: vec![pool],
         ..Status::default()
     };
-    let process = Process { open_fds: 27, max_fds: 28, resident_bytes: 29 };
-    let text = openmetrics(Snapshot { status: Arc::new(status), process, max_workers: 1 });
+    let process = Process {
+        cpu_seconds: 1.25,
+        start_seconds: 1_600_000_000.5,
+        open_fds: 27,
+        max_fds: 28,
+        resident_bytes: 29,
+        virtual_bytes: 30,
+    };
+    let status = Arc::new(status);
+    let text = openmetrics(Snapshot { status, last_reload: RELOAD, max_workers: 1 }, process);
     let samples: Vec<&str> = text
         .lines()
         .filter(|line| !line.starts_with('#') && !line.contains("_bucket{"))
-        .map(|line| line.strip_prefix("dispatcher_").unwrap())
+        .map(|line| line.strip_prefix("dispatcher_").unwrap_or(line))
         .collect();
-    let expected = r#"build_info{version="1.2.3"} 1
+    let expected = r#"process_cpu_seconds_total 1.25
+process_start_time_seconds 1600000000.5
+process_open_fds 27
+process_max_fds 28
+process_resident_memory_bytes 29
+process_virtual_memory_bytes 30
+build_info{version="1.2.3"} 1
 uptime_seconds 30
 stopping 1
 connections_accepted_total 46
@@ -189,11 +206,10 @@ accept_pauses_total 3
 workers_refused_total 4
 log_lines_dropped_total 5
 log_lines_limited_total 6
-open_fds 27
-max_fds 28
-resident_memory_bytes 29
-accepted_connections_total{listener="l",pool="p"} 8
-closed_connections_total{listener="l",pool="p",reason="denied"} 9
+config_last_reload_successful 1
+config_last_reload_success_timestamp_seconds 1700000000.5
+listener_accepted_connections_total{listener="l",pool="p"} 8
+listener_closed_connections_total{listener="l",pool="p",reason="denied"} 9
 listener_state{listener="l",pool="p",state="accepting"} 0
 listener_state{listener="l",pool="p",state="paused"} 1
 listener_state{listener="l",pool="p",state="refusing"} 0
@@ -203,13 +219,14 @@ pool_state{pool="p",state="ready"} 0
 pool_state{pool="p",state="back-pressure"} 1
 pool_state{pool="p",state="no-worker"} 0
 pool_state{pool="p",state="refusing"} 0
-held_connections{pool="p"} 11
-custody_connections{pool="p"} 20
-taken_connections_total{pool="p"} 12
+pool_held_connections{pool="p"} 11
+pool_custody_connections{pool="p"} 20
+pool_taken_connections_total{pool="p"} 12
 revoked_connections_total{pool="p"} 13
 lost_connections_total{pool="p"} 14
 suspects_total{pool="p"} 15
 channel_full_total{pool="p"} 16
+process_restarts_total{pool="p"} 52
 workers_joined_total{pool="p"} 17
 workers_gone_total{pool="p"} 18
 workers{pool="p",state="active"} 0

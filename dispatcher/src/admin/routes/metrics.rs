@@ -27,7 +27,8 @@ async fn metrics(State(app): State<App>, headers: HeaderMap) -> Response {
         Err(why) => return no_answer(why),
     };
     let max_workers = app.max_workers.load(Ordering::Relaxed) as usize;
-    let text = openmetrics(Snapshot { status, process: Process::look(), max_workers });
+    let last_reload = app.reloader.last();
+    let text = openmetrics(Snapshot { status, last_reload, max_workers }, Process::look());
     let accepts = headers.get_all(header::ACCEPT).iter().filter_map(|value| value.to_str().ok());
     if accepts.into_iter().any(|accept| accept.contains("application/openmetrics-text")) {
         ([(header::CONTENT_TYPE, OPENMETRICS)], text).into_response()

@@ -189,6 +189,7 @@ fn a_frame() {
         subject: "web/w0".to_owned(),
         text: "process 100 died".to_owned(),
         count: 2,
+        ongoing: false,
     }];
     model.answer(shown, Duration::ZERO);
     assert_eq!(

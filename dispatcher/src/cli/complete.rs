@@ -1,0 +1,137 @@
+//! What a shell offers when Tab is pressed: commands and options, and the names that the running dispatcher knows.
+//!
+//! The script of `dispatcher completions` runs the program with [`VARIABLE`] set and the words of the command line after `--`.
+
+use std::ffi::{OsStr, OsString};
+use std::path::PathBuf;
+use std::time::Duration;
+
+use clap_complete::engine::CompletionCandidate;
+use clap_complete::env::Shells;
+
+use super::table::{clean, count};
+use super::{AdminArgs, Exit, admin, manual, print};
+use crate::admin::client;
+use crate::status::{Status, WorkerStatus};
+
+/// Set to the name of the shell that asks.
+pub(super) const VARIABLE: &str = "_DISPATCHER_COMPLETE";
+
+/// How long whoever pressed Tab waits for the dispatcher.
+const PATIENCE: Duration = Duration::from_millis(700);
+
+/// Answers a shell.
+pub(super) fn complete(shell: &OsStr, arguments: Vec<OsString>) -> Exit {
+    let words = words(arguments);
+    let shells = Shells::builtins();
+    let Some(shell) = shells.completer(&shell.to_string_lossy()).filter(|_| !words.is_empty())
+    else {
+        return Exit::Usage;
+    };
+    let mut bytes = Vec::new();
+    let here = std::env::current_dir().ok();
+    let done = shell.write_complete(&mut manual::visible(), words, here.as_deref(), &mut bytes);
+    match done.map(|()| print(&String::from_utf8_lossy(&bytes))) {
+        Ok(Ok(())) => Exit::Ok,
+        Ok(Err(_)) | Err(_) => Exit::IoErr,
+    }
+}
+
+/// The words of the command line that is being written.
+fn words(arguments: Vec<OsString>) -> Vec<OsString> {
+    let mut arguments = arguments.into_iter();
+    arguments.by_ref().find(|argument| argument == "--");
+    arguments.collect()
+}
+
+/// `POOL/NAME` of every worker. One whose name is no plain word, or that others have too, is offered by its id.
+pub(super) fn workers() -> Vec<CompletionCandidate> {
+    let Some(status) = ask() else { return Vec::new() };
+    let all: Vec<(String, &WorkerStatus)> = status
+        .pools
+        .iter()
+        .flat_map(|pool| pool.workers.iter().map(|w| (format!("{}/{}", pool.name, w.name), w)))
+        .collect();
+    let offered = all.iter().map(|(name, worker)| {
+        let alone = all.iter().filter(|(other, _)| other == name).count() == 1;
+        let (load, state) = (count(worker.load, "connection"), &worker.state);
+        if alone && is_plain(name) {
+            CompletionCandidate::new(name)
+                .help(Some(format!("id {}, {state}, {load}", worker.id).into()))
+        } else {
+            CompletionCandidate::new(worker.id.to_string())
+                .help(Some(format!("{}, {state}, {load}", clean(name)).into()))
+        }
+    });
+    offered.collect()
+}
+
+/// The name of every pool.
+pub(super) fn pools() -> Vec<CompletionCandidate> {
+    let Some(status) = ask() else { return Vec::new() };
+    let plain = status.pools.iter().filter(|pool| is_plain(&pool.name));
+    let offered = plain.map(|pool| {
+        let workers = count(pool.workers.len() as u64, "worker");
+        let help = format!("{}, {}, {workers}", pool.policy, pool.state);
+        CompletionCandidate::new(&pool.name).help(Some(help.into()))
+    });
+    offered.collect()
+}
+
+/// Every level of the log.
+pub(super) fn levels() -> Vec<CompletionCandidate> {
+    ["off", "error", "warn", "info", "debug", "trace"].map(CompletionCandidate::new).into()
+}
+
+/// A worker names itself, and a shell inserts what is offered into a command line: nothing that means something there.
+fn is_plain(name: &str) -> bool {
+    name.bytes().all(|byte| byte.is_ascii_alphanumeric() || b"/._-+@%,".contains(&byte))
+        && !name.starts_with('-')
+}
+
+/// The dispatcher that the command line being written is about; nothing if it does not answer at once.
+fn ask() -> Option<Status> {
+    let words = words(std::env::args_os().collect());
+    let place = admin::find(&place(&words)).ok()?;
+    let body = client::get(&place.path, "/v1/status", PATIENCE).ok()?;
+    serde_json::from_slice(&body).ok()
+}
+
+/// `--admin` and `--config` among these words.
+fn place(words: &[OsString]) -> AdminArgs {
+    let value = |option: &str| -> Option<PathBuf> {
+        words.iter().enumerate().find_map(|(position, word)| {
+            let word = word.to_str()?;
+            if word == option {
+                return words.get(position + 1).map(PathBuf::from);
+            }
+            word.strip_prefix(option)?.strip_prefix('=').map(PathBuf::from)
+        })
+    };
+    AdminArgs { admin: value("--admin"), config: value("--config") }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn the_dispatcher_is_the_one_of_the_command_line() {
+        let words = |text: &str| text.split(' ').map(OsString::from).collect::<Vec<_>>();
+        let found = place(&words("dispatcher drain --admin /a --config=/b w"));
+        assert_eq!((found.admin, found.config), (Some("/a".into()), Some("/b".into())));
+        let found = place(&words("dispatcher drain --admin"));
+        assert_eq!((found.admin, found.config), (None, None));
+    }
+
+    #[test]
+    fn only_plain_words_are_offered() {
+        for name in ["web/web-1", "a.b/c_d", "x/+@%,"] {
+            assert!(is_plain(name), "{name}");
+        }
+        for name in ["web/$(x)", "web/a b", "a;b", "-x/y", "web/*", "a'b", "web/ü", "a:b", "a\nb"]
+        {
+            assert!(!is_plain(name), "{name}");
+        }
+    }
+}

@@ -1,0 +1,154 @@
+//! What is wrong with pools now: from an event to the state that ends it. For the faults of the status; nothing is decided
+//! by it.
+
+use std::time::Duration;
+
+use crate::pool::{PoolId, Time};
+
+/// What is wrong with a pool from one event to another.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(super) enum Condition {
+    NoWorker,
+    Refusing,
+    BackPressure,
+}
+
+impl Condition {
+    /// The kind of its fault.
+    pub(super) fn kind(self) -> &'static str {
+        match self {
+            Condition::NoWorker => "no_worker",
+            Condition::Refusing => "refusing",
+            Condition::BackPressure => "back_pressure",
+        }
+    }
+
+    /// Whether it goes on in this state of the pool.
+    fn goes_on(self, state: &str) -> bool {
+        match self {
+            Condition::NoWorker => state == "no-worker",
+            Condition::Refusing => state == "refusing",
+            Condition::BackPressure => state == "back-pressure",
+        }
+    }
+
+    /// What to say of it: it began so long ago, and `clients` were turned away since.
+    pub(super) fn text(self, lasted: Duration, clients: u64, ongoing: bool) -> String {
+        let lasted = super::tell::span(lasted);
+        let away = match clients {
+            1 => "1 client was turned away".to_owned(),
+            clients => format!("{clients} clients were turned away"),
+        };
+        match (self, ongoing) {
+            (Condition::NoWorker, true) => format!("no worker for {lasted} now: clients wait"),
+            (Condition::NoWorker, false) => format!("no worker for {lasted}: clients waited"),
+            (Condition::Refusing, true) => {
+                format!("no worker for wait_for_worker: {away}, and so is everybody now")
+            }
+            (Condition::Refusing, false) => {
+                format!("no worker for wait_for_worker: {away} in {lasted}")
+            }
+            (Condition::BackPressure, true) => {
+                format!("every worker is full or suspect: clients wait, for {lasted} now")
+            }
+            (Condition::BackPressure, false) => {
+                format!("every worker was full or suspect: clients waited for {lasted}")
+            }
+        }
+    }
+}
+
+/// A condition that goes on.
+#[derive(Debug)]
+pub(super) struct Ongoing {
+    pub(super) condition: Condition,
+    pub(super) pool: PoolId,
+    pub(super) since: Time,
+    /// Clients of the pool turned away before.
+    before: u64,
+}
+
+/// What is wrong with pools now: at most one condition of each kind for each.
+#[derive(Debug, Default)]
+pub(super) struct Conditions {
+    list: Vec<Ongoing>,
+    /// Clients turned away since the start, by pool.
+    turned_away: Vec<u64>,
+}
+
+impl Conditions {
+    /// A client is turned away for want of a worker.
+    pub(super) fn turned_away(&mut self, pool: Option<PoolId>) {
+        let Some(pool) = pool else { return };
+        let place = usize::from(pool.0);
+        if self.turned_away.len() <= place {
+            self.turned_away.resize(place + 1, 0);
+        }
+        self.turned_away[place] += 1;
+    }
+
+    /// It begins, with so many clients turned away already.
+    pub(super) fn begin(&mut self, condition: Condition, pool: PoolId, now: Time, clients: u64) {
+        self.list.retain(|one| (one.condition, one.pool) != (condition, pool));
+        let before = self.clients(pool).saturating_sub(clients);
+        self.list.push(Ongoing { condition, pool, since: now, before });
+    }
+
+    /// Those that are over, which are forgotten.
+    pub(super) fn over(&mut self, state: impl Fn(PoolId) -> Option<&'static str>) -> Vec<Ongoing> {
+        let over =
+            |one: &mut Ongoing| !state(one.pool).is_some_and(|state| one.condition.goes_on(state));
+        self.list.extract_if(.., over).collect()
+    }
+
+    /// Those that go on, as far as is known.
+    pub(super) fn ongoing(&self) -> &[Ongoing] {
+        &self.list
+    }
+
+    pub(super) fn is_empty(&self) -> bool {
+        self.list.is_empty()
+    }
+
+    /// How many clients were turned away while it lasted.
+    pub(super) fn clients_of(&self, one: &Ongoing) -> u64 {
+        self.clients(one.pool).saturating_sub(one.before)
+    }
+
+    fn clients(&self, pool: PoolId) -> u64 {
+        self.turned_away.get(usize::from(pool.0)).copied().unwrap_or(0)
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_condition_counts_its_own_clients_until_it_is_over() {
+        let mut conditions = Conditions::default();
+        let (web, chat) = (PoolId(0), PoolId(1));
+        conditions.turned_away(Some(web));
+        // Two that waited are turned away, and then it begins.
+        (0..2).for_each(|_| conditions.turned_away(Some(web)));
+        conditions.begin(Condition::NoWorker, web, Time(0), 0);
+        conditions.begin(Condition::Refusing, web, Time(5), 2);
+        (0..655).for_each(|_| conditions.turned_away(Some(web)));
+        conditions.turned_away(Some(chat));
+        conditions.turned_away(None);
+        assert!(conditions.over(|_| Some("refusing")).len() == 1, "nobody waits any more");
+        assert_eq!(conditions.ongoing().len(), 1);
+        let over = conditions.over(|_| Some("ready"));
+        assert_eq!(over.len(), 1);
+        assert_eq!(over[0].condition, Condition::Refusing);
+        assert_eq!(conditions.clients_of(&over[0]), 657);
+        assert!(conditions.is_empty());
+        let second = Duration::from_secs(1);
+        assert!(
+            Condition::Refusing.text(second, 657, true).contains("657 clients were turned away")
+        );
+        assert!(
+            Condition::Refusing.text(second, 1, false).contains("1 client was turned away in 1s")
+        );
+    }
+}

@@ -1,0 +1,40 @@
+#!/bin/sh
+# Installs what `cargo build --release` has made: the program without its debug information, that information beside it, the
+# manual pages, completions, documentation, systemd units and a configuration. Run it as root.
+#
+#     etc/install.sh                          for this machine
+#     DESTDIR=/tmp/package etc/install.sh     for a package
+#
+# What is there to be edited is left alone if it exists: /etc/dispatcher/dispatcher.toml and worker@.service. Changes to the
+# other units belong into drop-ins (systemctl edit dispatcher.service), which an update leaves alone too.
+set -eu
+cd "$(dirname "$0")/.."
+built=${CARGO_TARGET_DIR:-target}/release/dispatcher
+root=${DESTDIR:-}
+units=$root/etc/systemd/system
+temporary=$(mktemp -d)
+trap 'rm -rf "$temporary"' EXIT
+
+# Debuggers, systemd-coredump and the program's own backtraces find it in /usr/lib/debug by the name in the program.
+objcopy --only-keep-debug "$built" "$temporary/dispatcher.debug"
+objcopy --strip-all --add-gnu-debuglink="$temporary/dispatcher.debug" "$built" "$temporary/dispatcher"
+install -D -m 755 "$temporary/dispatcher" "$root/usr/bin/dispatcher"
+install -D -m 644 "$temporary/dispatcher.debug" "$root/usr/lib/debug/usr/bin/dispatcher.debug"
+
+"$built" man --out "$root/usr/share/man/man1"
+for shell in bash zsh fish; do
+    "$built" completions "$shell" --program dispatcher > "$temporary/$shell"
+done
+install -D -m 644 "$temporary/bash" "$root/usr/share/bash-completion/completions/dispatcher"
+install -D -m 644 "$temporary/zsh" "$root/usr/share/zsh/vendor-completions/_dispatcher"
+install -D -m 644 "$temporary/fish" "$root/usr/share/fish/vendor_completions.d/dispatcher.fish"
+for page in README.md CHANGELOG.md SECURITY.md docs/*.md etc/dispatcher.toml; do
+    install -D -m 644 "$page" "$root/usr/share/doc/dispatcher/$(basename "$page")"
+done
+
+for unit in dispatcher.service dispatcher.socket dispatcher-dispatch.socket; do
+    install -D -m 644 "etc/$unit" "$units/$unit"
+done
+[ -e "$units/worker@.service" ] || install -D -m 644 etc/worker@.service "$units/worker@.service"
+[ -e "$root/etc/dispatcher/dispatcher.toml" ] ||
+    install -D -m 644 etc/dispatcher-systemd.toml "$root/etc/dispatcher/dispatcher.toml"

@@ -1,0 +1,117 @@
+//! The README's way to a service in two minutes, on an empty machine: every line as it is written there.
+
+use std::path::Path;
+
+use super::*;
+
+/// The lines of the first block of commands in this section.
+fn commands(section: &str) -> Vec<String> {
+    let readme = Path::new(env!("CARGO_MANIFEST_DIR")).join("../README.md");
+    let readme = std::fs::read_to_string(readme).unwrap();
+    let (_, rest) = readme.split_once(&format!("\n## {section}\n")).expect("the section");
+    let (_, block) = rest.split_once("```sh\n").expect("a block");
+    let (block, _) = block.split_once("```").expect("its end");
+    block.lines().filter(|line| !line.starts_with('#')).map(str::to_owned).collect()
+}
+
+#[test]
+fn two_minutes_and_nothing_to_edit() {
+    if !has("objcopy") || !has("ip") || !has("curl") {
+        return skip("needs objcopy (binutils), ip (iproute2) and curl");
+    }
+    let Some(machine) = Machine::boot_to_install() else { return };
+    // A clone in which everything is built, as the first line would do it; this test's own programs stand in.
+    let clone = machine.shared().join("clone");
+    let built = clone.join("target/release");
+    std::fs::create_dir_all(built.join("examples")).unwrap();
+    std::fs::copy(dispatcher_bin(), built.join("dispatcher")).unwrap();
+    std::fs::copy(example("http"), built.join("examples/http")).unwrap();
+    let root = Path::new(env!("CARGO_MANIFEST_DIR")).join("..").canonicalize().unwrap();
+    for name in ["etc", "docs", "README.md", "CHANGELOG.md", "SECURITY.md"] {
+        std::os::unix::fs::symlink(root.join(name), clone.join(name)).unwrap();
+    }
+    let lines = commands("Set it up with systemd");
+    assert_eq!(lines[0], "cargo build --release --bin dispatcher --example http");
+    let mut answers = Vec::new();
+    for line in &lines[1..] {
+        let script = format!("unset CARGO_TARGET_DIR DISPATCHER_ADMIN; cd /run/test/clone; {line}");
+        let output = machine.run("sh", &["-euc", &script]);
+        let text =
+            [output.stdout, output.stderr].map(|text| String::from_utf8_lossy(&text).into_owned());
+        assert!(output.status.success(), "{line}: {text:?}");
+        answers.push((line.as_str(), text));
+    }
+    let answer = |start: &str| {
+        let found = answers.iter().find(|(line, _)| line.starts_with(start));
+        found.unwrap_or_else(|| panic!("no {start} in {lines:?}")).1.clone()
+    };
+    // It says that all is well, and a worker has answered.
+    let [out, err] = answer("dispatcher check");
+    assert!(out.contains("dispatcher.toml: ok") && err.is_empty(), "{out} {err}");
+    assert!(answer("curl ")[0].contains("connections held: 1; you are 127.0.0.1:"));
+    assert!(answer("dispatcher status")[0].contains("web-"));
+    let workers = || {
+        let output = machine.run("dispatcher", &["workers"]);
+        String::from_utf8(output.stdout).unwrap()
+    };
+    wait_until("both workers", || workers().matches(" active ").count() == 2);
+    for unit in ["worker@1.service", "worker@2.service", SERVICE, SOCKETS[0], SOCKETS[1]] {
+        assert_eq!(machine.state(unit), "active", "{unit}");
+        let (enabled, _) = machine.systemctl(&["is-enabled", unit]);
+        assert_eq!(enabled, "enabled", "{unit}");
+    }
+
+    // What was installed: stripped, with its debug information beside it, and what the units' documentation names.
+    let size = |path: &str| {
+        machine.inside(path).metadata().unwrap_or_else(|e| panic!("{path}: {e}")).len()
+    };
+    let whole = built.join("dispatcher").metadata().unwrap().len();
+    assert!(size("/usr/bin/dispatcher") < whole / 2, "{} of {whole}", size("/usr/bin/dispatcher"));
+    assert!(size("/usr/lib/debug/usr/bin/dispatcher.debug") > size("/usr/bin/dispatcher"));
+    let link = machine.run("objdump", &["-s", "-j", ".gnu_debuglink", "/usr/bin/dispatcher"]);
+    assert!(String::from_utf8_lossy(&link.stdout).contains("dispatch"), "{link:?}");
+    for path in [
+        "/usr/share/bash-completion/completions/dispatcher",
+        "/usr/share/zsh/vendor-completions/_dispatcher",
+        "/usr/share/fish/vendor_completions.d/dispatcher.fish",
+    ] {
+        let script = std::fs::read_to_string(machine.inside(path)).unwrap();
+        assert!(script.contains("dispatcher") && !script.contains("/clone/"), "{path}: {script}");
+    }
+    for unit in [SERVICE, SOCKETS[0], SOCKETS[1], "worker@1.service"] {
+        let documentation = machine.show(unit, "Documentation");
+        assert!(!documentation.is_empty(), "{unit}");
+        for place in documentation.split_whitespace() {
+            let path = match place.split_once(':') {
+                Some(("file", path)) => path.trim_start_matches("//").to_owned(),
+                Some(("man", page)) => {
+                    let (name, section) = page.trim_end_matches(')').split_once('(').unwrap();
+                    format!("/usr/share/man/man{section}/{name}.{section}")
+                }
+                _ => panic!("{unit}: {place}"),
+            };
+            assert!(size(&path) > 0, "{unit}: {place}");
+        }
+    }
+
+    // Only this machine can connect, and a restart loses nothing.
+    let listening = machine.show(SOCKETS[0], "Listen");
+    assert_eq!(listening, "127.0.0.1:8080 (Stream)");
+    let habit =
+        "dispatcher check && systemctl restart dispatcher && curl -s http://127.0.0.1:8080/";
+    let output = machine.run("sh", &["-euc", habit]);
+    assert!(output.status.success(), "{output:?}");
+    assert_eq!(machine.show("worker@1.service", "NRestarts"), "0");
+    // Installed again, what was edited stays.
+    let edited = machine.inside("/etc/dispatcher/dispatcher.toml");
+    let text = std::fs::read_to_string(&edited).unwrap();
+    std::fs::write(&edited, format!("{text}\nhandoff_timeout = \"1s\"\n")).unwrap();
+    let output =
+        machine.run("sh", &["-euc", "cd /run/test/clone; unset CARGO_TARGET_DIR; etc/install.sh"]);
+    assert!(output.status.success(), "{output:?}");
+    assert!(std::fs::read_to_string(&edited).unwrap().ends_with("handoff_timeout = \"1s\"\n"));
+}
+
+fn has(program: &str) -> bool {
+    std::process::Command::new(program).arg("--version").output().is_ok()
+}
