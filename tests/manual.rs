@@ -252,7 +252,7 @@ fn every_command_has_a_manual_page() {
     }
     assert_eq!(complaints(&file), "");
     let mut command = Command::new("groff");
-    let shown = text(command.args(["-man", "-Tascii"]).arg(&file).output().unwrap());
+    let shown = text(command.args(["-man", "-Tascii", "-P-cbou"]).arg(&file).output().unwrap());
     let plain: String = shown.lines().map(|line| format!("{line}\n")).collect();
     for part in ["handoff_timeout", "least-connections", "[pool.NAME.affinity]", "dispatcher(1)"] {
         assert!(plain.contains(part), "{part}: {plain}");

@@ -378,7 +378,7 @@ fn selected(text: &str) -> Vec<(String, Vec<String>)> {
         let end = rest.find(|c: char| !c.is_ascii_alphanumeric() && c != '_').unwrap_or(rest.len());
         let name = rest[..end].to_owned();
         rest = &rest[end..];
-        if before.is_some_and(|c| c.is_ascii_alphanumeric() || c == '_' || c == '/') {
+        if before.is_some_and(|c| c.is_ascii_alphanumeric() || c == '_' || c == '/' || c == '=') {
             continue;
         }
         let mut labels = Vec::new();

@@ -287,8 +287,8 @@ fn nothing_overflows_between_320_and_2560_pixels() {
     pretend(&mut browser, &status);
     browser.wait_true("document.querySelectorAll('#workers > tr').length === 12");
     for width in [
-        320, 360, 414, 480, 640, 641, 700, 768, 769, 834, 959, 960, 961, 1024, 1280, 1600, 1920,
-        2560,
+        320, 360, 414, 480, 640, 641, 700, 768, 769, 834, 959, 960, 961, 1024, 1100, 1151, 1152,
+        1280, 1600, 1920, 2560,
     ] {
         browser.screen(width, 900, "light", "no-preference");
         assert_eq!(browser.value(TOO_WIDE), json!([]), "{width}");

@@ -81,7 +81,7 @@ fn two_minutes_and_nothing_to_edit() {
     for unit in [SERVICE, SOCKETS[0], SOCKETS[1], "worker@1.service"] {
         let documentation = machine.show(unit, "Documentation");
         assert!(!documentation.is_empty(), "{unit}");
-        for place in documentation.split_whitespace() {
+        for place in documentation.split_whitespace().map(|place| place.trim_matches('"')) {
             let path = match place.split_once(':') {
                 Some(("file", path)) => path.trim_start_matches("//").to_owned(),
                 Some(("man", page)) => {
