@@ -112,6 +112,35 @@ fn two_minutes_and_nothing_to_edit() {
     assert!(std::fs::read_to_string(&edited).unwrap().ends_with("handoff_timeout = \"1s\"\n"));
 }
 
+#[test]
+fn what_a_restart_does_to_workers_is_said_wherever_somebody_looks() {
+    let root = Path::new(env!("CARGO_MANIFEST_DIR")).join("..");
+    for file in [
+        "README.md",
+        "docs/OPERATING.md",
+        "etc/dispatcher.toml",
+        "etc/dispatcher-systemd.toml",
+        "etc/dispatcher.service",
+        "etc/worker@.service",
+    ] {
+        let text = std::fs::read_to_string(root.join(file)).unwrap();
+        let words: Vec<&str> = text.split_whitespace().filter(|word| *word != "#").collect();
+        let words = words.join(" ");
+        assert!(
+            words.contains("by itself") || words.contains("join again by themselves"),
+            "{file}"
+        );
+        if file != "etc/worker@.service" {
+            let (_, after) = words.split_once("join again by themselves").expect(file);
+            let near: String = after.chars().take(300).collect();
+            assert!(
+                near.contains("stopped with it") && near.contains("stop_timeout"),
+                "{file}: {near}"
+            );
+        }
+    }
+}
+
 fn has(program: &str) -> bool {
     std::process::Command::new(program).arg("--version").output().is_ok()
 }

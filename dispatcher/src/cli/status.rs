@@ -133,7 +133,7 @@ pub(super) fn table(status: &Status, faults: usize, width: usize) -> String {
         ],
         3,
     )
-    .optional(&["FINISHED", "SENT", "REVOKED", "MAX", "TAKEN"]);
+    .optional(&[&["SENT", "FINISHED", "REVOKED"], &["MAX"], &["TAKEN"]]);
     for pool in &status.pools {
         for worker in &pool.workers {
             workers.row([

@@ -70,7 +70,7 @@ pub(super) fn wrap(text: &str, indent: &str, width: usize) -> String {
 pub(super) struct Table<const N: usize> {
     head: [&'static str; N],
     left: usize,
-    optional: &'static [&'static str],
+    optional: &'static [&'static [&'static str]],
     rows: Vec<[String; N]>,
 }
 
@@ -79,8 +79,8 @@ impl<const N: usize> Table<N> {
         Table { head: *head, left, optional: &[], rows: Vec::new() }
     }
 
-    /// These columns are left out, the first one first, where there is no room for them.
-    pub(super) fn optional(mut self, columns: &'static [&'static str]) -> Table<N> {
+    /// These groups of columns are left out, the first one first, where there is no room for them.
+    pub(super) fn optional(mut self, columns: &'static [&'static [&'static str]]) -> Table<N> {
         self.optional = columns;
         self
     }
@@ -104,12 +104,12 @@ impl<const N: usize> Table<N> {
             let columns = widths.iter().zip(shown).filter(|(_, shown)| **shown);
             columns.map(|(width, _)| width + 2).sum::<usize>().saturating_sub(2)
         };
-        for name in self.optional {
+        for group in self.optional {
             if total(&widths, &shown) <= width {
                 break;
             }
-            if let Some(column) = self.head.iter().position(|head| head == name) {
-                shown[column] = false;
+            for (head, shown) in self.head.iter().zip(&mut shown) {
+                *shown &= !group.contains(head);
             }
         }
         while total(&widths, &shown) > width {
@@ -162,7 +162,7 @@ mod tests {
     fn what_does_not_fit_is_left_out() {
         let table = |name: &str| {
             let mut table =
-                Table::new(&["NAME", "STATE", "LOAD", "SENT"], 2).optional(&["SENT", "LOAD"]);
+                Table::new(&["NAME", "STATE", "LOAD", "SENT"], 2).optional(&[&["SENT"], &["LOAD"]]);
             table.row([name.to_owned(), "active".to_owned(), "1".to_owned(), "22".to_owned()]);
             table
         };

@@ -3,8 +3,9 @@
 use serde::Deserialize;
 use toml::Spanned;
 
-use super::error::{Mistake, suggest};
+use super::error::Mistake;
 use super::file::PoolKeys;
+use super::hints;
 use super::validate::Checked;
 use super::value::{Count, Wait, YEAR};
 use crate::affinity::KeySource;
@@ -102,10 +103,10 @@ fn key(text: &Spanned<String>, ipv4_prefix: u8, ipv6_prefix: u8) -> Checked<Opti
     };
     let Some((_, has_name)) = KINDS.into_iter().find(|&(known, _)| known == kind) else {
         let all = KINDS.map(|(known, _)| known);
-        return Err(mistake(format!("unknown kind of key `{kind}`")).help(suggest(
+        return Err(mistake(format!("unknown kind of key `{kind}`")).help(hints::value_of(
             kind,
             "the kinds are",
-            all.iter().copied(),
+            &all,
         )));
     };
     let name = match (has_name, name) {

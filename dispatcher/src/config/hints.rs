@@ -40,7 +40,12 @@ const SETTINGS: [(&str, &str); 7] = [
 
 /// What to write for a value that is none of the valid ones: the one that was meant, if that can be told, and all there are.
 pub(super) fn value(word: &str, valid: &[&str]) -> String {
-    let all = format!("the values are: {}", valid.join(", "));
+    value_of(word, "the values are", valid)
+}
+
+/// The same, for values that are called something else.
+pub(super) fn value_of(word: &str, what: &str, valid: &[&str]) -> String {
+    let all = format!("{what}: {}", valid.join(", "));
     let policies = valid.contains(&Policy::LeastConnections.name());
     let meant = policies.then(|| policy(word)).flatten().or_else(|| {
         nearest(word, valid.iter().copied()).map(|near| format!("did you mean `{near}`?"))

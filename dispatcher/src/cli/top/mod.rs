@@ -299,7 +299,10 @@ fn carry_out(place: &Place, order: &Action) -> News {
     if let Action::Scale(pool, by) = order {
         let body = serde_json::json!({ "action": "scale", "by": by });
         return match admin::post(place, &format!("/v1/pools/{}", admin::segment(pool)), &body) {
-            Ok(answer) => News::Done(format!("{pool}: {} processes", answer["processes"])),
+            Ok(answer) => {
+                let processes = answer["processes"].as_u64().unwrap_or_default();
+                News::Done(format!("{pool}: {}", crate::cli::table::count(processes, "process")))
+            }
             Err(failure) => News::Failed(failure.message),
         };
     }
