@@ -248,7 +248,7 @@ fn descriptors_run_out_and_workers_are_full() {
 
 #[test]
 fn a_stranger_and_a_worker_that_babbles() {
-    let dispatcher = start("");
+    let dispatcher = start("handoff_timeout = \"10m\"");
     let stranger = Peer::connect(&dispatcher.dispatch());
     stranger.send(b"GET / HTTP/1.1", &[]).unwrap();
     assert!(stranger.ended());
