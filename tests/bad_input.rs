@@ -77,6 +77,31 @@ fn a_hello_for_a_pool_that_does_not_exist() {
 }
 
 #[test]
+fn a_hello_with_a_name_that_cannot_be_seen() {
+    let dispatcher = nobody_else_notices(|dispatcher| {
+        // A zero-width space, a right-to-left override, a Hangul filler, a line separator, a byte-order mark.
+        for hidden in ["\u{200b}", "\u{202e}", "\u{3164}", "\u{2028}", "\u{feff}"] {
+            for hello in [
+                Hello { name: format!("web{hidden}"), ..hello() },
+                Hello { pool: format!("web{hidden}"), ..hello() },
+            ] {
+                let peer = Peer::connect(&dispatcher.dispatch());
+                let mut record = Vec::new();
+                hello.encode(&mut record);
+                peer.send(&record, &[]).unwrap();
+                assert_eq!(
+                    peer.refusal().code,
+                    RefusedCode::Malformed,
+                    "{}",
+                    hidden.escape_unicode()
+                );
+            }
+        }
+    });
+    logged(&dispatcher, "event=worker_refused");
+}
+
+#[test]
 fn a_hello_that_is_too_short() {
     let dispatcher = nobody_else_notices(|dispatcher| {
         let whole = encode(&hello());

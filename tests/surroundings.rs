@@ -9,3 +9,5 @@ mod log;
 mod processes;
 #[path = "surroundings/signals.rs"]
 mod signals;
+#[path = "surroundings/sockets.rs"]
+mod sockets;

@@ -82,7 +82,7 @@ fn without_a_dispatcher_or_a_terminal_it_says_what_to_do() {
     assert_eq!(top(&dispatcher, &["--snapshot", "--size", "huge"]).status.code(), Some(64));
 }
 
-/// `top` on a pseudo-terminal of 100 columns and 30 lines.
+/// A pseudo-terminal of 100 columns and 30 lines, and in it `top`, or a shell to start it from.
 struct Screen {
     process: Process,
     out: Arc<Mutex<Vec<u8>>>,
@@ -94,13 +94,33 @@ impl Screen {
             skip("needs script");
             return None;
         }
-        let inner = format!(
-            "stty cols 100 rows 30; echo pid $$ dip; {environment} exec '{}' top --interval 100ms --admin '{}'",
-            dispatcher_bin(),
-            dispatcher.admin().display()
-        );
+        let top = Screen::command(dispatcher);
+        Screen::of(&format!("stty cols 100 rows 30; echo pid $$ dip; {environment} exec {top}"))
+    }
+
+    fn command(dispatcher: &Dispatcher) -> String {
+        let admin = dispatcher.admin();
+        format!("'{}' top --interval 100ms --admin '{}'", dispatcher_bin(), admin.display())
+    }
+
+    /// A shell that controls jobs.
+    fn shell() -> Option<Screen> {
+        if Command::new("bash").arg("--version").output().is_err() {
+            skip("needs bash");
+            return None;
+        }
+        if Command::new("script").arg("--version").output().is_err() {
+            skip("needs script");
+            return None;
+        }
+        Screen::of(
+            "stty cols 100 rows 30; PS1='ready> ' exec bash --norc --noprofile --noediting -i",
+        )
+    }
+
+    fn of(inner: &str) -> Option<Screen> {
         let mut command = Command::new("script");
-        command.args(["-q", "-e", "-f", "-c", &inner, "/dev/null"]).env("TERM", "xterm-256color");
+        command.args(["-q", "-e", "-f", "-c", inner, "/dev/null"]).env("TERM", "xterm-256color");
         command.env("SHELL", "/bin/sh").env_remove("NO_COLOR");
         command.stdin(Stdio::piped()).stdout(Stdio::piped()).stderr(Stdio::null());
         let mut process = Process::start("top", &mut command);
@@ -123,6 +143,15 @@ impl Screen {
     /// One word: what is blank already is not drawn.
     fn wait_for(&self, what: &str) {
         wait_until(what, || self.text().contains(what));
+    }
+
+    /// Times that something was drawn or printed.
+    fn count(&self, what: &str) -> usize {
+        self.text().matches(what).count()
+    }
+
+    fn wait_for_more(&self, what: &str, than: usize) {
+        wait_until(what, || self.count(what) > than);
     }
 
     fn press(&mut self, keys: &str) {
@@ -247,4 +276,112 @@ fn it_ends_with_its_terminal() {
     kill(Pid::from_raw(screen.process.child.id() as i32), Signal::SIGKILL).unwrap();
     screen.process.wait();
     wait_until("top to end", || kill(top, None).is_err());
+}
+
+/// By Ctrl-Z, and by signals from elsewhere.
+#[test]
+fn stopped_and_continued_it_is_drawn_again_and_hears_keys() {
+    let (dispatcher, _) = start_one_pool("");
+    let _workers = dispatcher.workers("tokio", "web", 1);
+    let Some(mut screen) = Screen::shell() else { return };
+    screen.wait_for("ready> ");
+    screen.press(&format!("{}\n", Screen::command(&dispatcher)));
+    screen.wait_for("quit");
+    for by_key in [true, false, true] {
+        let (drawn, stopped) = (screen.count("quit"), screen.count("Stopped"));
+        if by_key {
+            screen.press("\x1a");
+        } else {
+            let shell = children_of(screen.process.pid())[0];
+            let top = children_of(shell)[0];
+            kill(Pid::from_raw(top), Signal::SIGTSTP).unwrap();
+        }
+        screen.wait_for_more("Stopped", stopped);
+        assert!(screen.is_restored(), "{:?}", screen.text());
+        // The shell has the terminal as it wants it.
+        let modes = screen.count("modes icanon");
+        screen.press("stty -a | grep -o -- '-*icanon' | sed 's/^/modes /'\n");
+        screen.wait_for_more("modes icanon", modes);
+        screen.press("fg\n");
+        screen.wait_for_more("quit", drawn);
+        // By what is ordered, it says at the bottom.
+        screen.press("s");
+        let ordered = screen.count("load");
+        screen.wait_for_more("load", ordered.saturating_sub(1));
+    }
+    let prompts = screen.count("ready> ");
+    screen.press("q");
+    screen.wait_for_more("ready> ", prompts);
+    screen.press("echo ended by $?; exit\n");
+    screen.wait_for("ended by 0");
+    assert!(screen.process.wait().success());
+}
+
+/// A signal that no program can handle, and a terminal that another program had in between.
+#[test]
+fn after_a_stop_that_it_could_not_see_it_takes_the_terminal_again() {
+    let (dispatcher, _) = start_one_pool("");
+    let Some(mut screen) = Screen::open(&dispatcher, "") else { return };
+    screen.wait_for("quit");
+    let top = screen.pid();
+    let terminal = std::fs::read_link(format!("/proc/{top}/fd/0")).unwrap();
+    let stty = |arguments: &[&str]| {
+        let output =
+            Command::new("stty").arg("-F").arg(&terminal).args(arguments).output().unwrap();
+        String::from_utf8(output.stdout).unwrap()
+    };
+    assert!(stty(&["-a"]).contains("-icanon"));
+    kill(top, Signal::SIGSTOP).unwrap();
+    stty(&["sane"]);
+    assert!(!stty(&["-a"]).contains("-icanon"));
+    let drawn = screen.count("quit");
+    // Some versions of script stop with what they run, and continue it.
+    kill(Pid::from_raw(screen.process.pid()), Signal::SIGCONT).unwrap();
+    kill(top, Signal::SIGCONT).unwrap();
+    screen.wait_for_more("quit", drawn);
+    assert!(stty(&["-a"]).contains("-icanon"));
+    screen.press("q");
+    assert!(screen.process.wait().success());
+}
+
+#[test]
+fn a_terminal_that_hangs_up_ends_it_without_a_complaint() {
+    use rustix::pty::{OpenptFlags, grantpt, openpt, ptsname, unlockpt};
+    if Command::new("setsid").arg("--version").output().is_err() {
+        return skip("needs setsid");
+    }
+    let (dispatcher, _) = start_one_pool("");
+    // With the signal that a terminal sends to those that it controls, and without it.
+    for controlled in [true, false] {
+        let master =
+            openpt(OpenptFlags::RDWR | OpenptFlags::NOCTTY | OpenptFlags::CLOEXEC).unwrap();
+        grantpt(&master).unwrap();
+        unlockpt(&master).unwrap();
+        let size = rustix::termios::Winsize { ws_row: 30, ws_col: 100, ws_xpixel: 0, ws_ypixel: 0 };
+        rustix::termios::tcsetwinsize(&master, size).unwrap();
+        let name = ptsname(&master, Vec::new()).unwrap();
+        let open = || {
+            let mut options = std::fs::File::options();
+            std::os::unix::fs::OpenOptionsExt::custom_flags(&mut options, libc::O_NOCTTY);
+            options.read(true).write(true).open(name.to_str().unwrap()).unwrap()
+        };
+        let mut command = Command::new(if controlled { "setsid" } else { "env" });
+        if controlled {
+            command.args(["--ctty", "--wait"]);
+        }
+        command.arg(dispatcher_bin()).args(["top", "--admin"]).arg(dispatcher.admin());
+        command.stdin(open()).stdout(open()).stderr(open()).env("TERM", "xterm");
+        let mut process = Process::start("top", &mut command);
+        // The slave's ends of the command itself.
+        drop(command);
+        let mut master = std::fs::File::from(master);
+        let mut seen = String::new();
+        while !seen.contains("quit") {
+            let mut bytes = [0; 4096];
+            let count = master.read(&mut bytes).unwrap();
+            seen.push_str(&String::from_utf8_lossy(&bytes[..count]));
+        }
+        drop(master);
+        assert_eq!(process.wait().code(), Some(0), "controlled: {controlled}");
+    }
 }

@@ -16,6 +16,7 @@ pub mod shell;
 pub mod signals;
 #[doc(hidden)]
 pub mod sim;
+pub mod socket_files;
 pub mod spawner;
 pub mod status;
 mod sys;

@@ -43,6 +43,9 @@ pub struct Status {
     /// The last things that went wrong, newest last; at most `fault_history`.
     #[serde(default)]
     pub faults: Vec<FaultStatus>,
+    /// Socket files that something else has removed: nothing can connect there until a reload makes them again.
+    #[serde(default, skip_serializing_if = "Vec::is_empty")]
+    pub socket_files_missing: Vec<SocketFileStatus>,
     /// What the dispatcher measures of itself.
     #[serde(default)]
     pub meters: Meters,
@@ -50,6 +53,15 @@ pub struct Status {
     pub listeners: Vec<ListenerStatus>,
     /// In the order of the configuration.
     pub pools: Vec<PoolStatus>,
+}
+
+/// The file of a Unix socket.
+#[derive(Clone, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
+pub struct SocketFileStatus {
+    /// `dispatch_socket`, `admin_socket`, or `listener NAME`.
+    pub socket: String,
+    /// Where it was.
+    pub path: String,
 }
 
 /// Something that went wrong, once or several times.

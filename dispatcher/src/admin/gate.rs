@@ -9,6 +9,7 @@ use tokio::time::Instant;
 
 use super::command::{Answer, Command};
 use super::{Gathered, Request, Wake};
+use crate::socket_files::SocketFiles;
 use crate::status::Status;
 
 /// The status is gathered at most ten times in a second.
@@ -92,6 +93,7 @@ impl<T: Clone + Send + 'static> Drop for Unanswered<'_, T> {
 pub(super) struct Gate {
     requests: SyncSender<Request>,
     wake: Wake,
+    files: SocketFiles,
     status: Question<Arc<Status>>,
     alive: Question<()>,
     /// Held by the command that is out; not asked again before the time in it.
@@ -99,10 +101,11 @@ pub(super) struct Gate {
 }
 
 impl Gate {
-    pub(super) fn new(requests: SyncSender<Request>, wake: Wake) -> Arc<Gate> {
+    pub(super) fn new(requests: SyncSender<Request>, wake: Wake, files: SocketFiles) -> Arc<Gate> {
         Arc::new(Gate {
             requests,
             wake,
+            files,
             status: Question::new(STATUS_EVERY),
             alive: Question::new(ALIVE_EVERY),
             commands: tokio::sync::Mutex::new(Instant::now()),
@@ -123,7 +126,11 @@ impl Gate {
                 gate.status.asked();
                 let _end = Unanswered(&gate.status);
                 let gathered = gate.put(Request::Status).await;
-                let status = gathered.map(|Gathered(finish)| Arc::new(finish()));
+                let status = gathered.map(|Gathered(finish)| {
+                    let mut status = finish();
+                    status.socket_files_missing = gate.files.missing();
+                    Arc::new(status)
+                });
                 gate.status.answer(status.as_ref());
             });
         }

@@ -12,7 +12,7 @@ use hyper_util::rt::{TokioIo, TokioTimer};
 use hyper_util::service::TowerToHyperService;
 use tokio::io::{AsyncRead, AsyncWrite};
 use tokio::net::{TcpListener, TcpStream, UnixListener, UnixStream};
-use tokio::sync::{OwnedSemaphorePermit, Semaphore};
+use tokio::sync::{OwnedSemaphorePermit, Semaphore, watch};
 
 use super::guests::{Connection, Connects, Guests, Who};
 use super::routes::{self, App};
@@ -37,7 +37,7 @@ const MAX_HEAD: usize = 16 * 1024;
 const REST: Duration = Duration::from_millis(100);
 
 /// Serves for as long as it is polled.
-pub(super) async fn serve(listener: Arc<UnixListener>, app: App, guests: Guests) {
+pub(super) async fn serve(listener: Arc<AdminSocket>, app: App, guests: Guests) {
     let routes = routes::all(app).layer(middleware::from_fn(who_may::no_pages));
     accept_all(listener, routes, guests).await;
 }
@@ -72,6 +72,34 @@ impl Accept for TcpListener {
     async fn next(&self) -> io::Result<(TcpStream, Who)> {
         let (stream, address) = self.accept().await?;
         Ok((stream, Who::Address(address.ip())))
+    }
+}
+
+/// The admin socket, which a reload makes again if its file was removed.
+pub(super) struct AdminSocket(watch::Receiver<Arc<UnixListener>>);
+
+impl AdminSocket {
+    pub(super) fn new(listener: watch::Receiver<Arc<UnixListener>>) -> AdminSocket {
+        AdminSocket(listener)
+    }
+}
+
+impl Accept for AdminSocket {
+    type Stream = UnixStream;
+
+    async fn next(&self) -> io::Result<(UnixStream, Who)> {
+        let mut changes = self.0.clone();
+        loop {
+            let listener = Arc::clone(&changes.borrow_and_update());
+            tokio::select! {
+                // Whoever has reached the old one is served.
+                biased;
+                accepted = listener.next() => return accepted,
+                changed = changes.changed() => if changed.is_err() {
+                    return listener.next().await;
+                },
+            }
+        }
     }
 }
 

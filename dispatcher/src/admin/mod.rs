@@ -28,15 +28,18 @@ use std::sync::{Arc, mpsc};
 use std::thread::JoinHandle;
 use std::time::{Duration, Instant};
 
-use tokio::sync::{Mutex, Notify, oneshot};
+use tokio::sync::{Mutex, Notify, oneshot, watch};
 
 pub use self::manager::{ServiceManager, State};
 pub use self::who_may::Hosts;
 
 use self::command::{Answer, Command, CommandError};
+use self::elsewhere::Elsewhere;
 use self::guests::Guests;
+use self::http::AdminSocket;
 use crate::decisions::{Next, Past};
 use crate::shell::reload::{InForce, Plan, Reloaded};
+use crate::socket_files::SocketFiles;
 use crate::spawner::{self, Report, Spawner};
 use crate::status::Status;
 
@@ -45,6 +48,19 @@ pub type Wake = Arc<dyn Fn() + Send + Sync>;
 
 /// Most questions waiting for the hot thread. Status questions share one, so a few are plenty.
 const MAX_REQUESTS: usize = 16;
+
+/// How often socket files are looked at.
+const LOOK: Duration = Duration::from_secs(2);
+
+/// Looks at the socket files again and again.
+async fn look_at(files: SocketFiles, elsewhere: Elsewhere) {
+    loop {
+        let looked = files.clone();
+        // It is tried again in any case.
+        let _ = elsewhere.run(move || looked.look()).await;
+        let _ = tokio::time::timeout(LOOK, files.changed()).await;
+    }
+}
 
 /// How long a finishing side thread may hold the process up.
 const THREAD_END: Duration = Duration::from_secs(1);
@@ -135,6 +151,8 @@ pub struct Admin {
     pub reload: Arc<Notify>,
     /// By which names it may be asked over TCP; to be set at the start and by a reload.
     pub hosts: Hosts,
+    /// The socket files to look at; to be set at the start and by a reload.
+    pub files: SocketFiles,
     /// Tells the service manager how far we are.
     pub manager: ServiceManager,
     stop: oneshot::Sender<()>,
@@ -163,18 +181,26 @@ impl Admin {
             (tokio::net::UnixListener::from_std(listener)?, tcp.map(make).transpose()?)
         };
         let (request_sender, requests) = mpsc::sync_channel(MAX_REQUESTS);
-        let gate = gate::Gate::new(request_sender, Arc::clone(&wake));
+        let files = SocketFiles::default();
+        let gate = gate::Gate::new(request_sender, Arc::clone(&wake), files.clone());
         let (spawner, spawns, reports) = spawner::service(wake);
         let metrics_max_workers = Arc::new(AtomicU32::new(0));
         let guests = Guests::default();
         let admin_rate = guests.rate();
         let reload = Arc::new(Notify::new());
-        let elsewhere = elsewhere::Elsewhere::start()?;
+        let elsewhere = Elsewhere::start()?;
         let (manager, teller) = manager::manager();
         let hosts = Hosts::default();
-        let reloader =
-            reload::Reloader::new(Arc::clone(&gate), manager.clone(), elsewhere, hosts.clone());
+        let (place, socket) = watch::channel(Arc::new(listener));
+        let reloader = reload::Reloader::new(
+            Arc::clone(&gate),
+            manager.clone(),
+            elsewhere.clone(),
+            hosts.clone(),
+            place,
+        );
         let named = hosts.clone();
+        let watched = files.clone();
         let app = routes::App {
             gate,
             max_workers: Arc::clone(&metrics_max_workers),
@@ -209,9 +235,12 @@ impl Admin {
                         )
                     }));
                 }
-                let listener = Arc::new(listener);
+                let socket = Arc::new(AdminSocket::new(socket));
                 tokio::spawn(keep::keep("admin_socket", move || {
-                    http::serve(Arc::clone(&listener), app.clone(), guests.clone())
+                    http::serve(Arc::clone(&socket), app.clone(), guests.clone())
+                }));
+                tokio::spawn(keep::keep("socket_files", move || {
+                    look_at(watched.clone(), elsewhere.clone())
                 }));
                 // An error is a dropped `Admin`: the same.
                 let _ = stopped.await;
@@ -226,10 +255,24 @@ impl Admin {
             admin_rate,
             reload,
             hosts,
+            files,
             manager,
             stop,
             thread,
         })
+    }
+
+    /// Serves the admin socket here from now on: made again, because its file was removed. To be called on the side thread.
+    ///
+    /// # Errors
+    /// What registering it answers.
+    pub(crate) fn listen(
+        place: &watch::Sender<Arc<tokio::net::UnixListener>>,
+        listener: UnixListener,
+    ) -> io::Result<()> {
+        listener.set_nonblocking(true)?;
+        place.send_replace(Arc::new(tokio::net::UnixListener::from_std(listener)?));
+        Ok(())
     }
 
     /// The next question that somebody waits for. Others are thrown away: whoever asks and hangs up, again and again, makes the

@@ -6,9 +6,9 @@ use std::os::unix::fs::PermissionsExt;
 use std::sync::{Arc, PoisonError};
 use std::time::{SystemTime, UNIX_EPOCH};
 
-use tokio::sync::{Mutex, Notify};
+use tokio::net::UnixListener;
+use tokio::sync::{Mutex, Notify, watch};
 
-use super::Request;
 use super::command::{CommandError, Problem};
 use super::elsewhere::Elsewhere;
 use super::gate::{Gate, NoAnswer};
@@ -17,6 +17,7 @@ use super::manager::{ServiceManager, State};
 use super::metrics::LastReload;
 use super::routes::PATIENCE;
 use super::who_may::Hosts;
+use super::{Admin, Request};
 use crate::logger;
 use crate::logger::{Quoted, quoted};
 use crate::shell::reload::{Reloaded, prepare};
@@ -27,6 +28,7 @@ pub(super) struct Reloader {
     manager: ServiceManager,
     elsewhere: Elsewhere,
     hosts: Hosts,
+    listener: watch::Sender<Arc<UnixListener>>,
     /// Held by the one that is under way.
     turn: Mutex<()>,
     /// How the last one went.
@@ -41,11 +43,12 @@ impl Reloader {
         manager: ServiceManager,
         elsewhere: Elsewhere,
         hosts: Hosts,
+        listener: watch::Sender<Arc<UnixListener>>,
     ) -> Arc<Reloader> {
         // What the dispatcher was started with was good.
         let last = LastReload { successful: true, success_at: since_1970() };
         let (turn, last) = (Mutex::new(()), std::sync::Mutex::new(last));
-        Arc::new(Reloader { gate, manager, elsewhere, hosts, turn, last })
+        Arc::new(Reloader { gate, manager, elsewhere, hosts, listener, turn, last })
     }
 
     pub(super) fn last(&self) -> LastReload {
@@ -99,6 +102,7 @@ impl Reloader {
         };
         let (level, modes) = (plan.log_level(), plan.take_modes());
         let hosts = plan.admin_http_hosts().to_vec();
+        let admin = plan.take_admin();
         let plan = Box::new(plan);
         let put = self.gate.ask_for(|answer| Request::Reload { plan, answer }, PATIENCE).await?;
         let Ok(mut reloaded) = put else { return Ok(put) };
@@ -115,6 +119,11 @@ impl Reloader {
             .extend(left.unwrap_or_else(|why| vec![format!("modes of socket files ({why})")]));
         logger::configure(level);
         self.hosts.set(hosts);
+        if let Some(admin) = admin
+            && let Err(error) = Admin::listen(&self.listener, admin)
+        {
+            reloaded.needs_restart.push(format!("admin_socket ({error})"));
+        }
         Ok(Ok(reloaded))
     }
 }

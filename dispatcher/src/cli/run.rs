@@ -25,11 +25,13 @@ pub(super) fn serve(config: Config, ready: impl FnOnce(&[String])) -> Result<(),
 
 fn exit_for(error: &RunError) -> Exit {
     match error {
-        RunError::InUse(_) => Exit::Unavailable,
-        RunError::Bind { error, .. } if error.kind() == ErrorKind::PermissionDenied => {
+        RunError::InUse { .. } => Exit::Unavailable,
+        RunError::Bind { error, .. } | RunError::Lock { error, .. }
+            if error.kind() == ErrorKind::PermissionDenied =>
+        {
             Exit::NoPermission
         }
-        RunError::NotASocket(_) | RunError::Bind { .. } => Exit::CantCreate,
+        RunError::NotASocket(_) | RunError::Bind { .. } | RunError::Lock { .. } => Exit::CantCreate,
         RunError::Inherited(_) => Exit::Config,
         RunError::System { .. } => Exit::OsErr,
     }

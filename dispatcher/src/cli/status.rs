@@ -95,6 +95,13 @@ pub(super) fn table(status: &Status, faults: usize, width: usize) -> String {
     for (reason, count) in status.closed.iter().filter(|(_, count)| **count > 0) {
         let _ = writeln!(text, "closed {}: {count}", clean(reason));
     }
+    for file in &status.socket_files_missing {
+        let line = format!(
+            "socket file missing: {} {} (dispatcher reload makes it again)",
+            file.socket, file.path
+        );
+        text.push_str(&wrap(&clean(&line), "", width));
+    }
     if status.meters.log_lines_dropped > 0 {
         let _ = writeln!(text, "log lines left out: {}", status.meters.log_lines_dropped);
     }

@@ -11,7 +11,7 @@ const CRATES: [&str; 8] =
 
 /// The modules at the top of this crate. In the log's lines they stand without the crate's name, so that is how they may be
 /// written here too.
-const MODULES: [&str; 17] = [
+const MODULES: [&str; 18] = [
     "admin",
     "affinity",
     "cleaner",
@@ -26,6 +26,7 @@ const MODULES: [&str; 17] = [
     "shell",
     "signals",
     "sim",
+    "socket_files",
     "spawner",
     "status",
     "sys",

@@ -33,6 +33,8 @@ pub(super) struct Listener {
     watched: bool,
     /// Resting after EMFILE and its kind.
     pub(super) paused_until: Option<Time>,
+    /// Another socket has taken its place: it is emptied and closed.
+    retiring: bool,
     /// No client has been accepted since it last rested for that.
     short: bool,
     /// Times in a row that it rested only for a descriptor that is about to be closed.
@@ -87,10 +89,23 @@ impl Listener {
             ready: false,
             watched: false,
             paused_until: None,
+            retiring: false,
             short: false,
             waits: 0,
             last,
         }
+    }
+
+    /// Whether another socket has taken its place.
+    pub(super) fn is_retiring(&self) -> bool {
+        self.retiring
+    }
+
+    /// Another socket takes its place.
+    pub(super) fn retire(&mut self) {
+        self.retiring = true;
+        // Even if no edge said so: the last look must be at the queue itself.
+        self.ready = true;
     }
 
     /// Notes an edge of the poll.
@@ -230,7 +245,7 @@ impl Shell {
                 Attempt::Again => {}
                 Attempt::Empty => {
                     listener.ready = false;
-                    if self.core.accepting(id) == Accepting::Finish {
+                    if listener.retiring || self.core.accepting(id) == Accepting::Finish {
                         listener.close(self.poll.registry(), &mut self.cleaner, &mut self.closers);
                         self.closed(id);
                     }

@@ -111,6 +111,11 @@ impl Inherited {
         Inherited { sockets }
     }
 
+    /// Those that no listener has claimed, with their names.
+    pub(super) fn names(&self) -> impl Iterator<Item = (&str, &OwnedFd)> {
+        self.sockets.iter().map(|(name, fd)| (name.as_str(), fd))
+    }
+
     /// Takes every listening socket of this name; there is at least one, and all are of the type wanted.
     pub(super) fn take(
         &mut self,

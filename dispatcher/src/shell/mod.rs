@@ -148,7 +148,7 @@ struct Shell {
 
     side: Admin,
     /// Removes the admin socket's file at the end.
-    _admin_path: Option<OwnedPath>,
+    admin_path: Option<OwnedPath>,
     /// The side thread's queues may hold more than one turn takes.
     side_ready: bool,
     limits: Limits,

@@ -10,9 +10,11 @@
 mod fixed;
 
 use std::os::fd::AsFd;
+use std::os::unix::net::UnixListener;
 use std::path::PathBuf;
 use std::sync::atomic::Ordering;
 
+use rustix::net::SocketType;
 use serde::{Deserialize, Serialize};
 
 use self::fixed::fixed;
@@ -21,12 +23,13 @@ use super::accept::Listener as Door;
 use super::error::RunError;
 use super::gauges::Gauges;
 use super::inherited::Inherited;
-use super::sockets::{self, Listening};
+use super::sockets::{self, Listening, Looks};
 use super::start::seed;
 use crate::admin::command::{CommandError, Problem};
 use crate::config::{Address, Config, ConfigError, Limits, Listener, Pool};
 use crate::logger::value;
 use crate::pool::{ListenerId, ListenerSettings, PoolId, Screen};
+use crate::socket_files::SocketFile;
 
 /// What is in force, as the side thread sees it.
 #[derive(Clone, Debug)]
@@ -35,15 +38,29 @@ pub struct InForce {
     generation: u64,
     /// Its pools and listeners by id.
     config: Config,
+    /// Files of sockets that it has made.
+    files: Vec<(Socket, SocketFile)>,
     /// Those of them that were not taken out.
     pools: Vec<PoolId>,
     listeners: Vec<ListenerId>,
+}
+
+/// What a socket is for.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(super) enum Socket {
+    Dispatch,
+    Admin,
+    Listener(ListenerId),
 }
 
 /// A reload that can be carried out.
 #[derive(Debug)]
 pub struct Plan {
     generation: u64,
+    /// Sockets whose file was removed, made again.
+    again: Vec<(Socket, Listening)>,
+    /// The admin socket among them: it is served on the side thread.
+    admin: Option<UnixListener>,
     pools: Vec<(PoolStep, Pool)>,
     listeners: Vec<(ListenerStep, Rules, Listener)>,
     removed_pools: Vec<PoolId>,
@@ -108,6 +125,11 @@ impl Plan {
         std::mem::take(&mut self.modes)
     }
 
+    /// The admin socket, if it was made again. Left to the side thread, too.
+    pub fn take_admin(&mut self) -> Option<UnixListener> {
+        self.admin.take()
+    }
+
     /// By which names it may be asked over TCP. Left to the side thread too.
     pub fn admin_http_hosts(&self) -> &[String] {
         &self.admin_http_hosts
@@ -169,9 +191,18 @@ fn plan(now: &InForce, new: Config) -> Result<Plan, CommandError> {
     if now.config.admin_http_hosts != new.admin_http_hosts {
         reloaded.changed.push("admin_http_hosts".to_owned());
     }
+    let again = make_again(now, &listeners, &mut reloaded);
+    let admin = again.iter().find(|(socket, _)| *socket == Socket::Admin);
+    let admin = match admin.map(|(_, listening)| listening.fd.try_clone()) {
+        None => None,
+        Some(Ok(fd)) => Some(fd.into()),
+        Some(Err(error)) => return Err(refused(format!("admin_socket: {error}"))),
+    };
     let modes = listeners.iter().filter_map(|(step, _, listener)| new_mode(now, step, listener));
     Ok(Plan {
         generation: now.generation,
+        again,
+        admin,
         pools,
         modes: modes.collect(),
         listeners,
@@ -181,6 +212,38 @@ fn plan(now: &InForce, new: Config) -> Result<Plan, CommandError> {
         admin_http_hosts: new.admin_http_hosts,
         reloaded,
     })
+}
+
+/// Makes sockets again whose file was removed. One that cannot be made stays as it is, and is named.
+fn make_again(
+    now: &InForce,
+    listeners: &Steps,
+    reloaded: &mut Reloaded,
+) -> Vec<(Socket, Listening)> {
+    let mut again = Vec::new();
+    for (socket, file) in now.files.iter().filter(|(_, file)| file.is_missing()) {
+        let (kind, looks) = match socket {
+            Socket::Dispatch => (SocketType::SEQPACKET, Looks::of(&now.config.dispatch_socket)),
+            Socket::Admin => (SocketType::STREAM, Looks::of(&now.config.admin_socket)),
+            Socket::Listener(id) => {
+                let stays = listeners.iter().find(|(step, _, _)| {
+                    matches!(step, ListenerStep::Keep(other) | ListenerStep::TakeOver(other) if other == id)
+                });
+                let Some((_, _, listener)) = stays else { continue };
+                let (backlog, mode) = (listener.options.backlog, listener.options.mode);
+                (SocketType::STREAM, Looks { backlog, mode, user: None, group: None })
+            }
+        };
+        let name = format!("socket file {}", file.path.display());
+        match sockets::listen_again(file, kind, looks) {
+            Ok(listening) => {
+                reloaded.added.push(name);
+                again.push((*socket, listening));
+            }
+            Err(error) => reloaded.needs_restart.push(format!("{name} ({error})")),
+        }
+    }
+    again
 }
 
 fn plan_pools(
@@ -267,7 +330,7 @@ fn plan_listeners(
         if let ListenerStep::Open(made) = step {
             *made =
                 sockets::listen(&listener.address, &listener.options, &mut Inherited::default())
-                    .map_err(|error| not_opened(&listener.name, &error))?;
+                    .map_err(|error| not_opened(now, listener, &error))?;
         }
     }
     Ok((steps, rest.iter().map(|(id, _)| *id).collect()))
@@ -328,8 +391,37 @@ fn not_inherited(listener: &str, name: &str) -> CommandError {
     refused(message).hint("restart the dispatcher; connections that workers have stay open")
 }
 
-fn not_opened(listener: &str, error: &RunError) -> CommandError {
-    refused(format!("listener `{listener}`: {error}")).hint("nothing was changed")
+fn not_opened(now: &InForce, listener: &Listener, error: &RunError) -> CommandError {
+    let name = &listener.name;
+    if let (RunError::Bind { error, .. }, Address::Tcp(address)) = (error, &listener.address)
+        && error.kind() == std::io::ErrorKind::AddrInUse
+        && let Some(own) = own_listener(now, *address)
+    {
+        return refused(format!(
+            "listener `{name}`: cannot listen on {address}: this dispatcher itself listens there, as {own}"
+        ))
+        .hint(
+            "nothing was changed; a new socket is opened before old ones are closed: take the old one \
+             out first, reload, and put the new one in with a second reload",
+        );
+    }
+    refused(format!("listener `{name}`: {error}")).hint("nothing was changed")
+}
+
+/// Which socket of ours keeps an address.
+fn own_listener(now: &InForce, wanted: std::net::SocketAddr) -> Option<String> {
+    let overlaps = |own: &std::net::SocketAddr| {
+        let (own_ip, ip) = (own.ip().to_canonical(), wanted.ip().to_canonical());
+        own.port() == wanted.port()
+            && (own_ip == ip || own_ip.is_unspecified() || ip.is_unspecified())
+    };
+    let known = now.listeners.iter().filter_map(|id| now.config.listeners.get(usize::from(id.0)));
+    let own = known.filter_map(|listener| match &listener.address {
+        Address::Tcp(address) if overlaps(address) => Some(format!("listener `{}`", listener.name)),
+        Address::Tcp(_) | Address::Unix(_) | Address::Systemd(_) => None,
+    });
+    let admin = now.config.admin_http.filter(overlaps).map(|_| "`admin_http`".to_owned());
+    own.chain(admin).next()
 }
 
 fn has_any_port(address: &Address) -> bool {
@@ -345,6 +437,66 @@ impl Shell {
             config: self.config.clone(),
             pools: pools.filter(|&id| !self.core.is_pool_retired(id)).collect(),
             listeners: self.core.listeners().collect(),
+            files: self.socket_files(),
+        }
+    }
+
+    /// Files of sockets that were made here.
+    fn socket_files(&self) -> Vec<(Socket, SocketFile)> {
+        let dispatch = self.dispatch_path.iter().map(|path| (Socket::Dispatch, path.file()));
+        let admin = self.admin_path.iter().map(|path| (Socket::Admin, path.file()));
+        let listeners =
+            self.listeners.iter().filter(|door| !door.is_retiring()).filter_map(|door| {
+                Some((Socket::Listener(door.id), door.listening.as_ref()?.file()?))
+            });
+        dispatch.chain(admin).chain(listeners).collect()
+    }
+
+    /// Has them looked at, under the names that people know.
+    pub(super) fn watch_socket_files(&self) {
+        let named = |(socket, file)| {
+            let name = match socket {
+                Socket::Dispatch => "dispatch_socket".to_owned(),
+                Socket::Admin => "admin_socket".to_owned(),
+                Socket::Listener(id) => format!("listener {}", self.core.listener_name(id)),
+            };
+            (name, file)
+        };
+        // One that is being emptied is not to be found, on purpose.
+        let files = self.socket_files().into_iter().filter(|(socket, _)| match socket {
+            Socket::Listener(id) => !self.core.is_listener_retired(*id),
+            Socket::Dispatch | Socket::Admin => true,
+        });
+        self.side.files.set(files.map(named).collect());
+    }
+
+    /// Puts sockets that were made again into the places of those that nobody can find.
+    fn put_again(&mut self, again: Vec<(Socket, Listening)>) {
+        for (socket, listening) in again {
+            let old = match socket {
+                Socket::Dispatch => {
+                    let (fd, _, path) = listening.into_parts();
+                    self.door.order(super::door::Order::Listen(fd));
+                    std::mem::replace(&mut self.dispatch_path, path)
+                }
+                Socket::Admin => {
+                    let (_, _, path) = listening.into_parts();
+                    std::mem::replace(&mut self.admin_path, path)
+                }
+                Socket::Listener(id) => {
+                    let backlog = self.config.listeners.get(usize::from(id.0));
+                    let backlog = backlog.map_or(0, |listener| listener.options.backlog);
+                    for door in self.listeners.iter_mut().filter(|door| door.id == id) {
+                        door.retire();
+                    }
+                    self.open(id, listening, backlog);
+                    None
+                }
+            };
+            // A file system may be slow.
+            if let Some(old) = old {
+                self.cleaner.clean(old);
+            }
         }
     }
 
@@ -361,6 +513,7 @@ impl Shell {
         // What was decided before is done before names mean something else.
         self.perform();
         let mut reloaded = plan.reloaded;
+        self.put_again(plan.again);
         let mut ids = Vec::with_capacity(plan.pools.len());
         for (step, pool) in plan.pools {
             ids.push(self.put_pool(step, pool, &mut reloaded));
@@ -389,6 +542,7 @@ impl Shell {
         let settings = Shell::door_settings(&self.config);
         self.door.order(super::door::Order::Settings(settings));
         self.config.admin_http_hosts = plan.admin_http_hosts;
+        self.watch_socket_files();
         Ok(reloaded)
     }
 

@@ -8,17 +8,19 @@ use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
 use std::os::unix::fs::{FileTypeExt, MetadataExt, OpenOptionsExt};
 use std::os::unix::net::UnixListener;
 use std::path::{Path, PathBuf};
+use std::sync::Arc;
 
 use nix::fcntl::{Flock, FlockArg};
 use rustix::net::sockopt;
 use rustix::net::{AddressFamily, SocketAddrUnix, SocketFlags, SocketType};
 
-use super::error::RunError;
+use super::error::{Holder, RunError};
 use super::inherited::Inherited;
 use crate::cleaner::Cleaner;
 use crate::closer::{Closers, Owner, Task};
 use crate::config::{Address, ListenerOptions, UnixEndpoint, UnixSource};
 use crate::logger::value;
+use crate::socket_files::SocketFile;
 use crate::sys;
 
 /// A listening socket, and what has to be put away when it goes.
@@ -54,6 +56,11 @@ impl Listening {
         }
     }
 
+    /// Its file, if we have made one.
+    pub(super) fn file(&self) -> Option<SocketFile> {
+        self.path.as_ref().map(OwnedPath::file)
+    }
+
     fn inherited(fd: OwnedFd) -> Listening {
         let address = local_address(&fd);
         Listening { fd, address, inherited: true, path: None }
@@ -62,17 +69,19 @@ impl Listening {
 
 /// A socket file that we made: removed when dropped, if it is still ours. The lock keeps a second dispatcher off.
 #[derive(Debug)]
-pub(super) struct OwnedPath {
-    path: PathBuf,
-    inode: u64,
-    _lock: Flock<File>,
+pub(super) struct OwnedPath(SocketFile);
+
+impl OwnedPath {
+    /// The file, to be looked at by others.
+    pub(super) fn file(&self) -> SocketFile {
+        self.0.clone()
+    }
 }
 
 impl Drop for OwnedPath {
     fn drop(&mut self) {
-        let ours = std::fs::symlink_metadata(&self.path).is_ok_and(|m| m.ino() == self.inode);
-        if ours {
-            let _ = std::fs::remove_file(&self.path);
+        if !self.0.is_missing() {
+            let _ = std::fs::remove_file(&self.0.path);
         }
     }
 }
@@ -87,6 +96,7 @@ pub(super) fn listen(
 ) -> Result<Vec<Listening>, RunError> {
     match address {
         Address::Tcp(addr) => {
+            not_passed(inherited, address, "address")?;
             let listening = listen_tcp(*addr, options).map_err(|error| RunError::Bind {
                 what: addr.to_string(),
                 error: explain(error, addr.port()),
@@ -94,8 +104,10 @@ pub(super) fn listen(
             Ok(vec![listening])
         }
         Address::Unix(path) => {
-            let kind = SocketType::STREAM;
-            listen_unix(path, kind, options.backlog, options.mode, None, None).map(|l| vec![l])
+            not_passed(inherited, address, "address")?;
+            let looks =
+                Looks { backlog: options.backlog, mode: options.mode, user: None, group: None };
+            listen_unix(path, SocketType::STREAM, looks, None).map(|l| vec![l])
         }
         // Whoever made the socket has set its options.
         Address::Systemd(name) => {
@@ -103,6 +115,49 @@ pub(super) fn listen(
             Ok(fds.into_iter().map(Listening::inherited).collect())
         }
     }
+}
+
+/// A socket that a service manager has passed must be named as such: bound a second time it would fail, with an error that
+/// seems to be about another process.
+fn not_passed(inherited: &Inherited, address: &Address, key: &str) -> Result<(), RunError> {
+    let wanted = match address {
+        Address::Tcp(address) => address.to_string(),
+        Address::Unix(path) => {
+            format!("unix:{}", std::path::absolute(path).unwrap_or_else(|_| path.clone()).display())
+        }
+        Address::Systemd(_) => return Ok(()),
+    };
+    match inherited.names().find(|(_, fd)| local_address(fd) == wanted) {
+        None => Ok(()),
+        Some((name, _)) => Err(RunError::Inherited(format!(
+            "{wanted} was passed by systemd already, as `{name}`; write {key} = \"systemd:{name}\""
+        ))),
+    }
+}
+
+/// What a Unix socket looks like from outside.
+#[derive(Clone, Copy, Debug)]
+pub(super) struct Looks {
+    pub(super) backlog: u32,
+    pub(super) mode: u32,
+    pub(super) user: Option<u32>,
+    pub(super) group: Option<u32>,
+}
+
+impl Looks {
+    pub(super) fn of(endpoint: &UnixEndpoint) -> Looks {
+        let UnixEndpoint { mode, user, group, .. } = *endpoint;
+        Looks { backlog: 4096, mode, user, group }
+    }
+}
+
+/// Makes a socket again whose file was removed. The lock that is held for it stays the one.
+pub(super) fn listen_again(
+    file: &SocketFile,
+    kind: SocketType,
+    looks: Looks,
+) -> Result<Listening, RunError> {
+    listen_unix(&file.path, kind, looks, Some(file))
 }
 
 /// Opens a TCP address with the usual options.
@@ -121,7 +176,12 @@ pub(super) fn listen_endpoint(
 ) -> Result<Listening, RunError> {
     let listening = match &endpoint.source {
         UnixSource::Path(path) => {
-            listen_unix(path, kind, 4096, endpoint.mode, endpoint.user, endpoint.group)
+            let key = match kind {
+                SocketType::SEQPACKET => "dispatch_socket",
+                _ => "admin_socket",
+            };
+            not_passed(inherited, &Address::Unix(path.clone()), key)?;
+            listen_unix(path, kind, Looks::of(endpoint), None)
         }
         UnixSource::Systemd(name) => {
             let mut fds = inherited.take(name, kind)?;
@@ -274,58 +334,69 @@ pub(super) fn change_options(
 fn listen_unix(
     path: &Path,
     kind: SocketType,
-    backlog: u32,
-    mode: u32,
-    user: Option<u32>,
-    group: Option<u32>,
+    looks: Looks,
+    before: Option<&SocketFile>,
 ) -> Result<Listening, RunError> {
-    let bind_error = |error: io::Error| {
-        let error = match error.kind() {
-            io::ErrorKind::NotFound => io::Error::new(
-                error.kind(),
-                format!(
-                    "{error} (does its directory exist? systemd makes it with RuntimeDirectory=)"
-                ),
-            ),
-            _ => error,
-        };
-        RunError::Bind { what: format!("unix:{}", path.display()), error }
+    let bind_error = |error: io::Error| RunError::Bind {
+        what: format!("unix:{}", path.display()),
+        error: explain_path(error, path),
     };
-    let lock = lock_beside(path).map_err(|error| match error.kind() {
-        io::ErrorKind::WouldBlock => RunError::InUse(path.to_owned()),
-        _ => bind_error(error),
-    })?;
+    let lock_path = beside(path);
+    let held = before.filter(|before| before.is_locked(&lock_path));
+    let lock = match held {
+        Some(before) => Arc::clone(&before.lock),
+        None => Arc::new(lock(&lock_path).map_err(|error| match error.kind() {
+            io::ErrorKind::WouldBlock => {
+                RunError::InUse { path: path.to_owned(), holder: Holder::of_lock(&lock_path) }
+            }
+            _ => match owner(&lock_path) {
+                Some(owner) => RunError::Lock { lock: lock_path.clone(), owner, error },
+                // There is none, and none can be made: what is said of the socket is true of it too.
+                None => bind_error(error),
+            },
+        })?),
+    };
     remove_stale(path, kind, bind_error)?;
-    let make = || -> io::Result<(OwnedFd, u64)> {
+    let make = || -> io::Result<(OwnedFd, std::fs::Metadata)> {
         let fd = rustix::net::socket_with(AddressFamily::UNIX, kind, FLAGS, None)?;
         rustix::net::bind(&fd, &SocketAddrUnix::new(path)?)?;
-        std::os::unix::fs::chown(path, user, group)?;
-        std::fs::set_permissions(path, std::os::unix::fs::PermissionsExt::from_mode(mode))?;
-        let inode = std::fs::symlink_metadata(path)?.ino();
+        std::os::unix::fs::chown(path, looks.user, looks.group)?;
+        std::fs::set_permissions(path, std::os::unix::fs::PermissionsExt::from_mode(looks.mode))?;
+        let made = std::fs::symlink_metadata(path)?;
         // Only now can anybody connect, and finds the permissions as they should be.
-        rustix::net::listen(&fd, i32::try_from(backlog).unwrap_or(i32::MAX))?;
-        Ok((fd, inode))
+        rustix::net::listen(&fd, i32::try_from(looks.backlog).unwrap_or(i32::MAX))?;
+        Ok((fd, made))
     };
-    let (fd, inode) = make().map_err(bind_error)?;
+    let (fd, made) = make().map_err(bind_error)?;
     Ok(Listening {
         fd,
         address: format!("unix:{}", path.display()),
         inherited: false,
-        path: Some(OwnedPath { path: path.to_owned(), inode, _lock: lock }),
+        path: Some(OwnedPath(SocketFile {
+            path: path.to_owned(),
+            device: made.dev(),
+            inode: made.ino(),
+            lock,
+        })),
     })
 }
 
-/// The lock decides between two dispatchers that start at the same moment. Its file stays: removing it would let a third in.
-fn lock_beside(path: &Path) -> io::Result<Flock<File>> {
+/// The lock file of a socket.
+fn beside(path: &Path) -> PathBuf {
     let mut name = path.as_os_str().to_owned();
     name.push(".lock");
+    name.into()
+}
+
+/// The lock decides between two dispatchers that start at the same moment. Its file stays: removing it would let a third in.
+fn lock(path: &Path) -> io::Result<Flock<File>> {
     let file = File::options()
         .create(true)
         .truncate(false)
         .write(true)
         .mode(0o600)
-        .custom_flags(libc::O_NOFOLLOW)
-        .open(name)?;
+        .custom_flags(libc::O_NOFOLLOW | libc::O_NONBLOCK)
+        .open(path)?;
     Flock::lock(file, FlockArg::LockExclusiveNonblock).map_err(|(_, error)| error.into())
 }
 
@@ -343,20 +414,67 @@ fn remove_stale(
         }
         Ok(_) => {}
     }
-    let connect = || -> rustix::io::Result<()> {
+    let connect = || -> rustix::io::Result<OwnedFd> {
         let probe = rustix::net::socket_with(AddressFamily::UNIX, kind, FLAGS, None)?;
-        rustix::net::connect(&probe, &SocketAddrUnix::new(path)?)
+        rustix::net::connect(&probe, &SocketAddrUnix::new(path)?)?;
+        Ok(probe)
     };
+    let in_use = |holder| Err(RunError::InUse { path: path.to_owned(), holder });
     match connect() {
         // The program behind it may be of another make and take no lock of ours.
-        Ok(()) | Err(rustix::io::Errno::AGAIN | rustix::io::Errno::PROTOTYPE) => {
-            Err(RunError::InUse(path.to_owned()))
-        }
+        Ok(probe) => in_use(Holder::of_socket(&probe)),
+        Err(rustix::io::Errno::AGAIN | rustix::io::Errno::PROTOTYPE) => in_use(Holder::Unknown),
         Err(rustix::io::Errno::CONNREFUSED) => {
+            std::fs::remove_file(path).map_err(|error| {
+                let about = owner(path).map_or(String::new(), |owner| format!(", which belongs to {owner}"));
+                let error = explain_path(error, path);
+                bind_error(io::Error::new(
+                    error.kind(),
+                    format!("{error}: the socket file that an earlier process left there{about}, cannot be removed"),
+                ))
+            })?;
             log::info!("event=stale_socket_removed path={}", value(path.display()));
-            std::fs::remove_file(path).map_err(bind_error)
+            Ok(())
         }
         Err(error) => Err(bind_error(error.into())),
+    }
+}
+
+/// Says what an error about a path comes from, and what to do.
+fn explain_path(error: io::Error, path: &Path) -> io::Error {
+    let directory = path.parent().filter(|parent| !parent.as_os_str().is_empty());
+    let directory = directory.unwrap_or(Path::new("."));
+    let hint = match error.kind() {
+        io::ErrorKind::NotFound | io::ErrorKind::NotADirectory => {
+            format!(
+                "does its directory {} exist? systemd makes it with RuntimeDirectory=",
+                directory.display()
+            )
+        }
+        io::ErrorKind::PermissionDenied if !path.exists() => match owner(directory) {
+            Some(owner) => format!(
+                "its directory {} belongs to {owner}; this process is {}",
+                directory.display(),
+                user(nix::unistd::geteuid().as_raw())
+            ),
+            None => return error,
+        },
+        _ => return error,
+    };
+    io::Error::new(error.kind(), format!("{error} ({hint})"))
+}
+
+/// Who owns a file, and what others may do with it, for people.
+fn owner(path: &Path) -> Option<String> {
+    let found = std::fs::symlink_metadata(path).ok()?;
+    Some(format!("{}, mode {:04o}", user(found.uid()), found.mode() & 0o7777))
+}
+
+/// A user, for people.
+fn user(uid: u32) -> String {
+    match nix::unistd::User::from_uid(uid.into()) {
+        Ok(Some(user)) => format!("user {}", user.name),
+        _ => format!("user {uid}"),
     }
 }
 

@@ -170,7 +170,7 @@ impl Shell {
             muted: 0,
             cleaner: Cleaner::default(),
             side,
-            _admin_path: admin_path,
+            admin_path,
             limits: Limits::default(),
             unsaid_due: None,
             faults: Faults::default(),
@@ -192,6 +192,7 @@ impl Shell {
             shell.instance,
             value(&shell.dispatch_address)
         );
+        shell.watch_socket_files();
         drop(shell.side.manager.tell(State::Ready));
         Ok(shell)
     }

@@ -29,7 +29,7 @@ async fn healthz(State(app): State<App>) -> Response {
 }
 
 /// Every pool that a listener leads to has a worker that may be given connections, now or as soon as one is free, and
-/// no stop is under way. Back-pressure is ready: more clients elsewhere would not be served sooner here, but they will be.
+/// no stop is under way, and every socket's file is there. Back-pressure is ready: more clients elsewhere would not be served sooner here, but they will be.
 async fn readyz(State(app): State<App>) -> Response {
     let status = match app.gate.status(PATIENCE).await {
         Ok(status) => status,
@@ -42,8 +42,15 @@ async fn readyz(State(app): State<App>) -> Response {
         .filter(|pool| matches!(pool.state.as_str(), "no-worker" | "refusing"))
         .map(|pool| pool.name.as_str())
         .collect();
+    let missing: Vec<&str> =
+        status.socket_files_missing.iter().map(|file| file.path.as_str()).collect();
     let error = if status.stopping {
         "the dispatcher is stopping".to_owned()
+    } else if !missing.is_empty() {
+        format!(
+            "removed by something else, and to be made again by a reload: {}",
+            missing.join(", ")
+        )
     } else if waiting.is_empty() {
         return "ready\n".into_response();
     } else {

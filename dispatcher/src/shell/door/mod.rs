@@ -83,6 +83,8 @@ pub(super) enum Order {
     Forget(WorkerId),
     /// Other bounds.
     Settings(Settings),
+    /// Accept from this socket from now on: it was made again, because its file was removed.
+    Listen(OwnedFd),
     /// End.
     End,
 }

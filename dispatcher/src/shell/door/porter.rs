@@ -242,6 +242,19 @@ impl Porter {
         Ok(())
     }
 
+    /// Another socket takes the place of the one that nobody can find any more.
+    fn listen(&mut self, listener: OwnedFd) {
+        if std::mem::take(&mut self.watched) {
+            forget(self.poll.registry(), &self.listener);
+        }
+        let old = std::mem::replace(&mut self.listener, listener);
+        self.bin.close(vec![old]);
+        self.ready = false;
+        if self.rest_until.is_none() && self.watch().is_err() {
+            self.rest(self.settings.limits.resource_pause);
+        }
+    }
+
     /// Accepts nobody for a while: they wait in the socket's queue.
     fn rest(&mut self, pause: Duration) {
         if std::mem::take(&mut self.watched) {
@@ -401,6 +414,7 @@ impl Porter {
                 }
             }
             Order::Settings(settings) => self.settings = settings,
+            Order::Listen(listener) => self.listen(listener),
             Order::End => self.over = true,
         }
     }

@@ -1,0 +1,119 @@
+//! Files of Unix sockets that something else has removed or replaced: nothing can connect any more, and no system call
+//! says so. They are looked at from time to time on a thread that may wait, the status and readiness show those that are
+//! missing, and a reload makes them again.
+
+use std::fs::File;
+use std::os::unix::fs::MetadataExt;
+use std::path::{Path, PathBuf};
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
+
+use nix::fcntl::Flock;
+use tokio::sync::Notify;
+
+use crate::logger::value;
+use crate::status::SocketFileStatus;
+
+/// A socket file that the dispatcher has made.
+#[derive(Clone, Debug)]
+pub struct SocketFile {
+    /// Its place in the file system.
+    pub path: PathBuf,
+    /// The device it is on.
+    pub device: u64,
+    /// What it is there.
+    pub inode: u64,
+    /// Keeps other dispatchers away from this path.
+    pub lock: Arc<Flock<File>>,
+}
+
+impl SocketFile {
+    /// Whether there is no such file any more, or another one in its place. What cannot be looked at is there.
+    pub fn is_missing(&self) -> bool {
+        match std::fs::symlink_metadata(&self.path) {
+            Ok(found) => !is(&found, self.device, self.inode),
+            Err(error) => matches!(
+                error.kind(),
+                std::io::ErrorKind::NotFound | std::io::ErrorKind::NotADirectory
+            ),
+        }
+    }
+
+    /// Whether its lock file is still the one that is locked.
+    pub fn is_locked(&self, lock: &Path) -> bool {
+        let (Ok(found), Ok(held)) = (std::fs::symlink_metadata(lock), self.lock.metadata()) else {
+            return false;
+        };
+        is(&found, held.dev(), held.ino())
+    }
+}
+
+/// Whether a file is this one.
+pub fn is(found: &std::fs::Metadata, device: u64, inode: u64) -> bool {
+    (found.dev(), found.ino()) == (device, inode)
+}
+
+/// All of them, and those that are missing. Shared by the hot thread, which says which there are, and the side thread.
+#[derive(Clone, Debug, Default)]
+pub struct SocketFiles {
+    state: Arc<Mutex<State>>,
+    changed: Arc<Notify>,
+}
+
+#[derive(Debug, Default)]
+struct State {
+    /// What each is for, and the file.
+    all: Vec<(String, SocketFile)>,
+    missing: Vec<SocketFileStatus>,
+}
+
+impl SocketFiles {
+    /// From now on these are looked at.
+    pub fn set(&self, all: Vec<(String, SocketFile)>) {
+        self.lock().all = all;
+        self.changed.notify_one();
+    }
+
+    /// Waits until others are to be looked at.
+    pub(crate) async fn changed(&self) {
+        self.changed.notified().await;
+    }
+
+    /// Those that were missing at the last look.
+    pub(crate) fn missing(&self) -> Vec<SocketFileStatus> {
+        self.lock().missing.clone()
+    }
+
+    /// Looks at all of them, and logs what is new. A file system may be slow.
+    pub(crate) fn look(&self) {
+        let all = self.lock().all.clone();
+        let missing: Vec<SocketFileStatus> = all
+            .into_iter()
+            .filter(|(_, file)| file.is_missing())
+            .map(|(socket, file)| SocketFileStatus {
+                socket,
+                path: file.path.display().to_string(),
+            })
+            .collect();
+        let before = std::mem::replace(&mut self.lock().missing, missing.clone());
+        for file in missing.iter().filter(|file| !before.contains(file)) {
+            log::error!(
+                "event=socket_file_missing socket={} path={} \
+                 hint=\"nothing can connect there; a reload makes it again: systemctl reload, or kill -HUP {}\"",
+                value(&file.socket),
+                value(&file.path),
+                std::process::id()
+            );
+        }
+        for file in before.iter().filter(|file| !missing.contains(file)) {
+            log::info!(
+                "event=socket_file_back socket={} path={}",
+                value(&file.socket),
+                value(&file.path)
+            );
+        }
+    }
+
+    fn lock(&self) -> MutexGuard<'_, State> {
+        self.state.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+}
