@@ -260,6 +260,13 @@ pub struct WorkerStatus {
     pub gauges: Vec<GaugeStatus>,
 }
 
+impl WorkerStatus {
+    /// Its state as people are shown it: `paused` while it takes no connections by its own wish, and is active otherwise.
+    pub fn shown_state(&self) -> &str {
+        if self.paused && self.state == "active" { "paused" } else { &self.state }
+    }
+}
+
 /// A number that a worker shows.
 #[derive(Clone, Debug, Default, PartialEq, Serialize, Deserialize)]
 pub struct GaugeStatus {

@@ -187,8 +187,11 @@ fn weight_and_maximum_are_told_at_once_and_to_the_next_dispatcher() {
     assert!(matches!(worker.accept_timeout(Duration::from_millis(20)), Err(Error::TimedOut)));
     let peer = thread::scope(|scope| {
         let again = scope.spawn(|| fake.welcome_with_updates());
-        let result = worker.accept_timeout(Duration::from_millis(500));
-        assert!(matches!(result, Err(Error::TimedOut)), "{result:?}");
+        eventually("it has joined again", || {
+            let result = worker.accept_timeout(Duration::from_millis(20));
+            assert!(matches!(result, Err(Error::TimedOut)), "{result:?}");
+            worker.is_joined()
+        });
         again.join().unwrap()
     });
     assert_eq!((peer.hello.weight, peer.hello.max_connections), (7, 5));

@@ -146,7 +146,7 @@ pub(super) fn table(status: &Status, faults: usize, width: usize) -> String {
             workers.row([
                 clean(&pool.name),
                 clean(&worker.name),
-                clean(&worker.state),
+                clean(worker.shown_state()),
                 worker.id.to_string(),
                 worker.pid.to_string(),
                 worker.weight.to_string(),

@@ -15,6 +15,12 @@ pub(super) fn bounded(delay: Duration) -> Duration {
     delay.min(FAR)
 }
 
+/// A duration for people, to the millisecond.
+pub(super) fn shown(time: Duration) -> String {
+    let whole = Duration::from_millis(bounded(time).as_millis() as u64);
+    humantime::format_duration(whole.max(Duration::from_millis(1))).to_string()
+}
+
 #[test]
 fn every_duration_has_a_moment() {
     for delay in
@@ -22,5 +28,6 @@ fn every_duration_has_a_moment() {
     {
         assert!(after(delay) >= Instant::now() - Duration::from_secs(1));
         assert!(bounded(delay) <= FAR);
+        assert!(shown(delay).len() < 60);
     }
 }

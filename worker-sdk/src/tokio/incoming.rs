@@ -9,13 +9,15 @@ use futures_core::Stream;
 use super::{Connection, Listener};
 use crate::client::Error;
 
+type Accept = Pin<Box<dyn Future<Output = Result<Connection, Error>> + Send + Sync>>;
+
 /// The connections of a [`Listener`], one after the other; from [`Listener::into_incoming`].
 ///
 /// It ends when the listener is closed or drained. Any other error is its last item.
 pub struct Incoming {
     listener: Listener,
     /// The accept that waits, if one does.
-    next: Option<Pin<Box<dyn Future<Output = Result<Connection, Error>> + Send + Sync>>>,
+    next: Option<Accept>,
     ended: bool,
 }
 

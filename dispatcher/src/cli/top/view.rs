@@ -255,7 +255,10 @@ impl Column {
         match self {
             Column::Pool => Cell::new(clean(&row.pool.name)),
             Column::Worker => Cell::new(clean(&worker.name)),
-            Column::State => Cell::new(clean(&worker.state)).style(theme.of_state(&worker.state)),
+            Column::State => {
+                let state = worker.shown_state();
+                Cell::new(clean(state)).style(theme.of_state(state))
+            }
             Column::Load => right(worker.load.to_string()),
             Column::Custody => right(worker.custody.to_string()),
             Column::Rate => right(row.rate.map_or("-".to_owned(), |rate| format!("{rate:.1}"))),

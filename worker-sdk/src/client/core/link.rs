@@ -4,6 +4,7 @@
 //! application's logger: see [`Said`].
 
 use super::*;
+use crate::client::clock;
 
 impl Core {
     /// Takes the front of the queue; `None` if it is empty. Counts what it claims before the lock is
@@ -208,8 +209,9 @@ impl Core {
         };
         let line = || {
             format!(
-                "cannot join the dispatcher at {}: {problem}; trying again in {delay:?}, and so on",
-                self.socket.display()
+                "cannot join the dispatcher at {}: {problem}; trying again in {}, and so on",
+                self.socket.display(),
+                clock::shown(delay)
             )
         };
         if mem::replace(&mut state.complained, true) {
