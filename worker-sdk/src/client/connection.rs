@@ -297,7 +297,8 @@ impl Connection {
         self.0.origin.listener()
     }
 
-    /// When the connection was accepted: the time of `CLOCK_MONOTONIC`, which starts at boot, in nanoseconds.
+    /// When the connection was accepted: the time of the dispatcher's `CLOCK_MONOTONIC`, which starts at boot, in nanoseconds.
+    /// In a time namespace of its own a process has another one.
     ///
     /// ```no_run
     /// use std::time::Duration;

@@ -101,7 +101,7 @@ impl Sampler {
 
 fn start(interval: Duration) -> io::Result<Sender<Meter>> {
     let (sender, receiver) = channel();
-    let thread = std::thread::Builder::new().name("gauges".to_owned()).stack_size(64 * 1024);
+    let thread = std::thread::Builder::new().name("gauges".to_owned()).stack_size(256 * 1024);
     thread.spawn(move || sample(interval, &receiver))?;
     Ok(sender)
 }

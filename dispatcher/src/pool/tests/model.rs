@@ -6,6 +6,7 @@ use core::net::SocketAddr;
 
 use proptest::prelude::*;
 use worker_sdk::scoreboard::claim::{Revoke, SlotState};
+use worker_sdk::wire::Update;
 
 use super::naive::{At, Naive, Op, Out, SLOTS, Word, op};
 use super::*;
@@ -167,8 +168,21 @@ impl Model {
                 let Some(serial) = self.pick(n) else { return };
                 let w = self.w(serial);
                 w.weight = u64::from(weight);
+                w.weight_set = true;
                 let id = w.id;
                 assert!(self.core.set_weight(now, id, weight), "known until it is forgotten");
+            }
+            Op::Update(n, weight, max, paused) => {
+                let Some(serial) = self.pick(n) else { return };
+                let w = self.w(serial);
+                let id = w.id;
+                if w.usable() {
+                    if !w.weight_set {
+                        w.weight = u64::from(weight);
+                    }
+                    (w.max, w.paused) = (u64::from(max), paused);
+                }
+                self.core.update(now, id, Update { weight, max_connections: max, paused });
             }
             Op::Goodbye(n) => {
                 let Some(serial) = self.pick(n) else { return };
@@ -272,6 +286,8 @@ impl Model {
             out: Vec::new(),
             suspect: false,
             draining: false,
+            weight_set: false,
+            paused: false,
             gone: false,
             blocked: None,
             starved: None,
@@ -392,7 +408,7 @@ impl Model {
             }
             Effect::Revoke { worker, ticket } => {
                 let w = self.w(worker.serial);
-                assert!(w.suspect || w.draining || w.gone);
+                assert!(w.suspect || w.draining || w.gone || w.paused);
                 let out = w.out.iter_mut().find(|out| out.ticket == ticket);
                 out.unwrap().revoking = true;
                 self.revokes.push_back((worker, ticket));

@@ -29,6 +29,10 @@ pub(super) struct Out {
 pub(super) struct Naive {
     pub(super) id: WorkerId,
     pub(super) weight: u64,
+    /// By an operator.
+    pub(super) weight_set: bool,
+    /// By its own wish.
+    pub(super) paused: bool,
     pub(super) priority: u16,
     pub(super) max: u64,
     pub(super) base: u64,
@@ -64,6 +68,7 @@ impl Naive {
     pub(super) fn eligible(&self) -> bool {
         self.usable()
             && !self.suspect
+            && !self.paused
             && self.load() < self.max
             && self.out.len() < SLOTS
             && self.blocked.is_none()
@@ -88,6 +93,8 @@ pub(super) enum Op {
         priority: u16,
     },
     Weight(usize, u16),
+    /// What the worker says anew: weight, maximum, and whether it takes connections.
+    Update(usize, u16, u32, bool),
     Goodbye(usize),
     Leave(usize),
     Accept(u8),
@@ -117,6 +124,8 @@ pub(super) fn op() -> impl Strategy<Value = Op> {
         3 => (1..5u16, 1..7u32, 0..3u16)
             .prop_map(|(weight, max, priority)| Op::Join { weight, max, priority }),
         1 => (worker.clone(), 1..5u16).prop_map(|(w, weight)| Op::Weight(w, weight)),
+        2 => (worker.clone(), 1..5u16, 1..7u32, any::<bool>())
+            .prop_map(|(w, weight, max, paused)| Op::Update(w, weight, max, paused)),
         1 => worker.clone().prop_map(Op::Goodbye),
         1 => worker.clone().prop_map(Op::Leave),
         16 => (0..4u8).prop_map(Op::Accept),

@@ -81,3 +81,33 @@ fn a_worker_changes_what_it_said_and_pauses() {
         client.read_exact(&mut [0]).unwrap();
     }
 }
+
+#[test]
+fn a_deadline_in_an_hour_is_one_in_a_time_namespace_too() {
+    let Some(mut dispatcher) = dispatcher() else { return };
+    let unshare = ["--time", "--monotonic", "1000000", "--fork", "--kill-child"];
+    let mut probe = std::process::Command::new("unshare");
+    let probed = probe.args(unshare).arg("true").output();
+    if !probed.is_ok_and(|output| output.status.success()) {
+        return support::skip("needs unshare and the right to make a time namespace");
+    }
+    // Its clock is eleven days ahead: by that the deadline has passed.
+    let mut command = support::command("inetd", &["cat"]);
+    let program = command.get_program().to_owned();
+    command = std::process::Command::new("unshare");
+    command.args(unshare).arg(program).arg("cat").envs(dispatcher.environment());
+    let _server = Server::start(&mut command);
+    dispatcher.wait_for_workers(1).unwrap();
+    let mut client = connect(&dispatcher);
+    let mut echoed = || {
+        client.write_all(b"x").unwrap();
+        client.read_exact(&mut [0])
+    };
+    echoed().unwrap();
+    dispatcher.command(&["drain", "--pool", "default", "--deadline", "1h"]).unwrap();
+    // It hears of the drain at once, and is served on.
+    for _ in 0..20 {
+        std::thread::sleep(Duration::from_millis(25));
+        echoed().unwrap();
+    }
+}

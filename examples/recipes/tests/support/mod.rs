@@ -17,14 +17,19 @@ pub fn dispatcher() -> Option<Dispatcher> {
     match Dispatcher::start() {
         Ok(dispatcher) => Some(dispatcher),
         Err(error) if error.kind() == ErrorKind::NotFound => {
-            let required = std::env::var_os("REQUIRE_ALL").is_some_and(|value| value == "1");
-            assert!(!required, "REQUIRE_ALL=1, but: {error}");
-            // Not `eprintln!`: the test harness hides what that prints in a passing test.
-            let _ = writeln!(std::io::stderr(), "SKIPPED: {error}");
+            skip(&error.to_string());
             None
         }
         Err(error) => panic!("{error}"),
     }
+}
+
+/// Says visibly that a test is skipped, and why; fails instead where everything must run.
+pub fn skip(reason: &str) {
+    let required = std::env::var_os("REQUIRE_ALL").is_some_and(|value| value == "1");
+    assert!(!required, "REQUIRE_ALL=1, but: {reason}");
+    // Not `eprintln!`: the test harness hides what that prints in a passing test.
+    let _ = writeln!(std::io::stderr(), "SKIPPED: {reason}");
 }
 
 pub fn free_port() -> u16 {
@@ -56,7 +61,7 @@ impl Server {
         Server::start(command(name, arguments).env("DISPATCH_LISTEN", listen))
     }
 
-    fn start(command: &mut Command) -> Server {
+    pub fn start(command: &mut Command) -> Server {
         Server(command.stdin(Stdio::null()).stdout(Stdio::piped()).spawn().unwrap())
     }
 
@@ -93,7 +98,7 @@ impl Drop for Server {
 }
 
 /// Examples are built beside the directory of the test itself.
-fn command(name: &str, arguments: &[&str]) -> Command {
+pub fn command(name: &str, arguments: &[&str]) -> Command {
     let exe = std::env::current_exe().unwrap();
     let path = exe.ancestors().nth(2).unwrap().join("examples").join(name);
     assert!(path.exists(), "{} is not built; run: cargo test --workspace", path.display());
