@@ -174,14 +174,7 @@ impl Model {
             }
             Op::Update(n, weight, max, paused) => {
                 let Some(serial) = self.pick(n) else { return };
-                let w = self.w(serial);
-                let id = w.id;
-                if w.usable() {
-                    if !w.weight_set {
-                        w.weight = u64::from(weight);
-                    }
-                    (w.max, w.paused) = (u64::from(max), paused);
-                }
+                let id = self.w(serial).update(weight, max, paused);
                 self.core.update(now, id, Update { weight, max_connections: max, paused });
             }
             Op::Goodbye(n) => {

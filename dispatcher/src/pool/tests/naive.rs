@@ -60,6 +60,16 @@ impl Naive {
         !self.draining && !self.gone
     }
 
+    pub(super) fn update(&mut self, weight: u16, max: u32, paused: bool) -> WorkerId {
+        if self.usable() {
+            if !self.weight_set {
+                self.weight = u64::from(weight);
+            }
+            (self.max, self.paused) = (u64::from(max), paused);
+        }
+        self.id
+    }
+
     /// Full or not.
     pub(super) fn up(&self) -> bool {
         self.usable() && !self.suspect
