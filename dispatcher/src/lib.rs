@@ -20,3 +20,4 @@ pub mod socket_files;
 pub mod spawner;
 pub mod status;
 mod sys;
+mod words;

@@ -42,9 +42,14 @@ fn what_to_try(program: &str, addresses: &[String], workers: u32, admin: &Path) 
     for address in addresses {
         let _ = writeln!(
             text,
-            "{workers} workers serve http://{address}/   (Ctrl-C stops everything)\n\n\
+            "{} http://{address}/   (Ctrl-C stops everything)\n\n\
              Try, in another terminal:\n  \
-             curl http://{address}/"
+             curl http://{address}/",
+            if workers == 1 {
+                "1 worker serves".to_owned()
+            } else {
+                format!("{workers} workers serve")
+            }
         );
     }
     let admin = admin.display().to_string();

@@ -2,6 +2,8 @@
 
 use std::fmt::Write as _;
 use std::io::IsTerminal;
+
+pub(super) use crate::words::count;
 use worker_sdk::wire::is_hidden;
 
 /// The width that everything fits which goes to a file or a pipe, or to a narrower terminal.
@@ -22,16 +24,6 @@ pub(super) fn width() -> usize {
 /// A worker names itself: its name must not move the cursor.
 pub(super) fn clean(text: &str) -> String {
     text.chars().map(|c| if is_hidden(c) { '\u{fffd}' } else { c }).collect()
-}
-
-/// `1 connection`, `2 connections`: a number and its noun.
-pub(super) fn count(number: u64, noun: &str) -> String {
-    let ending = match (number, noun.ends_with('s')) {
-        (1, _) => "",
-        (_, true) => "es",
-        (_, false) => "s",
-    };
-    format!("{number} {noun}{ending}")
 }
 
 /// At most so many characters, the last of them a sign that some are missing.
@@ -141,15 +133,6 @@ impl<const N: usize> Table<N> {
 #[cfg(test)]
 mod tests {
     use super::*;
-
-    #[test]
-    fn numbers_have_the_right_noun() {
-        assert_eq!(count(0, "connection"), "0 connections");
-        assert_eq!(count(1, "connection"), "1 connection");
-        assert_eq!(count(2, "worker"), "2 workers");
-        assert_eq!(count(1, "process"), "1 process");
-        assert_eq!(count(8, "process"), "8 processes");
-    }
 
     #[test]
     fn paragraphs_are_broken_between_words() {

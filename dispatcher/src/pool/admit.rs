@@ -7,6 +7,7 @@ use super::ring::Ring;
 use super::types::*;
 use super::worker::{Worker, node};
 use super::{Core, Event};
+use crate::words::count;
 
 /// More than a process can have taken: at a million a second this takes 285 years. Every sum of them is exact, too.
 const MOST_TAKEN: u64 = 1 << 53;
@@ -90,7 +91,8 @@ impl Core {
                 RefusedCode::TooManyWorkers,
                 Some(format!("pool.{name}.max_workers")),
                 format!(
-                    "pool `{name}` has {max} workers, as many as pool.{name}.max_workers allows"
+                    "pool `{name}` has {}, as many as pool.{name}.max_workers allows",
+                    count(max.into(), "worker")
                 ),
             ));
         }

@@ -23,6 +23,7 @@ use super::{Knock, News, Order, Settings};
 use crate::admin::Wake;
 use crate::closer::{Bin, Watched};
 use crate::pool::{Departure, Join, Refusal, Time, WorkerId};
+use crate::words::count;
 
 /// Most control connections accepted in one round.
 const KNOCKS: usize = 64;
@@ -303,9 +304,13 @@ impl Porter {
             (limits.max_pending_hellos as usize, limits.max_handshakes as usize);
         let deadline = self.now + limits.hello_timeout;
         let why = if !self.rates.take(self.now, uid, rate, burst) {
-            Some(("join_rate", format!("user {uid} connects more than {rate} times a second")))
+            Some((
+                "join_rate",
+                format!("user {uid} connects more than {} a second", count(rate.into(), "time")),
+            ))
         } else if self.pending.count_of(uid) >= of_user {
-            let reason = format!("user {uid} has {of_user} connections that have not said hello");
+            let open = count(of_user as u64, "connection");
+            let reason = format!("user {uid} has {open} without a hello");
             Some(("max_pending_hellos", reason))
         } else if self.pending.len() >= of_all {
             match self.pending.victim(uid).and_then(|key| self.pending.take(key)) {
