@@ -1,5 +1,5 @@
 //! The shipped units under a real systemd: activation, readiness, restarts that no client notices, failures.
-#![allow(clippy::unwrap_used)]
+#![allow(clippy::unwrap_used, clippy::expect_used)]
 
 #[path = "support/systemd.rs"]
 mod machine;
