@@ -27,7 +27,7 @@ fn wrapped(script: &str) -> String {
 
 fn worker_pids(dispatcher: &Dispatcher) -> Vec<i32> {
     let status = dispatcher.status();
-    pool(&status, "web").workers.iter().map(|worker| i32::try_from(worker.pid).unwrap()).collect()
+    pool(&status, "web").workers.iter().map(|worker| worker.pid).collect()
 }
 
 #[test]

@@ -114,7 +114,6 @@ fn processes_start_with_default_dispositions_and_an_empty_mask() {
     let mut dispatcher = Dispatcher::start_as(temp.path(), &mut command);
     dispatcher.wait_joined("web", 1);
     let pid = pool(&dispatcher.status(), "web").workers[0].pid;
-    let pid = i32::try_from(pid).unwrap();
     // The runtime of the worker itself ignores SIGPIPE.
     assert_eq!(mask(pid, "SigIgn") & !bit(libc::SIGPIPE), 0);
     assert_eq!(mask(pid, "SigBlk"), 0);
