@@ -1,6 +1,8 @@
 //! What an operator tells a running dispatcher: drain and resume, by the CLI and over HTTP.
 #![allow(clippy::unwrap_used, clippy::expect_used, reason = "in a test a panic is the report")]
 
+#[path = "control/instance.rs"]
+mod instance;
 mod support;
 
 use std::io::{Read, Write};

@@ -2,6 +2,10 @@
 //! several at once.
 #![allow(clippy::unwrap_used, clippy::expect_used, reason = "in a test a panic is the report")]
 
+#[path = "reload/leaving.rs"]
+mod leaving;
+#[path = "reload/processes.rs"]
+mod processes;
 mod support;
 
 use std::collections::BTreeSet;

@@ -353,3 +353,51 @@ fn a_restart_ends_the_processes_that_it_started_and_no_others() {
     assert!(!own.is_empty() && !started.is_empty());
     own.into_iter().for_each(|client| client.echo("still here"));
 }
+
+#[test]
+fn a_listener_that_a_reload_takes_out_is_no_black_hole_and_can_come_back() {
+    let Some(machine) = serving() else { return };
+    let mut held = clients(&machine, 4);
+    let elsewhere = CONFIG.replace("systemd:web", "127.0.0.1:0");
+    machine.configure(&elsewhere);
+    machine.order(&["reload", SERVICE]);
+    let turned_away = |machine: &Machine| {
+        let mut stream = TcpStream::connect(machine.address).unwrap();
+        stream.set_read_timeout(Some(std::time::Duration::from_secs(60))).unwrap();
+        let end = std::io::Read::read(&mut stream, &mut [0; 16]);
+        assert!(matches!(end, Ok(0)), "{end:?}");
+    };
+    for _ in 0..3 {
+        turned_away(&machine);
+    }
+    let status = machine.status().unwrap();
+    assert_eq!(status.listeners.len(), 1);
+    let kept: Vec<_> =
+        status.kept_sockets.iter().map(|kept| (&*kept.name, kept.turned_away)).collect();
+    assert_eq!(kept, [("web", 3)]);
+    let log = machine.log();
+    assert!(log.contains("event=listener_kept listener=web"), "{log}");
+    assert!(log.contains("event=config_warning text=\"listener web: systemd keeps"), "{log}");
+    // The same socket, under another name.
+    machine.configure(&CONFIG.replace("name = \"web\"", "name = \"again\""));
+    machine.order(&["reload", SERVICE]);
+    held.extend(clients(&machine, 4));
+    let status = machine.status().unwrap();
+    assert_eq!((status.listeners[0].name.as_str(), status.kept_sockets.len()), ("again", 0));
+    assert_eq!(status.listeners[0].address, machine.address.to_string());
+    assert_held(&machine, &mut held);
+}
+
+#[test]
+fn a_socket_that_nobody_asked_for_at_the_start_is_there_for_a_reload() {
+    let Some(machine) = Machine::boot() else { return };
+    machine.configure(&CONFIG.replace("systemd:web", "127.0.0.1:0"));
+    machine.order(&["start", SOCKETS[0], SOCKETS[1], SERVICE]);
+    machine.workers(&["w0"]);
+    assert!(machine.log().contains("event=socket_unused name=web"));
+    let early = TcpStream::connect(machine.address).unwrap();
+    machine.configure(CONFIG);
+    machine.order(&["reload", SERVICE]);
+    assert_eq!(Client::greeted(early).unwrap().served_by, "w0");
+    assert_eq!(clients(&machine, 1)[0].served_by, "w0");
+}

@@ -53,6 +53,20 @@ pub struct Status {
     pub listeners: Vec<ListenerStatus>,
     /// In the order of the configuration.
     pub pools: Vec<PoolStatus>,
+    /// Sockets that a service manager keeps open and that no listener has any more: their clients are turned away.
+    #[serde(default, skip_serializing_if = "Vec::is_empty")]
+    pub kept_sockets: Vec<KeptStatus>,
+}
+
+/// A socket that belongs to no listener any more.
+#[derive(Clone, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
+pub struct KeptStatus {
+    /// What the service manager calls it.
+    pub name: String,
+    /// The address it is bound to.
+    pub address: String,
+    /// Clients turned away since its listener was taken out.
+    pub turned_away: u64,
 }
 
 /// The file of a Unix socket.

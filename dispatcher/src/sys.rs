@@ -181,6 +181,60 @@ pub fn start_with_default_signals(command: &mut Command) {
     unsafe { command.pre_exec(reset) };
 }
 
+/// Makes a listening TCP socket drop every segment that would begin a connection. Handshakes that are under way go on, and
+/// clients that try to connect are refused when they try again after the socket was closed.
+///
+/// # Errors
+/// What `setsockopt` answers.
+pub fn drop_new_connections(socket: impl AsFd) -> io::Result<()> {
+    const FLAGS: u32 = 13;
+    const SYN_ACK: u32 = 0x12;
+    const SYN: u32 = 0x02;
+    let code = |code: u32| code as u16;
+    let instruction = |code, jt, jf, k| libc::sock_filter { code, jt, jf, k };
+    // A classic filter; of a TCP socket it sees the segment from its header on. Whatever is a SYN and no ACK goes.
+    let mut program = [
+        instruction(code(libc::BPF_LD | libc::BPF_B | libc::BPF_ABS), 0, 0, FLAGS),
+        instruction(code(libc::BPF_ALU | libc::BPF_AND | libc::BPF_K), 0, 0, SYN_ACK),
+        instruction(code(libc::BPF_JMP | libc::BPF_JEQ | libc::BPF_K), 0, 1, SYN),
+        instruction(code(libc::BPF_RET | libc::BPF_K), 0, 0, 0),
+        instruction(code(libc::BPF_RET | libc::BPF_K), 0, 0, u32::MAX),
+    ];
+    let len = program.len() as u16;
+    let filter = libc::sock_fprog { len, filter: program.as_mut_ptr() };
+    // SAFETY: `filter` and the program it points at live across the call, and `len` is the number of its instructions; the
+    // kernel copies both.
+    let result = unsafe {
+        libc::setsockopt(
+            socket.as_fd().as_raw_fd(),
+            libc::SOL_SOCKET,
+            libc::SO_ATTACH_FILTER,
+            (&raw const filter).cast(),
+            size_of::<libc::sock_fprog>() as libc::socklen_t,
+        )
+    };
+    if result == 0 { Ok(()) } else { Err(io::Error::last_os_error()) }
+}
+
+/// Takes that back.
+///
+/// # Errors
+/// What `setsockopt` answers: that there was nothing to take back, for one.
+pub fn let_new_connections_in(socket: impl AsFd) -> io::Result<()> {
+    let nothing: libc::c_int = 0;
+    // SAFETY: `nothing` lives across the call and has as many readable bytes as is said.
+    let result = unsafe {
+        libc::setsockopt(
+            socket.as_fd().as_raw_fd(),
+            libc::SOL_SOCKET,
+            libc::SO_DETACH_FILTER,
+            (&raw const nothing).cast(),
+            size_of::<libc::c_int>() as libc::socklen_t,
+        )
+    };
+    if result == 0 { Ok(()) } else { Err(io::Error::last_os_error()) }
+}
+
 /// Makes the process that `command` will start have these limits of open files, from its first instruction on.
 ///
 /// Setting them from here once it runs would be too late: it may have read them by then, or raised them itself.

@@ -11,6 +11,7 @@ use rustix::net::SocketFlags;
 use worker_sdk::PeerAddr;
 
 use super::Shell;
+use super::leaving::Leaving;
 use super::limit::Cause;
 use super::sockets::Listening;
 use super::token::Source;
@@ -28,7 +29,7 @@ pub(super) struct Listener {
     /// Position in the shell's table; part of its token.
     position: usize,
     /// May have clients waiting. Set by an edge, cleared only by EAGAIN.
-    ready: bool,
+    pub(super) ready: bool,
     /// In the poll. Not while the core wants no clients, or each arrival would wake us for nothing.
     watched: bool,
     /// Resting after EMFILE and its kind.
@@ -41,6 +42,10 @@ pub(super) struct Listener {
     waits: u32,
     /// Clients still to be accepted from this socket before it is closed, once it is to be.
     pub(super) last: u32,
+    /// `Some` once it is taken out.
+    pub(super) leaving: Option<Leaving>,
+    /// Clients that found no listener behind it.
+    pub(super) turned_away: u64,
 }
 
 /// A connection of which we still have a copy.
@@ -66,7 +71,7 @@ const CLOSING: Duration = Duration::from_millis(1);
 const MOST_WAITS: u32 = 20;
 
 /// What one attempt to accept gave.
-enum Attempt {
+pub(super) enum Attempt {
     Client(OwnedFd, PeerAddr),
     /// A client that was gone again, or a signal: try the next.
     Again,
@@ -76,6 +81,9 @@ enum Attempt {
 }
 
 impl Listener {
+    /// The id of a socket that belongs to no listener. There are fewer than that: see `reload`.
+    pub(super) const NOBODY: ListenerId = ListenerId(u16::MAX);
+
     pub(super) fn new(
         id: ListenerId,
         listening: Listening,
@@ -93,6 +101,8 @@ impl Listener {
             short: false,
             waits: 0,
             last,
+            leaving: None,
+            turned_away: 0,
         }
     }
 
@@ -114,7 +124,7 @@ impl Listener {
     }
 
     /// Puts the socket into the poll or takes it out. Putting it in gives a new edge if clients wait.
-    fn watch(&mut self, registry: &Registry, wanted: bool) -> std::io::Result<()> {
+    pub(super) fn watch(&mut self, registry: &Registry, wanted: bool) -> std::io::Result<()> {
         let Some(listening) = &self.listening else { return Ok(()) };
         if wanted == self.watched {
             return Ok(());
@@ -132,7 +142,12 @@ impl Listener {
     }
 
     /// The socket goes, and its file: in a file system, which may be slow.
-    fn close(&mut self, registry: &Registry, cleaner: &mut Cleaner, closers: &mut Closers) {
+    pub(super) fn close(
+        &mut self,
+        registry: &Registry,
+        cleaner: &mut Cleaner,
+        closers: &mut Closers,
+    ) {
         let _ = self.watch(registry, false);
         if let Some(listening) = self.listening.take() {
             listening.close(cleaner, closers);
@@ -140,7 +155,7 @@ impl Listener {
         self.ready = false;
     }
 
-    fn attempt(&self) -> Attempt {
+    pub(super) fn attempt(&self) -> Attempt {
         let Some(listening) = &self.listening else { return Attempt::Empty };
         let flags = SocketFlags::CLOEXEC | SocketFlags::NONBLOCK;
         match rustix::net::acceptfrom_with(&listening.fd, flags) {
@@ -177,6 +192,9 @@ impl Shell {
     }
 
     pub(super) fn accept_from(&mut self, position: usize) {
+        if self.listeners[position].is_kept() {
+            return self.turn_away(position);
+        }
         for _ in 0..self.config.limits.accept_batch {
             let listener = &mut self.listeners[position];
             if !listener.ready || listener.paused_until.is_some() {
@@ -192,13 +210,12 @@ impl Shell {
                 Accepting::Yes | Accepting::Refuse => {}
                 Accepting::Pause => return,
                 Accepting::Finish => {
-                    if listener.last == 0 {
-                        listener.close(self.poll.registry(), &mut self.cleaner, &mut self.closers);
-                        return self.closed(id);
+                    if self.has_had_its_share(position) {
+                        return self.leave(position);
                     }
-                    listener.last -= 1;
                 }
             }
+            let listener = &mut self.listeners[position];
             match listener.attempt() {
                 Attempt::Client(fd, peer) => {
                     listener.waits = 0;
@@ -245,9 +262,9 @@ impl Shell {
                 Attempt::Again => {}
                 Attempt::Empty => {
                     listener.ready = false;
-                    if listener.retiring || self.core.accepting(id) == Accepting::Finish {
-                        listener.close(self.poll.registry(), &mut self.cleaner, &mut self.closers);
-                        self.closed(id);
+                    let over = listener.retiring || self.core.accepting(id) == Accepting::Finish;
+                    if over && listener.is_due(self.now) {
+                        self.leave(position);
                     }
                     return;
                 }
@@ -286,16 +303,15 @@ impl Shell {
     /// Watches exactly the listeners whose clients the core wants. True if one may have clients right now.
     pub(super) fn watch_listeners(&mut self) -> bool {
         let mut work = false;
-        for listener in &mut self.listeners {
+        for position in 0..self.listeners.len() {
+            let wanted = self.wants_clients(position);
+            let listener = &mut self.listeners[position];
             if listener.paused_until.is_some_and(|until| until <= self.now) {
                 listener.paused_until = None;
             }
-            let wanted = match self.core.accepting(listener.id) {
-                Accepting::Pause => false,
-                Accepting::Yes | Accepting::Refuse | Accepting::Finish => {
-                    listener.paused_until.is_none()
-                }
-            };
+            let wanted = wanted && listener.paused_until.is_none();
+            // The last look.
+            listener.ready |= listener.due().is_some_and(|at| at <= self.now);
             if let Err(error) = listener.watch(self.poll.registry(), wanted) {
                 // Out of memory for the poll: come back to it after a pause.
                 listener.paused_until = Some(self.now + self.config.limits.resource_pause);
@@ -313,30 +329,8 @@ impl Shell {
         work
     }
 
-    /// A stop begins. Sockets that somebody else keeps open are left with their queue; ours are emptied first.
-    pub(super) fn finish_listeners(&mut self) {
-        for listener in &mut self.listeners {
-            if listener.listening.as_ref().is_some_and(|listening| listening.inherited) {
-                listener.close(self.poll.registry(), &mut self.cleaner, &mut self.closers);
-            } else {
-                // Even if no edge said so: the last look must be at the queue itself.
-                listener.ready = true;
-                listener.paused_until = None;
-            }
-        }
-    }
-
-    /// A listener was taken out: its sockets are emptied, then closed.
-    pub(super) fn drain_listener(&mut self, id: ListenerId) {
-        for listener in self.listeners.iter_mut().filter(|listener| listener.id == id) {
-            // Even if no edge said so: the last look must be at the queue itself.
-            listener.ready = true;
-            listener.paused_until = None;
-        }
-    }
-
     /// One of its sockets was closed; perhaps the last one.
-    fn closed(&mut self, id: ListenerId) {
+    pub(super) fn closed(&mut self, id: ListenerId) {
         let mut sockets = self.listeners.iter().filter(|listener| listener.id == id);
         if sockets.all(|socket| socket.listening.is_none()) {
             if self.core.is_listener_retired(id) {

@@ -115,6 +115,18 @@ impl RunError {
     pub(crate) fn system<E: Into<io::Error>>(what: &'static str) -> impl FnOnce(E) -> RunError {
         move |error| RunError::System { what, error: error.into() }
     }
+
+    /// Whether the address or the socket file is in use.
+    pub(crate) fn is_in_use(&self) -> bool {
+        match self {
+            RunError::InUse { .. } => true,
+            RunError::Bind { error, .. } => error.kind() == io::ErrorKind::AddrInUse,
+            RunError::Lock { .. }
+            | RunError::NotASocket(_)
+            | RunError::Inherited(_)
+            | RunError::System { .. } => false,
+        }
+    }
 }
 
 impl fmt::Display for RunError {

@@ -7,6 +7,7 @@ use rustix::net::SocketType;
 use rustix::net::sockopt::{socket_acceptconn, socket_type};
 
 use super::error::RunError;
+use super::sockets::Listening;
 use crate::logger::{quoted, value};
 use crate::sys;
 
@@ -142,15 +143,21 @@ impl Inherited {
         found.into_iter().map(|(_, fd)| check(name, fd, wanted)).collect()
     }
 
-    /// What nobody asked for; said once, because it is most often a misspelt name. The sockets are closed.
-    pub(super) fn finish(self) {
-        for (name, _) in &self.sockets {
+    /// What nobody asked for; said once, because it is most often a misspelt name. Those that clients can connect to are
+    /// kept: a reload may ask for them.
+    pub(super) fn finish(self) -> Vec<Listening> {
+        let mut unused = Vec::new();
+        for (name, fd) in self.sockets {
             log::warn!(
                 "event=socket_unused name={} hint={}",
-                value(name),
+                value(&name),
                 quoted(format_args!("no listener has address = systemd:{name}"))
             );
+            if let Ok(fd) = check(&name, fd, SocketType::STREAM) {
+                unused.push(Listening::inherited(fd, &name));
+            }
         }
+        unused
     }
 }
 

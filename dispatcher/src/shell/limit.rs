@@ -65,6 +65,8 @@ pub(super) enum Cause {
     Shortage,
     /// A client is kept out, turned away, or dropped.
     Closed(CloseReason),
+    /// A client of a socket that no listener has any more.
+    NoListener,
     /// A connection goes to another worker.
     Resent,
     /// A shortage is over.
@@ -101,6 +103,7 @@ impl Cause {
                 | CloseReason::Shutdown
                 | CloseReason::Unsendable,
             ) => "client_turned_away",
+            Cause::NoListener => "client_turned_away",
             Cause::Resent => "connection_resent",
             Cause::Relieved => "accept_resumed",
             Cause::NotWatched => "worker_not_watched",

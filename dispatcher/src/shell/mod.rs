@@ -23,6 +23,7 @@ mod gauges;
 mod held;
 mod inherited;
 mod join;
+mod leaving;
 mod limit;
 mod meters;
 mod order;
@@ -107,6 +108,8 @@ struct Shell {
     listeners: Vec<Listener>,
     /// Whose turn it is to be accepted from first.
     next_listener: usize,
+    /// Passed by a service manager, and asked for by nobody yet.
+    unused: Vec<sockets::Listening>,
 
     /// Where workers connect, for people.
     dispatch_address: String,
@@ -526,12 +529,14 @@ impl Shell {
             return Some(Duration::ZERO);
         }
         let paused = self.listeners.iter().filter_map(|listener| listener.paused_until).min();
+        let leaving = self.listeners.iter().filter_map(Listener::due).min();
         self.unsaid_due = self.limits.due();
         let muted = (self.muted > 0).then(|| {
             let muted = self.workers.iter().flatten().filter_map(|io| io.rings.muted_until);
             muted.min().unwrap_or(self.now)
         });
-        let deadlines = [self.core.deadline(), paused, self.closing_due, muted, self.unsaid_due];
+        let deadlines =
+            [self.core.deadline(), paused, leaving, self.closing_due, muted, self.unsaid_due];
         let next = deadlines.into_iter().flatten().min();
         let doze = dozes.then(|| self.now + DOZE);
         let rest = self.scan_due.then(|| self.scanned_all + SCAN_ALL);

@@ -13,6 +13,7 @@ use std::os::fd::AsFd;
 use std::os::unix::net::UnixListener;
 use std::path::PathBuf;
 use std::sync::atomic::Ordering;
+use std::time::{Duration, Instant};
 
 use rustix::net::SocketType;
 use serde::{Deserialize, Serialize};
@@ -23,6 +24,7 @@ use super::accept::Listener as Door;
 use super::error::RunError;
 use super::gauges::Gauges;
 use super::inherited::Inherited;
+use super::leaving::Reusable;
 use super::sockets::{self, Listening, Looks};
 use super::start::seed;
 use crate::admin::command::{CommandError, Problem};
@@ -32,7 +34,7 @@ use crate::pool::{ListenerId, ListenerSettings, PoolId, Screen};
 use crate::socket_files::SocketFile;
 
 /// What is in force, as the side thread sees it.
-#[derive(Clone, Debug)]
+#[derive(Debug)]
 pub struct InForce {
     /// Counts reloads: a plan is made for one of these.
     generation: u64,
@@ -43,6 +45,8 @@ pub struct InForce {
     /// Those of them that were not taken out.
     pools: Vec<PoolId>,
     listeners: Vec<ListenerId>,
+    /// Sockets that were taken out and are still there.
+    reusable: Vec<Reusable>,
 }
 
 /// What a socket is for.
@@ -86,6 +90,10 @@ enum ListenerStep {
     TakeOver(ListenerId),
     /// A new one.
     Open(Vec<Listening>),
+    /// A new one, with a socket that is being taken out.
+    TakeBack(Listening),
+    /// A new one, with the sockets of this name that a service manager passed and no listener has.
+    TakeKept(String),
 }
 
 /// Who may come in at a listener.
@@ -314,26 +322,79 @@ fn plan_listeners(
         steps.push(match found {
             Some((id, old)) => plan_known(now, new, (id, old), wanted, reloaded),
             None => {
-                if let Address::Systemd(name) = &wanted.address {
-                    return Err(not_inherited(&wanted.name, name));
-                }
                 reloaded.added.push(format!("listener {}", wanted.name));
-                (ListenerStep::Open(Vec::new()), new_rules(wanted), wanted.clone())
+                plan_new(now, wanted, reloaded)?
             }
         });
     }
     for (_, old) in &rest {
         reloaded.removed.push(format!("listener {}", old.name));
+        if let Address::Systemd(name) = &old.address {
+            reloaded.warnings.push(format!(
+                "listener {}: systemd keeps the socket of systemd:{name} open, so its clients are turned away until it is \
+                 configured again; stop its .socket unit to have them refused",
+                old.name
+            ));
+        }
     }
     // Last, because it is the first thing that anybody could notice.
     for (step, _, listener) in &mut steps {
         if let ListenerStep::Open(made) = step {
-            *made =
-                sockets::listen(&listener.address, &listener.options, &mut Inherited::default())
-                    .map_err(|error| not_opened(now, listener, &error))?;
+            *made = listen(now, listener).map_err(|error| not_opened(now, listener, &error))?;
         }
     }
     Ok((steps, rest.iter().map(|(id, _)| *id).collect()))
+}
+
+/// One that is not there yet. Its socket may be: of a listener that was taken out before.
+fn plan_new(
+    now: &InForce,
+    wanted: &Listener,
+    reloaded: &mut Reloaded,
+) -> Result<(ListenerStep, Rules, Listener), CommandError> {
+    let rules = new_rules(wanted);
+    let there = now.reusable.iter().find(|there| there.address == wanted.address);
+    match (&wanted.address, there) {
+        (Address::Systemd(name), Some(_)) => {
+            Ok((ListenerStep::TakeKept(name.clone()), rules, wanted.clone()))
+        }
+        (Address::Systemd(name), None) => Err(not_inherited(&wanted.name, name)),
+        (Address::Tcp(_), Some(Reusable { listening: Some(listening), options, .. }))
+            if !has_any_port(&wanted.address) =>
+        {
+            let fd = listening.fd.try_clone();
+            let fd = fd.map_err(|error| refused(format!("listener `{}`: {error}", wanted.name)))?;
+            let (options, fixed) = sockets::changeable(options, &wanted.options);
+            for option in fixed {
+                reloaded.needs_restart.push(format!("{option} of listener {}", wanted.name));
+            }
+            if let Err(error) = sockets::change_options(fd.as_fd(), true, &options) {
+                let left = format!("options of listener {} ({error})", wanted.name);
+                reloaded.needs_restart.push(left);
+            }
+            let step = ListenerStep::TakeBack(listening.duplicate(fd));
+            Ok((step, rules, Listener { options, ..wanted.clone() }))
+        }
+        _ => Ok((ListenerStep::Open(Vec::new()), rules, wanted.clone())),
+    }
+}
+
+/// How long the address of a listener that was taken out may still be in use, and how long the lock of its socket file.
+const ADDRESS_KEPT: Duration = Duration::from_secs(3);
+const LOCK_KEPT: Duration = Duration::from_millis(500);
+
+/// Opens a listener's address. What had it before may be just about to let go of it.
+fn listen(now: &InForce, listener: &Listener) -> Result<Vec<Listening>, RunError> {
+    let began = Instant::now();
+    let patience = if now.reusable.is_empty() { LOCK_KEPT } else { ADDRESS_KEPT };
+    loop {
+        match sockets::listen(&listener.address, &listener.options, &mut Inherited::default()) {
+            Err(error) if error.is_in_use() && began.elapsed() < patience => {
+                std::thread::sleep(Duration::from_millis(20));
+            }
+            outcome => return outcome,
+        }
+    }
 }
 
 /// One whose socket is there already.
@@ -438,6 +499,7 @@ impl Shell {
             pools: pools.filter(|&id| !self.core.is_pool_retired(id)).collect(),
             listeners: self.core.listeners().collect(),
             files: self.socket_files(),
+            reusable: self.reusable(),
         }
     }
 
@@ -620,6 +682,21 @@ impl Shell {
                 id
             }
             ListenerStep::Open(made) => {
+                let addresses: Vec<&str> = made.iter().map(|l| l.address.as_str()).collect();
+                let id = self.add_listener(&listener, addresses.join(", "));
+                for listening in made {
+                    self.open(id, listening, listener.options.backlog);
+                }
+                id
+            }
+            ListenerStep::TakeBack(listening) => {
+                self.take_back(&listening);
+                let id = self.add_listener(&listener, listening.address.clone());
+                self.open(id, listening, listener.options.backlog);
+                id
+            }
+            ListenerStep::TakeKept(name) => {
+                let made = self.take_kept(&name);
                 let addresses: Vec<&str> = made.iter().map(|l| l.address.as_str()).collect();
                 let id = self.add_listener(&listener, addresses.join(", "));
                 for listening in made {

@@ -31,7 +31,9 @@ pub(super) struct Listening {
     pub(super) address: String,
     /// Whether somebody else keeps this socket open, so that its queue outlives us.
     pub(super) inherited: bool,
-    path: Option<OwnedPath>,
+    /// The name by which a service manager passed it.
+    pub(super) name: Option<String>,
+    pub(super) path: Option<OwnedPath>,
 }
 
 impl Listening {
@@ -61,9 +63,14 @@ impl Listening {
         self.path.as_ref().map(OwnedPath::file)
     }
 
-    fn inherited(fd: OwnedFd) -> Listening {
+    pub(super) fn inherited(fd: OwnedFd, name: &str) -> Listening {
         let address = local_address(&fd);
-        Listening { fd, address, inherited: true, path: None }
+        Listening { fd, address, inherited: true, name: Some(name.to_owned()), path: None }
+    }
+
+    /// A Unix socket, of our own or not.
+    pub(super) fn is_unix(&self) -> bool {
+        self.address.starts_with("unix:")
     }
 }
 
@@ -112,7 +119,7 @@ pub(super) fn listen(
         // Whoever made the socket has set its options.
         Address::Systemd(name) => {
             let fds = inherited.take(name, SocketType::STREAM)?;
-            Ok(fds.into_iter().map(Listening::inherited).collect())
+            Ok(fds.into_iter().map(|fd| Listening::inherited(fd, name)).collect())
         }
     }
 }
@@ -186,7 +193,7 @@ pub(super) fn listen_endpoint(
         UnixSource::Systemd(name) => {
             let mut fds = inherited.take(name, kind)?;
             match (fds.pop(), fds.is_empty()) {
-                (Some(fd), true) => Ok(Listening::inherited(fd)),
+                (Some(fd), true) => Ok(Listening::inherited(fd, name)),
                 _ => Err(RunError::Inherited(format!(
                     "systemd:{name}: several sockets of this name; exactly one is wanted here"
                 ))),
@@ -235,7 +242,7 @@ fn listen_tcp(addr: SocketAddr, options: &ListenerOptions) -> io::Result<Listeni
     rustix::net::bind(&fd, &addr)?;
     rustix::net::listen(&fd, i32::try_from(options.backlog).unwrap_or(i32::MAX))?;
     let address = local_address(&fd);
-    Ok(Listening { fd, address, inherited: false, path: None })
+    Ok(Listening { fd, address, inherited: false, name: None, path: None })
 }
 
 /// Options that accepted connections inherit from the listening socket, so that they cost nothing per connection.
@@ -372,6 +379,7 @@ fn listen_unix(
         fd,
         address: format!("unix:{}", path.display()),
         inherited: false,
+        name: None,
         path: Some(OwnedPath(SocketFile {
             path: path.to_owned(),
             device: made.dev(),

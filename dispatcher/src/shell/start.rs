@@ -62,9 +62,10 @@ impl Shell {
                 listeners.push(Listener::new(id, listening, place, listener.options.backlog));
             }
         }
-        inherited.finish();
+        let unused = inherited.finish();
         let mut shell = Shell::assemble(config, signals, dispatch, admin, listeners, settings)?;
         shell.descriptors = descriptors;
+        shell.unused = unused;
         Ok(shell)
     }
 
@@ -145,6 +146,7 @@ impl Shell {
             stop_deadline: None,
             listeners,
             next_listener: 0,
+            unused: Vec::new(),
             dispatch_address,
             dispatch_path,
             door,
