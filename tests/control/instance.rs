@@ -23,7 +23,7 @@ fn a_drain_that_is_waited_for_does_not_succeed_by_a_restart() {
     let (temp, mut dispatcher, _worker, mut client) = with_a_past();
     let instance = dispatcher.status().instance;
     assert_eq!(instance.len(), 16, "{instance}");
-    let words = "0 of 1 workers drained, 1 connections left";
+    let words = "0 of 1 worker drained, 1 connection left";
     let (wait, mut progress) = waits(&dispatcher, &["drain", "web/w1", "--wait"], words);
     dispatcher.process.kill();
     let again = Dispatcher::start_in(temp.path());
