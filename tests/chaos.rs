@@ -16,8 +16,11 @@ fn every_connection_is_answered_once_or_lost_for_a_reason() {
     }
     let seed =
         std::env::var("CHAOS_SEED").ok().map_or_else(chaos::any_seed, |seed| seed.parse().unwrap());
+    // Two minutes in CI.
+    let seconds =
+        std::env::var("CHAOS_SECONDS").ok().map_or(20, |seconds| seconds.parse().unwrap());
     let options = Options {
-        faults_for: Duration::from_secs(20),
+        faults_for: Duration::from_secs(seconds),
         seed,
         clients: 48,
         only_dispatcher: false,

@@ -5,7 +5,7 @@ use std::path::Path;
 
 use super::client::{End, Story, Told};
 use super::nemesis::{Deed, Record, What};
-use super::protocol::{address_of, id_at};
+use super::protocol::{SPAWNED, address_of, id_at, number_of};
 
 /// The end of a process and the end of its connections as clients see it lie less than this apart, in microseconds.
 const AT_MOST: u64 = 15_000_000;
@@ -36,6 +36,8 @@ pub struct Evidence<'a> {
     pub connections: u32,
     pub records: &'a [Record],
     pub deeds: &'a [Deed],
+    /// When processes of the dispatcher's own were killed, by their number.
+    pub killed: &'a BTreeMap<usize, u64>,
     pub directory: &'a Path,
 }
 
@@ -62,7 +64,7 @@ impl Evidence<'_> {
             }
         }
         // A worker has two threads that take at most, so no more can be taken and not written down.
-        let mut unwritten = vec![0; self.records.len()];
+        let mut unwritten = BTreeMap::new();
         for story in &self.told.broken {
             match self.excuse(story, &taken, &closed, &mut unwritten) {
                 Ok(None) => verdict.cut += 1,
@@ -79,7 +81,7 @@ impl Evidence<'_> {
         for line in text.lines() {
             let words: Vec<&str> = line.split(' ').collect();
             let place = match words[..] {
-                [name, id, _] => name[1..].parse::<u32>().ok().zip(id.parse::<u32>().ok()),
+                [name, id, _] => number_of(name).zip(id.parse::<u32>().ok()),
                 _ => None,
             };
             let Some((worker, id)) = place.filter(|&(_, id)| id < self.connections) else {
@@ -101,11 +103,13 @@ impl Evidence<'_> {
         story: &Story,
         taken: &Taken,
         closed: &BTreeMap<u32, &'static str>,
-        unwritten: &mut [u32],
+        unwritten: &mut BTreeMap<usize, u32>,
     ) -> Result<Option<&'static str>, String> {
         let taker = taken.by[story.id as usize].checked_sub(1).map(|worker| worker as usize);
-        let killed =
-            |worker: usize| self.records[worker].killed.is_some_and(|at| at <= story.ended);
+        let killed = |worker: usize| {
+            let own = self.records.get(worker).and_then(|record| record.killed);
+            own.or(self.killed.get(&worker).copied()).is_some_and(|at| at <= story.ended)
+        };
         match &story.end {
             End::Served | End::Abandoned => Ok(None),
             End::Wrong(what) => Err(what.clone()),
@@ -137,10 +141,12 @@ impl Evidence<'_> {
                 if of(What::DispatcherKill).next().is_some() && kills.clone().next().is_some() {
                     return Ok(Some(BOTH_KILLED));
                 }
-                let suspect =
-                    kills.find_map(|deed| deed.worker.filter(|&worker| unwritten[worker] < 2));
+                let suspect = kills.find_map(|deed| {
+                    deed.worker
+                        .filter(|worker| unwritten.get(worker).is_none_or(|&count| count < 2))
+                });
                 if let Some(worker) = suspect {
-                    unwritten[worker] += 1;
+                    *unwritten.entry(worker).or_default() += 1;
                     return Ok(Some(UNWRITTEN));
                 }
                 Err(format!("lost ({how}) for no reason"))
@@ -192,9 +198,13 @@ impl Evidence<'_> {
     }
 
     fn name(&self, worker: usize) -> String {
+        let spawned = || match worker.checked_sub(SPAWNED as usize) {
+            Some(pid) => format!("x{pid}"),
+            None => "?".to_owned(),
+        };
         self.records
             .get(worker)
-            .map_or("?".to_owned(), |record| format!("{} (pid {})", record.name, record.pid))
+            .map_or_else(spawned, |record| format!("{} (pid {})", record.name, record.pid))
     }
 }
 
@@ -244,11 +254,22 @@ fn read_log(log: &str, verdict: &mut Verdict) -> BTreeMap<u32, &'static str> {
             "channel_full" => add("times a channel was full", 1),
             "back_pressure" => add("times of back-pressure", 1),
             "no_worker" => add("times without a worker", 1),
+            "reloaded" => add("reloads", 1),
+            "worker_draining" => add("drains", 1),
+            "worker_resumed" => add("resumptions", 1),
+            "pool_scaled" => add("times a pool was scaled", 1),
+            "listener_closed" => add("listeners taken out", 1),
+            "process_started" => add("processes of the dispatcher's own", 1),
+            "worker_refused" => add("workers refused", 1),
+            "slow_turn" => add("turns longer than any before, and than 100 ms", 1),
             event @ ("worker_expelled"
             | "counter_clamped"
             | "worker_broke_protocol"
             | "choked"
-            | "accept_paused") => {
+            | "accept_paused")
+                // That one means to.
+                if !line.contains(" name=hostile ") =>
+            {
                 verdict.problems.push((None, format!("the dispatcher said {event}: {line}")));
             }
             _ => {}

@@ -10,7 +10,7 @@ use std::time::Duration;
 use dispatcher::sim::Random;
 use nix::sys::socket::{AddressFamily, SockFlag, SockType, SockaddrIn, bind, connect, socket};
 
-use super::protocol::{address_of, checksum, now};
+use super::protocol::{address_of, checksum, now, number_of, question};
 
 /// A client that waits this long for anything has been forgotten by somebody.
 const PATIENCE: Duration = Duration::from_secs(60);
@@ -64,6 +64,8 @@ pub struct Story {
 /// What all clients share.
 pub struct Clients {
     pub address: SocketAddr,
+    /// Of a listener that comes and goes.
+    pub extra: SocketAddr,
     pub stop: AtomicBool,
     next: AtomicU32,
     told: Mutex<Told>,
@@ -75,6 +77,8 @@ pub struct Told {
     /// By id: the number of the worker that answered, plus one. Only of connections that went well.
     pub served: Vec<u32>,
     pub abandoned: u64,
+    /// Not let in by a listener that was not there at the moment.
+    pub refused: u64,
     /// Everything else.
     pub broken: Vec<Story>,
     /// Workers that have answered somebody.
@@ -91,9 +95,10 @@ struct Open {
 }
 
 impl Clients {
-    pub fn new(address: SocketAddr) -> Clients {
+    pub fn new(address: SocketAddr, extra: SocketAddr) -> Clients {
         Clients {
             address,
+            extra,
             stop: AtomicBool::new(false),
             next: AtomicU32::new(0),
             told: Mutex::default(),
@@ -133,29 +138,41 @@ impl Clients {
     }
 
     fn visit(&self, kind: Kind, random: &mut Random) {
-        let open = self.open(kind, random);
-        self.finish(open, random);
+        let address = if random.below(5) == 0 { self.extra } else { self.address };
+        if let Some(open) = self.open(kind, address, random) {
+            self.finish(open, random);
+        }
     }
 
     fn crowd(&self, random: &mut Random) {
         let count = 2 + random.below(30);
-        let crowd: Vec<Open> = (0..count).map(|_| self.open(Kind::Crowd, random)).collect();
+        let crowd: Vec<Open> =
+            (0..count).filter_map(|_| self.open(Kind::Crowd, self.address, random)).collect();
         crowd.into_iter().for_each(|open| self.finish(open, random));
     }
 
     /// One that must be answered.
     pub fn must_be_served(&self, random: &mut Random) {
-        self.visit(Kind::Plain, random);
+        if let Some(open) = self.open(Kind::Plain, self.address, random) {
+            self.finish(open, random);
+        }
     }
 
-    fn open(&self, kind: Kind, random: &mut Random) -> Open {
+    fn open(&self, kind: Kind, address: SocketAddr, random: &mut Random) -> Option<Open> {
         let id = self.next.fetch_add(1, Ordering::SeqCst);
         let text = (0..random.below(12)).map(|_| format!("{:x}", random.number())).collect();
         let began = now();
-        let stream = connect_from(id, self.address);
+        let stream = match connect_from(id, address) {
+            Ok(stream) => stream,
+            Err(_) if address == self.extra => {
+                self.told().refused += 1;
+                return None;
+            }
+            Err(error) => panic!("connection {id}: {error}"),
+        };
         stream.set_read_timeout(Some(PATIENCE)).unwrap();
         stream.set_write_timeout(Some(PATIENCE)).unwrap();
-        Open { id, kind, began, text, stream }
+        Some(Open { id, kind, began, text, stream })
     }
 
     fn finish(&self, open: Open, random: &mut Random) {
@@ -193,7 +210,7 @@ fn converse(open: Open, answered_by: &mut Option<u32>, random: &mut Random) -> R
         reset(stream);
         return Err(End::Abandoned);
     }
-    let asked = (&stream).write_all(format!("{id} {text}\n").as_bytes());
+    let asked = ask(&stream, id, &text, random);
     match kind {
         Kind::Reset => {
             pause(random, 10);
@@ -218,7 +235,7 @@ fn converse(open: Open, answered_by: &mut Option<u32>, random: &mut Random) -> R
             pause(random, 300);
             let text = format!("{:x}", random.number());
             let cut = |error| End::Cut(format!("while asking again: {error}"));
-            reader.get_mut().write_all(format!("{id} {text}\n").as_bytes()).map_err(cut)?;
+            reader.get_mut().write_all(question(id, &text).as_bytes()).map_err(cut)?;
             let again = answer(&mut reader, id, &text, End::Cut)?;
             if Some(again) != *answered_by {
                 return Err(End::Wrong(format!("then answered by worker {again}")));
@@ -253,7 +270,7 @@ fn answer(
     if rest != format!("{id} {:08x}\n", checksum(text)) {
         return Err(wrong());
     }
-    name.get(1..).and_then(|number| number.parse().ok()).ok_or_else(wrong)
+    number_of(name).ok_or_else(wrong)
 }
 
 fn broken(error: &std::io::Error, end: fn(String) -> End) -> End {
@@ -269,15 +286,67 @@ fn pause(random: &mut Random, milliseconds: u64) {
     std::thread::sleep(Duration::from_micros(random.below(milliseconds * 1000)));
 }
 
-fn connect_from(id: u32, address: SocketAddr) -> TcpStream {
+/// Says what it is known by, perhaps in pieces, then asks.
+fn ask(mut stream: &TcpStream, id: u32, text: &str, random: &mut Random) -> std::io::Result<()> {
+    let mut bytes = introduction(random);
+    bytes.extend_from_slice(question(id, text).as_bytes());
+    if random.below(8) == 0 {
+        let half = bytes.len() / 2;
+        stream.write_all(&bytes[..half])?;
+        pause(random, 100);
+        bytes.drain(..half);
+    }
+    stream.write_all(&bytes)
+}
+
+/// What clients are known by: nothing, the head of a request with all kinds of keys, or a TLS greeting with a name.
+fn introduction(random: &mut Random) -> Vec<u8> {
+    let key = random.below(50);
+    let headers = format!("Host: h{key}.example\r\nCookie: a=b; sid=k{key}\r\nX-Key: k{key}\r\n");
+    match random.below(10) {
+        0..5 => Vec::new(),
+        5..7 => format!("GET /a;sid=k{key}?q=1&sid=k{key} HTTP/1.1\r\n{headers}\r\n").into_bytes(),
+        7 => {
+            let body = format!("x=1&sid=k{key}&y=2\n");
+            let kind = "Content-Type: application/x-www-form-urlencoded\r\nContent-Length:";
+            format!("POST /a HTTP/1.1\r\n{headers}{kind} {}\r\n\r\n{body}", body.len()).into_bytes()
+        }
+        _ => client_hello(&format!("h{key}.example")),
+    }
+}
+
+fn client_hello(host: &str) -> Vec<u8> {
+    let size = |length: usize| (length as u16).to_be_bytes();
+    let mut extensions = vec![0, 0];
+    extensions.extend(size(host.len() + 5));
+    extensions.extend(size(host.len() + 3));
+    extensions.push(0);
+    extensions.extend(size(host.len()));
+    extensions.extend(host.as_bytes());
+    extensions.extend([0, 10, 0, 4, 0, 2, 0, 0x1d]);
+    extensions.extend([0, 13, 0, 4, 0, 2, 4, 3]);
+    extensions.extend([0, 43, 0, 3, 2, 3, 4]);
+    let mut hello = vec![3, 3];
+    hello.extend([7; 32]);
+    hello.extend([0, 0, 2, 0x13, 1, 1, 0]);
+    hello.extend(size(extensions.len()));
+    hello.extend(extensions);
+    let mut record = vec![22, 3, 1];
+    record.extend(size(hello.len() + 4));
+    record.push(1);
+    record.extend(&(hello.len() as u32).to_be_bytes()[1..]);
+    record.extend(hello);
+    record
+}
+
+fn connect_from(id: u32, address: SocketAddr) -> std::io::Result<TcpStream> {
     let SocketAddr::V4(address) = address else { panic!("an IPv4 listener") };
     let socket =
         socket(AddressFamily::Inet, SockType::Stream, SockFlag::SOCK_CLOEXEC, None).unwrap();
     let from = std::net::SocketAddrV4::new(address_of(id), 0);
     bind(std::os::fd::AsRawFd::as_raw_fd(&socket), &SockaddrIn::from(from)).unwrap();
-    connect(std::os::fd::AsRawFd::as_raw_fd(&socket), &SockaddrIn::from(address))
-        .unwrap_or_else(|error| panic!("connection {id}: {error}"));
-    TcpStream::from(socket)
+    connect(std::os::fd::AsRawFd::as_raw_fd(&socket), &SockaddrIn::from(address))?;
+    Ok(TcpStream::from(socket))
 }
 
 fn reset(stream: TcpStream) {

@@ -5,6 +5,7 @@
 
 #[path = "mod.rs"]
 mod chaos;
+mod hostile;
 #[path = "../support/mod.rs"]
 mod support;
 mod worker;

@@ -6,15 +6,14 @@
 //! dispatcher has no more descriptors than before.
 
 mod checker;
-
 mod client;
-
+mod configuration;
 mod nemesis;
 
 pub mod protocol;
 
 use std::fs::File;
-use std::net::TcpListener;
+use std::net::{SocketAddr, TcpListener};
 use std::os::fd::OwnedFd;
 use std::path::{Path, PathBuf};
 use std::process::{Command, Stdio};
@@ -25,9 +24,9 @@ use checker::{Evidence, Verdict};
 use client::Clients;
 use dispatcher::sim::Random;
 use dispatcher::status::Status;
-use nemesis::{HANDOFF_TIMEOUT, Nemesis, WAIT_FOR_WORKER, What};
+use nemesis::{Nemesis, What};
 
-use crate::support::{Process, assert_conserved, configure, http_get, wait_for};
+use crate::support::{Process, assert_conserved, configure, http_get, wait_for, write_config};
 
 /// What to run, and for how long.
 #[derive(Debug)]
@@ -60,6 +59,8 @@ struct Run {
     listener: TcpListener,
     clients: Clients,
     only_dispatcher: bool,
+    /// Serves to keep the address of the listener that comes and goes from others.
+    extra: SocketAddr,
 }
 
 impl Run {
@@ -121,16 +122,12 @@ impl Run {
 
 /// True if nothing was wrong. Prints a summary, and the history of what was.
 pub fn run(options: &Options) -> bool {
-    let temp = configure(&format!(
-        "[[listener]]\nname = \"web\"\naddress = \"systemd:web\"\npool = \"web\"\n\n\
-         [pool.web]\nhandoff_timeout = \"{}ms\"\nprobation = \"1s\"\nwait_for_worker = \"{}ms\"\n",
-        HANDOFF_TIMEOUT.as_millis(),
-        WAIT_FOR_WORKER.as_millis()
-    ));
+    let temp = configure(&configuration::plain());
     // Workers append to it, and never create it: one that outlives the test must fail.
     File::create(temp.path().join("taken")).unwrap();
     let listener = listen();
     let address = listener.local_addr().unwrap();
+    let extra = free_address();
     let run = Run {
         programs: Programs {
             dispatcher: options.programs.dispatcher.clone(),
@@ -138,16 +135,17 @@ pub fn run(options: &Options) -> bool {
         },
         directory: temp.path().to_owned(),
         listener,
-        clients: Clients::new(address),
+        clients: Clients::new(address, extra),
         only_dispatcher: options.only_dispatcher,
+        extra,
     };
     println!("chaos for {:?}, seed {}", options.faults_for, options.seed);
     let began = Instant::now();
-    let baseline = baseline(&run);
+    let (baseline, memory_before) = baseline(&run);
     let mut nemesis = Nemesis::new(&run, options.seed);
     let sampling = AtomicBool::new(true);
     let mut samples = 0;
-    let fds = std::thread::scope(|scope| {
+    let (fds, memory) = std::thread::scope(|scope| {
         let sampler = scope.spawn(|| sample(&run, &sampling));
         let clients: Vec<_> = (0..options.clients as u64)
             .map(|number| {
@@ -170,6 +168,9 @@ pub fn run(options: &Options) -> bool {
                 nemesis.problems.push("a client panicked".to_owned());
             }
         }
+        // No processes of its own any more, and no other listener.
+        write_config(&run.directory, &configuration::plain());
+        nemesis.reload();
         let settled = settle(&run, &nemesis, options.seed);
         nemesis.problems.extend(settled.err());
         nemesis.dismiss_workers();
@@ -181,9 +182,14 @@ pub fn run(options: &Options) -> bool {
             Err(_) => nemesis.problems.push("a status did not balance".to_owned()),
         }
         let fds = settled_fds(&nemesis, baseline);
+        let memory = nemesis.dispatcher_memory();
         nemesis.dismiss_dispatcher();
-        fds
+        (fds, memory)
     });
+    if memory > memory_before + MEMORY {
+        let problem = format!("the dispatcher had {memory_before} KiB before, {memory} KiB after");
+        nemesis.problems.push(problem);
+    }
     if fds > baseline {
         nemesis
             .problems
@@ -195,6 +201,7 @@ pub fn run(options: &Options) -> bool {
         connections: run.clients.count(),
         records: &nemesis.records,
         deeds: &nemesis.deeds,
+        killed: &nemesis.killed,
         directory: temp.path(),
     };
     let mut verdict = evidence.judge();
@@ -202,11 +209,13 @@ pub fn run(options: &Options) -> bool {
     let unaccounted = u64::from(evidence.connections)
         - verdict.served
         - verdict.abandoned
+        - told.refused
         - told.broken.len() as u64;
     if unaccounted > 0 {
         verdict.problems.push((None, format!("{unaccounted} connections nobody told of")));
     }
     report(&verdict, &evidence, began.elapsed(), options.seed, samples, (baseline, fds));
+    println!("  memory of the dispatcher before and after: {memory_before} and {memory} KiB");
     let good = verdict.problems.is_empty();
     if !good && std::env::var_os("CHAOS_KEEP").is_some() {
         println!("kept: {}", temp.keep().display());
@@ -221,6 +230,13 @@ impl<F: FnMut()> Drop for OnDrop<F> {
     fn drop(&mut self) {
         (self.0)();
     }
+}
+
+/// Tables that have been used once stay: so much, in KiB, is no leak.
+const MEMORY: u64 = 32 * 1024;
+
+fn free_address() -> SocketAddr {
+    TcpListener::bind((std::net::Ipv4Addr::LOCALHOST, 0)).unwrap().local_addr().unwrap()
 }
 
 fn listen() -> TcpListener {
@@ -238,7 +254,7 @@ fn listen() -> TcpListener {
 }
 
 /// The descriptors of a dispatcher that has had a worker of each kind and some clients, and has none any more.
-fn baseline(run: &Run) -> usize {
+fn baseline(run: &Run) -> (usize, u64) {
     let mut nemesis = Nemesis::new(run, 0);
     nemesis.start_worker("blocking");
     nemesis.relent();
@@ -247,7 +263,7 @@ fn baseline(run: &Run) -> usize {
     (0..20).for_each(|_| run.clients.must_be_served(&mut random));
     nemesis.dismiss_workers();
     run.wait_status("workers to leave", |status| status.pools[0].workers.is_empty()).unwrap();
-    let fds = nemesis.dispatcher_fds();
+    let fds = (nemesis.dispatcher_fds(), nemesis.dispatcher_memory());
     nemesis.dismiss_dispatcher();
     // These workers' numbers will be used again.
     std::fs::write(run.directory.join("taken"), "").unwrap();
@@ -307,6 +323,7 @@ fn report(
     }
     row("answered, whole", verdict.served);
     row("given up by the client itself", verdict.abandoned);
+    row("not let in by a listener that was not there", evidence.told.refused);
     row("answered, then cut: its worker was killed", verdict.cut);
     row("lost", verdict.lost.values().sum());
     verdict.lost.iter().for_each(|(reason, count)| row(&format!("- {reason}"), *count));
@@ -321,6 +338,9 @@ fn report(
         (What::DispatcherTerm, "dispatcher restarted by SIGTERM"),
         (What::DispatcherKill, "dispatcher restarted by SIGKILL"),
         (What::DispatcherStop, "dispatcher stopped and continued"),
+        (What::Reload, "other configurations"),
+        (What::Command, "drains, resumptions and scalings asked for"),
+        (What::KillSpawned, "processes of the dispatcher's own killed"),
     ] {
         row(name, count(what));
     }

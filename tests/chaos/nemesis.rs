@@ -1,23 +1,30 @@
 //! The nemesis: kills, stops, starves and restarts, by a seed; and keeps enough workers running to be worth it.
 
+use std::collections::BTreeMap;
 use std::fs::File;
-use std::path::PathBuf;
+use std::io::{Read, Write};
+use std::os::unix::net::UnixStream;
+use std::path::{Path, PathBuf};
 use std::process::{Command, Stdio};
 use std::time::{Duration, Instant};
 
 use dispatcher::sim::Random;
 use nix::sys::signal::Signal;
 
-use super::Run;
-use super::protocol::now;
-use crate::support::{Process, wait_until};
+use super::protocol::{SPAWNED, now};
+use super::{Run, configuration};
+use crate::support::{Process, wait_until, write_config};
 
 /// Handoffs may wait this long; some stops are shorter, some longer.
 pub const HANDOFF_TIMEOUT: Duration = Duration::from_millis(200);
 /// Clients are told after this long without a worker.
 pub const WAIT_FOR_WORKER: Duration = Duration::from_secs(1);
 
-const FLAVOURS: [&str; 3] = ["blocking", "tokio", "mio"];
+/// More of those that are quick.
+const FLAVOURS: [&str; 12] = [
+    "blocking", "blocking", "tokio", "tokio", "tokio", "mio", "mio", "mio", "serial", "slow",
+    "slow", "nothing",
+];
 
 /// One worker process that was ever started; its number is its place in the list, and the number in its name.
 #[derive(Debug)]
@@ -48,6 +55,9 @@ pub enum What {
     DispatcherTerm,
     DispatcherKill,
     DispatcherStop,
+    Reload,
+    Command,
+    KillSpawned,
 }
 
 struct Worker {
@@ -56,6 +66,14 @@ struct Worker {
     stopped_until: Option<Instant>,
     starved_until: Option<Instant>,
     leaving: bool,
+    flavour: &'static str,
+}
+
+impl Worker {
+    /// It takes nothing, and is there to be in the way.
+    fn is_stuck(&self) -> bool {
+        self.flavour == "nothing"
+    }
 }
 
 enum Dispatcher {
@@ -81,6 +99,9 @@ pub struct Nemesis<'a> {
     pub records: Vec<Record>,
     pub deeds: Vec<Deed>,
     pub problems: Vec<String>,
+    /// Processes of the dispatcher's own, by their numbers.
+    pub killed: BTreeMap<usize, u64>,
+    hostile: Option<Process>,
 }
 
 impl<'a> Nemesis<'a> {
@@ -97,6 +118,8 @@ impl<'a> Nemesis<'a> {
             records: Vec::new(),
             deeds: Vec::new(),
             problems: Vec::new(),
+            killed: BTreeMap::new(),
+            hostile: None,
         }
     }
 
@@ -124,6 +147,12 @@ impl<'a> Nemesis<'a> {
 
     /// Ends every fault, and waits until all is as it should be.
     pub fn relent(&mut self) {
+        self.hostile = None;
+        for index in (0..self.workers.len()).rev() {
+            if self.workers[index].is_stuck() {
+                self.kill(index);
+            }
+        }
         wait_until("the faults to end", || {
             self.mend();
             self.watch();
@@ -133,13 +162,26 @@ impl<'a> Nemesis<'a> {
                     .workers
                     .iter()
                     .all(|w| w.stopped_until.is_none() && w.starved_until.is_none())
-                && self.workers.iter().filter(|w| !w.leaving).count() >= 3
+                && self.workers.iter().filter(|w| !w.leaving && !w.is_stuck()).count() >= 3
+        });
+        for index in (0..self.workers.len()).rev() {
+            if self.workers[index].is_stuck() {
+                self.kill(index);
+            }
+        }
+    }
+
+    /// Every worker gets connections again.
+    pub fn reload(&mut self) {
+        wait_until("a reload", || post(&self.run.admin(), "/v1/reload", "{}"));
+        wait_until("a resumption", || {
+            post(&self.run.admin(), "/v1/workers", "{\"action\": \"resume\"}")
         });
     }
 
     /// Names of the workers that are meant to be there.
     pub fn names(&self) -> Vec<String> {
-        let staying = self.workers.iter().filter(|worker| !worker.leaving);
+        let staying = self.workers.iter().filter(|worker| !worker.leaving && !worker.is_stuck());
         staying.map(|worker| self.records[worker.number].name.clone()).collect()
     }
 
@@ -174,6 +216,18 @@ impl<'a> Nemesis<'a> {
             Dispatcher::Up { process, .. } | Dispatcher::Ending(process) => process.fds(),
             Dispatcher::Down { .. } => 0,
         }
+    }
+
+    /// In KiB.
+    pub fn dispatcher_memory(&self) -> u64 {
+        let (Dispatcher::Up { process, .. } | Dispatcher::Ending(process)) = &self.dispatcher
+        else {
+            return 0;
+        };
+        let path = format!("/proc/{}/status", process.pid());
+        let status = std::fs::read_to_string(path).unwrap_or_default();
+        let line = status.lines().find_map(|line| line.strip_prefix("VmRSS:"));
+        line.and_then(|line| line.split_whitespace().next()?.parse().ok()).unwrap_or(0)
     }
 
     fn did(&mut self, what: What, worker: Option<usize>) -> u64 {
@@ -240,12 +294,15 @@ impl<'a> Nemesis<'a> {
     fn replenish(&mut self) {
         let staying = self.workers.iter().filter(|worker| !worker.leaving).count();
         if staying < self.wanted && Instant::now() >= self.no_starts_until {
-            let flavour = FLAVOURS[self.random.below(3) as usize];
-            self.start_worker(flavour);
+            let flavour = FLAVOURS[self.random.below(12) as usize];
+            // One that is in the way is enough.
+            if flavour != "nothing" || !self.workers.iter().any(Worker::is_stuck) {
+                self.start_worker(flavour);
+            }
         }
     }
 
-    pub fn start_worker(&mut self, flavour: &str) {
+    pub fn start_worker(&mut self, flavour: &'static str) {
         let number = self.records.len();
         let name = format!("{}{number}", &flavour[..1]);
         let process = self.run.start_worker(flavour, &name);
@@ -256,6 +313,7 @@ impl<'a> Nemesis<'a> {
             stopped_until: None,
             starved_until: None,
             leaving: false,
+            flavour,
         });
         self.did(What::Start, Some(number));
     }
@@ -278,6 +336,13 @@ impl<'a> Nemesis<'a> {
                 let index = self.any();
                 self.kill(index);
             }
+            450..500 if dispatcher_too => self.reconfigure(),
+            500..560 if dispatcher_too => self.command(),
+            560..590 => self.kill_spawned(),
+            590..600 if self.hostile.is_none() => {
+                self.hostile = Some(self.run.start_worker("hostile", "hostile"));
+            }
+            590..600 => self.hostile = None,
             450..600 => {
                 let short = 5 + self.random.below(120);
                 self.stop(What::StopShort, short);
@@ -289,6 +354,64 @@ impl<'a> Nemesis<'a> {
             750..870 => self.say_goodbye(),
             _ => self.starve(),
         }
+    }
+
+    fn reconfigure(&mut self) {
+        let run = self.run;
+        let worker = &run.programs.worker;
+        let text = configuration::any(&mut self.random, run.extra, worker, &run.directory);
+        // In one piece: it may be read at any moment.
+        let part = run.directory.join("part");
+        std::fs::create_dir_all(&part).unwrap();
+        write_config(&part, &text);
+        let text = std::fs::read_to_string(part.join("dispatcher.toml")).unwrap();
+        let text = text.replace(part.to_str().unwrap(), run.directory.to_str().unwrap());
+        std::fs::write(part.join("dispatcher.toml"), text).unwrap();
+        std::fs::rename(part.join("dispatcher.toml"), run.directory.join("dispatcher.toml"))
+            .unwrap();
+        self.did(What::Reload, None);
+        if let Dispatcher::Up { process, .. } = &self.dispatcher
+            && run.serves(process)
+        {
+            process.signal(Signal::SIGHUP);
+        }
+    }
+
+    /// What an operator may ask for. Whether it is done depends on what else goes on.
+    fn command(&mut self) {
+        let admin = self.run.admin();
+        let names: Vec<String> = self.names();
+        let (path, body) = match self.random.below(5) {
+            0 | 1 if !names.is_empty() => {
+                let name = &names[self.random.below(names.len() as u64) as usize];
+                (format!("/v1/workers/web%2F{name}"), "{\"action\": \"drain\"}".to_owned())
+            }
+            2 | 3 => ("/v1/workers".to_owned(), "{\"action\": \"resume\"}".to_owned()),
+            _ => {
+                let count = 1 + self.random.below(4);
+                let body = format!("{{\"action\": \"scale\", \"processes\": {count}}}");
+                ("/v1/pools/web".to_owned(), body)
+            }
+        };
+        self.did(What::Command, None);
+        // The dispatcher may be stopped just now.
+        std::thread::spawn(move || post(&admin, &path, &body));
+    }
+
+    fn kill_spawned(&mut self) {
+        let Some(status) = self.run.status() else { return };
+        let workers = status.pools.iter().flat_map(|pool| &pool.workers);
+        let pids: Vec<i32> =
+            workers.filter(|w| w.name.starts_with("web-")).map(|worker| worker.pid).collect();
+        if pids.is_empty() {
+            return;
+        }
+        let pid = pids[self.random.below(pids.len() as u64) as usize];
+        let number = SPAWNED as usize + pid as usize;
+        // It is our dispatcher's child as long as this one lives and has not collected its end.
+        let at = self.did(What::KillSpawned, Some(number));
+        self.killed.entry(number).or_insert(at);
+        let _ = nix::sys::signal::kill(nix::unistd::Pid::from_raw(pid), Signal::SIGKILL);
     }
 
     fn any(&mut self) -> usize {
@@ -375,11 +498,29 @@ impl<'a> Nemesis<'a> {
     }
 }
 
+/// Whether a command was carried out.
+fn post(admin: &Path, path: &str, body: &str) -> bool {
+    let answer = || -> std::io::Result<String> {
+        let mut stream = UnixStream::connect(admin)?;
+        stream.set_read_timeout(Some(Duration::from_secs(5)))?;
+        write!(
+            stream,
+            "POST {path} HTTP/1.1\r\nHost: test\r\nContent-Type: application/json\r\n\
+             Content-Length: {}\r\nConnection: close\r\n\r\n{body}",
+            body.len()
+        )?;
+        let mut text = String::new();
+        stream.read_to_string(&mut text)?;
+        Ok(text)
+    };
+    answer().is_ok_and(|text| text.starts_with("HTTP/1.1 200 "))
+}
+
 /// Started with the listening socket as descriptor 3, the way a service manager does it.
 pub fn dispatcher_command(
     program: &PathBuf,
     listener: File,
-    directory: &std::path::Path,
+    directory: &Path,
 ) -> Command {
     let mut command = Command::new("sh");
     let script = r#"export LISTEN_PID=$$; exec "$0" run --config "$1" 3<&0 </dev/null"#;

@@ -34,6 +34,29 @@ pub fn id_of(peer: PeerAddr) -> Option<u32> {
     }
 }
 
+/// Numbers of processes that the dispatcher has started: this, plus their pid.
+pub const SPAWNED: u32 = 1_000_000_000;
+
+/// The number in a worker's name: `b12` is 12, and `x4711` the process 4711 of the dispatcher's own.
+pub fn number_of(name: &str) -> Option<u32> {
+    let number: u32 = name.get(1..)?.parse().ok()?;
+    if name.starts_with('x') { number.checked_add(SPAWNED) } else { Some(number) }
+}
+
+/// What a question starts with, whatever the client has sent before it: a request's head, a ClientHello.
+const MARK: &str = "@@";
+
+pub fn question(id: u32, text: &str) -> String {
+    format!("{MARK}{id} {text}\n")
+}
+
+/// The question in a line, if there is one.
+pub fn asked(line: &[u8]) -> Option<String> {
+    let line = String::from_utf8_lossy(line);
+    let (_, question) = line.rsplit_once(MARK)?;
+    Some(question.trim_end().to_owned())
+}
+
 /// FNV-1a.
 pub fn checksum(text: &str) -> u32 {
     text.bytes().fold(0x811c_9dc5, |sum, byte| (sum ^ u32::from(byte)).wrapping_mul(0x0100_0193))

@@ -1,4 +1,4 @@
-//! The worker of the chaos test, in three flavours. It writes down each connection the moment it has taken it, then
+//! The worker of the chaos test, in several flavours: quick, slow, serial, stuck. It writes down each connection the moment it has taken it, then
 //! answers line by line. Now and then it hangs for a while before it takes the next. SIGTERM makes it say goodbye; it ends when its last connection does.
 
 use std::cell::RefCell;
@@ -18,10 +18,14 @@ use tokio::io::{AsyncBufReadExt, AsyncWriteExt};
 use worker_sdk::mio::MioWorker;
 use worker_sdk::{Connection, Error, PeerAddr, Worker, WorkerConfig};
 
-use crate::chaos::protocol::{answer, id_of, now};
+use crate::chaos::protocol::{answer, asked, id_of, now};
+use crate::hostile;
 use dispatcher::sim::Random;
 
-static NAME: LazyLock<String> = LazyLock::new(|| std::env::var("DISPATCH_NAME").unwrap());
+static NAME: LazyLock<String> = LazyLock::new(|| match std::env::var("CHAOS_ROLE").as_deref() {
+    Ok("spawned") => format!("x{}", std::process::id()),
+    _ => std::env::var("DISPATCH_NAME").unwrap(),
+});
 static TAKEN: LazyLock<File> = LazyLock::new(|| {
     let path = std::env::var_os("CHAOS_TAKEN").unwrap();
     File::options().append(true).open(path).unwrap()
@@ -35,9 +39,19 @@ pub fn main(flavour: &str) {
     let most = Duration::from_millis(500);
     let config = WorkerConfig::from_env().unwrap().reconnect(Duration::from_millis(10), most);
     match flavour {
-        "blocking" => blocking(config),
+        "blocking" => blocking(config, 2),
         "tokio" => tokio(config),
         "mio" => mio(config),
+        "serial" => serial(config),
+        "slow" => slow(config),
+        "nothing" => nothing(config),
+        "hostile" => hostile::work(),
+        "spawned" => {
+            // It has nobody to serve for when its dispatcher has died.
+            let with_parent = Some(rustix::process::Signal::TERM);
+            rustix::process::set_parent_process_death_signal(with_parent).unwrap();
+            blocking(config, 1);
+        }
         other => panic!("no such flavour: {other}"),
     }
 }
@@ -68,34 +82,105 @@ fn on_sigterm(action: impl Fn() + Send + 'static) {
     std::thread::spawn(move || signals.forever().for_each(|_| action()));
 }
 
-fn blocking(config: WorkerConfig) {
+/// Processes of the dispatcher's own end when they are drained; others stay.
+fn stays(worker: &Worker) -> bool {
+    !NAME.starts_with('x') && worker.resumed().unwrap()
+}
+
+fn blocking(config: WorkerConfig, threads: u32) {
     let worker = Worker::connect(config).unwrap();
     let closer = worker.clone();
     on_sigterm(move || closer.close());
-    // Two threads take: the one that received shares with the other.
+    // Where several take, the one that received shares with the others.
     std::thread::scope(|scope| {
-        for _ in 0..2 {
+        for _ in 0..threads {
             scope.spawn(|| {
-                while let Some(connection) = worker.accept().unwrap() {
-                    let id = write_down(connection.peer_addr());
-                    let thread = std::thread::Builder::new().stack_size(64 * 1024);
-                    thread.spawn(move || serve(connection, id)).unwrap();
+                loop {
+                    while let Some(connection) = worker.accept().unwrap() {
+                        let id = write_down(connection.peer_addr());
+                        let thread = std::thread::Builder::new().stack_size(64 * 1024);
+                        thread.spawn(move || serve(connection, id)).unwrap();
+                    }
+                    if !stays(&worker) {
+                        break;
+                    }
                 }
             });
         }
     });
+    worker.close();
+    // What only this process can serve, because its dispatcher has died.
+    while let Some(connection) = worker.accept().unwrap() {
+        let id = write_down(connection.peer_addr());
+        std::thread::spawn(move || serve(connection, id));
+    }
     while worker.live() > 0 {
         std::thread::sleep(Duration::from_millis(5));
     }
 }
 
+/// One connection at a time, from its beginning to its end.
+fn serial(config: WorkerConfig) {
+    let worker = Worker::connect(config).unwrap();
+    let closer = worker.clone();
+    on_sigterm(move || closer.close());
+    loop {
+        while let Some(connection) = worker.accept().unwrap() {
+            let id = write_down(connection.peer_addr());
+            // A client that stays must not keep the others waiting for ever.
+            connection.set_read_timeout(Some(Duration::from_millis(500))).unwrap();
+            serve(connection, id);
+        }
+        if !stays(&worker) {
+            return;
+        }
+    }
+}
+
+/// An event loop that comes round every 320 ms.
+fn slow(config: WorkerConfig) {
+    let worker = Worker::connect(config).unwrap();
+    let closed = Arc::new(AtomicBool::new(false));
+    let asked = Arc::clone(&closed);
+    on_sigterm(move || asked.store(true, Ordering::SeqCst));
+    loop {
+        if closed.load(Ordering::SeqCst) {
+            worker.close();
+        }
+        loop {
+            match worker.try_accept() {
+                Ok(Some(connection)) => {
+                    connection.set_nonblocking(false).unwrap();
+                    let id = write_down(connection.peer_addr());
+                    std::thread::spawn(move || serve(connection, id));
+                }
+                Ok(None) | Err(Error::Draining) => break,
+                Err(Error::Closed) if worker.live() == 0 => return,
+                Err(Error::Closed) => break,
+                Err(error) => panic!("{error}"),
+            }
+        }
+        std::thread::sleep(Duration::from_millis(320));
+    }
+}
+
+/// Joins, and takes nothing.
+fn nothing(config: WorkerConfig) {
+    let worker = Worker::connect(config).unwrap();
+    let mut signals = Signals::new([SIGTERM]).unwrap();
+    signals.forever().next();
+    worker.close();
+}
+
 fn serve(connection: Connection, id: Option<u32>) {
     let mut reader = BufReader::new(&connection);
-    let mut line = String::new();
-    while reader.read_line(&mut line).is_ok_and(|count| count > 0) {
-        let text = answer(&NAME, id, line.trim_end());
-        if (&connection).write_all(text.as_bytes()).is_err() {
-            return;
+    let mut line = Vec::new();
+    while reader.read_until(b'\n', &mut line).is_ok_and(|count| count > 0) {
+        if let Some(question) = asked(&line) {
+            let text = answer(&NAME, id, &question);
+            if (&connection).write_all(text.as_bytes()).is_err() {
+                return;
+            }
         }
         line.clear();
     }
@@ -111,16 +196,23 @@ fn tokio(config: WorkerConfig) {
             let connection = match listener.accept().await {
                 Ok(connection) => connection,
                 Err(Error::Closed) => break,
+                Err(Error::Draining) => match listener.resumed().await {
+                    Ok(true) => continue,
+                    Ok(false) | Err(Error::Closed) => break,
+                    Err(error) => panic!("{error}"),
+                },
                 Err(error) => panic!("{error}"),
             };
             let id = write_down(connection.peer_addr());
             tokio::spawn(async move {
                 let mut connection = tokio::io::BufReader::new(connection);
-                let mut line = String::new();
-                while connection.read_line(&mut line).await.is_ok_and(|count| count > 0) {
-                    let text = answer(&NAME, id, line.trim_end());
-                    if connection.get_mut().write_all(text.as_bytes()).await.is_err() {
-                        return;
+                let mut line = Vec::new();
+                while connection.read_until(b'\n', &mut line).await.is_ok_and(|count| count > 0) {
+                    if let Some(question) = asked(&line) {
+                        let text = answer(&NAME, id, &question);
+                        if connection.get_mut().write_all(text.as_bytes()).await.is_err() {
+                            return;
+                        }
                     }
                     line.clear();
                 }
@@ -167,6 +259,11 @@ fn mio(config: WorkerConfig) {
                     let mut connection = match worker.try_accept() {
                         Ok(Some(connection)) => connection,
                         Ok(None) => break,
+                        // It is readable all the time now; whoever resumes it makes it no less so.
+                        Err(Error::Draining) => {
+                            std::thread::sleep(Duration::from_millis(5));
+                            break;
+                        }
                         Err(Error::Closed) => {
                             closed = true;
                             break;
@@ -206,8 +303,8 @@ impl Served {
             }
             while let Some(end) = self.input.iter().position(|&byte| byte == b'\n') {
                 let line: Vec<u8> = self.input.drain(..=end).collect();
-                let line = String::from_utf8_lossy(&line);
-                let text = answer(&NAME, self.id, line.trim_end());
+                let Some(question) = asked(&line) else { continue };
+                let text = answer(&NAME, self.id, &question);
                 // Clients wait for each answer, so it fits into the send buffer.
                 if self.connection.write_all(text.as_bytes()).is_err() {
                     return false;
