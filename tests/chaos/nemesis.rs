@@ -336,18 +336,18 @@ impl<'a> Nemesis<'a> {
                 let index = self.any();
                 self.kill(index);
             }
-            450..500 if dispatcher_too => self.reconfigure(),
-            500..560 if dispatcher_too => self.command(),
+            450..500 => self.reconfigure(),
+            500..560 => self.command(),
             560..590 => self.kill_spawned(),
             590..600 if self.hostile.is_none() => {
                 self.hostile = Some(self.run.start_worker("hostile", "hostile"));
             }
             590..600 => self.hostile = None,
-            450..600 => {
+            600..670 => {
                 let short = 5 + self.random.below(120);
                 self.stop(What::StopShort, short);
             }
-            600..750 => {
+            670..750 => {
                 let long = HANDOFF_TIMEOUT.as_millis() as u64 * (2 + self.random.below(6));
                 self.stop(What::StopLong, long);
             }
@@ -370,7 +370,8 @@ impl<'a> Nemesis<'a> {
         std::fs::rename(part.join("dispatcher.toml"), run.directory.join("dispatcher.toml"))
             .unwrap();
         self.did(What::Reload, None);
-        if let Dispatcher::Up { process, .. } = &self.dispatcher
+        // One that is stopped would keep us from letting it go on.
+        if let Dispatcher::Up { process, stopped_until: None } = &self.dispatcher
             && run.serves(process)
         {
             process.signal(Signal::SIGHUP);
@@ -399,6 +400,7 @@ impl<'a> Nemesis<'a> {
     }
 
     fn kill_spawned(&mut self) {
+        let Dispatcher::Up { stopped_until: None, .. } = self.dispatcher else { return };
         let Some(status) = self.run.status() else { return };
         let workers = status.pools.iter().flat_map(|pool| &pool.workers);
         let pids: Vec<i32> =
@@ -517,11 +519,7 @@ fn post(admin: &Path, path: &str, body: &str) -> bool {
 }
 
 /// Started with the listening socket as descriptor 3, the way a service manager does it.
-pub fn dispatcher_command(
-    program: &PathBuf,
-    listener: File,
-    directory: &Path,
-) -> Command {
+pub fn dispatcher_command(program: &PathBuf, listener: File, directory: &Path) -> Command {
     let mut command = Command::new("sh");
     let script = r#"export LISTEN_PID=$$; exec "$0" run --config "$1" 3<&0 </dev/null"#;
     command.args(["-c", script]).arg(program).arg(directory.join("dispatcher.toml"));
