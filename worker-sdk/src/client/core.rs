@@ -22,13 +22,14 @@ use super::backoff::Backoff;
 use super::channel::{self, Received, Wait};
 use super::clock::after;
 use super::config::WorkerConfig;
-use super::connection::{Accepted, Custody, Guard, Origin};
+use super::connection::{Accepted, Origin};
 #[cfg(any(feature = "mio", feature = "tokio"))]
 use super::drain::start_thread;
 use super::drain::{Drain, Draining};
 use super::error::Error;
 use super::events::{Callback, Event, Events};
 use super::gauges::{Gauge, Gauges};
+use super::guard::{Custody, Guard};
 use super::idle::Idle;
 use super::join::{self, Failure, Joined, Session};
 use super::live::Live;
@@ -40,7 +41,11 @@ use super::standalone::Listener;
 use crate::scoreboard::claim::{self, want};
 use crate::wire::{Entry, EntryFlags, Features, Hello, PeerAddr, Probe, Update, VERSION};
 
+mod ends;
 mod link;
+mod lock;
+
+use self::lock::Locked;
 
 /// A dispatcher that accepts and then says nothing is tried again after this.
 const WELCOME_TIMEOUT: Duration = Duration::from_secs(10);
@@ -98,56 +103,6 @@ pub(super) struct State {
     pub(super) told: Update,
     /// Offered while paused: see [`State::set_aside`].
     pub(super) aside: Vec<Pending>,
-}
-
-/// The lock on the state. What was said under it is passed to the application's logger after its release.
-pub(super) struct Locked<'a> {
-    // Declared, and so dropped, first.
-    state: MutexGuard<'a, State>,
-    flush: Flush<'a>,
-}
-
-struct Flush<'a>(&'a Said);
-
-impl Drop for Flush<'_> {
-    fn drop(&mut self) {
-        self.0.flush();
-    }
-}
-
-impl<'a> Locked<'a> {
-    /// Waits for `condition`, perhaps in vain.
-    fn wait(self, condition: &Condvar, core: &'a Core, until: Option<Instant>) -> Locked<'a> {
-        let Locked { state, flush } = self;
-        if !flush.0.is_empty() {
-            // The logger first; it may take its time, so the caller looks again.
-            drop(state);
-            drop(flush);
-            return core.lock();
-        }
-        let state = match until {
-            None => condition.wait(state).unwrap_or_else(PoisonError::into_inner),
-            Some(until) => {
-                let left = until.saturating_duration_since(Instant::now());
-                condition.wait_timeout(state, left).unwrap_or_else(PoisonError::into_inner).0
-            }
-        };
-        Locked { state, flush }
-    }
-}
-
-impl std::ops::Deref for Locked<'_> {
-    type Target = State;
-
-    fn deref(&self) -> &State {
-        &self.state
-    }
-}
-
-impl std::ops::DerefMut for Locked<'_> {
-    fn deref_mut(&mut self) -> &mut State {
-        &mut self.state
-    }
 }
 
 pub(super) enum Link {
@@ -491,40 +446,6 @@ impl Core {
         self.end_session_if_over();
     }
 
-    /// Ends what was claimed on behalf of an application that will not ask again.
-    pub(crate) fn abandon(self: &Arc<Self>) {
-        if self.process.is_current() {
-            self.close();
-            self.end_queue();
-        }
-    }
-
-    fn end_queue(&self) {
-        let queue = mem::take(&mut self.lock().queue);
-        for pending in queue {
-            if let Pending::Taken(accepted) = pending {
-                drop(super::connection::Connection::new(accepted));
-            }
-        }
-    }
-
-    /// Closes, waits until no connection is live, and shuts down what is left after `within`: gives how many that are.
-    pub(crate) fn shutdown(self: &Arc<Self>, within: Duration) -> usize {
-        if !self.process.is_current() {
-            return 0;
-        }
-        self.close();
-        if self.wait_until_idle(Some(after(within))) {
-            return 0;
-        }
-        self.end_queue();
-        let ended = self.live.end_now();
-        if ended > 0 {
-            log::warn!("the time to shut down is over: {ended} connections are shut down");
-        }
-        ended
-    }
-
     pub(crate) fn process(&self) -> Process {
         self.process
     }
@@ -541,77 +462,6 @@ impl Core {
         // In this order the difference can't be negative.
         let finished = self.finished.load(Ordering::SeqCst);
         self.opened.load(Ordering::SeqCst) - finished
-    }
-
-    /// Waits until no connection is live; false if that moment has come before. In a forked child none ever is.
-    pub(crate) fn wait_until_idle(&self, until: Option<Instant>) -> bool {
-        !self.process.is_current() || self.idle.wait(until, || self.live())
-    }
-
-    /// The same for a task: the waiting is done by a thread, as a runtime may have no timers.
-    #[cfg(feature = "tokio")]
-    pub(crate) async fn shut_down_aside(self: &Arc<Self>, within: Duration) -> usize {
-        self.close();
-        let (tell, told) = tokio::sync::oneshot::channel();
-        self.shut_down_on_a_thread(within, move |ended| {
-            // Whoever asked may have given up.
-            let _ = tell.send(ended);
-        });
-        // Without a thread there is no deadline.
-        match told.await {
-            Ok(ended) => ended,
-            Err(_) => {
-                self.idle().await;
-                0
-            }
-        }
-    }
-
-    /// Closes, and has a thread do the rest of [`Core::shutdown`].
-    #[cfg(any(feature = "mio", feature = "tokio"))]
-    pub(crate) fn shut_down_on_a_thread(
-        self: &Arc<Self>,
-        within: Duration,
-        done: impl FnOnce(usize) + Send + 'static,
-    ) {
-        self.close();
-        let core = Arc::clone(self);
-        start_thread(self, "worker-shutdown", move || done(core.shutdown(within)));
-        self.said.flush();
-    }
-
-    pub(crate) fn on_joined(self: &Arc<Self>, callback: impl Fn(u64) + Send + Sync + 'static) {
-        self.on(Callback::Joined(Arc::new(callback)));
-    }
-
-    pub(crate) fn on_lost(self: &Arc<Self>, callback: impl Fn(&str) + Send + Sync + 'static) {
-        self.on(Callback::Lost(Arc::new(callback)));
-    }
-
-    pub(crate) fn on_resumed(self: &Arc<Self>, callback: impl Fn() + Send + Sync + 'static) {
-        self.on(Callback::Resumed(Arc::new(callback)));
-    }
-
-    fn on(self: &Arc<Self>, callback: Callback) {
-        // Under the lock, so that what happens meanwhile is told once.
-        let state = self.lock();
-        let already = match (&callback, &state.link) {
-            (Callback::Joined(_), Link::Joined { session, .. }) => {
-                Some(Event::Joined(session.worker_id))
-            }
-            _ => None,
-        };
-        let done = self.events.on(self, callback, already);
-        drop(state);
-        drop(done);
-    }
-
-    /// The same for a task.
-    #[cfg(feature = "tokio")]
-    pub(crate) async fn idle(&self) {
-        if self.process.is_current() {
-            self.idle.waited(|| self.live()).await;
-        }
     }
 
     pub(crate) fn gauge(&self, name: &str) -> Result<Gauge, Error> {
@@ -697,11 +547,6 @@ impl Core {
 
     fn check_process(&self) -> Result<(), Error> {
         if self.process.is_current() { Ok(()) } else { Err(Error::Forked) }
-    }
-
-    pub(super) fn lock(&self) -> Locked<'_> {
-        let state = self.state.lock().unwrap_or_else(PoisonError::into_inner);
-        Locked { state, flush: Flush(&self.said) }
     }
 
     fn wait(&self, until: Option<Instant>) -> Result<(), Error> {

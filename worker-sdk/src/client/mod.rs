@@ -15,7 +15,9 @@ mod events;
 #[cfg(feature = "fuzzing")]
 pub mod fuzzing;
 mod gauges;
+mod guard;
 mod idle;
+mod incoming;
 mod join;
 mod live;
 mod own;
@@ -32,12 +34,16 @@ use std::sync::Arc;
 use std::time::Duration;
 
 pub use self::config::WorkerConfig;
+pub use self::connection::Connection;
 #[cfg(feature = "tokio")]
-pub(crate) use self::connection::{Accepted, Held, Origin};
-pub use self::connection::{Connection, Guard};
+pub(crate) use self::connection::{Accepted, Origin};
 pub use self::drain::Drain;
 pub use self::error::Error;
 pub use self::gauges::Gauge;
+pub use self::guard::Guard;
+#[cfg(feature = "tokio")]
+pub(crate) use self::guard::Held;
+pub use self::incoming::{Incoming, IntoIncoming};
 pub use self::own::OwnError;
 pub use self::sample::Sampling;
 
@@ -532,52 +538,5 @@ impl fmt::Debug for Worker {
             .field("id", &self.id())
             .field("live", &self.live())
             .finish_non_exhaustive()
-    }
-}
-
-/// Iterator over the connections of a [`Worker`]; see [`Worker::incoming`].
-#[derive(Debug)]
-pub struct Incoming<'a> {
-    worker: &'a Worker,
-}
-
-impl Iterator for Incoming<'_> {
-    type Item = Connection;
-
-    fn next(&mut self) -> Option<Connection> {
-        next(self.worker)
-    }
-}
-
-/// Iterator over the connections of a [`Worker`] that owns it; see [`Worker::into_incoming`].
-#[derive(Debug)]
-pub struct IntoIncoming {
-    worker: Worker,
-}
-
-impl Iterator for IntoIncoming {
-    type Item = Connection;
-
-    fn next(&mut self) -> Option<Connection> {
-        next(&self.worker)
-    }
-}
-
-impl IntoIterator for Worker {
-    type Item = Connection;
-    type IntoIter = IntoIncoming;
-
-    fn into_iter(self) -> IntoIncoming {
-        self.into_incoming()
-    }
-}
-
-fn next(worker: &Worker) -> Option<Connection> {
-    match worker.accept() {
-        Ok(connection) => connection,
-        Err(error) => {
-            log::error!("no more connections: {error}");
-            None
-        }
     }
 }

@@ -1,0 +1,65 @@
+//! The lock on the state, whose release passes on what was said under it.
+
+use super::*;
+
+/// The lock on the state. What was said under it is passed to the application's logger after its release.
+pub(in crate::client) struct Locked<'a> {
+    // Declared, and so dropped, first.
+    state: MutexGuard<'a, State>,
+    flush: Flush<'a>,
+}
+
+struct Flush<'a>(&'a Said);
+
+impl Drop for Flush<'_> {
+    fn drop(&mut self) {
+        self.0.flush();
+    }
+}
+
+impl<'a> Locked<'a> {
+    /// Waits for `condition`, perhaps in vain.
+    pub(super) fn wait(
+        self,
+        condition: &Condvar,
+        core: &'a Core,
+        until: Option<Instant>,
+    ) -> Locked<'a> {
+        let Locked { state, flush } = self;
+        if !flush.0.is_empty() {
+            // The logger first; it may take its time, so the caller looks again.
+            drop(state);
+            drop(flush);
+            return core.lock();
+        }
+        let state = match until {
+            None => condition.wait(state).unwrap_or_else(PoisonError::into_inner),
+            Some(until) => {
+                let left = until.saturating_duration_since(Instant::now());
+                condition.wait_timeout(state, left).unwrap_or_else(PoisonError::into_inner).0
+            }
+        };
+        Locked { state, flush }
+    }
+}
+
+impl std::ops::Deref for Locked<'_> {
+    type Target = State;
+
+    fn deref(&self) -> &State {
+        &self.state
+    }
+}
+
+impl std::ops::DerefMut for Locked<'_> {
+    fn deref_mut(&mut self) -> &mut State {
+        &mut self.state
+    }
+}
+
+impl Core {
+    pub(in crate::client) fn lock(&self) -> Locked<'_> {
+        let state = self.state.lock().unwrap_or_else(PoisonError::into_inner);
+        Locked { state, flush: Flush(&self.said) }
+    }
+}
