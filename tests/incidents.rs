@@ -161,7 +161,7 @@ fn a_worker_is_killed_with_connections_it_had_not_taken() {
 
 #[test]
 fn a_worker_stands_still_and_comes_back() {
-    let dispatcher = start("handoff_timeout = \"100ms\"\nprobation = \"0s\"");
+    let dispatcher = start("handoff_timeout = \"100ms\"");
     let stopped = dispatcher.worker("blocking", "web", "stopped");
     dispatcher.wait_joined("web", 1);
     let _other = dispatcher.worker("blocking", "web", "other");

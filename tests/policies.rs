@@ -135,7 +135,7 @@ fn a_weight_can_be_changed_at_run_time() {
 
 #[test]
 fn who_comes_back_starts_slowly() {
-    let keys = "handoff_timeout = \"10m\"\nprobation = \"0s\"";
+    let keys = "handoff_timeout = \"10m\"";
     let (dispatcher, address) = start_one_pool(keys);
     let stays = [("TEST_WORKER", "stays")];
     let workers = ["w0", "w1"].map(|name| dispatcher.worker_with("blocking", "web", name, &stays));

@@ -44,13 +44,12 @@ fn a_full_channel_sends_clients_to_the_next_worker() {
         return;
     }
     let (dispatcher, address) = start_one_pool(&format!("{PATIENT}\nmax_untaken = 4096"));
-    let environment = [
-        ("TEST_WORKER", "never-take"),
-        ("DISPATCH_WEIGHT", "10000"),
-        ("DISPATCH_MAX_CONNECTIONS", "100000"),
-    ];
-    let mut lazy = dispatcher.worker_with("blocking", "web", "lazy", &environment);
+    let environment = [("DISPATCH_WEIGHT", "10000"), ("DISPATCH_MAX_CONNECTIONS", "100000")];
+    let mut lazy = dispatcher.worker_with("mio", "web", "lazy", &environment);
     dispatcher.wait_joined("web", 1);
+    dispatcher.prove_all(address);
+    let before = dispatcher.status().accepted;
+    lazy.signal(Signal::SIGSTOP);
     narrow_channels(&dispatcher);
     let _other = dispatcher.worker("mio", "web", "other");
     dispatcher.wait_joined("web", 2);
@@ -59,8 +58,9 @@ fn a_full_channel_sends_clients_to_the_next_worker() {
     while !dispatcher.log().contains("event=channel_full") {
         assert!(streams.len() < 4_000, "its channel has no end");
         streams.extend((0..20).map(|_| connect(address)));
-        dispatcher
-            .wait_status("all to be placed", |status| status.accepted == streams.len() as u64);
+        dispatcher.wait_status("all to be placed", |status| {
+            status.accepted == before + streams.len() as u64
+        });
     }
     let status = dispatcher.status();
     let full = worker(&status, "lazy").unwrap();
@@ -79,7 +79,7 @@ fn a_full_channel_sends_clients_to_the_next_worker() {
 #[test]
 fn a_worker_at_its_descriptor_limit_loses_nothing() {
     for flavour in ["blocking", "tokio", "mio"] {
-        let (dispatcher, address) = start_one_pool(&format!("{PATIENT}\nprobation = \"0s\""));
+        let (dispatcher, address) = start_one_pool(&format!("{PATIENT}"));
         let workers = dispatcher.workers(flavour, "web", 2);
         let warm: Vec<Client> = (0..4).map(|_| Client::connect(address).unwrap()).collect();
         assert_eq!(tally(&warm)["w0"], 2);

@@ -58,7 +58,7 @@ fn core_with(
         max_untaken: 256,
         max_workers: 4096,
         handoff_timeout: Duration::from_secs(1),
-        probation: Duration::from_secs(1),
+        max_handoff_timeout: Duration::from_secs(30),
         wait_for_worker: Duration::from_secs(1),
         access: Access { users: vec![0], groups: Vec::new() },
         ..PoolSettings::default()
@@ -124,7 +124,7 @@ fn turn_of(
         }
     }
     for &(worker, ticket) in &*sent {
-        core.slot(now, worker, ticket, SlotState::Taken);
+        core.slot(now, worker, ticket, SlotState::Taken, now);
     }
     while core.effect().is_some() {}
     for (worker, _) in sent.drain(..) {

@@ -260,6 +260,15 @@ pub struct WorkerStatus {
     pub revoked: u64,
     /// Connections that went elsewhere because its channel had no room.
     pub channel_full: u64,
+    /// Whether it has taken a connection since it joined, or since it was last suspect.
+    #[serde(default)]
+    pub proven: bool,
+    /// The longest time that it usually needs to take a connection, in milliseconds.
+    #[serde(default)]
+    pub longest_take_ms: u64,
+    /// How many of its threads wait for a connection; `null` for an event loop, which does not report that.
+    #[serde(default)]
+    pub idle_threads: Option<u32>,
     /// Connections it was told to end because the deadline of its drain had come.
     #[serde(default)]
     pub ended_at_deadline: u64,

@@ -87,7 +87,7 @@ fn settings(name: &str, processes: u32, bytes: &mut Bytes<'_>) -> PoolSettings {
         max_untaken: 1 + bytes.below(4) as u32,
         max_workers: 1 + bytes.below(5) as u32,
         handoff_timeout: Duration::from_millis(1) + millis(bytes),
-        probation: millis(bytes),
+        max_handoff_timeout: millis(bytes),
         wait_for_worker: millis(bytes),
         access: Access { users: vec![0], groups: Vec::new() },
         processes,
@@ -317,7 +317,7 @@ impl Run {
         };
         let core = &mut self.desk.core;
         match bytes.below(7) {
-            0 => core.slot(now, worker, ticket, state),
+            0 => core.slot(now, worker, ticket, state, now),
             1 => core.revoked(now, worker, ticket, Revoke::Revoked),
             2 => core.revoked(now, worker, ticket, Revoke::Was(state)),
             3 => core.send_failed(now, worker, ticket, SendFailure::Full),

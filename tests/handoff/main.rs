@@ -64,7 +64,5 @@ fn no_client_waits_longer_than_the_table_allows() {
     for failure in &failures {
         println!("FAILS  {}", failure.text);
     }
-    // The rule that moves connections is measured against the requirements; the references must serve all.
-    let unserved: usize = failures.iter().filter(|verdict| verdict.reference).count();
-    assert_eq!(unserved, 0, "the references do not serve all clients");
+    assert!(failures.is_empty(), "{} requirements do not hold", failures.len());
 }

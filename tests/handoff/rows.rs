@@ -9,14 +9,18 @@ use dispatcher::sim::waits::{Change, Kind, Rounds, Scenario, Service, WorkerPlan
 pub enum Need {
     /// 99 % wait at most so many times as long as with never moving, undisturbed.
     OfNever(f64),
+    /// 99 % wait at most so much longer than with never moving.
+    AsNever(Duration),
     /// Half and 99 % wait at most so many times as long as with a shared queue.
     OfShared(f64),
     /// At most this part of the clients is moved.
     Moves(f64),
-    /// No worker becomes suspect.
-    Trusted,
-    /// Clients of the worker that stops wait at most 3 × its usual longest take and one round of another worker.
-    Stop,
+    /// No worker becomes suspect, trusted and suspect again.
+    Settled,
+    /// The same for all seeds together: a seed has few of the rounds that make these 99 %.
+    TogetherOfNever(f64),
+    /// Clients of the worker that stops wait at most 3 × its usual longest take and so many rounds of another worker.
+    Stop(u64),
     /// Nobody waits longer.
     Longest(Duration),
     /// The first client waits at most so long.
@@ -104,15 +108,19 @@ fn name_of(count: usize, round: Duration, rate: f64, rounds: &str) -> String {
     format!("{count} loops {round:?} {rate}/s {rounds}")
 }
 
-/// Event loops; their number, round, rate and distribution, as far as one round's arrivals fit into half of what
-/// `serving` workers hold.
-fn grid(serving: impl Fn(usize) -> usize) -> Vec<(String, Scenario, Rounds)> {
+/// Event loops; their number, round, rate and distribution, as far as the arrivals of one round, `longer` times as long as
+/// the mean, fit into half of what `serving` workers hold.
+fn grid(
+    serving: impl Fn(usize) -> usize,
+    longer: impl Fn(Rounds) -> f64,
+) -> Vec<(String, Scenario, Rounds)> {
     let mut found = Vec::new();
     for (rounds, text) in ROUNDS {
         for count in [1, 2, 8, 30] {
             for round in [ms(50), ms(320), s(1), s(3)] {
                 for rate in [20.0, 100.0, 500.0] {
-                    if rate * round.as_secs_f64() > 128.0 * serving(count) as f64 {
+                    let arrivals = rate * round.as_secs_f64() * longer(rounds);
+                    if arrivals > 128.0 * serving(count) as f64 {
                         continue;
                     }
                     let kinds = many(count, Kind::event_loop(round));
@@ -122,6 +130,10 @@ fn grid(serving: impl Fn(usize) -> usize) -> Vec<(String, Scenario, Rounds)> {
                     // A pool whose only worker has a round of 30 s takes nothing for 30 s.
                     if rounds != Rounds::Uniform && round >= s(1) {
                         scenario.wait_for_worker = s(120);
+                    }
+                    // To be set above the longest honest round.
+                    if rounds == Rounds::LongTail && round >= s(3) {
+                        scenario.max_handoff_timeout = s(60);
                     }
                     found.push((name_of(count, round, rate, text), scenario, rounds));
                 }
@@ -133,14 +145,15 @@ fn grid(serving: impl Fn(usize) -> usize) -> Vec<(String, Scenario, Rounds)> {
 
 fn loops() -> Vec<Row> {
     let of = |(name, scenario, rounds): (String, Scenario, Rounds)| {
-        let mut needs = vec![Need::OfNever(1.1)];
-        match rounds {
-            Rounds::Uniform => needs.extend([Need::Moves(0.001), Need::Trusted]),
-            Rounds::Exponential | Rounds::LongTail => needs.push(Need::Moves(0.1)),
-        }
+        let needs = match rounds {
+            Rounds::Uniform => vec![Need::OfNever(1.1), Need::Moves(0.001), Need::Settled],
+            Rounds::Exponential | Rounds::LongTail => {
+                vec![Need::TogetherOfNever(1.1), Need::Moves(0.1)]
+            }
+        };
         row(name, scenario, needs)
     };
-    let mut rows: Vec<Row> = grid(|count| count).into_iter().map(of).collect();
+    let mut rows: Vec<Row> = grid(|count| count, |_| 1.0).into_iter().map(of).collect();
     for rate in [100.0, 180.0] {
         let kinds = many(4, Kind::Loop { round: ms(20), most: 1 });
         let scenario = Scenario::new(kinds, rate);
@@ -157,7 +170,7 @@ fn loops() -> Vec<Row> {
         rows.push(row(
             name_of(count, round, rate, "sparse"),
             scenario,
-            [Need::OfNever(1.1), Need::Moves(0.001), Need::Trusted],
+            [Need::OfNever(1.1), Need::Moves(0.001), Need::Settled],
         ));
     }
     rows
@@ -165,8 +178,19 @@ fn loops() -> Vec<Row> {
 
 fn stops() -> Vec<Row> {
     let mut rows = Vec::new();
-    for (name, scenario, _) in grid(|count| count.saturating_sub(1).max(usize::from(count == 1))) {
-        let at = scenario.warm + s(20);
+    // What is left must hold what waits for it in a long round.
+    let serving = |count: usize| (count - 1).max(1);
+    let longer = |rounds| match rounds {
+        Rounds::Uniform => 1.3,
+        Rounds::Exponential => 3.0,
+        Rounds::LongTail => 13.0,
+    };
+    for (name, mut scenario, rounds) in grid(serving, longer) {
+        // The clients of one stop are to be fewer than 1 % of all.
+        scenario.clients = scenario.clients.max((200.0 * scenario.rate) as u32);
+        // By then each worker has taken some.
+        let share = scenario.workers.len() as f64 / scenario.rate;
+        let at = scenario.warm + s(20) + Duration::from_secs_f64(20.0 * share);
         let mut for_5_s = scenario.clone();
         for_5_s.changes = vec![(at, 0, Change::Stop), (at + s(5), 0, Change::Continue)];
         if scenario.workers.len() == 1 {
@@ -174,7 +198,15 @@ fn stops() -> Vec<Row> {
             rows.push(row(format!("stop 5 s: {name}"), for_5_s, []));
             continue;
         }
-        let needs = [Need::Stop, Need::OfNever(1.1)];
+        // Where rounds have no bound, a client may meet a long one after its first move.
+        let needs = match rounds {
+            Rounds::Uniform => [Need::Stop(1), Need::OfNever(1.1)],
+            // One worker is left, and no rule can move a client away from its long rounds.
+            Rounds::Exponential | Rounds::LongTail if scenario.workers.len() == 2 => {
+                [Need::Stop(3), Need::TogetherOfNever(1.15)]
+            }
+            Rounds::Exponential | Rounds::LongTail => [Need::Stop(2), Need::TogetherOfNever(1.1)],
+        };
         rows.push(row(format!("stop 5 s: {name}"), for_5_s, needs));
         let mut for_good = scenario;
         for_good.changes = vec![(at, 0, Change::Stop)];
@@ -277,7 +309,8 @@ fn stuck() -> Vec<Row> {
             name: format!("{hostile} stuck + {honest} loops {round:?} 20/s"),
             scenario,
             runs: 10,
-            needs: vec![Need::First(ms(200) + longest), tests],
+            // The first clients may meet two honest workers that have to prove themselves.
+            needs: vec![Need::First(ms(200) + 2 * longest), tests],
         });
     }
     for (serves, rests) in [(ms(100), s(1)), (s(1), s(10)), (s(5), s(5))] {
@@ -287,7 +320,7 @@ fn stuck() -> Vec<Row> {
         rows.push(row(
             format!("3 flapping {serves:?}/{rests:?} + 3 fast"),
             scenario,
-            [Need::Longest(ms(300))],
+            [Need::OfNever(1.1)],
         ));
     }
     rows
@@ -311,9 +344,9 @@ fn bursts() -> Vec<Row> {
         scenario.clients = 1_100;
         scenario.service = exp(s(30));
         let all_fast = kinds.iter().all(|&kind| kind == fast);
-        let has_stuck = kinds.contains(&Kind::Stuck) || kinds.contains(&Kind::Dead);
-        let needs = if all_fast || (!has_stuck && kinds.iter().all(|kind| kind.is_honest())) {
-            vec![Need::OfNever(1.1)]
+        let needs = if all_fast {
+            // Each proves itself with one connection first.
+            vec![Need::AsNever(ms(1))]
         } else {
             Vec::new()
         };

@@ -309,6 +309,17 @@ impl Dispatcher {
         });
     }
 
+    /// Serves clients until every worker has shown several times that it takes connections; none of them stays.
+    pub fn prove_all(&self, address: SocketAddr) {
+        self.wait_status("all workers to take connections", |status| {
+            let workers = || status.pools.iter().flat_map(|pool| &pool.workers);
+            let clients: Vec<Client> =
+                workers().filter_map(|_| Client::connect(address).ok()).collect();
+            clients.into_iter().for_each(Client::finish);
+            workers().all(|worker| worker.proven && worker.taken >= 8 && worker.load == 0)
+        });
+    }
+
     /// SIGTERM, and waits for the end.
     pub fn stop(&mut self) -> ExitStatus {
         self.process.signal(Signal::SIGTERM);

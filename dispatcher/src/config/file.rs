@@ -115,7 +115,7 @@ pub(super) struct PoolKeys {
     pub max_untaken: Option<Count<1, 4096>>,
     pub max_workers: Option<Count<1, 65_536>>,
     pub handoff_timeout: Option<Wait<1, YEAR>>,
-    pub probation: Option<Wait<0, YEAR>>,
+    pub max_handoff_timeout: Option<Wait<1, YEAR>>,
     pub wait_for_worker: Option<Wait<0, YEAR>>,
     pub scores: Option<Spanned<ScoreKeys>>,
     pub slow_start: Option<Wait<0, YEAR>>,

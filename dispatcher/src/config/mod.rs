@@ -43,8 +43,8 @@ pub const DEFAULT_ADMIN_SOCKET: &str = "/run/dispatcher/admin.sock";
 /// Default of `handoff_timeout`.
 pub const HANDOFF_TIMEOUT: Duration = Duration::from_millis(200);
 
-/// Default of `probation`.
-pub const PROBATION: Duration = Duration::from_secs(10);
+/// Default of `max_handoff_timeout`.
+pub const MAX_HANDOFF_TIMEOUT: Duration = Duration::from_secs(30);
 
 /// Default of `wait_for_worker`.
 pub const WAIT_FOR_WORKER: Duration = Duration::from_secs(10);

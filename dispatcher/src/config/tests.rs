@@ -228,15 +228,15 @@ fn durations() {
     pool_refused("handoff_timeout = ‹'soon'›", "`soon` is not a duration", "\"200ms\"");
     pool_refused("handoff_timeout = ‹'10'›", "is not a duration", "\"10s\"");
     pool_refused("handoff_timeout = ‹'0s'›", "at least \"1ms\"", "");
-    pool_refused("probation = ‹'10y'›", "at most", "");
+    pool_refused("max_handoff_timeout = ‹'10y'›", "at most", "");
     top_refused("admin_http = ‹'here'›", "not an address and a port", "127.0.0.1:9900");
     top_refused("admin_http = ‹'0.0.0.0:9900'›", "other machines", "admin_http_allow_remote");
     top_refused("busy_poll = ‹'2s'›", "at most \"1s\"", "");
     top_refused("resource_pause = ‹'0ms'›", "at least \"1ms\"", "");
     listener_refused("keepalive = ‹'10ms'›", "at least \"1s\"", "");
-    let config = good(&format!("{GOOD}wait_for_worker = '0s'\nprobation = '1m 30s'\n"));
+    let config = good(&format!("{GOOD}wait_for_worker = '0s'\nmax_handoff_timeout = '1m 30s'\n"));
     assert_eq!(config.pools[0].settings.wait_for_worker, Duration::ZERO);
-    assert_eq!(config.pools[0].settings.probation, Duration::from_secs(90));
+    assert_eq!(config.pools[0].settings.max_handoff_timeout, Duration::from_secs(90));
 }
 
 #[test]

@@ -429,7 +429,10 @@ impl Check<'_> {
                 .handoff_timeout
                 .or(defaults.handoff_timeout)
                 .map_or(super::HANDOFF_TIMEOUT, |w| w.0),
-            probation: keys.probation.or(defaults.probation).map_or(super::PROBATION, |w| w.0),
+            max_handoff_timeout: keys
+                .max_handoff_timeout
+                .or(defaults.max_handoff_timeout)
+                .map_or(super::MAX_HANDOFF_TIMEOUT, |w| w.0),
             wait_for_worker: keys
                 .wait_for_worker
                 .or(defaults.wait_for_worker)

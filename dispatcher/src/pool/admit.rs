@@ -2,8 +2,10 @@
 
 use worker_sdk::wire::{Features, Hello, RefusedCode, VERSION};
 
+use super::handoff::Shares;
 use super::policy::Member;
 use super::ring::Ring;
+use super::trust::Trust;
 use super::types::*;
 use super::worker::{Worker, node};
 use super::{Core, Event};
@@ -162,7 +164,13 @@ impl Core {
             forgotten: false,
             blocked: None,
             starved: None,
-            probation: None,
+            // One that has served before, under another dispatcher or this one, does not begin at nothing.
+            trust: Trust::new(now, hello.base > 0),
+            threads: None,
+            trial_wait: None,
+            purging: false,
+            stale: 0,
+            shares: Shares::default(),
             probe_again: None,
             told_clamped: false,
             told_went_back: false,
@@ -186,6 +194,7 @@ impl Core {
             self.event(Event::Clamped { worker: id, what: "base", said: hello.base, used: base });
         }
         self.refresh(index as usize);
+        self.probe(now, index as usize);
         id
     }
 

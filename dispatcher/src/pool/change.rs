@@ -6,11 +6,13 @@
 //! listener's pool never changes: a listener that shall lead elsewhere is a new one.
 
 use std::collections::VecDeque;
+use std::time::Duration;
 
 use super::affinity::Memory;
 use super::awaiting::Awaiting;
 use super::discarded::Kept;
 use super::effect::{Effect, Event};
+use super::handoff::Shares;
 use super::history::History;
 use super::ledger::Held;
 use super::policy::{Candidates, Member};
@@ -57,14 +59,26 @@ impl Pool {
             awaiting: Awaiting::default(),
             held: Held::default(),
             usable: 0,
+            untaken: 0,
+            shares: Shares::default(),
+            trial_until: now,
+            first_until: now,
+            ticked: now,
+            retrial_wait: None,
+            idle_at: None,
+            unserved: None,
+            refusing_since: now,
+            refusal_told_at: now,
+            refusal_interval: Duration::ZERO,
             clock: Clock::Since(now),
+            pressure: false,
             pressure_told: false,
             pressure_at: None,
             processes: Processes::new(id, settings.processes, effects),
             counts: Counts::default(),
             handoff: Histogram::new(measure::HANDOFF),
             retired: false,
-            unserved: now,
+            lacking_since: now,
             done: false,
             settings,
         }
@@ -139,6 +153,7 @@ impl Core {
         let remembers = old.affinity != new.affinity;
         let most = new.max_connections_per_worker;
         let slow_start = new.slow_start;
+        let (timeout, longest) = (new.handoff_timeout, new.max_handoff_timeout);
         self.discard(Kept::Decisions(forgotten));
         if chooses {
             self.change_policy(now, p, seeds.number());
@@ -150,6 +165,7 @@ impl Core {
             let worker = &mut self.workers[w];
             if worker.pool == p && worker.state != State::Gone {
                 worker.max = worker.own_max.min(most);
+                worker.ring.hurry(|sent| sent + worker.trust.patience(timeout, longest, 0));
                 worker.warm_up(now, slow_start);
                 self.refresh(w);
             }
@@ -166,9 +182,12 @@ impl Core {
     /// A pool that refuses waits for a worker again, if its clients are to wait longer now.
     fn wait_again(&mut self, now: Time, p: usize) {
         let pool = &mut self.pools[p];
-        let until = pool.unserved + pool.settings.wait_for_worker;
+        let until = pool.lacking_since + pool.settings.wait_for_worker;
         if pool.clock == Clock::Refusing && !pool.retired && now < until {
-            pool.clock = Clock::Since(pool.unserved);
+            pool.clock = match pool.usable {
+                0 => Clock::Since(pool.lacking_since),
+                _ => Clock::Off,
+            };
         }
     }
 

@@ -1,8 +1,12 @@
 //! The invariants, by a full recount of everything. Called after every public mutator in debug builds and tests.
 
+use super::handoff::Shares;
+use super::ledger::Again;
 use super::ledger::Place;
+use super::policy::Available;
 use super::ring::Item;
 use super::screen::UNTRACKED;
+use super::trust::PROOF;
 use super::types::*;
 use super::worker::Worker;
 use super::{Clock, Core};
@@ -93,25 +97,50 @@ impl Core {
         };
         assert_eq!(of_pool().count(), pool.candidates.len());
         let top = self.top_priority(p);
-        let choosable = of_pool().filter(|worker| is_choosable(worker, top));
-        assert_eq!(choosable.count(), pool.candidates.eligible());
+        let available = |worker: &&Worker| self.availability(worker, top).is_some();
+        assert_eq!(of_pool().filter(available).count(), pool.candidates.eligible());
+        let open = of_pool().filter(|worker| worker.is_open() && is_chosen(worker, top));
+        assert_eq!(open.count(), pool.candidates.opens());
         if let Some(memory) = &pool.memory {
             memory.check();
         }
         let usable = of_pool().filter(|worker| worker.is_usable()).count();
         assert_eq!(usable, pool.usable as usize);
-        assert_eq!(usable > 0, pool.clock == Clock::Off);
+        match pool.clock {
+            Clock::Off => assert!(usable > 0),
+            Clock::Since(_) => assert_eq!(usable, 0),
+            // No worker is there, or none takes anything.
+            Clock::Refusing => {}
+        }
+        let fresh = pool.held.first().is_some_and(|conn| self.ledger.get(conn).again == Again::New);
         assert!(
-            pool.held.is_empty() || pool.candidates.eligible() == 0 || self.choked.is_some(),
-            "nobody is held while somebody is eligible"
+            !fresh
+                || pool.candidates.eligible() == 0
+                || self.choked.is_some()
+                || !of_pool().any(|worker| worker.trust.batches >= PROOF),
+            "no new connection is held while a worker is eligible"
         );
+        let untaken: u32 = self.workers.iter().filter(|w| w.pool == p).map(Worker::untaken).sum();
+        assert_eq!(untaken, pool.untaken);
+        let waits = untaken > 0 || (!pool.held.is_empty() && pool.candidates.opens() > 0);
+        assert_eq!(waits, pool.unserved.is_some(), "it is known since when connections wait");
+        let mut shares = Shares::default();
+        for worker in of_pool() {
+            let share = Shares::of(worker);
+            assert_eq!(share, worker.shares);
+            shares.reporter += share.reporter;
+            shares.idle += share.idle;
+            shares.crowded += share.crowded;
+        }
+        assert_eq!(shares, pool.shares);
         assert!(pool.held.is_empty() || pool.clock != Clock::Refusing);
         assert!(pool.held.is_empty() || self.stop.is_none_or(|stop| !stop.over));
     }
 
     /// Below which nobody may be chosen, by the pool's policy.
     fn top_priority(&self, p: usize) -> Option<u16> {
-        let up = self.workers.iter().filter(|worker| worker.pool == p && worker.is_up());
+        let spaced = self.pools[p].is_spaced();
+        let up = self.workers.iter().filter(|worker| worker.pool == p && worker.is_up(spaced));
         match self.pools[p].settings.policy {
             Policy::Failover => up.map(|worker| worker.priority).max(),
             _ => None,
@@ -132,7 +161,8 @@ impl Core {
             }
         }
         assert_eq!(self.out[w], worker.ring.len());
-        assert_eq!(self.live[w], worker.load() > 0);
+        let silent = worker.threads.is_some_and(|threads| threads.idle == 0);
+        assert_eq!(self.live[w], worker.load() > 0 || silent);
         assert_eq!(worker.sent, worker.taken + worker.revoked + u64::from(worker.untaken()));
         assert!(worker.finished <= worker.base.saturating_add(worker.taken));
         assert!(worker.load() >= u64::from(worker.untaken()));
@@ -148,17 +178,23 @@ impl Core {
         let candidate = pool.candidates.get(worker.at);
         assert_eq!(candidate.worker as usize, w);
         assert_eq!(worker.id.index as usize, w);
-        let expected =
-            is_choosable(worker, top).then(|| (worker.load() + 1, worker.effective_weight()));
+        let expected = self.availability(worker, top).map(|available| {
+            (super::policy::cost(available.load, available.trial), available.weight)
+        });
         assert_eq!(
             expected.unwrap_or((super::policy::UNAVAILABLE, 1)),
             (candidate.cost, candidate.weight)
         );
-        let timeout = self.handoff_timeout(worker.pool);
-        assert_eq!(pool.candidates.due(worker.at), worker.due(timeout));
+        assert_eq!(pool.candidates.due(worker.at), worker.due(self.has_timeouts()));
+    }
+
+    fn availability(&self, worker: &Worker, top: Option<u16>) -> Option<Available> {
+        let pool = &self.pools[worker.pool];
+        let available = worker.availability(pool.is_keyed(), pool.is_spaced());
+        available.filter(|_| is_chosen(worker, top))
     }
 }
 
-fn is_choosable(worker: &Worker, top: Option<u16>) -> bool {
-    worker.is_eligible() && top.is_none_or(|top| worker.priority >= top)
+fn is_chosen(worker: &Worker, top: Option<u16>) -> bool {
+    top.is_none_or(|top| worker.priority >= top)
 }

@@ -9,13 +9,22 @@ use super::{Core, Effect, Event};
 
 impl Core {
     /// A slot no longer reads SENT: the worker has what was in it, or lost it, or is broken.
-    pub(super) fn resolve(&mut self, now: Time, w: usize, ticket: Ticket, state: SlotState) {
+    pub(super) fn resolve(
+        &mut self,
+        now: Time,
+        w: usize,
+        ticket: Ticket,
+        state: SlotState,
+        taken_at: Time,
+    ) {
         let Some(item) = self.workers[w].ring.item(ticket) else {
             return;
         };
         match (state, item) {
-            (SlotState::Taken, Item::Conn(conn)) => self.taken(now, w, ticket, conn),
-            (SlotState::Taken, Item::Probe | Item::Nothing) => self.probe_taken(now, w, ticket),
+            (SlotState::Taken, Item::Conn(conn)) => self.taken(now, w, ticket, conn, taken_at),
+            (SlotState::Taken, Item::Probe | Item::Nothing) => {
+                self.probe_taken(now, w, ticket, taken_at);
+            }
             (SlotState::Lost, Item::Conn(conn)) => self.lost(now, w, ticket, conn),
             (SlotState::Lost, Item::Probe | Item::Nothing) => {
                 self.settle(w, ticket);
@@ -60,6 +69,7 @@ impl Core {
         let worker = &mut self.workers[w];
         let (id, pool) = (worker.id, worker.pool);
         worker.sent -= 1;
+        self.pools[pool].untaken -= 1;
         // Settling a ticket ends a blockage, but this one is no sign of life.
         worker.blocked = blocked;
         self.totals.custody -= 1;
@@ -81,6 +91,7 @@ impl Core {
             // No other worker would do either.
             SendFailure::Client => self.close(conn, CloseReason::Unsendable),
             SendFailure::Full | SendFailure::Closed | SendFailure::Resources => {
+                self.ledger.get_mut(conn).trial = false;
                 self.put(now, pool, conn, true);
             }
         }
@@ -97,7 +108,7 @@ impl Core {
         match why {
             SendFailure::Full | SendFailure::Resources | SendFailure::Client => {
                 let worker = &mut self.workers[w];
-                if worker.state == State::Suspect {
+                if worker.is_usable() && !worker.trust.proven {
                     let pool = &self.pools[worker.pool];
                     worker.probe_again = Some(now + pool.settings.handoff_timeout);
                 }
@@ -108,24 +119,35 @@ impl Core {
         self.refresh(w);
     }
 
-    /// The worker's application has the connection.
-    fn taken(&mut self, now: Time, w: usize, ticket: Ticket, conn: u32) {
+    /// The worker's application has the connection, since `taken_at`.
+    fn taken(&mut self, now: Time, w: usize, ticket: Ticket, conn: u32, taken_at: Time) {
+        let worker = &self.workers[w];
+        // The worker says when; it can only have been between the handoff and now.
+        let sent = worker.ring.sent_at(ticket);
+        let at = taken_at.clamp(sent, now.max(sent));
+        let p = worker.pool;
+        let timeout = self.pools[p].settings.handoff_timeout;
         self.settle(w, ticket);
         self.dequeue(conn);
         let worker = &mut self.workers[w];
         worker.taken += 1;
         self.totals.custody -= 1;
         self.totals.taken += 1;
-        let pool = &mut self.pools[worker.pool];
+        let pool = &mut self.pools[p];
+        pool.untaken -= 1;
         pool.counts.taken += 1;
         let entry = self.ledger.get_mut(conn);
-        pool.handoff.record(now - entry.accepted);
+        pool.handoff.record(at - entry.accepted);
         entry.place = super::ledger::Place::Leaving;
         self.effects.push_back(Effect::Release {
             worker: worker.id,
             conn: self.ledger.id(conn),
             ticket,
         });
+        if worker.trust.took(sent, at, timeout) {
+            self.trust(now, w);
+        }
+        self.served(p);
     }
 
     /// The connection did not reach the worker: it is short of descriptors, so it rests.
@@ -154,10 +176,13 @@ impl Core {
         if worker.round.is_some() {
             worker.resent += 1;
         }
+        worker.stale += 1;
         let pool = worker.pool;
+        self.pools[pool].untaken -= 1;
         self.pools[pool].counts.revoked += 1;
         self.totals.custody -= 1;
-        self.ledger.get_mut(conn).resent = true;
+        let entry = self.ledger.get_mut(conn);
+        (entry.resent, entry.trial, entry.bound) = (true, false, false);
         self.put(now, pool, conn, true);
     }
 }

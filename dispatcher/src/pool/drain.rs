@@ -108,6 +108,7 @@ impl Core {
         state.unwanted = false;
         if std::mem::take(&mut state.unproven) {
             state.state = State::Suspect;
+            state.trust.suspect(now);
             state.suspect_since = now;
         } else {
             state.state = State::Active;
@@ -118,8 +119,8 @@ impl Core {
         self.event(Event::Resumed { worker });
         self.give_notice(w, Notice::Resume);
         // In a round of revocations its end does this.
-        if self.workers[w].ring.revoking() == 0 {
-            self.probe(now, w);
+        if self.workers[w].ring.revoking() == 0 && self.workers[w].state == State::Suspect {
+            self.sort_out(now, w);
         }
         self.refresh(w);
         self.after(now, pool);

@@ -21,7 +21,7 @@ pub enum Effect {
     /// Try to revoke the slot. Always: [`super::Core::revoked`] with the outcome.
     Revoke { worker: WorkerId, ticket: Ticket },
     /// Empty the worker's channel through the retained end, closing what comes out. What is asked for afterwards is sent when
-    /// that is done: the shell keeps it back, so that nothing new is taken out.
+    /// that is done: the event loop keeps it back, so that nothing new is taken out. Always: [`super::Core::purged`].
     Purge { worker: WorkerId },
     /// The worker has the connection: close the custody copy, then write RELEASED.
     Release { worker: WorkerId, conn: ConnId, ticket: Ticket },
@@ -49,7 +49,7 @@ pub enum Event {
     Goodbye { worker: WorkerId, resent: u32, live: u64 },
     /// A worker is gone: `resent` untaken connections went elsewhere, `live` were being served by it.
     Gone { worker: WorkerId, why: Departure, resent: u32, live: u64 },
-    /// A worker left a connection untaken for `waited`: `revoked` went elsewhere, a probe is out.
+    /// A worker left a connection untaken for `waited`: `revoked` went elsewhere at once.
     Suspect { worker: WorkerId, revoked: u32, waited: Duration },
     /// An operator drains the worker, which has `live` connections, until `deadline` from now.
     Draining { worker: WorkerId, live: u64, deadline: Option<Duration> },
@@ -62,7 +62,7 @@ pub enum Event {
     Paused { worker: WorkerId, resent: u32, live: u64 },
     /// A worker has another weight or maximum, or ended its pause: these are in force.
     Updated { worker: WorkerId, weight: u32, max: u32, paused: bool },
-    /// A suspect worker took its probe.
+    /// A suspect worker took a connection.
     Trusted { worker: WorkerId, after: Duration },
     /// A worker reported that `lost` connections did not reach it; it is treated as full for a moment.
     Lost { worker: WorkerId },
@@ -74,8 +74,13 @@ pub enum Event {
     BadGauge { worker: WorkerId, gauge: Option<GaugeName>, problem: GaugeProblem },
     /// The pool's last usable worker is gone; clients wait.
     NoUsableWorker { pool: PoolId },
-    /// Nobody came for `wait_for_worker`: clients are refused from now on.
-    Refusing { pool: PoolId, closed: u32 },
+    /// No worker came for `wait_for_worker`, or, if the pool is `unserved`, none took anything: clients are refused from now
+    /// on.
+    Refusing { pool: PoolId, closed: u32, unserved: bool },
+    /// Clients are still refused, for the time `since`.
+    StillRefusing { pool: PoolId, unserved: bool, since: Duration },
+    /// A worker has taken a connection: clients are not refused any more.
+    Served { pool: PoolId },
     /// Every usable worker is full or suspect: clients wait in the kernel's queue.
     BackPressure { pool: PoolId },
     /// A worker has room again.

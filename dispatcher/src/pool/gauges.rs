@@ -86,8 +86,8 @@ impl Core {
         if worker.state == State::Gone {
             return None;
         }
-        let load = worker.load().saturating_add(1);
-        self.pools[worker.pool].candidates.score(worker.at, load, worker.effective_weight(), now)
+        let candidates = &self.pools[worker.pool].candidates;
+        candidates.score(worker.at, worker.load(), worker.effective_weight(), now)
     }
 
     fn bad_gauge(&mut self, w: usize, gauge: Option<GaugeName>, problem: GaugeProblem) {

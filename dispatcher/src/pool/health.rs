@@ -2,6 +2,7 @@
 
 use std::time::Duration;
 
+use super::policy::NEVER;
 use super::ring::Item;
 use super::types::*;
 use super::worker::Round;
@@ -25,7 +26,6 @@ impl Core {
     }
 
     fn tick_worker(&mut self, now: Time, w: usize) {
-        let timeout = self.handoff_timeout(self.workers[w].pool);
         let due = |timer: Option<Time>| timer.is_some_and(|time| time <= now);
         let slow_start = self.pools[self.workers[w].pool].settings.slow_start;
         let worker = &mut self.workers[w];
@@ -33,8 +33,8 @@ impl Core {
         if due(worker.blocked) {
             worker.blocked = None;
         }
-        if due(worker.probation) {
-            worker.probation = None;
+        if due(worker.trial_wait) {
+            worker.trial_wait = None;
         }
         if due(worker.starved) {
             self.end_starvation(now, w);
@@ -50,47 +50,55 @@ impl Core {
         if due(self.workers[w].drain_deadline) {
             self.end_drain(now, w);
         }
-        let worker = &self.workers[w];
-        if worker.ring.revoking() == 0
-            && let Some(timeout) = timeout
-            && let Some(oldest) = worker.ring.oldest()
-            && oldest + timeout <= now
-        {
-            self.suspect(now, w, now - oldest);
+        self.refresh(w);
+        self.end_patience(now, w);
+    }
+
+    /// It left a connection that was sent at `sent` untaken for too long. What becomes of its connections is decided for each.
+    pub(super) fn suspect(&mut self, now: Time, w: usize, sent: Time, waited: Duration) {
+        let worker = &mut self.workers[w];
+        worker.trust.stalled(sent);
+        if worker.state == State::Active {
+            worker.state = State::Suspect;
+            let until = worker.trust.suspect(now);
+            worker.trial_wait = worker.trial_wait.max(until);
+            self.pools[worker.pool].counts.suspects += 1;
+            worker.suspect_since = now;
+            self.announce(w);
+            self.workers[w].round = Some(Round::Suspect(waited));
+        } else if worker.state == State::Draining {
+            worker.unproven = true;
         }
         self.refresh(w);
     }
 
-    /// It left something untaken: take everything untaken back, then ask whether it is alive.
-    fn suspect(&mut self, now: Time, w: usize, waited: Duration) {
-        let worker = &mut self.workers[w];
-        if worker.state == State::Active {
-            worker.state = State::Suspect;
-            self.pools[worker.pool].counts.suspects += 1;
-            worker.suspect_since = now;
-            worker.probation = None;
-        } else if worker.state == State::Draining {
-            worker.unproven = true;
-        }
-        self.begin_round(now, w, Round::Suspect(waited));
-    }
-
+    /// Asks a worker that is not trusted whether it lives.
     pub(super) fn probe(&mut self, now: Time, w: usize) {
         let worker = &mut self.workers[w];
-        // One at a time: it may have been suspect and asked before it was drained.
-        let asked = worker.ring.len() > worker.ring.conns();
-        if worker.state == State::Suspect && !asked && worker.ring.has_room() {
-            let ticket = worker.ring.issue(now, Item::Probe);
+        let wanted = worker.is_usable() && !worker.trust.proven && worker.trust.answer.is_none();
+        if wanted && !worker.is_asked() && !worker.purging && worker.ring.has_room() {
+            let ticket = worker.ring.issue(now, Item::Probe, NEVER);
             let worker = worker.id;
             self.effects.push_back(Effect::Probe { worker, ticket });
+            self.refresh(w);
         }
     }
 
-    /// It is alive: trusted again, one connection at a time at first.
-    pub(super) fn probe_taken(&mut self, now: Time, w: usize, ticket: Ticket) {
+    /// It is alive, which says nothing of whether it takes connections.
+    pub(super) fn probe_taken(&mut self, now: Time, w: usize, ticket: Ticket, taken_at: Time) {
+        let sent = self.workers[w].ring.sent_at(ticket);
+        let at = taken_at.clamp(sent, now.max(sent));
         self.settle(w, ticket);
         let worker = &mut self.workers[w];
+        let timeout = self.pools[worker.pool].settings.handoff_timeout;
+        worker.trust.answered(now, at - sent, timeout);
+    }
+
+    /// It has taken something, for the first time or after it was suspect.
+    pub(super) fn trust(&mut self, now: Time, w: usize) {
+        let worker = &mut self.workers[w];
         worker.unproven = false;
+        worker.trial_wait = None;
         if worker.state != State::Suspect {
             return;
         }
@@ -98,13 +106,6 @@ impl Core {
         let event = Event::Trusted { worker: worker.id, after: now - worker.suspect_since };
         worker.start_slowly(now, self.pools[worker.pool].settings.slow_start);
         self.event(event);
-        self.start_probation(now, w);
-    }
-
-    fn start_probation(&mut self, now: Time, w: usize) {
-        let worker = &mut self.workers[w];
-        let until = now + self.pools[worker.pool].settings.probation;
-        worker.probation = Some(until).filter(|&until| until > now);
     }
 
     /// It lost a connection.
@@ -114,7 +115,8 @@ impl Core {
 
     fn end_starvation(&mut self, now: Time, w: usize) {
         self.workers[w].starved = None;
-        self.start_probation(now, w);
+        self.workers[w].trust.restart();
+        let _ = now;
     }
 
     /// Takes a counter as far as it is possible; answers whether anything changed.
@@ -158,7 +160,6 @@ impl Core {
             return;
         }
         worker.state = State::Draining;
-        worker.probation = None;
         worker.probe_again = None;
         let pool = worker.pool;
         self.refresh(w);
@@ -215,13 +216,9 @@ impl Core {
             effects.push_back(Effect::Revoke { worker: id, ticket });
         });
         match round {
-            Round::Suspect(_) | Round::Goodbye | Round::Drained | Round::Paused => {
-                self.effects.push_back(Effect::Purge { worker: id });
-                // It may have been among what was purged.
-                self.repeat_notice(w);
-            }
-            // Its channel goes with everything else that is kept for it.
-            Round::Gone(_) => {}
+            Round::Goodbye | Round::Drained | Round::Paused => self.purge(w),
+            // Suspect: once everything is back. Gone: its channel goes with everything else that is kept for it.
+            Round::Suspect(_) | Round::Quiet | Round::Gone(_) => {}
         }
         self.end_round(now, w);
         self.refresh(w);
@@ -236,13 +233,40 @@ impl Core {
         self.announce(w);
         let worker = &mut self.workers[w];
         match worker.state {
-            State::Suspect => self.probe(now, w),
+            State::Suspect => self.sort_out(now, w),
             State::Gone => {
                 worker.forgotten = true;
                 let worker = worker.id;
                 self.effects.push_back(Effect::Forget { worker });
             }
             State::Active | State::Draining => {}
+        }
+    }
+
+    /// A suspect worker that has nothing to take any more: what it has in its channel is in vain. Then it is asked whether
+    /// it lives.
+    pub(super) fn sort_out(&mut self, now: Time, w: usize) {
+        let worker = &self.workers[w];
+        if worker.untaken() > 0 || worker.stale == 0 {
+            return self.probe(now, w);
+        }
+        if worker.purging {
+            return;
+        }
+        if worker.is_asked() {
+            // The question would go with the rest.
+            self.begin_round(now, w, Round::Quiet);
+        } else {
+            self.purge(w);
+        }
+    }
+
+    /// Empties the worker's channel; [`Core::purged`] follows.
+    fn purge(&mut self, w: usize) {
+        let worker = &mut self.workers[w];
+        if !std::mem::replace(&mut worker.purging, true) {
+            let worker = worker.id;
+            self.effects.push_back(Effect::Purge { worker });
         }
     }
 
@@ -256,6 +280,7 @@ impl Core {
         };
         let resent = std::mem::take(&mut worker.resent);
         let event = match round {
+            Round::Quiet => return,
             Round::Suspect(waited) => Event::Suspect { worker: id, revoked: resent, waited },
             Round::Goodbye => Event::Goodbye { worker: id, resent, live },
             Round::Drained => {

@@ -10,7 +10,6 @@ use worker_sdk::PeerAddr;
 
 use super::policy::{Choice, FULL_WEIGHT};
 use super::types::*;
-use super::worker::Worker;
 use super::{Clock, Core};
 
 /// A decision.
@@ -221,7 +220,7 @@ impl Core {
         decision.candidates.clear();
         for at in chosen.into_iter().chain(others).take(most) {
             let worker = &self.workers[candidates.get(at).worker as usize];
-            let (score, why, out) = match (worker.why_not(candidates.stands_by(at)), choice) {
+            let (score, why, out) = match (self.why_not(p, at), choice) {
                 (None, Some(choice)) => {
                     let look = candidates.look(at, choice, decision.key);
                     (look.score, look.why, look.out)
@@ -244,28 +243,33 @@ impl Core {
     }
 }
 
-impl Worker {
-    /// Why it may not be chosen, if so.
-    fn why_not(&self, stands_by: bool) -> Option<Why> {
-        match self.state {
-            State::Suspect => return Some(Why::Suspect),
-            State::Draining | State::Gone => return Some(Why::Draining),
-            State::Active => {}
+impl Core {
+    /// Why the policy may not choose a worker, if so.
+    fn why_not(&self, p: usize, at: usize) -> Option<Why> {
+        let pool = &self.pools[p];
+        let worker = &self.workers[pool.candidates.get(at).worker as usize];
+        if let State::Draining | State::Gone = worker.state {
+            return Some(Why::Draining);
         }
-        if stands_by {
-            Some(Why::StandsBy)
-        } else if self.starved.is_some() {
-            Some(Why::LostOne)
-        } else if self.blocked.is_some() {
-            Some(Why::ChannelFull)
-        } else if self.paused || self.load() >= u64::from(self.max) {
-            Some(Why::Full)
-        } else if !self.ring.has_room() {
-            Some(Why::NoSlot)
-        } else if !self.is_eligible() {
-            Some(Why::OnProbation)
+        if pool.candidates.is_available(at) {
+            return None;
+        }
+        Some(if pool.candidates.stands_by(at) {
+            Why::StandsBy
+        } else if worker.starved.is_some() {
+            Why::LostOne
+        } else if worker.blocked.is_some() || worker.purging {
+            Why::ChannelFull
+        } else if worker.paused || worker.load() >= u64::from(worker.max) {
+            Why::Full
+        } else if worker.state == State::Suspect {
+            Why::Suspect
+        } else if !worker.ring.has_room() {
+            Why::NoSlot
+        } else if worker.trust.proven {
+            Why::Busy
         } else {
-            None
-        }
+            Why::Unproven
+        })
     }
 }

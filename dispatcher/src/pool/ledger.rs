@@ -3,6 +3,8 @@
 //! Owns connection numbers and entries, and nothing else: where a connection goes is decided elsewhere. Entries and
 //! links are used again, so that once warm nothing is allocated for a connection.
 
+use std::time::Duration;
+
 use super::types::{AffinityKey, Client, ConnId, ListenerId, Time};
 use crate::affinity::Known;
 use worker_sdk::PeerAddr;
@@ -25,6 +27,21 @@ pub(super) enum Place {
     Leaving,
 }
 
+/// Why a connection is to be placed again, which says where it may go.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(super) enum Again {
+    /// Like a new one: it was never sent, or its worker left.
+    New,
+    /// Its worker is only busy: any trusted worker with room may have it.
+    Busy,
+    /// A thread of another worker waits in `accept`.
+    Idle,
+    /// This worker left it untaken: it goes to one that usually takes within `limit`.
+    Slow { from: u32, limit: Duration },
+    /// This worker failed a trial with it: any other may have it.
+    Failed { from: u32 },
+}
+
 /// One connection.
 #[derive(Clone, Copy, Debug)]
 pub(super) struct Conn {
@@ -43,6 +60,14 @@ pub(super) struct Conn {
     pub(super) client: u32,
     /// Whether a record that names it may have reached a worker before.
     pub(super) resent: bool,
+    /// How often it was taken back from a worker that left it untaken.
+    pub(super) moves: u8,
+    /// It is with a worker that has to prove itself, which has less time for it.
+    pub(super) trial: bool,
+    /// It is with the worker that its key belongs to: others being idle is no reason to move it.
+    pub(super) bound: bool,
+    /// Why it is to be placed again, if it is.
+    pub(super) again: Again,
     /// Which of the pool's two queues, while held.
     returned: bool,
     prev: u32,
@@ -129,6 +154,10 @@ impl Ledger {
             place: Place::Leaving,
             client: super::screen::UNTRACKED,
             resent: false,
+            moves: 0,
+            trial: false,
+            bound: false,
+            again: Again::New,
             returned: false,
             prev: NONE,
             next: NONE,

@@ -16,6 +16,7 @@
 
 mod admit;
 mod affinity;
+mod again;
 mod awaiting;
 mod change;
 mod check;
@@ -24,6 +25,7 @@ mod discarded;
 mod drain;
 mod effect;
 mod gauges;
+mod handoff;
 mod health;
 mod history;
 mod ledger;
@@ -36,6 +38,7 @@ mod ring;
 mod screen;
 mod stop;
 mod supervise;
+mod trust;
 mod types;
 mod weights;
 mod worker;
@@ -60,12 +63,13 @@ pub use types::*;
 use std::collections::VecDeque;
 use std::time::Duration;
 
-use worker_sdk::scoreboard::claim::{Revoke, SlotState, want};
+use worker_sdk::scoreboard::claim::{Revoke, SlotState};
 
 use crate::measure::Histogram;
 
 use affinity::Memory;
 use awaiting::Awaiting;
+use handoff::Shares;
 use history::History;
 use ledger::{Held, Ledger, Place};
 use policy::{Candidates, NEVER};
@@ -137,7 +141,28 @@ struct Pool {
     held: Held,
     /// Workers active or suspect.
     usable: u32,
+    /// Connections sent to its workers and not yet taken.
+    untaken: u32,
+    /// Sums over its workers.
+    shares: Shares,
+    /// Until then connections wait for the outcome of a trial.
+    trial_until: Time,
+    /// Until then new connections wait for the first takes of workers of which nothing is known.
+    first_until: Time,
+    ticked: Time,
+    /// Workers that failed every test are not tested again before then.
+    retrial_wait: Option<Time>,
+    /// A connection may go to an idle thread then.
+    idle_at: Option<Time>,
     clock: Clock,
+    /// Connections have waited since then, and none was taken.
+    unserved: Option<Time>,
+    refusing_since: Time,
+    /// When and after how long the log is told again that clients are refused.
+    refusal_told_at: Time,
+    refusal_interval: Duration,
+    /// Clients wait because no worker can be given a connection.
+    pressure: bool,
     /// Whether the operator was last told of back-pressure, and when.
     pressure_told: bool,
     pressure_at: Option<Time>,
@@ -147,8 +172,8 @@ struct Pool {
     handoff: Histogram,
     /// Taken out of the configuration: nobody joins it any more.
     retired: bool,
-    /// How long it had been without a usable worker when it began to refuse: since then.
-    unserved: Time,
+    /// Since when no worker had been usable, or none had taken anything, when it began to refuse clients.
+    lacking_since: Time,
     /// The dispatcher is stopping, and this pool has nothing left to do.
     done: bool,
 }
@@ -160,15 +185,8 @@ enum Clock {
     Off,
     /// There has been none since then.
     Since(Time),
-    /// Nobody came in time.
+    /// Nobody came in time, or nothing was taken.
     Refusing,
-}
-
-impl Pool {
-    /// Whether none of its workers can be given a connection, so that a close of one is worth a poke.
-    fn wants_room(&self) -> bool {
-        self.usable > 0 && (self.candidates.eligible() == 0 || !self.held.is_empty())
-    }
 }
 
 impl Core {
@@ -261,11 +279,20 @@ impl Core {
     }
 
     /// A slot of the worker that holds `ticket` reads `state` (`Sent` is ignored; `Invalid` expels the worker).
-    pub fn slot(&mut self, now: Time, worker: WorkerId, ticket: Ticket, state: SlotState) {
+    ///
+    /// `taken_at` is when the worker says that it took what is in it; what cannot be is clamped.
+    pub fn slot(
+        &mut self,
+        now: Time,
+        worker: WorkerId,
+        ticket: Ticket,
+        state: SlotState,
+        taken_at: Time,
+    ) {
         if let Some(w) = self.find(worker)
             && state != SlotState::Sent
         {
-            self.resolve(now, w, ticket, state);
+            self.resolve(now, w, ticket, state, taken_at);
             self.after(now, self.workers[w].pool);
         }
     }
@@ -275,7 +302,7 @@ impl Core {
         if let Some(w) = self.find(worker) {
             match outcome {
                 Revoke::Revoked => self.take_back(now, w, ticket),
-                Revoke::Was(state) => self.resolve(now, w, ticket, state),
+                Revoke::Was(state) => self.resolve(now, w, ticket, state, now),
             }
             self.after(now, self.workers[w].pool);
         }
@@ -291,7 +318,8 @@ impl Core {
             Accepting::Finish
         } else if pool.clock == Clock::Refusing {
             Accepting::Refuse
-        } else if self.choked.is_none() && pool.candidates.eligible() > 0 && pool.held.is_empty() {
+        } else if self.choked.is_none() && pool.candidates.opens() > 0 && pool.held.is_empty() {
+            // If no worker has room for it, one waits here, so that it is known that clients wait.
             Accepting::Yes
         } else {
             Accepting::Pause
@@ -369,7 +397,9 @@ impl Core {
             self.choked = None;
         }
         for pool in 0..self.pools.len() {
+            self.pools[pool].ticked = now;
             self.pools[pool].processes.tick(now, &mut self.effects);
+            self.tick_handoffs(now, pool);
             self.tick_workers(now, pool);
             self.tick_awaiting(now, pool);
             self.tick_clock(now, pool);
@@ -385,11 +415,8 @@ impl Core {
         self.pools
             .iter()
             .map(|pool| {
-                let refusing = match pool.clock {
-                    Clock::Since(since) => since + pool.settings.wait_for_worker,
-                    Clock::Off | Clock::Refusing => NEVER,
-                };
-                refusing
+                self.refusal_due(pool)
+                    .min(self.handoffs_due(pool))
                     .min(pool.candidates.earliest())
                     .min(pool.processes.due())
                     .min(self.awaiting_due(pool))
@@ -419,21 +446,6 @@ impl Core {
             | Effect::Event(_) => {}
         }
         Some(effect)
-    }
-
-    /// Bits of the `want` word for this worker: TAKEN when something is out, ROOM when its pool cannot place a connection.
-    pub fn wants(&self, worker: WorkerId) -> u32 {
-        let Some(w) = self.find(worker) else { return 0 };
-        let worker = &self.workers[w];
-        let pool = &self.pools[worker.pool];
-        let mut bits = 0;
-        if worker.ring.len() > 0 {
-            bits |= want::TAKEN;
-        }
-        if worker.is_usable() && pool.wants_room() {
-            bits |= want::ROOM;
-        }
-        bits
     }
 
     // --- inside ----------------------------------------------------------------------------
@@ -470,6 +482,8 @@ impl Core {
 
     fn place_and_tell(&mut self, now: Time, pool: usize) {
         self.place_held(now, pool);
+        self.use_idle_threads(now, pool);
+        self.note_waiting(now, pool);
         self.tell_pressure(now, pool);
     }
 }

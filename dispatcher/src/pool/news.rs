@@ -1,9 +1,37 @@
 //! Who may have changed something on a scoreboard, and which slots to look at: what every turn of the shell asks, of all
 //! workers. Owns no state; answers from what is cached beside the workers.
 
+use worker_sdk::scoreboard::claim::want;
+
 use super::{Core, Pool, Ticket, WorkerId};
 
+impl Pool {
+    /// Whether connections wait for a worker that can be given one, so that a close or an idle thread is worth a poke.
+    pub(super) fn wants_room(&self) -> bool {
+        self.usable > 0 && (self.candidates.opens() == 0 || !self.held.is_empty())
+    }
+}
+
 impl Core {
+    /// Bits of the `want` word for this worker: TAKEN when something is out, ROOM when its pool cannot place a connection.
+    pub fn wants(&self, worker: WorkerId) -> u32 {
+        let Some(w) = self.find(worker) else { return 0 };
+        let worker = &self.workers[w];
+        let pool = &self.pools[worker.pool];
+        let mut bits = 0;
+        if worker.ring.len() > 0 {
+            bits |= want::TAKEN;
+        }
+        if worker.is_usable() && pool.wants_room() {
+            bits |= want::ROOM;
+        }
+        let waits = pool.wants_room() || pool.shares.crowded > 0;
+        if worker.threads.is_some() && worker.is_usable() && waits {
+            bits |= want::IDLE;
+        }
+        bits
+    }
+
     /// Whether the worker with this index has tickets out. Much cheaper than to ask for them.
     #[inline]
     pub fn has_tickets(&self, index: u32) -> bool {

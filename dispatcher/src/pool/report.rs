@@ -100,7 +100,7 @@ impl Core {
             _ if pool.retired => "removed",
             Clock::Refusing => "refusing",
             Clock::Since(_) => "no-worker",
-            Clock::Off if pool.candidates.eligible() == 0 => "back-pressure",
+            Clock::Off if pool.pressure => "back-pressure",
             Clock::Off => "ready",
         }
     }
@@ -236,6 +236,9 @@ fn worker_status(worker: &Worker) -> WorkerStatus {
         custody: u64::from(worker.untaken()),
         revoked: worker.revoked,
         channel_full: worker.channel_full,
+        proven: worker.trust.proven,
+        longest_take_ms: u64::try_from(worker.trust.peak.as_millis()).unwrap_or(u64::MAX),
+        idle_threads: worker.threads.map(|threads| threads.idle),
         ended_at_deadline: worker.ended,
         // What the shell reads, and how old it is, it adds itself.
         ..WorkerStatus::default()

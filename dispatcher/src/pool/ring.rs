@@ -6,6 +6,7 @@
 
 use std::collections::VecDeque;
 
+use super::policy::NEVER;
 use super::types::{Ticket, Time};
 
 /// Slots of a scoreboard beyond `max_untaken`: so many connections go to a worker before a slot is used again.
@@ -29,6 +30,8 @@ struct Slot {
     seq: u64,
     item: Item,
     sent_at: Time,
+    /// When its patience ends, for a connection.
+    due: Time,
     /// The shell has seen the effect, so the scoreboard says SENT or later. Before, the slot's word means nothing.
     offered: bool,
     /// An outcome of [`super::Effect::Revoke`] is awaited.
@@ -50,6 +53,8 @@ pub(super) struct Ring {
     len: u32,
     conns: u32,
     revoking: u32,
+    /// No connection is due before this. Ends of patience are looked for only then.
+    due: Time,
 }
 
 impl Ring {
@@ -64,6 +69,7 @@ impl Ring {
             len: 0,
             conns: 0,
             revoking: 0,
+            due: NEVER,
         }
     }
 
@@ -86,14 +92,15 @@ impl Ring {
         self.len < self.limit
     }
 
-    /// A ticket for `item`. The caller has checked [`Ring::has_room`].
-    pub(super) fn issue(&mut self, now: Time, item: Item) -> Ticket {
+    /// A ticket for `item`, which for a connection is due at `due`. The caller has checked [`Ring::has_room`].
+    pub(super) fn issue(&mut self, now: Time, item: Item, due: Time) -> Ticket {
         debug_assert!(self.has_room() && item != Item::Nothing);
         self.seq += 1;
         let slot = Slot {
             seq: self.seq,
             item,
             sent_at: now,
+            due,
             offered: false,
             revoking: false,
             prev: self.tail,
@@ -116,7 +123,10 @@ impl Ring {
         }
         self.tail = at;
         self.len += 1;
-        self.conns += u32::from(matches!(item, Item::Conn(_)));
+        if let Item::Conn(_) = item {
+            self.conns += 1;
+            self.due = self.due.min(due);
+        }
         Ticket { slot: at, seq: self.seq }
     }
 
@@ -147,6 +157,72 @@ impl Ring {
             next => self.slots[next as usize].prev = prev,
         }
         self.free.push_back(ticket.slot);
+        if self.conns == 0 {
+            self.due = NEVER;
+        }
+    }
+
+    /// When `ticket`, which is out, was sent.
+    pub(super) fn sent_at(&self, ticket: Ticket) -> Time {
+        self.slots[ticket.slot as usize].sent_at
+    }
+
+    /// When to look for [`Ring::overdue`] connections at the latest.
+    pub(super) fn due(&self) -> Time {
+        self.due
+    }
+
+    /// Gives the connection of `ticket`, which is out, more time.
+    pub(super) fn postpone(&mut self, ticket: Ticket, due: Time) {
+        self.slots[ticket.slot as usize].due = due;
+        self.due = self.due.min(due);
+    }
+
+    /// Patience has become shorter: gives each connection at most until `due` of when it was sent.
+    pub(super) fn hurry(&mut self, due: impl Fn(Time) -> Time) {
+        let mut at = self.head;
+        while let Some(slot) = self.slots.get_mut(at as usize) {
+            slot.due = slot.due.min(due(slot.sent_at));
+            if let Item::Conn(_) = slot.item {
+                self.due = self.due.min(slot.due);
+            }
+            at = slot.next;
+        }
+    }
+
+    /// The connections whose patience has ended and that are not being revoked yet, oldest first.
+    pub(super) fn overdue(&mut self, now: Time) -> Vec<(Ticket, u32)> {
+        let mut overdue = Vec::new();
+        let mut next = NEVER;
+        for (ticket, conn) in self.connections() {
+            match self.slots[ticket.slot as usize].due {
+                due if due <= now => overdue.push((ticket, conn)),
+                due => next = next.min(due),
+            }
+        }
+        self.due = next;
+        overdue
+    }
+
+    /// Connections that are out and not being revoked, oldest first.
+    pub(super) fn connections(&self) -> impl Iterator<Item = (Ticket, u32)> + '_ {
+        self.walk().filter_map(|at| {
+            let slot = &self.slots[at as usize];
+            match slot.item {
+                Item::Conn(conn) if !slot.revoking => {
+                    Some((Ticket { slot: at, seq: slot.seq }, conn))
+                }
+                Item::Conn(_) | Item::Probe | Item::Nothing => None,
+            }
+        })
+    }
+
+    /// Marks this ticket, which is out, as being revoked. False if it is already.
+    pub(super) fn revoke(&mut self, ticket: Ticket) -> bool {
+        let slot = &mut self.slots[ticket.slot as usize];
+        let first = !std::mem::replace(&mut slot.revoking, true);
+        self.revoking += u32::from(first);
+        first
     }
 
     /// Marks every ticket as being revoked, and calls `revoke` for each that was not yet, oldest first.
@@ -160,14 +236,6 @@ impl Ring {
             }
             at = slot.next;
         }
-    }
-
-    /// When the oldest connection was sent. A probe may be older, but there is at most one.
-    pub(super) fn oldest(&self) -> Option<Time> {
-        self.walk()
-            .map(|at| &self.slots[at as usize])
-            .find(|slot| matches!(slot.item, Item::Conn(_)))
-            .map(|slot| slot.sent_at)
     }
 
     /// The shell has seen the effect that `ticket` came with.
@@ -205,6 +273,8 @@ impl Ring {
             len += 1;
             conns += u32::from(matches!(slot.item, Item::Conn(_)));
             revoking += u32::from(slot.revoking);
+            let watched = matches!(slot.item, Item::Conn(_)) && !slot.revoking;
+            assert!(!watched || self.due <= slot.due, "nothing is due earlier than known");
         }
         assert_eq!((len, conns, revoking), (self.len, self.conns, self.revoking));
         assert!(len - conns <= 1, "at most one probe");

@@ -183,10 +183,10 @@ pub struct PoolSettings {
     pub max_untaken: u32,
     /// Most workers at once.
     pub max_workers: u32,
-    /// How long a connection may stay untaken.
+    /// How long a connection may stay untaken at a worker that usually takes at once.
     pub handoff_timeout: Duration,
-    /// How long a worker that was suspect gets one connection at a time.
-    pub probation: Duration,
+    /// The longest time a connection may stay untaken, however slow its worker usually is.
+    pub max_handoff_timeout: Duration,
     /// How long clients wait while there is no usable worker.
     pub wait_for_worker: Duration,
     /// What `least-score` goes by; nothing else does.
@@ -217,7 +217,7 @@ impl Default for PoolSettings {
             max_untaken: 256,
             max_workers: 4096,
             handoff_timeout: Duration::from_millis(200),
-            probation: Duration::from_secs(10),
+            max_handoff_timeout: Duration::from_secs(30),
             wait_for_worker: Duration::from_secs(10),
             scores: Scores::default(),
             slow_start: Duration::ZERO,
@@ -431,7 +431,7 @@ pub enum Accepting {
 pub enum State {
     /// Gets connections.
     Active,
-    /// Left something untaken for too long; gets none until it takes its probe.
+    /// Left something untaken for too long; is only tested until it takes a connection.
     Suspect,
     /// Said goodbye, or an operator drains it: gets none, keeps what it has.
     Draining,
@@ -449,6 +449,15 @@ impl State {
             State::Gone => "gone",
         }
     }
+}
+
+/// What a worker with blocking threads says of them.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub struct Threads {
+    /// How many wait in `accept`.
+    pub idle: u32,
+    /// How long one of them usually is away from `accept`, once one has been.
+    pub turnaround: Option<Duration>,
 }
 
 /// A token for a spawned process. The shell makes it; the core only says when.

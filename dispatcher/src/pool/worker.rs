@@ -6,15 +6,21 @@ use std::sync::Arc;
 use std::time::Duration;
 
 use super::drain::Notice;
-use super::policy::{FULL_WEIGHT, NEVER};
+use super::handoff::Shares;
+use super::policy::{Available, FULL_WEIGHT, NEVER};
 use super::ring::Ring;
-use super::types::{AffinityKey, Departure, GaugeProblem, ProcessId, State, Time, WorkerId};
+use super::trust::Trust;
+use super::types::{
+    AffinityKey, Departure, GaugeProblem, ProcessId, State, Threads, Time, WorkerId,
+};
 
 /// What to say once every outcome of a round of revocations is in.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(super) enum Round {
     /// It left something untaken for this long.
     Suspect(Duration),
+    /// Connections move to where they are taken sooner; nothing to say.
+    Quiet,
     /// It said goodbye.
     Goodbye,
     /// The deadline of its drain has come.
@@ -105,8 +111,17 @@ pub(super) struct Worker {
     pub(super) blocked: Option<Time>,
     /// It lost a connection; tried again then at the latest.
     pub(super) starved: Option<Time>,
-    /// Gets one connection at a time until then.
-    pub(super) probation: Option<Time>,
+    pub(super) trust: Trust,
+    /// `Some` if it reports how many of its threads wait in `accept`; then how many do.
+    pub(super) threads: Option<Threads>,
+    /// Not trusted, and not tested before then.
+    pub(super) trial_wait: Option<Time>,
+    /// Its channel is being emptied; nothing may be sent to it meanwhile.
+    pub(super) purging: bool,
+    /// Records in its channel that were revoked since it was last emptied.
+    pub(super) stale: u32,
+    /// What it counts for in its pool's [`super::handoff::Shares`].
+    pub(super) shares: Shares,
     /// Its probe could not be sent; next try.
     pub(super) probe_again: Option<Time>,
     /// Kinds of impossible counters already reported.
@@ -132,6 +147,11 @@ impl Worker {
             .saturating_add(u64::from(self.untaken()))
     }
 
+    /// Whether a probe is out.
+    pub(super) fn is_asked(&self) -> bool {
+        self.ring.len() > self.ring.conns()
+    }
+
     /// Whether it counts as a worker of its pool: somebody to wait for.
     pub(super) fn is_usable(&self) -> bool {
         match self.state {
@@ -140,9 +160,74 @@ impl Worker {
         }
     }
 
-    /// Whether there is nothing in the way of a record, whatever we think of the worker.
+    /// Whether there is nothing in the way of a record, however slow the worker is.
     pub(super) fn can_be_sent_to(&self) -> bool {
-        self.is_usable() && self.ring.has_room() && self.blocked.is_none() && self.starved.is_none()
+        self.is_usable()
+            && self.ring.has_room()
+            && self.blocked.is_none()
+            && self.starved.is_none()
+            && !self.purging
+    }
+
+    /// Whether it may have one more connection at all.
+    pub(super) fn is_open(&self) -> bool {
+        self.can_be_sent_to() && !self.paused && self.load() < u64::from(self.max)
+    }
+
+    /// Whether it takes connections as far as is known.
+    pub(super) fn is_trusted(&self) -> bool {
+        self.state == State::Active && self.trust.proven
+    }
+
+    /// Threads that wait in `accept` and for which nothing is on its way, if it reports them.
+    pub(super) fn idle_threads(&self) -> u32 {
+        self.threads.map_or(0, |threads| threads.idle.saturating_sub(self.untaken()))
+    }
+
+    /// Whether it is trusted and all its threads are busy, as far as it reports them.
+    pub(super) fn is_busy(&self) -> bool {
+        self.is_trusted() && self.threads.is_some_and(|threads| threads.idle == 0)
+    }
+
+    /// Whether a connection that is sent to it now is likely to be taken soon.
+    pub(super) fn has_room(&self) -> bool {
+        let untaken = self.untaken();
+        match self.threads {
+            Some(threads) => {
+                untaken < threads.idle || untaken < self.trust.prefetch(threads.turnaround)
+            }
+            None => true,
+        }
+    }
+
+    /// Whether it may be tested with a connection now: it lives, and has nothing else to do. `spaced`: the pool's last
+    /// repeated test of a worker that never took anything was long enough ago.
+    pub(super) fn is_trialable(&self, spaced: bool) -> bool {
+        self.is_usable()
+            && !self.trust.proven
+            && self.trust.answer.is_some()
+            && self.untaken() == 0
+            && self.trial_wait.is_none()
+            && (spaced || !self.is_doubtful())
+    }
+
+    /// Whether it has failed every test there was.
+    pub(super) fn is_doubtful(&self) -> bool {
+        self.trust.failed > 0 && !self.trust.ever
+    }
+
+    /// How the policy may choose it, if at all. `keyed`: keys decide, so a worker is not passed over for being busy.
+    pub(super) fn availability(&self, keyed: bool, spaced: bool) -> Option<Available> {
+        if !self.is_open() {
+            return None;
+        }
+        let trial = match self.state {
+            State::Active if keyed => false,
+            _ if self.trust.proven && self.has_room() => false,
+            _ if self.is_trialable(spaced) => true,
+            _ => return None,
+        };
+        Some(Available { load: self.load(), weight: self.effective_weight(), trial })
     }
 
     /// What `hash` knows it by. Not its id: whoever comes in its place, with its name, has its keys.
@@ -150,9 +235,9 @@ impl Worker {
         node(&self.name, self.twin)
     }
 
-    /// Whether it is there for new connections, be it full at the moment.
-    pub(super) fn is_up(&self) -> bool {
-        self.state == State::Active
+    /// Whether it is there for new connections, be it full at the moment: trusted, or about to be tested.
+    pub(super) fn is_up(&self, spaced: bool) -> bool {
+        self.is_trusted() || self.is_trialable(spaced)
     }
 
     /// What the policies go by, in parts of [`FULL_WEIGHT`].
@@ -192,23 +277,11 @@ impl Worker {
         self.ramp.map_or(100, |ramp| ramp.step * 100 / RAMP_STEPS)
     }
 
-    /// Whether it may be chosen.
-    pub(super) fn is_eligible(&self) -> bool {
-        self.state == State::Active
-            && !self.paused
-            && self.can_be_sent_to()
-            && self.load() < u64::from(self.max)
-            && (self.probation.is_none() || self.untaken() == 0)
-    }
-
-    /// When its next timer is due. `handoff_timeout` is `None` when timeouts no longer matter.
-    pub(super) fn due(&self, handoff_timeout: Option<Duration>) -> Time {
-        // During a round of revocations everything out is being revoked already.
-        let oldest = handoff_timeout
-            .filter(|_| self.ring.revoking() == 0)
-            .and_then(|timeout| Some(self.ring.oldest()? + timeout));
+    /// When its next timer is due. Without `timeouts` connections may stay untaken for as long as they like.
+    pub(super) fn due(&self, timeouts: bool) -> Time {
+        let oldest = timeouts.then(|| self.ring.due());
         let ramp = self.ramp.map(|ramp| ramp.next);
-        let timers = [self.blocked, self.starved, self.probation, self.probe_again, oldest, ramp];
+        let timers = [self.blocked, self.starved, self.trial_wait, self.probe_again, oldest, ramp];
         let timers = timers.into_iter().chain([self.notice_again, self.drain_deadline]);
         timers.flatten().min().unwrap_or(NEVER)
     }

@@ -10,6 +10,8 @@ use crate::pool::{PoolId, Time};
 pub(super) enum Condition {
     NoWorker,
     Refusing,
+    /// Clients are refused although there are workers: none takes a connection.
+    Unserved,
     BackPressure,
 }
 
@@ -18,7 +20,7 @@ impl Condition {
     pub(super) fn kind(self) -> &'static str {
         match self {
             Condition::NoWorker => "no_worker",
-            Condition::Refusing => "refusing",
+            Condition::Refusing | Condition::Unserved => "refusing",
             Condition::BackPressure => "back_pressure",
         }
     }
@@ -27,7 +29,7 @@ impl Condition {
     fn goes_on(self, state: &str) -> bool {
         match self {
             Condition::NoWorker => state == "no-worker",
-            Condition::Refusing => state == "refusing",
+            Condition::Refusing | Condition::Unserved => state == "refusing",
             Condition::BackPressure => state == "back-pressure",
         }
     }
@@ -47,6 +49,12 @@ impl Condition {
             }
             (Condition::Refusing, false) => {
                 format!("no worker for wait_for_worker: {away} in {lasted}")
+            }
+            (Condition::Unserved, true) => {
+                format!("no worker takes a connection: {away} in {lasted}, and new ones are too")
+            }
+            (Condition::Unserved, false) => {
+                format!("no worker took a connection: {away} in {lasted}")
             }
             (Condition::BackPressure, true) => {
                 format!("every worker is full or suspect: clients wait, for {lasted} now")

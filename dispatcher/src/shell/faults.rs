@@ -92,6 +92,7 @@ impl Shell {
             | Event::Goodbye { .. }
             | Event::Trusted { .. }
             | Event::Relieved { .. }
+            | Event::Served { .. }
             // Its end, or that it did not start, is remembered already.
             | Event::Restarting { .. } => {}
             Event::Gone { worker, why, resent, live } => {
@@ -149,9 +150,14 @@ impl Shell {
             Event::NoUsableWorker { pool } => {
                 self.condition(Condition::NoWorker, pool, 0);
             }
-            Event::Refusing { pool, closed } => {
+            Event::Refusing { pool, closed, unserved: false } => {
                 self.condition(Condition::Refusing, pool, closed.into());
             }
+            Event::Refusing { pool, closed, unserved: true } => {
+                self.condition(Condition::Unserved, pool, closed.into());
+            }
+            // The condition goes on, and counts by itself.
+            Event::StillRefusing { .. } => {}
             Event::BackPressure { pool } => self.condition(Condition::BackPressure, pool, 0),
             Event::Choked { pause } => self.fault("choked", "dispatcher", || {
                 let pause = format_duration(pause);

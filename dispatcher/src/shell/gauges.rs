@@ -8,7 +8,7 @@ use std::sync::Arc;
 use worker_sdk::scoreboard::Scoreboard;
 use worker_sdk::scoreboard::gauge::{GaugeName, Reading};
 
-use super::Shell;
+use super::{Shell, Stamps};
 use crate::pool::{Core, PoolId, Scored, Time, WorkerId};
 use crate::status::{GaugeStatus, Status};
 
@@ -42,7 +42,14 @@ impl Gauges {
         (!scored.is_empty()).then_some(Gauges { pool, scored, known: 0 })
     }
 
-    fn read(&mut self, board: &Scoreboard, core: &mut Core, now: Time, worker: WorkerId) {
+    fn read(
+        &mut self,
+        board: &Scoreboard,
+        core: &mut Core,
+        now: Time,
+        worker: WorkerId,
+        stamps: &Stamps,
+    ) {
         let named = board.named_gauges();
         while self.known < named {
             self.learn(board, core, worker);
@@ -51,7 +58,8 @@ impl Gauges {
             let Some(said) = gauge.number.map(|number| board.gauge(number)) else { continue };
             if !is_same(said, gauge.told) {
                 gauge.told = said;
-                core.gauge(now, worker, position, said);
+                let ours = |reading: Reading| Reading { at: stamps.past(reading.at).0, ..reading };
+                core.gauge(now, worker, position, said.map(ours));
             }
         }
     }
@@ -88,12 +96,14 @@ impl Shell {
         for pool in 0..self.config.pools.len() as u16 {
             self.gauges_due.push(self.core.reads_gauges(self.now, PoolId(pool)));
         }
+        let mut stamps = None;
         for io in self.workers.iter_mut().flatten() {
             if let Some(gauges) = &mut io.gauges
                 && (self.gauges_due.get(usize::from(gauges.pool.0)) == Some(&true)
                     || self.core.lacks_gauges(io.id))
             {
-                gauges.read(&io.lane.board, &mut self.core, self.now, io.id);
+                let stamps = stamps.get_or_insert_with(Stamps::now);
+                gauges.read(&io.lane.board, &mut self.core, stamps.ours, io.id, stamps);
             }
         }
     }
@@ -117,14 +127,15 @@ pub(super) struct Shown {
 }
 
 /// Adds to a status what every worker shows.
-pub(super) fn show_gauges(now: Time, shown: Vec<Shown>, status: &mut Status) {
+pub(super) fn show_gauges(shown: Vec<Shown>, status: &mut Status) {
+    let stamps = Stamps::now();
     for Shown { worker: id, scored, board } in shown {
         let worker = status.pools.iter_mut().find_map(|pool| {
             let at = pool.workers.binary_search_by_key(&id, |worker| worker.id);
             pool.workers.get_mut(at.ok()?)
         });
         if let Some(worker) = worker {
-            worker.gauges = all(&board, now);
+            worker.gauges = all(&board, &stamps);
             match scored {
                 Some(Scored::Score(score)) => worker.score = Some(score),
                 Some(out) => worker.not_scored = Some(out.to_string()),
@@ -135,7 +146,7 @@ pub(super) fn show_gauges(now: Time, shown: Vec<Shown>, status: &mut Status) {
 }
 
 /// Every gauge with a good name, in the order in which the worker named them; of two with the same name the first.
-fn all(board: &Scoreboard, now: Time) -> Vec<GaugeStatus> {
+fn all(board: &Scoreboard, stamps: &Stamps) -> Vec<GaugeStatus> {
     let mut shown: Vec<GaugeStatus> = Vec::new();
     for number in 0..board.named_gauges() {
         let Some(Ok(name)) = board.gauge_name(number) else { continue };
@@ -147,7 +158,8 @@ fn all(board: &Scoreboard, now: Time) -> Vec<GaugeStatus> {
             name: name.to_string(),
             value: reading.map(|reading| reading.value),
             age_milliseconds: reading.map(|reading| {
-                u64::try_from((now - Time(reading.at)).as_millis()).unwrap_or(u64::MAX)
+                u64::try_from((stamps.ours - stamps.past(reading.at)).as_millis())
+                    .unwrap_or(u64::MAX)
             }),
         });
     }
@@ -166,7 +178,7 @@ mod tests {
             let number = board.name_gauge(&name.parse().unwrap()).unwrap();
             board.set_gauge(number, Reading { value, at: 1_000_000 });
         }
-        let shown = all(&board, Time(3_000_000));
+        let shown = all(&board, &Stamps { ours: Time(3_000_000), realtime: 3_000_000 });
         let shown: Vec<_> =
             shown.iter().map(|g| (g.name.as_str(), g.value, g.age_milliseconds)).collect();
         assert_eq!(shown, [("x", Some(1.0), Some(2)), ("y", Some(2.0), Some(2))]);

@@ -133,6 +133,7 @@ impl Shell {
             lane,
             outbox: Vec::new(),
             finished: join.hello.finished,
+            threads: None,
             gauges,
             purge: None,
             rings: Rings::default(),

@@ -116,7 +116,7 @@ impl Cause {
 }
 
 /// Kinds of lines about events.
-pub(super) const EVENTS: [&str; 20] = [
+pub(super) const EVENTS: [&str; 22] = [
     "worker_joined",
     "worker_goodbye",
     "worker_gone",
@@ -137,6 +137,8 @@ pub(super) const EVENTS: [&str; 20] = [
     "gauge_impossible",
     "worker_paused",
     "worker_updated",
+    "still_refusing",
+    "served_again",
 ];
 
 /// Lines that were left out.

@@ -48,6 +48,7 @@ use std::time::Duration;
 
 use mio::unix::SourceFd;
 use mio::{Events, Interest, Poll};
+use rustix::time::ClockId;
 use signal_hook_mio::v1_0::Signals;
 use worker_sdk::scoreboard::claim::{self, SlotState};
 use worker_sdk::wire::{Entry, Token};
@@ -69,7 +70,7 @@ use crate::admin::{Admin, State};
 use crate::cleaner::Cleaner;
 use crate::closer::Closers;
 use crate::config::Config;
-use crate::pool::{Core, ProcessId, Ticket, Time, WorkerId};
+use crate::pool::{Core, ProcessId, Threads, Ticket, Time, WorkerId};
 
 pub use self::error::RunError;
 
@@ -166,7 +167,7 @@ struct Shell {
     seconds: Seconds,
     /// Scratch space, kept warm.
     gauges_due: Vec<bool>,
-    seen: Vec<(Ticket, SlotState)>,
+    seen: Vec<(Ticket, SlotState, Time)>,
     entries: Vec<Entry>,
     record: Vec<u8>,
     first_bytes: Vec<u8>,
@@ -430,20 +431,33 @@ impl Shell {
         let id = io.id;
         let finished = io.lane.board.finished();
         // Most of many workers, most of the time.
-        if finished == io.finished && !self.core.has_tickets(id.index) {
+        if finished == io.finished
+            && !self.core.has_tickets(id.index)
+            && io.lane.board.idle_threads() == io.threads
+        {
             return false;
         }
+        let mut stamps = None;
         for ticket in self.core.tickets(id) {
             if let Some(slot) = io.lane.board.slot(ticket.slot) {
                 let state = claim::state(slot, ticket.seq);
                 if state != SlotState::Sent {
-                    self.seen.push((ticket, state));
+                    let stamp = io.lane.board.stamped(ticket.slot);
+                    let stamps = stamps.get_or_insert_with(Stamps::now);
+                    self.seen.push((ticket, state, stamps.time(stamp)));
                 }
             }
         }
         let mut changed = !self.seen.is_empty();
-        for (ticket, state) in self.seen.drain(..) {
-            self.core.slot(self.now, id, ticket, state);
+        let threads = io.lane.board.idle_threads();
+        let reported = std::mem::replace(&mut io.threads, threads);
+        for (ticket, state, at) in self.seen.drain(..) {
+            self.core.slot(self.now, id, ticket, state, at);
+        }
+        if threads != reported {
+            let threads = threads.map(|(idle, turnaround)| Threads { idle, turnaround });
+            self.core.threads(self.now, id, threads);
+            changed = true;
         }
         if finished != io.finished {
             io.finished = finished;
@@ -547,9 +561,40 @@ impl Shell {
 
 /// Now, in nanoseconds of `CLOCK_MONOTONIC`.
 fn clock() -> Time {
-    let now = rustix::time::clock_gettime(rustix::time::ClockId::Monotonic);
+    Time(nanoseconds(ClockId::Monotonic))
+}
+
+fn nanoseconds(clock: ClockId) -> u64 {
+    let now = rustix::time::clock_gettime(clock);
     let seconds = u64::try_from(now.tv_sec).unwrap_or(0);
-    Time(seconds * 1_000_000_000 + u64::try_from(now.tv_nsec).unwrap_or(0))
+    seconds * 1_000_000_000 + u64::try_from(now.tv_nsec).unwrap_or(0)
+}
+
+/// Translates the times that workers write, which are of `CLOCK_REALTIME` because no time namespace shifts it, to ours.
+#[derive(Clone, Copy, Debug)]
+struct Stamps {
+    ours: Time,
+    realtime: u64,
+}
+
+impl Stamps {
+    fn now() -> Stamps {
+        Stamps { ours: clock(), realtime: nanoseconds(ClockId::Realtime) }
+    }
+
+    /// When that was; now, if it is a time to come, because a clock was set back.
+    fn past(&self, realtime: u64) -> Time {
+        self.time(realtime).min(self.ours)
+    }
+
+    /// When that was; now, if the worker never said. A time to come stays one, so that the core can clamp and count it.
+    fn time(&self, realtime: u64) -> Time {
+        match realtime {
+            0 => self.ours,
+            past if past <= self.realtime => Time(self.ours.0.saturating_sub(self.realtime - past)),
+            ahead => Time(self.ours.0.saturating_add(ahead - self.realtime)),
+        }
+    }
 }
 
 #[cfg(test)]

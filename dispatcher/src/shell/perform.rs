@@ -104,6 +104,7 @@ impl Shell {
                     let most = io.lane.most_records();
                     self.closers.task(Task::Purge { worker, retained, most });
                 }
+                self.core.purged(self.now, worker);
             }
             Effect::Release { worker, conn, ticket } => {
                 // RELEASED is written after the close. A worker that closes before finds its slot not released, and shuts

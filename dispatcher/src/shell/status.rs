@@ -69,10 +69,10 @@ impl Shell {
         for (id, listener) in self.core.listeners().zip(&mut status.listeners) {
             listener.state = self.listener_state(id).to_owned();
         }
-        let (now, boards, faults) = (self.now, self.boards(), self.faults.clone());
+        let (boards, faults) = (self.boards(), self.faults.clone());
         Gathered(Box::new(move || {
             status.host = rustix::system::uname().nodename().to_string_lossy().into_owned();
-            show_gauges(now, boards, &mut status);
+            show_gauges(boards, &mut status);
             status.faults = faults.status();
             status
         }))

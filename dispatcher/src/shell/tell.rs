@@ -34,6 +34,8 @@ fn kind_of(event: &Event) -> usize {
         Event::BadGauge { .. } => 17,
         Event::Paused { .. } => 18,
         Event::Updated { .. } => 19,
+        Event::StillRefusing { .. } => 20,
+        Event::Served { .. } => 21,
     }
 }
 
@@ -83,6 +85,8 @@ impl Shell {
             | Event::BadGauge { worker, .. } => self.core.pool_of_worker(worker),
             Event::NoUsableWorker { pool }
             | Event::Refusing { pool, .. }
+            | Event::StillRefusing { pool, .. }
+            | Event::Served { pool }
             | Event::BackPressure { pool }
             | Event::Relieved { pool } => Some(pool),
             Event::Restarting { process, .. } => Some(process.pool),
@@ -184,10 +188,23 @@ impl Shell {
             Event::NoUsableWorker { pool } => {
                 log::warn!("event=no_worker pool={} clients=wait", self.core.pool_name(*pool))
             }
-            Event::Refusing { pool, closed } => log::error!(
-                "event=refusing pool={} reason=\"no worker for wait_for_worker\" closed={closed}",
-                self.core.pool_name(*pool)
+            Event::Refusing { pool, closed, unserved } => log::error!(
+                "event=refusing pool={} reason=\"{}\" closed={closed}",
+                self.core.pool_name(*pool),
+                match unserved {
+                    true => "no worker took a connection for wait_for_worker",
+                    false => "no worker for wait_for_worker",
+                }
             ),
+            Event::StillRefusing { pool, unserved, since } => log::error!(
+                "event=still_refusing pool={} reason=\"{}\" since={}",
+                self.core.pool_name(*pool),
+                if *unserved { "no worker takes a connection" } else { "no worker" },
+                span(*since)
+            ),
+            Event::Served { pool } => {
+                log::info!("event=served_again pool={}", self.core.pool_name(*pool));
+            }
             Event::BackPressure { pool } => log::warn!(
                 "event=back_pressure pool={} reason=\"every worker is full or suspect\" clients=wait",
                 self.core.pool_name(*pool)

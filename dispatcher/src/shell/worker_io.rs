@@ -4,6 +4,7 @@ use std::io::IoSlice;
 use std::mem::MaybeUninit;
 use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
 use std::sync::Arc;
+use std::time::Duration;
 
 use rustix::io::Errno;
 use rustix::net::{
@@ -29,6 +30,8 @@ pub(super) struct WorkerIo {
     pub(super) rings: Rings,
     /// The `finished` counter as last reported to the core.
     pub(super) finished: u64,
+    /// What it said of its threads, as last reported to the core.
+    pub(super) threads: Option<(u32, Option<Duration>)>,
     /// What the pool scores by, if it does.
     pub(super) gauges: Option<Gauges>,
 }

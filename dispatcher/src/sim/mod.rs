@@ -21,7 +21,7 @@ use std::time::Duration;
 use worker_sdk::PeerAddr;
 use worker_sdk::scoreboard::claim::{self, Revoke};
 use worker_sdk::scoreboard::gauge::Reading;
-use worker_sdk::wire::{EntryFlags, Features, Hello};
+use worker_sdk::wire::{EntryFlags, Hello};
 
 pub use crate::pool::Random;
 use crate::pool::*;
@@ -56,6 +56,8 @@ pub struct Link {
     pub finished: u64,
     /// The worker's slots.
     pub board: Vec<AtomicU64>,
+    /// When it claimed what is in each of them.
+    pub taken_at: Vec<Time>,
     /// The gauges in the scoreboard that the pool scores by, whatever the worker writes there.
     pub gauges: Vec<Option<Reading>>,
     /// As the core was last told.
@@ -151,6 +153,7 @@ impl Desk {
             forgotten: false,
             finished: join.hello.finished,
             board: (0..self.slots).map(|_| AtomicU64::new(0)).collect(),
+            taken_at: vec![Time::default(); self.slots],
             gauges: vec![None; scored],
             told: vec![None; scored],
             notices: Vec::new(),
@@ -260,6 +263,7 @@ impl Desk {
                 let link = self.link(worker);
                 link.channel.clear();
                 link.notices.clear();
+                self.core.purged(self.now, worker);
             }
             Effect::Release { worker, conn, ticket } => {
                 assert!(self.is_served(conn), "released, so somebody has it");
@@ -348,7 +352,8 @@ impl Desk {
             self.scratch.extend(self.core.tickets(link.id));
             for &ticket in &self.scratch {
                 let state = claim::state(&link.board[ticket.slot as usize], ticket.seq);
-                self.core.slot(self.now, link.id, ticket, state);
+                let taken_at = link.taken_at[ticket.slot as usize];
+                self.core.slot(self.now, link.id, ticket, state, taken_at);
             }
             self.core.finished(self.now, link.id, finished);
         }
@@ -384,10 +389,14 @@ impl Desk {
 
     /// The worker receives records until it has claimed one; true if there was one. Probes are answered on the way.
     pub fn take(&mut self, worker: WorkerId) -> Option<ConnId> {
+        let now = self.now;
         loop {
             let link = self.link(worker);
             let Record { ticket, conn } = link.channel.pop_front()?;
             let claimed = claim::claim(&link.board[ticket.slot as usize], ticket.seq);
+            if claimed {
+                link.taken_at[ticket.slot as usize] = now;
+            }
             if let Some(conn) = conn
                 && claimed
             {
@@ -398,6 +407,18 @@ impl Desk {
                 return Some(conn);
             }
         }
+    }
+
+    /// The worker receives its oldest record if that is a probe, and answers it.
+    pub fn answer(&mut self, worker: WorkerId) -> bool {
+        let link = self.link(worker);
+        if link.channel.front().is_none_or(|record| record.conn.is_some()) {
+            return false;
+        }
+        let probe = link.channel.pop_front();
+        probe.is_some_and(|Record { ticket, .. }| {
+            claim::claim(&link.board[ticket.slot as usize], ticket.seq)
+        })
     }
 
     /// The worker receives one record whose connection does not arrive.
@@ -426,9 +447,4 @@ impl Desk {
         }
         true
     }
-}
-
-/// The features of a worker that reports how many of its threads wait in accept, if it does.
-fn idle_threads_feature(_reports: bool) -> Features {
-    Features::NONE
 }

@@ -65,7 +65,7 @@ pub fn run(plan: &Plan) -> Outcome {
         // Those that were killed are still there for a moment when their successors come.
         max_workers: 64 + 4 * plan.processes as u32,
         handoff_timeout: Duration::from_millis(50 + random.below(250)),
-        probation: Duration::from_millis(random.below(1_500)),
+        max_handoff_timeout: Duration::from_millis(1 + random.below(30_000)),
         wait_for_worker: Duration::from_millis(100 + random.below(2_000)),
         slow_start: Duration::from_millis(random.below(2) * random.below(2_000)),
         scores: scores(&mut random),

@@ -38,6 +38,7 @@ use super::ready::Ready;
 use super::said::Said;
 use super::sample::Sampler;
 use super::standalone::Listener;
+use super::waiting::Waiting;
 use crate::scoreboard::claim::{self, want};
 use crate::wire::{Entry, EntryFlags, Features, Hello, PeerAddr, Probe, Update, VERSION};
 
@@ -88,6 +89,7 @@ pub(super) struct State {
     leader: bool,
     /// Threads that wait for the leader.
     followers: usize,
+    waiting: Waiting,
     backoff: Backoff,
     ever_joined: bool,
     /// Whether the log has said that we wait; then it is not repeated aloud.
@@ -214,6 +216,7 @@ impl Core {
                 queue: VecDeque::new(),
                 leader: false,
                 followers: 0,
+                waiting: Waiting::default(),
                 backoff: Backoff::new(config.reconnect_min, config.reconnect_max),
                 ever_joined: false,
                 complained: false,
@@ -246,16 +249,42 @@ impl Core {
         until: Option<Instant>,
     ) -> Result<Option<Accepted>, Error> {
         self.check_process()?;
+        let mut waits = false;
+        let accepted = self.accept_waiting(until, &mut waits);
+        if waits {
+            self.stop_waiting(&mut self.lock());
+        }
+        accepted
+    }
+
+    /// `waits`: whether this thread is counted among those that wait.
+    fn accept_waiting(
+        self: &Arc<Self>,
+        until: Option<Instant>,
+        waits: &mut bool,
+    ) -> Result<Option<Accepted>, Error> {
         let mut state = self.lock();
         // Whether a look without waiting has found nothing since the time was up.
         let mut looked = false;
         loop {
-            if let Some(popped) = self.pop(&mut state) {
+            if !state.queue.is_empty() {
+                if mem::take(waits) {
+                    self.stop_waiting(&mut state);
+                }
+                let Some(popped) = self.pop(&mut state) else { continue };
+                if popped.accepted.is_some() {
+                    state.waiting.takes();
+                }
                 match self.hand_out(state, popped, false) {
                     Some(accepted) => return Ok(Some(accepted)),
                     None => state = self.lock(),
                 }
-            } else if matches!(state.link, Link::Closed) {
+                continue;
+            }
+            if !mem::replace(waits, true) {
+                self.start_waiting(&mut state);
+            }
+            if matches!(state.link, Link::Closed) {
                 return Ok(None);
             } else if self.draining.now().is_some() {
                 // Perhaps it has ended since.
@@ -285,10 +314,30 @@ impl Core {
         }
     }
 
+    fn start_waiting(&self, state: &mut State) {
+        state.waiting.enter(self.live());
+        if let Some(session) = state.link.session() {
+            state.waiting.show(&session.board);
+            session.poke_if_wanted(want::IDLE);
+        }
+    }
+
+    fn stop_waiting(&self, state: &mut State) {
+        state.waiting.leave();
+        if let Some(session) = state.link.session() {
+            state.waiting.show(&session.board);
+        }
+    }
+
     /// The next connection if there is one now; `None` means wait until the descriptor is readable.
     pub(crate) fn try_accept(self: &Arc<Self>) -> Result<Option<Accepted>, Error> {
         self.check_process()?;
         let mut state = self.lock();
+        if state.waiting.asks()
+            && let Some(session) = state.link.session()
+        {
+            state.waiting.show(&session.board);
+        }
         loop {
             if let Some(popped) = self.pop(&mut state) {
                 match self.hand_out(state, popped, true) {

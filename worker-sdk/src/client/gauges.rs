@@ -177,9 +177,9 @@ impl fmt::Debug for Gauge {
     }
 }
 
-/// Nanoseconds of `CLOCK_MONOTONIC`; never 0.
+/// Nanoseconds of `CLOCK_REALTIME`, which no time namespace shifts; never 0.
 fn now() -> u64 {
-    let now = clock_gettime(ClockId::Monotonic);
+    let now = clock_gettime(ClockId::Realtime);
     let seconds = u64::try_from(now.tv_sec).unwrap_or(0);
     (seconds * 1_000_000_000 + u64::try_from(now.tv_nsec).unwrap_or(0)).max(1)
 }

@@ -27,6 +27,7 @@ mod said;
 mod sample;
 mod standalone;
 mod update;
+mod waiting;
 
 use std::fmt;
 use std::os::fd::{AsFd, BorrowedFd};

@@ -220,6 +220,8 @@ pub mod want {
     pub const TAKEN: u32 = 1;
     /// `finished` grows.
     pub const ROOM: u32 = 2;
+    /// More threads wait in `accept`.
+    pub const IDLE: u32 = 4;
 }
 
 /// Dispatcher: asks to be poked, for the [bits](want) given. Everything it would sleep on must be read again after

@@ -28,7 +28,7 @@ use std::sync::atomic::Ordering;
 use super::claim::Word;
 
 /// Gauges of a scoreboard that a dispatcher of this version makes: the eight with fixed names, and 16 more. With the
-/// usual 256 slots everything fits into one page of memory.
+/// usual 256 slots everything fits into two pages of memory.
 pub const GAUGES: u32 = 24;
 
 /// Most gauges that a scoreboard may have, in any version.
@@ -74,7 +74,7 @@ pub mod names {
 pub struct Reading {
     /// As the worker wrote it: it may be anything a floating-point number can be.
     pub value: f64,
-    /// Nanoseconds of `CLOCK_MONOTONIC`, by the worker's word; never 0.
+    /// Nanoseconds of `CLOCK_REALTIME`, which no time namespace shifts, by the worker's word; never 0.
     pub at: u64,
 }
 

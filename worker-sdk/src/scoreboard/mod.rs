@@ -11,8 +11,10 @@
 //!   0  u64 magic      8  u32 version    12  u32 slots    16  u32 gauges
 //!  64  u32 want       dispatcher sets bits, worker clears the one it answers
 //! 128  u64 finished   worker: connections closed since its process started; only grows
+//! 136  u32 idle       worker: 1 more than its threads that wait in `accept`; 0 if it does not report them
+//! 140  u32 turnaround worker: 1 more than the µs that such a thread usually is away from `accept`; 0 while not known
 //! 192  u32 named      worker: gauges that have a name, from the first on; only grows
-//! 256  u64 × slots    the ring; see `claim`
+//! 256  u64 × 2 slots  the ring, for each slot: u64 word, see `claim`; u64 when the worker took what was in it
 //!   …  64 × gauges    from the next multiple of 64 on: u64 time, u64 value, 48 bytes of name; see `gauge`
 //! ```
 //!
@@ -25,19 +27,26 @@ pub mod gauge;
 use std::fmt;
 use std::os::fd::{AsFd, OwnedFd};
 use std::sync::atomic::{AtomicU32, AtomicU64, Ordering};
+use std::time::Duration;
 
 use self::gauge::{GAUGES, GaugeName, MAX_GAUGE_NAME, MAX_GAUGES, NoGaugeName, Reading};
 use crate::sys::{self, Mapping};
 
 const MAGIC: u64 = u64::from_le_bytes(*b"DSPBOARD");
-const VERSION: u32 = 1;
+const VERSION: u32 = 2;
 const OFFSET_VERSION: usize = 8;
 const OFFSET_SLOTS: usize = 12;
 const OFFSET_GAUGES: usize = 16;
 const OFFSET_WANT: usize = 64;
 const OFFSET_FINISHED: usize = 128;
+const OFFSET_IDLE: usize = 136;
+const OFFSET_TURNAROUND: usize = 140;
 const OFFSET_NAMED: usize = 192;
 const OFFSET_RING: usize = 256;
+
+/// A slot's word and the time of its take share a cache line.
+const SLOT_LEN: usize = 16;
+const OFFSET_SLOT_TIME: usize = 8;
 
 /// A gauge has a cache line to itself.
 const GAUGE_LEN: usize = 64;
@@ -139,7 +148,7 @@ impl From<std::io::Error> for ScoreboardError {
 }
 
 fn size(slots: u32) -> usize {
-    OFFSET_RING + 8 * slots as usize
+    OFFSET_RING + SLOT_LEN * slots as usize
 }
 
 fn size_with_gauges(slots: u32, gauges: u32) -> usize {
@@ -220,7 +229,47 @@ impl Scoreboard {
     /// The word of a slot; `None` when there is no such slot.
     #[inline]
     pub fn slot(&self, slot: u32) -> Option<&AtomicU64> {
-        (slot < self.slots).then(|| self.map.u64(OFFSET_RING + 8 * slot as usize))
+        (slot < self.slots).then(|| self.map.u64(OFFSET_RING + SLOT_LEN * slot as usize))
+    }
+
+    fn taken_word(&self, slot: u32) -> Option<&AtomicU64> {
+        let at = OFFSET_RING + SLOT_LEN * slot as usize + OFFSET_SLOT_TIME;
+        (slot < self.slots).then(|| self.map.u64(at))
+    }
+
+    /// Worker: says when it takes what is in a slot, just before it claims it. In nanoseconds of `CLOCK_REALTIME`, which
+    /// no time namespace shifts.
+    #[inline]
+    pub fn stamp(&self, slot: u32, realtime_ns: u64) {
+        if let Some(word) = self.taken_word(slot) {
+            word.store(realtime_ns, Ordering::Relaxed);
+        }
+    }
+
+    /// Dispatcher: when the worker says that it took what is in a slot that reads TAKEN; 0 if it never said.
+    #[inline]
+    pub fn stamped(&self, slot: u32) -> u64 {
+        self.taken_word(slot).map_or(0, |word| word.load(Ordering::Relaxed))
+    }
+
+    /// Worker: says how many of its threads wait in `accept`, if it reports that, and how long one of them usually is away
+    /// from it, if that is known. Before a thread claims something, it is no longer counted.
+    #[inline]
+    pub fn set_idle_threads(&self, idle: Option<u32>, turnaround: Option<Duration>) {
+        let micros = |away: Duration| u32::try_from(away.as_micros()).unwrap_or(u32::MAX);
+        let away = turnaround.map_or(0, |away| micros(away).saturating_add(1));
+        let idle = idle.map_or(0, |idle| idle.saturating_add(1));
+        self.map.u32(OFFSET_TURNAROUND).store(away, Ordering::Relaxed);
+        self.map.u32(OFFSET_IDLE).store(idle, Ordering::Release);
+    }
+
+    /// Dispatcher: how many threads of the worker wait in `accept`, and how long one of them usually is away from it; `None`
+    /// if it does not report that. Read it after the slots: then a thread that took something is not counted any more.
+    #[inline]
+    pub fn idle_threads(&self) -> Option<(u32, Option<Duration>)> {
+        let idle = self.map.u32(OFFSET_IDLE).load(Ordering::Acquire).checked_sub(1)?;
+        let away = self.map.u32(OFFSET_TURNAROUND).load(Ordering::Relaxed).checked_sub(1);
+        Some((idle, away.map(|us| Duration::from_micros(us.into()))))
     }
 
     /// The word by which the dispatcher asks to be poked; see [`claim::arm`] and [`claim::must_poke`].

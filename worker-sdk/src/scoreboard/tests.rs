@@ -56,7 +56,7 @@ fn only_a_sealed_scoreboard_of_that_size_is_opened() {
 #[test]
 fn the_version_is_checked() {
     let (board, fd) = Scoreboard::create(4, 0).unwrap();
-    board.map.u32(OFFSET_VERSION).store(2, Ordering::Relaxed);
+    board.map.u32(OFFSET_VERSION).store(1, Ordering::Relaxed);
     let error = Scoreboard::open(fd, 4).unwrap_err();
     assert!(matches!(error, ScoreboardError::Malformed("version")));
 }

@@ -3,13 +3,16 @@
 //! Owns who is up, and which priority is the highest of them. Within it, least connections decide. Full is not down:
 //! while the workers of the highest priority are full, clients wait for them. Who comes back is used again at once.
 
+use super::Available;
+
 /// One worker.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
 struct Stand {
     priority: u16,
     up: bool,
-    /// Load and weight, if it could be chosen were it not for the others.
-    available: Option<(u64, u32)>,
+    /// `Some` if it could be chosen were it not for the others.
+    available: Option<Available>,
+    open: bool,
 }
 
 #[derive(Debug, Default)]
@@ -38,10 +41,16 @@ impl Failover {
         self.look()
     }
 
-    pub(super) fn set(&mut self, at: usize, up: bool, available: Option<(u64, u32)>) -> Change {
+    pub(super) fn set(
+        &mut self,
+        at: usize,
+        up: bool,
+        available: Option<Available>,
+        open: bool,
+    ) -> Change {
         let stand = &mut self.stands[at];
         let same = stand.up == up;
-        (stand.up, stand.available) = (up, available);
+        (stand.up, stand.available, stand.open) = (up, available, open);
         if same { Change::One } else { self.look() }
     }
 
@@ -52,10 +61,14 @@ impl Failover {
         if before == top { Change::One } else { Change::All }
     }
 
-    /// Load and weight of the worker at `at`, if it may be chosen.
-    pub(super) fn available(&self, at: usize) -> Option<(u64, u32)> {
+    /// How the policy may choose the worker at `at`, if at all, and whether it may have a connection if there is no
+    /// better one.
+    pub(super) fn standing(&self, at: usize) -> (Option<Available>, bool) {
         let stand = self.stands[at];
-        stand.available.filter(|_| !self.stands_by(at))
+        match self.stands_by(at) {
+            true => (None, false),
+            false => (stand.available, stand.open),
+        }
     }
 
     /// Whether somebody of a higher priority takes its connections.

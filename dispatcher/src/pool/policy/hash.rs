@@ -65,6 +65,16 @@ impl Rendezvous {
         best
     }
 
+    /// The position with the highest score of those given, each with its weight.
+    pub(super) fn owner(
+        &self,
+        key: AffinityKey,
+        among: impl Iterator<Item = (usize, u32)>,
+    ) -> Option<usize> {
+        let scored = among.map(|(at, weight)| (at, score(weight, draw(key, self.nodes[at]))));
+        scored.max_by(|a, b| a.1.total_cmp(&b.1)).map(|(at, _)| at)
+    }
+
     /// What the worker at `at` has for this key, in terms of a configured weight.
     pub(super) fn score(&self, list: &[Candidate], at: usize, key: AffinityKey) -> f64 {
         score(list[at].weight, draw(key, self.nodes[at])) / 256.0

@@ -84,7 +84,8 @@ impl LeastScore {
 
     fn score(&self, at: usize, candidate: Candidate) -> f64 {
         // Full weights divide without a rest, so that equal workers are exactly equal.
-        let shared = candidate.cost as f64 * f64::from(FULL_WEIGHT) / f64::from(candidate.weight);
+        let shared =
+            (candidate.cost / 2) as f64 * f64::from(FULL_WEIGHT) / f64::from(candidate.weight);
         self.sums[at].value + self.scores.connections * shared
     }
 
@@ -158,7 +159,7 @@ mod tests {
     }
 
     fn candidate(cost: u64, weight: u32) -> Candidate {
-        Candidate { cost, weight: weight * FULL_WEIGHT, worker: 0 }
+        Candidate { cost: 2 * cost, weight: weight * FULL_WEIGHT, worker: 0 }
     }
 
     fn reading(value: f64, at: u64) -> Option<Reading> {

@@ -27,7 +27,7 @@ use super::types::{AffinityKey, Policy, Scored, Scores, Time, Why};
 /// The end of time: a timer that is not running.
 pub(super) const NEVER: Time = Time(u64::MAX);
 
-/// The cost of a worker that must not be chosen: more than that of any eligible one (at most 2³²), and small enough
+/// The cost of a worker that must not be chosen: more than that of any eligible one (at most 2³⁴), and small enough
 /// that its product with a weight (below 2²⁴) fits in 64 bits.
 pub(super) const UNAVAILABLE: u64 = 1 << 40;
 
@@ -37,7 +37,7 @@ pub(super) const FULL_WEIGHT: u32 = 256;
 /// One worker as a policy sees it. 16 bytes, so that 1,000 stay in the first-level cache.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(super) struct Candidate {
-    /// Its load after one more connection, or [`UNAVAILABLE`].
+    /// Twice its load after one more connection, and 1 more if it has to prove itself; or [`UNAVAILABLE`].
     pub(super) cost: u64,
     /// Its weight in parts of [`FULL_WEIGHT`], or 1 if unavailable.
     pub(super) weight: u32,
@@ -56,11 +56,24 @@ pub(super) struct Member {
     pub(super) priority: u16,
 }
 
+/// A worker that may be chosen.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(super) struct Available {
+    /// Live connections, untaken ones included.
+    pub(super) load: u64,
+    /// In parts of [`FULL_WEIGHT`].
+    pub(super) weight: u32,
+    /// It has to prove itself: among equals it comes last.
+    pub(super) trial: bool,
+}
+
 /// How a worker stands now.
 #[derive(Clone, Copy, Debug)]
 pub(super) struct Standing {
-    /// Its load and weight, if it may be chosen.
-    pub(super) available: Option<(u64, u32)>,
+    /// `Some` if it may be chosen.
+    pub(super) available: Option<Available>,
+    /// Whether it may have a connection if there is no better one.
+    pub(super) open: bool,
     /// Whether it is there for new connections at all, be it full at the moment.
     pub(super) up: bool,
     /// Its next timer.
@@ -88,6 +101,9 @@ pub(super) struct Candidates {
     index: Index,
     /// Runs parallel to `list`, apart from it because ticks scan only this.
     due: Vec<Time>,
+    /// Which may have a connection if there is no better one. Runs parallel to `list`.
+    open: Vec<bool>,
+    opens: usize,
     /// Where the next decision starts, so that ties rotate.
     start: usize,
     eligible: usize,
@@ -102,9 +118,19 @@ pub(super) struct Choice {
     /// With two choices, the other one.
     pub(super) other: Option<usize>,
     now: Time,
-    /// It was not the policy that chose.
-    pub(super) remembered: bool,
+    pub(super) by: By,
     random: Random,
+}
+
+/// What decided.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(super) enum By {
+    /// The policy.
+    Policy,
+    /// The client was there before, or its session id names the worker.
+    Memory,
+    /// The connection was at another worker, or no worker is likely to take it soon.
+    Handoff,
 }
 
 /// What one worker looked like in a decision: the number that was compared, and how it ended.
@@ -120,6 +146,11 @@ impl Look {
     fn new(score: Option<f64>, why: Why) -> Look {
         Look { score, why, out: None }
     }
+}
+
+/// See [`Candidate::cost`].
+pub(super) fn cost(load: u64, trial: bool) -> u64 {
+    2 * (load + 1) + u64::from(trial)
 }
 
 impl Candidates {
@@ -140,6 +171,8 @@ impl Candidates {
             tournament: Tournament::default(),
             index,
             due: Vec::new(),
+            open: Vec::new(),
+            opens: 0,
             start: 0,
             eligible: 0,
             random,
@@ -158,6 +191,7 @@ impl Candidates {
     pub(super) fn add(&mut self, member: Member) -> usize {
         self.list.push(Candidate { cost: UNAVAILABLE, weight: 1, worker: member.worker });
         self.due.push(NEVER);
+        self.open.push(false);
         self.tournament.rebuild(&self.list);
         match &mut self.index {
             Index::LeastConnections => {}
@@ -175,6 +209,7 @@ impl Candidates {
         self.eligible -= usize::from(self.list[at].cost != UNAVAILABLE);
         self.list.swap_remove(at);
         self.due.swap_remove(at);
+        self.opens -= usize::from(self.open.swap_remove(at));
         self.tournament.rebuild(&self.list);
         let mut change = Change::One;
         match &mut self.index {
@@ -194,30 +229,32 @@ impl Candidates {
     /// Updates the worker at `at`.
     pub(super) fn set(&mut self, at: usize, standing: Standing) {
         self.due[at] = standing.due;
-        let mut available = standing.available;
+        let (mut available, mut open) = (standing.available, standing.open);
         if let Index::Failover(stands) = &mut self.index {
-            if stands.set(at, standing.up, available) == Change::All {
+            if stands.set(at, standing.up, available, open) == Change::All {
                 return self.apply_all();
             }
-            available = stands.available(at);
+            (available, open) = stands.standing(at);
         }
-        self.apply(at, available);
+        self.apply(at, available, open);
     }
 
     /// With failover: another priority is the highest.
     fn apply_all(&mut self) {
         for at in 0..self.list.len() {
             if let Index::Failover(stands) = &self.index {
-                let available = stands.available(at);
-                self.apply(at, available);
+                let (available, open) = stands.standing(at);
+                self.apply(at, available, open);
             }
         }
     }
 
-    fn apply(&mut self, at: usize, available: Option<(u64, u32)>) {
+    fn apply(&mut self, at: usize, available: Option<Available>, open: bool) {
+        self.opens += usize::from(open);
+        self.opens -= usize::from(std::mem::replace(&mut self.open[at], open));
         let candidate = &mut self.list[at];
         let (cost, weight) = match available {
-            Some((load, weight)) => (load + 1, weight),
+            Some(Available { load, weight, trial }) => (cost(load, trial), weight),
             None => (UNAVAILABLE, 1),
         };
         if (cost, weight) == (candidate.cost, candidate.weight) {
@@ -262,19 +299,41 @@ impl Candidates {
                 self.tournament.choose(&self.list, self.start)?
             }
         };
-        Some(Choice { at, other, now, remembered: false, random })
+        Some(Choice { at, other, now, by: By::Policy, random })
     }
 
-    /// The worker at `at`, because the client is its own. For the policy it is as if nothing had been asked.
-    pub(super) fn remembered(&self, now: Time, at: usize) -> Choice {
-        Choice { at, other: None, now, remembered: true, random: self.random.clone() }
+    /// The worker at `at`, for a reason that is not the policy's. For the policy it is as if nothing had been asked.
+    pub(super) fn choice(&self, now: Time, at: usize, by: By) -> Choice {
+        Choice { at, other: None, now, by, random: self.random.clone() }
+    }
+
+    /// Which worker of a pool whose policy is `hash` this key belongs to, of those at the positions given.
+    pub(super) fn owner(
+        &self,
+        key: AffinityKey,
+        among: impl Iterator<Item = (usize, u32)>,
+    ) -> Option<usize> {
+        match &self.index {
+            Index::Hash(nodes) => nodes.owner(key, among),
+            _ => None,
+        }
+    }
+
+    /// Where the next decision starts, so that ties rotate.
+    pub(super) fn start(&self) -> usize {
+        self.start
+    }
+
+    /// The worker at `at` was chosen, for a reason that is not the policy's.
+    pub(super) fn advance(&mut self, at: usize) {
+        self.start = at + 1;
     }
 
     /// The decision takes effect; answers the worker.
     #[inline]
     pub(super) fn commit(&mut self, choice: Choice) -> u32 {
-        let Choice { at, random, remembered, .. } = choice;
-        if remembered {
+        let Choice { at, random, by, .. } = choice;
+        if by != By::Policy {
             return self.list[at].worker;
         }
         self.random = random;
@@ -289,15 +348,20 @@ impl Candidates {
     pub(super) fn look(&self, at: usize, choice: &Choice, key: Option<AffinityKey>) -> Look {
         let chosen = at == choice.at;
         let say = |why| if chosen { Why::Chosen } else { why };
-        if choice.remembered {
-            let why = if chosen { Why::Remembered } else { Why::OtherKey };
-            return Look::new(None, why);
-        }
         let (mine, theirs) = (self.cost(at), self.cost(choice.at));
         let by_load = || {
             let why = if mine > theirs { Why::MoreLoaded } else { Why::Tie };
             Look::new(Some(mine), say(why))
         };
+        match choice.by {
+            By::Policy => {}
+            By::Memory => {
+                let why = if chosen { Why::Remembered } else { Why::OtherKey };
+                return Look::new(None, why);
+            }
+            By::Handoff if chosen => return Look::new(None, Why::TakenSooner),
+            By::Handoff => return Look::new(None, Why::TakenLater),
+        }
         match (&self.index, key) {
             (Index::RoundRobin(turns), _) => {
                 let (mine, theirs) = (turns.distance(at), turns.distance(choice.at));
@@ -333,7 +397,7 @@ impl Candidates {
     /// What least connections compares.
     fn cost(&self, at: usize) -> f64 {
         let candidate = self.list[at];
-        candidate.cost as f64 * f64::from(FULL_WEIGHT) / f64::from(candidate.weight)
+        (candidate.cost / 2) as f64 * f64::from(FULL_WEIGHT) / f64::from(candidate.weight)
     }
 
     /// With scores: a gauge of the worker at `at` reads so.
@@ -348,11 +412,11 @@ impl Candidates {
         matches!(&self.index, Index::LeastScore(scores) if scores.lacks_some(at))
     }
 
-    /// With scores: how the worker at `at` stands, with `cost` for its load after one more connection.
-    pub(super) fn score(&self, at: usize, cost: u64, weight: u32, now: Time) -> Option<Scored> {
+    /// With scores: how the worker at `at` stands, with `load` connections before one more.
+    pub(super) fn score(&self, at: usize, load: u64, weight: u32, now: Time) -> Option<Scored> {
         match &self.index {
             Index::LeastScore(scores) => {
-                let candidate = Candidate { cost, weight, ..self.list[at] };
+                let candidate = Candidate { cost: cost(load, false), weight, ..self.list[at] };
                 Some(scores.standing(at, candidate, now))
             }
             _ => None,
@@ -374,6 +438,16 @@ impl Candidates {
 
     pub(super) fn eligible(&self) -> usize {
         self.eligible
+    }
+
+    /// Whether the worker at `at` may have a connection if there is no better one.
+    pub(super) fn is_open(&self, at: usize) -> bool {
+        self.open[at]
+    }
+
+    /// How many may have a connection if there is no better one.
+    pub(super) fn opens(&self) -> usize {
+        self.opens
     }
 
     pub(super) fn len(&self) -> usize {

@@ -28,7 +28,7 @@ pub(super) fn known(id: &str) -> Option<Known> {
 
 impl Desk {
     pub(super) fn called(&mut self, name: &str) -> WorkerId {
-        self.join(Hello { name: name.to_owned(), ..hello() }).unwrap()
+        self.trusted(Hello { name: name.to_owned(), ..hello() })
     }
 
     /// A client with this id; who gets it.
@@ -92,7 +92,7 @@ fn a_decision_says_by_which_key_and_why_whatever_the_policy() {
             pool.history = 10;
         });
         for (name, priority) in [("a", 1), ("b", 1), ("c", 0)] {
-            desk.join(Hello { name: name.to_owned(), priority, ..hello() }).unwrap();
+            desk.trusted(Hello { name: name.to_owned(), priority, ..hello() });
         }
         let one = desk.client("one");
         assert_eq!(desk.client("one"), one);
@@ -409,7 +409,11 @@ fn the_awaited_are_turned_away_with_the_others() {
     desk.events();
     desk.wait(ms(100));
     assert_eq!(desk.closed(silent), Some(CloseReason::NoWorker));
-    assert!(desk.events().contains(&Event::Refusing { pool: PoolId(0), closed: 1 }));
+    assert!(desk.events().contains(&Event::Refusing {
+        pool: PoolId(0),
+        closed: 1,
+        unserved: false
+    }));
 }
 
 #[test]

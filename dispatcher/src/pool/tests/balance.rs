@@ -33,10 +33,8 @@ fn loads_of_equal_workers_never_differ_by_more_than_one() {
 #[test]
 fn weights_are_shares() {
     let mut desk = desk_with(|pool| pool.max_untaken = 4_096);
-    let workers: Vec<_> = [1, 2, 5]
-        .into_iter()
-        .map(|weight| desk.join(Hello { weight, ..hello() }).unwrap())
-        .collect();
+    let workers: Vec<_> =
+        [1, 2, 5].into_iter().map(|weight| desk.trusted(Hello { weight, ..hello() })).collect();
     for _ in 0..800 {
         desk.accept_only(WEB);
     }
@@ -95,7 +93,7 @@ fn ties_rotate() {
 #[test]
 fn nobody_gets_more_than_its_maximum() {
     let mut desk = desk_with(|pool| pool.max_connections_per_worker = 3);
-    let small = desk.join(Hello { max_connections: 2, ..hello() }).unwrap();
+    let small = desk.trusted(Hello { max_connections: 2, ..hello() });
     let large = desk.worker();
     assert_eq!(desk.core.max_connections_of(small), Some(2));
     assert_eq!(desk.core.max_connections_of(large), Some(3));
@@ -128,7 +126,7 @@ fn nobody_has_more_untaken_than_slots() {
 #[test]
 fn what_a_worker_holds_already_counts() {
     let mut desk = desk();
-    let busy = desk.join(Hello { base: 100, finished: 95, ..hello() }).unwrap();
+    let busy = desk.trusted(Hello { base: 100, finished: 95, ..hello() });
     assert!(desk.events().contains(&Event::Joined { worker: busy, live: 5 }));
     let idle = desk.worker();
     for _ in 0..5 {
@@ -162,7 +160,7 @@ fn impossible_counters_are_clamped_and_told_once() {
 #[test]
 fn an_absurd_base_does_no_harm() {
     let mut desk = desk();
-    let worker = desk.join(Hello { base: u64::MAX, finished: u64::MAX, ..hello() }).unwrap();
+    let worker = desk.trusted(Hello { base: u64::MAX, finished: u64::MAX, ..hello() });
     for _ in 0..3 {
         desk.accept(WEB);
     }

@@ -20,7 +20,7 @@ fn second() -> ListenerSettings {
 /// Two pools, each with a listener, and a worker of the second one.
 fn two_pools() -> (Desk, WorkerId) {
     let mut desk = Desk::new(vec![settings(), other()], vec![listener(), second()]);
-    let worker = desk.join(Hello { pool: "other".to_owned(), ..hello() }).unwrap();
+    let worker = desk.trusted(Hello { pool: "other".to_owned(), ..hello() });
     (desk, worker)
 }
 
@@ -86,7 +86,7 @@ fn a_new_policy_knows_of_priorities_and_loads() {
 #[test]
 fn limits_count_at_once() {
     let mut desk = desk();
-    let modest = desk.join(Hello { max_connections: 3, ..hello() }).unwrap();
+    let modest = desk.trusted(Hello { max_connections: 3, ..hello() });
     for _ in 0..2 {
         desk.accept(WEB);
     }

@@ -27,10 +27,9 @@ fn nothing_is_kept_unless_asked_for() {
 #[test]
 fn a_decision_says_when_from_where_who_and_why() {
     let mut desk = desk_with_history(10, 16);
-    let small =
-        desk.join(Hello { name: "small".to_owned(), max_connections: 1, ..hello() }).unwrap();
-    let large = desk.join(Hello { name: "large".to_owned(), weight: 2, ..hello() }).unwrap();
-    let lazy = desk.join(Hello { name: "lazy".to_owned(), base: 3, ..hello() }).unwrap();
+    let small = desk.trusted(Hello { name: "small".to_owned(), max_connections: 1, ..hello() });
+    let large = desk.trusted(Hello { name: "large".to_owned(), weight: 2, ..hello() });
+    let lazy = desk.trusted(Hello { name: "lazy".to_owned(), base: 3, ..hello() });
     for n in 0..4 {
         desk.next_from(client(n));
     }
@@ -115,22 +114,16 @@ fn a_worker_in_a_decision_takes_128_bytes() {
 }
 
 #[test]
-fn whoever_is_on_probation_is_said_to_be() {
+fn a_worker_that_has_to_prove_itself_is_said_to() {
     let mut desk = desk();
-    let hung = desk.worker();
-    desk.accept(WEB);
-    desk.wait(ms(1_000));
-    assert_eq!(desk.take(hung), None, "the probe");
-    desk.turn();
-    assert_eq!(desk.state(hung), State::Active);
-    let other = desk.join(Hello { base: 5, ..hello() }).unwrap();
+    let new = desk.join(hello()).unwrap();
+    let other = desk.trusted(Hello { base: 5, ..hello() });
     let explained = desk.core.explain(desk.now, PoolId(0), PeerAddr::Unix).unwrap();
     let why = |worker: WorkerId| {
         let mut candidates = explained.decision.candidates.iter();
         candidates.find(|c| c.worker == worker.serial).map(|c| c.why.name())
     };
-    assert_eq!(desk.loads(&[hung]), [1], "one at a time");
-    assert_eq!((why(hung), why(other)), (Some("on-probation"), Some("chosen")));
+    assert_eq!((why(new), why(other)), (Some("unproven"), Some("chosen")));
 }
 
 #[test]
@@ -181,7 +174,7 @@ fn what_is_in_the_way_of_all_is_said() {
     assert_eq!(obstacle(&desk), Some(Obstacle::NoWorker));
     desk.wait(ms(5_000));
     assert_eq!(obstacle(&desk), Some(Obstacle::Refusing));
-    let worker = desk.join(Hello { max_connections: 1, ..hello() }).unwrap();
+    let worker = desk.trusted(Hello { max_connections: 1, ..hello() });
     assert_eq!(obstacle(&desk), None);
     desk.accept(WEB);
     assert_eq!(obstacle(&desk), Some(Obstacle::BackPressure));
@@ -209,7 +202,7 @@ proptest! {
         desk.core.set_seed(seed);
         for (n, &(weight, priority)) in weights.iter().enumerate() {
             let name = format!("w{n}");
-            desk.join(Hello { weight, priority, name, max_connections: 12, ..hello() }).unwrap();
+            desk.trusted(Hello { weight, priority, name, max_connections: 12, ..hello() });
         }
         for (from, who, ended) in steps {
             let ended = ended.min(desk.core.load(desk.links[who % weights.len()].id).unwrap());

@@ -39,7 +39,7 @@ fn settings() -> PoolSettings {
         max_untaken: 256,
         max_workers: 1_000,
         handoff_timeout: ms(1_000),
-        probation: ms(10_000),
+        max_handoff_timeout: ms(30_000),
         wait_for_worker: ms(5_000),
         access: Access { users: vec![0], groups: vec![] },
         ..PoolSettings::default()
@@ -65,8 +65,23 @@ fn desk() -> Desk {
 }
 
 impl Desk {
+    /// A worker that has shown that it takes connections.
     fn worker(&mut self) -> WorkerId {
-        self.join(hello()).unwrap()
+        self.trusted(hello())
+    }
+
+    fn trusted(&mut self, hello: Hello) -> WorkerId {
+        let worker = self.join(hello).unwrap();
+        self.vouch(worker);
+        worker
+    }
+
+    /// The worker answers its first probe, and counts as one that takes at once.
+    fn vouch(&mut self, worker: WorkerId) {
+        self.answer(worker);
+        self.turn();
+        self.core.vouch(self.now, worker);
+        self.pump();
     }
 
     fn loads(&self, workers: &[WorkerId]) -> Vec<u64> {

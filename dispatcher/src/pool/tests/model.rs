@@ -12,7 +12,7 @@ use super::naive::{At, Naive, Op, Out, SLOTS, Word, op};
 use super::*;
 
 const TIMEOUT: Duration = Duration::from_millis(100);
-const PROBATION: Duration = Duration::from_millis(300);
+const LONGEST: Duration = Duration::from_millis(300);
 const WAIT: Duration = Duration::from_millis(500);
 
 struct Model {
@@ -23,13 +23,13 @@ struct Model {
     /// By serial number: where, and whether it was sent before.
     conns: BTreeMap<u64, (ConnId, At, bool)>,
     revokes: VecDeque<(WorkerId, Ticket)>,
+    purges: Vec<WorkerId>,
     choked: Option<Time>,
+    /// No worker has been usable since then.
     alone: Option<Time>,
+    /// Connections have waited since then, and none was taken.
+    unserved: Option<Time>,
     refusing: bool,
-    /// By serial number of the connection.
-    peers: BTreeMap<u64, u8>,
-    /// For hash: who got the connections of a client while just these workers, with their weights, were to be had.
-    keys: BTreeMap<(u8, Vec<(u64, u64)>), u64>,
 }
 
 impl Model {
@@ -40,7 +40,7 @@ impl Model {
         pool.history_candidates = 4;
         pool.max_untaken = SLOTS as u32;
         pool.handoff_timeout = TIMEOUT;
-        pool.probation = PROBATION;
+        pool.max_handoff_timeout = LONGEST;
         pool.wait_for_worker = WAIT;
         let now = Time(7);
         let mut model = Model {
@@ -50,11 +50,11 @@ impl Model {
             workers: BTreeMap::new(),
             conns: BTreeMap::new(),
             revokes: VecDeque::new(),
+            purges: Vec::new(),
             choked: None,
             alone: Some(now),
+            unserved: None,
             refusing: false,
-            peers: BTreeMap::new(),
-            keys: BTreeMap::new(),
         };
         model.settle();
         model
@@ -99,9 +99,8 @@ impl Model {
             if let Some(conn) = w.out.remove(at).conn {
                 w.taken += 1;
                 self.conns.get_mut(&conn).unwrap().1 = At::Served;
-            } else if w.suspect {
-                w.suspect = false;
-                w.probation = Some(now + PROBATION);
+                self.unserved = None;
+                self.refusing &= self.alone.is_some();
             }
             return;
         }
@@ -127,26 +126,17 @@ impl Model {
             if due(w.blocked) {
                 w.blocked = None;
             }
-            if due(w.probation) {
-                w.probation = None;
-            }
             if due(w.starved) {
                 w.starved = None;
-                w.probation = Some(now + PROBATION);
-            }
-            let late = |out: &&Out| out.conn.is_some() && out.sent_at + TIMEOUT <= now;
-            let revoking = w.out.iter().any(|out| out.revoking);
-            if !w.gone && !revoking && w.out.iter().any(|out| late(&out)) {
-                w.suspect |= !w.draining;
-                w.probation = None;
             }
         }
         self.clock();
-        if let Some(since) = self.alone
+        if let Some(since) = self.alone.or(self.unserved)
             && since + WAIT <= now
             && !self.refusing
         {
             self.refusing = true;
+            self.unserved = None;
         }
         self.core.tick(now);
     }
@@ -154,9 +144,9 @@ impl Model {
     fn clock(&mut self) {
         if self.workers.values().any(Naive::usable) {
             self.alone = None;
-            self.refusing = false;
         } else if self.alone.is_none() {
             self.alone = Some(self.now);
+            self.refusing = false;
         }
     }
 
@@ -192,7 +182,6 @@ impl Model {
             Op::Accept(from) => {
                 let peer = SocketAddr::from(([10, 0, 0, from], 1));
                 let conn = self.core.accepted(now, Client::new(WEB, peer.into()));
-                self.peers.insert(conn.serial, from);
                 self.conns.insert(conn.serial, (conn, At::Held, false));
             }
             Op::ClientGone(n) => {
@@ -231,8 +220,8 @@ impl Model {
                 // Now and then a lie, in either direction.
                 let said = (w.finished + count).saturating_sub(1);
                 let used = said.min(w.base + w.taken).max(w.finished);
-                if !w.gone && used > w.finished && w.starved.take().is_some() {
-                    w.probation = Some(now + PROBATION);
+                if !w.gone && used > w.finished {
+                    w.starved = None;
                 }
                 if !w.gone {
                     w.finished = used;
@@ -271,22 +260,20 @@ impl Model {
         let naive = Naive {
             id,
             weight: u64::from(weight),
-            priority,
             max: u64::from(max),
             base: 9,
             taken: 0,
             finished: 8,
             out: Vec::new(),
-            suspect: false,
             draining: false,
             weight_set: false,
             paused: false,
             gone: false,
             blocked: None,
             starved: None,
-            probation: None,
         };
         self.workers.insert(id.serial, naive);
+        (self.alone, self.unserved, self.refusing) = (None, None, false);
     }
 
     fn read(&mut self, serial: u64, id: WorkerId, ticket: Ticket, word: Word) {
@@ -299,7 +286,7 @@ impl Model {
         if word != Word::Sent {
             self.resolved(serial, ticket, word);
         }
-        self.core.slot(self.now, id, ticket, state);
+        self.core.slot(self.now, id, ticket, state, self.now);
     }
 
     fn fail(&mut self, n: usize, slot: usize, why: SendFailure) {
@@ -355,8 +342,12 @@ impl Model {
     /// Judges every effect of the last call, then compares everything.
     fn settle(&mut self) {
         self.clock();
-        while let Some(effect) = self.core.effect() {
-            self.absorb(effect);
+        loop {
+            while let Some(effect) = self.core.effect() {
+                self.absorb(effect);
+            }
+            let Some(worker) = self.purges.pop() else { break };
+            self.core.purged(self.now, worker);
         }
         self.core.check();
         let totals = self.core.totals();
@@ -371,23 +362,35 @@ impl Model {
         for w in self.workers.values() {
             assert_eq!(self.core.load(w.id), Some(w.load()), "{w:?}");
         }
-        let eligible = self.workers.values().any(|w| self.may_be_chosen(w));
-        let expected = if self.refusing {
-            Accepting::Refuse
-        } else if self.choked.is_none() && eligible && self.held() == 0 {
-            Accepting::Yes
+        let open = self.workers.values().any(Naive::is_open);
+        if totals.custody > 0 || (totals.held > 0 && open) {
+            self.unserved.get_or_insert(self.now);
         } else {
-            Accepting::Pause
-        };
-        assert_eq!(self.core.accepting(WEB), expected);
-        assert!(self.held() == 0 || !eligible || self.choked.is_some());
+            self.unserved = None;
+        }
+        let open = self.workers.values().any(Naive::is_open);
+        let accepting = self.core.accepting(WEB);
+        match accepting {
+            Accepting::Refuse => {}
+            Accepting::Yes => assert!(open && self.choked.is_none() && self.held() == 0),
+            Accepting::Pause => {
+                let full = !open || self.policy == Policy::Failover;
+                assert!(full || self.choked.is_some() || self.held() > 0);
+            }
+            Accepting::Finish => panic!("nothing was taken out"),
+        }
+        if self.policy == Policy::Failover {
+            // Workers that stand by are not open, which this model does not know.
+            self.refusing = accepting == Accepting::Refuse;
+        }
+        assert_eq!(accepting == Accepting::Refuse, self.refusing);
     }
 
     fn absorb(&mut self, effect: Effect) {
         let now = self.now;
         match effect {
             Effect::Send { worker, conn, ticket, flags, .. } => {
-                self.judge(worker.serial, conn.serial);
+                self.judge(worker.serial);
                 let entry = self.conns.get_mut(&conn.serial).unwrap();
                 assert_eq!(entry.1, At::Held);
                 assert_eq!(flags.contains(EntryFlags::RESENT), entry.2);
@@ -395,13 +398,11 @@ impl Model {
                 self.issue(worker, ticket, Some(conn.serial));
             }
             Effect::Probe { worker, ticket } => {
-                assert!(self.workers[&worker.serial].suspect);
-                assert!(self.workers[&worker.serial].out.is_empty());
+                assert!(self.workers[&worker.serial].out.iter().all(|out| out.conn.is_some()));
                 self.issue(worker, ticket, None);
             }
             Effect::Revoke { worker, ticket } => {
                 let w = self.w(worker.serial);
-                assert!(w.suspect || w.draining || w.gone || w.paused);
                 let out = w.out.iter_mut().find(|out| out.ticket == ticket);
                 out.unwrap().revoking = true;
                 self.revokes.push_back((worker, ticket));
@@ -424,6 +425,7 @@ impl Model {
             Effect::Purge { worker } => {
                 let w = &self.workers[&worker.serial];
                 assert!(w.out.iter().all(|out| out.revoking), "at {now:?}: {w:?}");
+                self.purges.push(worker);
             }
             Effect::Spawn { .. } | Effect::StopProcesses { .. } => {
                 panic!("no processes are configured")
@@ -434,36 +436,19 @@ impl Model {
         }
     }
 
-    /// Whether the policy may choose it, or somebody of a higher priority is there.
-    fn may_be_chosen(&self, w: &Naive) -> bool {
-        let above = |other: &Naive| other.up() && other.priority > w.priority;
-        w.eligible() && !(self.policy == Policy::Failover && self.workers.values().any(above))
-    }
-
-    /// Whether the policy may have chosen this one.
-    fn judge(&mut self, chosen: u64, conn: u64) {
+    /// Whether anything may be sent to this one.
+    fn judge(&mut self, chosen: u64) {
         let w = &self.workers[&chosen];
-        assert!(self.may_be_chosen(w) && self.choked.is_none(), "{w:?}");
-        let others: Vec<&Naive> =
-            self.workers.values().filter(|other| self.may_be_chosen(other)).collect();
-        let is_more = |a: &Naive, b: &Naive| (a.load() + 1) * b.weight > (b.load() + 1) * a.weight;
-        match self.policy {
-            Policy::LeastConnections | Policy::Failover | Policy::LeastScore => {
-                assert!(!others.iter().any(|other| is_more(w, other)));
-            }
-            Policy::TwoChoices => {
-                let others = others.iter().filter(|other| other.id != w.id);
-                let mut others = others.peekable();
-                let alone = others.peek().is_none();
-                assert!(alone || others.any(|other| !is_more(w, other)));
-            }
-            Policy::Hash => {
-                let set = others.iter().map(|other| (other.id.serial, other.weight)).collect();
-                let first = *self.keys.entry((self.peers[&conn], set)).or_insert(chosen);
-                assert_eq!(first, chosen, "the same client, the same workers");
-            }
-            // How often each has its turn is no matter of one decision.
-            Policy::RoundRobin | Policy::Random => {}
+        assert!(w.is_open() && self.choked.is_none(), "{w:?}");
+        // Least connections for its weight, of those that are known to take at once and are told apart by nothing else.
+        if matches!(self.policy, Policy::LeastConnections | Policy::LeastScore) && !self.refusing {
+            let is_more =
+                |a: &Naive, b: &Naive| (a.load() + 1) * b.weight > (b.load() + 1) * a.weight;
+            let trusted = |w: &Naive| self.core.is_trusted(w.id) && w.is_open();
+            let others = self.workers.values().filter(|other| trusted(other));
+            let better = others.filter(|other| is_more(w, other)).count();
+            let status = self.core.worker_state(w.id);
+            assert!(better == 0 || !trusted(w), "{status:?} {w:?}");
         }
         let decisions = self.core.history(PoolId(0), 0);
         assert!(decisions.len() <= 3);
@@ -471,12 +456,11 @@ impl Model {
     }
 
     fn issue(&mut self, worker: WorkerId, ticket: Ticket, conn: Option<u64>) {
-        let sent_at = self.now;
         let w = self.w(worker.serial);
         let used = |out: &Out| out.ticket.slot == ticket.slot || out.ticket.seq >= ticket.seq;
         assert!(!w.out.iter().any(used), "slots are used once at a time");
         assert!((ticket.slot as usize) < SLOTS + SPARE_SLOTS as usize);
-        w.out.push(Out { ticket, conn, sent_at, word: Word::Sent, revoking: false });
+        w.out.push(Out { ticket, conn, word: Word::Sent, revoking: false });
     }
 }
 

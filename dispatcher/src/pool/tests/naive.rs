@@ -20,7 +20,6 @@ pub(super) enum Word {
 pub(super) struct Out {
     pub(super) ticket: Ticket,
     pub(super) conn: Option<u64>,
-    pub(super) sent_at: Time,
     pub(super) word: Word,
     pub(super) revoking: bool,
 }
@@ -33,18 +32,15 @@ pub(super) struct Naive {
     pub(super) weight_set: bool,
     /// By its own wish.
     pub(super) paused: bool,
-    pub(super) priority: u16,
     pub(super) max: u64,
     pub(super) base: u64,
     pub(super) taken: u64,
     pub(super) finished: u64,
     pub(super) out: Vec<Out>,
-    pub(super) suspect: bool,
     pub(super) draining: bool,
     pub(super) gone: bool,
     pub(super) blocked: Option<Time>,
     pub(super) starved: Option<Time>,
-    pub(super) probation: Option<Time>,
 }
 
 impl Naive {
@@ -70,20 +66,14 @@ impl Naive {
         self.id
     }
 
-    /// Full or not.
-    pub(super) fn up(&self) -> bool {
-        self.usable() && !self.suspect
-    }
-
-    pub(super) fn eligible(&self) -> bool {
+    /// Whether anything may be sent to it.
+    pub(super) fn is_open(&self) -> bool {
         self.usable()
-            && !self.suspect
             && !self.paused
             && self.load() < self.max
             && self.out.len() < SLOTS
             && self.blocked.is_none()
             && self.starved.is_none()
-            && (self.probation.is_none() || self.untaken() == 0)
     }
 }
 

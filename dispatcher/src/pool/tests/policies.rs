@@ -25,16 +25,16 @@ pub(super) fn client(number: u32) -> PeerAddr {
 
 impl Desk {
     pub(super) fn weighted(&mut self, weights: &[u16]) -> Vec<WorkerId> {
-        let join = |&weight| self.join(Hello { weight, name: format!("w{weight}"), ..hello() });
-        weights.iter().map(join).map(Result::unwrap).collect()
+        let join = |&weight| self.trusted(Hello { weight, name: format!("w{weight}"), ..hello() });
+        weights.iter().map(join).collect()
     }
 
     fn named(&mut self, name: &str, weight: u16) -> WorkerId {
-        self.join(Hello { name: name.to_owned(), weight, ..hello() }).unwrap()
+        self.trusted(Hello { name: name.to_owned(), weight, ..hello() })
     }
 
     pub(super) fn with_priority(&mut self, priority: u16) -> WorkerId {
-        self.join(Hello { priority, ..hello() }).unwrap()
+        self.trusted(Hello { priority, ..hello() })
     }
 
     /// The worker that the next client gets; it takes it.
@@ -55,7 +55,7 @@ impl Desk {
         let tickets: Vec<_> = self.core.tickets(worker).collect();
         for ticket in tickets {
             let state = claim::state(&self.link(worker).board[ticket.slot as usize], ticket.seq);
-            self.core.slot(self.now, worker, ticket, state);
+            self.core.slot(self.now, worker, ticket, state, self.now);
         }
         self.core.finished(self.now, worker, finished);
         self.pump();
@@ -166,7 +166,7 @@ fn round_robin_gives_as_many_turns_as_the_weight_says_and_spreads_them() {
 #[test]
 fn round_robin_steps_over_who_is_full_and_owes_nothing_later() {
     let mut desk = desk_of(Policy::RoundRobin);
-    let small = desk.join(Hello { max_connections: 1, ..hello() }).unwrap();
+    let small = desk.trusted(Hello { max_connections: 1, ..hello() });
     let large = desk.worker();
     for _ in 0..10 {
         desk.next_from(PeerAddr::Unix);
@@ -197,9 +197,8 @@ fn random_is_as_likely_as_the_weight_says() {
 fn two_choices_is_the_less_loaded_of_two() {
     let mut desk = desk_of(Policy::TwoChoices);
     // With loads 0 to 7 that stay: the one with rank r is the lesser of 7 − r of all 28 pairs.
-    let workers: Vec<_> = (0..8)
-        .map(|load| desk.join(Hello { base: load, finished: 0, ..hello() }).unwrap())
-        .collect();
+    let workers: Vec<_> =
+        (0..8).map(|load| desk.trusted(Hello { base: load, finished: 0, ..hello() })).collect();
     let order = visits(&mut desk, &workers, FEWER);
     let counts = counts(&order, 8);
     assert_eq!(counts[7], 0, "the most loaded one is never the lesser");
@@ -211,8 +210,7 @@ fn two_choices_is_the_less_loaded_of_two() {
 fn two_choices_draws_by_weight() {
     // All equally loaded for their weight: the first that is drawn gets it.
     let mut desk = desk_of(Policy::TwoChoices);
-    let join =
-        |desk: &mut Desk, weight, base| desk.join(Hello { weight, base, ..hello() }).unwrap();
+    let join = |desk: &mut Desk, weight, base| desk.trusted(Hello { weight, base, ..hello() });
     let workers = [join(&mut desk, 1, 0), join(&mut desk, 2, 1), join(&mut desk, 5, 4)];
     let order = visits(&mut desk, &workers, DECISIONS);
     let found = counts(&order, 3);
@@ -360,9 +358,8 @@ fn failover_gives_all_to_the_highest_that_is_up() {
 #[test]
 fn failover_shares_among_equals_by_weight_and_the_standby_gets_nothing() {
     let mut desk = desk_of(Policy::Failover);
-    let join = |desk: &mut Desk, priority, weight| {
-        desk.join(Hello { priority, weight, ..hello() }).unwrap()
-    };
+    let join =
+        |desk: &mut Desk, priority, weight| desk.trusted(Hello { priority, weight, ..hello() });
     let primaries = [1, 2, 5].map(|weight| join(&mut desk, 9, weight));
     let standby = join(&mut desk, 1, 8);
     for _ in 0..DECISIONS {
@@ -375,7 +372,7 @@ fn failover_shares_among_equals_by_weight_and_the_standby_gets_nothing() {
 #[test]
 fn full_is_not_down() {
     let mut desk = desk_of(Policy::Failover);
-    let primary = desk.join(Hello { priority: 9, max_connections: 2, ..hello() }).unwrap();
+    let primary = desk.trusted(Hello { priority: 9, max_connections: 2, ..hello() });
     let standby = desk.with_priority(0);
     for _ in 0..2 {
         desk.next_from(PeerAddr::Unix);
@@ -400,9 +397,11 @@ fn a_primary_that_hangs_is_down_until_it_is_trusted_again() {
     desk.take_all(standby);
     desk.next_from(PeerAddr::Unix);
     assert_eq!(desk.loads(&[primary, standby]), [0, 2]);
-    // It takes its probe.
-    desk.take_all(primary);
+    // It answers its probe, so it is tested, and takes the connection.
+    assert!(desk.answer(primary));
+    desk.turn();
+    desk.next_from(PeerAddr::Unix);
     assert_eq!(desk.state(primary), State::Active);
     desk.next_from(PeerAddr::Unix);
-    assert_eq!(desk.loads(&[primary, standby]), [1, 2]);
+    assert_eq!(desk.loads(&[primary, standby]), [2, 2]);
 }

@@ -113,7 +113,7 @@ fn with_nobody_fresh_the_fewest_connections_win() {
 #[test]
 fn a_worker_without_gauges_stands_in_when_the_fresh_ones_are_full() {
     let mut desk = desk_scoring(scores(1.0, &[("a", 1.0)]));
-    let small = desk.join(Hello { max_connections: 2, ..hello() }).unwrap();
+    let small = desk.trusted(Hello { max_connections: 2, ..hello() });
     let old = desk.worker();
     desk.set(small, 0, 0.0);
     assert_eq!(desk.shares(&[small, old], 5), [2, 3]);
@@ -158,7 +158,7 @@ fn ties_rotate_and_weights_share_the_connections() {
     assert_eq!(order, [&workers[..], &workers[..]].concat());
 
     let mut desk = desk_scoring(scores(1.0, &[("a", 1.0)]));
-    let join = |weight| desk.join(Hello { weight, ..hello() }).unwrap();
+    let join = |weight| desk.trusted(Hello { weight, ..hello() });
     let workers: Vec<_> = [1, 2, 5].map(join).into();
     for &worker in &workers {
         desk.set(worker, 0, 3.0);
@@ -316,7 +316,7 @@ fn exactly_as_defined_over_5_000_decisions() {
     for decision in 0..5_000 {
         if workers.len() < 3 || (workers.len() < 12 && random.once_in(300)) {
             let weight = 1 + random.below(3) as u16;
-            workers.push((desk.join(Hello { weight, ..hello() }).unwrap(), weight));
+            workers.push((desk.trusted(Hello { weight, ..hello() }), weight));
         } else if random.once_in(500) {
             let at = random.below(workers.len() as u64) as usize;
             let (worker, _) = workers.swap_remove(at);

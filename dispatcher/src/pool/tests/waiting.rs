@@ -1,13 +1,14 @@
 //! Clients without a worker: held, refused, relieved.
 
 use super::*;
+use worker_sdk::scoreboard::claim::want;
 
 #[test]
 fn only_a_pool_with_workers_wants_room() {
     let other = PoolSettings { name: "other".to_owned(), ..settings() };
     let mut desk = Desk::new(vec![settings(), other], vec![listener()]);
     assert!(!desk.core.wants_room(), "nobody is there who could make any");
-    let worker = desk.join(Hello { max_connections: 1, ..hello() }).unwrap();
+    let worker = desk.trusted(Hello { max_connections: 1, ..hello() });
     assert!(!desk.core.wants_room(), "and the other pool's workers are nobody's business");
     desk.accept(WEB);
     desk.take_all(worker);
@@ -44,13 +45,21 @@ fn after_the_wait_clients_are_refused_until_somebody_joins() {
     desk.wait(ms(4_999));
     assert_eq!(desk.core.accepting(WEB), Accepting::Pause);
     desk.wait(ms(1));
-    assert_eq!(desk.events(), [Event::Refusing { pool, closed: 1 }]);
+    assert_eq!(desk.events(), [Event::Refusing { pool, closed: 1, unserved: false }]);
     assert_eq!(desk.closed(conn), Some(CloseReason::NoWorker));
     assert_eq!(desk.core.accepting(WEB), Accepting::Refuse);
     let refused = desk.accept(WEB);
     assert_eq!(desk.closed(refused), Some(CloseReason::NoWorker));
     assert_eq!(desk.core.status().pools[0].state, "refusing");
-    assert_eq!(desk.core.deadline(), None);
+    // The log says it again, at growing intervals.
+    desk.wait(ms(10_000));
+    let since =
+        |seconds: u64| Event::StillRefusing { pool, unserved: false, since: ms(seconds * 1_000) };
+    assert_eq!(desk.events(), [since(10)]);
+    desk.wait(ms(19_999));
+    assert_eq!(desk.events(), []);
+    desk.wait(ms(1));
+    assert_eq!(desk.events(), [since(30)]);
     desk.worker();
     assert_eq!(desk.core.accepting(WEB), Accepting::Yes);
 }

@@ -195,8 +195,7 @@ fn whoever_was_suspect_starts_slowly() {
     desk.accept(WEB);
     desk.wait(ms(1_000));
     assert_eq!((desk.state(worker), warm(&desk, worker)), (State::Suspect, 100));
-    assert_eq!(desk.take(worker), None, "the probe");
-    desk.turn();
+    assert_eq!(desk.take_all(worker), 1);
     assert_eq!((desk.state(worker), warm(&desk, worker)), (State::Active, 1));
     desk.wait(ms(5_000));
     assert_eq!(warm(&desk, worker), 51);

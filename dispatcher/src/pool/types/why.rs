@@ -35,8 +35,15 @@ pub enum Why {
     ChannelFull,
     /// It lost a connection a moment ago.
     LostOne,
-    /// It was suspect, and has an untaken connection.
-    OnProbation,
+    /// It takes no more for now: its threads are busy, or it has as many untaken connections as it is trusted with.
+    Busy,
+    /// It has to prove that it takes connections, and is not tested at the moment.
+    Unproven,
+    /// It was chosen because it is likely to take the connection sooner than the worker that had it, or for want of a
+    /// better one.
+    TakenSooner,
+    /// Another one is likely to take the connection sooner.
+    TakenLater,
 }
 
 impl Why {
@@ -59,7 +66,10 @@ impl Why {
             Why::Draining => "draining",
             Why::ChannelFull => "channel-full",
             Why::LostOne => "lost-one",
-            Why::OnProbation => "on-probation",
+            Why::Busy => "busy",
+            Why::Unproven => "unproven",
+            Why::TakenSooner => "taken-sooner",
+            Why::TakenLater => "taken-later",
         }
     }
 }

@@ -2,6 +2,7 @@
 //! all effects at once. A worker's action wakes the dispatcher only if the dispatcher wants to hear of it, and a little later.
 
 use std::collections::VecDeque;
+use std::time::Duration;
 
 use worker_sdk::scoreboard::claim::{self, want};
 use worker_sdk::wire::Hello;
@@ -35,9 +36,9 @@ pub(super) struct Dispatcher {
     workers: Vec<Option<WorkerId>>,
     /// Numbers in the order of the joins.
     joined: Vec<usize>,
-    reporters: Vec<bool>,
+    /// What each worker reports of its threads, if it does.
+    threads: Vec<Option<Threads>>,
     stopped: Vec<bool>,
-    idle: Vec<u32>,
     /// Workers whose scoreboards have changed since the last turn. Others read as they did.
     changed: Vec<usize>,
     /// Clients in the kernel's queue.
@@ -48,7 +49,8 @@ pub(super) struct Dispatcher {
     poke: Option<u64>,
     deadline: Option<u64>,
     delivered: Vec<usize>,
-    suspicions: u32,
+    /// Of workers that had taken something.
+    suspicions: Vec<u32>,
     closed: u32,
     /// The longest take of each worker before it stopped.
     longest: Vec<u64>,
@@ -64,6 +66,7 @@ impl Dispatcher {
             max_untaken: scenario.max_untaken,
             max_workers: count as u32,
             handoff_timeout: scenario.handoff_timeout,
+            max_handoff_timeout: scenario.max_handoff_timeout,
             wait_for_worker: scenario.wait_for_worker,
             access: Access { users: vec![0], groups: Vec::new() },
             ..PoolSettings::default()
@@ -77,13 +80,8 @@ impl Dispatcher {
             warm: scenario.warm.as_nanos() as u64,
             workers: vec![None; count],
             joined: Vec::new(),
-            reporters: scenario
-                .workers
-                .iter()
-                .map(|plan| matches!(plan.kind, super::Kind::Serial { .. }))
-                .collect(),
+            threads: vec![None; count],
             stopped: vec![false; count],
-            idle: vec![0; count],
             changed: Vec::new(),
             backlog: VecDeque::new(),
             accepted: Vec::new(),
@@ -91,7 +89,7 @@ impl Dispatcher {
             poke: None,
             deadline: None,
             delivered: Vec::new(),
-            suspicions: 0,
+            suspicions: vec![0; count],
             closed: 0,
             longest: vec![0; count],
             ever_stopped: vec![false; count],
@@ -101,7 +99,8 @@ impl Dispatcher {
     /// Adds what only the dispatcher knows.
     pub(super) fn report(&mut self, outcome: &mut Outcome) {
         self.desk.core.check();
-        outcome.suspicions = self.suspicions;
+        outcome.suspicions = self.suspicions.iter().sum();
+        outcome.alternations = self.suspicions.iter().map(|count| count.saturating_sub(1)).sum();
         outcome.closed = self.closed;
         for (client, sent) in outcome.clients.iter_mut().zip(&self.sent) {
             client.sends = sent.sends;
@@ -134,9 +133,7 @@ impl Dispatcher {
         for &number in &changed {
             if let Some(id) = self.workers[number] {
                 self.desk.read(id);
-                if self.reporters[number] {
-                    self.desk.report_idle(id, self.idle[number]);
-                }
+                self.desk.core.threads(self.desk.now, id, self.threads[number]);
             }
         }
         changed.clear();
@@ -175,8 +172,8 @@ impl Dispatcher {
                 }
                 Effect::Close { .. } => self.closed += 1,
                 Effect::Event(Event::Suspect { worker, .. }) if now >= self.warm => {
-                    let has_taken = self.longest[self.number(worker)] > 0;
-                    self.suspicions += u32::from(has_taken);
+                    let number = self.number(worker);
+                    self.suspicions[number] += u32::from(self.longest[number] > 0);
                 }
                 _ => {}
             }
@@ -198,7 +195,6 @@ impl Front for Dispatcher {
             pool: "web".to_owned(),
             name: format!("w{worker}"),
             max_connections: 1_000_000,
-            features: crate::sim::idle_threads_feature(self.reporters[worker]),
             ..Hello::default()
         };
         let id = self.desk.join(hello).unwrap_or_else(|refusal| panic!("refused: {refusal:?}"));
@@ -243,10 +239,18 @@ impl Front for Dispatcher {
         }
     }
 
-    fn idle_threads(&mut self, now: u64, worker: usize, idle: u32) {
-        if self.idle[worker] != idle {
-            self.idle[worker] = idle;
-            self.change(now, worker, want::TAKEN | want::ROOM);
+    fn idle_threads(&mut self, now: u64, worker: usize, idle: u32, away: Option<u64>) {
+        let before = self.threads[worker];
+        let usual = before.and_then(|threads| threads.turnaround);
+        let turnaround = match (usual, away.map(Duration::from_nanos)) {
+            (Some(usual), Some(away)) => Some((usual * 3 + away) / 4),
+            (usual, away) => away.or(usual),
+        };
+        let threads = Some(Threads { idle, turnaround });
+        if before != threads {
+            self.threads[worker] = threads;
+            let waits = before.is_none_or(|before| before.idle < idle);
+            self.change(now, worker, if waits { want::IDLE } else { 0 });
         }
     }
 
@@ -300,19 +304,22 @@ impl Desk {
         self.scratch.extend(self.core.tickets(worker));
         for &ticket in &self.scratch {
             let state = claim::state(&self.links[at].board[ticket.slot as usize], ticket.seq);
-            self.core.slot(now, worker, ticket, state);
+            let taken_at = self.links[at].taken_at[ticket.slot as usize];
+            self.core.slot(now, worker, ticket, state, taken_at);
         }
         self.core.finished(now, worker, finished);
     }
 
     /// The worker claims its probes and leaves connections where they are; true if there was one.
     fn answer_probes(&mut self, worker: WorkerId) -> bool {
+        let now = self.now;
         let link = self.link(worker);
         let before = link.channel.len();
         let board = &link.board;
         link.channel.retain(|record| {
             let is_probe = record.conn.is_none();
             if is_probe {
+                link.taken_at[record.ticket.slot as usize] = now;
                 let claimed = claim::claim(&board[record.ticket.slot as usize], record.ticket.seq);
                 debug_assert!(claimed, "probes are not revoked here");
             }
@@ -320,7 +327,4 @@ impl Desk {
         });
         link.channel.len() < before
     }
-
-    /// The worker's scoreboard says so.
-    fn report_idle(&mut self, _worker: WorkerId, _idle: u32) {}
 }

@@ -156,6 +156,8 @@ pub struct Scenario {
     pub warm: Duration,
     /// `handoff_timeout` of the pool.
     pub handoff_timeout: Duration,
+    /// `max_handoff_timeout` of the pool.
+    pub max_handoff_timeout: Duration,
     /// `wait_for_worker` of the pool.
     pub wait_for_worker: Duration,
     /// `max_untaken` of the pool.
@@ -178,6 +180,7 @@ impl Scenario {
             changes: Vec::new(),
             warm: Duration::ZERO,
             handoff_timeout: Duration::from_millis(200),
+            max_handoff_timeout: Duration::from_secs(30),
             wait_for_worker: Duration::from_secs(10),
             max_untaken: 256,
             compare_loads: false,

@@ -26,6 +26,8 @@ pub struct Outcome {
     pub uncounted: usize,
     /// How often a worker that had taken connections became suspect after the warm-up; the core only.
     pub suspicions: u32,
+    /// How often one of them did so again.
+    pub alternations: u32,
     /// Clients that the dispatcher closed; the core only.
     pub closed: u32,
     /// The longest take of the worker that stopped, before it did, from when the connection was sent to it.

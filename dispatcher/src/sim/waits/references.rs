@@ -16,8 +16,8 @@ pub(super) trait Front {
     fn answer(&mut self, now: u64, worker: usize);
     /// A connection at the worker has ended.
     fn finish(&mut self, now: u64, worker: usize);
-    /// So many threads of the worker wait in accept.
-    fn idle_threads(&mut self, now: u64, worker: usize, idle: u32);
+    /// So many threads of the worker wait in accept. One that has just come back was away for so long.
+    fn idle_threads(&mut self, now: u64, worker: usize, idle: u32, away: Option<u64>);
     /// A worker stops, or goes on: for the record only.
     fn stopped(&mut self, worker: usize, stopped: bool);
     /// When it wants to do something next.
@@ -77,7 +77,7 @@ impl Front for Shared {
         self.loads[worker] -= 1;
     }
 
-    fn idle_threads(&mut self, _: u64, _: usize, _: u32) {}
+    fn idle_threads(&mut self, _: u64, _: usize, _: u32, _: Option<u64>) {}
 
     fn stopped(&mut self, _: usize, _: bool) {}
 
@@ -182,7 +182,7 @@ impl Front for Never {
         self.loads[worker] -= 1;
     }
 
-    fn idle_threads(&mut self, _: u64, _: usize, _: u32) {}
+    fn idle_threads(&mut self, _: u64, _: usize, _: u32, _: Option<u64>) {}
 
     fn stopped(&mut self, _: usize, _: bool) {}
 

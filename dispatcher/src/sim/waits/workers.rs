@@ -67,11 +67,12 @@ impl Worker {
         }
     }
 
-    /// What the worker takes when it looks at its queue `now`.
+    /// What the worker takes when it looks at its queue `now`, perhaps by a thread that was `away` for so long.
     pub(super) fn look(
         &mut self,
         now: u64,
         number: usize,
+        away: Option<u64>,
         front: &mut dyn Front,
         taken: &mut Vec<u32>,
     ) {
@@ -84,7 +85,8 @@ impl Worker {
             Kind::Serial { threads } => {
                 take(now, number, threads - self.busy, front, taken);
                 self.busy += taken.len() as u32;
-                front.idle_threads(now, number, threads - self.busy);
+                let away = away.filter(|_| taken.is_empty());
+                front.idle_threads(now, number, threads - self.busy, away);
             }
             Kind::Stuck => front.answer(now, number),
             Kind::Dead => {}

@@ -26,7 +26,7 @@ enum What {
     Arrive(u32),
     Look(usize),
     Round(usize, u32),
-    End(usize, bool),
+    End(usize, Option<u64>),
     Turn,
 }
 
@@ -150,10 +150,10 @@ impl World<'_> {
                     self.compare_loads();
                 }
             }
-            What::Look(number) => self.look(number),
+            What::Look(number) => self.look(number, None),
             What::Round(number, generation) => {
                 if self.workers[number].generation == generation {
-                    self.look(number);
+                    self.look(number, None);
                     self.next_round(number);
                 }
             }
@@ -190,7 +190,7 @@ impl World<'_> {
             }
         }
         if let Some(idle) = self.workers[number].idle_threads() {
-            self.front.idle_threads(now, number, idle);
+            self.front.idle_threads(now, number, idle, None);
         }
     }
 
@@ -213,9 +213,9 @@ impl World<'_> {
                 self.workers[worker].stopped = false;
                 self.front.stopped(worker, false);
                 for _ in 0..std::mem::take(&mut self.workers[worker].overdue) {
-                    self.end(worker, true);
+                    self.end(worker, Some(self.now));
                 }
-                self.look(worker);
+                self.look(worker, None);
             }
             Change::Become(kind) => {
                 self.workers[worker].kind = kind;
@@ -224,12 +224,12 @@ impl World<'_> {
         }
     }
 
-    fn look(&mut self, number: usize) {
+    fn look(&mut self, number: usize, away: Option<u64>) {
         let now = self.now;
         let mut taken = std::mem::take(&mut self.taken);
         let worker = &mut self.workers[number];
-        worker.look(now, number, self.front, &mut taken);
-        let thread = matches!(worker.kind, Kind::Serial { .. });
+        worker.look(now, number, away, self.front, &mut taken);
+        let thread = matches!(worker.kind, Kind::Serial { .. }).then_some(now);
         for client in taken.drain(..) {
             let entry = &mut self.outcome.clients[client as usize];
             assert_eq!(entry.wait, None, "taken twice");
@@ -243,16 +243,17 @@ impl World<'_> {
         self.taken = taken;
     }
 
-    fn end(&mut self, number: usize, thread: bool) {
+    /// A connection ends; one that a thread of its own took at `thread`.
+    fn end(&mut self, number: usize, thread: Option<u64>) {
         let worker = &mut self.workers[number];
-        if thread && worker.stopped {
+        if thread.is_some() && worker.stopped {
             worker.overdue += 1;
             return;
         }
         self.front.finish(self.now, number);
-        if thread {
+        if let Some(taken_at) = thread {
             worker.busy -= 1;
-            self.look(number);
+            self.look(number, Some(self.now - taken_at));
         }
     }
 
@@ -266,7 +267,7 @@ impl World<'_> {
                 continue;
             }
             if delay == 0 {
-                self.look(number);
+                self.look(number, None);
             } else {
                 self.at(self.now + delay, What::Look(number));
             }

@@ -263,6 +263,7 @@ impl Core {
         self.set_current(Some(Arc::clone(&session)));
         session.board.raise_finished(self.finished.load(Ordering::SeqCst));
         session.poke_if_wanted(want::ROOM);
+        state.waiting.show(&session.board);
         self.gauges.show(&session.board);
         self.sampler.wanted(&self.gauges, &session.gauges);
         if state.told.paused {
@@ -459,6 +460,9 @@ impl State {
 }
 
 fn claimed(session: &Session, slot: u32, seq: u64) -> bool {
-    let slot = session.board.slot(slot);
-    slot.is_some_and(|slot| claim::claim(slot, seq))
+    let board = &session.board;
+    let Some(word) = board.slot(slot) else { return false };
+    let now: Duration = clock_gettime(ClockId::Realtime).try_into().unwrap_or_default();
+    board.stamp(slot, u64::try_from(now.as_nanos()).unwrap_or(0));
+    claim::claim(word, seq)
 }
