@@ -28,7 +28,7 @@ fn listener(name: &str, address: &str) -> String {
 
 fn pool() -> String {
     format!(
-        "[pool.web]\nhandoff_timeout = \"{}ms\"\nprobation = \"1s\"\nwait_for_worker = \"{}ms\"\n\
+        "[pool.web]\nhandoff_timeout = \"{}ms\"\nwait_for_worker = \"{}ms\"\n\
          peek_timeout = \"300ms\"\n",
         HANDOFF_TIMEOUT.as_millis(),
         WAIT_FOR_WORKER.as_millis()
