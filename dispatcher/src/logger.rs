@@ -9,6 +9,7 @@
 
 mod filter;
 mod output;
+mod repeats;
 mod value;
 
 pub use self::value::{Quoted, Value, quoted, value};
@@ -36,6 +37,8 @@ const MAX_LINES: usize = 8192;
 const MAX_LINE: usize = 4096;
 
 static QUEUE: OnceLock<Queue> = OnceLock::new();
+
+static REPEATS: repeats::Repeats = repeats::Repeats::new();
 
 static SWITCH: OnceLock<Switch> = OnceLock::new();
 
@@ -95,6 +98,12 @@ fn build(queue: &Queue, style: Style, selected: &str) -> env_logger::Logger {
         .build()
 }
 
+/// Tells one second from the next. Any clock would do; the lines have their time from this one.
+fn second() -> u64 {
+    let now = std::time::SystemTime::now().duration_since(std::time::UNIX_EPOCH);
+    now.map_or(0, |now| now.as_secs())
+}
+
 /// A level as people write it.
 fn name(level: LevelFilter) -> &'static str {
     match level {
@@ -126,7 +135,11 @@ pub fn set_level(level: LevelFilter) -> String {
     };
     // Whatever the level is now, this is said.
     let text = format!("event=log_level from={} to={}", quoted(&before), name(level));
-    let _ = switch.queue.clone().write(own_line(&text, Level::Info, switch.style).as_bytes());
+    let mut record = Record::builder();
+    let record = record.target(module_path!()).file_static(Some(file!())).line(Some(line!()));
+    if REPEATS.allow(&record.build(), second()) {
+        let _ = switch.queue.clone().write(own_line(&text, Level::Info, switch.style).as_bytes());
+    }
     log::set_max_level(level);
     before
 }
@@ -162,6 +175,9 @@ impl log::Log for Switch {
     }
 
     fn log(&self, record: &Record<'_>) {
+        if self.enabled(record.metadata()) && !REPEATS.allow(record, second()) {
+            return;
+        }
         match self.current.try_read() {
             Ok(current) => current.logger.log(record),
             // It is being changed this very moment: rather a line too many than one too few.
@@ -178,6 +194,11 @@ impl log::Log for Switch {
 /// Lines left out since the start.
 pub fn dropped_lines() -> u64 {
     QUEUE.get().map_or(0, Queue::dropped)
+}
+
+/// Lines left out since the start because one place in the program had too many.
+pub fn repeated_lines() -> u64 {
+    REPEATS.left_out()
 }
 
 /// Waits until everything logged so far is written, at most for `timeout`; says whether it is. For the end of the process.

@@ -53,7 +53,7 @@ impl Shell {
             accept_pauses: self.meters.accept_pauses,
             workers_refused: self.meters.workers_refused,
             log_lines_dropped: logger::dropped_lines(),
-            log_lines_limited: self.limits.total(),
+            log_lines_limited: self.limits.total() + logger::repeated_lines(),
             residual: self.core.residual(),
         }
     }
