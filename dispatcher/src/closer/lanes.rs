@@ -19,10 +19,10 @@ use super::{Copy, Owner, Shared, State, Task};
 use crate::pool::WorkerId;
 
 /// While it naps, the first closer needs no wake-up: so the hot thread pays for none while there is much to close.
-const NAP: Duration = Duration::from_millis(1);
+const NAP: Duration = Duration::from_millis(5);
 
 /// So many naps without work are followed by sleep.
-const NAPS: u32 = 8;
+const NAPS: u32 = 2;
 
 /// A thread of the slow lane that has had nothing to do for so long ends.
 const IDLE: Duration = Duration::from_secs(10);

@@ -10,13 +10,13 @@ use super::{Shared, State, lanes};
 use crate::sys;
 
 /// How often it looks. A call that lasts from one look to the next is interrupted.
-pub(super) const TICK: Duration = Duration::from_millis(10);
+pub(super) const TICK: Duration = Duration::from_millis(20);
 
 /// After so many looks at which nothing was going on it sleeps.
-const QUIET: u32 = 100;
+const QUIET: u32 = 50;
 
 /// After so many looks without getting on, in spite of interruptions, a thread is held up for good.
-pub(super) const HELD_UP: u32 = 100;
+pub(super) const HELD_UP: u32 = 50;
 
 /// A thread, as the watchdog sees it.
 #[derive(Debug)]
