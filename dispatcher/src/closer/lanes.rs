@@ -56,8 +56,10 @@ pub(super) fn first(shared: &Arc<Shared>) {
             }
             if naps < NAPS {
                 naps += 1;
+                state.napping = true;
                 let waited = shared.first.wait_timeout(state, NAP);
                 state = waited.unwrap_or_else(PoisonError::into_inner).0;
+                state.napping = false;
             } else {
                 state.asleep = true;
                 state = shared.first.wait(state).unwrap_or_else(PoisonError::into_inner);

@@ -165,6 +165,8 @@ struct State {
     called: bool,
     /// The first closer sleeps until it is woken.
     asleep: bool,
+    /// The first closer naps: it comes by itself, and is called if there is much to do.
+    napping: bool,
     /// The watchdog is awake.
     watching: bool,
     /// Everything is done and the threads end.
@@ -178,6 +180,10 @@ impl State {
         !self.copies.is_empty() || !self.tasks.is_empty()
     }
 }
+
+/// So many copies are worth waking the first closer from a nap. Less than the connections that go to a worker before a slot
+/// is used again.
+const MANY: usize = 64;
 
 /// Room made beforehand, so that the hot thread allocates nothing for a usual turn.
 const ROOM: usize = 1024;
@@ -197,6 +203,7 @@ impl Closers {
                 last: VecDeque::new(),
                 called: false,
                 asleep: false,
+                napping: false,
                 watching: false,
                 over: false,
                 members: Vec::new(),
@@ -268,10 +275,11 @@ impl Closers {
         self.shared.waiting.fetch_add(count, Ordering::Relaxed);
         state.copies.append(&mut self.copies);
         state.tasks.append(&mut self.tasks);
-        let asleep = std::mem::take(&mut state.asleep);
+        let many = state.copies.len() >= MANY;
+        let wake = std::mem::take(&mut state.asleep) || many && std::mem::take(&mut state.napping);
         drop(state);
         self.board = 0;
-        if asleep {
+        if wake {
             self.shared.first.notify_one();
         }
         true
