@@ -19,7 +19,7 @@ use super::{Copy, Owner, Shared, State, Task};
 use crate::pool::WorkerId;
 
 /// While it naps, the first closer needs no wake-up: so the hot thread pays for none while there is much to close.
-const NAP: Duration = Duration::from_millis(5);
+const NAP: Duration = Duration::from_millis(1);
 
 /// So many naps without work are followed by sleep.
 const NAPS: u32 = 2;
