@@ -11,7 +11,7 @@ const CRATES: [&str; 8] =
 
 /// The modules at the top of this crate. In the log's lines they stand without the crate's name, so that is how they may be
 /// written here too.
-const MODULES: [&str; 18] = [
+const MODULES: [&str; 19] = [
     "admin",
     "affinity",
     "cleaner",
@@ -30,6 +30,7 @@ const MODULES: [&str; 18] = [
     "spawner",
     "status",
     "sys",
+    "words",
 ];
 
 /// Directives that can be used, and what is wrong with the others.

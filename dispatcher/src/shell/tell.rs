@@ -189,17 +189,17 @@ impl Shell {
                 log::warn!("event=no_worker pool={} clients=wait", self.core.pool_name(*pool))
             }
             Event::Refusing { pool, closed, unserved } => log::error!(
-                "event=refusing pool={} reason=\"{}\" closed={closed}",
+                "event=refusing pool={} reason={} closed={closed}",
                 self.core.pool_name(*pool),
-                match unserved {
+                quoted(match unserved {
                     true => "no worker took a connection for wait_for_worker",
                     false => "no worker for wait_for_worker",
-                }
+                })
             ),
             Event::StillRefusing { pool, unserved, since } => log::error!(
-                "event=still_refusing pool={} reason=\"{}\" since={}",
+                "event=still_refusing pool={} reason={} since={}",
                 self.core.pool_name(*pool),
-                if *unserved { "no worker takes a connection" } else { "no worker" },
+                quoted(if *unserved { "no worker takes a connection" } else { "no worker" }),
                 span(*since)
             ),
             Event::Served { pool } => {
