@@ -19,7 +19,7 @@ use rustix::net::{RecvFlags, SendAncillaryBuffer, SendAncillaryMessage, SendFlag
 use support::peer::{Peer, encode, hello, receive, receive_with};
 use support::*;
 use worker_sdk::scoreboard::{Scoreboard, claim};
-use worker_sdk::wire::{Channel, Goodbye};
+use worker_sdk::wire::{Channel, Entry, Goodbye};
 
 /// Workers by hand take their time.
 const NEVER_SUSPECT: &str = "handoff_timeout = \"1h\"";
@@ -124,17 +124,28 @@ impl Mallory {
         rustix::io::write(&self.lane[1], &1_u64.to_ne_bytes()).unwrap();
     }
 
+    /// The next connections, received or looked at; probes before them are answered.
+    fn next(&self, flags: RecvFlags) -> (Vec<Entry>, Vec<OwnedFd>) {
+        loop {
+            let (record, fds) = receive_with(&self.lane[0], flags).expect("a record");
+            match Channel::decode(&record).unwrap() {
+                Channel::Handoff(handoff) => return (handoff.entries, fds),
+                Channel::Probe(probe) => {
+                    if flags.contains(RecvFlags::PEEK) {
+                        receive(&self.lane[0]).expect("the probe");
+                    }
+                    assert!(claim::claim(self.board.slot(probe.slot).unwrap(), probe.seq));
+                    self.poke();
+                }
+                _ => {}
+            }
+        }
+    }
+
     /// Receives a connection, or looks at it in the queue, and takes it.
     fn take(&self, flags: RecvFlags) -> (u32, u64, OwnedFd) {
-        let (record, mut fds) = match flags {
-            RecvFlags::PEEK => receive_with(&self.lane[0], flags),
-            _ => receive(&self.lane[0]),
-        }
-        .expect("a handoff");
-        let Channel::Handoff(handoff) = Channel::decode(&record).unwrap() else {
-            panic!("not a handoff")
-        };
-        let entry = handoff.entries[0];
+        let (entries, mut fds) = self.next(flags);
+        let entry = entries[0];
         assert!(claim::claim(self.board.slot(entry.slot).unwrap(), entry.seq));
         self.poke();
         (entry.slot, entry.seq, fds.remove(0))
@@ -173,7 +184,7 @@ fn a_client_that_is_turned_away_after_a_worker_has_trapped_it_holds_nothing_up()
     let (dispatcher, address) = start_one_pool(&keys);
     let mallory = Mallory::join(&dispatcher);
     let mut victim = connect(address);
-    let (_, mut fds) = receive(&mallory.lane[0]).expect("a handoff");
+    let (_, mut fds) = mallory.next(RecvFlags::empty());
     set_trap(fds.remove(0));
     // It has not claimed it, so the connection is revoked and then refused.
     drop(mallory);
@@ -233,11 +244,8 @@ fn a_close_that_is_stuck_delays_no_other_end_and_nothing_piles_up() {
         let mut trapped = 0;
         while trapped < victims.len() {
             // Its own copy goes without lingering: with the one in custody it is not the last.
-            let (record, fds) = receive(&mallory.lane[0]).expect("a handoff");
-            let Channel::Handoff(handoff) = Channel::decode(&record).unwrap() else {
-                panic!("not a handoff")
-            };
-            for (entry, fd) in handoff.entries.iter().zip(fds) {
+            let (entries, fds) = mallory.next(RecvFlags::empty());
+            for (entry, fd) in entries.iter().zip(fds) {
                 set_trap(&fd);
                 drop(fd);
                 assert!(claim::claim(mallory.board.slot(entry.slot).unwrap(), entry.seq));
@@ -416,7 +424,7 @@ fn the_hot_thread_closes_receives_and_asks_nothing_of_what_others_may_hold() {
     if Command::new("strace").arg("-V").output().is_err() {
         return skip("needs strace");
     }
-    let keys = "handoff_timeout = \"100ms\"\nwait_for_worker = \"100ms\"\nunavailable_response = \"DIR/sorry\"";
+    let keys = "handoff_timeout = \"100ms\"\nwait_for_worker = \"5s\"\nunavailable_response = \"DIR/sorry\"";
     let local =
         "[[listener]]\nname = \"local\"\naddress = \"unix:DIR/local.sock\"\npool = \"web\"\n";
     let temp = configure(&format!("{local}{}", one_pool(keys)));

@@ -54,8 +54,7 @@ fn a_death_is_told_before_what_follows_from_it() {
 
 #[test]
 fn suspicion_drains_and_goodbyes_are_told_before_what_they_do_to_the_pool() {
-    let dispatcher =
-        start("handoff_timeout = \"100ms\"\nwait_for_worker = \"10m\"");
+    let dispatcher = start("handoff_timeout = \"100ms\"\nwait_for_worker = \"10m\"");
     let only = dispatcher.worker_with("blocking", "web", "only", &[("TEST_WORKER", "stays")]);
     dispatcher.wait_joined("web", 1);
     only.signal(Signal::SIGSTOP);
