@@ -13,7 +13,15 @@ use super::types::*;
 pub enum Effect {
     /// Write SENT into the slot and send the connection (records may be gathered per worker until the end of the turn).
     /// On failure: [`super::Core::send_failed`].
-    Send { worker: WorkerId, conn: ConnId, ticket: Ticket, listener: ListenerId, flags: EntryFlags },
+    /// `tell`: it was taken back from another worker that failed it, which an operator may want to read.
+    Send {
+        worker: WorkerId,
+        conn: ConnId,
+        ticket: Ticket,
+        listener: ListenerId,
+        flags: EntryFlags,
+        tell: bool,
+    },
     /// Write SENT into the slot and send a probe. On failure: [`super::Core::probe_failed`].
     Probe { worker: WorkerId, ticket: Ticket },
     /// Send a notice. On failure: [`super::Core::notice_failed`].

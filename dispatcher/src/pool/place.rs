@@ -161,6 +161,8 @@ impl Core {
     }
 
     fn send(&mut self, now: Time, w: usize, conn: u32) {
+        // Where threads are busy or idle, moves are the ordinary case.
+        let tell = !matches!(self.ledger.get(conn).again, Again::Busy | Again::Idle);
         let due = self.begin_patience(now, w, conn);
         let worker = &mut self.workers[w];
         let ticket = worker.ring.issue(now, Item::Conn(conn), due);
@@ -177,6 +179,7 @@ impl Core {
             ticket,
             listener: entry.listener,
             flags,
+            tell: tell && entry.resent,
         });
         self.refresh(w);
     }

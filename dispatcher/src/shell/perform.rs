@@ -39,7 +39,7 @@ impl Shell {
 
     fn carry_out(&mut self, effect: Effect) {
         match effect {
-            Effect::Send { worker, conn, ticket, listener, flags } => {
+            Effect::Send { worker, conn, ticket, listener, flags, tell } => {
                 self.unwatch(conn);
                 let found = self.conns.get_mut(conn.index as usize).and_then(Option::as_mut);
                 let Some(Conn { peer, accepted, at_worker, .. }) = found else { return };
@@ -54,7 +54,7 @@ impl Shell {
                 };
                 let (listener, number) = (listener.0, conn.serial);
                 let entry = Entry { seq, slot, listener, flags, accepted_ns, peer, number };
-                if flags.contains(EntryFlags::RESENT) {
+                if tell {
                     self.later(Later::Resent { to: worker, conn, peer: entry.peer });
                 }
                 let Some(io) = self.io_mut(worker) else { return };
