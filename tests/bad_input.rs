@@ -209,11 +209,16 @@ fn silence_and_crowds_before_hello() {
     logged(&dispatcher, "no hello in time");
 }
 
+/// Of a worker that is trusted from the first, and that would get every client by its weight.
+fn served_before() -> Hello {
+    Hello { weight: 10_000, base: 1, finished: 1, ..hello() }
+}
+
 #[test]
 fn an_impossible_slot_state_costs_the_worker_its_place_and_nobody_a_connection() {
     let dispatcher = nobody_else_notices(|dispatcher| {
         let peer = Peer::connect(&dispatcher.dispatch());
-        let (welcome, mut lane) = peer.join(&hello());
+        let (welcome, mut lane) = peer.join(&served_before());
         let board =
             worker_sdk::scoreboard::Scoreboard::open(lane.remove(1), welcome.slots).unwrap();
         // It holds nothing, so it is next.
@@ -299,8 +304,8 @@ fn a_scoreboard_cannot_be_cut_and_scribbling_over_it_costs_only_the_scribbler() 
         let address = dispatcher.address("web");
         for round in 0_u8..20 {
             let peer = Peer::connect(&dispatcher.dispatch());
-            let (welcome, lane) = peer.join(&hello());
-            let size = 256 + 8 * u64::from(welcome.slots);
+            let (welcome, lane) = peer.join(&served_before());
+            let size = 256 + 16 * u64::from(welcome.slots);
             // The seals hold, and it can be neither resized nor sealed against writing.
             assert!(rustix::fs::ftruncate(&lane[1], 0).is_err());
             assert!(rustix::fs::ftruncate(&lane[1], 2 * size).is_err());

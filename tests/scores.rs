@@ -243,7 +243,7 @@ fn gauges_and_names_that_are_garbage_cost_only_their_worker() {
     assert_eq!(wanted, ["queue_wait", "my.own"], "it is told what the pool goes by");
     let file = lane[1].try_clone().unwrap();
     let board = Scoreboard::open(lane.remove(1), welcome.slots).unwrap();
-    let first = (256 + 8 * u64::from(welcome.slots)).next_multiple_of(64);
+    let first = (256 + 16 * u64::from(welcome.slots)).next_multiple_of(64);
     let write = |at: u64, bytes: &[u8]| {
         assert_eq!(rustix::io::pwrite(&file, bytes, at), Ok(bytes.len()));
     };
