@@ -1,6 +1,8 @@
 //! Workers that come, go, hang, die and come back; a dispatcher that dies and comes back. Nothing untaken is lost.
 #![allow(clippy::unwrap_used, clippy::expect_used)]
 
+#[path = "lifecycle/slow.rs"]
+mod slow;
 #[path = "lifecycle/stopping.rs"]
 mod stopping;
 mod support;

@@ -2,6 +2,8 @@
 //!
 //! It greets each client with `NAME PID LISTENER PEER`, then sends back what it receives. SIGTERM makes it say
 //! goodbye; it ends when its last connection does, and when it is drained, unless `TEST_WORKER=stays` (blocking only). With `TEST_WORKER=never-take` it joins and takes nothing; with
+//! `TEST_WORKER=only-answer` (mio) it answers probes and takes nothing. With `TEST_WORKER_PAUSE=MS` its event loop comes round once in so many
+//! milliseconds; `serial` serves one client at a time, for so long. With
 //! `TEST_WORKER=fork` it has a child, from its first connection on, that keeps all it has open until its standard input ends.
 #![allow(clippy::unwrap_used)]
 
@@ -10,6 +12,7 @@ use std::io::{ErrorKind, Read, Write};
 use std::os::fd::AsRawFd;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, Ordering};
+use std::time::Duration;
 
 use mio::unix::SourceFd;
 use mio::{Events, Interest, Poll, Token, Waker};
@@ -26,6 +29,7 @@ fn main() {
         Some("blocking") => blocking(config),
         Some("tokio") => tokio(config),
         Some("mio") => mio(config),
+        Some("serial") => serial(config),
         other => panic!("usage: test-worker blocking|tokio|mio, not {other:?}"),
     }
 }
@@ -33,6 +37,23 @@ fn main() {
 fn on_sigterm(action: impl Fn() + Send + 'static) {
     let mut signals = Signals::new([SIGTERM]).unwrap();
     std::thread::spawn(move || signals.forever().for_each(|_| action()));
+}
+
+/// How long a round, or the service of one client, takes; zero for as short as it can be.
+fn pause() -> Duration {
+    let millis = std::env::var("TEST_WORKER_PAUSE").ok().and_then(|text| text.parse().ok());
+    Duration::from_millis(millis.unwrap_or(0))
+}
+
+/// Like a framework with synchronous workers: the thread that accepts serves the client to its end.
+fn serial(config: WorkerConfig) {
+    let worker = Worker::connect(config).unwrap();
+    let closer = worker.clone();
+    on_sigterm(move || closer.close());
+    while let Ok(Some(connection)) = worker.accept() {
+        std::thread::sleep(pause());
+        echo(connection);
+    }
 }
 
 fn greeting(listener: &str, peer: PeerAddr) -> String {
@@ -98,6 +119,17 @@ fn tokio(config: WorkerConfig) {
         let listener = worker_sdk::tokio::Listener::connect(config).await.unwrap();
         let closer = listener.clone();
         on_sigterm(move || closer.close());
+        if !pause().is_zero() {
+            // Four busy tasks in one thread.
+            for _ in 0..4 {
+                tokio::spawn(async {
+                    loop {
+                        std::thread::sleep(pause() / 4);
+                        tokio::task::yield_now().await;
+                    }
+                });
+            }
+        }
         while let Ok(mut connection) = listener.accept().await {
             tokio::spawn(async move {
                 let greeting = greeting(connection.listener(), connection.peer_addr());
@@ -132,14 +164,24 @@ fn mio(config: WorkerConfig) {
     });
     let mut connections: HashMap<Token, Connection> = HashMap::new();
     let mut next = 0;
+    let mut answered = false;
     let mut events = Events::with_capacity(256);
+    let only_answers = std::env::var("TEST_WORKER").is_ok_and(|mode| mode == "only-answer");
+    let timeout = (!pause().is_zero()).then_some(Duration::ZERO);
     loop {
-        match poll.poll(&mut events, None) {
+        std::thread::sleep(pause());
+        match poll.poll(&mut events, timeout) {
             Err(error) if error.kind() == ErrorKind::Interrupted => continue,
             other => other.unwrap(),
         }
         for event in &events {
             match event.token() {
+                // It asks once, for its probe, and then no more.
+                WORKER if only_answers => {
+                    if !std::mem::replace(&mut answered, true) {
+                        let _ = worker.try_accept();
+                    }
+                }
                 WORKER => {
                     loop {
                         let mut connection = match worker.try_accept() {

@@ -6,6 +6,7 @@ mod balance;
 mod change;
 mod draining;
 mod failures;
+mod handoff;
 mod history;
 mod lifecycle;
 mod model;
