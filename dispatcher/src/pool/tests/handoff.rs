@@ -1,5 +1,8 @@
 //! When untaken connections move: patience, trials, idle threads, pools that are not served.
 
+use worker_sdk::PeerAddr;
+use worker_sdk::scoreboard::claim::{SlotState, want};
+
 use super::policies::client;
 use super::*;
 
@@ -29,7 +32,7 @@ impl Desk {
 #[test]
 fn a_slow_loop_keeps_what_it_usually_takes() {
     let mut desk = desk_of(Policy::LeastConnections);
-    let (slow, other) = (desk.worker(), desk.worker());
+    let (slow, other) = (desk.join(hello()).unwrap(), desk.join(hello()).unwrap());
     for round in 0..6 {
         let conns = [desk.accept(WEB), desk.accept(WEB)];
         // Rounds of 320 ms, longer than the timeout. Only the first one is a surprise.
@@ -62,13 +65,14 @@ fn a_worker_that_only_answers_is_tested_for_milliseconds_and_ever_more_rarely() 
     let mut desk = desk_of(Policy::LeastConnections);
     let good = desk.worker();
     let stuck = desk.join(hello()).unwrap();
-    let mut tests = Vec::new();
+    let mut tests: Vec<u64> = Vec::new();
     for step in 0..40_000_u64 {
         desk.answer(stuck);
         desk.wait(ms(1));
         if step % 10 == 0 {
             desk.accept(WEB);
-            if desk.custody(stuck) == 1 {
+            let again = tests.last().is_none_or(|&last| step - last > 100);
+            if desk.custody(stuck) == 1 && again {
                 tests.push(step);
             }
         }
@@ -161,7 +165,7 @@ fn with_failover_a_primary_that_hangs_comes_back_by_a_test() {
     // Only one client goes to it; while it is tested the others go to the standby.
     desk.accept(WEB);
     assert_eq!(desk.custody(primary), 1);
-    desk.wait(ms(20));
+    desk.wait(ms(10));
     desk.take_all(primary);
     assert_eq!(desk.next_from(PeerAddr::Unix), primary);
 }
@@ -247,6 +251,5 @@ fn a_take_counts_from_when_the_worker_says_it_was() {
     desk.core.slot(desk.now, worker, ticket, SlotState::Taken, sent + ms(3));
     desk.pump();
     let handoff = &desk.core.status().pools[0].handoff;
-    assert_eq!(handoff.count, 1);
-    assert!(handoff.sum < 0.004, "{handoff:?}");
+    assert_eq!((handoff.counts.iter().sum::<u64>(), handoff.sum_nanoseconds), (1, 3_000_000));
 }
