@@ -79,7 +79,7 @@ fn a_full_channel_sends_clients_to_the_next_worker() {
 #[test]
 fn a_worker_at_its_descriptor_limit_loses_nothing() {
     for flavour in ["blocking", "tokio", "mio"] {
-        let (dispatcher, address) = start_one_pool(&format!("{PATIENT}"));
+        let (dispatcher, address) = start_one_pool(PATIENT);
         let workers = dispatcher.workers(flavour, "web", 2);
         let warm: Vec<Client> = (0..4).map(|_| Client::connect(address).unwrap()).collect();
         assert_eq!(tally(&warm)["w0"], 2);
