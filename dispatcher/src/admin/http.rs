@@ -14,6 +14,7 @@ use tokio::io::{AsyncRead, AsyncWrite};
 use tokio::net::{TcpListener, TcpStream, UnixListener, UnixStream};
 use tokio::sync::{OwnedSemaphorePermit, Semaphore, watch};
 
+use super::explained::Explained;
 use super::guests::{Connection, Connects, Guests, Who};
 use super::routes::{self, App};
 use super::who_may::{self, Hosts};
@@ -143,7 +144,7 @@ where
             .timer(TokioTimer::new())
             .header_read_timeout(HEADER_TIMEOUT)
             .max_buf_size(MAX_HEAD)
-            .serve_connection(TokioIo::new(stream), paced)
+            .serve_connection(TokioIo::new(Explained::new(stream)), paced)
     );
     let result = match tokio::time::timeout(CONNECTION_TIME, connection.as_mut()).await {
         Ok(result) => result,

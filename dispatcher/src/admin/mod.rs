@@ -7,6 +7,7 @@
 pub mod client;
 pub mod command;
 mod elsewhere;
+mod explained;
 mod gate;
 mod guests;
 mod http;
