@@ -221,13 +221,13 @@ impl Worker {
         if !self.is_open() {
             return None;
         }
-        let trial = match self.state {
-            State::Active if keyed => false,
-            _ if self.trust.proven && self.has_room() => false,
-            _ if self.is_trialable(spaced) => true,
-            _ => return None,
+        let may = match self.state {
+            State::Active if keyed => true,
+            _ => (self.trust.proven && self.has_room()) || self.is_trialable(spaced),
         };
-        Some(Available { load: self.load(), weight: self.effective_weight(), trial })
+        // One of which nothing is known is as good as any; one that has failed comes last among equals.
+        let trial = self.state == State::Suspect || self.trust.failed > 0;
+        may.then(|| Available { load: self.load(), weight: self.effective_weight(), trial })
     }
 
     /// What `hash` knows it by. Not its id: whoever comes in its place, with its name, has its keys.
