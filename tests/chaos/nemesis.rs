@@ -189,7 +189,11 @@ impl<'a> Nemesis<'a> {
     pub fn dismiss_workers(&mut self) {
         for worker in &mut self.workers {
             if !worker.leaving {
-                worker.process.signal(Signal::SIGTERM);
+                // It may have ended by itself: the end of a stuck worker's drain, for example.
+                let _ = nix::sys::signal::kill(
+                    nix::unistd::Pid::from_raw(worker.process.pid()),
+                    Signal::SIGTERM,
+                );
                 worker.leaving = true;
             }
         }
