@@ -19,7 +19,7 @@ use rustix::net::{RecvFlags, SendAncillaryBuffer, SendAncillaryMessage, SendFlag
 use support::peer::{Peer, encode, hello, receive, receive_with};
 use support::*;
 use worker_sdk::scoreboard::{Scoreboard, claim};
-use worker_sdk::wire::{Channel, Entry, Goodbye};
+use worker_sdk::wire::{Channel, Entry, Goodbye, Hello};
 
 /// Workers by hand take their time.
 const NEVER_SUSPECT: &str = "handoff_timeout = \"1h\"";
@@ -115,7 +115,9 @@ struct Mallory {
 impl Mallory {
     fn join(dispatcher: &Dispatcher) -> Mallory {
         let peer = Peer::connect(&dispatcher.dispatch());
-        let (welcome, mut lane) = peer.join(&hello());
+        // It has served before, and by weight it gets every client.
+        let (welcome, mut lane) =
+            peer.join(&Hello { weight: 10_000, base: 1, finished: 1, ..hello() });
         let board = Scoreboard::open(lane.remove(1), welcome.slots).unwrap();
         Mallory { peer, lane, board }
     }
