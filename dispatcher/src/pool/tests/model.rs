@@ -379,11 +379,10 @@ impl Model {
             }
             Accepting::Finish => panic!("nothing was taken out"),
         }
-        if self.policy == Policy::Failover {
-            // Workers that stand by are not open, which this model does not know.
-            self.refusing = accepting == Accepting::Refuse;
-        }
-        assert_eq!(accepting == Accepting::Refuse, self.refusing);
+        // For how long a pool may take nothing depends on what its workers usually need, which this model does not know.
+        let refuses = accepting == Accepting::Refuse;
+        assert!(!refuses || totals.held == 0, "a pool that refuses lets no client wait");
+        self.refusing = refuses;
     }
 
     fn absorb(&mut self, effect: Effect) {
@@ -414,7 +413,8 @@ impl Model {
             Effect::Close { conn, reason, .. } => {
                 let entry = self.conns.get_mut(&conn.serial).unwrap();
                 assert_eq!(entry.1, At::Held);
-                assert!(reason == CloseReason::ClientGone || self.refusing);
+                let refusing = self.core.accepting(WEB) == Accepting::Refuse;
+                assert!(reason == CloseReason::ClientGone || refusing || self.refusing);
                 entry.1 = At::Closed;
             }
             Effect::Disconnect { worker, .. } => assert!(self.workers[&worker.serial].gone),
