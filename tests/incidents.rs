@@ -166,11 +166,19 @@ fn a_worker_stands_still_and_comes_back() {
     dispatcher.wait_joined("web", 1);
     let _other = dispatcher.worker("blocking", "web", "other");
     dispatcher.wait_joined("web", 2);
-    stopped.signal(Signal::SIGSTOP);
     let address = dispatcher.address("web");
+    dispatcher.prove_all(address);
+    stopped.signal(Signal::SIGSTOP);
     let waiting: Vec<TcpStream> = (0..6).map(|_| connect(address)).collect();
-    all_greeted(waiting);
+    let served = all_greeted(waiting);
     stopped.signal(Signal::SIGCONT);
+    // Trust comes back with what it takes.
+    let mut more = Vec::new();
+    wait_until("trust", || {
+        more.push(Client::connect(address).unwrap());
+        dispatcher.log().contains("event=worker_trusted")
+    });
+    drop((served, more));
 
     let mut story = Story::after(&dispatcher, "worker_trusted", 1);
     let joined = story.then(&[("event", "worker_joined"), ("name", "stopped")]);

@@ -41,6 +41,9 @@ pub struct Evidence<'a> {
     pub directory: &'a Path,
 }
 
+/// How long after it was killed a process may still be there, in microseconds.
+const DYING: u64 = 200_000;
+
 const TAKEN_BY_KILLED: &str = "its worker was killed after taking it";
 const UNWRITTEN: &str = "its worker was killed between taking it and writing that down";
 const DISPATCHER_KILLED: &str = "the dispatcher was killed: accepted, and held or not yet sent";
@@ -134,7 +137,13 @@ impl Evidence<'_> {
                 let at_the_end = |deed: &&Deed| story.ended - deed.at < AT_MOST;
                 let of =
                     |what| self.deeds.iter().filter(move |deed| deed.what == what).filter(during);
-                if of(What::DispatcherKill).any(|deed| at_the_end(&deed)) {
+                // What was killed a moment ago may still be on its way out, and its listener with it.
+                let dies = |deed: &&Deed| {
+                    deed.what == What::DispatcherKill
+                        && deed.at + DYING >= story.began
+                        && deed.at <= story.ended
+                };
+                if self.deeds.iter().filter(dies).any(|deed| at_the_end(&deed)) {
                     return Ok(Some(DISPATCHER_KILLED));
                 }
                 let mut kills = of(What::Kill).filter(at_the_end);

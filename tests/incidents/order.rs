@@ -31,6 +31,7 @@ fn a_death_is_told_before_what_follows_from_it() {
     let mut second = dispatcher.worker("blocking", "web", "second");
     dispatcher.wait_joined("web", 2);
     let address = dispatcher.address("web");
+    dispatcher.prove_all(address);
     [&first, &second].iter().for_each(|worker| worker.signal(Signal::SIGSTOP));
     let waiting: Vec<TcpStream> = (0..10).map(|_| connect(address)).collect();
     dispatcher.wait_status("all in custody", |s| s.custody == 10);
@@ -59,10 +60,10 @@ fn suspicion_drains_and_goodbyes_are_told_before_what_they_do_to_the_pool() {
     dispatcher.wait_joined("web", 1);
     only.signal(Signal::SIGSTOP);
     let waiting = connect(dispatcher.address("web"));
-    wait_for_log(&dispatcher, "event=back_pressure ");
+    wait_for_log(&dispatcher, "event=worker_suspect ");
     only.signal(Signal::SIGCONT);
     Client::greeted(waiting).unwrap().finish();
-    wait_for_log(&dispatcher, "event=back_pressure_over ");
+    wait_for_log(&dispatcher, "event=worker_trusted ");
     command(&dispatcher, &["drain", "web/only"]);
     wait_for_log(&dispatcher, "event=no_worker ");
     command(&dispatcher, &["resume", "web/only"]);
@@ -71,9 +72,7 @@ fn suspicion_drains_and_goodbyes_are_told_before_what_they_do_to_the_pool() {
     // The first is the start, without workers.
     let mut story = Story::after(&dispatcher, "no_worker", 3);
     story.then(&[("event", "worker_suspect"), ("name", "only")]);
-    story.then(&[("event", "back_pressure"), ("pool", "web")]);
     story.then(&[("event", "worker_trusted"), ("name", "only")]);
-    story.then(&[("event", "back_pressure_over"), ("pool", "web")]);
     story.then(&[("event", "worker_draining"), ("name", "only")]);
     story.then(&[("event", "no_worker"), ("pool", "web")]);
     story.then(&[("event", "worker_resumed"), ("name", "only")]);
