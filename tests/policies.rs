@@ -63,6 +63,9 @@ fn all_goes_to_the_standby_and_all_returns() {
     let mut primary = dispatcher.worker_with("blocking", "web", "primary", &PRIMARY);
     let _standby = dispatcher.worker("blocking", "web", "standby");
     dispatcher.wait_joined("web", 2);
+    // Before it has answered its first probe the primary is not known to be up.
+    let served = || Client::connect(address).unwrap().served_by;
+    wait_until("the primary to be up", || served() == "primary");
     let clients: Vec<Client> = (0..20).map(|_| Client::connect(address).unwrap()).collect();
     assert_eq!(tally(&clients)["primary"], 20);
 
@@ -81,6 +84,7 @@ fn all_goes_to_the_standby_and_all_returns() {
 
     let _primary = dispatcher.worker_with("blocking", "web", "primary", &PRIMARY);
     dispatcher.wait_joined("web", 2);
+    wait_until("the primary to be up again", || served() == "primary");
     let again: Vec<Client> = (0..20).map(|_| Client::connect(address).unwrap()).collect();
     assert_eq!(tally(&again)["primary"], 20);
     // What the standby has stays with it.
