@@ -288,9 +288,11 @@ fn sample(run: &Run, go_on: &AtomicBool) -> u64 {
 fn settle(run: &Run, nemesis: &Nemesis<'_>, seed: u64) -> Result<(), String> {
     let mut random = Random::new(seed);
     let names = nemesis.names();
-    run.wait_status("all workers to be active", |status| {
+    // One that is suspect is trusted again only when it takes something.
+    let there = |state: &str| matches!(state, "active" | "suspect");
+    run.wait_status("all workers to be there", |status| {
         let workers = &status.pools[0].workers;
-        names.iter().all(|name| workers.iter().any(|w| &w.name == name && w.state == "active"))
+        names.iter().all(|name| workers.iter().any(|w| &w.name == name && there(&w.state)))
     })?;
     (0..200).for_each(|_| run.clients.must_be_served(&mut random));
     run.wait_status("every load to be zero", |status| {

@@ -128,7 +128,7 @@ fn serial(config: WorkerConfig) {
         while let Some(connection) = worker.accept().unwrap() {
             let id = write_down(connection.peer_addr());
             // A client that stays must not keep the others waiting for ever.
-            connection.set_read_timeout(Some(Duration::from_millis(500))).unwrap();
+            connection.set_read_timeout(Some(Duration::from_secs(30))).unwrap();
             serve(connection, id);
         }
         if !stays(&worker) {
