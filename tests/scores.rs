@@ -198,6 +198,11 @@ fn at_intervals_the_picture_stays_but_newcomers_are_seen_at_once() {
     let late = taking(&dispatcher, "late");
     assert_eq!(shares(&dispatcher, address, &mut held, &names, 1), [1, 0, 0], "it has set none");
     let _its = gauge(&late, "queue_wait", 0.0);
+    dispatcher.wait_status("it to have taken something", |status| {
+        held.push(connect(address));
+        worker(status, "late").unwrap().proven
+    });
+    dispatcher.wait_status("all to be taken", |status| status.taken == status.accepted);
     assert_eq!(shares(&dispatcher, address, &mut held, &names, 10), [0, 0, 10]);
 }
 
