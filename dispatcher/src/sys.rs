@@ -109,6 +109,7 @@ pub fn ended_child() -> Option<i32> {
 ///
 /// # Errors
 /// What `sigaction` answers.
+#[cfg(feature = "tui")]
 pub fn stop_like_a_job(group: bool) -> io::Result<()> {
     let mut before = std::mem::MaybeUninit::<libc::sigaction>::zeroed();
     // SAFETY: all zeros is a valid `sigaction`, with the default disposition; both structures live across the call.
