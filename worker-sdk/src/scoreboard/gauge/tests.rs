@@ -102,8 +102,8 @@ fn a_number_of_gauges_that_does_not_fit_is_refused() {
 }
 
 #[test]
-fn with_the_usual_slots_a_scoreboard_is_one_page() {
-    assert_eq!(size_with_gauges(256, GAUGES), 3840);
+fn with_the_usual_slots_a_scoreboard_is_two_pages() {
+    assert_eq!(size_with_gauges(256, GAUGES), 5888);
     assert_eq!(size_with_gauges(1, 1), 256 + 64 + 64);
     assert_eq!(size_with_gauges(7, 0), size(7), "as an older one");
 }
