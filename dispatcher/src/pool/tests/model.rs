@@ -29,6 +29,7 @@ struct Model {
     alone: Option<Time>,
     /// Connections have waited since then, and none was taken.
     unserved: Option<Time>,
+    /// After the call before.
     refusing: bool,
 }
 
@@ -100,7 +101,6 @@ impl Model {
                 w.taken += 1;
                 self.conns.get_mut(&conn).unwrap().1 = At::Served;
                 self.unserved = None;
-                self.refusing &= self.alone.is_some();
             }
             return;
         }
@@ -131,22 +131,17 @@ impl Model {
             }
         }
         self.clock();
-        if let Some(since) = self.alone.or(self.unserved)
-            && since + WAIT <= now
-            && !self.refusing
-        {
-            self.refusing = true;
-            self.unserved = None;
-        }
         self.core.tick(now);
+        if self.alone.is_some_and(|since| since + WAIT <= now) {
+            assert_eq!(self.core.accepting(WEB), Accepting::Refuse, "no worker came in time");
+        }
     }
 
     fn clock(&mut self) {
         if self.workers.values().any(Naive::usable) {
             self.alone = None;
-        } else if self.alone.is_none() {
-            self.alone = Some(self.now);
-            self.refusing = false;
+        } else {
+            self.alone.get_or_insert(self.now);
         }
     }
 
@@ -273,7 +268,7 @@ impl Model {
             starved: None,
         };
         self.workers.insert(id.serial, naive);
-        (self.alone, self.unserved, self.refusing) = (None, None, false);
+        (self.alone, self.unserved) = (None, None);
     }
 
     fn read(&mut self, serial: u64, id: WorkerId, ticket: Ticket, word: Word) {
@@ -379,7 +374,6 @@ impl Model {
             }
             Accepting::Finish => panic!("nothing was taken out"),
         }
-        // For how long a pool may take nothing depends on what its workers usually need, which this model does not know.
         let refuses = accepting == Accepting::Refuse;
         assert!(!refuses || totals.held == 0, "a pool that refuses lets no client wait");
         self.refusing = refuses;
@@ -432,6 +426,13 @@ impl Model {
             }
             // Nobody here listens.
             Effect::Tell { .. } => panic!("told, and has no ears"),
+            // How much longer than this a pool may take nothing depends on what its workers usually need.
+            Effect::Event(Event::Refusing { unserved, .. }) => {
+                let since = if unserved { self.unserved } else { self.alone };
+                let refused = since.is_some_and(|since| since + WAIT <= now);
+                assert!(refused, "at {now:?}, since {since:?}, {unserved}");
+                self.unserved = None;
+            }
             Effect::Event(_) => {}
         }
     }
