@@ -4,8 +4,6 @@
 //! dispatcher asks for. Workers and clients are other threads of this process. No timing decides anything.
 #![allow(clippy::unwrap_used)]
 
-mod support;
-
 use std::alloc::{GlobalAlloc, Layout, System};
 use std::cell::Cell;
 use std::io::{Read, Write};
@@ -176,8 +174,8 @@ fn allocations(keys: &str, request: &[u8], each: usize) -> u64 {
 
     // Everything grows to its largest now: nothing is taken before all have been accepted and sent.
     let burst: Vec<_> = (0..BURST).map(|_| connect(address, request)).collect();
-    support::wait_until("the burst to be sent", || {
-        let (_, body) = support::http_get(&path("admin.sock"), "/v1/status").unwrap();
+    test_support::wait_until("the burst to be sent", || {
+        let (_, body) = test_support::http_get(&path("admin.sock"), "/v1/status").unwrap();
         serde_json::from_str::<Status>(&body).unwrap().custody == BURST as u64
     });
     gate.wait();

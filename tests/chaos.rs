@@ -3,7 +3,6 @@
 
 #[path = "chaos/mod.rs"]
 mod chaos;
-mod support;
 
 use std::time::Duration;
 
@@ -11,7 +10,7 @@ use chaos::{Options, Programs};
 
 #[test]
 fn every_connection_is_answered_once_or_lost_for_a_reason() {
-    if !support::descriptors(4_000) {
+    if !test_support::descriptors(4_000) {
         return;
     }
     let seed =
@@ -25,8 +24,8 @@ fn every_connection_is_answered_once_or_lost_for_a_reason() {
         clients: 48,
         only_dispatcher: false,
         programs: Programs {
-            dispatcher: support::dispatcher_bin().into(),
-            worker: support::example("chaos"),
+            dispatcher: test_support::dispatcher_bin().into(),
+            worker: test_support::example("chaos"),
         },
     };
     assert!(chaos::run(&options), "what happened is above; run it again with CHAOS_SEED={seed}");

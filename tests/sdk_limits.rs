@@ -1,14 +1,11 @@
 //! Workers at the limits of their process: few file descriptors, wrong ones, forks. Each in a process of its own.
 #![allow(clippy::unwrap_used, clippy::expect_used, reason = "in a test a panic is the report")]
 
-#[path = "support/fake_dispatcher.rs"]
-mod fake;
-
 use std::os::fd::AsFd;
 use std::sync::Arc;
 use std::thread;
 
-use fake::{FakeDispatcher, Peer, eventually, is_open};
+use test_support::fake_dispatcher::{FakeDispatcher, Peer, eventually, is_open};
 use worker_sdk::scoreboard::claim::SlotState;
 use worker_sdk::{Connection, PeerAddr, Worker, WorkerConfig};
 
@@ -41,7 +38,7 @@ fn fds_child() {
         return;
     }
     let fake = FakeDispatcher::new();
-    let before = fake::open_fds();
+    let before = test_support::fake_dispatcher::open_fds();
     for _ in 0..3 {
         let (worker, mut peer) = join(&fake);
         for _ in 0..50 {
@@ -57,7 +54,7 @@ fn fds_child() {
         peer.send_one(&unasked.1);
         drop(worker);
     }
-    assert_eq!(fake::open_fds(), before);
+    assert_eq!(test_support::fake_dispatcher::open_fds(), before);
 }
 
 #[test]
@@ -116,7 +113,7 @@ fn wrong_fds_child() {
         thread::spawn(move || drop(accept(&worker)))
     };
     let (client, ours) = fake.client();
-    let before = fake::open_fds();
+    let before = test_support::fake_dispatcher::open_fds();
     let breaks: [&dyn Fn(&mut Peer); 4] = [
         &|peer| {
             let entry = peer.offer(&ours);
@@ -135,7 +132,9 @@ fn wrong_fds_child() {
         let next = fake.welcome();
         assert_eq!((next.hello.base, next.hello.finished), (0, 0));
         peer = next;
-        eventually("descriptors are closed", || fake::open_fds() <= before);
+        eventually("descriptors are closed", || {
+            test_support::fake_dispatcher::open_fds() <= before
+        });
     }
     assert!(is_open(&client));
     peer.send_one(&ours);

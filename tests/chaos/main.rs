@@ -6,8 +6,6 @@
 #[path = "mod.rs"]
 mod chaos;
 mod hostile;
-#[path = "../support/mod.rs"]
-mod support;
 mod worker;
 
 use std::process::ExitCode;

@@ -26,7 +26,7 @@ use dispatcher::sim::Random;
 use dispatcher::status::Status;
 use nemesis::{Nemesis, What};
 
-use crate::support::{Process, assert_conserved, configure, http_get, wait_for, write_config};
+use test_support::{Process, assert_conserved, configure, http_get, wait_for, write_config};
 
 /// What to run, and for how long.
 #[derive(Debug)]

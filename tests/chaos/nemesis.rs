@@ -13,7 +13,7 @@ use nix::sys::signal::Signal;
 
 use super::protocol::{SPAWNED, now};
 use super::{Run, configuration};
-use crate::support::{Process, wait_until, write_config};
+use test_support::{Process, wait_until, write_config};
 
 /// Handoffs may wait this long; some stops are shorter, some longer.
 pub const HANDOFF_TIMEOUT: Duration = Duration::from_millis(200);

@@ -1,4 +1,4 @@
-//! Keys, rates and frames of made-up answers. A real dispatcher is asked in `tests/top.rs`.
+//! Keys, rates and frames of made-up answers. A real dispatcher is asked in `tests/admin/top.rs`.
 
 use super::model::Order;
 use super::*;

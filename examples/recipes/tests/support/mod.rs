@@ -39,8 +39,8 @@ pub fn free_port() -> u16 {
 /// A certificate for `a.example.test`, and its key.
 pub fn tls_files() -> [&'static str; 2] {
     [
-        concat!(env!("CARGO_MANIFEST_DIR"), "/../../tests/tls/cert.der"),
-        concat!(env!("CARGO_MANIFEST_DIR"), "/../../tests/tls/key.der"),
+        concat!(env!("CARGO_MANIFEST_DIR"), "/../../tests/policies/tls/cert.der"),
+        concat!(env!("CARGO_MANIFEST_DIR"), "/../../tests/policies/tls/key.der"),
     ]
 }
 

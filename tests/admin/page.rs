@@ -1,0 +1,581 @@
+//! The status page in a headless Chromium, with a real dispatcher and real workers behind it.
+#![allow(clippy::unwrap_used, clippy::expect_used)]
+
+use std::io::{Read, Write};
+use std::net::{Shutdown, TcpListener, TcpStream};
+use std::os::unix::net::UnixStream;
+use std::path::PathBuf;
+
+use dispatcher::status::{FaultStatus, ListenerStatus, PoolStatus, Status, WorkerStatus};
+use nix::sys::signal::Signal;
+use serde_json::{Value, json};
+use test_support::browser::Browser;
+use test_support::shown::*;
+use test_support::*;
+
+/// A name that would run, if it were taken for markup, and one that fits nowhere.
+const HOSTILE: &str = "<img/src=x/onerror=document.title='hit'>";
+const LONG: &str = "a-worker-whose-name-is-sixty-four-characters-long-because-it-may";
+
+/// Leads a browser, which speaks TCP, to the admin socket.
+struct Door {
+    url: String,
+}
+
+impl Door {
+    fn open(admin: PathBuf) -> Door {
+        let listener = TcpListener::bind("127.0.0.1:0").unwrap();
+        let url = format!("http://{}/", listener.local_addr().unwrap());
+        std::thread::spawn(move || {
+            for client in listener.incoming().map_while(Result::ok) {
+                // Dropping the client is how a dispatcher looks that is not there.
+                if let Ok(server) = UnixStream::connect(&admin) {
+                    let (a, b) = (client.try_clone().unwrap(), server.try_clone().unwrap());
+                    std::thread::spawn(move || copy(a, b));
+                    std::thread::spawn(move || copy(server, client));
+                }
+            }
+        });
+        Door { url }
+    }
+}
+
+fn copy(mut from: impl Read, mut to: impl Write + Shut) {
+    let _ = std::io::copy(&mut from, &mut to);
+    to.shut();
+}
+
+trait Shut {
+    fn shut(&self);
+}
+
+impl Shut for TcpStream {
+    fn shut(&self) {
+        let _ = self.shutdown(Shutdown::Both);
+    }
+}
+
+impl Shut for UnixStream {
+    fn shut(&self) {
+        let _ = self.shutdown(Shutdown::Both);
+    }
+}
+
+/// Waits until the page shows what the JSON says.
+fn wait_equal(browser: &mut Browser, dispatcher: &Dispatcher) -> Status {
+    let mut last = String::new();
+    let deadline = std::time::Instant::now() + PATIENCE;
+    while std::time::Instant::now() < deadline {
+        let status = dispatcher.status();
+        match equals(browser, &status) {
+            Ok(()) => return status,
+            Err(difference) => last = difference,
+        }
+        std::thread::sleep(std::time::Duration::from_millis(20));
+    }
+    panic!("the page and the JSON differ: {last}");
+}
+
+#[test]
+fn the_page_shows_what_the_json_says() {
+    let Some(shared) = Browser::shared() else { return };
+    let mut browser = Browser::take(&shared);
+    let pool =
+        "max_connections_per_worker = 3000\nwait_for_worker = \"10m\"\nhandoff_timeout = \"10m\"";
+    let temp = configure(&format!(
+        "{}\n[[listener]]\nname = \"idle\"\naddress = \"127.0.0.1:0\"\npool = \"idle\"\n[pool.idle]\n",
+        one_pool(pool)
+    ));
+    let mut dispatcher = Dispatcher::start_in(temp.path());
+    let address = dispatcher.address("web");
+    let mut workers = dispatcher.workers("tokio", "web", 3);
+    let hostile = dispatcher.worker("tokio", "web", HOSTILE);
+    dispatcher.wait_joined("web", 4);
+    let clients: Vec<Client> = (0..22).map(|_| Client::connect(address).unwrap()).collect();
+    // Some in custody: sent to one that does not look.
+    hostile.signal(Signal::SIGSTOP);
+    let untaken: Vec<TcpStream> = (0..8).map(|_| connect(address)).collect();
+    let door = Door::open(dispatcher.admin());
+    browser.open(&door.url);
+    let status = wait_equal(&mut browser, &dispatcher);
+    assert!(status.custody > 0 && status.accepted == 30, "{status:?}");
+    let host = nix::sys::utsname::uname().unwrap().nodename().to_string_lossy().into_owned();
+    assert_eq!((&status.host, host.is_empty()), (&host, false));
+    assert_eq!(browser.text("document.title"), format!("{host} – dispatcher"));
+    assert_eq!(browser.value("document.images.length"), 0);
+    let policy = "document.querySelectorAll('#pools > tr')[1].children[1].innerText";
+    assert!(browser.text(policy).ends_with("no-worker"));
+
+    // More clients: the page follows by itself.
+    let mut more: Vec<TcpStream> = (0..12).map(|_| connect(address)).collect();
+    dispatcher.wait_status("more clients", |status| status.accepted == 42);
+    wait_until("a rate where they come, and only there", || {
+        more.push(connect(address));
+        let rates: Vec<f64> =
+            cells(&mut browser, "pools").iter().map(|row| decimal(&row[6])).collect();
+        rates[0] > 0.0 && rates[1] == 0.0
+    });
+    wait_equal(&mut browser, &dispatcher);
+
+    // One that is drained says so, until it is resumed.
+    for (command, state) in [("drain", "draining"), ("resume", "active")] {
+        let mut cli = std::process::Command::new(dispatcher_bin());
+        cli.args([command, "web/w2", "--admin"]).arg(dispatcher.admin());
+        assert!(cli.output().unwrap().status.success());
+        browser.wait_true(&format!(
+            "{}.some((row) => row[0].startsWith('w2 ') && row[1].endsWith('{state}'))",
+            rows("workers")
+        ));
+    }
+
+    // One that says goodbye is draining while it has clients; one that is killed disappears, and the page says why.
+    workers[1].signal(Signal::SIGTERM);
+    browser.wait_true(&format!(
+        "{}.some((row) => row[0].startsWith('w1 ') && row[1].endsWith('draining'))",
+        rows("workers")
+    ));
+    let pools = cells(&mut browser, "pools");
+    assert!(pools[0][3].contains("1 draining"), "{pools:?}");
+    workers[0].kill();
+    browser.wait_true(&format!("{}.every((row) => !row[0].startsWith('w0 '))", rows("workers")));
+    let faults = "document.getElementById('faults').innerText";
+    browser.wait_true(&format!("{faults}.includes('worker gone web/w0: process')"));
+    wait_equal(&mut browser, &dispatcher);
+
+    // The dispatcher goes: the page says so, keeps the last figures, and goes on when there is one again.
+    dispatcher.process.kill();
+    browser.wait_true("!document.getElementById('alarm').hidden");
+    assert_eq!(browser.text("document.title"), format!("no answer – {host} – dispatcher"));
+    let alarm = browser.text("document.getElementById('alarm').innerText");
+    assert!(alarm.starts_with("No answer from the dispatcher since "), "{alarm}");
+    assert!(
+        alarm.contains("Is it running?") && alarm.contains("The figures are the last it gave.")
+    );
+    assert_ne!(browser.value("document.querySelectorAll('#workers > tr').length"), 0);
+    hostile.signal(Signal::SIGCONT);
+    let again = Dispatcher::start_in(temp.path());
+    browser.wait_true("document.getElementById('alarm').hidden");
+    again.wait_status("the workers to come back", |s| {
+        !test_support::pool(s, "web").workers.is_empty()
+    });
+    wait_equal(&mut browser, &again);
+    assert_eq!(browser.complaints, [] as [Value; 0]);
+    drop((untaken, more, clients));
+}
+
+/// An answer in place of the dispatcher's.
+fn pretend(browser: &mut Browser, status: &Status) {
+    let json = serde_json::to_string(status).unwrap();
+    browser.value(&format!("globalThis.fetch = async () => Response.json({json}), true"));
+}
+
+/// A dispatcher without workers, with its page open.
+fn idle(browser: &mut Browser) -> (Dispatcher, Door) {
+    let (dispatcher, _) = start_one_pool("");
+    let door = Door::open(dispatcher.admin());
+    browser.open(&door.url);
+    (dispatcher, door)
+}
+
+fn crowd(count: u64) -> Status {
+    let workers = (1..=count)
+        .map(|id| WorkerStatus {
+            id,
+            name: if id == 700 { "needle".to_owned() } else { format!("{LONG}-{id}") },
+            pid: i32::try_from(id).unwrap() + 1000,
+            state: if id == 999 { "suspect" } else { "active" }.to_owned(),
+            weight: 1,
+            warm_percent: if id == 140 { 40 } else { 100 },
+            max_connections: 10_000,
+            load: id % 500,
+            ..WorkerStatus::default()
+        })
+        .collect();
+    Status {
+        version: "1".to_owned(),
+        accepted: 12_345_678_901,
+        closed: [("no_worker".to_owned(), 3)].into(),
+        accepted_per_second: (0..300).collect(),
+        faults: (0..50)
+            .map(|n| FaultStatus {
+                time: format!("2026-01-02T03:04:{n:02}.000Z"),
+                kind: "worker_gone".to_owned(),
+                subject: format!("web/{HOSTILE}{LONG}{n}"),
+                text: "x".repeat(300),
+                count: n,
+                ongoing: n % 7 == 0,
+            })
+            .collect(),
+        pools: vec![PoolStatus {
+            name: LONG.to_owned(),
+            policy: "least-connections".to_owned(),
+            state: "ready".to_owned(),
+            workers,
+            ..PoolStatus::default()
+        }],
+        ..Status::default()
+    }
+}
+
+#[test]
+fn a_thousand_workers_stay_usable() {
+    let Some(shared) = Browser::shared() else { return };
+    let mut browser = Browser::take(&shared);
+    let (_dispatcher, _door) = idle(&mut browser);
+    pretend(&mut browser, &crowd(1000));
+    let count = "document.querySelectorAll('#workers > tr').length";
+    browser.wait_true(&format!("{count} === 100"));
+    let shown = browser.text("document.getElementById('shown').innerText");
+    assert_eq!(shown, "100 of 1,000: those that are not active, then the busiest");
+    let summary = cells(&mut browser, "pools");
+    assert_eq!(summary[0][3], "999 active, 1 suspect");
+    assert_eq!(summary[0][5], "0, 249.5, 499");
+    assert!(cells(&mut browser, "workers").iter().any(|row| row[1].ends_with("suspect")));
+    // Those one looks for are found among all.
+    let look_for = |what: &str| {
+        format!(
+            "(() => {{ const field = document.getElementById('filter'); field.value = '{what}';
+               field.dispatchEvent(new Event('input')); return true; }})()"
+        )
+    };
+    browser.value(&look_for("NEEDLE"));
+    assert_eq!(browser.value(count), 1);
+    browser.value(&look_for(""));
+    browser.value("document.getElementById('order').value = 'load', document.getElementById('order').dispatchEvent(new Event('input'))");
+    let loads: Vec<u64> = cells(&mut browser, "workers")
+        .iter()
+        .map(|row| digits(row[2].split(" of ").next().unwrap()))
+        .collect();
+    assert!(loads.is_sorted_by(|a, b| a >= b) && loads[0] == 499, "{loads:?}");
+    browser.value("document.getElementById('all').click()");
+    browser.wait_true(&format!("{count} === 1000"));
+    assert_eq!(browser.complaints, [] as [Value; 0]);
+}
+
+/// What is wider than it may be, at the width that the screen has.
+const TOO_WIDE: &str = "[...document.querySelectorAll('body *')].filter((node) => node.checkVisibility()
+   && !node.closest('thead, .visually-hidden, .skip, svg, option')
+   && (node.getBoundingClientRect().right > innerWidth + 0.5
+       || !node.matches('bdi, span, strong, time, a, code, i, input, select') && node.scrollWidth > node.clientWidth + 1))
+ .map((node) => node.outerHTML.slice(0, 200))";
+
+#[test]
+fn nothing_overflows_between_320_and_2560_pixels() {
+    let Some(shared) = Browser::shared() else { return };
+    let mut browser = Browser::take(&shared);
+    let (_dispatcher, _door) = idle(&mut browser);
+    let mut status = crowd(12);
+    status.host = "h".repeat(64);
+    for worker in &mut status.pools[0].workers {
+        worker.name = LONG.to_owned();
+        worker.max_connections = u32::MAX;
+        worker.load = 10_000_000 - worker.id;
+        worker.taken = u64::MAX >> 12;
+        worker.revoked = 1_000_000_000;
+        worker.weight = 65_535;
+        worker.custody = 4_096;
+        worker.priority = 65_535;
+    }
+    status.listeners = vec![ListenerStatus {
+        name: LONG.to_owned(),
+        address: format!("unix:/run/{}", "x".repeat(100)),
+        pool: LONG.to_owned(),
+        state: "accepting".to_owned(),
+        accepted: u64::MAX >> 12,
+        ..ListenerStatus::default()
+    }];
+    pretend(&mut browser, &status);
+    browser.wait_true("document.querySelectorAll('#workers > tr').length === 12");
+    for width in [
+        320, 360, 414, 480, 640, 641, 700, 768, 769, 834, 959, 960, 961, 1024, 1100, 1151, 1152,
+        1280, 1600, 1920, 2560,
+    ] {
+        browser.screen(width, 900, "light", "no-preference");
+        assert_eq!(browser.value(TOO_WIDE), json!([]), "{width}");
+        assert_eq!(browser.value("document.documentElement.scrollWidth"), width);
+    }
+    assert_eq!(browser.complaints, [] as [Value; 0]);
+}
+
+#[test]
+fn load_bars_show_something_whatever_the_maximum_is() {
+    let Some(shared) = Browser::shared() else { return };
+    let mut browser = Browser::take(&shared);
+    let (_dispatcher, _door) = idle(&mut browser);
+    for (loads, maximum, wanted) in [
+        // Nobody is near the maximum: the bars compare.
+        ([100, 50, 0], u32::MAX, [0.8, 0.4, 0.0]),
+        ([3, 2, 1], 10_000_000, [0.8, 0.533, 0.267]),
+        // Somebody is: they show how full each is.
+        ([100, 50, 0], 110, [0.909, 0.455, 0.0]),
+        ([100, 100, 100], 100, [1.0, 1.0, 1.0]),
+        ([0, 0, 0], 100, [0.0, 0.0, 0.0]),
+    ] {
+        let mut status = crowd(3);
+        for (worker, load) in status.pools[0].workers.iter_mut().zip(loads) {
+            (worker.load, worker.max_connections) = (load, maximum);
+        }
+        pretend(&mut browser, &status);
+        wait_until("the bars to be that long", || {
+            let shown = bars(&mut browser).into_iter().map(|[live, ..]| live);
+            let near = |(shown, wanted)| near("bar", shown, wanted, 0.02).is_ok();
+            shown.len() == 3 && shown.zip(wanted).all(near)
+        });
+    }
+}
+
+#[test]
+fn rates_are_of_what_the_last_answers_counted() {
+    let Some(shared) = Browser::shared() else { return };
+    let mut browser = Browser::take(&shared);
+    let (_dispatcher, _door) = idle(&mut browser);
+    let mut status = crowd(3);
+    status.pools.push(PoolStatus { name: "other".to_owned(), ..status.pools[0].clone() });
+    // A second passes between two answers, whatever this machine's clock says.
+    let json = serde_json::to_string(&status).unwrap();
+    browser.value(&format!(
+        "{{ const status = {json}, every = [[40, 10, 0], [2, 2, 0.5]]; let seconds = 0;
+           status.pools[1].workers.forEach((worker) => worker.id += 10);
+           performance.now = () => seconds * 1000;
+           globalThis.fetch = async () => {{
+             seconds += 1;
+             status.pools.forEach((pool, p) => pool.workers.forEach((worker, w) => worker.sent = every[p][w] * seconds * 2));
+             return Response.json(status);
+           }}; }}"
+    ));
+    let column = |browser: &mut Browser, body, column: usize| -> Vec<String> {
+        cells(browser, body).into_iter().map(|mut row| row.swap_remove(column)).collect()
+    };
+    wait_until("the rates of the workers", || {
+        column(&mut browser, "workers", 3) == ["80.0", "20.0", "0.0", "4.0", "4.0", "1.0"]
+    });
+    assert_eq!(column(&mut browser, "pools", 6), ["100.0", "9.0"]);
+    // Bars compare the workers of a pool.
+    wait_until("the bars to be that long", || {
+        let shown = bars(&mut browser).into_iter().map(|[_, _, rate]| rate);
+        let wanted = [1.0, 0.25, 0.0, 1.0, 1.0, 0.25];
+        shown.zip(wanted).all(|(shown, wanted)| near("bar", shown, wanted, 0.01).is_ok())
+    });
+    browser.value("document.getElementById('order').value = 'rate', document.getElementById('order').dispatchEvent(new Event('input'))");
+    assert_eq!(column(&mut browser, "workers", 3), ["80.0", "20.0", "4.0", "4.0", "1.0", "0.0"]);
+    assert_eq!(browser.complaints, [] as [Value; 0]);
+}
+
+/// The least contrast between a text and what is behind it, and where that is.
+const CONTRAST: &str = r"(() => {
+  const light = (color) => {
+    const [r, g, b] = color.match(/[\d.]+/g).map((v) => v / 255).map((v) => v <= 0.04045 ? v / 12.92 : ((v + 0.055) / 1.055) ** 2.4);
+    return 0.2126 * r + 0.7152 * g + 0.0722 * b;
+  };
+  let worst = [99, ''];
+  for (const node of document.querySelectorAll('body *')) {
+    const own = [...node.childNodes].some((child) => child.nodeType === 3 && child.data.trim());
+    if (!own || !node.checkVisibility() || node.closest('script, style')) continue;
+    let behind = node;
+    while (behind && /, 0\)$|transparent/.test(getComputedStyle(behind).backgroundColor)) behind = behind.parentElement;
+    const [a, b] = [getComputedStyle(node).color, getComputedStyle(behind || document.body).backgroundColor].map(light);
+    const contrast = (Math.max(a, b) + 0.05) / (Math.min(a, b) + 0.05);
+    if (contrast < worst[0]) worst = [contrast, node.outerHTML.slice(0, 200)];
+  }
+  return worst;
+})()";
+
+#[test]
+fn light_and_dark_on_a_phone_and_without_motion() {
+    let Some(shared) = Browser::shared() else { return };
+    let mut browser = Browser::take(&shared);
+    let (_dispatcher, _door) = idle(&mut browser);
+    pretend(&mut browser, &crowd(20));
+    browser.wait_true("document.querySelectorAll('#workers > tr').length === 20");
+    let mut grounds = Vec::new();
+    for scheme in ["light", "dark"] {
+        for width in [320, 768, 1440] {
+            browser.screen(width, 800, scheme, "no-preference");
+            let too_wide = browser.value(
+                "[...document.querySelectorAll('body *')].filter((node) => node.checkVisibility()
+                   && !node.closest('thead, .visually-hidden, .skip, svg') && node.getBoundingClientRect().right > innerWidth + 0.5)
+                 .map((node) => node.outerHTML.slice(0, 200))",
+            );
+            assert_eq!(too_wide, json!([]), "{scheme} {width}");
+            assert_eq!(browser.value("document.documentElement.scrollWidth"), width, "{scheme}");
+        }
+        let contrast = browser.value(CONTRAST);
+        assert!(contrast[0].as_f64().unwrap() >= 4.5, "{scheme}: {contrast}");
+        grounds.push(browser.text("getComputedStyle(document.body).backgroundColor"));
+    }
+    assert_ne!(grounds[0], grounds[1]);
+    let moves = "getComputedStyle(document.querySelector('.bar i')).transitionDuration";
+    assert_eq!(browser.text(moves), "0.3s");
+    browser.screen(320, 800, "dark", "reduce");
+    assert_eq!(browser.text(moves), "0s");
+    assert_eq!(browser.complaints, [] as [Value; 0]);
+}
+
+/// Roles and names as a screen reader gets them.
+fn tree(browser: &mut Browser) -> Vec<(String, String)> {
+    let tree = browser.call("Accessibility.getFullAXTree", json!({}));
+    let word = |node: &Value, key: &str| node[key]["value"].as_str().unwrap_or("").to_owned();
+    let nodes = tree["nodes"].as_array().unwrap().iter().filter(|node| node["ignored"] == false);
+    nodes.map(|node| (word(node, "role"), word(node, "name"))).collect()
+}
+
+#[test]
+fn keyboard_and_screen_reader() {
+    let Some(shared) = Browser::shared() else { return };
+    let mut browser = Browser::take(&shared);
+    let (_dispatcher, _door) = idle(&mut browser);
+    // On its clock hardly any time passes, however slow this machine is.
+    browser.value("{ let now = performance.now(); performance.now = () => now += 1; }");
+    pretend(&mut browser, &crowd(4));
+    browser.wait_true("document.querySelectorAll('#workers > tr').length === 4");
+    for width in [1280, 320] {
+        browser.screen(width, 800, "light", "no-preference");
+        let tree = tree(&mut browser);
+        let count = |role: &str| tree.iter().filter(|(r, _)| r == role).count();
+        let named = |role: &str, name: &str| {
+            tree.iter().any(|(r, n)| r == role && (n == name || name.is_empty()))
+        };
+        for landmark in ["banner", "main", "contentinfo"] {
+            assert_eq!(count(landmark), 1, "{width} {landmark}");
+        }
+        for heading in ["dispatcher", "Connections", "Last faults", "Pools", "Workers"] {
+            assert!(named("heading", heading), "{width} {heading}: {tree:?}");
+        }
+        // As tables on a phone too, where they don't look like it.
+        assert_eq!(count("table"), 4, "{width}");
+        assert_eq!(count("rowheader"), 4 + 1 + 1, "{width}");
+        assert_eq!(count("columnheader"), 9 + 8 + 2 + 6, "{width}");
+        assert!(named("button", "Pause"), "{width}");
+        assert!(named("searchbox", "Show only") && named("combobox", "Order"), "{width}");
+        assert!(named("status", ""), "{width}");
+    }
+    // A new fault is read aloud; nothing is because figures change, nor the next fault right after it.
+    let live = "[...document.querySelectorAll('[aria-live], [role=status], [role=alert]')].map((n) => n.id)";
+    assert_eq!(browser.value(live), json!(["alarm", "news"]));
+    let news = "document.getElementById('news').textContent";
+    browser.wait_true(&format!("{news}.startsWith('New fault: worker gone, web/')"));
+    let mut next = crowd(150);
+    next.faults.push(FaultStatus { kind: "choked".to_owned(), ..FaultStatus::default() });
+    pretend(&mut browser, &next);
+    browser.wait_true("document.getElementById('faults').innerText.includes('choked')");
+    browser.wait_true("!document.getElementById('all').hidden");
+    assert!(browser.text(news).contains("worker gone"));
+    let warm = "document.querySelector('[data-worker=\"140\"]').innerText";
+    browser.wait_true(&format!("{warm}.includes('warming up, 40 %')"));
+    // Everything that can be used is reached with Tab, in the order of the page, and shows that it is.
+    let mut seen = Vec::new();
+    for _ in 0..7 {
+        browser.press("Tab");
+        let focus = browser.value(
+            "(() => { const node = document.activeElement, style = getComputedStyle(node);
+               return [node.id || node.className || node.localName, style.outlineStyle, parseFloat(style.outlineWidth)]; })()",
+        );
+        assert!(focus[1] != "none" && focus[2].as_f64().unwrap() >= 2.0, "{focus}");
+        seen.push(focus[0].as_str().unwrap().to_owned());
+    }
+    assert_eq!(seen, ["skip", "pause", "faults", "filter", "order", "all", "a"]);
+}
+
+#[test]
+fn it_asks_only_while_somebody_looks() {
+    let Some(shared) = Browser::shared() else { return };
+    let mut browser = Browser::take(&shared);
+    let (dispatcher, _door) = idle(&mut browser);
+    wait_equal(&mut browser, &dispatcher);
+    // Counts what it asks.
+    browser.value(
+        "(() => { const ask = globalThis.fetch; globalThis.asked = 0;
+           globalThis.fetch = (...all) => { globalThis.asked += 1; return ask(...all); }; return true; })()",
+    );
+    browser.wait_true("asked >= 2");
+    let quiet = |browser: &mut Browser| {
+        // What was under way is over; then several rounds.
+        browser.value(
+            "(async () => { const wait = (ms) => new Promise((done) => setTimeout(done, ms));
+               await wait(1000); const before = asked; await wait(5000); return asked - before; })()",
+        )
+    };
+    browser.press("Tab");
+    browser.press("Tab");
+    browser.press("Enter");
+    assert_eq!(
+        browser.text("document.getElementById('pause').getAttribute('aria-pressed')"),
+        "true"
+    );
+    assert_eq!(quiet(&mut browser), 0);
+    browser.press("Enter");
+    browser.wait_true("globalThis.asked > 0 && (globalThis.mark ??= asked, asked > mark)");
+    let hide = |yes: bool| {
+        format!(
+            "Object.defineProperty(document, 'hidden', {{ value: {yes}, configurable: true }}),
+             document.dispatchEvent(new Event('visibilitychange'))"
+        )
+    };
+    browser.value(&hide(true));
+    assert_eq!(quiet(&mut browser), 0);
+    browser.value("globalThis.mark = asked");
+    browser.value(&hide(false));
+    browser.wait_true("asked > mark");
+    assert_eq!(browser.complaints, [] as [Value; 0]);
+}
+
+#[test]
+fn the_policy_lets_nothing_else_run() {
+    let (dispatcher, _) = start_one_pool("");
+    let whole = |path: &str| {
+        let mut stream = UnixStream::connect(dispatcher.admin()).unwrap();
+        write!(stream, "GET {path} HTTP/1.1\r\nHost: test\r\nConnection: close\r\n\r\n").unwrap();
+        let mut text = String::new();
+        stream.read_to_string(&mut text).unwrap();
+        text
+    };
+    let (first, second) = (whole("/"), whole("/"));
+    let nonce = |text: &str| {
+        let (_, rest) = text.split_once("script-src 'nonce-").expect("a policy");
+        let nonce = rest.split('\'').next().unwrap().to_owned();
+        assert_eq!(text.matches(&format!("nonce=\"{nonce}\"")).count(), 2, "script and style");
+        assert!(nonce.len() >= 22 && !text.contains("nonce=\"NONCE\""));
+        nonce
+    };
+    assert_ne!(nonce(&first), nonce(&second));
+    let head = first.split("\r\n\r\n").next().unwrap().to_ascii_lowercase();
+    for part in [
+        "content-type: text/html; charset=utf-8",
+        "default-src 'none'",
+        "connect-src 'self'",
+        "frame-ancestors 'none'",
+        "base-uri 'none'",
+        "x-content-type-options: nosniff",
+    ] {
+        assert!(head.contains(part), "{part}: {head}");
+    }
+    assert!(!head.contains("unsafe"));
+    // No outside assets, and nothing that turns text into markup.
+    for word in [
+        "http:",
+        "https:",
+        "//cdn",
+        "innerHTML",
+        "outerHTML",
+        "insertAdjacentHTML",
+        "document.write",
+        "eval(",
+    ] {
+        assert!(!first.contains(word), "{word}");
+    }
+    // Without the nonce nothing runs.
+    let Some(shared) = Browser::shared() else { return };
+    let mut browser = Browser::take(&shared);
+    let door = Door::open(dispatcher.admin());
+    browser.open(&door.url);
+    browser.wait_true("document.getElementById('about').innerText.includes('pid')");
+    browser.value(
+        "(() => { const script = document.createElement('script'); script.textContent = 'globalThis.hit = 1';
+           document.body.append(script);
+           const cell = document.createElement('div'); cell.innerHTML = '<img src=x onerror=\"globalThis.hit = 1\">';
+           document.body.append(cell); return true; })()",
+    );
+    assert_eq!(browser.value("globalThis.hit === undefined"), true);
+    let forbidden = |complaint: &Value| complaint.to_string().contains("Content Security Policy");
+    assert!(!browser.complaints.is_empty() && browser.complaints.iter().all(forbidden));
+}

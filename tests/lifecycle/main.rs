@@ -1,0 +1,13 @@
+//! Real dispatchers and workers: start, stop, reload, death, shortages.
+#![allow(clippy::unwrap_used, clippy::expect_used, reason = "in a test a panic is the report")]
+
+#[cfg(feature = "demo")]
+mod demo;
+mod exits;
+mod faults;
+mod joining;
+mod reload;
+mod reload_edges;
+mod shortages;
+mod slow_workers;
+mod surroundings;

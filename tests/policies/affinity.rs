@@ -1,0 +1,559 @@
+//! Affinity, whole processes: clients that are known by whatever a pool goes by reach the same worker, and it gets every
+//! byte they sent. Clients that say nothing harm nobody.
+#![allow(clippy::unwrap_used)]
+
+use std::collections::VecDeque;
+use std::io::{Read, Write};
+use std::net::{IpAddr, Ipv4Addr, Shutdown, SocketAddr, TcpStream};
+use std::sync::Arc;
+use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
+
+use dispatcher::status::AffinityStatus;
+use rustix::net::{AddressFamily, SocketType};
+use rustls::pki_types::{CertificateDer, PrivateKeyDer, ServerName};
+use test_support::*;
+use worker_sdk::{OwnError, Worker};
+
+/// A client that says this first.
+fn ask(address: SocketAddr, bytes: impl AsRef<[u8]>) -> Client {
+    let mut stream = connect(address);
+    stream.write_all(bytes.as_ref()).unwrap();
+    Client::greeted(stream).unwrap()
+}
+
+fn affinity(dispatcher: &Dispatcher) -> AffinityStatus {
+    pool(&dispatcher.status(), "web").affinity.clone().unwrap()
+}
+
+/// The client with `request("me")` comes a hundred times while others come and go: clients, and workers too.
+fn always_the_same(key: &str, request: impl Fn(&str) -> String) {
+    let (dispatcher, address) = start_one_pool(&format!("affinity.key = \"{key}\""));
+    let mut workers = dispatcher.workers("tokio", "web", 3);
+    let first = ask(address, request("me")).served_by;
+    let mut others = VecDeque::new();
+    let mut tally = std::collections::BTreeMap::new();
+    for n in 0..100 {
+        if n == 33 {
+            workers.push(dispatcher.worker("tokio", "web", "late"));
+            dispatcher.wait_joined("web", 4);
+        }
+        if n == 66 {
+            let goes = workers.iter_mut().find(|worker| worker.name != first).unwrap();
+            goes.kill();
+            others.retain(|other: &Client| other.served_by != goes.name);
+            dispatcher.wait_joined("web", 3);
+        }
+        let other = ask(address, request(&format!("other{n}")));
+        *tally.entry(other.served_by.clone()).or_insert(0) += 1;
+        others.push_back(other);
+        if others.len() > 7 {
+            others.pop_front().unwrap().finish();
+        }
+        let mut me = ask(address, request("me"));
+        assert_eq!(me.served_by, first, "{key}, connection {n}");
+        // Every byte is still there for the worker, which sends it back.
+        let mut echo = vec![0; request("me").len()];
+        me.stream.read_exact(&mut echo).unwrap();
+        assert_eq!(echo, request("me").into_bytes());
+        me.finish();
+    }
+    assert!(tally.len() == 4, "{key}: everybody else goes by the policy: {tally:?}");
+    let status = affinity(&dispatcher);
+    assert_eq!((status.hits, status.misses, status.moved), (100, 101, 0), "{key}");
+    assert_eq!((status.entries, status.unknown, status.awaiting), (101, 0, 0), "{key}");
+}
+
+/// What a pool may go by, and a request of somebody who is known by it.
+type Known = (&'static str, fn(&str) -> String);
+
+const COOKIE: Known =
+    ("cookie:ID", |id| format!("GET / HTTP/1.1\r\nHost: a\r\nCookie: x=y; ID={id}\r\n\r\n"));
+const PATH: Known =
+    ("url:jsessionid", |id| format!("GET /x;jsessionid={id}?a=b HTTP/1.1\r\nHost: a\r\n\r\n"));
+const QUERY: Known = ("url:id", |id| format!("GET /x?a=b&id={id} HTTP/1.1\r\nHost: a\r\n\r\n"));
+const FORM: Known = ("form:user", |id| {
+    let body = format!("a=b&user={id}&c=d");
+    format!(
+        "POST /login HTTP/1.1\r\nHost: a\r\nContent-Type: application/x-www-form-urlencoded\r\n\
+         Content-Length: {}\r\n\r\n{body}",
+        body.len()
+    )
+});
+const HEADER: Known =
+    ("header:X-User", |id| format!("GET / HTTP/1.1\r\nHost: a\r\nx-user: {id}\r\n\r\n"));
+
+#[test]
+fn by_cookie() {
+    always_the_same(COOKIE.0, COOKIE.1);
+}
+
+#[test]
+fn by_path_and_query() {
+    always_the_same(PATH.0, PATH.1);
+    always_the_same(QUERY.0, QUERY.1);
+}
+
+#[test]
+fn by_form() {
+    always_the_same(FORM.0, FORM.1);
+}
+
+#[test]
+fn by_header() {
+    always_the_same(HEADER.0, HEADER.1);
+}
+
+/// A client with this address.
+fn connect_from(ip: IpAddr, address: SocketAddr) -> TcpStream {
+    let socket = rustix::net::socket(AddressFamily::INET, SocketType::STREAM, None).unwrap();
+    rustix::net::bind(&socket, &SocketAddr::new(ip, 0)).unwrap();
+    rustix::net::connect(&socket, &address).unwrap();
+    TcpStream::from(socket)
+}
+
+#[test]
+fn by_address() {
+    let (dispatcher, address) =
+        start_one_pool("affinity.key = \"client-ip\"\naffinity.ipv4_prefix = 24");
+    let _workers = dispatcher.workers("tokio", "web", 3);
+    let from = |c, d| {
+        let stream = connect_from(IpAddr::V4(Ipv4Addr::new(127, 0, c, d)), address);
+        Client::greeted(stream).unwrap()
+    };
+    let mut others = Vec::new();
+    let first = from(1, 1).served_by;
+    for n in 2..52 {
+        others.push(from(n, 1));
+        assert_eq!(from(1, n).served_by, first, "the same network");
+    }
+    assert_eq!(tally(&others).len(), 3);
+    assert_eq!(affinity(&dispatcher).hits, 50);
+}
+
+/// A worker of this process that greets TLS clients with its name.
+fn serve_tls(worker: &Worker, name: &'static str) -> std::thread::JoinHandle<()> {
+    let certificate = CertificateDer::from(include_bytes!("tls/cert.der").as_slice());
+    let key = PrivateKeyDer::try_from(include_bytes!("tls/key.der").as_slice()).unwrap();
+    let provider = Arc::new(rustls::crypto::ring::default_provider());
+    let config = rustls::ServerConfig::builder_with_provider(provider)
+        .with_safe_default_protocol_versions()
+        .unwrap()
+        .with_no_client_auth()
+        .with_single_cert(vec![certificate], key)
+        .unwrap();
+    let (config, worker) = (Arc::new(config), worker.clone());
+    std::thread::spawn(move || {
+        while let Some(connection) = worker.accept().unwrap() {
+            let tls = rustls::ServerConnection::new(Arc::clone(&config)).unwrap();
+            let mut stream = rustls::StreamOwned::new(tls, connection);
+            // One of them only hangs up.
+            if stream.write_all(name.as_bytes()).is_ok() {
+                stream.conn.send_close_notify();
+                stream.flush().unwrap();
+            }
+        }
+    })
+}
+
+/// Which worker a TLS client that asks for `name` talks to.
+fn tls_client(address: SocketAddr, name: &str) -> String {
+    let mut roots = rustls::RootCertStore::empty();
+    roots.add(CertificateDer::from(include_bytes!("tls/cert.der").as_slice())).unwrap();
+    let provider = Arc::new(rustls::crypto::ring::default_provider());
+    let config = rustls::ClientConfig::builder_with_provider(provider)
+        .with_safe_default_protocol_versions()
+        .unwrap()
+        .with_root_certificates(roots)
+        .with_no_client_auth();
+    let name = ServerName::try_from(name.to_owned()).unwrap();
+    let tls = rustls::ClientConnection::new(Arc::new(config), name).unwrap();
+    let mut text = String::new();
+    rustls::StreamOwned::new(tls, connect(address)).read_to_string(&mut text).unwrap();
+    text
+}
+
+#[test]
+fn by_tls_server_name() {
+    let (dispatcher, address) = start_one_pool("affinity.key = \"sni\"");
+    let workers = ["w0", "w1"].map(|name| (own_worker(&dispatcher, name), name));
+    let threads = workers.iter().map(|(worker, name)| serve_tls(worker, name));
+    let threads: Vec<_> = threads.collect();
+    let a = tls_client(address, "a.example.test");
+    // It is a tie at first; whoever holds one connection gets no stranger.
+    let held = connect(address);
+    held.shutdown(Shutdown::Write).unwrap();
+    for n in 0..50 {
+        assert_eq!(tls_client(address, "a.example.test"), a);
+        tls_client(address, &format!("other{n}.example.test"));
+    }
+    let status = affinity(&dispatcher);
+    assert_eq!((status.hits, status.misses), (50, 51), "{status:?}");
+    drop(held);
+    workers.iter().for_each(|(worker, _)| worker.close());
+    drop(workers);
+    threads.into_iter().for_each(|thread| thread.join().unwrap());
+}
+
+fn with_cookie(id: &str) -> String {
+    format!("GET / HTTP/1.1\r\nCookie: ID={id}\r\n\r\n")
+}
+
+#[test]
+fn a_session_id_names_its_worker_wherever_it_is() {
+    for (key, request) in [PATH, QUERY, FORM, HEADER] {
+        let (dispatcher, address) = start_one_pool(&format!("affinity.key = \"{key}\""));
+        let _workers = dispatcher.workers("tokio", "web", 3);
+        let ids = (0..6).map(|n| request(&format!("s{n}.w1")));
+        let clients: Vec<Client> = ids.map(|request| ask(address, request)).collect();
+        assert_eq!(tally(&clients).get("w1"), Some(&6), "{key}: although it has the most");
+        // A name that nobody has is part of the id.
+        assert_ne!(ask(address, request("s0.w7")).served_by, "w1", "{key}");
+        let status = affinity(&dispatcher);
+        assert_eq!((status.routed, status.misses), (6, 1), "{key}: {status:?}");
+    }
+}
+
+#[test]
+fn a_session_id_names_its_worker() {
+    let (dispatcher, address) = start_one_pool("affinity.key = \"cookie:ID\"");
+    let mut workers = dispatcher.workers("tokio", "web", 3);
+    let mut clients = Vec::new();
+    for n in 0..30 {
+        let client = ask(address, with_cookie(&format!("s{n}.w1")));
+        assert_eq!(client.served_by, "w1", "although it has the most");
+        clients.push(client);
+    }
+    assert_eq!(affinity(&dispatcher).routed, 30);
+    // Its worker is gone: another one has the session from now on, and it stays there.
+    workers[1].kill();
+    dispatcher.wait_joined("web", 2);
+    let successor = ask(address, with_cookie("s0.w1")).served_by;
+    assert_ne!(successor, "w1");
+    for _ in 0..5 {
+        assert_eq!(ask(address, with_cookie("s0.w1")).served_by, successor);
+    }
+    // Somebody with its name is as good.
+    let _back = dispatcher.worker("mio", "web", "w1");
+    dispatcher.wait_joined("web", 3);
+    assert_eq!(ask(address, with_cookie("s0.w1")).served_by, "w1");
+}
+
+#[test]
+fn a_worker_owns_what_it_claims() {
+    let (dispatcher, address) = start_one_pool("affinity.key = \"cookie:ID\"");
+    let workers = dispatcher.workers("tokio", "web", 2);
+    let mine = own_worker(&dispatcher, "mine");
+    mine.own("issued").unwrap();
+    assert_eq!(mine.own(""), Err(OwnError::Key));
+    wait_until("the claim to be noted", || affinity(&dispatcher).claimed == 1);
+    for n in 1..=5 {
+        let mut client = connect(address);
+        client.write_all(with_cookie("issued").as_bytes()).unwrap();
+        let connection = mine.accept().unwrap().unwrap();
+        assert_eq!(mine.live(), 1, "connection {n}");
+        drop(connection);
+    }
+    // From an event loop and from tasks as well.
+    let config = || worker_sdk::WorkerConfig::new().dispatch_socket(dispatcher.dispatch());
+    let mio = worker_sdk::mio::MioWorker::new(config().pool("web").name("mio")).unwrap();
+    assert_eq!(mio.own("mio"), Err(OwnError::NotJoined));
+    wait_until("it to join", || {
+        assert!(mio.try_accept().unwrap().is_none());
+        mio.is_joined()
+    });
+    mio.own("mio").unwrap();
+    let runtime = tokio::runtime::Builder::new_current_thread().enable_all().build().unwrap();
+    let task = worker_sdk::tokio::Listener::connect(config().pool("web").name("task"));
+    let task = runtime.block_on(task).unwrap();
+    task.own("task").unwrap();
+    wait_until("their claims to be noted", || affinity(&dispatcher).claimed == 3);
+    let mut clients = [connect(address), connect(address)];
+    clients[0].write_all(with_cookie("mio").as_bytes()).unwrap();
+    clients[1].write_all(with_cookie("task").as_bytes()).unwrap();
+    wait_until("one to come to the event loop", || mio.try_accept().unwrap().is_some());
+    runtime.block_on(task.accept()).unwrap();
+    // More than the dispatcher reads at a time: it does not wait, and nobody is the worse for it.
+    let claims = (0..5_000).filter(|n| mine.own(format!("burst{n}")).is_ok()).count() as u64;
+    wait_until("them to be noted", || affinity(&dispatcher).claimed == 3 + claims);
+    assert!(affinity(&dispatcher).entries >= claims);
+    mine.close();
+    assert_eq!(mine.own("late"), Err(OwnError::NotJoined));
+    drop(workers);
+
+    let (plain, _) = start_one_pool("");
+    assert_eq!(own_worker(&plain, "w").own("x"), Err(OwnError::NoAffinity));
+}
+
+#[test]
+fn every_byte_arrives_however_it_is_sent() {
+    let (dispatcher, address) = start_one_pool("affinity.key = \"form:id\"\npeek_max_bytes = 4096");
+    let _workers = dispatcher.workers("blocking", "web", 2);
+    let body: Vec<u8> =
+        (0..3_000_000u32).map(|n| (n.wrapping_mul(2_654_435_761) >> 24) as u8).collect();
+    let head = format!(
+        "POST / HTTP/1.1\r\nContent-Type: application/x-www-form-urlencoded\r\n\
+         Content-Length: {}\r\n\r\nid=me&x=",
+        8 + body.len()
+    );
+    let mut first = None;
+    for sizes in [&[1][..], &[7, 50], &[usize::MAX]] {
+        let stream = connect(address);
+        stream.set_nodelay(true).unwrap();
+        let mut writer = stream.try_clone().unwrap();
+        let (head, body) = (&head, &body);
+        std::thread::scope(|scope| {
+            scope.spawn(move || {
+                let mut rest = head.as_bytes();
+                for &size in sizes.iter().cycle() {
+                    let (part, more) = rest.split_at(size.min(rest.len()));
+                    writer.write_all(part).unwrap();
+                    rest = more;
+                    if rest.is_empty() {
+                        break;
+                    }
+                }
+                writer.write_all(body).unwrap();
+                writer.shutdown(Shutdown::Write).unwrap();
+            });
+            let mut client = Client::greeted(stream).unwrap();
+            assert_eq!(*first.get_or_insert(client.served_by.clone()), client.served_by);
+            let mut echo = Vec::new();
+            client.stream.read_to_end(&mut echo).unwrap();
+            assert!(
+                echo == [head.as_bytes(), &body[..]].concat(),
+                "{} bytes came back",
+                echo.len()
+            );
+        });
+    }
+    let status = affinity(&dispatcher);
+    assert_eq!((status.hits, status.misses, status.unknown), (2, 1, 0));
+}
+
+#[test]
+fn who_tells_nothing_goes_by_the_policy() {
+    let (dispatcher, address) = start_one_pool(
+        "affinity.key = \"cookie:ID\"\npeek_timeout = \"100ms\"\npeek_max_bytes = 1024",
+    );
+    let _workers = dispatcher.workers("tokio", "web", 2);
+    let mut clients = vec![
+        ask(address, "GET / HTTP/1.1\r\nHost: a\r\n\r\n"),
+        ask(address, "hello\r\n"),
+        ask(address, "\x16\x03\x01\x00\x05hello"),
+        ask(address, "PRI * HTTP/2.0\r\n\r\nSM\r\n\r\n"),
+        ask(address, format!("GET /{} HTTP/1.1\r\nCookie: ID=far\r\n\r\n", "x".repeat(1_100))),
+    ];
+    assert_eq!(affinity(&dispatcher).timed_out, 0);
+    // Half a request and nothing at all: until time is up. An end: at once.
+    clients.push(ask(address, "GET / HTTP/1.1\r\nCookie: ID=h"));
+    clients.push(Client::greeted(connect(address)).unwrap());
+    let status = affinity(&dispatcher);
+    assert_eq!((status.unknown, status.timed_out, status.entries), (7, 2, 0));
+    let ended = connect(address);
+    ended.shutdown(Shutdown::Write).unwrap();
+    clients.push(Client::greeted(ended).unwrap());
+    let tally = tally(&clients);
+    assert_eq!((tally["w0"], tally["w1"]), (4, 4), "each got its share");
+}
+
+#[test]
+fn a_client_that_goes_away_while_it_is_awaited_is_forgotten() {
+    let (mut dispatcher, address) =
+        start_one_pool("affinity.key = \"cookie:ID\"\npeek_timeout = \"10m\"");
+    let _worker = dispatcher.workers("tokio", "web", 1);
+    let before = dispatcher.fds();
+    let streams: Vec<_> = (0..50).map(|_| connect(address)).collect();
+    dispatcher.wait_status("all to be awaited", |status| status.held == 50);
+    for stream in streams {
+        // A reset, not an end.
+        rustix::net::sockopt::set_socket_linger(&stream, Some(std::time::Duration::ZERO)).unwrap();
+    }
+    let status = dispatcher.wait_status("all to be gone", |status| status.held == 0);
+    assert_eq!(status.closed["client_gone"], 50);
+    wait_until("their descriptors to be closed", || dispatcher.fds() <= before);
+    // A stop does not wait for those who say nothing longer than for others, and they are served.
+    let silent = connect(address);
+    dispatcher.wait_status("it to be awaited", |status| status.held == 1);
+    dispatcher.process.signal(nix::sys::signal::Signal::SIGTERM);
+    wait_for_log(&dispatcher, "event=stopping");
+    // Patience ends.
+    dispatcher.process.signal(nix::sys::signal::Signal::SIGTERM);
+    assert!(Client::greeted(silent).is_ok());
+    assert!(dispatcher.process.wait().success());
+}
+
+/// Resident memory of a process, in bytes.
+fn memory(process: &Process) -> u64 {
+    let status = std::fs::read_to_string(format!("/proc/{}/status", process.pid())).unwrap();
+    let line = status.lines().find(|line| line.starts_with("VmRSS:")).unwrap();
+    line.split_whitespace().nth(1).unwrap().parse::<u64>().unwrap() * 1024
+}
+
+/// Others must not wait for a test that has failed.
+struct SetAtEnd<'a>(&'a AtomicBool);
+
+impl Drop for SetAtEnd<'_> {
+    fn drop(&mut self) {
+        self.0.store(true, Ordering::SeqCst);
+    }
+}
+
+#[test]
+fn nobody_is_looked_at_for_ever() {
+    let keys = "affinity.key = \"cookie:ID\"\npeek_timeout = \"10m\"\npeek_max_bytes = 4096";
+    let (dispatcher, address) = start_one_pool(keys);
+    let _worker = dispatcher.workers("blocking", "web", 1);
+    let mut dripping = connect(address);
+    dripping.set_nodelay(true).unwrap();
+    let mut sent = b"GET / HTTP/1.1\r\nX: ".to_vec();
+    dripping.write_all(&sent).unwrap();
+    // Every byte is looked at as it comes, together with all before it: 4 * 4096 bytes in all, and that is enough.
+    while affinity(&dispatcher).unknown == 0 {
+        assert!(sent.len() < 1_000, "far from 4096 bytes, but looked at again and again");
+        dripping.write_all(b"z").unwrap();
+        sent.push(b'z');
+    }
+    assert!(sent.len() > 50, "not at once either: {}", sent.len());
+    let status = affinity(&dispatcher);
+    assert_eq!((status.unknown, status.timed_out, status.awaiting), (1, 0, 0));
+    // It goes by the policy, and its worker gets every byte.
+    let mut client = Client::greeted(dripping).unwrap();
+    let mut echo = vec![0; sent.len()];
+    client.stream.read_exact(&mut echo).unwrap();
+    assert_eq!(echo, sent);
+}
+
+#[test]
+fn decisions_tell_the_key() {
+    let said = |dispatcher: &Dispatcher, arguments: &[&str]| -> serde_json::Value {
+        let mut command = std::process::Command::new(dispatcher_bin());
+        let output = command.args(arguments).arg("--json").arg("--admin").arg(dispatcher.admin());
+        let output = output.output().unwrap();
+        assert!(output.status.success(), "{}", String::from_utf8_lossy(&output.stderr));
+        serde_json::from_slice(&output.stdout).unwrap()
+    };
+    let (dispatcher, address) = start_one_pool("affinity.key = \"cookie:ID\"\nhistory = 9");
+    let _workers = dispatcher.workers("tokio", "web", 2);
+    let clients = ["me", "you", "me", "me"].map(|id| ask(address, with_cookie(id)));
+    let plain = ask(address, "GET / HTTP/1.1\r\n\r\n");
+    let history = said(&dispatcher, &["history", "web"]);
+    let decisions = history["decisions"].as_array().unwrap();
+    let keys: Vec<Option<&str>> = decisions.iter().map(|d| d["key"].as_str()).collect();
+    let [me, you, third, fourth, none] = keys[..] else { panic!("{history}") };
+    assert!(me.is_some_and(|key| key.len() == 16 && key.chars().all(|c| c.is_ascii_hexdigit())));
+    assert_eq!((third, fourth, none), (me, me, None));
+    assert!(you.is_some() && you != me);
+    // By its key it went where more are already; the other stood by.
+    for decision in &decisions[2..4] {
+        let [chosen, passed] = &decision["candidates"].as_array().unwrap()[..] else { panic!() };
+        assert_eq!(chosen["name"], clients[0].served_by.as_str());
+        assert_eq!(
+            (&chosen["id"], chosen["why"].as_str()),
+            (&decision["chosen"], Some("remembered"))
+        );
+        assert_eq!(passed["name"], clients[1].served_by.as_str());
+    }
+    assert_eq!(decisions[3]["candidates"][0]["load"], 2);
+    assert_eq!(decisions[4]["candidates"][0]["name"], plain.served_by.as_str());
+    assert_eq!(plain.served_by, clients[1].served_by, "without a key the least loaded");
+
+    // Of an address one can ask before it comes.
+    let keys = "affinity.key = \"client-ip\"\naffinity.ipv4_prefix = 24\nhistory = 9";
+    let (dispatcher, address) = start_one_pool(keys);
+    let _workers = dispatcher.workers("tokio", "web", 2);
+    let from = |c, d| {
+        Client::greeted(connect_from(IpAddr::V4(Ipv4Addr::new(127, 0, c, d)), address)).unwrap()
+    };
+    let mine: Vec<Client> = (1..4).map(|d| from(1, d)).collect();
+    let explained = said(&dispatcher, &["explain", "web", "--from", "127.0.1.99"]);
+    let history = said(&dispatcher, &["history", "web"]);
+    assert_eq!(explained["key"], history["decisions"][0]["key"], "{explained}");
+    let chosen = &explained["candidates"][0];
+    assert_eq!(
+        (chosen["name"].as_str(), chosen["why"].as_str()),
+        (Some(&*mine[0].served_by), Some("remembered"))
+    );
+    let stranger = said(&dispatcher, &["explain", "web", "--from", "127.0.2.1"]);
+    assert_ne!(stranger["key"], explained["key"]);
+    assert_ne!(stranger["candidates"][0]["name"], chosen["name"]);
+    // And it does come to whom it was said.
+    assert_eq!(stranger["candidates"][0]["name"], from(2, 1).served_by.as_str());
+    assert_eq!(from(1, 99).served_by, mine[0].served_by);
+}
+
+#[test]
+fn ten_thousand_that_say_nothing_harm_nobody() {
+    const CLIENTS: usize = 10_000;
+    const AWAITED: usize = 9_000;
+    const DRIPPING: usize = 2_000;
+    // Here as many, and in the dispatcher.
+    if !descriptors(CLIENTS as u64 + 2_000) {
+        return;
+    }
+    let dispatcher = Dispatcher::start(&format!(
+        "[[listener]]\nname = \"web\"\naddress = \"127.0.0.1:0\"\npool = \"web\"\n\
+         [[listener]]\nname = \"plain\"\naddress = \"127.0.0.1:0\"\npool = \"plain\"\n\
+         [pool.web]\naffinity.key = \"cookie:ID\"\npeek_timeout = \"10m\"\nmax_awaiting = {AWAITED}\n\
+         [pool.plain]\n"
+    ));
+    let (address, plain) = (dispatcher.address("web"), dispatcher.address("plain"));
+    let _other = dispatcher.worker("mio", "plain", "other");
+    dispatcher.wait_joined("plain", 1);
+    let _worker = dispatcher.worker("mio", "web", "w0");
+    dispatcher.wait_joined("web", 1);
+    let (fds, before) = (dispatcher.fds(), memory(&dispatcher.process));
+    // Clients of the other listener come and go all the while, and one stays.
+    let (rounds, over) = (AtomicU64::new(0), AtomicBool::new(false));
+    let mut staying = Client::connect(plain).unwrap();
+    let silent = std::thread::scope(|scope| {
+        let _over = SetAtEnd(&over);
+        scope.spawn(|| {
+            while !over.load(Ordering::SeqCst) {
+                let mut client = Client::connect(plain).unwrap();
+                client.echo("others are served meanwhile");
+                client.finish();
+                staying.echo("and so is whoever was here before");
+                rounds.fetch_add(1, Ordering::SeqCst);
+            }
+        });
+        let three_more = |what: &str| {
+            let before = rounds.load(Ordering::SeqCst);
+            // Two may have begun earlier; the third has not.
+            wait_until(what, || rounds.load(Ordering::SeqCst) >= before + 3);
+        };
+        let mut silent: Vec<TcpStream> = Vec::with_capacity(CLIENTS);
+        while silent.len() < CLIENTS {
+            silent.extend((0..CLIENTS / 10).map(|_| connect(address)));
+            three_more("others to be served while they come");
+        }
+        dispatcher.wait_status("all to be accepted", |s| {
+            s.listeners.iter().any(|l| l.name == "web" && l.accepted == CLIENTS as u64)
+        });
+        let status = affinity(&dispatcher);
+        let expected = (AWAITED as u64, (CLIENTS - AWAITED) as u64);
+        assert_eq!((status.awaiting, status.not_awaited), expected);
+        three_more("others to be served while they are silent");
+        // A byte at a time, from many, and never the end of anything.
+        for byte in b"GET / HTTP/1.1\r\nX: y" {
+            for stream in &mut silent[..DRIPPING] {
+                stream.write_all(&[*byte]).unwrap();
+            }
+            three_more("others to be served while they drip");
+        }
+        assert_eq!(affinity(&dispatcher).awaiting, AWAITED as u64, "they have all they had");
+        silent
+    });
+    let more = memory(&dispatcher.process).saturating_sub(before);
+    assert!(more < 20_000_000, "{more} bytes for {CLIENTS} clients");
+    // Who is beyond the cap is served, if not known.
+    assert_eq!(ask(address, with_cookie("x")).served_by, "w0");
+    for stream in silent {
+        // A reset, not an end: whoever only says no more is served yet.
+        rustix::net::sockopt::set_socket_linger(&stream, Some(std::time::Duration::ZERO)).unwrap();
+    }
+    drop(staying);
+    let status =
+        dispatcher.wait_status("all to be gone", |status| status.held == 0 && status.custody == 0);
+    assert_eq!(status.closed["client_gone"], AWAITED as u64);
+    wait_until("their descriptors to be closed", || dispatcher.fds() <= fds);
+}

@@ -1,0 +1,6 @@
+//! The dispatcher's side of the protocol, against peers that are made by hand.
+#![allow(clippy::unwrap_used, clippy::expect_used, reason = "in a test a panic is the report")]
+
+mod bad_input;
+mod corpus;
+mod hot_thread;

@@ -1,0 +1,8 @@
+//! The worker's side of the protocol, against a dispatcher that is made by hand.
+#![allow(clippy::unwrap_used, clippy::expect_used, reason = "in a test a panic is the report")]
+
+mod drain;
+mod finish;
+mod nonblocking;
+mod reconnect;
+mod worker;
