@@ -75,12 +75,17 @@ fn a_worker_whose_requests_wait_gets_less_from_the_next_connection_on() {
     let workers = names.map(|name| taking(&dispatcher, name));
     let waits: Vec<Gauge> = workers.iter().map(|w| gauge(w, "queue_wait", 0.0)).collect();
     let mut held = Vec::new();
+    // A worker that has taken nothing yet is tested with one connection.
+    for _ in names {
+        shares(&dispatcher, address, &mut held, &names, 1);
+    }
+    assert_eq!(loads(&dispatcher.status(), "web").0, [1, 1, 1]);
     assert_eq!(shares(&dispatcher, address, &mut held, &names, 30), [10, 10, 10]);
     // 20 ms more are worth 20 connections.
     waits[0].set(0.020);
     assert_eq!(shares(&dispatcher, address, &mut held, &names, 1)[0], 0, "the very next one");
     assert_eq!(shares(&dispatcher, address, &mut held, &names, 39)[0], 0);
-    assert_eq!(loads(&dispatcher.status(), "web").0, [10, 30, 30]);
+    assert_eq!(loads(&dispatcher.status(), "web").0, [11, 31, 31]);
     assert_eq!(shares(&dispatcher, address, &mut held, &names, 3), [1, 1, 1], "level again");
     waits[0].set(0.0);
     assert_eq!(shares(&dispatcher, address, &mut held, &names, 10), [10, 0, 0]);
@@ -89,7 +94,7 @@ fn a_worker_whose_requests_wait_gets_less_from_the_next_connection_on() {
     let shown = worker(&status, "b").unwrap();
     assert_eq!((shown.gauges[0].name.as_str(), shown.gauges[0].value), ("queue_wait", Some(0.0)));
     assert!(shown.gauges[0].age_milliseconds.is_some_and(|age| age < 600_000));
-    assert_eq!((shown.score, shown.not_scored.as_deref()), (Some(32.0), None));
+    assert_eq!((shown.score, shown.not_scored.as_deref()), (Some(33.0), None));
 }
 
 #[test]
