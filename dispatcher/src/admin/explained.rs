@@ -1,8 +1,11 @@
-//! The refusals that the HTTP library writes by itself, before any route is asked: for what is no request, a head that is too
-//! long. They have no body; here they get one, like every other answer that is no success.
+//! The refusals that come before any route is asked: for what is no request, a head that is too long, a request that takes
+//! too long. The HTTP library writes some of them, without a body; here they get one, like every other answer that is no
+//! success. Of others it says nothing, so they are written after it has ended: see [`Refusal`].
 
 use std::io;
 use std::pin::Pin;
+use std::sync::Arc;
+use std::sync::atomic::{AtomicBool, Ordering};
 use std::task::{Context, Poll, ready};
 
 use tokio::io::{AsyncRead, AsyncWrite, ReadBuf};
@@ -10,30 +13,77 @@ use tokio::io::{AsyncRead, AsyncWrite, ReadBuf};
 /// What an empty refusal says of itself.
 const EMPTY: &str = "content-length: 0\r\n";
 
+/// Whether the client has sent something since the last answer began. It is asked after the HTTP library has ended.
+#[derive(Clone, Debug, Default)]
+pub(super) struct Unanswered(Arc<AtomicBool>);
+
+impl Unanswered {
+    pub(super) fn is_set(&self) -> bool {
+        self.0.load(Ordering::Relaxed)
+    }
+
+    fn set(&self, unanswered: bool) {
+        self.0.store(unanswered, Ordering::Relaxed);
+    }
+}
+
+/// What is told to a client whose request the HTTP library has given up without a word.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(super) enum Refusal {
+    TooSlow,
+    Malformed,
+}
+
+impl Refusal {
+    /// The whole answer.
+    pub(super) fn as_http(self) -> Vec<u8> {
+        let (status, error) = match self {
+            Refusal::TooSlow => ("408 Request Timeout", "the request took too long"),
+            Refusal::Malformed => ("400 Bad Request", "this is no request that can be answered"),
+        };
+        let body = body_of(status, error);
+        let lines = lines_of(&body);
+        format!("HTTP/1.1 {status}\r\nconnection: close\r\n{lines}\r\n{body}").into_bytes()
+    }
+}
+
+fn body_of(status: &str, error: &str) -> String {
+    let problem = match status.get(..3) {
+        Some("413" | "414" | "431") => "too_large",
+        _ => "invalid",
+    };
+    serde_json::json!({ "problem": problem, "error": error }).to_string()
+}
+
+fn lines_of(body: &str) -> String {
+    format!("content-type: application/json\r\ncontent-length: {}\r\n", body.len())
+}
+
 /// A connection, of which only that is changed.
 pub(super) struct Explained<S> {
     stream: S,
+    unanswered: Unanswered,
     /// What was written in place of a refusal and has not left yet.
     unsent: Vec<u8>,
 }
 
 impl<S> Explained<S> {
-    pub(super) fn new(stream: S) -> Explained<S> {
-        Explained { stream, unsent: Vec::new() }
+    pub(super) fn new(stream: S, unanswered: Unanswered) -> Explained<S> {
+        Explained { stream, unanswered, unsent: Vec::new() }
     }
 }
 
 /// The refusal with a body; `None` for anything else.
 fn explained(written: &[u8]) -> Option<Vec<u8>> {
     let head = std::str::from_utf8(written).ok()?;
-    let status = head.strip_prefix("HTTP/1.1 4")?.split("\r\n").next()?;
-    if !head.ends_with("\r\n\r\n") || !head.contains(EMPTY) {
+    let status = head.strip_prefix("HTTP/1.1 ")?.split("\r\n").next()?;
+    if !status.starts_with('4') || !head.ends_with("\r\n\r\n") || !head.contains(EMPTY) {
         return None;
     }
-    let reason = status.get(3..).unwrap_or("refused");
+    let reason = status.get(4..).unwrap_or("refused");
     let error = format!("this is no request that can be answered: {reason}");
-    let body = serde_json::json!({ "problem": "invalid", "error": error }).to_string();
-    let lines = format!("content-type: application/json\r\ncontent-length: {}\r\n", body.len());
+    let body = body_of(status, &error);
+    let lines = lines_of(&body);
     Some((head.replacen(EMPTY, &lines, 1) + &body).into_bytes())
 }
 
@@ -56,7 +106,12 @@ impl<S: AsyncRead + Unpin> AsyncRead for Explained<S> {
         context: &mut Context<'_>,
         buffer: &mut ReadBuf<'_>,
     ) -> Poll<io::Result<()>> {
-        Pin::new(&mut self.stream).poll_read(context, buffer)
+        let before = buffer.filled().len();
+        let read = Pin::new(&mut self.stream).poll_read(context, buffer);
+        if buffer.filled().len() > before {
+            self.unanswered.set(true);
+        }
+        read
     }
 }
 
@@ -67,6 +122,7 @@ impl<S: AsyncWrite + Unpin> AsyncWrite for Explained<S> {
         buffer: &[u8],
     ) -> Poll<io::Result<usize>> {
         ready!(self.poll_unsent(context))?;
+        self.unanswered.set(false);
         match explained(buffer) {
             None => Pin::new(&mut self.stream).poll_write(context, buffer),
             Some(answer) => {

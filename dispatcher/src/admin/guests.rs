@@ -13,7 +13,7 @@ use tokio::time::Instant;
 const BURST: u32 = 100;
 
 /// Most connections of one user, of each kind of socket together: others find room in what is left.
-const MOST_CONNECTIONS: usize = super::http::MAX_CONNECTIONS * 3 / 4;
+pub(super) const MOST_CONNECTIONS: usize = super::http::MAX_CONNECTIONS * 3 / 4;
 
 /// Connections accepted in a second, of each listener.
 const CONNECTS: Duration = Duration::from_micros(2_000);
@@ -58,7 +58,12 @@ impl Guests {
             return None;
         }
         guest.connections += 1;
-        Some(Connection { guests: self.clone(), who })
+        Some(Connection { guests: self.clone(), who, counted: true })
+    }
+
+    /// One that is there only to be told that there are too many.
+    pub(super) fn refused(&self, who: Who) -> Connection {
+        Connection { guests: self.clone(), who, counted: false }
     }
 
     fn lock(&self) -> std::sync::MutexGuard<'_, HashMap<Who, Guest>> {
@@ -71,6 +76,8 @@ impl Guests {
 pub(super) struct Connection {
     guests: Guests,
     who: Who,
+    /// Among those of its user.
+    counted: bool,
 }
 
 impl Connection {
@@ -94,7 +101,7 @@ impl Connection {
 
 impl Drop for Connection {
     fn drop(&mut self) {
-        if let Some(guest) = self.guests.lock().get_mut(&self.who) {
+        if let Some(guest) = self.guests.lock().get_mut(&self.who).filter(|_| self.counted) {
             guest.connections -= 1;
         }
     }

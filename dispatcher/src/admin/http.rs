@@ -10,11 +10,11 @@ use axum::{Router, middleware};
 use hyper::service::{Service, service_fn};
 use hyper_util::rt::{TokioIo, TokioTimer};
 use hyper_util::service::TowerToHyperService;
-use tokio::io::{AsyncRead, AsyncWrite};
+use tokio::io::{AsyncRead, AsyncReadExt, AsyncWrite, AsyncWriteExt};
 use tokio::net::{TcpListener, TcpStream, UnixListener, UnixStream};
 use tokio::sync::{OwnedSemaphorePermit, Semaphore, watch};
 
-use super::explained::Explained;
+use super::explained::{Explained, Refusal, Unanswered};
 use super::guests::{Connection, Connects, Guests, Who};
 use super::routes::{self, App};
 use super::who_may::{self, Hosts};
@@ -22,14 +22,41 @@ use super::who_may::{self, Hosts};
 /// Most connections at once; more wait in the kernel's queue.
 pub(super) const MAX_CONNECTIONS: usize = 64;
 
-/// How long a request's head may take, and how long a connection may idle between requests.
-const HEADER_TIMEOUT: Duration = Duration::from_secs(5);
+/// Most connections at once, of each listener, that are refused because their user has too many; of more, nothing is read.
+const MAX_REFUSED: usize = 16;
 
-/// How long one connection is served; after that it may finish the request it is in for [`CONNECTION_END`].
-const CONNECTION_TIME: Duration = Duration::from_secs(60);
+/// What one connection may take.
+#[derive(Clone, Copy, Debug)]
+struct Times {
+    /// A request's head, and an idle connection between requests.
+    head: Duration,
+    /// All of it.
+    connection: Duration,
+    /// After that, the request that it is in.
+    end: Duration,
+    /// At the end, what the client still sends.
+    drain: Duration,
+}
 
-/// See [`CONNECTION_TIME`].
-const CONNECTION_END: Duration = Duration::from_secs(5);
+/// For a connection that is served.
+const SERVED: Times = Times {
+    head: Duration::from_secs(5),
+    connection: Duration::from_secs(60),
+    end: Duration::from_secs(5),
+    drain: Duration::from_secs(2),
+};
+
+/// For one that is refused.
+const REFUSED: Times = Times {
+    head: Duration::from_secs(1),
+    connection: Duration::from_secs(2),
+    end: Duration::from_secs(1),
+    drain: Duration::from_secs(1),
+};
+
+/// Most bytes read and thrown away at the end of a connection. Closing with unread bytes resets the connection, and the
+/// reset can overtake the answer.
+const MAX_DRAIN: usize = 4 * 1024 * 1024;
 
 /// Longest request head.
 const MAX_HEAD: usize = 16 * 1024;
@@ -108,16 +135,23 @@ async fn accept_all(listener: Arc<impl Accept>, routes: Router, guests: Guests) 
     // Outermost, so that it sees every answer.
     let routes = routes.layer(middleware::from_fn(routes::all_as_json));
     let slots = Arc::new(Semaphore::new(MAX_CONNECTIONS));
+    let refusals = Arc::new(Semaphore::new(MAX_REFUSED));
     let mut connects = Connects::new();
     while let Ok(slot) = Arc::clone(&slots).acquire_owned().await {
         connects.pace().await;
         match listener.next().await {
-            Ok((stream, who)) => {
-                // Of a user that has too many: the connection is closed.
-                if let Some(guest) = guests.connect(who) {
-                    tokio::spawn(connection(stream, routes.clone(), guest, slot));
+            Ok((stream, who)) => match guests.connect(who) {
+                Some(guest) => {
+                    tokio::spawn(connection(stream, routes.clone(), guest, SERVED, slot));
                 }
-            }
+                // This user has too many. It is told so in a place that it does not take from others.
+                None => {
+                    if let Ok(slot) = Arc::clone(&refusals).try_acquire_owned() {
+                        let guest = guests.refused(who);
+                        tokio::spawn(connection(stream, routes::too_many(), guest, REFUSED, slot));
+                    }
+                }
+            },
             Err(error) => {
                 log::warn!("event=admin_accept_failed error={error}", error = quoted(&error));
                 tokio::time::sleep(REST).await;
@@ -126,7 +160,44 @@ async fn accept_all(listener: Arc<impl Accept>, routes: Router, guests: Guests) 
     }
 }
 
-async fn connection<S>(stream: S, routes: Router, guest: Connection, _slot: OwnedSemaphorePermit)
+async fn connection<S>(
+    mut stream: S,
+    routes: Router,
+    guest: Connection,
+    times: Times,
+    _slot: OwnedSemaphorePermit,
+) where
+    S: AsyncRead + AsyncWrite + Unpin,
+{
+    let unanswered = Unanswered::default();
+    let why = serve_requests(&mut stream, routes, guest, times, &unanswered).await;
+    let end = async {
+        if let Some(refusal) = why.filter(|_| unanswered.is_set()) {
+            stream.write_all(&refusal.as_http()).await?;
+        }
+        stream.shutdown().await?;
+        let mut scratch = vec![0; 16 * 1024];
+        let mut left = MAX_DRAIN;
+        while left > 0 {
+            match stream.read(&mut scratch).await? {
+                0 => break,
+                count => left = left.saturating_sub(count),
+            }
+        }
+        io::Result::Ok(())
+    };
+    // An error is that the client has gone.
+    let _ = tokio::time::timeout(times.drain, end).await;
+}
+
+/// Until the client or the connection's time ends it. Gives what to answer if there is a request without an answer.
+async fn serve_requests<S>(
+    stream: &mut S,
+    routes: Router,
+    guest: Connection,
+    times: Times,
+    unanswered: &Unanswered,
+) -> Option<Refusal>
 where
     S: AsyncRead + AsyncWrite + Unpin,
 {
@@ -142,21 +213,124 @@ where
     let mut connection = pin!(
         hyper::server::conn::http1::Builder::new()
             .timer(TokioTimer::new())
-            .header_read_timeout(HEADER_TIMEOUT)
+            .header_read_timeout(times.head)
             .max_buf_size(MAX_HEAD)
-            .serve_connection(TokioIo::new(Explained::new(stream)), paced)
+            .serve_connection(TokioIo::new(Explained::new(stream, unanswered.clone())), paced)
     );
-    let result = match tokio::time::timeout(CONNECTION_TIME, connection.as_mut()).await {
+    let result = match tokio::time::timeout(times.connection, connection.as_mut()).await {
         Ok(result) => result,
         Err(_) => {
             connection.as_mut().graceful_shutdown();
-            match tokio::time::timeout(CONNECTION_END, connection).await {
+            match tokio::time::timeout(times.end, connection).await {
                 Ok(result) => result,
-                Err(_) => return,
+                Err(_) => return Some(Refusal::TooSlow),
             }
         }
     };
-    if let Err(error) = result {
-        log::debug!("event=admin_client_failed error={error}", error = quoted(&error));
+    let error = result.err()?;
+    log::debug!("event=admin_client_failed error={error}", error = quoted(&error));
+    match error.is_timeout() {
+        true => Some(Refusal::TooSlow),
+        false => Some(Refusal::Malformed),
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    const TIMES: Times = Times {
+        head: Duration::from_millis(50),
+        connection: Duration::from_millis(300),
+        end: Duration::from_millis(50),
+        drain: Duration::from_secs(30),
+    };
+
+    /// What a client reads that sends this and waits.
+    fn answer_to(sent: &'static [u8], times: Times) -> String {
+        let runtime = tokio::runtime::Builder::new_current_thread().enable_all().build();
+        runtime.expect("a runtime").block_on(async {
+            let (ours, mut theirs) = UnixStream::pair().expect("a pair");
+            let guests = Guests::default();
+            guests.rate().store(1_000, std::sync::atomic::Ordering::SeqCst);
+            let guest = guests.connect(Who::Unknown).expect("room");
+            let slot = Arc::new(Semaphore::new(1)).acquire_owned().await.expect("a slot");
+            let read = |body: axum::body::Bytes| async move { body.len().to_string() };
+            let routes = Router::new().fallback(read);
+            let served = tokio::spawn(connection(ours, routes, guest, times, slot));
+            theirs.write_all(sent).await.expect("sent");
+            let mut answer = String::new();
+            let read = theirs.read_to_string(&mut answer);
+            let read = tokio::time::timeout(Duration::from_secs(30), read).await;
+            read.expect("an end in time").expect("no reset");
+            drop(theirs);
+            served.await.expect("no panic");
+            answer
+        })
+    }
+
+    #[test]
+    fn a_request_that_takes_too_long_is_told_so() {
+        for sent in [
+            // In its head; in its body.
+            b"GET /v1/sta".as_slice(),
+            b"POST / HTTP/1.1\r\nHost: x\r\nContent-Length: 10\r\n\r\n{",
+        ] {
+            let answer = answer_to(sent, TIMES);
+            assert!(answer.starts_with("HTTP/1.1 408 "), "{answer}");
+            let (head, body) = answer.split_once("\r\n\r\n").expect("a head and a body");
+            assert!(head.contains("content-type: application/json"), "{head}");
+            let body: serde_json::Value = serde_json::from_str(body).expect("JSON");
+            assert_eq!(body["problem"], "invalid");
+        }
+    }
+
+    #[test]
+    fn an_idle_connection_ends_without_an_answer() {
+        assert_eq!(answer_to(b"", TIMES), "");
+        let answer = answer_to(b"GET / HTTP/1.1\r\nHost: x\r\n\r\n", TIMES);
+        assert!(answer.starts_with("HTTP/1.1 200 ") && answer.ends_with("\r\n\r\n0"), "{answer}");
+    }
+
+    #[test]
+    fn what_is_no_http_1_is_told_so() {
+        for sent in [b"PRI * HTTP/2.0\r\n\r\nSM\r\n\r\n".as_slice(), b"\x16\x03\x01\x02\x00"] {
+            let answer = answer_to(sent, TIMES);
+            assert!(answer.starts_with("HTTP/1.1 400 "), "{answer}");
+            assert!(answer.contains("\"problem\":\"invalid\""), "{answer}");
+        }
+    }
+
+    #[test]
+    fn a_client_that_never_stops_sending_is_not_read_for_ever() {
+        let runtime = tokio::runtime::Builder::new_current_thread().enable_all().build();
+        runtime.expect("a runtime").block_on(async {
+            for (drain, limit) in
+                [(Duration::from_secs(600), "bytes"), (Duration::from_millis(50), "time")]
+            {
+                let (ours, mut theirs) = UnixStream::pair().expect("a pair");
+                let guests = Guests::default();
+                guests.rate().store(1_000, std::sync::atomic::Ordering::SeqCst);
+                let guest = guests.connect(Who::Unknown).expect("room");
+                let slot = Arc::new(Semaphore::new(1)).acquire_owned().await.expect("a slot");
+                let times = Times { drain, ..TIMES };
+                let served = tokio::spawn(connection(ours, Router::new(), guest, times, slot));
+                theirs.write_all(b"what is this\r\n\r\n").await.expect("sent");
+                let sending = async {
+                    let bytes = vec![b'x'; 64 * 1024];
+                    loop {
+                        match limit {
+                            "bytes" if theirs.write_all(&bytes).await.is_err() => break,
+                            "bytes" => {}
+                            _ if theirs.write_all(b"x").await.is_err() => break,
+                            _ => tokio::time::sleep(Duration::from_millis(1)).await,
+                        }
+                    }
+                };
+                let ended = tokio::time::timeout(Duration::from_secs(60), sending).await;
+                ended.unwrap_or_else(|_| panic!("without a bound of {limit}"));
+                served.await.expect("no panic");
+            }
+        });
     }
 }

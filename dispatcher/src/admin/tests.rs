@@ -13,6 +13,8 @@ use super::command::{Problem, Target};
 use super::*;
 use crate::status::{PoolStatus, WorkerStatus};
 
+mod refusals;
+
 const PATIENCE: Duration = Duration::from_secs(30);
 
 /// A side thread and a hot thread that answers only while `answering`.
@@ -224,51 +226,6 @@ fn paths_and_methods_that_do_not_exist() {
 }
 
 #[test]
-fn whatever_cannot_be_answered_says_why_as_json() {
-    let bench = Bench::new();
-    let asked = |line: &str, more: &str| {
-        let host = "Host: x\r\nConnection: close\r\n";
-        let answer = bench.raw(&format!("{line} HTTP/1.1\r\n{host}{more}"));
-        let (head, body) = answer.split_once("\r\n\r\n").expect("a head and a body");
-        assert!(head.contains("content-type: application/json"), "{line}: {head}");
-        let body: serde_json::Value = serde_json::from_str(body).expect(line);
-        assert!(body["error"].as_str().is_some_and(|text| !text.is_empty()), "{line}: {body}");
-        (head[9..12].to_owned(), body["problem"].as_str().expect(line).to_owned())
-    };
-    let json = "Content-Type: application/json\r\nContent-Length: 3\r\n\r\n{]}";
-    for (line, more, status, problem) in [
-        ("GET /nope", "\r\n", "404", "not_found"),
-        ("GET //", "\r\n", "404", "not_found"),
-        ("GET /v1/pools/%ff", "\r\n", "400", "invalid"),
-        ("GET /v1/pools/%ff/history", "\r\n", "400", "invalid"),
-        ("GET /v1/workers/%ff", "\r\n", "400", "invalid"),
-        ("GET /v1/workers/%C3%28", "\r\n", "400", "invalid"),
-        ("GET /v1/pools/web/history?after=x", "\r\n", "400", "invalid"),
-        ("GET /v1/pools/wep", "\r\n", "404", "not_found"),
-        ("PUT /v1/status", "\r\n", "405", "method"),
-        ("WHATEVER /metrics", "\r\n", "405", "method"),
-        ("OPTIONS /", "\r\n", "405", "method"),
-        ("GET /v1/status", "Content-Length: 65537\r\n\r\n", "413", "too_large"),
-        ("POST /v1/workers", "Content-Length: 2\r\n\r\n{}", "415", "invalid"),
-        ("POST /v1/workers", json, "400", "invalid"),
-        ("POST /v1/reload", "Origin: http://evil.example\r\n\r\n", "403", "forbidden"),
-    ] {
-        let expected = (status.to_owned(), problem.to_owned());
-        assert_eq!(asked(line, more), expected, "{line} {more}");
-    }
-    // What the library itself refuses.
-    // (One that is too long may find the connection reset before it reads the answer.)
-    for request in ["what is this\r\n\r\n", "GET /a b HTTP/9\r\n\r\n"] {
-        let answer = bench.raw(request);
-        let (head, body) = answer.split_once("\r\n\r\n").expect("a head and a body");
-        assert!(head.starts_with("HTTP/1.1 4"), "{head}");
-        assert!(head.contains("content-type: application/json"), "{head}");
-        let body: serde_json::Value = serde_json::from_str(body).expect("JSON");
-        assert_eq!(body["problem"], "invalid");
-    }
-}
-
-#[test]
 fn reads_of_all_kinds_are_one_question() {
     let bench = Bench::new();
     bench.answering.store(false, Ordering::SeqCst);
@@ -460,18 +417,6 @@ fn a_page_in_a_browser_changes_nothing_and_reads_nothing_by_its_own_name() {
     }
     let answer = bench.raw("GET /healthz HTTP/1.0\r\n\r\n");
     assert!(answer.starts_with("HTTP/1.0 200 "), "{answer}");
-}
-
-#[test]
-fn a_slow_head_is_not_waited_for() {
-    let bench = Bench::new();
-    let mut stream = bench.open();
-    stream.write_all(b"GET /v1/st").expect("sent");
-    let start = Instant::now();
-    let mut rest = Vec::new();
-    // Closed, with or without an answer.
-    let _ = stream.read_to_end(&mut rest);
-    assert!(start.elapsed() < PATIENCE, "it was waited for");
 }
 
 #[test]

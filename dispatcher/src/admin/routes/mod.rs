@@ -28,6 +28,7 @@ use serde::de::DeserializeOwned;
 
 use super::command::{Command, CommandError, Problem};
 use super::gate::{Gate, NoAnswer};
+use super::guests::MOST_CONNECTIONS;
 use super::reload::Reloader;
 
 /// Longest request body.
@@ -77,6 +78,15 @@ pub(super) fn all(app: App) -> Router {
         .layer(DefaultBodyLimit::max(MAX_BODY))
         .layer(middleware::from_fn(short_body))
         .with_state(app)
+}
+
+/// For the connections of a user that has too many: every request is answered with that, and the connection ends.
+pub(super) fn too_many() -> Router {
+    Router::new().fallback(|| async {
+        let message = format!("this user has {MOST_CONNECTIONS} connections already");
+        let error = CommandError::new(Problem::Unavailable, message);
+        ([(header::CONNECTION, "close")], refused(&error.hint("close some, or try again")))
+    })
 }
 
 /// A route's methods, with an answer for all others that says which there are: `methods("GET, HEAD", get(handler))`.
