@@ -5,4 +5,5 @@ mod drain;
 mod finish;
 mod nonblocking;
 mod reconnect;
+mod unread;
 mod worker;

@@ -57,7 +57,10 @@ fn takes_a_connection_when_the_application_asks_and_not_before() {
     assert_eq!(worker.live(), 1);
     assert_eq!(connection.peer_addr(), PeerAddr::from(client.local_addr().unwrap()));
     assert_eq!(connection.listener(), "http");
-    assert_eq!(connection.accepted_at(), Duration::from_nanos(entry.accepted_ns));
+    let accepted = std::time::UNIX_EPOCH + Duration::from_nanos(entry.accepted_ns);
+    assert_eq!(connection.accepted_at(), accepted);
+    let age = connection.age();
+    assert!(age >= Duration::from_secs(1) && age < Duration::from_secs(60), "{age:?}");
     client.write_all(b"ping").unwrap();
     let mut bytes = [0; 4];
     connection.read_exact(&mut bytes).unwrap();

@@ -8,6 +8,8 @@ mod surprises;
 use std::io::{Read, Write};
 use std::net::TcpStream;
 use std::os::fd::{AsFd, AsRawFd, OwnedFd};
+use std::path::Path;
+use std::process::Command;
 use std::thread;
 use std::time::Duration;
 
@@ -315,9 +317,24 @@ fn goodbye_child() {
 
 /// Runs one test of this program again, alone in a process of its own; gives what it wrote to standard error.
 fn in_child(name: &str) -> String {
-    let output = std::process::Command::new(std::env::current_exe().unwrap())
-        .args(["--exact", name, "--nocapture", "--test-threads=1"])
+    in_child_with(name, &[], &[])
+}
+
+/// The same, started by `wrapper`, a command that starts what follows it, and with more of an environment.
+fn in_child_with(name: &str, wrapper: &[&str], environment: &[(&str, &Path)]) -> String {
+    let program = std::env::current_exe().unwrap();
+    let mut command = match wrapper {
+        [] => Command::new(program),
+        [first, rest @ ..] => {
+            let mut command = Command::new(first);
+            command.args(rest).arg(program);
+            command
+        }
+    };
+    let output = command
+        .args(["--exact", &format!("close::{name}"), "--nocapture", "--test-threads=1"])
         .env("SDK_TEST_CHILD", name)
+        .envs(environment.iter().copied())
         .output()
         .unwrap();
     let (stdout, stderr) =

@@ -6,7 +6,7 @@ use std::io;
 use axum::extract::connect_info::Connected;
 use axum::serve::IncomingStream;
 
-use crate::client::Error;
+use crate::client::{Error, log_now};
 use crate::tokio::{Connection, Listener};
 use crate::wire::PeerAddr;
 
@@ -51,11 +51,11 @@ impl axum::serve::Listener for Listener {
                     }
                 }
                 Err(error @ Error::Forked) => {
-                    log::error!("no more connections: {error}");
+                    log_now(log::Level::Error, format_args!("no more connections: {error}"));
                     pending().await
                 }
                 // A single connection's; the next may be better.
-                Err(error) => log::warn!("{error}"),
+                Err(error) => self.core().complain(&error),
             }
         }
     }

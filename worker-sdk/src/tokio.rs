@@ -147,7 +147,7 @@ impl Listener {
         Ok(())
     }
 
-    fn core(&self) -> &Arc<Core> {
+    pub(crate) fn core(&self) -> &Arc<Core> {
         &self.inner.handle.0
     }
 

@@ -99,6 +99,8 @@ struct Shell {
     poll: Poll,
     signals: Signals,
     now: Time,
+    /// What to add to a time of ours to have it by `CLOCK_REALTIME`, in this turn.
+    to_realtime: u64,
     started: Time,
     /// Watches over invariant 6: from waking up to sleeping again.
     longest_turn: Duration,
@@ -213,6 +215,7 @@ impl Shell {
                 self.sleep(&mut events, timeout)?;
             }
             self.now = clock();
+            self.to_realtime = nanoseconds(ClockId::Realtime).wrapping_sub(self.now.0);
             self.dozing =
                 events.iter().any(|event| Source::of(event.token()) != Some(Source::Alarm));
             // First: what is taken in the scan may give somebody who waits a place.

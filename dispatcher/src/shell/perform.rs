@@ -46,7 +46,7 @@ impl Shell {
                 let (peer, accepted) = (*peer, *accepted);
                 *at_worker = Some(worker.serial);
                 let Ticket { slot, seq } = ticket;
-                let accepted_ns = accepted.0;
+                let accepted_ns = accepted.0.wrapping_add(self.to_realtime);
                 // As it was accepted; a worker that had it before could have changed that.
                 let flags = match flags.contains(EntryFlags::RESENT) {
                     true => flags,

@@ -140,6 +140,7 @@ impl Shell {
             poll,
             signals,
             now,
+            to_realtime: 0,
             started: now,
             longest_turn: Duration::ZERO,
             meters: Meters::default(),

@@ -118,6 +118,45 @@ fn silent_child() {
     assert!(matches!(Worker::connect(config), Err(Error::JoinTimeout { .. })));
 }
 
+/// A worker whose monotonic clock is eleven days ahead of the dispatcher's.
+#[test]
+fn a_connection_is_as_old_in_a_time_namespace() {
+    let unshare = ["unshare", "--time", "--monotonic", "1000000", "--fork", "--kill-child"];
+    let probed = std::process::Command::new(unshare[0]).args(&unshare[1..]).arg("true").output();
+    if !probed.is_ok_and(|output| output.status.success()) {
+        return test_support::skip("needs unshare and the right to make a time namespace");
+    }
+    let fake = FakeDispatcher::new();
+    thread::scope(|scope| {
+        let worker = scope.spawn(|| {
+            in_child_with(
+                "surprises::elsewhen_child",
+                &unshare,
+                &[("DISPATCH_SOCKET", fake.path())],
+            )
+        });
+        let mut peer = fake.welcome();
+        let (mut client, ours) = fake.client();
+        peer.send_one(&ours);
+        drop(ours);
+        let age = String::from_utf8(read_to_end(&mut client)).unwrap();
+        let age = Duration::from_millis(age.parse().unwrap_or_else(|_| panic!("{age:?}")));
+        assert!(age >= Duration::from_secs(1) && age < DEADLINE, "{age:?}");
+        worker.join().unwrap();
+    });
+}
+
+#[test]
+fn elsewhen_child() {
+    if !is_child("surprises::elsewhen_child") {
+        return;
+    }
+    let worker = Worker::connect(WorkerConfig::from_env().unwrap()).unwrap();
+    let mut connection = accept(&worker);
+    let age = connection.age().as_millis().to_string();
+    connection.write_all(age.as_bytes()).unwrap();
+}
+
 /// What a dispatcher sends whose clock is another one: only the time that is left counts.
 #[test]
 fn a_drain_deadline_is_the_time_that_is_left() {

@@ -141,6 +141,12 @@ impl FakeDispatcher {
         self.welcome_as(256, |welcome| welcome.features = Features::UPDATE)
     }
 
+    /// Lets the next worker into a pool that knows keys, and which may then change what its hello said.
+    pub fn welcome_with_affinity_and_updates(&self) -> Peer {
+        let both = Features(Features::OWN.0 | Features::UPDATE.0);
+        self.welcome_as(256, |welcome| welcome.features = both)
+    }
+
     fn welcome_as(&self, slots: u32, change: impl FnOnce(&mut Welcome)) -> Peer {
         let (hello, control) = self.hello();
         let peer = Peer::new(hello, control, slots);
@@ -184,6 +190,12 @@ pub fn send(fd: BorrowedFd<'_>, record: &[u8], fds: &[BorrowedFd<'_>]) -> rustix
     }
     let flags = SendFlags::NOSIGNAL | SendFlags::DONTWAIT;
     sendmsg(fd, &[IoSlice::new(record)], &mut ancillary, flags).map(drop)
+}
+
+/// When the connections of a [`Peer`] are said to have been accepted.
+fn a_second_ago() -> u64 {
+    let now = std::time::SystemTime::now().duration_since(std::time::UNIX_EPOCH).unwrap();
+    u64::try_from((now - Duration::from_secs(1)).as_nanos()).unwrap()
 }
 
 /// One joined worker, as the dispatcher sees it.
@@ -245,7 +257,7 @@ impl Peer {
             slot,
             listener: 3,
             flags: EntryFlags::NONE,
-            accepted_ns: 1_000 + seq,
+            accepted_ns: a_second_ago(),
             peer: peer.peer_addr().unwrap().into(),
             number: 7_000 + seq,
         }

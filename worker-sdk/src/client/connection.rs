@@ -5,7 +5,7 @@ use std::io::{self, IoSlice, IoSliceMut, Read, Write};
 use std::net::{Shutdown, TcpStream};
 use std::os::fd::{AsFd, AsRawFd, BorrowedFd, OwnedFd, RawFd};
 use std::sync::Arc;
-use std::time::Duration;
+use std::time::{Duration, Instant, SystemTime};
 
 use super::guard::{Guard, Held};
 use crate::wire::PeerAddr;
@@ -15,8 +15,35 @@ use crate::wire::PeerAddr;
 pub(crate) struct Origin {
     pub(crate) peer: PeerAddr,
     pub(crate) listener: Option<Arc<str>>,
-    pub(crate) accepted_at: Duration,
+    pub(crate) accepted: AcceptTime,
     pub(crate) number: Option<u64>,
+}
+
+/// When a connection was accepted. The time that has passed goes by a clock that is never set, from the moment on at which
+/// the application took the connection.
+#[derive(Clone, Copy, Debug)]
+pub(crate) struct AcceptTime {
+    at: SystemTime,
+    waited: Duration,
+    taken: Instant,
+}
+
+impl AcceptTime {
+    /// `accepted` and `now` by `CLOCK_REALTIME`, which is the same in every time namespace. A time to come means that the
+    /// clock was set back: then it is now.
+    pub(crate) fn new(accepted: Duration, now: Duration) -> AcceptTime {
+        let accepted = accepted.min(now);
+        let at = SystemTime::UNIX_EPOCH.checked_add(accepted).unwrap_or(SystemTime::UNIX_EPOCH);
+        AcceptTime { at, waited: now - accepted, taken: Instant::now() }
+    }
+
+    pub(crate) fn at(&self) -> SystemTime {
+        self.at
+    }
+
+    pub(crate) fn age(&self) -> Duration {
+        self.waited.saturating_add(self.taken.elapsed())
+    }
 }
 
 impl Origin {
@@ -109,21 +136,31 @@ impl Connection {
         self.0.origin.listener()
     }
 
-    /// When the connection was accepted: the time of the dispatcher's `CLOCK_MONOTONIC`, which starts at boot, in nanoseconds.
-    /// In a time namespace of its own a process has another one.
+    /// When the dispatcher accepted the connection (without a dispatcher, this process), by the system's clock.
+    pub fn accepted_at(&self) -> SystemTime {
+        self.0.origin.accepted.at()
+    }
+
+    /// How long ago the connection was accepted. Right after [`accept`](crate::Worker::accept) it is the time that the client has
+    /// waited for this worker.
+    ///
+    /// The same in every time namespace. Only a clock that is set between the dispatcher's accept and the worker's makes it
+    /// wrong.
     ///
     /// ```no_run
-    /// use std::time::Duration;
-    /// use rustix::time::{ClockId, clock_gettime};
-    ///
-    /// // How long the client has waited until now.
-    /// fn waited(connection: &worker_sdk::Connection) -> Duration {
-    ///     let now = clock_gettime(ClockId::Monotonic);
-    ///     Duration::try_from(now).unwrap_or_default().saturating_sub(connection.accepted_at())
+    /// # use std::time::Duration;
+    /// # fn serve(_: worker_sdk::Connection) {}
+    /// # fn next(worker: &worker_sdk::Worker) -> Result<(), worker_sdk::Error> {
+    /// if let Some(connection) = worker.accept()? {
+    ///     if connection.age() < Duration::from_secs(10) {
+    ///         serve(connection);
+    ///     } // Otherwise dropped: the client has probably given up.
     /// }
+    /// # Ok(())
+    /// # }
     /// ```
-    pub fn accepted_at(&self) -> Duration {
-        self.0.origin.accepted_at
+    pub fn age(&self) -> Duration {
+        self.0.origin.accepted.age()
     }
 
     /// The dispatcher's number of this connection, as its log shows it (`conn=`), for the application's own log; `None`
@@ -360,5 +397,24 @@ impl fmt::Debug for Connection {
             .field("peer", &self.peer_addr())
             .field("listener", &self.listener())
             .finish()
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn the_time_since_the_accept_goes_by_a_clock_that_is_never_set() {
+        let (one, ten) = (Duration::from_secs(1), Duration::from_secs(10));
+        let accepted = AcceptTime::new(one, ten);
+        assert_eq!(accepted.at(), SystemTime::UNIX_EPOCH + one);
+        assert!(accepted.age() >= ten - one && accepted.age() < ten * 10);
+
+        let set_back = AcceptTime::new(ten, one);
+        assert_eq!(set_back.at(), SystemTime::UNIX_EPOCH + one, "no time to come");
+        assert!(set_back.age() < ten);
+        let strange = AcceptTime::new(Duration::ZERO, Duration::MAX);
+        assert_eq!(strange.age(), Duration::MAX, "no overflow");
     }
 }

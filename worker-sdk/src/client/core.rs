@@ -22,7 +22,7 @@ use super::backoff::Backoff;
 use super::channel::{self, Received, Wait};
 use super::clock::after;
 use super::config::WorkerConfig;
-use super::connection::{Accepted, Origin};
+use super::connection::{AcceptTime, Accepted, Origin};
 #[cfg(any(feature = "mio", feature = "tokio"))]
 use super::drain::start_thread;
 use super::drain::{Drain, Draining};
@@ -33,15 +33,17 @@ use super::guard::{Custody, Guard};
 use super::idle::Idle;
 use super::join::{self, Failure, Joined, Session};
 use super::live::Live;
+use super::outbox::{PARTING, Record};
 use super::process::{Forks, Process};
 use super::ready::Ready;
-use super::said::Said;
+use super::said::{Repeated, Said, connections, log_now, readable, readable_path};
 use super::sample::Sampler;
 use super::standalone::Listener;
 use super::waiting::Waiting;
 use crate::scoreboard::claim::{self, want};
 use crate::wire::{Entry, EntryFlags, Features, Hello, PeerAddr, Probe, Update, VERSION};
 
+mod accept;
 mod ends;
 mod link;
 mod lock;
@@ -79,6 +81,8 @@ pub(crate) struct Core {
     draining: Draining,
     events: Events,
     idle: Idle,
+    /// The session whose goodbye may wait to be sent; set when the last connection has ended.
+    parting: Mutex<Option<Arc<Session>>>,
     said: Arc<Said>,
 }
 
@@ -239,179 +243,9 @@ impl Core {
             draining: Draining::default(),
             events: Events::default(),
             idle: Idle::default(),
+            parting: Mutex::new(None),
             said,
         }))
-    }
-
-    /// The next connection, waited for, but not beyond `until`; `None` once closed, and while drained.
-    pub(crate) fn accept(
-        self: &Arc<Self>,
-        until: Option<Instant>,
-    ) -> Result<Option<Accepted>, Error> {
-        self.check_process()?;
-        let mut waits = false;
-        let accepted = self.accept_waiting(until, &mut waits);
-        if waits {
-            self.stop_waiting(&mut self.lock());
-        }
-        accepted
-    }
-
-    /// `waits`: whether this thread is counted among those that wait.
-    fn accept_waiting(
-        self: &Arc<Self>,
-        until: Option<Instant>,
-        waits: &mut bool,
-    ) -> Result<Option<Accepted>, Error> {
-        let mut state = self.lock();
-        // Whether a look without waiting has found nothing since the time was up.
-        let mut looked = false;
-        loop {
-            if !state.queue.is_empty() {
-                if mem::take(waits) {
-                    self.stop_waiting(&mut state);
-                }
-                let Some(popped) = self.pop(&mut state) else { continue };
-                if popped.accepted.is_some() {
-                    state.waiting.takes();
-                }
-                match self.hand_out(state, popped, false) {
-                    Some(accepted) => return Ok(Some(accepted)),
-                    None => state = self.lock(),
-                }
-                continue;
-            }
-            if !mem::replace(waits, true) {
-                self.start_waiting(&mut state);
-            }
-            if matches!(state.link, Link::Closed) {
-                return Ok(None);
-            } else if self.draining.now().is_some() {
-                // Perhaps it has ended since.
-                match if state.leader { Step::Blocked } else { self.step(&mut state)? } {
-                    Step::Again => {}
-                    Step::Blocked => {
-                        self.pass_on(&state);
-                        return Ok(None);
-                    }
-                }
-            } else if until.is_some_and(|until| until <= Instant::now()) {
-                let step = if state.leader || looked {
-                    Step::Blocked
-                } else {
-                    looked = true;
-                    self.step(&mut state)?
-                };
-                if let Step::Blocked = step {
-                    self.pass_on(&state);
-                    return Err(Error::TimedOut);
-                }
-            } else {
-                let result;
-                (state, result) = self.follow_or_lead(state, until);
-                result?;
-            }
-        }
-    }
-
-    fn start_waiting(&self, state: &mut State) {
-        state.waiting.enter(self.live());
-        if let Some(session) = state.link.session() {
-            state.waiting.show(&session.board);
-            session.poke_if_wanted(want::IDLE);
-        }
-    }
-
-    fn stop_waiting(&self, state: &mut State) {
-        state.waiting.leave();
-        if let Some(session) = state.link.session() {
-            state.waiting.show(&session.board);
-        }
-    }
-
-    /// The next connection if there is one now; `None` means wait until the descriptor is readable.
-    pub(crate) fn try_accept(self: &Arc<Self>) -> Result<Option<Accepted>, Error> {
-        self.check_process()?;
-        let mut state = self.lock();
-        if state.waiting.asks()
-            && let Some(session) = state.link.session()
-        {
-            state.waiting.show(&session.board);
-        }
-        loop {
-            if let Some(popped) = self.pop(&mut state) {
-                match self.hand_out(state, popped, true) {
-                    Some(accepted) => return Ok(Some(accepted)),
-                    None => state = self.lock(),
-                }
-            } else {
-                match if state.leader { Step::Blocked } else { self.step(&mut state)? } {
-                    Step::Again => {}
-                    Step::Blocked => {
-                        self.pass_on(&state);
-                        let drained = self.draining.now().is_some();
-                        return if drained { Err(Error::Draining) } else { Ok(None) };
-                    }
-                }
-            }
-        }
-    }
-
-    /// Waits until no drain is under way (true), or the worker is closed (false).
-    pub(crate) fn resumed(self: &Arc<Self>) -> Result<bool, Error> {
-        self.check_process()?;
-        let mut state = self.lock();
-        loop {
-            if matches!(state.link, Link::Closed) {
-                return Ok(false);
-            } else if self.draining.now().is_none() {
-                self.pass_on(&state);
-                return Ok(true);
-            }
-            let result;
-            (state, result) = self.follow_or_lead(state, None);
-            result?;
-        }
-    }
-
-    /// The same without waiting; `None` means wait until the descriptor is readable.
-    #[cfg(feature = "tokio")]
-    pub(crate) fn try_resumed(self: &Arc<Self>) -> Result<Option<bool>, Error> {
-        self.check_process()?;
-        let mut state = self.lock();
-        loop {
-            if matches!(state.link, Link::Closed) {
-                return Ok(Some(false));
-            } else if self.draining.now().is_none() {
-                return Ok(Some(true));
-            } else if state.leader {
-                return Ok(None);
-            } else if let Step::Blocked = self.step(&mut state)? {
-                return Ok(None);
-            }
-        }
-    }
-
-    /// Waits for something to change, on behalf of all if nobody does yet.
-    fn follow_or_lead<'a>(
-        self: &'a Arc<Self>,
-        mut state: Locked<'a>,
-        until: Option<Instant>,
-    ) -> (Locked<'a>, Result<(), Error>) {
-        if state.leader {
-            state.followers += 1;
-            state = state.wait(&self.handed_over, self, until);
-            state.followers -= 1;
-            return (state, Ok(()));
-        }
-        state.leader = true;
-        let result;
-        (state, result) = self.lead(state, until);
-        state.leader = false;
-        if result.is_err() {
-            self.pass_on(&state);
-        }
-        (state, result)
     }
 
     /// Advances until joined (true) or until there is nothing to do before the descriptor is readable (false).
@@ -436,63 +270,6 @@ impl Core {
             self.wait(None)?;
         }
         Ok(())
-    }
-
-    /// Stops receiving. What was claimed already is still handed out.
-    pub(crate) fn close(self: &Arc<Self>) {
-        if !self.process.is_current() {
-            return;
-        }
-        let mut state = self.lock();
-        match mem::replace(&mut state.link, Link::Closed) {
-            Link::Joined { session, channel } => {
-                let heard = session.goodbye(&self.said);
-                self.ready.forget(channel.as_fd());
-                // Wakes the leader, and lets nothing more in.
-                let _ = rustix::net::shutdown(&*channel, rustix::net::Shutdown::Read);
-                if !heard {
-                    // The leader may have just received something.
-                    state.orphaned = Some(Arc::clone(&session));
-                    state.take_up();
-                    self.claim_all(&mut state, &session);
-                }
-                // What is left there is the dispatcher's again: it has copies and revokes them. If it has died, it is ours.
-                let mut buffer = vec![0; channel::BUFFER];
-                loop {
-                    match channel::receive(channel.as_fd(), &mut buffer, Wait::No) {
-                        Received::Handoff { arrived, .. } if !heard => {
-                            self.adopt(&mut state, &session, arrived);
-                        }
-                        Received::Handoff { .. }
-                        | Received::Probe(_)
-                        | Received::Drain(_)
-                        | Received::Resume => {}
-                        Received::Empty | Received::End | Received::Broken(_) => break,
-                    }
-                }
-            }
-            Link::Greeting { control, .. } => {
-                self.ready.forget(control.as_fd());
-                join::end(&control);
-            }
-            Link::Standalone { listener, paused } => {
-                if paused.is_none() && !state.told.paused {
-                    self.ready.forget(listener.as_fd());
-                }
-                listener.unlink(&self.said);
-            }
-            Link::Waiting { .. } | Link::Closed => {}
-        }
-        state.queue.retain(|pending| matches!(pending, Pending::Taken(_)));
-        (state.told.paused, state.aside) = (false, Vec::new());
-        self.closed.store(true, Ordering::SeqCst);
-        self.ready.close();
-        self.handed_over.notify_all();
-        drop(state);
-        // Without the lock: what a callback owns may be a handle of this very worker.
-        self.draining.close();
-        self.events.close();
-        self.end_session_if_over();
     }
 
     pub(crate) fn process(&self) -> Process {
@@ -564,34 +341,12 @@ impl Core {
         &self.live
     }
 
-    /// The deadline of a drain has come.
-    pub(super) fn end_all(&self, round: u64) {
-        if let Some(ended) = self.live.end_all(round) {
-            log::warn!("the deadline of the drain has come: {ended} connections are shut down");
-        }
-    }
-
     fn read_current(&self) -> Option<Arc<Session>> {
         self.current.read().unwrap_or_else(PoisonError::into_inner).clone()
     }
 
     fn set_current(&self, session: Option<Arc<Session>>) {
         *self.current.write().unwrap_or_else(PoisonError::into_inner) = session;
-    }
-
-    /// After a goodbye the control connection ends with the last connection: the dispatcher counts until then.
-    fn end_session_if_over(&self) {
-        // Whoever closes sets the flag, then looks at the counters; whoever finishes does the opposite.
-        if self.closed.load(Ordering::SeqCst) && self.live() == 0 {
-            let over = self.current.write().unwrap_or_else(PoisonError::into_inner).take();
-            if let Some(session) = over {
-                session.end();
-            }
-            self.gauges.hide();
-            self.draining.forget_deadline();
-            // An event loop that waits for this is told, on the one descriptor it watches.
-            self.ready.close();
-        }
     }
 
     fn check_process(&self) -> Result<(), Error> {
@@ -601,13 +356,5 @@ impl Core {
     fn wait(&self, until: Option<Instant>) -> Result<(), Error> {
         let failed = |error| Error::io("wait for the dispatcher", error);
         self.ready.wait(until).map_err(failed)
-    }
-
-    /// Every way out of the lock passes here, or entries (or the leader's place) would wait for a thread
-    /// that sleeps.
-    fn pass_on(&self, state: &State) {
-        if !state.leader && state.followers > 0 {
-            self.handed_over.notify_one();
-        }
     }
 }

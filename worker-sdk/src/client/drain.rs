@@ -13,6 +13,7 @@ use rustix::time::{ClockId, clock_gettime};
 
 use super::clock::after;
 use super::core::Core;
+use super::said::log_now;
 use crate::wire;
 
 /// What the dispatcher said when it began to drain this worker. See [`Worker::on_drain`](crate::Worker::on_drain).
@@ -192,9 +193,9 @@ impl Draining {
             if let (Some(callback), Some(drain)) = (callback, drain) {
                 // The panic's own message was printed where it happened. The callback is not ours to look at again.
                 if catch_unwind(AssertUnwindSafe(|| callback(&drain))).is_err() {
-                    log::error!(
-                        "a callback of on_drain panicked; the others are called all the same"
-                    );
+                    let line =
+                        "a callback of on_drain panicked; the others are called all the same";
+                    log_now(log::Level::Error, format_args!("{line}"));
                 }
             }
             state = self.lock();
@@ -223,7 +224,7 @@ pub(super) fn start_thread(core: &Core, name: &str, run: impl FnOnce() + Send + 
         Ok(_) => true,
         Err(error) => {
             core.said().say(log::Level::Error, || {
-                format!("no thread {name}: {error}; no callback is called, or no deadline counts")
+                format!("cannot start the thread {name}: {error}; what it was to do is left undone")
             });
             false
         }

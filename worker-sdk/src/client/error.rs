@@ -5,6 +5,7 @@ use std::io;
 use std::path::PathBuf;
 use std::time::Duration;
 
+use super::said::{readable, readable_path};
 use crate::wire::RefusedCode;
 
 /// Why a worker could not be made, could not join, or gives no more connections.
@@ -110,9 +111,16 @@ impl fmt::Display for Error {
         match self {
             Error::Config { setting, problem } => write!(f, "{setting}: {problem}"),
             Error::Refused { socket, reason, key, .. } => {
-                write!(f, "the dispatcher at {} refused this worker: {reason}", socket.display())?;
+                let (socket, reason) = (readable_path(socket), readable(reason));
+                write!(f, "the dispatcher at {socket} refused this worker: {reason}")?;
                 match key {
-                    Some(key) => write!(f, " (decided by {key} in the dispatcher's configuration)"),
+                    Some(key) => {
+                        write!(
+                            f,
+                            " (decided by {} in the dispatcher's configuration)",
+                            readable(key)
+                        )
+                    }
                     None => Ok(()),
                 }
             }
@@ -120,13 +128,13 @@ impl fmt::Display for Error {
                 f,
                 "could not join the dispatcher at {} within {after:?}: {last}; \
                  is it running, and is join_timeout long enough?",
-                socket.display()
+                readable_path(socket)
             ),
             Error::Protocol { socket, problem } => write!(
                 f,
                 "{} does not answer like a dispatcher: {problem}; \
                  does dispatch_socket name the dispatch socket of a compatible version?",
-                socket.display()
+                readable_path(socket)
             ),
             Error::Io { action, source } => write!(f, "cannot {action}: {source}"),
             Error::Closed => f.write_str("the worker is closed"),

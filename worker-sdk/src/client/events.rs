@@ -11,6 +11,7 @@ use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 
 use super::core::Core;
 use super::drain::start_thread;
+use super::said::log_now;
 
 /// Most events that wait for a callback which takes its time. Beyond that the oldest are left out.
 const MOST: usize = 64;
@@ -139,12 +140,16 @@ impl Events {
             };
             drop(state);
             if left_out > 0 {
-                log::warn!("{left_out} events were left out: the callbacks take too long");
+                let line =
+                    format_args!("{left_out} events were left out: the callbacks take too long");
+                log_now(log::Level::Warn, line);
             }
             for callback in callbacks {
                 // The panic's own message was printed where it happened. The callback is not ours to look at again.
                 if catch_unwind(AssertUnwindSafe(|| callback.call(&event))).is_err() {
-                    log::error!("a callback panicked; the others are called all the same");
+                    let line =
+                        format_args!("a callback panicked; the others are called all the same");
+                    log_now(log::Level::Error, line);
                 }
             }
         }

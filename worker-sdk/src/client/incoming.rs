@@ -1,5 +1,6 @@
 //! The connections of a worker as iterators.
 
+use super::said::log_now;
 use super::{Connection, Worker};
 
 /// Iterator over the connections of a [`Worker`]; see [`Worker::incoming`].
@@ -43,7 +44,7 @@ fn next(worker: &Worker) -> Option<Connection> {
     match worker.accept() {
         Ok(connection) => connection,
         Err(error) => {
-            log::error!("no more connections: {error}");
+            log_now(log::Level::Error, format_args!("no more connections: {error}"));
             None
         }
     }

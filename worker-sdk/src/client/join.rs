@@ -5,9 +5,8 @@ use std::mem::MaybeUninit;
 use std::os::fd::OwnedFd;
 use std::path::Path;
 use std::sync::Arc;
-use std::time::{Duration, Instant};
+use std::time::Instant;
 
-use rustix::event::{PollFd, PollFlags, Timespec, poll};
 use rustix::io::Errno;
 use rustix::net::{
     AddressFamily, RecvAncillaryBuffer, RecvFlags, ReturnFlags, SendFlags, SocketAddrUnix,
@@ -16,19 +15,16 @@ use rustix::net::{
 
 use super::channel::take_fds;
 use super::error::Error;
-use super::said::Said;
+use super::outbox::Outbox;
+use super::said::readable;
 use crate::scoreboard::gauge::GaugeName;
 use crate::scoreboard::{Scoreboard, claim};
-use crate::wire::{
-    Control, Features, Goodbye, Hello, MAX_CONTROL_RECORD, VERSION, WELCOME_FDS, Welcome,
-};
-
-/// How long a goodbye or an update may wait for the dispatcher to read what was sent before.
-const SEND_WAIT: Duration = Duration::from_secs(1);
+use crate::wire::{Control, Features, Hello, MAX_CONTROL_RECORD, VERSION, WELCOME_FDS, Welcome};
 
 /// What a worker has of a dispatcher, apart from the channel. Dropping it tells the dispatcher that all is over.
 pub(super) struct Session {
     pub(super) control: OwnedFd,
+    pub(super) outbox: Outbox,
     /// A connection may outlive this.
     pub(super) poke: Arc<OwnedFd>,
     pub(super) board: Arc<Scoreboard>,
@@ -46,6 +42,7 @@ impl Session {
         let listeners = joined.welcome.listeners.into_iter();
         let session = Session {
             control,
+            outbox: Outbox::default(),
             poke: Arc::new(joined.poke),
             board: Arc::new(joined.board),
             worker_id: joined.welcome.worker_id,
@@ -62,33 +59,6 @@ impl Session {
         if claim::must_poke(self.board.want(), bit) {
             // It can fail only when the counter is full, and then the dispatcher is awake.
             let _ = rustix::io::write(&*self.poke, &1u64.to_ne_bytes());
-        }
-    }
-
-    /// False if there is no dispatcher any more that could hear it.
-    pub(super) fn goodbye(&self, said: &Said) -> bool {
-        let mut record = Vec::new();
-        Goodbye.encode(&mut record);
-        let Err(error) = self.send(&record) else { return true };
-        said.say(log::Level::Debug, || format!("could not say goodbye to the dispatcher: {error}"));
-        // One that is there but does not read finds us gone, and takes back what we have not taken.
-        matches!(error, Errno::AGAIN | Errno::INTR)
-    }
-
-    /// Claims may have filled the socket: then it waits a moment until the dispatcher has read some.
-    pub(super) fn send(&self, record: &[u8]) -> Result<(), Errno> {
-        let end = Instant::now() + SEND_WAIT;
-        loop {
-            let Err(error) = send(&self.control, record, SendFlags::NOSIGNAL) else {
-                return Ok(());
-            };
-            let left = end.saturating_duration_since(Instant::now());
-            let again = matches!(error, Errno::AGAIN | Errno::INTR) && !left.is_zero();
-            let Some(timeout) = Timespec::try_from(left).ok().filter(|_| again) else {
-                return Err(error);
-            };
-            // However it ends, the next attempt says more.
-            let _ = poll(&mut [PollFd::new(&self.control, PollFlags::OUT)], Some(&timeout));
         }
     }
 
@@ -192,7 +162,7 @@ pub(super) fn answer(control: &OwnedFd, path: &Path) -> Result<Option<Joined>, F
     match decoded {
         Control::Welcome(welcome) => joined(fds, welcome).map(Some).map_err(malformed),
         Control::Refused(refused) if refused.code.is_transient() => {
-            Err(Failure::Transient(refused.reason))
+            Err(Failure::Transient(readable(&refused.reason).into_owned()))
         }
         Control::Refused(refused) => Err(Failure::Permanent(Error::Refused {
             socket: path.to_owned(),

@@ -20,6 +20,7 @@ mod idle;
 mod incoming;
 mod join;
 mod live;
+mod outbox;
 mod own;
 mod process;
 mod ready;
@@ -46,6 +47,8 @@ pub use self::guard::Guard;
 pub(crate) use self::guard::Held;
 pub use self::incoming::{Incoming, IntoIncoming};
 pub use self::own::OwnError;
+#[cfg(feature = "axum")]
+pub(crate) use self::said::log_now;
 pub use self::sample::Sampling;
 
 use self::core::Core;

@@ -17,7 +17,7 @@ use rustix::time::{
 };
 
 use super::clock::bounded;
-use super::said::Said;
+use super::said::{Repeated, Said};
 
 pub(super) struct Ready {
     epoll: OwnedFd,
@@ -54,7 +54,7 @@ impl Ready {
     /// hold a duplicate, and then closing ours would leave it in the set, ready for ever.
     pub(super) fn forget(&self, fd: BorrowedFd<'_>) {
         if let Err(error) = epoll::delete(&self.epoll, fd) {
-            self.said.say(log::Level::Error, || {
+            self.said.say_limited(Repeated::Waiting, log::Level::Error, || {
                 format!("cannot stop watching a file descriptor: {error}")
             });
         }
@@ -79,7 +79,8 @@ impl Ready {
         };
         let spec = Itimerspec { it_interval: zero, it_value: value };
         if let Err(error) = timerfd_settime(&self.timer, TimerfdTimerFlags::empty(), &spec) {
-            self.said.say(log::Level::Error, || format!("cannot set a timer: {error}"));
+            let line = || format!("cannot set a timer: {error}");
+            self.said.say_limited(Repeated::Waiting, log::Level::Error, line);
         }
     }
 

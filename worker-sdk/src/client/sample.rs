@@ -15,6 +15,7 @@ use serde::{Deserialize, Serialize};
 
 use super::clock::after;
 use super::gauges::{Gauge, Gauges};
+use super::said::log_now;
 use crate::scoreboard::gauge::{GaugeName, names};
 
 /// When to measure the machine and this process.
@@ -142,7 +143,8 @@ impl Meter {
             Ok(None) => {}
             Err(error) => {
                 if !std::mem::replace(&mut self.complained, true) {
-                    log::warn!("cannot measure {}: {error}", self.name);
+                    let line = format_args!("cannot measure {}: {error}", self.name);
+                    log_now(log::Level::Warn, line);
                 }
             }
         }

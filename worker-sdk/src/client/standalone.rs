@@ -7,7 +7,7 @@ use std::os::unix::net::{UnixListener, UnixStream};
 use std::path::PathBuf;
 
 use super::error::Error;
-use super::said::Said;
+use super::said::{Said, readable_path};
 use crate::wire::PeerAddr;
 
 pub(super) enum Listener {
@@ -79,7 +79,9 @@ impl Listener {
         if let Listener::Unix { path, .. } = self
             && let Err(error) = std::fs::remove_file(path)
         {
-            said.say(log::Level::Debug, || format!("cannot remove {}: {error}", path.display()));
+            said.say(log::Level::Debug, || {
+                format!("cannot remove {}: {error}", readable_path(path))
+            });
         }
     }
 }

@@ -3,11 +3,13 @@
 //! What is set here outlives the dispatcher: the next hello says it, too.
 
 use std::os::fd::AsFd;
+use std::sync::Arc;
 
 use super::core::{Core, Link, Pending, State};
 use super::error::Error;
 use super::join::Session;
-use super::said::Said;
+use super::outbox::Record;
+use super::said::Repeated;
 use crate::wire::{Features, Update};
 
 impl Core {
@@ -46,7 +48,7 @@ impl Core {
         }
         match &state.link {
             // Under the lock: so it never follows a goodbye, and two changes arrive in their order.
-            Link::Joined { session, .. } => session.update(&state.told, self.said()),
+            Link::Joined { session, .. } => self.tell(session, &state.told),
             Link::Standalone { listener, paused: None } => {
                 // What waits there goes on waiting, and keeps nobody busy.
                 match (before.paused, state.told.paused) {
@@ -69,6 +71,21 @@ impl Core {
         }
         Ok(())
     }
+
+    /// Has the dispatcher know; never waits for it.
+    pub(super) fn tell(&self, session: &Arc<Session>, told: &Update) {
+        if !session.features.contains(Features::UPDATE) {
+            self.said().say_limited(Repeated::Update, log::Level::Warn, || {
+                "this dispatcher is too old to be told of another weight, maximum or pause"
+                    .to_owned()
+            });
+        } else if let Err(error) = session.post(self, Record::Update(*told)) {
+            // It has gone: the next one is told by hello.
+            self.said().say_limited(Repeated::Update, log::Level::Debug, || {
+                format!("could not tell the dispatcher of a change: {error}")
+            });
+        }
+    }
 }
 
 impl State {
@@ -85,24 +102,5 @@ impl State {
         let most = self.link.session().map_or(0, |session| session.board.slots() as usize);
         let surplus = self.aside.len().saturating_sub(most);
         self.aside.drain(..surplus);
-    }
-}
-
-impl Session {
-    pub(super) fn update(&self, update: &Update, said: &Said) {
-        if !self.features.contains(Features::UPDATE) {
-            said.say(log::Level::Warn, || {
-                "this dispatcher is too old to be told of another weight, maximum or pause"
-                    .to_owned()
-            });
-            return;
-        }
-        let mut record = Vec::new();
-        update.encode(&mut record);
-        if let Err(error) = self.send(&record) {
-            said.say(log::Level::Warn, || {
-                format!("could not tell the dispatcher of a change: {error}")
-            });
-        }
     }
 }

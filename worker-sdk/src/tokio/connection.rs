@@ -6,7 +6,7 @@ use std::net::TcpStream;
 use std::os::fd::{AsFd, AsRawFd, BorrowedFd, OwnedFd, RawFd};
 use std::pin::Pin;
 use std::task::{Context, Poll};
-use std::time::Duration;
+use std::time::{Duration, SystemTime};
 
 use ::tokio::io::{AsyncRead, AsyncWrite, Interest, ReadBuf, Ready};
 use ::tokio::runtime::Handle as Runtime;
@@ -33,7 +33,7 @@ use crate::wire::PeerAddr;
 /// async fn serve(mut connection: Connection) -> std::io::Result<()> {
 ///     connection.set_nodelay(true)?;
 ///     println!("{} came in at {:?}", connection.peer_addr(), connection.listener());
-///     println!("accepted {:?} after boot", connection.accepted_at());
+///     println!("accepted {:?} ago", connection.age());
 ///     if let Some(tcp) = connection.as_tcp() {
 ///         tcp.set_ttl(64)?; // An option that has no method here.
 ///     }
@@ -65,9 +65,14 @@ impl Connection {
         self.origin.listener()
     }
 
-    /// When the connection was accepted: the time of `CLOCK_MONOTONIC`, which starts at boot, in nanoseconds.
-    pub fn accepted_at(&self) -> Duration {
-        self.origin.accepted_at
+    /// When the connection was accepted: as [`Connection::accepted_at`](crate::Connection::accepted_at).
+    pub fn accepted_at(&self) -> SystemTime {
+        self.origin.accepted.at()
+    }
+
+    /// How long ago that was: as [`Connection::age`](crate::Connection::age).
+    pub fn age(&self) -> Duration {
+        self.origin.accepted.age()
     }
 
     /// The dispatcher's number of this connection: as [`Connection::number`](crate::Connection::number).

@@ -118,7 +118,7 @@ pub struct Entry {
     pub listener: u16,
     /// See [`EntryFlags`].
     pub flags: EntryFlags,
-    /// When the dispatcher accepted it: nanoseconds of `CLOCK_MONOTONIC`.
+    /// When the dispatcher accepted it: nanoseconds of `CLOCK_REALTIME`, which no time namespace shifts.
     pub accepted_ns: u64,
     /// Where the client connected from.
     pub peer: PeerAddr,
@@ -189,7 +189,7 @@ impl Entry {
 ///     slot: 0,
 ///     listener: 0,
 ///     flags: EntryFlags::NONE,
-///     accepted_ns: 1_000_000_000, // One second after boot.
+///     accepted_ns: 1_000_000_000, // One second after the epoch.
 ///     peer: PeerAddr::Inet(([192, 0, 2, 1], 50_000).into()),
 ///     number: 1234,
 /// };

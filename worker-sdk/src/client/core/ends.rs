@@ -3,6 +3,97 @@
 use super::*;
 
 impl Core {
+    /// Stops receiving. What was claimed already is still handed out.
+    pub(crate) fn close(self: &Arc<Self>) {
+        if !self.process.is_current() {
+            return;
+        }
+        let mut state = self.lock();
+        match mem::replace(&mut state.link, Link::Closed) {
+            Link::Joined { session, channel } => {
+                let heard = match session.post(self, Record::Goodbye) {
+                    Ok(()) => true,
+                    Err(error) => {
+                        self.said.say(log::Level::Debug, || {
+                            format!("could not say goodbye to the dispatcher: {error}")
+                        });
+                        false
+                    }
+                };
+                self.ready.forget(channel.as_fd());
+                // Wakes the leader, and lets nothing more in.
+                let _ = rustix::net::shutdown(&*channel, rustix::net::Shutdown::Read);
+                if !heard {
+                    // The leader may have just received something.
+                    state.orphaned = Some(Arc::clone(&session));
+                    state.take_up();
+                    self.claim_all(&mut state, &session);
+                }
+                // What is left there is the dispatcher's again: it has copies and revokes them. If it has died, it is ours.
+                let mut buffer = vec![0; channel::BUFFER];
+                loop {
+                    match channel::receive(channel.as_fd(), &mut buffer, Wait::No) {
+                        Received::Handoff { arrived, .. } if !heard => {
+                            self.adopt(&mut state, &session, arrived);
+                        }
+                        Received::Handoff { .. }
+                        | Received::Probe(_)
+                        | Received::Drain(_)
+                        | Received::Resume => {}
+                        Received::Empty | Received::End | Received::Broken(_) => break,
+                    }
+                }
+            }
+            Link::Greeting { control, .. } => {
+                self.ready.forget(control.as_fd());
+                join::end(&control);
+            }
+            Link::Standalone { listener, paused } => {
+                if paused.is_none() && !state.told.paused {
+                    self.ready.forget(listener.as_fd());
+                }
+                listener.unlink(&self.said);
+            }
+            Link::Waiting { .. } | Link::Closed => {}
+        }
+        state.queue.retain(|pending| matches!(pending, Pending::Taken(_)));
+        (state.told.paused, state.aside) = (false, Vec::new());
+        self.closed.store(true, Ordering::SeqCst);
+        self.ready.close();
+        self.handed_over.notify_all();
+        drop(state);
+        // Without the lock: what a callback owns may be a handle of this very worker.
+        self.draining.close();
+        self.events.close();
+        self.end_session_if_over();
+    }
+
+    /// The deadline of a drain has come.
+    pub(in crate::client) fn end_all(&self, round: u64) {
+        if let Some(ended) = self.live.end_all(round) {
+            let ended = connections(ended);
+            let line = format_args!("the deadline of the drain has come; shut down: {ended}");
+            log_now(log::Level::Warn, line);
+        }
+    }
+
+    /// After a goodbye the control connection ends with the last connection: the dispatcher counts until then.
+    pub(super) fn end_session_if_over(&self) {
+        // Whoever closes sets the flag, then looks at the counters; whoever finishes does the opposite.
+        if self.closed.load(Ordering::SeqCst) && self.live() == 0 {
+            let over = self.current.write().unwrap_or_else(PoisonError::into_inner).take();
+            if let Some(session) = over
+                && session.end_after_outbox()
+            {
+                *self.parting.lock().unwrap_or_else(PoisonError::into_inner) = Some(session);
+            }
+            self.gauges.hide();
+            self.draining.forget_deadline();
+            // An event loop that waits for this is told, on the one descriptor it watches.
+            self.ready.close();
+        }
+    }
+
     /// Ends what was claimed on behalf of an application that will not ask again.
     pub(crate) fn abandon(self: &Arc<Self>) {
         if self.process.is_current() {
@@ -20,6 +111,14 @@ impl Core {
         }
     }
 
+    /// An error that axum has no way to hear of.
+    #[cfg(feature = "axum")]
+    pub(crate) fn complain(&self, error: &Error) {
+        let line = || format!("cannot take a connection: {error}");
+        self.said.say_limited(Repeated::Axum, log::Level::Warn, line);
+        self.said.flush();
+    }
+
     /// Closes, waits until no connection is live, and shuts down what is left after `within`: gives how many that are.
     pub(crate) fn shutdown(self: &Arc<Self>, within: Duration) -> usize {
         if !self.process.is_current() {
@@ -32,14 +131,26 @@ impl Core {
         self.end_queue();
         let ended = self.live.end_now();
         if ended > 0 {
-            log::warn!("the time to shut down is over: {ended} connections are shut down");
+            let line =
+                format_args!("the time to shut down is over; shut down: {}", connections(ended));
+            log_now(log::Level::Warn, line);
         }
         ended
     }
 
     /// Waits until no connection is live; false if that moment has come before. In a forked child none ever is.
     pub(crate) fn wait_until_idle(&self, until: Option<Instant>) -> bool {
-        !self.process.is_current() || self.idle.wait(until, || self.live())
+        if !self.process.is_current() {
+            return true;
+        }
+        let idle = self.idle.wait(until, || self.live());
+        let parting = self.parting.lock().unwrap_or_else(PoisonError::into_inner).take();
+        if let Some(session) = parting {
+            // The program probably ends now, and a goodbye that was not sent with it.
+            let end = after(PARTING);
+            session.outbox.wait_empty(until.map_or(end, |until| until.min(end)));
+        }
+        idle
     }
 
     /// The same for a task: the waiting is done by a thread, as a runtime may have no timers.

@@ -15,10 +15,12 @@ impl Core {
             Pending::Taken(accepted) => popped.accepted = Some(accepted),
             Pending::Offered { entry, fd } => {
                 let session = state.link.session();
-                match session.filter(|session| claimed(session, entry.slot, entry.seq)) {
-                    Some(session) => {
+                let claim = session
+                    .and_then(|session| Some((session, claimed(session, entry.slot, entry.seq)?)));
+                match claim {
+                    Some((session, now)) => {
                         let copied = state.forks.more_since();
-                        popped.accepted = Some(self.take(session, entry, fd, copied));
+                        popped.accepted = Some(self.take(session, entry, fd, now, copied));
                         popped.poke = Some(Arc::clone(session));
                     }
                     None => popped.stale = Some(fd),
@@ -26,8 +28,9 @@ impl Core {
             }
             Pending::Probe(probe) => {
                 let session = state.link.session();
-                popped.poke =
-                    session.filter(|session| claimed(session, probe.slot, probe.seq)).cloned();
+                let claimed =
+                    |session: &&Arc<Session>| claimed(session, probe.slot, probe.seq).is_some();
+                popped.poke = session.filter(claimed).cloned();
             }
         }
         Some(popped)
@@ -50,17 +53,21 @@ impl Core {
         if !(nonblocking && accepted.nonblocking)
             && let Err(error) = accepted.stream.set_nonblocking(nonblocking)
         {
-            log::error!("cannot set a connection's blocking mode: {error}");
+            let line = || format!("cannot set a connection's blocking mode: {error}");
+            self.said.say_limited(Repeated::Mode, log::Level::Error, line);
+            self.said.flush();
         }
         Some(accepted)
     }
 
-    /// `copied` if a child that was forked off since its arrival may have a copy, which nobody will ever serve.
+    /// `copied` if a child that was forked off since its arrival may have a copy, which nobody will ever serve; `now` by
+    /// `CLOCK_REALTIME`.
     fn take(
         self: &Arc<Self>,
         session: &Session,
         entry: Entry,
         fd: OwnedFd,
+        now: Duration,
         copied: bool,
     ) -> Accepted {
         self.opened.fetch_add(1, Ordering::SeqCst);
@@ -78,7 +85,7 @@ impl Core {
             origin: Origin {
                 peer: entry.peer,
                 listener: session.listener(entry.listener),
-                accepted_at: Duration::from_nanos(entry.accepted_ns),
+                accepted: AcceptTime::new(Duration::from_nanos(entry.accepted_ns), now),
                 number: (entry.number != 0).then_some(entry.number),
             },
         }
@@ -210,7 +217,7 @@ impl Core {
         let line = || {
             format!(
                 "cannot join the dispatcher at {}: {problem}; trying again in {}, and so on",
-                self.socket.display(),
+                readable_path(&self.socket),
                 clock::shown(delay)
             )
         };
@@ -253,7 +260,7 @@ impl Core {
         self.said.say(log::Level::Info, || {
             format!(
                 "joined the dispatcher at {} as worker {} of pool {}",
-                self.socket.display(),
+                readable_path(&self.socket),
                 session.worker_id,
                 self.hello.pool
             )
@@ -267,7 +274,7 @@ impl Core {
         self.gauges.show(&session.board);
         self.sampler.wanted(&self.gauges, &session.gauges);
         if state.told.paused {
-            session.update(&state.told, &self.said);
+            self.tell(&session, &state.told);
         }
         state.link = Link::Joined { session, channel: Arc::new(channel) };
         (state.ever_joined, state.complained) = (true, false);
@@ -290,26 +297,33 @@ impl Core {
             Received::Probe(probe) => state.queue.push_back(Pending::Probe(probe)),
             Received::Drain(drain) => {
                 let drain = Drain::from(drain);
-                let line = || "the dispatcher drains this worker".to_owned();
-                self.said.say(log::Level::Info, line);
+                if self.draining.now().is_none() {
+                    self.said.say(log::Level::Info, || match drain.deadline() {
+                        None => "the dispatcher drains this worker".to_owned(),
+                        Some(at) => format!(
+                            "the dispatcher drains this worker, with a deadline in {}",
+                            clock::shown(at.saturating_duration_since(Instant::now()))
+                        ),
+                    });
+                }
                 self.draining.begin(self, drain);
                 self.handed_over.notify_all();
             }
             Received::Resume => {
-                let line = || "the dispatcher gives this worker connections again".to_owned();
-                self.said.say(log::Level::Info, line);
                 if self.draining.end(self) {
+                    let line = || "the dispatcher gives this worker connections again".to_owned();
+                    self.said.say(log::Level::Info, line);
                     self.events.happened(self, Event::Resumed);
                 }
                 self.handed_over.notify_all();
             }
             Received::Handoff { arrived, lost } => {
                 if !lost.is_empty() {
-                    self.said.say(log::Level::Warn, || {
+                    self.said.say_limited(Repeated::NotArrived, log::Level::Warn, || {
                         format!(
-                            "{} connections did not arrive and go elsewhere: is this process at \
-                             its limit of open files?",
-                            lost.len()
+                            "did not arrive, and go to other workers: {}; is this process at its \
+                             limit of open files?",
+                            connections(lost.len())
                         )
                     });
                     for entry in lost {
@@ -357,9 +371,10 @@ impl Core {
         self.gauges.hide();
         self.said.say(log::Level::Warn, || {
             format!(
-                "lost the dispatcher at {}: {why}; {} connections go on, joining again",
-                self.socket.display(),
-                self.live()
+                "lost the dispatcher at {}: {}; joining again; live: {}",
+                readable_path(&self.socket),
+                readable(why),
+                connections(usize::try_from(self.live()).unwrap_or(usize::MAX))
             )
         });
         self.events.happened(self, Event::Lost(why.to_owned()));
@@ -384,9 +399,9 @@ impl Core {
         arrived: Vec<(Entry, OwnedFd)>,
     ) {
         for (entry, fd) in arrived {
-            if claimed(session, entry.slot, entry.seq) {
+            if let Some(now) = claimed(session, entry.slot, entry.seq) {
                 let copied = state.forks.more_since();
-                let accepted = self.take(session, entry, fd, copied);
+                let accepted = self.take(session, entry, fd, now, copied);
                 state.queue.push_back(Pending::Taken(accepted));
             }
         }
@@ -417,7 +432,7 @@ impl Core {
             Ok(None) => Step::Blocked,
             Ok(Some((stream, peer))) => {
                 self.opened.fetch_add(1, Ordering::SeqCst);
-                let clock = clock_gettime(ClockId::Monotonic);
+                let now = realtime();
                 state.queue.push_back(Pending::Taken(Accepted {
                     stream,
                     nonblocking: false,
@@ -425,14 +440,14 @@ impl Core {
                     origin: Origin {
                         peer,
                         listener: None,
-                        accepted_at: clock.try_into().unwrap_or_default(),
+                        accepted: AcceptTime::new(now, now),
                         number: None,
                     },
                 }));
                 Step::Again
             }
             Err(error) => {
-                self.said.say(log::Level::Warn, || {
+                self.said.say_limited(Repeated::Accept, log::Level::Warn, || {
                     format!("cannot accept: {error}; trying again in {ACCEPT_PAUSE:?}")
                 });
                 // It stays ready meanwhile, and would keep the caller spinning.
@@ -459,10 +474,16 @@ impl State {
     }
 }
 
-fn claimed(session: &Session, slot: u32, seq: u64) -> bool {
+/// Claims, and gives the time of the claim, by `CLOCK_REALTIME`.
+fn claimed(session: &Session, slot: u32, seq: u64) -> Option<Duration> {
     let board = &session.board;
-    let Some(word) = board.slot(slot) else { return false };
-    let now: Duration = clock_gettime(ClockId::Realtime).try_into().unwrap_or_default();
+    let word = board.slot(slot)?;
+    let now = realtime();
     board.stamp(slot, u64::try_from(now.as_nanos()).unwrap_or(0));
-    claim::claim(word, seq)
+    claim::claim(word, seq).then_some(now)
+}
+
+/// Now, by the clock that no time namespace shifts.
+fn realtime() -> Duration {
+    clock_gettime(ClockId::Realtime).try_into().unwrap_or_default()
 }

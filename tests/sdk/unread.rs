@@ -1,0 +1,97 @@
+//! A dispatcher that does not read what its worker sends it: nothing in the worker waits for it.
+
+use std::thread;
+use std::time::{Duration, Instant};
+
+use test_support::fake_dispatcher::{DEADLINE, FakeDispatcher, Peer};
+use worker_sdk::wire::{Control, Update};
+use worker_sdk::{OwnError, Worker};
+
+/// Far less than a wait for a dispatcher that never reads would be, and far more than none.
+const PROMPT: Duration = Duration::from_millis(500);
+
+/// A worker whose next record has no room.
+fn stuffed(fake: &FakeDispatcher) -> (Worker, Peer) {
+    let (worker, peer) = thread::scope(|scope| {
+        let worker = scope.spawn(|| Worker::connect(fake.config()).unwrap());
+        let peer = fake.welcome_with_affinity_and_updates();
+        (worker.join().unwrap(), peer)
+    });
+    for _ in 0..100_000 {
+        match worker.own("key") {
+            Ok(()) => {}
+            Err(OwnError::Busy) => return (worker, peer),
+            Err(error) => panic!("{error}"),
+        }
+    }
+    panic!("room without an end");
+}
+
+/// The first record that is no claim.
+fn after_claims(peer: &Peer) -> Option<Control> {
+    loop {
+        match peer.control_record() {
+            Some(Control::Own(_)) => {}
+            other => return other,
+        }
+    }
+}
+
+#[test]
+fn accepting_and_dropping_go_on_while_changes_wait_to_be_sent() {
+    let fake = FakeDispatcher::new();
+    let (worker, mut peer) = stuffed(&fake);
+    let pairs: Vec<_> = (0..8).map(|_| fake.client()).collect();
+    let began = Instant::now();
+    thread::scope(|scope| {
+        let changing = scope.spawn(|| {
+            for weight in 2..10 {
+                worker.set_weight(weight).unwrap();
+            }
+        });
+        for (_, ours) in &pairs {
+            peer.send_one(ours);
+            drop(worker.accept_timeout(DEADLINE).unwrap().unwrap());
+        }
+        changing.join().unwrap();
+    });
+    assert!(began.elapsed() < PROMPT, "{:?}", began.elapsed());
+    // What is sent once there is room is the last of them.
+    let update = Update { weight: 9, paused: false, max_connections: 1000 };
+    assert_eq!(after_claims(&peer), Some(Control::Update(update)));
+    worker.close();
+    assert!(matches!(after_claims(&peer), Some(Control::Goodbye(_))));
+    assert!(peer.control_record().is_none(), "the end");
+}
+
+#[test]
+fn a_goodbye_that_waits_keeps_nothing_waiting_and_is_sent_before_the_end() {
+    let fake = FakeDispatcher::new();
+    let (worker, mut peer) = stuffed(&fake);
+    let (_client, ours) = fake.client();
+    peer.send_one(&ours);
+    let connection = worker.accept().unwrap().unwrap();
+    worker.set_weight(7).unwrap();
+    let began = Instant::now();
+    worker.close();
+    assert!(worker.accept().unwrap().is_none());
+    drop(connection);
+    assert!(began.elapsed() < PROMPT, "{:?}", began.elapsed());
+    assert_eq!(peer.board.finished(), 1);
+    // It replaces the change, and the end of the session comes after it although no connection is live.
+    assert!(matches!(after_claims(&peer), Some(Control::Goodbye(_))));
+    assert!(peer.control_record().is_none(), "the end");
+    worker.wait_until_idle();
+}
+
+#[test]
+fn a_dispatcher_that_never_reads_delays_the_end_of_a_program_by_a_second_at_most() {
+    let fake = FakeDispatcher::new();
+    let (worker, peer) = stuffed(&fake);
+    worker.close();
+    let began = Instant::now();
+    assert_eq!(worker.shutdown(Duration::from_secs(60)), 0);
+    assert!(began.elapsed() < Duration::from_secs(10), "{:?}", began.elapsed());
+    // Whatever it had not read, the end is there for it to read.
+    assert_eq!(after_claims(&peer), None);
+}

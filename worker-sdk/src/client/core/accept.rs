@@ -1,0 +1,184 @@
+//! Asking for the next connection: blocking threads as leader and followers, event loops without waiting.
+
+use super::*;
+
+impl Core {
+    /// The next connection, waited for, but not beyond `until`; `None` once closed, and while drained.
+    pub(crate) fn accept(
+        self: &Arc<Self>,
+        until: Option<Instant>,
+    ) -> Result<Option<Accepted>, Error> {
+        self.check_process()?;
+        let mut waits = false;
+        let accepted = self.accept_waiting(until, &mut waits);
+        if waits {
+            self.stop_waiting(&mut self.lock());
+        }
+        accepted
+    }
+
+    /// `waits`: whether this thread is counted among those that wait.
+    fn accept_waiting(
+        self: &Arc<Self>,
+        until: Option<Instant>,
+        waits: &mut bool,
+    ) -> Result<Option<Accepted>, Error> {
+        let mut state = self.lock();
+        // Whether a look without waiting has found nothing since the time was up.
+        let mut looked = false;
+        loop {
+            if !state.queue.is_empty() {
+                if mem::take(waits) {
+                    self.stop_waiting(&mut state);
+                }
+                let Some(popped) = self.pop(&mut state) else { continue };
+                if popped.accepted.is_some() {
+                    state.waiting.takes();
+                }
+                match self.hand_out(state, popped, false) {
+                    Some(accepted) => return Ok(Some(accepted)),
+                    None => state = self.lock(),
+                }
+                continue;
+            }
+            if !mem::replace(waits, true) {
+                self.start_waiting(&mut state);
+            }
+            if matches!(state.link, Link::Closed) {
+                return Ok(None);
+            } else if self.draining.now().is_some() {
+                // Perhaps it has ended since.
+                match if state.leader { Step::Blocked } else { self.step(&mut state)? } {
+                    Step::Again => {}
+                    Step::Blocked => {
+                        self.pass_on(&state);
+                        return Ok(None);
+                    }
+                }
+            } else if until.is_some_and(|until| until <= Instant::now()) {
+                let step = if state.leader || looked {
+                    Step::Blocked
+                } else {
+                    looked = true;
+                    self.step(&mut state)?
+                };
+                if let Step::Blocked = step {
+                    self.pass_on(&state);
+                    return Err(Error::TimedOut);
+                }
+            } else {
+                let result;
+                (state, result) = self.follow_or_lead(state, until);
+                result?;
+            }
+        }
+    }
+
+    fn start_waiting(&self, state: &mut State) {
+        state.waiting.enter(self.live());
+        if let Some(session) = state.link.session() {
+            state.waiting.show(&session.board);
+            session.poke_if_wanted(want::IDLE);
+        }
+    }
+
+    fn stop_waiting(&self, state: &mut State) {
+        state.waiting.leave();
+        if let Some(session) = state.link.session() {
+            state.waiting.show(&session.board);
+        }
+    }
+
+    /// The next connection if there is one now; `None` means wait until the descriptor is readable.
+    pub(crate) fn try_accept(self: &Arc<Self>) -> Result<Option<Accepted>, Error> {
+        self.check_process()?;
+        let mut state = self.lock();
+        if state.waiting.asks()
+            && let Some(session) = state.link.session()
+        {
+            state.waiting.show(&session.board);
+        }
+        loop {
+            if let Some(popped) = self.pop(&mut state) {
+                match self.hand_out(state, popped, true) {
+                    Some(accepted) => return Ok(Some(accepted)),
+                    None => state = self.lock(),
+                }
+            } else {
+                match if state.leader { Step::Blocked } else { self.step(&mut state)? } {
+                    Step::Again => {}
+                    Step::Blocked => {
+                        self.pass_on(&state);
+                        let drained = self.draining.now().is_some();
+                        return if drained { Err(Error::Draining) } else { Ok(None) };
+                    }
+                }
+            }
+        }
+    }
+
+    /// Waits until no drain is under way (true), or the worker is closed (false).
+    pub(crate) fn resumed(self: &Arc<Self>) -> Result<bool, Error> {
+        self.check_process()?;
+        let mut state = self.lock();
+        loop {
+            if matches!(state.link, Link::Closed) {
+                return Ok(false);
+            } else if self.draining.now().is_none() {
+                self.pass_on(&state);
+                return Ok(true);
+            }
+            let result;
+            (state, result) = self.follow_or_lead(state, None);
+            result?;
+        }
+    }
+
+    /// The same without waiting; `None` means wait until the descriptor is readable.
+    #[cfg(feature = "tokio")]
+    pub(crate) fn try_resumed(self: &Arc<Self>) -> Result<Option<bool>, Error> {
+        self.check_process()?;
+        let mut state = self.lock();
+        loop {
+            if matches!(state.link, Link::Closed) {
+                return Ok(Some(false));
+            } else if self.draining.now().is_none() {
+                return Ok(Some(true));
+            } else if state.leader {
+                return Ok(None);
+            } else if let Step::Blocked = self.step(&mut state)? {
+                return Ok(None);
+            }
+        }
+    }
+
+    /// Waits for something to change, on behalf of all if nobody does yet.
+    fn follow_or_lead<'a>(
+        self: &'a Arc<Self>,
+        mut state: Locked<'a>,
+        until: Option<Instant>,
+    ) -> (Locked<'a>, Result<(), Error>) {
+        if state.leader {
+            state.followers += 1;
+            state = state.wait(&self.handed_over, self, until);
+            state.followers -= 1;
+            return (state, Ok(()));
+        }
+        state.leader = true;
+        let result;
+        (state, result) = self.lead(state, until);
+        state.leader = false;
+        if result.is_err() {
+            self.pass_on(&state);
+        }
+        (state, result)
+    }
+
+    /// Every way out of the lock passes here, or entries (or the leader's place) would wait for a thread
+    /// that sleeps.
+    pub(super) fn pass_on(&self, state: &State) {
+        if !state.leader && state.followers > 0 {
+            self.handed_over.notify_one();
+        }
+    }
+}

@@ -1,0 +1,143 @@
+//! Records that must reach the dispatcher and that no thread of the application waits for: update and goodbye.
+//!
+//! A record is sent at once if the control connection has room. Otherwise it is kept here, and a thread sends it when there
+//! is room. Only the last record is kept: an update has all settings, and a goodbye makes an update pointless. So at most one
+//! record and one thread wait for a session, and both end with it.
+
+use std::sync::{Arc, Condvar, Mutex, MutexGuard, PoisonError};
+use std::time::{Duration, Instant};
+
+use rustix::event::{PollFd, PollFlags, Timespec, poll};
+use rustix::io::Errno;
+use rustix::net::{SendFlags, send};
+
+use super::core::Core;
+use super::drain::start_thread;
+use super::join::{Session, end};
+use crate::wire::{Goodbye, Update};
+
+/// How long the end of a session waits for a goodbye that could not be sent.
+pub(super) const PARTING: Duration = Duration::from_secs(1);
+
+/// How often the thread looks whether the session is to end.
+const LOOK: Timespec = Timespec { tv_sec: 0, tv_nsec: 100_000_000 };
+
+/// How long the thread waits between two attempts.
+const PAUSE: Duration = Duration::from_millis(5);
+
+#[derive(Clone, Copy, Debug)]
+pub(super) enum Record {
+    Update(Update),
+    Goodbye,
+}
+
+impl Record {
+    fn encode(self) -> Vec<u8> {
+        let mut bytes = Vec::new();
+        match self {
+            Record::Update(update) => update.encode(&mut bytes),
+            Record::Goodbye => Goodbye.encode(&mut bytes),
+        }
+        bytes
+    }
+}
+
+#[derive(Debug, Default)]
+pub(super) struct Outbox {
+    mail: Mutex<Mail>,
+    /// Wakes whoever waits for the last record to be sent.
+    sent: Condvar,
+}
+
+#[derive(Debug, Default)]
+struct Mail {
+    unsent: Option<Record>,
+    /// Whether a thread sends it.
+    sending: bool,
+    /// The session is to end once the record is sent, at the latest then.
+    ends: Option<Instant>,
+}
+
+impl Outbox {
+    fn lock(&self) -> MutexGuard<'_, Mail> {
+        self.mail.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    /// Waits until no record is left, but not beyond that moment.
+    pub(super) fn wait_empty(&self, until: Instant) {
+        let left = until.saturating_duration_since(Instant::now());
+        let unsent = |mail: &mut Mail| mail.unsent.is_some() && mail.sending;
+        drop(self.sent.wait_timeout_while(self.lock(), left, unsent));
+    }
+}
+
+impl Session {
+    /// Sends a record now or later, in order. Never waits. An error means that there is no dispatcher that could hear it.
+    pub(super) fn post(self: &Arc<Self>, core: &Core, record: Record) -> Result<(), Errno> {
+        let mut mail = self.outbox.lock();
+        if mail.unsent.is_none() {
+            match self.try_send(record) {
+                Ok(true) => return Ok(()),
+                Ok(false) => {}
+                Err(error) => return Err(error),
+            }
+        }
+        mail.unsent = Some(record);
+        if !mail.sending {
+            let session = Arc::clone(self);
+            mail.sending = start_thread(core, "worker-outbox", move || session.deliver());
+        }
+        Ok(())
+    }
+
+    /// The end of the session: now, or (true) when the record that waits has been sent.
+    pub(super) fn end_after_outbox(&self) -> bool {
+        let mut mail = self.outbox.lock();
+        let waits = mail.unsent.is_some() && mail.sending;
+        if waits {
+            mail.ends = Some(Instant::now() + PARTING);
+        } else {
+            self.end();
+        }
+        waits
+    }
+
+    fn deliver(&self) {
+        loop {
+            // However it ends, the next attempt says more.
+            let _ = poll(&mut [PollFd::new(&self.control, PollFlags::OUT)], Some(&LOOK));
+            let mut mail = self.outbox.lock();
+            let late = mail.ends.is_some_and(|ends| ends <= Instant::now());
+            let again = match mail.unsent {
+                Some(record) if !late => matches!(self.try_send(record), Ok(false)),
+                _ => false,
+            };
+            if !again {
+                mail.unsent = None;
+                mail.sending = false;
+                if mail.ends.is_some() {
+                    end(&self.control);
+                }
+                drop(mail);
+                self.outbox.sent.notify_all();
+                return;
+            }
+            drop(mail);
+            // `poll` may call it writable although the system lacks memory for the record.
+            std::thread::sleep(PAUSE);
+        }
+    }
+
+    /// Whether it was sent; an error means that it never will be.
+    fn try_send(&self, record: Record) -> Result<bool, Errno> {
+        loop {
+            let flags = SendFlags::NOSIGNAL | SendFlags::DONTWAIT;
+            match send(&self.control, &record.encode(), flags) {
+                Ok(_) => return Ok(true),
+                Err(Errno::INTR) => {}
+                Err(Errno::AGAIN | Errno::NOBUFS | Errno::NOMEM) => return Ok(false),
+                Err(error) => return Err(error),
+            }
+        }
+    }
+}
