@@ -9,6 +9,7 @@ pub mod config;
 pub mod decisions;
 #[cfg(feature = "demo")]
 pub mod demo;
+mod keep;
 pub mod logger;
 pub mod measure;
 pub mod pool;

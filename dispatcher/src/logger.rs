@@ -353,14 +353,23 @@ impl Write for Queue {
     }
 }
 
+/// How long the `log` thread waits after a panic.
+const AFTER_FAILURE: Duration = Duration::from_millis(100);
+
 /// The `log` thread. It goes on after a panic: without it nothing would ever be logged again.
 fn write_out<W: Write>(receiver: &Receiver<Message>, mut output: Output<W>) {
+    let mut failure: Option<String> = None;
     loop {
-        let run = std::panic::AssertUnwindSafe(|| output.run(receiver));
-        if std::panic::catch_unwind(run).is_ok() {
-            return;
-        }
+        let run = || {
+            if let Some(error) = failure.take() {
+                output.failed(&error);
+            }
+            output.run(receiver);
+        };
+        let Err(error) = crate::keep::caught(run) else { return };
         output.lost_one();
+        failure = Some(error);
+        std::thread::sleep(AFTER_FAILURE);
     }
 }
 
@@ -417,6 +426,43 @@ mod tests {
         );
         assert_eq!(lines.len() as u64, 100 - dropped + 1);
         assert!(queue.flush(Duration::from_secs(10)), "nothing waits any more");
+    }
+
+    /// Panics at the first line.
+    struct Defect {
+        works: bool,
+        written: Sender<String>,
+    }
+
+    impl Write for Defect {
+        fn write(&mut self, bytes: &[u8]) -> io::Result<usize> {
+            assert!(std::mem::replace(&mut self.works, true), "on purpose");
+            let _ = self.written.send(String::from_utf8_lossy(bytes).into_owned());
+            Ok(bytes.len())
+        }
+
+        fn flush(&mut self) -> io::Result<()> {
+            Ok(())
+        }
+    }
+
+    #[test]
+    fn a_panic_of_the_thread_is_a_line_and_a_count() {
+        let (written, lines) = channel();
+        let writer = Defect { works: false, written };
+        let mut queue = Queue::start(writer, 16, Style::Journal).expect("a thread");
+        queue.write_all(b"first\n").expect("never an error");
+        queue.write_all(b"second\n").expect("never an error");
+        assert!(queue.flush(Duration::from_secs(30)));
+        let lines: Vec<String> = lines.try_iter().collect();
+        let failed =
+            "<3>logger: event=task_failed task=log error=\"on purpose\" restart_in=100ms\n";
+        assert!(lines.iter().any(|line| line == failed), "{lines:?}");
+        assert!(
+            lines.iter().any(|line| line.contains("event=log_lines_dropped count=1")),
+            "{lines:?}"
+        );
+        assert_eq!(lines.last().map(String::as_str), Some("second\n"), "{lines:?}");
     }
 
     fn shown(style: Style, text: &str, key_values: &[(&str, &str)]) -> String {

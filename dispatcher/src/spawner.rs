@@ -191,8 +191,9 @@ impl Service {
     /// can be run again, and goes on with the processes it had.
     pub(crate) async fn run(&mut self) {
         // A process that is a dispatcher and nothing else has no children but these and those it inherits.
-        let reaper =
-            crate::signals::is_dispatcher().then(|| tokio::spawn(reaper::reap(self.own.clone())));
+        let own = self.own.clone();
+        let reaper = crate::signals::is_dispatcher()
+            .then(|| tokio::spawn(crate::keep::task("reaper", move || reaper::reap(own.clone()))));
         let _ends = AbortOnDrop(reaper);
         loop {
             tokio::select! {

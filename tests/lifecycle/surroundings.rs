@@ -5,3 +5,4 @@ mod log;
 mod processes;
 mod signals;
 mod sockets;
+mod threads;

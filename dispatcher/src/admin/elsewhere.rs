@@ -2,12 +2,11 @@
 //! there when no thread can be made. Jobs are done one after the other.
 
 use std::io;
-use std::panic::{AssertUnwindSafe, catch_unwind};
 use std::sync::mpsc::{SyncSender, sync_channel};
 
 use tokio::sync::oneshot;
 
-use super::keep::message;
+use crate::keep;
 
 /// Most jobs waiting. A reload has one at a time, and so has the watch over socket files.
 const MAX_JOBS: usize = 16;
@@ -43,9 +42,8 @@ impl Elsewhere {
     ) -> Result<T, String> {
         let (done, result) = oneshot::channel();
         let job = move || {
-            let outcome = catch_unwind(AssertUnwindSafe(job));
-            let outcome = outcome
-                .map_err(|panic| format!("a defect of the dispatcher: {}", message(&*panic)));
+            let outcome = keep::caught(job);
+            let outcome = outcome.map_err(|why| format!("a defect of the dispatcher: {why}"));
             // Without a listener the result is not needed any more.
             let _ = done.send(outcome);
         };

@@ -11,7 +11,6 @@ mod explained;
 mod gate;
 mod guests;
 mod http;
-mod keep;
 mod manager;
 mod metrics;
 mod reload;
@@ -39,6 +38,7 @@ use self::elsewhere::Elsewhere;
 use self::guests::Guests;
 use self::http::AdminSocket;
 use crate::decisions::{Next, Past};
+use crate::keep;
 use crate::shell::reload::{InForce, Plan, Reloaded};
 use crate::socket_files::SocketFiles;
 use crate::spawner::{self, Report, Spawner};
@@ -213,21 +213,21 @@ impl Admin {
             runtime.block_on(async {
                 // What these own is shared with the task that replaces one that failed.
                 let spawns = Arc::new(Mutex::new(spawns));
-                tokio::spawn(keep::keep("processes", move || {
+                tokio::spawn(keep::task("processes", move || {
                     let spawns = Arc::clone(&spawns);
                     async move { spawns.lock().await.run().await }
                 }));
                 let teller = Arc::new(Mutex::new(teller));
-                tokio::spawn(keep::keep("service_manager", move || {
+                tokio::spawn(keep::task("service_manager", move || {
                     let teller = Arc::clone(&teller);
                     async move { teller.lock().await.run().await }
                 }));
-                tokio::spawn(keep::keep("reload", move || {
+                tokio::spawn(keep::task("reload", move || {
                     Arc::clone(&reloader).whenever(Arc::clone(&asked))
                 }));
                 if let Some(tcp) = tcp {
                     let (tcp, app, guests) = (Arc::new(tcp), app.clone(), guests.clone());
-                    tokio::spawn(keep::keep("admin_http", move || {
+                    tokio::spawn(keep::task("admin_http", move || {
                         http::serve_tcp(
                             Arc::clone(&tcp),
                             app.clone(),
@@ -237,10 +237,10 @@ impl Admin {
                     }));
                 }
                 let socket = Arc::new(AdminSocket::new(socket));
-                tokio::spawn(keep::keep("admin_socket", move || {
+                tokio::spawn(keep::task("admin_socket", move || {
                     http::serve(Arc::clone(&socket), app.clone(), guests.clone())
                 }));
-                tokio::spawn(keep::keep("socket_files", move || {
+                tokio::spawn(keep::task("socket_files", move || {
                     look_at(watched.clone(), elsewhere.clone())
                 }));
                 // An error is a dropped `Admin`: the same.

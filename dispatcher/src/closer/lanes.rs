@@ -1,5 +1,6 @@
 //! The threads that close, and what they do with what they are given.
 
+use std::collections::VecDeque;
 use std::io::IoSliceMut;
 use std::mem::MaybeUninit;
 use std::os::fd::OwnedFd;
@@ -16,6 +17,7 @@ use worker_sdk::wire::{MAX_CHANNEL_RECORD, MAX_FDS_PER_RECORD};
 use super::slow::{Job, Slot, Turn};
 use super::watchdog::{HELD_UP, Member};
 use super::{Copy, Owner, Shared, State, Task};
+use crate::keep;
 use crate::pool::WorkerId;
 
 /// While it naps, the first closer needs no wake-up: so the hot thread pays for none while there is much to close.
@@ -30,12 +32,21 @@ const IDLE: Duration = Duration::from_secs(10);
 /// The most descriptors that the kernel lets a message carry.
 const MOST_FDS: usize = 253;
 
-/// What one round of a closer works on. Kept, so that a warm closer allocates nothing.
+/// What one round of a closer works on. Kept, so that a warm closer allocates nothing, and one that has panicked goes on
+/// where it was.
 #[derive(Default)]
 struct Round {
+    /// In reverse order.
     copies: Vec<Copy>,
+    /// In reverse order.
     tasks: Vec<Task>,
+    /// The board of the copy before.
+    board: Option<Arc<Scoreboard>>,
     slow: Vec<(Owner, Job)>,
+    /// For the second closer: what it closes although it may linger.
+    last: VecDeque<(OwnedFd, Option<Slot>)>,
+    /// Taken out of the above and not yet counted as closed.
+    closed: usize,
 }
 
 /// The first closer.
@@ -44,15 +55,23 @@ pub(super) fn first(shared: &Arc<Shared>) {
     let mut round = Round {
         copies: Vec::with_capacity(super::ROOM),
         tasks: Vec::with_capacity(super::ROOM),
-        slow: Vec::new(),
+        ..Round::default()
     };
+    keep::thread("closer-1", || {
+        first_rounds(shared, &member, &mut round);
+        Ok(())
+    });
+    shared.leave(&member);
+}
+
+fn first_rounds(shared: &Arc<Shared>, member: &Member, round: &mut Round) {
     loop {
+        work(shared, member, round);
         let mut state = shared.lock();
         let mut naps = 0;
         while !state.has_work() {
             if state.over {
-                drop(state);
-                return shared.leave(&member);
+                return;
             }
             if naps < NAPS {
                 naps += 1;
@@ -68,9 +87,7 @@ pub(super) fn first(shared: &Arc<Shared>) {
             }
         }
         shared.wake_watchdog(&mut state);
-        take(&mut state, &mut round);
-        drop(state);
-        work(shared, &member, &mut round);
+        take(&mut state, round);
     }
 }
 
@@ -78,42 +95,52 @@ pub(super) fn first(shared: &Arc<Shared>) {
 pub(super) fn second(shared: &Arc<Shared>) {
     let member = shared.enter();
     let mut round = Round::default();
+    keep::thread("closer-2", || {
+        second_rounds(shared, &member, &mut round);
+        Ok(())
+    });
+    shared.leave(&member);
+}
+
+fn second_rounds(shared: &Arc<Shared>, member: &Member, round: &mut Round) {
     loop {
+        work(shared, member, round);
+        while let Some((fd, slot)) = round.last.pop_front() {
+            close(member, fd, slot.as_ref());
+            shared.closed(1);
+        }
         let mut state = shared.lock();
         while !state.called && !state.over {
             state = shared.second.wait(state).unwrap_or_else(PoisonError::into_inner);
         }
         if state.over {
-            drop(state);
-            return shared.leave(&member);
+            return;
         }
         state.called = false;
-        take(&mut state, &mut round);
-        let last = std::mem::take(&mut state.last);
-        drop(state);
-        work(shared, &member, &mut round);
-        for (fd, slot) in last {
-            close(&member, fd, slot.as_ref());
-            shared.closed(1);
-        }
+        take(&mut state, round);
+        std::mem::swap(&mut state.last, &mut round.last);
     }
 }
 
 fn take(state: &mut State, round: &mut Round) {
     std::mem::swap(&mut state.copies, &mut round.copies);
     std::mem::swap(&mut state.tasks, &mut round.tasks);
+    // So that each is taken out before it is closed: one that panics is not met again.
+    round.copies.reverse();
+    round.tasks.reverse();
 }
 
 /// Closes what does not linger; the rest goes to the slow lane.
 fn work(shared: &Arc<Shared>, member: &Member, round: &mut Round) {
-    let mut board: Option<Arc<Scoreboard>> = None;
-    let mut closed = 0;
-    for Copy { fd, board: another, slot, seq, worker } in round.copies.drain(..) {
-        board = another.or(board);
-        let Some(board) = &board else { continue };
+    while let Some(Copy { fd, board: another, slot, seq, worker }) = round.copies.pop() {
+        round.closed += 1;
+        if another.is_some() {
+            round.board = another;
+        }
+        let Some(board) = &round.board else { continue };
         if lingers(&fd) {
             let slot = Slot { board: Arc::clone(board), slot, seq };
-            round.slow.push((Owner::Worker(worker), Job::Close(fd, Some(slot))));
+            round.put_off(Owner::Worker(worker), Job::Close(fd, Some(slot)));
             continue;
         }
         member.next();
@@ -122,41 +149,38 @@ fn work(shared: &Arc<Shared>, member: &Member, round: &mut Round) {
         if let Some(slot) = board.slot(slot) {
             claim::release(slot, seq);
         }
-        closed += 1;
     }
-    for task in round.tasks.drain(..) {
+    round.board = None;
+    while let Some(task) = round.tasks.pop() {
+        round.closed += 1;
         member.next();
         match task {
             Task::Close(fd) if lingers(&fd) => {
-                round.slow.push((Owner::Other, Job::Close(fd, None)));
+                round.put_off(Owner::Other, Job::Close(fd, None));
             }
-            Task::Close(fd) => {
-                drop(fd);
-                closed += 1;
-            }
+            Task::Close(fd) => drop(fd),
             Task::End { fd, response, owner: None } => {
                 end(&fd, response.as_deref());
                 // A listener that was passed to us can have had linger set.
                 match lingers(&fd) {
-                    true => round.slow.push((Owner::Other, Job::Close(fd, None))),
-                    false => {
-                        drop(fd);
-                        closed += 1;
-                    }
+                    true => round.put_off(Owner::Other, Job::Close(fd, None)),
+                    false => drop(fd),
                 }
             }
             Task::End { fd, response, owner: Some(owner) } => {
-                round.slow.push((owner, Job::End(fd, response)));
+                round.put_off(owner, Job::End(fd, response));
             }
             Task::Purge { worker, retained, most } => {
                 let owner = Owner::Worker(worker.serial);
-                round.slow.push((owner, Job::Purge(worker, retained, most)));
+                round.put_off(owner, Job::Purge(worker, retained, most));
             }
-            Task::Drop(owner, rubbish) => round.slow.push((owner, Job::Drop(rubbish))),
+            Task::Drop(owner, rubbish) => round.put_off(owner, Job::Drop(rubbish)),
+            #[cfg(test)]
+            Task::Panic => panic!("on purpose"),
         }
     }
     member.end();
-    shared.closed(closed);
+    shared.closed(std::mem::take(&mut round.closed));
     if round.slow.is_empty() {
         return;
     }
@@ -167,27 +191,40 @@ fn work(shared: &Arc<Shared>, member: &Member, round: &mut Round) {
     call_slow(shared, &mut state);
 }
 
+impl Round {
+    /// To the slow lane, where it is counted.
+    fn put_off(&mut self, owner: Owner, job: Job) {
+        self.slow.push((owner, job));
+        self.closed -= 1;
+    }
+}
+
 /// Linger takes no lock to look at, and a descriptor that is no socket has none.
 fn lingers(fd: &OwnedFd) -> bool {
     matches!(socket_linger(fd), Ok(Some(linger)) if linger > Duration::ZERO)
 }
 
-/// Has threads of the slow lane begin what can be begun.
-fn call_slow(shared: &Arc<Shared>, state: &mut State) {
+/// Has threads of the slow lane begin what can be begun. Gives how many threads it can have: fewer than it may if the system
+/// has none left.
+fn call_slow(shared: &Arc<Shared>, state: &mut State) -> usize {
+    let most = shared.most_threads.load(Ordering::Relaxed);
     if !state.slow.is_ready() {
-        return;
+        return most;
     }
     if state.slow.idle > 0 {
-        return shared.lane.notify_all();
+        shared.lane.notify_all();
+        return most;
     }
-    if state.slow.threads < shared.most_threads.load(Ordering::Relaxed) {
+    if state.slow.threads < most {
         let theirs = Arc::clone(shared);
         let thread = std::thread::Builder::new().name("closer-slow".to_owned());
         // Without a thread for it the watchdog tries again at its next look.
-        if thread.spawn(move || slow(&theirs)).is_ok() {
-            state.slow.threads += 1;
+        if thread.spawn(move || slow(&theirs)).is_err() {
+            return state.slow.threads;
         }
+        state.slow.threads += 1;
     }
+    most
 }
 
 /// The watchdog's part: more threads if those there are do not suffice, and what happens when all are held up.
@@ -195,9 +232,9 @@ pub(super) fn look_after_slow(shared: &Arc<Shared>, state: &mut State) {
     if !state.slow.has_work() {
         return;
     }
-    call_slow(shared, state);
+    let most = call_slow(shared, state);
     let held_up = state.members.iter().filter(|member| member.looks() >= HELD_UP).count();
-    if held_up < shared.most_threads.load(Ordering::Relaxed) {
+    if held_up < most {
         return;
     }
     // All of them are in calls that no signal ends. The closer closes what waits; a lingering close is interrupted.
@@ -231,7 +268,7 @@ fn close(member: &Member, fd: OwnedFd, slot: Option<&Slot>) {
 }
 
 /// A thread of the slow lane.
-fn slow(shared: &Arc<Shared>) {
+pub(super) fn slow(shared: &Arc<Shared>) {
     let member = shared.enter();
     loop {
         let mut state = shared.lock();
@@ -249,7 +286,7 @@ fn slow(shared: &Arc<Shared>) {
             let (back, time) = waited.unwrap_or_else(PoisonError::into_inner);
             state = back;
             state.slow.idle -= 1;
-            if time.timed_out() && !state.slow.is_ready() {
+            if time.timed_out() && !state.slow.is_ready() && state.slow.threads > 1 {
                 state.slow.threads -= 1;
                 drop(state);
                 return shared.leave(&member);
@@ -263,6 +300,13 @@ fn slow(shared: &Arc<Shared>) {
 
 fn carry_out(shared: &Arc<Shared>, member: &Member, turn: Turn, job: Job) {
     member.next();
+    keep::piece("closer-slow", || carry_out_one(shared, member, job));
+    member.end();
+    shared.closed(1);
+    shared.lock().slow.done(turn);
+}
+
+fn carry_out_one(shared: &Arc<Shared>, member: &Member, job: Job) {
     match job {
         Job::Close(fd, slot) => {
             unlinger_if_crowded(shared, &fd);
@@ -285,9 +329,6 @@ fn carry_out(shared: &Arc<Shared>, member: &Member, turn: Turn, job: Job) {
         }
         Job::Drop(rubbish) => drop(rubbish),
     }
-    member.end();
-    shared.closed(1);
-    shared.lock().slow.done(turn);
 }
 
 fn unlinger_if_crowded(shared: &Shared, fd: &OwnedFd) {

@@ -9,13 +9,15 @@
 //! |---|---|---|
 //! | first closer | closes what does not linger, then writes RELEASED; sorts the rest into the slow lane | by a linger set between its look and its close: until the watchdog interrupts it |
 //! | second closer | the same while the first does not get on, and the slow lane's closes while all of it is held up | likewise |
-//! | slow lane, started on demand | lingering closes, clients told why they are turned away, purges | by the peer whose descriptor it is; one thread for each peer at most |
+//! | slow lane, one thread and more on demand | lingering closes, clients told why they are turned away, purges | by the peer whose descriptor it is; one thread for each peer at most |
 //! | watchdog | interrupts whoever does not get on, calls the second closer, starts threads of the slow lane | by nothing |
 //!
 //! `getsockopt(SO_LINGER)` takes no lock. `close` takes one, but only if it is the last, and then nobody else has it; the
 //! wait that follows is ended by a signal. A thread of the slow lane can thus be held up for good only by a task that a
 //! close does not need (clearing linger, telling, purging). If all of them are, such tasks are left out: the closers close
 //! what waits for the slow lane, and each close ends by an interruption. So what waits always becomes less.
+//!
+//! A panic ends none of these threads: it is reported, and the thread goes on with what it had.
 
 mod lanes;
 mod slow;
@@ -96,6 +98,9 @@ pub enum Task {
     },
     /// Drop it: a channel with what is queued in it, a listening socket.
     Drop(Owner, Box<dyn Rubbish>),
+    /// A defect in the closer itself.
+    #[cfg(test)]
+    Panic,
 }
 
 /// What can be dropped anywhere.
@@ -226,7 +231,7 @@ impl Closers {
             board: 0,
         };
         closers.set_bounds(bounds);
-        let start = |name: &str, run: fn(&Arc<Shared>)| {
+        let start = |name: &'static str, run: fn(&Arc<Shared>)| {
             let shared = Arc::clone(&closers.shared);
             let thread = std::thread::Builder::new().name(name.to_owned());
             thread.spawn(move || run(&shared)).map(drop)
@@ -234,6 +239,9 @@ impl Closers {
         start("closer-1", lanes::first)?;
         start("closer-2", lanes::second)?;
         start("watchdog", watchdog::run)?;
+        // One is there from the start: later there may be no thread for it.
+        closers.shared.lock().slow.threads = 1;
+        start("closer-slow", lanes::slow)?;
         Ok(closers)
     }
 

@@ -244,3 +244,65 @@ fn a_client_that_is_turned_away_reads_the_response_whatever_it_has_sent() {
         drop(copy);
     }
 }
+
+/// Panics when it is dropped.
+#[derive(Debug)]
+struct Defect;
+
+impl Drop for Defect {
+    fn drop(&mut self) {
+        panic!("on purpose");
+    }
+}
+
+#[test]
+fn a_panic_ends_no_thread_and_loses_nothing_that_waits() {
+    let (mut closers, purged) = started(2, 64);
+    for round in 0..3 {
+        let (lingers, _reads_nothing) = trap();
+        let (one, mut first) = connection();
+        let (other, mut second) = connection();
+        closers.task(Task::Close(one.into()));
+        closers.task(Task::Panic);
+        closers.task(Task::Drop(Owner::Worker(1), Box::new(Defect)));
+        closers.task(Task::Drop(Owner::Other, Box::new(Defect)));
+        closers.task(Task::Close(lingers));
+        let (_ours, retained) = channel_with(&[]);
+        // After one that panics, of the same owner.
+        closers.task(Task::Purge { worker: worker(1), retained, most: 64 });
+        closers.task(Task::Close(other.into()));
+        hand_over(&mut closers);
+        for end in [&mut first, &mut second] {
+            assert_eq!(end.read(&mut [0]).expect("the end"), 0, "in round {round}");
+        }
+        assert_eq!(purged.recv_timeout(PATIENCE).expect("a report"), worker(1));
+        wait_until("all to be counted", || closers.closing().waiting == 0);
+    }
+}
+
+#[test]
+fn the_watchdog_goes_on_after_a_panic() {
+    let (sender, _purged) = channel();
+    let panics = Arc::new(std::sync::atomic::AtomicBool::new(true));
+    let wake = Arc::clone(&panics);
+    let closers = Closers::start(
+        Bounds { threads: 1, waiting: 64 },
+        sender,
+        // It calls this when it leaves a purge out.
+        Arc::new(move || assert!(!wake.swap(false, Ordering::SeqCst), "on purpose")),
+    );
+    let mut closers = closers.expect("threads");
+    let (go, stuck) = channel();
+    closers.task(Task::Drop(Owner::Worker(1), Box::new(Stuck(stuck))));
+    let (_ours, retained) = channel_with(&[]);
+    closers.task(Task::Purge { worker: worker(2), retained, most: 64 });
+    hand_over(&mut closers);
+    wait_until("the panic", || !panics.load(Ordering::SeqCst));
+    // Only the watchdog has this closed, while the slow lane is held up.
+    let (fd, _reads_nothing) = trap();
+    closers.task(Task::Close(fd));
+    let waiting = closers.closing().waiting;
+    hand_over(&mut closers);
+    wait_until("the trap to be closed", || closers.closing().waiting <= waiting);
+    drop(go);
+}

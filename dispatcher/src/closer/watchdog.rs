@@ -7,6 +7,7 @@ use std::time::Duration;
 use rustix::thread::Pid;
 
 use super::{Shared, State, lanes};
+use crate::keep;
 use crate::sys;
 
 /// How often it looks. A call that lasts from one look to the next is interrupted.
@@ -77,6 +78,13 @@ impl Member {
 
 /// The watchdog's thread.
 pub(super) fn run(shared: &Arc<Shared>) {
+    keep::thread("watchdog", || {
+        look_until_over(shared);
+        Ok(())
+    });
+}
+
+fn look_until_over(shared: &Arc<Shared>) {
     let mut quiet = 0;
     loop {
         let mut state = shared.lock();

@@ -11,7 +11,7 @@ const CRATES: [&str; 8] =
 
 /// The modules at the top of this crate. In the log's lines they stand without the crate's name, so that is how they may be
 /// written here too.
-const MODULES: [&str; 19] = [
+const MODULES: [&str; 20] = [
     "admin",
     "affinity",
     "cleaner",
@@ -20,6 +20,7 @@ const MODULES: [&str; 19] = [
     "config",
     "decisions",
     "demo",
+    "keep",
     "logger",
     "measure",
     "pool",

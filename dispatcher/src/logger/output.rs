@@ -12,7 +12,7 @@ use std::time::Duration;
 
 use log::Level;
 
-use super::{Message, Style, own_line};
+use super::{Message, Style, own_line, quoted};
 
 /// How long after a failure it is tried again to say what was lost, when nothing else is to be written.
 const RETRY: Duration = Duration::from_secs(1);
@@ -75,6 +75,16 @@ impl<W: Write> Output<W> {
     /// Counts a line that was in the hands of the thread when it failed.
     pub(super) fn lost_one(&mut self) {
         self.dropped.fetch_add(1, Ordering::Relaxed);
+    }
+
+    /// Says that the thread has failed, and goes on.
+    pub(super) fn failed(&mut self, error: &str) {
+        // What was begun may be the cause.
+        self.rest.clear();
+        let text = format!("event=task_failed task=log error={} restart_in=100ms", quoted(error));
+        if !self.put(own_line(&text, Level::Error, self.style).as_bytes()) {
+            self.lost_one();
+        }
     }
 
     /// Says how many lines are missing. False if that could not be written.

@@ -567,6 +567,10 @@ impl Shell {
         if self.stop_deadline.is_some() {
             return Err(CommandError::new(Problem::Conflict, "the dispatcher is stopping"));
         }
+        if self.cleaner.is_full() {
+            let message = "what earlier reloads have removed is still being put away";
+            return Err(CommandError::new(Problem::Unavailable, message).hint("try again"));
+        }
         if plan.generation != self.generation {
             let message = "another reload came in between: nothing was changed";
             return Err(CommandError::new(Problem::Conflict, message).hint("try again"));

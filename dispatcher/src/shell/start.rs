@@ -114,6 +114,7 @@ impl Shell {
         let door_settings = Shell::door_settings(&config);
         let door = Door::start(dispatch, door_settings, wake_door, closers.bin(), watch)
             .map_err(RunError::system("handshake thread"))?;
+        let cleaner = Cleaner::start().map_err(RunError::system("cleaner thread"))?;
         let trial = Trial::new().map_err(RunError::system("socket pair"))?;
         let now = clock();
         let pools = config.pools.iter().map(|pool| pool.settings.clone()).collect();
@@ -171,7 +172,7 @@ impl Shell {
             purged,
             trial,
             muted: 0,
-            cleaner: Cleaner::default(),
+            cleaner,
             side,
             admin_path,
             limits: Limits::default(),

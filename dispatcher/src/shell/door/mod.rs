@@ -10,6 +10,9 @@
 //! Bounds: `connect_rate` for all, `join_rate` and `join_burst` for each user, `max_handshakes` and `max_pending_hellos`
 //! control connections that have not been answered, `hello_timeout`; [`NEWS`] messages in the mailbox, and in one round
 //! so many records of each worker. This thread may wait for the hot thread; the hot thread never waits for this one.
+//!
+//! If the thread panics or cannot poll any more, that is reported, and it begins again with the connections it has, all
+//! registered with a new poll.
 
 mod pending;
 mod porter;
@@ -22,12 +25,12 @@ use std::sync::Arc;
 use std::sync::mpsc::{Receiver, Sender, SyncSender, channel, sync_channel};
 use std::time::Duration;
 
-use mio::{Poll, Waker};
+use rustix::event::EventfdFlags;
 use worker_sdk::wire::{Own, Update};
 
 use self::porter::Porter;
 use super::control::Fault;
-use super::token::{Key, Source};
+use super::token::Key;
 use super::worker_io::{Lane, LaneFds};
 use crate::admin::Wake;
 use crate::closer::{Bin, Watch};
@@ -103,7 +106,8 @@ pub(super) struct Door {
     news: Receiver<News>,
     /// At most one answer for each hello, and two orders for each worker: so not unbounded.
     orders: Sender<Order>,
-    waker: Arc<Waker>,
+    /// An eventfd: the thread may register it again elsewhere.
+    waker: Arc<OwnedFd>,
     /// There may be news.
     pub(super) ready: bool,
     ended: Receiver<OwnedFd>,
@@ -118,17 +122,17 @@ impl Door {
         bin: Bin,
         watch: Option<Watch>,
     ) -> io::Result<Door> {
-        let poll = Poll::new()?;
-        let waker = Arc::new(Waker::new(poll.registry(), Source::Waker.token())?);
+        let flags = EventfdFlags::CLOEXEC | EventfdFlags::NONBLOCK;
+        let waker = Arc::new(rustix::event::eventfd(0, flags)?);
         let (news_sender, news): (SyncSender<News>, _) = sync_channel(NEWS);
         let (orders, order_receiver) = channel();
         let (end, ended) = channel();
         let porter =
-            Porter::new(poll, listener, settings, (news_sender, wake), order_receiver, bin)?;
+            Porter::new(&waker, listener, settings, (news_sender, wake), order_receiver, bin)?;
         std::thread::Builder::new().name("handshakes".to_owned()).spawn(move || {
             let watched = watch.map(Watch::join);
             // Nobody waits for it if the dispatcher is gone without a goodbye.
-            let _ = end.send(porter.run(watched));
+            let _ = end.send(porter.run(watched.as_ref()));
         })?;
         Ok(Door { news, orders, waker, ready: false, ended })
     }
@@ -143,7 +147,8 @@ impl Door {
     pub(super) fn order(&self, order: Order) {
         // It ends only when told to.
         if self.orders.send(order).is_ok() {
-            let _ = self.waker.wake();
+            // It fails only when the counter is full, and then it is set.
+            let _ = rustix::io::write(&self.waker, &1_u64.to_ne_bytes());
         }
     }
 

@@ -100,7 +100,7 @@ impl Table {
         self.places.drain(..).flatten()
     }
 
-    fn iter(&self) -> impl Iterator<Item = (Key, &Pending)> {
+    pub(super) fn iter(&self) -> impl Iterator<Item = (Key, &Pending)> {
         (0..).zip(&self.places).filter_map(|(index, place)| {
             let pending = place.as_ref()?;
             Some((Key { index, serial: pending.serial }, pending))

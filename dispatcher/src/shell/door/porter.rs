@@ -3,13 +3,13 @@
 use std::collections::{HashMap, VecDeque};
 use std::io;
 use std::os::fd::{AsFd, AsRawFd, OwnedFd};
+use std::sync::Arc;
 use std::sync::mpsc::{Receiver, SyncSender, TrySendError};
 use std::time::Duration;
 
 use mio::unix::SourceFd;
 use mio::{Events, Interest, Poll};
-use rustix::io::Errno;
-use worker_sdk::wire::{Control, Hello, Refused, RefusedCode};
+use worker_sdk::wire::{Control, Hello, RefusedCode};
 
 use super::super::clock;
 use super::super::control::{self, Fault, Peer, Received};
@@ -22,11 +22,10 @@ use super::rates::{Bucket, Rates};
 use super::{Knock, News, Order, Settings};
 use crate::admin::Wake;
 use crate::closer::{Bin, Watched};
+use crate::keep;
 use crate::pool::{Departure, Join, Refusal, Time, WorkerId};
-use crate::words::count;
 
-/// Most control connections accepted in one round.
-const KNOCKS: usize = 64;
+mod admit;
 
 /// Most records read from one control connection in one round.
 const RECORDS: usize = 16;
@@ -34,9 +33,6 @@ const RECORDS: usize = 16;
 /// Most claims of one worker in a window of [`CLAIM_WINDOW`]; the rest waits in its socket.
 const CLAIMS: u32 = 200;
 const CLAIM_WINDOW: Duration = Duration::from_millis(100);
-
-/// Users whose refusals are counted apart.
-const REFUSED_USERS: usize = 1_024;
 
 /// A worker that has joined.
 #[derive(Debug)]
@@ -61,6 +57,8 @@ const DYING: Duration = Duration::from_millis(3);
 
 pub(super) struct Porter {
     poll: Poll,
+    /// Orders wait: an eventfd of the hot thread.
+    waker: Arc<OwnedFd>,
     listener: OwnedFd,
     /// In the poll. Not while it rests, or each arrival would wake this thread for nothing.
     watched: bool,
@@ -84,6 +82,8 @@ pub(super) struct Porter {
     /// There is news that the hot thread was not woken for.
     told: bool,
     orders: Receiver<Order>,
+    /// A worker that is being welcomed.
+    welcomed: Option<WorkerId>,
     bin: Bin,
     /// The hot thread has gone, or says so.
     over: bool,
@@ -92,7 +92,7 @@ pub(super) struct Porter {
 
 impl Porter {
     pub(super) fn new(
-        poll: Poll,
+        waker: &Arc<OwnedFd>,
         listener: OwnedFd,
         settings: Settings,
         (news, wake): (SyncSender<News>, Wake),
@@ -100,9 +100,10 @@ impl Porter {
         bin: Bin,
     ) -> io::Result<Porter> {
         let mut porter = Porter {
-            poll,
+            poll: Poll::new()?,
+            waker: Arc::clone(waker),
             listener,
-            watched: false,
+            watched: true,
             ready: false,
             rest_until: None,
             settings,
@@ -117,45 +118,92 @@ impl Porter {
             wake,
             told: false,
             orders,
+            welcomed: None,
             bin,
             over: false,
             now: clock(),
         };
-        porter.watch()?;
+        porter.register_all()?;
         Ok(porter)
     }
 
     /// Until the hot thread ends it; gives back the listening socket.
-    pub(super) fn run(mut self, watched: Option<Watched>) -> OwnedFd {
+    pub(super) fn run(mut self, watched: Option<&Watched>) -> OwnedFd {
+        let mut failed = false;
+        keep::thread("handshakes", || {
+            if std::mem::replace(&mut failed, true) {
+                if let Some(watched) = watched {
+                    watched.end();
+                }
+                self.begin_again().map_err(|error| error.to_string())?;
+            }
+            self.rounds(watched).map_err(|error| error.to_string())
+        });
+        let pending: Vec<OwnedFd> = self.pending.drain().map(|pending| pending.socket).collect();
+        let members = self.members.drain(..).flatten().map(|member| member.control);
+        self.bin.close(members.chain(pending).collect());
+        self.listener
+    }
+
+    fn rounds(&mut self, watched: Option<&Watched>) -> io::Result<()> {
         let mut events = Events::with_capacity(256);
         while !self.over {
             let timeout = self.timeout();
             if let Err(error) = self.poll.poll(&mut events, timeout) {
                 if error.kind() != io::ErrorKind::Interrupted {
-                    log::error!(
-                        "event=handshakes_failed error={error}",
-                        error = crate::logger::quoted(&error)
-                    );
-                    break;
+                    return Err(error);
                 }
                 events.clear();
             }
-            if let Some(watched) = &watched {
+            if let Some(watched) = watched {
                 watched.begin();
             }
             self.now = clock();
-            self.round(&events, watched.as_ref());
-            if let Some(watched) = &watched {
+            self.round(&events, watched);
+            if let Some(watched) = watched {
                 watched.end();
             }
             if std::mem::take(&mut self.told) {
                 (self.wake)();
             }
         }
-        let pending: Vec<OwnedFd> = self.pending.drain().map(|pending| pending.socket).collect();
-        let members = self.members.drain(..).flatten().map(|member| member.control);
-        self.bin.close(members.chain(pending).collect());
-        self.listener
+        Ok(())
+    }
+
+    /// After a failure: edges may have been missed, so everything is registered anew, which tells of them once more.
+    fn begin_again(&mut self) -> io::Result<()> {
+        self.poll = Poll::new()?;
+        self.register_all()?;
+        self.now = clock();
+        // It was in the hands of the thread when that failed.
+        if let Some(worker) = self.welcomed.take()
+            && self.member(Key::from(worker)).is_none()
+        {
+            self.tell(News::Left(worker, Departure::Disconnected));
+        }
+        Ok(())
+    }
+
+    fn register_all(&mut self) -> io::Result<()> {
+        let registry = self.poll.registry();
+        let register = |fd: &OwnedFd, source: Source| {
+            registry.register(&mut SourceFd(&fd.as_raw_fd()), source.token(), Interest::READABLE)
+        };
+        register(&self.waker, Source::Waker)?;
+        if self.watched {
+            register(&self.listener, Source::Dispatch)?;
+        }
+        for (key, pending) in self.pending.iter() {
+            register(&pending.socket, Source::Pending(key))?;
+        }
+        for member in self.members.iter().flatten() {
+            let key = Key::from(member.id);
+            register(&member.control, Source::Control(key))?;
+            if let Some(process) = &member.process {
+                register(process, Source::Process(key))?;
+            }
+        }
+        Ok(())
     }
 
     fn round(&mut self, events: &Events, watched: Option<&Watched>) {
@@ -235,121 +283,6 @@ impl Porter {
         self.over |= self.news.send(news).is_err();
     }
 
-    fn watch(&mut self) -> io::Result<()> {
-        let raw = self.listener.as_raw_fd();
-        let token = Source::Dispatch.token();
-        self.poll.registry().register(&mut SourceFd(&raw), token, Interest::READABLE)?;
-        self.watched = true;
-        Ok(())
-    }
-
-    /// Another socket takes the place of the one that nobody can find any more.
-    fn listen(&mut self, listener: OwnedFd) {
-        if std::mem::take(&mut self.watched) {
-            forget(self.poll.registry(), &self.listener);
-        }
-        let old = std::mem::replace(&mut self.listener, listener);
-        self.bin.close(vec![old]);
-        self.ready = false;
-        if self.rest_until.is_none() && self.watch().is_err() {
-            self.rest(self.settings.limits.resource_pause);
-        }
-    }
-
-    /// Accepts nobody for a while: they wait in the socket's queue.
-    fn rest(&mut self, pause: Duration) {
-        if std::mem::take(&mut self.watched) {
-            forget(self.poll.registry(), &self.listener);
-        }
-        self.ready = false;
-        self.rest_until = Some(self.now + pause);
-    }
-
-    fn accept(&mut self) {
-        for _ in 0..KNOCKS {
-            let most = self.settings.limits.connect_rate;
-            if let Err(again) = self.connects.take(self.now, most, (most / 10).max(KNOCKS as u32)) {
-                return self.rest(again - self.now);
-            }
-            let flags = rustix::net::SocketFlags::CLOEXEC | rustix::net::SocketFlags::NONBLOCK;
-            match rustix::net::accept_with(&self.listener, flags) {
-                Ok(socket) => self.admit(socket),
-                Err(Errno::INTR | Errno::CONNABORTED) => {}
-                Err(Errno::AGAIN) => {
-                    self.ready = false;
-                    return;
-                }
-                Err(errno) => {
-                    // EMFILE and its kind: the worker stays in the socket's queue.
-                    self.rest(self.settings.limits.resource_pause);
-                    return self.tell(News::Short(errno.to_string()));
-                }
-            }
-        }
-    }
-
-    fn admit(&mut self, socket: OwnedFd) {
-        let mut peer = match Peer::of(&socket) {
-            Ok(peer) => peer,
-            Err(error) => {
-                let peer = Peer { pid: 0, uid: u32::MAX, gids: Vec::new() };
-                self.refused(&peer, format!("no credentials: {error}"), None);
-                return self.bin.close(vec![socket]);
-            }
-        };
-        let uid = peer.uid;
-        let limits = &self.settings.limits;
-        let (rate, burst) = (limits.join_rate, limits.join_burst);
-        let (of_user, of_all) =
-            (limits.max_pending_hellos as usize, limits.max_handshakes as usize);
-        let deadline = self.now + limits.hello_timeout;
-        let why = if !self.rates.take(self.now, uid, rate, burst) {
-            Some((
-                "join_rate",
-                format!("user {uid} connects more than {} a second", count(rate.into(), "time")),
-            ))
-        } else if self.pending.count_of(uid) >= of_user {
-            let open = count(of_user as u64, "connection");
-            let reason = format!("user {uid} has {open} without a hello");
-            Some(("max_pending_hellos", reason))
-        } else if self.pending.len() >= of_all {
-            match self.pending.victim(uid).and_then(|key| self.pending.take(key)) {
-                Some(victim) => {
-                    let reason = format!("{of_all} handshakes are under way");
-                    self.refuse(victim, again("max_handshakes", reason));
-                    None
-                }
-                None => Some(("max_handshakes", format!("{of_all} handshakes are under way"))),
-            }
-        } else {
-            None
-        };
-        if let Some((key, reason)) = why {
-            return self.refuse_at(socket, &peer, again(key, reason));
-        }
-        peer.add_groups(&socket);
-        let raw = socket.as_raw_fd();
-        let key = self.pending.insert(socket, peer, deadline);
-        let token = Source::Pending(key).token();
-        let registry = self.poll.registry();
-        if let Err(error) = registry.register(&mut SourceFd(&raw), token, Interest::READABLE)
-            && let Some(pending) = self.pending.take(key)
-        {
-            let reason = format!("cannot watch its connection: {error}");
-            self.refuse(pending, Refusal { code: RefusedCode::Resources, reason, key: None });
-        }
-    }
-
-    /// Those that have not said hello in time.
-    fn refuse_silent(&mut self) {
-        while let Some(late) = self.pending.late(self.now).and_then(|key| self.pending.take(key)) {
-            let Pending { socket, peer, .. } = late;
-            forget(self.poll.registry(), &socket);
-            self.refused(&peer, "no hello in time".to_owned(), None);
-            self.bin.close(vec![socket]);
-        }
-    }
-
     /// A pending control connection is readable: its hello, or its end.
     fn hello(&mut self, key: Key) {
         let Some(pending) = self.pending.get(key) else { return };
@@ -383,18 +316,20 @@ impl Porter {
     fn ask(&mut self, key: Key, hello: Hello) {
         let slots = self.settings.slots.get(&hello.pool).copied();
         let Some(pending) = self.pending.get(key) else { return };
-        pending.deadline = None;
         pending.process = control::process_of(&pending.socket, &pending.peer);
         let lane = slots.map(|slots| Lane::new(slots, hello.finished).map_err(|e| e.to_string()));
         let Peer { pid, uid, gids } = pending.peer.clone();
         let join = Join { pid, uid, gids, hello, spawned: None };
+        pending.deadline = None;
         self.tell(News::Hello(Box::new(Knock { key, join, lane })));
     }
 
     fn obey(&mut self, order: Order) {
         match order {
             Order::Welcome { key, worker, record, fds } => {
+                self.welcomed = Some(worker);
                 self.welcome(key, worker, &record, fds);
+                self.welcomed = None;
             }
             Order::Refuse { key, refusal } => {
                 if let Some(pending) = self.pending.take(key) {
@@ -552,50 +487,4 @@ impl Porter {
         let member = self.members.get_mut(key.index as usize)?.as_mut()?;
         key.is(member.id.serial).then_some(member)
     }
-
-    fn refuse(&mut self, pending: Pending, refusal: Refusal) {
-        forget(self.poll.registry(), &pending.socket);
-        self.refuse_at(pending.socket, &pending.peer, refusal);
-    }
-
-    /// Says why, to the peer and to the hot thread. The record is small and the socket new, so it fits or nobody reads it.
-    fn refuse_at(&mut self, socket: OwnedFd, peer: &Peer, refusal: Refusal) {
-        let Refusal { code, reason, key } = refusal;
-        self.refused(peer, reason.clone(), key.clone());
-        let mut record = Vec::new();
-        Refused { code, reason, key }.encode(&mut record);
-        let _ = send_record(socket.as_fd(), &record, &[]);
-        self.bin.close(vec![socket]);
-    }
-
-    /// The hot thread hears of so many of a user in a second, and of the others how many they were.
-    fn refused(&mut self, peer: &Peer, reason: String, key: Option<String>) {
-        let Peer { pid, uid, .. } = *peer;
-        let gid = peer.gids.first().copied().unwrap_or_default();
-        let known = self.refusals.len() < REFUSED_USERS || self.refusals.contains_key(&uid);
-        let limit = self.refusals.entry(if known { uid } else { u32::MAX }).or_default();
-        if let Some(more) = limit.allow(self.now) {
-            self.tell(News::Refused { pid, uid, gid, reason, key, more });
-        }
-    }
-
-    fn tell_unsaid(&mut self) {
-        let now = self.now;
-        let mut unsaid = Vec::new();
-        self.refusals.retain(|&uid, limit| {
-            if limit.due().is_some_and(|due| due <= now) {
-                unsaid.push((uid, limit.take_left_out()));
-            }
-            !limit.is_over(now)
-        });
-        for (uid, count) in unsaid {
-            self.tell(News::RefusedMore { uid, count });
-        }
-    }
-}
-
-/// Something that goes by itself.
-fn again(key: &str, reason: String) -> Refusal {
-    let reason = format!("{reason}; try again");
-    Refusal { code: RefusedCode::Resources, reason, key: Some(key.to_owned()) }
 }

@@ -1,0 +1,90 @@
+//! Permanent threads that fail.
+
+use std::process::{Child, Command, Stdio};
+
+use test_support::peer::{Peer, hello};
+use test_support::*;
+
+/// The thread of a process that has this name.
+fn thread_of(pid: i32, name: &str) -> Option<String> {
+    let threads = std::fs::read_dir(format!("/proc/{pid}/task")).unwrap();
+    threads.flatten().find_map(|thread| {
+        let found = std::fs::read_to_string(thread.path().join("comm")).ok()?;
+        (found.trim_end() == name).then(|| thread.file_name().to_string_lossy().into_owned())
+    })
+}
+
+/// Makes the next `times` waits for events of one thread fail. Ends with what this gives.
+struct Failing(Child);
+
+impl Failing {
+    fn waits(thread: &str, times: u32) -> Failing {
+        let mut strace = Command::new("strace");
+        strace.args(["-qq", "-o", "/dev/null", "-p", thread]);
+        let inject = format!("inject=/^epoll_p?wait$:error=ENOMEM:when=1..{times}");
+        strace.args(["-e", &inject]).stderr(Stdio::null());
+        Failing(strace.spawn().unwrap())
+    }
+}
+
+impl Drop for Failing {
+    fn drop(&mut self) {
+        let _ = self.0.kill();
+        let _ = self.0.wait();
+    }
+}
+
+/// The thread that hears workers cannot wait any more: it says so and begins again, with those it knew.
+#[test]
+fn the_handshake_thread_begins_again_and_knows_its_workers() {
+    if !nix::unistd::geteuid().is_root() {
+        return skip("needs root, to trace a process that is not its child");
+    }
+    if Command::new("strace").arg("-V").output().is_err() {
+        return skip("needs strace");
+    }
+    let (dispatcher, address) = start_one_pool("");
+    let mut before = dispatcher.worker("blocking", "web", "before");
+    dispatcher.wait_joined("web", 1);
+    // One that has not said hello.
+    let silent = Peer::connect(&dispatcher.dispatch());
+    let thread = thread_of(dispatcher.process.pid(), "handshakes").unwrap();
+    let failing = Failing::waits(&thread, 3);
+    let failures = || dispatcher.log().matches("event=task_failed task=handshakes error=").count();
+    // It sleeps until something happens; that there is something makes it wait again.
+    wait_until("it to fail", || {
+        drop(Peer::connect(&dispatcher.dispatch()));
+        failures() == 3
+    });
+    assert!(dispatcher.log().contains("restart_in=400ms"), "the third with back-off");
+    drop(failing);
+    let (_, _lane) = silent.join(&hello());
+    dispatcher.wait_joined("web", 2);
+    drop(silent);
+    dispatcher.wait_joined("web", 1);
+    before.kill();
+    dispatcher.wait_joined("web", 0);
+    let _after = dispatcher.worker("blocking", "web", "after");
+    Client::connect(address).unwrap().echo("served");
+    assert_eq!(failures(), 3);
+}
+
+/// Threads that may be needed when the system has none left are there from the start.
+#[test]
+fn what_may_wait_has_its_threads_before_they_are_needed() {
+    let (dispatcher, _) = start_one_pool("");
+    let pid = dispatcher.process.pid();
+    for name in [
+        "handshakes",
+        "closer-1",
+        "closer-2",
+        "closer-slow",
+        "watchdog",
+        "cleaner",
+        "files",
+        "log",
+        "admin",
+    ] {
+        assert!(thread_of(pid, name).is_some(), "{name}");
+    }
+}
