@@ -122,6 +122,15 @@ pub struct Meters {
     pub log_lines_dropped: u64,
     /// Log lines left out because there were too many of their kind.
     pub log_lines_limited: u64,
+    /// Descriptors that wait to be closed, or are being closed.
+    #[serde(default)]
+    pub closing: u64,
+    /// Times a closing thread was interrupted because a close did not get on.
+    #[serde(default)]
+    pub closes_interrupted: u64,
+    /// Shutdowns and the like left out because all closing threads were held up.
+    #[serde(default)]
+    pub closes_left_out: u64,
     /// Connections that are in no place, or in two: `accepted` as listeners count less what pools and workers
     /// count. Always 0.
     pub residual: i64,

@@ -193,6 +193,22 @@ impl Snapshot {
             meters.accept_pauses,
         )?;
         page.counter("workers_refused", "Workers that were not let in", meters.workers_refused)?;
+        page.gauge(
+            "closing_descriptors",
+            "Descriptors that wait to be closed, or are being closed",
+            None,
+            signed(meters.closing),
+        )?;
+        page.counter(
+            "closes_interrupted",
+            "Times a closing thread was interrupted because a close did not get on",
+            meters.closes_interrupted,
+        )?;
+        page.counter(
+            "closes_left_out",
+            "Shutdowns and the like left out because all closing threads were held up",
+            meters.closes_left_out,
+        )?;
         page.counter(
             "log_lines_dropped",
             "Log lines left out because the log could not keep up",

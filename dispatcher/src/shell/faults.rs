@@ -6,10 +6,14 @@ use humantime::format_duration;
 
 use super::Shell;
 use super::conditions::Condition;
+use super::tell::span;
+use crate::logger::value;
 use crate::pool::{Departure, Event, PoolId, ProcessId, WorkerId};
+use crate::socket_files::News;
+use crate::status::SocketFileStatus;
 
 /// Every kind there is. `docs/OPERATING.md` says of each what to do.
-const KINDS: [&str; 16] = [
+const KINDS: [&str; 17] = [
     "worker_gone",
     "worker_suspect",
     "worker_expelled",
@@ -26,6 +30,7 @@ const KINDS: [&str; 16] = [
     "choked",
     "accept_paused",
     "worker_not_accepted",
+    "socket_file_missing",
 ];
 
 impl Shell {
@@ -40,6 +45,30 @@ impl Shell {
         let most = self.config.limits.fault_history;
         if most > 0 {
             self.faults.note(most, SystemTime::now(), kind, subject.to_owned(), text());
+        }
+    }
+
+    /// Remembers which files of sockets are missing, and which no longer are.
+    pub(super) fn note_socket_files(&mut self) {
+        const KIND: &str = "socket_file_missing";
+        let most = self.config.limits.fault_history;
+        for News { at, file, missed } in self.side.files.news() {
+            let SocketFileStatus { socket, path } = file;
+            let path = value(&path);
+            match missed {
+                None if most == 0 => {}
+                None => {
+                    let text = format!(
+                        "{path} is not there: nothing new can connect; a reload makes it again"
+                    );
+                    self.faults.note(most, at, KIND, socket.clone(), text.clone());
+                    self.faults.update(KIND, &socket, text, true);
+                }
+                Some(missed) => {
+                    let text = format!("{path} was not there for {}", span(missed));
+                    self.faults.update(KIND, &socket, text, false);
+                }
+            }
         }
     }
 

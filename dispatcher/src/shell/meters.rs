@@ -47,6 +47,7 @@ impl Meters {
 
 impl Shell {
     pub(super) fn meters_status(&mut self) -> Told {
+        let closing = self.closers.closing();
         Told {
             decision: self.meters.decision.status(),
             turn: self.meters.turn.status(),
@@ -54,6 +55,9 @@ impl Shell {
             workers_refused: self.meters.workers_refused,
             log_lines_dropped: logger::dropped_lines(),
             log_lines_limited: self.limits.total() + logger::repeated_lines(),
+            closing: closing.waiting,
+            closes_interrupted: closing.interrupted,
+            closes_left_out: closing.left_out,
             residual: self.core.residual(),
         }
     }

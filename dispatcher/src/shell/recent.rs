@@ -45,7 +45,9 @@ impl Faults {
         let same = |fault: &Fault| fault.kind == kind && fault.subject == subject;
         let before = self.list.iter().position(same).and_then(|place| self.list.remove(place));
         let count = before.map_or(0, |fault| fault.count) + 1;
-        self.list.push_back(Fault { at, kind, subject, text, count, ongoing: false });
+        // Some are heard of late.
+        let place = self.list.iter().rposition(|fault| fault.at <= at).map_or(0, |last| last + 1);
+        self.list.insert(place, Fault { at, kind, subject, text, count, ongoing: false });
         while self.list.len() > most as usize {
             self.drop_one();
         }

@@ -65,6 +65,7 @@ impl Shell {
             u64::try_from(self.longest_turn.as_micros()).unwrap_or(u64::MAX);
         status.accepted_per_second = self.seconds.whole(self.now);
         self.follow_conditions(true);
+        self.note_socket_files();
         status.kept_sockets = self.kept_sockets();
         for (id, listener) in self.core.listeners().zip(&mut status.listeners) {
             listener.state = self.listener_state(id).to_owned();

@@ -32,11 +32,21 @@ fn over_tcp(dispatcher: &Dispatcher, path: &str) -> (u16, String) {
     (head.split(' ').nth(1).unwrap().parse().unwrap(), body.to_owned())
 }
 
-fn missing(dispatcher: &Dispatcher) -> Vec<String> {
+fn status(dispatcher: &Dispatcher) -> Status {
     let (code, body) = over_tcp(dispatcher, "/v1/status");
     assert_eq!(code, 200);
-    let status: Status = serde_json::from_str(&body).unwrap();
-    status.socket_files_missing.into_iter().map(|file| file.socket).collect()
+    serde_json::from_str(&body).unwrap()
+}
+
+fn missing(dispatcher: &Dispatcher) -> Vec<String> {
+    status(dispatcher).socket_files_missing.into_iter().map(|file| file.socket).collect()
+}
+
+/// Faults about missing files: which, whether it goes on, and what is said.
+fn faults(dispatcher: &Dispatcher) -> Vec<(String, bool, String)> {
+    let faults = status(dispatcher).faults.into_iter();
+    let files = faults.filter(|fault| fault.kind == "socket_file_missing");
+    files.map(|fault| (fault.subject, fault.ongoing, fault.text)).collect()
 }
 
 #[test]
@@ -52,6 +62,13 @@ fn a_socket_file_that_was_removed_is_missed_and_a_reload_makes_it_again() {
         missing(&dispatcher) == ["dispatch_socket", "listener local"]
     });
     wait_for_log(&dispatcher, "event=socket_file_missing socket=dispatch_socket path=");
+    wait_until("two faults", || faults(&dispatcher).len() == 2);
+    for ((subject, ongoing, text), file) in
+        faults(&dispatcher).into_iter().zip(["dispatch.sock", "local.sock"])
+    {
+        assert!(subject == "dispatch_socket" || subject == "listener local", "{subject}");
+        assert!(ongoing && text.contains(file) && text.contains("a reload makes it"), "{text}");
+    }
     let (code, body) = over_tcp(&dispatcher, "/readyz");
     assert!(code == 503 && body.contains("dispatch.sock") && body.contains("reload"), "{body}");
     let shown = reloading::run(&dispatcher, &["status"]);
@@ -62,6 +79,11 @@ fn a_socket_file_that_was_removed_is_missed_and_a_reload_makes_it_again() {
     assert_eq!(names(&done["added"]).len(), 2, "{done}");
     assert_eq!(names(&done["needs_restart"]), Vec::<&str>::new());
     wait_until("nothing to be missing", || missing(&dispatcher).is_empty());
+    wait_until("the faults to be over", || {
+        let faults = faults(&dispatcher);
+        faults.len() == 2
+            && faults.iter().all(|(_, on, text)| !on && text.contains("was not there"))
+    });
     assert_eq!(over_tcp(&dispatcher, "/readyz").0, 200);
     // They are what they were.
     let mode = |path: &Path| std::fs::metadata(path).unwrap().permissions().mode() & 0o777;

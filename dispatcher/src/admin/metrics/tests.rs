@@ -161,6 +161,9 @@ fn each_number_has_its_own_place() {
             workers_refused: 4,
             log_lines_dropped: 5,
             log_lines_limited: 6,
+            closing: 53,
+            closes_interrupted: 54,
+            closes_left_out: 55,
             residual: -7,
         },
         listeners: vec![listener],
@@ -204,6 +207,9 @@ turn_seconds_sum{} 5.0
 turn_seconds_count{} 35
 accept_pauses_total 3
 workers_refused_total 4
+closing_descriptors 53
+closes_interrupted_total 54
+closes_left_out_total 55
 log_lines_dropped_total 5
 log_lines_limited_total 6
 config_last_reload_successful 1

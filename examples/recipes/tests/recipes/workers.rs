@@ -71,7 +71,11 @@ fn a_worker_changes_what_it_said_and_pauses() {
     is("state", "\"active\"");
     let other = Worker::connect(dispatcher.config().name("other")).unwrap();
     for _ in [&before, &after] {
-        other.accept_timeout(support::PATIENCE).unwrap().unwrap().write_all(b"x").unwrap();
+        let mut connection = other.accept_timeout(support::PATIENCE).unwrap().unwrap();
+        let (age, since) = (connection.age(), connection.accepted_at().elapsed().unwrap());
+        assert!(age >= short && age < support::PATIENCE, "accepted before the pause: {age:?}");
+        assert!(since >= short && since < support::PATIENCE, "{since:?}");
+        connection.write_all(b"x").unwrap();
     }
     other.close();
     let last = connect(&dispatcher);
