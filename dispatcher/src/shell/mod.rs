@@ -36,6 +36,7 @@ mod sockets;
 mod start;
 mod status;
 mod tell;
+mod time;
 mod token;
 mod trial;
 mod worker_io;
@@ -48,7 +49,6 @@ use std::time::Duration;
 
 use mio::unix::SourceFd;
 use mio::{Events, Interest, Poll};
-use rustix::time::ClockId;
 use signal_hook_mio::v1_0::Signals;
 use worker_sdk::scoreboard::claim::{self, SlotState};
 use worker_sdk::wire::{Entry, Token};
@@ -63,6 +63,7 @@ use self::meters::Meters;
 use self::order::{Later, Orderly};
 use self::recent::{Faults, Seconds};
 use self::sockets::OwnedPath;
+use self::time::{Stamps, clock, realtime};
 use self::token::{Key, Source};
 use self::trial::Trial;
 use self::worker_io::WorkerIo;
@@ -215,7 +216,7 @@ impl Shell {
                 self.sleep(&mut events, timeout)?;
             }
             self.now = clock();
-            self.to_realtime = nanoseconds(ClockId::Realtime).wrapping_sub(self.now.0);
+            self.to_realtime = realtime().wrapping_sub(self.now.0);
             self.dozing =
                 events.iter().any(|event| Source::of(event.token()) != Some(Source::Alarm));
             // First: what is taken in the scan may give somebody who waits a place.
@@ -559,44 +560,6 @@ impl Shell {
         let rest = self.scan_due.then(|| self.scanned_all + SCAN_ALL);
         let next = next.into_iter().chain(doze).chain(rest).min()?;
         Some(next - clock())
-    }
-}
-
-/// Now, in nanoseconds of `CLOCK_MONOTONIC`.
-fn clock() -> Time {
-    Time(nanoseconds(ClockId::Monotonic))
-}
-
-fn nanoseconds(clock: ClockId) -> u64 {
-    let now = rustix::time::clock_gettime(clock);
-    let seconds = u64::try_from(now.tv_sec).unwrap_or(0);
-    seconds * 1_000_000_000 + u64::try_from(now.tv_nsec).unwrap_or(0)
-}
-
-/// Translates the times that workers write, which are of `CLOCK_REALTIME` because no time namespace shifts it, to ours.
-#[derive(Clone, Copy, Debug)]
-struct Stamps {
-    ours: Time,
-    realtime: u64,
-}
-
-impl Stamps {
-    fn now() -> Stamps {
-        Stamps { ours: clock(), realtime: nanoseconds(ClockId::Realtime) }
-    }
-
-    /// When that was; now, if it is a time to come, because a clock was set back.
-    fn past(&self, realtime: u64) -> Time {
-        self.time(realtime).min(self.ours)
-    }
-
-    /// When that was; now, if the worker never said. A time to come stays one, so that the core can clamp and count it.
-    fn time(&self, realtime: u64) -> Time {
-        match realtime {
-            0 => self.ours,
-            past if past <= self.realtime => Time(self.ours.0.saturating_sub(self.realtime - past)),
-            ahead => Time(self.ours.0.saturating_add(ahead - self.realtime)),
-        }
     }
 }
 
