@@ -122,7 +122,7 @@ fn silent_child() {
 #[test]
 fn a_connection_is_as_old_in_a_time_namespace() {
     let unshare = ["unshare", "--time", "--monotonic", "1000000", "--fork", "--kill-child"];
-    let probed = std::process::Command::new(unshare[0]).args(&unshare[1..]).arg("true").output();
+    let probed = Command::new(unshare[0]).args(&unshare[1..]).arg("true").output();
     if !probed.is_ok_and(|output| output.status.success()) {
         return test_support::skip("needs unshare and the right to make a time namespace");
     }
