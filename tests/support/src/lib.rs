@@ -9,6 +9,7 @@ pub mod fake_dispatcher;
 pub mod peer;
 pub mod reloading;
 pub mod shown;
+pub mod stuck_page;
 pub mod systemd;
 
 use std::collections::BTreeMap;
