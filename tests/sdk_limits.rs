@@ -5,8 +5,8 @@ use std::os::fd::AsFd;
 use std::sync::Arc;
 use std::thread;
 
+use dispatch_protocol::scoreboard::claim::SlotState;
 use test_support::fake_dispatcher::{FakeDispatcher, Peer, eventually, is_open};
-use worker_sdk::scoreboard::claim::SlotState;
 use worker_sdk::{Connection, PeerAddr, Worker, WorkerConfig};
 
 /// A worker and its dispatcher's view of it.

@@ -7,21 +7,21 @@ use std::hint::black_box;
 use std::time::Duration;
 
 use criterion::{BenchmarkId, Criterion, Throughput, criterion_group, criterion_main};
+use dispatch_protocol::ClientAddr;
+use dispatch_protocol::scoreboard::Scoreboard;
+use dispatch_protocol::scoreboard::claim::{self, SlotState};
+use dispatch_protocol::scoreboard::gauge::Reading;
+use dispatch_protocol::wire::{Channel, Entry, EntryFlags, Features, Handoff, Hello, VERSION};
 use dispatcher::affinity::KeySource;
 use dispatcher::pool::{
     Access, Affinity, Client, Core, Effect, Join, ListenerId, ListenerSettings, Policy, PoolId,
     PoolSettings, ScoredGauge, Scores, Ticket, Time, WorkerId,
 };
-use worker_sdk::PeerAddr;
-use worker_sdk::scoreboard::Scoreboard;
-use worker_sdk::scoreboard::claim::{self, SlotState};
-use worker_sdk::scoreboard::gauge::Reading;
-use worker_sdk::wire::{Channel, Entry, EntryFlags, Features, Handoff, Hello, VERSION};
 
 const LISTENER: ListenerId = ListenerId(0);
 
-fn peer() -> PeerAddr {
-    PeerAddr::from(std::net::SocketAddr::from(([127, 0, 0, 1], 40_000)))
+fn peer() -> ClientAddr {
+    ClientAddr::from(std::net::SocketAddr::from(([127, 0, 0, 1], 40_000)))
 }
 
 /// A core whose workers have `weight(index)`.
@@ -115,7 +115,7 @@ fn turn_of(
     let now = Time(1);
     for _ in 0..batch {
         let address = next();
-        let peer = PeerAddr::from(std::net::SocketAddr::from((address, 40_000)));
+        let peer = ClientAddr::from(std::net::SocketAddr::from((address, 40_000)));
         core.accepted(now, Client::new(LISTENER, peer));
     }
     while let Some(effect) = core.effect() {

@@ -24,8 +24,8 @@ use std::sync::mpsc::{Receiver, SyncSender, TrySendError, sync_channel};
 use std::sync::{Arc, OnceLock, PoisonError, RwLock};
 use std::time::{Duration, Instant};
 
+use dispatch_protocol::wire::is_hidden;
 use log::{Level, LevelFilter, Record};
-use worker_sdk::wire::is_hidden;
 
 /// The variable that selects what is logged.
 pub const VARIABLE: &str = "DISPATCHER_LOG";

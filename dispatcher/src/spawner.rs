@@ -13,12 +13,12 @@ use std::process::{ExitStatus, Stdio};
 use std::sync::mpsc::{self, Receiver};
 use std::time::Duration;
 
+use dispatch_protocol::wire::Token;
 use nix::sys::signal::Signal;
 use nix::unistd::Pid;
 use tokio::process::Child;
 use tokio::sync::{mpsc as tokio_mpsc, watch};
 use tokio::task::JoinSet;
-use worker_sdk::wire::Token;
 
 use self::reaper::Own;
 use crate::admin::Wake;

@@ -6,6 +6,8 @@ use std::mem::MaybeUninit;
 use std::os::fd::{AsFd, AsRawFd, BorrowedFd, OwnedFd};
 use std::time::{Duration, Instant};
 
+use dispatch_protocol::scoreboard::Scoreboard;
+use dispatch_protocol::wire::{Channel, Control, MAX_CONTROL_RECORD, Resume, VERSION, WELCOME_FDS};
 use dispatcher::shell::fuzzing::{FromControl, from_control};
 use rustix::io::Errno;
 use rustix::net::{
@@ -13,8 +15,6 @@ use rustix::net::{
 };
 use rustix::process::{Resource, Rlimit, getrlimit, setrlimit};
 use worker_sdk::fuzzing::{FromChannel, answer, from_channel};
-use worker_sdk::scoreboard::Scoreboard;
-use worker_sdk::wire::{Channel, Control, MAX_CONTROL_RECORD, Resume, VERSION, WELCOME_FDS};
 
 use super::bytes::Bytes;
 

@@ -5,13 +5,13 @@
 use std::net::SocketAddr;
 use std::time::Duration;
 
+use dispatch_protocol::ClientAddr;
+use dispatch_protocol::scoreboard::claim::{Revoke, SlotState};
+use dispatch_protocol::scoreboard::gauge::Reading;
+use dispatch_protocol::wire::{Hello, VERSION};
 use dispatcher::affinity::{KeySource, Known};
 use dispatcher::pool::*;
 use dispatcher::sim::{Desk, Random};
-use worker_sdk::PeerAddr;
-use worker_sdk::scoreboard::claim::{Revoke, SlotState};
-use worker_sdk::scoreboard::gauge::Reading;
-use worker_sdk::wire::{Hello, VERSION};
 
 use super::bytes::Bytes;
 
@@ -147,7 +147,7 @@ impl Run {
                 for _ in 0..=bytes.below(4) {
                     // Some are known by where they come from, and come again.
                     let peer = match self.conns.len() % 5 {
-                        0 => PeerAddr::Unix,
+                        0 => ClientAddr::Unix,
                         n => SocketAddr::from(([127, 0, 0, n as u8], 1)).into(),
                     };
                     self.conns.push(self.desk.accept_only_from(listener, peer));
@@ -340,8 +340,8 @@ impl Run {
             9 => {
                 // Asking changes nothing: what follows would tell.
                 let pool = PoolId(u16::from(bytes.byte() % 3));
-                let first = self.desk.core.explain(now, pool, PeerAddr::Unix);
-                assert_eq!(first, self.desk.core.explain(now, pool, PeerAddr::Unix));
+                let first = self.desk.core.explain(now, pool, ClientAddr::Unix);
+                assert_eq!(first, self.desk.core.explain(now, pool, ClientAddr::Unix));
             }
             0 => {
                 self.stopping = true;

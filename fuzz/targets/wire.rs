@@ -1,6 +1,8 @@
 //! Decoding records of either socket, and encoding what was decoded.
 
-use worker_sdk::wire::{Channel, Control, MAX_CHANNEL_RECORD, MAX_CONTROL_RECORD, WireError};
+use dispatch_protocol::wire::{
+    Channel, Control, MAX_CHANNEL_RECORD, MAX_CONTROL_RECORD, WireError,
+};
 
 pub fn wire_control(data: &[u8]) {
     round(data, MAX_CONTROL_RECORD, Control::decode, |record, out| {

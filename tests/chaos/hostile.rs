@@ -7,13 +7,13 @@ use std::os::fd::{AsFd, OwnedFd};
 use std::path::PathBuf;
 use std::time::{Duration, Instant};
 
+use dispatch_protocol::scoreboard::Scoreboard;
+use dispatch_protocol::wire::{Control, Hello, VERSION, Welcome};
 use dispatcher::sim::Random;
 use rustix::net::{
     AddressFamily, RecvAncillaryBuffer, RecvAncillaryMessage, RecvFlags, SendAncillaryBuffer,
     SendAncillaryMessage, SendFlags, SocketAddrUnix, SocketFlags, SocketType,
 };
-use worker_sdk::scoreboard::Scoreboard;
-use worker_sdk::wire::{Control, Hello, VERSION, Welcome};
 
 use crate::chaos::protocol::now;
 

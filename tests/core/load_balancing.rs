@@ -11,10 +11,10 @@ use std::net::SocketAddr;
 use std::path::Path;
 use std::time::Duration;
 
+use dispatch_protocol::scoreboard::gauge::Reading;
+use dispatch_protocol::wire::Hello;
 use dispatcher::pool::*;
 use dispatcher::sim::{Desk, Random};
-use worker_sdk::scoreboard::gauge::Reading;
-use worker_sdk::wire::Hello;
 
 const LISTENER: ListenerId = ListenerId(0);
 const MILLISECOND: u64 = 1_000_000;

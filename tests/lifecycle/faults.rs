@@ -7,11 +7,11 @@ use std::os::fd::OwnedFd;
 use std::process::{Command, Stdio};
 use std::time::Duration;
 
+use dispatch_protocol::scoreboard::{Scoreboard, claim};
+use dispatch_protocol::wire::{Channel, Entry, Hello};
 use nix::sys::signal::Signal;
 use test_support::peer::{Peer, encode, hello, receive};
 use test_support::*;
-use worker_sdk::scoreboard::{Scoreboard, claim};
-use worker_sdk::wire::{Channel, Entry, Hello};
 
 const QUICK: &str = "handoff_timeout = \"100ms\"";
 const PATIENT: &str = "handoff_timeout = \"10m\"";

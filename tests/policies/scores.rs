@@ -5,11 +5,11 @@ use std::sync::atomic::{AtomicBool, Ordering};
 use std::thread;
 use std::time::Duration;
 
+use dispatch_protocol::scoreboard::Scoreboard;
+use dispatch_protocol::scoreboard::gauge::{GaugeName, Reading};
+use dispatch_protocol::wire::Hello;
 use test_support::peer::{Peer, hello};
 use test_support::*;
-use worker_sdk::scoreboard::Scoreboard;
-use worker_sdk::scoreboard::gauge::{GaugeName, Reading};
-use worker_sdk::wire::Hello;
 use worker_sdk::{Gauge, Worker};
 
 /// A pool that scores by these multipliers; gauges are valid for long, so that no slow machine makes one old.

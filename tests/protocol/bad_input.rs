@@ -4,10 +4,10 @@
 use std::os::fd::AsFd;
 use std::sync::atomic::Ordering;
 
+use dispatch_protocol::wire::{Channel, Control, Goodbye, Hello, RefusedCode};
 use rustix::io::Errno;
 use test_support::peer::{Peer, encode, hello, receive};
 use test_support::*;
-use worker_sdk::wire::{Channel, Control, Goodbye, Hello, RefusedCode};
 
 const CONFIG: &str = r#"
 hello_timeout = "200ms"
@@ -218,7 +218,7 @@ fn an_impossible_slot_state_costs_the_worker_its_place_and_nobody_a_connection()
         let peer = Peer::connect(&dispatcher.dispatch());
         let (welcome, mut lane) = peer.join(&served_before());
         let board =
-            worker_sdk::scoreboard::Scoreboard::open(lane.remove(1), welcome.slots).unwrap();
+            dispatch_protocol::scoreboard::Scoreboard::open(lane.remove(1), welcome.slots).unwrap();
         // It holds nothing, so it is next.
         let stream = connect(dispatcher.address("web"));
         let (record, fds) = receive(&lane[0]).expect("a handoff");
@@ -245,7 +245,7 @@ fn a_lying_counter_is_clamped_and_named() {
         let peer = Peer::connect(&dispatcher.dispatch());
         let (welcome, mut lane) = peer.join(&hello());
         let board =
-            worker_sdk::scoreboard::Scoreboard::open(lane.remove(1), welcome.slots).unwrap();
+            dispatch_protocol::scoreboard::Scoreboard::open(lane.remove(1), welcome.slots).unwrap();
         board.raise_finished(u64::MAX);
         rustix::io::write(&lane[1], &1_u64.to_ne_bytes()).unwrap();
         logged(dispatcher, "event=counter_clamped");

@@ -13,13 +13,13 @@ use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::time::{Duration, Instant};
 
+use dispatch_protocol::scoreboard::{Scoreboard, claim};
+use dispatch_protocol::wire::{Channel, Entry, Goodbye, Hello};
 use rustix::io::Errno;
 use rustix::net::sockopt::set_socket_linger;
 use rustix::net::{RecvFlags, SendAncillaryBuffer, SendAncillaryMessage, SendFlags};
 use test_support::peer::{Peer, encode, hello, receive, receive_with};
 use test_support::*;
-use worker_sdk::scoreboard::{Scoreboard, claim};
-use worker_sdk::wire::{Channel, Entry, Goodbye, Hello};
 
 /// Workers by hand take their time.
 const NEVER_SUSPECT: &str = "handoff_timeout = \"1h\"";

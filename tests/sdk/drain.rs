@@ -6,6 +6,7 @@ use std::sync::{Arc, mpsc};
 use std::thread;
 use std::time::Duration;
 
+use dispatch_protocol::wire::{Channel, Control, Drain, Features, Resume};
 use mio::{Events, Interest, Poll, Token};
 use test_support::fake_dispatcher::{
     DEADLINE, FakeDispatcher, Peer, eventually, is_open, read_to_end,
@@ -13,7 +14,6 @@ use test_support::fake_dispatcher::{
 use tokio::sync::Notify;
 use worker_sdk::mio::MioWorker;
 use worker_sdk::tokio::Listener;
-use worker_sdk::wire::{Channel, Control, Drain, Features, Resume};
 use worker_sdk::{Error, Worker};
 
 fn join(fake: &FakeDispatcher) -> (Worker, Peer) {

@@ -6,13 +6,13 @@ mod like_tokio;
 use std::io::{Read, Write};
 use std::time::{Duration, Instant};
 
+use dispatch_protocol::scoreboard::claim::{Revoke, SlotState};
+use dispatch_protocol::wire::{Control, RefusedCode};
 use mio::{Events, Interest, Poll, Token};
 use test_support::fake_dispatcher::{DEADLINE, FakeDispatcher, Peer, read_to_end};
 use tokio::io::{AsyncReadExt, AsyncWriteExt};
 use worker_sdk::mio::MioWorker;
-use worker_sdk::scoreboard::claim::{Revoke, SlotState};
 use worker_sdk::tokio::Listener;
-use worker_sdk::wire::{Control, RefusedCode};
 use worker_sdk::{Connection, Error, PeerAddr, WorkerConfig};
 
 fn runtime() -> tokio::runtime::Runtime {
@@ -282,7 +282,7 @@ fn mio_does_not_spin_while_joined_or_waiting() {
     quiet(&mut looped, 2);
     // Records on the control connection are not read, and must not keep it awake.
     let mut record = Vec::new();
-    worker_sdk::wire::Goodbye.encode(&mut record);
+    dispatch_protocol::wire::Goodbye.encode(&mut record);
     test_support::fake_dispatcher::send(std::os::fd::AsFd::as_fd(&peer.control), &record, &[])
         .unwrap();
     quiet(&mut looped, 2);

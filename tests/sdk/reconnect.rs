@@ -8,11 +8,11 @@ use std::sync::mpsc;
 use std::thread;
 use std::time::{Duration, Instant};
 
+use dispatch_protocol::scoreboard::claim;
 use rustix::event::{PollFd, PollFlags, Timespec, poll};
 use test_support::fake_dispatcher::{
     DEADLINE, FakeDispatcher, Peer, eventually, is_open, read_to_end,
 };
-use worker_sdk::scoreboard::claim;
 use worker_sdk::{Connection, Error, PeerAddr, Worker, WorkerConfig};
 
 /// A worker whose connections come out of a queue, so that a thread is always in `accept`.
@@ -220,7 +220,7 @@ fn a_refusal_after_the_first_join_is_no_end() {
     let (worker, peer, connections) = serve(&fake);
     peer.die();
     for _ in 0..3 {
-        fake.refuse(worker_sdk::wire::RefusedCode::UnknownPool, "no such pool", None);
+        fake.refuse(dispatch_protocol::wire::RefusedCode::UnknownPool, "no such pool", None);
     }
     let mut peer = fake.welcome();
     let (_client, ours) = fake.client();

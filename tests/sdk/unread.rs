@@ -3,8 +3,8 @@
 use std::thread;
 use std::time::{Duration, Instant};
 
+use dispatch_protocol::wire::{Control, Update};
 use test_support::fake_dispatcher::{DEADLINE, FakeDispatcher, Peer};
-use worker_sdk::wire::{Control, Update};
 use worker_sdk::{OwnError, Worker};
 
 /// Far less than a wait for a dispatcher that never reads would be, and far more than none.

@@ -8,9 +8,9 @@ use std::sync::atomic::{AtomicUsize, Ordering};
 use std::thread;
 use std::time::Duration;
 
+use dispatch_protocol::scoreboard::claim::{Revoke, SlotState, want};
+use dispatch_protocol::wire::{Control, EntryFlags, RefusedCode};
 use test_support::fake_dispatcher::{FakeDispatcher, Peer, is_open, read_to_end};
-use worker_sdk::scoreboard::claim::{Revoke, SlotState, want};
-use worker_sdk::wire::{Control, EntryFlags, RefusedCode};
 use worker_sdk::{Connection, Error, PeerAddr, Worker, WorkerConfig};
 
 /// A worker and its dispatcher's view of it.
@@ -140,7 +140,7 @@ fn a_probe_is_answered_when_the_application_asks() {
     let probe = peer.probe();
     let slot = |peer: &Peer| {
         let word = peer.board.slot(probe.slot).unwrap();
-        worker_sdk::scoreboard::claim::state(word, probe.seq)
+        dispatch_protocol::scoreboard::claim::state(word, probe.seq)
     };
     assert!(peer.taken(&entry));
     assert_eq!(slot(&peer), SlotState::Sent, "nobody has asked");
@@ -314,7 +314,7 @@ fn of_claim_and_revoke_one_wins_for_every_connection() {
     worker.close();
     let served = threads.into_iter().flat_map(|t| t.join().unwrap());
     let mut served: Vec<_> = served.map(|peer| peer.to_string()).collect();
-    let mut taken: Vec<_> = taken.iter().map(PeerAddr::to_string).collect();
+    let mut taken: Vec<_> = taken.iter().map(ToString::to_string).collect();
     served.sort();
     taken.sort();
     assert_eq!(served, taken);
@@ -349,7 +349,10 @@ fn goodbye_leaves_the_untaken_and_keeps_the_taken_counted() {
         assert_eq!(peer.revoke(&entry), Revoke::Revoked);
     }
     assert!(is_open(&pairs[1].0) && is_open(&pairs[2].0) && is_open(&pairs[3].0));
-    let more = worker_sdk::wire::Channel::Probe(worker_sdk::wire::Probe { seq: 99, slot: 0 });
+    let more = dispatch_protocol::wire::Channel::Probe(dispatch_protocol::wire::Probe {
+        seq: 99,
+        slot: 0,
+    });
     let mut record = Vec::new();
     more.encode(&mut record);
     let result =

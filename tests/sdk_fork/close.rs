@@ -304,7 +304,7 @@ fn goodbye_child() {
         nix::unistd::ForkResult::Parent { child } => child,
     };
     worker.close();
-    assert!(matches!(peer.control_record(), Some(worker_sdk::wire::Control::Goodbye(_))));
+    assert!(matches!(peer.control_record(), Some(dispatch_protocol::wire::Control::Goodbye(_))));
     assert!(peer.control_record().is_none(), "the end, although the child has it all open");
     // It is still there: what ended the connection was the parent.
     assert_eq!(

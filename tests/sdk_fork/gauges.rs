@@ -5,9 +5,9 @@ use std::sync::atomic::{AtomicBool, Ordering};
 use std::thread;
 use std::time::Duration;
 
+use dispatch_protocol::scoreboard::Scoreboard;
+use dispatch_protocol::scoreboard::gauge::{GAUGES, Reading, names};
 use test_support::fake_dispatcher::{FakeDispatcher, Peer, eventually};
-use worker_sdk::scoreboard::Scoreboard;
-use worker_sdk::scoreboard::gauge::{GAUGES, Reading, names};
 use worker_sdk::{Error, Sampling, Worker, WorkerConfig};
 
 /// A worker that has joined a pool which scores by these gauges.

@@ -6,9 +6,9 @@ use std::io;
 use axum::extract::connect_info::Connected;
 use axum::serve::IncomingStream;
 
+use crate::PeerAddr;
 use crate::client::{Error, log_now};
 use crate::tokio::{Connection, Listener};
-use crate::wire::PeerAddr;
 
 /// ```no_run
 /// use axum::{Router, extract::ConnectInfo, routing::get};

@@ -7,13 +7,13 @@
 //!
 //! | feature | for | start at |
 //! |---|---|---|
-//! | `client` (default) | programs that block, with one thread or many | `Worker` |
+//! | none | programs that block, with one thread or many | `Worker` |
 //! | `tokio` | tokio | `tokio::Listener` |
 //! | `axum` | axum; the listener goes to `axum::serve` | `tokio::Listener` |
 //! | `mio` | event loops with mio | `mio::MioWorker` |
 //! | `testing` | tests of a server against a real dispatcher; for `dev-dependencies` | `testing::Dispatcher` |
 //!
-//! The protocol itself ([`wire`], [`scoreboard`]) is always there.
+//! The protocol itself is the crate `dispatch-protocol`.
 //!
 //! What a worker can do besides taking connections, in every layer:
 //!
@@ -26,8 +26,7 @@
 //!
 //! # A thread for each connection
 //!
-#![cfg_attr(feature = "client", doc = "```no_run")]
-#![cfg_attr(not(feature = "client"), doc = "```ignore")]
+//! ```no_run
 //! use std::io;
 //! use worker_sdk::{Worker, WorkerConfig};
 //!
@@ -113,14 +112,12 @@
 
 #[cfg(feature = "axum")]
 mod axum;
-#[cfg(feature = "client")]
 mod client;
 #[cfg(feature = "mio")]
 pub mod mio;
-pub mod scoreboard;
+mod peer;
 #[cfg(feature = "tokio")]
 pub mod tokio;
-pub mod wire;
 
 mod sys;
 #[cfg(feature = "testing")]
@@ -128,14 +125,14 @@ pub mod testing;
 
 #[cfg(feature = "fuzzing")]
 pub use client::fuzzing;
-#[cfg(feature = "client")]
 pub use client::{
     Connection, Drain, Error, Gauge, Guard, Incoming, IntoIncoming, OwnError, Sampling, Worker,
     WorkerConfig,
 };
-pub use wire::{PeerAddr, Token};
+pub use dispatch_protocol::Token;
+pub use peer::PeerAddr;
 
 /// The programs in the README compile.
-#[cfg(all(doctest, feature = "client"))]
+#[cfg(doctest)]
 #[doc = include_str!("../../README.md")]
 struct Readme;

@@ -10,9 +10,9 @@ use ::mio::event::Source;
 use ::mio::unix::SourceFd;
 use ::mio::{Interest, Registry, Token};
 
+use crate::PeerAddr;
 use crate::client::core::Core;
 use crate::client::{Connection, Drain, Error, Gauge, Handle, OwnError, WorkerConfig};
-use crate::wire::PeerAddr;
 
 /// A worker that never blocks, and whose connections are non-blocking. Register it once, readable; it joins, loses
 /// and finds its dispatcher again by itself, whenever [`try_accept`](MioWorker::try_accept) is called.
@@ -200,7 +200,7 @@ impl MioWorker {
     /// The gauge of this name, made if there is none: a number that the dispatcher sees. See [`Gauge`].
     ///
     /// # Errors
-    /// [`Error::Config`] for what is [no name](crate::scoreboard::gauge::GaugeName), and when there are 24 already;
+    /// [`Error::Config`] for what is [no name](dispatch_protocol::scoreboard::gauge::GaugeName), and when there are 24 already;
     /// [`Error::Forked`] in a forked child.
     pub fn gauge(&self, name: &str) -> Result<Gauge, Error> {
         self.0.0.gauge(name)

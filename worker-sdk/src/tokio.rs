@@ -19,10 +19,10 @@ pub use self::connection::Connection;
 pub use self::incoming::Incoming;
 pub use self::split::{OwnedReadHalf, OwnedWriteHalf, ReuniteError};
 
+use crate::PeerAddr;
 use crate::client::core::Core;
 use crate::client::{Accepted, Drain, Error, Gauge, Handle, OwnError, WorkerConfig};
 use crate::sys::ReadyFd;
-use crate::wire::PeerAddr;
 
 /// A worker whose connections are awaited. With the feature `axum` it can be given to `axum::serve`.
 ///
@@ -348,7 +348,7 @@ impl Listener {
     /// The gauge of this name, made if there is none: a number that the dispatcher sees. See [`Gauge`].
     ///
     /// # Errors
-    /// [`Error::Config`] for what is [no name](crate::scoreboard::gauge::GaugeName), and when there are 24 already;
+    /// [`Error::Config`] for what is [no name](dispatch_protocol::scoreboard::gauge::GaugeName), and when there are 24 already;
     /// [`Error::Forked`] in a forked child.
     pub fn gauge(&self, name: &str) -> Result<Gauge, Error> {
         self.core().gauge(name)

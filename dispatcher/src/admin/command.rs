@@ -2,10 +2,10 @@
 //!
 //! Owns the vocabulary that HTTP, the CLI and the hot thread share. Carries nothing out: `shell/command.rs` does.
 
+use dispatch_protocol::wire::is_hidden;
 use std::fmt;
 use std::str::FromStr;
 use std::time::Duration;
-use worker_sdk::wire::is_hidden;
 
 use serde::{Deserialize, Serialize};
 use strsim::damerau_levenshtein;

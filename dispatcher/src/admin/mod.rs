@@ -106,7 +106,7 @@ pub enum Request {
         /// Of this pool.
         pool: String,
         /// Of a client from there.
-        peer: worker_sdk::PeerAddr,
+        peer: dispatch_protocol::ClientAddr,
         /// The decision.
         answer: oneshot::Sender<Result<Next, CommandError>>,
     },

@@ -6,7 +6,7 @@ use std::path::PathBuf;
 use std::sync::atomic::{AtomicBool, AtomicUsize, Ordering};
 use std::time::Instant;
 
-use worker_sdk::wire::Token;
+use dispatch_protocol::wire::Token;
 
 use super::client::{self, ClientError};
 use super::command::{Problem, Target};

@@ -12,7 +12,7 @@ mod tests;
 use std::fmt;
 use std::net::IpAddr;
 
-use worker_sdk::PeerAddr;
+use dispatch_protocol::ClientAddr;
 
 use crate::pool::AffinityKey;
 
@@ -97,7 +97,7 @@ impl KeySource {
     }
 
     /// What a client is known by before it has sent anything.
-    pub fn of_peer(&self, peer: &PeerAddr) -> Option<Known> {
+    pub fn of_peer(&self, peer: &ClientAddr) -> Option<Known> {
         match self {
             KeySource::ClientIp { ipv4_prefix, ipv6_prefix } => {
                 let key = of_address(peer.ip()?, *ipv4_prefix, *ipv6_prefix);

@@ -225,7 +225,7 @@ fn addresses() {
     let source = |ipv4_prefix, ipv6_prefix| KeySource::ClientIp { ipv4_prefix, ipv6_prefix };
     let of = |source: &KeySource, ip: &str| {
         let ip: IpAddr = ip.parse().unwrap();
-        source.of_peer(&PeerAddr::Inet(SocketAddr::new(ip, 5))).unwrap().key
+        source.of_peer(&ClientAddr::Inet(SocketAddr::new(ip, 5))).unwrap().key
     };
     let whole = source(32, 128);
     assert_eq!(of(&whole, "192.0.2.1"), of(&whole, "::ffff:192.0.2.1"));
@@ -238,12 +238,12 @@ fn addresses() {
     assert_eq!(of(&net, "2001:db8::1"), of(&net, "2001:db8::ffff:0:0:9"));
     assert_ne!(of(&net, "2001:db8::1"), of(&net, "2001:db8:0:1::1"));
     assert_eq!(of(&source(1, 1), "1.2.3.4"), of(&source(1, 1), "100.2.3.4"));
-    assert_eq!(whole.of_peer(&PeerAddr::Unix), None);
+    assert_eq!(whole.of_peer(&ClientAddr::Unix), None);
     assert_eq!(whole.of_value(b"192.0.2.1").unwrap().key, of(&whole, "192.0.2.1"));
     assert_eq!(whole.of_value(b"somebody"), None);
     assert_eq!(whole.of_first_bytes(b"x", false, &mut Vec::new()), Look::Unknown);
     assert!(!whole.is_peeked());
-    assert_eq!(cookie("a").of_peer(&PeerAddr::Unix), None);
+    assert_eq!(cookie("a").of_peer(&ClientAddr::Unix), None);
 }
 
 #[test]

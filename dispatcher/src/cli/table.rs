@@ -4,7 +4,7 @@ use std::fmt::Write as _;
 use std::io::IsTerminal;
 
 pub(super) use crate::words::count;
-use worker_sdk::wire::is_hidden;
+use dispatch_protocol::wire::is_hidden;
 
 /// The width that everything fits which goes to a file or a pipe, or to a narrower terminal.
 pub(super) const NARROW: usize = 80;

@@ -8,11 +8,11 @@ use std::sync::atomic::Ordering;
 use std::sync::{Arc, PoisonError};
 use std::time::Duration;
 
+use dispatch_protocol::scoreboard::{Scoreboard, claim};
+use dispatch_protocol::wire::{MAX_CHANNEL_RECORD, MAX_FDS_PER_RECORD};
 use rustix::io::Errno;
 use rustix::net::sockopt::{set_socket_linger, socket_linger};
 use rustix::net::{RecvAncillaryBuffer, RecvAncillaryMessage, RecvFlags, SendFlags, Shutdown};
-use worker_sdk::scoreboard::{Scoreboard, claim};
-use worker_sdk::wire::{MAX_CHANNEL_RECORD, MAX_FDS_PER_RECORD};
 
 use super::slow::{Job, Slot, Turn};
 use super::watchdog::{HELD_UP, Member};

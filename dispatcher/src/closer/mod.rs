@@ -31,7 +31,7 @@ use std::sync::mpsc::Sender;
 use std::sync::{Arc, Condvar, Mutex, MutexGuard, PoisonError, TryLockError};
 use std::time::{Duration, Instant};
 
-use worker_sdk::scoreboard::Scoreboard;
+use dispatch_protocol::scoreboard::Scoreboard;
 
 use self::slow::{Slot, Slow};
 use self::watchdog::Member;

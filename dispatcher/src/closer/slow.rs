@@ -4,7 +4,7 @@ use std::collections::{BTreeMap, VecDeque};
 use std::os::fd::OwnedFd;
 use std::sync::Arc;
 
-use worker_sdk::scoreboard::{Scoreboard, claim};
+use dispatch_protocol::scoreboard::{Scoreboard, claim};
 
 use super::{Owner, Rubbish};
 use crate::pool::WorkerId;

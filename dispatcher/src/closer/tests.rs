@@ -7,8 +7,8 @@ use std::os::fd::AsFd;
 use std::os::unix::net::UnixStream;
 use std::sync::mpsc::{Receiver, channel};
 
+use dispatch_protocol::scoreboard::claim;
 use rustix::net::sockopt::set_socket_linger;
-use worker_sdk::scoreboard::claim;
 
 use super::*;
 

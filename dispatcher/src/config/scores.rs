@@ -3,10 +3,10 @@
 use std::collections::BTreeMap;
 use std::time::Duration;
 
+use dispatch_protocol::scoreboard::gauge::{GAUGES, GaugeName, names};
 use serde::Deserialize;
 use serde::de::{Deserializer, Error, Visitor};
 use toml::Spanned;
-use worker_sdk::scoreboard::gauge::{GAUGES, GaugeName, names};
 
 use super::error::{Mistake, nearest};
 use super::validate::{Check, Checked};

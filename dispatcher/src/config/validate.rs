@@ -239,7 +239,7 @@ fn limits(file: &File) -> Limits {
 /// Names go into logs, environment variables and the wire: nothing that could be mistaken for something else there.
 pub(super) fn check_name(name: &Spanned<String>, what: &str) -> Checked<()> {
     let bytes = name.get_ref().as_bytes();
-    let good = (1..=worker_sdk::wire::MAX_NAME).contains(&bytes.len())
+    let good = (1..=dispatch_protocol::wire::MAX_NAME).contains(&bytes.len())
         && bytes.iter().all(u8::is_ascii_graphic);
     if good {
         return Ok(());

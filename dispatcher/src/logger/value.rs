@@ -5,7 +5,7 @@
 
 use std::fmt::{self, Write};
 
-use worker_sdk::wire::is_hidden;
+use dispatch_protocol::wire::is_hidden;
 
 /// A value that is usually one word, such as a name: in quotes only if it must be.
 pub fn value<T: fmt::Display>(value: T) -> Value<T> {

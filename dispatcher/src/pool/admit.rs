@@ -1,6 +1,6 @@
 //! Who may join.
 
-use worker_sdk::wire::{Features, Hello, RefusedCode, VERSION};
+use dispatch_protocol::wire::{Features, Hello, RefusedCode, VERSION};
 
 use super::handoff::Shares;
 use super::policy::Member;

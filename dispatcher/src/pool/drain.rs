@@ -202,7 +202,7 @@ impl Core {
     }
 }
 
-/// What a worker is told, if it listens ([`worker_sdk::wire::Features::DRAIN`]).
+/// What a worker is told, if it listens ([`dispatch_protocol::wire::Features::DRAIN`]).
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Notice {
     /// No more connections.

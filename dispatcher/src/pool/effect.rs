@@ -2,8 +2,8 @@
 
 use std::time::Duration;
 
-use worker_sdk::scoreboard::gauge::GaugeName;
-use worker_sdk::wire::EntryFlags;
+use dispatch_protocol::scoreboard::gauge::GaugeName;
+use dispatch_protocol::wire::EntryFlags;
 
 use super::drain::Notice;
 use super::types::*;

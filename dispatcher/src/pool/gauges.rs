@@ -5,7 +5,7 @@
 
 use std::time::Duration;
 
-use worker_sdk::scoreboard::gauge::{GaugeName, Reading};
+use dispatch_protocol::scoreboard::gauge::{GaugeName, Reading};
 
 use super::types::*;
 use super::{Core, Event};

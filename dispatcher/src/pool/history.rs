@@ -6,7 +6,7 @@
 use std::collections::VecDeque;
 use std::sync::Arc;
 
-use worker_sdk::PeerAddr;
+use dispatch_protocol::ClientAddr;
 
 use super::policy::{Choice, FULL_WEIGHT};
 use super::types::*;
@@ -24,7 +24,7 @@ pub struct Decision {
     /// Where it came in; `None` for a connection that does not exist.
     pub listener: Option<ListenerId>,
     /// Where it came from.
-    pub peer: PeerAddr,
+    pub peer: ClientAddr,
     /// What its client is known by.
     pub key: Option<AffinityKey>,
     /// Whether it was sent to another worker before.
@@ -146,7 +146,7 @@ impl Decision {
             at: Time::default(),
             conn: None,
             listener: None,
-            peer: PeerAddr::Unix,
+            peer: ClientAddr::Unix,
             key: None,
             resent: false,
             chosen: None,
@@ -166,7 +166,7 @@ impl Core {
     }
 
     /// To whom a connection of this pool from `peer` would go now, and why. Nothing changes by asking.
-    pub fn explain(&self, now: Time, pool: PoolId, peer: PeerAddr) -> Option<Explanation> {
+    pub fn explain(&self, now: Time, pool: PoolId, peer: ClientAddr) -> Option<Explanation> {
         let p = usize::from(pool.0);
         let settings = &self.pools.get(p)?.settings;
         let known = settings.affinity.as_ref().and_then(|affinity| affinity.key.of_peer(&peer));

@@ -7,7 +7,7 @@ use std::time::Duration;
 
 use super::types::{AffinityKey, Client, ConnId, ListenerId, Time};
 use crate::affinity::Known;
-use worker_sdk::PeerAddr;
+use dispatch_protocol::ClientAddr;
 
 /// No entry.
 const NONE: u32 = u32::MAX;
@@ -48,7 +48,7 @@ pub(super) struct Conn {
     pub(super) serial: u64,
     pub(super) accepted: Time,
     pub(super) listener: ListenerId,
-    pub(super) peer: PeerAddr,
+    pub(super) peer: ClientAddr,
     /// What its client is known by.
     pub(super) key: Option<AffinityKey>,
     /// What the pool remembers it by: its key, if that is what `affinity.key` asks for, and a route.

@@ -63,7 +63,7 @@ pub use types::*;
 use std::collections::VecDeque;
 use std::time::Duration;
 
-use worker_sdk::scoreboard::claim::{Revoke, SlotState};
+use dispatch_protocol::scoreboard::claim::{Revoke, SlotState};
 
 use crate::measure::Histogram;
 

@@ -1,7 +1,7 @@
 //! Who may have changed something on a scoreboard, and which slots to look at: what every turn of the shell asks, of all
 //! workers. Owns no state; answers from what is cached beside the workers.
 
-use worker_sdk::scoreboard::claim::want;
+use dispatch_protocol::scoreboard::claim::want;
 
 use super::{Core, Pool, Ticket, WorkerId};
 

@@ -2,7 +2,7 @@
 
 use std::time::Duration;
 
-use worker_sdk::wire::EntryFlags;
+use dispatch_protocol::wire::EntryFlags;
 
 use super::affinity::Recall;
 use super::handoff::Shares;

@@ -12,8 +12,8 @@ use core::net::{IpAddr, Ipv6Addr};
 use std::hash::{DefaultHasher, Hasher};
 use std::time::Duration;
 
+use dispatch_protocol::ClientAddr;
 use ipnet::IpNet;
-use worker_sdk::PeerAddr;
 
 use super::Core;
 use super::discarded::Kept;
@@ -168,7 +168,7 @@ impl Screen {
 
     /// Whether a client may come in now. If so its connection counts as queued, at the returned place, until
     /// [`Screen::dequeue`].
-    pub(super) fn admit(&mut self, now: Time, peer: PeerAddr) -> Result<u32, CloseReason> {
+    pub(super) fn admit(&mut self, now: Time, peer: ClientAddr) -> Result<u32, CloseReason> {
         let Some(ip) = peer.ip().map(|ip| ip.to_canonical()) else {
             return Ok(UNTRACKED);
         };

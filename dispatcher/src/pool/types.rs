@@ -6,9 +6,9 @@ use std::hash::Hasher;
 use std::ops::{Add, Sub};
 use std::time::Duration;
 
+use dispatch_protocol::ClientAddr;
+use dispatch_protocol::wire::Token;
 use siphasher::sip::SipHasher13;
-use worker_sdk::PeerAddr;
-use worker_sdk::wire::Token;
 
 use crate::affinity::KeySource;
 
@@ -102,7 +102,7 @@ impl AffinityKey {
     }
 
     /// The key of a client's IP address; clients of a Unix listener have none.
-    pub fn of_peer(peer: &PeerAddr) -> Option<AffinityKey> {
+    pub fn of_peer(peer: &ClientAddr) -> Option<AffinityKey> {
         Some(match peer.ip()? {
             IpAddr::V4(ip) => AffinityKey::of(&ip.octets()),
             IpAddr::V6(ip) => AffinityKey::of(&ip.octets()),
@@ -157,7 +157,7 @@ impl Policy {
     }
 
     /// What a client is known by as long as nothing better is configured: where it comes from, if that matters at all.
-    pub fn key_of(self, peer: &PeerAddr) -> Option<AffinityKey> {
+    pub fn key_of(self, peer: &ClientAddr) -> Option<AffinityKey> {
         match self {
             Policy::Hash => AffinityKey::of_peer(peer),
             Policy::LeastConnections
@@ -298,7 +298,7 @@ pub struct Join {
     /// Primary group from `SO_PEERCRED` and supplementary ones from `SO_PEERGROUPS`.
     pub gids: Vec<u32>,
     /// What the worker said.
-    pub hello: worker_sdk::wire::Hello,
+    pub hello: dispatch_protocol::wire::Hello,
     /// The process the hello's token was made for, when the token is a real one.
     pub spawned: Option<ProcessId>,
 }
@@ -318,14 +318,14 @@ pub struct Client {
     /// The listener it came through.
     pub listener: ListenerId,
     /// Its address.
-    pub peer: PeerAddr,
+    pub peer: ClientAddr,
     /// What it is known by, if the pool asks for that and the client has told.
     pub key: Option<AffinityKey>,
 }
 
 impl Client {
     /// A client of which no more is known than where it came from.
-    pub fn new(listener: ListenerId, peer: PeerAddr) -> Client {
+    pub fn new(listener: ListenerId, peer: ClientAddr) -> Client {
         Client { listener, peer, key: None }
     }
 }
@@ -334,7 +334,7 @@ impl Client {
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct Refusal {
     /// For the worker's program.
-    pub code: worker_sdk::wire::RefusedCode,
+    pub code: dispatch_protocol::wire::RefusedCode,
     /// One sentence for people: what was wrong and what to do.
     pub reason: String,
     /// The deciding key, such as `pool.web.allow_users`.

@@ -1,6 +1,6 @@
 //! What an operator, or chance, has to say about who is chosen.
 
-use worker_sdk::wire::Update;
+use dispatch_protocol::wire::Update;
 
 use super::random::Random;
 use super::types::{State, Time, WorkerId};

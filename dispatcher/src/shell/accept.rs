@@ -4,11 +4,11 @@ use std::net::SocketAddr;
 use std::os::fd::{AsRawFd, OwnedFd};
 use std::time::Duration;
 
+use dispatch_protocol::ClientAddr;
 use mio::unix::SourceFd;
 use mio::{Interest, Registry};
 use rustix::io::Errno;
 use rustix::net::SocketFlags;
-use worker_sdk::PeerAddr;
 
 use super::Shell;
 use super::leaving::Leaving;
@@ -52,7 +52,7 @@ pub(super) struct Listener {
 #[derive(Debug)]
 pub(super) struct Conn {
     pub(super) fd: OwnedFd,
-    pub(super) peer: PeerAddr,
+    pub(super) peer: ClientAddr,
     pub(super) accepted: Time,
     pub(super) listener: ListenerId,
     pub(super) serial: u64,
@@ -72,7 +72,7 @@ const MOST_WAITS: u32 = 20;
 
 /// What one attempt to accept gave.
 pub(super) enum Attempt {
-    Client(OwnedFd, PeerAddr),
+    Client(OwnedFd, ClientAddr),
     /// A client that was gone again, or a signal: try the next.
     Again,
     Empty,
@@ -161,7 +161,7 @@ impl Listener {
         match rustix::net::acceptfrom_with(&listening.fd, flags) {
             Ok((fd, address)) => {
                 let inet = address.and_then(|any| SocketAddr::try_from(any).ok());
-                Attempt::Client(fd, inet.map_or(PeerAddr::Unix, PeerAddr::from))
+                Attempt::Client(fd, inet.map_or(ClientAddr::Unix, ClientAddr::from))
             }
             Err(Errno::AGAIN) => Attempt::Empty,
             Err(

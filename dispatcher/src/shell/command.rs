@@ -2,8 +2,8 @@
 
 use std::time::SystemTime;
 
+use dispatch_protocol::ClientAddr;
 use serde_json::{Value, json};
-use worker_sdk::PeerAddr;
 
 use super::{Shell, clock};
 use crate::admin::command::{
@@ -100,7 +100,7 @@ impl Shell {
     }
 
     /// To whom a pool's next connection would go.
-    pub(super) fn explain(&self, pool: &str, peer: PeerAddr) -> Result<Next, CommandError> {
+    pub(super) fn explain(&self, pool: &str, peer: ClientAddr) -> Result<Next, CommandError> {
         let id = self.pool_called(pool)?;
         let unknown = || unknown_pool(pool, self.core.pool_names());
         Ok(Next {

@@ -4,10 +4,10 @@ use std::io::IoSliceMut;
 use std::mem::MaybeUninit;
 use std::os::fd::{AsFd, OwnedFd};
 
+use dispatch_protocol::wire::{Control, MAX_CONTROL_RECORD, WireError};
 use nix::sys::socket::sockopt::{PeerCredentials, PeerPidfd};
 use rustix::io::Errno;
 use rustix::net::{RecvAncillaryBuffer, RecvAncillaryMessage, RecvFlags, ReturnFlags};
-use worker_sdk::wire::{Control, MAX_CONTROL_RECORD, WireError};
 
 use crate::sys;
 

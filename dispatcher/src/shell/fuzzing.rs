@@ -6,7 +6,7 @@
 use std::io;
 use std::os::fd::{OwnedFd, RawFd};
 
-use worker_sdk::wire::Control;
+use dispatch_protocol::wire::Control;
 
 use super::control::{self, Received};
 use super::inherited::Variables;

@@ -5,8 +5,8 @@
 
 use std::sync::Arc;
 
-use worker_sdk::scoreboard::Scoreboard;
-use worker_sdk::scoreboard::gauge::{GaugeName, Reading};
+use dispatch_protocol::scoreboard::Scoreboard;
+use dispatch_protocol::scoreboard::gauge::{GaugeName, Reading};
 
 use super::{Shell, Stamps};
 use crate::pool::{Core, PoolId, Scored, Time, WorkerId};

@@ -2,9 +2,11 @@
 
 use std::os::fd::{AsRawFd, OwnedFd};
 
+use dispatch_protocol::wire::{
+    Control, Features, Hello, RefusedCode, VERSION, Welcome, WelcomeListener,
+};
 use mio::Interest;
 use mio::unix::SourceFd;
-use worker_sdk::wire::{Control, Features, Hello, RefusedCode, VERSION, Welcome, WelcomeListener};
 
 use super::Shell;
 use super::control::Fault;

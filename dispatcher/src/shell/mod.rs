@@ -47,11 +47,11 @@ use std::os::fd::AsRawFd;
 use std::sync::mpsc::Receiver;
 use std::time::Duration;
 
+use dispatch_protocol::scoreboard::claim::{self, SlotState};
+use dispatch_protocol::wire::{Entry, Token};
 use mio::unix::SourceFd;
 use mio::{Events, Interest, Poll};
 use signal_hook_mio::v1_0::Signals;
-use worker_sdk::scoreboard::claim::{self, SlotState};
-use worker_sdk::wire::{Entry, Token};
 
 use self::accept::{Conn, Listener};
 use self::alarm::Alarm;

@@ -5,7 +5,7 @@
 
 use std::collections::HashMap;
 
-use worker_sdk::PeerAddr;
+use dispatch_protocol::ClientAddr;
 
 use super::Shell;
 use crate::pool::{CloseReason, ConnId, Event, ListenerId, ProcessId, WorkerId};
@@ -19,9 +19,9 @@ pub(super) enum Later {
     /// An event of a pool.
     Event(Event),
     /// A connection goes to another worker.
-    Resent { to: WorkerId, conn: ConnId, peer: PeerAddr },
+    Resent { to: WorkerId, conn: ConnId, peer: ClientAddr },
     /// A client is turned away.
-    Closed { conn: ConnId, peer: PeerAddr, listener: ListenerId, reason: CloseReason },
+    Closed { conn: ConnId, peer: ClientAddr, listener: ListenerId, reason: CloseReason },
 }
 
 impl Shell {

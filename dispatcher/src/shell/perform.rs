@@ -7,10 +7,12 @@ use std::os::fd::{AsFd, BorrowedFd};
 use std::sync::Arc;
 use std::time::Duration;
 
+use dispatch_protocol::ClientAddr;
+use dispatch_protocol::scoreboard::claim::{self, SlotState};
+use dispatch_protocol::wire::{
+    Drain, Entry, EntryFlags, Handoff, MAX_FDS_PER_RECORD, Probe, Resume,
+};
 use rustix::io::Errno;
-use worker_sdk::PeerAddr;
-use worker_sdk::scoreboard::claim::{self, SlotState};
-use worker_sdk::wire::{Drain, Entry, EntryFlags, Handoff, MAX_FDS_PER_RECORD, Probe, Resume};
 
 use super::accept::Conn;
 use super::door::Order;
@@ -292,7 +294,7 @@ impl Shell {
         let owner = match (at_worker, peer) {
             // A worker that had it may hold a copy, and its lock.
             (Some(serial), _) if shared => Some(Owner::Worker(serial)),
-            (_, PeerAddr::Inet(_)) => None,
+            (_, ClientAddr::Inet(_)) => None,
             // Its queue may hold descriptors, whose closes linger.
             (_, _) => Some(Owner::Other),
         };

@@ -1,7 +1,7 @@
 //! The side thread's requests and reports: answering the status, starting processes, noting their ends.
 
+use dispatch_protocol::wire::Token;
 use rustix::rand::GetRandomFlags;
-use worker_sdk::wire::Token;
 
 use super::Shell;
 use super::gauges::show_gauges;

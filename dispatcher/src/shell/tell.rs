@@ -2,9 +2,9 @@
 
 use std::time::Duration;
 
-use worker_sdk::PeerAddr;
+use dispatch_protocol::ClientAddr;
 
-use worker_sdk::scoreboard::gauge::GaugeName;
+use dispatch_protocol::scoreboard::gauge::GaugeName;
 
 use super::Shell;
 use super::limit::{Cause, EVENTS};
@@ -231,7 +231,7 @@ impl Shell {
     pub(super) fn tell_closed(
         &mut self,
         conn: ConnId,
-        peer: &PeerAddr,
+        peer: &ClientAddr,
         listener: ListenerId,
         reason: CloseReason,
     ) {
@@ -258,7 +258,7 @@ impl Shell {
     }
 
     /// A connection that another worker had untaken goes to this one.
-    pub(super) fn tell_resent(&mut self, to: WorkerId, conn: ConnId, peer: &PeerAddr) {
+    pub(super) fn tell_resent(&mut self, to: WorkerId, conn: ConnId, peer: &ClientAddr) {
         let pool = self.core.pool_of_worker(to);
         if let Some(left_out) = self.limits.allow(self.now, pool, Cause::Resent) {
             log::info!(

@@ -6,9 +6,9 @@ use std::path::Path;
 use std::sync::mpsc;
 use std::time::Instant;
 
+use dispatch_protocol::wire::{Features, Hello, Own, VERSION};
 use rustix::net::{AddressFamily, SendFlags, SocketAddrUnix, SocketFlags, SocketType};
 use tokio::sync::oneshot;
-use worker_sdk::wire::{Features, Hello, Own, VERSION};
 
 use super::*;
 use crate::admin::Request;
@@ -116,7 +116,7 @@ fn a_turn_answers_one_who_waits_and_nobody_who_has_gone() {
     shell.side.requests = requests;
     let explain = || {
         let (answer, wait) = oneshot::channel();
-        let (pool, peer) = ("web".to_owned(), worker_sdk::PeerAddr::Unix);
+        let (pool, peer) = ("web".to_owned(), dispatch_protocol::ClientAddr::Unix);
         ask.try_send(Request::Explain { pool, peer, answer }).unwrap();
         wait
     };

@@ -6,13 +6,13 @@ use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
 use std::sync::Arc;
 use std::time::Duration;
 
+use dispatch_protocol::scoreboard::{Scoreboard, ScoreboardError};
+use dispatch_protocol::wire::{Entry, MAX_FDS_PER_RECORD};
 use rustix::io::Errno;
 use rustix::net::{
     AddressFamily, SendAncillaryBuffer, SendAncillaryMessage, SendFlags, Shutdown, SocketFlags,
     SocketType,
 };
-use worker_sdk::scoreboard::{Scoreboard, ScoreboardError};
-use worker_sdk::wire::{Entry, MAX_FDS_PER_RECORD};
 
 use super::gauges::Gauges;
 use super::rings::Rings;

@@ -3,7 +3,7 @@
 
 use std::time::Duration;
 
-use worker_sdk::PeerAddr;
+use dispatch_protocol::ClientAddr;
 
 use super::Random;
 use crate::affinity::{KeySource, Known};
@@ -46,10 +46,10 @@ pub(super) fn known(id: u64) -> Option<Known> {
 }
 
 /// Where a client comes from: a few addresses, or a Unix socket.
-pub(super) fn peer(random: &mut Random) -> PeerAddr {
+pub(super) fn peer(random: &mut Random) -> ClientAddr {
     match random.below(24) as u8 {
-        0 => PeerAddr::Unix,
-        host => PeerAddr::Inet(([192, 0, 2, host], 40_000).into()),
+        0 => ClientAddr::Unix,
+        host => ClientAddr::Inet(([192, 0, 2, host], 40_000).into()),
     }
 }
 

@@ -18,10 +18,10 @@ use std::collections::VecDeque;
 use std::sync::atomic::{AtomicU64, Ordering};
 use std::time::Duration;
 
-use worker_sdk::PeerAddr;
-use worker_sdk::scoreboard::claim::{self, Revoke};
-use worker_sdk::scoreboard::gauge::Reading;
-use worker_sdk::wire::{EntryFlags, Hello};
+use dispatch_protocol::ClientAddr;
+use dispatch_protocol::scoreboard::claim::{self, Revoke};
+use dispatch_protocol::scoreboard::gauge::Reading;
+use dispatch_protocol::wire::{EntryFlags, Hello};
 
 pub use crate::pool::Random;
 use crate::pool::*;
@@ -170,11 +170,11 @@ impl Desk {
 
     /// A client is accepted; effects are left for [`Desk::pump`].
     pub fn accept_only(&mut self, listener: ListenerId) -> ConnId {
-        self.accept_only_from(listener, PeerAddr::Unix)
+        self.accept_only_from(listener, ClientAddr::Unix)
     }
 
     /// The same from this address.
-    pub fn accept_only_from(&mut self, listener: ListenerId, peer: PeerAddr) -> ConnId {
+    pub fn accept_only_from(&mut self, listener: ListenerId, peer: ClientAddr) -> ConnId {
         let conn = self.core.accepted(self.now, Client::new(listener, peer));
         self.fates.push(Fate::default());
         assert_eq!(self.fates.len() as u64, conn.serial);

@@ -9,8 +9,8 @@ use std::cmp::Reverse;
 use std::collections::BinaryHeap;
 use std::time::Duration;
 
-use worker_sdk::scoreboard::gauge::Reading;
-use worker_sdk::wire::{Features, Hello};
+use dispatch_protocol::scoreboard::gauge::Reading;
+use dispatch_protocol::wire::{Features, Hello};
 
 use super::clients;
 use super::plan::Plan;

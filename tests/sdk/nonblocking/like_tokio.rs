@@ -8,10 +8,10 @@ use std::sync::atomic::{AtomicUsize, Ordering};
 use std::task::{Context, Poll, Wake, Waker};
 use std::thread;
 
+use dispatch_protocol::wire::{Channel, Drain, Resume};
 use futures_core::Stream;
 use tokio::io::Interest;
 use worker_sdk::tokio::Connection;
-use worker_sdk::wire::{Channel, Drain, Resume};
 
 use super::*;
 

@@ -3,9 +3,9 @@
 use std::sync::mpsc;
 use std::time::Instant;
 
+use dispatch_protocol::scoreboard::claim;
+use dispatch_protocol::wire::{Channel, Control, Drain, Features, Resume, Update};
 use worker_sdk::Error;
-use worker_sdk::scoreboard::claim;
-use worker_sdk::wire::{Channel, Control, Drain, Features, Resume, Update};
 
 use super::*;
 use test_support::fake_dispatcher::DEADLINE;

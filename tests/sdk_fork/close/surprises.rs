@@ -3,7 +3,7 @@
 use std::sync::{Mutex, OnceLock, mpsc};
 use std::time::Instant;
 
-use worker_sdk::wire::{Channel, Drain, Resume};
+use dispatch_protocol::wire::{Channel, Drain, Resume};
 use worker_sdk::{Error, Sampling};
 
 use super::*;

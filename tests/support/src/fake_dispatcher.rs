@@ -8,16 +8,16 @@ use std::path::{Path, PathBuf};
 use std::sync::atomic::Ordering;
 use std::time::{Duration, Instant};
 
+use dispatch_protocol::scoreboard::{Scoreboard, claim};
+use dispatch_protocol::wire::{
+    Channel, Control, Entry, EntryFlags, Features, Handoff, Hello, Probe, Refused, RefusedCode,
+    VERSION, Welcome, WelcomeListener,
+};
 use rustix::event::{EventfdFlags, PollFd, PollFlags, Timespec, eventfd, poll};
 use rustix::net::{
     AddressFamily, RecvAncillaryBuffer, RecvFlags, SendAncillaryBuffer, SendAncillaryMessage,
     SendFlags, Shutdown, SocketAddrUnix, SocketFlags, SocketType, accept_with, bind, listen, recv,
     recvmsg, sendmsg, shutdown, socket_with, socketpair,
-};
-use worker_sdk::scoreboard::{Scoreboard, claim};
-use worker_sdk::wire::{
-    Channel, Control, Entry, EntryFlags, Features, Handoff, Hello, Probe, Refused, RefusedCode,
-    VERSION, Welcome, WelcomeListener,
 };
 
 /// Every wait of a test ends by then.

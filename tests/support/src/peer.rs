@@ -5,11 +5,11 @@ use std::mem::MaybeUninit;
 use std::os::fd::{BorrowedFd, OwnedFd};
 use std::path::Path;
 
+use dispatch_protocol::wire::{Control, Hello, Refused, Welcome};
 use rustix::net::{
     AddressFamily, RecvAncillaryBuffer, RecvAncillaryMessage, RecvFlags, SendAncillaryBuffer,
     SendAncillaryMessage, SendFlags, SocketAddrUnix, SocketFlags, SocketType,
 };
-use worker_sdk::wire::{Control, Hello, Refused, Welcome};
 
 use crate::PATIENCE;
 

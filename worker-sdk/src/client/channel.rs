@@ -9,7 +9,9 @@ use rustix::net::{
     RecvAncillaryBuffer, RecvAncillaryMessage, RecvFlags, ReturnFlags, recvmsg as recv,
 };
 
-use crate::wire::{Channel, Drain, Entry, MAX_CHANNEL_RECORD, MAX_FDS_PER_RECORD, Probe};
+use dispatch_protocol::wire::{
+    Channel, Drain, Entry, MAX_CHANNEL_RECORD, MAX_FDS_PER_RECORD, Probe,
+};
 
 /// Whether to wait for a record. The flag goes with each call: `O_NONBLOCK` on the channel would be
 /// shared with the dispatcher's duplicate of it.

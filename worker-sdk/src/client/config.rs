@@ -10,7 +10,7 @@ use serde::{Deserialize, Serialize};
 use super::clock;
 use super::error::Error;
 use super::sample::Sampling;
-use crate::wire::{MAX_NAME, Token, is_hidden, is_name};
+use dispatch_protocol::wire::{MAX_NAME, Token, is_hidden, is_name};
 
 /// File descriptors the default `max_connections` leaves to the rest of the program.
 const FD_RESERVE: u64 = 64;
@@ -106,7 +106,7 @@ pub struct WorkerConfig {
     #[serde(deserialize_with = "duration", serialize_with = "write_duration")]
     pub reconnect_max: Duration,
     /// Whether to measure the machine and this process for pools that choose by it (gauges
-    /// [`system_cpu`, `free_memory`, `process_cpu`, `process_rss`](crate::scoreboard::gauge::names)): `auto` (what the
+    /// [`system_cpu`, `free_memory`, `process_cpu`, `process_rss`](dispatch_protocol::scoreboard::gauge::names)): `auto` (what the
     /// pool scores by), `always` (all four) or `never`. It takes a thread that sleeps. In a container the two of the system are
     /// the host's. `DISPATCH_SAMPLE`. Default: `auto`.
     pub sample: Sampling,
@@ -326,7 +326,7 @@ impl WorkerConfig {
     /// Sets [`token`](WorkerConfig::token). Rarely needed: [`with_env`](WorkerConfig::with_env) finds it.
     ///
     /// ```
-    /// # fn main() -> Result<(), worker_sdk::wire::WireError> {
+    /// # fn main() -> Result<(), dispatch_protocol::wire::WireError> {
     /// let token = "00112233445566778899aabbccddeeff".parse()?;
     /// let config = worker_sdk::WorkerConfig::new().token(token);
     /// # Ok(())

@@ -8,7 +8,7 @@ use std::sync::Arc;
 use std::time::{Duration, Instant, SystemTime};
 
 use super::guard::{Guard, Held};
-use crate::wire::PeerAddr;
+use crate::PeerAddr;
 
 /// What the dispatcher says of a connection.
 #[derive(Clone, Debug)]

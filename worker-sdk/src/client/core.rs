@@ -40,8 +40,9 @@ use super::said::{Repeated, Said, connections, log_now, readable, readable_path}
 use super::sample::Sampler;
 use super::standalone::Listener;
 use super::waiting::Waiting;
-use crate::scoreboard::claim::{self, want};
-use crate::wire::{Entry, EntryFlags, Features, Hello, PeerAddr, Probe, Update, VERSION};
+use crate::PeerAddr;
+use dispatch_protocol::scoreboard::claim::{self, want};
+use dispatch_protocol::wire::{Entry, EntryFlags, Features, Hello, Probe, Update, VERSION};
 
 mod accept;
 mod ends;

@@ -14,7 +14,7 @@ use rustix::time::{ClockId, clock_gettime};
 use super::clock::after;
 use super::core::Core;
 use super::said::log_now;
-use crate::wire;
+use dispatch_protocol::wire;
 
 /// What the dispatcher said when it began to drain this worker. See [`Worker::on_drain`](crate::Worker::on_drain).
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]

@@ -6,7 +6,7 @@ use std::path::PathBuf;
 use std::time::Duration;
 
 use super::said::{readable, readable_path};
-use crate::wire::RefusedCode;
+use dispatch_protocol::wire::RefusedCode;
 
 /// Why a worker could not be made, could not join, or gives no more connections.
 ///

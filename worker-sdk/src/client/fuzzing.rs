@@ -8,7 +8,7 @@ use std::path::Path;
 
 use super::channel::{self, Wait};
 use super::join::{self, Failure};
-use crate::wire::{Drain, Entry, Probe, Welcome};
+use dispatch_protocol::wire::{Drain, Entry, Probe, Welcome};
 
 /// What came on a channel.
 #[derive(Debug)]

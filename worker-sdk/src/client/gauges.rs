@@ -12,8 +12,8 @@ use rustix::time::{ClockId, clock_gettime};
 use super::error::Error;
 use super::process::Process;
 use super::said::Said;
-use crate::scoreboard::Scoreboard;
-use crate::scoreboard::gauge::{self, GAUGES, GaugeName, Reading};
+use dispatch_protocol::scoreboard::Scoreboard;
+use dispatch_protocol::scoreboard::gauge::{self, GAUGES, GaugeName, Reading};
 
 /// All gauges of a worker. A gauge has the same number here and in every scoreboard.
 pub(crate) struct Gauges {
@@ -139,7 +139,7 @@ fn named(board: &Scoreboard, number: usize, name: &GaugeName, said: &Said) -> bo
 /// lock that anybody holds for long. In a forked child it does nothing.
 ///
 /// ```
-/// use worker_sdk::scoreboard::gauge::names;
+/// use dispatch_protocol::scoreboard::gauge::names;
 /// use worker_sdk::{Worker, WorkerConfig};
 ///
 /// # fn main() -> Result<(), worker_sdk::Error> {

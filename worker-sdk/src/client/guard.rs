@@ -11,7 +11,7 @@ use std::sync::{Arc, OnceLock};
 
 use super::core::Core;
 use super::process::{Forks, Process};
-use crate::scoreboard::{Scoreboard, claim};
+use dispatch_protocol::scoreboard::{Scoreboard, claim};
 
 /// Counts one connection as held by this worker; dropping the last clone counts it as finished.
 ///

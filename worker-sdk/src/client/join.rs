@@ -17,9 +17,11 @@ use super::channel::take_fds;
 use super::error::Error;
 use super::outbox::Outbox;
 use super::said::readable;
-use crate::scoreboard::gauge::GaugeName;
-use crate::scoreboard::{Scoreboard, claim};
-use crate::wire::{Control, Features, Hello, MAX_CONTROL_RECORD, VERSION, WELCOME_FDS, Welcome};
+use dispatch_protocol::scoreboard::gauge::GaugeName;
+use dispatch_protocol::scoreboard::{Scoreboard, claim};
+use dispatch_protocol::wire::{
+    Control, Features, Hello, MAX_CONTROL_RECORD, VERSION, WELCOME_FDS, Welcome,
+};
 
 /// What a worker has of a dispatcher, apart from the channel. Dropping it tells the dispatcher that all is over.
 pub(super) struct Session {

@@ -52,7 +52,7 @@ pub(crate) use self::said::log_now;
 pub use self::sample::Sampling;
 
 use self::core::Core;
-use crate::wire::PeerAddr;
+use crate::PeerAddr;
 
 /// Closes the worker when the last of its handles is gone.
 pub(crate) struct Handle(pub(crate) Arc<Core>);
@@ -499,7 +499,7 @@ impl Worker {
     /// The gauge of this name, made if there is none: a number that the dispatcher sees. Any thread may set it.
     ///
     /// # Errors
-    /// [`Error::Config`] for what is [no name](crate::scoreboard::gauge::GaugeName), and when there are 24 already;
+    /// [`Error::Config`] for what is [no name](dispatch_protocol::scoreboard::gauge::GaugeName), and when there are 24 already;
     /// [`Error::Forked`] in a forked child.
     pub fn gauge(&self, name: &str) -> Result<Gauge, Error> {
         self.core().gauge(name)

@@ -14,7 +14,7 @@ use rustix::net::{SendFlags, send};
 use super::core::Core;
 use super::drain::start_thread;
 use super::join::{Session, end};
-use crate::wire::{Goodbye, Update};
+use dispatch_protocol::wire::{Goodbye, Update};
 
 /// How long the end of a session waits for a goodbye that could not be sent.
 pub(super) const PARTING: Duration = Duration::from_secs(1);

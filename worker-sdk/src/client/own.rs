@@ -8,7 +8,7 @@ use rustix::net::{SendFlags, send};
 
 use super::core::{Core, Link};
 use super::join::Session;
-use crate::wire::{Features, MAX_KEY, Own};
+use dispatch_protocol::wire::{Features, MAX_KEY, Own};
 
 /// Why a key was not claimed. The application goes on as if it had not tried: the client is served wherever the
 /// dispatcher sends it, and is remembered there.

@@ -9,7 +9,7 @@
 use std::sync::OnceLock;
 use std::sync::atomic::{AtomicU32, Ordering};
 
-use crate::sys::Mapping;
+use dispatch_protocol::Mapping;
 
 /// Equal iff taken in the same process. Not a pid.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]

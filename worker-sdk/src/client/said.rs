@@ -17,7 +17,7 @@ use std::time::{Duration, Instant};
 
 use log::Level;
 
-use crate::wire::is_hidden;
+use dispatch_protocol::wire::is_hidden;
 
 /// What the lines' target is, whichever module they are from.
 const TARGET: &str = "worker_sdk";

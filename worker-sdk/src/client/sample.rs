@@ -16,7 +16,7 @@ use serde::{Deserialize, Serialize};
 use super::clock::after;
 use super::gauges::{Gauge, Gauges};
 use super::said::log_now;
-use crate::scoreboard::gauge::{GaugeName, names};
+use dispatch_protocol::scoreboard::gauge::{GaugeName, names};
 
 /// When to measure the machine and this process.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]

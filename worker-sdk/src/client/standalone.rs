@@ -8,7 +8,7 @@ use std::path::PathBuf;
 
 use super::error::Error;
 use super::said::{Said, readable_path};
-use crate::wire::PeerAddr;
+use crate::PeerAddr;
 
 pub(super) enum Listener {
     Tcp(TcpListener),

@@ -10,7 +10,7 @@ use super::error::Error;
 use super::join::Session;
 use super::outbox::Record;
 use super::said::Repeated;
-use crate::wire::{Features, Update};
+use dispatch_protocol::wire::{Features, Update};
 
 impl Core {
     pub(crate) fn set_weight(&self, weight: u16) -> Result<(), Error> {

@@ -8,7 +8,7 @@
 use std::cell::Cell;
 use std::time::{Duration, Instant};
 
-use crate::scoreboard::Scoreboard;
+use dispatch_protocol::scoreboard::Scoreboard;
 
 thread_local! {
     /// When this thread last took a connection.

@@ -13,8 +13,8 @@ use ::tokio::runtime::Handle as Runtime;
 
 use super::split::{self, OwnedReadHalf, OwnedWriteHalf};
 use super::stream::Stream;
+use crate::PeerAddr;
 use crate::client::{Accepted, Guard, Held, Origin};
-use crate::wire::PeerAddr;
 
 /// A live connection. Dropping it closes the socket, and then counts it as ended.
 ///

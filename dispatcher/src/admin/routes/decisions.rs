@@ -7,7 +7,7 @@ use axum::Router;
 use axum::extract::{Path, RawQuery, State};
 use axum::response::Response;
 use axum::routing::get;
-use worker_sdk::PeerAddr;
+use dispatch_protocol::ClientAddr;
 
 use super::{App, PATIENCE, methods, outcome, refused};
 use crate::admin::Request;
@@ -42,8 +42,8 @@ async fn explain(
     let from = parameter::<IpAddr>(query.as_deref(), "from", "the client's IP address");
     let peer = match from {
         // Which port a client will have nobody knows, and nothing depends on it.
-        Ok(Some(ip)) => PeerAddr::from(SocketAddr::new(ip, 0)),
-        Ok(None) => PeerAddr::Unix,
+        Ok(Some(ip)) => ClientAddr::from(SocketAddr::new(ip, 0)),
+        Ok(None) => ClientAddr::Unix,
         Err(why) => return refused(&why),
     };
     let name = pool.clone();

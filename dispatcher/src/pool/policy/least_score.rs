@@ -7,7 +7,7 @@
 //! Owns the readings of every candidate and what they sum up to. Knows nothing of shared memory; impossible readings have
 //! been sorted out before.
 
-use worker_sdk::scoreboard::gauge::Reading;
+use dispatch_protocol::scoreboard::gauge::Reading;
 
 use super::{Candidate, FULL_WEIGHT, UNAVAILABLE};
 use crate::pool::types::{Scored, Scores, Time};

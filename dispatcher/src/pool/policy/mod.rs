@@ -13,7 +13,7 @@ mod round_robin;
 mod tournament;
 mod two_choices;
 
-use worker_sdk::scoreboard::gauge::Reading;
+use dispatch_protocol::scoreboard::gauge::Reading;
 
 use self::failover::{Change, Failover};
 use self::hash::Rendezvous;

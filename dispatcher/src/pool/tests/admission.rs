@@ -1,7 +1,7 @@
 //! Who may join, and what a refusal says.
 
 use super::*;
-use worker_sdk::wire::RefusedCode;
+use dispatch_protocol::wire::RefusedCode;
 
 fn join(change: impl FnOnce(&mut Join)) -> Join {
     let mut join = Join { pid: 4_321, uid: 0, gids: vec![100], hello: hello(), spawned: None };

@@ -2,7 +2,7 @@
 
 use std::collections::HashMap;
 
-use worker_sdk::PeerAddr;
+use dispatch_protocol::ClientAddr;
 
 use super::*;
 use crate::affinity::{KeySource, Known};
@@ -320,7 +320,7 @@ fn addresses_need_no_waiting() {
     let workers = [desk.called("a"), desk.called("b"), desk.called("c")];
     let mut seen = HashMap::new();
     for n in 0..60u8 {
-        let peer = PeerAddr::Inet(([10, 0, n % 6, n], 5).into());
+        let peer = ClientAddr::Inet(([10, 0, n % 6, n], 5).into());
         let conn = desk.core.accepted(desk.now, Client::new(WEB, peer));
         assert!(!desk.core.awaits_bytes(conn));
         let mut sent = None;
@@ -333,7 +333,7 @@ fn addresses_need_no_waiting() {
     }
     assert_eq!(desk.loads(&workers), [20, 20, 20]);
     // Clients of a Unix listener have no address.
-    desk.core.accepted(desk.now, Client::new(WEB, PeerAddr::Unix));
+    desk.core.accepted(desk.now, Client::new(WEB, ClientAddr::Unix));
     assert_eq!(desk.remembered().unknown, 1);
 }
 

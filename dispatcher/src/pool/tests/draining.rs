@@ -1,7 +1,7 @@
 //! Draining and resuming by an operator.
 
 use super::*;
-use worker_sdk::wire::Features;
+use dispatch_protocol::wire::Features;
 
 impl Desk {
     pub(super) fn drain(&mut self, worker: WorkerId) -> bool {

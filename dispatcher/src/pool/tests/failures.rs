@@ -1,7 +1,7 @@
 //! Hangs, lost descriptors, full channels, scarcity, hostile slots.
 
 use super::*;
-use worker_sdk::scoreboard::claim::{self, Revoke, SlotState};
+use dispatch_protocol::scoreboard::claim::{self, Revoke, SlotState};
 
 #[test]
 fn a_worker_that_hangs_loses_what_it_left_untaken_to_others() {

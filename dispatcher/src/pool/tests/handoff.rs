@@ -1,7 +1,7 @@
 //! When untaken connections move: patience, trials, idle threads, pools that are not served.
 
-use worker_sdk::PeerAddr;
-use worker_sdk::scoreboard::claim::{SlotState, want};
+use dispatch_protocol::ClientAddr;
+use dispatch_protocol::scoreboard::claim::{SlotState, want};
 
 use super::policies::client;
 use super::*;
@@ -159,7 +159,7 @@ fn with_failover_a_primary_that_hangs_comes_back_by_a_test() {
     desk.wait(T);
     assert_eq!((desk.state(primary), desk.custody(standby)), (State::Suspect, 1));
     desk.take_all(standby);
-    assert_eq!(desk.next_from(PeerAddr::Unix), standby);
+    assert_eq!(desk.next_from(ClientAddr::Unix), standby);
     assert!(desk.answer(primary));
     desk.turn();
     // Only one client goes to it; while it is tested the others go to the standby.
@@ -167,7 +167,7 @@ fn with_failover_a_primary_that_hangs_comes_back_by_a_test() {
     assert_eq!(desk.custody(primary), 1);
     desk.wait(ms(10));
     desk.take_all(primary);
-    assert_eq!(desk.next_from(PeerAddr::Unix), primary);
+    assert_eq!(desk.next_from(ClientAddr::Unix), primary);
 }
 
 #[test]

@@ -2,8 +2,8 @@
 
 use std::sync::Arc;
 
+use dispatch_protocol::ClientAddr;
 use proptest::prelude::*;
-use worker_sdk::PeerAddr;
 
 use super::policies::{client, desk_of};
 use super::*;
@@ -19,7 +19,7 @@ fn desk_with_history(size: u32, candidates: u32) -> Desk {
 fn nothing_is_kept_unless_asked_for() {
     let mut desk = desk();
     desk.worker();
-    desk.next_from(PeerAddr::Unix);
+    desk.next_from(ClientAddr::Unix);
     assert_eq!(desk.core.history(PoolId(0), 0), []);
     assert_eq!(desk.core.history(PoolId(7), 0), []);
 }
@@ -85,7 +85,7 @@ fn a_decision_says_what_was_in_a_workers_way() {
     desk.take_all(idle);
     desk.accept(WEB);
     let why = |desk: &Desk| -> Vec<(u64, Why)> {
-        let explained = desk.core.explain(desk.now, PoolId(0), PeerAddr::Unix).unwrap();
+        let explained = desk.core.explain(desk.now, PoolId(0), ClientAddr::Unix).unwrap();
         let mut list: Vec<_> =
             explained.decision.candidates.iter().map(|c| (c.worker, c.why)).collect();
         list.sort_by_key(|(worker, _)| *worker);
@@ -118,7 +118,7 @@ fn a_worker_that_has_to_prove_itself_is_said_to() {
     let mut desk = desk();
     let new = desk.join(hello()).unwrap();
     let other = desk.trusted(Hello { base: 5, ..hello() });
-    let explained = desk.core.explain(desk.now, PoolId(0), PeerAddr::Unix).unwrap();
+    let explained = desk.core.explain(desk.now, PoolId(0), ClientAddr::Unix).unwrap();
     let why = |worker: WorkerId| {
         let mut candidates = explained.decision.candidates.iter();
         candidates.find(|c| c.worker == worker.serial).map(|c| c.why.name())
@@ -170,7 +170,7 @@ fn a_connection_that_comes_back_is_marked() {
 fn what_is_in_the_way_of_all_is_said() {
     let mut desk = desk();
     let obstacle =
-        |desk: &Desk| desk.core.explain(desk.now, PoolId(0), PeerAddr::Unix).unwrap().obstacle;
+        |desk: &Desk| desk.core.explain(desk.now, PoolId(0), ClientAddr::Unix).unwrap().obstacle;
     assert_eq!(obstacle(&desk), Some(Obstacle::NoWorker));
     desk.wait(ms(5_000));
     assert_eq!(obstacle(&desk), Some(Obstacle::Refusing));
@@ -185,7 +185,7 @@ fn what_is_in_the_way_of_all_is_said() {
     assert_eq!(obstacle(&desk), Some(Obstacle::Short));
     desk.core.stop(desk.now, desk.now + ms(1));
     assert_eq!(obstacle(&desk), Some(Obstacle::Stopping));
-    assert_eq!(desk.core.explain(desk.now, PoolId(9), PeerAddr::Unix), None);
+    assert_eq!(desk.core.explain(desk.now, PoolId(9), ClientAddr::Unix), None);
 }
 
 proptest! {

@@ -21,7 +21,7 @@ mod weights;
 
 use std::time::Duration;
 
-use worker_sdk::wire::{EntryFlags, Hello};
+use dispatch_protocol::wire::{EntryFlags, Hello};
 
 use super::*;
 use crate::sim::Desk;

@@ -4,9 +4,9 @@ use std::collections::{BTreeMap, VecDeque};
 
 use core::net::SocketAddr;
 
+use dispatch_protocol::scoreboard::claim::{Revoke, SlotState};
+use dispatch_protocol::wire::Update;
 use proptest::prelude::*;
-use worker_sdk::scoreboard::claim::{Revoke, SlotState};
-use worker_sdk::wire::Update;
 
 use super::naive::{At, Naive, Op, Out, SLOTS, Word, op};
 use super::*;

@@ -3,8 +3,8 @@
 
 use core::net::{IpAddr, Ipv4Addr, SocketAddr};
 
-use worker_sdk::PeerAddr;
-use worker_sdk::scoreboard::claim;
+use dispatch_protocol::ClientAddr;
+use dispatch_protocol::scoreboard::claim;
 
 use super::*;
 
@@ -19,8 +19,8 @@ pub(super) fn desk_of(policy: Policy) -> Desk {
     })
 }
 
-pub(super) fn client(number: u32) -> PeerAddr {
-    PeerAddr::from(SocketAddr::new(IpAddr::V4(Ipv4Addr::from(0x0a00_0000 + number)), 40_000))
+pub(super) fn client(number: u32) -> ClientAddr {
+    ClientAddr::from(SocketAddr::new(IpAddr::V4(Ipv4Addr::from(0x0a00_0000 + number)), 40_000))
 }
 
 impl Desk {
@@ -38,7 +38,7 @@ impl Desk {
     }
 
     /// The worker that the next client gets; it takes it.
-    pub(super) fn next_from(&mut self, peer: PeerAddr) -> WorkerId {
+    pub(super) fn next_from(&mut self, peer: ClientAddr) -> WorkerId {
         self.log.clear();
         self.accept_only_from(WEB, peer);
         self.pump();
@@ -62,7 +62,7 @@ impl Desk {
     }
 
     /// As `next_from`, and the connection ends at once: loads stay as they are.
-    pub(super) fn visit(&mut self, peer: PeerAddr) -> WorkerId {
+    pub(super) fn visit(&mut self, peer: ClientAddr) -> WorkerId {
         let worker = self.next_from(peer);
         self.link(worker).finished += 1;
         self.hear(worker);
@@ -73,7 +73,7 @@ impl Desk {
 /// Whom each of `count` visitors gets, as positions in `workers`.
 pub(super) fn visits(desk: &mut Desk, workers: &[WorkerId], count: usize) -> Vec<usize> {
     let mut visit = || {
-        let worker = desk.visit(PeerAddr::Unix);
+        let worker = desk.visit(ClientAddr::Unix);
         workers.iter().position(|&w| w == worker).unwrap()
     };
     (0..count).map(|_| visit()).collect()
@@ -111,7 +111,7 @@ fn least_connections_by_weight() {
     let mut desk = desk_of(Policy::LeastConnections);
     let workers = desk.weighted(&[1, 2, 5]);
     for taken in 1..=DECISIONS {
-        desk.next_from(PeerAddr::Unix);
+        desk.next_from(ClientAddr::Unix);
         if taken % 8 == 0 {
             let loads = desk.loads(&workers);
             let part = taken as u64 / 8;
@@ -169,7 +169,7 @@ fn round_robin_steps_over_who_is_full_and_owes_nothing_later() {
     let small = desk.trusted(Hello { max_connections: 1, ..hello() });
     let large = desk.worker();
     for _ in 0..10 {
-        desk.next_from(PeerAddr::Unix);
+        desk.next_from(ClientAddr::Unix);
     }
     assert_eq!(desk.loads(&[small, large]), [1, 9]);
     desk.finish(small, 1);
@@ -233,7 +233,7 @@ fn two_choices_keeps_loads_close_to_their_shares() {
     let mut desk = desk_of(Policy::TwoChoices);
     let workers = desk.weighted(&[1, 2, 5]);
     for _ in 0..DECISIONS {
-        desk.next_from(PeerAddr::Unix);
+        desk.next_from(ClientAddr::Unix);
     }
     let loads: Vec<usize> = desk.loads(&workers).iter().map(|&load| load as usize).collect();
     assert_within_one_percent(&loads, &[1, 2, 5]);
@@ -321,7 +321,7 @@ fn hash_without_a_key_is_least_connections() {
     let mut desk = desk_of(Policy::Hash);
     let workers = desk.weighted(&[1, 2, 5]);
     for _ in 0..800 {
-        desk.next_from(PeerAddr::Unix);
+        desk.next_from(ClientAddr::Unix);
     }
     assert_eq!(desk.loads(&workers), [100, 200, 500]);
 }
@@ -334,23 +334,23 @@ fn failover_gives_all_to_the_highest_that_is_up() {
     let primaries = [desk.with_priority(9), desk.with_priority(9)];
     let all = [low, standby, primaries[0], primaries[1]];
     for _ in 0..100 {
-        desk.next_from(PeerAddr::Unix);
+        desk.next_from(ClientAddr::Unix);
     }
     assert_eq!(desk.loads(&all), [0, 0, 50, 50], "least connections among equals");
     desk.leave(primaries[0], Departure::Died);
     for _ in 0..50 {
-        desk.next_from(PeerAddr::Unix);
+        desk.next_from(ClientAddr::Unix);
     }
     assert_eq!(desk.loads(&[low, standby, primaries[1]]), [0, 0, 100]);
     desk.goodbye(primaries[1]);
     for _ in 0..10 {
-        desk.next_from(PeerAddr::Unix);
+        desk.next_from(ClientAddr::Unix);
     }
     assert_eq!(desk.loads(&[low, standby]), [0, 10]);
     // It returns, and all with it.
     let back = desk.with_priority(9);
     for _ in 0..10 {
-        desk.next_from(PeerAddr::Unix);
+        desk.next_from(ClientAddr::Unix);
     }
     assert_eq!(desk.loads(&[low, standby, back]), [0, 10, 10]);
 }
@@ -363,7 +363,7 @@ fn failover_shares_among_equals_by_weight_and_the_standby_gets_nothing() {
     let primaries = [1, 2, 5].map(|weight| join(&mut desk, 9, weight));
     let standby = join(&mut desk, 1, 8);
     for _ in 0..DECISIONS {
-        desk.next_from(PeerAddr::Unix);
+        desk.next_from(ClientAddr::Unix);
     }
     assert_eq!(desk.loads(&primaries), [12_500, 25_000, 62_500]);
     assert_eq!(desk.loads(&[standby]), [0]);
@@ -375,7 +375,7 @@ fn full_is_not_down() {
     let primary = desk.trusted(Hello { priority: 9, max_connections: 2, ..hello() });
     let standby = desk.with_priority(0);
     for _ in 0..2 {
-        desk.next_from(PeerAddr::Unix);
+        desk.next_from(ClientAddr::Unix);
     }
     assert_eq!(desk.core.accepting(WEB), Accepting::Pause);
     desk.accept(WEB);
@@ -395,13 +395,13 @@ fn a_primary_that_hangs_is_down_until_it_is_trusted_again() {
     assert_eq!(desk.state(primary), State::Suspect);
     assert_eq!(desk.loads(&[primary, standby]), [0, 1], "what it left goes to the standby");
     desk.take_all(standby);
-    desk.next_from(PeerAddr::Unix);
+    desk.next_from(ClientAddr::Unix);
     assert_eq!(desk.loads(&[primary, standby]), [0, 2]);
     // It answers its probe, so it is tested, and takes the connection.
     assert!(desk.answer(primary));
     desk.turn();
-    desk.next_from(PeerAddr::Unix);
+    desk.next_from(ClientAddr::Unix);
     assert_eq!(desk.state(primary), State::Active);
-    desk.next_from(PeerAddr::Unix);
+    desk.next_from(ClientAddr::Unix);
     assert_eq!(desk.loads(&[primary, standby]), [2, 2]);
 }

@@ -1,7 +1,7 @@
 //! `least-score`: who is chosen as gauges rise, fall, get old and lie.
 
-use worker_sdk::PeerAddr;
-use worker_sdk::scoreboard::gauge::{GaugeName, Reading};
+use dispatch_protocol::ClientAddr;
+use dispatch_protocol::scoreboard::gauge::{GaugeName, Reading};
 
 use super::policies::DECISIONS;
 use super::*;
@@ -165,7 +165,7 @@ fn ties_rotate_and_weights_share_the_connections() {
     }
     desk.turn();
     for _ in 0..DECISIONS {
-        desk.next_from(PeerAddr::Unix);
+        desk.next_from(ClientAddr::Unix);
     }
     assert_eq!(desk.loads(&workers), [12_500, 25_000, 62_500]);
 }
@@ -286,7 +286,7 @@ fn what_is_explained_is_what_was_decided() {
     desk.set(workers[0], 0, 0.5);
     desk.set(workers[1], 0, 0.1);
     desk.turn();
-    let explained = desk.core.explain(desk.now, PoolId(0), PeerAddr::Unix).unwrap();
+    let explained = desk.core.explain(desk.now, PoolId(0), ClientAddr::Unix).unwrap();
     let seen = |worker: WorkerId| {
         let mut candidates = explained.decision.candidates.iter();
         candidates.find(|seen| seen.worker == worker.serial).unwrap()
@@ -298,7 +298,7 @@ fn what_is_explained_is_what_was_decided() {
     assert_eq!(seen(workers[2]).out, Some(Scored::NeverSet(name("queue_wait"))));
     // With nobody fresh it says by what it went instead.
     desk.wait(ms(1_000));
-    let explained = desk.core.explain(desk.now, PoolId(0), PeerAddr::Unix).unwrap();
+    let explained = desk.core.explain(desk.now, PoolId(0), ClientAddr::Unix).unwrap();
     let first = &explained.decision.candidates[0];
     assert_eq!((first.score, first.why), (Some(1.0), Why::Chosen));
     assert!(first.out.is_some_and(|out| out.to_string().contains("queue_wait stale")));

@@ -3,18 +3,18 @@
 use core::net::{IpAddr, Ipv4Addr, Ipv6Addr, SocketAddr};
 use std::collections::HashMap;
 
+use dispatch_protocol::ClientAddr;
 use ipnet::IpNet;
 use proptest::prelude::*;
-use worker_sdk::PeerAddr;
 
 use super::super::screen::{Screen, Screening, UNTRACKED};
 use super::*;
 
-fn peer(ip: IpAddr) -> PeerAddr {
-    PeerAddr::Inet(SocketAddr::new(ip, 1234))
+fn peer(ip: IpAddr) -> ClientAddr {
+    ClientAddr::Inet(SocketAddr::new(ip, 1234))
 }
 
-fn of(text: &str) -> PeerAddr {
+fn of(text: &str) -> ClientAddr {
     peer(text.parse().unwrap())
 }
 
@@ -47,7 +47,7 @@ fn deny_wins_and_mapped_addresses_are_ipv4() {
     {
         assert_eq!(says(bad), Err(CloseReason::Denied), "{bad}");
     }
-    assert_eq!(screen.admit(Time(0), PeerAddr::Unix), Ok(UNTRACKED));
+    assert_eq!(screen.admit(Time(0), ClientAddr::Unix), Ok(UNTRACKED));
 
     let deny = Screening { deny: nets(&["0.0.0.0/0"]), ..Screening::default() };
     let mut screen = Screen::new(deny, 1).unwrap();

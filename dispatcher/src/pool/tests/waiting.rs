@@ -1,7 +1,7 @@
 //! Clients without a worker: held, refused, relieved.
 
 use super::*;
-use worker_sdk::scoreboard::claim::want;
+use dispatch_protocol::scoreboard::claim::want;
 
 #[test]
 fn only_a_pool_with_workers_wants_room() {

@@ -1,7 +1,7 @@
 //! Weights that change: by an operator at any time, and by themselves during a slow start.
 
-use worker_sdk::PeerAddr;
-use worker_sdk::wire::Update;
+use dispatch_protocol::ClientAddr;
+use dispatch_protocol::wire::Update;
 
 use super::policies::{ONCE_IN_1000, chi_squared, counts, desk_of, visits};
 use super::*;
@@ -12,12 +12,12 @@ fn weights_can_be_changed_at_any_time() {
         let mut desk = desk_of(policy);
         let workers = [desk.worker(), desk.worker()];
         for _ in 0..100 {
-            desk.next_from(PeerAddr::Unix);
+            desk.next_from(ClientAddr::Unix);
         }
         assert_eq!(desk.loads(&workers), [50, 50]);
         assert!(desk.core.set_weight(desk.now, workers[0], 3));
         for _ in 0..100 {
-            desk.next_from(PeerAddr::Unix);
+            desk.next_from(ClientAddr::Unix);
         }
         let expected = if policy == Policy::RoundRobin { [125, 75] } else { [150, 50] };
         assert_eq!(desk.loads(&workers), expected, "{policy:?}");
@@ -48,7 +48,7 @@ fn a_worker_may_change_its_weight_until_an_operator_does() {
     let workers = [desk.worker(), desk.worker()];
     desk.core.update(desk.now, workers[0], update(3, false, 1000));
     for _ in 0..100 {
-        desk.next_from(PeerAddr::Unix);
+        desk.next_from(ClientAddr::Unix);
     }
     assert_eq!(desk.loads(&workers), [75, 25]);
     assert!(desk.core.set_weight(desk.now, workers[0], 1));
@@ -114,7 +114,7 @@ fn a_new_worker_starts_slowly_by_least_connections() {
     let old = desk.worker();
     desk.wait(ms(10_000));
     for _ in 0..6_400 {
-        desk.next_from(PeerAddr::Unix);
+        desk.next_from(ClientAddr::Unix);
     }
     let new = desk.worker();
     // Connections come and go; after each quarter it has its part, and no more at any time.
@@ -125,7 +125,7 @@ fn a_new_worker_starts_slowly_by_least_connections() {
                 if desk.core.load(old) > Some(0) {
                     desk.finish(old, 1);
                 }
-                desk.next_from(PeerAddr::Unix);
+                desk.next_from(ClientAddr::Unix);
             }
         }
         let loads = desk.loads(&[old, new]);
@@ -180,7 +180,7 @@ fn whoever_is_resumed_starts_slowly() {
     desk.resume(worker).unwrap();
     assert_eq!((warm(&desk, worker), warm(&desk, other)), (1, 100));
     for _ in 0..60 {
-        desk.next_from(PeerAddr::Unix);
+        desk.next_from(ClientAddr::Unix);
     }
     assert_eq!(desk.loads(&[worker]), [0], "60 for the other are not yet 64 times one for it");
     desk.wait(ms(5_000));
@@ -206,7 +206,7 @@ fn whoever_starts_slowly_and_is_alone_gets_all() {
     let mut desk = slow(Policy::LeastConnections);
     let worker = desk.worker();
     for _ in 0..100 {
-        desk.next_from(PeerAddr::Unix);
+        desk.next_from(ClientAddr::Unix);
     }
     assert_eq!(desk.loads(&[worker]), [100]);
     let status = desk.core.status();

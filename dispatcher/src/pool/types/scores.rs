@@ -3,7 +3,7 @@
 use std::fmt;
 use std::time::Duration;
 
-use worker_sdk::scoreboard::gauge::GaugeName;
+use dispatch_protocol::scoreboard::gauge::GaugeName;
 
 /// What the policy `least-score` goes by.
 #[derive(Clone, Debug, PartialEq)]

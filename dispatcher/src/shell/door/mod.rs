@@ -25,8 +25,8 @@ use std::sync::Arc;
 use std::sync::mpsc::{Receiver, Sender, SyncSender, channel, sync_channel};
 use std::time::Duration;
 
+use dispatch_protocol::wire::{Own, Update};
 use rustix::event::EventfdFlags;
-use worker_sdk::wire::{Own, Update};
 
 use self::porter::Porter;
 use super::control::Fault;

@@ -7,9 +7,9 @@ use std::sync::Arc;
 use std::sync::mpsc::{Receiver, SyncSender, TrySendError};
 use std::time::Duration;
 
+use dispatch_protocol::wire::{Control, Hello, RefusedCode};
 use mio::unix::SourceFd;
 use mio::{Events, Interest, Poll};
-use worker_sdk::wire::{Control, Hello, RefusedCode};
 
 use super::super::clock;
 use super::super::control::{self, Fault, Peer, Received};

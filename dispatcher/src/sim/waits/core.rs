@@ -4,8 +4,8 @@
 use std::collections::VecDeque;
 use std::time::Duration;
 
-use worker_sdk::scoreboard::claim::{self, want};
-use worker_sdk::wire::Hello;
+use dispatch_protocol::scoreboard::claim::{self, want};
+use dispatch_protocol::wire::Hello;
 
 use super::Scenario;
 use super::outcome::Outcome;

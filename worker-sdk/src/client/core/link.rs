@@ -83,7 +83,7 @@ impl Core {
             nonblocking: entry.flags.contains(EntryFlags::NONBLOCKING),
             guard: Guard::new(Arc::clone(self), Some(custody)),
             origin: Origin {
-                peer: entry.peer,
+                peer: entry.peer.into(),
                 listener: session.listener(entry.listener),
                 accepted: AcceptTime::new(Duration::from_nanos(entry.accepted_ns), now),
                 number: (entry.number != 0).then_some(entry.number),

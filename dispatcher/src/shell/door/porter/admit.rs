@@ -4,10 +4,10 @@ use std::io;
 use std::os::fd::{AsFd, AsRawFd, OwnedFd};
 use std::time::Duration;
 
+use dispatch_protocol::wire::{Refused, RefusedCode};
 use mio::Interest;
 use mio::unix::SourceFd;
 use rustix::io::Errno;
-use worker_sdk::wire::{Refused, RefusedCode};
 
 use super::super::super::control::Peer;
 use super::super::super::join::forget;

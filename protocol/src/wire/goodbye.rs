@@ -7,7 +7,7 @@ use super::kind;
 /// so that they are counted to the end.
 ///
 /// ```
-/// use worker_sdk::wire::{Control, Goodbye};
+/// use dispatch_protocol::wire::{Control, Goodbye};
 ///
 /// let mut record = Vec::new();
 /// Goodbye.encode(&mut record);

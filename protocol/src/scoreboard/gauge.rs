@@ -12,7 +12,7 @@
 //!
 //! ```
 //! use std::sync::atomic::AtomicU64;
-//! use worker_sdk::scoreboard::gauge::{self, Reading};
+//! use dispatch_protocol::scoreboard::gauge::{self, Reading};
 //!
 //! let (value, time) = (AtomicU64::new(0), AtomicU64::new(0)); // In real life, those of a scoreboard.
 //! assert_eq!(gauge::read(&value, &time), None, "never set");
@@ -99,12 +99,12 @@ pub fn read(value: &impl Word<u64>, time: &impl Word<u64>) -> Option<Reading> {
 /// The name of a gauge: 1 to [`MAX_GAUGE_NAME`] letters and digits of ASCII, and `_`, `-`, `.` among them.
 ///
 /// ```
-/// use worker_sdk::scoreboard::gauge::GaugeName;
+/// use dispatch_protocol::scoreboard::gauge::GaugeName;
 ///
 /// let name: GaugeName = "queue_wait".parse()?;
 /// assert_eq!(name.as_str(), "queue_wait");
 /// assert!("two words".parse::<GaugeName>().is_err() && "".parse::<GaugeName>().is_err());
-/// # Ok::<(), worker_sdk::scoreboard::gauge::NoGaugeName>(())
+/// # Ok::<(), dispatch_protocol::scoreboard::gauge::NoGaugeName>(())
 /// ```
 #[derive(Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Hash)]
 pub struct GaugeName {

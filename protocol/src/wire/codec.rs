@@ -7,7 +7,7 @@ use super::{MAX_NAME, is_hidden};
 /// Why a record was not accepted.
 ///
 /// ```
-/// use worker_sdk::wire::{Control, WireError};
+/// use dispatch_protocol::wire::{Control, WireError};
 ///
 /// let error = Control::decode(&[200, 0, 0, 0]).unwrap_err();
 /// assert_eq!(error, WireError::UnknownKind(200));
@@ -157,7 +157,7 @@ pub(super) fn name(value: &[u8], field: &'static str) -> Result<String, WireErro
 /// ([`is_hidden`]). Two names that look alike are then the same, as far as that can be said of any text.
 ///
 /// ```
-/// use worker_sdk::wire::is_name;
+/// use dispatch_protocol::wire::is_name;
 ///
 /// assert!(is_name("web-1"));
 /// assert!(!is_name("two words") && !is_name("") && !is_name("web\u{200b}"));

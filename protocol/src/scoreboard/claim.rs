@@ -16,7 +16,7 @@
 //!
 //! ```
 //! use std::sync::atomic::AtomicU64;
-//! use worker_sdk::scoreboard::claim::{self, Revoke, SlotState};
+//! use dispatch_protocol::scoreboard::claim::{self, Revoke, SlotState};
 //!
 //! let slot = AtomicU64::new(0); // In real life, one of a scoreboard.
 //!
@@ -48,7 +48,7 @@
 //!
 //! ```
 //! use std::sync::atomic::{AtomicU32, AtomicU64};
-//! use worker_sdk::scoreboard::claim::{self, SlotState, want};
+//! use dispatch_protocol::scoreboard::claim::{self, SlotState, want};
 //!
 //! let (slot, word) = (AtomicU64::new(0), AtomicU32::new(0));
 //! claim::offer(&slot, 1);
@@ -69,7 +69,7 @@ use std::sync::atomic::{AtomicU32, AtomicU64, Ordering, fence};
 ///
 /// ```
 /// use std::sync::atomic::AtomicU64;
-/// use worker_sdk::scoreboard::claim::{self, Word};
+/// use dispatch_protocol::scoreboard::claim::{self, Word};
 ///
 /// /// Works on shared memory and in a model checker alike.
 /// fn serve(slot: &impl Word<u64>, seq: u64) -> bool {

@@ -6,7 +6,7 @@ use super::{VERSION, kind, tlv};
 /// Optional abilities, one bit each. A side acts only on bits that both have set.
 ///
 /// ```
-/// use worker_sdk::wire::Features;
+/// use dispatch_protocol::wire::Features;
 ///
 /// let (mine, theirs) = (Features(0b011), Features(0b110));
 /// assert_eq!(Features(mine.0 & theirs.0), Features(0b010));
@@ -37,9 +37,9 @@ impl Features {
 /// as 32 hexadecimal digits. `Debug` does not show it; `Display` does.
 ///
 /// ```
-/// use worker_sdk::Token;
+/// use dispatch_protocol::Token;
 ///
-/// # fn main() -> Result<(), worker_sdk::wire::WireError> {
+/// # fn main() -> Result<(), dispatch_protocol::wire::WireError> {
 /// let token: Token = "00112233445566778899aabbccddeeff".parse()?;
 /// assert_eq!(token.0[1], 0x11);
 /// assert_eq!(token.to_string(), "00112233445566778899aabbccddeeff");
@@ -85,7 +85,7 @@ impl std::str::FromStr for Token {
 /// What a worker says of itself when it joins.
 ///
 /// ```
-/// use worker_sdk::wire::{Control, Hello, WireError};
+/// use dispatch_protocol::wire::{Control, Hello, WireError};
 ///
 /// // A worker that comes back: it has taken 7 connections so far, 2 of them are live.
 /// let hello = Hello { pool: "web".to_owned(), base: 7, finished: 5, ..Hello::default() };

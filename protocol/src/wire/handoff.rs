@@ -15,29 +15,28 @@ pub const ENTRY_LEN: usize = 48;
 ///
 /// ```
 /// use std::net::SocketAddr;
-/// use worker_sdk::PeerAddr;
+/// use dispatch_protocol::ClientAddr;
 ///
 /// # fn main() -> Result<(), std::net::AddrParseError> {
-/// let peer = PeerAddr::from("[::ffff:192.0.2.1]:50000".parse::<SocketAddr>()?);
+/// let peer = ClientAddr::from("[::ffff:192.0.2.1]:50000".parse::<SocketAddr>()?);
 /// assert_eq!(peer.to_string(), "192.0.2.1:50000");
 /// assert_eq!(peer.ip(), Some("192.0.2.1".parse()?));
 /// assert_eq!(peer.socket_addr().map(|addr| addr.port()), Some(50000));
 ///
-/// assert_eq!(PeerAddr::Unix.to_string(), "unix");
-/// assert_eq!(PeerAddr::Unix.ip(), None);
+/// assert_eq!(ClientAddr::Unix.to_string(), "unix");
+/// assert_eq!(ClientAddr::Unix.ip(), None);
 /// # Ok(())
 /// # }
 /// ```
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
-#[non_exhaustive]
-pub enum PeerAddr {
+pub enum ClientAddr {
     /// A TCP client.
     Inet(SocketAddr),
     /// A client of a Unix listener; such clients have no address worth naming.
     Unix,
 }
 
-impl PeerAddr {
+impl ClientAddr {
     /// The client's IP address; `None` for a Unix client.
     pub fn ip(&self) -> Option<IpAddr> {
         self.socket_addr().map(|addr| addr.ip())
@@ -46,28 +45,28 @@ impl PeerAddr {
     /// The client's address and port; `None` for a Unix client.
     pub fn socket_addr(&self) -> Option<SocketAddr> {
         match self {
-            PeerAddr::Inet(addr) => Some(*addr),
-            PeerAddr::Unix => None,
+            ClientAddr::Inet(addr) => Some(*addr),
+            ClientAddr::Unix => None,
         }
     }
 }
 
-impl From<SocketAddr> for PeerAddr {
+impl From<SocketAddr> for ClientAddr {
     /// An IPv4 address that is mapped into IPv6 becomes the IPv4 address it is.
     fn from(addr: SocketAddr) -> Self {
         match addr.ip().to_canonical() {
             // A mapped address carries no scope; a real IPv6 one keeps its own.
-            IpAddr::V4(ip) => PeerAddr::Inet((ip, addr.port()).into()),
-            IpAddr::V6(_) => PeerAddr::Inet(addr),
+            IpAddr::V4(ip) => ClientAddr::Inet((ip, addr.port()).into()),
+            IpAddr::V6(_) => ClientAddr::Inet(addr),
         }
     }
 }
 
-impl fmt::Display for PeerAddr {
+impl fmt::Display for ClientAddr {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         match self {
-            PeerAddr::Inet(addr) => addr.fmt(f),
-            PeerAddr::Unix => f.write_str("unix"),
+            ClientAddr::Inet(addr) => addr.fmt(f),
+            ClientAddr::Unix => f.write_str("unix"),
         }
     }
 }
@@ -75,7 +74,7 @@ impl fmt::Display for PeerAddr {
 /// Properties of one connection, a bit each. Bits that are not known are ignored.
 ///
 /// ```
-/// use worker_sdk::wire::EntryFlags;
+/// use dispatch_protocol::wire::EntryFlags;
 ///
 /// let flags = EntryFlags(0b101);
 /// assert!(flags.contains(EntryFlags::RESENT));
@@ -121,7 +120,7 @@ pub struct Entry {
     /// When the dispatcher accepted it: nanoseconds of `CLOCK_REALTIME`, which no time namespace shifts.
     pub accepted_ns: u64,
     /// Where the client connected from.
-    pub peer: PeerAddr,
+    pub peer: ClientAddr,
     /// The dispatcher's number of the connection, as its log shows it (`conn=`); 0 if it does not say.
     pub number: u64,
 }
@@ -133,13 +132,13 @@ const FAMILY_V6: u16 = 6;
 impl Entry {
     fn encode(&self, out: &mut Vec<u8>) {
         let (family, port, scope, ip) = match self.peer {
-            PeerAddr::Unix => (FAMILY_UNIX, 0, 0, [0; 16]),
-            PeerAddr::Inet(SocketAddr::V4(addr)) => {
+            ClientAddr::Unix => (FAMILY_UNIX, 0, 0, [0; 16]),
+            ClientAddr::Inet(SocketAddr::V4(addr)) => {
                 let mut ip = [0; 16];
                 ip[..4].copy_from_slice(&addr.ip().octets());
                 (FAMILY_V4, addr.port(), 0, ip)
             }
-            PeerAddr::Inet(SocketAddr::V6(addr)) => {
+            ClientAddr::Inet(SocketAddr::V6(addr)) => {
                 (FAMILY_V6, addr.port(), addr.scope_id(), addr.ip().octets())
             }
         };
@@ -165,10 +164,10 @@ impl Entry {
         let scope = reader.u32("scope")?;
         let ip = reader.bytes16("address")?;
         let peer = match family {
-            FAMILY_UNIX => PeerAddr::Unix,
-            FAMILY_V4 => PeerAddr::Inet((Ipv4Addr::new(ip[0], ip[1], ip[2], ip[3]), port).into()),
+            FAMILY_UNIX => ClientAddr::Unix,
+            FAMILY_V4 => ClientAddr::Inet((Ipv4Addr::new(ip[0], ip[1], ip[2], ip[3]), port).into()),
             FAMILY_V6 => {
-                PeerAddr::Inet(SocketAddrV6::new(Ipv6Addr::from(ip), port, 0, scope).into())
+                ClientAddr::Inet(SocketAddrV6::new(Ipv6Addr::from(ip), port, 0, scope).into())
             }
             _ => return Err(WireError::Invalid("address family")),
         };
@@ -181,8 +180,8 @@ impl Entry {
 /// Connections for this worker.
 ///
 /// ```
-/// use worker_sdk::PeerAddr;
-/// use worker_sdk::wire::{Channel, Entry, EntryFlags, Handoff};
+/// use dispatch_protocol::ClientAddr;
+/// use dispatch_protocol::wire::{Channel, Entry, EntryFlags, Handoff};
 ///
 /// let entry = Entry {
 ///     seq: 1,
@@ -190,7 +189,7 @@ impl Entry {
 ///     listener: 0,
 ///     flags: EntryFlags::NONE,
 ///     accepted_ns: 1_000_000_000, // One second after the epoch.
-///     peer: PeerAddr::Inet(([192, 0, 2, 1], 50_000).into()),
+///     peer: ClientAddr::Inet(([192, 0, 2, 1], 50_000).into()),
 ///     number: 1234,
 /// };
 /// let mut record = Vec::new();

@@ -6,7 +6,7 @@ use super::kind;
 /// Take this slot; no file descriptor comes with it.
 ///
 /// ```
-/// use worker_sdk::wire::{Channel, Probe};
+/// use dispatch_protocol::wire::{Channel, Probe};
 ///
 /// let probe = Probe { seq: 9, slot: 9 };
 /// let mut record = Vec::new();

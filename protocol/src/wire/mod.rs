@@ -16,9 +16,9 @@
 //! TLV is an error, and so is the wrong number of file descriptors beside it.
 //!
 //! ```
-//! use worker_sdk::wire::{Control, Hello};
+//! use dispatch_protocol::wire::{Control, Hello};
 //!
-//! # fn main() -> Result<(), worker_sdk::wire::WireError> {
+//! # fn main() -> Result<(), dispatch_protocol::wire::WireError> {
 //! let hello = Hello { pool: "web".to_owned(), max_connections: 1000, ..Hello::default() };
 //! let mut record = Vec::new();
 //! hello.encode(&mut record); // To be sent as one message.
@@ -44,7 +44,7 @@ mod welcome;
 pub use codec::{WireError, is_name};
 pub use drain::Drain;
 pub use goodbye::Goodbye;
-pub use handoff::{ENTRY_LEN, Entry, EntryFlags, Handoff, PeerAddr};
+pub use handoff::{ClientAddr, ENTRY_LEN, Entry, EntryFlags, Handoff};
 pub use hello::{Features, Hello, Token};
 pub use own::{MAX_KEY, Own};
 pub use probe::Probe;
@@ -125,9 +125,9 @@ pub mod tlv {
 /// Any record that may arrive on the control connection, in either direction.
 ///
 /// ```
-/// use worker_sdk::wire::{Control, Goodbye};
+/// use dispatch_protocol::wire::{Control, Goodbye};
 ///
-/// # fn main() -> Result<(), worker_sdk::wire::WireError> {
+/// # fn main() -> Result<(), dispatch_protocol::wire::WireError> {
 /// let mut record = Vec::new();
 /// Control::Goodbye(Goodbye).encode(&mut record);
 /// assert_eq!(record, [4, 0, 0, 0]);
@@ -211,9 +211,9 @@ impl Control {
 /// Any record that may arrive on the channel (dispatcher to worker only).
 ///
 /// ```
-/// use worker_sdk::wire::{Channel, Probe};
+/// use dispatch_protocol::wire::{Channel, Probe};
 ///
-/// # fn main() -> Result<(), worker_sdk::wire::WireError> {
+/// # fn main() -> Result<(), dispatch_protocol::wire::WireError> {
 /// let mut record = Vec::new();
 /// Channel::Probe(Probe { seq: 9, slot: 9 }).encode(&mut record);
 ///

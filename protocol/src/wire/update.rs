@@ -6,7 +6,7 @@ use super::kind;
 /// What hello said of the worker, said anew. Only once both sides have [`Features::UPDATE`](super::Features::UPDATE).
 ///
 /// ```
-/// use worker_sdk::wire::{Control, Update};
+/// use dispatch_protocol::wire::{Control, Update};
 ///
 /// let update = Control::Update(Update { weight: 2, paused: false, max_connections: 500 });
 /// let mut record = Vec::new();

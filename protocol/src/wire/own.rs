@@ -10,7 +10,7 @@ pub const MAX_KEY: usize = 4000;
 /// [`Features::OWN`](super::Features::OWN).
 ///
 /// ```
-/// use worker_sdk::wire::{Control, Own};
+/// use dispatch_protocol::wire::{Control, Own};
 ///
 /// let own = Own::new(b"6f1d29").expect("neither empty nor long");
 /// let mut record = Vec::new();

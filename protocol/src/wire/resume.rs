@@ -6,7 +6,7 @@ use super::kind;
 /// Connections may follow; a deadline that [`Drain`](super::Drain) set no longer counts.
 ///
 /// ```
-/// use worker_sdk::wire::{Channel, Resume};
+/// use dispatch_protocol::wire::{Channel, Resume};
 ///
 /// let mut record = Vec::new();
 /// Resume.encode(&mut record);

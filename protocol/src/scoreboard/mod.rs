@@ -59,9 +59,9 @@ pub const MAX_SLOTS: u32 = 65_536;
 /// A mapped scoreboard; unmapped when dropped.
 ///
 /// ```
-/// use worker_sdk::scoreboard::{Scoreboard, claim};
+/// use dispatch_protocol::scoreboard::{Scoreboard, claim};
 ///
-/// # fn main() -> Result<(), worker_sdk::scoreboard::ScoreboardError> {
+/// # fn main() -> Result<(), dispatch_protocol::scoreboard::ScoreboardError> {
 /// // The dispatcher makes it, for a worker that has closed 5 connections so far …
 /// let (dispatcher, fd) = Scoreboard::create(256, 5)?;
 /// // … and the worker maps what came with its welcome: the same memory.
@@ -102,7 +102,7 @@ impl fmt::Debug for Scoreboard {
 /// Why a file descriptor is not a scoreboard, or none could be made.
 ///
 /// ```
-/// use worker_sdk::scoreboard::{Scoreboard, ScoreboardError};
+/// use dispatch_protocol::scoreboard::{Scoreboard, ScoreboardError};
 ///
 /// # fn main() -> std::io::Result<()> {
 /// let fd = std::fs::File::open("/dev/null")?.into();

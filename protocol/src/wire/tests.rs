@@ -132,7 +132,7 @@ fn numbered() -> Handoff {
         listener: 0,
         flags: EntryFlags::NONE,
         accepted_ns: 1_000_000_000,
-        peer: PeerAddr::Unix,
+        peer: ClientAddr::Unix,
         number: 1234,
     };
     Handoff { entries: vec![entry] }
@@ -178,15 +178,15 @@ fn handoff() -> Handoff {
     };
     Handoff {
         entries: vec![
-            entry(1, 1, 0, EntryFlags::NONE, PeerAddr::Inet(([192, 0, 2, 1], 50_000).into())),
+            entry(1, 1, 0, EntryFlags::NONE, ClientAddr::Inet(([192, 0, 2, 1], 50_000).into())),
             entry(
                 2,
                 2,
                 3,
                 EntryFlags::RESENT,
-                PeerAddr::Inet(SocketAddrV6::new(v6, 443, 0, 7).into()),
+                ClientAddr::Inet(SocketAddrV6::new(v6, 443, 0, 7).into()),
             ),
-            entry(3, 255, 0, EntryFlags::NONE, PeerAddr::Unix),
+            entry(3, 255, 0, EntryFlags::NONE, ClientAddr::Unix),
         ],
     }
 }
@@ -536,10 +536,10 @@ fn what_a_later_dispatcher_scores_by_is_passed_on_whole() {
 #[test]
 fn a_mapped_peer_is_the_ipv4_peer_it_is() {
     let mapped: SocketAddrV6 = "[::ffff:192.0.2.1]:80".parse().unwrap();
-    let peer = PeerAddr::from(std::net::SocketAddr::from(mapped));
+    let peer = ClientAddr::from(std::net::SocketAddr::from(mapped));
     assert_eq!(peer.to_string(), "192.0.2.1:80");
-    assert_eq!(PeerAddr::Unix.to_string(), "unix");
-    assert_eq!(PeerAddr::Unix.ip(), None);
+    assert_eq!(ClientAddr::Unix.to_string(), "unix");
+    assert_eq!(ClientAddr::Unix.ip(), None);
 }
 
 /// A record that starts like a real one, so that chance gets past the first checks.

@@ -16,7 +16,7 @@ pub struct WelcomeListener {
 /// You are in. Beside it come the channel, the scoreboard and the poke eventfd, in this order.
 ///
 /// ```
-/// use worker_sdk::wire::{Control, Features, VERSION, WELCOME_FDS, Welcome, WelcomeListener};
+/// use dispatch_protocol::wire::{Control, Features, VERSION, WELCOME_FDS, Welcome, WelcomeListener};
 ///
 /// let welcome = Control::Welcome(Welcome {
 ///     version: VERSION,
@@ -32,7 +32,7 @@ pub struct WelcomeListener {
 /// welcome.encode(&mut record);
 /// assert_eq!(welcome.fds(), WELCOME_FDS);
 /// assert_eq!(Control::decode(&record), Ok(welcome));
-/// # Ok::<(), worker_sdk::scoreboard::gauge::NoGaugeName>(())
+/// # Ok::<(), dispatch_protocol::scoreboard::gauge::NoGaugeName>(())
 /// ```
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct Welcome {

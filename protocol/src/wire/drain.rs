@@ -12,7 +12,7 @@ use super::{kind, tlv};
 ///
 /// ```
 /// use std::time::Duration;
-/// use worker_sdk::wire::{Channel, Drain};
+/// use dispatch_protocol::wire::{Channel, Drain};
 ///
 /// let left = Some(Duration::from_secs(10));
 /// let drain = Drain { deadline_ns: 30_000_000_000, left };

@@ -8,7 +8,7 @@ use unicode_properties::{GeneralCategory, UnicodeGeneralCategory};
 /// shown as nothing.
 ///
 /// ```
-/// use worker_sdk::wire::is_hidden;
+/// use dispatch_protocol::wire::is_hidden;
 ///
 /// // A right-to-left override, a zero-width space, a Hangul filler, a line separator, a no-break space.
 /// assert!(['\u{202e}', '\u{200b}', '\u{3164}', '\u{2028}', '\u{a0}', '\n'].into_iter().all(is_hidden));

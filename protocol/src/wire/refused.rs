@@ -6,7 +6,7 @@ use super::{MAX_CONTROL_RECORD, kind, tlv};
 /// Why, for programs. Unknown codes decode as [`RefusedCode::Other`].
 ///
 /// ```
-/// use worker_sdk::wire::RefusedCode;
+/// use dispatch_protocol::wire::RefusedCode;
 ///
 /// // Whether to try again by ourselves, or to tell somebody.
 /// assert!(RefusedCode::Stopping.is_transient());
@@ -76,7 +76,7 @@ impl RefusedCode {
 /// You are not in, and this is why.
 ///
 /// ```
-/// use worker_sdk::wire::{Control, Refused, RefusedCode};
+/// use dispatch_protocol::wire::{Control, Refused, RefusedCode};
 ///
 /// let refused = Refused {
 ///     code: RefusedCode::UnknownPool,
