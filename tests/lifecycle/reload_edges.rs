@@ -2,6 +2,7 @@
 //! several at once.
 #![allow(clippy::unwrap_used, clippy::expect_used, reason = "in a test a panic is the report")]
 
+mod growth;
 mod leaving;
 mod processes;
 

@@ -318,6 +318,8 @@ impl Core {
         match pool.clock {
             Clock::Since(since) => since + wait,
             Clock::Off => pool.unserved.map_or(NEVER, |since| since + wait),
+            // A pool that was taken out is not expected to serve.
+            Clock::Refusing if pool.retired => NEVER,
             Clock::Refusing => pool.refusal_told_at,
         }
     }

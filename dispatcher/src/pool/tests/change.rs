@@ -221,6 +221,31 @@ fn without_a_worker_those_that_came_are_turned_away_in_time() {
 }
 
 #[test]
+fn a_pool_that_was_taken_out_needs_no_turn_and_no_line_any_more() {
+    for with_worker in [false, true] {
+        let mut desk = Desk::new(vec![settings(), other()], vec![listener(), second()]);
+        if with_worker {
+            desk.trusted(Hello { pool: "other".to_owned(), ..hello() });
+        }
+        desk.core.retire_listener(SECOND);
+        desk.core.retire_pool(desk.now, OTHER);
+        desk.core.listener_closed(desk.now, SECOND);
+        desk.turn();
+        desk.events();
+        // The time that clients wait for a worker ends, and what else is due with it.
+        desk.wait(ms(5_000));
+        for _ in 0..20 {
+            desk.wait(ms(60_000));
+        }
+        let refused = |event: &Event| matches!(event, Event::StillRefusing { .. });
+        let told = desk.events();
+        assert!(!told.iter().any(refused), "{told:?}");
+        let due = desk.core.deadline();
+        assert!(due.is_none_or(|due| due > desk.now), "{due:?} at {:?}", desk.now);
+    }
+}
+
+#[test]
 fn a_pool_that_comes_back_has_its_workers() {
     let (mut desk, old) = two_pools();
     desk.accept(SECOND);
