@@ -18,7 +18,7 @@ use super::token::{Key, Source};
 use super::worker_io::{Lane, WorkerIo};
 use crate::config::{self, Pool};
 use crate::logger::{quoted, value};
-use crate::pool::{Claim, Departure, ListenerId, Refusal, SPARE_SLOTS, WorkerId};
+use crate::pool::{Claim, Departure, ListenerId, PoolId, Refusal, SPARE_SLOTS, WorkerId};
 
 /// Most messages of the door handled in one turn; the rest is for the next turn.
 const NEWS_PER_TURN: usize = 64;
@@ -155,7 +155,21 @@ impl Shell {
                 );
             }
             self.core.leave(self.now, id, Departure::Expelled("its connection cannot be watched"));
+        } else if join.hello.token.is_some() && join.spawned.is_none() {
+            self.retire_left_over(id, pool_id);
         }
+    }
+
+    /// A worker with a token that is not of ours: a dispatcher that was killed had started it, and in its place there is a
+    /// process of ours. It keeps the connections it has, and ends with the last.
+    fn retire_left_over(&mut self, worker: WorkerId, pool: Option<PoolId>) {
+        if let Some(left_out) = self.limits.allow(self.now, pool, Cause::LeftOver) {
+            log::warn!(
+                "event=worker_left_over {} left_out={left_out} hint=\"an earlier dispatcher started it: it is drained\"",
+                self.worker(worker)
+            );
+        }
+        self.core.drain_worker(self.now, worker, None);
     }
 
     /// Slots of the scoreboard of a worker of this pool.

@@ -73,6 +73,8 @@ pub(super) enum Cause {
     Relieved,
     /// The poll refused to watch something.
     NotWatched,
+    /// A process that an earlier dispatcher started joins.
+    LeftOver,
     /// A process started, did not start, or ended.
     Process(ProcessNews),
     /// An event of the core, by its place in [`EVENTS`].
@@ -107,6 +109,7 @@ impl Cause {
             Cause::Resent => "connection_resent",
             Cause::Relieved => "accept_resumed",
             Cause::NotWatched => "worker_not_watched",
+            Cause::LeftOver => "worker_left_over",
             Cause::Process(ProcessNews::Started) => "process_started",
             Cause::Process(ProcessNews::NotStarted) => "process_not_started",
             Cause::Process(ProcessNews::Ended) => "process_ended",

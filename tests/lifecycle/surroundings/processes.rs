@@ -98,3 +98,45 @@ fn as_process_1_it_reaps_what_it_inherits_and_hears_of_its_own() {
     let mut dispatcher = dispatcher;
     assert!(dispatcher.process.wait().success());
 }
+
+/// Processes of which none outlives the test, however that ends.
+struct Ended(Vec<i32>);
+
+impl Drop for Ended {
+    fn drop(&mut self) {
+        for &pid in self.0.iter().filter(|&&pid| lives(pid)) {
+            let _ = kill(Pid::from_raw(pid), Signal::SIGKILL);
+        }
+    }
+}
+
+#[test]
+fn what_a_killed_dispatcher_has_started_ends_with_its_last_connection() {
+    let program = example("test-worker");
+    let spawn = format!("[pool.web.spawn]\ncommand = [{program:?}, \"blocking\"]\nprocesses = 2");
+    let (mut dispatcher, address) = start_one_pool(&spawn);
+    // The same address for the next.
+    write_config(&dispatcher.dir, &one_pool(&spawn).replace("127.0.0.1:0", &address.to_string()));
+    dispatcher.wait_joined("web", 2);
+    let mut client = Client::connect(address).unwrap();
+    client.echo("before");
+    let before = worker_pids(&dispatcher);
+    let _ends = Ended(before.clone());
+    dispatcher.process.kill();
+
+    let next = Dispatcher::start_in(&dispatcher.dir);
+    let status = next.wait_status("those of before to leave, but for one", |status| {
+        let workers = &pool(status, "web").workers;
+        let of_before: Vec<_> = workers.iter().filter(|w| before.contains(&w.pid)).collect();
+        let active = workers.iter().filter(|w| w.state == "active").count();
+        active == 2 && workers.len() == 3 && of_before.len() == 1
+    });
+    let left = pool(&status, "web").workers.iter().find(|w| before.contains(&w.pid)).unwrap();
+    assert_eq!((left.state.as_str(), left.load), ("draining", 1));
+    wait_for_log(&next, "event=worker_left_over");
+    client.echo("served on");
+    drop(client);
+    next.wait_joined("web", 2);
+    wait_until("the last of before to end", || !before.iter().any(|&pid| lives(pid)));
+    Client::connect(address).unwrap().echo("served by the others");
+}
