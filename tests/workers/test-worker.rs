@@ -3,7 +3,7 @@
 //! It greets each client with `NAME PID LISTENER PEER`, then sends back what it receives. SIGTERM makes it say
 //! goodbye; it ends when its last connection does, and when it is drained, unless `TEST_WORKER=stays` (blocking only). With `TEST_WORKER=never-take` it joins and takes nothing; with
 //! `TEST_WORKER=only-answer` (mio) it answers probes and takes nothing. With `TEST_WORKER_PAUSE=MS` its event loop comes round once in so many
-//! milliseconds; `serial` serves one client at a time, for so long. With
+//! milliseconds, or it accepts so seldom (blocking); `serial` serves one client at a time, for so long. With
 //! `TEST_WORKER=fork` it has a child, from its first connection on, that keeps all it has open until its standard input ends.
 #![allow(clippy::unwrap_used)]
 
@@ -80,6 +80,7 @@ fn blocking(config: WorkerConfig) {
             // Thousands of them must fit.
             let thread = std::thread::Builder::new().stack_size(32 * 1024);
             thread.spawn(move || echo(connection)).unwrap();
+            std::thread::sleep(pause());
         }
         if !stays || !worker.resumed().unwrap() {
             break;
