@@ -32,7 +32,7 @@ struct Skipped {
     reason: String,
 }
 
-/// A ratio of the main figure, taken round by round.
+/// A ratio of one of the main figures, taken round by round.
 #[derive(Clone, Copy, Debug, Serialize)]
 pub struct Ratio {
     pub to: &'static str,
@@ -109,9 +109,11 @@ impl Report {
                     "work": format!("{work:?}").to_lowercase(),
                     "title": case.title,
                     "main": case.main.key,
+                    "second": case.second.map(|second| second.key),
                     "rows": rows.map(|((at, variant), rounds)| json!({
                         "label": variant.label,
-                        "ratios": ratios(case, results, at),
+                        "ratios": ratios(case, case.main, results, at),
+                        "second_ratios": case.second.map(|second| ratios(case, second, results, at)),
                         "rounds": rounds,
                     })).collect::<Vec<_>>(),
                 })
@@ -136,7 +138,7 @@ impl Report {
 }
 
 /// The ratios of one variant to each baseline it has: round by round, because rounds next to each other compare best.
-pub fn ratios(case: &Case, results: &[Vec<Metrics>], at: usize) -> Vec<Ratio> {
+pub fn ratios(case: &Case, column: Column, results: &[Vec<Metrics>], at: usize) -> Vec<Ratio> {
     let own = &case.variants[at];
     let mut list = Vec::new();
     for &baseline in case.baselines() {
@@ -144,7 +146,7 @@ pub fn ratios(case: &Case, results: &[Vec<Metrics>], at: usize) -> Vec<Ratio> {
         let values: Vec<f64> = results[at]
             .iter()
             .zip(&results[other])
-            .filter_map(|(a, b)| Some(a.get(case.main.key)? / b.get(case.main.key)?))
+            .filter_map(|(a, b)| Some(a.get(column.key)? / b.get(column.key)?))
             .filter(|ratio| ratio.is_finite())
             .collect();
         if !values.is_empty() {
@@ -161,8 +163,12 @@ fn values(rounds: &[Metrics], column: Column) -> Vec<f64> {
 
 /// A case as a Markdown table.
 pub fn table(case: &Case, results: &[Vec<Metrics>]) -> String {
-    let mut header = vec![String::new(), case.main.label.to_owned()];
-    header.extend(case.baselines().iter().map(|baseline| baseline.label().to_owned()));
+    let mains = || std::iter::once(case.main).chain(case.second);
+    let mut header = vec![String::new()];
+    for column in mains() {
+        header.push(column.label.to_owned());
+        header.extend(case.baselines().iter().map(|baseline| baseline.label().to_owned()));
+    }
     header.extend(case.columns.iter().map(|column| column.label.to_owned()));
     let mut rows = vec![header];
     for (at, variant) in case.variants.iter().enumerate() {
@@ -170,20 +176,23 @@ pub fn table(case: &Case, results: &[Vec<Metrics>]) -> String {
         if rounds.is_empty() {
             continue;
         }
-        let decimals = case.main.decimals;
-        let main = values(rounds, case.main);
-        let (low, high) = range(&main);
-        let mut row = vec![
-            variant.label.clone(),
-            format!("{:.decimals$} [{low:.decimals$}–{high:.decimals$}]", median(&main)),
-        ];
-        let ratios = ratios(case, results, at);
-        row.extend(case.baselines().iter().map(|baseline| {
-            let ratio = ratios.iter().find(|ratio| ratio.to == baseline.label());
-            ratio.map_or("–".to_owned(), |ratio| {
-                format!("{:.3} [{:.3}–{:.3}]", ratio.median, ratio.min, ratio.max)
-            })
-        }));
+        let mut row = vec![variant.label.clone()];
+        for column in mains() {
+            let decimals = column.decimals;
+            let figures = values(rounds, column);
+            let (low, high) = range(&figures);
+            row.push(format!(
+                "{:.decimals$} [{low:.decimals$}–{high:.decimals$}]",
+                median(&figures)
+            ));
+            let ratios = ratios(case, column, results, at);
+            row.extend(case.baselines().iter().map(|baseline| {
+                let ratio = ratios.iter().find(|ratio| ratio.to == baseline.label());
+                ratio.map_or("–".to_owned(), |ratio| {
+                    format!("{:.3} [{:.3}–{:.3}]", ratio.median, ratio.min, ratio.max)
+                })
+            }));
+        }
         row.extend(case.columns.iter().map(|&column| {
             let values = values(rounds, column);
             let decimals = column.decimals;

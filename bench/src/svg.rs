@@ -21,7 +21,7 @@ pub fn chart<'a>(cases: impl Iterator<Item = (&'a Case, &'a [Vec<Metrics>])>) ->
             .iter()
             .enumerate()
             .filter_map(|(at, variant)| {
-                let ratio = ratios(case, results, at).into_iter().next()?;
+                let ratio = ratios(case, case.main, results, at).into_iter().next()?;
                 Some((variant.label.as_str(), ratio))
             })
             .collect();

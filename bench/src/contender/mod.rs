@@ -52,11 +52,23 @@ pub struct Setup {
     pub listeners: u16,
     /// Pause after each accept of the first quarter of the workers.
     pub delay: Duration,
+    /// How long a round of an event loop, or the service of one client, takes.
+    pub round: Duration,
+    /// Workers besides, which take nothing.
+    pub stuck: u16,
 }
 
 impl Setup {
     pub fn new(serve: Serve, workers: u16) -> Setup {
-        Setup { serve, workers, processes: workers, listeners: 1, delay: Duration::ZERO }
+        Setup {
+            serve,
+            workers,
+            processes: workers,
+            listeners: 1,
+            delay: Duration::ZERO,
+            round: Duration::ZERO,
+            stuck: 0,
+        }
     }
 }
 

@@ -13,9 +13,12 @@ use crate::{machine, socket};
 
 /// Arguments of a worker; its index comes after them.
 fn worker_args(kind: Kind, source: &str, setup: &Setup) -> Vec<String> {
-    ["worker", "--kind", kind.name(), "--source", source, "--serve", setup.serve.name()]
+    let round = setup.round.as_micros().to_string();
+    ["worker", "--kind", kind.name(), "--source", source, "--serve", setup.serve.name(), "--round"]
         .map(str::to_owned)
-        .to_vec()
+        .into_iter()
+        .chain([round])
+        .collect()
 }
 
 fn delayed(command: &mut Command, index: u16, setup: &Setup) {
@@ -61,6 +64,12 @@ pub(super) fn dispatcher(
         .spawn()?;
     running.add_child(Role::Front, child);
 
+    for index in 0..setup.stuck {
+        let mut command = ourselves()?;
+        command.args(worker_args(kind, "sdk", setup)).arg("--socket").arg(&socket).arg("--stuck");
+        command.arg((setup.workers + index).to_string());
+        running.start_ready(Role::Worker, &mut command, 1)?;
+    }
     let each = setup.workers / setup.processes;
     for process in 0..setup.processes {
         let first = process * each;
@@ -104,8 +113,15 @@ pub(super) fn reuse_port(running: &mut Running, kind: Kind, setup: &Setup) -> io
 pub(super) fn shared(running: &mut Running, kind: Kind, setup: &Setup) -> io::Result<()> {
     let listener = socket::listen(socket::free_address()?, false)?;
     running.addresses.push(listener.local_addr()?);
-    for index in 0..setup.workers {
+    for index in 0..setup.workers + setup.stuck {
         let mut command = ourselves()?;
+        if index >= setup.workers {
+            command.arg("worker").arg("--stuck");
+            command.args(&worker_args(kind, "shared", setup)[1..]);
+            command.stdin(Stdio::from(std::os::fd::OwnedFd::from(listener.try_clone()?)));
+            running.start_ready(Role::Worker, command.arg(index.to_string()), 1)?;
+            continue;
+        }
         command.args(worker_args(kind, "shared", setup));
         command.stdin(Stdio::from(std::os::fd::OwnedFd::from(listener.try_clone()?)));
         delayed(&mut command, index, setup);

@@ -5,6 +5,7 @@ mod even;
 mod held;
 mod idle;
 mod short;
+mod slow;
 
 use std::collections::BTreeMap;
 use std::io;
@@ -56,6 +57,8 @@ pub enum Job {
     Bulk { bytes: u64 },
     /// Held connections: how evenly they are spread while they come and go.
     Even { workers: usize, held: usize, churn: usize, lifetimes: Lifetimes, burst: usize },
+    /// So many clients, so many a second, and how long each waits.
+    Slow { count: usize, rate: f64 },
     /// Opens so many and measures the front's memory.
     Held { count: usize },
 }
@@ -89,6 +92,7 @@ pub fn run(request: &str) -> io::Result<()> {
                 burst: *burst,
             },
         ),
+        Job::Slow { count, rate } => slow::run(&request, *count, *rate),
         Job::Held { count } => held::run(&request, *count),
     }?;
     println!("{}", serde_json::to_string(&metrics)?);

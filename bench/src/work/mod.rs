@@ -5,6 +5,7 @@ mod even;
 mod growth;
 mod idle;
 mod short;
+mod slow;
 
 use std::io;
 use std::path::PathBuf;
@@ -32,11 +33,13 @@ pub enum Work {
     Even,
     /// More workers, listeners and held connections.
     Growth,
+    /// Workers that take seldom: how long clients wait, beside a shared listener.
+    Slow,
 }
 
 impl Work {
-    pub const ALL: [Work; 6] =
-        [Work::Short, Work::ShortFin, Work::Idle, Work::Bulk, Work::Even, Work::Growth];
+    pub const ALL: [Work; 7] =
+        [Work::Short, Work::ShortFin, Work::Idle, Work::Bulk, Work::Even, Work::Growth, Work::Slow];
 
     fn cases(self, plan: &Plan) -> Vec<Case> {
         match self {
@@ -46,6 +49,7 @@ impl Work {
             Work::Bulk => bulk::cases(plan),
             Work::Even => even::cases(plan),
             Work::Growth => growth::cases(plan),
+            Work::Slow => slow::cases(plan),
         }
     }
 }
@@ -97,6 +101,8 @@ pub struct Case {
     pub title: String,
     /// The figure of which ratios are taken, with its spread.
     pub main: Column,
+    /// Another one, likewise.
+    pub second: Option<Column>,
     pub columns: Vec<Column>,
     pub variants: Vec<Variant>,
 }
@@ -125,6 +131,7 @@ impl Baseline {
     pub fn label(self) -> &'static str {
         match self {
             Baseline::How(How::Bare) => "to bare loop",
+            Baseline::How(How::Shared) => "to a shared listener",
             Baseline::How(_) => "to SO_REUSEPORT",
             Baseline::First => "to the first",
         }
@@ -158,10 +165,14 @@ impl Case {
             excuse: None,
         };
         let variants = contenders.into_iter().map(variant).collect();
-        Case { title, main, columns: columns.to_vec(), variants }
+        Case { title, main, second: None, columns: columns.to_vec(), variants }
     }
 
     pub fn baselines(&self) -> &'static [Baseline] {
+        let has = |how| self.variants.iter().any(|variant| variant.contender.how == how);
+        if has(How::Shared) && !has(How::ReusePort) {
+            return &[Baseline::How(How::Shared)];
+        }
         let several = self.variants.iter().any(|variant| variant.contender.how != How::Dispatcher);
         if several {
             &[Baseline::How(How::ReusePort), Baseline::How(How::Bare)]

@@ -82,7 +82,9 @@ pub(super) fn run(args: &WorkerArgs) -> io::Result<()> {
         args.dawdle();
         let mut greeting = [0; 8];
         let len = args.serve.greeting(args.index, &mut greeting);
-        if stream.write_all(&greeting[..len]).is_err() || args.serve.is_brief() {
+        let written = stream.write_all(&greeting[..len]);
+        std::thread::sleep(args.round());
+        if written.is_err() || args.serve.is_brief() {
             continue;
         }
         let serve = args.serve;

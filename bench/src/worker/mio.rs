@@ -149,12 +149,15 @@ pub(super) fn run(args: &WorkerArgs) -> io::Result<()> {
     let mut events = Events::with_capacity(1024);
     let answer = vec![b'.'; CHUNK];
     let mut waiting = true;
+    // One that works between its rounds does not sleep in the poll.
+    let timeout = (args.round > 0).then_some(std::time::Duration::ZERO);
     loop {
         if waiting && acceptors.iter().all(Acceptor::is_ready) {
             super::ready()?;
             waiting = false;
         }
-        match poll.poll(&mut events, None) {
+        std::thread::sleep(args.round());
+        match poll.poll(&mut events, timeout) {
             Err(error) if error.kind() == ErrorKind::Interrupted => continue,
             result => result?,
         }

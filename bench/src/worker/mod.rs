@@ -116,6 +116,12 @@ pub struct WorkerArgs {
     /// Pause after each accept, in microseconds: a slow worker.
     #[arg(long, default_value_t = 0)]
     pub delay: u64,
+    /// How long a round of an event loop, or the service of one client of a blocking worker, takes, in microseconds.
+    #[arg(long, default_value_t = 0)]
+    pub round: u64,
+    /// Takes nothing.
+    #[arg(long)]
+    pub stuck: bool,
     /// The first worker's index.
     pub index: u16,
 }
@@ -133,6 +139,10 @@ impl WorkerArgs {
         self.listen.ok_or_else(|| io::Error::other("--listen is missing"))
     }
 
+    fn round(&self) -> std::time::Duration {
+        std::time::Duration::from_micros(self.round)
+    }
+
     fn dawdle(&self) {
         if self.delay > 0 {
             std::thread::sleep(std::time::Duration::from_micros(self.delay));
@@ -144,10 +154,25 @@ impl WorkerArgs {
 pub fn run(args: &WorkerArgs) -> io::Result<()> {
     machine::die_with_parent();
     machine::raise_descriptors();
+    if args.stuck {
+        return stuck(args);
+    }
     match args.kind {
         Kind::Blocking => blocking::run(args),
         Kind::Mio => mio::run(args),
         Kind::Tokio => tokio::run(args),
+    }
+}
+
+/// There, and taking nothing.
+fn stuck(args: &WorkerArgs) -> io::Result<()> {
+    let _there = match args.source {
+        Source::Sdk => Some(worker_sdk::Worker::connect(args.config(0)).map_err(io::Error::other)?),
+        Source::ReusePort | Source::Shared | Source::Passed => None,
+    };
+    ready()?;
+    loop {
+        std::thread::park();
     }
 }
 

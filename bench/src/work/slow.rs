@@ -1,0 +1,48 @@
+//! Workers that take seldom: event loops that come round once in a while, workers that serve one client at a time, and
+//! workers that take nothing beside them. How long clients wait, beside a plain listener that the same workers share.
+
+use std::time::Duration;
+
+use super::{Case, Plan, column};
+use crate::contender::{Contender, How, Setup};
+use crate::load::Job;
+use crate::worker::{Kind, Serve};
+
+/// The dispatcher's alone: they hold the shared listener, too, and accept nothing.
+const STUCK: u16 = 3;
+
+pub(super) fn cases(plan: &Plan) -> Vec<Case> {
+    let kinds = [(Kind::Mio, "loops"), (Kind::Tokio, "loops"), (Kind::Blocking, "serial")];
+    let full = [(2, 50, 0), (2, 320, 0), (8, 50, 0), (8, 320, 0), (2, 50, STUCK), (8, 320, STUCK)];
+    let list: &[_] = if plan.quick { &full[..1] } else { &full };
+    let mut cases = Vec::new();
+    for (kind, what) in kinds {
+        for &(workers, round, stuck) in list {
+            // Four fifths of what serial workers can serve; event loops take all that has come.
+            let rate = match kind {
+                Kind::Blocking => 800.0 / round as f64,
+                Kind::Mio | Kind::Tokio => 10.0,
+            } * f64::from(workers);
+            let time = if plan.quick { 0.5 } else { 8.0 };
+            let mut setup = Setup::new(Serve::Stamp, workers);
+            setup.round = Duration::from_millis(round);
+            setup.stuck = stuck;
+            let beside =
+                if stuck > 0 { format!(", {stuck} stuck beside them") } else { String::new() };
+            let mut case = Case::same(
+                format!(
+                    "slow workers, {workers} {what} of {round} ms ({}){beside}, {rate:.0} clients/s",
+                    kind.name()
+                ),
+                column("wait_p99", "wait p99 ms", 1),
+                &[column("wait_max", "longest ms", 1), column("failed", "failed", 0)],
+                [How::Dispatcher, How::Shared].map(|how| Contender::new(how, kind)).into(),
+                &setup,
+                &Job::Slow { count: (rate * time).ceil() as usize, rate },
+            );
+            case.second = Some(column("wait_p50", "wait p50 ms", 1));
+            cases.push(case);
+        }
+    }
+    cases
+}
