@@ -108,5 +108,22 @@ pub(super) fn example(path: &[String]) -> Option<String> {
             return Some(format!("{key} = {value}"));
         }
     }
-    None
+    header(path)
+}
+
+/// The head of a table that this path leads to.
+fn header(path: &[String]) -> Option<String> {
+    let names: Vec<&str> = path.iter().map(String::as_str).collect();
+    match names[..] {
+        ["listener"] => Some("[[listener]]".to_owned()),
+        ["defaults"] => Some("[defaults]".to_owned()),
+        ["pool"] => Some("[pool.web]".to_owned()),
+        ["pool", name] => Some(format!("[pool.{name}]")),
+        ["pool", name, table] => {
+            let sample = format!("[pool.web.{table}]");
+            let known = SAMPLE.lines().any(|line| line.trim_start_matches('#') == sample);
+            known.then(|| format!("[pool.{name}.{table}]"))
+        }
+        _ => None,
+    }
 }
