@@ -325,7 +325,10 @@ fn a_socket_of_another_kind_is_an_error_at_once() {
     let path = dir.path().join("stream.sock");
     let _listener = std::os::unix::net::UnixListener::bind(&path).unwrap();
     let error = Worker::connect(WorkerConfig::new().dispatch_socket(&path)).unwrap_err();
-    assert!(error.to_string().contains("stream.sock"), "{error}");
+    let said = error.to_string();
+    assert!(matches!(error, Error::Protocol { .. }), "{said}");
+    assert!(said.contains("stream.sock") && said.contains("socket of another kind"), "{said}");
+    assert!(said.contains("does dispatch_socket name the dispatch socket"), "{said}");
 }
 
 #[test]

@@ -1,14 +1,15 @@
-//! `dispatcher weight`: another share of new connections for a worker, from now on.
+//! `dispatcher weight`: a worker's share of new connections: which it is, or another from now on.
 
 use clap::Args;
 use clap_complete::engine::ArgValueCandidates;
-use serde_json::json;
+use serde_json::{Value, json};
 
 use super::{AdminArgs, Failure, admin, complete, drain};
 use crate::admin::command::WorkerRef;
 
 pub(super) const EXAMPLES: &str = "\
 Examples:
+  dispatcher weight web/web-1        which weight it has
   dispatcher weight 3 10             worker 3 gets ten times what one with weight 1 gets
   dispatcher weight web/web-1 1      back to what it was
 
@@ -19,9 +20,9 @@ pub(super) struct WeightArgs {
     /// The worker: its id, or POOL/NAME.
     #[arg(add = ArgValueCandidates::new(complete::workers))]
     worker: String,
-    /// Its weight from now on: 1 to 65535.
+    /// Its weight from now on: 1 to 65535. Without it the weight is shown.
     #[arg(value_name = "N", value_parser = parse)]
-    weight: u16,
+    weight: Option<u16>,
     /// The answer as JSON.
     #[arg(long)]
     pub(super) json: bool,
@@ -41,7 +42,14 @@ pub(super) fn weight(arguments: &WeightArgs) -> Result<(), Failure> {
     let worker: WorkerRef = arguments.worker.parse().map_err(drain::usage)?;
     let place = admin::find(&arguments.admin)?;
     let path = format!("/v1/workers/{}", admin::segment(&worker.to_string()));
-    let body = json!({ "action": "weight", "weight": arguments.weight });
-    let answer = admin::post(&place, &path, &body)?;
+    let answer = match arguments.weight {
+        Some(weight) => {
+            admin::post(&place, &path, &json!({ "action": "weight", "weight": weight }))?
+        }
+        None => {
+            let worker: Value = admin::parse(&admin::get(&place, &path)?, &place)?;
+            json!({ "workers": [worker] })
+        }
+    };
     drain::show_with(&answer, arguments.json, |worker| format!("weight {}, ", worker["weight"]))
 }

@@ -45,7 +45,7 @@ impl Condition {
             (Condition::NoWorker, true) => format!("no worker for {lasted} now: clients wait"),
             (Condition::NoWorker, false) => format!("no worker for {lasted}: clients waited"),
             (Condition::Refusing, true) => {
-                format!("no worker for wait_for_worker: {away}, and so is everybody now")
+                format!("no worker for wait_for_worker: {away} in {lasted}, and new ones are too")
             }
             (Condition::Refusing, false) => {
                 format!("no worker for wait_for_worker: {away} in {lasted}")

@@ -69,6 +69,9 @@ fn a_weight_is_printed() {
     let _client = Client::connect(dispatcher.address("web")).unwrap();
     let ran = ask(&dispatcher, &["weight", "1", "12"]);
     assert_eq!(ran.out, "worker 1 (web/w0): weight 12, active, 1 connection\n");
+    let ran = ask(&dispatcher, &["weight", "web/w0"]);
+    assert_eq!(ran.out, "worker 1 (web/w0): weight 12, active, 1 connection\n");
+    assert_eq!(ask(&dispatcher, &["weight", "web/w1"]).code, 66);
     let ran = ask(&dispatcher, &["weight", "1", "1", "--json"]);
     let json: serde_json::Value = serde_json::from_str(&ran.out).unwrap();
     assert_eq!(json["workers"][0]["weight"], 1, "{json}");

@@ -91,7 +91,7 @@ fn a_fault_that_goes_on_is_kept_up_to_date() {
     let status = dispatcher.wait_status("refusing", |s| pool(s, "web").state == "refusing");
     let refusing = fault(&status, "refusing", "web").expect("a fault");
     assert!(
-        refusing.ongoing && refusing.text.contains(": 0 clients were turned away, and so is"),
+        refusing.ongoing && refusing.text.contains(": 0 clients were turned away in "),
         "{refusing:?}"
     );
     let none = fault(&status, "no_worker", "web").expect("a fault");

@@ -119,6 +119,10 @@ pub(super) fn greet(path: &Path, hello: &Hello) -> Result<OwnedFd, Failure> {
         Err(error @ (Errno::NOENT | Errno::CONNREFUSED | Errno::AGAIN | Errno::INTR)) => {
             return Err(Failure::Transient(error.to_string()));
         }
+        Err(Errno::PROTOTYPE) => {
+            let problem = "it is a socket of another kind".to_owned();
+            return Err(Failure::Permanent(Error::Protocol { socket: path.to_owned(), problem }));
+        }
         Err(error) => return Err(permanent(error)),
     }
     let mut record = Vec::new();

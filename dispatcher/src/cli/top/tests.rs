@@ -202,7 +202,7 @@ accepted per second: 8 now, most 8 in the last 4 s
                                                                                                    █
                                                                                                  ▇ █
                                                                                                 ▃█▆█
-POOL         POLICY            STATE          WORKERS      LOAD    HELD LOAD OVER TIME
+POOL         POLICY            STATE          WORKERS      LOAD    HELD TREND
 web          least-connections ready                2         6       0 █
   POOL         WORKER          STATE         ID      PID    LOAD                  PER SECOND CUSTODY
 > web          w1              active         1      101       4 ████████░░░░░░░░          -       2

@@ -133,7 +133,7 @@ fn accepted(frame: &mut Frame<'_>, area: Rect, status: &Status, theme: Theme) {
 }
 
 fn pools(frame: &mut Frame<'_>, area: Rect, status: &Status, model: &Model, theme: Theme) {
-    let header = ["POOL", "POLICY", "STATE", "WORKERS", "LOAD", "HELD", "LOAD OVER TIME"];
+    let header = ["POOL", "POLICY", "STATE", "WORKERS", "LOAD", "HELD", "TREND"];
     let rows = status.pools.iter().map(|pool| {
         let load: u64 = pool.workers.iter().map(|worker| worker.load).sum();
         Row::new([
