@@ -39,6 +39,7 @@ use self::guests::Guests;
 use self::http::AdminSocket;
 use crate::decisions::{Next, Past};
 use crate::keep;
+use crate::logger::quoted;
 use crate::shell::reload::{InForce, Plan, Reloaded};
 use crate::socket_files::SocketFiles;
 use crate::spawner::{self, Report, Spawner};
@@ -210,7 +211,7 @@ impl Admin {
         let asked = Arc::clone(&reload);
         let (stop, stopped) = oneshot::channel();
         let thread = std::thread::Builder::new().name("admin".to_owned()).spawn(move || {
-            runtime.block_on(async {
+            let serve = async {
                 // What these own is shared with the task that replaces one that failed.
                 let spawns = Arc::new(Mutex::new(spawns));
                 tokio::spawn(keep::task("processes", move || {
@@ -245,7 +246,12 @@ impl Admin {
                 }));
                 // An error is a dropped `Admin`: the same.
                 let _ = stopped.await;
-            });
+            };
+            // The tasks are kept one by one. What is left is the runtime itself, which panics if it cannot poll; what is
+            // registered with it cannot be moved to another one.
+            if let Err(error) = keep::caught(|| runtime.block_on(serve)) {
+                log::error!("event=admin_thread_panicked error={}", quoted(error));
+            }
             runtime.shutdown_timeout(THREAD_END);
         })?;
         Ok(Admin {

@@ -1,7 +1,9 @@
 //! Permanent threads that fail.
 
+use std::os::unix::net::UnixStream;
 use std::process::{Child, Command, Stdio};
 
+use nix::sys::signal::Signal;
 use test_support::peer::{Peer, hello};
 use test_support::*;
 
@@ -18,12 +20,23 @@ fn thread_of(pid: i32, name: &str) -> Option<String> {
 struct Failing(Child);
 
 impl Failing {
-    fn waits(thread: &str, times: u32) -> Failing {
+    /// Of the thread with this name. `None`, after a notice, where that cannot be done.
+    fn waits(dispatcher: &Dispatcher, name: &str, times: u32) -> Option<Failing> {
+        if !nix::unistd::geteuid().is_root() {
+            skip("needs root, to trace a process that is not its child");
+            return None;
+        }
+        if Command::new("strace").arg("-V").output().is_err() {
+            skip("needs strace");
+            return None;
+        }
+        let thread = thread_of(dispatcher.process.pid(), name).unwrap();
+        let thread = thread.as_str();
         let mut strace = Command::new("strace");
         strace.args(["-qq", "-o", "/dev/null", "-p", thread]);
         let inject = format!("inject=/^epoll_p?wait$:error=ENOMEM:when=1..{times}");
         strace.args(["-e", &inject]).stderr(Stdio::null());
-        Failing(strace.spawn().unwrap())
+        Some(Failing(strace.spawn().unwrap()))
     }
 }
 
@@ -37,19 +50,12 @@ impl Drop for Failing {
 /// The thread that hears workers cannot wait any more: it says so and begins again, with those it knew.
 #[test]
 fn the_handshake_thread_begins_again_and_knows_its_workers() {
-    if !nix::unistd::geteuid().is_root() {
-        return skip("needs root, to trace a process that is not its child");
-    }
-    if Command::new("strace").arg("-V").output().is_err() {
-        return skip("needs strace");
-    }
     let (dispatcher, address) = start_one_pool("");
     let mut before = dispatcher.worker("blocking", "web", "before");
     dispatcher.wait_joined("web", 1);
     // One that has not said hello.
     let silent = Peer::connect(&dispatcher.dispatch());
-    let thread = thread_of(dispatcher.process.pid(), "handshakes").unwrap();
-    let failing = Failing::waits(&thread, 3);
+    let Some(failing) = Failing::waits(&dispatcher, "handshakes", 3) else { return };
     let failures = || dispatcher.log().matches("event=task_failed task=handshakes error=").count();
     // It sleeps until something happens; that there is something makes it wait again.
     wait_until("it to fail", || {
@@ -67,6 +73,22 @@ fn the_handshake_thread_begins_again_and_knows_its_workers() {
     let _after = dispatcher.worker("blocking", "web", "after");
     Client::connect(address).unwrap().echo("served");
     assert_eq!(failures(), 3);
+}
+
+/// The thread of the admin socket cannot wait any more: that is in the log at once, and clients are served.
+#[test]
+fn without_the_thread_of_the_admin_socket_clients_are_served() {
+    let (dispatcher, address) = start_one_pool("");
+    let _worker = dispatcher.worker("blocking", "web", "one");
+    dispatcher.wait_joined("web", 1);
+    let Some(_failing) = Failing::waits(&dispatcher, "admin", 3) else { return };
+    wait_until("it to fail", || {
+        drop(UnixStream::connect(dispatcher.admin()));
+        dispatcher.log().contains("event=admin_thread_panicked error=")
+    });
+    Client::connect(address).unwrap().echo("served");
+    dispatcher.process.signal(Signal::SIGTERM);
+    wait_for_log(&dispatcher, "event=stopped");
 }
 
 /// Threads that may be needed when the system has none left are there from the start.
