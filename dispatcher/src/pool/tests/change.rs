@@ -237,7 +237,8 @@ fn a_pool_that_was_taken_out_needs_no_turn_and_no_line_any_more() {
         for _ in 0..20 {
             desk.wait(ms(60_000));
         }
-        let refused = |event: &Event| matches!(event, Event::StillRefusing { .. });
+        let refused =
+            |event: &Event| matches!(event, Event::StillRefusing { pool, .. } if *pool == OTHER);
         let told = desk.events();
         assert!(!told.iter().any(refused), "{told:?}");
         let due = desk.core.deadline();
