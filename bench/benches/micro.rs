@@ -12,8 +12,8 @@ use dispatch_protocol::scoreboard::Scoreboard;
 use dispatch_protocol::scoreboard::claim::{self, SlotState};
 use dispatch_protocol::scoreboard::gauge::Reading;
 use dispatch_protocol::wire::{Channel, Entry, EntryFlags, Features, Handoff, Hello, VERSION};
-use dispatcher::affinity::KeySource;
-use dispatcher::pool::{
+use dispatcher_core::KeySource;
+use dispatcher_core::{
     Access, Affinity, Client, Core, Effect, Join, ListenerId, ListenerSettings, Policy, PoolId,
     PoolSettings, ScoredGauge, Scores, Ticket, Time, WorkerId,
 };

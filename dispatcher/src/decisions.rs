@@ -8,7 +8,7 @@ use std::time::SystemTime;
 
 use serde::{Deserialize, Serialize};
 
-use crate::pool::{Decision, Explanation, Time};
+use dispatcher_core::{Decision, Explanation, Time};
 
 /// What the hot thread tells of a pool's past.
 #[derive(Clone, Debug)]

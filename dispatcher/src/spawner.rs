@@ -22,8 +22,8 @@ use tokio::task::JoinSet;
 
 use self::reaper::Own;
 use crate::admin::Wake;
-use crate::pool::{PoolId, ProcessId};
 use crate::sys;
+use dispatcher_core::{PoolId, ProcessId};
 
 /// Most processes waiting to be started; as many as one pool may have.
 const MAX_WAITING: usize = 1024;

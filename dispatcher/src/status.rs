@@ -2,6 +2,10 @@
 
 use std::collections::BTreeMap;
 
+use dispatcher_core::histogram::Histogram;
+use dispatcher_core::{
+    AffinitySnapshot, CloseReason, ListenerSnapshot, PoolSnapshot, Snapshot, WorkerSnapshot,
+};
 use serde::{Deserialize, Serialize};
 
 /// Everything about one dispatcher at one instant.
@@ -308,4 +312,124 @@ pub struct GaugeStatus {
     pub value: Option<f64>,
     /// Milliseconds since it was last set; `null` likewise.
     pub age_milliseconds: Option<u64>,
+}
+
+impl From<&Snapshot> for Status {
+    /// What the core knows; the rest is added by the event loop and the side thread.
+    fn from(core: &Snapshot) -> Status {
+        Status {
+            stopping: core.stopping,
+            accepted: core.totals.accepted,
+            held: core.totals.held,
+            ended_at_deadline: core.ended_at_deadline,
+            custody: core.totals.custody,
+            taken: core.totals.taken,
+            closed: by_reason(&core.totals.closed),
+            listeners: core.listeners.iter().map(ListenerStatus::from).collect(),
+            pools: core.pools.iter().map(PoolStatus::from).collect(),
+            ..Status::default()
+        }
+    }
+}
+
+impl From<&ListenerSnapshot> for ListenerStatus {
+    fn from(core: &ListenerSnapshot) -> ListenerStatus {
+        ListenerStatus {
+            name: core.name.clone(),
+            address: core.address.clone(),
+            pool: core.pool.clone(),
+            state: String::new(),
+            accepted: core.accepted,
+            closed: by_reason(&core.closed),
+            tracked_clients: core.tracked_clients,
+        }
+    }
+}
+
+impl From<&PoolSnapshot> for PoolStatus {
+    fn from(core: &PoolSnapshot) -> PoolStatus {
+        PoolStatus {
+            name: core.name.clone(),
+            policy: core.policy.name().to_owned(),
+            state: core.state.name().to_owned(),
+            held: core.held,
+            taken: core.taken,
+            revoked: core.revoked,
+            lost: core.lost,
+            channel_full: core.channel_full,
+            suspects: core.suspects,
+            process_restarts: core.process_restarts,
+            joined: core.joined,
+            gone: core.gone,
+            handoff: Distribution::from(&core.handoff),
+            affinity: core.affinity.as_ref().map(AffinityStatus::from),
+            workers: core.workers.iter().map(WorkerStatus::from).collect(),
+        }
+    }
+}
+
+impl From<&AffinitySnapshot> for AffinityStatus {
+    fn from(core: &AffinitySnapshot) -> AffinityStatus {
+        AffinityStatus {
+            key: core.key.to_string(),
+            entries: core.entries,
+            awaiting: core.awaiting,
+            hits: core.hits,
+            misses: core.misses,
+            moved: core.moved,
+            routed: core.routed,
+            unknown: core.unknown,
+            timed_out: core.timed_out,
+            not_awaited: core.not_awaited,
+            claimed: core.claimed,
+            evicted: core.evicted,
+        }
+    }
+}
+
+impl From<&WorkerSnapshot> for WorkerStatus {
+    fn from(core: &WorkerSnapshot) -> WorkerStatus {
+        WorkerStatus {
+            id: core.id.serial,
+            name: core.name.clone(),
+            pid: core.pid,
+            state: core.state.name().to_owned(),
+            weight: core.weight,
+            warm_percent: core.warm_percent,
+            priority: core.priority,
+            max_connections: core.max_connections,
+            paused: core.paused,
+            base: core.base,
+            load: core.load,
+            sent: core.sent,
+            taken: core.taken,
+            finished: core.finished,
+            custody: core.custody,
+            revoked: core.revoked,
+            channel_full: core.channel_full,
+            proven: core.proven,
+            longest_take_ms: u64::try_from(core.longest_take.as_millis()).unwrap_or(u64::MAX),
+            idle_threads: core.idle_threads,
+            ended_at_deadline: core.ended_at_deadline,
+            ..WorkerStatus::default()
+        }
+    }
+}
+
+impl From<&Histogram> for Distribution {
+    fn from(histogram: &Histogram) -> Distribution {
+        Distribution {
+            up_to_nanoseconds: histogram.bounds().to_vec(),
+            counts: histogram.counts().to_vec(),
+            sum_nanoseconds: histogram.sum(),
+        }
+    }
+}
+
+fn by_reason(counts: &[u64; CloseReason::ALL.len()]) -> BTreeMap<String, u64> {
+    CloseReason::ALL
+        .iter()
+        .zip(counts)
+        .map(|(reason, &count)| (reason.name().to_owned(), count))
+        .collect()
 }

@@ -9,9 +9,9 @@ use dispatch_protocol::ClientAddr;
 use dispatch_protocol::scoreboard::claim::{Revoke, SlotState};
 use dispatch_protocol::scoreboard::gauge::Reading;
 use dispatch_protocol::wire::{Hello, VERSION};
-use dispatcher::affinity::{KeySource, Known};
-use dispatcher::pool::*;
-use dispatcher::sim::{Desk, Random};
+use dispatcher_core::*;
+use dispatcher_core::{KeySource, Known};
+use simulator::{Desk, Random};
 
 use super::bytes::Bytes;
 
@@ -377,12 +377,12 @@ impl Run {
             assert!(core.load(worker).is_none_or(|load| load >= core.untaken(worker)));
             assert!(tickets == 0 || core.wants(worker) != 0);
         }
-        let status = core.status();
+        let status = core.snapshot();
         // Those that wait for a worker, and those whose first bytes are awaited.
         let affinities = status.pools.iter().filter_map(|pool| pool.affinity.as_ref());
         let awaited: u64 = affinities.map(|affinity| affinity.awaiting).sum();
         assert_eq!(core.held().count() as u64 + awaited, totals.held);
-        assert_eq!((status.held, status.custody), (totals.held, totals.custody));
+        assert_eq!(status.totals, totals);
     }
 
     /// Whatever happened, a stop comes to its end.

@@ -5,7 +5,7 @@ use std::fmt::Write as _;
 use std::net::SocketAddr;
 use std::path::Path;
 
-use dispatcher::sim::Random;
+use simulator::Random;
 
 use super::nemesis::{HANDOFF_TIMEOUT, WAIT_FOR_WORKER};
 

@@ -9,11 +9,11 @@ use std::time::{Duration, Instant};
 
 use dispatch_protocol::scoreboard::Scoreboard;
 use dispatch_protocol::wire::{Control, Hello, VERSION, Welcome};
-use dispatcher::sim::Random;
 use rustix::net::{
     AddressFamily, RecvAncillaryBuffer, RecvAncillaryMessage, RecvFlags, SendAncillaryBuffer,
     SendAncillaryMessage, SendFlags, SocketAddrUnix, SocketFlags, SocketType,
 };
+use simulator::Random;
 
 use crate::chaos::protocol::now;
 

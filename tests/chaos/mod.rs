@@ -22,9 +22,9 @@ use std::time::{Duration, Instant};
 
 use checker::{Evidence, Verdict};
 use client::Clients;
-use dispatcher::sim::Random;
 use dispatcher::status::Status;
 use nemesis::{Nemesis, What};
+use simulator::Random;
 
 use test_support::{Process, assert_conserved, configure, http_get, wait_for, write_config};
 

@@ -8,8 +8,8 @@ use std::path::{Path, PathBuf};
 use std::process::{Command, Stdio};
 use std::time::{Duration, Instant};
 
-use dispatcher::sim::Random;
 use nix::sys::signal::Signal;
+use simulator::Random;
 
 use super::protocol::{SPAWNED, now};
 use super::{Run, configuration};

@@ -20,7 +20,7 @@ use worker_sdk::{Connection, Error, PeerAddr, Worker, WorkerConfig};
 
 use crate::chaos::protocol::{answer, asked, id_of, now};
 use crate::hostile;
-use dispatcher::sim::Random;
+use simulator::Random;
 
 static NAME: LazyLock<String> = LazyLock::new(|| match std::env::var("CHAOS_ROLE").as_deref() {
     Ok("spawned") => format!("x{}", std::process::id()),

@@ -13,8 +13,8 @@ use std::time::Duration;
 
 use dispatch_protocol::scoreboard::gauge::Reading;
 use dispatch_protocol::wire::Hello;
-use dispatcher::pool::*;
-use dispatcher::sim::{Desk, Random};
+use dispatcher_core::*;
+use simulator::{Desk, Random};
 
 const LISTENER: ListenerId = ListenerId(0);
 const MILLISECOND: u64 = 1_000_000;
@@ -255,7 +255,7 @@ fn slow_start() {
             while scene.desk.now < end {
                 scene.client();
             }
-            let status = scene.desk.core.status();
+            let status = scene.desk.core.snapshot();
             let sent = status.pools[0].workers[2].sent;
             let rate = (sent - before) as f64 * 20.0;
             before = sent;

@@ -10,7 +10,7 @@ use std::sync::{Mutex, PoisonError};
 use std::thread;
 use std::time::{Duration, Instant};
 
-use dispatcher::sim::{Outcome, Plan, attempt, shrink};
+use simulator::{Outcome, Plan, attempt, shrink};
 
 /// The name of the threads whose panics are results.
 const RUN: &str = "run";

@@ -15,8 +15,8 @@ use prometheus_client::encoding::{DescriptorEncoder, text};
 use prometheus_client::registry::{Registry, Unit};
 
 use self::page::{Labels, Page, signed};
-use crate::pool::Policy;
 use crate::status::{AffinityStatus, PoolStatus, Status, WorkerStatus};
+use dispatcher_core::Policy;
 
 /// What the text is made of.
 #[derive(Debug)]

@@ -469,7 +469,7 @@ fn stopping_ends_the_processes_first() {
     let listener = UnixListener::bind(directory.path().join("admin.sock")).expect("a socket");
     let admin = Admin::start(listener, None, Arc::new(|| {})).expect("a side thread");
     let request = spawner::SpawnRequest {
-        process: crate::pool::ProcessId { pool: crate::pool::PoolId(0), number: 0 },
+        process: dispatcher_core::ProcessId { pool: dispatcher_core::PoolId(0), number: 0 },
         command: vec!["sleep".to_owned(), "1000".to_owned()],
         environment: Vec::new(),
         directory: None,

@@ -18,7 +18,7 @@ use super::slow::{Job, Slot, Turn};
 use super::watchdog::{HELD_UP, Member};
 use super::{Copy, Owner, Shared, State, Task};
 use crate::keep;
-use crate::pool::WorkerId;
+use dispatcher_core::WorkerId;
 
 /// While it naps, the first closer needs no wake-up: so the hot thread pays for none while there is much to close.
 const NAP: Duration = Duration::from_millis(1);

@@ -36,8 +36,8 @@ use dispatch_protocol::scoreboard::Scoreboard;
 use self::slow::{Slot, Slow};
 use self::watchdog::Member;
 use crate::admin::Wake;
-use crate::pool::WorkerId;
 use crate::sys;
+use dispatcher_core::WorkerId;
 
 #[cfg(test)]
 mod tests;

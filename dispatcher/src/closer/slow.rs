@@ -7,7 +7,7 @@ use std::sync::Arc;
 use dispatch_protocol::scoreboard::{Scoreboard, claim};
 
 use super::{Owner, Rubbish};
-use crate::pool::WorkerId;
+use dispatcher_core::WorkerId;
 
 /// Something that may take long.
 #[derive(Debug)]

@@ -8,8 +8,8 @@ use super::file::PoolKeys;
 use super::hints;
 use super::validate::Checked;
 use super::value::{Count, Wait, YEAR};
-use crate::affinity::KeySource;
-use crate::pool::{Affinity, Peek};
+use dispatcher_core::KeySource;
+use dispatcher_core::{Affinity, Peek};
 
 /// `[pool.NAME.affinity]`; nothing is required here because `[defaults.affinity]` may have it.
 #[derive(Clone, Debug, Default, Deserialize)]

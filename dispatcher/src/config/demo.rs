@@ -7,7 +7,7 @@ use super::{
     Address, Config, Limits, Listener, ListenerOptions, Pool, Spawn, UnixEndpoint, UnixSource,
     accounts,
 };
-use crate::pool::{Access, PoolSettings, Screening};
+use dispatcher_core::{Access, PoolSettings, Screening};
 
 impl Config {
     /// One listener `web`, one pool `web`, `workers` processes of `command`; everything else as by default,

@@ -10,7 +10,7 @@ use super::MAX_PROCESSES;
 use super::affinity::AffinityKeys;
 use super::scores::ScoreKeys;
 use super::value::{AMode, AnAccount, Count, Either, KERNEL_SECONDS, SECOND, Wait, Whole, YEAR};
-use crate::pool::Policy;
+use dispatcher_core::Policy;
 
 /// The top level.
 #[derive(Debug, Deserialize)]
@@ -106,10 +106,28 @@ pub(super) struct ListenerKeys {
     pub max_tracked_clients: Option<Spanned<Count<1, 16_777_216>>>,
 }
 
+/// The policies by their names; a copy, because the core knows nothing of files.
+#[derive(Deserialize)]
+#[serde(remote = "Policy", rename_all = "kebab-case")]
+enum PolicyName {
+    LeastConnections,
+    RoundRobin,
+    Random,
+    TwoChoices,
+    Hash,
+    Failover,
+    LeastScore,
+}
+
+fn policy<'de, D: Deserializer<'de>>(deserializer: D) -> Result<Option<Policy>, D::Error> {
+    PolicyName::deserialize(deserializer).map(Some)
+}
+
 /// `[pool.NAME]`, and `[defaults]`, which has the same keys.
 #[derive(Clone, Debug, Default, Deserialize)]
 #[serde(deny_unknown_fields)]
 pub(super) struct PoolKeys {
+    #[serde(default, deserialize_with = "policy")]
     pub policy: Option<Policy>,
     pub max_connections_per_worker: Option<Count<1, 10_000_000>>,
     pub max_untaken: Option<Count<1, 4096>>,

@@ -1,7 +1,7 @@
 //! What somebody meant: the words of other load balancers, and examples of our own keys.
 
 use super::error::nearest;
-use crate::pool::Policy;
+use dispatcher_core::Policy;
 
 /// The sample configuration has every key with its default or an example.
 pub(crate) const SAMPLE: &str = include_str!("../../../etc/dispatcher.toml");

@@ -29,7 +29,7 @@ use std::time::Duration;
 pub use error::{ConfigError, Diagnostic, Warning};
 pub(crate) use hints::SAMPLE;
 
-use crate::pool::{PoolSettings, Screening};
+use dispatcher_core::{PoolSettings, Screening};
 
 /// Where `dispatcher run` looks for its configuration.
 pub const DEFAULT_FILE: &str = "/etc/dispatcher/dispatcher.toml";

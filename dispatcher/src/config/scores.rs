@@ -11,7 +11,7 @@ use toml::Spanned;
 use super::error::{Mistake, nearest};
 use super::validate::{Check, Checked};
 use super::value::{Wait, YEAR};
-use crate::pool::{Policy, ScoredGauge, Scores};
+use dispatcher_core::{Policy, ScoredGauge, Scores};
 
 /// Default of `interval`.
 const INTERVAL: Duration = Duration::from_secs(1);

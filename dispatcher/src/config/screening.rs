@@ -10,7 +10,7 @@ use super::Address;
 use super::error::Mistake;
 use super::file::ListenerKeys;
 use super::validate::{Check, Checked};
-use crate::pool::{Rate, Screening};
+use dispatcher_core::{Rate, Screening};
 
 /// Most connections in a second, a minute or an hour that can be written.
 const MAX_RATE: u32 = 1_000_000;

@@ -14,7 +14,7 @@ use super::{
     Address, Config, DEFAULT_ADMIN_SOCKET, DEFAULT_DISPATCH_SOCKET, Limits, Listener, Pool,
     UnixEndpoint, UnixSource, accounts, affinity, scores, spawn,
 };
-use crate::pool::{Access, Peek, PoolSettings};
+use dispatcher_core::{Access, Peek, PoolSettings};
 
 pub(super) type Checked<T> = Result<T, Mistake>;
 

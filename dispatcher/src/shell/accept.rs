@@ -18,7 +18,7 @@ use super::token::Source;
 use crate::cleaner::Cleaner;
 use crate::closer::Closers;
 use crate::logger::quoted;
-use crate::pool::{Accepting, Client, ListenerId, Time};
+use dispatcher_core::{Accepting, Client, ListenerId, Time};
 
 /// One listening socket. A configured listener has one, or several when a service manager passed several under its name.
 #[derive(Debug)]

@@ -16,7 +16,7 @@ use rustix::time::{
 };
 
 use super::token::Source;
-use crate::pool::Time;
+use dispatcher_core::Time;
 
 #[derive(Debug)]
 pub(super) struct Alarm {

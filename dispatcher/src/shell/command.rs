@@ -11,7 +11,7 @@ use crate::admin::command::{
 };
 use crate::config::MAX_PROCESSES;
 use crate::decisions::{Next, Past};
-use crate::pool::{CannotResume, ListenerId, PoolId, WorkerId};
+use dispatcher_core::{CannotResume, ListenerId, PoolId, WorkerId};
 
 impl Shell {
     /// Carries out a command. The answer goes to whoever asked, who may be gone by now.

@@ -3,7 +3,7 @@
 
 use std::time::Duration;
 
-use crate::pool::{PoolId, Time};
+use dispatcher_core::{PoolId, PoolState, Time};
 
 /// What is wrong with a pool from one event to another.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -26,11 +26,11 @@ impl Condition {
     }
 
     /// Whether it goes on in this state of the pool.
-    fn goes_on(self, state: &str) -> bool {
+    fn goes_on(self, state: PoolState) -> bool {
         match self {
-            Condition::NoWorker => state == "no-worker",
-            Condition::Refusing | Condition::Unserved => state == "refusing",
-            Condition::BackPressure => state == "back-pressure",
+            Condition::NoWorker => state == PoolState::NoWorker,
+            Condition::Refusing | Condition::Unserved => state == PoolState::Refusing,
+            Condition::BackPressure => state == PoolState::BackPressure,
         }
     }
 
@@ -103,7 +103,7 @@ impl Conditions {
     }
 
     /// Those that are over, which are forgotten.
-    pub(super) fn over(&mut self, state: impl Fn(PoolId) -> Option<&'static str>) -> Vec<Ongoing> {
+    pub(super) fn over(&mut self, state: impl Fn(PoolId) -> Option<PoolState>) -> Vec<Ongoing> {
         let over =
             |one: &mut Ongoing| !state(one.pool).is_some_and(|state| one.condition.goes_on(state));
         self.list.extract_if(.., over).collect()
@@ -144,9 +144,9 @@ mod tests {
         (0..655).for_each(|_| conditions.turned_away(Some(web)));
         conditions.turned_away(Some(chat));
         conditions.turned_away(None);
-        assert!(conditions.over(|_| Some("refusing")).len() == 1, "nobody waits any more");
+        assert!(conditions.over(|_| Some(PoolState::Refusing)).len() == 1, "nobody waits any more");
         assert_eq!(conditions.ongoing().len(), 1);
-        let over = conditions.over(|_| Some("ready"));
+        let over = conditions.over(|_| Some(PoolState::Ready));
         assert_eq!(over.len(), 1);
         assert_eq!(over[0].condition, Condition::Refusing);
         assert_eq!(conditions.clients_of(&over[0]), 657);

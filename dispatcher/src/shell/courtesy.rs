@@ -7,7 +7,7 @@
 
 use std::time::Duration;
 
-use crate::pool::Time;
+use dispatcher_core::Time;
 
 /// A yield this long had a computing neighbour.
 const LONG: Duration = Duration::from_millis(1);

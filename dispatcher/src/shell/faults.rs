@@ -8,9 +8,9 @@ use super::Shell;
 use super::conditions::Condition;
 use super::tell::span;
 use crate::logger::value;
-use crate::pool::{Departure, Event, PoolId, ProcessId, WorkerId};
 use crate::socket_files::News;
 use crate::status::SocketFileStatus;
+use dispatcher_core::{Departure, Event, PoolId, ProcessId, WorkerId};
 
 /// Every kind there is. `docs/OPERATING.md` says of each what to do.
 const KINDS: [&str; 17] = [

@@ -9,8 +9,8 @@ use dispatch_protocol::scoreboard::Scoreboard;
 use dispatch_protocol::scoreboard::gauge::{GaugeName, Reading};
 
 use super::{Shell, Stamps};
-use crate::pool::{Core, PoolId, Scored, Time, WorkerId};
 use crate::status::{GaugeStatus, Status};
+use dispatcher_core::{Core, PoolId, Scored, Time, WorkerId};
 
 /// The gauges of one worker that its pool scores by.
 #[derive(Debug)]

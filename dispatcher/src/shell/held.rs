@@ -9,7 +9,7 @@ use mio::unix::SourceFd;
 use super::Shell;
 use super::join::forget;
 use super::token::{Key, Source};
-use crate::pool::ConnId;
+use dispatcher_core::ConnId;
 
 impl Shell {
     /// Puts newly held connections into the poll. Most of the time there are none: what comes back from a worker has

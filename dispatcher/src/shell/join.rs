@@ -18,7 +18,7 @@ use super::token::{Key, Source};
 use super::worker_io::{Lane, WorkerIo};
 use crate::config::{self, Pool};
 use crate::logger::{quoted, value};
-use crate::pool::{Claim, Departure, ListenerId, PoolId, Refusal, SPARE_SLOTS, WorkerId};
+use dispatcher_core::{Claim, Departure, ListenerId, PoolId, Refusal, SPARE_SLOTS, WorkerId};
 
 /// Most messages of the door handled in one turn; the rest is for the next turn.
 const NEWS_PER_TURN: usize = 64;

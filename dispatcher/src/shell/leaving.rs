@@ -16,9 +16,9 @@ use super::limit::Cause;
 use super::sockets::Listening;
 use crate::closer::{Owner, Task};
 use crate::config::{Address, ListenerOptions};
-use crate::pool::{Accepting, ListenerId, Time};
 use crate::status::KeptStatus;
 use crate::sys;
+use dispatcher_core::{Accepting, ListenerId, Time};
 
 /// How long handshakes that are under way may take when a reload takes a listener out. The kernel repeats its half of one
 /// after a second.

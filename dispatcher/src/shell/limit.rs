@@ -4,7 +4,7 @@
 use std::collections::HashMap;
 use std::time::Duration;
 
-use crate::pool::{CloseReason, PoolId, Time};
+use dispatcher_core::{CloseReason, PoolId, Time};
 
 /// Lines of one kind in any one second.
 const PER_SECOND: u32 = 20;

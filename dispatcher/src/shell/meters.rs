@@ -5,8 +5,8 @@
 
 use super::Shell;
 use crate::logger;
-use crate::measure::{self, Histogram};
 use crate::status::Meters as Told;
+use dispatcher_core::histogram::{self, Histogram};
 
 /// One decision in so many is timed.
 pub(super) const SAMPLE: u64 = 64;
@@ -28,8 +28,8 @@ pub(super) struct Meters {
 impl Default for Meters {
     fn default() -> Meters {
         Meters {
-            decision: Histogram::new(measure::DECISION),
-            turn: Histogram::new(measure::TURN),
+            decision: Histogram::new(histogram::DECISION),
+            turn: Histogram::new(histogram::TURN),
             decisions: 0,
             accept_pauses: 0,
             workers_refused: 0,
@@ -49,8 +49,8 @@ impl Shell {
     pub(super) fn meters_status(&mut self) -> Told {
         let closing = self.closers.closing();
         Told {
-            decision: self.meters.decision.status(),
-            turn: self.meters.turn.status(),
+            decision: (&self.meters.decision).into(),
+            turn: (&self.meters.turn).into(),
             accept_pauses: self.meters.accept_pauses,
             workers_refused: self.meters.workers_refused,
             log_lines_dropped: logger::dropped_lines(),

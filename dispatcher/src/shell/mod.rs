@@ -71,7 +71,7 @@ use crate::admin::{Admin, State};
 use crate::cleaner::Cleaner;
 use crate::closer::Closers;
 use crate::config::Config;
-use crate::pool::{Core, ProcessId, Threads, Ticket, Time, WorkerId};
+use dispatcher_core::{Core, ProcessId, Threads, Ticket, Time, WorkerId};
 
 pub use self::error::RunError;
 

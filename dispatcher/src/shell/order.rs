@@ -8,7 +8,7 @@ use std::collections::HashMap;
 use dispatch_protocol::ClientAddr;
 
 use super::Shell;
-use crate::pool::{CloseReason, ConnId, Event, ListenerId, ProcessId, WorkerId};
+use dispatcher_core::{CloseReason, ConnId, Event, ListenerId, ProcessId, WorkerId};
 
 /// Most lines that wait. In the few turns that have more the rest is told at once, as far as the limits let it.
 const MOST: usize = 256;
@@ -118,7 +118,7 @@ impl Orderly {
 #[cfg(test)]
 mod tests {
     use super::*;
-    use crate::pool::PoolId;
+    use dispatcher_core::PoolId;
 
     #[test]
     fn an_end_is_ordered_if_it_was_announced_and_nothing_was_lost() {

@@ -1,7 +1,7 @@
 //! First bytes: looked at where they are, and left there for the worker.
 //!
 //! Owns the looking. When to look is said by the poll; how long and at how many bytes, by the settings; what the bytes
-//! mean, by `crate::affinity`; and what follows from that, by the core.
+//! mean, by `crate::preface`; and what follows from that, by the core.
 
 use std::os::fd::AsRawFd;
 
@@ -12,8 +12,8 @@ use rustix::net::RecvFlags;
 
 use super::Shell;
 use super::token::{Key, Source};
-use crate::affinity::{Look, is_enough};
-use crate::pool::ConnId;
+use crate::preface::{self, Look, is_enough};
+use dispatcher_core::ConnId;
 
 impl Shell {
     /// Looks at the first bytes of a connection that awaits them; with `end`, no more will come than are there now.
@@ -53,7 +53,7 @@ impl Shell {
                     || count == most
                     || is_enough(&mut conn.looked, count, peek.max_bytes);
                 let bytes = self.first_bytes.get(..count).unwrap_or_default();
-                match affinity.key.of_first_bytes(bytes, last, &mut self.decoded) {
+                match preface::read(&affinity.key, bytes, last, &mut self.decoded) {
                     Look::Known(known) => Some(known),
                     Look::More => return self.watch_first_bytes(id),
                     Look::Unknown => None,

@@ -23,7 +23,9 @@ use super::worker_io::{Deferred, WorkerIo, classify, send_record};
 use super::{Shell, clock};
 use crate::closer::{Owner, Task};
 use crate::logger::quoted;
-use crate::pool::{CloseReason, ConnId, Core, Effect, Notice, SendFailure, Ticket, Time, WorkerId};
+use dispatcher_core::{
+    CloseReason, ConnId, Core, Effect, Notice, SendFailure, Ticket, Time, WorkerId,
+};
 
 impl Shell {
     /// Performs effects until there are none, and sends what they gathered.

@@ -6,8 +6,8 @@
 use std::collections::{HashMap, VecDeque};
 use std::time::{Duration, SystemTime};
 
-use crate::pool::Time;
 use crate::status::FaultStatus;
+use dispatcher_core::Time;
 
 /// How many whole seconds are remembered.
 pub(super) const SECONDS: usize = 300;

@@ -33,8 +33,8 @@ use super::start::seed;
 use crate::admin::command::{CommandError, Problem};
 use crate::config::{Address, Config, ConfigError, Limits, Listener, Pool};
 use crate::logger::value;
-use crate::pool::{ListenerId, ListenerSettings, PoolId, Screen};
 use crate::socket_files::SocketFile;
+use dispatcher_core::{ListenerId, ListenerSettings, PoolId, Screen};
 
 /// What is in force, as the side thread sees it.
 #[derive(Debug)]

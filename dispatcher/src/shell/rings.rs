@@ -3,7 +3,7 @@
 
 use std::time::Duration;
 
-use crate::pool::Time;
+use dispatcher_core::Time;
 
 /// So many rings without news in [`WINDOW`] are too many. An honest worker rings only if asked, and has news then.
 const RINGS: u32 = 64;

@@ -29,8 +29,8 @@ use crate::cleaner::Cleaner;
 use crate::closer::{Bounds, Closers, Owner, Task};
 use crate::config::Config;
 use crate::logger::{quoted, value};
-use crate::pool::{Core, ListenerId, ListenerSettings, PoolId, Screen, Time};
 use crate::signals;
+use dispatcher_core::{Core, ListenerId, ListenerSettings, PoolId, Screen, Time};
 
 impl Shell {
     /// Opens everything, tells the service manager, and is ready to serve.

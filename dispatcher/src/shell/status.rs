@@ -9,8 +9,9 @@ use super::limit::{Cause, ProcessNews};
 use crate::admin::{Gathered, Request};
 use crate::config::UnixSource;
 use crate::logger::{quoted, value};
-use crate::pool::ProcessId;
 use crate::spawner::{Report, SpawnRequest};
+use crate::status::Status;
+use dispatcher_core::ProcessId;
 
 /// How a process ends that does as it is told.
 const ENDED_WELL: [&str; 2] = ["exit status 0", "signal 15 (SIGTERM)"];
@@ -55,7 +56,7 @@ impl Shell {
     /// Everything that only this thread knows. Reading what workers show, and putting times into words, is left to the side
     /// thread.
     fn gather(&mut self) -> Gathered {
-        let mut status = self.core.status();
+        let mut status = Status::from(&self.core.snapshot());
         status.version = env!("CARGO_PKG_VERSION").to_owned();
         status.pid = std::process::id();
         status.instance.clone_from(&self.instance);

@@ -9,7 +9,7 @@ use dispatch_protocol::scoreboard::gauge::GaugeName;
 use super::Shell;
 use super::limit::{Cause, EVENTS};
 use crate::logger::{quoted, value};
-use crate::pool::{CloseReason, ConnId, Departure, Event, ListenerId, PoolId, WorkerId};
+use dispatcher_core::{CloseReason, ConnId, Departure, Event, ListenerId, PoolId, WorkerId};
 
 /// The place of an event's kind in [`EVENTS`].
 fn kind_of(event: &Event) -> usize {

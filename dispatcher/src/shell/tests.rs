@@ -50,7 +50,7 @@ fn claim(socket: &OwnedFd, number: u64) -> bool {
 }
 
 fn claimed(shell: &Shell) -> u64 {
-    let status = shell.core.status();
+    let status = shell.core.snapshot();
     status.pools[0].affinity.as_ref().unwrap().claimed
 }
 
@@ -202,7 +202,7 @@ fn a_client_that_cannot_be_passed_is_dropped_and_blocks_no_other() {
     shell.perform();
     worker_io::refusing::refuse(Vec::new());
     let totals = shell.core.totals();
-    let unsendable = totals.closed[crate::pool::CloseReason::Unsendable as usize];
+    let unsendable = totals.closed[dispatcher_core::CloseReason::Unsendable as usize];
     assert_eq!((totals.custody, unsendable, totals.held), (3, 2, 0));
     shell.finish();
 }

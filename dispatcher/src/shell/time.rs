@@ -2,7 +2,7 @@
 
 use rustix::time::ClockId;
 
-use crate::pool::Time;
+use dispatcher_core::Time;
 
 /// Now, in nanoseconds of `CLOCK_MONOTONIC`.
 pub(super) fn clock() -> Time {

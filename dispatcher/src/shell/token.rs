@@ -3,7 +3,7 @@
 
 use mio::Token;
 
-use crate::pool::{ConnId, WorkerId};
+use dispatcher_core::{ConnId, WorkerId};
 
 /// The source of an event.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]

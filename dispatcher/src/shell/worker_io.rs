@@ -16,7 +16,7 @@ use rustix::net::{
 
 use super::gauges::Gauges;
 use super::rings::Rings;
-use crate::pool::{ConnId, Notice, SendFailure, Ticket, WorkerId};
+use dispatcher_core::{ConnId, Notice, SendFailure, Ticket, WorkerId};
 
 /// Everything the shell keeps for a worker.
 #[derive(Debug)]

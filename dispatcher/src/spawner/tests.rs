@@ -5,7 +5,7 @@ use std::sync::{Arc, mpsc::Receiver};
 use std::time::Instant;
 
 use super::*;
-use crate::pool::PoolId;
+use dispatcher_core::PoolId;
 
 const PATIENCE: Duration = Duration::from_secs(30);
 

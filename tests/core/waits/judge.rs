@@ -2,7 +2,7 @@
 
 use std::time::Duration;
 
-use dispatcher::sim::waits::{Change, Client, Contender, Outcome, percentile, run};
+use simulator::waits::{Change, Client, Contender, Outcome, percentile, run};
 
 use super::rows::{Need, Row};
 
@@ -32,30 +32,9 @@ pub struct Verdict {
 pub fn row(row: &Row, seeds: &[u64], most: u32) -> (String, Vec<Verdict>) {
     let results: Vec<(u64, Played)> =
         seeds.iter().map(|&seed| (seed, play(row, seed, most))).collect();
-    let mut verdicts: Vec<Verdict> =
+    let verdicts: Vec<Verdict> =
         results.iter().flat_map(|(seed, it)| verdicts(row, *seed, it)).collect();
-    verdicts.extend(together(row, &results));
     (line(row, &results, &verdicts), verdicts)
-}
-
-/// Judges what all seeds together must be.
-fn together(row: &Row, results: &[(u64, Played)]) -> Option<Verdict> {
-    let most = row.needs.iter().find_map(|need| match need {
-        Need::TogetherOfNever(most) => Some(*most),
-        _ => None,
-    })?;
-    if results.iter().any(|(_, it)| counted(&it.core) < ENOUGH) {
-        return None;
-    }
-    let p99 = |of: fn(&Played) -> &[Outcome]| {
-        let mut all: Vec<u64> = results.iter().flat_map(|(_, it)| waits(of(it))).collect();
-        all.sort_unstable();
-        percentile(&all, 0.99)
-    };
-    let (core, never) = (p99(|it| &it.core), p99(|it| &it.never));
-    let holds = core <= most * never + HANDING_OVER;
-    let text = format!("{} (all seeds): p99 {core:.4} never {never:.4}", row.name);
-    Some(Verdict { holds, text })
 }
 
 /// Plays a row with all contenders; `most` clients count.
@@ -123,7 +102,6 @@ fn verdicts(row: &Row, seed: u64, played: &Played) -> Vec<Verdict> {
                     format!("p99 {:.4} never {never:.4}", p(0.99)),
                 );
             }
-            Need::TogetherOfNever(_) => {}
             Need::AsNever(more) => {
                 let never = percentile(&waits(&played.never), 0.99);
                 say(
@@ -214,7 +192,6 @@ fn verdicts(row: &Row, seed: u64, played: &Played) -> Vec<Verdict> {
 fn is_statistical(need: Need) -> bool {
     match need {
         Need::OfNever(_)
-        | Need::TogetherOfNever(_)
         | Need::AsNever(_)
         | Need::OfShared(_)
         | Need::Moves(_)

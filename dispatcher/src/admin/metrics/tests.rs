@@ -9,14 +9,15 @@ fn status(workers: u64) -> Status {
         load: 10,
         ..WorkerStatus::default()
     };
-    let mut histogram = crate::measure::Histogram::new(crate::measure::HANDOFF);
+    let mut histogram =
+        dispatcher_core::histogram::Histogram::new(dispatcher_core::histogram::HANDOFF);
     histogram.record(std::time::Duration::from_micros(15));
     histogram.record(std::time::Duration::from_secs(60));
     let pool = PoolStatus {
         name: "web".to_owned(),
         state: "ready".to_owned(),
         taken: 5,
-        handoff: histogram.status(),
+        handoff: (&histogram).into(),
         workers: (1..=workers).map(worker).collect(),
         ..PoolStatus::default()
     };

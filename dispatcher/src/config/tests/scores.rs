@@ -1,7 +1,7 @@
 //! `[pool.NAME.scores]`.
 
 use super::*;
-use crate::pool::{Policy, Scores};
+use dispatcher_core::{Policy, Scores};
 
 fn scored(lines: &str) -> String {
     format!("{GOOD}policy = \"least-score\"\n[pool.web.scores]\n{lines}\n")

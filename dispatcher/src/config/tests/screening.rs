@@ -1,7 +1,7 @@
 //! Rules about clients: how they are written, and what is wrong with them.
 
 use super::*;
-use crate::pool::Rate;
+use dispatcher_core::Rate;
 
 fn with(lines: &str) -> Config {
     good(&GOOD.replace("pool = \"web\"\n", &format!("pool = \"web\"\n{lines}\n")))

@@ -1,7 +1,7 @@
 //! All mistakes at once; the words of other programs; examples; and options that do nothing.
 
 use super::*;
-use crate::pool::Policy;
+use dispatcher_core::Policy;
 
 /// Line, and the beginning of the message, of every mistake.
 #[track_caller]

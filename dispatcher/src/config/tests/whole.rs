@@ -1,7 +1,7 @@
 //! Mistakes that show only across keys, warnings, and files.
 
 use super::*;
-use crate::pool::Policy;
+use dispatcher_core::Policy;
 
 #[test]
 fn two_of_a_kind() {
@@ -76,8 +76,8 @@ fn pools_and_policies() {
 
 #[test]
 fn keys_of_clients() {
-    use crate::affinity::KeySource;
-    use crate::pool::{Affinity, Peek};
+    use dispatcher_core::KeySource;
+    use dispatcher_core::{Affinity, Peek};
 
     let known = |lines: &str| good(&format!("{GOOD}{lines}\n")).pools[0].settings.clone();
     assert_eq!(known("").affinity, None);
@@ -135,7 +135,7 @@ fn keys_of_clients_by_default() {
          [pool.other]\naffinity.key = 'none'\n"
     ));
     let affinity = config.pools[0].settings.affinity.clone().expect("by default");
-    let key = crate::affinity::KeySource::ClientIp { ipv4_prefix: 24, ipv6_prefix: 48 };
+    let key = dispatcher_core::KeySource::ClientIp { ipv4_prefix: 24, ipv6_prefix: 48 };
     assert_eq!((affinity.key, affinity.ttl), (key, Duration::from_secs(1)));
     assert_eq!(config.pools[0].settings.peek.max_awaiting, 5);
     assert_eq!(config.pools[1].settings.affinity, None);

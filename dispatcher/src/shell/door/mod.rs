@@ -35,7 +35,7 @@ use super::worker_io::{Lane, LaneFds};
 use crate::admin::Wake;
 use crate::closer::{Bin, Watch};
 use crate::config;
-use crate::pool::{Departure, Join, Refusal, WorkerId};
+use dispatcher_core::{Departure, Join, Refusal, WorkerId};
 
 /// Most messages waiting for the hot thread.
 const NEWS: usize = 256;

@@ -5,7 +5,7 @@ use std::os::fd::OwnedFd;
 
 use super::super::control::Peer;
 use super::super::token::Key;
-use crate::pool::Time;
+use dispatcher_core::Time;
 
 /// One of them.
 #[derive(Debug)]

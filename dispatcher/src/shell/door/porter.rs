@@ -23,7 +23,7 @@ use super::{Knock, News, Order, Settings};
 use crate::admin::Wake;
 use crate::closer::{Bin, Watched};
 use crate::keep;
-use crate::pool::{Departure, Join, Refusal, Time, WorkerId};
+use dispatcher_core::{Departure, Join, Refusal, Time, WorkerId};
 
 mod admit;
 

@@ -3,7 +3,7 @@
 use std::collections::HashMap;
 use std::time::Duration;
 
-use crate::pool::Time;
+use dispatcher_core::Time;
 
 /// Most users told apart. More of them share one bucket.
 const MOST: usize = 4_096;

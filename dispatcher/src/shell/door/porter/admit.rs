@@ -16,8 +16,8 @@ use super::super::super::worker_io::send_record;
 use super::super::News;
 use super::super::pending::Pending;
 use super::Porter;
-use crate::pool::Refusal;
 use crate::words::count;
+use dispatcher_core::Refusal;
 
 /// Most control connections accepted in one round.
 const KNOCKS: usize = 64;

@@ -1,0 +1,215 @@
+//! Who may join.
+
+use dispatch_protocol::wire::{Features, Hello, RefusedCode, VERSION};
+
+use super::handoff::Shares;
+use super::policy::Member;
+use super::ring::Ring;
+use super::trust::Trust;
+use super::types::*;
+use super::worker::{Worker, node};
+use super::{Core, Event};
+
+/// More than a process can have taken: at a million a second this takes 285 years. Every sum of them is exact, too.
+const MOST_TAKEN: u64 = 1 << 53;
+
+/// More live connections than `max_connections_per_worker` can be.
+const MOST_LIVE: u64 = 10_000_000;
+
+/// What a worker says it has taken and closed so far. If that cannot be, it is as if it had as many connections as it
+/// wants to have.
+fn possible(hello: &Hello) -> (u64, u64) {
+    let finished = hello.finished.min(hello.base);
+    let live = hello.base - finished;
+    if hello.base <= MOST_TAKEN && live <= MOST_LIVE {
+        return (hello.base, finished);
+    }
+    let finished = if finished <= MOST_TAKEN { finished } else { 0 };
+    (finished + live.min(u64::from(hello.max_connections)), finished)
+}
+
+impl Core {
+    /// The pool a worker may join, or why it may not.
+    pub(super) fn admit(&self, join: &Join) -> Result<usize, Refusal> {
+        let hello = &join.hello;
+        let refusal = |code, key: Option<String>, reason| Refusal { code, reason, key };
+        if hello.version != VERSION {
+            return Err(refusal(
+                RefusedCode::Version,
+                None,
+                format!(
+                    "this dispatcher speaks version {VERSION} of the protocol, the worker version {}: \
+                     upgrade the older of the two",
+                    hello.version
+                ),
+            ));
+        }
+        let stopping = || {
+            refusal(
+                RefusedCode::Stopping,
+                None,
+                "the dispatcher is stopping: try again once it has started anew".to_owned(),
+            )
+        };
+        if self.stop.is_some_and(|stop| stop.over) {
+            return Err(stopping());
+        }
+        let Some(p) = self.pool_named(&hello.pool).map(|pool| usize::from(pool.0)) else {
+            let known: Vec<&str> = self.pool_names().collect();
+            return Err(refusal(
+                RefusedCode::UnknownPool,
+                Some("pool".to_owned()),
+                format!(
+                    "there is no pool `{}`: the configuration has {}",
+                    hello.pool,
+                    known.join(", ")
+                ),
+            ));
+        };
+        let pool = &self.pools[p];
+        // Until then its clients wait for a worker.
+        if pool.done {
+            return Err(stopping());
+        }
+        let name = &pool.settings.name;
+        if !self.is_allowed(p, join) {
+            let groups: Vec<String> = join.gids.iter().map(u32::to_string).collect();
+            return Err(refusal(
+                RefusedCode::NotAllowed,
+                Some(format!("pool.{name}.allow_users")),
+                format!(
+                    "user {} with groups {} (process {}) may not join pool `{name}`: \
+                     add it to pool.{name}.allow_users or allow_groups",
+                    join.uid,
+                    groups.join(", "),
+                    join.pid
+                ),
+            ));
+        }
+        let max = pool.settings.max_workers;
+        if pool.candidates.len() >= max as usize {
+            return Err(refusal(
+                RefusedCode::TooManyWorkers,
+                Some(format!("pool.{name}.max_workers")),
+                format!(
+                    "pool `{name}` has {max} worker{}, as many as pool.{name}.max_workers allows",
+                    if max == 1 { "" } else { "s" }
+                ),
+            ));
+        }
+        Ok(p)
+    }
+
+    fn is_allowed(&self, pool: usize, join: &Join) -> bool {
+        let access = &self.pools[pool].settings.access;
+        join.spawned.is_some_and(|process| usize::from(process.pool.0) == pool)
+            || access.users.contains(&join.uid)
+            || join.gids.iter().any(|gid| access.groups.contains(gid))
+    }
+
+    /// Enters an admitted worker.
+    pub(super) fn add_worker(&mut self, now: Time, p: usize, join: &Join) -> WorkerId {
+        self.joins += 1;
+        let index = match self.free_workers.pop() {
+            Some(index) => index,
+            None => self.workers.len() as u32,
+        };
+        let id = WorkerId { index, serial: self.joins };
+        let hello = &join.hello;
+        let twin = self.free_twin(p, &hello.name);
+        let node = node(&hello.name, twin);
+        let pool = &mut self.pools[p];
+        let workers = &self.workers;
+        let home = pool.memory.as_mut().map_or(0, |memory| {
+            memory.move_in(&hello.name, index, |w| workers[w as usize].is_usable())
+        });
+        let priority = hello.priority;
+        let (base, finished) = possible(hello);
+        let mut worker = Worker {
+            id,
+            pool: p,
+            at: pool.candidates.add(Member { worker: index, node, priority }),
+            name: hello.name.as_str().into(),
+            twin,
+            home,
+            pid: join.pid,
+            priority,
+            ramp: None,
+            weight: u32::from(hello.weight.max(1)),
+            max: hello.max_connections.min(pool.settings.max_connections_per_worker),
+            own_max: hello.max_connections,
+            weight_set: false,
+            paused: false,
+            process: join.spawned,
+            state: State::Active,
+            base,
+            taken: 0,
+            finished,
+            sent: 0,
+            revoked: 0,
+            ring: Ring::new(pool.settings.max_untaken),
+            round: None,
+            resent: 0,
+            suspect_since: Time::default(),
+            said_goodbye: false,
+            closed: false,
+            unproven: false,
+            hears: hello.features.contains(Features::DRAIN),
+            notice: None,
+            notice_again: None,
+            drain_deadline: None,
+            unwanted: false,
+            ended: 0,
+            forgotten: false,
+            blocked: None,
+            starved: None,
+            // One that has served before, under another dispatcher or this one, does not begin at nothing.
+            trust: Trust::new(now, hello.base > 0),
+            threads: None,
+            trial_wait: None,
+            purging: false,
+            stale: 0,
+            shares: Shares::default(),
+            probe_again: None,
+            told_clamped: false,
+            told_went_back: false,
+            told_gauges: [false; GaugeProblem::COUNT],
+            channel_full: 0,
+        };
+        worker.start_slowly(now, pool.settings.slow_start);
+        pool.counts.joined += 1;
+        let live = worker.load();
+        match self.workers.get_mut(index as usize) {
+            Some(entry) => *entry = worker,
+            None => {
+                self.workers.push(worker);
+                self.out.push(0);
+                self.live.push(false);
+            }
+        }
+        self.add_usable(p);
+        self.event(Event::Joined { worker: id, live });
+        if base != hello.base {
+            self.event(Event::Clamped { worker: id, what: "base", said: hello.base, used: base });
+        }
+        self.refresh(index as usize);
+        self.probe(now, index as usize);
+        id
+    }
+
+    /// The smallest number that no worker of this name has. One that said goodbye needs none any more.
+    fn free_twin(&self, p: usize, name: &str) -> u32 {
+        let mut used: Vec<u32> = self.pools[p]
+            .candidates
+            .workers()
+            .map(|w| &self.workers[w as usize])
+            .filter(|worker| *worker.name == *name && !worker.said_goodbye)
+            .map(|worker| worker.twin)
+            .collect();
+        used.sort_unstable();
+        (0..)
+            .zip(&used)
+            .find(|(free, used)| free != *used)
+            .map_or(used.len() as u32, |(free, _)| free)
+    }
+}

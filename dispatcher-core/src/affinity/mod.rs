@@ -1,0 +1,208 @@
+//! Affinity: a client that is known goes where it was before, if that worker may be chosen.
+//!
+//! Owns what is remembered of clients and the order in which it counts: first the worker that a session id names itself
+//! (its route), then the one that is remembered for the key, then whomever the policy chooses; that one is remembered.
+//! What a key is made of is decided by `key::KeySource`.
+
+mod homes;
+pub(super) mod key;
+mod table;
+
+use self::homes::Homes;
+use self::table::Table;
+use super::Core;
+use super::types::*;
+use crate::affinity::key::{KeySource, Known};
+use crate::snapshot::AffinitySnapshot;
+
+/// Entries that are too old, removed for each one entered: more than one, so that they get fewer.
+const OLD_PER_ENTRY: usize = 2;
+
+/// What a pool remembers of its clients.
+#[derive(Debug)]
+pub(super) struct Memory {
+    table: Table,
+    homes: Homes,
+    counts: Counts,
+}
+
+#[derive(Clone, Copy, Debug, Default)]
+struct Counts {
+    routed: u64,
+    hits: u64,
+    misses: u64,
+    moved: u64,
+    claimed: u64,
+    evicted: u64,
+}
+
+/// What is remembered of a client.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(super) enum Recall {
+    /// Its session id names this worker.
+    Routed(u32),
+    /// It was here before.
+    Here(u32),
+    /// Its worker may not be chosen now, or is gone.
+    Away,
+    /// Nothing.
+    New,
+}
+
+/// What became of a worker's claim.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Claim {
+    /// It is remembered.
+    Noted,
+    /// The worker is leaving: nothing is to come to it.
+    Leaving,
+    /// The pool has no affinity.
+    NoAffinity,
+    /// The pool's clients cannot have such a key.
+    NotAKey,
+}
+
+impl Memory {
+    pub(super) fn new(settings: &Affinity, seed: u64) -> Memory {
+        Memory {
+            table: Table::new(settings.max_entries, settings.ttl, seed),
+            homes: Homes::default(),
+            counts: Counts::default(),
+        }
+    }
+
+    pub(super) fn set_seed(&mut self, seed: u64) {
+        self.table.set_seed(seed);
+    }
+
+    /// A worker joins; answers what its entries point at.
+    pub(super) fn move_in(
+        &mut self,
+        name: &str,
+        worker: u32,
+        is_usable: impl Fn(u32) -> bool,
+    ) -> u32 {
+        self.homes.move_in(AffinityKey::of(name.as_bytes()), worker, is_usable)
+    }
+
+    /// Whether what is remembered with this home comes to this worker.
+    pub(super) fn is_home_of(&self, home: u32, worker: u32) -> bool {
+        self.homes.worker(home) == Some(worker)
+    }
+
+    pub(super) fn move_out(&mut self, home: u32, worker: u32) {
+        self.homes.move_out(home, worker);
+    }
+
+    /// Where a client should go.
+    pub(super) fn recall(
+        &self,
+        now: Time,
+        known: Known,
+        is_eligible: impl Fn(u32) -> bool,
+    ) -> Recall {
+        let named = known.route.and_then(|route| self.homes.worker_named(route));
+        if let Some(worker) = named.filter(|&worker| is_eligible(worker)) {
+            return Recall::Routed(worker);
+        }
+        match self.table.home(now, known.key) {
+            Some(home) => match self.homes.worker(home).filter(|&worker| is_eligible(worker)) {
+                Some(worker) => Recall::Here(worker),
+                None => Recall::Away,
+            },
+            None if named.is_some() => Recall::Away,
+            None => Recall::New,
+        }
+    }
+
+    /// The client goes to the worker with this home.
+    pub(super) fn note(&mut self, now: Time, key: AffinityKey, home: u32, recall: Recall) {
+        let count = match recall {
+            Recall::Routed(_) => &mut self.counts.routed,
+            Recall::Here(_) => &mut self.counts.hits,
+            Recall::Away => &mut self.counts.moved,
+            Recall::New => &mut self.counts.misses,
+        };
+        *count += 1;
+        // Its id says it already.
+        if !matches!(recall, Recall::Routed(_)) {
+            self.enter(now, key, home);
+        }
+    }
+
+    fn enter(&mut self, now: Time, key: AffinityKey, home: u32) {
+        self.homes.add_entry(home);
+        self.forget_old(now, OLD_PER_ENTRY);
+        if self.table.is_full() && self.table.home(now, key).is_none() {
+            // A key that is there but too old may be the one that goes, or be one too few: either does no harm.
+            self.counts.evicted += u64::from(!self.table.has_old(now));
+            self.drop_oldest();
+        }
+        if let Some(before) = self.table.enter(now, key, home) {
+            self.homes.remove_entry(before);
+        }
+    }
+
+    /// Removes up to `most` entries that are too old.
+    pub(super) fn forget_old(&mut self, now: Time, most: usize) {
+        for _ in 0..most {
+            if !self.table.has_old(now) {
+                return;
+            }
+            self.drop_oldest();
+        }
+    }
+
+    fn drop_oldest(&mut self) {
+        if let Some(home) = self.table.drop_oldest() {
+            self.homes.remove_entry(home);
+        }
+    }
+
+    pub(super) fn snapshot(&self, key: &KeySource) -> AffinitySnapshot {
+        AffinitySnapshot {
+            key: key.clone(),
+            entries: u64::from(self.table.len()),
+            hits: self.counts.hits,
+            misses: self.counts.misses,
+            moved: self.counts.moved,
+            routed: self.counts.routed,
+            claimed: self.counts.claimed,
+            evicted: self.counts.evicted,
+            awaiting: 0,
+            unknown: 0,
+            timed_out: 0,
+            not_awaited: 0,
+        }
+    }
+
+    /// How much [`Memory::check`] looks at.
+    #[cfg(any(test, debug_assertions))]
+    pub(super) fn size(&self) -> usize {
+        self.table.len() as usize
+    }
+
+    pub(super) fn check(&self) {
+        self.homes.check(self.table.homes());
+        assert_eq!(self.table.homes().count(), self.table.len() as usize);
+    }
+}
+
+impl Core {
+    /// A worker claims a key: from the next connection on, the client known by it comes to this worker.
+    pub fn own(&mut self, now: Time, worker: WorkerId, key: &[u8]) -> Claim {
+        let Some(w) = self.find(worker).filter(|&w| self.workers[w].is_usable()) else {
+            return Claim::Leaving;
+        };
+        let (p, home) = (self.workers[w].pool, self.workers[w].home);
+        let pool = &mut self.pools[p];
+        let (Some(affinity), Some(memory)) = (&pool.settings.affinity, &mut pool.memory) else {
+            return Claim::NoAffinity;
+        };
+        let Some(known) = affinity.key.of_value(key) else { return Claim::NotAKey };
+        memory.counts.claimed += 1;
+        memory.enter(now, known.key, home);
+        self.after(now, p);
+        Claim::Noted
+    }
+}

@@ -1,0 +1,149 @@
+//! The worker for a connection that the policy does not place: one that was at another worker, or that no worker is likely
+//! to take soon.
+//!
+//! Looks at every worker of the pool, which is dear, and seldom needed. Decides where; `handoff.rs` decides when.
+
+use std::time::Duration;
+
+use super::Core;
+use super::handoff::Shares;
+use super::ledger::{Again, Conn};
+use super::policy::By;
+use super::trust::PROOF;
+use super::types::*;
+use super::worker::Worker;
+
+/// A connection that has waited for twice this goes to any trusted worker, however short it has been known.
+const PATIENT_LIMIT: Duration = Duration::from_millis(400);
+
+impl Core {
+    /// A worker for a connection that is to be placed again. Unlike the policy this looks at every worker.
+    pub(super) fn choose_again(&mut self, now: Time, p: usize, conn: u32) -> Option<usize> {
+        let Conn { again, .. } = *self.ledger.get(conn);
+        let chosen = match again {
+            Again::New => None,
+            Again::Busy => self.best(p, conn, |w| w.is_trusted() && w.has_room()).or_else(|| {
+                let spaced = self.pools[p].is_spaced();
+                let fresh = self.ledger.get(conn).moves == 0;
+                self.best(p, conn, |w| fresh && w.is_trialable(spaced))
+            }),
+            Again::Idle => self.best(p, conn, |w| w.is_trusted() && w.idle_threads() > 0),
+            Again::Slow { from, limit } => {
+                let other = |w: &Worker| w.id.index != from && w.is_trusted() && w.has_room();
+                self.best(p, conn, |w| other(w) && is_target(w, limit))
+                    .or_else(|| self.best(p, conn, other))
+                    .or_else(|| self.best(p, conn, |w| self.may_prove_itself(w, from)))
+            }
+            Again::Failed { from } => self.after_failed_trial(p, conn, from),
+        };
+        let chosen = chosen.or_else(|| match again {
+            Again::Idle => self.best(p, conn, |w| w.is_trusted() && w.has_room()),
+            _ => None,
+        })?;
+        self.commit_handoff(now, p, conn, chosen);
+        Some(chosen)
+    }
+
+    /// Whether a worker that is not trusted may be tested with a connection that another one leaves untaken.
+    pub(super) fn may_prove_itself(&self, worker: &Worker, from: u32) -> bool {
+        let spaced = self.pools[worker.pool].is_spaced();
+        worker.id.index != from && worker.is_trialable(spaced)
+    }
+
+    /// A trusted worker; else one that may be tested; else one that never was.
+    pub(super) fn after_failed_trial(&self, p: usize, conn: u32, from: u32) -> Option<usize> {
+        let spaced = self.pools[p].is_spaced();
+        self.best(p, conn, |w| w.id.index != from && w.is_trusted() && w.has_room())
+            .or_else(|| self.best(p, conn, |w| w.id.index != from && w.is_trialable(spaced)))
+            .or_else(|| self.best(p, conn, |w| w.id.index != from && is_untested(w)))
+    }
+
+    /// A worker for a connection that no worker is likely to take soon; `None` if it is better off in the queue.
+    pub(super) fn choose_any(&mut self, now: Time, p: usize, conn: u32) -> Option<usize> {
+        let pool = &self.pools[p];
+        if pool.candidates.opens() == 0 {
+            return None;
+        }
+        // Trusted reporters are only busy: the first thread that is free gets it, as from a shared queue.
+        let failover = pool.settings.policy == Policy::Failover;
+        if pool.shares.reporter > 0
+            && (!failover
+                || self.open_workers(p).any(|w| Shares::of(&self.workers[w]).reporter > 0))
+        {
+            return None;
+        }
+        if now < pool.trial_until {
+            return None;
+        }
+        let timeout = pool.settings.handoff_timeout;
+        let rank = |w: &usize| {
+            let worker = &self.workers[*w];
+            let priority = if failover { u16::MAX - worker.priority } else { 0 };
+            let failed = worker.trust.failed > 0;
+            (
+                (failed, priority, worker.is_silent(now, timeout)),
+                burden(worker),
+                !worker.trust.proven,
+            )
+        };
+        let chosen = self.open_workers(p).min_by(|a, b| {
+            let (a, b) = (rank(a), rank(b));
+            a.0.cmp(&b.0).then(a.1.total_cmp(&b.1)).then(a.2.cmp(&b.2))
+        })?;
+        self.commit_handoff(now, p, conn, chosen);
+        Some(chosen)
+    }
+
+    pub(super) fn open_workers(&self, p: usize) -> impl Iterator<Item = usize> + '_ {
+        let candidates = &self.pools[p].candidates;
+        // From where the last decision ended, so that ties rotate.
+        let len = candidates.len();
+        let start = candidates.start() % len.max(1);
+        (start..len)
+            .chain(0..start)
+            .filter(|&at| candidates.is_open(at))
+            .map(|at| candidates.get(at).worker as usize)
+    }
+
+    /// Of the open workers that are `fit`, the one that the pool's policy would prefer: the key's owner with `hash`, else the
+    /// least loaded.
+    pub(super) fn best(&self, p: usize, conn: u32, fit: impl Fn(&Worker) -> bool) -> Option<usize> {
+        let pool = &self.pools[p];
+        let fitting = || self.open_workers(p).filter(|&w| fit(&self.workers[w]));
+        if let Some(key) = self.ledger.get(conn).key.filter(|_| pool.is_keyed()) {
+            let among = fitting().map(|w| (self.workers[w].at, self.workers[w].effective_weight()));
+            let at = pool.candidates.owner(key, among)?;
+            return Some(pool.candidates.get(at).worker as usize);
+        }
+        fitting().min_by(|&a, &b| burden(&self.workers[a]).total_cmp(&burden(&self.workers[b])))
+    }
+
+    /// Keeps the decision, and what follows from it for the connection.
+    pub(super) fn commit_handoff(&mut self, now: Time, p: usize, conn: u32, w: usize) {
+        let at = self.workers[w].at;
+        let choice = self.pools[p].candidates.choice(now, at, By::Handoff);
+        if self.pools[p].history.is_on() {
+            self.record(now, p, conn, &choice);
+        }
+        self.pools[p].candidates.advance(at);
+    }
+}
+
+/// Live connections for the worker's weight.
+pub(super) fn burden(worker: &Worker) -> f64 {
+    (worker.load() + 1) as f64 / f64::from(worker.effective_weight())
+}
+
+/// Whether it is likely to take a connection within `limit`.
+pub(super) fn is_target(worker: &Worker, limit: Duration) -> bool {
+    worker.is_trusted()
+        && worker.has_room()
+        && worker.trust.peak <= limit
+        // Better an unproven one than to wait for ever.
+        && (worker.trust.batches >= PROOF || limit >= PATIENT_LIMIT.max(2 * worker.trust.peak))
+}
+
+/// Whether nothing is known about it, for better or worse.
+pub(super) fn is_untested(worker: &Worker) -> bool {
+    worker.state == State::Active && !worker.trust.proven && worker.trust.failed == 0
+}

@@ -1,0 +1,395 @@
+//! Changing the configuration of a core that is at work.
+//!
+//! Ids are positions. What is removed stays as a retired entry, so that connections and workers that refer to it go on as they
+//! were. Once nothing refers to it any more, the entry is used for what is added next, so that neither memory nor the time of a
+//! turn grows with the number of changes. A pool that comes back under its name before that is the same pool again. A
+//! listener's pool never changes: a listener that shall lead elsewhere is a new one.
+
+use std::collections::VecDeque;
+use std::time::Duration;
+
+use super::affinity::Memory;
+use super::awaiting::Awaiting;
+use super::discarded::Kept;
+use super::effect::{Effect, Event};
+use super::handoff::Shares;
+use super::history::History;
+use super::ledger::Held;
+use super::policy::{Candidates, Member};
+use super::snapshot::Counts;
+use super::supervise::Processes;
+use super::types::*;
+use super::worker::Worker;
+use super::{Clock, Core, Listener, Pool, Random};
+use crate::histogram::{self, Histogram};
+
+impl Listener {
+    /// After so many joins.
+    pub(super) fn new(settings: ListenerSettings, joins: u64) -> Listener {
+        Listener {
+            pool: usize::from(settings.pool.0),
+            accepted: 0,
+            closed: [0; CloseReason::ALL.len()],
+            screen: None,
+            retired: false,
+            closed_for_good: false,
+            known: (joins, u64::MAX),
+            settings,
+        }
+    }
+}
+
+impl Pool {
+    pub(super) fn new(
+        id: PoolId,
+        settings: PoolSettings,
+        now: Time,
+        seeds: &mut Random,
+        effects: &mut VecDeque<Effect>,
+    ) -> Pool {
+        // Where processes are about to be started, this is no news.
+        if settings.processes == 0 {
+            effects.push_back(Effect::Event(Event::NoUsableWorker { pool: id }));
+        }
+        Pool {
+            candidates: Candidates::new(settings.policy, &settings.scores, seeds.number()),
+            history: History::new(settings.history, settings.history_candidates),
+            sample_at: now,
+            memory: settings.affinity.as_ref().map(|a| Memory::new(a, seeds.number())),
+            awaiting: Awaiting::default(),
+            held: Held::default(),
+            usable: 0,
+            untaken: 0,
+            shares: Shares::default(),
+            trial_until: now,
+            first_until: now,
+            ticked: now,
+            retrial_wait: None,
+            idle_at: None,
+            unserved: None,
+            refusing_since: now,
+            refusal_told_at: now,
+            refusal_interval: Duration::ZERO,
+            clock: Clock::Since(now),
+            pressure: false,
+            pressure_told: false,
+            pressure_at: None,
+            processes: Processes::new(id, settings.processes, effects),
+            counts: Counts::default(),
+            handoff: Histogram::new(histogram::HANDOFF),
+            retired: false,
+            lacking_since: now,
+            done: false,
+            settings,
+        }
+    }
+}
+
+impl Core {
+    /// Adds a pool. One of this name that was taken out is put back, with the workers it still has: two of one name could not
+    /// be told apart. Otherwise the entry of one that was taken out is used, if nothing refers to it any more.
+    pub fn add_pool(&mut self, now: Time, settings: PoolSettings, seed: u64) -> PoolId {
+        let same = |pool: &Pool| pool.retired && pool.settings.name == settings.name;
+        if let Some(p) = self.pools.iter().position(same) {
+            return self.put_back(now, p, settings, seed);
+        }
+        let p = (0..self.pools.len()).find(|&p| self.is_free(p)).unwrap_or(self.pools.len());
+        let id = PoolId(p as u16);
+        let mut seeds = Random::new(seed);
+        let pool = Pool::new(id, settings, now, &mut seeds, &mut self.effects);
+        match self.pools.get_mut(p) {
+            None => self.pools.push(pool),
+            Some(entry) => {
+                let old = std::mem::replace(entry, pool);
+                self.former.taken += old.counts.taken;
+            }
+        }
+        self.after(now, p);
+        id
+    }
+
+    /// Whether nothing refers to a pool that was taken out.
+    fn is_free(&self, p: usize) -> bool {
+        let pool = &self.pools[p];
+        pool.retired
+            && pool.candidates.len() == 0
+            && pool.processes.is_idle()
+            && !self.has_clients(p)
+            // Gone, and the last of what it left is being sorted out.
+            && !self.workers.iter().any(|worker| worker.pool == p && !worker.forgotten)
+            && !self.listeners.iter().enumerate().any(|(at, listener)| {
+                listener.pool == p && (!listener.closed_for_good || self.ledger.refers_to(at))
+            })
+    }
+
+    /// What an operator drained stays so; what drained because the pool was not wanted goes on, and nobody else notices that
+    /// the pool was gone for a while.
+    fn put_back(&mut self, now: Time, p: usize, settings: PoolSettings, seed: u64) -> PoolId {
+        let id = PoolId(p as u16);
+        let pool = &mut self.pools[p];
+        pool.retired = false;
+        if pool.usable == 0 {
+            pool.clock = Clock::Since(now);
+            if settings.processes == 0 {
+                self.event(Event::NoUsableWorker { pool: id });
+            }
+        }
+        self.change_pool(now, id, settings, seed);
+        id
+    }
+
+    /// Gives a pool other settings; its name stays. `max_untaken` counts for workers that join later, as the size of a
+    /// scoreboard is settled then; who may join, too: nobody is turned out.
+    pub fn change_pool(&mut self, now: Time, pool: PoolId, settings: PoolSettings, seed: u64) {
+        let p = usize::from(pool.0);
+        let mut seeds = Random::new(seed);
+        let Some(entry) = self.pools.get_mut(p) else { return };
+        let name = entry.settings.name.clone();
+        let old = std::mem::replace(&mut entry.settings, PoolSettings { name, ..settings });
+        let new = &entry.settings;
+        entry.processes.resize(new.processes, &mut self.effects);
+        let forgotten = entry.history.resize(new.history, new.history_candidates);
+        let chooses = old.policy != new.policy || old.scores != new.scores;
+        let remembers = old.affinity != new.affinity;
+        let most = new.max_connections_per_worker;
+        let slow_start = new.slow_start;
+        let (timeout, longest) = (new.handoff_timeout, new.max_handoff_timeout);
+        self.discard(Kept::Decisions(forgotten));
+        if chooses {
+            self.change_policy(now, p, seeds.number());
+        }
+        if remembers {
+            self.change_memory(p, seeds.number());
+        }
+        for w in 0..self.workers.len() {
+            let worker = &mut self.workers[w];
+            if worker.pool == p && worker.state != State::Gone {
+                worker.max = worker.own_max.min(most);
+                worker.ring.hurry(|sent| sent + worker.trust.patience(timeout, longest, 0));
+                worker.warm_up(now, slow_start);
+                self.refresh(w);
+            }
+        }
+        // First bytes that were awaited for the old key say nothing about the new one.
+        let most = if remembers { 0 } else { u64::from(self.pools[p].settings.peek.max_awaiting) };
+        self.await_at_most(now, p, most);
+        self.wait_again(now, p);
+        self.after(now, p);
+        self.drain_surplus(now, p);
+        self.resume_wanted(now, p);
+    }
+
+    /// A pool that refuses waits for a worker again, if its clients are to wait longer now.
+    fn wait_again(&mut self, now: Time, p: usize) {
+        let pool = &mut self.pools[p];
+        let until = pool.lacking_since + pool.settings.wait_for_worker;
+        if pool.clock == Clock::Refusing && !pool.retired && now < until {
+            pool.clock = match pool.usable {
+                0 => Clock::Since(pool.lacking_since),
+                _ => Clock::Off,
+            };
+        }
+    }
+
+    /// The same workers in the same places, seen by another policy. Each is refreshed afterwards.
+    fn change_policy(&mut self, now: Time, p: usize, seed: u64) {
+        let pool = &mut self.pools[p];
+        let settings = &pool.settings;
+        let new = Candidates::new(settings.policy, &settings.scores, seed);
+        let old = std::mem::replace(&mut pool.candidates, new);
+        pool.sample_at = now;
+        for index in old.workers() {
+            let worker = &mut self.workers[index as usize];
+            let (node, priority) = (worker.node(), worker.priority);
+            worker.at = pool.candidates.add(Member { worker: index, node, priority });
+        }
+    }
+
+    /// What was remembered of clients is forgotten: it was by another key, or for another time.
+    fn change_memory(&mut self, p: usize, seed: u64) {
+        let pool = &mut self.pools[p];
+        let new = pool.settings.affinity.as_ref().map(|settings| Memory::new(settings, seed));
+        if let Some(old) = std::mem::replace(&mut pool.memory, new) {
+            self.discard(Kept::Memory(old));
+        }
+        let pool = &mut self.pools[p];
+        let Some(memory) = &mut pool.memory else { return };
+        let indices: Vec<u32> = pool.candidates.workers().collect();
+        for index in indices {
+            let workers = &self.workers;
+            let name = &workers[index as usize].name;
+            let home = memory.move_in(name, index, |w| workers[w as usize].is_usable());
+            self.workers[index as usize].home = home;
+        }
+    }
+
+    /// Wants so many of a pool's processes from now on. Workers of those that are too many are drained; workers that drain for
+    /// that reason, and are wanted again, get connections again.
+    pub fn scale(&mut self, now: Time, pool: PoolId, processes: u32) {
+        let p = usize::from(pool.0);
+        let Some(entry) = self.pools.get_mut(p).filter(|entry| !entry.retired) else { return };
+        entry.settings.processes = processes;
+        entry.processes.resize(processes, &mut self.effects);
+        self.after(now, p);
+        self.drain_surplus(now, p);
+        self.resume_wanted(now, p);
+    }
+
+    /// Whether a worker's process is one of those that are too many.
+    pub(super) fn is_surplus(&self, w: usize) -> bool {
+        let Worker { pool, process, .. } = self.workers[w];
+        let wanted = self.pools[pool].settings.processes;
+        process.is_some_and(|p| usize::from(p.pool.0) == pool && p.number >= wanted)
+    }
+
+    /// Drains the workers of processes that are too many. Those that were starting come later: see [`Core::join`].
+    pub(super) fn drain_surplus(&mut self, now: Time, p: usize) {
+        for w in 0..self.workers.len() {
+            let worker = &self.workers[w];
+            if worker.pool == p && self.is_surplus(w) {
+                self.drain_unwanted(now, worker.id);
+            }
+        }
+    }
+
+    /// Takes a pool out: nobody joins it any more and no process is started for it. Once its listeners are closed and what
+    /// they accepted is with workers, these are drained.
+    pub fn retire_pool(&mut self, now: Time, pool: PoolId) {
+        let p = usize::from(pool.0);
+        let Some(entry) = self.pools.get_mut(p) else { return };
+        entry.retired = true;
+        entry.settings.processes = 0;
+        entry.processes.resize(0, &mut self.effects);
+        self.after(now, p);
+        self.tick_retired(now, p);
+    }
+
+    /// Adds a listener, in the place of one that was taken out if nothing refers to it any more.
+    pub fn add_listener(&mut self, settings: ListenerSettings) -> ListenerId {
+        let free = (0..self.listeners.len()).find(|&at| self.is_listener_free(at, &settings));
+        let at = free.unwrap_or(self.listeners.len());
+        let mut new = Listener::new(settings, self.joins);
+        match self.listeners.get_mut(at) {
+            None => self.listeners.push(new),
+            Some(entry) => {
+                if entry.settings.name == new.settings.name {
+                    // Workers that know the old one by its name know the new one, too.
+                    new.known.0 = new.known.0.min(entry.known.0);
+                }
+                let old = std::mem::replace(entry, new);
+                self.former.accepted += old.accepted;
+                self.former.closed += old.closed.iter().sum::<u64>();
+            }
+        }
+        ListenerId(at as u16)
+    }
+
+    /// Whether nothing refers to a listener that was taken out, or what does will not be misled by a new one. Workers name a
+    /// listener by its id, as they were told when they joined.
+    fn is_listener_free(&self, at: usize, new: &ListenerSettings) -> bool {
+        let old = &self.listeners[at];
+        let same = old.settings.name == new.name && old.settings.pool == new.pool;
+        let knows = |worker: &Worker| {
+            let (after, until) = old.known;
+            worker.pool == old.pool
+                && worker.state != State::Gone
+                && (after + 1..=until).contains(&worker.id.serial)
+        };
+        old.retired
+            && old.closed_for_good
+            && !self.ledger.refers_to(at)
+            && (same || !self.workers.iter().any(knows))
+    }
+
+    /// Takes a listener out. [`Core::accepting`] then says [`Accepting::Finish`]: what is in its queue is still accepted.
+    /// When the shell has closed it, it says so with [`Core::listener_closed`].
+    pub fn retire_listener(&mut self, listener: ListenerId) {
+        let joins = self.joins;
+        if let Some(entry) = self.listeners.get_mut(usize::from(listener.0))
+            && !std::mem::replace(&mut entry.retired, true)
+        {
+            entry.known.1 = joins;
+        }
+    }
+
+    /// A listener accepts nothing any more: it was taken out, or the dispatcher is stopping.
+    pub fn listener_closed(&mut self, now: Time, listener: ListenerId) {
+        let Some(entry) = self.listeners.get_mut(usize::from(listener.0)) else { return };
+        entry.closed_for_good = true;
+        if !entry.retired {
+            return;
+        }
+        let p = entry.pool;
+        // Its table may be large, and nobody comes any more.
+        self.set_screen(listener, None);
+        self.after(now, p);
+        self.tick_retired(now, p);
+    }
+
+    /// Whether a listener was taken out.
+    pub fn is_listener_retired(&self, listener: ListenerId) -> bool {
+        self.listeners.get(usize::from(listener.0)).is_none_or(|entry| entry.retired)
+    }
+
+    /// Whether a pool was taken out.
+    pub fn is_pool_retired(&self, pool: PoolId) -> bool {
+        self.pools.get(usize::from(pool.0)).is_none_or(|entry| entry.retired)
+    }
+
+    /// The listeners there are, in the order of the status.
+    pub fn listeners(&self) -> impl Iterator<Item = ListenerId> + '_ {
+        (0u16..)
+            .zip(&self.listeners)
+            .filter(|(_, entry)| !entry.retired)
+            .map(|(id, _)| ListenerId(id))
+    }
+
+    /// The pool of this name that workers can join.
+    pub fn pool_named(&self, name: &str) -> Option<PoolId> {
+        let found = self.pools.iter().position(|pool| !pool.retired && pool.settings.name == name);
+        found.map(|p| PoolId(p as u16))
+    }
+
+    /// Whether a pool is in the status: one that was taken out stays there while it has workers.
+    pub(super) fn is_shown(&self, p: usize) -> bool {
+        let pool = &self.pools[p];
+        !pool.retired || pool.candidates.len() > 0
+    }
+
+    /// Drains the workers of a retired pool that gets nothing more, and forgets what it remembers once they are gone.
+    pub(super) fn tick_retired(&mut self, now: Time, p: usize) {
+        let pool = &mut self.pools[p];
+        if !pool.retired || self.stop.is_some() {
+            return;
+        }
+        if pool.candidates.len() == 0 && pool.clock == Clock::Refusing {
+            // Nobody can come any more: nothing is left to do, in any turn to come.
+            let decisions = pool.history.resize(0, 1);
+            self.discard(Kept::Decisions(decisions));
+            let pool = &mut self.pools[p];
+            if let Some(memory) = pool.memory.take() {
+                pool.settings.affinity = None;
+                self.discard(Kept::Memory(memory));
+            }
+            return;
+        }
+        if pool.held.len() + pool.awaiting.len() > 0 {
+            return;
+        }
+        if self.has_open_listeners(p) {
+            return;
+        }
+        // What a worker leaves untaken must find another.
+        if self.workers.iter().any(|worker| worker.pool == p && worker.untaken() > 0) {
+            return;
+        }
+        let of_pool = |worker: &&Worker| worker.pool == p && worker.is_usable();
+        let ids: Vec<WorkerId> =
+            self.workers.iter().filter(of_pool).map(|worker| worker.id).collect();
+        for id in ids {
+            self.drain_unwanted(now, id);
+        }
+        // Nobody waits for a worker.
+        self.pools[p].clock = Clock::Refusing;
+    }
+}

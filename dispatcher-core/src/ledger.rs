@@ -1,0 +1,295 @@
+//! The connections the dispatcher still has a copy of, and the queues of those that no worker has.
+//!
+//! Owns connection numbers and entries, and nothing else: where a connection goes is decided elsewhere. Entries and
+//! links are used again, so that once warm nothing is allocated for a connection.
+
+use std::time::Duration;
+
+use super::types::{AffinityKey, Client, ConnId, ListenerId, Time};
+use crate::affinity::key::Known;
+use dispatch_protocol::ClientAddr;
+
+/// No entry.
+const NONE: u32 = u32::MAX;
+
+/// Where a connection is.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(super) enum Place {
+    /// Nowhere: the entry may be used again.
+    Free,
+    /// Its first bytes are awaited.
+    Awaiting,
+    /// In the pool's queue.
+    Held,
+    /// In custody for this worker.
+    Custody(u32),
+    /// Taken or closed; the shell has yet to drop its copy.
+    Leaving,
+}
+
+/// Why a connection is to be placed again, which says where it may go.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(super) enum Again {
+    /// Like a new one: it was never sent, or its worker left.
+    New,
+    /// Its worker is only busy: any trusted worker with room may have it.
+    Busy,
+    /// A thread of another worker waits in `accept`.
+    Idle,
+    /// This worker left it untaken: it goes to one that usually takes within `limit`.
+    Slow { from: u32, limit: Duration },
+    /// This worker failed a trial with it: any other may have it.
+    Failed { from: u32 },
+}
+
+/// One connection.
+#[derive(Clone, Copy, Debug)]
+pub(super) struct Conn {
+    pub(super) serial: u64,
+    pub(super) accepted: Time,
+    pub(super) listener: ListenerId,
+    pub(super) peer: ClientAddr,
+    /// What its client is known by.
+    pub(super) key: Option<AffinityKey>,
+    /// What the pool remembers it by: its key, if that is what `affinity.key` asks for, and a route.
+    pub(super) known: Option<Known>,
+    /// Since when its first bytes have been awaited.
+    pub(super) since: Time,
+    pub(super) place: Place,
+    /// Where its listener's [`super::screen::Screen`] counts it, while it does.
+    pub(super) client: u32,
+    /// Whether a record that names it may have reached a worker before.
+    pub(super) resent: bool,
+    /// How often it was taken back from a worker that left it untaken.
+    pub(super) moves: u8,
+    /// It is with a worker that has to prove itself, which has less time for it.
+    pub(super) trial: bool,
+    /// It is with the worker that its key belongs to: others being idle is no reason to move it.
+    pub(super) bound: bool,
+    /// Why it is to be placed again, if it is.
+    pub(super) again: Again,
+    /// Which of the pool's two queues, while held.
+    returned: bool,
+    prev: u32,
+    next: u32,
+}
+
+/// Every connection.
+#[derive(Debug, Default)]
+pub(super) struct Ledger {
+    conns: Vec<Conn>,
+    free: Vec<u32>,
+    serial: u64,
+    /// Entries that are not free, by listener.
+    of_listener: Vec<u32>,
+}
+
+/// First in, first out.
+#[derive(Clone, Copy, Debug)]
+pub(super) struct Queue {
+    head: u32,
+    tail: u32,
+    len: u64,
+}
+
+impl Default for Queue {
+    fn default() -> Self {
+        Queue { head: NONE, tail: NONE, len: 0 }
+    }
+}
+
+impl Queue {
+    pub(super) fn len(&self) -> u64 {
+        self.len
+    }
+
+    pub(super) fn first(&self) -> Option<u32> {
+        Some(self.head).filter(|&head| head != NONE)
+    }
+}
+
+/// A pool's connections that wait for a worker. Those that were sent before are older than all others, so they go first.
+#[derive(Clone, Copy, Debug, Default)]
+pub(super) struct Held {
+    returned: Queue,
+    fresh: Queue,
+}
+
+impl Held {
+    pub(super) fn len(&self) -> u64 {
+        self.returned.len + self.fresh.len
+    }
+
+    pub(super) fn is_empty(&self) -> bool {
+        self.len() == 0
+    }
+
+    /// The one to be placed first.
+    pub(super) fn first(&self) -> Option<u32> {
+        [self.returned.head, self.fresh.head].into_iter().find(|&head| head != NONE)
+    }
+
+    fn queue(&mut self, returned: bool) -> &mut Queue {
+        if returned { &mut self.returned } else { &mut self.fresh }
+    }
+}
+
+impl Ledger {
+    /// A new connection, to be given a place at once.
+    pub(super) fn open(&mut self, now: Time, client: Client) -> ConnId {
+        self.serial += 1;
+        let listener = usize::from(client.listener.0);
+        if self.of_listener.len() <= listener {
+            self.of_listener.resize(listener + 1, 0);
+        }
+        self.of_listener[listener] += 1;
+        let conn = Conn {
+            serial: self.serial,
+            accepted: now,
+            listener: client.listener,
+            peer: client.peer,
+            key: client.key,
+            known: None,
+            since: Time::default(),
+            place: Place::Leaving,
+            client: super::screen::UNTRACKED,
+            resent: false,
+            moves: 0,
+            trial: false,
+            bound: false,
+            again: Again::New,
+            returned: false,
+            prev: NONE,
+            next: NONE,
+        };
+        let index = match self.free.pop() {
+            Some(index) => {
+                self.conns[index as usize] = conn;
+                index
+            }
+            None => {
+                self.conns.push(conn);
+                (self.conns.len() - 1) as u32
+            }
+        };
+        ConnId { index, serial: conn.serial }
+    }
+
+    /// The shell has dropped its copy: the entry may be used again.
+    pub(super) fn forget(&mut self, conn: ConnId) {
+        let entry = &mut self.conns[conn.index as usize];
+        debug_assert!(entry.place == Place::Leaving && entry.serial == conn.serial);
+        entry.place = Place::Free;
+        self.of_listener[usize::from(entry.listener.0)] -= 1;
+        self.free.push(conn.index);
+    }
+
+    /// Whether an entry names this listener.
+    pub(super) fn refers_to(&self, listener: usize) -> bool {
+        self.of_listener.get(listener).is_some_and(|&count| count > 0)
+    }
+
+    pub(super) fn id(&self, index: u32) -> ConnId {
+        ConnId { index, serial: self.conns[index as usize].serial }
+    }
+
+    pub(super) fn get(&self, index: u32) -> &Conn {
+        &self.conns[index as usize]
+    }
+
+    pub(super) fn get_mut(&mut self, index: u32) -> &mut Conn {
+        &mut self.conns[index as usize]
+    }
+
+    /// The entry of `conn`, if that is still what it was.
+    pub(super) fn find(&self, conn: ConnId) -> Option<&Conn> {
+        self.conns.get(conn.index as usize).filter(|entry| entry.serial == conn.serial)
+    }
+
+    /// The listener no longer counts any of its connections.
+    pub(super) fn untrack(&mut self, listener: ListenerId) {
+        for conn in self.conns.iter_mut().filter(|conn| conn.listener == listener) {
+            conn.client = super::screen::UNTRACKED;
+        }
+    }
+
+    pub(super) fn entries(&self) -> &[Conn] {
+        &self.conns
+    }
+
+    /// Appends to the queue: of those that come back from a worker, or of new ones.
+    pub(super) fn hold(&mut self, held: &mut Held, index: u32, returned: bool) {
+        self.append(held.queue(returned), index);
+        let conn = &mut self.conns[index as usize];
+        conn.place = Place::Held;
+        conn.returned = returned;
+    }
+
+    /// Appends to the queue of those whose first bytes are awaited.
+    pub(super) fn await_bytes(&mut self, awaiting: &mut Queue, index: u32, now: Time) {
+        self.append(awaiting, index);
+        let conn = &mut self.conns[index as usize];
+        conn.place = Place::Awaiting;
+        conn.since = now;
+    }
+
+    fn append(&mut self, queue: &mut Queue, index: u32) {
+        let tail = std::mem::replace(&mut queue.tail, index);
+        queue.len += 1;
+        if tail == NONE {
+            queue.head = index;
+        } else {
+            self.conns[tail as usize].next = index;
+        }
+        let conn = &mut self.conns[index as usize];
+        (conn.prev, conn.next) = (tail, NONE);
+    }
+
+    /// Takes the first one out of the queue.
+    pub(super) fn pop(&mut self, held: &mut Held) -> Option<u32> {
+        let head = held.first()?;
+        self.unhold(held, head);
+        Some(head)
+    }
+
+    /// Takes this one out of the queue.
+    pub(super) fn unhold(&mut self, held: &mut Held, index: u32) {
+        let conn = &mut self.conns[index as usize];
+        debug_assert!(conn.place == Place::Held);
+        conn.place = Place::Leaving;
+        let returned = conn.returned;
+        self.remove(held.queue(returned), index);
+    }
+
+    /// Takes this one out of the queue of those whose first bytes are awaited.
+    pub(super) fn end_await(&mut self, awaiting: &mut Queue, index: u32) {
+        let conn = &mut self.conns[index as usize];
+        debug_assert!(conn.place == Place::Awaiting);
+        conn.place = Place::Leaving;
+        self.remove(awaiting, index);
+    }
+
+    fn remove(&mut self, queue: &mut Queue, index: u32) {
+        let Conn { prev, next, .. } = self.conns[index as usize];
+        queue.len -= 1;
+        match prev {
+            NONE => queue.head = next,
+            prev => self.conns[prev as usize].next = next,
+        }
+        match next {
+            NONE => queue.tail = prev,
+            next => self.conns[next as usize].prev = prev,
+        }
+    }
+
+    /// Every held connection, in the order in which it will be placed.
+    pub(super) fn walk<'a>(&'a self, held: &Held) -> impl Iterator<Item = u32> + 'a {
+        self.walk_queue(&held.returned).chain(self.walk_queue(&held.fresh))
+    }
+
+    /// Every connection of a queue, the first first.
+    pub(super) fn walk_queue<'a>(&'a self, queue: &Queue) -> impl Iterator<Item = u32> + use<'a> {
+        let some = |at: u32| (at != NONE).then_some(at);
+        std::iter::successors(some(queue.head), move |&at| some(self.conns[at as usize].next))
+    }
+}

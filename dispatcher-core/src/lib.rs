@@ -1,0 +1,491 @@
+//! The decision core: which worker gets which connection, and what becomes of it until the worker has it.
+//!
+//! Owns worker states, policies, the custody ledger, deadlines and supervision. Facts and the time go in as
+//! arguments; effects come out of [`Core::effect`] as values. It never touches a file descriptor, a clock, a socket or
+//! a log, so a test or a simulator can drive it through any history, and the same history gives the same decisions.
+//!
+//! The shell's turn: report what happened (joins, goodbyes, deaths, `finished` counters, slots), call
+//! [`Core::tick`], accept while [`Core::accepting`] says so, perform all effects, sleep until [`Core::deadline`].
+//!
+//! Invariants, checked after every public mutator in debug builds and tests (`Core::check`):
+//! 1. `accepted = held + custody + taken + Σ closed`.
+//! 2. Every connection is in exactly one place: one worker's ticket, or one pool's queue of held ones.
+//! 3. A worker's load is `base + taken + untaken − finished`, never below what it certainly has.
+//! 4. A slot has at most one ticket; sequence numbers of a worker only grow.
+//! 5. Cached eligibility and counts equal what a full recount gives.
+
+mod admit;
+mod affinity;
+mod again;
+mod awaiting;
+mod change;
+mod check;
+mod custody;
+mod discarded;
+mod drain;
+mod effect;
+mod gauges;
+mod handoff;
+mod health;
+pub mod histogram;
+mod history;
+mod ledger;
+mod news;
+mod place;
+mod policy;
+mod random;
+mod ring;
+mod screen;
+mod snapshot;
+mod stop;
+mod supervise;
+mod trust;
+mod types;
+mod weights;
+mod worker;
+
+pub use affinity::Claim;
+pub use affinity::key::{KeySource, Known};
+pub use discarded::Discarded;
+pub use drain::{COUNT_FIRST, CannotResume, Notice};
+pub use effect::{Effect, Event};
+pub use gauges::MAX_GAUGE_VALUE;
+pub use health::LOST_PAUSE;
+pub use history::{Decision, Explanation, Obstacle, Seen};
+pub use random::Random;
+
+pub use ring::SPARE_SLOTS;
+pub use screen::{Rate, Screen, Screening};
+pub use snapshot::{
+    AffinitySnapshot, ListenerSnapshot, PoolSnapshot, PoolState, Snapshot, Totals, WorkerSnapshot,
+};
+pub use supervise::{ProcessCounts, RESTART_MAX, RESTART_MIN, RESTART_RESET};
+pub use types::*;
+
+use std::collections::VecDeque;
+use std::time::Duration;
+
+use dispatch_protocol::scoreboard::claim::{Revoke, SlotState};
+
+use crate::histogram::Histogram;
+
+use affinity::Memory;
+use awaiting::Awaiting;
+use handoff::Shares;
+use history::History;
+use ledger::{Held, Ledger, Place};
+use policy::{Candidates, NEVER};
+use screen::UNTRACKED;
+use snapshot::{Counts, Former};
+use stop::Stop;
+use supervise::Processes;
+use worker::Worker;
+
+/// How long everything rests after [`SendFailure::Resources`], unless [`Core::set_resource_pause`] says otherwise.
+const RESOURCE_PAUSE: Duration = Duration::from_millis(100);
+
+/// The state of all pools of one dispatcher.
+#[derive(Debug)]
+pub struct Core {
+    pools: Vec<Pool>,
+    listeners: Vec<Listener>,
+    /// Entries outlive their workers until they are used again, so that an index is always valid.
+    workers: Vec<Worker>,
+    /// Tickets out, by `WorkerId::index`: apart from the workers, because every turn asks all of them.
+    out: Vec<u32>,
+    /// Whether each has connections at all, likewise.
+    live: Vec<bool>,
+    free_workers: Vec<u32>,
+    joins: u64,
+    ledger: Ledger,
+    totals: Totals,
+    effects: VecDeque<Effect>,
+    resource_pause: Duration,
+    /// `Some` while nothing is placed because this machine is short of something.
+    choked: Option<Time>,
+    stop: Option<Stop>,
+    /// Connections that workers had at the deadlines of their drains, and were told to end.
+    ended: u64,
+    discarded: Vec<Discarded>,
+    /// What listeners and pools have counted whose entries are used for others now.
+    former: Former,
+    #[cfg(any(test, debug_assertions))]
+    check_credit: usize,
+}
+
+#[derive(Debug)]
+struct Listener {
+    settings: ListenerSettings,
+    pool: usize,
+    accepted: u64,
+    /// In the order of [`CloseReason::ALL`].
+    closed: [u64; CloseReason::ALL.len()],
+    /// `None` lets everybody in.
+    screen: Option<Box<Screen>>,
+    /// Taken out of the configuration: its queue is emptied, then it is closed.
+    retired: bool,
+    /// The shell has closed its sockets.
+    closed_for_good: bool,
+    /// Workers that joined after the first of these joins, up to the second, know its name by its id.
+    known: (u64, u64),
+}
+
+#[derive(Debug)]
+struct Pool {
+    settings: PoolSettings,
+    candidates: Candidates,
+    history: History,
+    /// Gauges that are read at intervals are due then.
+    sample_at: Time,
+    /// `Some` iff the settings say how clients are known.
+    memory: Option<Memory>,
+    awaiting: Awaiting,
+    held: Held,
+    /// Workers active or suspect.
+    usable: u32,
+    /// Connections sent to its workers and not yet taken.
+    untaken: u32,
+    /// Sums over its workers.
+    shares: Shares,
+    /// Until then connections wait for the outcome of a trial.
+    trial_until: Time,
+    /// Until then new connections wait for the first takes of workers of which nothing is known.
+    first_until: Time,
+    ticked: Time,
+    /// Workers that failed every test are not tested again before then.
+    retrial_wait: Option<Time>,
+    /// A connection may go to an idle thread then.
+    idle_at: Option<Time>,
+    clock: Clock,
+    /// Connections have waited since then, and none was taken.
+    unserved: Option<Time>,
+    refusing_since: Time,
+    /// When and after how long the log is told again that clients are refused.
+    refusal_told_at: Time,
+    refusal_interval: Duration,
+    /// Clients wait because no worker can be given a connection.
+    pressure: bool,
+    /// Whether the operator was last told of back-pressure, and when.
+    pressure_told: bool,
+    pressure_at: Option<Time>,
+    processes: Processes,
+    counts: Counts,
+    /// From accept to take.
+    handoff: Histogram,
+    /// Taken out of the configuration: nobody joins it any more.
+    retired: bool,
+    /// Since when no worker had been usable, or none had taken anything, when it began to refuse clients.
+    lacking_since: Time,
+    /// The dispatcher is stopping, and this pool has nothing left to do.
+    done: bool,
+}
+
+/// What clients wait for.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+enum Clock {
+    /// There is a usable worker.
+    Off,
+    /// There has been none since then.
+    Since(Time),
+    /// Nobody came in time, or nothing was taken.
+    Refusing,
+}
+
+impl Core {
+    /// A core with these pools and listeners, no workers, and the clock at `now`.
+    /// Each listener's pool is one of `pools`: the configuration has made sure of that.
+    pub fn new(pools: Vec<PoolSettings>, listeners: Vec<ListenerSettings>, now: Time) -> Core {
+        let mut effects = VecDeque::new();
+        let mut seeds = Random::new(0);
+        let pools = (0..)
+            .map(PoolId)
+            .zip(pools)
+            .map(|(id, settings)| Pool::new(id, settings, now, &mut seeds, &mut effects))
+            .collect();
+        let listeners = listeners.into_iter().map(|settings| Listener::new(settings, 0)).collect();
+        Core {
+            pools,
+            listeners,
+            workers: Vec::new(),
+            out: Vec::new(),
+            live: Vec::new(),
+            free_workers: Vec::new(),
+            joins: 0,
+            ledger: Ledger::default(),
+            totals: Totals::default(),
+            effects,
+            resource_pause: RESOURCE_PAUSE,
+            choked: None,
+            stop: None,
+            ended: 0,
+            discarded: Vec::new(),
+            former: Former::default(),
+            #[cfg(any(test, debug_assertions))]
+            check_credit: 0,
+        }
+    }
+
+    /// How long everything rests after [`SendFailure::Resources`].
+    pub fn set_resource_pause(&mut self, pause: Duration) {
+        self.resource_pause = pause;
+    }
+
+    // --- workers ---------------------------------------------------------------------------
+
+    /// Whether [`Core::join`] would accept this worker now; asked before anything is made for it.
+    ///
+    /// # Errors
+    /// The refusal that `join` would answer.
+    pub fn may_join(&self, join: &Join) -> Result<(), Refusal> {
+        self.admit(join).map(|_| ())
+    }
+
+    /// A worker wants to join. On success the shell gives it its channel, and from then on it is chosen.
+    /// The shell calls this only once it has everything a welcome needs.
+    pub fn join(&mut self, now: Time, join: &Join) -> Result<WorkerId, Refusal> {
+        let pool = self.admit(join)?;
+        let id = self.add_worker(now, pool, join);
+        // Fewer may be wanted than when its process was started.
+        if self.is_surplus(id.index as usize) {
+            self.drain_unwanted(now, id);
+        }
+        self.after(now, pool);
+        Ok(id)
+    }
+
+    /// A worker said goodbye: revoke (and purge) what is untaken, send it nothing more.
+    pub fn goodbye(&mut self, now: Time, worker: WorkerId) {
+        if let Some(w) = self.find(worker) {
+            self.say_goodbye(now, w);
+            self.after(now, self.workers[w].pool);
+        }
+    }
+
+    /// A worker is gone. Its untaken connections are revoked and placed again; when the last is sorted out: Event::Gone, Forget.
+    /// For `Expelled`, effect Disconnect comes first. A stale id is ignored, here and everywhere.
+    pub fn leave(&mut self, now: Time, worker: WorkerId, why: Departure) {
+        if let Some(w) = self.find(worker) {
+            self.remove(now, w, why);
+            self.after(now, self.workers[w].pool);
+        }
+    }
+
+    /// The worker's `finished` counter read `finished` just before its slots were read. The shell reads the counter,
+    /// reads and reports the slots, then calls this: so an honest counter never exceeds the takes we know of.
+    pub fn finished(&mut self, now: Time, worker: WorkerId, finished: u64) {
+        if let Some(w) = self.find(worker)
+            && self.set_finished(now, w, finished)
+        {
+            self.after(now, self.workers[w].pool);
+        }
+    }
+
+    /// A slot of the worker that holds `ticket` reads `state` (`Sent` is ignored; `Invalid` expels the worker).
+    ///
+    /// `taken_at` is when the worker says that it took what is in it; what cannot be is clamped.
+    pub fn slot(
+        &mut self,
+        now: Time,
+        worker: WorkerId,
+        ticket: Ticket,
+        state: SlotState,
+        taken_at: Time,
+    ) {
+        if let Some(w) = self.find(worker)
+            && state != SlotState::Sent
+        {
+            self.resolve(now, w, ticket, state, taken_at);
+            self.after(now, self.workers[w].pool);
+        }
+    }
+
+    /// The outcome of an [`Effect::Revoke`].
+    pub fn revoked(&mut self, now: Time, worker: WorkerId, ticket: Ticket, outcome: Revoke) {
+        if let Some(w) = self.find(worker) {
+            match outcome {
+                Revoke::Revoked => self.take_back(now, w, ticket),
+                Revoke::Was(state) => self.resolve(now, w, ticket, state, now),
+            }
+            self.after(now, self.workers[w].pool);
+        }
+    }
+
+    // --- connections -----------------------------------------------------------------------
+
+    /// What to do with a listener's queue now. O(1).
+    pub fn accepting(&self, listener: ListenerId) -> Accepting {
+        let listener = &self.listeners[usize::from(listener.0)];
+        let pool = &self.pools[listener.pool];
+        if self.stop.is_some() || listener.retired {
+            Accepting::Finish
+        } else if pool.clock == Clock::Refusing {
+            Accepting::Refuse
+        } else if self.choked.is_none() && pool.candidates.opens() > 0 && pool.held.is_empty() {
+            // If no worker has room for it, one waits here, so that it is known that clients wait.
+            Accepting::Yes
+        } else {
+            Accepting::Pause
+        }
+    }
+
+    /// A connection was accepted. It is placed (effect Send), held, or closed at once: when the listener's rules keep
+    /// it out, or when refusing. Or its first bytes are awaited: see [`Core::awaits_bytes`].
+    pub fn accepted(&mut self, now: Time, mut client: Client) -> ConnId {
+        let listener = &mut self.listeners[usize::from(client.listener.0)];
+        listener.accepted += 1;
+        let pool = listener.pool;
+        if client.key.is_none() {
+            client.key = self.pools[pool].settings.policy.key_of(&client.peer);
+        }
+        let admitted = match &mut listener.screen {
+            Some(screen) => screen.admit(now, client.peer),
+            None => Ok(UNTRACKED),
+        };
+        let conn = self.ledger.open(now, client);
+        self.totals.accepted += 1;
+        match admitted {
+            Ok(place) => {
+                self.ledger.get_mut(conn.index).client = place;
+                self.arrive(now, pool, conn.index);
+            }
+            Err(reason) => self.close(conn.index, reason),
+        }
+        self.after(now, pool);
+        conn
+    }
+
+    /// Every held connection. Bounded by what all workers' rings can give back at once.
+    pub fn held(&self) -> impl Iterator<Item = ConnId> + '_ {
+        let held = self.pools.iter().flat_map(|pool| self.ledger.walk(&pool.held));
+        held.map(|index| self.ledger.id(index))
+    }
+
+    /// The client of a held connection, or of one whose first bytes are awaited, is gone (the shell saw a reset). In custody: ignored.
+    pub fn client_gone(&mut self, now: Time, conn: ConnId) {
+        let Some(entry) = self.ledger.find(conn) else {
+            return;
+        };
+        let pool = self.pool_of(entry.listener);
+        match entry.place {
+            Place::Held => self.unhold(pool, conn.index),
+            Place::Awaiting => self.end_await(pool, conn.index),
+            Place::Free | Place::Custody(_) | Place::Leaving => return,
+        }
+        self.close(conn.index, CloseReason::ClientGone);
+        self.after(now, pool);
+    }
+
+    /// An [`Effect::Send`] could not be carried out. The shell has already taken the slot back.
+    pub fn send_failed(&mut self, now: Time, worker: WorkerId, ticket: Ticket, why: SendFailure) {
+        if let Some(w) = self.find(worker) {
+            self.not_sent(now, w, ticket, why);
+            self.after(now, self.workers[w].pool);
+        }
+    }
+
+    /// An [`Effect::Probe`] could not be carried out; it is tried again after `handoff_timeout`.
+    pub fn probe_failed(&mut self, now: Time, worker: WorkerId, ticket: Ticket, why: SendFailure) {
+        if let Some(w) = self.find(worker) {
+            self.probe_not_sent(now, w, ticket, why);
+            self.after(now, self.workers[w].pool);
+        }
+    }
+
+    // --- time ------------------------------------------------------------------------------
+
+    /// Lets everything happen that was due by `now`.
+    pub fn tick(&mut self, now: Time) {
+        if self.choked.is_some_and(|until| until <= now) {
+            self.choked = None;
+        }
+        for pool in 0..self.pools.len() {
+            self.pools[pool].ticked = now;
+            self.pools[pool].processes.tick(now, &mut self.effects);
+            self.tick_handoffs(now, pool);
+            self.tick_workers(now, pool);
+            self.tick_awaiting(now, pool);
+            self.tick_clock(now, pool);
+            self.tick_retired(now, pool);
+        }
+        self.tick_stop(now);
+        self.after_all(now);
+    }
+
+    /// When [`Core::tick`] should be called next at the latest.
+    pub fn deadline(&self) -> Option<Time> {
+        let stop = self.stop.filter(|stop| !stop.over);
+        self.pools
+            .iter()
+            .map(|pool| {
+                self.refusal_due(pool)
+                    .min(self.handoffs_due(pool))
+                    .min(pool.candidates.earliest())
+                    .min(pool.processes.due())
+                    .min(self.awaiting_due(pool))
+            })
+            .chain(self.choked)
+            .chain(stop.map(|stop| stop.deadline))
+            .min()
+            .filter(|&time| time != NEVER)
+    }
+
+    /// The next effect, in order. The shell takes all of them before it sleeps.
+    pub fn effect(&mut self) -> Option<Effect> {
+        let effect = self.effects.pop_front()?;
+        // Tables that run parallel to ours may have the entry until the shell has seen this very effect.
+        match &effect {
+            Effect::Release { conn, .. } | Effect::Close { conn, .. } => self.ledger.forget(*conn),
+            Effect::Forget { worker } => self.free_workers.push(worker.index),
+            Effect::Send { worker, ticket, .. } | Effect::Probe { worker, ticket } => {
+                self.workers[worker.index as usize].ring.offered(*ticket);
+            }
+            Effect::Revoke { .. }
+            | Effect::Tell { .. }
+            | Effect::Purge { .. }
+            | Effect::Disconnect { .. }
+            | Effect::Spawn { .. }
+            | Effect::StopProcesses { .. }
+            | Effect::Event(_) => {}
+        }
+        Some(effect)
+    }
+
+    // --- inside ----------------------------------------------------------------------------
+
+    /// The position of a worker that is not forgotten.
+    fn find(&self, id: WorkerId) -> Option<usize> {
+        let index = id.index as usize;
+        self.workers.get(index).filter(|worker| worker.id == id && !worker.forgotten).map(|_| index)
+    }
+
+    fn pool_of(&self, listener: ListenerId) -> usize {
+        self.listeners[usize::from(listener.0)].pool
+    }
+
+    fn event(&mut self, event: Event) {
+        self.effects.push_back(Effect::Event(event));
+    }
+
+    /// Ends every public mutator that changes one pool: places what can be placed now, says what changed, checks.
+    fn after(&mut self, now: Time, pool: usize) {
+        self.place_and_tell(now, pool);
+        #[cfg(any(test, debug_assertions))]
+        self.check_sometimes();
+    }
+
+    /// Ends every public mutator that may change them all. Only with the last of them are the invariants true again.
+    fn after_all(&mut self, now: Time) {
+        for pool in 0..self.pools.len() {
+            self.place_and_tell(now, pool);
+        }
+        #[cfg(any(test, debug_assertions))]
+        self.check_sometimes();
+    }
+
+    fn place_and_tell(&mut self, now: Time, pool: usize) {
+        self.place_held(now, pool);
+        self.use_idle_threads(now, pool);
+        self.note_waiting(now, pool);
+        self.tell_pressure(now, pool);
+    }
+}

@@ -1,0 +1,106 @@
+//! The worker that the client's key belongs to: weighted rendezvous hashing, without any table.
+//!
+//! Each worker draws a number from the key and its own name; the highest for its weight wins. So a key stays where it is
+//! while its worker can take it, and when a worker leaves, only its own keys go elsewhere, to all the others. Highest random
+//! weight: Thaler and Ravishankar, "Using name-based mappings to increase hit rates", 1998. With weights `−w / ln(u)` is
+//! compared: Schindelhauer and Schomaker, "Weighted distributed hash tables", 2005 (the logarithmic method).
+
+use super::{Candidate, UNAVAILABLE};
+use crate::types::AffinityKey;
+
+/// What each worker draws its numbers from.
+#[derive(Debug, Default)]
+pub(super) struct Rendezvous {
+    /// Runs parallel to the candidates.
+    nodes: Vec<u64>,
+    /// At least the weight of any candidate there has been.
+    heaviest: u32,
+}
+
+/// A number above 0 and up to 1 that only these two decide.
+fn draw(key: AffinityKey, node: u64) -> f64 {
+    // The finisher of SplitMix64: every bit of both counts for every bit of the result.
+    let mut z = key.0 ^ node;
+    z = (z ^ (z >> 30)).wrapping_mul(0xbf58_476d_1ce4_e5b9);
+    z = (z ^ (z >> 27)).wrapping_mul(0x94d0_49bb_1331_11eb);
+    z ^= z >> 31;
+    ((z >> 11) as f64 + 0.5) / (1u64 << 53) as f64
+}
+
+/// Above 0, and without end for the greatest draw: that is 1 once it is rounded, and its logarithm may be either zero.
+fn score(weight: u32, drawn: f64) -> f64 {
+    f64::from(weight) / drawn.ln().abs()
+}
+
+impl Rendezvous {
+    pub(super) fn add(&mut self, node: u64) {
+        self.nodes.push(node);
+    }
+
+    pub(super) fn remove(&mut self, at: usize) {
+        self.nodes.swap_remove(at);
+    }
+
+    pub(super) fn update(&mut self, list: &[Candidate], at: usize) {
+        self.heaviest = self.heaviest.max(list[at].weight);
+    }
+
+    pub(super) fn pick(&self, list: &[Candidate], key: AffinityKey) -> Option<usize> {
+        let mut best = None;
+        let mut highest = 0.0;
+        // Whoever draws less cannot win even if it is the heaviest: this saves nearly all logarithms.
+        let mut least = 0.0;
+        for (at, (candidate, &node)) in list.iter().zip(&self.nodes).enumerate() {
+            let drawn = draw(key, node);
+            if drawn < least || candidate.cost >= UNAVAILABLE {
+                continue;
+            }
+            let score = score(candidate.weight, drawn);
+            if score > highest {
+                (best, highest) = (Some(at), score);
+                // A little less, for the last digits of two roundings.
+                least = (-f64::from(self.heaviest) / score).exp() * (1.0 - 1e-9);
+            }
+        }
+        best
+    }
+
+    /// The position with the highest score of those given, each with its weight.
+    pub(super) fn owner(
+        &self,
+        key: AffinityKey,
+        among: impl Iterator<Item = (usize, u32)>,
+    ) -> Option<usize> {
+        let scored = among.map(|(at, weight)| (at, score(weight, draw(key, self.nodes[at]))));
+        scored.max_by(|a, b| a.1.total_cmp(&b.1)).map(|(at, _)| at)
+    }
+
+    /// What the worker at `at` has for this key, in terms of a configured weight.
+    pub(super) fn score(&self, list: &[Candidate], at: usize, key: AffinityKey) -> f64 {
+        score(list[at].weight, draw(key, self.nodes[at])) / 256.0
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn the_greatest_draw_wins_and_is_no_reason_to_choose_nobody() {
+        // What comes out of the finisher as ones only.
+        const TOP: u64 = 0xcf9a_04af_fa6b_adc0;
+        let key = AffinityKey(0);
+        assert_eq!(draw(key, TOP), 1.0, "rounded");
+        let candidate = Candidate { cost: 1, weight: 256, worker: 0 };
+        for nodes in [vec![TOP], vec![TOP, 1], vec![1, TOP]] {
+            let list = vec![candidate; nodes.len()];
+            let place = nodes.iter().position(|&node| node == TOP);
+            let mut rendezvous = Rendezvous::default();
+            for (at, node) in nodes.into_iter().enumerate() {
+                rendezvous.add(node);
+                rendezvous.update(&list, at);
+            }
+            assert_eq!(rendezvous.pick(&list, key), place);
+        }
+    }
+}

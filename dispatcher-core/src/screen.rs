@@ -1,0 +1,393 @@
+//! Who may come in at a listener: by address, by rate, and by how much of theirs is still waiting.
+//!
+//! Owns a listener's rules and a bounded table of client prefixes; the time comes in as an argument. Connections
+//! are known here only as numbers per prefix. The rate is a token bucket for each prefix, kept as one moment instead of a
+//! count of tokens: the "generic cell rate algorithm" in its virtual scheduling form (ITU-T I.371, annex A).
+//!
+//! The table is a hash table with chains, and a list from the least to the most recently seen prefix. All its memory is
+//! reserved at the start, it never rehashes, and every operation is short, whatever clients do: where a prefix goes
+//! depends on a seed they do not know.
+
+use core::net::{IpAddr, Ipv6Addr};
+use std::hash::{DefaultHasher, Hasher};
+use std::time::Duration;
+
+use dispatch_protocol::ClientAddr;
+use ipnet::IpNet;
+
+use super::Core;
+use super::discarded::Kept;
+use super::types::{CloseReason, ListenerId, Time};
+
+/// No entry.
+const NONE: u32 = u32::MAX;
+
+/// A listener's rules about clients. `config` makes them. Clients of Unix sockets have no address: they always pass.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct Screening {
+    /// Who may come in; empty: everybody.
+    pub allow: Vec<IpNet>,
+    /// Who may not, whatever `allow` says.
+    pub deny: Vec<IpNet>,
+    /// New connections of one prefix.
+    pub rate: Option<Rate>,
+    /// Most connections of one prefix that no worker's application has taken yet.
+    pub max_queued_per_client: Option<u32>,
+    /// Leading bits of an IPv4 address that make a client.
+    pub prefix_ipv4: u8,
+    /// Leading bits of an IPv6 address that make a client.
+    pub prefix_ipv6: u8,
+    /// Most prefixes remembered at once.
+    pub max_clients: u32,
+}
+
+impl Default for Screening {
+    fn default() -> Screening {
+        Screening {
+            allow: Vec::new(),
+            deny: Vec::new(),
+            rate: None,
+            max_queued_per_client: None,
+            prefix_ipv4: 32,
+            prefix_ipv6: 64,
+            max_clients: 65_536,
+        }
+    }
+}
+
+impl Screening {
+    /// Whether it lets everybody in.
+    pub fn is_open(&self) -> bool {
+        self.allow.is_empty() && self.deny.is_empty() && !self.counts()
+    }
+
+    /// Whether clients have to be remembered.
+    fn counts(&self) -> bool {
+        self.rate.is_some() || self.max_queued_per_client.is_some()
+    }
+}
+
+/// So many connections in such a time, and so many at once after a pause.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Rate {
+    /// The time between two connections at the full rate.
+    pub every: Duration,
+    /// Most connections at once: the size of the bucket.
+    pub burst: u32,
+}
+
+/// Addresses, as ranges that neither touch nor overlap, in order.
+#[derive(Debug, Default)]
+struct Addresses {
+    ipv4: Vec<(u32, u32)>,
+    ipv6: Vec<(u128, u128)>,
+}
+
+impl Addresses {
+    fn new(nets: &[IpNet]) -> Addresses {
+        let mut addresses = Addresses::default();
+        for net in IpNet::aggregate(&nets.to_vec()) {
+            match net {
+                IpNet::V4(net) => {
+                    addresses.ipv4.push((net.network().to_bits(), net.broadcast().to_bits()));
+                }
+                IpNet::V6(net) => {
+                    addresses.ipv6.push((net.network().to_bits(), net.broadcast().to_bits()));
+                }
+            }
+        }
+        addresses.ipv4.sort_unstable();
+        addresses.ipv6.sort_unstable();
+        addresses
+    }
+
+    fn contain(&self, ip: IpAddr) -> bool {
+        fn find<T: Ord + Copy>(ranges: &[(T, T)], bits: T) -> bool {
+            let after = ranges.partition_point(|&(first, _)| first <= bits);
+            after > 0 && bits <= ranges[after - 1].1
+        }
+        match ip {
+            IpAddr::V4(ip) => find(&self.ipv4, ip.to_bits()),
+            IpAddr::V6(ip) => find(&self.ipv6, ip.to_bits()),
+        }
+    }
+}
+
+/// What is remembered of a client prefix.
+#[derive(Clone, Copy, Debug)]
+struct Client {
+    prefix: u128,
+    /// When its bucket is full again: "theoretical arrival time" in I.371.
+    full_at: Time,
+    /// Its connections that no application has taken. While there are any, it stays.
+    queued: u32,
+    /// Next in the chain of its hash.
+    chain: u32,
+    /// The one seen before it, and the one seen after it.
+    older: u32,
+    newer: u32,
+}
+
+/// A listener's rules at work. It may be large: it is made where nobody waits, and dropped there ([`super::Discarded`]).
+#[derive(Debug)]
+pub struct Screen {
+    rules: Screening,
+    allow: Addresses,
+    deny: Addresses,
+    seed: u64,
+    heads: Vec<u32>,
+    clients: Vec<Client>,
+    free: Vec<u32>,
+    oldest: u32,
+    newest: u32,
+}
+
+/// A client that may come in: where it is remembered, if it is.
+pub(super) const UNTRACKED: u32 = NONE;
+
+impl Screen {
+    /// For these rules; `None` if they let everybody in. `seed` is a secret number: clients must not be able to tell where
+    /// they are remembered.
+    pub fn new(rules: Screening, seed: u64) -> Option<Box<Screen>> {
+        if rules.is_open() {
+            return None;
+        }
+        let most = if rules.counts() { rules.max_clients.max(1) as usize } else { 0 };
+        Some(Box::new(Screen {
+            allow: Addresses::new(&rules.allow),
+            deny: Addresses::new(&rules.deny),
+            seed,
+            heads: vec![NONE; most.next_power_of_two()],
+            clients: Vec::with_capacity(most),
+            free: Vec::with_capacity(most),
+            oldest: NONE,
+            newest: NONE,
+            rules,
+        }))
+    }
+
+    /// Whether a client may come in now. If so its connection counts as queued, at the returned place, until
+    /// [`Screen::dequeue`].
+    pub(super) fn admit(&mut self, now: Time, peer: ClientAddr) -> Result<u32, CloseReason> {
+        let Some(ip) = peer.ip().map(|ip| ip.to_canonical()) else {
+            return Ok(UNTRACKED);
+        };
+        let allowed = self.rules.allow.is_empty() || self.allow.contain(ip);
+        if !allowed || self.deny.contain(ip) {
+            return Err(CloseReason::Denied);
+        }
+        if !self.rules.counts() {
+            return Ok(UNTRACKED);
+        }
+        let prefix = self.prefix(ip);
+        let Some(at) = self.find(prefix).or_else(|| self.remember(prefix)) else {
+            // Everybody in the table has connections waiting, so nobody can be forgotten: better to let one in than out.
+            return Ok(UNTRACKED);
+        };
+        self.touch(at);
+        let client = &mut self.clients[at as usize];
+        if self.rules.max_queued_per_client.is_some_and(|most| client.queued >= most) {
+            return Err(CloseReason::TooManyQueued);
+        }
+        if let Some(rate) = self.rules.rate {
+            let full_at = client.full_at.max(now);
+            if full_at - now > rate.every * (rate.burst - 1) {
+                return Err(CloseReason::RateLimited);
+            }
+            client.full_at = full_at + rate.every;
+        }
+        client.queued += 1;
+        Ok(at)
+    }
+
+    /// A connection of this client was taken or closed.
+    pub(super) fn dequeue(&mut self, at: u32) {
+        if let Some(client) = self.clients.get_mut(at as usize) {
+            debug_assert!(client.queued > 0);
+            client.queued -= 1;
+        }
+    }
+
+    /// Prefixes remembered.
+    pub(super) fn len(&self) -> usize {
+        self.clients.len() - self.free.len()
+    }
+
+    /// The bits that make a client. An IPv4 address is written as IPv6 writes it (`::ffff:a.b.c.d`); no prefix of
+    /// a real IPv6 address looks like that.
+    fn prefix(&self, ip: IpAddr) -> u128 {
+        let (bits, length) = match ip {
+            IpAddr::V4(ip) => (ip.to_ipv6_mapped().to_bits(), 96 + self.rules.prefix_ipv4.min(32)),
+            IpAddr::V6(ip) => (Ipv6Addr::to_bits(ip), self.rules.prefix_ipv6.min(128)),
+        };
+        bits & u128::MAX.checked_shl(128 - u32::from(length)).unwrap_or(0)
+    }
+
+    fn bucket(&self, prefix: u128) -> usize {
+        let mut hasher = DefaultHasher::new();
+        hasher.write_u64(self.seed);
+        hasher.write_u128(prefix);
+        hasher.finish() as usize & (self.heads.len() - 1)
+    }
+
+    fn find(&self, prefix: u128) -> Option<u32> {
+        let mut at = self.heads[self.bucket(prefix)];
+        while let Some(client) = self.clients.get(at as usize) {
+            if client.prefix == prefix {
+                return Some(at);
+            }
+            at = client.chain;
+        }
+        None
+    }
+
+    /// Makes an entry, forgetting the client that was seen longest ago and has nothing queued, if need be.
+    fn remember(&mut self, prefix: u128) -> Option<u32> {
+        let bucket = self.bucket(prefix);
+        if self.free.is_empty() && self.clients.len() == self.rules.max_clients.max(1) as usize {
+            self.forget_one();
+        }
+        let client = Client {
+            prefix,
+            full_at: Time(0),
+            queued: 0,
+            chain: self.heads[bucket],
+            older: NONE,
+            newer: NONE,
+        };
+        let at = match self.free.pop() {
+            Some(at) => {
+                self.clients[at as usize] = client;
+                at
+            }
+            None if self.clients.len() < self.rules.max_clients.max(1) as usize => {
+                self.clients.push(client);
+                (self.clients.len() - 1) as u32
+            }
+            None => return None,
+        };
+        self.heads[bucket] = at;
+        self.append(at);
+        Some(at)
+    }
+
+    /// The size of an entry.
+    #[cfg(test)]
+    pub(super) const CLIENT: usize = size_of::<Client>();
+
+    /// How far `forget_one` looks for a client without queued connections.
+    const LOOK: usize = 8;
+
+    fn forget_one(&mut self) {
+        for _ in 0..Self::LOOK {
+            let at = self.oldest;
+            let Some(client) = self.clients.get(at as usize) else { return };
+            if client.queued > 0 {
+                // As if seen now: it cannot go, and the next look should not stumble over it again.
+                self.touch(at);
+                continue;
+            }
+            self.unlink(at);
+            self.unchain(at);
+            self.free.push(at);
+            return;
+        }
+    }
+
+    fn unchain(&mut self, at: u32) {
+        let Client { prefix, chain, .. } = self.clients[at as usize];
+        let bucket = self.bucket(prefix);
+        let mut before = self.heads[bucket];
+        if before == at {
+            self.heads[bucket] = chain;
+            return;
+        }
+        while let Some(client) = self.clients.get_mut(before as usize) {
+            if client.chain == at {
+                client.chain = chain;
+                return;
+            }
+            before = client.chain;
+        }
+    }
+
+    /// It was seen just now.
+    fn touch(&mut self, at: u32) {
+        if self.newest != at {
+            self.unlink(at);
+            self.append(at);
+        }
+    }
+
+    fn unlink(&mut self, at: u32) {
+        let Client { older, newer, .. } = self.clients[at as usize];
+        match older {
+            NONE => self.oldest = newer,
+            older => self.clients[older as usize].newer = newer,
+        }
+        match newer {
+            NONE => self.newest = older,
+            newer => self.clients[newer as usize].older = older,
+        }
+    }
+
+    fn append(&mut self, at: u32) {
+        let last = std::mem::replace(&mut self.newest, at);
+        match last {
+            NONE => self.oldest = at,
+            last => self.clients[last as usize].newer = at,
+        }
+        let client = &mut self.clients[at as usize];
+        (client.older, client.newer) = (last, NONE);
+    }
+
+    /// Recounts everything; panics if it differs.
+    pub(super) fn check(&self) {
+        assert!(self.clients.len() <= self.rules.max_clients.max(1) as usize);
+        let (mut count, mut last, mut at) = (0, NONE, self.oldest);
+        while let Some(client) = self.clients.get(at as usize) {
+            assert_eq!(client.older, last);
+            assert_eq!(self.find(client.prefix), Some(at));
+            (last, at) = (at, client.newer);
+            count += 1;
+        }
+        assert_eq!((last, count), (self.newest, self.len()));
+    }
+
+    /// Connections queued, over all clients that are remembered.
+    pub(super) fn queued(&self) -> u64 {
+        let mut sum = 0;
+        let mut at = self.oldest;
+        while let Some(client) = self.clients.get(at as usize) {
+            sum += u64::from(client.queued);
+            at = client.newer;
+        }
+        sum
+    }
+}
+
+impl Core {
+    /// Sets who may come in at a listener, now or later. Everything starts afresh, with none of the connections that wait
+    /// already counted.
+    pub fn set_screen(&mut self, listener: ListenerId, screen: Option<Box<Screen>>) {
+        let Some(entry) = self.listeners.get_mut(usize::from(listener.0)) else { return };
+        if let Some(old) = std::mem::replace(&mut entry.screen, screen) {
+            self.ledger.untrack(listener);
+            self.discard(Kept::Screen(old));
+        }
+    }
+
+    /// No longer queued, as its client is counted: its application has it, or nobody will.
+    pub(super) fn dequeue(&mut self, conn: u32) {
+        let entry = self.ledger.get_mut(conn);
+        let place = std::mem::replace(&mut entry.client, UNTRACKED);
+        if place != UNTRACKED
+            && let Some(screen) = &mut self.listeners[usize::from(entry.listener.0)].screen
+        {
+            screen.dequeue(place);
+        }
+    }
+}
+
+#[cfg(test)]
+mod tests;

@@ -1,0 +1,403 @@
+//! What the core reports: a snapshot of everything, and names and numbers for logs and metrics.
+
+use std::time::Duration;
+
+use super::types::*;
+use super::worker::Worker;
+use super::{Clock, Core};
+use crate::affinity::key::KeySource;
+use crate::histogram::Histogram;
+
+/// Everything the core knows at one instant. Plain values: formatting is left to the reader.
+#[derive(Clone, Debug, PartialEq)]
+pub struct Snapshot {
+    /// Whether the dispatcher is stopping.
+    pub stopping: bool,
+    /// Connections by where they are.
+    pub totals: Totals,
+    /// Connections that workers were told to end because the deadline of their drain had come.
+    pub ended_at_deadline: u64,
+    /// In the order of the configuration.
+    pub listeners: Vec<ListenerSnapshot>,
+    /// In the order of the configuration.
+    pub pools: Vec<PoolSnapshot>,
+}
+
+/// One listener.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct ListenerSnapshot {
+    /// Its name.
+    pub name: String,
+    /// Its configured address.
+    pub address: String,
+    /// The pool that serves it.
+    pub pool: String,
+    /// Connections accepted since the start.
+    pub accepted: u64,
+    /// Those of them closed by the dispatcher, in the order of [`CloseReason::ALL`].
+    pub closed: [u64; CloseReason::ALL.len()],
+    /// Clients remembered by its access rules.
+    pub tracked_clients: u64,
+}
+
+/// Whether a pool's clients are served.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum PoolState {
+    /// A worker can be given connections.
+    Ready,
+    /// Clients wait because no worker can be given a connection now.
+    BackPressure,
+    /// There is no usable worker; clients wait for one.
+    NoWorker,
+    /// Clients are refused.
+    Refusing,
+    /// A reload took the pool out of the configuration; its workers still have connections.
+    Removed,
+}
+
+impl PoolState {
+    /// The name in status and metrics.
+    pub fn name(self) -> &'static str {
+        match self {
+            PoolState::Ready => "ready",
+            PoolState::BackPressure => "back-pressure",
+            PoolState::NoWorker => "no-worker",
+            PoolState::Refusing => "refusing",
+            PoolState::Removed => "removed",
+        }
+    }
+}
+
+/// One pool. Counts are since the start, workers that have left included.
+#[derive(Clone, Debug, PartialEq)]
+pub struct PoolSnapshot {
+    /// Its name.
+    pub name: String,
+    /// Its policy.
+    pub policy: Policy,
+    /// Whether its clients are served.
+    pub state: PoolState,
+    /// Connections waiting for a worker of this pool now.
+    pub held: u64,
+    /// Connections taken by its workers.
+    pub taken: u64,
+    /// Connections taken back from its workers.
+    pub revoked: u64,
+    /// Connections that did not reach their worker, for want of descriptors there.
+    pub lost: u64,
+    /// Times a connection went elsewhere because a worker's channel had no room.
+    pub channel_full: u64,
+    /// Times a worker became suspect.
+    pub suspects: u64,
+    /// Times a process ended or did not start and was to be started again.
+    pub process_restarts: u64,
+    /// Workers that have joined.
+    pub joined: u64,
+    /// Workers that have left.
+    pub gone: u64,
+    /// From accept to take.
+    pub handoff: Histogram,
+    /// What is remembered of clients; `None` without an affinity key.
+    pub affinity: Option<AffinitySnapshot>,
+    /// Its workers, by id.
+    pub workers: Vec<WorkerSnapshot>,
+}
+
+/// What a pool remembers of its clients. Counts are of connections since the start.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct AffinitySnapshot {
+    /// What clients are identified by.
+    pub key: KeySource,
+    /// Keys remembered now, those included that are too old and not yet removed.
+    pub entries: u64,
+    /// Whose first bytes are awaited now; they are part of `held`.
+    pub awaiting: u64,
+    /// That went to the worker remembered for their key.
+    pub hits: u64,
+    /// Whose key was not remembered.
+    pub misses: u64,
+    /// Whose worker could not be given them: they went elsewhere, and that is remembered.
+    pub moved: u64,
+    /// That went to the worker their session id names.
+    pub routed: u64,
+    /// Without a key.
+    pub unknown: u64,
+    /// Of those, whose first bytes did not come in time.
+    pub timed_out: u64,
+    /// Of those, whose first bytes were not awaited because too many others were.
+    pub not_awaited: u64,
+    /// Keys claimed by workers.
+    pub claimed: u64,
+    /// Keys forgotten before their time because there were too many.
+    pub evicted: u64,
+}
+
+/// One worker. `load = base + taken + custody − finished`.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct WorkerSnapshot {
+    /// Its id.
+    pub id: WorkerId,
+    /// The name it gave itself.
+    pub name: String,
+    /// Its process.
+    pub pid: i32,
+    /// Its state.
+    pub state: State,
+    /// Its share relative to others.
+    pub weight: u32,
+    /// How much of its weight it has, in hundredths: less than 100 during its slow start.
+    pub warm_percent: u32,
+    /// For failover: the highest that is up takes all.
+    pub priority: u16,
+    /// Most connections it is given: the smaller of the pool's and its own maximum.
+    pub max_connections: u32,
+    /// It takes no connections for now, by its own wish.
+    pub paused: bool,
+    /// Connections it had taken, over its lifetime, when it joined.
+    pub base: u64,
+    /// Live connections, untaken ones included.
+    pub load: u64,
+    /// Connections sent to it by this dispatcher.
+    pub sent: u64,
+    /// Connections it has taken from this dispatcher.
+    pub taken: u64,
+    /// Connections it has closed over its lifetime.
+    pub finished: u64,
+    /// Connections sent and not yet taken.
+    pub custody: u64,
+    /// Connections that were taken back from it.
+    pub revoked: u64,
+    /// Connections that went elsewhere because its channel had no room.
+    pub channel_full: u64,
+    /// Whether it has taken a connection since it joined, or since it was last suspect.
+    pub proven: bool,
+    /// The longest time that it usually needs to take a connection.
+    pub longest_take: Duration,
+    /// How many of its threads wait for a connection; `None` for an event loop, which does not report that.
+    pub idle_threads: Option<u32>,
+    /// Connections it was told to end because the deadline of its drain had come.
+    pub ended_at_deadline: u64,
+}
+
+/// Connections by where they are. `accepted = held + custody + taken + Σ closed`, always.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub struct Totals {
+    /// Accepted since the start.
+    pub accepted: u64,
+    /// Waiting for a worker now.
+    pub held: u64,
+    /// Sent and not yet taken now.
+    pub custody: u64,
+    /// Taken by workers since the start.
+    pub taken: u64,
+    /// Closed by the dispatcher since the start, in the order of [`CloseReason::ALL`].
+    pub closed: [u64; CloseReason::ALL.len()],
+}
+
+/// What happened in a pool since the start, workers that have left included.
+#[derive(Clone, Copy, Debug, Default)]
+pub(super) struct Counts {
+    pub(super) taken: u64,
+    pub(super) revoked: u64,
+    pub(super) lost: u64,
+    pub(super) channel_full: u64,
+    pub(super) suspects: u64,
+    pub(super) joined: u64,
+    pub(super) gone: u64,
+}
+
+/// What was counted by listeners and pools whose entries are used for others now.
+#[derive(Clone, Copy, Debug, Default)]
+pub(super) struct Former {
+    pub(super) accepted: u64,
+    pub(super) closed: u64,
+    pub(super) taken: u64,
+}
+
+impl Totals {
+    /// Whether every connection is in exactly one place.
+    pub fn is_conserved(&self) -> bool {
+        self.accepted == self.held + self.custody + self.taken + self.closed.iter().sum::<u64>()
+    }
+}
+
+impl Core {
+    /// Everything the core knows.
+    pub fn snapshot(&self) -> Snapshot {
+        Snapshot {
+            stopping: self.stop.is_some(),
+            totals: self.totals,
+            ended_at_deadline: self.ended,
+            listeners: self
+                .listeners
+                .iter()
+                .filter(|listener| !listener.retired)
+                .map(|listener| ListenerSnapshot {
+                    name: listener.settings.name.clone(),
+                    address: listener.settings.address.clone(),
+                    pool: self.pools[listener.pool].settings.name.clone(),
+                    accepted: listener.accepted,
+                    closed: listener.closed,
+                    tracked_clients: listener
+                        .screen
+                        .as_ref()
+                        .map_or(0, |screen| screen.len() as u64),
+                })
+                .collect(),
+            pools: (0..self.pools.len())
+                .filter(|&p| self.is_shown(p))
+                .map(|p| self.pool_snapshot(p))
+                .collect(),
+        }
+    }
+
+    /// Whether a pool's clients are served.
+    pub fn pool_state(&self, pool: PoolId) -> Option<PoolState> {
+        let p = usize::from(pool.0);
+        (p < self.pools.len()).then(|| self.state_of_pool(p))
+    }
+
+    fn state_of_pool(&self, p: usize) -> PoolState {
+        let pool = &self.pools[p];
+        match pool.clock {
+            _ if pool.retired => PoolState::Removed,
+            Clock::Refusing => PoolState::Refusing,
+            Clock::Since(_) => PoolState::NoWorker,
+            Clock::Off if pool.pressure => PoolState::BackPressure,
+            Clock::Off => PoolState::Ready,
+        }
+    }
+
+    fn pool_snapshot(&self, p: usize) -> PoolSnapshot {
+        let pool = &self.pools[p];
+        let mut workers: Vec<WorkerSnapshot> =
+            pool.candidates.workers().map(|w| worker_snapshot(&self.workers[w as usize])).collect();
+        workers.sort_by_key(|worker| worker.id.serial);
+        PoolSnapshot {
+            name: pool.settings.name.clone(),
+            policy: pool.settings.policy,
+            state: self.state_of_pool(p),
+            taken: pool.counts.taken,
+            revoked: pool.counts.revoked,
+            lost: pool.counts.lost,
+            channel_full: pool.counts.channel_full,
+            suspects: pool.counts.suspects,
+            process_restarts: pool.processes.restarts(),
+            joined: pool.counts.joined,
+            gone: pool.counts.gone,
+            handoff: pool.handoff.clone(),
+            held: pool.held.len() + pool.awaiting.len(),
+            affinity: pool.affinity_snapshot(),
+            workers,
+        }
+    }
+
+    /// What is wrong with the sum of all connections: 0, always. Recounted from what listeners, queues, workers and pools
+    /// count, each for itself, and not from the [`Totals`].
+    pub fn residual(&self) -> i64 {
+        let arrived: u64 = self.listeners.iter().map(|listener| listener.accepted).sum();
+        let closed: u64 = self.listeners.iter().flat_map(|listener| listener.closed).sum();
+        let held: u64 = self.pools.iter().map(|pool| pool.held.len() + pool.awaiting.len()).sum();
+        let taken: u64 = self.pools.iter().map(|pool| pool.counts.taken).sum();
+        let custody: u64 = self.workers.iter().map(|worker| u64::from(worker.untaken())).sum();
+        let former = &self.former;
+        let placed = held + custody + taken + former.taken + closed + former.closed;
+        (arrived + former.accepted).wrapping_sub(placed).cast_signed()
+    }
+
+    /// How many entries its tables of pools, listeners and workers have, those included that are free to be used again.
+    pub fn entries(&self) -> (usize, usize, usize) {
+        (self.pools.len(), self.listeners.len(), self.workers.len())
+    }
+
+    /// How many connections are where.
+    pub fn totals(&self) -> Totals {
+        self.totals
+    }
+
+    /// The name a worker gave itself; empty for one that is forgotten. Valid until the shell has seen its Forget.
+    pub fn worker_name(&self, worker: WorkerId) -> &str {
+        self.entry(worker).map_or("", |worker| &worker.name)
+    }
+
+    /// A worker's process.
+    pub fn worker_pid(&self, worker: WorkerId) -> Option<i32> {
+        self.entry(worker).map(|worker| worker.pid)
+    }
+
+    /// A worker's pool.
+    pub fn pool_of_worker(&self, worker: WorkerId) -> Option<PoolId> {
+        self.entry(worker).map(|worker| PoolId(worker.pool as u16))
+    }
+
+    /// A worker's state.
+    pub fn worker_state(&self, worker: WorkerId) -> Option<State> {
+        self.entry(worker).map(|worker| worker.state)
+    }
+
+    /// A worker's live connections, untaken ones included.
+    pub fn load(&self, worker: WorkerId) -> Option<u64> {
+        self.entry(worker).map(Worker::load)
+    }
+
+    /// Connections sent to a worker and not yet taken; 0 for one that is forgotten.
+    pub fn untaken(&self, worker: WorkerId) -> u64 {
+        self.entry(worker).map_or(0, |worker| u64::from(worker.untaken()))
+    }
+
+    /// Most connections a worker is given: the smaller of its pool's maximum and its own.
+    pub fn max_connections_of(&self, worker: WorkerId) -> Option<u32> {
+        self.entry(worker).map(|worker| worker.max)
+    }
+
+    /// The pool that serves a listener.
+    pub fn pool_of_listener(&self, listener: ListenerId) -> Option<PoolId> {
+        self.listeners.get(usize::from(listener.0)).map(|listener| listener.settings.pool)
+    }
+
+    /// A pool's settings.
+    pub fn pool_settings(&self, pool: PoolId) -> Option<&PoolSettings> {
+        self.pools.get(usize::from(pool.0)).map(|pool| &pool.settings)
+    }
+
+    /// A pool's name.
+    pub fn pool_name(&self, pool: PoolId) -> &str {
+        self.pools.get(usize::from(pool.0)).map_or("", |pool| &pool.settings.name)
+    }
+
+    /// A listener's name.
+    pub fn listener_name(&self, listener: ListenerId) -> &str {
+        self.listeners.get(usize::from(listener.0)).map_or("", |listener| &listener.settings.name)
+    }
+
+    /// Unlike `find`, answers for a forgotten worker too while its entry is not used again: events that name it may be queued.
+    fn entry(&self, id: WorkerId) -> Option<&Worker> {
+        self.workers.get(id.index as usize).filter(|worker| worker.id == id)
+    }
+}
+
+fn worker_snapshot(worker: &Worker) -> WorkerSnapshot {
+    WorkerSnapshot {
+        id: worker.id,
+        name: worker.name.to_string(),
+        pid: worker.pid,
+        state: worker.state,
+        weight: worker.weight,
+        warm_percent: worker.warm_percent(),
+        priority: worker.priority,
+        max_connections: worker.max,
+        paused: worker.paused,
+        base: worker.base,
+        load: worker.load(),
+        sent: worker.sent,
+        taken: worker.taken,
+        finished: worker.finished,
+        custody: u64::from(worker.untaken()),
+        revoked: worker.revoked,
+        channel_full: worker.channel_full,
+        proven: worker.trust.proven,
+        longest_take: worker.trust.peak,
+        idle_threads: worker.threads.map(|threads| threads.idle),
+        ended_at_deadline: worker.ended,
+    }
+}

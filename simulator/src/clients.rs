@@ -1,0 +1,72 @@
+//! A run's clients: where they come from, who of them may come in, and what they are known by. Addresses, ids, routes and
+//! silences are drawn from the plan's seed like everything else.
+
+use std::time::Duration;
+
+use dispatch_protocol::ClientAddr;
+
+use super::Random;
+use dispatcher_core::{Affinity, Peek, Rate, Screen, Screening};
+use dispatcher_core::{KeySource, Known};
+
+/// Few enough that they come again, more than the smallest memory holds.
+const CLIENTS: u64 = 40;
+
+/// What a pool remembers: for half of all runs nothing.
+pub(super) fn affinity(random: &mut Random) -> Option<Affinity> {
+    random.once_in(2).then(|| Affinity {
+        key: KeySource::Cookie("ID".to_owned()),
+        ttl: Duration::from_millis(1 + random.below(3_000)),
+        max_entries: 1 + random.below(60) as u32,
+    })
+}
+
+/// How first bytes are awaited: often too few, often not long enough.
+pub(super) fn peek(random: &mut Random) -> Peek {
+    Peek {
+        timeout: Duration::from_millis(1 + random.below(400)),
+        max_bytes: 1024,
+        max_awaiting: 1 + random.below(40) as u32,
+    }
+}
+
+/// When a client speaks, and as whom; `None`: never.
+pub(super) fn first_words(random: &mut Random) -> Option<(u64, u64)> {
+    (!random.once_in(10)).then(|| (random.below(150_000_000), random.below(CLIENTS)))
+}
+
+/// What client number `id` is known by: some not at all, some by an id that names a process.
+pub(super) fn known(id: u64) -> Option<Known> {
+    let text = match id % 5 {
+        0 => return None,
+        1 => format!("{id}.p{}", id % 7),
+        _ => format!("{id}"),
+    };
+    KeySource::Cookie(String::new()).of_value(text.as_bytes())
+}
+
+/// Where a client comes from: a few addresses, or a Unix socket.
+pub(super) fn peer(random: &mut Random) -> ClientAddr {
+    match random.below(24) as u8 {
+        0 => ClientAddr::Unix,
+        host => ClientAddr::Inet(([192, 0, 2, host], 40_000).into()),
+    }
+}
+
+/// Who may come in: in half of all runs everybody. Often fewer are remembered than there are.
+pub(super) fn screen(random: &mut Random) -> Option<Box<Screen>> {
+    if random.once_in(2) {
+        return None;
+    }
+    let rate = Rate {
+        every: Duration::from_millis(1 + random.below(50)),
+        burst: 1 + random.below(40) as u32,
+    };
+    let rules = Screening {
+        rate: random.once_in(2).then_some(rate),
+        max_queued_per_client: random.once_in(2).then(|| 1 + random.below(20) as u32),
+        max_clients: 1 + random.below(40) as u32,
+        ..Screening::default()
+    };
+    Screen::new(rules, random.number())
+}

@@ -1,0 +1,417 @@
+//! Each policy against its definition, over 100,000 decisions: exactly where it is exact, by chi-squared with a fixed
+//! seed where lots are drawn.
+
+use core::net::{IpAddr, Ipv4Addr, SocketAddr};
+
+use dispatch_protocol::ClientAddr;
+use dispatch_protocol::scoreboard::claim;
+
+use super::*;
+
+pub(super) const DECISIONS: usize = 100_000;
+/// Where no weights are to be told apart.
+const FEWER: usize = 20_000;
+
+pub(super) fn desk_of(policy: Policy) -> Desk {
+    desk_with(|pool| {
+        pool.policy = policy;
+        pool.max_untaken = 4_096;
+    })
+}
+
+pub(super) fn client(number: u32) -> ClientAddr {
+    ClientAddr::from(SocketAddr::new(IpAddr::V4(Ipv4Addr::from(0x0a00_0000 + number)), 40_000))
+}
+
+/// Short forms for what these tests do.
+pub(super) trait PolicySteps {
+    fn weighted(&mut self, weights: &[u16]) -> Vec<WorkerId>;
+    fn named(&mut self, name: &str, weight: u16) -> WorkerId;
+    fn with_priority(&mut self, priority: u16) -> WorkerId;
+    fn next_from(&mut self, peer: ClientAddr) -> WorkerId;
+    fn hear(&mut self, worker: WorkerId);
+    fn visit(&mut self, peer: ClientAddr) -> WorkerId;
+}
+
+impl PolicySteps for Desk {
+    fn weighted(&mut self, weights: &[u16]) -> Vec<WorkerId> {
+        let join = |&weight| self.trusted(Hello { weight, name: format!("w{weight}"), ..hello() });
+        weights.iter().map(join).collect()
+    }
+
+    fn named(&mut self, name: &str, weight: u16) -> WorkerId {
+        self.trusted(Hello { name: name.to_owned(), weight, ..hello() })
+    }
+
+    fn with_priority(&mut self, priority: u16) -> WorkerId {
+        self.trusted(Hello { priority, ..hello() })
+    }
+
+    /// The worker that the next client gets; it takes it.
+    fn next_from(&mut self, peer: ClientAddr) -> WorkerId {
+        self.log.clear();
+        self.accept_only_from(WEB, peer);
+        self.pump();
+        let sent = self.sends();
+        let &[(worker, false)] = &sent[..] else { panic!("{sent:?}") };
+        self.take(worker).unwrap();
+        self.hear(worker);
+        worker
+    }
+
+    /// The core hears of this worker, and of no other: a turn is dearer.
+    fn hear(&mut self, worker: WorkerId) {
+        let finished = self.link(worker).finished;
+        let tickets: Vec<_> = self.core.tickets(worker).collect();
+        for ticket in tickets {
+            let state = claim::state(&self.link(worker).board[ticket.slot as usize], ticket.seq);
+            self.core.slot(self.now, worker, ticket, state, self.now);
+        }
+        self.core.finished(self.now, worker, finished);
+        self.pump();
+    }
+
+    /// As `next_from`, and the connection ends at once: loads stay as they are.
+    fn visit(&mut self, peer: ClientAddr) -> WorkerId {
+        let worker = self.next_from(peer);
+        self.link(worker).finished += 1;
+        self.hear(worker);
+        worker
+    }
+}
+
+/// Whom each of `count` visitors gets, as positions in `workers`.
+pub(super) fn visits(desk: &mut Desk, workers: &[WorkerId], count: usize) -> Vec<usize> {
+    let mut visit = || {
+        let worker = desk.visit(ClientAddr::Unix);
+        workers.iter().position(|&w| w == worker).unwrap()
+    };
+    (0..count).map(|_| visit()).collect()
+}
+
+pub(super) fn counts(visits: &[usize], workers: usize) -> Vec<usize> {
+    (0..workers).map(|w| visits.iter().filter(|&&v| v == w).count()).collect()
+}
+
+/// Pearson's statistic of these counts against these shares.
+pub(super) fn chi_squared(counts: &[usize], shares: &[f64]) -> f64 {
+    let all: usize = counts.iter().sum();
+    let sum: f64 = shares.iter().sum();
+    let term = |(&count, share): (&usize, &f64)| {
+        let expected = all as f64 * share / sum;
+        (count as f64 - expected).powi(2) / expected
+    };
+    counts.iter().zip(shares).map(term).sum()
+}
+
+fn assert_within_one_percent(counts: &[usize], weights: &[u16]) {
+    let all: usize = counts.iter().sum();
+    let sum: u16 = weights.iter().sum();
+    for (&count, &weight) in counts.iter().zip(weights) {
+        let (is, should) = (count as f64 / all as f64, f64::from(weight) / f64::from(sum));
+        assert!((is - should).abs() < 0.01, "{counts:?} for {weights:?}");
+    }
+}
+
+/// What chi-squared exceeds once in a thousand times, for 1 to 8 degrees of freedom.
+pub(super) const ONCE_IN_1000: [f64; 8] = [10.83, 13.82, 16.27, 18.47, 20.52, 22.46, 24.32, 26.12];
+
+#[test]
+fn least_connections_by_weight() {
+    let mut desk = desk_of(Policy::LeastConnections);
+    let workers = desk.weighted(&[1, 2, 5]);
+    for taken in 1..=DECISIONS {
+        desk.next_from(ClientAddr::Unix);
+        if taken % 8 == 0 {
+            let loads = desk.loads(&workers);
+            let part = taken as u64 / 8;
+            assert_eq!(loads, [part, 2 * part, 5 * part]);
+        }
+    }
+}
+
+#[test]
+fn round_robin_is_each_in_turn() {
+    let mut desk = desk_of(Policy::RoundRobin);
+    let workers: Vec<_> = (0..7).map(|_| desk.worker()).collect();
+    let order = visits(&mut desk, &workers, FEWER);
+    for (i, &worker) in order.iter().enumerate() {
+        assert_eq!(worker, (order[0] + i) % 7);
+    }
+}
+
+#[test]
+fn round_robin_starts_at_a_random_worker() {
+    let first = |seed| {
+        let mut desk = desk_of(Policy::RoundRobin);
+        desk.core.set_seed(seed);
+        let workers = desk.weighted(&[1, 2, 5]);
+        visits(&mut desk, &workers, 1)[0]
+    };
+    let firsts: Vec<usize> = (0..600).map(first).collect();
+    let counts = counts(&firsts, 3);
+    assert!(chi_squared(&counts, &[1.0, 1.0, 1.0]) < ONCE_IN_1000[1], "{counts:?}");
+}
+
+#[test]
+fn round_robin_gives_as_many_turns_as_the_weight_says_and_spreads_them() {
+    let mut desk = desk_of(Policy::RoundRobin);
+    let weights = [1, 2, 5];
+    let workers = desk.weighted(&weights);
+    let order = visits(&mut desk, &workers, DECISIONS);
+    for round in order.chunks(8) {
+        assert_eq!(counts(round, 3), [1, 2, 5]);
+    }
+    // At no moment is anybody further away from its share than one turn and a half.
+    let mut had = [0usize; 3];
+    for (i, &worker) in order.iter().enumerate() {
+        had[worker] += 1;
+        for (&had, weight) in had.iter().zip(weights) {
+            let share = (i + 1) as f64 * f64::from(weight) / 8.0;
+            assert!((had as f64 - share).abs() < 1.5, "{had} turns, {share} are its share");
+        }
+    }
+}
+
+#[test]
+fn round_robin_steps_over_who_is_full_and_owes_nothing_later() {
+    let mut desk = desk_of(Policy::RoundRobin);
+    let small = desk.trusted(Hello { max_connections: 1, ..hello() });
+    let large = desk.worker();
+    for _ in 0..10 {
+        desk.next_from(ClientAddr::Unix);
+    }
+    assert_eq!(desk.loads(&[small, large]), [1, 9]);
+    desk.finish(small, 1);
+    let workers = [small, large];
+    let order = visits(&mut desk, &workers, 10);
+    assert_eq!(counts(&order, 2), [5, 5]);
+}
+
+#[test]
+fn random_is_as_likely_as_the_weight_says() {
+    let mut desk = desk_of(Policy::Random);
+    let workers = desk.weighted(&[1, 2, 5]);
+    let order = visits(&mut desk, &workers, DECISIONS);
+    let counts = counts(&order, 3);
+    assert_within_one_percent(&counts, &[1, 2, 5]);
+    assert!(chi_squared(&counts, &[1.0, 2.0, 5.0]) < ONCE_IN_1000[1], "{counts:?}");
+    // One draw says nothing about the next.
+    let mut pairs = [0; 9];
+    order.windows(2).for_each(|pair| pairs[3 * pair[0] + pair[1]] += 1);
+    let shares = [1.0, 2.0, 5.0, 2.0, 4.0, 10.0, 5.0, 10.0, 25.0];
+    assert!(chi_squared(&pairs, &shares) < ONCE_IN_1000[7], "{pairs:?}");
+}
+
+#[test]
+fn two_choices_is_the_less_loaded_of_two() {
+    let mut desk = desk_of(Policy::TwoChoices);
+    // With loads 0 to 7 that stay: the one with rank r is the lesser of 7 − r of all 28 pairs.
+    let workers: Vec<_> =
+        (0..8).map(|load| desk.trusted(Hello { base: load, finished: 0, ..hello() })).collect();
+    let order = visits(&mut desk, &workers, FEWER);
+    let counts = counts(&order, 8);
+    assert_eq!(counts[7], 0, "the most loaded one is never the lesser");
+    let shares: Vec<f64> = (1..8).rev().map(f64::from).collect();
+    assert!(chi_squared(&counts[..7], &shares) < ONCE_IN_1000[5], "{counts:?}");
+}
+
+#[test]
+fn two_choices_draws_by_weight() {
+    // All equally loaded for their weight: the first that is drawn gets it.
+    let mut desk = desk_of(Policy::TwoChoices);
+    let join = |desk: &mut Desk, weight, base| desk.trusted(Hello { weight, base, ..hello() });
+    let workers = [join(&mut desk, 1, 0), join(&mut desk, 2, 1), join(&mut desk, 5, 4)];
+    let order = visits(&mut desk, &workers, DECISIONS);
+    let found = counts(&order, 3);
+    assert_within_one_percent(&found, &[1, 2, 5]);
+    assert!(chi_squared(&found, &[1.0, 2.0, 5.0]) < ONCE_IN_1000[1], "{found:?}");
+
+    // The less, the lighter: so it tells the second draw too.
+    let mut desk = desk_of(Policy::TwoChoices);
+    let workers = [join(&mut desk, 1, 0), join(&mut desk, 2, 100), join(&mut desk, 5, 1_000)];
+    let order = visits(&mut desk, &workers, FEWER);
+    let found = counts(&order, 3);
+    // The lightest unless neither draw falls on it; of the others the middle one always.
+    let lightest = 1.0 / 8.0 + 2.0 / 8.0 * 1.0 / 6.0 + 5.0 / 8.0 * 1.0 / 3.0;
+    assert_eq!(found[2], 0);
+    assert!(chi_squared(&found[..2], &[lightest, 1.0 - lightest]) < ONCE_IN_1000[0], "{found:?}");
+}
+
+#[test]
+fn two_choices_keeps_loads_close_to_their_shares() {
+    let mut desk = desk_of(Policy::TwoChoices);
+    let workers = desk.weighted(&[1, 2, 5]);
+    for _ in 0..DECISIONS {
+        desk.next_from(ClientAddr::Unix);
+    }
+    let loads: Vec<usize> = desk.loads(&workers).iter().map(|&load| load as usize).collect();
+    assert_within_one_percent(&loads, &[1, 2, 5]);
+}
+
+#[test]
+fn hash_gives_each_client_its_worker_by_weight() {
+    let mut desk = desk_of(Policy::Hash);
+    let workers = desk.weighted(&[1, 2, 5]);
+    let order: Vec<usize> = (0..DECISIONS as u32)
+        .map(|number| {
+            let worker = desk.visit(client(number));
+            workers.iter().position(|&w| w == worker).unwrap()
+        })
+        .collect();
+    let counts = counts(&order, 3);
+    assert_within_one_percent(&counts, &[1, 2, 5]);
+    assert!(chi_squared(&counts, &[1.0, 2.0, 5.0]) < ONCE_IN_1000[1], "{counts:?}");
+    // Another port, another day: the same worker.
+    for (number, &worker) in order.iter().enumerate().step_by(100) {
+        assert_eq!(desk.visit(client(number as u32)), workers[worker]);
+    }
+}
+
+#[test]
+fn hash_moves_only_the_keys_of_who_goes_and_brings_them_back() {
+    const CLIENTS: u32 = 2_000;
+    let mut desk = desk_of(Policy::Hash);
+    let mut workers: Vec<_> = (0..5).map(|n| desk.named(&format!("web-{n}"), 1)).collect();
+    let all = |desk: &mut Desk| (0..CLIENTS).map(|n| desk.visit(client(n))).collect::<Vec<_>>();
+    let before = all(&mut desk);
+    desk.leave(workers[2], Departure::Died);
+    let without = all(&mut desk);
+    let mut heirs = [0; 5];
+    for (&was, &is) in before.iter().zip(&without) {
+        if was == workers[2] {
+            heirs[workers.iter().position(|&w| w == is).unwrap()] += 1;
+        } else {
+            assert_eq!(was, is, "its worker is still there");
+        }
+    }
+    heirs.swap(2, 4);
+    let chi = chi_squared(&heirs[..4], &[1.0; 4]);
+    assert!(chi < ONCE_IN_1000[2], "all others inherit alike: {heirs:?}");
+    // Another process in its place, with its name.
+    workers[2] = desk.named("web-2", 1);
+    let again = all(&mut desk);
+    let places = |list: &[WorkerId], workers: &[WorkerId]| -> Vec<Option<usize>> {
+        list.iter().map(|id| workers.iter().position(|w| w == id)).collect()
+    };
+    let mut old = workers.clone();
+    old[2] = before.iter().copied().find(|id| !workers.contains(id)).unwrap();
+    assert_eq!(places(&before, &old), places(&again, &workers));
+}
+
+#[test]
+fn hash_tells_workers_of_one_name_apart() {
+    let mut desk = desk_of(Policy::Hash);
+    let workers: Vec<_> = (0..3).map(|_| desk.named("", 1)).collect();
+    let mut counts = [0; 3];
+    for n in 0..3_000 {
+        let worker = desk.visit(client(n));
+        counts[workers.iter().position(|&w| w == worker).unwrap()] += 1;
+    }
+    assert!(chi_squared(&counts, &[1.0; 3]) < ONCE_IN_1000[1], "{counts:?}");
+}
+
+#[test]
+fn a_key_and_its_worker_are_the_same_in_every_process() {
+    // Whoever changes these sends every client of every dispatcher elsewhere.
+    assert_eq!(AffinityKey::of(b"session-1"), AffinityKey(15_927_381_246_406_458_741));
+    let mut desk = desk_of(Policy::Hash);
+    let workers: Vec<_> = (0..5).map(|n| desk.named(&format!("web-{n}"), 1)).collect();
+    let places: Vec<usize> = (0..10)
+        .map(|n| {
+            let worker = desk.visit(client(n));
+            workers.iter().position(|&w| w == worker).unwrap()
+        })
+        .collect();
+    assert_eq!(places, [2, 1, 3, 2, 0, 3, 2, 4, 3, 1]);
+}
+
+#[test]
+fn hash_without_a_key_is_least_connections() {
+    let mut desk = desk_of(Policy::Hash);
+    let workers = desk.weighted(&[1, 2, 5]);
+    for _ in 0..800 {
+        desk.next_from(ClientAddr::Unix);
+    }
+    assert_eq!(desk.loads(&workers), [100, 200, 500]);
+}
+
+#[test]
+fn failover_gives_all_to_the_highest_that_is_up() {
+    let mut desk = desk_of(Policy::Failover);
+    let low = desk.with_priority(1);
+    let standby = desk.with_priority(5);
+    let primaries = [desk.with_priority(9), desk.with_priority(9)];
+    let all = [low, standby, primaries[0], primaries[1]];
+    for _ in 0..100 {
+        desk.next_from(ClientAddr::Unix);
+    }
+    assert_eq!(desk.loads(&all), [0, 0, 50, 50], "least connections among equals");
+    desk.leave(primaries[0], Departure::Died);
+    for _ in 0..50 {
+        desk.next_from(ClientAddr::Unix);
+    }
+    assert_eq!(desk.loads(&[low, standby, primaries[1]]), [0, 0, 100]);
+    desk.goodbye(primaries[1]);
+    for _ in 0..10 {
+        desk.next_from(ClientAddr::Unix);
+    }
+    assert_eq!(desk.loads(&[low, standby]), [0, 10]);
+    // It returns, and all with it.
+    let back = desk.with_priority(9);
+    for _ in 0..10 {
+        desk.next_from(ClientAddr::Unix);
+    }
+    assert_eq!(desk.loads(&[low, standby, back]), [0, 10, 10]);
+}
+
+#[test]
+fn failover_shares_among_equals_by_weight_and_the_standby_gets_nothing() {
+    let mut desk = desk_of(Policy::Failover);
+    let join =
+        |desk: &mut Desk, priority, weight| desk.trusted(Hello { priority, weight, ..hello() });
+    let primaries = [1, 2, 5].map(|weight| join(&mut desk, 9, weight));
+    let standby = join(&mut desk, 1, 8);
+    for _ in 0..DECISIONS {
+        desk.next_from(ClientAddr::Unix);
+    }
+    assert_eq!(desk.loads(&primaries), [12_500, 25_000, 62_500]);
+    assert_eq!(desk.loads(&[standby]), [0]);
+}
+
+#[test]
+fn full_is_not_down() {
+    let mut desk = desk_of(Policy::Failover);
+    let primary = desk.trusted(Hello { priority: 9, max_connections: 2, ..hello() });
+    let standby = desk.with_priority(0);
+    for _ in 0..2 {
+        desk.next_from(ClientAddr::Unix);
+    }
+    assert_eq!(desk.core.accepting(WEB), Accepting::Pause);
+    desk.accept(WEB);
+    assert_eq!(desk.loads(&[primary, standby]), [2, 0]);
+    desk.finish(primary, 1);
+    assert_eq!(desk.loads(&[primary, standby]), [2, 0]);
+    assert_eq!(desk.core.totals().held, 0);
+}
+
+#[test]
+fn a_primary_that_hangs_is_down_until_it_is_trusted_again() {
+    let mut desk = desk_of(Policy::Failover);
+    let primary = desk.with_priority(1);
+    let standby = desk.with_priority(0);
+    desk.accept(WEB);
+    desk.wait(ms(1_000));
+    assert_eq!(desk.state(primary), State::Suspect);
+    assert_eq!(desk.loads(&[primary, standby]), [0, 1], "what it left goes to the standby");
+    desk.take_all(standby);
+    desk.next_from(ClientAddr::Unix);
+    assert_eq!(desk.loads(&[primary, standby]), [0, 2]);
+    // It answers its probe, so it is tested, and takes the connection.
+    assert!(desk.answer(primary));
+    desk.turn();
+    desk.next_from(ClientAddr::Unix);
+    assert_eq!(desk.state(primary), State::Active);
+    desk.next_from(ClientAddr::Unix);
+    assert_eq!(desk.loads(&[primary, standby]), [2, 2]);
+}

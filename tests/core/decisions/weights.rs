@@ -1,0 +1,219 @@
+//! Weights that change: by an operator at any time, and by themselves during a slow start.
+
+use dispatch_protocol::ClientAddr;
+use dispatch_protocol::wire::Update;
+
+use super::policies::{ONCE_IN_1000, chi_squared, counts, desk_of, visits};
+use super::*;
+
+#[test]
+fn weights_can_be_changed_at_any_time() {
+    for policy in [Policy::LeastConnections, Policy::RoundRobin] {
+        let mut desk = desk_of(policy);
+        let workers = [desk.worker(), desk.worker()];
+        for _ in 0..100 {
+            desk.next_from(ClientAddr::Unix);
+        }
+        assert_eq!(desk.loads(&workers), [50, 50]);
+        assert!(desk.core.set_weight(desk.now, workers[0], 3));
+        for _ in 0..100 {
+            desk.next_from(ClientAddr::Unix);
+        }
+        let expected = if policy == Policy::RoundRobin { [125, 75] } else { [150, 50] };
+        assert_eq!(desk.loads(&workers), expected, "{policy:?}");
+    }
+    let mut desk = desk_of(Policy::Random);
+    let workers = [desk.worker(), desk.worker()];
+    desk.core.set_weight(desk.now, workers[0], 9);
+    let order = visits(&mut desk, &workers, 10_000);
+    let counts = counts(&order, 2);
+    assert!(chi_squared(&counts, &[9.0, 1.0]) < ONCE_IN_1000[0], "{counts:?}");
+}
+
+#[test]
+fn a_weight_of_a_worker_that_is_gone_is_nobodys() {
+    let mut desk = desk_of(Policy::LeastConnections);
+    let worker = desk.worker();
+    desk.leave(worker, Departure::Died);
+    assert!(!desk.core.set_weight(desk.now, worker, 3));
+}
+
+fn update(weight: u16, paused: bool, max_connections: u32) -> Update {
+    Update { weight, paused, max_connections }
+}
+
+#[test]
+fn a_worker_may_change_its_weight_until_an_operator_does() {
+    let mut desk = desk();
+    let workers = [desk.worker(), desk.worker()];
+    desk.core.update(desk.now, workers[0], update(3, false, 1000));
+    for _ in 0..100 {
+        desk.next_from(ClientAddr::Unix);
+    }
+    assert_eq!(desk.loads(&workers), [75, 25]);
+    assert!(desk.core.set_weight(desk.now, workers[0], 1));
+    desk.core.update(desk.now, workers[0], update(9, false, 1000));
+    assert_eq!(desk.core.weight(workers[0]), Some(1), "the operator's");
+    desk.core.update(desk.now, workers[1], update(9, false, 1000));
+    assert_eq!(desk.core.weight(workers[1]), Some(9));
+}
+
+#[test]
+fn a_worker_may_change_its_maximum_within_the_pools() {
+    let mut desk = desk_with(|pool| pool.max_connections_per_worker = 5);
+    let worker = desk.worker();
+    for (asked, has) in [(3, 3), (1000, 5), (1, 1)] {
+        desk.core.update(desk.now, worker, update(1, false, asked));
+        assert_eq!(desk.core.max_connections_of(worker), Some(has));
+    }
+}
+
+#[test]
+fn a_paused_worker_is_as_good_as_full_and_what_it_has_untaken_goes_elsewhere() {
+    let mut desk = desk();
+    let workers = [desk.worker(), desk.worker()];
+    for _ in 0..4 {
+        desk.accept(WEB);
+    }
+    assert_eq!(desk.loads(&workers), [2, 2]);
+    desk.take(workers[0]).unwrap();
+    desk.turn();
+    desk.events();
+    desk.core.update(desk.now, workers[0], update(1, true, 1000));
+    desk.pump();
+    assert_eq!(desk.loads(&workers), [1, 3], "what it has taken stays");
+    let paused = Event::Paused { worker: workers[0], resent: 1, live: 1 };
+    assert!(desk.events().contains(&paused));
+    for _ in 0..4 {
+        desk.accept(WEB);
+    }
+    assert_eq!(desk.loads(&workers), [1, 7]);
+    assert_eq!(desk.state(workers[0]), State::Active, "not suspect");
+    desk.core.update(desk.now, workers[1], update(1, true, 1000));
+    desk.pump();
+    assert!(desk.events().iter().any(|event| matches!(event, Event::BackPressure { .. })));
+    desk.core.update(desk.now, workers[0], update(1, false, 1000));
+    desk.pump();
+    assert_eq!(desk.loads(&workers), [8, 0], "what was taken back from the other has waited");
+    desk.goodbye(workers[0]);
+    desk.core.update(desk.now, workers[0], update(7, true, 1));
+    assert_eq!(desk.core.weight(workers[0]), Some(1), "after goodbye it says nothing");
+}
+
+fn slow(policy: Policy) -> Desk {
+    desk_with(|pool| {
+        pool.policy = policy;
+        pool.max_untaken = 4_096;
+        pool.slow_start = ms(10_000);
+    })
+}
+
+#[test]
+fn a_new_worker_starts_slowly_by_least_connections() {
+    let mut desk = slow(Policy::LeastConnections);
+    let old = desk.worker();
+    desk.wait(ms(10_000));
+    for _ in 0..6_400 {
+        desk.next_from(ClientAddr::Unix);
+    }
+    let new = desk.worker();
+    // Connections come and go; after each quarter it has its part, and no more at any time.
+    for quarter in 1..=4 {
+        for _ in 0..16 {
+            desk.wait(Duration::from_micros(156_250));
+            for _ in 0..400 {
+                if desk.core.load(old) > Some(0) {
+                    desk.finish(old, 1);
+                }
+                desk.next_from(ClientAddr::Unix);
+            }
+        }
+        let loads = desk.loads(&[old, new]);
+        let most = loads[0] * (16 * quarter + 1).min(64) / 64 + 1;
+        assert!(loads[1] <= most, "{loads:?} after quarter {quarter}");
+        assert!(loads[1] * 10 >= most * 8, "{loads:?} after quarter {quarter}");
+    }
+}
+
+#[test]
+fn a_new_worker_starts_slowly_by_turns_and_lots() {
+    for policy in [Policy::RoundRobin, Policy::Random] {
+        let mut desk = slow(policy);
+        let old = desk.worker();
+        desk.wait(ms(10_000));
+        let workers = [old, desk.worker()];
+        let mut shares = Vec::new();
+        for _ in 0..10 {
+            let mut had = 0;
+            for _ in 0..100 {
+                desk.wait(ms(10));
+                had += visits(&mut desk, &workers, 10).iter().sum::<usize>();
+            }
+            shares.push(had);
+        }
+        // With the fraction p of its weight it gets p / (1 + p) of 1,000; in the middle of each second.
+        for (second, &had) in shares.iter().enumerate() {
+            let part = (second as f64 + 0.5) / 10.0;
+            let expected = 1_000.0 * part / (1.0 + part);
+            assert!((had as f64 - expected).abs() < 60.0, "{policy:?}: {shares:?}");
+        }
+        let order = visits(&mut desk, &workers, 1_000);
+        let counts = counts(&order, 2);
+        assert!(chi_squared(&counts, &[1.0, 1.0]) < ONCE_IN_1000[0], "{policy:?}: {counts:?}");
+    }
+}
+
+fn warm(desk: &Desk, worker: WorkerId) -> u32 {
+    let status = desk.core.snapshot();
+    let mut workers = status.pools[0].workers.iter();
+    workers.find(|w| w.id == worker).unwrap().warm_percent
+}
+
+#[test]
+fn whoever_is_resumed_starts_slowly() {
+    let mut desk = slow(Policy::LeastConnections);
+    let (worker, other) = (desk.worker(), desk.worker());
+    desk.wait(ms(10_000));
+    assert_eq!((warm(&desk, worker), warm(&desk, other)), (100, 100));
+    desk.drain(worker);
+    desk.wait(ms(1_000));
+    desk.resume(worker).unwrap();
+    assert_eq!((warm(&desk, worker), warm(&desk, other)), (1, 100));
+    for _ in 0..60 {
+        desk.next_from(ClientAddr::Unix);
+    }
+    assert_eq!(desk.loads(&[worker]), [0], "60 for the other are not yet 64 times one for it");
+    desk.wait(ms(5_000));
+    assert_eq!(warm(&desk, worker), 51);
+}
+
+#[test]
+fn whoever_was_suspect_starts_slowly() {
+    let mut desk = slow(Policy::LeastConnections);
+    let worker = desk.worker();
+    desk.wait(ms(10_000));
+    desk.accept(WEB);
+    desk.wait(ms(1_000));
+    assert_eq!((desk.state(worker), warm(&desk, worker)), (State::Suspect, 100));
+    assert_eq!(desk.take_all(worker), 1);
+    assert_eq!((desk.state(worker), warm(&desk, worker)), (State::Active, 1));
+    desk.wait(ms(5_000));
+    assert_eq!(warm(&desk, worker), 51);
+}
+
+#[test]
+fn whoever_starts_slowly_and_is_alone_gets_all() {
+    let mut desk = slow(Policy::LeastConnections);
+    let worker = desk.worker();
+    for _ in 0..100 {
+        desk.next_from(ClientAddr::Unix);
+    }
+    assert_eq!(desk.loads(&[worker]), [100]);
+    let status = desk.core.snapshot();
+    assert_eq!(status.pools[0].workers[0].warm_percent, 1);
+    desk.wait(ms(5_000));
+    assert_eq!(desk.core.snapshot().pools[0].workers[0].warm_percent, 51);
+    desk.wait(ms(5_000));
+    assert_eq!(desk.core.snapshot().pools[0].workers[0].warm_percent, 100);
+    assert_eq!(desk.core.deadline(), None, "no timer is left");
+}
