@@ -1,7 +1,7 @@
 //! The charts of docs/CHOOSING.md, from the simulator: the core itself, workers without processes, time without waiting.
 //! The test compares what is in docs/ with what the code does now. To draw them again:
 //!
-//!     WRITE_CHARTS=1 cargo test -p dispatcher --test core load_balancing
+//!     WRITE_CHARTS=1 cargo test -p dispatcher-core --test core load_balancing
 #![allow(clippy::unwrap_used, clippy::expect_used)]
 
 use std::cmp::Reverse;
@@ -136,7 +136,7 @@ fn check(name: &str, chart: &str) {
     let found = std::fs::read_to_string(&path).unwrap_or_default();
     assert!(
         found == chart,
-        "{} is not what the code does: WRITE_CHARTS=1 cargo test -p dispatcher --test core load_balancing",
+        "{} is not what the code does: WRITE_CHARTS=1 cargo test -p dispatcher-core --test core load_balancing",
         path.display()
     );
 }

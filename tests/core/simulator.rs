@@ -3,7 +3,7 @@
 //! `SIM_SEED` is the first seed (default 1), `SIM_EVENTS` how much has to happen in all (default 1,500,000). A failure names
 //! the seed, and the fewest faults found that fail as well: `SIM_SEED=… SIM_EVENTS=1` repeats it. For as long as you like:
 //!
-//!     SIM_MINUTES=60 SIM_SEED=1000 cargo test --release -p dispatcher --test core simulator -- --nocapture
+//!     SIM_MINUTES=60 SIM_SEED=1000 cargo test --release -p dispatcher-core --test core simulator -- --nocapture
 
 use std::collections::BTreeMap;
 use std::sync::{Mutex, PoisonError};

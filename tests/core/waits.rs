@@ -5,7 +5,7 @@
 //! many clients are counted in each. The defaults of a release build are three seeds and 30,000 clients; a debug build, which
 //! checks all invariants all the time, plays some of the rows, with one seed and 200 clients. A table is printed at the end:
 //!
-//!     cargo test --release -p dispatcher --test core waits -- --nocapture
+//!     cargo test --release -p dispatcher-core --test core waits -- --nocapture
 
 mod judge;
 mod rows;
