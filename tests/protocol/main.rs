@@ -2,5 +2,4 @@
 #![allow(clippy::unwrap_used, clippy::expect_used, reason = "in a test a panic is the report")]
 
 mod bad_input;
-mod corpus;
 mod hot_thread;

@@ -11,9 +11,8 @@ const CRATES: [&str; 8] =
 
 /// The modules at the top of this crate. In the log's lines they stand without the crate's name, so that is how they may be
 /// written here too.
-const MODULES: [&str; 20] = [
+const MODULES: [&str; 17] = [
     "admin",
-    "affinity",
     "cleaner",
     "cli",
     "closer",
@@ -22,11 +21,9 @@ const MODULES: [&str; 20] = [
     "demo",
     "keep",
     "logger",
-    "measure",
-    "pool",
+    "preface",
     "shell",
     "signals",
-    "sim",
     "socket_files",
     "spawner",
     "status",
