@@ -1,7 +1,7 @@
 //! The bodies of the fuzz targets: plain functions of bytes that panic if something is not as it must be.
 //!
 //! The fuzzer calls them (`fuzz/fuzz_targets`), and so does an ordinary test with every file of the corpora
-//! (`tests/protocol/corpus.rs`). They use nothing that a stable toolchain does not have.
+//! (`tests/corpus.rs`). They use nothing that a stable toolchain does not have.
 #![allow(dead_code, unused_imports)] // each fuzz target is a program of its own and uses one of them
 #![allow(clippy::unwrap_used, clippy::expect_used)]
 
