@@ -142,7 +142,7 @@ impl Connection {
     }
 
     /// How long ago the connection was accepted. Right after [`accept`](crate::Worker::accept) it is the time that the client has
-    /// waited for this worker.
+    /// waited for this worker, but for the time in the kernel's queue: a dispatcher whose workers are all full accepts nothing.
     ///
     /// The same in every time namespace. Only a clock that is set between the dispatcher's accept and the worker's makes it
     /// wrong.
