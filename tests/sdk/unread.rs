@@ -7,8 +7,8 @@ use dispatch_protocol::wire::{Control, Update};
 use test_support::fake_dispatcher::{DEADLINE, FakeDispatcher, Peer};
 use worker_sdk::{OwnError, Worker};
 
-/// Far less than a wait for a dispatcher that never reads would be, and far more than none.
-const PROMPT: Duration = Duration::from_millis(500);
+/// Half of what a second's wait for each record would be, and far more than none on a machine that is busy.
+const PROMPT: Duration = Duration::from_secs(4);
 
 /// A worker whose next record has no room.
 fn stuffed(fake: &FakeDispatcher) -> (Worker, Peer) {
@@ -71,8 +71,10 @@ fn a_goodbye_that_waits_keeps_nothing_waiting_and_is_sent_before_the_end() {
     let (_client, ours) = fake.client();
     peer.send_one(&ours);
     let connection = worker.accept().unwrap().unwrap();
-    worker.set_weight(7).unwrap();
     let began = Instant::now();
+    for weight in 2..9 {
+        worker.set_weight(weight).unwrap();
+    }
     worker.close();
     assert!(worker.accept().unwrap().is_none());
     drop(connection);
