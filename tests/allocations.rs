@@ -12,8 +12,8 @@ use std::sync::atomic::{AtomicU64, Ordering};
 use std::sync::{Arc, Barrier, mpsc};
 use std::thread;
 
+use dispatcher::api::status::Status;
 use dispatcher::config::Config;
-use dispatcher::status::Status;
 use nix::sys::signal::{Signal, raise};
 use worker_sdk::{Worker, WorkerConfig};
 
@@ -149,7 +149,7 @@ fn allocations(keys: &str, request: &[u8], each: usize) -> u64 {
     let hot = thread::spawn(move || {
         COUNTED.set(true);
         let ready = move |addresses: &[String]| tell.send(addresses[0].clone()).unwrap();
-        dispatcher::shell::run(config, ready)
+        dispatcher::event_loop::run(config, ready)
     });
     let address: SocketAddr = told.recv().unwrap().parse().unwrap();
 

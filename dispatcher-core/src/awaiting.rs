@@ -40,7 +40,7 @@ impl Pool {
 }
 
 impl Core {
-    /// Whether the connection's first bytes are awaited. If so, the shell looks at what is there, and goes on looking
+    /// Whether the connection's first bytes are awaited. If so, the event loop looks at what is there, and goes on looking
     /// whenever there is more, until it can say what they say: [`Core::first_bytes`].
     pub fn awaits_bytes(&self, conn: ConnId) -> bool {
         self.ledger.find(conn).is_some_and(|entry| entry.place == Place::Awaiting)

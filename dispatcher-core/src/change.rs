@@ -302,7 +302,7 @@ impl Core {
     }
 
     /// Takes a listener out. [`Core::accepting`] then says [`Accepting::Finish`]: what is in its queue is still accepted.
-    /// When the shell has closed it, it says so with [`Core::listener_closed`].
+    /// When the event loop has closed it, it says so with [`Core::listener_closed`].
     pub fn retire_listener(&mut self, listener: ListenerId) {
         let joins = self.joins;
         if let Some(entry) = self.listeners.get_mut(usize::from(listener.0))

@@ -1,4 +1,4 @@
-//! What the core asks for. The shell performs each effect in order, and reports back where the comment says so.
+//! What the core asks for. The event loop performs each effect in order, and reports back where the comment says so.
 
 use std::time::Duration;
 
@@ -8,7 +8,7 @@ use dispatch_protocol::wire::EntryFlags;
 use super::drain::Notice;
 use super::types::*;
 
-/// One thing for the shell to do.
+/// One thing for the event loop to do.
 #[derive(Clone, Debug, PartialEq)]
 pub enum Effect {
     /// Write SENT into the slot and send the connection (records may be gathered per worker until the end of the turn).
@@ -48,7 +48,7 @@ pub enum Effect {
     Event(Event),
 }
 
-/// Something that happened, for the log. The shell writes it out; nothing depends on it.
+/// Something that happened, for the log. The event loop writes it out; nothing depends on it.
 #[derive(Clone, Debug, PartialEq)]
 pub enum Event {
     /// A worker joined, holding `live` connections already.

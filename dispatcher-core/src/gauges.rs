@@ -1,7 +1,7 @@
 //! Gauges of workers: what they say is checked here before a policy goes by it.
 //!
 //! Owns what is possible and what is not, and says once for each worker what was not. Which words of which memory a
-//! reading comes from is the shell's business; what it is worth, the policy's.
+//! reading comes from is the event loop's business; what it is worth, the policy's.
 
 use std::time::Duration;
 

@@ -23,7 +23,7 @@ pub(super) enum Place {
     Held,
     /// In custody for this worker.
     Custody(u32),
-    /// Taken or closed; the shell has yet to drop its copy.
+    /// Taken or closed; the event loop has yet to drop its copy.
     Leaving,
 }
 
@@ -175,7 +175,7 @@ impl Ledger {
         ConnId { index, serial: conn.serial }
     }
 
-    /// The shell has dropped its copy: the entry may be used again.
+    /// The event loop has dropped its copy: the entry may be used again.
     pub(super) fn forget(&mut self, conn: ConnId) {
         let entry = &mut self.conns[conn.index as usize];
         debug_assert!(entry.place == Place::Leaving && entry.serial == conn.serial);

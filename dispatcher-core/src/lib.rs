@@ -4,7 +4,7 @@
 //! arguments; effects come out of [`Core::effect`] as values. It never touches a file descriptor, a clock, a socket or
 //! a log, so a test or a simulator can drive it through any history, and the same history gives the same decisions.
 //!
-//! The shell's turn: report what happened (joins, goodbyes, deaths, `finished` counters, slots), call
+//! The event loop's turn: report what happened (joins, goodbyes, deaths, `finished` counters, slots), call
 //! [`Core::tick`], accept while [`Core::accepting`] says so, perform all effects, sleep until [`Core::deadline`].
 //!
 //! Invariants, checked after every public mutator in debug builds and tests (`Core::check`):
@@ -124,7 +124,7 @@ struct Listener {
     screen: Option<Box<Screen>>,
     /// Taken out of the configuration: its queue is emptied, then it is closed.
     retired: bool,
-    /// The shell has closed its sockets.
+    /// The event loop has closed its sockets.
     closed_for_good: bool,
     /// Workers that joined after the first of these joins, up to the second, know its name by its id.
     known: (u64, u64),
@@ -240,8 +240,8 @@ impl Core {
         self.admit(join).map(|_| ())
     }
 
-    /// A worker wants to join. On success the shell gives it its channel, and from then on it is chosen.
-    /// The shell calls this only once it has everything a welcome needs.
+    /// A worker wants to join. On success the event loop gives it its channel, and from then on it is chosen.
+    /// The event loop calls this only once it has everything a welcome needs.
     pub fn join(&mut self, now: Time, join: &Join) -> Result<WorkerId, Refusal> {
         let pool = self.admit(join)?;
         let id = self.add_worker(now, pool, join);
@@ -270,7 +270,7 @@ impl Core {
         }
     }
 
-    /// The worker's `finished` counter read `finished` just before its slots were read. The shell reads the counter,
+    /// The worker's `finished` counter read `finished` just before its slots were read. The event loop reads the counter,
     /// reads and reports the slots, then calls this: so an honest counter never exceeds the takes we know of.
     pub fn finished(&mut self, now: Time, worker: WorkerId, finished: u64) {
         if let Some(w) = self.find(worker)
@@ -360,7 +360,7 @@ impl Core {
         held.map(|index| self.ledger.id(index))
     }
 
-    /// The client of a held connection, or of one whose first bytes are awaited, is gone (the shell saw a reset). In custody: ignored.
+    /// The client of a held connection, or of one whose first bytes are awaited, is gone (the event loop saw a reset). In custody: ignored.
     pub fn client_gone(&mut self, now: Time, conn: ConnId) {
         let Some(entry) = self.ledger.find(conn) else {
             return;
@@ -375,7 +375,7 @@ impl Core {
         self.after(now, pool);
     }
 
-    /// An [`Effect::Send`] could not be carried out. The shell has already taken the slot back.
+    /// An [`Effect::Send`] could not be carried out. The event loop has already taken the slot back.
     pub fn send_failed(&mut self, now: Time, worker: WorkerId, ticket: Ticket, why: SendFailure) {
         if let Some(w) = self.find(worker) {
             self.not_sent(now, w, ticket, why);
@@ -429,10 +429,10 @@ impl Core {
             .filter(|&time| time != NEVER)
     }
 
-    /// The next effect, in order. The shell takes all of them before it sleeps.
+    /// The next effect, in order. The event loop takes all of them before it sleeps.
     pub fn effect(&mut self) -> Option<Effect> {
         let effect = self.effects.pop_front()?;
-        // Tables that run parallel to ours may have the entry until the shell has seen this very effect.
+        // Tables that run parallel to ours may have the entry until the event loop has seen this very effect.
         match &effect {
             Effect::Release { conn, .. } | Effect::Close { conn, .. } => self.ledger.forget(*conn),
             Effect::Forget { worker } => self.free_workers.push(worker.index),

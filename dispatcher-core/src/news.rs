@@ -1,4 +1,4 @@
-//! Who may have changed something on a scoreboard, and which slots to look at: what every turn of the shell asks, of all
+//! Who may have changed something on a scoreboard, and which slots to look at: what every turn of the event loop asks, of all
 //! workers. Owns no state; answers from what is cached beside the workers.
 
 use dispatch_protocol::scoreboard::claim::want;
@@ -51,7 +51,7 @@ impl Core {
     }
 
     /// The tickets a worker has not yet resolved (SENT as far as we know), oldest first. A ticket whose Send or Probe
-    /// the shell has not seen yet is not among them: its slot still has the word of an earlier one.
+    /// the event loop has not seen yet is not among them: its slot still has the word of an earlier one.
     pub fn tickets(&self, worker: WorkerId) -> impl Iterator<Item = Ticket> + '_ {
         self.find(worker).into_iter().flat_map(|w| self.workers[w].ring.offered_tickets())
     }

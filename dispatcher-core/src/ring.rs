@@ -32,7 +32,7 @@ struct Slot {
     sent_at: Time,
     /// When its patience ends, for a connection.
     due: Time,
-    /// The shell has seen the effect, so the scoreboard says SENT or later. Before, the slot's word means nothing.
+    /// The event loop has seen the effect, so the scoreboard says SENT or later. Before, the slot's word means nothing.
     offered: bool,
     /// An outcome of [`super::Effect::Revoke`] is awaited.
     revoking: bool,
@@ -238,7 +238,7 @@ impl Ring {
         }
     }
 
-    /// The shell has seen the effect that `ticket` came with.
+    /// The event loop has seen the effect that `ticket` came with.
     pub(super) fn offered(&mut self, ticket: Ticket) {
         if let Some(slot) = self.slots.get_mut(ticket.slot as usize)
             && slot.seq == ticket.seq
@@ -247,7 +247,7 @@ impl Ring {
         }
     }
 
-    /// Every ticket the shell has seen, oldest first. Those it has not are the newest.
+    /// Every ticket the event loop has seen, oldest first. Those it has not are the newest.
     pub(super) fn offered_tickets(&self) -> impl Iterator<Item = Ticket> + '_ {
         self.tickets().take_while(|ticket| self.slots[ticket.slot as usize].offered)
     }

@@ -315,7 +315,7 @@ impl Core {
         self.totals
     }
 
-    /// The name a worker gave itself; empty for one that is forgotten. Valid until the shell has seen its Forget.
+    /// The name a worker gave itself; empty for one that is forgotten. Valid until the event loop has seen its Forget.
     pub fn worker_name(&self, worker: WorkerId) -> &str {
         self.entry(worker).map_or("", |worker| &worker.name)
     }

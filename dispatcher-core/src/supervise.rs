@@ -30,7 +30,7 @@ pub struct ProcessCounts {
 
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 enum Phase {
-    /// The shell was told to start it.
+    /// The event loop was told to start it.
     Starting,
     Running {
         since: Time,

@@ -18,7 +18,7 @@ mod why;
 pub use scores::*;
 pub use why::Why;
 
-/// A moment: nanoseconds of a clock that never goes back (`CLOCK_MONOTONIC` in the shell, anything in a simulation).
+/// A moment: nanoseconds of a clock that never goes back (`CLOCK_MONOTONIC` in the event loop, anything in a simulation).
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq, PartialOrd, Ord, Hash)]
 pub struct Time(pub u64);
 
@@ -412,7 +412,7 @@ pub enum SendFailure {
     Client,
 }
 
-/// What the shell should do with a listener's queue.
+/// What the event loop should do with a listener's queue.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Accepting {
     /// Accept, and report each connection.
@@ -459,5 +459,5 @@ pub struct Threads {
     pub turnaround: Option<Duration>,
 }
 
-/// A token for a spawned process. The shell makes it; the core only says when.
+/// A token for a spawned process. The event loop makes it; the core only says when.
 pub type SpawnToken = Token;

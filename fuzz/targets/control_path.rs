@@ -8,7 +8,7 @@ use std::time::{Duration, Instant};
 
 use dispatch_protocol::scoreboard::Scoreboard;
 use dispatch_protocol::wire::{Channel, Control, MAX_CONTROL_RECORD, Resume, VERSION, WELCOME_FDS};
-use dispatcher::shell::fuzzing::{FromControl, from_control};
+use dispatcher::event_loop::fuzzing::{FromControl, from_control};
 use rustix::io::Errno;
 use rustix::net::{
     AddressFamily, SendAncillaryBuffer, SendAncillaryMessage, SendFlags, SocketFlags, SocketType,

@@ -1,6 +1,6 @@
 //! The decision core under any sequence of inputs, in the simulator's virtual shell: two pools, one of which has
 //! processes; workers that say and do anything a worker can. The simulator's own runs are histories that make sense; these
-//! need not. Every effect is judged by the shell, and the invariants are checked after every input.
+//! need not. Every effect is judged by the event loop, and the invariants are checked after every input.
 
 use std::net::SocketAddr;
 use std::time::Duration;
@@ -276,7 +276,7 @@ impl Run {
                 };
                 let said = Some(Reading { value, at });
                 if of == 2 {
-                    // As the shell reads it, in its turn; or out of turn, and perhaps of a gauge that there is not.
+                    // As the event loop reads it, in its turn; or out of turn, and perhaps of a gauge that there is not.
                     let gauges = &mut self.desk.link(worker).gauges;
                     if let Some(gauge) = gauges.get_mut(number % 2) {
                         *gauge = said;

@@ -1,4 +1,4 @@
-//! A virtual machine for the core: a shell without descriptors, and workers without processes.
+//! A virtual machine for the core: an event loop without descriptors, and workers without processes.
 //!
 //! Owns stand-ins for what the kernel provides: channels, scoreboards (the real claim functions on ordinary atomics),
 //! descriptors and clients. It asserts after every effect what must always hold: a connection's copy exists until a
@@ -35,7 +35,7 @@ pub struct Record {
     pub conn: Option<ConnId>,
 }
 
-/// Both ends of what the shell keeps for a worker.
+/// Both ends of what the event loop keeps for a worker.
 #[derive(Debug)]
 pub struct Link {
     /// Whose it is.
@@ -48,7 +48,7 @@ pub struct Link {
     pub closed: bool,
     /// Its process lives, so it may take a connection at any moment.
     pub alive: bool,
-    /// The shell cut the worker off.
+    /// The event loop cut the worker off.
     pub cut: bool,
     /// Nothing is kept for the worker any more.
     pub forgotten: bool,
@@ -340,7 +340,7 @@ impl Desk {
         told
     }
 
-    /// Reads every worker's counter and slots, as the shell does once per turn, then lets time take effect.
+    /// Reads every worker's counter and slots, as the event loop does once per turn, then lets time take effect.
     pub fn turn(&mut self) {
         self.read_gauges();
         for link in &self.links {

@@ -189,7 +189,7 @@ impl Run<'_> {
         self.heap.push(Reverse((time, self.order, what)));
     }
 
-    /// The shell wakes up soon after anything happened, and when the core wants it to.
+    /// The event loop wakes up soon after anything happened, and when the core wants it to.
     fn want_turn(&mut self) {
         let soon = self.desk.now + Duration::from_nanos(1_000 + self.random.below(400_000));
         let pending = self.next_turn.is_some_and(|at| at <= soon);

@@ -12,7 +12,7 @@ use std::os::unix::net::{UnixDatagram, UnixListener, UnixStream};
 use std::path::{Path, PathBuf};
 use std::process::{Command, Stdio};
 
-use dispatcher::status::Status;
+use dispatcher::api::status::Status;
 use nix::unistd::geteuid;
 use test_support::*;
 

@@ -6,7 +6,7 @@ use std::net::{Shutdown, TcpListener, TcpStream};
 use std::os::unix::net::UnixStream;
 use std::path::PathBuf;
 
-use dispatcher::status::{FaultStatus, ListenerStatus, PoolStatus, Status, WorkerStatus};
+use dispatcher::api::status::{FaultStatus, ListenerStatus, PoolStatus, Status, WorkerStatus};
 use nix::sys::signal::Signal;
 use serde_json::{Value, json};
 use test_support::browser::Browser;

@@ -22,7 +22,7 @@ use std::time::{Duration, Instant};
 
 use checker::{Evidence, Verdict};
 use client::Clients;
-use dispatcher::status::Status;
+use dispatcher::api::status::Status;
 use nemesis::{Nemesis, What};
 use simulator::Random;
 

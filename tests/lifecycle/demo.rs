@@ -8,7 +8,7 @@ use std::net::{SocketAddr, TcpStream};
 use std::path::{Path, PathBuf};
 use std::process::{Command, Stdio};
 
-use dispatcher::status::Status;
+use dispatcher::api::status::Status;
 use nix::sys::signal::Signal;
 use tempfile::TempDir;
 use test_support::*;

@@ -8,7 +8,7 @@ use std::net::{IpAddr, Ipv4Addr, Shutdown, SocketAddr, TcpStream};
 use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
 
-use dispatcher::status::AffinityStatus;
+use dispatcher::api::status::AffinityStatus;
 use rustix::net::{AddressFamily, SocketType};
 use rustls::pki_types::{CertificateDer, PrivateKeyDer, ServerName};
 use test_support::*;

@@ -50,7 +50,7 @@ fn shares(
     names: &[&str],
     count: usize,
 ) -> Vec<u64> {
-    let of = |status: &dispatcher::status::Status| -> Vec<u64> {
+    let of = |status: &dispatcher::api::status::Status| -> Vec<u64> {
         names.iter().map(|name| worker(status, name).unwrap().taken).collect()
     };
     let before = dispatcher.status();

@@ -336,7 +336,7 @@ fn a_restart_ends_the_processes_that_it_started_and_no_others() {
     machine.order(&["start", SOCKETS[0], SOCKETS[1], SERVICE]);
     machine.wait_joined(1);
     machine.order(&["start", "worker@own.service"]);
-    let pids = |status: &dispatcher::status::Status| {
+    let pids = |status: &dispatcher::api::status::Status| {
         ["web-1", "own"].map(|name| worker(status, name).expect("a worker").pid)
     };
     let before = pids(&machine.wait_joined(2));

@@ -1,6 +1,6 @@
 //! What an operator can tell the dispatcher to do, the answers, and how a worker is named.
 //!
-//! Owns the vocabulary that HTTP, the CLI and the hot thread share. Carries nothing out: `shell/command.rs` does.
+//! Owns the vocabulary that HTTP, the CLI and the hot thread share. Carries nothing out: `event_loop/command.rs` does.
 
 use dispatch_protocol::wire::is_hidden;
 use std::fmt;

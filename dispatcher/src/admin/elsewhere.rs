@@ -6,7 +6,7 @@ use std::sync::mpsc::{SyncSender, sync_channel};
 
 use tokio::sync::oneshot;
 
-use crate::keep;
+use crate::background::keep;
 
 /// Most jobs waiting. A reload has one at a time, and so has the watch over socket files.
 const MAX_JOBS: usize = 16;

@@ -9,8 +9,8 @@ use tokio::time::Instant;
 
 use super::command::{Answer, Command};
 use super::{Gathered, Request, Wake};
-use crate::socket_files::SocketFiles;
-use crate::status::Status;
+use crate::api::status::Status;
+use crate::listen::files::SocketFiles;
 
 /// The status is gathered at most ten times in a second.
 const STATUS_EVERY: Duration = Duration::from_millis(100);

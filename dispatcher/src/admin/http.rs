@@ -1,6 +1,6 @@
 //! HTTP on the admin socket, and for reading over TCP: the bounds that keep a client from holding anything up. What it answers is in `routes`.
 
-use crate::logger::quoted;
+use crate::background::logger::quoted;
 use std::io;
 use std::pin::pin;
 use std::sync::Arc;

@@ -13,7 +13,7 @@ use rustix::net::{AddressFamily, SendFlags, SocketAddrUnix, SocketFlags, SocketT
 use tokio::sync::{mpsc, oneshot};
 use tokio::time::Instant;
 
-use crate::logger::quoted;
+use crate::background::logger::quoted;
 
 /// Most messages waiting for a service manager that does not read.
 const MAX_WAITING: usize = 64;

@@ -15,7 +15,7 @@ use prometheus_client::encoding::{DescriptorEncoder, text};
 use prometheus_client::registry::{Registry, Unit};
 
 use self::page::{Labels, Page, signed};
-use crate::status::{AffinityStatus, PoolStatus, Status, WorkerStatus};
+use crate::api::status::{AffinityStatus, PoolStatus, Status, WorkerStatus};
 use dispatcher_core::Policy;
 
 /// What the text is made of.

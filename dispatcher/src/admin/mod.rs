@@ -1,7 +1,7 @@
 //! The side thread: everything that may wait, so that the hot thread never does.
 //!
 //! Owns one thread with a tokio runtime, on which two services run: HTTP on the admin socket, and the
-//! [`crate::spawner`]. They talk to the hot thread over bounded channels and wake it; they know nothing of workers,
+//! [`crate::background::spawner`]. They talk to the hot thread over bounded channels and wake it; they know nothing of workers,
 //! connections or policies. [`client`] is the other end of the admin socket, for the CLI.
 
 pub mod client;
@@ -37,13 +37,13 @@ use self::command::{Answer, Command, CommandError};
 use self::elsewhere::Elsewhere;
 use self::guests::Guests;
 use self::http::AdminSocket;
-use crate::decisions::{Next, Past};
-use crate::keep;
-use crate::logger::quoted;
-use crate::shell::reload::{InForce, Plan, Reloaded};
-use crate::socket_files::SocketFiles;
-use crate::spawner::{self, Report, Spawner};
-use crate::status::Status;
+use crate::api::decisions::{Next, Past};
+use crate::api::status::Status;
+use crate::background::keep;
+use crate::background::logger::quoted;
+use crate::background::spawner::{self, Report, Spawner};
+use crate::event_loop::reload::{InForce, Plan, Reloaded};
+use crate::listen::files::SocketFiles;
 
 /// Wakes the hot thread. Called after something was put into one of its channels, from any thread.
 pub type Wake = Arc<dyn Fn() + Send + Sync>;

@@ -17,10 +17,10 @@ use super::metrics::LastReload;
 use super::routes::PATIENCE;
 use super::who_may::Hosts;
 use super::{Admin, Request};
-use crate::keep::message;
-use crate::logger;
-use crate::logger::{Quoted, quoted};
-use crate::shell::reload::{Reloaded, prepare};
+use crate::background::keep::message;
+use crate::background::logger;
+use crate::background::logger::{Quoted, quoted};
+use crate::event_loop::reload::{Reloaded, prepare};
 
 /// Shared by everybody who can ask for a reload.
 pub(super) struct Reloader {

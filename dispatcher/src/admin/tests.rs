@@ -11,7 +11,7 @@ use dispatch_protocol::wire::Token;
 use super::client::{self, ClientError};
 use super::command::{Problem, Target};
 use super::*;
-use crate::status::{PoolStatus, WorkerStatus};
+use crate::api::status::{PoolStatus, WorkerStatus};
 
 mod refusals;
 

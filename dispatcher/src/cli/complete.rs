@@ -12,7 +12,7 @@ use clap_complete::env::Shells;
 use super::table::{clean, count};
 use super::{AdminArgs, Exit, admin, manual, print};
 use crate::admin::client;
-use crate::status::{Status, WorkerStatus};
+use crate::api::status::{Status, WorkerStatus};
 
 /// Set to the name of the shell that asks.
 pub(super) const VARIABLE: &str = "_DISPATCHER_COMPLETE";

@@ -10,7 +10,7 @@ use clap_complete::engine::ArgValueCandidates;
 use super::admin::{self, Place};
 use super::table::{clean, count, cut, width};
 use super::{AdminArgs, Failure, complete, feed, print, rest};
-use crate::decisions::{Considered, Decided, Explained, History};
+use crate::api::decisions::{Considered, Decided, Explained, History};
 
 pub(super) const HISTORY_EXAMPLES: &str = "\
 Examples:

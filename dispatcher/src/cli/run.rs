@@ -5,7 +5,7 @@ use std::path::Path;
 
 use super::{Exit, Failure, check};
 use crate::config::Config;
-use crate::shell::{self, RunError};
+use crate::event_loop::{self, RunError};
 
 pub(super) fn run(path: &Path) -> Result<(), Failure> {
     let config = check::load(path)?;
@@ -15,11 +15,11 @@ pub(super) fn run(path: &Path) -> Result<(), Failure> {
 /// Serves until told to stop. `ready` is called once, with the addresses the listeners are bound to, when clients and workers can
 /// connect.
 pub(super) fn serve(config: Config, ready: impl FnOnce(&[String])) -> Result<(), Failure> {
-    crate::logger::init(config.limits.log_level)
+    crate::background::logger::init(config.limits.log_level)
         .map_err(|error| Failure::new(Exit::OsErr, format!("the log thread: {error}")))?;
-    let result = shell::run(config, ready)
+    let result = event_loop::run(config, ready)
         .map_err(|error| Failure::new(exit_for(&error), error.to_string()));
-    crate::logger::flush(std::time::Duration::from_secs(1));
+    crate::background::logger::flush(std::time::Duration::from_secs(1));
     result
 }
 

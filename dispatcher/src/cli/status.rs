@@ -10,7 +10,7 @@ use super::admin::Place;
 pub(super) use super::table::{Table, clean};
 use super::table::{count, width, wrap};
 use super::{AdminArgs, Failure, admin, feed, print, rest};
-use crate::status::{FaultStatus, Status};
+use crate::api::status::{FaultStatus, Status};
 
 pub(super) const EXAMPLES: &str = "\
 Examples:

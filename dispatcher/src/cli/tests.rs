@@ -3,7 +3,7 @@
 use std::path::Path;
 
 use super::*;
-use crate::status::{FaultStatus, ListenerStatus, PoolStatus, Status, WorkerStatus};
+use crate::api::status::{FaultStatus, ListenerStatus, PoolStatus, Status, WorkerStatus};
 
 fn run(arguments: &[&str]) -> Exit {
     execute(std::iter::once(&"dispatcher").chain(arguments).map(OsString::from))

@@ -8,7 +8,7 @@ use std::time::{Duration, Instant};
 use super::admin::Place;
 use super::table::count;
 use super::{Exit, Failure, admin, complain};
-use crate::status::Status;
+use crate::api::status::Status;
 
 /// For how long nothing is said.
 const SILENCE: Duration = Duration::from_secs(1);

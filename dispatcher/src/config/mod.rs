@@ -251,7 +251,7 @@ impl Default for ListenerOptions {
     }
 }
 
-/// A pool: what the core decides by, and what only the shell needs.
+/// A pool: what the core decides by, and what only the event loop needs.
 #[derive(Clone, Debug, PartialEq)]
 pub struct Pool {
     /// For the core.

@@ -10,7 +10,7 @@ use super::error::Mistake;
 use super::file::SpawnKeys;
 use super::validate::{Check, Checked};
 use super::{MAX_UNAVAILABLE_RESPONSE, Spawn};
-use crate::spawner::NOT_INHERITED;
+use crate::background::spawner::NOT_INHERITED;
 
 /// What the kernel takes as one argument or variable (`MAX_ARG_STRLEN`), with its terminating zero.
 const MAX_STRING: usize = 131_072;

@@ -1,12 +1,12 @@
 //! A cause is told before its consequence; an end that was ordered is no fault; a fault that goes on is kept up to date.
 
-use dispatcher::status::FaultStatus;
+use dispatcher::api::status::FaultStatus;
 
 use super::*;
 
 /// The fault of this kind about this subject.
 fn fault<'a>(
-    status: &'a dispatcher::status::Status,
+    status: &'a dispatcher::api::status::Status,
     kind: &str,
     subject: &str,
 ) -> Option<&'a FaultStatus> {

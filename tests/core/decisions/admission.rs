@@ -101,7 +101,7 @@ fn an_index_is_used_again_only_after_forget_was_seen() {
     let mut desk = desk();
     let first = desk.worker();
     desk.core.leave(desk.now, first, Departure::Died);
-    // Not pumped: the shell's tables may still have it.
+    // Not pumped: the event loop's tables may still have it.
     let second = desk.core.join(desk.now, &join(|_| {})).unwrap();
     assert_ne!(first.index, second.index);
     while desk.core.effect() != Some(Effect::Forget { worker: first }) {}

@@ -231,7 +231,7 @@ fn scarcity_rests_everything_and_keeps_the_order() {
     assert_eq!(order, [conns[2], conns[3], conns[0], conns[1]]);
 }
 
-/// A slot of a ticket that the shell has not been told of yet still has the word of an earlier one.
+/// A slot of a ticket that the event loop has not been told of yet still has the word of an earlier one.
 #[test]
 fn tickets_are_read_only_once_they_are_offered() {
     let mut desk = desk();

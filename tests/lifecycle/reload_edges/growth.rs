@@ -1,6 +1,6 @@
 //! What many reloads leave behind: neither memory nor work.
 
-use dispatcher::status::Distribution;
+use dispatcher::api::status::Distribution;
 
 use super::*;
 

@@ -20,7 +20,7 @@ fn a_mistake_in_the_filter_silences_nothing() {
         wait_for_log(&dispatcher, "event=ready");
         let log = dispatcher.log();
         let line = log.lines().find(|line| line.contains("event=log_filter_ignored")).unwrap();
-        assert!(line.contains(" warn logger: ") && line.contains(mistake), "{line}");
+        assert!(line.contains("logger: ") && line.contains(mistake), "{line}");
         let (_, body) = http_get(&dispatcher.admin(), "/v1/log_level").unwrap();
         assert!(body.contains(level), "{variable}: {body}");
     }

@@ -6,7 +6,7 @@ use std::os::unix::net::UnixStream;
 use std::path::Path;
 use std::process::{Command, Output, Stdio};
 
-use dispatcher::status::Status;
+use dispatcher::api::status::Status;
 use nix::sys::signal::Signal;
 
 use test_support::reloading::{self, names, reload};

@@ -1,6 +1,6 @@
 //! What the status page shows, read from its document and compared with the JSON.
 
-use dispatcher::status::Status;
+use dispatcher::api::status::Status;
 
 use crate::browser::Browser;
 

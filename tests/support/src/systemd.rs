@@ -7,7 +7,7 @@ use std::path::{Path, PathBuf};
 use std::process::{Child, ChildStdin, Command, Output, Stdio};
 use std::sync::atomic::{AtomicU32, Ordering};
 
-use dispatcher::status::Status;
+use dispatcher::api::status::Status;
 use nix::unistd::geteuid;
 use tempfile::TempDir;
 

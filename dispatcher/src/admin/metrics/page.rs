@@ -6,7 +6,7 @@ use prometheus_client::encoding::{DescriptorEncoder, EncodeLabelSet, NoLabelSet}
 use prometheus_client::metrics::MetricType;
 use prometheus_client::registry::Unit;
 
-use crate::status::Distribution;
+use crate::api::status::Distribution;
 
 /// Label values as the format wants them: prometheus-client writes them as they are.
 fn escaped(value: &str) -> String {

@@ -1,5 +1,5 @@
 use super::*;
-use crate::status::{Distribution, ListenerStatus, Meters};
+use crate::api::status::{Distribution, ListenerStatus, Meters};
 
 fn status(workers: u64) -> Status {
     let worker = |id| WorkerStatus {

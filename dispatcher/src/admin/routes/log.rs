@@ -8,7 +8,7 @@ use serde::Deserialize;
 
 use super::{App, Body, methods, refused};
 use crate::admin::command::{CommandError, Problem};
-use crate::logger;
+use crate::background::logger;
 
 pub(super) fn routes() -> Router<App> {
     Router::new().route("/v1/log_level", methods("GET, HEAD, POST", get(show).post(set)))

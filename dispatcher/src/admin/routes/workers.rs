@@ -10,7 +10,7 @@ use serde::Deserialize;
 
 use super::{App, Body, PATIENCE, carry_out, methods, no_answer, refused};
 use crate::admin::command::{Command, CommandError, Problem, Target, Wanted, WorkerRef};
-use crate::status::Status;
+use crate::api::status::Status;
 
 pub(super) fn routes() -> Router<App> {
     Router::new()

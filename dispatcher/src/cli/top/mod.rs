@@ -23,7 +23,7 @@ use self::screen::{Screen, Suspend};
 use self::view::Theme;
 use super::admin::{self, Place};
 use super::{AdminArgs, Exit, Failure, print};
-use crate::status::Status;
+use crate::api::status::Status;
 
 pub(super) const EXAMPLES: &str = "\
 Examples:

@@ -3,7 +3,7 @@
 use std::collections::{HashMap, VecDeque};
 use std::time::Duration;
 
-use crate::status::{PoolStatus, Status, WorkerStatus};
+use crate::api::status::{PoolStatus, Status, WorkerStatus};
 
 /// How many answers a pool's load is remembered for.
 const LOADS: usize = 300;

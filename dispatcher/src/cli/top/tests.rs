@@ -2,7 +2,7 @@
 
 use super::model::Order;
 use super::*;
-use crate::status::{FaultStatus, PoolStatus, WorkerStatus};
+use crate::api::status::{FaultStatus, PoolStatus, WorkerStatus};
 
 fn worker(id: u64, load: u64, sent: u64) -> WorkerStatus {
     WorkerStatus {

@@ -9,8 +9,8 @@ use ratatui::text::{Line, Span};
 use ratatui::widgets::{Block, Cell, Paragraph, Row, Sparkline, Table, TableState};
 
 use super::model::{self, Model, Notice};
+use crate::api::status::Status;
 use crate::cli::status::clean;
-use crate::status::Status;
 
 /// Most faults shown at once.
 const FAULTS: usize = 4;

@@ -1,0 +1,4 @@
+//! The types of the admin interface: what the server answers and what the commands read. Plain data.
+
+pub mod decisions;
+pub mod status;

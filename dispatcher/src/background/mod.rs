@@ -1,0 +1,9 @@
+//! Everything that may wait, on threads of its own: log, closes, drops, processes.
+//!
+//! The event loop hands work over through bounded queues and never waits for it.
+
+pub mod cleaner;
+pub mod closer;
+pub mod keep;
+pub mod logger;
+pub mod spawner;

@@ -1,0 +1,90 @@
+//! When to wake although nothing happens: a timer that stays set.
+//!
+//! The timeout of a wait is set when the wait begins and taken back when it ends. In a virtual machine each can cost
+//! microseconds, and the second is paid on the way from a client to its worker. This timer is only ever set to go off
+//! earlier; what it is then no longer needed for costs one turn, later, when nobody waits.
+
+use std::io;
+use std::os::fd::{AsRawFd, OwnedFd};
+use std::time::Duration;
+
+use mio::unix::SourceFd;
+use mio::{Interest, Registry};
+use rustix::time::{
+    Itimerspec, TimerfdClockId, TimerfdFlags, TimerfdTimerFlags, Timespec, timerfd_create,
+    timerfd_settime,
+};
+
+use super::token::Source;
+use dispatcher_core::Time;
+
+#[derive(Debug)]
+pub(super) struct Alarm {
+    /// In the poll, edge-triggered, and never read: setting it again takes back what it has counted.
+    timer: OwnedFd,
+    /// It will go off then, if that is not past.
+    at: Time,
+}
+
+impl Alarm {
+    pub(super) fn new(registry: &Registry) -> io::Result<Alarm> {
+        let flags = TimerfdFlags::CLOEXEC | TimerfdFlags::NONBLOCK;
+        let timer = timerfd_create(TimerfdClockId::Monotonic, flags)?;
+        let token = Source::Alarm.token();
+        registry.register(&mut SourceFd(&timer.as_raw_fd()), token, Interest::READABLE)?;
+        Ok(Alarm { timer, at: Time(0) })
+    }
+
+    /// There will be an event at `time` or before.
+    pub(super) fn set(&mut self, now: Time, time: Time) -> io::Result<()> {
+        if now < self.at && self.at <= time {
+            return Ok(());
+        }
+        let since_boot = Duration::from_nanos(time.0);
+        let it_value = Timespec {
+            tv_sec: i64::try_from(since_boot.as_secs()).unwrap_or(i64::MAX),
+            tv_nsec: since_boot.subsec_nanos().into(),
+        };
+        let it_interval = Timespec { tv_sec: 0, tv_nsec: 0 };
+        let value = Itimerspec { it_interval, it_value };
+        timerfd_settime(&self.timer, TimerfdTimerFlags::ABSTIME, &value)?;
+        self.at = time;
+        Ok(())
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use mio::{Events, Poll};
+
+    use super::*;
+    use crate::event_loop::clock;
+
+    fn went_off(poll: &mut Poll, within: Duration) -> bool {
+        let mut events = Events::with_capacity(4);
+        poll.poll(&mut events, Some(within)).unwrap();
+        events.iter().any(|event| Source::of(event.token()) == Some(Source::Alarm))
+    }
+
+    #[test]
+    fn it_goes_off_at_the_earliest_time_it_was_set_for_and_once() {
+        let mut poll = Poll::new().unwrap();
+        let mut alarm = Alarm::new(poll.registry()).unwrap();
+        let now = clock();
+        let hour = Duration::from_secs(3600);
+        alarm.set(now, now + hour).unwrap();
+        assert!(!went_off(&mut poll, Duration::ZERO));
+        // Earlier counts, later does not.
+        alarm.set(now, now + Duration::from_millis(1)).unwrap();
+        alarm.set(now, now + hour).unwrap();
+        assert!(went_off(&mut poll, Duration::from_secs(60)));
+        let later = clock();
+        assert!(now + Duration::from_millis(1) <= later);
+        assert!(!went_off(&mut poll, Duration::ZERO), "one time, one event");
+        // It is past, so later counts now; and what is past already goes off at once.
+        alarm.set(later, later + hour).unwrap();
+        assert!(!went_off(&mut poll, Duration::ZERO));
+        alarm.set(later, now).unwrap();
+        assert!(went_off(&mut poll, Duration::from_secs(60)));
+    }
+}

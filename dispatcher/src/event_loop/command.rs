@@ -1,0 +1,176 @@
+//! What an operator told us to do: one exhaustive match from commands to the core, and the answers.
+
+use std::time::SystemTime;
+
+use dispatch_protocol::ClientAddr;
+use serde_json::{Value, json};
+
+use super::{EventLoop, clock};
+use crate::admin::command::{
+    Answer, Command, CommandError, Problem, Target, Wanted, WorkerRef, unknown_pool,
+};
+use crate::api::decisions::{Next, Past};
+use crate::config::MAX_PROCESSES;
+use dispatcher_core::{CannotResume, ListenerId, PoolId, WorkerId};
+
+impl EventLoop {
+    /// Carries out a command. The answer goes to whoever asked, who may be gone by now.
+    pub(super) fn command(&mut self, command: Command) -> Answer {
+        match command {
+            Command::Drain { target, deadline } => {
+                let deadline = deadline.map(|wait| self.now + wait);
+                let workers = self.targets(&target)?;
+                for &worker in &workers {
+                    self.core.drain_worker(self.now, worker, deadline);
+                }
+                Ok(self.workers_json(&workers))
+            }
+            Command::Weight { target, weight } => {
+                let workers = self.targets(&target)?;
+                for &worker in &workers {
+                    self.core.set_weight(self.now, worker, weight);
+                }
+                Ok(self.workers_json(&workers))
+            }
+            Command::Scale { pool, wanted } => self.scale(&pool, wanted),
+            Command::Resume { target } => {
+                let workers = self.targets(&target)?;
+                for &worker in &workers {
+                    let resumed = self.core.resume_worker(self.now, worker);
+                    // Of many, those that can be are; of one, its operator wants to know.
+                    if let (Target::Worker(name), Err(why)) = (&target, resumed) {
+                        return Err(self.not_resumed(name, worker, why));
+                    }
+                }
+                Ok(self.workers_json(&workers))
+            }
+        }
+    }
+
+    /// As many processes of a pool as the operator wants.
+    fn scale(&mut self, name: &str, wanted: Wanted) -> Answer {
+        let id = self.pool_called(name)?;
+        let spawns =
+            self.config.pools.get(usize::from(id.0)).is_some_and(|pool| pool.spawn.is_some());
+        if !spawns {
+            let message = format!("pool {name} starts no processes");
+            return Err(CommandError::new(Problem::Conflict, message)
+                .hint("its workers are services of their own; see [pool.NAME.spawn]"));
+        }
+        let before = self.core.pool_settings(id).map_or(0, |settings| settings.processes);
+        let processes = match wanted {
+            Wanted::So(processes) => i64::from(processes),
+            Wanted::By(by) => i64::from(before) + i64::from(by),
+        };
+        let valid = u32::try_from(processes).ok().filter(|n| (1..=MAX_PROCESSES).contains(n));
+        let Some(processes) = valid else {
+            let message = format!("a pool has 1 to {MAX_PROCESSES} processes, not {processes}");
+            return Err(CommandError::new(Problem::Invalid, message)
+                .hint("to give its workers nothing, drain the pool"));
+        };
+        self.core.scale(self.now, id, processes);
+        log::info!("event=pool_scaled pool={name} processes={processes} before={before}");
+        let counts = self.core.processes(id);
+        Ok(json!({
+            "pool": name,
+            "processes": processes,
+            "before": before,
+            "active": counts.active,
+            "starting": counts.starting,
+            "draining": counts.draining,
+            "instance": self.instance,
+        }))
+    }
+
+    /// What a pool keeps of its past.
+    pub(super) fn history(&self, pool: &str, after: u64) -> Result<Past, CommandError> {
+        let id = self.pool_called(pool)?;
+        let settings = self.core.pool_settings(id);
+        let listeners = (0u16..).map_while(|n| {
+            self.config.listeners.get(usize::from(n))?;
+            Some(self.core.listener_name(ListenerId(n)).to_owned())
+        });
+        Ok(Past {
+            policy: settings.map_or("", |settings| settings.policy.name()),
+            size: settings.map_or(0, |settings| settings.history),
+            clock: (clock(), SystemTime::now()),
+            listeners: listeners.collect(),
+            decisions: self.core.history(id, after),
+        })
+    }
+
+    /// To whom a pool's next connection would go.
+    pub(super) fn explain(&self, pool: &str, peer: ClientAddr) -> Result<Next, CommandError> {
+        let id = self.pool_called(pool)?;
+        let unknown = || unknown_pool(pool, self.core.pool_names());
+        Ok(Next {
+            policy: self.core.pool_settings(id).map_or("", |settings| settings.policy.name()),
+            clock: (clock(), SystemTime::now()),
+            explanation: self.core.explain(self.now, id, peer).ok_or_else(unknown)?,
+        })
+    }
+
+    fn pool_called(&self, name: &str) -> Result<PoolId, CommandError> {
+        let unknown = || unknown_pool(name, self.core.pool_names());
+        self.core.pool_named(name).ok_or_else(unknown)
+    }
+
+    /// The workers a command is about.
+    pub(super) fn targets(&self, target: &Target) -> Result<Vec<WorkerId>, CommandError> {
+        match target {
+            Target::All => Ok(self.core.workers().collect()),
+            Target::Pool(name) => {
+                if !self.core.pool_names().any(|pool| pool == name) {
+                    return Err(unknown_pool(name, self.core.pool_names()));
+                }
+                Ok(self.core.workers().filter(|&worker| self.pool_of(worker) == name).collect())
+            }
+            Target::Worker(name) => {
+                let workers = self.core.workers();
+                let workers = workers.map(|worker| {
+                    (worker.serial, self.pool_of(worker), self.core.worker_name(worker))
+                });
+                let serial = name.resolve(&self.instance, workers)?;
+                Ok(self.core.workers().filter(|worker| worker.serial == serial).collect())
+            }
+        }
+    }
+
+    fn not_resumed(&self, name: &WorkerRef, worker: WorkerId, why: CannotResume) -> CommandError {
+        let pool = self.pool_of(worker);
+        let (reason, hint) = match why {
+            CannotResume::Leaving => (
+                "is leaving: it takes nothing more".to_owned(),
+                "start another worker in its place".to_owned(),
+            ),
+            CannotResume::PoolRemoved => (
+                format!("cannot be resumed: pool {pool} was taken out of the configuration"),
+                format!("put [pool.{pool}] back and reload first"),
+            ),
+            CannotResume::Surplus => (
+                format!("cannot be resumed: its process is one more than pool {pool} is to have"),
+                format!("dispatcher scale {pool} +1"),
+            ),
+        };
+        CommandError::new(Problem::Conflict, format!("worker {name} {reason}")).hint(hint)
+    }
+
+    fn pool_of(&self, worker: WorkerId) -> &str {
+        self.core.pool_of_worker(worker).map_or("", |pool| self.core.pool_name(pool))
+    }
+
+    /// What became of them.
+    fn workers_json(&self, workers: &[WorkerId]) -> Value {
+        let row = |&worker: &WorkerId| {
+            json!({
+                "id": worker.serial,
+                "pool": self.pool_of(worker),
+                "name": self.core.worker_name(worker),
+                "state": self.core.worker_state(worker).map_or("gone", |state| state.name()),
+                "weight": self.core.weight(worker).unwrap_or_default(),
+                "load": self.core.load(worker).unwrap_or_default(),
+            })
+        };
+        json!({ "instance": self.instance, "workers": workers.iter().map(row).collect::<Vec<_>>() })
+    }
+}

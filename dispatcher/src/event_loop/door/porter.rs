@@ -1,0 +1,490 @@
+//! The thread at the door.
+
+use std::collections::{HashMap, VecDeque};
+use std::io;
+use std::os::fd::{AsFd, AsRawFd, OwnedFd};
+use std::sync::Arc;
+use std::sync::mpsc::{Receiver, SyncSender, TrySendError};
+use std::time::Duration;
+
+use dispatch_protocol::wire::{Control, Hello, RefusedCode};
+use mio::unix::SourceFd;
+use mio::{Events, Interest, Poll};
+
+use super::super::clock;
+use super::super::control::{self, Fault, Peer, Received};
+use super::super::join::{forget, name_of};
+use super::super::limit::Limit;
+use super::super::token::{Key, Source};
+use super::super::worker_io::{Lane, send_record};
+use super::pending::{Pending, Table};
+use super::rates::{Bucket, Rates};
+use super::{Knock, News, Order, Settings};
+use crate::admin::Wake;
+use crate::background::closer::{Bin, Watched};
+use crate::background::keep;
+use dispatcher_core::{Departure, Join, Refusal, Time, WorkerId};
+
+mod admit;
+
+/// Most records read from one control connection in one round.
+const RECORDS: usize = 16;
+
+/// Most claims of one worker in a window of [`CLAIM_WINDOW`]; the rest waits in its socket.
+const CLAIMS: u32 = 200;
+const CLAIM_WINDOW: Duration = Duration::from_millis(100);
+
+/// A worker that has joined.
+#[derive(Debug)]
+struct Member {
+    id: WorkerId,
+    control: OwnedFd,
+    /// Readable once the process has ended; `None` on kernels that cannot say.
+    process: Option<OwnedFd>,
+    said_goodbye: bool,
+    /// It has gone, or broken the protocol: nothing more is read.
+    over: bool,
+    /// It is among those that are read on: an event for it tells nothing new.
+    unread: bool,
+    claims: (Time, u32),
+    /// Its connection has ended without a goodbye; told by then, unless its process turns out to have ended.
+    ended: Option<Time>,
+}
+
+/// How long the end of a connection waits for that of its process: a process that is killed closes its descriptors just
+/// before it is seen to be dead.
+const DYING: Duration = Duration::from_millis(3);
+
+pub(super) struct Porter {
+    poll: Poll,
+    /// Orders wait: an eventfd of the hot thread.
+    waker: Arc<OwnedFd>,
+    listener: OwnedFd,
+    /// In the poll. Not while it rests, or each arrival would wake this thread for nothing.
+    watched: bool,
+    /// More may be waiting than one round takes.
+    ready: bool,
+    rest_until: Option<Time>,
+    settings: Settings,
+    pending: Table,
+    /// By `WorkerId::index`.
+    members: Vec<Option<Member>>,
+    /// Control connections that may have more to read although their edge is used up, not before a time; each once.
+    again: VecDeque<(Key, Time)>,
+    /// Members whose connections have ended, in the order in which they are to be told of.
+    ending: VecDeque<(Key, Time)>,
+    connects: Bucket,
+    rates: Rates,
+    /// By user.
+    refusals: HashMap<u32, Limit>,
+    news: SyncSender<News>,
+    wake: Wake,
+    /// There is news that the hot thread was not woken for.
+    told: bool,
+    orders: Receiver<Order>,
+    /// A worker that is being welcomed.
+    welcomed: Option<WorkerId>,
+    bin: Bin,
+    /// The hot thread has gone, or says so.
+    over: bool,
+    now: Time,
+}
+
+impl Porter {
+    pub(super) fn new(
+        waker: &Arc<OwnedFd>,
+        listener: OwnedFd,
+        settings: Settings,
+        (news, wake): (SyncSender<News>, Wake),
+        orders: Receiver<Order>,
+        bin: Bin,
+    ) -> io::Result<Porter> {
+        let mut porter = Porter {
+            poll: Poll::new()?,
+            waker: Arc::clone(waker),
+            listener,
+            watched: true,
+            ready: false,
+            rest_until: None,
+            settings,
+            pending: Table::default(),
+            members: Vec::new(),
+            again: VecDeque::new(),
+            ending: VecDeque::new(),
+            connects: Bucket::default(),
+            rates: Rates::default(),
+            refusals: HashMap::new(),
+            news,
+            wake,
+            told: false,
+            orders,
+            welcomed: None,
+            bin,
+            over: false,
+            now: clock(),
+        };
+        porter.register_all()?;
+        Ok(porter)
+    }
+
+    /// Until the hot thread ends it; gives back the listening socket.
+    pub(super) fn run(mut self, watched: Option<&Watched>) -> OwnedFd {
+        let mut failed = false;
+        keep::thread("handshakes", || {
+            if std::mem::replace(&mut failed, true) {
+                if let Some(watched) = watched {
+                    watched.end();
+                }
+                self.begin_again().map_err(|error| error.to_string())?;
+            }
+            self.rounds(watched).map_err(|error| error.to_string())
+        });
+        let pending: Vec<OwnedFd> = self.pending.drain().map(|pending| pending.socket).collect();
+        let members = self.members.drain(..).flatten().map(|member| member.control);
+        self.bin.close(members.chain(pending).collect());
+        self.listener
+    }
+
+    fn rounds(&mut self, watched: Option<&Watched>) -> io::Result<()> {
+        let mut events = Events::with_capacity(256);
+        while !self.over {
+            let timeout = self.timeout();
+            if let Err(error) = self.poll.poll(&mut events, timeout) {
+                if error.kind() != io::ErrorKind::Interrupted {
+                    return Err(error);
+                }
+                events.clear();
+            }
+            if let Some(watched) = watched {
+                watched.begin();
+            }
+            self.now = clock();
+            self.round(&events, watched);
+            if let Some(watched) = watched {
+                watched.end();
+            }
+            if std::mem::take(&mut self.told) {
+                (self.wake)();
+            }
+        }
+        Ok(())
+    }
+
+    /// After a failure: edges may have been missed, so everything is registered anew, which tells of them once more.
+    fn begin_again(&mut self) -> io::Result<()> {
+        self.poll = Poll::new()?;
+        self.register_all()?;
+        self.now = clock();
+        // It was in the hands of the thread when that failed.
+        if let Some(worker) = self.welcomed.take()
+            && self.member(Key::from(worker)).is_none()
+        {
+            self.tell(News::Left(worker, Departure::Disconnected));
+        }
+        Ok(())
+    }
+
+    fn register_all(&mut self) -> io::Result<()> {
+        let registry = self.poll.registry();
+        let register = |fd: &OwnedFd, source: Source| {
+            registry.register(&mut SourceFd(&fd.as_raw_fd()), source.token(), Interest::READABLE)
+        };
+        register(&self.waker, Source::Waker)?;
+        if self.watched {
+            register(&self.listener, Source::Dispatch)?;
+        }
+        for (key, pending) in self.pending.iter() {
+            register(&pending.socket, Source::Pending(key))?;
+        }
+        for member in self.members.iter().flatten() {
+            let key = Key::from(member.id);
+            register(&member.control, Source::Control(key))?;
+            if let Some(process) = &member.process {
+                register(process, Source::Process(key))?;
+            }
+        }
+        Ok(())
+    }
+
+    fn round(&mut self, events: &Events, watched: Option<&Watched>) {
+        // Not those that this round adds: they have had their share.
+        let unread = self.again.len();
+        for event in events {
+            if let Some(watched) = watched {
+                watched.next();
+            }
+            match Source::of(event.token()) {
+                Some(Source::Dispatch) => self.ready = true,
+                Some(Source::Pending(key)) => self.hello(key),
+                Some(Source::Control(key)) => self.control(key),
+                Some(Source::Process(key)) => self.left(key, Departure::Died),
+                Some(_) | None => {}
+            }
+        }
+        // At most as many as the hot thread has sent by now; what it sends is bounded by what it was told.
+        while let Ok(order) = self.orders.try_recv() {
+            self.obey(order);
+        }
+        for _ in 0..unread {
+            let Some((key, time)) = self.again.pop_front() else { break };
+            if time > self.now {
+                self.again.push_back((key, time));
+            } else if let Some(member) = self.member(key) {
+                member.unread = false;
+                self.read_records(key);
+            }
+        }
+        if self.rest_until.is_some_and(|until| until <= self.now) {
+            self.rest_until = None;
+            if self.watch().is_err() {
+                self.rest(self.settings.limits.resource_pause);
+            }
+        }
+        if self.ready && self.rest_until.is_none() {
+            self.accept();
+        }
+        while let Some(&(key, until)) = self.ending.front()
+            && until <= self.now
+        {
+            self.ending.pop_front();
+            if self.member(key).is_some_and(|member| member.ended.take().is_some()) {
+                self.left(key, Departure::Disconnected);
+            }
+        }
+        self.refuse_silent();
+        self.tell_unsaid();
+    }
+
+    fn timeout(&self) -> Option<Duration> {
+        let again = self.again.iter().map(|(_, time)| *time).min();
+        if self.ready && self.rest_until.is_none() {
+            return Some(Duration::ZERO);
+        }
+        let unsaid = self.refusals.values().filter_map(Limit::due).min();
+        let ending = self.ending.front().map(|(_, until)| *until);
+        let next = [self.rest_until, self.pending.deadline(), again, unsaid, ending];
+        Some(next.into_iter().flatten().min()? - clock())
+    }
+
+    fn tell(&mut self, news: News) {
+        let news = match self.news.try_send(news) {
+            Ok(()) => {
+                self.told = true;
+                return;
+            }
+            Err(TrySendError::Disconnected(_)) => {
+                self.over = true;
+                return;
+            }
+            Err(TrySendError::Full(news)) => news,
+        };
+        (self.wake)();
+        self.told = true;
+        self.over |= self.news.send(news).is_err();
+    }
+
+    /// A pending control connection is readable: its hello, or its end.
+    fn hello(&mut self, key: Key) {
+        let Some(pending) = self.pending.get(key) else { return };
+        // Once it is about to be answered, what follows is read afterwards.
+        if pending.deadline.is_none() {
+            return;
+        }
+        let mut rubbish = Vec::new();
+        let received = control::receive(&pending.socket, &mut rubbish);
+        self.bin.close(rubbish);
+        let fault = match received {
+            Received::Empty => return,
+            Received::End => {
+                if let Some(pending) = self.pending.take(key) {
+                    forget(self.poll.registry(), &pending.socket);
+                    self.bin.close(vec![pending.socket]);
+                }
+                return;
+            }
+            Received::Record(Control::Hello(hello)) => return self.ask(key, hello),
+            Received::Record(other) => Fault::Unexpected(name_of(&other)),
+            Received::Broken(fault) => fault,
+        };
+        if let Some(pending) = self.pending.take(key) {
+            let reason = format!("not a hello: {fault}");
+            self.refuse(pending, Refusal { code: RefusedCode::Malformed, reason, key: None });
+        }
+    }
+
+    /// Everything a welcome needs is made before the hot thread is asked, so that it makes nothing.
+    fn ask(&mut self, key: Key, hello: Hello) {
+        let slots = self.settings.slots.get(&hello.pool).copied();
+        let Some(pending) = self.pending.get(key) else { return };
+        pending.process = control::process_of(&pending.socket, &pending.peer);
+        let lane = slots.map(|slots| Lane::new(slots, hello.finished).map_err(|e| e.to_string()));
+        let Peer { pid, uid, gids } = pending.peer.clone();
+        let join = Join { pid, uid, gids, hello, spawned: None };
+        pending.deadline = None;
+        self.tell(News::Hello(Box::new(Knock { key, join, lane })));
+    }
+
+    fn obey(&mut self, order: Order) {
+        match order {
+            Order::Welcome { key, worker, record, fds } => {
+                self.welcomed = Some(worker);
+                self.welcome(key, worker, &record, fds);
+                self.welcomed = None;
+            }
+            Order::Refuse { key, refusal } => {
+                if let Some(pending) = self.pending.take(key) {
+                    self.refuse(pending, refusal);
+                }
+            }
+            Order::Cut(worker) => {
+                if let Some(member) = self.member(Key::from(worker)) {
+                    let _ = rustix::net::shutdown(&member.control, rustix::net::Shutdown::Both);
+                }
+            }
+            Order::Forget(worker) => {
+                let place = self.members.get_mut(worker.index as usize);
+                let member = place.and_then(|p| p.take_if(|member| member.id == worker));
+                if let Some(member) = member {
+                    let registry = self.poll.registry();
+                    forget(registry, &member.control);
+                    if let Some(process) = &member.process {
+                        forget(registry, process);
+                    }
+                    self.bin.close(vec![member.control]);
+                }
+            }
+            Order::Settings(settings) => self.settings = settings,
+            Order::Listen(listener) => self.listen(listener),
+            Order::End => self.over = true,
+        }
+    }
+
+    fn welcome(&mut self, key: Key, worker: WorkerId, record: &[u8], fds: [OwnedFd; 3]) {
+        let Some(Pending { socket, process, .. }) = self.pending.take(key) else { return };
+        let key = Key::from(worker);
+        let registry = self.poll.registry();
+        let interest = Interest::READABLE;
+        let raw = socket.as_raw_fd();
+        let watched = registry
+            .reregister(&mut SourceFd(&raw), Source::Control(key).token(), interest)
+            .and_then(|()| match &process {
+                None => Ok(()),
+                Some(process) => {
+                    let token = Source::Process(key).token();
+                    registry.register(&mut SourceFd(&process.as_raw_fd()), token, interest)
+                }
+            });
+        let [channel, board, poke] = &fds;
+        let theirs = [channel.as_fd(), board.as_fd(), poke.as_fd()];
+        let sent = send_record(socket.as_fd(), record, &theirs);
+        let index = worker.index as usize;
+        if self.members.len() <= index {
+            self.members.resize_with(index + 1, || None);
+        }
+        self.members[index] = Some(Member {
+            id: worker,
+            control: socket,
+            process,
+            said_goodbye: false,
+            over: false,
+            unread: true,
+            claims: (self.now, 0),
+            ended: None,
+        });
+        if watched.is_err() {
+            self.left(key, Departure::Expelled("its connection cannot be watched"));
+        } else if sent.is_err() {
+            self.left(key, Departure::Disconnected);
+        }
+        // What came since its hello has used up its edge.
+        self.again.push_back((key, self.now));
+        // The worker's end of the channel: its last reference if the welcome did not arrive.
+        self.bin.close(fds.into());
+    }
+
+    /// A worker's control connection is readable: claims, goodbye, or its end.
+    fn control(&mut self, key: Key) {
+        if self.member(key).is_some_and(|member| !member.unread) {
+            self.read_records(key);
+        }
+    }
+
+    fn read_records(&mut self, key: Key) {
+        let now = self.now;
+        for _ in 0..RECORDS {
+            let Some(member) = self.member(key) else { return };
+            if member.over {
+                return;
+            }
+            if now - member.claims.0 >= CLAIM_WINDOW {
+                member.claims = (now, 0);
+            } else if member.claims.1 >= CLAIMS {
+                let next = member.claims.0 + CLAIM_WINDOW;
+                return self.read_on(key, next);
+            }
+            let id = member.id;
+            let mut rubbish = Vec::new();
+            let received = control::receive(&member.control, &mut rubbish);
+            let fault = match received {
+                Received::Empty => return,
+                Received::Record(Control::Own(own)) => {
+                    member.claims.1 += 1;
+                    self.tell(News::Own(id, own));
+                    continue;
+                }
+                Received::Record(Control::Update(update)) => {
+                    // Within the same bound.
+                    member.claims.1 += 1;
+                    self.tell(News::Update(id, update));
+                    continue;
+                }
+                Received::Record(Control::Goodbye(_)) if !member.said_goodbye => {
+                    member.said_goodbye = true;
+                    self.tell(News::Goodbye(id));
+                    continue;
+                }
+                Received::End => return self.ended(key),
+                Received::Record(other) => Fault::Unexpected(name_of(&other)),
+                Received::Broken(fault) => fault,
+            };
+            member.over = true;
+            self.bin.close(rubbish);
+            return self.tell(News::Broke(id, fault));
+        }
+        // There may be more, and the edge is used up.
+        self.read_on(key, now);
+    }
+
+    fn read_on(&mut self, key: Key, time: Time) {
+        if let Some(member) = self.member(key) {
+            member.unread = true;
+            self.again.push_back((key, time));
+        }
+    }
+
+    /// A control connection has ended. It may be the first sign of a process that has.
+    fn ended(&mut self, key: Key) {
+        let until = self.now + DYING;
+        let Some(member) = self.member(key) else { return };
+        if member.said_goodbye || member.process.is_none() {
+            return self.left(key, Departure::Disconnected);
+        }
+        if !std::mem::replace(&mut member.over, true) {
+            member.ended = Some(until);
+            self.ending.push_back((key, until));
+        }
+    }
+
+    fn left(&mut self, key: Key, why: Departure) {
+        let Some(member) = self.member(key) else { return };
+        member.over = true;
+        member.ended = None;
+        let id = member.id;
+        self.tell(News::Left(id, why));
+    }
+
+    fn member(&mut self, key: Key) -> Option<&mut Member> {
+        let member = self.members.get_mut(key.index as usize)?.as_mut()?;
+        key.is(member.id.serial).then_some(member)
+    }
+}

@@ -1,0 +1,259 @@
+//! What went wrong, in sentences for the status. What is no fault, or only follows from one, is left to the log.
+
+use std::time::{Duration, SystemTime};
+
+use humantime::format_duration;
+
+use super::EventLoop;
+use super::conditions::Condition;
+use super::tell::span;
+use crate::api::status::SocketFileStatus;
+use crate::background::logger::value;
+use crate::listen::files::News;
+use dispatcher_core::{Departure, Event, PoolId, ProcessId, WorkerId};
+
+/// Every kind there is. `docs/OPERATING.md` says of each what to do.
+const KINDS: [&str; 17] = [
+    "worker_gone",
+    "worker_suspect",
+    "worker_expelled",
+    "worker_refused",
+    "connection_lost_by_worker",
+    "channel_full",
+    "counter_clamped",
+    "gauge_impossible",
+    "no_worker",
+    "refusing",
+    "back_pressure",
+    "process_ended",
+    "process_not_started",
+    "choked",
+    "accept_paused",
+    "worker_not_accepted",
+    "socket_file_missing",
+];
+
+impl EventLoop {
+    /// Remembers a fault. For use beside a log line, behind the same limit.
+    pub(super) fn fault(
+        &mut self,
+        kind: &'static str,
+        subject: &str,
+        text: impl FnOnce() -> String,
+    ) {
+        debug_assert!(KINDS.contains(&kind), "{kind} is not documented");
+        let most = self.config.limits.fault_history;
+        if most > 0 {
+            self.faults.note(most, SystemTime::now(), kind, subject.to_owned(), text());
+        }
+    }
+
+    /// Remembers which files of sockets are missing, and which no longer are.
+    pub(super) fn note_socket_files(&mut self) {
+        const KIND: &str = "socket_file_missing";
+        let most = self.config.limits.fault_history;
+        for News { at, file, missed } in self.side.files.news() {
+            let SocketFileStatus { socket, path } = file;
+            let path = value(&path);
+            match missed {
+                None if most == 0 => {}
+                None => {
+                    let text = format!(
+                        "{path} is not there: nothing new can connect; a reload makes it again"
+                    );
+                    self.faults.note(most, at, KIND, socket.clone(), text.clone());
+                    self.faults.update(KIND, &socket, text, true);
+                }
+                Some(missed) => {
+                    let text = format!("{path} was not there for {}", span(missed));
+                    self.faults.update(KIND, &socket, text, false);
+                }
+            }
+        }
+    }
+
+    /// Keeps in mind what is ordered to end; says whether this event is such an end.
+    pub(super) fn note_order(&mut self, event: &Event) -> bool {
+        self.follow_conditions(false);
+        match *event {
+            Event::Goodbye { worker, .. } | Event::Draining { worker, .. } => {
+                let process = self.core.process_of(worker).zip(self.core.worker_pid(worker));
+                self.orderly.leaves(worker, process);
+            }
+            Event::DrainOver { worker, .. } => self.orderly.is_over(worker),
+            Event::Resumed { worker } => {
+                self.orderly.stays(worker, self.core.process_of(worker));
+            }
+            Event::Gone { worker, live, resent, .. } => {
+                return self.orderly.gone(worker, live + u64::from(resent));
+            }
+            _ => {}
+        }
+        false
+    }
+
+    /// Brings the faults up to date that have just ended, and with `ongoing` those that go on.
+    pub(super) fn follow_conditions(&mut self, ongoing: bool) {
+        if self.conditions.is_empty() {
+            return;
+        }
+        let core = &self.core;
+        let over = self.conditions.over(|pool| core.pool_state(pool));
+        let over = over.iter().map(|one| (one, false));
+        let on = self.conditions.ongoing().iter().filter(|_| ongoing).map(|one| (one, true));
+        for (one, ongoing) in over.chain(on) {
+            let clients = self.conditions.clients_of(one);
+            let text = one.condition.text(self.now - one.since, clients, ongoing);
+            let name = self.core.pool_name(one.pool);
+            self.faults.update(one.condition.kind(), name, text, ongoing);
+        }
+    }
+
+    /// Remembers an event of the core, if it is a fault. An end that was `ordered` is none.
+    pub(super) fn note_fault(&mut self, event: &Event, ordered: bool) {
+        match *event {
+            Event::Joined { .. }
+            | Event::Draining { .. }
+            | Event::DrainOver { .. }
+            | Event::Resumed { .. }
+            | Event::Paused { .. }
+            | Event::Updated { .. }
+            | Event::Goodbye { .. }
+            | Event::Trusted { .. }
+            | Event::Relieved { .. }
+            | Event::Served { .. }
+            // Its end, or that it did not start, is remembered already.
+            | Event::Restarting { .. } => {}
+            Event::Gone { worker, why, resent, live } => {
+                let kind = match why {
+                    Departure::Disconnected if live == 0 && resent == 0 => return,
+                    Departure::Disconnected | Departure::Died if ordered => return,
+                    Departure::Released => return,
+                    // Of a killed process either news may come first.
+                    Departure::Disconnected | Departure::Died => "worker_gone",
+                    Departure::Expelled(_) => "worker_expelled",
+                };
+                self.worker_fault(kind, worker, |pid| {
+                    let what = match why {
+                        Departure::Disconnected => "is gone without a goodbye".to_owned(),
+                        Departure::Died => "died".to_owned(),
+                        Departure::Expelled(reason) => format!("was expelled: {reason}"),
+                        Departure::Released => "was released".to_owned(),
+                    };
+                    format!(
+                        "process {pid} {what}; {resent} untaken went elsewhere, {live} {} being served",
+                        if live == 1 { "was" } else { "were" }
+                    )
+                });
+            }
+            Event::Suspect { worker, revoked, waited } => {
+                self.worker_fault("worker_suspect", worker, |pid| {
+                    let waited = format_duration(Duration::from_millis(waited.as_millis() as u64));
+                    format!(
+                        "process {pid} took nothing for {waited}; {revoked} went elsewhere, \
+                         it gets no more until it answers"
+                    )
+                });
+            }
+            Event::Lost { worker } => {
+                self.worker_fault("connection_lost_by_worker", worker, |pid| {
+                    format!("process {pid} did not get what was sent; is it at its limit of open files?")
+                });
+            }
+            Event::ChannelFull { worker } => self.worker_fault("channel_full", worker, |pid| {
+                format!("process {pid} reads too slowly: no room to send it more")
+            }),
+            Event::Clamped { worker, what, said, used } => {
+                self.worker_fault("counter_clamped", worker, |pid| {
+                    format!("process {pid} reports an impossible {what}: {said}; {used} is used")
+                });
+            }
+            Event::BadGauge { worker, gauge, problem } => {
+                self.worker_fault("gauge_impossible", worker, |pid| {
+                    let gauge = gauge.as_ref().map_or("a gauge", |gauge| gauge.as_str());
+                    format!("process {pid} shows {gauge} with {}", problem.text())
+                });
+            }
+            // Every dispatcher starts without workers.
+            Event::NoUsableWorker { .. } if self.now == self.started => {}
+            Event::NoUsableWorker { pool } => {
+                self.condition(Condition::NoWorker, pool, 0);
+            }
+            Event::Refusing { pool, closed, unserved: false } => {
+                self.condition(Condition::Refusing, pool, closed.into());
+            }
+            Event::Refusing { pool, closed, unserved: true } => {
+                self.condition(Condition::Unserved, pool, closed.into());
+            }
+            // The condition goes on, and counts by itself.
+            Event::StillRefusing { .. } => {}
+            Event::BackPressure { pool } => self.condition(Condition::BackPressure, pool, 0),
+            Event::Choked { pause } => self.fault("choked", "dispatcher", || {
+                let pause = format_duration(pause);
+                format!("out of descriptors or memory: everything waits for {pause}")
+            }),
+        }
+    }
+
+    fn worker_fault(
+        &mut self,
+        kind: &'static str,
+        worker: WorkerId,
+        text: impl FnOnce(i32) -> String,
+    ) {
+        let pool = self.core.pool_of_worker(worker).map_or("", |pool| self.core.pool_name(pool));
+        let subject = format!("{pool}/{}", self.core.worker_name(worker));
+        let pid = self.core.worker_pid(worker).unwrap_or_default();
+        self.fault(kind, &subject, || text(pid));
+    }
+
+    /// A fault of a pool that goes on until its state is another one.
+    fn condition(&mut self, condition: Condition, pool: PoolId, clients: u64) {
+        self.conditions.begin(condition, pool, self.now, clients);
+        let name = self.core.pool_name(pool).to_owned();
+        self.fault(condition.kind(), &name, || condition.text(Duration::ZERO, clients, true));
+    }
+
+    /// What a process we start is called; it joins as a worker of this name unless it chooses another.
+    pub(super) fn process_name(&self, process: ProcessId) -> String {
+        let pool = self.core.pool_name(process.pool);
+        format!("{pool}/{pool}-{}", process.number + 1)
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::KINDS;
+
+    #[test]
+    fn every_kind_is_documented_and_no_other() {
+        let page = include_str!("../../../docs/OPERATING.md");
+        let (_, table) = page.split_once("| kind | what happened |").expect("the table of faults");
+        let rows = table.lines().skip(2).take_while(|line| line.starts_with('|'));
+        let kinds = rows.flat_map(|row| row.split('|').nth(1).unwrap_or_default().split(", "));
+        let mut documented: Vec<&str> = kinds.map(|kind| kind.trim().trim_matches('`')).collect();
+        documented.sort_unstable();
+        let mut written = KINDS.to_vec();
+        written.sort_unstable();
+        assert_eq!(documented, written);
+    }
+
+    #[test]
+    fn every_kind_in_the_program_is_listed() {
+        let mut found = 0;
+        for entry in std::fs::read_dir(concat!(env!("CARGO_MANIFEST_DIR"), "/src/event_loop"))
+            .expect("sources")
+        {
+            let text = std::fs::read_to_string(entry.expect("a file").path()).unwrap_or_default();
+            for part in text.split("fault(\"").skip(1) {
+                let kind = part.split('"').next().unwrap_or_default();
+                // This very line, and the next.
+                if kind.bytes().all(|byte| byte.is_ascii_lowercase() || byte == b'_') {
+                    assert!(KINDS.contains(&kind), "{kind}");
+                    found += 1;
+                }
+            }
+        }
+        assert!(found > 10, "the sources were found");
+    }
+}

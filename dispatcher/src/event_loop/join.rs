@@ -1,0 +1,262 @@
+//! Workers that join and leave: what the [door](super::door) tells is put to the core, and its answers become orders.
+
+use std::os::fd::{AsRawFd, OwnedFd};
+
+use dispatch_protocol::wire::{
+    Control, Features, Hello, RefusedCode, VERSION, Welcome, WelcomeListener,
+};
+use mio::Interest;
+use mio::unix::SourceFd;
+
+use super::EventLoop;
+use super::control::Fault;
+use super::door::{Knock, News, Order, Settings};
+use super::gauges::Gauges;
+use super::limit::Cause;
+use super::rings::Rings;
+use super::token::{Key, Source};
+use super::worker_io::{Lane, WorkerIo};
+use crate::background::logger::{quoted, value};
+use crate::config::{self, Pool};
+use dispatcher_core::{Claim, Departure, ListenerId, PoolId, Refusal, SPARE_SLOTS, WorkerId};
+
+/// Most messages of the door handled in one turn; the rest is for the next turn.
+const NEWS_PER_TURN: usize = 64;
+
+/// What we can do, beyond what every version can.
+const FEATURES: Features = Features(Features::DRAIN.0 | Features::UPDATE.0);
+
+impl EventLoop {
+    /// Handles what the door has told.
+    pub(super) fn hear(&mut self) {
+        for _ in 0..NEWS_PER_TURN {
+            let Some(news) = self.door.next() else { return };
+            match news {
+                News::Hello(knock) => self.join(*knock),
+                News::Own(worker, own) => self.own(worker, own.key()),
+                News::Update(worker, update) => self.core.update(self.now, worker, update),
+                News::Goodbye(worker) => self.core.goodbye(self.now, worker),
+                News::Left(worker, why) => self.core.leave(self.now, worker, why),
+                News::Broke(worker, fault) => self.expel(worker, &fault),
+                News::Refused { pid, uid, gid, reason, key, more } => {
+                    self.meters.workers_refused += 1 + more;
+                    log::warn!(
+                        "event=worker_refused pid={pid} uid={uid} gid={gid} reason={} key={} left_out={more}",
+                        quoted(&reason),
+                        value(key.as_deref().unwrap_or("-"))
+                    );
+                    self.fault("worker_refused", "dispatch_socket", || {
+                        let key = key.as_ref().map_or(String::new(), |key| format!(" (see {key})"));
+                        format!("process {pid} of user {uid} was refused: {reason}{key}")
+                    });
+                }
+                News::RefusedMore { uid, count } => {
+                    self.meters.workers_refused += count;
+                    log::warn!("event=lines_left_out kind=worker_refused uid={uid} count={count}");
+                }
+                News::Short(error) => {
+                    let limit = self.limits.allow(self.now, None, Cause::Shortage);
+                    if let Some(left_out) = limit {
+                        log::warn!(
+                            "event=worker_not_accepted error={error} left_out={left_out}",
+                            error = quoted(&error)
+                        );
+                        let pause = humantime::format_duration(self.config.limits.resource_pause);
+                        self.fault("worker_not_accepted", "dispatch_socket", || {
+                            format!("a worker waits for {pause}: {error}")
+                        });
+                    }
+                }
+            }
+        }
+    }
+
+    fn join(&mut self, knock: Knock) {
+        let Knock { key, mut join, lane } = knock;
+        join.spawned = join.hello.token.and_then(|token| self.tokens.get(&token).copied());
+        if let Err(refusal) = self.core.may_join(&join) {
+            return self.door.order(Order::Refuse { key, refusal });
+        }
+        let slots = self.slots_for(&join.hello.pool);
+        // Made at the door, unless the pool has changed since.
+        let made = match lane {
+            Some(Ok((lane, theirs))) if lane.board.slots() == slots => Ok((lane, theirs)),
+            Some(Err(error)) => Err(error),
+            Some(Ok(_)) | None => {
+                Lane::new(slots, join.hello.finished).map_err(|error| error.to_string())
+            }
+        };
+        let (lane, theirs) = match made {
+            Ok(made) => made,
+            Err(error) => {
+                let reason = format!("the dispatcher is short of a resource ({error}); try again");
+                let refusal = Refusal { code: RefusedCode::Resources, reason, key: None };
+                return self.door.order(Order::Refuse { key, refusal });
+            }
+        };
+        // The worker's copy of our eventfd, or a sign that we are out of descriptors.
+        let poke = match lane.poke.try_clone() {
+            Ok(poke) => poke,
+            Err(error) => {
+                let reason = format!("the dispatcher is short of a resource ({error}); try again");
+                let refusal = Refusal { code: RefusedCode::Resources, reason, key: None };
+                return self.door.order(Order::Refuse { key, refusal });
+            }
+        };
+        let id = match self.core.join(self.now, &join) {
+            Ok(id) => id,
+            Err(refusal) => return self.door.order(Order::Refuse { key, refusal }),
+        };
+        let raw = lane.poke.as_raw_fd();
+        let token = Source::Poke(Key::from(id)).token();
+        let watched = self.poll.registry().register(&mut SourceFd(&raw), token, Interest::READABLE);
+        let pool_id = self.core.pool_of_worker(id);
+        let scored = pool_id.map_or(&[][..], |pool| self.core.scored_gauges(pool));
+        let timeout = self.configured(&join.hello.pool).map(|p| p.settings.handoff_timeout);
+        let timeout = timeout.unwrap_or_default();
+        let mut record = Vec::new();
+        Welcome {
+            version: VERSION,
+            slots,
+            worker_id: id.serial,
+            features: self.features_for(&join.hello),
+            max_connections: self.core.max_connections_of(id).unwrap_or(join.hello.max_connections),
+            handoff_timeout_ms: u32::try_from(timeout.as_millis()).unwrap_or(u32::MAX),
+            listeners: self.listeners_of(&join.hello.pool),
+            gauges: scored.iter().map(|gauge| gauge.name).collect(),
+        }
+        .encode(&mut record);
+        let fds = [theirs.channel, theirs.board, poke];
+        self.door.order(Order::Welcome { key, worker: id, record, fds });
+        let gauges = pool_id.and_then(|pool| Gauges::new(&self.core, pool));
+        self.gauge_readers += usize::from(gauges.is_some());
+        let io = WorkerIo {
+            id,
+            lane,
+            outbox: Vec::new(),
+            finished: join.hello.finished,
+            threads: None,
+            gauges,
+            purge: None,
+            rings: Rings::default(),
+        };
+        let index = id.index as usize;
+        if self.workers.len() <= index {
+            self.workers.resize_with(index + 1, || None);
+        }
+        self.workers[index] = Some(io);
+        if let Err(error) = watched {
+            let limit = self.limits.allow(self.now, pool_id, Cause::NotWatched);
+            if let Some(left_out) = limit {
+                log::warn!(
+                    "event=worker_not_watched {} error={error} left_out={left_out}",
+                    self.worker(id),
+                    error = quoted(&error)
+                );
+            }
+            self.core.leave(self.now, id, Departure::Expelled("its connection cannot be watched"));
+        } else if join.hello.token.is_some() && join.spawned.is_none() {
+            self.retire_left_over(id, pool_id);
+        }
+    }
+
+    /// A worker with a token that is not of ours: a dispatcher that was killed had started it, and in its place there is a
+    /// process of ours. It keeps the connections it has, and ends with the last.
+    fn retire_left_over(&mut self, worker: WorkerId, pool: Option<PoolId>) {
+        if let Some(left_out) = self.limits.allow(self.now, pool, Cause::LeftOver) {
+            log::warn!(
+                "event=worker_left_over {} left_out={left_out} hint=\"an earlier dispatcher started it: it is drained\"",
+                self.worker(worker)
+            );
+        }
+        self.core.drain_worker(self.now, worker, None);
+    }
+
+    /// Slots of the scoreboard of a worker of this pool.
+    fn slots_for(&self, pool: &str) -> u32 {
+        self.configured(pool).map_or(1, |pool| pool.settings.max_untaken + SPARE_SLOTS)
+    }
+
+    /// What the door goes by, from now on.
+    pub(super) fn door_settings(config: &config::Config) -> Settings {
+        let slots = config.pools.iter().map(|pool| {
+            let settings = &pool.settings;
+            (settings.name.clone(), settings.max_untaken + SPARE_SLOTS)
+        });
+        Settings { limits: config.limits.clone(), slots: slots.collect() }
+    }
+
+    /// What the worker and its pool both can.
+    fn features_for(&self, hello: &Hello) -> Features {
+        let claims =
+            match self.configured(&hello.pool).and_then(|pool| pool.settings.affinity.as_ref()) {
+                Some(_) => Features::OWN,
+                None => Features::NONE,
+            };
+        Features(hello.features.0 & (FEATURES.0 | claims.0))
+    }
+
+    /// A worker claims a key. It may be leaving, and need not know what its pool's keys look like: no reason to cut it off.
+    fn own(&mut self, worker: WorkerId, key: &[u8]) {
+        let reason = match self.core.own(self.now, worker, key) {
+            Claim::Noted | Claim::Leaving => return,
+            Claim::NoAffinity => "its pool has no affinity.key",
+            Claim::NotAKey => "its pool's affinity.key has no such values",
+        };
+        let pool = self.core.pool_of_worker(worker);
+        if let Some(left_out) = self.limits.allow(self.now, pool, Cause::Claim) {
+            log::warn!(
+                "event=claim_ignored {} reason={reason} left_out={left_out}",
+                self.worker(worker),
+                reason = quoted(&reason)
+            );
+        }
+    }
+
+    /// The pool of this name that there is now.
+    fn configured(&self, name: &str) -> Option<&Pool> {
+        self.config.pools.get(usize::from(self.core.pool_named(name)?.0))
+    }
+
+    fn listeners_of(&self, pool: &str) -> Vec<WelcomeListener> {
+        let Some(pool) = self.core.pool_named(pool) else { return Vec::new() };
+        let serves = |id: &ListenerId| self.core.pool_of_listener(*id) == Some(pool);
+        let name = |id: ListenerId| self.core.listener_name(id).to_owned();
+        let listeners = self.core.listeners().filter(serves);
+        listeners.map(|id| WelcomeListener { index: id.0, name: name(id) }).collect()
+    }
+
+    fn expel(&mut self, id: WorkerId, fault: &Fault) {
+        let pool = self.core.pool_of_worker(id);
+        if let Some(left_out) = self.limits.allow(self.now, pool, Cause::Broken) {
+            log::warn!(
+                "event=worker_broke_protocol {} reason={fault} left_out={left_out}",
+                self.worker(id),
+                fault = quoted(&fault)
+            );
+        }
+        self.core.leave(self.now, id, Departure::Expelled("it broke the protocol"));
+    }
+
+    /// The worker behind a key, unless it has gone since.
+    pub(super) fn worker_mut(&mut self, key: Key) -> Option<&mut WorkerIo> {
+        let io = self.workers.get_mut(key.index as usize)?.as_mut()?;
+        key.is(io.id.serial).then_some(io)
+    }
+}
+
+/// Takes a socket out of the poll before it is closed, so that no event for it can follow.
+pub(super) fn forget(registry: &mio::Registry, socket: &OwnedFd) {
+    let _ = registry.deregister(&mut SourceFd(&socket.as_raw_fd()));
+}
+
+pub(super) fn name_of(record: &Control) -> &'static str {
+    match record {
+        Control::Hello(_) => "hello",
+        Control::Welcome(_) => "welcome",
+        Control::Refused(_) => "refused",
+        Control::Goodbye(_) => "second goodbye",
+        Control::Own(_) => "claim of a key",
+        Control::Update(_) => "update",
+    }
+}

@@ -1,0 +1,81 @@
+//! First bytes: looked at where they are, and left there for the worker.
+//!
+//! Owns the looking. When to look is said by the poll; how long and at how many bytes, by the settings; what the bytes
+//! mean, by `crate::preface`; and what follows from that, by the core.
+
+use std::os::fd::AsRawFd;
+
+use mio::Interest;
+use mio::unix::SourceFd;
+use rustix::io::Errno;
+use rustix::net::RecvFlags;
+
+use super::EventLoop;
+use super::token::{Key, Source};
+use crate::preface::{self, Look, is_enough};
+use dispatcher_core::ConnId;
+
+impl EventLoop {
+    /// Looks at the first bytes of a connection that awaits them; with `end`, no more will come than are there now.
+    ///
+    /// Edge-triggered, so whatever comes after a look gives another event. The look after the registration catches what
+    /// came before it.
+    pub(super) fn look(&mut self, id: ConnId, end: bool) {
+        if !self.core.awaits_bytes(id) {
+            return;
+        }
+        let Some(Some(conn)) = self.conns.get_mut(id.index as usize) else { return };
+        let listener = self.config.listeners.get(usize::from(conn.listener.0));
+        let pool = listener.and_then(|listener| self.config.pools.get(usize::from(listener.pool)));
+        let Some((affinity, peek)) =
+            pool.and_then(|pool| Some((pool.settings.affinity.as_ref()?, pool.settings.peek)))
+        else {
+            return;
+        };
+        let most = peek.max_bytes as usize;
+        if self.first_bytes.len() < most {
+            self.first_bytes.resize(most, 0);
+        }
+        let flags = RecvFlags::PEEK | RecvFlags::DONTWAIT;
+        let received = loop {
+            match rustix::net::recv(&conn.fd, &mut self.first_bytes[..most], flags) {
+                Err(Errno::INTR) => {}
+                other => break other.map(|(_, received)| received.min(most)),
+            }
+        };
+        let known = match received {
+            Err(Errno::AGAIN) if !end => return self.watch_first_bytes(id),
+            Err(Errno::AGAIN) => None,
+            Err(_) => return self.core.client_gone(self.now, id),
+            Ok(count) => {
+                let last = end
+                    || count == 0
+                    || count == most
+                    || is_enough(&mut conn.looked, count, peek.max_bytes);
+                let bytes = self.first_bytes.get(..count).unwrap_or_default();
+                match preface::read(&affinity.key, bytes, last, &mut self.decoded) {
+                    Look::Known(known) => Some(known),
+                    Look::More => return self.watch_first_bytes(id),
+                    Look::Unknown => None,
+                }
+            }
+        };
+        self.core.first_bytes(self.now, id, known);
+    }
+
+    /// Has the poll tell of more bytes, and of the end.
+    fn watch_first_bytes(&mut self, id: ConnId) {
+        let Some(Some(conn)) = self.conns.get_mut(id.index as usize) else { return };
+        if conn.watched {
+            return;
+        }
+        let token = Source::Held(Key::from(id)).token();
+        let raw = conn.fd.as_raw_fd();
+        let registry = self.poll.registry();
+        match registry.register(&mut SourceFd(&raw), token, Interest::READABLE) {
+            Ok(()) => conn.watched = true,
+            // Out of memory for the poll: nothing would tell us of its bytes.
+            Err(_) => self.core.first_bytes(self.now, id, None),
+        }
+    }
+}

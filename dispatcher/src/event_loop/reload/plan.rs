@@ -1,0 +1,274 @@
+//! What a reload will do, step by step: worked out, and its sockets opened, before anything changes.
+
+use super::*;
+
+/// Makes sockets again whose file was removed. One that cannot be made stays as it is, and is named.
+pub(super) fn make_again(
+    now: &InForce,
+    listeners: &Steps,
+    reloaded: &mut Reloaded,
+) -> Vec<(Socket, Listening)> {
+    let mut again = Vec::new();
+    for (socket, file) in now.files.iter().filter(|(_, file)| file.is_missing()) {
+        let (kind, looks) = match socket {
+            Socket::Dispatch => (SocketType::SEQPACKET, Looks::of(&now.config.dispatch_socket)),
+            Socket::Admin => (SocketType::STREAM, Looks::of(&now.config.admin_socket)),
+            Socket::Listener(id) => {
+                let stays = listeners.iter().find(|(step, _, _)| {
+                    matches!(step, ListenerStep::Keep(other) | ListenerStep::TakeOver(other) if other == id)
+                });
+                let Some((_, _, listener)) = stays else { continue };
+                let (backlog, mode) = (listener.options.backlog, listener.options.mode);
+                (SocketType::STREAM, Looks { backlog, mode, user: None, group: None })
+            }
+        };
+        let name = format!("socket file {}", file.path.display());
+        match bind::listen_again(file, kind, looks) {
+            Ok(listening) => {
+                reloaded.added.push(name);
+                again.push((*socket, listening));
+            }
+            Err(error) => reloaded.needs_restart.push(format!("{name} ({error})")),
+        }
+    }
+    again
+}
+
+pub(super) fn plan_pools(
+    now: &InForce,
+    new: &Config,
+    reloaded: &mut Reloaded,
+) -> (Vec<(PoolStep, Pool)>, Vec<PoolId>) {
+    let mut removed = now.pools.clone();
+    let mut pools = Vec::with_capacity(new.pools.len());
+    for pool in &new.pools {
+        let name = &pool.settings.name;
+        let known = |id: &PoolId| {
+            now.config.pools.get(usize::from(id.0)).filter(|pool| pool.settings.name == *name)
+        };
+        let step = match now.pools.iter().find_map(|id| Some((*id, known(id)?))) {
+            None => {
+                reloaded.added.push(format!("pool {name}"));
+                PoolStep::Add
+            }
+            Some((id, old)) => {
+                removed.retain(|other| *other != id);
+                if old == pool {
+                    PoolStep::Keep(id)
+                } else {
+                    reloaded.changed.push(format!("pool {name}"));
+                    PoolStep::Change(id)
+                }
+            }
+        };
+        pools.push((step, pool.clone()));
+    }
+    for id in &removed {
+        if let Some(pool) = now.config.pools.get(usize::from(id.0)) {
+            reloaded.removed.push(format!("pool {}", pool.settings.name));
+        }
+    }
+    (pools, removed)
+}
+
+type Steps = Vec<(ListenerStep, Rules, Listener)>;
+
+pub(super) fn plan_listeners(
+    now: &InForce,
+    new: &Config,
+    reloaded: &mut Reloaded,
+) -> Result<(Steps, Vec<ListenerId>), CommandError> {
+    let mut rest: Vec<(ListenerId, &Listener)> = now
+        .listeners
+        .iter()
+        .filter_map(|id| Some((*id, now.config.listeners.get(usize::from(id.0))?)))
+        .collect();
+    // By name first: several may have the same address, with port 0.
+    let mut found: Vec<Option<(ListenerId, &Listener)>> = Vec::with_capacity(new.listeners.len());
+    for wanted in &new.listeners {
+        let same = |(_, old): &(ListenerId, &Listener)| {
+            old.name == wanted.name && old.address == wanted.address
+        };
+        found.push(rest.iter().position(same).map(|at| rest.remove(at)));
+    }
+    let mut steps = Vec::with_capacity(new.listeners.len());
+    for (wanted, found) in new.listeners.iter().zip(found) {
+        let found = found.or_else(|| {
+            let at = rest.iter().position(|(_, old)| {
+                old.address == wanted.address && !has_any_port(&wanted.address)
+            })?;
+            Some(rest.remove(at))
+        });
+        steps.push(match found {
+            Some((id, old)) => plan_known(now, new, (id, old), wanted, reloaded),
+            None => {
+                reloaded.added.push(format!("listener {}", wanted.name));
+                plan_new(now, wanted, reloaded)?
+            }
+        });
+    }
+    for (_, old) in &rest {
+        reloaded.removed.push(format!("listener {}", old.name));
+        if let Address::Systemd(name) = &old.address {
+            reloaded.warnings.push(format!(
+                "listener {}: systemd keeps the socket of systemd:{name} open, so its clients are turned away until it is \
+                 configured again; stop its .socket unit to have them refused",
+                old.name
+            ));
+        }
+    }
+    // Last, because it is the first thing that anybody could notice.
+    for (step, _, listener) in &mut steps {
+        if let ListenerStep::Open(made) = step {
+            *made = listen(now, listener).map_err(|error| not_opened(now, listener, &error))?;
+        }
+    }
+    Ok((steps, rest.iter().map(|(id, _)| *id).collect()))
+}
+
+/// One that is not there yet. Its socket may be: of a listener that was taken out before.
+pub(super) fn plan_new(
+    now: &InForce,
+    wanted: &Listener,
+    reloaded: &mut Reloaded,
+) -> Result<(ListenerStep, Rules, Listener), CommandError> {
+    let rules = new_rules(wanted);
+    let there = now.reusable.iter().find(|there| there.address == wanted.address);
+    match (&wanted.address, there) {
+        (Address::Systemd(name), Some(_)) => {
+            Ok((ListenerStep::TakeKept(name.clone()), rules, wanted.clone()))
+        }
+        (Address::Systemd(name), None) => Err(not_inherited(&wanted.name, name)),
+        (Address::Tcp(_), Some(Reusable { listening: Some(listening), options, .. }))
+            if !has_any_port(&wanted.address) =>
+        {
+            let fd = listening.fd.try_clone();
+            let fd = fd.map_err(|error| refused(format!("listener `{}`: {error}", wanted.name)))?;
+            let (options, fixed) = bind::changeable(options, &wanted.options);
+            for option in fixed {
+                reloaded.needs_restart.push(format!("{option} of listener {}", wanted.name));
+            }
+            if let Err(error) = bind::change_options(fd.as_fd(), true, &options) {
+                let left = format!("options of listener {} ({error})", wanted.name);
+                reloaded.needs_restart.push(left);
+            }
+            let step = ListenerStep::TakeBack(listening.duplicate(fd));
+            Ok((step, rules, Listener { options, ..wanted.clone() }))
+        }
+        _ => Ok((ListenerStep::Open(Vec::new()), rules, wanted.clone())),
+    }
+}
+
+/// How long the address of a listener that was taken out may still be in use, and how long the lock of its socket file.
+const ADDRESS_KEPT: Duration = Duration::from_secs(3);
+const LOCK_KEPT: Duration = Duration::from_millis(500);
+
+/// Opens a listener's address. What had it before may be just about to let go of it.
+pub(super) fn listen(now: &InForce, listener: &Listener) -> Result<Vec<Listening>, RunError> {
+    let began = Instant::now();
+    let patience = if now.reusable.is_empty() { LOCK_KEPT } else { ADDRESS_KEPT };
+    loop {
+        match bind::listen(&listener.address, &listener.options, &mut Inherited::default()) {
+            Err(error) if error.is_in_use() && began.elapsed() < patience => {
+                std::thread::sleep(Duration::from_millis(20));
+            }
+            outcome => return outcome,
+        }
+    }
+}
+
+/// One whose socket is there already.
+pub(super) fn plan_known(
+    now: &InForce,
+    new: &Config,
+    (id, old): (ListenerId, &Listener),
+    wanted: &Listener,
+    reloaded: &mut Reloaded,
+) -> (ListenerStep, Rules, Listener) {
+    let (options, fixed) = match &wanted.address {
+        Address::Tcp(_) => bind::changeable(&old.options, &wanted.options),
+        // What else there is changes at any time, or is systemd's business.
+        Address::Unix(_) | Address::Systemd(_) => (wanted.options.clone(), Vec::new()),
+    };
+    let name = &wanted.name;
+    for option in fixed {
+        reloaded.needs_restart.push(format!("{option} of listener {name}"));
+    }
+    let pool_of = |config: &Config, listener: &Listener| {
+        config.pools.get(usize::from(listener.pool)).map(|pool| pool.settings.name.clone())
+    };
+    let moved = old.name != *name || pool_of(&now.config, old) != pool_of(new, wanted);
+    if moved || old.options != options || old.screening != wanted.screening {
+        reloaded.changed.push(match old.name == *name {
+            true => format!("listener {name}"),
+            false => format!("listener {name} (was {})", old.name),
+        });
+    }
+    let step = if moved { ListenerStep::TakeOver(id) } else { ListenerStep::Keep(id) };
+    let same = !moved && old.screening == wanted.screening;
+    let rules = if same { Rules::Same } else { new_rules(wanted) };
+    (step, rules, Listener { options, ..wanted.clone() })
+}
+
+pub(super) fn new_rules(listener: &Listener) -> Rules {
+    Rules::New(Screen::new(listener.screening.clone(), seed()))
+}
+
+/// The socket file of one that stays, and its permission bits if they are to be others.
+pub(super) fn new_mode(
+    now: &InForce,
+    step: &ListenerStep,
+    listener: &Listener,
+) -> Option<(PathBuf, u32)> {
+    let (ListenerStep::Keep(id) | ListenerStep::TakeOver(id)) = step else { return None };
+    let (Address::Unix(path), mode) = (&listener.address, listener.options.mode) else {
+        return None;
+    };
+    let old = now.config.listeners.get(usize::from(id.0))?;
+    (old.options.mode != mode).then(|| (path.clone(), mode))
+}
+
+pub(super) fn not_inherited(listener: &str, name: &str) -> CommandError {
+    let message = format!(
+        "listener `{listener}`: systemd:{name} is new, and systemd passes sockets only when it starts a service: \
+         nothing was changed"
+    );
+    refused(message).hint("restart the dispatcher; connections that workers have stay open")
+}
+
+fn not_opened(now: &InForce, listener: &Listener, error: &RunError) -> CommandError {
+    let name = &listener.name;
+    if let (RunError::Bind { error, .. }, Address::Tcp(address)) = (error, &listener.address)
+        && error.kind() == std::io::ErrorKind::AddrInUse
+        && let Some(own) = own_listener(now, *address)
+    {
+        return refused(format!(
+            "listener `{name}`: cannot listen on {address}: this dispatcher itself listens there, as {own}"
+        ))
+        .hint(
+            "nothing was changed; a new socket is opened before old ones are closed: take the old one \
+             out first, reload, and put the new one in with a second reload",
+        );
+    }
+    refused(format!("listener `{name}`: {error}")).hint("nothing was changed")
+}
+
+/// Which socket of ours keeps an address.
+pub(super) fn own_listener(now: &InForce, wanted: std::net::SocketAddr) -> Option<String> {
+    let overlaps = |own: &std::net::SocketAddr| {
+        let (own_ip, ip) = (own.ip().to_canonical(), wanted.ip().to_canonical());
+        own.port() == wanted.port()
+            && (own_ip == ip || own_ip.is_unspecified() || ip.is_unspecified())
+    };
+    let known = now.listeners.iter().filter_map(|id| now.config.listeners.get(usize::from(id.0)));
+    let own = known.filter_map(|listener| match &listener.address {
+        Address::Tcp(address) if overlaps(address) => Some(format!("listener `{}`", listener.name)),
+        Address::Tcp(_) | Address::Unix(_) | Address::Systemd(_) => None,
+    });
+    let admin = now.config.admin_http.filter(overlaps).map(|_| "`admin_http`".to_owned());
+    own.chain(admin).next()
+}
+
+pub(super) fn has_any_port(address: &Address) -> bool {
+    matches!(address, Address::Tcp(address) if address.port() == 0)
+}

@@ -1,0 +1,285 @@
+//! From a configuration to a running event_loop, and back to nothing.
+
+use std::collections::HashMap;
+use std::sync::atomic::Ordering;
+use std::sync::{Arc, mpsc};
+use std::time::Duration;
+
+use mio::{Interest, Poll, Waker};
+use nix::sys::resource::{Resource, getrlimit, setrlimit};
+use rustix::net::SocketType;
+use signal_hook_mio::v1_0::Signals;
+
+use super::accept::Listener;
+use super::alarm::Alarm;
+use super::conditions::Conditions;
+use super::courtesy::Courtesy;
+use super::door::Door;
+use super::meters::Meters;
+use super::order::Orderly;
+use super::recent::{Faults, Seconds};
+use super::token::Source;
+use super::trial::Trial;
+use super::{EventLoop, Limits, clock};
+use crate::admin::{Admin, State};
+use crate::background::cleaner::Cleaner;
+use crate::background::closer::{Bounds, Closers, Owner, Task};
+use crate::background::logger::{quoted, value};
+use crate::config::Config;
+use crate::listen::bind::{self, Listening};
+use crate::listen::error::RunError;
+use crate::listen::inherit::Inherited;
+use crate::signals;
+use dispatcher_core::{Core, ListenerId, ListenerSettings, PoolId, Screen, Time};
+
+impl EventLoop {
+    /// Opens everything, tells the service manager, and is ready to serve.
+    pub(super) fn start(config: Config) -> Result<EventLoop, RunError> {
+        let descriptors = raise_descriptor_limit();
+        // First of all, so that none of the numbers can be a descriptor of our own.
+        let mut inherited = Inherited::from_environment();
+        let signals = signals::take().map_err(RunError::system("signal handlers"))?;
+        let dispatch =
+            bind::listen_endpoint(&config.dispatch_socket, SocketType::SEQPACKET, &mut inherited)?;
+        let admin =
+            bind::listen_endpoint(&config.admin_socket, SocketType::STREAM, &mut inherited)?;
+        let mut listeners = Vec::new();
+        let mut settings = Vec::new();
+        for (position, listener) in (0u16..).zip(&config.listeners) {
+            let made = bind::listen(&listener.address, &listener.options, &mut inherited)?;
+            let addresses: Vec<&str> = made.iter().map(|l| l.address.as_str()).collect();
+            settings.push(ListenerSettings {
+                name: listener.name.clone(),
+                address: addresses.join(", "),
+                pool: PoolId(listener.pool),
+            });
+            for listening in made {
+                let id = ListenerId(position);
+                let place = listeners.len();
+                listeners.push(Listener::new(id, listening, place, listener.options.backlog));
+            }
+        }
+        let unused = inherited.finish();
+        let mut event_loop =
+            EventLoop::assemble(config, signals, dispatch, admin, listeners, settings)?;
+        event_loop.descriptors = descriptors;
+        event_loop.unused = unused;
+        Ok(event_loop)
+    }
+
+    fn assemble(
+        config: Config,
+        mut signals: Signals,
+        dispatch: Listening,
+        admin: Listening,
+        listeners: Vec<Listener>,
+        settings: Vec<ListenerSettings>,
+    ) -> Result<EventLoop, RunError> {
+        let poll = Poll::new().map_err(RunError::system("poll"))?;
+        let registry = poll.registry();
+        registry
+            .register(&mut signals, Source::Signals.token(), Interest::READABLE)
+            .map_err(RunError::system("poll"))?;
+        let alarm = Alarm::new(registry).map_err(RunError::system("timerfd"))?;
+        let waker =
+            Waker::new(registry, Source::Waker.token()).map_err(RunError::system("waker"))?;
+        let waker = Arc::new(waker);
+        let wake = Arc::new(move || {
+            // A waker fails only when its eventfd is full, and then it is set.
+            let _ = waker.wake();
+        });
+        let wake_closers = Arc::clone(&wake) as crate::admin::Wake;
+        let wake_door = Arc::clone(&wake) as crate::admin::Wake;
+        let (admin, admin_path) = admin.into_listener();
+        let tcp = match config.admin_http {
+            None => None,
+            Some(address) => {
+                let made = bind::listen_here(address)?;
+                log::info!("event=admin_http address={}", value(&made.address));
+                Some(made.fd.into())
+            }
+        };
+        let side = Admin::start(admin, tcp, wake).map_err(RunError::system("admin thread"))?;
+        side.hosts.set(config.admin_http_hosts.clone());
+        side.metrics_max_workers.store(config.limits.metrics_max_workers, Ordering::Relaxed);
+        side.admin_rate.store(config.limits.admin_rate, Ordering::Relaxed);
+        let (sender, purged) = mpsc::channel();
+        let closers = Closers::start(bounds(&config.limits), sender, wake_closers)
+            .map_err(RunError::system("closing threads"))?;
+        let (dispatch, dispatch_address, dispatch_path) = dispatch.into_parts();
+        // Where the kernel refuses descriptors at their sender, no call of that thread can hang.
+        let watch = crate::sys::refuse_descriptors(&dispatch).is_err().then(|| closers.watch());
+        let door_settings = EventLoop::door_settings(&config);
+        let door = Door::start(dispatch, door_settings, wake_door, closers.bin(), watch)
+            .map_err(RunError::system("handshake thread"))?;
+        let cleaner = Cleaner::start().map_err(RunError::system("cleaner thread"))?;
+        let trial = Trial::new().map_err(RunError::system("socket pair"))?;
+        let now = clock();
+        let pools = config.pools.iter().map(|pool| pool.settings.clone()).collect();
+        let mut core = Core::new(pools, settings, now);
+        core.set_resource_pause(config.limits.resource_pause);
+        core.set_seed(seed());
+        for (position, listener) in (0u16..).zip(&config.listeners) {
+            core.set_screen(ListenerId(position), Screen::new(listener.screening.clone(), seed()));
+        }
+        for listener in &listeners {
+            if let Some(listening) = &listener.listening {
+                log::info!(
+                    "event=listening listener={} address={} pool={}{}",
+                    core.listener_name(listener.id),
+                    value(&listening.address),
+                    core.pool_of_listener(listener.id).map_or("", |pool| core.pool_name(pool)),
+                    if listening.inherited { " inherited=true" } else { "" }
+                );
+            }
+        }
+        let event_loop = EventLoop {
+            config,
+            core,
+            poll,
+            signals,
+            now,
+            to_realtime: 0,
+            started: now,
+            longest_turn: Duration::ZERO,
+            meters: Meters::default(),
+            stop_deadline: None,
+            listeners,
+            next_listener: 0,
+            unused: Vec::new(),
+            dispatch_address,
+            dispatch_path,
+            door,
+            workers: Vec::new(),
+            gauge_readers: 0,
+            dozing: false,
+            alarm,
+            rested: false,
+            courtesy: Courtesy::default(),
+            scanned_all: Time(0),
+            scan_due: false,
+            instance: format!("{:016x}", seed()),
+            generation: 0,
+            descriptors: None,
+            tokens: HashMap::new(),
+            conns: Vec::new(),
+            gauges_due: Vec::new(),
+            dirty: Vec::new(),
+            closers,
+            closing_due: None,
+            purged,
+            trial,
+            muted: 0,
+            cleaner,
+            side,
+            admin_path,
+            limits: Limits::default(),
+            unsaid_due: None,
+            faults: Faults::default(),
+            conditions: Conditions::default(),
+            orderly: Orderly::default(),
+            later: Vec::new(),
+            seconds: Seconds::new(now),
+            side_ready: false,
+            seen: Vec::new(),
+            entries: Vec::new(),
+            record: Vec::new(),
+            first_bytes: Vec::new(),
+            decoded: Vec::new(),
+        };
+        log::info!(
+            "event=ready version={} pid={} instance={} dispatch_socket={}",
+            env!("CARGO_PKG_VERSION"),
+            std::process::id(),
+            event_loop.instance,
+            value(&event_loop.dispatch_address)
+        );
+        event_loop.watch_socket_files();
+        drop(event_loop.side.manager.tell(State::Ready));
+        Ok(event_loop)
+    }
+
+    /// Puts everything away: channels before control connections, so that a worker reads its channel to the end before it
+    /// looks for another dispatcher; then the processes we started; then the sockets.
+    pub(super) fn finish(mut self) {
+        let totals = self.core.totals();
+        for place in &mut self.workers {
+            if let Some(io) = place.as_mut() {
+                io.outbox.clear();
+            }
+        }
+        let workers: Vec<_> = self.workers.iter_mut().filter_map(Option::take).collect();
+        for io in &workers {
+            io.lane.shut();
+        }
+        for io in workers {
+            let owner = Owner::Worker(io.id.serial);
+            self.closers.task(Task::Drop(owner, Box::new(io.lane)));
+        }
+        // What is still in custody lives on in the workers' channels; our copies are no longer needed.
+        for conn in self.conns.drain(..).flatten() {
+            self.closers.task(Task::Drop(Owner::Other, Box::new(conn.fd)));
+        }
+        if let Some(dispatch) = self.door.end(CLOSES_END) {
+            self.closers.task(Task::Drop(Owner::Other, Box::new(dispatch)));
+        }
+        self.closers.finish(CLOSES_END);
+        self.side.manager.finish();
+        self.side.stop(self.config.limits.stop_timeout);
+        drop(self.dispatch_path);
+        self.cleaner.finish();
+        log::info!(
+            "event=stopped accepted={} taken={} custody={} held={}",
+            totals.accepted,
+            totals.taken,
+            totals.custody,
+            totals.held
+        );
+    }
+}
+
+impl EventLoop {
+    /// The addresses clients can connect to.
+    pub(super) fn addresses(&self) -> Vec<String> {
+        let listening = self.listeners.iter().filter_map(|listener| listener.listening.as_ref());
+        listening.map(|listening| listening.address.clone()).collect()
+    }
+}
+
+/// How long closes that hang may hold the end up. The end of the process closes the rest, without lingering.
+const CLOSES_END: Duration = Duration::from_secs(1);
+
+/// The bounds of the closing threads.
+pub(super) fn bounds(limits: &crate::config::Limits) -> Bounds {
+    Bounds { threads: limits.closing_threads, waiting: limits.max_closing }
+}
+
+/// Where choices by lot come from: dispatchers that start at the same time must not all choose the same workers.
+pub(super) fn seed() -> u64 {
+    let mut bytes = [0; 8];
+    match rustix::rand::getrandom(&mut bytes, rustix::rand::GetRandomFlags::empty()) {
+        Ok(_) => u64::from_ne_bytes(bytes),
+        // Another moment is another seed too.
+        Err(_) => clock().0,
+    }
+}
+
+/// Custody needs descriptors: as many as the hard limit allows. Gives what the limits were, if they are others now.
+fn raise_descriptor_limit() -> Option<(u64, u64)> {
+    match getrlimit(Resource::RLIMIT_NOFILE) {
+        Ok((soft, hard)) if soft < hard => match setrlimit(Resource::RLIMIT_NOFILE, hard, hard) {
+            Ok(()) => return Some((soft, hard)),
+            Err(error) => {
+                log::warn!(
+                    "event=descriptor_limit_not_raised soft={soft} error={error}",
+                    error = quoted(&error)
+                );
+            }
+        },
+        Ok(_) => {}
+        Err(error) => {
+            log::warn!("event=descriptor_limit_unknown error={error}", error = quoted(&error))
+        }
+    }
+    None
+}

@@ -1,0 +1,187 @@
+//! The side thread's requests and reports: answering the status, starting processes, noting their ends.
+
+use dispatch_protocol::wire::Token;
+use rustix::rand::GetRandomFlags;
+
+use super::EventLoop;
+use super::gauges::show_gauges;
+use super::limit::{Cause, ProcessNews};
+use crate::admin::{Gathered, Request};
+use crate::api::status::Status;
+use crate::background::logger::{quoted, value};
+use crate::background::spawner::{Report, SpawnRequest};
+use crate::config::UnixSource;
+use dispatcher_core::ProcessId;
+
+/// How a process ends that does as it is told.
+const ENDED_WELL: [&str; 2] = ["exit status 0", "signal 15 (SIGTERM)"];
+
+/// Most reports of the side thread handled in one turn, beside one request; the rest is for the next turn.
+const REPORTS_PER_TURN: usize = 256;
+
+impl EventLoop {
+    pub(super) fn handle_side(&mut self) {
+        let mut count = 0;
+        while count < REPORTS_PER_TURN {
+            let Ok(report) = self.side.reports.try_recv() else { break };
+            self.note(report);
+            count += 1;
+        }
+        let request = self.side.request();
+        // There may be another; clients come first.
+        self.side_ready = count == REPORTS_PER_TURN || request.is_some();
+        if let Some(request) = request {
+            self.answer(request);
+        }
+    }
+
+    /// Answers one request. Whoever asked may be gone this very moment; that is no concern of ours. If it is not, the answer
+    /// wakes the side thread: one write to its eventfd.
+    fn answer(&mut self, request: Request) {
+        match request {
+            Request::Status(answer) => drop(answer.send(self.gather())),
+            Request::Alive(answer) => drop(answer.send(())),
+            Request::History { pool, after, answer } => {
+                drop(answer.send(self.history(&pool, after)));
+            }
+            Request::Explain { pool, peer, answer } => {
+                drop(answer.send(self.explain(&pool, peer)));
+            }
+            Request::InForce(answer) => drop(answer.send(Box::new(self.in_force()))),
+            Request::Reload { plan, answer } => drop(answer.send(self.reload(*plan))),
+            Request::Command { command, answer } => drop(answer.send(self.command(command))),
+        }
+    }
+
+    /// Everything that only this thread knows. Reading what workers show, and putting times into words, is left to the side
+    /// thread.
+    fn gather(&mut self) -> Gathered {
+        let mut status = Status::from(&self.core.snapshot());
+        status.version = env!("CARGO_PKG_VERSION").to_owned();
+        status.pid = std::process::id();
+        status.instance.clone_from(&self.instance);
+        status.uptime_seconds = (self.now - self.started).as_secs();
+        status.meters = self.meters_status();
+        status.longest_turn_microseconds =
+            u64::try_from(self.longest_turn.as_micros()).unwrap_or(u64::MAX);
+        status.accepted_per_second = self.seconds.whole(self.now);
+        self.follow_conditions(true);
+        self.note_socket_files();
+        status.kept_sockets = self.kept_sockets();
+        for (id, listener) in self.core.listeners().zip(&mut status.listeners) {
+            listener.state = self.listener_state(id).to_owned();
+        }
+        let (boards, faults) = (self.boards(), self.faults.clone());
+        Gathered(Box::new(move || {
+            status.host = rustix::system::uname().nodename().to_string_lossy().into_owned();
+            show_gauges(boards, &mut status);
+            status.faults = faults.status();
+            status
+        }))
+    }
+
+    /// Has a process started by the side thread, with a token by which it will be known.
+    pub(super) fn spawn(&mut self, process: ProcessId) {
+        let pool = self.config.pools.get(usize::from(process.pool.0));
+        let Some((pool, spawn)) = pool.and_then(|pool| Some((pool, pool.spawn.as_ref()?))) else {
+            return;
+        };
+        let mut token = [0; 16];
+        if rustix::rand::getrandom(&mut token, GetRandomFlags::empty()).is_err() {
+            self.core.spawned(self.now, process, false);
+            return;
+        }
+        let token = Token(token);
+        self.tokens.retain(|_, other| *other != process);
+        self.tokens.insert(token, process);
+        let dispatch_socket = match &self.config.dispatch_socket.source {
+            UnixSource::Path(path) => std::path::absolute(path).unwrap_or_else(|_| path.clone()),
+            UnixSource::Systemd(_) => {
+                self.dispatch_address.trim_start_matches("unix:").to_owned().into()
+            }
+        };
+        let request = SpawnRequest {
+            process,
+            pool: pool.settings.name.clone(),
+            name: format!("{}-{}", pool.settings.name, process.number + 1),
+            command: spawn.command.clone(),
+            environment: spawn.environment.clone(),
+            directory: spawn.directory.clone(),
+            token,
+            dispatch_socket,
+            descriptors: self.descriptors,
+            patience: self.config.limits.stop_timeout,
+        };
+        if self.side.spawner.spawn(request).is_err() {
+            self.core.spawned(self.now, process, false);
+        }
+    }
+
+    fn note(&mut self, report: Report) {
+        match report {
+            Report::Spawned { process, pid } => {
+                let pool = Some(process.pool);
+                if let Some(left_out) =
+                    self.limits.allow(self.now, pool, Cause::Process(ProcessNews::Started))
+                {
+                    let process = self.process(process);
+                    log::info!("event=process_started {process} pid={pid} left_out={left_out}");
+                }
+                self.core.spawned(self.now, process, true);
+            }
+            Report::SpawnFailed { process, error } => {
+                let pool = Some(process.pool);
+                if let Some(left_out) =
+                    self.limits.allow(self.now, pool, Cause::Process(ProcessNews::NotStarted))
+                {
+                    log::error!(
+                        "event=process_not_started {} error={error} left_out={left_out}",
+                        self.process(process),
+                        error = quoted(&error)
+                    );
+                    let subject = self.process_name(process);
+                    let text = || format!("could not start: {error}");
+                    self.fault("process_not_started", &subject, text);
+                }
+                self.core.spawned(self.now, process, false);
+            }
+            Report::Exited { process, pid, status_text } => {
+                // Whatever it was told: a crash is one.
+                let well = ENDED_WELL.contains(&status_text.as_str());
+                let wanted = self.stop_deadline.is_none() && self.core.wants_process(process);
+                let ordered = self.orderly.ended(process, pid) || !wanted;
+                let pool = Some(process.pool);
+                if let Some(left_out) =
+                    self.limits.allow(self.now, pool, Cause::Process(ProcessNews::Ended))
+                {
+                    log::log!(
+                        if ordered && well { log::Level::Info } else { log::Level::Warn },
+                        "event=process_ended {} pid={pid} status={status_text} left_out={left_out}",
+                        self.process(process),
+                        status_text = quoted(&status_text)
+                    );
+                    if !(ordered && well) {
+                        let subject = self.process_name(process);
+                        let text = || format!("process {pid} ended: {status_text}");
+                        self.fault("process_ended", &subject, text);
+                    }
+                }
+                self.core.exited(self.now, process);
+            }
+            // Only ever the answer to the end of a stop, which waits for it elsewhere.
+            Report::Stopped { .. } => {}
+        }
+    }
+
+    fn process(&self, process: ProcessId) -> String {
+        let spawn =
+            self.config.pools.get(usize::from(process.pool.0)).and_then(|p| p.spawn.as_ref());
+        let program = spawn.and_then(|spawn| spawn.command.first()).map_or("", String::as_str);
+        format!(
+            "pool={} process={} program={}",
+            self.core.pool_name(process.pool),
+            process.number + 1,
+            value(program)
+        )
+    }
+}

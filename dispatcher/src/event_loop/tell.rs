@@ -1,0 +1,297 @@
+//! Events of the core as log lines: `event=NAME key=value …`. Writing never waits; see `logger`.
+
+use std::time::Duration;
+
+use dispatch_protocol::ClientAddr;
+
+use dispatch_protocol::scoreboard::gauge::GaugeName;
+
+use super::EventLoop;
+use super::limit::{Cause, EVENTS};
+use crate::background::logger::{quoted, value};
+use dispatcher_core::{CloseReason, ConnId, Departure, Event, ListenerId, PoolId, WorkerId};
+
+/// The place of an event's kind in [`EVENTS`].
+fn kind_of(event: &Event) -> usize {
+    match event {
+        Event::Joined { .. } => 0,
+        Event::Goodbye { .. } => 1,
+        Event::Gone { .. } => 2,
+        Event::Suspect { .. } => 3,
+        Event::Trusted { .. } => 4,
+        Event::Lost { .. } => 5,
+        Event::ChannelFull { .. } => 6,
+        Event::Clamped { .. } => 7,
+        Event::NoUsableWorker { .. } => 8,
+        Event::Refusing { .. } => 9,
+        Event::BackPressure { .. } => 10,
+        Event::Relieved { .. } => 11,
+        Event::Choked { .. } => 12,
+        Event::Restarting { .. } => 13,
+        Event::Draining { .. } => 14,
+        Event::Resumed { .. } => 15,
+        Event::DrainOver { .. } => 16,
+        Event::BadGauge { .. } => 17,
+        Event::Paused { .. } => 18,
+        Event::Updated { .. } => 19,
+        Event::StillRefusing { .. } => 20,
+        Event::Served { .. } => 21,
+    }
+}
+
+impl EventLoop {
+    /// Writes a line, unless this kind has had its share of the second: workers can cause most of these as often as
+    /// they like.
+    pub(super) fn tell(&mut self, event: &Event) {
+        let ordered = self.note_order(event);
+        let at = kind_of(event);
+        let pool = self.pool_of_event(event);
+        match self.limits.allow(self.now, pool, Cause::Event(at)) {
+            None => return,
+            Some(0) => {}
+            Some(count) => self.left_out(EVENTS[at], pool, count),
+        }
+        self.write(event, ordered);
+        self.note_fault(event, ordered);
+    }
+
+    /// Says what was left out and is followed by silence. A flood that goes on says so itself.
+    pub(super) fn tell_left_out(&mut self) {
+        for unsaid in self.limits.unsaid(self.now) {
+            self.left_out(unsaid.kind, unsaid.pool, unsaid.count);
+        }
+    }
+
+    fn left_out(&self, kind: &str, pool: Option<PoolId>, count: u64) {
+        let pool = pool.map_or("-", |pool| self.core.pool_name(pool));
+        log::warn!("event=lines_left_out kind={kind} pool={pool} count={count}");
+    }
+
+    fn pool_of_event(&self, event: &Event) -> Option<PoolId> {
+        match *event {
+            Event::Joined { worker, .. }
+            | Event::Goodbye { worker, .. }
+            | Event::Gone { worker, .. }
+            | Event::Suspect { worker, .. }
+            | Event::Draining { worker, .. }
+            | Event::DrainOver { worker, .. }
+            | Event::Resumed { worker }
+            | Event::Paused { worker, .. }
+            | Event::Updated { worker, .. }
+            | Event::Trusted { worker, .. }
+            | Event::Lost { worker }
+            | Event::ChannelFull { worker }
+            | Event::Clamped { worker, .. }
+            | Event::BadGauge { worker, .. } => self.core.pool_of_worker(worker),
+            Event::NoUsableWorker { pool }
+            | Event::Refusing { pool, .. }
+            | Event::StillRefusing { pool, .. }
+            | Event::Served { pool }
+            | Event::BackPressure { pool }
+            | Event::Relieved { pool } => Some(pool),
+            Event::Restarting { process, .. } => Some(process.pool),
+            Event::Choked { .. } => None,
+        }
+    }
+
+    /// An end that was `ordered` is no reason to worry.
+    fn write(&self, event: &Event, ordered: bool) {
+        match event {
+            Event::Joined { worker, live } => {
+                log::info!("event=worker_joined {} live={live}", self.worker(*worker));
+            }
+            Event::Goodbye { worker, resent, live } => log::info!(
+                "event=worker_goodbye {} resent={resent} live={live}",
+                self.worker(*worker)
+            ),
+            Event::Gone { worker, why, resent, live } => {
+                let worker = self.worker(*worker);
+                match why {
+                    Departure::Disconnected if *live == 0 && *resent == 0 => {
+                        log::info!("event=worker_gone {worker} why=disconnected resent=0 live=0");
+                    }
+                    Departure::Released => {
+                        log::info!(
+                            "event=worker_gone {worker} why=released resent={resent} live={live}"
+                        );
+                    }
+                    Departure::Disconnected | Departure::Died if ordered => log::info!(
+                        "event=worker_gone {worker} why={} resent={resent} live={live}",
+                        if *why == Departure::Died { "died" } else { "disconnected" }
+                    ),
+                    Departure::Disconnected => log::warn!(
+                        "event=worker_gone {worker} why=disconnected resent={resent} live={live}"
+                    ),
+                    Departure::Died => {
+                        log::warn!(
+                            "event=worker_gone {worker} why=died resent={resent} live={live}"
+                        );
+                    }
+                    Departure::Expelled(reason) => log::warn!(
+                        "event=worker_gone {worker} why=expelled reason={reason} resent={resent} live={live}",
+                        reason = quoted(&reason)
+                    ),
+                }
+            }
+            Event::Suspect { worker, revoked, waited } => log::warn!(
+                "event=worker_suspect {} revoked={revoked} waited={}",
+                self.worker(*worker),
+                span(*waited)
+            ),
+            Event::Draining { worker, live, deadline } => log::info!(
+                "event=worker_draining {} live={live} deadline={}",
+                self.worker(*worker),
+                deadline.map_or("none".to_owned(), span)
+            ),
+            Event::DrainOver { worker, resent, live, told: true } => {
+                log::info!("event=drain_over {} resent={resent} ended={live}", self.worker(*worker))
+            }
+            Event::DrainOver { worker, resent, live, told: false } => log::warn!(
+                "event=drain_over {} resent={resent} left={live} \
+                 hint=\"the SDK it was built with cannot be told to end them: restart it\"",
+                self.worker(*worker)
+            ),
+            Event::Resumed { worker } => {
+                log::info!("event=worker_resumed {}", self.worker(*worker));
+            }
+            Event::Paused { worker, resent, live } => {
+                log::info!(
+                    "event=worker_paused {} resent={resent} live={live}",
+                    self.worker(*worker)
+                );
+            }
+            Event::Updated { worker, weight, max, paused } => log::info!(
+                "event=worker_updated {} weight={weight} max_connections={max} paused={paused}",
+                self.worker(*worker)
+            ),
+            Event::Trusted { worker, after } => {
+                log::info!("event=worker_trusted {} after={}", self.worker(*worker), span(*after))
+            }
+            Event::Lost { worker } => log::warn!(
+                "event=connection_lost_by_worker {} hint=\"is it at its file descriptor limit?\"",
+                self.worker(*worker)
+            ),
+            Event::ChannelFull { worker } => {
+                log::warn!("event=channel_full {}", self.worker(*worker));
+            }
+            Event::Clamped { worker, what, said, used } => log::warn!(
+                "event=counter_clamped {} counter={what} said={said} used={used}",
+                self.worker(*worker),
+                what = quoted(&what)
+            ),
+            Event::BadGauge { worker, gauge, problem } => log::warn!(
+                "event=gauge_impossible {} gauge={} problem={}",
+                self.worker(*worker),
+                value(gauge.as_ref().map_or("-", GaugeName::as_str)),
+                quoted(problem.text())
+            ),
+            Event::NoUsableWorker { pool } => {
+                log::warn!("event=no_worker pool={} clients=wait", self.core.pool_name(*pool))
+            }
+            Event::Refusing { pool, closed, unserved } => log::error!(
+                "event=refusing pool={} reason={} closed={closed}",
+                self.core.pool_name(*pool),
+                quoted(match unserved {
+                    true => "no worker took a connection for wait_for_worker",
+                    false => "no worker for wait_for_worker",
+                })
+            ),
+            Event::StillRefusing { pool, unserved, since } => log::error!(
+                "event=still_refusing pool={} reason={} since={}",
+                self.core.pool_name(*pool),
+                quoted(if *unserved { "no worker takes a connection" } else { "no worker" }),
+                span(*since)
+            ),
+            Event::Served { pool } => {
+                log::info!("event=served_again pool={}", self.core.pool_name(*pool));
+            }
+            Event::BackPressure { pool } => log::warn!(
+                "event=back_pressure pool={} reason=\"every worker is full or suspect\" clients=wait",
+                self.core.pool_name(*pool)
+            ),
+            Event::Relieved { pool } => {
+                log::info!("event=back_pressure_over pool={}", self.core.pool_name(*pool));
+            }
+            Event::Choked { pause } => log::warn!(
+                "event=choked reason=\"out of descriptors or memory\" pause={}",
+                span(*pause)
+            ),
+            Event::Restarting { process, delay } => log::warn!(
+                "event=process_restarting pool={} process={} delay={}",
+                self.core.pool_name(process.pool),
+                // As people count them, like the lines about its start and end.
+                process.number + 1,
+                span(*delay)
+            ),
+        }
+    }
+
+    /// A connection was closed. All of them are told at `debug`; those that were kept out or turned away before that, as far
+    /// as there are not too many.
+    pub(super) fn tell_closed(
+        &mut self,
+        conn: ConnId,
+        peer: &ClientAddr,
+        listener: ListenerId,
+        reason: CloseReason,
+    ) {
+        let pool = self.core.pool_of_listener(listener);
+        let about = format_args!(
+            "listener={} pool={} conn={conn} peer={peer} reason={}",
+            self.core.listener_name(listener),
+            pool.map_or("", |pool| self.core.pool_name(pool)),
+            reason.name()
+        );
+        log::debug!("event=client_closed {about}");
+        // It left by itself.
+        if reason == CloseReason::ClientGone {
+            return;
+        }
+        let limit = self.limits.allow(self.now, pool, Cause::Closed(reason));
+        let Some(left_out) = limit else { return };
+        match reason {
+            CloseReason::NoWorker | CloseReason::Shutdown | CloseReason::Unsendable => {
+                log::info!("event=client_turned_away {about} left_out={left_out}");
+            }
+            _ => log::warn!("event=client_kept_out {about} left_out={left_out}"),
+        }
+    }
+
+    /// A connection that another worker had untaken goes to this one.
+    pub(super) fn tell_resent(&mut self, to: WorkerId, conn: ConnId, peer: &ClientAddr) {
+        let pool = self.core.pool_of_worker(to);
+        if let Some(left_out) = self.limits.allow(self.now, pool, Cause::Resent) {
+            log::info!(
+                "event=connection_resent conn={conn} peer={peer} {} left_out={left_out}",
+                self.worker(to)
+            );
+        }
+    }
+
+    pub(super) fn worker(&self, id: WorkerId) -> String {
+        let pool = self.core.pool_of_worker(id).map_or("", |pool| self.core.pool_name(pool));
+        let pid = self.core.worker_pid(id).unwrap_or_default();
+        format!("worker={id} pool={pool} name={} pid={pid}", value(self.core.worker_name(id)))
+    }
+}
+
+/// A duration as one word, such as `101.3ms`: a value with spaces would be several.
+pub(super) fn span(duration: Duration) -> String {
+    let text = format!("{duration:.1?}");
+    match text.split_once(".0") {
+        Some((whole, unit)) => format!("{whole}{unit}"),
+        None => text,
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn durations_are_one_word() {
+        let shown = [0, 999, 1_500, 101_027_026, 100_000_000, 10_000_000_000, 3_600_000_000_000]
+            .map(|nanoseconds| span(Duration::from_nanos(nanoseconds)));
+        assert_eq!(shown, ["0ns", "999ns", "1.5µs", "101ms", "100ms", "10s", "3600s"]);
+    }
+}

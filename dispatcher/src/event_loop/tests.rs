@@ -1,0 +1,208 @@
+//! Turns of the event loop, one by one, over real sockets.
+#![allow(clippy::unwrap_used)]
+
+use std::os::fd::OwnedFd;
+use std::path::Path;
+use std::sync::mpsc;
+use std::time::Instant;
+
+use dispatch_protocol::wire::{Features, Hello, Own, VERSION};
+use rustix::net::{AddressFamily, SendFlags, SocketAddrUnix, SocketFlags, SocketType};
+use tokio::sync::oneshot;
+
+use super::*;
+use crate::admin::Request;
+
+const PATIENCE: Duration = Duration::from_secs(20);
+
+fn started(dir: &Path, pool: &str) -> EventLoop {
+    let dir = dir.display();
+    let text = format!(
+        "dispatch_socket = \"{dir}/dispatch.sock\"\nadmin_socket = \"{dir}/admin.sock\"\n\
+         [[listener]]\nname = \"web\"\naddress = \"127.0.0.1:0\"\npool = \"web\"\n[pool.web]\n{pool}\n"
+    );
+    EventLoop::start(Config::parse(&text, "test").unwrap()).unwrap()
+}
+
+/// One turn, without clients.
+fn turn(event_loop: &mut EventLoop, events: &mut Events) {
+    let timeout = event_loop.before_sleep().unwrap_or(PATIENCE);
+    event_loop.poll_events(events, Some(timeout.min(Duration::from_millis(10)))).unwrap();
+    event_loop.now = clock();
+    event_loop.handle_all(events);
+    event_loop.core.tick(event_loop.now);
+    event_loop.perform();
+}
+
+fn connected(dir: &Path) -> OwnedFd {
+    let flags = SocketFlags::CLOEXEC | SocketFlags::NONBLOCK;
+    let socket =
+        rustix::net::socket_with(AddressFamily::UNIX, SocketType::SEQPACKET, flags, None).unwrap();
+    let address = SocketAddrUnix::new(dir.join("dispatch.sock")).unwrap();
+    rustix::net::connect(&socket, &address).unwrap();
+    socket
+}
+
+fn claim(socket: &OwnedFd, number: u64) -> bool {
+    let mut record = Vec::new();
+    Own::new(format!("client-{number}").as_bytes()).unwrap().encode(&mut record);
+    rustix::net::send(socket, &record, SendFlags::NOSIGNAL).is_ok()
+}
+
+fn claimed(event_loop: &EventLoop) -> u64 {
+    let status = event_loop.core.snapshot();
+    status.pools[0].affinity.as_ref().unwrap().claimed
+}
+
+#[test]
+fn a_worker_that_floods_its_control_connection_gets_its_share_of_a_turn() {
+    let dir = tempfile::tempdir().unwrap();
+    let mut event_loop = started(dir.path(), "affinity.key = \"cookie:ID\"");
+    let mut events = Events::with_capacity(64);
+    let worker = connected(dir.path());
+    let mut hello = Vec::new();
+    Hello {
+        version: VERSION,
+        features: Features::OWN,
+        pool: "web".to_owned(),
+        name: "w".to_owned(),
+        weight: 1,
+        max_connections: 1,
+        ..Hello::default()
+    }
+    .encode(&mut hello);
+    rustix::net::send(&worker, &hello, SendFlags::NOSIGNAL).unwrap();
+    let end = Instant::now() + PATIENCE;
+    while !event_loop.workers.iter().any(Option::is_some) {
+        assert!(Instant::now() < end, "it joins");
+        turn(&mut event_loop, &mut events);
+    }
+
+    // It sends as fast as it can; the door passes on so many in a tenth of a second.
+    let (begun, mut sent) = (Instant::now(), 0);
+    while begun.elapsed() < Duration::from_millis(500) {
+        for _ in 0..150 {
+            sent += u64::from(claim(&worker, sent));
+        }
+        turn(&mut event_loop, &mut events);
+    }
+    let most = 200 * (begun.elapsed().as_millis() as u64 / 100 + 2);
+    assert!(claimed(&event_loop) <= most, "{} claims", claimed(&event_loop));
+    assert!(sent > 2 * 150, "the rest waits in its socket");
+    // None is forgotten once it has stopped.
+    while claimed(&event_loop) < sent {
+        assert!(Instant::now() < end, "all are read");
+        turn(&mut event_loop, &mut events);
+    }
+    event_loop.finish();
+}
+
+#[test]
+fn a_turn_answers_one_who_waits_and_nobody_who_has_gone() {
+    let dir = tempfile::tempdir().unwrap();
+    let file = dir.path().join("dispatcher.toml");
+    let text = |more: &str| {
+        let dir = dir.path().display();
+        format!(
+            "dispatch_socket = \"{dir}/dispatch.sock\"\nadmin_socket = \"{dir}/admin.sock\"\n\
+             [[listener]]\nname = \"web\"\naddress = \"127.0.0.1:0\"\npool = \"web\"\n[pool.web]\n{more}\n"
+        )
+    };
+    std::fs::write(&file, text("")).unwrap();
+    let mut event_loop = EventLoop::start(Config::load(&file).unwrap()).unwrap();
+    let mut events = Events::with_capacity(64);
+    turn(&mut event_loop, &mut events);
+    let (ask, requests) = mpsc::sync_channel(16);
+    event_loop.side.requests = requests;
+    let explain = || {
+        let (answer, wait) = oneshot::channel();
+        let (pool, peer) = ("web".to_owned(), dispatch_protocol::ClientAddr::Unix);
+        ask.try_send(Request::Explain { pool, peer, answer }).unwrap();
+        wait
+    };
+    // Three who wait, and between them many who have gone; one of these wanted a reload.
+    (0..3).for_each(|_| drop(explain()));
+    let mut waiting = vec![explain()];
+    std::fs::write(&file, text("history = 7")).unwrap();
+    let plan = Box::new(reload::prepare(&event_loop.in_force()).unwrap());
+    let (answer, late) = oneshot::channel();
+    ask.try_send(Request::Reload { plan, answer }).unwrap();
+    drop(late);
+    waiting.extend([explain(), explain()]);
+    (0..5).for_each(|_| drop(explain()));
+
+    let answered = |waiting: &mut Vec<oneshot::Receiver<_>>| {
+        waiting.iter_mut().position(|wait| wait.try_recv().is_ok())
+    };
+    event_loop.side_ready = true;
+    for _ in 0..3 {
+        turn(&mut event_loop, &mut events);
+        // The first of those that are left, and no other.
+        assert_eq!(answered(&mut waiting), Some(0));
+        waiting.remove(0);
+        assert_eq!(answered(&mut waiting), None);
+        assert!(event_loop.side_ready, "the next turn looks again");
+    }
+    turn(&mut event_loop, &mut events);
+    assert!(!event_loop.side_ready, "nobody is left");
+    assert_eq!(event_loop.generation, 0, "what nobody waits for is not carried out");
+    event_loop.finish();
+}
+
+/// A worker that has joined, by hand: its control connection and its channel.
+fn joined(event_loop: &mut EventLoop, events: &mut Events, dir: &Path) -> (OwnedFd, OwnedFd) {
+    let worker = connected(dir);
+    let mut hello = Vec::new();
+    Hello {
+        pool: "web".to_owned(),
+        name: "w".to_owned(),
+        max_connections: 100,
+        ..Hello::default()
+    }
+    .encode(&mut hello);
+    rustix::net::send(&worker, &hello, SendFlags::NOSIGNAL).unwrap();
+    let end = Instant::now() + PATIENCE;
+    loop {
+        assert!(Instant::now() < end, "it joins");
+        turn(event_loop, events);
+        let mut space = [std::mem::MaybeUninit::uninit(); rustix::cmsg_space!(ScmRights(3))];
+        let mut ancillary = rustix::net::RecvAncillaryBuffer::new(&mut space);
+        let mut record = [0; 4096];
+        let mut parts = [io::IoSliceMut::new(&mut record)];
+        let flags = rustix::net::RecvFlags::DONTWAIT;
+        if rustix::net::recvmsg(&worker, &mut parts, &mut ancillary, flags).is_ok() {
+            let fds = ancillary.drain().filter_map(|message| match message {
+                rustix::net::RecvAncillaryMessage::ScmRights(fds) => Some(fds),
+                _ => None,
+            });
+            return (worker, fds.flatten().next().unwrap());
+        }
+    }
+}
+
+#[test]
+fn a_client_that_cannot_be_passed_is_dropped_and_blocks_no_other() {
+    let dir = tempfile::tempdir().unwrap();
+    let mut event_loop = started(dir.path(), "");
+    let mut events = Events::with_capacity(64);
+    let (_control, _channel) = joined(&mut event_loop, &mut events, dir.path());
+    let address = event_loop.addresses()[0].clone();
+    let _clients: Vec<_> =
+        (0..5).map(|_| std::net::TcpStream::connect(&address).unwrap()).collect();
+    let end = Instant::now() + PATIENCE;
+    while event_loop.core.totals().accepted < 5 {
+        assert!(Instant::now() < end, "they are accepted");
+        // All of them for one record.
+        event_loop.rested = false;
+        event_loop.listeners[0].edge();
+        event_loop.accept_from(0);
+    }
+    let raw = |nth: usize| event_loop.conns[nth].as_ref().unwrap().fd.as_raw_fd();
+    worker_io::refusing::refuse(vec![raw(1), raw(3)]);
+    event_loop.perform();
+    worker_io::refusing::refuse(Vec::new());
+    let totals = event_loop.core.totals();
+    let unsendable = totals.closed[dispatcher_core::CloseReason::Unsendable as usize];
+    assert_eq!((totals.custody, unsendable, totals.held), (3, 2, 0));
+    event_loop.finish();
+}

@@ -1,0 +1,162 @@
+//! What the event loop keeps for one worker: its sockets, its scoreboard, and the records of this turn.
+
+use std::io::IoSlice;
+use std::mem::MaybeUninit;
+use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
+use std::sync::Arc;
+use std::time::Duration;
+
+use dispatch_protocol::scoreboard::{Scoreboard, ScoreboardError};
+use dispatch_protocol::wire::{Entry, MAX_FDS_PER_RECORD};
+use rustix::io::Errno;
+use rustix::net::{
+    AddressFamily, SendAncillaryBuffer, SendAncillaryMessage, SendFlags, Shutdown, SocketFlags,
+    SocketType,
+};
+
+use super::gauges::Gauges;
+use super::rings::Rings;
+use dispatcher_core::{ConnId, Notice, SendFailure, Ticket, WorkerId};
+
+/// Everything the event loop keeps for a worker.
+#[derive(Debug)]
+pub(super) struct WorkerIo {
+    pub(super) id: WorkerId,
+    pub(super) lane: Lane,
+    /// Connections for the record that is being gathered, in the order they were chosen.
+    pub(super) outbox: Vec<(ConnId, Entry)>,
+    /// `Some` while its channel is being emptied on another thread: nothing may be sent, or it might be taken out.
+    pub(super) purge: Option<Deferred>,
+    pub(super) rings: Rings,
+    /// The `finished` counter as last reported to the core.
+    pub(super) finished: u64,
+    /// What it said of its threads, as last reported to the core.
+    pub(super) threads: Option<(u32, Option<Duration>)>,
+    /// What the pool scores by, if it does.
+    pub(super) gauges: Option<Gauges>,
+}
+
+/// What is to be sent once the channel is empty. Its slots read SENT already, because the core goes by them.
+#[derive(Debug, Default)]
+pub(super) struct Deferred {
+    pub(super) entries: Vec<(ConnId, Entry)>,
+    pub(super) probe: Option<Ticket>,
+    pub(super) notice: Option<Notice>,
+}
+
+/// The way to a worker: channel, scoreboard and poke eventfd, made before its welcome.
+#[derive(Debug)]
+pub(super) struct Lane {
+    /// Our end of the channel; only for sending.
+    pub(super) channel: OwnedFd,
+    /// A dup of the worker's end, by which its queue can be emptied: on another thread, because a worker inside a receive
+    /// of its own makes ours wait.
+    pub(super) retained: Arc<OwnedFd>,
+    pub(super) board: Arc<Scoreboard>,
+    pub(super) poke: OwnedFd,
+}
+
+/// The worker's halves, to be sent with the welcome and then closed here.
+#[derive(Debug)]
+pub(super) struct LaneFds {
+    pub(super) channel: OwnedFd,
+    pub(super) board: OwnedFd,
+}
+
+impl Lane {
+    /// Makes a channel, a scoreboard of `slots`, and an eventfd.
+    pub(super) fn new(slots: u32, finished: u64) -> Result<(Lane, LaneFds), ScoreboardError> {
+        let (channel, theirs) = rustix::net::socketpair(
+            AddressFamily::UNIX,
+            SocketType::SEQPACKET,
+            SocketFlags::CLOEXEC,
+            None,
+        )
+        .map_err(std::io::Error::from)?;
+        // The worker must not be able to queue anything towards us.
+        rustix::net::shutdown(&channel, Shutdown::Read).map_err(std::io::Error::from)?;
+        // Room for a full ring of one-connection records; the kernel caps it, and EAGAIN is handled.
+        let wanted = 2048 * slots as usize;
+        if rustix::net::sockopt::socket_send_buffer_size(&channel).is_ok_and(|size| size < wanted) {
+            let _ = rustix::net::sockopt::set_socket_send_buffer_size(&channel, wanted);
+        }
+        let retained = theirs.try_clone()?;
+        let (board, board_fd) = Scoreboard::create(slots, finished)?;
+        let flags = rustix::event::EventfdFlags::CLOEXEC | rustix::event::EventfdFlags::NONBLOCK;
+        let poke = rustix::event::eventfd(0, flags).map_err(std::io::Error::from)?;
+        let lane = Lane { channel, retained: Arc::new(retained), board: Arc::new(board), poke };
+        Ok((lane, LaneFds { channel: theirs, board: board_fd }))
+    }
+
+    /// Sends one record without descriptors, without waiting.
+    pub(super) fn send(&self, record: &[u8]) -> Result<(), SendFailure> {
+        send_record(self.channel.as_fd(), record, &[]).map_err(classify)
+    }
+
+    /// Most records that can be in the channel: a full ring, notices, and a probe, with room for what the worker peeks at.
+    pub(super) fn most_records(&self) -> u32 {
+        2 * self.board.slots()
+    }
+
+    /// Nothing more can be sent or received. Our end is held by nobody else, so this cannot block; the worker finds the end
+    /// of the channel after what is queued in it.
+    pub(super) fn shut(&self) {
+        let _ = rustix::net::shutdown(&self.channel, Shutdown::Both);
+    }
+}
+
+/// Sends one record of a SEQPACKET socket, whole or not at all.
+pub(super) fn send_record(
+    socket: BorrowedFd<'_>,
+    record: &[u8],
+    fds: &[BorrowedFd<'_>],
+) -> rustix::io::Result<()> {
+    #[cfg(test)]
+    if refusing::refuses(fds) {
+        return Err(Errno::TOOMANYREFS);
+    }
+    let mut space = [MaybeUninit::uninit(); rustix::cmsg_space!(ScmRights(MAX_FDS_PER_RECORD))];
+    loop {
+        let mut ancillary = SendAncillaryBuffer::new(&mut space);
+        if !fds.is_empty() && !ancillary.push(SendAncillaryMessage::ScmRights(fds)) {
+            return Err(Errno::MSGSIZE);
+        }
+        let flags = SendFlags::DONTWAIT | SendFlags::NOSIGNAL;
+        match rustix::net::sendmsg(socket, &[IoSlice::new(record)], &mut ancillary, flags) {
+            Ok(_) => return Ok(()),
+            Err(Errno::INTR) => {}
+            Err(errno) => return Err(errno),
+        }
+    }
+}
+
+pub(super) fn classify(errno: Errno) -> SendFailure {
+    match errno {
+        Errno::AGAIN => SendFailure::Full,
+        Errno::TOOMANYREFS | Errno::NOMEM | Errno::NOBUFS | Errno::MFILE | Errno::NFILE => {
+            SendFailure::Resources
+        }
+        // EPIPE and ECONNRESET are what a closed end answers. Nothing else is known to happen on a
+        // socketpair of ours, and a channel that answers something else can't be used either.
+        _ => SendFailure::Closed,
+    }
+}
+
+/// For tests: descriptors that the kernel shall refuse to pass.
+#[cfg(test)]
+pub(super) mod refusing {
+    use std::cell::RefCell;
+    use std::os::fd::{AsRawFd, BorrowedFd, RawFd};
+
+    thread_local! {
+        static REFUSED: RefCell<Vec<RawFd>> = const { RefCell::new(Vec::new()) };
+    }
+
+    pub(in crate::event_loop) fn refuse(fds: Vec<RawFd>) {
+        REFUSED.set(fds);
+    }
+
+    pub(super) fn refuses(fds: &[BorrowedFd<'_>]) -> bool {
+        REFUSED.with_borrow(|refused| fds.iter().any(|fd| refused.contains(&fd.as_raw_fd())))
+    }
+}

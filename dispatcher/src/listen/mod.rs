@@ -1,0 +1,6 @@
+//! Listening sockets: binds them, takes those that a service manager passes, and looks after the files of Unix sockets.
+
+pub(crate) mod bind;
+pub mod error;
+pub mod files;
+pub(crate) mod inherit;
