@@ -128,10 +128,10 @@ fn shells_complete_the_names_of_workers_pools_and_levels() {
         one_pool("")
     ));
     // A name that a shell would take for something else, and one that two have.
+    let mut processes = Vec::new();
     for name in ["web-1", "a;b$(c)", "twin", "twin"] {
-        let before = pool(&dispatcher.status(), "web").workers.len();
-        std::mem::forget(dispatcher.worker("blocking", "web", name));
-        dispatcher.wait_joined("web", before + 1);
+        processes.push(dispatcher.worker("blocking", "web", name));
+        dispatcher.wait_joined("web", processes.len());
     }
     let status = dispatcher.status();
     let id = |name: &str| {
