@@ -149,7 +149,7 @@ fn allocations(keys: &str, request: &[u8], each: usize) -> u64 {
     let hot = thread::spawn(move || {
         COUNTED.set(true);
         let ready = move |addresses: &[String]| tell.send(addresses[0].clone()).unwrap();
-        dispatcher::event_loop::run(config, ready)
+        dispatcher::event_loop::run(config, dispatcher::admin::start, ready)
     });
     let address: SocketAddr = told.recv().unwrap().parse().unwrap();
 

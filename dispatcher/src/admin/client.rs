@@ -10,7 +10,7 @@ use hyper::body::Bytes;
 use hyper_util::rt::TokioIo;
 use tokio::net::UnixStream;
 
-use super::command::CommandError;
+use crate::api::command::CommandError;
 
 /// How long a command waits for its whole answer.
 pub const TIMEOUT: Duration = Duration::from_secs(5);

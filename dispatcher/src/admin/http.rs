@@ -17,7 +17,8 @@ use tokio::sync::{OwnedSemaphorePermit, Semaphore, watch};
 use super::explained::{Explained, Refusal, Unanswered};
 use super::guests::{Connection, Connects, Guests, Who};
 use super::routes::{self, App};
-use super::who_may::{self, Hosts};
+use super::who_may;
+use crate::mailbox::hosts::Hosts;
 
 /// Most connections at once; more wait in the kernel's queue.
 pub(super) const MAX_CONNECTIONS: usize = 64;

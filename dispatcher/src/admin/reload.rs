@@ -9,18 +9,20 @@ use std::time::{SystemTime, UNIX_EPOCH};
 use tokio::net::UnixListener;
 use tokio::sync::{Mutex, Notify, watch};
 
-use super::command::{CommandError, Problem};
 use super::elsewhere::Elsewhere;
-use super::gate::{Gate, NoAnswer};
-use super::manager::{ServiceManager, State};
+use super::listen;
 use super::metrics::LastReload;
 use super::routes::PATIENCE;
-use super::who_may::Hosts;
-use super::{Admin, Request};
+use crate::api::command::{CommandError, Problem};
+use crate::api::reload::Reloaded;
 use crate::background::keep::message;
 use crate::background::logger;
 use crate::background::logger::{Quoted, quoted};
-use crate::event_loop::reload::{Reloaded, prepare};
+use crate::background::service_manager::{ServiceManager, State};
+use crate::mailbox::Request;
+use crate::mailbox::client::{Gate, NoAnswer};
+use crate::mailbox::hosts::Hosts;
+use crate::reload::prepare;
 
 /// Shared by everybody who can ask for a reload.
 pub(super) struct Reloader {
@@ -120,7 +122,7 @@ impl Reloader {
         logger::configure(level);
         self.hosts.set(hosts);
         if let Some(admin) = admin
-            && let Err(error) = Admin::listen(&self.listener, admin)
+            && let Err(error) = listen(&self.listener, admin)
         {
             reloaded.needs_restart.push(format!("admin_socket ({error})"));
         }

@@ -8,10 +8,14 @@ use std::time::Instant;
 
 use dispatch_protocol::wire::Token;
 
+use std::thread::JoinHandle;
+
 use super::client::{self, ClientError};
-use super::command::{Problem, Target};
 use super::*;
-use crate::api::status::{PoolStatus, WorkerStatus};
+use crate::api::command::{self, Answer, Command, Problem, Target};
+use crate::api::status::{PoolStatus, Status, WorkerStatus};
+use crate::background::spawner::Report;
+use crate::mailbox::{Gathered, Request};
 
 mod refusals;
 
@@ -42,7 +46,7 @@ impl Bench {
         let (wake, sleep) = mpsc::channel();
         let woken = Arc::new(AtomicUsize::new(0));
         let count = Arc::clone(&woken);
-        let admin = Admin::start(
+        let admin = start(
             listener,
             Some(tcp),
             Arc::new(move || {
@@ -467,7 +471,7 @@ fn somebody_else_there() {
 fn stopping_ends_the_processes_first() {
     let directory = tempfile::tempdir().expect("a directory");
     let listener = UnixListener::bind(directory.path().join("admin.sock")).expect("a socket");
-    let admin = Admin::start(listener, None, Arc::new(|| {})).expect("a side thread");
+    let admin = start(listener, None, Arc::new(|| {})).expect("a side thread");
     let request = spawner::SpawnRequest {
         process: dispatcher_core::ProcessId { pool: dispatcher_core::PoolId(0), number: 0 },
         command: vec!["sleep".to_owned(), "1000".to_owned()],

@@ -3,7 +3,6 @@
 //! a tunnel, which any page that it shows can use as well as the person before it.
 
 use std::net::IpAddr;
-use std::sync::{Arc, PoisonError, RwLock};
 
 use axum::Json;
 use axum::extract::{Request, State};
@@ -11,38 +10,8 @@ use axum::http::{Method, StatusCode, header};
 use axum::middleware::Next;
 use axum::response::{IntoResponse, Response};
 
-use super::command::{CommandError, Problem};
-
-/// The host names by which this machine may be asked over TCP, besides `localhost` and its own name: `admin_http_hosts`.
-#[derive(Clone, Debug, Default)]
-pub struct Hosts(Arc<RwLock<Vec<String>>>);
-
-impl Hosts {
-    /// From now on it may be asked by these.
-    pub fn set(&self, hosts: Vec<String>) {
-        *self.0.write().unwrap_or_else(PoisonError::into_inner) = hosts;
-    }
-
-    fn has(&self, name: &str) -> bool {
-        let hosts = self.0.read().unwrap_or_else(PoisonError::into_inner);
-        hosts.iter().any(|host| host.eq_ignore_ascii_case(name))
-    }
-
-    /// Whether a `Host` can be right: an address, which belongs to no page, or a name of this machine.
-    fn allow(&self, host: &str) -> bool {
-        let name = name_of(host).trim_end_matches('.');
-        name.parse::<IpAddr>().is_ok()
-            || name.eq_ignore_ascii_case("localhost")
-            || is_own_name(name, rustix::system::uname().nodename().to_str().unwrap_or_default())
-            || self.has(name)
-    }
-}
-
-/// Whether `name` is the machine's name, with its domain or without.
-fn is_own_name(name: &str, own: &str) -> bool {
-    let short = own.split('.').next().unwrap_or(own);
-    !name.is_empty() && (name.eq_ignore_ascii_case(own) || name.eq_ignore_ascii_case(short))
-}
+use crate::api::command::{CommandError, Problem};
+use crate::mailbox::hosts::{Hosts, name_of};
 
 /// Lets only reads pass, and only by a name of this machine: otherwise a page from elsewhere whose name suddenly resolves to
 /// an address of it could read everything (DNS rebinding). A request without `Host` is none of a browser; health checks
@@ -105,14 +74,6 @@ fn is_name_of_others(host: &str) -> bool {
     name.trim_end_matches('.').contains('.') && name.parse::<IpAddr>().is_err()
 }
 
-/// Without the port.
-fn name_of(host: &str) -> &str {
-    match host.strip_prefix('[') {
-        Some(rest) => rest.split(']').next().unwrap_or(rest),
-        None => host.split(':').next().unwrap_or(host),
-    }
-}
-
 /// `localhost` or a loopback address, with or without a port.
 fn names_this_machine(host: &str) -> bool {
     let name = name_of(host);
@@ -127,7 +88,8 @@ fn forbidden(error: &str, hint: &str) -> Response {
 
 #[cfg(test)]
 mod tests {
-    use super::{Hosts, is_name_of_others, is_own_name, names_this_machine};
+    use super::{Hosts, is_name_of_others, names_this_machine};
+    use crate::mailbox::hosts::is_own_name;
 
     #[test]
     fn hosts_by_which_it_may_be_asked() {

@@ -6,4 +6,5 @@ pub mod cleaner;
 pub mod closer;
 pub mod keep;
 pub mod logger;
+pub mod service_manager;
 pub mod spawner;

@@ -21,8 +21,9 @@ use tokio::sync::{mpsc as tokio_mpsc, watch};
 use tokio::task::JoinSet;
 
 use self::reaper::Own;
-use crate::admin::Wake;
+use crate::config::NOT_INHERITED;
 use crate::sys;
+use crate::wake::Wake;
 use dispatcher_core::{PoolId, ProcessId};
 
 /// Most processes waiting to be started; as many as one pool may have.
@@ -30,17 +31,6 @@ const MAX_WAITING: usize = 1024;
 
 /// How long after SIGKILL a process may still be there: one in an uninterruptible call stays as long as it likes.
 const KILLED: Duration = Duration::from_secs(2);
-
-/// What our own supervisor told us is not for our processes: they would answer in our name.
-pub const NOT_INHERITED: [&str; 7] = [
-    "LISTEN_FDS",
-    "LISTEN_FDNAMES",
-    "LISTEN_PID",
-    "LISTEN_PIDFDID",
-    "NOTIFY_SOCKET",
-    "WATCHDOG_PID",
-    "WATCHDOG_USEC",
-];
 
 /// A process to start.
 #[derive(Clone, Debug)]

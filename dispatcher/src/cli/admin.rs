@@ -10,7 +10,7 @@ use serde_json::Value;
 
 use super::{AdminArgs, Exit, Failure};
 use crate::admin::client::{self, ClientError};
-use crate::admin::command::Problem;
+use crate::api::command::Problem;
 use crate::config::{Config, DEFAULT_ADMIN_SOCKET, DEFAULT_FILE, UnixSource};
 
 /// The variable that names the admin socket.

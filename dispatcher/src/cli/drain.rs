@@ -9,7 +9,7 @@ use serde_json::{Value, json};
 
 use super::table::{clean, count};
 use super::{AdminArgs, Exit, Failure, admin, complete, print, wait};
-use crate::admin::command::{CommandError, WorkerRef};
+use crate::api::command::{CommandError, WorkerRef};
 
 pub(super) const DRAIN_EXAMPLES: &str = "\
 Examples:

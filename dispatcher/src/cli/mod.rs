@@ -36,7 +36,7 @@ use serde_json::{Value, json};
 
 pub use exit::Exit;
 
-use crate::admin::command::CommandError;
+use crate::api::command::CommandError;
 
 const EXAMPLES: &str = "\
 Examples:

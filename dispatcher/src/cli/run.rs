@@ -4,6 +4,7 @@ use std::io::ErrorKind;
 use std::path::Path;
 
 use super::{Exit, Failure, check};
+use crate::admin;
 use crate::config::Config;
 use crate::event_loop::{self, RunError};
 
@@ -17,7 +18,7 @@ pub(super) fn run(path: &Path) -> Result<(), Failure> {
 pub(super) fn serve(config: Config, ready: impl FnOnce(&[String])) -> Result<(), Failure> {
     crate::background::logger::init(config.limits.log_level)
         .map_err(|error| Failure::new(Exit::OsErr, format!("the log thread: {error}")))?;
-    let result = event_loop::run(config, ready)
+    let result = event_loop::run(config, admin::start, ready)
         .map_err(|error| Failure::new(exit_for(&error), error.to_string()));
     crate::background::logger::flush(std::time::Duration::from_secs(1));
     result

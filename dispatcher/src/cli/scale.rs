@@ -6,7 +6,7 @@ use serde_json::json;
 
 use super::table::{clean, count};
 use super::{AdminArgs, Failure, admin, complete, print};
-use crate::admin::command::Wanted;
+use crate::api::command::Wanted;
 
 pub(super) const EXAMPLES: &str = "\
 Examples:

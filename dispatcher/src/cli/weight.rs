@@ -5,7 +5,7 @@ use clap_complete::engine::ArgValueCandidates;
 use serde_json::{Value, json};
 
 use super::{AdminArgs, Failure, admin, complete, drain};
-use crate::admin::command::WorkerRef;
+use crate::api::command::WorkerRef;
 
 pub(super) const EXAMPLES: &str = "\
 Examples:

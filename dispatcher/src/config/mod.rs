@@ -28,6 +28,7 @@ use std::time::Duration;
 
 pub use error::{ConfigError, Diagnostic, Warning};
 pub(crate) use hints::SAMPLE;
+pub use spawn::NOT_INHERITED;
 
 use dispatcher_core::{PoolSettings, Screening};
 

@@ -10,10 +10,20 @@ use super::error::Mistake;
 use super::file::SpawnKeys;
 use super::validate::{Check, Checked};
 use super::{MAX_UNAVAILABLE_RESPONSE, Spawn};
-use crate::background::spawner::NOT_INHERITED;
 
 /// What the kernel takes as one argument or variable (`MAX_ARG_STRLEN`), with its terminating zero.
 const MAX_STRING: usize = 131_072;
+
+/// What our own supervisor told us is not for our processes: they would answer in our name.
+pub const NOT_INHERITED: [&str; 7] = [
+    "LISTEN_FDS",
+    "LISTEN_FDNAMES",
+    "LISTEN_PID",
+    "LISTEN_PIDFDID",
+    "NOTIFY_SOCKET",
+    "WATCHDOG_PID",
+    "WATCHDOG_USEC",
+];
 
 /// `[pool.NAME.spawn]`, with what `[defaults.spawn]` adds. Only a pool with the table itself starts processes.
 pub(super) fn spawn(

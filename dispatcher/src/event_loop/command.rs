@@ -6,7 +6,7 @@ use dispatch_protocol::ClientAddr;
 use serde_json::{Value, json};
 
 use super::{EventLoop, clock};
-use crate::admin::command::{
+use crate::api::command::{
     Answer, Command, CommandError, Problem, Target, Wanted, WorkerRef, unknown_pool,
 };
 use crate::api::decisions::{Next, Past};

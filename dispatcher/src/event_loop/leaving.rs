@@ -5,7 +5,7 @@
 //! not ours to close: the manager would keep it open, and its clients would wait for nothing. It is emptied and kept; whoever
 //! comes then is turned away, and a reload can use it again.
 
-use std::os::fd::{AsFd, OwnedFd};
+use std::os::fd::AsFd;
 use std::time::Duration;
 
 use rustix::net::Shutdown;
@@ -15,8 +15,8 @@ use super::accept::{Attempt, Listener};
 use super::limit::Cause;
 use crate::api::status::KeptStatus;
 use crate::background::closer::{Owner, Task};
-use crate::config::{Address, ListenerOptions};
 use crate::listen::bind::Listening;
+use crate::reload::Reusable;
 use crate::sys;
 use dispatcher_core::{Accepting, ListenerId, Time};
 
@@ -37,16 +37,6 @@ pub(super) enum Leaving {
     Until(Time),
     /// A service manager keeps it open: clients are turned away.
     Kept,
-}
-
-/// A socket that a reload may use again, for the side thread.
-#[derive(Debug)]
-pub(super) struct Reusable {
-    /// As it was configured.
-    pub(super) address: Address,
-    pub(super) options: ListenerOptions,
-    /// A duplicate, so that it stays open whatever becomes of ours meanwhile; `None` for one that stays anyway.
-    pub(super) listening: Option<Listening>,
 }
 
 impl Listener {
@@ -260,20 +250,5 @@ impl EventLoop {
         closed.dedup();
         closed.into_iter().for_each(|id| self.closed(id));
         taken
-    }
-}
-
-impl Reusable {
-    fn systemd(name: String) -> Reusable {
-        let options = ListenerOptions::default();
-        Reusable { address: Address::Systemd(name), options, listening: None }
-    }
-}
-
-impl Listening {
-    /// The same socket once more.
-    pub(super) fn duplicate(&self, fd: OwnedFd) -> Listening {
-        let address = self.address.clone();
-        Listening { fd, address, inherited: false, name: None, path: None }
     }
 }

@@ -63,11 +63,12 @@ use self::time::{Stamps, clock, realtime};
 use self::token::{Key, Source};
 use self::trial::Trial;
 use self::worker_io::WorkerIo;
-use crate::admin::{Admin, State};
 use crate::background::cleaner::Cleaner;
 use crate::background::closer::Closers;
+use crate::background::service_manager::State;
 use crate::config::Config;
 use crate::listen::bind::OwnedPath;
+use crate::mailbox::{Side, StartSide};
 use dispatcher_core::{Core, ProcessId, Threads, Ticket, Time, WorkerId};
 
 pub use crate::listen::error::RunError;
@@ -77,8 +78,12 @@ pub use crate::listen::error::RunError;
 ///
 /// # Errors
 /// [`RunError`] when it cannot start, or when the poll itself fails.
-pub fn run(config: Config, ready: impl FnOnce(&[String])) -> Result<(), RunError> {
-    let mut event_loop = EventLoop::start(config)?;
+pub fn run(
+    config: Config,
+    start_side: StartSide,
+    ready: impl FnOnce(&[String]),
+) -> Result<(), RunError> {
+    let mut event_loop = EventLoop::start(config, start_side)?;
     ready(&event_loop.addresses());
     let served = event_loop.serve();
     event_loop.finish();
@@ -150,7 +155,7 @@ struct EventLoop {
     trial: Trial,
     cleaner: Cleaner,
 
-    side: Admin,
+    side: Side,
     /// Removes the admin socket's file at the end.
     admin_path: Option<OwnedPath>,
     /// The side thread's queues may hold more than one turn takes.

@@ -1,226 +1,302 @@
-//! Another configuration while everything goes on.
-//!
-//! Two halves. [`prepare`] runs on the side thread: it reads the file, compares it with what is in force, and binds what is
-//! new. Whatever can fail does so there, when nothing has changed yet. `EventLoop::reload` then puts the result into force, in
-//! one turn of the hot thread, without waiting for anything.
-//!
-//! The event loop's tables of pools and listeners are by id, like the core's: entries that were taken out stay until the core uses
-//! them for others.
-
-mod apply;
-mod fixed;
-mod plan;
+//! Carrying a plan out in one turn of the hot thread. Nothing here can fail but for a plan that is out of date.
 
 use std::os::fd::AsFd;
-use std::os::unix::net::UnixListener;
-use std::path::PathBuf;
 use std::sync::atomic::Ordering;
-use std::time::{Duration, Instant};
 
-use rustix::net::SocketType;
-use serde::{Deserialize, Serialize};
+use dispatcher_core::{ListenerId, ListenerSettings, PoolId};
 
-use self::fixed::fixed;
-use self::plan::{make_again, new_mode, plan_listeners, plan_pools};
 use super::EventLoop;
 use super::accept::Listener as Door;
 use super::gauges::Gauges;
-use super::leaving::Reusable;
-use super::start::seed;
-use crate::admin::command::{CommandError, Problem};
+use crate::api::command::{CommandError, Problem};
+use crate::api::reload::Reloaded;
 use crate::background::logger::value;
-use crate::config::{Address, Config, ConfigError, Limits, Listener, Pool};
-use crate::listen::bind::{self, Listening, Looks};
-use crate::listen::error::RunError;
+use crate::config::{Address, Listener, Pool};
+use crate::listen::bind::{self, Listening};
 use crate::listen::files::SocketFile;
-use crate::listen::inherit::Inherited;
-use dispatcher_core::{ListenerId, ListenerSettings, PoolId, Screen};
+use crate::reload::{InForce, ListenerStep, Plan, PoolStep, Rules, Socket, seed};
 
-/// What is in force, as the side thread sees it.
-#[derive(Debug)]
-pub struct InForce {
-    /// Counts reloads: a plan is made for one of these.
-    generation: u64,
-    /// Its pools and listeners by id.
-    config: Config,
-    /// Files of sockets that it has made.
-    files: Vec<(Socket, SocketFile)>,
-    /// Those of them that were not taken out.
-    pools: Vec<PoolId>,
-    listeners: Vec<ListenerId>,
-    /// Sockets that were taken out and are still there.
-    reusable: Vec<Reusable>,
-}
-
-/// What a socket is for.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub(super) enum Socket {
-    Dispatch,
-    Admin,
-    Listener(ListenerId),
-}
-
-/// A reload that can be carried out.
-#[derive(Debug)]
-pub struct Plan {
-    generation: u64,
-    /// Sockets whose file was removed, made again.
-    again: Vec<(Socket, Listening)>,
-    /// The admin socket among them: it is served on the side thread.
-    admin: Option<UnixListener>,
-    pools: Vec<(PoolStep, Pool)>,
-    listeners: Vec<(ListenerStep, Rules, Listener)>,
-    removed_pools: Vec<PoolId>,
-    removed_listeners: Vec<ListenerId>,
-    limits: Limits,
-    admin_http_hosts: Vec<String>,
-    modes: Vec<(PathBuf, u32)>,
-    reloaded: Reloaded,
-}
-
-#[derive(Debug)]
-enum PoolStep {
-    Keep(PoolId),
-    Change(PoolId),
-    Add,
-}
-
-#[derive(Debug)]
-enum ListenerStep {
-    /// The same one, perhaps with other options or other rules.
-    Keep(ListenerId),
-    /// The socket of this one, under another name or for another pool.
-    TakeOver(ListenerId),
-    /// A new one.
-    Open(Vec<Listening>),
-    /// A new one, with a socket that is being taken out.
-    TakeBack(Listening),
-    /// A new one, with the sockets of this name that a service manager passed and no listener has.
-    TakeKept(String),
-}
-
-/// Who may come in at a listener.
-#[derive(Debug)]
-enum Rules {
-    /// As before: what is known of clients stays.
-    Same,
-    /// Its table may take long to make.
-    New(Option<Box<Screen>>),
-}
-
-/// What a reload did, for people and programs.
-#[derive(Clone, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
-pub struct Reloaded {
-    /// The file that was read.
-    pub file: String,
-    /// What is new, by name.
-    pub added: Vec<String>,
-    /// What is no more.
-    pub removed: Vec<String>,
-    /// What has changed.
-    pub changed: Vec<String>,
-    /// What is different in the file and stays as it was until a restart.
-    pub needs_restart: Vec<String>,
-    /// What the file has that is probably not meant.
-    pub warnings: Vec<String>,
-}
-
-impl Plan {
-    /// What it is going to do.
-    pub fn reloaded(&self) -> &Reloaded {
-        &self.reloaded
-    }
-
-    /// Permission bits of socket files that are to change. Left to the side thread: a file system may be slow.
-    pub fn take_modes(&mut self) -> Vec<(PathBuf, u32)> {
-        std::mem::take(&mut self.modes)
-    }
-
-    /// The admin socket, if it was made again. Left to the side thread, too.
-    pub fn take_admin(&mut self) -> Option<UnixListener> {
-        self.admin.take()
-    }
-
-    /// By which names it may be asked over TCP. Left to the side thread too.
-    pub fn admin_http_hosts(&self) -> &[String] {
-        &self.admin_http_hosts
-    }
-
-    /// How much is to be logged. Left to the side thread too.
-    pub fn log_level(&self) -> log::LevelFilter {
-        self.limits.log_level
-    }
-}
-
-fn refused(message: impl Into<String>) -> CommandError {
-    CommandError::new(Problem::Config, message)
-}
-
-/// Reads the configuration again and gets everything ready. May take its time; changes nothing.
-///
-/// # Errors
-/// When the file has a mistake, or something in it cannot be had.
-pub fn prepare(now: &InForce) -> Result<Plan, CommandError> {
-    let Some(file) = &now.config.file else {
-        return Err(CommandError::new(
-            Problem::Conflict,
-            "this dispatcher has no configuration file",
-        )
-        .hint("`dispatcher demo` does without; write one for `dispatcher run`"));
-    };
-    let new = Config::load(file).map_err(|error| match &error {
-        ConfigError::Unreadable { .. } => {
-            refused(error.to_string()).hint("nothing was changed; the file must stay where it was")
+impl EventLoop {
+    /// What is in force, for [`prepare`].
+    pub(in crate::event_loop) fn in_force(&self) -> InForce {
+        let pools = (0u16..).map(PoolId).take(self.config.pools.len());
+        InForce {
+            generation: self.generation,
+            config: self.config.clone(),
+            pools: pools.filter(|&id| !self.core.is_pool_retired(id)).collect(),
+            listeners: self.core.listeners().collect(),
+            files: self.socket_files(),
+            reusable: self.reusable(),
         }
-        ConfigError::Invalid { .. } => refused(error.to_string()),
-    })?;
-    plan(now, new)
-}
+    }
 
-fn plan(now: &InForce, new: Config) -> Result<Plan, CommandError> {
-    let mut reloaded = Reloaded {
-        file: new.file.as_ref().map_or_else(String::new, |file| file.display().to_string()),
-        warnings: new.warnings.iter().map(ToString::to_string).collect(),
-        needs_restart: fixed(&now.config, &new),
-        ..Reloaded::default()
-    };
-    let room = usize::from(u16::MAX);
-    if now.config.pools.len() + new.pools.len() > room
-        || now.config.listeners.len() + new.listeners.len() > room
-    {
-        return Err(CommandError::new(
-            Problem::Conflict,
-            "too many pools and listeners have come and gone: nothing was changed",
-        )
-        .hint("restart the dispatcher; connections that workers have stay open"));
+    /// Files of sockets that were made here.
+    fn socket_files(&self) -> Vec<(Socket, SocketFile)> {
+        let dispatch = self.dispatch_path.iter().map(|path| (Socket::Dispatch, path.file()));
+        let admin = self.admin_path.iter().map(|path| (Socket::Admin, path.file()));
+        let listeners =
+            self.listeners.iter().filter(|door| !door.is_retiring()).filter_map(|door| {
+                Some((Socket::Listener(door.id), door.listening.as_ref()?.file()?))
+            });
+        dispatch.chain(admin).chain(listeners).collect()
     }
-    let (pools, removed_pools) = plan_pools(now, &new, &mut reloaded);
-    let (listeners, removed_listeners) = plan_listeners(now, &new, &mut reloaded)?;
-    if now.config.limits != new.limits {
-        reloaded.changed.push("limits".to_owned());
+
+    /// Has them looked at, under the names that people know.
+    pub(in crate::event_loop) fn watch_socket_files(&self) {
+        let named = |(socket, file)| {
+            let name = match socket {
+                Socket::Dispatch => "dispatch_socket".to_owned(),
+                Socket::Admin => "admin_socket".to_owned(),
+                Socket::Listener(id) => format!("listener {}", self.core.listener_name(id)),
+            };
+            (name, file)
+        };
+        // One that is being emptied is not to be found, on purpose.
+        let files = self.socket_files().into_iter().filter(|(socket, _)| match socket {
+            Socket::Listener(id) => !self.core.is_listener_retired(*id),
+            Socket::Dispatch | Socket::Admin => true,
+        });
+        self.side.files.set(files.map(named).collect());
     }
-    if now.config.admin_http_hosts != new.admin_http_hosts {
-        reloaded.changed.push("admin_http_hosts".to_owned());
+
+    /// Puts sockets that were made again into the places of those that nobody can find.
+    fn put_again(&mut self, again: Vec<(Socket, Listening)>) {
+        for (socket, listening) in again {
+            let old = match socket {
+                Socket::Dispatch => {
+                    let (fd, _, path) = listening.into_parts();
+                    self.door.order(crate::event_loop::door::Order::Listen(fd));
+                    std::mem::replace(&mut self.dispatch_path, path)
+                }
+                Socket::Admin => {
+                    let (_, _, path) = listening.into_parts();
+                    std::mem::replace(&mut self.admin_path, path)
+                }
+                Socket::Listener(id) => {
+                    let backlog = self.config.listeners.get(usize::from(id.0));
+                    let backlog = backlog.map_or(0, |listener| listener.options.backlog);
+                    for door in self.listeners.iter_mut().filter(|door| door.id == id) {
+                        door.retire();
+                    }
+                    self.open(id, listening, backlog);
+                    None
+                }
+            };
+            // A file system may be slow.
+            if let Some(old) = old {
+                self.cleaner.clean(old);
+            }
+        }
     }
-    let again = make_again(now, &listeners, &mut reloaded);
-    let admin = again.iter().find(|(socket, _)| *socket == Socket::Admin);
-    let admin = match admin.map(|(_, listening)| listening.fd.try_clone()) {
-        None => None,
-        Some(Ok(fd)) => Some(fd.into()),
-        Some(Err(error)) => return Err(refused(format!("admin_socket: {error}"))),
-    };
-    let modes = listeners.iter().filter_map(|(step, _, listener)| new_mode(now, step, listener));
-    Ok(Plan {
-        generation: now.generation,
-        again,
-        admin,
-        pools,
-        modes: modes.collect(),
-        listeners,
-        removed_pools,
-        removed_listeners,
-        limits: new.limits,
-        admin_http_hosts: new.admin_http_hosts,
-        reloaded,
-    })
+
+    /// Puts a prepared configuration into force.
+    pub(in crate::event_loop) fn reload(&mut self, plan: Plan) -> Result<Reloaded, CommandError> {
+        if self.stop_deadline.is_some() {
+            return Err(CommandError::new(Problem::Conflict, "the dispatcher is stopping"));
+        }
+        if self.cleaner.is_full() {
+            let message = "what earlier reloads have removed is still being put away";
+            return Err(CommandError::new(Problem::Unavailable, message).hint("try again"));
+        }
+        if plan.generation != self.generation {
+            let message = "another reload came in between: nothing was changed";
+            return Err(CommandError::new(Problem::Conflict, message).hint("try again"));
+        }
+        self.generation += 1;
+        // What was decided before is done before names mean something else.
+        self.perform();
+        let mut reloaded = plan.reloaded;
+        self.put_again(plan.again);
+        let mut ids = Vec::with_capacity(plan.pools.len());
+        for (step, pool) in plan.pools {
+            ids.push(self.put_pool(step, pool, &mut reloaded));
+        }
+        for (step, rules, listener) in plan.listeners {
+            let pool = ids.get(usize::from(listener.pool)).copied().unwrap_or(PoolId(0));
+            let listener = Listener { pool: pool.0, ..listener };
+            let id = self.put_listener(step, listener, &mut reloaded);
+            if let Rules::New(screen) = rules {
+                self.core.set_screen(id, screen);
+            }
+        }
+        for id in plan.removed_listeners {
+            self.core.retire_listener(id);
+            self.drain_listener(id);
+        }
+        for id in plan.removed_pools {
+            self.core.retire_pool(self.now, id);
+        }
+        self.core.set_resource_pause(plan.limits.resource_pause);
+        let most = plan.limits.metrics_max_workers;
+        self.side.metrics_max_workers.store(most, Ordering::Relaxed);
+        self.side.admin_rate.store(plan.limits.admin_rate, Ordering::Relaxed);
+        self.closers.set_bounds(crate::event_loop::start::bounds(&plan.limits));
+        self.config.limits = plan.limits;
+        let settings = EventLoop::door_settings(&self.config);
+        self.door.order(crate::event_loop::door::Order::Settings(settings));
+        self.config.admin_http_hosts = plan.admin_http_hosts;
+        self.watch_socket_files();
+        Ok(reloaded)
+    }
+
+    fn put_pool(&mut self, step: PoolStep, pool: Pool, reloaded: &mut Reloaded) -> PoolId {
+        match step {
+            PoolStep::Keep(id) => {
+                let wanted = pool.settings.processes;
+                let now = self.core.pool_settings(id).map_or(wanted, |settings| settings.processes);
+                if now != wanted {
+                    // An operator has scaled it meanwhile.
+                    self.core.scale(self.now, id, wanted);
+                    reloaded.changed.push(format!("pool {}", pool.settings.name));
+                }
+                id
+            }
+            PoolStep::Change(id) => {
+                let mut starts_anew = false;
+                if let Some(entry) = self.config.pools.get_mut(usize::from(id.0)) {
+                    starts_anew = entry.spawn != pool.spawn;
+                    *entry = pool.clone();
+                }
+                self.core.change_pool(self.now, id, pool.settings, seed());
+                if starts_anew {
+                    self.core.retry_processes(self.now, id);
+                }
+                self.score_anew(id);
+                id
+            }
+            PoolStep::Add => {
+                let id = self.core.add_pool(self.now, pool.settings.clone(), seed());
+                match self.config.pools.get_mut(usize::from(id.0)) {
+                    Some(entry) => {
+                        if entry.settings.name != pool.settings.name {
+                            // Another had its place. What was given to that one's processes opens nothing here.
+                            self.tokens.retain(|_, process| process.pool != id);
+                        }
+                        *entry = pool;
+                    }
+                    None => self.config.pools.push(pool),
+                }
+                self.score_anew(id);
+                id
+            }
+        }
+    }
+
+    /// The gauges that its workers are scored by may be others now.
+    fn score_anew(&mut self, pool: PoolId) {
+        for io in self.workers.iter_mut().flatten() {
+            if self.core.pool_of_worker(io.id) == Some(pool) {
+                io.gauges = Gauges::new(&self.core, pool);
+            }
+        }
+        self.gauge_readers = self.workers.iter().flatten().filter(|io| io.gauges.is_some()).count();
+    }
+
+    fn put_listener(
+        &mut self,
+        step: ListenerStep,
+        listener: Listener,
+        reloaded: &mut Reloaded,
+    ) -> ListenerId {
+        let id = match step {
+            ListenerStep::Keep(id) => id,
+            ListenerStep::TakeOver(old) => {
+                let had = self.config.listeners.get(usize::from(old.0));
+                let options = had.map_or_else(|| listener.options.clone(), |l| l.options.clone());
+                let as_it_is = Listener { options, ..listener.clone() };
+                let id = self.add_listener(&as_it_is, self.addresses_of(old));
+                for door in self.listeners.iter_mut().filter(|door| door.id == old) {
+                    door.id = id;
+                }
+                self.core.retire_listener(old);
+                self.core.listener_closed(self.now, old);
+                id
+            }
+            ListenerStep::Open(made) => {
+                let addresses: Vec<&str> = made.iter().map(|l| l.address.as_str()).collect();
+                let id = self.add_listener(&listener, addresses.join(", "));
+                for listening in made {
+                    self.open(id, listening, listener.options.backlog);
+                }
+                id
+            }
+            ListenerStep::TakeBack(listening) => {
+                self.take_back(&listening);
+                let id = self.add_listener(&listener, listening.address.clone());
+                self.open(id, listening, listener.options.backlog);
+                id
+            }
+            ListenerStep::TakeKept(name) => {
+                let made = self.take_kept(&name);
+                let addresses: Vec<&str> = made.iter().map(|l| l.address.as_str()).collect();
+                let id = self.add_listener(&listener, addresses.join(", "));
+                for listening in made {
+                    self.open(id, listening, listener.options.backlog);
+                }
+                id
+            }
+        };
+        if let Some(entry) = self.config.listeners.get_mut(usize::from(id.0)) {
+            let before = std::mem::replace(entry, listener);
+            self.set_options(id, &before, reloaded);
+        }
+        id
+    }
+
+    /// In the tables; its sockets follow.
+    fn add_listener(&mut self, listener: &Listener, address: String) -> ListenerId {
+        let (name, pool) = (listener.name.clone(), PoolId(listener.pool));
+        let id = self.core.add_listener(ListenerSettings { name, address, pool });
+        match self.config.listeners.get_mut(usize::from(id.0)) {
+            Some(entry) => *entry = listener.clone(),
+            None => self.config.listeners.push(listener.clone()),
+        }
+        id
+    }
+
+    fn addresses_of(&self, id: ListenerId) -> String {
+        let doors = self.listeners.iter().filter(|door| door.id == id);
+        let listening = doors.filter_map(|door| door.listening.as_ref());
+        let addresses: Vec<&str> = listening.map(|listening| listening.address.as_str()).collect();
+        addresses.join(", ")
+    }
+
+    fn open(&mut self, id: ListenerId, listening: Listening, backlog: u32) {
+        log::info!(
+            "event=listening listener={} address={} pool={}",
+            self.core.listener_name(id),
+            value(&listening.address),
+            self.core.pool_of_listener(id).map_or("", |pool| self.core.pool_name(pool)),
+        );
+        // The place of one that is closed: it is out of the poll, and an event for it that is still to be handled does no
+        // more than have the new one's queue looked at.
+        let free = self.listeners.iter().position(|door| door.listening.is_none());
+        let place = free.unwrap_or(self.listeners.len());
+        let door = Door::new(id, listening, place, backlog);
+        match self.listeners.get_mut(place) {
+            Some(entry) => *entry = door,
+            None => self.listeners.push(door),
+        }
+    }
+
+    /// Options of sockets that stay. One that the kernel will not have stays as it was, too.
+    fn set_options(&mut self, id: ListenerId, before: &Listener, reloaded: &mut Reloaded) {
+        let Some(listener) = self.config.listeners.get(usize::from(id.0)) else { return };
+        if before.options == listener.options {
+            return;
+        }
+        let tcp = matches!(listener.address, Address::Tcp(_));
+        for door in self.listeners.iter_mut().filter(|door| door.id == id) {
+            let Some(listening) = &door.listening else { continue };
+            if listening.inherited {
+                continue;
+            }
+            door.last = listener.options.backlog;
+            let set = bind::change_options(listening.fd.as_fd(), tcp, &listener.options);
+            if let Err(error) = set {
+                let left = format!("options of listener {} ({error})", listener.name);
+                reloaded.needs_restart.push(left);
+            }
+        }
+    }
 }

@@ -21,20 +21,22 @@ use super::recent::{Faults, Seconds};
 use super::token::Source;
 use super::trial::Trial;
 use super::{EventLoop, Limits, clock};
-use crate::admin::{Admin, State};
 use crate::background::cleaner::Cleaner;
 use crate::background::closer::{Bounds, Closers, Owner, Task};
 use crate::background::logger::{quoted, value};
+use crate::background::service_manager::State;
 use crate::config::Config;
 use crate::listen::bind::{self, Listening};
 use crate::listen::error::RunError;
 use crate::listen::inherit::Inherited;
+use crate::mailbox::StartSide;
+use crate::reload::seed;
 use crate::signals;
 use dispatcher_core::{Core, ListenerId, ListenerSettings, PoolId, Screen, Time};
 
 impl EventLoop {
     /// Opens everything, tells the service manager, and is ready to serve.
-    pub(super) fn start(config: Config) -> Result<EventLoop, RunError> {
+    pub(super) fn start(config: Config, start_side: StartSide) -> Result<EventLoop, RunError> {
         let descriptors = raise_descriptor_limit();
         // First of all, so that none of the numbers can be a descriptor of our own.
         let mut inherited = Inherited::from_environment();
@@ -61,7 +63,7 @@ impl EventLoop {
         }
         let unused = inherited.finish();
         let mut event_loop =
-            EventLoop::assemble(config, signals, dispatch, admin, listeners, settings)?;
+            EventLoop::assemble(config, start_side, signals, dispatch, admin, listeners, settings)?;
         event_loop.descriptors = descriptors;
         event_loop.unused = unused;
         Ok(event_loop)
@@ -69,6 +71,7 @@ impl EventLoop {
 
     fn assemble(
         config: Config,
+        start_side: StartSide,
         mut signals: Signals,
         dispatch: Listening,
         admin: Listening,
@@ -88,8 +91,8 @@ impl EventLoop {
             // A waker fails only when its eventfd is full, and then it is set.
             let _ = waker.wake();
         });
-        let wake_closers = Arc::clone(&wake) as crate::admin::Wake;
-        let wake_door = Arc::clone(&wake) as crate::admin::Wake;
+        let wake_closers = Arc::clone(&wake) as crate::wake::Wake;
+        let wake_door = Arc::clone(&wake) as crate::wake::Wake;
         let (admin, admin_path) = admin.into_listener();
         let tcp = match config.admin_http {
             None => None,
@@ -99,7 +102,7 @@ impl EventLoop {
                 Some(made.fd.into())
             }
         };
-        let side = Admin::start(admin, tcp, wake).map_err(RunError::system("admin thread"))?;
+        let side = start_side(admin, tcp, wake).map_err(RunError::system("admin thread"))?;
         side.hosts.set(config.admin_http_hosts.clone());
         side.metrics_max_workers.store(config.limits.metrics_max_workers, Ordering::Relaxed);
         side.admin_rate.store(config.limits.admin_rate, Ordering::Relaxed);
@@ -252,16 +255,6 @@ const CLOSES_END: Duration = Duration::from_secs(1);
 /// The bounds of the closing threads.
 pub(super) fn bounds(limits: &crate::config::Limits) -> Bounds {
     Bounds { threads: limits.closing_threads, waiting: limits.max_closing }
-}
-
-/// Where choices by lot come from: dispatchers that start at the same time must not all choose the same workers.
-pub(super) fn seed() -> u64 {
-    let mut bytes = [0; 8];
-    match rustix::rand::getrandom(&mut bytes, rustix::rand::GetRandomFlags::empty()) {
-        Ok(_) => u64::from_ne_bytes(bytes),
-        // Another moment is another seed too.
-        Err(_) => clock().0,
-    }
 }
 
 /// Custody needs descriptors: as many as the hard limit allows. Gives what the limits were, if they are others now.

@@ -6,11 +6,11 @@ use rustix::rand::GetRandomFlags;
 use super::EventLoop;
 use super::gauges::show_gauges;
 use super::limit::{Cause, ProcessNews};
-use crate::admin::{Gathered, Request};
 use crate::api::status::Status;
 use crate::background::logger::{quoted, value};
 use crate::background::spawner::{Report, SpawnRequest};
 use crate::config::UnixSource;
+use crate::mailbox::{Gathered, Request};
 use dispatcher_core::ProcessId;
 
 /// How a process ends that does as it is told.

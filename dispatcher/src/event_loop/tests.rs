@@ -11,7 +11,7 @@ use rustix::net::{AddressFamily, SendFlags, SocketAddrUnix, SocketFlags, SocketT
 use tokio::sync::oneshot;
 
 use super::*;
-use crate::admin::Request;
+use crate::mailbox::Request;
 
 const PATIENCE: Duration = Duration::from_secs(20);
 
@@ -21,7 +21,7 @@ fn started(dir: &Path, pool: &str) -> EventLoop {
         "dispatch_socket = \"{dir}/dispatch.sock\"\nadmin_socket = \"{dir}/admin.sock\"\n\
          [[listener]]\nname = \"web\"\naddress = \"127.0.0.1:0\"\npool = \"web\"\n[pool.web]\n{pool}\n"
     );
-    EventLoop::start(Config::parse(&text, "test").unwrap()).unwrap()
+    EventLoop::start(Config::parse(&text, "test").unwrap(), crate::admin::start).unwrap()
 }
 
 /// One turn, without clients.
@@ -109,7 +109,8 @@ fn a_turn_answers_one_who_waits_and_nobody_who_has_gone() {
         )
     };
     std::fs::write(&file, text("")).unwrap();
-    let mut event_loop = EventLoop::start(Config::load(&file).unwrap()).unwrap();
+    let mut event_loop =
+        EventLoop::start(Config::load(&file).unwrap(), crate::admin::start).unwrap();
     let mut events = Events::with_capacity(64);
     turn(&mut event_loop, &mut events);
     let (ask, requests) = mpsc::sync_channel(16);
@@ -124,7 +125,7 @@ fn a_turn_answers_one_who_waits_and_nobody_who_has_gone() {
     (0..3).for_each(|_| drop(explain()));
     let mut waiting = vec![explain()];
     std::fs::write(&file, text("history = 7")).unwrap();
-    let plan = Box::new(reload::prepare(&event_loop.in_force()).unwrap());
+    let plan = Box::new(crate::reload::prepare(&event_loop.in_force()).unwrap());
     let (answer, late) = oneshot::channel();
     ask.try_send(Request::Reload { plan, answer }).unwrap();
     drop(late);

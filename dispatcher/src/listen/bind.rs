@@ -37,6 +37,12 @@ pub(crate) struct Listening {
 }
 
 impl Listening {
+    /// The same socket once more.
+    pub(crate) fn duplicate(&self, fd: OwnedFd) -> Listening {
+        let address = self.address.clone();
+        Listening { fd, address, inherited: false, name: None, path: None }
+    }
+
     /// The same for the dispatch socket, with its address.
     pub(crate) fn into_parts(self) -> (OwnedFd, String, Option<OwnedPath>) {
         (self.fd, self.address, self.path)

@@ -10,8 +10,8 @@ use axum::routing::get;
 use dispatch_protocol::ClientAddr;
 
 use super::{App, PATIENCE, methods, outcome, refused};
-use crate::admin::Request;
-use crate::admin::command::{CommandError, Problem};
+use crate::api::command::{CommandError, Problem};
+use crate::mailbox::Request;
 
 pub(super) fn routes() -> Router<App> {
     Router::new()

@@ -9,7 +9,7 @@ use axum::routing::get;
 use axum::{Json, Router};
 
 use super::{App, PATIENCE, methods, no_answer};
-use crate::admin::command::Problem;
+use crate::api::command::Problem;
 
 /// How long the hot thread may take for `/healthz`.
 const HEALTHY: Duration = Duration::from_secs(1);

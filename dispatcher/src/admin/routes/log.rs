@@ -7,7 +7,7 @@ use log::LevelFilter;
 use serde::Deserialize;
 
 use super::{App, Body, methods, refused};
-use crate::admin::command::{CommandError, Problem};
+use crate::api::command::{CommandError, Problem};
 use crate::background::logger;
 
 pub(super) fn routes() -> Router<App> {

@@ -26,10 +26,10 @@ use axum::{Json, Router};
 use serde::Serialize;
 use serde::de::DeserializeOwned;
 
-use super::command::{Command, CommandError, Problem};
-use super::gate::{Gate, NoAnswer};
 use super::guests::MOST_CONNECTIONS;
 use super::reload::Reloader;
+use crate::api::command::{Command, CommandError, Problem};
+use crate::mailbox::client::{Gate, NoAnswer};
 
 /// Longest request body.
 const MAX_BODY: usize = 64 * 1024;

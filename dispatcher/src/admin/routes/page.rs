@@ -9,7 +9,7 @@ use axum::routing::get;
 use rustix::rand::{GetRandomFlags, getrandom};
 
 use super::{App, methods, refused};
-use crate::admin::command::{CommandError, Problem};
+use crate::api::command::{CommandError, Problem};
 
 const PAGE: &str = include_str!("page.html");
 

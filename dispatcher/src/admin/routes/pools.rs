@@ -7,7 +7,7 @@ use axum::{Json, Router};
 
 use super::workers::Action;
 use super::{App, Body, PATIENCE, carry_out, methods, no_answer, refused};
-use crate::admin::command::{Target, unknown_pool};
+use crate::api::command::{Target, unknown_pool};
 
 pub(super) fn routes() -> Router<App> {
     Router::new().route("/v1/pools/{name}", methods("GET, HEAD, POST", get(show).post(act)))

@@ -8,7 +8,7 @@ use axum::response::Response;
 use axum::routing::post;
 
 use super::{App, methods, outcome};
-use crate::admin::gate::NoAnswer;
+use crate::mailbox::client::NoAnswer;
 
 pub(super) fn routes() -> Router<App> {
     Router::new().route("/v1/reload", methods("POST", post(reload)))

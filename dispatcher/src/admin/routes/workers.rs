@@ -9,7 +9,7 @@ use axum::{Json, Router};
 use serde::Deserialize;
 
 use super::{App, Body, PATIENCE, carry_out, methods, no_answer, refused};
-use crate::admin::command::{Command, CommandError, Problem, Target, Wanted, WorkerRef};
+use crate::api::command::{Command, CommandError, Problem, Target, Wanted, WorkerRef};
 use crate::api::status::Status;
 
 pub(super) fn routes() -> Router<App> {

@@ -35,8 +35,8 @@ use dispatch_protocol::scoreboard::Scoreboard;
 
 use self::slow::{Slot, Slow};
 use self::watchdog::Member;
-use crate::admin::Wake;
 use crate::sys;
+use crate::wake::Wake;
 use dispatcher_core::WorkerId;
 
 #[cfg(test)]

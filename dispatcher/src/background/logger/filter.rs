@@ -11,7 +11,7 @@ const CRATES: [&str; 8] =
 
 /// The modules at the top of this crate. In the log's lines they stand without the crate's name, so that is how they may be
 /// written here too.
-const MODULES: [&str; 12] = [
+const MODULES: [&str; 15] = [
     "admin",
     "api",
     "background",
@@ -20,9 +20,12 @@ const MODULES: [&str; 12] = [
     "demo",
     "event_loop",
     "listen",
+    "mailbox",
     "preface",
+    "reload",
     "signals",
     "sys",
+    "wake",
     "words",
 ];
 

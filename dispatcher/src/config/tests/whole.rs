@@ -165,7 +165,7 @@ fn environment() {
     );
     pool_refused(&format!("{spawn}environment = {{ ‹'a=b'› = 'x' }}"), "not a name", "");
     pool_refused(&format!("{spawn}environment = {{ A = ‹1› }}"), "wrong type", "");
-    for name in crate::background::spawner::NOT_INHERITED {
+    for name in NOT_INHERITED {
         pool_refused(
             &format!("{spawn}environment = {{ ‹{name}› = 'x' }}"),
             &format!("`{name}` cannot be set here"),

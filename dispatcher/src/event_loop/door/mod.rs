@@ -32,9 +32,9 @@ use self::porter::Porter;
 use super::control::Fault;
 use super::token::Key;
 use super::worker_io::{Lane, LaneFds};
-use crate::admin::Wake;
 use crate::background::closer::{Bin, Watch};
 use crate::config;
+use crate::wake::Wake;
 use dispatcher_core::{Departure, Join, Refusal, WorkerId};
 
 /// Most messages waiting for the hot thread.

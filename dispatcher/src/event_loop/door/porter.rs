@@ -20,9 +20,9 @@ use super::super::worker_io::{Lane, send_record};
 use super::pending::{Pending, Table};
 use super::rates::{Bucket, Rates};
 use super::{Knock, News, Order, Settings};
-use crate::admin::Wake;
 use crate::background::closer::{Bin, Watched};
 use crate::background::keep;
+use crate::wake::Wake;
 use dispatcher_core::{Departure, Join, Refusal, Time, WorkerId};
 
 mod admit;

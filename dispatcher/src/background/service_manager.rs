@@ -76,13 +76,13 @@ impl ServiceManager {
     }
 
     /// Waits until it is told, so that it knows before whoever asked gets the answer; not for long.
-    pub(super) async fn tell_now(&self, state: State) {
+    pub(crate) async fn tell_now(&self, state: State) {
         let told = self.tell(state);
         let _ = tokio::time::timeout(NOTIFY_TIME, told).await;
     }
 
     /// Tells it `Ready` when what this gives is dropped: at the end of a reload, however that ends.
-    pub(super) fn ready_afterwards(&self) -> ReadyAfterwards<'_> {
+    pub(crate) fn ready_afterwards(&self) -> ReadyAfterwards<'_> {
         ReadyAfterwards(self)
     }
 
@@ -103,11 +103,11 @@ impl ServiceManager {
 }
 
 /// See [`ServiceManager::ready_afterwards`].
-pub(super) struct ReadyAfterwards<'a>(&'a ServiceManager);
+pub(crate) struct ReadyAfterwards<'a>(&'a ServiceManager);
 
 impl ReadyAfterwards<'_> {
     /// Tells it now, and waits until it is told.
-    pub(super) async fn now(self) {
+    pub(crate) async fn now(self) {
         let manager = self.0;
         std::mem::forget(self);
         manager.tell_now(State::Ready).await;
@@ -121,7 +121,7 @@ impl Drop for ReadyAfterwards<'_> {
 }
 
 /// The side thread's end.
-pub(super) struct Teller {
+pub(crate) struct Teller {
     messages: mpsc::Receiver<Message>,
     place: Option<Result<SocketAddrUnix, String>>,
     /// Made with the first message and kept, so that later ones need no descriptor.
@@ -129,7 +129,7 @@ pub(super) struct Teller {
 }
 
 /// Both ends, for the socket that the environment names.
-pub(super) fn manager() -> (ServiceManager, Teller) {
+pub(crate) fn manager() -> (ServiceManager, Teller) {
     let place = std::env::var_os("NOTIFY_SOCKET").filter(|name| !name.is_empty());
     manager_at(place)
 }
@@ -153,7 +153,7 @@ fn address(name: &OsString) -> Result<SocketAddrUnix, String> {
 
 impl Teller {
     /// Sends what is told, until every handle is gone.
-    pub(super) async fn run(&mut self) {
+    pub(crate) async fn run(&mut self) {
         while let Some(message) = self.messages.recv().await {
             if let Err(error) = self.send(&message.text).await {
                 log::warn!(

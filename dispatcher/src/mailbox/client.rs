@@ -7,10 +7,11 @@ use std::time::Duration;
 use tokio::sync::oneshot;
 use tokio::time::Instant;
 
-use super::command::{Answer, Command};
-use super::{Gathered, Request, Wake};
+use super::{Gathered, Request};
+use crate::api::command::{Answer, Command};
 use crate::api::status::Status;
 use crate::listen::files::SocketFiles;
+use crate::wake::Wake;
 
 /// The status is gathered at most ten times in a second.
 const STATUS_EVERY: Duration = Duration::from_millis(100);
@@ -23,7 +24,7 @@ const OTHERS_EVERY: Duration = Duration::from_millis(2);
 
 /// Why there is no answer.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub(super) enum NoAnswer {
+pub(crate) enum NoAnswer {
     /// The hot thread has too much else to answer, or has gone.
     Refused,
     /// It did not answer in time.
@@ -90,7 +91,7 @@ impl<T: Clone + Send + 'static> Drop for Unanswered<'_, T> {
 }
 
 /// Shared by all HTTP connections.
-pub(super) struct Gate {
+pub(crate) struct Gate {
     requests: SyncSender<Request>,
     wake: Wake,
     files: SocketFiles,
@@ -101,7 +102,7 @@ pub(super) struct Gate {
 }
 
 impl Gate {
-    pub(super) fn new(requests: SyncSender<Request>, wake: Wake, files: SocketFiles) -> Arc<Gate> {
+    pub(crate) fn new(requests: SyncSender<Request>, wake: Wake, files: SocketFiles) -> Arc<Gate> {
         Arc::new(Gate {
             requests,
             wake,
@@ -114,7 +115,7 @@ impl Gate {
 
     /// The status, gathered after this was called or about then: however many clients ask, the hot thread answers one
     /// question at a time, and seldom. What takes long to say is said here.
-    pub(super) async fn status(
+    pub(crate) async fn status(
         self: &Arc<Gate>,
         patience: Duration,
     ) -> Result<Arc<Status>, NoAnswer> {
@@ -138,7 +139,7 @@ impl Gate {
     }
 
     /// Whether the hot thread turns: it has nothing to gather for that.
-    pub(super) async fn alive(self: &Arc<Gate>, patience: Duration) -> Result<(), NoAnswer> {
+    pub(crate) async fn alive(self: &Arc<Gate>, patience: Duration) -> Result<(), NoAnswer> {
         let (answer, from) = self.alive.join();
         if let Some(from) = from {
             let gate = Arc::clone(self);
@@ -154,7 +155,7 @@ impl Gate {
     }
 
     /// What came of a command. One that is late may still be carried out.
-    pub(super) async fn command(
+    pub(crate) async fn command(
         &self,
         command: Command,
         patience: Duration,
@@ -164,7 +165,7 @@ impl Gate {
 
     /// The answer to any other request. One after the other: the next waits here, on this thread, so that the hot thread
     /// has at most one to look at.
-    pub(super) async fn ask_for<T>(
+    pub(crate) async fn ask_for<T>(
         &self,
         request: impl FnOnce(oneshot::Sender<T>) -> Request,
         patience: Duration,

@@ -1,0 +1,231 @@
+//! Another configuration while everything goes on.
+//!
+//! Two halves. [`prepare`] runs on the side thread: it reads the file, compares it with what is in force, and binds what is
+//! new. Whatever can fail does so there, when nothing has changed yet. `EventLoop::reload` then puts the result into force, in
+//! one turn of the hot thread, without waiting for anything.
+//!
+//! The event loop's tables of pools and listeners are by id, like the core's: entries that were taken out stay until the core uses
+//! them for others.
+
+mod fixed;
+mod plan;
+
+use std::os::fd::AsFd;
+use std::os::unix::net::UnixListener;
+use std::path::PathBuf;
+use std::time::{Duration, Instant};
+
+use rustix::net::SocketType;
+
+use self::fixed::fixed;
+use self::plan::{make_again, new_mode, plan_listeners, plan_pools};
+use crate::api::command::{CommandError, Problem};
+use crate::api::reload::Reloaded;
+use crate::config::{Address, Config, ConfigError, Limits, Listener, ListenerOptions, Pool};
+use crate::listen::bind::{self, Listening, Looks};
+use crate::listen::error::RunError;
+use crate::listen::files::SocketFile;
+use crate::listen::inherit::Inherited;
+use dispatcher_core::{ListenerId, PoolId, Screen};
+
+/// What is in force, as the side thread sees it.
+#[derive(Debug)]
+pub struct InForce {
+    /// Counts reloads: a plan is made for one of these.
+    pub(crate) generation: u64,
+    /// Its pools and listeners by id.
+    pub(crate) config: Config,
+    /// Files of sockets that it has made.
+    pub(crate) files: Vec<(Socket, SocketFile)>,
+    /// Those of them that were not taken out.
+    pub(crate) pools: Vec<PoolId>,
+    pub(crate) listeners: Vec<ListenerId>,
+    /// Sockets that were taken out and are still there.
+    pub(crate) reusable: Vec<Reusable>,
+}
+
+/// What a socket is for.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(crate) enum Socket {
+    Dispatch,
+    Admin,
+    Listener(ListenerId),
+}
+
+/// A socket that a reload may use again, for the side thread.
+#[derive(Debug)]
+pub(crate) struct Reusable {
+    /// As it was configured.
+    pub(crate) address: Address,
+    pub(crate) options: ListenerOptions,
+    /// A duplicate, so that it stays open whatever becomes of ours meanwhile; `None` for one that stays anyway.
+    pub(crate) listening: Option<Listening>,
+}
+
+impl Reusable {
+    pub(crate) fn systemd(name: String) -> Reusable {
+        let options = ListenerOptions::default();
+        Reusable { address: Address::Systemd(name), options, listening: None }
+    }
+}
+
+/// A reload that can be carried out.
+#[derive(Debug)]
+pub struct Plan {
+    pub(crate) generation: u64,
+    /// Sockets whose file was removed, made again.
+    pub(crate) again: Vec<(Socket, Listening)>,
+    /// The admin socket among them: it is served on the side thread.
+    pub(crate) admin: Option<UnixListener>,
+    pub(crate) pools: Vec<(PoolStep, Pool)>,
+    pub(crate) listeners: Vec<(ListenerStep, Rules, Listener)>,
+    pub(crate) removed_pools: Vec<PoolId>,
+    pub(crate) removed_listeners: Vec<ListenerId>,
+    pub(crate) limits: Limits,
+    pub(crate) admin_http_hosts: Vec<String>,
+    pub(crate) modes: Vec<(PathBuf, u32)>,
+    pub(crate) reloaded: Reloaded,
+}
+
+#[derive(Debug)]
+pub(crate) enum PoolStep {
+    Keep(PoolId),
+    Change(PoolId),
+    Add,
+}
+
+#[derive(Debug)]
+pub(crate) enum ListenerStep {
+    /// The same one, perhaps with other options or other rules.
+    Keep(ListenerId),
+    /// The socket of this one, under another name or for another pool.
+    TakeOver(ListenerId),
+    /// A new one.
+    Open(Vec<Listening>),
+    /// A new one, with a socket that is being taken out.
+    TakeBack(Listening),
+    /// A new one, with the sockets of this name that a service manager passed and no listener has.
+    TakeKept(String),
+}
+
+/// Who may come in at a listener.
+#[derive(Debug)]
+pub(crate) enum Rules {
+    /// As before: what is known of clients stays.
+    Same,
+    /// Its table may take long to make.
+    New(Option<Box<Screen>>),
+}
+
+impl Plan {
+    /// What it is going to do.
+    pub fn reloaded(&self) -> &Reloaded {
+        &self.reloaded
+    }
+
+    /// Permission bits of socket files that are to change. Left to the side thread: a file system may be slow.
+    pub fn take_modes(&mut self) -> Vec<(PathBuf, u32)> {
+        std::mem::take(&mut self.modes)
+    }
+
+    /// The admin socket, if it was made again. Left to the side thread, too.
+    pub fn take_admin(&mut self) -> Option<UnixListener> {
+        self.admin.take()
+    }
+
+    /// By which names it may be asked over TCP. Left to the side thread too.
+    pub fn admin_http_hosts(&self) -> &[String] {
+        &self.admin_http_hosts
+    }
+
+    /// How much is to be logged. Left to the side thread too.
+    pub fn log_level(&self) -> log::LevelFilter {
+        self.limits.log_level
+    }
+}
+
+fn refused(message: impl Into<String>) -> CommandError {
+    CommandError::new(Problem::Config, message)
+}
+
+/// Reads the configuration again and gets everything ready. May take its time; changes nothing.
+///
+/// # Errors
+/// When the file has a mistake, or something in it cannot be had.
+pub fn prepare(now: &InForce) -> Result<Plan, CommandError> {
+    let Some(file) = &now.config.file else {
+        return Err(CommandError::new(
+            Problem::Conflict,
+            "this dispatcher has no configuration file",
+        )
+        .hint("`dispatcher demo` does without; write one for `dispatcher run`"));
+    };
+    let new = Config::load(file).map_err(|error| match &error {
+        ConfigError::Unreadable { .. } => {
+            refused(error.to_string()).hint("nothing was changed; the file must stay where it was")
+        }
+        ConfigError::Invalid { .. } => refused(error.to_string()),
+    })?;
+    plan(now, new)
+}
+
+fn plan(now: &InForce, new: Config) -> Result<Plan, CommandError> {
+    let mut reloaded = Reloaded {
+        file: new.file.as_ref().map_or_else(String::new, |file| file.display().to_string()),
+        warnings: new.warnings.iter().map(ToString::to_string).collect(),
+        needs_restart: fixed(&now.config, &new),
+        ..Reloaded::default()
+    };
+    let room = usize::from(u16::MAX);
+    if now.config.pools.len() + new.pools.len() > room
+        || now.config.listeners.len() + new.listeners.len() > room
+    {
+        return Err(CommandError::new(
+            Problem::Conflict,
+            "too many pools and listeners have come and gone: nothing was changed",
+        )
+        .hint("restart the dispatcher; connections that workers have stay open"));
+    }
+    let (pools, removed_pools) = plan_pools(now, &new, &mut reloaded);
+    let (listeners, removed_listeners) = plan_listeners(now, &new, &mut reloaded)?;
+    if now.config.limits != new.limits {
+        reloaded.changed.push("limits".to_owned());
+    }
+    if now.config.admin_http_hosts != new.admin_http_hosts {
+        reloaded.changed.push("admin_http_hosts".to_owned());
+    }
+    let again = make_again(now, &listeners, &mut reloaded);
+    let admin = again.iter().find(|(socket, _)| *socket == Socket::Admin);
+    let admin = match admin.map(|(_, listening)| listening.fd.try_clone()) {
+        None => None,
+        Some(Ok(fd)) => Some(fd.into()),
+        Some(Err(error)) => return Err(refused(format!("admin_socket: {error}"))),
+    };
+    let modes = listeners.iter().filter_map(|(step, _, listener)| new_mode(now, step, listener));
+    Ok(Plan {
+        generation: now.generation,
+        again,
+        admin,
+        pools,
+        modes: modes.collect(),
+        listeners,
+        removed_pools,
+        removed_listeners,
+        limits: new.limits,
+        admin_http_hosts: new.admin_http_hosts,
+        reloaded,
+    })
+}
+
+/// Where choices by lot come from: dispatchers that start at the same time must not all choose the same workers.
+pub(crate) fn seed() -> u64 {
+    let mut bytes = [0; 8];
+    match rustix::rand::getrandom(&mut bytes, rustix::rand::GetRandomFlags::empty()) {
+        Ok(_) => u64::from_ne_bytes(bytes),
+        // Another moment is another seed too.
+        Err(_) => {
+            let now = rustix::time::clock_gettime(rustix::time::ClockId::Monotonic);
+            now.tv_nsec.unsigned_abs()
+        }
+    }
+}
