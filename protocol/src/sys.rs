@@ -3,13 +3,15 @@
 
 use std::ffi::CStr;
 use std::io;
-use std::num::NonZeroUsize;
 use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
-use std::ptr::NonNull;
+use std::ptr::{NonNull, null_mut};
 use std::sync::atomic::{AtomicU32, AtomicU64};
 
-use nix::sys::mman::{MapFlags, ProtFlags, mmap, mmap_anonymous, munmap};
 use rustix::fs::{MemfdFlags, SealFlags};
+use rustix::mm::{Advice, MapFlags, ProtFlags, madvise, mmap, mmap_anonymous, munmap};
+
+/// What every mapping here allows.
+const ACCESS: ProtFlags = ProtFlags::READ.union(ProtFlags::WRITE);
 
 /// A shared, writable mapping of a memfd; unmapped when dropped.
 #[derive(Debug)]
@@ -26,37 +28,26 @@ unsafe impl Sync for Mapping {}
 impl Mapping {
     /// Maps the first `len` bytes. The file must be sealed against shrinking, or an access may fault.
     pub fn shared(fd: BorrowedFd<'_>, len: usize) -> io::Result<Mapping> {
-        let size = NonZeroUsize::new(len).ok_or(io::ErrorKind::InvalidInput)?;
         // SAFETY: a fresh mapping at an address of the kernel's choice aliases nothing of ours.
-        let start = unsafe {
-            mmap(
-                None,
-                size,
-                ProtFlags::PROT_READ | ProtFlags::PROT_WRITE,
-                MapFlags::MAP_SHARED,
-                fd,
-                0,
-            )
-        }?;
-        Ok(Mapping { start: start.cast(), len })
+        let start = unsafe { mmap(null_mut(), len, ACCESS, MapFlags::SHARED, fd, 0) }?;
+        Mapping::new(start.cast(), len)
     }
 
     /// Private memory that reads as zero in every child that is forked off, by whatever means.
     pub fn wiped_on_fork() -> io::Result<Mapping> {
-        let size = NonZeroUsize::MIN.saturating_add(4095);
-        let access = ProtFlags::PROT_READ | ProtFlags::PROT_WRITE;
+        let len = 4096;
         // SAFETY: a fresh mapping at an address of the kernel's choice aliases nothing of ours.
-        let start = unsafe { mmap_anonymous(None, size, access, MapFlags::MAP_PRIVATE) }?;
-        let mapping = Mapping { start: start.cast(), len: size.get() };
+        let start = unsafe { mmap_anonymous(null_mut(), len, ACCESS, MapFlags::PRIVATE) }?;
+        let mapping = Mapping::new(start.cast(), len)?;
         // SAFETY: the advice concerns only the mapping just made, and what a child sees of it is valid: zeros.
-        unsafe {
-            rustix::mm::madvise(
-                mapping.start.as_ptr().cast(),
-                mapping.len,
-                rustix::mm::Advice::LinuxWipeOnFork,
-            )
-        }?;
+        unsafe { madvise(mapping.start.as_ptr().cast(), mapping.len, Advice::LinuxWipeOnFork) }?;
         Ok(mapping)
+    }
+
+    fn new(start: *mut u8, len: usize) -> io::Result<Mapping> {
+        // The kernel maps nothing at address zero unless it is asked for that address.
+        let start = NonNull::new(start).ok_or(io::ErrorKind::OutOfMemory)?;
+        Ok(Mapping { start, len })
     }
 
     /// The 8 bytes at `offset`, which is a multiple of 8 within the mapping.
@@ -80,7 +71,7 @@ impl Mapping {
 impl Drop for Mapping {
     fn drop(&mut self) {
         // SAFETY: we made this mapping, nothing borrowed from it outlives `self`.
-        let _ = unsafe { munmap(self.start.cast(), self.len) };
+        let _ = unsafe { munmap(self.start.as_ptr().cast(), self.len) };
     }
 }
 

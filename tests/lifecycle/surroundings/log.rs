@@ -10,7 +10,7 @@ fn a_mistake_in_the_filter_silences_nothing() {
         ("warning", "`warning` is neither a level nor a target", "info"),
         ("verbose", "`verbose` is neither a level nor a target", "info"),
         ("shel=debug", "unknown target `shel`", "info"),
-        ("shell=loud", "unknown level `loud`", "info"),
+        ("event_loop=loud", "unknown level `loud`", "info"),
         ("debug,hiper=warn", "unknown target `hiper`", "debug"),
     ] {
         let temp = configure(&one_pool(""));
