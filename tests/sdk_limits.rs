@@ -5,7 +5,7 @@ use std::os::fd::AsFd;
 use std::sync::Arc;
 use std::thread;
 
-use dispatch_protocol::scoreboard::claim::SlotState;
+use dispatch_protocol::scoreboard::slot::SlotState;
 use test_support::fake_dispatcher::{FakeDispatcher, Peer, eventually, is_open};
 use worker_sdk::{Connection, PeerAddr, Worker, WorkerConfig};
 

@@ -1,4 +1,4 @@
-//! The hot thread's small parts: a decision, gauges, the wire codec, the claim ring, the ledger.
+//! The hot thread's small parts: a decision, gauges, the wire codec, the slots, the ledger.
 //!
 //! Guards against a slip, not a promise: `cargo bench -p bench`.
 #![allow(clippy::expect_used, clippy::unwrap_used)]
@@ -9,8 +9,8 @@ use std::time::Duration;
 use criterion::{BenchmarkId, Criterion, Throughput, criterion_group, criterion_main};
 use dispatch_protocol::ClientAddr;
 use dispatch_protocol::scoreboard::Scoreboard;
-use dispatch_protocol::scoreboard::claim::{self, SlotState};
 use dispatch_protocol::scoreboard::gauge::Reading;
+use dispatch_protocol::scoreboard::slot::{self, SlotState};
 use dispatch_protocol::wire::{Channel, Entry, EntryFlags, Features, Handoff, Hello, VERSION};
 use dispatcher_core::KeySource;
 use dispatcher_core::{
@@ -222,27 +222,27 @@ fn ring(c: &mut Criterion) {
     const SLOTS: u32 = 256;
     let (board, _fd) = Scoreboard::create(SLOTS, 0).expect("a scoreboard");
     let mut seq = 0;
-    let mut group = c.benchmark_group("claim ring");
+    let mut group = c.benchmark_group("slots");
     group.throughput(Throughput::Elements(u64::from(SLOTS)));
-    group.bench_function("offer, claim, see, release", |b| {
+    group.bench_function("offer, take, see, release", |b| {
         b.iter(|| {
             seq += 1;
             for slot in (0..SLOTS).filter_map(|slot| board.slot(slot)) {
-                claim::offer(slot, seq);
-                assert!(claim::claim(slot, seq));
-                assert_eq!(claim::state(slot, seq), SlotState::Taken);
-                claim::release(slot, seq);
+                slot::offer(slot, seq);
+                assert!(slot::take(slot, seq));
+                assert_eq!(slot::state(slot, seq), SlotState::Taken);
+                slot::release(slot, seq);
             }
         });
     });
     group.bench_function("look at a full one", |b| {
         b.iter(|| {
             let slots = (0..SLOTS).filter_map(|slot| board.slot(slot));
-            slots.filter(|slot| claim::state(*slot, seq) == SlotState::Sent).count()
+            slots.filter(|slot| slot::state(*slot, seq) == SlotState::Sent).count()
         });
     });
-    group.bench_function("must_poke, nobody asleep", |b| {
-        b.iter(|| claim::must_poke(board.want(), claim::want::TAKEN));
+    group.bench_function("must_ring, dispatcher awake", |b| {
+        b.iter(|| slot::must_ring(board.want(), slot::want::TAKEN));
     });
     group.finish();
 }

@@ -1,6 +1,6 @@
 //! Custody: what becomes of a ticket. Each ends in exactly one of these functions, and only here.
 
-use dispatch_protocol::scoreboard::claim::SlotState;
+use dispatch_protocol::scoreboard::slot::SlotState;
 
 use super::health::BAD_SLOT;
 use super::ring::Item;

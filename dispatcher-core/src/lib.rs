@@ -44,7 +44,7 @@ mod types;
 mod weights;
 mod worker;
 
-pub use affinity::Claim;
+pub use affinity::ClaimOutcome;
 pub use affinity::key::{KeySource, Known};
 pub use discarded::Discarded;
 pub use drain::{COUNT_FIRST, CannotResume, Notice};
@@ -65,7 +65,7 @@ pub use types::*;
 use std::collections::VecDeque;
 use std::time::Duration;
 
-use dispatch_protocol::scoreboard::claim::{Revoke, SlotState};
+use dispatch_protocol::scoreboard::slot::{Revoke, SlotState};
 
 use crate::histogram::Histogram;
 

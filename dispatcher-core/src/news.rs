@@ -1,12 +1,12 @@
 //! Who may have changed something on a scoreboard, and which slots to look at: what every turn of the event loop asks, of all
 //! workers. Owns no state; answers from what is cached beside the workers.
 
-use dispatch_protocol::scoreboard::claim::want;
+use dispatch_protocol::scoreboard::slot::want;
 
 use super::{Core, Pool, Ticket, WorkerId};
 
 impl Pool {
-    /// Whether connections wait for a worker that can be given one, so that a close or an idle thread is worth a poke.
+    /// Whether connections wait for a worker that can be given one, so that a close or an idle thread is worth ringing the doorbell.
     pub(super) fn wants_room(&self) -> bool {
         self.usable > 0 && (self.candidates.opens() == 0 || !self.held.is_empty())
     }

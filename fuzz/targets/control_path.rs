@@ -125,9 +125,9 @@ fn to_joining_worker(record: &[u8], count: usize, room: Option<usize>, closes: b
     };
     let (_board, board) = Scoreboard::create(slots, 0).expect("a scoreboard");
     let (channel, _far) = pair();
-    let poke = file();
-    let mut fds = vec![channel.as_fd(), board.as_fd(), poke.as_fd()];
-    fds.resize(count.max(fds.len()), poke.as_fd());
+    let doorbell = file();
+    let mut fds = vec![channel.as_fd(), board.as_fd(), doorbell.as_fd()];
+    fds.resize(count.max(fds.len()), doorbell.as_fd());
     if !send(&theirs, record, &fds[..count]) {
         return;
     }

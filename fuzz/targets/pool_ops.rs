@@ -6,8 +6,8 @@ use std::net::SocketAddr;
 use std::time::Duration;
 
 use dispatch_protocol::ClientAddr;
-use dispatch_protocol::scoreboard::claim::{Revoke, SlotState};
 use dispatch_protocol::scoreboard::gauge::Reading;
+use dispatch_protocol::scoreboard::slot::{Revoke, SlotState};
 use dispatch_protocol::wire::{Hello, VERSION};
 use dispatcher_core::*;
 use dispatcher_core::{KeySource, Known};
@@ -256,7 +256,7 @@ impl Run {
                     1 => b"localhost.",
                     _ => &[number as u8],
                 };
-                self.desk.core.own(now, worker, key);
+                self.desk.core.claim(now, worker, key);
             }
             1 => {
                 let name = (number > 0).then(|| "queue_wait".parse().unwrap());

@@ -1,7 +1,7 @@
 //! The protocol between the dispatcher and its workers: what both sides share.
 //!
 //! [`wire`] encodes and decodes the records on the control connection and on the channel. [`scoreboard`] is the memory that both
-//! sides map: slots, counters and gauges; [`scoreboard::claim`] has every state transition of a slot with its memory ordering.
+//! sides map: slots, counters and gauges; [`scoreboard::slot`] has every state transition of a slot with its memory ordering.
 //! The byte layouts are specified in `docs/PROTOCOL.md`. This crate opens no socket, reads no clock and keeps no state.
 #![warn(missing_docs)]
 #![deny(unsafe_code)]

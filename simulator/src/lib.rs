@@ -19,8 +19,8 @@ use std::sync::atomic::{AtomicU64, Ordering};
 use std::time::Duration;
 
 use dispatch_protocol::ClientAddr;
-use dispatch_protocol::scoreboard::claim::{self, Revoke};
 use dispatch_protocol::scoreboard::gauge::Reading;
+use dispatch_protocol::scoreboard::slot::{self, Revoke};
 use dispatch_protocol::wire::{EntryFlags, Hello};
 
 pub use dispatcher_core::Random;
@@ -230,19 +230,19 @@ impl Desk {
                 assert_eq!(self.copies[conn.index as usize], Some(conn.serial));
                 assert!(EntryFlags::RESENT.contains(flags));
                 let link = self.link(worker);
-                claim::offer(&link.board[ticket.slot as usize], ticket.seq);
+                slot::offer(&link.board[ticket.slot as usize], ticket.seq);
                 let conn = Some(conn);
                 link.gathered.push(Record { ticket, conn });
             }
             Effect::Probe { worker, ticket } => {
                 let link = self.link(worker);
-                claim::offer(&link.board[ticket.slot as usize], ticket.seq);
+                slot::offer(&link.board[ticket.slot as usize], ticket.seq);
                 link.gathered.push(Record { ticket, conn: None });
             }
             Effect::Revoke { worker, ticket } => {
                 self.race(worker);
                 let slot = &self.link(worker).board[ticket.slot as usize];
-                let outcome = claim::revoke(slot, ticket.seq);
+                let outcome = slot::revoke(slot, ticket.seq);
                 self.core.revoked(self.now, worker, ticket, outcome);
             }
             Effect::Tell { worker, notice } => {
@@ -268,7 +268,7 @@ impl Desk {
             Effect::Release { worker, conn, ticket } => {
                 assert!(self.is_served(conn), "released, so somebody has it");
                 self.drop_copy(conn);
-                claim::release(&self.link(worker).board[ticket.slot as usize], ticket.seq);
+                slot::release(&self.link(worker).board[ticket.slot as usize], ticket.seq);
             }
             Effect::Close { conn, reason, .. } => {
                 let fate = &mut self.fates[conn.serial as usize - 1];
@@ -284,7 +284,7 @@ impl Desk {
                 // Even if its process lives on, it can claim nothing any more.
                 for record in link.channel.drain(..).chain(link.gathered.drain(..)) {
                     let slot = &link.board[record.ticket.slot as usize];
-                    assert!(!claim::claim(slot, record.ticket.seq));
+                    assert!(!slot::take(slot, record.ticket.seq));
                 }
             }
             Effect::Spawn { .. } | Effect::StopProcesses { .. } | Effect::Event(_) => {}
@@ -330,7 +330,7 @@ impl Desk {
                 };
                 told = true;
                 let ticket = record.ticket;
-                claim::revoke(&link.board[ticket.slot as usize], ticket.seq);
+                slot::revoke(&link.board[ticket.slot as usize], ticket.seq);
                 match record.conn {
                     Some(_) => self.core.send_failed(self.now, link.id, ticket, failure),
                     None => self.core.probe_failed(self.now, link.id, ticket, failure),
@@ -351,7 +351,7 @@ impl Desk {
             self.scratch.clear();
             self.scratch.extend(self.core.tickets(link.id));
             for &ticket in &self.scratch {
-                let state = claim::state(&link.board[ticket.slot as usize], ticket.seq);
+                let state = slot::state(&link.board[ticket.slot as usize], ticket.seq);
                 let taken_at = link.taken_at[ticket.slot as usize];
                 self.core.slot(self.now, link.id, ticket, state, taken_at);
             }
@@ -393,7 +393,7 @@ impl Desk {
         loop {
             let link = self.link(worker);
             let Record { ticket, conn } = link.channel.pop_front()?;
-            let claimed = claim::claim(&link.board[ticket.slot as usize], ticket.seq);
+            let claimed = slot::take(&link.board[ticket.slot as usize], ticket.seq);
             if claimed {
                 link.taken_at[ticket.slot as usize] = now;
             }
@@ -417,7 +417,7 @@ impl Desk {
         }
         let probe = link.channel.pop_front();
         probe.is_some_and(|Record { ticket, .. }| {
-            claim::claim(&link.board[ticket.slot as usize], ticket.seq)
+            slot::take(&link.board[ticket.slot as usize], ticket.seq)
         })
     }
 
@@ -429,8 +429,8 @@ impl Desk {
         };
         let slot = &link.board[ticket.slot as usize];
         match conn {
-            Some(_) => claim::decline(slot, ticket.seq),
-            None => claim::claim(slot, ticket.seq),
+            Some(_) => slot::decline(slot, ticket.seq),
+            None => slot::take(slot, ticket.seq),
         }
     }
 
@@ -442,7 +442,7 @@ impl Desk {
         };
         // Only over SENT: what it has claimed it may not give back.
         let slot = &link.board[ticket.slot as usize];
-        if claim::revoke(slot, ticket.seq) == Revoke::Revoked {
+        if slot::revoke(slot, ticket.seq) == Revoke::Revoked {
             slot.store(u64::MAX, Ordering::Release);
         }
         true

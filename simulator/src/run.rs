@@ -368,7 +368,7 @@ impl Run<'_> {
             && self.random.once_in(20)
         {
             let id = self.random.below(60).to_string();
-            self.desk.core.own(self.desk.now, worker, id.as_bytes());
+            self.desk.core.claim(self.desk.now, worker, id.as_bytes());
         }
         let time = self.random.around(self.think);
         self.after(time, What::End(p, life));

@@ -123,12 +123,12 @@ fn join_and_leave(path: &PathBuf, random: &mut Random) {
 fn lie(socket: &OwnedFd, random: &mut Random) {
     let base = if random.once_in(2) { u64::MAX - random.below(3) } else { 0 };
     let Some((welcome, fds)) = joined(socket, base) else { return };
-    let Ok([_channel, board, poke]) = <[OwnedFd; 3]>::try_from(fds) else { return };
+    let Ok([_channel, board, doorbell]) = <[OwnedFd; 3]>::try_from(fds) else { return };
     let Ok(board) = Scoreboard::open(board, welcome.slots) else { return };
     let until = Instant::now() + Duration::from_millis(random.below(1500));
     while Instant::now() < until {
         board.raise_finished(random.number());
-        let _ = rustix::io::write(&poke, &1u64.to_ne_bytes());
+        let _ = rustix::io::write(&doorbell, &1u64.to_ne_bytes());
         if random.once_in(50) {
             std::thread::sleep(Duration::from_millis(5));
         }

@@ -7,7 +7,7 @@ use std::os::fd::OwnedFd;
 use std::process::{Command, Stdio};
 use std::time::Duration;
 
-use dispatch_protocol::scoreboard::{Scoreboard, claim};
+use dispatch_protocol::scoreboard::{Scoreboard, slot};
 use dispatch_protocol::wire::{Channel, Entry, Hello};
 use nix::sys::signal::Signal;
 use test_support::peer::{Peer, encode, hello, receive};
@@ -72,7 +72,7 @@ impl Holding {
         dispatcher.wait_status("suspicion", |status| {
             worker(status, "bad").is_some_and(|w| w.state == "suspect" && w.revoked == 1)
         });
-        assert!(!claim::claim(self.board.slot(self.entry.slot).unwrap(), self.entry.seq));
+        assert!(!slot::take(self.board.slot(self.entry.slot).unwrap(), self.entry.seq));
         self.copy = None;
     }
 
@@ -86,7 +86,7 @@ fn answer_probe(lane: &[OwnedFd], board: &Scoreboard) {
     let (record, fds) = receive(&lane[0]).unwrap();
     let Channel::Probe(probe) = Channel::decode(&record).unwrap() else { panic!("not a probe") };
     assert!(fds.is_empty());
-    assert!(claim::claim(board.slot(probe.slot).unwrap(), probe.seq));
+    assert!(slot::take(board.slot(probe.slot).unwrap(), probe.seq));
     rustix::io::write(&lane[1], &1_u64.to_ne_bytes()).unwrap();
 }
 

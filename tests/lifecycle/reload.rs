@@ -29,12 +29,12 @@ fn keys_that_are_new_are_claimed_by_workers_that_join_again() {
     let dispatcher = Dispatcher::start(&body(""));
     let before = own_worker(&dispatcher, "before");
     reload(&dispatcher, &body("affinity.key = \"cookie:ID\""));
-    let error = before.own("issued").unwrap_err();
-    assert_eq!(error, worker_sdk::OwnError::NoAffinity);
+    let error = before.claim("issued").unwrap_err();
+    assert_eq!(error, worker_sdk::ClaimError::NoAffinity);
     assert!(error.to_string().contains("join again"), "{error}");
     before.close();
     let again = own_worker(&dispatcher, "before");
-    again.own("issued").unwrap();
+    again.claim("issued").unwrap();
     dispatcher.wait_status("the claim to be noted", |status| {
         pool(status, "web").affinity.as_ref().is_some_and(|affinity| affinity.claimed == 1)
     });

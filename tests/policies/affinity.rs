@@ -12,7 +12,7 @@ use dispatcher::api::status::AffinityStatus;
 use rustix::net::{AddressFamily, SocketType};
 use rustls::pki_types::{CertificateDer, PrivateKeyDer, ServerName};
 use test_support::*;
-use worker_sdk::{OwnError, Worker};
+use worker_sdk::{ClaimError, Worker};
 
 /// A client that says this first.
 fn ask(address: SocketAddr, bytes: impl AsRef<[u8]>) -> Client {
@@ -243,8 +243,8 @@ fn a_worker_owns_what_it_claims() {
     let (dispatcher, address) = start_one_pool("affinity.key = \"cookie:ID\"");
     let workers = dispatcher.workers("tokio", "web", 2);
     let mine = own_worker(&dispatcher, "mine");
-    mine.own("issued").unwrap();
-    assert_eq!(mine.own(""), Err(OwnError::Key));
+    mine.claim("issued").unwrap();
+    assert_eq!(mine.claim(""), Err(ClaimError::Key));
     wait_until("the claim to be noted", || affinity(&dispatcher).claimed == 1);
     for n in 1..=5 {
         let mut client = connect(address);
@@ -256,16 +256,16 @@ fn a_worker_owns_what_it_claims() {
     // From an event loop and from tasks as well.
     let config = || worker_sdk::WorkerConfig::new().dispatch_socket(dispatcher.dispatch());
     let mio = worker_sdk::mio::MioWorker::new(config().pool("web").name("mio")).unwrap();
-    assert_eq!(mio.own("mio"), Err(OwnError::NotJoined));
+    assert_eq!(mio.claim("mio"), Err(ClaimError::NotJoined));
     wait_until("it to join", || {
         assert!(mio.try_accept().unwrap().is_none());
         mio.is_joined()
     });
-    mio.own("mio").unwrap();
+    mio.claim("mio").unwrap();
     let runtime = tokio::runtime::Builder::new_current_thread().enable_all().build().unwrap();
     let task = worker_sdk::tokio::Listener::connect(config().pool("web").name("task"));
     let task = runtime.block_on(task).unwrap();
-    task.own("task").unwrap();
+    task.claim("task").unwrap();
     wait_until("their claims to be noted", || affinity(&dispatcher).claimed == 3);
     let mut clients = [connect(address), connect(address)];
     clients[0].write_all(with_cookie("mio").as_bytes()).unwrap();
@@ -273,15 +273,15 @@ fn a_worker_owns_what_it_claims() {
     wait_until("one to come to the event loop", || mio.try_accept().unwrap().is_some());
     runtime.block_on(task.accept()).unwrap();
     // More than the dispatcher reads at a time: it does not wait, and nobody is the worse for it.
-    let claims = (0..5_000).filter(|n| mine.own(format!("burst{n}")).is_ok()).count() as u64;
+    let claims = (0..5_000).filter(|n| mine.claim(format!("burst{n}")).is_ok()).count() as u64;
     wait_until("them to be noted", || affinity(&dispatcher).claimed == 3 + claims);
     assert!(affinity(&dispatcher).entries >= claims);
     mine.close();
-    assert_eq!(mine.own("late"), Err(OwnError::NotJoined));
+    assert_eq!(mine.claim("late"), Err(ClaimError::NotJoined));
     drop(workers);
 
     let (plain, _) = start_one_pool("");
-    assert_eq!(own_worker(&plain, "w").own("x"), Err(OwnError::NoAffinity));
+    assert_eq!(own_worker(&plain, "w").claim("x"), Err(ClaimError::NoAffinity));
 }
 
 #[test]

@@ -13,7 +13,7 @@ use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::time::{Duration, Instant};
 
-use dispatch_protocol::scoreboard::{Scoreboard, claim};
+use dispatch_protocol::scoreboard::{Scoreboard, slot};
 use dispatch_protocol::wire::{Channel, Entry, Goodbye, Hello};
 use rustix::io::Errno;
 use rustix::net::sockopt::set_socket_linger;
@@ -122,7 +122,7 @@ impl Mallory {
         Mallory { peer, lane, board }
     }
 
-    fn poke(&self) {
+    fn ring(&self) {
         rustix::io::write(&self.lane[1], &1_u64.to_ne_bytes()).unwrap();
     }
 
@@ -136,8 +136,8 @@ impl Mallory {
                     if flags.contains(RecvFlags::PEEK) {
                         receive(&self.lane[0]).expect("the probe");
                     }
-                    assert!(claim::claim(self.board.slot(probe.slot).unwrap(), probe.seq));
-                    self.poke();
+                    assert!(slot::take(self.board.slot(probe.slot).unwrap(), probe.seq));
+                    self.ring();
                 }
                 _ => {}
             }
@@ -148,8 +148,8 @@ impl Mallory {
     fn take(&self, flags: RecvFlags) -> (u32, u64, OwnedFd) {
         let (entries, mut fds) = self.next(flags);
         let entry = entries[0];
-        assert!(claim::claim(self.board.slot(entry.slot).unwrap(), entry.seq));
-        self.poke();
+        assert!(slot::take(self.board.slot(entry.slot).unwrap(), entry.seq));
+        self.ring();
         (entry.slot, entry.seq, fds.remove(0))
     }
 }
@@ -164,7 +164,7 @@ fn a_worker_that_keeps_a_trap_in_its_channel_holds_nothing_up_when_it_goes() {
         set_trap(&fd);
         drop(fd);
         let word = mallory.board.slot(slot).unwrap();
-        wait_until("the release", || !claim::still_held(word, seq));
+        wait_until("the release", || !slot::dispatcher_has_copy(word, seq));
         // The queue has the last reference now.
         if goodbye {
             let mut record = Vec::new();
@@ -250,10 +250,10 @@ fn a_close_that_is_stuck_delays_no_other_end_and_nothing_piles_up() {
             for (entry, fd) in entries.iter().zip(fds) {
                 set_trap(&fd);
                 drop(fd);
-                assert!(claim::claim(mallory.board.slot(entry.slot).unwrap(), entry.seq));
+                assert!(slot::take(mallory.board.slot(entry.slot).unwrap(), entry.seq));
                 trapped += 1;
             }
-            mallory.poke();
+            mallory.ring();
         }
         let longest = (0..100).map(|_| time_to_end(&dispatcher)).max().unwrap();
         assert!(longest < SLOW, "{longest:?} with linger {linger:?}");
@@ -343,7 +343,7 @@ fn a_worker_that_only_rings_costs_the_hot_thread_little() {
     let _waits = connect(address);
     let (slot, seq, _fd) = mallory.take(RecvFlags::empty());
     let word = mallory.board.slot(slot).unwrap();
-    wait_until("the release", || !claim::still_held(word, seq));
+    wait_until("the release", || !slot::dispatcher_has_copy(word, seq));
 }
 
 #[test]

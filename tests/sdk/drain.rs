@@ -278,7 +278,7 @@ fn a_goodbye_finds_its_way_past_claims_that_fill_the_socket() {
         let peer = fake.welcome_with_affinity();
         (worker.join().unwrap(), peer)
     });
-    let claims = (0..).take_while(|n| worker.own(format!("client-{n}")).is_ok()).count();
+    let claims = (0..).take_while(|n| worker.claim(format!("client-{n}")).is_ok()).count();
     let (tell_us, told) = mpsc::channel();
     let closing = thread::spawn(move || {
         tell_us.send(rustix::thread::gettid()).unwrap();
@@ -291,7 +291,7 @@ fn a_goodbye_finds_its_way_past_claims_that_fill_the_socket() {
         closing.is_finished() || stat.rsplit(')').next().is_some_and(|s| s.starts_with(" S"))
     });
     for _ in 0..claims {
-        assert!(matches!(peer.control_record(), Some(Control::Own(_))));
+        assert!(matches!(peer.control_record(), Some(Control::Claim(_))));
     }
     assert!(matches!(peer.control_record(), Some(Control::Goodbye(_))));
     closing.join().unwrap();

@@ -6,7 +6,7 @@ mod like_tokio;
 use std::io::{Read, Write};
 use std::time::{Duration, Instant};
 
-use dispatch_protocol::scoreboard::claim::{Revoke, SlotState};
+use dispatch_protocol::scoreboard::slot::{Revoke, SlotState};
 use dispatch_protocol::wire::{Control, RefusedCode};
 use mio::{Events, Interest, Poll, Token};
 use test_support::fake_dispatcher::{DEADLINE, FakeDispatcher, Peer, read_to_end};

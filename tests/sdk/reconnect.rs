@@ -8,7 +8,7 @@ use std::sync::mpsc;
 use std::thread;
 use std::time::{Duration, Instant};
 
-use dispatch_protocol::scoreboard::claim;
+use dispatch_protocol::scoreboard::slot;
 use rustix::event::{PollFd, PollFlags, Timespec, poll};
 use test_support::fake_dispatcher::{
     DEADLINE, FakeDispatcher, Peer, eventually, is_open, read_to_end,
@@ -67,8 +67,8 @@ fn what_a_dead_dispatcher_sent_is_claimed_and_served_and_counted_once() {
         };
         let held = [next(1), next(2)];
         for (i, entry) in entries.iter().enumerate() {
-            let state = claim::state(board.slot(entry.slot).unwrap(), entry.seq);
-            assert_eq!(state == claim::SlotState::Taken, i < 3, "entry {i}");
+            let state = slot::state(board.slot(entry.slot).unwrap(), entry.seq);
+            assert_eq!(state == slot::SlotState::Taken, i < 3, "entry {i}");
         }
         drop(first);
         let peer = fake.welcome();
@@ -114,8 +114,8 @@ fn close_claims_what_only_this_worker_can_serve_when_nobody_hears_its_goodbye() 
     let revoked = clients.remove(1);
     assert!(board.slot(revoked.1.slot).is_some());
     for (place, (client, entry)) in clients.iter_mut().enumerate() {
-        let state = claim::state(board.slot(entry.slot).unwrap(), entry.seq);
-        assert_eq!(state, claim::SlotState::Taken);
+        let state = slot::state(board.slot(entry.slot).unwrap(), entry.seq);
+        assert_eq!(state, slot::SlotState::Taken);
         assert_eq!(addresses[place], PeerAddr::from(client.local_addr().unwrap()));
         assert_eq!(read_to_end(client), b"served");
     }

@@ -5,7 +5,7 @@ use std::time::{Duration, Instant};
 
 use dispatch_protocol::wire::{Control, Update};
 use test_support::fake_dispatcher::{DEADLINE, FakeDispatcher, Peer};
-use worker_sdk::{OwnError, Worker};
+use worker_sdk::{ClaimError, Worker};
 
 /// Half of what a second's wait for each record would be, and far more than none on a machine that is busy.
 const PROMPT: Duration = Duration::from_secs(4);
@@ -18,9 +18,9 @@ fn stuffed(fake: &FakeDispatcher) -> (Worker, Peer) {
         (worker.join().unwrap(), peer)
     });
     for _ in 0..100_000 {
-        match worker.own("key") {
+        match worker.claim("key") {
             Ok(()) => {}
-            Err(OwnError::Busy) => return (worker, peer),
+            Err(ClaimError::Busy) => return (worker, peer),
             Err(error) => panic!("{error}"),
         }
     }
@@ -31,7 +31,7 @@ fn stuffed(fake: &FakeDispatcher) -> (Worker, Peer) {
 fn after_claims(peer: &Peer) -> Option<Control> {
     loop {
         match peer.control_record() {
-            Some(Control::Own(_)) => {}
+            Some(Control::Claim(_)) => {}
             other => return other,
         }
     }

@@ -8,7 +8,7 @@ use std::sync::atomic::{AtomicUsize, Ordering};
 use std::thread;
 use std::time::Duration;
 
-use dispatch_protocol::scoreboard::claim::{Revoke, SlotState, want};
+use dispatch_protocol::scoreboard::slot::{Revoke, SlotState, want};
 use dispatch_protocol::wire::{Control, EntryFlags, RefusedCode};
 use test_support::fake_dispatcher::{FakeDispatcher, Peer, is_open, read_to_end};
 use worker_sdk::{Connection, Error, PeerAddr, Worker, WorkerConfig};
@@ -114,7 +114,7 @@ fn a_connection_revoked_in_the_queue_is_not_touched() {
 }
 
 #[test]
-fn pokes_a_sleeping_dispatcher_for_takes_and_closes() {
+fn takes_and_closes_ring_a_sleeping_dispatcher() {
     let fake = FakeDispatcher::new();
     let (worker, mut peer) = join(&fake);
     let (_client, ours) = fake.client();
@@ -140,7 +140,7 @@ fn a_probe_is_answered_when_the_application_asks() {
     let probe = peer.probe();
     let slot = |peer: &Peer| {
         let word = peer.board.slot(probe.slot).unwrap();
-        dispatch_protocol::scoreboard::claim::state(word, probe.seq)
+        dispatch_protocol::scoreboard::slot::state(word, probe.seq)
     };
     assert!(peer.taken(&entry));
     assert_eq!(slot(&peer), SlotState::Sent, "nobody has asked");

@@ -77,7 +77,7 @@ fn what_was_duplicated_is_served_on_and_the_dispatcher_lets_go_at_once() {
         peer.wait_finished(1);
         assert!(is_open(&client), "{how}: whoever has the duplicate serves on");
         // No bit of `want` is set: it is told all the same.
-        wait_readable(peer.poke.as_fd(), how);
+        wait_readable(peer.doorbell.as_fd(), how);
         peer.release(&entry);
         drop(ours);
         let mut copy = TcpStream::from(copy);
@@ -100,7 +100,7 @@ fn after_the_dispatcher_has_let_go_nothing_is_told() {
     peer.wait_finished(1);
     assert!(is_open(&client));
     let mut count = [0; 8];
-    assert_eq!(rustix::io::read(&peer.poke, &mut count), Err(rustix::io::Errno::AGAIN));
+    assert_eq!(rustix::io::read(&peer.doorbell, &mut count), Err(rustix::io::Errno::AGAIN));
     drop(copy);
 }
 
@@ -167,7 +167,7 @@ fn with_tokio_it_is_the_same() {
         drop(connection);
         peer.wait_finished(2);
         assert!(is_open(&client));
-        wait_readable(peer.poke.as_fd(), "the dispatcher is told");
+        wait_readable(peer.doorbell.as_fd(), "the dispatcher is told");
         drop(copy);
     });
 }
@@ -208,7 +208,7 @@ fn fork_child() {
     drop(connection);
     peer.wait_finished(1);
     assert!(is_open(&client), "the parent's drop shut nothing down");
-    wait_readable(peer.poke.as_fd(), "the dispatcher is told");
+    wait_readable(peer.doorbell.as_fd(), "the dispatcher is told");
     peer.release(&entry);
     drop(ours);
     (&go).write_all(b"1").unwrap();

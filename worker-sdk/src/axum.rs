@@ -55,7 +55,7 @@ impl axum::serve::Listener for Listener {
                     pending().await
                 }
                 // A single connection's; the next may be better.
-                Err(error) => self.core().complain(&error),
+                Err(error) => self.core().log_accept_error(&error),
             }
         }
     }

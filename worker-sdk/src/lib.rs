@@ -126,7 +126,7 @@ pub mod testing;
 #[cfg(feature = "fuzzing")]
 pub use client::fuzzing;
 pub use client::{
-    Connection, Drain, Error, Gauge, Guard, Incoming, IntoIncoming, OwnError, Sampling, Worker,
+    ClaimError, Connection, Drain, Error, Gauge, Guard, Incoming, IntoIncoming, Sampling, Worker,
     WorkerConfig,
 };
 pub use dispatch_protocol::Token;

@@ -11,8 +11,8 @@ use ::mio::unix::SourceFd;
 use ::mio::{Interest, Registry, Token};
 
 use crate::PeerAddr;
-use crate::client::core::Core;
-use crate::client::{Connection, Drain, Error, Gauge, Handle, OwnError, WorkerConfig};
+use crate::client::worker_core::WorkerCore;
+use crate::client::{ClaimError, Connection, Drain, Error, Gauge, Handle, WorkerConfig};
 
 /// A worker that never blocks, and whose connections are non-blocking. Register it once, readable; it joins, loses
 /// and finds its dispatcher again by itself, whenever [`try_accept`](MioWorker::try_accept) is called.
@@ -91,7 +91,7 @@ impl MioWorker {
     /// [`Error::Config`] for a wrong setting, [`Error::Io`] when a system call fails: the address to listen on is in
     /// use.
     pub fn new(config: WorkerConfig) -> Result<MioWorker, Error> {
-        Ok(MioWorker(Handle(Core::new(&config)?)))
+        Ok(MioWorker(Handle(WorkerCore::new(&config)?)))
     }
 
     /// The next connection, non-blocking; `None` if there is none now. After an event, call it until it says `None`.
@@ -129,7 +129,7 @@ impl MioWorker {
     /// Says goodbye, and shuts down what is still live after `within`: as [`Worker::shutdown`](crate::Worker::shutdown), but
     /// does not wait. Go on with what is live until [`live`](MioWorker::live) says 0.
     pub fn shutdown(&self, within: Duration) {
-        self.0.0.shut_down_on_a_thread(within, drop);
+        self.0.0.shutdown_in_thread(within, drop);
     }
 
     /// Whether the dispatcher drains this worker.
@@ -184,12 +184,12 @@ impl MioWorker {
         self.0.0.set_max_connections(max)
     }
 
-    /// Claims a key for this worker: as [`Worker::own`](crate::Worker::own). Never waits.
+    /// Claims a key for this worker: as [`Worker::claim`](crate::Worker::claim). Never waits.
     ///
     /// # Errors
-    /// See [`OwnError`].
-    pub fn own(&self, key: impl AsRef<[u8]>) -> Result<(), OwnError> {
-        self.0.0.own(key.as_ref())
+    /// See [`ClaimError`].
+    pub fn claim(&self, key: impl AsRef<[u8]>) -> Result<(), ClaimError> {
+        self.0.0.claim(key.as_ref())
     }
 
     /// Connections taken and not yet ended, in this process.

@@ -52,7 +52,7 @@ pub(crate) fn receive_into(
 
 /// The worker's readiness, as tokio wants it: owns what it is a part of.
 #[cfg(feature = "tokio")]
-pub(crate) struct ReadyFd(std::sync::Arc<crate::client::core::Core>);
+pub(crate) struct ReadyFd(std::sync::Arc<crate::client::worker_core::WorkerCore>);
 
 #[cfg(feature = "tokio")]
 impl std::os::fd::AsRawFd for ReadyFd {
@@ -65,7 +65,7 @@ impl std::os::fd::AsRawFd for ReadyFd {
 impl ReadyFd {
     /// Panics outside a tokio runtime with I/O enabled.
     pub(crate) fn register(
-        core: std::sync::Arc<crate::client::core::Core>,
+        core: std::sync::Arc<crate::client::worker_core::WorkerCore>,
     ) -> io::Result<tokio::io::unix::AsyncFd<ReadyFd>> {
         // SAFETY: the core makes its descriptor once, never replaces it, and closes it when it is dropped,
         // which the reference inside prevents for as long as the `AsyncFd` exists.

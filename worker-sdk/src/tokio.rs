@@ -20,8 +20,8 @@ pub use self::incoming::Incoming;
 pub use self::split::{OwnedReadHalf, OwnedWriteHalf, ReuniteError};
 
 use crate::PeerAddr;
-use crate::client::core::Core;
-use crate::client::{Accepted, Drain, Error, Gauge, Handle, OwnError, WorkerConfig};
+use crate::client::worker_core::WorkerCore;
+use crate::client::{Accepted, ClaimError, Drain, Error, Gauge, Handle, WorkerConfig};
 use crate::sys::ReadyFd;
 
 /// A worker whose connections are awaited. With the feature `axum` it can be given to `axum::serve`.
@@ -123,7 +123,7 @@ impl Listener {
     /// # Panics
     /// Outside a tokio runtime with I/O enabled.
     pub async fn connect(config: WorkerConfig) -> Result<Listener, Error> {
-        let core = Core::new(&config)?;
+        let core = WorkerCore::new(&config)?;
         let handle = Handle(Arc::clone(&core));
         let ready = ReadyFd::register(Arc::clone(&core))
             .map_err(|error| Error::io("wait for the dispatcher", error))?;
@@ -147,7 +147,7 @@ impl Listener {
         Ok(())
     }
 
-    pub(crate) fn core(&self) -> &Arc<Core> {
+    pub(crate) fn core(&self) -> &Arc<WorkerCore> {
         &self.inner.handle.0
     }
 
@@ -241,7 +241,7 @@ impl Listener {
     /// The end of a program in one call: says goodbye, waits until no connection is live, and after `within` shuts down
     /// those that are left; gives how many. As [`Worker::shutdown`](crate::Worker::shutdown).
     pub async fn shutdown(&self, within: Duration) -> usize {
-        self.core().shut_down_aside(within).await
+        self.core().shutdown_async(within).await
     }
 
     /// Waits until no drain is under way: true; or until the listener is closed: false. For a worker that stays when it is
@@ -332,12 +332,12 @@ impl Listener {
         self.core().set_max_connections(max)
     }
 
-    /// Claims a key for this worker: as [`Worker::own`](crate::Worker::own). Never waits.
+    /// Claims a key for this worker: as [`Worker::claim`](crate::Worker::claim). Never waits.
     ///
     /// # Errors
-    /// See [`OwnError`].
-    pub fn own(&self, key: impl AsRef<[u8]>) -> Result<(), OwnError> {
-        self.core().own(key.as_ref())
+    /// See [`ClaimError`].
+    pub fn claim(&self, key: impl AsRef<[u8]>) -> Result<(), ClaimError> {
+        self.core().claim(key.as_ref())
     }
 
     /// Connections taken and not yet ended, in this process.

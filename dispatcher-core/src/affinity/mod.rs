@@ -51,7 +51,7 @@ pub(super) enum Recall {
 
 /// What became of a worker's claim.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub enum Claim {
+pub enum ClaimOutcome {
     /// It is remembered.
     Noted,
     /// The worker is leaving: nothing is to come to it.
@@ -190,19 +190,19 @@ impl Memory {
 
 impl Core {
     /// A worker claims a key: from the next connection on, the client known by it comes to this worker.
-    pub fn own(&mut self, now: Time, worker: WorkerId, key: &[u8]) -> Claim {
+    pub fn claim(&mut self, now: Time, worker: WorkerId, key: &[u8]) -> ClaimOutcome {
         let Some(w) = self.find(worker).filter(|&w| self.workers[w].is_usable()) else {
-            return Claim::Leaving;
+            return ClaimOutcome::Leaving;
         };
         let (p, home) = (self.workers[w].pool, self.workers[w].home);
         let pool = &mut self.pools[p];
         let (Some(affinity), Some(memory)) = (&pool.settings.affinity, &mut pool.memory) else {
-            return Claim::NoAffinity;
+            return ClaimOutcome::NoAffinity;
         };
-        let Some(known) = affinity.key.of_value(key) else { return Claim::NotAKey };
+        let Some(known) = affinity.key.of_value(key) else { return ClaimOutcome::NotAKey };
         memory.counts.claimed += 1;
         memory.enter(now, known.key, home);
         self.after(now, p);
-        Claim::Noted
+        ClaimOutcome::Noted
     }
 }

@@ -18,7 +18,9 @@ use super::token::{Key, Source};
 use super::worker_io::{Lane, WorkerIo};
 use crate::background::logger::{quoted, value};
 use crate::config::{self, Pool};
-use dispatcher_core::{Claim, Departure, ListenerId, PoolId, Refusal, SPARE_SLOTS, WorkerId};
+use dispatcher_core::{
+    ClaimOutcome, Departure, ListenerId, PoolId, Refusal, SPARE_SLOTS, WorkerId,
+};
 
 /// Most messages of the door handled in one turn; the rest is for the next turn.
 const NEWS_PER_TURN: usize = 64;
@@ -33,7 +35,7 @@ impl EventLoop {
             let Some(news) = self.door.next() else { return };
             match news {
                 News::Hello(knock) => self.join(*knock),
-                News::Own(worker, own) => self.own(worker, own.key()),
+                News::Claim(worker, claim) => self.claim(worker, claim.key()),
                 News::Update(worker, update) => self.core.update(self.now, worker, update),
                 News::Goodbye(worker) => self.core.goodbye(self.now, worker),
                 News::Left(worker, why) => self.core.leave(self.now, worker, why),
@@ -95,8 +97,8 @@ impl EventLoop {
             }
         };
         // The worker's copy of our eventfd, or a sign that we are out of descriptors.
-        let poke = match lane.poke.try_clone() {
-            Ok(poke) => poke,
+        let doorbell = match lane.doorbell.try_clone() {
+            Ok(doorbell) => doorbell,
             Err(error) => {
                 let reason = format!("the dispatcher is short of a resource ({error}); try again");
                 let refusal = Refusal { code: RefusedCode::Resources, reason, key: None };
@@ -107,8 +109,8 @@ impl EventLoop {
             Ok(id) => id,
             Err(refusal) => return self.door.order(Order::Refuse { key, refusal }),
         };
-        let raw = lane.poke.as_raw_fd();
-        let token = Source::Poke(Key::from(id)).token();
+        let raw = lane.doorbell.as_raw_fd();
+        let token = Source::Doorbell(Key::from(id)).token();
         let watched = self.poll.registry().register(&mut SourceFd(&raw), token, Interest::READABLE);
         let pool_id = self.core.pool_of_worker(id);
         let scored = pool_id.map_or(&[][..], |pool| self.core.scored_gauges(pool));
@@ -126,7 +128,7 @@ impl EventLoop {
             gauges: scored.iter().map(|gauge| gauge.name).collect(),
         }
         .encode(&mut record);
-        let fds = [theirs.channel, theirs.board, poke];
+        let fds = [theirs.channel, theirs.board, doorbell];
         self.door.order(Order::Welcome { key, worker: id, record, fds });
         let gauges = pool_id.and_then(|pool| Gauges::new(&self.core, pool));
         self.gauge_readers += usize::from(gauges.is_some());
@@ -190,18 +192,18 @@ impl EventLoop {
     fn features_for(&self, hello: &Hello) -> Features {
         let claims =
             match self.configured(&hello.pool).and_then(|pool| pool.settings.affinity.as_ref()) {
-                Some(_) => Features::OWN,
+                Some(_) => Features::CLAIM,
                 None => Features::NONE,
             };
         Features(hello.features.0 & (FEATURES.0 | claims.0))
     }
 
     /// A worker claims a key. It may be leaving, and need not know what its pool's keys look like: no reason to cut it off.
-    fn own(&mut self, worker: WorkerId, key: &[u8]) {
-        let reason = match self.core.own(self.now, worker, key) {
-            Claim::Noted | Claim::Leaving => return,
-            Claim::NoAffinity => "its pool has no affinity.key",
-            Claim::NotAKey => "its pool's affinity.key has no such values",
+    fn claim(&mut self, worker: WorkerId, key: &[u8]) {
+        let reason = match self.core.claim(self.now, worker, key) {
+            ClaimOutcome::Noted | ClaimOutcome::Leaving => return,
+            ClaimOutcome::NoAffinity => "its pool has no affinity.key",
+            ClaimOutcome::NotAKey => "its pool's affinity.key has no such values",
         };
         let pool = self.core.pool_of_worker(worker);
         if let Some(left_out) = self.limits.allow(self.now, pool, Cause::Claim) {
@@ -256,7 +258,7 @@ pub(super) fn name_of(record: &Control) -> &'static str {
         Control::Welcome(_) => "welcome",
         Control::Refused(_) => "refused",
         Control::Goodbye(_) => "second goodbye",
-        Control::Own(_) => "claim of a key",
+        Control::Claim(_) => "claim of a key",
         Control::Update(_) => "update",
     }
 }

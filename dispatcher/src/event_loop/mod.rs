@@ -44,7 +44,7 @@ use std::os::fd::AsRawFd;
 use std::sync::mpsc::Receiver;
 use std::time::Duration;
 
-use dispatch_protocol::scoreboard::claim::{self, SlotState};
+use dispatch_protocol::scoreboard::slot::{self, SlotState};
 use dispatch_protocol::wire::{Entry, Token};
 use mio::unix::SourceFd;
 use mio::{Events, Interest, Poll};
@@ -179,7 +179,7 @@ struct EventLoop {
     decoded: Vec<u8>,
 }
 
-/// For this long after an event nobody is asked for pokes: at any rate worth mentioning the next client wakes us before,
+/// For this long after an event no worker is asked to ring the doorbell: at any rate worth mentioning the next client wakes us before,
 /// and what was taken is then seen without a system call of the worker and a wake-up of ours for each connection. Workers
 /// that close meanwhile find their slot not released and shut the connection down, so no client waits for this.
 const DOZE: Duration = Duration::from_millis(2);
@@ -346,8 +346,8 @@ impl EventLoop {
             }
             // The door's.
             Source::Dispatch | Source::Pending(_) | Source::Control(_) | Source::Process(_) => {}
-            // These were meant to end the sleep; the scan has seen what a poke was about. A held one needs its event.
-            Source::Poke(key) => self.rang(key),
+            // These were meant to end the sleep; the scan has seen what a ring was about. A held one needs its event.
+            Source::Doorbell(key) => self.rang(key),
             Source::Alarm | Source::Held(_) => {}
         }
     }
@@ -446,7 +446,7 @@ impl EventLoop {
         let mut stamps = None;
         for ticket in self.core.tickets(id) {
             if let Some(slot) = io.lane.board.slot(ticket.slot) {
-                let state = claim::state(slot, ticket.seq);
+                let state = slot::state(slot, ticket.seq);
                 if state != SlotState::Sent {
                     let stamp = io.lane.board.stamped(ticket.slot);
                     let stamps = stamps.get_or_insert_with(Stamps::now);
@@ -486,7 +486,7 @@ impl EventLoop {
         let id = io.id;
         self.muted += 1;
         if let Some(io) = self.io(id) {
-            join::forget(self.poll.registry(), &io.lane.poke);
+            join::forget(self.poll.registry(), &io.lane.doorbell);
         }
         let pool = self.core.pool_of_worker(id);
         if let Some(left_out) = self.limits.allow(self.now, pool, Cause::Broken) {
@@ -503,17 +503,17 @@ impl EventLoop {
         for io in self.workers.iter_mut().flatten() {
             if io.rings.unmute(self.now) {
                 self.muted -= 1;
-                let token = Source::Poke(Key::from(io.id)).token();
-                let raw = io.lane.poke.as_raw_fd();
+                let token = Source::Doorbell(Key::from(io.id)).token();
+                let raw = io.lane.doorbell.as_raw_fd();
                 // Without it, the next turn that something else brings about sees what it takes.
                 let _ = registry.register(&mut SourceFd(&raw), token, Interest::READABLE);
             }
         }
     }
 
-    /// Asks for pokes, looks once more, and says how long to sleep.
+    /// Asks workers to ring the doorbell, looks once more, and says how long to sleep.
     ///
-    /// Nobody is asked for a poke while there is work: the next turn looks at the scoreboards anyway.
+    /// No worker is asked to ring while there is work: the next turn looks at the scoreboards anyway.
     fn before_sleep(&mut self) -> Option<Duration> {
         self.watch_held();
         let clients = self.watch_listeners();
@@ -538,10 +538,10 @@ impl EventLoop {
                 continue;
             }
             // A pool that is full is no reason to ask the workers of others.
-            if self.dozing && wants & claim::want::ROOM == 0 {
+            if self.dozing && wants & slot::want::ROOM == 0 {
                 dozes |= has_tickets;
             } else if wants != 0 {
-                claim::arm(io.lane.board.want(), wants);
+                slot::arm(io.lane.board.want(), wants);
                 changed |= self.scan(index);
             }
         }

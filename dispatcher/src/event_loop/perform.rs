@@ -8,7 +8,7 @@ use std::sync::Arc;
 use std::time::Duration;
 
 use dispatch_protocol::ClientAddr;
-use dispatch_protocol::scoreboard::claim::{self, SlotState};
+use dispatch_protocol::scoreboard::slot::{self, SlotState};
 use dispatch_protocol::wire::{
     Drain, Entry, EntryFlags, Handoff, MAX_FDS_PER_RECORD, Probe, Resume,
 };
@@ -64,7 +64,7 @@ impl EventLoop {
                 let Some(io) = self.io_mut(worker) else { return };
                 if let Some(deferred) = &mut io.purge {
                     if let Some(slot) = io.lane.board.slot(slot) {
-                        claim::offer(slot, seq);
+                        slot::offer(slot, seq);
                     }
                     deferred.entries.push((conn, entry));
                     return;
@@ -95,7 +95,7 @@ impl EventLoop {
                     deferred.probe.take_if(|probe| *probe == ticket);
                 }
                 let Some(slot) = io.lane.board.slot(ticket.slot) else { return };
-                let outcome = claim::revoke(slot, ticket.seq);
+                let outcome = slot::revoke(slot, ticket.seq);
                 self.core.revoked(self.now, worker, ticket, outcome);
             }
             Effect::Purge { worker } => {
@@ -234,7 +234,7 @@ impl EventLoop {
             let io = self.workers.get_mut(worker.index as usize).and_then(Option::as_mut);
             let Some(io) = io else { return };
             let ours = self.conns.get(conn.index as usize).and_then(Option::as_ref);
-            let sent = io.lane.board.slot(entry.slot).map(|slot| claim::state(slot, entry.seq));
+            let sent = io.lane.board.slot(entry.slot).map(|slot| slot::state(slot, entry.seq));
             // A worker that guesses can have claimed or declined it; then the core knows by now, or will.
             if ours.is_some_and(|ours| ours.serial == conn.serial) && sent == Some(SlotState::Sent)
             {
@@ -253,7 +253,7 @@ impl EventLoop {
     fn probe(&mut self, worker: WorkerId, ticket: Ticket) {
         let Some(io) = self.io_mut(worker) else { return };
         let Some(slot) = io.lane.board.slot(ticket.slot) else { return };
-        claim::offer(slot, ticket.seq);
+        slot::offer(slot, ticket.seq);
         if let Some(deferred) = &mut io.purge {
             deferred.probe = Some(ticket);
             return;
@@ -261,7 +261,7 @@ impl EventLoop {
         let mut record = Vec::with_capacity(32);
         Probe { seq: ticket.seq, slot: ticket.slot }.encode(&mut record);
         if let Err(why) = io.lane.send(&record) {
-            let _ = claim::revoke(slot, ticket.seq);
+            let _ = slot::revoke(slot, ticket.seq);
             self.core.probe_failed(self.now, worker, ticket, why);
         }
     }
@@ -318,7 +318,7 @@ impl EventLoop {
     /// Drops everything kept for a worker: out of the poll first, the channel before the control connection.
     pub(super) fn put_away(&mut self, io: WorkerIo) {
         let registry = self.poll.registry();
-        forget(registry, &io.lane.poke);
+        forget(registry, &io.lane.doorbell);
         self.muted -= usize::from(io.rings.muted_until.is_some());
         self.gauge_readers -= usize::from(io.gauges.is_some());
         io.lane.shut();
@@ -344,7 +344,7 @@ fn not_sent(
     for (_, entry) in entries {
         let ticket = Ticket { slot: entry.slot, seq: entry.seq };
         if let Some(slot) = io.lane.board.slot(entry.slot) {
-            let _ = claim::revoke(slot, entry.seq);
+            let _ = slot::revoke(slot, entry.seq);
         }
         core.send_failed(now, worker, ticket, why);
     }
@@ -369,7 +369,7 @@ fn send_gathered(
         };
         *place = found.fd.as_fd();
         entries.push(*entry);
-        claim::offer(slot, entry.seq);
+        slot::offer(slot, entry.seq);
     }
     Handoff::encode_entries(entries, record);
     send_record(io.lane.channel.as_fd(), record, &fds[..entries.len()])

@@ -1,4 +1,4 @@
-//! Workers that ring without news: a write to the poke eventfd wakes the hot thread, and nothing keeps a worker from
+//! Workers that ring without news: a write to the doorbell eventfd wakes the hot thread, and nothing keeps a worker from
 //! writing all the time. Decides when not to listen for a while.
 
 use std::time::Duration;

@@ -6,7 +6,7 @@ use std::path::Path;
 use std::sync::mpsc;
 use std::time::Instant;
 
-use dispatch_protocol::wire::{Features, Hello, Own, VERSION};
+use dispatch_protocol::wire::{Claim, Features, Hello, VERSION};
 use rustix::net::{AddressFamily, SendFlags, SocketAddrUnix, SocketFlags, SocketType};
 use tokio::sync::oneshot;
 
@@ -45,7 +45,7 @@ fn connected(dir: &Path) -> OwnedFd {
 
 fn claim(socket: &OwnedFd, number: u64) -> bool {
     let mut record = Vec::new();
-    Own::new(format!("client-{number}").as_bytes()).unwrap().encode(&mut record);
+    Claim::new(format!("client-{number}").as_bytes()).unwrap().encode(&mut record);
     rustix::net::send(socket, &record, SendFlags::NOSIGNAL).is_ok()
 }
 
@@ -63,7 +63,7 @@ fn a_worker_that_floods_its_control_connection_gets_its_share_of_a_turn() {
     let mut hello = Vec::new();
     Hello {
         version: VERSION,
-        features: Features::OWN,
+        features: Features::CLAIM,
         pool: "web".to_owned(),
         name: "w".to_owned(),
         weight: 1,

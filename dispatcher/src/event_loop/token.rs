@@ -25,7 +25,7 @@ pub(super) enum Source {
     /// A held connection's client did something; worth knowing only if it has gone.
     Held(Key),
     /// A worker took or closed something; the scan that every turn begins with will see it.
-    Poke(Key),
+    Doorbell(Key),
     /// A time has come; a turn looks at the clock anyway.
     Alarm,
 }
@@ -73,7 +73,7 @@ impl Source {
             Source::Signals => (0, 0, 0),
             Source::Waker => (1, 0, 0),
             Source::Dispatch => (2, 0, 0),
-            Source::Poke(key) => (3, key.index, key.serial),
+            Source::Doorbell(key) => (3, key.index, key.serial),
             Source::Listener(position) => (4, position as u32, 0),
             Source::Pending(key) => (5, key.index, key.serial),
             Source::Control(key) => (6, key.index, key.serial),
@@ -96,7 +96,7 @@ impl Source {
             0 => Source::Signals,
             1 => Source::Waker,
             2 => Source::Dispatch,
-            3 => Source::Poke(key),
+            3 => Source::Doorbell(key),
             4 => Source::Listener(index as usize),
             5 => Source::Pending(key),
             6 => Source::Control(key),
@@ -119,7 +119,7 @@ mod tests {
             Source::Signals,
             Source::Waker,
             Source::Dispatch,
-            Source::Poke(key),
+            Source::Doorbell(key),
             Source::Listener(7),
             Source::Pending(key),
             Source::Control(Key { index: 3, serial: 9 }),

@@ -44,7 +44,7 @@ pub(super) struct Deferred {
     pub(super) notice: Option<Notice>,
 }
 
-/// The way to a worker: channel, scoreboard and poke eventfd, made before its welcome.
+/// The way to a worker: channel, scoreboard and doorbell eventfd, made before its welcome.
 #[derive(Debug)]
 pub(super) struct Lane {
     /// Our end of the channel; only for sending.
@@ -53,7 +53,7 @@ pub(super) struct Lane {
     /// of its own makes ours wait.
     pub(super) retained: Arc<OwnedFd>,
     pub(super) board: Arc<Scoreboard>,
-    pub(super) poke: OwnedFd,
+    pub(super) doorbell: OwnedFd,
 }
 
 /// The worker's halves, to be sent with the welcome and then closed here.
@@ -83,8 +83,8 @@ impl Lane {
         let retained = theirs.try_clone()?;
         let (board, board_fd) = Scoreboard::create(slots, finished)?;
         let flags = rustix::event::EventfdFlags::CLOEXEC | rustix::event::EventfdFlags::NONBLOCK;
-        let poke = rustix::event::eventfd(0, flags).map_err(std::io::Error::from)?;
-        let lane = Lane { channel, retained: Arc::new(retained), board: Arc::new(board), poke };
+        let doorbell = rustix::event::eventfd(0, flags).map_err(std::io::Error::from)?;
+        let lane = Lane { channel, retained: Arc::new(retained), board: Arc::new(board), doorbell };
         Ok((lane, LaneFds { channel: theirs, board: board_fd }))
     }
 

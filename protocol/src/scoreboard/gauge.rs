@@ -1,7 +1,7 @@
 //! Gauges: named numbers that a worker shows and a dispatcher may score by.
 //!
 //! Owns a gauge's words, the order in which they are written and read, and what a name may be. Knows nothing of what a
-//! number means. The functions work on anything that is a [`Word`], like those of [`claim`](super::claim).
+//! number means. The functions work on anything that is a [`Word`], like those of [`slot`](super::slot).
 //!
 //! A gauge is a value and the time of its last write. There is no lock around the two: the worker reads the clock, stores
 //! the value, then raises the time; the dispatcher loads the time, then the value. So **the time that is read is never
@@ -25,7 +25,7 @@
 use std::fmt;
 use std::sync::atomic::Ordering;
 
-use super::claim::Word;
+use super::slot::Word;
 
 /// Gauges of a scoreboard that a dispatcher of this version makes: the eight with fixed names, and 16 more. With the
 /// usual 256 slots everything fits into two pages of memory.

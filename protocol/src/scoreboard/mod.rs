@@ -21,8 +21,8 @@
 //! An older dispatcher leaves 0 where the number of gauges is, and there are none. An older worker maps only what
 //! comes before them.
 
-pub mod claim;
 pub mod gauge;
+pub mod slot;
 
 use std::fmt;
 use std::os::fd::{AsFd, OwnedFd};
@@ -59,7 +59,7 @@ pub const MAX_SLOTS: u32 = 65_536;
 /// A mapped scoreboard; unmapped when dropped.
 ///
 /// ```
-/// use dispatch_protocol::scoreboard::{Scoreboard, claim};
+/// use dispatch_protocol::scoreboard::{Scoreboard, slot};
 ///
 /// # fn main() -> Result<(), dispatch_protocol::scoreboard::ScoreboardError> {
 /// // The dispatcher makes it, for a worker that has closed 5 connections so far …
@@ -69,15 +69,15 @@ pub const MAX_SLOTS: u32 = 65_536;
 /// assert_eq!(worker.slots(), 256);
 ///
 /// if let (Some(ours), Some(theirs)) = (dispatcher.slot(0), worker.slot(0)) {
-///     claim::offer(ours, 1);
-///     assert!(claim::claim(theirs, 1));
-///     assert_eq!(claim::state(ours, 1), claim::SlotState::Taken);
+///     slot::offer(ours, 1);
+///     assert!(slot::take(theirs, 1));
+///     assert_eq!(slot::state(ours, 1), slot::SlotState::Taken);
 /// }
 /// assert!(worker.slot(256).is_none());
 ///
-/// claim::arm(dispatcher.want(), claim::want::ROOM);
+/// slot::arm(dispatcher.want(), slot::want::ROOM);
 /// worker.raise_finished(6);
-/// assert!(claim::must_poke(worker.want(), claim::want::ROOM));
+/// assert!(slot::must_ring(worker.want(), slot::want::ROOM));
 /// assert_eq!(dispatcher.finished(), 6);
 /// worker.raise_finished(3);
 /// assert_eq!(dispatcher.finished(), 6, "it never goes down");
@@ -272,7 +272,7 @@ impl Scoreboard {
         Some((idle, away.map(|us| Duration::from_micros(us.into()))))
     }
 
-    /// The word by which the dispatcher asks to be poked; see [`claim::arm`] and [`claim::must_poke`].
+    /// The word by which the dispatcher asks to be rung; see [`slot::arm`] and [`slot::must_ring`].
     #[inline]
     pub fn want(&self) -> &AtomicU32 {
         self.map.u32(OFFSET_WANT)

@@ -10,13 +10,13 @@ fn both_sides_see_one_memory() {
     theirs.raise_finished(10);
     assert_eq!(ours.finished(), 11, "it never goes down");
     for slot in 0..4 {
-        claim::offer(ours.slot(slot).unwrap(), u64::from(slot) + 1);
-        assert!(claim::claim(theirs.slot(slot).unwrap(), u64::from(slot) + 1));
+        slot::offer(ours.slot(slot).unwrap(), u64::from(slot) + 1);
+        assert!(slot::take(theirs.slot(slot).unwrap(), u64::from(slot) + 1));
     }
     assert!(ours.slot(4).is_none() && theirs.slot(u32::MAX).is_none());
-    claim::arm(ours.want(), claim::want::TAKEN);
-    assert!(claim::must_poke(theirs.want(), claim::want::TAKEN));
-    assert!(!claim::must_poke(theirs.want(), claim::want::TAKEN), "once");
+    slot::arm(ours.want(), slot::want::TAKEN);
+    assert!(slot::must_ring(theirs.want(), slot::want::TAKEN));
+    assert!(!slot::must_ring(theirs.want(), slot::want::TAKEN), "once");
 }
 
 #[test]
@@ -63,17 +63,17 @@ fn the_version_is_checked() {
 
 #[test]
 fn a_word_that_no_worker_may_write_is_invalid() {
-    use claim::{Revoke, SlotState};
+    use slot::{Revoke, SlotState};
     let (board, _fd) = Scoreboard::create(1, 0).unwrap();
     let slot = board.slot(0).unwrap();
-    claim::offer(slot, 5);
+    slot::offer(slot, 5);
     for word in [0, u64::MAX, 6 << 3 | 1, 5 << 3 | 3, 5 << 3 | 7] {
         slot.store(word, Ordering::Relaxed);
-        assert_eq!(claim::state(slot, 5), SlotState::Invalid);
-        assert_eq!(claim::revoke(slot, 5), Revoke::Was(SlotState::Invalid));
+        assert_eq!(slot::state(slot, 5), SlotState::Invalid);
+        assert_eq!(slot::revoke(slot, 5), Revoke::Was(SlotState::Invalid));
     }
-    claim::offer(slot, claim::MAX_SEQ);
-    assert_eq!(claim::state(slot, claim::MAX_SEQ), SlotState::Sent);
+    slot::offer(slot, slot::MAX_SEQ);
+    assert_eq!(slot::state(slot, slot::MAX_SEQ), SlotState::Sent);
 }
 
 #[test]
@@ -81,19 +81,19 @@ fn slot_words_are_encoded_as_the_document_says() {
     let (board, _fd) = Scoreboard::create(1, 0).unwrap();
     let slot = board.slot(0).unwrap();
     let word = || slot.load(Ordering::Relaxed);
-    claim::offer(slot, 5);
+    slot::offer(slot, 5);
     assert_eq!(word(), 5 * 8 + 1);
-    assert!(claim::claim(slot, 5));
+    assert!(slot::take(slot, 5));
     assert_eq!(word(), 5 * 8 + 2);
-    assert!(claim::still_held(slot, 5));
-    claim::release(slot, 5);
+    assert!(slot::dispatcher_has_copy(slot, 5));
+    slot::release(slot, 5);
     assert_eq!(word(), 5 * 8 + 3);
-    assert!(!claim::still_held(slot, 5));
-    claim::offer(slot, 6);
-    assert_eq!(claim::revoke(slot, 6), claim::Revoke::Revoked);
+    assert!(!slot::dispatcher_has_copy(slot, 5));
+    slot::offer(slot, 6);
+    assert_eq!(slot::revoke(slot, 6), slot::Revoke::Revoked);
     assert_eq!(word(), 6 * 8 + 4);
-    claim::offer(slot, 7);
-    assert!(claim::decline(slot, 7));
+    slot::offer(slot, 7);
+    assert!(slot::decline(slot, 7));
     assert_eq!(word(), 7 * 8 + 5);
 }
 
@@ -105,7 +105,7 @@ pub(super) mod model {
     use loom::sync::atomic::{AtomicU32, AtomicU64, fence};
     use loom::thread;
 
-    use super::super::claim::{self, Revoke, SlotState, Word, want};
+    use super::super::slot::{self, Revoke, SlotState, Word, want};
     use std::sync::atomic::Ordering;
 
     pub(in crate::scoreboard) struct Modelled<A>(pub(in crate::scoreboard) A);
@@ -146,12 +146,12 @@ pub(super) mod model {
     fn claim_and_revoke_have_one_winner() {
         loom::model(|| {
             let slot = slot();
-            claim::offer(&*slot, 1);
+            slot::offer(&*slot, 1);
             let worker = {
                 let slot = Arc::clone(&slot);
-                thread::spawn(move || claim::claim(&*slot, 1))
+                thread::spawn(move || slot::take(&*slot, 1))
             };
-            let revoked = claim::revoke(&*slot, 1);
+            let revoked = slot::revoke(&*slot, 1);
             let claimed = worker.join().unwrap();
             match revoked {
                 Revoke::Revoked => assert!(!claimed),
@@ -164,11 +164,11 @@ pub(super) mod model {
     fn claim_decline_and_revoke_have_one_winner() {
         loom::model(|| {
             let slot = slot();
-            claim::offer(&*slot, 1);
+            slot::offer(&*slot, 1);
             let (a, b) = (Arc::clone(&slot), Arc::clone(&slot));
-            let claiming = thread::spawn(move || claim::claim(&*a, 1));
-            let declining = thread::spawn(move || claim::decline(&*b, 1));
-            let revoked = claim::revoke(&*slot, 1);
+            let claiming = thread::spawn(move || slot::take(&*a, 1));
+            let declining = thread::spawn(move || slot::decline(&*b, 1));
+            let revoked = slot::revoke(&*slot, 1);
             let (claimed, declined) = (claiming.join().unwrap(), declining.join().unwrap());
             let winner = match revoked {
                 Revoke::Revoked => (false, false),
@@ -184,47 +184,47 @@ pub(super) mod model {
     fn a_slot_used_again_is_not_claimed_by_the_old_number() {
         loom::model(|| {
             let slot = slot();
-            claim::offer(&*slot, 1);
+            slot::offer(&*slot, 1);
             let worker = {
                 let slot = Arc::clone(&slot);
-                thread::spawn(move || claim::claim(&*slot, 1))
+                thread::spawn(move || slot::take(&*slot, 1))
             };
-            if claim::revoke(&*slot, 1) == Revoke::Revoked {
-                claim::offer(&*slot, 2);
+            if slot::revoke(&*slot, 1) == Revoke::Revoked {
+                slot::offer(&*slot, 2);
                 assert!(!worker.join().unwrap());
-                assert_eq!(claim::state(&*slot, 2), SlotState::Sent);
+                assert_eq!(slot::state(&*slot, 2), SlotState::Sent);
             } else {
                 assert!(worker.join().unwrap());
             }
         });
     }
 
-    /// Both sides are done: the dispatcher sleeps only if it will be poked.
+    /// Both sides are done: the dispatcher sleeps only if a worker will ring.
     ///
     /// The checker treats sequentially consistent accesses as acquire and release, but fences as what they are.
-    /// Without the fence in `must_poke`, or the one in `arm`, this test fails.
+    /// Without the fence in `must_ring`, or the one in `arm`, this test fails.
     #[test]
-    fn a_sleeping_dispatcher_is_poked_for_a_take() {
+    fn a_sleeping_dispatcher_is_rung_for_a_take() {
         loom::model(|| {
             let slot = slot();
             let wanted = Arc::new(Modelled(AtomicU32::new(0)));
-            claim::offer(&*slot, 1);
+            slot::offer(&*slot, 1);
             let worker = {
                 let (slot, wanted) = (Arc::clone(&slot), Arc::clone(&wanted));
                 thread::spawn(move || {
-                    assert!(claim::claim(&*slot, 1));
-                    claim::must_poke(&*wanted, want::TAKEN)
+                    assert!(slot::take(&*slot, 1));
+                    slot::must_ring(&*wanted, want::TAKEN)
                 })
             };
-            claim::arm(&*wanted, want::TAKEN | want::ROOM);
-            let sleeps = claim::state(&*slot, 1) == SlotState::Sent;
-            let poked = worker.join().unwrap();
-            assert!(!sleeps || poked, "nobody wakes it");
+            slot::arm(&*wanted, want::TAKEN | want::ROOM);
+            let sleeps = slot::state(&*slot, 1) == SlotState::Sent;
+            let rung = worker.join().unwrap();
+            assert!(!sleeps || rung, "nobody wakes it");
         });
     }
 
     #[test]
-    fn a_sleeping_dispatcher_is_poked_for_a_close() {
+    fn a_sleeping_dispatcher_is_rung_for_a_close() {
         loom::model(|| {
             let finished = Arc::new(AtomicU64::new(0));
             let wanted = Arc::new(Modelled(AtomicU32::new(0)));
@@ -232,26 +232,26 @@ pub(super) mod model {
                 let (finished, wanted) = (Arc::clone(&finished), Arc::clone(&wanted));
                 thread::spawn(move || {
                     finished.fetch_max(1, Ordering::AcqRel);
-                    claim::must_poke(&*wanted, want::ROOM)
+                    slot::must_ring(&*wanted, want::ROOM)
                 })
             };
-            claim::arm(&*wanted, want::ROOM);
+            slot::arm(&*wanted, want::ROOM);
             let sleeps = finished.load(Ordering::Acquire) == 0;
-            let poked = worker.join().unwrap();
-            assert!(!sleeps || poked, "nobody wakes it");
+            let rung = worker.join().unwrap();
+            assert!(!sleeps || rung, "nobody wakes it");
         });
     }
 
     #[test]
-    fn one_of_two_closes_pokes() {
+    fn one_of_two_closes_rings() {
         loom::model(|| {
             let wanted = Arc::new(Modelled(AtomicU32::new(0)));
-            claim::arm(&*wanted, want::ROOM);
+            slot::arm(&*wanted, want::ROOM);
             let other = {
                 let wanted = Arc::clone(&wanted);
-                thread::spawn(move || claim::must_poke(&*wanted, want::ROOM))
+                thread::spawn(move || slot::must_ring(&*wanted, want::ROOM))
             };
-            let ours = claim::must_poke(&*wanted, want::ROOM);
+            let ours = slot::must_ring(&*wanted, want::ROOM);
             assert!(ours != other.join().unwrap(), "exactly one");
         });
     }

@@ -21,8 +21,8 @@ impl Features {
     /// The worker understands [`Drain`](super::Drain) and [`Resume`](super::Resume).
     pub const DRAIN: Features = Features(1);
 
-    /// Keys can be claimed with [`Own`](super::Own). A dispatcher has it for pools with affinity only.
-    pub const OWN: Features = Features(2);
+    /// Keys can be claimed with [`Claim`](super::Claim). A dispatcher has it for pools with affinity only.
+    pub const CLAIM: Features = Features(2);
 
     /// Weight, maximum and pauses can be told with [`Update`](super::Update).
     pub const UPDATE: Features = Features(4);

@@ -28,30 +28,30 @@
 //! # }
 //! ```
 
+mod claim;
 mod codec;
 mod drain;
 mod goodbye;
 mod handoff;
 mod hello;
-mod own;
+mod hidden;
 mod probe;
 mod refused;
 mod resume;
 mod update;
-mod visible;
 mod welcome;
 
+pub use claim::{Claim, MAX_KEY};
 pub use codec::{WireError, is_name};
 pub use drain::Drain;
 pub use goodbye::Goodbye;
 pub use handoff::{ClientAddr, ENTRY_LEN, Entry, EntryFlags, Handoff};
 pub use hello::{Features, Hello, Token};
-pub use own::{MAX_KEY, Own};
+pub use hidden::is_hidden;
 pub use probe::Probe;
 pub use refused::{Refused, RefusedCode};
 pub use resume::Resume;
 pub use update::Update;
-pub use visible::is_hidden;
 pub use welcome::{Welcome, WelcomeListener};
 
 use codec::Reader;
@@ -71,7 +71,7 @@ pub const MAX_FDS_PER_RECORD: usize = 64;
 /// Longest pool, worker or listener name, in bytes of UTF-8.
 pub const MAX_NAME: usize = 64;
 
-/// File descriptors that come with a welcome: channel, scoreboard, poke eventfd, in this order.
+/// File descriptors that come with a welcome: channel, scoreboard, doorbell eventfd, in this order.
 pub const WELCOME_FDS: usize = 3;
 
 /// First field of every record: what it is.
@@ -85,7 +85,7 @@ pub mod kind {
     /// Worker to dispatcher, control connection: send me nothing more.
     pub const GOODBYE: u16 = 4;
     /// Worker to dispatcher, control connection: the client known by this key is mine.
-    pub const OWN: u16 = 5;
+    pub const CLAIM: u16 = 5;
     /// Worker to dispatcher, control connection: my weight, my maximum, whether I take connections.
     pub const UPDATE: u16 = 6;
     /// Dispatcher to worker, channel: connections, one fd each.
@@ -106,7 +106,7 @@ pub mod tlv {
     pub const NAME: u16 = 2;
     /// Hello: the token a spawned worker found in its environment, 16 bytes.
     pub const TOKEN: u16 = 3;
-    /// Own: the key, 1 to 4,000 bytes.
+    /// Claim: the key, 1 to 4,000 bytes.
     pub const CLIENT_KEY: u16 = 4;
     /// Welcome, repeated: index u16, then the listener's name, UTF-8.
     pub const LISTENER: u16 = 16;
@@ -140,7 +140,7 @@ pub mod tlv {
 ///     Control::Refused(refused) => println!("not let in: {}", refused.reason),
 ///     Control::Hello(hello) => println!("{} wants to join {}", hello.name, hello.pool),
 ///     Control::Goodbye(_) => println!("a worker leaves"),
-///     Control::Own(own) => println!("a worker claims {:?}", own.key()),
+///     Control::Claim(claim) => println!("a worker claims {:?}", claim.key()),
 ///     Control::Update(update) => println!("a worker has weight {} now", update.weight),
 /// }
 /// # Ok(())
@@ -156,8 +156,8 @@ pub enum Control {
     Refused(Refused),
     /// See [`Goodbye`].
     Goodbye(Goodbye),
-    /// See [`Own`].
-    Own(Own),
+    /// See [`Claim`].
+    Claim(Claim),
     /// See [`Update`].
     Update(Update),
 }
@@ -177,7 +177,7 @@ impl Control {
             kind::WELCOME => Welcome::decode_body(&mut reader).map(Control::Welcome),
             kind::REFUSED => Refused::decode_body(&mut reader).map(Control::Refused),
             kind::GOODBYE => Goodbye::decode_body(&mut reader).map(Control::Goodbye),
-            kind::OWN => Own::decode_body(&mut reader).map(Control::Own),
+            kind::CLAIM => Claim::decode_body(&mut reader).map(Control::Claim),
             kind::UPDATE => Update::decode_body(&mut reader).map(Control::Update),
             other => Err(WireError::UnknownKind(other)),
         }
@@ -190,7 +190,7 @@ impl Control {
             Control::Hello(_)
             | Control::Refused(_)
             | Control::Goodbye(_)
-            | Control::Own(_)
+            | Control::Claim(_)
             | Control::Update(_) => 0,
         }
     }
@@ -202,7 +202,7 @@ impl Control {
             Control::Welcome(m) => m.encode(out),
             Control::Refused(m) => m.encode(out),
             Control::Goodbye(m) => m.encode(out),
-            Control::Own(m) => m.encode(out),
+            Control::Claim(m) => m.encode(out),
             Control::Update(m) => m.encode(out),
         }
     }

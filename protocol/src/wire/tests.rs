@@ -19,7 +19,7 @@ const WELCOME_GAUGES: &str = "02000000010000000001000007000000000000000000000000
 const REFUSED: &str = "030000000200000011000b006e6f20706f6f6c2077656212000800706f6f6c2e776562";
 const REFUSED_BARE: &str = "03000000050000001100080073746f7070696e67";
 const GOODBYE: &str = "04000000";
-const OWN: &str = "0500000004000600366631643239";
+const CLAIM: &str = "0500000004000600366631643239";
 const HANDOFF: &str = "1000000003000000010000000000000000ca9a3b000000000100000000000000040050c300000000\
      c0000201000000000000000000000000020000000000000001ca9a3b000000000200000003000100\
      0600bb010700000020010db8000000000000000000000001030000000000000002ca9a3b00000000\
@@ -120,7 +120,7 @@ fn control_vectors() -> Vec<(&'static str, Control)> {
             }),
         ),
         (GOODBYE, Control::Goodbye(Goodbye)),
-        (OWN, Control::Own(Own::new(b"6f1d29").unwrap())),
+        (CLAIM, Control::Claim(Claim::new(b"6f1d29").unwrap())),
         (UPDATE, Control::Update(Update { weight: 2, paused: true, max_connections: 500 })),
     ]
 }
@@ -315,7 +315,7 @@ fn reserved_fields_must_be_zero() {
         (WELCOME, &[2, 6]),
         (REFUSED, &[2, 6]),
         (GOODBYE, &[2]),
-        (OWN, &[2]),
+        (CLAIM, &[2]),
     ];
     for (hex, offsets) in all {
         for &offset in offsets {
@@ -436,7 +436,7 @@ fn a_tlv_that_may_appear_once_may_not_twice() {
         (HELLO_TOKEN, tlv::TOKEN, &[0; 16]),
         (REFUSED, tlv::REASON, b"x"),
         (REFUSED, tlv::KEY, b"x"),
-        (OWN, tlv::CLIENT_KEY, b"x"),
+        (CLAIM, tlv::CLIENT_KEY, b"x"),
     ] {
         let mut record = bytes(hex);
         codec::put_tlv(&mut record, kind, value);
@@ -453,7 +453,7 @@ fn a_tlv_that_is_needed_must_be_there() {
     codec::put_tlv(&mut record, tlv::POOL, b"web");
     assert_eq!(Control::decode(&record), Err(WireError::Missing("worker name")));
     assert_eq!(Control::decode(&bytes(REFUSED)[..8]), Err(WireError::Missing("reason")));
-    assert_eq!(Control::decode(&bytes(OWN)[..4]), Err(WireError::Missing("client key")));
+    assert_eq!(Control::decode(&bytes(CLAIM)[..4]), Err(WireError::Missing("client key")));
 }
 
 #[test]
@@ -471,13 +471,13 @@ fn a_token_is_16_bytes_and_32_digits() {
 
 #[test]
 fn a_claimed_key_is_1_to_4000_bytes_of_any_kind() {
-    let longest = Own::new(&[0xff; MAX_KEY]).unwrap();
-    let record = encoded(&Control::Own(longest.clone()));
+    let longest = Claim::new(&[0xff; MAX_KEY]).unwrap();
+    let record = encoded(&Control::Claim(longest.clone()));
     assert!(record.len() <= MAX_CONTROL_RECORD);
-    assert_eq!(Control::decode(&record), Ok(Control::Own(longest)));
-    assert_eq!(Own::new(&[0; MAX_KEY + 1]), None);
+    assert_eq!(Control::decode(&record), Ok(Control::Claim(longest)));
+    assert_eq!(Claim::new(&[0; MAX_KEY + 1]), None);
     for value in [&[][..], &[0; MAX_KEY + 1]] {
-        let mut record = bytes(OWN)[..4].to_vec();
+        let mut record = bytes(CLAIM)[..4].to_vec();
         codec::put_tlv(&mut record, tlv::CLIENT_KEY, value);
         assert_eq!(Control::decode(&record), Err(WireError::Invalid("client key")));
     }

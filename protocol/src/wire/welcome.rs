@@ -13,7 +13,7 @@ pub struct WelcomeListener {
     pub name: String,
 }
 
-/// You are in. Beside it come the channel, the scoreboard and the poke eventfd, in this order.
+/// You are in. Beside it come the channel, the scoreboard and the doorbell eventfd, in this order.
 ///
 /// ```
 /// use dispatch_protocol::wire::{Control, Features, VERSION, WELCOME_FDS, Welcome, WelcomeListener};

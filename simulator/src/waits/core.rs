@@ -4,7 +4,7 @@
 use std::collections::VecDeque;
 use std::time::Duration;
 
-use dispatch_protocol::scoreboard::claim::{self, want};
+use dispatch_protocol::scoreboard::slot::{self, want};
 use dispatch_protocol::wire::Hello;
 
 use super::Scenario;
@@ -46,7 +46,7 @@ pub(super) struct Dispatcher {
     /// Clients in the order in which they were accepted.
     accepted: Vec<u32>,
     sent: Vec<Sent>,
-    poke: Option<u64>,
+    doorbell: Option<u64>,
     deadline: Option<u64>,
     delivered: Vec<usize>,
     /// Of workers that had taken something.
@@ -86,7 +86,7 @@ impl Dispatcher {
             backlog: VecDeque::new(),
             accepted: Vec::new(),
             sent: vec![Sent::default(); scenario.clients as usize],
-            poke: None,
+            doorbell: None,
             deadline: None,
             delivered: Vec::new(),
             suspicions: vec![0; count],
@@ -115,14 +115,14 @@ impl Dispatcher {
         self.desk.now = Time(self.start + now);
     }
 
-    /// The worker changed its scoreboard; it pokes if the dispatcher wants to hear of that.
+    /// The worker changed its scoreboard; it rings the doorbell if the dispatcher wants to hear of that.
     fn change(&mut self, now: u64, worker: usize, bit: u32) {
         self.changed.push(worker);
-        if self.poke.is_none()
+        if self.doorbell.is_none()
             && let Some(id) = self.workers[worker]
             && self.desk.core.wants(id) & bit != 0
         {
-            self.poke = Some(now + LAG);
+            self.doorbell = Some(now + LAG);
         }
     }
 
@@ -269,12 +269,12 @@ impl Front for Dispatcher {
     }
 
     fn next_turn(&self) -> Option<u64> {
-        [self.poke, self.deadline].into_iter().flatten().min()
+        [self.doorbell, self.deadline].into_iter().flatten().min()
     }
 
     fn turn(&mut self, now: u64) {
         self.set_clock(now);
-        self.poke = None;
+        self.doorbell = None;
         self.read_scoreboards();
         self.desk.core.tick(self.desk.now);
         self.accept();
@@ -303,7 +303,7 @@ impl Desk {
         self.scratch.clear();
         self.scratch.extend(self.core.tickets(worker));
         for &ticket in &self.scratch {
-            let state = claim::state(&self.links[at].board[ticket.slot as usize], ticket.seq);
+            let state = slot::state(&self.links[at].board[ticket.slot as usize], ticket.seq);
             let taken_at = self.links[at].taken_at[ticket.slot as usize];
             self.core.slot(now, worker, ticket, state, taken_at);
         }
@@ -320,7 +320,7 @@ impl Desk {
             let is_probe = record.conn.is_none();
             if is_probe {
                 link.taken_at[record.ticket.slot as usize] = now;
-                let claimed = claim::claim(&board[record.ticket.slot as usize], record.ticket.seq);
+                let claimed = slot::take(&board[record.ticket.slot as usize], record.ticket.seq);
                 debug_assert!(claimed, "probes are not revoked here");
             }
             !is_probe

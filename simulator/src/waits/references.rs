@@ -117,7 +117,7 @@ pub(super) struct Never {
     most: usize,
     delivered: Vec<usize>,
     /// It has seen that a worker has room again.
-    poke: Option<u64>,
+    doorbell: Option<u64>,
     random: Random,
 }
 
@@ -130,7 +130,7 @@ impl Never {
             held: VecDeque::new(),
             most: most as usize,
             delivered: Vec::new(),
-            poke: None,
+            doorbell: None,
             random: Random::new(seed),
         }
     }
@@ -171,7 +171,7 @@ impl Front for Never {
     fn receive(&mut self, now: u64, worker: usize) -> Option<u32> {
         let client = self.queues[worker].pop_front()?;
         if !self.held.is_empty() {
-            self.poke.get_or_insert(now + super::world::LAG);
+            self.doorbell.get_or_insert(now + super::world::LAG);
         }
         Some(client)
     }
@@ -187,11 +187,11 @@ impl Front for Never {
     fn stopped(&mut self, _: usize, _: bool) {}
 
     fn next_turn(&self) -> Option<u64> {
-        self.poke
+        self.doorbell
     }
 
     fn turn(&mut self, _: u64) {
-        self.poke = None;
+        self.doorbell = None;
         self.place();
     }
 

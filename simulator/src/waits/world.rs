@@ -13,7 +13,7 @@ use super::{Change, Contender, Kind, Scenario};
 /// From a send to the moment in which a worker that waits has received it.
 pub(super) const DELIVERY: u64 = 50_000;
 
-/// From a worker's poke to the dispatcher's turn.
+/// From a worker's ring of the doorbell to the dispatcher's turn.
 pub(super) const LAG: u64 = 100_000;
 
 /// After the last arrival everything must be served by then.

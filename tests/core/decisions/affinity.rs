@@ -240,7 +240,7 @@ fn a_worker_that_is_resumed_has_a_home_of_its_own() {
     assert_eq!(desk.client("one"), new);
     desk.resume(old).unwrap();
     assert_eq!(desk.client("one"), new);
-    assert_eq!(desk.core.own(desk.now, old, b"mine"), Claim::Noted);
+    assert_eq!(desk.core.claim(desk.now, old, b"mine"), ClaimOutcome::Noted);
     for _ in 0..3 {
         assert_eq!(desk.client("mine"), old);
         assert_eq!(desk.client("one"), new);
@@ -279,29 +279,29 @@ fn a_worker_that_is_resumed_has_a_home_of_its_own() {
 fn a_worker_may_claim_a_key() {
     let mut desk = cookie_desk(|_| {});
     let (a, b) = (desk.called("a"), desk.called("b"));
-    assert_eq!(desk.core.own(desk.now, b, b"mine"), Claim::Noted);
+    assert_eq!(desk.core.claim(desk.now, b, b"mine"), ClaimOutcome::Noted);
     for _ in 0..3 {
         assert_eq!(desk.client("mine"), b);
     }
-    assert_eq!(desk.core.own(desk.now, a, b"mine"), Claim::Noted, "the later one wins");
+    assert_eq!(desk.core.claim(desk.now, a, b"mine"), ClaimOutcome::Noted, "the later one wins");
     assert_eq!(desk.client("mine"), a);
-    assert_eq!(desk.core.own(desk.now, a, b""), Claim::NotAKey);
+    assert_eq!(desk.core.claim(desk.now, a, b""), ClaimOutcome::NotAKey);
     desk.goodbye(b);
-    assert_eq!(desk.core.own(desk.now, b, b"mine"), Claim::Leaving);
+    assert_eq!(desk.core.claim(desk.now, b, b"mine"), ClaimOutcome::Leaving);
     assert_eq!(desk.client("mine"), a);
     let status = desk.remembered();
     assert_eq!((status.claimed, status.hits, status.misses), (2, 5, 0));
 
     let mut plain = desk_with(|_| {});
     let worker = plain.worker();
-    assert_eq!(plain.core.own(plain.now, worker, b"mine"), Claim::NoAffinity);
+    assert_eq!(plain.core.claim(plain.now, worker, b"mine"), ClaimOutcome::NoAffinity);
 }
 
 #[test]
 fn a_claim_is_forgotten_like_any_other() {
     let mut desk = cookie_desk(|_| {});
     let (a, b) = (desk.called("a"), desk.called("b"));
-    desk.core.own(desk.now, b, b"mine");
+    desk.core.claim(desk.now, b, b"mine");
     desk.wait(OTHER - ms(1));
     assert_eq!(desk.client("mine"), b);
     desk.wait(OTHER - ms(1));

@@ -1,7 +1,7 @@
 //! Hangs, lost descriptors, full channels, scarcity, hostile slots.
 
 use super::*;
-use dispatch_protocol::scoreboard::claim::{self, Revoke, SlotState};
+use dispatch_protocol::scoreboard::slot::{self, Revoke, SlotState};
 
 #[test]
 fn a_worker_that_hangs_loses_what_it_left_untaken_to_others() {
@@ -143,7 +143,7 @@ fn losing_a_probe_or_an_impossible_outcome_expels() {
     assert_eq!(desk.take_all(other), 1);
     let probe = desk.core.tickets(hung).next().unwrap();
     let slot = &desk.link(hung).board[probe.slot as usize];
-    assert!(claim::decline(slot, probe.seq));
+    assert!(slot::decline(slot, probe.seq));
     desk.turn();
     assert!(desk.link(hung).cut && desk.link(hung).forgotten);
 }

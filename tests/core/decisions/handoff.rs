@@ -1,7 +1,7 @@
 //! When untaken connections move: patience, trials, idle threads, pools that are not served.
 
 use dispatch_protocol::ClientAddr;
-use dispatch_protocol::scoreboard::claim::{SlotState, want};
+use dispatch_protocol::scoreboard::slot::{SlotState, want};
 
 use super::policies::client;
 use super::*;

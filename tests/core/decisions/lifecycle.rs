@@ -1,7 +1,7 @@
 //! Goodbyes, deaths, stops.
 
 use super::*;
-use dispatch_protocol::scoreboard::claim::want;
+use dispatch_protocol::scoreboard::slot::want;
 
 #[test]
 fn a_goodbye_takes_back_what_is_untaken_and_keeps_the_rest() {

@@ -4,7 +4,7 @@ use std::collections::{BTreeMap, VecDeque};
 
 use core::net::SocketAddr;
 
-use dispatch_protocol::scoreboard::claim::{Revoke, SlotState};
+use dispatch_protocol::scoreboard::slot::{Revoke, SlotState};
 use dispatch_protocol::wire::Update;
 use proptest::prelude::*;
 

@@ -4,7 +4,7 @@
 use core::net::{IpAddr, Ipv4Addr, SocketAddr};
 
 use dispatch_protocol::ClientAddr;
-use dispatch_protocol::scoreboard::claim;
+use dispatch_protocol::scoreboard::slot;
 
 use super::*;
 
@@ -64,7 +64,7 @@ impl PolicySteps for Desk {
         let finished = self.link(worker).finished;
         let tickets: Vec<_> = self.core.tickets(worker).collect();
         for ticket in tickets {
-            let state = claim::state(&self.link(worker).board[ticket.slot as usize], ticket.seq);
+            let state = slot::state(&self.link(worker).board[ticket.slot as usize], ticket.seq);
             self.core.slot(self.now, worker, ticket, state, self.now);
         }
         self.core.finished(self.now, worker, finished);

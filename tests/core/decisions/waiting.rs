@@ -1,7 +1,7 @@
 //! Clients without a worker: held, refused, relieved.
 
 use super::*;
-use dispatch_protocol::scoreboard::claim::want;
+use dispatch_protocol::scoreboard::slot::want;
 
 #[test]
 fn only_a_pool_with_workers_wants_room() {

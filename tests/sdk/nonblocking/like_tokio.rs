@@ -290,7 +290,7 @@ fn parts_are_other_streams_and_count_until_the_guard_is_dropped() {
             assert_eq!(read_to_end(&mut client), expected.as_bytes());
         }
         test_support::fake_dispatcher::wait_readable(
-            std::os::fd::AsFd::as_fd(&peer.poke),
+            std::os::fd::AsFd::as_fd(&peer.doorbell),
             "the dispatcher is told",
         );
     });

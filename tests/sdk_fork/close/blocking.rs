@@ -3,7 +3,7 @@
 use std::sync::mpsc;
 use std::time::Instant;
 
-use dispatch_protocol::scoreboard::claim;
+use dispatch_protocol::scoreboard::slot;
 use dispatch_protocol::wire::{Channel, Control, Drain, Features, Resume, Update};
 use worker_sdk::Error;
 
@@ -221,7 +221,7 @@ fn a_paused_worker_claims_nothing_unless_its_dispatcher_dies() {
         assert!(matches!(worker.accept_timeout(short), Err(Error::TimedOut)));
         assert!(!peer.taken(&entries[1]) && !peer.taken(&late));
         // The dispatcher takes them back, as it does when it hears of the pause.
-        assert_eq!(peer.revoke(&entries[1]), claim::Revoke::Revoked);
+        assert_eq!(peer.revoke(&entries[1]), slot::Revoke::Revoked);
         drop(taken);
         // One that it had no time to take back.
         let last = peer.send_one(&pairs[3].1);
@@ -230,8 +230,8 @@ fn a_paused_worker_claims_nothing_unless_its_dispatcher_dies() {
         // It is nobody else's now.
         for entry in [late, last] {
             let _orphan = worker.accept_timeout(DEADLINE).unwrap().unwrap();
-            let state = claim::state(board.slot(entry.slot).unwrap(), entry.seq);
-            assert_eq!(state, claim::SlotState::Taken);
+            let state = slot::state(board.slot(entry.slot).unwrap(), entry.seq);
+            assert_eq!(state, slot::SlotState::Taken);
         }
         worker
     });

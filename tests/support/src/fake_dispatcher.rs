@@ -8,7 +8,7 @@ use std::path::{Path, PathBuf};
 use std::sync::atomic::Ordering;
 use std::time::{Duration, Instant};
 
-use dispatch_protocol::scoreboard::{Scoreboard, claim};
+use dispatch_protocol::scoreboard::{Scoreboard, slot};
 use dispatch_protocol::wire::{
     Channel, Control, Entry, EntryFlags, Features, Handoff, Hello, Probe, Refused, RefusedCode,
     VERSION, Welcome, WelcomeListener,
@@ -133,7 +133,7 @@ impl FakeDispatcher {
 
     /// Lets the next worker into a pool that knows keys.
     pub fn welcome_with_affinity(&self) -> Peer {
-        self.welcome_as(256, |welcome| welcome.features = Features::OWN)
+        self.welcome_as(256, |welcome| welcome.features = Features::CLAIM)
     }
 
     /// Lets the next worker in, which may then change what its hello said.
@@ -143,7 +143,7 @@ impl FakeDispatcher {
 
     /// Lets the next worker into a pool that knows keys, and which may then change what its hello said.
     pub fn welcome_with_affinity_and_updates(&self) -> Peer {
-        let both = Features(Features::OWN.0 | Features::UPDATE.0);
+        let both = Features(Features::CLAIM.0 | Features::UPDATE.0);
         self.welcome_as(256, |welcome| welcome.features = both)
     }
 
@@ -154,8 +154,8 @@ impl FakeDispatcher {
         let mut welcome = peer.welcome_record(slots);
         change(&mut welcome);
         welcome.encode(&mut record);
-        let (board, retained, poke) = (&peer.board_fd, &peer.retained, &peer.poke);
-        send(peer.control.as_fd(), &record, &[retained.as_fd(), board.as_fd(), poke.as_fd()])
+        let (board, retained, doorbell) = (&peer.board_fd, &peer.retained, &peer.doorbell);
+        send(peer.control.as_fd(), &record, &[retained.as_fd(), board.as_fd(), doorbell.as_fd()])
             .unwrap();
         peer
     }
@@ -208,7 +208,7 @@ pub struct Peer {
     pub retained: OwnedFd,
     pub board: Scoreboard,
     pub board_fd: OwnedFd,
-    pub poke: OwnedFd,
+    pub doorbell: OwnedFd,
     next: u64,
     slots: u32,
 }
@@ -227,7 +227,7 @@ impl Peer {
             retained: theirs,
             board,
             board_fd,
-            poke: eventfd(0, EventfdFlags::CLOEXEC | EventfdFlags::NONBLOCK).unwrap(),
+            doorbell: eventfd(0, EventfdFlags::CLOEXEC | EventfdFlags::NONBLOCK).unwrap(),
             next: 1,
             slots,
         }
@@ -251,7 +251,7 @@ impl Peer {
         let seq = self.next;
         self.next += 1;
         let slot = u32::try_from(seq % u64::from(self.slots)).unwrap();
-        claim::offer(self.board.slot(slot).unwrap(), seq);
+        slot::offer(self.board.slot(slot).unwrap(), seq);
         Entry {
             seq,
             slot,
@@ -289,7 +289,7 @@ impl Peer {
         let seq = self.next;
         self.next += 1;
         let slot = u32::try_from(seq % u64::from(self.slots)).unwrap();
-        claim::offer(self.board.slot(slot).unwrap(), seq);
+        slot::offer(self.board.slot(slot).unwrap(), seq);
         let probe = Probe { seq, slot };
         let mut record = Vec::new();
         Channel::Probe(probe).encode(&mut record);
@@ -297,20 +297,20 @@ impl Peer {
         probe
     }
 
-    pub fn state(&self, entry: &Entry) -> claim::SlotState {
-        claim::state(self.board.slot(entry.slot).unwrap(), entry.seq)
+    pub fn state(&self, entry: &Entry) -> slot::SlotState {
+        slot::state(self.board.slot(entry.slot).unwrap(), entry.seq)
     }
 
-    pub fn revoke(&self, entry: &Entry) -> claim::Revoke {
-        claim::revoke(self.board.slot(entry.slot).unwrap(), entry.seq)
+    pub fn revoke(&self, entry: &Entry) -> slot::Revoke {
+        slot::revoke(self.board.slot(entry.slot).unwrap(), entry.seq)
     }
 
     pub fn release(&self, entry: &Entry) {
-        claim::release(self.board.slot(entry.slot).unwrap(), entry.seq);
+        slot::release(self.board.slot(entry.slot).unwrap(), entry.seq);
     }
 
     pub fn taken(&self, entry: &Entry) -> bool {
-        self.state(entry) == claim::SlotState::Taken
+        self.state(entry) == slot::SlotState::Taken
     }
 
     /// Waits until every entry is taken.
@@ -322,14 +322,14 @@ impl Peer {
         eventually("the worker counts its closes", || self.board.finished() == count);
     }
 
-    /// Sleeps until poked for one of `bits`, as a dispatcher would, unless `done` holds already.
+    /// Sleeps until a worker rings for one of `bits`, as a dispatcher would, unless `done` holds already.
     pub fn sleep_unless(&self, bits: u32, done: impl Fn(&Peer) -> bool) {
         let mut count = [0; 8];
-        let _ = rustix::io::read(&self.poke, &mut count);
-        claim::arm(self.board.want(), bits);
+        let _ = rustix::io::read(&self.doorbell, &mut count);
+        slot::arm(self.board.want(), bits);
         if !done(self) {
-            wait_readable(self.poke.as_fd(), "a poke");
-            assert!(done(self), "poked without a reason");
+            wait_readable(self.doorbell.as_fd(), "the doorbell");
+            assert!(done(self), "rung without a reason");
         }
         self.board.want().store(0, Ordering::SeqCst);
     }

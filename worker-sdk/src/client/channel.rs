@@ -16,9 +16,9 @@ use dispatch_protocol::wire::{
 /// Whether to wait for a record. The flag goes with each call: `O_NONBLOCK` on the channel would be
 /// shared with the dispatcher's duplicate of it.
 #[derive(Clone, Copy, PartialEq, Eq)]
-pub(super) enum Wait {
-    Yes,
-    No,
+pub(super) enum ReceiveMode {
+    Blocking,
+    NonBlocking,
 }
 
 pub(super) enum Received {
@@ -41,9 +41,9 @@ pub(super) enum Received {
 /// Bytes of a buffer for [`receive`]: one more than a record may have.
 pub(super) const BUFFER: usize = MAX_CHANNEL_RECORD + 1;
 
-pub(super) fn receive(channel: BorrowedFd<'_>, buffer: &mut [u8], wait: Wait) -> Received {
+pub(super) fn receive(channel: BorrowedFd<'_>, buffer: &mut [u8], mode: ReceiveMode) -> Received {
     let mut flags = RecvFlags::CMSG_CLOEXEC;
-    if wait == Wait::No {
+    if mode == ReceiveMode::NonBlocking {
         flags |= RecvFlags::DONTWAIT;
     }
     let mut space = [MaybeUninit::uninit(); rustix::cmsg_space!(ScmRights(MAX_FDS_PER_RECORD))];

@@ -7,7 +7,7 @@ use std::os::fd::{AsFd, AsRawFd, BorrowedFd, OwnedFd, RawFd};
 use std::sync::Arc;
 use std::time::{Duration, Instant, SystemTime};
 
-use super::guard::{Guard, Held};
+use super::guard::{CountedStream, Guard};
 use crate::PeerAddr;
 
 /// What the dispatcher says of a connection.
@@ -109,14 +109,14 @@ pub(crate) struct Accepted {
 pub struct Connection(Arc<Inner>);
 
 struct Inner {
-    held: Held<TcpStream>,
+    held: CountedStream<TcpStream>,
     origin: Origin,
 }
 
 impl Connection {
     pub(crate) fn new(accepted: Accepted) -> Connection {
         Connection(Arc::new(Inner {
-            held: Held::new(accepted.stream, accepted.guard),
+            held: CountedStream::new(accepted.stream, accepted.guard),
             origin: accepted.origin,
         }))
     }

@@ -12,8 +12,8 @@ use std::time::{Duration, Instant};
 use rustix::time::{ClockId, clock_gettime};
 
 use super::clock::after;
-use super::core::Core;
-use super::said::log_now;
+use super::log_queue::log_now;
+use super::worker_core::WorkerCore;
 use dispatch_protocol::wire;
 
 /// What the dispatcher said when it began to drain this worker. See [`Worker::on_drain`](crate::Worker::on_drain).
@@ -41,11 +41,11 @@ impl From<wire::Drain> for Drain {
     }
 }
 
-type Callback = Arc<dyn Fn(&Drain) + Send + Sync>;
+type DrainCallback = Arc<dyn Fn(&Drain) + Send + Sync>;
 
 #[derive(Default)]
 pub(crate) struct Draining {
-    state: Mutex<State>,
+    state: Mutex<DrainState>,
     /// Wakes the thread that waits for the deadline.
     changed: Condvar,
     /// Wakes tasks that wait for a drain to begin.
@@ -54,9 +54,9 @@ pub(crate) struct Draining {
 }
 
 #[derive(Default)]
-struct State {
+struct DrainState {
     now: Option<Drain>,
-    callbacks: Vec<Callback>,
+    callbacks: Vec<DrainCallback>,
     /// The drain was announced, and not yet told to so many of the callbacks, the last ones.
     untold: usize,
     /// Whether a thread tells them.
@@ -64,15 +64,15 @@ struct State {
     /// Until then a thread waits, if `waiting`. Cleared when it has come.
     deadline: Option<Instant>,
     waiting: bool,
-    /// What the connections have been told of it: see [`Live::next_round`](super::live::Live::next_round).
+    /// What the connections have been told of it: see [`LiveConnections::next_round`](super::live_connections::LiveConnections::next_round).
     round: u64,
     /// No drain follows: a callback is kept only until it was told of this one.
     closed: bool,
 }
 
-impl State {
+impl DrainState {
     /// The callbacks that nobody will call any more; to be dropped without the lock, as they may own anything.
-    fn done(&mut self) -> Vec<Callback> {
+    fn done(&mut self) -> Vec<DrainCallback> {
         if self.closed && !self.telling { std::mem::take(&mut self.callbacks) } else { Vec::new() }
     }
 }
@@ -89,7 +89,7 @@ impl Draining {
     }
 
     /// The dispatcher has said so, perhaps again.
-    pub(super) fn begin(&self, core: &Arc<Core>, drain: Drain) {
+    pub(super) fn begin(&self, core: &Arc<WorkerCore>, drain: Drain) {
         let mut state = self.lock();
         if state.now.is_none() {
             state.untold = state.callbacks.len();
@@ -106,7 +106,7 @@ impl Draining {
 
     /// It is over: the dispatcher said so, or is gone. What its deadline was does not matter any more.
     /// Whether one was under way.
-    pub(super) fn end(&self, core: &Core) -> bool {
+    pub(super) fn end(&self, core: &WorkerCore) -> bool {
         let mut state = self.lock();
         let was = state.now.take().is_some();
         state.round = core.live_connections().next_round();
@@ -130,7 +130,7 @@ impl Draining {
         self.changed.notify_all();
     }
 
-    pub(crate) fn on_drain(&self, core: &Arc<Core>, callback: Callback) {
+    pub(crate) fn on_drain(&self, core: &Arc<WorkerCore>, callback: DrainCallback) {
         let mut state = self.lock();
         state.callbacks.push(callback);
         if state.now.is_some() {
@@ -153,7 +153,7 @@ impl Draining {
         }
     }
 
-    fn await_deadline(&self, core: &Arc<Core>, state: &mut State) {
+    fn await_deadline(&self, core: &Arc<WorkerCore>, state: &mut DrainState) {
         if state.waiting {
             self.changed.notify_all();
         } else if state.deadline.is_some() {
@@ -164,7 +164,7 @@ impl Draining {
         }
     }
 
-    fn wait(&self, core: &Core) {
+    fn wait(&self, core: &WorkerCore) {
         let mut state = self.lock();
         while let Some(deadline) = state.deadline {
             let now = Instant::now();
@@ -206,12 +206,12 @@ impl Draining {
         drop(done);
     }
 
-    fn lock(&self) -> MutexGuard<'_, State> {
+    fn lock(&self) -> MutexGuard<'_, DrainState> {
         self.state.lock().unwrap_or_else(PoisonError::into_inner)
     }
 }
 
-fn start_telling(core: &Arc<Core>, state: &mut State) {
+fn start_telling(core: &Arc<WorkerCore>, state: &mut DrainState) {
     if !state.telling && state.untold > 0 {
         let for_thread = Arc::clone(core);
         state.telling = start_thread(core, "worker-told", move || for_thread.draining().tell());
@@ -219,11 +219,15 @@ fn start_telling(core: &Arc<Core>, state: &mut State) {
 }
 
 /// Whether it could be started. May be called under any lock.
-pub(super) fn start_thread(core: &Core, name: &str, run: impl FnOnce() + Send + 'static) -> bool {
+pub(super) fn start_thread(
+    core: &WorkerCore,
+    name: &str,
+    run: impl FnOnce() + Send + 'static,
+) -> bool {
     match std::thread::Builder::new().name(name.to_owned()).spawn(run) {
         Ok(_) => true,
         Err(error) => {
-            core.said().say(log::Level::Error, || {
+            core.log_queue().push(log::Level::Error, || {
                 format!("cannot start the thread {name}: {error}; what it was to do is left undone")
             });
             false

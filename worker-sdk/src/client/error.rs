@@ -5,7 +5,7 @@ use std::io;
 use std::path::PathBuf;
 use std::time::Duration;
 
-use super::said::{readable, readable_path};
+use super::log_queue::{readable, readable_path};
 use dispatch_protocol::wire::RefusedCode;
 
 /// Why a worker could not be made, could not join, or gives no more connections.
@@ -76,7 +76,7 @@ pub enum Error {
     Io {
         /// What we were doing.
         action: String,
-        /// What the system said.
+        /// The error of the system call.
         source: io::Error,
     },
     /// The worker was closed: there will be no more connections.

@@ -9,16 +9,16 @@ use std::mem;
 use std::panic::{AssertUnwindSafe, catch_unwind};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 
-use super::core::Core;
 use super::drain::start_thread;
-use super::said::log_now;
+use super::log_queue::log_now;
+use super::worker_core::WorkerCore;
 
 /// Most events that wait for a callback which takes its time. Beyond that the oldest are left out.
 const MOST: usize = 64;
 
 /// What happened between the worker and its dispatchers.
 #[derive(Clone, Debug, PartialEq, Eq)]
-pub(super) enum Event {
+pub(super) enum LinkEvent {
     /// As the worker with this id.
     Joined(u64),
     /// For this reason.
@@ -28,31 +28,31 @@ pub(super) enum Event {
 
 /// Each is told of the events of its own kind only.
 #[derive(Clone)]
-pub(super) enum Callback {
+pub(super) enum LinkCallback {
     Joined(Arc<dyn Fn(u64) + Send + Sync>),
     Lost(Arc<dyn Fn(&str) + Send + Sync>),
     Resumed(Arc<dyn Fn() + Send + Sync>),
 }
 
-impl Callback {
-    fn call(&self, event: &Event) {
+impl LinkCallback {
+    fn call(&self, event: &LinkEvent) {
         match (self, event) {
-            (Callback::Joined(call), Event::Joined(id)) => call(*id),
-            (Callback::Lost(call), Event::Lost(why)) => call(why),
-            (Callback::Resumed(call), Event::Resumed) => call(),
-            (Callback::Joined(_) | Callback::Lost(_) | Callback::Resumed(_), _) => {}
+            (LinkCallback::Joined(call), LinkEvent::Joined(id)) => call(*id),
+            (LinkCallback::Lost(call), LinkEvent::Lost(why)) => call(why),
+            (LinkCallback::Resumed(call), LinkEvent::Resumed) => call(),
+            (LinkCallback::Joined(_) | LinkCallback::Lost(_) | LinkCallback::Resumed(_), _) => {}
         }
     }
 }
 
 #[derive(Default)]
-pub(super) struct Events(Mutex<State>);
+pub(super) struct LinkEvents(Mutex<EventState>);
 
 #[derive(Default)]
-struct State {
-    callbacks: Vec<Callback>,
+struct EventState {
+    callbacks: Vec<LinkCallback>,
     /// For all callbacks, or for one that was added when it had happened already.
-    untold: VecDeque<(Event, Option<Callback>)>,
+    untold: VecDeque<(LinkEvent, Option<LinkCallback>)>,
     left_out: u64,
     /// Whether a thread tells them.
     telling: bool,
@@ -60,13 +60,13 @@ struct State {
     closed: bool,
 }
 
-impl State {
+impl EventState {
     /// The callbacks that nobody will call any more; to be dropped without the lock, as they may own anything.
-    fn done(&mut self) -> Vec<Callback> {
+    fn done(&mut self) -> Vec<LinkCallback> {
         if self.closed && !self.telling { mem::take(&mut self.callbacks) } else { Vec::new() }
     }
 
-    fn add(&mut self, event: Event, only: Option<Callback>) {
+    fn add(&mut self, event: LinkEvent, only: Option<LinkCallback>) {
         if self.untold.len() == MOST {
             self.untold.pop_front();
             self.left_out += 1;
@@ -75,15 +75,15 @@ impl State {
     }
 }
 
-impl fmt::Debug for Events {
+impl fmt::Debug for LinkEvents {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        f.debug_struct("Events").finish_non_exhaustive()
+        f.debug_struct("LinkEvents").finish_non_exhaustive()
     }
 }
 
-impl Events {
+impl LinkEvents {
     /// It has just happened. May be called under the core's lock.
-    pub(super) fn happened(&self, core: &Arc<Core>, event: Event) {
+    pub(super) fn happened(&self, core: &Arc<WorkerCore>, event: LinkEvent) {
         let mut state = self.lock();
         if !state.callbacks.is_empty() {
             state.add(event, None);
@@ -94,10 +94,10 @@ impl Events {
     /// `already` is what has happened before, and still is so. Gives what is to be dropped without any lock.
     pub(super) fn on(
         &self,
-        core: &Arc<Core>,
-        callback: Callback,
-        already: Option<Event>,
-    ) -> Vec<Callback> {
+        core: &Arc<WorkerCore>,
+        callback: LinkCallback,
+        already: Option<LinkEvent>,
+    ) -> Vec<LinkCallback> {
         let mut state = self.lock();
         if let Some(event) = already {
             state.add(event, Some(callback.clone()));
@@ -116,7 +116,7 @@ impl Events {
         drop(done);
     }
 
-    fn start(&self, core: &Arc<Core>, state: &mut State) {
+    fn start(&self, core: &Arc<WorkerCore>, state: &mut EventState) {
         if !state.telling {
             let for_thread = Arc::clone(core);
             state.telling = start_thread(core, "worker-events", move || for_thread.events().tell());
@@ -155,7 +155,7 @@ impl Events {
         }
     }
 
-    fn lock(&self) -> MutexGuard<'_, State> {
+    fn lock(&self) -> MutexGuard<'_, EventState> {
         self.0.lock().unwrap_or_else(PoisonError::into_inner)
     }
 }

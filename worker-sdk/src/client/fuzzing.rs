@@ -6,7 +6,7 @@
 use std::os::fd::{BorrowedFd, OwnedFd};
 use std::path::Path;
 
-use super::channel::{self, Wait};
+use super::channel::{self, ReceiveMode};
 use super::join::{self, Failure};
 use dispatch_protocol::wire::{Drain, Entry, Probe, Welcome};
 
@@ -36,7 +36,7 @@ pub enum FromChannel {
 
 /// Receives one record from a channel, without waiting.
 pub fn from_channel(channel: BorrowedFd<'_>) -> FromChannel {
-    match channel::receive(channel, &mut [0; channel::BUFFER], Wait::No) {
+    match channel::receive(channel, &mut [0; channel::BUFFER], ReceiveMode::NonBlocking) {
         channel::Received::Handoff { arrived, lost } => FromChannel::Handoff { arrived, lost },
         channel::Received::Probe(probe) => FromChannel::Probe(probe),
         channel::Received::Drain(drain) => FromChannel::Drain(drain),

@@ -10,8 +10,8 @@ use std::sync::{Arc, PoisonError, RwLock};
 use rustix::time::{ClockId, clock_gettime};
 
 use super::error::Error;
+use super::log_queue::LogQueue;
 use super::process::Process;
-use super::said::Said;
 use dispatch_protocol::scoreboard::Scoreboard;
 use dispatch_protocol::scoreboard::gauge::{self, GAUGES, GaugeName, Reading};
 
@@ -20,7 +20,7 @@ pub(crate) struct Gauges {
     process: Process,
     values: [Value; GAUGES as usize],
     shown: RwLock<Shown>,
-    pub(super) said: Arc<Said>,
+    pub(super) log_queue: Arc<LogQueue>,
 }
 
 #[derive(Default)]
@@ -37,9 +37,9 @@ struct Shown {
 }
 
 impl Gauges {
-    pub(super) fn new(said: Arc<Said>) -> Arc<Gauges> {
+    pub(super) fn new(log_queue: Arc<LogQueue>) -> Arc<Gauges> {
         let (values, shown) = Default::default();
-        Arc::new(Gauges { process: Process::current(), values, shown, said })
+        Arc::new(Gauges { process: Process::current(), values, shown, log_queue })
     }
 
     /// The gauge of this name, made if there is none.
@@ -58,7 +58,7 @@ impl Gauges {
             None => {
                 let number = shown.names.len();
                 if let Some(board) = &shown.board
-                    && !named(board, number, &name, &self.said)
+                    && !named(board, number, &name, &self.log_queue)
                 {
                     shown.board = None;
                 }
@@ -77,7 +77,7 @@ impl Gauges {
         let mut shown = self.shown.write().unwrap_or_else(PoisonError::into_inner);
         shown.board = None;
         for ((number, name), value) in (0..).zip(&shown.names).zip(&self.values) {
-            if !named(board, number as usize, name, &self.said) {
+            if !named(board, number as usize, name, &self.log_queue) {
                 return;
             }
             if let Some(reading) = gauge::read(&value.bits, &value.time) {
@@ -104,12 +104,12 @@ impl Gauges {
 
 /// Whether the gauge can be shown there: if it has room, under the number that it has here. A dispatcher where it has
 /// another one is shown nothing more, as it would take one gauge for another.
-fn named(board: &Scoreboard, number: usize, name: &GaugeName, said: &Said) -> bool {
+fn named(board: &Scoreboard, number: usize, name: &GaugeName, log_queue: &LogQueue) -> bool {
     match board.name_gauge(name) {
         Some(there) if there as usize == number => true,
         // Less room than here: setting it does nothing there.
         None if number >= board.gauges() as usize => {
-            said.say(log::Level::Debug, || {
+            log_queue.push(log::Level::Debug, || {
                 format!(
                     "the dispatcher has room for {} gauges: {name} is not shown",
                     board.gauges()
@@ -118,7 +118,7 @@ fn named(board: &Scoreboard, number: usize, name: &GaugeName, said: &Said) -> bo
             true
         }
         _ => {
-            said.say(log::Level::Error, || {
+            log_queue.push(log::Level::Error, || {
                 format!("{name} is not gauge {number} in the scoreboard: nothing more is shown")
             });
             false

@@ -9,9 +9,9 @@ use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::{Arc, OnceLock};
 
-use super::core::Core;
 use super::process::{Forks, Process};
-use dispatch_protocol::scoreboard::{Scoreboard, claim};
+use super::worker_core::WorkerCore;
+use dispatch_protocol::scoreboard::{Scoreboard, slot};
 
 /// Counts one connection as held by this worker; dropping the last clone counts it as finished.
 ///
@@ -49,43 +49,43 @@ use dispatch_protocol::scoreboard::{Scoreboard, claim};
 pub struct Guard(Arc<Counted>);
 
 struct Counted {
-    core: Arc<Core>,
+    core: Arc<WorkerCore>,
     process: Process,
     /// When the application took it: a child forked since may serve it.
     forks: Forks,
     /// The descriptor has left our control: the application may have duplicated it, or given it away.
     exposed: AtomicBool,
     /// Where the dispatcher shows whether it still has a copy; `None` without a dispatcher.
-    custody: Option<Custody>,
+    taken_slot: Option<TakenSlot>,
     /// Its place among the live connections, once it has a descriptor there.
     place: OnceLock<u32>,
 }
 
-pub(super) struct Custody {
+pub(super) struct TakenSlot {
     pub(super) board: Arc<Scoreboard>,
     pub(super) slot: u32,
     pub(super) seq: u64,
     /// Wakes the dispatcher.
-    pub(super) poke: Arc<OwnedFd>,
+    pub(super) doorbell: Arc<OwnedFd>,
     /// Another process that will never serve it may have a copy, too: another worker, or a child forked before it was taken.
     pub(super) resent: bool,
 }
 
-impl Custody {
-    fn still_held(&self) -> bool {
-        self.board.slot(self.slot).is_some_and(|slot| claim::still_held(slot, self.seq))
+impl TakenSlot {
+    fn dispatcher_has_copy(&self) -> bool {
+        self.board.slot(self.slot).is_some_and(|slot| slot::dispatcher_has_copy(slot, self.seq))
     }
 }
 
 impl Guard {
-    pub(super) fn new(core: Arc<Core>, custody: Option<Custody>) -> Guard {
+    pub(super) fn new(core: Arc<WorkerCore>, taken_slot: Option<TakenSlot>) -> Guard {
         let process = core.process();
         let (forks, exposed, place) = (Forks::now(), AtomicBool::new(false), OnceLock::new());
-        Guard(Arc::new(Counted { core, process, forks, exposed, custody, place }))
+        Guard(Arc::new(Counted { core, process, forks, exposed, taken_slot, place }))
     }
 
     /// Enters the connection among the live ones; `fd` stays open until [`Guard::disown`].
-    fn own(&self, fd: BorrowedFd<'_>) {
+    fn register(&self, fd: BorrowedFd<'_>) {
         if self.0.process.is_current() {
             self.0.place.get_or_init(|| self.0.core.live_connections().enter(fd));
         }
@@ -138,7 +138,10 @@ impl Guard {
         {
             return false;
         }
-        self.0.custody.as_ref().is_some_and(|custody| custody.resent || custody.still_held())
+        self.0
+            .taken_slot
+            .as_ref()
+            .is_some_and(|taken_slot| taken_slot.resent || taken_slot.dispatcher_has_copy())
     }
 
     /// The same for the SDK's own close: never once the descriptor has left its control.
@@ -156,10 +159,11 @@ impl Drop for Counted {
             // Closed without a shutdown: whatever else serves it goes on, and its end must not wait for the dispatcher's
             // copy. That is released as soon as the dispatcher looks.
             if (*self.exposed.get_mut() || self.forks.more_since())
-                && let Some(custody) = self.custody.as_ref().filter(|custody| custody.still_held())
+                && let Some(taken_slot) =
+                    self.taken_slot.as_ref().filter(|taken_slot| taken_slot.dispatcher_has_copy())
             {
                 // It can fail only when the counter is full, and then the dispatcher is awake.
-                let _ = rustix::io::write(&*custody.poke, &1u64.to_ne_bytes());
+                let _ = rustix::io::write(&*taken_slot.doorbell, &1u64.to_ne_bytes());
             }
             self.core.finished_one();
         }
@@ -173,20 +177,20 @@ impl fmt::Debug for Guard {
 }
 
 /// A stream and its guard: shut down if need be, then closed, then counted, in this order.
-pub(crate) struct Held<S: AsFd> {
+pub(crate) struct CountedStream<S: AsFd> {
     // Declared, and so dropped, before the guard: what is counted as finished is closed.
     pub(crate) stream: S,
     pub(crate) guard: Guard,
 }
 
-impl<S: AsFd> Held<S> {
-    pub(crate) fn new(stream: S, guard: Guard) -> Held<S> {
-        guard.own(stream.as_fd());
-        Held { stream, guard }
+impl<S: AsFd> CountedStream<S> {
+    pub(crate) fn new(stream: S, guard: Guard) -> CountedStream<S> {
+        guard.register(stream.as_fd());
+        CountedStream { stream, guard }
     }
 }
 
-impl<S: AsFd> Drop for Held<S> {
+impl<S: AsFd> Drop for CountedStream<S> {
     fn drop(&mut self) {
         if self.guard.shuts_down() {
             // It fails when the client is gone already.

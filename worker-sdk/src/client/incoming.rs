@@ -1,6 +1,6 @@
 //! The connections of a worker as iterators.
 
-use super::said::log_now;
+use super::log_queue::log_now;
 use super::{Connection, Worker};
 
 /// Iterator over the connections of a [`Worker`]; see [`Worker::incoming`].

@@ -15,10 +15,10 @@ use rustix::net::{
 
 use super::channel::take_fds;
 use super::error::Error;
+use super::log_queue::readable;
 use super::outbox::Outbox;
-use super::said::readable;
 use dispatch_protocol::scoreboard::gauge::GaugeName;
-use dispatch_protocol::scoreboard::{Scoreboard, claim};
+use dispatch_protocol::scoreboard::{Scoreboard, slot};
 use dispatch_protocol::wire::{
     Control, Features, Hello, MAX_CONTROL_RECORD, VERSION, WELCOME_FDS, Welcome,
 };
@@ -28,7 +28,7 @@ pub(super) struct Session {
     pub(super) control: OwnedFd,
     pub(super) outbox: Outbox,
     /// A connection may outlive this.
-    pub(super) poke: Arc<OwnedFd>,
+    pub(super) doorbell: Arc<OwnedFd>,
     pub(super) board: Arc<Scoreboard>,
     pub(super) worker_id: u64,
     /// What both sides can.
@@ -45,7 +45,7 @@ impl Session {
         let session = Session {
             control,
             outbox: Outbox::default(),
-            poke: Arc::new(joined.poke),
+            doorbell: Arc::new(joined.doorbell),
             board: Arc::new(joined.board),
             worker_id: joined.welcome.worker_id,
             features: joined.welcome.features,
@@ -57,10 +57,10 @@ impl Session {
     }
 
     /// Wakes the dispatcher if it sleeps until something like `bit` happens. Call after the change.
-    pub(super) fn poke_if_wanted(&self, bit: u32) {
-        if claim::must_poke(self.board.want(), bit) {
+    pub(super) fn ring_if_wanted(&self, bit: u32) {
+        if slot::must_ring(self.board.want(), bit) {
             // It can fail only when the counter is full, and then the dispatcher is awake.
-            let _ = rustix::io::write(&*self.poke, &1u64.to_ne_bytes());
+            let _ = rustix::io::write(&*self.doorbell, &1u64.to_ne_bytes());
         }
     }
 
@@ -95,7 +95,7 @@ pub(super) struct Joined {
     pub(super) welcome: Welcome,
     pub(super) channel: OwnedFd,
     board: Scoreboard,
-    poke: OwnedFd,
+    doorbell: OwnedFd,
 }
 
 /// Connects and says hello; the result is the control connection.
@@ -176,7 +176,7 @@ pub(super) fn answer(control: &OwnedFd, path: &Path) -> Result<Option<Joined>, F
             reason: refused.reason,
             key: refused.key,
         })),
-        Control::Hello(_) | Control::Goodbye(_) | Control::Own(_) | Control::Update(_) => {
+        Control::Hello(_) | Control::Goodbye(_) | Control::Claim(_) | Control::Update(_) => {
             Err(malformed("it sent a record that only workers send".to_owned()))
         }
     }
@@ -186,9 +186,9 @@ fn joined(fds: Vec<OwnedFd>, welcome: Welcome) -> Result<Joined, String> {
     if welcome.version != VERSION {
         return Err(format!("it speaks version {}, we speak {VERSION}", welcome.version));
     }
-    let Ok([channel, board, poke]) = <[OwnedFd; WELCOME_FDS]>::try_from(fds) else {
+    let Ok([channel, board, doorbell]) = <[OwnedFd; WELCOME_FDS]>::try_from(fds) else {
         return Err("wrong number of file descriptors".to_owned());
     };
     let board = Scoreboard::open(board, welcome.slots).map_err(|error| error.to_string())?;
-    Ok(Joined { welcome, channel, board, poke })
+    Ok(Joined { welcome, channel, board, doorbell })
 }

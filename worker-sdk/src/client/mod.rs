@@ -5,10 +5,10 @@
 
 mod backoff;
 mod channel;
+mod claim;
 mod clock;
 mod config;
 mod connection;
-pub(crate) mod core;
 mod drain;
 mod error;
 mod events;
@@ -16,25 +16,26 @@ mod events;
 pub mod fuzzing;
 mod gauges;
 mod guard;
-mod idle;
+mod idle_signal;
+mod idle_threads;
 mod incoming;
 mod join;
-mod live;
+mod live_connections;
+mod log_queue;
 mod outbox;
-mod own;
 mod process;
-mod ready;
-mod said;
+mod readiness;
 mod sample;
 mod standalone;
 mod update;
-mod waiting;
+pub(crate) mod worker_core;
 
 use std::fmt;
 use std::os::fd::{AsFd, BorrowedFd};
 use std::sync::Arc;
 use std::time::Duration;
 
+pub use self::claim::ClaimError;
 pub use self::config::WorkerConfig;
 pub use self::connection::Connection;
 #[cfg(feature = "tokio")]
@@ -42,20 +43,19 @@ pub(crate) use self::connection::{Accepted, Origin};
 pub use self::drain::Drain;
 pub use self::error::Error;
 pub use self::gauges::Gauge;
-pub use self::guard::Guard;
 #[cfg(feature = "tokio")]
-pub(crate) use self::guard::Held;
+pub(crate) use self::guard::CountedStream;
+pub use self::guard::Guard;
 pub use self::incoming::{Incoming, IntoIncoming};
-pub use self::own::OwnError;
 #[cfg(feature = "axum")]
-pub(crate) use self::said::log_now;
+pub(crate) use self::log_queue::log_now;
 pub use self::sample::Sampling;
 
-use self::core::Core;
+use self::worker_core::WorkerCore;
 use crate::PeerAddr;
 
 /// Closes the worker when the last of its handles is gone.
-pub(crate) struct Handle(pub(crate) Arc<Core>);
+pub(crate) struct Handle(pub(crate) Arc<WorkerCore>);
 
 impl Drop for Handle {
     fn drop(&mut self) {
@@ -138,12 +138,12 @@ impl Worker {
     /// assert!(matches!(Worker::connect(config), Err(Error::JoinTimeout { .. })));
     /// ```
     pub fn connect(config: WorkerConfig) -> Result<Worker, Error> {
-        let worker = Worker(Arc::new(Handle(Core::new(&config)?)));
+        let worker = Worker(Arc::new(Handle(WorkerCore::new(&config)?)));
         worker.core().join()?;
         Ok(worker)
     }
 
-    fn core(&self) -> &Arc<Core> {
+    fn core(&self) -> &Arc<WorkerCore> {
         &self.0.0
     }
 
@@ -475,20 +475,20 @@ impl Worker {
     /// would have gone without it. A session id that ends in a route (`ID.NAME`) needs no claim.
     ///
     /// # Errors
-    /// See [`OwnError`]; none of them harms the worker.
+    /// See [`ClaimError`]; none of them harms the worker.
     ///
     /// ```no_run
     /// # use std::io::Write;
     /// # fn login(worker: &worker_sdk::Worker, client: &mut worker_sdk::Connection) -> std::io::Result<()> {
     /// let id = "6f1d29"; // From a good random source.
-    /// if let Err(error) = worker.own(id) {
+    /// if let Err(error) = worker.claim(id) {
     ///     log::debug!("session {id} may move: {error}");
     /// }
     /// write!(client, "HTTP/1.1 204 No Content\r\nSet-Cookie: SESSION={id}\r\n\r\n")
     /// # }
     /// ```
-    pub fn own(&self, key: impl AsRef<[u8]>) -> Result<(), OwnError> {
-        self.core().own(key.as_ref())
+    pub fn claim(&self, key: impl AsRef<[u8]>) -> Result<(), ClaimError> {
+        self.core().claim(key.as_ref())
     }
 
     /// Connections taken and not yet ended, in this process.

@@ -11,19 +11,19 @@ use rustix::event::{PollFd, PollFlags, Timespec, poll};
 use rustix::io::Errno;
 use rustix::net::{SendFlags, send};
 
-use super::core::Core;
 use super::drain::start_thread;
 use super::join::{Session, end};
+use super::worker_core::WorkerCore;
 use dispatch_protocol::wire::{Goodbye, Update};
 
 /// How long the end of a session waits for a goodbye that could not be sent.
-pub(super) const PARTING: Duration = Duration::from_secs(1);
+pub(super) const GOODBYE_TIMEOUT: Duration = Duration::from_secs(1);
 
 /// How often the thread looks whether the session is to end.
-const LOOK: Timespec = Timespec { tv_sec: 0, tv_nsec: 100_000_000 };
+const POLL_INTERVAL: Timespec = Timespec { tv_sec: 0, tv_nsec: 100_000_000 };
 
 /// How long the thread waits between two attempts.
-const PAUSE: Duration = Duration::from_millis(5);
+const RETRY_PAUSE: Duration = Duration::from_millis(5);
 
 #[derive(Clone, Copy, Debug)]
 pub(super) enum Record {
@@ -44,13 +44,13 @@ impl Record {
 
 #[derive(Debug, Default)]
 pub(super) struct Outbox {
-    mail: Mutex<Mail>,
+    state: Mutex<OutboxState>,
     /// Wakes whoever waits for the last record to be sent.
     sent: Condvar,
 }
 
 #[derive(Debug, Default)]
-struct Mail {
+struct OutboxState {
     unsent: Option<Record>,
     /// Whether a thread sends it.
     sending: bool,
@@ -59,43 +59,43 @@ struct Mail {
 }
 
 impl Outbox {
-    fn lock(&self) -> MutexGuard<'_, Mail> {
-        self.mail.lock().unwrap_or_else(PoisonError::into_inner)
+    fn lock(&self) -> MutexGuard<'_, OutboxState> {
+        self.state.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
     /// Waits until no record is left, but not beyond that moment.
     pub(super) fn wait_empty(&self, until: Instant) {
         let left = until.saturating_duration_since(Instant::now());
-        let unsent = |mail: &mut Mail| mail.unsent.is_some() && mail.sending;
+        let unsent = |state: &mut OutboxState| state.unsent.is_some() && state.sending;
         drop(self.sent.wait_timeout_while(self.lock(), left, unsent));
     }
 }
 
 impl Session {
     /// Sends a record now or later, in order. Never waits. An error means that there is no dispatcher that could hear it.
-    pub(super) fn post(self: &Arc<Self>, core: &Core, record: Record) -> Result<(), Errno> {
-        let mut mail = self.outbox.lock();
-        if mail.unsent.is_none() {
+    pub(super) fn post(self: &Arc<Self>, core: &WorkerCore, record: Record) -> Result<(), Errno> {
+        let mut state = self.outbox.lock();
+        if state.unsent.is_none() {
             match self.try_send(record) {
                 Ok(true) => return Ok(()),
                 Ok(false) => {}
                 Err(error) => return Err(error),
             }
         }
-        mail.unsent = Some(record);
-        if !mail.sending {
+        state.unsent = Some(record);
+        if !state.sending {
             let session = Arc::clone(self);
-            mail.sending = start_thread(core, "worker-outbox", move || session.deliver());
+            state.sending = start_thread(core, "worker-outbox", move || session.deliver());
         }
         Ok(())
     }
 
     /// The end of the session: now, or (true) when the record that waits has been sent.
     pub(super) fn end_after_outbox(&self) -> bool {
-        let mut mail = self.outbox.lock();
-        let waits = mail.unsent.is_some() && mail.sending;
+        let mut state = self.outbox.lock();
+        let waits = state.unsent.is_some() && state.sending;
         if waits {
-            mail.ends = Some(Instant::now() + PARTING);
+            state.ends = Some(Instant::now() + GOODBYE_TIMEOUT);
         } else {
             self.end();
         }
@@ -105,26 +105,26 @@ impl Session {
     fn deliver(&self) {
         loop {
             // However it ends, the next attempt says more.
-            let _ = poll(&mut [PollFd::new(&self.control, PollFlags::OUT)], Some(&LOOK));
-            let mut mail = self.outbox.lock();
-            let late = mail.ends.is_some_and(|ends| ends <= Instant::now());
-            let again = match mail.unsent {
+            let _ = poll(&mut [PollFd::new(&self.control, PollFlags::OUT)], Some(&POLL_INTERVAL));
+            let mut state = self.outbox.lock();
+            let late = state.ends.is_some_and(|ends| ends <= Instant::now());
+            let again = match state.unsent {
                 Some(record) if !late => matches!(self.try_send(record), Ok(false)),
                 _ => false,
             };
             if !again {
-                mail.unsent = None;
-                mail.sending = false;
-                if mail.ends.is_some() {
+                state.unsent = None;
+                state.sending = false;
+                if state.ends.is_some() {
                     end(&self.control);
                 }
-                drop(mail);
+                drop(state);
                 self.outbox.sent.notify_all();
                 return;
             }
-            drop(mail);
+            drop(state);
             // `poll` may call it writable although the system lacks memory for the record.
-            std::thread::sleep(PAUSE);
+            std::thread::sleep(RETRY_PAUSE);
         }
     }
 

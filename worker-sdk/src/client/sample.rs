@@ -15,7 +15,7 @@ use serde::{Deserialize, Serialize};
 
 use super::clock::after;
 use super::gauges::{Gauge, Gauges};
-use super::said::log_now;
+use super::log_queue::log_now;
 use dispatch_protocol::scoreboard::gauge::{GaugeName, names};
 
 /// When to measure the machine and this process.
@@ -77,7 +77,7 @@ impl Sampler {
             let gauge = match gauges.gauge(name) {
                 Ok(gauge) => gauge,
                 Err(error) => {
-                    gauges.said.say(log::Level::Warn, || {
+                    gauges.log_queue.push(log::Level::Warn, || {
                         format!("cannot show {name} to the dispatcher: {error}")
                     });
                     continue;
@@ -89,7 +89,7 @@ impl Sampler {
                     Ok(started) => sender.insert(started),
                     Err(error) => {
                         let line = || format!("cannot start a thread to measure: {error}");
-                        return gauges.said.say(log::Level::Warn, line);
+                        return gauges.log_queue.push(log::Level::Warn, line);
                     }
                 },
             };

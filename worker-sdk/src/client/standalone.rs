@@ -7,28 +7,28 @@ use std::os::unix::net::{UnixListener, UnixStream};
 use std::path::PathBuf;
 
 use super::error::Error;
-use super::said::{Said, readable_path};
+use super::log_queue::{LogQueue, readable_path};
 use crate::PeerAddr;
 
-pub(super) enum Listener {
+pub(super) enum StandaloneListener {
     Tcp(TcpListener),
     Unix { listener: UnixListener, path: PathBuf },
 }
 
-impl Listener {
+impl StandaloneListener {
     /// Binds `127.0.0.1:8080`, `[::]:8080`, `localhost:8080` or `unix:/path`, non-blocking.
-    pub(super) fn bind(address: &str) -> Result<Listener, Error> {
+    pub(super) fn bind(address: &str) -> Result<StandaloneListener, Error> {
         let failed = |error| Error::io(format!("listen on {address}"), error);
         let listener = match address.strip_prefix("unix:") {
             Some(path) => {
                 let path = PathBuf::from(path);
-                Listener::Unix {
+                StandaloneListener::Unix {
                     listener: bind_unix(&path).map_err(failed)?,
                     path,
                 }
             }
             // The standard library sets SO_REUSEADDR.
-            None => Listener::Tcp(TcpListener::bind(address).map_err(|error| {
+            None => StandaloneListener::Tcp(TcpListener::bind(address).map_err(|error| {
                 if error.kind() == io::ErrorKind::InvalidInput {
                     let problem = format!(
                         "{address:?} is not an address; write 127.0.0.1:8080, [::]:8080 or unix:/path"
@@ -39,8 +39,8 @@ impl Listener {
             })?),
         };
         match &listener {
-            Listener::Tcp(tcp) => tcp.set_nonblocking(true),
-            Listener::Unix { listener, .. } => listener.set_nonblocking(true),
+            StandaloneListener::Tcp(tcp) => tcp.set_nonblocking(true),
+            StandaloneListener::Unix { listener, .. } => listener.set_nonblocking(true),
         }
         .map_err(failed)?;
         Ok(listener)
@@ -50,8 +50,10 @@ impl Listener {
     pub(super) fn accept(&self) -> io::Result<Option<(TcpStream, PeerAddr)>> {
         loop {
             let accepted = match self {
-                Listener::Tcp(tcp) => tcp.accept().map(|(stream, peer)| (stream, peer.into())),
-                Listener::Unix { listener, .. } => listener
+                StandaloneListener::Tcp(tcp) => {
+                    tcp.accept().map(|(stream, peer)| (stream, peer.into()))
+                }
+                StandaloneListener::Unix { listener, .. } => listener
                     .accept()
                     .map(|(stream, _)| (OwnedFd::from(stream).into(), PeerAddr::Unix)),
             };
@@ -69,28 +71,28 @@ impl Listener {
 
     pub(super) fn local_addr(&self) -> Option<PeerAddr> {
         match self {
-            Listener::Tcp(tcp) => tcp.local_addr().ok().map(SocketAddr::into),
-            Listener::Unix { .. } => Some(PeerAddr::Unix),
+            StandaloneListener::Tcp(tcp) => tcp.local_addr().ok().map(SocketAddr::into),
+            StandaloneListener::Unix { .. } => Some(PeerAddr::Unix),
         }
     }
 
     /// Takes the name of a Unix listener away. Not on drop: a forked child drops its copy, too.
-    pub(super) fn unlink(&self, said: &Said) {
-        if let Listener::Unix { path, .. } = self
+    pub(super) fn unlink(&self, log_queue: &LogQueue) {
+        if let StandaloneListener::Unix { path, .. } = self
             && let Err(error) = std::fs::remove_file(path)
         {
-            said.say(log::Level::Debug, || {
+            log_queue.push(log::Level::Debug, || {
                 format!("cannot remove {}: {error}", readable_path(path))
             });
         }
     }
 }
 
-impl AsFd for Listener {
+impl AsFd for StandaloneListener {
     fn as_fd(&self) -> BorrowedFd<'_> {
         match self {
-            Listener::Tcp(tcp) => tcp.as_fd(),
-            Listener::Unix { listener, .. } => listener.as_fd(),
+            StandaloneListener::Tcp(tcp) => tcp.as_fd(),
+            StandaloneListener::Unix { listener, .. } => listener.as_fd(),
         }
     }
 }

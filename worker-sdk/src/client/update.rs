@@ -5,34 +5,34 @@
 use std::os::fd::AsFd;
 use std::sync::Arc;
 
-use super::core::{Core, Link, Pending, State};
 use super::error::Error;
 use super::join::Session;
+use super::log_queue::RateLimited;
 use super::outbox::Record;
-use super::said::Repeated;
+use super::worker_core::{Link, Pending, State, WorkerCore};
 use dispatch_protocol::wire::{Features, Update};
 
-impl Core {
+impl WorkerCore {
     pub(crate) fn set_weight(&self, weight: u16) -> Result<(), Error> {
         if weight == 0 {
             return Err(Error::config("weight", "is 0; the smallest share is 1"));
         }
-        self.change(|told| told.weight = weight)
+        self.change(|settings| settings.weight = weight)
     }
 
     pub(crate) fn set_max_connections(&self, max: u32) -> Result<(), Error> {
         if max == 0 {
             return Err(Error::config("max_connections", "is 0; a worker holds at least 1"));
         }
-        self.change(|told| told.max_connections = max)
+        self.change(|settings| settings.max_connections = max)
     }
 
     pub(crate) fn set_paused(&self, paused: bool) -> Result<(), Error> {
-        self.change(|told| told.paused = paused)
+        self.change(|settings| settings.paused = paused)
     }
 
     pub(crate) fn is_paused(&self) -> bool {
-        self.lock().told.paused
+        self.lock().settings.paused
     }
 
     fn change(&self, change: impl FnOnce(&mut Update)) -> Result<(), Error> {
@@ -41,29 +41,29 @@ impl Core {
         }
         let mut locked = self.lock();
         let state = &mut *locked;
-        let before = state.told;
-        change(&mut state.told);
-        if state.told == before {
+        let before = state.settings;
+        change(&mut state.settings);
+        if state.settings == before {
             return Ok(());
         }
         match &state.link {
             // Under the lock: so it never follows a goodbye, and two changes arrive in their order.
-            Link::Joined { session, .. } => self.tell(session, &state.told),
+            Link::Joined { session, .. } => self.tell(session, &state.settings),
             Link::Standalone { listener, paused: None } => {
                 // What waits there goes on waiting, and keeps nobody busy.
-                match (before.paused, state.told.paused) {
-                    (false, true) => self.ready().forget(listener.as_fd()),
+                match (before.paused, state.settings.paused) {
+                    (false, true) => self.readiness().forget(listener.as_fd()),
                     (true, false) => {
                         let failed = |error| Error::io("wait for connections", error);
-                        self.ready().watch(listener.as_fd()).map_err(failed)?;
+                        self.readiness().watch(listener.as_fd()).map_err(failed)?;
                     }
                     _ => {}
                 }
             }
             Link::Standalone { .. } | Link::Waiting { .. } | Link::Greeting { .. } => {}
-            Link::Closed => state.told.paused = false,
+            Link::Closed => state.settings.paused = false,
         }
-        if state.told.paused {
+        if state.settings.paused {
             state.set_aside();
         } else {
             // The dispatcher has taken them back when it heard of the pause.
@@ -73,15 +73,15 @@ impl Core {
     }
 
     /// Has the dispatcher know; never waits for it.
-    pub(super) fn tell(&self, session: &Arc<Session>, told: &Update) {
+    pub(super) fn tell(&self, session: &Arc<Session>, settings: &Update) {
         if !session.features.contains(Features::UPDATE) {
-            self.said().say_limited(Repeated::Update, log::Level::Warn, || {
+            self.log_queue().push_limited(RateLimited::Update, log::Level::Warn, || {
                 "this dispatcher is too old to be told of another weight, maximum or pause"
                     .to_owned()
             });
-        } else if let Err(error) = session.post(self, Record::Update(*told)) {
+        } else if let Err(error) = session.post(self, Record::Update(*settings)) {
             // It has gone: the next one is told by hello.
-            self.said().say_limited(Repeated::Update, log::Level::Debug, || {
+            self.log_queue().push_limited(RateLimited::Update, log::Level::Debug, || {
                 format!("could not tell the dispatcher of a change: {error}")
             });
         }

@@ -14,7 +14,7 @@ use ::tokio::runtime::Handle as Runtime;
 use super::split::{self, OwnedReadHalf, OwnedWriteHalf};
 use super::stream::Stream;
 use crate::PeerAddr;
-use crate::client::{Accepted, Guard, Held, Origin};
+use crate::client::{Accepted, CountedStream, Guard, Origin};
 
 /// A live connection. Dropping it closes the socket, and then counts it as ended.
 ///
@@ -44,14 +44,14 @@ use crate::client::{Accepted, Guard, Held, Origin};
 /// }
 /// ```
 pub struct Connection {
-    held: Held<Stream>,
+    held: CountedStream<Stream>,
     origin: Origin,
 }
 
 impl Connection {
     pub(super) fn new(accepted: Accepted, runtime: Runtime) -> Connection {
         let stream = Stream::new(accepted.stream, runtime);
-        Connection { held: Held::new(stream, accepted.guard), origin: accepted.origin }
+        Connection { held: CountedStream::new(stream, accepted.guard), origin: accepted.origin }
     }
 
     /// Where the client connected from, as the dispatcher saw it.

@@ -8,7 +8,7 @@ use std::sync::atomic::Ordering;
 use std::sync::{Arc, PoisonError};
 use std::time::Duration;
 
-use dispatch_protocol::scoreboard::{Scoreboard, claim};
+use dispatch_protocol::scoreboard::{Scoreboard, slot};
 use dispatch_protocol::wire::{MAX_CHANNEL_RECORD, MAX_FDS_PER_RECORD};
 use rustix::io::Errno;
 use rustix::net::sockopt::{set_socket_linger, socket_linger};
@@ -147,7 +147,7 @@ fn work(shared: &Arc<Shared>, member: &Member, round: &mut Round) {
         drop(fd);
         // Only now: a worker that closes before shuts the connection down, because a copy of ours was left.
         if let Some(slot) = board.slot(slot) {
-            claim::release(slot, seq);
+            slot::release(slot, seq);
         }
     }
     round.board = None;

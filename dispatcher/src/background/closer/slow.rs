@@ -4,7 +4,7 @@ use std::collections::{BTreeMap, VecDeque};
 use std::os::fd::OwnedFd;
 use std::sync::Arc;
 
-use dispatch_protocol::scoreboard::{Scoreboard, claim};
+use dispatch_protocol::scoreboard::{Scoreboard, slot};
 
 use super::{Owner, Rubbish};
 use dispatcher_core::WorkerId;
@@ -31,7 +31,7 @@ impl Slot {
     /// The copy is closed.
     pub(super) fn release(&self) {
         if let Some(slot) = self.board.slot(self.slot) {
-            claim::release(slot, self.seq);
+            slot::release(slot, self.seq);
         }
     }
 }

@@ -7,7 +7,7 @@ use std::os::fd::AsFd;
 use std::os::unix::net::UnixStream;
 use std::sync::mpsc::{Receiver, channel};
 
-use dispatch_protocol::scoreboard::claim;
+use dispatch_protocol::scoreboard::slot;
 use rustix::net::sockopt::set_socket_linger;
 
 use super::*;
@@ -62,15 +62,15 @@ fn a_copy_is_closed_before_its_slot_reads_released() {
             let (ours, theirs) = UnixStream::pair().expect("a pair");
             theirs.set_nonblocking(true).expect("an option");
             let word = board.slot(slot).expect("a slot");
-            claim::offer(word, round);
-            assert!(claim::claim(word, round));
+            slot::offer(word, round);
+            assert!(slot::take(word, round));
             closers.release(ours.into(), &board, (slot, round), worker(1));
             ends.push((slot, theirs));
         }
         hand_over(&mut closers);
         for (slot, mut theirs) in ends {
             let word = board.slot(slot).expect("a slot");
-            wait_until("RELEASED", || !claim::still_held(word, round));
+            wait_until("RELEASED", || !slot::dispatcher_has_copy(word, round));
             // It was closed before that: no waiting.
             assert_eq!(theirs.read(&mut [0]).expect("the end"), 0);
         }
@@ -83,15 +83,15 @@ fn a_slot_that_was_used_again_is_left_alone() {
     let (mut closers, _purged) = started(4, 64);
     let board = Arc::new(Scoreboard::create(1, 0).expect("memory").0);
     let word = board.slot(0).expect("a slot");
-    claim::offer(word, 7);
-    assert!(claim::claim(word, 7));
-    claim::offer(word, 8);
-    assert!(claim::claim(word, 8));
+    slot::offer(word, 7);
+    assert!(slot::take(word, 7));
+    slot::offer(word, 8);
+    assert!(slot::take(word, 8));
     let (ours, _theirs) = UnixStream::pair().expect("a pair");
     closers.release(ours.into(), &board, (0, 7), worker(1));
     hand_over(&mut closers);
     wait_until("the close", || closers.closing().waiting == 0);
-    assert!(claim::still_held(word, 8));
+    assert!(slot::dispatcher_has_copy(word, 8));
 }
 
 #[test]
@@ -102,8 +102,8 @@ fn closes_that_linger_keep_nobody_else_waiting_and_are_interrupted() {
     for seq in 1..30 {
         let (fd, theirs) = trap();
         let word = board.slot(seq as u32).expect("a slot");
-        claim::offer(word, seq);
-        assert!(claim::claim(word, seq));
+        slot::offer(word, seq);
+        assert!(slot::take(word, seq));
         closers.release(fd, &board, (seq as u32, seq), worker(1));
         peers.push(theirs);
     }
@@ -115,7 +115,9 @@ fn closes_that_linger_keep_nobody_else_waiting_and_are_interrupted() {
     assert!(begun.elapsed() < Duration::from_secs(20), "an hour each");
     wait_until("all to be closed", || closers.closing().waiting == 0);
     assert!(closers.closing().interrupted > 0);
-    assert!((1..30).all(|seq| !claim::still_held(board.slot(seq as u32).expect("a slot"), seq)));
+    assert!(
+        (1..30).all(|seq| !slot::dispatcher_has_copy(board.slot(seq as u32).expect("a slot"), seq))
+    );
 }
 
 #[test]

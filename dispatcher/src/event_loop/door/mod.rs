@@ -25,7 +25,7 @@ use std::sync::Arc;
 use std::sync::mpsc::{Receiver, Sender, SyncSender, channel, sync_channel};
 use std::time::Duration;
 
-use dispatch_protocol::wire::{Own, Update};
+use dispatch_protocol::wire::{Claim, Update};
 use rustix::event::EventfdFlags;
 
 use self::porter::Porter;
@@ -46,7 +46,7 @@ pub(super) enum News {
     /// Somebody said hello, and gets one answer: [`Order::Welcome`] or [`Order::Refuse`] with this key.
     Hello(Box<Knock>),
     /// A worker claims a key.
-    Own(WorkerId, Own),
+    Claim(WorkerId, Claim),
     /// A worker says anew what its hello said.
     Update(WorkerId, Update),
     /// A worker says goodbye.

@@ -374,8 +374,8 @@ impl Porter {
                     registry.register(&mut SourceFd(&process.as_raw_fd()), token, interest)
                 }
             });
-        let [channel, board, poke] = &fds;
-        let theirs = [channel.as_fd(), board.as_fd(), poke.as_fd()];
+        let [channel, board, doorbell] = &fds;
+        let theirs = [channel.as_fd(), board.as_fd(), doorbell.as_fd()];
         let sent = send_record(socket.as_fd(), record, &theirs);
         let index = worker.index as usize;
         if self.members.len() <= index {
@@ -427,9 +427,9 @@ impl Porter {
             let received = control::receive(&member.control, &mut rubbish);
             let fault = match received {
                 Received::Empty => return,
-                Received::Record(Control::Own(own)) => {
+                Received::Record(Control::Claim(claim)) => {
                     member.claims.1 += 1;
-                    self.tell(News::Own(id, own));
+                    self.tell(News::Claim(id, claim));
                     continue;
                 }
                 Received::Record(Control::Update(update)) => {

@@ -16,27 +16,27 @@
 //!
 //! ```
 //! use std::sync::atomic::AtomicU64;
-//! use dispatch_protocol::scoreboard::claim::{self, Revoke, SlotState};
+//! use dispatch_protocol::scoreboard::slot::{self, Revoke, SlotState};
 //!
 //! let slot = AtomicU64::new(0); // In real life, one of a scoreboard.
 //!
 //! // A handoff: the dispatcher offers, the worker claims, the dispatcher closes its copy.
-//! claim::offer(&slot, 1);
-//! assert!(claim::claim(&slot, 1));
-//! assert!(claim::still_held(&slot, 1), "shut down before closing, or the client sees no end");
-//! assert_eq!(claim::state(&slot, 1), SlotState::Taken);
-//! claim::release(&slot, 1);
-//! assert!(!claim::still_held(&slot, 1));
+//! slot::offer(&slot, 1);
+//! assert!(slot::take(&slot, 1));
+//! assert!(slot::dispatcher_has_copy(&slot, 1), "shut down before closing, or the client sees no end");
+//! assert_eq!(slot::state(&slot, 1), SlotState::Taken);
+//! slot::release(&slot, 1);
+//! assert!(!slot::dispatcher_has_copy(&slot, 1));
 //!
 //! // The worker is slow, so the dispatcher takes the next one back. The late claim fails.
-//! claim::offer(&slot, 2);
-//! assert_eq!(claim::revoke(&slot, 2), Revoke::Revoked);
-//! assert!(!claim::claim(&slot, 2), "close it, never shut it down: somebody else serves it");
+//! slot::offer(&slot, 2);
+//! assert_eq!(slot::revoke(&slot, 2), Revoke::Revoked);
+//! assert!(!slot::take(&slot, 2), "close it, never shut it down: somebody else serves it");
 //!
 //! // The file descriptor did not arrive: the worker gives the slot back, the dispatcher sends it elsewhere.
-//! claim::offer(&slot, 3);
-//! assert!(claim::decline(&slot, 3));
-//! assert_eq!(claim::revoke(&slot, 3), Revoke::Was(SlotState::Lost));
+//! slot::offer(&slot, 3);
+//! assert!(slot::decline(&slot, 3));
+//! assert_eq!(slot::revoke(&slot, 3), Revoke::Was(SlotState::Lost));
 //! ```
 //!
 //! # Sleeping
@@ -44,23 +44,23 @@
 //! The dispatcher wants to sleep, yet hear of a take or a close. It sets bits in the `want` word, then reads
 //! slots and counters once more, then sleeps. A worker changes a slot or counter, then reads `want`. Each side puts a
 //! sequentially consistent fence between its write and its read (Dekker's pattern), so at least one of
-//! them sees the other's write: either the dispatcher does not sleep, or the worker pokes.
+//! them sees the other's write: either the dispatcher does not sleep, or the worker rings the doorbell.
 //!
 //! ```
 //! use std::sync::atomic::{AtomicU32, AtomicU64};
-//! use dispatch_protocol::scoreboard::claim::{self, SlotState, want};
+//! use dispatch_protocol::scoreboard::slot::{self, SlotState, want};
 //!
 //! let (slot, word) = (AtomicU64::new(0), AtomicU32::new(0));
-//! claim::offer(&slot, 1);
+//! slot::offer(&slot, 1);
 //!
 //! // The dispatcher, before it sleeps: ask, then look once more.
-//! claim::arm(&word, want::TAKEN | want::ROOM);
-//! assert_eq!(claim::state(&slot, 1), SlotState::Sent);
+//! slot::arm(&word, want::TAKEN | want::ROOM);
+//! assert_eq!(slot::state(&slot, 1), SlotState::Sent);
 //!
-//! // The worker: change, then ask whether somebody wants to know. Only the first change pokes.
-//! assert!(claim::claim(&slot, 1));
-//! assert!(claim::must_poke(&word, want::TAKEN), "now write 1 to the eventfd");
-//! assert!(!claim::must_poke(&word, want::TAKEN));
+//! // The worker: change, then ask whether somebody wants to know. Only the first change rings.
+//! assert!(slot::take(&slot, 1));
+//! assert!(slot::must_ring(&word, want::TAKEN), "now write 1 to the eventfd");
+//! assert!(!slot::must_ring(&word, want::TAKEN));
 //! ```
 
 use std::sync::atomic::{AtomicU32, AtomicU64, Ordering, fence};
@@ -69,15 +69,15 @@ use std::sync::atomic::{AtomicU32, AtomicU64, Ordering, fence};
 ///
 /// ```
 /// use std::sync::atomic::AtomicU64;
-/// use dispatch_protocol::scoreboard::claim::{self, Word};
+/// use dispatch_protocol::scoreboard::slot::{self, Word};
 ///
 /// /// Works on shared memory and in a model checker alike.
 /// fn serve(slot: &impl Word<u64>, seq: u64) -> bool {
-///     claim::claim(slot, seq)
+///     slot::take(slot, seq)
 /// }
 ///
 /// let slot = AtomicU64::new(0);
-/// claim::offer(&slot, 7);
+/// slot::offer(&slot, 7);
 /// assert!(serve(&slot, 7));
 /// assert!(!slot.swap_if(7 * 8 + 1, 7 * 8 + 2), "no longer SENT");
 /// ```
@@ -198,7 +198,7 @@ pub fn release(slot: &impl Word<u64>, seq: u64) {
 
 /// Worker: claims `seq` for its application. On false it closes its copy and touches nothing else. [Example](self).
 #[must_use]
-pub fn claim(slot: &impl Word<u64>, seq: u64) -> bool {
+pub fn take(slot: &impl Word<u64>, seq: u64) -> bool {
     slot.swap_if(word(seq, SENT), word(seq, TAKEN))
 }
 
@@ -210,7 +210,7 @@ pub fn decline(slot: &impl Word<u64>, seq: u64) -> bool {
 
 /// Worker: whether the dispatcher may still hold a copy of the taken `seq`, so that closing alone would not end it.
 /// [Example](self).
-pub fn still_held(slot: &impl Word<u64>, seq: u64) -> bool {
+pub fn dispatcher_has_copy(slot: &impl Word<u64>, seq: u64) -> bool {
     slot.load(Ordering::Acquire) == word(seq, TAKEN)
 }
 
@@ -224,16 +224,16 @@ pub mod want {
     pub const IDLE: u32 = 4;
 }
 
-/// Dispatcher: asks to be poked, for the [bits](want) given. Everything it would sleep on must be read again after
+/// Dispatcher: asks to be rung, for the [bits](want) given. Everything it would sleep on must be read again after
 /// this. [Example](self#sleeping).
 pub fn arm(want: &impl Word<u32>, bits: u32) {
     want.or(bits);
     fence_of(want);
 }
 
-/// Worker: after a change of the kind [`bit`](want); true if it must poke. [Example](self#sleeping).
+/// Worker: after a change of the kind [`bit`](want); true if it must ring the doorbell. [Example](self#sleeping).
 #[must_use]
-pub fn must_poke(want: &impl Word<u32>, bit: u32) -> bool {
+pub fn must_ring(want: &impl Word<u32>, bit: u32) -> bool {
     fence_of(want);
     // The plain load keeps the common case, nobody asleep, free of a write to a shared line.
     want.load(Ordering::Relaxed) & bit != 0 && want.clear(bit) & bit != 0

@@ -7,7 +7,7 @@ use std::sync::{Condvar, Mutex, PoisonError};
 use std::time::Instant;
 
 #[derive(Debug, Default)]
-pub(super) struct Idle {
+pub(super) struct IdleSignal {
     waiting: AtomicUsize,
     lock: Mutex<()>,
     ended: Condvar,
@@ -16,18 +16,18 @@ pub(super) struct Idle {
 }
 
 /// Counts as one who waits.
-struct Waiting<'a>(&'a Idle);
+struct Waiter<'a>(&'a IdleSignal);
 
-impl Drop for Waiting<'_> {
+impl Drop for Waiter<'_> {
     fn drop(&mut self) {
         self.0.waiting.fetch_sub(1, Ordering::SeqCst);
     }
 }
 
-impl Idle {
-    fn enter(&self) -> Waiting<'_> {
+impl IdleSignal {
+    fn enter(&self) -> Waiter<'_> {
         self.waiting.fetch_add(1, Ordering::SeqCst);
-        Waiting(self)
+        Waiter(self)
     }
 
     /// A connection has ended, and is counted.

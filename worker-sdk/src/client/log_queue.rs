@@ -1,10 +1,10 @@
 //! Log lines that wait until no lock is held.
 //!
 //! The application's logger may call the worker (a structured log with the worker's id in every line), so it must never
-//! run under a lock of ours. Whatever is said under a lock is kept here, and is passed on by the next [`Said::flush`] after
+//! run under a lock of ours. Whatever is said under a lock is kept here, and is passed on by the next [`LogQueue::flush`] after
 //! the lock is released.
 //!
-//! Lines that can repeat without an end have a limit: see [`Repeated`].
+//! Lines that can repeat without an end have a limit: see [`RateLimited`].
 
 use std::borrow::Cow;
 use std::fmt;
@@ -22,13 +22,13 @@ use dispatch_protocol::wire::is_hidden;
 /// What the lines' target is, whichever module they are from.
 const TARGET: &str = "worker_sdk";
 
-/// A line of a [`Repeated`] kind is logged once in this time.
+/// A line of a [`RateLimited`] kind is logged once in this time.
 const INTERVAL: Duration = Duration::from_secs(10);
 
 /// Kinds of lines that a lasting condition, such as the limit of open files, or an application that tries again and again
 /// would repeat. Each is logged once in ten seconds, with the number of those that were left out.
 #[derive(Clone, Copy, Debug)]
-pub(crate) enum Repeated {
+pub(crate) enum RateLimited {
     /// Connections arrived without their descriptors.
     NotArrived,
     /// A worker without a dispatcher cannot accept.
@@ -43,7 +43,7 @@ pub(crate) enum Repeated {
     Axum,
 }
 
-const KINDS: usize = Repeated::Axum as usize + 1;
+const KINDS: usize = RateLimited::Axum as usize + 1;
 
 #[derive(Clone, Copy, Debug, Default)]
 struct Limit {
@@ -52,7 +52,7 @@ struct Limit {
 }
 
 #[derive(Debug, Default)]
-pub(crate) struct Said {
+pub(crate) struct LogQueue {
     any: AtomicBool,
     lines: Mutex<Vec<Line>>,
     limits: Mutex<[Limit; KINDS]>,
@@ -66,9 +66,9 @@ struct Line {
     important: bool,
 }
 
-impl Said {
+impl LogQueue {
     /// Keeps a line for the next flush.
-    pub(super) fn say(&self, level: Level, text: impl FnOnce() -> String) {
+    pub(super) fn push(&self, level: Level, text: impl FnOnce() -> String) {
         // `log_enabled!` would ask the application's logger, here, under the lock.
         if level <= log::max_level() {
             self.keep(Line { level, text: text(), important: false });
@@ -76,7 +76,12 @@ impl Said {
     }
 
     /// The same for a line of which there may be too many.
-    pub(crate) fn say_limited(&self, kind: Repeated, level: Level, text: impl FnOnce() -> String) {
+    pub(crate) fn push_limited(
+        &self,
+        kind: RateLimited,
+        level: Level,
+        text: impl FnOnce() -> String,
+    ) {
         if level > log::max_level() {
             return;
         }
@@ -101,7 +106,7 @@ impl Said {
     }
 
     /// The same for a line that a program without a logger must show, too.
-    pub(super) fn say_to_all(&self, level: Level, text: impl FnOnce() -> String) {
+    pub(super) fn push_important(&self, level: Level, text: impl FnOnce() -> String) {
         if level <= log::max_level() || no_logger() {
             self.keep(Line { level, text: text(), important: true });
         }
@@ -179,29 +184,30 @@ mod tests {
 
     #[test]
     fn a_test_has_no_logger_and_important_lines_are_kept_for_standard_error() {
-        let said = Said::default();
-        said.say(Level::Error, || unreachable!("no logger would show it"));
-        assert!(said.is_empty());
-        said.say_to_all(Level::Warn, || "a line of the test, on standard error".to_owned());
-        assert!(!said.is_empty());
-        said.flush();
-        assert!(said.is_empty());
+        let log_queue = LogQueue::default();
+        log_queue.push(Level::Error, || unreachable!("no logger would show it"));
+        assert!(log_queue.is_empty());
+        log_queue
+            .push_important(Level::Warn, || "a line of the test, on standard error".to_owned());
+        assert!(!log_queue.is_empty());
+        log_queue.flush();
+        assert!(log_queue.is_empty());
         repeated_lines_are_limited();
     }
 
     /// Not a test of its own: the level is the whole process's.
     fn repeated_lines_are_limited() {
         log::set_max_level(log::LevelFilter::Warn);
-        let said = Said::default();
+        let log_queue = LogQueue::default();
         let lines =
-            || said.lines.lock().unwrap().iter().map(|l| l.text.clone()).collect::<Vec<_>>();
+            || log_queue.lines.lock().unwrap().iter().map(|l| l.text.clone()).collect::<Vec<_>>();
         for _ in 0..3 {
-            said.say_limited(Repeated::Accept, Level::Warn, || "cannot".to_owned());
+            log_queue.push_limited(RateLimited::Accept, Level::Warn, || "cannot".to_owned());
         }
-        said.say_limited(Repeated::Mode, Level::Warn, || "another".to_owned());
+        log_queue.push_limited(RateLimited::Mode, Level::Warn, || "another".to_owned());
         assert_eq!(lines(), ["cannot", "another"]);
-        said.limits.lock().unwrap()[Repeated::Accept as usize].until = Some(Instant::now());
-        said.say_limited(Repeated::Accept, Level::Warn, || "cannot".to_owned());
+        log_queue.limits.lock().unwrap()[RateLimited::Accept as usize].until = Some(Instant::now());
+        log_queue.push_limited(RateLimited::Accept, Level::Warn, || "cannot".to_owned());
         assert_eq!(lines()[2], "cannot; 2 lines like this were left out before it");
         log::set_max_level(log::LevelFilter::Off);
     }

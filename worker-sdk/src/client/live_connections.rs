@@ -8,7 +8,7 @@ use std::os::fd::{AsRawFd, BorrowedFd, RawFd};
 use std::sync::{Mutex, MutexGuard, PoisonError};
 
 #[derive(Debug, Default)]
-pub(super) struct Live(Mutex<Table>);
+pub(super) struct LiveConnections(Mutex<Table>);
 
 #[derive(Debug, Default)]
 struct Table {
@@ -28,7 +28,7 @@ struct Entry {
     parted: Option<(RawFd, u64)>,
 }
 
-impl Live {
+impl LiveConnections {
     /// Enters a connection; gives its place.
     pub(super) fn enter(&self, fd: BorrowedFd<'_>) -> u32 {
         let mut table = self.lock();
@@ -144,7 +144,7 @@ mod tests {
 
     #[test]
     fn what_is_in_the_table_is_ended_and_nothing_else() {
-        let live = Live::default();
+        let live = LiveConnections::default();
         let pairs: Vec<_> = (0..4).map(|_| UnixStream::pair().unwrap()).collect();
         let (ours, mut theirs): (Vec<_>, Vec<_>) = pairs.into_iter().unzip();
         let places: Vec<u32> = ours.iter().map(|stream| live.enter(stream.as_fd())).collect();
@@ -171,7 +171,7 @@ mod tests {
 
     #[test]
     fn who_enters_after_the_deadline_is_ended_until_the_drain_is_over() {
-        let live = Live::default();
+        let live = LiveConnections::default();
         let round = live.next_round();
         assert_eq!(live.end_all(round), Some(0));
         let (late, mut client) = UnixStream::pair().unwrap();
@@ -188,7 +188,7 @@ mod tests {
         use nix::fcntl::{FcntlArg, fcntl};
         use rustix::fs::{FlockOperation, fcntl_lock};
 
-        let live = Live::default();
+        let live = LiveConnections::default();
         let (ours, _theirs) = UnixStream::pair().unwrap();
         let at = live.enter(ours.as_fd());
         live.part(at, ours.as_fd());

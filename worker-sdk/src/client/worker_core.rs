@@ -19,7 +19,7 @@ use std::time::{Duration, Instant};
 use rustix::time::{ClockId, clock_gettime};
 
 use super::backoff::Backoff;
-use super::channel::{self, Received, Wait};
+use super::channel::{self, ReceiveMode, Received};
 use super::clock::after;
 use super::config::WorkerConfig;
 use super::connection::{AcceptTime, Accepted, Origin};
@@ -27,27 +27,27 @@ use super::connection::{AcceptTime, Accepted, Origin};
 use super::drain::start_thread;
 use super::drain::{Drain, Draining};
 use super::error::Error;
-use super::events::{Callback, Event, Events};
+use super::events::{LinkCallback, LinkEvent, LinkEvents};
 use super::gauges::{Gauge, Gauges};
-use super::guard::{Custody, Guard};
-use super::idle::Idle;
+use super::guard::{Guard, TakenSlot};
+use super::idle_signal::IdleSignal;
+use super::idle_threads::IdleThreads;
 use super::join::{self, Failure, Joined, Session};
-use super::live::Live;
-use super::outbox::{PARTING, Record};
+use super::live_connections::LiveConnections;
+use super::log_queue::{LogQueue, RateLimited, connections, log_now, readable, readable_path};
+use super::outbox::{GOODBYE_TIMEOUT, Record};
 use super::process::{Forks, Process};
-use super::ready::Ready;
-use super::said::{Repeated, Said, connections, log_now, readable, readable_path};
+use super::readiness::Readiness;
 use super::sample::Sampler;
-use super::standalone::Listener;
-use super::waiting::Waiting;
+use super::standalone::StandaloneListener;
 use crate::PeerAddr;
-use dispatch_protocol::scoreboard::claim::{self, want};
+use dispatch_protocol::scoreboard::slot::{self, want};
 use dispatch_protocol::wire::{Entry, EntryFlags, Features, Hello, Probe, Update, VERSION};
 
 mod accept;
-mod ends;
 mod link;
 mod lock;
+mod shutdown;
 
 use self::lock::Locked;
 
@@ -60,12 +60,12 @@ const ACCEPT_PAUSE: Duration = Duration::from_millis(100);
 /// A session that lasted this long shows that joining works, so the next waits start small again.
 const RELIABLE: Duration = Duration::from_secs(5);
 
-pub(crate) struct Core {
+pub(crate) struct WorkerCore {
     hello: Hello,
     socket: PathBuf,
     local_addr: Option<PeerAddr>,
     process: Process,
-    ready: Ready,
+    readiness: Readiness,
     state: Mutex<State>,
     handed_over: Condvar,
     /// The session that finished connections are told to. Kept after a goodbye until the last one ended.
@@ -78,13 +78,13 @@ pub(crate) struct Core {
     gauges: Arc<Gauges>,
     /// Ends with this, and with it the thread that measures.
     sampler: Sampler,
-    live: Live,
+    live_connections: LiveConnections,
     draining: Draining,
-    events: Events,
-    idle: Idle,
+    events: LinkEvents,
+    idle: IdleSignal,
     /// The session whose goodbye may wait to be sent; set when the last connection has ended.
-    parting: Mutex<Option<Arc<Session>>>,
-    said: Arc<Said>,
+    unsent_goodbye: Mutex<Option<Arc<Session>>>,
+    log_queue: Arc<LogQueue>,
 }
 
 pub(super) struct State {
@@ -94,11 +94,11 @@ pub(super) struct State {
     leader: bool,
     /// Threads that wait for the leader.
     followers: usize,
-    waiting: Waiting,
+    idle_threads: IdleThreads,
     backoff: Backoff,
     ever_joined: bool,
     /// Whether the log has said that we wait; then it is not repeated aloud.
-    complained: bool,
+    warned: bool,
     join_deadline: Option<(Instant, Duration)>,
     last_problem: String,
     buffer: Vec<u8>,
@@ -107,7 +107,7 @@ pub(super) struct State {
     /// Taken before the first of the queue was received: a child forked since then may have a copy of what is in it.
     forks: Forks,
     /// What the dispatcher is to know of this worker.
-    pub(super) told: Update,
+    pub(super) settings: Update,
     /// Offered while paused: see [`State::set_aside`].
     pub(super) aside: Vec<Pending>,
 }
@@ -126,7 +126,7 @@ pub(super) enum Link {
     },
     /// No dispatcher; `paused` while the system has no room for a connection.
     Standalone {
-        listener: Listener,
+        listener: StandaloneListener,
         paused: Option<Instant>,
     },
     Closed,
@@ -154,7 +154,7 @@ enum Step {
 struct Popped {
     accepted: Option<Accepted>,
     /// Woken if it waits for takes.
-    poke: Option<Arc<Session>>,
+    doorbell: Option<Arc<Session>>,
     /// Somebody else's now; closed, never shut down.
     stale: Option<OwnedFd>,
 }
@@ -171,40 +171,41 @@ impl Link {
     }
 }
 
-impl Core {
-    pub(crate) fn new(config: &WorkerConfig) -> Result<Arc<Core>, Error> {
+impl WorkerCore {
+    pub(crate) fn new(config: &WorkerConfig) -> Result<Arc<WorkerCore>, Error> {
         config.check()?;
         let failed = |error| Error::io("prepare to wait for connections", error);
-        let said = Arc::new(Said::default());
-        let ready = Ready::new(Arc::clone(&said)).map_err(failed)?;
+        let log_queue = Arc::new(LogQueue::default());
+        let readiness = Readiness::new(Arc::clone(&log_queue)).map_err(failed)?;
         let (mut socket, mut local_addr) = (PathBuf::new(), None);
         let link = match (&config.dispatch_socket, &config.listen) {
             (None, Some(address)) => {
-                let listener = Listener::bind(address)?;
-                ready.watch(listener.as_fd()).map_err(failed)?;
+                let listener = StandaloneListener::bind(address)?;
+                readiness.watch(listener.as_fd()).map_err(failed)?;
                 local_addr = listener.local_addr();
-                said.say(log::Level::Info, || format!("no dispatcher: listening on {address}"));
+                log_queue
+                    .push(log::Level::Info, || format!("no dispatcher: listening on {address}"));
                 Link::Standalone { listener, paused: None }
             }
             (path, _) => {
                 // `check` has refused a configuration with neither.
                 socket = path.clone().unwrap_or_default();
-                ready.arm(Duration::ZERO);
+                readiness.arm(Duration::ZERO);
                 Link::Waiting { until: Instant::now() }
             }
         };
         let timeout = config.join_timeout;
         let max_connections = config.effective_max_connections();
-        let gauges = Gauges::new(Arc::clone(&said));
+        let gauges = Gauges::new(Arc::clone(&log_queue));
         let sampler = Sampler::new(config.sample, config.sample_interval);
         sampler.start(&gauges);
-        said.flush();
-        Ok(Arc::new(Core {
+        log_queue.flush();
+        Ok(Arc::new(WorkerCore {
             hello: Hello {
                 version: VERSION,
                 weight: config.weight,
                 priority: config.priority,
-                features: Features(Features::DRAIN.0 | Features::OWN.0 | Features::UPDATE.0),
+                features: Features(Features::DRAIN.0 | Features::CLAIM.0 | Features::UPDATE.0),
                 max_connections,
                 base: 0,
                 finished: 0,
@@ -215,22 +216,22 @@ impl Core {
             socket,
             local_addr,
             process: Process::current(),
-            ready,
+            readiness,
             state: Mutex::new(State {
                 link,
                 queue: VecDeque::new(),
                 leader: false,
                 followers: 0,
-                waiting: Waiting::default(),
+                idle_threads: IdleThreads::default(),
                 backoff: Backoff::new(config.reconnect_min, config.reconnect_max),
                 ever_joined: false,
-                complained: false,
+                warned: false,
                 join_deadline: timeout.map(|timeout| (after(timeout), timeout)),
                 last_problem: "it did not answer".to_owned(),
                 buffer: vec![0; channel::BUFFER],
                 orphaned: None,
                 forks: Forks::now(),
-                told: Update { weight: config.weight, paused: false, max_connections },
+                settings: Update { weight: config.weight, paused: false, max_connections },
                 aside: Vec::new(),
             }),
             handed_over: Condvar::new(),
@@ -240,12 +241,12 @@ impl Core {
             finished: AtomicU64::new(0),
             gauges,
             sampler,
-            live: Live::default(),
+            live_connections: LiveConnections::default(),
             draining: Draining::default(),
-            events: Events::default(),
-            idle: Idle::default(),
-            parting: Mutex::new(None),
-            said,
+            events: LinkEvents::default(),
+            idle: IdleSignal::default(),
+            unsent_goodbye: Mutex::new(None),
+            log_queue,
         }))
     }
 
@@ -295,7 +296,7 @@ impl Core {
         // The scoreboard is the parent's, too.
         self.check_process()?;
         let gauge = self.gauges.gauge(name);
-        self.said.flush();
+        self.log_queue.flush();
         gauge
     }
 
@@ -308,7 +309,7 @@ impl Core {
     }
 
     pub(crate) fn ready_fd(&self) -> BorrowedFd<'_> {
-        self.ready.as_fd()
+        self.readiness.as_fd()
     }
 
     /// A guard was dropped. No lock is taken that is held while anything waits.
@@ -316,7 +317,7 @@ impl Core {
         let finished = self.finished.fetch_add(1, Ordering::SeqCst) + 1;
         if let Some(session) = self.read_current() {
             session.board.raise_finished(finished);
-            session.poke_if_wanted(want::ROOM);
+            session.ring_if_wanted(want::ROOM);
         }
         self.end_session_if_over();
         self.idle.ended(|| self.live());
@@ -326,20 +327,20 @@ impl Core {
         &self.draining
     }
 
-    pub(super) fn ready(&self) -> &Ready {
-        &self.ready
+    pub(super) fn readiness(&self) -> &Readiness {
+        &self.readiness
     }
 
-    pub(super) fn events(&self) -> &Events {
+    pub(super) fn events(&self) -> &LinkEvents {
         &self.events
     }
 
-    pub(super) fn said(&self) -> &Said {
-        &self.said
+    pub(super) fn log_queue(&self) -> &LogQueue {
+        &self.log_queue
     }
 
-    pub(super) fn live_connections(&self) -> &Live {
-        &self.live
+    pub(super) fn live_connections(&self) -> &LiveConnections {
+        &self.live_connections
     }
 
     fn read_current(&self) -> Option<Arc<Session>> {
@@ -356,6 +357,6 @@ impl Core {
 
     fn wait(&self, until: Option<Instant>) -> Result<(), Error> {
         let failed = |error| Error::io("wait for the dispatcher", error);
-        self.ready.wait(until).map_err(failed)
+        self.readiness.wait(until).map_err(failed)
     }
 }

@@ -7,26 +7,26 @@ use super::{kind, tlv};
 pub const MAX_KEY: usize = 4000;
 
 /// The worker claims a key: the id it has just given a client, say. For pools with affinity, once both sides have
-/// [`Features::OWN`](super::Features::OWN).
+/// [`Features::CLAIM`](super::Features::CLAIM).
 ///
 /// ```
-/// use dispatch_protocol::wire::{Control, Own};
+/// use dispatch_protocol::wire::{Control, Claim};
 ///
-/// let own = Own::new(b"6f1d29").expect("neither empty nor long");
+/// let claim = Claim::new(b"6f1d29").expect("neither empty nor long");
 /// let mut record = Vec::new();
-/// own.encode(&mut record);
-/// assert_eq!(Control::decode(&record), Ok(Control::Own(own)));
-/// assert_eq!(Own::new(b""), None);
+/// claim.encode(&mut record);
+/// assert_eq!(Control::decode(&record), Ok(Control::Claim(claim)));
+/// assert_eq!(Claim::new(b""), None);
 /// ```
 #[derive(Clone, Debug, PartialEq, Eq)]
-pub struct Own {
+pub struct Claim {
     key: Vec<u8>,
 }
 
-impl Own {
+impl Claim {
     /// A claim of `key`, as the client will send it, decoded; `None` if it is empty or longer than [`MAX_KEY`].
-    pub fn new(key: &[u8]) -> Option<Own> {
-        (1..=MAX_KEY).contains(&key.len()).then(|| Own { key: key.to_vec() })
+    pub fn new(key: &[u8]) -> Option<Claim> {
+        (1..=MAX_KEY).contains(&key.len()).then(|| Claim { key: key.to_vec() })
     }
 
     /// 1 to [`MAX_KEY`] bytes.
@@ -36,18 +36,18 @@ impl Own {
 
     /// Appends the record's bytes to `out`.
     pub fn encode(&self, out: &mut Vec<u8>) {
-        header(out, kind::OWN);
+        header(out, kind::CLAIM);
         put_tlv(out, tlv::CLIENT_KEY, &self.key);
     }
 
-    pub(super) fn decode_body(reader: &mut Reader<'_>) -> Result<Own, WireError> {
-        let mut own = None;
+    pub(super) fn decode_body(reader: &mut Reader<'_>) -> Result<Claim, WireError> {
+        let mut claim = None;
         while let Some((kind, value)) = reader.tlv()? {
             if kind == tlv::CLIENT_KEY {
-                let key = Own::new(value).ok_or(WireError::Invalid("client key"))?;
-                once(&mut own, key, "client key")?;
+                let key = Claim::new(value).ok_or(WireError::Invalid("client key"))?;
+                once(&mut claim, key, "client key")?;
             }
         }
-        own.ok_or(WireError::Missing("client key"))
+        claim.ok_or(WireError::Missing("client key"))
     }
 }

@@ -2,7 +2,7 @@
 
 use super::*;
 
-impl Core {
+impl WorkerCore {
     /// The next connection, waited for, but not beyond `until`; `None` once closed, and while drained.
     pub(crate) fn accept(
         self: &Arc<Self>,
@@ -33,7 +33,7 @@ impl Core {
                 }
                 let Some(popped) = self.pop(&mut state) else { continue };
                 if popped.accepted.is_some() {
-                    state.waiting.takes();
+                    state.idle_threads.takes();
                 }
                 match self.hand_out(state, popped, false) {
                     Some(accepted) => return Ok(Some(accepted)),
@@ -75,17 +75,17 @@ impl Core {
     }
 
     fn start_waiting(&self, state: &mut State) {
-        state.waiting.enter(self.live());
+        state.idle_threads.enter(self.live());
         if let Some(session) = state.link.session() {
-            state.waiting.show(&session.board);
-            session.poke_if_wanted(want::IDLE);
+            state.idle_threads.show(&session.board);
+            session.ring_if_wanted(want::IDLE);
         }
     }
 
     fn stop_waiting(&self, state: &mut State) {
-        state.waiting.leave();
+        state.idle_threads.leave();
         if let Some(session) = state.link.session() {
-            state.waiting.show(&session.board);
+            state.idle_threads.show(&session.board);
         }
     }
 
@@ -93,10 +93,10 @@ impl Core {
     pub(crate) fn try_accept(self: &Arc<Self>) -> Result<Option<Accepted>, Error> {
         self.check_process()?;
         let mut state = self.lock();
-        if state.waiting.asks()
+        if state.idle_threads.asks()
             && let Some(session) = state.link.session()
         {
-            state.waiting.show(&session.board);
+            state.idle_threads.show(&session.board);
         }
         loop {
             if let Some(popped) = self.pop(&mut state) {

@@ -1,12 +1,12 @@
 //! How the link to the dispatcher advances, and how connections enter and leave the queue.
 //!
-//! Everything here runs with the core's lock held, but for the one wait in [`Core::lead`]. So nothing here calls the
-//! application's logger: see [`Said`].
+//! Everything here runs with the core's lock held, but for the one wait in [`WorkerCore::lead`]. So nothing here calls the
+//! application's logger: see [`LogQueue`].
 
 use super::*;
 use crate::client::clock;
 
-impl Core {
+impl WorkerCore {
     /// Takes the front of the queue; `None` if it is empty. Counts what it claims before the lock is
     /// released, so that a hello can't miss it.
     pub(super) fn pop(self: &Arc<Self>, state: &mut State) -> Option<Popped> {
@@ -15,13 +15,14 @@ impl Core {
             Pending::Taken(accepted) => popped.accepted = Some(accepted),
             Pending::Offered { entry, fd } => {
                 let session = state.link.session();
-                let claim = session
-                    .and_then(|session| Some((session, claimed(session, entry.slot, entry.seq)?)));
+                let claim = session.and_then(|session| {
+                    Some((session, take_slot(session, entry.slot, entry.seq)?))
+                });
                 match claim {
                     Some((session, now)) => {
                         let copied = state.forks.more_since();
                         popped.accepted = Some(self.take(session, entry, fd, now, copied));
-                        popped.poke = Some(Arc::clone(session));
+                        popped.doorbell = Some(Arc::clone(session));
                     }
                     None => popped.stale = Some(fd),
                 }
@@ -29,8 +30,8 @@ impl Core {
             Pending::Probe(probe) => {
                 let session = state.link.session();
                 let claimed =
-                    |session: &&Arc<Session>| claimed(session, probe.slot, probe.seq).is_some();
-                popped.poke = session.filter(claimed).cloned();
+                    |session: &&Arc<Session>| take_slot(session, probe.slot, probe.seq).is_some();
+                popped.doorbell = session.filter(claimed).cloned();
             }
         }
         Some(popped)
@@ -45,8 +46,8 @@ impl Core {
     ) -> Option<Accepted> {
         self.pass_on(&state);
         drop(state);
-        if let Some(session) = popped.poke {
-            session.poke_if_wanted(want::TAKEN);
+        if let Some(session) = popped.doorbell {
+            session.ring_if_wanted(want::TAKEN);
         }
         let accepted = popped.accepted?;
         // The mode belongs to the open socket: whoever had it before may have changed it.
@@ -54,8 +55,8 @@ impl Core {
             && let Err(error) = accepted.stream.set_nonblocking(nonblocking)
         {
             let line = || format!("cannot set a connection's blocking mode: {error}");
-            self.said.say_limited(Repeated::Mode, log::Level::Error, line);
-            self.said.flush();
+            self.log_queue.push_limited(RateLimited::Mode, log::Level::Error, line);
+            self.log_queue.flush();
         }
         Some(accepted)
     }
@@ -71,17 +72,17 @@ impl Core {
         copied: bool,
     ) -> Accepted {
         self.opened.fetch_add(1, Ordering::SeqCst);
-        let custody = Custody {
+        let taken_slot = TakenSlot {
             board: Arc::clone(&session.board),
             slot: entry.slot,
             seq: entry.seq,
-            poke: Arc::clone(&session.poke),
+            doorbell: Arc::clone(&session.doorbell),
             resent: copied || entry.flags.contains(EntryFlags::RESENT),
         };
         Accepted {
             stream: fd.into(),
             nonblocking: entry.flags.contains(EntryFlags::NONBLOCKING),
-            guard: Guard::new(Arc::clone(self), Some(custody)),
+            guard: Guard::new(Arc::clone(self), Some(taken_slot)),
             origin: Origin {
                 peer: entry.peer.into(),
                 listener: session.listener(entry.listener),
@@ -112,12 +113,12 @@ impl Core {
         let mut buffer = mem::take(&mut state.buffer);
         state.note_forks();
         drop(state);
-        let wait = if until.is_none() { Wait::Yes } else { Wait::No };
+        let wait = if until.is_none() { ReceiveMode::Blocking } else { ReceiveMode::NonBlocking };
         let mut received = channel::receive(channel.as_fd(), &mut buffer, wait);
         if matches!(received, Received::Empty) {
             // With a time limit, or if somebody made the channel non-blocking.
             let waited = self.wait(until);
-            received = channel::receive(channel.as_fd(), &mut buffer, Wait::No);
+            received = channel::receive(channel.as_fd(), &mut buffer, ReceiveMode::NonBlocking);
             if waited.is_err() {
                 state = self.lock();
                 state.buffer = buffer;
@@ -145,12 +146,12 @@ impl Core {
                     // In this order: a connection may end between the two reads, none can open.
                     finished: self.finished.load(Ordering::SeqCst),
                     base: self.opened.load(Ordering::SeqCst),
-                    weight: state.told.weight,
-                    max_connections: state.told.max_connections,
+                    weight: state.settings.weight,
+                    max_connections: state.settings.max_connections,
                     ..self.hello.clone()
                 };
                 let greeted = join::greet(&self.socket, &hello).and_then(|control| {
-                    match self.ready.watch(control.as_fd()) {
+                    match self.readiness.watch(control.as_fd()) {
                         Ok(()) => Ok(control),
                         Err(error) => Err(Failure::Transient(error.to_string())),
                     }
@@ -180,7 +181,8 @@ impl Core {
             Link::Joined { channel, .. } => {
                 let channel = Arc::clone(channel);
                 state.note_forks();
-                match channel::receive(channel.as_fd(), &mut state.buffer, Wait::No) {
+                match channel::receive(channel.as_fd(), &mut state.buffer, ReceiveMode::NonBlocking)
+                {
                     Received::Empty => Ok(Step::Blocked),
                     received => {
                         self.received(state, received);
@@ -196,19 +198,19 @@ impl Core {
     fn sleep(&self, state: &mut State, until: Instant, now: Instant) -> Result<Step, Error> {
         let timeout = self.check_join_deadline(state, now);
         let wake = state.join_deadline.map_or(until, |(deadline, _)| until.min(deadline));
-        self.ready.arm(wake.saturating_duration_since(now));
+        self.readiness.arm(wake.saturating_duration_since(now));
         timeout.map(|()| Step::Blocked)
     }
 
     fn failed(&self, state: &mut State, failure: Failure) -> Result<(), Error> {
         if let Link::Greeting { control, .. } = &state.link {
-            self.ready.forget(control.as_fd());
+            self.readiness.forget(control.as_fd());
             join::end(control);
         }
         let delay = state.backoff.next();
         state.link = Link::Waiting { until: after(delay) };
         // Here as well as before sleeping: the caller may get an error now and wait all the same.
-        self.ready.arm(delay);
+        self.readiness.arm(delay);
         let problem = match failure {
             Failure::Permanent(error) if !state.ever_joined => return Err(error),
             Failure::Permanent(error) => error.to_string(),
@@ -221,18 +223,18 @@ impl Core {
                 clock::shown(delay)
             )
         };
-        if mem::replace(&mut state.complained, true) {
-            self.said.say(log::Level::Debug, line);
+        if mem::replace(&mut state.warned, true) {
+            self.log_queue.push(log::Level::Debug, line);
         } else {
             // Whoever started the program wonders why it serves nobody.
-            self.said.say_to_all(log::Level::Warn, line);
+            self.log_queue.push_important(log::Level::Warn, line);
         }
         state.last_problem = problem;
         // Here as well, as the next attempt may be due already.
         self.check_join_deadline(state, Instant::now())
     }
 
-    /// Said once: a caller that goes on asking wants us to go on trying.
+    /// LogQueue once: a caller that goes on asking wants us to go on trying.
     fn check_join_deadline(&self, state: &mut State, now: Instant) -> Result<(), Error> {
         match state.join_deadline.take_if(|(deadline, _)| *deadline <= now) {
             None => Ok(()),
@@ -245,7 +247,7 @@ impl Core {
     }
 
     fn joined(self: &Arc<Self>, state: &mut State, joined: Joined) -> Result<(), Error> {
-        if let Err(error) = self.ready.watch(joined.channel.as_fd()) {
+        if let Err(error) = self.readiness.watch(joined.channel.as_fd()) {
             return self.failed(state, Failure::Transient(error.to_string()));
         }
         let until = Instant::now();
@@ -253,11 +255,11 @@ impl Core {
         else {
             return Ok(());
         };
-        self.ready.forget(control.as_fd());
-        self.ready.disarm();
+        self.readiness.forget(control.as_fd());
+        self.readiness.disarm();
         let (session, channel) = Session::new(control, joined);
         let session = Arc::new(session);
-        self.said.say(log::Level::Info, || {
+        self.log_queue.push(log::Level::Info, || {
             format!(
                 "joined the dispatcher at {} as worker {} of pool {}",
                 readable_path(&self.socket),
@@ -265,19 +267,19 @@ impl Core {
                 self.hello.pool
             )
         });
-        self.events.happened(self, Event::Joined(session.worker_id));
+        self.events.happened(self, LinkEvent::Joined(session.worker_id));
         // First published, then raised: a connection that ends in between is told by one of the two.
         self.set_current(Some(Arc::clone(&session)));
         session.board.raise_finished(self.finished.load(Ordering::SeqCst));
-        session.poke_if_wanted(want::ROOM);
-        state.waiting.show(&session.board);
+        session.ring_if_wanted(want::ROOM);
+        state.idle_threads.show(&session.board);
         self.gauges.show(&session.board);
         self.sampler.wanted(&self.gauges, &session.gauges);
-        if state.told.paused {
-            self.tell(&session, &state.told);
+        if state.settings.paused {
+            self.tell(&session, &state.settings);
         }
         state.link = Link::Joined { session, channel: Arc::new(channel) };
-        (state.ever_joined, state.complained) = (true, false);
+        (state.ever_joined, state.warned) = (true, false);
         state.join_deadline = None;
         Ok(())
     }
@@ -298,7 +300,7 @@ impl Core {
             Received::Drain(drain) => {
                 let drain = Drain::from(drain);
                 if self.draining.now().is_none() {
-                    self.said.say(log::Level::Info, || match drain.deadline() {
+                    self.log_queue.push(log::Level::Info, || match drain.deadline() {
                         None => "the dispatcher drains this worker".to_owned(),
                         Some(at) => format!(
                             "the dispatcher drains this worker, with a deadline in {}",
@@ -312,14 +314,14 @@ impl Core {
             Received::Resume => {
                 if self.draining.end(self) {
                     let line = || "the dispatcher gives this worker connections again".to_owned();
-                    self.said.say(log::Level::Info, line);
-                    self.events.happened(self, Event::Resumed);
+                    self.log_queue.push(log::Level::Info, line);
+                    self.events.happened(self, LinkEvent::Resumed);
                 }
                 self.handed_over.notify_all();
             }
             Received::Handoff { arrived, lost } => {
                 if !lost.is_empty() {
-                    self.said.say_limited(Repeated::NotArrived, log::Level::Warn, || {
+                    self.log_queue.push_limited(RateLimited::NotArrived, log::Level::Warn, || {
                         format!(
                             "did not arrive, and go to other workers: {}; is this process at its \
                              limit of open files?",
@@ -328,15 +330,15 @@ impl Core {
                     });
                     for entry in lost {
                         let slot = session.board.slot(entry.slot);
-                        slot.map(|slot| claim::decline(slot, entry.seq));
+                        slot.map(|slot| slot::decline(slot, entry.seq));
                     }
-                    session.poke_if_wanted(want::TAKEN);
+                    session.ring_if_wanted(want::TAKEN);
                 }
                 // One for each, less one: the thread that received them takes one itself.
                 let helpers = arrived.len().saturating_sub(1).min(state.followers);
                 let offers = arrived.into_iter();
                 state.queue.extend(offers.map(|(entry, fd)| Pending::Offered { entry, fd }));
-                if state.told.paused {
+                if state.settings.paused {
                     state.set_aside();
                 }
                 (0..helpers).for_each(|_| self.handed_over.notify_one());
@@ -363,13 +365,13 @@ impl Core {
         }
         state.link = Link::Waiting { until: after(state.backoff.next()) };
         state.take_up();
-        self.claim_all(state, &session);
-        session.poke_if_wanted(want::TAKEN);
-        self.ready.forget(channel.as_fd());
+        self.take_all(state, &session);
+        session.ring_if_wanted(want::TAKEN);
+        self.readiness.forget(channel.as_fd());
         self.set_current(None);
         session.end();
         self.gauges.hide();
-        self.said.say(log::Level::Warn, || {
+        self.log_queue.push(log::Level::Warn, || {
             format!(
                 "lost the dispatcher at {}: {}; joining again; live: {}",
                 readable_path(&self.socket),
@@ -377,11 +379,11 @@ impl Core {
                 connections(usize::try_from(self.live()).unwrap_or(usize::MAX))
             )
         });
-        self.events.happened(self, Event::Lost(why.to_owned()));
+        self.events.happened(self, LinkEvent::Lost(why.to_owned()));
     }
 
     /// Claims what is in the queue: its dispatcher is gone, so nobody else can serve it.
-    pub(super) fn claim_all(self: &Arc<Self>, state: &mut State, session: &Session) {
+    pub(super) fn take_all(self: &Arc<Self>, state: &mut State, session: &Session) {
         for pending in mem::take(&mut state.queue) {
             match pending {
                 Pending::Offered { entry, fd } => self.adopt(state, session, vec![(entry, fd)]),
@@ -399,7 +401,7 @@ impl Core {
         arrived: Vec<(Entry, OwnedFd)>,
     ) {
         for (entry, fd) in arrived {
-            if let Some(now) = claimed(session, entry.slot, entry.seq) {
+            if let Some(now) = take_slot(session, entry.slot, entry.seq) {
                 let copied = state.forks.more_since();
                 let accepted = self.take(session, entry, fd, now, copied);
                 state.queue.push_back(Pending::Taken(accepted));
@@ -410,7 +412,7 @@ impl Core {
     }
 
     fn accept_directly(self: &Arc<Self>, state: &mut State, now: Instant) -> Step {
-        if state.told.paused {
+        if state.settings.paused {
             return Step::Blocked;
         }
         let Link::Standalone { listener, paused } = &mut state.link else {
@@ -418,11 +420,11 @@ impl Core {
         };
         if let Some(until) = *paused {
             if now < until {
-                self.ready.arm(until - now);
+                self.readiness.arm(until - now);
                 return Step::Blocked;
             }
-            self.ready.disarm();
-            *paused = match self.ready.watch(listener.as_fd()) {
+            self.readiness.disarm();
+            *paused = match self.readiness.watch(listener.as_fd()) {
                 Ok(()) => None,
                 Err(_) => Some(now + ACCEPT_PAUSE),
             };
@@ -447,11 +449,11 @@ impl Core {
                 Step::Again
             }
             Err(error) => {
-                self.said.say_limited(Repeated::Accept, log::Level::Warn, || {
+                self.log_queue.push_limited(RateLimited::Accept, log::Level::Warn, || {
                     format!("cannot accept: {error}; trying again in {ACCEPT_PAUSE:?}")
                 });
                 // It stays ready meanwhile, and would keep the caller spinning.
-                self.ready.forget(listener.as_fd());
+                self.readiness.forget(listener.as_fd());
                 *paused = Some(now + ACCEPT_PAUSE);
                 Step::Again
             }
@@ -475,12 +477,12 @@ impl State {
 }
 
 /// Claims, and gives the time of the claim, by `CLOCK_REALTIME`.
-fn claimed(session: &Session, slot: u32, seq: u64) -> Option<Duration> {
+fn take_slot(session: &Session, slot: u32, seq: u64) -> Option<Duration> {
     let board = &session.board;
     let word = board.slot(slot)?;
     let now = realtime();
     board.stamp(slot, u64::try_from(now.as_nanos()).unwrap_or(0));
-    claim::claim(word, seq).then_some(now)
+    slot::take(word, seq).then_some(now)
 }
 
 /// Now, by the clock that no time namespace shifts.

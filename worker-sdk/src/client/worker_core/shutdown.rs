@@ -2,7 +2,7 @@
 
 use super::*;
 
-impl Core {
+impl WorkerCore {
     /// Stops receiving. What was claimed already is still handed out.
     pub(crate) fn close(self: &Arc<Self>) {
         if !self.process.is_current() {
@@ -14,25 +14,25 @@ impl Core {
                 let heard = match session.post(self, Record::Goodbye) {
                     Ok(()) => true,
                     Err(error) => {
-                        self.said.say(log::Level::Debug, || {
+                        self.log_queue.push(log::Level::Debug, || {
                             format!("could not say goodbye to the dispatcher: {error}")
                         });
                         false
                     }
                 };
-                self.ready.forget(channel.as_fd());
+                self.readiness.forget(channel.as_fd());
                 // Wakes the leader, and lets nothing more in.
                 let _ = rustix::net::shutdown(&*channel, rustix::net::Shutdown::Read);
                 if !heard {
                     // The leader may have just received something.
                     state.orphaned = Some(Arc::clone(&session));
                     state.take_up();
-                    self.claim_all(&mut state, &session);
+                    self.take_all(&mut state, &session);
                 }
                 // What is left there is the dispatcher's again: it has copies and revokes them. If it has died, it is ours.
                 let mut buffer = vec![0; channel::BUFFER];
                 loop {
-                    match channel::receive(channel.as_fd(), &mut buffer, Wait::No) {
+                    match channel::receive(channel.as_fd(), &mut buffer, ReceiveMode::NonBlocking) {
                         Received::Handoff { arrived, .. } if !heard => {
                             self.adopt(&mut state, &session, arrived);
                         }
@@ -45,21 +45,21 @@ impl Core {
                 }
             }
             Link::Greeting { control, .. } => {
-                self.ready.forget(control.as_fd());
+                self.readiness.forget(control.as_fd());
                 join::end(&control);
             }
             Link::Standalone { listener, paused } => {
-                if paused.is_none() && !state.told.paused {
-                    self.ready.forget(listener.as_fd());
+                if paused.is_none() && !state.settings.paused {
+                    self.readiness.forget(listener.as_fd());
                 }
-                listener.unlink(&self.said);
+                listener.unlink(&self.log_queue);
             }
             Link::Waiting { .. } | Link::Closed => {}
         }
         state.queue.retain(|pending| matches!(pending, Pending::Taken(_)));
-        (state.told.paused, state.aside) = (false, Vec::new());
+        (state.settings.paused, state.aside) = (false, Vec::new());
         self.closed.store(true, Ordering::SeqCst);
-        self.ready.close();
+        self.readiness.close();
         self.handed_over.notify_all();
         drop(state);
         // Without the lock: what a callback owns may be a handle of this very worker.
@@ -70,7 +70,7 @@ impl Core {
 
     /// The deadline of a drain has come.
     pub(in crate::client) fn end_all(&self, round: u64) {
-        if let Some(ended) = self.live.end_all(round) {
+        if let Some(ended) = self.live_connections.end_all(round) {
             let ended = connections(ended);
             let line = format_args!("the deadline of the drain has come; shut down: {ended}");
             log_now(log::Level::Warn, line);
@@ -85,12 +85,12 @@ impl Core {
             if let Some(session) = over
                 && session.end_after_outbox()
             {
-                *self.parting.lock().unwrap_or_else(PoisonError::into_inner) = Some(session);
+                *self.unsent_goodbye.lock().unwrap_or_else(PoisonError::into_inner) = Some(session);
             }
             self.gauges.hide();
             self.draining.forget_deadline();
             // An event loop that waits for this is told, on the one descriptor it watches.
-            self.ready.close();
+            self.readiness.close();
         }
     }
 
@@ -113,10 +113,10 @@ impl Core {
 
     /// An error that axum has no way to hear of.
     #[cfg(feature = "axum")]
-    pub(crate) fn complain(&self, error: &Error) {
+    pub(crate) fn log_accept_error(&self, error: &Error) {
         let line = || format!("cannot take a connection: {error}");
-        self.said.say_limited(Repeated::Axum, log::Level::Warn, line);
-        self.said.flush();
+        self.log_queue.push_limited(RateLimited::Axum, log::Level::Warn, line);
+        self.log_queue.flush();
     }
 
     /// Closes, waits until no connection is live, and shuts down what is left after `within`: gives how many that are.
@@ -129,7 +129,7 @@ impl Core {
             return 0;
         }
         self.end_queue();
-        let ended = self.live.end_now();
+        let ended = self.live_connections.end_now();
         if ended > 0 {
             let line =
                 format_args!("the time to shut down is over; shut down: {}", connections(ended));
@@ -144,10 +144,11 @@ impl Core {
             return true;
         }
         let idle = self.idle.wait(until, || self.live());
-        let parting = self.parting.lock().unwrap_or_else(PoisonError::into_inner).take();
-        if let Some(session) = parting {
+        let unsent_goodbye =
+            self.unsent_goodbye.lock().unwrap_or_else(PoisonError::into_inner).take();
+        if let Some(session) = unsent_goodbye {
             // The program probably ends now, and a goodbye that was not sent with it.
-            let end = after(PARTING);
+            let end = after(GOODBYE_TIMEOUT);
             session.outbox.wait_empty(until.map_or(end, |until| until.min(end)));
         }
         idle
@@ -155,10 +156,10 @@ impl Core {
 
     /// The same for a task: the waiting is done by a thread, as a runtime may have no timers.
     #[cfg(feature = "tokio")]
-    pub(crate) async fn shut_down_aside(self: &Arc<Self>, within: Duration) -> usize {
+    pub(crate) async fn shutdown_async(self: &Arc<Self>, within: Duration) -> usize {
         self.close();
         let (tell, told) = tokio::sync::oneshot::channel();
-        self.shut_down_on_a_thread(within, move |ended| {
+        self.shutdown_in_thread(within, move |ended| {
             // Whoever asked may have given up.
             let _ = tell.send(ended);
         });
@@ -172,9 +173,9 @@ impl Core {
         }
     }
 
-    /// Closes, and has a thread do the rest of [`Core::shutdown`].
+    /// Closes, and has a thread do the rest of [`WorkerCore::shutdown`].
     #[cfg(any(feature = "mio", feature = "tokio"))]
-    pub(crate) fn shut_down_on_a_thread(
+    pub(crate) fn shutdown_in_thread(
         self: &Arc<Self>,
         within: Duration,
         done: impl FnOnce(usize) + Send + 'static,
@@ -182,27 +183,27 @@ impl Core {
         self.close();
         let core = Arc::clone(self);
         start_thread(self, "worker-shutdown", move || done(core.shutdown(within)));
-        self.said.flush();
+        self.log_queue.flush();
     }
 
     pub(crate) fn on_joined(self: &Arc<Self>, callback: impl Fn(u64) + Send + Sync + 'static) {
-        self.on(Callback::Joined(Arc::new(callback)));
+        self.on(LinkCallback::Joined(Arc::new(callback)));
     }
 
     pub(crate) fn on_lost(self: &Arc<Self>, callback: impl Fn(&str) + Send + Sync + 'static) {
-        self.on(Callback::Lost(Arc::new(callback)));
+        self.on(LinkCallback::Lost(Arc::new(callback)));
     }
 
     pub(crate) fn on_resumed(self: &Arc<Self>, callback: impl Fn() + Send + Sync + 'static) {
-        self.on(Callback::Resumed(Arc::new(callback)));
+        self.on(LinkCallback::Resumed(Arc::new(callback)));
     }
 
-    fn on(self: &Arc<Self>, callback: Callback) {
+    fn on(self: &Arc<Self>, callback: LinkCallback) {
         // Under the lock, so that what happens meanwhile is told once.
         let state = self.lock();
         let already = match (&callback, &state.link) {
-            (Callback::Joined(_), Link::Joined { session, .. }) => {
-                Some(Event::Joined(session.worker_id))
+            (LinkCallback::Joined(_), Link::Joined { session, .. }) => {
+                Some(LinkEvent::Joined(session.worker_id))
             }
             _ => None,
         };

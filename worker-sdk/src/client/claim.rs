@@ -6,26 +6,26 @@ use std::io;
 use rustix::io::Errno;
 use rustix::net::{SendFlags, send};
 
-use super::core::{Core, Link};
 use super::join::Session;
-use dispatch_protocol::wire::{Features, MAX_KEY, Own};
+use super::worker_core::{Link, WorkerCore};
+use dispatch_protocol::wire::{Claim, Features, MAX_KEY};
 
 /// Why a key was not claimed. The application goes on as if it had not tried: the client is served wherever the
 /// dispatcher sends it, and is remembered there.
 ///
 /// ```
-/// use worker_sdk::{OwnError, Worker, WorkerConfig};
+/// use worker_sdk::{ClaimError, Worker, WorkerConfig};
 ///
 /// # fn main() -> Result<(), worker_sdk::Error> {
 /// let worker = Worker::connect(WorkerConfig::new().listen("127.0.0.1:0"))?;
-/// assert_eq!(worker.own("6f1d29"), Ok(()), "alone, everything is ours");
-/// assert_eq!(worker.own(""), Err(OwnError::Key));
+/// assert_eq!(worker.claim("6f1d29"), Ok(()), "alone, everything is ours");
+/// assert_eq!(worker.claim(""), Err(ClaimError::Key));
 /// # Ok(())
 /// # }
 /// ```
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 #[non_exhaustive]
-pub enum OwnError {
+pub enum ClaimError {
     /// The key is empty, or longer than [`MAX_KEY`] bytes.
     Key,
     /// The dispatcher is away, or this worker is closed or the fork of one.
@@ -36,65 +36,67 @@ pub enum OwnError {
     Busy,
 }
 
-impl fmt::Display for OwnError {
+impl fmt::Display for ClaimError {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         match self {
-            OwnError::Key => write!(f, "a key to claim has 1 to {MAX_KEY} bytes"),
-            OwnError::NotJoined => f.write_str("no dispatcher has this worker now"),
-            OwnError::NoAffinity => f.write_str(
+            ClaimError::Key => write!(f, "a key to claim has 1 to {MAX_KEY} bytes"),
+            ClaimError::NotJoined => f.write_str("no dispatcher has this worker now"),
+            ClaimError::NoAffinity => f.write_str(
                 "this pool knew no keys when the worker joined: set its affinity.key in the dispatcher's \
                  configuration, and join again if it has been set since",
             ),
-            OwnError::Busy => {
+            ClaimError::Busy => {
                 f.write_str("the dispatcher has not read the last claims yet; try again later")
             }
         }
     }
 }
 
-impl std::error::Error for OwnError {}
+impl std::error::Error for ClaimError {}
 
 /// For functions that return [`io::Result`].
-impl From<OwnError> for io::Error {
-    fn from(error: OwnError) -> io::Error {
+impl From<ClaimError> for io::Error {
+    fn from(error: ClaimError) -> io::Error {
         let kind = match error {
-            OwnError::Key => io::ErrorKind::InvalidInput,
-            OwnError::NotJoined => io::ErrorKind::NotConnected,
-            OwnError::NoAffinity => io::ErrorKind::Unsupported,
-            OwnError::Busy => io::ErrorKind::WouldBlock,
+            ClaimError::Key => io::ErrorKind::InvalidInput,
+            ClaimError::NotJoined => io::ErrorKind::NotConnected,
+            ClaimError::NoAffinity => io::ErrorKind::Unsupported,
+            ClaimError::Busy => io::ErrorKind::WouldBlock,
         };
         io::Error::new(kind, error)
     }
 }
 
-impl Core {
-    pub(crate) fn own(&self, key: &[u8]) -> Result<(), OwnError> {
-        let own = Own::new(key).ok_or(OwnError::Key)?;
+impl WorkerCore {
+    pub(crate) fn claim(&self, key: &[u8]) -> Result<(), ClaimError> {
+        let claim = Claim::new(key).ok_or(ClaimError::Key)?;
         if !self.process().is_current() {
-            return Err(OwnError::NotJoined);
+            return Err(ClaimError::NotJoined);
         }
         // Sent under the lock, which nobody holds while waiting: so a claim never follows a goodbye.
         match &self.lock().link {
-            Link::Joined { session, .. } => session.own(&own),
+            Link::Joined { session, .. } => session.claim(&claim),
             Link::Standalone { .. } => Ok(()),
-            Link::Waiting { .. } | Link::Greeting { .. } | Link::Closed => Err(OwnError::NotJoined),
+            Link::Waiting { .. } | Link::Greeting { .. } | Link::Closed => {
+                Err(ClaimError::NotJoined)
+            }
         }
     }
 }
 
 impl Session {
-    fn own(&self, own: &Own) -> Result<(), OwnError> {
-        if !self.features.contains(Features::OWN) {
-            return Err(OwnError::NoAffinity);
+    fn claim(&self, claim: &Claim) -> Result<(), ClaimError> {
+        if !self.features.contains(Features::CLAIM) {
+            return Err(ClaimError::NoAffinity);
         }
-        let mut record = Vec::with_capacity(8 + own.key().len());
-        own.encode(&mut record);
+        let mut record = Vec::with_capacity(8 + claim.key().len());
+        claim.encode(&mut record);
         loop {
             match send(&self.control, &record, SendFlags::NOSIGNAL | SendFlags::DONTWAIT) {
                 Ok(_) => return Ok(()),
                 Err(Errno::INTR) => {}
-                Err(Errno::AGAIN | Errno::NOBUFS | Errno::NOMEM) => return Err(OwnError::Busy),
-                Err(_) => return Err(OwnError::NotJoined),
+                Err(Errno::AGAIN | Errno::NOBUFS | Errno::NOMEM) => return Err(ClaimError::Busy),
+                Err(_) => return Err(ClaimError::NotJoined),
             }
         }
     }

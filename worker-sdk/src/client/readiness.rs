@@ -17,26 +17,26 @@ use rustix::time::{
 };
 
 use super::clock::bounded;
-use super::said::{Repeated, Said};
+use super::log_queue::{LogQueue, RateLimited};
 
-pub(super) struct Ready {
+pub(super) struct Readiness {
     epoll: OwnedFd,
     timer: OwnedFd,
     closed: OwnedFd,
     /// It is called under the core's lock.
-    said: Arc<Said>,
+    log_queue: Arc<LogQueue>,
 }
 
-impl Ready {
-    pub(super) fn new(said: Arc<Said>) -> io::Result<Ready> {
-        let ready = Ready {
+impl Readiness {
+    pub(super) fn new(log_queue: Arc<LogQueue>) -> io::Result<Readiness> {
+        let ready = Readiness {
             epoll: epoll::create(epoll::CreateFlags::CLOEXEC)?,
             timer: timerfd_create(
                 TimerfdClockId::Monotonic,
                 TimerfdFlags::CLOEXEC | TimerfdFlags::NONBLOCK,
             )?,
             closed: eventfd(0, EventfdFlags::CLOEXEC | EventfdFlags::NONBLOCK)?,
-            said,
+            log_queue,
         };
         ready.watch(ready.timer.as_fd())?;
         ready.watch(ready.closed.as_fd())?;
@@ -54,7 +54,7 @@ impl Ready {
     /// hold a duplicate, and then closing ours would leave it in the set, ready for ever.
     pub(super) fn forget(&self, fd: BorrowedFd<'_>) {
         if let Err(error) = epoll::delete(&self.epoll, fd) {
-            self.said.say_limited(Repeated::Waiting, log::Level::Error, || {
+            self.log_queue.push_limited(RateLimited::Waiting, log::Level::Error, || {
                 format!("cannot stop watching a file descriptor: {error}")
             });
         }
@@ -80,7 +80,7 @@ impl Ready {
         let spec = Itimerspec { it_interval: zero, it_value: value };
         if let Err(error) = timerfd_settime(&self.timer, TimerfdTimerFlags::empty(), &spec) {
             let line = || format!("cannot set a timer: {error}");
-            self.said.say_limited(Repeated::Waiting, log::Level::Error, line);
+            self.log_queue.push_limited(RateLimited::Waiting, log::Level::Error, line);
         }
     }
 
@@ -96,7 +96,7 @@ impl Ready {
     }
 }
 
-impl AsFd for Ready {
+impl AsFd for Readiness {
     fn as_fd(&self) -> BorrowedFd<'_> {
         self.epoll.as_fd()
     }

@@ -17,7 +17,7 @@ thread_local! {
 
 /// What a worker reports of its threads.
 #[derive(Debug, Default)]
-pub(super) struct Waiting {
+pub(super) struct IdleThreads {
     reports: bool,
     idle: u32,
     /// Threads that have taken a connection and not come back.
@@ -26,7 +26,7 @@ pub(super) struct Waiting {
     turnaround: Option<u32>,
 }
 
-impl Waiting {
+impl IdleThreads {
     /// This thread waits in `accept` from now on, while `live` connections are being served.
     pub(super) fn enter(&mut self, live: u64) {
         self.idle += 1;
@@ -74,7 +74,7 @@ mod tests {
     #[test]
     fn threads_that_wait_are_counted_and_an_event_loop_reports_nothing() {
         let (board, _fd) = Scoreboard::create(1, 0).expect("a scoreboard");
-        let mut waiting = Waiting::default();
+        let mut waiting = IdleThreads::default();
         assert_eq!(board.idle_threads(), None);
         waiting.enter(0);
         waiting.enter(0);
@@ -100,7 +100,7 @@ mod tests {
     #[test]
     fn a_thread_that_gives_its_connections_away_is_always_back_soon() {
         let (board, _fd) = Scoreboard::create(1, 0).expect("a scoreboard");
-        let mut waiting = Waiting::default();
+        let mut waiting = IdleThreads::default();
         waiting.enter(0);
         waiting.leave();
         waiting.takes();

@@ -9,7 +9,7 @@ pub(in crate::client) struct Locked<'a> {
     flush: Flush<'a>,
 }
 
-struct Flush<'a>(&'a Said);
+struct Flush<'a>(&'a LogQueue);
 
 impl Drop for Flush<'_> {
     fn drop(&mut self) {
@@ -22,7 +22,7 @@ impl<'a> Locked<'a> {
     pub(super) fn wait(
         self,
         condition: &Condvar,
-        core: &'a Core,
+        core: &'a WorkerCore,
         until: Option<Instant>,
     ) -> Locked<'a> {
         let Locked { state, flush } = self;
@@ -57,9 +57,9 @@ impl std::ops::DerefMut for Locked<'_> {
     }
 }
 
-impl Core {
+impl WorkerCore {
     pub(in crate::client) fn lock(&self) -> Locked<'_> {
         let state = self.state.lock().unwrap_or_else(PoisonError::into_inner);
-        Locked { state, flush: Flush(&self.said) }
+        Locked { state, flush: Flush(&self.log_queue) }
     }
 }
