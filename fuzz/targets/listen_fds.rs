@@ -5,7 +5,7 @@
 use std::cell::Cell;
 use std::io;
 
-use dispatcher::event_loop::fuzzing::announced;
+use super::dispatcher_fuzzing::announced;
 
 const OWN: u32 = 4242;
 

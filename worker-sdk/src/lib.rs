@@ -123,7 +123,7 @@ mod sys;
 #[cfg(feature = "testing")]
 pub mod testing;
 
-#[cfg(feature = "fuzzing")]
+#[cfg(fuzzing)]
 pub use client::fuzzing;
 pub use client::{
     ClaimError, Connection, Drain, Error, Gauge, Guard, Incoming, IntoIncoming, Sampling, Worker,

@@ -1,7 +1,6 @@
-//! Private functions, for the fuzz targets; only with the feature `fuzzing`.
+//! Private functions for the fuzz targets; compiled for tests and with `--cfg fuzzing` only.
 //!
-//! A feature rather than a hidden module, so that the library as it is shipped has nothing of this; functions that
-//! wrap the private ones rather than copies, so that what is tested is what runs.
+//! Each function calls the private one, so a target tests the code that runs.
 
 use std::io;
 use std::os::fd::{OwnedFd, RawFd};
@@ -46,3 +45,6 @@ pub fn announced(
     let [pid, count, names] = variables;
     Variables { pid, count, names }.announced(own, passed)
 }
+
+#[cfg(test)]
+mod replayed;

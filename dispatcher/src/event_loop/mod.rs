@@ -16,7 +16,7 @@ mod control;
 mod courtesy;
 mod door;
 mod faults;
-#[cfg(feature = "fuzzing")]
+#[cfg(any(test, fuzzing))]
 pub mod fuzzing;
 mod gauges;
 mod held;

@@ -1,7 +1,6 @@
-//! The receive paths, for the fuzz targets: what they are is private, and stays so without the feature `fuzzing`.
+//! The receive paths for the fuzz targets; compiled for tests and with `--cfg fuzzing` only.
 //!
-//! A feature rather than a hidden module, so that the crate as people use it has nothing of this; functions that
-//! wrap the private ones rather than copies, so that what is tested is what runs.
+//! Each function calls the private one, so a target tests the code that runs.
 
 use std::os::fd::{BorrowedFd, OwnedFd};
 use std::path::Path;
@@ -58,3 +57,6 @@ pub fn answer(control: &OwnedFd) -> Result<Option<Welcome>, String> {
         Err(Failure::Permanent(error)) => Err(error.to_string()),
     }
 }
+
+#[cfg(test)]
+mod replayed;

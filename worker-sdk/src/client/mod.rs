@@ -12,7 +12,7 @@ mod connection;
 mod drain;
 mod error;
 mod events;
-#[cfg(feature = "fuzzing")]
+#[cfg(any(test, fuzzing))]
 pub mod fuzzing;
 mod gauges;
 mod guard;
