@@ -7,7 +7,7 @@
 //! such a connection leaves its worker only when that is suspect or leaves.
 //!
 //! A worker that reports its idle threads is a *reporter* here, all others are *event loops*. The rule, its parameters
-//! and what it was compared with: `docs/CHOOSING.md`.
+//! and what it was compared with: `docs/HANDOFF.md`.
 
 use std::time::Duration;
 

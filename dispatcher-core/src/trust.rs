@@ -2,7 +2,7 @@
 //! tested again.
 //!
 //! Pure arithmetic on one worker. Guarantees: trust comes from takes only; an answered probe shows that the process lives.
-//! The rule and its parameters are described in `docs/CHOOSING.md`; what follows from them for connections is
+//! The rule and its parameters are described in `docs/HANDOFF.md`; what follows from them for connections is
 //! decided in `handoff.rs`.
 
 use std::time::Duration;

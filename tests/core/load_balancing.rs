@@ -1,4 +1,4 @@
-//! The charts of docs/CHOOSING.md, from the simulator: the core itself, workers without processes, time without waiting.
+//! The charts of docs/LOAD_BALANCING.md, from the simulator: the core itself, workers without processes, time without waiting.
 //! The test compares what is in docs/ with what the code does now. To draw them again:
 //!
 //!     WRITE_CHARTS=1 cargo test -p dispatcher-core --test core load_balancing
@@ -229,7 +229,7 @@ fn uneven_lifetimes() {
     body += "<text x=\"40\" y=\"655\" fill=\"#555555\">Live connections of 8 workers while 2,500 clients come: from the least to the most \
              loaded one (band), and the mean (line).</text>\n";
     check(
-        "choosing-lifetimes.svg",
+        "load-balancing-lifetimes.svg",
         &svg(960, 670, "Loads under uneven lifetimes, by policy", &body),
     );
 }
@@ -300,7 +300,7 @@ fn slow_start() {
     }
     body += "<text x=\"50\" y=\"24\" fill=\"#555555\">Connections a second that a third worker gets after it has joined; 1,000 come in all.</text>\n";
     check(
-        "choosing-slow-start.svg",
+        "load-balancing-slow-start.svg",
         &svg(640, 275, "A new worker with and without slow start", &body),
     );
 }

@@ -156,7 +156,7 @@ fn idle_workers_on_one_machine_share_a_burst_evenly() {
     if !descriptors(3_000) {
         return;
     }
-    // As docs/CHOOSING.md has it for workers of one machine.
+    // As docs/LOAD_BALANCING.md has it for workers of one machine.
     let (dispatcher, address) = scoring("connections = 1, process_cpu = 10, process_rss = 0.01");
     let environment = [("DISPATCH_SAMPLE_INTERVAL", "50ms")];
     let _workers: Vec<Process> = (0..8)

@@ -233,7 +233,7 @@ mod tests {
         }
     }
 
-    /// docs/CHOOSING.md and etc/dispatcher.toml say 36 to 40 bytes.
+    /// docs/AFFINITY.md and etc/dispatcher.toml say 36 to 40 bytes.
     #[test]
     fn a_key_takes_36_to_40_bytes() {
         // As many places in the index as keys, up to the next power of two.

@@ -197,7 +197,7 @@ proptest! {
     }
 }
 
-/// docs/ACCESS.md and etc/dispatcher.toml say 56 to 60 bytes.
+/// docs/ACCESS_CONTROL.md and etc/dispatcher.toml say 56 to 60 bytes.
 #[test]
 fn a_client_takes_56_to_60_bytes() {
     // As many heads of chains as clients, up to the next power of two; and a place among those that are free.

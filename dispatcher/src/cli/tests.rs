@@ -65,11 +65,11 @@ fn exit_codes_are_documented() {
     });
     let codes: Vec<u8> = codes.collect();
     assert_eq!(codes.len(), 12, "{codes:?}");
-    let page = include_str!("../../../docs/OPERATING.md");
+    let page = include_str!("../../../docs/COMMANDS.md");
     let help = Cli::command().get_after_help().expect("more").to_string();
     let help = help.split("Exit codes").nth(1).expect("exit codes").to_owned();
     for code in codes {
-        assert!(page.contains(&format!("| {code} |")), "{code} is not in docs/OPERATING.md");
+        assert!(page.contains(&format!("| {code} |")), "{code} is not in docs/COMMANDS.md");
         assert!(help.contains(&format!(" {code} ")), "{code} is not in --help");
     }
 }

@@ -107,7 +107,7 @@ fn a_decision_says_what_was_in_a_workers_way() {
     assert_eq!(why(&desk)[1], (suspect.serial, Why::Suspect));
 }
 
-/// docs/CHOOSING.md says 128 bytes.
+/// docs/LOAD_BALANCING.md says 128 bytes.
 #[test]
 fn a_worker_in_a_decision_takes_128_bytes() {
     assert_eq!(size_of::<Seen>(), 128);

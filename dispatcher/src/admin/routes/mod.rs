@@ -144,7 +144,7 @@ fn bad_body(rejection: &JsonRejection) -> Response {
         JsonRejection::MissingJsonContentType(_) => {
             "send a JSON body with the header `content-type: application/json`"
         }
-        _ => "see docs/OPERATING.md for what belongs here",
+        _ => "see docs/ADMIN_API.md for what belongs here",
     };
     let status = rejection.status();
     let error = CommandError::new(problem_of(status), rejection.body_text()).hint(hint);
@@ -237,13 +237,13 @@ mod tests {
 
     #[test]
     fn every_path_is_documented() {
-        let page = include_str!("../../../../docs/OPERATING.md");
+        let page = include_str!("../../../../docs/ADMIN_API.md");
         let (_, table) = page.split_once("| path | GET |").expect("the table of paths");
         let table = table.split("\n\n").next().expect("its rows");
         for path in PATHS {
             assert!(
                 table.contains(&format!("\n| `{path}` |")),
-                "{path} is not in docs/OPERATING.md"
+                "{path} is not in docs/ADMIN_API.md"
             );
         }
         assert_eq!(table.lines().count(), PATHS.len() + 2, "and no others are");

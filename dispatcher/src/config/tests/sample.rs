@@ -2,6 +2,7 @@
 
 use super::*;
 
+const PAGE: &str = include_str!("../../../../docs/CONFIGURATION.md");
 const SAMPLE: &str = include_str!("../../../../etc/dispatcher.toml");
 
 /// The sample with every `#key = …` and `#[table]` switched on, except keys for which `skip` says so.
@@ -41,6 +42,11 @@ fn the_sample_has_every_key() {
                             || header.ends_with(&format!(".{key}")))
             });
             assert!(found, "{key} of {table} is not in the sample");
+            let written = [format!("`{key}`"), format!("{key}]"), format!("[{key}")];
+            assert!(
+                written.iter().any(|text| PAGE.contains(text)),
+                "{key} of {table} is not in docs/CONFIGURATION.md"
+            );
         }
     }
 }
