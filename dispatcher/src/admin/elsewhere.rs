@@ -6,7 +6,7 @@ use std::sync::mpsc::{SyncSender, sync_channel};
 
 use tokio::sync::oneshot;
 
-use crate::background::keep;
+use crate::background::restart;
 
 /// Most jobs waiting. A reload has one at a time, and so has the watch over socket files.
 const MAX_JOBS: usize = 16;
@@ -42,7 +42,7 @@ impl Elsewhere {
     ) -> Result<T, String> {
         let (done, result) = oneshot::channel();
         let job = move || {
-            let outcome = keep::caught(job);
+            let outcome = restart::caught(job);
             let outcome = outcome.map_err(|why| format!("a defect of the dispatcher: {why}"));
             // Without a listener the result is not needed any more.
             let _ = done.send(outcome);

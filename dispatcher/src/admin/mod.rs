@@ -31,7 +31,7 @@ use self::guests::Guests;
 use self::http::AdminSocket;
 use crate::background::logger::quoted;
 use crate::background::spawner;
-use crate::background::{keep, service_manager};
+use crate::background::{restart, service_manager};
 use crate::listen::files::SocketFiles;
 use crate::mailbox::client::Gate;
 use crate::mailbox::hosts::Hosts;
@@ -102,29 +102,29 @@ pub fn start(listener: UnixListener, tcp: Option<TcpListener>, wake: Wake) -> io
         let serve = async {
             // What these own is shared with the task that replaces one that failed.
             let spawns = Arc::new(Mutex::new(spawns));
-            tokio::spawn(keep::task("processes", move || {
+            tokio::spawn(restart::task("processes", move || {
                 let spawns = Arc::clone(&spawns);
                 async move { spawns.lock().await.run().await }
             }));
             let teller = Arc::new(Mutex::new(teller));
-            tokio::spawn(keep::task("service_manager", move || {
+            tokio::spawn(restart::task("service_manager", move || {
                 let teller = Arc::clone(&teller);
                 async move { teller.lock().await.run().await }
             }));
-            tokio::spawn(keep::task("reload", move || {
+            tokio::spawn(restart::task("reload", move || {
                 Arc::clone(&reloader).whenever(Arc::clone(&asked))
             }));
             if let Some(tcp) = tcp {
                 let (tcp, app, guests) = (Arc::new(tcp), app.clone(), guests.clone());
-                tokio::spawn(keep::task("admin_http", move || {
+                tokio::spawn(restart::task("admin_http", move || {
                     http::serve_tcp(Arc::clone(&tcp), app.clone(), guests.clone(), named.clone())
                 }));
             }
             let socket = Arc::new(AdminSocket::new(socket));
-            tokio::spawn(keep::task("admin_socket", move || {
+            tokio::spawn(restart::task("admin_socket", move || {
                 http::serve(Arc::clone(&socket), app.clone(), guests.clone())
             }));
-            tokio::spawn(keep::task("socket_files", move || {
+            tokio::spawn(restart::task("socket_files", move || {
                 look_at(watched.clone(), elsewhere.clone())
             }));
             // An error is a dropped `Side`: the same.
@@ -132,7 +132,7 @@ pub fn start(listener: UnixListener, tcp: Option<TcpListener>, wake: Wake) -> io
         };
         // The tasks are kept one by one. What is left is the runtime itself, which panics if it cannot poll; what is
         // registered with it cannot be moved to another one.
-        if let Err(error) = keep::caught(|| runtime.block_on(serve)) {
+        if let Err(error) = restart::caught(|| runtime.block_on(serve)) {
             log::error!("event=admin_thread_panicked error={}", quoted(error));
         }
         runtime.shutdown_timeout(THREAD_END);

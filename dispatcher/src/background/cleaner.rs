@@ -8,7 +8,7 @@ use std::io;
 use std::sync::mpsc::{SyncSender, TrySendError, sync_channel};
 use std::thread::JoinHandle;
 
-use crate::background::keep;
+use crate::background::restart;
 
 /// Most things that wait for the thread; those beyond wait with the hot thread.
 const MAX_WAITING: usize = 64;
@@ -39,7 +39,7 @@ impl Cleaner {
         let thread = std::thread::Builder::new().name("cleaner".to_owned());
         let thread = thread.spawn(move || {
             for rubbish in receiver {
-                keep::piece("cleaner", || drop(rubbish));
+                restart::piece("cleaner", || drop(rubbish));
             }
         })?;
         Ok(Cleaner { thread, rubbish, late: VecDeque::new() })

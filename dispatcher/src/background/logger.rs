@@ -366,7 +366,7 @@ fn write_out<W: Write>(receiver: &Receiver<Message>, mut output: Output<W>) {
             }
             output.run(receiver);
         };
-        let Err(error) = crate::background::keep::caught(run) else { return };
+        let Err(error) = crate::background::restart::caught(run) else { return };
         output.lost_one();
         failure = Some(error);
         std::thread::sleep(AFTER_FAILURE);

@@ -4,7 +4,7 @@
 
 pub mod cleaner;
 pub mod closer;
-pub mod keep;
 pub mod logger;
+pub mod restart;
 pub mod service_manager;
 pub mod spawner;

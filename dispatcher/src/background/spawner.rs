@@ -183,7 +183,9 @@ impl Service {
         // A process that is a dispatcher and nothing else has no children but these and those it inherits.
         let own = self.own.clone();
         let reaper = crate::signals::is_dispatcher().then(|| {
-            tokio::spawn(crate::background::keep::task("reaper", move || reaper::reap(own.clone())))
+            tokio::spawn(crate::background::restart::task("reaper", move || {
+                reaper::reap(own.clone())
+            }))
         });
         let _ends = AbortOnDrop(reaper);
         loop {

@@ -12,7 +12,7 @@ use rustix::net::SocketFlags;
 
 use super::EventLoop;
 use super::leaving::Leaving;
-use super::limit::Cause;
+use super::rate_limit::Cause;
 use super::token::Source;
 use crate::background::cleaner::Cleaner;
 use crate::background::closer::Closers;
@@ -22,7 +22,7 @@ use dispatcher_core::{Accepting, Client, ListenerId, Time};
 
 /// One listening socket. A configured listener has one, or several when a service manager passed several under its name.
 #[derive(Debug)]
-pub(super) struct Listener {
+pub(super) struct ListenerIo {
     pub(super) id: ListenerId,
     /// `None` once a stop has closed it, or a reload that took it out.
     pub(super) listening: Option<Listening>,
@@ -36,9 +36,9 @@ pub(super) struct Listener {
     pub(super) paused_until: Option<Time>,
     /// Another socket has taken its place: it is emptied and closed.
     retiring: bool,
-    /// No client has been accepted since it last rested for that.
+    /// No client has been accepted since it last paused for that.
     short: bool,
-    /// Times in a row that it rested only for a descriptor that is about to be closed.
+    /// Times in a row that it paused only for a descriptor that is about to be closed.
     waits: u32,
     /// Clients still to be accepted from this socket before it is closed, once it is to be.
     pub(super) last: u32,
@@ -80,7 +80,7 @@ pub(super) enum Attempt {
     Short(Errno),
 }
 
-impl Listener {
+impl ListenerIo {
     /// The id of a socket that belongs to no listener. There are fewer than that: see `reload`.
     pub(super) const NOBODY: ListenerId = ListenerId(u16::MAX);
 
@@ -89,8 +89,8 @@ impl Listener {
         listening: Listening,
         position: usize,
         last: u32,
-    ) -> Listener {
-        Listener {
+    ) -> ListenerIo {
+        ListenerIo {
             id,
             listening: Some(listening),
             position,
@@ -220,14 +220,14 @@ impl EventLoop {
                 Attempt::Client(fd, peer) => {
                     listener.waits = 0;
                     if std::mem::take(&mut listener.short)
-                        && let Some(left_out) = self.limits.allow(
+                        && let Some(suppressed) = self.limits.allow(
                             self.now,
                             self.core.pool_of_listener(id),
                             Cause::Relieved,
                         )
                     {
                         log::info!(
-                            "event=accept_resumed {} left_out={left_out}",
+                            "event=accept_resumed {} left_out={suppressed}",
                             self.listener(id)
                         );
                     }
@@ -255,7 +255,7 @@ impl EventLoop {
                         looked: 0,
                     });
                     self.look(conn, false);
-                    if std::mem::take(&mut self.rested) {
+                    if std::mem::take(&mut self.slept_long) {
                         self.perform();
                     }
                 }
@@ -279,11 +279,11 @@ impl EventLoop {
                     listener.short = true;
                     self.meters.accept_pauses += 1;
                     let pool = self.core.pool_of_listener(id);
-                    if let Some(left_out) = self.limits.allow(self.now, pool, Cause::Shortage) {
+                    if let Some(suppressed) = self.limits.allow(self.now, pool, Cause::Shortage) {
                         log::warn!(
-                            "event=accept_paused {} error={errno} pause={} left_out={left_out}",
+                            "event=accept_paused {} error={errno} pause={} left_out={suppressed}",
                             self.listener(id),
-                            super::tell::span(pause),
+                            super::events::span(pause),
                             errno = quoted(&errno)
                         );
                         let name = self.core.listener_name(id).to_owned();
@@ -316,9 +316,9 @@ impl EventLoop {
                 // Out of memory for the poll: come back to it after a pause.
                 listener.paused_until = Some(self.now + self.config.limits.resource_pause);
                 let pool = self.core.pool_of_listener(listener.id);
-                if let Some(left_out) = self.limits.allow(self.now, pool, Cause::NotWatched) {
+                if let Some(suppressed) = self.limits.allow(self.now, pool, Cause::NotWatched) {
                     log::warn!(
-                        "event=listener_not_watched listener={} error={error} left_out={left_out}",
+                        "event=listener_not_watched listener={} error={error} left_out={suppressed}",
                         self.core.listener_name(listener.id),
                         error = quoted(&error)
                     );

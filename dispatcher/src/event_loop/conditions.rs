@@ -36,7 +36,7 @@ impl Condition {
 
     /// What to say of it: it began so long ago, and `clients` were turned away since.
     pub(super) fn text(self, lasted: Duration, clients: u64, ongoing: bool) -> String {
-        let lasted = super::tell::span(lasted);
+        let lasted = super::events::span(lasted);
         let away = match clients {
             1 => "1 client was turned away".to_owned(),
             clients => format!("{clients} clients were turned away"),

@@ -6,7 +6,7 @@ use humantime::format_duration;
 
 use super::EventLoop;
 use super::conditions::Condition;
-use super::tell::span;
+use super::events::span;
 use crate::api::status::SocketFileStatus;
 use crate::background::logger::value;
 use crate::listen::files::News;
@@ -78,14 +78,14 @@ impl EventLoop {
         match *event {
             Event::Goodbye { worker, .. } | Event::Draining { worker, .. } => {
                 let process = self.core.process_of(worker).zip(self.core.worker_pid(worker));
-                self.orderly.leaves(worker, process);
+                self.expected_ends.leaves(worker, process);
             }
-            Event::DrainOver { worker, .. } => self.orderly.is_over(worker),
+            Event::DrainOver { worker, .. } => self.expected_ends.is_over(worker),
             Event::Resumed { worker } => {
-                self.orderly.stays(worker, self.core.process_of(worker));
+                self.expected_ends.stays(worker, self.core.process_of(worker));
             }
             Event::Gone { worker, live, resent, .. } => {
-                return self.orderly.gone(worker, live + u64::from(resent));
+                return self.expected_ends.gone(worker, live + u64::from(resent));
             }
             _ => {}
         }

@@ -1,4 +1,4 @@
-//! Workers that join and leave: what the [door](super::door) tells is put to the core, and its answers become orders.
+//! Workers that join and leave: what the [handshake thread](super::handshake) reports is put to the core, and its answers become orders.
 
 use std::os::fd::{AsRawFd, OwnedFd};
 
@@ -10,10 +10,10 @@ use mio::unix::SourceFd;
 
 use super::EventLoop;
 use super::control::Fault;
-use super::door::{Knock, News, Order, Settings};
+use super::doorbell_limit::DoorbellLimit;
 use super::gauges::Gauges;
-use super::limit::Cause;
-use super::rings::Rings;
+use super::handshake::{HandshakeCommand, HandshakeEvent, JoinRequest, Settings};
+use super::rate_limit::Cause;
 use super::token::{Key, Source};
 use super::worker_io::{Lane, WorkerIo};
 use crate::background::logger::{quoted, value};
@@ -32,15 +32,17 @@ impl EventLoop {
     /// Handles what the door has told.
     pub(super) fn hear(&mut self) {
         for _ in 0..NEWS_PER_TURN {
-            let Some(news) = self.door.next() else { return };
-            match news {
-                News::Hello(knock) => self.join(*knock),
-                News::Claim(worker, claim) => self.claim(worker, claim.key()),
-                News::Update(worker, update) => self.core.update(self.now, worker, update),
-                News::Goodbye(worker) => self.core.goodbye(self.now, worker),
-                News::Left(worker, why) => self.core.leave(self.now, worker, why),
-                News::Broke(worker, fault) => self.expel(worker, &fault),
-                News::Refused { pid, uid, gid, reason, key, more } => {
+            let Some(event) = self.handshakes.next() else { return };
+            match event {
+                HandshakeEvent::Hello(request) => self.join(*request),
+                HandshakeEvent::Claim(worker, claim) => self.claim(worker, claim.key()),
+                HandshakeEvent::Update(worker, update) => {
+                    self.core.update(self.now, worker, update)
+                }
+                HandshakeEvent::Goodbye(worker) => self.core.goodbye(self.now, worker),
+                HandshakeEvent::Left(worker, why) => self.core.leave(self.now, worker, why),
+                HandshakeEvent::Broke(worker, fault) => self.expel(worker, &fault),
+                HandshakeEvent::Refused { pid, uid, gid, reason, key, more } => {
                     self.meters.workers_refused += 1 + more;
                     log::warn!(
                         "event=worker_refused pid={pid} uid={uid} gid={gid} reason={} key={} left_out={more}",
@@ -52,15 +54,15 @@ impl EventLoop {
                         format!("process {pid} of user {uid} was refused: {reason}{key}")
                     });
                 }
-                News::RefusedMore { uid, count } => {
+                HandshakeEvent::RefusedMore { uid, count } => {
                     self.meters.workers_refused += count;
                     log::warn!("event=lines_left_out kind=worker_refused uid={uid} count={count}");
                 }
-                News::Short(error) => {
+                HandshakeEvent::Short(error) => {
                     let limit = self.limits.allow(self.now, None, Cause::Shortage);
-                    if let Some(left_out) = limit {
+                    if let Some(suppressed) = limit {
                         log::warn!(
-                            "event=worker_not_accepted error={error} left_out={left_out}",
+                            "event=worker_not_accepted error={error} left_out={suppressed}",
                             error = quoted(&error)
                         );
                         let pause = humantime::format_duration(self.config.limits.resource_pause);
@@ -73,11 +75,11 @@ impl EventLoop {
         }
     }
 
-    fn join(&mut self, knock: Knock) {
-        let Knock { key, mut join, lane } = knock;
+    fn join(&mut self, request: JoinRequest) {
+        let JoinRequest { key, mut join, lane } = request;
         join.spawned = join.hello.token.and_then(|token| self.tokens.get(&token).copied());
         if let Err(refusal) = self.core.may_join(&join) {
-            return self.door.order(Order::Refuse { key, refusal });
+            return self.handshakes.send(HandshakeCommand::Refuse { key, refusal });
         }
         let slots = self.slots_for(&join.hello.pool);
         // Made at the door, unless the pool has changed since.
@@ -93,7 +95,7 @@ impl EventLoop {
             Err(error) => {
                 let reason = format!("the dispatcher is short of a resource ({error}); try again");
                 let refusal = Refusal { code: RefusedCode::Resources, reason, key: None };
-                return self.door.order(Order::Refuse { key, refusal });
+                return self.handshakes.send(HandshakeCommand::Refuse { key, refusal });
             }
         };
         // The worker's copy of our eventfd, or a sign that we are out of descriptors.
@@ -102,12 +104,12 @@ impl EventLoop {
             Err(error) => {
                 let reason = format!("the dispatcher is short of a resource ({error}); try again");
                 let refusal = Refusal { code: RefusedCode::Resources, reason, key: None };
-                return self.door.order(Order::Refuse { key, refusal });
+                return self.handshakes.send(HandshakeCommand::Refuse { key, refusal });
             }
         };
         let id = match self.core.join(self.now, &join) {
             Ok(id) => id,
-            Err(refusal) => return self.door.order(Order::Refuse { key, refusal }),
+            Err(refusal) => return self.handshakes.send(HandshakeCommand::Refuse { key, refusal }),
         };
         let raw = lane.doorbell.as_raw_fd();
         let token = Source::Doorbell(Key::from(id)).token();
@@ -129,7 +131,7 @@ impl EventLoop {
         }
         .encode(&mut record);
         let fds = [theirs.channel, theirs.board, doorbell];
-        self.door.order(Order::Welcome { key, worker: id, record, fds });
+        self.handshakes.send(HandshakeCommand::Welcome { key, worker: id, record, fds });
         let gauges = pool_id.and_then(|pool| Gauges::new(&self.core, pool));
         self.gauge_readers += usize::from(gauges.is_some());
         let io = WorkerIo {
@@ -140,7 +142,7 @@ impl EventLoop {
             threads: None,
             gauges,
             purge: None,
-            rings: Rings::default(),
+            doorbell_limit: DoorbellLimit::default(),
         };
         let index = id.index as usize;
         if self.workers.len() <= index {
@@ -149,9 +151,9 @@ impl EventLoop {
         self.workers[index] = Some(io);
         if let Err(error) = watched {
             let limit = self.limits.allow(self.now, pool_id, Cause::NotWatched);
-            if let Some(left_out) = limit {
+            if let Some(suppressed) = limit {
                 log::warn!(
-                    "event=worker_not_watched {} error={error} left_out={left_out}",
+                    "event=worker_not_watched {} error={error} left_out={suppressed}",
                     self.worker(id),
                     error = quoted(&error)
                 );
@@ -165,9 +167,9 @@ impl EventLoop {
     /// A worker with a token that is not of ours: a dispatcher that was killed had started it, and in its place there is a
     /// process of ours. It keeps the connections it has, and ends with the last.
     fn retire_left_over(&mut self, worker: WorkerId, pool: Option<PoolId>) {
-        if let Some(left_out) = self.limits.allow(self.now, pool, Cause::LeftOver) {
+        if let Some(suppressed) = self.limits.allow(self.now, pool, Cause::LeftOver) {
             log::warn!(
-                "event=worker_left_over {} left_out={left_out} hint=\"an earlier dispatcher started it: it is drained\"",
+                "event=worker_left_over {} left_out={suppressed} hint=\"an earlier dispatcher started it: it is drained\"",
                 self.worker(worker)
             );
         }
@@ -180,7 +182,7 @@ impl EventLoop {
     }
 
     /// What the door goes by, from now on.
-    pub(super) fn door_settings(config: &config::Config) -> Settings {
+    pub(super) fn handshake_settings(config: &config::Config) -> Settings {
         let slots = config.pools.iter().map(|pool| {
             let settings = &pool.settings;
             (settings.name.clone(), settings.max_untaken + SPARE_SLOTS)
@@ -206,9 +208,9 @@ impl EventLoop {
             ClaimOutcome::NotAKey => "its pool's affinity.key has no such values",
         };
         let pool = self.core.pool_of_worker(worker);
-        if let Some(left_out) = self.limits.allow(self.now, pool, Cause::Claim) {
+        if let Some(suppressed) = self.limits.allow(self.now, pool, Cause::Claim) {
             log::warn!(
-                "event=claim_ignored {} reason={reason} left_out={left_out}",
+                "event=claim_ignored {} reason={reason} left_out={suppressed}",
                 self.worker(worker),
                 reason = quoted(&reason)
             );
@@ -230,9 +232,9 @@ impl EventLoop {
 
     fn expel(&mut self, id: WorkerId, fault: &Fault) {
         let pool = self.core.pool_of_worker(id);
-        if let Some(left_out) = self.limits.allow(self.now, pool, Cause::Broken) {
+        if let Some(suppressed) = self.limits.allow(self.now, pool, Cause::Broken) {
             log::warn!(
-                "event=worker_broke_protocol {} reason={fault} left_out={left_out}",
+                "event=worker_broke_protocol {} reason={fault} left_out={suppressed}",
                 self.worker(id),
                 fault = quoted(&fault)
             );

@@ -11,8 +11,8 @@ use std::time::Duration;
 use rustix::net::Shutdown;
 
 use super::EventLoop;
-use super::accept::{Attempt, Listener};
-use super::limit::Cause;
+use super::accept::{Attempt, ListenerIo};
+use super::rate_limit::Cause;
 use crate::api::status::KeptStatus;
 use crate::background::closer::{Owner, Task};
 use crate::listen::bind::Listening;
@@ -39,7 +39,7 @@ pub(super) enum Leaving {
     Kept,
 }
 
-impl Listener {
+impl ListenerIo {
     /// Lets no new connection begin. False if that cannot be had.
     fn close_door(&self) -> bool {
         let Some(listening) = &self.listening else { return false };
@@ -117,7 +117,7 @@ impl EventLoop {
         let kept = listener.listening.as_ref().is_some_and(|listening| listening.inherited);
         if kept && self.stop_deadline.is_none() {
             listener.leaving = Some(Leaving::Kept);
-            listener.id = Listener::NOBODY;
+            listener.id = ListenerIo::NOBODY;
             listener.ready = true;
             let address = listener.listening.as_ref().map_or("", |listening| &listening.address);
             log::warn!(
@@ -154,10 +154,10 @@ impl EventLoop {
                 Attempt::Client(fd, peer) => {
                     listener.turned_away += 1;
                     let address = listener.listening.as_ref().map_or("", |l| &l.address);
-                    if let Some(left_out) = self.limits.allow(self.now, None, Cause::NoListener) {
+                    if let Some(suppressed) = self.limits.allow(self.now, None, Cause::NoListener) {
                         log::info!(
                             "event=client_turned_away address={address} peer={peer} \
-                             reason=no_listener left_out={left_out}"
+                             reason=no_listener left_out={suppressed}"
                         );
                     }
                     // It may have sent descriptors whose close takes long.

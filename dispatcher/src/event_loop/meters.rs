@@ -19,7 +19,7 @@ pub(super) struct Meters {
     pub(super) turn: Histogram,
     /// Connections accepted, to choose the samples.
     decisions: u64,
-    /// Times accepting rested for want of descriptors or memory.
+    /// Times accepting paused for want of descriptors or memory.
     pub(super) accept_pauses: u64,
     /// Workers that were not let in.
     pub(super) workers_refused: u64,

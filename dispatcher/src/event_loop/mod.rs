@@ -9,34 +9,34 @@
 //! workers read once more.
 
 mod accept;
-mod alarm;
 mod command;
 mod conditions;
 mod control;
-mod courtesy;
-mod door;
+mod doorbell_limit;
+mod event_order;
+mod events;
+mod fault_list;
 mod faults;
 #[cfg(any(test, fuzzing))]
 pub mod fuzzing;
 mod gauges;
+mod handoff_check;
+mod handshake;
 mod held;
 mod join;
 mod leaving;
-mod limit;
 mod meters;
-mod order;
 mod peek;
 mod perform;
-mod recent;
+mod rate_limit;
 pub mod reload;
-mod rings;
 mod start;
 mod status;
-mod tell;
 mod time;
+mod timer;
 mod token;
-mod trial;
 mod worker_io;
+mod yield_backoff;
 
 use std::collections::HashMap;
 use std::io;
@@ -50,19 +50,19 @@ use mio::unix::SourceFd;
 use mio::{Events, Interest, Poll};
 use signal_hook_mio::v1_0::Signals;
 
-use self::accept::{Conn, Listener};
-use self::alarm::Alarm;
+use self::accept::{Conn, ListenerIo};
 use self::conditions::Conditions;
-use self::courtesy::Courtesy;
-use self::door::Door;
-use self::limit::{Cause, Limits};
+use self::event_order::{DelayedEvent, ExpectedEnds};
+use self::fault_list::{FaultList, Seconds};
+use self::handoff_check::HandoffCheck;
+use self::handshake::Handshakes;
 use self::meters::Meters;
-use self::order::{Later, Orderly};
-use self::recent::{Faults, Seconds};
+use self::rate_limit::{Cause, RateLimits};
 use self::time::{Stamps, clock, realtime};
+use self::timer::Timer;
 use self::token::{Key, Source};
-use self::trial::Trial;
 use self::worker_io::WorkerIo;
+use self::yield_backoff::YieldBackoff;
 use crate::background::cleaner::Cleaner;
 use crate::background::closer::Closers;
 use crate::background::service_manager::State;
@@ -111,7 +111,7 @@ struct EventLoop {
     /// Set once a stop has begun.
     stop_deadline: Option<Time>,
 
-    listeners: Vec<Listener>,
+    listeners: Vec<ListenerIo>,
     /// Whose turn it is to be accepted from first.
     next_listener: usize,
     /// Passed by a service manager, and asked for by nobody yet.
@@ -121,19 +121,19 @@ struct EventLoop {
     dispatch_address: String,
     /// Removes the dispatch socket's file at the end.
     dispatch_path: Option<OwnedPath>,
-    door: Door,
+    handshakes: Handshakes,
     /// By `WorkerId::index`. Side by side in memory: every turn looks at all of them.
     workers: Vec<Option<WorkerIo>>,
     /// Workers that are not listened to for a while.
     muted: usize,
     /// Workers of pools that score by gauges.
     gauge_readers: usize,
-    /// Something has just happened, so more is likely to happen soon: see [`DOZE`].
-    dozing: bool,
-    alarm: Alarm,
-    /// Woken after a [`REST`]: nobody else has asked for anything lately.
-    rested: bool,
-    courtesy: Courtesy,
+    /// Something has just happened, so more is likely to happen soon: see [`WAKEUP_GRACE`].
+    in_grace: bool,
+    timer: Timer,
+    /// Woken after a [`BATCHING_THRESHOLD`]: nobody else has asked for anything lately.
+    slept_long: bool,
+    yield_backoff: YieldBackoff,
     scanned_all: Time,
     /// The last turn left some out.
     scan_due: bool,
@@ -152,7 +152,7 @@ struct EventLoop {
     closing_due: Option<Time>,
     /// Workers whose channels are empty now.
     purged: Receiver<WorkerId>,
-    trial: Trial,
+    handoff_check: HandoffCheck,
     cleaner: Cleaner,
 
     side: Side,
@@ -160,15 +160,15 @@ struct EventLoop {
     admin_path: Option<OwnedPath>,
     /// The side thread's queues may hold more than one turn takes.
     side_ready: bool,
-    limits: Limits,
+    limits: RateLimits,
     /// Lines were left out that the log is to be told of by then.
-    unsaid_due: Option<Time>,
-    faults: Faults,
+    suppressed_due: Option<Time>,
+    faults: FaultList,
     /// What is wrong with pools now.
     conditions: Conditions,
-    orderly: Orderly,
+    expected_ends: ExpectedEnds,
     /// Lines of the log that come after others of this turn.
-    later: Vec<Later>,
+    delayed_events: Vec<DelayedEvent>,
     seconds: Seconds,
     /// Scratch space, kept warm.
     gauges_due: Vec<bool>,
@@ -182,17 +182,17 @@ struct EventLoop {
 /// For this long after an event no worker is asked to ring the doorbell: at any rate worth mentioning the next client wakes us before,
 /// and what was taken is then seen without a system call of the worker and a wake-up of ours for each connection. Workers
 /// that close meanwhile find their slot not released and shut the connection down, so no client waits for this.
-const DOZE: Duration = Duration::from_millis(2);
+const WAKEUP_GRACE: Duration = Duration::from_millis(2);
 
 /// After a sleep this long a client goes to its worker at once. Otherwise more clients are likely to have come with it, and
 /// one record for all of a worker's is cheaper.
-const REST: Duration = Duration::from_micros(200);
+const BATCHING_THRESHOLD: Duration = Duration::from_micros(200);
 
 /// How often workers that have nothing are looked at, at most; see [`EventLoop::scan_all`].
 const SCAN_ALL: Duration = Duration::from_millis(10);
 
 /// What a look without sleeping found.
-enum Look {
+enum PollOutcome {
     /// Events, to be handled now.
     Found,
     /// Nothing: sleep, at most for this long.
@@ -213,14 +213,14 @@ impl EventLoop {
             }
             let timeout = self.before_sleep();
             self.watch_turn();
-            self.rested = false;
-            if let Look::Sleep(timeout) = self.look_again(&mut events, timeout)? {
+            self.slept_long = false;
+            if let PollOutcome::Sleep(timeout) = self.poll_again(&mut events, timeout)? {
                 self.sleep(&mut events, timeout)?;
             }
             self.now = clock();
             self.to_realtime = realtime().wrapping_sub(self.now.0);
-            self.dozing =
-                events.iter().any(|event| Source::of(event.token()) != Some(Source::Alarm));
+            self.in_grace =
+                events.iter().any(|event| Source::of(event.token()) != Some(Source::Timer));
             // First: what is taken in the scan may give somebody who waits a place.
             self.read_gauges();
             self.scan_all();
@@ -250,9 +250,9 @@ impl EventLoop {
             return self.poll_events(events, timeout);
         }
         let began = clock();
-        let unset = timeout.filter(|&timeout| self.alarm.set(began, began + timeout).is_err());
+        let unset = timeout.filter(|&timeout| self.timer.set(began, began + timeout).is_err());
         self.poll_events(events, unset)?;
-        self.rested = clock() - began >= REST;
+        self.slept_long = clock() - began >= BATCHING_THRESHOLD;
         Ok(())
     }
 
@@ -277,29 +277,29 @@ impl EventLoop {
     ///
     /// On a machine with more work than cores, clients and workers get on meanwhile, so that the next turn has more to
     /// do and nobody pays for putting us to sleep and waking us. With a core to spare it costs two short system calls.
-    fn look_again(
+    fn poll_again(
         &mut self,
         events: &mut Events,
         timeout: Option<Duration>,
-    ) -> Result<Look, RunError> {
-        if !self.dozing || timeout == Some(Duration::ZERO) {
-            return Ok(Look::Sleep(timeout));
+    ) -> Result<PollOutcome, RunError> {
+        if !self.in_grace || timeout == Some(Duration::ZERO) {
+            return Ok(PollOutcome::Sleep(timeout));
         }
         let until = self.config.limits.busy_poll.min(timeout.unwrap_or(Duration::MAX));
         let began = clock();
         let mut looked = began;
         loop {
-            let yielded = self.courtesy.wanted(looked);
+            let yielded = self.yield_backoff.wanted(looked);
             if yielded {
                 std::thread::yield_now();
                 let now = clock();
-                self.courtesy.took(now, now - looked);
+                self.yield_backoff.took(now, now - looked);
                 looked = now;
             }
             if yielded || !until.is_zero() {
                 self.poll_events(events, Some(Duration::ZERO))?;
                 if !events.is_empty() {
-                    return Ok(Look::Found);
+                    return Ok(PollOutcome::Found);
                 }
             }
             if !until.is_zero() {
@@ -307,7 +307,9 @@ impl EventLoop {
             }
             let spent = looked - began;
             if spent >= until {
-                return Ok(Look::Sleep(timeout.map(|timeout| timeout.saturating_sub(spent))));
+                return Ok(PollOutcome::Sleep(
+                    timeout.map(|timeout| timeout.saturating_sub(spent)),
+                ));
             }
         }
     }
@@ -319,7 +321,7 @@ impl EventLoop {
         if turn > self.longest_turn {
             self.longest_turn = turn;
             if turn > SLOW_TURN {
-                log::warn!("event=slow_turn took={}", tell::span(turn));
+                log::warn!("event=slow_turn took={}", events::span(turn));
             }
         }
     }
@@ -337,7 +339,7 @@ impl EventLoop {
             // Once a turn, whatever was left over from the last one.
             Source::Waker => {
                 self.side_ready = true;
-                self.door.ready = true;
+                self.handshakes.ready = true;
             }
             Source::Listener(position) => {
                 if let Some(listener) = self.listeners.get_mut(position) {
@@ -348,13 +350,13 @@ impl EventLoop {
             Source::Dispatch | Source::Pending(_) | Source::Control(_) | Source::Process(_) => {}
             // These were meant to end the sleep; the scan has seen what a ring was about. A held one needs its event.
             Source::Doorbell(key) => self.rang(key),
-            Source::Alarm | Source::Held(_) => {}
+            Source::Timer | Source::Held(_) => {}
         }
     }
 
     /// What earlier turns did not finish, and what is due although no event says so.
     fn handle_leftovers(&mut self) {
-        if self.door.ready {
+        if self.handshakes.ready {
             self.hear();
         }
         if std::mem::take(&mut self.side_ready) {
@@ -364,8 +366,8 @@ impl EventLoop {
             self.purged(worker);
         }
         self.listen_again();
-        if self.unsaid_due.is_some_and(|due| due <= self.now) {
-            self.tell_left_out();
+        if self.suppressed_due.is_some_and(|due| due <= self.now) {
+            self.write_suppressed();
         }
         if let Some(discarded) = self.core.discarded() {
             self.cleaner.clean(discarded);
@@ -399,7 +401,7 @@ impl EventLoop {
             "event=stopping signal={name} held={} custody={} within={}",
             totals.held,
             totals.custody,
-            tell::span(patience)
+            events::span(patience)
         );
         if self.stop_deadline.is_none() {
             drop(self.side.manager.tell(State::Stopping));
@@ -471,7 +473,7 @@ impl EventLoop {
             changed = true;
         }
         if changed && let Some(Some(io)) = self.workers.get_mut(index) {
-            io.rings.news();
+            io.doorbell_limit.news();
         }
         changed
     }
@@ -480,7 +482,7 @@ impl EventLoop {
     fn rang(&mut self, key: Key) {
         let now = self.now;
         let Some(io) = self.worker_mut(key) else { return };
-        if !io.rings.rang(now) {
+        if !io.doorbell_limit.rang(now) {
             return;
         }
         let id = io.id;
@@ -489,19 +491,19 @@ impl EventLoop {
             join::forget(self.poll.registry(), &io.lane.doorbell);
         }
         let pool = self.core.pool_of_worker(id);
-        if let Some(left_out) = self.limits.allow(self.now, pool, Cause::Broken) {
-            log::warn!("event=worker_rings_idly {} left_out={left_out}", self.worker(id));
+        if let Some(suppressed) = self.limits.allow(self.now, pool, Cause::Broken) {
+            log::warn!("event=worker_rings_idly {} left_out={suppressed}", self.worker(id));
         }
     }
 
-    /// Listens again to workers that have rested.
+    /// Listens again to workers that were muted.
     fn listen_again(&mut self) {
         if self.muted == 0 {
             return;
         }
         let registry = self.poll.registry();
         for io in self.workers.iter_mut().flatten() {
-            if io.rings.unmute(self.now) {
+            if io.doorbell_limit.unmute(self.now) {
                 self.muted -= 1;
                 let token = Source::Doorbell(Key::from(io.id)).token();
                 let raw = io.lane.doorbell.as_raw_fd();
@@ -517,29 +519,29 @@ impl EventLoop {
     fn before_sleep(&mut self) -> Option<Duration> {
         self.watch_held();
         let clients = self.watch_listeners();
-        if clients || self.door.ready || self.side_ready {
+        if clients || self.handshakes.ready || self.side_ready {
             return Some(Duration::ZERO);
         }
         let mut changed = false;
         // Some have tickets and are not asked.
-        let mut dozes = false;
+        let mut grace_applies = false;
         let room = self.core.wants_room();
         for index in 0..self.workers.len() {
             let has_tickets = self.core.has_tickets(index as u32);
-            if !room && (!has_tickets || self.dozing) {
-                dozes |= has_tickets;
+            if !room && (!has_tickets || self.in_grace) {
+                grace_applies |= has_tickets;
                 continue;
             }
             let Some(io) = self.workers.get(index).and_then(Option::as_ref) else { continue };
             let wants = self.core.wants(io.id);
             // One that is not listened to is looked at as often as that.
-            if io.rings.muted_until.is_some() {
-                dozes |= has_tickets;
+            if io.doorbell_limit.muted_until.is_some() {
+                grace_applies |= has_tickets;
                 continue;
             }
             // A pool that is full is no reason to ask the workers of others.
-            if self.dozing && wants & slot::want::ROOM == 0 {
-                dozes |= has_tickets;
+            if self.in_grace && wants & slot::want::ROOM == 0 {
+                grace_applies |= has_tickets;
             } else if wants != 0 {
                 slot::arm(io.lane.board.want(), wants);
                 changed |= self.scan(index);
@@ -549,18 +551,19 @@ impl EventLoop {
             return Some(Duration::ZERO);
         }
         let paused = self.listeners.iter().filter_map(|listener| listener.paused_until).min();
-        let leaving = self.listeners.iter().filter_map(Listener::due).min();
-        self.unsaid_due = self.limits.due();
+        let leaving = self.listeners.iter().filter_map(ListenerIo::due).min();
+        self.suppressed_due = self.limits.due();
         let muted = (self.muted > 0).then(|| {
-            let muted = self.workers.iter().flatten().filter_map(|io| io.rings.muted_until);
+            let muted =
+                self.workers.iter().flatten().filter_map(|io| io.doorbell_limit.muted_until);
             muted.min().unwrap_or(self.now)
         });
         let deadlines =
-            [self.core.deadline(), paused, leaving, self.closing_due, muted, self.unsaid_due];
+            [self.core.deadline(), paused, leaving, self.closing_due, muted, self.suppressed_due];
         let next = deadlines.into_iter().flatten().min();
-        let doze = dozes.then(|| self.now + DOZE);
+        let grace = grace_applies.then(|| self.now + WAKEUP_GRACE);
         let rest = self.scan_due.then(|| self.scanned_all + SCAN_ALL);
-        let next = next.into_iter().chain(doze).chain(rest).min()?;
+        let next = next.into_iter().chain(grace).chain(rest).min()?;
         Some(next - clock())
     }
 }

@@ -15,10 +15,10 @@ use dispatch_protocol::wire::{
 use rustix::io::Errno;
 
 use super::accept::Conn;
-use super::door::Order;
+use super::event_order::DelayedEvent;
+use super::handshake::HandshakeCommand;
 use super::join::forget;
-use super::limit::Cause;
-use super::order::Later;
+use super::rate_limit::Cause;
 use super::worker_io::{Deferred, WorkerIo, classify, send_record};
 use super::{EventLoop, clock};
 use crate::background::closer::{Owner, Task};
@@ -36,7 +36,7 @@ impl EventLoop {
             }
             match self.dirty.pop() {
                 Some(index) => self.flush(index),
-                None => return self.tell_later(),
+                None => return self.write_delayed_events(),
             }
         }
     }
@@ -59,7 +59,7 @@ impl EventLoop {
                 let (listener, number) = (listener.0, conn.serial);
                 let entry = Entry { seq, slot, listener, flags, accepted_ns, peer, number };
                 if tell {
-                    self.later(Later::Resent { to: worker, conn, peer: entry.peer });
+                    self.delay_event(DelayedEvent::Resent { to: worker, conn, peer: entry.peer });
                 }
                 let Some(io) = self.io_mut(worker) else { return };
                 if let Some(deferred) = &mut io.purge {
@@ -131,11 +131,11 @@ impl EventLoop {
                 let Some(io) = self.io(worker) else { return };
                 // Both at once: the worker finds its channel ended, and rejoins if it can.
                 io.lane.shut();
-                self.door.order(Order::Cut(worker));
+                self.handshakes.send(HandshakeCommand::Cut(worker));
                 let pool = self.core.pool_of_worker(worker);
-                if let Some(left_out) = self.limits.allow(self.now, pool, Cause::Broken) {
+                if let Some(suppressed) = self.limits.allow(self.now, pool, Cause::Broken) {
                     log::warn!(
-                        "event=worker_expelled {} reason={reason} left_out={left_out}",
+                        "event=worker_expelled {} reason={reason} left_out={suppressed}",
                         self.worker(worker),
                         reason = quoted(&reason)
                     );
@@ -151,7 +151,7 @@ impl EventLoop {
             Effect::StopProcesses { pool } => {
                 self.side.spawner.stop_pool(pool, self.config.limits.stop_timeout);
             }
-            Effect::Event(event) => self.tell_in_order(event),
+            Effect::Event(event) => self.write_event_in_order(event),
         }
     }
 
@@ -212,7 +212,9 @@ impl EventLoop {
                         let Err(errno) = result else { continue };
                         let why = match errno {
                             // What a descriptor of our own can, this client's cannot.
-                            Errno::TOOMANYREFS if self.trial.passes() => SendFailure::Client,
+                            Errno::TOOMANYREFS if self.handoff_check.passes() => {
+                                SendFailure::Client
+                            }
                             other => classify(other),
                         };
                         not_sent(&mut self.core, self.now, io, worker, one, why);
@@ -276,9 +278,9 @@ impl EventLoop {
         match reason {
             CloseReason::NoWorker | CloseReason::Shutdown => {
                 self.conditions.turned_away(self.core.pool_of_listener(listener));
-                self.later(Later::Closed { conn, peer, listener, reason });
+                self.delay_event(DelayedEvent::Closed { conn, peer, listener, reason });
             }
-            _ => self.tell_closed(conn, &peer, listener, reason),
+            _ => self.write_closed(conn, &peer, listener, reason),
         }
         let response = match reason {
             CloseReason::NoWorker => {
@@ -319,13 +321,13 @@ impl EventLoop {
     pub(super) fn put_away(&mut self, io: WorkerIo) {
         let registry = self.poll.registry();
         forget(registry, &io.lane.doorbell);
-        self.muted -= usize::from(io.rings.muted_until.is_some());
+        self.muted -= usize::from(io.doorbell_limit.muted_until.is_some());
         self.gauge_readers -= usize::from(io.gauges.is_some());
         io.lane.shut();
         // What is queued in the channel goes with its last reference, which may be ours.
         let owner = Owner::Worker(io.id.serial);
         self.closers.task(Task::Drop(owner, Box::new(io.lane)));
-        self.door.order(Order::Forget(io.id));
+        self.handshakes.send(HandshakeCommand::Forget(io.id));
     }
 }
 

@@ -6,8 +6,9 @@ use std::sync::atomic::Ordering;
 use dispatcher_core::{ListenerId, ListenerSettings, PoolId};
 
 use super::EventLoop;
-use super::accept::Listener as Door;
+use super::accept::ListenerIo;
 use super::gauges::Gauges;
+use super::handshake::HandshakeCommand;
 use crate::api::command::{CommandError, Problem};
 use crate::api::reload::Reloaded;
 use crate::background::logger::value;
@@ -35,9 +36,11 @@ impl EventLoop {
         let dispatch = self.dispatch_path.iter().map(|path| (Socket::Dispatch, path.file()));
         let admin = self.admin_path.iter().map(|path| (Socket::Admin, path.file()));
         let listeners =
-            self.listeners.iter().filter(|door| !door.is_retiring()).filter_map(|door| {
-                Some((Socket::Listener(door.id), door.listening.as_ref()?.file()?))
-            });
+            self.listeners.iter().filter(|listener| !listener.is_retiring()).filter_map(
+                |listener| {
+                    Some((Socket::Listener(listener.id), listener.listening.as_ref()?.file()?))
+                },
+            );
         dispatch.chain(admin).chain(listeners).collect()
     }
 
@@ -65,7 +68,7 @@ impl EventLoop {
             let old = match socket {
                 Socket::Dispatch => {
                     let (fd, _, path) = listening.into_parts();
-                    self.door.order(crate::event_loop::door::Order::Listen(fd));
+                    self.handshakes.send(HandshakeCommand::Listen(fd));
                     std::mem::replace(&mut self.dispatch_path, path)
                 }
                 Socket::Admin => {
@@ -75,8 +78,8 @@ impl EventLoop {
                 Socket::Listener(id) => {
                     let backlog = self.config.listeners.get(usize::from(id.0));
                     let backlog = backlog.map_or(0, |listener| listener.options.backlog);
-                    for door in self.listeners.iter_mut().filter(|door| door.id == id) {
-                        door.retire();
+                    for listener in self.listeners.iter_mut().filter(|listener| listener.id == id) {
+                        listener.retire();
                     }
                     self.open(id, listening, backlog);
                     None
@@ -132,8 +135,8 @@ impl EventLoop {
         self.side.admin_rate.store(plan.limits.admin_rate, Ordering::Relaxed);
         self.closers.set_bounds(crate::event_loop::start::bounds(&plan.limits));
         self.config.limits = plan.limits;
-        let settings = EventLoop::door_settings(&self.config);
-        self.door.order(crate::event_loop::door::Order::Settings(settings));
+        let settings = EventLoop::handshake_settings(&self.config);
+        self.handshakes.send(HandshakeCommand::Settings(settings));
         self.config.admin_http_hosts = plan.admin_http_hosts;
         self.watch_socket_files();
         Ok(reloaded)
@@ -205,8 +208,8 @@ impl EventLoop {
                 let options = had.map_or_else(|| listener.options.clone(), |l| l.options.clone());
                 let as_it_is = Listener { options, ..listener.clone() };
                 let id = self.add_listener(&as_it_is, self.addresses_of(old));
-                for door in self.listeners.iter_mut().filter(|door| door.id == old) {
-                    door.id = id;
+                for listener in self.listeners.iter_mut().filter(|listener| listener.id == old) {
+                    listener.id = id;
                 }
                 self.core.retire_listener(old);
                 self.core.listener_closed(self.now, old);
@@ -255,8 +258,8 @@ impl EventLoop {
     }
 
     fn addresses_of(&self, id: ListenerId) -> String {
-        let doors = self.listeners.iter().filter(|door| door.id == id);
-        let listening = doors.filter_map(|door| door.listening.as_ref());
+        let entries = self.listeners.iter().filter(|listener| listener.id == id);
+        let listening = entries.filter_map(|listener| listener.listening.as_ref());
         let addresses: Vec<&str> = listening.map(|listening| listening.address.as_str()).collect();
         addresses.join(", ")
     }
@@ -270,12 +273,12 @@ impl EventLoop {
         );
         // The place of one that is closed: it is out of the poll, and an event for it that is still to be handled does no
         // more than have the new one's queue looked at.
-        let free = self.listeners.iter().position(|door| door.listening.is_none());
+        let free = self.listeners.iter().position(|listener| listener.listening.is_none());
         let place = free.unwrap_or(self.listeners.len());
-        let door = Door::new(id, listening, place, backlog);
+        let listener = ListenerIo::new(id, listening, place, backlog);
         match self.listeners.get_mut(place) {
-            Some(entry) => *entry = door,
-            None => self.listeners.push(door),
+            Some(entry) => *entry = listener,
+            None => self.listeners.push(listener),
         }
     }
 
@@ -286,12 +289,12 @@ impl EventLoop {
             return;
         }
         let tcp = matches!(listener.address, Address::Tcp(_));
-        for door in self.listeners.iter_mut().filter(|door| door.id == id) {
-            let Some(listening) = &door.listening else { continue };
+        for io in self.listeners.iter_mut().filter(|io| io.id == id) {
+            let Some(listening) = &io.listening else { continue };
             if listening.inherited {
                 continue;
             }
-            door.last = listener.options.backlog;
+            io.last = listener.options.backlog;
             let set = bind::change_options(listening.fd.as_fd(), tcp, &listener.options);
             if let Err(error) = set {
                 let left = format!("options of listener {} ({error})", listener.name);

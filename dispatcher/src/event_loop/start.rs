@@ -10,17 +10,17 @@ use nix::sys::resource::{Resource, getrlimit, setrlimit};
 use rustix::net::SocketType;
 use signal_hook_mio::v1_0::Signals;
 
-use super::accept::Listener;
-use super::alarm::Alarm;
+use super::accept::ListenerIo;
 use super::conditions::Conditions;
-use super::courtesy::Courtesy;
-use super::door::Door;
+use super::event_order::ExpectedEnds;
+use super::fault_list::{FaultList, Seconds};
+use super::handoff_check::HandoffCheck;
+use super::handshake::Handshakes;
 use super::meters::Meters;
-use super::order::Orderly;
-use super::recent::{Faults, Seconds};
+use super::timer::Timer;
 use super::token::Source;
-use super::trial::Trial;
-use super::{EventLoop, Limits, clock};
+use super::yield_backoff::YieldBackoff;
+use super::{EventLoop, RateLimits, clock};
 use crate::background::cleaner::Cleaner;
 use crate::background::closer::{Bounds, Closers, Owner, Task};
 use crate::background::logger::{quoted, value};
@@ -58,7 +58,7 @@ impl EventLoop {
             for listening in made {
                 let id = ListenerId(position);
                 let place = listeners.len();
-                listeners.push(Listener::new(id, listening, place, listener.options.backlog));
+                listeners.push(ListenerIo::new(id, listening, place, listener.options.backlog));
             }
         }
         let unused = inherited.finish();
@@ -75,7 +75,7 @@ impl EventLoop {
         mut signals: Signals,
         dispatch: Listening,
         admin: Listening,
-        listeners: Vec<Listener>,
+        listeners: Vec<ListenerIo>,
         settings: Vec<ListenerSettings>,
     ) -> Result<EventLoop, RunError> {
         let poll = Poll::new().map_err(RunError::system("poll"))?;
@@ -83,7 +83,7 @@ impl EventLoop {
         registry
             .register(&mut signals, Source::Signals.token(), Interest::READABLE)
             .map_err(RunError::system("poll"))?;
-        let alarm = Alarm::new(registry).map_err(RunError::system("timerfd"))?;
+        let timer = Timer::new(registry).map_err(RunError::system("timerfd"))?;
         let waker =
             Waker::new(registry, Source::Waker.token()).map_err(RunError::system("waker"))?;
         let waker = Arc::new(waker);
@@ -92,7 +92,7 @@ impl EventLoop {
             let _ = waker.wake();
         });
         let wake_closers = Arc::clone(&wake) as crate::wake::Wake;
-        let wake_door = Arc::clone(&wake) as crate::wake::Wake;
+        let wake_handshakes = Arc::clone(&wake) as crate::wake::Wake;
         let (admin, admin_path) = admin.into_listener();
         let tcp = match config.admin_http {
             None => None,
@@ -112,11 +112,12 @@ impl EventLoop {
         let (dispatch, dispatch_address, dispatch_path) = dispatch.into_parts();
         // Where the kernel refuses descriptors at their sender, no call of that thread can hang.
         let watch = crate::sys::refuse_descriptors(&dispatch).is_err().then(|| closers.watch());
-        let door_settings = EventLoop::door_settings(&config);
-        let door = Door::start(dispatch, door_settings, wake_door, closers.bin(), watch)
-            .map_err(RunError::system("handshake thread"))?;
+        let handshake_settings = EventLoop::handshake_settings(&config);
+        let handshakes =
+            Handshakes::start(dispatch, handshake_settings, wake_handshakes, closers.bin(), watch)
+                .map_err(RunError::system("handshake thread"))?;
         let cleaner = Cleaner::start().map_err(RunError::system("cleaner thread"))?;
-        let trial = Trial::new().map_err(RunError::system("socket pair"))?;
+        let handoff_check = HandoffCheck::new().map_err(RunError::system("socket pair"))?;
         let now = clock();
         let pools = config.pools.iter().map(|pool| pool.settings.clone()).collect();
         let mut core = Core::new(pools, settings, now);
@@ -152,13 +153,13 @@ impl EventLoop {
             unused: Vec::new(),
             dispatch_address,
             dispatch_path,
-            door,
+            handshakes,
             workers: Vec::new(),
             gauge_readers: 0,
-            dozing: false,
-            alarm,
-            rested: false,
-            courtesy: Courtesy::default(),
+            in_grace: false,
+            timer,
+            slept_long: false,
+            yield_backoff: YieldBackoff::default(),
             scanned_all: Time(0),
             scan_due: false,
             instance: format!("{:016x}", seed()),
@@ -171,17 +172,17 @@ impl EventLoop {
             closers,
             closing_due: None,
             purged,
-            trial,
+            handoff_check,
             muted: 0,
             cleaner,
             side,
             admin_path,
-            limits: Limits::default(),
-            unsaid_due: None,
-            faults: Faults::default(),
+            limits: RateLimits::default(),
+            suppressed_due: None,
+            faults: FaultList::default(),
             conditions: Conditions::default(),
-            orderly: Orderly::default(),
-            later: Vec::new(),
+            expected_ends: ExpectedEnds::default(),
+            delayed_events: Vec::new(),
             seconds: Seconds::new(now),
             side_ready: false,
             seen: Vec::new(),
@@ -223,7 +224,7 @@ impl EventLoop {
         for conn in self.conns.drain(..).flatten() {
             self.closers.task(Task::Drop(Owner::Other, Box::new(conn.fd)));
         }
-        if let Some(dispatch) = self.door.end(CLOSES_END) {
+        if let Some(dispatch) = self.handshakes.end(CLOSES_END) {
             self.closers.task(Task::Drop(Owner::Other, Box::new(dispatch)));
         }
         self.closers.finish(CLOSES_END);

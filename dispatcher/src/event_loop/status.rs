@@ -5,7 +5,7 @@ use rustix::rand::GetRandomFlags;
 
 use super::EventLoop;
 use super::gauges::show_gauges;
-use super::limit::{Cause, ProcessNews};
+use super::rate_limit::{Cause, ProcessNews};
 use crate::api::status::Status;
 use crate::background::logger::{quoted, value};
 use crate::background::spawner::{Report, SpawnRequest};
@@ -121,21 +121,21 @@ impl EventLoop {
         match report {
             Report::Spawned { process, pid } => {
                 let pool = Some(process.pool);
-                if let Some(left_out) =
+                if let Some(suppressed) =
                     self.limits.allow(self.now, pool, Cause::Process(ProcessNews::Started))
                 {
                     let process = self.process(process);
-                    log::info!("event=process_started {process} pid={pid} left_out={left_out}");
+                    log::info!("event=process_started {process} pid={pid} left_out={suppressed}");
                 }
                 self.core.spawned(self.now, process, true);
             }
             Report::SpawnFailed { process, error } => {
                 let pool = Some(process.pool);
-                if let Some(left_out) =
+                if let Some(suppressed) =
                     self.limits.allow(self.now, pool, Cause::Process(ProcessNews::NotStarted))
                 {
                     log::error!(
-                        "event=process_not_started {} error={error} left_out={left_out}",
+                        "event=process_not_started {} error={error} left_out={suppressed}",
                         self.process(process),
                         error = quoted(&error)
                     );
@@ -149,14 +149,14 @@ impl EventLoop {
                 // Whatever it was told: a crash is one.
                 let well = ENDED_WELL.contains(&status_text.as_str());
                 let wanted = self.stop_deadline.is_none() && self.core.wants_process(process);
-                let ordered = self.orderly.ended(process, pid) || !wanted;
+                let ordered = self.expected_ends.ended(process, pid) || !wanted;
                 let pool = Some(process.pool);
-                if let Some(left_out) =
+                if let Some(suppressed) =
                     self.limits.allow(self.now, pool, Cause::Process(ProcessNews::Ended))
                 {
                     log::log!(
                         if ordered && well { log::Level::Info } else { log::Level::Warn },
-                        "event=process_ended {} pid={pid} status={status_text} left_out={left_out}",
+                        "event=process_ended {} pid={pid} status={status_text} left_out={suppressed}",
                         self.process(process),
                         status_text = quoted(&status_text)
                     );

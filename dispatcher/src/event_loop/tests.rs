@@ -194,7 +194,7 @@ fn a_client_that_cannot_be_passed_is_dropped_and_blocks_no_other() {
     while event_loop.core.totals().accepted < 5 {
         assert!(Instant::now() < end, "they are accepted");
         // All of them for one record.
-        event_loop.rested = false;
+        event_loop.slept_long = false;
         event_loop.listeners[0].edge();
         event_loop.accept_from(0);
     }

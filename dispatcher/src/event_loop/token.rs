@@ -12,7 +12,7 @@ pub(super) enum Source {
     Signals,
     /// The side thread has put something in our queue.
     Waker,
-    /// The dispatch socket: workers knock.
+    /// The dispatch socket: workers connect.
     Dispatch,
     /// A listener, by its position.
     Listener(usize),
@@ -27,7 +27,7 @@ pub(super) enum Source {
     /// A worker took or closed something; the scan that every turn begins with will see it.
     Doorbell(Key),
     /// A time has come; a turn looks at the clock anyway.
-    Alarm,
+    Timer,
 }
 
 /// Position and serial number of something that comes and goes.
@@ -79,7 +79,7 @@ impl Source {
             Source::Control(key) => (6, key.index, key.serial),
             Source::Process(key) => (7, key.index, key.serial),
             Source::Held(key) => (8, key.index, key.serial),
-            Source::Alarm => (9, 0, 0),
+            Source::Timer => (9, 0, 0),
         };
         let bits = kind << (SERIAL_BITS + INDEX_BITS)
             | (u64::from(index) & INDEX_MASK) << SERIAL_BITS
@@ -102,7 +102,7 @@ impl Source {
             6 => Source::Control(key),
             7 => Source::Process(key),
             8 => Source::Held(key),
-            9 => Source::Alarm,
+            9 => Source::Timer,
             _ => return None,
         })
     }
@@ -125,7 +125,7 @@ mod tests {
             Source::Control(Key { index: 3, serial: 9 }),
             Source::Process(key),
             Source::Held(key),
-            Source::Alarm,
+            Source::Timer,
         ] {
             assert_eq!(Source::of(source.token()), Some(source));
         }

@@ -14,8 +14,8 @@ use rustix::net::{
     SocketType,
 };
 
+use super::doorbell_limit::DoorbellLimit;
 use super::gauges::Gauges;
-use super::rings::Rings;
 use dispatcher_core::{ConnId, Notice, SendFailure, Ticket, WorkerId};
 
 /// Everything the event loop keeps for a worker.
@@ -27,7 +27,7 @@ pub(super) struct WorkerIo {
     pub(super) outbox: Vec<(ConnId, Entry)>,
     /// `Some` while its channel is being emptied on another thread: nothing may be sent, or it might be taken out.
     pub(super) purge: Option<Deferred>,
-    pub(super) rings: Rings,
+    pub(super) doorbell_limit: DoorbellLimit,
     /// The `finished` counter as last reported to the core.
     pub(super) finished: u64,
     /// What it said of its threads, as last reported to the core.

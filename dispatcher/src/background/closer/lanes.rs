@@ -17,7 +17,7 @@ use rustix::net::{RecvAncillaryBuffer, RecvAncillaryMessage, RecvFlags, SendFlag
 use super::slow::{Job, Slot, Turn};
 use super::watchdog::{HELD_UP, Member};
 use super::{Copy, Owner, Shared, State, Task};
-use crate::background::keep;
+use crate::background::restart;
 use dispatcher_core::WorkerId;
 
 /// While it naps, the first closer needs no wake-up: so the hot thread pays for none while there is much to close.
@@ -57,7 +57,7 @@ pub(super) fn first(shared: &Arc<Shared>) {
         tasks: Vec::with_capacity(super::ROOM),
         ..Round::default()
     };
-    keep::thread("closer-1", || {
+    restart::thread("closer-1", || {
         first_rounds(shared, &member, &mut round);
         Ok(())
     });
@@ -95,7 +95,7 @@ fn first_rounds(shared: &Arc<Shared>, member: &Member, round: &mut Round) {
 pub(super) fn second(shared: &Arc<Shared>) {
     let member = shared.enter();
     let mut round = Round::default();
-    keep::thread("closer-2", || {
+    restart::thread("closer-2", || {
         second_rounds(shared, &member, &mut round);
         Ok(())
     });
@@ -300,7 +300,7 @@ pub(super) fn slow(shared: &Arc<Shared>) {
 
 fn carry_out(shared: &Arc<Shared>, member: &Member, turn: Turn, job: Job) {
     member.next();
-    keep::piece("closer-slow", || carry_out_one(shared, member, job));
+    restart::piece("closer-slow", || carry_out_one(shared, member, job));
     member.end();
     shared.closed(1);
     shared.lock().slow.done(turn);

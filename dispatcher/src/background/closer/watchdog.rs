@@ -7,7 +7,7 @@ use std::time::Duration;
 use rustix::thread::Pid;
 
 use super::{Shared, State, lanes};
-use crate::background::keep;
+use crate::background::restart;
 use crate::sys;
 
 /// How often it looks. A call that lasts from one look to the next is interrupted.
@@ -78,7 +78,7 @@ impl Member {
 
 /// The watchdog's thread.
 pub(super) fn run(shared: &Arc<Shared>) {
-    keep::thread("watchdog", || {
+    restart::thread("watchdog", || {
         look_until_over(shared);
         Ok(())
     });

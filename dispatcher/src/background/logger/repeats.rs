@@ -1,19 +1,18 @@
 //! How often one place in the program may log: the last resort against floods. Lines that peers can cause are limited where they
-//! are written, by pool and cause (`shell::limit`); this is for all the others, which operators and the system can cause.
+//! are written, by pool and cause (`event_loop::rate_limit`); this is for all the others, which operators and the system can cause.
 
 use std::sync::atomic::{AtomicU64, Ordering};
 
 use log::Record;
 
 /// Modules that limit by themselves, by pool: theirs must not hide one another.
-const LIMITED: [&str; 7] = [
-    "dispatcher::shell::accept",
-    "dispatcher::shell::door",
-    "dispatcher::shell::join",
-    "dispatcher::shell::leaving",
-    "dispatcher::shell::perform",
-    "dispatcher::shell::status",
-    "dispatcher::event_loop::tell",
+const LIMITED: [&str; 6] = [
+    "dispatcher::event_loop::accept",
+    "dispatcher::event_loop::join",
+    "dispatcher::event_loop::leaving",
+    "dispatcher::event_loop::perform",
+    "dispatcher::event_loop::status",
+    "dispatcher::event_loop::events",
 ];
 
 /// Lines of one place in any one second.
@@ -78,6 +77,17 @@ mod tests {
     }
 
     #[test]
+    fn every_exempt_module_exists_and_limits_its_lines() {
+        let root = std::path::Path::new(env!("CARGO_MANIFEST_DIR")).join("src");
+        for target in LIMITED {
+            let module = target.strip_prefix("dispatcher::").expect("a module of this crate");
+            let path = root.join(module.replace("::", "/")).with_extension("rs");
+            let text = std::fs::read_to_string(&path).expect(target);
+            assert!(text.contains(".allow("), "{target} has no rate limit");
+        }
+    }
+
+    #[test]
     fn no_place_floods_and_none_hides_another() {
         let repeats = Repeats::new();
         let count = |record: &Record<'_>, second| {
@@ -89,6 +99,10 @@ mod tests {
         assert_eq!(count(&one, 7), 0);
         assert_eq!(count(&one, 8), PER_SECOND, "again in the next second");
         assert_eq!(repeats.left_out(), 980 * 3 + 1_000);
-        assert_eq!(count(&record("dispatcher::event_loop::tell", 50), 8), 1_000, "limited by pool");
+        assert_eq!(
+            count(&record("dispatcher::event_loop::events", 50), 8),
+            1_000,
+            "limited by pool"
+        );
     }
 }

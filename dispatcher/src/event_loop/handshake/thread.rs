@@ -14,14 +14,14 @@ use mio::{Events, Interest, Poll};
 use super::super::clock;
 use super::super::control::{self, Fault, Peer, Received};
 use super::super::join::{forget, name_of};
-use super::super::limit::Limit;
+use super::super::rate_limit::RateLimit;
 use super::super::token::{Key, Source};
 use super::super::worker_io::{Lane, send_record};
 use super::pending::{Pending, Table};
 use super::rates::{Bucket, Rates};
-use super::{Knock, News, Order, Settings};
+use super::{HandshakeCommand, HandshakeEvent, JoinRequest, Settings};
 use crate::background::closer::{Bin, Watched};
-use crate::background::keep;
+use crate::background::restart;
 use crate::wake::Wake;
 use dispatcher_core::{Departure, Join, Refusal, Time, WorkerId};
 
@@ -55,7 +55,7 @@ struct Member {
 /// before it is seen to be dead.
 const DYING: Duration = Duration::from_millis(3);
 
-pub(super) struct Porter {
+pub(super) struct HandshakeThread {
     poll: Poll,
     /// Orders wait: an eventfd of the hot thread.
     waker: Arc<OwnedFd>,
@@ -64,7 +64,7 @@ pub(super) struct Porter {
     watched: bool,
     /// More may be waiting than one round takes.
     ready: bool,
-    rest_until: Option<Time>,
+    paused_until: Option<Time>,
     settings: Settings,
     pending: Table,
     /// By `WorkerId::index`.
@@ -76,12 +76,12 @@ pub(super) struct Porter {
     connects: Bucket,
     rates: Rates,
     /// By user.
-    refusals: HashMap<u32, Limit>,
-    news: SyncSender<News>,
+    refusals: HashMap<u32, RateLimit>,
+    events: SyncSender<HandshakeEvent>,
     wake: Wake,
     /// There is news that the hot thread was not woken for.
-    told: bool,
-    orders: Receiver<Order>,
+    unannounced: bool,
+    commands: Receiver<HandshakeCommand>,
     /// A worker that is being welcomed.
     welcomed: Option<WorkerId>,
     bin: Bin,
@@ -90,22 +90,22 @@ pub(super) struct Porter {
     now: Time,
 }
 
-impl Porter {
+impl HandshakeThread {
     pub(super) fn new(
         waker: &Arc<OwnedFd>,
         listener: OwnedFd,
         settings: Settings,
-        (news, wake): (SyncSender<News>, Wake),
-        orders: Receiver<Order>,
+        (events, wake): (SyncSender<HandshakeEvent>, Wake),
+        commands: Receiver<HandshakeCommand>,
         bin: Bin,
-    ) -> io::Result<Porter> {
-        let mut porter = Porter {
+    ) -> io::Result<HandshakeThread> {
+        let mut thread = HandshakeThread {
             poll: Poll::new()?,
             waker: Arc::clone(waker),
             listener,
             watched: true,
             ready: false,
-            rest_until: None,
+            paused_until: None,
             settings,
             pending: Table::default(),
             members: Vec::new(),
@@ -114,23 +114,23 @@ impl Porter {
             connects: Bucket::default(),
             rates: Rates::default(),
             refusals: HashMap::new(),
-            news,
+            events,
             wake,
-            told: false,
-            orders,
+            unannounced: false,
+            commands,
             welcomed: None,
             bin,
             over: false,
             now: clock(),
         };
-        porter.register_all()?;
-        Ok(porter)
+        thread.register_all()?;
+        Ok(thread)
     }
 
     /// Until the hot thread ends it; gives back the listening socket.
     pub(super) fn run(mut self, watched: Option<&Watched>) -> OwnedFd {
         let mut failed = false;
-        keep::thread("handshakes", || {
+        restart::thread("handshakes", || {
             if std::mem::replace(&mut failed, true) {
                 if let Some(watched) = watched {
                     watched.end();
@@ -163,7 +163,7 @@ impl Porter {
             if let Some(watched) = watched {
                 watched.end();
             }
-            if std::mem::take(&mut self.told) {
+            if std::mem::take(&mut self.unannounced) {
                 (self.wake)();
             }
         }
@@ -179,7 +179,7 @@ impl Porter {
         if let Some(worker) = self.welcomed.take()
             && self.member(Key::from(worker)).is_none()
         {
-            self.tell(News::Left(worker, Departure::Disconnected));
+            self.report(HandshakeEvent::Left(worker, Departure::Disconnected));
         }
         Ok(())
     }
@@ -222,8 +222,8 @@ impl Porter {
             }
         }
         // At most as many as the hot thread has sent by now; what it sends is bounded by what it was told.
-        while let Ok(order) = self.orders.try_recv() {
-            self.obey(order);
+        while let Ok(command) = self.commands.try_recv() {
+            self.carry_out(command);
         }
         for _ in 0..unread {
             let Some((key, time)) = self.again.pop_front() else { break };
@@ -234,13 +234,13 @@ impl Porter {
                 self.read_records(key);
             }
         }
-        if self.rest_until.is_some_and(|until| until <= self.now) {
-            self.rest_until = None;
+        if self.paused_until.is_some_and(|until| until <= self.now) {
+            self.paused_until = None;
             if self.watch().is_err() {
-                self.rest(self.settings.limits.resource_pause);
+                self.pause(self.settings.limits.resource_pause);
             }
         }
-        if self.ready && self.rest_until.is_none() {
+        if self.ready && self.paused_until.is_none() {
             self.accept();
         }
         while let Some(&(key, until)) = self.ending.front()
@@ -252,35 +252,35 @@ impl Porter {
             }
         }
         self.refuse_silent();
-        self.tell_unsaid();
+        self.report_suppressed();
     }
 
     fn timeout(&self) -> Option<Duration> {
         let again = self.again.iter().map(|(_, time)| *time).min();
-        if self.ready && self.rest_until.is_none() {
+        if self.ready && self.paused_until.is_none() {
             return Some(Duration::ZERO);
         }
-        let unsaid = self.refusals.values().filter_map(Limit::due).min();
+        let unreported = self.refusals.values().filter_map(RateLimit::due).min();
         let ending = self.ending.front().map(|(_, until)| *until);
-        let next = [self.rest_until, self.pending.deadline(), again, unsaid, ending];
+        let next = [self.paused_until, self.pending.deadline(), again, unreported, ending];
         Some(next.into_iter().flatten().min()? - clock())
     }
 
-    fn tell(&mut self, news: News) {
-        let news = match self.news.try_send(news) {
+    fn report(&mut self, event: HandshakeEvent) {
+        let event = match self.events.try_send(event) {
             Ok(()) => {
-                self.told = true;
+                self.unannounced = true;
                 return;
             }
             Err(TrySendError::Disconnected(_)) => {
                 self.over = true;
                 return;
             }
-            Err(TrySendError::Full(news)) => news,
+            Err(TrySendError::Full(event)) => event,
         };
         (self.wake)();
-        self.told = true;
-        self.over |= self.news.send(news).is_err();
+        self.unannounced = true;
+        self.over |= self.events.send(event).is_err();
     }
 
     /// A pending control connection is readable: its hello, or its end.
@@ -321,27 +321,27 @@ impl Porter {
         let Peer { pid, uid, gids } = pending.peer.clone();
         let join = Join { pid, uid, gids, hello, spawned: None };
         pending.deadline = None;
-        self.tell(News::Hello(Box::new(Knock { key, join, lane })));
+        self.report(HandshakeEvent::Hello(Box::new(JoinRequest { key, join, lane })));
     }
 
-    fn obey(&mut self, order: Order) {
-        match order {
-            Order::Welcome { key, worker, record, fds } => {
+    fn carry_out(&mut self, command: HandshakeCommand) {
+        match command {
+            HandshakeCommand::Welcome { key, worker, record, fds } => {
                 self.welcomed = Some(worker);
                 self.welcome(key, worker, &record, fds);
                 self.welcomed = None;
             }
-            Order::Refuse { key, refusal } => {
+            HandshakeCommand::Refuse { key, refusal } => {
                 if let Some(pending) = self.pending.take(key) {
                     self.refuse(pending, refusal);
                 }
             }
-            Order::Cut(worker) => {
+            HandshakeCommand::Cut(worker) => {
                 if let Some(member) = self.member(Key::from(worker)) {
                     let _ = rustix::net::shutdown(&member.control, rustix::net::Shutdown::Both);
                 }
             }
-            Order::Forget(worker) => {
+            HandshakeCommand::Forget(worker) => {
                 let place = self.members.get_mut(worker.index as usize);
                 let member = place.and_then(|p| p.take_if(|member| member.id == worker));
                 if let Some(member) = member {
@@ -353,9 +353,9 @@ impl Porter {
                     self.bin.close(vec![member.control]);
                 }
             }
-            Order::Settings(settings) => self.settings = settings,
-            Order::Listen(listener) => self.listen(listener),
-            Order::End => self.over = true,
+            HandshakeCommand::Settings(settings) => self.settings = settings,
+            HandshakeCommand::Listen(listener) => self.listen(listener),
+            HandshakeCommand::End => self.over = true,
         }
     }
 
@@ -429,18 +429,18 @@ impl Porter {
                 Received::Empty => return,
                 Received::Record(Control::Claim(claim)) => {
                     member.claims.1 += 1;
-                    self.tell(News::Claim(id, claim));
+                    self.report(HandshakeEvent::Claim(id, claim));
                     continue;
                 }
                 Received::Record(Control::Update(update)) => {
                     // Within the same bound.
                     member.claims.1 += 1;
-                    self.tell(News::Update(id, update));
+                    self.report(HandshakeEvent::Update(id, update));
                     continue;
                 }
                 Received::Record(Control::Goodbye(_)) if !member.said_goodbye => {
                     member.said_goodbye = true;
-                    self.tell(News::Goodbye(id));
+                    self.report(HandshakeEvent::Goodbye(id));
                     continue;
                 }
                 Received::End => return self.ended(key),
@@ -449,7 +449,7 @@ impl Porter {
             };
             member.over = true;
             self.bin.close(rubbish);
-            return self.tell(News::Broke(id, fault));
+            return self.report(HandshakeEvent::Broke(id, fault));
         }
         // There may be more, and the edge is used up.
         self.read_on(key, now);
@@ -480,7 +480,7 @@ impl Porter {
         member.over = true;
         member.ended = None;
         let id = member.id;
-        self.tell(News::Left(id, why));
+        self.report(HandshakeEvent::Left(id, why));
     }
 
     fn member(&mut self, key: Key) -> Option<&mut Member> {

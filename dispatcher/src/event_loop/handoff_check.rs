@@ -15,17 +15,17 @@ use super::worker_io::send_record;
 
 /// A way from this process to itself, and something harmless to pass.
 #[derive(Debug)]
-pub(super) struct Trial {
+pub(super) struct HandoffCheck {
     way: (OwnedFd, OwnedFd),
     passed: OwnedFd,
 }
 
-impl Trial {
-    pub(super) fn new() -> std::io::Result<Trial> {
+impl HandoffCheck {
+    pub(super) fn new() -> std::io::Result<HandoffCheck> {
         let flags = SocketFlags::CLOEXEC | SocketFlags::NONBLOCK;
         let way = rustix::net::socketpair(AddressFamily::UNIX, SocketType::SEQPACKET, flags, None)?;
         let passed = rustix::event::eventfd(0, EventfdFlags::CLOEXEC)?;
-        Ok(Trial { way, passed })
+        Ok(HandoffCheck { way, passed })
     }
 
     /// Passes a descriptor of our own to ourselves. Nothing but our own is touched.
@@ -49,9 +49,9 @@ mod tests {
 
     #[test]
     fn a_descriptor_of_our_own_passes_again_and_again() {
-        let trial = Trial::new().expect("a socket pair");
+        let handoff_check = HandoffCheck::new().expect("a socket pair");
         let before = std::fs::read_dir("/proc/self/fd").expect("descriptors").count();
-        assert!((0..1000).all(|_| trial.passes()));
+        assert!((0..1000).all(|_| handoff_check.passes()));
         // Other tests of this process open and close descriptors meanwhile.
         assert!(std::fs::read_dir("/proc/self/fd").expect("descriptors").count() < before + 500);
     }

@@ -7,7 +7,7 @@ use dispatch_protocol::ClientAddr;
 use dispatch_protocol::scoreboard::gauge::GaugeName;
 
 use super::EventLoop;
-use super::limit::{Cause, EVENTS};
+use super::rate_limit::{Cause, EVENTS};
 use crate::background::logger::{quoted, value};
 use dispatcher_core::{CloseReason, ConnId, Departure, Event, ListenerId, PoolId, WorkerId};
 
@@ -42,27 +42,27 @@ fn kind_of(event: &Event) -> usize {
 impl EventLoop {
     /// Writes a line, unless this kind has had its share of the second: workers can cause most of these as often as
     /// they like.
-    pub(super) fn tell(&mut self, event: &Event) {
+    pub(super) fn write_event(&mut self, event: &Event) {
         let ordered = self.note_order(event);
         let at = kind_of(event);
         let pool = self.pool_of_event(event);
         match self.limits.allow(self.now, pool, Cause::Event(at)) {
             None => return,
             Some(0) => {}
-            Some(count) => self.left_out(EVENTS[at], pool, count),
+            Some(count) => self.write_suppressed_one(EVENTS[at], pool, count),
         }
         self.write(event, ordered);
         self.note_fault(event, ordered);
     }
 
     /// Says what was left out and is followed by silence. A flood that goes on says so itself.
-    pub(super) fn tell_left_out(&mut self) {
-        for unsaid in self.limits.unsaid(self.now) {
-            self.left_out(unsaid.kind, unsaid.pool, unsaid.count);
+    pub(super) fn write_suppressed(&mut self) {
+        for unreported in self.limits.unreported(self.now) {
+            self.write_suppressed_one(unreported.kind, unreported.pool, unreported.count);
         }
     }
 
-    fn left_out(&self, kind: &str, pool: Option<PoolId>, count: u64) {
+    fn write_suppressed_one(&self, kind: &str, pool: Option<PoolId>, count: u64) {
         let pool = pool.map_or("-", |pool| self.core.pool_name(pool));
         log::warn!("event=lines_left_out kind={kind} pool={pool} count={count}");
     }
@@ -228,7 +228,7 @@ impl EventLoop {
 
     /// A connection was closed. All of them are told at `debug`; those that were kept out or turned away before that, as far
     /// as there are not too many.
-    pub(super) fn tell_closed(
+    pub(super) fn write_closed(
         &mut self,
         conn: ConnId,
         peer: &ClientAddr,
@@ -248,21 +248,21 @@ impl EventLoop {
             return;
         }
         let limit = self.limits.allow(self.now, pool, Cause::Closed(reason));
-        let Some(left_out) = limit else { return };
+        let Some(suppressed) = limit else { return };
         match reason {
             CloseReason::NoWorker | CloseReason::Shutdown | CloseReason::Unsendable => {
-                log::info!("event=client_turned_away {about} left_out={left_out}");
+                log::info!("event=client_turned_away {about} left_out={suppressed}");
             }
-            _ => log::warn!("event=client_kept_out {about} left_out={left_out}"),
+            _ => log::warn!("event=client_kept_out {about} left_out={suppressed}"),
         }
     }
 
     /// A connection that another worker had untaken goes to this one.
-    pub(super) fn tell_resent(&mut self, to: WorkerId, conn: ConnId, peer: &ClientAddr) {
+    pub(super) fn write_resent(&mut self, to: WorkerId, conn: ConnId, peer: &ClientAddr) {
         let pool = self.core.pool_of_worker(to);
-        if let Some(left_out) = self.limits.allow(self.now, pool, Cause::Resent) {
+        if let Some(suppressed) = self.limits.allow(self.now, pool, Cause::Resent) {
             log::info!(
-                "event=connection_resent conn={conn} peer={peer} {} left_out={left_out}",
+                "event=connection_resent conn={conn} peer={peer} {} left_out={suppressed}",
                 self.worker(to)
             );
         }

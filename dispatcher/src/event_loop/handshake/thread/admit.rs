@@ -13,9 +13,9 @@ use super::super::super::control::Peer;
 use super::super::super::join::forget;
 use super::super::super::token::Source;
 use super::super::super::worker_io::send_record;
-use super::super::News;
+use super::super::HandshakeEvent;
 use super::super::pending::Pending;
-use super::Porter;
+use super::HandshakeThread;
 use crate::words::count;
 use dispatcher_core::Refusal;
 
@@ -25,7 +25,7 @@ const KNOCKS: usize = 64;
 /// Users whose refusals are counted apart.
 const REFUSED_USERS: usize = 1_024;
 
-impl Porter {
+impl HandshakeThread {
     pub(super) fn watch(&mut self) -> io::Result<()> {
         let raw = self.listener.as_raw_fd();
         let token = Source::Dispatch.token();
@@ -42,25 +42,25 @@ impl Porter {
         let old = std::mem::replace(&mut self.listener, listener);
         self.bin.close(vec![old]);
         self.ready = false;
-        if self.rest_until.is_none() && self.watch().is_err() {
-            self.rest(self.settings.limits.resource_pause);
+        if self.paused_until.is_none() && self.watch().is_err() {
+            self.pause(self.settings.limits.resource_pause);
         }
     }
 
     /// Accepts nobody for a while: they wait in the socket's queue.
-    pub(super) fn rest(&mut self, pause: Duration) {
+    pub(super) fn pause(&mut self, pause: Duration) {
         if std::mem::take(&mut self.watched) {
             forget(self.poll.registry(), &self.listener);
         }
         self.ready = false;
-        self.rest_until = Some(self.now + pause);
+        self.paused_until = Some(self.now + pause);
     }
 
     pub(super) fn accept(&mut self) {
         for _ in 0..KNOCKS {
             let most = self.settings.limits.connect_rate;
             if let Err(again) = self.connects.take(self.now, most, (most / 10).max(KNOCKS as u32)) {
-                return self.rest(again - self.now);
+                return self.pause(again - self.now);
             }
             let flags = rustix::net::SocketFlags::CLOEXEC | rustix::net::SocketFlags::NONBLOCK;
             match rustix::net::accept_with(&self.listener, flags) {
@@ -72,8 +72,8 @@ impl Porter {
                 }
                 Err(errno) => {
                     // EMFILE and its kind: the worker stays in the socket's queue.
-                    self.rest(self.settings.limits.resource_pause);
-                    return self.tell(News::Short(errno.to_string()));
+                    self.pause(self.settings.limits.resource_pause);
+                    return self.report(HandshakeEvent::Short(errno.to_string()));
                 }
             }
         }
@@ -163,21 +163,21 @@ impl Porter {
         let known = self.refusals.len() < REFUSED_USERS || self.refusals.contains_key(&uid);
         let limit = self.refusals.entry(if known { uid } else { u32::MAX }).or_default();
         if let Some(more) = limit.allow(self.now) {
-            self.tell(News::Refused { pid, uid, gid, reason, key, more });
+            self.report(HandshakeEvent::Refused { pid, uid, gid, reason, key, more });
         }
     }
 
-    pub(super) fn tell_unsaid(&mut self) {
+    pub(super) fn report_suppressed(&mut self) {
         let now = self.now;
-        let mut unsaid = Vec::new();
+        let mut unreported = Vec::new();
         self.refusals.retain(|&uid, limit| {
             if limit.due().is_some_and(|due| due <= now) {
-                unsaid.push((uid, limit.take_left_out()));
+                unreported.push((uid, limit.take_suppressed()));
             }
             !limit.is_over(now)
         });
-        for (uid, count) in unsaid {
-            self.tell(News::RefusedMore { uid, count });
+        for (uid, count) in unreported {
+            self.report(HandshakeEvent::RefusedMore { uid, count });
         }
     }
 }

@@ -19,19 +19,19 @@ const MAX_PAUSE: Duration = Duration::from_secs(2);
 const TRUST: u32 = 64;
 
 #[derive(Debug)]
-pub(super) struct Courtesy {
+pub(super) struct YieldBackoff {
     paused_until: Time,
     next_pause: Duration,
     short: u32,
 }
 
-impl Default for Courtesy {
-    fn default() -> Courtesy {
-        Courtesy { paused_until: Time(0), next_pause: MIN_PAUSE, short: 0 }
+impl Default for YieldBackoff {
+    fn default() -> YieldBackoff {
+        YieldBackoff { paused_until: Time(0), next_pause: MIN_PAUSE, short: 0 }
     }
 }
 
-impl Courtesy {
+impl YieldBackoff {
     pub(super) fn wanted(&self, now: Time) -> bool {
         self.paused_until <= now
     }
@@ -58,22 +58,22 @@ mod tests {
 
     #[test]
     fn long_yields_stop_it_for_longer_and_longer_and_short_ones_bring_it_back() {
-        let mut courtesy = Courtesy::default();
+        let mut yield_backoff = YieldBackoff::default();
         let mut now = Time(1_000_000_000);
-        assert!(courtesy.wanted(now));
+        assert!(yield_backoff.wanted(now));
         for pause in [20, 40, 80, 160, 320, 640, 1280, 2000, 2000] {
-            courtesy.took(now, Duration::from_millis(3));
+            yield_backoff.took(now, Duration::from_millis(3));
             let pause = Duration::from_millis(pause);
-            assert!(!courtesy.wanted(now + (pause - Duration::from_nanos(1))));
+            assert!(!yield_backoff.wanted(now + (pause - Duration::from_nanos(1))));
             now = now + pause;
-            assert!(courtesy.wanted(now));
+            assert!(yield_backoff.wanted(now));
         }
         for _ in 0..TRUST {
-            courtesy.took(now, Duration::from_micros(50));
-            assert!(courtesy.wanted(now));
+            yield_backoff.took(now, Duration::from_micros(50));
+            assert!(yield_backoff.wanted(now));
         }
-        courtesy.took(now, Duration::from_millis(3));
-        assert!(!courtesy.wanted(now));
-        assert!(courtesy.wanted(now + MIN_PAUSE));
+        yield_backoff.took(now, Duration::from_millis(3));
+        assert!(!yield_backoff.wanted(now));
+        assert!(yield_backoff.wanted(now + MIN_PAUSE));
     }
 }

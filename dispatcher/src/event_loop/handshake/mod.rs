@@ -1,6 +1,6 @@
 //! Workers at the door: a thread of its own accepts control connections, identifies who is behind them, receives hello,
 //! and afterwards everything that joined workers say. The hot thread hears of it in typed messages over one bounded
-//! mailbox, decides through the core, and answers with orders.
+//! mailbox, decides through the core, and answers with commands.
 //!
 //! A record can come with descriptors. Linux 6.16 refuses them at the sender (`SO_PASSRIGHTS`). Before that they are
 //! received, with room for as many as a message can carry, and given to the closers: without room the kernel closes them
@@ -8,15 +8,15 @@
 //! that happens all the same; the watchdog looks after this thread then.
 //!
 //! Bounds: `connect_rate` for all, `join_rate` and `join_burst` for each user, `max_handshakes` and `max_pending_hellos`
-//! control connections that have not been answered, `hello_timeout`; [`NEWS`] messages in the mailbox, and in one round
+//! control connections that have not been answered, `hello_timeout`; [`MAILBOX`] messages in the mailbox, and in one round
 //! so many records of each worker. This thread may wait for the hot thread; the hot thread never waits for this one.
 //!
 //! If the thread panics or cannot poll any more, that is reported, and it begins again with the connections it has, all
 //! registered with a new poll.
 
 mod pending;
-mod porter;
 mod rates;
+mod thread;
 
 use std::collections::HashMap;
 use std::io;
@@ -28,7 +28,7 @@ use std::time::Duration;
 use dispatch_protocol::wire::{Claim, Update};
 use rustix::event::EventfdFlags;
 
-use self::porter::Porter;
+use self::thread::HandshakeThread;
 use super::control::Fault;
 use super::token::Key;
 use super::worker_io::{Lane, LaneFds};
@@ -38,13 +38,13 @@ use crate::wake::Wake;
 use dispatcher_core::{Departure, Join, Refusal, WorkerId};
 
 /// Most messages waiting for the hot thread.
-const NEWS: usize = 256;
+const MAILBOX: usize = 256;
 
 /// What the hot thread hears.
 #[derive(Debug)]
-pub(super) enum News {
-    /// Somebody said hello, and gets one answer: [`Order::Welcome`] or [`Order::Refuse`] with this key.
-    Hello(Box<Knock>),
+pub(super) enum HandshakeEvent {
+    /// Somebody said hello, and gets one answer: [`HandshakeCommand::Welcome`] or [`HandshakeCommand::Refuse`] with this key.
+    Hello(Box<JoinRequest>),
     /// A worker claims a key.
     Claim(WorkerId, Claim),
     /// A worker says anew what its hello said.
@@ -65,7 +65,7 @@ pub(super) enum News {
 
 /// Somebody who wants to join.
 #[derive(Debug)]
-pub(super) struct Knock {
+pub(super) struct JoinRequest {
     pub(super) key: Key,
     /// Without `spawned`: which process a token belongs to is known to the hot thread.
     pub(super) join: Join,
@@ -75,7 +75,7 @@ pub(super) struct Knock {
 
 /// What the hot thread wants done.
 #[derive(Debug)]
-pub(super) enum Order {
+pub(super) enum HandshakeCommand {
     /// Send this welcome with these descriptors. The core knows the worker already.
     Welcome { key: Key, worker: WorkerId, record: Vec<u8>, fds: [OwnedFd; 3] },
     /// Say why not.
@@ -102,51 +102,57 @@ pub(super) struct Settings {
 
 /// The hot thread's side.
 #[derive(Debug)]
-pub(super) struct Door {
-    news: Receiver<News>,
-    /// At most one answer for each hello, and two orders for each worker: so not unbounded.
-    orders: Sender<Order>,
+pub(super) struct Handshakes {
+    events: Receiver<HandshakeEvent>,
+    /// At most one answer for each hello, and two commands for each worker: so not unbounded.
+    commands: Sender<HandshakeCommand>,
     /// An eventfd: the thread may register it again elsewhere.
     waker: Arc<OwnedFd>,
-    /// There may be news.
+    /// There may be events.
     pub(super) ready: bool,
     ended: Receiver<OwnedFd>,
 }
 
-impl Door {
-    /// Starts the thread. `wake` is called when there is news.
+impl Handshakes {
+    /// Starts the thread. `wake` is called when there are events.
     pub(super) fn start(
         listener: OwnedFd,
         settings: Settings,
         wake: Wake,
         bin: Bin,
         watch: Option<Watch>,
-    ) -> io::Result<Door> {
+    ) -> io::Result<Handshakes> {
         let flags = EventfdFlags::CLOEXEC | EventfdFlags::NONBLOCK;
         let waker = Arc::new(rustix::event::eventfd(0, flags)?);
-        let (news_sender, news): (SyncSender<News>, _) = sync_channel(NEWS);
-        let (orders, order_receiver) = channel();
+        let (event_sender, events): (SyncSender<HandshakeEvent>, _) = sync_channel(MAILBOX);
+        let (commands, command_receiver) = channel();
         let (end, ended) = channel();
-        let porter =
-            Porter::new(&waker, listener, settings, (news_sender, wake), order_receiver, bin)?;
+        let thread = HandshakeThread::new(
+            &waker,
+            listener,
+            settings,
+            (event_sender, wake),
+            command_receiver,
+            bin,
+        )?;
         std::thread::Builder::new().name("handshakes".to_owned()).spawn(move || {
             let watched = watch.map(Watch::join);
             // Nobody waits for it if the dispatcher is gone without a goodbye.
-            let _ = end.send(porter.run(watched.as_ref()));
+            let _ = end.send(thread.run(watched.as_ref()));
         })?;
-        Ok(Door { news, orders, waker, ready: false, ended })
+        Ok(Handshakes { events, commands, waker, ready: false, ended })
     }
 
     /// The next message.
-    pub(super) fn next(&mut self) -> Option<News> {
-        let next = self.news.try_recv().ok();
+    pub(super) fn next(&mut self) -> Option<HandshakeEvent> {
+        let next = self.events.try_recv().ok();
         self.ready = next.is_some();
         next
     }
 
-    pub(super) fn order(&self, order: Order) {
+    pub(super) fn send(&self, command: HandshakeCommand) {
         // It ends only when told to.
-        if self.orders.send(order).is_ok() {
+        if self.commands.send(command).is_ok() {
             // It fails only when the counter is full, and then it is set.
             let _ = rustix::io::write(&self.waker, &1_u64.to_ne_bytes());
         }
@@ -154,9 +160,9 @@ impl Door {
 
     /// Closes every control connection; gives back the listening socket. For the very end: this waits, at most so long.
     pub(super) fn end(self, patience: Duration) -> Option<OwnedFd> {
-        self.order(Order::End);
+        self.send(HandshakeCommand::End);
         // It may be waiting for room.
-        drop(self.news);
+        drop(self.events);
         self.ended.recv_timeout(patience).ok()
     }
 }

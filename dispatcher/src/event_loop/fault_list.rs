@@ -27,11 +27,11 @@ struct Fault {
 
 /// The last faults, newest last.
 #[derive(Clone, Debug, Default)]
-pub(super) struct Faults {
+pub(super) struct FaultList {
     list: VecDeque<Fault>,
 }
 
-impl Faults {
+impl FaultList {
     /// Remembers a fault, and `most` altogether. The same again, wherever it is in the list, only counts: it becomes the newest,
     /// and one worker in trouble does not push everything else out.
     pub(super) fn note(
@@ -155,7 +155,7 @@ mod tests {
 
     #[test]
     fn only_the_last_faults_are_kept_and_repeats_are_counted() {
-        let mut faults = Faults::default();
+        let mut faults = FaultList::default();
         let at = |second| UNIX_EPOCH + Duration::from_secs(second);
         for second in 0..5 {
             faults.note(3, at(second), "worker_gone", format!("web/w{second}"), "died".to_owned());
@@ -190,7 +190,7 @@ mod tests {
 
     #[test]
     fn a_flood_of_faults_in_one_pool_leaves_those_of_others() {
-        let mut faults = Faults::default();
+        let mut faults = FaultList::default();
         let mut note = |kind, subject: String| {
             faults.note(50, UNIX_EPOCH, kind, subject, String::new());
         };

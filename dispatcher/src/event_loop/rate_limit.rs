@@ -14,15 +14,15 @@ const WINDOW: Duration = Duration::from_secs(1);
 
 /// Counts the lines of one kind.
 #[derive(Debug, Default)]
-pub(super) struct Limit {
+pub(super) struct RateLimit {
     window: Option<Time>,
     written: u32,
-    left_out: u64,
+    suppressed: u64,
     /// Since the start.
     total: u64,
 }
 
-impl Limit {
+impl RateLimit {
     /// Whether a line may be written now; if so, how many were left out before it.
     pub(super) fn allow(&mut self, now: Time) -> Option<u64> {
         if self.window.is_none_or(|start| now - start >= WINDOW) {
@@ -30,27 +30,27 @@ impl Limit {
             self.written = 0;
         }
         if self.written == PER_SECOND {
-            self.left_out += 1;
+            self.suppressed += 1;
             self.total += 1;
             return None;
         }
         self.written += 1;
-        Some(self.take_left_out())
+        Some(self.take_suppressed())
     }
 
     /// How many were left out and are told of now.
-    pub(super) fn take_left_out(&mut self) -> u64 {
-        std::mem::take(&mut self.left_out)
+    pub(super) fn take_suppressed(&mut self) -> u64 {
+        std::mem::take(&mut self.suppressed)
     }
 
     /// When lines that were left out are to be told of, should no line of their kind come before.
     pub(super) fn due(&self) -> Option<Time> {
-        self.window.filter(|_| self.left_out > 0).map(|start| start + WINDOW)
+        self.window.filter(|_| self.suppressed > 0).map(|start| start + WINDOW)
     }
 
     /// Whether it can be forgotten: nothing is left to be told, and its second is over.
     pub(super) fn is_over(&self, now: Time) -> bool {
-        self.left_out == 0 && self.window.is_none_or(|start| now - start >= WINDOW)
+        self.suppressed == 0 && self.window.is_none_or(|start| now - start >= WINDOW)
     }
 }
 
@@ -146,7 +146,7 @@ pub(super) const EVENTS: [&str; 22] = [
 
 /// Lines that were left out.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub(super) struct LeftOut {
+pub(super) struct Suppressed {
     pub(super) kind: &'static str,
     pub(super) pool: Option<PoolId>,
     pub(super) count: u64,
@@ -154,23 +154,23 @@ pub(super) struct LeftOut {
 
 /// What peers and shortages can make us log again and again, by pool and cause: as many entries as there are of both.
 #[derive(Debug, Default)]
-pub(super) struct Limits {
-    table: HashMap<(Option<PoolId>, Cause), Limit>,
-    /// When [`Limits::unsaid`] has something at the earliest.
+pub(super) struct RateLimits {
+    table: HashMap<(Option<PoolId>, Cause), RateLimit>,
+    /// When [`RateLimits::unreported`] has something at the earliest.
     due: Option<Time>,
 }
 
-impl Limits {
+impl RateLimits {
     /// Whether such a line may be written now; if so, how many were left out before it.
     pub(super) fn allow(&mut self, now: Time, pool: Option<PoolId>, cause: Cause) -> Option<u64> {
         let limit = self.table.entry((pool, cause)).or_default();
-        let left_out = limit.allow(now);
-        if left_out.is_none()
+        let suppressed = limit.allow(now);
+        if suppressed.is_none()
             && let Some(due) = limit.due()
         {
             self.due = Some(self.due.map_or(due, |other| other.min(due)));
         }
-        left_out
+        suppressed
     }
 
     /// Lines left out since the start, of all kinds.
@@ -184,20 +184,24 @@ impl Limits {
     }
 
     /// Lines left out of which no later line has told within a second. Told of now.
-    pub(super) fn unsaid(&mut self, now: Time) -> Vec<LeftOut> {
-        let mut unsaid = Vec::new();
+    pub(super) fn unreported(&mut self, now: Time) -> Vec<Suppressed> {
+        let mut unreported = Vec::new();
         let mut next: Option<Time> = None;
         for (&(pool, cause), limit) in &mut self.table {
             match limit.due() {
                 Some(due) if due <= now => {
-                    unsaid.push(LeftOut { kind: cause.kind(), pool, count: limit.take_left_out() });
+                    unreported.push(Suppressed {
+                        kind: cause.kind(),
+                        pool,
+                        count: limit.take_suppressed(),
+                    });
                 }
                 Some(due) => next = Some(next.map_or(due, |other| other.min(due))),
                 None => {}
             }
         }
         self.due = next;
-        unsaid
+        unreported
     }
 }
 
@@ -210,10 +214,10 @@ mod tests {
 
     #[test]
     fn what_was_left_out_is_said_when_silence_follows() {
-        let mut limits = Limits::default();
+        let mut limits = RateLimits::default();
         let start = Time(1_000);
         let gone = Cause::Event(2);
-        let flood = |limits: &mut Limits, lines: usize| {
+        let flood = |limits: &mut RateLimits, lines: usize| {
             (0..lines).for_each(|_| _ = limits.allow(start, WEB, Cause::Resent));
             (0..lines).for_each(|_| _ = limits.allow(start + WINDOW / 2, OTHER, gone));
         };
@@ -221,12 +225,12 @@ mod tests {
         assert_eq!(limits.due(), None, "nothing is missing");
         flood(&mut limits, 5);
         assert_eq!(limits.due(), Some(start + WINDOW));
-        let told = |kind, pool| LeftOut { kind, pool, count: 5 };
-        assert_eq!(limits.unsaid(start + WINDOW / 2), []);
-        assert_eq!(limits.unsaid(start + WINDOW), [told("connection_resent", WEB)]);
+        let told = |kind, pool| Suppressed { kind, pool, count: 5 };
+        assert_eq!(limits.unreported(start + WINDOW / 2), []);
+        assert_eq!(limits.unreported(start + WINDOW), [told("connection_resent", WEB)]);
         assert_eq!(limits.due(), Some(start + WINDOW / 2 + WINDOW));
-        assert_eq!(limits.unsaid(start + WINDOW * 2), [told("worker_gone", OTHER)]);
-        assert_eq!((limits.due(), limits.unsaid(start + WINDOW * 3).len()), (None, 0));
+        assert_eq!(limits.unreported(start + WINDOW * 2), [told("worker_gone", OTHER)]);
+        assert_eq!((limits.due(), limits.unreported(start + WINDOW * 3).len()), (None, 0));
         // What was said is said once, and stays in the sum.
         assert_eq!(limits.allow(start + WINDOW * 3, WEB, Cause::Resent), Some(0));
         assert_eq!(limits.total(), 10);
@@ -234,7 +238,7 @@ mod tests {
 
     #[test]
     fn a_flood_is_cut_and_counted() {
-        let mut limit = Limit::default();
+        let mut limit = RateLimit::default();
         let start = Time(1_000);
         let written = (0..1_000).filter(|_| limit.allow(start).is_some()).count();
         assert_eq!(written, PER_SECOND as usize);
@@ -246,7 +250,7 @@ mod tests {
 
     #[test]
     fn what_floods_in_one_pool_hides_nothing_of_another() {
-        let mut limits = Limits::default();
+        let mut limits = RateLimits::default();
         let gone = Cause::Event(2);
         (0..1_000).for_each(|_| _ = limits.allow(Time(1_000), WEB, gone));
         assert_eq!(limits.allow(Time(1_001), OTHER, gone), Some(0));

@@ -10,32 +10,32 @@ const RINGS: u32 = 64;
 const WINDOW: Duration = Duration::from_millis(100);
 
 /// How long not to listen, at first and at most: twice as long each time in a row.
-const MIN_REST: Duration = Duration::from_millis(100);
-const MAX_REST: Duration = Duration::from_secs(5);
+const MIN_MUTE: Duration = Duration::from_millis(100);
+const MAX_MUTE: Duration = Duration::from_secs(5);
 
 /// The rings of one worker.
 #[derive(Debug, Default)]
-pub(super) struct Rings {
+pub(super) struct DoorbellLimit {
     /// Its scoreboard has changed since the last ring.
     news: bool,
     idle: u32,
     since: Time,
-    rest: Duration,
+    mute: Duration,
     /// Not listened to until then.
     pub(super) muted_until: Option<Time>,
 }
 
-impl Rings {
+impl DoorbellLimit {
     /// The scan found something.
     pub(super) fn news(&mut self) {
         self.news = true;
     }
 
-    /// It rang. True if it must not be listened to for a while: until [`Rings::muted_until`].
+    /// It rang. True if it must not be listened to for a while: until [`DoorbellLimit::muted_until`].
     pub(super) fn rang(&mut self, now: Time) -> bool {
         if std::mem::take(&mut self.news) {
             self.idle = 0;
-            self.rest = Duration::ZERO;
+            self.mute = Duration::ZERO;
             return false;
         }
         if self.idle == 0 || now - self.since > WINDOW {
@@ -47,8 +47,8 @@ impl Rings {
             return false;
         }
         self.idle = 0;
-        self.rest = (self.rest * 2).clamp(MIN_REST, MAX_REST);
-        self.muted_until = Some(now + self.rest);
+        self.mute = (self.mute * 2).clamp(MIN_MUTE, MAX_MUTE);
+        self.muted_until = Some(now + self.mute);
         true
     }
 
@@ -64,29 +64,29 @@ mod tests {
 
     #[test]
     fn a_worker_that_only_rings_is_heard_a_few_times_a_second() {
-        let mut rings = Rings::default();
+        let mut limit = DoorbellLimit::default();
         let mut now = Time(1_000_000_000);
         let (start, mut heard) = (now, 0);
         while now - start < Duration::from_secs(60) {
-            if rings.muted_until.is_none() {
+            if limit.muted_until.is_none() {
                 heard += 1;
-                rings.rang(now);
+                limit.rang(now);
             }
             now = now + Duration::from_micros(10);
-            rings.unmute(now);
+            limit.unmute(now);
         }
         assert!(heard < 64 * 20, "{heard} rings in a minute");
     }
 
     #[test]
     fn one_that_has_news_is_always_heard() {
-        let mut rings = Rings::default();
+        let mut limit = DoorbellLimit::default();
         for step in 0..100_000 {
             let now = Time(1_000_000 + step * 10_000);
             if step % 50 == 0 {
-                rings.news();
+                limit.news();
             }
-            assert!(!rings.rang(now));
+            assert!(!limit.rang(now));
         }
     }
 }

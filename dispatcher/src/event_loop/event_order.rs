@@ -15,7 +15,7 @@ const MOST: usize = 256;
 
 /// A consequence, to be told once its cause has been.
 #[derive(Debug)]
-pub(super) enum Later {
+pub(super) enum DelayedEvent {
     /// An event of a pool.
     Event(Event),
     /// A connection goes to another worker.
@@ -26,50 +26,50 @@ pub(super) enum Later {
 
 impl EventLoop {
     /// Tells of an event now or, if it follows from others, after them.
-    pub(super) fn tell_in_order(&mut self, event: Event) {
+    pub(super) fn write_event_in_order(&mut self, event: Event) {
         match event {
             Event::NoUsableWorker { .. } | Event::BackPressure { .. } | Event::Relieved { .. } => {
-                return self.later(Later::Event(event));
+                return self.delay_event(DelayedEvent::Event(event));
             }
             // These end what was to be told before.
             Event::Joined { .. } | Event::Resumed { .. } | Event::Trusted { .. } => {
-                self.tell_later()
+                self.write_delayed_events()
             }
             _ => {}
         }
-        self.tell(&event);
+        self.write_event(&event);
     }
 
-    pub(super) fn later(&mut self, line: Later) {
-        if self.later.len() < MOST {
-            self.later.push(line);
+    pub(super) fn delay_event(&mut self, line: DelayedEvent) {
+        if self.delayed_events.len() < MOST {
+            self.delayed_events.push(line);
         } else {
-            self.tell_one(line);
+            self.write_delayed_event(line);
         }
     }
 
     /// Tells what waits.
-    pub(super) fn tell_later(&mut self) {
-        if self.later.is_empty() {
+    pub(super) fn write_delayed_events(&mut self) {
+        if self.delayed_events.is_empty() {
             return;
         }
-        let mut lines = std::mem::take(&mut self.later);
+        let mut lines = std::mem::take(&mut self.delayed_events);
         // What happened to a pool is the cause of what happened to its clients.
-        let (events, others): (Vec<Later>, Vec<Later>) =
-            lines.drain(..).partition(|line| matches!(line, Later::Event(_)));
+        let (events, others): (Vec<DelayedEvent>, Vec<DelayedEvent>) =
+            lines.drain(..).partition(|line| matches!(line, DelayedEvent::Event(_)));
         for line in events.into_iter().chain(others) {
-            self.tell_one(line);
+            self.write_delayed_event(line);
         }
         // It stays as large as it was.
-        self.later = lines;
+        self.delayed_events = lines;
     }
 
-    fn tell_one(&mut self, line: Later) {
+    fn write_delayed_event(&mut self, line: DelayedEvent) {
         match line {
-            Later::Event(event) => self.tell(&event),
-            Later::Resent { to, conn, peer } => self.tell_resent(to, conn, &peer),
-            Later::Closed { conn, peer, listener, reason } => {
-                self.tell_closed(conn, &peer, listener, reason);
+            DelayedEvent::Event(event) => self.write_event(&event),
+            DelayedEvent::Resent { to, conn, peer } => self.write_resent(to, conn, &peer),
+            DelayedEvent::Closed { conn, peer, listener, reason } => {
+                self.write_closed(conn, &peer, listener, reason);
             }
         }
     }
@@ -77,14 +77,14 @@ impl EventLoop {
 
 /// Workers and processes that leave because they were told to, or said so themselves.
 #[derive(Debug, Default)]
-pub(super) struct Orderly {
+pub(super) struct ExpectedEnds {
     /// Whether the deadline of its drain has come. Until it is gone.
     workers: HashMap<WorkerId, bool>,
     /// The process id. Until it has ended or is a worker's in service.
     processes: HashMap<ProcessId, i32>,
 }
 
-impl Orderly {
+impl ExpectedEnds {
     /// It is drained, or has said goodbye.
     pub(super) fn leaves(&mut self, worker: WorkerId, process: Option<(ProcessId, i32)>) {
         self.workers.entry(worker).or_default();
@@ -122,22 +122,22 @@ mod tests {
 
     #[test]
     fn an_end_is_ordered_if_it_was_announced_and_nothing_was_lost() {
-        let mut orderly = Orderly::default();
+        let mut expected_ends = ExpectedEnds::default();
         let worker = |serial| WorkerId { index: 0, serial };
         let process = ProcessId { pool: PoolId(0), number: 0 };
-        assert!(!orderly.gone(worker(1), 0) && !orderly.ended(process, 10));
-        orderly.leaves(worker(2), Some((process, 10)));
-        assert!(orderly.ended(process, 10) && orderly.gone(worker(2), 0));
-        assert!(!orderly.gone(worker(2), 0), "once");
+        assert!(!expected_ends.gone(worker(1), 0) && !expected_ends.ended(process, 10));
+        expected_ends.leaves(worker(2), Some((process, 10)));
+        assert!(expected_ends.ended(process, 10) && expected_ends.gone(worker(2), 0));
+        assert!(!expected_ends.gone(worker(2), 0), "once");
         // Another process in its place.
-        orderly.leaves(worker(3), Some((process, 10)));
-        assert!(!orderly.ended(process, 11) && !orderly.gone(worker(3), 1));
+        expected_ends.leaves(worker(3), Some((process, 10)));
+        assert!(!expected_ends.ended(process, 11) && !expected_ends.gone(worker(3), 1));
         // It was to end what it had.
-        orderly.leaves(worker(4), None);
-        orderly.is_over(worker(4));
-        assert!(orderly.gone(worker(4), 7));
-        orderly.leaves(worker(5), Some((process, 12)));
-        orderly.stays(worker(5), Some(process));
-        assert!(!orderly.gone(worker(5), 0) && !orderly.ended(process, 12));
+        expected_ends.leaves(worker(4), None);
+        expected_ends.is_over(worker(4));
+        assert!(expected_ends.gone(worker(4), 7));
+        expected_ends.leaves(worker(5), Some((process, 12)));
+        expected_ends.stays(worker(5), Some(process));
+        assert!(!expected_ends.gone(worker(5), 0) && !expected_ends.ended(process, 12));
     }
 }

@@ -19,20 +19,20 @@ use super::token::Source;
 use dispatcher_core::Time;
 
 #[derive(Debug)]
-pub(super) struct Alarm {
+pub(super) struct Timer {
     /// In the poll, edge-triggered, and never read: setting it again takes back what it has counted.
-    timer: OwnedFd,
+    fd: OwnedFd,
     /// It will go off then, if that is not past.
     at: Time,
 }
 
-impl Alarm {
-    pub(super) fn new(registry: &Registry) -> io::Result<Alarm> {
+impl Timer {
+    pub(super) fn new(registry: &Registry) -> io::Result<Timer> {
         let flags = TimerfdFlags::CLOEXEC | TimerfdFlags::NONBLOCK;
-        let timer = timerfd_create(TimerfdClockId::Monotonic, flags)?;
-        let token = Source::Alarm.token();
-        registry.register(&mut SourceFd(&timer.as_raw_fd()), token, Interest::READABLE)?;
-        Ok(Alarm { timer, at: Time(0) })
+        let fd = timerfd_create(TimerfdClockId::Monotonic, flags)?;
+        let token = Source::Timer.token();
+        registry.register(&mut SourceFd(&fd.as_raw_fd()), token, Interest::READABLE)?;
+        Ok(Timer { fd, at: Time(0) })
     }
 
     /// There will be an event at `time` or before.
@@ -47,7 +47,7 @@ impl Alarm {
         };
         let it_interval = Timespec { tv_sec: 0, tv_nsec: 0 };
         let value = Itimerspec { it_interval, it_value };
-        timerfd_settime(&self.timer, TimerfdTimerFlags::ABSTIME, &value)?;
+        timerfd_settime(&self.fd, TimerfdTimerFlags::ABSTIME, &value)?;
         self.at = time;
         Ok(())
     }
@@ -63,28 +63,28 @@ mod tests {
     fn went_off(poll: &mut Poll, within: Duration) -> bool {
         let mut events = Events::with_capacity(4);
         poll.poll(&mut events, Some(within)).unwrap();
-        events.iter().any(|event| Source::of(event.token()) == Some(Source::Alarm))
+        events.iter().any(|event| Source::of(event.token()) == Some(Source::Timer))
     }
 
     #[test]
     fn it_goes_off_at_the_earliest_time_it_was_set_for_and_once() {
         let mut poll = Poll::new().unwrap();
-        let mut alarm = Alarm::new(poll.registry()).unwrap();
+        let mut timer = Timer::new(poll.registry()).unwrap();
         let now = clock();
         let hour = Duration::from_secs(3600);
-        alarm.set(now, now + hour).unwrap();
+        timer.set(now, now + hour).unwrap();
         assert!(!went_off(&mut poll, Duration::ZERO));
         // Earlier counts, later does not.
-        alarm.set(now, now + Duration::from_millis(1)).unwrap();
-        alarm.set(now, now + hour).unwrap();
+        timer.set(now, now + Duration::from_millis(1)).unwrap();
+        timer.set(now, now + hour).unwrap();
         assert!(went_off(&mut poll, Duration::from_secs(60)));
         let later = clock();
         assert!(now + Duration::from_millis(1) <= later);
         assert!(!went_off(&mut poll, Duration::ZERO), "one time, one event");
         // It is past, so later counts now; and what is past already goes off at once.
-        alarm.set(later, later + hour).unwrap();
+        timer.set(later, later + hour).unwrap();
         assert!(!went_off(&mut poll, Duration::ZERO));
-        alarm.set(later, now).unwrap();
+        timer.set(later, now).unwrap();
         assert!(went_off(&mut poll, Duration::from_secs(60)));
     }
 }
