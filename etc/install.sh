@@ -1,12 +1,12 @@
 #!/bin/sh
-# Installs what `cargo build --release` has made: the program without its debug information, that information beside it, the
-# manual pages, completions, documentation, systemd units and a configuration. Run it as root.
+# Installs what `cargo build --release` has built: the program without its debug information, the debug information in a
+# file of its own, manual pages, completions, documentation, systemd units and a configuration. Run it as root.
 #
 #     etc/install.sh                          for this machine
 #     DESTDIR=/tmp/package etc/install.sh     for a package
 #
-# What is there to be edited is left alone if it exists: /etc/dispatcher/dispatcher.toml and worker@.service. Changes to the
-# other units belong into drop-ins (systemctl edit dispatcher.service), which an update leaves alone too.
+# Existing files that administrators edit are kept: /etc/dispatcher/dispatcher.toml and worker@.service. Changes to the
+# other units belong into drop-ins (systemctl edit dispatcher.service), which an update keeps too.
 set -eu
 cd "$(dirname "$0")/.."
 built=${CARGO_TARGET_DIR:-target}/release/dispatcher

@@ -1,6 +1,6 @@
-//! The hot thread's small parts: a decision, gauges, the wire codec, the slots, the ledger.
+//! Micro-benchmarks of the event loop's parts: a decision, gauges, the wire codec, the slots, the ledger.
 //!
-//! Guards against a slip, not a promise: `cargo bench -p bench`.
+//! They show regressions; they promise no figures. Run with `cargo bench -p bench`.
 #![allow(clippy::expect_used, clippy::unwrap_used)]
 
 use std::hint::black_box;
@@ -29,12 +29,12 @@ fn core(policy: Policy, workers: u32, weight: impl Fn(u32) -> u16) -> Core {
     core_with(policy, workers, weight, |_| {})
 }
 
-/// What a worker's gauge says: none is like the next one's.
+/// The value of a worker's gauge; each worker has another one.
 fn reading(worker: u32, gauge: usize) -> Option<Reading> {
     Some(Reading { value: f64::from(worker % 5) * 0.1 + gauge as f64, at: 0 })
 }
 
-/// Four gauges, as a pool of mixed work might score by.
+/// The gauges in the score of a pool with mixed work.
 fn scores() -> Scores {
     let multipliers =
         [("queue_wait", 100.0), ("sessions", 0.5), ("process_cpu", 10.0), ("free_memory", -0.001)];
@@ -70,7 +70,7 @@ fn core_with(
         pool: PoolId(0),
     };
     let mut core = Core::new(vec![pool], vec![listener], Time(0));
-    // What a pool with `least-score` goes by: each worker has set all of them.
+    // Each worker sets all gauges that `least-score` compares.
     let gauges = core.scored_gauges(PoolId(0)).len();
     for number in 0..workers {
         let hello = Hello {
@@ -134,7 +134,7 @@ fn turn_of(
     }
 }
 
-/// What a turn costs with each policy: the differences between them are those of the decisions.
+/// A turn with each policy; the differences between the figures are those of the decisions.
 fn decision(c: &mut Criterion) {
     const BATCH: usize = 64;
     type Weight = fn(u32) -> u16;
@@ -158,7 +158,7 @@ fn decision(c: &mut Criterion) {
     group.finish();
 }
 
-/// A turn's look at the gauges of every worker: four that are read, and told to the core when they have changed.
+/// Reads four gauges of every worker and reports those that have changed to the core.
 fn gauges(c: &mut Criterion) {
     const SLOTS: u32 = 16;
     let mut group = c.benchmark_group("gauges");
@@ -247,7 +247,7 @@ fn ring(c: &mut Criterion) {
     group.finish();
 }
 
-/// Connections nobody can be given yet: in and out of the queue.
+/// Connections without a worker: into the queue and out of it.
 fn ledger(c: &mut Criterion) {
     const BATCH: usize = 64;
     let mut core = core(Policy::LeastConnections, 0, |_| 1);
@@ -268,13 +268,13 @@ fn ledger(c: &mut Criterion) {
     group.finish();
 }
 
-/// A turn of clients that are known, in a pool that remembers a million.
+/// A turn of known clients, in a pool with a million bindings.
 fn affinity(c: &mut Criterion) {
     const BATCH: usize = 64;
     const ENTRIES: u32 = 1_000_000;
     let mut group = c.benchmark_group("affinity");
     group.throughput(Throughput::Elements(BATCH as u64));
-    // From all over the table, again and again; and never seen before, so that each one drives out another.
+    // Known keys from the whole table; then new keys, each of which evicts another.
     for (name, clients) in [("known", ENTRIES), ("new", u32::MAX)] {
         let mut core = core_with(
             Policy::LeastConnections,

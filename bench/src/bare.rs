@@ -1,4 +1,4 @@
-//! The floor for any dispatcher: accept, send to the next worker, close. No accounting, no custody, no choice.
+//! The floor for any dispatcher: accept, send to the next worker, close. No accounting, no copy kept in flight, no policy.
 
 use std::io::{self, IoSlice};
 use std::mem::MaybeUninit;
@@ -20,12 +20,12 @@ pub struct BareArgs {
     /// `--delay` of the first quarter of the workers.
     #[arg(long, default_value_t = 0)]
     slow_delay: u64,
-    /// Given to each worker, with its index after it.
+    /// Arguments of each worker; its index follows.
     #[arg(last = true)]
     worker: Vec<String>,
 }
 
-/// Starts the workers and passes connections for ever.
+/// Starts the workers and passes connections until it is killed.
 pub fn run(args: &BareArgs) -> io::Result<()> {
     machine::die_with_parent();
     let listener = socket::listen(args.listen, false)?;

@@ -20,7 +20,7 @@ Examples:
 
 Figures of different runs do not compare: the table gives ratios within one.";
 
-/// Measures the dispatcher beside its alternatives.
+/// Measures the dispatcher and its alternatives.
 #[derive(Debug, Parser)]
 #[command(name = "bench", after_help = EXAMPLES, args_conflicts_with_subcommands = true)]
 struct Cli {
@@ -38,13 +38,13 @@ struct MeasureArgs {
     /// Contenders whose name contains one of these; several with commas. Default: all.
     #[arg(long, value_delimiter = ',', value_name = "TEXT")]
     only: Vec<String>,
-    /// Everything small, in under a minute: to see that it works, not to believe.
+    /// Small loads, in under a minute: shows that everything works; the figures mean nothing.
     #[arg(long)]
     quick: bool,
-    /// How often each contender has its turn. Default: 5, or 1 with --quick.
+    /// Number of rounds; each contender has one turn in each. Default: 5, or 1 with --quick.
     #[arg(long, value_name = "N")]
     rounds: Option<usize>,
-    /// Directory for `results.json`, `tables.md` and `chart.svg`; made if it is not there.
+    /// Directory for `results.json`, `tables.md` and `chart.svg`; created if it does not exist.
     #[arg(long, value_name = "DIR")]
     out: Option<PathBuf>,
     /// The dispatcher's binary. Default: `dispatcher` beside this program.
@@ -63,7 +63,7 @@ enum Hidden {
     /// The clients.
     #[command(hide = true)]
     Load { request: String },
-    /// Another program that ends when we do.
+    /// Runs another program, which ends when the bench does.
     #[command(hide = true)]
     Exec {
         program: PathBuf,

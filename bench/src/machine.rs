@@ -1,4 +1,4 @@
-//! What the system says of processes and of itself.
+//! Facts about processes and the machine, from the kernel.
 
 use std::fs;
 use std::time::Duration;
@@ -35,12 +35,12 @@ pub fn children(pid: i32) -> Vec<i32> {
     list.split_whitespace().filter_map(|word| word.parse().ok()).collect()
 }
 
-/// Has the kernel end this process when the one that started it ends, however that happens.
+/// The kernel ends this process when its parent ends, for any reason.
 pub fn die_with_parent() {
     let _ = nix::sys::prctl::set_pdeathsig(Signal::SIGKILL);
 }
 
-/// As many descriptors as the hard limit allows; answers how many.
+/// Raises the limit of descriptors to the hard limit and returns it.
 pub fn raise_descriptors() -> u64 {
     use rustix::process::{Resource, Rlimit, getrlimit, setrlimit};
     let limit = getrlimit(Resource::Nofile);
@@ -59,14 +59,14 @@ pub fn find_program(name: &str) -> Option<std::path::PathBuf> {
         .find(|file| file.is_file())
 }
 
-/// The kind of machine, for the report. No names.
+/// The kind of machine, for the report, without its name.
 #[derive(Debug, Serialize)]
 pub struct Machine {
     pub cores: usize,
     pub cpu: String,
     pub kernel: String,
     pub memory_gib: u64,
-    /// Load average at the start: figures of a busy machine are worth less.
+    /// Load average at the start; it shows whether the machine was busy.
     pub load_average: String,
 }
 
@@ -81,7 +81,7 @@ impl Machine {
         Machine {
             cores: std::thread::available_parallelism().map_or(1, usize::from),
             cpu: cpu.unwrap_or("").trim_start_matches([' ', '\t', ':']).to_owned(),
-            // Version numbers only: what follows the first dash may name the place.
+            // The version number only: the text after the first dash may name the site.
             kernel: read("/proc/sys/kernel/osrelease")
                 .trim()
                 .split('-')

@@ -1,7 +1,7 @@
-//! Measures the dispatcher beside its alternatives: the same load at each in turn, ratios within one run only.
+//! Measures the dispatcher and its alternatives: each gets the same load in turn; ratios are taken within one run only.
 //!
-//! The same binary is the harness, every worker, the load generator and the smallest possible dispatcher: those
-//! are hidden commands, so that all contenders share one serving code and one client code.
+//! The same binary is the harness, every worker, the load generator and the smallest possible dispatcher: these
+//! are hidden commands, so all contenders share one server and one client.
 
 mod bare;
 mod cli;

@@ -1,4 +1,4 @@
-//! Tables for people, JSON for programs.
+//! Reports: Markdown tables, and JSON.
 
 use std::fmt::Write;
 use std::fs;
@@ -76,7 +76,7 @@ impl Report {
         });
     }
 
-    /// Who was left out, with the reason; each once for each reason.
+    /// Contenders that were skipped, with the reason; each once for each reason.
     pub fn skipped(&self) -> String {
         let mut text = String::new();
         let mut told: Vec<(&str, &str)> = Vec::new();
@@ -137,7 +137,7 @@ impl Report {
     }
 }
 
-/// The ratios of one variant to each baseline it has: round by round, because rounds next to each other compare best.
+/// The ratios of one variant to each of its baselines, round by round: neighbouring rounds compare best.
 pub fn ratios(case: &Case, column: Column, results: &[Vec<Metrics>], at: usize) -> Vec<Ratio> {
     let own = &case.variants[at];
     let mut list = Vec::new();

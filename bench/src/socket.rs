@@ -1,4 +1,4 @@
-//! Listening sockets and descriptors that travel by standard input. Shared by all contenders of our own.
+//! Listening sockets and descriptors that travel by standard input. Used by the contenders that have the bench's worker.
 
 use std::io::{self, IoSliceMut};
 use std::mem::MaybeUninit;
@@ -27,12 +27,12 @@ pub fn listen(address: SocketAddr, reuse_port: bool) -> io::Result<TcpListener> 
     Ok(fd.into())
 }
 
-/// An address that nobody listens on just now.
+/// A free address.
 pub fn free_address() -> io::Result<SocketAddr> {
     TcpListener::bind("127.0.0.1:0")?.local_addr()
 }
 
-/// Different ones: each is kept until all are found.
+/// Several free addresses: each stays bound until all are found, so they differ.
 pub fn free_addresses(count: u16) -> io::Result<Vec<SocketAddr>> {
     let bind = |_| TcpListener::bind("127.0.0.1:0");
     let listeners = (0..count).map(bind).collect::<io::Result<Vec<_>>>()?;
@@ -44,7 +44,7 @@ pub fn from_stdin() -> io::Result<OwnedFd> {
     Ok(rustix::io::fcntl_dupfd_cloexec(rustix::stdio::stdin(), 3)?)
 }
 
-/// Receives one record with one descriptor; `None` when there is none now or never again.
+/// Receives one record with one descriptor; `None` if there is none at the moment or the peer has closed.
 pub fn receive_fd(channel: BorrowedFd<'_>, wait: bool) -> io::Result<Option<OwnedFd>> {
     let mut flags = RecvFlags::CMSG_CLOEXEC;
     if !wait {

@@ -1,4 +1,4 @@
-//! Whoever is measured: starts it as real processes, knows its addresses and processes, and ends it.
+//! The contenders: starts each as real processes, knows their addresses, and ends them.
 
 mod node;
 mod ours;
@@ -18,7 +18,7 @@ use crate::load::{Process, Role};
 use crate::machine;
 use crate::worker::{Kind, Serve};
 
-/// How long a contender may take to be ready.
+/// The longest time a contender may take until it is ready.
 const PATIENCE: Duration = Duration::from_secs(20);
 
 /// A way to spread connections over processes.
@@ -35,26 +35,26 @@ pub enum How {
     Node,
 }
 
-/// A way, with a kind of worker behind it.
+/// A way, with a kind of worker.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct Contender {
     pub how: How,
     pub kind: Kind,
 }
 
-/// What it is to do.
+/// The job of a contender.
 #[derive(Clone, Debug)]
 pub struct Setup {
     pub serve: Serve,
     pub workers: u16,
-    /// Processes they share; the dispatcher's alone can be fewer than the workers.
+    /// Processes that the workers share. Only the dispatcher's workers can share processes.
     pub processes: u16,
     pub listeners: u16,
     /// Pause after each accept of the first quarter of the workers.
     pub delay: Duration,
     /// How long a round of an event loop, or the service of one client, takes.
     pub round: Duration,
-    /// Workers besides, which take nothing.
+    /// Additional workers that take nothing.
     pub stuck: u16,
 }
 
@@ -91,7 +91,7 @@ impl Contender {
         format!("{how}/{}", self.kind.name())
     }
 
-    /// Why it can't be measured here, if so.
+    /// The reason why it cannot be measured on this machine, if there is one.
     pub fn missing(self, dispatcher: &Path) -> Option<String> {
         let program = match self.how {
             How::Dispatcher | How::Busy if dispatcher.is_file() => return None,
@@ -112,7 +112,7 @@ impl Contender {
         }
     }
 
-    /// Starts it and waits until clients can come.
+    /// Starts it and waits until it accepts clients.
     pub fn start(self, setup: &Setup, dispatcher: &Path) -> io::Result<Running> {
         let directory = TempDir::with_prefix("bench-")?;
         let mut running = Running {
@@ -135,7 +135,7 @@ impl Contender {
         Ok(running)
     }
 
-    /// Microseconds that choosing a worker took on average since the start, as the dispatcher measures it; others do not say.
+    /// Mean time of a decision since the start in microseconds, as the dispatcher measures it; `None` for other contenders.
     pub fn decision(self, running: &Running) -> io::Result<Option<f64>> {
         match self.how {
             How::Dispatcher | How::Busy => ours::decision(running),
@@ -146,12 +146,12 @@ impl Contender {
     }
 }
 
-/// A contender at work. Its processes are killed when it is dropped.
+/// A running contender. Dropping it kills its processes.
 #[derive(Debug)]
 pub struct Running {
     pub addresses: Vec<SocketAddr>,
     pub processes: Vec<Process>,
-    /// In order of their start; ended in the opposite order.
+    /// In the order of their start; they are ended in reverse order.
     children: Vec<Child>,
     directory: TempDir,
 }
@@ -166,7 +166,7 @@ impl Running {
         self.children.push(child);
     }
 
-    /// Starts a process and waits until it has said `ready` so often.
+    /// Starts a process and waits until it has printed `ready` this number of times.
     fn start_ready(&mut self, role: Role, command: &mut Command, times: u16) -> io::Result<()> {
         let mut child = command.stdout(Stdio::piped()).spawn()?;
         let out = child.stdout.take().ok_or(io::ErrorKind::BrokenPipe)?;
@@ -190,7 +190,7 @@ impl Running {
         Ok(())
     }
 
-    /// Waits until every address takes connections.
+    /// Waits until every address accepts connections.
     fn wait_for_port(&mut self) -> io::Result<()> {
         let deadline = Instant::now() + PATIENCE;
         for address in self.addresses.clone() {
@@ -202,12 +202,12 @@ impl Running {
                 }
                 std::thread::sleep(Duration::from_millis(10));
             };
-            // Its worker has served and closed it before anything is measured.
+            // The worker serves and closes this connection before the measurement.
             let _ = stream.shutdown(Shutdown::Write);
             stream.set_read_timeout(Some(PATIENCE))?;
             match io::copy(&mut stream, &mut io::sink()) {
                 Err(error) if error.kind() == io::ErrorKind::WouldBlock => return Err(error),
-                // A reset is an end, too.
+                // A reset is an end too.
                 Ok(_) | Err(_) => {}
             }
         }
@@ -220,7 +220,7 @@ impl Drop for Running {
         for child in self.children.iter_mut().rev() {
             let _ = child.kill();
         }
-        // Workers that are children of a master we started do not all end with it.
+        // Children of a master process do not all end with it.
         for process in &self.processes {
             if self.children.iter().all(|child| child.id() as i32 != process.pid) {
                 let _ = kill(Pid::from_raw(process.pid), Signal::SIGKILL);
@@ -239,7 +239,7 @@ fn ourselves() -> io::Result<Command> {
     Ok(command)
 }
 
-/// Somebody else's program, which ends when we do.
+/// A program of another project; it ends when the bench does.
 fn program(path: &Path) -> io::Result<Command> {
     let mut command = ourselves()?;
     command.arg("exec").arg(path);

@@ -1,4 +1,4 @@
-//! Node's cluster module: a master that accepts and passes to its workers in turn.
+//! Node's cluster module: a master that accepts and passes connections to its workers in turn.
 
 use std::io;
 

@@ -1,4 +1,4 @@
-//! The contenders that share our worker: the dispatcher, pre-fork with and without `SO_REUSEPORT`, the bare loop.
+//! The contenders with the worker of the bench: the dispatcher, pre-fork with and without `SO_REUSEPORT`, the bare loop.
 
 use std::fmt::Write as _;
 use std::io::{self, Read as _, Write as _};
@@ -11,7 +11,7 @@ use crate::load::{Process, Role};
 use crate::worker::Kind;
 use crate::{machine, socket};
 
-/// Arguments of a worker; its index comes after them.
+/// Arguments of a worker; its index follows.
 fn worker_args(kind: Kind, source: &str, setup: &Setup) -> Vec<String> {
     let round = setup.round.as_micros().to_string();
     ["worker", "--kind", kind.name(), "--source", source, "--serve", setup.serve.name(), "--round"]
@@ -44,7 +44,7 @@ pub(super) fn dispatcher(
         running.path(ADMIN)
     );
     if busy_poll {
-        // Longer than the pauses of any load that is used with it.
+        // Longer than the pauses of any load that uses it.
         config.insert_str(0, "busy_poll = \"5ms\"\n");
     }
     for (number, address) in socket::free_addresses(setup.listeners)?.into_iter().enumerate() {

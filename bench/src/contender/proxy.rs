@@ -60,7 +60,7 @@ pub(super) fn nginx(running: &mut Running, kind: Kind, setup: &Setup) -> io::Res
         let _ = write!(servers, "server {backend}; ");
     }
     let binary = installed("nginx")?;
-    // Where distributions make it a module: sbin/nginx, lib/nginx/modules.
+    // Distributions that build it as a module have sbin/nginx and lib/nginx/modules.
     let prefix = binary.parent().and_then(std::path::Path::parent);
     let module = prefix
         .map(|prefix| prefix.join("lib/nginx/modules/ngx_stream_module.so"))
@@ -81,7 +81,7 @@ pub(super) fn nginx(running: &mut Running, kind: Kind, setup: &Setup) -> io::Res
     command.arg("-p").arg(running.directory.path()).arg("-e").arg("/dev/null").arg("-c").arg(&file);
     running.add_child(Role::Front, command.spawn()?);
     let master = running.processes.last().map_or(0, |process| process.pid);
-    // Its own workers start a moment later.
+    // The proxy's own workers start a moment later.
     let deadline = std::time::Instant::now() + super::PATIENCE;
     while machine::children(master).len() < 2 && std::time::Instant::now() < deadline {
         running.check_alive()?;

@@ -1,4 +1,4 @@
-//! Many bytes through one connection.
+//! Bulk data through one connection.
 
 use std::io::{self, Read, Write};
 use std::net::TcpStream;
@@ -20,7 +20,7 @@ pub(super) fn run(request: &Request, bytes: u64) -> io::Result<Metrics> {
         Ok(())
     };
     let count = bytes / CHUNK as u64;
-    // The first twentieth opens windows and buffers.
+    // During the first twentieth, windows and buffers grow.
     fetch(count / 20)?;
     let meter = CpuMeter::start(&request.processes);
     fetch(count)?;

@@ -1,7 +1,8 @@
-//! Held connections that come and go: who has how many. Counted here, from what each worker says at the start.
+//! Evenness: how many connections each worker has while connections are opened and closed. Each worker sends its
+//! index at the start of a connection; the load generator counts.
 //!
-//! Time is virtual: the connection whose life ends next is closed, and another is opened at once, without waiting for
-//! anybody to notice the close. So the load is the same at every contender, however quick it is.
+//! Time is virtual: the connection whose life ends next is closed, and another is opened at once, without a wait until
+//! the worker notices the close. So the load is the same for every contender, fast or slow.
 
 use std::cmp::Reverse;
 use std::collections::BinaryHeap;
@@ -56,7 +57,7 @@ pub(super) fn run(request: &Request, plan: &Plan) -> io::Result<Metrics> {
         clients[place] = Some(crowd.open()?);
         let end = time + lifetime(plan.lifetimes, &mut random);
         ends.push(Reverse((end, place)));
-        // The first quarter brings lives from all at once to a steady mixture.
+        // During the first quarter the ages of the connections become a steady mixture.
         if event >= plan.churn / 4 {
             let now = Evenness::of(&crowd.counts);
             ratios.push(now.max_over_mean);
@@ -88,7 +89,7 @@ fn add(metrics: &mut Metrics, prefix: &str, evenness: Evenness) {
     metrics.insert(format!("{prefix}spread"), evenness.spread);
 }
 
-/// In thousandths of the mean.
+/// In thousandths of the mean life.
 fn lifetime(kind: Lifetimes, random: &mut Random) -> u64 {
     let unit = random.unit();
     let lives = match kind {
@@ -100,14 +101,14 @@ fn lifetime(kind: Lifetimes, random: &mut Random) -> u64 {
 }
 
 impl Crowd<'_> {
-    /// Opens one and waits for its worker.
+    /// Opens a connection and waits for the index of its worker.
     fn open(&mut self) -> io::Result<Held> {
         let fd = client_socket(false)?;
         rustix::net::connect(&fd, &self.request.addresses[0])?;
         self.count(fd)
     }
 
-    /// Opens many before asking whose they are.
+    /// Opens many connections, then reads the indices of their workers.
     fn burst(&mut self, count: usize) -> io::Result<Vec<Held>> {
         let mut fresh = Vec::with_capacity(count);
         for _ in 0..count {

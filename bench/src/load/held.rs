@@ -1,4 +1,4 @@
-//! Connections that stay: what each costs the process in front of the workers.
+//! Memory that a held connection costs the process in front of the workers.
 
 use std::io;
 
@@ -20,7 +20,7 @@ pub(super) fn run(request: &Request, count: usize) -> io::Result<Metrics> {
         let fd = client_socket(false)?;
         let address = &request.addresses[number % request.addresses.len()];
         rustix::net::connect(&fd, address)?;
-        // Its worker has taken it once this has come.
+        // When this byte arrives, the worker has taken the connection.
         rustix::net::recv(&fd, &mut index, RecvFlags::WAITALL)?;
         clients.push(fd);
     }

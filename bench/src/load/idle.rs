@@ -1,4 +1,4 @@
-//! One client at a time, with pauses: what a sleeping server takes to get a connection to its application.
+//! One client at a time, with pauses: the time from the connect until the application of a sleeping server has it.
 
 use std::io;
 use std::time::Duration;

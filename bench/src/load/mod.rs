@@ -1,4 +1,4 @@
-//! The clients: a process of its own that drives one load and reports what it saw, its own CPU use included.
+//! The clients: a process of its own that drives one load and reports its measurements and its own CPU use.
 
 mod bulk;
 mod even;
@@ -22,11 +22,11 @@ use crate::machine;
 /// Figures by name.
 pub type Metrics = BTreeMap<String, f64>;
 
-/// What to measure at whom.
+/// A load and the contender that it measures.
 #[derive(Clone, Debug, Serialize, Deserialize)]
 pub struct Request {
     pub addresses: Vec<SocketAddr>,
-    /// Processes whose CPU time counts, by role.
+    /// Processes whose CPU time is measured, by role.
     pub processes: Vec<Process>,
     pub job: Job,
 }
@@ -38,7 +38,7 @@ pub struct Process {
     pub pid: i32,
 }
 
-/// What a process is to the contender.
+/// The role of a process in its contender.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
 pub enum Role {
     /// In front of the workers: dispatcher, proxy, cluster master.
@@ -51,15 +51,15 @@ pub enum Role {
 pub enum Job {
     /// `clients` at a time connect, read a byte and reset; with `fin` they wait for the end first.
     Short { clients: usize, fin: bool, warm: Duration, time: Duration },
-    /// One client at a time, with pauses in which everybody falls asleep.
+    /// One client at a time, with pauses in which all processes fall asleep.
     Idle { count: usize, pause: Duration },
     /// One connection, 64 KiB for each byte sent.
     Bulk { bytes: u64 },
-    /// Held connections: how evenly they are spread while they come and go.
+    /// Held connections: how evenly they are spread while connections are opened and closed.
     Even { workers: usize, held: usize, churn: usize, lifetimes: Lifetimes, burst: usize },
-    /// So many clients, so many a second, and how long each waits.
+    /// Clients at a rate, and how long each of them waits.
     Slow { count: usize, rate: f64 },
-    /// Opens so many and measures the front's memory.
+    /// Opens a number of connections and measures the memory of the front process.
     Held { count: usize },
 }
 
@@ -113,7 +113,7 @@ pub fn drive(request: &Request) -> io::Result<Metrics> {
     Ok(serde_json::from_slice(&output.stdout)?)
 }
 
-/// CPU time by role from its making on.
+/// CPU time by role, from the creation of this value on.
 struct CpuMeter<'a> {
     processes: &'a [Process],
     before: Vec<Duration>,
@@ -121,7 +121,7 @@ struct CpuMeter<'a> {
     since: Instant,
 }
 
-/// What was used.
+/// The CPU time used since the creation.
 struct CpuUse {
     front: Duration,
     workers: Duration,

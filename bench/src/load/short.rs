@@ -17,7 +17,7 @@ use super::{CpuMeter, Metrics, Request, add_percentiles, client_socket};
 struct Slot {
     fd: OwnedFd,
     began: Instant,
-    /// When its worker wrote, by its own word, right before it closed.
+    /// The worker's time stamp, written right before its close.
     answered: Option<u64>,
 }
 
@@ -98,14 +98,14 @@ impl Clients<'_> {
         for event in &events {
             let at = event.data.u64() as usize;
             if self.is_over(&mut slots[at]) {
-                // Assigning resets the old one.
+                // The assignment drops the old socket, which resets its connection.
                 slots[at] = self.connect(at)?;
             }
         }
         Ok(())
     }
 
-    /// Reads what has come; true once this client is done.
+    /// Reads what has arrived; true when this client has finished.
     fn is_over(&mut self, slot: &mut Slot) -> bool {
         let mut buffer = [0; 16];
         loop {

@@ -1,4 +1,5 @@
-//! Clients that come at random moments, whoever still waits: how long until the application has each of them.
+//! Clients that connect at random moments, whether or not earlier ones still wait: how long until the application has
+//! each of them.
 
 use std::io;
 use std::time::{Duration, Instant};
@@ -9,7 +10,7 @@ use super::{Metrics, Request, client_socket};
 use crate::machine;
 use crate::stats::{Random, percentile};
 
-/// A client that has waited so long has failed.
+/// A client that waits longer has failed.
 const PATIENCE: Duration = Duration::from_secs(20);
 
 /// The same moments for every contender.

@@ -58,7 +58,7 @@ pub(super) fn cases(plan: &Plan) -> Vec<Case> {
         main: column("memory_held", "MiB, all held", 2),
         second: None,
         columns: vec![column("memory_empty", "MiB before", 2)],
-        // Several, because each address of a listener has only so many ports of clients.
+        // Several listeners, because the number of client ports for one address is limited.
         variants: variants(Serve::Hold, &[4], &ends, &Job::Held { count: held }),
     };
     vec![rate, memory]

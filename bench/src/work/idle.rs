@@ -1,4 +1,4 @@
-//! Latency when everybody sleeps: from the client's connect to the worker's application.
+//! Latency when all processes sleep: from the client's connect to the worker's application.
 
 use std::time::Duration;
 

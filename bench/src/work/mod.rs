@@ -23,17 +23,17 @@ use crate::worker::Kind;
 pub enum Work {
     /// Short connections: rate, latency, CPU.
     Short,
-    /// The same, and the client waits for the end.
+    /// The same; the client waits for the end.
     ShortFin,
     /// One client at a time: from connect to application.
     Idle,
     /// Many bytes through one connection.
     Bulk,
-    /// Who holds how many.
+    /// How evenly held connections are spread.
     Even,
     /// More workers, listeners and held connections.
     Growth,
-    /// Workers that take seldom: how long clients wait, beside a shared listener.
+    /// Workers that take seldom: how long clients wait, compared with a shared listener.
     Slow,
 }
 
@@ -66,14 +66,14 @@ pub struct Plan {
 }
 
 impl Plan {
-    /// Every contender, or the ones that say most.
+    /// Every contender, or the most informative ones.
     fn contenders(&self) -> Vec<Contender> {
         let kinds: &[Kind] =
             if self.quick { &[Kind::Mio] } else { &[Kind::Mio, Kind::Blocking, Kind::Tokio] };
         let mut all = Vec::new();
         for how in [How::Dispatcher, How::ReusePort, How::Shared, How::Bare] {
             let kinds = kinds.iter().filter(|&&kind| {
-                // The bare loop has no tokio worker; shared accept with it says nothing new.
+                // The bare loop has no tokio worker; shared accept with tokio shows nothing new.
                 kind != Kind::Tokio || matches!(how, How::Dispatcher | How::ReusePort)
             });
             all.extend(kinds.map(|&kind| Contender::new(how, kind)));
@@ -99,26 +99,26 @@ pub const fn column(key: &'static str, label: &'static str, decimals: usize) -> 
 #[derive(Debug)]
 pub struct Case {
     pub title: String,
-    /// The figure of which ratios are taken, with its spread.
+    /// The figure whose ratios are reported, with its spread.
     pub main: Column,
-    /// Another one, likewise.
+    /// A second such figure.
     pub second: Option<Column>,
     pub columns: Vec<Column>,
     pub variants: Vec<Variant>,
 }
 
-/// A contender with what it is to do.
+/// A contender and its job.
 #[derive(Clone, Debug)]
 pub struct Variant {
     pub label: String,
     pub contender: Contender,
     pub setup: Setup,
     pub job: Job,
-    /// Why this one is left out here, if so.
+    /// The reason why this variant is skipped, if there is one.
     pub excuse: Option<String>,
 }
 
-/// What a variant's ratio is taken to.
+/// The baseline of a variant's ratio.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Baseline {
     /// The variant with this way and the same kind of worker.
@@ -206,7 +206,7 @@ pub fn run(plan: &Plan) -> io::Result<()> {
     Ok(())
 }
 
-/// Each variant in turn, round after round; every second round backwards, so that nobody is always first.
+/// Each variant in turn, round after round; every second round backwards, so that no variant is always first.
 fn measure(plan: &Plan, case: &Case, report: &mut Report) -> Vec<Vec<Metrics>> {
     let mut results = vec![Vec::new(); case.variants.len()];
     let mut left_out = vec![false; case.variants.len()];
@@ -234,7 +234,7 @@ fn measure(plan: &Plan, case: &Case, report: &mut Report) -> Vec<Vec<Metrics>> {
             match outcome {
                 Ok(metrics) => results[at].push(metrics),
                 Err(error) => {
-                    // Rounds must stay comparable: who fails once is left out of this case.
+                    // Rounds must stay comparable: a variant that fails once is skipped in this case.
                     report.skip(&case.title, &variant.label, &error.to_string());
                     results[at].clear();
                     left_out[at] = true;

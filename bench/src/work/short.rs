@@ -30,7 +30,7 @@ pub(super) fn cases(plan: &Plan, fin: bool) -> Vec<Case> {
         columns.insert(3, column("fin_p99", "FIN p99 µs", 0));
         columns.insert(3, column("fin_p50", "FIN p50 µs", 0));
     }
-    // The time stamp says when the worker closed.
+    // The time stamp is that of the worker's close.
     let serve = if fin { Serve::Stamp } else { Serve::Byte };
     let end = if fin { "client waits for the FIN" } else { "client resets" };
     [16, 256]

@@ -1,5 +1,5 @@
-//! Workers that take seldom: event loops that come round once in a while, workers that serve one client at a time, and
-//! workers that take nothing beside them. How long clients wait, beside a plain listener that the same workers share.
+//! Workers that take seldom: event loops with long rounds, and workers that serve one client at a time; with and without
+//! additional workers that take nothing. How long clients wait, compared with a listener that the same workers share.
 
 use std::time::Duration;
 
@@ -8,7 +8,7 @@ use crate::contender::{Contender, How, Setup};
 use crate::load::Job;
 use crate::worker::{Kind, Serve};
 
-/// The dispatcher's alone: they hold the shared listener, too, and accept nothing.
+/// With the dispatcher they join and take nothing; otherwise they hold the shared listener and accept nothing.
 const STUCK: u16 = 3;
 
 pub(super) fn cases(plan: &Plan) -> Vec<Case> {
@@ -18,7 +18,7 @@ pub(super) fn cases(plan: &Plan) -> Vec<Case> {
     let mut cases = Vec::new();
     for (kind, what) in kinds {
         for &(workers, round, stuck) in list {
-            // Four fifths of what serial workers can serve; event loops take all that has come.
+            // Four fifths of what serial workers can serve. Event loops take all that has arrived.
             let rate = match kind {
                 Kind::Blocking => 800.0 / round as f64,
                 Kind::Mio | Kind::Tokio => 10.0,

@@ -1,4 +1,4 @@
-//! The worker that blocks: serves brief connections one after the other, the rest in threads.
+//! The blocking worker: serves brief connections one after the other, the others in threads.
 
 use std::io::{self, Read, Write};
 use std::net::{TcpListener, TcpStream};
@@ -76,7 +76,7 @@ pub(super) fn run(args: &WorkerArgs) -> io::Result<()> {
         let mut stream = match acceptor.accept() {
             Ok(stream) => stream,
             Err(error) if error.kind() == io::ErrorKind::UnexpectedEof => return Ok(()),
-            // A client that is gone already.
+            // The client has disconnected already.
             Err(_) => continue,
         };
         args.dawdle();

@@ -1,4 +1,4 @@
-//! The worker with an event loop: one thread, any number of connections, and of SDK workers.
+//! The worker with an event loop: one thread for any number of connections and of SDK workers.
 
 use std::io::{self, ErrorKind, Read, Write};
 use std::os::fd::{AsFd, AsRawFd, OwnedFd, RawFd};
@@ -25,7 +25,7 @@ enum Stream {
 
 struct Client {
     stream: Stream,
-    /// Bytes of the answer still to be written.
+    /// Bytes of the answer that are not yet written.
     unsent: usize,
 }
 
@@ -105,7 +105,7 @@ impl Stream {
 }
 
 impl Client {
-    /// Does what can be done now; false at the end.
+    /// Reads and writes without blocking; false when the connection has ended.
     fn go_on(&mut self, serve: Serve, answer: &[u8]) -> io::Result<bool> {
         let again = |error: io::Error| match error.kind() {
             ErrorKind::WouldBlock => Ok(true),
@@ -149,7 +149,7 @@ pub(super) fn run(args: &WorkerArgs) -> io::Result<()> {
     let mut events = Events::with_capacity(1024);
     let answer = vec![b'.'; CHUNK];
     let mut waiting = true;
-    // One that works between its rounds does not sleep in the poll.
+    // A worker that works between its rounds does not sleep in the poll.
     let timeout = (args.round > 0).then_some(std::time::Duration::ZERO);
     loop {
         if waiting && acceptors.iter().all(Acceptor::is_ready) {
@@ -185,7 +185,7 @@ impl Server<'_> {
         self.args.dawdle();
         let (mut greeting, serve) = ([0; 8], self.args.serve);
         let len = serve.greeting(self.args.index + number as u16, &mut greeting);
-        // It fits into an empty send buffer; a client that is gone already is closed below.
+        // The byte fits into an empty send buffer; a client that has disconnected is closed below.
         let written = len == 0 || stream.write(&greeting[..len]).is_ok();
         if !written || serve.is_brief() {
             return Ok(());
@@ -210,7 +210,7 @@ impl Server<'_> {
         if client.go_on(self.args.serve, answer).unwrap_or(false) {
             return Ok(());
         }
-        // Before the close: somebody else may have a copy, and events of it would go on coming.
+        // Before the close: another process may have a copy, which would go on causing events.
         registry.deregister(&mut SourceFd(&client.stream.raw()))?;
         self.clients[place] = None;
         self.free.push(place);

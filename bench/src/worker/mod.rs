@@ -1,4 +1,4 @@
-//! The server process of every contender: one serving code, three ways to wait, four ways to get connections.
+//! The server process of every contender: one server, three ways to wait, four sources of connections.
 
 mod blocking;
 mod mio;
@@ -34,7 +34,7 @@ impl Kind {
     }
 }
 
-/// Where its connections come from.
+/// The source of a worker's connections.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, ValueEnum)]
 pub enum Source {
     /// The dispatcher.
@@ -47,7 +47,7 @@ pub enum Source {
     Passed,
 }
 
-/// What it does with a connection.
+/// What a worker does with a connection.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, ValueEnum)]
 pub enum Serve {
     /// Writes one byte and closes.
@@ -86,7 +86,7 @@ impl Serve {
         }
     }
 
-    /// Whether the greeting is all.
+    /// Whether the connection ends after the greeting.
     fn is_brief(self) -> bool {
         match self {
             Serve::Byte | Serve::Stamp => true,
@@ -110,7 +110,7 @@ pub struct WorkerArgs {
     /// For `sdk`.
     #[arg(long)]
     pub socket: Option<PathBuf>,
-    /// How many workers this process is; only mio and the SDK.
+    /// The number of workers in this process; only with mio and the SDK.
     #[arg(long, default_value_t = 1)]
     pub count: u16,
     /// Pause after each accept, in microseconds: a slow worker.
@@ -130,7 +130,7 @@ impl WorkerArgs {
     fn config(&self, number: u16) -> WorkerConfig {
         let socket = self.socket.clone().unwrap_or_default();
         let name = format!("w{}", self.index + number);
-        // A dispatcher that does not come would be waited for for ever.
+        // Without a limit the worker would wait for a missing dispatcher for ever.
         let patience = std::time::Duration::from_secs(20);
         WorkerConfig::new().dispatch_socket(socket).pool("web").name(name).join_timeout(patience)
     }
@@ -150,7 +150,7 @@ impl WorkerArgs {
     }
 }
 
-/// Serves for ever.
+/// Serves until it is killed.
 pub fn run(args: &WorkerArgs) -> io::Result<()> {
     machine::die_with_parent();
     machine::raise_descriptors();
@@ -164,7 +164,7 @@ pub fn run(args: &WorkerArgs) -> io::Result<()> {
     }
 }
 
-/// There, and taking nothing.
+/// Takes nothing.
 fn stuck(args: &WorkerArgs) -> io::Result<()> {
     let _there = match args.source {
         Source::Sdk => Some(worker_sdk::Worker::connect(args.config(0)).map_err(io::Error::other)?),
@@ -176,7 +176,7 @@ fn stuck(args: &WorkerArgs) -> io::Result<()> {
     }
 }
 
-/// Tells the harness that clients may come.
+/// Tells the harness that clients may connect.
 fn ready() -> io::Result<()> {
     let mut out = io::stdout();
     out.write_all(b"ready\n")?;

@@ -16,7 +16,7 @@ pub(super) fn run(args: &WorkerArgs) -> io::Result<()> {
     let runtime = tokio::runtime::Builder::new_current_thread().enable_all().build()?;
     runtime.block_on(async {
         if args.round > 0 {
-            // Tasks that work without a pause: a round is over when each has had its turn.
+            // Tasks that compute without a pause: a round ends when each task has had its turn.
             let part = args.round() / BUSY;
             for _ in 0..BUSY {
                 tokio::spawn(async move {
@@ -58,7 +58,7 @@ pub(super) fn run(args: &WorkerArgs) -> io::Result<()> {
 fn start(stream: impl AsyncRead + AsyncWrite + Send + Unpin + 'static, args: &WorkerArgs) {
     args.dawdle();
     let mut greeting = [0; 8];
-    // Now, not when the task first runs: what is stamped is when the application got it.
+    // Now, not when the task first runs: the stamp is the moment at which the application got the connection.
     let len = args.serve.greeting(args.index, &mut greeting);
     tokio::spawn(serve(stream, args.serve, greeting, len));
 }
