@@ -2,6 +2,7 @@
 //!
 //! A test binary of its own, because it counts with the global allocator: only what the thread that runs the
 //! dispatcher asks for. Workers and clients are other threads of this process. No timing decides anything.
+#![allow(unsafe_code, reason = "a global allocator is unsafe")]
 #![allow(clippy::unwrap_used)]
 
 use std::alloc::{GlobalAlloc, Layout, System};

@@ -1,4 +1,5 @@
 //! System calls that need `unsafe`, in one place. Decides nothing.
+#![allow(unsafe_code)]
 
 use std::io;
 use std::os::fd::{AsFd, AsRawFd, FromRawFd, OwnedFd, RawFd};

@@ -2,7 +2,7 @@
 //!
 //! The fuzzer calls them (`fuzz/fuzz_targets`). Ordinary tests on the stable toolchain call them with every file of the
 //! corpora: `tests/corpus.rs`, and unit tests of the crates whose private functions a target needs.
-#![allow(dead_code)] // Each fuzz target is a program that uses one of the functions.
+#![allow(dead_code, unused_imports)] // Each fuzz target is a program that uses one of the functions.
 #![allow(clippy::unwrap_used, clippy::expect_used)]
 
 mod bytes;

@@ -1,5 +1,6 @@
 //! Reloading at its edges: what sockets really have afterwards, what needs a restart, connections that are under way, and
 //! several at once.
+#![allow(unsafe_code, reason = "TCP_INFO has no safe wrapper")]
 #![allow(clippy::unwrap_used, clippy::expect_used, reason = "in a test a panic is the report")]
 
 mod growth;

@@ -1,5 +1,6 @@
 //! Shortages of one process or another: descriptors, channels, send queues, readers of the log. Clients wait, or go
 //! elsewhere; nobody is lost, and the dispatcher neither spins nor stands still.
+#![allow(unsafe_code, reason = "the user of one thread has no safe setter")]
 #![allow(clippy::unwrap_used)]
 
 use std::io::{Read, Write};

@@ -1,4 +1,5 @@
 //! Peers that lie, babble or break off: each loses its own connection, with a reason in the log, and nobody else anything.
+#![allow(unsafe_code, reason = "the test wraps system calls")]
 #![allow(clippy::unwrap_used, clippy::expect_used)]
 
 use std::os::fd::AsFd;

@@ -1,5 +1,6 @@
 //! Closing connections that something else serves, too; what may not surprise the application; the waits of blocking
 //! workers. Face to face with a dispatcher made of the same protocol.
+#![allow(unsafe_code, reason = "fork is unsafe")]
 #![allow(clippy::unwrap_used, clippy::expect_used, reason = "in a test a panic is the report")]
 
 mod blocking;

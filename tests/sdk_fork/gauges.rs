@@ -1,4 +1,5 @@
 //! What a worker shows in its gauges, and what becomes of them when the dispatcher goes.
+#![allow(unsafe_code, reason = "the test wraps system calls")]
 #![allow(clippy::unwrap_used, clippy::expect_used, reason = "in a test a panic is the report")]
 
 use std::sync::atomic::{AtomicBool, Ordering};

@@ -5,6 +5,7 @@
 //! `TEST_WORKER=only-answer` (mio) it answers probes and takes nothing. With `TEST_WORKER_PAUSE=MS` its event loop comes round once in so many
 //! milliseconds, or it accepts so seldom (blocking); `serial` serves one client at a time, for so long. With
 //! `TEST_WORKER=fork` it has a child, from its first connection on, that keeps all it has open until its standard input ends.
+#![allow(unsafe_code, reason = "the test wraps system calls")]
 #![allow(clippy::unwrap_used)]
 
 use std::collections::HashMap;

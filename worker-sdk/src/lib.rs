@@ -132,7 +132,7 @@ pub use client::{
 pub use dispatch_protocol::Token;
 pub use peer::PeerAddr;
 
-/// The programs in the README compile.
+/// The program in the README compiles.
 #[cfg(doctest)]
-#[doc = include_str!("../../README.md")]
+#[doc = include_str!("../README.md")]
 struct Readme;

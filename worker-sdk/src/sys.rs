@@ -1,4 +1,5 @@
 //! System calls that need care or `unsafe`. Owns every `unsafe` block of this crate; decides nothing.
+#![allow(unsafe_code)]
 
 use std::io;
 #[cfg(feature = "tokio")]

@@ -1,4 +1,5 @@
 //! A fork for each connection, as servers of old do it. One thread only: a fork copies no other.
+#![allow(unsafe_code, reason = "fork is unsafe")]
 
 use std::io::Write;
 

@@ -11,3 +11,8 @@
 //! | `sigterm` | the end of a blocking server at SIGTERM, with a deadline |
 //! | `inetd` | a child process that has the connection as its standard input and output |
 //! | `fork` | a fork for each connection |
+
+/// The program in the README of the repository compiles.
+#[cfg(doctest)]
+#[doc = include_str!("../../../README.md")]
+struct Readme;

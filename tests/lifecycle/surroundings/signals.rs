@@ -1,4 +1,5 @@
 //! Signals, from the start of `main` to the end.
+#![allow(unsafe_code, reason = "the test sends signals that have no name")]
 
 use std::io::Write;
 use std::os::linux::net::SocketAddrExt;

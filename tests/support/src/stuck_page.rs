@@ -1,5 +1,6 @@
 //! A page of memory that does not arrive until it is released: a system call that reads or writes it waits inside the
 //! kernel, with whatever locks it holds there.
+#![allow(unsafe_code, reason = "userfaultfd has no safe wrapper")]
 
 use std::io;
 use std::os::fd::{AsFd, AsRawFd, FromRawFd, OwnedFd};
