@@ -1,4 +1,4 @@
-//! An echo server, a thread for each connection.
+//! An echo server with one thread per connection.
 //!
 //! Alone it listens on 127.0.0.1:7000; with `DISPATCH_SOCKET` it is a worker of a dispatcher.
 
@@ -25,7 +25,7 @@ fn main() -> Result<(), Box<dyn std::error::Error>> {
     for connection in worker.incoming() {
         thread::spawn(move || echo(&connection));
     }
-    // Drained by an operator, or closed: goodbye, and what we have is served to its end.
+    // The worker is drained or closed. Its live connections may still end by themselves.
     worker.close();
     worker.wait_until_idle();
     Ok(())

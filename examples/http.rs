@@ -1,4 +1,5 @@
-//! An HTTP server with axum: says which process answers, what it holds, and who asks.
+//! An HTTP server with axum. It answers with its process id, its live connections and the client's
+//! address.
 //!
 //! Alone it listens on 127.0.0.1:8080; with `DISPATCH_SOCKET` it is a worker of a dispatcher.
 
@@ -21,10 +22,10 @@ async fn main() -> Result<(), Box<dyn std::error::Error>> {
         tokio::select! {
             _ = terminate.recv() => {}
             _ = interrupt.recv() => {}
-            // An operator wants this process empty: another takes its place.
+            // An operator drains this worker: another process takes its place.
             () = closing.drained() => {}
         }
-        // Goodbye now: what waits for us goes to other workers while we finish what we have.
+        // Untaken connections go to other workers; this process finishes its live connections.
         closing.close();
     };
 

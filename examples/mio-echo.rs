@@ -14,7 +14,7 @@ const WORKER: Token = Token(0);
 const SIGNALS: Token = Token(1);
 const FIRST_CLIENT: usize = 2;
 
-/// A connection and what it has not taken back yet; nothing is read meanwhile.
+/// A connection and the bytes that it has not sent yet; it reads nothing until they are sent.
 struct Client {
     connection: Connection,
     unsent: Vec<u8>,
@@ -40,7 +40,7 @@ fn main() -> Result<(), Box<dyn std::error::Error>> {
         for event in &events {
             match event.token() {
                 SIGNALS if signals.pending().next().is_some() => {
-                    // Goodbye; the clients we have are served to their end.
+                    // After the goodbye the live connections may still end by themselves.
                     worker.close();
                     closing = true;
                 }
@@ -51,7 +51,8 @@ fn main() -> Result<(), Box<dyn std::error::Error>> {
                         let mut connection = match worker.try_accept() {
                             Ok(Some(connection)) => connection,
                             Ok(None) => break,
-                            // An operator wants this process empty: it serves what it has to the end.
+                            // An operator drains this worker: it serves its live connections until
+                            // they end.
                             Err(Error::Draining) => {
                                 worker.close();
                                 closing = true;
@@ -59,7 +60,7 @@ fn main() -> Result<(), Box<dyn std::error::Error>> {
                             }
                             Err(error) => return Err(error.into()),
                         };
-                        // Never used twice, so an old event can't reach a new client.
+                        // Tokens are never reused, so an old event cannot reach a new client.
                         let token = Token(next);
                         next += 1;
                         let interests = Interest::READABLE | Interest::WRITABLE;
@@ -83,7 +84,7 @@ fn main() -> Result<(), Box<dyn std::error::Error>> {
 }
 
 impl Client {
-    /// Echoes until something would block; false at the end.
+    /// Echoes until an operation would block; false at the end of the connection.
     fn echo(&mut self) -> io::Result<bool> {
         let mut buffer = [0; 16 * 1024];
         loop {

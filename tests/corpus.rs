@@ -1,5 +1,6 @@
-//! Every file of the fuzz corpora through the body of its fuzz target, without the fuzzer. `fuzz/README.md` says how to add
-//! a file. The corpora of targets that need private functions are replayed by unit tests of `dispatcher` and `worker-sdk`.
+//! Every file of the fuzz corpora through the body of its fuzz target, without the fuzzer.
+//! `fuzz/README.md` says how to add a file. The corpora of targets that need private functions are
+//! replayed by unit tests of `dispatcher` and `worker-sdk`.
 #![allow(clippy::unwrap_used, clippy::expect_used)]
 
 #[path = "../fuzz/targets/bytes.rs"]

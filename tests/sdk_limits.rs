@@ -1,4 +1,5 @@
-//! Workers at the limits of their process: few file descriptors, wrong ones, forks. Each in a process of its own.
+//! Workers at the limits of their process: few file descriptors, wrong ones, forks. Each in a
+//! separate process.
 #![allow(clippy::unwrap_used, clippy::expect_used, reason = "in a test a panic is the report")]
 
 use std::os::fd::AsFd;
@@ -27,8 +28,8 @@ fn accept(worker: &Worker) -> Connection {
 }
 
 #[test]
-fn many_clients_need_no_more_descriptors_afterwards() {
-    // In a process of its own: other tests open descriptors meanwhile.
+fn many_clients_leave_no_descriptors_open() {
+    // In a separate process, because other tests open descriptors at the same time.
     in_child("fds_child");
 }
 
@@ -58,7 +59,7 @@ fn fds_child() {
 }
 
 #[test]
-fn at_the_descriptor_limit_what_does_not_arrive_is_reported_lost() {
+fn at_the_descriptor_limit_missing_connections_are_declined() {
     in_child("lost_child");
 }
 
@@ -71,7 +72,8 @@ fn lost_child() {
     let (worker, mut peer) = join(&fake);
     let pairs: Vec<_> = (0..8).map(|_| fake.client()).collect();
     let limit = rustix::process::getrlimit(rustix::process::Resource::Nofile);
-    // The next descriptors are the lowest free ones; find the first that leaves room for exactly three.
+    // The next descriptors are the lowest free numbers; the loop finds the first that leaves room
+    // for exactly three.
     let mut probe = Vec::new();
     for _ in 0..3 {
         probe.push(pairs[0].0.try_clone().unwrap());
@@ -92,11 +94,11 @@ fn lost_child() {
         assert_eq!(connection.peer_addr(), PeerAddr::from(address));
     }
     assert!(pairs.iter().all(|(client, _)| is_open(client)));
-    assert!(worker.is_joined(), "the session goes on");
+    assert!(worker.is_joined(), "the session continues");
 }
 
 #[test]
-fn a_record_with_the_wrong_descriptors_ends_the_session_and_leaks_nothing() {
+fn a_record_with_wrong_descriptors_ends_the_session() {
     in_child("wrong_fds_child");
 }
 
@@ -128,7 +130,7 @@ fn wrong_fds_child() {
     ];
     for broken in breaks {
         broken(&mut peer);
-        assert!(peer.control_record().is_none(), "it hangs up");
+        assert!(peer.control_record().is_none(), "the worker closes the connection");
         let next = fake.welcome();
         assert_eq!((next.hello.base, next.hello.finished), (0, 0));
         peer = next;
@@ -142,7 +144,7 @@ fn wrong_fds_child() {
     assert_eq!(worker.live(), 0);
 }
 
-/// Runs one test of this program again, alone in a process of its own.
+/// Runs one test of this program again, alone in a process.
 fn in_child(name: &str) {
     let output = std::process::Command::new(std::env::current_exe().unwrap())
         .args(["--exact", name, "--nocapture", "--test-threads=1"])
@@ -151,7 +153,7 @@ fn in_child(name: &str) {
         .unwrap();
     let (stdout, stderr) =
         (String::from_utf8_lossy(&output.stdout), String::from_utf8_lossy(&output.stderr));
-    // A name that matches no test is a success, too.
+    // A name without a test would be a success, too.
     let passed = output.status.success() && stdout.contains("1 passed");
     assert!(passed, "{stdout}{stderr}");
 }

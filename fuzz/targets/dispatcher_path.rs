@@ -1,5 +1,5 @@
-//! The dispatcher's receive path on a real socket: no descriptor stays open, no call waits, and the result is that of the
-//! record.
+//! The dispatcher's receive path on a real socket: no descriptor stays open, no call waits, and the
+//! result is that of the record.
 
 use dispatch_protocol::wire::{Control, MAX_CONTROL_RECORD};
 

@@ -1,4 +1,5 @@
-//! `LISTEN_PID`, `LISTEN_FDS` and `LISTEN_FDNAMES` with any values, in a process with any descriptors.
+//! `LISTEN_PID`, `LISTEN_FDS` and `LISTEN_FDNAMES` with any values, in a process with any
+//! descriptors.
 //!
 //! The descriptors are made up: a real one that is taken by mistake would be the fuzzer's own.
 
@@ -9,8 +10,9 @@ use super::dispatcher_fuzzing::announced;
 
 const OWN: u32 = 4242;
 
-/// The input: a byte that says which variables are set, their values as three lines, and then a byte for each descriptor
-/// from 3 on: 0 for one that is not open, odd for one that was passed, even for one of our own.
+/// The input: a byte that says which variables are set, their values as three lines, and then a
+/// byte for each descriptor from 3 on: 0 for one that is not open, odd for one that was passed,
+/// even for one of our own.
 pub fn listen_fds(data: &[u8]) {
     let Some((set, rest)) = data.split_first() else {
         return;

@@ -1,7 +1,8 @@
 //! The bodies of the fuzz targets: functions of bytes that panic when a property does not hold.
 //!
-//! The fuzzer calls them (`fuzz/fuzz_targets`). Ordinary tests on the stable toolchain call them with every file of the
-//! corpora: `tests/corpus.rs`, and unit tests of the crates whose private functions a target needs.
+//! The fuzzer calls them (`fuzz/fuzz_targets`). Ordinary tests on the stable toolchain call them
+//! with every file of the corpora: `tests/corpus.rs`, and unit tests of the crates whose private
+//! functions a target needs.
 #![allow(dead_code, unused_imports)] // Each fuzz target is a program that uses one of the functions.
 #![allow(clippy::unwrap_used, clippy::expect_used)]
 

@@ -25,7 +25,8 @@ pub fn replay(target: &str, body: fn(&[u8])) {
     }
 }
 
-/// The same in a process that runs only the test `name`: for a body that counts or limits the descriptors of its process.
+/// The same in a process that runs only the test `name`: for a body that counts or limits the
+/// descriptors of its process.
 #[allow(dead_code)] // One of the crates that include this module needs it.
 pub fn replay_alone(name: &str, target: &str, body: fn(&[u8])) {
     if std::env::var_os(ALONE).is_some() {

@@ -1,5 +1,5 @@
-//! A record on a real socket, with any number of descriptors, received with room for any number of them. Shared by the
-//! targets of both receive paths.
+//! A record on a real socket, with any number of descriptors, received with room for any number of
+//! them. Shared by the targets of both receive paths.
 
 use std::io::IoSlice;
 use std::mem::MaybeUninit;
@@ -44,7 +44,8 @@ pub struct Delivery<'a> {
 }
 
 impl<'a> Delivery<'a> {
-    /// The input: the path, the number of descriptors, the room (255: enough), whether the sender closes, the record.
+    /// The input: the path, the number of descriptors, the room (255: enough), whether the sender
+    /// closes, the record.
     pub fn new(data: &'a [u8]) -> Delivery<'a> {
         let mut bytes = Bytes::new(data);
         let path = match bytes.byte() % 3 {
@@ -68,7 +69,8 @@ pub fn checked(deliver: impl FnOnce()) {
     assert_eq!(open_descriptors(), before, "descriptors stay open");
 }
 
-/// Blocking sockets: the flag has to come with each call. Whatever waits all the same is noticed.
+/// Blocking sockets: each receive call must pass the flag itself. The timeout reveals a call that
+/// waits.
 pub fn pair() -> (OwnedFd, OwnedFd) {
     let (ours, theirs) = rustix::net::socketpair(
         AddressFamily::UNIX,
@@ -115,8 +117,8 @@ pub fn with_room<T>(room: Option<usize>, call: impl FnOnce() -> T) -> T {
         return call();
     };
     let before = getrlimit(Resource::Nofile);
-    // The kernel gives the lowest numbers that are free, and there may be gaps: the first that must not be given is found
-    // by opening as many.
+    // The kernel gives the lowest numbers that are free, and there may be gaps: the first that must
+    // not be given is found by opening as many.
     let files: Vec<OwnedFd> = (0..=room).map(|_| file()).collect();
     let current = files.last().map(|file| file.as_raw_fd() as u64);
     drop(files);

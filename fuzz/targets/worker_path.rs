@@ -1,4 +1,5 @@
-//! A worker's receive paths on real sockets: no descriptor stays open, no call waits, and the result is that of the record.
+//! A worker's receive paths on real sockets: no descriptor stays open, no call waits, and the
+//! result is that of the record.
 
 use std::os::fd::AsFd;
 
@@ -29,10 +30,10 @@ fn to_worker(delivery: &Delivery<'_>) {
     }
     let _theirs = (!closes).then_some(theirs);
     let received = with_room(room, || from_channel(ours.as_fd()));
-    // With less room than came, nobody can tell how many came.
+    // With less room than descriptors, the receiver cannot know how many were sent.
     let short = room.is_some_and(|room| room < count);
     match (received, Channel::decode(record)) {
-        // A record without anything is the end; one whose descriptors found no room looks the same.
+        // An empty record is the end; a record whose descriptors found no room looks the same.
         (FromChannel::End, Err(_)) => assert!(record.is_empty() && (count == 0 || short)),
         (FromChannel::Broken(_), Err(_)) => {}
         (FromChannel::Broken(why), Ok(sent)) => assert!(count > sent.fds(), "{sent:?}: {why}"),
@@ -66,7 +67,7 @@ fn to_worker(delivery: &Delivery<'_>) {
     }
 }
 
-/// The answer to a hello. The first descriptors are what they should be, as far as the record says what that is.
+/// The answer to a hello. The first descriptors are valid, as far as the record describes them.
 fn to_joining_worker(delivery: &Delivery<'_>) {
     let &Delivery { count, room, closes, record, .. } = delivery;
     let (ours, theirs) = pair();

@@ -1,8 +1,10 @@
-//! The protocol between the dispatcher and its workers: what both sides share.
+//! The protocol between the dispatcher and its workers, shared by both sides.
 //!
-//! [`wire`] encodes and decodes the records on the control connection and on the channel. [`scoreboard`] is the memory that both
-//! sides map: slots, counters and gauges; [`scoreboard::slot`] has every state transition of a slot with its memory ordering.
-//! The byte layouts are specified in `docs/PROTOCOL.md`. This crate opens no socket, reads no clock and keeps no state.
+//! [`wire`] encodes and decodes the records on the control connection and on the channel.
+//! [`scoreboard`] is the memory that both sides map: slots, counters and gauges.
+//! [`scoreboard::slot`] has every state transition of a slot with its memory ordering.
+//! `docs/PROTOCOL.md` specifies the byte layouts. This crate opens no socket, reads no clock and
+//! keeps no state.
 #![warn(missing_docs)]
 
 pub mod scoreboard;

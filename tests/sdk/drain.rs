@@ -1,4 +1,4 @@
-//! A worker that is drained, in every layer, face to face with a dispatcher made of the same protocol.
+//! Drains of a worker, in every layer, against a dispatcher made of the same protocol.
 #![allow(clippy::unwrap_used, clippy::expect_used, reason = "in a test a panic is the report")]
 
 use std::io::{Read, Write};
@@ -30,7 +30,7 @@ fn tell(peer: &Peer, notice: Channel) {
     peer.send_bytes(&record, &[]);
 }
 
-/// With a deadline so long from now.
+/// A drain with a deadline after this time.
 fn drain(peer: &Peer, wait: Option<Duration>) {
     let now = rustix::time::clock_gettime(rustix::time::ClockId::Monotonic);
     let now: Duration = now.try_into().unwrap();
@@ -47,13 +47,13 @@ fn the_listener_ends_after_what_came_before() {
     peer.send(&[&pairs[0].1, &pairs[1].1]);
     drain(&peer, None);
     let served: Vec<_> = worker.incoming().collect();
-    assert_eq!(served.len(), 2, "what was received before is still served");
+    assert_eq!(served.len(), 2, "earlier connections are still served");
     assert!(worker.is_draining());
-    assert!(worker.accept().unwrap().is_none(), "as long as it is drained");
+    assert!(worker.accept().unwrap().is_none(), "while it is drained");
     assert!(matches!(worker.try_accept(), Err(Error::Draining)));
-    assert!(is_open(&pairs[0].0) && is_open(&pairs[1].0), "live ones go on");
+    assert!(is_open(&pairs[0].0) && is_open(&pairs[1].0), "live connections continue");
 
-    // Made active again, it takes connections again.
+    // After the resume it takes connections again.
     tell(&peer, Channel::Resume(Resume));
     assert!(worker.resumed().unwrap());
     let third = peer.send_one(&pairs[2].1);
@@ -80,7 +80,7 @@ fn every_thread_that_waits_hears_of_it() {
         (0..3).for_each(|_| starts.recv().unwrap());
         drain(&peer, None);
         assert!(waiting.into_iter().all(|thread| thread.join().unwrap()));
-        // Those who wait for the end of it, too, or for that of the worker.
+        // Threads that wait for the end of the drain, and for the end of the worker.
         let resumed = scope.spawn(|| worker.resumed().unwrap());
         let other = scope.spawn(|| worker.resumed().unwrap());
         tell(&peer, Channel::Resume(Resume));
@@ -94,7 +94,7 @@ fn every_thread_that_waits_hears_of_it() {
 }
 
 #[test]
-fn the_application_is_told_whenever_it_asked_to_be() {
+fn every_registered_callback_runs_once_per_drain() {
     let fake = FakeDispatcher::new();
     let (worker, peer) = join(&fake);
     let (tell_us, told) = mpsc::channel();
@@ -103,7 +103,8 @@ fn the_application_is_told_whenever_it_asked_to_be() {
     drain(&peer, Some(Duration::from_secs(3600)));
     assert!(worker.accept().unwrap().is_none());
     assert_eq!(told.recv_timeout(DEADLINE), Ok(true));
-    // Said again, as after a hang: nothing new. Asked for only now: told at once.
+    // A repeated drain, as after a hang, changes nothing. A callback registered now runs
+    // immediately.
     drain(&peer, Some(Duration::from_secs(1800)));
     assert!(worker.accept().unwrap().is_none());
     worker.on_drain(move |_| second.send(false).unwrap());
@@ -113,7 +114,7 @@ fn the_application_is_told_whenever_it_asked_to_be() {
     drain(&peer, None);
     assert!(worker.accept().unwrap().is_none());
     assert_eq!(told.recv_timeout(DEADLINE), Ok(false), "a new drain, without a deadline");
-    assert_eq!(told.recv_timeout(DEADLINE), Ok(false), "both are told");
+    assert_eq!(told.recv_timeout(DEADLINE), Ok(false), "both callbacks run");
     assert!(told.try_recv().is_err());
 }
 
@@ -127,7 +128,7 @@ fn at_the_deadline_what_is_left_is_ended() {
         .map(|(_, ours)| {
             let entry = peer.send_one(ours);
             let connection = worker.accept().unwrap().unwrap();
-            // As a dispatcher does: what is taken is only the worker's to end.
+            // As a dispatcher does: only the worker can end a taken connection.
             peer.release(&entry);
             connection
         })
@@ -138,19 +139,19 @@ fn at_the_deadline_what_is_left_is_ended() {
     first.write_all(b"last words").unwrap();
     drain(&peer, Some(Duration::ZERO));
     assert!(worker.accept().unwrap().is_none());
-    // The application is in the middle of reading; the client sees the end, and all that was written.
+    // The application is reading; the client sees the end and everything that was written.
     assert_eq!(first.read(&mut [0; 16]).unwrap(), 0);
     let clients: Vec<_> = pairs.into_iter().map(|(client, _ours)| client).collect();
     let mut texts = clients.into_iter().map(|mut client| read_to_end(&mut client));
     assert_eq!(texts.next().unwrap(), b"last words");
     assert!(texts.all(|text| text.is_empty()), "also the one that `into_parts` gave away");
-    assert_eq!(worker.live(), 3, "the application drops them, and then they are counted");
+    assert_eq!(worker.live(), 3, "they count until the application drops them");
     drop((first, other));
     peer.wait_finished(3);
 }
 
 #[test]
-fn a_resumed_worker_has_no_deadline_and_one_without_a_dispatcher_is_not_drained() {
+fn a_resume_or_a_lost_dispatcher_ends_drain_and_deadline() {
     let mut fake = FakeDispatcher::new();
     let (worker, mut peer) = join(&fake);
     let (client, ours) = fake.client();
@@ -163,7 +164,7 @@ fn a_resumed_worker_has_no_deadline_and_one_without_a_dispatcher_is_not_drained(
     fake.stop();
     drop(peer.die());
     fake.start();
-    // The next dispatcher knows nothing of a drain: connections come again.
+    // The next dispatcher does not know of the drain: connections come again.
     let (peer, next, second) = thread::scope(|scope| {
         let next = scope.spawn(|| worker.accept().unwrap());
         let mut peer = fake.welcome();
@@ -172,7 +173,7 @@ fn a_resumed_worker_has_no_deadline_and_one_without_a_dispatcher_is_not_drained(
         (peer, next.join().unwrap().unwrap(), second)
     });
     assert!(!worker.is_draining());
-    // One that is not resumed shows when the deadline of both has passed.
+    // A third drain, without a resume, shows that the deadlines of both have passed.
     let (other, mut other_peer) = join(&fake);
     let (mut third, ours) = fake.client();
     let entry = other_peer.send_one(&ours);
@@ -187,17 +188,17 @@ fn a_resumed_worker_has_no_deadline_and_one_without_a_dispatcher_is_not_drained(
     drain(&other_peer, Some(wait));
     assert!(other.accept().unwrap().is_none());
     assert!(read_to_end(&mut third).is_empty());
-    assert!(is_open(&client) && is_open(&second), "their deadline is no more");
+    assert!(is_open(&client) && is_open(&second), "their deadline no longer counts");
     drop((ended, next));
 }
 
 #[test]
-fn a_callback_that_panics_or_waits_for_the_last_connection_is_in_nobodys_way() {
+fn a_callback_that_panics_or_blocks_delays_no_deadline() {
     let fake = FakeDispatcher::new();
     let (worker, mut peer) = join(&fake);
     let (tell_us, told) = mpsc::channel();
     let waiting = worker.clone();
-    worker.on_drain(|_| panic!("of a callback, as the test wants it"));
+    worker.on_drain(|_| panic!("intended by the test"));
     worker.on_drain(move |_| {
         waiting.wait_until_idle();
         tell_us.send(waiting.live()).unwrap();
@@ -229,10 +230,10 @@ fn a_callback_that_panics_or_waits_for_the_last_connection_is_in_nobodys_way() {
 }
 
 #[test]
-fn callbacks_are_let_go_by_close_once_they_were_told() {
+fn close_drops_callbacks_after_they_have_run() {
     let fake = FakeDispatcher::new();
     let (worker, peer) = join(&fake);
-    // A callback may own a handle of its worker, and anything else.
+    // A callback may own a handle of its worker and other values.
     let owned = Arc::new(());
     let (go_on, goes_on) = mpsc::channel();
     let (tell_us, told) = mpsc::channel();
@@ -251,27 +252,27 @@ fn callbacks_are_let_go_by_close_once_they_were_told() {
     assert!(worker.accept().unwrap().is_none());
     worker.close();
     assert!(matches!(peer.control_record(), Some(Control::Goodbye(_))));
-    assert_eq!(Arc::strong_count(&owned), 3, "they have yet to be told");
+    assert_eq!(Arc::strong_count(&owned), 3, "they have not run yet");
     go_on.send(()).unwrap();
     told.recv_timeout(DEADLINE).unwrap();
-    eventually("both are let go", || Arc::strong_count(&owned) == 1);
-    // Nothing follows for one that comes later.
+    eventually("both are dropped", || Arc::strong_count(&owned) == 1);
+    // A callback registered later is dropped, because no drain follows.
     let kept = Arc::clone(&owned);
     worker.on_drain(move |_| drop(Arc::clone(&kept)));
-    eventually("it is let go, too", || Arc::strong_count(&owned) == 1);
+    eventually("it is dropped, too", || Arc::strong_count(&owned) == 1);
 
-    // Without a drain: at once, and with them the whole worker.
+    // Without a drain: immediately, and with them the whole worker.
     let (worker, peer) = join(&fake);
     let (handle, kept) = (worker.clone(), Arc::clone(&owned));
     worker.on_drain(move |_| drop((handle.clone(), Arc::clone(&kept))));
     worker.close();
     assert_eq!(Arc::strong_count(&owned), 1);
     assert!(matches!(peer.control_record(), Some(Control::Goodbye(_))));
-    assert!(peer.control_record().is_none(), "nothing is left of it");
+    assert!(peer.control_record().is_none(), "the session has ended");
 }
 
 #[test]
-fn a_goodbye_finds_its_way_past_claims_that_fill_the_socket() {
+fn a_goodbye_is_sent_although_claims_fill_the_socket() {
     let fake = FakeDispatcher::new();
     let (worker, peer) = thread::scope(|scope| {
         let worker = scope.spawn(|| Worker::connect(fake.config()).unwrap());
@@ -284,7 +285,7 @@ fn a_goodbye_finds_its_way_past_claims_that_fill_the_socket() {
         tell_us.send(rustix::thread::gettid()).unwrap();
         worker.close();
     });
-    // Nothing is read before it sleeps on that, or has given up.
+    // The test reads nothing before the thread sleeps on the socket or has given up.
     let stat = format!("/proc/self/task/{}/stat", told.recv().unwrap().as_raw_nonzero());
     eventually("it waits", || {
         let stat = std::fs::read_to_string(&stat).unwrap_or_default();
@@ -301,7 +302,7 @@ fn runtime() -> tokio::runtime::Runtime {
     tokio::runtime::Builder::new_current_thread().enable_all().build().unwrap()
 }
 
-/// Fails rather than hangs.
+/// Fails instead of hanging.
 async fn soon<T>(future: impl Future<Output = T>) -> T {
     tokio::time::timeout(DEADLINE, future).await.expect("in time")
 }
@@ -359,7 +360,7 @@ fn with_tokio() {
 }
 
 #[test]
-fn with_tokio_giving_up_waiting_leaves_nothing() {
+fn with_tokio_a_cancelled_wait_leaves_nothing() {
     use std::task::{Context, Wake};
 
     struct Task;
@@ -369,7 +370,7 @@ fn with_tokio_giving_up_waiting_leaves_nothing() {
 
     runtime().block_on(async {
         let (_fake, listener, peer) = join_tokio(FakeDispatcher::new()).await;
-        // As a `select!` for each connection does.
+        // As a `select!` per connection does.
         let tasks: Vec<_> = (0..10_000)
             .map(|_| {
                 let task = Arc::new(Task);
@@ -382,7 +383,7 @@ fn with_tokio_giving_up_waiting_leaves_nothing() {
             .collect();
         assert_eq!(tasks.iter().filter(|task| task.strong_count() > 0).count(), 0);
 
-        // Who gives up waiting for the end of a drain takes no news from who asks next.
+        // A cancelled wait for the end of a drain does not take the event from the next caller.
         drain(&peer, None);
         assert!(matches!(soon(listener.accept()).await, Err(Error::Draining)));
         let given_up = tokio::time::timeout(Duration::from_millis(1), listener.resumed()).await;
@@ -426,14 +427,14 @@ fn with_axum_serving_ends_gracefully() {
             String::from_utf8(read_to_end(&mut client)).unwrap()
         });
         let answer = soon(answer).await.unwrap();
-        assert!(answer.ends_with("hello"), "served to its end: {answer}");
+        assert!(answer.ends_with("hello"), "served completely: {answer}");
         soon(served).await.unwrap().unwrap();
         drop(peer);
     });
 }
 
 #[test]
-fn with_axum_and_no_graceful_shutdown_it_waits_to_be_resumed() {
+fn with_axum_alone_a_drained_worker_waits_for_a_resume() {
     use axum::{Router, routing::get};
 
     runtime().block_on(async {

@@ -1,4 +1,5 @@
-//! The end of a worker that serves what it has: waiting, in every layer, until its last connection has ended.
+//! The end of a worker that finishes its connections: waits, in every layer, until the last has
+//! ended.
 #![allow(clippy::unwrap_used, clippy::expect_used, reason = "in a test a panic is the report")]
 
 use std::sync::mpsc;
@@ -19,7 +20,7 @@ fn eventually_asleep(thread: rustix::thread::Pid) {
 }
 
 #[test]
-fn every_thread_that_waits_is_woken_by_the_last_connection() {
+fn the_last_connection_wakes_every_waiting_thread() {
     let fake = FakeDispatcher::new();
     let (worker, mut peer) = thread::scope(|scope| {
         let worker = scope.spawn(|| Worker::connect(fake.config()).unwrap());
@@ -53,7 +54,7 @@ fn every_thread_that_waits_is_woken_by_the_last_connection() {
         drop(connections.pop());
         drop(connections.pop());
         assert!(ends.try_recv().is_err(), "one is left");
-        // Given away, it counts on.
+        // A connection that is given away still counts.
         let (stream, guard) = connections.remove(0).into_parts().unwrap();
         drop(stream);
         assert!(ends.try_recv().is_err(), "its guard is left");
@@ -68,7 +69,7 @@ fn every_thread_that_waits_is_woken_by_the_last_connection() {
 fn no_end_is_missed() {
     let worker = Worker::connect(worker_sdk::WorkerConfig::new().listen("127.0.0.1:0")).unwrap();
     let address = worker.local_addr().unwrap().socket_addr().unwrap();
-    // The end of a connection and the look at whether there is one, at the same time.
+    // The end of a connection races with the check for live connections.
     for _ in 0..500 {
         let _client = std::net::TcpStream::connect(address).unwrap();
         let connection = worker.accept().unwrap().unwrap();
@@ -79,14 +80,14 @@ fn no_end_is_missed() {
             waiting.wait_until_idle();
             done.send(()).unwrap();
         });
-        end.recv_timeout(DEADLINE).expect("woken, or not asleep");
+        end.recv_timeout(DEADLINE).expect("it returns");
         ending.join().unwrap();
     }
 }
 
-/// Fails rather than hangs.
+/// Fails instead of hanging.
 async fn soon<T>(future: impl Future<Output = T>) -> T {
-    tokio::time::timeout(DEADLINE, future).await.expect("woken, or not asleep")
+    tokio::time::timeout(DEADLINE, future).await.expect("it returns")
 }
 
 #[test]
@@ -106,7 +107,7 @@ fn with_tokio() {
             soon(waiting).await.unwrap();
             ending.await.unwrap();
         }
-        // Given up: nobody waits any more.
+        // Cancelled: no task waits any more.
         let _client = tokio::net::TcpStream::connect(address).await.unwrap();
         let connection = listener.accept().await.unwrap();
         let wait = std::time::Duration::from_millis(1);
@@ -140,7 +141,7 @@ fn with_mio_an_event_says_so() {
         };
         let (peer, _pair) = dispatcher.join().unwrap();
         worker.close();
-        // Everything there is so far.
+        // All events so far.
         let quiet = Some(std::time::Duration::ZERO);
         eventually("no event is left", || {
             poll.poll(&mut events, quiet).unwrap();
@@ -148,7 +149,7 @@ fn with_mio_an_event_says_so() {
         });
         assert!(matches!(worker.try_accept(), Err(Error::Closed)));
         assert_eq!(worker.live(), 1);
-        // Served, and ended, by another thread.
+        // Another thread serves and ends it.
         scope.spawn(move || drop(connection));
         while worker.live() > 0 {
             poll.poll(&mut events, Some(DEADLINE)).unwrap();

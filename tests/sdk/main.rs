@@ -1,4 +1,4 @@
-//! The worker's side of the protocol, against a dispatcher that is made by hand.
+//! The worker's side of the protocol, against a dispatcher made by hand.
 #![allow(clippy::unwrap_used, clippy::expect_used, reason = "in a test a panic is the report")]
 
 mod drain;

@@ -19,12 +19,12 @@ fn runtime() -> tokio::runtime::Runtime {
     tokio::runtime::Builder::new_current_thread().enable_all().build().unwrap()
 }
 
-/// Fails rather than hangs.
+/// Fails instead of hanging.
 async fn soon<T>(future: impl Future<Output = T>) -> T {
     tokio::time::timeout(DEADLINE, future).await.expect("in time")
 }
 
-/// The fake's side, which blocks, beside the future.
+/// Runs the fake dispatcher, which blocks, next to the future.
 async fn beside<T: Send + 'static>(work: impl FnOnce() -> T + Send + 'static) -> T {
     soon(tokio::task::spawn_blocking(work)).await.unwrap()
 }
@@ -58,7 +58,7 @@ fn tokio_takes_serves_and_counts() {
         let mut bytes = [0; 2];
         connection.read_exact(&mut bytes).await.unwrap();
         connection.write_all(&bytes).await.unwrap();
-        // Custody lasts, so the drop shuts down.
+        // The dispatcher has its copy, so the drop shuts down.
         drop(connection);
         assert_eq!(read_to_end(&mut client), b"hi");
         assert_eq!((listener.live(), peer.board.finished()), (0, 1));
@@ -85,7 +85,7 @@ fn tokio_is_woken_by_every_dispatcher_that_comes() {
             }
         });
         for round in 1..=5u64 {
-            // One that finds the worker asleep, one that is there when the channel is.
+            // One dispatcher finds the worker asleep, the other is there when the channel is.
             for _ in 0..2 {
                 let (_client, ours) = fake.client();
                 peer.send_one(&ours);
@@ -108,7 +108,7 @@ fn tokio_is_woken_by_every_dispatcher_that_comes() {
 }
 
 #[test]
-fn tokio_tells_a_permanent_refusal_and_a_timeout() {
+fn tokio_reports_a_permanent_refusal_and_a_timeout() {
     runtime().block_on(async {
         let fake = FakeDispatcher::new();
         let config = fake.config();
@@ -195,7 +195,7 @@ impl Loop {
         Loop { poll, worker, wakeups: 0 }
     }
 
-    /// Waits for one event, then accepts all there is.
+    /// Waits for one event, then accepts all available connections.
     fn turn(&mut self, wait: Duration) -> Result<Vec<Connection>, Error> {
         let mut events = Events::with_capacity(8);
         self.poll.poll(&mut events, Some(wait)).unwrap();
@@ -234,7 +234,7 @@ impl Loop {
 }
 
 #[test]
-fn mio_joins_in_the_background_and_is_woken_by_every_dispatcher_that_comes() {
+fn mio_joins_in_the_background_and_with_every_dispatcher() {
     let mut fake = FakeDispatcher::absent();
     let mut looped = Loop::new(fake.config());
     looped.turn(Duration::from_millis(20)).unwrap();
@@ -280,7 +280,7 @@ fn mio_does_not_spin_while_joined_or_waiting() {
         assert!(wakeups <= most, "{wakeups} wake-ups");
     };
     quiet(&mut looped, 2);
-    // Records on the control connection are not read, and must not keep it awake.
+    // The worker does not read records on the control connection, and they must not keep it awake.
     let mut record = Vec::new();
     dispatch_protocol::wire::Goodbye.encode(&mut record);
     test_support::fake_dispatcher::send(std::os::fd::AsFd::as_fd(&peer.control), &record, &[])
@@ -288,7 +288,7 @@ fn mio_does_not_spin_while_joined_or_waiting() {
     quiet(&mut looped, 2);
     fake.stop();
     peer.die();
-    // Attempts every 2.5 to 50 ms: few, but not none.
+    // Attempts every 2.5 to 50 ms: a few.
     quiet(&mut looped, 100);
     assert!(!looped.worker.is_joined());
     fake.start();
@@ -296,7 +296,7 @@ fn mio_does_not_spin_while_joined_or_waiting() {
 }
 
 #[test]
-fn mio_goes_on_after_an_error_if_the_caller_does() {
+fn mio_retries_after_an_error_if_the_caller_polls() {
     let fake = FakeDispatcher::new();
     let mut looped = Loop::new(fake.config());
     let error = std::thread::scope(|scope| {

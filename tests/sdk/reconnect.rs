@@ -1,4 +1,4 @@
-//! A worker that loses its dispatcher, and one that never had any.
+//! A worker that loses its dispatcher, and one without a dispatcher.
 #![allow(clippy::unwrap_used, clippy::expect_used, reason = "in a test a panic is the report")]
 
 use std::io::{Read, Write};
@@ -15,7 +15,7 @@ use test_support::fake_dispatcher::{
 };
 use worker_sdk::{Connection, Error, PeerAddr, Worker, WorkerConfig};
 
-/// A worker whose connections come out of a queue, so that a thread is always in `accept`.
+/// A worker whose connections go through a queue, so that a thread is always in `accept`.
 fn serve(fake: &FakeDispatcher) -> (Worker, Peer, mpsc::Receiver<Connection>) {
     let config = fake.config();
     let (sender, receiver) = mpsc::channel();
@@ -34,7 +34,7 @@ fn serve(fake: &FakeDispatcher) -> (Worker, Peer, mpsc::Receiver<Connection>) {
 }
 
 #[test]
-fn what_a_dead_dispatcher_sent_is_claimed_and_served_and_counted_once() {
+fn connections_of_a_dead_dispatcher_are_taken_and_counted_once() {
     let fake = FakeDispatcher::new();
     let config = fake.config();
     let worker = thread::spawn(move || Worker::connect(config).unwrap());
@@ -51,7 +51,7 @@ fn what_a_dead_dispatcher_sent_is_claimed_and_served_and_counted_once() {
     peer.revoke(&entries[3]);
     let board = peer.die();
 
-    // One was taken, two more are still there to be taken, the last was revoked.
+    // The first was taken, two more can still be taken, the last was revoked.
     let (sender, receiver) = mpsc::channel();
     thread::scope(|scope| {
         scope.spawn(|| {
@@ -84,14 +84,15 @@ fn what_a_dead_dispatcher_sent_is_claimed_and_served_and_counted_once() {
 }
 
 #[test]
-fn close_claims_what_only_this_worker_can_serve_when_nobody_hears_its_goodbye() {
+fn close_takes_the_connections_of_a_dead_dispatcher() {
     let fake = FakeDispatcher::new();
     let config = fake.config();
     let worker = thread::spawn(move || Worker::connect(config).unwrap());
     let mut peer = fake.welcome();
     let worker = worker.join().unwrap();
     let mut clients = Vec::new();
-    // Of the first record one is taken and two are in the worker's queue; the others are still in the channel.
+    // Of the first record one is taken and two are in the worker's queue; the others are still in
+    // the channel.
     for count in [3, 1, 2] {
         let pairs: Vec<_> = (0..count).map(|_| fake.client()).collect();
         let ours: Vec<&TcpStream> = pairs.iter().map(|(_, ours)| ours).collect();
@@ -101,7 +102,7 @@ fn close_claims_what_only_this_worker_can_serve_when_nobody_hears_its_goodbye() 
     let first = worker.accept().unwrap().unwrap();
     peer.revoke(&clients[2].1);
     let board = peer.die();
-    // It has not noticed: it is busy, and is told to end.
+    // The worker has not noticed the loss, because it is busy, and is closed now.
     worker.close();
     assert_eq!(worker.live(), 5, "one was revoked before");
     drop(first);
@@ -123,7 +124,7 @@ fn close_claims_what_only_this_worker_can_serve_when_nobody_hears_its_goodbye() 
 }
 
 #[test]
-fn close_leaves_what_a_living_dispatcher_can_give_to_others() {
+fn close_leaves_connections_to_a_living_dispatcher() {
     let fake = FakeDispatcher::new();
     let config = fake.config();
     let worker = thread::spawn(move || Worker::connect(config).unwrap());
@@ -138,13 +139,13 @@ fn close_leaves_what_a_living_dispatcher_can_give_to_others() {
 }
 
 #[test]
-fn what_was_claimed_for_a_dead_dispatcher_survives_close() {
+fn taken_connections_of_a_dead_dispatcher_survive_close() {
     let fake = FakeDispatcher::new();
     let (worker, mut peer, receiver) = serve(&fake);
     let pairs = [fake.client(), fake.client()];
     drop(receiver);
     let entries = peer.send(&[&pairs[0].1, &pairs[1].1]);
-    // The receiver is gone, so the accepting thread takes one and leaves; the other stays queued.
+    // The receiver is gone, so the accepting thread takes one and ends; the other stays queued.
     peer.wait_taken(&entries[..1]);
     assert!(!peer.taken(&entries[1]));
     drop((peer, fake));
@@ -184,7 +185,7 @@ fn counts_go_on_over_any_number_of_dispatchers() {
     drop(connection);
     assert_eq!(read_to_end(&mut { client }), b"old");
     peer.wait_finished(5);
-    // And keeps the worker's last control connection open.
+    // It keeps the worker's last control connection open.
     worker.close();
     assert!(peer.control_record().is_some());
     assert!(connections.recv_timeout(DEADLINE).is_err());
@@ -197,7 +198,7 @@ fn counts_go_on_over_any_number_of_dispatchers() {
 }
 
 #[test]
-fn closes_while_no_dispatcher_is_there_are_told_to_the_next() {
+fn closes_without_a_dispatcher_reach_the_next_one() {
     let mut fake = FakeDispatcher::new();
     let (worker, mut peer, connections) = serve(&fake);
     let (_client, ours) = fake.client();
@@ -215,7 +216,7 @@ fn closes_while_no_dispatcher_is_there_are_told_to_the_next() {
 }
 
 #[test]
-fn a_refusal_after_the_first_join_is_no_end() {
+fn a_refusal_after_the_first_join_is_retried() {
     let fake = FakeDispatcher::new();
     let (worker, peer, connections) = serve(&fake);
     peer.die();
@@ -240,8 +241,8 @@ fn closing_wakes_a_worker_that_waits_for_a_dispatcher() {
     assert!(connections.recv().is_err(), "the accepting thread has left");
 }
 
-/// The dispatcher has a duplicate of the worker's end, which would stay in a set of descriptors that
-/// the worker merely closed it in: readable for ever.
+/// The dispatcher has a duplicate of the worker's end. Without a removal from the epoll set, the
+/// closed channel would stay in it and be readable for ever.
 #[test]
 fn a_channel_that_ended_does_not_keep_the_worker_awake() {
     let mut fake = FakeDispatcher::new();
@@ -259,7 +260,7 @@ fn a_channel_that_ended_does_not_keep_the_worker_awake() {
         wakeups += 1;
     }
     assert!(!worker.is_joined());
-    // It tries again every 2.5 to 50 ms.
+    // The worker tries again every 2.5 to 50 ms.
     assert!(wakeups < 100, "{wakeups} wake-ups");
     assert!(peer.control_record().is_none());
 }
@@ -300,7 +301,7 @@ fn alone_it_listens_on_a_unix_socket_and_replaces_a_stale_one() {
     let config = || WorkerConfig::new().listen(format!("unix:{}", path.display()));
     let worker = Worker::connect(config()).unwrap();
     assert!(Worker::connect(config()).is_err(), "a socket in use is left alone");
-    // It found out by connecting.
+    // The attempt connected to the socket.
     drop(worker.accept().unwrap().unwrap());
     let mut client = UnixStream::connect(&path).unwrap();
     client.set_read_timeout(Some(DEADLINE)).unwrap();
@@ -320,7 +321,7 @@ fn alone_it_listens_on_a_unix_socket_and_replaces_a_stale_one() {
 }
 
 #[test]
-fn a_socket_of_another_kind_is_an_error_at_once() {
+fn a_socket_of_another_kind_is_an_immediate_error() {
     let dir = tempfile::tempdir().unwrap();
     let path = dir.path().join("stream.sock");
     let _listener = std::os::unix::net::UnixListener::bind(&path).unwrap();

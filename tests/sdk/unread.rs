@@ -1,4 +1,4 @@
-//! A dispatcher that does not read what its worker sends it: nothing in the worker waits for it.
+//! A dispatcher that does not read its worker's records: nothing in the worker waits for it.
 
 use std::thread;
 use std::time::{Duration, Instant};
@@ -7,10 +7,11 @@ use dispatch_protocol::wire::{Control, Update};
 use test_support::fake_dispatcher::{DEADLINE, FakeDispatcher, Peer};
 use worker_sdk::{ClaimError, Worker};
 
-/// Half of what a second's wait for each record would be, and far more than none on a machine that is busy.
+/// Half of the time that one-second waits for each record would take, and far more than a busy
+/// machine needs without them.
 const PROMPT: Duration = Duration::from_secs(4);
 
-/// A worker whose next record has no room.
+/// A worker with no room for its next record.
 fn stuffed(fake: &FakeDispatcher) -> (Worker, Peer) {
     let (worker, peer) = thread::scope(|scope| {
         let worker = scope.spawn(|| Worker::connect(fake.config()).unwrap());
@@ -24,10 +25,10 @@ fn stuffed(fake: &FakeDispatcher) -> (Worker, Peer) {
             Err(error) => panic!("{error}"),
         }
     }
-    panic!("room without an end");
+    panic!("the socket never fills");
 }
 
-/// The first record that is no claim.
+/// The first record that is not a claim.
 fn after_claims(peer: &Peer) -> Option<Control> {
     loop {
         match peer.control_record() {
@@ -38,7 +39,7 @@ fn after_claims(peer: &Peer) -> Option<Control> {
 }
 
 #[test]
-fn accepting_and_dropping_go_on_while_changes_wait_to_be_sent() {
+fn accepts_and_drops_continue_while_changes_are_unsent() {
     let fake = FakeDispatcher::new();
     let (worker, mut peer) = stuffed(&fake);
     let pairs: Vec<_> = (0..8).map(|_| fake.client()).collect();
@@ -56,7 +57,7 @@ fn accepting_and_dropping_go_on_while_changes_wait_to_be_sent() {
         changing.join().unwrap();
     });
     assert!(began.elapsed() < PROMPT, "{:?}", began.elapsed());
-    // What is sent once there is room is the last of them.
+    // Once there is room, only the last change is sent.
     let update = Update { weight: 9, paused: false, max_connections: 1000 };
     assert_eq!(after_claims(&peer), Some(Control::Update(update)));
     worker.close();
@@ -65,7 +66,7 @@ fn accepting_and_dropping_go_on_while_changes_wait_to_be_sent() {
 }
 
 #[test]
-fn a_goodbye_that_waits_keeps_nothing_waiting_and_is_sent_before_the_end() {
+fn an_unsent_goodbye_blocks_nothing_and_precedes_the_end() {
     let fake = FakeDispatcher::new();
     let (worker, mut peer) = stuffed(&fake);
     let (_client, ours) = fake.client();
@@ -80,20 +81,21 @@ fn a_goodbye_that_waits_keeps_nothing_waiting_and_is_sent_before_the_end() {
     drop(connection);
     assert!(began.elapsed() < PROMPT, "{:?}", began.elapsed());
     assert_eq!(peer.board.finished(), 1);
-    // It replaces the change, and the end of the session comes after it although no connection is live.
+    // The goodbye replaces the change, and precedes the end of the session although no connection
+    // is live.
     assert!(matches!(after_claims(&peer), Some(Control::Goodbye(_))));
     assert!(peer.control_record().is_none(), "the end");
     worker.wait_until_idle();
 }
 
 #[test]
-fn a_dispatcher_that_never_reads_delays_the_end_of_a_program_by_a_second_at_most() {
+fn a_dispatcher_that_never_reads_delays_the_end_by_a_second() {
     let fake = FakeDispatcher::new();
     let (worker, peer) = stuffed(&fake);
     worker.close();
     let began = Instant::now();
     assert_eq!(worker.shutdown(Duration::from_secs(60)), 0);
     assert!(began.elapsed() < Duration::from_secs(10), "{:?}", began.elapsed());
-    // Whatever it had not read, the end is there for it to read.
+    // The end of the session is there to read.
     assert_eq!(after_claims(&peer), None);
 }

@@ -1,4 +1,4 @@
-//! A blocking worker, face to face with a dispatcher made of the same protocol, over real sockets.
+//! A blocking worker against a dispatcher made of the same protocol, over real sockets.
 #![allow(clippy::unwrap_used, clippy::expect_used, reason = "in a test a panic is the report")]
 
 use std::io::{Read, Write};
@@ -45,7 +45,7 @@ fn joins_and_says_who_it_is() {
 }
 
 #[test]
-fn takes_a_connection_when_the_application_asks_and_not_before() {
+fn takes_a_connection_only_when_the_application_asks() {
     let fake = FakeDispatcher::new();
     let (worker, mut peer) = join(&fake);
     let (mut client, ours) = fake.client();
@@ -99,7 +99,7 @@ fn a_connection_revoked_in_the_queue_is_not_touched() {
     let third = accept(&worker);
     assert_eq!(third.peer_addr(), PeerAddr::from(pairs[2].0.local_addr().unwrap()));
     assert_eq!(worker.live(), 2);
-    // Closing its copy ended nothing: the dispatcher's works.
+    // Closing the worker's copy ended nothing: the dispatcher's copy works.
     let (client, ours) = &pairs[1];
     (&*ours).write_all(b"served elsewhere").unwrap();
     let mut bytes = [0; 16];
@@ -108,7 +108,7 @@ fn a_connection_revoked_in_the_queue_is_not_touched() {
     assert_eq!(
         peer.revoke(&entries[0]),
         Revoke::Was(SlotState::Taken),
-        "too late for what was taken"
+        "too late for a taken connection"
     );
     drop((first, third));
 }
@@ -143,17 +143,17 @@ fn a_probe_is_answered_when_the_application_asks() {
         dispatch_protocol::scoreboard::slot::state(word, probe.seq)
     };
     assert!(peer.taken(&entry));
-    assert_eq!(slot(&peer), SlotState::Sent, "nobody has asked");
+    assert_eq!(slot(&peer), SlotState::Sent, "the application has not asked");
     let (_client, ours) = fake.client();
     peer.send_one(&ours);
     let second = accept(&worker);
     assert_eq!(slot(&peer), SlotState::Taken);
-    assert_eq!(worker.live(), 2, "a probe is no connection");
+    assert_eq!(worker.live(), 2, "a probe is not a connection");
     drop((first, second));
 }
 
 #[test]
-fn the_blocking_mode_is_set_after_the_claim() {
+fn the_blocking_mode_is_set_after_the_take() {
     let fake = FakeDispatcher::new();
     let (worker, mut peer) = join(&fake);
     let (_client, ours) = fake.client();
@@ -167,19 +167,19 @@ fn the_blocking_mode_is_set_after_the_claim() {
 }
 
 #[test]
-fn dropping_a_taken_connection_shuts_it_down_while_custody_lasts() {
+fn dropping_an_unreleased_connection_shuts_it_down() {
     let fake = FakeDispatcher::new();
     let (worker, mut peer) = join(&fake);
     let (mut client, ours) = fake.client();
     let _entry = peer.send_one(&ours);
     drop(accept(&worker));
-    // `ours`, the custody copy, is still open.
+    // `ours`, the dispatcher's copy, is still open.
     assert_eq!(read_to_end(&mut client), b"");
     drop(ours);
 }
 
 #[test]
-fn dropping_a_released_connection_only_closes() {
+fn dropping_a_released_connection_only_closes_it() {
     let fake = FakeDispatcher::new();
     let (worker, mut peer) = join(&fake);
     let (client, ours) = fake.client();
@@ -188,14 +188,14 @@ fn dropping_a_released_connection_only_closes() {
     peer.release(&entry);
     drop(connection);
     peer.wait_finished(1);
-    // A copy elsewhere (a forked child's, say) goes on.
+    // A copy elsewhere, for example in a forked child, still works.
     assert!(is_open(&client));
     (&ours).write_all(b"x").unwrap();
     (&client).read_exact(&mut [0]).unwrap();
 }
 
 #[test]
-fn dropping_a_resent_connection_shuts_it_down_even_when_released() {
+fn dropping_a_resent_connection_always_shuts_it_down() {
     let fake = FakeDispatcher::new();
     let (worker, mut peer) = join(&fake);
     let (mut client, ours) = fake.client();
@@ -231,10 +231,10 @@ fn parts_count_until_the_guard_is_dropped() {
     let (mut client, ours) = fake.client();
     let entry = peer.send_one(&ours);
     let (mut stream, guard) = accept(&worker).into_parts().unwrap();
-    assert!(guard.must_shut_down(), "custody lasts");
+    assert!(guard.must_shut_down(), "the dispatcher has its copy");
     stream.write_all(b"parts").unwrap();
     peer.release(&entry);
-    assert!(!guard.must_shut_down(), "custody is over");
+    assert!(!guard.must_shut_down(), "the dispatcher has closed its copy");
     drop((stream, ours));
     assert_eq!(read_to_end(&mut client), b"parts");
     assert_eq!((worker.live(), peer.board.finished()), (1, 0));
@@ -243,7 +243,7 @@ fn parts_count_until_the_guard_is_dropped() {
 }
 
 #[test]
-fn threads_share_one_record_and_every_connection_is_served_once() {
+fn threads_share_one_record_and_serve_each_connection_once() {
     let fake = FakeDispatcher::new();
     let (worker, mut peer) = join(&fake);
     let served = Arc::new(AtomicUsize::new(0));
@@ -264,7 +264,8 @@ fn threads_share_one_record_and_every_connection_is_served_once() {
     for batch in [1, 8, 3, 40, 1, 1, 8, 64] {
         let mut pairs: Vec<_> = (0..batch).map(|_| fake.client()).collect();
         let entries = peer.send(&pairs.iter().map(|(_, ours)| ours).collect::<Vec<_>>());
-        // In reverse: eight are held by threads that wait for bytes, so only those can answer.
+        // In reverse order: eight are held by threads that wait for bytes, so only those can
+        // answer.
         for (client, _) in &mut pairs {
             client.write_all(b"z").unwrap();
         }
@@ -282,7 +283,7 @@ fn threads_share_one_record_and_every_connection_is_served_once() {
 }
 
 #[test]
-fn of_claim_and_revoke_one_wins_for_every_connection() {
+fn take_or_revoke_wins_for_every_connection() {
     let fake = FakeDispatcher::new();
     let (worker, mut peer) = join(&fake);
     let threads: Vec<_> = (0..4)
@@ -335,7 +336,7 @@ fn closing_wakes_every_thread_in_accept() {
 }
 
 #[test]
-fn goodbye_leaves_the_untaken_and_keeps_the_taken_counted() {
+fn goodbye_leaves_untaken_and_counts_taken_connections() {
     let fake = FakeDispatcher::new();
     let (worker, mut peer) = join(&fake);
     let pairs: Vec<_> = (0..4).map(|_| fake.client()).collect();
@@ -392,7 +393,7 @@ fn a_late_dispatcher_is_waited_for() {
     let mut fake = FakeDispatcher::absent();
     let config = fake.config();
     let worker = thread::spawn(move || Worker::connect(config).unwrap());
-    // Whether an attempt came before or not, the outcome is the same.
+    // The result does not depend on an earlier attempt.
     thread::sleep(Duration::from_millis(30));
     fake.start();
     fake.refuse(RefusedCode::Stopping, "stopping", None);
@@ -414,7 +415,7 @@ fn a_dispatcher_that_never_comes_ends_the_join_timeout() {
 }
 
 #[test]
-fn a_permanent_refusal_says_why_and_where_to_change_it() {
+fn a_permanent_refusal_has_the_reason_and_the_setting() {
     let fake = FakeDispatcher::new();
     let config = fake.config();
     let worker = thread::spawn(move || Worker::connect(config));
@@ -441,7 +442,7 @@ fn a_worker_can_be_polled_like_a_socket() {
     let mut first = worker.try_accept().unwrap().unwrap();
     let nothing = first.read(&mut [0]).unwrap_err();
     assert_eq!(nothing.kind(), std::io::ErrorKind::WouldBlock);
-    // Both kinds of caller may share one worker.
+    // Both kinds of callers may share one worker.
     let second = worker.accept().unwrap().unwrap();
     assert!(worker.try_accept().unwrap().is_none());
     worker.close();

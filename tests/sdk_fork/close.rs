@@ -1,5 +1,5 @@
-//! Closing connections that something else serves, too; what may not surprise the application; the waits of blocking
-//! workers. Face to face with a dispatcher made of the same protocol.
+//! Closes of connections that another process or library serves, and the waits of blocking workers.
+//! Against a dispatcher made of the same protocol.
 #![allow(unsafe_code, reason = "fork is unsafe")]
 #![allow(clippy::unwrap_used, clippy::expect_used, reason = "in a test a panic is the report")]
 
@@ -36,13 +36,14 @@ fn accept(worker: &Worker) -> Connection {
     worker.accept().unwrap().expect("not closed")
 }
 
-/// Takes a duplicate of the connection's socket, in one of the ways there are, and ends the SDK's own handle.
+/// Takes a duplicate of the connection's socket in one of the possible ways, and drops the SDK's
+/// handle.
 type Expose = fn(Connection) -> OwnedFd;
 
 const EXPOSED: [(&str, Expose); 6] = [
     ("as_fd", |connection| connection.as_fd().try_clone_to_owned().unwrap()),
     ("as_raw_fd", |connection| {
-        // The number is all that it takes to find the socket again.
+        // The number suffices to find the socket again.
         let path = format!("/proc/self/fd/{}", connection.as_raw_fd());
         assert!(std::fs::read_link(path).unwrap().to_string_lossy().starts_with("socket:"));
         connection.as_fd().try_clone_to_owned().unwrap()
@@ -68,7 +69,7 @@ const EXPOSED: [(&str, Expose); 6] = [
 ];
 
 #[test]
-fn what_was_duplicated_is_served_on_and_the_dispatcher_lets_go_at_once() {
+fn duplicates_are_served_and_the_dispatcher_closes_its_copy() {
     for (how, expose) in EXPOSED {
         let fake = FakeDispatcher::new();
         let (worker, mut peer) = join(&fake);
@@ -76,8 +77,8 @@ fn what_was_duplicated_is_served_on_and_the_dispatcher_lets_go_at_once() {
         let entry = peer.send_one(&ours);
         let copy = expose(accept(&worker));
         peer.wait_finished(1);
-        assert!(is_open(&client), "{how}: whoever has the duplicate serves on");
-        // No bit of `want` is set: it is told all the same.
+        assert!(is_open(&client), "{how}: the duplicate is still served");
+        // The doorbell rings although no bit of `want` is set.
         wait_readable(peer.doorbell.as_fd(), how);
         peer.release(&entry);
         drop(ours);
@@ -89,7 +90,7 @@ fn what_was_duplicated_is_served_on_and_the_dispatcher_lets_go_at_once() {
 }
 
 #[test]
-fn after_the_dispatcher_has_let_go_nothing_is_told() {
+fn after_the_release_the_doorbell_stays_silent() {
     let fake = FakeDispatcher::new();
     let (worker, mut peer) = join(&fake);
     let (client, ours) = fake.client();
@@ -106,7 +107,7 @@ fn after_the_dispatcher_has_let_go_nothing_is_told() {
 }
 
 #[test]
-fn what_the_sdk_does_itself_gives_nothing_away() {
+fn operations_of_the_sdk_keep_the_descriptor_inside() {
     let fake = FakeDispatcher::new();
     let (worker, mut peer) = join(&fake);
     let (mut client, ours) = fake.client();
@@ -129,7 +130,8 @@ fn what_the_sdk_does_itself_gives_nothing_away() {
     poll.poll(&mut mio::Events::with_capacity(1), Some(Duration::ZERO)).unwrap();
     poll.registry().deregister(&mut connection).unwrap();
     drop(connection);
-    // `ours`, the custody copy, is still open: only a shutdown ends it for the client.
+    // `ours`, the dispatcher's copy, is still open: only a shutdown ends the connection for the
+    // client.
     assert_eq!(read_to_end(&mut client), b"ping");
     drop(ours);
 }
@@ -145,7 +147,7 @@ fn with_tokio_it_is_the_same() {
             async { worker_sdk::tokio::Listener::connect(config).await.unwrap() },
             async { tokio::task::spawn_blocking(move || (fake.welcome(), fake)).await.unwrap() },
         );
-        // Read, written and waited for: ended by the drop.
+        // Reads, writes and waits: the drop ends the connection.
         let (mut client, ours) = fake.client();
         peer.send_one(&ours);
         let mut connection = listener.accept().await.unwrap();
@@ -160,7 +162,7 @@ fn with_tokio_it_is_the_same() {
         drop(connection);
         let answer = tokio::task::spawn_blocking(move || asking.join().unwrap()).await.unwrap();
         assert_eq!(answer, b"ping");
-        // Duplicated: served on.
+        // Duplicated: still served.
         let (client, ours) = fake.client();
         peer.send_one(&ours);
         let connection = listener.accept().await.unwrap();
@@ -168,20 +170,20 @@ fn with_tokio_it_is_the_same() {
         drop(connection);
         peer.wait_finished(2);
         assert!(is_open(&client));
-        wait_readable(peer.doorbell.as_fd(), "the dispatcher is told");
+        wait_readable(peer.doorbell.as_fd(), "the dispatcher is notified");
         drop(copy);
     });
 }
 
 #[test]
-fn a_forked_child_serves_on_when_its_parent_drops_the_connection() {
-    // In a process of its own, as a fork concerns every connection of the process.
-    in_child("fork_child");
+fn a_forked_child_serves_after_its_parents_drop() {
+    // In a separate process, because a fork concerns every connection of the process.
+    in_child("close::fork_child");
 }
 
 #[test]
 fn fork_child() {
-    if !is_child("fork_child") {
+    if !is_child("close::fork_child") {
         return;
     }
     let fake = FakeDispatcher::new();
@@ -189,7 +191,8 @@ fn fork_child() {
     let (mut client, ours) = fake.client();
     let entry = peer.send_one(&ours);
     let connection = accept(&worker);
-    // Received before the fork, by the record of another, and taken after it: the child has a copy and never serves it.
+    // Received before the fork, with the record of another, and taken after it: the child has a
+    // copy and never serves it.
     let pairs = [fake.client(), fake.client()];
     let both = peer.send(&[&pairs[0].1, &pairs[1].1]);
     let before = accept(&worker);
@@ -198,7 +201,7 @@ fn fork_child() {
     let child = match unsafe { nix::unistd::fork() }.unwrap() {
         nix::unistd::ForkResult::Child => {
             let _ = rustix::io::read(&wait, &mut [0; 1]);
-            // The parent has dropped its handle by now; serving takes the copy alone.
+            // The parent has dropped its handle by now; the child serves with its copy alone.
             let _ = rustix::io::write(&connection, b"served by the child");
             let _ = rustix::io::read(&wait, &mut [0; 1]);
             // SAFETY: ends the child without running anything of the test program.
@@ -209,7 +212,7 @@ fn fork_child() {
     drop(connection);
     peer.wait_finished(1);
     assert!(is_open(&client), "the parent's drop shut nothing down");
-    wait_readable(peer.doorbell.as_fd(), "the dispatcher is told");
+    wait_readable(peer.doorbell.as_fd(), "the dispatcher is notified");
     peer.release(&entry);
     drop(ours);
     (&go).write_all(b"1").unwrap();
@@ -225,7 +228,7 @@ fn fork_child() {
     drop(second.1);
     let mut second = second.0;
     assert_eq!(read_to_end(&mut second), b"taken after", "although the child has a copy");
-    // A connection that came after the fork has the ordinary end, too: custody lasts.
+    // A connection that came after the fork ends as usual, while the dispatcher still has its copy.
     let (mut client, ours) = fake.client();
     peer.send_one(&ours);
     drop(accept(&worker));
@@ -238,13 +241,13 @@ fn fork_child() {
 }
 
 #[test]
-fn a_forks_copy_counts_nothing_and_ends_nothing() {
-    in_child("copy_child");
+fn a_forked_copy_counts_and_ends_nothing() {
+    in_child("close::copy_child");
 }
 
 #[test]
 fn copy_child() {
-    if !is_child("copy_child") {
+    if !is_child("close::copy_child") {
         return;
     }
     let fake = FakeDispatcher::new();
@@ -283,12 +286,12 @@ fn copy_child() {
 
 #[test]
 fn a_worker_with_a_forked_child_says_goodbye() {
-    in_child("goodbye_child");
+    in_child("close::goodbye_child");
 }
 
 #[test]
 fn goodbye_child() {
-    if !is_child("goodbye_child") {
+    if !is_child("close::goodbye_child") {
         return;
     }
     let fake = FakeDispatcher::new();
@@ -307,7 +310,7 @@ fn goodbye_child() {
     worker.close();
     assert!(matches!(peer.control_record(), Some(dispatch_protocol::wire::Control::Goodbye(_))));
     assert!(peer.control_record().is_none(), "the end, although the child has it all open");
-    // It is still there: what ended the connection was the parent.
+    // The child is still running: the parent ended the connection.
     assert_eq!(
         nix::sys::wait::waitpid(child, Some(nix::sys::wait::WaitPidFlag::WNOHANG)).unwrap(),
         nix::sys::wait::WaitStatus::StillAlive
@@ -316,12 +319,12 @@ fn goodbye_child() {
     nix::sys::wait::waitpid(child, None).unwrap();
 }
 
-/// Runs one test of this program again, alone in a process of its own; gives what it wrote to standard error.
-fn in_child(name: &str) -> String {
+/// Runs one test of this program again, alone in a process; returns its standard error.
+pub(crate) fn in_child(name: &str) -> String {
     in_child_with(name, &[], &[])
 }
 
-/// The same, started by `wrapper`, a command that starts what follows it, and with more of an environment.
+/// As [`in_child`], started through the command `wrapper` and with more environment variables.
 fn in_child_with(name: &str, wrapper: &[&str], environment: &[(&str, &Path)]) -> String {
     let program = std::env::current_exe().unwrap();
     let mut command = match wrapper {
@@ -333,19 +336,19 @@ fn in_child_with(name: &str, wrapper: &[&str], environment: &[(&str, &Path)]) ->
         }
     };
     let output = command
-        .args(["--exact", &format!("close::{name}"), "--nocapture", "--test-threads=1"])
+        .args(["--exact", name, "--nocapture", "--test-threads=1"])
         .env("SDK_TEST_CHILD", name)
         .envs(environment.iter().copied())
         .output()
         .unwrap();
     let (stdout, stderr) =
         (String::from_utf8_lossy(&output.stdout), String::from_utf8_lossy(&output.stderr));
-    // A name that matches no test is a success, too.
+    // A name without a test would be a success, too.
     let passed = output.status.success() && stdout.contains("1 passed");
     assert!(passed, "{stdout}{stderr}");
     stderr.into_owned()
 }
 
-fn is_child(name: &str) -> bool {
+pub(crate) fn is_child(name: &str) -> bool {
     std::env::var("SDK_TEST_CHILD").is_ok_and(|child| child == name)
 }

@@ -1,4 +1,4 @@
-//! What a worker shows in its gauges, and what becomes of them when the dispatcher goes.
+//! The gauges of a worker, and their values when the dispatcher goes.
 #![allow(unsafe_code, reason = "the test wraps system calls")]
 #![allow(clippy::unwrap_used, clippy::expect_used, reason = "in a test a panic is the report")]
 
@@ -6,12 +6,13 @@ use std::sync::atomic::{AtomicBool, Ordering};
 use std::thread;
 use std::time::Duration;
 
+use crate::close::{in_child, is_child};
 use dispatch_protocol::scoreboard::Scoreboard;
 use dispatch_protocol::scoreboard::gauge::{GAUGES, Reading, names};
 use test_support::fake_dispatcher::{FakeDispatcher, Peer, eventually};
 use worker_sdk::{Error, Sampling, Worker, WorkerConfig};
 
-/// A worker that has joined a pool which scores by these gauges.
+/// A worker of a pool that uses these gauges for scores.
 fn joined(fake: &FakeDispatcher, config: WorkerConfig, scored: &[&str]) -> (Worker, Peer) {
     let worker = thread::spawn(move || Worker::connect(config).unwrap());
     let peer = fake.welcome_scoring(256, scored);
@@ -36,7 +37,7 @@ fn now() -> u64 {
     u64::try_from(now.tv_sec).unwrap() * 1_000_000_000 + u64::try_from(now.tv_nsec).unwrap()
 }
 
-/// Threads of this process that measure.
+/// Threads of this process that take samples.
 fn samplers() -> usize {
     let name = |entry: std::io::Result<std::fs::DirEntry>| {
         std::fs::read_to_string(entry.ok()?.path().join("comm")).ok()
@@ -46,7 +47,7 @@ fn samplers() -> usize {
 }
 
 #[test]
-fn what_is_set_is_seen_at_once_with_its_time() {
+fn a_set_gauge_is_visible_immediately_with_its_time() {
     let fake = FakeDispatcher::new();
     let (worker, peer) = joined(&fake, fake.config(), &[]);
     assert_eq!(peer.board.named_gauges(), 0);
@@ -85,7 +86,7 @@ fn what_is_no_number_is_not_set() {
 }
 
 #[test]
-fn bad_names_and_too_many_are_errors_that_say_so() {
+fn bad_names_and_too_many_gauges_are_errors() {
     let worker = Worker::connect(WorkerConfig::new().listen("127.0.0.1:0")).unwrap();
     for bad in ["", "two words", "a\n", "\u{e9}", &"x".repeat(49)] {
         match worker.gauge(bad) {
@@ -113,7 +114,7 @@ fn values_outlive_their_dispatcher() {
     let before = reading(&peer.board, "queue_wait").unwrap();
     fake.stop();
     let old = peer.die();
-    // Between two dispatchers: one is set, one is new.
+    // Between two dispatchers: one gauge is set, one is new.
     let accepting = worker.clone();
     let serving = thread::spawn(move || accepting.accept());
     eventually("the worker notices", || !worker.is_joined());
@@ -159,7 +160,7 @@ fn nothing_is_lost_when_it_is_set_during_a_rejoin() {
             fake.start();
             peer = fake.welcome();
             eventually("it is shown again", || reading(&peer.board, "counter").is_some());
-            // What is shown first may be a moment old, but it goes on, and never backwards.
+            // The first visible value may be slightly old, but values never go backwards.
             let mut before = 0.0;
             for _ in 0..1000 {
                 let value = reading(&peer.board, "counter").unwrap().value;
@@ -175,18 +176,18 @@ fn nothing_is_lost_when_it_is_set_during_a_rejoin() {
     serving.join().unwrap().unwrap();
 }
 
-/// One test for all of it: they look for threads of this process.
+/// One test for all cases, because they look for threads of this process.
 #[test]
-fn the_machine_is_measured_when_the_pool_asks_or_the_worker_wants() {
+fn sampling_starts_for_the_pool_or_by_configuration() {
     let fake = FakeDispatcher::new();
     let often = Duration::from_millis(10);
 
-    // By default nobody measures.
+    // By default the SDK measures nothing.
     let (worker, peer) = joined(&fake, fake.config(), &["queue_wait"]);
     assert_eq!((peer.board.named_gauges(), samplers()), (0, 0));
     drop((worker, peer));
 
-    // The pool asks for two of them; both are measured again and again.
+    // The pool asks for two of them; both are measured repeatedly.
     let config = fake.config().sample(Sampling::Auto, often);
     let scored = ["process_cpu", "queue_wait", "free_memory"];
     let (worker, peer) = joined(&fake, config, &scored);
@@ -200,7 +201,7 @@ fn the_machine_is_measured_when_the_pool_asks_or_the_worker_wants() {
         let later = |name| reading(&peer.board, name).unwrap().at > first + 20_000_000;
         later("process_cpu") && later("free_memory")
     });
-    // A busy thread is seen.
+    // A busy thread is visible.
     let done = AtomicBool::new(false);
     thread::scope(|scope| {
         scope.spawn(|| {
@@ -216,13 +217,13 @@ fn the_machine_is_measured_when_the_pool_asks_or_the_worker_wants() {
     drop(worker);
     eventually("the thread ends with the worker", || samplers() == 0);
 
-    // Not if the application says no.
+    // Not with `never`.
     let config = fake.config().sample(Sampling::Never, often);
     let (worker, peer) = joined(&fake, config, &scored);
     assert_eq!((peer.board.named_gauges(), samplers()), (0, 0));
     drop(worker);
 
-    // All four if it says always.
+    // All four with `always`.
     let config = fake.config().sample(Sampling::Always, often);
     let (worker, peer) = joined(&fake, config, &[]);
     eventually("all four are set", || {
@@ -237,12 +238,21 @@ fn the_machine_is_measured_when_the_pool_asks_or_the_worker_wants() {
 
 #[test]
 fn a_forked_child_sets_nothing() {
+    // In a separate process, because a fork concerns every connection of the process.
+    in_child("gauges::gauge_child");
+}
+
+#[test]
+fn gauge_child() {
+    if !is_child("gauges::gauge_child") {
+        return;
+    }
     let fake = FakeDispatcher::new();
     let (worker, peer) = joined(&fake, fake.config(), &[]);
     let gauge = worker.gauge("x").unwrap();
     gauge.set(1.0);
     let before = reading(&peer.board, "x");
-    // SAFETY: what the child calls takes no lock, allocates nothing, and ends it.
+    // SAFETY: the child takes no lock, allocates nothing, and ends itself.
     unsafe {
         match nix::unistd::fork().unwrap() {
             nix::unistd::ForkResult::Child => {
@@ -257,14 +267,14 @@ fn a_forked_child_sets_nothing() {
         }
     }
     assert_eq!(reading(&peer.board, "x"), before);
-    // The parent's numbers are what they were.
+    // The parent's values are unchanged.
     worker.gauge("y").unwrap().set(3.0);
     assert_eq!(named(&peer.board), ["x", "y"]);
     assert_eq!(reading(&peer.board, "y").unwrap().value, 3.0);
 }
 
 #[test]
-fn a_gauge_that_has_another_number_there_is_not_taken_for_another() {
+fn a_gauge_with_another_index_is_not_shown() {
     let fake = FakeDispatcher::new();
     let (worker, peer) = joined(&fake, fake.config(), &[]);
     worker.gauge("before").unwrap().set(1.0);
@@ -275,7 +285,7 @@ fn a_gauge_that_has_another_number_there_is_not_taken_for_another() {
 }
 
 #[test]
-fn a_worker_without_a_dispatcher_sets_for_nobody() {
+fn gauges_work_without_a_dispatcher() {
     let worker = Worker::connect(WorkerConfig::new().listen("127.0.0.1:0")).unwrap();
     let gauge = worker.gauge("x").unwrap();
     gauge.set(1.0);

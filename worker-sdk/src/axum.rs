@@ -1,4 +1,4 @@
-//! Lets `axum::serve` take connections from a [`Listener`].
+//! Makes a [`Listener`] work with `axum::serve`.
 
 use std::future::pending;
 use std::io;
@@ -20,10 +20,10 @@ use crate::tokio::{Connection, Listener};
 ///     .route("/", get(|ConnectInfo(peer): ConnectInfo<PeerAddr>| async move { format!("hello {peer}\n") }))
 ///     .into_make_service_with_connect_info::<PeerAddr>();
 ///
-/// // At the end: goodbye first, so that what waits for us goes elsewhere; then finish what we have.
+/// // Untaken connections go to other workers; axum finishes the live ones.
 /// let closing = listener.clone();
 /// let stop = async move {
-///     // Wait for SIGTERM here, too.
+///     // A server also waits for SIGTERM here.
 ///     closing.drained().await;
 ///     closing.close();
 /// };
@@ -35,7 +35,8 @@ impl axum::serve::Listener for Listener {
     type Io = Connection;
     type Addr = PeerAddr;
 
-    /// Waits for ever once the listener is closed, and while it is drained: use axum's graceful shutdown to end serving.
+    /// Waits without end once the listener is closed or drained: end serving with axum's graceful
+    /// shutdown.
     async fn accept(&mut self) -> (Connection, PeerAddr) {
         loop {
             match Listener::accept(self).await {
@@ -44,7 +45,8 @@ impl axum::serve::Listener for Listener {
                     return (connection, peer);
                 }
                 Err(Error::Closed) => pending().await,
-                // A graceful shutdown that waits for `drained` ends this; without one, it may be resumed.
+                // A graceful shutdown that waits for `drained` ends this call; without one, the
+                // drain may be resumed.
                 Err(Error::Draining) => {
                     if !matches!(self.resumed().await, Ok(true)) {
                         pending().await
@@ -54,7 +56,7 @@ impl axum::serve::Listener for Listener {
                     log_now(log::Level::Error, format_args!("no more connections: {error}"));
                     pending().await
                 }
-                // A single connection's; the next may be better.
+                // The error concerns one connection only.
                 Err(error) => self.core().log_accept_error(&error),
             }
         }
@@ -63,13 +65,13 @@ impl axum::serve::Listener for Listener {
     /// The address of a worker without a dispatcher.
     ///
     /// # Errors
-    /// [`io::ErrorKind::Unsupported`] with a dispatcher: the address is the dispatcher's.
+    /// [`io::ErrorKind::Unsupported`] with a dispatcher, which has the address.
     fn local_addr(&self) -> io::Result<PeerAddr> {
         Listener::local_addr(self).ok_or_else(|| io::ErrorKind::Unsupported.into())
     }
 }
 
-/// Lets a handler have the client's address: `ConnectInfo<PeerAddr>`.
+/// Gives a handler the client's address: `ConnectInfo<PeerAddr>`.
 impl Connected<IncomingStream<'_, Listener>> for PeerAddr {
     fn connect_info(stream: IncomingStream<'_, Listener>) -> PeerAddr {
         *stream.remote_addr()

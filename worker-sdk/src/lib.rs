@@ -1,9 +1,11 @@
-//! Be a worker of the dispatcher: receive live TCP connections over a Unix socket.
+//! SDK for workers of the connection dispatcher: receive accepted TCP connections over a Unix
+//! socket.
 //!
-//! The dispatcher accepts connections and passes each one to the worker process that its pool's policy chooses: unless
-//! configured otherwise, the one with the fewest. This crate is the worker's side. It joins the pool, gives each connection
-//! to the application when that asks, counts what is live, and joins again after the dispatcher was away; live
-//! connections do not notice. Without a dispatcher the same program listens by itself.
+//! The dispatcher accepts connections and passes each one to a worker process of a pool; by default
+//! to the one with the fewest connections. This crate is the worker's side. It joins the pool,
+//! gives connections to the application on request, counts the live ones, and joins again after a
+//! loss of the dispatcher, while live connections continue. Without a dispatcher the same program
+//! listens itself.
 //!
 //! | feature | for | start at |
 //! |---|---|---|
@@ -13,18 +15,21 @@
 //! | `mio` | event loops with mio | `mio::MioWorker` |
 //! | `testing` | tests of a server against a real dispatcher; for `dev-dependencies` | `testing::Dispatcher` |
 //!
-//! The protocol itself is the crate `dispatch-protocol`.
+//! The crate `dispatch-protocol` has the protocol itself.
 //!
-//! What a worker can do besides taking connections, in every layer:
+//! Further functions, in every layer:
 //!
-//! - **be drained** (`dispatcher drain`, `dispatcher scale`): its listener ends, `on_drain` is called, and at the deadline what is
-//!   live is shut down. The programs below then say goodbye and wait for their last connection; a `main` that
-//!   simply returned would cut them all off. A worker that rather stays waits in `resumed`.
-//! - **claim a client** by what it will send, such as the session id just given to it: `own`.
-//! - **show numbers** that a pool can choose by, such as how long requests wait: `gauge`. What the machine and the
-//!   process do is measured when the pool goes by it (`WorkerConfig::sample`).
+//! - **Drain** (`dispatcher drain`, `dispatcher scale`): the listener ends, `on_drain` callbacks
+//!   run, and the deadline shuts down live connections. The programs below then say goodbye and
+//!   wait for their last connection, because the return of `main` would end all connections. A
+//!   worker that stays waits in `resumed`.
+//! - **Claims**: `claim` binds a client to this worker by what the client will send, such as a new
+//!   session id.
+//! - **Gauges**: `gauge` shows numbers that a pool can use for its choice, such as the time that
+//!   requests wait. The SDK measures machine and process if the pool needs it
+//!   (`WorkerConfig::sample`).
 //!
-//! # A thread for each connection
+//! # One thread per connection
 //!
 //! ```no_run
 //! use std::io;
@@ -36,7 +41,7 @@
 //!     for connection in worker.incoming() {
 //!         std::thread::spawn(move || io::copy(&mut &connection, &mut &connection));
 //!     }
-//!     // Drained by an operator, or closed: goodbye, and what is live goes on to its end.
+//!     // The worker is drained or closed. Its live connections may still end by themselves.
 //!     worker.close();
 //!     worker.wait_until_idle();
 //!     Ok(())
@@ -60,7 +65,7 @@
 //!     let drained = listener.clone();
 //!     let app = Router::new().route("/", get(hello));
 //!     axum::serve(listener, app.into_make_service_with_connect_info::<PeerAddr>())
-//!         // Drained by an operator: goodbye, and what is live goes on to its end.
+//!         // The worker is drained. Its live connections may still end by themselves.
 //!         .with_graceful_shutdown(async move {
 //!             drained.drained().await;
 //!             drained.close();
@@ -91,12 +96,12 @@
 //!     let mut closing = false;
 //!     while !closing || worker.live() > 0 {
 //!         poll.poll(&mut events, None)?;
-//!         // Edge-triggered, like every source of mio: go on until there is none.
+//!         // Edge-triggered, as every source of mio: call it until it returns none.
 //!         while !closing {
 //!             match worker.try_accept() {
 //!                 Ok(Some(mut connection)) => connection.write_all(b"hello\n")?,
 //!                 Ok(None) => break,
-//!                 // Drained by an operator, or closed: goodbye, and on until the last connection has ended.
+//!                 // Drained or closed: continue until the last connection has ended.
 //!                 Err(Error::Draining | Error::Closed) => {
 //!                     worker.close();
 //!                     closing = true;

@@ -14,8 +14,9 @@ use crate::PeerAddr;
 use crate::client::worker_core::WorkerCore;
 use crate::client::{ClaimError, Connection, Drain, Error, Gauge, Handle, WorkerConfig};
 
-/// A worker that never blocks, and whose connections are non-blocking. Register it once, readable; it joins, loses
-/// and finds its dispatcher again by itself, whenever [`try_accept`](MioWorker::try_accept) is called.
+/// A worker that never blocks and whose connections are non-blocking. Register it once, as
+/// readable. Each call of [`try_accept`](MioWorker::try_accept) also joins, and joins again after a
+/// loss of the dispatcher.
 ///
 /// ```no_run
 /// use mio::{Events, Interest, Poll, Token};
@@ -27,15 +28,15 @@ use crate::client::{ClaimError, Connection, Drain, Error, Gauge, Handle, WorkerC
 ///     poll.registry().register(&mut worker, Token(0), Interest::READABLE)?;
 ///     let mut events = Events::with_capacity(64);
 ///     let mut closing = false;
-///     // An event of the worker also says that the last connection has ended, wherever it was dropped.
+///     // The worker has an event when the last connection has ended, on any thread.
 ///     while !closing || worker.live() > 0 {
 ///         poll.poll(&mut events, None)?;
 ///         for event in &events {
 ///             while event.token() == Token(0) && !closing {
 ///                 match worker.try_accept() {
-///                     Ok(Some(connection)) => drop(connection), // Register it and serve it, rather.
+///                     Ok(Some(connection)) => drop(connection), // Serve it here.
 ///                     Ok(None) => break,
-///                     // Drained by an operator, or closed: goodbye, and on until the last connection has ended.
+///                     // Drained or closed: continue until the last connection has ended.
 ///                     Err(Error::Draining | Error::Closed) => {
 ///                         worker.close();
 ///                         closing = true;
@@ -49,7 +50,7 @@ use crate::client::{ClaimError, Connection, Drain, Error, Gauge, Handle, WorkerC
 /// }
 /// ```
 ///
-/// Alone, as in a test, and what it says of itself:
+/// A worker alone, as in a test:
 ///
 /// ```
 /// use mio::{Events, Interest, Poll, Token};
@@ -59,7 +60,7 @@ use crate::client::{ClaimError, Connection, Drain, Error, Gauge, Handle, WorkerC
 /// let (mut poll, mut events) = (Poll::new()?, Events::with_capacity(64));
 /// let mut worker = MioWorker::new(WorkerConfig::new().pool("web").listen("127.0.0.1:0"))?;
 /// poll.registry().register(&mut worker, Token(0), Interest::READABLE)?;
-/// assert!(worker.is_joined() && worker.id().is_none(), "ready, and no dispatcher has numbered it");
+/// assert!(worker.is_joined() && worker.id().is_none(), "no id without a dispatcher");
 /// assert_eq!(worker.pool(), "web");
 ///
 /// let address = worker.local_addr().and_then(|addr| addr.socket_addr()).ok_or("not TCP")?;
@@ -85,49 +86,56 @@ use crate::client::{ClaimError, Connection, Drain, Error, Gauge, Handle, WorkerC
 pub struct MioWorker(Handle);
 
 impl MioWorker {
-    /// Makes a worker that will join once it is registered and polled. Does not wait.
+    /// Creates a worker that joins once it is registered and polled. Does not wait.
     ///
     /// # Errors
-    /// [`Error::Config`] for a wrong setting, [`Error::Io`] when a system call fails: the address to listen on is in
-    /// use.
+    /// [`Error::Config`] for a wrong setting, [`Error::Io`] if a system call fails, for example if
+    /// the address is in use.
     pub fn new(config: WorkerConfig) -> Result<MioWorker, Error> {
         Ok(MioWorker(Handle(WorkerCore::new(&config)?)))
     }
 
-    /// The next connection, non-blocking; `None` if there is none now. After an event, call it until it says `None`.
+    /// The next connection, non-blocking; `None` if none is available now. After an event, call it
+    /// until it returns `None`.
     ///
     /// # Errors
-    /// Until the first join: [`Error::Refused`], [`Error::JoinTimeout`], [`Error::Protocol`], [`Error::Io`],
-    /// and [`Error::Config`] for a dispatch socket whose path is too long; a caller that goes on waiting for events
-    /// makes the worker try again. Later: [`Error::Closed`] after [`close`](MioWorker::close), [`Error::Draining`] while the
-    /// dispatcher drains this worker (go on with what is live, then end; or go on polling, in case it is resumed),
+    /// Until the first join: [`Error::Refused`], [`Error::JoinTimeout`], [`Error::Protocol`],
+    /// [`Error::Io`], and [`Error::Config`] for a dispatch socket whose path is too long; if the
+    /// caller continues to wait for events, the worker tries again. Later: [`Error::Closed`] after
+    /// [`close`](MioWorker::close), [`Error::Draining`] while the dispatcher drains this worker
+    /// (finish the live connections, then end; or continue to poll, in case the drain is resumed),
     /// [`Error::Forked`] in a forked child.
     pub fn try_accept(&self) -> Result<Option<Connection>, Error> {
         Ok(self.0.0.try_accept()?.map(Connection::new))
     }
 
-    /// Calls `callback` when the dispatcher begins to drain this worker: as [`Worker::on_drain`](crate::Worker::on_drain).
+    /// Calls `callback` when the dispatcher starts to drain this worker: as
+    /// [`Worker::on_drain`](crate::Worker::on_drain).
     pub fn on_drain(&self, callback: impl Fn(&Drain) + Send + Sync + 'static) {
         self.0.0.draining().on_drain(&self.0.0, Arc::new(callback));
     }
 
-    /// Calls `callback` whenever this worker has joined a dispatcher: as [`Worker::on_joined`](crate::Worker::on_joined).
+    /// Calls `callback` each time this worker has joined a dispatcher: as
+    /// [`Worker::on_joined`](crate::Worker::on_joined).
     pub fn on_joined(&self, callback: impl Fn(u64) + Send + Sync + 'static) {
         self.0.0.on_joined(callback);
     }
 
-    /// Calls `callback` whenever this worker has lost its dispatcher: as [`Worker::on_lost`](crate::Worker::on_lost).
+    /// Calls `callback` each time this worker has lost its dispatcher: as
+    /// [`Worker::on_lost`](crate::Worker::on_lost).
     pub fn on_lost(&self, callback: impl Fn(&str) + Send + Sync + 'static) {
         self.0.0.on_lost(callback);
     }
 
-    /// Calls `callback` whenever a drain is over: as [`Worker::on_resumed`](crate::Worker::on_resumed).
+    /// Calls `callback` each time a drain ends: as
+    /// [`Worker::on_resumed`](crate::Worker::on_resumed).
     pub fn on_resumed(&self, callback: impl Fn() + Send + Sync + 'static) {
         self.0.0.on_resumed(callback);
     }
 
-    /// Says goodbye, and shuts down what is still live after `within`: as [`Worker::shutdown`](crate::Worker::shutdown), but
-    /// does not wait. Go on with what is live until [`live`](MioWorker::live) says 0.
+    /// Says goodbye, and after `within` shuts down the connections that are still live: as
+    /// [`Worker::shutdown`](crate::Worker::shutdown), but without waiting. Continue until
+    /// [`live`](MioWorker::live) returns 0.
     pub fn shutdown(&self, within: Duration) {
         self.0.0.shutdown_in_thread(within, drop);
     }
@@ -137,15 +145,15 @@ impl MioWorker {
         self.0.0.draining().now().is_some()
     }
 
-    /// Says goodbye: as [`Worker::close`](crate::Worker::close). Go on with what is live until [`live`](MioWorker::live)
-    /// says 0: there is an event of this worker when the last connection has ended, wherever it was dropped.
+    /// Says goodbye: as [`Worker::close`](crate::Worker::close). Continue until
+    /// [`live`](MioWorker::live) returns 0: the worker has an event when the last connection has
+    /// ended, on any thread.
     pub fn close(&self) {
         self.0.0.close();
     }
 
-    /// Takes no connections for now: what is untaken goes to other workers, and the dispatcher sends nothing more until
-    /// [`resume_accepting`](MioWorker::resume_accepting). Live connections go on, and so does the membership in the pool; a pool
-    /// all of whose workers are paused lets its clients wait, as if all were full. Also alone, without a dispatcher.
+    /// Accepts no connections for now: as
+    /// [`Worker::pause_accepting`](crate::Worker::pause_accepting).
     ///
     /// # Errors
     /// [`Error::Forked`] in a forked child.
@@ -156,18 +164,19 @@ impl MioWorker {
     /// Ends a [pause](MioWorker::pause_accepting).
     ///
     /// # Errors
-    /// [`Error::Forked`] in a forked child; [`Error::Io`] when a worker without a dispatcher can no longer watch its listener.
+    /// [`Error::Forked`] in a forked child; [`Error::Io`] if a worker without a dispatcher can no
+    /// longer watch its listener.
     pub fn resume_accepting(&self) -> Result<(), Error> {
         self.0.0.set_paused(false)
     }
 
-    /// Whether it is [paused](MioWorker::pause_accepting).
+    /// Whether the worker is [paused](MioWorker::pause_accepting).
     pub fn is_paused(&self) -> bool {
         self.0.0.is_paused()
     }
 
-    /// Another share of the load from now on, in place of [`WorkerConfig::weight`]; kept over all dispatchers. A weight that
-    /// an operator has set (`dispatcher weight`) wins until the worker joins anew.
+    /// Changes the worker's share of the load: as
+    /// [`Worker::set_weight`](crate::Worker::set_weight).
     ///
     /// # Errors
     /// [`Error::Config`] for 0, [`Error::Forked`] in a forked child.
@@ -175,8 +184,8 @@ impl MioWorker {
         self.0.0.set_weight(weight)
     }
 
-    /// Another maximum from now on, in place of [`WorkerConfig::max_connections`]; kept over all dispatchers. The pool's own
-    /// maximum bounds it. What is live beyond it goes on.
+    /// Changes the maximum number of connections: as
+    /// [`Worker::set_max_connections`](crate::Worker::set_max_connections).
     ///
     /// # Errors
     /// [`Error::Config`] for 0, [`Error::Forked`] in a forked child.
@@ -192,36 +201,38 @@ impl MioWorker {
         self.0.0.claim(key.as_ref())
     }
 
-    /// Connections taken and not yet ended, in this process.
+    /// Connections that are taken and have not ended, in this process.
     pub fn live(&self) -> u64 {
         self.0.0.live()
     }
 
-    /// The gauge of this name, made if there is none: a number that the dispatcher sees. See [`Gauge`].
+    /// The gauge of this name, created if necessary: a number that the dispatcher sees. See
+    /// [`Gauge`].
     ///
     /// # Errors
-    /// [`Error::Config`] for what is [no name](dispatch_protocol::scoreboard::gauge::GaugeName), and when there are 24 already;
-    /// [`Error::Forked`] in a forked child.
+    /// [`Error::Config`] for an [invalid name](dispatch_protocol::scoreboard::gauge::GaugeName) and
+    /// if there are already 24 gauges; [`Error::Forked`] in a forked child.
     pub fn gauge(&self, name: &str) -> Result<Gauge, Error> {
         self.0.0.gauge(name)
     }
 
-    /// The id the dispatcher gave this worker; `None` while not joined.
+    /// The id of this worker at the dispatcher; `None` while not joined.
     pub fn id(&self) -> Option<u64> {
         self.0.0.id()
     }
 
-    /// Whether connections can come now: a dispatcher has us, or we listen by ourselves.
+    /// Whether connections can come now: the worker has joined a dispatcher, or listens itself.
     pub fn is_joined(&self) -> bool {
         self.0.0.is_joined()
     }
 
-    /// The pool it joins.
+    /// The pool of this worker.
     pub fn pool(&self) -> &str {
         self.0.0.pool()
     }
 
-    /// The address that a worker without a dispatcher listens on, with the port it got; `None` with a dispatcher.
+    /// The address on which a worker without a dispatcher listens, with its real port; `None` with
+    /// a dispatcher.
     pub fn local_addr(&self) -> Option<PeerAddr> {
         self.0.0.local_addr()
     }
@@ -265,8 +276,8 @@ impl fmt::Debug for MioWorker {
     }
 }
 
-/// A connection can be registered like any stream. Deregister it before you drop it: the dispatcher, or another
-/// process, may have a copy, and then closing does not remove it from the poll.
+/// Register a connection like any stream. Deregister it before you drop it: the dispatcher or
+/// another process may have a copy, and then the close does not remove it from the poll.
 impl Source for Connection {
     fn register(
         &mut self,

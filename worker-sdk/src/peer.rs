@@ -5,9 +5,9 @@ use std::net::{IpAddr, SocketAddr};
 
 use dispatch_protocol::ClientAddr;
 
-/// Where a client connected from, as the dispatcher saw it.
+/// The address that a client connected from, as the dispatcher saw it.
 ///
-/// An IPv4 client of a dual-stack listener has its IPv4 address, not the mapped IPv6 one.
+/// An IPv4 client of a dual-stack listener has its IPv4 address, not the mapped IPv6 address.
 ///
 /// ```
 /// use std::net::SocketAddr;
@@ -29,7 +29,7 @@ use dispatch_protocol::ClientAddr;
 pub enum PeerAddr {
     /// A TCP client.
     Inet(SocketAddr),
-    /// A client of a Unix listener; such clients have no address worth naming.
+    /// A client of a Unix listener; such a client has no address.
     Unix,
 }
 
@@ -49,7 +49,7 @@ impl PeerAddr {
 }
 
 impl From<SocketAddr> for PeerAddr {
-    /// An IPv4 address that is mapped into IPv6 becomes the IPv4 address it is.
+    /// A mapped IPv4 address becomes the plain IPv4 address.
     fn from(addr: SocketAddr) -> Self {
         ClientAddr::from(addr).into()
     }

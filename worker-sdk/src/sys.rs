@@ -1,4 +1,5 @@
-//! System calls that need care or `unsafe`. Owns every `unsafe` block of this crate; decides nothing.
+//! System calls that need `unsafe`. This module has every `unsafe` block of the crate and decides
+//! nothing.
 #![allow(unsafe_code)]
 
 use std::io;
@@ -6,16 +7,17 @@ use std::io;
 use std::os::fd::BorrowedFd;
 use std::os::fd::OwnedFd;
 
-/// Has the runtime watch a socket.
+/// Registers a socket with the runtime.
 #[cfg(feature = "tokio")]
 pub(crate) fn register(
     socket: std::sync::Arc<std::net::TcpStream>,
 ) -> io::Result<tokio::io::unix::AsyncFd<std::sync::Arc<std::net::TcpStream>>> {
-    // SAFETY: the registration shares the socket, which therefore stays open, and always has this one descriptor.
+    // SAFETY: the registration shares the socket, which therefore stays open, and always has this
+    // one descriptor.
     Ok(unsafe { tokio::io::unix::AsyncFd::register(socket) }?)
 }
 
-/// Readable once, after so much time.
+/// A timer that is readable once, after `time`.
 #[cfg(feature = "tokio")]
 pub(crate) fn timer(time: std::time::Duration) -> io::Result<tokio::io::unix::AsyncFd<OwnedFd>> {
     use rustix::time::{
@@ -36,7 +38,8 @@ pub(crate) fn timer(time: std::time::Duration) -> io::Result<tokio::io::unix::As
     registered.map_err(io::Error::from)
 }
 
-/// Receives what there is, or what has room, behind what `buffer` holds already, and says how much; 0 is the end.
+/// Receives available bytes, as many as fit, after the filled part of `buffer`. Returns the number;
+/// 0 is the end.
 #[cfg(feature = "tokio")]
 pub(crate) fn receive_into(
     socket: BorrowedFd<'_>,
@@ -45,13 +48,14 @@ pub(crate) fn receive_into(
     // SAFETY: the kernel only writes there, so nothing initialized is made uninitialized.
     let unfilled = unsafe { buffer.unfilled_mut() };
     let (_, count) = rustix::net::recv(socket, unfilled, rustix::net::RecvFlags::empty())?;
-    // SAFETY: without MSG_TRUNC the count is that of the bytes written, from the start of the unfilled part.
+    // SAFETY: without MSG_TRUNC the count is that of the bytes written, from the start of the
+    // unfilled part.
     unsafe { buffer.assume_init(count) };
     buffer.advance(count);
     Ok(count)
 }
 
-/// The worker's readiness, as tokio wants it: owns what it is a part of.
+/// The worker's readiness descriptor for tokio. It keeps the core, and so the descriptor, alive.
 #[cfg(feature = "tokio")]
 pub(crate) struct ReadyFd(std::sync::Arc<crate::client::worker_core::WorkerCore>);
 
@@ -68,8 +72,8 @@ impl ReadyFd {
     pub(crate) fn register(
         core: std::sync::Arc<crate::client::worker_core::WorkerCore>,
     ) -> io::Result<tokio::io::unix::AsyncFd<ReadyFd>> {
-        // SAFETY: the core makes its descriptor once, never replaces it, and closes it when it is dropped,
-        // which the reference inside prevents for as long as the `AsyncFd` exists.
+        // SAFETY: the core makes its descriptor once, never replaces it, and closes it when it is
+        // dropped, which the reference inside prevents for as long as the `AsyncFd` exists.
         let registered = unsafe {
             tokio::io::unix::AsyncFd::register_with_interest(
                 ReadyFd(core),
@@ -80,42 +84,44 @@ impl ReadyFd {
     }
 }
 
-/// Has `count` called before every fork of this process that the C library makes; false if it cannot.
+/// Registers `count` to be called before every fork that the C library makes; false if that failed.
 pub(crate) fn before_every_fork(count: extern "C" fn()) -> bool {
-    // SAFETY: the function is there for as long as the program is, and does only what may be done in the middle of a fork:
-    // it changes an atomic.
+    // SAFETY: the function is there for as long as the program is, and does only what may be done
+    // in the middle of a fork: it changes an atomic.
     unsafe { libc::pthread_atfork(Some(count), None, None) == 0 }
 }
 
-// What follows takes numbers, not borrowed descriptors: whether they are open, and whose, is just what is not known.
+// The functions below take numbers, not borrowed descriptors, because it is unknown whether a
+// number is open and which file it has.
 
 /// Ends both directions of the socket with this number.
 pub(crate) fn shut_down(fd: std::os::fd::RawFd) -> io::Result<()> {
-    // SAFETY: the call takes any number, reaches no memory of ours, and fails for what is not open or no socket.
+    // SAFETY: the call takes any number, reaches no memory of ours, and fails for what is not open
+    // or no socket.
     match unsafe { libc::shutdown(fd, libc::SHUT_RDWR) } {
         0 => Ok(()),
         _ => Err(io::Error::last_os_error()),
     }
 }
 
-/// A duplicate of whatever has this number now.
+/// A duplicate of the file with this number.
 pub(crate) fn duplicate(fd: std::os::fd::RawFd) -> io::Result<OwnedFd> {
     use std::os::fd::FromRawFd;
 
     // SAFETY: the call takes any number, reaches no memory of ours, and fails for what is not open.
     match unsafe { libc::fcntl(fd, libc::F_DUPFD_CLOEXEC, 0) } {
         -1 => Err(io::Error::last_os_error()),
-        // SAFETY: the kernel has just made it for us, and nobody else knows of it.
+        // SAFETY: the kernel has just made it, and no other code knows of it.
         copy => Ok(unsafe { OwnedFd::from_raw_fd(copy) }),
     }
 }
 
-/// The cookie of the socket that has this number now, which no other socket ever has; `None` for anything else.
+/// The unique cookie of the socket with this number; `None` for anything else.
 pub(crate) fn socket_cookie(fd: std::os::fd::RawFd) -> Option<u64> {
     let mut cookie = 0u64;
     let mut len = size_of::<u64>() as libc::socklen_t;
-    // SAFETY: the kernel writes at most `len` bytes into `cookie`, which has as many, and `len`; both live on. It takes
-    // any number, and fails for what is not open or no socket.
+    // SAFETY: the kernel writes at most `len` bytes into `cookie`, which has as many, and `len`;
+    // both live on. It takes any number, and fails for what is not open or no socket.
     let result = unsafe {
         libc::getsockopt(
             fd,

@@ -1,8 +1,9 @@
 //! A real dispatcher for the tests of a server.
 //!
-//! Alone, a server is tested without any of this: [`WorkerConfig::listen`] with `127.0.0.1:0`, and the address from
-//! [`Worker::local_addr`](crate::Worker::local_addr). Behind a dispatcher some things differ: connections are passed, a worker is
-//! drained, a dispatcher is lost. [`Dispatcher`] starts one, in a directory of its own, and kills it when it is dropped.
+//! A server can be tested alone with [`WorkerConfig::listen`] on `127.0.0.1:0` and the address from
+//! [`Worker::local_addr`](crate::Worker::local_addr). Behind a dispatcher there are also handoffs,
+//! drains and losses of the dispatcher. [`Dispatcher`] starts one in its own directory and kills it
+//! on drop.
 //!
 //! ```no_run
 //! use std::io::{Read, Write};
@@ -41,13 +42,14 @@ use serde_json::Value;
 
 use crate::WorkerConfig;
 
-/// How long a dispatcher may take to serve, and workers to join: a loaded machine is slow.
+/// The longest time until a dispatcher serves, and until workers join; a loaded machine is slow.
 const PATIENCE: Duration = Duration::from_secs(60);
 
-/// The pool, and the name of its listener.
+/// The name of the pool and of its listener.
 const POOL: &str = "default";
 
-/// A running dispatcher with one listener on a free port of the loopback interface, and one pool, `default`.
+/// A running dispatcher with one listener on a free port of the loopback interface, and one pool,
+/// `default`.
 #[derive(Debug)]
 pub struct Dispatcher {
     binary: PathBuf,
@@ -56,31 +58,32 @@ pub struct Dispatcher {
     address: SocketAddr,
 }
 
-/// Removed with all that is in it when dropped.
+/// Removed with its contents on drop.
 #[derive(Debug)]
 struct Directory(PathBuf);
 
 impl Drop for Directory {
     fn drop(&mut self) {
-        // It is in the directory for temporary files; somebody else may have tidied up.
+        // Another program may have cleaned the directory for temporary files.
         let _ = std::fs::remove_dir_all(&self.0);
     }
 }
 
 impl Dispatcher {
-    /// Starts one, and waits until it serves.
+    /// Starts a dispatcher and waits until it serves.
     ///
-    /// The program is what `DISPATCHER_BIN` names; otherwise `dispatcher` in the target directory that the test itself was
-    /// built in, in that of `CARGO_TARGET_DIR`, or on the `PATH`.
+    /// The program is the value of `DISPATCHER_BIN`, or `dispatcher` in the target directory of the
+    /// test, in `CARGO_TARGET_DIR`, or on the `PATH`.
     ///
     /// # Errors
-    /// [`ErrorKind::NotFound`] when there is no such program, [`ErrorKind::TimedOut`] when it does not serve within a minute,
-    /// [`ErrorKind::Other`], with its log, when it ends.
+    /// [`ErrorKind::NotFound`] if there is no such program, [`ErrorKind::TimedOut`] if it does not
+    /// serve within a minute, [`ErrorKind::Other`], with its log, if it ends.
     pub fn start() -> Result<Dispatcher> {
         Dispatcher::start_with("")
     }
 
-    /// The same with more keys of the pool, such as `"max_untaken = 4\n"`, or whatever follows them in a configuration.
+    /// As [`start`](Dispatcher::start), with further keys of the pool, such as `"max_untaken =
+    /// 4\n"`, or further tables of the configuration.
     ///
     /// # Errors
     /// As [`start`](Dispatcher::start).
@@ -96,7 +99,7 @@ impl Dispatcher {
         std::fs::write(dir.0.join("dispatcher.toml"), config)?;
         let mut command = Command::new(&binary);
         command.args(["run", "--config"]).arg(dir.0.join("dispatcher.toml"));
-        // It is no service of whatever runs the tests.
+        // It must not act as a service of the manager that runs the tests.
         command.env_remove("NOTIFY_SOCKET").env_remove("LISTEN_FDS").env_remove("LISTEN_PID");
         command.stdin(Stdio::null()).stdout(Stdio::null());
         let child = command.stderr(File::create(dir.0.join("log"))?).spawn()?;
@@ -112,31 +115,31 @@ impl Dispatcher {
         Ok(dispatcher)
     }
 
-    /// Where clients connect.
+    /// The address for clients.
     pub fn address(&self) -> SocketAddr {
         self.address
     }
 
-    /// Where workers join.
+    /// The path of the dispatch socket, for workers.
     pub fn dispatch_socket(&self) -> PathBuf {
         self.dir.0.join("dispatch.sock")
     }
 
-    /// What a worker in the test's own process joins with.
+    /// The configuration of a worker in the process of the test.
     pub fn config(&self) -> WorkerConfig {
         WorkerConfig::new().dispatch_socket(self.dispatch_socket()).pool(POOL)
     }
 
-    /// The environment of a worker that is a process of its own, for [`Command::envs`].
+    /// The environment of a worker in a process of its own, for [`Command::envs`].
     pub fn environment(&self) -> [(&'static str, OsString); 2] {
         [("DISPATCH_SOCKET", self.dispatch_socket().into()), ("DISPATCH_POOL", POOL.into())]
     }
 
-    /// Runs the dispatcher's program with these arguments and its admin socket, such as `["drain", "--pool", "default"]`, and gives
-    /// what it prints.
+    /// Runs the dispatcher's program with these arguments and the admin socket, such as `["drain",
+    /// "--pool", "default"]`; returns its output.
     ///
     /// # Errors
-    /// [`ErrorKind::Other`], with what it says, when it fails.
+    /// [`ErrorKind::Other`], with the error output, if the program fails.
     pub fn command(&self, arguments: &[&str]) -> Result<String> {
         let mut command = Command::new(&self.binary);
         let output = command
@@ -153,7 +156,7 @@ impl Dispatcher {
         }
     }
 
-    /// Waits until the pool has so many workers that take connections.
+    /// Waits until the pool has `count` active workers.
     ///
     /// # Errors
     /// [`ErrorKind::TimedOut`] after a minute.
@@ -169,7 +172,7 @@ impl Dispatcher {
         }
     }
 
-    /// What it has logged.
+    /// The log so far.
     pub fn log(&self) -> String {
         std::fs::read_to_string(self.dir.0.join("log")).unwrap_or_default()
     }
@@ -200,13 +203,13 @@ impl Dispatcher {
 
 impl Drop for Dispatcher {
     fn drop(&mut self) {
-        // It fails when the process has ended already.
+        // It fails if the process has ended already.
         let _ = self.child.kill();
         let _ = self.child.wait();
     }
 }
 
-/// Where the program may be, the most wanted first.
+/// Possible paths of the program, the preferred first.
 fn candidates() -> Vec<PathBuf> {
     if let Some(told) = std::env::var_os("DISPATCHER_BIN") {
         return vec![told.into()];
@@ -229,14 +232,15 @@ fn find(candidates: &[PathBuf]) -> Result<PathBuf> {
     candidates.iter().find(|path| path.is_file()).cloned().ok_or_else(|| {
         let tried: Vec<_> = candidates.iter().map(|path| path.display().to_string()).collect();
         let text = format!(
-            "no dispatcher: build or install it, or say where it is with DISPATCHER_BIN; looked for {}",
+            "no dispatcher: build or install it, or set DISPATCHER_BIN to its path; looked for {}",
             tried.join(", ")
         );
         Error::new(ErrorKind::NotFound, text)
     })
 }
 
-/// A new one, for this user only. Its path is short: those of sockets have a limit.
+/// A new directory for this user only. Its path is short, because the paths of sockets have a
+/// limit.
 fn directory() -> Result<Directory> {
     static COUNT: AtomicU32 = AtomicU32::new(0);
     loop {
@@ -245,7 +249,7 @@ fn directory() -> Result<Directory> {
         let path = std::env::temp_dir().join(name);
         match DirBuilder::new().mode(0o700).create(&path) {
             Ok(()) => return Ok(Directory(path)),
-            // Left by an earlier process of that number.
+            // Left by an earlier process with the same id.
             Err(error) if error.kind() == ErrorKind::AlreadyExists => {}
             Err(error) => return Err(error),
         }
@@ -257,7 +261,7 @@ mod tests {
     use super::*;
 
     #[test]
-    fn what_is_not_there_is_said_with_the_remedy() {
+    fn a_missing_program_is_reported_with_the_remedy() {
         let error = find(&["/nonexistent/dispatcher".into(), "/tmp".into()]).unwrap_err();
         assert_eq!(error.kind(), ErrorKind::NotFound);
         let text = error.to_string();

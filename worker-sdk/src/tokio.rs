@@ -24,18 +24,19 @@ use crate::client::worker_core::WorkerCore;
 use crate::client::{Accepted, ClaimError, Drain, Error, Gauge, Handle, WorkerConfig};
 use crate::sys::ReadyFd;
 
-/// A worker whose connections are awaited. With the feature `axum` it can be given to `axum::serve`.
+/// A worker for tokio. With the feature `axum` it works with `axum::serve`.
 ///
-/// Use it within one runtime, the one it was made in, with I/O enabled. Clones are handles of the same
-/// worker, for closing it elsewhere or for more tasks; dropping the last one says goodbye.
+/// Use it in the runtime in which it was created, with I/O enabled. Clones are handles of the same
+/// worker, for a close from another task or for more accepting tasks; dropping the last handle says
+/// goodbye.
 ///
 /// # Which errors end an accept loop
-/// All of them. [`accept`](Listener::accept) hides what passes by itself: a lost dispatcher, a client that is gone, a lack of
-/// descriptors. It says [`Error::Draining`] and [`Error::Closed`] when there will be no more connections, unless the
-/// dispatcher resumes the worker, which [`resumed`](Listener::resumed) waits for. [`Error::Forked`] and [`Error::Io`] mean a
-/// program or a runtime in which there is nothing to wait with. A loop that goes on all the same does no harm: from the
-/// second error on each takes a tenth of a second, and every return counts as work of the task, so that the runtime lets
-/// others run.
+/// All errors. [`accept`](Listener::accept) handles passing conditions itself: a lost dispatcher, a
+/// client that is gone, a lack of descriptors. It returns [`Error::Draining`] or [`Error::Closed`]
+/// if no more connections come; after a drain, [`resumed`](Listener::resumed) waits for the resume.
+/// [`Error::Forked`] and [`Error::Io`] mean that this process or runtime cannot wait. A loop that
+/// continues is harmless: from the second error on, each call takes a tenth of a second, and every
+/// return uses the task's budget, so that the runtime runs other tasks.
 ///
 /// ```no_run
 /// use tokio::io::AsyncWriteExt;
@@ -51,7 +52,7 @@ use crate::sys::ReadyFd;
 ///         Err(end) => break end,
 ///     }
 /// };
-/// // Drained by an operator, or closed: goodbye, and what is live goes on to its end.
+/// // The worker is drained or closed. Its live connections may still end by themselves.
 /// listener.close();
 /// listener.wait_until_idle().await;
 /// match end {
@@ -61,7 +62,7 @@ use crate::sys::ReadyFd;
 /// # }
 /// ```
 ///
-/// Alone, as in a test, and what it says of itself:
+/// A worker alone, as in a test:
 ///
 /// ```
 /// use tokio::io::{AsyncReadExt, AsyncWriteExt};
@@ -71,7 +72,7 @@ use crate::sys::ReadyFd;
 /// async fn main() -> Result<(), Box<dyn std::error::Error>> {
 ///     let config = WorkerConfig::new().pool("web").listen("127.0.0.1:0");
 ///     let listener = Listener::connect(config).await?;
-///     assert!(listener.is_joined() && listener.id().is_none(), "no dispatcher has numbered it");
+///     assert!(listener.is_joined() && listener.id().is_none(), "without an id from a dispatcher");
 ///     assert_eq!(listener.pool(), "web");
 ///
 ///     let address = listener.local_addr().and_then(|addr| addr.socket_addr()).ok_or("not TCP")?;
@@ -93,7 +94,7 @@ use crate::sys::ReadyFd;
 /// ```
 pub struct Listener {
     inner: Arc<Inner>,
-    /// The last accept on this handle gave an error.
+    /// Whether the last accept on this handle returned an error.
     ended: AtomicBool,
 }
 
@@ -103,19 +104,20 @@ impl Clone for Listener {
     }
 }
 
-/// From the second error in a row on, each takes so long.
+/// The duration of each repeated error.
 const REPEATED: Duration = Duration::from_millis(100);
 
 struct Inner {
-    // Declared, and so dropped, first: it is deregistered before the descriptor inside is closed.
+    // Declared first, so dropped first: it is deregistered before its descriptor is closed.
     ready: AsyncFd<ReadyFd>,
     handle: Handle,
-    /// Where it was made.
+    /// The runtime in which it was created.
     runtime: Runtime,
 }
 
 impl Listener {
-    /// Joins, and waits until that has worked; as [`Worker::connect`](crate::Worker::connect).
+    /// Joins a dispatcher and waits until the join succeeds; as
+    /// [`Worker::connect`](crate::Worker::connect).
     ///
     /// # Errors
     /// As [`Worker::connect`](crate::Worker::connect).
@@ -136,11 +138,11 @@ impl Listener {
         Ok(listener)
     }
 
-    /// Waits until `attempt` is likely to say something else than "not now".
+    /// Waits until `attempt` is likely to succeed.
     async fn until(&self, attempt: impl Fn() -> Result<bool, Error>) -> Result<(), Error> {
         let failed = |error| Error::io("wait for the dispatcher", error);
         let mut ready = self.inner.ready.readable().await.map_err(failed)?;
-        // Readiness is forgotten only after an attempt that found nothing; what comes later sets it again.
+        // Readiness is cleared only after an attempt without success; later events set it again.
         if !attempt()? {
             ready.clear_ready();
         }
@@ -151,14 +153,15 @@ impl Listener {
         &self.inner.handle.0
     }
 
-    /// The next connection, which is this worker's from now on. Cancelling it loses nothing.
+    /// Waits for the next connection, which then belongs to this worker. Cancel safe.
     ///
     /// # Errors
-    /// [`Error::Closed`] after [`close`](Listener::close), [`Error::Draining`] while the dispatcher drains this worker and
-    /// nothing that came before is left (see [`drained`](Listener::drained)), [`Error::Forked`] in a forked child, [`Error::Io`] when the
-    /// runtime cannot wait. A lost dispatcher is no error: it is waited for.
+    /// [`Error::Closed`] after [`close`](Listener::close), [`Error::Draining`] while the dispatcher
+    /// drains this worker and no earlier connection is left (see [`drained`](Listener::drained)),
+    /// [`Error::Forked`] in a forked child, [`Error::Io`] if the runtime cannot wait. The loss of
+    /// the dispatcher is not an error: the call waits until the worker has joined again.
     pub async fn accept(&self) -> Result<Connection, Error> {
-        // Every return is a piece of work: a task that never has to wait lets others run all the same.
+        // Every return uses budget, so that a task that never waits lets other tasks run.
         coop::consume_budget().await;
         let accepted = self.next().await;
         let repeated = self.ended.swap(accepted.is_err(), Ordering::Relaxed);
@@ -168,12 +171,12 @@ impl Listener {
         accepted
     }
 
-    /// The same for a future that is written by hand, as [`tokio::net::TcpListener::poll_accept`]. As there, only the task
-    /// that has called it last is woken, of all handles of this worker; tasks in [`accept`](Listener::accept) are not
-    /// concerned.
+    /// For futures written by hand, as [`tokio::net::TcpListener::poll_accept`]. As there, it wakes
+    /// only the task of the last call, over all handles of this worker; tasks in
+    /// [`accept`](Listener::accept) are independent.
     ///
     /// # Errors
-    /// As [`accept`](Listener::accept), but at once, however often it is called.
+    /// As [`accept`](Listener::accept), but immediately, also for repeated calls.
     pub fn poll_accept(&self, cx: &mut Context<'_>) -> Poll<Result<Connection, Error>> {
         let failed = |error| Error::io("wait for connections", error);
         let turn = ready!(coop::poll_proceed(cx));
@@ -196,20 +199,20 @@ impl Listener {
         }
     }
 
-    /// The connections as a stream, for what takes one, such as tonic.
+    /// The connections as a stream, for libraries such as tonic.
     pub fn into_incoming(self) -> Incoming {
         Incoming::new(self)
     }
 
     fn connection(&self, accepted: Accepted) -> Connection {
-        // As tokio's own: of the runtime in which it is accepted.
+        // As in tokio, the connection belongs to the runtime in which it is accepted.
         let runtime = Runtime::try_current().unwrap_or_else(|_| self.inner.runtime.clone());
         Connection::new(accepted, runtime)
     }
 
     async fn next(&self) -> Result<Connection, Error> {
         let failed = |error| Error::io("wait for connections", error);
-        // A `resumed` that was given up may have used up the readiness that says so.
+        // A cancelled `resumed` may have cleared the readiness.
         if self.is_draining()
             && let Some(accepted) = self.core().try_accept()?
         {
@@ -224,28 +227,31 @@ impl Listener {
         }
     }
 
-    /// Waits until the dispatcher drains this worker. For axum's graceful shutdown, beside SIGTERM. It is heard of only
-    /// while somebody is in [`accept`](Listener::accept), as `axum::serve` always is.
+    /// Waits until the dispatcher drains this worker, for axum's graceful shutdown. The worker
+    /// notices a drain only while a task is in [`accept`](Listener::accept), as `axum::serve`
+    /// always is.
     ///
-    /// Any number of tasks may wait, and give up, as in a `select!` for every connection.
+    /// Any number of tasks may wait. Cancel safe, so it works in a `select!` per connection.
     pub async fn drained(&self) {
         self.core().draining().begun().await;
     }
 
-    /// Waits until no connection is live in this process: for the end of a program that serves what it has. Call
-    /// [`close`](Listener::close) before, so that no more come. As [`Worker::wait_until_idle`](crate::Worker::wait_until_idle).
+    /// Waits until no connection is live in this process, for the end of a program. Call
+    /// [`close`](Listener::close) before, so that no more connections come. As
+    /// [`Worker::wait_until_idle`](crate::Worker::wait_until_idle).
     pub async fn wait_until_idle(&self) {
         self.core().idle().await;
     }
 
-    /// The end of a program in one call: says goodbye, waits until no connection is live, and after `within` shuts down
-    /// those that are left; gives how many. As [`Worker::shutdown`](crate::Worker::shutdown).
+    /// Ends the worker in one call: says goodbye, waits until no connection is live, and after
+    /// `within` shuts down the others; returns how many. As
+    /// [`Worker::shutdown`](crate::Worker::shutdown).
     pub async fn shutdown(&self, within: Duration) -> usize {
         self.core().shutdown_async(within).await
     }
 
-    /// Waits until no drain is under way: true; or until the listener is closed: false. For a worker that stays when it is
-    /// drained: when [`accept`](Listener::accept) says [`Error::Draining`], wait here and accept again.
+    /// Waits until no drain is in progress (true) or the listener is closed (false). For a worker
+    /// that stays after a drain: wait here after [`Error::Draining`], then accept again.
     ///
     /// # Errors
     /// As [`accept`](Listener::accept).
@@ -260,22 +266,26 @@ impl Listener {
         }
     }
 
-    /// Calls `callback` when the dispatcher begins to drain this worker: as [`Worker::on_drain`](crate::Worker::on_drain).
+    /// Calls `callback` when the dispatcher starts to drain this worker: as
+    /// [`Worker::on_drain`](crate::Worker::on_drain).
     pub fn on_drain(&self, callback: impl Fn(&Drain) + Send + Sync + 'static) {
         self.core().draining().on_drain(self.core(), Arc::new(callback));
     }
 
-    /// Calls `callback` whenever this worker has joined a dispatcher: as [`Worker::on_joined`](crate::Worker::on_joined).
+    /// Calls `callback` each time this worker has joined a dispatcher: as
+    /// [`Worker::on_joined`](crate::Worker::on_joined).
     pub fn on_joined(&self, callback: impl Fn(u64) + Send + Sync + 'static) {
         self.core().on_joined(callback);
     }
 
-    /// Calls `callback` whenever this worker has lost its dispatcher: as [`Worker::on_lost`](crate::Worker::on_lost).
+    /// Calls `callback` each time this worker has lost its dispatcher: as
+    /// [`Worker::on_lost`](crate::Worker::on_lost).
     pub fn on_lost(&self, callback: impl Fn(&str) + Send + Sync + 'static) {
         self.core().on_lost(callback);
     }
 
-    /// Calls `callback` whenever a drain is over: as [`Worker::on_resumed`](crate::Worker::on_resumed).
+    /// Calls `callback` each time a drain ends: as
+    /// [`Worker::on_resumed`](crate::Worker::on_resumed).
     pub fn on_resumed(&self, callback: impl Fn() + Send + Sync + 'static) {
         self.core().on_resumed(callback);
     }
@@ -285,15 +295,14 @@ impl Listener {
         self.core().draining().now().is_some()
     }
 
-    /// Says goodbye: as [`Worker::close`](crate::Worker::close). Tasks in [`accept`](Listener::accept) get
-    /// [`Error::Closed`].
+    /// Says goodbye: as [`Worker::close`](crate::Worker::close). Tasks in
+    /// [`accept`](Listener::accept) get [`Error::Closed`].
     pub fn close(&self) {
         self.core().close();
     }
 
-    /// Takes no connections for now: what is untaken goes to other workers, and the dispatcher sends nothing more until
-    /// [`resume_accepting`](Listener::resume_accepting). Live connections go on, and so does the membership in the pool; a pool
-    /// all of whose workers are paused lets its clients wait, as if all were full. Also alone, without a dispatcher.
+    /// Accepts no connections for now: as
+    /// [`Worker::pause_accepting`](crate::Worker::pause_accepting).
     ///
     /// # Errors
     /// [`Error::Forked`] in a forked child.
@@ -304,18 +313,19 @@ impl Listener {
     /// Ends a [pause](Listener::pause_accepting).
     ///
     /// # Errors
-    /// [`Error::Forked`] in a forked child; [`Error::Io`] when a worker without a dispatcher can no longer watch its listener.
+    /// [`Error::Forked`] in a forked child; [`Error::Io`] if a worker without a dispatcher can no
+    /// longer watch its listener.
     pub fn resume_accepting(&self) -> Result<(), Error> {
         self.core().set_paused(false)
     }
 
-    /// Whether it is [paused](Listener::pause_accepting).
+    /// Whether the worker is [paused](Listener::pause_accepting).
     pub fn is_paused(&self) -> bool {
         self.core().is_paused()
     }
 
-    /// Another share of the load from now on, in place of [`WorkerConfig::weight`]; kept over all dispatchers. A weight that
-    /// an operator has set (`dispatcher weight`) wins until the worker joins anew.
+    /// Changes the worker's share of the load: as
+    /// [`Worker::set_weight`](crate::Worker::set_weight).
     ///
     /// # Errors
     /// [`Error::Config`] for 0, [`Error::Forked`] in a forked child.
@@ -323,8 +333,8 @@ impl Listener {
         self.core().set_weight(weight)
     }
 
-    /// Another maximum from now on, in place of [`WorkerConfig::max_connections`]; kept over all dispatchers. The pool's own
-    /// maximum bounds it. What is live beyond it goes on.
+    /// Changes the maximum number of connections: as
+    /// [`Worker::set_max_connections`](crate::Worker::set_max_connections).
     ///
     /// # Errors
     /// [`Error::Config`] for 0, [`Error::Forked`] in a forked child.
@@ -340,36 +350,38 @@ impl Listener {
         self.core().claim(key.as_ref())
     }
 
-    /// Connections taken and not yet ended, in this process.
+    /// Connections that are taken and have not ended, in this process.
     pub fn live(&self) -> u64 {
         self.core().live()
     }
 
-    /// The gauge of this name, made if there is none: a number that the dispatcher sees. See [`Gauge`].
+    /// The gauge of this name, created if necessary: a number that the dispatcher sees. See
+    /// [`Gauge`].
     ///
     /// # Errors
-    /// [`Error::Config`] for what is [no name](dispatch_protocol::scoreboard::gauge::GaugeName), and when there are 24 already;
-    /// [`Error::Forked`] in a forked child.
+    /// [`Error::Config`] for an [invalid name](dispatch_protocol::scoreboard::gauge::GaugeName) and
+    /// if there are already 24 gauges; [`Error::Forked`] in a forked child.
     pub fn gauge(&self, name: &str) -> Result<Gauge, Error> {
         self.core().gauge(name)
     }
 
-    /// The id the dispatcher gave this worker; `None` while not joined.
+    /// The id of this worker at the dispatcher; `None` while not joined.
     pub fn id(&self) -> Option<u64> {
         self.core().id()
     }
 
-    /// Whether connections can come now: a dispatcher has us, or we listen by ourselves.
+    /// Whether connections can come now: the worker has joined a dispatcher, or listens itself.
     pub fn is_joined(&self) -> bool {
         self.core().is_joined()
     }
 
-    /// The pool it joins.
+    /// The pool of this worker.
     pub fn pool(&self) -> &str {
         self.core().pool()
     }
 
-    /// The address that a worker without a dispatcher listens on, with the port it got; `None` with a dispatcher.
+    /// The address on which a worker without a dispatcher listens, with its real port; `None` with
+    /// a dispatcher.
     pub fn local_addr(&self) -> Option<PeerAddr> {
         self.core().local_addr()
     }
@@ -385,7 +397,8 @@ impl fmt::Debug for Listener {
     }
 }
 
-/// Lets so much time pass, with a timer of our own: a runtime may have none. At once where there is none to be had.
+/// Sleeps on a timer of the SDK, because a runtime may have none. Only yields if no timer can be
+/// created.
 async fn pause(time: Duration) {
     match crate::sys::timer(time) {
         Ok(timer) => drop(timer.readable().await),

@@ -1,4 +1,5 @@
-//! A fork for each connection, as servers of old do it. One thread only: a fork copies no other.
+//! One forked process per connection, as in classic servers. The process has one thread, because a
+//! fork copies only the calling thread.
 #![allow(unsafe_code, reason = "fork is unsafe")]
 
 use std::io::Write;
@@ -10,9 +11,10 @@ use worker_sdk::{Connection, Worker, WorkerConfig};
 
 fn main() -> Result<(), Box<dyn std::error::Error>> {
     env_logger::init();
-    // The parent has joined, and stays the worker: its children only serve.
+    // The parent has joined and stays the worker; its children only serve.
     let worker = Worker::connect(WorkerConfig::from_env()?)?;
-    // The parent's handles, for as long as their children live: so the dispatcher knows how many there are.
+    // The parent's handles, kept while their children live, so that the dispatcher counts the
+    // connections.
     let mut served: Vec<(Pid, Connection)> = Vec::new();
     loop {
         match worker.accept_timeout(std::time::Duration::from_millis(100)) {
@@ -21,7 +23,7 @@ fn main() -> Result<(), Box<dyn std::error::Error>> {
                 match unsafe { fork() }? {
                     ForkResult::Child => {
                         let result = serve(&connection);
-                        // Not `return`: the parent's handles are no business of the child's.
+                        // Not `return`, because the child must not drop the parent's handles.
                         std::process::exit(i32::from(result.is_err()));
                     }
                     ForkResult::Parent { child } => served.push((child, connection)),
@@ -33,7 +35,7 @@ fn main() -> Result<(), Box<dyn std::error::Error>> {
         }
         reap(&mut served, WaitPidFlag::WNOHANG)?;
     }
-    // Closed, or drained by an operator: the children finish what they have.
+    // The worker is closed or drained: the children finish their connections.
     worker.close();
     while !served.is_empty() {
         reap(&mut served, WaitPidFlag::empty())?;
@@ -41,7 +43,8 @@ fn main() -> Result<(), Box<dyn std::error::Error>> {
     Ok(())
 }
 
-/// Dropping the parent's handle only closes it, as there was a fork since; the child's end has ended the connection.
+/// After the fork, dropping the parent's handle only closes it; the end of the child has ended the
+/// connection.
 fn reap(served: &mut Vec<(Pid, Connection)>, flags: WaitPidFlag) -> Result<(), Errno> {
     while !served.is_empty() {
         match waitpid(None, Some(flags)) {

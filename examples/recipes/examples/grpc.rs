@@ -1,7 +1,7 @@
 //! gRPC with tonic: its server takes a stream of connections.
 //!
-//! The service is written by hand here, in the form that tonic's code generator gives it, so that this needs no protobuf
-//! compiler.
+//! The service is written by hand in the form of tonic's code generator, so that no protobuf
+//! compiler is needed.
 
 use std::convert::Infallible;
 use std::future::{Ready, ready};
@@ -29,7 +29,8 @@ pub struct Text {
     pub text: String,
 }
 
-/// What tonic asks of a connection. The address goes to the handlers, in the extensions of their requests.
+/// tonic's requirements for a connection. Handlers find the address in the extensions of their
+/// requests.
 struct Client(Connection);
 
 impl Connected for Client {
@@ -121,7 +122,7 @@ async fn main() -> Result<(), Box<dyn std::error::Error>> {
             _ = terminate.recv() => {}
             () = closing.drained() => {}
         }
-        // Goodbye; what takes too long is shut down.
+        // After the goodbye, `shutdown` ends connections that take too long.
         tokio::spawn(async move { closing.shutdown(Duration::from_secs(10)).await });
     };
     let incoming = listener.into_incoming().map(|accepted| accepted.map(Client));

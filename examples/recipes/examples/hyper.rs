@@ -1,6 +1,6 @@
-//! HTTP with hyper: a task for each connection, and an end that lets requests finish.
+//! HTTP with hyper: one task per connection, and a shutdown that finishes requests.
 //!
-//! An accept loop ends with any error: `accept` hides those that pass by themselves.
+//! Any error ends an accept loop: `accept` handles passing conditions itself.
 
 use std::convert::Infallible;
 use std::time::Duration;
@@ -27,7 +27,7 @@ async fn main() -> Result<(), Box<dyn std::error::Error>> {
                 Ok(connection) => connection,
                 Err(end) => break end,
             },
-            // The next accept says that it is closed.
+            // The next accept returns `Closed`.
             _ = terminate.recv() => {
                 listener.close();
                 continue;
@@ -47,7 +47,8 @@ async fn main() -> Result<(), Box<dyn std::error::Error>> {
             }
         });
     };
-    // Goodbye; idle connections are closed, requests are answered, and whatever takes too long is shut down.
+    // After the goodbye, idle connections are closed and requests are answered; the deadline ends
+    // the rest.
     listener.close();
     tokio::join!(graceful.shutdown(), listener.shutdown(Duration::from_secs(10)));
     match end {

@@ -1,5 +1,5 @@
-//! A child process for each connection, with the connection as its standard input and output, as inetd does it.
-//! `inetd COMMAND ARGUMENTS…`
+//! A child process per connection, with the connection as its standard input and output, as inetd
+//! does: `inetd COMMAND ARGUMENTS…`
 
 use std::os::fd::AsFd;
 use std::process::{Command, Stdio};
@@ -25,8 +25,9 @@ fn main() -> Result<(), Box<dyn std::error::Error>> {
     Ok(())
 }
 
-/// Duplicates go to the child, so that the SDK's own handle ends nothing. It is kept until the child has ended: for so long
-/// the connection counts as this worker's, and a drain's deadline can end it.
+/// The child gets duplicates, so the SDK's own handle does not end the connection. The parent keeps
+/// the handle until the child has ended: until then the connection counts for this worker, and the
+/// deadline of a drain can end it.
 fn serve(connection: &Connection, command: &[String]) -> std::io::Result<()> {
     let (program, arguments) = command.split_first().ok_or(std::io::ErrorKind::InvalidInput)?;
     let copy = || connection.as_fd().try_clone_to_owned().map(Stdio::from);

@@ -1,4 +1,5 @@
-//! The end of a blocking server: at SIGTERM it says goodbye, serves what it has, and after two seconds ends what is left.
+//! Shutdown of a blocking server: at SIGTERM it says goodbye, serves its connections, and after two
+//! seconds ends the rest.
 
 use std::io::{Read, Write};
 use std::thread;
@@ -10,7 +11,7 @@ use worker_sdk::{Worker, WorkerConfig};
 
 fn main() -> Result<(), Box<dyn std::error::Error>> {
     env_logger::init();
-    // Before anything else, so that no signal finds the default.
+    // First of all, so that no signal meets the default action.
     let mut signals = Signals::new([SIGINT, SIGTERM])?;
     let worker = Worker::connect(WorkerConfig::from_env()?)?;
     let closing = worker.clone();
@@ -29,10 +30,10 @@ fn main() -> Result<(), Box<dyn std::error::Error>> {
             }
         });
     }
-    // Closed, or drained by an operator.
+    // The worker is closed or drained.
     let ended = worker.shutdown(Duration::from_secs(2));
     println!("ended {ended}");
-    // Their threads find that out, and drop them.
+    // The threads get an error or the end of file, and drop their connections.
     worker.wait_until_idle_timeout(Duration::from_secs(2));
     Ok(())
 }

@@ -1,4 +1,4 @@
-//! TLS with rustls in a blocking server: a thread for each connection. `tls CERTIFICATE.der KEY.der`
+//! TLS with rustls in a blocking server: one thread per connection. `tls CERTIFICATE.der KEY.der`
 
 use std::io::{BufRead, BufReader, Write};
 use std::sync::Arc;
@@ -36,7 +36,7 @@ fn main() -> Result<(), Box<dyn std::error::Error>> {
     Ok(())
 }
 
-/// Answers each line. The stream owns the connection, which so ends with it.
+/// Answers each line. The stream owns the connection, so dropping it ends the connection.
 fn serve(
     connection: Connection,
     config: Arc<ServerConfig>,

@@ -1,4 +1,4 @@
-//! TLS with tokio-rustls: a task for each connection. `tokio-tls CERTIFICATE.der KEY.der`
+//! TLS with tokio-rustls: one task per connection. `tokio-tls CERTIFICATE.der KEY.der`
 
 use std::sync::Arc;
 use std::time::Duration;
@@ -31,7 +31,8 @@ async fn main() -> Result<(), Box<dyn std::error::Error>> {
                 let acceptor = acceptor.clone();
                 tokio::spawn(async move {
                     let peer = connection.peer_addr();
-                    // The handshake is part of the connection's own task: a slow client keeps nobody waiting.
+                    // The handshake runs in the connection's task, so that a slow client does not
+                    // delay others.
                     if let Err(error) = serve(connection, acceptor).await {
                         eprintln!("{peer}: {error}");
                     }

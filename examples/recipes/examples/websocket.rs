@@ -1,4 +1,5 @@
-//! A WebSocket echo with tokio-tungstenite: connections that live long, of which each worker should have as many.
+//! A WebSocket echo with tokio-tungstenite: long-lived connections, of which each worker should
+//! have the same number.
 
 use std::time::Duration;
 
@@ -44,7 +45,7 @@ async fn echo(connection: Connection, listener: &Listener) -> Result<(), tungste
     loop {
         let message = tokio::select! {
             message = socket.next() => message,
-            // The client connects again, to another worker.
+            // The client connects again and gets another worker.
             () = listener.drained() => return socket.close(None).await,
         };
         match message {
@@ -52,7 +53,7 @@ async fn echo(connection: Connection, listener: &Listener) -> Result<(), tungste
                 socket.send(message).await?;
             }
             Some(Ok(_)) => {}
-            // How a WebSocket ends.
+            // The normal end of a WebSocket.
             None | Some(Err(tungstenite::Error::ConnectionClosed)) => return Ok(()),
             Some(Err(error)) => return Err(error),
         }

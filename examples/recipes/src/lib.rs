@@ -1,5 +1,6 @@
-//! Servers to copy from. Each is a complete program in `examples/`: alone it listens on `DISPATCH_LISTEN`, with
-//! `DISPATCH_SOCKET` it is a worker of a dispatcher. `tests/` runs each of them behind a real dispatcher with a real client.
+//! Example servers. Each is a complete program in `examples/`: alone it listens on
+//! `DISPATCH_LISTEN`, with `DISPATCH_SOCKET` it is a worker of a dispatcher. `tests/` runs each of
+//! them behind a real dispatcher with a real client.
 //!
 //! | program | shows |
 //! |---|---|

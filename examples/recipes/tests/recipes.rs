@@ -32,7 +32,7 @@ fn hyper_answers_and_ends_at_sigterm_and_when_drained() {
         let mut server = Server::behind(&mut dispatcher, "hyper", &[]);
         let answer = ask(dispatcher.address(), "/question").unwrap();
         assert!(answer.starts_with("HTTP/1.1 200") && answer.contains("/question for 127.0.0.1:"));
-        // A client that stays: it is idle, so it does not hold up the end.
+        // An idle client, which must not delay the end.
         let mut idle = TcpStream::connect(dispatcher.address()).unwrap();
         write!(idle, "GET / HTTP/1.1\r\nHost: test\r\n\r\n").unwrap();
         idle.set_read_timeout(Some(support::PATIENCE)).unwrap();
@@ -63,7 +63,7 @@ fn hyper_serves_alone() {
     assert!(server.wait().success());
 }
 
-/// The messages and the method, as a code generator would make them for a client.
+/// The messages and the method, as generated code would have them for a client.
 #[derive(Clone, PartialEq, prost::Message)]
 struct Text {
     #[prost(string, tag = "1")]
@@ -86,7 +86,7 @@ fn tonic_answers_a_tonic_client() {
         client.unary(request, path, codec).await.unwrap().into_inner().text
     });
     assert!(answer.starts_with("hello world at 127.0.0.1:"), "{answer}");
-    // The client's connection ends with it.
+    // The client's connection ends with the client.
     drop(runtime);
     server.signal(Signal::SIGTERM);
     assert!(server.wait().success());
@@ -110,7 +110,7 @@ fn over_tls(address: std::net::SocketAddr) {
     }
     stream.get_mut().conn.send_close_notify();
     stream.get_mut().flush().unwrap();
-    // The whole of it, with the other side's close_notify: a stream that was cut off would be an error.
+    // Reads to the end, including the peer's close_notify; a truncated stream would be an error.
     assert_eq!(stream.read_to_end(&mut Vec::new()).unwrap(), 0);
 }
 
@@ -127,7 +127,7 @@ fn rustls_serves_blocking_and_on_tokio() {
 }
 
 #[test]
-fn websockets_echo_and_are_closed_in_order_when_the_worker_is_drained() {
+fn websockets_echo_and_close_in_order_at_a_drain() {
     let Some(mut dispatcher) = dispatcher() else { return };
     let mut server = Server::behind(&mut dispatcher, "websocket", &[]);
     let socket = TcpStream::connect(dispatcher.address()).unwrap();
@@ -138,13 +138,13 @@ fn websockets_echo_and_are_closed_in_order_when_the_worker_is_drained() {
         assert_eq!(client.read().unwrap().into_text().unwrap(), text);
     }
     dispatcher.command(&["drain", "--pool", "default"]).unwrap();
-    assert!(client.read().unwrap().is_close(), "told, not cut off");
+    assert!(client.read().unwrap().is_close(), "a close frame, not a truncated stream");
     while client.read().is_ok() {}
     assert!(server.wait().success());
 }
 
 #[test]
-fn at_sigterm_what_is_live_goes_on_until_the_deadline() {
+fn at_sigterm_live_connections_continue_until_the_deadline() {
     let Some(mut dispatcher) = dispatcher() else { return };
     let mut server = Server::behind(&mut dispatcher, "sigterm", &[]);
     let connect = || {
@@ -159,7 +159,7 @@ fn at_sigterm_what_is_live_goes_on_until_the_deadline() {
     assert!(echoed(&short) && echoed(&long));
     let began = Instant::now();
     server.signal(Signal::SIGTERM);
-    assert!(echoed(&short), "served on");
+    assert!(echoed(&short), "still served");
     drop(short);
     assert_eq!((&long).read(&mut [0]).unwrap(), 0, "ended");
     assert!(began.elapsed() >= Duration::from_millis(1900));
@@ -168,7 +168,7 @@ fn at_sigterm_what_is_live_goes_on_until_the_deadline() {
 }
 
 #[test]
-fn a_child_with_the_connection_as_its_standard_input_and_output_is_not_cut_off() {
+fn a_child_with_the_connection_as_its_stdio_is_served_fully() {
     let Some(mut dispatcher) = dispatcher() else { return };
     let script = "read line; sleep 0.1; echo \"$line for $REMOTE_ADDR\"; sleep 0.1; echo end";
     let mut server = Server::behind(&mut dispatcher, "inetd", &["sh", "-c", script]);
@@ -203,7 +203,7 @@ fn a_fork_serves_its_connection_to_the_end() {
         assert_eq!(words[2..], ["serves", &address], "{answer}");
         pids.insert(words[1].to_owned());
     }
-    assert_eq!(pids.len(), 16, "each by a process of its own");
+    assert_eq!(pids.len(), 16, "each by another process");
     dispatcher.command(&["drain", "--pool", "default"]).unwrap();
     assert!(server.wait().success());
 }

@@ -1,20 +1,21 @@
-//! Gauges: named numbers that a worker shows and a dispatcher may score by.
+//! Gauges: named numbers that a worker publishes and that a dispatcher may use to score the worker.
 //!
-//! Owns a gauge's words, the order in which they are written and read, and what a name may be. Knows nothing of what a
-//! number means. The functions work on anything that is a [`Word`], like those of [`slot`](super::slot).
+//! This module owns the words of a gauge, the order in which they are written and read, and the
+//! rules for names. It does not interpret the numbers. The functions accept any [`Word`], as those
+//! of [`slot`](super::slot) do.
 //!
-//! A gauge is a value and the time of its last write. There is no lock around the two: the worker reads the clock, stores
-//! the value, then raises the time; the dispatcher loads the time, then the value. So **the time that is read is never
-//! later than the moment in which the value that is read was stored**, however many threads write and wherever they
-//! are interrupted: whoever sees a time sees the value stored before it, or one stored later still. A reader in between may
-//! find a value newer than its time says. That value is good, and counts as a little older than it is. What can't happen
-//! is the opposite, an old value that passes for a fresh one.
+//! A gauge is a value and the time of its last write, without a lock. The worker reads the clock,
+//! stores the value, then raises the time. The dispatcher loads the time, then the value. So **the
+//! time read is never later than the moment at which the value read was stored**, for any number of
+//! writers and any interruption. A reader between the two stores sees a value newer than its time;
+//! the value is correct and counts as slightly older than it is. An old value never appears with a
+//! new time.
 //!
 //! ```
 //! use std::sync::atomic::AtomicU64;
 //! use dispatch_protocol::scoreboard::gauge::{self, Reading};
 //!
-//! let (value, time) = (AtomicU64::new(0), AtomicU64::new(0)); // In real life, those of a scoreboard.
+//! let (value, time) = (AtomicU64::new(0), AtomicU64::new(0)); // A scoreboard has such words.
 //! assert_eq!(gauge::read(&value, &time), None, "never set");
 //!
 //! let reading = Reading { value: 0.25, at: 7_000_000_000 };
@@ -27,36 +28,38 @@ use std::sync::atomic::Ordering;
 
 use super::slot::Word;
 
-/// Gauges of a scoreboard that a dispatcher of this version makes: the eight with fixed names, and 16 more. With the
-/// usual 256 slots everything fits into two pages of memory.
+/// Gauges of a scoreboard made by a dispatcher of this version: the eight with fixed names and 16
+/// more. With the usual 256 slots the scoreboard fits into two pages of memory.
 pub const GAUGES: u32 = 24;
 
-/// Most gauges that a scoreboard may have, in any version.
+/// The largest number of gauges in a scoreboard of any version.
 pub const MAX_GAUGES: u32 = 1024;
 
-/// Longest name of a gauge, in bytes.
+/// The longest name of a gauge, in bytes.
 pub const MAX_GAUGE_NAME: usize = 48;
 
-/// Names with a fixed meaning. The SDK can measure the first four by itself; the others are the application's to set.
+/// Names with a fixed meaning. The SDK can measure the first four; the application sets the others.
 pub mod names {
-    /// The part of the machine's processor time in use, over all its processors and since the last sample: 0 to 1.
+    /// Share of the machine's processor time in use since the last sample, over all processors: 0
+    /// to 1.
     pub const SYSTEM_CPU: &str = "system_cpu";
-    /// Memory that the machine has available, in MiB (2²⁰ bytes).
+    /// Memory available on the machine, in MiB (2²⁰ bytes).
     pub const FREE_MEMORY: &str = "free_memory";
-    /// Processor time of the worker's process for each second since the last sample: 1 is one processor, always busy.
+    /// Processor time of the worker's process per second since the last sample: 1 is one busy
+    /// processor.
     pub const PROCESS_CPU: &str = "process_cpu";
-    /// Memory of the worker's process that is in RAM, in MiB (2²⁰ bytes).
+    /// Resident memory of the worker's process, in MiB (2²⁰ bytes).
     pub const PROCESS_RSS: &str = "process_rss";
-    /// How long requests wait in the application before somebody works on them, in seconds.
+    /// Time that requests wait in the application before processing starts, in seconds.
     pub const QUEUE_WAIT: &str = "queue_wait";
-    /// Sessions, all of them.
+    /// All sessions.
     pub const SESSIONS: &str = "sessions";
-    /// Sessions of nobody in particular: not logged in.
+    /// Sessions without a login.
     pub const ANONYMOUS_SESSIONS: &str = "anonymous_sessions";
-    /// Jobs that wait for their time.
+    /// Jobs scheduled for a later time.
     pub const SCHEDULED_JOBS: &str = "scheduled_jobs";
 
-    /// All of them.
+    /// All fixed names.
     pub const ALL: [&str; 8] = [
         SYSTEM_CPU,
         FREE_MEMORY,
@@ -69,34 +72,37 @@ pub mod names {
     ];
 }
 
-/// What a gauge said, and when. See the [example](self).
+/// The value of a gauge and its time. See the [example](self).
 #[derive(Clone, Copy, Debug, PartialEq)]
 pub struct Reading {
-    /// As the worker wrote it: it may be anything a floating-point number can be.
+    /// The value as the worker wrote it: any floating-point number.
     pub value: f64,
-    /// Nanoseconds of `CLOCK_REALTIME`, which no time namespace shifts, by the worker's word; never 0.
+    /// Nanoseconds of `CLOCK_REALTIME` (the same in every time namespace), as the worker wrote
+    /// them; never 0.
     pub at: u64,
 }
 
-/// Worker: sets a gauge. `at` was read from the clock before; it is at least 1. [Example](self).
+/// Worker: sets a gauge. The caller has read `at` from the clock before the call; `at` is at least
+/// 1. [Example](self).
 pub fn write(value: &impl Word<u64>, time: &impl Word<u64>, reading: Reading) {
     value.store(reading.value.to_bits(), Ordering::Release);
-    // It never goes back: of two threads the one that read the clock first may come last.
+    // The time never decreases: of two threads, the one that read the clock first may store last.
     let mut known = time.load(Ordering::Relaxed);
     while known < reading.at && !time.swap_if(known, reading.at) {
         known = time.load(Ordering::Relaxed);
     }
 }
 
-/// Dispatcher: what a gauge says; `None` if it was never set. [Example](self).
+/// Dispatcher: reads a gauge; `None` if the gauge was never set. [Example](self).
 pub fn read(value: &impl Word<u64>, time: &impl Word<u64>) -> Option<Reading> {
-    // The time first: see the module's description.
+    // The time is read first; the module documentation has the reason.
     let at = time.load(Ordering::Acquire);
     let value = f64::from_bits(value.load(Ordering::Acquire));
     (at > 0).then_some(Reading { value, at })
 }
 
-/// The name of a gauge: 1 to [`MAX_GAUGE_NAME`] letters and digits of ASCII, and `_`, `-`, `.` among them.
+/// The name of a gauge: 1 to [`MAX_GAUGE_NAME`] characters out of ASCII letters, digits, `_`, `-`
+/// and `.`.
 ///
 /// ```
 /// use dispatch_protocol::scoreboard::gauge::GaugeName;
@@ -108,11 +114,11 @@ pub fn read(value: &impl Word<u64>, time: &impl Word<u64>) -> Option<Reading> {
 /// ```
 #[derive(Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Hash)]
 pub struct GaugeName {
-    /// Zeros after the name.
+    /// The name, filled up with zeros.
     bytes: [u8; MAX_GAUGE_NAME],
 }
 
-/// A text that names no gauge. See [`GaugeName`].
+/// A text that is not the name of a gauge. See [`GaugeName`].
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct NoGaugeName;
 
@@ -140,10 +146,10 @@ impl GaugeName {
         &self.bytes
     }
 
-    /// The name itself.
+    /// The name as text.
     pub fn as_str(&self) -> &str {
         let len = self.bytes.iter().position(|&byte| byte == 0).unwrap_or(MAX_GAUGE_NAME);
-        // It is ASCII: whoever made it has made sure of that.
+        // The constructors accept ASCII only.
         str::from_utf8(&self.bytes[..len]).unwrap_or_default()
     }
 }
@@ -152,11 +158,11 @@ impl std::str::FromStr for GaugeName {
     type Err = NoGaugeName;
 
     /// # Errors
-    /// [`NoGaugeName`] for anything else.
+    /// [`NoGaugeName`] if the text is not a valid name.
     fn from_str(text: &str) -> Result<GaugeName, NoGaugeName> {
         let mut bytes = [0; MAX_GAUGE_NAME];
         bytes.get_mut(..text.len()).ok_or(NoGaugeName)?.copy_from_slice(text.as_bytes());
-        // A zero within the text would be taken for its end.
+        // A zero byte would end the name.
         if text.contains('\0') { Err(NoGaugeName) } else { GaugeName::from_padded(bytes) }
     }
 }

@@ -1,9 +1,10 @@
-//! The scoreboard: one page or so of memory that a worker and the dispatcher share.
+//! The scoreboard: about one page of memory that a worker shares with the dispatcher.
 //!
-//! Owns the layout and the mapping. What the words mean is in [`claim`]; who counts what is the
-//! business of the two sides; what a gauge is, in [`gauge`]. The memory is a sealed memfd of fixed size, so neither side can make the
-//! other fault; but the worker can write any value anywhere in it at any time, so the dispatcher keeps
-//! its own truth (which slots are out, with which sequence numbers) and only compares.
+//! This module owns the layout and the mapping. [`slot`] defines the slot words, [`gauge`] the
+//! gauges; the two sides define the counters. The memory is a sealed memfd of fixed size, so
+//! neither side can make the other fault. The worker can write any value anywhere at any time. So
+//! the dispatcher keeps its own record (the slots in use and their sequence numbers) and only
+//! compares.
 //!
 //! Layout, native-endian (both processes run on the same machine), offsets in bytes:
 //!
@@ -11,15 +12,15 @@
 //!   0  u64 magic      8  u32 version    12  u32 slots    16  u32 gauges
 //!  64  u32 want       dispatcher sets bits, worker clears the one it answers
 //! 128  u64 finished   worker: connections closed since its process started; only grows
-//! 136  u32 idle       worker: 1 more than its threads that wait in `accept`; 0 if it does not report them
-//! 140  u32 turnaround worker: 1 more than the µs that such a thread usually is away from `accept`; 0 while not known
+//! 136  u32 idle       worker: 1 more than its threads in `accept`; 0 if not reported
+//! 140  u32 turnaround worker: 1 more than the usual µs of a thread outside `accept`; 0 if unknown
 //! 192  u32 named      worker: gauges that have a name, from the first on; only grows
-//! 256  u64 × 2 slots  the ring, for each slot: u64 word, see `claim`; u64 when the worker took what was in it
-//!   …  64 × gauges    from the next multiple of 64 on: u64 time, u64 value, 48 bytes of name; see `gauge`
+//! 256  u64 × 2 slots  the ring, for each slot: u64 word, see `slot`; u64 take time
+//!   …  64 × gauges    from the next multiple of 64: u64 time, u64 value, 48 bytes name; see `gauge`
 //! ```
 //!
-//! An older dispatcher leaves 0 where the number of gauges is, and there are none. An older worker maps only what
-//! comes before them.
+//! An older dispatcher leaves the number of gauges at 0: the scoreboard has none. An older worker
+//! does not map the gauges.
 
 pub mod gauge;
 pub mod slot;
@@ -44,27 +45,27 @@ const OFFSET_TURNAROUND: usize = 140;
 const OFFSET_NAMED: usize = 192;
 const OFFSET_RING: usize = 256;
 
-/// A slot's word and the time of its take share a cache line.
+/// The word of a slot and its take time share a cache line.
 const SLOT_LEN: usize = 16;
 const OFFSET_SLOT_TIME: usize = 8;
 
-/// A gauge has a cache line to itself.
+/// Each gauge has its own cache line.
 const GAUGE_LEN: usize = 64;
 const OFFSET_GAUGE_VALUE: usize = 8;
 const OFFSET_GAUGE_NAME: usize = 16;
 
-/// Most slots a scoreboard may have.
+/// The largest number of slots in a scoreboard.
 pub const MAX_SLOTS: u32 = 65_536;
 
-/// A mapped scoreboard; unmapped when dropped.
+/// A mapped scoreboard. Dropping it unmaps the memory.
 ///
 /// ```
 /// use dispatch_protocol::scoreboard::{Scoreboard, slot};
 ///
 /// # fn main() -> Result<(), dispatch_protocol::scoreboard::ScoreboardError> {
-/// // The dispatcher makes it, for a worker that has closed 5 connections so far …
+/// // The dispatcher makes the scoreboard for a worker that has closed 5 connections so far.
 /// let (dispatcher, fd) = Scoreboard::create(256, 5)?;
-/// // … and the worker maps what came with its welcome: the same memory.
+/// // The worker maps the descriptor that came with its welcome: the same memory.
 /// let worker = Scoreboard::open(fd, 256)?;
 /// assert_eq!(worker.slots(), 256);
 ///
@@ -80,7 +81,7 @@ pub const MAX_SLOTS: u32 = 65_536;
 /// assert!(slot::must_ring(worker.want(), slot::want::ROOM));
 /// assert_eq!(dispatcher.finished(), 6);
 /// worker.raise_finished(3);
-/// assert_eq!(dispatcher.finished(), 6, "it never goes down");
+/// assert_eq!(dispatcher.finished(), 6, "the count never decreases");
 /// # Ok(())
 /// # }
 /// ```
@@ -99,7 +100,7 @@ impl fmt::Debug for Scoreboard {
     }
 }
 
-/// Why a file descriptor is not a scoreboard, or none could be made.
+/// Why a descriptor is not a scoreboard, or why no scoreboard could be made.
 ///
 /// ```
 /// use dispatch_protocol::scoreboard::{Scoreboard, ScoreboardError};
@@ -116,7 +117,7 @@ impl fmt::Debug for Scoreboard {
 pub enum ScoreboardError {
     /// A system call failed.
     Io(std::io::Error),
-    /// The memory can still shrink or grow under its readers, or is no memfd.
+    /// The size of the memory can still change, or the descriptor is not a memfd.
     NotSealed,
     /// Wrong size, magic, version or number of slots.
     Malformed(&'static str),
@@ -159,12 +160,12 @@ fn size_with_gauges(slots: u32, gauges: u32) -> usize {
 }
 
 impl Scoreboard {
-    /// Dispatcher: makes a sealed scoreboard with a ring of `slots`, all free, `finished` as the worker reported
-    /// it, and [`GAUGES`] gauges without names.
+    /// Dispatcher: makes a sealed scoreboard with `slots` free slots, the count `finished` that the
+    /// worker reported, and [`GAUGES`] unnamed gauges.
     ///
     /// # Errors
-    /// [`ScoreboardError::Malformed`] for 0 or more than [`MAX_SLOTS`] slots, [`ScoreboardError::Io`] with what
-    /// the system calls answer.
+    /// [`ScoreboardError::Malformed`] for 0 slots or more than [`MAX_SLOTS`];
+    /// [`ScoreboardError::Io`] if a system call fails.
     pub fn create(slots: u32, finished: u64) -> Result<(Scoreboard, OwnedFd), ScoreboardError> {
         if slots == 0 || slots > MAX_SLOTS {
             return Err(ScoreboardError::Malformed("number of slots"));
@@ -181,12 +182,12 @@ impl Scoreboard {
         Ok((board, fd))
     }
 
-    /// Worker: maps the scoreboard that came with a welcome which announced `slots`.
+    /// Worker: maps the scoreboard that came with a welcome for `slots` slots.
     ///
     /// # Errors
-    /// [`ScoreboardError::NotSealed`] when the memory can still be resized or is no memfd,
-    /// [`ScoreboardError::Malformed`] when it is not a scoreboard of that many slots, [`ScoreboardError::Io`] when it
-    /// cannot be mapped.
+    /// [`ScoreboardError::NotSealed`] if the size can still change or the descriptor is not a
+    /// memfd; [`ScoreboardError::Malformed`] if the memory is not a scoreboard with that number of
+    /// slots; [`ScoreboardError::Io`] if the mapping fails.
     pub fn open(fd: OwnedFd, slots: u32) -> Result<Scoreboard, ScoreboardError> {
         if slots == 0 || slots > MAX_SLOTS {
             return Err(ScoreboardError::Malformed("number of slots"));
@@ -220,13 +221,13 @@ impl Scoreboard {
         Ok(board)
     }
 
-    /// Slots in the ring. Not read from the shared memory.
+    /// The number of slots. Not read from the shared memory.
     #[inline]
     pub fn slots(&self) -> u32 {
         self.slots
     }
 
-    /// The word of a slot; `None` when there is no such slot.
+    /// The word of a slot; `None` if the scoreboard has no such slot.
     #[inline]
     pub fn slot(&self, slot: u32) -> Option<&AtomicU64> {
         (slot < self.slots).then(|| self.map.u64(OFFSET_RING + SLOT_LEN * slot as usize))
@@ -237,8 +238,8 @@ impl Scoreboard {
         (slot < self.slots).then(|| self.map.u64(at))
     }
 
-    /// Worker: says when it takes what is in a slot, just before it claims it. In nanoseconds of `CLOCK_REALTIME`, which
-    /// no time namespace shifts.
+    /// Worker: stores the take time of a slot, immediately before the take. Nanoseconds of
+    /// `CLOCK_REALTIME`, which is the same in every time namespace.
     #[inline]
     pub fn stamp(&self, slot: u32, realtime_ns: u64) {
         if let Some(word) = self.taken_word(slot) {
@@ -246,14 +247,16 @@ impl Scoreboard {
         }
     }
 
-    /// Dispatcher: when the worker says that it took what is in a slot that reads TAKEN; 0 if it never said.
+    /// Dispatcher: the take time that the worker stored for a slot in state TAKEN; 0 if it stored
+    /// none.
     #[inline]
     pub fn stamped(&self, slot: u32) -> u64 {
         self.taken_word(slot).map_or(0, |word| word.load(Ordering::Relaxed))
     }
 
-    /// Worker: says how many of its threads wait in `accept`, if it reports that, and how long one of them usually is away
-    /// from it, if that is known. Before a thread claims something, it is no longer counted.
+    /// Worker: publishes the number of its threads that wait in `accept` (`None`: not reported) and
+    /// the usual time such a thread spends outside `accept` (`None`: not known). A thread leaves
+    /// the count before it takes a slot.
     #[inline]
     pub fn set_idle_threads(&self, idle: Option<u32>, turnaround: Option<Duration>) {
         let micros = |away: Duration| u32::try_from(away.as_micros()).unwrap_or(u32::MAX);
@@ -263,8 +266,9 @@ impl Scoreboard {
         self.map.u32(OFFSET_IDLE).store(idle, Ordering::Release);
     }
 
-    /// Dispatcher: how many threads of the worker wait in `accept`, and how long one of them usually is away from it; `None`
-    /// if it does not report that. Read it after the slots: then a thread that took something is not counted any more.
+    /// Dispatcher: the number of the worker's threads that wait in `accept`, and the usual time
+    /// that such a thread spends outside it. `None` if the worker does not report it. Read it after
+    /// the slots: then a thread that has taken a slot is no longer counted.
     #[inline]
     pub fn idle_threads(&self) -> Option<(u32, Option<Duration>)> {
         let idle = self.map.u32(OFFSET_IDLE).load(Ordering::Acquire).checked_sub(1)?;
@@ -272,7 +276,8 @@ impl Scoreboard {
         Some((idle, away.map(|us| Duration::from_micros(us.into()))))
     }
 
-    /// The word by which the dispatcher asks to be rung; see [`slot::arm`] and [`slot::must_ring`].
+    /// The word in which the dispatcher asks workers to ring the doorbell; see [`slot::arm`] and
+    /// [`slot::must_ring`].
     #[inline]
     pub fn want(&self) -> &AtomicU32 {
         self.map.u32(OFFSET_WANT)
@@ -283,27 +288,28 @@ impl Scoreboard {
         self.map.u64(OFFSET_FINISHED)
     }
 
-    /// The worker's cumulative count of closed connections, as it stands in the shared memory.
+    /// The worker's cumulative count of closed connections, read from the shared memory.
     ///
-    /// Read it before the slots: then every connection it counts is seen as taken.
+    /// Read it before the slots: then every connection in the count also appears as taken.
     #[inline]
     pub fn finished(&self) -> u64 {
         self.finished_word().load(Ordering::Acquire)
     }
 
-    /// Worker: raises `finished` to at least `count`; it never goes down.
+    /// Worker: raises `finished` to at least `count`. It never decreases.
     pub fn raise_finished(&self, count: u64) {
         self.finished_word().fetch_max(count, Ordering::AcqRel);
     }
 
-    /// Gauges there is room for; 0 at an older dispatcher. Not read from the shared memory.
+    /// The number of gauges; 0 with an older dispatcher. Not read from the shared memory.
     #[inline]
     pub fn gauges(&self) -> u32 {
         self.gauges
     }
 
-    /// How many gauges have a name, from the first on; at most [`gauges`](Scoreboard::gauges). An honest worker's only
-    /// grows, and a name that is there no longer changes: read it once.
+    /// The number of gauges with a name, counted from the first; at most
+    /// [`gauges`](Scoreboard::gauges). In a correct worker the number only grows and a name never
+    /// changes, so each name need be read only once.
     #[inline]
     pub fn named_gauges(&self) -> u32 {
         self.map.u32(OFFSET_NAMED).load(Ordering::Acquire).min(self.gauges)
@@ -314,25 +320,26 @@ impl Scoreboard {
         (gauge < self.gauges).then(|| first + GAUGE_LEN * gauge as usize)
     }
 
-    /// Worker: names the next gauge and answers its number; `None` when all have names. One thread at a time.
+    /// Worker: names the next gauge and returns its index; `None` if every gauge has a name. One
+    /// thread at a time.
     pub fn name_gauge(&self, name: &GaugeName) -> Option<u32> {
         let gauge = self.named_gauges();
         let start = self.gauge_offset(gauge)? + OFFSET_GAUGE_NAME;
         for (word, bytes) in name.padded().as_chunks().0.iter().enumerate() {
             self.map.u64(start + 8 * word).store(u64::from_ne_bytes(*bytes), Ordering::Relaxed);
         }
-        // The name is whole before it is announced.
+        // The name is complete before the count includes it.
         self.map.u32(OFFSET_NAMED).store(gauge + 1, Ordering::Release);
         Some(gauge)
     }
 
-    /// The name of a gauge; `None` when there is no such gauge.
+    /// The name of a gauge; `None` if the scoreboard has no such gauge.
     ///
     /// # Errors
-    /// [`NoGaugeName`] when what is there is no name.
+    /// [`NoGaugeName`] if the bytes are not a valid name.
     pub fn gauge_name(&self, gauge: u32) -> Option<Result<GaugeName, NoGaugeName>> {
         let start = self.gauge_offset(gauge)? + OFFSET_GAUGE_NAME;
-        // A copy first: the worker may change it at any time.
+        // The name is copied first, because the worker may change it at any time.
         let mut bytes = [0; MAX_GAUGE_NAME];
         for (word, bytes) in bytes.as_chunks_mut().0.iter_mut().enumerate() {
             *bytes = self.map.u64(start + 8 * word).load(Ordering::Relaxed).to_ne_bytes();
@@ -340,7 +347,7 @@ impl Scoreboard {
         Some(GaugeName::from_padded(bytes))
     }
 
-    /// Worker: sets a gauge; nothing happens when there is no such gauge.
+    /// Worker: sets a gauge. Does nothing if the scoreboard has no such gauge.
     #[inline]
     pub fn set_gauge(&self, gauge: u32, reading: Reading) {
         if let Some(at) = self.gauge_offset(gauge) {
@@ -348,7 +355,7 @@ impl Scoreboard {
         }
     }
 
-    /// What a gauge says; `None` when it was never set, or there is no such gauge.
+    /// The value of a gauge; `None` if it was never set or does not exist.
     #[inline]
     pub fn gauge(&self, gauge: u32) -> Option<Reading> {
         let at = self.gauge_offset(gauge)?;

@@ -8,7 +8,7 @@ fn both_sides_see_one_memory() {
     assert_eq!(theirs.finished(), 9);
     theirs.raise_finished(11);
     theirs.raise_finished(10);
-    assert_eq!(ours.finished(), 11, "it never goes down");
+    assert_eq!(ours.finished(), 11, "the count never decreases");
     for slot in 0..4 {
         slot::offer(ours.slot(slot).unwrap(), u64::from(slot) + 1);
         assert!(slot::take(theirs.slot(slot).unwrap(), u64::from(slot) + 1));
@@ -98,8 +98,8 @@ fn slot_words_are_encoded_as_the_document_says() {
 }
 
 pub(super) mod model {
-    //! The claim protocol under every interleaving, by a model checker. The functions are the very ones
-    //! that the two processes run; only the atomics are the checker's.
+    //! The slot protocol under every interleaving, by a model checker. It runs the same functions
+    //! as the two processes, on the checker's atomics.
 
     use loom::sync::Arc;
     use loom::sync::atomic::{AtomicU32, AtomicU64, fence};
@@ -181,7 +181,7 @@ pub(super) mod model {
     }
 
     #[test]
-    fn a_slot_used_again_is_not_claimed_by_the_old_number() {
+    fn a_reused_slot_is_not_taken_by_the_old_number() {
         loom::model(|| {
             let slot = slot();
             slot::offer(&*slot, 1);
@@ -199,10 +199,10 @@ pub(super) mod model {
         });
     }
 
-    /// Both sides are done: the dispatcher sleeps only if a worker will ring.
+    /// Both sides finish: the dispatcher sleeps only if the worker rings.
     ///
-    /// The checker treats sequentially consistent accesses as acquire and release, but fences as what they are.
-    /// Without the fence in `must_ring`, or the one in `arm`, this test fails.
+    /// The checker treats sequentially consistent accesses as acquire and release, but models
+    /// fences exactly. Without the fence in `must_ring` or the one in `arm` this test fails.
     #[test]
     fn a_sleeping_dispatcher_is_rung_for_a_take() {
         loom::model(|| {
@@ -219,7 +219,7 @@ pub(super) mod model {
             slot::arm(&*wanted, want::TAKEN | want::ROOM);
             let sleeps = slot::state(&*slot, 1) == SlotState::Sent;
             let rung = worker.join().unwrap();
-            assert!(!sleeps || rung, "nobody wakes it");
+            assert!(!sleeps || rung, "the dispatcher sleeps for ever");
         });
     }
 
@@ -238,7 +238,7 @@ pub(super) mod model {
             slot::arm(&*wanted, want::ROOM);
             let sleeps = finished.load(Ordering::Acquire) == 0;
             let rung = worker.join().unwrap();
-            assert!(!sleeps || rung, "nobody wakes it");
+            assert!(!sleeps || rung, "the dispatcher sleeps for ever");
         });
     }
 

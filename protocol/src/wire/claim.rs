@@ -1,13 +1,13 @@
-//! own: from the next connection on, the client known by this key comes to me.
+//! claim: the worker claims the client with this key, from the client's next connection on.
 
 use super::codec::{Reader, WireError, header, once, put_tlv};
 use super::{kind, tlv};
 
-/// Longest key that can be claimed, in bytes.
+/// The longest key that can be claimed, in bytes.
 pub const MAX_KEY: usize = 4000;
 
-/// The worker claims a key: the id it has just given a client, say. For pools with affinity, once both sides have
-/// [`Features::CLAIM`](super::Features::CLAIM).
+/// The worker claims a key, for example the session id that it has just given to a client. For
+/// pools with affinity, if both sides have [`Features::CLAIM`](super::Features::CLAIM).
 ///
 /// ```
 /// use dispatch_protocol::wire::{Control, Claim};
@@ -24,12 +24,13 @@ pub struct Claim {
 }
 
 impl Claim {
-    /// A claim of `key`, as the client will send it, decoded; `None` if it is empty or longer than [`MAX_KEY`].
+    /// A claim of `key`, decoded, as the client will send it; `None` if it is empty or longer than
+    /// [`MAX_KEY`].
     pub fn new(key: &[u8]) -> Option<Claim> {
         (1..=MAX_KEY).contains(&key.len()).then(|| Claim { key: key.to_vec() })
     }
 
-    /// 1 to [`MAX_KEY`] bytes.
+    /// The key, 1 to [`MAX_KEY`] bytes.
     pub fn key(&self) -> &[u8] {
         &self.key
     }

@@ -1,4 +1,4 @@
-//! Reading and writing the fixed fields and TLVs of a record. Knows no message.
+//! Reads and writes the fixed fields and TLVs of a record. Independent of the kind of record.
 
 use std::fmt;
 
@@ -25,13 +25,13 @@ pub enum WireError {
         /// Bytes allowed.
         max: usize,
     },
-    /// No record of this kind belongs on this socket.
+    /// This kind of record does not belong on this socket.
     UnknownKind(u16),
     /// A reserved field is not zero.
     Reserved(&'static str),
-    /// A field has a value it may not have.
+    /// A field has an invalid value.
     Invalid(&'static str),
-    /// A TLV that the record needs is not there.
+    /// A TLV that the record needs is missing.
     Missing(&'static str),
     /// A TLV that may appear once appears twice.
     Repeated(&'static str),
@@ -55,7 +55,7 @@ impl fmt::Display for WireError {
 
 impl std::error::Error for WireError {}
 
-/// Takes fields off the front of a record.
+/// Takes fields from the front of a record.
 pub(super) struct Reader<'a> {
     rest: &'a [u8],
 }
@@ -95,7 +95,7 @@ impl<'a> Reader<'a> {
         if self.u32(field)? == 0 { Ok(()) } else { Err(WireError::Reserved(field)) }
     }
 
-    /// The record's kind and its reserved field, which every record starts with.
+    /// The record's kind and its reserved field: the start of every record.
     pub(super) fn kind(&mut self) -> Result<u16, WireError> {
         let kind = self.u16("kind")?;
         self.reserved16("header")?;
@@ -115,7 +115,7 @@ impl<'a> Reader<'a> {
         Ok(Some((kind, value)))
     }
 
-    /// Skips every remaining TLV: for records of which none is known yet.
+    /// Skips every remaining TLV, for records without a known TLV.
     pub(super) fn skip_tlvs(&mut self) -> Result<(), WireError> {
         while self.tlv()?.is_some() {}
         Ok(())
@@ -127,7 +127,7 @@ pub(super) fn header(out: &mut Vec<u8>, kind: u16) {
     out.extend_from_slice(&[0, 0]);
 }
 
-/// Appends a TLV; a value longer than a TLV can carry is cut.
+/// Appends a TLV. A value that is too long for a TLV is cut.
 pub(super) fn put_tlv(out: &mut Vec<u8>, kind: u16, value: &[u8]) {
     let len = u16::try_from(value.len()).unwrap_or(u16::MAX);
     out.extend_from_slice(&kind.to_le_bytes());
@@ -135,7 +135,7 @@ pub(super) fn put_tlv(out: &mut Vec<u8>, kind: u16, value: &[u8]) {
     out.extend_from_slice(&value[..usize::from(len)]);
 }
 
-/// The same for a value that is gathered from pieces, none of which is copied before.
+/// Appends a TLV whose value consists of pieces, without a copy.
 pub(super) fn put_tlv_of<const N: usize>(
     out: &mut Vec<u8>,
     kind: u16,
@@ -147,14 +147,15 @@ pub(super) fn put_tlv_of<const N: usize>(
     pieces.for_each(|piece| out.extend_from_slice(&piece));
 }
 
-/// Names are 1 to [`MAX_NAME`] bytes of printable UTF-8 without spaces: they go into logs, metrics and commands.
+/// Names are 1 to [`MAX_NAME`] bytes of printable UTF-8 without spaces, because they appear in
+/// logs, metrics and commands.
 pub(super) fn name(value: &[u8], field: &'static str) -> Result<String, WireError> {
     let text = str::from_utf8(value).map_err(|_| WireError::Invalid(field))?;
     if is_name(text) { Ok(text.to_owned()) } else { Err(WireError::Invalid(field)) }
 }
 
-/// Whether `text` may name a pool, worker or listener: 1 to [`MAX_NAME`] bytes, each character of which can be seen
-/// ([`is_hidden`]). Two names that look alike are then the same, as far as that can be said of any text.
+/// Whether `text` can name a pool, worker or listener: 1 to [`MAX_NAME`] bytes without hidden
+/// characters ([`is_hidden`]) and white space.
 ///
 /// ```
 /// use dispatch_protocol::wire::is_name;
@@ -166,7 +167,7 @@ pub fn is_name(text: &str) -> bool {
     (1..=MAX_NAME).contains(&text.len()) && !text.chars().any(|c| c.is_whitespace() || is_hidden(c))
 }
 
-/// Free text for people: characters that cannot be seen become spaces, so that it cannot forge a log line.
+/// Free text for people. Hidden characters become spaces, so that the text cannot forge a log line.
 pub(super) fn text(value: &[u8]) -> String {
     String::from_utf8_lossy(value).chars().map(|c| if is_hidden(c) { ' ' } else { c }).collect()
 }

@@ -1,14 +1,14 @@
-//! drain: the dispatcher gives this worker no more connections until it says otherwise.
+//! drain: the dispatcher sends this worker no more connections until a resume.
 
 use std::time::Duration;
 
 use super::codec::{Reader, WireError, header, once, put_tlv};
 use super::{kind, tlv};
 
-/// No more connections after this record; what came before is still yours to take. Only for workers whose hello had
-/// [`Features::DRAIN`](super::Features::DRAIN).
+/// No connections follow this record; the worker may still take earlier ones. Only for workers with
+/// [`Features::DRAIN`](super::Features::DRAIN) in their hello.
 ///
-/// It may come again, with another deadline: the last one counts. A reader that has heard it already does nothing new.
+/// The dispatcher may send it again with another deadline; the last one counts.
 ///
 /// ```
 /// use std::time::Duration;
@@ -22,10 +22,12 @@ use super::{kind, tlv};
 /// ```
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
 pub struct Drain {
-    /// When the worker shall end what it still has: nanoseconds of `CLOCK_MONOTONIC`; 0 for never.
+    /// When the worker must end its remaining connections: nanoseconds of `CLOCK_MONOTONIC`; 0 for
+    /// never.
     pub deadline_ns: u64,
-    /// The same as the time that was left when the record was sent: what counts, if it is there. A worker in a time
-    /// namespace of its own has another `CLOCK_MONOTONIC`. `None` with a deadline comes from an older dispatcher.
+    /// The time left until the deadline when the record was sent. If present, it counts instead of
+    /// `deadline_ns`: a worker in another time namespace has another `CLOCK_MONOTONIC`. `None` with
+    /// a deadline comes from an older dispatcher.
     pub left: Option<Duration>,
 }
 

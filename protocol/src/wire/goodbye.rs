@@ -1,10 +1,10 @@
-//! goodbye: the worker takes nothing more; what it has not taken goes elsewhere.
+//! goodbye: the worker takes no more connections; untaken ones go to other workers.
 
 use super::codec::{Reader, WireError, header};
 use super::kind;
 
-/// Send me nothing more. The control connection stays open until the last connection is closed,
-/// so that they are counted to the end.
+/// The dispatcher sends nothing more after this record. The control connection stays open until the
+/// worker's last connection is closed, so that every close is counted.
 ///
 /// ```
 /// use dispatch_protocol::wire::{Control, Goodbye};

@@ -1,4 +1,5 @@
-//! handoff: connections for a worker, one file descriptor for each entry, in the entries' order.
+//! handoff: connections for a worker, with one file descriptor per entry, in the order of the
+//! entries.
 
 use std::fmt;
 use std::net::{IpAddr, Ipv4Addr, Ipv6Addr, SocketAddr, SocketAddrV6};
@@ -6,12 +7,12 @@ use std::net::{IpAddr, Ipv4Addr, Ipv6Addr, SocketAddr, SocketAddrV6};
 use super::codec::{Reader, WireError, header, once, put_tlv_of};
 use super::{MAX_FDS_PER_RECORD, kind, tlv};
 
-/// Length of one entry on the wire, in bytes.
+/// The length of one entry, in bytes.
 pub const ENTRY_LEN: usize = 48;
 
-/// Where a client connected from, as the dispatcher saw it.
+/// The address that a client connected from, as the dispatcher saw it.
 ///
-/// An IPv4 client of a dual-stack listener has its IPv4 address, not the mapped IPv6 one.
+/// An IPv4 client of a dual-stack listener has its IPv4 address, not the mapped IPv6 address.
 ///
 /// ```
 /// use std::net::SocketAddr;
@@ -32,7 +33,7 @@ pub const ENTRY_LEN: usize = 48;
 pub enum ClientAddr {
     /// A TCP client.
     Inet(SocketAddr),
-    /// A client of a Unix listener; such clients have no address worth naming.
+    /// A client of a Unix listener; such a client has no address.
     Unix,
 }
 
@@ -52,10 +53,10 @@ impl ClientAddr {
 }
 
 impl From<SocketAddr> for ClientAddr {
-    /// An IPv4 address that is mapped into IPv6 becomes the IPv4 address it is.
+    /// A mapped IPv4 address becomes the plain IPv4 address.
     fn from(addr: SocketAddr) -> Self {
         match addr.ip().to_canonical() {
-            // A mapped address carries no scope; a real IPv6 one keeps its own.
+            // A mapped address has no scope; a real IPv6 address keeps its scope.
             IpAddr::V4(ip) => ClientAddr::Inet((ip, addr.port()).into()),
             IpAddr::V6(_) => ClientAddr::Inet(addr),
         }
@@ -71,7 +72,7 @@ impl fmt::Display for ClientAddr {
     }
 }
 
-/// Properties of one connection, a bit each. Bits that are not known are ignored.
+/// Properties of one connection, one bit each. Unknown bits are ignored.
 ///
 /// ```
 /// use dispatch_protocol::wire::EntryFlags;
@@ -84,12 +85,12 @@ impl fmt::Display for ClientAddr {
 pub struct EntryFlags(pub u16);
 
 impl EntryFlags {
-    /// Nothing special.
+    /// No property.
     pub const NONE: EntryFlags = EntryFlags(0);
-    /// The connection was sent to another worker before: that one may still hold a copy of the fd, so the
-    /// last handle shuts the socket down even when the slot is already RELEASED.
+    /// The connection was sent to another worker before. That worker may still have a copy of the
+    /// descriptor, so the last handle shuts the socket down even if the slot is already RELEASED.
     pub const RESENT: EntryFlags = EntryFlags(1);
-    /// The socket is in non-blocking mode, and no other worker ever had it.
+    /// The socket is in non-blocking mode and was never sent to another worker.
     pub const NONBLOCKING: EntryFlags = EntryFlags(2);
 
     /// Whether all bits of `other` are set.
@@ -109,19 +110,20 @@ impl std::ops::BitOr for EntryFlags {
 /// One connection of a handoff. See [`Handoff`] for an example.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct Entry {
-    /// Sequence number; grows by at least 1 with every entry sent to this worker.
+    /// Sequence number; higher than that of every earlier entry for this worker.
     pub seq: u64,
     /// The scoreboard slot that holds `seq`.
     pub slot: u32,
-    /// Index of the listener the client connected to; the welcome names it.
+    /// Index of the listener that the client connected to; the welcome has its name.
     pub listener: u16,
     /// See [`EntryFlags`].
     pub flags: EntryFlags,
-    /// When the dispatcher accepted it: nanoseconds of `CLOCK_REALTIME`, which no time namespace shifts.
+    /// When the dispatcher accepted the connection: nanoseconds of `CLOCK_REALTIME`, which is the
+    /// same in every time namespace.
     pub accepted_ns: u64,
-    /// Where the client connected from.
+    /// The address that the client connected from.
     pub peer: ClientAddr,
-    /// The dispatcher's number of the connection, as its log shows it (`conn=`); 0 if it does not say.
+    /// The dispatcher's number of the connection, `conn=` in its log; 0 if not given.
     pub number: u64,
 }
 
@@ -171,7 +173,7 @@ impl Entry {
             }
             _ => return Err(WireError::Invalid("address family")),
         };
-        // Comes behind the entries.
+        // The numbers follow the entries, in a TLV.
         let number = 0;
         Ok(Entry { seq, slot, listener, flags, accepted_ns, peer, number })
     }
@@ -213,9 +215,9 @@ impl Handoff {
         Handoff::encode_entries(&self.entries, out);
     }
 
-    /// Appends the bytes of a handoff of these entries to `out`, without a `Handoff` being built.
+    /// Appends the bytes of a handoff of these entries to `out`, without building a `Handoff`.
     ///
-    /// The caller gives 1 to [`MAX_FDS_PER_RECORD`]; a reader refuses any other number.
+    /// The caller passes 1 to [`MAX_FDS_PER_RECORD`] entries; a reader refuses any other number.
     pub fn encode_entries(entries: &[Entry], out: &mut Vec<u8>) {
         header(out, kind::HANDOFF);
         let count = u16::try_from(entries.len()).unwrap_or(u16::MAX);

@@ -1,9 +1,9 @@
-//! hello: the first record on a control connection, worker to dispatcher.
+//! hello: the first record on a control connection, from the worker to the dispatcher.
 
 use super::codec::{Reader, WireError, header, name, once, put_tlv};
 use super::{VERSION, kind, tlv};
 
-/// Optional abilities, one bit each. A side acts only on bits that both have set.
+/// Optional abilities, one bit each. A side uses only the bits that both sides have set.
 ///
 /// ```
 /// use dispatch_protocol::wire::Features;
@@ -16,25 +16,25 @@ use super::{VERSION, kind, tlv};
 pub struct Features(pub u64);
 
 impl Features {
-    /// None.
+    /// No optional ability.
     pub const NONE: Features = Features(0);
     /// The worker understands [`Drain`](super::Drain) and [`Resume`](super::Resume).
     pub const DRAIN: Features = Features(1);
 
-    /// Keys can be claimed with [`Claim`](super::Claim). A dispatcher has it for pools with affinity only.
+    /// The worker may send [`Claim`](super::Claim). The dispatcher sets it for pools with affinity.
     pub const CLAIM: Features = Features(2);
 
-    /// Weight, maximum and pauses can be told with [`Update`](super::Update).
+    /// The worker may send [`Update`](super::Update).
     pub const UPDATE: Features = Features(4);
 
-    /// Whether every ability of `other` is there.
+    /// Whether every ability of `other` is set.
     pub fn contains(self, other: Features) -> bool {
         self.0 & other.0 == other.0
     }
 }
 
-/// The secret that a spawned worker finds in `DISPATCH_TOKEN` and returns in its hello: 16 bytes, written
-/// as 32 hexadecimal digits. `Debug` does not show it; `Display` does.
+/// The secret that a spawned worker finds in `DISPATCH_TOKEN` and returns in its hello: 16 bytes,
+/// written as 32 hexadecimal digits. `Debug` hides it; `Display` shows it.
 ///
 /// ```
 /// use dispatch_protocol::Token;
@@ -67,10 +67,10 @@ impl std::str::FromStr for Token {
     type Err = WireError;
 
     /// # Errors
-    /// [`WireError::Invalid`] unless it is exactly 32 hexadecimal digits.
+    /// [`WireError::Invalid`] if the text is not exactly 32 hexadecimal digits.
     fn from_str(text: &str) -> Result<Token, WireError> {
         let mut token = [0; 16];
-        // Checked digit by digit: the number parser below would also take a sign.
+        // The number parser below also accepts a sign, so each digit is checked.
         if text.len() != 32 || !text.bytes().all(|b| b.is_ascii_hexdigit()) {
             return Err(WireError::Invalid("token"));
         }
@@ -82,12 +82,12 @@ impl std::str::FromStr for Token {
     }
 }
 
-/// What a worker says of itself when it joins.
+/// The worker's description of itself, sent when it joins.
 ///
 /// ```
 /// use dispatch_protocol::wire::{Control, Hello, WireError};
 ///
-/// // A worker that comes back: it has taken 7 connections so far, 2 of them are live.
+/// // A worker that joins again: it has taken 7 connections so far, 2 of them are live.
 /// let hello = Hello { pool: "web".to_owned(), base: 7, finished: 5, ..Hello::default() };
 /// let mut record = Vec::new();
 /// hello.encode(&mut record);
@@ -103,19 +103,19 @@ pub struct Hello {
     pub version: u16,
     /// Share relative to the other workers of the pool, 1 to 65,535.
     pub weight: u16,
-    /// For policies that prefer some workers; higher first.
+    /// Priority for policies that prefer some workers; higher first.
     pub priority: u16,
     /// Abilities of this worker.
     pub features: Features,
-    /// Most connections it will hold at once; 0 is not allowed.
+    /// The largest number of connections that the worker holds at once; at least 1.
     pub max_connections: u32,
-    /// Connections its application has taken since the process started, over all dispatchers.
+    /// Connections that the application has taken since the process started, over all dispatchers.
     pub base: u64,
-    /// Of those, how many it has closed. `base - finished` are live now.
+    /// Those of them that are closed. `base - finished` are live now.
     pub finished: u64,
     /// The pool to join.
     pub pool: String,
-    /// A name for people, unique or not.
+    /// A name for people; it need not be unique.
     pub name: String,
     /// Only for workers that the dispatcher started.
     pub token: Option<Token>,
@@ -139,7 +139,7 @@ impl Default for Hello {
 }
 
 impl Hello {
-    /// Appends the record's bytes to `out`. Values are not checked here but when they are decoded.
+    /// Appends the record's bytes to `out`. Decoding checks the values, encoding does not.
     pub fn encode(&self, out: &mut Vec<u8>) {
         header(out, kind::HELLO);
         out.extend_from_slice(&self.version.to_le_bytes());

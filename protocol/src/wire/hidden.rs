@@ -1,11 +1,11 @@
-//! Which characters cannot be seen. Names and log lines must not contain them: two names would look the same and differ,
-//! or a line would read otherwise than it is.
+//! Hidden characters. Names and log lines must not contain them: two different names would look the
+//! same, or a line would look different from its content.
 
 use unicode_properties::{GeneralCategory, UnicodeGeneralCategory};
 
-/// Whether a character leaves no mark of its own or changes the order of what stands around it: control and format
-/// characters (among them those for writing direction), separators other than the plain space, and characters that are
-/// shown as nothing.
+/// Whether a character is invisible or changes the order of the text around it: control and format
+/// characters (also those for writing direction), separators other than the plain space, and
+/// characters that render as nothing.
 ///
 /// ```
 /// use dispatch_protocol::wire::is_hidden;
@@ -29,8 +29,8 @@ pub fn is_hidden(c: char) -> bool {
     }
 }
 
-/// Characters of other categories that are shown as nothing: what Unicode calls default ignorable (`DerivedCoreProperties`),
-/// and the blank Braille pattern.
+/// Characters of other categories that render as nothing: the default ignorable ones of Unicode
+/// (`DerivedCoreProperties`) and the blank Braille pattern.
 fn is_blank(c: char) -> bool {
     matches!(
         c,

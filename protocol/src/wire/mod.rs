@@ -1,9 +1,9 @@
-//! The native protocol between a worker and the dispatcher, both directions.
+//! The records between a worker and the dispatcher, in both directions.
 //!
-//! This module owns the bytes: every record's layout, its limits and its errors. It knows nothing of
-//! sockets, processes or time. Both peers use it, so a record that one side can write the other side
-//! can read. `docs/PROTOCOL.md` describes the same layouts for people who write a worker in another
-//! language; the byte vectors in the tests of each message are the ones printed there.
+//! This module owns the bytes: the layout of every record, its limits and its errors. It does not
+//! know sockets, processes or time. Both peers use it, so each side can read what the other side
+//! writes. `docs/PROTOCOL.md` describes the same layouts for workers in other languages and prints
+//! the byte vectors of the tests.
 //!
 //! A record is one message of a `SOCK_SEQPACKET` socket. All integers are little-endian:
 //!
@@ -11,9 +11,9 @@
 //! kind u16 | reserved u16 (0) | fixed body, by kind | TLVs: type u16, length u16, value …
 //! ```
 //!
-//! A reader skips TLVs whose type it does not know, so a later version may add some to any record.
-//! Everything else is exact: a record that is too short, has a non-zero reserved field, or ends in half a
-//! TLV is an error, and so is the wrong number of file descriptors beside it.
+//! A reader skips TLVs of an unknown type, so a later version may add some to any record. All else
+//! is exact: a record that is too short, has a non-zero reserved field, or ends within a TLV is an
+//! error, and so is a wrong number of file descriptors.
 //!
 //! ```
 //! use dispatch_protocol::wire::{Control, Hello};
@@ -21,7 +21,7 @@
 //! # fn main() -> Result<(), dispatch_protocol::wire::WireError> {
 //! let hello = Hello { pool: "web".to_owned(), max_connections: 1000, ..Hello::default() };
 //! let mut record = Vec::new();
-//! hello.encode(&mut record); // To be sent as one message.
+//! hello.encode(&mut record); // Send it as one message.
 //!
 //! assert_eq!(Control::decode(&record)?, Control::Hello(hello));
 //! # Ok(())
@@ -56,73 +56,73 @@ pub use welcome::{Welcome, WelcomeListener};
 
 use codec::Reader;
 
-/// The protocol version both sides of this crate speak, carried by hello and welcome.
+/// The protocol version of this crate; hello and welcome carry it.
 pub const VERSION: u16 = 1;
 
-/// Longest record on the control connection, in bytes. A longer one is refused unread.
+/// The longest record on the control connection, in bytes. A longer one is refused unread.
 pub const MAX_CONTROL_RECORD: usize = 4096;
 
-/// Longest record on the channel, in bytes: a full handoff and 4 KiB of TLVs.
+/// The longest record on the channel, in bytes: a full handoff and 4 KiB of TLVs.
 pub const MAX_CHANNEL_RECORD: usize = 4 + 4 + MAX_FDS_PER_RECORD * ENTRY_LEN + 4096;
 
-/// Most file descriptors in one handoff. The kernel's own limit is 253 (`SCM_MAX_FD`).
+/// The largest number of file descriptors in one handoff. The kernel's limit is 253 (`SCM_MAX_FD`).
 pub const MAX_FDS_PER_RECORD: usize = 64;
 
-/// Longest pool, worker or listener name, in bytes of UTF-8.
+/// The longest name of a pool, worker or listener, in bytes of UTF-8.
 pub const MAX_NAME: usize = 64;
 
-/// File descriptors that come with a welcome: channel, scoreboard, doorbell eventfd, in this order.
+/// File descriptors that come with a welcome: channel, scoreboard, doorbell, in this order.
 pub const WELCOME_FDS: usize = 3;
 
-/// First field of every record: what it is.
+/// The first field of every record: its kind.
 pub mod kind {
-    /// Worker to dispatcher, control connection: who I am and what I hold.
+    /// Worker to dispatcher, control connection: the worker's settings and counts.
     pub const HELLO: u16 = 1;
-    /// Dispatcher to worker, control connection, with three fds: you are in.
+    /// Dispatcher to worker, control connection, with three fds: the worker has joined.
     pub const WELCOME: u16 = 2;
-    /// Dispatcher to worker, control connection: you are not, and why.
+    /// Dispatcher to worker, control connection: the worker has not joined, and the reason.
     pub const REFUSED: u16 = 3;
-    /// Worker to dispatcher, control connection: send me nothing more.
+    /// Worker to dispatcher, control connection: no more connections.
     pub const GOODBYE: u16 = 4;
-    /// Worker to dispatcher, control connection: the client known by this key is mine.
+    /// Worker to dispatcher, control connection: a claim of a client's key.
     pub const CLAIM: u16 = 5;
-    /// Worker to dispatcher, control connection: my weight, my maximum, whether I take connections.
+    /// Worker to dispatcher, control connection: new weight, maximum or pause.
     pub const UPDATE: u16 = 6;
     /// Dispatcher to worker, channel: connections, one fd each.
     pub const HANDOFF: u16 = 16;
-    /// Dispatcher to worker, channel, no fd: take this slot to show that you are alive.
+    /// Dispatcher to worker, channel, no fd: a slot to take, to show that the application takes.
     pub const PROBE: u16 = 17;
     /// Dispatcher to worker, channel, no fd: no more connections for now.
     pub const DRAIN: u16 = 18;
-    /// Dispatcher to worker, channel, no fd: connections again.
+    /// Dispatcher to worker, channel, no fd: connections may follow again.
     pub const RESUME: u16 = 19;
 }
 
-/// TLV types. Types below 0x8000 are the dispatcher's; the rest are free for experiments.
+/// TLV types. The protocol uses types below 0x8000; the others are free for experiments.
 pub mod tlv {
     /// Hello: the pool to join, UTF-8.
     pub const POOL: u16 = 1;
-    /// Hello: the worker's own name, UTF-8.
+    /// Hello: the worker's name, UTF-8.
     pub const NAME: u16 = 2;
-    /// Hello: the token a spawned worker found in its environment, 16 bytes.
+    /// Hello: the token from the environment of a spawned worker, 16 bytes.
     pub const TOKEN: u16 = 3;
     /// Claim: the key, 1 to 4,000 bytes.
     pub const CLIENT_KEY: u16 = 4;
-    /// Welcome, repeated: index u16, then the listener's name, UTF-8.
+    /// Welcome, repeated: index u16, then the name of the listener, UTF-8.
     pub const LISTENER: u16 = 16;
-    /// Welcome, repeated: the name of a gauge that the pool scores by.
+    /// Welcome, repeated: the name of a gauge that the pool uses for scores.
     pub const GAUGE: u16 = 19;
-    /// Drain: the time that is left, u64 nanoseconds.
+    /// Drain: the time left, u64 nanoseconds.
     pub const TIME_LEFT: u16 = 20;
     /// Handoff: the dispatcher's number of each connection, u64, in the order of the entries.
     pub const NUMBERS: u16 = 21;
-    /// Refused: one sentence for a person, UTF-8.
+    /// Refused: one sentence for people, UTF-8.
     pub const REASON: u16 = 17;
-    /// Refused: the configuration key that decides it, UTF-8.
+    /// Refused: the configuration key that decides, UTF-8.
     pub const KEY: u16 = 18;
 }
 
-/// Any record that may arrive on the control connection, in either direction.
+/// A record on the control connection, in either direction.
 ///
 /// ```
 /// use dispatch_protocol::wire::{Control, Goodbye};
@@ -132,9 +132,9 @@ pub mod tlv {
 /// Control::Goodbye(Goodbye).encode(&mut record);
 /// assert_eq!(record, [4, 0, 0, 0]);
 ///
-/// let received_fds = 0; // What `recvmsg` gave beside the record.
+/// let received_fds = 0; // The number that `recvmsg` returned with the record.
 /// let control = Control::decode(&record)?;
-/// assert_eq!(control.fds(), received_fds, "otherwise close them, and the connection");
+/// assert_eq!(control.fds(), received_fds, "otherwise close them and the connection");
 /// match control {
 ///     Control::Welcome(welcome) => println!("we are worker {}", welcome.worker_id),
 ///     Control::Refused(refused) => println!("not let in: {}", refused.reason),
@@ -166,7 +166,7 @@ impl Control {
     /// Decodes one control record.
     ///
     /// # Errors
-    /// [`WireError`] when the record is not exactly one well-formed control record.
+    /// [`WireError`] if the bytes are not exactly one well-formed control record.
     pub fn decode(record: &[u8]) -> Result<Control, WireError> {
         if record.len() > MAX_CONTROL_RECORD {
             return Err(WireError::TooLong { len: record.len(), max: MAX_CONTROL_RECORD });
@@ -183,7 +183,8 @@ impl Control {
         }
     }
 
-    /// How many file descriptors must come beside this record; any other number is an error.
+    /// The number of file descriptors that must come with this record; any other number is an
+    /// error.
     pub fn fds(&self) -> usize {
         match self {
             Control::Welcome(_) => WELCOME_FDS,
@@ -208,7 +209,7 @@ impl Control {
     }
 }
 
-/// Any record that may arrive on the channel (dispatcher to worker only).
+/// A record on the channel (dispatcher to worker only).
 ///
 /// ```
 /// use dispatch_protocol::wire::{Channel, Probe};
@@ -244,7 +245,7 @@ impl Channel {
     /// Decodes one channel record.
     ///
     /// # Errors
-    /// [`WireError`] when the record is not exactly one well-formed channel record.
+    /// [`WireError`] if the bytes are not exactly one well-formed channel record.
     pub fn decode(record: &[u8]) -> Result<Channel, WireError> {
         if record.len() > MAX_CHANNEL_RECORD {
             return Err(WireError::TooLong { len: record.len(), max: MAX_CHANNEL_RECORD });
@@ -259,8 +260,8 @@ impl Channel {
         }
     }
 
-    /// How many file descriptors must come beside this record. Fewer is no error of the sender's: at its
-    /// limit of open files a receiver gets only the first ones.
+    /// The number of file descriptors sent with this record. A receiver at its limit of open files
+    /// gets only the first ones; that is not an error of the sender.
     pub fn fds(&self) -> usize {
         match self {
             Channel::Handoff(m) => m.entries.len(),

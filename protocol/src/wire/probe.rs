@@ -1,9 +1,10 @@
-//! probe: a handoff without a connection, by which a suspect worker shows that it takes again.
+//! probe: a handoff without a connection. A suspect worker takes it to show that its application
+//! takes again.
 
 use super::codec::{Reader, WireError, header};
 use super::kind;
 
-/// Take this slot; no file descriptor comes with it.
+/// The worker takes this slot. No file descriptor comes with the record.
 ///
 /// ```
 /// use dispatch_protocol::wire::{Channel, Probe};

@@ -1,14 +1,14 @@
-//! refused: the answer to a hello that is not accepted; the control connection closes after it.
+//! refused: the negative answer to a hello. The control connection closes after it.
 
 use super::codec::{Reader, WireError, header, once, put_tlv, text};
 use super::{MAX_CONTROL_RECORD, kind, tlv};
 
-/// Why, for programs. Unknown codes decode as [`RefusedCode::Other`].
+/// The reason, for programs. Unknown codes decode as [`RefusedCode::Other`].
 ///
 /// ```
 /// use dispatch_protocol::wire::RefusedCode;
 ///
-/// // Whether to try again by ourselves, or to tell somebody.
+/// // A worker retries after a transient refusal and reports any other.
 /// assert!(RefusedCode::Stopping.is_transient());
 /// assert!(!RefusedCode::NotAllowed.is_transient());
 /// ```
@@ -17,19 +17,19 @@ use super::{MAX_CONTROL_RECORD, kind, tlv};
 pub enum RefusedCode {
     /// The dispatcher speaks another version.
     Version,
-    /// No pool of this name.
+    /// The dispatcher has no pool of this name.
     UnknownPool,
-    /// This user may not join this pool.
+    /// The user of the worker may not join this pool.
     NotAllowed,
-    /// The pool has all the workers it may have.
+    /// The pool has its maximum number of workers.
     TooManyWorkers,
     /// The dispatcher is stopping.
     Stopping,
     /// The hello was not well-formed.
     Malformed,
-    /// The dispatcher is short of a resource; try again.
+    /// The dispatcher lacks a resource; the worker may try again.
     Resources,
-    /// A code of a later version.
+    /// The code of a later version.
     Other(u16),
 }
 
@@ -60,7 +60,7 @@ impl RefusedCode {
         }
     }
 
-    /// Whether the same hello may be accepted later without anybody changing anything.
+    /// Whether the same hello may be accepted later without a change of any configuration.
     pub fn is_transient(self) -> bool {
         match self {
             RefusedCode::TooManyWorkers | RefusedCode::Stopping | RefusedCode::Resources => true,
@@ -73,7 +73,7 @@ impl RefusedCode {
     }
 }
 
-/// You are not in, and this is why.
+/// The worker has not joined, and the reason.
 ///
 /// ```
 /// use dispatch_protocol::wire::{Control, Refused, RefusedCode};
@@ -89,15 +89,16 @@ impl RefusedCode {
 /// ```
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct Refused {
-    /// For programs.
+    /// The reason, for programs.
     pub code: RefusedCode,
-    /// For people: what was wrong and what to do, one sentence. Cut at 1,024 bytes.
+    /// The reason and the remedy for people, one sentence. Cut at 1,024 bytes.
     pub reason: String,
-    /// The configuration key that decides it, if one does, such as `pool.web.allow_users`. Cut at 1,024 bytes.
+    /// The configuration key that decides, if there is one, such as `pool.web.allow_users`. Cut at
+    /// 1,024 bytes.
     pub key: Option<String>,
 }
 
-/// Longest reason or key, in bytes.
+/// The longest reason or key, in bytes.
 const MAX_TEXT: usize = 1024;
 
 impl Refused {
@@ -128,14 +129,14 @@ impl Refused {
     }
 }
 
-/// Text from the wire, no longer than what we would send ourselves.
+/// Text from the wire, cut to the length that this side would send.
 fn short(value: &[u8]) -> String {
     let mut text = text(value);
     text.truncate(cut(&text).len());
     text
 }
 
-/// At most [`MAX_TEXT`] bytes, cut between characters.
+/// At most [`MAX_TEXT`] bytes, cut between two characters.
 fn cut(text: &str) -> &[u8] {
     let end = (0..=MAX_TEXT.min(text.len())).rev().find(|&i| text.is_char_boundary(i));
     &text.as_bytes()[..end.unwrap_or(0)]

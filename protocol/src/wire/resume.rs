@@ -1,9 +1,9 @@
-//! resume: a drain is over, connections may come again.
+//! resume: a drain has ended.
 
 use super::codec::{Reader, WireError, header};
 use super::kind;
 
-/// Connections may follow; a deadline that [`Drain`](super::Drain) set no longer counts.
+/// Connections may follow; a deadline set by [`Drain`](super::Drain) no longer counts.
 ///
 /// ```
 /// use dispatch_protocol::wire::{Channel, Resume};

@@ -258,7 +258,7 @@ fn tlvs_of_a_later_version_are_skipped() {
     }
 }
 
-/// A cut record never decodes, except where the cut leaves a whole record without its optional TLVs.
+/// A cut record never decodes, except if the cut removes exactly the optional TLVs.
 #[test]
 fn a_record_cut_anywhere_is_refused() {
     for (hex, record) in control_vectors() {
@@ -365,7 +365,7 @@ fn a_handoff_has_1_to_64_entries() {
         record[4..6].copy_from_slice(&count.to_le_bytes());
         assert_eq!(Channel::decode(&record), Err(WireError::Invalid("count")));
     }
-    // More announced than there, and fewer: the rest then has to be TLVs.
+    // The count is larger, or smaller, than the number of entries: the rest must be TLVs.
     for count in [4u16, 2] {
         let mut record = bytes(HANDOFF);
         record[4..6].copy_from_slice(&count.to_le_bytes());
@@ -420,7 +420,7 @@ fn bad_names_are_refused() {
     let mut record = bytes(HELLO);
     *record.last_mut().unwrap() = 0xff;
     assert_eq!(Control::decode(&record), Err(WireError::Invalid("worker name")));
-    // A listener's name, and one without room for its index.
+    // The name of a listener, and one that is too short for its index.
     for value in [&[0, 0][..], &[0, 0, b' '], &[0]] {
         let mut record = bytes(WELCOME);
         codec::put_tlv(&mut record, tlv::LISTENER, value);
@@ -463,7 +463,7 @@ fn a_token_is_16_bytes_and_32_digits() {
     assert_eq!(Control::decode(&record), Err(WireError::Invalid("token")));
     let token = Token(std::array::from_fn(|i| i as u8 * 16 + 1));
     assert_eq!(token.to_string().parse(), Ok(token));
-    assert!(!format!("{token:?}").contains("01"), "it is a secret");
+    assert!(!format!("{token:?}").contains("01"), "the token is a secret");
     for bad in ["", "0", &"g".repeat(32), &"é".repeat(16), &"+1".repeat(16)] {
         assert!(bad.parse::<Token>().is_err(), "{bad:?}");
     }
@@ -500,7 +500,7 @@ fn texts_are_cut_and_cannot_forge_log_lines() {
 }
 
 #[test]
-fn a_welcome_names_every_gauge_and_leaves_out_listeners_it_has_no_room_for() {
+fn a_long_welcome_keeps_gauges_and_drops_listeners() {
     let listeners =
         (0..200).map(|index| WelcomeListener { index, name: format!("listener-{index:040}") });
     let Ok(Control::Welcome(mut welcome)) = Control::decode(&bytes(WELCOME)) else {
@@ -520,8 +520,8 @@ fn a_welcome_names_every_gauge_and_leaves_out_listeners_it_has_no_room_for() {
 }
 
 #[test]
-fn what_a_later_dispatcher_scores_by_is_passed_on_whole() {
-    // More gauges than this version makes, and as many as a record holds.
+fn gauges_of_a_later_dispatcher_are_kept() {
+    // More gauges than this version makes: as many as a record holds.
     let mut record = bytes(WELCOME);
     while record.len() + 5 <= MAX_CONTROL_RECORD {
         record.extend_from_slice(&[19, 0, 1, 0, b'a']);
@@ -542,7 +542,7 @@ fn a_mapped_peer_is_the_ipv4_peer_it_is() {
     assert_eq!(ClientAddr::Unix.ip(), None);
 }
 
-/// A record that starts like a real one, so that chance gets past the first checks.
+/// A record that starts like a valid one, so that random bytes pass the first checks.
 fn likely_record() -> impl Strategy<Value = Vec<u8>> {
     let vectors: Vec<Vec<u8>> = control_vectors()
         .into_iter()
@@ -563,7 +563,7 @@ fn likely_record() -> impl Strategy<Value = Vec<u8>> {
 
 proptest! {
     #[test]
-    fn whatever_decodes_encodes_to_the_same_meaning(
+    fn decoded_records_encode_to_equal_ones(
         record in prop_oneof![likely_record(), prop::collection::vec(any::<u8>(), 0..300)]
     ) {
         if let Ok(value) = Control::decode(&record) {

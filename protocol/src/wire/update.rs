@@ -1,9 +1,10 @@
-//! update: the worker's weight, its maximum, or whether it takes connections at all, is another one from now on.
+//! update: the worker changes its weight, its maximum, or whether it accepts connections.
 
 use super::codec::{Reader, WireError, header};
 use super::kind;
 
-/// What hello said of the worker, said anew. Only once both sides have [`Features::UPDATE`](super::Features::UPDATE).
+/// New values for settings of the hello. Only if both sides have
+/// [`Features::UPDATE`](super::Features::UPDATE).
 ///
 /// ```
 /// use dispatch_protocol::wire::{Control, Update};
@@ -17,9 +18,10 @@ use super::kind;
 pub struct Update {
     /// Share of the load relative to the pool's other workers, from 1.
     pub weight: u16,
-    /// It takes no connections for now: what it has untaken goes elsewhere, and nothing more is sent.
+    /// The worker accepts no connections for now: untaken ones go to other workers, and the
+    /// dispatcher sends none.
     pub paused: bool,
-    /// Most connections to hold at once, from 1.
+    /// The largest number of connections at once, from 1.
     pub max_connections: u32,
 }
 

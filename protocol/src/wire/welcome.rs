@@ -1,19 +1,21 @@
-//! welcome: the answer to a hello that is accepted, with three file descriptors.
+//! welcome: the positive answer to a hello, with three file descriptors.
 
 use super::codec::{Reader, WireError, header, name, put_tlv};
 use super::{Features, is_name, kind, tlv};
 use crate::scoreboard::gauge::GaugeName;
 
-/// A listener of the worker's pool, so that a handoff can name it by its index. See [`Welcome`] for an example.
+/// A listener of the worker's pool. Handoffs refer to it by its index. See [`Welcome`] for an
+/// example.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct WelcomeListener {
-    /// The index that handoffs carry.
+    /// The index in handoffs.
     pub index: u16,
     /// The listener's name in the configuration.
     pub name: String,
 }
 
-/// You are in. Beside it come the channel, the scoreboard and the doorbell eventfd, in this order.
+/// The worker has joined. The channel, the scoreboard and the doorbell eventfd come with the
+/// record, in this order.
 ///
 /// ```
 /// use dispatch_protocol::wire::{Control, Features, VERSION, WELCOME_FDS, Welcome, WelcomeListener};
@@ -36,27 +38,29 @@ pub struct WelcomeListener {
 /// ```
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct Welcome {
-    /// Protocol version the dispatcher speaks.
+    /// Protocol version of the dispatcher.
     pub version: u16,
-    /// Slots in the scoreboard's ring: most connections sent and not yet taken.
+    /// Slots of the scoreboard: the largest number of connections sent and not yet taken.
     pub slots: u32,
     /// The worker's id at this dispatcher; it appears in the status and in logs.
     pub worker_id: u64,
-    /// Abilities that both sides have.
+    /// Abilities of both sides.
     pub features: Features,
-    /// Most connections this worker will be given: the smaller of its own maximum and the pool's.
+    /// The largest number of connections for this worker: the smaller of its own maximum and the
+    /// pool's.
     pub max_connections: u32,
-    /// How long a connection may stay untaken before it goes elsewhere, in milliseconds.
+    /// How long a connection may stay untaken before it goes to another worker, in milliseconds.
     pub handoff_timeout_ms: u32,
     /// The listeners of the pool.
     pub listeners: Vec<WelcomeListener>,
-    /// Gauges that the pool scores by: a worker that does not set them all gets little.
+    /// Gauges that the pool uses for scores. A worker that does not set all of them gets few
+    /// connections.
     pub gauges: Vec<GaugeName>,
 }
 
 impl Welcome {
-    /// Appends the record's bytes to `out`. Listeners whose name is no name ([`is_name`]) are left out, and so
-    /// are gauges and listeners for which the record has no room.
+    /// Appends the record's bytes to `out`. It leaves out listeners with an invalid name
+    /// ([`is_name`]), and gauges and listeners for which the record has no room.
     pub fn encode(&self, out: &mut Vec<u8>) {
         let most = out.len() + super::MAX_CONTROL_RECORD;
         header(out, kind::WELCOME);
@@ -67,7 +71,7 @@ impl Welcome {
         out.extend_from_slice(&self.features.0.to_le_bytes());
         out.extend_from_slice(&self.max_connections.to_le_bytes());
         out.extend_from_slice(&self.handoff_timeout_ms.to_le_bytes());
-        // Before the listeners, which may fill the record.
+        // The gauges come first, because the listeners may fill the record.
         for gauge in &self.gauges {
             if out.len() + 4 + gauge.as_str().len() > most {
                 break;
@@ -79,7 +83,7 @@ impl Welcome {
             value.clear();
             value.extend_from_slice(&listener.index.to_le_bytes());
             value.extend_from_slice(listener.name.as_bytes());
-            // A pool with very many listeners: the rest go by their index alone.
+            // In a pool with very many listeners, the others have only an index.
             if out.len() + 4 + value.len() > most {
                 break;
             }

@@ -1,4 +1,4 @@
-//! How a tokio listener and its connections behave beside tokio's own.
+//! A tokio listener and its connections in comparison with tokio's own.
 
 use std::future::poll_fn;
 use std::os::fd::AsRawFd;
@@ -57,7 +57,7 @@ fn accepts_in_a_row_let_other_tasks_run() {
         });
         tokio::task::yield_now().await;
         let before = turns.load(Ordering::SeqCst);
-        // In one task, as an accept loop: more than the budget of a turn.
+        // In one task, as an accept loop: more connections than the budget of a turn.
         let mut taken = Vec::new();
         for _ in 0..200 {
             taken.push(listener.accept().await.unwrap());
@@ -68,7 +68,7 @@ fn accepts_in_a_row_let_other_tasks_run() {
 }
 
 #[test]
-fn a_loop_that_ignores_the_end_starves_nobody_and_goes_on_after_a_resume() {
+fn a_loop_that_ignores_errors_is_slow_and_can_be_resumed() {
     runtime().block_on(async {
         let (fake, listener, mut peer) = join(FakeDispatcher::new()).await;
         let errors = Arc::new(AtomicUsize::new(0));
@@ -90,7 +90,7 @@ fn a_loop_that_ignores_the_end_starves_nobody_and_goes_on_after_a_resume() {
             }
         };
         soon(seen(2)).await;
-        // Each takes a tenth of a second, so there are a few in what would be time for a million.
+        // Each error takes a tenth of a second, so only a few fit into the time.
         let (before, began) = (count(), Instant::now());
         tokio::time::sleep(Duration::from_millis(300)).await;
         let most = began.elapsed().as_millis() as usize / 100 + 1;
@@ -107,7 +107,7 @@ fn a_loop_that_ignores_the_end_starves_nobody_and_goes_on_after_a_resume() {
 }
 
 #[test]
-fn the_first_error_comes_at_once_to_every_handle() {
+fn every_handle_gets_its_first_error_immediately() {
     runtime().block_on(async {
         let (listener, _) = listening().await;
         let clones: Vec<_> = (0..50).map(|_| listener.clone()).collect();
@@ -120,7 +120,7 @@ fn the_first_error_comes_at_once_to_every_handle() {
     });
 }
 
-/// An executor that is not tokio.
+/// An executor that is not tokio's.
 fn block_on<F: Future>(future: F) -> F::Output {
     struct Thread(thread::Thread);
     impl Wake for Thread {
@@ -143,7 +143,7 @@ fn a_connection_works_outside_a_runtime_while_its_own_lives() {
     let runtime =
         tokio::runtime::Builder::new_multi_thread().worker_threads(1).enable_io().build().unwrap();
     let (mut connection, mut client) = runtime.block_on(async {
-        // No timers here: nothing of the SDK needs them.
+        // This runtime has no timers, and the SDK needs none.
         let listener = Listener::connect(alone()).await.unwrap();
         let address = listener.local_addr().unwrap().socket_addr().unwrap();
         let client = std::net::TcpStream::connect(address).unwrap();
@@ -172,7 +172,7 @@ fn shutting_down_after_a_reset_is_no_error() {
         let (mut connection, client) = pair().await;
         rustix::net::sockopt::set_socket_linger(&client, Some(Duration::ZERO)).unwrap();
         drop(client);
-        // The reset has come when a read says so.
+        // A read reports the reset once it has arrived.
         let error = soon(connection.read(&mut [0])).await.unwrap_err();
         assert_eq!(error.kind(), std::io::ErrorKind::ConnectionReset);
         connection.shutdown().await.unwrap();
@@ -185,7 +185,7 @@ fn it_is_peeked_waited_for_and_tried() {
         let (connection, mut client) = pair().await;
         let mut buffer = [0; 8];
         let kind = |result: std::io::Result<usize>| result.map_err(|error| error.kind());
-        // Before it is registered with the runtime, and after.
+        // Before the registration with the runtime, and after it.
         assert_eq!(kind(connection.try_read(&mut buffer)), Err(std::io::ErrorKind::WouldBlock));
         soon(connection.writable()).await.unwrap();
         assert_eq!(connection.try_write(b"to you").unwrap(), 6);
@@ -214,7 +214,7 @@ fn it_is_peeked_waited_for_and_tried() {
 }
 
 #[test]
-fn halves_go_to_tasks_of_their_own_and_together_again() {
+fn halves_work_in_two_tasks_and_can_be_reunited() {
     runtime().block_on(async {
         let (connection, mut client) = pair().await;
         let (mut reader, mut writer) = connection.into_split();
@@ -239,7 +239,7 @@ fn halves_go_to_tasks_of_their_own_and_together_again() {
         let mut connection = reader.reunite(writer).unwrap();
         connection.write_all(b"both").await.unwrap();
         client.read_exact(&mut [0; 4]).unwrap();
-        // A writer that is dropped says that it is the end, while the reader goes on.
+        // Dropping the writer ends the sending direction, while the reader continues.
         let (mut reader, writer) = connection.into_split();
         drop(writer);
         assert_eq!(client.read(&mut [0]).unwrap(), 0);
@@ -262,7 +262,7 @@ fn parts_are_other_streams_and_count_until_the_guard_is_dropped() {
         }
         let [mut first, second, third] = <[Connection; 3]>::try_from(accepted).unwrap();
         assert_eq!(first.number(), Some(7_001), "as the dispatcher's log shows it");
-        // One that the runtime watches already.
+        // A connection that is registered with the runtime.
         (&pairs[0].0).write_all(b"watched").unwrap();
         soon(first.readable()).await.unwrap();
         soon(first.read_exact(&mut [0; 7])).await.unwrap();
@@ -281,7 +281,7 @@ fn parts_are_other_streams_and_count_until_the_guard_is_dropped() {
         drop((first, second, third));
         assert_eq!((listener.live(), peer.board.finished()), (0, 3));
         for ((mut client, ours), expected) in pairs.into_iter().zip(["parts", "std", "fd"]) {
-            // Nothing shut it down: its end comes when the dispatcher lets go, of which it was told.
+            // No shutdown: the end comes when the dispatcher, which was notified, closes its copy.
             assert!(
                 test_support::fake_dispatcher::is_open(&client)
                     || client.peek(&mut [0]).unwrap() > 0
@@ -291,7 +291,7 @@ fn parts_are_other_streams_and_count_until_the_guard_is_dropped() {
         }
         test_support::fake_dispatcher::wait_readable(
             std::os::fd::AsFd::as_fd(&peer.doorbell),
-            "the dispatcher is told",
+            "the dispatcher is notified",
         );
     });
 }
@@ -304,7 +304,7 @@ fn connections_come_by_polling_and_as_a_stream_that_ends() {
         let mut connect = || clients.push(std::net::TcpStream::connect(address).unwrap());
         connect();
         soon(poll_fn(|cx| listener.poll_accept(cx))).await.unwrap();
-        // One that has to wait is woken.
+        // A pending poll is woken.
         let polling = listener.clone();
         let waiting =
             tokio::spawn(async move { poll_fn(|cx| polling.poll_accept(cx)).await.is_ok() });
@@ -319,7 +319,7 @@ fn connections_come_by_polling_and_as_a_stream_that_ends() {
         for _ in 0..2 {
             soon(poll_fn(|cx| incoming.as_mut().poll_next(cx))).await.unwrap().unwrap();
         }
-        // Two streams wait beside each other, and both end.
+        // Two streams wait at the same time, and both end.
         let mut other = Box::pin(closing.clone().into_incoming());
         let ended = async {
             let first = poll_fn(|cx| incoming.as_mut().poll_next(cx));
@@ -352,7 +352,7 @@ fn shutdown_waits_and_then_ends_what_remains() {
 }
 
 #[test]
-fn the_same_callbacks_and_changes_are_there() {
+fn callbacks_and_settings_work_as_in_the_other_layers() {
     runtime().block_on(async {
         let (_fake, listener, peer) = join(FakeDispatcher::new()).await;
         let (tell_test, told) = std::sync::mpsc::channel();

@@ -1,4 +1,4 @@
-//! What a blocking worker can wait for, for how long, and what it is told.
+//! The waits of a blocking worker, their limits, and its callbacks.
 
 use std::sync::mpsc;
 use std::time::Instant;
@@ -21,10 +21,11 @@ fn accept_waits_no_longer_than_it_is_told() {
     let (_client, ours) = fake.client();
     peer.send_one(&ours);
     assert!(worker.accept_timeout(DEADLINE).unwrap().is_some());
-    // What is there is found without waiting, too.
+    // An available connection is found without waiting, too.
     peer.send_one(&ours);
     assert!(worker.accept_timeout(Duration::ZERO).unwrap().is_some());
-    // One thread leads without a limit; another's time is up all the same, and the connection finds somebody.
+    // One thread leads without a limit; the limit of another holds, and a thread gets the
+    // connection.
     thread::scope(|scope| {
         let leading = scope.spawn(|| worker.accept().unwrap().is_some());
         let limited: Vec<_> = (0..3)
@@ -34,7 +35,7 @@ fn accept_waits_no_longer_than_it_is_told() {
         peer.send_one(&ours);
         assert!(leading.join().unwrap());
     });
-    // And one that leads with a limit passes its place on.
+    // A leader with a limit passes the leadership on.
     thread::scope(|scope| {
         let limited = scope.spawn(|| matches!(worker.accept_timeout(short), Err(Error::TimedOut)));
         let waiting = scope.spawn(|| worker.accept().unwrap().is_some());
@@ -47,7 +48,7 @@ fn accept_waits_no_longer_than_it_is_told() {
 }
 
 #[test]
-fn shutdown_says_goodbye_and_ends_what_remains_at_the_deadline() {
+fn shutdown_ends_the_remaining_connections_at_its_deadline() {
     let fake = FakeDispatcher::new();
     let (worker, mut peer) = join(&fake);
     let (mut client, ours) = fake.client();
@@ -67,7 +68,7 @@ fn shutdown_says_goodbye_and_ends_what_remains_at_the_deadline() {
 }
 
 #[test]
-fn shutdown_is_over_with_the_last_connection() {
+fn shutdown_returns_with_the_last_connection() {
     let fake = FakeDispatcher::new();
     let (worker, mut peer) = join(&fake);
     let (_client, ours) = fake.client();
@@ -117,17 +118,17 @@ fn a_connection_has_the_number_of_the_dispatchers_log() {
 }
 
 #[test]
-fn the_application_is_told_of_joins_losses_and_the_end_of_drains() {
+fn callbacks_run_for_joins_losses_and_resumes() {
     let fake = FakeDispatcher::new();
     let (worker, peer) = join(&fake);
     let (tell, told) = mpsc::channel();
     let next = || told.recv_timeout(DEADLINE).unwrap();
     let joined = tell.clone();
-    // It may call the worker, as no lock is held; a clone that it owns is let go by `close`.
+    // A callback may call the worker, because no lock is held; `close` drops a clone that it owns.
     let inside = worker.clone();
     worker.on_joined(move |id| joined.send(format!("{id} {}", inside.is_joined())).unwrap());
     assert_eq!(next(), "42 true", "it has joined already");
-    worker.on_lost(|_| panic!("the others are called all the same"));
+    worker.on_lost(|_| panic!("the other callbacks still run"));
     let lost = tell.clone();
     worker.on_lost(move |why| lost.send(why.to_owned()).unwrap());
     let resumed = tell.clone();
@@ -146,7 +147,7 @@ fn the_application_is_told_of_joins_losses_and_the_end_of_drains() {
         notice.encode(&mut record);
         peer.send_bytes(&record, &[]);
     };
-    // Not drained: this means nothing.
+    // The worker is not drained, so this has no effect.
     notice(Channel::Resume(Resume));
     notice(Channel::Drain(Drain::default()));
     assert!(worker.accept().unwrap().is_none());
@@ -155,7 +156,7 @@ fn the_application_is_told_of_joins_losses_and_the_end_of_drains() {
     assert_eq!(next(), "resumed");
     worker.close();
     drop(tell);
-    assert!(told.recv_timeout(DEADLINE).is_err(), "all callbacks are let go");
+    assert!(told.recv_timeout(DEADLINE).is_err(), "all callbacks are dropped");
 }
 
 fn next_update(peer: &Peer) -> Update {
@@ -166,7 +167,7 @@ fn next_update(peer: &Peer) -> Update {
 }
 
 #[test]
-fn weight_and_maximum_are_told_at_once_and_to_the_next_dispatcher() {
+fn weight_and_maximum_reach_this_and_the_next_dispatcher() {
     let fake = FakeDispatcher::new();
     let config = fake.config().weight(2);
     let worker = thread::spawn(move || Worker::connect(config).unwrap());
@@ -195,16 +196,16 @@ fn weight_and_maximum_are_told_at_once_and_to_the_next_dispatcher() {
         again.join().unwrap()
     });
     assert_eq!((peer.hello.weight, peer.hello.max_connections), (7, 5));
-    assert!(next_update(&peer).paused, "said again");
+    assert!(next_update(&peer).paused, "sent again");
     worker.resume_accepting().unwrap();
     assert!(!next_update(&peer).paused);
-    // Nothing was sent twice, and nothing else.
+    // No record is sent twice.
     worker.close();
     assert!(matches!(peer.control_record(), Some(Control::Goodbye(_))));
 }
 
 #[test]
-fn a_paused_worker_claims_nothing_unless_its_dispatcher_dies() {
+fn a_paused_worker_takes_nothing_unless_the_dispatcher_dies() {
     let fake = FakeDispatcher::new();
     let worker = thread::scope(|scope| {
         let worker = scope.spawn(|| Worker::connect(fake.config()).unwrap());
@@ -212,7 +213,8 @@ fn a_paused_worker_claims_nothing_unless_its_dispatcher_dies() {
         let worker = worker.join().unwrap();
         let short = Duration::from_millis(30);
         let pairs: Vec<_> = (0..4).map(|_| fake.client()).collect();
-        // One is taken, one is in the queue, one still on its way; all but the first are offered during the pause.
+        // One is taken, one is in the queue, one is on its way; all but the first are offered
+        // during the pause.
         let entries = peer.send(&[&pairs[0].1, &pairs[1].1]);
         let taken = accept(&worker);
         worker.pause_accepting().unwrap();
@@ -220,14 +222,14 @@ fn a_paused_worker_claims_nothing_unless_its_dispatcher_dies() {
         let late = peer.send_one(&pairs[2].1);
         assert!(matches!(worker.accept_timeout(short), Err(Error::TimedOut)));
         assert!(!peer.taken(&entries[1]) && !peer.taken(&late));
-        // The dispatcher takes them back, as it does when it hears of the pause.
+        // The dispatcher revokes them, as it does when it receives the pause.
         assert_eq!(peer.revoke(&entries[1]), slot::Revoke::Revoked);
         drop(taken);
-        // One that it had no time to take back.
+        // One that the dispatcher had no time to revoke.
         let last = peer.send_one(&pairs[3].1);
         assert!(matches!(worker.accept_timeout(short), Err(Error::TimedOut)));
         let board = peer.die();
-        // It is nobody else's now.
+        // No other worker can get it now.
         for entry in [late, last] {
             let _orphan = worker.accept_timeout(DEADLINE).unwrap().unwrap();
             let state = slot::state(board.slot(entry.slot).unwrap(), entry.seq);

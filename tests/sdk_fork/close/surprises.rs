@@ -1,4 +1,4 @@
-//! Settings, loggers and clocks that are not the usual ones.
+//! Unusual settings, loggers and clocks.
 
 use std::sync::{Mutex, OnceLock, mpsc};
 use std::time::Instant;
@@ -41,7 +41,7 @@ fn no_duration_panics() {
     assert_eq!(worker.shutdown(Duration::MAX), 0);
 }
 
-/// A structured log with the worker's state in every line, as it may be anywhere in the SDK.
+/// A structured log with the worker's state in every line, whichever code of the SDK logs.
 struct Asking;
 
 static WORKER: OnceLock<Worker> = OnceLock::new();
@@ -61,12 +61,12 @@ impl log::Log for Asking {
 
 #[test]
 fn the_logger_may_call_the_worker() {
-    in_child("surprises::logger_child");
+    in_child("close::surprises::logger_child");
 }
 
 #[test]
 fn logger_child() {
-    if !is_child("surprises::logger_child") {
+    if !is_child("close::surprises::logger_child") {
         return;
     }
     log::set_logger(&Asking).unwrap();
@@ -99,8 +99,8 @@ fn logger_child() {
 }
 
 #[test]
-fn without_a_logger_a_worker_that_waits_says_so_once() {
-    let stderr = in_child("surprises::silent_child");
+fn without_a_logger_a_waiting_worker_warns_once() {
+    let stderr = in_child("close::surprises::silent_child");
     let lines: Vec<_> = stderr.lines().filter(|line| line.contains("/nonexistent/")).collect();
     assert_eq!(lines.len(), 1, "{stderr}");
     assert!(lines[0].starts_with("cannot join the dispatcher at /nonexistent/"), "{stderr}");
@@ -108,7 +108,7 @@ fn without_a_logger_a_worker_that_waits_says_so_once() {
 
 #[test]
 fn silent_child() {
-    if !is_child("surprises::silent_child") {
+    if !is_child("close::surprises::silent_child") {
         return;
     }
     let config = WorkerConfig::new()
@@ -130,7 +130,7 @@ fn a_connection_is_as_old_in_a_time_namespace() {
     thread::scope(|scope| {
         let worker = scope.spawn(|| {
             in_child_with(
-                "surprises::elsewhen_child",
+                "close::surprises::elsewhen_child",
                 &unshare,
                 &[("DISPATCH_SOCKET", fake.path())],
             )
@@ -148,7 +148,7 @@ fn a_connection_is_as_old_in_a_time_namespace() {
 
 #[test]
 fn elsewhen_child() {
-    if !is_child("surprises::elsewhen_child") {
+    if !is_child("close::surprises::elsewhen_child") {
         return;
     }
     let worker = Worker::connect(WorkerConfig::from_env().unwrap()).unwrap();
@@ -157,7 +157,7 @@ fn elsewhen_child() {
     connection.write_all(age.as_bytes()).unwrap();
 }
 
-/// What a dispatcher sends whose clock is another one: only the time that is left counts.
+/// The drain of a dispatcher with another clock: only the time left counts.
 #[test]
 fn a_drain_deadline_is_the_time_that_is_left() {
     let fake = FakeDispatcher::new();
@@ -172,7 +172,7 @@ fn a_drain_deadline_is_the_time_that_is_left() {
         Channel::Drain(Drain { deadline_ns, left: Some(left) }).encode(&mut record);
         peer.send_bytes(&record, &[]);
     };
-    // By this clock the deadline has long passed.
+    // By this clock the deadline has passed long ago.
     let hour = Duration::from_secs(3600);
     let began = Instant::now();
     drain(1, hour);
@@ -180,7 +180,7 @@ fn a_drain_deadline_is_the_time_that_is_left() {
     let deadline = told.recv_timeout(DEADLINE).unwrap().unwrap();
     assert!(deadline >= began + hour && deadline <= Instant::now() + hour);
     assert!(is_open(&client));
-    // And here it is centuries away.
+    // By this clock the deadline is centuries away.
     drain(u64::MAX, Duration::ZERO);
     assert!(worker.accept().unwrap().is_none());
     let mut client = client;

@@ -1,11 +1,11 @@
-//! How long to wait between attempts.
+//! The waits between attempts to join.
 
 use std::hash::{BuildHasher, RandomState};
 use std::time::Duration;
 
 const SHORTEST: Duration = Duration::from_millis(1);
 
-/// Doubling waits between two bounds, each shortened at random by up to half.
+/// Exponential back-off between two bounds. Each wait is shortened at random by up to half.
 pub(super) struct Backoff {
     min: Duration,
     max: Duration,
@@ -16,7 +16,7 @@ pub(super) struct Backoff {
 
 impl Backoff {
     pub(super) fn new(min: Duration, max: Duration) -> Backoff {
-        // Shorter ones would keep a processor busy.
+        // Shorter waits would keep a processor busy.
         let (min, max) = (min.max(SHORTEST), max.max(SHORTEST));
         Backoff { min, max, next: min, random: RandomState::new(), draws: 0 }
     }
@@ -29,9 +29,10 @@ impl Backoff {
         let full = self.next;
         self.next = full.saturating_mul(2).min(self.max);
         self.draws += 1;
-        // Randomly keyed by the standard library: spread enough for workers not to return in step.
+        // The standard library chooses the key at random, so that workers do not return at the same
+        // time.
         let share = (self.random.hash_one(self.draws) % 1024) as u32;
-        // Divided first: no wait is too long for this.
+        // Division first, so that no duration overflows.
         full - full / 2 / 1024 * share
     }
 }
@@ -45,7 +46,7 @@ fn the_longest_wait_there_is_does_no_harm() {
 }
 
 #[test]
-fn waits_double_up_to_the_maximum_and_are_shortened_by_at_most_half() {
+fn waits_double_to_the_maximum_and_shrink_by_half_at_most() {
     let (min, max) = (Duration::from_millis(50), Duration::from_millis(300));
     let mut backoff = Backoff::new(min, max);
     for _ in 0..2 {

@@ -13,8 +13,8 @@ use dispatch_protocol::wire::{
     Channel, Drain, Entry, MAX_CHANNEL_RECORD, MAX_FDS_PER_RECORD, Probe,
 };
 
-/// Whether to wait for a record. The flag goes with each call: `O_NONBLOCK` on the channel would be
-/// shared with the dispatcher's duplicate of it.
+/// Whether to wait for a record. The flag belongs to each call, because `O_NONBLOCK` on the channel
+/// would also apply to the dispatcher's duplicate.
 #[derive(Clone, Copy, PartialEq, Eq)]
 pub(super) enum ReceiveMode {
     Blocking,
@@ -24,21 +24,21 @@ pub(super) enum ReceiveMode {
 pub(super) enum Received {
     Handoff {
         arrived: Vec<(Entry, OwnedFd)>,
-        /// Their descriptors did not arrive: this process has no room for more.
+        /// Entries without descriptors: this process has no room for more.
         lost: Vec<Entry>,
     },
     Probe(Probe),
     Drain(Drain),
     Resume,
-    /// Nothing there now.
+    /// No record is available now.
     Empty,
-    /// The dispatcher has closed its end, and everything it sent was received.
+    /// The dispatcher has closed its end, and every record has been received.
     End,
-    /// Not something a dispatcher sends. Every descriptor that came with it is closed.
+    /// Not a valid record of a dispatcher. Its descriptors are closed.
     Broken(String),
 }
 
-/// Bytes of a buffer for [`receive`]: one more than a record may have.
+/// The size of a buffer for [`receive`]: one byte more than the longest record.
 pub(super) const BUFFER: usize = MAX_CHANNEL_RECORD + 1;
 
 pub(super) fn receive(channel: BorrowedFd<'_>, buffer: &mut [u8], mode: ReceiveMode) -> Received {
@@ -76,7 +76,7 @@ pub(super) fn receive(channel: BorrowedFd<'_>, buffer: &mut [u8], mode: ReceiveM
         Channel::Drain(drain) => Received::Drain(drain),
         Channel::Resume(_) => Received::Resume,
         Channel::Handoff(handoff) => {
-            // The kernel installs descriptors in order and stops at the first failure.
+            // The kernel installs the descriptors in order and stops at the first failure.
             let lost = handoff.entries[fds.len()..].to_vec();
             let arrived = handoff.entries.into_iter().zip(fds).collect();
             Received::Handoff { arrived, lost }
@@ -87,7 +87,7 @@ pub(super) fn receive(channel: BorrowedFd<'_>, buffer: &mut [u8], mode: ReceiveM
 pub(super) fn take_fds(ancillary: &mut RecvAncillaryBuffer<'_>) -> Vec<OwnedFd> {
     let mut fds = Vec::new();
     for message in ancillary.drain() {
-        // Credentials, and whatever later versions of the kernel add, are not ours to judge.
+        // Other messages, such as credentials, are ignored.
         if let RecvAncillaryMessage::ScmRights(rights) = message {
             fds.extend(rights);
         }

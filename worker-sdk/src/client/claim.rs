@@ -1,4 +1,5 @@
-//! Claiming keys: telling the dispatcher that a client is ours from its next connection on. Never waits.
+//! Claims of keys: from its next connection on, a client with the key comes to this worker. A claim
+//! never waits.
 
 use std::fmt;
 use std::io;
@@ -10,15 +11,15 @@ use super::join::Session;
 use super::worker_core::{Link, WorkerCore};
 use dispatch_protocol::wire::{Claim, Features, MAX_KEY};
 
-/// Why a key was not claimed. The application goes on as if it had not tried: the client is served wherever the
-/// dispatcher sends it, and is remembered there.
+/// Why a key was not claimed. The application can continue as if it had not tried: the dispatcher
+/// places the client as usual and remembers the place.
 ///
 /// ```
 /// use worker_sdk::{ClaimError, Worker, WorkerConfig};
 ///
 /// # fn main() -> Result<(), worker_sdk::Error> {
 /// let worker = Worker::connect(WorkerConfig::new().listen("127.0.0.1:0"))?;
-/// assert_eq!(worker.claim("6f1d29"), Ok(()), "alone, everything is ours");
+/// assert_eq!(worker.claim("6f1d29"), Ok(()), "without a dispatcher every claim succeeds");
 /// assert_eq!(worker.claim(""), Err(ClaimError::Key));
 /// # Ok(())
 /// # }
@@ -28,11 +29,12 @@ use dispatch_protocol::wire::{Claim, Features, MAX_KEY};
 pub enum ClaimError {
     /// The key is empty, or longer than [`MAX_KEY`] bytes.
     Key,
-    /// The dispatcher is away, or this worker is closed or the fork of one.
+    /// The worker has not joined, is closed, or is a forked copy.
     NotJoined,
-    /// The dispatcher's pool had no `affinity.key` when this worker joined, or it is a version that does not know claims.
+    /// The pool had no `affinity.key` when this worker joined, or the dispatcher is a version
+    /// without claims.
     NoAffinity,
-    /// The dispatcher has yet to read earlier claims. Trying again later may help.
+    /// The dispatcher has not read earlier claims yet. Trying again later may help.
     Busy,
 }
 
@@ -40,9 +42,9 @@ impl fmt::Display for ClaimError {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         match self {
             ClaimError::Key => write!(f, "a key to claim has 1 to {MAX_KEY} bytes"),
-            ClaimError::NotJoined => f.write_str("no dispatcher has this worker now"),
+            ClaimError::NotJoined => f.write_str("the worker is not joined to a dispatcher now"),
             ClaimError::NoAffinity => f.write_str(
-                "this pool knew no keys when the worker joined: set its affinity.key in the dispatcher's \
+                "the pool had no affinity key when the worker joined: set its affinity.key in the dispatcher's \
                  configuration, and join again if it has been set since",
             ),
             ClaimError::Busy => {
@@ -73,7 +75,8 @@ impl WorkerCore {
         if !self.process().is_current() {
             return Err(ClaimError::NotJoined);
         }
-        // Sent under the lock, which nobody holds while waiting: so a claim never follows a goodbye.
+        // Sent under the lock, which no thread holds while it waits. So a claim never follows a
+        // goodbye.
         match &self.lock().link {
             Link::Joined { session, .. } => session.claim(&claim),
             Link::Standalone { .. } => Ok(()),

@@ -1,16 +1,16 @@
-//! Moments that are computed from settings: no duration, however long, overflows.
+//! Times computed from settings. No duration overflows.
 
 use std::time::{Duration, Instant};
 
-/// As good as never, and still within every clock.
+/// Longer than any process runs, and within the range of every clock.
 const FAR: Duration = Duration::from_secs(100 * 366 * 24 * 3600);
 
-/// The moment after `delay`; a hundred years from now at the latest.
+/// The time after `delay`, at most a hundred years from now.
 pub(super) fn after(delay: Duration) -> Instant {
     Instant::now() + delay.min(FAR)
 }
 
-/// A time-out that the kernel's timers take.
+/// A timeout within the range of the kernel's timers.
 pub(super) fn bounded(delay: Duration) -> Duration {
     delay.min(FAR)
 }

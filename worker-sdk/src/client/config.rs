@@ -1,4 +1,4 @@
-//! A worker's settings: their defaults, how to read them from a file or the environment, and their checks.
+//! The settings of a worker: defaults, sources (file, environment) and checks.
 
 use std::ffi::OsString;
 use std::fmt;
@@ -12,16 +12,16 @@ use super::error::Error;
 use super::sample::Sampling;
 use dispatch_protocol::wire::{MAX_NAME, Token, is_hidden, is_name};
 
-/// File descriptors the default `max_connections` leaves to the rest of the program.
+/// File descriptors that the default of `max_connections` leaves for the rest of the program.
 const FD_RESERVE: u64 = 64;
 
-/// Measuring more often than this would be measuring itself.
+/// A shorter interval would mostly measure the sampler.
 const MIN_SAMPLE: Duration = Duration::from_millis(10);
 
-/// What a worker needs to know to join a dispatcher, or to listen by itself.
+/// Settings of a worker that joins a dispatcher, or listens itself.
 ///
-/// Every field has a default, and a method of the same name that sets it. What is wrong is said when a worker is
-/// made of it.
+/// Every field has a default, and a method of the same name that sets it. Creating a worker checks
+/// the settings.
 ///
 /// ```
 /// use std::time::Duration;
@@ -31,7 +31,7 @@ const MIN_SAMPLE: Duration = Duration::from_millis(10);
 ///     .dispatch_socket("/run/dispatcher/dispatch.sock")
 ///     .pool("web")
 ///     .name("web-1")
-///     .weight(2) // Twice the share of a worker with weight 1.
+///     .weight(2) // Twice the share of weight 1.
 ///     .priority(0)
 ///     .max_connections(1000)
 ///     .join_timeout(Duration::from_secs(30))
@@ -40,9 +40,10 @@ const MIN_SAMPLE: Duration = Duration::from_millis(10);
 /// assert_eq!(config.pool, "web");
 /// ```
 ///
-/// It can be part of the application's own configuration. Unknown keys are errors there; durations are strings as in
-/// the dispatcher's configuration: `"250ms"`, `"10s"`, `"1m 30s"`. It can be written, too, for example to show what is in
-/// force; the token, a secret, is left out.
+/// The settings can be part of the application's own configuration. Unknown keys are errors;
+/// durations are strings as in the dispatcher's configuration: `"250ms"`, `"10s"`, `"1m 30s"`. The
+/// settings can also be written, for example to show the values in force; the secret token is left
+/// out.
 ///
 /// ```
 /// # fn main() -> Result<(), Box<dyn std::error::Error>> {
@@ -63,7 +64,7 @@ const MIN_SAMPLE: Duration = Duration::from_millis(10);
 /// assert_eq!(config.worker.weight, 1);
 /// # assert_eq!(config.greeting, "hello");
 ///
-/// // What the environment says comes first: so a dispatcher can start this program, too.
+/// // The environment has priority, so that a dispatcher can start this program.
 /// let config = config.worker.with_env()?;
 /// # let _ = config;
 /// # Ok(())
@@ -73,7 +74,7 @@ const MIN_SAMPLE: Duration = Duration::from_millis(10);
 #[serde(default, deny_unknown_fields)]
 #[non_exhaustive]
 pub struct WorkerConfig {
-    /// The dispatcher's dispatch socket. `DISPATCH_SOCKET`. Default: none, which needs `listen`.
+    /// The path of the dispatch socket. `DISPATCH_SOCKET`. Default: none, which needs `listen`.
     #[serde(skip_serializing_if = "Option::is_none")]
     pub dispatch_socket: Option<PathBuf>,
     /// The pool to join: 1 to 64 bytes without spaces. `DISPATCH_POOL`. Default: `default`.
@@ -81,39 +82,44 @@ pub struct WorkerConfig {
     /// A name for people, in status and logs. `DISPATCH_NAME`. Default: `<program>-<pid>`.
     #[serde(skip_serializing_if = "Option::is_none")]
     pub name: Option<String>,
-    /// Share of the load relative to the pool's other workers, 1 to 65,535. `DISPATCH_WEIGHT`. Default: 1.
+    /// Share of the load relative to the pool's other workers, 1 to 65,535. `DISPATCH_WEIGHT`.
+    /// Default: 1.
     pub weight: u16,
     /// For pools that prefer some workers; higher first. `DISPATCH_PRIORITY`. Default: 0.
     pub priority: u16,
-    /// Most connections to hold at once, at least 1. `DISPATCH_MAX_CONNECTIONS`. Default: the soft
-    /// limit of open files less 64, read when the worker is made; the limit itself is left alone.
+    /// The largest number of connections at once, at least 1. `DISPATCH_MAX_CONNECTIONS`. Default:
+    /// the soft limit of open files less 64, read when the worker is created; the SDK does not
+    /// change the limit.
     #[serde(skip_serializing_if = "Option::is_none")]
     pub max_connections: Option<u32>,
-    /// Without a dispatch socket: the address to listen on, `127.0.0.1:8080`, `[::]:8080` or
-    /// `unix:/path`. Ignored when there is a dispatch socket. `DISPATCH_LISTEN`. Default: none.
+    /// The address to listen on without a dispatch socket: `127.0.0.1:8080`, `[::]:8080` or
+    /// `unix:/path`. Ignored with a dispatch socket. `DISPATCH_LISTEN`. Default: none.
     #[serde(skip_serializing_if = "Option::is_none")]
     pub listen: Option<String>,
-    /// How long the first join may take. `DISPATCH_JOIN_TIMEOUT`. Default: none, wait for a late dispatcher for ever.
+    /// The longest time for the first join. `DISPATCH_JOIN_TIMEOUT`. Default: none; the worker
+    /// waits for the dispatcher without limit.
     #[serde(deserialize_with = "optional_duration", serialize_with = "write_optional_duration")]
     #[serde(skip_serializing_if = "Option::is_none")]
     pub join_timeout: Option<Duration>,
-    /// Wait before the second attempt to connect; it doubles with every failure, and each wait is
-    /// shortened by up to half at random, so that workers do not come back all at once. Default: 50 ms;
-    /// less than 1 ms counts as 1 ms.
+    /// The wait before the second attempt to connect. It doubles with every failure, and each wait
+    /// is shortened by up to half at random, so that workers do not return at the same time.
+    /// Default: 50 ms; less than 1 ms counts as 1 ms.
     #[serde(deserialize_with = "duration", serialize_with = "write_duration")]
     pub reconnect_min: Duration,
-    /// Longest wait between two attempts. Default: 5 s.
+    /// The longest wait between two attempts. Default: 5 s.
     #[serde(deserialize_with = "duration", serialize_with = "write_duration")]
     pub reconnect_max: Duration,
-    /// Whether to measure the machine and this process for pools that choose by it (gauges
-    /// [`system_cpu`, `free_memory`, `process_cpu`, `process_rss`](dispatch_protocol::scoreboard::gauge::names)): `auto` (what the
-    /// pool scores by), `always` (all four) or `never`. It takes a thread that sleeps. In a container the two of the system are
-    /// the host's. `DISPATCH_SAMPLE`. Default: `auto`.
+    /// Whether to measure the machine and this process for pools that score by it (gauges
+    /// [`system_cpu`, `free_memory`, `process_cpu`,
+    /// `process_rss`](dispatch_protocol::scoreboard::gauge::names)): `auto` (the gauges that the
+    /// pool uses), `always` (all four) or `never`. A thread takes the samples. In a container the
+    /// two system values are those of the host. `DISPATCH_SAMPLE`. Default: `auto`.
     pub sample: Sampling,
-    /// How often that is; at least 10 ms. `DISPATCH_SAMPLE_INTERVAL`. Default: 1 s.
+    /// The interval of these samples, at least 10 ms. `DISPATCH_SAMPLE_INTERVAL`. Default: 1 s.
     #[serde(deserialize_with = "duration", serialize_with = "write_duration")]
     pub sample_interval: Duration,
-    /// Proof that the dispatcher started this process: 32 hexadecimal digits. `DISPATCH_TOKEN`. Default: none.
+    /// Proof that the dispatcher started this process: 32 hexadecimal digits. `DISPATCH_TOKEN`.
+    /// Default: none.
     #[serde(deserialize_with = "optional_token", skip_serializing)]
     pub token: Option<Token>,
 }
@@ -139,7 +145,7 @@ impl Default for WorkerConfig {
 }
 
 impl WorkerConfig {
-    /// All defaults. It lacks a dispatch socket or an address to listen on.
+    /// The defaults. They have neither a dispatch socket nor an address to listen on.
     pub fn new() -> WorkerConfig {
         WorkerConfig::default()
     }
@@ -147,7 +153,7 @@ impl WorkerConfig {
     /// Defaults, overridden by the environment; see [`with_env`](WorkerConfig::with_env).
     ///
     /// # Errors
-    /// [`Error::Config`] names the variable and what is wrong with it.
+    /// [`Error::Config`] has the variable and the problem.
     ///
     /// ```no_run
     /// # fn main() -> Result<(), worker_sdk::Error> {
@@ -160,16 +166,17 @@ impl WorkerConfig {
         WorkerConfig::default().with_env()
     }
 
-    /// Overrides what the environment sets: `DISPATCH_SOCKET`, `DISPATCH_POOL`, `DISPATCH_NAME`,
-    /// `DISPATCH_WEIGHT`, `DISPATCH_PRIORITY`, `DISPATCH_MAX_CONNECTIONS`, `DISPATCH_LISTEN`,
-    /// `DISPATCH_JOIN_TIMEOUT`, `DISPATCH_SAMPLE`, `DISPATCH_SAMPLE_INTERVAL`, `DISPATCH_TOKEN`. An empty variable is one that is not set. What is set afterwards overrides the environment.
+    /// Overrides settings with the environment: `DISPATCH_SOCKET`, `DISPATCH_POOL`,
+    /// `DISPATCH_NAME`, `DISPATCH_WEIGHT`, `DISPATCH_PRIORITY`, `DISPATCH_MAX_CONNECTIONS`,
+    /// `DISPATCH_LISTEN`, `DISPATCH_JOIN_TIMEOUT`, `DISPATCH_SAMPLE`, `DISPATCH_SAMPLE_INTERVAL`,
+    /// `DISPATCH_TOKEN`. An empty variable counts as not set. Later calls override the environment.
     ///
     /// # Errors
-    /// [`Error::Config`] names the variable and what is wrong with it.
+    /// [`Error::Config`] has the variable and the problem.
     ///
     /// ```
     /// # fn main() -> Result<(), worker_sdk::Error> {
-    /// // Started without any variable, as a developer does: listens by itself.
+    /// // Without these variables, as on a developer's machine, the worker listens itself.
     /// let config = worker_sdk::WorkerConfig::new().listen("127.0.0.1:8080").with_env()?;
     /// assert!(config.listen.is_some());
     /// # Ok(())
@@ -237,7 +244,7 @@ impl WorkerConfig {
         if let Some(token) = text("DISPATCH_TOKEN")? {
             let parsed = token.parse::<Token>();
             self.token = Some(parsed.map_err(|_| {
-                // The value is a secret, so the message does not repeat it.
+                // The value is a secret, so the message does not contain it.
                 Error::config("DISPATCH_TOKEN", "is not 32 hexadecimal digits")
             })?);
         }
@@ -309,21 +316,24 @@ impl WorkerConfig {
         self
     }
 
-    /// Sets [`reconnect_min`](WorkerConfig::reconnect_min) and [`reconnect_max`](WorkerConfig::reconnect_max).
+    /// Sets [`reconnect_min`](WorkerConfig::reconnect_min) and
+    /// [`reconnect_max`](WorkerConfig::reconnect_max).
     #[must_use]
     pub fn reconnect(mut self, min: Duration, max: Duration) -> Self {
         (self.reconnect_min, self.reconnect_max) = (min, max);
         self
     }
 
-    /// Sets [`sample`](WorkerConfig::sample) and [`sample_interval`](WorkerConfig::sample_interval).
+    /// Sets [`sample`](WorkerConfig::sample) and
+    /// [`sample_interval`](WorkerConfig::sample_interval).
     #[must_use]
     pub fn sample(mut self, sampling: Sampling, interval: Duration) -> Self {
         (self.sample, self.sample_interval) = (sampling, interval);
         self
     }
 
-    /// Sets [`token`](WorkerConfig::token). Rarely needed: [`with_env`](WorkerConfig::with_env) finds it.
+    /// Sets [`token`](WorkerConfig::token). Rarely necessary: [`with_env`](WorkerConfig::with_env)
+    /// sets it.
     ///
     /// ```
     /// # fn main() -> Result<(), dispatch_protocol::wire::WireError> {
@@ -338,7 +348,7 @@ impl WorkerConfig {
         self
     }
 
-    /// Checks every field, so that nothing wrong is found out only when the dispatcher refuses it.
+    /// Checks every field, so that the dispatcher does not have to refuse it.
     pub(crate) fn check(&self) -> Result<(), Error> {
         checked_name("pool", self.pool.clone())?;
         if let Some(name) = &self.name {
@@ -369,7 +379,7 @@ impl WorkerConfig {
         Ok(())
     }
 
-    /// The name to send: the one set, or made from the program and the pid.
+    /// The name for the hello: the configured one, or program name and pid.
     pub(crate) fn effective_name(&self) -> String {
         match &self.name {
             Some(name) => name.clone(),
@@ -426,7 +436,7 @@ where
     }
 }
 
-/// What the dispatcher's configuration takes, too: `250ms`, `10s`, `1m 30s`, `2h`.
+/// The durations of the dispatcher's configuration: `250ms`, `10s`, `1m 30s`, `2h`.
 fn parse_duration(text: &str) -> Result<Duration, String> {
     humantime::parse_duration(text).map_err(|error| {
         format!(
@@ -453,7 +463,7 @@ fn write_duration<S: serde::Serializer>(
     duration: &Duration,
     serializer: S,
 ) -> Result<S::Ok, S::Error> {
-    // Years are the largest unit, and what is written is to be read again.
+    // The output must be readable again, and years are the largest unit.
     let duration = clock::bounded(*duration);
     serializer.collect_str(&humantime::format_duration(duration))
 }
@@ -484,7 +494,7 @@ where
     let Some(text) = Option::<String>::deserialize(deserializer)? else {
         return Ok(None);
     };
-    // The value is a secret, so the message does not repeat it.
+    // The value is a secret, so the message does not contain it.
     text.parse()
         .map(Some)
         .map_err(|_| serde::de::Error::custom("token is not 32 hexadecimal digits"))

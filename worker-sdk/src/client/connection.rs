@@ -10,7 +10,7 @@ use std::time::{Duration, Instant, SystemTime};
 use super::guard::{CountedStream, Guard};
 use crate::PeerAddr;
 
-/// What the dispatcher says of a connection.
+/// What the dispatcher states about a connection.
 #[derive(Clone, Debug)]
 pub(crate) struct Origin {
     pub(crate) peer: PeerAddr,
@@ -19,8 +19,8 @@ pub(crate) struct Origin {
     pub(crate) number: Option<u64>,
 }
 
-/// When a connection was accepted. The time that has passed goes by a clock that is never set, from the moment on at which
-/// the application took the connection.
+/// When a connection was accepted. Its age uses a clock that is never set, from the moment the
+/// application took the connection.
 #[derive(Clone, Copy, Debug)]
 pub(crate) struct AcceptTime {
     at: SystemTime,
@@ -29,8 +29,8 @@ pub(crate) struct AcceptTime {
 }
 
 impl AcceptTime {
-    /// `accepted` and `now` by `CLOCK_REALTIME`, which is the same in every time namespace. A time to come means that the
-    /// clock was set back: then it is now.
+    /// `accepted` and `now` are `CLOCK_REALTIME`, which is the same in every time namespace. An
+    /// accept time in the future means that the clock was set back; it then counts as now.
     pub(crate) fn new(accepted: Duration, now: Duration) -> AcceptTime {
         let accepted = accepted.min(now);
         let at = SystemTime::UNIX_EPOCH.checked_add(accepted).unwrap_or(SystemTime::UNIX_EPOCH);
@@ -52,21 +52,21 @@ impl Origin {
     }
 }
 
-/// A connection as the core hands it out, for a layer to wrap.
+/// A connection from the core, for a layer to wrap.
 pub(crate) struct Accepted {
-    /// Also of a Unix client: reading, writing and options go by the descriptor, and the standard
-    /// library asks the kernel for the kind only where addresses are concerned.
+    /// Also a Unix socket: reads, writes and options use the descriptor, and the standard library
+    /// asks the kernel for the kind of socket only for addresses.
     pub(crate) stream: TcpStream,
-    /// Known to be in non-blocking mode. Otherwise its mode is not known.
+    /// Whether the socket is known to be in non-blocking mode; otherwise its mode is unknown.
     pub(crate) nonblocking: bool,
     pub(crate) guard: Guard,
     pub(crate) origin: Origin,
 }
 
-/// A live connection. It counts as held until its last handle is dropped.
+/// A live connection. It counts as live until its last handle is dropped.
 ///
-/// Read and write it like a [`TcpStream`]; `&Connection` reads and writes, too. It starts in blocking
-/// mode, or non-blocking when it comes from the mio layer.
+/// Read and write it like a [`TcpStream`]; `&Connection` reads and writes, too. It starts in
+/// blocking mode, with the mio layer in non-blocking mode.
 ///
 /// ```no_run
 /// use std::io::{Read, Write};
@@ -83,28 +83,32 @@ pub(crate) struct Accepted {
 ///     let n = connection.read(&mut buffer)?;
 ///     connection.write_all(&buffer[..n])?;
 ///
-///     // No more from us; the client's last words are still read.
+///     // End the sending direction, then read until the client ends.
 ///     connection.shutdown(std::net::Shutdown::Write)?;
 ///     std::io::copy(&mut connection, &mut std::io::sink())?;
 ///     Ok(())
 /// }
 /// ```
 ///
-/// A clone is another handle of the same connection, with the same file descriptor: they share its
-/// blocking mode, time-outs and options. Dropping the last handle closes the socket, and then counts.
+/// A clone is another handle of the same connection with the same file descriptor, so the handles
+/// share blocking mode, timeouts and options. Dropping the last handle closes the socket, then
+/// counts the end.
 ///
 /// # Closing
-/// As long as only the SDK has had the descriptor, dropping the last handle ends the connection: the client sees its end at
-/// once, although the dispatcher may still have a copy. Once the descriptor has left the SDK's control, anything may serve
-/// the connection: a child process, a thread with a duplicate, another library. Then dropping the last handle only closes
-/// this descriptor, as it would with a [`TcpStream`], and the dispatcher closes its copy at once; the client sees the end when
-/// the last holder has closed. The descriptor leaves with [`as_fd`](AsFd::as_fd), [`as_raw_fd`](AsRawFd::as_raw_fd),
-/// [`as_tcp`](Connection::as_tcp), [`into_parts`](Connection::into_parts), [`into_fd`](Connection::into_fd), and with a child
-/// that is forked while the connection is there. (A child made by a raw `clone` system call is not noticed.) A forked child's
-/// own copy of a `Connection` just closes.
+/// While only the SDK has the descriptor, dropping the last handle ends the connection: the client
+/// sees the end immediately, although the dispatcher may still have a copy. Once the descriptor has
+/// left the SDK's control, a child process, a thread with a duplicate or another library may serve
+/// the connection. Then dropping the last handle only closes this descriptor, as with a
+/// [`TcpStream`], and the dispatcher closes its copy immediately; the client sees the end when the
+/// last holder has closed. The descriptor leaves with [`as_fd`](AsFd::as_fd),
+/// [`as_raw_fd`](AsRawFd::as_raw_fd), [`as_tcp`](Connection::as_tcp),
+/// [`into_parts`](Connection::into_parts), [`into_fd`](Connection::into_fd), and with a child
+/// forked while the connection exists. (A child of a raw `clone` system call is not noticed.) The
+/// copy of a `Connection` in a forked child only closes.
 ///
-/// The connection counts for this worker until its last handle is dropped, whatever else serves it. So a parent that gives
-/// connections to children keeps its handle until the child has ended; the example `inetd` shows it.
+/// The connection counts for this worker until its last handle is dropped. So a parent that passes
+/// connections to children keeps its handle until the child has ended; the example `inetd` shows
+/// this.
 #[derive(Clone)]
 pub struct Connection(Arc<Inner>);
 
@@ -125,27 +129,29 @@ impl Connection {
         &self.0.held.stream
     }
 
-    /// Where the client connected from, as the dispatcher saw it.
+    /// The address that the client connected from, as the dispatcher saw it.
     pub fn peer_addr(&self) -> PeerAddr {
         self.0.origin.peer
     }
 
-    /// The name of the dispatcher's listener the client connected to; empty if it has none, without a dispatcher, and
-    /// for a listener that the dispatcher has had only since after this worker joined.
+    /// The name of the dispatcher's listener that the client connected to. Empty without a
+    /// dispatcher, and for a listener added after this worker joined.
     pub fn listener(&self) -> &str {
         self.0.origin.listener()
     }
 
-    /// When the dispatcher accepted the connection (without a dispatcher, this process), by the system's clock.
+    /// When the dispatcher (without a dispatcher, this process) accepted the connection, by the
+    /// system's clock.
     pub fn accepted_at(&self) -> SystemTime {
         self.0.origin.accepted.at()
     }
 
-    /// How long ago the connection was accepted. Right after [`accept`](crate::Worker::accept) it is the time that the client has
-    /// waited for this worker, but for the time in the kernel's queue: a dispatcher whose workers are all full accepts nothing.
+    /// The time since the connection was accepted. Immediately after
+    /// [`accept`](crate::Worker::accept) it is the time that the client has waited for this worker,
+    /// without the time in the kernel's queue: a dispatcher with full workers accepts nothing.
     ///
-    /// The same in every time namespace. Only a clock that is set between the dispatcher's accept and the worker's makes it
-    /// wrong.
+    /// The same in every time namespace. It is wrong only if the clock is set between the accept by
+    /// the dispatcher and the take by the worker.
     ///
     /// ```no_run
     /// # use std::time::Duration;
@@ -154,7 +160,7 @@ impl Connection {
     /// if let Some(connection) = worker.accept()? {
     ///     if connection.age() < Duration::from_secs(10) {
     ///         serve(connection);
-    ///     } // Otherwise dropped: the client has probably given up.
+    ///     } // An older one is dropped: the client has probably given up.
     /// }
     /// # Ok(())
     /// # }
@@ -163,16 +169,16 @@ impl Connection {
         self.0.origin.accepted.age()
     }
 
-    /// The dispatcher's number of this connection, as its log shows it (`conn=`), for the application's own log; `None`
-    /// without a dispatcher, and with one of an older version.
+    /// The dispatcher's number of this connection, `conn=` in its log, for the log of the
+    /// application. `None` without a dispatcher or with one of an older version.
     pub fn number(&self) -> Option<u64> {
         self.0.origin.number
     }
 
-    /// The address the client connected to.
+    /// The address that the client connected to.
     ///
     /// # Errors
-    /// What the system says.
+    /// The error of the system call.
     pub fn local_addr(&self) -> io::Result<PeerAddr> {
         match self.tcp() {
             Some(stream) => stream.local_addr().map(PeerAddr::from),
@@ -180,7 +186,7 @@ impl Connection {
         }
     }
 
-    /// Reads without taking: the next read gets the same bytes.
+    /// Reads without removing: the next read returns the same bytes.
     ///
     /// # Errors
     /// As reading.
@@ -188,15 +194,15 @@ impl Connection {
         self.stream().peek(buffer)
     }
 
-    /// Another handle of the same connection: a [`clone`](Clone::clone) under the name that the standard library's
-    /// streams use.
+    /// Another handle of the same connection: a [`clone`](Clone::clone), with the name from the
+    /// standard library's streams.
     ///
     /// # Errors
-    /// None; the type is that of [`TcpStream::try_clone`], so that code written for one takes the other.
+    /// None. The type is that of [`TcpStream::try_clone`], so that code for one accepts the other.
     ///
     /// ```no_run
     /// # fn relay(connection: worker_sdk::Connection, mut backend: std::net::TcpStream) -> std::io::Result<()> {
-    /// // One thread for each direction. The connection ends, and is counted, with the later one.
+    /// // One thread for each direction. The connection ends when both have ended.
     /// let (mut reader, mut to_backend) = (connection.try_clone()?, backend.try_clone()?);
     /// std::thread::spawn(move || std::io::copy(&mut reader, &mut to_backend));
     /// std::io::copy(&mut backend, &mut &connection)?;
@@ -207,25 +213,26 @@ impl Connection {
         Ok(self.clone())
     }
 
-    /// The stream for another library to own, and the guard that counts it.
+    /// The stream for another library to own, and the guard that counts the connection.
     ///
-    /// Drop the guard after the stream is closed: it has the dispatcher close its copy. From here on nothing shuts the
-    /// connection down but its new owner: see [`Guard::must_shut_down`].
+    /// Drop the guard after closing the stream: then the dispatcher closes its copy. From here on
+    /// only the new owner shuts the connection down: see [`Guard::must_shut_down`].
     ///
-    /// The stream of a Unix client is given as a [`TcpStream`], too; everything but addresses and TCP
-    /// options works, and `UnixStream::from(OwnedFd::from(stream))` makes it the other type. See [`Guard`] for an
-    /// example.
+    /// The stream of a Unix client is a [`TcpStream`], too. Everything except addresses and TCP
+    /// options works, and `UnixStream::from(OwnedFd::from(stream))` converts it. See [`Guard`] for
+    /// an example.
     ///
     /// # Errors
-    /// When the process has no file descriptor to spare; the connection is closed then, unless it has other handles.
+    /// If the process has no file descriptor left. Then the connection is closed, unless it has
+    /// other handles.
     pub fn into_parts(self) -> io::Result<(TcpStream, Guard)> {
-        // The guard's clone keeps our own handle's end from being taken for the connection's.
+        // With this clone of the guard, the drop of this handle is not the end of the connection.
         let guard = self.0.held.guard.clone();
-        let stream = guard.part(self.stream())?;
+        let stream = guard.duplicate(self.stream())?;
         Ok((stream, guard))
     }
 
-    /// The same as a descriptor, whatever kind of socket it is: for a child process, or a Unix client.
+    /// The descriptor, for any kind of socket, and the guard: for a child process or a Unix client.
     ///
     /// # Errors
     /// As [`into_parts`](Connection::into_parts).
@@ -238,7 +245,7 @@ impl Connection {
     /// let mut child = Command::new("/usr/bin/rev").stdin(fd.try_clone()?).stdout(Stdio::from(fd)).spawn()?;
     /// std::thread::spawn(move || {
     ///     let _ = child.wait();
-    ///     drop(guard); // Counted as ended when the child has ended.
+    ///     drop(guard); // The connection has ended with the child.
     /// });
     /// # Ok(())
     /// # }
@@ -248,8 +255,8 @@ impl Connection {
         Ok((stream.into(), guard))
     }
 
-    /// The stream, for its other options; `None` for a Unix client. From here on dropping the connection only closes it: see
-    /// [Closing](Connection#closing).
+    /// The stream, for other options; `None` for a Unix client. From here on, dropping the
+    /// connection only closes it: see [Closing](Connection#closing).
     ///
     /// ```no_run
     /// # fn print(connection: &worker_sdk::Connection) -> std::io::Result<()> {
@@ -264,7 +271,7 @@ impl Connection {
         self.tcp()
     }
 
-    /// For the mio layer, which does not give it away.
+    /// For the mio layer, which keeps the descriptor inside the SDK.
     #[cfg(feature = "mio")]
     pub(crate) fn registered_fd(&self) -> RawFd {
         self.stream().as_raw_fd()
@@ -277,18 +284,19 @@ impl Connection {
         }
     }
 
-    /// Sends small writes at once (`TCP_NODELAY`). Does nothing for a Unix client.
+    /// Sends small writes immediately (`TCP_NODELAY`). Does nothing for a Unix client.
     ///
     /// # Errors
-    /// What the system says.
+    /// The error of the system call.
     pub fn set_nodelay(&self, nodelay: bool) -> io::Result<()> {
         self.tcp().map_or(Ok(()), |stream| stream.set_nodelay(nodelay))
     }
 
-    /// Makes reads and writes return [`io::ErrorKind::WouldBlock`] instead of waiting; for all handles.
+    /// Makes reads and writes return [`io::ErrorKind::WouldBlock`] instead of waiting, for all
+    /// handles.
     ///
     /// # Errors
-    /// What the system says.
+    /// The error of the system call.
     ///
     /// ```no_run
     /// # fn peek(mut connection: worker_sdk::Connection) -> std::io::Result<()> {
@@ -307,7 +315,7 @@ impl Connection {
         self.stream().set_nonblocking(nonblocking)
     }
 
-    /// How long a read may wait; `None` for ever.
+    /// The longest wait of a read; `None` for no limit.
     ///
     /// # Errors
     /// [`io::ErrorKind::InvalidInput`] for a zero duration.
@@ -315,7 +323,7 @@ impl Connection {
         self.stream().set_read_timeout(timeout)
     }
 
-    /// How long a write may wait; `None` for ever.
+    /// The longest wait of a write; `None` for no limit.
     ///
     /// # Errors
     /// [`io::ErrorKind::InvalidInput`] for a zero duration.
@@ -323,10 +331,10 @@ impl Connection {
         self.stream().set_write_timeout(timeout)
     }
 
-    /// Ends one or both directions for all handles and processes.
+    /// Ends one or both directions, for all handles and processes.
     ///
     /// # Errors
-    /// What the system says, such as [`io::ErrorKind::NotConnected`].
+    /// The error of the system call, such as [`io::ErrorKind::NotConnected`].
     pub fn shutdown(&self, how: Shutdown) -> io::Result<()> {
         self.stream().shutdown(how)
     }
@@ -374,7 +382,8 @@ impl Write for Connection {
     }
 }
 
-/// From here on the SDK does not know who has the descriptor: dropping the connection only closes it. See [`Connection`].
+/// From here on the SDK does not know which code has the descriptor: dropping the connection only
+/// closes it. See [`Connection`].
 impl AsFd for Connection {
     fn as_fd(&self) -> BorrowedFd<'_> {
         self.0.held.guard.expose();
@@ -382,7 +391,7 @@ impl AsFd for Connection {
     }
 }
 
-/// As with [`AsFd`], dropping the connection only closes it from here on.
+/// As with [`AsFd`]: from here on dropping the connection only closes it.
 impl AsRawFd for Connection {
     fn as_raw_fd(&self) -> RawFd {
         self.0.held.guard.expose();
@@ -405,14 +414,14 @@ mod tests {
     use super::*;
 
     #[test]
-    fn the_time_since_the_accept_goes_by_a_clock_that_is_never_set() {
+    fn the_age_uses_a_clock_that_is_never_set() {
         let (one, ten) = (Duration::from_secs(1), Duration::from_secs(10));
         let accepted = AcceptTime::new(one, ten);
         assert_eq!(accepted.at(), SystemTime::UNIX_EPOCH + one);
         assert!(accepted.age() >= ten - one && accepted.age() < ten * 10);
 
         let set_back = AcceptTime::new(ten, one);
-        assert_eq!(set_back.at(), SystemTime::UNIX_EPOCH + one, "no time to come");
+        assert_eq!(set_back.at(), SystemTime::UNIX_EPOCH + one, "never in the future");
         assert!(set_back.age() < ten);
         let strange = AcceptTime::new(Duration::ZERO, Duration::MAX);
         assert_eq!(strange.age(), Duration::MAX, "no overflow");

@@ -1,8 +1,8 @@
-//! Being drained: telling the application, waiting for the deadline, ending what is left then.
+//! Drains: runs the callbacks, waits for the deadline, then ends the remaining connections.
 //!
-//! Owns the threads on which that happens, one for each: an application's callback may do what it likes, wait for its last
-//! connection or panic, and the deadline comes all the same; and it comes when nobody is in `accept`. A thread lives only
-//! while there is something to tell or to wait for.
+//! This module owns two threads, one for the callbacks and one for the deadline. So a callback may
+//! block or panic without delaying the deadline, and the deadline comes even if no thread is in
+//! `accept`. A thread exists only while it has work.
 
 use std::fmt;
 use std::panic::{AssertUnwindSafe, catch_unwind};
@@ -16,14 +16,15 @@ use super::log_queue::log_now;
 use super::worker_core::WorkerCore;
 use dispatch_protocol::wire;
 
-/// What the dispatcher said when it began to drain this worker. See [`Worker::on_drain`](crate::Worker::on_drain).
+/// A drain of this worker, as announced by the dispatcher. See
+/// [`Worker::on_drain`](crate::Worker::on_drain).
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct Drain {
     deadline: Option<Instant>,
 }
 
 impl Drain {
-    /// When the connections that are still live will be shut down; `None` for never.
+    /// When the remaining live connections are shut down; `None` for never.
     pub fn deadline(&self) -> Option<Instant> {
         self.deadline
     }
@@ -31,7 +32,8 @@ impl Drain {
 
 impl From<wire::Drain> for Drain {
     fn from(record: wire::Drain) -> Drain {
-        // The time that is left, by preference: this process may have another clock (a time namespace).
+        // The time left has priority, because this process may have another clock (a time
+        // namespace).
         let left = record.left.or_else(|| {
             let now: Duration = clock_gettime(ClockId::Monotonic).try_into().unwrap_or_default();
             let deadline = (record.deadline_ns != 0).then_some(record.deadline_ns)?;
@@ -57,21 +59,23 @@ pub(crate) struct Draining {
 struct DrainState {
     now: Option<Drain>,
     callbacks: Vec<DrainCallback>,
-    /// The drain was announced, and not yet told to so many of the callbacks, the last ones.
+    /// How many callbacks, counted from the last, have not run for this drain yet.
     untold: usize,
-    /// Whether a thread tells them.
+    /// Whether a thread runs the callbacks.
     telling: bool,
-    /// Until then a thread waits, if `waiting`. Cleared when it has come.
+    /// The deadline for which a thread waits, if `waiting`. Cleared when it has passed.
     deadline: Option<Instant>,
     waiting: bool,
-    /// What the connections have been told of it: see [`LiveConnections::next_round`](super::live_connections::LiveConnections::next_round).
+    /// The round that the connections have: see
+    /// [`LiveConnections::next_round`](super::live_connections::LiveConnections::next_round).
     round: u64,
-    /// No drain follows: a callback is kept only until it was told of this one.
+    /// No further drain follows; a callback is kept only until it has run for this one.
     closed: bool,
 }
 
 impl DrainState {
-    /// The callbacks that nobody will call any more; to be dropped without the lock, as they may own anything.
+    /// The callbacks that will not be called any more. Drop them without the lock, because they may
+    /// own anything.
     fn done(&mut self) -> Vec<DrainCallback> {
         if self.closed && !self.telling { std::mem::take(&mut self.callbacks) } else { Vec::new() }
     }
@@ -88,7 +92,7 @@ impl Draining {
         self.lock().now
     }
 
-    /// The dispatcher has said so, perhaps again.
+    /// The dispatcher has announced a drain, perhaps repeatedly.
     pub(super) fn begin(&self, core: &Arc<WorkerCore>, drain: Drain) {
         let mut state = self.lock();
         if state.now.is_none() {
@@ -104,8 +108,8 @@ impl Draining {
         self.begun.notify_waiters();
     }
 
-    /// It is over: the dispatcher said so, or is gone. What its deadline was does not matter any more.
-    /// Whether one was under way.
+    /// The drain has ended, by a resume or with the dispatcher. Its deadline no longer counts.
+    /// Returns whether a drain was in progress.
     pub(super) fn end(&self, core: &WorkerCore) -> bool {
         let mut state = self.lock();
         let was = state.now.take().is_some();
@@ -115,7 +119,7 @@ impl Draining {
         was
     }
 
-    /// The worker is closed: whoever has yet to be told still is, and then the callbacks and all they own are let go.
+    /// The worker is closed: callbacks still run for a drain in progress, then they are dropped.
     pub(super) fn close(&self) {
         let mut state = self.lock();
         state.closed = true;
@@ -124,7 +128,7 @@ impl Draining {
         drop(done);
     }
 
-    /// The last connection of a closed worker has ended: there is nothing left for a deadline to end.
+    /// The last connection of a closed worker has ended, so the deadline has nothing to end.
     pub(super) fn forget_deadline(&self) {
         self.lock().deadline = None;
         self.changed.notify_all();
@@ -142,11 +146,11 @@ impl Draining {
         drop(done);
     }
 
-    /// Waits until a drain is under way.
+    /// Waits until a drain is in progress.
     #[cfg(feature = "tokio")]
     pub(crate) async fn begun(&self) {
         let mut begun = std::pin::pin!(self.begun.notified());
-        // Among those who are woken from here on, before looking: so none is missed. Leaves them when dropped.
+        // Registers before the check, so that no notification is missed. The drop unregisters.
         begun.as_mut().enable();
         if self.now().is_none() {
             begun.await;
@@ -189,12 +193,11 @@ impl Draining {
             let (callback, drain) = (state.callbacks.get(first).cloned(), state.now);
             state.untold -= 1;
             drop(state);
-            // A drain that is over already is not worth a word.
+            // A drain that has already ended is not reported.
             if let (Some(callback), Some(drain)) = (callback, drain) {
-                // The panic's own message was printed where it happened. The callback is not ours to look at again.
+                // The panic hook has printed the message. The callback is not used again.
                 if catch_unwind(AssertUnwindSafe(|| callback(&drain))).is_err() {
-                    let line =
-                        "a callback of on_drain panicked; the others are called all the same";
+                    let line = "a callback of on_drain panicked; the other callbacks still run";
                     log_now(log::Level::Error, format_args!("{line}"));
                 }
             }
@@ -214,11 +217,11 @@ impl Draining {
 fn start_telling(core: &Arc<WorkerCore>, state: &mut DrainState) {
     if !state.telling && state.untold > 0 {
         let for_thread = Arc::clone(core);
-        state.telling = start_thread(core, "worker-told", move || for_thread.draining().tell());
+        state.telling = start_thread(core, "drain-callbacks", move || for_thread.draining().tell());
     }
 }
 
-/// Whether it could be started. May be called under any lock.
+/// Starts a thread; false if that failed. May be called under any lock.
 pub(super) fn start_thread(
     core: &WorkerCore,
     name: &str,
@@ -228,7 +231,7 @@ pub(super) fn start_thread(
         Ok(_) => true,
         Err(error) => {
             core.log_queue().push(log::Level::Error, || {
-                format!("cannot start the thread {name}: {error}; what it was to do is left undone")
+                format!("cannot start the thread {name}: {error}; its work is not done")
             });
             false
         }

@@ -1,4 +1,4 @@
-//! What can go wrong for a worker, sorted by what its caller will do about it.
+//! The errors of a worker, classified by what the caller can do about them.
 
 use std::fmt;
 use std::io;
@@ -8,11 +8,11 @@ use std::time::Duration;
 use super::log_queue::{readable, readable_path};
 use dispatch_protocol::wire::RefusedCode;
 
-/// Why a worker could not be made, could not join, or gives no more connections.
+/// Why a worker could not be created, could not join, or gets no more connections.
 ///
-/// Only the first join reports these. A worker that has joined once retries for ever by itself, and says
-/// so in the log. After that [`Error::Closed`], [`Error::Draining`] and [`Error::Forked`] remain, and [`Error::Io`] where even waiting
-/// fails.
+/// Most of these occur only in the first join. A worker that has joined once retries without limit
+/// and logs it. After that only [`Error::Closed`], [`Error::Draining`], [`Error::Forked`] and, if
+/// waiting itself fails, [`Error::Io`] occur.
 ///
 /// ```
 /// use worker_sdk::{Error, Worker, WorkerConfig};
@@ -40,52 +40,55 @@ use dispatch_protocol::wire::RefusedCode;
 pub enum Error {
     /// A setting is missing or wrong: change it and start again.
     Config {
-        /// The setting: a field of [`WorkerConfig`](crate::WorkerConfig), or an environment variable.
+        /// The setting: a field of [`WorkerConfig`](crate::WorkerConfig), or an environment
+        /// variable.
         setting: &'static str,
-        /// What was wrong, and what to set instead.
+        /// The problem and its remedy.
         problem: String,
     },
-    /// The dispatcher does not take this worker; somebody has to change a configuration.
+    /// The dispatcher refuses this worker; a configuration has to change.
     Refused {
         /// The dispatcher's socket.
         socket: PathBuf,
-        /// Why, for programs.
+        /// The reason, for programs.
         code: RefusedCode,
-        /// Why, in the dispatcher's words.
+        /// The reason, in the words of the dispatcher.
         reason: String,
-        /// The key of the dispatcher's configuration that decides it.
+        /// The key of the dispatcher's configuration that decides.
         key: Option<String>,
     },
-    /// The dispatcher did not let us in within `join_timeout`. Trying again may help.
+    /// The worker did not join within `join_timeout`. Trying again may help.
     JoinTimeout {
         /// The dispatcher's socket.
         socket: PathBuf,
-        /// How long we waited.
+        /// The value of `join_timeout`.
         after: Duration,
-        /// What the last attempt met.
+        /// The problem of the last attempt.
         last: String,
     },
-    /// What answers on the socket does not speak this protocol: is it the right socket and version?
+    /// The peer does not speak this protocol: check the path of the socket and the versions.
     Protocol {
         /// The dispatcher's socket.
         socket: PathBuf,
-        /// What was wrong with its answer.
+        /// The problem with the answer.
         problem: String,
     },
-    /// A system call failed, and trying again at once would not help.
+    /// A system call failed, and an immediate retry would not help.
     Io {
-        /// What we were doing.
+        /// The action that failed.
         action: String,
         /// The error of the system call.
         source: io::Error,
     },
-    /// The worker was closed: there will be no more connections.
+    /// The worker is closed: no more connections come.
     Closed,
-    /// The dispatcher drains this worker: there will be no more connections, unless it resumes it.
+    /// The dispatcher drains this worker: no more connections come unless the drain is resumed.
     Draining,
-    /// No connection came within the time given to [`accept_timeout`](crate::Worker::accept_timeout). Trying again may help.
+    /// No connection came within the timeout of [`accept_timeout`](crate::Worker::accept_timeout).
+    /// Trying again may help.
     TimedOut,
-    /// This process is a fork of the one that joined. Only that one may take connections; connect after forking.
+    /// This process is a fork of the process that joined. Only that process may take connections;
+    /// connect after forking.
     Forked,
 }
 
@@ -100,7 +103,7 @@ impl Error {
 }
 
 impl fmt::Debug for Error {
-    /// The same words as `Display`: this is what a `main` that returns the error prints.
+    /// The same text as `Display`, because a `main` that returns the error prints this.
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         fmt::Display::fmt(self, f)
     }
@@ -163,7 +166,8 @@ impl std::error::Error for Error {
     }
 }
 
-/// For functions that return [`io::Result`]. The kind says what sort of error it was, and the error itself is inside.
+/// For functions that return [`io::Result`]. The kind classifies the error, and the error itself is
+/// inside.
 impl From<Error> for io::Error {
     fn from(error: Error) -> io::Error {
         let kind = match &error {

@@ -1,7 +1,7 @@
-//! Telling the application that the worker joined, lost its dispatcher, or was resumed after a drain.
+//! Callbacks for joins, losses of the dispatcher, and resumed drains.
 //!
-//! Owns the callbacks, what they have yet to be told, and the thread that tells it: in order, one after the other, without
-//! a lock. The thread lives only while there is something to tell.
+//! This module owns the callbacks, the events they have not received yet, and the thread that calls
+//! them in order and without a lock. The thread exists only while events wait.
 
 use std::collections::VecDeque;
 use std::fmt;
@@ -13,20 +13,20 @@ use super::drain::start_thread;
 use super::log_queue::log_now;
 use super::worker_core::WorkerCore;
 
-/// Most events that wait for a callback which takes its time. Beyond that the oldest are left out.
+/// The largest number of waiting events. Beyond it the oldest are dropped.
 const MOST: usize = 64;
 
-/// What happened between the worker and its dispatchers.
+/// An event between the worker and its dispatchers.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub(super) enum LinkEvent {
-    /// As the worker with this id.
+    /// The worker joined and has this id.
     Joined(u64),
-    /// For this reason.
+    /// The worker lost its dispatcher for this reason.
     Lost(String),
     Resumed,
 }
 
-/// Each is told of the events of its own kind only.
+/// A callback receives only the events of its own kind.
 #[derive(Clone)]
 pub(super) enum LinkCallback {
     Joined(Arc<dyn Fn(u64) + Send + Sync>),
@@ -51,27 +51,28 @@ pub(super) struct LinkEvents(Mutex<EventState>);
 #[derive(Default)]
 struct EventState {
     callbacks: Vec<LinkCallback>,
-    /// For all callbacks, or for one that was added when it had happened already.
-    untold: VecDeque<(LinkEvent, Option<LinkCallback>)>,
-    left_out: u64,
-    /// Whether a thread tells them.
-    telling: bool,
-    /// Nothing happens any more.
+    /// Events for all callbacks, or for one callback that was added after the event.
+    undelivered: VecDeque<(LinkEvent, Option<LinkCallback>)>,
+    dropped: u64,
+    /// Whether a thread delivers them.
+    delivering: bool,
+    /// No further events come.
     closed: bool,
 }
 
 impl EventState {
-    /// The callbacks that nobody will call any more; to be dropped without the lock, as they may own anything.
+    /// The callbacks that will not be called any more. Drop them without the lock, because they may
+    /// own anything.
     fn done(&mut self) -> Vec<LinkCallback> {
-        if self.closed && !self.telling { mem::take(&mut self.callbacks) } else { Vec::new() }
+        if self.closed && !self.delivering { mem::take(&mut self.callbacks) } else { Vec::new() }
     }
 
     fn add(&mut self, event: LinkEvent, only: Option<LinkCallback>) {
-        if self.untold.len() == MOST {
-            self.untold.pop_front();
-            self.left_out += 1;
+        if self.undelivered.len() == MOST {
+            self.undelivered.pop_front();
+            self.dropped += 1;
         }
-        self.untold.push_back((event, only));
+        self.undelivered.push_back((event, only));
     }
 }
 
@@ -82,7 +83,7 @@ impl fmt::Debug for LinkEvents {
 }
 
 impl LinkEvents {
-    /// It has just happened. May be called under the core's lock.
+    /// Reports an event. May be called under the core's lock.
     pub(super) fn happened(&self, core: &Arc<WorkerCore>, event: LinkEvent) {
         let mut state = self.lock();
         if !state.callbacks.is_empty() {
@@ -91,7 +92,7 @@ impl LinkEvents {
         }
     }
 
-    /// `already` is what has happened before, and still is so. Gives what is to be dropped without any lock.
+    /// `already` is an event that still holds. The caller drops the result without any lock.
     pub(super) fn on(
         &self,
         core: &Arc<WorkerCore>,
@@ -107,7 +108,7 @@ impl LinkEvents {
         state.done()
     }
 
-    /// The worker is closed: what has yet to be told still is, and then the callbacks and all they own are let go.
+    /// The worker is closed: waiting events are still delivered, then the callbacks are dropped.
     pub(super) fn close(&self) {
         let mut state = self.lock();
         state.closed = true;
@@ -117,18 +118,19 @@ impl LinkEvents {
     }
 
     fn start(&self, core: &Arc<WorkerCore>, state: &mut EventState) {
-        if !state.telling {
+        if !state.delivering {
             let for_thread = Arc::clone(core);
-            state.telling = start_thread(core, "worker-events", move || for_thread.events().tell());
+            state.delivering =
+                start_thread(core, "worker-events", move || for_thread.events().deliver());
         }
     }
 
-    fn tell(&self) {
+    fn deliver(&self) {
         loop {
             let mut state = self.lock();
-            let left_out = mem::take(&mut state.left_out);
-            let Some((event, only)) = state.untold.pop_front() else {
-                state.telling = false;
+            let dropped = mem::take(&mut state.dropped);
+            let Some((event, only)) = state.undelivered.pop_front() else {
+                state.delivering = false;
                 let done = state.done();
                 drop(state);
                 drop(done);
@@ -139,16 +141,15 @@ impl LinkEvents {
                 None => state.callbacks.clone(),
             };
             drop(state);
-            if left_out > 0 {
+            if dropped > 0 {
                 let line =
-                    format_args!("{left_out} events were left out: the callbacks take too long");
+                    format_args!("{dropped} events were dropped: the callbacks take too long");
                 log_now(log::Level::Warn, line);
             }
             for callback in callbacks {
-                // The panic's own message was printed where it happened. The callback is not ours to look at again.
+                // The panic hook has printed the message. The callback is not used again.
                 if catch_unwind(AssertUnwindSafe(|| callback.call(&event))).is_err() {
-                    let line =
-                        format_args!("a callback panicked; the others are called all the same");
+                    let line = format_args!("a callback panicked; the other callbacks still run");
                     log_now(log::Level::Error, line);
                 }
             }

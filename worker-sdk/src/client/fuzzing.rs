@@ -9,27 +9,27 @@ use super::channel::{self, ReceiveMode};
 use super::join::{self, Failure};
 use dispatch_protocol::wire::{Drain, Entry, Probe, Welcome};
 
-/// What came on a channel.
+/// A received channel record.
 #[derive(Debug)]
 pub enum FromChannel {
     /// Connections.
     Handoff {
-        /// With their descriptors.
+        /// Entries with their descriptors.
         arrived: Vec<(Entry, OwnedFd)>,
-        /// Without.
+        /// Entries without descriptors.
         lost: Vec<Entry>,
     },
     /// A probe.
     Probe(Probe),
     /// No more connections.
     Drain(Drain),
-    /// Connections again.
+    /// Connections may come again.
     Resume,
-    /// Nothing there now.
+    /// No record is available.
     Empty,
-    /// The peer has closed it.
+    /// The peer has closed the channel.
     End,
-    /// Not something a dispatcher sends.
+    /// Not a valid record of a dispatcher.
     Broken(String),
 }
 
@@ -46,10 +46,10 @@ pub fn from_channel(channel: BorrowedFd<'_>) -> FromChannel {
     }
 }
 
-/// Looks for the answer to a hello, without waiting; `None` if it is not there yet.
+/// Receives the answer to a hello, without waiting; `None` if there is none yet.
 ///
 /// # Errors
-/// When the dispatcher refuses, is gone, or sends something else.
+/// If the dispatcher refuses, is gone, or sends another record.
 pub fn answer(control: &OwnedFd) -> Result<Option<Welcome>, String> {
     match join::answer(control, Path::new("fuzz")) {
         Ok(joined) => Ok(joined.map(|joined| joined.welcome)),

@@ -1,7 +1,7 @@
-//! Gauges of this worker: what the application set, and where the dispatcher sees it.
+//! The gauges of this worker: values set by the application, shown to the dispatcher.
 //!
-//! Owns the values, which outlive every dispatcher, and their way into the scoreboard of the present one. Knows nothing of
-//! what they mean; who measures something is in `sample`.
+//! This module owns the values, which outlive every dispatcher, and copies them into the current
+//! scoreboard. It does not interpret them; `sample` measures those of the SDK.
 
 use std::fmt;
 use std::sync::atomic::AtomicU64;
@@ -15,7 +15,7 @@ use super::process::Process;
 use dispatch_protocol::scoreboard::Scoreboard;
 use dispatch_protocol::scoreboard::gauge::{self, GAUGES, GaugeName, Reading};
 
-/// All gauges of a worker. A gauge has the same number here and in every scoreboard.
+/// All gauges of a worker. A gauge has the same index here and in every scoreboard.
 pub(crate) struct Gauges {
     process: Process,
     values: [Value; GAUGES as usize],
@@ -32,7 +32,7 @@ struct Value {
 #[derive(Default)]
 struct Shown {
     names: Vec<GaugeName>,
-    /// `None` while there is no dispatcher.
+    /// `None` without a dispatcher.
     board: Option<Arc<Scoreboard>>,
 }
 
@@ -42,7 +42,7 @@ impl Gauges {
         Arc::new(Gauges { process: Process::current(), values, shown, log_queue })
     }
 
-    /// The gauge of this name, made if there is none.
+    /// The gauge of this name, created if necessary.
     pub(crate) fn gauge(self: &Arc<Self>, name: &str) -> Result<Gauge, Error> {
         let name: GaugeName = name
             .parse()
@@ -69,10 +69,11 @@ impl Gauges {
         Ok(Gauge { gauges: Arc::clone(self), number: number as u32 })
     }
 
-    /// Shows everything in the scoreboard of a new dispatcher.
+    /// Copies all gauges into the scoreboard of a new dispatcher.
     ///
-    /// With the lock held: who sets a gauge stores it here first, and then waits for the lock. So either it is found
-    /// here, or it follows; and nothing that follows is overwritten.
+    /// Holds the lock: a writer stores its value here first, then waits for the lock. So either
+    /// this function finds the value, or the writer stores it afterwards; nothing newer is
+    /// overwritten.
     pub(super) fn show(&self, board: &Arc<Scoreboard>) {
         let mut shown = self.shown.write().unwrap_or_else(PoisonError::into_inner);
         shown.board = None;
@@ -102,12 +103,12 @@ impl Gauges {
     }
 }
 
-/// Whether the gauge can be shown there: if it has room, under the number that it has here. A dispatcher where it has
-/// another one is shown nothing more, as it would take one gauge for another.
+/// Names the gauge in the scoreboard; true if it has the same index there, or no room. With another
+/// index no gauge is shown any more, because the dispatcher would confuse gauges.
 fn named(board: &Scoreboard, number: usize, name: &GaugeName, log_queue: &LogQueue) -> bool {
     match board.name_gauge(name) {
         Some(there) if there as usize == number => true,
-        // Less room than here: setting it does nothing there.
+        // The scoreboard has fewer gauges; writes to this one have no effect.
         None if number >= board.gauges() as usize => {
             log_queue.push(log::Level::Debug, || {
                 format!(
@@ -126,17 +127,19 @@ fn named(board: &Scoreboard, number: usize, name: &GaugeName, log_queue: &LogQue
     }
 }
 
-/// A number that this worker shows to the dispatcher under a name, such as the time requests wait in its queue.
+/// A named number that this worker shows to the dispatcher, such as the time that requests wait in
+/// its queue.
 ///
-/// A pool with the policy `least-score` chooses by such numbers; every pool shows them in its status. What
-/// was set stays set over a change of dispatchers. Without a dispatcher setting does nothing.
+/// A pool with the policy `least-score` chooses workers by such numbers; every pool shows them in
+/// its status. A value stays set when the dispatcher changes. Without a dispatcher a set has no
+/// effect.
 ///
-/// **Set it regularly**, even when it has not changed, from the part of the program whose standstill should be noticed: what
-/// is older than the pool's `valid_for` (5 s unless configured) takes the worker out of the choice until it
-/// is set again.
+/// **Set it regularly**, even if it has not changed, from the part of the program whose failure
+/// should be noticed: a worker with a value older than the pool's `valid_for` (default 5 s) gets no
+/// connections until the value is set again.
 ///
-/// Clones are the same gauge, and so is another one of the same name. Setting is cheap: no system call, no allocation, no
-/// lock that anybody holds for long. In a forked child it does nothing.
+/// Clones, and gauges of the same name, are the same gauge. A set is cheap: no system call, no
+/// allocation, only locks with short critical sections. In a forked child it has no effect.
 ///
 /// ```
 /// use dispatch_protocol::scoreboard::gauge::names;
@@ -147,7 +150,7 @@ fn named(board: &Scoreboard, number: usize, name: &GaugeName, log_queue: &LogQue
 /// let queue_wait = worker.gauge(names::QUEUE_WAIT)?;
 /// let tenants = worker.gauge("my.tenants")?;
 ///
-/// queue_wait.set(0.35); // Seconds, by agreement.
+/// queue_wait.set(0.35); // In seconds.
 /// tenants.set(12.0);
 ///
 /// assert!(worker.gauge("not a name").is_err());
@@ -161,7 +164,8 @@ pub struct Gauge {
 }
 
 impl Gauge {
-    /// Sets it, as of now. Infinities and what is no number are left out: the gauge keeps its value and gets old.
+    /// Sets the value with the current time. Infinities and NaN are ignored: the gauge keeps its
+    /// value and ages.
     #[inline]
     pub fn set(&self, value: f64) {
         if value.is_finite() && self.gauges.process.is_current() {
@@ -177,7 +181,7 @@ impl fmt::Debug for Gauge {
     }
 }
 
-/// Nanoseconds of `CLOCK_REALTIME`, which no time namespace shifts; never 0.
+/// Nanoseconds of `CLOCK_REALTIME`, which is the same in every time namespace; never 0.
 fn now() -> u64 {
     let now = clock_gettime(ClockId::Realtime);
     let seconds = u64::try_from(now.tv_sec).unwrap_or(0);

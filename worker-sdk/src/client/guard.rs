@@ -1,6 +1,7 @@
 //! The guard that counts the end of a connection.
 //!
-//! Owns the rules of closing: when the socket is shut down, what counts, and in which order.
+//! This module owns the rules of a close: when the socket is shut down, and in which order the
+//! steps happen.
 
 use std::fmt;
 use std::io;
@@ -13,19 +14,19 @@ use super::process::{Forks, Process};
 use super::worker_core::WorkerCore;
 use dispatch_protocol::scoreboard::{Scoreboard, slot};
 
-/// Counts one connection as held by this worker; dropping the last clone counts it as finished.
+/// Counts one connection as live; dropping the last clone counts it as finished.
 ///
-/// A [`Connection`](crate::Connection) has one inside. Keep one by hand, from
-/// [`Connection::into_parts`](crate::Connection::into_parts), when another
-/// library owns the stream: drop it after the stream is closed.
+/// A [`Connection`](crate::Connection) contains one. Keep a guard from
+/// [`Connection::into_parts`](crate::Connection::into_parts) if another library owns the stream,
+/// and drop it after the stream is closed.
 ///
-/// A fork's copy counts nothing: only the process that took the connection does.
+/// A copy in a forked child counts nothing; only the process that took the connection counts it.
 ///
 /// ```no_run
 /// use std::net::{Shutdown, TcpStream};
 /// use worker_sdk::{Connection, Guard};
 ///
-/// /// A stream of our own. Fields are dropped in this order: the guard last.
+/// /// A stream with its guard. Fields are dropped in this order: the guard last.
 /// struct Counted {
 ///     stream: TcpStream,
 ///     guard: Guard,
@@ -34,7 +35,7 @@ use dispatch_protocol::scoreboard::{Scoreboard, slot};
 /// impl Drop for Counted {
 ///     fn drop(&mut self) {
 ///         if self.guard.must_shut_down() {
-///             // It fails when the client is gone already.
+///             // It fails if the client is gone.
 ///             let _ = self.stream.shutdown(Shutdown::Both);
 ///         }
 ///     }
@@ -51,23 +52,24 @@ pub struct Guard(Arc<Counted>);
 struct Counted {
     core: Arc<WorkerCore>,
     process: Process,
-    /// When the application took it: a child forked since may serve it.
+    /// The forks before the take: a child forked later may serve the connection.
     forks: Forks,
-    /// The descriptor has left our control: the application may have duplicated it, or given it away.
+    /// Whether the application has had the descriptor: it may have duplicated it, or given it away.
     exposed: AtomicBool,
-    /// Where the dispatcher shows whether it still has a copy; `None` without a dispatcher.
+    /// Shows whether the dispatcher still has a copy; `None` without a dispatcher.
     taken_slot: Option<TakenSlot>,
-    /// Its place among the live connections, once it has a descriptor there.
-    place: OnceLock<u32>,
+    /// The index in the table of live connections, once it is registered.
+    index: OnceLock<u32>,
 }
 
 pub(super) struct TakenSlot {
     pub(super) board: Arc<Scoreboard>,
     pub(super) slot: u32,
     pub(super) seq: u64,
-    /// Wakes the dispatcher.
+    /// Rings the dispatcher.
     pub(super) doorbell: Arc<OwnedFd>,
-    /// Another process that will never serve it may have a copy, too: another worker, or a child forked before it was taken.
+    /// Whether a process that will never serve the connection may have a copy: another worker, or a
+    /// child forked before the take.
     pub(super) resent: bool,
 }
 
@@ -80,28 +82,28 @@ impl TakenSlot {
 impl Guard {
     pub(super) fn new(core: Arc<WorkerCore>, taken_slot: Option<TakenSlot>) -> Guard {
         let process = core.process();
-        let (forks, exposed, place) = (Forks::now(), AtomicBool::new(false), OnceLock::new());
-        Guard(Arc::new(Counted { core, process, forks, exposed, taken_slot, place }))
+        let (forks, exposed, index) = (Forks::now(), AtomicBool::new(false), OnceLock::new());
+        Guard(Arc::new(Counted { core, process, forks, exposed, taken_slot, index }))
     }
 
-    /// Enters the connection among the live ones; `fd` stays open until [`Guard::disown`].
+    /// Registers the connection as live; `fd` stays open until [`Guard::unregister_fd`].
     fn register(&self, fd: BorrowedFd<'_>) {
         if self.0.process.is_current() {
-            self.0.place.get_or_init(|| self.0.core.live_connections().enter(fd));
+            self.0.index.get_or_init(|| self.0.core.live_connections().insert(fd));
         }
     }
 
-    /// The descriptor leaves our control, for good: see [`Counted::exposed`].
+    /// The application gets the descriptor: see [`Counted::exposed`].
     pub(crate) fn expose(&self) {
         self.0.exposed.store(true, Ordering::Relaxed);
     }
 
-    /// A duplicate for the application to own.
-    pub(crate) fn part(&self, stream: &TcpStream) -> io::Result<TcpStream> {
+    /// A duplicate that the application owns.
+    pub(crate) fn duplicate(&self, stream: &TcpStream) -> io::Result<TcpStream> {
         self.expose();
         let stream = stream.try_clone()?;
-        if let Some(at) = self.place() {
-            self.0.core.live_connections().part(at, stream.as_fd());
+        if let Some(at) = self.index() {
+            self.0.core.live_connections().give_away(at, stream.as_fd());
         }
         Ok(stream)
     }
@@ -112,26 +114,27 @@ impl Guard {
         self.0.process.is_current()
     }
 
-    fn disown(&self) {
-        if let Some(at) = self.place() {
-            self.0.core.live_connections().disown(at);
+    fn unregister_fd(&self) {
+        if let Some(at) = self.index() {
+            self.0.core.live_connections().forget_own_fd(at);
         }
     }
 
-    /// Nothing in a forked child: its copy of the lock may be locked for ever.
-    fn place(&self) -> Option<u32> {
-        self.0.place.get().copied().filter(|_| self.0.process.is_current())
+    /// `None` in a forked child, whose copy of the lock may be locked for ever.
+    fn index(&self) -> Option<u32> {
+        self.0.index.get().copied().filter(|_| self.0.process.is_current())
     }
 
-    /// Whether the dispatcher may still hold a copy of the socket, so that the client sees the end a little later if the
-    /// stream is merely closed. Its owner may shut it down first (both directions), if nothing else serves it: no
-    /// duplicate, no child process.
+    /// Whether the dispatcher may still have a copy of the socket, so that a close alone shows the
+    /// end to the client with a delay. The owner of the stream may shut it down first (both
+    /// directions), if nothing else serves it: no duplicate, no child process.
     ///
-    /// False in a forked child, after a later fork, and while this guard has clones: then the connection need not end
-    /// yet. The [example above](Guard) shows where to ask. Without it the guard, when it is dropped, has the dispatcher
-    /// close its copy at once.
+    /// False in a forked child, after a later fork, and while this guard has clones, because then
+    /// the connection need not end yet. The [example above](Guard) shows where to ask. Without this
+    /// shutdown, the drop of the guard makes the dispatcher close its copy immediately.
     pub fn must_shut_down(&self) -> bool {
-        // Fork comes first: nothing may end what the parent, or a child, still serves.
+        // The fork check comes first: a connection that the parent or a child still serves must not
+        // end.
         if !self.0.process.is_current()
             || Arc::strong_count(&self.0) > 1
             || self.0.forks.more_since()
@@ -144,7 +147,7 @@ impl Guard {
             .is_some_and(|taken_slot| taken_slot.resent || taken_slot.dispatcher_has_copy())
     }
 
-    /// The same for the SDK's own close: never once the descriptor has left its control.
+    /// As `must_shut_down`, but false once the application has had the descriptor.
     fn shuts_down(&self) -> bool {
         !self.0.exposed.load(Ordering::Relaxed) && self.must_shut_down()
     }
@@ -153,16 +156,16 @@ impl Guard {
 impl Drop for Counted {
     fn drop(&mut self) {
         if self.process.is_current() {
-            if let Some(&at) = self.place.get() {
-                self.core.live_connections().leave(at);
+            if let Some(&at) = self.index.get() {
+                self.core.live_connections().remove(at);
             }
-            // Closed without a shutdown: whatever else serves it goes on, and its end must not wait for the dispatcher's
-            // copy. That is released as soon as the dispatcher looks.
+            // The socket was closed without a shutdown, so its end for the client must not wait for
+            // the dispatcher's copy. The doorbell makes the dispatcher release it.
             if (*self.exposed.get_mut() || self.forks.more_since())
                 && let Some(taken_slot) =
                     self.taken_slot.as_ref().filter(|taken_slot| taken_slot.dispatcher_has_copy())
             {
-                // It can fail only when the counter is full, and then the dispatcher is awake.
+                // It fails only if the counter is full; then the dispatcher is awake.
                 let _ = rustix::io::write(&*taken_slot.doorbell, &1u64.to_ne_bytes());
             }
             self.core.finished_one();
@@ -176,9 +179,9 @@ impl fmt::Debug for Guard {
     }
 }
 
-/// A stream and its guard: shut down if need be, then closed, then counted, in this order.
+/// A stream and its guard. A drop shuts down if necessary, closes, then counts, in this order.
 pub(crate) struct CountedStream<S: AsFd> {
-    // Declared, and so dropped, before the guard: what is counted as finished is closed.
+    // Declared before the guard, so dropped before it: a finished connection is closed.
     pub(crate) stream: S,
     pub(crate) guard: Guard,
 }
@@ -193,10 +196,10 @@ impl<S: AsFd> CountedStream<S> {
 impl<S: AsFd> Drop for CountedStream<S> {
     fn drop(&mut self) {
         if self.guard.shuts_down() {
-            // It fails when the client is gone already.
+            // It fails if the client is gone.
             let _ = rustix::net::shutdown(&self.stream, rustix::net::Shutdown::Both);
         }
-        // Last of all, before the stream is closed.
-        self.guard.disown();
+        // The last step before the stream is closed.
+        self.guard.unregister_fd();
     }
 }

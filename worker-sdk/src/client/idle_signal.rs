@@ -1,6 +1,6 @@
-//! Waiting for the last connection to end.
+//! Waits for the end of the last connection.
 //!
-//! Owns who waits, and nothing else. Whoever ends a connection asks here only whether anybody does: one load.
+//! This module owns the waiters only. The end of a connection costs one load if nothing waits.
 
 use std::sync::atomic::{AtomicUsize, Ordering};
 use std::sync::{Condvar, Mutex, PoisonError};
@@ -15,7 +15,7 @@ pub(super) struct IdleSignal {
     told: tokio::sync::Notify,
 }
 
-/// Counts as one who waits.
+/// Counts as a waiter while it exists.
 struct Waiter<'a>(&'a IdleSignal);
 
 impl Drop for Waiter<'_> {
@@ -30,13 +30,14 @@ impl IdleSignal {
         Waiter(self)
     }
 
-    /// A connection has ended, and is counted.
+    /// Called when a connection has ended and is counted.
     ///
-    /// Here the count comes first and then the look at who waits; whoever waits says so first and then looks at the
-    /// count. All sequentially consistent: so one of the two sees the other.
+    /// This function counts first and then reads the number of waiters; a waiter registers first
+    /// and then reads the count. All accesses are sequentially consistent, so at least one of the
+    /// two sees the other.
     pub(super) fn ended(&self, live: impl Fn() -> u64) {
         if self.waiting.load(Ordering::SeqCst) > 0 && live() == 0 {
-            // With the lock, so that nobody is between looking and sleeping.
+            // With the lock, so that no thread is between its check and its sleep.
             let _lock = self.lock.lock().unwrap_or_else(PoisonError::into_inner);
             self.ended.notify_all();
             #[cfg(feature = "tokio")]
@@ -44,7 +45,7 @@ impl IdleSignal {
         }
     }
 
-    /// False if that moment has come before.
+    /// Waits until no connection is live; false if `until` comes first.
     pub(super) fn wait(&self, until: Option<Instant>, live: impl Fn() -> u64) -> bool {
         let _waiting = self.enter();
         let mut lock = self.lock.lock().unwrap_or_else(PoisonError::into_inner);
@@ -68,7 +69,7 @@ impl IdleSignal {
         let _waiting = self.enter();
         loop {
             let mut told = std::pin::pin!(self.told.notified());
-            // Before the look, as above.
+            // Registers before the check, as above.
             told.as_mut().enable();
             if live() == 0 {
                 return;

@@ -1,9 +1,9 @@
-//! How many threads wait in `accept`, and for how long one of them usually is away from it.
+//! The number of threads that wait in `accept`, and the usual time a thread spends outside it.
 //!
-//! The dispatcher sends a connection ahead only to a worker whose threads come back soon, and gives a connection that waits
-//! for a busy worker to the first thread that is idle. A worker that never waits in `accept`, as event loops do not, reports
-//! nothing; neither does one whose threads come back to `accept` while what they took is still served elsewhere, for example
-//! by a thread for each connection. Changed under the lock of the worker's state only.
+//! The dispatcher sends a connection ahead only to a worker whose threads come back soon, and gives
+//! a waiting connection to the first idle thread. Event loops, which never wait in `accept`, report
+//! nothing. Neither do workers whose threads return to `accept` while another thread still serves
+//! the connection. Changes only under the lock of the worker's state.
 
 use std::cell::Cell;
 use std::time::{Duration, Instant};
@@ -15,19 +15,19 @@ thread_local! {
     static TOOK: Cell<Option<Instant>> = const { Cell::new(None) };
 }
 
-/// What a worker reports of its threads.
+/// The worker's report on its threads.
 #[derive(Debug, Default)]
 pub(super) struct IdleThreads {
     reports: bool,
     idle: u32,
-    /// Threads that have taken a connection and not come back.
+    /// Threads that have taken a connection and not returned.
     away: u32,
-    /// Moving average, in microseconds.
+    /// A moving average, in microseconds.
     turnaround: Option<u32>,
 }
 
 impl IdleThreads {
-    /// This thread waits in `accept` from now on, while `live` connections are being served.
+    /// This thread starts to wait in `accept`; `live` connections are being served.
     pub(super) fn enter(&mut self, live: u64) {
         self.idle += 1;
         let took = TOOK.take();
@@ -42,26 +42,28 @@ impl IdleThreads {
         }
     }
 
-    /// This thread does not wait any more. Before it claims a connection, so that it is never counted together with one.
+    /// This thread stops waiting. Call it before the take, so that a thread is never counted
+    /// together with its connection.
     pub(super) fn leave(&mut self) {
         self.idle -= 1;
     }
 
-    /// A thread asks without waiting: this is an event loop, unless other threads wait.
-    pub(super) fn asks(&mut self) -> bool {
+    /// A thread asks without waiting: the worker is an event loop, unless other threads wait.
+    /// Returns whether the report ends.
+    pub(super) fn note_nonblocking_accept(&mut self) -> bool {
         let stops = self.reports && self.idle == 0;
         self.reports &= !stops;
         stops
     }
 
-    /// This thread, which has left, is about to take a connection.
-    pub(super) fn takes(&mut self) {
+    /// This thread, which has left, takes a connection.
+    pub(super) fn note_take(&mut self) {
         self.away += 1;
         TOOK.set(Some(Instant::now()));
     }
 
-    /// Says so on the scoreboard.
-    pub(super) fn show(&self, board: &Scoreboard) {
+    /// Publishes the report on the scoreboard.
+    pub(super) fn publish(&self, board: &Scoreboard) {
         let turnaround = self.turnaround.map(|us| Duration::from_micros(us.into()));
         board.set_idle_threads(self.reports.then_some(self.idle), turnaround);
     }
@@ -72,47 +74,47 @@ mod tests {
     use super::*;
 
     #[test]
-    fn threads_that_wait_are_counted_and_an_event_loop_reports_nothing() {
+    fn waiting_threads_are_counted_and_event_loops_are_not() {
         let (board, _fd) = Scoreboard::create(1, 0).expect("a scoreboard");
         let mut waiting = IdleThreads::default();
         assert_eq!(board.idle_threads(), None);
         waiting.enter(0);
         waiting.enter(0);
-        waiting.show(&board);
+        waiting.publish(&board);
         assert_eq!(board.idle_threads(), Some((2, None)));
-        assert!(!waiting.asks(), "others wait");
+        assert!(!waiting.note_nonblocking_accept(), "other threads wait");
         waiting.leave();
-        waiting.takes();
+        waiting.note_take();
         waiting.leave();
-        waiting.show(&board);
+        waiting.publish(&board);
         assert_eq!(board.idle_threads(), Some((0, None)));
         waiting.enter(0);
-        waiting.show(&board);
+        waiting.publish(&board);
         let (idle, turnaround) = board.idle_threads().expect("it reports");
         assert_eq!(idle, 1);
         assert!(turnaround.is_some_and(|away| away < Duration::from_secs(10)));
         waiting.leave();
-        assert!(waiting.asks());
-        waiting.show(&board);
+        assert!(waiting.note_nonblocking_accept());
+        waiting.publish(&board);
         assert_eq!(board.idle_threads(), None);
     }
 
     #[test]
-    fn a_thread_that_gives_its_connections_away_is_always_back_soon() {
+    fn threads_that_give_connections_away_do_not_report() {
         let (board, _fd) = Scoreboard::create(1, 0).expect("a scoreboard");
         let mut waiting = IdleThreads::default();
         waiting.enter(0);
         waiting.leave();
-        waiting.takes();
-        // What it took is served by another thread.
+        waiting.note_take();
+        // Another thread serves the connection.
         waiting.enter(1);
-        waiting.show(&board);
+        waiting.publish(&board);
         assert_eq!(board.idle_threads(), None);
         waiting.leave();
-        waiting.takes();
-        // What it took has ended.
+        waiting.note_take();
+        // The connection has ended.
         waiting.enter(0);
-        waiting.show(&board);
+        waiting.publish(&board);
         assert!(board.idle_threads().is_some_and(|(idle, _)| idle == 1));
     }
 }

@@ -3,7 +3,7 @@
 use super::log_queue::log_now;
 use super::{Connection, Worker};
 
-/// Iterator over the connections of a [`Worker`]; see [`Worker::incoming`].
+/// An iterator over the connections of a [`Worker`]; see [`Worker::incoming`].
 #[derive(Debug)]
 pub struct Incoming<'a> {
     pub(super) worker: &'a Worker,
@@ -17,7 +17,7 @@ impl Iterator for Incoming<'_> {
     }
 }
 
-/// Iterator over the connections of a [`Worker`] that owns it; see [`Worker::into_incoming`].
+/// An iterator over the connections of a [`Worker`], which it owns; see [`Worker::into_incoming`].
 #[derive(Debug)]
 pub struct IntoIncoming {
     pub(super) worker: Worker,

@@ -1,4 +1,5 @@
-//! Connecting to a dispatcher: hello, and what comes of it. Decides nothing about when to try again.
+//! Connects to a dispatcher: sends the hello and receives the answer. Does not decide when to
+//! retry.
 
 use std::io::IoSliceMut;
 use std::mem::MaybeUninit;
@@ -23,18 +24,19 @@ use dispatch_protocol::wire::{
     Control, Features, Hello, MAX_CONTROL_RECORD, VERSION, WELCOME_FDS, Welcome,
 };
 
-/// What a worker has of a dispatcher, apart from the channel. Dropping it tells the dispatcher that all is over.
+/// The connection to one dispatcher, without the channel. Dropping it tells the dispatcher that the
+/// worker has gone.
 pub(super) struct Session {
     pub(super) control: OwnedFd,
     pub(super) outbox: Outbox,
-    /// A connection may outlive this.
+    /// Shared with connections, which may outlive the session.
     pub(super) doorbell: Arc<OwnedFd>,
     pub(super) board: Arc<Scoreboard>,
     pub(super) worker_id: u64,
-    /// What both sides can.
+    /// Abilities of both sides.
     pub(super) features: Features,
     listeners: Vec<(u16, Arc<str>)>,
-    /// The pool scores by these.
+    /// The gauges that the pool uses for scores.
     pub(super) gauges: Vec<GaugeName>,
     pub(super) since: Instant,
 }
@@ -56,16 +58,17 @@ impl Session {
         (session, joined.channel)
     }
 
-    /// Wakes the dispatcher if it sleeps until something like `bit` happens. Call after the change.
+    /// Rings the doorbell if the dispatcher waits for a change of the kind `bit`. Call it after the
+    /// change.
     pub(super) fn ring_if_wanted(&self, bit: u32) {
         if slot::must_ring(self.board.want(), bit) {
-            // It can fail only when the counter is full, and then the dispatcher is awake.
+            // It fails only if the counter is full; then the dispatcher is awake.
             let _ = rustix::io::write(&*self.doorbell, &1u64.to_ne_bytes());
         }
     }
 
-    /// Tells the dispatcher that all is over, also when a forked child has a copy of the control connection: closing ours
-    /// would say nothing then.
+    /// Tells the dispatcher that the worker has gone. A shutdown works even if a forked child has a
+    /// copy of the control connection; a close would not.
     pub(super) fn end(&self) {
         end(&self.control);
     }
@@ -78,19 +81,19 @@ impl Session {
 
 /// See [`Session::end`].
 pub(super) fn end(control: &OwnedFd) {
-    // It fails when the dispatcher is gone already.
+    // It fails if the dispatcher is gone.
     let _ = rustix::net::shutdown(control, rustix::net::Shutdown::Both);
 }
 
-/// Why joining did not work.
+/// Why a join failed.
 pub(super) enum Failure {
-    /// Likely to go away by itself: the dispatcher starts late, restarts, or is full.
+    /// Likely to pass: the dispatcher starts late, restarts, or is full.
     Transient(String),
-    /// Somebody must change something.
+    /// A configuration or a program has to change.
     Permanent(Error),
 }
 
-/// A welcome that was checked, and what came with it.
+/// A checked welcome with its descriptors.
 pub(super) struct Joined {
     pub(super) welcome: Welcome,
     pub(super) channel: OwnedFd,
@@ -98,7 +101,7 @@ pub(super) struct Joined {
     doorbell: OwnedFd,
 }
 
-/// Connects and says hello; the result is the control connection.
+/// Connects and sends the hello; returns the control connection.
 pub(super) fn greet(path: &Path, hello: &Hello) -> Result<OwnedFd, Failure> {
     let action = || format!("connect to the dispatcher at {}", path.display());
     let permanent = |error: Errno| Failure::Permanent(Error::io(action(), error));
@@ -115,7 +118,7 @@ pub(super) fn greet(path: &Path, hello: &Hello) -> Result<OwnedFd, Failure> {
     })?;
     match connect(&control, &address) {
         Ok(()) => {}
-        // Not there yet, not listening yet or no longer, or its queue is full.
+        // The socket does not exist yet, nothing listens on it, or its queue is full.
         Err(error @ (Errno::NOENT | Errno::CONNREFUSED | Errno::AGAIN | Errno::INTR)) => {
             return Err(Failure::Transient(error.to_string()));
         }
@@ -133,7 +136,7 @@ pub(super) fn greet(path: &Path, hello: &Hello) -> Result<OwnedFd, Failure> {
     }
 }
 
-/// Looks for the answer to a hello, without waiting; `None` if it is not there yet.
+/// Receives the answer to a hello, without waiting; `None` if there is none yet.
 pub(super) fn answer(control: &OwnedFd, path: &Path) -> Result<Option<Joined>, Failure> {
     let malformed = |problem: String| {
         let socket = path.to_owned();
@@ -156,7 +159,7 @@ pub(super) fn answer(control: &OwnedFd, path: &Path) -> Result<Option<Joined>, F
     let decoded =
         Control::decode(&buffer[..message.bytes]).map_err(|e| malformed(e.to_string()))?;
     if message.flags.contains(ReturnFlags::CTRUNC) || fds.len() != decoded.fds() {
-        // Either it sent the wrong number, or there was no room for them here, which may pass.
+        // The peer sent a wrong number, or this process had no room for them, which may pass.
         let problem = format!("{} file descriptors came with its answer", fds.len());
         return if fds.len() < decoded.fds() {
             let hint = "is this process at its limit of open files?";
@@ -184,7 +187,7 @@ pub(super) fn answer(control: &OwnedFd, path: &Path) -> Result<Option<Joined>, F
 
 fn joined(fds: Vec<OwnedFd>, welcome: Welcome) -> Result<Joined, String> {
     if welcome.version != VERSION {
-        return Err(format!("it speaks version {}, we speak {VERSION}", welcome.version));
+        return Err(format!("it speaks version {}, this worker speaks {VERSION}", welcome.version));
     }
     let Ok([channel, board, doorbell]) = <[OwnedFd; WELCOME_FDS]>::try_from(fds) else {
         return Err("wrong number of file descriptors".to_owned());

@@ -1,8 +1,8 @@
-//! Which descriptor each live connection has, so that all can be ended at once, at the deadline of a drain.
+//! The descriptors of all live connections, so that the deadline of a drain can end them.
 //!
-//! Owns a table of descriptor numbers, nothing else. A number is in it only while its owner certainly has it open
-//! (it leaves the table, under the lock, before the close), or together with the socket's cookie, which no other socket
-//! ever has.
+//! This module owns a table of descriptor numbers. An entry has a number only while its owner keeps
+//! the descriptor open (the number leaves the table, under the lock, before the close), or together
+//! with the cookie of the socket, which is unique.
 
 use std::os::fd::{AsRawFd, BorrowedFd, RawFd};
 use std::sync::{Mutex, MutexGuard, PoisonError};
@@ -14,28 +14,28 @@ pub(super) struct LiveConnections(Mutex<Table>);
 struct Table {
     entries: Vec<Entry>,
     free: Vec<u32>,
-    /// Counts the beginnings and ends of drains.
+    /// The number of starts and ends of drains so far.
     round: u64,
-    /// The deadline of this round's drain has come. Who has just been taken, and enters only now, is ended, too.
-    over: bool,
+    /// The deadline of this round's drain has passed. Connections registered later are ended, too.
+    deadline_passed: bool,
 }
 
 #[derive(Clone, Copy, Debug, Default)]
 struct Entry {
-    /// Closed only after it has left the table.
-    owned: Option<RawFd>,
-    /// Given away by `into_parts`: closed by the application, whenever it likes.
-    parted: Option<(RawFd, u64)>,
+    /// The SDK's descriptor. It leaves the table before it is closed.
+    own_fd: Option<RawFd>,
+    /// The descriptor from `into_parts` and its cookie. The application may close it at any time.
+    given_away: Option<(RawFd, u64)>,
 }
 
 impl LiveConnections {
-    /// Enters a connection; gives its place.
-    pub(super) fn enter(&self, fd: BorrowedFd<'_>) -> u32 {
+    /// Registers a connection; returns its index.
+    pub(super) fn insert(&self, fd: BorrowedFd<'_>) -> u32 {
         let mut table = self.lock();
-        if table.over {
+        if table.deadline_passed {
             let _ = crate::sys::shut_down(fd.as_raw_fd());
         }
-        let entry = Entry { owned: Some(fd.as_raw_fd()), parted: None };
+        let entry = Entry { own_fd: Some(fd.as_raw_fd()), given_away: None };
         match table.free.pop() {
             Some(at) => {
                 table.entries[at as usize] = entry;
@@ -48,61 +48,61 @@ impl LiveConnections {
         }
     }
 
-    /// The application has this duplicate now.
-    pub(super) fn part(&self, at: u32, fd: BorrowedFd<'_>) {
-        // A kernel without cookies: then its owner alone can end it.
+    /// The application owns this duplicate now.
+    pub(super) fn give_away(&self, at: u32, fd: BorrowedFd<'_>) {
+        // Without cookies in the kernel, only the owner can end the connection.
         let cookie = rustix::net::sockopt::socket_cookie(fd).ok();
         if let Some(entry) = self.lock().entries.get_mut(at as usize) {
-            entry.parted = cookie.map(|cookie| (fd.as_raw_fd(), cookie));
+            entry.given_away = cookie.map(|cookie| (fd.as_raw_fd(), cookie));
         }
     }
 
-    /// Our own descriptor is about to be closed.
-    pub(super) fn disown(&self, at: u32) {
+    /// The SDK is about to close its descriptor.
+    pub(super) fn forget_own_fd(&self, at: u32) {
         if let Some(entry) = self.lock().entries.get_mut(at as usize) {
-            entry.owned = None;
+            entry.own_fd = None;
         }
     }
 
     /// The connection has ended.
-    pub(super) fn leave(&self, at: u32) {
+    pub(super) fn remove(&self, at: u32) {
         let mut table = self.lock();
         table.entries[at as usize] = Entry::default();
         table.free.push(at);
     }
 
-    /// A drain begins, is announced with another deadline, or is over: no deadline has come in what begins now. Gives
-    /// its number, so that a deadline which comes late ends nothing.
+    /// Starts a round: a drain begins, gets another deadline, or ends. Returns the number of the
+    /// round, so that a late deadline of an earlier round has no effect.
     pub(super) fn next_round(&self) -> u64 {
         let mut table = self.lock();
         table.round += 1;
-        table.over = false;
+        table.deadline_passed = false;
         table.round
     }
 
-    /// The same in whatever round it is, for a worker that takes no more connections.
+    /// Ends all connections in any round, for a worker that takes no more.
     pub(super) fn end_now(&self) -> usize {
         let round = self.next_round();
         self.end_all(round).unwrap_or(0)
     }
 
-    /// Shuts every connection down, both ways; gives how many there were. What was written is still sent. `None` in
-    /// another round.
+    /// Shuts every connection down in both directions and returns their number. Written data is
+    /// still sent. `None` if the round has passed.
     pub(super) fn end_all(&self, round: u64) -> Option<usize> {
         let mut table = self.lock();
         if table.round != round {
             return None;
         }
-        table.over = true;
+        table.deadline_passed = true;
         let mut count = 0;
         for entry in &table.entries {
             let ended = match entry {
-                Entry { owned: Some(fd), .. } => {
-                    // It fails when the client is gone already; that is an end, too.
+                Entry { own_fd: Some(fd), .. } => {
+                    // It fails if the client is gone, which is an end, too.
                     let _ = crate::sys::shut_down(*fd);
                     true
                 }
-                Entry { parted: Some((fd, cookie)), .. } => end_parted(*fd, *cookie),
+                Entry { given_away: Some((fd, cookie)), .. } => end_given_away(*fd, *cookie),
                 Entry { .. } => false,
             };
             count += usize::from(ended);
@@ -115,10 +115,12 @@ impl LiveConnections {
     }
 }
 
-/// A number may be another file's by now: a duplicate stays what it is, and the cookie says what that is.
+/// The number may belong to another file by now. A duplicate does not change, and its cookie
+/// identifies the socket.
 ///
-/// First without a duplicate: closing one of some other file would take the process's locks (`fcntl`) off that file.
-fn end_parted(fd: RawFd, cookie: u64) -> bool {
+/// The first check needs no duplicate: closing a duplicate of another file would release the
+/// process's locks (`fcntl`) on that file.
+fn end_given_away(fd: RawFd, cookie: u64) -> bool {
     if crate::sys::socket_cookie(fd) != Some(cookie) {
         return false;
     }
@@ -143,21 +145,22 @@ mod tests {
     }
 
     #[test]
-    fn what_is_in_the_table_is_ended_and_nothing_else() {
+    fn only_registered_connections_are_ended() {
         let live = LiveConnections::default();
         let pairs: Vec<_> = (0..4).map(|_| UnixStream::pair().unwrap()).collect();
         let (ours, mut theirs): (Vec<_>, Vec<_>) = pairs.into_iter().unzip();
-        let places: Vec<u32> = ours.iter().map(|stream| live.enter(stream.as_fd())).collect();
-        // 0: closed. 1: given away and open. 2: given away, closed, and its number another socket's. 3: owned.
-        live.disown(places[0]);
-        live.leave(places[0]);
-        let parted = ours[1].try_clone().unwrap();
-        live.part(places[1], parted.as_fd());
-        live.disown(places[1]);
+        let indexes: Vec<u32> = ours.iter().map(|stream| live.insert(stream.as_fd())).collect();
+        // 0: closed. 1: given away and open. 2: given away and closed, its number reused. 3: owned
+        // by the SDK.
+        live.forget_own_fd(indexes[0]);
+        live.remove(indexes[0]);
+        let given_away = ours[1].try_clone().unwrap();
+        live.give_away(indexes[1], given_away.as_fd());
+        live.forget_own_fd(indexes[1]);
         let (other, mut others) = UnixStream::pair().unwrap();
-        live.part(places[2], ours[2].as_fd());
-        live.disown(places[2]);
-        if let Some((fd, _)) = &mut live.lock().entries[places[2] as usize].parted {
+        live.give_away(indexes[2], ours[2].as_fd());
+        live.forget_own_fd(indexes[2]);
+        if let Some((fd, _)) = &mut live.lock().entries[indexes[2] as usize].given_away {
             *fd = other.as_raw_fd();
         }
         let round = live.next_round();
@@ -165,41 +168,41 @@ mod tests {
         assert_eq!(live.end_all(round), Some(2));
         let found: Vec<bool> = theirs.iter_mut().map(ended).collect();
         assert_eq!(found, [false, true, false, true]);
-        assert!(!ended(&mut others), "somebody else's socket");
-        assert_eq!(live.enter(others.as_fd()), places[0], "a place is used again");
+        assert!(!ended(&mut others), "another socket");
+        assert_eq!(live.insert(others.as_fd()), indexes[0], "a free index is reused");
     }
 
     #[test]
-    fn who_enters_after_the_deadline_is_ended_until_the_drain_is_over() {
+    fn connections_after_the_deadline_end_until_the_drain_ends() {
         let live = LiveConnections::default();
         let round = live.next_round();
         assert_eq!(live.end_all(round), Some(0));
         let (late, mut client) = UnixStream::pair().unwrap();
-        live.enter(late.as_fd());
-        assert!(ended(&mut client), "taken before, entered after");
+        live.insert(late.as_fd());
+        assert!(ended(&mut client), "taken before the deadline, registered after it");
         live.next_round();
         let (next, mut client) = UnixStream::pair().unwrap();
-        live.enter(next.as_fd());
+        live.insert(next.as_fd());
         assert!(!ended(&mut client));
     }
 
     #[test]
-    fn the_locks_on_a_file_that_has_the_number_now_stay() {
+    fn locks_on_a_file_with_the_reused_number_stay() {
         use nix::fcntl::{FcntlArg, fcntl};
         use rustix::fs::{FlockOperation, fcntl_lock};
 
         let live = LiveConnections::default();
         let (ours, _theirs) = UnixStream::pair().unwrap();
-        let at = live.enter(ours.as_fd());
-        live.part(at, ours.as_fd());
-        live.disown(at);
+        let at = live.insert(ours.as_fd());
+        live.give_away(at, ours.as_fd());
+        live.forget_own_fd(at);
         let file = tempfile::NamedTempFile::new().unwrap();
         fcntl_lock(file.as_file(), FlockOperation::NonBlockingLockExclusive).unwrap();
-        if let Some((fd, _)) = &mut live.lock().entries[at as usize].parted {
+        if let Some((fd, _)) = &mut live.lock().entries[at as usize].given_away {
             *fd = file.as_file().as_raw_fd();
         }
         assert_eq!(live.end_all(0), Some(0));
-        // A lock of the other kind is in the way of ours, within the process too.
+        // A lock of the other kind conflicts with it, within the process too.
         let other = file.reopen().unwrap();
         let lock = libc::flock {
             l_type: libc::F_WRLCK as _,

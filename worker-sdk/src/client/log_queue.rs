@@ -1,10 +1,10 @@
 //! Log lines that wait until no lock is held.
 //!
-//! The application's logger may call the worker (a structured log with the worker's id in every line), so it must never
-//! run under a lock of ours. Whatever is said under a lock is kept here, and is passed on by the next [`LogQueue::flush`] after
-//! the lock is released.
+//! The application's logger may call the worker (for example to log the worker's id), so it must
+//! never run under a lock of the SDK. Lines are queued under a lock, and the next
+//! [`LogQueue::flush`] after its release passes them on.
 //!
-//! Lines that can repeat without an end have a limit: see [`RateLimited`].
+//! Repeating lines have a rate limit: see [`RateLimited`].
 
 use std::borrow::Cow;
 use std::fmt;
@@ -19,27 +19,28 @@ use log::Level;
 
 use dispatch_protocol::wire::is_hidden;
 
-/// What the lines' target is, whichever module they are from.
+/// The target of all lines, independent of the module.
 const TARGET: &str = "worker_sdk";
 
-/// A line of a [`RateLimited`] kind is logged once in this time.
+/// The interval of the rate limit.
 const INTERVAL: Duration = Duration::from_secs(10);
 
-/// Kinds of lines that a lasting condition, such as the limit of open files, or an application that tries again and again
-/// would repeat. Each is logged once in ten seconds, with the number of those that were left out.
+/// Kinds of lines that a lasting condition (such as the limit of open files) or a retrying
+/// application would repeat. Each kind is logged once in ten seconds, with the number of suppressed
+/// lines.
 #[derive(Clone, Copy, Debug)]
 pub(crate) enum RateLimited {
     /// Connections arrived without their descriptors.
     NotArrived,
     /// A worker without a dispatcher cannot accept.
     Accept,
-    /// A connection keeps its blocking mode.
+    /// A connection keeps its blocking mode after an error.
     Mode,
-    /// Something about the descriptor that event loops wait for.
+    /// A failed operation on the readiness descriptor.
     Waiting,
-    /// The dispatcher was not told of a change.
+    /// The dispatcher did not get a change of the settings.
     Update,
-    /// axum is given no connection.
+    /// axum gets no connection.
     Axum,
 }
 
@@ -48,7 +49,7 @@ const KINDS: usize = RateLimited::Axum as usize + 1;
 #[derive(Clone, Copy, Debug, Default)]
 struct Limit {
     until: Option<Instant>,
-    left_out: u64,
+    suppressed: u64,
 }
 
 #[derive(Debug, Default)]
@@ -62,20 +63,20 @@ pub(crate) struct LogQueue {
 struct Line {
     level: Level,
     text: String,
-    /// Goes to standard error when no logger is installed.
+    /// Goes to standard error if no logger is installed.
     important: bool,
 }
 
 impl LogQueue {
-    /// Keeps a line for the next flush.
+    /// Queues a line for the next flush.
     pub(super) fn push(&self, level: Level, text: impl FnOnce() -> String) {
-        // `log_enabled!` would ask the application's logger, here, under the lock.
+        // `log_enabled!` would call the application's logger under the lock.
         if level <= log::max_level() {
             self.keep(Line { level, text: text(), important: false });
         }
     }
 
-    /// The same for a line of which there may be too many.
+    /// Queues a line with a rate limit.
     pub(crate) fn push_limited(
         &self,
         kind: RateLimited,
@@ -85,27 +86,27 @@ impl LogQueue {
         if level > log::max_level() {
             return;
         }
-        let left_out = {
+        let suppressed = {
             let mut limits = self.limits.lock().unwrap_or_else(PoisonError::into_inner);
             let limit = &mut limits[kind as usize];
             let now = Instant::now();
             if limit.until.is_some_and(|until| now < until) {
-                limit.left_out += 1;
+                limit.suppressed += 1;
                 return;
             }
             limit.until = now.checked_add(INTERVAL);
-            mem::take(&mut limit.left_out)
+            mem::take(&mut limit.suppressed)
         };
         let mut text = text();
-        match left_out {
+        match suppressed {
             0 => {}
-            1 => text.push_str("; one line like this was left out before it"),
-            more => text.push_str(&format!("; {more} lines like this were left out before it")),
+            1 => text.push_str("; 1 similar line was suppressed before"),
+            more => text.push_str(&format!("; {more} similar lines were suppressed before")),
         }
         self.keep(Line { level, text, important: false });
     }
 
-    /// The same for a line that a program without a logger must show, too.
+    /// Queues a line that a program without a logger shows, too.
     pub(super) fn push_important(&self, level: Level, text: impl FnOnce() -> String) {
         if level <= log::max_level() || no_logger() {
             self.keep(Line { level, text: text(), important: true });
@@ -121,7 +122,7 @@ impl LogQueue {
         !self.any.load(Ordering::Acquire)
     }
 
-    /// Passes the lines to the logger. Only for callers that hold no lock.
+    /// Passes the lines to the logger. The caller holds no lock.
     pub(crate) fn flush(&self) {
         if self.is_empty() {
             return;
@@ -133,7 +134,7 @@ impl LogQueue {
         };
         for Line { level, text, important } in lines {
             if important && no_logger() {
-                // A closed standard error is no reason to panic, as `eprintln!` would.
+                // `eprintln!` would panic if standard error is closed.
                 let _ = writeln!(std::io::stderr(), "{text}");
             } else {
                 log::log!(target: TARGET, level, "{text}");
@@ -142,12 +143,12 @@ impl LogQueue {
     }
 }
 
-/// Logs at once, with the target of all lines. Only for callers that hold no lock.
+/// Logs immediately, with the common target. The caller holds no lock.
 pub(crate) fn log_now(level: Level, line: fmt::Arguments<'_>) {
     log::log!(target: TARGET, level, "{line}");
 }
 
-/// Text of another process for a line of the log: what cannot be seen, or would begin another line, is escaped.
+/// Escapes hidden characters and line breaks in the text of another process, for a log line.
 pub(super) fn readable(text: &str) -> Cow<'_, str> {
     if !text.chars().any(is_hidden) {
         return Cow::Borrowed(text);
@@ -162,7 +163,7 @@ pub(super) fn readable(text: &str) -> Cow<'_, str> {
     Cow::Owned(escaped)
 }
 
-/// The same for a path.
+/// As [`readable`], for a path.
 pub(super) fn readable_path(path: &Path) -> String {
     readable(&path.to_string_lossy()).into_owned()
 }
@@ -172,8 +173,8 @@ pub(super) fn connections(count: usize) -> String {
     if count == 1 { "1 connection".to_owned() } else { format!("{count} connections") }
 }
 
-/// Whether the program has installed no logger. The one that `log` has until then carries no data; a logger that was
-/// installed, and then switched off, nearly always does.
+/// Whether the program has installed no logger. The default logger of `log` has no data; an
+/// installed one that was switched off nearly always has.
 fn no_logger() -> bool {
     log::max_level() == log::LevelFilter::Off && size_of_val(log::logger()) == 0
 }
@@ -183,7 +184,7 @@ mod tests {
     use super::*;
 
     #[test]
-    fn a_test_has_no_logger_and_important_lines_are_kept_for_standard_error() {
+    fn important_lines_are_kept_without_a_logger() {
         let log_queue = LogQueue::default();
         log_queue.push(Level::Error, || unreachable!("no logger would show it"));
         assert!(log_queue.is_empty());
@@ -195,7 +196,7 @@ mod tests {
         repeated_lines_are_limited();
     }
 
-    /// Not a test of its own: the level is the whole process's.
+    /// Not a separate test, because the level belongs to the whole process.
     fn repeated_lines_are_limited() {
         log::set_max_level(log::LevelFilter::Warn);
         let log_queue = LogQueue::default();
@@ -208,7 +209,7 @@ mod tests {
         assert_eq!(lines(), ["cannot", "another"]);
         log_queue.limits.lock().unwrap()[RateLimited::Accept as usize].until = Some(Instant::now());
         log_queue.push_limited(RateLimited::Accept, Level::Warn, || "cannot".to_owned());
-        assert_eq!(lines()[2], "cannot; 2 lines like this were left out before it");
+        assert_eq!(lines()[2], "cannot; 2 similar lines were suppressed before");
         log::set_max_level(log::LevelFilter::Off);
     }
 

@@ -1,7 +1,8 @@
-//! The worker: joins a dispatcher, takes connections, counts them, and comes back when it was away.
+//! The worker: joins a dispatcher, takes connections, counts them, and joins again after a
+//! disconnect.
 //!
-//! Owns everything that the blocking, mio and tokio layers share; they only add how to wait. Knows
-//! nothing of what the application does with a connection.
+//! This module owns everything that the blocking, mio and tokio layers share; a layer only adds its
+//! way of waiting. It does not know what the application does with a connection.
 
 mod backoff;
 mod channel;
@@ -54,7 +55,7 @@ pub use self::sample::Sampling;
 use self::worker_core::WorkerCore;
 use crate::PeerAddr;
 
-/// Closes the worker when the last of its handles is gone.
+/// Closes the worker when its last handle is dropped.
 pub(crate) struct Handle(pub(crate) Arc<WorkerCore>);
 
 impl Drop for Handle {
@@ -63,15 +64,17 @@ impl Drop for Handle {
     }
 }
 
-/// A worker of a dispatcher, for programs that block: one thread or many.
+/// A worker of a dispatcher, for blocking programs with one thread or many.
 ///
-/// It joins its pool, and from then on [`accept`](Worker::accept) gives the connections the dispatcher
-/// chose this process for. When the dispatcher goes away the connections go on, and the worker joins
-/// again as soon as there is one. Without a dispatcher (`listen`) it accepts connections itself.
+/// The worker joins its pool. From then on [`accept`](Worker::accept) returns the connections that
+/// the dispatcher sends to this process. When the dispatcher goes away, live connections continue,
+/// and the worker joins again as soon as a dispatcher listens. Without a dispatcher (`listen`) the
+/// worker accepts connections itself.
 ///
-/// Clones are handles of the same worker, for other threads. Dropping the last one says goodbye: what
-/// was not taken goes to other workers, what was taken goes on and is counted to its end. Connect after
-/// forking: a fork's copy takes nothing, and its end says nothing to the dispatcher.
+/// Clones are handles of the same worker, for other threads. Dropping the last handle says goodbye:
+/// untaken connections go to other workers, taken ones continue and are counted until they end.
+/// Connect after forking: a forked copy takes nothing, and dropping it tells the dispatcher
+/// nothing.
 ///
 /// ```no_run
 /// use std::io::Write;
@@ -82,14 +85,14 @@ impl Drop for Handle {
 ///     for mut connection in worker.incoming() {
 ///         std::thread::spawn(move || connection.write_all(b"hello\n"));
 ///     }
-///     // Drained by an operator, or closed: goodbye, and what is live goes on to its end.
+///     // The worker is drained or closed. Its live connections may still end by themselves.
 ///     worker.close();
 ///     worker.wait_until_idle();
 ///     Ok(())
 /// }
 /// ```
 ///
-/// Alone, as in a test, and what it says of itself:
+/// A worker alone, as in a test:
 ///
 /// ```
 /// use std::io::{Read, Write};
@@ -97,7 +100,7 @@ impl Drop for Handle {
 ///
 /// # fn main() -> Result<(), Box<dyn std::error::Error>> {
 /// let worker = Worker::connect(WorkerConfig::new().pool("web").listen("127.0.0.1:0"))?;
-/// assert!(worker.is_joined() && worker.id().is_none(), "ready, and no dispatcher has numbered it");
+/// assert!(worker.is_joined() && worker.id().is_none(), "no id without a dispatcher");
 /// assert_eq!(worker.pool(), "web");
 /// let address = worker.local_addr().and_then(|addr| addr.socket_addr()).ok_or("not TCP")?;
 ///
@@ -105,7 +108,7 @@ impl Drop for Handle {
 /// if let Some(mut connection) = worker.accept()? {
 ///     assert_eq!(worker.live(), 1);
 ///     connection.write_all(b"hello\n")?;
-/// } // Dropped: closed, then counted as ended.
+/// } // The drop closes the connection, then counts it as ended.
 /// assert_eq!(worker.live(), 0);
 ///
 /// let mut text = String::new();
@@ -118,15 +121,16 @@ impl Drop for Handle {
 pub struct Worker(Arc<Handle>);
 
 impl Worker {
-    /// Joins, and waits until that has worked: for ever, or for `join_timeout`.
+    /// Joins a dispatcher and waits until the join succeeds: without limit, or for `join_timeout`.
     ///
-    /// A dispatcher that is not there yet, is stopping, or has no room is waited for. Without a
+    /// It retries while the dispatcher is not there yet, is stopping, or has no room. Without a
     /// dispatch socket it binds `listen` instead.
     ///
     /// # Errors
-    /// [`Error::Config`] for a wrong setting, [`Error::Refused`] when the dispatcher does not take this
-    /// worker, [`Error::JoinTimeout`], [`Error::Protocol`] when something else answers, and [`Error::Io`] when
-    /// a system call fails: the address to listen on is in use, the dispatch socket is not for us to open.
+    /// [`Error::Config`] for a wrong setting, [`Error::Refused`] if the dispatcher refuses this
+    /// worker, [`Error::JoinTimeout`], [`Error::Protocol`] if the peer is not a dispatcher, and
+    /// [`Error::Io`] if a system call fails, for example if the address is in use or the permission
+    /// for the dispatch socket is missing.
     ///
     /// ```
     /// use std::time::Duration;
@@ -147,18 +151,20 @@ impl Worker {
         &self.0.0
     }
 
-    /// Waits for the next connection, which is this worker's from now on; `None` once the worker is closed, and while the
-    /// dispatcher drains it (an operator said `dispatcher drain`) and nothing that came before is left.
+    /// Waits for the next connection, which then belongs to this worker. `None` if the worker is
+    /// closed, or if the dispatcher drains it (`dispatcher drain`) and no earlier connection is
+    /// left.
     ///
-    /// A worker that is drained usually finishes what it has and ends, and another takes its place: it says
-    /// [goodbye](Worker::close) and [waits](Worker::wait_until_idle). One that rather stays waits in
-    /// [`resumed`](Worker::resumed). A `main` that returns ends its connections, whoever serves them.
+    /// A drained worker usually finishes its connections and ends, and another worker takes its
+    /// place: it says [goodbye](Worker::close) and [waits](Worker::wait_until_idle). A worker that
+    /// stays waits in [`resumed`](Worker::resumed). If `main` returns, the process ends and so do
+    /// all its connections.
     ///
     /// Any number of threads may wait. The connection is in blocking mode.
     ///
     /// # Errors
-    /// [`Error::Forked`] in a forked child, [`Error::Io`] when even waiting fails. A lost dispatcher is no
-    /// error: it is waited for.
+    /// [`Error::Forked`] in a forked child, [`Error::Io`] if waiting itself fails. The loss of the
+    /// dispatcher is not an error: the call waits until the worker has joined again.
     ///
     /// ```no_run
     /// # fn serve(_: worker_sdk::Connection) {}
@@ -174,10 +180,10 @@ impl Worker {
         Ok(self.core().accept(None)?.map(Connection::new))
     }
 
-    /// The same, but waits no longer than `timeout`.
+    /// As [`accept`](Worker::accept), but waits no longer than `timeout`.
     ///
     /// # Errors
-    /// [`Error::TimedOut`] when no connection has come; otherwise as [`accept`](Worker::accept).
+    /// [`Error::TimedOut`] if no connection came; otherwise as [`accept`](Worker::accept).
     ///
     /// ```
     /// use std::time::Duration;
@@ -186,8 +192,8 @@ impl Worker {
     /// # let worker = Worker::connect(WorkerConfig::new().listen("127.0.0.1:0"))?;
     /// match worker.accept_timeout(Duration::from_millis(10)) {
     ///     Ok(Some(_connection)) => {}
-    ///     Ok(None) => {} // Closed, or drained.
-    ///     Err(Error::TimedOut) => {} // Time for something else; then call it again.
+    ///     Ok(None) => {} // The worker is closed or drained.
+    ///     Err(Error::TimedOut) => {} // Do other work, then call it again.
     ///     Err(error) => return Err(error),
     /// }
     /// # Ok(())
@@ -197,16 +203,17 @@ impl Worker {
         Ok(self.core().accept(Some(clock::after(timeout)))?.map(Connection::new))
     }
 
-    /// The next connection if there is one now, in non-blocking mode; `None` if there is none.
+    /// The next connection if one is available now, in non-blocking mode; otherwise `None`.
     ///
-    /// For event loops without a layer here: the worker's descriptor ([`AsFd`]) becomes readable when there
-    /// is something to do. Call this then until it says `None`; that also joins again after a dispatcher was lost.
-    /// While a thread waits in [`accept`](Worker::accept), that one receives for all, and the descriptor
-    /// says nothing of what it has queued: use one way at a time.
+    /// For event loops without a layer in this crate: the worker's descriptor ([`AsFd`]) becomes
+    /// readable when there is work. Then call this function until it returns `None`; it also joins
+    /// again after the loss of a dispatcher. While a thread waits in [`accept`](Worker::accept),
+    /// that thread receives for all, and the descriptor does not report its queue. So use only one
+    /// of the two ways at a time.
     ///
     /// # Errors
-    /// [`Error::Closed`] once closed, [`Error::Draining`] while the dispatcher drains this worker, [`Error::Forked`] in a
-    /// forked child.
+    /// [`Error::Closed`] after a close, [`Error::Draining`] while the dispatcher drains this
+    /// worker, [`Error::Forked`] in a forked child.
     ///
     /// ```no_run
     /// use rustix::event::{PollFd, PollFlags, poll};
@@ -223,15 +230,15 @@ impl Worker {
     ///             continue;
     ///         }
     ///         Ok(None) => {}
-    ///         // Drained by an operator, or closed: goodbye, and on until the last connection has ended. From here
-    ///         // on the worker is readable all the time.
+    ///         // Drained or closed: continue until the last connection has ended. From now on
+    ///         // the worker is always readable.
     ///         Err(Error::Draining | Error::Closed) => {
     ///             worker.close();
     ///             interest = PollFlags::empty();
     ///         }
     ///         Err(error) => return Err(error.into()),
     ///     }
-    ///     poll(&mut [PollFd::new(&worker, interest)], None)?; // And the connections.
+    ///     poll(&mut [PollFd::new(&worker, interest)], None)?; // Poll the connections, too.
     /// }
     /// # Ok(())
     /// # }
@@ -240,13 +247,14 @@ impl Worker {
         Ok(self.core().try_accept()?.map(Connection::new))
     }
 
-    /// The connections, one after the other, until the worker is closed or drained. Errors that can't pass end it, too, and are
-    /// logged. The [example above](Worker) shows it.
+    /// An iterator over the connections. It ends when the worker is closed or drained, and after a
+    /// permanent error, which it logs. The [example above](Worker) shows it.
     pub fn incoming(&mut self) -> Incoming<'_> {
         Incoming { worker: self }
     }
 
-    /// The same for an iterator that owns its worker, and can be given to a thread. A worker is also an [`IntoIterator`].
+    /// As [`incoming`](Worker::incoming), but the iterator owns its worker, so another thread can
+    /// use it. A worker is also an [`IntoIterator`].
     ///
     /// ```no_run
     /// # fn serve(_: worker_sdk::Connection) {}
@@ -262,13 +270,13 @@ impl Worker {
         IntoIncoming { worker: self }
     }
 
-    /// Calls `callback` whenever this worker has joined a dispatcher, with the id it has there, and at once if it has
-    /// already. Not without a dispatcher.
+    /// Calls `callback` each time this worker has joined a dispatcher, with its id there, and
+    /// immediately if it has joined already. Never called without a dispatcher.
     ///
-    /// All three of these callbacks are called on a thread of their own, in the order of the events, without a lock held:
-    /// they may call the worker, take their time, or panic. They are called for at most 64 events that wait. A worker hears
-    /// of events when it asks for connections. A callback that owns a clone of this worker is a handle;
-    /// [`close`](Worker::close) lets go of all callbacks.
+    /// The three callbacks run on a separate thread, in the order of the events, without a lock.
+    /// They may call the worker, block, or panic. At most 64 events wait for them. A worker notices
+    /// events when it asks for connections. A callback that owns a clone of this worker is a
+    /// handle; [`close`](Worker::close) drops all callbacks.
     ///
     /// ```no_run
     /// # fn main() -> Result<(), worker_sdk::Error> {
@@ -283,32 +291,36 @@ impl Worker {
         self.core().on_joined(callback);
     }
 
-    /// Calls `callback` whenever this worker has lost its dispatcher, with the reason; it joins again by itself, and live
-    /// connections go on. As [`on_joined`](Worker::on_joined).
+    /// Calls `callback` each time this worker has lost its dispatcher, with the reason. The worker
+    /// joins again by itself, and live connections continue. As [`on_joined`](Worker::on_joined).
     pub fn on_lost(&self, callback: impl Fn(&str) + Send + Sync + 'static) {
         self.core().on_lost(callback);
     }
 
-    /// Calls `callback` whenever a drain is over and connections may come again. As [`on_joined`](Worker::on_joined).
+    /// Calls `callback` each time a drain ends and connections may come again. As
+    /// [`on_joined`](Worker::on_joined).
     pub fn on_resumed(&self, callback: impl Fn() + Send + Sync + 'static) {
         self.core().on_resumed(callback);
     }
 
-    /// Calls `callback` when the dispatcher begins to drain this worker, or at once if it does already: a moment to fail health
-    /// checks, to tell clients to reconnect, to stop keep-alive. On a thread of its own, one callback after the other: it may
-    /// take its time, wait for the last connection to end, or panic; the drain's deadline comes all the same.
+    /// Calls `callback` when the dispatcher starts to drain this worker, or immediately if a drain
+    /// is in progress: the time to fail health checks, to ask clients to reconnect, to stop
+    /// keep-alive. Callbacks run one after the other on a separate thread. They may block, wait for
+    /// the last connection to end, or panic; the deadline of the drain comes regardless.
     ///
-    /// A callback that owns a clone of this worker is a handle, too: dropping the others says no goodbye then.
-    /// [`close`](Worker::close) does, and lets go of all callbacks, once they have been told of a drain that is under way.
+    /// A callback that owns a clone of this worker is a handle, so dropping the other handles says
+    /// no goodbye. [`close`](Worker::close) says it, and drops all callbacks after they have run
+    /// for a drain in progress.
     ///
-    /// The worker hears of a drain when it asks for connections: a thread must be in [`accept`](Worker::accept), or an event
-    /// loop must call [`try_accept`](Worker::try_accept). From then on the deadline counts, whatever the program does: the
-    /// connections that are still live are shut down, so that reading and writing them ends.
+    /// The worker notices a drain when it asks for connections: a thread must be in
+    /// [`accept`](Worker::accept), or an event loop must call [`try_accept`](Worker::try_accept).
+    /// From then on the deadline counts in any case: it shuts down the connections that are still
+    /// live, so that reads and writes on them end.
     ///
     /// ```no_run
     /// # fn main() -> Result<(), worker_sdk::Error> {
     /// # let worker = worker_sdk::Worker::connect(worker_sdk::WorkerConfig::from_env()?)?;
-    /// worker.on_drain(|drain| println!("no more connections; the last end at {:?}", drain.deadline()));
+    /// worker.on_drain(|drain| println!("drained; deadline {:?}", drain.deadline()));
     /// # Ok(())
     /// # }
     /// ```
@@ -321,8 +333,8 @@ impl Worker {
         self.core().draining().now().is_some()
     }
 
-    /// Waits until no drain is under way: true; or until the worker is closed: false. For a worker that stays when it is
-    /// drained.
+    /// Waits until no drain is in progress (true) or the worker is closed (false). For a worker
+    /// that stays after a drain.
     ///
     /// # Errors
     /// As [`accept`](Worker::accept).
@@ -343,19 +355,20 @@ impl Worker {
         self.core().resumed()
     }
 
-    /// Says goodbye: no more connections, what was not taken goes elsewhere. Wakes the threads in
-    /// [`accept`](Worker::accept). Live connections go on, and are counted until the last has ended.
+    /// Says goodbye: no more connections come, and untaken ones go to other workers. Wakes the
+    /// threads in [`accept`](Worker::accept). Live connections continue, and are counted until the
+    /// last has ended.
     ///
-    /// Connections whose dispatcher had gone, so that nobody else can serve them, are still given out
-    /// by `accept` before it says `None`; dropping the last handle closes them.
+    /// Connections from a dispatcher that has ended cannot go to another worker, so `accept` still
+    /// returns them before it returns `None`; dropping the last handle closes them.
     ///
     /// ```
     /// # fn main() -> Result<(), worker_sdk::Error> {
     /// # let config = worker_sdk::WorkerConfig::new().listen("127.0.0.1:0");
     /// let worker = worker_sdk::Worker::connect(config)?;
     /// let closing = worker.clone();
-    /// let thread = std::thread::spawn(move || worker.accept()); // Waits …
-    /// closing.close(); // … until here, as when SIGTERM arrives.
+    /// let thread = std::thread::spawn(move || worker.accept()); // It waits for the close.
+    /// closing.close(); // As at SIGTERM.
     /// assert!(matches!(thread.join(), Ok(Ok(None))));
     /// # Ok(())
     /// # }
@@ -364,12 +377,13 @@ impl Worker {
         self.core().close();
     }
 
-    /// Waits until no connection is live in this process: for the end of a program that serves what it has. No polling:
-    /// whoever ends the last one wakes this thread.
+    /// Waits until no connection is live in this process, for the end of a program. It does not
+    /// poll: the end of the last connection wakes this thread.
     ///
-    /// Call [`close`](Worker::close) before, so that no more come, and take what [`accept`](Worker::accept) still has: it
-    /// counts as live. At the deadline of a drain the connections are shut down; they end when the application drops
-    /// them. In a forked child it returns at once.
+    /// Call [`close`](Worker::close) before, so that no more connections come, and take those that
+    /// [`accept`](Worker::accept) still has: they count as live. The deadline of a drain shuts the
+    /// connections down; they end when the application drops them. Returns immediately in a forked
+    /// child.
     ///
     /// ```
     /// # fn main() -> Result<(), Box<dyn std::error::Error>> {
@@ -390,14 +404,15 @@ impl Worker {
         self.core().wait_until_idle(None);
     }
 
-    /// The same, but waits no longer than `timeout`: false if connections are live then.
+    /// As [`wait_until_idle`](Worker::wait_until_idle), but waits no longer than `timeout`: false
+    /// if connections are still live.
     pub fn wait_until_idle_timeout(&self, timeout: Duration) -> bool {
         self.core().wait_until_idle(Some(clock::after(timeout)))
     }
 
-    /// The end of a program in one call, such as at SIGTERM: says goodbye, as [`close`](Worker::close), waits until no
-    /// connection is live, and after `within` shuts down those that are left, so that reading and writing them ends. Gives
-    /// how many that were.
+    /// Ends the worker in one call, for example at SIGTERM: says goodbye, as
+    /// [`close`](Worker::close), waits until no connection is live, and after `within` shuts down
+    /// the others, so that reads and writes on them end. Returns how many it shut down.
     ///
     /// ```
     /// # fn main() -> Result<(), Box<dyn std::error::Error>> {
@@ -408,7 +423,7 @@ impl Worker {
     /// # let address = worker.local_addr().and_then(|addr| addr.socket_addr()).ok_or("not TCP")?;
     /// # let client = std::net::TcpStream::connect(address)?;
     /// let connection = worker.accept()?.ok_or("closed")?;
-    /// let serving = std::thread::spawn(move || (&connection).read(&mut [0])); // The client says nothing.
+    /// let serving = std::thread::spawn(move || (&connection).read(&mut [0]));
     /// assert_eq!(worker.shutdown(Duration::from_millis(10)), 1);
     /// assert!(matches!(serving.join(), Ok(Ok(0))));
     /// # Ok(())
@@ -418,9 +433,10 @@ impl Worker {
         self.core().shutdown(within)
     }
 
-    /// Takes no connections for now: what is untaken goes to other workers, and the dispatcher sends nothing more until
-    /// [`resume_accepting`](Worker::resume_accepting). Live connections go on, and so does the membership in the pool; a pool
-    /// all of whose workers are paused lets its clients wait, as if all were full. Also alone, without a dispatcher.
+    /// Accepts no connections for now: untaken ones go to other workers, and the dispatcher sends
+    /// none until [`resume_accepting`](Worker::resume_accepting). Live connections continue, and
+    /// the worker stays in the pool. If all workers of a pool are paused, its clients wait, as if
+    /// all were full. Works without a dispatcher, too.
     ///
     /// # Errors
     /// [`Error::Forked`] in a forked child.
@@ -440,18 +456,20 @@ impl Worker {
     /// Ends a [pause](Worker::pause_accepting).
     ///
     /// # Errors
-    /// [`Error::Forked`] in a forked child; [`Error::Io`] when a worker without a dispatcher can no longer watch its listener.
+    /// [`Error::Forked`] in a forked child; [`Error::Io`] if a worker without a dispatcher can no
+    /// longer watch its listener.
     pub fn resume_accepting(&self) -> Result<(), Error> {
         self.core().set_paused(false)
     }
 
-    /// Whether it is [paused](Worker::pause_accepting).
+    /// Whether the worker is [paused](Worker::pause_accepting).
     pub fn is_paused(&self) -> bool {
         self.core().is_paused()
     }
 
-    /// Another share of the load from now on, in place of [`WorkerConfig::weight`]; kept over all dispatchers. A weight that
-    /// an operator has set (`dispatcher weight`) wins until the worker joins anew.
+    /// Changes the worker's share of the load from [`WorkerConfig::weight`]; later dispatchers get
+    /// the new value. A weight set by an operator (`dispatcher weight`) has priority until the
+    /// worker joins again.
     ///
     /// # Errors
     /// [`Error::Config`] for 0, [`Error::Forked`] in a forked child.
@@ -459,8 +477,8 @@ impl Worker {
         self.core().set_weight(weight)
     }
 
-    /// Another maximum from now on, in place of [`WorkerConfig::max_connections`]; kept over all dispatchers. The pool's own
-    /// maximum bounds it. What is live beyond it goes on.
+    /// Changes the maximum from [`WorkerConfig::max_connections`]; later dispatchers get the new
+    /// value. The maximum of the pool limits it. Live connections beyond it continue.
     ///
     /// # Errors
     /// [`Error::Config`] for 0, [`Error::Forked`] in a forked child.
@@ -468,14 +486,16 @@ impl Worker {
         self.core().set_max_connections(max)
     }
 
-    /// Claims a key, such as the id just given to a client in a cookie: from the next connection on, a client that
-    /// brings it comes to this worker. `key` is what the client will send, decoded; for `client-ip` an address as text.
+    /// Claims a key, for example the id that the application has just given to a client in a
+    /// cookie: from its next connection on, a client with this key comes to this worker. `key` is
+    /// what the client will send, decoded; for `client-ip` it is an address as text.
     ///
-    /// Never waits. It is a hint that may come too late or get lost with the dispatcher: then the client goes where it
-    /// would have gone without it. A session id that ends in a route (`ID.NAME`) needs no claim.
+    /// Never waits. A claim is a hint, which may arrive too late or be lost with the dispatcher;
+    /// then the client goes where it would have gone without the claim. A session id that ends in a
+    /// route (`ID.NAME`) needs no claim.
     ///
     /// # Errors
-    /// See [`ClaimError`]; none of them harms the worker.
+    /// See [`ClaimError`]; none of these errors affects the worker.
     ///
     /// ```no_run
     /// # use std::io::Write;
@@ -491,43 +511,45 @@ impl Worker {
         self.core().claim(key.as_ref())
     }
 
-    /// Connections taken and not yet ended, in this process.
+    /// Connections that are taken and have not ended, in this process.
     pub fn live(&self) -> u64 {
         self.core().live()
     }
 
-    /// The gauge of this name, made if there is none: a number that the dispatcher sees. Any thread may set it.
+    /// The gauge of this name, created if necessary: a number that the dispatcher sees. Any thread
+    /// may set it.
     ///
     /// # Errors
-    /// [`Error::Config`] for what is [no name](dispatch_protocol::scoreboard::gauge::GaugeName), and when there are 24 already;
-    /// [`Error::Forked`] in a forked child.
+    /// [`Error::Config`] for an [invalid name](dispatch_protocol::scoreboard::gauge::GaugeName) and
+    /// if there are already 24 gauges; [`Error::Forked`] in a forked child.
     pub fn gauge(&self, name: &str) -> Result<Gauge, Error> {
         self.core().gauge(name)
     }
 
-    /// The id the dispatcher gave this worker, as its status and logs show it; `None` while not joined.
+    /// The id of this worker at the dispatcher, as in its status and logs; `None` while not joined.
     pub fn id(&self) -> Option<u64> {
         self.core().id()
     }
 
-    /// Whether connections can come now: a dispatcher has us, or we listen by ourselves. A blocking worker notices that
-    /// the dispatcher has gone when a thread is in `accept`.
+    /// Whether connections can come now: the worker has joined a dispatcher, or listens itself. A
+    /// blocking worker notices the loss of its dispatcher while a thread is in `accept`.
     pub fn is_joined(&self) -> bool {
         self.core().is_joined()
     }
 
-    /// The pool it joins.
+    /// The pool of this worker.
     pub fn pool(&self) -> &str {
         self.core().pool()
     }
 
-    /// The address that a worker without a dispatcher listens on, with the port it got; `None` with a dispatcher.
+    /// The address on which a worker without a dispatcher listens, with its real port; `None` with
+    /// a dispatcher.
     pub fn local_addr(&self) -> Option<PeerAddr> {
         self.core().local_addr()
     }
 }
 
-/// One descriptor for the worker's whole life, readable when [`Worker::try_accept`] has something to do.
+/// One descriptor for the whole life of the worker, readable when [`Worker::try_accept`] has work.
 /// Only poll it.
 impl AsFd for Worker {
     fn as_fd(&self) -> BorrowedFd<'_> {

@@ -1,8 +1,10 @@
-//! Records that must reach the dispatcher and that no thread of the application waits for: update and goodbye.
+//! Records that must reach the dispatcher without blocking a thread of the application: update and
+//! goodbye.
 //!
-//! A record is sent at once if the control connection has room. Otherwise it is kept here, and a thread sends it when there
-//! is room. Only the last record is kept: an update has all settings, and a goodbye makes an update pointless. So at most one
-//! record and one thread wait for a session, and both end with it.
+//! A record is sent immediately if the control connection has room. Otherwise it is kept here, and
+//! a thread sends it later. Only the last record is kept: an update has all settings, and a goodbye
+//! replaces an update. So a session has at most one waiting record and one thread, and both end
+//! with it.
 
 use std::sync::{Arc, Condvar, Mutex, MutexGuard, PoisonError};
 use std::time::{Duration, Instant};
@@ -16,13 +18,13 @@ use super::join::{Session, end};
 use super::worker_core::WorkerCore;
 use dispatch_protocol::wire::{Goodbye, Update};
 
-/// How long the end of a session waits for a goodbye that could not be sent.
+/// How long the end of a session waits for an unsent goodbye.
 pub(super) const GOODBYE_TIMEOUT: Duration = Duration::from_secs(1);
 
-/// How often the thread looks whether the session is to end.
+/// How often the thread checks whether the session has to end.
 const POLL_INTERVAL: Timespec = Timespec { tv_sec: 0, tv_nsec: 100_000_000 };
 
-/// How long the thread waits between two attempts.
+/// The pause of the thread between two attempts.
 const RETRY_PAUSE: Duration = Duration::from_millis(5);
 
 #[derive(Clone, Copy, Debug)]
@@ -45,16 +47,16 @@ impl Record {
 #[derive(Debug, Default)]
 pub(super) struct Outbox {
     state: Mutex<OutboxState>,
-    /// Wakes whoever waits for the last record to be sent.
+    /// Wakes threads that wait until the last record is sent.
     sent: Condvar,
 }
 
 #[derive(Debug, Default)]
 struct OutboxState {
     unsent: Option<Record>,
-    /// Whether a thread sends it.
+    /// Whether a thread sends the record.
     sending: bool,
-    /// The session is to end once the record is sent, at the latest then.
+    /// The session ends after the record, at this time at the latest.
     ends: Option<Instant>,
 }
 
@@ -63,7 +65,7 @@ impl Outbox {
         self.state.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
-    /// Waits until no record is left, but not beyond that moment.
+    /// Waits until no record is left, but not beyond `until`.
     pub(super) fn wait_empty(&self, until: Instant) {
         let left = until.saturating_duration_since(Instant::now());
         let unsent = |state: &mut OutboxState| state.unsent.is_some() && state.sending;
@@ -72,7 +74,8 @@ impl Outbox {
 }
 
 impl Session {
-    /// Sends a record now or later, in order. Never waits. An error means that there is no dispatcher that could hear it.
+    /// Sends a record now or later, in order. Never waits. An error means that the dispatcher is
+    /// gone.
     pub(super) fn post(self: &Arc<Self>, core: &WorkerCore, record: Record) -> Result<(), Errno> {
         let mut state = self.outbox.lock();
         if state.unsent.is_none() {
@@ -90,7 +93,7 @@ impl Session {
         Ok(())
     }
 
-    /// The end of the session: now, or (true) when the record that waits has been sent.
+    /// Ends the session immediately, or (true) after the waiting record.
     pub(super) fn end_after_outbox(&self) -> bool {
         let mut state = self.outbox.lock();
         let waits = state.unsent.is_some() && state.sending;
@@ -104,7 +107,7 @@ impl Session {
 
     fn deliver(&self) {
         loop {
-            // However it ends, the next attempt says more.
+            // The result does not matter; the next attempt reports errors.
             let _ = poll(&mut [PollFd::new(&self.control, PollFlags::OUT)], Some(&POLL_INTERVAL));
             let mut state = self.outbox.lock();
             let late = state.ends.is_some_and(|ends| ends <= Instant::now());
@@ -123,12 +126,13 @@ impl Session {
                 return;
             }
             drop(state);
-            // `poll` may call it writable although the system lacks memory for the record.
+            // `poll` may report the socket as writable although the system lacks memory for the
+            // record.
             std::thread::sleep(RETRY_PAUSE);
         }
     }
 
-    /// Whether it was sent; an error means that it never will be.
+    /// Whether the record was sent. After an error it never will be.
     fn try_send(&self, record: Record) -> Result<bool, Errno> {
         loop {
             let flags = SendFlags::NOSIGNAL | SendFlags::DONTWAIT;

@@ -1,9 +1,9 @@
-//! One file descriptor that is readable whenever a non-blocking worker has something to do.
+//! One file descriptor that is readable while a non-blocking worker has work.
 //!
-//! An epoll instance, so that mio and tokio register one descriptor once although what the worker waits
-//! for changes: a timer, the answer to a hello, the channel. Everything inside is level-triggered: an
-//! outer edge-triggered poller gets an edge when something is added that is ready already, and whoever
-//! acts on readiness acts until nothing is left, so nothing stays ready and spins.
+//! The descriptor is an epoll instance, so mio and tokio register it once, although the worker
+//! waits for different descriptors: a timer, the answer to a hello, the channel. All members are
+//! level-triggered. An outer edge-triggered poller gets an edge when a ready member is added, and a
+//! caller works until nothing is left, so no member stays ready.
 
 use std::io;
 use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
@@ -23,7 +23,7 @@ pub(super) struct Readiness {
     epoll: OwnedFd,
     timer: OwnedFd,
     closed: OwnedFd,
-    /// It is called under the core's lock.
+    /// Used under the core's lock.
     log_queue: Arc<LogQueue>,
 }
 
@@ -44,14 +44,14 @@ impl Readiness {
     }
 
     pub(super) fn watch(&self, fd: BorrowedFd<'_>) -> io::Result<()> {
-        // Nobody looks at which member is ready, so they all carry the same data.
+        // The worker does not ask which member is ready, so all have the same data.
         let data = epoll::EventData::new_u64(0);
         epoll::add(&self.epoll, fd, data, epoll::EventFlags::IN)?;
         Ok(())
     }
 
-    /// Must come before the descriptor is closed: somebody else (the dispatcher, a forked child) may
-    /// hold a duplicate, and then closing ours would leave it in the set, ready for ever.
+    /// Call it before the close: another process (the dispatcher, a forked child) may have a
+    /// duplicate, and then the closed descriptor would stay in the set and be ready for ever.
     pub(super) fn forget(&self, fd: BorrowedFd<'_>) {
         if let Err(error) = epoll::delete(&self.epoll, fd) {
             self.log_queue.push_limited(RateLimited::Waiting, log::Level::Error, || {
@@ -60,13 +60,13 @@ impl Readiness {
         }
     }
 
-    /// Ready after `delay`, in place of what was set before.
+    /// Ready after `delay`; replaces an earlier delay.
     pub(super) fn arm(&self, delay: Duration) {
-        // Zero would disarm.
+        // A zero value would disarm the timer.
         self.set_timer(bounded(delay).max(Duration::from_nanos(1)));
     }
 
-    /// Also takes back an expiry that nobody has acted on.
+    /// Also clears an expiry that has not been handled.
     pub(super) fn disarm(&self) {
         self.set_timer(Duration::ZERO);
     }
@@ -84,13 +84,13 @@ impl Readiness {
         }
     }
 
-    /// Ready from now on, and once more an edge for those who wait for edges.
+    /// Ready from now on, with one more edge for edge-triggered pollers.
     pub(super) fn close(&self) {
-        // It can fail only when it is ready already.
+        // It fails only if it is ready already.
         let _ = rustix::io::write(&self.closed, &1u64.to_ne_bytes());
     }
 
-    /// Blocks until ready, until a signal handler has run, or until that moment.
+    /// Blocks until ready, until a signal handler has run, or until `until`.
     pub(super) fn wait(&self, until: Option<Instant>) -> io::Result<()> {
         wait_readable(self.epoll.as_fd(), until).map(drop)
     }
@@ -102,8 +102,7 @@ impl AsFd for Readiness {
     }
 }
 
-/// Blocks until there is something to read, until a signal handler has run, or until that moment. Whether there is
-/// something to read.
+/// Blocks until `fd` is readable (true), until a signal handler has run, or until `until`.
 pub(super) fn wait_readable(fd: BorrowedFd<'_>, until: Option<Instant>) -> io::Result<bool> {
     let left = until.map(|until| bounded(until.saturating_duration_since(Instant::now())));
     let timeout = left.and_then(|left| Timespec::try_from(left).ok());

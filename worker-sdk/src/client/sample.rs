@@ -1,7 +1,7 @@
-//! Measuring the machine and this process, for the gauges that say how busy they are.
+//! Samples of the machine and this process, for the gauges of the SDK.
 //!
-//! Owns the thread that does it, its interval, and the numbers read from `/proc`. Their formats are fixed (the
-//! kernel promises them to programs), so that a few lines do, without a library that knows all the rest of `/proc`.
+//! This module owns the sampling thread, its interval, and the values from `/proc`. The formats are
+//! part of the kernel's stable interface, so it reads them without a library.
 
 use std::fs::File;
 use std::io::{self, Read};
@@ -18,31 +18,31 @@ use super::gauges::{Gauge, Gauges};
 use super::log_queue::log_now;
 use dispatch_protocol::scoreboard::gauge::{GaugeName, names};
 
-/// When to measure the machine and this process.
+/// When to sample the machine and this process.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(rename_all = "lowercase")]
 pub enum Sampling {
-    /// What the pool scores by, from the first join on at which it says so.
+    /// The gauges that the pool uses for scores, from the first join that names them.
     #[default]
     Auto,
-    /// All four, whatever the pool does.
+    /// All four gauges.
     Always,
-    /// Nothing: the application sets these gauges itself, or nobody does.
+    /// No gauge. The application may set these gauges itself.
     Never,
 }
 
-/// What can be measured here.
+/// The gauges that the SDK can measure.
 const MEASURED: [&str; 4] =
     [names::SYSTEM_CPU, names::FREE_MEMORY, names::PROCESS_CPU, names::PROCESS_RSS];
 
-/// Between the first two samples.
+/// The interval between the first two samples.
 const FIRST_INTERVAL: Duration = Duration::from_millis(100);
 
-/// The thread, if there is one. Dropping this ends it.
+/// The sampling thread, if there is one. Dropping this ends it.
 pub(super) struct Sampler {
     sampling: Sampling,
     interval: Duration,
-    /// What is measured so far, and the way to the thread.
+    /// The gauges measured so far, and the sender to the thread.
     thread: Mutex<(Vec<&'static str>, Option<Sender<Meter>>)>,
 }
 
@@ -51,14 +51,14 @@ impl Sampler {
         Sampler { sampling, interval, thread: Mutex::new((Vec::new(), None)) }
     }
 
-    /// Begins what is to be measured from the start.
+    /// Starts the gauges that are measured from the start.
     pub(super) fn start(&self, gauges: &Arc<Gauges>) {
         if self.sampling == Sampling::Always {
             self.measure(gauges, &MEASURED);
         }
     }
 
-    /// The pool scores by these.
+    /// Starts the gauges that the pool uses for scores.
     pub(super) fn wanted(&self, gauges: &Arc<Gauges>, wanted: &[GaugeName]) {
         if self.sampling == Sampling::Auto {
             let here = |name: &&str| wanted.iter().any(|wanted| wanted.as_str() == *name);
@@ -94,7 +94,7 @@ impl Sampler {
                 },
             };
             measured.push(name);
-            // The thread ends after this end of the way to it.
+            // The thread ends only after this sender is dropped.
             let _ = sender.send(Meter { name, gauge, before: None, complained: false });
         }
     }
@@ -113,7 +113,8 @@ fn sample(interval: Duration, receiver: &Receiver<Meter>) {
     loop {
         match receiver.recv_timeout(next.saturating_duration_since(Instant::now())) {
             Ok(mut meter) => {
-                // At once, and what needs two looks soon again, so that a worker that has just joined is scored soon.
+                // The first sample comes immediately, and the second soon, so that a new worker
+                // soon has all scores.
                 meter.measure();
                 meters.push(meter);
                 next = next.min(after(FIRST_INTERVAL));
@@ -127,11 +128,11 @@ fn sample(interval: Duration, receiver: &Receiver<Meter>) {
     }
 }
 
-/// One gauge, and what its next value is measured against.
+/// One gauge and its last sample.
 struct Meter {
     name: &'static str,
     gauge: Gauge,
-    /// Busy and whole time at the last sample.
+    /// Busy and total time at the last sample.
     before: Option<(f64, f64)>,
     complained: bool,
 }
@@ -150,7 +151,7 @@ impl Meter {
         }
     }
 
-    /// `None` while there is nothing to compare with.
+    /// `None` for the first of two samples.
     fn value(&mut self) -> io::Result<Option<f64>> {
         let odd = || io::Error::other("it is not as expected");
         match self.name {
@@ -170,36 +171,37 @@ impl Meter {
                 mib(&read("/proc/meminfo")?, "MemAvailable:").ok_or_else(odd).map(Some)
             }
             names::PROCESS_RSS => {
-                // Not `status`, which begins with a name that may be any bytes, and has its lines wherever they fall.
+                // Not `status`: its first line has the process name, which may be any bytes.
                 resident(&read("/proc/self/statm")?, page_size()).ok_or_else(odd).map(Some)
             }
             _ => Err(odd()),
         }
     }
 
-    /// How much of the time since the last sample was busy.
+    /// The busy share of the time since the last sample.
     fn rate(&mut self, busy: f64, whole: f64) -> Option<f64> {
         let (busy_before, whole_before) = self.before.replace((busy, whole))?;
         let passed = whole - whole_before;
-        // A counter may go back a little: the kernel's idle time does.
+        // A counter may decrease slightly: the kernel's idle time does.
         (passed > 0.0).then(|| ((busy - busy_before) / passed).max(0.0))
     }
 
-    /// The same of a whole: the time spent waiting for disks may go back, and then more than all would be busy.
+    /// As [`rate`](Meter::rate), at most 1: the iowait time may decrease, and the rest would exceed
+    /// the total.
     fn share(&mut self, busy: f64, whole: f64) -> Option<f64> {
         self.rate(busy, whole).map(|rate| rate.min(1.0))
     }
 }
 
-/// The beginning of a file in `/proc`: what is looked for is in it.
+/// The start of a file in `/proc`, which contains the needed values.
 fn read(path: &str) -> io::Result<String> {
     let mut text = String::new();
     File::open(path)?.take(4096).read_to_string(&mut text)?;
     Ok(text)
 }
 
-/// Busy and whole processor time since boot, from the first line of `/proc/stat`:
-/// `cpu user nice system idle iowait irq softirq steal guest guest_nice`, guests being part of user and nice.
+/// Busy and total processor time since boot, from the first line of `/proc/stat`: `cpu user nice
+/// system idle iowait irq softirq steal guest guest_nice`. Guest times are part of user and nice.
 fn processor_time(text: &str) -> Option<(f64, f64)> {
     let line = text.lines().next()?.strip_prefix("cpu ")?;
     let times: Option<Vec<f64>> =
@@ -228,10 +230,10 @@ mod tests {
     use super::*;
 
     #[test]
-    fn processor_time_counts_everything_but_idling_as_busy() {
+    fn all_processor_time_but_idle_counts_as_busy() {
         let text = "cpu  100 20 30 800 50 1 2 3 40 5\ncpu0 1 2 3 4 5 6 7 8 9 10\n";
         assert_eq!(processor_time(text), Some((156.0, 1006.0)));
-        // Of an old kernel.
+        // From an old kernel.
         assert_eq!(processor_time("cpu 1 2 3 4\n"), Some((6.0, 10.0)));
         for bad in ["", "cpu\n", "cpu 1 2 3\n", "cpu0 1 2 3 4\n", "cpu 1 2 x 4\n"] {
             assert_eq!(processor_time(bad), None, "{bad:?}");
@@ -253,11 +255,11 @@ mod tests {
         let gauges = Gauges::new(Arc::default());
         let gauge = gauges.gauge("x").unwrap();
         let mut meter = Meter { name: "x", gauge, before: None, complained: false };
-        assert_eq!(meter.rate(500.0, 1000.0), None, "nothing to compare with");
+        assert_eq!(meter.rate(500.0, 1000.0), None, "the first sample");
         assert_eq!(meter.rate(505.0, 1020.0), Some(0.25));
         assert_eq!(meter.rate(505.0, 1020.0), None, "no time has passed");
-        assert_eq!(meter.rate(504.0, 1021.0), Some(0.0), "it went back");
-        assert_eq!(meter.share(514.0, 1025.0), Some(1.0), "idling went back");
+        assert_eq!(meter.rate(504.0, 1021.0), Some(0.0), "the counter decreased");
+        assert_eq!(meter.share(514.0, 1025.0), Some(1.0), "the idle time decreased");
     }
 
     #[test]
@@ -268,12 +270,12 @@ mod tests {
             let mut meter = Meter { name, gauge, before: None, complained: false };
             let needs_two = [names::SYSTEM_CPU, names::PROCESS_CPU].contains(&name);
             assert_eq!(meter.value().unwrap().is_none(), needs_two, "{name}");
-            // The counter of the machine goes by in steps.
+            // The machine's counter advances in steps.
             let end = Instant::now() + Duration::from_secs(20);
             let value = loop {
                 match meter.value().unwrap() {
                     Some(value) => break value,
-                    None => assert!(Instant::now() < end, "{name} stands still"),
+                    None => assert!(Instant::now() < end, "{name} does not advance"),
                 }
             };
             let most = if name == names::SYSTEM_CPU { 1.0 } else { 1e9 };
@@ -284,7 +286,7 @@ mod tests {
     #[test]
     fn memory_is_found_whatever_the_process_is_called() {
         let name = std::fs::read("/proc/self/comm").unwrap();
-        // The kernel keeps 15 bytes, and so half of the last character.
+        // The kernel keeps 15 bytes, so half of the last character is cut.
         std::fs::write("/proc/self/comm", "fourteen-bytes\u{e9}").unwrap();
         let gauges = Gauges::new(Arc::default());
         let rss = names::PROCESS_RSS;
@@ -311,7 +313,7 @@ mod tests {
         let name = names::FREE_MEMORY;
         sender.send(Meter { name, gauge, before: None, complained: false }).unwrap();
         drop(sender);
-        // Ends when nobody can ask for more.
+        // Ends because the sender is gone.
         sample(Duration::MAX, &receiver);
     }
 }

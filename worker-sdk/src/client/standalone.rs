@@ -1,4 +1,4 @@
-//! Listening without a dispatcher, so that the same program runs alone on a developer's machine.
+//! A listener for a worker without a dispatcher, so that the same program runs alone.
 
 use std::io;
 use std::net::{SocketAddr, TcpListener, TcpStream};
@@ -16,7 +16,7 @@ pub(super) enum StandaloneListener {
 }
 
 impl StandaloneListener {
-    /// Binds `127.0.0.1:8080`, `[::]:8080`, `localhost:8080` or `unix:/path`, non-blocking.
+    /// Binds `127.0.0.1:8080`, `[::]:8080`, `localhost:8080` or `unix:/path` in non-blocking mode.
     pub(super) fn bind(address: &str) -> Result<StandaloneListener, Error> {
         let failed = |error| Error::io(format!("listen on {address}"), error);
         let listener = match address.strip_prefix("unix:") {
@@ -46,7 +46,7 @@ impl StandaloneListener {
         Ok(listener)
     }
 
-    /// One connection; `None` if there is none now.
+    /// Accepts one connection; `None` if none is waiting.
     pub(super) fn accept(&self) -> io::Result<Option<(TcpStream, PeerAddr)>> {
         loop {
             let accepted = match self {
@@ -61,7 +61,7 @@ impl StandaloneListener {
                 Ok(accepted) => return Ok(Some(accepted)),
                 Err(error) => match error.kind() {
                     io::ErrorKind::WouldBlock => return Ok(None),
-                    // That one client is gone already.
+                    // The client of that connection is gone.
                     io::ErrorKind::Interrupted | io::ErrorKind::ConnectionAborted => {}
                     _ => return Err(error),
                 },
@@ -76,7 +76,8 @@ impl StandaloneListener {
         }
     }
 
-    /// Takes the name of a Unix listener away. Not on drop: a forked child drops its copy, too.
+    /// Removes the socket file of a Unix listener. Not on drop, because a forked child drops its
+    /// copy, too.
     pub(super) fn unlink(&self, log_queue: &LogQueue) {
         if let StandaloneListener::Unix { path, .. } = self
             && let Err(error) = std::fs::remove_file(path)
@@ -97,7 +98,7 @@ impl AsFd for StandaloneListener {
     }
 }
 
-/// Binds a Unix listener, in place of a socket file whose owner is gone.
+/// Binds a Unix listener. Replaces a socket file on which nothing listens.
 fn bind_unix(path: &PathBuf) -> io::Result<UnixListener> {
     match UnixListener::bind(path) {
         Err(error) if error.kind() == io::ErrorKind::AddrInUse => {}
@@ -105,7 +106,7 @@ fn bind_unix(path: &PathBuf) -> io::Result<UnixListener> {
     }
     match UnixStream::connect(path) {
         Err(error) if error.kind() == io::ErrorKind::ConnectionRefused => {
-            // Refused by something that is no socket, too; that we must not remove.
+            // A file that is not a socket also refuses; it must not be removed.
             use std::os::unix::fs::FileTypeExt;
             if std::fs::symlink_metadata(path)?.file_type().is_socket() {
                 std::fs::remove_file(path)?;

@@ -1,6 +1,6 @@
-//! Changing what hello said of the worker, and pausing, at run time.
+//! Changes of weight, maximum and pause at run time.
 //!
-//! What is set here outlives the dispatcher: the next hello says it, too.
+//! The settings outlive the dispatcher: the next hello carries them.
 
 use std::os::fd::AsFd;
 use std::sync::Arc;
@@ -47,10 +47,12 @@ impl WorkerCore {
             return Ok(());
         }
         match &state.link {
-            // Under the lock: so it never follows a goodbye, and two changes arrive in their order.
+            // Sent under the lock, so that an update never follows a goodbye and updates arrive in
+            // order.
             Link::Joined { session, .. } => self.tell(session, &state.settings),
             Link::Standalone { listener, paused: None } => {
-                // What waits there goes on waiting, and keeps nobody busy.
+                // Waiting connections stay in the kernel's queue and do not make the worker
+                // readable.
                 match (before.paused, state.settings.paused) {
                     (false, true) => self.readiness().forget(listener.as_fd()),
                     (true, false) => {
@@ -66,31 +68,30 @@ impl WorkerCore {
         if state.settings.paused {
             state.set_aside();
         } else {
-            // The dispatcher has taken them back when it heard of the pause.
+            // The dispatcher revoked them when it received the pause.
             state.aside.clear();
         }
         Ok(())
     }
 
-    /// Has the dispatcher know; never waits for it.
+    /// Sends the settings to the dispatcher; never waits.
     pub(super) fn tell(&self, session: &Arc<Session>, settings: &Update) {
         if !session.features.contains(Features::UPDATE) {
             self.log_queue().push_limited(RateLimited::Update, log::Level::Warn, || {
-                "this dispatcher is too old to be told of another weight, maximum or pause"
-                    .to_owned()
+                "the dispatcher is too old for changes of weight, maximum or pause".to_owned()
             });
         } else if let Err(error) = session.post(self, Record::Update(*settings)) {
-            // It has gone: the next one is told by hello.
+            // The dispatcher is gone; the next one gets the settings with the hello.
             self.log_queue().push_limited(RateLimited::Update, log::Level::Debug, || {
-                format!("could not tell the dispatcher of a change: {error}")
+                format!("could not send a change to the dispatcher: {error}")
             });
         }
     }
 }
 
 impl State {
-    /// While paused nothing is claimed. What has come all the same the dispatcher takes back; should it die before, nobody
-    /// else can serve it.
+    /// While paused the worker takes nothing. The dispatcher revokes what arrives; if it ends
+    /// before that, this worker takes it.
     pub(super) fn set_aside(&mut self) {
         for pending in std::mem::take(&mut self.queue) {
             match pending {
@@ -98,7 +99,8 @@ impl State {
                 Pending::Taken(_) | Pending::Probe(_) => self.queue.push_back(pending),
             }
         }
-        // What was taken back is not held for the length of a pause: no more than a ring can have out.
+        // Revoked connections are kept for the length of a pause, but at most as many as the
+        // scoreboard has slots.
         let most = self.link.session().map_or(0, |session| session.board.slots() as usize);
         let surplus = self.aside.len().saturating_sub(most);
         self.aside.drain(..surplus);

@@ -1,12 +1,13 @@
-//! The worker itself, shared by the blocking, tokio and mio layers.
+//! The worker's state and logic, shared by the blocking, tokio and mio layers.
 //!
-//! Owns the link to the dispatcher (a state machine that advances by steps which never block), the queue
-//! of what was received and not yet asked for, and the two counters. Every claim is made here, under one
-//! lock, at the moment the application asks for its next connection.
+//! This module owns the link to the dispatcher (a state machine whose steps never block), the queue
+//! of received connections, and the two counters. It takes every slot under one lock, at the moment
+//! the application asks for its next connection.
 //!
-//! Blocking threads share the work as leader and followers: the leader waits on the channel itself, one
-//! system call per record; the others wait for it to hand over entries or its place. A record with many
-//! connections is so shared among threads, and nobody needs a thread of their own.
+//! Blocking threads work as leader and followers: the leader waits on the channel itself, with one
+//! system call per record; the followers wait until the leader hands over entries or the
+//! leadership. So the threads share a record with many connections, and the SDK needs no thread of
+//! its own.
 
 use std::collections::VecDeque;
 use std::mem;
@@ -51,13 +52,13 @@ mod shutdown;
 
 use self::lock::Locked;
 
-/// A dispatcher that accepts and then says nothing is tried again after this.
+/// After this time without an answer to its hello, the worker tries again.
 const WELCOME_TIMEOUT: Duration = Duration::from_secs(10);
 
-/// How long a worker without a dispatcher waits when the system has no descriptor or memory for an accept.
+/// The pause of a worker without a dispatcher after an accept that lacked a descriptor or memory.
 const ACCEPT_PAUSE: Duration = Duration::from_millis(100);
 
-/// A session that lasted this long shows that joining works, so the next waits start small again.
+/// A session of this length shows that joining works, so the back-off starts again at its minimum.
 const RELIABLE: Duration = Duration::from_secs(5);
 
 pub(crate) struct WorkerCore {
@@ -68,21 +69,23 @@ pub(crate) struct WorkerCore {
     readiness: Readiness,
     state: Mutex<State>,
     handed_over: Condvar,
-    /// The session that finished connections are told to. Kept after a goodbye until the last one ended.
+    /// The session in which ended connections are counted. It stays after a goodbye until the last
+    /// connection has ended.
     current: RwLock<Option<Arc<Session>>>,
     closed: AtomicBool,
-    /// Connections the application has taken since the worker was made; grows under the lock only.
+    /// Connections taken by the application since the worker was created; grows under the lock
+    /// only.
     opened: AtomicU64,
-    /// Of those, how many have ended.
+    /// Those of them that have ended.
     finished: AtomicU64,
     gauges: Arc<Gauges>,
-    /// Ends with this, and with it the thread that measures.
+    /// Its thread ends when the worker is dropped.
     sampler: Sampler,
     live_connections: LiveConnections,
     draining: Draining,
     events: LinkEvents,
     idle: IdleSignal,
-    /// The session whose goodbye may wait to be sent; set when the last connection has ended.
+    /// The session with an unsent goodbye, set when the last connection has ended.
     unsent_goodbye: Mutex<Option<Arc<Session>>>,
     log_queue: Arc<LogQueue>,
 }
@@ -90,25 +93,29 @@ pub(crate) struct WorkerCore {
 pub(super) struct State {
     pub(super) link: Link,
     pub(super) queue: VecDeque<Pending>,
-    /// Whether a thread waits for the dispatcher on behalf of all, outside the lock. Nobody else steps then.
+    /// Whether a thread waits for the dispatcher on behalf of all threads, outside the lock. Then
+    /// no other thread calls `step`.
     leader: bool,
     /// Threads that wait for the leader.
     followers: usize,
     idle_threads: IdleThreads,
     backoff: Backoff,
     ever_joined: bool,
-    /// Whether the log has said that we wait; then it is not repeated aloud.
+    /// Whether the failing join has been logged as a warning; then further failures are logged for
+    /// debugging only.
     warned: bool,
     join_deadline: Option<(Instant, Duration)>,
     last_problem: String,
     buffer: Vec<u8>,
-    /// Its dispatcher had died when we said goodbye: what it sent is nobody else's.
+    /// The dispatcher had ended before the goodbye, so no other worker can get the connections it
+    /// sent.
     orphaned: Option<Arc<Session>>,
-    /// Taken before the first of the queue was received: a child forked since then may have a copy of what is in it.
+    /// Taken before the first entry of the queue was received: a child forked since may have a copy
+    /// of the queue's descriptors.
     forks: Forks,
-    /// What the dispatcher is to know of this worker.
+    /// The settings that the dispatcher should know.
     pub(super) settings: Update,
-    /// Offered while paused: see [`State::set_aside`].
+    /// Connections offered while the worker is paused: see [`State::set_aside`].
     pub(super) aside: Vec<Pending>,
 }
 
@@ -132,30 +139,31 @@ pub(super) enum Link {
     Closed,
 }
 
-/// What was received and not yet asked for.
+/// Received and not yet requested by the application.
 pub(super) enum Pending {
-    /// Not touched before its claim succeeds.
+    /// Not used before its slot is taken.
     Offered { entry: Entry, fd: OwnedFd },
-    /// Claimed when its dispatcher went away: nobody else can serve it.
+    /// Taken when its dispatcher ended, because no other worker can get it.
     Taken(Accepted),
-    /// Answered when the application asks for its next connection: that is what it tests.
+    /// Answered when the application asks for its next connection, because the probe tests the
+    /// application.
     Probe(Probe),
 }
 
 enum Step {
-    /// Something changed; look again.
+    /// The state has changed; check again.
     Again,
-    /// Nothing to do until `ready` says so.
+    /// Nothing to do until the readiness descriptor is readable.
     Blocked,
 }
 
-/// What taking from the queue leaves to do outside the lock.
+/// Work left after a pop, to be done outside the lock.
 #[derive(Default)]
 struct Popped {
     accepted: Option<Accepted>,
-    /// Woken if it waits for takes.
+    /// The doorbell to ring if the dispatcher waits for takes.
     doorbell: Option<Arc<Session>>,
-    /// Somebody else's now; closed, never shut down.
+    /// Another worker has it; closed, never shut down.
     stale: Option<OwnedFd>,
 }
 
@@ -188,7 +196,7 @@ impl WorkerCore {
                 Link::Standalone { listener, paused: None }
             }
             (path, _) => {
-                // `check` has refused a configuration with neither.
+                // `check` refuses a configuration with neither.
                 socket = path.clone().unwrap_or_default();
                 readiness.arm(Duration::ZERO);
                 Link::Waiting { until: Instant::now() }
@@ -250,7 +258,8 @@ impl WorkerCore {
         }))
     }
 
-    /// Advances until joined (true) or until there is nothing to do before the descriptor is readable (false).
+    /// Advances until the worker has joined (true) or nothing can happen before the descriptor is
+    /// readable (false).
     pub(crate) fn try_join(self: &Arc<Self>) -> Result<bool, Error> {
         self.check_process()?;
         let mut state = self.lock();
@@ -287,13 +296,13 @@ impl WorkerCore {
     }
 
     pub(crate) fn live(&self) -> u64 {
-        // In this order the difference can't be negative.
+        // This order keeps the difference from being negative.
         let finished = self.finished.load(Ordering::SeqCst);
         self.opened.load(Ordering::SeqCst) - finished
     }
 
     pub(crate) fn gauge(&self, name: &str) -> Result<Gauge, Error> {
-        // The scoreboard is the parent's, too.
+        // A forked child shares the scoreboard with its parent.
         self.check_process()?;
         let gauge = self.gauges.gauge(name);
         self.log_queue.flush();
@@ -312,7 +321,7 @@ impl WorkerCore {
         self.readiness.as_fd()
     }
 
-    /// A guard was dropped. No lock is taken that is held while anything waits.
+    /// Counts a connection as ended. Takes no lock that is held during a wait.
     pub(super) fn finished_one(&self) {
         let finished = self.finished.fetch_add(1, Ordering::SeqCst) + 1;
         if let Some(session) = self.read_current() {

@@ -16,14 +16,16 @@ use super::stream::Stream;
 use crate::PeerAddr;
 use crate::client::{Accepted, CountedStream, Guard, Origin};
 
-/// A live connection. Dropping it closes the socket, and then counts it as ended.
+/// A live connection. Dropping it closes the socket, then counts the end.
 ///
-/// Split it with [`into_split`](Connection::into_split) or [`tokio::io::split`] to read and write in different tasks. What
-/// is asked for is tried at once, and the runtime watches the socket only from when it has to wait: a connection that is
-/// answered and closed costs it nothing. Apart from that it behaves as [`tokio::net::TcpStream`] does.
+/// Split it with [`into_split`](Connection::into_split) or [`tokio::io::split`] to read and write
+/// in different tasks. Every operation is tried immediately, and the runtime registers the socket
+/// only when an operation has to wait: a connection that is answered and closed is never
+/// registered. Apart from that it behaves as [`tokio::net::TcpStream`] does.
 ///
-/// Once the descriptor has left the SDK's control ([`as_fd`](AsFd::as_fd), [`as_raw_fd`](AsRawFd::as_raw_fd),
-/// [`as_tcp`](Connection::as_tcp), [`into_std`](Connection::into_std), [`into_parts`](Connection::into_parts), a later fork),
+/// Once the descriptor has left the SDK's control ([`as_fd`](AsFd::as_fd),
+/// [`as_raw_fd`](AsRawFd::as_raw_fd), [`as_tcp`](Connection::as_tcp),
+/// [`into_std`](Connection::into_std), [`into_parts`](Connection::into_parts), a later fork),
 /// dropping the connection only closes it: see [Closing](crate::Connection#closing).
 ///
 /// ```no_run
@@ -35,7 +37,7 @@ use crate::client::{Accepted, CountedStream, Guard, Origin};
 ///     println!("{} came in at {:?}", connection.peer_addr(), connection.listener());
 ///     println!("accepted {:?} ago", connection.age());
 ///     if let Some(tcp) = connection.as_tcp() {
-///         tcp.set_ttl(64)?; // An option that has no method here.
+///         tcp.set_ttl(64)?; // An option without a method here.
 ///     }
 ///     let mut buffer = [0; 4096];
 ///     let n = connection.read(&mut buffer).await?;
@@ -54,36 +56,38 @@ impl Connection {
         Connection { held: CountedStream::new(stream, accepted.guard), origin: accepted.origin }
     }
 
-    /// Where the client connected from, as the dispatcher saw it.
+    /// The address that the client connected from, as the dispatcher saw it.
     pub fn peer_addr(&self) -> PeerAddr {
         self.origin.peer
     }
 
-    /// The name of the dispatcher's listener the client connected to; empty if it has none, or
-    /// without a dispatcher.
+    /// The name of the dispatcher's listener: as
+    /// [`Connection::listener`](crate::Connection::listener).
     pub fn listener(&self) -> &str {
         self.origin.listener()
     }
 
-    /// When the connection was accepted: as [`Connection::accepted_at`](crate::Connection::accepted_at).
+    /// When the connection was accepted: as
+    /// [`Connection::accepted_at`](crate::Connection::accepted_at).
     pub fn accepted_at(&self) -> SystemTime {
         self.origin.accepted.at()
     }
 
-    /// How long ago that was: as [`Connection::age`](crate::Connection::age).
+    /// The time since the accept: as [`Connection::age`](crate::Connection::age).
     pub fn age(&self) -> Duration {
         self.origin.accepted.age()
     }
 
-    /// The dispatcher's number of this connection: as [`Connection::number`](crate::Connection::number).
+    /// The dispatcher's number of this connection: as
+    /// [`Connection::number`](crate::Connection::number).
     pub fn number(&self) -> Option<u64> {
         self.origin.number
     }
 
-    /// The address the client connected to.
+    /// The address that the client connected to.
     ///
     /// # Errors
-    /// What the system says.
+    /// The error of the system call.
     pub fn local_addr(&self) -> io::Result<PeerAddr> {
         match self.tcp() {
             Some(stream) => stream.local_addr().map(PeerAddr::from),
@@ -91,18 +95,18 @@ impl Connection {
         }
     }
 
-    /// Waits until it can be read or written, as `interest` says.
+    /// Waits until the connection is ready for `interest`.
     ///
     /// # Errors
-    /// When the runtime cannot wait.
+    /// If the runtime cannot wait.
     pub async fn ready(&self, interest: Interest) -> io::Result<Ready> {
         self.stream().ready(interest).await
     }
 
-    /// Waits until [`try_read`](Connection::try_read) is likely to find something.
+    /// Waits until [`try_read`](Connection::try_read) is likely to find data.
     ///
     /// # Errors
-    /// When the runtime cannot wait.
+    /// If the runtime cannot wait.
     pub async fn readable(&self) -> io::Result<()> {
         self.ready(Interest::READABLE).await.map(drop)
     }
@@ -110,15 +114,15 @@ impl Connection {
     /// Waits until [`try_write`](Connection::try_write) is likely to find room.
     ///
     /// # Errors
-    /// When the runtime cannot wait.
+    /// If the runtime cannot wait.
     pub async fn writable(&self) -> io::Result<()> {
         self.ready(Interest::WRITABLE).await.map(drop)
     }
 
-    /// Reads what is there now.
+    /// Reads the available data.
     ///
     /// # Errors
-    /// [`io::ErrorKind::WouldBlock`] when nothing is; otherwise what the system says.
+    /// [`io::ErrorKind::WouldBlock`] if there is none; otherwise the error of the system call.
     ///
     /// ```no_run
     /// # async fn first(connection: worker_sdk::tokio::Connection) -> std::io::Result<usize> {
@@ -136,7 +140,7 @@ impl Connection {
         self.try_io(Interest::READABLE, |mut tcp| tcp.read(buffer))
     }
 
-    /// The same into several buffers.
+    /// As [`try_read`](Connection::try_read), into several buffers.
     ///
     /// # Errors
     /// As [`try_read`](Connection::try_read).
@@ -144,15 +148,15 @@ impl Connection {
         self.try_io(Interest::READABLE, |mut tcp| tcp.read_vectored(buffers))
     }
 
-    /// Writes what there is room for now.
+    /// Writes as much as there is room for.
     ///
     /// # Errors
-    /// [`io::ErrorKind::WouldBlock`] when there is none; otherwise what the system says.
+    /// [`io::ErrorKind::WouldBlock`] if there is no room; otherwise the error of the system call.
     pub fn try_write(&self, bytes: &[u8]) -> io::Result<usize> {
         self.try_io(Interest::WRITABLE, |mut tcp| tcp.write(bytes))
     }
 
-    /// The same from several buffers.
+    /// As [`try_write`](Connection::try_write), from several buffers.
     ///
     /// # Errors
     /// As [`try_write`](Connection::try_write).
@@ -168,7 +172,7 @@ impl Connection {
         self.stream().try_io(interest, call)
     }
 
-    /// Reads without taking: the next read gets the same bytes.
+    /// Reads without removing: the next read returns the same bytes.
     ///
     /// # Errors
     /// As reading.
@@ -176,7 +180,8 @@ impl Connection {
         std::future::poll_fn(|cx| self.stream().poll_peek(cx, buffer)).await
     }
 
-    /// Two halves for two tasks, without a lock between them. The connection ends, and is counted, with the later one.
+    /// Splits the connection into two halves for two tasks, without a lock. The connection ends,
+    /// and is counted, when both halves have ended.
     ///
     /// ```no_run
     /// # async fn echo(connection: worker_sdk::tokio::Connection) -> std::io::Result<()> {
@@ -189,11 +194,12 @@ impl Connection {
         split::split(self)
     }
 
-    /// tokio's own stream, for a library that takes no other, and the guard that counts it: as
-    /// [`Connection::into_parts`](crate::Connection::into_parts).
+    /// The stream of tokio, for libraries that need it, and the guard that counts the connection:
+    /// as [`Connection::into_parts`](crate::Connection::into_parts).
     ///
     /// # Errors
-    /// When the process has no file descriptor to spare, or the runtime is gone; the connection is closed then.
+    /// If the process has no file descriptor left, or the runtime is gone. Then the connection is
+    /// closed.
     pub fn into_parts(self) -> io::Result<(::tokio::net::TcpStream, Guard)> {
         let runtime = self.stream().runtime().clone();
         let (stream, guard) = self.into_std()?;
@@ -201,19 +207,19 @@ impl Connection {
         Ok((::tokio::net::TcpStream::from_std(stream)?, guard))
     }
 
-    /// The standard library's stream, in non-blocking mode, and the guard that counts it: as
-    /// [`Connection::into_parts`](crate::Connection::into_parts).
+    /// The stream of the standard library, in non-blocking mode, and the guard that counts the
+    /// connection: as [`Connection::into_parts`](crate::Connection::into_parts).
     ///
     /// # Errors
-    /// When the process has no file descriptor to spare; the connection is closed then.
+    /// If the process has no file descriptor left. Then the connection is closed.
     pub fn into_std(self) -> io::Result<(TcpStream, Guard)> {
-        // The clone keeps our own handle's end from being taken for the connection's.
+        // With this clone of the guard, the drop of this handle is not the end of the connection.
         let guard = self.held.guard.clone();
-        let stream = guard.part(self.stream().tcp())?;
+        let stream = guard.duplicate(self.stream().tcp())?;
         Ok((stream, guard))
     }
 
-    /// The same as a descriptor, whatever kind of socket it is.
+    /// The descriptor, for any kind of socket, and the guard.
     ///
     /// # Errors
     /// As [`into_std`](Connection::into_std).
@@ -230,8 +236,8 @@ impl Connection {
         self.held.guard.is_ours()
     }
 
-    /// The stream, for its options; `None` for a Unix client. It is in non-blocking mode and must stay so. From here on
-    /// dropping the connection only closes it.
+    /// The stream, for its options; `None` for a Unix client. It is in non-blocking mode and must
+    /// stay so. From here on, dropping the connection only closes it.
     pub fn as_tcp(&self) -> Option<&TcpStream> {
         self.held.guard.expose();
         self.tcp()
@@ -244,10 +250,10 @@ impl Connection {
         }
     }
 
-    /// Sends small writes at once (`TCP_NODELAY`). Does nothing for a Unix client.
+    /// Sends small writes immediately (`TCP_NODELAY`). Does nothing for a Unix client.
     ///
     /// # Errors
-    /// What the system says.
+    /// The error of the system call.
     pub fn set_nodelay(&self, nodelay: bool) -> io::Result<()> {
         self.tcp().map_or(Ok(()), |stream| stream.set_nodelay(nodelay))
     }

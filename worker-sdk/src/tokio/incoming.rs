@@ -11,12 +11,12 @@ use crate::client::Error;
 
 type Accept = Pin<Box<dyn Future<Output = Result<Connection, Error>> + Send + Sync>>;
 
-/// The connections of a [`Listener`], one after the other; from [`Listener::into_incoming`].
+/// The connections of a [`Listener`] as a stream; from [`Listener::into_incoming`].
 ///
 /// It ends when the listener is closed or drained. Any other error is its last item.
 pub struct Incoming {
     listener: Listener,
-    /// The accept that waits, if one does.
+    /// The pending accept, if there is one.
     next: Option<Accept>,
     ended: bool,
 }
@@ -41,7 +41,7 @@ impl Stream for Incoming {
             return Poll::Ready(None);
         }
         let Incoming { listener, next, .. } = &mut *self;
-        // A future of its own, and not `poll_accept`: other tasks may accept from clones at the same time.
+        // A separate future instead of `poll_accept`, because other tasks may accept from clones.
         let accept = next.get_or_insert_with(|| {
             let listener = listener.clone();
             Box::pin(async move { listener.accept().await })

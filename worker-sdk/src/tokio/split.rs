@@ -1,4 +1,4 @@
-//! A connection in two halves, each of which can go to a task of its own.
+//! A connection in two halves for two tasks.
 
 use std::fmt;
 use std::io::{self, IoSlice};
@@ -10,20 +10,20 @@ use ::tokio::io::{AsyncRead, AsyncWrite, ReadBuf};
 
 use super::Connection;
 
-/// The half of a [`Connection`] that is read; from [`Connection::into_split`].
+/// The reading half of a [`Connection`]; from [`Connection::into_split`].
 #[derive(Debug)]
 pub struct OwnedReadHalf(Arc<Connection>);
 
-/// The half of a [`Connection`] that is written; from [`Connection::into_split`].
+/// The writing half of a [`Connection`]; from [`Connection::into_split`].
 ///
-/// Dropping it tells the client that there is no more to read, as with tokio's own.
+/// Dropping it ends the sending direction, as with tokio's own.
 #[derive(Debug)]
 pub struct OwnedWriteHalf {
     connection: Arc<Connection>,
     shut_down_on_drop: bool,
 }
 
-/// The halves are not of the same connection; here they are again.
+/// The halves belong to different connections. The error contains both.
 #[derive(Debug)]
 pub struct ReuniteError(pub OwnedReadHalf, pub OwnedWriteHalf);
 
@@ -42,10 +42,10 @@ pub(super) fn split(connection: Connection) -> (OwnedReadHalf, OwnedWriteHalf) {
 }
 
 impl OwnedReadHalf {
-    /// The connection again, from both its halves.
+    /// Joins both halves to a connection.
     ///
     /// # Errors
-    /// [`ReuniteError`] when the halves are of two connections.
+    /// [`ReuniteError`] if the halves belong to two connections.
     pub fn reunite(self, other: OwnedWriteHalf) -> Result<Connection, ReuniteError> {
         if !Arc::ptr_eq(&self.0, &other.connection) {
             return Err(ReuniteError(self, other));
@@ -64,15 +64,15 @@ impl OwnedReadHalf {
 }
 
 impl OwnedWriteHalf {
-    /// The connection again; as [`OwnedReadHalf::reunite`].
+    /// Joins both halves to a connection; as [`OwnedReadHalf::reunite`].
     ///
     /// # Errors
-    /// [`ReuniteError`] when the halves are of two connections.
+    /// [`ReuniteError`] if the halves belong to two connections.
     pub fn reunite(self, other: OwnedReadHalf) -> Result<Connection, ReuniteError> {
         other.reunite(self)
     }
 
-    /// Drops the half and leaves the direction open.
+    /// Drops the half without ending the sending direction.
     pub fn forget(mut self) {
         self.shut_down_on_drop = false;
     }
@@ -80,22 +80,22 @@ impl OwnedWriteHalf {
 
 impl Drop for OwnedWriteHalf {
     fn drop(&mut self) {
-        // A forked child's copy ends nothing.
+        // The copy of a forked child ends nothing.
         if self.shut_down_on_drop && self.connection.is_ours() {
-            // It fails when the client is gone already.
+            // It fails if the client is gone.
             let _ = self.connection.stream().shut_down_writing();
         }
     }
 }
 
-/// The connection, for its addresses, options and waits.
+/// The connection, for its addresses, options and readiness.
 impl AsRef<Connection> for OwnedReadHalf {
     fn as_ref(&self) -> &Connection {
         &self.0
     }
 }
 
-/// The connection, for its addresses, options and waits.
+/// The connection, for its addresses, options and readiness.
 impl AsRef<Connection> for OwnedWriteHalf {
     fn as_ref(&self) -> &Connection {
         &self.connection

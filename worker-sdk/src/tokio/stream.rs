@@ -1,8 +1,9 @@
-//! The socket of a connection, registered with the runtime only when it has to wait.
+//! The socket of a connection. It is registered with the runtime only when an operation has to
+//! wait.
 //!
-//! A runtime learns from the kernel that a socket can be read or written after it has registered it, and not before it
-//! looks the next time. A new connection can be written at once, and often its first bytes are there: so what is asked
-//! for is tried first. One that never waits, because it answers and closes, is never registered.
+//! A runtime learns of readiness only after registration and the next poll. A new connection is
+//! writable immediately, and often its first bytes are there. So every operation is tried first,
+//! and a connection that never waits is never registered.
 
 use std::io::{self, IoSlice, Write};
 use std::net::{Shutdown, TcpStream};
@@ -17,18 +18,19 @@ use ::tokio::task::coop;
 
 use crate::sys;
 
-/// A socket in non-blocking mode. Everything works through a shared reference, so that it can be split.
+/// A socket in non-blocking mode. All operations need only a shared reference, so that it can be
+/// split.
 pub(super) struct Stream {
-    // Declared, and so dropped, first: it is deregistered before the socket is closed.
+    // Declared first, so dropped first: it is deregistered before the socket is closed.
     registered: OnceLock<AsyncFd<Arc<TcpStream>>>,
-    /// Held while it is registered: a socket can be so only once.
+    /// Held during the registration, because a socket can be registered only once.
     registering: Mutex<()>,
-    /// Where it is registered, whichever thread asks.
+    /// The runtime for the registration, independent of the calling thread.
     runtime: Handle,
     tcp: Arc<TcpStream>,
 }
 
-/// What one system call gave, and whether the socket has nothing more to give or no more room.
+/// The result of one system call, and whether it exhausted the data or the room.
 type Did<T> = io::Result<(T, bool)>;
 
 /// [`AsyncFd::poll_read_ready`] or [`AsyncFd::poll_write_ready`].
@@ -55,7 +57,7 @@ impl Stream {
         &self.runtime
     }
 
-    /// The socket as the runtime watches it, from now on if it has not before.
+    /// The registered socket; registers it if necessary.
     fn registered(&self) -> io::Result<&AsyncFd<Arc<TcpStream>>> {
         if let Some(registered) = self.registered.get() {
             return Ok(registered);
@@ -64,13 +66,13 @@ impl Stream {
         if let Some(registered) = self.registered.get() {
             return Ok(registered);
         }
-        // The caller may be a thread of no runtime, or of another.
+        // The calling thread may belong to no runtime, or to another.
         let _entered = self.runtime.enter();
         let registered = sys::register(Arc::clone(&self.tcp))?;
         Ok(self.registered.get_or_init(|| registered))
     }
 
-    /// Tries `call`; where it would block, waits with `ready` and tries again.
+    /// Tries `call`; if it would block, waits with `ready` and tries again.
     fn poll<T>(
         &self,
         cx: &mut Context<'_>,
@@ -78,7 +80,7 @@ impl Stream {
         mut call: impl FnMut(&TcpStream) -> Did<T>,
     ) -> Poll<io::Result<T>> {
         if self.registered.get().is_none() {
-            // As waiting does: a task that never has to wait must let others on all the same.
+            // Uses the task's budget, as a wait does.
             let turn = ready!(coop::poll_proceed(cx));
             match call(&self.tcp) {
                 Err(error) if error.kind() == io::ErrorKind::WouldBlock => {}
@@ -94,7 +96,8 @@ impl Stream {
             match guard.try_io(|_| call(&self.tcp)) {
                 Ok(did) => {
                     let (value, exhausted) = did?;
-                    // The kernel tells when that changes; asking it once more now would be a system call for nothing.
+                    // The kernel reports the next change; another attempt now would be a wasted
+                    // system call.
                     if exhausted {
                         guard.clear_ready();
                     }
@@ -122,7 +125,7 @@ impl Stream {
         cx: &mut Context<'_>,
         buffer: &mut [u8],
     ) -> Poll<io::Result<usize>> {
-        // What is there stays there: ready as before.
+        // The data stays, so the socket stays ready.
         self.poll(cx, AsyncFd::poll_read_ready, |tcp| Ok((tcp.peek(buffer)?, false)))
     }
 
@@ -145,7 +148,8 @@ impl Stream {
         })
     }
 
-    /// No more from us. A client that is gone already is no error, as with tokio's own stream.
+    /// Ends the sending direction. A client that is gone is not an error, as with tokio's own
+    /// stream.
     pub(super) fn shut_down_writing(&self) -> io::Result<()> {
         match self.tcp.shutdown(Shutdown::Write) {
             Err(error) if error.kind() == io::ErrorKind::NotConnected => Ok(()),
@@ -157,7 +161,7 @@ impl Stream {
         Ok(self.registered()?.ready(interest).await?.ready())
     }
 
-    /// One system call, now. Where it would block, readiness is forgotten, so that waiting for it works.
+    /// One system call now. If it would block, readiness is cleared, so that a wait works.
     pub(super) fn try_io<T>(
         &self,
         interest: Interest,
@@ -248,9 +252,9 @@ mod tests {
             assert!(server.registered.get().is_some());
             text
         });
-        // It runs now, finds nothing and waits.
+        // The task runs now, finds nothing and waits.
         tokio::task::yield_now().await;
-        // In pieces: after a partial read the rest must wake it, too.
+        // In pieces: after a partial read the rest must wake the task, too.
         for piece in ["one ", "two ", "three"] {
             client.write_all(piece.as_bytes()).unwrap();
             tokio::time::sleep(std::time::Duration::from_millis(1)).await;
@@ -282,7 +286,7 @@ mod tests {
         let (mut server, mut client) = pair();
         let draining = std::thread::spawn(move || io::copy(&mut client, &mut io::sink()));
         let busy = tokio::spawn(async move { while server.write_all(b"x").await.is_ok() {} });
-        // Nobody is asked again while the other task keeps the only thread.
+        // The yields do not return while the other task keeps the only thread.
         for _ in 0..3 {
             tokio::task::yield_now().await;
         }

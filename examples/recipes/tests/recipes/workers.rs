@@ -1,4 +1,4 @@
-//! Workers in the test's own process, as the documentation of `worker_sdk::testing` shows them.
+//! Workers in the process of the test, as in the documentation of `worker_sdk::testing`.
 
 use worker_sdk::{Error, Worker};
 
@@ -18,7 +18,7 @@ fn eventually(what: &str, mut condition: impl FnMut() -> bool) {
     }
 }
 
-/// What the status says of the worker with this name.
+/// The status of the worker with this name.
 fn row(dispatcher: &worker_sdk::testing::Dispatcher, name: &str, key: &str) -> String {
     let text = dispatcher.command(&["status", "--json"]).unwrap();
     let status: serde_json::Value = serde_json::from_str(&text).unwrap();
@@ -34,7 +34,7 @@ fn a_connection_has_the_number_of_the_log() {
     let client = connect(&dispatcher);
     let address = client.local_addr().unwrap();
     eventually("it was sent", || row(&dispatcher, "first", "custody") == "1");
-    // It goes to another worker, and that is logged.
+    // The connection goes to another worker, and the dispatcher logs that.
     first.close();
     let second = Worker::connect(dispatcher.config().name("second")).unwrap();
     let connection = second.accept().unwrap().unwrap();
@@ -43,7 +43,7 @@ fn a_connection_has_the_number_of_the_log() {
 }
 
 #[test]
-fn a_worker_changes_what_it_said_and_pauses() {
+fn a_worker_changes_its_settings_and_pauses() {
     let Some(dispatcher) = dispatcher() else { return };
     let worker = Worker::connect(dispatcher.config().name("w")).unwrap();
     let is = |key: &str, value: &str| {
@@ -53,7 +53,7 @@ fn a_worker_changes_what_it_said_and_pauses() {
     is("weight", "7");
     worker.set_max_connections(9).unwrap();
     is("max_connections", "9");
-    // An operator's weight wins.
+    // A weight set by an operator has priority.
     dispatcher.command(&["weight", "default/w", "3"]).unwrap();
     worker.set_weight(5).unwrap();
     worker.set_max_connections(11).unwrap();
@@ -89,7 +89,7 @@ fn a_worker_changes_what_it_said_and_pauses() {
 }
 
 #[test]
-fn a_deadline_in_an_hour_is_one_in_a_time_namespace_too() {
+fn a_drain_deadline_holds_in_a_time_namespace() {
     let Some(mut dispatcher) = dispatcher() else { return };
     let unshare = ["--time", "--monotonic", "1000000", "--fork", "--kill-child"];
     let mut probe = std::process::Command::new("unshare");
@@ -97,7 +97,7 @@ fn a_deadline_in_an_hour_is_one_in_a_time_namespace_too() {
     if !probed.is_ok_and(|output| output.status.success()) {
         return support::skip("needs unshare and the right to make a time namespace");
     }
-    // Its clock is eleven days ahead: by that the deadline has passed.
+    // The clock of the worker is eleven days ahead; by that clock the deadline has passed.
     let mut command = support::command("inetd", &["cat"]);
     let program = command.get_program().to_owned();
     command = std::process::Command::new("unshare");
@@ -111,7 +111,7 @@ fn a_deadline_in_an_hour_is_one_in_a_time_namespace_too() {
     };
     echoed().unwrap();
     dispatcher.command(&["drain", "--pool", "default", "--deadline", "1h"]).unwrap();
-    // It hears of the drain at once, and is served on.
+    // The worker notices the drain immediately and is still served.
     for _ in 0..20 {
         std::thread::sleep(Duration::from_millis(25));
         echoed().unwrap();

@@ -1,4 +1,4 @@
-//! A dispatcher, the recipes' programs, and their ends.
+//! A dispatcher and the processes of the recipes.
 
 use std::io::{ErrorKind, Read, Write};
 use std::net::TcpListener;
@@ -9,10 +9,11 @@ use nix::sys::signal::{Signal, kill};
 use nix::unistd::Pid;
 use worker_sdk::testing::Dispatcher;
 
-/// Long enough for a loaded machine; a test that needs it has failed anyway.
+/// Long enough for a loaded machine.
 pub const PATIENCE: Duration = Duration::from_secs(60);
 
-/// One that runs, or `None` after a visible notice where there is no such program: `cargo test --workspace` builds it.
+/// A running dispatcher, or `None` with a visible notice if the program is missing; `cargo test
+/// --workspace` builds it.
 pub fn dispatcher() -> Option<Dispatcher> {
     match Dispatcher::start() {
         Ok(dispatcher) => Some(dispatcher),
@@ -24,11 +25,11 @@ pub fn dispatcher() -> Option<Dispatcher> {
     }
 }
 
-/// Says visibly that a test is skipped, and why; fails instead where everything must run.
+/// Reports visibly that a test is skipped, and why; fails if skips are not allowed.
 pub fn skip(reason: &str) {
     let required = std::env::var_os("REQUIRE_ALL").is_some_and(|value| value == "1");
     assert!(!required, "REQUIRE_ALL=1, but: {reason}");
-    // Not `eprintln!`: the test harness hides what that prints in a passing test.
+    // Not `eprintln!`, whose output the test harness hides in a passing test.
     let _ = writeln!(std::io::stderr(), "SKIPPED: {reason}");
 }
 
@@ -44,18 +45,18 @@ pub fn tls_files() -> [&'static str; 2] {
     ]
 }
 
-/// A recipe's program; killed when dropped.
+/// The process of a recipe; killed on drop.
 pub struct Server(Child);
 
 impl Server {
-    /// Started as a worker of this dispatcher, and joined.
+    /// Starts a worker of this dispatcher, and waits until it has joined.
     pub fn behind(dispatcher: &mut Dispatcher, name: &str, arguments: &[&str]) -> Server {
         let server = Server::start(command(name, arguments).envs(dispatcher.environment()));
         dispatcher.wait_for_workers(1).unwrap();
         server
     }
 
-    /// Started without a dispatcher.
+    /// Starts it without a dispatcher.
     pub fn alone(name: &str, arguments: &[&str], port: u16) -> Server {
         let listen = format!("127.0.0.1:{port}");
         Server::start(command(name, arguments).env("DISPATCH_LISTEN", listen))
@@ -69,7 +70,7 @@ impl Server {
         kill(Pid::from_raw(i32::try_from(self.0.id()).unwrap()), signal).unwrap();
     }
 
-    /// Waits for its own end.
+    /// Waits until the process ends.
     pub fn wait(&mut self) -> ExitStatus {
         let end = Instant::now() + PATIENCE;
         loop {
@@ -81,7 +82,7 @@ impl Server {
         }
     }
 
-    /// What it has printed.
+    /// The output so far.
     pub fn output(&mut self) -> String {
         let mut text = String::new();
         self.0.stdout.take().unwrap().read_to_string(&mut text).unwrap();
@@ -91,13 +92,13 @@ impl Server {
 
 impl Drop for Server {
     fn drop(&mut self) {
-        // It fails when the process has ended already.
+        // It fails if the process has ended already.
         let _ = self.0.kill();
         let _ = self.0.wait();
     }
 }
 
-/// Examples are built beside the directory of the test itself.
+/// Cargo builds examples next to the directory of the test.
 pub fn command(name: &str, arguments: &[&str]) -> Command {
     let exe = std::env::current_exe().unwrap();
     let path = exe.ancestors().nth(2).unwrap().join("examples").join(name);

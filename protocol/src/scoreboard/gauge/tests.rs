@@ -25,7 +25,7 @@ fn the_dispatcher_sees_what_the_worker_sets() {
         theirs.set_gauge(1, Reading { value, at });
         assert_eq!(ours.gauge(1), Some(Reading { value, at }));
     }
-    assert_eq!(ours.gauge(0), None, "named is not set");
+    assert_eq!(ours.gauge(0), None, "a gauge with a name has no value yet");
 }
 
 #[test]
@@ -45,7 +45,7 @@ fn there_is_room_for_all_fixed_names_and_16_more() {
     }
     assert!(ours.gauge(GAUGES).is_none() && ours.gauge_name(GAUGES).is_none());
     theirs.set_gauge(u32::MAX, Reading { value: 1.0, at: 1 });
-    // None of it is anywhere near a slot.
+    // The gauges do not overlap the slots.
     for slot in 0..4 {
         assert_eq!(ours.slot(slot).unwrap().load(Ordering::Relaxed), 0);
     }
@@ -77,7 +77,7 @@ fn only_names_are_names() {
         assert_eq!(ours.gauge_name(0), Some(Err(NoGaugeName)));
     }
     theirs.map.u32(OFFSET_NAMED).store(u32::MAX, Ordering::Relaxed);
-    assert_eq!(ours.named_gauges(), GAUGES, "no more than there are");
+    assert_eq!(ours.named_gauges(), GAUGES, "at most the number of gauges");
 }
 
 #[test]
@@ -105,11 +105,11 @@ fn a_number_of_gauges_that_does_not_fit_is_refused() {
 fn with_the_usual_slots_a_scoreboard_is_two_pages() {
     assert_eq!(size_with_gauges(256, GAUGES), 5888);
     assert_eq!(size_with_gauges(1, 1), 256 + 64 + 64);
-    assert_eq!(size_with_gauges(7, 0), size(7), "as an older one");
+    assert_eq!(size_with_gauges(7, 0), size(7), "as an older scoreboard");
 }
 
 mod model {
-    //! Writing and reading under every interleaving, by a model checker.
+    //! Writes and reads under every interleaving, by a model checker.
 
     use loom::sync::Arc;
     use loom::sync::atomic::AtomicU64;
@@ -131,7 +131,8 @@ mod model {
             Arc::new(Gauge { value: atomic(), time: atomic(), clock: AtomicU64::new(0) })
         }
 
-        /// The value is the time it was set, so that a reader can tell whether the two belong together.
+        /// The value is the time of the write, so that a reader can tell whether the two belong
+        /// together.
         fn set(&self) -> u64 {
             let at = self.clock.fetch_add(1, Ordering::SeqCst) + 1;
             write(&self.value, &self.time, Reading { value: at as f64, at });
@@ -143,7 +144,7 @@ mod model {
         }
     }
 
-    /// With the two stores, or the two loads, in the other order this test fails.
+    /// This test fails if the two stores, or the two loads, change places.
     #[test]
     fn an_old_value_never_has_a_new_time() {
         loom::model(|| {
@@ -158,8 +159,8 @@ mod model {
             let mut before = 0;
             for _ in 0..2 {
                 if let Some((value, at)) = gauge.read() {
-                    assert!(value >= at, "the value of {value} with the time of {at}");
-                    assert!(at >= before, "the time goes back");
+                    assert!(value >= at, "value {value} has the later time {at}");
+                    assert!(at >= before, "the time decreased");
                     before = at;
                 }
             }
@@ -169,7 +170,7 @@ mod model {
     }
 
     #[test]
-    fn two_writers_leave_the_later_time_and_one_of_their_values() {
+    fn two_writers_leave_the_later_time_and_one_value() {
         loom::model(|| {
             let gauge = Gauge::new();
             let other = {
@@ -177,7 +178,7 @@ mod model {
                 thread::spawn(move || gauge.set())
             };
             let ours = gauge.set();
-            // What is there now was stored by us, or after us: its time may not be earlier than ours.
+            // The stored value is this thread's or a later one, so its time is not earlier.
             let (_, at) = gauge.read().unwrap();
             assert!(at >= ours);
             let theirs = other.join().unwrap();

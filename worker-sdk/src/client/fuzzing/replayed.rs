@@ -1,4 +1,4 @@
-//! The corpus of the target that needs the functions above.
+//! Replays the corpus of the fuzz target that needs the private receive paths.
 #![allow(clippy::unwrap_used, clippy::expect_used)]
 
 use super as worker_fuzzing;

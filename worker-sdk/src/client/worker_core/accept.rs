@@ -1,9 +1,11 @@
-//! Asking for the next connection: blocking threads as leader and followers, event loops without waiting.
+//! Requests for the next connection: blocking threads as leader and followers, event loops without
+//! waiting.
 
 use super::*;
 
 impl WorkerCore {
-    /// The next connection, waited for, but not beyond `until`; `None` once closed, and while drained.
+    /// Waits for the next connection, but not beyond `until`; `None` if the worker is closed or
+    /// drained.
     pub(crate) fn accept(
         self: &Arc<Self>,
         until: Option<Instant>,
@@ -17,14 +19,14 @@ impl WorkerCore {
         accepted
     }
 
-    /// `waits`: whether this thread is counted among those that wait.
+    /// `waits`: whether this thread is counted as waiting.
     fn accept_waiting(
         self: &Arc<Self>,
         until: Option<Instant>,
         waits: &mut bool,
     ) -> Result<Option<Accepted>, Error> {
         let mut state = self.lock();
-        // Whether a look without waiting has found nothing since the time was up.
+        // Whether an attempt without waiting has found nothing since the time ran out.
         let mut looked = false;
         loop {
             if !state.queue.is_empty() {
@@ -33,7 +35,7 @@ impl WorkerCore {
                 }
                 let Some(popped) = self.pop(&mut state) else { continue };
                 if popped.accepted.is_some() {
-                    state.idle_threads.takes();
+                    state.idle_threads.note_take();
                 }
                 match self.hand_out(state, popped, false) {
                     Some(accepted) => return Ok(Some(accepted)),
@@ -47,7 +49,7 @@ impl WorkerCore {
             if matches!(state.link, Link::Closed) {
                 return Ok(None);
             } else if self.draining.now().is_some() {
-                // Perhaps it has ended since.
+                // The drain may have ended since.
                 match if state.leader { Step::Blocked } else { self.step(&mut state)? } {
                     Step::Again => {}
                     Step::Blocked => {
@@ -77,7 +79,7 @@ impl WorkerCore {
     fn start_waiting(&self, state: &mut State) {
         state.idle_threads.enter(self.live());
         if let Some(session) = state.link.session() {
-            state.idle_threads.show(&session.board);
+            state.idle_threads.publish(&session.board);
             session.ring_if_wanted(want::IDLE);
         }
     }
@@ -85,18 +87,19 @@ impl WorkerCore {
     fn stop_waiting(&self, state: &mut State) {
         state.idle_threads.leave();
         if let Some(session) = state.link.session() {
-            state.idle_threads.show(&session.board);
+            state.idle_threads.publish(&session.board);
         }
     }
 
-    /// The next connection if there is one now; `None` means wait until the descriptor is readable.
+    /// The next connection if one is available now; `None` means to wait until the descriptor is
+    /// readable.
     pub(crate) fn try_accept(self: &Arc<Self>) -> Result<Option<Accepted>, Error> {
         self.check_process()?;
         let mut state = self.lock();
-        if state.idle_threads.asks()
+        if state.idle_threads.note_nonblocking_accept()
             && let Some(session) = state.link.session()
         {
-            state.idle_threads.show(&session.board);
+            state.idle_threads.publish(&session.board);
         }
         loop {
             if let Some(popped) = self.pop(&mut state) {
@@ -117,7 +120,7 @@ impl WorkerCore {
         }
     }
 
-    /// Waits until no drain is under way (true), or the worker is closed (false).
+    /// Waits until no drain is in progress (true) or the worker is closed (false).
     pub(crate) fn resumed(self: &Arc<Self>) -> Result<bool, Error> {
         self.check_process()?;
         let mut state = self.lock();
@@ -134,7 +137,8 @@ impl WorkerCore {
         }
     }
 
-    /// The same without waiting; `None` means wait until the descriptor is readable.
+    /// As [`resumed`](WorkerCore::resumed) without waiting; `None` means to wait until the
+    /// descriptor is readable.
     #[cfg(feature = "tokio")]
     pub(crate) fn try_resumed(self: &Arc<Self>) -> Result<Option<bool>, Error> {
         self.check_process()?;
@@ -152,7 +156,7 @@ impl WorkerCore {
         }
     }
 
-    /// Waits for something to change, on behalf of all if nobody does yet.
+    /// Waits for a change, as the leader if there is none yet.
     fn follow_or_lead<'a>(
         self: &'a Arc<Self>,
         mut state: Locked<'a>,
@@ -174,8 +178,8 @@ impl WorkerCore {
         (state, result)
     }
 
-    /// Every way out of the lock passes here, or entries (or the leader's place) would wait for a thread
-    /// that sleeps.
+    /// Every release of the lock calls this, or entries (or the leadership) would wait for a
+    /// sleeping thread.
     pub(super) fn pass_on(&self, state: &State) {
         if !state.leader && state.followers > 0 {
             self.handed_over.notify_one();

@@ -1,14 +1,14 @@
-//! How the link to the dispatcher advances, and how connections enter and leave the queue.
+//! The steps of the link to the dispatcher, and the way of connections through the queue.
 //!
-//! Everything here runs with the core's lock held, but for the one wait in [`WorkerCore::lead`]. So nothing here calls the
-//! application's logger: see [`LogQueue`].
+//! All functions run with the core's lock held, except for the wait in [`WorkerCore::lead`]. So
+//! they never call the application's logger: see [`LogQueue`].
 
 use super::*;
 use crate::client::clock;
 
 impl WorkerCore {
-    /// Takes the front of the queue; `None` if it is empty. Counts what it claims before the lock is
-    /// released, so that a hello can't miss it.
+    /// Takes the front of the queue; `None` if it is empty. A connection is counted before the lock
+    /// is released, so that a hello includes it.
     pub(super) fn pop(self: &Arc<Self>, state: &mut State) -> Option<Popped> {
         let mut popped = Popped::default();
         match state.queue.pop_front()? {
@@ -37,7 +37,8 @@ impl WorkerCore {
         Some(popped)
     }
 
-    /// The part of taking that needs no lock: lets others on, wakes the dispatcher, sets the mode.
+    /// The part of a take that needs no lock: hands over, rings the doorbell, sets the blocking
+    /// mode.
     pub(super) fn hand_out(
         &self,
         state: Locked<'_>,
@@ -50,7 +51,7 @@ impl WorkerCore {
             session.ring_if_wanted(want::TAKEN);
         }
         let accepted = popped.accepted?;
-        // The mode belongs to the open socket: whoever had it before may have changed it.
+        // The mode belongs to the open socket, and an earlier owner may have changed it.
         if !(nonblocking && accepted.nonblocking)
             && let Err(error) = accepted.stream.set_nonblocking(nonblocking)
         {
@@ -61,8 +62,8 @@ impl WorkerCore {
         Some(accepted)
     }
 
-    /// `copied` if a child that was forked off since its arrival may have a copy, which nobody will ever serve; `now` by
-    /// `CLOCK_REALTIME`.
+    /// `copied` if a child forked since the arrival may have a copy, which it will never serve;
+    /// `now` is `CLOCK_REALTIME`.
     fn take(
         self: &Arc<Self>,
         session: &Session,
@@ -92,7 +93,7 @@ impl WorkerCore {
         }
     }
 
-    /// Waits, outside the lock, for whatever advances the link, and advances it.
+    /// Waits, outside the lock, for the next change of the link, then applies it.
     pub(super) fn lead<'a>(
         self: &'a Arc<Self>,
         mut state: Locked<'a>,
@@ -116,7 +117,7 @@ impl WorkerCore {
         let wait = if until.is_none() { ReceiveMode::Blocking } else { ReceiveMode::NonBlocking };
         let mut received = channel::receive(channel.as_fd(), &mut buffer, wait);
         if matches!(received, Received::Empty) {
-            // With a time limit, or if somebody made the channel non-blocking.
+            // Because of a time limit, or because other code made the channel non-blocking.
             let waited = self.wait(until);
             received = channel::receive(channel.as_fd(), &mut buffer, ReceiveMode::NonBlocking);
             if waited.is_err() {
@@ -143,7 +144,8 @@ impl WorkerCore {
             }
             Link::Waiting { .. } => {
                 let hello = Hello {
-                    // In this order: a connection may end between the two reads, none can open.
+                    // In this order, because a connection may end between the two reads, but none
+                    // can open.
                     finished: self.finished.load(Ordering::SeqCst),
                     base: self.opened.load(Ordering::SeqCst),
                     weight: state.settings.weight,
@@ -194,7 +196,7 @@ impl WorkerCore {
         }
     }
 
-    /// Nothing to do before `until`, unless the first join must succeed sooner.
+    /// Nothing to do before `until`, unless the join deadline comes first.
     fn sleep(&self, state: &mut State, until: Instant, now: Instant) -> Result<Step, Error> {
         let timeout = self.check_join_deadline(state, now);
         let wake = state.join_deadline.map_or(until, |(deadline, _)| until.min(deadline));
@@ -209,7 +211,7 @@ impl WorkerCore {
         }
         let delay = state.backoff.next();
         state.link = Link::Waiting { until: after(delay) };
-        // Here as well as before sleeping: the caller may get an error now and wait all the same.
+        // Armed here as well as before a sleep, because the caller may get an error and still wait.
         self.readiness.arm(delay);
         let problem = match failure {
             Failure::Permanent(error) if !state.ever_joined => return Err(error),
@@ -226,15 +228,15 @@ impl WorkerCore {
         if mem::replace(&mut state.warned, true) {
             self.log_queue.push(log::Level::Debug, line);
         } else {
-            // Whoever started the program wonders why it serves nobody.
+            // Without this line the user would not learn why the program gets no connections.
             self.log_queue.push_important(log::Level::Warn, line);
         }
         state.last_problem = problem;
-        // Here as well, as the next attempt may be due already.
+        // Checked here as well, because the next attempt may be due already.
         self.check_join_deadline(state, Instant::now())
     }
 
-    /// LogQueue once: a caller that goes on asking wants us to go on trying.
+    /// Reported once, because a caller that continues to ask wants further attempts.
     fn check_join_deadline(&self, state: &mut State, now: Instant) -> Result<(), Error> {
         match state.join_deadline.take_if(|(deadline, _)| *deadline <= now) {
             None => Ok(()),
@@ -268,11 +270,12 @@ impl WorkerCore {
             )
         });
         self.events.happened(self, LinkEvent::Joined(session.worker_id));
-        // First published, then raised: a connection that ends in between is told by one of the two.
+        // Published first, then raised: so one of the two includes a connection that ends in
+        // between.
         self.set_current(Some(Arc::clone(&session)));
         session.board.raise_finished(self.finished.load(Ordering::SeqCst));
         session.ring_if_wanted(want::ROOM);
-        state.idle_threads.show(&session.board);
+        state.idle_threads.publish(&session.board);
         self.gauges.show(&session.board);
         self.sampler.wanted(&self.gauges, &session.gauges);
         if state.settings.paused {
@@ -286,7 +289,8 @@ impl WorkerCore {
 
     fn received(self: &Arc<Self>, state: &mut State, received: Received) {
         let Some(session) = state.link.session() else {
-            // Closed meanwhile: dropping closes what came, and the dispatcher still has its copies, unless it has died.
+            // The worker was closed in the meantime. Dropping the record closes its descriptors;
+            // the dispatcher still has its copies, unless it has ended.
             if let (Some(session), Received::Handoff { arrived, .. }) =
                 (state.orphaned.clone(), received)
             {
@@ -334,7 +338,7 @@ impl WorkerCore {
                     }
                     session.ring_if_wanted(want::TAKEN);
                 }
-                // One for each, less one: the thread that received them takes one itself.
+                // One helper per connection, less one: the receiving thread takes one itself.
                 let helpers = arrived.len().saturating_sub(1).min(state.followers);
                 let offers = arrived.into_iter();
                 state.queue.extend(offers.map(|(entry, fd)| Pending::Offered { entry, fd }));
@@ -348,8 +352,8 @@ impl WorkerCore {
         }
     }
 
-    /// The dispatcher is gone, or unusable. What it sent is claimed now, while the next hello can still
-    /// count it; the application gets it when it asks.
+    /// The dispatcher has gone or is unusable. Its connections are taken now, so that the next
+    /// hello counts them; the application gets them when it asks.
     fn leave(self: &Arc<Self>, state: &mut State, why: &str) {
         let until = Instant::now();
         let Link::Joined { session, channel } =
@@ -357,10 +361,11 @@ impl WorkerCore {
         else {
             return;
         };
-        // The next one knows nothing of it.
+        // The next dispatcher does not know of this drain.
         self.draining.end(self);
         if session.since.elapsed() > RELIABLE {
-            // Not after every join: a dispatcher that dies of our hello would be tried without a pause.
+            // Only after a long session: otherwise the worker would retry without a pause a
+            // dispatcher that its hello crashes.
             state.backoff.reset();
         }
         state.link = Link::Waiting { until: after(state.backoff.next()) };
@@ -382,7 +387,8 @@ impl WorkerCore {
         self.events.happened(self, LinkEvent::Lost(why.to_owned()));
     }
 
-    /// Claims what is in the queue: its dispatcher is gone, so nobody else can serve it.
+    /// Takes everything in the queue, because no other worker can get it after the dispatcher has
+    /// gone.
     pub(super) fn take_all(self: &Arc<Self>, state: &mut State, session: &Session) {
         for pending in mem::take(&mut state.queue) {
             match pending {
@@ -393,7 +399,7 @@ impl WorkerCore {
         }
     }
 
-    /// The same for what has just been received.
+    /// The same for connections that have just been received.
     pub(super) fn adopt(
         self: &Arc<Self>,
         state: &mut State,
@@ -407,7 +413,7 @@ impl WorkerCore {
                 state.queue.push_back(Pending::Taken(accepted));
             }
         }
-        // Whoever waits has been woken, or will be.
+        // Followers may wait.
         self.handed_over.notify_all();
     }
 
@@ -452,7 +458,7 @@ impl WorkerCore {
                 self.log_queue.push_limited(RateLimited::Accept, log::Level::Warn, || {
                     format!("cannot accept: {error}; trying again in {ACCEPT_PAUSE:?}")
                 });
-                // It stays ready meanwhile, and would keep the caller spinning.
+                // The listener stays readable during the pause and would keep the caller busy.
                 self.readiness.forget(listener.as_fd());
                 *paused = Some(now + ACCEPT_PAUSE);
                 Step::Again
@@ -462,13 +468,13 @@ impl WorkerCore {
 }
 
 impl State {
-    /// What was offered during a pause is ours after all.
+    /// Connections that were offered during a pause are taken after all.
     pub(super) fn take_up(&mut self) {
         let aside = mem::take(&mut self.aside);
         self.queue.extend(aside);
     }
 
-    /// To be called before anything is received.
+    /// Call it before every receive.
     fn note_forks(&mut self) {
         if self.queue.is_empty() {
             self.forks = Forks::now();
@@ -476,7 +482,7 @@ impl State {
     }
 }
 
-/// Claims, and gives the time of the claim, by `CLOCK_REALTIME`.
+/// Takes a slot; returns the time of the take, `CLOCK_REALTIME`.
 fn take_slot(session: &Session, slot: u32, seq: u64) -> Option<Duration> {
     let board = &session.board;
     let word = board.slot(slot)?;
@@ -485,7 +491,7 @@ fn take_slot(session: &Session, slot: u32, seq: u64) -> Option<Duration> {
     slot::take(word, seq).then_some(now)
 }
 
-/// Now, by the clock that no time namespace shifts.
+/// The current time by a clock that is the same in every time namespace.
 fn realtime() -> Duration {
     clock_gettime(ClockId::Realtime).try_into().unwrap_or_default()
 }

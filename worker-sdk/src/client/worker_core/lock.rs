@@ -1,10 +1,11 @@
-//! The lock on the state, whose release passes on what was said under it.
+//! The lock on the state. Its release flushes the log queue.
 
 use super::*;
 
-/// The lock on the state. What was said under it is passed to the application's logger after its release.
+/// The locked state. Log lines queued under the lock reach the application's logger after the
+/// release.
 pub(in crate::client) struct Locked<'a> {
-    // Declared, and so dropped, first.
+    // Declared first, so dropped first.
     state: MutexGuard<'a, State>,
     flush: Flush<'a>,
 }
@@ -18,7 +19,7 @@ impl Drop for Flush<'_> {
 }
 
 impl<'a> Locked<'a> {
-    /// Waits for `condition`, perhaps in vain.
+    /// Waits for `condition`; may return early.
     pub(super) fn wait(
         self,
         condition: &Condvar,
@@ -27,7 +28,7 @@ impl<'a> Locked<'a> {
     ) -> Locked<'a> {
         let Locked { state, flush } = self;
         if !flush.0.is_empty() {
-            // The logger first; it may take its time, so the caller looks again.
+            // Flushes the log first. That may take time, so the caller checks its condition again.
             drop(state);
             drop(flush);
             return core.lock();

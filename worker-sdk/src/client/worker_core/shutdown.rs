@@ -1,9 +1,9 @@
-//! Ending, waiting for the end, and telling the application what happens.
+//! Close, shutdown, waits for the last connection, and registration of callbacks.
 
 use super::*;
 
 impl WorkerCore {
-    /// Stops receiving. What was claimed already is still handed out.
+    /// Stops receiving. Connections that are taken already are still returned by accept.
     pub(crate) fn close(self: &Arc<Self>) {
         if !self.process.is_current() {
             return;
@@ -21,15 +21,16 @@ impl WorkerCore {
                     }
                 };
                 self.readiness.forget(channel.as_fd());
-                // Wakes the leader, and lets nothing more in.
+                // Wakes the leader and stops further records.
                 let _ = rustix::net::shutdown(&*channel, rustix::net::Shutdown::Read);
                 if !heard {
-                    // The leader may have just received something.
+                    // The leader may have just received a record.
                     state.orphaned = Some(Arc::clone(&session));
                     state.take_up();
                     self.take_all(&mut state, &session);
                 }
-                // What is left there is the dispatcher's again: it has copies and revokes them. If it has died, it is ours.
+                // The dispatcher has copies of the remaining connections and revokes them. If it
+                // has ended, this worker takes them.
                 let mut buffer = vec![0; channel::BUFFER];
                 loop {
                     match channel::receive(channel.as_fd(), &mut buffer, ReceiveMode::NonBlocking) {
@@ -62,13 +63,13 @@ impl WorkerCore {
         self.readiness.close();
         self.handed_over.notify_all();
         drop(state);
-        // Without the lock: what a callback owns may be a handle of this very worker.
+        // Without the lock, because a callback may own a handle of this worker.
         self.draining.close();
         self.events.close();
         self.end_session_if_over();
     }
 
-    /// The deadline of a drain has come.
+    /// Called at the deadline of a drain.
     pub(in crate::client) fn end_all(&self, round: u64) {
         if let Some(ended) = self.live_connections.end_all(round) {
             let ended = connections(ended);
@@ -77,9 +78,11 @@ impl WorkerCore {
         }
     }
 
-    /// After a goodbye the control connection ends with the last connection: the dispatcher counts until then.
+    /// After a goodbye the control connection ends with the last connection, because the dispatcher
+    /// counts until then.
     pub(super) fn end_session_if_over(&self) {
-        // Whoever closes sets the flag, then looks at the counters; whoever finishes does the opposite.
+        // A close sets the flag, then reads the counters; the end of a connection does the reverse.
+        // So one of the two sees both.
         if self.closed.load(Ordering::SeqCst) && self.live() == 0 {
             let over = self.current.write().unwrap_or_else(PoisonError::into_inner).take();
             if let Some(session) = over
@@ -89,12 +92,12 @@ impl WorkerCore {
             }
             self.gauges.hide();
             self.draining.forget_deadline();
-            // An event loop that waits for this is told, on the one descriptor it watches.
+            // An event loop waits for this on the worker's one descriptor.
             self.readiness.close();
         }
     }
 
-    /// Ends what was claimed on behalf of an application that will not ask again.
+    /// Closes the worker and ends the connections that the application will not ask for.
     pub(crate) fn abandon(self: &Arc<Self>) {
         if self.process.is_current() {
             self.close();
@@ -111,7 +114,7 @@ impl WorkerCore {
         }
     }
 
-    /// An error that axum has no way to hear of.
+    /// axum has no way to receive this error, so it is logged.
     #[cfg(feature = "axum")]
     pub(crate) fn log_accept_error(&self, error: &Error) {
         let line = || format!("cannot take a connection: {error}");
@@ -119,7 +122,8 @@ impl WorkerCore {
         self.log_queue.flush();
     }
 
-    /// Closes, waits until no connection is live, and shuts down what is left after `within`: gives how many that are.
+    /// Closes, waits until no connection is live, and after `within` shuts down the others. Returns
+    /// how many it shut down.
     pub(crate) fn shutdown(self: &Arc<Self>, within: Duration) -> usize {
         if !self.process.is_current() {
             return 0;
@@ -138,7 +142,8 @@ impl WorkerCore {
         ended
     }
 
-    /// Waits until no connection is live; false if that moment has come before. In a forked child none ever is.
+    /// Waits until no connection is live; false if `until` comes first. Returns immediately in a
+    /// forked child.
     pub(crate) fn wait_until_idle(&self, until: Option<Instant>) -> bool {
         if !self.process.is_current() {
             return true;
@@ -147,20 +152,21 @@ impl WorkerCore {
         let unsent_goodbye =
             self.unsent_goodbye.lock().unwrap_or_else(PoisonError::into_inner).take();
         if let Some(session) = unsent_goodbye {
-            // The program probably ends now, and a goodbye that was not sent with it.
+            // The program probably ends now, and an unsent goodbye would be lost.
             let end = after(GOODBYE_TIMEOUT);
             session.outbox.wait_empty(until.map_or(end, |until| until.min(end)));
         }
         idle
     }
 
-    /// The same for a task: the waiting is done by a thread, as a runtime may have no timers.
+    /// As [`shutdown`](WorkerCore::shutdown) for a task. A thread waits, because a runtime may have
+    /// no timers.
     #[cfg(feature = "tokio")]
     pub(crate) async fn shutdown_async(self: &Arc<Self>, within: Duration) -> usize {
         self.close();
         let (tell, told) = tokio::sync::oneshot::channel();
         self.shutdown_in_thread(within, move |ended| {
-            // Whoever asked may have given up.
+            // The task may have been cancelled.
             let _ = tell.send(ended);
         });
         // Without a thread there is no deadline.
@@ -173,7 +179,7 @@ impl WorkerCore {
         }
     }
 
-    /// Closes, and has a thread do the rest of [`WorkerCore::shutdown`].
+    /// Closes, and starts a thread that does the rest of [`WorkerCore::shutdown`].
     #[cfg(any(feature = "mio", feature = "tokio"))]
     pub(crate) fn shutdown_in_thread(
         self: &Arc<Self>,
@@ -199,7 +205,7 @@ impl WorkerCore {
     }
 
     fn on(self: &Arc<Self>, callback: LinkCallback) {
-        // Under the lock, so that what happens meanwhile is told once.
+        // Under the lock, so that each event is reported exactly once.
         let state = self.lock();
         let already = match (&callback, &state.link) {
             (LinkCallback::Joined(_), Link::Joined { session, .. }) => {
@@ -212,7 +218,7 @@ impl WorkerCore {
         drop(done);
     }
 
-    /// The same for a task.
+    /// As [`wait_until_idle`](WorkerCore::wait_until_idle) for a task.
     #[cfg(feature = "tokio")]
     pub(crate) async fn idle(&self) {
         if self.process.is_current() {
