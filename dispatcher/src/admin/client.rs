@@ -8,6 +8,7 @@ use std::time::Duration;
 use http_body_util::{BodyExt, Full, Limited};
 use hyper::body::Bytes;
 use hyper_util::rt::TokioIo;
+use serde::{Deserialize, Serialize};
 use tokio::net::UnixStream;
 
 use crate::api::command::CommandError;
@@ -74,10 +75,11 @@ pub fn get(path: &Path, target: &str, timeout: Duration) -> Result<Vec<u8>, Clie
 pub fn post(
     path: &Path,
     target: &str,
-    body: &serde_json::Value,
+    body: &impl Serialize,
     timeout: Duration,
 ) -> Result<Vec<u8>, ClientError> {
-    run(path, hyper::Method::POST, target, Bytes::from(body.to_string()), timeout)
+    let body = serde_json::to_vec(body).map_err(|error| ClientError::System(error.into()))?;
+    run(path, hyper::Method::POST, target, Bytes::from(body), timeout)
 }
 
 fn run(
@@ -142,13 +144,17 @@ async fn exchange(
     {
         return Err(ClientError::Rejected(error));
     }
-    let message = serde_json::from_slice::<serde_json::Value>(&body)
-        .ok()
-        .and_then(|json| json.get("error")?.as_str().map(str::to_owned))
-        .unwrap_or_else(|| status.to_string());
+    let message = serde_json::from_slice::<ErrorText>(&body)
+        .map_or_else(|_| status.to_string(), |answer| answer.error);
     if busy {
         Err(ClientError::Busy(message))
     } else {
         Err(ClientError::Unexpected(format!("{status}: {message}")))
     }
+}
+
+/// The part of an error answer that any version of the dispatcher sends.
+#[derive(Deserialize)]
+struct ErrorText {
+    error: String,
 }

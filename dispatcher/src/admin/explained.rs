@@ -10,6 +10,8 @@ use std::task::{Context, Poll, ready};
 
 use tokio::io::{AsyncRead, AsyncWrite, ReadBuf};
 
+use crate::api::command::{CommandError, Problem};
+
 /// What an empty refusal says of itself.
 const EMPTY: &str = "content-length: 0\r\n";
 
@@ -49,10 +51,12 @@ impl Refusal {
 
 fn body_of(status: &str, error: &str) -> String {
     let problem = match status.get(..3) {
-        Some("413" | "414" | "431") => "too_large",
-        _ => "invalid",
+        Some("413" | "414" | "431") => Problem::TooLarge,
+        _ => Problem::Invalid,
     };
-    serde_json::json!({ "problem": problem, "error": error }).to_string()
+    // As a value, the fields are in alphabetical order.
+    let body = serde_json::to_value(CommandError::new(problem, error)).unwrap_or_default();
+    body.to_string()
 }
 
 fn lines_of(body: &str) -> String {

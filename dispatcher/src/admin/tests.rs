@@ -12,6 +12,7 @@ use std::thread::JoinHandle;
 
 use super::client::{self, ClientError};
 use super::*;
+use crate::api::action::{Outcome, WorkersChanged};
 use crate::api::command::{self, Answer, Command, Problem, Target};
 use crate::api::status::{PoolStatus, Status, WorkerStatus};
 use crate::background::spawner::Report;
@@ -136,7 +137,10 @@ fn carried_out(command: &Command) -> Answer {
         Command::Drain { target: Target::Pool(name), .. } if name == "none" => {
             Err(command::unknown_pool(name, ["web"].into_iter()))
         }
-        command => Ok(serde_json::json!({ "heard": format!("{command:?}") })),
+        command => Ok(Outcome::Workers(WorkersChanged {
+            instance: format!("{command:?}"),
+            workers: Vec::new(),
+        })),
     }
 }
 

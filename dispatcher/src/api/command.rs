@@ -10,6 +10,8 @@ use std::time::Duration;
 use serde::{Deserialize, Serialize};
 use strsim::damerau_levenshtein;
 
+use super::action::Outcome;
+
 /// One thing for the hot thread to do.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub enum Command {
@@ -51,7 +53,7 @@ pub enum Wanted {
 }
 
 /// What a command answers when it was carried out.
-pub type Answer = Result<serde_json::Value, CommandError>;
+pub type Answer = Result<Outcome, CommandError>;
 
 /// Which workers a command is about.
 #[derive(Clone, Debug, PartialEq, Eq)]

@@ -1,6 +1,8 @@
 //! The types of the admin interface: what the server answers and what the commands read. Plain data.
 
+pub mod action;
 pub mod command;
 pub mod decisions;
+pub mod log_level;
 pub mod reload;
 pub mod status;

@@ -18,3 +18,7 @@ pub struct Reloaded {
     /// What the file has that is probably not meant.
     pub warnings: Vec<String>,
 }
+
+/// The body of a request to reload: an empty object.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
+pub struct ReloadRequest {}

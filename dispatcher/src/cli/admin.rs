@@ -5,8 +5,8 @@ use std::fmt::Write as _;
 use std::path::{Path, PathBuf};
 use std::time::Duration;
 
+use serde::Serialize;
 use serde::de::DeserializeOwned;
-use serde_json::Value;
 
 use super::{AdminArgs, Exit, Failure};
 use crate::admin::client::{self, ClientError};
@@ -113,17 +113,21 @@ pub(super) fn get(place: &Place, target: &str) -> Result<Vec<u8>, Failure> {
 }
 
 /// `POST target`.
-pub(super) fn post(place: &Place, target: &str, body: &Value) -> Result<Value, Failure> {
+pub(super) fn post<T: DeserializeOwned>(
+    place: &Place,
+    target: &str,
+    body: &impl Serialize,
+) -> Result<T, Failure> {
     post_within(place, target, body, client::TIMEOUT)
 }
 
 /// The same, for what may take longer.
-pub(super) fn post_within(
+pub(super) fn post_within<T: DeserializeOwned>(
     place: &Place,
     target: &str,
-    body: &Value,
+    body: &impl Serialize,
     timeout: Duration,
-) -> Result<Value, Failure> {
+) -> Result<T, Failure> {
     let answer =
         client::post(&place.path, target, body, timeout).map_err(|error| failure(&error, place))?;
     parse(&answer, place)

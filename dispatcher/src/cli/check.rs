@@ -3,9 +3,9 @@
 use std::fmt::Write as _;
 use std::path::Path;
 
-use serde_json::{Value, json};
+use serde::Serialize;
 
-use super::{CheckArgs, Exit, Failure, complain, print};
+use super::{CheckArgs, Exit, Failure, complain, print, print_json};
 use crate::config::{Config, ConfigError, DEFAULT_FILE, Diagnostic, UnixSource};
 
 pub(super) fn check(arguments: &CheckArgs) -> Result<(), Failure> {
@@ -18,25 +18,57 @@ pub(super) fn check(arguments: &CheckArgs) -> Result<(), Failure> {
     print(&format!("{}: ok\n{}", path.display(), summary(&config)))
 }
 
-/// `{"file", "ok", "mistake", "mistakes", "warnings"}`; `mistake` is the first. The exit code is the same as for people.
+/// What `check --json` prints.
+#[derive(Serialize)]
+struct Report<'a> {
+    file: String,
+    ok: bool,
+    /// The first mistake.
+    mistake: Option<&'a Finding<'a>>,
+    mistakes: &'a [Finding<'a>],
+    warnings: Vec<Finding<'a>>,
+}
+
+/// A mistake or a warning.
+#[derive(Serialize)]
+#[serde(untagged)]
+enum Finding<'a> {
+    /// At a place in the file.
+    Placed { line: usize, column: usize, width: usize, message: &'a str, help: Option<&'a str> },
+    /// The file cannot be read.
+    Unreadable { message: String },
+}
+
+impl<'a> Finding<'a> {
+    fn at(found: &'a Diagnostic) -> Finding<'a> {
+        Finding::Placed {
+            line: found.line,
+            column: found.column,
+            width: found.width,
+            message: &found.message,
+            help: found.help.as_deref(),
+        }
+    }
+}
+
+/// Prints a [`Report`]. The exit code is the same as without `--json`.
 fn check_for_programs(path: &Path) -> Result<(), Failure> {
-    let place = |found: &Diagnostic| {
-        json!({ "line": found.line, "column": found.column, "width": found.width,
-            "message": found.message, "help": found.help })
-    };
     let result = Config::load(path);
     let (mistakes, warnings) = match &result {
         Ok(config) => (Vec::new(), &config.warnings[..]),
         Err(error) => {
-            let found: Vec<Value> = error.diagnostics().iter().map(place).collect();
-            let unreadable = || vec![json!({ "message": error.to_string() })];
+            let found: Vec<Finding> = error.diagnostics().iter().map(Finding::at).collect();
+            let unreadable = || vec![Finding::Unreadable { message: error.to_string() }];
             (if found.is_empty() { unreadable() } else { found }, error.warnings())
         }
     };
-    let warnings: Vec<Value> = warnings.iter().map(|warning| place(&warning.0)).collect();
-    let answer = json!({ "file": path.display().to_string(), "ok": result.is_ok(),
-        "mistake": mistakes.first(), "mistakes": mistakes, "warnings": warnings });
-    print(&format!("{answer}\n"))?;
+    print_json(&Report {
+        file: path.display().to_string(),
+        ok: result.is_ok(),
+        mistake: mistakes.first(),
+        mistakes: &mistakes,
+        warnings: warnings.iter().map(|warning| Finding::at(&warning.0)).collect(),
+    })?;
     result.map(drop).map_err(|error| Failure::new(Exit::Config, error.to_string()))
 }
 

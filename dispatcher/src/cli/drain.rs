@@ -5,10 +5,10 @@ use std::time::Duration;
 
 use clap::Args;
 use clap_complete::engine::ArgValueCandidates;
-use serde_json::{Value, json};
 
 use super::table::{clean, count};
-use super::{AdminArgs, Exit, Failure, admin, complete, print, wait};
+use super::{AdminArgs, Exit, Failure, admin, complete, print, print_json, wait};
+use crate::api::action::{Action, WorkerSummary, WorkersChanged};
 use crate::api::command::{CommandError, WorkerRef};
 
 pub(super) const DRAIN_EXAMPLES: &str = "\
@@ -105,71 +105,52 @@ pub(super) struct ResumeArgs {
 }
 
 pub(super) fn drain(arguments: &DrainArgs) -> Result<(), Failure> {
-    let mut body = json!({ "action": "drain" });
-    if let Some(deadline) = arguments.deadline {
-        body["deadline"] = humantime::format_duration(deadline).to_string().into();
-    }
     let path = arguments.target.path("drain")?;
     let place = admin::find(&arguments.admin)?;
-    let answer = admin::post(&place, &path, &body)?;
+    let answer: WorkersChanged = admin::post(&place, &path, &Action::drain(arguments.deadline))?;
     show(&answer, arguments.json)?;
     if !arguments.wait {
         return Ok(());
     }
-    let workers = answer["workers"].as_array().map_or(&[][..], Vec::as_slice);
-    let name = |worker: &Value, key: &str| clean(worker[key].as_str().unwrap_or("?"));
-    let workers = workers.iter().filter_map(|worker| {
-        Some((worker["id"].as_u64()?, format!("{}/{}", name(worker, "pool"), name(worker, "name"))))
-    });
+    let workers = answer.workers.iter().map(|worker| (worker.id, name_of(worker)));
     let default =
         arguments.deadline.map_or(LONGEST_WAIT, |deadline| deadline.saturating_add(AFTER_DEADLINE));
-    let drained = wait::Drained {
-        instance: answer["instance"].as_str().unwrap_or_default().to_owned(),
-        workers: workers.collect(),
-    };
+    let drained = wait::Drained { workers: workers.collect(), instance: answer.instance };
     drained.wait(&place, arguments.timeout.unwrap_or(default))
 }
 
 pub(super) fn resume(arguments: &ResumeArgs) -> Result<(), Failure> {
     let path = arguments.target.path("resume")?;
     let place = admin::find(&arguments.admin)?;
-    let body = json!({ "action": "resume" });
-    let answer = admin::post(&place, &path, &body)?;
-    show(&answer, arguments.json)
+    show(&admin::post(&place, &path, &Action::Resume {})?, arguments.json)
 }
 
-/// What became of the workers: a line for each.
-pub(super) fn show(answer: &Value, json: bool) -> Result<(), Failure> {
-    show_with(answer, json, |_| String::new())
+/// Prints the answer: as JSON, or a line for each worker.
+fn show(answer: &WorkersChanged, json: bool) -> Result<(), Failure> {
+    if json { print_json(answer) } else { print(&lines(&answer.workers, |_| String::new())) }
 }
 
-/// The same; `first` is what comes before the state of each.
-pub(super) fn show_with(
-    answer: &Value,
-    json: bool,
-    first: impl Fn(&Value) -> String,
-) -> Result<(), Failure> {
-    if json {
-        return print(&format!("{answer}\n"));
-    }
-    let workers = answer["workers"].as_array().map_or(&[][..], Vec::as_slice);
+/// A line for each worker; `first` is the text before its state.
+pub(super) fn lines(workers: &[WorkerSummary], first: impl Fn(&WorkerSummary) -> String) -> String {
     if workers.is_empty() {
-        return print("no workers\n");
+        return "no workers\n".to_owned();
     }
     let mut text = String::new();
     for worker in workers {
-        let word = |key: &str| clean(worker[key].as_str().unwrap_or("?"));
         // Writing to a string cannot fail.
         let _ = writeln!(
             text,
-            "worker {} ({}/{}): {}{}, {}",
-            worker["id"],
-            word("pool"),
-            word("name"),
+            "worker {} ({}): {}{}, {}",
+            worker.id,
+            name_of(worker),
             first(worker),
-            word("state"),
-            count(worker["load"].as_u64().unwrap_or_default(), "connection")
+            clean(&worker.state),
+            count(worker.load, "connection")
         );
     }
-    print(&text)
+    text
+}
+
+fn name_of(worker: &WorkerSummary) -> String {
+    format!("{}/{}", clean(&worker.pool), clean(&worker.name))
 }

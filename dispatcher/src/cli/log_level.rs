@@ -2,10 +2,10 @@
 
 use clap::Args;
 use clap_complete::engine::ArgValueCandidates;
-use serde_json::{Value, json};
 
 use super::status::clean;
-use super::{AdminArgs, Failure, admin, complete, print};
+use super::{AdminArgs, Failure, admin, complete, print, print_json};
+use crate::api::log_level::{LogLevel, SetLogLevel};
 
 pub(super) const EXAMPLES: &str = "\
 Examples:
@@ -30,14 +30,16 @@ pub(super) struct LogLevelArgs {
 
 pub(super) fn log_level(arguments: &LogLevelArgs) -> Result<(), Failure> {
     let place = admin::find(&arguments.admin)?;
-    let answer: Value = match &arguments.level {
-        Some(level) => admin::post(&place, "/v1/log_level", &json!({ "level": level }))?,
+    let answer: LogLevel = match &arguments.level {
+        Some(level) => {
+            let body = SetLogLevel { level: level.clone() };
+            admin::post(&place, "/v1/log_level", &body)?
+        }
         None => admin::parse(&admin::get(&place, "/v1/log_level")?, &place)?,
     };
     if arguments.json {
-        return print(&format!("{answer}\n"));
+        return print_json(&answer);
     }
-    let word = |key: &str| answer[key].as_str().map(clean);
-    let before = word("previous").map(|level| format!(", {level} before")).unwrap_or_default();
-    print(&format!("{}{before}\n", word("level").unwrap_or_else(|| "?".to_owned())))
+    let before = answer.previous.map(|level| format!(", {} before", clean(&level)));
+    print(&format!("{}{}\n", clean(&answer.level), before.unwrap_or_default()))
 }

@@ -32,7 +32,7 @@ use std::time::Duration;
 
 use clap::error::ErrorKind;
 use clap::{Args, Parser, Subcommand};
-use serde_json::{Value, json};
+use serde::Serialize;
 
 pub use exit::Exit;
 
@@ -199,12 +199,19 @@ impl Failure {
     }
 
     /// For programs: `{"problem", "error", "hint"}`, as over HTTP.
-    fn json(&self) -> Value {
+    fn print_json(&self) -> Result<(), Failure> {
         match &self.refused {
-            Some(refused) => json!(refused),
-            None => json!({ "problem": self.exit.problem(), "error": self.message }),
+            Some(refused) => print_json(refused),
+            None => print_json(&FailureJson { problem: self.exit.problem(), error: &self.message }),
         }
     }
+}
+
+/// A failure that the dispatcher has not reported itself.
+#[derive(Serialize)]
+struct FailureJson<'a> {
+    problem: &'static str,
+    error: &'a str,
 }
 
 impl Command {
@@ -287,7 +294,7 @@ fn execute(arguments: impl IntoIterator<Item = OsString>) -> Exit {
         Err(failure) => {
             if cli.command.for_programs() {
                 // Without a reader the exit code has to do.
-                let _ = print(&format!("{}\n", failure.json()));
+                let _ = failure.print_json();
             }
             complain(&failure.message);
             failure.exit
@@ -304,6 +311,13 @@ fn complain(message: &str) {
 /// To stdout. A reader that has had enough (`| head`) is no error.
 fn print(text: &str) -> Result<(), Failure> {
     feed(text).map(drop)
+}
+
+/// JSON on one line, with the fields in alphabetical order.
+fn print_json(answer: &impl Serialize) -> Result<(), Failure> {
+    let answer = serde_json::to_value(answer)
+        .map_err(|error| Failure::new(Exit::IoErr, format!("JSON: {error}")))?;
+    print(&format!("{answer}\n"))
 }
 
 /// The same, for whoever goes on: whether anybody still reads.

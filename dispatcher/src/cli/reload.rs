@@ -4,10 +4,10 @@ use std::fmt::Write as _;
 use std::time::Duration;
 
 use clap::Args;
-use serde_json::{Value, json};
 
 use super::wait::Patience;
-use super::{AdminArgs, Exit, Failure, admin, complain, print, status};
+use super::{AdminArgs, Exit, Failure, admin, complain, print, print_json, status};
+use crate::api::reload::{ReloadRequest, Reloaded};
 
 pub(super) const EXAMPLES: &str = "\
 Examples:
@@ -37,20 +37,20 @@ pub(super) struct ReloadArgs {
 pub(super) fn reload(arguments: &ReloadArgs) -> Result<(), Failure> {
     let answer = ask(&arguments.admin)?;
     if arguments.json {
-        return print(&format!("{answer}\n"));
+        return print_json(&answer);
     }
-    for warning in texts(&answer["warnings"]) {
+    for warning in texts(&answer.warnings) {
         complain(&warning);
     }
     print(&summary(&answer))
 }
 
-fn ask(arguments: &AdminArgs) -> Result<Value, Failure> {
+fn ask(arguments: &AdminArgs) -> Result<Reloaded, Failure> {
     let _patience = Patience::new("waiting for the dispatcher to read its configuration …");
     let places = admin::places(arguments)?;
     let mut first = None;
     for place in &places {
-        match admin::post_within(place, "/v1/reload", &json!({}), PATIENCE) {
+        match admin::post_within(place, "/v1/reload", &ReloadRequest {}, PATIENCE) {
             Err(failure) if failure.exit == Exit::Unavailable => {
                 first.get_or_insert(failure);
             }
@@ -67,17 +67,18 @@ fn ask(arguments: &AdminArgs) -> Result<Value, Failure> {
 /// A running dispatcher listens where the file said when it was started.
 const MOVED: &str = "\nhelp: if admin_socket was changed in the file since it was started, give the old one with --admin PATH";
 
-fn texts(list: &Value) -> impl Iterator<Item = String> + '_ {
-    let texts = list.as_array().into_iter().flatten().filter_map(Value::as_str);
-    // Lines stay lines.
-    texts.map(|text| text.lines().map(status::clean).collect::<Vec<_>>().join("\n"))
+fn texts(list: &[String]) -> impl Iterator<Item = String> + '_ {
+    // `clean` would replace the ends of the lines.
+    list.iter().map(|text| text.lines().map(status::clean).collect::<Vec<_>>().join("\n"))
 }
 
-fn summary(answer: &Value) -> String {
-    let mut text = format!("{}: in force\n", status::clean(answer["file"].as_str().unwrap_or("?")));
+fn summary(answer: &Reloaded) -> String {
+    let mut text = format!("{}: in force\n", status::clean(&answer.file));
     let mut quiet = true;
-    for (key, word) in [("added", "new"), ("removed", "gone"), ("changed", "changed")] {
-        for name in texts(&answer[key]) {
+    for (names, word) in
+        [(&answer.added, "new"), (&answer.removed, "gone"), (&answer.changed, "changed")]
+    {
+        for name in texts(names) {
             quiet = false;
             // Writing to a string cannot fail.
             let _ = writeln!(text, "{word}: {name}");
@@ -86,7 +87,7 @@ fn summary(answer: &Value) -> String {
     if quiet {
         text.push_str("nothing has changed\n");
     }
-    for what in texts(&answer["needs_restart"]) {
+    for what in texts(&answer.needs_restart) {
         let _ = writeln!(text, "needs a restart, and is as before: {what}");
     }
     text
@@ -98,16 +99,19 @@ mod tests {
 
     #[test]
     fn what_was_done_is_said_line_by_line() {
-        let answer = json!({
-            "file": "/etc/d.toml", "added": ["pool b", "listener b"], "removed": [], "changed": ["limits"],
-            "needs_restart": ["admin_http"], "warnings": [],
-        });
+        let answer = Reloaded {
+            file: "/etc/d.toml".to_owned(),
+            added: vec!["pool b".to_owned(), "listener b".to_owned()],
+            changed: vec!["limits".to_owned()],
+            needs_restart: vec!["admin_http".to_owned()],
+            ..Reloaded::default()
+        };
         assert_eq!(
             summary(&answer),
             "/etc/d.toml: in force\nnew: pool b\nnew: listener b\nchanged: limits\n\
              needs a restart, and is as before: admin_http\n"
         );
-        let nothing = json!({ "file": "f" });
+        let nothing = Reloaded { file: "f".to_owned(), ..Reloaded::default() };
         assert_eq!(summary(&nothing), "f: in force\nnothing has changed\n");
     }
 }

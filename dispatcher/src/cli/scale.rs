@@ -2,10 +2,10 @@
 
 use clap::Args;
 use clap_complete::engine::ArgValueCandidates;
-use serde_json::json;
 
 use super::table::{clean, count};
-use super::{AdminArgs, Failure, admin, complete, print};
+use super::{AdminArgs, Failure, admin, complete, print, print_json};
+use crate::api::action::{Action, PoolScaled};
 use crate::api::command::Wanted;
 
 pub(super) const EXAMPLES: &str = "\
@@ -42,22 +42,18 @@ fn parse(text: &str) -> Result<Wanted, String> {
 
 pub(super) fn scale(arguments: &ScaleArgs) -> Result<(), Failure> {
     let place = admin::find(&arguments.admin)?;
-    let body = match arguments.processes {
-        Wanted::So(processes) => json!({ "action": "scale", "processes": processes }),
-        Wanted::By(by) => json!({ "action": "scale", "by": by }),
-    };
     let path = format!("/v1/pools/{}", admin::segment(&arguments.pool));
-    let answer = admin::post(&place, &path, &body)?;
+    let answer: PoolScaled = admin::post(&place, &path, &Action::scale(arguments.processes))?;
     if arguments.json {
-        return print(&format!("{answer}\n"));
+        return print_json(&answer);
     }
     print(&format!(
         "pool {}: {} wanted, {} before: {} active, {} starting, {} draining\n",
         clean(&arguments.pool),
-        count(answer["processes"].as_u64().unwrap_or_default(), "process"),
-        answer["before"],
-        answer["active"],
-        answer["starting"],
-        answer["draining"]
+        count(answer.processes.into(), "process"),
+        answer.before,
+        answer.active,
+        answer.starting,
+        answer.draining
     ))
 }

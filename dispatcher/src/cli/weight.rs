@@ -2,9 +2,9 @@
 
 use clap::Args;
 use clap_complete::engine::ArgValueCandidates;
-use serde_json::{Value, json};
 
-use super::{AdminArgs, Failure, admin, complete, drain};
+use super::{AdminArgs, Failure, admin, complete, drain, print, print_json};
+use crate::api::action::{Action, WorkerEntry, WorkerList, WorkerSummary, WorkersChanged};
 use crate::api::command::WorkerRef;
 
 pub(super) const EXAMPLES: &str = "\
@@ -42,14 +42,23 @@ pub(super) fn weight(arguments: &WeightArgs) -> Result<(), Failure> {
     let worker: WorkerRef = arguments.worker.parse().map_err(drain::usage)?;
     let place = admin::find(&arguments.admin)?;
     let path = format!("/v1/workers/{}", admin::segment(&worker.to_string()));
-    let answer = match arguments.weight {
+    let workers = match arguments.weight {
         Some(weight) => {
-            admin::post(&place, &path, &json!({ "action": "weight", "weight": weight }))?
+            let action = Action::Weight { weight: weight.into() };
+            let answer: WorkersChanged = admin::post(&place, &path, &action)?;
+            if arguments.json {
+                return print_json(&answer);
+            }
+            answer.workers
         }
         None => {
-            let worker: Value = admin::parse(&admin::get(&place, &path)?, &place)?;
-            json!({ "workers": [worker] })
+            let worker: WorkerEntry = admin::parse(&admin::get(&place, &path)?, &place)?;
+            if arguments.json {
+                return print_json(&WorkerList { instance: None, workers: vec![worker] });
+            }
+            vec![worker.summary()]
         }
     };
-    drain::show_with(&answer, arguments.json, |worker| format!("weight {}, ", worker["weight"]))
+    let weight = |worker: &WorkerSummary| format!("weight {}, ", worker.weight);
+    print(&drain::lines(&workers, weight))
 }

@@ -2,10 +2,10 @@
 
 use clap::Args;
 use clap_complete::engine::ArgValueCandidates;
-use serde_json::Value;
 
 use super::table::{Table, clean, width};
-use super::{AdminArgs, Failure, admin, complete, print};
+use super::{AdminArgs, Failure, admin, complete, print, print_json};
+use crate::api::action::WorkerList;
 
 pub(super) const EXAMPLES: &str = "\
 Examples:
@@ -27,34 +27,31 @@ pub(super) struct WorkersArgs {
 
 pub(super) fn workers(arguments: &WorkersArgs) -> Result<(), Failure> {
     let place = admin::find(&arguments.admin)?;
-    let mut answer: Value = admin::parse(&admin::get(&place, "/v1/workers")?, &place)?;
+    let mut answer: WorkerList = admin::parse(&admin::get(&place, "/v1/workers")?, &place)?;
     if let Some(pool) = &arguments.pool {
         // Asked for by name, so that a wrong one is answered with the nearest.
         admin::get(&place, &format!("/v1/pools/{}", admin::segment(pool)))?;
-        if let Some(workers) = answer["workers"].as_array_mut() {
-            workers.retain(|worker| worker["pool"] == pool.as_str());
-        }
+        answer.workers.retain(|worker| worker.pool == *pool);
     }
     if arguments.json {
-        return print(&format!("{answer}\n"));
+        return print_json(&answer);
     }
-    let rows = answer["workers"].as_array().map_or(&[][..], Vec::as_slice);
-    if rows.is_empty() {
+    if answer.workers.is_empty() {
         return print("no workers\n");
     }
     let head = ["WORKER", "STATE", "ID", "PID", "WEIGHT", "LOAD", "MAX", "CUSTODY"];
     let mut table = Table::new(&head, 2);
-    for row in rows {
-        let word = |key: &str| clean(row[key].as_str().unwrap_or("?"));
+    for worker in &answer.workers {
+        let status = &worker.status;
         table.row([
-            format!("{}/{}", word("pool"), word("name")),
-            word("state"),
-            row["id"].to_string(),
-            row["pid"].to_string(),
-            row["weight"].to_string(),
-            row["load"].to_string(),
-            row["max_connections"].to_string(),
-            row["custody"].to_string(),
+            format!("{}/{}", clean(&worker.pool), clean(&status.name)),
+            clean(&status.state),
+            status.id.to_string(),
+            status.pid.to_string(),
+            status.weight.to_string(),
+            status.load.to_string(),
+            status.max_connections.to_string(),
+            status.custody.to_string(),
         ]);
     }
     let mut text = String::new();

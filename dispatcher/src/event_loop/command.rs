@@ -3,9 +3,9 @@
 use std::time::SystemTime;
 
 use dispatch_protocol::ClientAddr;
-use serde_json::{Value, json};
 
 use super::{EventLoop, clock};
+use crate::api::action::{Outcome, PoolScaled, WorkerSummary, WorkersChanged};
 use crate::api::command::{
     Answer, Command, CommandError, Problem, Target, Wanted, WorkerRef, unknown_pool,
 };
@@ -23,14 +23,14 @@ impl EventLoop {
                 for &worker in &workers {
                     self.core.drain_worker(self.now, worker, deadline);
                 }
-                Ok(self.workers_json(&workers))
+                Ok(self.workers_changed(&workers))
             }
             Command::Weight { target, weight } => {
                 let workers = self.targets(&target)?;
                 for &worker in &workers {
                     self.core.set_weight(self.now, worker, weight);
                 }
-                Ok(self.workers_json(&workers))
+                Ok(self.workers_changed(&workers))
             }
             Command::Scale { pool, wanted } => self.scale(&pool, wanted),
             Command::Resume { target } => {
@@ -42,7 +42,7 @@ impl EventLoop {
                         return Err(self.not_resumed(name, worker, why));
                     }
                 }
-                Ok(self.workers_json(&workers))
+                Ok(self.workers_changed(&workers))
             }
         }
     }
@@ -71,14 +71,14 @@ impl EventLoop {
         self.core.scale(self.now, id, processes);
         log::info!("event=pool_scaled pool={name} processes={processes} before={before}");
         let counts = self.core.processes(id);
-        Ok(json!({
-            "pool": name,
-            "processes": processes,
-            "before": before,
-            "active": counts.active,
-            "starting": counts.starting,
-            "draining": counts.draining,
-            "instance": self.instance,
+        Ok(Outcome::Pool(PoolScaled {
+            active: counts.active,
+            before,
+            draining: counts.draining,
+            instance: self.instance.clone(),
+            pool: name.to_owned(),
+            processes,
+            starting: counts.starting,
         }))
     }
 
@@ -159,18 +159,19 @@ impl EventLoop {
         self.core.pool_of_worker(worker).map_or("", |pool| self.core.pool_name(pool))
     }
 
-    /// What became of them.
-    fn workers_json(&self, workers: &[WorkerId]) -> Value {
-        let row = |&worker: &WorkerId| {
-            json!({
-                "id": worker.serial,
-                "pool": self.pool_of(worker),
-                "name": self.core.worker_name(worker),
-                "state": self.core.worker_state(worker).map_or("gone", |state| state.name()),
-                "weight": self.core.weight(worker).unwrap_or_default(),
-                "load": self.core.load(worker).unwrap_or_default(),
-            })
+    /// The state of `workers` after a command.
+    fn workers_changed(&self, workers: &[WorkerId]) -> Outcome {
+        let summary = |&worker: &WorkerId| WorkerSummary {
+            id: worker.serial,
+            load: self.core.load(worker).unwrap_or_default(),
+            name: self.core.worker_name(worker).to_owned(),
+            pool: self.pool_of(worker).to_owned(),
+            state: self.core.worker_state(worker).map_or("gone", |state| state.name()).to_owned(),
+            weight: self.core.weight(worker).unwrap_or_default(),
         };
-        json!({ "instance": self.instance, "workers": workers.iter().map(row).collect::<Vec<_>>() })
+        Outcome::Workers(WorkersChanged {
+            instance: self.instance.clone(),
+            workers: workers.iter().map(summary).collect(),
+        })
     }
 }

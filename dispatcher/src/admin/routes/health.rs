@@ -7,6 +7,7 @@ use axum::http::StatusCode;
 use axum::response::{IntoResponse, Response};
 use axum::routing::get;
 use axum::{Json, Router};
+use serde::Serialize;
 
 use super::{App, PATIENCE, methods, no_answer};
 use crate::api::command::Problem;
@@ -56,11 +57,20 @@ async fn readyz(State(app): State<App>) -> Response {
     } else {
         format!("no usable worker in: {}", waiting.join(", "))
     };
-    let body = serde_json::json!({
-        "problem": Problem::NotReady,
-        "error": error,
-        "hint": "see: dispatcher status",
-        "pools": waiting,
-    });
+    let body = NotReady {
+        error,
+        hint: "see: dispatcher status",
+        pools: waiting,
+        problem: Problem::NotReady,
+    };
     (StatusCode::SERVICE_UNAVAILABLE, Json(body)).into_response()
+}
+
+/// A [`CommandError`](crate::api::command::CommandError) with the pools that have no usable worker.
+#[derive(Serialize)]
+struct NotReady<'a> {
+    error: String,
+    hint: &'static str,
+    pools: Vec<&'a str>,
+    problem: Problem,
 }

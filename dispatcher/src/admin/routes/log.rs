@@ -4,34 +4,26 @@ use axum::response::{IntoResponse, Response};
 use axum::routing::get;
 use axum::{Json, Router};
 use log::LevelFilter;
-use serde::Deserialize;
 
 use super::{App, Body, methods, refused};
 use crate::api::command::{CommandError, Problem};
+use crate::api::log_level::{LogLevel, SetLogLevel};
 use crate::background::logger;
 
 pub(super) fn routes() -> Router<App> {
     Router::new().route("/v1/log_level", methods("GET, HEAD, POST", get(show).post(set)))
 }
 
-/// `{"level": "debug"}`.
-#[derive(Debug, Deserialize)]
-#[serde(deny_unknown_fields)]
-struct Wanted {
-    level: String,
-}
-
 async fn show() -> Response {
-    Json(serde_json::json!({ "level": logger::selected() })).into_response()
+    Json(LogLevel { level: logger::selected(), previous: None }).into_response()
 }
 
 /// The hot thread is not asked: the logger is nobody's, and changing it takes a moment that nobody waits for.
-async fn set(Body(wanted): Body<Wanted>) -> Response {
+async fn set(Body(wanted): Body<SetLogLevel>) -> Response {
     match wanted.level.parse::<LevelFilter>() {
         Ok(level) => {
-            let previous = logger::set_level(level);
-            let level = logger::selected();
-            Json(serde_json::json!({ "level": level, "previous": previous })).into_response()
+            let previous = Some(logger::set_level(level));
+            Json(LogLevel { level: logger::selected(), previous }).into_response()
         }
         Err(_) => refused(
             &CommandError::new(Problem::Invalid, "this is not a level")

@@ -116,13 +116,30 @@ async fn short_body(request: Request, next: Next) -> Response {
 }
 
 async fn not_found() -> Response {
-    let body = serde_json::json!({
-        "problem": Problem::NotFound,
-        "error": "no such path",
-        "hint": "see `paths` for those there are",
-        "paths": PATHS,
-    });
+    let body = UnknownPath {
+        error: "no such path",
+        hint: "see `paths` for those there are",
+        paths: PATHS,
+        problem: Problem::NotFound,
+    };
     (StatusCode::NOT_FOUND, Json(body)).into_response()
+}
+
+/// A [`CommandError`] with the paths that exist.
+#[derive(Serialize)]
+struct UnknownPath {
+    error: &'static str,
+    hint: &'static str,
+    paths: [&'static str; PATHS.len()],
+    problem: Problem,
+}
+
+/// JSON with the fields in alphabetical order. Flattened types would otherwise mix theirs with those of the outer type.
+pub(super) fn sorted(answer: &impl Serialize) -> Response {
+    match serde_json::to_value(answer) {
+        Ok(answer) => Json(answer).into_response(),
+        Err(error) => refused(&CommandError::new(Problem::Internal, error.to_string())),
+    }
 }
 
 /// A JSON body; what is wrong with it is said in our own form.

@@ -5,8 +5,8 @@ use axum::response::{IntoResponse, Response};
 use axum::routing::get;
 use axum::{Json, Router};
 
-use super::workers::Action;
 use super::{App, Body, PATIENCE, carry_out, methods, no_answer, refused};
+use crate::api::action::Action;
 use crate::api::command::{Target, unknown_pool};
 
 pub(super) fn routes() -> Router<App> {

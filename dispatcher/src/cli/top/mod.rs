@@ -23,6 +23,8 @@ use self::screen::{Screen, Suspend};
 use self::view::Theme;
 use super::admin::{self, Place};
 use super::{AdminArgs, Exit, Failure, print};
+use crate::api::action::{self, PoolScaled, WorkersChanged};
+use crate::api::command::Wanted;
 use crate::api::status::Status;
 
 pub(super) const EXAMPLES: &str = "\
@@ -297,22 +299,25 @@ fn keep_asking(
 
 fn carry_out(place: &Place, order: &Action) -> News {
     if let Action::Scale(pool, by) = order {
-        let body = serde_json::json!({ "action": "scale", "by": by });
-        return match admin::post(place, &format!("/v1/pools/{}", admin::segment(pool)), &body) {
-            Ok(answer) => {
-                let processes = answer["processes"].as_u64().unwrap_or_default();
-                News::Done(format!("{pool}: {}", crate::cli::table::count(processes, "process")))
+        let path = format!("/v1/pools/{}", admin::segment(pool));
+        let scaled: Result<PoolScaled, Failure> =
+            admin::post(place, &path, &action::Action::scale(Wanted::By(*by)));
+        return match scaled {
+            Ok(scaled) => {
+                let processes = crate::cli::table::count(scaled.processes.into(), "process");
+                News::Done(format!("{pool}: {processes}"))
             }
             Err(failure) => News::Failed(failure.message),
         };
     }
     let (id, action, done) = match order {
-        Action::Drain(id) => (id, "drain", "is draining"),
-        Action::Resume(id) => (id, "resume", "gets connections again"),
+        Action::Drain(id) => (id, action::Action::drain(None), "is draining"),
+        Action::Resume(id) => (id, action::Action::Resume {}, "gets connections again"),
         Action::Quit | Action::Scale(..) => return News::Failed("nothing to do".to_owned()),
     };
-    let body = serde_json::json!({ "action": action });
-    match admin::post(place, &format!("/v1/workers/{id}"), &body) {
+    let changed: Result<WorkersChanged, Failure> =
+        admin::post(place, &format!("/v1/workers/{id}"), &action);
+    match changed {
         Ok(_) => News::Done(format!("worker {id} {done}")),
         Err(failure) => News::Failed(failure.message),
     }
