@@ -177,7 +177,7 @@ struct DemoArgs {
     #[arg(long, value_name = "ADDR", default_value = "127.0.0.1:8080")]
     listen: std::net::SocketAddr,
     /// How many worker processes.
-    #[arg(long, value_name = "N", default_value_t = 4, value_parser = clap::value_parser!(u32).range(1..=1024))]
+    #[arg(long, value_name = "N", default_value_t = 4, value_parser = clap::value_parser!(u32).range(1..=i64::from(crate::config::MAX_PROCESSES)))]
     workers: u32,
     /// Where to put the admin socket [default: in a directory of its own]
     #[arg(long, value_name = "PATH")]

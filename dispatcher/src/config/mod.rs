@@ -41,15 +41,6 @@ pub const DEFAULT_DISPATCH_SOCKET: &str = "/run/dispatcher/dispatch.sock";
 /// Default of `admin_socket`.
 pub const DEFAULT_ADMIN_SOCKET: &str = "/run/dispatcher/admin.sock";
 
-/// Default of `handoff_timeout`.
-pub const HANDOFF_TIMEOUT: Duration = Duration::from_millis(200);
-
-/// Default of `max_handoff_timeout`.
-pub const MAX_HANDOFF_TIMEOUT: Duration = Duration::from_secs(30);
-
-/// Default of `wait_for_worker`.
-pub const WAIT_FOR_WORKER: Duration = Duration::from_secs(10);
-
 /// Environment variables the dispatcher sets for the processes it starts; `environment` may not.
 pub const RESERVED_VARIABLES: [&str; 4] =
     ["DISPATCH_SOCKET", "DISPATCH_POOL", "DISPATCH_NAME", "DISPATCH_TOKEN"];

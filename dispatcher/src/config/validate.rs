@@ -1,7 +1,6 @@
 //! From what the file says to what it means: defaults, names resolved, and everything that only shows across keys.
 
 use std::net::SocketAddr;
-use std::time::Duration;
 
 use toml::Spanned;
 
@@ -415,31 +414,43 @@ impl Check<'_> {
             }
             None => (None, Peek::default()),
         };
-        let history = history(&keys, defaults);
+        // The core owns the defaults.
+        let core = PoolSettings::default();
+        let history_candidates = keys
+            .history_candidates
+            .or(defaults.history_candidates)
+            .map_or(core.history_candidates, |n| n.0);
+        let history = history(&keys, defaults, (core.history, history_candidates));
         let settings = PoolSettings {
             policy,
             scores,
             max_connections_per_worker: keys
                 .max_connections_per_worker
                 .or(defaults.max_connections_per_worker)
-                .map_or(10_000, |n| n.0),
-            max_untaken: keys.max_untaken.or(defaults.max_untaken).map_or(256, |n| n.0),
-            max_workers: keys.max_workers.or(defaults.max_workers).map_or(4096, |n| n.0),
+                .map_or(core.max_connections_per_worker, |n| n.0),
+            max_untaken: keys
+                .max_untaken
+                .or(defaults.max_untaken)
+                .map_or(core.max_untaken, |n| n.0),
+            max_workers: keys
+                .max_workers
+                .or(defaults.max_workers)
+                .map_or(core.max_workers, |n| n.0),
             handoff_timeout: keys
                 .handoff_timeout
                 .or(defaults.handoff_timeout)
-                .map_or(super::HANDOFF_TIMEOUT, |w| w.0),
+                .map_or(core.handoff_timeout, |w| w.0),
             max_handoff_timeout: keys
                 .max_handoff_timeout
                 .or(defaults.max_handoff_timeout)
-                .map_or(super::MAX_HANDOFF_TIMEOUT, |w| w.0),
+                .map_or(core.max_handoff_timeout, |w| w.0),
             wait_for_worker: keys
                 .wait_for_worker
                 .or(defaults.wait_for_worker)
-                .map_or(super::WAIT_FOR_WORKER, |w| w.0),
-            slow_start: keys.slow_start.or(defaults.slow_start).map_or(Duration::ZERO, |w| w.0),
-            history: self.keep(history).unwrap_or(0),
-            history_candidates: history_candidates(&keys, defaults),
+                .map_or(core.wait_for_worker, |w| w.0),
+            slow_start: keys.slow_start.or(defaults.slow_start).map_or(core.slow_start, |w| w.0),
+            history: self.keep(history).unwrap_or(core.history),
+            history_candidates,
             affinity,
             peek,
             access: Access { users, groups },
@@ -453,17 +464,17 @@ impl Check<'_> {
 /// What a thousand workers in ten thousand decisions would take is no bound.
 const MOST_HISTORY: u32 = 500_000;
 
-fn history(keys: &PoolKeys, defaults: &PoolKeys) -> Checked<u32> {
-    let Some(history) = keys.history.as_ref().or(defaults.history.as_ref()) else { return Ok(0) };
-    let (decisions, workers) = (history.get_ref().0, history_candidates(keys, defaults));
+/// `history`, checked against the number of candidates; `default` is the default and that number.
+fn history(keys: &PoolKeys, defaults: &PoolKeys, default: (u32, u32)) -> Checked<u32> {
+    let (default, workers) = default;
+    let Some(history) = keys.history.as_ref().or(defaults.history.as_ref()) else {
+        return Ok(default);
+    };
+    let decisions = history.get_ref().0;
     if decisions * workers > MOST_HISTORY {
         let message = format!("{decisions} decisions with {workers} workers each are too many");
         let most = format!("`history` times `history_candidates` may be {MOST_HISTORY} at most");
         return Err(Mistake::new(history.span(), message).help(most));
     }
     Ok(decisions)
-}
-
-fn history_candidates(keys: &PoolKeys, defaults: &PoolKeys) -> u32 {
-    keys.history_candidates.or(defaults.history_candidates).map_or(16, |n| n.0)
 }

@@ -17,9 +17,9 @@ use super::rate_limit::Cause;
 use super::token::{Key, Source};
 use super::worker_io::{Lane, WorkerIo};
 use crate::background::logger::{quoted, value};
-use crate::config::{self, Pool};
+use crate::config;
 use dispatcher_core::{
-    ClaimOutcome, Departure, ListenerId, PoolId, Refusal, SPARE_SLOTS, WorkerId,
+    ClaimOutcome, Departure, ListenerId, PoolId, PoolSettings, Refusal, SPARE_SLOTS, WorkerId,
 };
 
 /// Most messages of the door handled in one turn; the rest is for the next turn.
@@ -116,8 +116,8 @@ impl EventLoop {
         let watched = self.poll.registry().register(&mut SourceFd(&raw), token, Interest::READABLE);
         let pool_id = self.core.pool_of_worker(id);
         let scored = pool_id.map_or(&[][..], |pool| self.core.scored_gauges(pool));
-        let timeout = self.configured(&join.hello.pool).map(|p| p.settings.handoff_timeout);
-        let timeout = timeout.unwrap_or_default();
+        let settings = self.settings_of(&join.hello.pool);
+        let timeout = settings.map(|settings| settings.handoff_timeout).unwrap_or_default();
         let mut record = Vec::new();
         Welcome {
             version: VERSION,
@@ -178,7 +178,7 @@ impl EventLoop {
 
     /// Slots of the scoreboard of a worker of this pool.
     fn slots_for(&self, pool: &str) -> u32 {
-        self.configured(pool).map_or(1, |pool| pool.settings.max_untaken + SPARE_SLOTS)
+        self.settings_of(pool).map_or(1, |settings| settings.max_untaken + SPARE_SLOTS)
     }
 
     /// What the door goes by, from now on.
@@ -193,7 +193,7 @@ impl EventLoop {
     /// What the worker and its pool both can.
     fn features_for(&self, hello: &Hello) -> Features {
         let claims =
-            match self.configured(&hello.pool).and_then(|pool| pool.settings.affinity.as_ref()) {
+            match self.settings_of(&hello.pool).and_then(|settings| settings.affinity.as_ref()) {
                 Some(_) => Features::CLAIM,
                 None => Features::NONE,
             };
@@ -217,9 +217,9 @@ impl EventLoop {
         }
     }
 
-    /// The pool of this name that there is now.
-    fn configured(&self, name: &str) -> Option<&Pool> {
-        self.config.pools.get(usize::from(self.core.pool_named(name)?.0))
+    /// The settings in force of the pool with this name.
+    fn settings_of(&self, name: &str) -> Option<&PoolSettings> {
+        self.core.pool_settings(self.core.pool_named(name)?)
     }
 
     fn listeners_of(&self, pool: &str) -> Vec<WelcomeListener> {

@@ -109,7 +109,7 @@ async fn short_body(request: Request, next: Next) -> Response {
     if length.is_some_and(|length| length > MAX_BODY as u64) {
         return refused(&CommandError::new(
             Problem::TooLarge,
-            "a body may have at most 65536 bytes",
+            format!("a body may have at most {MAX_BODY} bytes"),
         ));
     }
     next.run(request).await
