@@ -10,12 +10,12 @@ pub mod demo;
 pub mod event_loop;
 pub mod listen;
 pub mod mailbox;
+mod plural;
 pub mod preface;
 pub mod reload;
 pub mod signals;
 mod sys;
 pub mod wake;
-mod words;
 
 #[cfg(test)]
 mod tests {
@@ -24,7 +24,7 @@ mod tests {
 
     /// The modules in the order of their imports: each imports only from those before it.
     const LAYERS: [&[&str]; 9] = [
-        &["sys", "wake", "words", "preface"],
+        &["sys", "wake", "plural", "preface"],
         &["api", "signals", "config"],
         &["background", "listen"],
         &["reload"],

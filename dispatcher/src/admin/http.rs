@@ -14,10 +14,10 @@ use tokio::io::{AsyncRead, AsyncReadExt, AsyncWrite, AsyncWriteExt};
 use tokio::net::{TcpListener, TcpStream, UnixListener, UnixStream};
 use tokio::sync::{OwnedSemaphorePermit, Semaphore, watch};
 
-use super::explained::{Explained, Refusal, Unanswered};
-use super::guests::{Connection, Connects, Guests, Who};
+use super::access_check;
+use super::client_limits::{AcceptPace, ClientId, ClientLimits, Connection};
+use super::error_bodies::{Refusal, Unanswered, WithErrorBodies};
 use super::routes::{self, App};
-use super::who_may;
 use crate::mailbox::hosts::Hosts;
 
 /// Most connections at once; more wait in the kernel's queue.
@@ -66,41 +66,46 @@ const MAX_HEAD: usize = 16 * 1024;
 const REST: Duration = Duration::from_millis(100);
 
 /// Serves for as long as it is polled.
-pub(super) async fn serve(listener: Arc<AdminSocket>, app: App, guests: Guests) {
-    let routes = routes::all(app).layer(middleware::from_fn(who_may::no_pages));
-    accept_all(listener, routes, guests).await;
+pub(super) async fn serve(listener: Arc<AdminSocket>, app: App, limits: ClientLimits) {
+    let routes = routes::all(app).layer(middleware::from_fn(access_check::no_web_pages));
+    accept_all(listener, routes, limits).await;
 }
 
 /// The same over TCP, for reading only. It has connections of its own, so that its clients keep nobody from the socket.
-pub(super) async fn serve_tcp(listener: Arc<TcpListener>, app: App, guests: Guests, hosts: Hosts) {
-    let check = middleware::from_fn_with_state(hosts, who_may::read_only);
+pub(super) async fn serve_tcp(
+    listener: Arc<TcpListener>,
+    app: App,
+    limits: ClientLimits,
+    hosts: Hosts,
+) {
+    let check = middleware::from_fn_with_state(hosts, access_check::read_only);
     let routes = routes::all(app).layer(check);
-    accept_all(listener, routes, guests).await;
+    accept_all(listener, routes, limits).await;
 }
 
 /// What both kinds of listener do.
 trait Accept {
     type Stream: AsyncRead + AsyncWrite + Unpin + Send + 'static;
 
-    fn next(&self) -> impl Future<Output = io::Result<(Self::Stream, Who)>> + Send;
+    fn next(&self) -> impl Future<Output = io::Result<(Self::Stream, ClientId)>> + Send;
 }
 
 impl Accept for UnixListener {
     type Stream = UnixStream;
 
-    async fn next(&self) -> io::Result<(UnixStream, Who)> {
+    async fn next(&self) -> io::Result<(UnixStream, ClientId)> {
         let (stream, _) = self.accept().await?;
-        let who = stream.peer_cred().map_or(Who::Unknown, |peer| Who::User(peer.uid()));
-        Ok((stream, who))
+        let id = stream.peer_cred().map_or(ClientId::Unknown, |peer| ClientId::User(peer.uid()));
+        Ok((stream, id))
     }
 }
 
 impl Accept for TcpListener {
     type Stream = TcpStream;
 
-    async fn next(&self) -> io::Result<(TcpStream, Who)> {
+    async fn next(&self) -> io::Result<(TcpStream, ClientId)> {
         let (stream, address) = self.accept().await?;
-        Ok((stream, Who::Address(address.ip())))
+        Ok((stream, ClientId::Address(address.ip())))
     }
 }
 
@@ -116,7 +121,7 @@ impl AdminSocket {
 impl Accept for AdminSocket {
     type Stream = UnixStream;
 
-    async fn next(&self) -> io::Result<(UnixStream, Who)> {
+    async fn next(&self) -> io::Result<(UnixStream, ClientId)> {
         let mut changes = self.0.clone();
         loop {
             let listener = Arc::clone(&changes.borrow_and_update());
@@ -132,24 +137,24 @@ impl Accept for AdminSocket {
     }
 }
 
-async fn accept_all(listener: Arc<impl Accept>, routes: Router, guests: Guests) {
+async fn accept_all(listener: Arc<impl Accept>, routes: Router, limits: ClientLimits) {
     // Outermost, so that it sees every answer.
     let routes = routes.layer(middleware::from_fn(routes::all_as_json));
     let slots = Arc::new(Semaphore::new(MAX_CONNECTIONS));
     let refusals = Arc::new(Semaphore::new(MAX_REFUSED));
-    let mut connects = Connects::new();
+    let mut pace = AcceptPace::new();
     while let Ok(slot) = Arc::clone(&slots).acquire_owned().await {
-        connects.pace().await;
+        pace.pace().await;
         match listener.next().await {
-            Ok((stream, who)) => match guests.connect(who) {
-                Some(guest) => {
-                    tokio::spawn(connection(stream, routes.clone(), guest, SERVED, slot));
+            Ok((stream, id)) => match limits.connect(id) {
+                Some(client) => {
+                    tokio::spawn(connection(stream, routes.clone(), client, SERVED, slot));
                 }
                 // This user has too many. It is told so in a place that it does not take from others.
                 None => {
                     if let Ok(slot) = Arc::clone(&refusals).try_acquire_owned() {
-                        let guest = guests.refused(who);
-                        tokio::spawn(connection(stream, routes::too_many(), guest, REFUSED, slot));
+                        let client = limits.refused(id);
+                        tokio::spawn(connection(stream, routes::too_many(), client, REFUSED, slot));
                     }
                 }
             },
@@ -164,14 +169,14 @@ async fn accept_all(listener: Arc<impl Accept>, routes: Router, guests: Guests) 
 async fn connection<S>(
     mut stream: S,
     routes: Router,
-    guest: Connection,
+    client: Connection,
     times: Times,
     _slot: OwnedSemaphorePermit,
 ) where
     S: AsyncRead + AsyncWrite + Unpin,
 {
     let unanswered = Unanswered::default();
-    let why = serve_requests(&mut stream, routes, guest, times, &unanswered).await;
+    let why = serve_requests(&mut stream, routes, client, times, &unanswered).await;
     let end = async {
         if let Some(refusal) = why.filter(|_| unanswered.is_set()) {
             stream.write_all(&refusal.as_http()).await?;
@@ -195,19 +200,19 @@ async fn connection<S>(
 async fn serve_requests<S>(
     stream: &mut S,
     routes: Router,
-    guest: Connection,
+    client: Connection,
     times: Times,
     unanswered: &Unanswered,
 ) -> Option<Refusal>
 where
     S: AsyncRead + AsyncWrite + Unpin,
 {
-    let guest = Arc::new(guest);
+    let client = Arc::new(client);
     let routes = TowerToHyperService::new(routes);
     let paced = service_fn(move |request| {
-        let (guest, routes) = (Arc::clone(&guest), routes.clone());
+        let (client, routes) = (Arc::clone(&client), routes.clone());
         async move {
-            guest.pace().await;
+            client.pace().await;
             routes.call(request).await
         }
     });
@@ -216,7 +221,10 @@ where
             .timer(TokioTimer::new())
             .header_read_timeout(times.head)
             .max_buf_size(MAX_HEAD)
-            .serve_connection(TokioIo::new(Explained::new(stream, unanswered.clone())), paced)
+            .serve_connection(
+                TokioIo::new(WithErrorBodies::new(stream, unanswered.clone())),
+                paced
+            )
     );
     let result = match tokio::time::timeout(times.connection, connection.as_mut()).await {
         Ok(result) => result,
@@ -252,13 +260,13 @@ mod tests {
         let runtime = tokio::runtime::Builder::new_current_thread().enable_all().build();
         runtime.expect("a runtime").block_on(async {
             let (ours, mut theirs) = UnixStream::pair().expect("a pair");
-            let guests = Guests::default();
-            guests.rate().store(1_000, std::sync::atomic::Ordering::SeqCst);
-            let guest = guests.connect(Who::Unknown).expect("room");
+            let limits = ClientLimits::default();
+            limits.rate().store(1_000, std::sync::atomic::Ordering::SeqCst);
+            let client = limits.connect(ClientId::Unknown).expect("room");
             let slot = Arc::new(Semaphore::new(1)).acquire_owned().await.expect("a slot");
             let read = |body: axum::body::Bytes| async move { body.len().to_string() };
             let routes = Router::new().fallback(read);
-            let served = tokio::spawn(connection(ours, routes, guest, times, slot));
+            let served = tokio::spawn(connection(ours, routes, client, times, slot));
             theirs.write_all(sent).await.expect("sent");
             let mut answer = String::new();
             let read = theirs.read_to_string(&mut answer);
@@ -310,12 +318,12 @@ mod tests {
                 [(Duration::from_secs(600), "bytes"), (Duration::from_millis(50), "time")]
             {
                 let (ours, mut theirs) = UnixStream::pair().expect("a pair");
-                let guests = Guests::default();
-                guests.rate().store(1_000, std::sync::atomic::Ordering::SeqCst);
-                let guest = guests.connect(Who::Unknown).expect("room");
+                let limits = ClientLimits::default();
+                limits.rate().store(1_000, std::sync::atomic::Ordering::SeqCst);
+                let client = limits.connect(ClientId::Unknown).expect("room");
                 let slot = Arc::new(Semaphore::new(1)).acquire_owned().await.expect("a slot");
                 let times = Times { drain, ..TIMES };
-                let served = tokio::spawn(connection(ours, Router::new(), guest, times, slot));
+                let served = tokio::spawn(connection(ours, Router::new(), client, times, slot));
                 theirs.write_all(b"what is this\r\n\r\n").await.expect("sent");
                 let sending = async {
                     let bytes = vec![b'x'; 64 * 1024];

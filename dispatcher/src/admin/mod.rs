@@ -4,15 +4,15 @@
 //! [`crate::background::spawner`]. They talk to the hot thread over bounded channels and wake it; they know nothing of workers,
 //! connections or policies. [`client`] is the other end of the admin socket, for the CLI.
 
+mod access_check;
 pub mod client;
-mod elsewhere;
-mod explained;
-mod guests;
+mod client_limits;
+mod error_bodies;
+mod file_thread;
 mod http;
 mod metrics;
 mod reload;
 mod routes;
-mod who_may;
 
 #[cfg(test)]
 mod tests;
@@ -26,14 +26,14 @@ use std::time::Duration;
 
 use tokio::sync::{Mutex, Notify, oneshot, watch};
 
-use self::elsewhere::Elsewhere;
-use self::guests::Guests;
+use self::client_limits::ClientLimits;
+use self::file_thread::FileThread;
 use self::http::AdminSocket;
 use crate::background::logger::quoted;
 use crate::background::spawner;
 use crate::background::{restart, service_manager};
 use crate::listen::files::SocketFiles;
-use crate::mailbox::client::Gate;
+use crate::mailbox::client::MailboxClient;
 use crate::mailbox::hosts::Hosts;
 use crate::mailbox::{MAX_REQUESTS, Side};
 use crate::wake::Wake;
@@ -42,11 +42,11 @@ use crate::wake::Wake;
 const LOOK: Duration = Duration::from_secs(2);
 
 /// Looks at the socket files again and again.
-async fn look_at(files: SocketFiles, elsewhere: Elsewhere) {
+async fn look_at(files: SocketFiles, file_thread: FileThread) {
     loop {
         let looked = files.clone();
         // It is tried again in any case.
-        let _ = elsewhere.run(move || looked.look()).await;
+        let _ = file_thread.run(move || looked.look()).await;
         let _ = tokio::time::timeout(LOOK, files.changed()).await;
     }
 }
@@ -72,27 +72,27 @@ pub fn start(listener: UnixListener, tcp: Option<TcpListener>, wake: Wake) -> io
     };
     let (request_sender, requests) = mpsc::sync_channel(MAX_REQUESTS);
     let files = SocketFiles::default();
-    let gate = Gate::new(request_sender, Arc::clone(&wake), files.clone());
+    let mailbox = MailboxClient::new(request_sender, Arc::clone(&wake), files.clone());
     let (spawner, spawns, reports) = spawner::service(wake);
     let metrics_max_workers = Arc::new(AtomicU32::new(0));
-    let guests = Guests::default();
-    let admin_rate = guests.rate();
+    let limits = ClientLimits::default();
+    let admin_rate = limits.rate();
     let reload = Arc::new(Notify::new());
-    let elsewhere = Elsewhere::start()?;
+    let file_thread = FileThread::start()?;
     let (manager, teller) = service_manager::manager();
     let hosts = Hosts::default();
     let (place, socket) = watch::channel(Arc::new(listener));
     let reloader = reload::Reloader::new(
-        Arc::clone(&gate),
+        Arc::clone(&mailbox),
         manager.clone(),
-        elsewhere.clone(),
+        file_thread.clone(),
         hosts.clone(),
         place,
     );
     let named = hosts.clone();
     let watched = files.clone();
     let app = routes::App {
-        gate,
+        mailbox,
         max_workers: Arc::clone(&metrics_max_workers),
         reloader: Arc::clone(&reloader),
     };
@@ -115,17 +115,17 @@ pub fn start(listener: UnixListener, tcp: Option<TcpListener>, wake: Wake) -> io
                 Arc::clone(&reloader).whenever(Arc::clone(&asked))
             }));
             if let Some(tcp) = tcp {
-                let (tcp, app, guests) = (Arc::new(tcp), app.clone(), guests.clone());
+                let (tcp, app, limits) = (Arc::new(tcp), app.clone(), limits.clone());
                 tokio::spawn(restart::task("admin_http", move || {
-                    http::serve_tcp(Arc::clone(&tcp), app.clone(), guests.clone(), named.clone())
+                    http::serve_tcp(Arc::clone(&tcp), app.clone(), limits.clone(), named.clone())
                 }));
             }
             let socket = Arc::new(AdminSocket::new(socket));
             tokio::spawn(restart::task("admin_socket", move || {
-                http::serve(Arc::clone(&socket), app.clone(), guests.clone())
+                http::serve(Arc::clone(&socket), app.clone(), limits.clone())
             }));
             tokio::spawn(restart::task("socket_files", move || {
-                look_at(watched.clone(), elsewhere.clone())
+                look_at(watched.clone(), file_thread.clone())
             }));
             // An error is a dropped `Side`: the same.
             let _ = stopped.await;

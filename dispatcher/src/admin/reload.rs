@@ -9,7 +9,7 @@ use std::time::{SystemTime, UNIX_EPOCH};
 use tokio::net::UnixListener;
 use tokio::sync::{Mutex, Notify, watch};
 
-use super::elsewhere::Elsewhere;
+use super::file_thread::FileThread;
 use super::listen;
 use super::metrics::LastReload;
 use super::routes::PATIENCE;
@@ -20,15 +20,15 @@ use crate::background::logger::{Quoted, quoted};
 use crate::background::restart::message;
 use crate::background::service_manager::{ServiceManager, State};
 use crate::mailbox::Request;
-use crate::mailbox::client::{Gate, NoAnswer};
+use crate::mailbox::client::{MailboxClient, NoAnswer};
 use crate::mailbox::hosts::Hosts;
 use crate::reload::prepare;
 
 /// Shared by everybody who can ask for a reload.
 pub(super) struct Reloader {
-    gate: Arc<Gate>,
+    mailbox: Arc<MailboxClient>,
     manager: ServiceManager,
-    elsewhere: Elsewhere,
+    file_thread: FileThread,
     hosts: Hosts,
     listener: watch::Sender<Arc<UnixListener>>,
     /// Held by the one that is under way.
@@ -41,16 +41,16 @@ type Outcome = Result<Result<Reloaded, CommandError>, NoAnswer>;
 
 impl Reloader {
     pub(super) fn new(
-        gate: Arc<Gate>,
+        mailbox: Arc<MailboxClient>,
         manager: ServiceManager,
-        elsewhere: Elsewhere,
+        file_thread: FileThread,
         hosts: Hosts,
         listener: watch::Sender<Arc<UnixListener>>,
     ) -> Arc<Reloader> {
         // What the dispatcher was started with was good.
         let last = LastReload { successful: true, success_at: since_1970() };
         let (turn, last) = (Mutex::new(()), std::sync::Mutex::new(last));
-        Arc::new(Reloader { gate, manager, elsewhere, hosts, listener, turn, last })
+        Arc::new(Reloader { mailbox, manager, file_thread, hosts, listener, turn, last })
     }
 
     pub(super) fn last(&self) -> LastReload {
@@ -95,9 +95,9 @@ impl Reloader {
     }
 
     async fn carry_out(&self) -> Outcome {
-        let now = self.gate.ask_for(Request::InForce, PATIENCE).await?;
+        let now = self.mailbox.ask_for(Request::InForce, PATIENCE).await?;
         // Files and name services may take their time; here nobody else waits for them.
-        let mut plan = match self.elsewhere.run(move || prepare(&now)).await {
+        let mut plan = match self.file_thread.run(move || prepare(&now)).await {
             Ok(Ok(plan)) => plan,
             Ok(Err(why)) => return Ok(Err(why)),
             Err(why) => return Ok(Err(failed(&why))),
@@ -106,7 +106,7 @@ impl Reloader {
         let hosts = plan.admin_http_hosts().to_vec();
         let admin = plan.take_admin();
         let plan = Box::new(plan);
-        let put = self.gate.ask_for(|answer| Request::Reload { plan, answer }, PATIENCE).await?;
+        let put = self.mailbox.ask_for(|answer| Request::Reload { plan, answer }, PATIENCE).await?;
         let Ok(mut reloaded) = put else { return Ok(put) };
         let set_modes = move || {
             let set = |(path, mode): &(std::path::PathBuf, u32)| {
@@ -115,7 +115,7 @@ impl Reloader {
             };
             modes.iter().filter_map(set).collect::<Vec<String>>()
         };
-        let left = self.elsewhere.run(set_modes).await;
+        let left = self.file_thread.run(set_modes).await;
         reloaded
             .needs_restart
             .extend(left.unwrap_or_else(|why| vec![format!("modes of socket files ({why})")]));

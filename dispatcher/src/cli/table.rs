@@ -3,7 +3,7 @@
 use std::fmt::Write as _;
 use std::io::IsTerminal;
 
-pub(super) use crate::words::count;
+pub(super) use crate::plural::count;
 use dispatch_protocol::wire::is_hidden;
 
 /// The width that everything fits which goes to a file or a pipe, or to a narrower terminal.

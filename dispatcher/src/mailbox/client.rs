@@ -91,7 +91,7 @@ impl<T: Clone + Send + 'static> Drop for Unanswered<'_, T> {
 }
 
 /// Shared by all HTTP connections.
-pub(crate) struct Gate {
+pub(crate) struct MailboxClient {
     requests: SyncSender<Request>,
     wake: Wake,
     files: SocketFiles,
@@ -101,9 +101,13 @@ pub(crate) struct Gate {
     commands: tokio::sync::Mutex<Instant>,
 }
 
-impl Gate {
-    pub(crate) fn new(requests: SyncSender<Request>, wake: Wake, files: SocketFiles) -> Arc<Gate> {
-        Arc::new(Gate {
+impl MailboxClient {
+    pub(crate) fn new(
+        requests: SyncSender<Request>,
+        wake: Wake,
+        files: SocketFiles,
+    ) -> Arc<MailboxClient> {
+        Arc::new(MailboxClient {
             requests,
             wake,
             files,
@@ -116,39 +120,42 @@ impl Gate {
     /// The status, gathered after this was called or about then: however many clients ask, the hot thread answers one
     /// question at a time, and seldom. What takes long to say is said here.
     pub(crate) async fn status(
-        self: &Arc<Gate>,
+        self: &Arc<MailboxClient>,
         patience: Duration,
     ) -> Result<Arc<Status>, NoAnswer> {
         let (answer, from) = self.status.join();
         if let Some(from) = from {
-            let gate = Arc::clone(self);
+            let mailbox = Arc::clone(self);
             tokio::spawn(async move {
                 tokio::time::sleep_until(from).await;
-                gate.status.asked();
-                let _end = Unanswered(&gate.status);
-                let gathered = gate.put(Request::Status).await;
+                mailbox.status.asked();
+                let _end = Unanswered(&mailbox.status);
+                let gathered = mailbox.put(Request::Status).await;
                 let status = gathered.map(|Gathered(finish)| {
                     let mut status = finish();
-                    status.socket_files_missing = gate.files.missing();
+                    status.socket_files_missing = mailbox.files.missing();
                     Arc::new(status)
                 });
-                gate.status.answer(status.as_ref());
+                mailbox.status.answer(status.as_ref());
             });
         }
         in_time(patience, answer).await
     }
 
     /// Whether the hot thread turns: it has nothing to gather for that.
-    pub(crate) async fn alive(self: &Arc<Gate>, patience: Duration) -> Result<(), NoAnswer> {
+    pub(crate) async fn alive(
+        self: &Arc<MailboxClient>,
+        patience: Duration,
+    ) -> Result<(), NoAnswer> {
         let (answer, from) = self.alive.join();
         if let Some(from) = from {
-            let gate = Arc::clone(self);
+            let mailbox = Arc::clone(self);
             tokio::spawn(async move {
                 tokio::time::sleep_until(from).await;
-                gate.alive.asked();
-                let _end = Unanswered(&gate.alive);
-                let answer = gate.put(Request::Alive).await;
-                gate.alive.answer(answer.as_ref());
+                mailbox.alive.asked();
+                let _end = Unanswered(&mailbox.alive);
+                let answer = mailbox.put(Request::Alive).await;
+                mailbox.alive.answer(answer.as_ref());
             });
         }
         in_time(patience, answer).await

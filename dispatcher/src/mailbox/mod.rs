@@ -1,6 +1,6 @@
 //! The mailbox between the event loop and the side thread: requests one way, answers and reports the other. Bounded.
 //!
-//! [`Side`] is the event loop's end, [`client::Gate`] the end of the HTTP interface and of reloads.
+//! [`Side`] is the event loop's end, [`client::MailboxClient`] the end of the HTTP interface and of reloads.
 
 pub(crate) mod client;
 

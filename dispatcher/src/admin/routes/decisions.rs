@@ -30,7 +30,7 @@ async fn history(
     };
     let name = pool.clone();
     let ask = move |answer| Request::History { pool, after, answer };
-    let answer = app.gate.ask_for(ask, PATIENCE).await;
+    let answer = app.mailbox.ask_for(ask, PATIENCE).await;
     outcome(answer.map(|past| past.map(|past| past.write(name))))
 }
 
@@ -48,7 +48,7 @@ async fn explain(
     };
     let name = pool.clone();
     let ask = move |answer| Request::Explain { pool, peer, answer };
-    let answer = app.gate.ask_for(ask, PATIENCE).await;
+    let answer = app.mailbox.ask_for(ask, PATIENCE).await;
     outcome(answer.map(|next| next.map(|next| next.write(name))))
 }
 

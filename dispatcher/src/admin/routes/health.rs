@@ -23,7 +23,7 @@ pub(super) fn routes() -> Router<App> {
 
 /// The hot thread turns: restarting the dispatcher would help nobody, whatever its workers do.
 async fn healthz(State(app): State<App>) -> Response {
-    match app.gate.alive(HEALTHY).await {
+    match app.mailbox.alive(HEALTHY).await {
         Ok(()) => "ok\n".into_response(),
         Err(why) => no_answer(why),
     }
@@ -32,7 +32,7 @@ async fn healthz(State(app): State<App>) -> Response {
 /// Every pool that a listener leads to has a worker that may be given connections, now or as soon as one is free, and
 /// no stop is under way, and every socket's file is there. Back-pressure is ready: more clients elsewhere would not be served sooner here, but they will be.
 async fn readyz(State(app): State<App>) -> Response {
-    let status = match app.gate.status(PATIENCE).await {
+    let status = match app.mailbox.status(PATIENCE).await {
         Ok(status) => status,
         Err(why) => return no_answer(why),
     };

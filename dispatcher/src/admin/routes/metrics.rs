@@ -22,7 +22,7 @@ pub(super) fn routes() -> Router<App> {
 }
 
 async fn metrics(State(app): State<App>, headers: HeaderMap) -> Response {
-    let status = match app.gate.status(PATIENCE).await {
+    let status = match app.mailbox.status(PATIENCE).await {
         Ok(status) => status,
         Err(why) => return no_answer(why),
     };

@@ -26,10 +26,10 @@ use axum::{Json, Router};
 use serde::Serialize;
 use serde::de::DeserializeOwned;
 
-use super::guests::MOST_CONNECTIONS;
+use super::client_limits::MOST_CONNECTIONS;
 use super::reload::Reloader;
 use crate::api::command::{Command, CommandError, Problem};
-use crate::mailbox::client::{Gate, NoAnswer};
+use crate::mailbox::client::{MailboxClient, NoAnswer};
 
 /// Longest request body.
 const MAX_BODY: usize = 64 * 1024;
@@ -56,7 +56,7 @@ const PATHS: [&str; 12] = [
 /// What every handler can have with `State(app): State<App>`.
 #[derive(Clone)]
 pub(super) struct App {
-    pub(super) gate: Arc<Gate>,
+    pub(super) mailbox: Arc<MailboxClient>,
     /// Most workers with metrics of their own.
     pub(super) max_workers: Arc<AtomicU32>,
     pub(super) reloader: Arc<Reloader>,
@@ -170,7 +170,7 @@ fn bad_body(rejection: &JsonRejection) -> Response {
 
 /// Has the hot thread carry out a command, and answers with what came of it.
 pub(super) async fn carry_out(app: &App, command: Command) -> Response {
-    outcome(app.gate.command(command, PATIENCE).await)
+    outcome(app.mailbox.command(command, PATIENCE).await)
 }
 
 /// What came of a request to the hot thread.

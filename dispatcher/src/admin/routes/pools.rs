@@ -14,7 +14,7 @@ pub(super) fn routes() -> Router<App> {
 }
 
 async fn show(State(app): State<App>, Path(name): Path<String>) -> Response {
-    let status = match app.gate.status(PATIENCE).await {
+    let status = match app.mailbox.status(PATIENCE).await {
         Ok(status) => status,
         Err(why) => return no_answer(why),
     };

@@ -12,7 +12,7 @@ pub(super) fn routes() -> Router<App> {
 }
 
 async fn status(State(app): State<App>) -> Response {
-    match app.gate.status(PATIENCE).await {
+    match app.mailbox.status(PATIENCE).await {
         Ok(status) => Json(&*status).into_response(),
         Err(why) => no_answer(why),
     }

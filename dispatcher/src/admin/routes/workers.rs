@@ -24,7 +24,7 @@ fn resolve(text: &str, status: &Status) -> Result<u64, CommandError> {
 }
 
 async fn list(State(app): State<App>) -> Response {
-    match app.gate.status(PATIENCE).await {
+    match app.mailbox.status(PATIENCE).await {
         Ok(status) => sorted(&WorkerList {
             instance: Some(status.instance.clone()),
             workers: WorkerEntry::all(&status).collect(),
@@ -34,7 +34,7 @@ async fn list(State(app): State<App>) -> Response {
 }
 
 async fn show(State(app): State<App>, Path(id): Path<String>) -> Response {
-    let status = match app.gate.status(PATIENCE).await {
+    let status = match app.mailbox.status(PATIENCE).await {
         Ok(status) => status,
         Err(why) => return no_answer(why),
     };

@@ -103,7 +103,8 @@ fn answer_over_tcp(port: u16, request: &str) -> (String, serde_json::Value) {
 #[test]
 fn a_user_with_too_many_connections_is_told_so() {
     let bench = Bench::new();
-    let idle: Vec<UnixStream> = (0..guests::MOST_CONNECTIONS).map(|_| bench.open()).collect();
+    let idle: Vec<UnixStream> =
+        (0..client_limits::MOST_CONNECTIONS).map(|_| bench.open()).collect();
     // Accepted in the order in which they came, so this is one too many while the others are there.
     let request = format!(
         "POST /v1/workers HTTP/1.1\r\nHost: x\r\nContent-Length: 9\r\n\r\n{}",

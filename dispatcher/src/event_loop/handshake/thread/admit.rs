@@ -16,7 +16,7 @@ use super::super::super::worker_io::send_record;
 use super::super::HandshakeEvent;
 use super::super::pending::Pending;
 use super::HandshakeThread;
-use crate::words::count;
+use crate::plural::count;
 use dispatcher_core::Refusal;
 
 /// Most control connections accepted in one round.

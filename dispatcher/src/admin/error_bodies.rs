@@ -64,21 +64,21 @@ fn lines_of(body: &str) -> String {
 }
 
 /// A connection, of which only that is changed.
-pub(super) struct Explained<S> {
+pub(super) struct WithErrorBodies<S> {
     stream: S,
     unanswered: Unanswered,
     /// What was written in place of a refusal and has not left yet.
     unsent: Vec<u8>,
 }
 
-impl<S> Explained<S> {
-    pub(super) fn new(stream: S, unanswered: Unanswered) -> Explained<S> {
-        Explained { stream, unanswered, unsent: Vec::new() }
+impl<S> WithErrorBodies<S> {
+    pub(super) fn new(stream: S, unanswered: Unanswered) -> WithErrorBodies<S> {
+        WithErrorBodies { stream, unanswered, unsent: Vec::new() }
     }
 }
 
 /// The refusal with a body; `None` for anything else.
-fn explained(written: &[u8]) -> Option<Vec<u8>> {
+fn with_body(written: &[u8]) -> Option<Vec<u8>> {
     let head = std::str::from_utf8(written).ok()?;
     let status = head.strip_prefix("HTTP/1.1 ")?.split("\r\n").next()?;
     if !status.starts_with('4') || !head.ends_with("\r\n\r\n") || !head.contains(EMPTY) {
@@ -91,7 +91,7 @@ fn explained(written: &[u8]) -> Option<Vec<u8>> {
     Some((head.replacen(EMPTY, &lines, 1) + &body).into_bytes())
 }
 
-impl<S: AsyncWrite + Unpin> Explained<S> {
+impl<S: AsyncWrite + Unpin> WithErrorBodies<S> {
     fn poll_unsent(&mut self, context: &mut Context<'_>) -> Poll<io::Result<()>> {
         while !self.unsent.is_empty() {
             let sent = ready!(Pin::new(&mut self.stream).poll_write(context, &self.unsent))?;
@@ -104,7 +104,7 @@ impl<S: AsyncWrite + Unpin> Explained<S> {
     }
 }
 
-impl<S: AsyncRead + Unpin> AsyncRead for Explained<S> {
+impl<S: AsyncRead + Unpin> AsyncRead for WithErrorBodies<S> {
     fn poll_read(
         mut self: Pin<&mut Self>,
         context: &mut Context<'_>,
@@ -119,7 +119,7 @@ impl<S: AsyncRead + Unpin> AsyncRead for Explained<S> {
     }
 }
 
-impl<S: AsyncWrite + Unpin> AsyncWrite for Explained<S> {
+impl<S: AsyncWrite + Unpin> AsyncWrite for WithErrorBodies<S> {
     fn poll_write(
         mut self: Pin<&mut Self>,
         context: &mut Context<'_>,
@@ -127,7 +127,7 @@ impl<S: AsyncWrite + Unpin> AsyncWrite for Explained<S> {
     ) -> Poll<io::Result<usize>> {
         ready!(self.poll_unsent(context))?;
         self.unanswered.set(false);
-        match explained(buffer) {
+        match with_body(buffer) {
             None => Pin::new(&mut self.stream).poll_write(context, buffer),
             Some(answer) => {
                 self.unsent = answer;

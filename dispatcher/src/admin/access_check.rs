@@ -44,7 +44,7 @@ pub(super) async fn read_only(
 /// Browsers send `Origin` or `Sec-Fetch-Site` with everything that can change something, and no page can keep them from it;
 /// commands and scripts send neither. The names that scripts make up for a socket (`http://d/`) have no dot; those that a page
 /// can have resolve to an address of this machine do, and an address itself resolves to nothing else.
-pub(super) async fn no_pages(request: Request, next: Next) -> Response {
+pub(super) async fn no_web_pages(request: Request, next: Next) -> Response {
     let (method, headers) = (request.method(), request.headers());
     let reads = method == Method::GET || method == Method::HEAD;
     if !reads && BY_A_BROWSER.iter().any(|name| headers.contains_key(*name)) {

@@ -15,21 +15,21 @@ type Job = Box<dyn FnOnce() + Send>;
 
 /// The thread. It ends after its last job once every handle is gone; nothing waits for that.
 #[derive(Clone, Debug)]
-pub(super) struct Elsewhere {
+pub(super) struct FileThread {
     jobs: SyncSender<Job>,
 }
 
-impl Elsewhere {
+impl FileThread {
     /// Starts the thread.
     ///
     /// # Errors
     /// When the system has no thread left.
-    pub(super) fn start() -> io::Result<Elsewhere> {
+    pub(super) fn start() -> io::Result<FileThread> {
         let (jobs, receiver) = sync_channel::<Job>(MAX_JOBS);
         // A job catches its own panics: see `run`.
         let work = move || receiver.into_iter().for_each(|job| job());
         std::thread::Builder::new().name("files".to_owned()).spawn(work)?;
-        Ok(Elsewhere { jobs })
+        Ok(FileThread { jobs })
     }
 
     /// Has the thread do this.
@@ -59,13 +59,13 @@ mod tests {
 
     #[test]
     fn a_job_that_panics_ends_only_itself() {
-        let elsewhere = Elsewhere::start().expect("a thread");
+        let file_thread = FileThread::start().expect("a thread");
         let runtime = tokio::runtime::Builder::new_current_thread().build().expect("a runtime");
         runtime.block_on(async {
-            let failed = elsewhere.run(|| -> u32 { panic!("on purpose") }).await;
+            let failed = file_thread.run(|| -> u32 { panic!("on purpose") }).await;
             assert!(failed.expect_err("it panicked").ends_with("on purpose"));
             let here = std::thread::current().id();
-            let there = elsewhere.run(|| std::thread::current().id()).await.expect("done");
+            let there = file_thread.run(|| std::thread::current().id()).await.expect("done");
             assert_ne!(here, there);
         });
     }
