@@ -54,7 +54,7 @@ fn body_of(status: &str, error: &str) -> String {
         Some("413" | "414" | "431") => Problem::TooLarge,
         _ => Problem::Invalid,
     };
-    // As a value, the fields are in alphabetical order.
+    // A `Value` has its fields in alphabetical order.
     let body = serde_json::to_value(CommandError::new(problem, error)).unwrap_or_default();
     body.to_string()
 }

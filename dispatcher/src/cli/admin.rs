@@ -1,4 +1,4 @@
-//! Finding and asking a running dispatcher, for every client command.
+//! Finds a running dispatcher and sends requests to it, for every client command.
 
 use std::ffi::OsString;
 use std::fmt::Write as _;
@@ -13,18 +13,19 @@ use crate::admin::client::{self, ClientError};
 use crate::api::command::Problem;
 use crate::config::{Config, DEFAULT_ADMIN_SOCKET, DEFAULT_FILE, UnixSource};
 
-/// The variable that names the admin socket.
+/// Environment variable with the path of the admin socket.
 const VARIABLE: &str = "DISPATCHER_ADMIN";
 
-/// How `from` starts when a configuration says it.
+/// Prefix of `from` when a configuration file gave the path.
 const FROM_FILE: &str = "config ";
 
-/// An admin socket, and who says so.
+/// The path of an admin socket and the source of that path.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub(super) struct Place {
     pub path: PathBuf,
     pub from: String,
-    /// Why the configuration could not say where it is, if it should have: the mistake and its place.
+    /// The mistake in the configuration file, with its position, if the file should have given the
+    /// path but could not be parsed.
     pub unsaid: Option<String>,
 }
 
@@ -33,13 +34,13 @@ impl Place {
         Place { path: path.into(), from: from.into(), unsaid: None }
     }
 
-    /// Whether a configuration says so, as it is now.
+    /// Whether a configuration file gave the path.
     pub(super) fn is_of_a_file(&self) -> bool {
         self.from.starts_with(FROM_FILE)
     }
 }
 
-/// `--admin`, else `DISPATCHER_ADMIN`, else the configuration, else the default.
+/// Sources in order of precedence: `--admin`, `DISPATCHER_ADMIN`, the configuration, the default.
 pub(super) fn find(arguments: &AdminArgs) -> Result<Place, Failure> {
     find_with(arguments, std::env::var_os(VARIABLE), Path::new(DEFAULT_FILE))
 }
@@ -52,7 +53,7 @@ pub(super) fn find_with(
     if let Some(path) = &arguments.admin {
         return Ok(Place::new(path, "--admin"));
     }
-    // A configuration on the command line is nearer than an environment from somewhere.
+    // A command-line argument takes precedence over the environment.
     if let Some(file) = &arguments.config {
         let source = Config::admin_source(file)
             .map_err(|error| Failure::new(Exit::Config, error.to_string()))?;
@@ -63,8 +64,8 @@ pub(super) fn find_with(
     }
     match Config::admin_source(default_file) {
         Ok(source) => from_file(source, default_file),
-        // Missing, not for us to read, or being edited: the dispatcher may well be where it usually is. If it is not, the
-        // mistake that keeps us from reading where it is comes first.
+        // The file is missing, not readable, or being edited. The dispatcher may still listen at
+        // the default path. If it does not, the error shows the mistake in the file first.
         Err(error) => {
             let unsaid = error.diagnostic().is_some().then(|| error.to_string());
             Ok(Place { unsaid, ..Place::new(DEFAULT_ADMIN_SOCKET, "default") })
@@ -72,8 +73,9 @@ pub(super) fn find_with(
     }
 }
 
-/// Where a dispatcher that is to read its changed configuration may be, most likely first. The file that says so may be the
-/// very one that was changed: of the installed one, the dispatcher may still be where it is by default.
+/// The paths where a dispatcher with a changed configuration may listen, most likely first. The
+/// change may have moved the admin socket itself, so a dispatcher with the installed file may still
+/// listen at the default path.
 pub(super) fn places(arguments: &AdminArgs) -> Result<Vec<Place>, Failure> {
     places_with(arguments, std::env::var_os(VARIABLE), Path::new(DEFAULT_FILE))
 }
@@ -107,12 +109,12 @@ fn from_file(source: UnixSource, file: &Path) -> Result<Place, Failure> {
     }
 }
 
-/// `GET target`.
+/// Sends `GET target`.
 pub(super) fn get(place: &Place, target: &str) -> Result<Vec<u8>, Failure> {
     client::get(&place.path, target, client::TIMEOUT).map_err(|error| failure(&error, place))
 }
 
-/// `POST target`.
+/// Sends `POST target` and parses the answer.
 pub(super) fn post<T: DeserializeOwned>(
     place: &Place,
     target: &str,
@@ -121,7 +123,7 @@ pub(super) fn post<T: DeserializeOwned>(
     post_within(place, target, body, client::TIMEOUT)
 }
 
-/// The same, for what may take longer.
+/// Like [`post`], for requests that may take longer.
 pub(super) fn post_within<T: DeserializeOwned>(
     place: &Place,
     target: &str,
@@ -141,7 +143,7 @@ pub(super) fn parse<T: DeserializeOwned>(body: &[u8], place: &Place) -> Result<T
     })
 }
 
-/// Part of a path: a name as it must be written there.
+/// Percent-encodes a name for use as a path segment.
 pub(super) fn segment(name: &str) -> String {
     let mut text = String::new();
     for byte in name.bytes() {

@@ -1,4 +1,4 @@
-//! `dispatcher check`.
+//! `dispatcher check`: validates a configuration file.
 
 use std::fmt::Write as _;
 use std::path::Path;
@@ -72,7 +72,7 @@ fn check_for_programs(path: &Path) -> Result<(), Failure> {
     result.map(drop).map_err(|error| Failure::new(Exit::Config, error.to_string()))
 }
 
-/// Reads a configuration, with its warnings said.
+/// Loads a configuration and prints its warnings.
 pub(super) fn load(path: &Path) -> Result<Config, Failure> {
     let config = Config::load(path).map_err(|error| {
         let hint = match &error {

@@ -1,6 +1,8 @@
-//! What a shell offers when Tab is pressed: commands and options, and the names that the running dispatcher knows.
+//! Shell completion: commands, options, and the names of workers and pools of the running
+//! dispatcher.
 //!
-//! The script of `dispatcher completions` runs the program with [`VARIABLE`] set and the words of the command line after `--`.
+//! The script that `dispatcher completions` prints runs the program with [`VARIABLE`] set and with
+//! the words of the command line after `--`.
 
 use std::ffi::{OsStr, OsString};
 use std::path::PathBuf;
@@ -14,13 +16,13 @@ use super::{AdminArgs, Exit, admin, manual, print};
 use crate::admin::client;
 use crate::api::status::{Status, WorkerStatus};
 
-/// Set to the name of the shell that asks.
+/// Set to the name of the shell that requests completions.
 pub(super) const VARIABLE: &str = "_DISPATCHER_COMPLETE";
 
-/// How long whoever pressed Tab waits for the dispatcher.
+/// Longest wait for the dispatcher: completion must not block the shell.
 const PATIENCE: Duration = Duration::from_millis(700);
 
-/// Answers a shell.
+/// Prints completions for a shell.
 pub(super) fn complete(shell: &OsStr, arguments: Vec<OsString>) -> Exit {
     let words = words(arguments);
     let shells = Shells::builtins();
@@ -37,14 +39,15 @@ pub(super) fn complete(shell: &OsStr, arguments: Vec<OsString>) -> Exit {
     }
 }
 
-/// The words of the command line that is being written.
+/// The words of the command line to complete.
 fn words(arguments: Vec<OsString>) -> Vec<OsString> {
     let mut arguments = arguments.into_iter();
     arguments.by_ref().find(|argument| argument == "--");
     arguments.collect()
 }
 
-/// `POOL/NAME` of every worker. One whose name is no plain word, or that others have too, is offered by its id.
+/// `POOL/NAME` of every worker. A worker whose name is not plain or not unique is offered by its
+/// id.
 pub(super) fn workers() -> Vec<CompletionCandidate> {
     let Some(status) = ask() else { return Vec::new() };
     let all: Vec<(String, &WorkerStatus)> = status
@@ -66,7 +69,7 @@ pub(super) fn workers() -> Vec<CompletionCandidate> {
     offered.collect()
 }
 
-/// The name of every pool.
+/// The names of all pools.
 pub(super) fn pools() -> Vec<CompletionCandidate> {
     let Some(status) = ask() else { return Vec::new() };
     let plain = status.pools.iter().filter(|pool| is_plain(&pool.name));
@@ -78,18 +81,20 @@ pub(super) fn pools() -> Vec<CompletionCandidate> {
     offered.collect()
 }
 
-/// Every level of the log.
+/// All log levels.
 pub(super) fn levels() -> Vec<CompletionCandidate> {
     ["off", "error", "warn", "info", "debug", "trace"].map(CompletionCandidate::new).into()
 }
 
-/// A worker names itself, and a shell inserts what is offered into a command line: nothing that means something there.
+/// Whether a worker's name has no character with a meaning in a shell. Workers choose their names,
+/// and the shell inserts them into a command line.
 fn is_plain(name: &str) -> bool {
     name.bytes().all(|byte| byte.is_ascii_alphanumeric() || b"/._-+@%,".contains(&byte))
         && !name.starts_with('-')
 }
 
-/// The dispatcher that the command line being written is about; nothing if it does not answer at once.
+/// The status of the dispatcher that the command line refers to; `None` if the dispatcher does not
+/// answer at once.
 fn ask() -> Option<Status> {
     let words = words(std::env::args_os().collect());
     let place = admin::find(&place(&words)).ok()?;
@@ -97,7 +102,7 @@ fn ask() -> Option<Status> {
     serde_json::from_slice(&body).ok()
 }
 
-/// `--admin` and `--config` among these words.
+/// The values of `--admin` and `--config` in these words.
 fn place(words: &[OsString]) -> AdminArgs {
     let value = |option: &str| -> Option<PathBuf> {
         words.iter().enumerate().find_map(|(position, word)| {

@@ -1,4 +1,5 @@
-//! `dispatcher history` and `dispatcher explain`: who was chosen and why, and who would be.
+//! `dispatcher history` and `dispatcher explain`: past and next placement decisions with their
+//! reasons.
 
 use std::fmt::Write as _;
 use std::net::IpAddr;
@@ -26,10 +27,10 @@ Examples:
   dispatcher explain web --from 192.0.2.7       of a client at this address
   dispatcher explain web --json | jq .chosen";
 
-/// A name is not cut to fewer characters than this.
+/// Names are not cut to fewer characters than this.
 const SHORT_NAME: usize = 16;
 
-/// How long `--follow` rests between two questions.
+/// Interval between two requests of `--follow`.
 const FOLLOW: Duration = Duration::from_millis(250);
 
 #[derive(Debug, Args)]
@@ -37,10 +38,10 @@ pub(super) struct HistoryArgs {
     /// The pool.
     #[arg(add = ArgValueCandidates::new(complete::pools))]
     pool: String,
-    /// Go on with each new decision, until interrupted.
+    /// Print new decisions as they are made, until interrupted.
     #[arg(long)]
     follow: bool,
-    /// As JSON; with --follow one decision in each line.
+    /// Print JSON; with --follow, one decision per line.
     #[arg(long)]
     pub(super) json: bool,
     #[command(flatten)]
@@ -52,10 +53,10 @@ pub(super) struct ExplainArgs {
     /// The pool.
     #[arg(add = ArgValueCandidates::new(complete::pools))]
     pool: String,
-    /// The client's IP address.
+    /// The IP address of the client.
     #[arg(long, value_name = "IP")]
     from: Option<IpAddr>,
-    /// As JSON.
+    /// Print JSON.
     #[arg(long)]
     pub(super) json: bool,
     #[command(flatten)]
@@ -75,10 +76,10 @@ pub(super) fn history(arguments: &HistoryArgs) -> Result<(), Failure> {
     follow(&place, &path, arguments.json)
 }
 
-/// Ends when it is interrupted, when nobody reads any more, or when the dispatcher ends.
+/// Ends when it is interrupted, when stdout has no reader, or when the dispatcher ends.
 fn follow(place: &Place, path: &str, json: bool) -> Result<(), Failure> {
     let mut after = 0;
-    // What was forgotten before the first answer is missed by nobody.
+    // Decisions that were discarded before the first answer are not reported as missed.
     let mut first = true;
     loop {
         let body = admin::get(place, &format!("{path}?after={after}"))?;
@@ -121,7 +122,7 @@ fn past(history: &History) -> String {
     history.decisions.iter().map(decision).collect()
 }
 
-/// A head and a line for each worker.
+/// One header line, then one line for each worker.
 fn decision(decided: &Decided) -> String {
     let mut text = format!(
         "#{} {} {} from {}{}{} -> {}\n",
@@ -164,7 +165,7 @@ fn candidates(decided: &Decided, line_width: usize) -> String {
     let longest = |text: &dyn Fn(&Considered) -> String| {
         decided.candidates.iter().map(|c| text(c).chars().count()).max().unwrap_or(0)
     };
-    // Indentation and the gap take six.
+    // Indentation and gap take six columns.
     let room = line_width.saturating_sub(longest(&rest) + 6).max(SHORT_NAME);
     let width = longest(&name).min(room);
     let mut text = String::new();
@@ -178,7 +179,7 @@ fn candidates(decided: &Decided, line_width: usize) -> String {
     text
 }
 
-/// Whole, unless it grows.
+/// Fractions only while the weight grows during slow start.
 fn weight(weight: f64) -> String {
     if weight.fract() == 0.0 { format!("{weight:.0}") } else { format!("{weight:.2}") }
 }
@@ -187,7 +188,7 @@ pub(super) fn explain(arguments: &ExplainArgs) -> Result<(), Failure> {
     let place = admin::find(&arguments.admin)?;
     let mut path = format!("/v1/pools/{}/explain", admin::segment(&arguments.pool));
     if let Some(from) = arguments.from {
-        // No character of an address means anything else in a query.
+        // An address has no characters with a meaning in a query.
         let _ = write!(path, "?from={from}");
     }
     let body = admin::get(&place, &path)?;

@@ -1,4 +1,4 @@
-//! `dispatcher demo`: a configuration out of nothing, in a directory that goes away again.
+//! `dispatcher demo`: runs without a configuration file, in a temporary directory.
 
 use std::borrow::Cow;
 use std::fmt::Write as _;
@@ -31,7 +31,7 @@ pub(super) fn demo(arguments: &DemoArgs) -> Result<(), Failure> {
     );
     let workers = arguments.workers;
     run::serve(config, |addresses| {
-        // A closed stdout is no reason not to serve.
+        // The demo serves even if stdout is closed.
         let _ = print(&what_to_try(&program, addresses, workers, &admin));
     })
 }
@@ -60,7 +60,7 @@ fn what_to_try(program: &str, addresses: &[String], workers: u32, admin: &Path) 
     text
 }
 
-/// A word for a shell: it is to be copied as it is.
+/// Quotes a word for a shell, so that the line can be copied.
 fn quoted(word: &str) -> Cow<'_, str> {
     let plain = |c: char| c.is_alphanumeric() || "/._-+,:@%=".contains(c);
     if word.chars().all(plain) {
@@ -69,7 +69,7 @@ fn quoted(word: &str) -> Cow<'_, str> {
     format!("'{}'", word.replace('\'', "'\\''")).into()
 }
 
-/// A directory only for us, removed with what the dispatcher left in it.
+/// A private directory, removed on drop together with the sockets in it.
 #[derive(Debug)]
 struct Directory {
     path: PathBuf,
@@ -79,12 +79,12 @@ impl Directory {
     fn new() -> io::Result<Directory> {
         let parent = std::env::var_os("XDG_RUNTIME_DIR")
             .map(PathBuf::from)
-            // A path that is too long for a socket is no help.
+            // Socket paths are limited in length, so a long path cannot be used.
             .filter(|path| path.is_dir() && path.as_os_str().len() < 64)
             .unwrap_or_else(std::env::temp_dir);
         let pid = std::process::id();
         let mut last = io::Error::from(io::ErrorKind::AlreadyExists);
-        // A name that is taken is left alone, whoever made it: making fails, so it is never somebody else's.
+        // `mkdir` fails if the name exists, so a directory of another process is never used.
         for number in 0..16 {
             let path = parent.join(format!("dispatcher-demo-{pid}-{number}"));
             match DirBuilder::new().mode(0o700).create(&path) {
@@ -102,7 +102,7 @@ impl Drop for Directory {
         for name in ["admin.sock", "admin.sock.lock", "dispatch.sock", "dispatch.sock.lock"] {
             let _ = std::fs::remove_file(self.path.join(name));
         }
-        // Something else in it is not ours to remove.
+        // If other files are in it, the directory stays.
         let _ = std::fs::remove_dir(&self.path);
     }
 }

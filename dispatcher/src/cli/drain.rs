@@ -1,4 +1,4 @@
-//! `dispatcher drain` and `dispatcher resume`.
+//! `dispatcher drain` and `dispatcher resume`: stop and restart new connections to workers.
 
 use std::fmt::Write as _;
 use std::time::Duration;
@@ -24,15 +24,16 @@ Examples:
   dispatcher resume --pool web
   dispatcher resume --all --json";
 
-/// How long `--wait` waits when there is no deadline; and how long after one, for the workers to close what was ended.
+/// Default timeouts of `--wait`: without a deadline, and after a deadline (workers need time to
+/// close the ended connections).
 const LONGEST_WAIT: Duration = Duration::from_secs(3600);
 const AFTER_DEADLINE: Duration = Duration::from_secs(10);
 
-// Which workers. No doc comment: clap would make it a command's description.
+// Selects workers. No doc comment: clap would use it as the description of the command.
 #[derive(Debug, Args)]
 #[group(required = true, multiple = false)]
 pub(super) struct TargetArgs {
-    /// A worker: its id, or POOL/NAME. ID@INSTANCE is refused after a restart of the dispatcher.
+    /// The worker: its id, or POOL/NAME. ID@INSTANCE is refused after a restart of the dispatcher.
     #[arg(value_name = "WORKER", add = ArgValueCandidates::new(complete::workers))]
     worker: Option<String>,
     /// All workers of this pool.
@@ -44,7 +45,8 @@ pub(super) struct TargetArgs {
 }
 
 impl TargetArgs {
-    /// Where commands for them go. `command` is the one that is given, for what to write instead.
+    /// The path to which commands for these workers are posted. `command` is the command's name,
+    /// for hints.
     fn path(&self, command: &str) -> Result<String, Failure> {
         if let Some(pool) = &self.pool {
             return Ok(format!("/v1/pools/{}", admin::segment(pool)));
@@ -52,7 +54,7 @@ impl TargetArgs {
         match &self.worker {
             Some(worker) => {
                 let name: WorkerRef = worker.parse().map_err(|error: CommandError| {
-                    // A single word is a pool, most likely.
+                    // A single word is probably the name of a pool.
                     let hint = format!(
                         "for every worker of a pool: dispatcher {command} --pool {worker}; for one of them: \
                          its id, or POOL/NAME (see: dispatcher workers)"
@@ -62,13 +64,13 @@ impl TargetArgs {
                 })?;
                 Ok(format!("/v1/workers/{}", admin::segment(&name.to_string())))
             }
-            // The parser has made sure that it is this one.
+            // The parser guarantees that `--all` is set.
             None => Ok("/v1/workers".to_owned()),
         }
     }
 }
 
-/// A command that makes no sense as it is written.
+/// The failure for a wrong argument.
 pub(super) fn usage(error: CommandError) -> Failure {
     Failure { refused: Some(error.clone()), ..Failure::new(Exit::Usage, error.to_string()) }
 }
@@ -77,16 +79,16 @@ pub(super) fn usage(error: CommandError) -> Failure {
 pub(super) struct DrainArgs {
     #[command(flatten)]
     target: TargetArgs,
-    /// End what the workers still have after this long, such as 30s [default: never]
+    /// End the remaining connections after this long, such as 30s [default: never]
     #[arg(long, value_name = "DURATION", value_parser = humantime::parse_duration)]
     deadline: Option<Duration>,
-    /// Wait until they have no connections left, showing progress on stderr.
+    /// Wait until the workers have no connections left; progress goes to stderr.
     #[arg(long)]
     wait: bool,
-    /// Give up waiting after this long, with exit code 75 [default: 10s after the deadline, or 1h]
+    /// Stop waiting after this long, with exit code 75 [default: 10s after the deadline, or 1h]
     #[arg(long, value_name = "DURATION", requires = "wait", value_parser = humantime::parse_duration)]
     timeout: Option<Duration>,
-    /// The answer as JSON.
+    /// Print the answer as JSON.
     #[arg(long)]
     pub(super) json: bool,
     #[command(flatten)]
@@ -97,7 +99,7 @@ pub(super) struct DrainArgs {
 pub(super) struct ResumeArgs {
     #[command(flatten)]
     target: TargetArgs,
-    /// The answer as JSON.
+    /// Print the answer as JSON.
     #[arg(long)]
     pub(super) json: bool,
     #[command(flatten)]

@@ -1,4 +1,4 @@
-//! `dispatcher log-level`: how much a running dispatcher logs.
+//! `dispatcher log-level`: shows or changes the log level of a running dispatcher.
 
 use clap::Args;
 use clap_complete::engine::ArgValueCandidates;
@@ -18,10 +18,10 @@ DISPATCHER_LOG is set for the dispatcher), or until it ends.";
 
 #[derive(Debug, Args)]
 pub(super) struct LogLevelArgs {
-    /// How much from now on: off, error, warn, info, debug or trace [default: only show it]
+    /// The new level: off, error, warn, info, debug or trace [default: only show the level]
     #[arg(add = ArgValueCandidates::new(complete::levels))]
     level: Option<String>,
-    /// The answer as JSON.
+    /// Print the answer as JSON.
     #[arg(long)]
     pub(super) json: bool,
     #[command(flatten)]

@@ -1,5 +1,5 @@
-//! `dispatcher completions` and `dispatcher man`: made from the same description of the arguments as `--help`, so
-//! that they cannot disagree with it.
+//! `dispatcher completions` and `dispatcher man`. Both are generated from the argument definitions
+//! that `--help` uses, so they always agree with it.
 
 mod configuration;
 
@@ -33,10 +33,11 @@ Examples:
 
 #[derive(Debug, Args)]
 pub(super) struct CompletionsArgs {
-    /// For which shell.
+    /// The shell.
     #[arg(value_name = "SHELL")]
     shell: Shell,
-    /// What the script runs to find out [default: dispatcher, or this file where that is not in PATH]
+    /// The program that the script runs for completions [default: dispatcher, or this file where
+    /// that is not in PATH]
     #[arg(long, value_name = "PROGRAM")]
     program: Option<String>,
 }
@@ -46,7 +47,8 @@ pub(super) struct ManArgs {
     /// The page of this command, or dispatcher.toml [default: the page of the program]
     #[arg(value_name = "COMMAND", conflicts_with = "out")]
     command: Option<String>,
-    /// Write all pages into this directory; that of the configuration into man5 beside it, if it is called man1.
+    /// Write all pages into this directory; dispatcher.toml(5) goes into man5 beside a directory
+    /// named man1.
     #[arg(long, value_name = "DIR")]
     out: Option<PathBuf>,
 }
@@ -65,10 +67,10 @@ pub(super) fn completions(arguments: &CompletionsArgs) -> Result<(), Failure> {
     print(&String::from_utf8_lossy(&bytes))
 }
 
-/// How a shell calls this program.
+/// The program's name in shells.
 const PROGRAM: &str = "dispatcher";
 
-/// By its name, if a shell finds it by that.
+/// The program's name if it is in PATH, otherwise its path.
 fn program() -> String {
     let paths = std::env::var_os("PATH").unwrap_or_default();
     let installed = std::env::split_paths(&paths).any(|folder| folder.join(PROGRAM).is_file());
@@ -107,7 +109,7 @@ fn write_all(directory: &Path, pages: &[(String, String)]) -> Result<(), Failure
         let path = directory.join(format!("{title}.1"));
         std::fs::write(&path, page).map_err(|error| cannot(&path, error))?;
     }
-    // Every section has a directory of its own where `man` looks.
+    // `man` looks for each section in a directory of its own.
     let beside = directory.file_name().is_some_and(|name| name == "man1");
     let directory = if beside { directory.with_file_name("man5") } else { directory.to_owned() };
     std::fs::create_dir_all(&directory).map_err(|error| cannot(&directory, error))?;
@@ -115,7 +117,7 @@ fn write_all(directory: &Path, pages: &[(String, String)]) -> Result<(), Failure
     std::fs::write(&path, configuration::page()).map_err(|error| cannot(&path, error))
 }
 
-/// The commands without those that only the program itself uses.
+/// The commands without the hidden ones, which only the program itself uses.
 pub(super) fn visible() -> Command {
     let whole = Cli::command();
     let mut command = Command::new("dispatcher").version(env!("CARGO_PKG_VERSION"));
@@ -143,7 +145,7 @@ fn pages() -> Vec<(String, String)> {
 
 fn page(title: &str, command: &Command) -> String {
     let more = command.get_after_help().map(ToString::to_string).unwrap_or_default();
-    // What follows the options has headings of its own.
+    // The text after the options has headings of its own.
     let command = command.clone().after_help("").version(env!("CARGO_PKG_VERSION"));
     let subcommands = command.has_subcommands();
     let page = Man::new(command)
@@ -173,7 +175,8 @@ fn page(title: &str, command: &Command) -> String {
     String::from_utf8_lossy(&bytes).into_owned()
 }
 
-/// `Heading:` and what is indented below it becomes a section; a line of its own a paragraph.
+/// Makes a section of `Heading:` and the indented lines below it, and a paragraph of any other
+/// line.
 fn sections(text: &str) -> Roff {
     let mut roff = Roff::new();
     let mut literal = false;

@@ -1,4 +1,4 @@
-//! The command line. Owns arguments, what people read, and exit codes; each command is a module of its own.
+//! The command line: arguments, output and exit codes. Each command has a module of its own.
 
 mod admin;
 mod check;
@@ -63,7 +63,7 @@ Exit codes are those of sysexits.h: 0 done, 64 wrong usage, 65 not possible for 
 
 With --json a command that fails prints {\"problem\", \"error\", \"hint\"} on stdout, and the same for people on stderr.";
 
-/// Accepts TCP connections and passes each one to the worker process that the policy chooses.
+/// Balances TCP connections across the worker processes of one host.
 #[derive(Debug, Parser)]
 #[command(name = "dispatcher", version, after_help = EXAMPLES)]
 struct Cli {
@@ -73,63 +73,64 @@ struct Cli {
 
 #[derive(Debug, Subcommand)]
 enum Command {
-    /// Serve, until SIGTERM or SIGINT; SIGHUP has the configuration read again.
+    /// Run the dispatcher until SIGTERM or SIGINT; SIGHUP reloads the configuration.
     #[command(after_help = "Example:\n  dispatcher run --config ./dispatcher.toml")]
     Run(FileArgs),
-    /// Check a configuration: exit code 0 if it is good, 78 with the place of every mistake if not.
+    /// Check a configuration: exit code 0 if it is valid, 78 with the position of every mistake if
+    /// not.
     #[command(
         after_help = "Examples:\n  dispatcher check\n  dispatcher check ./dispatcher.toml\n  \
                       dispatcher check --json | jq -r '.mistakes[].line'\n  \
                       dispatcher check && systemctl restart dispatcher"
     )]
     Check(CheckArgs),
-    /// Show what a running dispatcher is doing.
+    /// Show the status of a running dispatcher.
     #[command(after_help = status::EXAMPLES)]
     Status(status::StatusArgs),
-    /// List the workers: who they are, how they are, what they have.
+    /// List workers with state, load and process id.
     #[command(after_help = workers::EXAMPLES)]
     Workers(workers::WorkersArgs),
-    /// Watch pools and workers, drain and resume them, on a live screen.
+    /// Show pools and workers on a live screen; drain, resume and scale them.
     #[cfg(feature = "tui")]
     #[command(after_help = top::EXAMPLES)]
     Top(top::TopArgs),
-    /// Give workers no new connections; what they have goes on.
+    /// Stop new connections to workers; existing connections go on.
     #[command(after_help = drain::DRAIN_EXAMPLES)]
     Drain(drain::DrainArgs),
-    /// Give drained workers connections again.
+    /// Send new connections to drained workers again.
     #[command(after_help = drain::RESUME_EXAMPLES)]
     Resume(drain::ResumeArgs),
-    /// Give a worker another share of new connections.
+    /// Show or set the weight of a worker: its share of new connections.
     #[command(after_help = weight::EXAMPLES)]
     Weight(weight::WeightArgs),
-    /// Run more or fewer processes of a pool that the dispatcher starts.
+    /// Change the number of processes that the dispatcher runs for a pool.
     #[command(after_help = scale::EXAMPLES)]
     Scale(scale::ScaleArgs),
-    /// Read the configuration again and put it into force.
+    /// Reload the configuration.
     #[command(after_help = reload::EXAMPLES)]
     Reload(reload::ReloadArgs),
-    /// Show how much is logged, or log more or less for now.
+    /// Show or set the log level.
     #[command(after_help = log_level::EXAMPLES)]
     LogLevel(log_level::LogLevelArgs),
-    /// Show a pool's last decisions: who was chosen, and why the others were passed over.
+    /// Show the last decisions of a pool: the chosen worker, and why the others were not chosen.
     #[command(after_help = decisions::HISTORY_EXAMPLES)]
     History(decisions::HistoryArgs),
-    /// Show to whom a pool's next connection would go, and why.
+    /// Show which worker would get the next connection of a pool, and why.
     #[command(after_help = decisions::EXPLAIN_EXAMPLES)]
     Explain(decisions::ExplainArgs),
-    /// Print the script that completes commands and options in a shell.
+    /// Print a shell completion script.
     #[command(after_help = manual::COMPLETIONS_EXAMPLES)]
     Completions(manual::CompletionsArgs),
     /// Print a manual page, or write all of them.
     #[command(after_help = manual::MAN_EXAMPLES)]
     Man(manual::ManArgs),
-    /// Try it out: an HTTP server of several processes, without any configuration.
+    /// Run a demo: an HTTP server of several processes, without a configuration.
     #[cfg(feature = "demo")]
     #[command(
         after_help = "Examples:\n  dispatcher demo\n  dispatcher demo --listen '[::]:9000' --workers 8"
     )]
     Demo(DemoArgs),
-    /// One worker of the demo, started by it.
+    /// One worker of the demo, started by the demo.
     #[cfg(feature = "demo")]
     #[command(hide = true)]
     DemoWorker {
@@ -150,22 +151,23 @@ struct CheckArgs {
     /// The configuration [default: /etc/dispatcher/dispatcher.toml]
     #[arg(value_name = "FILE", conflicts_with = "config")]
     file: Option<PathBuf>,
-    /// The same.
+    /// The same as FILE.
     #[arg(long, value_name = "FILE")]
     config: Option<PathBuf>,
-    /// What was found, as JSON.
+    /// Print mistakes and warnings as JSON.
     #[arg(long)]
     json: bool,
 }
 
-// Where client commands find the dispatcher. No doc comment: clap would make it the description of every command that
-// has none of its own.
+// Options of the client commands that locate the dispatcher. No doc comment: clap would use it as
+// the description of every command without one.
 #[derive(Debug, Default, Args)]
 struct AdminArgs {
-    /// The dispatcher's admin socket [default: $DISPATCHER_ADMIN, or what the configuration says]
+    /// The admin socket of the dispatcher [default: $DISPATCHER_ADMIN, or as in the configuration]
     #[arg(long, value_name = "PATH")]
     admin: Option<PathBuf>,
-    /// A configuration to read `admin_socket` from [default: /etc/dispatcher/dispatcher.toml, if there is one]
+    /// The configuration to read `admin_socket` from [default: /etc/dispatcher/dispatcher.toml, if
+    /// it exists]
     #[arg(long, value_name = "FILE")]
     config: Option<PathBuf>,
 }
@@ -173,23 +175,23 @@ struct AdminArgs {
 #[cfg(feature = "demo")]
 #[derive(Debug, Args)]
 struct DemoArgs {
-    /// Where to serve HTTP.
+    /// The address to serve HTTP on.
     #[arg(long, value_name = "ADDR", default_value = "127.0.0.1:8080")]
     listen: std::net::SocketAddr,
-    /// How many worker processes.
+    /// The number of worker processes.
     #[arg(long, value_name = "N", default_value_t = 4, value_parser = clap::value_parser!(u32).range(1..=i64::from(crate::config::MAX_PROCESSES)))]
     workers: u32,
-    /// Where to put the admin socket [default: in a directory of its own]
+    /// The path of the admin socket [default: in a temporary directory]
     #[arg(long, value_name = "PATH")]
     admin: Option<PathBuf>,
 }
 
-/// A command that failed: what to say, and the exit code.
+/// A failed command: message and exit code.
 #[derive(Debug)]
 struct Failure {
     exit: Exit,
     message: String,
-    /// What the dispatcher said, where it was the dispatcher that refused.
+    /// The dispatcher's answer, if the dispatcher refused the command.
     refused: Option<CommandError>,
 }
 
@@ -198,7 +200,7 @@ impl Failure {
         Failure { exit, message: message.into(), refused: None }
     }
 
-    /// For programs: `{"problem", "error", "hint"}`, as over HTTP.
+    /// Prints `{"problem", "error", "hint"}`, the same JSON as over HTTP.
     fn print_json(&self) -> Result<(), Failure> {
         match &self.refused {
             Some(refused) => print_json(refused),
@@ -207,7 +209,7 @@ impl Failure {
     }
 }
 
-/// A failure that the dispatcher has not reported itself.
+/// A failure that the dispatcher did not report itself.
 #[derive(Serialize)]
 struct FailureJson<'a> {
     problem: &'static str,
@@ -215,7 +217,7 @@ struct FailureJson<'a> {
 }
 
 impl Command {
-    /// Whether what it prints is for a program. `check` is not here: its answer has the mistake in it.
+    /// Whether the command's output is JSON. `check` is excluded: its output contains the mistakes.
     fn for_programs(&self) -> bool {
         match self {
             Command::Status(arguments) => arguments.json,
@@ -239,12 +241,13 @@ impl Command {
     }
 }
 
-/// The whole program: arguments from the process, exit code to it.
+/// Runs the program with the arguments of the process.
 pub fn main() -> ExitCode {
     if let Some(shell) = std::env::var_os(complete::VARIABLE).filter(|shell| !shell.is_empty()) {
         return complete::complete(&shell, std::env::args_os().collect()).into();
     }
-    // Before anything that could wait. Other commands end by signals as programs do.
+    // Signals must be blocked before other threads start. Client commands keep the default signal
+    // actions.
     let serves = std::env::args_os().nth(1).is_some_and(|word| word == "run" || word == "demo");
     if serves && let Err(error) = crate::signals::prepare() {
         complain(&format!("signal handlers: {error}"));
@@ -257,7 +260,7 @@ fn execute(arguments: impl IntoIterator<Item = OsString>) -> Exit {
     let cli = match Cli::try_parse_from(arguments) {
         Ok(cli) => cli,
         Err(error) => {
-            // Help and version are no errors; clap prints each where it belongs.
+            // Clap reports help and version as errors and prints them to the right stream.
             let _ = error.print();
             return match error.kind() {
                 ErrorKind::DisplayHelp | ErrorKind::DisplayVersion => Exit::Ok,
@@ -293,7 +296,7 @@ fn execute(arguments: impl IntoIterator<Item = OsString>) -> Exit {
         Ok(()) => Exit::Ok,
         Err(failure) => {
             if cli.command.for_programs() {
-                // Without a reader the exit code has to do.
+                // Without a reader, the exit code is all that is left.
                 let _ = failure.print_json();
             }
             complain(&failure.message);
@@ -302,13 +305,13 @@ fn execute(arguments: impl IntoIterator<Item = OsString>) -> Exit {
     }
 }
 
-/// To stderr, as ours.
+/// Prints to stderr, with the program's name.
 fn complain(message: &str) {
-    // When stderr is gone there is nobody to tell.
+    // A closed stderr cannot be reported.
     let _ = writeln!(std::io::stderr(), "dispatcher: {message}");
 }
 
-/// To stdout. A reader that has had enough (`| head`) is no error.
+/// Prints to stdout. A closed pipe (`| head`) is not an error.
 fn print(text: &str) -> Result<(), Failure> {
     feed(text).map(drop)
 }
@@ -320,7 +323,7 @@ fn print_json(answer: &impl Serialize) -> Result<(), Failure> {
     print(&format!("{answer}\n"))
 }
 
-/// The same, for whoever goes on: whether anybody still reads.
+/// Like [`print`]; the answer is false if stdout has no reader any more.
 fn feed(text: &str) -> Result<bool, Failure> {
     let mut out = std::io::stdout().lock();
     match out.write_all(text.as_bytes()).and_then(|()| out.flush()) {
@@ -330,13 +333,14 @@ fn feed(text: &str) -> Result<bool, Failure> {
     }
 }
 
-/// Rests; false if whoever reads stdout has gone meanwhile, which is noticed at the end and without writing.
+/// Sleeps; the answer is false if stdout has lost its reader. Nothing is written to find out.
 fn rest(pace: Duration) -> bool {
     use rustix::event::{PollFd, PollFlags, Timespec, poll};
 
     std::thread::sleep(pace);
     let out = std::io::stdout();
-    // Asked for nothing, the kernel tells of a pipe without a reader, and of nothing that would come by itself.
+    // With no requested events, `poll` reports only error conditions: here, a pipe without a
+    // reader.
     let mut reader = [PollFd::new(&out, PollFlags::empty())];
     let found = poll(&mut reader, Some(&Timespec::default()));
     !(found.is_ok_and(|found| found > 0) && reader[0].revents().contains(PollFlags::ERR))

@@ -22,12 +22,12 @@ dispatch_socket, admin_socket and admin_http, and how a listener's address is bo
 stay as they are until a restart; if they differ it says so, and everything else is put into force. The dispatcher then
 still listens on its old admin socket: --admin PATH or DISPATCHER_ADMIN name it.";
 
-/// Name services and slow disks may take their time.
+/// Name services and slow disks may delay a reload.
 const PATIENCE: Duration = Duration::from_secs(60);
 
 #[derive(Debug, Args)]
 pub(super) struct ReloadArgs {
-    /// The answer as JSON.
+    /// Print the answer as JSON.
     #[arg(long)]
     pub(super) json: bool,
     #[command(flatten)]
@@ -64,7 +64,7 @@ fn ask(arguments: &AdminArgs) -> Result<Reloaded, Failure> {
     Err(failure)
 }
 
-/// A running dispatcher listens where the file said when it was started.
+/// A running dispatcher listens at the path that the file had when the dispatcher was started.
 const MOVED: &str = "\nhelp: if admin_socket was changed in the file since it was started, give the old one with --admin PATH";
 
 fn texts(list: &[String]) -> impl Iterator<Item = String> + '_ {

@@ -1,4 +1,4 @@
-//! `dispatcher run`.
+//! `dispatcher run`: serves with a configuration file.
 
 use std::io::ErrorKind;
 use std::path::Path;
@@ -13,8 +13,8 @@ pub(super) fn run(path: &Path) -> Result<(), Failure> {
     serve(config, |_| {})
 }
 
-/// Serves until told to stop. `ready` is called once, with the addresses the listeners are bound to, when clients and workers can
-/// connect.
+/// Serves until a stop is requested. `ready` is called once with the bound addresses of the
+/// listeners, when clients and workers can connect.
 pub(super) fn serve(config: Config, ready: impl FnOnce(&[String])) -> Result<(), Failure> {
     crate::background::logger::init(config.limits.log_level)
         .map_err(|error| Failure::new(Exit::OsErr, format!("the log thread: {error}")))?;

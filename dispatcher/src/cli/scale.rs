@@ -1,4 +1,4 @@
-//! `dispatcher scale`: more or fewer processes of a pool that the dispatcher starts, from now on.
+//! `dispatcher scale`: changes the number of processes that the dispatcher runs for a pool.
 
 use clap::Args;
 use clap_complete::engine::ArgValueCandidates;
@@ -21,10 +21,10 @@ pub(super) struct ScaleArgs {
     /// The pool.
     #[arg(add = ArgValueCandidates::new(complete::pools))]
     pool: String,
-    /// How many processes, 1 to 1024; or how many more (+N) or fewer (-N).
+    /// The number of processes, 1 to 1024; or a change, +N or -N.
     #[arg(value_name = "N", allow_hyphen_values = true, value_parser = parse)]
     processes: Wanted,
-    /// The answer as JSON.
+    /// Print the answer as JSON.
     #[arg(long)]
     pub(super) json: bool,
     #[command(flatten)]

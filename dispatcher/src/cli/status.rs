@@ -1,4 +1,4 @@
-//! `dispatcher status`: the JSON as it came, or a table for people.
+//! `dispatcher status`: prints the status as a table or as JSON.
 
 use std::fmt::Write as _;
 use std::io::IsTerminal;
@@ -25,14 +25,14 @@ Examples:
 pub(super) struct StatusArgs {
     #[command(flatten)]
     admin: AdminArgs,
-    /// The status as JSON.
+    /// Print the status as JSON.
     #[arg(long)]
     pub(super) json: bool,
-    /// Show it again and again, this often.
+    /// Repeat at this interval.
     #[arg(long, value_name = "DURATION", num_args = 0..=1, default_missing_value = "2s",
           value_parser = humantime::parse_duration)]
     watch: Option<Duration>,
-    /// Show so many of the last faults.
+    /// Show this many of the last faults.
     #[arg(long, value_name = "N", default_value_t = 5)]
     faults: usize,
 }
@@ -42,19 +42,20 @@ pub(super) fn status(arguments: &StatusArgs) -> Result<(), Failure> {
     let Some(pace) = arguments.watch else {
         return print(&once(&place, arguments)?);
     };
-    // Shorter would only ask the dispatcher for what nobody can read.
+    // A shorter interval would load the dispatcher without a benefit for a reader.
     let pace = pace.max(Duration::from_millis(100));
     let terminal = std::io::stdout().is_terminal();
     loop {
         let text = once(&place, arguments)?;
         let text = match (arguments.json, terminal) {
             (true, _) => text,
-            // From the top, each line to its end, and nothing of the last one below.
+            // Overwrite the screen from the top, clear the rest of each line, and clear the lines
+            // below. This avoids flicker.
             (false, true) => format!("\x1b[H{}\x1b[J", text.replace('\n', "\x1b[K\n")),
             (false, false) => text + "\n",
         };
         if !(feed(&text)? && rest(pace)) {
-            // The reader has seen enough.
+            // Stdout has no reader any more.
             return Ok(());
         }
     }
@@ -63,7 +64,7 @@ pub(super) fn status(arguments: &StatusArgs) -> Result<(), Failure> {
 fn once(place: &Place, arguments: &StatusArgs) -> Result<String, Failure> {
     let body = admin::get(place, "/v1/status")?;
     if arguments.json {
-        // As it came, so that what a newer dispatcher adds is not lost.
+        // The original bytes keep fields that a newer dispatcher has added.
         let mut text = String::from_utf8_lossy(&body).into_owned();
         text.push('\n');
         return Ok(text);
@@ -72,7 +73,7 @@ fn once(place: &Place, arguments: &StatusArgs) -> Result<String, Failure> {
     Ok(table(&status, arguments.faults, width()))
 }
 
-/// All of it, in lines of at most `width` characters, with the last `faults` of them.
+/// The whole status in lines of at most `width` characters, with the last `faults` faults.
 pub(super) fn table(status: &Status, faults: usize, width: usize) -> String {
     let mut text = format!(
         "dispatcher {}  pid {}  instance {}  up {}{}\n\n",
@@ -170,7 +171,7 @@ pub(super) fn table(status: &Status, faults: usize, width: usize) -> String {
     text
 }
 
-/// The newest last, as in a log.
+/// The newest fault is last, as in a log.
 fn last_faults(text: &mut String, all: &[FaultStatus], most: usize, width: usize) {
     let shown = &all[all.len().saturating_sub(most)..];
     if shown.is_empty() {

@@ -1,4 +1,4 @@
-//! Text for people: tables that fit the terminal, paragraphs, numbers with their noun.
+//! Text output: tables that fit the terminal, paragraphs, and numbers with their noun.
 
 use std::fmt::Write as _;
 use std::io::IsTerminal;
@@ -6,13 +6,13 @@ use std::io::IsTerminal;
 pub(super) use crate::plural::count;
 use dispatch_protocol::wire::is_hidden;
 
-/// The width that everything fits which goes to a file or a pipe, or to a narrower terminal.
+/// Line width of files, pipes and narrow terminals.
 pub(super) const NARROW: usize = 80;
 
-/// Fewest characters to which a text column is cut.
+/// Text columns are not cut to fewer characters than this.
 const LEAST: usize = 8;
 
-/// How many characters a line may have.
+/// Most characters in a line.
 pub(super) fn width() -> usize {
     let out = std::io::stdout();
     if !out.is_terminal() {
@@ -21,12 +21,12 @@ pub(super) fn width() -> usize {
     rustix::termios::tcgetwinsize(&out).map_or(NARROW, |size| NARROW.max(size.ws_col.into()))
 }
 
-/// A worker names itself: its name must not move the cursor.
+/// Replaces control characters. Workers choose their names, and a name must not move the cursor.
 pub(super) fn clean(text: &str) -> String {
     text.chars().map(|c| if is_hidden(c) { '\u{fffd}' } else { c }).collect()
 }
 
-/// At most so many characters, the last of them a sign that some are missing.
+/// Cuts to at most this many characters; the last one then marks the cut.
 pub(super) fn cut(text: &str, most: usize) -> String {
     if text.chars().count() <= most {
         return text.to_owned();
@@ -36,7 +36,8 @@ pub(super) fn cut(text: &str, most: usize) -> String {
     kept
 }
 
-/// Lines of at most `width` characters, broken between words, each after an indentation. A longer word stays whole.
+/// Lines of at most `width` characters, broken between words, each with an indentation. A longer
+/// word stays whole.
 pub(super) fn wrap(text: &str, indent: &str, width: usize) -> String {
     let mut out = String::new();
     let mut line = indent.to_owned();
@@ -57,8 +58,9 @@ pub(super) fn wrap(text: &str, indent: &str, width: usize) -> String {
     out
 }
 
-/// Columns wide enough for what is in them: the first `left` ones to the left, numbers to the right. What does not fit is
-/// left out: first columns, in the order given, and then the ends of texts.
+/// A table with columns as wide as their contents: the first `left` ones are left-aligned, the
+/// others right-aligned. If the table is too wide, optional columns are dropped in the given order;
+/// then texts are cut.
 pub(super) struct Table<const N: usize> {
     head: [&'static str; N],
     left: usize,
@@ -71,7 +73,7 @@ impl<const N: usize> Table<N> {
         Table { head: *head, left, optional: &[], rows: Vec::new() }
     }
 
-    /// These groups of columns are left out, the first one first, where there is no room for them.
+    /// Groups of columns to drop if the table is too wide, the first group first.
     pub(super) fn optional(mut self, columns: &'static [&'static [&'static str]]) -> Table<N> {
         self.optional = columns;
         self

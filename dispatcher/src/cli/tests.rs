@@ -1,4 +1,4 @@
-//! Exit codes, how the dispatcher is found, and the table.
+//! Exit codes, the search for the admin socket, and the status table.
 
 use std::path::Path;
 
@@ -18,7 +18,7 @@ fn the_arguments_are_consistent() {
 #[test]
 fn every_command_explains_itself_and_speaks_json() {
     use clap::CommandFactory;
-    // What they print is no data: a screen, a script, a page, or nothing.
+    // These commands have no JSON output.
     let without = ["run", "demo", "top", "completions", "man"];
     let mut whole = Cli::command();
     whole.build();
@@ -48,7 +48,7 @@ fn every_command_is_for_something_of_its_own() {
     let mut abouts: Vec<String> = whole.get_subcommands().map(about).collect();
     let of = |name| whole.find_subcommand(name).map(about).expect("a command");
     assert!(of("weight").contains("share") && of("scale").contains("processes"));
-    // What arguments that several commands have are for is nothing that a command is for.
+    // The description of a shared argument group must not become the description of a command.
     assert!(!abouts.iter().any(|about| about.contains("client commands")), "{abouts:?}");
     let all = abouts.len();
     abouts.sort();
@@ -80,7 +80,7 @@ fn a_configuration_that_cannot_say_where_the_dispatcher_is() {
     let file = directory.path().join("d.toml");
     let other = directory.path().join("other.sock");
     let nothing = AdminArgs::default();
-    // With a mistake anywhere in it: nobody can know what it would have said.
+    // The mistake makes the file's `admin_socket` unreadable.
     std::fs::write(&file, "admin_socket = '/custom'\n[pool\n").expect("written");
     let places = admin::places_with(&nothing, None, &file).expect("somewhere");
     assert_eq!(places.len(), 1);
@@ -91,11 +91,11 @@ fn a_configuration_that_cannot_say_where_the_dispatcher_is() {
     assert!(failure.message.contains("| [pool\n"), "{}", failure.message);
     assert!(failure.message.contains("     ^"), "{}", failure.message);
     assert!(failure.message.contains("--admin PATH"), "{}", failure.message);
-    // A nearer word makes it no matter.
+    // The command line takes precedence.
     let told = Some(OsString::from("/v"));
     let place = admin::find_with(&nothing, told, &file).expect("found");
     assert_eq!((place.from.as_str(), place.unsaid), ("DISPATCHER_ADMIN", None));
-    // One that is missing says nothing, and is no mistake.
+    // A missing file is not a mistake.
     let missing = directory.path().join("none.toml");
     let place = admin::find_with(&nothing, None, &missing).expect("found");
     let place = admin::Place { path: other, ..place };
@@ -117,7 +117,7 @@ fn a_reload_is_asked_for_where_the_dispatcher_may_be_yet() {
     assert_eq!(paths(&AdminArgs::default(), Some("/v")), ["/v"]);
     let given = AdminArgs { admin: Some("/a".into()), config: None };
     assert_eq!(paths(&given, None), ["/a"]);
-    // It may be another dispatcher's configuration.
+    // A file named on the command line may belong to another dispatcher.
     let other = AdminArgs { admin: None, config: Some(file.clone()) };
     assert_eq!(paths(&other, None), ["/custom"]);
     std::fs::write(&file, "").expect("written");
@@ -142,7 +142,7 @@ fn exit_codes() {
     assert_eq!(run(&["status", "--admin", socket]), Exit::Unavailable);
     assert_eq!(run(&[]), Exit::Usage);
     assert_eq!(run(&["serve"]), Exit::Usage);
-    // Without the demo, the command itself is wrong usage.
+    // Without the demo feature, the command itself is wrong usage.
     assert_eq!(run(&["demo", "--workers", "0"]), Exit::Usage);
     assert_eq!(run(&["demo", "--listen", "here"]), Exit::Usage);
     assert_eq!(run(&["--version"]), Exit::Ok);
@@ -244,7 +244,7 @@ web   a\u{fffd}[2J   active   1   77       1    12  10000   997    990       985
 "
     );
     assert!(status::table(&Status::default(), 5, 80).ends_with("\nno workers\n"));
-    // Eighty columns do for names as long as they may be, and for the last faults.
+    // 80 columns are enough for the longest names and for the last faults.
     let mut status = status;
     status.pools[0].name = "p".repeat(64);
     status.pools[0].workers[0].name = "w".repeat(64);

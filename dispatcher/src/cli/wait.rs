@@ -1,4 +1,4 @@
-//! Waiting, and saying so on stderr: for drained workers to have nothing left, and for whatever takes its time.
+//! Waits for drained workers to have no connections, and prints progress to stderr.
 
 use std::collections::BTreeMap;
 use std::io::{IsTerminal, Write};
@@ -10,22 +10,23 @@ use super::table::count;
 use super::{Exit, Failure, admin, complain};
 use crate::api::status::Status;
 
-/// For how long nothing is said.
+/// No message appears before this time has passed.
 const SILENCE: Duration = Duration::from_secs(1);
 
-/// How often is looked.
+/// Interval between two requests.
 const PACE: Duration = Duration::from_millis(200);
 
 /// Workers that are being drained.
 pub(super) struct Drained {
-    /// The dispatcher that drains them. Another one knows nothing of that, and gives their ids to others.
+    /// The dispatcher instance that drains them. Another instance does not continue the drain and
+    /// assigns the same ids to other workers.
     pub(super) instance: String,
-    /// Their ids and names.
+    /// Ids and names.
     pub(super) workers: BTreeMap<u64, String>,
 }
 
 impl Drained {
-    /// Waits until none of them has a connection: they are gone, or drained.
+    /// Waits until each worker has left or has no connections.
     pub(super) fn wait(self, place: &Place, timeout: Duration) -> Result<(), Failure> {
         let mut progress = Progress::default();
         let outcome = until_drained(place, self, timeout, &mut progress);
@@ -33,7 +34,8 @@ impl Drained {
         outcome
     }
 
-    /// What became of them nobody knows: the dispatcher that was to drain them has ended.
+    /// The error when the dispatcher ended before the drain did. The state of the workers is
+    /// unknown then.
     fn restarted(&self, exit: Exit, how: &str) -> Failure {
         let names: Vec<&str> = self.workers.values().map(String::as_str).collect();
         Failure::new(
@@ -54,7 +56,7 @@ fn until_drained(
     timeout: Duration,
     progress: &mut Progress,
 ) -> Result<(), Failure> {
-    // So late that no clock has a name for it: never.
+    // `None` if the deadline is beyond the range of the clock: wait without a limit.
     let deadline = Instant::now().checked_add(timeout);
     let all = drained.workers.len();
     let mut broken = false;
@@ -62,12 +64,12 @@ fn until_drained(
         let late = deadline.is_some_and(|deadline| Instant::now() >= deadline);
         let status: Status = match look(place) {
             Ok(status) => status,
-            // Busy now is no reason to give up what may take an hour.
+            // The dispatcher is busy for a moment; the wait may take an hour, so it goes on.
             Err(failure) if failure.exit == Exit::TempFail && !late => {
                 std::thread::sleep(PACE);
                 continue;
             }
-            // Half an answer: it has probably just ended. The next look will tell.
+            // A partial answer: the dispatcher has probably just ended. The next request shows it.
             Err(failure) if failure.exit == Exit::Protocol && !broken => {
                 broken = true;
                 std::thread::sleep(PACE);
@@ -78,7 +80,7 @@ fn until_drained(
             }
             Err(failure) => return Err(failure),
         };
-        // One of an earlier version does not say.
+        // Earlier versions do not send the instance.
         if !drained.instance.is_empty() && status.instance != drained.instance {
             return Err(drained.restarted(Exit::DataErr, "was started again"));
         }
@@ -128,7 +130,7 @@ fn look(place: &Place) -> Result<Status, Failure> {
     admin::parse(&admin::get(place, "/v1/status")?, place)
 }
 
-/// Says what is waited for, unless it is over within a second: dropped, it says nothing more.
+/// Prints `what` if the operation takes longer than a second. Dropping it cancels the message.
 pub(super) struct Patience {
     _over: mpsc::Sender<()>,
 }
@@ -136,7 +138,8 @@ pub(super) struct Patience {
 impl Patience {
     pub(super) fn new(what: &'static str) -> Patience {
         let (over, waits) = mpsc::channel::<()>();
-        // Without a thread nothing is said. It ends with what is waited for, or with the process.
+        // If no thread can be started, no message appears. The thread ends with the operation or
+        // with the process.
         let _ = std::thread::Builder::new().name("patience".to_owned()).spawn(move || {
             if waits.recv_timeout(SILENCE) == Err(mpsc::RecvTimeoutError::Timeout) {
                 complain(what);
@@ -146,7 +149,7 @@ impl Patience {
     }
 }
 
-/// One line that changes on a terminal; elsewhere a line for every change.
+/// One line that is overwritten on a terminal; otherwise a line for each change.
 #[derive(Debug, Default)]
 struct Progress {
     last: String,
@@ -159,7 +162,7 @@ impl Progress {
         }
         text.clone_into(&mut self.last);
         let mut out = std::io::stderr();
-        // Nobody to tell is no reason not to wait.
+        // A closed stderr does not end the wait.
         let _ = if out.is_terminal() {
             write!(out, "\r\x1b[K{text}").and_then(|()| out.flush())
         } else {

@@ -1,4 +1,4 @@
-//! `dispatcher weight`: a worker's share of new connections: which it is, or another from now on.
+//! `dispatcher weight`: shows or sets the weight of a worker, its share of new connections.
 
 use clap::Args;
 use clap_complete::engine::ArgValueCandidates;
@@ -20,10 +20,10 @@ pub(super) struct WeightArgs {
     /// The worker: its id, or POOL/NAME.
     #[arg(add = ArgValueCandidates::new(complete::workers))]
     worker: String,
-    /// Its weight from now on: 1 to 65535. Without it the weight is shown.
+    /// The new weight: 1 to 65535 [default: only show the weight]
     #[arg(value_name = "N", value_parser = parse)]
     weight: Option<u16>,
-    /// The answer as JSON.
+    /// Print the answer as JSON.
     #[arg(long)]
     pub(super) json: bool,
     #[command(flatten)]

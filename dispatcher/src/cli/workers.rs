@@ -1,4 +1,4 @@
-//! `dispatcher workers`: who is there, one line each.
+//! `dispatcher workers`: lists workers, one per line.
 
 use clap::Args;
 use clap_complete::engine::ArgValueCandidates;
@@ -15,10 +15,10 @@ Examples:
 
 #[derive(Debug, Args)]
 pub(super) struct WorkersArgs {
-    /// Only those of this pool.
+    /// List only the workers of this pool.
     #[arg(long, value_name = "POOL", add = ArgValueCandidates::new(complete::pools))]
     pool: Option<String>,
-    /// As JSON.
+    /// Print JSON.
     #[arg(long)]
     pub(super) json: bool,
     #[command(flatten)]
@@ -29,7 +29,7 @@ pub(super) fn workers(arguments: &WorkersArgs) -> Result<(), Failure> {
     let place = admin::find(&arguments.admin)?;
     let mut answer: WorkerList = admin::parse(&admin::get(&place, "/v1/workers")?, &place)?;
     if let Some(pool) = &arguments.pool {
-        // Asked for by name, so that a wrong one is answered with the nearest.
+        // This request fails for an unknown pool, with the nearest name as a hint.
         admin::get(&place, &format!("/v1/pools/{}", admin::segment(pool)))?;
         answer.workers.retain(|worker| worker.pool == *pool);
     }

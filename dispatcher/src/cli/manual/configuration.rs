@@ -1,10 +1,11 @@
-//! `dispatcher.toml(5)`: the sample configuration, which explains every key, as a manual page.
+//! `dispatcher.toml(5)`: a manual page made from the sample configuration, which explains every
+//! key.
 
 use clap_mangen::roff::{Roff, bold, roman};
 
 use crate::config::SAMPLE;
 
-/// What the page is called.
+/// The title of the page.
 pub(super) const TITLE: &str = "dispatcher.toml";
 
 /// The page.
@@ -17,7 +18,7 @@ pub(super) fn page() -> String {
     roff.control("SH", ["DESCRIPTION"]);
     let mut comment: Vec<&str> = Vec::new();
     let mut keys: Vec<&str> = Vec::new();
-    // Not every terminal that shows the page knows more than ASCII.
+    // Some terminals show only ASCII.
     let sample = SAMPLE.replace('…', "...");
     for line in sample.lines().chain([""]) {
         if let Some(title) = line.strip_prefix("# ----") {
@@ -25,7 +26,7 @@ pub(super) fn page() -> String {
             let title = title.trim_matches(['-', ' ']).to_uppercase();
             roff.control("SH", [title.as_str()]);
         } else if let Some(table) = table(line) {
-            // What is written above a table is about it.
+            // A comment above a table describes that table.
             let above = std::mem::take(&mut comment);
             block(&mut roff, &mut comment, &mut keys);
             let name = table.replace("pool.web", "pool.NAME");
@@ -35,7 +36,7 @@ pub(super) fn page() -> String {
         } else if let Some(key) = key(line) {
             keys.push(key);
         } else if let Some(text) = line.strip_prefix('#') {
-            // A new comment after keys is about the next ones.
+            // A comment after keys describes the next keys.
             if !keys.is_empty() {
                 block(&mut roff, &mut comment, &mut keys);
             }
@@ -54,13 +55,13 @@ pub(super) fn page() -> String {
     roff.to_roff()
 }
 
-/// A table's head, switched on or not.
+/// The header of a table, commented out or not.
 fn table(line: &str) -> Option<&str> {
     let line = line.strip_prefix('#').unwrap_or(line);
     (line.starts_with('[') && line.ends_with(']')).then_some(line)
 }
 
-/// A setting, switched on or not.
+/// A setting, commented out or not.
 fn key(line: &str) -> Option<&str> {
     let line = line.strip_prefix('#').unwrap_or(line);
     let (name, _) = line.split_once('=')?;
@@ -70,7 +71,7 @@ fn key(line: &str) -> Option<&str> {
     (good && !name.is_empty() && !line.starts_with(' ')).then_some(line)
 }
 
-/// Settings with what is said about them; or a paragraph, if there are none.
+/// Writes settings with their description; without settings, a paragraph.
 fn block(roff: &mut Roff, comment: &mut Vec<&str>, keys: &mut Vec<&str>) {
     if keys.is_empty() && !comment.is_empty() {
         roff.control("PP", []);
@@ -78,7 +79,7 @@ fn block(roff: &mut Roff, comment: &mut Vec<&str>, keys: &mut Vec<&str>) {
     for (position, key) in keys.drain(..).enumerate() {
         roff.control(if position == 0 { "TP" } else { "TQ" }, []);
         let (setting, remark) = key.split_once("    #").unwrap_or((key, ""));
-        // Aligned in the file, for its readers.
+        // The file aligns values; the page does not.
         let setting: Vec<&str> = setting.split_whitespace().collect();
         let remark = match remark.trim() {
             "" => String::new(),
