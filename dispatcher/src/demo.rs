@@ -1,4 +1,4 @@
-//! The built-in HTTP worker of `dispatcher demo`: an ordinary worker that links the SDK.
+//! The built-in HTTP worker of `dispatcher demo`: an ordinary worker that uses the SDK.
 
 use axum::Router;
 use axum::extract::{ConnectInfo, State};
@@ -9,20 +9,22 @@ use nix::sys::signal::Signal;
 use worker_sdk::tokio::Listener;
 use worker_sdk::{PeerAddr, WorkerConfig};
 
-/// Serves until the dispatcher that started this process, which has this process id, goes away.
+/// Serves until the dispatcher with this process id ends; it must be the parent process.
 ///
 /// # Errors
-/// When it cannot join, in words for people.
+/// A message if the worker cannot join.
 pub fn worker(dispatcher: i32) -> Result<(), String> {
-    // A demo leaves nothing behind, even when its dispatcher is killed. An ordinary worker would serve on.
+    // The demo must leave no processes, even when its dispatcher is killed. An ordinary worker
+    // would continue to serve.
     set_pdeathsig(Signal::SIGTERM).map_err(|error| format!("prctl: {error}"))?;
-    // It may have been killed before we asked to be told.
+    // The dispatcher may have ended before the signal was requested.
     if nix::unistd::getppid().as_raw() != dispatcher {
         return Ok(());
     }
-    // It starts with the limit that whoever started the demo had, which is often 1024; as many as possible are better here.
+    // The process inherits the limit of the shell that started the demo, often 1024; more
+    // descriptors allow more connections.
     if let Ok((_, hard)) = getrlimit(Resource::RLIMIT_NOFILE) {
-        // Fewer connections are no reason not to serve.
+        // A lower limit does not prevent serving.
         let _ = setrlimit(Resource::RLIMIT_NOFILE, hard, hard);
     }
     let runtime = tokio::runtime::Builder::new_current_thread()

@@ -1,4 +1,4 @@
-//! The dispatcher: accepts TCP connections and passes each one to the worker that the policy chooses.
+//! The dispatcher: balances TCP connections across the worker processes of one host.
 
 pub mod admin;
 pub mod api;
@@ -22,7 +22,7 @@ mod tests {
     use std::fs;
     use std::path::Path;
 
-    /// The modules in the order of their imports: each imports only from those before it.
+    /// The modules in the order of their imports: each module imports only from earlier ones.
     const LAYERS: [&[&str]; 9] = [
         &["sys", "wake", "plural", "preface"],
         &["api", "signals", "config"],

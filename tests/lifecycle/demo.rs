@@ -52,7 +52,7 @@ impl Demo {
         self.printed.lines().find(|line| line.contains(with)).expect(with)
     }
 
-    /// Runs the command that it says to try, and the same for programs.
+    /// Runs the command that it says to try, and the same as JSON.
     fn status(&self) -> Status {
         let line = self.line("status --admin");
         assert!(shell(line).starts_with("dispatcher "));

@@ -340,7 +340,7 @@ fn what_cannot_change_is_named_and_the_rest_is_in_force() {
     let output = run(&dispatcher, &["reload"]);
     assert!(output.status.success());
     let words = String::from_utf8(output.stdout).unwrap();
-    assert!(words.contains("needs a restart, and is as before: admin_http\n"), "{words}");
+    assert!(words.contains("needs a restart, not changed: admin_http\n"), "{words}");
     assert!(words.contains("nothing has changed\n"), "{words}");
 }
 

@@ -127,7 +127,7 @@ fn a_weight_can_be_changed_at_run_time() {
 
     let (code, text) = complaint(&dispatcher, &["weight", "web/w0", "0"]);
     assert_eq!(code, 64);
-    assert!(text.contains("to give a worker nothing, drain it"), "{text}");
+    assert!(text.contains("to stop new connections, drain the worker"), "{text}");
     let (code, text) = complaint(&dispatcher, &["weight", "web/w7", "2"]);
     assert_eq!(code, 66);
     assert!(text.contains("there is no worker `web/w7`"), "{text}");
@@ -264,5 +264,5 @@ fn the_next_decision_is_explained() {
     assert_eq!(text.matches("  full\n").count(), 2, "{text}");
     assert_eq!(complaint(&dispatcher, &["explain", "web", "--from", "nowhere"]).0, 64);
     let text = said(&dispatcher, &["history", "web"]);
-    assert!(text.contains("set history = 100, say, in [pool.web]"), "{text}");
+    assert!(text.contains("set a number, such as history = 100, in [pool.web]"), "{text}");
 }

@@ -1,6 +1,6 @@
-//! Who may ask for what over HTTP. Over TCP: anybody on the machine can reach it, so nothing can be changed there. On
-//! either way in: a browser cannot be made to ask on behalf of a page from elsewhere. A browser gets to the Unix socket by
-//! a tunnel, which any page that it shows can use as well as the person before it.
+//! Access check of HTTP requests. Over TCP every user of the machine can connect, so TCP allows
+//! only reads. On both sockets, web pages in a browser are kept out: a browser can reach the Unix
+//! socket through a tunnel, which every page in that browser can use.
 
 use std::net::IpAddr;
 
@@ -13,9 +13,9 @@ use axum::response::{IntoResponse, Response};
 use crate::api::command::{CommandError, Problem};
 use crate::mailbox::hosts::{Hosts, name_of};
 
-/// Lets only reads pass, and only by a name of this machine: otherwise a page from elsewhere whose name suddenly resolves to
-/// an address of it could read everything (DNS rebinding). A request without `Host` is none of a browser; health checks
-/// send such.
+/// Over TCP: allows only reads, and only with a `Host` that names this machine. This prevents DNS
+/// rebinding, in which the name of a foreign page resolves to an address of this machine. Browsers
+/// always send `Host`; health checks may omit it.
 pub(super) async fn read_only(
     State(hosts): State<Hosts>,
     request: Request,
@@ -39,11 +39,12 @@ pub(super) async fn read_only(
     next.run(request).await
 }
 
-/// On the admin socket: lets no page of a browser change anything, and none read anything by a name of its own.
+/// On the admin socket: rejects changes by web pages, and all requests with a foreign host name.
 ///
-/// Browsers send `Origin` or `Sec-Fetch-Site` with everything that can change something, and no page can keep them from it;
-/// commands and scripts send neither. The names that scripts make up for a socket (`http://d/`) have no dot; those that a page
-/// can have resolve to an address of this machine do, and an address itself resolves to nothing else.
+/// Browsers send `Origin` or `Sec-Fetch-Site` with every request that is not a plain read, and a
+/// page cannot suppress these headers; commands and scripts do not send them. Names that scripts
+/// use for a socket (`http://d/`) have no dot. A name that a page can register and point to this
+/// machine has one. An address cannot resolve to another address.
 pub(super) async fn no_web_pages(request: Request, next: Next) -> Response {
     let (method, headers) = (request.method(), request.headers());
     let reads = method == Method::GET || method == Method::HEAD;
@@ -53,7 +54,7 @@ pub(super) async fn no_web_pages(request: Request, next: Next) -> Response {
             "use the dispatcher command, or curl --unix-socket PATH",
         );
     }
-    // One that is no text names nothing at all.
+    // A header that is not text counts as a foreign name.
     let host = headers.get(header::HOST).map(|host| host.to_str().unwrap_or("no.text"));
     if host.is_some_and(|host| !names_this_machine(host) && is_name_of_others(host)) {
         return strange_host("ask for http://127.0.0.1:PORT/ or http://localhost:PORT/");
@@ -61,14 +62,15 @@ pub(super) async fn no_web_pages(request: Request, next: Next) -> Response {
     next.run(request).await
 }
 
-/// What only browsers send, and always with what is no plain read.
+/// Headers that only browsers send, with every request that is not a plain read.
 const BY_A_BROWSER: [&str; 2] = ["origin", "sec-fetch-site"];
 
 fn strange_host(hint: &str) -> Response {
     forbidden("the Host header does not name this machine", hint)
 }
 
-/// A name that somebody can own, unlike an address, or a word without a dot.
+/// Whether the host is a name that others can register: not an address, and not a word without a
+/// dot.
 fn is_name_of_others(host: &str) -> bool {
     let name = name_of(host);
     name.trim_end_matches('.').contains('.') && name.parse::<IpAddr>().is_err()

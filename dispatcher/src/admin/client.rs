@@ -1,4 +1,4 @@
-//! The CLI's end of the admin socket: one request, one answer, a deadline.
+//! The client of the admin socket: one request, one answer, one deadline.
 
 use std::fmt;
 use std::io;
@@ -13,28 +13,28 @@ use tokio::net::UnixStream;
 
 use crate::api::command::CommandError;
 
-/// How long a command waits for its whole answer.
+/// Longest wait of a command for its whole answer.
 pub const TIMEOUT: Duration = Duration::from_secs(5);
 
-/// Longest answer: a status of some hundred thousand workers.
+/// Longest answer: a status of several hundred thousand workers.
 const MAX_ANSWER: usize = 64 * 1024 * 1024;
 
-/// Why there is no answer, by what one would do about it.
+/// The reason why there is no answer, by what the user can do about it.
 #[derive(Debug)]
 pub enum ClientError {
-    /// Nobody listens there: start the dispatcher, or look elsewhere.
+    /// No process listens there: start the dispatcher, or use another path.
     NotRunning(PathBuf, io::Error),
-    /// The socket is not for this user.
+    /// This user may not connect to the socket.
     Permission(PathBuf),
-    /// The dispatcher is there and did not answer in time: try again.
+    /// The dispatcher did not answer in time: try again.
     Timeout(PathBuf),
-    /// The dispatcher answered that it cannot now: try again.
+    /// The dispatcher is too busy to answer: try again.
     Busy(String),
-    /// The dispatcher understood, and did not do it.
+    /// The dispatcher refused the command.
     Rejected(CommandError),
-    /// What answered was no dispatcher of this version.
+    /// The answer does not come from a dispatcher of this version.
     Unexpected(String),
-    /// The system failed us.
+    /// A system call failed.
     System(io::Error),
 }
 
@@ -42,7 +42,7 @@ impl fmt::Display for ClientError {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         match self {
             ClientError::NotRunning(path, error) => {
-                write!(f, "nobody listens on {}: {error}", path.display())
+                write!(f, "no process listens on {}: {error}", path.display())
             }
             ClientError::Permission(path) => {
                 write!(f, "{}: permission denied", path.display())
@@ -60,7 +60,7 @@ impl fmt::Display for ClientError {
 
 impl std::error::Error for ClientError {}
 
-/// `GET target` over the socket at `path`: the body of a 200 answer.
+/// Sends `GET target` to the socket at `path`; the answer is the body of a 200 response.
 ///
 /// # Errors
 /// See [`ClientError`].
@@ -68,7 +68,7 @@ pub fn get(path: &Path, target: &str, timeout: Duration) -> Result<Vec<u8>, Clie
     run(path, hyper::Method::GET, target, Bytes::new(), timeout)
 }
 
-/// `POST target` with a JSON body: the body of a 200 answer.
+/// Sends `POST target` with a JSON body; the answer is the body of a 200 response.
 ///
 /// # Errors
 /// See [`ClientError`].
@@ -118,7 +118,7 @@ async fn exchange(
     let unexpected = |error: hyper::Error| ClientError::Unexpected(error.to_string());
     let (mut sender, connection) =
         hyper::client::conn::http1::handshake(TokioIo::new(stream)).await.map_err(unexpected)?;
-    // It ends with the runtime at the latest; its errors come out of `send_request` as well.
+    // The task ends with the runtime at the latest. `send_request` returns its errors as well.
     tokio::spawn(connection);
     let request = hyper::Request::builder()
         .method(method)
@@ -153,7 +153,7 @@ async fn exchange(
     }
 }
 
-/// The part of an error answer that any version of the dispatcher sends.
+/// The field of an error answer that every version of the dispatcher sends.
 #[derive(Deserialize)]
 struct ErrorText {
     error: String,

@@ -1,5 +1,6 @@
-//! ClientId asks over HTTP, how often, and over how many connections. Too many requests of one user wait, so that others are
-//! served meanwhile; nobody is told off for it.
+//! Limits for clients of the admin interface: connections and requests per user or address.
+//! Requests over the rate are delayed, not refused, so that clients of other users are served
+//! meanwhile.
 
 use std::collections::HashMap;
 use std::net::IpAddr;
@@ -9,16 +10,17 @@ use std::time::Duration;
 
 use tokio::time::Instant;
 
-/// Requests of one user at once, before they are served at the rate.
+/// Requests of one client in a row that are not delayed.
 const BURST: u32 = 100;
 
-/// Most connections of one user, of each kind of socket together: others find room in what is left.
+/// Most connections of one client, over all sockets of one kind. The rest is left for other
+/// clients.
 pub(super) const MOST_CONNECTIONS: usize = super::http::MAX_CONNECTIONS * 3 / 4;
 
-/// Connections accepted in a second, of each listener.
+/// Shortest average interval between two accepted connections of one listener.
 const ACCEPT_INTERVAL: Duration = Duration::from_micros(2_000);
 
-/// As far as it can be known: the user behind a Unix socket, the address behind TCP.
+/// The identity of a client: the user behind a Unix socket, or the address behind TCP.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
 pub(super) enum ClientId {
     User(u32),
@@ -28,12 +30,12 @@ pub(super) enum ClientId {
 
 #[derive(Clone, Copy, Debug)]
 struct Usage {
-    /// When its bucket would be full again.
+    /// The time at which the token bucket is full again.
     full: Instant,
     connections: usize,
 }
 
-/// All of them.
+/// The limits of all clients.
 #[derive(Clone, Debug, Default)]
 pub(super) struct ClientLimits {
     all: Arc<Mutex<HashMap<ClientId, Usage>>>,
@@ -42,18 +44,18 @@ pub(super) struct ClientLimits {
 }
 
 impl ClientLimits {
-    /// Where the rate is set.
+    /// The rate, for changes by a reload.
     pub(super) fn rate(&self) -> Arc<AtomicU32> {
         Arc::clone(&self.rate)
     }
 
-    /// A new connection; `None` if there are too many of this user.
+    /// Counts a new connection; `None` if the client has too many.
     pub(super) fn connect(&self, id: ClientId) -> Option<Connection> {
         let now = Instant::now();
         let mut all = self.lock();
-        // As many as there are connections, and those of the last second.
+        // At most one entry per connection, plus the clients of the last second.
         all.retain(|_, usage| usage.connections > 0 || usage.full > now);
-        let usage = all.entry(who).or_insert(Usage { full: now, connections: 0 });
+        let usage = all.entry(id).or_insert(Usage { full: now, connections: 0 });
         if usage.connections >= MOST_CONNECTIONS {
             return None;
         }
@@ -61,7 +63,7 @@ impl ClientLimits {
         Some(Connection { limits: self.clone(), id, counted: true })
     }
 
-    /// One that is there only to be told that there are too many.
+    /// A connection that exists only to send the refusal.
     pub(super) fn refused(&self, id: ClientId) -> Connection {
         Connection { limits: self.clone(), id, counted: false }
     }
@@ -76,24 +78,24 @@ impl ClientLimits {
 pub(super) struct Connection {
     limits: ClientLimits,
     id: ClientId,
-    /// Among those of its user.
+    /// Whether it counts towards the limit.
     counted: bool,
 }
 
 impl Connection {
-    /// Waits until this user's next request may be served. At most as long as all its connections' requests take.
+    /// Waits until the client's next request may be served.
     pub(super) async fn pace(&self) {
         if let Some(from) = self.next(Instant::now()) {
             tokio::time::sleep_until(from).await;
         }
     }
 
-    /// When the next request may be served, if it has to wait.
+    /// The time at which the next request may be served, if it has to wait.
     fn next(&self, now: Instant) -> Option<Instant> {
         let rate = self.limits.rate.load(Ordering::Relaxed).max(1);
         let every = Duration::from_secs(1) / rate;
         let mut all = self.limits.lock();
-        let usage = all.get_mut(&self.who)?;
+        let usage = all.get_mut(&self.id)?;
         usage.full = usage.full.max(now) + every;
         usage.full.checked_sub(every * BURST).filter(|from| *from > now)
     }
@@ -101,13 +103,13 @@ impl Connection {
 
 impl Drop for Connection {
     fn drop(&mut self) {
-        if let Some(usage) = self.limits.lock().get_mut(&self.who).filter(|_| self.counted) {
+        if let Some(usage) = self.limits.lock().get_mut(&self.id).filter(|_| self.counted) {
             usage.connections -= 1;
         }
     }
 }
 
-/// Paces the connects of one listener.
+/// Limits the rate of accepted connections of one listener.
 #[derive(Debug)]
 pub(super) struct AcceptPace {
     next: Instant,
@@ -118,7 +120,7 @@ impl AcceptPace {
         AcceptPace { next: Instant::now() }
     }
 
-    /// Waits until the next may be accepted; some in a row come without waiting.
+    /// Waits until the next connection may be accepted; a short burst is accepted without delay.
     pub(super) async fn pace(&mut self) {
         let now = Instant::now();
         self.next = self.next.max(now) + ACCEPT_INTERVAL;

@@ -1,6 +1,7 @@
-//! The refusals that come before any route is asked: for what is no request, a head that is too long, a request that takes
-//! too long. The HTTP library writes some of them, without a body; here they get one, like every other answer that is no
-//! success. Of others it says nothing, so they are written after it has ended: see [`Refusal`].
+//! Refusals before any route runs: malformed requests, too long heads, too slow requests. The HTTP
+//! library answers some of them without a body; [`WithErrorBodies`] adds a JSON body. The library
+//! closes the connection without an answer in the other cases; [`Refusal`] is then sent after the
+//! library has finished.
 
 use std::io;
 use std::pin::Pin;
@@ -12,10 +13,11 @@ use tokio::io::{AsyncRead, AsyncWrite, ReadBuf};
 
 use crate::api::command::{CommandError, Problem};
 
-/// What an empty refusal says of itself.
+/// The header by which an answer without a body is recognized.
 const EMPTY: &str = "content-length: 0\r\n";
 
-/// Whether the client has sent something since the last answer began. It is asked after the HTTP library has ended.
+/// Whether the client has sent bytes since the last answer began. It is read after the HTTP library
+/// has finished.
 #[derive(Clone, Debug, Default)]
 pub(super) struct Unanswered(Arc<AtomicBool>);
 
@@ -29,7 +31,7 @@ impl Unanswered {
     }
 }
 
-/// What is told to a client whose request the HTTP library has given up without a word.
+/// The answer to a request that the HTTP library dropped without an answer.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(super) enum Refusal {
     TooSlow,
@@ -37,7 +39,7 @@ pub(super) enum Refusal {
 }
 
 impl Refusal {
-    /// The whole answer.
+    /// The complete HTTP response.
     pub(super) fn as_http(self) -> Vec<u8> {
         let (status, error) = match self {
             Refusal::TooSlow => ("408 Request Timeout", "the request took too long"),
@@ -63,11 +65,11 @@ fn lines_of(body: &str) -> String {
     format!("content-type: application/json\r\ncontent-length: {}\r\n", body.len())
 }
 
-/// A connection, of which only that is changed.
+/// A stream that adds bodies to refusals and changes nothing else.
 pub(super) struct WithErrorBodies<S> {
     stream: S,
     unanswered: Unanswered,
-    /// What was written in place of a refusal and has not left yet.
+    /// The part of a replaced refusal that has not been written yet.
     unsent: Vec<u8>,
 }
 
@@ -77,7 +79,7 @@ impl<S> WithErrorBodies<S> {
     }
 }
 
-/// The refusal with a body; `None` for anything else.
+/// The refusal with a body; `None` for all other output.
 fn with_body(written: &[u8]) -> Option<Vec<u8>> {
     let head = std::str::from_utf8(written).ok()?;
     let status = head.strip_prefix("HTTP/1.1 ")?.split("\r\n").next()?;
@@ -131,7 +133,7 @@ impl<S: AsyncWrite + Unpin> AsyncWrite for WithErrorBodies<S> {
             None => Pin::new(&mut self.stream).poll_write(context, buffer),
             Some(answer) => {
                 self.unsent = answer;
-                // What does not leave now leaves with the flush that follows.
+                // The next flush sends the rest.
                 match self.poll_unsent(context) {
                     Poll::Ready(Err(error)) => Poll::Ready(Err(error)),
                     Poll::Ready(Ok(())) | Poll::Pending => Poll::Ready(Ok(buffer.len())),

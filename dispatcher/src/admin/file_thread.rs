@@ -1,5 +1,5 @@
-//! One thread for what may wait, such as reading files and looking names up: started with the dispatcher, so that it is
-//! there when no thread can be made. Jobs are done one after the other.
+//! A thread for blocking work such as reading files and resolving names. It is started with the
+//! dispatcher, so it is available when no new thread can be created. It runs one job at a time.
 
 use std::io;
 use std::sync::mpsc::{SyncSender, sync_channel};
@@ -8,12 +8,13 @@ use tokio::sync::oneshot;
 
 use crate::background::restart;
 
-/// Most jobs waiting. A reload has one at a time, and so has the watch over socket files.
+/// Most queued jobs. A reload and the check of socket files queue at most one job each.
 const MAX_JOBS: usize = 16;
 
 type Job = Box<dyn FnOnce() + Send>;
 
-/// The thread. It ends after its last job once every handle is gone; nothing waits for that.
+/// A handle to the thread. The thread ends after its last job when all handles are dropped; nothing
+/// waits for it.
 #[derive(Clone, Debug)]
 pub(super) struct FileThread {
     jobs: SyncSender<Job>,
@@ -23,7 +24,7 @@ impl FileThread {
     /// Starts the thread.
     ///
     /// # Errors
-    /// When the system has no thread left.
+    /// If the system cannot create a thread.
     pub(super) fn start() -> io::Result<FileThread> {
         let (jobs, receiver) = sync_channel::<Job>(MAX_JOBS);
         // A job catches its own panics: see `run`.
@@ -32,10 +33,10 @@ impl FileThread {
         Ok(FileThread { jobs })
     }
 
-    /// Has the thread do this.
+    /// Runs a job on the thread.
     ///
     /// # Errors
-    /// Why there is no result: it panicked, or too much is waiting.
+    /// If the job panicked or the queue is full.
     pub(super) async fn run<T: Send + 'static>(
         &self,
         job: impl FnOnce() -> T + Send + 'static,
@@ -44,7 +45,7 @@ impl FileThread {
         let job = move || {
             let outcome = restart::caught(job);
             let outcome = outcome.map_err(|why| format!("a defect of the dispatcher: {why}"));
-            // Without a listener the result is not needed any more.
+            // If the receiver is gone, the result is not needed.
             let _ = done.send(outcome);
         };
         let queued = self.jobs.try_send(Box::new(job));

@@ -1,4 +1,5 @@
-//! HTTP on the admin socket, and for reading over TCP: the bounds that keep a client from holding anything up. What it answers is in `routes`.
+//! HTTP on the admin socket, and read-only over TCP. The bounds here keep one client from blocking
+//! others; the answers are in `routes`.
 
 use crate::background::logger::quoted;
 use std::io;
@@ -20,26 +21,27 @@ use super::error_bodies::{Refusal, Unanswered, WithErrorBodies};
 use super::routes::{self, App};
 use crate::mailbox::hosts::Hosts;
 
-/// Most connections at once; more wait in the kernel's queue.
+/// Most connections at once; further ones wait in the kernel's queue.
 pub(super) const MAX_CONNECTIONS: usize = 64;
 
-/// Most connections at once, of each listener, that are refused because their user has too many; of more, nothing is read.
+/// Most simultaneous connections of each listener that get a refusal because their client has too
+/// many. Connections beyond that are closed without an answer.
 const MAX_REFUSED: usize = 16;
 
-/// What one connection may take.
+/// Time limits of one connection.
 #[derive(Clone, Copy, Debug)]
 struct Times {
-    /// A request's head, and an idle connection between requests.
+    /// For the head of a request, and for an idle connection between requests.
     head: Duration,
-    /// All of it.
+    /// For the whole connection.
     connection: Duration,
-    /// After that, the request that it is in.
+    /// For the current request, after the limit of the connection.
     end: Duration,
-    /// At the end, what the client still sends.
+    /// For reading the rest of the input, at the end.
     drain: Duration,
 }
 
-/// For a connection that is served.
+/// A connection that is served.
 const SERVED: Times = Times {
     head: Duration::from_secs(5),
     connection: Duration::from_secs(60),
@@ -47,7 +49,7 @@ const SERVED: Times = Times {
     drain: Duration::from_secs(2),
 };
 
-/// For one that is refused.
+/// A connection that is refused.
 const REFUSED: Times = Times {
     head: Duration::from_secs(1),
     connection: Duration::from_secs(2),
@@ -55,14 +57,14 @@ const REFUSED: Times = Times {
     drain: Duration::from_secs(1),
 };
 
-/// Most bytes read and thrown away at the end of a connection. Closing with unread bytes resets the connection, and the
-/// reset can overtake the answer.
+/// Most bytes discarded at the end of a connection. Closing a socket with unread bytes resets the
+/// connection, and the reset can overtake the answer.
 const MAX_DRAIN: usize = 4 * 1024 * 1024;
 
 /// Longest request head.
 const MAX_HEAD: usize = 16 * 1024;
 
-/// How long accepting rests when it fails (no descriptors left, usually).
+/// Pause after a failed accept (usually no descriptors are left).
 const REST: Duration = Duration::from_millis(100);
 
 /// Serves for as long as it is polled.
@@ -71,7 +73,8 @@ pub(super) async fn serve(listener: Arc<AdminSocket>, app: App, limits: ClientLi
     accept_all(listener, routes, limits).await;
 }
 
-/// The same over TCP, for reading only. It has connections of its own, so that its clients keep nobody from the socket.
+/// The same over TCP, read-only. TCP has a connection limit of its own, so TCP clients cannot block
+/// the admin socket.
 pub(super) async fn serve_tcp(
     listener: Arc<TcpListener>,
     app: App,
@@ -83,7 +86,7 @@ pub(super) async fn serve_tcp(
     accept_all(listener, routes, limits).await;
 }
 
-/// What both kinds of listener do.
+/// The common part of both kinds of listener.
 trait Accept {
     type Stream: AsyncRead + AsyncWrite + Unpin + Send + 'static;
 
@@ -109,7 +112,7 @@ impl Accept for TcpListener {
     }
 }
 
-/// The admin socket, which a reload makes again if its file was removed.
+/// The admin socket. A reload creates it again if its file was removed.
 pub(super) struct AdminSocket(watch::Receiver<Arc<UnixListener>>);
 
 impl AdminSocket {
@@ -126,7 +129,7 @@ impl Accept for AdminSocket {
         loop {
             let listener = Arc::clone(&changes.borrow_and_update());
             tokio::select! {
-                // Whoever has reached the old one is served.
+                // Connections that have reached the old listener are served.
                 biased;
                 accepted = listener.next() => return accepted,
                 changed = changes.changed() => if changed.is_err() {
@@ -138,7 +141,7 @@ impl Accept for AdminSocket {
 }
 
 async fn accept_all(listener: Arc<impl Accept>, routes: Router, limits: ClientLimits) {
-    // Outermost, so that it sees every answer.
+    // The outermost layer sees every answer.
     let routes = routes.layer(middleware::from_fn(routes::all_as_json));
     let slots = Arc::new(Semaphore::new(MAX_CONNECTIONS));
     let refusals = Arc::new(Semaphore::new(MAX_REFUSED));
@@ -150,7 +153,8 @@ async fn accept_all(listener: Arc<impl Accept>, routes: Router, limits: ClientLi
                 Some(client) => {
                     tokio::spawn(connection(stream, routes.clone(), client, SERVED, slot));
                 }
-                // This user has too many. It is told so in a place that it does not take from others.
+                // The client has too many connections. The refusal uses a slot that does not count
+                // against other clients.
                 None => {
                     if let Ok(slot) = Arc::clone(&refusals).try_acquire_owned() {
                         let client = limits.refused(id);
@@ -192,11 +196,12 @@ async fn connection<S>(
         }
         io::Result::Ok(())
     };
-    // An error is that the client has gone.
+    // On an error the client has closed the connection.
     let _ = tokio::time::timeout(times.drain, end).await;
 }
 
-/// Until the client or the connection's time ends it. Gives what to answer if there is a request without an answer.
+/// Serves until the client or the time limit ends the connection. The result is the refusal to send
+/// if a request has no answer yet.
 async fn serve_requests<S>(
     stream: &mut S,
     routes: Router,

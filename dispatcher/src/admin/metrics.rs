@@ -1,7 +1,7 @@
-//! The status as metrics: the text of `GET /metrics`.
+//! The text of `GET /metrics`.
 //!
-//! Owns names, labels and help texts; `docs/METRICS.md` lists them, and a test compares. Series for each worker are bounded by
-//! `metrics_max_workers`; all others are bounded by the configuration.
+//! Owns names, labels and help texts; a test compares them with `docs/METRICS.md`.
+//! `metrics_max_workers` bounds the series per worker; the configuration bounds all others.
 
 mod page;
 
@@ -18,7 +18,7 @@ use self::page::{Labels, Page, signed};
 use crate::api::status::{AffinityStatus, PoolStatus, Status, WorkerStatus};
 use dispatcher_core::Policy;
 
-/// What the text is made of.
+/// The data for one page of metrics.
 #[derive(Debug)]
 pub(super) struct Snapshot {
     pub(super) status: Arc<Status>,
@@ -27,19 +27,19 @@ pub(super) struct Snapshot {
     pub(super) max_workers: usize,
 }
 
-/// How the last reading of the configuration went; the start is the first.
+/// The result of the last load of the configuration; the first is the start.
 #[derive(Clone, Copy, Debug)]
 pub(super) struct LastReload {
     pub(super) successful: bool,
-    /// When one was last put into force, in seconds since 1970.
+    /// Time of the last successful load, in seconds since 1970.
     pub(super) success_at: f64,
 }
 
-/// What the kernel knows of this process. Under the names that every process has in Prometheus.
+/// Data of the kernel about this process. The metric names are the standard ones of Prometheus.
 #[derive(Clone, Copy, Debug, Default)]
 pub(super) struct Process {
     cpu_seconds: f64,
-    /// Since 1970.
+    /// In seconds since 1970.
     start_seconds: f64,
     open_fds: u64,
     max_fds: u64,
@@ -48,7 +48,7 @@ pub(super) struct Process {
 }
 
 impl Process {
-    /// Looks it up; what cannot be read is 0.
+    /// Reads the data; a value that cannot be read is 0.
     pub(super) fn look() -> Process {
         let statm = std::fs::read_to_string("/proc/self/statm").unwrap_or_default();
         let mut pages = statm.split(' ').map(|pages| pages.parse::<u64>().unwrap_or(0));
@@ -62,7 +62,7 @@ impl Process {
             cpu_seconds: used
                 .map_or(0.0, |used| seconds(used.user_time()) + seconds(used.system_time())),
             start_seconds: start_seconds().unwrap_or(0.0),
-            // One is the directory itself.
+            // One entry is the descriptor of the directory itself.
             open_fds: std::fs::read_dir("/proc/self/fd")
                 .map_or(0, |list| (list.count() as u64).saturating_sub(1)),
             max_fds: limit.current.unwrap_or(u64::MAX),
@@ -72,10 +72,11 @@ impl Process {
     }
 }
 
-/// When this process was started, in seconds since 1970: so long after the machine.
+/// Start time of this process in seconds since 1970: the boot time plus the offset of the process.
 fn start_seconds() -> Option<f64> {
     let stat = std::fs::read_to_string("/proc/self/stat").ok()?;
-    // The name of the program may contain anything; what follows its bracket is the third field.
+    // The name of the program may contain any character; the fields after its closing bracket are
+    // fixed.
     let (_, fields) = stat.rsplit_once(')')?;
     let ticks: f64 = fields.split_whitespace().nth(22 - 3)?.parse().ok()?;
     let machine = std::fs::read_to_string("/proc/stat").ok()?;
@@ -120,13 +121,14 @@ pub(super) fn openmetrics(snapshot: Snapshot, process: Process) -> String {
     out
 }
 
-/// The older text format, version 0.0.4, which has no units, no end mark, and the whole name of a counter in its head.
+/// The older text format, version 0.0.4: no units, no end mark, and the full name of a counter in
+/// its header.
 pub(super) fn plain(openmetrics: &str) -> String {
     let mut out = String::with_capacity(openmetrics.len());
     let mut held: Option<(&str, &str)> = None;
     for line in openmetrics.lines() {
         if let Some(rest) = line.strip_prefix("# HELP ") {
-            // The type decides about the name, and comes next.
+            // The name depends on the type, which is on the next line.
             held = rest.split_once(' ');
         } else if let Some((name, kind)) =
             line.strip_prefix("# TYPE ").and_then(|rest| rest.split_once(' '))
@@ -234,7 +236,8 @@ impl Snapshot {
         )
     }
 
-    /// Where all connections are, those of listeners and pools included that a reload took out: their own series have ended.
+    /// Totals over all connections, including those of removed listeners and pools, whose own
+    /// series have ended.
     fn totals(&self, page: &mut Page<'_>) -> fmt::Result {
         let status = &*self.status;
         let all = "of all listeners and pools that ever were";
@@ -403,7 +406,7 @@ impl Snapshot {
         )
     }
 
-    /// Of pools that know their clients by something.
+    /// Only pools with an affinity key.
     fn affinity(&self, page: &mut Page<'_>) -> fmt::Result {
         let pools =
             || self.status.pools.iter().filter_map(|p| Some((&*p.name, p.affinity.as_ref()?)));
@@ -448,7 +451,8 @@ impl Snapshot {
         )
     }
 
-    /// Workers with series of their own: the first `max_workers` by id, so that those that stay keep theirs.
+    /// The first `max_workers` workers by id have series of their own, so that the series of a
+    /// worker do not come and go.
     fn workers(&self, page: &mut Page<'_>) -> fmt::Result {
         let mut all: Vec<(&PoolStatus, &WorkerStatus)> = self
             .status

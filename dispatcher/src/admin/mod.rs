@@ -1,8 +1,9 @@
-//! The side thread: everything that may wait, so that the hot thread never does.
+//! The side thread: does all blocking work, so that the event loop never blocks.
 //!
-//! Owns one thread with a tokio runtime, on which two services run: HTTP on the admin socket, and the
-//! [`crate::background::spawner`]. They talk to the hot thread over bounded channels and wake it; they know nothing of workers,
-//! connections or policies. [`client`] is the other end of the admin socket, for the CLI.
+//! It owns one thread with a tokio runtime and two services: HTTP on the admin socket, and the
+//! [`crate::background::spawner`]. Bounded channels connect them with the event loop. They have no
+//! knowledge of workers, connections or policies. [`client`] is the client of the admin socket, for
+//! the commands.
 
 mod access_check;
 pub mod client;
@@ -38,27 +39,27 @@ use crate::mailbox::hosts::Hosts;
 use crate::mailbox::{MAX_REQUESTS, Side};
 use crate::wake::Wake;
 
-/// How often socket files are looked at.
+/// Interval between two checks of the socket files.
 const LOOK: Duration = Duration::from_secs(2);
 
-/// Looks at the socket files again and again.
+/// Checks the socket files periodically.
 async fn look_at(files: SocketFiles, file_thread: FileThread) {
     loop {
         let looked = files.clone();
-        // It is tried again in any case.
+        // The next check follows in any case.
         let _ = file_thread.run(move || looked.look()).await;
         let _ = tokio::time::timeout(LOOK, files.changed()).await;
     }
 }
 
-/// How long a finishing side thread may hold the process up.
+/// Longest wait for the side thread to finish.
 const THREAD_END: Duration = Duration::from_secs(1);
 
-/// Starts the side thread, serving HTTP on `listener` from now on, and on `tcp` for reading only. `wake` is called whenever there is something in
-/// `requests` or `reports`.
+/// Starts the side thread, which serves HTTP on `listener`, and read-only HTTP on `tcp`. It calls
+/// `wake` when `requests` or `reports` has a new entry.
 ///
 /// # Errors
-/// When the system has no thread or epoll instance left.
+/// If the system cannot create a thread or an epoll instance.
 pub fn start(listener: UnixListener, tcp: Option<TcpListener>, wake: Wake) -> io::Result<Side> {
     let runtime = tokio::runtime::Builder::new_current_thread().enable_all().build()?;
     listener.set_nonblocking(true)?;
@@ -100,7 +101,7 @@ pub fn start(listener: UnixListener, tcp: Option<TcpListener>, wake: Wake) -> io
     let (stop, stopped) = oneshot::channel();
     let thread = std::thread::Builder::new().name("admin".to_owned()).spawn(move || {
         let serve = async {
-            // What these own is shared with the task that replaces one that failed.
+            // These states outlive a failed task: the task that replaces it shares them.
             let spawns = Arc::new(Mutex::new(spawns));
             tokio::spawn(restart::task("processes", move || {
                 let spawns = Arc::clone(&spawns);
@@ -127,11 +128,11 @@ pub fn start(listener: UnixListener, tcp: Option<TcpListener>, wake: Wake) -> io
             tokio::spawn(restart::task("socket_files", move || {
                 look_at(watched.clone(), file_thread.clone())
             }));
-            // An error is a dropped `Side`: the same.
+            // An error means that `Side` was dropped, which also ends the thread.
             let _ = stopped.await;
         };
-        // The tasks are kept one by one. What is left is the runtime itself, which panics if it cannot poll; what is
-        // registered with it cannot be moved to another one.
+        // Each task is restarted on its own. The runtime itself panics if it cannot poll, and the
+        // sockets registered with it cannot be moved to another runtime.
         if let Err(error) = restart::caught(|| runtime.block_on(serve)) {
             log::error!("event=admin_thread_panicked error={}", quoted(error));
         }
@@ -152,10 +153,11 @@ pub fn start(listener: UnixListener, tcp: Option<TcpListener>, wake: Wake) -> io
     })
 }
 
-/// Serves the admin socket here from now on: made again, because its file was removed. To be called on the side thread.
+/// Replaces the listener of the admin socket, after a reload has created it again. To be called on
+/// the side thread.
 ///
 /// # Errors
-/// What registering it answers.
+/// If the listener cannot be registered with the runtime.
 fn listen(
     place: &watch::Sender<Arc<tokio::net::UnixListener>>,
     listener: UnixListener,

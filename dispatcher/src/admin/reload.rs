@@ -1,6 +1,6 @@
-//! Reloading, from whoever asks for it: one after the other, the service manager and the log told of each.
+//! Reloads, one at a time, from all sources; each is reported to the service manager and the log.
 //!
-//! Owns the order of the steps. What a reload is made of, and what it does, is `shell::reload`.
+//! Owns the order of the steps. `crate::reload` prepares the change and `event_loop` applies it.
 
 use std::os::unix::fs::PermissionsExt;
 use std::sync::{Arc, PoisonError};
@@ -24,16 +24,16 @@ use crate::mailbox::client::{MailboxClient, NoAnswer};
 use crate::mailbox::hosts::Hosts;
 use crate::reload::prepare;
 
-/// Shared by everybody who can ask for a reload.
+/// Shared by all sources of reloads.
 pub(super) struct Reloader {
     mailbox: Arc<MailboxClient>,
     manager: ServiceManager,
     file_thread: FileThread,
     hosts: Hosts,
     listener: watch::Sender<Arc<UnixListener>>,
-    /// Held by the one that is under way.
+    /// Held during a reload.
     turn: Mutex<()>,
-    /// How the last one went.
+    /// The result of the last reload.
     last: std::sync::Mutex<LastReload>,
 }
 
@@ -47,7 +47,7 @@ impl Reloader {
         hosts: Hosts,
         listener: watch::Sender<Arc<UnixListener>>,
     ) -> Arc<Reloader> {
-        // What the dispatcher was started with was good.
+        // The dispatcher started, so its configuration is valid.
         let last = LastReload { successful: true, success_at: since_1970() };
         let (turn, last) = (Mutex::new(()), std::sync::Mutex::new(last));
         Arc::new(Reloader { mailbox, manager, file_thread, hosts, listener, turn, last })
@@ -57,23 +57,24 @@ impl Reloader {
         *self.last.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
-    /// Reloads whenever it is asked to, by somebody who does not wait. Asked several times meanwhile, once.
+    /// Reloads whenever `asked` is notified. Notifications during a reload cause one more reload.
     pub(super) async fn whenever(self: Arc<Reloader>, asked: Arc<Notify>) {
         loop {
             asked.notified().await;
-            // It is in the log, how it went.
+            // The log has the result.
             let _ = self.reload("SIGHUP").await;
         }
     }
 
-    /// Reads the configuration again and puts it into force. When this returns, it is, or nothing has changed.
+    /// Reads the configuration and applies it. When this returns, the new configuration is in
+    /// force, or nothing has changed.
     pub(super) async fn reload(self: &Arc<Reloader>, by: &str) -> Outcome {
         let _turn = self.turn.lock().await;
         log::info!("event=reloading by={by}");
         self.manager.tell_now(State::Reloading).await;
-        // Even if it fails or panics: the dispatcher serves as before.
+        // Also after a failure or a panic: the dispatcher serves as before.
         let ready = self.manager.ready_afterwards();
-        // In a task of its own, so that a panic ends no more than this reload.
+        // A separate task confines a panic to this reload.
         let reloader = Arc::clone(self);
         let outcome = match tokio::spawn(async move { reloader.carry_out().await }).await {
             Ok(outcome) => outcome,
@@ -96,7 +97,7 @@ impl Reloader {
 
     async fn carry_out(&self) -> Outcome {
         let now = self.mailbox.ask_for(Request::InForce, PATIENCE).await?;
-        // Files and name services may take their time; here nobody else waits for them.
+        // Files and name services may block; the file thread does not block others.
         let mut plan = match self.file_thread.run(move || prepare(&now)).await {
             Ok(Ok(plan)) => plan,
             Ok(Err(why)) => return Ok(Err(why)),
@@ -163,7 +164,7 @@ fn tell(by: &str, outcome: &Outcome) {
     }
 }
 
-/// In quotes, on one line: a mistake in a configuration has several.
+/// Quotes a text that has several lines, such as a mistake in a configuration, on one line.
 fn one_line(text: &str) -> Quoted<String> {
     quoted(text.lines().map(str::trim_end).collect::<Vec<_>>().join(" / "))
 }

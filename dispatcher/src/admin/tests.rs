@@ -1,4 +1,4 @@
-//! HTTP over a real Unix socket, with a thread that plays the hot one.
+//! HTTP over a real Unix socket, with a thread in place of the event loop.
 
 use std::io::{Read, Write};
 use std::os::unix::net::UnixStream;
@@ -22,13 +22,13 @@ mod refusals;
 
 const PATIENCE: Duration = Duration::from_secs(30);
 
-/// A side thread and a hot thread that answers only while `answering`.
+/// A side thread, and an event-loop thread that answers only while `answering` is set.
 struct Bench {
     directory: tempfile::TempDir,
     port: u16,
     answering: Arc<AtomicBool>,
     asked: Arc<AtomicUsize>,
-    /// Times the hot thread was woken.
+    /// Number of wake-ups of the event loop.
     woken: Arc<AtomicUsize>,
     end: Arc<AtomicBool>,
     hosts: Hosts,
@@ -76,7 +76,7 @@ impl Bench {
                             Request::Command { command, answer } => {
                                 let _ = answer.send(carried_out(&command));
                             }
-                            // Not asked for here.
+                            // These tests do not send the other requests.
                             Request::History { .. }
                             | Request::Explain { .. }
                             | Request::InForce(_)
@@ -94,7 +94,7 @@ impl Bench {
         self.directory.path().join("admin.sock")
     }
 
-    /// Sends bytes and reads until the other side closes.
+    /// Sends bytes and reads until the server closes.
     fn raw(&self, request: &str) -> String {
         let mut stream = self.open();
         stream.write_all(request.as_bytes()).expect("sent");
@@ -131,7 +131,7 @@ fn status(accepted: u64) -> Status {
     Status { version: "test".to_owned(), accepted, pools: vec![pool], ..Status::default() }
 }
 
-/// What the hot thread of this file does: it repeats what it heard, and knows no pool called `none`.
+/// The commands of this event loop: it returns the command as text, and has no pool called `none`.
 fn carried_out(command: &Command) -> Answer {
     match command {
         Command::Drain { target: Target::Pool(name), .. } if name == "none" => {
@@ -247,7 +247,7 @@ fn reads_of_all_kinds_are_one_question() {
             stream
         })
         .collect();
-    // One more, over a connection of its own, is late: by then all others are waiting.
+    // A further request on a new connection gets a timeout: all others are waiting by then.
     let error = client::get(&bench.path(), "/healthz", PATIENCE).expect_err("not healthy");
     assert!(matches!(error, ClientError::Busy(_)), "{error}");
     bench.answering.store(true, Ordering::SeqCst);
@@ -256,9 +256,9 @@ fn reads_of_all_kinds_are_one_question() {
         client.read_to_string(&mut answer).expect("an answer");
         assert!(answer.starts_with("HTTP/1.1 200 "), "{answer}");
     }
-    // One for all of them, and one of the other kind.
+    // One status request for all clients, and one request of the other kind.
     assert_eq!(bench.asked.load(Ordering::SeqCst), 2);
-    // And it can be asked again.
+    // The next request is answered again.
     client::get(&bench.path(), "/healthz", PATIENCE).expect("healthy");
 }
 
@@ -282,7 +282,8 @@ fn a_flood_of_questions_asks_the_hot_thread_seldom() {
         .collect();
     let answered: usize = floods.into_iter().map(|flood| flood.join().expect("no panic")).sum();
     let took = start.elapsed().as_millis() as usize;
-    // The status at most ten times in a second, whether it turns at most fifty times; each once more at the edges.
+    // At most ten status requests and fifty liveness requests per second; one more of each at both
+    // ends of the interval.
     let most = took / 100 + took / 20 + 4;
     let asked = bench.asked.load(Ordering::SeqCst);
     assert!(asked <= most, "{asked} questions in {took} ms, {answered} answers");
@@ -300,7 +301,7 @@ fn who_hangs_up_is_not_answered_and_what_is_late_is_not_done() {
             std::thread::sleep(Duration::from_millis(1));
         }
     };
-    // Each goes before it is answered, which is noticed when the next one has its turn.
+    // Each client disconnects before the answer; the server notices at the next request.
     for n in 0..10 {
         let mut stream = bench.open();
         let head = match n % 2 {
@@ -353,7 +354,7 @@ fn over_tcp_one_can_only_read() {
         assert!(answer.starts_with("HTTP/1.1 403 "), "{answer}");
         assert!(answer.contains("admin socket"), "{answer}");
     }
-    // A page from elsewhere, whose name has just become an address of this machine.
+    // A foreign web page whose name resolves to an address of this machine.
     for head in [
         "GET /v1/status HTTP/1.1\r\nHost: evil.example:9900",
         "GET /v1/status HTTP/1.1\r\nHost: localhost\r\nHost: evil.example",
@@ -365,7 +366,7 @@ fn over_tcp_one_can_only_read() {
             "{answer}"
         );
     }
-    // A health check, which has no name for this machine.
+    // A health check without a `Host` header.
     for path in ["/healthz", "/v1/status", "/metrics"] {
         let answer = bench_without_host(bench.port, path);
         assert!(answer.starts_with("HTTP/1.0 200 "), "{path}: {answer}");
@@ -396,7 +397,7 @@ fn a_page_in_a_browser_changes_nothing_and_reads_nothing_by_its_own_name() {
         ))
     };
     let here = "Host: 127.0.0.1:9900\r\n";
-    // What a form, or fetch with no-cors, of any page sends through a tunnel; also one that is open here by itself.
+    // A form or a no-cors fetch of a foreign page through a tunnel, and of a page of this machine.
     for by in [
         "Origin: https://evil.example\r\n",
         "Origin: null\r\n",
@@ -416,7 +417,7 @@ fn a_page_in_a_browser_changes_nothing_and_reads_nothing_by_its_own_name() {
         let answer = ask(method, "/v1/workers", "Host: evil.example:9900\r\n");
         assert!(answer.starts_with("HTTP/1.1 403 ") && answer.contains("Host"), "{answer}");
     }
-    // Whatever scripts call the socket, and no name at all, as of old.
+    // Any host name without a dot, and no host name.
     for host in
         ["Host: d\r\n", "Host: localhost\r\n", "Host: dispatcher\r\n", "Host: 10.0.0.7:80\r\n"]
     {
@@ -430,9 +431,9 @@ fn a_page_in_a_browser_changes_nothing_and_reads_nothing_by_its_own_name() {
 #[test]
 fn there_is_room_again_after_idle_clients() {
     let bench = Bench::new();
-    // As many as one user may have, and more, which are closed at once.
+    // The most connections of one client, and more, which are closed at once.
     let idle: Vec<UnixStream> = (0..http::MAX_CONNECTIONS).map(|_| bench.open()).collect();
-    // Until the idle ones are cut off.
+    // Until the server closes the idle connections.
     let start = Instant::now();
     while client::get(&bench.path(), "/healthz", PATIENCE).is_err() {
         assert!(start.elapsed() < PATIENCE, "they are cut off");
@@ -447,7 +448,7 @@ fn nobody_there() {
     let path = directory.path().join("admin.sock");
     let error = client::get(&path, "/healthz", PATIENCE).expect_err("no file");
     assert!(matches!(error, ClientError::NotRunning(..)), "{error}");
-    // A file that is left over from a process that is gone.
+    // A socket file that a dead process has left.
     drop(UnixListener::bind(&path).expect("a socket"));
     let error = client::get(&path, "/healthz", PATIENCE).expect_err("a stale file");
     assert!(matches!(error, ClientError::NotRunning(..)), "{error}");
@@ -458,7 +459,7 @@ fn somebody_else_there() {
     let directory = tempfile::tempdir().expect("a directory");
     let path = directory.path().join("admin.sock");
     let listener = UnixListener::bind(&path).expect("a socket");
-    // Accepted by the kernel, answered by nobody.
+    // The kernel accepts the connection, but no process answers.
     let error = client::get(&path, "/healthz", Duration::from_millis(50)).expect_err("no answer");
     assert!(matches!(error, ClientError::Timeout(_)), "{error}");
     let other = std::thread::spawn(move || {

@@ -68,7 +68,7 @@ impl Action {
                 let weight = valid.ok_or_else(|| {
                     let message = format!("a weight is from 1 to 65535, not {weight}");
                     CommandError::new(Problem::Invalid, message)
-                        .hint("to give a worker nothing, drain it")
+                        .hint("to stop new connections, drain the worker")
                 })?;
                 Command::Weight { target, weight }
             }

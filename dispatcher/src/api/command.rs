@@ -1,6 +1,7 @@
-//! What an operator can tell the dispatcher to do, the answers, and how a worker is named.
+//! The commands of an operator, their errors, and the names of workers.
 //!
-//! Owns the vocabulary that HTTP, the CLI and the hot thread share. Carries nothing out: `event_loop/command.rs` does.
+//! These types are shared by HTTP, the client commands and the event loop. `event_loop/command.rs`
+//! carries the commands out.
 
 use dispatch_protocol::wire::is_hidden;
 use std::fmt;
@@ -12,79 +13,79 @@ use strsim::damerau_levenshtein;
 
 use super::action::Outcome;
 
-/// One thing for the hot thread to do.
+/// A command for the event loop.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub enum Command {
-    /// Give these workers no new connections.
+    /// Stop new connections to workers.
     Drain {
-        /// Which.
+        /// The workers.
         target: Target,
-        /// After this long, what they still have is ended.
+        /// After this time the workers end their remaining connections.
         deadline: Option<Duration>,
     },
-    /// Give these workers connections again.
+    /// Send new connections to workers again.
     Resume {
-        /// Which.
+        /// The workers.
         target: Target,
     },
-    /// Give these workers another share of new connections.
+    /// Change the share of new connections.
     Weight {
-        /// Which.
+        /// The workers.
         target: Target,
-        /// Relative to others, from 1 on.
+        /// Relative to other workers, at least 1.
         weight: u16,
     },
-    /// Run so many of a pool's processes.
+    /// Change the number of processes of a pool.
     Scale {
-        /// Which pool.
+        /// The pool.
         pool: String,
-        /// How many.
+        /// The number.
         wanted: Wanted,
     },
 }
 
-/// How many processes.
+/// A number of processes.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Wanted {
-    /// So many.
+    /// Exactly this many.
     So(u32),
-    /// So many more, or fewer.
+    /// This many more, or fewer if negative.
     By(i32),
 }
 
-/// What a command answers when it was carried out.
+/// The answer to a command.
 pub type Answer = Result<Outcome, CommandError>;
 
-/// Which workers a command is about.
+/// The workers that a command applies to.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub enum Target {
-    /// This one.
+    /// One worker.
     Worker(WorkerRef),
-    /// All that are in this pool now.
+    /// All current workers of a pool.
     Pool(String),
-    /// All there are now.
+    /// All current workers.
     All,
 }
 
-/// Why a command was not carried out, by what one would do about it.
+/// The reason why a command failed, by what the caller can do about it.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(rename_all = "snake_case")]
 pub enum Problem {
-    /// Nothing has this name.
+    /// No worker, pool or path has this name.
     NotFound,
-    /// Several things have this name.
+    /// Several workers have this name.
     Ambiguous,
-    /// The command makes no sense as it is.
+    /// The command is malformed.
     Invalid,
-    /// It makes sense, but not for this one, or not now.
+    /// The command does not apply to this worker or pool, or not now.
     Conflict,
     /// The configuration has a mistake.
     Config,
-    /// Who asks may not, or not this way.
+    /// The client may not do this, or not over this socket.
     Forbidden,
-    /// The path is there, and cannot be asked like this.
+    /// The path does not support the method.
     Method,
-    /// What was sent is longer than anything that belongs there.
+    /// The request is too long.
     TooLarge,
     /// The dispatcher is busy or stopping.
     Unavailable,
@@ -94,26 +95,26 @@ pub enum Problem {
     Internal,
 }
 
-/// Why a command was not carried out. Over HTTP: `{"problem": …, "error": …, "hint": …}`.
+/// A failed command. Over HTTP: `{"problem": …, "error": …, "hint": …}`.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
 pub struct CommandError {
-    /// For programs.
+    /// The kind, for programs.
     pub problem: Problem,
-    /// What was wrong.
+    /// The error message.
     #[serde(rename = "error")]
     pub message: String,
-    /// What to do about it.
+    /// A hint how to correct it.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub hint: Option<String>,
 }
 
 impl CommandError {
-    /// Without a hint.
+    /// An error without a hint.
     pub fn new(problem: Problem, message: impl Into<String>) -> CommandError {
         CommandError { problem, message: message.into(), hint: None }
     }
 
-    /// With one.
+    /// Adds a hint.
     #[must_use]
     pub fn hint(mut self, hint: impl Into<String>) -> CommandError {
         self.hint = Some(hint.into());
@@ -133,23 +134,24 @@ impl fmt::Display for CommandError {
 
 impl std::error::Error for CommandError {}
 
-/// How people name a worker: by its id, or as `POOL/NAME`.
+/// A reference to a worker in a command: its id, or `POOL/NAME`.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub enum WorkerRef {
-    /// The id the status shows.
+    /// The id in the status.
     Id(u64),
-    /// The same, and which start of the dispatcher gave it: `ID@INSTANCE`. Another one gives the same ids to others.
+    /// The id together with the instance of the dispatcher: `ID@INSTANCE`. Another instance assigns
+    /// the same ids to other workers.
     IdOf {
         /// The id.
         id: u64,
-        /// What the status calls `instance`.
+        /// `instance` of the status.
         instance: String,
     },
-    /// Names need not be unique; then only the id will do.
+    /// The name. Names need not be unique; if they are not, only the id works.
     Named {
-        /// Its pool.
+        /// The pool.
         pool: String,
-        /// The name it gave itself.
+        /// The name that the worker gave itself.
         name: String,
     },
 }
@@ -193,11 +195,11 @@ impl fmt::Display for WorkerRef {
 }
 
 impl WorkerRef {
-    /// The one of `workers` (id, pool, name) that is meant, at the dispatcher `current`.
+    /// Finds the worker among `workers` (id, pool, name) of the dispatcher instance `current`.
     ///
     /// # Errors
-    /// [`Problem::NotFound`] with the nearest name, [`Problem::Ambiguous`] with the ids, or [`Problem::Conflict`] for an id
-    /// that another instance has given.
+    /// [`Problem::NotFound`] with the nearest name, [`Problem::Ambiguous`] with the ids, or
+    /// [`Problem::Conflict`] for an id of another instance.
     pub fn resolve<'a>(
         &self,
         current: &str,
@@ -254,7 +256,7 @@ impl WorkerRef {
     }
 }
 
-/// No such pool; with the nearest one of those there are.
+/// The error for an unknown pool, with the nearest existing name.
 pub fn unknown_pool<'a>(wanted: &str, pools: impl Iterator<Item = &'a str>) -> CommandError {
     let known: Vec<String> = pools.map(str::to_owned).collect();
     let all = match known.len() {
@@ -281,7 +283,7 @@ fn not_found(
     })
 }
 
-/// A name from outside, for a message.
+/// Shortens an untrusted name and replaces its control characters, for a message.
 fn shown(text: &str) -> String {
     text.chars().take(128).map(|c| if is_hidden(c) { '\u{fffd}' } else { c }).collect()
 }

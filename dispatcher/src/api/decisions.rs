@@ -1,7 +1,8 @@
-//! The JSON of decisions: what `GET /v1/pools/NAME/history` and `/explain` answer, and the commands of these names read.
+//! The JSON of decisions: the answers of `GET /v1/pools/NAME/history` and `/explain`, which the
+//! commands of the same names read.
 //!
-//! Owns field names and how moments, addresses and keys are written. Field names are stable. The hot thread only hands
-//! out what it has ([`Past`], [`Next`]); writing it down is the side thread's work.
+//! Owns field names and the formats of times, addresses and keys. Field names are stable. The event
+//! loop returns raw data ([`Past`], [`Next`]); the side thread formats it.
 
 use std::sync::Arc;
 use std::time::SystemTime;
@@ -10,14 +11,14 @@ use serde::{Deserialize, Serialize};
 
 use dispatcher_core::{Decision, Explanation, Time};
 
-/// What the hot thread tells of a pool's past.
+/// The raw data of a pool's last decisions.
 #[derive(Clone, Debug)]
 pub struct Past {
-    /// The pool's policy.
+    /// The policy of the pool.
     pub policy: &'static str,
-    /// How many decisions are kept.
+    /// Number of decisions that are kept.
     pub size: u32,
-    /// Which moment of the decisions' clock is which of the wall's.
+    /// One instant in the clock of the decisions and in wall-clock time, for conversion.
     pub clock: (Time, SystemTime),
     /// By position.
     pub listeners: Vec<String>,
@@ -25,12 +26,12 @@ pub struct Past {
     pub decisions: Vec<Arc<Decision>>,
 }
 
-/// What the hot thread tells of a pool's next decision.
+/// The raw data of a pool's next decision.
 #[derive(Clone, Debug)]
 pub struct Next {
-    /// The pool's policy.
+    /// The policy of the pool.
     pub policy: &'static str,
-    /// Which moment of the decision's clock is which of the wall's.
+    /// One instant in the clock of the decision and in wall-clock time, for conversion.
     pub clock: (Time, SystemTime),
     /// The decision.
     pub explanation: Explanation,
@@ -41,9 +42,9 @@ pub struct Next {
 pub struct History {
     /// The pool.
     pub pool: String,
-    /// Its policy.
+    /// The policy of the pool.
     pub policy: String,
-    /// How many decisions are kept; 0 if none are.
+    /// Number of decisions that are kept; 0 if none are.
     pub size: u32,
     /// Oldest first.
     pub decisions: Vec<Decided>,
@@ -52,56 +53,57 @@ pub struct History {
 /// One decision.
 #[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
 pub struct Decided {
-    /// Counts the pool's decisions from 1; `null` for one that was only asked for.
+    /// Number within the pool, from 1; `null` for an explanation.
     pub number: Option<u64>,
-    /// When, in UTC.
+    /// Time in UTC.
     pub at: String,
-    /// The connection's number.
+    /// Number of the connection.
     pub connection: Option<u64>,
-    /// The listener it came through.
+    /// The listener of the connection.
     pub listener: Option<String>,
-    /// Where it came from: address and port, or `unix`.
+    /// Address and port of the client, or `unix`.
     pub from: String,
-    /// What the client is known by, in hexadecimal.
+    /// Affinity key of the client, in hexadecimal.
     pub key: Option<String>,
-    /// Whether it was sent to another worker before.
+    /// Whether the connection was sent to another worker before.
     pub resent: bool,
-    /// The id of the worker that was chosen.
+    /// The id of the chosen worker.
     pub chosen: Option<u64>,
-    /// Workers that were looked at, the chosen one first.
+    /// The considered workers, the chosen one first.
     pub candidates: Vec<Considered>,
-    /// How many more workers there were.
+    /// Number of further workers.
     pub left_out: usize,
 }
 
-/// A worker in a decision, before it got the connection.
+/// A worker in a decision, in its state before the decision.
 #[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
 pub struct Considered {
-    /// Its id.
+    /// The id.
     pub id: u64,
-    /// Its name.
+    /// The name.
     pub name: String,
     /// Live connections, untaken ones included.
     pub load: u64,
-    /// Its weight, less than it was given while it starts slowly.
+    /// The effective weight: lower than the configured one during slow start.
     pub weight: f64,
-    /// The number the policy compared, if it compares numbers.
+    /// The number that the policy compared, if it compares numbers.
     pub score: Option<f64>,
-    /// Why it was chosen or passed over.
+    /// Why the worker was or was not chosen.
     pub why: String,
-    /// With the policy `least-score`: which gauge kept it out, such as `gauge queue_wait stale: set 7s ago`.
+    /// With the policy `least-score`: the gauge that excluded the worker, such as `gauge queue_wait
+    /// stale: set 7s ago`.
     #[serde(default)]
     pub gauge: Option<String>,
 }
 
-/// What would become of the next connection.
+/// The decision for the next connection.
 #[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
 pub struct Explained {
     /// The pool.
     pub pool: String,
-    /// Its policy.
+    /// The policy of the pool.
     pub policy: String,
-    /// Why it would be sent to nobody now; `null` if it would.
+    /// Why the connection would not be sent now; `null` if it would.
     pub obstacle: Option<String>,
     /// The decision.
     #[serde(flatten)]
@@ -109,7 +111,7 @@ pub struct Explained {
 }
 
 impl Past {
-    /// As an answer.
+    /// Formats the answer.
     pub fn write(&self, pool: String) -> History {
         let decisions = self.decisions.iter();
         History {
@@ -122,7 +124,7 @@ impl Past {
 }
 
 impl Next {
-    /// As an answer.
+    /// Formats the answer.
     pub fn write(&self, pool: String) -> Explained {
         let decision = Decided::write(&self.explanation.decision, self.clock, &[]);
         Explained {

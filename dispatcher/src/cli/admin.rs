@@ -101,8 +101,8 @@ fn from_file(source: UnixSource, file: &Path) -> Result<Place, Failure> {
         UnixSource::Systemd(name) => Err(Failure::new(
             Exit::Usage,
             format!(
-                "{}: the admin socket is made by systemd as {name}, so only systemd knows its path: \
-                 give it with --admin PATH",
+                "{}: systemd creates the admin socket as {name}, and only systemd knows its path: \
+                 set it with --admin PATH",
                 file.display()
             ),
         )),
@@ -163,15 +163,21 @@ fn failure(error: &ClientError, place: &Place) -> Failure {
     match error {
         ClientError::NotRunning(..) if place.unsaid.is_some() => {
             let mistake = place.unsaid.as_deref().unwrap_or_default();
-            let hint = "it may say where the admin socket is: mend it, or name the socket with --admin PATH";
-            Failure::new(Exit::Config, format!("{mistake}\nnobody listens; {tried}\nhelp: {hint}"))
+            let hint =
+                "the file may contain admin_socket: correct it, or set the path with --admin PATH";
+            Failure::new(
+                Exit::Config,
+                format!("{mistake}\nno process listens there; {tried}\nhelp: {hint}"),
+            )
         }
         ClientError::NotRunning(..) => {
             Failure::new(Exit::Unavailable, format!("is the dispatcher running? {tried}: {error}"))
         }
         ClientError::Permission(_) => Failure::new(
             Exit::NoPermission,
-            format!("{error} ({tried}): become its user, or see admin_socket_mode"),
+            format!(
+                "{error} ({tried}): run the command as the dispatcher's user, or see admin_socket_mode"
+            ),
         ),
         ClientError::Timeout(_) | ClientError::Busy(_) => {
             Failure::new(Exit::TempFail, format!("{error} ({tried})"))

@@ -125,7 +125,7 @@ fn summary(config: &Config) -> String {
         };
     }
     if let Some(address) = config.admin_http {
-        let _ = writeln!(text, "admin_http: {address}, only for reading");
+        let _ = writeln!(text, "admin_http: {address}, read-only");
     }
     text
 }

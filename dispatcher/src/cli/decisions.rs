@@ -16,15 +16,15 @@ use crate::api::decisions::{Considered, Decided, Explained, History};
 pub(super) const HISTORY_EXAMPLES: &str = "\
 Examples:
   dispatcher history web                  the last decisions of pool web
-  dispatcher history web --follow         and all that come, until Ctrl-C
+  dispatcher history web --follow         the same and all new ones, until Ctrl-C
   dispatcher history web --json | jq '.decisions[-1].candidates'
 
-A pool keeps its decisions if the configuration says how many: history = 100";
+A pool keeps decisions only if the configuration sets their number: history = 100";
 
 pub(super) const EXPLAIN_EXAMPLES: &str = "\
 Examples:
-  dispatcher explain web                        who gets the next connection of pool web?
-  dispatcher explain web --from 192.0.2.7       of a client at this address
+  dispatcher explain web                        which worker gets the next connection of pool web?
+  dispatcher explain web --from 192.0.2.7       from a client at this address
   dispatcher explain web --json | jq .chosen";
 
 /// Names are not cut to fewer characters than this.
@@ -93,7 +93,10 @@ fn follow(place: &Place, path: &str, json: bool) -> Result<(), Failure> {
             let text = if json {
                 serde_json::to_string(decided).unwrap_or_default() + "\n"
             } else if missed > 0 && !first {
-                format!("({missed} were gone before they could be read)\n{}", decision(decided))
+                format!(
+                    "({missed} were discarded before they could be read)\n{}",
+                    decision(decided)
+                )
             } else {
                 decision(decided)
             };
@@ -112,7 +115,7 @@ fn follow(place: &Place, path: &str, json: bool) -> Result<(), Failure> {
 fn past(history: &History) -> String {
     if history.size == 0 {
         return format!(
-            "pool {pool} keeps no decisions: set history = 100, say, in [pool.{pool}]\n",
+            "pool {pool} keeps no decisions: set a number, such as history = 100, in [pool.{pool}]\n",
             pool = clean(&history.pool)
         );
     }
@@ -131,7 +134,7 @@ fn decision(decided: &Decided) -> String {
         clean(decided.listener.as_deref().unwrap_or("?")),
         clean(&decided.from),
         key(decided),
-        if decided.resent { " (again)" } else { "" },
+        if decided.resent { " (resent)" } else { "" },
         chosen(decided),
     );
     text.push_str(&candidates(decided, width()));
@@ -146,7 +149,7 @@ fn chosen(decided: &Decided) -> String {
     let worker = |c: &&Considered| Some(c.id) == decided.chosen;
     match decided.candidates.iter().find(worker) {
         Some(worker) => format!("worker {} ({})", worker.id, clean(&worker.name)),
-        None => "nobody".to_owned(),
+        None => "no worker".to_owned(),
     }
 }
 
@@ -203,12 +206,12 @@ fn next(explained: &Explained) -> String {
     let mut text = match obstacle.as_deref() {
         None => format!("goes to {}", chosen(decision)),
         Some("refusing") => {
-            "is turned away: there has been no worker for wait_for_worker".to_owned()
+            "is refused: there has been no usable worker for wait_for_worker".to_owned()
         }
         Some("stopping") => "is not accepted any more: the dispatcher is stopping".to_owned(),
         Some("no-worker") => "waits: there is no worker".to_owned(),
         Some("back-pressure") => "waits: no worker has room".to_owned(),
-        Some("queue") => format!("waits behind others, then goes to {}", chosen(decision)),
+        Some("queue") => format!("waits in the queue, then goes to {}", chosen(decision)),
         Some(other) => format!("waits: {}", clean(other)),
     };
     text = format!(
@@ -218,7 +221,7 @@ fn next(explained: &Explained) -> String {
         clean(policy)
     );
     if policy == "hash" && decision.key.is_none() {
-        text.push_str("(of a client without a key; --from IP says which client)\n");
+        text.push_str("(for a client without a key; --from IP sets the client)\n");
     }
     text.push_str(&candidates(decision, width()));
     text
@@ -255,7 +258,7 @@ mod tests {
     fn a_decision_is_a_head_and_a_line_for_each_worker() {
         assert_eq!(
             decision(&decided()),
-            "#12 2026-01-02T03:04:05.678Z http from 192.0.2.7:4711 key 00000000000000ff (again) -> worker 3 (web-1)\n    \
+            "#12 2026-01-02T03:04:05.678Z http from 192.0.2.7:4711 key 00000000000000ff (resent) -> worker 3 (web-1)\n    \
              3 (web-1)   load     4  weight      1  score     5.00  chosen\n    \
              10 (web\u{fffd}2)  load     4  weight      1  score        -  full\n    \
              and 7 more workers\n"
@@ -266,7 +269,7 @@ mod tests {
     fn nothing_kept_says_what_to_do() {
         let mut history =
             History { pool: "web".to_owned(), policy: String::new(), size: 0, decisions: vec![] };
-        assert!(past(&history).contains("set history = 100, say, in [pool.web]"));
+        assert!(past(&history).contains("set a number, such as history = 100, in [pool.web]"));
         history.size = 5;
         assert_eq!(past(&history), "no decisions yet\n");
     }
@@ -287,7 +290,7 @@ mod tests {
             )
         );
         explained.decision.key = None;
-        assert!(next(&explained).contains("--from IP says which client"));
+        assert!(next(&explained).contains("--from IP sets the client"));
         explained.obstacle = Some("back-pressure".to_owned());
         assert!(head(&explained).is_some_and(|head| head.contains("waits: no worker has room")));
         explained.obstacle = Some("short-of-resources".to_owned());

@@ -11,16 +11,20 @@ use super::{DemoArgs, Exit, Failure, print, run};
 use crate::config::Config;
 
 pub(super) fn demo(arguments: &DemoArgs) -> Result<(), Failure> {
-    let directory = Directory::new()
-        .map_err(|error| Failure::new(Exit::CantCreate, format!("a directory: {error}")))?;
+    let directory = Directory::new().map_err(|error| {
+        Failure::new(Exit::CantCreate, format!("the temporary directory: {error}"))
+    })?;
     let admin = match &arguments.admin {
         Some(path) => path.clone(),
         None => directory.path.join("admin.sock"),
     };
     let program = std::env::current_exe()
-        .map_err(|error| Failure::new(Exit::OsErr, format!("our own path: {error}")))?;
+        .map_err(|error| Failure::new(Exit::OsErr, format!("the path of this program: {error}")))?;
     let program = program.to_str().map(str::to_owned).ok_or_else(|| {
-        Failure::new(Exit::OsErr, format!("our own path is not UTF-8: {}", program.display()))
+        Failure::new(
+            Exit::OsErr,
+            format!("the path of this program is not UTF-8: {}", program.display()),
+        )
     })?;
     let config = Config::demo(
         arguments.listen,

@@ -14,9 +14,9 @@ use crate::api::command::{CommandError, WorkerRef};
 pub(super) const DRAIN_EXAMPLES: &str = "\
 Examples:
   dispatcher drain 3                             worker 3 gets no new connections
-  dispatcher drain web/web-1 --deadline 30s      and what it has after 30 s is ended
-  dispatcher drain --pool web --wait             until its workers have none left
-  dispatcher resume web/web-1                    it gets connections again";
+  dispatcher drain web/web-1 --deadline 30s      connections that remain after 30 s are ended
+  dispatcher drain --pool web --wait             wait until its workers have no connections
+  dispatcher resume web/web-1                    new connections again";
 
 pub(super) const RESUME_EXAMPLES: &str = "\
 Examples:

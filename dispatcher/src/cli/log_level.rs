@@ -9,12 +9,12 @@ use crate::api::log_level::{LogLevel, SetLogLevel};
 
 pub(super) const EXAMPLES: &str = "\
 Examples:
-  dispatcher log-level                            how much is logged now
-  dispatcher log-level debug                      more, from now on
+  dispatcher log-level                            show the level
+  dispatcher log-level debug                      log more
   dispatcher log-level --json | jq -r .level
 
-It holds until it is changed again, until the next reload, which brings the configuration's log_level back (unless
-DISPATCHER_LOG is set for the dispatcher), or until it ends.";
+The level applies until it is changed, until the next reload, which restores log_level of the configuration (unless
+DISPATCHER_LOG is set for the dispatcher), or until the dispatcher ends.";
 
 #[derive(Debug, Args)]
 pub(super) struct LogLevelArgs {

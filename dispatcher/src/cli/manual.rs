@@ -22,7 +22,7 @@ Examples:
   dispatcher completions zsh > \"${fpath[1]}/_dispatcher\"
   dispatcher completions fish > ~/.config/fish/completions/dispatcher.fish
 
-It completes commands and options, and the names of workers and pools that the running dispatcher knows.";
+The script completes commands, options, and the names of workers and pools of the running dispatcher.";
 
 pub(super) const MAN_EXAMPLES: &str = "\
 Examples:

@@ -41,27 +41,27 @@ use crate::api::command::CommandError;
 const EXAMPLES: &str = "\
 Examples:
   dispatcher demo                          four workers on http://127.0.0.1:8080/, no configuration
-  dispatcher check FILE                    is this configuration good?
+  dispatcher check FILE                    check a configuration
   dispatcher run --config FILE             serve
-  dispatcher status                        who has how many connections?
-  dispatcher status --json                 the same for programs
+  dispatcher status                        state, load and counters of workers
+  dispatcher status --json                 the same as JSON
   dispatcher top                           the same as a live screen
-  dispatcher workers                       who is there?
+  dispatcher workers                       list the workers
   dispatcher drain web/web-1               no new connections for this worker
-  dispatcher weight web/web-1 3            it gets three times what others get
-  dispatcher scale web +1                  one more of the processes that it starts
-  dispatcher reload                        the configuration has changed
-  dispatcher explain web                   who gets the next connection, and why?
-  dispatcher history web --follow          who got the last ones, and why?
-  dispatcher log-level debug               log more, for now
+  dispatcher weight web/web-1 3            three times the connections of others
+  dispatcher scale web +1                  one more process
+  dispatcher reload                        reload the configuration
+  dispatcher explain web                   which worker gets the next connection, and why
+  dispatcher history web --follow          the last decisions, and new ones
+  dispatcher log-level debug               log more until the next reload
 
 Environment:
   DISPATCHER_LOG     what `run` and `demo` log: error, warn, info (default), debug, trace
   DISPATCHER_ADMIN   the admin socket of the dispatcher to ask
 
-Exit codes are those of sysexits.h: 0 done, 64 wrong usage, 65 not possible for this one, 66 no such worker or pool, 69 not running (`run`: running already), 71 the system is short of something, 73 a socket or file cannot be made, 74 input or output failed, 75 try again, 76 not a dispatcher of this version, 77 not permitted, 78 bad configuration.
+Exit codes are those of sysexits.h: 0 done, 64 wrong usage, 65 not possible for this worker or pool, 66 no such worker or pool, 69 not running (`run`: running already), 71 out of a system resource, 73 a socket or file cannot be created, 74 input or output failed, 75 try again, 76 not a dispatcher of this version, 77 not permitted, 78 bad configuration.
 
-With --json a command that fails prints {\"problem\", \"error\", \"hint\"} on stdout, and the same for people on stderr.";
+With --json a command that fails prints {\"problem\", \"error\", \"hint\"} on stdout, and a message on stderr.";
 
 /// Balances TCP connections across the worker processes of one host.
 #[derive(Debug, Parser)]
@@ -246,7 +246,7 @@ pub fn main() -> ExitCode {
     if let Some(shell) = std::env::var_os(complete::VARIABLE).filter(|shell| !shell.is_empty()) {
         return complete::complete(&shell, std::env::args_os().collect()).into();
     }
-    // Signals must be blocked before other threads start. Client commands keep the default signal
+    // Signal handlers are set before any step that may block. Client commands keep the default
     // actions.
     let serves = std::env::args_os().nth(1).is_some_and(|word| word == "run" || word == "demo");
     if serves && let Err(error) = crate::signals::prepare() {

@@ -11,16 +11,16 @@ use crate::api::reload::{ReloadRequest, Reloaded};
 
 pub(super) const EXAMPLES: &str = "\
 Examples:
-  dispatcher check && dispatcher reload      look first, then put it into force
+  dispatcher check && dispatcher reload      check the file, then reload it
   dispatcher reload --json | jq .needs_restart
 
-It returns once the new configuration is in force, or has been refused: then nothing has changed, the mistake is shown
-as by `dispatcher check`, and the exit code is 78. `systemctl reload dispatcher` and SIGHUP do the same; what came of
-it is in the log too. The file is the one the dispatcher was started with.
+The command returns when the new configuration is in force or has been refused. After a refusal nothing has changed, the
+mistake is shown as by `dispatcher check`, and the exit code is 78. `systemctl reload dispatcher` and SIGHUP do the same;
+the result is also in the log. The dispatcher reads the file that it was started with.
 
-dispatch_socket, admin_socket and admin_http, and how a listener's address is bound (ipv6_only, reuse_port, free_bind),
-stay as they are until a restart; if they differ it says so, and everything else is put into force. The dispatcher then
-still listens on its old admin socket: --admin PATH or DISPATCHER_ADMIN name it.";
+Some keys need a restart: dispatch_socket, admin_socket, admin_http, and the keys that decide how a listener is bound
+(ipv6_only, reuse_port, free_bind). If they differ, the command lists them; all other changes are in force. The
+dispatcher still listens on its old admin socket: set its path with --admin PATH or DISPATCHER_ADMIN.";
 
 /// Name services and slow disks may delay a reload.
 const PATIENCE: Duration = Duration::from_secs(60);
@@ -57,7 +57,9 @@ fn ask(arguments: &AdminArgs) -> Result<Reloaded, Failure> {
             answer => return answer,
         }
     }
-    let mut failure = first.unwrap_or_else(|| Failure::new(Exit::Unavailable, "nowhere to ask"));
+    let mut failure = first.unwrap_or_else(|| {
+        Failure::new(Exit::Unavailable, "there is no admin socket to connect to")
+    });
     if places.iter().any(admin::Place::is_of_a_file) {
         failure.message += MOVED;
     }
@@ -65,7 +67,7 @@ fn ask(arguments: &AdminArgs) -> Result<Reloaded, Failure> {
 }
 
 /// A running dispatcher listens at the path that the file had when the dispatcher was started.
-const MOVED: &str = "\nhelp: if admin_socket was changed in the file since it was started, give the old one with --admin PATH";
+const MOVED: &str = "\nhelp: if admin_socket in the file has changed since the dispatcher was started, set the old path with --admin PATH";
 
 fn texts(list: &[String]) -> impl Iterator<Item = String> + '_ {
     // `clean` would replace the ends of the lines.
@@ -88,7 +90,7 @@ fn summary(answer: &Reloaded) -> String {
         text.push_str("nothing has changed\n");
     }
     for what in texts(&answer.needs_restart) {
-        let _ = writeln!(text, "needs a restart, and is as before: {what}");
+        let _ = writeln!(text, "needs a restart, not changed: {what}");
     }
     text
 }
@@ -109,7 +111,7 @@ mod tests {
         assert_eq!(
             summary(&answer),
             "/etc/d.toml: in force\nnew: pool b\nnew: listener b\nchanged: limits\n\
-             needs a restart, and is as before: admin_http\n"
+             needs a restart, not changed: admin_http\n"
         );
         let nothing = Reloaded { file: "f".to_owned(), ..Reloaded::default() };
         assert_eq!(summary(&nothing), "f: in force\nnothing has changed\n");

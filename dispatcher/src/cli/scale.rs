@@ -10,11 +10,11 @@ use crate::api::command::Wanted;
 
 pub(super) const EXAMPLES: &str = "\
 Examples:
-  dispatcher scale jobs 8       eight processes
+  dispatcher scale jobs 8       8 processes
   dispatcher scale jobs +1      one more
-  dispatcher scale jobs -1      one fewer: the last one is drained, and ends with its last connection
+  dispatcher scale jobs -1      one fewer: the last process is drained and ends after its last connection
 
-It holds until the next reload or restart: then the configuration's `processes` counts again.";
+The number applies until the next reload or restart, which restores `processes` of the configuration.";
 
 #[derive(Debug, Args)]
 pub(super) struct ScaleArgs {

@@ -98,13 +98,13 @@ pub(super) fn table(status: &Status, faults: usize, width: usize) -> String {
     }
     for file in &status.socket_files_missing {
         let line = format!(
-            "socket file missing: {} {} (dispatcher reload makes it again)",
+            "socket file missing: {} {} (dispatcher reload creates it again)",
             file.socket, file.path
         );
         text.push_str(&wrap(&clean(&line), "", width));
     }
     if status.meters.log_lines_dropped > 0 {
-        let _ = writeln!(text, "log lines left out: {}", status.meters.log_lines_dropped);
+        let _ = writeln!(text, "log lines dropped: {}", status.meters.log_lines_dropped);
     }
 
     let mut listeners = Table::new(&["LISTENER", "ADDRESS", "POOL", "STATE", "ACCEPTED"], 4);

@@ -41,9 +41,9 @@ impl Drained {
         Failure::new(
             exit,
             format!(
-                "the dispatcher {how} before it said that these workers had no connections left: {}\n\
+                "the dispatcher {how} before it reported that these workers had no connections left: {}\n\
                  help: a drain ends with the dispatcher; workers that join the next one are active there. \
-                 See who is there with `dispatcher workers`, and drain again",
+                 List the workers with `dispatcher workers`, and drain again",
                 names.join(", ")
             ),
         )
@@ -92,7 +92,7 @@ fn until_drained(
             .iter()
             .find(|(id, _)| there.get(id).is_some_and(|worker| worker.state != "draining"));
         if let Some((id, name)) = resumed {
-            let message = format!("worker {id} ({name}) was made active again meanwhile");
+            let message = format!("worker {id} ({name}) was resumed meanwhile");
             return Err(Failure::new(Exit::DataErr, message));
         }
         workers.retain(|id, _| match there.get(id) {
@@ -115,8 +115,8 @@ fn until_drained(
             return Err(Failure::new(
                 Exit::TempFail,
                 format!(
-                    "{connections} left after {waited}, at {}: what is left goes on; \
-                     wait longer with --timeout, or end it with --deadline",
+                    "{connections} left after {waited}, at {}: the remaining connections go on; \
+                     wait longer with --timeout, or end them with --deadline",
                     names.join(", ")
                 ),
             ));

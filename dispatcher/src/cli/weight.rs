@@ -9,11 +9,11 @@ use crate::api::command::WorkerRef;
 
 pub(super) const EXAMPLES: &str = "\
 Examples:
-  dispatcher weight web/web-1        which weight it has
-  dispatcher weight 3 10             worker 3 gets ten times what one with weight 1 gets
-  dispatcher weight web/web-1 1      back to what it was
+  dispatcher weight web/web-1        show the weight
+  dispatcher weight 3 10             worker 3 gets ten times the connections of a worker with weight 1
+  dispatcher weight web/web-1 1      back to the default
 
-The weight is the worker's until it leaves. To give it nothing at all: dispatcher drain";
+The weight applies until the worker leaves. To stop new connections: dispatcher drain";
 
 #[derive(Debug, Args)]
 pub(super) struct WeightArgs {
@@ -32,7 +32,9 @@ pub(super) struct WeightArgs {
 
 fn parse(text: &str) -> Result<u16, String> {
     match text.parse() {
-        Ok(0) => Err("a weight is at least 1; to give a worker nothing, drain it".to_owned()),
+        Ok(0) => {
+            Err("a weight is at least 1; to stop new connections, drain the worker".to_owned())
+        }
         Ok(weight) => Ok(weight),
         Err(_) => Err("a weight is a whole number from 1 to 65535".to_owned()),
     }

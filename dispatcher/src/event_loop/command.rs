@@ -66,7 +66,7 @@ impl EventLoop {
         let Some(processes) = valid else {
             let message = format!("a pool has 1 to {MAX_PROCESSES} processes, not {processes}");
             return Err(CommandError::new(Problem::Invalid, message)
-                .hint("to give its workers nothing, drain the pool"));
+                .hint("to stop new connections, drain the pool"));
         };
         self.core.scale(self.now, id, processes);
         log::info!("event=pool_scaled pool={name} processes={processes} before={before}");

@@ -1,4 +1,6 @@
-//! Asking the hot thread: many clients, at most one question and one command at a time, and neither too often.
+//! The client's end of the mailbox. It merges and paces the requests of many HTTP clients, so that
+//! the event loop has at most one status request, one liveness request and one other request at a
+//! time.
 
 use std::sync::mpsc::SyncSender;
 use std::sync::{Arc, Mutex, PoisonError};
@@ -13,35 +15,35 @@ use crate::api::status::Status;
 use crate::listen::files::SocketFiles;
 use crate::wake::Wake;
 
-/// The status is gathered at most ten times in a second.
+/// Shortest interval between two status requests.
 const STATUS_EVERY: Duration = Duration::from_millis(100);
 
-/// How often the hot thread is asked whether it turns, at most.
+/// Shortest interval between two liveness requests.
 const ALIVE_EVERY: Duration = Duration::from_millis(20);
 
-/// How often it is asked for anything else, at most.
+/// Shortest interval between other requests.
 const OTHERS_EVERY: Duration = Duration::from_millis(2);
 
-/// Why there is no answer.
+/// The reason why there is no answer.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(crate) enum NoAnswer {
-    /// The hot thread has too much else to answer, or has gone.
+    /// The mailbox is full, or the event loop has ended.
     Refused,
-    /// It did not answer in time.
+    /// The event loop did not answer in time.
     Late,
 }
 
-/// A question that all who ask it meanwhile share.
+/// A request whose answer is shared by all clients that wait for it.
 struct Question<T> {
     every: Duration,
     state: Mutex<Waiting<T>>,
 }
 
 struct Waiting<T> {
-    /// Who gets the answer to the question that is out, or about to be. Empty iff there is none. Bounded by the number of
-    /// HTTP connections: each waits for one answer, and those that gave up are removed.
+    /// The waiting clients; empty iff no request is pending. Bounded by the number of HTTP
+    /// connections: each waits for one answer, and clients that gave up are removed.
     askers: Vec<oneshot::Sender<T>>,
-    /// Not asked again before that.
+    /// Earliest time of the next request.
     next: Instant,
 }
 
@@ -54,7 +56,8 @@ impl<T: Clone + Send + 'static> Question<T> {
         self.state.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
-    /// Waits for the next answer. When the question is not out yet: from when on it may be asked.
+    /// Waits for the next answer. The first client gets the earliest time of the request and must
+    /// send it.
     fn join(&self) -> (oneshot::Receiver<T>, Option<Instant>) {
         let (sender, answer) = oneshot::channel();
         let mut state = self.lock();
@@ -64,24 +67,25 @@ impl<T: Clone + Send + 'static> Question<T> {
         (answer, first.then_some(state.next))
     }
 
-    /// It is asked now.
+    /// Marks the request as sent.
     fn asked(&self) {
         self.lock().next = Instant::now() + self.every;
     }
 
-    /// All who wait get the answer. Without one, dropping the senders says so.
+    /// Sends the answer to all waiting clients. Without an answer, the dropped senders signal the
+    /// failure.
     fn answer(&self, answer: Option<&T>) {
         let askers = std::mem::take(&mut self.lock().askers);
         for asker in askers {
             if let Some(answer) = answer {
-                // Nobody minds a client that has left.
+                // The client may have disconnected.
                 let _ = asker.send(answer.clone());
             }
         }
     }
 }
 
-/// A question that is out. However its task ends, the next client asks anew.
+/// A pending request. When its task ends for any reason, the next client can send a new one.
 struct Unanswered<'a, T: Clone + Send + 'static>(&'a Question<T>);
 
 impl<T: Clone + Send + 'static> Drop for Unanswered<'_, T> {
@@ -97,7 +101,7 @@ pub(crate) struct MailboxClient {
     files: SocketFiles,
     status: Question<Arc<Status>>,
     alive: Question<()>,
-    /// Held by the command that is out; not asked again before the time in it.
+    /// Locked while a request is pending; holds the earliest time of the next one.
     commands: tokio::sync::Mutex<Instant>,
 }
 
@@ -117,8 +121,8 @@ impl MailboxClient {
         })
     }
 
-    /// The status, gathered after this was called or about then: however many clients ask, the hot thread answers one
-    /// question at a time, and seldom. What takes long to say is said here.
+    /// The status, gathered at or after this call. The event loop handles one status request at a
+    /// time, at a limited rate, for any number of clients. The expensive part runs here.
     pub(crate) async fn status(
         self: &Arc<MailboxClient>,
         patience: Duration,
@@ -142,7 +146,7 @@ impl MailboxClient {
         in_time(patience, answer).await
     }
 
-    /// Whether the hot thread turns: it has nothing to gather for that.
+    /// Whether the event loop runs.
     pub(crate) async fn alive(
         self: &Arc<MailboxClient>,
         patience: Duration,
@@ -161,7 +165,7 @@ impl MailboxClient {
         in_time(patience, answer).await
     }
 
-    /// What came of a command. One that is late may still be carried out.
+    /// Sends a command. After [`NoAnswer::Late`] the command may still be carried out.
     pub(crate) async fn command(
         &self,
         command: Command,
@@ -170,8 +174,8 @@ impl MailboxClient {
         self.ask_for(|answer| Request::Command { command, answer }, patience).await
     }
 
-    /// The answer to any other request. One after the other: the next waits here, on this thread, so that the hot thread
-    /// has at most one to look at.
+    /// Sends any other request. Requests wait here for their turn, so the event loop has at most
+    /// one of them.
     pub(crate) async fn ask_for<T>(
         &self,
         request: impl FnOnce(oneshot::Sender<T>) -> Request,
@@ -186,7 +190,8 @@ impl MailboxClient {
         tokio::time::timeout(patience, exchange).await.unwrap_or(Err(NoAnswer::Late))
     }
 
-    /// Puts one request to the hot thread; `None` if it does not take it, or does not answer.
+    /// Puts one request into the mailbox; `None` if the mailbox is full or the event loop drops the
+    /// request.
     async fn put<T>(&self, request: impl FnOnce(oneshot::Sender<T>) -> Request) -> Option<T> {
         let (sender, answer) = oneshot::channel();
         self.requests.try_send(request(sender)).ok()?;

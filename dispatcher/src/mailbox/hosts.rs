@@ -1,14 +1,15 @@
-//! The names by which the admin interface may be asked over TCP.
+//! The host names that the admin interface accepts over TCP.
 
 use std::net::IpAddr;
 use std::sync::{Arc, PoisonError, RwLock};
 
-/// The host names by which this machine may be asked over TCP, besides `localhost` and its own name: `admin_http_hosts`.
+/// The names in `admin_http_hosts`, accepted in addition to `localhost` and the name of the
+/// machine.
 #[derive(Clone, Debug, Default)]
 pub struct Hosts(Arc<RwLock<Vec<String>>>);
 
 impl Hosts {
-    /// From now on it may be asked by these.
+    /// Replaces the names.
     pub fn set(&self, hosts: Vec<String>) {
         *self.0.write().unwrap_or_else(PoisonError::into_inner) = hosts;
     }
@@ -18,7 +19,8 @@ impl Hosts {
         hosts.iter().any(|host| host.eq_ignore_ascii_case(name))
     }
 
-    /// Whether a `Host` can be right: an address, which belongs to no page, or a name of this machine.
+    /// Whether a `Host` header is accepted: an address, which no web page can own, or a name of
+    /// this machine.
     pub(crate) fn allow(&self, host: &str) -> bool {
         let name = name_of(host).trim_end_matches('.');
         name.parse::<IpAddr>().is_ok()
@@ -28,13 +30,13 @@ impl Hosts {
     }
 }
 
-/// Whether `name` is the machine's name, with its domain or without.
+/// Whether `name` is the name of the machine, with or without its domain.
 pub(crate) fn is_own_name(name: &str, own: &str) -> bool {
     let short = own.split('.').next().unwrap_or(own);
     !name.is_empty() && (name.eq_ignore_ascii_case(own) || name.eq_ignore_ascii_case(short))
 }
 
-/// Without the port.
+/// The host without the port.
 pub(crate) fn name_of(host: &str) -> &str {
     match host.strip_prefix('[') {
         Some(rest) => rest.split(']').next().unwrap_or(rest),

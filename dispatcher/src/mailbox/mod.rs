@@ -1,6 +1,8 @@
-//! The mailbox between the event loop and the side thread: requests one way, answers and reports the other. Bounded.
+//! The bounded mailbox between the event loop and the side thread: requests in one direction,
+//! answers and reports in the other.
 //!
-//! [`Side`] is the event loop's end, [`client::MailboxClient`] the end of the HTTP interface and of reloads.
+//! [`Side`] is the end of the event loop; [`client::MailboxClient`] is the end of the HTTP
+//! interface and of reloads.
 
 pub(crate) mod client;
 
@@ -27,60 +29,61 @@ use hosts::Hosts;
 
 pub(crate) mod hosts;
 
-/// Starts the side thread: serves HTTP on the first socket, and on the second for reading only. It calls the last argument
-/// whenever there is something for the event loop.
+/// Starts the side thread, which serves HTTP on the first socket and read-only HTTP on the second.
+/// It calls the last argument when there is a new entry for the event loop.
 pub type StartSide = fn(UnixListener, Option<TcpListener>, Wake) -> io::Result<Side>;
 
-/// Most questions waiting for the hot thread. Status questions share one, so a few are plenty.
+/// Most requests in the mailbox. All status requests share one entry, so few are needed.
 pub(crate) const MAX_REQUESTS: usize = 16;
 
-/// How much longer than its timeout stopping may take: SIGKILL has to work, and be seen to.
+/// Extra time for a stop after its timeout, for SIGKILL to take effect and be noticed.
 const PROCESSES_END: Duration = Duration::from_secs(3);
 
-/// A question or command for the hot thread. Dropping it unanswered is fine: the client gets 503.
+/// A request to the event loop. If it is dropped without an answer, the client gets a 503 response.
 #[derive(Debug)]
 pub enum Request {
-    /// What is going on?
+    /// The status.
     Status(oneshot::Sender<Gathered>),
-    /// Does it turn?
+    /// An empty answer, as a sign of life.
     Alive(oneshot::Sender<()>),
-    /// Do this.
+    /// Carries out a command.
     Command {
-        /// What.
+        /// The command.
         command: Command,
-        /// What came of it.
+        /// The result.
         answer: oneshot::Sender<Answer>,
     },
-    /// Which configuration is in force?
+    /// The configuration in force.
     InForce(oneshot::Sender<Box<InForce>>),
-    /// Put this one into force.
+    /// Puts a new configuration into force.
     Reload {
-        /// What to do.
+        /// The changes.
         plan: Box<Plan>,
-        /// What was done.
+        /// The result.
         answer: oneshot::Sender<Result<Reloaded, CommandError>>,
     },
-    /// Who was chosen lately?
+    /// The last decisions of a pool.
     History {
-        /// In this pool.
+        /// The pool.
         pool: String,
-        /// After the decision with this number.
+        /// Only decisions with a higher number.
         after: u64,
         /// The decisions.
         answer: oneshot::Sender<Result<Past, CommandError>>,
     },
-    /// Who would get the next connection?
+    /// The next decision of a pool.
     Explain {
-        /// Of this pool.
+        /// The pool.
         pool: String,
-        /// Of a client from there.
+        /// The address of the assumed client.
         peer: dispatch_protocol::ClientAddr,
         /// The decision.
         answer: oneshot::Sender<Result<Next, CommandError>>,
     },
 }
 
-/// What the hot thread has gathered for a status: the rest is done where nobody waits.
+/// A function that completes a status. The event loop gathers the data; the rest of the work is
+/// done on the side thread.
 pub struct Gathered(pub Box<dyn FnOnce() -> Status + Send>);
 
 impl std::fmt::Debug for Gathered {
@@ -90,7 +93,7 @@ impl std::fmt::Debug for Gathered {
 }
 
 impl Request {
-    /// Whether nobody waits for the answer any more: a client hung up, or its time is over.
+    /// Whether no client waits for the answer any more, because of a disconnect or a timeout.
     fn is_given_up(&self) -> bool {
         match self {
             Request::Status(answer) => answer.is_closed(),
@@ -104,41 +107,42 @@ impl Request {
     }
 }
 
-/// The hot thread's side of the side thread.
+/// The event loop's handle of the side thread.
 #[derive(Debug)]
 pub struct Side {
     pub(crate) requests: mpsc::Receiver<Request>,
-    /// What became of spawned processes: drain with `try_recv` once per wake-up.
+    /// Results of started processes: read with `try_recv` once per wake-up.
     pub reports: mpsc::Receiver<Report>,
     /// Starts and stops processes.
     pub spawner: Spawner,
-    /// `metrics_max_workers`; to be set at the start and by a reload.
+    /// `metrics_max_workers`; set at the start and by a reload.
     pub metrics_max_workers: Arc<AtomicU32>,
-    /// `admin_rate`, likewise.
+    /// `admin_rate`; set at the start and by a reload.
     pub admin_rate: Arc<AtomicU32>,
-    /// Asks for a reload, without waiting for it.
+    /// Requests a reload without waiting for it.
     pub reload: Arc<Notify>,
-    /// By which names it may be asked over TCP; to be set at the start and by a reload.
+    /// The accepted host names over TCP; set at the start and by a reload.
     pub hosts: Hosts,
-    /// The socket files to look at; to be set at the start and by a reload.
+    /// The socket files to check; set at the start and by a reload.
     pub files: SocketFiles,
-    /// Tells the service manager how far we are.
+    /// Reports the state to the service manager.
     pub manager: ServiceManager,
     pub(crate) stop: oneshot::Sender<()>,
     pub(crate) thread: JoinHandle<()>,
 }
 
 impl Side {
-    /// The next question that somebody waits for. Others are thrown away: whoever asks and hangs up, again and again, makes the
-    /// hot thread do nothing, and a command whose asker has been told that it is late is not carried out after that.
+    /// The next request with a waiting client. Requests of clients that gave up are dropped, so
+    /// they cause no work, and a command is not carried out after its client got a timeout.
     pub fn request(&self) -> Option<Request> {
-        // At most as many as there is room for: who fills it meanwhile waits for the next turn.
+        // Bounded by the capacity: new requests wait for the next turn.
         let mut waiting = self.requests.try_iter().take(MAX_REQUESTS);
         waiting.find(|request| !request.is_given_up())
     }
 
-    /// Stops all processes (see [`Spawner::stop`]) and then ends the side thread. Waits for both, at most a few seconds longer
-    /// than `timeout`. For the very end: reports that are still queued are thrown away, questions get 503.
+    /// Stops all processes (see [`Spawner::stop`]) and then the side thread. Waits for both, at
+    /// most a few seconds longer than `timeout`. Queued reports are dropped, and requests get a 503
+    /// response.
     pub fn stop(self, timeout: Duration) {
         self.spawner.stop(timeout);
         let deadline = Instant::now() + timeout + PROCESSES_END;
@@ -160,10 +164,10 @@ impl Side {
         self.finish();
     }
 
-    /// Ends the side thread, about at once. Processes that are still running stay; see [`Spawner::stop`].
+    /// Ends the side thread without delay. Running processes continue; see [`Spawner::stop`].
     pub fn finish(self) {
         let Side { stop, thread, .. } = self;
-        // It may have ended by itself already.
+        // The thread may have ended already.
         let _ = stop.send(());
         if thread.join().is_err() {
             log::error!("event=admin_thread_panicked");

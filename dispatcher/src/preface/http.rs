@@ -1,7 +1,9 @@
-//! Keys in the first request of HTTP/1: cookie, path or query, form field, header field.
+//! Affinity keys in the first request of HTTP/1: cookie, path or query parameter, form field,
+//! header field.
 //!
-//! Of several with the same name the first counts that has a value. HTTP/2, and anything that is no HTTP, has no key.
-//! A value is decoded into a buffer of the caller's, and only if it is the one: nothing is allocated for a client.
+//! Among several values with the same name the first non-empty one counts. HTTP/2 and other
+//! protocols have no key. Only the matching value is decoded, into a buffer of the caller, so no
+//! client causes an allocation.
 
 use std::mem::MaybeUninit;
 
@@ -10,7 +12,7 @@ use percent_encoding::percent_decode;
 
 use super::Found;
 
-/// Header fields of a request; one with more has no key.
+/// Most header fields of a request; a request with more has no key.
 const MAX_HEADERS: usize = 128;
 
 /// The value of a cookie.
@@ -35,12 +37,12 @@ pub(super) fn header<'a>(bytes: &'a [u8], name: &str) -> Found<'a> {
     })
 }
 
-/// The value of a path parameter, or else of a query parameter.
+/// The value of a path parameter, otherwise of a query parameter.
 pub(super) fn url<'a>(bytes: &'a [u8], name: &str, scratch: &'a mut Vec<u8>) -> Found<'a> {
     let mut headers = [MaybeUninit::uninit(); MAX_HEADERS];
     let mut request = Request::new(&mut []);
     let parsed = request.parse_with_uninit_headers(bytes, &mut headers);
-    // The request line is all we need, so whatever is wrong after it is not ours to judge.
+    // Only the request line is needed, so mistakes after it do not matter.
     let Some(target) = request.path else {
         return match parsed {
             Ok(Status::Partial) => Found::More,
@@ -62,14 +64,14 @@ pub(super) fn url<'a>(bytes: &'a [u8], name: &str, scratch: &'a mut Vec<u8>) -> 
     }
 }
 
-/// The value of a field in a form's body.
+/// The value of a field in the body of a form.
 pub(super) fn form<'a>(bytes: &'a [u8], name: &str, scratch: &'a mut Vec<u8>) -> Found<'a> {
     with_head(bytes, |headers, head| {
         let Some(length) = form_length(headers) else { return Found::Nothing };
         let body = bytes.get(head..).unwrap_or_default();
         let (whole, otherwise) = match body.get(..length) {
             Some(body) => (body, Found::Nothing),
-            // A pair is whole when the next one begins.
+            // A pair is complete when the next one begins.
             None => {
                 let end = body.iter().rposition(|&byte| byte == b'&').unwrap_or(0);
                 (body.get(..end).unwrap_or_default(), Found::More)
@@ -82,13 +84,14 @@ pub(super) fn form<'a>(bytes: &'a [u8], name: &str, scratch: &'a mut Vec<u8>) ->
     })
 }
 
-/// The length of a body that is a form and is on its way; `None` if it is none, or comes in a way that is not read here.
+/// The length of the body of a form; `None` if the body is not a form or has an encoding that is
+/// not supported.
 fn form_length(headers: &[Header<'_>]) -> Option<usize> {
     let kind = fields(headers, "content-type").next()?;
     let kind = kind.split(|&byte| byte == b';').next()?.trim_ascii();
     if !kind.eq_ignore_ascii_case(b"application/x-www-form-urlencoded")
         || fields(headers, "transfer-encoding").next().is_some()
-        // It waits for an answer, which only a worker can give.
+        // The client waits for an answer that only a worker can give.
         || fields(headers, "expect").next().is_some()
     {
         return None;
@@ -96,7 +99,7 @@ fn form_length(headers: &[Header<'_>]) -> Option<usize> {
     str::from_utf8(fields(headers, "content-length").next()?).ok()?.trim().parse().ok()
 }
 
-/// Goes on with the header fields and the length of the head, once it is whole.
+/// Calls `then` with the header fields and the length of the head, when the head is complete.
 fn with_head<'a>(
     bytes: &'a [u8],
     then: impl FnOnce(&[Header<'a>], usize) -> Found<'a>,
@@ -114,7 +117,7 @@ fn fields<'a>(headers: &[Header<'a>], name: &str) -> impl Iterator<Item = &'a [u
     headers.iter().filter(move |h| h.name.eq_ignore_ascii_case(name)).map(|h| h.value)
 }
 
-/// The value of `name=value`, if that is its name.
+/// The value in `name=value`, if the name matches.
 fn pair_named<'a>(pair: &'a [u8], name: &[u8]) -> Option<&'a [u8]> {
     let at = pair.iter().position(|&byte| byte == b'=')?;
     let (key, value) = pair.split_at_checked(at)?;
@@ -125,7 +128,7 @@ fn unquoted(value: &[u8]) -> &[u8] {
     value.strip_prefix(b"\"").and_then(|value| value.strip_suffix(b"\"")).unwrap_or(value)
 }
 
-/// The first value of this name, as it stands there. It is empty only if it stands for nothing.
+/// The first non-empty value of this name, still encoded.
 fn urlencoded<'a>(pairs: &'a [u8], name: &str) -> Option<&'a [u8]> {
     pairs.split(|&byte| byte == b'&').find_map(|pair| {
         let at = pair.iter().position(|&byte| byte == b'=')?;
@@ -135,12 +138,12 @@ fn urlencoded<'a>(pairs: &'a [u8], name: &str) -> Option<&'a [u8]> {
     })
 }
 
-/// How bytes are written that cannot stand for themselves.
+/// The encoding of special bytes.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 enum Escapes {
     /// `%20`: in a path.
     Percent,
-    /// The same, and `+` for a space: in queries and forms.
+    /// `%20` and `+` for a space: in queries and forms.
     Form,
 }
 
@@ -163,7 +166,8 @@ impl Escapes {
             return bytes;
         }
         scratch.clear();
-        // Decoded it is never longer; so the buffer grows to the most that is ever looked at, and no further.
+        // Decoding never lengthens a value, so the buffer is bounded by the most bytes that are
+        // read.
         scratch.reserve(bytes.len());
         scratch.extend(self.decode(bytes));
         scratch

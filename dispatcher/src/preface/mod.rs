@@ -1,7 +1,8 @@
-//! The first bytes of a connection: reads the affinity key out of HTTP requests and TLS ClientHellos.
+//! The preface, the first bytes of a connection: finds the affinity key in HTTP requests and TLS
+//! ClientHellos.
 //!
-//! Bytes go in, a key comes out; it knows nothing of sockets, time or workers, and keeps no state. The bytes are untrusted:
-//! whatever they are, the answer is a key, "more", or none.
+//! It is a pure function of untrusted bytes: for any input the result is a key, "more bytes
+//! needed", or none. It has no state and does no I/O.
 
 mod http;
 mod sni;
@@ -11,18 +12,18 @@ mod tests;
 
 use dispatcher_core::{KeySource, Known};
 
-/// What the first bytes say.
+/// The result for the bytes so far.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Look {
-    /// This is the client.
+    /// The key of the client.
     Known(Known),
-    /// More bytes are needed to tell.
+    /// More bytes are needed.
     More,
-    /// However many come, they will not tell.
+    /// There is no key, and further bytes cannot change that.
     Unknown,
 }
 
-/// What a reader of first bytes has found.
+/// The result of a parser.
 #[derive(Debug)]
 enum Found<'a> {
     Value(&'a [u8]),
@@ -30,10 +31,11 @@ enum Found<'a> {
     Nothing,
 }
 
-/// What the first bytes say, from the very first on. With `end`, there will be no more of them.
+/// Searches the key in the bytes of a connection from its beginning. With `end`, no more bytes will
+/// come.
 ///
-/// Whatever was said of fewer bytes, other than [`Look::More`], is said of more bytes too. `scratch` is for what has to be
-/// decoded: kept by the caller, so that it is warm.
+/// A result other than [`Look::More`] stays the same when more bytes are added. `scratch` is a
+/// buffer for decoded values; the caller reuses it.
 pub fn read(source: &KeySource, bytes: &[u8], end: bool, scratch: &mut Vec<u8>) -> Look {
     let found = match source {
         KeySource::ClientIp { .. } => Found::Nothing,
@@ -53,12 +55,12 @@ pub fn read(source: &KeySource, bytes: &[u8], end: bool, scratch: &mut Vec<u8>) 
     }
 }
 
-/// Looking at a connection once costs about as much as reading this many bytes.
+/// Fixed cost of one search, in bytes.
 const LOOK_COST: usize = 64;
 
-/// Whether a connection has been looked at as often as it may, once `bytes` are seen; `spent` is what that has cost so
-/// far. Somebody who sends a byte at a time makes us read everything again for each of them; in total that is at most
-/// four times `max_bytes` and a look.
+/// Whether the search budget of a connection is used up, after `bytes` have been searched; `spent`
+/// is the cost so far. Each search starts at the beginning, so a client that sends single bytes
+/// causes many. The total is bounded by four times `max_bytes` and one search.
 pub fn is_enough(spent: &mut u32, bytes: usize, max_bytes: u32) -> bool {
     let cost = u32::try_from(bytes + LOOK_COST).unwrap_or(u32::MAX);
     *spent = spent.saturating_add(cost);

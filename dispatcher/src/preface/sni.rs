@@ -1,22 +1,23 @@
 //! The server name in a TLS ClientHello.
 //!
-//! Only the records that hold the whole message are given to rustls, so that it reads each of them once, and what
-//! follows the message changes nothing.
+//! Only the records with the complete message are given to rustls, so each is parsed once and later
+//! bytes change nothing.
 //!
-//! rustls allocates while it reads one: the only thing on the hot thread that does so for a connection, and only in pools
-//! with this key. A parser of our own would spare that, and be one more that reads what strangers send.
+//! rustls allocates during parsing. This is the only allocation per connection in the event loop,
+//! and only in pools with this key. A parser of its own would avoid it at the price of more code
+//! that reads untrusted bytes.
 
 use rustls::server::Acceptor;
 
 use super::Found;
 
-/// Longest plain record.
+/// Longest plaintext record.
 const MAX_RECORD: usize = 1 << 14;
 
-/// Longest ClientHello: four times the largest record is far beyond any real one.
+/// Longest ClientHello: four times the largest record; real ones are far smaller.
 const MAX_HELLO: usize = 4 * MAX_RECORD;
 
-/// The server name a TLS client asks for.
+/// The server name that a TLS client requests.
 pub(super) fn server_name<'a>(bytes: &'a [u8], scratch: &'a mut Vec<u8>) -> Found<'a> {
     let hello = match hello(bytes) {
         Extent::Whole(hello) => hello,
@@ -50,14 +51,14 @@ enum Extent<'a> {
     NotTls,
 }
 
-/// The records that the first handshake message is in.
+/// The records of the first handshake message.
 fn hello(bytes: &[u8]) -> Extent<'_> {
-    // Kind and length of the message, which may be in several records like the rest of it.
+    // Type and length of the message; they may be split over several records.
     let mut header = [0; 4];
     let (mut at, mut seen) = (0, 0);
     loop {
         let record = bytes.get(at..).unwrap_or_default();
-        // 22: handshake; 3: every version there has been since SSL 3.
+        // 22 is a handshake record; 3 is the major version of all versions since SSL 3.
         if record.iter().zip([22, 3]).any(|(&byte, expected)| byte != expected) {
             return Extent::NotTls;
         }
@@ -70,7 +71,7 @@ fn hello(bytes: &[u8]) -> Extent<'_> {
         for (place, &byte) in header.iter_mut().skip(seen).zip(body.iter().take(length)) {
             *place = byte;
         }
-        // 1: ClientHello.
+        // 1 is a ClientHello.
         if (seen > 0 || !body.is_empty()) && header[0] != 1 {
             return Extent::NotTls;
         }

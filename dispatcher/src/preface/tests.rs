@@ -1,4 +1,4 @@
-//! Keys out of first bytes: of real requests, of broken ones, and of any bytes however they are cut.
+//! Keys from first bytes: real requests, broken requests, and arbitrary bytes with arbitrary cuts.
 
 use std::net::{IpAddr, Ipv4Addr, SocketAddr};
 
@@ -29,11 +29,11 @@ fn header(name: &str) -> KeySource {
     KeySource::Header(name.to_owned())
 }
 
-/// What is said of the whole, after checking that nothing else is ever said of the beginning.
+/// The result for the whole, after a check that no prefix gives another result.
 #[track_caller]
 fn look(source: &KeySource, bytes: impl AsRef<[u8]>) -> Look {
     let bytes = bytes.as_ref();
-    // Whatever is in it from an earlier client says nothing of this one.
+    // Leftovers of an earlier client must not matter.
     let mut scratch = b"left from before".to_vec();
     let whole = read(source, bytes, false, &mut scratch);
     for cut in 0..bytes.len() {
@@ -67,12 +67,12 @@ fn cookies() {
     for none in ["", "id=abc", "IDX=abc", "XID=abc", "ID", "ID=", "ID=\"\"", "a=ID=abc"] {
         assert_eq!(look(&id, with(none)), Look::Unknown, "{none}");
     }
-    // What the value has in it is the application's; only the ends are not.
+    // The value is opaque; only its ends are trimmed.
     assert_eq!(look(&id, with("ID=a=b%20c")), key("a=b%20c"));
-    // Header names in any case, several fields, and not the answer's field.
+    // Header names in any case, several fields, and not the field of a response.
     assert_eq!(look(&id, get("/", "cOOKIE: a=b\r\nCOOKIE: ID=abc\r\n")), key("abc"));
     assert_eq!(look(&id, get("/", "Set-Cookie: ID=abc\r\n")), Look::Unknown);
-    // Of two with the same name the first counts.
+    // Of two values with the same name the first counts.
     assert_eq!(look(&id, with("ID=one; ID=two")), key("one"));
 }
 
@@ -123,11 +123,11 @@ fn fields_of_a_form() {
     }
     let charset = "content-type: Application/X-WWW-form-urlencoded; charset=UTF-8\r\n";
     assert_eq!(look(&id, post(charset, "id=abc")), key("abc"));
-    // A value is whole when the next begins or the body ends, not before.
+    // A value is complete when the next one begins or the body ends.
     let long = "POST / HTTP/1.1\r\nContent-Length: 100\r\nContent-Type: application/x-www-form-urlencoded\r\n\r\n";
     assert_eq!(look(&id, format!("{long}id=abc")), Look::More);
     assert_eq!(look(&id, format!("{long}id=abc&")), key("abc"));
-    // What cannot be read here is given up at once, so that nobody waits.
+    // Unsupported requests give a result at once, so that no client waits.
     for none in [
         "Content-Type: multipart/form-data; boundary=x\r\n".to_owned(),
         format!("{FORM}Expect: 100-continue\r\n"),
@@ -181,7 +181,7 @@ fn no_http_no_key() {
     }
 }
 
-/// What a TLS client sends first.
+/// The first bytes of a TLS client.
 fn client_hello(name: &str) -> Vec<u8> {
     let provider = std::sync::Arc::new(rustls::crypto::ring::default_provider());
     let config = rustls::ClientConfig::builder_with_provider(provider)
@@ -207,15 +207,15 @@ fn server_names() {
     let hello = client_hello("A.Test");
     let expected = Look::Known(KeySource::Sni.of_value(b"a.test").unwrap());
     assert_eq!(look(&KeySource::Sni, &hello), expected);
-    // With early data behind it, and in any number of records.
+    // With early data after it, and in any number of records.
     assert_eq!(look(&KeySource::Sni, [&hello[..], b"\x17\x03\x03\0\x01x"].concat()), expected);
     assert_eq!(look(&KeySource::Sni, [&hello[..], b"garbage"].concat()), expected);
     for size in [1, 2, 3, 5, 100] {
         assert_eq!(look(&KeySource::Sni, fragmented(&hello, size)), expected, "{size}");
     }
-    // By address there is no name.
+    // A client that connects by address sends no name.
     assert_eq!(look(&KeySource::Sni, client_hello("127.0.0.1")), Look::Unknown);
-    // A name in the configuration's or an application's words is the same name.
+    // Upper and lower case and a trailing dot do not matter.
     assert_eq!(KeySource::Sni.of_value(b"A.TEST."), KeySource::Sni.of_value(b"a.test"));
     assert_eq!(KeySource::Sni.of_value(b"."), None);
     assert!(KeySource::Sni.of_value(&[b'a'; 255]).is_some());
@@ -258,7 +258,7 @@ fn looking_has_an_end() {
     assert!(spent < 5 * 16_384);
 }
 
-/// Bytes that get past the first checks.
+/// Bytes that pass the first checks.
 fn likely() -> impl Strategy<Value = Vec<u8>> {
     let seeds = vec![
         get("/x;id=abc.w1?id=%61&b", "Cookie: a=b; id=\"abc\"\r\nX-Id: c\r\n").into_bytes(),
@@ -279,7 +279,7 @@ fn likely() -> impl Strategy<Value = Vec<u8>> {
 }
 
 proptest! {
-    /// Against the crate that does it in browsers' and servers' stead, which allocates for each of them.
+    /// Compared with the reference crate, which allocates for every pair.
     #[test]
     fn pairs_are_read_as_elsewhere(pairs in "(id|i%64|x|%69+d|%C3%A4)?(=|==|&|%|%4|%zz|%41|[a+&=])*") {
         let expected = form_urlencoded::parse(pairs.as_bytes())

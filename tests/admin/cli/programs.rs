@@ -207,7 +207,7 @@ fn a_reload_finds_the_dispatcher_or_says_why_not() {
     );
     let ran = reload(Some(&dispatcher.admin()));
     assert_eq!(ran.code, 0, "{ran:?}");
-    assert!(ran.out.contains("needs a restart, and is as before: admin_socket\n"), "{ran:?}");
+    assert!(ran.out.contains("needs a restart, not changed: admin_socket\n"), "{ran:?}");
     // The mistake is shown, not where nobody listens.
     std::fs::write(&file, format!("{good}\n[pool\n")).unwrap();
     let ran = reload(None);

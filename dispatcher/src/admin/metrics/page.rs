@@ -1,4 +1,5 @@
-//! Writing metrics one after the other: labels, families, units, as the format wants them. Knows no metric.
+//! Writes metrics with labels, families and units in the OpenMetrics format. It does not know which
+//! metrics exist.
 
 use std::fmt;
 
@@ -8,12 +9,12 @@ use prometheus_client::registry::Unit;
 
 use crate::api::status::Distribution;
 
-/// Label values as the format wants them: prometheus-client writes them as they are.
+/// Escapes a label value; prometheus-client writes values unescaped.
 fn escaped(value: &str) -> String {
     value.replace('\\', r"\\").replace('"', "\\\"").replace('\n', r"\n")
 }
 
-/// Labels with their values, already escaped.
+/// Labels with escaped values.
 #[derive(Debug)]
 pub(super) struct Labels(Vec<(&'static str, String)>);
 
@@ -104,7 +105,7 @@ impl Page<'_> {
         series: impl IntoIterator<Item = (Labels, u64)>,
     ) -> fmt::Result {
         let mut series = series.into_iter().peekable();
-        // A head without series is allowed and useless.
+        // A header without series would be valid but useless.
         if series.peek().is_none() {
             return Ok(());
         }
@@ -141,7 +142,7 @@ impl Page<'_> {
     }
 }
 
-/// Divided rather than multiplied, so that 0.00001 does not become 0.000009999999999999999.
+/// A division keeps 0.00001 exact; a multiplication gives 0.000009999999999999999.
 fn seconds(nanoseconds: u64) -> f64 {
     nanoseconds as f64 / 1e9
 }

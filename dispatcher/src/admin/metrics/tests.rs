@@ -66,7 +66,7 @@ fn series_of_workers_are_bounded() {
     let lines = |start: &str| open.lines().filter(|line| line.starts_with(start)).count();
     assert_eq!(lines("dispatcher_worker_live_connections{"), 3);
     assert_eq!(lines("dispatcher_worker_state{"), 3);
-    // As many as the documentation says that each has.
+    // The number of series per worker that the documentation states.
     let own = open.lines().filter(|line| line.contains(",id=\"1\"")).count();
     let docs = include_str!("../../../../docs/METRICS.md");
     assert!(docs.contains(&format!("{own} series each")), "{own}");
@@ -76,14 +76,14 @@ fn series_of_workers_are_bounded() {
     assert_eq!(own, 9, "etc/dispatcher.toml says so in words");
     assert!(include_str!("../../../../etc/dispatcher.toml").contains("Each has nine series."));
     assert!(open.contains("dispatcher_workers_not_shown{pool=\"web\"} 17\n"));
-    // The pool's sums have all of them.
+    // The sums of the pool include all workers.
     assert!(open.contains("dispatcher_live_connections{pool=\"web\"} 200\n"));
     let none = text(20, 0);
     assert!(!none.contains("dispatcher_worker_"), "{none}");
     assert!(none.contains("dispatcher_workers_not_shown{pool=\"web\"} 20\n"));
 }
 
-/// Every number is another one, so that none can stand for another, nor for nothing.
+/// All numbers differ, so that no metric can show another one's value, or zero.
 #[test]
 fn each_number_has_its_own_place() {
     let histogram = |count| Distribution {

@@ -1,4 +1,5 @@
-//! `/v1/pools/NAME/history` and `/v1/pools/NAME/explain`: who was chosen and why, and who would be.
+//! `/v1/pools/NAME/history` and `/v1/pools/NAME/explain`: past and next decisions with their
+//! reasons.
 
 use std::net::{IpAddr, SocketAddr};
 use std::str::FromStr;
@@ -41,7 +42,7 @@ async fn explain(
 ) -> Response {
     let from = parameter::<IpAddr>(query.as_deref(), "from", "the client's IP address");
     let peer = match from {
-        // Which port a client will have nobody knows, and nothing depends on it.
+        // The port of a future client is unknown; no decision depends on it.
         Ok(Some(ip)) => ClientAddr::from(SocketAddr::new(ip, 0)),
         Ok(None) => ClientAddr::Unix,
         Err(why) => return refused(&why),
@@ -52,14 +53,14 @@ async fn explain(
     outcome(answer.map(|next| next.map(|next| next.write(name))))
 }
 
-/// The value of the only parameter a route has, if it is there.
+/// The value of the route's only parameter, if it is set.
 fn parameter<T: FromStr>(
     query: Option<&str>,
     name: &str,
     what: &str,
 ) -> Result<Option<T>, CommandError> {
     let Some(query) = query.filter(|query| !query.is_empty()) else { return Ok(None) };
-    // A colon is all that can be escaped in an address or a number.
+    // In an address or a number, only the colon can be percent-encoded.
     let value = query.strip_prefix(name).and_then(|rest| rest.strip_prefix('='));
     let value = value.map(|value| value.replace("%3A", ":").replace("%3a", ":"));
     match value.and_then(|value| value.parse().ok()) {

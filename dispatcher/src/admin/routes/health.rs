@@ -1,4 +1,4 @@
-//! `/healthz` and `/readyz`: is it alive, and can clients be served?
+//! `/healthz` (the event loop runs) and `/readyz` (clients can be served).
 
 use std::time::Duration;
 
@@ -12,7 +12,7 @@ use serde::Serialize;
 use super::{App, PATIENCE, methods, no_answer};
 use crate::api::command::Problem;
 
-/// How long the hot thread may take for `/healthz`.
+/// Longest wait for the event loop in `/healthz`.
 const HEALTHY: Duration = Duration::from_secs(1);
 
 pub(super) fn routes() -> Router<App> {
@@ -21,7 +21,7 @@ pub(super) fn routes() -> Router<App> {
         .route("/readyz", methods("GET, HEAD", get(readyz)))
 }
 
-/// The hot thread turns: restarting the dispatcher would help nobody, whatever its workers do.
+/// Depends only on the event loop: a restart of the dispatcher would not repair its workers.
 async fn healthz(State(app): State<App>) -> Response {
     match app.mailbox.alive(HEALTHY).await {
         Ok(()) => "ok\n".into_response(),
@@ -29,8 +29,9 @@ async fn healthz(State(app): State<App>) -> Response {
     }
 }
 
-/// Every pool that a listener leads to has a worker that may be given connections, now or as soon as one is free, and
-/// no stop is under way, and every socket's file is there. Back-pressure is ready: more clients elsewhere would not be served sooner here, but they will be.
+/// Ready means: every pool with a listener has a usable worker, no stop is in progress, and the
+/// files of all sockets exist. Back-pressure counts as ready: the pool serves its clients later,
+/// and another dispatcher is not faster.
 async fn readyz(State(app): State<App>) -> Response {
     let status = match app.mailbox.status(PATIENCE).await {
         Ok(status) => status,

@@ -1,4 +1,4 @@
-//! `/v1/log_level`: how much is logged, until it is changed again or the dispatcher ends.
+//! `/v1/log_level`: shows and sets the log level.
 
 use axum::response::{IntoResponse, Response};
 use axum::routing::get;
@@ -18,7 +18,7 @@ async fn show() -> Response {
     Json(LogLevel { level: logger::selected(), previous: None }).into_response()
 }
 
-/// The hot thread is not asked: the logger is nobody's, and changing it takes a moment that nobody waits for.
+/// The event loop is not involved: the logger is shared, and setting the level does not block.
 async fn set(Body(wanted): Body<SetLogLevel>) -> Response {
     match wanted.level.parse::<LevelFilter>() {
         Ok(level) => {

@@ -1,4 +1,4 @@
-//! `/metrics`: the status for Prometheus, in the format it asks for.
+//! `/metrics`: the status for Prometheus, in the requested format.
 
 use std::sync::atomic::Ordering;
 
@@ -11,10 +11,10 @@ use axum::routing::get;
 use super::{App, PATIENCE, methods, no_answer};
 use crate::admin::metrics::{Process, Snapshot, openmetrics, plain};
 
-/// What who asks for OpenMetrics gets.
+/// The content type for clients that accept OpenMetrics.
 const OPENMETRICS: &str = "application/openmetrics-text; version=1.0.0; charset=utf-8";
 
-/// What everybody else gets.
+/// The content type for all other clients.
 const PLAIN: &str = "text/plain; version=0.0.4; charset=utf-8";
 
 pub(super) fn routes() -> Router<App> {

@@ -1,6 +1,7 @@
-//! The routes, one file for each subject, and what they share: state, errors, limits on bodies.
+//! The routes, one file per subject, and their common parts: state, errors, limits of bodies.
 //!
-//! To add a route: a function `routes()` in a file of its own, merged in [`all`], and its path in [`PATHS`].
+//! To add a route, write a function `routes()` in a file of its own, merge it in [`all`], and add
+//! its path to [`PATHS`].
 
 mod decisions;
 mod health;
@@ -34,10 +35,10 @@ use crate::mailbox::client::{MailboxClient, NoAnswer};
 /// Longest request body.
 const MAX_BODY: usize = 64 * 1024;
 
-/// How long the hot thread may take for an answer. The CLI waits a little longer.
+/// Longest wait for an answer of the event loop. The commands wait a little longer.
 pub(super) const PATIENCE: Duration = Duration::from_secs(3);
 
-/// Everything there is to ask for, as the answer to a wrong path lists it.
+/// All paths, for the answer to an unknown path.
 const PATHS: [&str; 12] = [
     "/",
     "/v1/status",
@@ -53,7 +54,7 @@ const PATHS: [&str; 12] = [
     "/readyz",
 ];
 
-/// What every handler can have with `State(app): State<App>`.
+/// The state of the handlers.
 #[derive(Clone)]
 pub(super) struct App {
     pub(super) mailbox: Arc<MailboxClient>,
@@ -62,7 +63,7 @@ pub(super) struct App {
     pub(super) reloader: Arc<Reloader>,
 }
 
-/// Every route.
+/// All routes.
 pub(super) fn all(app: App) -> Router {
     Router::new()
         .merge(page::routes())
@@ -80,7 +81,8 @@ pub(super) fn all(app: App) -> Router {
         .with_state(app)
 }
 
-/// For the connections of a user that has too many: every request is answered with that, and the connection ends.
+/// The routes for a client with too many connections: every request is refused and the connection
+/// closed.
 pub(super) fn too_many() -> Router {
     Router::new().fallback(|| async {
         let message = format!("this user has {MOST_CONNECTIONS} connections already");
@@ -89,7 +91,8 @@ pub(super) fn too_many() -> Router {
     })
 }
 
-/// A route's methods, with an answer for all others that says which there are: `methods("GET, HEAD", get(handler))`.
+/// The methods of a route; other methods get an answer that lists the allowed ones: `methods("GET,
+/// HEAD", get(handler))`.
 fn methods(allowed: &'static str, router: MethodRouter<App>) -> MethodRouter<App> {
     router.fallback(move |method: Method| async move {
         let message = format!("{method} is not possible here; possible: {allowed}");
@@ -99,7 +102,7 @@ fn methods(allowed: &'static str, router: MethodRouter<App>) -> MethodRouter<App
     })
 }
 
-/// Handlers that read no body do not notice a long one; say no before it is sent.
+/// Refuses long bodies before they are sent. Handlers that read no body do not check its length.
 async fn short_body(request: Request, next: Next) -> Response {
     let length = request
         .headers()
@@ -142,7 +145,7 @@ pub(super) fn sorted(answer: &impl Serialize) -> Response {
     }
 }
 
-/// A JSON body; what is wrong with it is said in our own form.
+/// A JSON body. Errors are answered in the format of [`CommandError`].
 pub(super) struct Body<T>(pub(super) T);
 
 impl<S: Send + Sync, T: DeserializeOwned> FromRequest<S> for Body<T> {
@@ -168,12 +171,12 @@ fn bad_body(rejection: &JsonRejection) -> Response {
     (status, Json(error)).into_response()
 }
 
-/// Has the hot thread carry out a command, and answers with what came of it.
+/// Sends a command to the event loop and returns its answer as a response.
 pub(super) async fn carry_out(app: &App, command: Command) -> Response {
     outcome(app.mailbox.command(command, PATIENCE).await)
 }
 
-/// What came of a request to the hot thread.
+/// The response for the result of a request to the event loop.
 pub(super) fn outcome<T: Serialize>(answer: Result<Result<T, CommandError>, NoAnswer>) -> Response {
     match answer {
         Ok(Ok(value)) => Json(value).into_response(),
@@ -182,7 +185,7 @@ pub(super) fn outcome<T: Serialize>(answer: Result<Result<T, CommandError>, NoAn
     }
 }
 
-/// A command that was not carried out.
+/// The response for a command that failed.
 pub(super) fn refused(error: &CommandError) -> Response {
     (status_of(error.problem), Json(error)).into_response()
 }
@@ -223,11 +226,11 @@ pub(super) fn no_answer(why: NoAnswer) -> Response {
     ))
 }
 
-/// Longest text of a library that is passed on as an error.
+/// Longest error text of a library that is passed on.
 const MAX_TEXT: usize = 4096;
 
-/// Whatever could not be answered says why in our own form, also where a library has refused it before we saw it: a path
-/// that is no text, a parameter that is none.
+/// Gives every error the format of [`CommandError`], including errors of the HTTP library: a path
+/// that is not UTF-8, an invalid parameter.
 pub(super) async fn all_as_json(request: Request, next: Next) -> Response {
     let response = next.run(request).await;
     let status = response.status();

@@ -1,4 +1,4 @@
-//! `/`, the status page: one file, which asks `/v1/status` like everybody else. Knows nothing of what it shows.
+//! `/`, the status page: one HTML file that requests `/v1/status` like other clients.
 
 use std::fmt::Write as _;
 
@@ -13,15 +13,15 @@ use crate::api::command::{CommandError, Problem};
 
 const PAGE: &str = include_str!("page.html");
 
-/// Where the page wants its nonce.
+/// The place of the nonce in the page.
 const PLACEHOLDER: &str = "nonce=\"NONCE\"";
 
 pub(super) fn routes() -> Router<App> {
     Router::new().route("/", methods("GET, HEAD", get(page)))
 }
 
-/// The nonce, new for each answer, lets the page's own script and style run and nothing else: a name that found
-/// its way into the markup would still be no script.
+/// The nonce, new for each answer, allows only the script and style of the page itself. Markup in a
+/// worker's name could not run a script.
 async fn page() -> Response {
     let Some(nonce) = nonce() else {
         let why = "the system has no random numbers yet";

@@ -1,4 +1,4 @@
-//! `/v1/pools/NAME`: one pool, and commands for all its workers.
+//! `/v1/pools/NAME`: one pool, and commands for all workers in it.
 
 use axum::extract::{Path, State};
 use axum::response::{IntoResponse, Response};

@@ -1,4 +1,4 @@
-//! `/v1/reload`: reads the configuration again, and answers once it is in force, or why it is not.
+//! `/v1/reload`: reloads the configuration and answers when it is in force or refused.
 
 use std::sync::Arc;
 
@@ -14,7 +14,7 @@ pub(super) fn routes() -> Router<App> {
     Router::new().route("/v1/reload", methods("POST", post(reload)))
 }
 
-/// In a task of its own: a client that hangs up must not leave it half done.
+/// A separate task completes the reload even if the client disconnects.
 async fn reload(State(app): State<App>) -> Response {
     let reloader = Arc::clone(&app.reloader);
     let task = tokio::spawn(async move { reloader.reload("request").await });

@@ -1,4 +1,4 @@
-//! `/v1/status`: everything at once.
+//! `/v1/status`: the whole status.
 
 use axum::extract::State;
 use axum::response::{IntoResponse, Response};

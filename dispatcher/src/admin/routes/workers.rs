@@ -1,4 +1,5 @@
-//! `/v1/workers` and `/v1/workers/ID`: who is there, and what they shall do. ID may be POOL/NAME, with the slash as `%2F`.
+//! `/v1/workers` and `/v1/workers/ID`: the workers, and commands for them. ID may be POOL/NAME,
+//! with the slash as `%2F`.
 
 use axum::Router;
 use axum::extract::{Path, State};

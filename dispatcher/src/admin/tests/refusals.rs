@@ -1,4 +1,4 @@
-//! Requests that are refused: what the client reads.
+//! Refused requests: the answer that the client reads.
 
 use super::*;
 
@@ -35,7 +35,7 @@ fn whatever_cannot_be_answered_says_why_as_json() {
         let expected = (status.to_owned(), problem.to_owned());
         assert_eq!(asked(line, more), expected, "{line} {more}");
     }
-    // What the library itself refuses.
+    // Refusals of the HTTP library.
     let long = format!("GET /{} HTTP/1.1\r\nHost: x\r\n\r\n", "x".repeat(20_000));
     for (request, problem) in [
         ("what is this\r\n\r\n", "invalid"),
@@ -51,7 +51,7 @@ fn whatever_cannot_be_answered_says_why_as_json() {
     }
 }
 
-/// Bytes that are not read before a connection is closed reset it, and a reset can overtake the answer.
+/// Closing a socket with unread bytes resets the connection, and the reset can overtake the answer.
 #[test]
 fn a_refusal_reaches_a_client_that_sends_all_it_has_before_it_reads() {
     const MUCH: usize = 1024 * 1024;
@@ -83,13 +83,13 @@ fn a_refusal_reaches_a_client_that_sends_all_it_has_before_it_reads() {
         };
         let expected = (status.to_owned(), problem.to_owned());
         assert_eq!(checked(bench.raw(&request)), expected, "{what}");
-        // Over TCP nothing but reading is allowed, and that is said first.
+        // Over TCP only reads are allowed; this check comes first.
         let (head, _) = answer_over_tcp(bench.port, &request);
         assert!(head.starts_with("HTTP/1.1 4"), "{what}: {head}");
     }
 }
 
-/// Head and body of the answer, which is JSON.
+/// Head and body of the answer; the body is JSON.
 fn answer_over_tcp(port: u16, request: &str) -> (String, serde_json::Value) {
     let mut stream = std::net::TcpStream::connect(("127.0.0.1", port)).expect("connected");
     stream.set_read_timeout(Some(PATIENCE)).expect("a timeout");
@@ -105,7 +105,7 @@ fn a_user_with_too_many_connections_is_told_so() {
     let bench = Bench::new();
     let idle: Vec<UnixStream> =
         (0..client_limits::MOST_CONNECTIONS).map(|_| bench.open()).collect();
-    // Accepted in the order in which they came, so this is one too many while the others are there.
+    // Connections are accepted in order, so this one is over the limit while the others exist.
     let request = format!(
         "POST /v1/workers HTTP/1.1\r\nHost: x\r\nContent-Length: 9\r\n\r\n{}",
         "x".repeat(9)
