@@ -1,4 +1,4 @@
-//! The command line as a user meets it: what is printed where, exit codes, what is left alone and what is put away.
+//! The command line: output streams, exit codes, and files that are kept or removed.
 #![allow(clippy::unwrap_used, clippy::expect_used)]
 
 mod output;
@@ -25,7 +25,7 @@ pool = "web"
 [pool.web]
 "#;
 
-/// How a command ended, and what it said.
+/// Exit code and output of a command.
 #[derive(Debug)]
 struct Ran {
     code: i32,
@@ -59,7 +59,7 @@ fn limits(pid: impl std::fmt::Display) -> Vec<String> {
 }
 
 #[test]
-fn a_good_configuration_passes() {
+fn a_valid_configuration_passes() {
     let temp = configure(CONFIG);
     let ran = with_config("check", temp.path());
     assert_eq!((ran.code, ran.err.as_str()), (0, ""));
@@ -78,7 +78,7 @@ fn the_sample_configuration_passes() {
 }
 
 #[test]
-fn a_mistake_is_shown_in_its_place() {
+fn a_mistake_is_shown_at_its_position() {
     let temp = tempfile::tempdir().unwrap();
     let file = temp.path().join("dispatcher.toml");
     for (text, place, said) in [
@@ -124,7 +124,7 @@ fn an_unknown_user_is_a_warning() {
 }
 
 #[test]
-fn no_configuration_is_a_bad_configuration() {
+fn a_missing_configuration_is_an_error() {
     let temp = tempfile::tempdir().unwrap();
     for command in ["run", "check", "status"] {
         let ran = with_config(command, temp.path());
@@ -180,7 +180,7 @@ fn a_second_dispatcher_is_refused() {
     assert!(ran.code == 69 && ran.err.contains(&said), "{ran:?}");
     assert!(!theirs.exists(), "it put away what it had made");
 
-    // The first one has noticed nothing.
+    // The first dispatcher is not affected.
     held.echo("still here");
     Client::connect(dispatcher.address("web")).unwrap().finish();
     assert_eq!(with_config("status", temp.path()).code, 0);
@@ -201,7 +201,7 @@ fn stale_socket_files_are_replaced() {
 }
 
 #[test]
-fn something_else_in_the_way_is_left_alone() {
+fn foreign_files_are_not_removed() {
     for name in ["dispatch.sock", "admin.sock"] {
         let temp = configure(CONFIG);
         let file = temp.path().join(name);
@@ -238,7 +238,7 @@ fn status_finds_the_dispatcher() {
     let mut by_variable = Command::new(dispatcher_bin());
     by_variable.arg("status").env("DISPATCHER_ADMIN", &admin);
     let mut by_option = Command::new(dispatcher_bin());
-    // The nearest word counts.
+    // The command line takes precedence.
     by_option.arg("status").arg("--admin").arg(&admin).env("DISPATCHER_ADMIN", "/nonexistent");
     let mut by_config = Command::new(dispatcher_bin());
     by_config.arg("status").arg("--config").arg(config).env("DISPATCHER_ADMIN", "/nonexistent");
@@ -271,11 +271,11 @@ fn status_finds_the_dispatcher() {
 }
 
 #[test]
-fn status_of_nothing_is_69() {
+fn status_without_a_dispatcher_exits_with_69() {
     let temp = configure(CONFIG);
     let socket = temp.path().join("admin.sock");
     let absent = with_config("status", temp.path());
-    // A socket file that nobody serves is the same.
+    // A socket file without a listening process gives the same result.
     drop(UnixListener::bind(&socket).unwrap());
     let dead = run(&["status", "--admin", socket.to_str().unwrap()]);
     for (ran, from) in [(absent, "config "), (dead, "--admin")] {
@@ -294,8 +294,8 @@ fn status_of_nothing_is_69() {
 }
 
 #[test]
-fn what_is_not_permitted_is_77() {
-    // A status for somebody else.
+fn missing_permission_exits_with_77() {
+    // The status with a closed stdout.
     let dispatcher = Dispatcher::start(CONFIG);
     let admin = dispatcher.admin();
     if !geteuid().is_root() {
@@ -305,7 +305,7 @@ fn what_is_not_permitted_is_77() {
     assert_eq!((ran.code, ran.out.as_str()), (77, ""), "{}", ran.err);
     let said = format!("{}: permission denied", admin.display());
     assert!(ran.err.contains(&said) && ran.err.contains("admin_socket_mode"), "{}", ran.err);
-    // A socket where one may not write.
+    // A socket without write permission.
     let temp = configure(CONFIG);
     let mut command = unprivileged(temp.path());
     std::fs::set_permissions(temp.path(), Permissions::from_mode(0o555)).unwrap();
@@ -316,7 +316,7 @@ fn what_is_not_permitted_is_77() {
 }
 
 #[test]
-fn descriptors_are_for_the_dispatcher_and_not_for_its_processes() {
+fn spawned_processes_inherit_no_descriptors() {
     let worker = example("test-worker");
     let temp =
         configure(&format!("{CONFIG}[pool.web.spawn]\ncommand = [{worker:?}, \"blocking\"]\n"));
@@ -329,7 +329,7 @@ fn descriptors_are_for_the_dispatcher_and_not_for_its_processes() {
     let status = dispatcher.status();
     let worker = &pool(&status, "web").workers[0];
     assert_eq!(limits(worker.pid), ["300", "2000"]);
-    // Which is what it offers to hold.
+    // The worker offers to hold fewer connections.
     assert!(worker.max_connections < 300, "{worker:?}");
     Client::connect(dispatcher.address("web")).unwrap().finish();
     let pid = worker.pid;
@@ -338,7 +338,7 @@ fn descriptors_are_for_the_dispatcher_and_not_for_its_processes() {
 }
 
 #[test]
-fn the_service_manager_is_told() {
+fn the_service_manager_is_notified() {
     let temp = configure(CONFIG);
     let path = temp.path().join("notify");
     let socket = UnixDatagram::bind(&path).unwrap();
@@ -356,7 +356,7 @@ fn the_service_manager_is_told() {
 }
 
 #[test]
-fn a_dead_service_manager_is_no_reason_not_to_serve() {
+fn the_dispatcher_serves_without_its_service_manager() {
     let temp = configure(CONFIG);
     let dead = temp.path().join("notify");
     drop(UnixDatagram::bind(&dead).unwrap());
@@ -369,8 +369,8 @@ fn a_dead_service_manager_is_no_reason_not_to_serve() {
 }
 
 #[test]
-fn sockets_for_another_process_are_not_ours() {
-    // Descriptor 3 is whatever it is: nobody looks at it.
+fn sockets_for_another_process_are_ignored() {
+    // Descriptor 3 is not used.
     let with_sockets = |command: &mut Command| {
         let variables = [("LISTEN_PID", "1"), ("LISTEN_FDS", "1"), ("LISTEN_FDNAMES", "web")];
         command.envs(variables);

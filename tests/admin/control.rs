@@ -1,4 +1,4 @@
-//! What an operator tells a running dispatcher: drain and resume, by the CLI and over HTTP.
+//! Operator commands to a running dispatcher, over the command line and over HTTP.
 #![allow(clippy::unwrap_used, clippy::expect_used, reason = "in a test a panic is the report")]
 
 mod instance;
@@ -21,7 +21,7 @@ fn run(dispatcher: &Dispatcher, arguments: &[&str]) -> Output {
     cli(dispatcher, arguments).output().unwrap()
 }
 
-/// The output of a command that must work.
+/// The output of a command that must succeed.
 fn done(dispatcher: &Dispatcher, arguments: &[&str]) -> String {
     let output = run(dispatcher, arguments);
     let errors = String::from_utf8_lossy(&output.stderr);
@@ -29,14 +29,14 @@ fn done(dispatcher: &Dispatcher, arguments: &[&str]) -> String {
     String::from_utf8(output.stdout).unwrap()
 }
 
-/// The exit code and words of a command that must not.
+/// Exit code and output of a command that must fail.
 fn failed(dispatcher: &Dispatcher, arguments: &[&str]) -> (i32, String) {
     let output = run(dispatcher, arguments);
     assert!(!output.status.success(), "{arguments:?}");
     (output.status.code().unwrap(), String::from_utf8(output.stderr).unwrap())
 }
 
-/// A command that waits, once it has said so; and its progress from there on.
+/// A waiting command, after its first message, and its further output.
 fn waits(dispatcher: &Dispatcher, arguments: &[&str], words: &str) -> (Child, ChildStderr) {
     let mut waiting = cli(dispatcher, arguments);
     let mut waiting = waiting.stdout(Stdio::null()).stderr(Stdio::piped()).spawn().unwrap();
@@ -62,7 +62,7 @@ fn state(dispatcher: &Dispatcher, name: &str) -> Option<String> {
 }
 
 #[test]
-fn a_drained_worker_gets_nothing_new_and_is_waited_for() {
+fn a_drained_worker_gets_no_new_connections() {
     for flavour in ["blocking", "tokio", "mio"] {
         let (dispatcher, address) = start_one_pool("");
         let mut workers = dispatcher.workers(flavour, "web", 2);
@@ -77,7 +77,7 @@ fn a_drained_worker_gets_nothing_new_and_is_waited_for() {
         assert_eq!(at_w0(&after), 0, "{flavour}: no new connections");
         before.iter_mut().for_each(|client| client.echo("live ones go on"));
 
-        // Waiting says how far it is, and ends when the worker has nothing left.
+        // The command shows progress and ends when the worker has no connections.
         let (mut waiting, mut progress) = waits(
             &dispatcher,
             &["drain", "web/w0", "--wait"],
@@ -88,7 +88,7 @@ fn a_drained_worker_gets_nothing_new_and_is_waited_for() {
         assert!(waiting.wait().unwrap().success());
         let said = rest(&mut progress);
         assert!(said.trim_end().ends_with("1 of 1 worker drained, 0 connections left"), "{said}");
-        // Told by the dispatcher, it has ended by itself.
+        // After the drain the worker ends by itself.
         assert!(workers[0].wait().success(), "{flavour}");
         dispatcher.wait_status("w0 to be gone", |status| worker(status, "w0").is_none());
         after.into_iter().for_each(Client::finish);
@@ -115,7 +115,7 @@ fn at_the_deadline_what_is_left_is_closed_and_counted() {
 }
 
 #[test]
-fn a_worker_that_stays_is_resumed() {
+fn a_draining_worker_can_be_resumed() {
     let (dispatcher, address) = start_one_pool("wait_for_worker = \"1h\"");
     let _worker = dispatcher.worker_with("blocking", "web", "w0", &[("TEST_WORKER", "stays")]);
     dispatcher.wait_joined("web", 1);
@@ -124,7 +124,7 @@ fn a_worker_that_stays_is_resumed() {
     assert_eq!(http_get(&dispatcher.admin(), "/readyz").unwrap().0, 503, "no usable worker");
     assert_eq!(http_get(&dispatcher.admin(), "/healthz").unwrap().0, 200, "and yet healthy");
     let waiting = connect(address);
-    // Who waits for it to be drained hears that it is active again.
+    // The waiting command reports that the worker was resumed.
     let mut wait = cli(&dispatcher, &["drain", "web/w0", "--wait"]);
     let mut wait = wait.stdout(Stdio::null()).stderr(Stdio::piped()).spawn().unwrap();
     let mut word = [0; 1];
@@ -142,7 +142,7 @@ fn a_worker_that_stays_is_resumed() {
 }
 
 #[test]
-fn a_pool_and_all_are_drained_and_resumed() {
+fn drain_and_resume_apply_to_a_pool_and_to_all() {
     let other = "[[listener]]\nname = \"other\"\naddress = \"127.0.0.1:0\"\npool = \"other\"\n[pool.other]\n";
     let dispatcher = Dispatcher::start(&format!("{other}{}", one_pool("wait_for_worker = \"1h\"")));
     let start = |pool: &str, name: &str| {
@@ -161,7 +161,7 @@ fn a_pool_and_all_are_drained_and_resumed() {
         workers.sort_by_key(|worker| worker.name.clone());
         workers.into_iter().map(|worker| worker.state.clone()).collect()
     };
-    // In the order of their names: the other pool's comes first.
+    // In the order of names: the other pool comes first.
     for (target, first, lines) in
         [(&["--pool", "web"][..], "active", 3), (&["--all"], "draining", 4)]
     {
@@ -177,14 +177,14 @@ fn a_pool_and_all_are_drained_and_resumed() {
         let said = done(&dispatcher, &[&["resume"], target].concat());
         assert_eq!(said.matches(": active, ").count(), lines, "{said}");
         assert_eq!(states(), ["active"; 4], "{target:?}");
-        // Who waited was served by all of them, and by nobody before.
+        // All workers served the waiting clients, and none before the resume.
         let served = all_greeted(waiting);
         assert_eq!(tally(&served).len(), 3);
         dispatcher.wait_status("them to be counted", |status| status.taken == taken + 3);
         served.into_iter().for_each(Client::finish);
         dispatcher.wait_status("their end", |status| loads(status, "web").0 == [2; 3]);
     }
-    // Waiting is for all of them together.
+    // The command waits for all workers together.
     let (mut waiting, mut progress) = waits(
         &dispatcher,
         &["drain", "--pool", "web", "--wait"],
@@ -201,7 +201,7 @@ fn a_pool_and_all_are_drained_and_resumed() {
 }
 
 #[test]
-fn waiting_ends_after_its_timeout() {
+fn waiting_ends_at_its_timeout() {
     let (dispatcher, address) = start_one_pool("");
     let _worker = dispatcher.workers("blocking", "web", 1);
     let client = Client::connect(address).unwrap();
@@ -212,7 +212,7 @@ fn waiting_ends_after_its_timeout() {
 }
 
 #[test]
-fn names_that_do_not_work_say_which_would() {
+fn a_wrong_name_gets_the_nearest_one() {
     let (dispatcher, _) = start_one_pool("");
     let _workers = dispatcher.workers("blocking", "web", 2);
     let (code, error) = failed(&dispatcher, &["drain", "web/w3"]);
@@ -225,7 +225,7 @@ fn names_that_do_not_work_say_which_would() {
     let _twin = dispatcher.worker("blocking", "web", "w1");
     dispatcher.wait_joined("web", 3);
     let (code, error) = failed(&dispatcher, &["drain", "web/w1"]);
-    assert_eq!((code, error.contains("name one by its id: ")), (64, true), "{error}");
+    assert_eq!((code, error.contains("use an id: ")), (64, true), "{error}");
     for arguments in [&["drain"][..], &["drain", "1", "--all"], &["drain", "1", "--timeout", "1s"]]
     {
         assert_eq!(failed(&dispatcher, arguments).0, 64, "{arguments:?}");
@@ -247,7 +247,7 @@ fn names_that_do_not_work_say_which_would() {
 }
 
 #[test]
-fn the_status_is_shown_again_until_nobody_reads() {
+fn watched_status_ends_without_a_reader() {
     let (dispatcher, _) = start_one_pool("");
     let mut watching = cli(&dispatcher, &["status", "--watch", "100ms", "--json"]);
     let mut watching = watching.stdout(Stdio::piped()).spawn().unwrap();
@@ -279,7 +279,7 @@ fn ask(
     (code, head.to_ascii_lowercase(), body.to_owned())
 }
 
-/// What can be asked for, and what can be told there.
+/// All paths, with their methods.
 const ROUTES: [(&str, &str, &str); 12] = [
     ("/", "GET, HEAD", ""),
     ("/v1/status", "GET, HEAD", ""),
@@ -295,7 +295,7 @@ const ROUTES: [(&str, &str, &str); 12] = [
     ("/readyz", "GET, HEAD", ""),
 ];
 
-/// What is the same however often one asks.
+/// The part of an answer that does not change between requests.
 fn lasting(path: &str, body: &str) -> Value {
     match path {
         "/v1/status" => {
@@ -318,13 +318,13 @@ fn lasting(path: &str, body: &str) -> Value {
             assert!(next.as_object_mut().unwrap().remove("at").is_some());
             next
         }
-        // Each has a nonce of its own, always as long.
+        // Each page has its own nonce of constant length.
         "/" => body.len().into(),
         _ => serde_json::from_str(body).unwrap_or_else(|_| body.into()),
     }
 }
 
-/// A pool with a process of its own and history.
+/// A pool with a spawned process and history.
 fn spawned() -> String {
     let program = example("test-worker");
     let command = format!("command = [{:?}, \"blocking\"]", program.to_str().unwrap());
@@ -333,7 +333,7 @@ fn spawned() -> String {
 }
 
 #[test]
-fn over_tcp_one_can_read_everything_and_change_nothing() {
+fn tcp_reads_everything_and_changes_nothing() {
     let config = format!("admin_http = \"127.0.0.1:0\"\n{}", spawned());
     let dispatcher = Dispatcher::start(&config);
     dispatcher.wait_joined("web", 1);
@@ -343,7 +343,7 @@ fn over_tcp_one_can_read_everything_and_change_nothing() {
     let socket = || UnixStream::connect(dispatcher.admin()).unwrap();
     let tcp = || TcpStream::connect(&address).unwrap();
     let before = lasting("/v1/status", &ask(socket(), "GET /v1/status", "d", "").2);
-    // A reload would change this.
+    // A reload would apply this change.
     write_config(&dispatcher.dir, &config.replace("history = 5", "policy = \"random\""));
 
     for (path, possible, body) in ROUTES {
@@ -357,7 +357,7 @@ fn over_tcp_one_can_read_everything_and_change_nothing() {
                 let said: Value = serde_json::from_str(&there.2).unwrap();
                 assert!(said["hint"].as_str().unwrap().contains("admin socket"), "{said}");
             }
-            // What it can do there is seen to be done only by the next test.
+            // The next test covers the effect of the command.
             if is_possible && !reads {
                 continue;
             }
@@ -393,7 +393,7 @@ fn over_tcp_one_can_read_everything_and_change_nothing() {
 }
 
 #[test]
-fn everything_can_be_told_over_the_socket_without_the_command() {
+fn every_command_works_over_plain_http() {
     let dispatcher = Dispatcher::start(&spawned());
     dispatcher.wait_joined("web", 1);
     let post = |path: &str, body: &str| {
@@ -444,7 +444,7 @@ fn everything_can_be_told_over_the_socket_without_the_command() {
     assert_eq!(weights(), [9]);
 }
 
-/// Where it listens for HTTP over TCP.
+/// The address of HTTP over TCP.
 fn admin_http(dispatcher: &Dispatcher) -> String {
     wait_for_log(dispatcher, "event=admin_http address=");
     let log = dispatcher.log();
@@ -466,7 +466,7 @@ fn other_machines_are_refused_unless_wanted() {
     assert!(error.contains("admin_http_allow_remote") && error.contains("^^^"), "{error}");
     assert_eq!(check(&format!("admin_http_allow_remote = true\n{config}")).0, Some(0));
 
-    // Then under the names that are listed, and still for reading only.
+    // The listed names are accepted, still read-only.
     let mut listed = format!(
         "admin_http_allow_remote = true\nadmin_http_hosts = [\"dispatcher.example.com\"]\n{config}"
     );
@@ -481,13 +481,13 @@ fn other_machines_are_refused_unless_wanted() {
     assert_eq!(ask(tcp(), "GET /v1/status", "192.0.2.7:9900", "").0, 200);
     let own = rustix::system::uname();
     assert_eq!(ask(tcp(), "GET /v1/status", own.nodename().to_str().unwrap(), "").0, 200);
-    // A reload changes them.
+    // A reload changes the names.
     listed = listed.replace("dispatcher.example.com", "other.example.com");
     let done = reloading::reload(&dispatcher, &listed);
     assert_eq!(reloading::names(&done["changed"]), ["admin_http_hosts"]);
     assert_eq!(ask(tcp(), "GET /v1/status", host, "").0, 403);
     assert_eq!(ask(tcp(), "GET /v1/status", "other.example.com", "").0, 200);
-    // On a loopback address only a name of this machine is a good one.
+    // On a loopback address only names of this machine are accepted.
     let dispatcher = Dispatcher::start(&config.replace("0.0.0.0", "127.0.0.1"));
     let address = admin_http(&dispatcher);
     let tcp = || TcpStream::connect(&address).unwrap();
@@ -495,9 +495,10 @@ fn other_machines_are_refused_unless_wanted() {
     assert_eq!(ask(tcp(), "GET /v1/status", "localhost", "").0, 200);
 }
 
-/// Programs as the documentation shows them: their `main` returns when nothing is left to serve, and not before.
+/// Programs as in the documentation: `main` returns when the last connection has ended, and not
+/// before.
 #[test]
-fn a_worker_as_in_the_examples_serves_what_it_has_when_it_is_drained_and_then_ends() {
+fn example_workers_end_after_a_drain_with_their_connections() {
     for program in ["echo", "mio-echo"] {
         let (dispatcher, address) = start_one_pool("");
         let mut command = Command::new(example(program));
@@ -514,7 +515,7 @@ fn a_worker_as_in_the_examples_serves_what_it_has_when_it_is_drained_and_then_en
         };
         clients.iter_mut().for_each(|client| echo(client, b"before"));
         done(&dispatcher, &["drain", "web/w0"]);
-        // It knows, and has said goodbye: from here on only what it has keeps it.
+        // The worker has said goodbye and lives only as long as its connections.
         wait_for_log(&dispatcher, "event=worker_goodbye");
         clients.iter_mut().for_each(|client| echo(client, b"they go on"));
         let [mut last, first] = clients;

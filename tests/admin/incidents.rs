@@ -1,4 +1,4 @@
-//! Incidents, told by nothing but the log: what happened, to whom, in which order, and how it ended. At the level `info`.
+//! Incidents as an operator reads them in the log at level `info`: event, subject, order and end.
 #![allow(clippy::unwrap_used, clippy::expect_used)]
 
 mod order;
@@ -16,7 +16,7 @@ use nix::sys::signal::Signal;
 use test_support::peer::{Peer, hello};
 use test_support::*;
 
-/// A line taken apart: its level, and the pairs after it.
+/// A parsed line: its level, and the pairs after it.
 #[derive(Debug)]
 struct Line {
     level: String,
@@ -55,14 +55,14 @@ impl Line {
     }
 }
 
-/// The log as somebody reads it afterwards.
+/// The log as read after an incident.
 struct Story {
     lines: Vec<Line>,
     at: usize,
 }
 
 impl Story {
-    /// Waits until the log has as many lines of this event as said: then it has everything before it too.
+    /// Waits until the log has this many lines of the event; earlier events are in it by then.
     fn after(dispatcher: &Dispatcher, event: &str, count: usize) -> Story {
         let text = format!("event={event} ");
         wait_until(&format!("{count} lines of {event}"), || {
@@ -72,7 +72,7 @@ impl Story {
         Story { lines: dispatcher.log().lines().map(Line::of).collect(), at: 0 }
     }
 
-    /// The next line with all of these, after the one found before.
+    /// The next line with all these pairs, after the previously found one.
     #[track_caller]
     fn then(&mut self, pairs: &[(&str, &str)]) -> &Line {
         let fits = |line: &Line| {
@@ -91,7 +91,7 @@ impl Story {
     }
 }
 
-/// A dispatcher that logs at `info`, as it would in service.
+/// A dispatcher that logs at `info`, as in production.
 fn start(keys: &str) -> Dispatcher {
     let temp = configure(&one_pool(keys));
     let mut command = Command::new("env");
@@ -118,7 +118,7 @@ fn post(socket: &Path, path: &str, body: &str) -> (u16, serde_json::Value) {
 }
 
 #[test]
-fn a_worker_is_killed_with_connections_it_had_not_taken() {
+fn a_killed_worker_with_untaken_connections_is_logged() {
     let dispatcher = start("handoff_timeout = \"10m\"");
     let mut first = dispatcher.worker("blocking", "web", "first");
     dispatcher.wait_joined("web", 1);
@@ -141,11 +141,11 @@ fn a_worker_is_killed_with_connections_it_had_not_taken() {
     let id = joined.get("worker").to_owned();
     let other = story.then(&[("event", "worker_joined"), ("name", "second")]);
     let other = other.get("worker").to_owned();
-    // Five had been sent and went elsewhere; the two it was serving ended with it.
+    // Five connections were sent and went elsewhere; the two that the worker served ended with it.
     let gone = story.then(&[("event", "worker_gone"), ("worker", &id), ("pid", &pid)]);
     assert_eq!((gone.get("resent"), gone.get("live"), &*gone.level), ("5", "2", "warn"));
     assert!(matches!(gone.get("why"), "died" | "disconnected"));
-    // Which ones, and to whom.
+    // The connections and their new workers.
     let resent = story.all("connection_resent");
     let conns: BTreeSet<u64> = resent.iter().map(|line| line.number("conn")).collect();
     assert_eq!((resent.len(), conns.len()), (5, 5));
@@ -153,12 +153,12 @@ fn a_worker_is_killed_with_connections_it_had_not_taken() {
         assert_eq!((line.get("worker"), line.get("pool")), (&*other, "web"));
         assert!(line.get("peer").starts_with("127.0.0.1:"));
     }
-    // Four were served before them.
+    // Four connections were served before them.
     assert!(conns.iter().all(|&conn| (5..=14).contains(&conn)), "{conns:?}");
 }
 
 #[test]
-fn a_worker_stands_still_and_comes_back() {
+fn a_stopped_and_continued_worker_is_logged() {
     let dispatcher = start("handoff_timeout = \"100ms\"");
     let stopped = dispatcher.worker("blocking", "web", "stopped");
     dispatcher.wait_joined("web", 1);
@@ -170,7 +170,7 @@ fn a_worker_stands_still_and_comes_back() {
     let waiting: Vec<TcpStream> = (0..6).map(|_| connect(address)).collect();
     let served = all_greeted(waiting);
     stopped.signal(Signal::SIGCONT);
-    // Trust comes back with what it takes.
+    // The worker is trusted again after it has taken connections.
     let mut more = Vec::new();
     wait_until("trust", || {
         more.push(Client::connect(address).unwrap());
@@ -192,7 +192,7 @@ fn a_worker_stands_still_and_comes_back() {
 }
 
 #[test]
-fn all_workers_leave_and_one_comes_back() {
+fn loss_and_return_of_all_workers_is_logged() {
     let dispatcher = start("wait_for_worker = \"300ms\"");
     let mut workers = dispatcher.workers("blocking", "web", 2);
     workers.iter_mut().for_each(Process::kill);
@@ -253,7 +253,7 @@ fn descriptors_run_out_and_workers_are_full() {
 }
 
 #[test]
-fn a_stranger_and_a_worker_that_babbles() {
+fn invalid_records_of_a_stranger_and_of_a_worker() {
     let dispatcher = start("handoff_timeout = \"10m\"");
     let stranger = Peer::connect(&dispatcher.dispatch());
     stranger.send(b"GET / HTTP/1.1", &[]).unwrap();
@@ -281,7 +281,7 @@ fn a_stranger_and_a_worker_that_babbles() {
     assert_eq!(gone.len(), 1);
     assert_eq!((gone[0].get("worker"), gone[0].get("why")), (&*id, "expelled"));
     assert_eq!((gone[0].get("resent"), gone[0].get("pool")), ("1", "web"));
-    // Its connection, the first there was, is the one that went to the honest one.
+    // The first connection of all went to the honest worker.
     let resent = story.all("connection_resent");
     assert_eq!((resent[0].get("conn"), resent[0].get("name")), ("1", "honest"));
 }
@@ -292,7 +292,7 @@ fn the_level_changes_at_run_time() {
     let level = || http_get(&dispatcher.admin(), "/v1/log_level").unwrap().1;
     assert!(level().contains("\"info\""));
     let _worker = dispatcher.workers("blocking", "web", 1);
-    // Nothing at `debug` so far: the dispatcher says something there for a client that breaks off.
+    // No lines at level `debug` so far; a disconnecting client would cause one.
     let noise = || {
         let mut stream = UnixStream::connect(dispatcher.admin()).unwrap();
         stream.write_all(b"\x00 nonsense\r\n\r\n").unwrap();
@@ -315,7 +315,7 @@ fn the_level_changes_at_run_time() {
     let before = dispatcher.log().lines().count();
     let _other = dispatcher.worker("blocking", "web", "unseen");
     dispatcher.wait_joined("web", 2);
-    // A turn that answers tells its events after it: the next answer comes after those.
+    // A turn logs its events after its answers, so the next answer comes after the events.
     dispatcher.status();
     let (code, _) = post(&dispatcher.admin(), "/v1/log_level", r#"{"level": "info"}"#);
     assert_eq!(code, 200);
@@ -331,7 +331,7 @@ fn the_level_changes_at_run_time() {
 }
 
 #[test]
-fn the_level_of_the_configuration_counts_unless_the_environment_says_another() {
+fn the_environment_overrides_the_configured_log_level() {
     let quiet = format!("log_level = \"error\"\n{}", one_pool(""));
     for (variable, level) in [(None, "error"), (Some("debug"), "debug")] {
         let temp = configure(&quiet);
@@ -347,10 +347,10 @@ fn the_level_of_the_configuration_counts_unless_the_environment_says_another() {
 }
 
 #[test]
-fn the_journal_gets_priorities_if_the_log_goes_there() {
+fn the_journal_gets_priorities() {
     for (inode, journal) in [(0, true), (1, false)] {
         let temp = configure(&one_pool("wait_for_worker = \"0s\""));
-        // Any file will do: what counts is that stderr is what the variable names.
+        // Any file works: stderr must be the file that the variable names.
         let log = File::create(temp.path().join("log")).unwrap().metadata().unwrap();
         let mut command = Command::new("env");
         command.arg(format!("JOURNAL_STREAM={}:{}", log.dev(), log.ino() + inode));
@@ -370,7 +370,7 @@ fn the_journal_gets_priorities_if_the_log_goes_there() {
     }
 }
 
-/// Every event in the program's text is in docs/LOGS.md, and every event there is in the program.
+/// Every event in the sources is in docs/LOGS.md, and every event there exists.
 #[test]
 fn every_event_is_documented() {
     fn events_in(text: &str, start: &str, found: &mut BTreeSet<String>) {

@@ -1,4 +1,4 @@
-//! What operators use: commands, the admin socket, metrics, log, page and manual.
+//! The operator's interface: commands, admin socket, metrics, log, page and manual.
 #![allow(clippy::unwrap_used, clippy::expect_used, reason = "in a test a panic is the report")]
 
 mod cli;

@@ -1,4 +1,4 @@
-//! Completions, manual pages and `--help`: there for every command, and good for the programs that read them.
+//! Completions, manual pages and `--help` exist for every command and are valid for their readers.
 #![allow(clippy::unwrap_used, clippy::expect_used)]
 
 use std::path::Path;
@@ -47,7 +47,7 @@ fn bash_completes_every_command() {
         text(command.output().unwrap())
     };
     assert!(bash("source \"$1\" && complete -p dispatcher").contains("dispatcher"));
-    // As the shell does when Tab is pressed after these words.
+    // Completes these words as the shell does after Tab.
     let complete = |words: &[&str]| {
         let words: Vec<String> = words.iter().map(|word| format!("'{word}'")).collect();
         let call = format!(
@@ -70,15 +70,15 @@ fn bash_completes_every_command() {
 }
 
 #[test]
-fn other_shells_have_theirs() {
+fn other_shells_have_scripts() {
     for shell in ["bash", "zsh", "fish", "elvish", "powershell"] {
         let script = text(dispatcher(&["completions", shell]));
-        // Run from where it is, as no shell would find it.
+        // Run by its path, because it is not in PATH.
         assert!(script.contains(dispatcher_bin()), "{shell}: {script}");
         let script = text(dispatcher(&["completions", shell, "--program", "dispatcher"]));
         assert!(!script.contains(dispatcher_bin()), "{shell}: {script}");
     }
-    // Nothing of it reaches those who press no Tab.
+    // Without Tab, the script prints nothing.
     let mut command = Command::new(dispatcher_bin());
     command.args(["--", "dispatcher", "sta"]).env("_DISPATCHER_COMPLETE", "csh");
     assert_eq!(command.output().unwrap().status.code(), Some(64));
@@ -87,7 +87,7 @@ fn other_shells_have_theirs() {
     assert!(String::from_utf8_lossy(&unknown.stderr).contains("bash"));
 }
 
-/// What a shell offers for these words, the last of which is being written.
+/// The words that a shell offers for the last of these words.
 fn offered(shell: &str, words: &[&str], admin: &Path) -> Vec<String> {
     let temp = tempfile::tempdir().unwrap();
     let file = temp.path().join("script");
@@ -100,7 +100,7 @@ fn offered(shell: &str, words: &[&str], admin: &Path) -> Vec<String> {
              _clap_complete_dispatcher dispatcher \"${{COMP_WORDS[-1]}}\" \"${{COMP_WORDS[-2]}}\"; \
              printf '%s\\n' \"${{COMPREPLY[@]}}\""
         ),
-        // Its own functions for what it does with the answer only work while a line is edited.
+        // The completion functions of zsh work only in the line editor, so the test replaces them.
         "zsh" => format!(
             "compdef() {{}}; _describe() {{ print -rl -- ${{(P)3}} }}; source $FILE; \
              words=(dispatcher {line}); CURRENT={}; _clap_dynamic_completer_dispatcher",
@@ -116,7 +116,7 @@ fn offered(shell: &str, words: &[&str], admin: &Path) -> Vec<String> {
     };
     command.args(quiet).args(["-c", &script]).env("FILE", &file).env("HOME", temp.path());
     let printed = text(command.env("DISPATCHER_ADMIN", admin).output().unwrap());
-    // Descriptions follow a tab, or a colon.
+    // Descriptions follow a tab or a colon.
     let words = printed.lines().map(|line| line.split(['\t', ':']).next().unwrap().trim());
     words.filter(|word| !word.is_empty()).map(str::to_owned).collect()
 }
@@ -127,7 +127,7 @@ fn shells_complete_the_names_of_workers_pools_and_levels() {
         "{}\n[[listener]]\nname = \"other\"\naddress = \"127.0.0.1:0\"\npool = \"chat\"\n[pool.chat]\n",
         one_pool("")
     ));
-    // A name that a shell would take for something else, and one that two have.
+    // A name with special characters, and two workers with the same name.
     let mut processes = Vec::new();
     for name in ["web-1", "a;b$(c)", "twin", "twin"] {
         processes.push(dispatcher.worker("blocking", "web", name));
@@ -166,7 +166,7 @@ fn shells_complete_the_names_of_workers_pools_and_levels() {
         assert_eq!(sorted(&["log-level", "d"]), ["debug"], "{shell}");
         assert_eq!(sorted(&["log-level", ""]).len(), 6, "{shell}");
         assert_eq!(sorted(&["stat"]), ["status"], "{shell}");
-        // Of the dispatcher that the line is about; with none there is nothing to offer.
+        // The names come from the dispatcher of the command line; without one there are none.
         let other = admin.with_file_name("none.sock");
         let here = admin.to_str().unwrap();
         assert_eq!(
@@ -178,10 +178,10 @@ fn shells_complete_the_names_of_workers_pools_and_levels() {
     }
 }
 
-/// What `man` would complain of.
+/// The warnings of `man`.
 fn complaints(page: &Path) -> String {
     let mut command = Command::new("groff");
-    // Every warning, and what it prints goes nowhere.
+    // All warnings, without output.
     command.args(["-man", "-Tutf8", "-ww", "-z"]).arg(page);
     let output = command.output().unwrap();
     assert!(output.status.success(), "{}", page.display());
@@ -212,13 +212,13 @@ fn every_command_has_a_manual_page() {
         assert!(page.contains(".SH EXAMPLE"), "{name}");
         assert!(!page.contains("demo\\-worker") && !page.contains("demo-worker"), "{name}");
     }
-    // One page goes to standard output, and is the same.
+    // The page on standard output is the same.
     let whole = text(dispatcher(&["man"]));
     assert_eq!(whole, std::fs::read_to_string(directory.join("dispatcher.1")).unwrap());
     let drain = text(dispatcher(&["man", "drain"]));
     assert_eq!(drain, std::fs::read_to_string(directory.join("dispatcher-drain.1")).unwrap());
     assert_eq!(dispatcher(&["man", "nothing"]).status.code(), Some(64));
-    // The configuration's is in a section of its own.
+    // The page of the configuration is in section 5.
     let file = temp.path().join("man/man5/dispatcher.toml.5");
     let page = text(dispatcher(&["man", "dispatcher.toml"]));
     assert_eq!(page, std::fs::read_to_string(&file).unwrap());
@@ -258,13 +258,13 @@ fn every_command_has_a_manual_page() {
 }
 
 #[test]
-fn every_command_explains_itself() {
+fn every_command_has_help() {
     for command in commands() {
         let help = text(dispatcher(&[&command, "--help"]));
         assert!(help.contains("\nExample"), "{command}: {help}");
         let usage = format!("Usage: dispatcher {command}");
         assert!(help.contains(&usage) && !help.starts_with("Usage"), "{command}: {help}");
-        // An example is of this command, or of what belongs to it.
+        // Every example belongs to this command.
         let (_, examples) = help.split_once("\nExample").unwrap();
         assert!(examples.contains(&format!("dispatcher {command}")), "{command}: {help}");
     }

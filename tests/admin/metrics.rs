@@ -1,4 +1,5 @@
-//! `/metrics` of a running dispatcher; and that the dashboard, the alert rules and the documentation speak of nothing else.
+//! `/metrics` of a running dispatcher, compared with the dashboard, the alert rules and the
+//! documentation.
 #![allow(clippy::unwrap_used, clippy::expect_used)]
 
 use std::collections::{BTreeMap, BTreeSet};
@@ -11,14 +12,14 @@ use std::process::Command;
 use nix::sys::signal::Signal;
 use test_support::*;
 
-/// What every series has once Prometheus has scraped it.
+/// Labels that Prometheus adds to every series.
 const FROM_PROMETHEUS: [&str; 2] = ["instance", "job"];
 
 fn etc(file: &str) -> PathBuf {
     Path::new(env!("CARGO_MANIFEST_DIR")).join("../etc").join(file)
 }
 
-/// promtool, or nothing after a notice.
+/// promtool, or `None` after a notice.
 fn promtool() -> Option<Command> {
     let found = Command::new("promtool").arg("--version").output().is_ok();
     if !found {
@@ -36,7 +37,7 @@ fn succeeds(command: &mut Command, input: &str) {
     let output = child.wait_with_output().unwrap();
     let text =
         [&output.stdout, &output.stderr].map(|text| String::from_utf8_lossy(text).into_owned());
-    // A remark of its linter is a failure too.
+    // A remark of the linter is a failure as well.
     assert!(output.status.success(), "{command:?}: {}", text.concat());
 }
 
@@ -61,7 +62,7 @@ fn plain(socket: &Path) -> String {
     body
 }
 
-/// One sample: its name, its labels, its value.
+/// One sample: name, labels, value.
 type Sample = (String, BTreeMap<String, String>, f64);
 
 fn samples(text: &str) -> Vec<Sample> {
@@ -69,7 +70,7 @@ fn samples(text: &str) -> Vec<Sample> {
         let (series, value) = line.rsplit_once(' ').unwrap();
         let (name, labels) = series.split_once('{').unwrap_or((series, "}"));
         let labels = labels.strip_suffix('}').unwrap();
-        // None of the values in these tests has a comma or a quote.
+        // No value in these tests contains a comma or a quote.
         let pairs = labels.split(',').filter(|pair| !pair.is_empty()).map(|pair| {
             let (label, value) = pair.split_once('=').unwrap();
             (label.to_owned(), value.trim_matches('"').to_owned())
@@ -86,14 +87,14 @@ fn sum(samples: &[Sample], name: &str) -> f64 {
     values.iter().sum()
 }
 
-/// Where all connections are, whatever was reloaded.
+/// The number of connections in all states, independent of reloads.
 fn total(samples: &[Sample]) -> f64 {
     let places = ["held", "custody", "taken_total", "closed_total"];
     let of = |place| sum(samples, &format!("dispatcher_connections_{place}"));
     places.into_iter().map(of).sum()
 }
 
-/// Every metric with the labels it has.
+/// Every metric with its labels.
 fn exposed(text: &str) -> BTreeMap<String, BTreeSet<String>> {
     let mut names: BTreeMap<String, BTreeSet<String>> = BTreeMap::new();
     for (name, labels, _) in samples(text) {
@@ -136,7 +137,7 @@ handoff_timeout = "10m"
 handoff_timeout = "10m"
 "#;
 
-/// A dispatcher that has something to tell: clients taken, in custody, denied; workers that came and went.
+/// A dispatcher with taken, untaken and denied clients, and with workers that joined and left.
 fn busy() -> (Dispatcher, Vec<Process>, Vec<Client>, Vec<TcpStream>) {
     let dispatcher = Dispatcher::start(POOLS);
     let mut workers = dispatcher.workers("blocking", "web", 2);
@@ -161,7 +162,7 @@ fn busy() -> (Dispatcher, Vec<Process>, Vec<Client>, Vec<TcpStream>) {
 }
 
 #[test]
-fn the_text_is_valid_and_true() {
+fn the_metrics_text_is_valid_and_correct() {
     let (dispatcher, _workers, _clients, _waiting) = busy();
     let before = dispatcher.status();
     let text = plain(&dispatcher.admin());
@@ -184,7 +185,8 @@ fn the_text_is_valid_and_true() {
     assert_eq!(sum(&found, "dispatcher_live_connections"), live as f64);
     assert_eq!(sum(&found, "dispatcher_worker_live_connections"), live as f64);
 
-    // Every connection that was taken has a latency; every 64th has a decision time; every turn is counted.
+    // Every taken connection has a latency, every 64th has a decision time, and every turn is
+    // counted.
     assert_eq!(sum(&found, "dispatcher_handoff_latency_seconds_count"), 200.0);
     assert!(sum(&found, "dispatcher_handoff_latency_seconds_sum") > 0.0);
     assert_eq!(sum(&found, "dispatcher_decision_seconds_count"), 3.0);
@@ -198,7 +200,7 @@ fn the_text_is_valid_and_true() {
 
     let Some(mut promtool) = promtool() else { return };
     succeeds(promtool.args(["check", "metrics"]), &text);
-    // Its parser of OpenMetrics wants times, which a scrape leaves to the scraper.
+    // The parser of OpenMetrics requires timestamps, which a scrape does not contain.
     let now = std::time::SystemTime::now().duration_since(std::time::UNIX_EPOCH).unwrap().as_secs();
     let dated: String = open
         .lines()
@@ -219,7 +221,7 @@ fn the_text_is_valid_and_true() {
 }
 
 #[test]
-fn what_was_taken_back_is_counted() {
+fn revoked_connections_are_counted() {
     let (dispatcher, address) = start_one_pool("handoff_timeout = \"100ms\"");
     let workers = dispatcher.workers("tokio", "web", 2);
     dispatcher.prove_all(address);
@@ -245,7 +247,7 @@ fn what_was_taken_back_is_counted() {
 }
 
 #[test]
-fn the_totals_outlive_what_a_reload_takes_out() {
+fn totals_include_removed_listeners_and_pools() {
     let (dispatcher, _workers, clients, waiting) = busy();
     drop(waiting);
     let chat = POOLS.find("[[listener]]\nname = \"chat\"").unwrap();
@@ -262,7 +264,7 @@ fn the_totals_outlive_what_a_reload_takes_out() {
     assert!(done.contains("\"removed\":[\"pool chat\",\"listener chat\"]"), "{done}");
     dispatcher.wait_status("its listener to be gone", |s| s.listeners.len() == 3);
     let found = samples(&plain(&dispatcher.admin()));
-    // What its listener accepted is in no series of its own any more.
+    // The removed listener has no series of its own any more.
     assert_eq!(sum(&found, "dispatcher_listener_accepted_connections_total"), 203.0);
     assert_eq!(sum(&found, "dispatcher_connections_accepted_total"), 210.0);
     assert_eq!((total(&found), sum(&found, "dispatcher_conservation_residual")), (210.0, 0.0));
@@ -270,7 +272,7 @@ fn the_totals_outlive_what_a_reload_takes_out() {
 }
 
 #[test]
-fn what_affinity_does_is_counted() {
+fn affinity_is_counted() {
     let dispatcher = Dispatcher::start(&one_pool(
         "affinity.key = \"client-ip\"\npolicy = \"least-score\"\nscores.multipliers = { queue_wait = 1 }",
     ));
@@ -293,7 +295,7 @@ fn what_affinity_does_is_counted() {
 }
 
 #[test]
-fn workers_beyond_the_bound_are_in_the_sums_only() {
+fn workers_over_the_bound_are_only_in_sums() {
     let config = format!("metrics_max_workers = 2\n{}", one_pool(""));
     let dispatcher = Dispatcher::start(&config);
     let _workers = dispatcher.workers("blocking", "web", 4);
@@ -309,7 +311,7 @@ fn workers_beyond_the_bound_are_in_the_sums_only() {
 }
 
 #[test]
-fn what_prometheus_knows_of_every_process_is_there() {
+fn standard_process_metrics_are_present() {
     let dispatcher = Dispatcher::start(&one_pool(""));
     let pid = dispatcher.process.pid();
     let now = || {
@@ -338,7 +340,7 @@ fn what_prometheus_knows_of_every_process_is_there() {
 }
 
 #[test]
-fn reloads_and_restarts_of_processes_are_told() {
+fn reloads_and_process_restarts_are_logged() {
     let dispatcher = Dispatcher::start(&format!(
         "{}[pool.web.spawn]\ncommand = [\"/bin/false\"]\n",
         one_pool("")
@@ -363,7 +365,7 @@ fn reloads_and_restarts_of_processes_are_told() {
     assert!(metric("dispatcher_process_restarts_total{pool=\"web\"}") >= 1.0);
 }
 
-/// Names of metrics in a text, each with the labels it is selected by. Strings end with their quote.
+/// The metric names in a text, each with its label selectors. Strings end with their quote.
 fn selected(text: &str) -> Vec<(String, Vec<String>)> {
     let mut found = Vec::new();
     let mut rest = text;
@@ -399,7 +401,7 @@ fn selected(text: &str) -> Vec<(String, Vec<String>)> {
     found
 }
 
-/// Labels in `by (…)` and its like.
+/// Labels in `by (…)` and similar clauses.
 fn grouped(text: &str) -> Vec<String> {
     let mut found = Vec::new();
     for word in ["by", "on", "without", "ignoring"] {
@@ -441,7 +443,7 @@ fn check_expression(exposed: &BTreeMap<String, BTreeSet<String>>, expression: &s
 }
 
 #[test]
-fn the_scanner_sees_what_is_wrong() {
+fn the_test_parser_finds_wrong_names() {
     let found = selected("sum(rate(dispatcher_a_total{x=\"}\", y!~\"=\"}[5m])) / dispatcher_b");
     let own = |text: &str| text.to_owned();
     assert_eq!(
@@ -453,7 +455,7 @@ fn the_scanner_sees_what_is_wrong() {
 }
 
 #[test]
-fn the_dashboard_and_the_rules_use_what_there_is() {
+fn dashboard_and_alerts_use_existing_metrics() {
     let (dispatcher, _workers, _clients, _waiting) = busy();
     let exposed = exposed(&plain(&dispatcher.admin()));
 
@@ -467,7 +469,7 @@ fn the_dashboard_and_the_rules_use_what_there_is() {
             expressions.push(expression.to_owned());
         }
     }
-    // Totals are there for the one equation, which `dispatcher_conservation_residual` shows.
+    // These totals exist only for the equation that `dispatcher_conservation_residual` checks.
     const NOT_SHOWN: [&str; 6] = [
         "dispatcher_connections_accepted_total",
         "dispatcher_connections_held",
@@ -498,13 +500,13 @@ fn the_dashboard_and_the_rules_use_what_there_is() {
         let expression = rule.split("expr: ").nth(1).unwrap().lines().next().unwrap();
         let rest = rule.split_once("annotations:").unwrap().1;
         check_expression(&exposed, expression, rest);
-        // What the texts speak of exists too.
+        // The expressions in annotations use existing metrics.
         check_expression(&exposed, &rest.replace("\\\"", "\""), "");
     }
     assert!(alerts.len() > 10);
     let tests = std::fs::read_to_string(etc("prometheus/dispatcher.rules.test.yml")).unwrap();
     for alert in alerts {
-        // Each is tested both ways: something fires it, and something does not.
+        // Each alert has a test in which it fires and one in which it does not.
         let parts: Vec<&str> = tests.split("- alertname: ").skip(1).collect();
         let cases = parts.iter().filter(|part| part.lines().next() == Some(alert));
         let quiet = cases.clone().filter(|part| part.contains("exp_alerts: []")).count();
@@ -519,7 +521,8 @@ fn the_dashboard_and_the_rules_use_what_there_is() {
             .arg(etc("prometheus/dispatcher.rules.test.yml")),
         "",
     );
-    // Grafana would check its expressions only when somebody looks: as rules they are checked here.
+    // Grafana checks the expressions of a dashboard only when it is opened; promtool checks them
+    // here as rules.
     let mut text = String::from("groups:\n- name: dashboard\n  rules:\n");
     for (number, expression) in expressions.iter().enumerate() {
         let expression = expression

@@ -1,4 +1,4 @@
-//! The status page in a headless Chromium, with a real dispatcher and real workers behind it.
+//! The status page in headless Chromium, with a real dispatcher and real workers.
 #![allow(clippy::unwrap_used, clippy::expect_used)]
 
 use std::io::{Read, Write};
@@ -13,11 +13,12 @@ use test_support::browser::Browser;
 use test_support::shown::*;
 use test_support::*;
 
-/// A name that would run, if it were taken for markup, and one that fits nowhere.
+/// A name that would run as script if it were used as markup, and a name that is too long for every
+/// column.
 const HOSTILE: &str = "<img/src=x/onerror=document.title='hit'>";
 const LONG: &str = "a-worker-whose-name-is-sixty-four-characters-long-because-it-may";
 
-/// Leads a browser, which speaks TCP, to the admin socket.
+/// A TCP proxy to the admin socket, because browsers cannot use Unix sockets.
 struct Door {
     url: String,
 }
@@ -28,7 +29,7 @@ impl Door {
         let url = format!("http://{}/", listener.local_addr().unwrap());
         std::thread::spawn(move || {
             for client in listener.incoming().map_while(Result::ok) {
-                // Dropping the client is how a dispatcher looks that is not there.
+                // A dropped connection looks like a missing dispatcher.
                 if let Ok(server) = UnixStream::connect(&admin) {
                     let (a, b) = (client.try_clone().unwrap(), server.try_clone().unwrap());
                     std::thread::spawn(move || copy(a, b));
@@ -61,7 +62,7 @@ impl Shut for UnixStream {
     }
 }
 
-/// Waits until the page shows what the JSON says.
+/// Waits until the page and the JSON agree.
 fn wait_equal(browser: &mut Browser, dispatcher: &Dispatcher) -> Status {
     let mut last = String::new();
     let deadline = std::time::Instant::now() + PATIENCE;
@@ -92,7 +93,7 @@ fn the_page_shows_what_the_json_says() {
     let hostile = dispatcher.worker("tokio", "web", HOSTILE);
     dispatcher.wait_joined("web", 4);
     let clients: Vec<Client> = (0..22).map(|_| Client::connect(address).unwrap()).collect();
-    // Some in custody: sent to one that does not look.
+    // Connections in flight: sent to a stopped worker.
     hostile.signal(Signal::SIGSTOP);
     let untaken: Vec<TcpStream> = (0..8).map(|_| connect(address)).collect();
     let door = Door::open(dispatcher.admin());
@@ -106,7 +107,7 @@ fn the_page_shows_what_the_json_says() {
     let policy = "document.querySelectorAll('#pools > tr')[1].children[1].innerText";
     assert!(browser.text(policy).ends_with("no-worker"));
 
-    // More clients: the page follows by itself.
+    // The page shows new clients without a reload.
     let mut more: Vec<TcpStream> = (0..12).map(|_| connect(address)).collect();
     dispatcher.wait_status("more clients", |status| status.accepted == 42);
     wait_until("a rate where they come, and only there", || {
@@ -117,7 +118,7 @@ fn the_page_shows_what_the_json_says() {
     });
     wait_equal(&mut browser, &dispatcher);
 
-    // One that is drained says so, until it is resumed.
+    // A drained worker is shown as draining until it is resumed.
     for (command, state) in [("drain", "draining"), ("resume", "active")] {
         let mut cli = std::process::Command::new(dispatcher_bin());
         cli.args([command, "web/w2", "--admin"]).arg(dispatcher.admin());
@@ -128,7 +129,8 @@ fn the_page_shows_what_the_json_says() {
         ));
     }
 
-    // One that says goodbye is draining while it has clients; one that is killed disappears, and the page says why.
+    // After its goodbye a worker is draining while it has clients. A killed worker disappears, and
+    // the page shows the reason.
     workers[1].signal(Signal::SIGTERM);
     browser.wait_true(&format!(
         "{}.some((row) => row[0].startsWith('w1 ') && row[1].endsWith('draining'))",
@@ -142,7 +144,8 @@ fn the_page_shows_what_the_json_says() {
     browser.wait_true(&format!("{faults}.includes('worker gone web/w0: process')"));
     wait_equal(&mut browser, &dispatcher);
 
-    // The dispatcher goes: the page says so, keeps the last figures, and goes on when there is one again.
+    // When the dispatcher ends, the page reports it, keeps the last figures, and continues with the
+    // next dispatcher.
     dispatcher.process.kill();
     browser.wait_true("!document.getElementById('alarm').hidden");
     assert_eq!(browser.text("document.title"), format!("no answer – {host} – dispatcher"));
@@ -163,7 +166,7 @@ fn the_page_shows_what_the_json_says() {
     drop((untaken, more, clients));
 }
 
-/// An answer in place of the dispatcher's.
+/// Replaces the answer of the dispatcher.
 fn pretend(browser: &mut Browser, status: &Status) {
     let json = serde_json::to_string(status).unwrap();
     browser.value(&format!("globalThis.fetch = async () => Response.json({json}), true"));
@@ -231,7 +234,7 @@ fn a_thousand_workers_stay_usable() {
     assert_eq!(summary[0][3], "999 active, 1 suspect");
     assert_eq!(summary[0][5], "0, 249.5, 499");
     assert!(cells(&mut browser, "workers").iter().any(|row| row[1].ends_with("suspect")));
-    // Those one looks for are found among all.
+    // Workers are found by name among all workers.
     let look_for = |what: &str| {
         format!(
             "(() => {{ const field = document.getElementById('filter'); field.value = '{what}';
@@ -252,7 +255,7 @@ fn a_thousand_workers_stay_usable() {
     assert_eq!(browser.complaints, [] as [Value; 0]);
 }
 
-/// What is wider than it may be, at the width that the screen has.
+/// Elements that are wider than the screen.
 const TOO_WIDE: &str = "[...document.querySelectorAll('body *')].filter((node) => node.checkVisibility()
    && !node.closest('thead, .visually-hidden, .skip, svg, option')
    && (node.getBoundingClientRect().right > innerWidth + 0.5
@@ -298,15 +301,15 @@ fn nothing_overflows_between_320_and_2560_pixels() {
 }
 
 #[test]
-fn load_bars_show_something_whatever_the_maximum_is() {
+fn load_bars_are_visible_for_any_maximum() {
     let Some(shared) = Browser::shared() else { return };
     let mut browser = Browser::take(&shared);
     let (_dispatcher, _door) = idle(&mut browser);
     for (loads, maximum, wanted) in [
-        // Nobody is near the maximum: the bars compare.
+        // No worker is near its maximum: the bars show relative load.
         ([100, 50, 0], u32::MAX, [0.8, 0.4, 0.0]),
         ([3, 2, 1], 10_000_000, [0.8, 0.533, 0.267]),
-        // Somebody is: they show how full each is.
+        // One worker is near its maximum: the bars show the used share.
         ([100, 50, 0], 110, [0.909, 0.455, 0.0]),
         ([100, 100, 100], 100, [1.0, 1.0, 1.0]),
         ([0, 0, 0], 100, [0.0, 0.0, 0.0]),
@@ -331,7 +334,7 @@ fn rates_are_of_what_the_last_answers_counted() {
     let (_dispatcher, _door) = idle(&mut browser);
     let mut status = crowd(3);
     status.pools.push(PoolStatus { name: "other".to_owned(), ..status.pools[0].clone() });
-    // A second passes between two answers, whatever this machine's clock says.
+    // One second passes between two answers, independent of the clock of the machine.
     let json = serde_json::to_string(&status).unwrap();
     browser.value(&format!(
         "{{ const status = {json}, every = [[40, 10, 0], [2, 2, 0.5]]; let seconds = 0;
@@ -361,7 +364,7 @@ fn rates_are_of_what_the_last_answers_counted() {
     assert_eq!(browser.complaints, [] as [Value; 0]);
 }
 
-/// The least contrast between a text and what is behind it, and where that is.
+/// The lowest contrast between text and background, and its place.
 const CONTRAST: &str = r"(() => {
   const light = (color) => {
     const [r, g, b] = color.match(/[\d.]+/g).map((v) => v / 255).map((v) => v <= 0.04045 ? v / 12.92 : ((v + 0.055) / 1.055) ** 2.4);
@@ -411,7 +414,7 @@ fn light_and_dark_on_a_phone_and_without_motion() {
     assert_eq!(browser.complaints, [] as [Value; 0]);
 }
 
-/// Roles and names as a screen reader gets them.
+/// Roles and names in the accessibility tree.
 fn tree(browser: &mut Browser) -> Vec<(String, String)> {
     let tree = browser.call("Accessibility.getFullAXTree", json!({}));
     let word = |node: &Value, key: &str| node[key]["value"].as_str().unwrap_or("").to_owned();
@@ -424,7 +427,7 @@ fn keyboard_and_screen_reader() {
     let Some(shared) = Browser::shared() else { return };
     let mut browser = Browser::take(&shared);
     let (_dispatcher, _door) = idle(&mut browser);
-    // On its clock hardly any time passes, however slow this machine is.
+    // The page's clock is nearly stopped, so that a slow machine does not matter.
     browser.value("{ let now = performance.now(); performance.now = () => now += 1; }");
     pretend(&mut browser, &crowd(4));
     browser.wait_true("document.querySelectorAll('#workers > tr').length === 4");
@@ -441,7 +444,7 @@ fn keyboard_and_screen_reader() {
         for heading in ["dispatcher", "Connections", "Last faults", "Pools", "Workers"] {
             assert!(named("heading", heading), "{width} {heading}: {tree:?}");
         }
-        // As tables on a phone too, where they don't look like it.
+        // The tables stay tables for screen readers in the phone layout.
         assert_eq!(count("table"), 4, "{width}");
         assert_eq!(count("rowheader"), 4 + 1 + 1, "{width}");
         assert_eq!(count("columnheader"), 9 + 8 + 2 + 6, "{width}");
@@ -449,7 +452,8 @@ fn keyboard_and_screen_reader() {
         assert!(named("searchbox", "Show only") && named("combobox", "Order"), "{width}");
         assert!(named("status", ""), "{width}");
     }
-    // A new fault is read aloud; nothing is because figures change, nor the next fault right after it.
+    // A new fault is announced. Changed figures are not, and neither is another fault right after
+    // it.
     let live = "[...document.querySelectorAll('[aria-live], [role=status], [role=alert]')].map((n) => n.id)";
     assert_eq!(browser.value(live), json!(["alarm", "news"]));
     let news = "document.getElementById('news').textContent";
@@ -462,7 +466,7 @@ fn keyboard_and_screen_reader() {
     assert!(browser.text(news).contains("worker gone"));
     let warm = "document.querySelector('[data-worker=\"140\"]').innerText";
     browser.wait_true(&format!("{warm}.includes('warming up, 40 %')"));
-    // Everything that can be used is reached with Tab, in the order of the page, and shows that it is.
+    // Every control is reached with Tab in page order and shows its focus.
     let mut seen = Vec::new();
     for _ in 0..7 {
         browser.press("Tab");
@@ -477,19 +481,19 @@ fn keyboard_and_screen_reader() {
 }
 
 #[test]
-fn it_asks_only_while_somebody_looks() {
+fn the_page_polls_only_while_visible() {
     let Some(shared) = Browser::shared() else { return };
     let mut browser = Browser::take(&shared);
     let (dispatcher, _door) = idle(&mut browser);
     wait_equal(&mut browser, &dispatcher);
-    // Counts what it asks.
+    // Counts the requests of the page.
     browser.value(
         "(() => { const ask = globalThis.fetch; globalThis.asked = 0;
            globalThis.fetch = (...all) => { globalThis.asked += 1; return ask(...all); }; return true; })()",
     );
     browser.wait_true("asked >= 2");
     let quiet = |browser: &mut Browser| {
-        // What was under way is over; then several rounds.
+        // Pending requests end first; then several rounds.
         browser.value(
             "(async () => { const wait = (ms) => new Promise((done) => setTimeout(done, ms));
                await wait(1000); const before = asked; await wait(5000); return asked - before; })()",
@@ -520,7 +524,7 @@ fn it_asks_only_while_somebody_looks() {
 }
 
 #[test]
-fn the_policy_lets_nothing_else_run() {
+fn the_content_security_policy_blocks_other_scripts() {
     let (dispatcher, _) = start_one_pool("");
     let whole = |path: &str| {
         let mut stream = UnixStream::connect(dispatcher.admin()).unwrap();
@@ -550,7 +554,7 @@ fn the_policy_lets_nothing_else_run() {
         assert!(head.contains(part), "{part}: {head}");
     }
     assert!(!head.contains("unsafe"));
-    // No outside assets, and nothing that turns text into markup.
+    // No external assets, and no function that turns text into markup.
     for word in [
         "http:",
         "https:",
@@ -563,7 +567,7 @@ fn the_policy_lets_nothing_else_run() {
     ] {
         assert!(!first.contains(word), "{word}");
     }
-    // Without the nonce nothing runs.
+    // No script runs without the nonce.
     let Some(shared) = Browser::shared() else { return };
     let mut browser = Browser::take(&shared);
     let door = Door::open(dispatcher.admin());

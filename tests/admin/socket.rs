@@ -1,5 +1,5 @@
-//! What admin traffic and operators do to a running dispatcher: what it costs the hot thread, what is shown after a
-//! reload, and what the log says of it.
+//! The effect of admin requests on a running dispatcher: cost in the event loop, status after a
+//! reload, and log.
 #![allow(clippy::unwrap_used, clippy::expect_used)]
 
 use std::io::{BufRead, BufReader, Read, Write};
@@ -15,7 +15,7 @@ fn run(dispatcher: &Dispatcher, arguments: &[&str]) -> Output {
     command.output().unwrap()
 }
 
-/// What a command that works prints.
+/// The output of a command that must succeed.
 fn text(dispatcher: &Dispatcher, arguments: &[&str]) -> String {
     let output = run(dispatcher, arguments);
     assert!(output.status.success(), "{}", String::from_utf8_lossy(&output.stderr));
@@ -27,13 +27,14 @@ fn reload(dispatcher: &Dispatcher, body: &str) -> String {
     text(dispatcher, &["reload"])
 }
 
-/// How many clients ask at once; fewer than the connections that one user may have.
+/// Number of simultaneous clients; below the limit of connections per user.
 const AT_ONCE: usize = 45;
 
-/// How often they do.
+/// Number of rounds.
 const WAVES: usize = 20;
 
-/// What they ask for: the status in all its forms, and now and then what the hot thread has to be asked for by itself.
+/// The requests: the status in all its forms, and some requests that the event loop must answer one
+/// by one.
 fn question(number: usize) -> &'static str {
     match number {
         0 => "/v1/pools/web/history",
@@ -45,7 +46,7 @@ fn question(number: usize) -> &'static str {
     }
 }
 
-/// A wave of questions: all of them are there before the first answer is read.
+/// One round of requests: all are sent before the first answer is read.
 fn ask_at_once(socket: &Path, connections: &mut Vec<BufReader<UnixStream>>) {
     while connections.len() < AT_ONCE {
         let stream = UnixStream::connect(socket).unwrap();
@@ -79,21 +80,21 @@ fn ask_at_once(socket: &Path, connections: &mut Vec<BufReader<UnixStream>>) {
 }
 
 #[test]
-fn admin_traffic_costs_the_hot_thread_by_the_turn_and_not_by_the_request() {
+fn admin_traffic_costs_per_turn_and_not_per_request() {
     if Command::new("strace").arg("-V").output().is_err() {
         return skip("needs strace");
     }
     let temp = configure(&one_pool("history = 10"));
     let trace = temp.path().join("trace");
     let mut command = Command::new("strace");
-    // The hot thread alone: strace follows no other.
+    // strace follows only the event loop's thread.
     command.arg("-o").arg(&trace).arg(dispatcher_bin()).args(["run", "--config"]);
     command.arg(temp.path().join("dispatcher.toml"));
     command.stderr(std::fs::File::create(temp.path().join("log")).unwrap());
     let dispatcher = Dispatcher::start_by(temp.path(), &mut command);
     let address = dispatcher.address("web");
     let _worker = dispatcher.workers("blocking", "web", 1);
-    // A client before and one after: their ports tell where in the trace the questions are.
+    // One client before and one after the requests: their ports mark the range in the trace.
     let mark = || {
         let client = Client::connect(address).unwrap();
         let port = client.stream.get_ref().local_addr().unwrap().port();
@@ -118,23 +119,25 @@ fn admin_traffic_costs_the_hot_thread_by_the_turn_and_not_by_the_request() {
     let of = |name: &str| calls.iter().filter(|line| line.starts_with(name)).count();
     let (polls, answers, each) = (of("epoll_wait("), of("write("), WAVES * 2);
     let shown: Vec<&&str> = calls.iter().take(60).collect();
-    // Less than one for every second request, although history and explain, which nobody can share, take a turn each.
+    // Fewer than one call per two requests, although each history and explain request takes a turn
+    // of its own.
     assert!(calls.len() < requests / 2, "{} for {requests} requests: {shown:#?}", calls.len());
     assert!(polls >= each, "{polls} turns for {each} answers that nobody shares");
-    // In a turn it looks and answers once. It writes to nobody but the side thread, and that only where it sleeps.
+    // The event loop polls and answers once per turn. It wakes only the side thread, and only if
+    // that thread sleeps.
     assert!(answers <= polls, "{answers} answers in {polls} turns");
     assert!(calls.len() < 4 * polls + 100, "{} in {polls} turns: {shown:#?}", calls.len());
 }
 
 #[test]
-fn a_pool_that_was_taken_out_and_put_back_shows_the_workers_it_has() {
+fn a_pool_removed_and_added_again_shows_its_workers() {
     let listener = |name: &str| {
         format!("[[listener]]\nname = \"{name}\"\naddress = \"127.0.0.1:0\"\npool = \"{name}\"\n")
     };
     let with = format!("{}{}[pool.web]\n[pool.chat]\n", listener("web"), listener("chat"));
     let without = format!("{}[pool.web]\n", listener("web"));
     let dispatcher = Dispatcher::start(&with);
-    // One that stays for its connection however often it is told to go.
+    // A worker that keeps its connection after it was told to end.
     let _worker = dispatcher.workers("blocking", "chat", 1);
     let mut client = Client::connect(dispatcher.address("chat")).unwrap();
     assert!(reload(&dispatcher, &without).contains("gone: pool chat\n"));
@@ -149,7 +152,7 @@ fn a_pool_that_was_taken_out_and_put_back_shows_the_workers_it_has() {
     assert_eq!((old.name.as_str(), old.state.as_str(), old.load), ("w0", "active", 1));
     let metrics = http_get(&dispatcher.admin(), "/metrics").unwrap().1;
     assert!(metrics.contains("dispatcher_live_connections{pool=\"chat\"} 1\n"), "{metrics}");
-    // It is waited for, as long as it has one.
+    // The command waits while the worker has a connection.
     let id = old.id.to_string();
     let waited = run(&dispatcher, &["drain", &id, "--wait", "--timeout", "300ms"]);
     assert_eq!(waited.status.code(), Some(75), "{waited:?}");
@@ -163,7 +166,7 @@ fn a_pool_that_was_taken_out_and_put_back_shows_the_workers_it_has() {
 }
 
 #[test]
-fn a_reload_that_undoes_a_scaling_says_so() {
+fn a_reload_that_reverts_a_scaling_reports_it() {
     let worker = example("test-worker");
     let spawn = format!("[pool.web.spawn]\ncommand = [{worker:?}, \"blocking\"]\nprocesses = 1\n");
     let body = one_pool(&spawn);
@@ -180,7 +183,7 @@ fn a_reload_that_undoes_a_scaling_says_so() {
 }
 
 #[test]
-fn lines_that_were_left_out_are_counted_in_the_log_when_silence_follows() {
+fn suppressed_log_lines_are_counted_after_a_pause() {
     let keys = "address = \"127.0.0.1:0\"\npool = \"web\"\ndeny = [\"127.0.0.0/8\"]\n";
     let body = format!("[[listener]]\nname = \"web\"\n{keys}[pool.web]\n");
     let dispatcher = Dispatcher::start(&body);
@@ -193,7 +196,7 @@ fn lines_that_were_left_out_are_counted_in_the_log_when_silence_follows() {
         Some(dispatcher.status().meters.log_lines_limited).filter(|&count| count > 0)
     });
     dispatcher.wait_status("all to be seen", |s| s.accepted == came);
-    // From here on nobody asks and nobody comes. Each is in the log, or counted there.
+    // From here on there are no requests and no clients. Each event is in the log or counted there.
     wait_until("the log to tell of all", || {
         let log = dispatcher.log();
         let lines = log.lines().filter(|line| line.contains("event=client_kept_out ")).count();
@@ -211,7 +214,7 @@ fn lines_that_were_left_out_are_counted_in_the_log_when_silence_follows() {
 }
 
 #[test]
-fn processes_cannot_flood_the_log() {
+fn output_of_processes_is_rate_limited() {
     let spawn = "[pool.web.spawn]\ncommand = [\"true\"]\nprocesses = 200\n";
     let dispatcher = Dispatcher::start(&one_pool(spawn));
     for kind in ["process_started", "process_ended"] {

@@ -16,14 +16,14 @@ fn top(dispatcher: &Dispatcher, arguments: &[&str]) -> Output {
 }
 
 #[test]
-fn a_snapshot_says_what_the_status_says() {
+fn a_snapshot_equals_the_status() {
     let (dispatcher, address) = start_one_pool("handoff_timeout = \"10m\"");
     let workers = dispatcher.workers("tokio", "web", 2);
     let clients: Vec<Client> = (0..10).map(|_| Client::connect(address).unwrap()).collect();
     workers[1].signal(Signal::SIGTERM);
     dispatcher
         .wait_status("one to drain", |status| worker(status, "w1").unwrap().state == "draining");
-    // One that nobody has taken yet.
+    // A connection that is not taken yet.
     workers[0].signal(Signal::SIGSTOP);
     let untaken = connect(address);
     let status = dispatcher.wait_status("custody", |status| status.custody == 1);
@@ -35,7 +35,7 @@ fn a_snapshot_says_what_the_status_says() {
         frame.lines().all(|line| line.chars().count() <= 120) && !frame.contains('\x1b'),
         "{frame}"
     );
-    // The cursor is on the one that joined first, whichever that is.
+    // The cursor is on the worker that joined first.
     assert_eq!(frame.lines().filter(|line| line.starts_with("> ")).count(), 1, "{frame}");
     let words = |line: &'_ str| {
         line.trim_start_matches("> ").split_whitespace().map(str::to_owned).collect()
@@ -63,7 +63,7 @@ fn a_snapshot_says_what_the_status_says() {
 }
 
 #[test]
-fn without_a_dispatcher_or_a_terminal_it_says_what_to_do() {
+fn top_without_a_dispatcher_or_terminal_gives_a_hint() {
     let temp = tempfile::tempdir().unwrap();
     let socket = temp.path().join("admin.sock");
     let mut command = Command::new(dispatcher_bin());
@@ -80,7 +80,7 @@ fn without_a_dispatcher_or_a_terminal_it_says_what_to_do() {
     assert_eq!(top(&dispatcher, &["--snapshot", "--size", "huge"]).status.code(), Some(64));
 }
 
-/// A pseudo-terminal of 100 columns and 30 lines, and in it `top`, or a shell to start it from.
+/// A pseudo-terminal of 100 columns and 30 lines with `top`, or with a shell to start it from.
 struct Screen {
     process: Process,
     out: Arc<Mutex<Vec<u8>>>,
@@ -101,7 +101,7 @@ impl Screen {
         format!("'{}' top --interval 100ms --admin '{}'", dispatcher_bin(), admin.display())
     }
 
-    /// A shell that controls jobs.
+    /// A shell with job control.
     fn shell() -> Option<Screen> {
         if Command::new("bash").arg("--version").output().is_err() {
             skip("needs bash");
@@ -138,12 +138,12 @@ impl Screen {
         String::from_utf8_lossy(&self.out.lock().unwrap()).into_owned()
     }
 
-    /// One word: what is blank already is not drawn.
+    /// One word: `top` does not draw blanks that are already there.
     fn wait_for(&self, what: &str) {
         wait_until(what, || self.text().contains(what));
     }
 
-    /// Times that something was drawn or printed.
+    /// Number of occurrences in the output.
     fn count(&self, what: &str) -> usize {
         self.text().matches(what).count()
     }
@@ -158,14 +158,14 @@ impl Screen {
         stdin.flush().unwrap();
     }
 
-    /// Of `top` itself.
+    /// The process id of `top`.
     fn pid(&self) -> Pid {
         let text = self.text();
         let rest = text.split("pid ").nth(1).expect("its pid");
         Pid::from_raw(rest.split(" dip").next().unwrap().parse().unwrap())
     }
 
-    /// Whether it has gone back to the screen that was there before, with its cursor, as the last thing it did.
+    /// Whether the last output restored the previous screen and its cursor.
     fn is_restored(&self) -> bool {
         let text = self.text();
         let (_, after) = text.rsplit_once("\x1b[?1049h").expect("a screen of its own");
@@ -174,10 +174,10 @@ impl Screen {
 }
 
 #[test]
-fn keys_drain_and_resume_and_the_end_leaves_the_terminal_as_it_was() {
+fn keys_drain_and_resume_and_quit_restores_the_terminal() {
     let (dispatcher, address) = start_one_pool("");
     let _workers = dispatcher.workers("tokio", "web", 2);
-    // With nothing left to serve, a drained worker ends.
+    // Without connections, a drained worker ends.
     let _clients: Vec<Client> = (0..4).map(|_| Client::connect(address).unwrap()).collect();
     let Some(mut screen) = Screen::open(&dispatcher, "") else { return };
     screen.wait_for("quit");
@@ -197,7 +197,7 @@ fn keys_drain_and_resume_and_the_end_leaves_the_terminal_as_it_was() {
     wait_until("both to be active", || {
         pool(&dispatcher.status(), "web").workers.iter().all(|w| w.state == "active")
     });
-    // Colours, as they are wanted.
+    // Colours depend on the environment.
     assert!(
         screen.text().contains("\x1b[38;5;") || screen.text().contains("\x1b[3"),
         "{:?}",
@@ -209,7 +209,7 @@ fn keys_drain_and_resume_and_the_end_leaves_the_terminal_as_it_was() {
 }
 
 #[test]
-fn keys_give_a_pool_more_and_fewer_processes() {
+fn keys_scale_a_pool() {
     let program = example("test-worker");
     let spawn =
         format!("[pool.web.spawn]\ncommand = [{:?}, \"blocking\"]", program.to_str().unwrap());
@@ -221,7 +221,7 @@ fn keys_give_a_pool_more_and_fewer_processes() {
     screen.press("+");
     dispatcher.wait_joined("web", 2);
     screen.wait_for("web-2");
-    // Any other key is a no.
+    // Any other key cancels.
     screen.press("-");
     screen.wait_for("fewer");
     screen.press("n");
@@ -232,7 +232,7 @@ fn keys_give_a_pool_more_and_fewer_processes() {
     dispatcher.wait_status("one to be gone", |status| pool(status, "web").workers.len() == 2);
     wait_for_log(&dispatcher, "event=pool_scaled pool=web processes=2 before=3");
     client.echo("still here");
-    // The last one stays, and the screen says why.
+    // The last process stays, and the screen shows the reason.
     screen.press("-");
     screen.press("y");
     dispatcher.wait_status("another to be gone", |status| pool(status, "web").workers.len() == 1);
@@ -247,7 +247,7 @@ fn keys_give_a_pool_more_and_fewer_processes() {
 }
 
 #[test]
-fn a_signal_leaves_the_terminal_as_it_was_and_no_color_is_heeded() {
+fn a_signal_restores_the_terminal_and_no_color_works() {
     let (dispatcher, _) = start_one_pool("");
     let _workers = dispatcher.workers("tokio", "web", 1);
     for signal in [Signal::SIGTERM, Signal::SIGHUP] {
@@ -265,20 +265,20 @@ fn a_signal_leaves_the_terminal_as_it_was_and_no_color_is_heeded() {
 }
 
 #[test]
-fn it_ends_with_its_terminal() {
+fn top_ends_with_its_terminal() {
     let (dispatcher, _) = start_one_pool("");
     let Some(mut screen) = Screen::open(&dispatcher, "") else { return };
     screen.wait_for("quit");
     let top = screen.pid();
-    // The terminal is gone, and whoever would pass a signal on with it.
+    // The terminal and the process that could pass on a signal are gone.
     kill(Pid::from_raw(screen.process.child.id() as i32), Signal::SIGKILL).unwrap();
     screen.process.wait();
     wait_until("top to end", || kill(top, None).is_err());
 }
 
-/// By Ctrl-Z, and by signals from elsewhere.
+/// By Ctrl-Z, and by signals of other processes.
 #[test]
-fn stopped_and_continued_it_is_drawn_again_and_hears_keys() {
+fn top_redraws_after_stop_and_continue() {
     let (dispatcher, _) = start_one_pool("");
     let _workers = dispatcher.workers("tokio", "web", 1);
     let Some(mut screen) = Screen::shell() else { return };
@@ -296,13 +296,13 @@ fn stopped_and_continued_it_is_drawn_again_and_hears_keys() {
         }
         screen.wait_for_more("Stopped", stopped);
         assert!(screen.is_restored(), "{:?}", screen.text());
-        // The shell has the terminal as it wants it.
+        // The shell has restored its terminal modes.
         let modes = screen.count("modes icanon");
         screen.press("stty -a | grep -o -- '-*icanon' | sed 's/^/modes /'\n");
         screen.wait_for_more("modes icanon", modes);
         screen.press("fg\n");
         screen.wait_for_more("quit", drawn);
-        // By what is ordered, it says at the bottom.
+        // The sort order is shown at the bottom.
         screen.press("s");
         let ordered = screen.count("load");
         screen.wait_for_more("load", ordered.saturating_sub(1));
@@ -315,9 +315,9 @@ fn stopped_and_continued_it_is_drawn_again_and_hears_keys() {
     assert!(screen.process.wait().success());
 }
 
-/// A signal that no program can handle, and a terminal that another program had in between.
+/// SIGSTOP cannot be handled, and another program used the terminal meanwhile.
 #[test]
-fn after_a_stop_that_it_could_not_see_it_takes_the_terminal_again() {
+fn after_sigstop_top_takes_the_terminal_again() {
     let (dispatcher, _) = start_one_pool("");
     let Some(mut screen) = Screen::open(&dispatcher, "") else { return };
     screen.wait_for("quit");
@@ -333,7 +333,7 @@ fn after_a_stop_that_it_could_not_see_it_takes_the_terminal_again() {
     stty(&["sane"]);
     assert!(!stty(&["-a"]).contains("-icanon"));
     let drawn = screen.count("quit");
-    // Some versions of script stop with what they run, and continue it.
+    // Some versions of script stop and continue together with their child.
     kill(Pid::from_raw(screen.process.pid()), Signal::SIGCONT).unwrap();
     kill(top, Signal::SIGCONT).unwrap();
     screen.wait_for_more("quit", drawn);
@@ -343,13 +343,13 @@ fn after_a_stop_that_it_could_not_see_it_takes_the_terminal_again() {
 }
 
 #[test]
-fn a_terminal_that_hangs_up_ends_it_without_a_complaint() {
+fn a_terminal_hangup_ends_top_silently() {
     use rustix::pty::{OpenptFlags, grantpt, openpt, ptsname, unlockpt};
     if Command::new("setsid").arg("--version").output().is_err() {
         return skip("needs setsid");
     }
     let (dispatcher, _) = start_one_pool("");
-    // With the signal that a terminal sends to those that it controls, and without it.
+    // With the SIGHUP that a terminal sends to its processes, and without it.
     for controlled in [true, false] {
         let master =
             openpt(OpenptFlags::RDWR | OpenptFlags::NOCTTY | OpenptFlags::CLOEXEC).unwrap();
@@ -370,7 +370,7 @@ fn a_terminal_that_hangs_up_ends_it_without_a_complaint() {
         command.arg(dispatcher_bin()).args(["top", "--admin"]).arg(dispatcher.admin());
         command.stdin(open()).stdout(open()).stderr(open()).env("TERM", "xterm");
         let mut process = Process::start("top", &mut command);
-        // The slave's ends of the command itself.
+        // The command's copies of the slave descriptor.
         drop(command);
         let mut master = std::fs::File::from(master);
         let mut seen = String::new();

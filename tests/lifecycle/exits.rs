@@ -62,7 +62,7 @@ fn answering(dir: &Path, answer: &'static str) -> std::path::PathBuf {
 }
 
 #[test]
-fn nobody_there() {
+fn no_process_listens() {
     let dir = tempfile::tempdir().unwrap();
     let admin = dir.path().join("admin.sock");
     for arguments in ASKING {

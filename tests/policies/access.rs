@@ -1,5 +1,5 @@
-//! Who may come in at a listener: lists, rates, and what one client may have waiting. Refused clients are closed, counted by
-//! reason, and named in the log at a bounded rate.
+//! Access rules of a listener: lists, rates, and queued connections per client. Refused clients are
+//! closed, counted by reason, and logged at a bounded rate.
 #![allow(clippy::unwrap_used, clippy::expect_used)]
 
 use std::io::Read;
@@ -28,7 +28,7 @@ fn from(ip: [u8; 4], to: SocketAddr) -> TcpStream {
     TcpStream::from(socket)
 }
 
-/// Waits for the end of a connection that nobody serves.
+/// Waits for the end of a refused connection.
 fn is_closed(mut stream: TcpStream) {
     stream.set_read_timeout(Some(PATIENCE)).unwrap();
     let mut byte = [0];
@@ -47,7 +47,7 @@ fn log_lines(dispatcher: &Dispatcher, parts: &[&str]) -> usize {
 #[test]
 fn allow_and_deny() {
     let rules = "allow = ['127.0.0.0/24', '::1']\ndeny = ['127.0.0.9']";
-    // IPv4 clients of an IPv6 socket are IPv4 clients.
+    // IPv4 clients of an IPv6 socket count as IPv4 clients.
     for address in ["127.0.0.1:0", "[::]:0"] {
         let dispatcher = Dispatcher::start(&config(address, rules));
         let _worker = dispatcher.workers("blocking", "web", 1);
@@ -76,26 +76,26 @@ fn allow_and_deny() {
 }
 
 #[test]
-fn a_rate_for_each_client() {
-    // So slow that no time the test may take fills a bucket again.
+fn the_rate_limit_is_per_client() {
+    // The rate is so low that the bucket is not refilled during the test.
     let rules = "rate_limit = '1/h'\nrate_burst = 5";
     let dispatcher = Dispatcher::start(&config("127.0.0.1:0", rules));
     let _worker = dispatcher.workers("blocking", "web", 1);
     let to = dispatcher.address("web");
     let clients: Vec<Client> =
         (0..5).map(|_| Client::greeted(from([127, 0, 0, 2], to)).unwrap()).collect();
-    // 95 of one client are too many; another one does not suffer.
+    // 95 connections of one client are over the limit; another client is not affected.
     (0..95).for_each(|_| is_closed(from([127, 0, 0, 2], to)));
     Client::greeted(from([127, 0, 0, 3], to)).unwrap();
     let status = dispatcher.status();
     assert_eq!((status.accepted, status.closed["rate_limited"]), (101, 95));
     assert_eq!(status.listeners[0].tracked_clients, 2);
-    // Those it has stay open: only coming is limited.
+    // Existing connections stay open: the rate applies only to new ones.
     clients.into_iter().for_each(Client::finish);
     wait_until("some to be named", || log_lines(&dispatcher, &["reason=rate_limited"]) > 0);
 }
 
-/// Clients kept out that the log speaks of: a line each, and those it says it left out.
+/// Refused clients in the log: those with a line, and those that are counted as suppressed.
 fn told_of(dispatcher: &Dispatcher) -> usize {
     let log = dispatcher.log();
     let number = |line: &str, key| {
@@ -114,7 +114,7 @@ fn told_of(dispatcher: &Dispatcher) -> usize {
 }
 
 #[test]
-fn a_flood_is_named_at_a_bounded_rate_and_nobody_is_forgotten() {
+fn a_flood_is_logged_at_a_bounded_rate_and_counted() {
     let dispatcher = Dispatcher::start(&config("127.0.0.1:0", "deny = ['127.0.0.0/8']"));
     let _worker = dispatcher.workers("blocking", "web", 1);
     let to = dispatcher.address("web");
@@ -124,18 +124,18 @@ fn a_flood_is_named_at_a_bounded_rate_and_nobody_is_forgotten() {
     let status = dispatcher.status();
     assert_eq!(status.closed["denied"], 300);
     let limited = dispatcher.metric("dispatcher_log_lines_limited_total");
-    // Twenty lines in any second; windows begin with their first line.
+    // Twenty lines per second; windows begin with their first line.
     let most = 20 * (start.elapsed().as_secs() as usize + 2);
     let written = wait_for("those of the first second", || {
         Some(log_lines(&dispatcher, &["event=client_kept_out"])).filter(|&lines| lines >= 20)
     });
     assert!(written <= most, "{written} lines, at most {most}");
     assert!(limited >= 300.0 - most as f64, "{limited} left out");
-    // With one of the next second it is said how many there were.
+    // The first line of the next second has the number of suppressed lines.
     wait_until("all to be told of", || {
         is_closed(from([127, 0, 0, 1], to));
         all += 1;
-        // Lines come a moment later.
+        // Lines appear after a short delay.
         (0..50).any(|_| {
             std::thread::sleep(std::time::Duration::from_millis(2));
             told_of(&dispatcher) == all
@@ -145,20 +145,20 @@ fn a_flood_is_named_at_a_bounded_rate_and_nobody_is_forgotten() {
 }
 
 #[test]
-fn what_one_client_may_have_waiting() {
+fn queued_connections_per_client_are_limited() {
     let rules = "max_queued_per_client = 4\nclient_prefix_ipv4 = 24";
     let dispatcher = Dispatcher::start(&config("127.0.0.1:0", rules));
     let idle = dispatcher.worker_with("blocking", "web", "idle", &[("TEST_WORKER", "never-take")]);
     dispatcher.wait_joined("web", 1);
     let to = dispatcher.address("web");
-    // The same 24 bits are the same client.
+    // Addresses with the same 24 bits are one client.
     let waiting: Vec<TcpStream> = (1..=4).map(|n| from([127, 0, 0, n], to)).collect();
     dispatcher.wait_status("four in custody", |s| s.custody == 4);
     is_closed(from([127, 0, 0, 5], to));
     let other = from([127, 0, 1, 1], to);
     let status = dispatcher.wait_status("another client", |s| s.custody == 5);
     assert_eq!(status.closed["too_many_queued"], 1);
-    // A worker that takes them: all are served, and there is room for more.
+    // A worker serves all waiting clients, and more can be queued.
     let _worker = dispatcher.worker("blocking", "web", "busy");
     dispatcher.wait_joined("web", 2);
     drop(idle);

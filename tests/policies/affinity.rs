@@ -1,5 +1,5 @@
-//! Affinity, whole processes: clients that are known by whatever a pool goes by reach the same worker, and it gets every
-//! byte they sent. Clients that say nothing harm nobody.
+//! Affinity with real processes: clients with the same key reach the same worker, which gets every
+//! byte they sent. Clients without a key do not affect others.
 #![allow(clippy::unwrap_used)]
 
 use std::collections::VecDeque;
@@ -14,7 +14,7 @@ use rustls::pki_types::{CertificateDer, PrivateKeyDer, ServerName};
 use test_support::*;
 use worker_sdk::{ClaimError, Worker};
 
-/// A client that says this first.
+/// A client that sends these bytes first.
 fn ask(address: SocketAddr, bytes: impl AsRef<[u8]>) -> Client {
     let mut stream = connect(address);
     stream.write_all(bytes.as_ref()).unwrap();
@@ -25,7 +25,8 @@ fn affinity(dispatcher: &Dispatcher) -> AffinityStatus {
     pool(&dispatcher.status(), "web").affinity.clone().unwrap()
 }
 
-/// The client with `request("me")` comes a hundred times while others come and go: clients, and workers too.
+/// The client with `request("me")` connects a hundred times while other clients and workers come
+/// and go.
 fn always_the_same(key: &str, request: impl Fn(&str) -> String) {
     let (dispatcher, address) = start_one_pool(&format!("affinity.key = \"{key}\""));
     let mut workers = dispatcher.workers("tokio", "web", 3);
@@ -51,7 +52,7 @@ fn always_the_same(key: &str, request: impl Fn(&str) -> String) {
         }
         let mut me = ask(address, request("me"));
         assert_eq!(me.served_by, first, "{key}, connection {n}");
-        // Every byte is still there for the worker, which sends it back.
+        // The worker gets every byte and sends it back.
         let mut echo = vec![0; request("me").len()];
         me.stream.read_exact(&mut echo).unwrap();
         assert_eq!(echo, request("me").into_bytes());
@@ -63,7 +64,7 @@ fn always_the_same(key: &str, request: impl Fn(&str) -> String) {
     assert_eq!((status.entries, status.unknown, status.awaiting), (101, 0, 0), "{key}");
 }
 
-/// What a pool may go by, and a request of somebody who is known by it.
+/// A kind of key, and a request with such a key.
 type Known = (&'static str, fn(&str) -> String);
 
 const COOKIE: Known =
@@ -130,7 +131,7 @@ fn by_address() {
     assert_eq!(affinity(&dispatcher).hits, 50);
 }
 
-/// A worker of this process that greets TLS clients with its name.
+/// A worker in this process that sends its name to TLS clients.
 fn serve_tls(worker: &Worker, name: &'static str) -> std::thread::JoinHandle<()> {
     let certificate = CertificateDer::from(include_bytes!("tls/cert.der").as_slice());
     let key = PrivateKeyDer::try_from(include_bytes!("tls/key.der").as_slice()).unwrap();
@@ -146,7 +147,7 @@ fn serve_tls(worker: &Worker, name: &'static str) -> std::thread::JoinHandle<()>
         while let Some(connection) = worker.accept().unwrap() {
             let tls = rustls::ServerConnection::new(Arc::clone(&config)).unwrap();
             let mut stream = rustls::StreamOwned::new(tls, connection);
-            // One of them only hangs up.
+            // One of the clients only disconnects.
             if stream.write_all(name.as_bytes()).is_ok() {
                 stream.conn.send_close_notify();
                 stream.flush().unwrap();
@@ -155,7 +156,7 @@ fn serve_tls(worker: &Worker, name: &'static str) -> std::thread::JoinHandle<()>
     })
 }
 
-/// Which worker a TLS client that asks for `name` talks to.
+/// The worker that a TLS client for `name` reaches.
 fn tls_client(address: SocketAddr, name: &str) -> String {
     let mut roots = rustls::RootCertStore::empty();
     roots.add(CertificateDer::from(include_bytes!("tls/cert.der").as_slice())).unwrap();
@@ -179,7 +180,7 @@ fn by_tls_server_name() {
     let threads = workers.iter().map(|(worker, name)| serve_tls(worker, name));
     let threads: Vec<_> = threads.collect();
     let a = tls_client(address, "a.example.test");
-    // It is a tie at first; whoever holds one connection gets no stranger.
+    // The loads are equal at first; the worker with one connection does not get the next one.
     let held = connect(address);
     held.shutdown(Shutdown::Write).unwrap();
     for n in 0..50 {
@@ -199,14 +200,14 @@ fn with_cookie(id: &str) -> String {
 }
 
 #[test]
-fn a_session_id_names_its_worker_wherever_it_is() {
+fn a_session_id_names_its_worker_in_every_kind_of_key() {
     for (key, request) in [PATH, QUERY, FORM, HEADER] {
         let (dispatcher, address) = start_one_pool(&format!("affinity.key = \"{key}\""));
         let _workers = dispatcher.workers("tokio", "web", 3);
         let ids = (0..6).map(|n| request(&format!("s{n}.w1")));
         let clients: Vec<Client> = ids.map(|request| ask(address, request)).collect();
         assert_eq!(tally(&clients).get("w1"), Some(&6), "{key}: although it has the most");
-        // A name that nobody has is part of the id.
+        // An unknown worker name is part of the id.
         assert_ne!(ask(address, request("s0.w7")).served_by, "w1", "{key}");
         let status = affinity(&dispatcher);
         assert_eq!((status.routed, status.misses), (6, 1), "{key}: {status:?}");
@@ -224,7 +225,7 @@ fn a_session_id_names_its_worker() {
         clients.push(client);
     }
     assert_eq!(affinity(&dispatcher).routed, 30);
-    // Its worker is gone: another one has the session from now on, and it stays there.
+    // Its worker is gone: another worker gets the session and keeps it.
     workers[1].kill();
     dispatcher.wait_joined("web", 2);
     let successor = ask(address, with_cookie("s0.w1")).served_by;
@@ -232,7 +233,7 @@ fn a_session_id_names_its_worker() {
     for _ in 0..5 {
         assert_eq!(ask(address, with_cookie("s0.w1")).served_by, successor);
     }
-    // Somebody with its name is as good.
+    // A new worker with the same name gets the session.
     let _back = dispatcher.worker("mio", "web", "w1");
     dispatcher.wait_joined("web", 3);
     assert_eq!(ask(address, with_cookie("s0.w1")).served_by, "w1");
@@ -253,7 +254,7 @@ fn a_worker_owns_what_it_claims() {
         assert_eq!(mine.live(), 1, "connection {n}");
         drop(connection);
     }
-    // From an event loop and from tasks as well.
+    // The same from an event loop and from tasks.
     let config = || worker_sdk::WorkerConfig::new().dispatch_socket(dispatcher.dispatch());
     let mio = worker_sdk::mio::MioWorker::new(config().pool("web").name("mio")).unwrap();
     assert_eq!(mio.claim("mio"), Err(ClaimError::NotJoined));
@@ -272,7 +273,8 @@ fn a_worker_owns_what_it_claims() {
     clients[1].write_all(with_cookie("task").as_bytes()).unwrap();
     wait_until("one to come to the event loop", || mio.try_accept().unwrap().is_some());
     runtime.block_on(task.accept()).unwrap();
-    // More than the dispatcher reads at a time: it does not wait, and nobody is the worse for it.
+    // More than the dispatcher reads at a time: the worker does not wait, and other workers are not
+    // affected.
     let claims = (0..5_000).filter(|n| mine.claim(format!("burst{n}")).is_ok()).count() as u64;
     wait_until("them to be noted", || affinity(&dispatcher).claimed == 3 + claims);
     assert!(affinity(&dispatcher).entries >= claims);
@@ -331,7 +333,7 @@ fn every_byte_arrives_however_it_is_sent() {
 }
 
 #[test]
-fn who_tells_nothing_goes_by_the_policy() {
+fn clients_without_a_key_follow_the_policy() {
     let (dispatcher, address) = start_one_pool(
         "affinity.key = \"cookie:ID\"\npeek_timeout = \"100ms\"\npeek_max_bytes = 1024",
     );
@@ -344,7 +346,7 @@ fn who_tells_nothing_goes_by_the_policy() {
         ask(address, format!("GET /{} HTTP/1.1\r\nCookie: ID=far\r\n\r\n", "x".repeat(1_100))),
     ];
     assert_eq!(affinity(&dispatcher).timed_out, 0);
-    // Half a request and nothing at all: until time is up. An end: at once.
+    // Half a request and no bytes: until the timeout. An end of input: at once.
     clients.push(ask(address, "GET / HTTP/1.1\r\nCookie: ID=h"));
     clients.push(Client::greeted(connect(address)).unwrap());
     let status = affinity(&dispatcher);
@@ -357,7 +359,7 @@ fn who_tells_nothing_goes_by_the_policy() {
 }
 
 #[test]
-fn a_client_that_goes_away_while_it_is_awaited_is_forgotten() {
+fn a_client_that_leaves_before_its_key_is_forgotten() {
     let (mut dispatcher, address) =
         start_one_pool("affinity.key = \"cookie:ID\"\npeek_timeout = \"10m\"");
     let _worker = dispatcher.workers("tokio", "web", 1);
@@ -365,18 +367,18 @@ fn a_client_that_goes_away_while_it_is_awaited_is_forgotten() {
     let streams: Vec<_> = (0..50).map(|_| connect(address)).collect();
     dispatcher.wait_status("all to be awaited", |status| status.held == 50);
     for stream in streams {
-        // A reset, not an end.
+        // A reset instead of an end of input.
         rustix::net::sockopt::set_socket_linger(&stream, Some(std::time::Duration::ZERO)).unwrap();
     }
     let status = dispatcher.wait_status("all to be gone", |status| status.held == 0);
     assert_eq!(status.closed["client_gone"], 50);
     wait_until("their descriptors to be closed", || dispatcher.fds() <= before);
-    // A stop does not wait for those who say nothing longer than for others, and they are served.
+    // A stop does not wait longer for silent clients than for others, and they are served.
     let silent = connect(address);
     dispatcher.wait_status("it to be awaited", |status| status.held == 1);
     dispatcher.process.signal(nix::sys::signal::Signal::SIGTERM);
     wait_for_log(&dispatcher, "event=stopping");
-    // Patience ends.
+    // The timeout ends.
     dispatcher.process.signal(nix::sys::signal::Signal::SIGTERM);
     assert!(Client::greeted(silent).is_ok());
     assert!(dispatcher.process.wait().success());
@@ -389,7 +391,7 @@ fn memory(process: &Process) -> u64 {
     line.split_whitespace().nth(1).unwrap().parse::<u64>().unwrap() * 1024
 }
 
-/// Others must not wait for a test that has failed.
+/// The other threads must end when the test fails.
 struct SetAtEnd<'a>(&'a AtomicBool);
 
 impl Drop for SetAtEnd<'_> {
@@ -399,7 +401,7 @@ impl Drop for SetAtEnd<'_> {
 }
 
 #[test]
-fn nobody_is_looked_at_for_ever() {
+fn the_wait_for_a_key_is_bounded() {
     let keys = "affinity.key = \"cookie:ID\"\npeek_timeout = \"10m\"\npeek_max_bytes = 4096";
     let (dispatcher, address) = start_one_pool(keys);
     let _worker = dispatcher.workers("blocking", "web", 1);
@@ -407,7 +409,7 @@ fn nobody_is_looked_at_for_ever() {
     dripping.set_nodelay(true).unwrap();
     let mut sent = b"GET / HTTP/1.1\r\nX: ".to_vec();
     dripping.write_all(&sent).unwrap();
-    // Every byte is looked at as it comes, together with all before it: 4 * 4096 bytes in all, and that is enough.
+    // Every new byte starts a search over all bytes so far; the budget is 4 * 4096 bytes.
     while affinity(&dispatcher).unknown == 0 {
         assert!(sent.len() < 1_000, "far from 4096 bytes, but looked at again and again");
         dripping.write_all(b"z").unwrap();
@@ -416,7 +418,7 @@ fn nobody_is_looked_at_for_ever() {
     assert!(sent.len() > 50, "not at once either: {}", sent.len());
     let status = affinity(&dispatcher);
     assert_eq!((status.unknown, status.timed_out, status.awaiting), (1, 0, 0));
-    // It goes by the policy, and its worker gets every byte.
+    // The policy chooses a worker, which gets every byte.
     let mut client = Client::greeted(dripping).unwrap();
     let mut echo = vec![0; sent.len()];
     client.stream.read_exact(&mut echo).unwrap();
@@ -443,7 +445,7 @@ fn decisions_tell_the_key() {
     assert!(me.is_some_and(|key| key.len() == 16 && key.chars().all(|c| c.is_ascii_hexdigit())));
     assert_eq!((third, fourth, none), (me, me, None));
     assert!(you.is_some() && you != me);
-    // By its key it went where more are already; the other stood by.
+    // The key sent it to the worker with more connections; the other worker was a candidate.
     for decision in &decisions[2..4] {
         let [chosen, passed] = &decision["candidates"].as_array().unwrap()[..] else { panic!() };
         assert_eq!(chosen["name"], clients[0].served_by.as_str());
@@ -457,7 +459,7 @@ fn decisions_tell_the_key() {
     assert_eq!(decisions[4]["candidates"][0]["name"], plain.served_by.as_str());
     assert_eq!(plain.served_by, clients[1].served_by, "without a key the least loaded");
 
-    // Of an address one can ask before it comes.
+    // The decision for an address can be requested before the client connects.
     let keys = "affinity.key = \"client-ip\"\naffinity.ipv4_prefix = 24\nhistory = 9";
     let (dispatcher, address) = start_one_pool(keys);
     let _workers = dispatcher.workers("tokio", "web", 2);
@@ -476,17 +478,17 @@ fn decisions_tell_the_key() {
     let stranger = said(&dispatcher, &["explain", "web", "--from", "127.0.2.1"]);
     assert_ne!(stranger["key"], explained["key"]);
     assert_ne!(stranger["candidates"][0]["name"], chosen["name"]);
-    // And it does come to whom it was said.
+    // The client reaches the announced worker.
     assert_eq!(stranger["candidates"][0]["name"], from(2, 1).served_by.as_str());
     assert_eq!(from(1, 99).served_by, mine[0].served_by);
 }
 
 #[test]
-fn ten_thousand_that_say_nothing_harm_nobody() {
+fn ten_thousand_silent_clients_do_not_affect_others() {
     const CLIENTS: usize = 10_000;
     const AWAITED: usize = 9_000;
     const DRIPPING: usize = 2_000;
-    // Here as many, and in the dispatcher.
+    // The same number of descriptors is needed here and in the dispatcher.
     if !descriptors(CLIENTS as u64 + 2_000) {
         return;
     }
@@ -502,7 +504,7 @@ fn ten_thousand_that_say_nothing_harm_nobody() {
     let _worker = dispatcher.worker("mio", "web", "w0");
     dispatcher.wait_joined("web", 1);
     let (fds, before) = (dispatcher.fds(), memory(&dispatcher.process));
-    // Clients of the other listener come and go all the while, and one stays.
+    // Clients of the other listener come and go meanwhile, and one stays.
     let (rounds, over) = (AtomicU64::new(0), AtomicBool::new(false));
     let mut staying = Client::connect(plain).unwrap();
     let silent = std::thread::scope(|scope| {
@@ -518,7 +520,7 @@ fn ten_thousand_that_say_nothing_harm_nobody() {
         });
         let three_more = |what: &str| {
             let before = rounds.load(Ordering::SeqCst);
-            // Two may have begun earlier; the third has not.
+            // Two rounds may have begun earlier; the third has not.
             wait_until(what, || rounds.load(Ordering::SeqCst) >= before + 3);
         };
         let mut silent: Vec<TcpStream> = Vec::with_capacity(CLIENTS);
@@ -533,7 +535,7 @@ fn ten_thousand_that_say_nothing_harm_nobody() {
         let expected = (AWAITED as u64, (CLIENTS - AWAITED) as u64);
         assert_eq!((status.awaiting, status.not_awaited), expected);
         three_more("others to be served while they are silent");
-        // A byte at a time, from many, and never the end of anything.
+        // Single bytes from many clients, without an end.
         for byte in b"GET / HTTP/1.1\r\nX: y" {
             for stream in &mut silent[..DRIPPING] {
                 stream.write_all(&[*byte]).unwrap();
@@ -545,10 +547,10 @@ fn ten_thousand_that_say_nothing_harm_nobody() {
     });
     let more = memory(&dispatcher.process).saturating_sub(before);
     assert!(more < 20_000_000, "{more} bytes for {CLIENTS} clients");
-    // Who is beyond the cap is served, if not known.
+    // A client beyond the limit is served without its key.
     assert_eq!(ask(address, with_cookie("x")).served_by, "w0");
     for stream in silent {
-        // A reset, not an end: whoever only says no more is served yet.
+        // A reset: a client that only closes its sending side is still served.
         rustix::net::sockopt::set_socket_linger(&stream, Some(std::time::Duration::ZERO)).unwrap();
     }
     drop(staying);

@@ -1,4 +1,4 @@
-//! Exactness: loads differ by at most one, from the first connection to the last, under every kind of worker.
+//! Balance: loads differ by at most one at any time, with every kind of worker.
 #![allow(clippy::unwrap_used, clippy::expect_used)]
 
 use std::sync::atomic::{AtomicBool, Ordering};
@@ -16,7 +16,7 @@ pool = "web"
 handoff_timeout = "30s"
 "#;
 
-/// Asks for the status again and again while `work` runs; no answer may show a spread above `most`.
+/// Requests the status repeatedly while `work` runs; no answer may have a spread above `most`.
 fn watched(dispatcher: &Dispatcher, most: u64, work: impl FnOnce()) -> usize {
     let done = AtomicBool::new(false);
     let mut samples = 0;
@@ -42,7 +42,7 @@ fn watched(dispatcher: &Dispatcher, most: u64, work: impl FnOnce()) -> usize {
     samples
 }
 
-/// The tests of one file are threads of one process, whose descriptors do for 10,000 connections only once.
+/// The tests in this file share one process, whose descriptors suffice for 10,000 connections once.
 static ONE_AT_A_TIME: Mutex<()> = Mutex::new(());
 
 /// 10,000 connections opened and held over 4 workers.
@@ -58,8 +58,8 @@ fn ten_thousand_held(flavour: &str) {
     let before = dispatcher.status().taken;
     let mut clients = Vec::new();
     let samples = watched(&dispatcher, 1, || {
-        // As fast as the workers take them: a worker with `max_untaken` connections on their way is passed over, and on
-        // a machine with few cores this client alone could bring one there.
+        // As fast as the workers take connections: a worker with `max_untaken` untaken connections
+        // is skipped, and on a machine with few cores this client alone could fill one.
         for opened in (500..=10_000).step_by(500) {
             clients.extend((0..500).map(|_| connect(address)));
             dispatcher.wait_status("all to be taken", |status| status.taken == before + opened);
@@ -69,7 +69,7 @@ fn ten_thousand_held(flavour: &str) {
     let status = dispatcher.status();
     assert_eq!(loads(&status, "web"), (vec![2500; 4], 0));
     assert_eq!((status.held, status.custody), (0, 0));
-    // Every one of them is really served.
+    // Every connection is served.
     for client in clients.drain(..).step_by(500) {
         Client::greeted(client).unwrap().echo("hello");
     }
@@ -131,7 +131,7 @@ fn burst_mio() {
     burst("mio");
 }
 
-/// 2,000 held over 8 workers, then 8,000 close/open events: max/mean at most 1.01 at any moment looked at.
+/// 2,000 held over 8 workers, then 8,000 close/open events: max/mean at most 1.01 in every status.
 fn churn(flavour: &str) {
     if !descriptors(3_000) {
         return;
@@ -141,7 +141,7 @@ fn churn(flavour: &str) {
     let address = dispatcher.address("web");
     dispatcher.prove_all(address);
     let mut clients: Vec<Client> = (0..2_000).map(|_| Client::connect(address).unwrap()).collect();
-    // xorshift: the same victims in every run.
+    // xorshift: the same sequence in every run.
     let mut random = 0x2545_f491_4f6c_dd1d_u64;
     let mut worst: f64 = 0.0;
     for event in 0..4_000 {

@@ -1,4 +1,5 @@
-//! Policies with real processes: failover without a loss, weights at run time, history and explain for people and programs.
+//! Policies with real processes: failover without a loss, weights at run time, history and explain
+//! as text and JSON.
 #![allow(clippy::unwrap_used, clippy::expect_used)]
 
 use std::io::{BufRead, BufReader, Read, Write};
@@ -9,7 +10,7 @@ use nix::sys::signal::Signal;
 use serde_json::Value;
 use test_support::*;
 
-/// The command against this dispatcher.
+/// Runs a command for this dispatcher.
 fn dispatcher_cli(dispatcher: &Dispatcher, arguments: &[&str]) -> Output {
     Command::new(dispatcher_bin())
         .args(arguments)
@@ -20,7 +21,7 @@ fn dispatcher_cli(dispatcher: &Dispatcher, arguments: &[&str]) -> Output {
         .unwrap()
 }
 
-/// The same when it works: what it says.
+/// The output of a command that must succeed.
 fn said(dispatcher: &Dispatcher, arguments: &[&str]) -> String {
     let output = dispatcher_cli(dispatcher, arguments);
     let text = String::from_utf8(output.stdout).unwrap();
@@ -33,7 +34,7 @@ fn json(dispatcher: &Dispatcher, arguments: &[&str]) -> Value {
     serde_json::from_str(&said(dispatcher, arguments)).unwrap()
 }
 
-/// Its exit code, and what it says on stderr.
+/// Exit code and stderr of a command.
 fn complaint(dispatcher: &Dispatcher, arguments: &[&str]) -> (i32, String) {
     let output = dispatcher_cli(dispatcher, arguments);
     (output.status.code().unwrap(), String::from_utf8(output.stderr).unwrap())
@@ -56,18 +57,19 @@ fn post(dispatcher: &Dispatcher, path: &str, body: &str) -> String {
 const PRIMARY: [(&str, &str); 1] = [("DISPATCH_PRIORITY", "10")];
 
 #[test]
-fn all_goes_to_the_standby_and_all_returns() {
+fn failover_to_the_standby_and_back() {
     let (dispatcher, address) = start_one_pool("policy = \"failover\"\nhandoff_timeout = \"10m\"");
     let mut primary = dispatcher.worker_with("blocking", "web", "primary", &PRIMARY);
     let _standby = dispatcher.worker("blocking", "web", "standby");
     dispatcher.wait_joined("web", 2);
-    // Before it has answered its first probe the primary is not known to be up.
+    // The primary counts as up only after it has answered its first probe.
     let served = || Client::connect(address).unwrap().served_by;
     wait_until("the primary to be up", || served() == "primary");
     let clients: Vec<Client> = (0..20).map(|_| Client::connect(address).unwrap()).collect();
     assert_eq!(tally(&clients)["primary"], 20);
 
-    // It hangs with clients on their way to it, and is killed: they are served by the standby, every one of them.
+    // The primary is stopped with untaken connections and then killed: the standby serves all of
+    // them.
     primary.signal(Signal::SIGSTOP);
     let waiting: Vec<_> = (0..100).map(|_| connect(address)).collect();
     dispatcher.wait_status("all to be on their way to the primary", |status| {
@@ -85,7 +87,7 @@ fn all_goes_to_the_standby_and_all_returns() {
     wait_until("the primary to be up again", || served() == "primary");
     let again: Vec<Client> = (0..20).map(|_| Client::connect(address).unwrap()).collect();
     assert_eq!(tally(&again)["primary"], 20);
-    // What the standby has stays with it.
+    // Connections of the standby stay there.
     moved.iter_mut().for_each(|client| client.echo("still here"));
     let status = dispatcher.status();
     assert_eq!(status.closed.values().sum::<u64>(), 0, "nobody was turned away");
@@ -93,7 +95,7 @@ fn all_goes_to_the_standby_and_all_returns() {
 }
 
 #[test]
-fn a_key_has_its_worker_after_a_restart_of_everything() {
+fn a_key_keeps_its_worker_after_a_restart_of_everything() {
     let temp = configure(&one_pool("policy = \"hash\"\nhandoff_timeout = \"10m\""));
     let served_by = |address| Client::connect(address).unwrap().served_by.clone();
     let mut before = None;
@@ -101,7 +103,7 @@ fn a_key_has_its_worker_after_a_restart_of_everything() {
         let mut dispatcher = Dispatcher::start_in(temp.path());
         let _workers = dispatcher.workers("blocking", "web", 4);
         let address = dispatcher.address("web");
-        // One client, as far as addresses go.
+        // All clients have the same address.
         let names: Vec<String> = (0..20).map(|_| served_by(address)).collect();
         assert!(names.iter().all(|name| *name == names[0]), "{names:?}");
         let explained = json(&dispatcher, &["explain", "web", "--from", "127.0.0.1", "--json"]);
@@ -137,7 +139,7 @@ fn a_weight_can_be_changed_at_run_time() {
 }
 
 #[test]
-fn who_comes_back_starts_slowly() {
+fn a_returning_worker_starts_slowly() {
     let keys = "handoff_timeout = \"10m\"";
     let (dispatcher, address) = start_one_pool(keys);
     let stays = [("TEST_WORKER", "stays")];
@@ -147,7 +149,7 @@ fn who_comes_back_starts_slowly() {
         let status = dispatcher.status();
         ["w0", "w1"].map(|name| worker(&status, name).unwrap().warm_percent)
     };
-    // Those that were there before this was said are warm; nobody else gets so within this test.
+    // Earlier workers have their full weight; new ones do not reach it within this test.
     let keys = format!("{keys}\nslow_start = \"10h\"");
     write_config(&dispatcher.dir, &one_pool(&keys));
     said(&dispatcher, &["reload"]);
@@ -160,7 +162,7 @@ fn who_comes_back_starts_slowly() {
     assert!((1..=2).contains(&w0) && w1 == 100, "{w0} {w1}");
     let clients: Vec<Client> = (0..20).map(|_| Client::connect(address).unwrap()).collect();
     assert_eq!(tally(&clients)["w1"], 20, "the other has next to no weight yet");
-    // The same after a suspicion.
+    // The same after the worker was suspect.
     write_config(&dispatcher.dir, &one_pool(&keys.replace("10m", "200ms")));
     said(&dispatcher, &["reload"]);
     workers[1].signal(Signal::SIGSTOP);

@@ -1,4 +1,5 @@
-//! Every kind of listener, with every kind of worker: IPv4, IPv6, dual stack, Unix; two pools; two listeners on one pool.
+//! Every kind of listener with every kind of worker: IPv4, IPv6, dual stack, Unix; two pools; two
+//! listeners on one pool.
 #![allow(clippy::unwrap_used, clippy::expect_used)]
 
 use std::fs::File;
@@ -66,7 +67,7 @@ pool = "other"
         let mut client = Client::greeted(stream).unwrap();
         assert_eq!(client.served_by, "web-worker");
         assert_eq!(client.listener, listener);
-        // The client's own address, as it knows it itself; an IPv4 one is not mapped.
+        // The address that the client itself has; IPv4 addresses are not mapped.
         assert_eq!(client.peer, peer.to_string());
         assert_eq!(peer.ip().to_string(), ip);
         client.echo("over any address");
@@ -155,7 +156,7 @@ max_connections_per_worker = 100
     let clients: Vec<Client> = (0..100).map(|_| Client::connect(address).unwrap()).collect();
     let tally = tally(&clients);
     assert_eq!((tally["one"], tally["two"], tally["small"]), (30, 60, 10));
-    // And the pool's own maximum caps a worker's larger wish.
+    // The maximum of the pool limits the larger maximum of a worker.
     assert_eq!(worker(&dispatcher.status(), "one").unwrap().max_connections, 100);
 }
 
@@ -191,7 +192,7 @@ processes = 3
     drop(clients);
     let mut dispatcher = dispatcher;
     assert!(dispatcher.stop().success());
-    // A stop ends what the dispatcher started.
+    // A stop ends the processes that the dispatcher started.
     for pid in pids {
         wait_until("its processes to end", || {
             !std::path::Path::new(&format!("/proc/{pid}")).exists()
@@ -199,9 +200,10 @@ processes = 3
     }
 }
 
-/// `LISTEN_FDS` that somebody has set by hand: nothing was passed, and the numbers are descriptors the dispatcher opens itself.
+/// `LISTEN_FDS` is set but no socket was passed, so the numbers are descriptors that the dispatcher
+/// opens itself.
 #[test]
-fn sockets_that_are_announced_and_not_passed_do_no_harm() {
+fn announced_but_missing_sockets_are_harmless() {
     for count in ["1", "2", "100000", "-1"] {
         let temp = configure(
             r#"
@@ -215,7 +217,8 @@ pool = "web"
         );
         let log = temp.path().join("log");
         let mut command = Command::new("sh");
-        // The variables count only for the process they name, and `exec` keeps its number.
+        // The variables apply only to the process id that they contain; `exec` keeps the process
+        // id.
         command.arg("-c").arg(
             "exec 3<&- 4<&- 5<&- 6<&- 7<&- 8<&- 9<&-; export LISTEN_PID=$$; exec \"$0\" run --config \"$1\"",
         );

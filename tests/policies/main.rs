@@ -1,4 +1,4 @@
-//! Real dispatchers and workers: who gets a connection, and who may connect.
+//! Real dispatchers and workers: load-balancing policies and access rules.
 #![allow(clippy::unwrap_used, clippy::expect_used, reason = "in a test a panic is the report")]
 
 mod access;

@@ -1,4 +1,5 @@
-//! `least-score` with real processes: gauges that rise, get old, lie, or were never heard of.
+//! `least-score` with real processes: gauges that rise, are stale, have wrong values, or do not
+//! exist.
 #![allow(clippy::unwrap_used, clippy::expect_used)]
 
 use std::sync::atomic::{AtomicBool, Ordering};
@@ -12,7 +13,8 @@ use test_support::peer::{Peer, hello};
 use test_support::*;
 use worker_sdk::{Gauge, Worker};
 
-/// A pool that scores by these multipliers; gauges are valid for long, so that no slow machine makes one old.
+/// A pool with these multipliers; gauges are valid for long, so that a slow machine does not make
+/// them stale.
 fn scoring(multipliers: &str) -> (Dispatcher, std::net::SocketAddr) {
     start_scoring(multipliers, "10m")
 }
@@ -24,7 +26,7 @@ fn start_scoring(multipliers: &str, valid_for: &str) -> (Dispatcher, std::net::S
     ))
 }
 
-/// A worker in this process that takes whatever comes, and keeps it.
+/// A worker in this process that takes every connection and keeps it.
 fn taking(dispatcher: &Dispatcher, name: &str) -> Worker {
     let mut worker = own_worker(dispatcher, name);
     let handle = worker.clone();
@@ -34,7 +36,8 @@ fn taking(dispatcher: &Dispatcher, name: &str) -> Worker {
     handle
 }
 
-/// Until every worker has taken something: before that each is tested with one connection at a time.
+/// Waits until every worker has taken a connection: before that each is tested with one connection
+/// at a time.
 fn prove(dispatcher: &Dispatcher, address: std::net::SocketAddr) {
     dispatcher.wait_status("every worker to have taken something", |status| {
         drop(connect(address));
@@ -42,7 +45,7 @@ fn prove(dispatcher: &Dispatcher, address: std::net::SocketAddr) {
     });
 }
 
-/// How many more connections each worker has after these many clients have come, and been taken, one after the other.
+/// The number of further connections of each worker after this many clients, one after the other.
 fn shares(
     dispatcher: &Dispatcher,
     address: std::net::SocketAddr,
@@ -69,19 +72,19 @@ fn gauge(worker: &Worker, name: &str, value: f64) -> Gauge {
 }
 
 #[test]
-fn a_worker_whose_requests_wait_gets_less_from_the_next_connection_on() {
+fn a_longer_queue_wait_shifts_the_next_connections() {
     let (dispatcher, address) = scoring("queue_wait = 1000");
     let names = ["a", "b", "c"];
     let workers = names.map(|name| taking(&dispatcher, name));
     let waits: Vec<Gauge> = workers.iter().map(|w| gauge(w, "queue_wait", 0.0)).collect();
     let mut held = Vec::new();
-    // A worker that has taken nothing yet is tested with one connection.
+    // A worker without a taken connection is tested with one connection.
     for _ in names {
         shares(&dispatcher, address, &mut held, &names, 1);
     }
     assert_eq!(loads(&dispatcher.status(), "web").0, [1, 1, 1]);
     assert_eq!(shares(&dispatcher, address, &mut held, &names, 30), [10, 10, 10]);
-    // 20 ms more are worth 20 connections.
+    // 20 ms more count as much as 20 connections.
     waits[0].set(0.020);
     assert_eq!(shares(&dispatcher, address, &mut held, &names, 1)[0], 0, "the very next one");
     assert_eq!(shares(&dispatcher, address, &mut held, &names, 39)[0], 0);
@@ -98,11 +101,11 @@ fn a_worker_whose_requests_wait_gets_less_from_the_next_connection_on() {
 }
 
 #[test]
-fn a_worker_whose_gauges_are_old_gets_nothing_until_they_are_fresh() {
+fn stale_gauges_exclude_a_worker() {
     let (dispatcher, address) = start_scoring("queue_wait = 1", "500ms");
     let names = ["old", "fresh"];
     let [old, fresh] = names.map(|name| taking(&dispatcher, name));
-    // One of them would always win, if it counted.
+    // One of them would always be chosen if its gauge counted.
     let (old, fresh) = (gauge(&old, "queue_wait", 0.0), gauge(&fresh, "queue_wait", 1e6));
     let (stop, pause) = (AtomicBool::new(false), AtomicBool::new(false));
     thread::scope(|scope| {
@@ -115,7 +118,7 @@ fn a_worker_whose_gauges_are_old_gets_nothing_until_they_are_fresh() {
                 thread::sleep(Duration::from_millis(1));
             }
         });
-        // What fails in here must still end the thread.
+        // A panic in here must still end the thread.
         let result = std::panic::catch_unwind(std::panic::AssertUnwindSafe(|| {
             let is_out = |name: &str| {
                 let status = dispatcher.status();
@@ -124,7 +127,8 @@ fn a_worker_whose_gauges_are_old_gets_nothing_until_they_are_fresh() {
             };
             let mut held = Vec::new();
             wait_until("both to be fresh", || names.iter().all(|name| is_out(name).is_none()));
-            // A few times over: on a machine that stood still for half a second both are old, and the load decides.
+            // Several attempts: on a machine that stalls for half a second both gauges are stale,
+            // and the load decides.
             let mut until = |expected: [u64; 2]| {
                 let mut seen = Vec::new();
                 while seen.last().is_none_or(|shares| *shares != expected) {
@@ -150,13 +154,14 @@ fn a_worker_whose_gauges_are_old_gets_nothing_until_they_are_fresh() {
     });
 }
 
-/// Eight processes on one machine, which the pool asks to measure it and themselves, and 1,000 clients at once.
+/// Eight processes on one machine, a pool with machine and process gauges, and 1,000 clients at
+/// once.
 #[test]
 fn idle_workers_on_one_machine_share_a_burst_evenly() {
     if !descriptors(3_000) {
         return;
     }
-    // As docs/LOAD_BALANCING.md has it for workers of one machine.
+    // As in docs/LOAD_BALANCING.md for workers of one machine.
     let (dispatcher, address) = scoring("connections = 1, process_cpu = 10, process_rss = 0.01");
     let environment = [("DISPATCH_SAMPLE_INTERVAL", "50ms")];
     let _workers: Vec<Process> = (0..8)
@@ -170,14 +175,15 @@ fn idle_workers_on_one_machine_share_a_burst_evenly() {
     let status = dispatcher.wait_status("all to be taken", |status| status.taken == 1_000);
     let (loads, spread) = loads(&status, "web");
     assert_eq!(loads.iter().sum::<u64>(), 1_000);
-    // By no more than the gauges do: a processor in full use would be worth 10 connections, and the memory of all is alike.
+    // The spread is at most that of the gauges: a fully used processor counts as 10 connections,
+    // and the memory gauge is equal for all.
     assert!(spread <= 12, "{loads:?}");
     for stream in streams.into_iter().step_by(100) {
         Client::greeted(stream).unwrap().echo("hello");
     }
 }
 
-/// A pool that scores by `queue_wait`, and looks at gauges only so often.
+/// A pool that scores by `queue_wait` and reads gauges at this interval.
 fn now_and_then(interval: &str) -> (Dispatcher, std::net::SocketAddr) {
     start_one_pool(&format!(
         "policy = \"least-score\"\nhandoff_timeout = \"10m\"\n\
@@ -187,7 +193,7 @@ fn now_and_then(interval: &str) -> (Dispatcher, std::net::SocketAddr) {
 }
 
 #[test]
-fn at_intervals_the_picture_stays_but_newcomers_are_seen_at_once() {
+fn interval_mode_keeps_scores_but_sees_new_workers() {
     let (dispatcher, address) = now_and_then("30m");
     let names = ["a", "b", "late"];
     let (a, b) = (taking(&dispatcher, "a"), taking(&dispatcher, "b"));
@@ -226,7 +232,7 @@ fn at_the_end_of_an_interval_gauges_are_read_again() {
 }
 
 #[test]
-fn a_worker_that_never_heard_of_gauges_stands_by() {
+fn a_worker_without_gauges_is_a_standby() {
     let (dispatcher, address) = scoring("queue_wait = 1");
     let names = ["new", "older"];
     let [new, _older] = names.map(|name| taking(&dispatcher, name));
@@ -273,7 +279,7 @@ fn gauges_and_names_that_are_garbage_cost_only_their_worker() {
     };
     nothing_for_it("no gauges at all");
 
-    // A good one of each, and then nonsense in the values.
+    // A valid value of each gauge, and then invalid values.
     board.name_gauge(&"queue_wait".parse().unwrap());
     board.name_gauge(&"my.own".parse().unwrap());
     let now = || {
@@ -291,12 +297,12 @@ fn gauges_and_names_that_are_garbage_cost_only_their_worker() {
     nothing_for_it("clamped to what is far too much");
     let status = dispatcher.status();
     assert_eq!(worker(&status, "bad").unwrap().score, Some(1e15 + 1.0));
-    // After a clock was set back: it counts as set now.
+    // A time in the future, as after a clock change: it counts as set now.
     board.set_gauge(0, Reading { value: 1e200, at: now() + 3_600_000_000_000 });
     nothing_for_it("an hour ahead");
     assert_eq!(worker(&dispatcher.status(), "bad").unwrap().score, Some(1e15 + 1.0));
 
-    // Names: twice the same, none at all, then more than there is room for.
+    // Names: a duplicate, none, then more than fit.
     board.name_gauge(&"queue_wait".parse().unwrap());
     write(192, &4_u32.to_ne_bytes());
     nothing_for_it("names");
@@ -314,7 +320,8 @@ fn gauges_and_names_that_are_garbage_cost_only_their_worker() {
             })
             .collect();
         write(first, &garbage);
-        // Read by the status, and by the decisions. Who gets this one is not the point: garbage may be a number.
+        // Read by the status and by decisions. Any worker may get the connection: an invalid
+        // reading may be a number.
         held_by_somebody(&dispatcher, address);
     }
     let said = dispatcher.log().matches("event=gauge_impossible").count();
@@ -327,7 +334,7 @@ fn gauges_and_names_that_are_garbage_cost_only_their_worker() {
     drop(gauges);
 }
 
-/// A connection that ends at once, wherever it goes.
+/// A connection that ends at once, at any worker.
 fn held_by_somebody(dispatcher: &Dispatcher, address: std::net::SocketAddr) {
     let before = dispatcher.status().accepted;
     drop(connect(address));

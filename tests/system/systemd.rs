@@ -1,4 +1,5 @@
-//! The shipped units under a real systemd: activation, readiness, restarts that no client notices, failures.
+//! The shipped units under a real systemd: activation, readiness, restarts without an effect on
+//! clients, failures.
 #![allow(clippy::unwrap_used, clippy::expect_used)]
 
 mod readme;
@@ -13,7 +14,7 @@ use test_support::*;
 const SERVICE: &str = "dispatcher.service";
 const SOCKETS: [&str; 2] = ["dispatcher.socket", "dispatcher-dispatch.socket"];
 
-/// A booted machine that listens, without a dispatcher as yet.
+/// A booted machine with listening sockets and no dispatcher yet.
 fn listening() -> Option<Machine> {
     let machine = Machine::boot()?;
     machine.order(&["start", SOCKETS[0], SOCKETS[1]]);
@@ -33,14 +34,14 @@ fn clients(machine: &Machine, count: usize) -> Vec<Client> {
     (0..count).map(|_| Client::connect(machine.address).unwrap()).collect()
 }
 
-/// It may be back already.
+/// It may run again already.
 fn wait_for_its_end(machine: &Machine) {
     wait_until("the end of the dispatcher", || {
         machine.state(SERVICE) != "active" || machine.show(SERVICE, "NRestarts") != "0"
     });
 }
 
-/// What clients hold goes on, and the dispatcher knows of all of it.
+/// The clients' connections go on, and the dispatcher counts all of them.
 fn assert_held(machine: &Machine, held: &mut [Client]) {
     held.iter_mut().for_each(|client| client.echo("still here"));
     let status = machine.wait_joined(2);
@@ -64,7 +65,7 @@ fn the_first_connection_starts_the_dispatcher() {
     let Some(machine) = listening() else { return };
     let first = TcpStream::connect(machine.address).unwrap();
     wait_until("the service", || machine.state(SERVICE) == "active");
-    // It came before the dispatcher, and before any worker.
+    // The client connected before the dispatcher and the workers started.
     machine.workers(&["w0"]);
     let mut first = Client::greeted(first).unwrap();
     assert_eq!((first.served_by.as_str(), first.listener.as_str()), ("w0", "web"));
@@ -79,7 +80,7 @@ fn the_first_connection_starts_the_dispatcher() {
 }
 
 #[test]
-fn the_sample_configuration_goes_with_the_units() {
+fn the_sample_configuration_fits_the_units() {
     let Some(machine) = Machine::boot() else {
         return;
     };
@@ -98,7 +99,7 @@ fn the_sample_configuration_goes_with_the_units() {
 }
 
 #[test]
-fn workers_find_a_dispatch_socket_of_its_own_again() {
+fn workers_find_a_recreated_dispatch_socket() {
     let Some(machine) = Machine::boot() else {
         return;
     };
@@ -108,7 +109,7 @@ fn workers_find_a_dispatch_socket_of_its_own_again() {
     let mut held = clients(&machine, 20);
     machine.order(&["restart", SERVICE]);
     assert_held(&machine, &mut held);
-    // This time nobody tidies up: the socket files are left over, and replaced.
+    // Without a clean stop, the socket files remain and are replaced.
     machine.order(&["kill", "--signal=KILL", "--kill-who=main", SERVICE]);
     wait_for_its_end(&machine);
     assert_held(&machine, &mut held);
@@ -128,7 +129,7 @@ fn the_first_worker_starts_the_dispatcher() {
 fn started_means_ready() {
     let Some(machine) = listening() else { return };
     machine.order(&["start", SERVICE]);
-    // No waiting here.
+    // The status is available without waiting.
     assert!(machine.status().is_some());
     assert_eq!(machine.state(SERVICE), "active");
     assert_eq!(machine.show(SERVICE, "StatusErrno"), "0");
@@ -167,7 +168,7 @@ fn a_restart_loses_no_client() {
     wait_until("the last of them to be counted", || {
         loads(&machine.status().unwrap(), "web").0.iter().sum::<u64>() == 20
     });
-    // The workers lived through it, with what they had.
+    // The workers were not restarted and kept their connections.
     assert_eq!(machine.show("worker@w0.service", "NRestarts"), "0");
     held.iter_mut().for_each(|client| client.echo("still here"));
     let log = machine.log();
@@ -183,15 +184,15 @@ fn clients_of_before_are_counted_after_a_restart() {
     assert_held(&machine, &mut held);
     held.extend(clients(&machine, 2));
     assert_held(&machine, &mut held);
-    // In the eyes of this dispatcher they are what the workers brought along.
+    // This dispatcher knows only the connections that the workers reported.
     assert_eq!(machine.status().unwrap().accepted, 2);
 }
 
 #[test]
-fn a_stop_leaves_the_sockets_and_a_client_starts_it_again() {
+fn after_a_stop_a_client_starts_the_dispatcher() {
     let Some(machine) = serving() else { return };
     let held = clients(&machine, 2);
-    // A worker that looks for its dispatcher would start it, too.
+    // A worker that connects would start the dispatcher as well.
     drop(held);
     machine.order(&["stop", "worker@w0.service", "worker@w1.service", SERVICE]);
     assert_eq!(machine.state(SERVICE), "inactive");
@@ -201,19 +202,19 @@ fn a_stop_leaves_the_sockets_and_a_client_starts_it_again() {
     wait_until("the service", || machine.state(SERVICE) == "active");
     machine.workers(&["w2"]);
     assert_eq!(Client::greeted(client).unwrap().served_by, "w2");
-    // All three together is how it stays down.
+    // Only stopping all three units keeps it down.
     machine.order(&["stop", SOCKETS[0], SOCKETS[1], SERVICE]);
     assert!(TcpStream::connect(machine.address).is_err());
     assert_eq!(machine.state(SERVICE), "inactive");
 }
 
 #[test]
-fn a_killed_dispatcher_is_started_again() {
+fn systemd_restarts_a_killed_dispatcher() {
     let Some(machine) = serving() else { return };
     let mut held = clients(&machine, 20);
     machine.order(&["kill", "--signal=KILL", "--kill-who=main", SERVICE]);
     wait_for_its_end(&machine);
-    // They wait in the queue of a socket that systemd holds.
+    // The clients wait in the queue of a socket that systemd holds.
     let waiting: Vec<TcpStream> = (0..200).map(|_| connect(machine.address)).collect();
     let served: Vec<Client> = waiting.into_iter().map(|s| Client::greeted(s).unwrap()).collect();
     assert_eq!(served.len(), 200);
@@ -227,7 +228,7 @@ fn a_killed_dispatcher_is_started_again() {
 }
 
 #[test]
-fn a_reload_is_over_when_systemctl_returns() {
+fn systemctl_reload_returns_after_the_reload() {
     let Some(machine) = serving() else { return };
     let mut held = clients(&machine, 4);
     let policy = || pool(&machine.status().unwrap(), "web").policy.clone();
@@ -237,7 +238,7 @@ fn a_reload_is_over_when_systemctl_returns() {
     };
     machine.configure(&CONFIG.replace("[pool.web]", "[pool.web]\npolicy = \"failover\""));
     machine.order(&["reload", SERVICE]);
-    // No waiting here.
+    // The new policy is in force without waiting.
     assert_eq!(policy(), "failover");
     serves();
     machine.configure(&CONFIG.replace("handoff_timeout", "handof_timeout"));
@@ -251,7 +252,7 @@ fn a_reload_is_over_when_systemctl_returns() {
         log.contains("\nhelp: did you mean `handoff_timeout`?"),
         "what the command said: {log}"
     );
-    // The manager is not told that it goes on reloading for ever.
+    // systemd must be told that the reload has ended.
     machine.configure(CONFIG);
     machine.order(&["kill", "--signal=HUP", "--kill-who=main", SERVICE]);
     wait_until("the log to tell of it", || machine.log().contains("event=reloaded by=SIGHUP"));
@@ -261,7 +262,7 @@ fn a_reload_is_over_when_systemctl_returns() {
 }
 
 #[test]
-fn a_missing_socket_is_a_mistake_in_the_configuration() {
+fn a_missing_systemd_socket_is_a_configuration_error() {
     let Some(machine) = listening() else { return };
     machine.configure(&CONFIG.replace("systemd:web", "systemd:wbe"));
     let (text, started) = machine.systemctl(&["start", SERVICE]);
@@ -275,20 +276,20 @@ fn a_missing_socket_is_a_mistake_in_the_configuration() {
     assert_eq!(clients(&machine, 1)[0].served_by, "w0");
 }
 
-/// Clients that wait, as they come while nobody accepts.
+/// Waiting clients, which connect while no process accepts.
 fn come(machine: &Machine, count: usize) -> Vec<TcpStream> {
     (0..count).map(|_| connect(machine.address)).collect()
 }
 
 #[test]
-fn a_bad_file_never_takes_the_sockets_down() {
+fn a_bad_configuration_keeps_the_sockets_open() {
     let Some(machine) = serving() else { return };
     let mut held = clients(&machine, 4);
     machine.configure("nope = 1\nhandof_timeout = \"1s\"\n");
     let (text, restarted) = machine.systemctl(&["restart", SERVICE]);
     assert!(!restarted && text.contains("failed"), "{text}");
     assert_eq!(machine.show(SERVICE, "ExecMainStatus"), "78");
-    // Clients come all the while, and each of them would start it.
+    // Clients keep connecting, and each would start the dispatcher.
     let mut waiting = Vec::new();
     let restarts = || machine.show(SERVICE, "NRestarts").parse::<u32>().unwrap();
     wait_until("it to be tried again and again", || {
@@ -300,7 +301,7 @@ fn a_bad_file_never_takes_the_sockets_down() {
     let before = restarts();
     wait_until("it to be tried without being asked", || restarts() >= before + 3);
     assert_eq!(SOCKETS.map(|unit| machine.state(unit)), ["active", "active"]);
-    // Mended, it comes back by itself, and everybody who waited is served.
+    // After the correction it starts by itself and serves all waiting clients.
     machine.configure(CONFIG);
     wait_until("it to be back", || machine.state(SERVICE) == "active");
     machine.wait_joined(2);
@@ -312,10 +313,10 @@ fn a_bad_file_never_takes_the_sockets_down() {
 }
 
 #[test]
-fn crashes_never_take_it_down() {
+fn crashes_never_stop_restarts() {
     let Some(machine) = serving() else { return };
     let mut held = clients(&machine, 4);
-    // More than systemd's own limit of five within ten seconds would allow, and than any that was here.
+    // More than systemd's default limit of five starts within ten seconds.
     for crash in 1..=8 {
         machine.order(&["kill", "--signal=KILL", "--kill-who=main", SERVICE]);
         wait_until("it to be back", || {
@@ -328,7 +329,7 @@ fn crashes_never_take_it_down() {
 }
 
 #[test]
-fn a_restart_ends_the_processes_that_it_started_and_no_others() {
+fn a_restart_ends_only_spawned_processes() {
     let Some(machine) = Machine::boot() else { return };
     machine.configure(&format!(
         "{CONFIG}\n[pool.web.spawn]\ncommand = [\"/run/bin/test-worker\", \"blocking\"]\n"
@@ -352,7 +353,7 @@ fn a_restart_ends_the_processes_that_it_started_and_no_others() {
 }
 
 #[test]
-fn a_listener_that_a_reload_takes_out_is_no_black_hole_and_can_come_back() {
+fn a_removed_listener_closes_clients_and_can_return() {
     let Some(machine) = serving() else { return };
     let mut held = clients(&machine, 4);
     let elsewhere = CONFIG.replace("systemd:web", "127.0.0.1:0");
@@ -375,7 +376,7 @@ fn a_listener_that_a_reload_takes_out_is_no_black_hole_and_can_come_back() {
     let log = machine.log();
     assert!(log.contains("event=listener_kept listener=web"), "{log}");
     assert!(log.contains("event=config_warning text=\"listener web: systemd keeps"), "{log}");
-    // The same socket, under another name.
+    // The same socket with another listener name.
     machine.configure(&CONFIG.replace("name = \"web\"", "name = \"again\""));
     machine.order(&["reload", SERVICE]);
     for _ in 0..4 {
@@ -388,7 +389,7 @@ fn a_listener_that_a_reload_takes_out_is_no_black_hole_and_can_come_back() {
 }
 
 #[test]
-fn a_socket_that_nobody_asked_for_at_the_start_is_there_for_a_reload() {
+fn an_unused_systemd_socket_is_available_to_a_reload() {
     let Some(machine) = Machine::boot() else { return };
     machine.configure(&CONFIG.replace("systemd:web", "127.0.0.1:0"));
     machine.order(&["start", SOCKETS[0], SOCKETS[1], SERVICE]);

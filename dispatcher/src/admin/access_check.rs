@@ -24,7 +24,7 @@ pub(super) async fn read_only(
     let method = request.method();
     if method != Method::GET && method != Method::HEAD {
         return forbidden(
-            "over TCP nothing can be changed",
+            "TCP is read-only",
             "use the admin socket: the dispatcher command, or curl --unix-socket PATH",
         );
     }
@@ -33,7 +33,7 @@ pub(super) async fn read_only(
         headers.map(|host| host.to_str().unwrap_or_default()).chain(request.uri().host());
     if !named.all(|host| hosts.allow(host)) {
         return strange_host(
-            "ask by an IP address, by localhost or by the host name, or list the name in admin_http_hosts",
+            "use an IP address, localhost or the host name, or add the name to admin_http_hosts",
         );
     }
     next.run(request).await
@@ -50,14 +50,14 @@ pub(super) async fn no_web_pages(request: Request, next: Next) -> Response {
     let reads = method == Method::GET || method == Method::HEAD;
     if !reads && BY_A_BROWSER.iter().any(|name| headers.contains_key(*name)) {
         return forbidden(
-            "a browser cannot change anything here: any page it shows could",
+            "changes from a browser are refused: any web page could send them",
             "use the dispatcher command, or curl --unix-socket PATH",
         );
     }
     // A header that is not text counts as a foreign name.
     let host = headers.get(header::HOST).map(|host| host.to_str().unwrap_or("no.text"));
     if host.is_some_and(|host| !names_this_machine(host) && is_name_of_others(host)) {
-        return strange_host("ask for http://127.0.0.1:PORT/ or http://localhost:PORT/");
+        return strange_host("use http://127.0.0.1:PORT/ or http://localhost:PORT/");
     }
     next.run(request).await
 }
@@ -94,7 +94,7 @@ mod tests {
     use crate::mailbox::hosts::is_own_name;
 
     #[test]
-    fn hosts_by_which_it_may_be_asked() {
+    fn accepted_host_names() {
         let hosts = Hosts::default();
         hosts.set(vec!["status.example.org".to_owned()]);
         for host in [
@@ -144,7 +144,7 @@ mod tests {
     }
 
     #[test]
-    fn names_that_somebody_can_own() {
+    fn names_that_others_can_register() {
         for host in ["evil.example:9900", "EVIL.example", "127.0.0.1.nip.io", "a.b.", "."] {
             assert_eq!(is_name_of_others(host), host != ".", "{host}");
         }

@@ -135,7 +135,7 @@ mod tests {
     use super::*;
 
     #[test]
-    fn too_many_requests_of_one_user_wait_and_those_of_another_do_not() {
+    fn excess_requests_delay_only_their_user() {
         let limits = ClientLimits::default();
         limits.rate().store(10, Ordering::Relaxed);
         let [one, other] = [1, 2].map(|uid| limits.connect(ClientId::User(uid)).expect("room"));

@@ -43,7 +43,7 @@ impl Refusal {
     pub(super) fn as_http(self) -> Vec<u8> {
         let (status, error) = match self {
             Refusal::TooSlow => ("408 Request Timeout", "the request took too long"),
-            Refusal::Malformed => ("400 Bad Request", "this is no request that can be answered"),
+            Refusal::Malformed => ("400 Bad Request", "the request is malformed"),
         };
         let body = body_of(status, error);
         let lines = lines_of(&body);
@@ -87,7 +87,7 @@ fn with_body(written: &[u8]) -> Option<Vec<u8>> {
         return None;
     }
     let reason = status.get(4..).unwrap_or("refused");
-    let error = format!("this is no request that can be answered: {reason}");
+    let error = format!("the request is malformed: {reason}");
     let body = body_of(status, &error);
     let lines = lines_of(&body);
     Some((head.replacen(EMPTY, &lines, 1) + &body).into_bytes())

@@ -59,7 +59,7 @@ mod tests {
     use super::*;
 
     #[test]
-    fn a_job_that_panics_ends_only_itself() {
+    fn a_panic_ends_only_its_job() {
         let file_thread = FileThread::start().expect("a thread");
         let runtime = tokio::runtime::Builder::new_current_thread().build().expect("a runtime");
         runtime.block_on(async {

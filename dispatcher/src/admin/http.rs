@@ -284,7 +284,7 @@ mod tests {
     }
 
     #[test]
-    fn a_request_that_takes_too_long_is_told_so() {
+    fn a_slow_request_gets_status_408() {
         for sent in [
             // In its head; in its body.
             b"GET /v1/sta".as_slice(),
@@ -307,7 +307,7 @@ mod tests {
     }
 
     #[test]
-    fn what_is_no_http_1_is_told_so() {
+    fn malformed_http_gets_a_json_error() {
         for sent in [b"PRI * HTTP/2.0\r\n\r\nSM\r\n\r\n".as_slice(), b"\x16\x03\x01\x02\x00"] {
             let answer = answer_to(sent, TIMES);
             assert!(answer.starts_with("HTTP/1.1 400 "), "{answer}");
@@ -316,7 +316,7 @@ mod tests {
     }
 
     #[test]
-    fn a_client_that_never_stops_sending_is_not_read_for_ever() {
+    fn endless_input_of_a_client_is_bounded() {
         let runtime = tokio::runtime::Builder::new_current_thread().enable_all().build();
         runtime.expect("a runtime").block_on(async {
             for (drain, limit) in

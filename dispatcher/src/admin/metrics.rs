@@ -208,17 +208,17 @@ impl Snapshot {
         )?;
         page.counter(
             "closes_left_out",
-            "Shutdowns and the like left out because all closing threads were held up",
+            "Shutdowns skipped because all closing threads were blocked",
             meters.closes_left_out,
         )?;
         page.counter(
             "log_lines_dropped",
-            "Log lines left out because the log could not keep up",
+            "Log lines dropped because the log was too slow",
             meters.log_lines_dropped,
         )?;
         page.counter(
             "log_lines_limited",
-            "Log lines left out because there were too many of their kind",
+            "Log lines suppressed by the rate limit",
             meters.log_lines_limited,
         )?;
         let reload = self.last_reload;
@@ -354,7 +354,7 @@ impl Snapshot {
         page.counters("suspects", "Times a worker became suspect", of(|p| p.suspects))?;
         page.counters(
             "channel_full",
-            "Times a connection went elsewhere because a worker's channel had no room",
+            "Connections sent to another worker because a worker's channel was full",
             of(|p| p.channel_full),
         )?;
         page.counters(

@@ -234,7 +234,7 @@ fn paths_and_methods_that_do_not_exist() {
 }
 
 #[test]
-fn reads_of_all_kinds_are_one_question() {
+fn all_reads_share_one_status_request() {
     let bench = Bench::new();
     bench.answering.store(false, Ordering::SeqCst);
     let targets = ["/v1/status", "/v1/pools/web", "/v1/workers", "/v1/workers/1", "/readyz"];
@@ -263,7 +263,7 @@ fn reads_of_all_kinds_are_one_question() {
 }
 
 #[test]
-fn a_flood_of_questions_asks_the_hot_thread_seldom() {
+fn many_requests_cause_few_event_loop_requests() {
     let bench = Bench::new();
     let start = Instant::now();
     let floods: Vec<_> = (0..8)
@@ -291,7 +291,7 @@ fn a_flood_of_questions_asks_the_hot_thread_seldom() {
 }
 
 #[test]
-fn who_hangs_up_is_not_answered_and_what_is_late_is_not_done() {
+fn late_and_abandoned_requests_are_dropped() {
     let bench = Bench::new();
     bench.answering.store(false, Ordering::SeqCst);
     let until_woken = |count: usize| {
@@ -331,7 +331,7 @@ fn who_hangs_up_is_not_answered_and_what_is_late_is_not_done() {
 }
 
 #[test]
-fn over_tcp_one_can_only_read() {
+fn tcp_allows_only_reads() {
     let bench = Bench::new();
     let ask = |head: &str| {
         let mut stream =
@@ -386,7 +386,7 @@ fn bench_without_host(port: u16, path: &str) -> String {
 }
 
 #[test]
-fn a_page_in_a_browser_changes_nothing_and_reads_nothing_by_its_own_name() {
+fn foreign_web_pages_are_refused_on_the_admin_socket() {
     let bench = Bench::new();
     let ask = |method: &str, path: &str, headers: &str| {
         let body = "{\"action\":\"drain\"}";
@@ -429,7 +429,7 @@ fn a_page_in_a_browser_changes_nothing_and_reads_nothing_by_its_own_name() {
 }
 
 #[test]
-fn there_is_room_again_after_idle_clients() {
+fn idle_clients_are_closed_and_make_room() {
     let bench = Bench::new();
     // The most connections of one client, and more, which are closed at once.
     let idle: Vec<UnixStream> = (0..http::MAX_CONNECTIONS).map(|_| bench.open()).collect();
@@ -443,7 +443,7 @@ fn there_is_room_again_after_idle_clients() {
 }
 
 #[test]
-fn nobody_there() {
+fn no_process_listens() {
     let directory = tempfile::tempdir().expect("a directory");
     let path = directory.path().join("admin.sock");
     let error = client::get(&path, "/healthz", PATIENCE).expect_err("no file");
@@ -455,7 +455,7 @@ fn nobody_there() {
 }
 
 #[test]
-fn somebody_else_there() {
+fn another_program_at_the_admin_socket() {
     let directory = tempfile::tempdir().expect("a directory");
     let path = directory.path().join("admin.sock");
     let listener = UnixListener::bind(&path).expect("a socket");

@@ -77,7 +77,7 @@ impl Action {
                     (Some(processes), None) => Wanted::So(processes),
                     (None, Some(by)) => Wanted::By(by),
                     (Some(_), Some(_)) | (None, None) => {
-                        let message = "say either `processes` or `by`";
+                        let message = "set either `processes` or `by`";
                         return Err(CommandError::new(Problem::Invalid, message)
                             .hint("such as {\"action\": \"scale\", \"processes\": 8}"));
                     }

@@ -208,11 +208,11 @@ impl WorkerRef {
         match self {
             WorkerRef::IdOf { id, instance } if instance != current => {
                 let message = format!(
-                    "worker {id} is of instance {}: the dispatcher was started again since, as instance {current}",
+                    "worker {id} is of instance {}: the dispatcher has been restarted as instance {current}",
                     shown(instance)
                 );
                 Err(CommandError::new(Problem::Conflict, message)
-                    .hint("see who is there now with: dispatcher workers"))
+                    .hint("list the current workers with: dispatcher workers"))
             }
             WorkerRef::Id(id) | WorkerRef::IdOf { id, .. } => {
                 if workers.clone().any(|(other, _, _)| other == *id) {
@@ -223,7 +223,7 @@ impl WorkerRef {
                     format!("there is no worker with id {id}"),
                 );
                 Err(error.hint(
-                    "ids are used again only after a restart; see who is there with: dispatcher workers",
+                    "ids are reused only after a restart; list the workers with: dispatcher workers",
                 ))
             }
             WorkerRef::Named { pool, name } => {
@@ -241,13 +241,13 @@ impl WorkerRef {
                             "worker",
                             &wanted,
                             known,
-                            "see who is there with: dispatcher workers",
+                            "list the workers with: dispatcher workers",
                         ))
                     }
                     _ => {
                         let ids: Vec<String> = found.iter().map(u64::to_string).collect();
-                        let many = format!("{} workers are called {self}", found.len());
-                        let hint = format!("name one by its id: {}", ids.join(", "));
+                        let many = format!("{} workers have the name {self}", found.len());
+                        let hint = format!("use an id: {}", ids.join(", "));
                         Err(CommandError::new(Problem::Ambiguous, many).hint(hint))
                     }
                 }
@@ -260,7 +260,7 @@ impl WorkerRef {
 pub fn unknown_pool<'a>(wanted: &str, pools: impl Iterator<Item = &'a str>) -> CommandError {
     let known: Vec<String> = pools.map(str::to_owned).collect();
     let all = match known.len() {
-        0 => "there is no pool at all".to_owned(),
+        0 => "there are no pools".to_owned(),
         _ => format!("the pools are {}", known.join(", ")),
     };
     not_found("pool", wanted, known.into_iter(), &all)
@@ -308,13 +308,13 @@ mod tests {
     }
 
     #[test]
-    fn names_that_do_not_work_say_why() {
+    fn invalid_worker_names_explain_why() {
         let error = resolve("web/web-3").unwrap_err();
         assert_eq!(error.problem, Problem::NotFound);
         assert_eq!(error.message, "there is no worker `web/web-3`");
         assert_eq!(error.hint.as_deref(), Some("did you mean `web/web-1`?"));
         let error = resolve("nothing/like-it-at-all").unwrap_err();
-        assert_eq!(error.hint.as_deref(), Some("see who is there with: dispatcher workers"));
+        assert_eq!(error.hint.as_deref(), Some("list the workers with: dispatcher workers"));
         let error = resolve("9").unwrap_err();
         assert_eq!(
             (error.problem, error.message.as_str()),
@@ -325,10 +325,7 @@ mod tests {
         assert!(error.message.contains("as instance 0a1b"), "{error}");
         let error = resolve("chat/twin").unwrap_err();
         assert_eq!(error.problem, Problem::Ambiguous);
-        assert_eq!(
-            error.to_string(),
-            "2 workers are called chat/twin\nhelp: name one by its id: 5, 6"
-        );
+        assert_eq!(error.to_string(), "2 workers have the name chat/twin\nhelp: use an id: 5, 6");
         for text in ["web", "", "/", "web/", "/web-1", "-1", "2@", "@0a1b", "x@0a1b"] {
             assert_eq!(resolve(text).unwrap_err().problem, Problem::Invalid, "{text}");
         }
@@ -336,7 +333,7 @@ mod tests {
     }
 
     #[test]
-    fn pools_have_neighbours_too() {
+    fn an_unknown_pool_gets_the_nearest_name() {
         let error = unknown_pool("wep", ["web", "chat"].into_iter());
         assert_eq!(error.to_string(), "there is no pool `wep`\nhelp: did you mean `web`?");
         let error = unknown_pool("elsewhere", ["web", "chat"].into_iter());

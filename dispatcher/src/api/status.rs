@@ -122,9 +122,9 @@ pub struct Meters {
     pub accept_pauses: u64,
     /// Workers that were not let in.
     pub workers_refused: u64,
-    /// Log lines left out because the log could not keep up.
+    /// Log lines dropped because the log was too slow.
     pub log_lines_dropped: u64,
-    /// Log lines left out because there were too many of their kind.
+    /// Log lines suppressed by the rate limit.
     pub log_lines_limited: u64,
     /// Descriptors that wait to be closed, or are being closed.
     #[serde(default)]
@@ -132,7 +132,7 @@ pub struct Meters {
     /// Times a closing thread was interrupted because a close did not get on.
     #[serde(default)]
     pub closes_interrupted: u64,
-    /// Shutdowns and the like left out because all closing threads were held up.
+    /// Shutdowns skipped because all closing threads were blocked.
     #[serde(default)]
     pub closes_left_out: u64,
     /// Connections that are in no place, or in two: `accepted` as listeners count less what pools and workers
@@ -181,7 +181,7 @@ pub struct PoolStatus {
     /// Connections that did not reach their worker, for want of descriptors there.
     #[serde(default)]
     pub lost: u64,
-    /// Times a connection went elsewhere because a worker's channel had no room.
+    /// Connections sent to another worker because a worker's channel was full.
     #[serde(default)]
     pub channel_full: u64,
     /// Times a worker became suspect.

@@ -121,7 +121,7 @@ mod tests {
     use super::*;
 
     #[test]
-    fn the_dispatcher_is_the_one_of_the_command_line() {
+    fn completion_uses_the_options_of_the_command_line() {
         let words = |text: &str| text.split(' ').map(OsString::from).collect::<Vec<_>>();
         let found = place(&words("dispatcher drain --admin /a --config=/b w"));
         assert_eq!((found.admin, found.config), (Some("/a".into()), Some("/b".into())));
@@ -130,7 +130,7 @@ mod tests {
     }
 
     #[test]
-    fn only_plain_words_are_offered() {
+    fn completion_offers_only_plain_words() {
         for name in ["web/web-1", "a.b/c_d", "x/+@%,"] {
             assert!(is_plain(name), "{name}");
         }

@@ -255,7 +255,7 @@ mod tests {
     }
 
     #[test]
-    fn a_decision_is_a_head_and_a_line_for_each_worker() {
+    fn a_decision_has_a_header_and_a_line_per_worker() {
         assert_eq!(
             decision(&decided()),
             "#12 2026-01-02T03:04:05.678Z http from 192.0.2.7:4711 key 00000000000000ff (resent) -> worker 3 (web-1)\n    \
@@ -266,7 +266,7 @@ mod tests {
     }
 
     #[test]
-    fn nothing_kept_says_what_to_do() {
+    fn an_empty_history_explains_the_setting() {
         let mut history =
             History { pool: "web".to_owned(), policy: String::new(), size: 0, decisions: vec![] };
         assert!(past(&history).contains("set a number, such as history = 100, in [pool.web]"));

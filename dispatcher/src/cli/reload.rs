@@ -100,7 +100,7 @@ mod tests {
     use super::*;
 
     #[test]
-    fn what_was_done_is_said_line_by_line() {
+    fn the_reload_summary_has_a_line_per_change() {
         let answer = Reloaded {
             file: "/etc/d.toml".to_owned(),
             added: vec!["pool b".to_owned(), "listener b".to_owned()],

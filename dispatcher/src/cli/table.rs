@@ -144,7 +144,7 @@ mod tests {
     }
 
     #[test]
-    fn what_does_not_fit_is_left_out() {
+    fn columns_that_do_not_fit_are_dropped() {
         let table = |name: &str| {
             let mut table =
                 Table::new(&["NAME", "STATE", "LOAD", "SENT"], 2).optional(&[&["SENT"], &["LOAD"]]);

@@ -16,7 +16,7 @@ fn the_arguments_are_consistent() {
 }
 
 #[test]
-fn every_command_explains_itself_and_speaks_json() {
+fn every_command_has_examples_and_json() {
     use clap::CommandFactory;
     // These commands have no JSON output.
     let without = ["run", "demo", "top", "completions", "man"];
@@ -41,7 +41,7 @@ fn every_command_explains_itself_and_speaks_json() {
 }
 
 #[test]
-fn every_command_is_for_something_of_its_own() {
+fn every_command_has_its_own_description() {
     use clap::CommandFactory;
     let whole = Cli::command();
     let about = |command: &clap::Command| command.get_about().expect("an about").to_string();
@@ -75,7 +75,7 @@ fn exit_codes_are_documented() {
 }
 
 #[test]
-fn a_configuration_that_cannot_say_where_the_dispatcher_is() {
+fn a_broken_configuration_without_an_admin_socket() {
     let directory = tempfile::tempdir().expect("a directory");
     let file = directory.path().join("d.toml");
     let other = directory.path().join("other.sock");
@@ -103,7 +103,7 @@ fn a_configuration_that_cannot_say_where_the_dispatcher_is() {
 }
 
 #[test]
-fn a_reload_is_asked_for_where_the_dispatcher_may_be_yet() {
+fn reload_tries_the_old_admin_socket() {
     let directory = tempfile::tempdir().expect("a directory");
     let file = directory.path().join("d.toml");
     std::fs::write(&file, "admin_socket = '/custom'").expect("written");
@@ -152,7 +152,7 @@ fn exit_codes() {
 }
 
 #[test]
-fn the_nearest_word_on_the_socket_counts() {
+fn precedence_of_admin_socket_settings() {
     let directory = tempfile::tempdir().expect("a directory");
     let file = directory.path().join("d.toml");
     let systemd = directory.path().join("s.toml");

@@ -1,8 +1,8 @@
-//! Users and groups: names to numbers, by whatever the machine uses to know them.
+//! Users and groups: resolves names to ids with the name service of the machine.
 
 use nix::unistd::{Group, User, geteuid};
 
-/// Which of the two.
+/// User or group.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(super) enum Kind {
     User,
@@ -17,7 +17,7 @@ impl Kind {
         }
     }
 
-    /// How to look for the name oneself.
+    /// A command that looks up the name.
     pub(super) fn hint(self) -> &'static str {
         match self {
             Kind::User => " (see `getent passwd`)",
@@ -26,7 +26,7 @@ impl Kind {
     }
 }
 
-/// The id of a name, or of a number written as text.
+/// The id of a name, or of a number given as text.
 pub(super) fn find(text: &str, kind: Kind) -> Result<Option<u32>, nix::Error> {
     if let Ok(id) = text.parse::<u32>()
         && id != u32::MAX
@@ -39,7 +39,7 @@ pub(super) fn find(text: &str, kind: Kind) -> Result<Option<u32>, nix::Error> {
     }
 }
 
-/// Who may join when nothing is configured.
+/// The users that may join by default.
 pub(super) fn own_and_root() -> Vec<u32> {
     match geteuid().as_raw() {
         0 => vec![0],

@@ -1,4 +1,4 @@
-//! Addresses of listeners and sockets: how they are written, and which of them exclude each other.
+//! Addresses of listeners and sockets: their syntax, and conflicts between them.
 
 use std::net::SocketAddr;
 use std::ops::Range;
@@ -11,7 +11,7 @@ use super::file::ListenerKeys;
 use super::validate::Checked;
 use super::{Address, Listener, UnixSource};
 
-/// `sun_path` less its terminating zero.
+/// Size of `sun_path` without the terminating zero.
 const MAX_SOCKET_PATH: usize = 107;
 
 /// A socket path or `systemd:NAME`.
@@ -30,10 +30,10 @@ pub(super) fn unix_source(
             let path = text.get_ref();
             if let Some(path) = path.strip_prefix("unix:") {
                 return Err(Mistake::new(span, format!("`{key}` is a path"))
-                    .help(format!("leave out `unix:`: \"{path}\"")));
+                    .help(format!("omit `unix:`: \"{path}\"")));
             }
             let path = socket_path(path, span.clone())?;
-            // Workers connect by the absolute path: their working directory is their own.
+            // Workers connect by the absolute path, because each has its own working directory.
             let absolute = std::path::absolute(&path).unwrap_or_else(|_| path.clone());
             if key == "dispatch_socket" && absolute.as_os_str().len() > MAX_SOCKET_PATH {
                 return Err(Mistake::new(
@@ -50,7 +50,8 @@ pub(super) fn unix_source(
     }
 }
 
-/// Whether two sockets would be the same file, or one the lock file of the other, however their paths are written.
+/// Whether two socket paths are the same file, or one is the lock file of the other, in any
+/// spelling.
 pub(super) fn same_path(one: &Path, two: &Path) -> bool {
     let locked = |path: &Path| {
         let mut name = path.as_os_str().to_owned();
@@ -69,7 +70,7 @@ pub(super) fn same_source(one: &UnixSource, two: &UnixSource) -> bool {
     }
 }
 
-/// Absolute, with the links in its directory resolved as far as there is one already.
+/// The absolute path, with the links resolved in the part of its directory that exists.
 fn real_path(path: &Path) -> PathBuf {
     let absolute = std::path::absolute(path).unwrap_or_else(|_| path.to_owned());
     match (absolute.parent().map(Path::canonicalize), absolute.file_name()) {
@@ -78,7 +79,7 @@ fn real_path(path: &Path) -> PathBuf {
     }
 }
 
-/// Whether two listeners would have the same address.
+/// Whether two listeners have the same address.
 fn same_address(one: &Address, two: &Address) -> bool {
     match (one, two) {
         (Address::Tcp(one), Address::Tcp(two)) => canonical(*one) == canonical(*two),
@@ -88,7 +89,7 @@ fn same_address(one: &Address, two: &Address) -> bool {
     }
 }
 
-/// An IPv4 address that is written as an IPv6 one (`::ffff:127.0.0.1`) is the same to the kernel.
+/// The kernel treats an IPv4-mapped IPv6 address (`::ffff:127.0.0.1`) as the IPv4 address.
 fn canonical(address: SocketAddr) -> SocketAddr {
     SocketAddr::new(address.ip().to_canonical(), address.port())
 }
@@ -114,7 +115,7 @@ fn socket_path(path: &str, span: Range<usize>) -> Checked<PathBuf> {
 }
 
 fn descriptor_name(name: &str, span: Range<usize>) -> Checked<String> {
-    // What systemd itself allows for FileDescriptorName=.
+    // The limits of systemd for FileDescriptorName=.
     let good = (1..=255).contains(&name.len())
         && name.bytes().all(|b| (b.is_ascii_graphic() || b == b' ') && b != b':');
     if good {
@@ -142,7 +143,7 @@ pub(super) fn address(text: &Spanned<String>) -> Checked<Address> {
     } else if let Ok(ip) = text.parse::<std::net::IpAddr>() {
         format!("add a port: \"{}\"", SocketAddr::new(ip, 8080).to_string().as_str())
     } else if let Ok(port) = text.trim_start_matches(['*', ':']).parse::<u16>() {
-        format!("name the address too: \"0.0.0.0:{port}\", or \"[::]:{port}\" for IPv4 and IPv6")
+        format!("add the address: \"0.0.0.0:{port}\", or \"[::]:{port}\" for IPv4 and IPv6")
     } else {
         match text.rsplit_once(':') {
             Some((host, port)) if host.contains(':') && !host.starts_with('[') => {
@@ -150,7 +151,7 @@ pub(super) fn address(text: &Spanned<String>) -> Checked<Address> {
             }
             Some(("localhost", port)) => {
                 format!(
-                    "host names are not looked up: write \"127.0.0.1:{port}\" or \"[::1]:{port}\""
+                    "host names are not resolved: write \"127.0.0.1:{port}\" or \"[::1]:{port}\""
                 )
             }
             Some((_, port)) if port.parse::<u16>().is_err() => {
@@ -165,7 +166,7 @@ pub(super) fn address(text: &Spanned<String>) -> Checked<Address> {
     Err(Mistake::new(span, format!("`{text}` is not an address")).help(help))
 }
 
-/// Two listeners cannot share a name, nor a place to listen on.
+/// Two listeners must not have the same name or address.
 pub(super) fn check_distinct(
     new: &Listener,
     keys: &ListenerKeys,
@@ -176,7 +177,7 @@ pub(super) fn check_distinct(
             keys.name.span(),
             format!("there is a listener `{}` already", other.name),
         )
-        .help("every listener needs a name of its own"));
+        .help("use a different name for each listener"));
     }
     for other in before {
         if same_address(&other.address, &new.address) && !any_port(&new.address) {
@@ -191,15 +192,19 @@ pub(super) fn check_distinct(
             let both = one
                 .is_some_and(|(one, _)| two.is_some_and(|(two, _)| one.is_ipv4() == two.is_ipv4()));
             let (version, help) = match both {
-                true => ("", "keep only the one for all addresses, or name each address by itself"),
-                false => {
-                    (" IPv4", "set `ipv6_only = true` for the IPv6 one, or keep only that one")
-                }
+                true => (
+                    "",
+                    "keep only the listener on all addresses, or give each listener one address",
+                ),
+                false => (
+                    " IPv4",
+                    "set `ipv6_only = true` for the IPv6 listener, or keep only that listener",
+                ),
             };
             return Err(Mistake::new(
                 keys.address.span(),
                 format!(
-                    "listener `{}` at {} takes this{version} port as well",
+                    "listener `{}` at {} uses this{version} port already",
                     other.name, other.address_text
                 ),
             )
@@ -213,7 +218,7 @@ fn any_port(address: &Address) -> bool {
     matches!(address, Address::Tcp(address) if address.port() == 0)
 }
 
-/// The address of a TCP listener, and whether it takes IPv6 only.
+/// The address of a TCP listener, and whether it accepts only IPv6.
 fn tcp(listener: &Listener) -> Option<(SocketAddr, bool)> {
     match listener.address {
         Address::Tcp(address) => Some((canonical(address), listener.options.ipv6_only)),
@@ -221,7 +226,8 @@ fn tcp(listener: &Listener) -> Option<(SocketAddr, bool)> {
     }
 }
 
-/// Whether one that is bound to all addresses also occupies the other's port: `[::]:PORT` that of IPv4 too.
+/// Whether a listener on all addresses also occupies the port of the other one: `[::]:PORT`
+/// includes IPv4.
 fn takes(wide: Option<(SocketAddr, bool)>, narrow: Option<(SocketAddr, bool)>) -> bool {
     let (Some((wide, ipv6_only)), Some((narrow, _))) = (wide, narrow) else { return false };
     wide.ip().is_unspecified()
@@ -230,13 +236,13 @@ fn takes(wide: Option<(SocketAddr, bool)>, narrow: Option<(SocketAddr, bool)>) -
         && (wide.is_ipv4() == narrow.is_ipv4() || (wide.is_ipv6() && !ipv6_only))
 }
 
-/// `admin_http` cannot be where clients connect.
+/// `admin_http` must not be the address of a listener.
 pub(super) fn check_admin_http(
     admin: Option<SocketAddr>,
     new: &Listener,
     keys: &ListenerKeys,
 ) -> Checked<()> {
-    // Bound like a listener without options.
+    // `admin_http` is bound like a listener without options.
     let (admin, listener) = (admin.map(|address| (canonical(address), false)), tcp(new));
     let same =
         |(address, _): (SocketAddr, bool)| listener.is_some_and(|(other, _)| other == address);
@@ -246,7 +252,7 @@ pub(super) fn check_admin_http(
             keys.address.span(),
             "this is the address of `admin_http` already",
         )
-        .help("give each a port of its own"));
+        .help("use a different port for each"));
     }
     Ok(())
 }

@@ -1,4 +1,4 @@
-//! What a pool knows its clients by, and how it awaits the bytes that say so.
+//! The affinity key of a pool, and the wait for the first bytes that contain it.
 
 use serde::Deserialize;
 use toml::Spanned;
@@ -11,7 +11,7 @@ use super::value::{Count, Wait, YEAR};
 use dispatcher_core::KeySource;
 use dispatcher_core::{Affinity, Peek};
 
-/// `[pool.NAME.affinity]`; nothing is required here because `[defaults.affinity]` may have it.
+/// `[pool.NAME.affinity]`. No key is required here, because `[defaults.affinity]` may contain it.
 #[derive(Clone, Debug, Default, Deserialize)]
 #[serde(deny_unknown_fields)]
 pub(super) struct AffinityKeys {
@@ -22,7 +22,7 @@ pub(super) struct AffinityKeys {
     pub max_entries: Option<Count<1, 16_777_216>>,
 }
 
-/// How a pool remembers its clients and awaits their first bytes, and what is valid in that and yet does nothing.
+/// The settings, and warnings about keys without effect.
 pub(super) struct Known {
     pub affinity: Option<Affinity>,
     pub peek: Peek,
@@ -62,7 +62,7 @@ fn affinity(
     let Some(text) = tables.into_iter().flatten().find_map(|keys| keys.key.as_ref()) else {
         return match own {
             Some(table) => Err(Mistake::absence(table.span(), "missing key `key`")
-                .help("say what clients are known by, such as key = \"cookie:SESSION\"")),
+                .help("set the kind of key, such as key = \"cookie:SESSION\"")),
             None => Ok(None),
         };
     };
@@ -151,7 +151,7 @@ fn example(kind: &str) -> &'static str {
     }
 }
 
-/// What the pool itself says without effect.
+/// Keys of the pool that have no effect.
 fn useless(keys: &PoolKeys, key: Option<&KeySource>) -> Vec<Mistake> {
     let mut spans = Vec::new();
     if let Some(table) = &keys.affinity

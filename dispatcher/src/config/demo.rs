@@ -10,8 +10,8 @@ use super::{
 use dispatcher_core::{Access, PoolSettings, Screening};
 
 impl Config {
-    /// One listener `web`, one pool `web`, `workers` processes of `command`; everything else as by default,
-    /// and both sockets only for ourselves.
+    /// One listener `web` and one pool `web` with `workers` processes of `command`. Everything else
+    /// has its default, except that only the own user can connect to both sockets.
     pub fn demo(
         listen: SocketAddr,
         workers: u32,

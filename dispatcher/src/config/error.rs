@@ -1,35 +1,35 @@
-//! What a mistake looks like to the person who made it: place, line, caret, and what to write instead.
+//! Messages about mistakes in a configuration: position, line, caret, and a correction.
 
 use std::fmt;
 use std::io;
 use std::ops::Range;
 
-/// Why there is no configuration.
+/// The reason why there is no configuration.
 #[derive(Debug)]
 pub enum ConfigError {
-    /// The file itself could not be read.
+    /// The file could not be read.
     Unreadable {
-        /// Its path.
+        /// The path.
         file: String,
-        /// Why not.
+        /// The error of the system.
         error: io::Error,
     },
-    /// It holds mistakes.
+    /// The file has mistakes.
     Invalid {
-        /// All of them, in the order of the file; at least one.
+        /// All mistakes in the order of the file; at least one.
         mistakes: Vec<Diagnostic>,
-        /// What is valid beside them and probably not meant.
+        /// The warnings besides the mistakes.
         warnings: Vec<Warning>,
     },
 }
 
 impl ConfigError {
-    /// The first mistake and its place, if the file could be read at all.
+    /// The first mistake; `None` if the file could not be read.
     pub fn diagnostic(&self) -> Option<&Diagnostic> {
         self.diagnostics().first()
     }
 
-    /// Every mistake and its place, in the order of the file. None if the file could not be read.
+    /// All mistakes in the order of the file; empty if the file could not be read.
     pub fn diagnostics(&self) -> &[Diagnostic] {
         match self {
             ConfigError::Invalid { mistakes, .. } => mistakes,
@@ -37,7 +37,7 @@ impl ConfigError {
         }
     }
 
-    /// What is valid beside the mistakes and probably not meant.
+    /// Warnings about values that are valid but probably wrong.
     pub fn warnings(&self) -> &[Warning] {
         match self {
             ConfigError::Invalid { warnings, .. } => warnings,
@@ -68,7 +68,7 @@ impl fmt::Display for ConfigError {
 
 impl std::error::Error for ConfigError {}
 
-/// Something valid that is probably not meant.
+/// A value that is valid but probably wrong.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct Warning(pub Diagnostic);
 
@@ -78,22 +78,22 @@ impl fmt::Display for Warning {
     }
 }
 
-/// A message about one place in a configuration file.
+/// A message about one position in a configuration file.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct Diagnostic {
-    /// The file, as it was named to us.
+    /// The name of the file, as given by the caller.
     pub file: String,
     /// Line, from 1.
     pub line: usize,
     /// Column in characters, from 1.
     pub column: usize,
-    /// How many characters are meant, at least 1.
+    /// Number of marked characters, at least 1.
     pub width: usize,
-    /// The whole line, without its end.
+    /// The whole line without its end.
     pub text: String,
-    /// What is wrong.
+    /// The message.
     pub message: String,
-    /// What to do about it.
+    /// How to correct it.
     pub help: Option<String>,
 }
 
@@ -101,7 +101,7 @@ impl Diagnostic {
     fn write(&self, f: &mut fmt::Formatter<'_>, kind: &str) -> fmt::Result {
         let number = self.line.to_string();
         let gutter = " ".repeat(number.len());
-        // Tabs stay tabs, so that the caret lines up however wide the terminal makes them.
+        // Tabs are kept, so that the caret is aligned for any tab width.
         let indent: String = self
             .text
             .chars()
@@ -119,14 +119,14 @@ impl Diagnostic {
     }
 }
 
-/// A mistake before its place is known as line and column.
+/// A mistake with its position in bytes.
 #[derive(Debug)]
 pub(super) struct Mistake {
-    /// Bytes of the text that are meant.
+    /// The marked bytes of the text.
     pub span: Range<usize>,
     pub message: String,
     pub help: Option<String>,
-    /// Something is missing here. It may be missing only because another mistake hides it.
+    /// A key or table is missing here. It may be missing only because of another mistake.
     pub absence: bool,
 }
 
@@ -135,7 +135,7 @@ impl Mistake {
         Mistake { span, message: message.into(), help: None, absence: false }
     }
 
-    /// Something that is missing. It is not reported beside mistakes that may hide it.
+    /// A missing key or table. It is not reported beside mistakes that may be the cause.
     pub(super) fn absence(span: Range<usize>, message: impl Into<String>) -> Mistake {
         Mistake { absence: true, ..Mistake::new(span, message) }
     }
@@ -146,7 +146,7 @@ impl Mistake {
     }
 }
 
-/// A configuration text and what to call it.
+/// A configuration text and its name for messages.
 pub(super) struct Source<'a> {
     pub file: &'a str,
     pub text: &'a str,
@@ -157,11 +157,11 @@ impl Source<'_> {
         self.errors(vec![mistake], Vec::new())
     }
 
-    /// At least one mistake.
+    /// Requires at least one mistake.
     pub(super) fn errors(&self, mistakes: Vec<Mistake>, warnings: Vec<Warning>) -> ConfigError {
         let mut mistakes: Vec<Diagnostic> = mistakes.into_iter().map(|m| self.locate(m)).collect();
         mistakes.sort_by_key(|mistake| (mistake.line, mistake.column));
-        // A default is looked at once for every pool; once is enough to say it.
+        // A default is checked once for every pool but reported once.
         mistakes.dedup();
         ConfigError::Invalid { mistakes, warnings }
     }
@@ -170,12 +170,12 @@ impl Source<'_> {
         Warning(self.locate(mistake))
     }
 
-    /// The bytes a span means; empty when the span is none of this text.
+    /// The marked bytes; empty if the span is not within the text.
     pub(super) fn slice(&self, span: &Range<usize>) -> &str {
         self.text.get(span.clone()).unwrap_or_default()
     }
 
-    /// Whether two spans begin in the same line.
+    /// Whether two spans begin on the same line.
     pub(super) fn same_line(&self, one: &Range<usize>, two: &Range<usize>) -> bool {
         let (first, last) = (one.start.min(two.start), one.start.max(two.start));
         let between = self.text.as_bytes().get(first..last.min(self.text.len()));
@@ -192,9 +192,10 @@ impl Source<'_> {
         let rest = &self.text[line_start..];
         let text = rest.split('\n').next().unwrap_or_default();
         let text = text.strip_suffix('\r').unwrap_or(text);
-        // A span may go over several lines (a table): the caret marks its part of the first one.
+        // A span may cover several lines, such as a table: the caret marks the part on the first
+        // one.
         let line_end = line_start + text.len();
-        // What is missing at the end of a line is missing before its line break, whichever kind that is.
+        // The caret for a missing key is before the line break (LF or CRLF).
         let start = start.min(line_end);
         let end = mistake.span.end.min(line_end);
         let width =
@@ -211,7 +212,7 @@ impl Source<'_> {
     }
 }
 
-/// The candidate a person most likely meant, if any is near enough to be worth saying.
+/// The most similar candidate, if one is similar enough.
 pub(super) fn nearest<'a>(
     word: &str,
     candidates: impl IntoIterator<Item = &'a str>,
@@ -223,7 +224,8 @@ pub(super) fn nearest<'a>(
             let folded = candidate.to_lowercase().replace('-', "_");
             let distance = strsim::damerau_levenshtein(&word, &folded);
             let longest = word.chars().count().max(folded.chars().count());
-            // `max_connections` for `max_connections_per_worker` is far by letters and near by sense.
+            // `max_connections` differs in many letters from `max_connections_per_worker`, but a
+            // common prefix counts as similar.
             let prefix = word.len() >= 4 && folded.starts_with(&word);
             (distance * 3 <= longest + 2 || prefix).then_some((distance, candidate))
         })
@@ -231,7 +233,7 @@ pub(super) fn nearest<'a>(
         .map(|(_, candidate)| candidate)
 }
 
-/// `did you mean …?`, or everything there is to choose from.
+/// `did you mean …?`, or the list of all candidates.
 pub(super) fn suggest<'a>(
     word: &str,
     what: &str,

@@ -1,4 +1,4 @@
-//! The file as serde sees it: every table and key, nothing resolved yet.
+//! The file in the form that serde reads: every table and key, before any check across keys.
 
 use std::collections::BTreeMap;
 
@@ -106,7 +106,7 @@ pub(super) struct ListenerKeys {
     pub max_tracked_clients: Option<Spanned<Count<1, 16_777_216>>>,
 }
 
-/// The policies by their names; a copy, because the core knows nothing of files.
+/// The names of the policies. They are repeated here because the core does not use serde.
 #[derive(Deserialize)]
 #[serde(remote = "Policy", rename_all = "kebab-case")]
 enum PolicyName {
@@ -123,7 +123,7 @@ fn policy<'de, D: Deserializer<'de>>(deserializer: D) -> Result<Option<Policy>, 
     PolicyName::deserialize(deserializer).map(Some)
 }
 
-/// `[pool.NAME]`, and `[defaults]`, which has the same keys.
+/// `[pool.NAME]` and `[defaults]`, which have the same keys.
 #[derive(Clone, Debug, Default, Deserialize)]
 #[serde(deny_unknown_fields)]
 pub(super) struct PoolKeys {
@@ -149,7 +149,7 @@ pub(super) struct PoolKeys {
     pub spawn: Option<Spanned<SpawnKeys>>,
 }
 
-/// `[pool.NAME.spawn]`; nothing is required here because `[defaults.spawn]` may have it.
+/// `[pool.NAME.spawn]`. No key is required here, because `[defaults.spawn]` may contain it.
 #[derive(Clone, Debug, Default, Deserialize)]
 #[serde(deny_unknown_fields)]
 pub(super) struct SpawnKeys {
@@ -159,7 +159,7 @@ pub(super) struct SpawnKeys {
     pub directory: Option<Spanned<String>>,
 }
 
-/// Every table and its keys, straight from the types above.
+/// All tables with their keys, from the types above.
 pub(super) fn tables() -> [(&'static str, &'static [&'static str]); 6] {
     [
         ("", keys_of::<File>()),
@@ -171,7 +171,7 @@ pub(super) fn tables() -> [(&'static str, &'static [&'static str]); 6] {
     ]
 }
 
-/// The keys serde knows for a table: a deserializer that only listens to what it is asked for.
+/// The keys of a table as serde knows them: the deserializer only records the list of fields.
 fn keys_of<'de, T: Deserialize<'de>>() -> &'static [&'static str] {
     struct Listen<'a>(&'a mut &'static [&'static str]);
 
@@ -199,7 +199,7 @@ fn keys_of<'de, T: Deserialize<'de>>() -> &'static [&'static str] {
     }
 
     let mut keys: &'static [&'static str] = &[];
-    // The error is how it stops.
+    // The error ends the deserialization.
     let _ = T::deserialize(Listen(&mut keys));
     keys
 }

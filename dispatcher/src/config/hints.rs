@@ -1,24 +1,24 @@
-//! What somebody meant: the words of other load balancers, and examples of our own keys.
+//! Hints for wrong values: terms of other load balancers, and examples of valid keys.
 
 use super::error::nearest;
 use dispatcher_core::Policy;
 
-/// The sample configuration has every key with its default or an example.
+/// The sample configuration contains every key with its default or an example.
 pub(crate) const SAMPLE: &str = include_str!("../../../etc/dispatcher.toml");
 
-/// How other programs name ways to choose a server, and what does the same here.
+/// Names of policies in other programs, and the equivalent here.
 const POLICIES: [(&str, &[&str], &str); 8] = [
     ("HAProxy", &["leastconn"], "\"least-connections\""),
     ("nginx", &["least_conn"], "\"least-connections\""),
     ("HAProxy", &["roundrobin", "static-rr"], "\"round-robin\""),
     ("HAProxy", &["first"], "\"failover\", with a priority for each worker"),
-    ("HAProxy", &["source"], "\"hash\", which goes by the client's address"),
-    ("nginx", &["ip_hash", "hash"], "\"hash\", which goes by the client's address"),
-    ("nginx", &["least_time"], "\"least-score\", with a gauge for the time"),
+    ("HAProxy", &["source"], "\"hash\", which uses the client's address"),
+    ("nginx", &["ip_hash", "hash"], "\"hash\", which uses the client's address"),
+    ("nginx", &["least_time"], "\"least-score\", with a gauge for the response time"),
     ("nginx", &["two"], "\"two-choices\""),
 ];
 
-/// The same for HAProxy's ways to hash something that the client sends.
+/// Names of affinity keys in HAProxy, and the equivalent here.
 const KEYS: [(&str, &str); 5] = [
     ("url_param", "url:NAME"),
     ("uri", "url:NAME"),
@@ -27,7 +27,7 @@ const KEYS: [(&str, &str); 5] = [
     ("sticky", "cookie:NAME"),
 ];
 
-/// Keys of other programs.
+/// Keys of other programs, and the equivalent here.
 const SETTINGS: [(&str, &str); 7] = [
     ("balance", "policy"),
     ("lb_policy", "policy"),
@@ -38,12 +38,12 @@ const SETTINGS: [(&str, &str); 7] = [
     ("default_backend", "pool"),
 ];
 
-/// What to write for a value that is none of the valid ones: the one that was meant, if that can be told, and all there are.
+/// The hint for an invalid value: the intended one, if it can be guessed, and all valid ones.
 pub(super) fn value(word: &str, valid: &[&str]) -> String {
     value_of(word, "the values are", valid)
 }
 
-/// The same, for values that are called something else.
+/// The same, with a name for the kind of value.
 pub(super) fn value_of(word: &str, what: &str, valid: &[&str]) -> String {
     let all = format!("{what}: {}", valid.join(", "));
     let policies = valid.contains(&Policy::LeastConnections.name());
@@ -57,7 +57,7 @@ pub(super) fn value_of(word: &str, what: &str, valid: &[&str]) -> String {
 }
 
 fn policy(word: &str) -> Option<String> {
-    // "hash $remote_addr consistent", "random two least_conn", "hdr(host)"
+    // Such as "hash $remote_addr consistent", "random two least_conn", "hdr(host)".
     let lower = word.to_ascii_lowercase();
     let mut words = lower.split([' ', '(']);
     let first = words.next().unwrap_or_default();
@@ -73,7 +73,7 @@ fn policy(word: &str) -> Option<String> {
     found.map(|(program, _, ours)| format!("`{word}` of {program} is {ours} here."))
 }
 
-/// What to write for a key that is another program's.
+/// The hint for a key of another program.
 pub(super) fn key(word: &str, valid: &[&str]) -> Option<String> {
     let (_, ours) = SETTINGS.into_iter().find(|(theirs, _)| *theirs == word)?;
     valid.contains(&ours).then(|| format!("did you mean `{ours}`?"))
@@ -81,7 +81,7 @@ pub(super) fn key(word: &str, valid: &[&str]) -> Option<String> {
 
 /// The line of the sample configuration that sets the key at the end of this path.
 pub(super) fn example(path: &[String]) -> Option<String> {
-    // Array elements are examples of their array.
+    // Examples of arrays apply to their elements.
     let names: Vec<&str> = path.iter().map(String::as_str).collect();
     let names: Vec<&str> = match names[..] {
         ["listener", _, ..] => {
@@ -111,7 +111,7 @@ pub(super) fn example(path: &[String]) -> Option<String> {
     header(path)
 }
 
-/// The head of a table that this path leads to.
+/// The header of the table at this path.
 fn header(path: &[String]) -> Option<String> {
     let names: Vec<&str> = path.iter().map(String::as_str).collect();
     match names[..] {

@@ -1,4 +1,4 @@
-//! A listener: its pool, its options, and those of them that do nothing where they are.
+//! A listener: its pool, its options, and warnings about options without effect.
 
 use std::net::SocketAddr;
 
@@ -28,7 +28,7 @@ impl Check<'_> {
                 };
                 mistake.help(suggest(wanted, "the pools are", names))
             });
-        // Without any pool that is what to say.
+        // A missing pool is reported separately.
         let pool = if pools.is_empty() { None } else { self.keep(pool) };
         let default = ListenerOptions::default();
         let options = ListenerOptions {
@@ -65,7 +65,7 @@ impl Check<'_> {
         })
     }
 
-    /// Options that are valid and do nothing where they are.
+    /// Warns about options that have no effect.
     fn useless_options(&mut self, keys: &ListenerKeys, address: &Address) {
         if let Address::Systemd(_) = address {
             self.useless_for_systemd(keys);
@@ -93,7 +93,7 @@ impl Check<'_> {
         }
     }
 
-    /// Every option of a socket is set by whoever makes it.
+    /// systemd sets the options of the sockets that it creates.
     fn useless_for_systemd(&mut self, keys: &ListenerKeys) {
         let options = [
             ("backlog", keys.backlog.as_ref().map(Spanned::span), "Backlog="),
@@ -121,16 +121,16 @@ impl Check<'_> {
         ];
         for (key, span, there) in options {
             let Some(span) = span else { continue };
-            let message = format!("`{key}` has no effect on a socket that systemd made");
+            let message = format!("`{key}` has no effect on a socket created by systemd");
             self.warn(Mistake::new(span, message).help(set_in_unit(there)));
         }
     }
 }
 
-/// Where to set an option of a socket that systemd makes.
+/// Names the option of the systemd unit.
 pub(super) fn set_in_unit(option: &str) -> String {
     match option {
-        "" => "a .socket unit has no such option: leave it out".to_owned(),
+        "" => "a .socket unit has no such option: remove the key".to_owned(),
         option => format!("set {option} in its .socket unit"),
     }
 }

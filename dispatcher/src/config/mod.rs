@@ -1,7 +1,9 @@
-//! The configuration: TOML in, valid typed settings out, or an error that names file, line, column and the nearest valid key.
+//! The configuration: parses TOML into valid typed settings, or returns errors with file, line,
+//! column and the nearest valid key.
 //!
-//! Owns parsing, defaults and validation. Nothing past this module sees an unchecked string. It opens no
-//! sockets and starts nothing; it looks users and groups up, because a misspelt one should be known early.
+//! Owns parsing, defaults and validation; later modules see only checked values. It opens no
+//! sockets and starts no processes. It does resolve users and groups, so that an unknown name is
+//! reported early.
 
 mod accounts;
 mod address;
@@ -32,7 +34,7 @@ pub use spawn::NOT_INHERITED;
 
 use dispatcher_core::{PoolSettings, Screening};
 
-/// Where `dispatcher run` looks for its configuration.
+/// Default configuration file.
 pub const DEFAULT_FILE: &str = "/etc/dispatcher/dispatcher.toml";
 
 /// Default of `dispatch_socket`.
@@ -41,7 +43,8 @@ pub const DEFAULT_DISPATCH_SOCKET: &str = "/run/dispatcher/dispatch.sock";
 /// Default of `admin_socket`.
 pub const DEFAULT_ADMIN_SOCKET: &str = "/run/dispatcher/admin.sock";
 
-/// Environment variables the dispatcher sets for the processes it starts; `environment` may not.
+/// Environment variables that the dispatcher sets for its processes; `environment` must not contain
+/// them.
 pub const RESERVED_VARIABLES: [&str; 4] =
     ["DISPATCH_SOCKET", "DISPATCH_POOL", "DISPATCH_NAME", "DISPATCH_TOKEN"];
 
@@ -51,46 +54,47 @@ pub const MAX_PROCESSES: u32 = 1024;
 /// Most bytes of an `unavailable_response` file.
 pub const MAX_UNAVAILABLE_RESPONSE: usize = 64 * 1024;
 
-/// Most bytes of a configuration file: far beyond any real one, so that a wrong path (a device, a log) fails at once.
+/// Most bytes of a configuration file. Real ones are far smaller; a wrong path (a device, a log)
+/// fails at once.
 const MAX_FILE: u64 = 4 * 1024 * 1024;
 
-/// A whole, valid configuration.
+/// A complete, valid configuration.
 #[derive(Clone, Debug)]
 pub struct Config {
-    /// The file it was read from, if it was.
+    /// The file that it was read from, if any.
     pub file: Option<PathBuf>,
-    /// Where workers connect.
+    /// The socket to which workers connect.
     pub dispatch_socket: UnixEndpoint,
-    /// Where the CLI and monitoring connect.
+    /// The socket to which commands and monitoring connect.
     pub admin_socket: UnixEndpoint,
-    /// Where monitoring may read over TCP.
+    /// The address for read-only HTTP over TCP.
     pub admin_http: Option<SocketAddr>,
-    /// By which names it may be asked there, besides `localhost` and the host name.
+    /// Host names accepted over TCP, in addition to `localhost` and the name of the machine.
     pub admin_http_hosts: Vec<String>,
-    /// In file order; `pool` of each is a position in `pools`.
+    /// In file order; `pool` of each is an index into `pools`.
     pub listeners: Vec<Listener>,
     /// In file order (a listener's `ListenerSettings::pool` refers to this order).
     pub pools: Vec<Pool>,
-    /// Bounds and waits of the dispatcher itself.
+    /// Bounds and timeouts of the dispatcher itself.
     pub limits: Limits,
-    /// What is valid and yet probably not meant, such as a user this machine does not know.
+    /// Values that are valid but probably wrong, such as a user that does not exist.
     pub warnings: Vec<Warning>,
 }
 
 impl Config {
     /// Reads and checks a configuration file.
     ///
-    /// Relative paths in it are kept as they are: they mean what they mean to the dispatcher's working directory.
+    /// Relative paths are kept; they are relative to the working directory of the dispatcher.
     ///
     /// # Errors
-    /// [`ConfigError`] when the file cannot be read or holds mistakes; all of them are reported.
+    /// [`ConfigError`] if the file cannot be read or has mistakes; all of them are reported.
     pub fn load(path: &Path) -> Result<Config, ConfigError> {
         let text = text_of(path)?;
         let config = Config::parse(&text, &path.display().to_string())?;
         Ok(Config { file: Some(path.to_owned()), ..config })
     }
 
-    /// Checks a configuration that is already in memory; `file_name` is what errors call it.
+    /// Checks a configuration in memory; `file_name` is its name in errors.
     ///
     /// # Errors
     /// [`ConfigError`] with every mistake.
@@ -103,11 +107,11 @@ impl Config {
         }
     }
 
-    /// Only `admin_socket` of a configuration file, and nothing else checked: what a client command needs. It
-    /// has to work while somebody is in the middle of editing the rest.
+    /// Reads only `admin_socket`, for the client commands, and checks nothing else. It works while
+    /// the rest of the file has mistakes.
     ///
     /// # Errors
-    /// [`ConfigError`] when the file cannot be read, is not TOML, or has an `admin_socket` that is none.
+    /// [`ConfigError`] if the file cannot be read, is not TOML, or has an invalid `admin_socket`.
     pub fn admin_source(path: &Path) -> Result<UnixSource, ConfigError> {
         let text = text_of(path)?;
         let source = error::Source { file: &path.display().to_string(), text: &text };
@@ -139,25 +143,25 @@ fn text_of(path: &Path) -> Result<String, ConfigError> {
     })
 }
 
-/// Where a Unix socket comes from, and what it looks like when we make it.
+/// A Unix socket, and its permissions if the dispatcher creates it.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct UnixEndpoint {
     /// A path, or an inherited socket.
     pub source: UnixSource,
-    /// Permission bits of a socket we make.
+    /// Permission bits.
     pub mode: u32,
-    /// Owner of a socket we make, if not ourselves.
+    /// Owner, if not the user of the dispatcher.
     pub user: Option<u32>,
-    /// Group of a socket we make, if not our own.
+    /// Group, if not the group of the dispatcher.
     pub group: Option<u32>,
 }
 
-/// Where a Unix socket comes from.
+/// The origin of a Unix socket.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub enum UnixSource {
-    /// Made by us at this path.
+    /// Created by the dispatcher at this path.
     Path(PathBuf),
-    /// Inherited under this `FileDescriptorName=`.
+    /// Inherited from systemd under this `FileDescriptorName=`.
     Systemd(String),
 }
 
@@ -166,26 +170,26 @@ pub enum UnixSource {
 pub struct Listener {
     /// Unique name.
     pub name: String,
-    /// As written in the file.
+    /// The address as written in the file.
     pub address_text: String,
-    /// Where clients connect.
+    /// The address to which clients connect.
     pub address: Address,
-    /// Position of its pool in [`Config::pools`].
+    /// Index of its pool in [`Config::pools`].
     pub pool: u16,
     /// Socket options.
     pub options: ListenerOptions,
-    /// Who may come in.
+    /// Access rules for clients.
     pub screening: Screening,
 }
 
-/// Where clients connect.
+/// The address of a listener.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub enum Address {
     /// TCP, IPv4 or IPv6.
     Tcp(SocketAddr),
-    /// A Unix socket made by us: `unix:/run/app.sock`.
+    /// A Unix socket that the dispatcher creates: `unix:/run/app.sock`.
     Unix(PathBuf),
-    /// Inherited: `systemd:NAME`.
+    /// Inherited from systemd: `systemd:NAME`.
     Systemd(String),
 }
 
@@ -194,7 +198,7 @@ pub enum Address {
 pub struct ListenerOptions {
     /// Length of the kernel's accept queue; the kernel caps it at `net.core.somaxconn`. Default 4096.
     pub backlog: u32,
-    /// Only IPv6 on an IPv6 address. Default false: `[::]` takes IPv4 too.
+    /// Accept only IPv6 on an IPv6 address. Default false: `[::]` accepts IPv4 too.
     pub ipv6_only: bool,
     /// TCP_NODELAY. Default true.
     pub nodelay: bool,
@@ -216,7 +220,7 @@ pub struct ListenerOptions {
     pub send_buffer: Option<u32>,
     /// SO_REUSEPORT. Default false.
     pub reuse_port: bool,
-    /// IP_FREEBIND: bind an address the machine does not have yet. Default false.
+    /// IP_FREEBIND: bind an address that the machine does not have yet. Default false.
     pub free_bind: bool,
     /// Permission bits of a Unix listener. Default 0o666.
     pub mode: u32,
@@ -243,63 +247,66 @@ impl Default for ListenerOptions {
     }
 }
 
-/// A pool: what the core decides by, and what only the event loop needs.
+/// A pool: the settings of the core, and those that only the event loop needs.
 #[derive(Clone, Debug, PartialEq)]
 pub struct Pool {
-    /// For the core.
+    /// The settings of the core.
     pub settings: PoolSettings,
-    /// Contents of `unavailable_response`'s file, read at load; at most 64 KiB.
+    /// Contents of the file `unavailable_response`, read at load; at most 64 KiB.
     pub unavailable_response: Option<Arc<[u8]>>,
-    /// Processes to start.
+    /// The processes that the dispatcher starts.
     pub spawn: Option<Spawn>,
 }
 
-/// Processes the dispatcher keeps running for a pool.
+/// Processes that the dispatcher keeps running for a pool.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct Spawn {
-    /// Program and arguments, at least the program.
+    /// Program and arguments; at least the program.
     pub command: Vec<String>,
-    /// How many.
+    /// The number of processes.
     pub processes: u32,
-    /// Environment variables on top of the dispatcher's own.
+    /// Environment variables in addition to those of the dispatcher.
     pub environment: Vec<(String, String)>,
-    /// Working directory, if not the dispatcher's.
+    /// Working directory, if not that of the dispatcher.
     pub directory: Option<PathBuf>,
 }
 
-/// Bounds and waits of the dispatcher itself; top-level keys.
+/// Bounds and timeouts of the dispatcher itself; top-level keys.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct Limits {
     /// `accept_batch`: most connections accepted from one listener in one turn. Default 64.
     pub accept_batch: u32,
-    /// `hello_timeout`: how long a new control connection may take to say hello. Default 2 s.
+    /// `hello_timeout`: longest wait for the hello of a new control connection. Default 2 s.
     pub hello_timeout: Duration,
-    /// `max_pending_hellos`: most control connections of one user that have not said hello. Default 64.
+    /// `max_pending_hellos`: most control connections of one user without a hello. Default 64.
     pub max_pending_hellos: u32,
     /// `stop_timeout`: how long a stop waits for custody to empty, and then for spawned processes to end. Default 10 s.
     pub stop_timeout: Duration,
-    /// `resource_pause`: how long accepting rests after EMFILE and its kind. Default 100 ms.
+    /// `resource_pause`: pause of accepting after EMFILE and similar errors. Default 100 ms.
     pub resource_pause: Duration,
-    /// `busy_poll`: how long after an event the hot thread looks for the next without sleeping. Default zero.
+    /// `busy_poll`: time after an event in which the event loop polls without sleeping. Default
+    /// zero.
     pub busy_poll: Duration,
-    /// `fault_history`: how many of the last faults the status shows. Default 50.
+    /// `fault_history`: number of faults in the status. Default 50.
     pub fault_history: u32,
-    /// `log_level`: how much is logged, unless `DISPATCHER_LOG` says it. Default info.
+    /// `log_level`: the log level, unless `DISPATCHER_LOG` is set. Default info.
     pub log_level: log::LevelFilter,
-    /// `max_handshakes`: most control connections that have not been answered, of all users. Default 256.
+    /// `max_handshakes`: most control connections without an answer, over all users. Default 256.
     pub max_handshakes: u32,
-    /// `connect_rate`: most control connections accepted in a second. Default 2,000.
+    /// `connect_rate`: most control connections accepted per second. Default 2,000.
     pub connect_rate: u32,
-    /// `join_rate`: most control connections of one user in a second, on average. Default 50.
+    /// `join_rate`: most control connections of one user per second, on average. Default 50.
     pub join_rate: u32,
     /// `join_burst`: most control connections of one user at once. Default 1,000.
     pub join_burst: u32,
-    /// `admin_rate`: most requests of one user over HTTP in a second, on average; more wait. Default 200.
+    /// `admin_rate`: most HTTP requests of one user per second, on average; more are delayed.
+    /// Default 200.
     pub admin_rate: u32,
-    /// `closing_threads`: most threads for closes that linger and what else may hang. Default 16.
+    /// `closing_threads`: most threads for closes that linger and other calls that may block.
+    /// Default 16.
     pub closing_threads: u32,
-    /// `max_closing`: descriptors that wait to be closed before their linger is cleared; with twice as many no client is
-    /// accepted. Default 1,024.
+    /// `max_closing`: most descriptors that wait to be closed before their linger is cleared; at
+    /// twice as many, accepting pauses. Default 1,024.
     pub max_closing: u32,
     /// `metrics_max_workers`: most workers with metrics of their own. Default 256.
     pub metrics_max_workers: u32,

@@ -1,5 +1,5 @@
-//! Reads the text into [`File`], past mistakes: each is noted, what has it is left out, and the rest is read again. Turns the
-//! errors of the parser and of serde into ours.
+//! Reads the text into [`File`] and collects mistakes: each part with a mistake is removed and the
+//! rest is read again. Translates the errors of the parser and of serde.
 
 use std::borrow::Cow;
 use std::ops::Range;
@@ -12,17 +12,18 @@ use super::error::{ConfigError, Mistake, Source, suggest};
 use super::file::{File, tables};
 use super::hints;
 
-/// Most mistakes that are looked for. The file is read once for each.
+/// Most reported mistakes. The file is read once for each.
 const MOST: usize = 100;
 
-/// Reads the whole file. The mistakes are those of form: syntax, unknown and missing keys, wrong types. There is no file if its
-/// syntax is wrong. With mistakes the file lacks what has them.
+/// Reads the whole file. The mistakes are those of syntax, unknown and missing keys, and wrong
+/// types. After a syntax error there is no file; after other mistakes the file lacks the parts that
+/// have them.
 pub(super) fn read(source: &Source<'_>) -> (Option<File>, Vec<Mistake>) {
     let (mut table, errors) = DeTable::parse_recoverable(source.text);
     let mut mistakes: Vec<Mistake> = Vec::new();
     for error in &errors {
         let mistake = translate(error, source, &[]);
-        // One slip of the pen in a line can be several errors to a parser.
+        // One typing mistake can cause several parser errors on its line.
         if !mistakes.iter().any(|other| source.same_line(&other.span, &mistake.span)) {
             mistakes.push(mistake);
         }
@@ -40,13 +41,13 @@ pub(super) fn read(source: &Source<'_>) -> (Option<File>, Vec<Mistake>) {
     (file.filter(|_| syntax == 0), mistakes)
 }
 
-/// Reads a table whose syntax is good; what has mistakes is removed from it.
+/// Reads a table with valid syntax, without its parts that have mistakes.
 fn past_mistakes(
     table: &mut Spanned<DeTable<'_>>,
     source: &Source<'_>,
 ) -> (Option<File>, Vec<Mistake>) {
     let mut mistakes = Vec::new();
-    // What was removed: in which table, and which key it was, or was meant to be.
+    // Removed entries: the table, and the key or the probably intended key.
     let mut removed: Vec<(Vec<String>, String)> = Vec::new();
     // Listeners that lack a required key.
     let mut unfinished: Vec<Range<usize>> = Vec::new();
@@ -63,7 +64,7 @@ fn past_mistakes(
         let mistake = translate(&error, source, &path);
         if mistake.absence {
             let Some(key) = mistake.message.split('`').nth(1).map(str::to_owned) else { break };
-            // It is there, with a mistake of its own.
+            // The key exists but has a mistake.
             let hidden = removed.iter().any(|(of, name)| *of == path && *name == key);
             if !hidden {
                 mistakes.push(mistake);
@@ -87,9 +88,9 @@ fn past_mistakes(
     (None, mistakes)
 }
 
-/// The way to the innermost entry that a span is about: keys, and positions in arrays.
+/// The path to the innermost entry at a span: keys, and positions in arrays.
 fn path_to(table: &DeTable<'_>, span: &Range<usize>) -> Option<Vec<String>> {
-    // What `insert` has put in has the place of its table, for key and value.
+    // Values added by `insert` have the span of their table as both key and value.
     let written = |(key, value): &(&Spanned<DeString<'_>>, &Spanned<DeValue<'_>>)| {
         !(matches!(value.get_ref(), DeValue::String(_)) && key.span() == value.span())
     };
@@ -155,7 +156,7 @@ fn remove_within<'i>(value: &mut DeValue<'i>, path: &[String]) -> bool {
     }
 }
 
-/// Puts something in the place of a missing key, so that the rest can be read.
+/// Adds a value for a missing key, so that the rest can be read.
 fn insert(table: &mut DeTable<'_>, path: &[String], key: String, span: &Range<usize>) -> bool {
     let Some((first, rest)) = path.split_first() else {
         let nothing = DeValue::String(Cow::Borrowed(""));
@@ -176,7 +177,7 @@ fn insert(table: &mut DeTable<'_>, path: &[String], key: String, span: &Range<us
     }
 }
 
-/// Reads nothing but `admin_socket`.
+/// Reads only `admin_socket`.
 pub(super) fn admin_socket(source: &Source<'_>) -> Result<Option<Spanned<String>>, ConfigError> {
     #[derive(Deserialize)]
     struct Only {
@@ -187,8 +188,8 @@ pub(super) fn admin_socket(source: &Source<'_>) -> Result<Option<Spanned<String>
         .map_err(|error| source.error(translate(&error, source, &[])))
 }
 
-/// serde's words, made ours: keys instead of fields, tables instead of maps, the nearest valid one, and an example. `path` leads
-/// to what the error is about.
+/// Translates an error of serde: keys instead of fields, tables instead of maps, with the nearest
+/// valid key and an example. `path` leads to the entry with the error.
 fn translate(error: &Error, source: &Source<'_>, path: &[String]) -> Mistake {
     let span = error.span().unwrap_or(0..0);
     let message = error.message();
@@ -233,14 +234,14 @@ fn translate(error: &Error, source: &Source<'_>, path: &[String]) -> Mistake {
     Mistake { help, ..Mistake::new(span, message) }
 }
 
-/// "`word`, expected one of `a`, `b`" taken apart.
+/// Splits "`word`, expected one of `a`, `b`".
 fn word_and_list(rest: &str) -> (&str, Vec<&str>) {
     let mut quoted = rest.split('`').skip(1).step_by(2);
     let word = quoted.next().unwrap_or_default();
     (word, quoted.collect())
 }
 
-/// Where a key belongs that is a good one in the wrong table.
+/// The right table for a key that is valid in another table.
 fn elsewhere(word: &str, here: &[&str]) -> Option<String> {
     tables()
         .into_iter()

@@ -1,4 +1,4 @@
-//! `[pool.NAME.scores]`: what a pool with the policy `least-score` goes by.
+//! `[pool.NAME.scores]`: the gauges and weights of the policy `least-score`.
 
 use std::collections::BTreeMap;
 use std::time::Duration;
@@ -16,7 +16,7 @@ use dispatcher_core::{Policy, ScoredGauge, Scores};
 /// Default of `interval`.
 const INTERVAL: Duration = Duration::from_secs(1);
 
-/// The name under which the exact load has its multiplier.
+/// The name for the multiplier of the exact load.
 const CONNECTIONS: &str = "connections";
 
 /// `[pool.NAME.scores]`.
@@ -37,11 +37,11 @@ pub(super) enum Mode {
     Interval,
 }
 
-/// A number that is one, and not so large that sums cease to be.
+/// A finite number, small enough that sums stay finite.
 #[derive(Clone, Copy, Debug)]
 pub(super) struct Multiplier(pub f64);
 
-/// Largest multiplier, and with a minus sign the smallest.
+/// Largest absolute value of a multiplier.
 const MOST: f64 = 1e9;
 
 impl<'de> Deserialize<'de> for Multiplier {
@@ -75,7 +75,7 @@ impl<'de> Deserialize<'de> for Multiplier {
     }
 }
 
-/// The scores of a pool, with what `[defaults.scores]` adds.
+/// The scores of a pool, merged with `[defaults.scores]`.
 pub(super) fn scores(
     check: &mut Check<'_>,
     keys: Option<&Spanned<ScoreKeys>>,
@@ -108,7 +108,7 @@ pub(super) fn scores(
             let span = spans.into_iter().flatten().next().unwrap_or(0..0);
             check.mistake(
                 Mistake::new(span, "`valid_for` must be longer than `interval`")
-                    .help("or every gauge is too old before it is read again"),
+                    .help("otherwise every gauge is stale before it is read again"),
             );
         }
         scores.interval = Some(every);
@@ -147,24 +147,24 @@ fn read(
             && let Some(meant) = nearest(text, names::ALL.into_iter().chain([CONNECTIONS]))
         {
             check.warn(
-                Mistake::new(name.span(), format!("`{text}` is no gauge with a fixed name"))
-                    .help(format!("did you mean `{meant}`? If workers set a gauge of this very name, all is well")),
+                Mistake::new(name.span(), format!("`{text}` is not a predefined gauge"))
+                    .help(format!("did you mean `{meant}`? If workers set a gauge with this name, ignore this warning")),
             );
         }
-        // Turned off: not even its age counts.
+        // With a multiplier of zero, the age of the gauge does not matter either.
         if multiplier == 0.0 {
             continue;
         }
         if scores.gauges.len() == GAUGES as usize {
             check.mistake(
                 Mistake::new(name.span(), format!("more than {GAUGES} gauges"))
-                    .help("a worker has no room for more"),
+                    .help("a worker can have no more gauges"),
             );
             return;
         }
         scores.gauges.push(ScoredGauge { name: gauge, multiplier });
     }
     if scores.connections == 0.0 && scores.gauges.is_empty() {
-        check.warn(Mistake::new(connections, "nothing counts: workers take turns"));
+        check.warn(Mistake::new(connections, "all multipliers are zero: workers take turns"));
     }
 }

@@ -108,7 +108,7 @@ fn useless(keys: &ListenerKeys, address: &Address) -> Vec<Mistake> {
     };
     let mut found = Vec::new();
     if let Address::Unix(_) = address {
-        let message = "clients of a Unix listener have no address: this has no effect";
+        let message = "this has no effect: clients of a Unix listener have no address";
         found.extend(of(keys.allow.as_ref().and_then(|list| Some(list.first()?.span())), message));
         found.extend(of(keys.deny.as_ref().and_then(|list| Some(list.first()?.span())), message));
         found.extend(of(keys.rate_limit.as_ref().map(Spanned::span), message));

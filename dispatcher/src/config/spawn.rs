@@ -1,4 +1,4 @@
-//! What a pool has besides numbers: the processes it starts, and the bytes it sends when there is no worker.
+//! The processes that a pool starts, and the bytes that it sends when there is no worker.
 
 use std::collections::BTreeMap;
 use std::path::{Path, PathBuf};
@@ -11,10 +11,11 @@ use super::file::SpawnKeys;
 use super::validate::{Check, Checked};
 use super::{MAX_UNAVAILABLE_RESPONSE, Spawn};
 
-/// What the kernel takes as one argument or variable (`MAX_ARG_STRLEN`), with its terminating zero.
+/// The kernel's limit for one argument or variable (`MAX_ARG_STRLEN`), with the terminating zero.
 const MAX_STRING: usize = 131_072;
 
-/// What our own supervisor told us is not for our processes: they would answer in our name.
+/// Variables that the service manager sets for the dispatcher. Child processes must not inherit
+/// them, because they would report in the dispatcher's name.
 pub const NOT_INHERITED: [&str; 7] = [
     "LISTEN_FDS",
     "LISTEN_FDNAMES",
@@ -25,7 +26,8 @@ pub const NOT_INHERITED: [&str; 7] = [
     "WATCHDOG_USEC",
 ];
 
-/// `[pool.NAME.spawn]`, with what `[defaults.spawn]` adds. Only a pool with the table itself starts processes.
+/// `[pool.NAME.spawn]`, merged with `[defaults.spawn]`. Only a pool with the table itself starts
+/// processes.
 pub(super) fn spawn(
     check: &mut Check<'_>,
     keys: &Spanned<SpawnKeys>,
@@ -50,8 +52,9 @@ pub(super) fn spawn(
     match command.get_ref().first() {
         None => {
             check.mistake(
-                Mistake::new(command.span(), "`command` is empty")
-                    .help("it starts with a program: [\"/usr/bin/my-server\", \"--option\"]"),
+                Mistake::new(command.span(), "`command` is empty").help(
+                    "add a program and its arguments: [\"/usr/bin/my-server\", \"--option\"]",
+                ),
             );
         }
         Some(program) if program.get_ref().is_empty() => {
@@ -77,10 +80,10 @@ pub(super) fn spawn(
     })
 }
 
-/// What is missing may come before it is wanted; so that is only a warning.
-const NOT_NOW: &str = "until there is, its processes cannot be started";
+/// The program may be installed before it is needed, so this is only a warning.
+const NOT_NOW: &str = "until it exists, the processes cannot be started";
 
-/// A warning if no such program can be started now.
+/// A warning if the program cannot be started now.
 fn missing_program(
     program: &Spanned<String>,
     directory: Option<&Spanned<String>>,
@@ -90,17 +93,17 @@ fn missing_program(
     let runs = |path: &Path| path.is_file() && access(path, AccessFlags::X_OK).is_ok();
     let span = program.span();
     if !name.contains('/') {
-        // Where the child looks: its own PATH, if it is given one.
+        // The child searches its own PATH, if the configuration sets one.
         let own = environment.iter().find(|(variable, _)| variable == "PATH");
         let paths = own.map(|(_, value)| value.into()).or_else(|| std::env::var_os("PATH"));
         let paths = paths.unwrap_or_else(|| "/bin:/usr/bin".into());
         let found = std::env::split_paths(&paths).any(|folder| runs(&folder.join(name)));
         let message = format!("there is no program `{name}` in PATH ({})", paths.display());
         return (!found).then(|| {
-            Mistake::new(span, message).help("write its whole path, such as \"/usr/bin/my-server\"")
+            Mistake::new(span, message).help("write the full path, such as \"/usr/bin/my-server\"")
         });
     }
-    // A relative path is relative to the directory in which the process starts.
+    // A relative path is relative to the working directory of the process.
     let path = match directory {
         Some(directory) => Path::new(directory.get_ref()).join(name),
         None => PathBuf::from(name),
@@ -152,15 +155,14 @@ fn variable(name: &Spanned<String>, value: &Spanned<String>) -> Checked<()> {
     if super::RESERVED_VARIABLES.contains(&name.get_ref().as_str()) {
         let message = format!("the dispatcher itself sets `{}`", name.get_ref());
         return Err(Mistake::new(name.span(), message)
-            .help("it tells the worker where and as whom to join"));
+            .help("the variable tells the worker where to join, and with which name"));
     }
     if NOT_INHERITED.contains(&name.get_ref().as_str()) {
         let message = format!("`{}` cannot be set here", name.get_ref());
-        return Err(Mistake::new(name.span(), message).help(
-            "it is how a service manager speaks to the dispatcher: its processes start without it",
-        ));
+        return Err(Mistake::new(name.span(), message)
+            .help("the service manager sets it for the dispatcher; processes start without it"));
     }
-    // With the sign between them and the zero at the end.
+    // Includes the equals sign and the terminating zero.
     if name.get_ref().len() + value.get_ref().len() + 2 > MAX_STRING {
         return Err(Mistake::new(value.span(), format!("`{}` is too long", name.get_ref()))
             .help("the kernel allows 131072 bytes for a variable, with its name"));
@@ -174,9 +176,9 @@ pub(super) fn unavailable_response(path: &Spanned<String>) -> Checked<Vec<u8>> {
 
     let unreadable = |error: std::io::Error| {
         Mistake::new(path.span(), format!("`{}` cannot be read: {error}", path.get_ref()))
-            .help("it holds the bytes a client gets before it is closed because there is no worker")
+            .help("the file contains the bytes that a client gets when there is no worker")
     };
-    // Without waiting: a pipe would be waited for until somebody writes to it.
+    // Non-blocking: opening a pipe without a writer would block.
     let mut options = std::fs::File::options();
     let file = options.read(true).custom_flags(libc::O_NONBLOCK).open(path.get_ref());
     let file = file.map_err(unreadable)?;
@@ -190,7 +192,7 @@ pub(super) fn unavailable_response(path: &Spanned<String>) -> Checked<Vec<u8>> {
             path.span(),
             format!("`{}` is longer than 64 KiB", path.get_ref()),
         )
-        .help("it has to fit into the client's socket buffer at once"));
+        .help("it must fit into the client's socket buffer"));
     }
     Ok(bytes)
 }

@@ -1,4 +1,4 @@
-//! Every kind of mistake: where the caret is, what is said, what is suggested.
+//! Every kind of mistake: position of the caret, message and hint.
 
 mod sample;
 mod scores;
@@ -8,7 +8,7 @@ mod whole;
 
 use super::*;
 
-/// A good file around one part that is being tested.
+/// A valid file around the tested part.
 const GOOD: &str = "\
 [[listener]]
 name = \"web\"
@@ -18,7 +18,7 @@ pool = \"web\"
 [pool.web]
 ";
 
-/// Parses a text in which `‹` and `›` enclose what the caret should mark, and checks place, message and help.
+/// Parses a text in which `‹` and `›` enclose the marked part; checks position, message and hint.
 #[track_caller]
 fn refused(marked: &str, message: &str, help: &str) {
     let start = marked.find('‹').expect("a marked place");
@@ -31,7 +31,7 @@ fn refused(marked: &str, message: &str, help: &str) {
     let said = found.help.clone().unwrap_or_default();
     assert!(said.contains(help), "help: {said}");
 
-    // And the printed form points at the same place.
+    // The printed form points at the same position.
     let shown = error.to_string();
     let lines: Vec<&str> = shown.lines().collect();
     assert_eq!(lines[0], format!("test.toml:{}:{}: {}", found.line, found.column, found.message));
@@ -57,25 +57,25 @@ fn check_place(found: &Diagnostic, text: &str, start: usize, end: usize) {
     );
 }
 
-/// The good file with `line` added to `[pool.web]`.
+/// The valid file with `line` added to `[pool.web]`.
 #[track_caller]
 fn pool_refused(line: &str, message: &str, help: &str) {
     refused(&format!("{GOOD}{line}\n"), message, help);
 }
 
-/// The good file with `line` added to its `[[listener]]`.
+/// The valid file with `line` added to its `[[listener]]`.
 #[track_caller]
 fn listener_refused(line: &str, message: &str, help: &str) {
     refused(&GOOD.replace("pool = \"web\"\n", &format!("pool = \"web\"\n{line}\n")), message, help);
 }
 
-/// The good file with `line` at its top.
+/// The valid file with `line` at its top.
 #[track_caller]
 fn top_refused(line: &str, message: &str, help: &str) {
     refused(&format!("{line}\n{GOOD}"), message, help);
 }
 
-/// The good file with another address.
+/// The valid file with another address.
 #[track_caller]
 fn address_refused(address: &str, help: &str) {
     refused(
@@ -97,7 +97,7 @@ fn levels_of_the_log() {
 }
 
 #[test]
-fn the_least_there_can_be() {
+fn the_smallest_configuration() {
     let config = good(GOOD);
     assert_eq!(config.warnings, []);
     assert_eq!(config.limits, Limits::default());
@@ -191,7 +191,7 @@ fn unknown_keys() {
 }
 
 #[test]
-fn good_keys_in_the_wrong_table() {
+fn valid_keys_in_the_wrong_table() {
     pool_refused("‹admin_socket› = '/a'", "unknown key", "top-level key: move it above");
     pool_refused("‹processes› = 4", "unknown key", "belongs in [pool.NAME.spawn]");
     listener_refused("‹max_untaken› = 4", "unknown key", "belongs in [pool.NAME]");
@@ -256,7 +256,7 @@ fn addresses() {
     refused(&other(&format!("unix:/{}", "x".repeat(107))), "the kernel allows 107", "");
     refused(&other("systemd:a:b"), "not a name that systemd", "FileDescriptorName=");
     top_refused("dispatch_socket = ‹''›", "needs a path", "");
-    top_refused("dispatch_socket = ‹'unix:/a'›", "is a path", "leave out");
+    top_refused("dispatch_socket = ‹'unix:/a'›", "is a path", "omit");
     top_refused("admin_socket = ‹'systemd:'›", "not a name", "");
     assert_eq!(
         good(&format!("dispatch_socket = 'systemd:dispatch'\n{GOOD}")).dispatch_socket.source,

@@ -1,4 +1,4 @@
-//! From what the file says to what it means: defaults, names resolved, and everything that only shows across keys.
+//! Turns the parsed file into settings: applies defaults, resolves names, and checks across keys.
 
 use std::net::SocketAddr;
 
@@ -17,7 +17,7 @@ use dispatcher_core::{Access, Peek, PoolSettings};
 
 pub(super) type Checked<T> = Result<T, Mistake>;
 
-/// The configuration, or every mistake in it: those of form that were `found` before, and those that show here.
+/// The configuration, or every mistake in it: the mistakes `found` before and those found here.
 pub(super) fn validate(
     file: File,
     found: Vec<Mistake>,
@@ -35,7 +35,7 @@ pub(super) fn validate(
     }
 }
 
-/// Where both sockets are the same.
+/// The two sockets must differ.
 fn check_sockets(file: &File, dispatch: &UnixEndpoint, admin: &UnixEndpoint) -> Checked<()> {
     if !same_source(&dispatch.source, &admin.source) {
         return Ok(());
@@ -43,10 +43,10 @@ fn check_sockets(file: &File, dispatch: &UnixEndpoint, admin: &UnixEndpoint) -> 
     let spans = [&file.admin_socket, &file.dispatch_socket];
     let span = spans.into_iter().flatten().map(Spanned::span).next();
     Err(Mistake::new(span.unwrap_or(0..0), "`admin_socket` and `dispatch_socket` are the same")
-        .help("give each a path of its own"))
+        .help("use a different path for each"))
 }
 
-/// A listener cannot be where workers or operators connect.
+/// A listener must not use one of the two sockets.
 fn check_endpoints(
     listener: &Listener,
     keys: &ListenerKeys,
@@ -69,7 +69,7 @@ fn check_endpoints(
 }
 
 impl Check<'_> {
-    /// Everything; nothing after mistakes that leave too little of it.
+    /// Checks the whole file; `None` if too little of it is left after mistakes.
     fn config(&mut self, file: File) -> Option<Config> {
         let check = self;
         let dispatch_socket = check.endpoint(
@@ -95,7 +95,7 @@ impl Check<'_> {
         let limits = limits(&file);
         let defaults = file.defaults.unwrap_or_default();
 
-        // serde hands tables over sorted by name; people think in the order they wrote.
+        // serde sorts tables by name; messages and pools follow the order of the file.
         let mut tables: Vec<(Spanned<String>, PoolKeys)> = file.pool.into_iter().collect();
         tables.sort_by_key(|(name, _)| name.span().start);
         if tables.is_empty() {
@@ -109,9 +109,8 @@ impl Check<'_> {
             check.keep(check_name(name, "pool"));
             if name.get_ref().contains('/') {
                 check.mistake(
-                    Mistake::new(name.span(), "a pool cannot have a slash in its name").help(
-                        "workers are called POOL/NAME, so nobody could tell where the one ends",
-                    ),
+                    Mistake::new(name.span(), "a pool cannot have a slash in its name")
+                        .help("workers are named POOL/NAME, so a slash would be ambiguous"),
                 );
             }
             pools.push(check.pool(name.get_ref(), keys.clone(), &defaults));
@@ -121,7 +120,7 @@ impl Check<'_> {
             return None;
         }
 
-        // With no pool at all that is what to say.
+        // A missing pool is reported first.
         if file.listener.is_empty() && !tables.is_empty() {
             check.mistake(
                 Mistake::absence(0..0, "no listener is configured")
@@ -143,7 +142,7 @@ impl Check<'_> {
         for (name, _) in &tables {
             let used =
                 file.listener.iter().any(|keys| keys.get_ref().pool.get_ref() == name.get_ref());
-            // A listener that has mistakes may be the one.
+            // A listener with mistakes may be the one that uses the pool.
             if !used && check.mistakes.is_empty() {
                 check.warn(
                     Mistake::new(
@@ -183,14 +182,13 @@ fn admin_http(check: &mut Check<'_>, file: &File) -> Checked<Option<SocketAddr>>
     if !address.ip().to_canonical().is_loopback()
         && !allow_remote.is_some_and(|flag| *flag.get_ref())
     {
-        return Err(Mistake::new(text.span(), "other machines could read everything there").help(
-            "write \"127.0.0.1:PORT\", or set admin_http_allow_remote = true if that is wanted",
-        ));
+        return Err(Mistake::new(text.span(), "other machines could read the admin interface")
+            .help("write \"127.0.0.1:PORT\", or set admin_http_allow_remote = true to allow it"));
     }
     Ok(Some(address))
 }
 
-/// Names as they stand in a `Host` header, without a port.
+/// Names in the form of a `Host` header, without a port.
 fn admin_http_hosts(check: &mut Check<'_>, file: &File) -> Vec<String> {
     let Some(list) = &file.admin_http_hosts else { return Vec::new() };
     if file.admin_http.is_none() {
@@ -235,7 +233,8 @@ fn limits(file: &File) -> Limits {
     }
 }
 
-/// Names go into logs, environment variables and the wire: nothing that could be mistaken for something else there.
+/// Names appear in logs, environment variables and the protocol, so they must not contain special
+/// characters.
 pub(super) fn check_name(name: &Spanned<String>, what: &str) -> Checked<()> {
     let bytes = name.get_ref().as_bytes();
     let good = (1..=dispatch_protocol::wire::MAX_NAME).contains(&bytes.len())
@@ -243,14 +242,14 @@ pub(super) fn check_name(name: &Spanned<String>, what: &str) -> Checked<()> {
     if good {
         return Ok(());
     }
-    Err(Mistake::new(name.span(), format!("not a good name for a {what}"))
+    Err(Mistake::new(name.span(), format!("not a valid name for a {what}"))
         .help("a name is 1 to 64 printable ASCII characters, without spaces"))
 }
 
-/// What goes through the whole check: the text, to look at how something was written, what is wrong, and what to warn about.
+/// The state of a check: the text, mistakes and warnings.
 pub(super) struct Check<'a> {
     source: &'a Source<'a>,
-    /// Parts of the file with mistakes were left out when it was read.
+    /// Parts of the file with mistakes were removed when it was read.
     incomplete: bool,
     mistakes: Vec<Mistake>,
     warnings: Vec<Warning>,
@@ -263,14 +262,14 @@ impl Check<'_> {
         }
     }
 
-    /// The value, or nothing and a mistake more: the check goes on.
+    /// The value, or `None` after recording a mistake, so that the check continues.
     pub(super) fn keep<T>(&mut self, checked: Checked<T>) -> Option<T> {
         checked.map_err(|mistake| self.mistake(mistake)).ok()
     }
 
     pub(super) fn warn(&mut self, mistake: Mistake) {
         let warning = self.source.warning(mistake);
-        // A default is looked at once for every pool; once is enough to say it.
+        // A default is checked once for every pool but reported once.
         if !self.warnings.contains(&warning) {
             self.warnings.push(warning);
         }
@@ -286,7 +285,7 @@ impl Check<'_> {
         group: &Option<Spanned<Either<AnAccount>>>,
     ) -> UnixEndpoint {
         let source = self.keep(unix_source(text.clone(), default, key));
-        // Its own default would only be the next mistake.
+        // The default could cause a second mistake.
         let source = source.unwrap_or_else(|| UnixSource::Systemd(key.to_owned()));
         if let UnixSource::Systemd(_) = source {
             let spans = [
@@ -302,7 +301,7 @@ impl Check<'_> {
                     _ => "SocketGroup=",
                 };
                 let message =
-                    format!("`{key}_{option}` has no effect on a socket that systemd made");
+                    format!("`{key}_{option}` has no effect on a socket created by systemd");
                 self.warn(Mistake::new(span, message).help(set_in_unit(there)));
             }
         }
@@ -326,7 +325,8 @@ impl Check<'_> {
                     !digits.is_empty() && digits.bytes().all(|b| (b'0'..=b'7').contains(&b));
                 octal.then(|| u32::from_str_radix(digits, 8).unwrap_or(u32::MAX))
             }
-            // 660 would be other bits than anybody means: only a number that says it is octal counts.
+            // The decimal number 660 means other bits than intended; only octal notation is
+            // accepted.
             TextOrNumber::Number(number) => self
                 .source
                 .slice(&mode.span())
@@ -344,7 +344,7 @@ impl Check<'_> {
         }
     }
 
-    /// The id behind a name; nothing, and a warning, when this machine does not know it.
+    /// The id of a name; `None` and a warning if the name is unknown.
     fn account(
         &mut self,
         account: Option<&Spanned<Either<AnAccount>>>,
@@ -353,7 +353,7 @@ impl Check<'_> {
         let account = account?;
         match &account.get_ref().0 {
             TextOrNumber::Number(number) => match u32::try_from(*number) {
-                // The kernel uses the largest one for "leave as it is".
+                // The kernel uses the largest id for "no change".
                 Ok(id) if id != u32::MAX => Some(id),
                 _ => {
                     let message = format!("{number} is not a {} id", kind.name());
@@ -367,7 +367,7 @@ impl Check<'_> {
                     self.warn(
                         Mistake::new(account.span(), format!("unknown {} `{text}`", kind.name()))
                             .help(format!(
-                                "this machine does not know it: until it does and the dispatcher \
+                                "the name does not exist on this machine: until it does and the dispatcher \
                                  is reloaded, this entry has no effect{}",
                                 kind.hint()
                             )),
@@ -461,7 +461,7 @@ impl Check<'_> {
     }
 }
 
-/// What a thousand workers in ten thousand decisions would take is no bound.
+/// A bound on the memory for decisions with their candidates.
 const MOST_HISTORY: u32 = 500_000;
 
 /// `history`, checked against the number of candidates; `default` is the default and that number.

@@ -1,6 +1,7 @@
-//! Values that check themselves while serde reads them, so that the error points at the value.
+//! Values that check themselves while serde reads them, so that the error has the position of the
+//! value.
 //!
-//! A custom error's text may have a second line: that is the help (`file::translate` takes them apart).
+//! The second line of a custom error is its hint (`read::translate` separates them).
 
 use std::fmt;
 use std::marker::PhantomData;
@@ -44,10 +45,10 @@ impl<'de, const MIN: u32, const MAX: u32> Deserialize<'de> for Count<MIN, MAX> {
 #[derive(Clone, Copy, Debug)]
 pub(super) struct Wait<const MIN: u64, const MAX: u64>(pub Duration);
 
-/// A year: longer waits are surely a mistake, and shorter ones never overflow a clock.
+/// One year: the longest duration that is accepted. It cannot overflow a clock.
 pub(super) const YEAR: u64 = 366 * 24 * 3600 * 1000;
 
-/// The most the kernel takes where it counts seconds in 15 bits.
+/// The kernel's limit for counts of seconds in 15 bits.
 pub(super) const KERNEL_SECONDS: u64 = 32_767 * 1000;
 
 impl<'de, const MIN: u64, const MAX: u64> Deserialize<'de> for Wait<MIN, MAX> {
@@ -89,10 +90,10 @@ impl<'de, const MIN: u64, const MAX: u64> Deserialize<'de> for Wait<MIN, MAX> {
     }
 }
 
-/// Milliseconds of a second.
+/// Milliseconds in a second.
 pub(super) const SECOND: u64 = 1000;
 
-/// A [`Wait`] that is a multiple of `UNIT` milliseconds, because that is how the kernel counts it.
+/// A [`Wait`] that is a multiple of `UNIT` milliseconds, the unit of the kernel.
 #[derive(Clone, Copy, Debug)]
 pub(super) struct Whole<const UNIT: u64, const MIN: u64, const MAX: u64>(pub Duration);
 
@@ -107,19 +108,19 @@ impl<'de, const UNIT: u64, const MIN: u64, const MAX: u64> Deserialize<'de>
         }
         let name = if UNIT == SECOND { "seconds" } else { "milliseconds" };
         Err(D::Error::custom(format!(
-            "must be whole {name}: the kernel knows no parts of them here"
+            "must be whole {name}: the kernel does not support smaller units here"
         )))
     }
 }
 
-/// Text, or a whole number, where either has a meaning: modes and accounts.
+/// Text, or a whole number, for keys that accept both: modes and accounts.
 #[derive(Clone, Debug)]
 pub(super) enum TextOrNumber {
     Text(String),
     Number(i64),
 }
 
-/// What a [`TextOrNumber`] is, for the error when it is neither.
+/// The description of a [`TextOrNumber`] in errors.
 pub(super) trait Expecting {
     const WHAT: &'static str;
 }
@@ -138,7 +139,7 @@ impl Expecting for AnAccount {
     const WHAT: &'static str = "a name or a numeric id";
 }
 
-/// A [`TextOrNumber`] whose error says what `W` is.
+/// A [`TextOrNumber`] whose errors describe it as `W`.
 #[derive(Clone, Debug)]
 pub(super) struct Either<W>(pub TextOrNumber, PhantomData<W>);
 

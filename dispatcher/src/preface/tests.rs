@@ -161,7 +161,7 @@ fn routes() {
 }
 
 #[test]
-fn no_http_no_key() {
+fn other_protocols_have_no_key() {
     let tls = client_hello("a.test");
     let http2 = b"PRI * HTTP/2.0\r\n\r\nSM\r\n\r\n".to_vec();
     let garbage = b"\xff\xfe\x00hello".to_vec();
@@ -249,7 +249,7 @@ fn addresses() {
 }
 
 #[test]
-fn looking_has_an_end() {
+fn the_search_for_a_key_is_bounded() {
     let (mut spent, mut looks) = (0, 0);
     while !is_enough(&mut spent, looks, 16_384) {
         looks += 1;

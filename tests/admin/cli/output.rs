@@ -1,4 +1,5 @@
-//! What commands print: all mistakes at once, weights, faults, the right plural, what to write instead, and 80 columns.
+//! Output of commands: several mistakes, weights, faults, singular and plural, hints, and 80
+//! columns.
 
 use super::*;
 
@@ -51,7 +52,7 @@ fn check_reports_all_mistakes_and_warnings_at_once() {
     assert_eq!(json["mistake"], json["mistakes"][0]);
 }
 
-/// A command for this dispatcher.
+/// Runs a command for this dispatcher.
 fn ask(dispatcher: &Dispatcher, arguments: &[&str]) -> Ran {
     let mut command = Command::new(dispatcher_bin());
     finish(command.args(arguments).env("DISPATCHER_ADMIN", dispatcher.admin()))
@@ -78,7 +79,7 @@ fn a_weight_is_printed() {
 }
 
 #[test]
-fn one_is_no_plural() {
+fn singular_for_one() {
     let dispatcher = Dispatcher::start(CONFIG);
     let _worker = dispatcher.worker_with("blocking", "web", "w0", &[("TEST_WORKER", "stays")]);
     dispatcher.wait_joined("web", 1);
@@ -95,7 +96,7 @@ fn one_is_no_plural() {
 }
 
 #[test]
-fn a_pool_in_the_place_of_a_worker() {
+fn a_pool_name_instead_of_a_worker_gets_a_hint() {
     let dispatcher = Dispatcher::start(CONFIG);
     for command in ["drain", "resume"] {
         let ran = ask(&dispatcher, &[command, "web"]);
@@ -109,7 +110,7 @@ fn a_pool_in_the_place_of_a_worker() {
         let json: serde_json::Value = serde_json::from_str(&ran.out).unwrap();
         assert_eq!(json["problem"], "invalid", "{json}");
         assert!(json["hint"].as_str().unwrap().contains(&said), "{json}");
-        // What it says works.
+        // The command in the hint works.
         let _worker = dispatcher.workers("blocking", "web", 1);
         assert_eq!(ask(&dispatcher, &[command, "--pool", "web"]).code, 0);
     }

@@ -1,9 +1,9 @@
-//! What commands say to programs, and what they do when the dispatcher is busy, away, or not what it should be.
+//! JSON output of commands, and commands with a busy, missing or wrong dispatcher.
 
 use super::*;
 
 #[test]
-fn a_check_for_programs() {
+fn check_prints_json() {
     let temp = configure(CONFIG);
     let file = temp.path().join("dispatcher.toml");
     let check = || {
@@ -32,7 +32,7 @@ fn a_check_for_programs() {
 }
 
 #[test]
-fn who_follows_ends_with_whoever_reads() {
+fn follow_ends_without_a_reader() {
     let dispatcher = Dispatcher::start(&one_pool("history = 10"));
     let _worker = dispatcher.workers("blocking", "web", 1);
     let address = dispatcher.address("web");
@@ -45,7 +45,7 @@ fn who_follows_ends_with_whoever_reads() {
         let mut line = String::new();
         reader.read_line(&mut line).unwrap();
         assert!(!line.is_empty() && process.running());
-        // Nothing more happens that it could write about.
+        // From here on there is nothing to print.
         drop(reader);
         assert_eq!(process.wait().code(), Some(0), "{arguments:?}");
     }
@@ -91,7 +91,7 @@ fn failures_for_programs() {
 }
 
 #[test]
-fn absurd_durations_are_long_ones() {
+fn very_long_durations_do_not_overflow() {
     let dispatcher = Dispatcher::start(CONFIG);
     let _worker = dispatcher.workers("blocking", "web", 1);
     const LONGEST: &str = "18446744073709551615s";
@@ -103,7 +103,7 @@ fn absurd_durations_are_long_ones() {
     }
 }
 
-/// Plays the dispatcher for a command: one answer to each request, and what was asked.
+/// Plays the dispatcher: one answer to each request; records the requests.
 fn play(
     socket: PathBuf,
     answers: Vec<(&'static str, String)>,
@@ -120,7 +120,7 @@ fn play(
     })
 }
 
-/// The first line of a request, once all of it is there.
+/// The first line of a complete request.
 fn hear(stream: &UnixStream) -> String {
     stream.set_read_timeout(Some(PATIENCE)).unwrap();
     let mut reader = BufReader::new(stream);
@@ -149,7 +149,7 @@ fn answer(mut stream: &UnixStream, status: &str, body: &str) {
 }
 
 #[test]
-fn a_drain_is_waited_for_although_the_dispatcher_is_busy_for_a_moment() {
+fn waiting_for_a_drain_survives_a_busy_dispatcher() {
     let temp = tempfile::tempdir().unwrap();
     let socket = temp.path().join("admin.sock");
     let nobody = serde_json::to_string(&Status::default()).unwrap();
@@ -165,7 +165,7 @@ fn a_drain_is_waited_for_although_the_dispatcher_is_busy_for_a_moment() {
 }
 
 #[test]
-fn a_reload_that_takes_its_time_says_so() {
+fn a_slow_reload_prints_a_notice() {
     let temp = tempfile::tempdir().unwrap();
     let socket = temp.path().join("admin.sock");
     let listener = UnixListener::bind(&socket).unwrap();
@@ -176,7 +176,7 @@ fn a_reload_that_takes_its_time_says_so() {
     let (stream, _) = listener.accept().unwrap();
     assert!(hear(&stream).starts_with("post /v1/reload"));
     let said = || std::fs::read_to_string(&words).unwrap();
-    // It gets no answer before it has said that it waits.
+    // The answer comes after the command has printed that it waits.
     wait_until("it to say that it waits", || said().starts_with("dispatcher: waiting for "));
     answer(&stream, "200 OK", r#"{"file":"f"}"#);
     assert_eq!(process.wait().code(), Some(0), "{}", said());
@@ -184,7 +184,7 @@ fn a_reload_that_takes_its_time_says_so() {
 }
 
 #[test]
-fn a_reload_finds_the_dispatcher_or_says_why_not() {
+fn reload_finds_the_dispatcher_or_explains_why_not() {
     let dispatcher = Dispatcher::start(CONFIG);
     let file = dispatcher.dir.join("dispatcher.toml");
     let reload = |variable: Option<&Path>| {
@@ -197,7 +197,8 @@ fn a_reload_finds_the_dispatcher_or_says_why_not() {
         finish(&mut command)
     };
     let good = std::fs::read_to_string(&file).unwrap();
-    // The file names another socket, so it cannot be found by that; by the old one it can.
+    // The changed file names another socket, so the command finds the dispatcher only by the old
+    // one.
     std::fs::write(&file, good.replace("admin.sock", "other.sock")).unwrap();
     let ran = reload(None);
     assert_eq!(ran.code, 69, "{ran:?}");
@@ -208,7 +209,7 @@ fn a_reload_finds_the_dispatcher_or_says_why_not() {
     let ran = reload(Some(&dispatcher.admin()));
     assert_eq!(ran.code, 0, "{ran:?}");
     assert!(ran.out.contains("needs a restart, not changed: admin_socket\n"), "{ran:?}");
-    // The mistake is shown, not where nobody listens.
+    // The output has the mistake, not the missing dispatcher.
     std::fs::write(&file, format!("{good}\n[pool\n")).unwrap();
     let ran = reload(None);
     assert_eq!(ran.code, 78, "{ran:?}");

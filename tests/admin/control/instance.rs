@@ -1,8 +1,8 @@
-//! An id of a worker means something only at the dispatcher that gave it.
+//! Worker ids are valid only together with the instance of their dispatcher.
 
 use super::*;
 
-/// A dispatcher that has had some workers before, and one with a client.
+/// A dispatcher that has had several workers, and a worker with a client.
 fn with_a_past() -> (tempfile::TempDir, Dispatcher, Process, Client) {
     let temp = configure(&one_pool(""));
     let dispatcher = Dispatcher::start_in(temp.path());
@@ -19,7 +19,7 @@ fn with_a_past() -> (tempfile::TempDir, Dispatcher, Process, Client) {
 }
 
 #[test]
-fn a_drain_that_is_waited_for_does_not_succeed_by_a_restart() {
+fn waiting_for_a_drain_fails_after_a_restart() {
     let (temp, mut dispatcher, _worker, mut client) = with_a_past();
     let instance = dispatcher.status().instance;
     assert_eq!(instance.len(), 16, "{instance}");
@@ -31,7 +31,7 @@ fn a_drain_that_is_waited_for_does_not_succeed_by_a_restart() {
     let mut said = String::new();
     progress.read_to_string(&mut said).unwrap();
     let output = wait.wait_with_output().unwrap();
-    // Either it saw nobody there, or another one.
+    // The command saw either no dispatcher or another instance.
     assert!(matches!(output.status.code(), Some(65 | 69)), "{output:?}: {said}");
     let expected = ["was started again", "has ended"].iter().any(|how| {
         said.contains(&format!("the dispatcher {how} before it said that these workers"))
@@ -41,7 +41,7 @@ fn a_drain_that_is_waited_for_does_not_succeed_by_a_restart() {
 }
 
 #[test]
-fn an_id_of_another_instance_names_nobody() {
+fn an_id_of_another_instance_is_refused() {
     let (temp, mut dispatcher, _worker, _client) = with_a_past();
     let status = dispatcher.status();
     let id = pool(&status, "web").workers[0].id;

@@ -1,10 +1,11 @@
-//! A cause is told before its consequence; an end that was ordered is no fault; a fault that goes on is kept up to date.
+//! The log has causes before consequences; a requested end is not a fault; an ongoing fault is
+//! updated.
 
 use dispatcher::api::status::FaultStatus;
 
 use super::*;
 
-/// The fault of this kind about this subject.
+/// The fault of this kind with this subject.
 fn fault<'a>(
     status: &'a dispatcher::api::status::Status,
     kind: &str,
@@ -24,7 +25,7 @@ fn command(dispatcher: &Dispatcher, arguments: &[&str]) {
 }
 
 #[test]
-fn a_death_is_told_before_what_follows_from_it() {
+fn a_death_is_logged_before_its_consequences() {
     let dispatcher = start("handoff_timeout = \"10m\"\nwait_for_worker = \"300ms\"");
     let mut first = dispatcher.worker("blocking", "web", "first");
     dispatcher.wait_joined("web", 1);
@@ -54,7 +55,7 @@ fn a_death_is_told_before_what_follows_from_it() {
 }
 
 #[test]
-fn suspicion_drains_and_goodbyes_are_told_before_what_they_do_to_the_pool() {
+fn causes_are_logged_before_their_effect_on_the_pool() {
     let dispatcher = start("handoff_timeout = \"100ms\"\nwait_for_worker = \"10m\"");
     let only = dispatcher.worker_with("blocking", "web", "only", &[("TEST_WORKER", "stays")]);
     dispatcher.wait_joined("web", 1);
@@ -69,7 +70,7 @@ fn suspicion_drains_and_goodbyes_are_told_before_what_they_do_to_the_pool() {
     command(&dispatcher, &["resume", "web/only"]);
     only.signal(Signal::SIGTERM);
 
-    // The first is the start, without workers.
+    // The first one is the start without workers.
     let mut story = Story::after(&dispatcher, "no_worker", 3);
     story.then(&[("event", "worker_suspect"), ("name", "only")]);
     story.then(&[("event", "worker_trusted"), ("name", "only")]);
@@ -81,7 +82,7 @@ fn suspicion_drains_and_goodbyes_are_told_before_what_they_do_to_the_pool() {
 }
 
 #[test]
-fn a_fault_that_goes_on_is_kept_up_to_date() {
+fn an_ongoing_fault_is_updated() {
     let dispatcher = start("wait_for_worker = \"200ms\"");
     let mut worker = dispatcher.worker("blocking", "web", "w");
     dispatcher.wait_joined("web", 1);
@@ -104,7 +105,7 @@ fn a_fault_that_goes_on_is_kept_up_to_date() {
     assert!(refusing.text.contains(": 57 clients were turned away"), "{refusing:?}");
     assert_eq!(refusing.count, 1, "it is one fault");
 
-    // It is over, and says how it was.
+    // The fault is over and reports its duration.
     let mut worker = dispatcher.worker("blocking", "web", "w");
     dispatcher.wait_joined("web", 1);
     let status = dispatcher.status();
@@ -115,7 +116,7 @@ fn a_fault_that_goes_on_is_kept_up_to_date() {
     );
     assert!(!fault(&status, "no_worker", "web").expect("a fault").ongoing);
 
-    // Again, with another worker in between: the same faults, counted.
+    // The same faults again, with another worker in between, are counted.
     let _client = Client::connect(address).unwrap();
     worker.kill();
     let status = dispatcher.wait_status("refusing", |s| pool(s, "web").state == "refusing");
@@ -147,7 +148,7 @@ fn the_same_fault_counts_wherever_it_is() {
 }
 
 #[test]
-fn an_ordered_end_is_no_fault() {
+fn a_requested_end_is_not_a_fault() {
     let program = example("test-worker");
     let spawn = format!(
         "[pool.web.spawn]\ncommand = [{:?}, \"blocking\"]\nprocesses = 3\n",
@@ -159,7 +160,7 @@ fn an_ordered_end_is_no_fault() {
         let status = dispatcher.status();
         pool(&status, "web").workers.iter().map(|w| w.name.clone()).collect::<Vec<_>>()
     };
-    // One fewer; and one that is drained, and started again.
+    // One process fewer; and one process that is drained and started again.
     command(&dispatcher, &["scale", "web", "2"]);
     dispatcher.wait_joined("web", 2);
     let drained = names(&dispatcher)[0].clone();
@@ -174,7 +175,7 @@ fn an_ordered_end_is_no_fault() {
     dispatcher.wait_joined("web", 2);
     assert_eq!(dispatcher.status().faults, []);
 
-    // One that was not ordered is.
+    // An end that was not requested is a fault.
     let status = dispatcher.status();
     let victim = &pool(&status, "web").workers[0];
     nix::sys::signal::kill(nix::unistd::Pid::from_raw(victim.pid), Signal::SIGKILL).unwrap();
@@ -183,7 +184,7 @@ fn an_ordered_end_is_no_fault() {
         .wait_status("a fault", |s| s.faults.iter().any(|fault| fault.kind == "process_ended"));
     let ended = fault(&status, "process_ended", &subject).expect("a fault");
     assert!(ended.text.contains("signal 9"), "{ended:?}");
-    // Nor is it in order to crash while one is drained.
+    // A crash during a drain is a fault as well.
     dispatcher.wait_joined("web", 2);
     let _clients: Vec<Client> =
         (0..4).map(|_| Client::connect(dispatcher.address("web")).unwrap()).collect();

@@ -1,10 +1,10 @@
-//! The README's way to a service in two minutes, on an empty machine: every line as it is written there.
+//! The installation in the README on an empty machine: every command line as printed there.
 
 use std::path::Path;
 
 use super::*;
 
-/// The lines of the first block of commands in this section.
+/// The lines of the first command block in this section.
 fn commands(section: &str) -> Vec<String> {
     let readme = Path::new(env!("CARGO_MANIFEST_DIR")).join("../README.md");
     let readme = std::fs::read_to_string(readme).unwrap();
@@ -15,12 +15,12 @@ fn commands(section: &str) -> Vec<String> {
 }
 
 #[test]
-fn two_minutes_and_nothing_to_edit() {
+fn the_readme_installation_works_unedited() {
     if !has("objcopy") || !has("ip") || !has("curl") {
         return skip("needs objcopy (binutils), ip (iproute2) and curl");
     }
     let Some(machine) = Machine::boot_to_install() else { return };
-    // A clone in which everything is built, as the first line would do it; this test's own programs stand in.
+    // A clone with all build results, as after the first line; the test's own binaries are used.
     let clone = machine.shared().join("clone");
     let built = clone.join("target/release");
     std::fs::create_dir_all(built.join("examples")).unwrap();
@@ -45,7 +45,7 @@ fn two_minutes_and_nothing_to_edit() {
         let found = answers.iter().find(|(line, _)| line.starts_with(start));
         found.unwrap_or_else(|| panic!("no {start} in {lines:?}")).1.clone()
     };
-    // It says that all is well, and a worker has answered.
+    // The check succeeds, and a worker has answered.
     let [out, err] = answer("dispatcher check");
     assert!(out.contains("dispatcher.toml: ok") && err.is_empty(), "{out} {err}");
     assert!(answer("curl ")[0].contains("connections held: 1; you are 127.0.0.1:"));
@@ -61,7 +61,8 @@ fn two_minutes_and_nothing_to_edit() {
         assert_eq!(enabled, "enabled", "{unit}");
     }
 
-    // What was installed: stripped, with its debug information beside it, and what the units' documentation names.
+    // The installed files: stripped binaries with debug information beside them, and the documents
+    // that the units name.
     let size = |path: &str| {
         machine.inside(path).metadata().unwrap_or_else(|e| panic!("{path}: {e}")).len()
     };
@@ -94,7 +95,7 @@ fn two_minutes_and_nothing_to_edit() {
         }
     }
 
-    // Only this machine can connect, and a restart loses nothing.
+    // Only this machine can connect, and a restart loses no connection.
     let listening = machine.show(SOCKETS[0], "Listen");
     assert_eq!(listening, "127.0.0.1:8080 (Stream)");
     let habit =
@@ -102,7 +103,7 @@ fn two_minutes_and_nothing_to_edit() {
     let output = machine.run("sh", &["-euc", habit]);
     assert!(output.status.success(), "{output:?}");
     assert_eq!(machine.show("worker@1.service", "NRestarts"), "0");
-    // Installed again, what was edited stays.
+    // A second installation keeps edited files.
     let edited = machine.inside("/etc/dispatcher/dispatcher.toml");
     let text = std::fs::read_to_string(&edited).unwrap();
     std::fs::write(&edited, format!("{text}\nhandoff_timeout = \"1s\"\n")).unwrap();
@@ -113,7 +114,7 @@ fn two_minutes_and_nothing_to_edit() {
 }
 
 #[test]
-fn what_a_restart_does_to_workers_is_said_wherever_somebody_looks() {
+fn all_documents_state_the_effect_of_a_restart() {
     let root = Path::new(env!("CARGO_MANIFEST_DIR")).join("..");
     for file in [
         "README.md",

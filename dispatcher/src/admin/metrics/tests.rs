@@ -32,7 +32,7 @@ fn text(workers: u64, max_workers: usize) -> String {
 }
 
 #[test]
-fn both_formats() {
+fn openmetrics_and_plain_text_format() {
     let open = text(1, 10);
     assert!(open.ends_with("# EOF\n"));
     assert!(open.contains("# TYPE dispatcher_pool_taken_connections counter\n"), "{open}");
@@ -85,7 +85,7 @@ fn series_of_workers_are_bounded() {
 
 /// All numbers differ, so that no metric can show another one's value, or zero.
 #[test]
-fn each_number_has_its_own_place() {
+fn each_status_field_has_its_own_metric() {
     let histogram = |count| Distribution {
         up_to_nanoseconds: vec![1_000_000_000],
         counts: vec![count, 1],

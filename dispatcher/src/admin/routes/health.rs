@@ -49,10 +49,7 @@ async fn readyz(State(app): State<App>) -> Response {
     let error = if status.stopping {
         "the dispatcher is stopping".to_owned()
     } else if !missing.is_empty() {
-        format!(
-            "removed by something else, and to be made again by a reload: {}",
-            missing.join(", ")
-        )
+        format!("missing socket files, which a reload creates again: {}", missing.join(", "))
     } else if waiting.is_empty() {
         return "ready\n".into_response();
     } else {

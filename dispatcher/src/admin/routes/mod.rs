@@ -121,7 +121,7 @@ async fn short_body(request: Request, next: Next) -> Response {
 async fn not_found() -> Response {
     let body = UnknownPath {
         error: "no such path",
-        hint: "see `paths` for those there are",
+        hint: "`paths` lists the known paths",
         paths: PATHS,
         problem: Problem::NotFound,
     };

@@ -3,7 +3,7 @@
 use super::*;
 
 #[test]
-fn whatever_cannot_be_answered_says_why_as_json() {
+fn every_error_is_json() {
     let bench = Bench::new();
     let asked = |line: &str, more: &str| {
         let host = "Host: x\r\nConnection: close\r\n";
@@ -53,7 +53,7 @@ fn whatever_cannot_be_answered_says_why_as_json() {
 
 /// Closing a socket with unread bytes resets the connection, and the reset can overtake the answer.
 #[test]
-fn a_refusal_reaches_a_client_that_sends_all_it_has_before_it_reads() {
+fn a_refusal_reaches_a_client_that_is_still_sending() {
     const MUCH: usize = 1024 * 1024;
     let bench = Bench::new();
     let much = "x".repeat(MUCH);
@@ -101,7 +101,7 @@ fn answer_over_tcp(port: u16, request: &str) -> (String, serde_json::Value) {
 }
 
 #[test]
-fn a_user_with_too_many_connections_is_told_so() {
+fn a_user_with_too_many_connections_gets_503() {
     let bench = Bench::new();
     let idle: Vec<UnixStream> =
         (0..client_limits::MOST_CONNECTIONS).map(|_| bench.open()).collect();
@@ -119,7 +119,7 @@ fn a_user_with_too_many_connections_is_told_so() {
 }
 
 #[test]
-fn a_slow_head_is_not_waited_for() {
+fn a_slow_request_head_times_out() {
     let bench = Bench::new();
     let mut stream = bench.open();
     stream.write_all(b"GET /v1/st").expect("sent");

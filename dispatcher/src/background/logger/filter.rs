@@ -21,12 +21,12 @@ const MODULES: [&str; 15] = [
     "event_loop",
     "listen",
     "mailbox",
+    "plural",
     "preface",
     "reload",
     "signals",
     "sys",
     "wake",
-    "words",
 ];
 
 /// Directives that can be used, and what is wrong with the others.

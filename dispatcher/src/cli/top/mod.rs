@@ -1,5 +1,5 @@
-//! `dispatcher top`: the status as a live screen. Owns the thread that asks; the terminal is in `screen`, what keys mean in
-//! `model`, what is drawn in `view`.
+//! `dispatcher top`: the status as a live screen. Owns the thread that requests the status;
+//! `screen` owns the terminal, `model` the state and keys, `view` the drawing.
 
 mod model;
 mod screen;
@@ -40,13 +40,13 @@ Environment:
 pub(super) struct TopArgs {
     #[command(flatten)]
     admin: AdminArgs,
-    /// How long between two looks.
+    /// The interval between two updates.
     #[arg(long, value_name = "DURATION", default_value = "1s", value_parser = interval)]
     interval: Duration,
-    /// Print one frame as text, for which no terminal is needed.
+    /// Print one frame as text; no terminal is needed.
     #[arg(long)]
     snapshot: bool,
-    /// How many columns and lines the frame has.
+    /// The columns and lines of the frame.
     #[arg(long, value_name = "COLUMNSxLINES", default_value = "100x30", value_parser = size, requires = "snapshot")]
     size: (u16, u16),
 }
@@ -67,7 +67,7 @@ fn size(text: &str) -> Result<(u16, u16), String> {
     }
 }
 
-/// How long a signal or an answer may wait for us while nobody types.
+/// Longest delay of a signal or an answer while no key is pressed.
 const LOOK: Duration = Duration::from_millis(100);
 
 pub(super) fn top(arguments: &TopArgs) -> Result<(), Failure> {
@@ -83,14 +83,14 @@ pub(super) fn top(arguments: &TopArgs) -> Result<(), Failure> {
              `dispatcher status`",
         ));
     }
-    // Before the screen is taken: whoever has nothing to look at should read why.
+    // Before the terminal is taken, so that an error message stays visible.
     let first = ask(&place)?;
     let signals = Signals::register().map_err(|error| system("signal handlers", &error))?;
     let mut screen = Screen::open().map_err(|error| system("the terminal", &error))?;
     let result = live(&mut screen, &place, first, arguments.interval, theme, &signals);
     let gone = screen.is_gone();
     drop(screen);
-    // Whatever failed because the terminal is gone is no failure: nothing is left to look at.
+    // An error caused by a lost terminal is not reported: there is nothing left to show.
     if gone { Ok(()) } else { result }
 }
 
@@ -98,13 +98,13 @@ fn system(what: &str, error: &std::io::Error) -> Failure {
     Failure::new(Exit::OsErr, format!("{what}: {error}"))
 }
 
-/// What signals have asked for.
+/// Flags that signal handlers set.
 struct Signals {
-    /// To end.
+    /// End.
     stop: Arc<AtomicBool>,
-    /// To stop until it is continued.
+    /// Stop until SIGCONT.
     suspend: Arc<AtomicBool>,
-    /// It was continued: the terminal was another program's meanwhile.
+    /// Continued: another program may have changed the terminal meanwhile.
     continued: Arc<AtomicBool>,
 }
 
@@ -125,14 +125,14 @@ impl Signals {
     }
 }
 
-/// One frame as text.
+/// Prints one frame as text.
 fn snapshot(place: &Place, (width, height): (u16, u16)) -> Result<(), Failure> {
     let mut model = Model::new();
     model.answer(ask(place)?, Duration::ZERO);
     print(&frame(&mut model, width, height))
 }
 
-/// A frame without colours, the spaces at the ends of lines left out.
+/// A frame without colours and without trailing spaces.
 fn frame(model: &mut Model, width: u16, height: u16) -> String {
     let Ok(mut terminal) = Terminal::new(TestBackend::new(width, height));
     let Ok(drawn) = terminal.draw(|frame| view::draw(frame, model, Theme { color: false }));
@@ -151,7 +151,7 @@ fn ask(place: &Place) -> Result<Status, Failure> {
     admin::parse(&admin::get(place, "/v1/status")?, place)
 }
 
-/// What the thread that asks found out.
+/// A message of the requesting thread.
 enum News {
     Status(Box<Status>),
     NoAnswer(String),
@@ -173,7 +173,7 @@ fn live(
     let (orders, to_do) = mpsc::sync_channel(16);
     let (tell, news) = mpsc::sync_channel(16);
     let place = place.clone();
-    // It ends with the process: it may be in the middle of asking.
+    // The thread ends with the process: it may be in the middle of a request.
     std::thread::Builder::new()
         .name("ask".to_owned())
         .spawn(move || keep_asking(&place, interval, &to_do, &tell))
@@ -223,8 +223,8 @@ fn live(
     Ok(())
 }
 
-/// What is typed, read on a thread of its own that ends with the process: once the terminal is gone, crossterm's
-/// reading never returns, whatever its time-out.
+/// Reads keys on a thread that ends with the process: after the terminal is gone, the read function
+/// of crossterm never returns, despite its timeout.
 fn typed() -> Result<Receiver<std::io::Result<Event>>, Failure> {
     let (tell, typed) = mpsc::sync_channel(16);
     std::thread::Builder::new()
@@ -242,7 +242,7 @@ fn typed() -> Result<Receiver<std::io::Result<Event>>, Failure> {
     Ok(typed)
 }
 
-/// Ctrl-Z, which the terminal leaves to us.
+/// Ctrl-Z: in raw mode the terminal does not turn it into a signal.
 fn is_suspend(event: &KeyEvent) -> bool {
     event.kind != KeyEventKind::Release
         && event.code == KeyCode::Char('z')
@@ -269,7 +269,7 @@ fn key(event: &KeyEvent) -> Option<Key> {
     })
 }
 
-/// Asks every `interval`, and at once after an order; ends when nobody listens any more.
+/// Requests the status every `interval` and after each command; ends when the receiver is dropped.
 fn keep_asking(
     place: &Place,
     interval: Duration,

@@ -1,20 +1,21 @@
-//! What `top` knows and how keys change it. No terminal, no socket, no clock: time comes with each answer.
+//! The state of `top` and the effect of keys. It has no terminal, socket or clock: each answer
+//! brings its time.
 
 use std::collections::{HashMap, VecDeque};
 use std::time::Duration;
 
 use crate::api::status::{PoolStatus, Status, WorkerStatus};
 
-/// How many answers a pool's load is remembered for.
+/// Number of answers for which the load of a pool is kept.
 const LOADS: usize = 300;
 
-/// Several pools, and the cursor in none of them.
+/// Shown when there are several pools and the cursor selects none.
 const WHICH_POOL: &str = "there is no worker to choose a pool by: dispatcher scale POOL N";
 
-/// A rate is over the last so many answers.
+/// Number of answers over which a rate is computed.
 const SAMPLES: usize = 6;
 
-/// What a key means here, whatever the terminal calls it.
+/// A key, independent of the terminal library.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(super) enum Key {
     Up,
@@ -28,17 +29,17 @@ pub(super) enum Key {
     Character(char),
 }
 
-/// What is to be done outside.
+/// A command for the caller.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub(super) enum Action {
     Quit,
     Drain(u64),
     Resume(u64),
-    /// So many more processes of this pool.
+    /// Change the number of processes of this pool.
     Scale(String, i32),
 }
 
-/// Which worker comes first.
+/// The sort order of the workers.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(super) enum Order {
     Id,
@@ -64,28 +65,28 @@ impl Order {
     }
 }
 
-/// A line for the user.
+/// The message line.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub(super) enum Notice {
     Nothing,
-    /// What became of a command.
+    /// The result of a command.
     Done(String),
     Failed(String),
-    /// Drain this worker, really?
+    /// Asks for confirmation of a drain.
     Confirm {
         id: u64,
         name: String,
     },
-    /// One process fewer in this pool, really?
+    /// Asks for confirmation of one process fewer.
     ConfirmFewer(String),
 }
 
-/// One worker as the table has it.
+/// A row of the table.
 #[derive(Clone, Debug)]
 pub(super) struct Row<'a> {
     pub pool: &'a PoolStatus,
     pub worker: &'a WorkerStatus,
-    /// Connections per second; `None` until there are two answers.
+    /// Connections per second; `None` before the second answer.
     pub rate: Option<f64>,
 }
 
@@ -94,22 +95,22 @@ struct Sample {
     sent: HashMap<u64, u64>,
 }
 
-/// Everything that is shown.
+/// The whole state.
 pub(super) struct Model {
     pub status: Option<Status>,
     /// Why there is no newer answer.
     pub lost: Option<String>,
     pub notice: Notice,
-    /// What became of an earlier command, while a question waits for its answer.
+    /// The result of an earlier command, while a question is open.
     later: Option<Notice>,
     pub order: Order,
     pub paused: bool,
-    /// The worker under the cursor, by id: it stays there when the order changes.
+    /// The id of the selected worker; the selection stays when the order changes.
     selected: Option<u64>,
-    /// Rows one page has; the view says.
+    /// Rows per page, set by the view.
     pub page: usize,
     samples: VecDeque<Sample>,
-    /// By pool: its load at each answer, newest last.
+    /// By pool: its load in the last answers, newest last.
     loads: HashMap<String, VecDeque<u64>>,
 }
 
@@ -129,7 +130,7 @@ impl Model {
         }
     }
 
-    /// An answer, `at` this time since the start of the program.
+    /// Takes an answer, received at this time since the start of the program.
     pub(super) fn answer(&mut self, status: Status, at: Duration) {
         self.lost = None;
         if self.paused {
@@ -171,12 +172,12 @@ impl Model {
         }
     }
 
-    /// No answer.
+    /// Records a failed request.
     pub(super) fn no_answer(&mut self, why: String) {
         self.lost = Some(why);
     }
 
-    /// The workers in the order they are shown in.
+    /// The workers in display order.
     pub(super) fn rows(&self) -> Vec<Row<'_>> {
         let Some(status) = &self.status else { return Vec::new() };
         let mut rows: Vec<Row<'_>> = status
@@ -190,7 +191,7 @@ impl Model {
                 })
             })
             .collect();
-        // Stable, so that equals stay as they were.
+        // A stable sort, so that equal rows keep their order.
         match self.order {
             Order::Id => {}
             Order::Load => rows.sort_by_key(|row| std::cmp::Reverse(row.worker.load)),
@@ -208,18 +209,19 @@ impl Model {
         (seconds > 0.0).then(|| sent as f64 / seconds)
     }
 
-    /// A pool's load at the last answers, newest last.
+    /// The load of a pool in the last answers, newest last.
     pub(super) fn loads(&self, pool: &str) -> Vec<u64> {
         self.loads.get(pool).map(|loads| loads.iter().copied().collect()).unwrap_or_default()
     }
 
-    /// Where the cursor is.
+    /// The row of the cursor.
     pub(super) fn position(&self) -> Option<usize> {
         let selected = self.selected?;
         self.rows().iter().position(|row| row.worker.id == selected)
     }
 
-    /// What became of a command. It takes no question from the screen: whoever reads one is about to answer it.
+    /// Shows the result of a command. An open question stays, because the user may be about to
+    /// answer it.
     pub(super) fn tell(&mut self, notice: Notice) {
         match self.notice {
             Notice::Confirm { .. } | Notice::ConfirmFewer(_) => self.later = Some(notice),
@@ -227,13 +229,13 @@ impl Model {
         }
     }
 
-    /// What a key does.
+    /// Handles a key.
     pub(super) fn key(&mut self, key: Key) -> Option<Action> {
         if key == Key::Interrupt {
             return Some(Action::Quit);
         }
         if let Notice::Confirm { id, .. } = self.notice {
-            // Anything but yes is no.
+            // Any other key cancels.
             self.notice = self.later.take().unwrap_or(Notice::Nothing);
             return (key == Key::Character('y')).then_some(Action::Drain(id));
         }
@@ -275,7 +277,7 @@ impl Model {
         None
     }
 
-    /// The pool of the worker under the cursor; without workers, the only pool.
+    /// The pool of the selected worker; without workers, the only pool.
     fn selected_pool(&self) -> Option<String> {
         if let Some(position) = self.position() {
             return Some(self.rows().get(position)?.pool.name.clone());

@@ -1,7 +1,8 @@
-//! The terminal of `dispatcher top`: taken, given back, and taken again after the program was stopped and continued.
+//! The terminal of `dispatcher top`: takes it, restores it, and takes it again after a stop.
 //!
-//! A terminal that is gone (a connection that broke, a window that was closed) fails every write. That is noted and no
-//! error: the libraries underneath would report it on a stderr that is gone as well, which ends a program by a panic.
+//! When the terminal is gone (a lost connection, a closed window), every write fails. This is
+//! recorded and is not an error: the libraries would report it on stderr, which is gone as well,
+//! and panic.
 
 use std::io::{self, Stdout, Write};
 use std::sync::Arc;
@@ -16,22 +17,24 @@ use ratatui::crossterm::terminal::{
 
 use crate::sys;
 
-/// Who stops.
+/// The processes to stop.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(super) enum Suspend {
-    /// This process, because a signal said so.
+    /// This process, after a signal.
     Alone,
-    /// The whole job, as a terminal does for Ctrl-Z: a script may have started this, and its shell waits for all of it.
+    /// The whole process group, as the terminal does for Ctrl-Z: a script may have started `top`,
+    /// and its shell waits for all of the group.
     Job,
 }
 
-/// A terminal in raw mode that shows another screen. Dropped, it is as it was.
+/// A terminal in raw mode with the alternate screen. Dropping it restores the terminal.
 pub(super) struct Screen {
     terminal: Terminal<CrosstermBackend<Out>>,
     gone: Arc<AtomicBool>,
 }
 
-/// Stdout. It notes that it is gone, and then takes everything.
+/// Stdout. After a write fails because the terminal is gone, all further writes succeed without
+/// effect.
 #[derive(Debug)]
 struct Out {
     stdout: Stdout,
@@ -62,7 +65,7 @@ impl Write for Out {
     }
 }
 
-/// What writing to a terminal that is gone gives.
+/// Whether the error means that the terminal is gone.
 fn is_end(error: &io::Error) -> bool {
     matches!(
         error.raw_os_error(),
@@ -71,7 +74,7 @@ fn is_end(error: &io::Error) -> bool {
 }
 
 impl Screen {
-    /// Takes the terminal. From here on a panic gives it back, before it says what happened.
+    /// Takes the terminal. From here on a panic restores it before its message is printed.
     pub(super) fn open() -> io::Result<Screen> {
         let hook = std::panic::take_hook();
         std::panic::set_hook(Box::new(move |info| {
@@ -94,14 +97,14 @@ impl Screen {
         Ok(screen)
     }
 
-    /// Takes the terminal, whatever was done to it meanwhile, and draws everything anew.
+    /// Takes the terminal in any state and draws everything again.
     pub(super) fn take(&mut self) -> io::Result<()> {
-        // The library remembers that it is in raw mode, and would do nothing.
+        // Otherwise the library assumes that raw mode is still active and does nothing.
         disable_raw_mode()?;
         enable_raw_mode()?;
         execute!(self.terminal.backend_mut(), EnterAlternateScreen, Clear(ClearType::All))?;
-        // A new one knows nothing of what was drawn. Its `clear` would ask the terminal where the cursor is, and the answer
-        // would be read as keys.
+        // A new terminal object has no memory of the screen. Its `clear` would query the cursor
+        // position, and the reply would be read as keys.
         let out = Out { stdout: io::stdout(), gone: Arc::clone(&self.gone) };
         self.terminal = Terminal::new(CrosstermBackend::new(out))?;
         Ok(())
@@ -111,7 +114,7 @@ impl Screen {
         self.terminal.draw(draw).map(drop)
     }
 
-    /// Gives the terminal back, stops until the program is continued, and takes the terminal again.
+    /// Restores the terminal, stops until SIGCONT, and takes the terminal again.
     pub(super) fn suspend(&mut self, who: Suspend) -> io::Result<()> {
         self.terminal.show_cursor()?;
         give_back(self.terminal.backend_mut());
@@ -119,7 +122,7 @@ impl Screen {
         self.take()
     }
 
-    /// Whether the terminal is gone: nothing is seen any more, and no signal need have said so.
+    /// Whether the terminal is gone. There need not have been a signal.
     pub(super) fn is_gone(&self) -> bool {
         use rustix::event::{PollFd, PollFlags, Timespec, poll};
 
@@ -139,7 +142,7 @@ impl Drop for Screen {
     }
 }
 
-/// Back to what it was. A terminal that is gone needs nothing.
+/// Restores the terminal, unless it is gone.
 fn give_back(out: &mut impl Write) {
     let _ = disable_raw_mode();
     let _ = execute!(out, LeaveAlternateScreen);

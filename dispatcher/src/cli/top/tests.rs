@@ -1,4 +1,4 @@
-//! Keys, rates and frames of made-up answers. A real dispatcher is asked in `tests/admin/top.rs`.
+//! Keys, rates and frames with artificial answers. `tests/admin/top.rs` uses a real dispatcher.
 
 use super::model::Order;
 use super::*;
@@ -56,7 +56,7 @@ fn press(model: &mut Model, keys: &str) -> Option<Action> {
 }
 
 #[test]
-fn the_cursor_stays_in_the_list_and_on_its_worker() {
+fn the_cursor_stays_on_its_worker() {
     let mut model = three();
     assert_eq!(model.position(), Some(0));
     assert_eq!(model.key(Key::Up), None);
@@ -67,13 +67,13 @@ fn the_cursor_stays_in_the_list_and_on_its_worker() {
     assert_eq!(model.position(), Some(2));
     assert_eq!(press(&mut model, "g"), None);
     assert_eq!(model.position(), Some(0));
-    // Ordered by load, the worker under the cursor is another line.
+    // After sorting by load, the selected worker is on another line.
     press(&mut model, "s");
     assert_eq!(
         (model.order, order(&model), model.position()),
         (Order::Load, vec![2, 3, 1], Some(2))
     );
-    // Gone, the cursor goes to the first.
+    // When the selected worker leaves, the cursor goes to the first one.
     model.answer(status(vec![worker(2, 9, 100), worker(3, 7, 100)]), Duration::from_secs(1));
     assert_eq!(model.position(), Some(0));
     let mut empty = Model::new();
@@ -81,21 +81,21 @@ fn the_cursor_stays_in_the_list_and_on_its_worker() {
 }
 
 #[test]
-fn draining_is_asked_twice_and_resuming_once() {
+fn draining_needs_a_confirmation_and_resuming_does_not() {
     let mut model = three();
     press(&mut model, "j");
     assert_eq!(press(&mut model, "d"), None);
     assert_eq!(model.notice, Notice::Confirm { id: 2, name: "web/w2".to_owned() });
     assert!(frame(&mut model, 80, 24).contains("drain web/w2? It gets no new connections.  y yes"));
     assert_eq!(press(&mut model, "y"), Some(Action::Drain(2)));
-    // Anything else is no, and does nothing besides.
+    // Any other key cancels and has no other effect.
     for no in [Key::Character('n'), Key::Character('q'), Key::Escape, Key::Down] {
         press(&mut model, "d");
         assert_eq!(model.key(no), None);
         assert_eq!((&model.notice, model.position()), (&Notice::Nothing, Some(1)));
     }
     assert_eq!(press(&mut model, "r"), Some(Action::Resume(2)));
-    // The question is about one that leaves meanwhile.
+    // The worker of the question leaves meanwhile.
     press(&mut model, "d");
     model.answer(status(vec![worker(1, 1, 1)]), Duration::from_secs(1));
     assert_eq!(press(&mut model, "y"), None);
@@ -106,7 +106,7 @@ fn draining_is_asked_twice_and_resuming_once() {
 }
 
 #[test]
-fn one_process_more_is_asked_once_and_one_fewer_twice() {
+fn scaling_down_needs_a_confirmation() {
     let mut model = three();
     assert_eq!(press(&mut model, "+"), Some(Action::Scale("web".to_owned(), 1)));
     assert_eq!(press(&mut model, "-"), None);
@@ -116,7 +116,7 @@ fn one_process_more_is_asked_once_and_one_fewer_twice() {
 }
 
 #[test]
-fn an_answer_takes_no_question_away() {
+fn an_answer_keeps_the_open_question() {
     let mut model = three();
     for (keys, action) in [("-", Action::Scale("web".to_owned(), -1)), ("d", Action::Drain(1))] {
         press(&mut model, "+");
@@ -133,12 +133,12 @@ fn an_answer_takes_no_question_away() {
 }
 
 #[test]
-fn a_pool_without_workers_can_have_more_processes_too() {
+fn a_pool_without_workers_can_be_scaled() {
     let mut model = Model::new();
     model.answer(status(vec![]), Duration::ZERO);
     assert_eq!(press(&mut model, "+"), Some(Action::Scale("web".to_owned(), 1)));
     assert_eq!(press(&mut model, "-y"), Some(Action::Scale("web".to_owned(), -1)));
-    // Of several nobody can know which is meant; that is said.
+    // With several pools and no selection, a message explains it.
     let mut two = status(vec![]);
     two.pools.push(PoolStatus { name: "chat".to_owned(), ..PoolStatus::default() });
     model.answer(two, Duration::from_secs(1));
@@ -161,11 +161,11 @@ fn rates_are_over_the_last_answers() {
     assert_eq!(model.loads("web"), [21, 14]);
     press(&mut model, "ss");
     assert_eq!((model.order, order(&model)[0]), (Order::Rate, 1));
-    // Another dispatcher has counted nothing yet.
+    // Another dispatcher starts its counters at zero.
     let fresh = Status { pid: 43, ..status(vec![worker(1, 5, 3)]) };
     model.answer(fresh, Duration::from_secs(3));
     assert_eq!((model.rows()[0].rate, model.loads("web")), (None, vec![5]));
-    // Paused, nothing moves.
+    // A paused screen does not change.
     press(&mut model, "p");
     model.answer(status(vec![]), Duration::from_secs(4));
     assert_eq!(order(&model), [1]);
@@ -173,7 +173,7 @@ fn rates_are_over_the_last_answers() {
 }
 
 #[test]
-fn a_frame() {
+fn one_frame_without_a_terminal() {
     let mut model = Model::new();
     let mut shown = status(vec![
         WorkerStatus { custody: 2, ..worker(1, 4, 10) },
@@ -232,7 +232,7 @@ fn every_size_is_drawn() {
     let mut lost = Model::new();
     lost.no_answer("is the dispatcher running?".to_owned());
     assert!(frame(&mut lost, 100, 24).starts_with("is the dispatcher running?"));
-    // Many: the one under the cursor is there.
+    // With many workers, the selected one is visible.
     let mut crowd = Model::new();
     crowd.answer(status((1..=1000).map(|id| worker(id, id, id)).collect()), Duration::ZERO);
     crowd.key(Key::Last);

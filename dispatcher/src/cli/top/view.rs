@@ -1,4 +1,4 @@
-//! One frame of `top`: from what is known to cells of a terminal of any size. Without colours it says the same.
+//! Draws one frame of `top` for a terminal of any size. Colours carry no information of their own.
 
 use std::time::Duration;
 
@@ -12,13 +12,13 @@ use super::model::{self, Model, Notice};
 use crate::api::status::Status;
 use crate::cli::status::clean;
 
-/// Most faults shown at once.
+/// Most faults shown.
 const FAULTS: usize = 4;
 
-/// Widest bar of a worker's load.
+/// Widest load bar.
 const BAR: u16 = 16;
 
-/// Colours, or none.
+/// With or without colours.
 #[derive(Clone, Copy, Debug)]
 pub(super) struct Theme {
     pub color: bool,
@@ -56,7 +56,7 @@ pub(super) fn draw(frame: &mut Frame<'_>, model: &mut Model, theme: Theme) {
     };
     let pools = u16::try_from(status.pools.len()).unwrap_or(u16::MAX);
     let faults = u16::try_from(status.faults.len().min(FAULTS)).unwrap_or(0);
-    // What has the least to say gives way first on a small screen.
+    // A small screen drops the least important parts first.
     let tall = area.height >= 20;
     let [head, chart, pool_area, worker_area, fault_area, foot] = Layout::vertical([
         Constraint::Length(3),
@@ -122,7 +122,7 @@ fn accepted(frame: &mut Frame<'_>, area: Rect, status: &Status, theme: Theme) {
         shown.iter().max().unwrap_or(&0),
         shown.len()
     );
-    // The newest at the right edge, from the first second on.
+    // The newest value is at the right edge from the first second on.
     let mut data = vec![0; width - shown.len()];
     data.extend_from_slice(shown);
     let line = Sparkline::default()
@@ -160,7 +160,7 @@ fn pools(frame: &mut Frame<'_>, area: Rect, status: &Status, model: &Model, them
     frame.render_widget(Table::new(rows, widths).header(Row::new(head).style(theme.head())), area);
 }
 
-/// A column of the workers' table.
+/// A column of the worker table.
 #[derive(Clone, Copy, PartialEq, Eq)]
 enum Column {
     Pool,
@@ -177,7 +177,7 @@ enum Column {
 }
 
 impl Column {
-    /// As they stand.
+    /// In display order.
     const ALL: [Column; 11] = [
         Column::Pool,
         Column::Worker,
@@ -192,7 +192,7 @@ impl Column {
         Column::Revoked,
     ];
 
-    /// What a narrow screen does without, the last first.
+    /// Columns that a narrow screen drops, the last one first.
     const OPTIONAL: [Column; 8] = [
         Column::Pool,
         Column::Custody,
@@ -237,7 +237,7 @@ impl Column {
         !matches!(self, Column::Pool | Column::Worker | Column::State | Column::Bar)
     }
 
-    /// Those that fit.
+    /// The columns that fit.
     fn fitting(width: u16) -> Vec<Column> {
         let mut shown = Column::ALL.to_vec();
         for dropped in Column::OPTIONAL.iter().rev() {
@@ -291,7 +291,7 @@ fn workers(frame: &mut Frame<'_>, area: Rect, model: &mut Model, theme: Theme) {
     });
     let table = Table::new(table, widths)
         .header(Row::new(head).style(theme.head()))
-        // A sign as well: reversed cells do not show in a screen reader, nor in text.
+        // A marker in addition to reversed cells, which screen readers and text output do not show.
         .highlight_symbol("> ")
         .row_highlight_style(Style::new().add_modifier(Modifier::REVERSED));
     let mut state = TableState::new().with_selected(position);
@@ -344,7 +344,7 @@ fn right(text: String) -> Cell<'static> {
     Cell::new(Line::raw(text).right_aligned())
 }
 
-/// The load as a bar, its untaken part lighter.
+/// The load as a bar; its untaken part is lighter.
 fn bar(load: u64, custody: u64, most: u64) -> String {
     let cells = |part: u64| (part as f64 / most as f64 * f64::from(BAR)).round() as usize;
     let (whole, taken) = (cells(load), cells(load.saturating_sub(custody)));

@@ -1,11 +1,11 @@
-//! `etc/dispatcher.toml` is true: valid, complete, and its defaults are the defaults.
+//! `etc/dispatcher.toml` is valid and complete, and its defaults are the real ones.
 
 use super::*;
 
 const PAGE: &str = include_str!("../../../../docs/CONFIGURATION.md");
 const SAMPLE: &str = include_str!("../../../../etc/dispatcher.toml");
 
-/// The sample with every `#key = …` and `#[table]` switched on, except keys for which `skip` says so.
+/// The sample with every `#key = …` and `#[table]` active, except the keys in `skip`.
 fn uncommented(skip: &[&str]) -> String {
     let setting = |line: &str| {
         let rest = line.strip_prefix('#')?;
@@ -20,7 +20,7 @@ fn uncommented(skip: &[&str]) -> String {
 }
 
 #[test]
-fn the_sample_is_good_as_it_is() {
+fn the_sample_is_valid() {
     let config = good(SAMPLE);
     assert_eq!(config.warnings, []);
     assert_eq!(config.listeners.len(), 1);
@@ -53,7 +53,7 @@ fn the_sample_has_every_key() {
 
 #[test]
 fn the_defaults_in_the_sample_are_the_defaults() {
-    // Examples that differ from the default on purpose, or would read a file.
+    // Examples that differ from the default, or that read a file.
     let text = uncommented(&[
         "unavailable_response",
         "allow",
@@ -82,13 +82,13 @@ fn the_defaults_in_the_sample_are_the_defaults() {
     let (mut written, least) = (written.pools[0].settings.clone(), least.pools[0].settings.clone());
     assert_eq!(written.processes, 1);
     written.processes = 0;
-    // It says "none", and so do its other keys then.
+    // The sample sets the key to "none", which disables the other keys.
     assert_eq!(written.affinity, None);
     assert_eq!(format!("{written:?}"), format!("{least:?}"));
 }
 
 #[test]
-fn the_examples_in_the_sample_are_good_too() {
+fn the_examples_in_the_sample_are_valid() {
     let config = good(&uncommented(&["unavailable_response"]));
     let spawn = config.pools[0].spawn.as_ref().expect("processes");
     assert_eq!(spawn.command[0], "/usr/bin/my-server");

@@ -61,7 +61,7 @@ fn mistakes() {
     scores_refused(
         "mode = \"interval\"\nvalid_for = ‹\"1s\"›",
         "`valid_for` must be longer than `interval`",
-        "too old",
+        "stale",
     );
     scores_refused(
         "mode = \"interval\"\ninterval = ‹\"5s\"›",
@@ -99,7 +99,7 @@ fn warned(text: &str, message: &str, help: &str) {
 }
 
 #[test]
-fn what_has_no_effect_is_warned_about() {
+fn options_without_effect_are_warnings() {
     warned(
         &format!("{GOOD}[pool.web.scores]\n"),
         "`scores` has no effect with this policy",
@@ -108,9 +108,9 @@ fn what_has_no_effect_is_warned_about() {
     warned(&scored("interval = \"1s\""), "`interval` has no effect in this mode", "interval");
     warned(
         &scored("multipliers = { queue_wiat = 1 }"),
-        "`queue_wiat` is no gauge with a fixed name",
+        "`queue_wiat` is not a predefined gauge",
         "did you mean `queue_wait`?",
     );
     warned(&scored("multipliers = { conections = 1 }"), "`conections`", "`connections`");
-    warned(&scored("multipliers = { connections = 0 }"), "nothing counts", "");
+    warned(&scored("multipliers = { connections = 0 }"), "all multipliers are zero", "");
 }

@@ -8,7 +8,7 @@ fn with(lines: &str) -> Config {
 }
 
 #[test]
-fn everybody_may_come_in_by_default() {
+fn every_client_is_allowed_by_default() {
     let rules = &good(GOOD).listeners[0].screening;
     assert_eq!(*rules, Screening::default());
     assert!(rules.is_open());

@@ -1,9 +1,9 @@
-//! All mistakes at once; the words of other programs; examples; and options that do nothing.
+//! Several mistakes at once, terms of other programs, examples, and options without effect.
 
 use super::*;
 use dispatcher_core::Policy;
 
-/// Line, and the beginning of the message, of every mistake.
+/// Line, and beginning of the message, of every mistake.
 #[track_caller]
 fn all(text: &str, expected: &[(usize, &str)]) -> String {
     let error = Config::parse(text, "test.toml").expect_err("this should be refused");
@@ -52,7 +52,7 @@ environment = { 'A=B' = '1', DISPATCH_POOL = 'x' }
             (1, "unknown key `log_levl`"),
             (2, "permission bits must be written in octal"),
             (3, "wrong type: integer `2`, expected a duration"),
-            (6, "not a good name for a listener"),
+            (6, "not a valid name for a listener"),
             (7, "`localhost:80` is not an address"),
             (8, "unknown pool `wbe`"),
             (9, "`here` is not a network"),
@@ -72,13 +72,13 @@ environment = { 'A=B' = '1', DISPATCH_POOL = 'x' }
         ],
     );
     assert!(shown.ends_with("\n20 mistakes"), "{shown}");
-    assert!(shown.contains("\nhelp: host names are not looked up"), "{shown}");
-    // A single one is not counted.
+    assert!(shown.contains("\nhelp: host names are not resolved"), "{shown}");
+    // A single mistake has no count.
     assert!(!all(&format!("nope = 1\n{GOOD}"), &[(1, "unknown key")]).contains("mistake"));
 }
 
 #[test]
-fn a_mistake_does_not_bring_others_along() {
+fn a_mistake_causes_no_further_reports() {
     // The misspelt key is the missing one.
     all(
         "[[listener]]\nname='a'\nadress='127.0.0.1:1'\npool='web'\n[pool.web]\n",
@@ -89,7 +89,7 @@ fn a_mistake_does_not_bring_others_along() {
         &[(2, "wrong type")],
     );
     all("[[listener]]\nname='a'\npool='web'\n[pool.web]\n", &[(1, "missing key `address`")]);
-    // No listener could be read, and no pool: not that there is none.
+    // A listener with a mistake is not reported as missing.
     all("[listener]\nname='a'\n[pool.web]\n", &[(1, "wrong type")]);
     all(
         "pool = 4\n[[listener]]\nname='a'\naddress='127.0.0.1:1'\npool='web'\n",
@@ -98,7 +98,7 @@ fn a_mistake_does_not_bring_others_along() {
     all("[[listener]]\nname='a'\naddress='127.0.0.1:1'\npool='web'\n", &[(1, "no pool")]);
     all(&format!("{GOOD}[pool.web.spawn]\ncomand = ['x']\n"), &[(8, "unknown key `comand`")]);
     all(&format!("{GOOD}affinity.kye = 'sni'\n"), &[(7, "unknown key `kye`")]);
-    // A default is wrong once, however many pools have it.
+    // A mistake in a default is reported once for all pools.
     all(
         &format!(
             "[defaults]\nallow_users = [-1]\n{GOOD}[[listener]]\nname='b'\naddress='unix:/b'\npool='b'\n[pool.b]\n"
@@ -108,11 +108,11 @@ fn a_mistake_does_not_bring_others_along() {
 }
 
 #[test]
-fn syntax_does_not_hide_the_rest() {
+fn other_mistakes_are_reported_besides_syntax_errors() {
     let text =
         format!("dispatch_socket = '/a\nlog_level = 'loud'\n{GOOD}max_untaken = = 4\nnope = 1\n");
     all(&text, &[(1, ""), (2, "unknown value `loud`"), (9, ""), (10, "unknown key `nope`")]);
-    // Whatever is read, it ends, and says at least one thing.
+    // Any text terminates and gives at least one mistake.
     for text in
         ["[", "[[", "a", "=", "[a]\n[a]", "a.b = 1\na = 2", "[[listener]]\n[listener]", "\u{0}"]
     {
@@ -125,13 +125,13 @@ fn syntax_does_not_hide_the_rest() {
 }
 
 #[test]
-fn words_of_other_load_balancers() {
+fn terms_of_other_load_balancers_get_hints() {
     for (word, said) in [
         ("leastconn", "of HAProxy is \"least-connections\" here"),
         ("least_conn", "of nginx is \"least-connections\" here"),
         ("roundrobin", "of HAProxy is \"round-robin\" here"),
         ("static-rr", "of HAProxy is \"round-robin\" here"),
-        ("source", "of HAProxy is \"hash\", which goes by the client's address"),
+        ("source", "of HAProxy is \"hash\", which uses the client's address"),
         ("ip_hash", "of nginx is \"hash\""),
         ("hash $remote_addr consistent", "of nginx is \"hash\""),
         ("first", "of HAProxy is \"failover\""),
@@ -146,7 +146,7 @@ fn words_of_other_load_balancers() {
     ] {
         let line = format!("policy = ‹'{word}'›");
         pool_refused(&line, "unknown value", said);
-        // And all there are.
+        // All policies are valid.
         for policy in Policy::ALL {
             pool_refused(&line, "unknown value", policy.name());
         }
@@ -199,7 +199,7 @@ fn a_wrong_type_gets_an_example() {
     );
     pool_refused("affinity.ttl = ‹30›", "a duration", "such as: ttl = \"30m\"");
     top_refused("[defaults]\nslow_start = ‹5›", "a duration", "such as: slow_start = \"0s\"");
-    // There is one for every key.
+    // Every key has an example.
     for (table, keys) in file::tables() {
         for key in keys {
             let table = table.trim_matches(['[', ']']).replace("NAME", "web");
@@ -229,9 +229,9 @@ fn options_of_sockets_that_systemd_makes() {
         ("keepalive = '5m'", "KeepAliveTimeSec="),
         ("keepalive_interval = '5s'", "KeepAliveIntervalSec="),
         ("keepalive_count = 3", "KeepAliveProbes="),
-        ("user_timeout = '5s'", "leave it out"),
+        ("user_timeout = '5s'", "remove the key"),
         ("defer_accept = '5s'", "DeferAcceptSec="),
-        ("fast_open = 5", "leave it out"),
+        ("fast_open = 5", "remove the key"),
         ("receive_buffer = 5000", "ReceiveBuffer="),
         ("send_buffer = 5000", "SendBuffer="),
         ("reuse_port = true", "ReusePort="),
@@ -245,11 +245,11 @@ fn options_of_sockets_that_systemd_makes() {
         let key = line.split(' ').next().expect("a key");
         assert_eq!(warnings.len(), 1, "{line}: {warnings:?}");
         let Diagnostic { message, help, line: at, .. } = &warnings[0].0;
-        assert_eq!(*message, format!("`{key}` has no effect on a socket that systemd made"));
+        assert_eq!(*message, format!("`{key}` has no effect on a socket created by systemd"));
         assert!(help.as_deref().is_some_and(|help| help.contains(there)), "{line}: {help:?}");
         assert_eq!(*at, 5);
     }
-    // Every option there is.
+    // All options.
     let known = [
         "name",
         "address",
@@ -268,7 +268,7 @@ fn options_of_sockets_that_systemd_makes() {
         let shown = options.iter().any(|(line, _)| line.split(' ').next() == Some(key));
         assert_ne!(shown, known.contains(key), "{key}");
     }
-    // Rules about clients do have an effect there.
+    // Access rules do have an effect there.
     let rules =
         GOOD.replace("127.0.0.1:8080\"", "systemd:web\"\nrate_limit = '1/s'\nallow = ['::/0']");
     assert_eq!(warned(&rules), [] as [String; 0]);
@@ -276,7 +276,7 @@ fn options_of_sockets_that_systemd_makes() {
         "dispatch_socket = 'systemd:d'\ndispatch_socket_mode = '0600'\ndispatch_socket_user = 0\n\
          dispatch_socket_group = 0\nadmin_socket = 'systemd:a'\nadmin_socket_mode = '0660'\n{GOOD}"
     );
-    let about = |key: &str| format!("`{key}` has no effect on a socket that systemd made");
+    let about = |key: &str| format!("`{key}` has no effect on a socket created by systemd");
     assert_eq!(
         warned(&text),
         [
@@ -292,7 +292,7 @@ fn options_of_sockets_that_systemd_makes() {
 }
 
 #[test]
-fn a_program_that_is_not_there() {
+fn a_missing_program_is_a_warning() {
     use std::os::unix::fs::PermissionsExt;
 
     let temp = tempfile::tempdir().expect("a directory");
@@ -308,7 +308,7 @@ fn a_program_that_is_not_there() {
     assert_eq!(warned(&whole), [format!("`{here}/server` is not an executable file")]);
     std::fs::set_permissions(&program, PermissionsExt::from_mode(0o755)).expect("executable");
     assert_eq!(warned(&whole), [] as [String; 0]);
-    // Where the process starts, a relative path is looked for; and a name in its own PATH.
+    // A relative path is searched in the working directory of the process; a name in its own PATH.
     let relative = format!("command = ['./server']\ndirectory = '{here}'");
     assert_eq!(warned(&spawn(&relative)), [] as [String; 0]);
     assert_eq!(warned(&spawn("command = ['sh']")), [] as [String; 0]);
@@ -325,7 +325,7 @@ fn a_program_that_is_not_there() {
     );
     let found = warned(&spawn("command = ['sh']\ndirectory = '/no/such/place'"));
     assert_eq!(found, ["there is no directory `/no/such/place`"]);
-    // A default is missed once for each pool at most.
+    // A warning about a default is reported at most once per pool.
     let both = format!(
         "[defaults.spawn]\ncommand = ['{here}/none']\n{GOOD}[pool.web.spawn]\n[[listener]]\nname='b'\naddress='unix:/b'\npool='b'\n[pool.b.spawn]\n"
     );

@@ -1,24 +1,24 @@
-//! Mistakes that show only across keys, warnings, and files.
+//! Mistakes across several keys, warnings, and files.
 
 use super::*;
 use dispatcher_core::Policy;
 
 #[test]
-fn two_of_a_kind() {
+fn duplicate_names_and_addresses() {
     let second = |name: &str, address: &str| {
         format!("{GOOD}[[listener]]\nname = {name}\naddress = {address}\npool = 'web'\n")
     };
     refused(&second("‹'web'›", "'127.0.0.1:1'"), "there is a listener `web` already", "");
     refused(&second("'b'", "‹'127.0.0.1:8080'›"), "`web` has this address already", "");
     good(&second("'b'", "'127.0.0.1:8081'"));
-    refused(&second("'b'", "‹'[::]:8080'›"), "takes this IPv4 port", "ipv6_only = true");
+    refused(&second("'b'", "‹'[::]:8080'›"), "uses this IPv4 port", "ipv6_only = true");
     good(&second("'b'", "'[::]:8080'\nipv6_only = true"));
-    refused(&second("'b'", "‹'0.0.0.0:8080'›"), "takes this port", "keep only the one");
+    refused(&second("'b'", "‹'0.0.0.0:8080'›"), "uses this port", "keep only the listener");
     good(&second("'b'", "'127.0.0.2:8080'"));
     top_refused(
         "dispatch_socket = '/x'\nadmin_socket = ‹'/x'›",
         "are the same",
-        "a path of its own",
+        "a different path",
     );
     refused(
         &format!("admin_socket = '/x'\n{}", second("'b'", "‹'unix:/x'›")),
@@ -33,10 +33,10 @@ fn two_of_a_kind() {
 fn names() {
     let named = |name: &str| GOOD.replace("name = \"web\"", &format!("name = ‹'{name}'›"));
     for bad in ["", "two words", "ünïcode", &"x".repeat(65)] {
-        refused(&named(bad), "not a good name for a listener", "1 to 64");
+        refused(&named(bad), "not a valid name for a listener", "1 to 64");
     }
     let both = GOOD.replace("pool = \"web\"", "pool = 'a b'");
-    refused(&both.replace("[pool.web]", "[pool.‹\"a b\"›]"), "not a good name for a pool", "");
+    refused(&both.replace("[pool.web]", "[pool.‹\"a b\"›]"), "not a valid name for a pool", "");
     good(&named(&"x".repeat(64)).replace(['‹', '›'], ""));
 }
 
@@ -196,7 +196,7 @@ fn unavailable_response() {
     assert_eq!(config.pools[0].unavailable_response.as_deref(), Some(&b"busy"[..]));
     std::fs::write(&path, vec![0; MAX_UNAVAILABLE_RESPONSE + 1]).expect("written");
     pool_refused(&line, "longer than 64 KiB", "");
-    // A pipe to which nobody writes would be waited for until somebody does.
+    // Opening a pipe without a writer would block.
     std::fs::remove_file(&path).expect("removed");
     nix::unistd::mkfifo(&path, nix::sys::stat::Mode::S_IRWXU).expect("a pipe");
     pool_refused(&line, "not a regular file", "");
@@ -217,7 +217,7 @@ fn unknown_accounts_are_warnings() {
         shown[0]
     );
     assert!(shown[1].starts_with("test.toml:8:32: warning: unknown user `no-such-user`"));
-    // Nobody is let in instead of somebody unknown.
+    // With an unknown user in the list, no user may join.
     let nobody = good(&format!("{GOOD}allow_users = ['no-such-user']\n"));
     assert_eq!(nobody.pools[0].settings.access.users, [] as [u32; 0]);
 }
@@ -278,7 +278,7 @@ fn clients_find_the_admin_socket_in_a_broken_file() {
 }
 
 #[test]
-fn admin_http_has_an_address_of_its_own() {
+fn admin_http_conflicts_with_listeners() {
     let with = |admin: &str, address: &str| {
         let good = GOOD.replace("\"127.0.0.1:8080\"", address);
         format!("admin_http = '{admin}'\nadmin_http_allow_remote = true\n{good}")
@@ -290,7 +290,7 @@ fn admin_http_has_an_address_of_its_own() {
         ("0.0.0.0:8080", "‹'127.0.0.1:8080'›"),
         ("[::1]:8080", "‹'[::1]:8080'›"),
     ] {
-        refused(&with(admin, address), "the address of `admin_http` already", "a port of its own");
+        refused(&with(admin, address), "the address of `admin_http` already", "a different port");
     }
     for (admin, address) in [
         ("127.0.0.1:8080", "'127.0.0.1:8081'"),
@@ -307,13 +307,13 @@ fn admin_http_has_an_address_of_its_own() {
 }
 
 #[test]
-fn a_pool_has_no_slash_in_its_name() {
+fn a_slash_in_a_pool_name_is_refused() {
     let listener = "[[listener]]\nname = 'a'\naddress = '127.0.0.1:1'\npool = 'a/b'\n";
     refused(&format!("{listener}[pool.‹'a/b'›]\n"), "a slash in its name", "POOL/NAME");
 }
 
 #[test]
-fn names_by_which_admin_http_may_be_asked() {
+fn host_names_accepted_by_admin_http() {
     let config = good(&format!(
         "admin_http = '127.0.0.1:9900'\nadmin_http_hosts = ['Status.Example.ORG', 'web1.']\n{GOOD}"
     ));
@@ -330,7 +330,7 @@ fn names_by_which_admin_http_may_be_asked() {
 }
 
 #[test]
-fn what_is_written_otherwise_and_is_the_same() {
+fn equal_addresses_in_different_notation() {
     let two = |first: &str, second: &str| {
         format!(
             "{}[[listener]]\nname='o'\naddress={second}\npool='web'\n",
@@ -346,7 +346,7 @@ fn what_is_written_otherwise_and_is_the_same() {
         ("'0.0.0.0:8080'".to_owned(), "‹'[::ffff:127.0.0.1]:8080'›".to_owned()),
         (format!("'unix:{real}/s'"), format!("‹'unix:{real}//./s'›")),
         (format!("'unix:{real}/s'"), format!("‹'unix:{link}/s'›")),
-        // One would be the lock file of the other.
+        // One path is the lock file of the other.
         (format!("'unix:{real}/s'"), format!("‹'unix:{real}/s.lock'›")),
     ] {
         refused(&two(&first, &second), "", "");
@@ -357,7 +357,7 @@ fn what_is_written_otherwise_and_is_the_same() {
         "are the same",
         "",
     );
-    // This machine, written as an IPv6 address, is no remote one; another one is.
+    // A loopback address in IPv6 notation is not a remote one.
     good(&format!("admin_http = '[::ffff:127.0.0.1]:9900'\n{GOOD}"));
     top_refused("admin_http = ‹'[::ffff:10.0.0.1]:9900'›", "other machines", "");
     // Workers connect by the absolute path.
