@@ -67,7 +67,7 @@ fn a_valid_configuration_passes() {
     assert!(ran.out.ends_with('\n') && !ran.out.contains("admin_http"));
     write_config(temp.path(), &format!("admin_http = \"127.0.0.1:9900\"\n{CONFIG}"));
     let ran = with_config("check", temp.path());
-    assert!(ran.out.ends_with("\nadmin_http: 127.0.0.1:9900, only for reading\n"), "{}", ran.out);
+    assert!(ran.out.ends_with("\nadmin_http: 127.0.0.1:9900, read-only\n"), "{}", ran.out);
 }
 
 #[test]

@@ -360,9 +360,9 @@ fn the_journal_gets_priorities() {
         let log = dispatcher.log();
         let line = |event: &str| log.lines().find(|line| line.contains(event)).unwrap();
         if journal {
-            assert!(line("event=ready").starts_with("<6>shell"), "{log}");
-            assert!(line("event=no_worker").starts_with("<4>shell"), "{log}");
-            assert!(line("event=refusing").starts_with("<3>shell"), "{log}");
+            assert!(line("event=ready").starts_with("<6>event_loop"), "{log}");
+            assert!(line("event=no_worker").starts_with("<4>event_loop"), "{log}");
+            assert!(line("event=refusing").starts_with("<3>event_loop"), "{log}");
         } else {
             assert!(!log.contains('<'), "{log}");
             assert!(line("event=refusing").contains(" error shell"), "{log}");

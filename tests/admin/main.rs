@@ -7,6 +7,7 @@ mod incidents;
 mod manual;
 mod metrics;
 mod page;
+mod snapshots;
 mod socket;
 #[cfg(feature = "tui")]
 mod top;

@@ -7,7 +7,7 @@ use std::time::Duration;
 
 use serde::{Deserialize, Serialize};
 
-use super::command::{Command, CommandError, Problem, Target, Wanted};
+use super::command::{Command, CommandError, Problem, ProcessCount, Target};
 use super::status::{Status, WorkerStatus};
 
 /// The body of a request that changes workers: `{"action": "drain", "deadline": "30s"}`.
@@ -46,10 +46,12 @@ impl Action {
     }
 
     /// A change of a pool's processes.
-    pub fn scale(wanted: Wanted) -> Action {
+    pub fn scale(wanted: ProcessCount) -> Action {
         match wanted {
-            Wanted::So(processes) => Action::Scale { processes: Some(processes), by: None },
-            Wanted::By(by) => Action::Scale { processes: None, by: Some(by) },
+            ProcessCount::Exactly(processes) => {
+                Action::Scale { processes: Some(processes), by: None }
+            }
+            ProcessCount::ChangeBy(by) => Action::Scale { processes: None, by: Some(by) },
         }
     }
 
@@ -74,8 +76,8 @@ impl Action {
             }
             Action::Scale { processes, by } => {
                 let wanted = match (processes, by) {
-                    (Some(processes), None) => Wanted::So(processes),
-                    (None, Some(by)) => Wanted::By(by),
+                    (Some(processes), None) => ProcessCount::Exactly(processes),
+                    (None, Some(by)) => ProcessCount::ChangeBy(by),
                     (Some(_), Some(_)) | (None, None) => {
                         let message = "set either `processes` or `by`";
                         return Err(CommandError::new(Problem::Invalid, message)
@@ -134,6 +136,7 @@ pub struct WorkerSummary {
     /// `active`, `suspect` or `draining`; `gone` if the worker has left.
     pub state: String,
     /// The share of new connections, relative to other workers.
+    #[serde(default)]
     pub weight: u32,
 }
 
@@ -218,8 +221,8 @@ mod tests {
             (Action::drain(half_a_minute), r#"{"action":"drain","deadline":"30s"}"#),
             (Action::Resume {}, r#"{"action":"resume"}"#),
             (Action::Weight { weight: 3 }, r#"{"action":"weight","weight":3}"#),
-            (Action::scale(Wanted::So(8)), r#"{"action":"scale","processes":8}"#),
-            (Action::scale(Wanted::By(-1)), r#"{"action":"scale","by":-1}"#),
+            (Action::scale(ProcessCount::Exactly(8)), r#"{"action":"scale","processes":8}"#),
+            (Action::scale(ProcessCount::ChangeBy(-1)), r#"{"action":"scale","by":-1}"#),
         ] {
             assert_eq!(json(&action), expected);
             assert_eq!(serde_json::from_str::<Action>(expected).expect("an action"), action);

@@ -40,17 +40,17 @@ pub enum Command {
         /// The pool.
         pool: String,
         /// The number.
-        wanted: Wanted,
+        wanted: ProcessCount,
     },
 }
 
 /// A number of processes.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub enum Wanted {
+pub enum ProcessCount {
     /// Exactly this many.
-    So(u32),
+    Exactly(u32),
     /// This many more, or fewer if negative.
-    By(i32),
+    ChangeBy(i32),
 }
 
 /// The answer to a command.

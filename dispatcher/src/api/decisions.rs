@@ -2,7 +2,7 @@
 //! commands of the same names read.
 //!
 //! Owns field names and the formats of times, addresses and keys. Field names are stable. The event
-//! loop returns raw data ([`Past`], [`Next`]); the side thread formats it.
+//! loop returns raw data ([`RawHistory`], [`RawExplanation`]); the side thread formats it.
 
 use std::sync::Arc;
 use std::time::SystemTime;
@@ -13,7 +13,7 @@ use dispatcher_core::{Decision, Explanation, Time};
 
 /// The raw data of a pool's last decisions.
 #[derive(Clone, Debug)]
-pub struct Past {
+pub struct RawHistory {
     /// The policy of the pool.
     pub policy: &'static str,
     /// Number of decisions that are kept.
@@ -28,7 +28,7 @@ pub struct Past {
 
 /// The raw data of a pool's next decision.
 #[derive(Clone, Debug)]
-pub struct Next {
+pub struct RawExplanation {
     /// The policy of the pool.
     pub policy: &'static str,
     /// One instant in the clock of the decision and in wall-clock time, for conversion.
@@ -39,7 +39,7 @@ pub struct Next {
 
 /// The last decisions of a pool.
 #[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
-pub struct History {
+pub struct HistoryAnswer {
     /// The pool.
     pub pool: String,
     /// The policy of the pool.
@@ -47,12 +47,12 @@ pub struct History {
     /// Number of decisions that are kept; 0 if none are.
     pub size: u32,
     /// Oldest first.
-    pub decisions: Vec<Decided>,
+    pub decisions: Vec<DecisionRecord>,
 }
 
 /// One decision.
 #[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
-pub struct Decided {
+pub struct DecisionRecord {
     /// Number within the pool, from 1; `null` for an explanation.
     pub number: Option<u64>,
     /// Time in UTC.
@@ -70,14 +70,14 @@ pub struct Decided {
     /// The id of the chosen worker.
     pub chosen: Option<u64>,
     /// The considered workers, the chosen one first.
-    pub candidates: Vec<Considered>,
+    pub candidates: Vec<CandidateRecord>,
     /// Number of further workers.
     pub left_out: usize,
 }
 
 /// A worker in a decision, in its state before the decision.
 #[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
-pub struct Considered {
+pub struct CandidateRecord {
     /// The id.
     pub id: u64,
     /// The name.
@@ -98,7 +98,7 @@ pub struct Considered {
 
 /// The decision for the next connection.
 #[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
-pub struct Explained {
+pub struct ExplainAnswer {
     /// The pool.
     pub pool: String,
     /// The policy of the pool.
@@ -107,40 +107,46 @@ pub struct Explained {
     pub obstacle: Option<String>,
     /// The decision.
     #[serde(flatten)]
-    pub decision: Decided,
+    pub decision: DecisionRecord,
 }
 
-impl Past {
+impl RawHistory {
     /// Formats the answer.
-    pub fn write(&self, pool: String) -> History {
+    pub fn write(&self, pool: String) -> HistoryAnswer {
         let decisions = self.decisions.iter();
-        History {
+        HistoryAnswer {
             pool,
             policy: self.policy.to_owned(),
             size: self.size,
-            decisions: decisions.map(|d| Decided::write(d, self.clock, &self.listeners)).collect(),
+            decisions: decisions
+                .map(|d| DecisionRecord::write(d, self.clock, &self.listeners))
+                .collect(),
         }
     }
 }
 
-impl Next {
+impl RawExplanation {
     /// Formats the answer.
-    pub fn write(&self, pool: String) -> Explained {
-        let decision = Decided::write(&self.explanation.decision, self.clock, &[]);
-        Explained {
+    pub fn write(&self, pool: String) -> ExplainAnswer {
+        let decision = DecisionRecord::write(&self.explanation.decision, self.clock, &[]);
+        ExplainAnswer {
             pool,
             policy: self.policy.to_owned(),
             obstacle: self.explanation.obstacle.map(|obstacle| obstacle.name().to_owned()),
-            decision: Decided { number: None, ..decision },
+            decision: DecisionRecord { number: None, ..decision },
         }
     }
 }
 
-impl Decided {
-    fn write(decision: &Decision, clock: (Time, SystemTime), listeners: &[String]) -> Decided {
+impl DecisionRecord {
+    fn write(
+        decision: &Decision,
+        clock: (Time, SystemTime),
+        listeners: &[String],
+    ) -> DecisionRecord {
         let (now, wall) = clock;
         let at = wall.checked_sub(now - decision.at).unwrap_or(SystemTime::UNIX_EPOCH);
-        let candidates = decision.candidates.iter().map(|seen| Considered {
+        let candidates = decision.candidates.iter().map(|seen| CandidateRecord {
             id: seen.worker,
             name: seen.name.to_string(),
             load: seen.load,
@@ -150,7 +156,7 @@ impl Decided {
             gauge: seen.out.map(|out| out.to_string()),
         });
         let listener = decision.listener;
-        Decided {
+        DecisionRecord {
             number: Some(decision.number),
             at: humantime::format_rfc3339_millis(at).to_string(),
             connection: decision.conn,

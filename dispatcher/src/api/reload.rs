@@ -1,21 +1,22 @@
-//! What a reload answers.
+//! The JSON of `/v1/reload`.
 
 use serde::{Deserialize, Serialize};
 
-/// What a reload did, for people and programs.
+/// The result of a reload.
 #[derive(Clone, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(default)]
 pub struct Reloaded {
-    /// The file that was read.
+    /// The configuration file.
     pub file: String,
-    /// What is new, by name.
+    /// Names of new parts.
     pub added: Vec<String>,
-    /// What is no more.
+    /// Names of removed parts.
     pub removed: Vec<String>,
-    /// What has changed.
+    /// Names of changed parts.
     pub changed: Vec<String>,
-    /// What is different in the file and stays as it was until a restart.
+    /// Changes in the file that need a restart and are not in force.
     pub needs_restart: Vec<String>,
-    /// What the file has that is probably not meant.
+    /// Values in the file that are valid but probably wrong.
     pub warnings: Vec<String>,
 }
 

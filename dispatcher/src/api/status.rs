@@ -1,4 +1,5 @@
-//! The status JSON: what `GET /v1/status` answers and `dispatcher status` reads. Field names are stable.
+//! The status JSON: the answer of `GET /v1/status`, which `dispatcher status` reads. Field names
+//! are stable.
 
 use std::collections::BTreeMap;
 
@@ -12,19 +13,19 @@ use serde::{Deserialize, Serialize};
 /// `accepted = held + custody + taken + Σ closed` always holds.
 #[derive(Clone, Debug, Default, PartialEq, Serialize, Deserialize)]
 pub struct Status {
-    /// The dispatcher's version.
+    /// The version of the dispatcher.
     pub version: String,
-    /// Its process id.
+    /// The process id of the dispatcher.
     pub pid: u32,
     /// The name of the machine.
     #[serde(default)]
     pub host: String,
-    /// Which start of a dispatcher this is: another after every start. Worker ids are valid only together with it.
+    /// Identifies one start of the dispatcher. Worker ids are valid only together with it.
     #[serde(default)]
     pub instance: String,
-    /// Seconds since it started.
+    /// Seconds since the start.
     pub uptime_seconds: u64,
-    /// Whether it is stopping.
+    /// Whether a stop is in progress.
     pub stopping: bool,
     /// Connections accepted since the start.
     pub accepted: u64,
@@ -36,40 +37,42 @@ pub struct Status {
     pub taken: u64,
     /// Connections closed by the dispatcher since the start, by reason.
     pub closed: BTreeMap<String, u64>,
-    /// Connections that workers were told to end because the deadline of their drain had come.
+    /// Connections that workers were told to end at the deadline of a drain.
     #[serde(default)]
     pub ended_at_deadline: u64,
-    /// The longest time the hot thread took from one sleep to the next, in microseconds.
+    /// The longest time between two sleeps of the event loop, in microseconds.
     pub longest_turn_microseconds: u64,
     /// Connections accepted in each of the last whole seconds, oldest first; at most 300.
     #[serde(default)]
     pub accepted_per_second: Vec<u64>,
-    /// The last things that went wrong, newest last; at most `fault_history`.
+    /// The last faults, newest last; at most `fault_history`.
     #[serde(default)]
     pub faults: Vec<FaultStatus>,
-    /// Socket files that something else has removed: nothing can connect there until a reload makes them again.
+    /// Socket files that another program has removed: connecting fails until a reload creates them
+    /// again.
     #[serde(default, skip_serializing_if = "Vec::is_empty")]
     pub socket_files_missing: Vec<SocketFileStatus>,
-    /// What the dispatcher measures of itself.
+    /// Measurements of the dispatcher itself.
     #[serde(default)]
     pub meters: Meters,
     /// In the order of the configuration.
     pub listeners: Vec<ListenerStatus>,
     /// In the order of the configuration.
     pub pools: Vec<PoolStatus>,
-    /// Sockets that a service manager keeps open and that no listener has any more: their clients are turned away.
+    /// Sockets that a service manager keeps open although no listener uses them: their clients are
+    /// refused.
     #[serde(default, skip_serializing_if = "Vec::is_empty")]
     pub kept_sockets: Vec<KeptStatus>,
 }
 
-/// A socket that belongs to no listener any more.
+/// A socket without a listener.
 #[derive(Clone, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
 pub struct KeptStatus {
-    /// What the service manager calls it.
+    /// Its name in the service manager.
     pub name: String,
     /// The address it is bound to.
     pub address: String,
-    /// Clients turned away since its listener was taken out.
+    /// Clients refused since its listener was removed.
     pub turned_away: u64,
 }
 
@@ -78,49 +81,51 @@ pub struct KeptStatus {
 pub struct SocketFileStatus {
     /// `dispatch_socket`, `admin_socket`, or `listener NAME`.
     pub socket: String,
-    /// Where it was.
+    /// Its path.
     pub path: String,
 }
 
-/// Something that went wrong, once or several times.
+/// A fault that occurred once or several times.
 #[derive(Clone, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
 pub struct FaultStatus {
-    /// When, the last time, it began: RFC 3339, UTC.
+    /// Time of the last occurrence: RFC 3339, UTC.
     pub time: String,
-    /// What, in one word: `worker_gone`, `worker_suspect`, `worker_refused` … `docs/OPERATING.md` lists them.
+    /// The kind: `worker_gone`, `worker_suspect`, `worker_refused` … `docs/OPERATING.md` lists
+    /// them.
     pub kind: String,
-    /// Whom or what it is about: `POOL/WORKER`, a pool, a listener.
+    /// The subject: `POOL/WORKER`, a pool, a listener.
     pub subject: String,
-    /// A sentence for people; of what is ongoing, as it is now.
+    /// A description; for an ongoing fault, of its current state.
     pub text: String,
-    /// How often.
+    /// Number of occurrences.
     pub count: u64,
-    /// Whether it goes on: the pool is still without a worker, say.
+    /// Whether the fault is ongoing: for example, the pool still has no worker.
     #[serde(default)]
     pub ongoing: bool,
 }
 
-/// Durations, by bucket: `counts` has one more entry than `up_to_nanoseconds`, for those longer than the last bound.
+/// A histogram of durations. `counts` has one more entry than `up_to_nanoseconds`, for longer
+/// durations than the last bound.
 #[derive(Clone, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
 pub struct Distribution {
-    /// The longest duration in each bucket, ascending.
+    /// The upper bound of each bucket, ascending.
     pub up_to_nanoseconds: Vec<u64>,
-    /// How many are in each.
+    /// The number in each bucket.
     pub counts: Vec<u64>,
-    /// The sum of them all.
+    /// The sum of all durations.
     pub sum_nanoseconds: u64,
 }
 
-/// What the dispatcher measures of itself, since the start.
+/// Measurements of the dispatcher itself, since the start.
 #[derive(Clone, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
 pub struct Meters {
-    /// How long finding a place for a new connection took; every 64th is timed.
+    /// Time to choose a worker; measured for every 64th connection.
     pub decision: Distribution,
-    /// How long the hot thread took from one sleep to the next.
+    /// Time between two sleeps of the event loop.
     pub turn: Distribution,
-    /// Times accepting rested for want of descriptors or memory.
+    /// Pauses of accepting because descriptors or memory ran out.
     pub accept_pauses: u64,
-    /// Workers that were not let in.
+    /// Workers that were refused.
     pub workers_refused: u64,
     /// Log lines dropped because the log was too slow.
     pub log_lines_dropped: u64,
@@ -129,14 +134,14 @@ pub struct Meters {
     /// Descriptors that wait to be closed, or are being closed.
     #[serde(default)]
     pub closing: u64,
-    /// Times a closing thread was interrupted because a close did not get on.
+    /// Closing threads that were interrupted because a close made no progress.
     #[serde(default)]
     pub closes_interrupted: u64,
     /// Shutdowns skipped because all closing threads were blocked.
     #[serde(default)]
     pub closes_left_out: u64,
-    /// Connections that are in no place, or in two: `accepted` as listeners count less what pools and workers
-    /// count. Always 0.
+    /// Connections in no state or in two states: `accepted` of the listeners minus the counts of
+    /// pools and workers. Always 0.
     pub residual: i64,
 }
 
@@ -145,7 +150,7 @@ pub struct Meters {
 pub struct ListenerStatus {
     /// Its name.
     pub name: String,
-    /// The address it is bound to (the port the kernel chose, when 0 was configured).
+    /// The bound address, with the port that the kernel chose if 0 was configured.
     pub address: String,
     /// The pool that serves it.
     pub pool: String,
@@ -153,7 +158,7 @@ pub struct ListenerStatus {
     pub state: String,
     /// Connections accepted since the start.
     pub accepted: u64,
-    /// Those of them closed by the dispatcher, by reason.
+    /// Those of them that the dispatcher closed, by reason.
     #[serde(default)]
     pub closed: BTreeMap<String, u64>,
     /// Clients remembered for `rate_limit` and `max_queued_per_client`.
@@ -168,17 +173,18 @@ pub struct PoolStatus {
     pub name: String,
     /// Its base policy.
     pub policy: String,
-    /// `ready`, `back-pressure`, `no-worker`, `refusing`, or `removed`: a reload took it out, and its workers have connections yet.
+    /// `ready`, `back-pressure`, `no-worker`, `refusing`, or `removed`: a reload has removed the
+    /// pool, and its workers still have connections.
     pub state: String,
     /// Connections waiting for a worker of this pool now.
     pub held: u64,
-    /// Connections taken by its workers since the start, those that have left included.
+    /// Connections taken by its workers since the start, including workers that have left.
     #[serde(default)]
     pub taken: u64,
     /// Connections taken back from its workers since the start.
     #[serde(default)]
     pub revoked: u64,
-    /// Connections that did not reach their worker, for want of descriptors there.
+    /// Connections that did not reach their worker because it had no descriptors left.
     #[serde(default)]
     pub lost: u64,
     /// Connections sent to another worker because a worker's channel was full.
@@ -187,7 +193,7 @@ pub struct PoolStatus {
     /// Times a worker became suspect.
     #[serde(default)]
     pub suspects: u64,
-    /// Times since the start that a process ended or did not start and was to be started again.
+    /// Restarts of processes that ended or failed to start, since the start.
     #[serde(default)]
     pub process_restarts: u64,
     /// Workers that have joined since the start.
@@ -196,42 +202,42 @@ pub struct PoolStatus {
     /// Workers that have left since the start.
     #[serde(default)]
     pub gone: u64,
-    /// From accept to take, as the dispatcher sees it.
+    /// Time from accept to take, as the dispatcher sees it.
     #[serde(default)]
     pub handoff: Distribution,
-    /// What is remembered of clients; absent without `affinity.key`.
+    /// The affinity table; absent without `affinity.key`.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub affinity: Option<AffinityStatus>,
     /// Its workers, by id.
     pub workers: Vec<WorkerStatus>,
 }
 
-/// What a pool remembers of its clients. Counts are of connections since the start.
+/// The affinity table of a pool. Counts are of connections since the start.
 #[derive(Clone, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
 pub struct AffinityStatus {
     /// `affinity.key` as configured.
     pub key: String,
-    /// Keys remembered now, those included that are too old and not yet removed.
+    /// Current keys, including expired ones that are not yet removed.
     pub entries: u64,
     /// Whose first bytes are awaited now; they are part of `held`.
     pub awaiting: u64,
-    /// That went to the worker remembered for their key.
+    /// Connections sent to the worker that is stored for their key.
     pub hits: u64,
-    /// Whose key was not remembered.
+    /// Connections with an unknown key.
     pub misses: u64,
-    /// Whose worker could not be given them: they went elsewhere, and that is remembered.
+    /// Connections whose stored worker could not take them; another worker is now stored.
     pub moved: u64,
-    /// That went to the worker their session id names.
+    /// Connections sent to the worker that their session id names.
     pub routed: u64,
-    /// Without a key.
+    /// Connections without a key.
     pub unknown: u64,
-    /// Of those, whose first bytes did not come within `peek_timeout`.
+    /// Those of them whose first bytes did not arrive within `peek_timeout`.
     pub timed_out: u64,
-    /// Of those, whose first bytes were not awaited because `max_awaiting` others were.
+    /// Those of them that did not wait for first bytes because `max_awaiting` others did.
     pub not_awaited: u64,
     /// Keys claimed by workers.
     pub claimed: u64,
-    /// Keys forgotten before their time because there were `affinity.max_entries`.
+    /// Keys removed before they expired because the table had `affinity.max_entries`.
     pub evicted: u64,
 }
 
@@ -240,24 +246,24 @@ pub struct AffinityStatus {
 pub struct WorkerStatus {
     /// Its id at this dispatcher.
     pub id: u64,
-    /// The name it gave itself.
+    /// The name that the worker gave itself.
     pub name: String,
-    /// Its process.
+    /// Its process id.
     pub pid: i32,
     /// `active`, `suspect` or `draining`.
     pub state: String,
-    /// Its share relative to others.
+    /// Its share of new connections, relative to other workers.
     pub weight: u32,
-    /// How much of its weight it has, in hundredths: less than 100 during its slow start.
+    /// The effective share of its weight in percent: less than 100 during slow start.
     pub warm_percent: u32,
-    /// For failover: the highest that is up takes all.
+    /// For failover: the workers with the highest priority that are up get all connections.
     pub priority: u16,
-    /// Most connections it is given: the smaller of the pool's and its own maximum.
+    /// Most connections: the lower of the pool's and the worker's maximum.
     pub max_connections: u32,
-    /// It takes no connections for now, by its own wish.
+    /// Whether the worker has asked for no connections for now.
     #[serde(default)]
     pub paused: bool,
-    /// Connections it had taken, over its lifetime, when it joined.
+    /// Connections that it had taken before it joined.
     pub base: u64,
     /// Live connections, untaken ones included.
     pub load: u64,
@@ -273,49 +279,52 @@ pub struct WorkerStatus {
     pub revoked: u64,
     /// Connections that went elsewhere because its channel had no room.
     pub channel_full: u64,
-    /// Whether it has taken a connection since it joined, or since it was last suspect.
+    /// Whether it has taken a connection since it joined or since it was last suspect.
     #[serde(default)]
     pub proven: bool,
     /// The longest time that it usually needs to take a connection, in milliseconds.
     #[serde(default)]
     pub longest_take_ms: u64,
-    /// How many of its threads wait for a connection; `null` for an event loop, which does not report that.
+    /// Number of its threads that wait for a connection; `null` for an event loop, which does not
+    /// report it.
     #[serde(default)]
     pub idle_threads: Option<u32>,
-    /// Connections it was told to end because the deadline of its drain had come.
+    /// Connections that it was told to end at the deadline of its drain.
     #[serde(default)]
     pub ended_at_deadline: u64,
-    /// With the policy `least-score`: what it would have after one more connection; `null` while it is passed over.
+    /// With the policy `least-score`: its score after one more connection; `null` while it is
+    /// excluded.
     #[serde(default)]
     pub score: Option<f64>,
-    /// With the policy `least-score`: why it is passed over, such as `gauge queue_wait stale: set 7s ago`.
+    /// With the policy `least-score`: why it is excluded, such as `gauge queue_wait stale: set 7s
+    /// ago`.
     #[serde(default)]
     pub not_scored: Option<String>,
-    /// The numbers it shows, in the order in which it named them.
+    /// Its gauges, in the order in which it named them.
     #[serde(default)]
     pub gauges: Vec<GaugeStatus>,
 }
 
 impl WorkerStatus {
-    /// Its state as people are shown it: `paused` while it takes no connections by its own wish, and is active otherwise.
+    /// The state for display: `paused` for an active worker that has asked for no connections.
     pub fn shown_state(&self) -> &str {
         if self.paused && self.state == "active" { "paused" } else { &self.state }
     }
 }
 
-/// A number that a worker shows.
+/// A gauge of a worker.
 #[derive(Clone, Debug, Default, PartialEq, Serialize, Deserialize)]
 pub struct GaugeStatus {
-    /// What the worker calls it.
+    /// The name that the worker gave it.
     pub name: String,
-    /// Its value; `null` if it was never set, or to what is no number.
+    /// Its value; `null` if it was never set or is not a number.
     pub value: Option<f64>,
-    /// Milliseconds since it was last set; `null` likewise.
+    /// Milliseconds since it was last set; `null` if it was never set.
     pub age_milliseconds: Option<u64>,
 }
 
 impl From<&Snapshot> for Status {
-    /// What the core knows; the rest is added by the event loop and the side thread.
+    /// The part that the core knows; the event loop and the side thread add the rest.
     fn from(core: &Snapshot) -> Status {
         Status {
             stopping: core.stopping,

@@ -21,27 +21,27 @@ const FROM_FILE: &str = "config ";
 
 /// The path of an admin socket and the source of that path.
 #[derive(Clone, Debug, PartialEq, Eq)]
-pub(super) struct Place {
+pub(super) struct AdminEndpoint {
     pub path: PathBuf,
     pub from: String,
     /// The mistake in the configuration file, with its position, if the file should have given the
     /// path but could not be parsed.
-    pub unsaid: Option<String>,
+    pub mistake: Option<String>,
 }
 
-impl Place {
-    fn new(path: impl Into<PathBuf>, from: impl Into<String>) -> Place {
-        Place { path: path.into(), from: from.into(), unsaid: None }
+impl AdminEndpoint {
+    fn new(path: impl Into<PathBuf>, from: impl Into<String>) -> AdminEndpoint {
+        AdminEndpoint { path: path.into(), from: from.into(), mistake: None }
     }
 
     /// Whether a configuration file gave the path.
-    pub(super) fn is_of_a_file(&self) -> bool {
+    pub(super) fn is_from_file(&self) -> bool {
         self.from.starts_with(FROM_FILE)
     }
 }
 
 /// Sources in order of precedence: `--admin`, `DISPATCHER_ADMIN`, the configuration, the default.
-pub(super) fn find(arguments: &AdminArgs) -> Result<Place, Failure> {
+pub(super) fn find(arguments: &AdminArgs) -> Result<AdminEndpoint, Failure> {
     find_with(arguments, std::env::var_os(VARIABLE), Path::new(DEFAULT_FILE))
 }
 
@@ -49,9 +49,9 @@ pub(super) fn find_with(
     arguments: &AdminArgs,
     variable: Option<OsString>,
     default_file: &Path,
-) -> Result<Place, Failure> {
+) -> Result<AdminEndpoint, Failure> {
     if let Some(path) = &arguments.admin {
-        return Ok(Place::new(path, "--admin"));
+        return Ok(AdminEndpoint::new(path, "--admin"));
     }
     // A command-line argument takes precedence over the environment.
     if let Some(file) = &arguments.config {
@@ -60,15 +60,15 @@ pub(super) fn find_with(
         return from_file(source, file);
     }
     if let Some(path) = variable.filter(|path| !path.is_empty()) {
-        return Ok(Place::new(path, VARIABLE));
+        return Ok(AdminEndpoint::new(path, VARIABLE));
     }
     match Config::admin_source(default_file) {
         Ok(source) => from_file(source, default_file),
         // The file is missing, not readable, or being edited. The dispatcher may still listen at
         // the default path. If it does not, the error shows the mistake in the file first.
         Err(error) => {
-            let unsaid = error.diagnostic().is_some().then(|| error.to_string());
-            Ok(Place { unsaid, ..Place::new(DEFAULT_ADMIN_SOCKET, "default") })
+            let mistake = error.diagnostic().is_some().then(|| error.to_string());
+            Ok(AdminEndpoint { mistake, ..AdminEndpoint::new(DEFAULT_ADMIN_SOCKET, "default") })
         }
     }
 }
@@ -76,28 +76,30 @@ pub(super) fn find_with(
 /// The paths where a dispatcher with a changed configuration may listen, most likely first. The
 /// change may have moved the admin socket itself, so a dispatcher with the installed file may still
 /// listen at the default path.
-pub(super) fn places(arguments: &AdminArgs) -> Result<Vec<Place>, Failure> {
-    places_with(arguments, std::env::var_os(VARIABLE), Path::new(DEFAULT_FILE))
+pub(super) fn endpoints(arguments: &AdminArgs) -> Result<Vec<AdminEndpoint>, Failure> {
+    endpoints_with(arguments, std::env::var_os(VARIABLE), Path::new(DEFAULT_FILE))
 }
 
-pub(super) fn places_with(
+pub(super) fn endpoints_with(
     arguments: &AdminArgs,
     variable: Option<OsString>,
     default_file: &Path,
-) -> Result<Vec<Place>, Failure> {
-    let mut places = vec![find_with(arguments, variable, default_file)?];
-    if places[0].is_of_a_file()
+) -> Result<Vec<AdminEndpoint>, Failure> {
+    let mut endpoints = vec![find_with(arguments, variable, default_file)?];
+    if endpoints[0].is_from_file()
         && arguments.config.is_none()
-        && places[0].path != Path::new(DEFAULT_ADMIN_SOCKET)
+        && endpoints[0].path != Path::new(DEFAULT_ADMIN_SOCKET)
     {
-        places.push(Place::new(DEFAULT_ADMIN_SOCKET, "default"));
+        endpoints.push(AdminEndpoint::new(DEFAULT_ADMIN_SOCKET, "default"));
     }
-    Ok(places)
+    Ok(endpoints)
 }
 
-fn from_file(source: UnixSource, file: &Path) -> Result<Place, Failure> {
+fn from_file(source: UnixSource, file: &Path) -> Result<AdminEndpoint, Failure> {
     match source {
-        UnixSource::Path(path) => Ok(Place::new(path, format!("{FROM_FILE}{}", file.display()))),
+        UnixSource::Path(path) => {
+            Ok(AdminEndpoint::new(path, format!("{FROM_FILE}{}", file.display())))
+        }
         UnixSource::Systemd(name) => Err(Failure::new(
             Exit::Usage,
             format!(
@@ -110,34 +112,37 @@ fn from_file(source: UnixSource, file: &Path) -> Result<Place, Failure> {
 }
 
 /// Sends `GET target`.
-pub(super) fn get(place: &Place, target: &str) -> Result<Vec<u8>, Failure> {
-    client::get(&place.path, target, client::TIMEOUT).map_err(|error| failure(&error, place))
+pub(super) fn get(endpoint: &AdminEndpoint, target: &str) -> Result<Vec<u8>, Failure> {
+    client::get(&endpoint.path, target, client::TIMEOUT).map_err(|error| failure(&error, endpoint))
 }
 
 /// Sends `POST target` and parses the answer.
 pub(super) fn post<T: DeserializeOwned>(
-    place: &Place,
+    endpoint: &AdminEndpoint,
     target: &str,
     body: &impl Serialize,
 ) -> Result<T, Failure> {
-    post_within(place, target, body, client::TIMEOUT)
+    post_within(endpoint, target, body, client::TIMEOUT)
 }
 
 /// Like [`post`], for requests that may take longer.
 pub(super) fn post_within<T: DeserializeOwned>(
-    place: &Place,
+    endpoint: &AdminEndpoint,
     target: &str,
     body: &impl Serialize,
     timeout: Duration,
 ) -> Result<T, Failure> {
-    let answer =
-        client::post(&place.path, target, body, timeout).map_err(|error| failure(&error, place))?;
-    parse(&answer, place)
+    let answer = client::post(&endpoint.path, target, body, timeout)
+        .map_err(|error| failure(&error, endpoint))?;
+    parse(&answer, endpoint)
 }
 
-pub(super) fn parse<T: DeserializeOwned>(body: &[u8], place: &Place) -> Result<T, Failure> {
+pub(super) fn parse<T: DeserializeOwned>(
+    body: &[u8],
+    endpoint: &AdminEndpoint,
+) -> Result<T, Failure> {
     serde_json::from_slice(body).map_err(|error| {
-        let path = place.path.display();
+        let path = endpoint.path.display();
         let message = format!("{path} does not answer like a dispatcher of this version: {error}");
         Failure::new(Exit::Protocol, message)
     })
@@ -158,11 +163,11 @@ pub(super) fn segment(name: &str) -> String {
     text
 }
 
-fn failure(error: &ClientError, place: &Place) -> Failure {
-    let tried = format!("tried {} (from {})", place.path.display(), place.from);
+fn failure(error: &ClientError, endpoint: &AdminEndpoint) -> Failure {
+    let tried = format!("tried {} (from {})", endpoint.path.display(), endpoint.from);
     match error {
-        ClientError::NotRunning(..) if place.unsaid.is_some() => {
-            let mistake = place.unsaid.as_deref().unwrap_or_default();
+        ClientError::NotRunning(..) if endpoint.mistake.is_some() => {
+            let mistake = endpoint.mistake.as_deref().unwrap_or_default();
             let hint =
                 "the file may contain admin_socket: correct it, or set the path with --admin PATH";
             Failure::new(

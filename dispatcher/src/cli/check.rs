@@ -5,7 +5,7 @@ use std::path::Path;
 
 use serde::Serialize;
 
-use super::{CheckArgs, Exit, Failure, complain, print, print_json};
+use super::{CheckArgs, Exit, Failure, print, print_error, print_json};
 use crate::config::{Config, ConfigError, DEFAULT_FILE, Diagnostic, UnixSource};
 
 pub(super) fn check(arguments: &CheckArgs) -> Result<(), Failure> {
@@ -33,7 +33,7 @@ struct Report<'a> {
 #[derive(Serialize)]
 #[serde(untagged)]
 enum Finding<'a> {
-    /// At a place in the file.
+    /// At a position in the file.
     Placed { line: usize, column: usize, width: usize, message: &'a str, help: Option<&'a str> },
     /// The file cannot be read.
     Unreadable { message: String },
@@ -80,12 +80,12 @@ pub(super) fn load(path: &Path) -> Result<Config, Failure> {
             ConfigError::Invalid { .. } => "",
         };
         for warning in error.warnings() {
-            complain(&warning.to_string());
+            print_error(&warning.to_string());
         }
         Failure::new(Exit::Config, format!("{error}{hint}"))
     })?;
     for warning in &config.warnings {
-        complain(&warning.to_string());
+        print_error(&warning.to_string());
     }
     Ok(config)
 }

@@ -97,13 +97,13 @@ fn is_plain(name: &str) -> bool {
 /// answer at once.
 fn ask() -> Option<Status> {
     let words = words(std::env::args_os().collect());
-    let place = admin::find(&place(&words)).ok()?;
-    let body = client::get(&place.path, "/v1/status", PATIENCE).ok()?;
+    let endpoint = admin::find(&endpoint(&words)).ok()?;
+    let body = client::get(&endpoint.path, "/v1/status", PATIENCE).ok()?;
     serde_json::from_slice(&body).ok()
 }
 
 /// The values of `--admin` and `--config` in these words.
-fn place(words: &[OsString]) -> AdminArgs {
+fn endpoint(words: &[OsString]) -> AdminArgs {
     let value = |option: &str| -> Option<PathBuf> {
         words.iter().enumerate().find_map(|(position, word)| {
             let word = word.to_str()?;
@@ -123,9 +123,9 @@ mod tests {
     #[test]
     fn completion_uses_the_options_of_the_command_line() {
         let words = |text: &str| text.split(' ').map(OsString::from).collect::<Vec<_>>();
-        let found = place(&words("dispatcher drain --admin /a --config=/b w"));
+        let found = endpoint(&words("dispatcher drain --admin /a --config=/b w"));
         assert_eq!((found.admin, found.config), (Some("/a".into()), Some("/b".into())));
-        let found = place(&words("dispatcher drain --admin"));
+        let found = endpoint(&words("dispatcher drain --admin"));
         assert_eq!((found.admin, found.config), (None, None));
     }
 

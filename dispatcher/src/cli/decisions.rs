@@ -8,10 +8,10 @@ use std::time::Duration;
 use clap::Args;
 use clap_complete::engine::ArgValueCandidates;
 
-use super::admin::{self, Place};
+use super::admin::{self, AdminEndpoint};
 use super::table::{clean, count, cut, width};
-use super::{AdminArgs, Failure, complete, feed, print, rest};
-use crate::api::decisions::{Considered, Decided, Explained, History};
+use super::{AdminArgs, Failure, complete, pause, print, print_while_read};
+use crate::api::decisions::{CandidateRecord, DecisionRecord, ExplainAnswer, HistoryAnswer};
 
 pub(super) const HISTORY_EXAMPLES: &str = "\
 Examples:
@@ -64,26 +64,26 @@ pub(super) struct ExplainArgs {
 }
 
 pub(super) fn history(arguments: &HistoryArgs) -> Result<(), Failure> {
-    let place = admin::find(&arguments.admin)?;
+    let endpoint = admin::find(&arguments.admin)?;
     let path = format!("/v1/pools/{}/history", admin::segment(&arguments.pool));
     if !arguments.follow {
-        let body = admin::get(&place, &path)?;
+        let body = admin::get(&endpoint, &path)?;
         if arguments.json {
             return print(&format!("{}\n", String::from_utf8_lossy(&body)));
         }
-        return print(&past(&admin::parse(&body, &place)?));
+        return print(&past(&admin::parse(&body, &endpoint)?));
     }
-    follow(&place, &path, arguments.json)
+    follow(&endpoint, &path, arguments.json)
 }
 
 /// Ends when it is interrupted, when stdout has no reader, or when the dispatcher ends.
-fn follow(place: &Place, path: &str, json: bool) -> Result<(), Failure> {
+fn follow(endpoint: &AdminEndpoint, path: &str, json: bool) -> Result<(), Failure> {
     let mut after = 0;
     // Decisions that were discarded before the first answer are not reported as missed.
     let mut first = true;
     loop {
-        let body = admin::get(place, &format!("{path}?after={after}"))?;
-        let history: History = admin::parse(&body, place)?;
+        let body = admin::get(endpoint, &format!("{path}?after={after}"))?;
+        let history: HistoryAnswer = admin::parse(&body, endpoint)?;
         if history.size == 0 {
             return print(&past(&history));
         }
@@ -100,19 +100,19 @@ fn follow(place: &Place, path: &str, json: bool) -> Result<(), Failure> {
             } else {
                 decision(decided)
             };
-            if !feed(&text)? {
+            if !print_while_read(&text)? {
                 return Ok(());
             }
             after = number;
             first = false;
         }
-        if !rest(FOLLOW) {
+        if !pause(FOLLOW) {
             return Ok(());
         }
     }
 }
 
-fn past(history: &History) -> String {
+fn past(history: &HistoryAnswer) -> String {
     if history.size == 0 {
         return format!(
             "pool {pool} keeps no decisions: set a number, such as history = 100, in [pool.{pool}]\n",
@@ -126,7 +126,7 @@ fn past(history: &History) -> String {
 }
 
 /// One header line, then one line for each worker.
-fn decision(decided: &Decided) -> String {
+fn decision(decided: &DecisionRecord) -> String {
     let mut text = format!(
         "#{} {} {} from {}{}{} -> {}\n",
         decided.number.unwrap_or_default(),
@@ -141,21 +141,21 @@ fn decision(decided: &Decided) -> String {
     text
 }
 
-fn key(decided: &Decided) -> String {
+fn key(decided: &DecisionRecord) -> String {
     decided.key.as_deref().map(|key| format!(" key {}", clean(key))).unwrap_or_default()
 }
 
-fn chosen(decided: &Decided) -> String {
-    let worker = |c: &&Considered| Some(c.id) == decided.chosen;
+fn chosen(decided: &DecisionRecord) -> String {
+    let worker = |c: &&CandidateRecord| Some(c.id) == decided.chosen;
     match decided.candidates.iter().find(worker) {
         Some(worker) => format!("worker {} ({})", worker.id, clean(&worker.name)),
         None => "no worker".to_owned(),
     }
 }
 
-fn candidates(decided: &Decided, line_width: usize) -> String {
-    let name = |c: &Considered| format!("{} ({})", c.id, clean(&c.name));
-    let rest = |c: &Considered| {
+fn candidates(decided: &DecisionRecord, line_width: usize) -> String {
+    let name = |c: &CandidateRecord| format!("{} ({})", c.id, clean(&c.name));
+    let rest = |c: &CandidateRecord| {
         let score = c.score.map_or_else(|| "-".to_owned(), |score| format!("{score:.2}"));
         format!(
             "load {:>5}  weight {:>6}  score {score:>8}  {}{}",
@@ -165,7 +165,7 @@ fn candidates(decided: &Decided, line_width: usize) -> String {
             c.gauge.as_ref().map(|gauge| format!(" ({})", clean(gauge))).unwrap_or_default()
         )
     };
-    let longest = |text: &dyn Fn(&Considered) -> String| {
+    let longest = |text: &dyn Fn(&CandidateRecord) -> String| {
         decided.candidates.iter().map(|c| text(c).chars().count()).max().unwrap_or(0)
     };
     // Indentation and gap take six columns.
@@ -188,21 +188,21 @@ fn weight(weight: f64) -> String {
 }
 
 pub(super) fn explain(arguments: &ExplainArgs) -> Result<(), Failure> {
-    let place = admin::find(&arguments.admin)?;
+    let endpoint = admin::find(&arguments.admin)?;
     let mut path = format!("/v1/pools/{}/explain", admin::segment(&arguments.pool));
     if let Some(from) = arguments.from {
         // An address has no characters with a meaning in a query.
         let _ = write!(path, "?from={from}");
     }
-    let body = admin::get(&place, &path)?;
+    let body = admin::get(&endpoint, &path)?;
     if arguments.json {
         return print(&format!("{}\n", String::from_utf8_lossy(&body)));
     }
-    print(&next(&admin::parse(&body, &place)?))
+    print(&next(&admin::parse(&body, &endpoint)?))
 }
 
-fn next(explained: &Explained) -> String {
-    let Explained { pool, policy, obstacle, decision } = explained;
+fn next(explained: &ExplainAnswer) -> String {
+    let ExplainAnswer { pool, policy, obstacle, decision } = explained;
     let mut text = match obstacle.as_deref() {
         None => format!("goes to {}", chosen(decision)),
         Some("refusing") => {
@@ -231,13 +231,13 @@ fn next(explained: &Explained) -> String {
 mod tests {
     use super::*;
 
-    fn considered(id: u64, name: &str, score: Option<f64>, why: &str) -> Considered {
+    fn considered(id: u64, name: &str, score: Option<f64>, why: &str) -> CandidateRecord {
         let name = name.to_owned();
-        Considered { id, name, load: 4, weight: 1.0, score, why: why.to_owned(), gauge: None }
+        CandidateRecord { id, name, load: 4, weight: 1.0, score, why: why.to_owned(), gauge: None }
     }
 
-    fn decided() -> Decided {
-        Decided {
+    fn decided() -> DecisionRecord {
+        DecisionRecord {
             number: Some(12),
             at: "2026-01-02T03:04:05.678Z".to_owned(),
             connection: Some(99),
@@ -267,8 +267,12 @@ mod tests {
 
     #[test]
     fn an_empty_history_explains_the_setting() {
-        let mut history =
-            History { pool: "web".to_owned(), policy: String::new(), size: 0, decisions: vec![] };
+        let mut history = HistoryAnswer {
+            pool: "web".to_owned(),
+            policy: String::new(),
+            size: 0,
+            decisions: vec![],
+        };
         assert!(past(&history).contains("set a number, such as history = 100, in [pool.web]"));
         history.size = 5;
         assert_eq!(past(&history), "no decisions yet\n");
@@ -276,13 +280,13 @@ mod tests {
 
     #[test]
     fn every_obstacle_is_a_sentence() {
-        let mut explained = Explained {
+        let mut explained = ExplainAnswer {
             pool: "web".to_owned(),
             policy: "hash".to_owned(),
             obstacle: None,
             decision: decided(),
         };
-        let head = |explained: &Explained| next(explained).lines().next().map(str::to_owned);
+        let head = |explained: &ExplainAnswer| next(explained).lines().next().map(str::to_owned);
         assert_eq!(
             head(&explained).as_deref(),
             Some(

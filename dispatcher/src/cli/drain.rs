@@ -108,8 +108,8 @@ pub(super) struct ResumeArgs {
 
 pub(super) fn drain(arguments: &DrainArgs) -> Result<(), Failure> {
     let path = arguments.target.path("drain")?;
-    let place = admin::find(&arguments.admin)?;
-    let answer: WorkersChanged = admin::post(&place, &path, &Action::drain(arguments.deadline))?;
+    let endpoint = admin::find(&arguments.admin)?;
+    let answer: WorkersChanged = admin::post(&endpoint, &path, &Action::drain(arguments.deadline))?;
     show(&answer, arguments.json)?;
     if !arguments.wait {
         return Ok(());
@@ -118,13 +118,13 @@ pub(super) fn drain(arguments: &DrainArgs) -> Result<(), Failure> {
     let default =
         arguments.deadline.map_or(LONGEST_WAIT, |deadline| deadline.saturating_add(AFTER_DEADLINE));
     let drained = wait::Drained { workers: workers.collect(), instance: answer.instance };
-    drained.wait(&place, arguments.timeout.unwrap_or(default))
+    drained.wait(&endpoint, arguments.timeout.unwrap_or(default))
 }
 
 pub(super) fn resume(arguments: &ResumeArgs) -> Result<(), Failure> {
     let path = arguments.target.path("resume")?;
-    let place = admin::find(&arguments.admin)?;
-    show(&admin::post(&place, &path, &Action::Resume {})?, arguments.json)
+    let endpoint = admin::find(&arguments.admin)?;
+    show(&admin::post(&endpoint, &path, &Action::Resume {})?, arguments.json)
 }
 
 /// Prints the answer: as JSON, or a line for each worker.

@@ -29,13 +29,13 @@ pub(super) struct LogLevelArgs {
 }
 
 pub(super) fn log_level(arguments: &LogLevelArgs) -> Result<(), Failure> {
-    let place = admin::find(&arguments.admin)?;
+    let endpoint = admin::find(&arguments.admin)?;
     let answer: LogLevel = match &arguments.level {
         Some(level) => {
             let body = SetLogLevel { level: level.clone() };
-            admin::post(&place, "/v1/log_level", &body)?
+            admin::post(&endpoint, "/v1/log_level", &body)?
         }
-        None => admin::parse(&admin::get(&place, "/v1/log_level")?, &place)?,
+        None => admin::parse(&admin::get(&endpoint, "/v1/log_level")?, &endpoint)?,
     };
     if arguments.json {
         return print_json(&answer);

@@ -250,7 +250,7 @@ pub fn main() -> ExitCode {
     // actions.
     let serves = std::env::args_os().nth(1).is_some_and(|word| word == "run" || word == "demo");
     if serves && let Err(error) = crate::signals::prepare() {
-        complain(&format!("signal handlers: {error}"));
+        print_error(&format!("signal handlers: {error}"));
         return Exit::OsErr.into();
     }
     execute(std::env::args_os()).into()
@@ -299,21 +299,21 @@ fn execute(arguments: impl IntoIterator<Item = OsString>) -> Exit {
                 // Without a reader, the exit code is all that is left.
                 let _ = failure.print_json();
             }
-            complain(&failure.message);
+            print_error(&failure.message);
             failure.exit
         }
     }
 }
 
 /// Prints to stderr, with the program's name.
-fn complain(message: &str) {
+fn print_error(message: &str) {
     // A closed stderr cannot be reported.
     let _ = writeln!(std::io::stderr(), "dispatcher: {message}");
 }
 
 /// Prints to stdout. A closed pipe (`| head`) is not an error.
 fn print(text: &str) -> Result<(), Failure> {
-    feed(text).map(drop)
+    print_while_read(text).map(drop)
 }
 
 /// JSON on one line, with the fields in alphabetical order.
@@ -324,7 +324,7 @@ fn print_json(answer: &impl Serialize) -> Result<(), Failure> {
 }
 
 /// Like [`print`]; the answer is false if stdout has no reader any more.
-fn feed(text: &str) -> Result<bool, Failure> {
+fn print_while_read(text: &str) -> Result<bool, Failure> {
     let mut out = std::io::stdout().lock();
     match out.write_all(text.as_bytes()).and_then(|()| out.flush()) {
         Ok(()) => Ok(true),
@@ -334,7 +334,7 @@ fn feed(text: &str) -> Result<bool, Failure> {
 }
 
 /// Sleeps; the answer is false if stdout has lost its reader. Nothing is written to find out.
-fn rest(pace: Duration) -> bool {
+fn pause(pace: Duration) -> bool {
     use rustix::event::{PollFd, PollFlags, Timespec, poll};
 
     std::thread::sleep(pace);

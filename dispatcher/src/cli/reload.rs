@@ -5,8 +5,8 @@ use std::time::Duration;
 
 use clap::Args;
 
-use super::wait::Patience;
-use super::{AdminArgs, Exit, Failure, admin, complain, print, print_json, status};
+use super::wait::SlowNotice;
+use super::{AdminArgs, Exit, Failure, admin, print, print_error, print_json, status};
 use crate::api::reload::{ReloadRequest, Reloaded};
 
 pub(super) const EXAMPLES: &str = "\
@@ -40,17 +40,17 @@ pub(super) fn reload(arguments: &ReloadArgs) -> Result<(), Failure> {
         return print_json(&answer);
     }
     for warning in texts(&answer.warnings) {
-        complain(&warning);
+        print_error(&warning);
     }
     print(&summary(&answer))
 }
 
 fn ask(arguments: &AdminArgs) -> Result<Reloaded, Failure> {
-    let _patience = Patience::new("waiting for the dispatcher to read its configuration …");
-    let places = admin::places(arguments)?;
+    let _notice = SlowNotice::new("waiting for the dispatcher to read its configuration …");
+    let endpoints = admin::endpoints(arguments)?;
     let mut first = None;
-    for place in &places {
-        match admin::post_within(place, "/v1/reload", &ReloadRequest {}, PATIENCE) {
+    for endpoint in &endpoints {
+        match admin::post_within(endpoint, "/v1/reload", &ReloadRequest {}, PATIENCE) {
             Err(failure) if failure.exit == Exit::Unavailable => {
                 first.get_or_insert(failure);
             }
@@ -60,7 +60,7 @@ fn ask(arguments: &AdminArgs) -> Result<Reloaded, Failure> {
     let mut failure = first.unwrap_or_else(|| {
         Failure::new(Exit::Unavailable, "there is no admin socket to connect to")
     });
-    if places.iter().any(admin::Place::is_of_a_file) {
+    if endpoints.iter().any(admin::AdminEndpoint::is_from_file) {
         failure.message += MOVED;
     }
     Err(failure)

@@ -6,7 +6,7 @@ use clap_complete::engine::ArgValueCandidates;
 use super::table::{clean, count};
 use super::{AdminArgs, Failure, admin, complete, print, print_json};
 use crate::api::action::{Action, PoolScaled};
-use crate::api::command::Wanted;
+use crate::api::command::ProcessCount;
 
 pub(super) const EXAMPLES: &str = "\
 Examples:
@@ -23,7 +23,7 @@ pub(super) struct ScaleArgs {
     pool: String,
     /// The number of processes, 1 to 1024; or a change, +N or -N.
     #[arg(value_name = "N", allow_hyphen_values = true, value_parser = parse)]
-    processes: Wanted,
+    processes: ProcessCount,
     /// Print the answer as JSON.
     #[arg(long)]
     pub(super) json: bool,
@@ -31,19 +31,19 @@ pub(super) struct ScaleArgs {
     admin: AdminArgs,
 }
 
-fn parse(text: &str) -> Result<Wanted, String> {
+fn parse(text: &str) -> Result<ProcessCount, String> {
     let wrong = |_| "a whole number such as 8, +1 or -1".to_owned();
     if text.starts_with(['+', '-']) {
-        text.parse().map(Wanted::By).map_err(wrong)
+        text.parse().map(ProcessCount::ChangeBy).map_err(wrong)
     } else {
-        text.parse().map(Wanted::So).map_err(wrong)
+        text.parse().map(ProcessCount::Exactly).map_err(wrong)
     }
 }
 
 pub(super) fn scale(arguments: &ScaleArgs) -> Result<(), Failure> {
-    let place = admin::find(&arguments.admin)?;
+    let endpoint = admin::find(&arguments.admin)?;
     let path = format!("/v1/pools/{}", admin::segment(&arguments.pool));
-    let answer: PoolScaled = admin::post(&place, &path, &Action::scale(arguments.processes))?;
+    let answer: PoolScaled = admin::post(&endpoint, &path, &Action::scale(arguments.processes))?;
     if arguments.json {
         return print_json(&answer);
     }

@@ -6,10 +6,10 @@ use std::time::Duration;
 
 use clap::Args;
 
-use super::admin::Place;
+use super::admin::AdminEndpoint;
 pub(super) use super::table::{Table, clean};
 use super::table::{count, width, wrap};
-use super::{AdminArgs, Failure, admin, feed, print, rest};
+use super::{AdminArgs, Failure, admin, pause, print, print_while_read};
 use crate::api::status::{FaultStatus, Status};
 
 pub(super) const EXAMPLES: &str = "\
@@ -38,15 +38,15 @@ pub(super) struct StatusArgs {
 }
 
 pub(super) fn status(arguments: &StatusArgs) -> Result<(), Failure> {
-    let place = admin::find(&arguments.admin)?;
+    let endpoint = admin::find(&arguments.admin)?;
     let Some(pace) = arguments.watch else {
-        return print(&once(&place, arguments)?);
+        return print(&once(&endpoint, arguments)?);
     };
     // A shorter interval would load the dispatcher without a benefit for a reader.
     let pace = pace.max(Duration::from_millis(100));
     let terminal = std::io::stdout().is_terminal();
     loop {
-        let text = once(&place, arguments)?;
+        let text = once(&endpoint, arguments)?;
         let text = match (arguments.json, terminal) {
             (true, _) => text,
             // Overwrite the screen from the top, clear the rest of each line, and clear the lines
@@ -54,22 +54,22 @@ pub(super) fn status(arguments: &StatusArgs) -> Result<(), Failure> {
             (false, true) => format!("\x1b[H{}\x1b[J", text.replace('\n', "\x1b[K\n")),
             (false, false) => text + "\n",
         };
-        if !(feed(&text)? && rest(pace)) {
+        if !(print_while_read(&text)? && pause(pace)) {
             // Stdout has no reader any more.
             return Ok(());
         }
     }
 }
 
-fn once(place: &Place, arguments: &StatusArgs) -> Result<String, Failure> {
-    let body = admin::get(place, "/v1/status")?;
+fn once(endpoint: &AdminEndpoint, arguments: &StatusArgs) -> Result<String, Failure> {
+    let body = admin::get(endpoint, "/v1/status")?;
     if arguments.json {
         // The original bytes keep fields that a newer dispatcher has added.
         let mut text = String::from_utf8_lossy(&body).into_owned();
         text.push('\n');
         return Ok(text);
     }
-    let status: Status = admin::parse(&body, place)?;
+    let status: Status = admin::parse(&body, endpoint)?;
     Ok(table(&status, arguments.faults, width()))
 }
 

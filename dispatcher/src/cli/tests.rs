@@ -82,10 +82,10 @@ fn a_broken_configuration_without_an_admin_socket() {
     let nothing = AdminArgs::default();
     // The mistake makes the file's `admin_socket` unreadable.
     std::fs::write(&file, "admin_socket = '/custom'\n[pool\n").expect("written");
-    let places = admin::places_with(&nothing, None, &file).expect("somewhere");
-    assert_eq!(places.len(), 1);
-    let place = admin::Place { path: other.clone(), ..places[0].clone() };
-    let failure = admin::get(&place, "/v1/status").expect_err("nobody there");
+    let endpoints = admin::endpoints_with(&nothing, None, &file).expect("somewhere");
+    assert_eq!(endpoints.len(), 1);
+    let endpoint = admin::AdminEndpoint { path: other.clone(), ..endpoints[0].clone() };
+    let failure = admin::get(&endpoint, "/v1/status").expect_err("nobody there");
     assert_eq!(failure.exit, Exit::Config);
     assert!(failure.message.contains("d.toml:2:6: "), "{}", failure.message);
     assert!(failure.message.contains("| [pool\n"), "{}", failure.message);
@@ -93,13 +93,13 @@ fn a_broken_configuration_without_an_admin_socket() {
     assert!(failure.message.contains("--admin PATH"), "{}", failure.message);
     // The command line takes precedence.
     let told = Some(OsString::from("/v"));
-    let place = admin::find_with(&nothing, told, &file).expect("found");
-    assert_eq!((place.from.as_str(), place.unsaid), ("DISPATCHER_ADMIN", None));
+    let endpoint = admin::find_with(&nothing, told, &file).expect("found");
+    assert_eq!((endpoint.from.as_str(), endpoint.mistake), ("DISPATCHER_ADMIN", None));
     // A missing file is not a mistake.
     let missing = directory.path().join("none.toml");
-    let place = admin::find_with(&nothing, None, &missing).expect("found");
-    let place = admin::Place { path: other, ..place };
-    assert_eq!(admin::get(&place, "/v1/status").expect_err("nobody").exit, Exit::Unavailable);
+    let endpoint = admin::find_with(&nothing, None, &missing).expect("found");
+    let endpoint = admin::AdminEndpoint { path: other, ..endpoint };
+    assert_eq!(admin::get(&endpoint, "/v1/status").expect_err("nobody").exit, Exit::Unavailable);
 }
 
 #[test]
@@ -108,9 +108,9 @@ fn reload_tries_the_old_admin_socket() {
     let file = directory.path().join("d.toml");
     std::fs::write(&file, "admin_socket = '/custom'").expect("written");
     let paths = |arguments: &AdminArgs, variable: Option<&str>| {
-        let places = admin::places_with(arguments, variable.map(OsString::from), &file);
-        let places = places.expect("somewhere").into_iter();
-        places.map(|place| place.path.display().to_string()).collect::<Vec<_>>()
+        let endpoints = admin::endpoints_with(arguments, variable.map(OsString::from), &file);
+        let endpoints = endpoints.expect("somewhere").into_iter();
+        endpoints.map(|endpoint| endpoint.path.display().to_string()).collect::<Vec<_>>()
     };
     let default = "/run/dispatcher/admin.sock";
     assert_eq!(paths(&AdminArgs::default(), None), ["/custom", default]);
@@ -164,7 +164,7 @@ fn precedence_of_admin_socket_settings() {
             let arguments =
                 AdminArgs { admin: given.map(PathBuf::from), config: config.map(Path::to_owned) };
             admin::find_with(&arguments, variable.map(OsString::from), default)
-                .map(|place| (place.path.display().to_string(), place.from))
+                .map(|endpoint| (endpoint.path.display().to_string(), endpoint.from))
                 .map_err(|failure| failure.exit)
         };
     let (path, from) = find(Some("/a"), Some(&file), Some("/v"), &file).expect("found");

@@ -5,9 +5,9 @@ use std::io::{IsTerminal, Write};
 use std::sync::mpsc;
 use std::time::{Duration, Instant};
 
-use super::admin::Place;
+use super::admin::AdminEndpoint;
 use super::table::count;
-use super::{Exit, Failure, admin, complain};
+use super::{Exit, Failure, admin, print_error};
 use crate::api::status::Status;
 
 /// No message appears before this time has passed.
@@ -27,9 +27,9 @@ pub(super) struct Drained {
 
 impl Drained {
     /// Waits until each worker has left or has no connections.
-    pub(super) fn wait(self, place: &Place, timeout: Duration) -> Result<(), Failure> {
+    pub(super) fn wait(self, endpoint: &AdminEndpoint, timeout: Duration) -> Result<(), Failure> {
         let mut progress = Progress::default();
-        let outcome = until_drained(place, self, timeout, &mut progress);
+        let outcome = until_drained(endpoint, self, timeout, &mut progress);
         progress.end();
         outcome
     }
@@ -51,7 +51,7 @@ impl Drained {
 }
 
 fn until_drained(
-    place: &Place,
+    endpoint: &AdminEndpoint,
     mut drained: Drained,
     timeout: Duration,
     progress: &mut Progress,
@@ -62,7 +62,7 @@ fn until_drained(
     let mut broken = false;
     loop {
         let late = deadline.is_some_and(|deadline| Instant::now() >= deadline);
-        let status: Status = match look(place) {
+        let status: Status = match look(endpoint) {
             Ok(status) => status,
             // The dispatcher is busy for a moment; the wait may take an hour, so it goes on.
             Err(failure) if failure.exit == Exit::TempFail && !late => {
@@ -126,26 +126,26 @@ fn until_drained(
     }
 }
 
-fn look(place: &Place) -> Result<Status, Failure> {
-    admin::parse(&admin::get(place, "/v1/status")?, place)
+fn look(endpoint: &AdminEndpoint) -> Result<Status, Failure> {
+    admin::parse(&admin::get(endpoint, "/v1/status")?, endpoint)
 }
 
 /// Prints `what` if the operation takes longer than a second. Dropping it cancels the message.
-pub(super) struct Patience {
+pub(super) struct SlowNotice {
     _over: mpsc::Sender<()>,
 }
 
-impl Patience {
-    pub(super) fn new(what: &'static str) -> Patience {
+impl SlowNotice {
+    pub(super) fn new(what: &'static str) -> SlowNotice {
         let (over, waits) = mpsc::channel::<()>();
         // If no thread can be started, no message appears. The thread ends with the operation or
         // with the process.
-        let _ = std::thread::Builder::new().name("patience".to_owned()).spawn(move || {
+        let _ = std::thread::Builder::new().name("slow-notice".to_owned()).spawn(move || {
             if waits.recv_timeout(SILENCE) == Err(mpsc::RecvTimeoutError::Timeout) {
-                complain(what);
+                print_error(what);
             }
         });
-        Patience { _over: over }
+        SlowNotice { _over: over }
     }
 }
 

@@ -42,19 +42,19 @@ fn parse(text: &str) -> Result<u16, String> {
 
 pub(super) fn weight(arguments: &WeightArgs) -> Result<(), Failure> {
     let worker: WorkerRef = arguments.worker.parse().map_err(drain::usage)?;
-    let place = admin::find(&arguments.admin)?;
+    let endpoint = admin::find(&arguments.admin)?;
     let path = format!("/v1/workers/{}", admin::segment(&worker.to_string()));
     let workers = match arguments.weight {
         Some(weight) => {
             let action = Action::Weight { weight: weight.into() };
-            let answer: WorkersChanged = admin::post(&place, &path, &action)?;
+            let answer: WorkersChanged = admin::post(&endpoint, &path, &action)?;
             if arguments.json {
                 return print_json(&answer);
             }
             answer.workers
         }
         None => {
-            let worker: WorkerEntry = admin::parse(&admin::get(&place, &path)?, &place)?;
+            let worker: WorkerEntry = admin::parse(&admin::get(&endpoint, &path)?, &endpoint)?;
             if arguments.json {
                 return print_json(&WorkerList { instance: None, workers: vec![worker] });
             }

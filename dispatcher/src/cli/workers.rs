@@ -26,11 +26,11 @@ pub(super) struct WorkersArgs {
 }
 
 pub(super) fn workers(arguments: &WorkersArgs) -> Result<(), Failure> {
-    let place = admin::find(&arguments.admin)?;
-    let mut answer: WorkerList = admin::parse(&admin::get(&place, "/v1/workers")?, &place)?;
+    let endpoint = admin::find(&arguments.admin)?;
+    let mut answer: WorkerList = admin::parse(&admin::get(&endpoint, "/v1/workers")?, &endpoint)?;
     if let Some(pool) = &arguments.pool {
         // This request fails for an unknown pool, with the nearest name as a hint.
-        admin::get(&place, &format!("/v1/pools/{}", admin::segment(pool)))?;
+        admin::get(&endpoint, &format!("/v1/pools/{}", admin::segment(pool)))?;
         answer.workers.retain(|worker| worker.pool == *pool);
     }
     if arguments.json {

@@ -7,9 +7,9 @@ use dispatch_protocol::ClientAddr;
 use super::{EventLoop, clock};
 use crate::api::action::{Outcome, PoolScaled, WorkerSummary, WorkersChanged};
 use crate::api::command::{
-    Answer, Command, CommandError, Problem, Target, Wanted, WorkerRef, unknown_pool,
+    Answer, Command, CommandError, Problem, ProcessCount, Target, WorkerRef, unknown_pool,
 };
-use crate::api::decisions::{Next, Past};
+use crate::api::decisions::{RawExplanation, RawHistory};
 use crate::config::MAX_PROCESSES;
 use dispatcher_core::{CannotResume, ListenerId, PoolId, WorkerId};
 
@@ -48,7 +48,7 @@ impl EventLoop {
     }
 
     /// As many processes of a pool as the operator wants.
-    fn scale(&mut self, name: &str, wanted: Wanted) -> Answer {
+    fn scale(&mut self, name: &str, wanted: ProcessCount) -> Answer {
         let id = self.pool_called(name)?;
         let spawns =
             self.config.pools.get(usize::from(id.0)).is_some_and(|pool| pool.spawn.is_some());
@@ -59,8 +59,8 @@ impl EventLoop {
         }
         let before = self.core.pool_settings(id).map_or(0, |settings| settings.processes);
         let processes = match wanted {
-            Wanted::So(processes) => i64::from(processes),
-            Wanted::By(by) => i64::from(before) + i64::from(by),
+            ProcessCount::Exactly(processes) => i64::from(processes),
+            ProcessCount::ChangeBy(by) => i64::from(before) + i64::from(by),
         };
         let valid = u32::try_from(processes).ok().filter(|n| (1..=MAX_PROCESSES).contains(n));
         let Some(processes) = valid else {
@@ -83,14 +83,14 @@ impl EventLoop {
     }
 
     /// What a pool keeps of its past.
-    pub(super) fn history(&self, pool: &str, after: u64) -> Result<Past, CommandError> {
+    pub(super) fn history(&self, pool: &str, after: u64) -> Result<RawHistory, CommandError> {
         let id = self.pool_called(pool)?;
         let settings = self.core.pool_settings(id);
         let listeners = (0u16..).map_while(|n| {
             self.config.listeners.get(usize::from(n))?;
             Some(self.core.listener_name(ListenerId(n)).to_owned())
         });
-        Ok(Past {
+        Ok(RawHistory {
             policy: settings.map_or("", |settings| settings.policy.name()),
             size: settings.map_or(0, |settings| settings.history),
             clock: (clock(), SystemTime::now()),
@@ -100,10 +100,14 @@ impl EventLoop {
     }
 
     /// To whom a pool's next connection would go.
-    pub(super) fn explain(&self, pool: &str, peer: ClientAddr) -> Result<Next, CommandError> {
+    pub(super) fn explain(
+        &self,
+        pool: &str,
+        peer: ClientAddr,
+    ) -> Result<RawExplanation, CommandError> {
         let id = self.pool_called(pool)?;
         let unknown = || unknown_pool(pool, self.core.pool_names());
-        Ok(Next {
+        Ok(RawExplanation {
             policy: self.core.pool_settings(id).map_or("", |settings| settings.policy.name()),
             clock: (clock(), SystemTime::now()),
             explanation: self.core.explain(self.now, id, peer).ok_or_else(unknown)?,

@@ -17,7 +17,7 @@ use std::time::{Duration, Instant};
 use tokio::sync::{Notify, oneshot};
 
 use crate::api::command::{Answer, Command, CommandError};
-use crate::api::decisions::{Next, Past};
+use crate::api::decisions::{RawExplanation, RawHistory};
 use crate::api::reload::Reloaded;
 use crate::api::status::Status;
 use crate::background::service_manager::ServiceManager;
@@ -69,7 +69,7 @@ pub enum Request {
         /// Only decisions with a higher number.
         after: u64,
         /// The decisions.
-        answer: oneshot::Sender<Result<Past, CommandError>>,
+        answer: oneshot::Sender<Result<RawHistory, CommandError>>,
     },
     /// The next decision of a pool.
     Explain {
@@ -78,7 +78,7 @@ pub enum Request {
         /// The address of the assumed client.
         peer: dispatch_protocol::ClientAddr,
         /// The decision.
-        answer: oneshot::Sender<Result<Next, CommandError>>,
+        answer: oneshot::Sender<Result<RawExplanation, CommandError>>,
     },
 }
 

@@ -203,7 +203,8 @@ fn reload_finds_the_dispatcher_or_explains_why_not() {
     let ran = reload(None);
     assert_eq!(ran.code, 69, "{ran:?}");
     assert!(
-        ran.err.contains("if admin_socket was changed") && ran.err.contains("--admin PATH"),
+        ran.err.contains("if admin_socket in the file has changed")
+            && ran.err.contains("--admin PATH"),
         "{ran:?}"
     );
     let ran = reload(Some(&dispatcher.admin()));

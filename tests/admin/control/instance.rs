@@ -34,7 +34,7 @@ fn waiting_for_a_drain_fails_after_a_restart() {
     // The command saw either no dispatcher or another instance.
     assert!(matches!(output.status.code(), Some(65 | 69)), "{output:?}: {said}");
     let expected = ["was started again", "has ended"].iter().any(|how| {
-        said.contains(&format!("the dispatcher {how} before it said that these workers"))
+        said.contains(&format!("the dispatcher {how} before it reported that these workers"))
     });
     assert!(expected && said.contains("web/w1"), "{said}");
     client.echo("it serves on");

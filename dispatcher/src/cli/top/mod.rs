@@ -21,10 +21,10 @@ use ratatui::crossterm::event::{self, Event, KeyCode, KeyEvent, KeyEventKind, Ke
 use self::model::{Action, Key, Model, Notice};
 use self::screen::{Screen, Suspend};
 use self::view::Theme;
-use super::admin::{self, Place};
+use super::admin::{self, AdminEndpoint};
 use super::{AdminArgs, Exit, Failure, print};
 use crate::api::action::{self, PoolScaled, WorkersChanged};
-use crate::api::command::Wanted;
+use crate::api::command::ProcessCount;
 use crate::api::status::Status;
 
 pub(super) const EXAMPLES: &str = "\
@@ -71,10 +71,10 @@ fn size(text: &str) -> Result<(u16, u16), String> {
 const LOOK: Duration = Duration::from_millis(100);
 
 pub(super) fn top(arguments: &TopArgs) -> Result<(), Failure> {
-    let place = admin::find(&arguments.admin)?;
+    let endpoint = admin::find(&arguments.admin)?;
     let theme = Theme { color: std::env::var_os("NO_COLOR").is_none_or(|value| value.is_empty()) };
     if arguments.snapshot {
-        return snapshot(&place, arguments.size);
+        return snapshot(&endpoint, arguments.size);
     }
     if !std::io::stdout().is_terminal() || !std::io::stdin().is_terminal() {
         return Err(Failure::new(
@@ -84,10 +84,10 @@ pub(super) fn top(arguments: &TopArgs) -> Result<(), Failure> {
         ));
     }
     // Before the terminal is taken, so that an error message stays visible.
-    let first = ask(&place)?;
+    let first = ask(&endpoint)?;
     let signals = Signals::register().map_err(|error| system("signal handlers", &error))?;
     let mut screen = Screen::open().map_err(|error| system("the terminal", &error))?;
-    let result = live(&mut screen, &place, first, arguments.interval, theme, &signals);
+    let result = live(&mut screen, &endpoint, first, arguments.interval, theme, &signals);
     let gone = screen.is_gone();
     drop(screen);
     // An error caused by a lost terminal is not reported: there is nothing left to show.
@@ -126,9 +126,9 @@ impl Signals {
 }
 
 /// Prints one frame as text.
-fn snapshot(place: &Place, (width, height): (u16, u16)) -> Result<(), Failure> {
+fn snapshot(endpoint: &AdminEndpoint, (width, height): (u16, u16)) -> Result<(), Failure> {
     let mut model = Model::new();
-    model.answer(ask(place)?, Duration::ZERO);
+    model.answer(ask(endpoint)?, Duration::ZERO);
     print(&frame(&mut model, width, height))
 }
 
@@ -147,8 +147,8 @@ fn frame(model: &mut Model, width: u16, height: u16) -> String {
     text
 }
 
-fn ask(place: &Place) -> Result<Status, Failure> {
-    admin::parse(&admin::get(place, "/v1/status")?, place)
+fn ask(endpoint: &AdminEndpoint) -> Result<Status, Failure> {
+    admin::parse(&admin::get(endpoint, "/v1/status")?, endpoint)
 }
 
 /// A message of the requesting thread.
@@ -161,7 +161,7 @@ enum News {
 
 fn live(
     screen: &mut Screen,
-    place: &Place,
+    endpoint: &AdminEndpoint,
     first: Status,
     interval: Duration,
     theme: Theme,
@@ -172,11 +172,11 @@ fn live(
     model.answer(first, Duration::ZERO);
     let (orders, to_do) = mpsc::sync_channel(16);
     let (tell, news) = mpsc::sync_channel(16);
-    let place = place.clone();
+    let endpoint = endpoint.clone();
     // The thread ends with the process: it may be in the middle of a request.
     std::thread::Builder::new()
         .name("ask".to_owned())
-        .spawn(move || keep_asking(&place, interval, &to_do, &tell))
+        .spawn(move || keep_asking(&endpoint, interval, &to_do, &tell))
         .map_err(|error| system("a thread", &error))?;
     let broken = |error: std::io::Error| system("the terminal", &error);
     let typed = typed()?;
@@ -271,7 +271,7 @@ fn key(event: &KeyEvent) -> Option<Key> {
 
 /// Requests the status every `interval` and after each command; ends when the receiver is dropped.
 fn keep_asking(
-    place: &Place,
+    endpoint: &AdminEndpoint,
     interval: Duration,
     orders: &Receiver<Action>,
     tell: &SyncSender<News>,
@@ -283,11 +283,11 @@ fn keep_asking(
             Err(RecvTimeoutError::Disconnected) => return,
         };
         if let Some(order) = order
-            && tell.send(carry_out(place, &order)).is_err()
+            && tell.send(carry_out(endpoint, &order)).is_err()
         {
             return;
         }
-        let news = match ask(place) {
+        let news = match ask(endpoint) {
             Ok(status) => News::Status(Box::new(status)),
             Err(failure) => News::NoAnswer(failure.message),
         };
@@ -297,11 +297,11 @@ fn keep_asking(
     }
 }
 
-fn carry_out(place: &Place, order: &Action) -> News {
+fn carry_out(endpoint: &AdminEndpoint, order: &Action) -> News {
     if let Action::Scale(pool, by) = order {
         let path = format!("/v1/pools/{}", admin::segment(pool));
         let scaled: Result<PoolScaled, Failure> =
-            admin::post(place, &path, &action::Action::scale(Wanted::By(*by)));
+            admin::post(endpoint, &path, &action::Action::scale(ProcessCount::ChangeBy(*by)));
         return match scaled {
             Ok(scaled) => {
                 let processes = crate::cli::table::count(scaled.processes.into(), "process");
@@ -316,7 +316,7 @@ fn carry_out(place: &Place, order: &Action) -> News {
         Action::Quit | Action::Scale(..) => return News::Failed("nothing to do".to_owned()),
     };
     let changed: Result<WorkersChanged, Failure> =
-        admin::post(place, &format!("/v1/workers/{id}"), &action);
+        admin::post(endpoint, &format!("/v1/workers/{id}"), &action);
     match changed {
         Ok(_) => News::Done(format!("worker {id} {done}")),
         Err(failure) => News::Failed(failure.message),
