@@ -46,7 +46,8 @@ fn transcript(arguments: &[&str], directory: &Path, admin: Option<&Path>) -> Str
     transcript += &text(&output.stderr);
     match output.status.code() {
         Some(0) => {}
-        code => transcript += &format!("(exit code {code:?})\n"),
+        Some(code) => transcript += &format!("(exit code {code})\n"),
+        None => transcript += "(ended by a signal)\n",
     }
     transcript + "\n"
 }
