@@ -177,7 +177,7 @@ fn allocations(keys: &str, request: &[u8], each: usize) -> u64 {
     let burst: Vec<_> = (0..BURST).map(|_| connect(address, request)).collect();
     test_support::wait_until("the burst to be sent", || {
         let (_, body) = test_support::http_get(&path("admin.sock"), "/v1/status").unwrap();
-        serde_json::from_str::<Status>(&body).unwrap().custody == BURST as u64
+        serde_json::from_str::<Status>(&body).unwrap().in_flight == BURST as u64
     });
     gate.wait();
     for mut client in burst {

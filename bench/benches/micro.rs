@@ -14,8 +14,8 @@ use dispatch_protocol::scoreboard::slot::{self, SlotState};
 use dispatch_protocol::wire::{Channel, Entry, EntryFlags, Features, Handoff, Hello, VERSION};
 use dispatcher_core::KeySource;
 use dispatcher_core::{
-    Access, Affinity, Client, Core, Effect, Join, ListenerId, ListenerSettings, Policy, PoolId,
-    PoolSettings, ScoredGauge, Scores, Ticket, Time, WorkerId,
+    Affinity, AllowedAccounts, Client, Core, Effect, Join, ListenerId, ListenerSettings, Policy,
+    PoolId, PoolSettings, ScoredGauge, Scores, Ticket, Time, WorkerId,
 };
 
 const LISTENER: ListenerId = ListenerId(0);
@@ -60,7 +60,7 @@ fn core_with(
         handoff_timeout: Duration::from_secs(1),
         max_handoff_timeout: Duration::from_secs(30),
         wait_for_worker: Duration::from_secs(1),
-        access: Access { users: vec![0], groups: Vec::new() },
+        access: AllowedAccounts { users: vec![0], groups: Vec::new() },
         ..PoolSettings::default()
     };
     change(&mut pool);

@@ -120,8 +120,8 @@ impl Core {
         let node = node(&hello.name, twin);
         let pool = &mut self.pools[p];
         let workers = &self.workers;
-        let home = pool.memory.as_mut().map_or(0, |memory| {
-            memory.move_in(&hello.name, index, |w| workers[w as usize].is_usable())
+        let binding = pool.memory.as_mut().map_or(0, |memory| {
+            memory.bind(&hello.name, index, |w| workers[w as usize].is_usable())
         });
         let priority = hello.priority;
         let (base, finished) = possible(hello);
@@ -131,7 +131,7 @@ impl Core {
             at: pool.candidates.add(Member { worker: index, node, priority }),
             name: hello.name.as_str().into(),
             twin,
-            home,
+            binding,
             pid: join.pid,
             priority,
             ramp: None,

@@ -1,7 +1,7 @@
 //! Connections whose first bytes are awaited, because they say who the client is.
 //!
 //! Owns their queue, its bounds and its deadline. Every connection of a pool is awaited equally long, so the first in the
-//! queue is always the first to run out of time. They count as held: nobody has them yet.
+//! queue is always the first to run out of time. They count as queued: nobody has them yet.
 
 use super::ledger::{Place, Queue};
 use super::policy::NEVER;
@@ -74,7 +74,7 @@ impl Core {
             return self.identified(now, p, conn, None);
         }
         self.ledger.await_bytes(&mut pool.awaiting.queue, conn, now);
-        self.totals.held += 1;
+        self.totals.queued += 1;
     }
 
     fn identified(&mut self, now: Time, pool: usize, conn: u32, known: Option<Known>) {
@@ -90,7 +90,7 @@ impl Core {
     /// Takes a connection out of the queue, to be given another place at once.
     pub(super) fn end_await(&mut self, pool: usize, conn: u32) {
         self.ledger.end_await(&mut self.pools[pool].awaiting.queue, conn);
-        self.totals.held -= 1;
+        self.totals.queued -= 1;
     }
 
     /// When the first in the queue has been awaited long enough.

@@ -14,7 +14,7 @@ use super::discarded::Kept;
 use super::effect::{Effect, Event};
 use super::handoff::Shares;
 use super::history::History;
-use super::ledger::Held;
+use super::ledger::PoolQueue;
 use super::policy::{Candidates, Member};
 use super::snapshot::Counts;
 use super::supervise::Processes;
@@ -30,7 +30,7 @@ impl Listener {
             pool: usize::from(settings.pool.0),
             accepted: 0,
             closed: [0; CloseReason::ALL.len()],
-            screen: None,
+            access_control: None,
             retired: false,
             closed_for_good: false,
             known: (joins, u64::MAX),
@@ -57,7 +57,7 @@ impl Pool {
             sample_at: now,
             memory: settings.affinity.as_ref().map(|a| Memory::new(a, seeds.number())),
             awaiting: Awaiting::default(),
-            held: Held::default(),
+            queued: PoolQueue::default(),
             usable: 0,
             untaken: 0,
             shares: Shares::default(),
@@ -218,8 +218,8 @@ impl Core {
         for index in indices {
             let workers = &self.workers;
             let name = &workers[index as usize].name;
-            let home = memory.move_in(name, index, |w| workers[w as usize].is_usable());
-            self.workers[index as usize].home = home;
+            let binding = memory.bind(name, index, |w| workers[w as usize].is_usable());
+            self.workers[index as usize].binding = binding;
         }
     }
 
@@ -321,7 +321,7 @@ impl Core {
         }
         let p = entry.pool;
         // Its table may be large, and nobody comes any more.
-        self.set_screen(listener, None);
+        self.set_access_control(listener, None);
         self.after(now, p);
         self.tick_retired(now, p);
     }
@@ -373,7 +373,7 @@ impl Core {
             }
             return;
         }
-        if pool.held.len() + pool.awaiting.len() > 0 {
+        if pool.queued.len() + pool.awaiting.len() > 0 {
             return;
         }
         if self.has_open_listeners(p) {

@@ -1,11 +1,11 @@
 //! The invariants, by a full recount of everything. Called after every public mutator in debug builds and tests.
 
+use super::access_control::UNTRACKED;
 use super::handoff::Shares;
 use super::ledger::Again;
 use super::ledger::Place;
 use super::policy::Available;
 use super::ring::Item;
-use super::screen::UNTRACKED;
 use super::trust::PROOF;
 use super::types::*;
 use super::worker::Worker;
@@ -33,58 +33,58 @@ impl Core {
     pub fn check(&self) {
         assert!(self.totals.is_conserved(), "{:?}", self.totals);
         assert_eq!(self.residual(), 0, "{:?}", self.totals);
-        let (mut held, mut awaited) = (0, 0);
+        let (mut queued, mut awaited) = (0, 0);
         for (p, pool) in self.pools.iter().enumerate() {
-            let mut queued = 0;
-            for conn in self.ledger.walk(&pool.held) {
+            let mut counted = 0;
+            for conn in self.ledger.walk(&pool.queued) {
                 let conn = self.ledger.get(conn);
-                assert_eq!(conn.place, Place::Held);
-                assert_eq!(self.pool_of(conn.listener), p, "held in its own pool");
-                queued += 1;
+                assert_eq!(conn.place, Place::Queued);
+                assert_eq!(self.pool_of(conn.listener), p, "queued in its own pool");
+                counted += 1;
             }
-            assert_eq!(queued, pool.held.len());
-            held += queued;
+            assert_eq!(counted, pool.queued.len());
+            queued += counted;
             awaited += self.check_awaiting(p);
             self.check_pool(p);
         }
-        assert_eq!(held + awaited, self.totals.held);
-        self.check_screens();
+        assert_eq!(queued + awaited, self.totals.queued);
+        self.check_access_controls();
 
-        let mut custody = 0;
+        let mut in_flight = 0;
         for p in 0..self.pools.len() {
             let top = self.top_priority(p);
             for (w, worker) in self.workers.iter().enumerate().filter(|(_, it)| it.pool == p) {
-                custody += u64::from(worker.untaken());
+                in_flight += u64::from(worker.untaken());
                 self.check_worker(w, top);
             }
         }
-        assert_eq!(custody, self.totals.custody);
+        assert_eq!(in_flight, self.totals.in_flight);
 
         let count = |f: fn(Place) -> bool| {
             let entries = self.ledger.entries().iter();
             entries.filter(|conn| f(conn.place)).count() as u64
         };
-        assert_eq!(held, count(|place| place == Place::Held));
+        assert_eq!(queued, count(|place| place == Place::Queued));
         assert_eq!(awaited, count(|place| place == Place::Awaiting));
-        assert_eq!(custody, count(|place| matches!(place, Place::Custody(_))));
+        assert_eq!(in_flight, count(|place| matches!(place, Place::InFlight(_))));
     }
 
-    fn check_screens(&self) {
+    fn check_access_controls(&self) {
         for (position, listener) in self.listeners.iter().enumerate() {
-            let Some(screen) = &listener.screen else { continue };
-            screen.check();
+            let Some(access_control) = &listener.access_control else { continue };
+            access_control.check();
             let counted = self.ledger.entries().iter().filter(|conn| {
                 usize::from(conn.listener.0) == position && conn.client != UNTRACKED
             });
             let mut count = 0;
             for conn in counted {
                 assert!(
-                    matches!(conn.place, Place::Held | Place::Awaiting | Place::Custody(_)),
+                    matches!(conn.place, Place::Queued | Place::Awaiting | Place::InFlight(_)),
                     "{conn:?}"
                 );
                 count += 1;
             }
-            assert_eq!(count, screen.queued());
+            assert_eq!(count, access_control.queued());
         }
     }
 
@@ -112,17 +112,18 @@ impl Core {
             // No worker is there, or none takes anything.
             Clock::Refusing => {}
         }
-        let fresh = pool.held.first().is_some_and(|conn| self.ledger.get(conn).again == Again::New);
+        let fresh =
+            pool.queued.first().is_some_and(|conn| self.ledger.get(conn).again == Again::New);
         assert!(
             !fresh
                 || pool.candidates.eligible() == 0
-                || self.choked.is_some()
+                || self.out_of_resources.is_some()
                 || !of_pool().any(|worker| worker.trust.batches >= PROOF),
-            "no new connection is held while a worker is eligible"
+            "no new connection is queued while a worker is eligible"
         );
         let untaken: u32 = self.workers.iter().filter(|w| w.pool == p).map(Worker::untaken).sum();
         assert_eq!(untaken, pool.untaken);
-        let waits = untaken > 0 || (!pool.held.is_empty() && pool.candidates.opens() > 0);
+        let waits = untaken > 0 || (!pool.queued.is_empty() && pool.candidates.opens() > 0);
         assert_eq!(waits, pool.unserved.is_some(), "it is known since when connections wait");
         let mut shares = Shares::default();
         for worker in of_pool() {
@@ -133,8 +134,8 @@ impl Core {
             shares.crowded += share.crowded;
         }
         assert_eq!(shares, pool.shares);
-        assert!(pool.held.is_empty() || pool.clock != Clock::Refusing);
-        assert!(pool.held.is_empty() || self.stop.is_none_or(|stop| !stop.over));
+        assert!(pool.queued.is_empty() || pool.clock != Clock::Refusing);
+        assert!(pool.queued.is_empty() || self.stop.is_none_or(|stop| !stop.over));
     }
 
     /// Below which nobody may be chosen, by the pool's policy.
@@ -153,7 +154,7 @@ impl Core {
         for ticket in worker.ring.tickets() {
             match worker.ring.item(ticket) {
                 Some(Item::Conn(conn)) => {
-                    assert_eq!(self.ledger.get(conn).place, Place::Custody(w as u32));
+                    assert_eq!(self.ledger.get(conn).place, Place::InFlight(w as u32));
                     assert_eq!(self.pool_of(self.ledger.get(conn).listener), worker.pool);
                 }
                 Some(Item::Probe) => {}
@@ -173,7 +174,11 @@ impl Core {
         }
         let pool = &self.pools[worker.pool];
         if let Some(memory) = pool.memory.as_ref().filter(|_| worker.is_usable()) {
-            assert!(memory.is_home_of(worker.home, w as u32), "{} lives elsewhere", worker.name);
+            assert!(
+                memory.is_bound_to(worker.binding, w as u32),
+                "{} is bound elsewhere",
+                worker.name
+            );
         }
         let candidate = pool.candidates.get(worker.at);
         assert_eq!(candidate.worker as usize, w);

@@ -6,9 +6,9 @@ use std::collections::VecDeque;
 use std::sync::Arc;
 
 use super::Core;
+use super::access_control::AccessControl;
 use super::affinity::Memory;
 use super::history::Decision;
-use super::screen::Screen;
 
 /// Something that is only there to be dropped.
 #[derive(Debug)]
@@ -19,7 +19,7 @@ pub struct Discarded {
 #[derive(Debug)]
 #[expect(dead_code, reason = "nobody looks at it any more")]
 pub(super) enum Kept {
-    Screen(Box<Screen>),
+    AccessControl(Box<AccessControl>),
     Memory(Memory),
     Decisions(VecDeque<Arc<Decision>>),
 }

@@ -102,7 +102,7 @@ impl Core {
         if self.is_surplus(w) {
             return Err(CannotResume::Surplus);
         }
-        self.come_home(w);
+        self.rebind(w);
         let state = &mut self.workers[w];
         state.drain_deadline = None;
         state.unwanted = false;
@@ -128,15 +128,15 @@ impl Core {
     }
 
     /// While it drained its clients went to whoever came with its name, if anybody did: they stay there.
-    fn come_home(&mut self, w: usize) {
+    fn rebind(&mut self, w: usize) {
         let state = &self.workers[w];
         let Some(memory) = &mut self.pools[state.pool].memory else { return };
-        if memory.is_home_of(state.home, w as u32) {
+        if memory.is_bound_to(state.binding, w as u32) {
             return;
         }
         let workers = &self.workers;
-        let home = memory.move_in(&state.name, w as u32, |w| workers[w as usize].is_usable());
-        self.workers[w].home = home;
+        let binding = memory.bind(&state.name, w as u32, |w| workers[w as usize].is_usable());
+        self.workers[w].binding = binding;
     }
 
     /// An [`super::Effect::Tell`] could not be carried out; it is tried again after `handoff_timeout`.

@@ -31,7 +31,7 @@ pub enum Effect {
     /// Empty the worker's channel through the retained end, closing what comes out. What is asked for afterwards is sent when
     /// that is done: the event loop keeps it back, so that nothing new is taken out. Always: [`super::Core::purged`].
     Purge { worker: WorkerId },
-    /// The worker has the connection: close the custody copy, then write RELEASED.
+    /// The worker has the connection: close the copy of the dispatcher, then write RELEASED.
     Release { worker: WorkerId, conn: ConnId, ticket: Ticket },
     /// Close the connection; for [`CloseReason::NoWorker`] send the pool's `unavailable_response` first. If it is `shared`, a
     /// worker that had it may still hold a copy: then a close alone ends nothing, it must be shut down.
@@ -94,7 +94,7 @@ pub enum Event {
     /// A worker has room again.
     Relieved { pool: PoolId },
     /// Short of descriptors or memory; everything waits for `pause`.
-    Choked { pause: Duration },
+    OutOfResources { pause: Duration },
     /// A process ended or did not start; it is started again after `delay`.
     Restarting { process: ProcessId, delay: Duration },
 }

@@ -184,7 +184,7 @@ impl Core {
 
     /// When [`Core::tick_handoffs`] has something to do at the latest, or the queue may move on.
     pub(super) fn handoffs_due(&self, pool: &Pool) -> Time {
-        let running = |until: &Time| !pool.held.is_empty() && *until > pool.ticked;
+        let running = |until: &Time| !pool.queued.is_empty() && *until > pool.ticked;
         let trial = Some(pool.trial_until).filter(running);
         let first = Some(pool.first_until).filter(running);
         [trial, first, pool.retrial_wait, pool.idle_at].into_iter().flatten().min().unwrap_or(NEVER)
@@ -316,7 +316,7 @@ impl Core {
     /// While a thread of a trusted worker waits, the oldest connection at one whose threads are all busy goes there.
     pub(super) fn use_idle_threads(&mut self, now: Time, p: usize) {
         let Pool { shares, .. } = &self.pools[p];
-        if shares.idle == 0 || shares.crowded == 0 || self.choked.is_some() {
+        if shares.idle == 0 || shares.crowded == 0 || self.out_of_resources.is_some() {
             self.pools[p].idle_at = None;
             return;
         }

@@ -194,7 +194,7 @@ impl Core {
         worker.state = State::Gone;
         self.pools[pool].counts.gone += 1;
         if let Some(memory) = &mut self.pools[pool].memory {
-            memory.move_out(worker.home, w as u32);
+            memory.unbind(worker.binding, w as u32);
         }
         if let Some(moved) = self.pools[pool].candidates.remove(at) {
             self.workers[moved as usize].at = at;
@@ -294,11 +294,11 @@ impl Core {
     }
 
     /// This machine or user is short of something: everything rests.
-    pub(super) fn choke(&mut self, now: Time) {
+    pub(super) fn note_out_of_resources(&mut self, now: Time) {
         let until = now + self.resource_pause;
-        if self.choked.replace(until).is_none() {
+        if self.out_of_resources.replace(until).is_none() {
             let pause = self.resource_pause;
-            self.event(Event::Choked { pause });
+            self.event(Event::OutOfResources { pause });
         }
     }
 }

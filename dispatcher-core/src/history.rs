@@ -177,10 +177,10 @@ impl Core {
         let pool = &self.pools[p];
         let obstacle = if self.stop.is_some() {
             Some(Obstacle::Stopping)
-        } else if self.choked.is_some() {
+        } else if self.out_of_resources.is_some() {
             Some(Obstacle::Short)
         } else if choice.is_some() {
-            (!pool.held.is_empty()).then_some(Obstacle::Queue)
+            (!pool.queued.is_empty()).then_some(Obstacle::Queue)
         } else {
             Some(match pool.clock {
                 Clock::Refusing => Obstacle::Refusing,

@@ -20,9 +20,9 @@ pub(super) enum Place {
     /// Its first bytes are awaited.
     Awaiting,
     /// In the pool's queue.
-    Held,
-    /// In custody for this worker.
-    Custody(u32),
+    Queued,
+    /// In flight to this worker.
+    InFlight(u32),
     /// Taken or closed; the event loop has yet to drop its copy.
     Leaving,
 }
@@ -56,7 +56,7 @@ pub(super) struct Conn {
     /// Since when its first bytes have been awaited.
     pub(super) since: Time,
     pub(super) place: Place,
-    /// Where its listener's [`super::screen::Screen`] counts it, while it does.
+    /// Where its listener's [`super::access_control::AccessControl`] counts it, while it does.
     pub(super) client: u32,
     /// Whether a record that names it may have reached a worker before.
     pub(super) resent: bool,
@@ -68,7 +68,7 @@ pub(super) struct Conn {
     pub(super) bound: bool,
     /// Why it is to be placed again, if it is.
     pub(super) again: Again,
-    /// Which of the pool's two queues, while held.
+    /// Which of the two queues of the pool, while the connection is queued.
     returned: bool,
     prev: u32,
     next: u32,
@@ -110,12 +110,12 @@ impl Queue {
 
 /// A pool's connections that wait for a worker. Those that were sent before are older than all others, so they go first.
 #[derive(Clone, Copy, Debug, Default)]
-pub(super) struct Held {
+pub(super) struct PoolQueue {
     returned: Queue,
     fresh: Queue,
 }
 
-impl Held {
+impl PoolQueue {
     pub(super) fn len(&self) -> u64 {
         self.returned.len + self.fresh.len
     }
@@ -152,7 +152,7 @@ impl Ledger {
             known: None,
             since: Time::default(),
             place: Place::Leaving,
-            client: super::screen::UNTRACKED,
+            client: super::access_control::UNTRACKED,
             resent: false,
             moves: 0,
             trial: false,
@@ -209,7 +209,7 @@ impl Ledger {
     /// The listener no longer counts any of its connections.
     pub(super) fn untrack(&mut self, listener: ListenerId) {
         for conn in self.conns.iter_mut().filter(|conn| conn.listener == listener) {
-            conn.client = super::screen::UNTRACKED;
+            conn.client = super::access_control::UNTRACKED;
         }
     }
 
@@ -218,10 +218,10 @@ impl Ledger {
     }
 
     /// Appends to the queue: of those that come back from a worker, or of new ones.
-    pub(super) fn hold(&mut self, held: &mut Held, index: u32, returned: bool) {
-        self.append(held.queue(returned), index);
+    pub(super) fn enqueue(&mut self, queued: &mut PoolQueue, index: u32, returned: bool) {
+        self.append(queued.queue(returned), index);
         let conn = &mut self.conns[index as usize];
-        conn.place = Place::Held;
+        conn.place = Place::Queued;
         conn.returned = returned;
     }
 
@@ -246,19 +246,19 @@ impl Ledger {
     }
 
     /// Takes the first one out of the queue.
-    pub(super) fn pop(&mut self, held: &mut Held) -> Option<u32> {
-        let head = held.first()?;
-        self.unhold(held, head);
+    pub(super) fn pop(&mut self, queued: &mut PoolQueue) -> Option<u32> {
+        let head = queued.first()?;
+        self.dequeue(queued, head);
         Some(head)
     }
 
     /// Takes this one out of the queue.
-    pub(super) fn unhold(&mut self, held: &mut Held, index: u32) {
+    pub(super) fn dequeue(&mut self, queued: &mut PoolQueue, index: u32) {
         let conn = &mut self.conns[index as usize];
-        debug_assert!(conn.place == Place::Held);
+        debug_assert!(conn.place == Place::Queued);
         conn.place = Place::Leaving;
         let returned = conn.returned;
-        self.remove(held.queue(returned), index);
+        self.remove(queued.queue(returned), index);
     }
 
     /// Takes this one out of the queue of those whose first bytes are awaited.
@@ -282,9 +282,9 @@ impl Ledger {
         }
     }
 
-    /// Every held connection, in the order in which it will be placed.
-    pub(super) fn walk<'a>(&'a self, held: &Held) -> impl Iterator<Item = u32> + 'a {
-        self.walk_queue(&held.returned).chain(self.walk_queue(&held.fresh))
+    /// Every queued connection, in the order in which it will be placed.
+    pub(super) fn walk<'a>(&'a self, queued: &PoolQueue) -> impl Iterator<Item = u32> + 'a {
+        self.walk_queue(&queued.returned).chain(self.walk_queue(&queued.fresh))
     }
 
     /// Every connection of a queue, the first first.

@@ -1,6 +1,6 @@
 //! The decision core: which worker gets which connection, and what becomes of it until the worker has it.
 //!
-//! Owns worker states, policies, the custody ledger, deadlines and supervision. Facts and the time go in as
+//! Owns worker states, policies, the ledger of connections in flight, deadlines and supervision. Facts and the time go in as
 //! arguments; effects come out of [`Core::effect`] as values. It never touches a file descriptor, a clock, a socket or
 //! a log, so a test or a simulator can drive it through any history, and the same history gives the same decisions.
 //!
@@ -8,19 +8,20 @@
 //! [`Core::tick`], accept while [`Core::accepting`] says so, perform all effects, sleep until [`Core::deadline`].
 //!
 //! Invariants, checked after every public mutator in debug builds and tests (`Core::check`):
-//! 1. `accepted = held + custody + taken + Σ closed`.
-//! 2. Every connection is in exactly one place: one worker's ticket, or one pool's queue of held ones.
+//! 1. `accepted = queued + in flight + taken + Σ closed`.
+//! 2. Every connection is in exactly one place: the ticket of one worker, or the queue of one pool.
 //! 3. A worker's load is `base + taken + untaken − finished`, never below what it certainly has.
 //! 4. A slot has at most one ticket; sequence numbers of a worker only grow.
 //! 5. Cached eligibility and counts equal what a full recount gives.
 
+mod access_control;
 mod admit;
 mod affinity;
 mod again;
 mod awaiting;
 mod change;
 mod check;
-mod custody;
+mod dirty;
 mod discarded;
 mod drain;
 mod effect;
@@ -29,13 +30,12 @@ mod handoff;
 mod health;
 pub mod histogram;
 mod history;
+mod in_flight;
 mod ledger;
-mod news;
 mod place;
 mod policy;
 mod random;
 mod ring;
-mod screen;
 mod snapshot;
 mod stop;
 mod supervise;
@@ -54,8 +54,8 @@ pub use health::LOST_PAUSE;
 pub use history::{Decision, Explanation, Obstacle, Seen};
 pub use random::Random;
 
+pub use access_control::{AccessControl, AccessRules, Rate};
 pub use ring::SPARE_SLOTS;
-pub use screen::{Rate, Screen, Screening};
 pub use snapshot::{
     AffinitySnapshot, ListenerSnapshot, PoolSnapshot, PoolState, Snapshot, Totals, WorkerSnapshot,
 };
@@ -69,13 +69,13 @@ use dispatch_protocol::scoreboard::slot::{Revoke, SlotState};
 
 use crate::histogram::Histogram;
 
+use access_control::UNTRACKED;
 use affinity::Memory;
 use awaiting::Awaiting;
 use handoff::Shares;
 use history::History;
-use ledger::{Held, Ledger, Place};
+use ledger::{Ledger, Place, PoolQueue};
 use policy::{Candidates, NEVER};
-use screen::UNTRACKED;
 use snapshot::{Counts, Former};
 use stop::Stop;
 use supervise::Processes;
@@ -102,7 +102,7 @@ pub struct Core {
     effects: VecDeque<Effect>,
     resource_pause: Duration,
     /// `Some` while nothing is placed because this machine is short of something.
-    choked: Option<Time>,
+    out_of_resources: Option<Time>,
     stop: Option<Stop>,
     /// Connections that workers had at the deadlines of their drains, and were told to end.
     ended: u64,
@@ -121,7 +121,7 @@ struct Listener {
     /// In the order of [`CloseReason::ALL`].
     closed: [u64; CloseReason::ALL.len()],
     /// `None` lets everybody in.
-    screen: Option<Box<Screen>>,
+    access_control: Option<Box<AccessControl>>,
     /// Taken out of the configuration: its queue is emptied, then it is closed.
     retired: bool,
     /// The event loop has closed its sockets.
@@ -140,7 +140,7 @@ struct Pool {
     /// `Some` iff the settings say how clients are known.
     memory: Option<Memory>,
     awaiting: Awaiting,
-    held: Held,
+    queued: PoolQueue,
     /// Workers active or suspect.
     usable: u32,
     /// Connections sent to its workers and not yet taken.
@@ -215,7 +215,7 @@ impl Core {
             totals: Totals::default(),
             effects,
             resource_pause: RESOURCE_PAUSE,
-            choked: None,
+            out_of_resources: None,
             stop: None,
             ended: 0,
             discarded: Vec::new(),
@@ -320,7 +320,10 @@ impl Core {
             Accepting::Finish
         } else if pool.clock == Clock::Refusing {
             Accepting::Refuse
-        } else if self.choked.is_none() && pool.candidates.opens() > 0 && pool.held.is_empty() {
+        } else if self.out_of_resources.is_none()
+            && pool.candidates.opens() > 0
+            && pool.queued.is_empty()
+        {
             // If no worker has room for it, one waits here, so that it is known that clients wait.
             Accepting::Yes
         } else {
@@ -328,7 +331,7 @@ impl Core {
         }
     }
 
-    /// A connection was accepted. It is placed (effect Send), held, or closed at once: when the listener's rules keep
+    /// A connection was accepted. It is placed (effect Send), queued, or closed at once: when the listener's rules keep
     /// it out, or when refusing. Or its first bytes are awaited: see [`Core::awaits_bytes`].
     pub fn accepted(&mut self, now: Time, mut client: Client) -> ConnId {
         let listener = &mut self.listeners[usize::from(client.listener.0)];
@@ -337,8 +340,8 @@ impl Core {
         if client.key.is_none() {
             client.key = self.pools[pool].settings.policy.key_of(&client.peer);
         }
-        let admitted = match &mut listener.screen {
-            Some(screen) => screen.admit(now, client.peer),
+        let admitted = match &mut listener.access_control {
+            Some(access_control) => access_control.admit(now, client.peer),
             None => Ok(UNTRACKED),
         };
         let conn = self.ledger.open(now, client);
@@ -354,22 +357,22 @@ impl Core {
         conn
     }
 
-    /// Every held connection. Bounded by what all workers' rings can give back at once.
-    pub fn held(&self) -> impl Iterator<Item = ConnId> + '_ {
-        let held = self.pools.iter().flat_map(|pool| self.ledger.walk(&pool.held));
-        held.map(|index| self.ledger.id(index))
+    /// Every queued connection. Bounded by what all workers' rings can give back at once.
+    pub fn queued(&self) -> impl Iterator<Item = ConnId> + '_ {
+        let queued = self.pools.iter().flat_map(|pool| self.ledger.walk(&pool.queued));
+        queued.map(|index| self.ledger.id(index))
     }
 
-    /// The client of a held connection, or of one whose first bytes are awaited, is gone (the event loop saw a reset). In custody: ignored.
+    /// The client of a queued connection, or of one whose first bytes are awaited, is gone (the event loop saw a reset). In flight: ignored.
     pub fn client_gone(&mut self, now: Time, conn: ConnId) {
         let Some(entry) = self.ledger.find(conn) else {
             return;
         };
         let pool = self.pool_of(entry.listener);
         match entry.place {
-            Place::Held => self.unhold(pool, conn.index),
+            Place::Queued => self.dequeue(pool, conn.index),
             Place::Awaiting => self.end_await(pool, conn.index),
-            Place::Free | Place::Custody(_) | Place::Leaving => return,
+            Place::Free | Place::InFlight(_) | Place::Leaving => return,
         }
         self.close(conn.index, CloseReason::ClientGone);
         self.after(now, pool);
@@ -395,8 +398,8 @@ impl Core {
 
     /// Lets everything happen that was due by `now`.
     pub fn tick(&mut self, now: Time) {
-        if self.choked.is_some_and(|until| until <= now) {
-            self.choked = None;
+        if self.out_of_resources.is_some_and(|until| until <= now) {
+            self.out_of_resources = None;
         }
         for pool in 0..self.pools.len() {
             self.pools[pool].ticked = now;
@@ -423,7 +426,7 @@ impl Core {
                     .min(pool.processes.due())
                     .min(self.awaiting_due(pool))
             })
-            .chain(self.choked)
+            .chain(self.out_of_resources)
             .chain(stop.map(|stop| stop.deadline))
             .min()
             .filter(|&time| time != NEVER)
@@ -483,7 +486,7 @@ impl Core {
     }
 
     fn place_and_tell(&mut self, now: Time, pool: usize) {
-        self.place_held(now, pool);
+        self.place_queued(now, pool);
         self.use_idle_threads(now, pool);
         self.note_waiting(now, pool);
         self.tell_pressure(now, pool);

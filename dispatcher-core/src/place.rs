@@ -36,30 +36,30 @@ impl Core {
                 None => self.close(conn, CloseReason::NoWorker),
             }
         } else if !returned
-            && self.pools[pool].held.is_empty()
+            && self.pools[pool].queued.is_empty()
             && let Some(worker) = self.choose(now, pool, conn)
         {
             self.send(now, worker, conn);
         } else {
             // Connections that come back are placed at the end of the mutator, when the worker they come from is sorted out.
-            self.ledger.hold(&mut self.pools[pool].held, conn, returned);
-            self.totals.held += 1;
+            self.ledger.enqueue(&mut self.pools[pool].queued, conn, returned);
+            self.totals.queued += 1;
         }
     }
 
-    /// Places held connections while a worker is eligible.
-    pub(super) fn place_held(&mut self, now: Time, pool: usize) {
-        while let Some(conn) = self.pools[pool].held.first()
+    /// Places queued connections while a worker is eligible.
+    pub(super) fn place_queued(&mut self, now: Time, pool: usize) {
+        while let Some(conn) = self.pools[pool].queued.first()
             && let Some(worker) = self.choose(now, pool, conn)
         {
-            self.unhold(pool, conn);
+            self.dequeue(pool, conn);
             self.send(now, worker, conn);
         }
     }
 
     /// The worker for this connection; `None` if it is better off in the queue.
     fn choose(&mut self, now: Time, p: usize, conn: u32) -> Option<usize> {
-        if self.choked.is_some() {
+        if self.out_of_resources.is_some() {
             return None;
         }
         let chosen = match self.ledger.get(conn).again {
@@ -86,7 +86,7 @@ impl Core {
         self.ledger.get_mut(conn).bound = bound;
         let worker = pool.candidates.commit(choice) as usize;
         if let (Some(memory), Some(known)) = (&mut pool.memory, known) {
-            memory.note(now, known.key, self.workers[worker].home, recall);
+            memory.note(now, known.key, self.workers[worker].binding, recall);
         }
         Some(worker)
     }
@@ -126,7 +126,7 @@ impl Core {
     fn choose_tested(&mut self, now: Time, p: usize, conn: u32) -> Option<usize> {
         let pool = &self.pools[p];
         // One that comes back from a worker has waited long enough.
-        if pool.usable == 0 || self.ledger.get(conn).resent || self.choked.is_some() {
+        if pool.usable == 0 || self.ledger.get(conn).resent || self.out_of_resources.is_some() {
             return None;
         }
         let spaced = pool.is_spaced();
@@ -144,7 +144,7 @@ impl Core {
 
     /// At the end of a stop: whichever worker's channel may have room, trusted ones first.
     fn choose_last(&mut self, now: Time, pool: usize, conn: u32) -> Option<usize> {
-        if self.choked.is_some() {
+        if self.out_of_resources.is_some() {
             return None;
         }
         self.choose(now, pool, conn).or_else(|| {
@@ -167,11 +167,11 @@ impl Core {
         let worker = &mut self.workers[w];
         let ticket = worker.ring.issue(now, Item::Conn(conn), due);
         worker.sent += 1;
-        self.totals.custody += 1;
+        self.totals.in_flight += 1;
         self.pools[worker.pool].untaken += 1;
         let id = self.ledger.id(conn);
         let entry = self.ledger.get_mut(conn);
-        entry.place = Place::Custody(worker.id.index);
+        entry.place = Place::InFlight(worker.id.index);
         let flags = if entry.resent { EntryFlags::RESENT } else { EntryFlags::NONE };
         self.effects.push_back(Effect::Send {
             worker: worker.id,
@@ -184,9 +184,9 @@ impl Core {
         self.refresh(w);
     }
 
-    /// Closes a connection that is in no queue and no custody.
+    /// Closes a connection that is neither queued nor in flight.
     pub(super) fn close(&mut self, conn: u32, reason: CloseReason) {
-        self.dequeue(conn);
+        self.uncount(conn);
         let entry = self.ledger.get_mut(conn);
         entry.place = Place::Leaving;
         self.listeners[usize::from(entry.listener.0)].closed[reason as usize] += 1;
@@ -196,17 +196,17 @@ impl Core {
         self.effects.push_back(Effect::Close { conn, reason, shared });
     }
 
-    pub(super) fn unhold(&mut self, pool: usize, conn: u32) {
-        self.ledger.unhold(&mut self.pools[pool].held, conn);
-        self.totals.held -= 1;
+    pub(super) fn dequeue(&mut self, pool: usize, conn: u32) {
+        self.ledger.dequeue(&mut self.pools[pool].queued, conn);
+        self.totals.queued -= 1;
     }
 
-    /// At the deadline of a stop: nothing stays held.
+    /// At the deadline of a stop: nothing stays queued.
     pub(super) fn empty_queues(&mut self, now: Time) {
         for pool in 0..self.pools.len() {
             self.empty_awaiting(now, pool);
-            while let Some(conn) = self.ledger.pop(&mut self.pools[pool].held) {
-                self.totals.held -= 1;
+            while let Some(conn) = self.ledger.pop(&mut self.pools[pool].queued) {
+                self.totals.queued -= 1;
                 self.put(now, pool, conn, true);
             }
         }
@@ -251,7 +251,7 @@ impl Core {
         let pool = &self.pools[p];
         let timeout = pool.settings.handoff_timeout;
         let waits = |conn| now - self.ledger.get(conn).accepted >= timeout;
-        pool.usable > 0 && (pool.candidates.opens() == 0 || pool.held.first().is_some_and(waits))
+        pool.usable > 0 && (pool.candidates.opens() == 0 || pool.queued.first().is_some_and(waits))
     }
 
     /// Tells of back-pressure that began or ended.
@@ -302,7 +302,7 @@ impl Core {
     pub(super) fn note_waiting(&mut self, now: Time, p: usize) {
         let pool = &mut self.pools[p];
         // If every worker is full, those that wait here wait like those in the kernel's queue.
-        let waits = pool.untaken > 0 || (!pool.held.is_empty() && pool.candidates.opens() > 0);
+        let waits = pool.untaken > 0 || (!pool.queued.is_empty() && pool.candidates.opens() > 0);
         match waits {
             true => _ = pool.unserved.get_or_insert(now),
             false => pool.unserved = None,
@@ -357,8 +357,8 @@ impl Core {
         pool.refusal_told_at = now + pool.refusal_interval;
         pool.lacking_since = lacking_since;
         let mut closed = 0;
-        while let Some(conn) = self.ledger.pop(&mut self.pools[p].held) {
-            self.totals.held -= 1;
+        while let Some(conn) = self.ledger.pop(&mut self.pools[p].queued) {
+            self.totals.queued -= 1;
             closed += 1;
             self.close(conn, CloseReason::NoWorker);
         }

@@ -78,7 +78,7 @@ pub struct PoolSnapshot {
     /// Whether its clients are served.
     pub state: PoolState,
     /// Connections waiting for a worker of this pool now.
-    pub held: u64,
+    pub queued: u64,
     /// Connections taken by its workers.
     pub taken: u64,
     /// Connections taken back from its workers.
@@ -110,7 +110,7 @@ pub struct AffinitySnapshot {
     pub key: KeySource,
     /// Keys remembered now, those included that are too old and not yet removed.
     pub entries: u64,
-    /// Whose first bytes are awaited now; they are part of `held`.
+    /// Whose first bytes are awaited now; they are part of `queued`.
     pub awaiting: u64,
     /// That went to the worker remembered for their key.
     pub hits: u64,
@@ -132,7 +132,7 @@ pub struct AffinitySnapshot {
     pub evicted: u64,
 }
 
-/// One worker. `load = base + taken + custody − finished`.
+/// One worker. `load = base + taken + in flight − finished`.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct WorkerSnapshot {
     /// Its id.
@@ -164,7 +164,7 @@ pub struct WorkerSnapshot {
     /// Connections it has closed over its lifetime.
     pub finished: u64,
     /// Connections sent and not yet taken.
-    pub custody: u64,
+    pub in_flight: u64,
     /// Connections that were taken back from it.
     pub revoked: u64,
     /// Connections that went elsewhere because its channel had no room.
@@ -179,15 +179,15 @@ pub struct WorkerSnapshot {
     pub ended_at_deadline: u64,
 }
 
-/// Connections by where they are. `accepted = held + custody + taken + Σ closed`, always.
+/// Connections by where they are. `accepted = queued + in flight + taken + Σ closed`, always.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
 pub struct Totals {
     /// Accepted since the start.
     pub accepted: u64,
     /// Waiting for a worker now.
-    pub held: u64,
+    pub queued: u64,
     /// Sent and not yet taken now.
-    pub custody: u64,
+    pub in_flight: u64,
     /// Taken by workers since the start.
     pub taken: u64,
     /// Closed by the dispatcher since the start, in the order of [`CloseReason::ALL`].
@@ -217,7 +217,7 @@ pub(super) struct Former {
 impl Totals {
     /// Whether every connection is in exactly one place.
     pub fn is_conserved(&self) -> bool {
-        self.accepted == self.held + self.custody + self.taken + self.closed.iter().sum::<u64>()
+        self.accepted == self.queued + self.in_flight + self.taken + self.closed.iter().sum::<u64>()
     }
 }
 
@@ -239,9 +239,9 @@ impl Core {
                     accepted: listener.accepted,
                     closed: listener.closed,
                     tracked_clients: listener
-                        .screen
+                        .access_control
                         .as_ref()
-                        .map_or(0, |screen| screen.len() as u64),
+                        .map_or(0, |access_control| access_control.len() as u64),
                 })
                 .collect(),
             pools: (0..self.pools.len())
@@ -286,7 +286,7 @@ impl Core {
             joined: pool.counts.joined,
             gone: pool.counts.gone,
             handoff: pool.handoff.clone(),
-            held: pool.held.len() + pool.awaiting.len(),
+            queued: pool.queued.len() + pool.awaiting.len(),
             affinity: pool.affinity_snapshot(),
             workers,
         }
@@ -297,11 +297,12 @@ impl Core {
     pub fn residual(&self) -> i64 {
         let arrived: u64 = self.listeners.iter().map(|listener| listener.accepted).sum();
         let closed: u64 = self.listeners.iter().flat_map(|listener| listener.closed).sum();
-        let held: u64 = self.pools.iter().map(|pool| pool.held.len() + pool.awaiting.len()).sum();
+        let queued: u64 =
+            self.pools.iter().map(|pool| pool.queued.len() + pool.awaiting.len()).sum();
         let taken: u64 = self.pools.iter().map(|pool| pool.counts.taken).sum();
-        let custody: u64 = self.workers.iter().map(|worker| u64::from(worker.untaken())).sum();
+        let in_flight: u64 = self.workers.iter().map(|worker| u64::from(worker.untaken())).sum();
         let former = &self.former;
-        let placed = held + custody + taken + former.taken + closed + former.closed;
+        let placed = queued + in_flight + taken + former.taken + closed + former.closed;
         (arrived + former.accepted).wrapping_sub(placed).cast_signed()
     }
 
@@ -392,7 +393,7 @@ fn worker_snapshot(worker: &Worker) -> WorkerSnapshot {
         sent: worker.sent,
         taken: worker.taken,
         finished: worker.finished,
-        custody: u64::from(worker.untaken()),
+        in_flight: u64::from(worker.untaken()),
         revoked: worker.revoked,
         channel_full: worker.channel_full,
         proven: worker.trust.proven,

@@ -1,6 +1,6 @@
 //! The end of the core: when it begins, which pools are done, and when nothing is left to do.
 //!
-//! A pool is done when its listeners are closed and none of its connections waits or is in custody. Its workers are
+//! A pool is done when its listeners are closed and none of its connections waits or is in flight. Its workers are
 //! released then, whatever other pools still wait for. Until then workers may join it: its clients may be waiting for them.
 
 use super::types::*;
@@ -10,12 +10,12 @@ use super::{Core, Effect};
 #[derive(Clone, Copy, Debug)]
 pub(super) struct Stop {
     pub(super) deadline: Time,
-    /// The deadline has passed: nothing is held any more, whatever the reason.
+    /// The deadline has passed: nothing is queued any more, whatever the reason.
     pub(super) over: bool,
 }
 
 impl Core {
-    /// Stop: accept nothing new, empty custody until `deadline` (said again, the earlier one counts); then place what is held wherever a slot is free, and close the rest.
+    /// Stop: accept nothing new, let the connections in flight be taken until `deadline` (said again, the earlier one counts); then place what is queued wherever a slot is free, and close the rest.
     pub fn stop(&mut self, now: Time, deadline: Time) {
         if let Some(stop) = &mut self.stop {
             // Somebody has lost patience.
@@ -32,9 +32,9 @@ impl Core {
         self.after_all(now);
     }
 
-    /// Whether a stop is complete: nothing held, nothing in custody, or the deadline has passed.
+    /// Whether a stop is complete: nothing queued, nothing in flight, or the deadline has passed.
     pub fn stopped(&self) -> bool {
-        self.stop.is_some_and(|stop| stop.over || self.totals.held + self.totals.custody == 0)
+        self.stop.is_some_and(|stop| stop.over || self.totals.queued + self.totals.in_flight == 0)
     }
 
     /// Ends the stop when its time is over, and before that what each pool has to do with it.
@@ -72,7 +72,7 @@ impl Core {
     /// Whether a pool has connections that no worker has taken.
     pub(super) fn has_clients(&self, p: usize) -> bool {
         let pool = &self.pools[p];
-        pool.held.len() + pool.awaiting.len() > 0
+        pool.queued.len() + pool.awaiting.len() > 0
             || self.workers.iter().any(|worker| worker.pool == p && worker.untaken() > 0)
     }
 

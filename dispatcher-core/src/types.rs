@@ -118,9 +118,9 @@ pub enum Policy {
     LeastConnections,
     /// Each in turn, as often as its weight says.
     RoundRobin,
-    /// By lot, as likely as its weight says.
+    /// At random, as likely as its weight says.
     Random,
-    /// The less loaded of two drawn by lot.
+    /// The less loaded of two drawn at random.
     TwoChoices,
     /// The one its key belongs to.
     Hash,
@@ -197,7 +197,7 @@ pub struct PoolSettings {
     /// How many workers each of them names, at least 1.
     pub history_candidates: u32,
     /// Who may join.
-    pub access: Access,
+    pub access: AllowedAccounts,
     /// By what clients are known and for how long they are remembered, if they are.
     pub affinity: Option<Affinity>,
     /// How first bytes are awaited, where `affinity` needs them.
@@ -222,7 +222,7 @@ impl Default for PoolSettings {
             slow_start: Duration::ZERO,
             history: 0,
             history_candidates: 16,
-            access: Access::default(),
+            access: AllowedAccounts::default(),
             affinity: None,
             peek: Peek::default(),
             processes: 0,
@@ -269,7 +269,7 @@ impl Default for Peek {
 
 /// Who may join a pool. Users and groups are numeric here; `config` resolves names.
 #[derive(Clone, Debug, Default, PartialEq, Eq)]
-pub struct Access {
+pub struct AllowedAccounts {
     /// User ids that may join.
     pub users: Vec<u32>,
     /// Group ids, primary or supplementary, whose members may join.
@@ -358,7 +358,7 @@ pub enum Departure {
 pub enum CloseReason {
     /// No usable worker for `wait_for_worker`.
     NoWorker,
-    /// The client reset the connection while it was held.
+    /// The client reset the connection while it was queued.
     ClientGone,
     /// The dispatcher stopped before a worker could be given it.
     Shutdown,

@@ -8,7 +8,7 @@ use super::worker::Round;
 use super::{Core, Event};
 
 impl Core {
-    /// What every choice by lot follows from. The same seed and the same history give the same choices.
+    /// What every random choice follows from. The same seed and the same history give the same choices.
     pub fn set_seed(&mut self, seed: u64) {
         let mut seeds = Random::new(seed);
         for pool in &mut self.pools {

@@ -58,7 +58,7 @@ pub(super) struct Worker {
     /// Tells those of the same name apart.
     pub(super) twin: u32,
     /// What the pool's memory of clients points at; meaningless where there is none, and once gone.
-    pub(super) home: u32,
+    pub(super) binding: u32,
     pub(super) pid: i32,
     pub(super) priority: u16,
     /// 1 to 65,535.

@@ -11,7 +11,7 @@ use dispatch_protocol::scoreboard::slot::{Revoke, SlotState};
 use dispatch_protocol::wire::{Hello, VERSION};
 use dispatcher_core::*;
 use dispatcher_core::{KeySource, Known};
-use simulator::{Desk, Random};
+use simulator::{Driver, Random};
 
 use super::bytes::Bytes;
 
@@ -34,7 +34,7 @@ pub fn pool_ops(data: &[u8]) {
 }
 
 struct Run {
-    desk: Desk,
+    driver: Driver,
     workers: Vec<WorkerId>,
     conns: Vec<ConnId>,
     stopping: bool,
@@ -89,7 +89,7 @@ fn settings(name: &str, processes: u32, bytes: &mut Bytes<'_>) -> PoolSettings {
         handoff_timeout: Duration::from_millis(1) + millis(bytes),
         max_handoff_timeout: millis(bytes),
         wait_for_worker: millis(bytes),
-        access: Access { users: vec![0], groups: Vec::new() },
+        access: AllowedAccounts { users: vec![0], groups: Vec::new() },
         processes,
     }
 }
@@ -104,9 +104,9 @@ impl Run {
                 pool: PoolId(n / 2),
             })
             .collect();
-        let mut desk = Desk::new(pools, listeners);
-        desk.logging = false;
-        Run { desk, workers: Vec::new(), conns: Vec::new(), stopping: false }
+        let mut driver = Driver::new(pools, listeners);
+        driver.logging = false;
+        Run { driver, workers: Vec::new(), conns: Vec::new(), stopping: false }
     }
 
     /// One of the workers there ever were, most often a late one.
@@ -118,16 +118,16 @@ impl Run {
     /// Only what lives can do something.
     fn living(&mut self, bytes: &mut Bytes<'_>) -> Option<WorkerId> {
         let worker = self.worker(bytes)?;
-        self.desk.link(worker).alive.then_some(worker)
+        self.driver.link(worker).alive.then_some(worker)
     }
 
     fn step(&mut self, bytes: &mut Bytes<'_>) {
-        let now = self.desk.now;
+        let now = self.driver.now;
         match bytes.below(28) {
             0 | 1 => self.join(bytes),
             2 => {
                 let Some(worker) = self.worker(bytes) else { return };
-                self.desk.core.goodbye(now, worker);
+                self.driver.core.goodbye(now, worker);
             }
             3 => {
                 let Some(worker) = self.worker(bytes) else { return };
@@ -137,10 +137,10 @@ impl Run {
                     _ => Departure::Expelled("fuzz"),
                 };
                 if why == Departure::Died {
-                    let link = self.desk.link(worker);
+                    let link = self.driver.link(worker);
                     (link.alive, link.closed) = (false, true);
                 }
-                self.desk.core.leave(now, worker, why);
+                self.driver.core.leave(now, worker, why);
             }
             4..=6 => {
                 let listener = ListenerId(bytes.below(LISTENERS.into()) as u16);
@@ -150,49 +150,49 @@ impl Run {
                         0 => ClientAddr::Unix,
                         n => SocketAddr::from(([127, 0, 0, n as u8], 1)).into(),
                     };
-                    self.conns.push(self.desk.accept_only_from(listener, peer));
+                    self.conns.push(self.driver.accept_only_from(listener, peer));
                 }
             }
             7..=9 => {
                 let Some(worker) = self.living(bytes) else { return };
                 for _ in 0..=bytes.below(4) {
-                    self.desk.take(worker);
+                    self.driver.take(worker);
                 }
             }
             10 => {
                 let Some(worker) = self.living(bytes) else { return };
-                self.desk.lose(worker);
+                self.driver.lose(worker);
             }
             11 => {
                 let Some(worker) = self.living(bytes) else { return };
-                self.desk.scribble(worker);
+                self.driver.scribble(worker);
             }
             12 | 13 => {
                 let Some(worker) = self.living(bytes) else { return };
                 let said = bytes.number();
-                let link = self.desk.link(worker);
+                let link = self.driver.link(worker);
                 // Small numbers are steps, so that an honest worker comes about too.
                 link.finished = if said < 64 { link.finished.wrapping_add(said) } else { said };
             }
-            14 | 15 => self.desk.turn(),
+            14 | 15 => self.driver.turn(),
             16 | 17 => {
                 let time = millis(bytes);
-                self.desk.wait(time);
+                self.driver.wait(time);
             }
             18 => {
                 let back = bytes.below(self.conns.len().min(16));
                 let Some(&conn) = self.conns.iter().rev().nth(back) else { return };
-                self.desk.core.client_gone(now, conn);
+                self.driver.core.client_gone(now, conn);
             }
             19 => {
                 let Some(worker) = self.worker(bytes) else { return };
-                let link = self.desk.link(worker);
+                let link = self.driver.link(worker);
                 match bytes.byte() {
                     0 => link.closed = true,
                     capacity => link.capacity = usize::from(capacity),
                 }
             }
-            20 => self.desk.scarcity = u32::from(bytes.byte() % 8),
+            20 => self.driver.scarcity = u32::from(bytes.byte() % 8),
             21 => self.process(bytes),
             22 => self.stale(bytes),
             24 => {
@@ -201,12 +201,12 @@ impl Run {
                     0 => None,
                     millis => Some(now + Duration::from_millis(millis.into())),
                 };
-                self.desk.core.drain_worker(now, worker, deadline);
+                self.driver.core.drain_worker(now, worker, deadline);
             }
             25 => {
                 let Some(worker) = self.worker(bytes) else { return };
                 // Why not is tested elsewhere; the invariants hold either way.
-                let _ = self.desk.core.resume_worker(now, worker);
+                let _ = self.driver.core.resume_worker(now, worker);
             }
             26 => self.says(bytes),
             27 => {
@@ -218,7 +218,7 @@ impl Run {
                     // Every worker of this machine has the same name.
                     route: (route % 2 == 1).then(|| AffinityKey::of(b"")),
                 });
-                self.desk.core.first_bytes(now, conn, known);
+                self.driver.core.first_bytes(now, conn, known);
             }
             _ => self.rarely(bytes),
         }
@@ -238,14 +238,14 @@ impl Run {
             finished: bytes.number().min(base),
             ..Hello::default()
         };
-        if let Ok(worker) = self.desk.join(hello) {
+        if let Ok(worker) = self.driver.join(hello) {
             self.workers.push(worker);
         }
     }
 
     /// What a worker says of itself: keys, and gauges with any value at any time.
     fn says(&mut self, bytes: &mut Bytes<'_>) {
-        let now = self.desk.now;
+        let now = self.driver.now;
         let Some(worker) = self.worker(bytes) else { return };
         let choice = bytes.byte();
         let number = usize::from(choice >> 4);
@@ -256,11 +256,11 @@ impl Run {
                     1 => b"localhost.",
                     _ => &[number as u8],
                 };
-                self.desk.core.claim(now, worker, key);
+                self.driver.core.claim(now, worker, key);
             }
             1 => {
                 let name = (number > 0).then(|| "queue_wait".parse().unwrap());
-                self.desk.core.misnamed_gauge(worker, name);
+                self.driver.core.misnamed_gauge(worker, name);
             }
             of => {
                 let value = f64::from_bits(match bytes.byte() {
@@ -277,33 +277,33 @@ impl Run {
                 let said = Some(Reading { value, at });
                 if of == 2 {
                     // As the event loop reads it, in its turn; or out of turn, and perhaps of a gauge that there is not.
-                    let gauges = &mut self.desk.link(worker).gauges;
+                    let gauges = &mut self.driver.link(worker).gauges;
                     if let Some(gauge) = gauges.get_mut(number % 2) {
                         *gauge = said;
                     }
                 } else {
-                    self.desk.core.gauge(now, worker, number, said);
+                    self.driver.core.gauge(now, worker, number, said);
                 }
             }
         }
     }
 
     fn process(&mut self, bytes: &mut Bytes<'_>) {
-        let now = self.desk.now;
+        let now = self.driver.now;
         let choice = bytes.byte();
         let number = u32::from(choice >> 4) % (PROCESSES + 1);
         let process = ProcessId { pool: PoolId(u16::from(choice) & 1), number };
         match choice >> 1 & 3 {
-            0 => self.desk.core.spawned(now, process, true),
-            1 => self.desk.core.spawned(now, process, false),
-            _ => self.desk.core.exited(now, process),
+            0 => self.driver.core.spawned(now, process, true),
+            1 => self.driver.core.spawned(now, process, false),
+            _ => self.driver.core.exited(now, process),
         }
     }
 
     /// Inputs for what is no longer there, or never was: they are ignored.
     fn stale(&mut self, bytes: &mut Bytes<'_>) {
-        let now = self.desk.now;
-        let before = self.desk.core.totals();
+        let now = self.driver.now;
+        let before = self.driver.core.totals();
         let index = u32::from(bytes.byte() % 8);
         let (worker, ticket) = match self.worker(bytes) {
             // A sequence number that was never given out.
@@ -315,7 +315,7 @@ impl Run {
             1 => SlotState::Lost,
             _ => SlotState::Sent,
         };
-        let core = &mut self.desk.core;
+        let core = &mut self.driver.core;
         match bytes.below(7) {
             0 => core.slot(now, worker, ticket, state, now),
             1 => core.revoked(now, worker, ticket, Revoke::Revoked),
@@ -325,48 +325,48 @@ impl Run {
             5 => core.client_gone(now, ConnId { index, serial: u64::MAX }),
             _ => core.goodbye(now, WorkerId { index, serial: u64::MAX }),
         }
-        let after = self.desk.core.totals();
+        let after = self.driver.core.totals();
         assert_eq!((before.taken, before.accepted), (after.taken, after.accepted));
     }
 
     fn rarely(&mut self, bytes: &mut Bytes<'_>) {
-        let now = self.desk.now;
+        let now = self.driver.now;
         match bytes.below(10) {
             8 => {
                 let weight = bytes.number() as u16;
                 let Some(worker) = self.worker(bytes) else { return };
-                self.desk.core.set_weight(now, worker, weight);
+                self.driver.core.set_weight(now, worker, weight);
             }
             9 => {
                 // Asking changes nothing: what follows would tell.
                 let pool = PoolId(u16::from(bytes.byte() % 3));
-                let first = self.desk.core.explain(now, pool, ClientAddr::Unix);
-                assert_eq!(first, self.desk.core.explain(now, pool, ClientAddr::Unix));
+                let first = self.driver.core.explain(now, pool, ClientAddr::Unix);
+                assert_eq!(first, self.driver.core.explain(now, pool, ClientAddr::Unix));
             }
             0 => {
                 self.stopping = true;
                 let deadline = now + millis(bytes);
-                self.desk.core.stop(now, deadline);
+                self.driver.core.stop(now, deadline);
             }
-            1 => self.desk.races = Some(Random::new(u64::from(bytes.byte()))),
-            2 => self.desk.races = None,
+            1 => self.driver.races = Some(Random::new(u64::from(bytes.byte()))),
+            2 => self.driver.races = None,
             3 => {
                 let pause = millis(bytes);
-                self.desk.core.set_resource_pause(pause);
+                self.driver.core.set_resource_pause(pause);
             }
             // Time without a look at the scoreboards, and far too much of it.
-            4 => self.desk.core.tick(now + Duration::from_millis(1)),
-            _ => self.desk.wait(Duration::from_secs(u64::from(bytes.byte()))),
+            4 => self.driver.core.tick(now + Duration::from_millis(1)),
+            _ => self.driver.wait(Duration::from_secs(u64::from(bytes.byte()))),
         }
     }
 
     fn judge(&mut self) {
-        self.desk.pump();
-        self.desk.raced.clear();
-        let core = &self.desk.core;
+        self.driver.pump();
+        self.driver.raced.clear();
+        let core = &self.driver.core;
         core.check();
         let totals = core.totals();
-        assert_eq!(self.desk.open_copies() as u64, totals.held + totals.custody);
+        assert_eq!(self.driver.open_copies() as u64, totals.queued + totals.in_flight);
         for listener in (0..LISTENERS).map(ListenerId) {
             assert_eq!(core.accepting(listener) == Accepting::Finish, self.stopping);
         }
@@ -381,20 +381,20 @@ impl Run {
         // Those that wait for a worker, and those whose first bytes are awaited.
         let affinities = status.pools.iter().filter_map(|pool| pool.affinity.as_ref());
         let awaited: u64 = affinities.map(|affinity| affinity.awaiting).sum();
-        assert_eq!(core.held().count() as u64 + awaited, totals.held);
+        assert_eq!(core.queued().count() as u64 + awaited, totals.queued);
         assert_eq!(status.totals, totals);
     }
 
     /// Whatever happened, a stop comes to its end.
     fn end(mut self) {
-        (self.desk.races, self.desk.scarcity) = (None, 0);
-        let deadline = self.desk.now + Duration::from_secs(1);
-        self.desk.core.stop(self.desk.now, deadline);
+        (self.driver.races, self.driver.scarcity) = (None, 0);
+        let deadline = self.driver.now + Duration::from_secs(1);
+        self.driver.core.stop(self.driver.now, deadline);
         self.stopping = true;
         self.judge();
-        self.desk.wait(Duration::from_secs(2));
+        self.driver.wait(Duration::from_secs(2));
         self.judge();
-        assert!(self.desk.core.stopped());
-        assert_eq!(self.desk.core.totals().held, 0, "held when all is over");
+        assert!(self.driver.core.stopped());
+        assert_eq!(self.driver.core.totals().queued, 0, "queued when all is over");
     }
 }

@@ -6,7 +6,7 @@ use std::time::Duration;
 use dispatch_protocol::ClientAddr;
 
 use super::Random;
-use dispatcher_core::{Affinity, Peek, Rate, Screen, Screening};
+use dispatcher_core::{AccessControl, AccessRules, Affinity, Peek, Rate};
 use dispatcher_core::{KeySource, Known};
 
 /// Few enough that they come again, more than the smallest memory holds.
@@ -54,7 +54,7 @@ pub(super) fn peer(random: &mut Random) -> ClientAddr {
 }
 
 /// Who may come in: in half of all runs everybody. Often fewer are remembered than there are.
-pub(super) fn screen(random: &mut Random) -> Option<Box<Screen>> {
+pub(super) fn access_control(random: &mut Random) -> Option<Box<AccessControl>> {
     if random.once_in(2) {
         return None;
     }
@@ -62,11 +62,11 @@ pub(super) fn screen(random: &mut Random) -> Option<Box<Screen>> {
         every: Duration::from_millis(1 + random.below(50)),
         burst: 1 + random.below(40) as u32,
     };
-    let rules = Screening {
+    let rules = AccessRules {
         rate: random.once_in(2).then_some(rate),
         max_queued_per_client: random.once_in(2).then(|| 1 + random.below(20) as u32),
         max_clients: 1 + random.below(40) as u32,
-        ..Screening::default()
+        ..AccessRules::default()
     };
-    Screen::new(rules, random.number())
+    AccessControl::new(rules, random.number())
 }

@@ -76,7 +76,7 @@ struct Fate {
 
 /// The virtual shell, and everything around it.
 #[derive(Debug)]
-pub struct Desk {
+pub struct Driver {
     /// The core under test.
     pub core: Core,
     /// The clock.
@@ -95,21 +95,21 @@ pub struct Desk {
     pub raced: Vec<WorkerId>,
     slots: usize,
     pools: u16,
-    /// Copies in custody, by the connection's index.
+    /// Copies in flight, by the connection's index.
     copies: Vec<Option<u64>>,
     /// By the connection's serial number, from 1 on.
     fates: Vec<Fate>,
     scratch: Vec<Ticket>,
 }
 
-impl Desk {
+impl Driver {
     /// A machine with this configuration.
-    pub fn new(pools: Vec<PoolSettings>, listeners: Vec<ListenerSettings>) -> Desk {
+    pub fn new(pools: Vec<PoolSettings>, listeners: Vec<ListenerSettings>) -> Driver {
         let now = Time(1_000_000_000);
         let slots = pools.iter().map(|pool| pool.max_untaken).max().unwrap_or(1) + SPARE_SLOTS;
         let slots = slots as usize;
         let many = pools.len() as u16;
-        let mut desk = Desk {
+        let mut driver = Driver {
             core: Core::new(pools, listeners, now),
             now,
             links: Vec::new(),
@@ -124,8 +124,8 @@ impl Desk {
             fates: Vec::new(),
             scratch: Vec::new(),
         };
-        desk.pump();
-        desk
+        driver.pump();
+        driver
     }
 
     /// A worker with this hello joins, as user 0.
@@ -168,7 +168,7 @@ impl Desk {
         &mut self.links[worker.serial as usize - 1]
     }
 
-    /// A client is accepted; effects are left for [`Desk::pump`].
+    /// A client is accepted; effects are left for [`Driver::pump`].
     pub fn accept_only(&mut self, listener: ListenerId) -> ConnId {
         self.accept_only_from(listener, ClientAddr::Unix)
     }

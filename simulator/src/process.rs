@@ -19,7 +19,7 @@ pub(super) enum What {
     Heal(usize),
     /// A client whose first bytes are awaited says who it is.
     Say(u32, u64, u64),
-    /// A held client gives up.
+    /// A queued client gives up.
     GiveUp(u32, u64),
     Fault(usize),
     Turn,

@@ -1,7 +1,7 @@
 //! One run: processes with a life of their own, clients, faults, and a shell that turns now and then.
 //!
 //! Everything is drawn from the plan's seed, so a run can be repeated. What must always hold is asserted by
-//! [`Desk`] and the core itself; here: loads are exact, and once the faults stop everybody is served in time.
+//! [`Driver`] and the core itself; here: loads are exact, and once the faults stop everybody is served in time.
 
 mod faults;
 
@@ -15,7 +15,7 @@ use dispatch_protocol::wire::{Features, Hello};
 use super::clients;
 use super::plan::Plan;
 use super::process::{Process, What};
-use super::{Desk, Random};
+use super::{Driver, Random};
 use dispatcher_core::*;
 
 /// After the faults, everybody must have been served by then, even by a single process that takes one at a time.
@@ -35,7 +35,7 @@ pub struct Outcome {
 
 struct Run<'a> {
     plan: &'a Plan,
-    desk: Desk,
+    driver: Driver,
     random: Random,
     heap: BinaryHeap<Reverse<(Time, u64, What)>>,
     order: u64,
@@ -72,20 +72,20 @@ pub fn run(plan: &Plan) -> Outcome {
         history: random.below(2) as u32 * 5,
         affinity: clients::affinity(&mut random),
         peek: clients::peek(&mut random),
-        access: Access { users: vec![0], groups: Vec::new() },
+        access: AllowedAccounts { users: vec![0], groups: Vec::new() },
         ..PoolSettings::default()
     };
     let listener =
         ListenerSettings { name: "http".to_owned(), address: String::new(), pool: PoolId(0) };
     let max = pool.max_connections_per_worker;
-    let mut desk = Desk::new(vec![pool], vec![listener]);
-    desk.logging = false;
-    desk.races = Some(random.clone());
-    desk.core.set_screen(LISTENER, clients::screen(&mut random));
-    let start = desk.now;
+    let mut driver = Driver::new(vec![pool], vec![listener]);
+    driver.logging = false;
+    driver.races = Some(random.clone());
+    driver.core.set_access_control(LISTENER, clients::access_control(&mut random));
+    let start = driver.now;
     let mut run = Run {
         plan,
-        desk,
+        driver,
         heap: BinaryHeap::new(),
         order: 0,
         processes: Vec::new(),
@@ -143,8 +143,8 @@ impl Run<'_> {
             if what == What::Turn && self.next_turn != Some(time) {
                 continue;
             }
-            assert!(time >= self.desk.now);
-            self.desk.now = time;
+            assert!(time >= self.driver.now);
+            self.driver.now = time;
             self.events += 1;
             self.happen(what);
             self.hear_of_races();
@@ -155,25 +155,25 @@ impl Run<'_> {
         self.finale();
         Outcome {
             events: self.events,
-            totals: self.desk.core.totals(),
-            workers: self.desk.links.len() as u64,
+            totals: self.driver.core.totals(),
+            workers: self.driver.links.len() as u64,
         }
     }
 
     fn finale(&mut self) {
-        self.desk.core.check();
-        let totals = self.desk.core.totals();
-        assert_eq!(totals.held, 0, "somebody waits for ever: {totals:?}");
+        self.driver.core.check();
+        let totals = self.driver.core.totals();
+        assert_eq!(totals.queued, 0, "somebody waits for ever: {totals:?}");
         if self.stops {
-            assert!(self.desk.core.stopped());
+            assert!(self.driver.core.stopped());
             return;
         }
-        assert_eq!(totals.custody, 0, "somebody is never taken: {totals:?}");
+        assert_eq!(totals.in_flight, 0, "somebody is never taken: {totals:?}");
         assert_eq!(self.backlog, 0, "somebody is never accepted: {totals:?}");
-        assert_eq!(self.desk.open_copies(), 0);
-        assert_eq!(self.desk.core.accepting(LISTENER), Accepting::Yes);
-        for link in self.desk.links.iter().filter(|link| !link.forgotten && !link.cut) {
-            if self.desk.core.worker_state(link.id) == Some(State::Active) {
+        assert_eq!(self.driver.open_copies(), 0);
+        assert_eq!(self.driver.core.accepting(LISTENER), Accepting::Yes);
+        for link in self.driver.links.iter().filter(|link| !link.forgotten && !link.cut) {
+            if self.driver.core.worker_state(link.id) == Some(State::Active) {
                 let last = link.notices.last();
                 assert!(
                     last.is_none_or(|last| *last == Notice::Resume),
@@ -185,13 +185,13 @@ impl Run<'_> {
 
     fn after(&mut self, nanos: u64, what: What) {
         self.order += 1;
-        let time = self.desk.now + Duration::from_nanos(nanos);
+        let time = self.driver.now + Duration::from_nanos(nanos);
         self.heap.push(Reverse((time, self.order, what)));
     }
 
     /// The event loop wakes up soon after anything happened, and when the core wants it to.
     fn want_turn(&mut self) {
-        let soon = self.desk.now + Duration::from_nanos(1_000 + self.random.below(400_000));
+        let soon = self.driver.now + Duration::from_nanos(1_000 + self.random.below(400_000));
         let pending = self.next_turn.is_some_and(|at| at <= soon);
         if !pending {
             self.turn_at(soon);
@@ -214,13 +214,13 @@ impl Run<'_> {
             What::Heal(p) => self.heal(p),
             What::Say(index, serial, id) => {
                 let conn = ConnId { index, serial };
-                self.desk.core.first_bytes(self.desk.now, conn, clients::known(id));
-                self.desk.pump();
+                self.driver.core.first_bytes(self.driver.now, conn, clients::known(id));
+                self.driver.pump();
             }
             What::GiveUp(index, serial) => {
                 let conn = ConnId { index, serial };
-                self.desk.core.client_gone(self.desk.now, conn);
-                self.desk.pump();
+                self.driver.core.client_gone(self.driver.now, conn);
+                self.driver.pump();
             }
             What::Fault(i) => {
                 let fault = self.plan.faults[i];
@@ -247,7 +247,7 @@ impl Run<'_> {
     fn set_gauges(&mut self) {
         for process in &self.processes {
             let Some(worker) = process.worker.filter(|_| !process.hung) else { continue };
-            let gauges = &mut self.desk.links[worker.serial as usize - 1].gauges;
+            let gauges = &mut self.driver.links[worker.serial as usize - 1].gauges;
             for gauge in gauges {
                 if self.random.below(4) > 0 {
                     continue;
@@ -256,7 +256,7 @@ impl Run<'_> {
                     let at = self.random.number() >> self.random.below(64);
                     Reading { value: f64::from_bits(self.random.number()), at }
                 } else {
-                    Reading { value: self.random.below(20) as f64, at: self.desk.now.0 }
+                    Reading { value: self.random.below(20) as f64, at: self.driver.now.0 }
                 });
             }
         }
@@ -265,16 +265,16 @@ impl Run<'_> {
     fn turn(&mut self) {
         self.next_turn = None;
         self.set_gauges();
-        self.desk.turn();
+        self.driver.turn();
         self.hear_of_races();
         for _ in 0..64 {
-            if self.backlog == 0 || self.desk.core.accepting(LISTENER) == Accepting::Pause {
+            if self.backlog == 0 || self.driver.core.accepting(LISTENER) == Accepting::Pause {
                 break;
             }
             self.backlog -= 1;
             let peer = clients::peer(&mut self.random);
-            let conn = self.desk.accept_only_from(LISTENER, peer);
-            if self.desk.core.awaits_bytes(conn)
+            let conn = self.driver.accept_only_from(LISTENER, peer);
+            if self.driver.core.awaits_bytes(conn)
                 && let Some((delay, id)) = clients::first_words(&mut self.random)
             {
                 self.after(delay, What::Say(conn.index, conn.serial, id));
@@ -284,17 +284,17 @@ impl Run<'_> {
                 self.after(delay, What::GiveUp(conn.index, conn.serial));
             }
         }
-        self.desk.pump();
+        self.driver.pump();
         self.hear_of_races();
         self.check_loads();
         for p in 0..self.processes.len() {
             self.wake(p);
         }
-        if self.backlog > 0 && self.desk.core.accepting(LISTENER) != Accepting::Pause {
+        if self.backlog > 0 && self.driver.core.accepting(LISTENER) != Accepting::Pause {
             return self.want_turn();
         }
-        if let Some(deadline) = self.desk.core.deadline() {
-            let now = self.desk.now;
+        if let Some(deadline) = self.driver.core.deadline() {
+            let now = self.driver.now;
             self.turn_at(deadline.max(now + Duration::from_nanos(1)));
         }
     }
@@ -305,7 +305,7 @@ impl Run<'_> {
             let Some(worker) = process.worker.filter(|_| !process.lying) else {
                 continue;
             };
-            let link = &self.desk.links[worker.serial as usize - 1];
+            let link = &self.driver.links[worker.serial as usize - 1];
             if link.finished != process.finished || link.forgotten || link.cut {
                 continue;
             }
@@ -315,9 +315,9 @@ impl Run<'_> {
                 .filter(|slot| slot.load(std::sync::atomic::Ordering::Relaxed) & 7 == 2)
                 .count();
             if claimed == 0
-                && let Some(load) = self.desk.core.load(worker)
+                && let Some(load) = self.driver.core.load(worker)
             {
-                let untaken = self.desk.core.untaken(worker);
+                let untaken = self.driver.core.untaken(worker);
                 assert_eq!(load, process.live() + untaken, "of {worker:?}");
             }
         }
@@ -326,7 +326,7 @@ impl Run<'_> {
     fn wake(&mut self, p: usize) {
         let process = &mut self.processes[p];
         let Some(worker) = process.worker else { return };
-        if !process.stepping && !self.desk.link(worker).channel.is_empty() {
+        if !process.stepping && !self.driver.link(worker).channel.is_empty() {
             process.stepping = true;
             let delay = self.random.below(400_000);
             self.after(delay, What::Step(p));
@@ -341,16 +341,16 @@ impl Run<'_> {
                 return;
             };
             if process.losing {
-                if self.desk.link(worker).channel.is_empty() {
+                if self.driver.link(worker).channel.is_empty() {
                     return;
                 }
-                self.desk.lose(worker);
+                self.driver.lose(worker);
             } else if process.scribbling {
                 process.scribbling = false;
-                self.desk.scribble(worker);
+                self.driver.scribble(worker);
             } else if process.one_at_a_time && process.live() > 0 {
                 return;
-            } else if self.desk.take(worker).is_some() {
+            } else if self.driver.take(worker).is_some() {
                 self.took(p);
             } else {
                 return;
@@ -368,7 +368,7 @@ impl Run<'_> {
             && self.random.once_in(20)
         {
             let id = self.random.below(60).to_string();
-            self.desk.core.claim(self.desk.now, worker, id.as_bytes());
+            self.driver.core.claim(self.driver.now, worker, id.as_bytes());
         }
         let time = self.random.around(self.think);
         self.after(time, What::End(p, life));
@@ -376,7 +376,7 @@ impl Run<'_> {
 
     /// Takes that won against revocations during the turn.
     fn hear_of_races(&mut self) {
-        while let Some(worker) = self.desk.raced.pop() {
+        while let Some(worker) = self.driver.raced.pop() {
             let of = |process: &Process| process.worker == Some(worker);
             if let Some(p) = self.processes.iter().position(of) {
                 self.took(p);
@@ -399,7 +399,7 @@ impl Run<'_> {
             process.finished
         };
         if let Some(worker) = process.worker {
-            self.desk.link(worker).finished = said;
+            self.driver.link(worker).finished = said;
         }
         if self.processes[p].leaving && self.processes[p].live() == 0 {
             self.die(p);
@@ -423,11 +423,11 @@ impl Run<'_> {
             finished: process.finished,
             ..Hello::default()
         };
-        match self.desk.join(hello) {
+        match self.driver.join(hello) {
             Ok(worker) => {
                 self.processes[p].worker = Some(worker);
                 let live = self.processes[p].live();
-                assert!(self.desk.core.load(worker) >= Some(live));
+                assert!(self.driver.core.load(worker) >= Some(live));
             }
             Err(_) => assert!(self.stops && self.calm, "only a stop refuses"),
         }
@@ -446,7 +446,7 @@ impl Run<'_> {
             ..Process::default()
         };
         if let Some(worker) = worker {
-            let link = self.desk.link(worker);
+            let link = self.driver.link(worker);
             link.alive = false;
             link.closed = true;
             let delay = self.random.below(5_000_000);
@@ -457,9 +457,9 @@ impl Run<'_> {
     }
 
     fn notice(&mut self, serial: u64) {
-        let worker = self.desk.links[serial as usize - 1].id;
-        self.desk.core.leave(self.desk.now, worker, Departure::Died);
-        self.desk.pump();
+        let worker = self.driver.links[serial as usize - 1].id;
+        self.driver.core.leave(self.driver.now, worker, Departure::Died);
+        self.driver.pump();
     }
 
     fn heal(&mut self, p: usize) {
@@ -467,7 +467,7 @@ impl Run<'_> {
         process.hung = false;
         process.losing = false;
         if let Some(worker) = process.worker {
-            self.desk.link(worker).capacity = 278;
+            self.driver.link(worker).capacity = 278;
         }
         self.wake(p);
     }

@@ -129,7 +129,7 @@ fn a_killed_worker_with_untaken_connections_is_logged() {
     first.signal(Signal::SIGSTOP);
     let waiting: Vec<TcpStream> = (0..10).map(|_| connect(address)).collect();
     dispatcher
-        .wait_status("five in custody", |s| worker(s, "first").is_some_and(|w| w.custody == 5));
+        .wait_status("five in flight", |s| worker(s, "first").is_some_and(|w| w.in_flight == 5));
     let pid = first.pid().to_string();
     first.kill();
     all_greeted(waiting);
@@ -261,7 +261,7 @@ fn invalid_records_of_a_stranger_and_of_a_worker() {
     let babbler = Peer::connect(&dispatcher.dispatch());
     let (welcome, _fds) = babbler.join(&hello());
     let client = connect(dispatcher.address("web"));
-    dispatcher.wait_status("one in custody", |s| s.custody == 1);
+    dispatcher.wait_status("one in flight", |s| s.in_flight == 1);
     let _honest = dispatcher.worker("blocking", "web", "honest");
     dispatcher.wait_joined("web", 2);
     babbler.send(b"\xff\xff nonsense", &[]).unwrap();

@@ -89,7 +89,7 @@ fn sum(samples: &[Sample], name: &str) -> f64 {
 
 /// The number of connections in all states, independent of reloads.
 fn total(samples: &[Sample]) -> f64 {
-    let places = ["held", "custody", "taken_total", "closed_total"];
+    let places = ["queued", "in_flight", "taken_total", "closed_total"];
     let of = |place| sum(samples, &format!("dispatcher_connections_{place}"));
     places.into_iter().map(of).sum()
 }
@@ -156,7 +156,7 @@ fn busy() -> (Dispatcher, Vec<Process>, Vec<Client>, Vec<TcpStream>) {
     let denied = dispatcher.address("closed");
     (0..3).for_each(|_| drop(connect(denied)));
     dispatcher.wait_status("all to be where they belong", |s| {
-        s.custody == 7 && s.closed["denied"] == 3 && pool(s, "web").workers.len() == 2
+        s.in_flight == 7 && s.closed["denied"] == 3 && pool(s, "web").workers.len() == 2
     });
     (dispatcher, workers, clients, waiting)
 }
@@ -170,8 +170,8 @@ fn the_metrics_text_is_valid_and_correct() {
     let found = samples(&text);
 
     let accepted = sum(&found, "dispatcher_listener_accepted_connections_total");
-    let placed = sum(&found, "dispatcher_pool_held_connections")
-        + sum(&found, "dispatcher_pool_custody_connections")
+    let placed = sum(&found, "dispatcher_pool_queued_connections")
+        + sum(&found, "dispatcher_pool_in_flight_connections")
         + sum(&found, "dispatcher_pool_taken_connections_total")
         + sum(&found, "dispatcher_listener_closed_connections_total");
     assert_eq!((accepted, placed), (210.0, 210.0));
@@ -231,14 +231,14 @@ fn revoked_connections_are_counted() {
     let status = dispatcher.wait_status("suspicion", |s| pool(s, "web").suspects == 1);
     let web = pool(&status, "web");
     let stopped = worker(&status, "w0").unwrap();
-    assert_eq!((stopped.state.as_str(), stopped.custody), ("suspect", 0));
+    assert_eq!((stopped.state.as_str(), stopped.in_flight), ("suspect", 0));
     assert!(web.revoked > 0 && web.revoked == stopped.revoked, "{web:?}");
     let revoked = web.revoked as f64;
     for (name, value) in [
         ("suspects_total", 1.0),
         ("revoked_connections_total", revoked),
         ("worker_revoked_connections_total", revoked),
-        ("pool_custody_connections", 0.0),
+        ("pool_in_flight_connections", 0.0),
         ("workers{pool=\"web\",state=\"suspect\"}", 1.0),
     ] {
         assert_eq!(dispatcher.metric(&format!("dispatcher_{name}")), value, "{name}");
@@ -472,8 +472,8 @@ fn dashboard_and_alerts_use_existing_metrics() {
     // These totals exist only for the equation that `dispatcher_conservation_residual` checks.
     const NOT_SHOWN: [&str; 6] = [
         "dispatcher_connections_accepted_total",
-        "dispatcher_connections_held",
-        "dispatcher_connections_custody",
+        "dispatcher_connections_queued",
+        "dispatcher_connections_in_flight",
         "dispatcher_connections_taken_total",
         "dispatcher_connections_closed_total",
         "dispatcher_pool_taken_connections_total",

@@ -99,7 +99,7 @@ fn the_page_shows_what_the_json_says() {
     let door = Door::open(dispatcher.admin());
     browser.open(&door.url);
     let status = wait_equal(&mut browser, &dispatcher);
-    assert!(status.custody > 0 && status.accepted == 30, "{status:?}");
+    assert!(status.in_flight > 0 && status.accepted == 30, "{status:?}");
     let host = nix::sys::utsname::uname().unwrap().nodename().to_string_lossy().into_owned();
     assert_eq!((&status.host, host.is_empty()), (&host, false));
     assert_eq!(browser.text("document.title"), format!("{host} – dispatcher"));
@@ -276,7 +276,7 @@ fn nothing_overflows_between_320_and_2560_pixels() {
         worker.taken = u64::MAX >> 12;
         worker.revoked = 1_000_000_000;
         worker.weight = 65_535;
-        worker.custody = 4_096;
+        worker.in_flight = 4_096;
         worker.priority = 65_535;
     }
     status.listeners = vec![ListenerStatus {
@@ -459,9 +459,9 @@ fn keyboard_and_screen_reader() {
     let news = "document.getElementById('news').textContent";
     browser.wait_true(&format!("{news}.startsWith('New fault: worker gone, web/')"));
     let mut next = crowd(150);
-    next.faults.push(FaultStatus { kind: "choked".to_owned(), ..FaultStatus::default() });
+    next.faults.push(FaultStatus { kind: "out_of_resources".to_owned(), ..FaultStatus::default() });
     pretend(&mut browser, &next);
-    browser.wait_true("document.getElementById('faults').innerText.includes('choked')");
+    browser.wait_true("document.getElementById('faults').innerText.includes('out_of_resources')");
     browser.wait_true("!document.getElementById('all').hidden");
     assert!(browser.text(news).contains("worker gone"));
     let warm = "document.querySelector('[data-worker=\"140\"]').innerText";

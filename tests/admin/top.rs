@@ -26,7 +26,7 @@ fn a_snapshot_equals_the_status() {
     // A connection that is not taken yet.
     workers[0].signal(Signal::SIGSTOP);
     let untaken = connect(address);
-    let status = dispatcher.wait_status("custody", |status| status.custody == 1);
+    let status = dispatcher.wait_status("one in flight", |status| status.in_flight == 1);
     let output = top(&dispatcher, &["--snapshot", "--size", "120x30"]);
     assert!(output.status.success(), "{}", String::from_utf8_lossy(&output.stderr));
     let frame = String::from_utf8(output.stdout).unwrap();
@@ -49,7 +49,7 @@ fn a_snapshot_equals_the_status() {
     };
     let pid = status.pid.to_string();
     row(&["dispatcher", &status.version, "pid", &pid]);
-    row(&["live", "11", "accepted", "11", "held", "0", "custody", "1", "taken", "10"]);
+    row(&["live", "11", "accepted", "11", "queued", "0", "in", "flight", "1", "taken", "10"]);
     row(&["web", "least-connections", "ready", "2", "11", "0"]);
     let of = |name: &str| worker(&status, name).unwrap();
     let (first, second) = (of("w0"), of("w1"));

@@ -46,7 +46,7 @@ const DYING: u64 = 200_000;
 
 const TAKEN_BY_KILLED: &str = "its worker was killed after taking it";
 const UNWRITTEN: &str = "its worker was killed between taking it and writing that down";
-const DISPATCHER_KILLED: &str = "the dispatcher was killed: accepted, and held or not yet sent";
+const DISPATCHER_KILLED: &str = "the dispatcher was killed: accepted, and queued or not yet sent";
 const BOTH_KILLED: &str = "the dispatcher was killed, then the worker it had been sent to";
 
 impl Evidence<'_> {
@@ -274,7 +274,7 @@ fn read_log(log: &str, verdict: &mut Verdict) -> BTreeMap<u32, &'static str> {
             event @ ("worker_expelled"
             | "counter_clamped"
             | "worker_broke_protocol"
-            | "choked"
+            | "out_of_resources"
             | "accept_paused")
                 // That one means to.
                 if !line.contains(" name=hostile ") =>

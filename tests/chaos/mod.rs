@@ -297,7 +297,7 @@ fn settle(run: &Run, nemesis: &Nemesis<'_>, seed: u64) -> Result<(), String> {
     (0..200).for_each(|_| run.clients.must_be_served(&mut random));
     run.wait_status("every load to be zero", |status| {
         let idle = status.pools[0].workers.iter().all(|worker| worker.load == 0);
-        idle && status.held == 0 && status.custody == 0
+        idle && status.queued == 0 && status.in_flight == 0
     })
 }
 

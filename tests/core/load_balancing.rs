@@ -14,14 +14,14 @@ use std::time::Duration;
 use dispatch_protocol::scoreboard::gauge::Reading;
 use dispatch_protocol::wire::Hello;
 use dispatcher_core::*;
-use simulator::{Desk, Random};
+use simulator::{Driver, Random};
 
 const LISTENER: ListenerId = ListenerId(0);
 const MILLISECOND: u64 = 1_000_000;
 
 /// A pool, its clients, and what has been going on.
 struct Scene {
-    desk: Desk,
+    driver: Driver,
     random: Random,
     workers: Vec<WorkerId>,
     ends: BinaryHeap<Reverse<(Time, u64)>>,
@@ -39,14 +39,14 @@ impl Scene {
                 valid_for: Duration::from_secs(3_600),
                 ..Scores::default()
             },
-            access: Access { users: vec![0], groups: vec![] },
+            access: AllowedAccounts { users: vec![0], groups: vec![] },
             ..PoolSettings::default()
         };
         let listener =
             ListenerSettings { name: "web".to_owned(), address: String::new(), pool: PoolId(0) };
-        let mut desk = Desk::new(vec![pool], vec![listener]);
-        desk.core.set_seed(1);
-        Scene { desk, random: Random::new(1), workers: Vec::new(), ends: BinaryHeap::new() }
+        let mut driver = Driver::new(vec![pool], vec![listener]);
+        driver.core.set_seed(1);
+        Scene { driver, random: Random::new(1), workers: Vec::new(), ends: BinaryHeap::new() }
     }
 
     fn join(&mut self, priority: u16) {
@@ -58,13 +58,13 @@ impl Scene {
             max_connections: 10_000,
             ..Hello::default()
         };
-        self.workers.push(self.desk.join(hello).unwrap());
+        self.workers.push(self.driver.join(hello).unwrap());
     }
 
     /// The last worker that came shows this, if anybody wants to know.
     fn show(&mut self, wait: f64) {
-        let at = self.desk.now.0;
-        for gauge in self.desk.links.iter_mut().last().into_iter().flat_map(|l| &mut l.gauges) {
+        let at = self.driver.now.0;
+        for gauge in self.driver.links.iter_mut().last().into_iter().flat_map(|l| &mut l.gauges) {
             *gauge = Some(Reading { value: wait, at });
         }
     }
@@ -78,35 +78,35 @@ impl Scene {
         // Some come more often than others.
         let who = self.random.below(20) * self.random.below(20);
         self.advance(Duration::from_nanos(gap));
-        self.desk.log.clear();
+        self.driver.log.clear();
         let peer = SocketAddr::from(([10, 0, (who / 256) as u8, (who % 256) as u8], 1));
-        self.desk.accept_only_from(LISTENER, peer.into());
-        self.desk.pump();
-        let sent = self.desk.log.iter().find_map(|effect| match effect {
+        self.driver.accept_only_from(LISTENER, peer.into());
+        self.driver.pump();
+        let sent = self.driver.log.iter().find_map(|effect| match effect {
             Effect::Send { worker, .. } => Some(*worker),
             _ => None,
         });
         let worker = sent.expect("there is room");
-        self.desk.take(worker).unwrap();
-        self.desk.turn();
-        self.ends.push(Reverse((self.desk.now + time, worker.serial)));
+        self.driver.take(worker).unwrap();
+        self.driver.turn();
+        self.ends.push(Reverse((self.driver.now + time, worker.serial)));
     }
 
     fn advance(&mut self, time: Duration) {
-        let until = self.desk.now + time;
+        let until = self.driver.now + time;
         while let Some(&Reverse((end, serial))) = self.ends.peek()
             && end <= until
         {
             self.ends.pop();
             let index = serial as usize - 1;
-            self.desk.links[index].finished += 1;
+            self.driver.links[index].finished += 1;
         }
-        self.desk.now = until;
-        self.desk.turn();
+        self.driver.now = until;
+        self.driver.turn();
     }
 
     fn loads(&self) -> Vec<u64> {
-        self.workers.iter().map(|&worker| self.desk.core.load(worker).unwrap()).collect()
+        self.workers.iter().map(|&worker| self.driver.core.load(worker).unwrap()).collect()
     }
 }
 
@@ -251,11 +251,11 @@ fn slow_start() {
         // What it was sent in each 50 ms: the rate it has to bear.
         let (mut line, mut before) = (Vec::new(), 0);
         for n in 0..SAMPLES {
-            let end = scene.desk.now + Duration::from_millis(50);
-            while scene.desk.now < end {
+            let end = scene.driver.now + Duration::from_millis(50);
+            while scene.driver.now < end {
                 scene.client();
             }
-            let status = scene.desk.core.snapshot();
+            let status = scene.driver.core.snapshot();
             let sent = status.pools[0].workers[2].sent;
             let rate = (sent - before) as f64 * 20.0;
             before = sent;

@@ -189,7 +189,7 @@ fn no_reload_while_it_stops() {
     let lazy = dispatcher.worker_with("blocking", "web", "lazy", &[("TEST_WORKER", "never-take")]);
     dispatcher.wait_joined("web", 1);
     let untaken = connect(address);
-    dispatcher.wait_status("custody", |status| status.custody == 1);
+    dispatcher.wait_status("one in flight", |status| status.in_flight == 1);
     dispatcher.process.signal(Signal::SIGTERM);
     dispatcher.wait_status("the stop", |status| status.stopping);
     write_config(&dispatcher.dir, &one_pool("policy = \"random\""));

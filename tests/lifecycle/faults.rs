@@ -104,7 +104,7 @@ fn killed_between_receiving_and_taking() {
     client.finish();
     wait_for_log(&dispatcher, "resent=1 live=0");
     let status = dispatcher.status();
-    assert_eq!((status.taken, status.custody, status.held), (1, 0, 0));
+    assert_eq!((status.taken, status.in_flight, status.queued), (1, 0, 0));
 }
 
 #[test]
@@ -121,7 +121,7 @@ fn stopped_between_receiving_and_taking_then_continued() {
     client.finish();
     let over = |status: &_| worker(status, "other").is_some_and(|w| w.load == 0);
     let status = dispatcher.wait_status("the end", over);
-    assert_eq!((status.taken, status.custody, status.held), (1, 0, 0));
+    assert_eq!((status.taken, status.in_flight, status.queued), (1, 0, 0));
     // That it lives is not that it serves.
     assert_eq!(worker(&status, "bad").unwrap().state, "suspect");
     drop(holding.peer);
@@ -136,7 +136,7 @@ fn an_application_that_takes_one_of_many_and_hangs_gives_up_the_rest() {
     // They come in few records; the application takes one of them, and then is busy with it.
     let first = slow.accept().unwrap().unwrap();
     // Its thread is only busy; what it left goes back to the queue, where the first free thread finds it.
-    dispatcher.wait_status("the rest to wait", |status| status.held > 0 && status.custody == 0);
+    dispatcher.wait_status("the rest to wait", |status| status.queued > 0 && status.in_flight == 0);
     let _other = dispatcher.worker("blocking", "web", "other");
     dispatcher.wait_status("the others to be served", |status| {
         worker(status, "other").is_some_and(|w| w.taken == 19)
@@ -151,7 +151,7 @@ fn an_application_that_takes_one_of_many_and_hangs_gives_up_the_rest() {
         later.len()
     });
     let status = dispatcher.status();
-    assert_eq!((status.taken, status.custody), (20, 0));
+    assert_eq!((status.taken, status.in_flight), (20, 0));
     assert!(!dispatcher.log().contains("event=worker_suspect"));
     let mut first = first;
     first.write_all(b"slow 0 web 127.0.0.1:0\n").unwrap();
@@ -200,13 +200,13 @@ fn a_worker_that_never_takes_costs_nobody_more_than_the_timeout() {
 }
 
 #[test]
-fn a_client_that_resets_in_custody_is_delivered_as_accept_would() {
+fn a_client_that_resets_in_flight_is_delivered_as_accept_would() {
     for flavour in ["blocking", "tokio", "mio"] {
         let (dispatcher, address) = start_one_pool(PATIENT);
         let workers = dispatcher.workers(flavour, "web", 1);
         workers[0].signal(Signal::SIGSTOP);
         let mut streams: Vec<TcpStream> = (0..10).map(|_| connect(address)).collect();
-        dispatcher.wait_status("custody", |status| status.custody == 10);
+        dispatcher.wait_status("one in flight", |status| status.in_flight == 10);
         for gone in streams.drain(..5) {
             rustix::net::sockopt::set_socket_linger(&gone, Some(Duration::ZERO)).unwrap();
         }
@@ -228,15 +228,15 @@ fn a_client_that_resets_in_custody_is_delivered_as_accept_would() {
 }
 
 #[test]
-fn a_client_that_resets_while_held_is_dropped_and_one_that_half_closes_is_not() {
+fn a_client_that_resets_while_queued_is_dropped_and_one_that_half_closes_is_not() {
     let (dispatcher, address) =
         start_one_pool("handoff_timeout = \"10m\"\nwait_for_worker = \"10m\"");
     let mut workers = dispatcher.workers("blocking", "web", 1);
     workers[0].signal(Signal::SIGSTOP);
     let mut streams: Vec<TcpStream> = (0..6).map(|_| connect(address)).collect();
-    dispatcher.wait_status("custody", |status| status.custody == 6);
+    dispatcher.wait_status("one in flight", |status| status.in_flight == 6);
     workers[0].kill();
-    dispatcher.wait_status("all to be held", |status| status.held == 6);
+    dispatcher.wait_status("all to be queued", |status| status.queued == 6);
     for gone in streams.drain(..3) {
         rustix::net::sockopt::set_socket_linger(&gone, Some(Duration::ZERO)).unwrap();
     }
@@ -244,7 +244,7 @@ fn a_client_that_resets_while_held_is_dropped_and_one_that_half_closes_is_not() 
         half.write_all(b"all I have to say\n").unwrap();
         half.shutdown(std::net::Shutdown::Write).unwrap();
     }
-    let status = dispatcher.wait_status("three to be dropped", |status| status.held == 3);
+    let status = dispatcher.wait_status("three to be dropped", |status| status.queued == 3);
     assert_eq!(status.closed["client_gone"], 3);
     let _late = dispatcher.worker("tokio", "web", "late");
     for mut half in all_greeted(streams) {
@@ -289,7 +289,7 @@ fn what_was_sent_survives_the_dispatcher() {
         let workers = dispatcher.workers(flavour, "web", 2);
         workers.iter().for_each(|worker| worker.signal(Signal::SIGSTOP));
         let streams: Vec<TcpStream> = (0..60).map(|_| connect(address)).collect();
-        dispatcher.wait_status("all to be sent", |status| status.custody == 60);
+        dispatcher.wait_status("all to be sent", |status| status.in_flight == 60);
         dispatcher.process.kill();
         workers.iter().for_each(|worker| worker.signal(Signal::SIGCONT));
         let mut clients = all_greeted(streams);
@@ -310,8 +310,8 @@ fn a_stop_that_runs_out_of_time_sends_what_it_holds_to_whoever_is_there() {
     let workers = dispatcher.workers("tokio", "web", 1);
     workers[0].signal(Signal::SIGSTOP);
     let streams: Vec<TcpStream> = (0..10).map(|_| connect(address)).collect();
-    dispatcher.wait_status("all to be held again", |status| {
-        status.held + status.custody == status.accepted
+    dispatcher.wait_status("all to be queued again", |status| {
+        status.queued + status.in_flight == status.accepted
             && worker(status, "w0").unwrap().state == "suspect"
     });
     assert!(dispatcher.stop().success());
@@ -327,9 +327,9 @@ fn with_no_worker_a_stop_counts_whom_it_had_to_close() {
     let mut workers = dispatcher.workers("blocking", "web", 1);
     workers[0].signal(Signal::SIGSTOP);
     let mut streams: Vec<TcpStream> = (0..5).map(|_| connect(address)).collect();
-    dispatcher.wait_status("custody", |status| status.custody == 5);
+    dispatcher.wait_status("one in flight", |status| status.in_flight == 5);
     workers[0].kill();
-    dispatcher.wait_status("all to be held", |status| status.held == 5);
+    dispatcher.wait_status("all to be queued", |status| status.queued == 5);
     assert!(dispatcher.stop().success());
     for stream in &mut streams {
         stream.set_read_timeout(Some(PATIENCE)).unwrap();
@@ -361,7 +361,7 @@ fn a_forked_child_that_keeps_everything_open_hides_no_death() {
     parent.signal(Signal::SIGSTOP);
     let streams: Vec<TcpStream> = (0..21).map(|_| connect(address)).collect();
     dispatcher.wait_status("all to be placed", |status| {
-        worker(status, "parent").unwrap().custody == 10
+        worker(status, "parent").unwrap().in_flight == 10
             && worker(status, "other").unwrap().taken == 11
     });
     parent.kill();

@@ -117,11 +117,11 @@ fn a_killed_worker_loses_nothing_it_had_not_taken() {
         let least = if flavour == "blocking" { 1 } else { 200 };
         let status = dispatcher.wait_status("all are sent", |status| {
             let (stopped, other) = (worker(status, "w0").unwrap(), worker(status, "w1").unwrap());
-            stopped.custody >= least
-                && other.custody == 0
-                && status.taken + stopped.custody == before + 400
+            stopped.in_flight >= least
+                && other.in_flight == 0
+                && status.taken + stopped.in_flight == before + 400
         });
-        let untaken = worker(&status, "w0").unwrap().custody;
+        let untaken = worker(&status, "w0").unwrap().in_flight;
         workers[0].kill();
         let mut clients = greeted(streams);
         assert_eq!(tally(&clients)["w1"], 400, "{flavour}");
@@ -130,7 +130,7 @@ fn a_killed_worker_loses_nothing_it_had_not_taken() {
         clients.into_iter().for_each(Client::finish);
         wait_for_log(&dispatcher, &format!("resent={untaken} live=0"));
         let status = dispatcher.status();
-        assert_eq!((status.taken, status.custody, status.held), (before + 400, 0, 0));
+        assert_eq!((status.taken, status.in_flight, status.queued), (before + 400, 0, 0));
     }
 }
 
@@ -152,7 +152,7 @@ fn a_hung_worker_costs_nobody_more_than_the_timeout() {
         assert!(!tally(&clients).contains_key("w2"), "{flavour}");
         let status = dispatcher.status();
         let hung = worker(&status, "w2").unwrap();
-        assert_eq!((hung.state.as_str(), hung.custody, hung.load), ("suspect", 0, 0));
+        assert_eq!((hung.state.as_str(), hung.in_flight, hung.load), ("suspect", 0, 0));
         assert!(hung.revoked > 0);
         clients.into_iter().for_each(Client::finish);
 
@@ -179,7 +179,7 @@ fn goodbye_gives_back_what_is_untaken() {
     dispatcher.wait_joined("web", 1);
     let address = dispatcher.address("web");
     let streams: Vec<TcpStream> = (0..50).map(|_| connect(address)).collect();
-    dispatcher.wait_status("50 in custody", |status| status.custody == 50);
+    dispatcher.wait_status("50 in flight", |status| status.in_flight == 50);
     let _other = dispatcher.worker("blocking", "web", "other");
     dispatcher.wait_joined("web", 2);
     lazy.signal(Signal::SIGTERM);
@@ -264,7 +264,7 @@ fn sigterm_ends_the_dispatcher_and_no_connection() {
     clients.iter_mut().for_each(|client| client.echo("after the end"));
     assert!(!dispatcher.dispatch().exists() && !dispatcher.admin().exists());
     let log = dispatcher.log();
-    assert!(log.contains("event=stopped accepted=20 taken=20 custody=0 held=0"), "{log}");
+    assert!(log.contains("event=stopped accepted=20 taken=20 in_flight=0 queued=0"), "{log}");
 }
 
 #[test]
@@ -307,16 +307,16 @@ fn nothing_is_left_open_afterwards() {
 }
 
 #[test]
-fn a_held_client_that_resets_is_dropped_and_counted() {
+fn a_queued_client_that_resets_is_dropped_and_counted() {
     let dispatcher = Dispatcher::start(PATIENT);
     let address = dispatcher.address("web");
     let mut lazy =
         dispatcher.worker_with("blocking", "web", "lazy", &[("TEST_WORKER", "never-take")]);
     dispatcher.wait_joined("web", 1);
     let mut streams: Vec<TcpStream> = (0..10).map(|_| connect(address)).collect();
-    dispatcher.wait_status("10 in custody", |status| status.custody == 10);
+    dispatcher.wait_status("10 in flight", |status| status.in_flight == 10);
     lazy.kill();
-    dispatcher.wait_status("10 held", |status| status.held == 10);
+    dispatcher.wait_status("10 queued", |status| status.queued == 10);
     // Four reset, three only half-close: those still wait for an answer.
     for stream in streams.drain(..4) {
         nix::sys::socket::setsockopt(
@@ -329,7 +329,7 @@ fn a_held_client_that_resets_is_dropped_and_counted() {
     for stream in &streams[..3] {
         stream.shutdown(std::net::Shutdown::Write).unwrap();
     }
-    let status = dispatcher.wait_status("four to be dropped", |status| status.held == 6);
+    let status = dispatcher.wait_status("four to be dropped", |status| status.queued == 6);
     assert_eq!(status.closed["client_gone"], 4);
     let _worker = dispatcher.worker("tokio", "web", "late");
     assert_eq!(tally(&greeted(streams))["late"], 6);

@@ -162,7 +162,7 @@ fn a_removed_listener_is_emptied_first_and_an_added_one_serves() {
     let done = reload(&dispatcher, &format!("{}{new}{more}{keys}", web("")));
     assert_eq!(names(&done["added"]), ["listener new", "listener more"]);
     assert_eq!(names(&done["removed"]), ["listener old"]);
-    dispatcher.wait_status("the queue to be emptied", |status| status.held == 150);
+    dispatcher.wait_status("the queue to be emptied", |status| status.queued == 150);
     wait_until("the old listener to be closed", || TcpStream::connect(address).is_err());
     wait_for_log(&dispatcher, "event=listener_closed listener=old pool=web");
     let shown = dispatcher.status();

@@ -228,7 +228,7 @@ fn who_is_turned_away_is_told_the_new_words() {
 }
 
 #[test]
-fn what_is_in_custody_stays_there_and_is_served() {
+fn what_is_in_flight_stays_there_and_is_served() {
     let body = |keys: &str| one_pool(keys);
     let patient = "handoff_timeout = \"10m\"";
     let dispatcher = Dispatcher::start(&body(patient));
@@ -238,12 +238,12 @@ fn what_is_in_custody_stays_there_and_is_served() {
     let warm = Client::connect(address).unwrap();
     worker.signal(Signal::SIGSTOP);
     let streams: Vec<TcpStream> = (0..8).map(|_| connect(address)).collect();
-    dispatcher.wait_status("custody", |status| status.custody == 8);
+    dispatcher.wait_status("one in flight", |status| status.in_flight == 8);
     for keys in ["policy = \"random\"", "policy = \"hash\"\nmax_untaken = 9", "history = 3"] {
         reload(&dispatcher, &body(&format!("{patient}\n{keys}")));
         let status = dispatcher.status();
         assert_eq!(
-            (status.custody, status.held, pool(&status, "web").revoked),
+            (status.in_flight, status.queued, pool(&status, "web").revoked),
             (8, 0, 0),
             "{keys}"
         );

@@ -63,8 +63,8 @@ fn a_full_channel_sends_clients_to_the_next_worker() {
     }
     let status = dispatcher.status();
     let full = worker(&status, "lazy").unwrap();
-    assert_eq!((full.state.as_str(), status.held), ("active", 0));
-    assert!(full.custody > 100 && full.channel_full > 0, "{full:?}");
+    assert_eq!((full.state.as_str(), status.queued), ("active", 0));
+    assert!(full.in_flight > 100 && full.channel_full > 0, "{full:?}");
     for name in ["dispatcher_channel_full_total", "dispatcher_worker_channel_full_total"] {
         assert_eq!(dispatcher.metric(name), full.channel_full as f64);
     }
@@ -192,7 +192,7 @@ fn a_user_with_too_many_descriptors_in_flight_makes_clients_wait() {
 
     let in_flight = descriptors_in_flight(user);
     let streams: Vec<TcpStream> = (0..20).map(|_| connect(address)).collect();
-    wait_for_log(&dispatcher, "event=choked");
+    wait_for_log(&dispatcher, "event=out_of_resources");
     let status = dispatcher.status();
     assert_eq!((status.taken, status.closed.values().sum()), (1, 0));
     let before = ticks(&dispatcher.process);
@@ -226,7 +226,7 @@ fn a_thousand_workers_come_and_go_at_once() {
     dispatcher.wait_joined("web", 1000);
     let streams: Vec<TcpStream> = (0..2_500).map(|_| connect(address)).collect();
     let status =
-        dispatcher.wait_status("all to be sent", |status| status.custody + status.taken == 2_500);
+        dispatcher.wait_status("all to be sent", |status| status.in_flight + status.taken == 2_500);
     let (loads, spread) = loads(&status, "web");
     assert_eq!((loads.len(), loads.iter().sum::<u64>(), spread), (1000, 2_500, 1));
     // They all leave without having taken any; one that came late serves the lot.
@@ -249,7 +249,7 @@ fn a_close_that_lingers_does_not_hold_up_the_dispatcher() {
     let lingering = own_worker(&dispatcher, "lingering");
     dispatcher.wait_joined("web", 1);
     let unread = connect(address);
-    dispatcher.wait_status("custody", |status| status.custody == 1);
+    dispatcher.wait_status("one in flight", |status| status.in_flight == 1);
     // While the dispatcher does not see it, the worker takes the connection, fills its send queue, asks for a
     // lingering close and closes its copy: the dispatcher's is the last.
     dispatcher.process.signal(Signal::SIGSTOP);

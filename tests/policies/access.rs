@@ -153,10 +153,10 @@ fn queued_connections_per_client_are_limited() {
     let to = dispatcher.address("web");
     // Addresses with the same 24 bits are one client.
     let waiting: Vec<TcpStream> = (1..=4).map(|n| from([127, 0, 0, n], to)).collect();
-    dispatcher.wait_status("four in custody", |s| s.custody == 4);
+    dispatcher.wait_status("four in flight", |s| s.in_flight == 4);
     is_closed(from([127, 0, 0, 5], to));
     let other = from([127, 0, 1, 1], to);
-    let status = dispatcher.wait_status("another client", |s| s.custody == 5);
+    let status = dispatcher.wait_status("another client", |s| s.in_flight == 5);
     assert_eq!(status.closed["too_many_queued"], 1);
     // A worker serves all waiting clients, and more can be queued.
     let _worker = dispatcher.worker("blocking", "web", "busy");

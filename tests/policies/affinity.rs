@@ -365,17 +365,17 @@ fn a_client_that_leaves_before_its_key_is_forgotten() {
     let _worker = dispatcher.workers("tokio", "web", 1);
     let before = dispatcher.fds();
     let streams: Vec<_> = (0..50).map(|_| connect(address)).collect();
-    dispatcher.wait_status("all to be awaited", |status| status.held == 50);
+    dispatcher.wait_status("all to be awaited", |status| status.queued == 50);
     for stream in streams {
         // A reset instead of an end of input.
         rustix::net::sockopt::set_socket_linger(&stream, Some(std::time::Duration::ZERO)).unwrap();
     }
-    let status = dispatcher.wait_status("all to be gone", |status| status.held == 0);
+    let status = dispatcher.wait_status("all to be gone", |status| status.queued == 0);
     assert_eq!(status.closed["client_gone"], 50);
     wait_until("their descriptors to be closed", || dispatcher.fds() <= before);
     // A stop does not wait longer for silent clients than for others, and they are served.
     let silent = connect(address);
-    dispatcher.wait_status("it to be awaited", |status| status.held == 1);
+    dispatcher.wait_status("it to be awaited", |status| status.queued == 1);
     dispatcher.process.signal(nix::sys::signal::Signal::SIGTERM);
     wait_for_log(&dispatcher, "event=stopping");
     // The timeout ends.
@@ -554,8 +554,8 @@ fn ten_thousand_silent_clients_do_not_affect_others() {
         rustix::net::sockopt::set_socket_linger(&stream, Some(std::time::Duration::ZERO)).unwrap();
     }
     drop(staying);
-    let status =
-        dispatcher.wait_status("all to be gone", |status| status.held == 0 && status.custody == 0);
+    let status = dispatcher
+        .wait_status("all to be gone", |status| status.queued == 0 && status.in_flight == 0);
     assert_eq!(status.closed["client_gone"], AWAITED as u64);
     wait_until("their descriptors to be closed", || dispatcher.fds() <= fds);
 }

@@ -68,7 +68,7 @@ fn ten_thousand_held(flavour: &str) {
     assert!(samples > 10, "only {samples} samples");
     let status = dispatcher.status();
     assert_eq!(loads(&status, "web"), (vec![2500; 4], 0));
-    assert_eq!((status.held, status.custody), (0, 0));
+    assert_eq!((status.queued, status.in_flight), (0, 0));
     // Every connection is served.
     for client in clients.drain(..).step_by(500) {
         Client::greeted(client).unwrap().echo("hello");

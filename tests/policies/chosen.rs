@@ -73,7 +73,7 @@ fn failover_to_the_standby_and_back() {
     primary.signal(Signal::SIGSTOP);
     let waiting: Vec<_> = (0..100).map(|_| connect(address)).collect();
     dispatcher.wait_status("all to be on their way to the primary", |status| {
-        worker(status, "primary").is_some_and(|w| w.custody == 100)
+        worker(status, "primary").is_some_and(|w| w.in_flight == 100)
     });
     primary.kill();
     let mut moved = all_greeted(waiting);
@@ -91,7 +91,7 @@ fn failover_to_the_standby_and_back() {
     moved.iter_mut().for_each(|client| client.echo("still here"));
     let status = dispatcher.status();
     assert_eq!(status.closed.values().sum::<u64>(), 0, "nobody was turned away");
-    assert_eq!((status.held, status.custody), (0, 0));
+    assert_eq!((status.queued, status.in_flight), (0, 0));
 }
 
 #[test]

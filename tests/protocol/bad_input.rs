@@ -311,7 +311,7 @@ fn a_scoreboard_cannot_be_cut_and_scribbling_over_it_costs_only_the_scribbler() 
             assert!(rustix::fs::fcntl_add_seals(&lane[1], rustix::fs::SealFlags::WRITE).is_err());
             let streams: Vec<_> = (0..8).map(|_| connect(address)).collect();
             dispatcher.wait_status("some to be sent to it", |status| {
-                worker(status, "bad").is_none_or(|w| w.custody > 0)
+                worker(status, "bad").is_none_or(|w| w.in_flight > 0)
             });
             // Holes, then garbage, over everything: magic, wishes, counters, slots, gauges.
             let size = rustix::fs::fstat(&lane[1]).unwrap().st_size as u64;

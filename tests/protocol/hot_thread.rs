@@ -245,7 +245,7 @@ fn a_close_that_is_stuck_delays_no_other_end_and_nothing_piles_up() {
         let victims: Vec<_> = (0..20).map(|_| connect(dispatcher.address("web"))).collect();
         let mut trapped = 0;
         while trapped < victims.len() {
-            // Its own copy goes without lingering: with the one in custody it is not the last.
+            // Its own copy goes without lingering: with the one in flight it is not the last.
             let (entries, fds) = mallory.next(RecvFlags::empty());
             for (entry, fd) in entries.iter().zip(fds) {
                 set_trap(&fd);
@@ -288,7 +288,7 @@ fn ends_come_promptly_at_idle_and_under_load() {
     let loaded = (0..50).map(|_| time_to_end(&dispatcher)).max().unwrap();
     clients.into_iter().for_each(|client| client.join().unwrap());
     assert!(idle < SLOW && loaded < SLOW, "{idle:?} at idle, {loaded:?} under load");
-    dispatcher.wait_status("all to be taken", |status| status.custody == 0);
+    dispatcher.wait_status("all to be taken", |status| status.in_flight == 0);
 }
 
 /// Seconds of processor time of the hot thread.

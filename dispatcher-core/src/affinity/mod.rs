@@ -4,11 +4,11 @@
 //! (its route), then the one that is remembered for the key, then whomever the policy chooses; that one is remembered.
 //! What a key is made of is decided by `key::KeySource`.
 
-mod homes;
+mod bindings;
 pub(super) mod key;
 mod table;
 
-use self::homes::Homes;
+use self::bindings::Bindings;
 use self::table::Table;
 use super::Core;
 use super::types::*;
@@ -22,7 +22,7 @@ const OLD_PER_ENTRY: usize = 2;
 #[derive(Debug)]
 pub(super) struct Memory {
     table: Table,
-    homes: Homes,
+    bindings: Bindings,
     counts: Counts,
 }
 
@@ -66,7 +66,7 @@ impl Memory {
     pub(super) fn new(settings: &Affinity, seed: u64) -> Memory {
         Memory {
             table: Table::new(settings.max_entries, settings.ttl, seed),
-            homes: Homes::default(),
+            bindings: Bindings::default(),
             counts: Counts::default(),
         }
     }
@@ -76,22 +76,17 @@ impl Memory {
     }
 
     /// A worker joins; answers what its entries point at.
-    pub(super) fn move_in(
-        &mut self,
-        name: &str,
-        worker: u32,
-        is_usable: impl Fn(u32) -> bool,
-    ) -> u32 {
-        self.homes.move_in(AffinityKey::of(name.as_bytes()), worker, is_usable)
+    pub(super) fn bind(&mut self, name: &str, worker: u32, is_usable: impl Fn(u32) -> bool) -> u32 {
+        self.bindings.bind(AffinityKey::of(name.as_bytes()), worker, is_usable)
     }
 
-    /// Whether what is remembered with this home comes to this worker.
-    pub(super) fn is_home_of(&self, home: u32, worker: u32) -> bool {
-        self.homes.worker(home) == Some(worker)
+    /// Whether what is remembered with this binding comes to this worker.
+    pub(super) fn is_bound_to(&self, binding: u32, worker: u32) -> bool {
+        self.bindings.worker(binding) == Some(worker)
     }
 
-    pub(super) fn move_out(&mut self, home: u32, worker: u32) {
-        self.homes.move_out(home, worker);
+    pub(super) fn unbind(&mut self, binding: u32, worker: u32) {
+        self.bindings.unbind(binding, worker);
     }
 
     /// Where a client should go.
@@ -101,22 +96,24 @@ impl Memory {
         known: Known,
         is_eligible: impl Fn(u32) -> bool,
     ) -> Recall {
-        let named = known.route.and_then(|route| self.homes.worker_named(route));
+        let named = known.route.and_then(|route| self.bindings.worker_named(route));
         if let Some(worker) = named.filter(|&worker| is_eligible(worker)) {
             return Recall::Routed(worker);
         }
-        match self.table.home(now, known.key) {
-            Some(home) => match self.homes.worker(home).filter(|&worker| is_eligible(worker)) {
-                Some(worker) => Recall::Here(worker),
-                None => Recall::Away,
-            },
+        match self.table.binding(now, known.key) {
+            Some(binding) => {
+                match self.bindings.worker(binding).filter(|&worker| is_eligible(worker)) {
+                    Some(worker) => Recall::Here(worker),
+                    None => Recall::Away,
+                }
+            }
             None if named.is_some() => Recall::Away,
             None => Recall::New,
         }
     }
 
-    /// The client goes to the worker with this home.
-    pub(super) fn note(&mut self, now: Time, key: AffinityKey, home: u32, recall: Recall) {
+    /// The client goes to the worker with this binding.
+    pub(super) fn note(&mut self, now: Time, key: AffinityKey, binding: u32, recall: Recall) {
         let count = match recall {
             Recall::Routed(_) => &mut self.counts.routed,
             Recall::Here(_) => &mut self.counts.hits,
@@ -126,20 +123,20 @@ impl Memory {
         *count += 1;
         // Its id says it already.
         if !matches!(recall, Recall::Routed(_)) {
-            self.enter(now, key, home);
+            self.enter(now, key, binding);
         }
     }
 
-    fn enter(&mut self, now: Time, key: AffinityKey, home: u32) {
-        self.homes.add_entry(home);
+    fn enter(&mut self, now: Time, key: AffinityKey, binding: u32) {
+        self.bindings.add_entry(binding);
         self.forget_old(now, OLD_PER_ENTRY);
-        if self.table.is_full() && self.table.home(now, key).is_none() {
+        if self.table.is_full() && self.table.binding(now, key).is_none() {
             // A key that is there but too old may be the one that goes, or be one too few: either does no harm.
             self.counts.evicted += u64::from(!self.table.has_old(now));
             self.drop_oldest();
         }
-        if let Some(before) = self.table.enter(now, key, home) {
-            self.homes.remove_entry(before);
+        if let Some(before) = self.table.enter(now, key, binding) {
+            self.bindings.remove_entry(before);
         }
     }
 
@@ -154,8 +151,8 @@ impl Memory {
     }
 
     fn drop_oldest(&mut self) {
-        if let Some(home) = self.table.drop_oldest() {
-            self.homes.remove_entry(home);
+        if let Some(binding) = self.table.drop_oldest() {
+            self.bindings.remove_entry(binding);
         }
     }
 
@@ -183,8 +180,8 @@ impl Memory {
     }
 
     pub(super) fn check(&self) {
-        self.homes.check(self.table.homes());
-        assert_eq!(self.table.homes().count(), self.table.len() as usize);
+        self.bindings.check(self.table.bindings());
+        assert_eq!(self.table.bindings().count(), self.table.len() as usize);
     }
 }
 
@@ -194,14 +191,14 @@ impl Core {
         let Some(w) = self.find(worker).filter(|&w| self.workers[w].is_usable()) else {
             return ClaimOutcome::Leaving;
         };
-        let (p, home) = (self.workers[w].pool, self.workers[w].home);
+        let (p, binding) = (self.workers[w].pool, self.workers[w].binding);
         let pool = &mut self.pools[p];
         let (Some(affinity), Some(memory)) = (&pool.settings.affinity, &mut pool.memory) else {
             return ClaimOutcome::NoAffinity;
         };
         let Some(known) = affinity.key.of_value(key) else { return ClaimOutcome::NotAKey };
         memory.counts.claimed += 1;
-        memory.enter(now, known.key, home);
+        memory.enter(now, known.key, binding);
         self.after(now, p);
         ClaimOutcome::Noted
     }

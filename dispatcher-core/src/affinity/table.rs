@@ -1,4 +1,4 @@
-//! Which home each key has: a table of bounded size that forgets what was not used for long.
+//! Which binding each key has: a table of bounded size that forgets what was not used for long.
 //!
 //! Owns entries, their order of use and the index over keys. Every operation is O(1). All of its memory is asked for when
 //! the first key comes, and never grows: the kernel provides it page by page, as entries are used, and nothing is ever
@@ -15,7 +15,7 @@ const NONE: u32 = u32::MAX;
 struct Entry {
     key: AffinityKey,
     used: Time,
-    home: u32,
+    binding: u32,
     /// The next with the same place in the index; the next free one, if this is free.
     next: u32,
     newer: u32,
@@ -85,18 +85,18 @@ impl Table {
         None
     }
 
-    /// The home of a key that is not too old. This is no use of it.
-    pub(super) fn home(&self, now: Time, key: AffinityKey) -> Option<u32> {
+    /// The binding of a key that is not too old. This is no use of it.
+    pub(super) fn binding(&self, now: Time, key: AffinityKey) -> Option<u32> {
         let entry = &self.entries[self.find(key)? as usize];
-        (now - entry.used < self.ttl).then_some(entry.home)
+        (now - entry.used < self.ttl).then_some(entry.binding)
     }
 
-    /// Notes that a key was used; answers the home it had before, if the entry was there.
-    pub(super) fn enter(&mut self, now: Time, key: AffinityKey, home: u32) -> Option<u32> {
+    /// Notes that a key was used; answers the binding it had before, if the entry was there.
+    pub(super) fn enter(&mut self, now: Time, key: AffinityKey, binding: u32) -> Option<u32> {
         if let Some(at) = self.find(key) {
             let entry = &mut self.entries[at as usize];
             entry.used = now;
-            let before = std::mem::replace(&mut entry.home, home);
+            let before = std::mem::replace(&mut entry.binding, binding);
             if self.newest != at {
                 self.unlink(at);
                 self.link(at);
@@ -111,7 +111,7 @@ impl Table {
         debug_assert!(self.len < self.max, "room was made before");
         let place = self.place(key);
         let next = self.index[place].wrapping_sub(1);
-        let entry = Entry { key, used: now, home, next, newer: NONE, older: NONE };
+        let entry = Entry { key, used: now, binding, next, newer: NONE, older: NONE };
         let at = if self.free == NONE {
             self.entries.push(entry);
             (self.entries.len() - 1) as u32
@@ -136,11 +136,11 @@ impl Table {
         self.oldest != NONE && now - self.entries[self.oldest as usize].used >= self.ttl
     }
 
-    /// Forgets the key that was not used for longest; answers its home.
+    /// Forgets the key that was not used for longest; answers its binding.
     pub(super) fn drop_oldest(&mut self) -> Option<u32> {
         let at = Some(self.oldest).filter(|&at| at != NONE)?;
         self.unlink(at);
-        let Entry { key, home, next, .. } = self.entries[at as usize];
+        let Entry { key, binding, next, .. } = self.entries[at as usize];
         let place = self.place(key);
         let mut before = self.index[place].wrapping_sub(1);
         if before == at {
@@ -154,7 +154,7 @@ impl Table {
         self.entries[at as usize].next = self.free;
         self.free = at;
         self.len -= 1;
-        Some(home)
+        Some(binding)
     }
 
     /// As the newest.
@@ -180,11 +180,11 @@ impl Table {
         }
     }
 
-    /// Every home that an entry names, the least recently used first. For checks.
-    pub(super) fn homes(&self) -> impl Iterator<Item = u32> + '_ {
+    /// Every binding that an entry names, the least recently used first. For checks.
+    pub(super) fn bindings(&self) -> impl Iterator<Item = u32> + '_ {
         let some = |at: u32| Some(at).filter(|&at| at != NONE);
         std::iter::successors(some(self.oldest), move |&at| some(self.entries[at as usize].newer))
-            .map(|at| self.entries[at as usize].home)
+            .map(|at| self.entries[at as usize].binding)
     }
 }
 
@@ -199,21 +199,21 @@ mod tests {
     }
 
     /// Enters as the core does: room is made first.
-    fn enter(table: &mut Table, now: u64, n: u64, home: u32) {
+    fn enter(table: &mut Table, now: u64, n: u64, binding: u32) {
         if table.find(key(n)).is_none() && table.is_full() {
             table.drop_oldest();
         }
-        table.enter(Time(now), key(n), home);
+        table.enter(Time(now), key(n), binding);
     }
 
     #[test]
     fn a_key_is_forgotten_after_its_last_use() {
         let mut table = Table::new(10, Duration::from_nanos(100), 7);
         enter(&mut table, 0, 1, 5);
-        assert_eq!(table.home(Time(99), key(1)), Some(5));
-        assert_eq!(table.home(Time(100), key(1)), None, "asking is no use");
+        assert_eq!(table.binding(Time(99), key(1)), Some(5));
+        assert_eq!(table.binding(Time(100), key(1)), None, "asking is no use");
         enter(&mut table, 60, 1, 5);
-        assert_eq!(table.home(Time(159), key(1)), Some(5));
+        assert_eq!(table.binding(Time(159), key(1)), Some(5));
         assert!(!table.has_old(Time(159)) && table.has_old(Time(160)));
         assert_eq!(table.drop_oldest(), Some(5));
         assert_eq!((table.len(), table.drop_oldest()), (0, None));
@@ -227,9 +227,9 @@ mod tests {
         }
         enter(&mut table, 3, 0, 0);
         enter(&mut table, 4, 9, 9);
-        assert_eq!(table.home(Time(5), key(1)), None);
+        assert_eq!(table.binding(Time(5), key(1)), None);
         for n in [0, 2, 9] {
-            assert_eq!(table.home(Time(5), key(n)), Some(n as u32));
+            assert_eq!(table.binding(Time(5), key(n)), Some(n as u32));
         }
     }
 
@@ -256,7 +256,7 @@ mod tests {
         }
         assert_eq!(table.len(), COUNT);
         assert_eq!((table.entries.len(), table.entries.capacity()), (1_000_000, 1_000_000));
-        assert_eq!(table.home(Time(0), AffinityKey(0)), None);
+        assert_eq!(table.binding(Time(0), AffinityKey(0)), None);
         let mut longest = 0;
         for &first in &table.index {
             let mut at = first.wrapping_sub(1);
@@ -268,7 +268,7 @@ mod tests {
         }
         assert!(longest < 50, "{longest} in one place");
         for n in 2 * u64::from(COUNT)..3 * u64::from(COUNT) {
-            assert_eq!(table.home(Time(0), AffinityKey(n << 20)), Some(n as u32));
+            assert_eq!(table.binding(Time(0), AffinityKey(n << 20)), Some(n as u32));
         }
     }
 
@@ -283,19 +283,19 @@ mod tests {
             let mut table = Table::new(max, Duration::from_nanos(ttl), ttl);
             let mut list: VecDeque<(u64, u32, u64)> = VecDeque::new();
             let mut now = 0;
-            for (n, home, pause) in ops {
+            for (n, binding, pause) in ops {
                 now += pause;
                 let known = list.iter().find(|&&(k, _, used)| k == n && now - used < ttl);
-                proptest::prop_assert_eq!(table.home(Time(now), key(n)), known.map(|&(_, h, _)| h));
-                enter(&mut table, now, n, home);
+                proptest::prop_assert_eq!(table.binding(Time(now), key(n)), known.map(|&(_, h, _)| h));
+                enter(&mut table, now, n, binding);
                 list.retain(|&(k, _, _)| k != n);
                 if list.len() == max as usize {
                     list.pop_front();
                 }
-                list.push_back((n, home, now));
+                list.push_back((n, binding, now));
                 proptest::prop_assert_eq!(table.len() as usize, list.len());
-                let homes: Vec<u32> = list.iter().map(|&(_, h, _)| h).collect();
-                proptest::prop_assert_eq!(table.homes().collect::<Vec<_>>(), homes);
+                let bindings: Vec<u32> = list.iter().map(|&(_, h, _)| h).collect();
+                proptest::prop_assert_eq!(table.bindings().collect::<Vec<_>>(), bindings);
             }
         }
     }

@@ -7,20 +7,20 @@ mod failover;
 mod hash;
 mod least_connections;
 mod least_score;
-mod lots;
 mod random;
 mod round_robin;
 mod tournament;
 mod two_choices;
+mod weighted_sampler;
 
 use dispatch_protocol::scoreboard::gauge::Reading;
 
 use self::failover::{Change, Failover};
 use self::hash::Rendezvous;
 use self::least_score::LeastScore;
-use self::lots::Lots;
 use self::round_robin::RoundRobin;
 use self::tournament::Tournament;
+use self::weighted_sampler::WeightedSampler;
 use super::random::Random;
 use super::types::{AffinityKey, Policy, Scored, Scores, Time, Why};
 
@@ -85,8 +85,8 @@ pub(super) struct Standing {
 enum Index {
     LeastConnections,
     RoundRobin(RoundRobin),
-    Random(Lots),
-    TwoChoices(Lots),
+    Random(WeightedSampler),
+    TwoChoices(WeightedSampler),
     Hash(Rendezvous),
     Failover(Failover),
     LeastScore(LeastScore),
@@ -154,14 +154,14 @@ pub(super) fn cost(load: u64, trial: bool) -> u64 {
 }
 
 impl Candidates {
-    /// Nobody yet; `seed` is where choices by lot come from.
+    /// Nobody yet; `seed` is where random choices come from.
     pub(super) fn new(policy: Policy, scores: &Scores, seed: u64) -> Candidates {
         let mut random = Random::new(seed);
         let index = match policy {
             Policy::LeastConnections => Index::LeastConnections,
             Policy::RoundRobin => Index::RoundRobin(RoundRobin::new(random.number())),
-            Policy::Random => Index::Random(Lots::default()),
-            Policy::TwoChoices => Index::TwoChoices(Lots::default()),
+            Policy::Random => Index::Random(WeightedSampler::default()),
+            Policy::TwoChoices => Index::TwoChoices(WeightedSampler::default()),
             Policy::Hash => Index::Hash(Rendezvous::default()),
             Policy::Failover => Index::Failover(Failover::default()),
             Policy::LeastScore => Index::LeastScore(LeastScore::new(scores.clone())),
@@ -196,7 +196,7 @@ impl Candidates {
         match &mut self.index {
             Index::LeastConnections => {}
             Index::RoundRobin(turns) => turns.add(),
-            Index::Random(lots) | Index::TwoChoices(lots) => lots.rebuild(&self.list),
+            Index::Random(sampler) | Index::TwoChoices(sampler) => sampler.rebuild(&self.list),
             Index::Hash(nodes) => nodes.add(member.node),
             Index::Failover(stands) => stands.add(member.priority),
             Index::LeastScore(scores) => scores.add(),
@@ -215,7 +215,7 @@ impl Candidates {
         match &mut self.index {
             Index::LeastConnections => {}
             Index::RoundRobin(turns) => turns.remove(at),
-            Index::Random(lots) | Index::TwoChoices(lots) => lots.rebuild(&self.list),
+            Index::Random(sampler) | Index::TwoChoices(sampler) => sampler.rebuild(&self.list),
             Index::Hash(nodes) => nodes.remove(at),
             Index::Failover(stands) => change = stands.remove(at),
             Index::LeastScore(scores) => scores.remove(at),
@@ -267,7 +267,9 @@ impl Candidates {
             Index::LeastConnections | Index::Failover(_) | Index::LeastScore(_) => {}
             // These never ask who has least: spare them the tournament.
             Index::RoundRobin(turns) => return turns.update(&self.list, at),
-            Index::Random(lots) | Index::TwoChoices(lots) => return lots.update(&self.list, at),
+            Index::Random(sampler) | Index::TwoChoices(sampler) => {
+                return sampler.update(&self.list, at);
+            }
             Index::Hash(nodes) => nodes.update(&self.list, at),
         }
         self.tournament.update(&self.list, at);
@@ -283,9 +285,9 @@ impl Candidates {
         let mut other = None;
         let at = match (&self.index, key) {
             (Index::RoundRobin(turns), _) => turns.pick()?,
-            (Index::Random(lots), _) => random::pick(lots, &mut random)?,
-            (Index::TwoChoices(lots), _) => {
-                let (chosen, passed) = two_choices::pick(lots, &self.list, &mut random)?;
+            (Index::Random(sampler), _) => random::pick(sampler, &mut random)?,
+            (Index::TwoChoices(sampler), _) => {
+                let (chosen, passed) = two_choices::pick(sampler, &self.list, &mut random)?;
                 other = Some(passed);
                 chosen
             }

@@ -1,11 +1,11 @@
-//! By lot, as likely as its weight says.
+//! At random, as likely as its weight says.
 
-use super::lots::Lots;
+use super::weighted_sampler::WeightedSampler;
 use crate::random::Random;
 
-pub(super) fn pick(lots: &Lots, random: &mut Random) -> Option<usize> {
-    match lots.total() {
+pub(super) fn pick(sampler: &WeightedSampler, random: &mut Random) -> Option<usize> {
+    match sampler.total() {
         0 => None,
-        total => Some(lots.find(random.below(total))),
+        total => Some(sampler.find(random.below(total))),
     }
 }

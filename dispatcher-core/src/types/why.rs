@@ -13,7 +13,7 @@ pub enum Why {
     Tie,
     /// Its turn comes later.
     LaterTurn,
-    /// The lot fell on another one.
+    /// The random draw fell on another one.
     NotDrawn,
     /// The key belongs to another one.
     OtherKey,

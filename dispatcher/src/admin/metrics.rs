@@ -247,16 +247,16 @@ impl Snapshot {
             status.accepted,
         )?;
         page.gauge(
-            "connections_held",
+            "connections_queued",
             &format!("Connections waiting for a worker, {all}"),
             None,
-            signed(status.held),
+            signed(status.queued),
         )?;
         page.gauge(
-            "connections_custody",
+            "connections_in_flight",
             &format!("Connections sent and not yet taken, {all}"),
             None,
-            signed(status.custody),
+            signed(status.in_flight),
         )?;
         page.counter(
             "connections_taken",
@@ -334,11 +334,15 @@ impl Snapshot {
                 })
             }),
         )?;
-        page.gauges("pool_held_connections", "Connections waiting for a worker", of(|p| p.held))?;
         page.gauges(
-            "pool_custody_connections",
+            "pool_queued_connections",
+            "Connections waiting for a worker",
+            of(|p| p.queued),
+        )?;
+        page.gauges(
+            "pool_in_flight_connections",
             "Connections sent to a worker and not yet taken",
-            sum(|w| w.custody),
+            sum(|w| w.in_flight),
         )?;
         page.counters("pool_taken_connections", "Connections taken by workers", of(|p| p.taken))?;
         page.counters(
@@ -415,7 +419,7 @@ impl Snapshot {
         };
         page.gauges(
             "awaited_connections",
-            "Connections whose first bytes are awaited; they are among the held",
+            "Connections whose first bytes are awaited; they are among the queued",
             of(|a| a.awaiting),
         )?;
         page.gauges("affinity_entries", "Keys remembered", of(|a| a.entries))?;
@@ -494,9 +498,9 @@ impl Snapshot {
         )?;
         page.gauges("worker_live_connections", "Connections at the worker", of(|w| w.load))?;
         page.gauges(
-            "worker_custody_connections",
+            "worker_in_flight_connections",
             "Connections sent to the worker and not yet taken",
-            of(|w| w.custody),
+            of(|w| w.in_flight),
         )?;
         page.gauges(
             "worker_max_connections",

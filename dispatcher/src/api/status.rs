@@ -10,7 +10,7 @@ use dispatcher_core::{
 use serde::{Deserialize, Serialize};
 
 /// Everything about one dispatcher at one instant.
-/// `accepted = held + custody + taken + Σ closed` always holds.
+/// `accepted = queued + in flight + taken + Σ closed` always holds.
 #[derive(Clone, Debug, Default, PartialEq, Serialize, Deserialize)]
 pub struct Status {
     /// The version of the dispatcher.
@@ -30,9 +30,9 @@ pub struct Status {
     /// Connections accepted since the start.
     pub accepted: u64,
     /// Connections waiting for a worker now.
-    pub held: u64,
+    pub queued: u64,
     /// Connections sent and not yet taken now.
-    pub custody: u64,
+    pub in_flight: u64,
     /// Connections taken by workers since the start.
     pub taken: u64,
     /// Connections closed by the dispatcher since the start, by reason.
@@ -177,7 +177,7 @@ pub struct PoolStatus {
     /// pool, and its workers still have connections.
     pub state: String,
     /// Connections waiting for a worker of this pool now.
-    pub held: u64,
+    pub queued: u64,
     /// Connections taken by its workers since the start, including workers that have left.
     #[serde(default)]
     pub taken: u64,
@@ -219,7 +219,7 @@ pub struct AffinityStatus {
     pub key: String,
     /// Current keys, including expired ones that are not yet removed.
     pub entries: u64,
-    /// Whose first bytes are awaited now; they are part of `held`.
+    /// Whose first bytes are awaited now; they are part of `queued`.
     pub awaiting: u64,
     /// Connections sent to the worker that is stored for their key.
     pub hits: u64,
@@ -241,7 +241,7 @@ pub struct AffinityStatus {
     pub evicted: u64,
 }
 
-/// One worker. `load = base + taken + custody − finished`.
+/// One worker. `load = base + taken + in flight − finished`.
 #[derive(Clone, Debug, Default, PartialEq, Serialize, Deserialize)]
 pub struct WorkerStatus {
     /// Its id at this dispatcher.
@@ -274,7 +274,7 @@ pub struct WorkerStatus {
     /// Connections it has closed over its lifetime.
     pub finished: u64,
     /// Connections sent and not yet taken.
-    pub custody: u64,
+    pub in_flight: u64,
     /// Connections that were taken back from it.
     pub revoked: u64,
     /// Connections that went elsewhere because its channel had no room.
@@ -329,9 +329,9 @@ impl From<&Snapshot> for Status {
         Status {
             stopping: core.stopping,
             accepted: core.totals.accepted,
-            held: core.totals.held,
+            queued: core.totals.queued,
             ended_at_deadline: core.ended_at_deadline,
-            custody: core.totals.custody,
+            in_flight: core.totals.in_flight,
             taken: core.totals.taken,
             closed: by_reason(&core.totals.closed),
             listeners: core.listeners.iter().map(ListenerStatus::from).collect(),
@@ -361,7 +361,7 @@ impl From<&PoolSnapshot> for PoolStatus {
             name: core.name.clone(),
             policy: core.policy.name().to_owned(),
             state: core.state.name().to_owned(),
-            held: core.held,
+            queued: core.queued,
             taken: core.taken,
             revoked: core.revoked,
             lost: core.lost,
@@ -413,7 +413,7 @@ impl From<&WorkerSnapshot> for WorkerStatus {
             sent: core.sent,
             taken: core.taken,
             finished: core.finished,
-            custody: core.custody,
+            in_flight: core.in_flight,
             revoked: core.revoked,
             channel_full: core.channel_full,
             proven: core.proven,

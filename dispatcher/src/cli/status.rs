@@ -83,11 +83,11 @@ pub(super) fn table(status: &Status, faults: usize, width: usize) -> String {
         humantime::format_duration(Duration::from_secs(status.uptime_seconds)),
         if status.stopping { "  stopping" } else { "" },
     );
-    let mut totals = Table::new(&["ACCEPTED", "HELD", "CUSTODY", "TAKEN", "CLOSED"], 0);
+    let mut totals = Table::new(&["ACCEPTED", "QUEUED", "INFLIGHT", "TAKEN", "CLOSED"], 0);
     totals.row([
         status.accepted.to_string(),
-        status.held.to_string(),
-        status.custody.to_string(),
+        status.queued.to_string(),
+        status.in_flight.to_string(),
         status.taken.to_string(),
         status.closed.values().sum::<u64>().to_string(),
     ]);
@@ -120,7 +120,7 @@ pub(super) fn table(status: &Status, faults: usize, width: usize) -> String {
     text.push('\n');
     listeners.show(&mut text, width);
 
-    let mut pools = Table::new(&["POOL", "POLICY", "STATE", "WORKERS", "LOAD", "HELD"], 3);
+    let mut pools = Table::new(&["POOL", "POLICY", "STATE", "WORKERS", "LOAD", "QUEUED"], 3);
     for pool in &status.pools {
         pools.row([
             clean(&pool.name),
@@ -128,7 +128,7 @@ pub(super) fn table(status: &Status, faults: usize, width: usize) -> String {
             clean(&pool.state),
             pool.workers.len().to_string(),
             pool.workers.iter().map(|w| w.load).sum::<u64>().to_string(),
-            pool.held.to_string(),
+            pool.queued.to_string(),
         ]);
     }
     text.push('\n');
@@ -137,7 +137,7 @@ pub(super) fn table(status: &Status, faults: usize, width: usize) -> String {
     let mut workers = Table::new(
         &[
             "POOL", "WORKER", "STATE", "ID", "PID", "WEIGHT", "LOAD", "MAX", "SENT", "TAKEN",
-            "FINISHED", "CUSTODY", "REVOKED",
+            "FINISHED", "INFLIGHT", "REVOKED",
         ],
         3,
     )
@@ -156,7 +156,7 @@ pub(super) fn table(status: &Status, faults: usize, width: usize) -> String {
                 worker.sent.to_string(),
                 worker.taken.to_string(),
                 worker.finished.to_string(),
-                worker.custody.to_string(),
+                worker.in_flight.to_string(),
                 worker.revoked.to_string(),
             ]);
         }

@@ -190,7 +190,7 @@ fn the_table() {
         uptime_seconds: 3661,
         accepted: 1000,
         taken: 990,
-        custody: 7,
+        in_flight: 7,
         closed: [("no_worker".to_owned(), 3), ("shutdown".to_owned(), 0)].into(),
         listeners: vec![ListenerStatus {
             name: "web".to_owned(),
@@ -204,7 +204,7 @@ fn the_table() {
             name: "web".to_owned(),
             policy: "least-connections".to_owned(),
             state: "ready".to_owned(),
-            held: 0,
+            queued: 0,
             affinity: None,
             workers: vec![WorkerStatus {
                 id: 1,
@@ -217,7 +217,7 @@ fn the_table() {
                 sent: 997,
                 taken: 990,
                 finished: 985,
-                custody: 7,
+                in_flight: 7,
                 ..WorkerStatus::default()
             }],
             ..PoolStatus::default()
@@ -229,18 +229,18 @@ fn the_table() {
         "\
 dispatcher 1.2.3  pid 42  instance 00c0ffee  up 1h 1m 1s
 
-ACCEPTED  HELD  CUSTODY  TAKEN  CLOSED
-    1000     0        7    990       3
+ACCEPTED  QUEUED  INFLIGHT  TAKEN  CLOSED
+    1000       0         7    990       3
 closed no_worker: 3
 
 LISTENER  ADDRESS         POOL  STATE      ACCEPTED
 web       127.0.0.1:8080  web   accepting      1000
 
-POOL  POLICY             STATE  WORKERS  LOAD  HELD
-web   least-connections  ready        1    12     0
+POOL  POLICY             STATE  WORKERS  LOAD  QUEUED
+web   least-connections  ready        1    12       0
 
-POOL  WORKER  STATE   ID  PID  WEIGHT  LOAD    MAX  SENT  TAKEN  FINISHED  CUSTODY  REVOKED
-web   a\u{fffd}[2J   active   1   77       1    12  10000   997    990       985        7        0
+POOL  WORKER  STATE   ID  PID  WEIGHT  LOAD    MAX  SENT  TAKEN  FINISHED  INFLIGHT  REVOKED
+web   a\u{fffd}[2J   active   1   77       1    12  10000   997    990       985         7        0
 "
     );
     assert!(status::table(&Status::default(), 5, 80).ends_with("\nno workers\n"));

@@ -39,7 +39,7 @@ pub(super) fn workers(arguments: &WorkersArgs) -> Result<(), Failure> {
     if answer.workers.is_empty() {
         return print("no workers\n");
     }
-    let head = ["WORKER", "STATE", "ID", "PID", "WEIGHT", "LOAD", "MAX", "CUSTODY"];
+    let head = ["WORKER", "STATE", "ID", "PID", "WEIGHT", "LOAD", "MAX", "INFLIGHT"];
     let mut table = Table::new(&head, 2);
     for worker in &answer.workers {
         let status = &worker.status;
@@ -51,7 +51,7 @@ pub(super) fn workers(arguments: &WorkersArgs) -> Result<(), Failure> {
             status.weight.to_string(),
             status.load.to_string(),
             status.max_connections.to_string(),
-            status.custody.to_string(),
+            status.in_flight.to_string(),
         ]);
     }
     let mut text = String::new();

@@ -7,7 +7,7 @@ use super::{
     Address, Config, Limits, Listener, ListenerOptions, Pool, Spawn, UnixEndpoint, UnixSource,
     accounts,
 };
-use dispatcher_core::{Access, PoolSettings, Screening};
+use dispatcher_core::{AccessRules, AllowedAccounts, PoolSettings};
 
 impl Config {
     /// One listener `web` and one pool `web` with `workers` processes of `command`. Everything else
@@ -35,12 +35,12 @@ impl Config {
                 address: Address::Tcp(listen),
                 pool: 0,
                 options: ListenerOptions::default(),
-                screening: Screening::default(),
+                access_rules: AccessRules::default(),
             }],
             pools: vec![Pool {
                 settings: PoolSettings {
                     name: "web".to_owned(),
-                    access: Access { users: accounts::own_and_root(), groups: Vec::new() },
+                    access: AllowedAccounts { users: accounts::own_and_root(), groups: Vec::new() },
                     processes: workers,
                     ..PoolSettings::default()
                 },

@@ -8,7 +8,7 @@ use super::address::address;
 use super::error::{Mistake, suggest};
 use super::file::ListenerKeys;
 use super::validate::{Check, check_name};
-use super::{Address, Listener, ListenerOptions, Pool, screening};
+use super::{Address, Listener, ListenerOptions, Pool, access_rules};
 
 impl Check<'_> {
     pub(super) fn listener(&mut self, keys: &ListenerKeys, pools: &[Pool]) -> Option<Listener> {
@@ -53,7 +53,7 @@ impl Check<'_> {
         if let Some(address) = &address {
             self.useless_options(keys, address);
         }
-        let screening = screening::screening(self, keys, address.as_ref());
+        let access_rules = access_rules::access_rules(self, keys, address.as_ref());
         let (address, pool) = (address?, pool?);
         Some(Listener {
             name: keys.name.get_ref().clone(),
@@ -61,7 +61,7 @@ impl Check<'_> {
             address,
             pool,
             options,
-            screening,
+            access_rules,
         })
     }
 

@@ -5,6 +5,7 @@
 //! sockets and starts no processes. It does resolve users and groups, so that an unknown name is
 //! reported early.
 
+mod access_rules;
 mod accounts;
 mod address;
 mod affinity;
@@ -15,7 +16,6 @@ mod hints;
 mod listener;
 mod read;
 mod scores;
-mod screening;
 mod spawn;
 mod validate;
 mod value;
@@ -32,7 +32,7 @@ pub use error::{ConfigError, Diagnostic, Warning};
 pub(crate) use hints::SAMPLE;
 pub use spawn::NOT_INHERITED;
 
-use dispatcher_core::{PoolSettings, Screening};
+use dispatcher_core::{AccessRules, PoolSettings};
 
 /// Default configuration file.
 pub const DEFAULT_FILE: &str = "/etc/dispatcher/dispatcher.toml";
@@ -179,7 +179,7 @@ pub struct Listener {
     /// Socket options.
     pub options: ListenerOptions,
     /// Access rules for clients.
-    pub screening: Screening,
+    pub access_rules: AccessRules,
 }
 
 /// The address of a listener.
@@ -280,7 +280,7 @@ pub struct Limits {
     pub hello_timeout: Duration,
     /// `max_pending_hellos`: most control connections of one user without a hello. Default 64.
     pub max_pending_hellos: u32,
-    /// `stop_timeout`: how long a stop waits for custody to empty, and then for spawned processes to end. Default 10 s.
+    /// `stop_timeout`: how long a stop waits for the connections in flight to be taken, and then for spawned processes to end. Default 10 s.
     pub stop_timeout: Duration,
     /// `resource_pause`: pause of accepting after EMFILE and similar errors. Default 100 ms.
     pub resource_pause: Duration,

@@ -1,8 +1,8 @@
 //! Every kind of mistake: position of the caret, message and hint.
 
+mod access_rules;
 mod sample;
 mod scores;
-mod screening;
 mod several;
 mod whole;
 

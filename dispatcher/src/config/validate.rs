@@ -13,7 +13,7 @@ use super::{
     Address, Config, DEFAULT_ADMIN_SOCKET, DEFAULT_DISPATCH_SOCKET, Limits, Listener, Pool,
     UnixEndpoint, UnixSource, accounts, affinity, scores, spawn,
 };
-use dispatcher_core::{Access, Peek, PoolSettings};
+use dispatcher_core::{AllowedAccounts, Peek, PoolSettings};
 
 pub(super) type Checked<T> = Result<T, Mistake>;
 
@@ -453,7 +453,7 @@ impl Check<'_> {
             history_candidates,
             affinity,
             peek,
-            access: Access { users, groups },
+            access: AllowedAccounts { users, groups },
             processes: spawn.as_ref().map_or(0, |spawn| spawn.processes),
             name: name.to_owned(),
         };

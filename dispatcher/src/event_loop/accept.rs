@@ -56,7 +56,7 @@ pub(super) struct Conn {
     pub(super) accepted: Time,
     pub(super) listener: ListenerId,
     pub(super) serial: u64,
-    /// In the poll, because it is held. Must be taken out before it is sent or closed.
+    /// In the poll, because it is queued. Must be taken out before it is sent or closed.
     pub(super) watched: bool,
     /// The last worker that it was sent to, which may have a copy.
     pub(super) at_worker: Option<u64>,

@@ -26,7 +26,7 @@ fn kind_of(event: &Event) -> usize {
         Event::Refusing { .. } => 9,
         Event::BackPressure { .. } => 10,
         Event::Relieved { .. } => 11,
-        Event::Choked { .. } => 12,
+        Event::OutOfResources { .. } => 12,
         Event::Restarting { .. } => 13,
         Event::Draining { .. } => 14,
         Event::Resumed { .. } => 15,
@@ -90,7 +90,7 @@ impl EventLoop {
             | Event::BackPressure { pool }
             | Event::Relieved { pool } => Some(pool),
             Event::Restarting { process, .. } => Some(process.pool),
-            Event::Choked { .. } => None,
+            Event::OutOfResources { .. } => None,
         }
     }
 
@@ -212,8 +212,8 @@ impl EventLoop {
             Event::Relieved { pool } => {
                 log::info!("event=back_pressure_over pool={}", self.core.pool_name(*pool));
             }
-            Event::Choked { pause } => log::warn!(
-                "event=choked reason=\"out of descriptors or memory\" pause={}",
+            Event::OutOfResources { pause } => log::warn!(
+                "event=out_of_resources reason=\"out of descriptors or memory\" pause={}",
                 span(*pause)
             ),
             Event::Restarting { process, delay } => log::warn!(

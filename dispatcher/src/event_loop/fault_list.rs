@@ -182,7 +182,7 @@ mod tests {
         let fault = &status[1];
         assert_eq!((fault.text.as_str(), fault.count, fault.ongoing), ("slow for 3s now", 1, true));
         assert!(!status[0].ongoing && status.len() == 3);
-        faults.note(1, at(11), "choked", String::new(), "out of memory".to_owned());
+        faults.note(1, at(11), "out_of_resources", String::new(), "out of memory".to_owned());
         assert_eq!(faults.status().len(), 1);
         faults.note(0, at(11), "worker_gone", String::new(), String::new());
         assert_eq!(faults.status(), []);

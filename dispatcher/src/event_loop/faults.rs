@@ -27,7 +27,7 @@ const KINDS: [&str; 17] = [
     "back_pressure",
     "process_ended",
     "process_not_started",
-    "choked",
+    "out_of_resources",
     "accept_paused",
     "worker_not_accepted",
     "socket_file_missing",
@@ -188,7 +188,7 @@ impl EventLoop {
             // The condition goes on, and counts by itself.
             Event::StillRefusing { .. } => {}
             Event::BackPressure { pool } => self.condition(Condition::BackPressure, pool, 0),
-            Event::Choked { pause } => self.fault("choked", "dispatcher", || {
+            Event::OutOfResources { pause } => self.fault("out_of_resources", "dispatcher", || {
                 let pause = format_duration(pause);
                 format!("out of descriptors or memory: everything waits for {pause}")
             }),

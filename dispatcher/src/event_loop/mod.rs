@@ -22,12 +22,12 @@ pub mod fuzzing;
 mod gauges;
 mod handoff_check;
 mod handshake;
-mod held;
 mod join;
 mod leaving;
 mod meters;
 mod peek;
 mod perform;
+mod queued;
 mod rate_limit;
 pub mod reload;
 mod start;
@@ -236,7 +236,7 @@ impl EventLoop {
     fn handle_all(&mut self, events: &Events) {
         for event in events {
             match Source::of(event.token()) {
-                Some(Source::Held(key)) => self.held_event(key, event),
+                Some(Source::Queued(key)) => self.queued_event(key, event),
                 Some(source) => self.handle(source),
                 None => {}
             }
@@ -348,9 +348,9 @@ impl EventLoop {
             }
             // The door's.
             Source::Dispatch | Source::Pending(_) | Source::Control(_) | Source::Process(_) => {}
-            // These were meant to end the sleep; the scan has seen what a ring was about. A held one needs its event.
+            // These were meant to end the sleep; the scan has seen what a ring was about. A queued one needs its event.
             Source::Doorbell(key) => self.rang(key),
-            Source::Timer | Source::Held(_) => {}
+            Source::Timer | Source::Queued(_) => {}
         }
     }
 
@@ -398,9 +398,9 @@ impl EventLoop {
         };
         let totals = self.core.totals();
         log::info!(
-            "event=stopping signal={name} held={} custody={} within={}",
-            totals.held,
-            totals.custody,
+            "event=stopping signal={name} queued={} in_flight={} within={}",
+            totals.queued,
+            totals.in_flight,
             events::span(patience)
         );
         if self.stop_deadline.is_none() {
@@ -422,7 +422,7 @@ impl EventLoop {
         }
         self.scan_due = !all;
         for index in 0..self.workers.len() {
-            if all || self.core.may_have_news(index as u32) {
+            if all || self.core.may_be_dirty(index as u32) {
                 self.scan(index);
             }
         }
@@ -517,7 +517,7 @@ impl EventLoop {
     ///
     /// No worker is asked to ring while there is work: the next turn looks at the scoreboards anyway.
     fn before_sleep(&mut self) -> Option<Duration> {
-        self.watch_held();
+        self.watch_queued();
         let clients = self.watch_listeners();
         if clients || self.handshakes.ready || self.side_ready {
             return Some(Duration::ZERO);

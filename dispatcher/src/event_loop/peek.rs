@@ -69,7 +69,7 @@ impl EventLoop {
         if conn.watched {
             return;
         }
-        let token = Source::Held(Key::from(id)).token();
+        let token = Source::Queued(Key::from(id)).token();
         let raw = conn.fd.as_raw_fd();
         let registry = self.poll.registry();
         match registry.register(&mut SourceFd(&raw), token, Interest::READABLE) {

@@ -132,7 +132,7 @@ pub(super) const EVENTS: [&str; 22] = [
     "refusing",
     "back_pressure",
     "back_pressure_over",
-    "choked",
+    "out_of_resources",
     "process_restarting",
     "worker_draining",
     "worker_resumed",

@@ -118,8 +118,8 @@ impl EventLoop {
             let pool = ids.get(usize::from(listener.pool)).copied().unwrap_or(PoolId(0));
             let listener = Listener { pool: pool.0, ..listener };
             let id = self.put_listener(step, listener, &mut reloaded);
-            if let Rules::New(screen) = rules {
-                self.core.set_screen(id, screen);
+            if let Rules::New(access_control) = rules {
+                self.core.set_access_control(id, access_control);
             }
         }
         for id in plan.removed_listeners {

@@ -32,7 +32,7 @@ use crate::listen::inherit::Inherited;
 use crate::mailbox::StartSide;
 use crate::reload::seed;
 use crate::signals;
-use dispatcher_core::{Core, ListenerId, ListenerSettings, PoolId, Screen, Time};
+use dispatcher_core::{AccessControl, Core, ListenerId, ListenerSettings, PoolId, Time};
 
 impl EventLoop {
     /// Opens everything, tells the service manager, and is ready to serve.
@@ -124,7 +124,10 @@ impl EventLoop {
         core.set_resource_pause(config.limits.resource_pause);
         core.set_seed(seed());
         for (position, listener) in (0u16..).zip(&config.listeners) {
-            core.set_screen(ListenerId(position), Screen::new(listener.screening.clone(), seed()));
+            core.set_access_control(
+                ListenerId(position),
+                AccessControl::new(listener.access_rules.clone(), seed()),
+            );
         }
         for listener in &listeners {
             if let Some(listening) = &listener.listening {
@@ -220,7 +223,7 @@ impl EventLoop {
             let owner = Owner::Worker(io.id.serial);
             self.closers.task(Task::Drop(owner, Box::new(io.lane)));
         }
-        // What is still in custody lives on in the workers' channels; our copies are no longer needed.
+        // What is still in flight lives on in the workers' channels; our copies are no longer needed.
         for conn in self.conns.drain(..).flatten() {
             self.closers.task(Task::Drop(Owner::Other, Box::new(conn.fd)));
         }
@@ -233,11 +236,11 @@ impl EventLoop {
         drop(self.dispatch_path);
         self.cleaner.finish();
         log::info!(
-            "event=stopped accepted={} taken={} custody={} held={}",
+            "event=stopped accepted={} taken={} in_flight={} queued={}",
             totals.accepted,
             totals.taken,
-            totals.custody,
-            totals.held
+            totals.in_flight,
+            totals.queued
         );
     }
 }
@@ -258,7 +261,7 @@ pub(super) fn bounds(limits: &crate::config::Limits) -> Bounds {
     Bounds { threads: limits.closing_threads, waiting: limits.max_closing }
 }
 
-/// Custody needs descriptors: as many as the hard limit allows. Gives what the limits were, if they are others now.
+/// Connections in flight need descriptors: as many as the hard limit allows. Gives what the limits were, if they are others now.
 fn raise_descriptor_limit() -> Option<(u64, u64)> {
     match getrlimit(Resource::RLIMIT_NOFILE) {
         Ok((soft, hard)) if soft < hard => match setrlimit(Resource::RLIMIT_NOFILE, hard, hard) {

@@ -204,6 +204,6 @@ fn a_client_that_cannot_be_passed_is_dropped_and_blocks_no_other() {
     worker_io::refusing::refuse(Vec::new());
     let totals = event_loop.core.totals();
     let unsendable = totals.closed[dispatcher_core::CloseReason::Unsendable as usize];
-    assert_eq!((totals.custody, unsendable, totals.held), (3, 2, 0));
+    assert_eq!((totals.in_flight, unsendable, totals.queued), (3, 2, 0));
     event_loop.finish();
 }

@@ -22,8 +22,8 @@ pub(super) enum Source {
     Control(Key),
     /// A worker's process has ended.
     Process(Key),
-    /// A held connection's client did something; worth knowing only if it has gone.
-    Held(Key),
+    /// A queued connection's client did something; worth knowing only if it has gone.
+    Queued(Key),
     /// A worker took or closed something; the scan that every turn begins with will see it.
     Doorbell(Key),
     /// A time has come; a turn looks at the clock anyway.
@@ -78,7 +78,7 @@ impl Source {
             Source::Pending(key) => (5, key.index, key.serial),
             Source::Control(key) => (6, key.index, key.serial),
             Source::Process(key) => (7, key.index, key.serial),
-            Source::Held(key) => (8, key.index, key.serial),
+            Source::Queued(key) => (8, key.index, key.serial),
             Source::Timer => (9, 0, 0),
         };
         let bits = kind << (SERIAL_BITS + INDEX_BITS)
@@ -101,7 +101,7 @@ impl Source {
             5 => Source::Pending(key),
             6 => Source::Control(key),
             7 => Source::Process(key),
-            8 => Source::Held(key),
+            8 => Source::Queued(key),
             9 => Source::Timer,
             _ => return None,
         })
@@ -124,7 +124,7 @@ mod tests {
             Source::Pending(key),
             Source::Control(Key { index: 3, serial: 9 }),
             Source::Process(key),
-            Source::Held(key),
+            Source::Queued(key),
             Source::Timer,
         ] {
             assert_eq!(Source::of(source.token()), Some(source));
@@ -146,8 +146,8 @@ mod tests {
     #[test]
     fn an_index_beyond_a_million_is_not_taken_for_another() {
         for index in [(1 << 20) - 1, 1 << 20, (1 << 20) + 1, (1 << 28) + 5, (1 << 31) - 1] {
-            let held = Source::Held(Key { index, serial: 77 });
-            assert_eq!(Source::of(held.token()), Some(held));
+            let queued = Source::Queued(Key { index, serial: 77 });
+            assert_eq!(Source::of(queued.token()), Some(queued));
         }
     }
 }

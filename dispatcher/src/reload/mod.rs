@@ -26,7 +26,7 @@ use crate::listen::bind::{self, Listening, Looks};
 use crate::listen::error::RunError;
 use crate::listen::files::SocketFile;
 use crate::listen::inherit::Inherited;
-use dispatcher_core::{ListenerId, PoolId, Screen};
+use dispatcher_core::{AccessControl, ListenerId, PoolId};
 
 /// What is in force, as the side thread sees it.
 #[derive(Debug)]
@@ -114,7 +114,7 @@ pub(crate) enum Rules {
     /// As before: what is known of clients stays.
     Same,
     /// Its table may take long to make.
-    New(Option<Box<Screen>>),
+    New(Option<Box<AccessControl>>),
 }
 
 impl Plan {

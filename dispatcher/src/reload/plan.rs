@@ -198,20 +198,20 @@ pub(super) fn plan_known(
         config.pools.get(usize::from(listener.pool)).map(|pool| pool.settings.name.clone())
     };
     let moved = old.name != *name || pool_of(&now.config, old) != pool_of(new, wanted);
-    if moved || old.options != options || old.screening != wanted.screening {
+    if moved || old.options != options || old.access_rules != wanted.access_rules {
         reloaded.changed.push(match old.name == *name {
             true => format!("listener {name}"),
             false => format!("listener {name} (was {})", old.name),
         });
     }
     let step = if moved { ListenerStep::TakeOver(id) } else { ListenerStep::Keep(id) };
-    let same = !moved && old.screening == wanted.screening;
+    let same = !moved && old.access_rules == wanted.access_rules;
     let rules = if same { Rules::Same } else { new_rules(wanted) };
     (step, rules, Listener { options, ..wanted.clone() })
 }
 
 pub(super) fn new_rules(listener: &Listener) -> Rules {
-    Rules::New(Screen::new(listener.screening.clone(), seed()))
+    Rules::New(AccessControl::new(listener.access_rules.clone(), seed()))
 }
 
 /// The socket file of one that stays, and its permission bits if they are to be others.

@@ -13,7 +13,7 @@ impl Run<'_> {
             FaultKind::LoseFds(time) => self.impair(p, time, |process| process.losing = true),
             FaultKind::SmallChannel(time) => {
                 if let Some(worker) = self.processes[p].worker {
-                    self.desk.link(worker).capacity = 1;
+                    self.driver.link(worker).capacity = 1;
                 }
                 self.impair(p, time, |_| {});
             }
@@ -21,8 +21,8 @@ impl Run<'_> {
             FaultKind::Leave => {
                 if let Some(worker) = self.processes[p].worker {
                     self.processes[p].leaving = true;
-                    self.desk.core.goodbye(self.desk.now, worker);
-                    self.desk.pump();
+                    self.driver.core.goodbye(self.driver.now, worker);
+                    self.driver.pump();
                     self.hear_of_races();
                     if self.processes[p].live() == 0 {
                         self.die(p);
@@ -34,30 +34,30 @@ impl Run<'_> {
             FaultKind::Scribble => self.processes[p].scribbling = true,
             FaultKind::CloseChannel => {
                 if let Some(worker) = self.processes[p].worker {
-                    self.desk.link(worker).closed = true;
+                    self.driver.link(worker).closed = true;
                 }
                 self.processes[p].leaving = true;
             }
             FaultKind::Drain(time) => {
                 if let Some(worker) = self.processes[p].worker {
-                    let now = self.desk.now;
+                    let now = self.driver.now;
                     let deadline = self.random.once_in(2).then(|| now + time / 2);
-                    self.desk.core.drain_worker(now, worker, deadline);
-                    self.desk.pump();
+                    self.driver.core.drain_worker(now, worker, deadline);
+                    self.driver.pump();
                     self.hear_of_races();
                     self.after(time.as_nanos() as u64, What::Resume(worker.serial));
                 }
             }
-            FaultKind::Scarcity(count) => self.desk.scarcity += count,
+            FaultKind::Scarcity(count) => self.driver.scarcity += count,
             FaultKind::Burst(count) => self.backlog = (self.backlog + count).min(self.most_waiting),
         }
     }
 
     pub(super) fn resume(&mut self, serial: u64) {
-        let worker = self.desk.links[serial as usize - 1].id;
+        let worker = self.driver.links[serial as usize - 1].id;
         // It may be leaving; then it stays as it is.
-        let _ = self.desk.core.resume_worker(self.desk.now, worker);
-        self.desk.pump();
+        let _ = self.driver.core.resume_worker(self.driver.now, worker);
+        self.driver.pump();
         self.hear_of_races();
     }
 
@@ -73,40 +73,40 @@ impl Run<'_> {
         if process.lying || process.leaving || process.hung {
             return;
         }
-        while self.desk.take(worker).is_some() {
+        while self.driver.take(worker).is_some() {
             self.took(p);
         }
         self.processes[p].worker = None;
-        self.desk.link(worker).alive = false;
-        let now = self.desk.now;
-        self.desk.core.leave(now, worker, Departure::Disconnected);
-        self.desk.pump();
+        self.driver.link(worker).alive = false;
+        let now = self.driver.now;
+        self.driver.core.leave(now, worker, Departure::Disconnected);
+        self.driver.pump();
         self.begin(p);
     }
 
     /// From now on nothing goes wrong, and nobody new comes.
     pub(super) fn calm_down(&mut self) {
         self.calm = true;
-        self.desk.scarcity = 0;
-        self.desk.races = None;
+        self.driver.scarcity = 0;
+        self.driver.races = None;
         for p in 0..self.processes.len() {
             self.heal(p);
             self.processes[p].scribbling = false;
             let process = &self.processes[p];
             let cut = process
                 .worker
-                .is_some_and(|worker| self.desk.links[worker.serial as usize - 1].cut);
+                .is_some_and(|worker| self.driver.links[worker.serial as usize - 1].cut);
             if process.lying || process.leaving || cut {
                 self.die(p);
             }
         }
-        for serial in 1..=self.desk.links.len() as u64 {
+        for serial in 1..=self.driver.links.len() as u64 {
             self.resume(serial);
         }
         if self.stops {
-            let now = self.desk.now;
+            let now = self.driver.now;
             self.backlog = 0;
-            self.desk.core.stop(now, now + Duration::from_secs(1));
+            self.driver.core.stop(now, now + Duration::from_secs(1));
         }
     }
 }

@@ -11,7 +11,7 @@ use super::Scenario;
 use super::outcome::Outcome;
 use super::references::Front;
 use super::world::LAG;
-use crate::Desk;
+use crate::Driver;
 use dispatcher_core::*;
 
 const LISTENER: ListenerId = ListenerId(0);
@@ -28,8 +28,8 @@ struct Sent {
 /// The dispatcher.
 #[derive(Debug)]
 pub(super) struct Dispatcher {
-    desk: Desk,
-    /// The desk's clock at the start of the scenario.
+    driver: Driver,
+    /// The driver's clock at the start of the scenario.
     start: u64,
     warm: u64,
     /// By number of the scenario.
@@ -68,15 +68,15 @@ impl Dispatcher {
             handoff_timeout: scenario.handoff_timeout,
             max_handoff_timeout: scenario.max_handoff_timeout,
             wait_for_worker: scenario.wait_for_worker,
-            access: Access { users: vec![0], groups: Vec::new() },
+            access: AllowedAccounts { users: vec![0], groups: Vec::new() },
             ..PoolSettings::default()
         };
         let listener =
             ListenerSettings { name: "http".to_owned(), address: String::new(), pool: PoolId(0) };
-        let desk = Desk::new(vec![pool], vec![listener]);
+        let driver = Driver::new(vec![pool], vec![listener]);
         Dispatcher {
-            start: desk.now.0,
-            desk,
+            start: driver.now.0,
+            driver,
             warm: scenario.warm.as_nanos() as u64,
             workers: vec![None; count],
             joined: Vec::new(),
@@ -98,7 +98,7 @@ impl Dispatcher {
 
     /// Adds what only the dispatcher knows.
     pub(super) fn report(&mut self, outcome: &mut Outcome) {
-        self.desk.core.check();
+        self.driver.core.check();
         outcome.suspicions = self.suspicions.iter().sum();
         outcome.alternations = self.suspicions.iter().map(|count| count.saturating_sub(1)).sum();
         outcome.closed = self.closed;
@@ -112,7 +112,7 @@ impl Dispatcher {
     }
 
     fn set_clock(&mut self, now: u64) {
-        self.desk.now = Time(self.start + now);
+        self.driver.now = Time(self.start + now);
     }
 
     /// The worker changed its scoreboard; it rings the doorbell if the dispatcher wants to hear of that.
@@ -120,7 +120,7 @@ impl Dispatcher {
         self.changed.push(worker);
         if self.doorbell.is_none()
             && let Some(id) = self.workers[worker]
-            && self.desk.core.wants(id) & bit != 0
+            && self.driver.core.wants(id) & bit != 0
         {
             self.doorbell = Some(now + LAG);
         }
@@ -132,8 +132,8 @@ impl Dispatcher {
         changed.dedup();
         for &number in &changed {
             if let Some(id) = self.workers[number] {
-                self.desk.read(id);
-                self.desk.core.threads(self.desk.now, id, self.threads[number]);
+                self.driver.read(id);
+                self.driver.core.threads(self.driver.now, id, self.threads[number]);
             }
         }
         changed.clear();
@@ -142,18 +142,18 @@ impl Dispatcher {
 
     fn accept(&mut self) {
         while let Some(&client) = self.backlog.front()
-            && self.desk.core.accepting(LISTENER) != Accepting::Pause
+            && self.driver.core.accepting(LISTENER) != Accepting::Pause
         {
             self.backlog.pop_front();
             self.accepted.push(client);
-            self.desk.accept_only(LISTENER);
+            self.driver.accept_only(LISTENER);
         }
     }
 
     /// Performs all effects, and notes what they were.
     fn perform(&mut self, now: u64) {
-        self.desk.pump();
-        let mut log = std::mem::take(&mut self.desk.log);
+        self.driver.pump();
+        let mut log = std::mem::take(&mut self.driver.log);
         for effect in log.drain(..) {
             match effect {
                 Effect::Send { worker, conn, .. } => {
@@ -178,8 +178,8 @@ impl Dispatcher {
                 _ => {}
             }
         }
-        self.desk.log = log;
-        let deadline = self.desk.core.deadline();
+        self.driver.log = log;
+        let deadline = self.driver.core.deadline();
         self.deadline = deadline.map(|time| time.0.saturating_sub(self.start).max(now + 1_000));
     }
 
@@ -197,7 +197,7 @@ impl Front for Dispatcher {
             max_connections: 1_000_000,
             ..Hello::default()
         };
-        let id = self.desk.join(hello).unwrap_or_else(|refusal| panic!("refused: {refusal:?}"));
+        let id = self.driver.join(hello).unwrap_or_else(|refusal| panic!("refused: {refusal:?}"));
         self.workers[worker] = Some(id);
         self.joined.push(worker);
         self.perform(now);
@@ -211,9 +211,9 @@ impl Front for Dispatcher {
     fn receive(&mut self, now: u64, worker: usize) -> Option<u32> {
         self.set_clock(now);
         let id = self.workers[worker]?;
-        let records = self.desk.link(id).channel.len();
-        let conn = self.desk.take(id);
-        if self.desk.link(id).channel.len() < records {
+        let records = self.driver.link(id).channel.len();
+        let conn = self.driver.take(id);
+        if self.driver.link(id).channel.len() < records {
             self.change(now, worker, want::TAKEN);
         }
         let client = self.accepted[conn?.serial as usize - 1];
@@ -227,14 +227,14 @@ impl Front for Dispatcher {
     fn answer(&mut self, now: u64, worker: usize) {
         self.set_clock(now);
         let Some(id) = self.workers[worker] else { return };
-        if self.desk.answer_probes(id) {
+        if self.driver.answer_probes(id) {
             self.change(now, worker, want::TAKEN);
         }
     }
 
     fn finish(&mut self, now: u64, worker: usize) {
         if let Some(id) = self.workers[worker] {
-            self.desk.link(id).finished += 1;
+            self.driver.link(id).finished += 1;
             self.change(now, worker, want::ROOM);
         }
     }
@@ -259,7 +259,7 @@ impl Front for Dispatcher {
         if stopped {
             self.ever_stopped[worker] = true;
             let Some(id) = self.workers[worker] else { return };
-            let conns = self.desk.link(id).channel.iter().filter_map(|record| record.conn);
+            let conns = self.driver.link(id).channel.iter().filter_map(|record| record.conn);
             for conn in conns {
                 let client = self.accepted[conn.serial as usize - 1];
                 let sent = &mut self.sent[client as usize];
@@ -276,7 +276,7 @@ impl Front for Dispatcher {
         self.set_clock(now);
         self.doorbell = None;
         self.read_scoreboards();
-        self.desk.core.tick(self.desk.now);
+        self.driver.core.tick(self.driver.now);
         self.accept();
         self.perform(now);
     }
@@ -290,11 +290,11 @@ impl Front for Dispatcher {
     }
 
     fn load(&self, worker: usize) -> u64 {
-        self.workers[worker].and_then(|id| self.desk.core.load(id)).unwrap_or(0)
+        self.workers[worker].and_then(|id| self.driver.core.load(id)).unwrap_or(0)
     }
 }
 
-impl Desk {
+impl Driver {
     /// Reads one worker's counter and slots.
     fn read(&mut self, worker: WorkerId) {
         let now = self.now;

@@ -113,7 +113,7 @@ pub(super) struct Never {
     queues: Vec<VecDeque<u32>>,
     up: Vec<bool>,
     loads: Vec<u64>,
-    held: VecDeque<u32>,
+    queued: VecDeque<u32>,
     most: usize,
     delivered: Vec<usize>,
     /// It has seen that a worker has room again.
@@ -127,7 +127,7 @@ impl Never {
             queues: vec![VecDeque::new(); workers],
             up: vec![false; workers],
             loads: vec![0; workers],
-            held: VecDeque::new(),
+            queued: VecDeque::new(),
             most: most as usize,
             delivered: Vec::new(),
             doorbell: None,
@@ -136,7 +136,7 @@ impl Never {
     }
 
     fn place(&mut self) {
-        while let Some(&client) = self.held.front() {
+        while let Some(&client) = self.queued.front() {
             let (mut best, mut ties) = (None, 0);
             for worker in (0..self.queues.len())
                 .filter(|&worker| self.up[worker] && self.queues[worker].len() < self.most)
@@ -149,7 +149,7 @@ impl Never {
                 }
             }
             let Some(worker) = best else { return };
-            self.held.pop_front();
+            self.queued.pop_front();
             self.loads[worker] += 1;
             self.queues[worker].push_back(client);
             self.delivered.push(worker);
@@ -164,13 +164,13 @@ impl Front for Never {
     }
 
     fn arrive(&mut self, _: u64, client: u32) {
-        self.held.push_back(client);
+        self.queued.push_back(client);
         self.place();
     }
 
     fn receive(&mut self, now: u64, worker: usize) -> Option<u32> {
         let client = self.queues[worker].pop_front()?;
-        if !self.held.is_empty() {
+        if !self.queued.is_empty() {
             self.doorbell.get_or_insert(now + super::world::LAG);
         }
         Some(client)

@@ -35,7 +35,7 @@ fn a_death_is_logged_before_its_consequences() {
     dispatcher.prove_all(address);
     [&first, &second].iter().for_each(|worker| worker.signal(Signal::SIGSTOP));
     let waiting: Vec<TcpStream> = (0..10).map(|_| connect(address)).collect();
-    dispatcher.wait_status("all in custody", |s| s.custody == 10);
+    dispatcher.wait_status("all in flight", |s| s.in_flight == 10);
     first.kill();
     dispatcher.wait_status("one to be left", |s| pool(s, "web").workers.len() == 1);
     second.kill();

@@ -9,27 +9,27 @@ fn join(change: impl FnOnce(&mut Join)) -> Join {
     join
 }
 
-fn refusal(desk: &mut Desk, change: impl FnOnce(&mut Join)) -> Refusal {
-    desk.core.join(desk.now, &join(change)).unwrap_err()
+fn refusal(driver: &mut Driver, change: impl FnOnce(&mut Join)) -> Refusal {
+    driver.core.join(driver.now, &join(change)).unwrap_err()
 }
 
 #[test]
 fn another_version() {
-    let refusal = refusal(&mut desk(), |join| join.hello.version = 9);
+    let refusal = refusal(&mut driver(), |join| join.hello.version = 9);
     assert_eq!(refusal.code, RefusedCode::Version);
     assert!(refusal.reason.contains("version 1") && refusal.reason.contains('9'));
 }
 
 #[test]
 fn unknown_pool_names_the_known_ones() {
-    let refusal = refusal(&mut desk(), |join| join.hello.pool = "wbe".to_owned());
+    let refusal = refusal(&mut driver(), |join| join.hello.pool = "wbe".to_owned());
     assert_eq!(refusal.code, RefusedCode::UnknownPool);
     assert!(refusal.reason.contains("`wbe`") && refusal.reason.contains("web"));
 }
 
 #[test]
 fn a_stranger_is_told_who_it_is_and_which_key_decides() {
-    let refusal = refusal(&mut desk(), |join| join.uid = 1_234);
+    let refusal = refusal(&mut driver(), |join| join.uid = 1_234);
     assert_eq!(refusal.code, RefusedCode::NotAllowed);
     assert_eq!(refusal.key.as_deref(), Some("pool.web.allow_users"));
     for word in ["1234", "100", "4321"] {
@@ -39,77 +39,77 @@ fn a_stranger_is_told_who_it_is_and_which_key_decides() {
 
 #[test]
 fn groups_and_spawned_processes_may_join() {
-    let mut desk = desk_with(|pool| pool.access.groups = vec![100]);
+    let mut driver = driver_with(|pool| pool.access.groups = vec![100]);
     let by_group = join(|join| join.uid = 7);
-    assert!(desk.core.join(desk.now, &by_group).is_ok());
+    assert!(driver.core.join(driver.now, &by_group).is_ok());
     let process = |pool| Some(ProcessId { pool: PoolId(pool), number: 0 });
     let mut by_token = join(|join| (join.uid, join.gids) = (7, vec![7]));
     by_token.spawned = process(0);
-    assert!(desk.core.join(desk.now, &by_token).is_ok());
+    assert!(driver.core.join(driver.now, &by_token).is_ok());
     by_token.spawned = process(1);
-    assert!(desk.core.join(desk.now, &by_token).is_err());
+    assert!(driver.core.join(driver.now, &by_token).is_err());
 }
 
 #[test]
 fn a_full_pool() {
-    let mut desk = desk_with(|pool| pool.max_workers = 1);
-    let worker = desk.worker();
-    let full = refusal(&mut desk, |_| {});
+    let mut driver = driver_with(|pool| pool.max_workers = 1);
+    let worker = driver.worker();
+    let full = refusal(&mut driver, |_| {});
     assert_eq!(full.code, RefusedCode::TooManyWorkers);
     assert_eq!(full.key.as_deref(), Some("pool.web.max_workers"));
-    desk.leave(worker, Departure::Died);
-    assert!(desk.join(hello()).is_ok());
+    driver.leave(worker, Departure::Died);
+    assert!(driver.join(hello()).is_ok());
 }
 
 #[test]
 fn stopping() {
-    let mut desk = desk();
-    desk.core.stop(desk.now, desk.now + ms(1_000));
-    desk.core.listener_closed(desk.now, WEB);
-    desk.turn();
-    assert_eq!(refusal(&mut desk, |_| {}).code, RefusedCode::Stopping);
+    let mut driver = driver();
+    driver.core.stop(driver.now, driver.now + ms(1_000));
+    driver.core.listener_closed(driver.now, WEB);
+    driver.turn();
+    assert_eq!(refusal(&mut driver, |_| {}).code, RefusedCode::Stopping);
 }
 
 #[test]
 fn while_clients_wait_a_stopping_dispatcher_lets_their_workers_in() {
-    let mut desk = desk();
-    let conns: Vec<_> = (0..3).map(|_| desk.accept(WEB)).collect();
-    desk.core.stop(desk.now, desk.now + ms(1_000));
-    desk.core.listener_closed(desk.now, WEB);
-    desk.wait(ms(500));
-    let worker = desk.worker();
-    assert_eq!(desk.take_all(worker), 3);
-    assert!(desk.core.stopped() && conns.iter().all(|&conn| desk.is_served(conn)));
+    let mut driver = driver();
+    let conns: Vec<_> = (0..3).map(|_| driver.accept(WEB)).collect();
+    driver.core.stop(driver.now, driver.now + ms(1_000));
+    driver.core.listener_closed(driver.now, WEB);
+    driver.wait(ms(500));
+    let worker = driver.worker();
+    assert_eq!(driver.take_all(worker), 3);
+    assert!(driver.core.stopped() && conns.iter().all(|&conn| driver.is_served(conn)));
     // Nobody waits any more.
-    desk.turn();
-    assert_eq!(refusal(&mut desk, |_| {}).code, RefusedCode::Stopping);
+    driver.turn();
+    assert_eq!(refusal(&mut driver, |_| {}).code, RefusedCode::Stopping);
 }
 
 #[test]
 fn after_the_deadline_of_a_stop_nobody_comes_in() {
-    let mut desk = desk();
-    let worker = desk.worker();
-    desk.accept(WEB);
-    desk.core.stop(desk.now, desk.now + ms(500));
-    desk.wait(ms(500));
-    assert_eq!(desk.core.untaken(worker), 1);
-    assert_eq!(refusal(&mut desk, |_| {}).code, RefusedCode::Stopping);
+    let mut driver = driver();
+    let worker = driver.worker();
+    driver.accept(WEB);
+    driver.core.stop(driver.now, driver.now + ms(500));
+    driver.wait(ms(500));
+    assert_eq!(driver.core.untaken(worker), 1);
+    assert_eq!(refusal(&mut driver, |_| {}).code, RefusedCode::Stopping);
 }
 
 #[test]
 fn an_index_is_used_again_only_after_forget_was_seen() {
-    let mut desk = desk();
-    let first = desk.worker();
-    desk.core.leave(desk.now, first, Departure::Died);
+    let mut driver = driver();
+    let first = driver.worker();
+    driver.core.leave(driver.now, first, Departure::Died);
     // Not pumped: the event loop's tables may still have it.
-    let second = desk.core.join(desk.now, &join(|_| {})).unwrap();
+    let second = driver.core.join(driver.now, &join(|_| {})).unwrap();
     assert_ne!(first.index, second.index);
-    while desk.core.effect() != Some(Effect::Forget { worker: first }) {}
-    let third = desk.core.join(desk.now, &join(|_| {})).unwrap();
+    while driver.core.effect() != Some(Effect::Forget { worker: first }) {}
+    let third = driver.core.join(driver.now, &join(|_| {})).unwrap();
     assert_eq!(first.index, third.index);
     assert_ne!(first.serial, third.serial);
     // The old id means nothing any more.
-    desk.core.goodbye(desk.now, first);
-    assert_eq!(desk.core.worker_state(third), Some(State::Active));
-    assert_eq!(desk.core.worker_name(first), "");
+    driver.core.goodbye(driver.now, first);
+    assert_eq!(driver.core.worker_state(third), Some(State::Active));
+    assert_eq!(driver.core.worker_name(first), "");
 }

@@ -18,10 +18,10 @@ fn second() -> ListenerSettings {
 }
 
 /// Two pools, each with a listener, and a worker of the second one.
-fn two_pools() -> (Desk, WorkerId) {
-    let mut desk = Desk::new(vec![settings(), other()], vec![listener(), second()]);
-    let worker = desk.trusted(Hello { pool: "other".to_owned(), ..hello() });
-    (desk, worker)
+fn two_pools() -> (Driver, WorkerId) {
+    let mut driver = Driver::new(vec![settings(), other()], vec![listener(), second()]);
+    let worker = driver.trusted(Hello { pool: "other".to_owned(), ..hello() });
+    (driver, worker)
 }
 
 fn cookie(ttl: u64) -> Option<Affinity> {
@@ -35,7 +35,7 @@ pub(super) trait ChangeSteps {
     fn shown_pools(&self) -> Vec<(String, String)>;
 }
 
-impl ChangeSteps for Desk {
+impl ChangeSteps for Driver {
     fn change_web(&mut self, change: impl FnOnce(&mut PoolSettings)) {
         let mut settings = self.core.pool_settings(PoolId(0)).unwrap().clone();
         change(&mut settings);
@@ -56,282 +56,283 @@ impl ChangeSteps for Desk {
 
 #[test]
 fn the_policy_changes_and_every_load_stays() {
-    let mut desk = desk();
-    let workers: Vec<_> = (0..3).map(|_| desk.worker()).collect();
+    let mut driver = driver();
+    let workers: Vec<_> = (0..3).map(|_| driver.worker()).collect();
     let mut live = 0;
     for policy in Policy::ALL.into_iter().chain([Policy::LeastConnections]) {
-        desk.change_web(|pool| pool.policy = policy);
-        assert_eq!(desk.core.snapshot().pools[0].policy, policy);
+        driver.change_web(|pool| pool.policy = policy);
+        assert_eq!(driver.core.snapshot().pools[0].policy, policy);
         for _ in 0..3 {
-            desk.accept(WEB);
+            driver.accept(WEB);
         }
         live += 3;
         for &worker in &workers {
-            desk.take_all(worker);
+            driver.take_all(worker);
         }
-        assert_eq!(desk.loads(&workers).iter().sum::<u64>(), live);
+        assert_eq!(driver.loads(&workers).iter().sum::<u64>(), live);
     }
-    assert_eq!(desk.core.totals().taken, live);
+    assert_eq!(driver.core.totals().taken, live);
 }
 
 #[test]
 fn a_new_policy_knows_of_priorities_and_loads() {
-    let mut desk = desk();
-    let (first, standby) = (desk.with_priority(9), desk.with_priority(1));
+    let mut driver = driver();
+    let (first, standby) = (driver.with_priority(9), driver.with_priority(1));
     for _ in 0..4 {
-        desk.accept(WEB);
+        driver.accept(WEB);
     }
-    assert_eq!(desk.loads(&[first, standby]), [2, 2]);
-    desk.change_web(|pool| pool.policy = Policy::Failover);
+    assert_eq!(driver.loads(&[first, standby]), [2, 2]);
+    driver.change_web(|pool| pool.policy = Policy::Failover);
     for _ in 0..4 {
-        desk.accept(WEB);
+        driver.accept(WEB);
     }
-    assert_eq!(desk.loads(&[first, standby]), [6, 2]);
-    desk.change_web(|pool| pool.policy = Policy::LeastConnections);
+    assert_eq!(driver.loads(&[first, standby]), [6, 2]);
+    driver.change_web(|pool| pool.policy = Policy::LeastConnections);
     for _ in 0..4 {
-        desk.accept(WEB);
+        driver.accept(WEB);
     }
-    assert_eq!(desk.loads(&[first, standby]), [6, 6]);
+    assert_eq!(driver.loads(&[first, standby]), [6, 6]);
 }
 
 #[test]
 fn limits_count_at_once() {
-    let mut desk = desk();
-    let modest = desk.trusted(Hello { max_connections: 3, ..hello() });
+    let mut driver = driver();
+    let modest = driver.trusted(Hello { max_connections: 3, ..hello() });
     for _ in 0..2 {
-        desk.accept(WEB);
+        driver.accept(WEB);
     }
-    assert_eq!(desk.core.accepting(WEB), Accepting::Yes);
-    desk.change_web(|pool| pool.max_connections_per_worker = 2);
-    assert_eq!(desk.core.max_connections_of(modest), Some(2));
-    assert_eq!(desk.core.accepting(WEB), Accepting::Pause);
-    desk.change_web(|pool| pool.max_connections_per_worker = 50);
-    assert_eq!(desk.core.max_connections_of(modest), Some(3), "its own limit counts too");
-    assert_eq!(desk.core.accepting(WEB), Accepting::Yes);
+    assert_eq!(driver.core.accepting(WEB), Accepting::Yes);
+    driver.change_web(|pool| pool.max_connections_per_worker = 2);
+    assert_eq!(driver.core.max_connections_of(modest), Some(2));
+    assert_eq!(driver.core.accepting(WEB), Accepting::Pause);
+    driver.change_web(|pool| pool.max_connections_per_worker = 50);
+    assert_eq!(driver.core.max_connections_of(modest), Some(3), "its own limit counts too");
+    assert_eq!(driver.core.accepting(WEB), Accepting::Yes);
     // What is out already has less time now.
-    desk.change_web(|pool| pool.handoff_timeout = ms(10));
-    desk.wait(ms(10));
-    assert_eq!(desk.state(modest), State::Suspect);
+    driver.change_web(|pool| pool.handoff_timeout = ms(10));
+    driver.wait(ms(10));
+    assert_eq!(driver.state(modest), State::Suspect);
 }
 
 #[test]
 fn the_history_keeps_as_many_as_it_is_told() {
-    let mut desk = desk_with(|pool| pool.history = 4);
-    desk.worker();
+    let mut driver = driver_with(|pool| pool.history = 4);
+    driver.worker();
     for _ in 0..6 {
-        desk.accept(WEB);
+        driver.accept(WEB);
     }
-    let numbers = |desk: &Desk| {
-        let decisions = desk.core.history(PoolId(0), 0);
+    let numbers = |driver: &Driver| {
+        let decisions = driver.core.history(PoolId(0), 0);
         decisions.iter().map(|decision| decision.number).collect::<Vec<_>>()
     };
-    assert_eq!(numbers(&desk), [3, 4, 5, 6]);
-    assert!(desk.core.discarded().is_none());
-    desk.change_web(|pool| pool.history = 2);
-    assert_eq!(numbers(&desk), [5, 6]);
-    assert!(desk.core.discarded().is_some(), "what is forgotten is dropped by somebody else");
-    desk.change_web(|pool| pool.history = 0);
-    desk.accept(WEB);
-    assert_eq!(numbers(&desk), [0u64; 0]);
-    desk.change_web(|pool| pool.history = 3);
-    desk.accept(WEB);
-    assert_eq!(numbers(&desk).len(), 1);
+    assert_eq!(numbers(&driver), [3, 4, 5, 6]);
+    assert!(driver.core.discarded().is_none());
+    driver.change_web(|pool| pool.history = 2);
+    assert_eq!(numbers(&driver), [5, 6]);
+    assert!(driver.core.discarded().is_some(), "what is forgotten is dropped by somebody else");
+    driver.change_web(|pool| pool.history = 0);
+    driver.accept(WEB);
+    assert_eq!(numbers(&driver), [0u64; 0]);
+    driver.change_web(|pool| pool.history = 3);
+    driver.accept(WEB);
+    assert_eq!(numbers(&driver).len(), 1);
 }
 
 #[test]
 fn another_affinity_starts_afresh_and_nobody_waits_for_the_old_one() {
-    let mut desk = desk_with(|pool| pool.affinity = cookie(60_000));
-    let workers = [desk.worker(), desk.worker()];
+    let mut driver = driver_with(|pool| pool.affinity = cookie(60_000));
+    let workers = [driver.worker(), driver.worker()];
     let id = KeySource::Cookie(String::new()).of_value(b"somebody");
-    let entries = |desk: &Desk| desk.core.snapshot().pools[0].affinity.clone().map(|a| a.entries);
-    let conn = desk.accept(WEB);
-    desk.core.first_bytes(desk.now, conn, id);
-    desk.pump();
-    assert_eq!(entries(&desk), Some(1));
-    let awaited = desk.accept(WEB);
-    assert!(desk.core.awaits_bytes(awaited));
-    desk.core.discarded();
-    desk.change_web(|pool| pool.affinity = cookie(1_000));
-    assert!(desk.core.discarded().is_some(), "a table to be dropped by somebody else");
-    assert_eq!(entries(&desk), Some(0));
-    assert!(!desk.core.awaits_bytes(awaited));
-    assert_eq!(desk.loads(&workers), [1, 1]);
-    desk.change_web(|pool| pool.affinity = None);
-    assert_eq!(entries(&desk), None);
-    desk.accept(WEB);
-    // Workers that were here before have homes again, and lose them when they go.
-    desk.change_web(|pool| pool.affinity = cookie(1_000));
-    let conn = desk.accept(WEB);
-    desk.core.first_bytes(desk.now, conn, id);
-    desk.pump();
-    assert_eq!(entries(&desk), Some(1));
-    assert_eq!(desk.loads(&workers), [2, 2]);
-    desk.take_all(workers[0]);
-    desk.leave(workers[0], Departure::Died);
-    desk.core.check();
+    let entries =
+        |driver: &Driver| driver.core.snapshot().pools[0].affinity.clone().map(|a| a.entries);
+    let conn = driver.accept(WEB);
+    driver.core.first_bytes(driver.now, conn, id);
+    driver.pump();
+    assert_eq!(entries(&driver), Some(1));
+    let awaited = driver.accept(WEB);
+    assert!(driver.core.awaits_bytes(awaited));
+    driver.core.discarded();
+    driver.change_web(|pool| pool.affinity = cookie(1_000));
+    assert!(driver.core.discarded().is_some(), "a table to be dropped by somebody else");
+    assert_eq!(entries(&driver), Some(0));
+    assert!(!driver.core.awaits_bytes(awaited));
+    assert_eq!(driver.loads(&workers), [1, 1]);
+    driver.change_web(|pool| pool.affinity = None);
+    assert_eq!(entries(&driver), None);
+    driver.accept(WEB);
+    // Workers that were here before have bindings again, and lose them when they go.
+    driver.change_web(|pool| pool.affinity = cookie(1_000));
+    let conn = driver.accept(WEB);
+    driver.core.first_bytes(driver.now, conn, id);
+    driver.pump();
+    assert_eq!(entries(&driver), Some(1));
+    assert_eq!(driver.loads(&workers), [2, 2]);
+    driver.take_all(workers[0]);
+    driver.leave(workers[0], Departure::Died);
+    driver.core.check();
 }
 
 #[test]
 fn fewer_first_bytes_are_awaited_at_once() {
-    let mut desk = desk_with(|pool| pool.affinity = cookie(60_000));
-    let worker = desk.worker();
-    let conns: Vec<_> = (0..4).map(|_| desk.accept(WEB)).collect();
-    desk.change_web(|pool| pool.peek.max_awaiting = 1);
-    assert_eq!(desk.loads(&[worker]), [3]);
-    assert!(desk.core.awaits_bytes(conns[3]), "the oldest go first");
+    let mut driver = driver_with(|pool| pool.affinity = cookie(60_000));
+    let worker = driver.worker();
+    let conns: Vec<_> = (0..4).map(|_| driver.accept(WEB)).collect();
+    driver.change_web(|pool| pool.peek.max_awaiting = 1);
+    assert_eq!(driver.loads(&[worker]), [3]);
+    assert!(driver.core.awaits_bytes(conns[3]), "the oldest go first");
 }
 
 #[test]
 fn a_pool_and_its_listener_that_are_taken_out_serve_whoever_came() {
-    let (mut desk, worker) = two_pools();
-    desk.accept(SECOND);
-    desk.events();
-    desk.core.retire_listener(SECOND);
-    desk.core.retire_pool(desk.now, OTHER);
-    desk.turn();
-    assert_eq!(desk.core.accepting(SECOND), Accepting::Finish);
-    assert_eq!(desk.core.accepting(WEB), Accepting::Pause, "the other listener is as before");
-    let late = desk.accept(SECOND);
-    desk.turn();
-    assert_eq!(desk.state(worker), State::Active, "more may come");
-    desk.core.listener_closed(desk.now, SECOND);
-    desk.turn();
-    assert_eq!(desk.state(worker), State::Active, "what it leaves untaken must find another");
-    let refusal = desk.join(Hello { pool: "other".to_owned(), ..hello() }).unwrap_err();
+    let (mut driver, worker) = two_pools();
+    driver.accept(SECOND);
+    driver.events();
+    driver.core.retire_listener(SECOND);
+    driver.core.retire_pool(driver.now, OTHER);
+    driver.turn();
+    assert_eq!(driver.core.accepting(SECOND), Accepting::Finish);
+    assert_eq!(driver.core.accepting(WEB), Accepting::Pause, "the other listener is as before");
+    let late = driver.accept(SECOND);
+    driver.turn();
+    assert_eq!(driver.state(worker), State::Active, "more may come");
+    driver.core.listener_closed(driver.now, SECOND);
+    driver.turn();
+    assert_eq!(driver.state(worker), State::Active, "what it leaves untaken must find another");
+    let refusal = driver.join(Hello { pool: "other".to_owned(), ..hello() }).unwrap_err();
     assert_eq!(refusal.reason, "there is no pool `other`: the configuration has web");
-    assert_eq!(desk.take_all(worker), 2);
-    assert!(desk.is_served(late));
-    assert_eq!(desk.state(worker), State::Draining);
+    assert_eq!(driver.take_all(worker), 2);
+    assert!(driver.is_served(late));
+    assert_eq!(driver.state(worker), State::Draining);
     let names = |pools: &[(&str, &str)]| -> Vec<(String, String)> {
         pools.iter().map(|(name, state)| ((*name).to_owned(), (*state).to_owned())).collect()
     };
-    assert_eq!(desk.shown_pools(), names(&[("web", "no-worker"), ("other", "removed")]));
-    assert_eq!(desk.core.listeners().collect::<Vec<_>>(), [WEB]);
-    desk.finish(worker, 2);
-    desk.leave(worker, Departure::Disconnected);
-    assert_eq!(desk.shown_pools(), names(&[("web", "no-worker")]));
-    let told = desk.events();
+    assert_eq!(driver.shown_pools(), names(&[("web", "no-worker"), ("other", "removed")]));
+    assert_eq!(driver.core.listeners().collect::<Vec<_>>(), [WEB]);
+    driver.finish(worker, 2);
+    driver.leave(worker, Departure::Disconnected);
+    assert_eq!(driver.shown_pools(), names(&[("web", "no-worker")]));
+    let told = driver.events();
     let missed = Event::NoUsableWorker { pool: OTHER };
     assert!(!told.contains(&missed), "nobody expects a worker there: {told:?}");
-    assert_eq!((desk.core.totals().accepted, desk.core.totals().taken), (2, 2));
-    desk.core.check();
+    assert_eq!((driver.core.totals().accepted, driver.core.totals().taken), (2, 2));
+    driver.core.check();
 }
 
 #[test]
 fn without_a_worker_those_that_came_are_turned_away_in_time() {
-    let mut desk = Desk::new(vec![settings(), other()], vec![listener(), second()]);
-    desk.core.retire_listener(SECOND);
-    desk.core.retire_pool(desk.now, OTHER);
-    let late = desk.accept(SECOND);
-    desk.core.listener_closed(desk.now, SECOND);
-    desk.turn();
-    assert_eq!(desk.closed(late), None);
-    desk.wait(ms(5_000));
-    assert_eq!(desk.closed(late), Some(CloseReason::NoWorker));
-    assert_eq!(desk.shown_pools().len(), 1);
+    let mut driver = Driver::new(vec![settings(), other()], vec![listener(), second()]);
+    driver.core.retire_listener(SECOND);
+    driver.core.retire_pool(driver.now, OTHER);
+    let late = driver.accept(SECOND);
+    driver.core.listener_closed(driver.now, SECOND);
+    driver.turn();
+    assert_eq!(driver.closed(late), None);
+    driver.wait(ms(5_000));
+    assert_eq!(driver.closed(late), Some(CloseReason::NoWorker));
+    assert_eq!(driver.shown_pools().len(), 1);
 }
 
 #[test]
 fn a_pool_that_was_taken_out_needs_no_turn_and_no_line_any_more() {
     for with_worker in [false, true] {
-        let mut desk = Desk::new(vec![settings(), other()], vec![listener(), second()]);
+        let mut driver = Driver::new(vec![settings(), other()], vec![listener(), second()]);
         if with_worker {
-            desk.trusted(Hello { pool: "other".to_owned(), ..hello() });
+            driver.trusted(Hello { pool: "other".to_owned(), ..hello() });
         }
-        desk.core.retire_listener(SECOND);
-        desk.core.retire_pool(desk.now, OTHER);
-        desk.core.listener_closed(desk.now, SECOND);
-        desk.turn();
-        desk.events();
+        driver.core.retire_listener(SECOND);
+        driver.core.retire_pool(driver.now, OTHER);
+        driver.core.listener_closed(driver.now, SECOND);
+        driver.turn();
+        driver.events();
         // The time that clients wait for a worker ends, and what else is due with it.
-        desk.wait(ms(5_000));
+        driver.wait(ms(5_000));
         for _ in 0..20 {
-            desk.wait(ms(60_000));
+            driver.wait(ms(60_000));
         }
         let refused =
             |event: &Event| matches!(event, Event::StillRefusing { pool, .. } if *pool == OTHER);
-        let told = desk.events();
+        let told = driver.events();
         assert!(!told.iter().any(refused), "{told:?}");
-        let due = desk.core.deadline();
-        assert!(due.is_none_or(|due| due > desk.now), "{due:?} at {:?}", desk.now);
+        let due = driver.core.deadline();
+        assert!(due.is_none_or(|due| due > driver.now), "{due:?} at {:?}", driver.now);
     }
 }
 
 #[test]
 fn a_pool_that_comes_back_has_its_workers() {
-    let (mut desk, old) = two_pools();
-    desk.accept(SECOND);
-    desk.take_all(old);
-    desk.core.retire_listener(SECOND);
-    desk.core.listener_closed(desk.now, SECOND);
-    desk.core.retire_pool(desk.now, OTHER);
-    desk.turn();
-    assert_eq!(desk.state(old), State::Draining);
+    let (mut driver, old) = two_pools();
+    driver.accept(SECOND);
+    driver.take_all(old);
+    driver.core.retire_listener(SECOND);
+    driver.core.listener_closed(driver.now, SECOND);
+    driver.core.retire_pool(driver.now, OTHER);
+    driver.turn();
+    assert_eq!(driver.state(old), State::Draining);
     // Under other settings: it has forgotten what it knew, and nobody is turned away before the new time.
     let settings = PoolSettings { affinity: cookie(1000), wait_for_worker: ms(50), ..other() };
-    let id = desk.core.add_pool(desk.now, settings.clone(), 7);
-    let third = desk.core.add_listener(ListenerSettings { pool: id, ..second() });
-    desk.pump();
+    let id = driver.core.add_pool(driver.now, settings.clone(), 7);
+    let third = driver.core.add_listener(ListenerSettings { pool: id, ..second() });
+    driver.pump();
     assert_eq!((id, third), (OTHER, SECOND), "nothing referred to the old ones");
-    assert_eq!(desk.core.pool_settings(id), Some(&settings));
-    let shown: Vec<(String, String)> = desk.shown_pools();
+    assert_eq!(driver.core.pool_settings(id), Some(&settings));
+    let shown: Vec<(String, String)> = driver.shown_pools();
     assert_eq!(shown[1], ("other".to_owned(), "ready".to_owned()));
-    let workers = &desk.core.snapshot().pools[1].workers;
+    let workers = &driver.core.snapshot().pools[1].workers;
     assert_eq!((workers.len(), workers[0].load, workers[0].state), (1, 1, State::Active));
-    assert_eq!(desk.core.accepting(third), Accepting::Yes);
-    desk.core.check();
+    assert_eq!(driver.core.accepting(third), Accepting::Yes);
+    driver.core.check();
 }
 
 #[test]
 fn a_pool_that_comes_back_at_once_was_never_gone() {
-    let (mut desk, worker) = two_pools();
+    let (mut driver, worker) = two_pools();
     // Its listener is not emptied yet, so its workers are not drained yet.
-    desk.core.retire_listener(SECOND);
-    desk.core.retire_pool(desk.now, OTHER);
-    desk.turn();
-    assert_eq!(desk.core.add_pool(desk.now, other(), 7), OTHER);
-    desk.core.listener_closed(desk.now, SECOND);
-    desk.turn();
-    assert_eq!(desk.state(worker), State::Active);
-    assert_eq!(desk.shown_pools()[1].1, "ready");
+    driver.core.retire_listener(SECOND);
+    driver.core.retire_pool(driver.now, OTHER);
+    driver.turn();
+    assert_eq!(driver.core.add_pool(driver.now, other(), 7), OTHER);
+    driver.core.listener_closed(driver.now, SECOND);
+    driver.turn();
+    assert_eq!(driver.state(worker), State::Active);
+    assert_eq!(driver.shown_pools()[1].1, "ready");
 }
 
 #[test]
 fn a_listener_that_is_added_leads_to_the_workers_that_are_there() {
-    let mut desk = desk();
-    let worker = desk.worker();
-    let id = desk.core.add_listener(ListenerSettings { name: "more".to_owned(), ..listener() });
-    assert_eq!(desk.core.accepting(id), Accepting::Yes);
-    desk.accept(id);
-    assert_eq!(desk.take_all(worker), 1);
-    assert_eq!(desk.core.snapshot().listeners[1].accepted, 1);
+    let mut driver = driver();
+    let worker = driver.worker();
+    let id = driver.core.add_listener(ListenerSettings { name: "more".to_owned(), ..listener() });
+    assert_eq!(driver.core.accepting(id), Accepting::Yes);
+    driver.accept(id);
+    assert_eq!(driver.take_all(worker), 1);
+    assert_eq!(driver.core.snapshot().listeners[1].accepted, 1);
 }
 
 #[test]
 fn processes_come_and_are_not_started_again() {
-    let spawns = |desk: &mut Desk| -> Vec<u32> {
+    let spawns = |driver: &mut Driver| -> Vec<u32> {
         let number = |effect: Effect| match effect {
             Effect::Spawn { process } => Some(process.number),
             _ => None,
         };
-        desk.log.drain(..).filter_map(number).collect()
+        driver.log.drain(..).filter_map(number).collect()
     };
     let process = |number| ProcessId { pool: PoolId(0), number };
-    let mut desk = desk_with(|pool| pool.processes = 1);
-    assert_eq!(spawns(&mut desk), [0]);
-    desk.change_web(|pool| pool.processes = 3);
-    assert_eq!(spawns(&mut desk), [1, 2]);
+    let mut driver = driver_with(|pool| pool.processes = 1);
+    assert_eq!(spawns(&mut driver), [0]);
+    driver.change_web(|pool| pool.processes = 3);
+    assert_eq!(spawns(&mut driver), [1, 2]);
     for number in 0..3 {
-        desk.core.spawned(desk.now, process(number), true);
+        driver.core.spawned(driver.now, process(number), true);
     }
-    desk.change_web(|pool| pool.processes = 1);
-    desk.core.exited(desk.now, process(2));
-    desk.wait(RESTART_MAX);
-    assert!(spawns(&mut desk).is_empty(), "nobody wants it any more");
+    driver.change_web(|pool| pool.processes = 1);
+    driver.core.exited(driver.now, process(2));
+    driver.wait(RESTART_MAX);
+    assert!(spawns(&mut driver).is_empty(), "nobody wants it any more");
     // The second never ended.
-    desk.core.scale(desk.now, PoolId(0), 4);
-    desk.wait(ms(0));
-    assert_eq!(spawns(&mut desk), [2, 3], "scaling is the same");
+    driver.core.scale(driver.now, PoolId(0), 4);
+    driver.wait(ms(0));
+    assert_eq!(spawns(&mut driver), [2, 3], "scaling is the same");
 }
 
 #[test]
@@ -351,120 +352,122 @@ fn workers_of_processes_that_are_too_many_are_drained() {
 
 #[test]
 fn a_process_that_is_too_many_when_it_comes_gets_nothing() {
-    let mut desk = desk_with(|pool| pool.processes = 8);
-    let join = |desk: &mut Desk, number| {
+    let mut driver = driver_with(|pool| pool.processes = 8);
+    let join = |driver: &mut Driver, number| {
         let process = ProcessId { pool: PoolId(0), number };
-        desk.core.spawned(desk.now, process, true);
-        desk.join_as(hello(), Some(process)).unwrap()
+        driver.core.spawned(driver.now, process, true);
+        driver.join_as(hello(), Some(process)).unwrap()
     };
-    let wanted = [join(&mut desk, 0), join(&mut desk, 1)];
-    desk.core.scale(desk.now, PoolId(0), 2);
-    desk.events();
-    let late = join(&mut desk, 7);
+    let wanted = [join(&mut driver, 0), join(&mut driver, 1)];
+    driver.core.scale(driver.now, PoolId(0), 2);
+    driver.events();
+    let late = join(&mut driver, 7);
     let draining = Event::Draining { worker: late, live: 0, deadline: None };
-    assert!(desk.events().contains(&draining), "it is told, so that it ends");
+    assert!(driver.events().contains(&draining), "it is told, so that it ends");
     for _ in 0..4 {
-        desk.accept(WEB);
+        driver.accept(WEB);
     }
-    assert_eq!(desk.loads(&wanted), [2, 2]);
-    assert_eq!(desk.state(late), State::Draining);
-    assert_eq!(desk.resume(late), Err(CannotResume::Surplus));
-    assert_eq!(desk.state(late), State::Draining);
-    desk.core.scale(desk.now, PoolId(0), 8);
-    assert_eq!(desk.state(late), State::Active, "wanted again");
+    assert_eq!(driver.loads(&wanted), [2, 2]);
+    assert_eq!(driver.state(late), State::Draining);
+    assert_eq!(driver.resume(late), Err(CannotResume::Surplus));
+    assert_eq!(driver.state(late), State::Draining);
+    driver.core.scale(driver.now, PoolId(0), 8);
+    assert_eq!(driver.state(late), State::Active, "wanted again");
     // A service that came by itself is nobody's process.
-    desk.core.scale(desk.now, PoolId(0), 1);
-    let own = desk.worker();
-    assert_eq!(desk.state(own), State::Active);
+    driver.core.scale(driver.now, PoolId(0), 1);
+    let own = driver.worker();
+    assert_eq!(driver.state(own), State::Active);
 }
 
 #[test]
 fn nobody_is_resumed_in_a_pool_that_was_taken_out() {
-    let (mut desk, worker) = two_pools();
-    desk.core.retire_listener(SECOND);
-    desk.core.listener_closed(desk.now, SECOND);
-    desk.core.retire_pool(desk.now, OTHER);
-    desk.turn();
-    assert_eq!(desk.state(worker), State::Draining);
-    assert_eq!(desk.resume(worker), Err(CannotResume::PoolRemoved));
-    assert_eq!(desk.state(worker), State::Draining);
+    let (mut driver, worker) = two_pools();
+    driver.core.retire_listener(SECOND);
+    driver.core.listener_closed(driver.now, SECOND);
+    driver.core.retire_pool(driver.now, OTHER);
+    driver.turn();
+    assert_eq!(driver.state(worker), State::Draining);
+    assert_eq!(driver.resume(worker), Err(CannotResume::PoolRemoved));
+    assert_eq!(driver.state(worker), State::Draining);
 }
 
 #[test]
 fn another_slow_start_counts_at_once() {
-    let mut desk = desk_with(|pool| pool.slow_start = ms(10_000));
-    let old = desk.worker();
-    desk.wait(ms(10_000));
-    let new = desk.worker();
-    desk.wait(ms(5_000));
-    let warm = |desk: &Desk| {
-        let status = desk.core.snapshot();
+    let mut driver = driver_with(|pool| pool.slow_start = ms(10_000));
+    let old = driver.worker();
+    driver.wait(ms(10_000));
+    let new = driver.worker();
+    driver.wait(ms(5_000));
+    let warm = |driver: &Driver| {
+        let status = driver.core.snapshot();
         status.pools[0].workers.iter().map(|worker| worker.warm_percent).collect::<Vec<_>>()
     };
-    assert_eq!(warm(&desk), [100, 51]);
-    desk.change_web(|pool| pool.slow_start = ms(20_000));
-    assert_eq!(warm(&desk), [100, 26]);
-    desk.change_web(|pool| pool.slow_start = ms(0));
-    assert_eq!(warm(&desk), [100, 100]);
+    assert_eq!(warm(&driver), [100, 51]);
+    driver.change_web(|pool| pool.slow_start = ms(20_000));
+    assert_eq!(warm(&driver), [100, 26]);
+    driver.change_web(|pool| pool.slow_start = ms(0));
+    assert_eq!(warm(&driver), [100, 100]);
     for _ in 0..10 {
-        desk.accept(WEB);
+        driver.accept(WEB);
     }
-    assert_eq!(desk.loads(&[old, new]), [5, 5]);
+    assert_eq!(driver.loads(&[old, new]), [5, 5]);
 }
 
 #[test]
 fn changes_at_any_moment_break_nothing() {
     for seed in 0..40 {
         let mut random = Random::new(seed);
-        let mut desk = desk();
-        desk.logging = false;
-        let mut workers = vec![desk.worker()];
+        let mut driver = driver();
+        driver.logging = false;
+        let mut workers = vec![driver.worker()];
         let mut listeners = vec![WEB];
         for _ in 0..300 {
             let listener = listeners[random.below(listeners.len() as u64) as usize];
             let place = random.below(workers.len() as u64) as usize;
             let worker = workers[place];
             match random.below(15) {
-                0..4 if desk.core.accepting(listener) != Accepting::Pause => {
-                    let conn = desk.accept(listener);
+                0..4 if driver.core.accepting(listener) != Accepting::Pause => {
+                    let conn = driver.accept(listener);
                     if !random.once_in(4) {
-                        desk.say(conn, known(&random.below(6).to_string()));
+                        driver.say(conn, known(&random.below(6).to_string()));
                     }
                 }
                 4 | 5 => {
-                    desk.take(worker);
+                    driver.take(worker);
                 }
                 // Of a few names, so that some come again, beside those that drain and in place of those that are gone.
                 6 => {
-                    let new = desk.called(&format!("w{}", random.below(2)));
+                    let new = driver.called(&format!("w{}", random.below(2)));
                     if workers.len() < 6 {
                         workers.push(new);
                     } else {
-                        desk.leave(worker, Departure::Died);
+                        driver.leave(worker, Departure::Died);
                         workers[place] = new;
                     }
                 }
-                7 if random.once_in(3) => desk.leave(worker, Departure::Died),
-                12 => drop(desk.drain(worker)),
-                13 => drop(desk.resume(worker)),
-                14 if random.once_in(3) => desk.goodbye(worker),
-                8 => desk.change_web(|pool| {
+                7 if random.once_in(3) => driver.leave(worker, Departure::Died),
+                12 => drop(driver.drain(worker)),
+                13 => drop(driver.resume(worker)),
+                14 if random.once_in(3) => driver.goodbye(worker),
+                8 => driver.change_web(|pool| {
                     pool.policy = Policy::ALL[random.below(7) as usize];
                     pool.max_connections_per_worker = 1 + random.below(20) as u32;
                     pool.history = random.below(4) as u32;
                     pool.peek.max_awaiting = 1 + random.below(4) as u32;
                     pool.affinity = if random.once_in(2) { cookie(500) } else { None };
                 }),
-                9 if listeners.len() < 5 => listeners.push(desk.core.add_listener(listener_at(0))),
+                9 if listeners.len() < 5 => {
+                    listeners.push(driver.core.add_listener(listener_at(0)))
+                }
                 10 if listeners.len() > 1 => {
                     let gone = listeners.swap_remove(1);
-                    desk.core.retire_listener(gone);
-                    desk.accept(gone);
-                    desk.core.listener_closed(desk.now, gone);
+                    driver.core.retire_listener(gone);
+                    driver.accept(gone);
+                    driver.core.listener_closed(driver.now, gone);
                 }
-                _ => desk.wait(ms(random.below(400))),
+                _ => driver.wait(ms(random.below(400))),
             }
-            desk.core.check();
+            driver.core.check();
         }
     }
 }

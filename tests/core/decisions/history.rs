@@ -5,11 +5,11 @@ use std::sync::Arc;
 use dispatch_protocol::ClientAddr;
 use proptest::prelude::*;
 
-use super::policies::{client, desk_of};
+use super::policies::{client, driver_of};
 use super::*;
 
-fn desk_with_history(size: u32, candidates: u32) -> Desk {
-    desk_with(|pool| {
+fn driver_with_history(size: u32, candidates: u32) -> Driver {
+    driver_with(|pool| {
         pool.history = size;
         pool.history_candidates = candidates;
     })
@@ -17,28 +17,28 @@ fn desk_with_history(size: u32, candidates: u32) -> Desk {
 
 #[test]
 fn nothing_is_kept_unless_asked_for() {
-    let mut desk = desk();
-    desk.worker();
-    desk.next_from(ClientAddr::Unix);
-    assert_eq!(desk.core.history(PoolId(0), 0), []);
-    assert_eq!(desk.core.history(PoolId(7), 0), []);
+    let mut driver = driver();
+    driver.worker();
+    driver.next_from(ClientAddr::Unix);
+    assert_eq!(driver.core.history(PoolId(0), 0), []);
+    assert_eq!(driver.core.history(PoolId(7), 0), []);
 }
 
 #[test]
 fn a_decision_says_when_from_where_who_and_why() {
-    let mut desk = desk_with_history(10, 16);
-    let small = desk.trusted(Hello { name: "small".to_owned(), max_connections: 1, ..hello() });
-    let large = desk.trusted(Hello { name: "large".to_owned(), weight: 2, ..hello() });
-    let lazy = desk.trusted(Hello { name: "lazy".to_owned(), base: 3, ..hello() });
+    let mut driver = driver_with_history(10, 16);
+    let small = driver.trusted(Hello { name: "small".to_owned(), max_connections: 1, ..hello() });
+    let large = driver.trusted(Hello { name: "large".to_owned(), weight: 2, ..hello() });
+    let lazy = driver.trusted(Hello { name: "lazy".to_owned(), base: 3, ..hello() });
     for n in 0..4 {
-        desk.next_from(client(n));
+        driver.next_from(client(n));
     }
-    desk.goodbye(lazy);
-    desk.next_from(client(4));
-    let decisions = desk.core.history(PoolId(0), 0);
+    driver.goodbye(lazy);
+    driver.next_from(client(4));
+    let decisions = driver.core.history(PoolId(0), 0);
     assert_eq!(decisions.len(), 5);
     let first = &decisions[0];
-    assert_eq!((first.number, first.conn, first.at), (1, Some(1), desk.now));
+    assert_eq!((first.number, first.conn, first.at), (1, Some(1), driver.now));
     assert_eq!((first.listener, first.peer, first.key), (Some(WEB), client(0), None));
     assert_eq!((first.chosen, first.resent, first.left_out), (Some(large.serial), false, 0));
     let seen = |decision: &Decision| -> Vec<(u64, u64, Option<f64>, Why)> {
@@ -70,29 +70,29 @@ fn a_decision_says_when_from_where_who_and_why() {
 
 #[test]
 fn a_decision_says_what_was_in_a_workers_way() {
-    let mut desk = desk_with(|pool| {
+    let mut driver = driver_with(|pool| {
         pool.history = 10;
         pool.max_untaken = 1;
     });
-    let [idle, suspect, blocked, starved] = [(); 4].map(|()| desk.worker());
-    desk.link(blocked).capacity = 0;
+    let [idle, suspect, blocked, starved] = [(); 4].map(|()| driver.worker());
+    driver.link(blocked).capacity = 0;
     for _ in 0..4 {
-        desk.accept(WEB);
+        driver.accept(WEB);
     }
     // What the blocked one could not be sent waits for a slot.
-    desk.lose(starved);
-    desk.take_all(idle);
-    desk.take_all(idle);
-    desk.accept(WEB);
-    let why = |desk: &Desk| -> Vec<(u64, Why)> {
-        let explained = desk.core.explain(desk.now, PoolId(0), ClientAddr::Unix).unwrap();
+    driver.lose(starved);
+    driver.take_all(idle);
+    driver.take_all(idle);
+    driver.accept(WEB);
+    let why = |driver: &Driver| -> Vec<(u64, Why)> {
+        let explained = driver.core.explain(driver.now, PoolId(0), ClientAddr::Unix).unwrap();
         let mut list: Vec<_> =
             explained.decision.candidates.iter().map(|c| (c.worker, c.why)).collect();
         list.sort_by_key(|(worker, _)| *worker);
         list
     };
     assert_eq!(
-        why(&desk),
+        why(&driver),
         [
             (idle.serial, Why::NoSlot),
             (suspect.serial, Why::NoSlot),
@@ -100,11 +100,11 @@ fn a_decision_says_what_was_in_a_workers_way() {
             (starved.serial, Why::LostOne)
         ]
     );
-    desk.take_all(idle);
-    desk.wait(ms(999));
-    desk.take_all(idle);
-    desk.wait(ms(1));
-    assert_eq!(why(&desk)[1], (suspect.serial, Why::Suspect));
+    driver.take_all(idle);
+    driver.wait(ms(999));
+    driver.take_all(idle);
+    driver.wait(ms(1));
+    assert_eq!(why(&driver)[1], (suspect.serial, Why::Suspect));
 }
 
 /// docs/LOAD_BALANCING.md says 128 bytes.
@@ -115,10 +115,10 @@ fn a_worker_in_a_decision_takes_128_bytes() {
 
 #[test]
 fn a_worker_that_has_to_prove_itself_is_said_to() {
-    let mut desk = desk();
-    let new = desk.join(hello()).unwrap();
-    let other = desk.trusted(Hello { base: 5, ..hello() });
-    let explained = desk.core.explain(desk.now, PoolId(0), ClientAddr::Unix).unwrap();
+    let mut driver = driver();
+    let new = driver.join(hello()).unwrap();
+    let other = driver.trusted(Hello { base: 5, ..hello() });
+    let explained = driver.core.explain(driver.now, PoolId(0), ClientAddr::Unix).unwrap();
     let why = |worker: WorkerId| {
         let mut candidates = explained.decision.candidates.iter();
         candidates.find(|c| c.worker == worker.serial).map(|c| c.why.name())
@@ -128,39 +128,39 @@ fn a_worker_that_has_to_prove_itself_is_said_to() {
 
 #[test]
 fn only_the_last_are_kept_and_only_some_workers_of_each() {
-    let mut desk = desk_with_history(3, 2);
+    let mut driver = driver_with_history(3, 2);
     for _ in 0..5 {
-        desk.worker();
+        driver.worker();
     }
     for n in 0..10 {
-        desk.next_from(client(n));
+        driver.next_from(client(n));
     }
-    let decisions = desk.core.history(PoolId(0), 0);
+    let decisions = driver.core.history(PoolId(0), 0);
     assert_eq!(decisions.iter().map(|d| d.number).collect::<Vec<_>>(), [8, 9, 10]);
     for decision in &decisions {
         assert_eq!((decision.candidates.len(), decision.left_out), (2, 3));
         assert_eq!(decision.candidates[0].why, Why::Chosen);
         assert_eq!(Some(decision.candidates[0].worker), decision.chosen);
     }
-    let later = desk.core.history(PoolId(0), 9);
+    let later = driver.core.history(PoolId(0), 9);
     assert_eq!(later.iter().map(|d| d.number).collect::<Vec<_>>(), [10]);
     // Whoever reads keeps what he reads; the next decisions are written elsewhere.
     let read = Arc::clone(&decisions[0]);
     for n in 0..10 {
-        desk.next_from(client(n));
+        driver.next_from(client(n));
     }
     assert_eq!(read.number, 8);
-    assert_eq!(desk.core.history(PoolId(0), 0)[0].number, 18);
+    assert_eq!(driver.core.history(PoolId(0), 0)[0].number, 18);
 }
 
 #[test]
 fn a_connection_that_comes_back_is_marked() {
-    let mut desk = desk_with_history(10, 16);
-    let first = desk.worker();
-    desk.accept(WEB);
-    let second = desk.worker();
-    desk.leave(first, Departure::Died);
-    let decisions = desk.core.history(PoolId(0), 0);
+    let mut driver = driver_with_history(10, 16);
+    let first = driver.worker();
+    driver.accept(WEB);
+    let second = driver.worker();
+    driver.leave(first, Departure::Died);
+    let decisions = driver.core.history(PoolId(0), 0);
     assert_eq!(decisions.len(), 2);
     assert_eq!(decisions[0].conn, decisions[1].conn);
     assert_eq!((decisions[1].resent, decisions[1].chosen), (true, Some(second.serial)));
@@ -168,24 +168,25 @@ fn a_connection_that_comes_back_is_marked() {
 
 #[test]
 fn what_is_in_the_way_of_all_is_said() {
-    let mut desk = desk();
-    let obstacle =
-        |desk: &Desk| desk.core.explain(desk.now, PoolId(0), ClientAddr::Unix).unwrap().obstacle;
-    assert_eq!(obstacle(&desk), Some(Obstacle::NoWorker));
-    desk.wait(ms(5_000));
-    assert_eq!(obstacle(&desk), Some(Obstacle::Refusing));
-    let worker = desk.trusted(Hello { max_connections: 1, ..hello() });
-    assert_eq!(obstacle(&desk), None);
-    desk.accept(WEB);
-    assert_eq!(obstacle(&desk), Some(Obstacle::BackPressure));
-    desk.take_all(worker);
-    desk.finish(worker, 1);
-    desk.scarcity = 1;
-    desk.accept(WEB);
-    assert_eq!(obstacle(&desk), Some(Obstacle::Short));
-    desk.core.stop(desk.now, desk.now + ms(1));
-    assert_eq!(obstacle(&desk), Some(Obstacle::Stopping));
-    assert_eq!(desk.core.explain(desk.now, PoolId(9), ClientAddr::Unix), None);
+    let mut driver = driver();
+    let obstacle = |driver: &Driver| {
+        driver.core.explain(driver.now, PoolId(0), ClientAddr::Unix).unwrap().obstacle
+    };
+    assert_eq!(obstacle(&driver), Some(Obstacle::NoWorker));
+    driver.wait(ms(5_000));
+    assert_eq!(obstacle(&driver), Some(Obstacle::Refusing));
+    let worker = driver.trusted(Hello { max_connections: 1, ..hello() });
+    assert_eq!(obstacle(&driver), None);
+    driver.accept(WEB);
+    assert_eq!(obstacle(&driver), Some(Obstacle::BackPressure));
+    driver.take_all(worker);
+    driver.finish(worker, 1);
+    driver.scarcity = 1;
+    driver.accept(WEB);
+    assert_eq!(obstacle(&driver), Some(Obstacle::Short));
+    driver.core.stop(driver.now, driver.now + ms(1));
+    assert_eq!(obstacle(&driver), Some(Obstacle::Stopping));
+    assert_eq!(driver.core.explain(driver.now, PoolId(9), ClientAddr::Unix), None);
 }
 
 proptest! {
@@ -198,27 +199,27 @@ proptest! {
         weights in prop::collection::vec((1u16..9, 0u16..3), 1..9),
         steps in prop::collection::vec((0u32..20, 0usize..9, 0u64..3), 1..60),
     ) {
-        let mut desk = desk_of(policy);
-        desk.core.set_seed(seed);
+        let mut driver = driver_of(policy);
+        driver.core.set_seed(seed);
         for (n, &(weight, priority)) in weights.iter().enumerate() {
             let name = format!("w{n}");
-            desk.trusted(Hello { weight, priority, name, max_connections: 12, ..hello() });
+            driver.trusted(Hello { weight, priority, name, max_connections: 12, ..hello() });
         }
         for (from, who, ended) in steps {
-            let ended = ended.min(desk.core.load(desk.links[who % weights.len()].id).unwrap());
-            let worker = desk.links[who % weights.len()].id;
-            desk.finish(worker, ended);
-            let explained = desk.core.explain(desk.now, PoolId(0), client(from)).unwrap();
-            let again = desk.core.explain(desk.now, PoolId(0), client(from)).unwrap();
+            let ended = ended.min(driver.core.load(driver.links[who % weights.len()].id).unwrap());
+            let worker = driver.links[who % weights.len()].id;
+            driver.finish(worker, ended);
+            let explained = driver.core.explain(driver.now, PoolId(0), client(from)).unwrap();
+            let again = driver.core.explain(driver.now, PoolId(0), client(from)).unwrap();
             prop_assert_eq!(&explained, &again, "asking changes nothing");
             prop_assert_eq!(explained.decision.candidates.len(), weights.len());
-            if desk.core.accepting(WEB) == Accepting::Pause {
+            if driver.core.accepting(WEB) == Accepting::Pause {
                 prop_assert_eq!(explained.obstacle, Some(Obstacle::BackPressure));
                 prop_assert_eq!(explained.decision.chosen, None);
                 continue;
             }
             prop_assert_eq!(explained.obstacle, None);
-            let worker = desk.next_from(client(from));
+            let worker = driver.next_from(client(from));
             prop_assert_eq!(explained.decision.chosen, Some(worker.serial));
             let first = &explained.decision.candidates[0];
             prop_assert_eq!((first.worker, first.why), (worker.serial, Why::Chosen));

@@ -1,5 +1,6 @@
 //! Single decisions, step by step, with the virtual workers of the simulator.
 
+mod access_rules;
 mod admission;
 mod affinity;
 mod balance;
@@ -13,7 +14,6 @@ mod model;
 mod naive;
 mod policies;
 mod scores;
-mod screening;
 mod supervision;
 mod waiting;
 mod weights;
@@ -22,7 +22,7 @@ use std::time::Duration;
 
 use dispatch_protocol::wire::{EntryFlags, Hello};
 
-use ::simulator::Desk;
+use ::simulator::Driver;
 use dispatcher_core::*;
 
 use self::affinity::AffinitySteps;
@@ -45,7 +45,7 @@ fn settings() -> PoolSettings {
         handoff_timeout: ms(1_000),
         max_handoff_timeout: ms(30_000),
         wait_for_worker: ms(5_000),
-        access: Access { users: vec![0], groups: vec![] },
+        access: AllowedAccounts { users: vec![0], groups: vec![] },
         ..PoolSettings::default()
     }
 }
@@ -58,14 +58,14 @@ fn hello() -> Hello {
     Hello { pool: "web".to_owned(), max_connections: 1_000_000, ..Hello::default() }
 }
 
-fn desk_with(change: impl FnOnce(&mut PoolSettings)) -> Desk {
+fn driver_with(change: impl FnOnce(&mut PoolSettings)) -> Driver {
     let mut pool = settings();
     change(&mut pool);
-    Desk::new(vec![pool], vec![listener()])
+    Driver::new(vec![pool], vec![listener()])
 }
 
-fn desk() -> Desk {
-    desk_with(|_| {})
+fn driver() -> Driver {
+    driver_with(|_| {})
 }
 
 /// Short forms for what most tests do.
@@ -83,7 +83,7 @@ trait Steps {
     fn sends(&mut self) -> Vec<(WorkerId, bool)>;
 }
 
-impl Steps for Desk {
+impl Steps for Driver {
     /// A worker that has shown that it takes connections.
     fn worker(&mut self) -> WorkerId {
         self.trusted(hello())

@@ -24,7 +24,7 @@ struct Model {
     conns: BTreeMap<u64, (ConnId, At, bool)>,
     revokes: VecDeque<(WorkerId, Ticket)>,
     purges: Vec<WorkerId>,
-    choked: Option<Time>,
+    out_of_resources: Option<Time>,
     /// No worker has been usable since then.
     alone: Option<Time>,
     /// Connections have waited since then, and none was taken.
@@ -52,7 +52,7 @@ impl Model {
             conns: BTreeMap::new(),
             revokes: VecDeque::new(),
             purges: Vec::new(),
-            choked: None,
+            out_of_resources: None,
             alone: Some(now),
             unserved: None,
             refusing: false,
@@ -70,19 +70,19 @@ impl Model {
         self.workers.get_mut(&serial).unwrap()
     }
 
-    fn held(&self) -> usize {
-        let at_held = |(_, at, _): &&(ConnId, At, bool)| *at == At::Held;
-        self.conns.values().filter(at_held).count()
+    fn queued(&self) -> usize {
+        let at_queued = |(_, at, _): &&(ConnId, At, bool)| *at == At::Queued;
+        self.conns.values().filter(at_queued).count()
     }
 
-    /// Removes a ticket; what was in it is held for a moment, as a connection that was (or was not) sent.
+    /// Removes a ticket; what was in it is queued for a moment, as a connection that was (or was not) sent.
     fn remove(&mut self, serial: u64, ticket: Ticket, sent: bool) -> Option<Out> {
         let out = &mut self.w(serial).out;
         let at = out.iter().position(|out| out.ticket == ticket)?;
         let out = out.remove(at);
         if let Some(conn) = out.conn {
             let entry = self.conns.get_mut(&conn).unwrap();
-            entry.1 = At::Held;
+            entry.1 = At::Queued;
             entry.2 |= sent;
         }
         Some(out)
@@ -119,8 +119,8 @@ impl Model {
     fn tick(&mut self) {
         let now = self.now;
         let due = |timer: Option<Time>| timer.is_some_and(|time| time <= now);
-        if due(self.choked) {
-            self.choked = None;
+        if due(self.out_of_resources) {
+            self.out_of_resources = None;
         }
         for w in self.workers.values_mut() {
             if due(w.blocked) {
@@ -177,7 +177,7 @@ impl Model {
             Op::Accept(from) => {
                 let peer = SocketAddr::from(([10, 0, 0, from], 1));
                 let conn = self.core.accepted(now, Client::new(WEB, peer.into()));
-                self.conns.insert(conn.serial, (conn, At::Held, false));
+                self.conns.insert(conn.serial, (conn, At::Queued, false));
             }
             Op::ClientGone(n) => {
                 let count = self.conns.len().max(1);
@@ -299,7 +299,9 @@ impl Model {
         match why {
             SendFailure::Closed => w.draining = true,
             SendFailure::Full if out.conn.is_some() => w.blocked = Some(now + TIMEOUT),
-            SendFailure::Resources if out.conn.is_some() => self.choked = Some(now + ms(100)),
+            SendFailure::Resources if out.conn.is_some() => {
+                self.out_of_resources = Some(now + ms(100))
+            }
             // A probe: tried again later.
             SendFailure::Full | SendFailure::Resources | SendFailure::Client => w.blocked = None,
         }
@@ -350,15 +352,15 @@ impl Model {
             let conns = self.conns.values();
             conns.filter(|(_, at, _)| f(at)).count() as u64
         };
-        assert_eq!(totals.held, count(|at| *at == At::Held));
-        assert_eq!(totals.custody, count(|at| matches!(at, At::Custody(_))));
+        assert_eq!(totals.queued, count(|at| *at == At::Queued));
+        assert_eq!(totals.in_flight, count(|at| matches!(at, At::InFlight(_))));
         assert_eq!(totals.taken, count(|at| *at == At::Served));
         assert_eq!(totals.accepted, self.conns.len() as u64);
         for w in self.workers.values() {
             assert_eq!(self.core.load(w.id), Some(w.load()), "{w:?}");
         }
         let open = self.workers.values().any(Naive::is_open);
-        if totals.custody > 0 || (totals.held > 0 && open) {
+        if totals.in_flight > 0 || (totals.queued > 0 && open) {
             self.unserved.get_or_insert(self.now);
         } else {
             self.unserved = None;
@@ -367,15 +369,17 @@ impl Model {
         let accepting = self.core.accepting(WEB);
         match accepting {
             Accepting::Refuse => {}
-            Accepting::Yes => assert!(open && self.choked.is_none() && self.held() == 0),
+            Accepting::Yes => {
+                assert!(open && self.out_of_resources.is_none() && self.queued() == 0)
+            }
             Accepting::Pause => {
                 let full = !open || self.policy == Policy::Failover;
-                assert!(full || self.choked.is_some() || self.held() > 0);
+                assert!(full || self.out_of_resources.is_some() || self.queued() > 0);
             }
             Accepting::Finish => panic!("nothing was taken out"),
         }
         let refuses = accepting == Accepting::Refuse;
-        assert!(!refuses || totals.held == 0, "a pool that refuses lets no client wait");
+        assert!(!refuses || totals.queued == 0, "a pool that refuses lets no client wait");
         self.refusing = refuses;
     }
 
@@ -385,9 +389,9 @@ impl Model {
             Effect::Send { worker, conn, ticket, flags, .. } => {
                 self.judge(worker.serial);
                 let entry = self.conns.get_mut(&conn.serial).unwrap();
-                assert_eq!(entry.1, At::Held);
+                assert_eq!(entry.1, At::Queued);
                 assert_eq!(flags.contains(EntryFlags::RESENT), entry.2);
-                entry.1 = At::Custody(worker.serial);
+                entry.1 = At::InFlight(worker.serial);
                 self.issue(worker, ticket, Some(conn.serial));
             }
             Effect::Probe { worker, ticket } => {
@@ -406,7 +410,7 @@ impl Model {
             }
             Effect::Close { conn, reason, .. } => {
                 let entry = self.conns.get_mut(&conn.serial).unwrap();
-                assert_eq!(entry.1, At::Held);
+                assert_eq!(entry.1, At::Queued);
                 let refusing = self.core.accepting(WEB) == Accepting::Refuse;
                 assert!(reason == CloseReason::ClientGone || refusing || self.refusing);
                 entry.1 = At::Closed;
@@ -440,7 +444,7 @@ impl Model {
     /// Whether anything may be sent to this one.
     fn judge(&mut self, chosen: u64) {
         let w = &self.workers[&chosen];
-        assert!(w.is_open() && self.choked.is_none(), "{w:?}");
+        assert!(w.is_open() && self.out_of_resources.is_none(), "{w:?}");
         // Least connections for its weight, of those that are known to take at once and are told apart by nothing else.
         if matches!(self.policy, Policy::LeastConnections | Policy::LeastScore) && !self.refusing {
             let is_more =

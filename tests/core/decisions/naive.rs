@@ -79,8 +79,8 @@ impl Naive {
 
 #[derive(Clone, Copy, Debug, PartialEq)]
 pub(super) enum At {
-    Held,
-    Custody(u64),
+    Queued,
+    InFlight(u64),
     Served,
     Closed,
 }

@@ -1,5 +1,5 @@
 //! Each policy against its definition, over 100,000 decisions: exactly where it is exact, by chi-squared with a fixed
-//! seed where lots are drawn.
+//! seed where random draws are made.
 
 use core::net::{IpAddr, Ipv4Addr, SocketAddr};
 
@@ -12,8 +12,8 @@ pub(super) const DECISIONS: usize = 100_000;
 /// Where no weights are to be told apart.
 const FEWER: usize = 20_000;
 
-pub(super) fn desk_of(policy: Policy) -> Desk {
-    desk_with(|pool| {
+pub(super) fn driver_of(policy: Policy) -> Driver {
+    driver_with(|pool| {
         pool.policy = policy;
         pool.max_untaken = 4_096;
     })
@@ -33,7 +33,7 @@ pub(super) trait PolicySteps {
     fn visit(&mut self, peer: ClientAddr) -> WorkerId;
 }
 
-impl PolicySteps for Desk {
+impl PolicySteps for Driver {
     fn weighted(&mut self, weights: &[u16]) -> Vec<WorkerId> {
         let join = |&weight| self.trusted(Hello { weight, name: format!("w{weight}"), ..hello() });
         weights.iter().map(join).collect()
@@ -81,9 +81,9 @@ impl PolicySteps for Desk {
 }
 
 /// Whom each of `count` visitors gets, as positions in `workers`.
-pub(super) fn visits(desk: &mut Desk, workers: &[WorkerId], count: usize) -> Vec<usize> {
+pub(super) fn visits(driver: &mut Driver, workers: &[WorkerId], count: usize) -> Vec<usize> {
     let mut visit = || {
-        let worker = desk.visit(ClientAddr::Unix);
+        let worker = driver.visit(ClientAddr::Unix);
         workers.iter().position(|&w| w == worker).unwrap()
     };
     (0..count).map(|_| visit()).collect()
@@ -118,12 +118,12 @@ pub(super) const ONCE_IN_1000: [f64; 8] = [10.83, 13.82, 16.27, 18.47, 20.52, 22
 
 #[test]
 fn least_connections_by_weight() {
-    let mut desk = desk_of(Policy::LeastConnections);
-    let workers = desk.weighted(&[1, 2, 5]);
+    let mut driver = driver_of(Policy::LeastConnections);
+    let workers = driver.weighted(&[1, 2, 5]);
     for taken in 1..=DECISIONS {
-        desk.next_from(ClientAddr::Unix);
+        driver.next_from(ClientAddr::Unix);
         if taken % 8 == 0 {
-            let loads = desk.loads(&workers);
+            let loads = driver.loads(&workers);
             let part = taken as u64 / 8;
             assert_eq!(loads, [part, 2 * part, 5 * part]);
         }
@@ -132,9 +132,9 @@ fn least_connections_by_weight() {
 
 #[test]
 fn round_robin_is_each_in_turn() {
-    let mut desk = desk_of(Policy::RoundRobin);
-    let workers: Vec<_> = (0..7).map(|_| desk.worker()).collect();
-    let order = visits(&mut desk, &workers, FEWER);
+    let mut driver = driver_of(Policy::RoundRobin);
+    let workers: Vec<_> = (0..7).map(|_| driver.worker()).collect();
+    let order = visits(&mut driver, &workers, FEWER);
     for (i, &worker) in order.iter().enumerate() {
         assert_eq!(worker, (order[0] + i) % 7);
     }
@@ -143,10 +143,10 @@ fn round_robin_is_each_in_turn() {
 #[test]
 fn round_robin_starts_at_a_random_worker() {
     let first = |seed| {
-        let mut desk = desk_of(Policy::RoundRobin);
-        desk.core.set_seed(seed);
-        let workers = desk.weighted(&[1, 2, 5]);
-        visits(&mut desk, &workers, 1)[0]
+        let mut driver = driver_of(Policy::RoundRobin);
+        driver.core.set_seed(seed);
+        let workers = driver.weighted(&[1, 2, 5]);
+        visits(&mut driver, &workers, 1)[0]
     };
     let firsts: Vec<usize> = (0..600).map(first).collect();
     let counts = counts(&firsts, 3);
@@ -155,10 +155,10 @@ fn round_robin_starts_at_a_random_worker() {
 
 #[test]
 fn round_robin_gives_as_many_turns_as_the_weight_says_and_spreads_them() {
-    let mut desk = desk_of(Policy::RoundRobin);
+    let mut driver = driver_of(Policy::RoundRobin);
     let weights = [1, 2, 5];
-    let workers = desk.weighted(&weights);
-    let order = visits(&mut desk, &workers, DECISIONS);
+    let workers = driver.weighted(&weights);
+    let order = visits(&mut driver, &workers, DECISIONS);
     for round in order.chunks(8) {
         assert_eq!(counts(round, 3), [1, 2, 5]);
     }
@@ -175,24 +175,24 @@ fn round_robin_gives_as_many_turns_as_the_weight_says_and_spreads_them() {
 
 #[test]
 fn round_robin_steps_over_who_is_full_and_owes_nothing_later() {
-    let mut desk = desk_of(Policy::RoundRobin);
-    let small = desk.trusted(Hello { max_connections: 1, ..hello() });
-    let large = desk.worker();
+    let mut driver = driver_of(Policy::RoundRobin);
+    let small = driver.trusted(Hello { max_connections: 1, ..hello() });
+    let large = driver.worker();
     for _ in 0..10 {
-        desk.next_from(ClientAddr::Unix);
+        driver.next_from(ClientAddr::Unix);
     }
-    assert_eq!(desk.loads(&[small, large]), [1, 9]);
-    desk.finish(small, 1);
+    assert_eq!(driver.loads(&[small, large]), [1, 9]);
+    driver.finish(small, 1);
     let workers = [small, large];
-    let order = visits(&mut desk, &workers, 10);
+    let order = visits(&mut driver, &workers, 10);
     assert_eq!(counts(&order, 2), [5, 5]);
 }
 
 #[test]
 fn random_is_as_likely_as_the_weight_says() {
-    let mut desk = desk_of(Policy::Random);
-    let workers = desk.weighted(&[1, 2, 5]);
-    let order = visits(&mut desk, &workers, DECISIONS);
+    let mut driver = driver_of(Policy::Random);
+    let workers = driver.weighted(&[1, 2, 5]);
+    let order = visits(&mut driver, &workers, DECISIONS);
     let counts = counts(&order, 3);
     assert_within_one_percent(&counts, &[1, 2, 5]);
     assert!(chi_squared(&counts, &[1.0, 2.0, 5.0]) < ONCE_IN_1000[1], "{counts:?}");
@@ -205,11 +205,11 @@ fn random_is_as_likely_as_the_weight_says() {
 
 #[test]
 fn two_choices_is_the_less_loaded_of_two() {
-    let mut desk = desk_of(Policy::TwoChoices);
+    let mut driver = driver_of(Policy::TwoChoices);
     // With loads 0 to 7 that stay: the one with rank r is the lesser of 7 − r of all 28 pairs.
     let workers: Vec<_> =
-        (0..8).map(|load| desk.trusted(Hello { base: load, finished: 0, ..hello() })).collect();
-    let order = visits(&mut desk, &workers, FEWER);
+        (0..8).map(|load| driver.trusted(Hello { base: load, finished: 0, ..hello() })).collect();
+    let order = visits(&mut driver, &workers, FEWER);
     let counts = counts(&order, 8);
     assert_eq!(counts[7], 0, "the most loaded one is never the lesser");
     let shares: Vec<f64> = (1..8).rev().map(f64::from).collect();
@@ -219,18 +219,19 @@ fn two_choices_is_the_less_loaded_of_two() {
 #[test]
 fn two_choices_draws_by_weight() {
     // All equally loaded for their weight: the first that is drawn gets it.
-    let mut desk = desk_of(Policy::TwoChoices);
-    let join = |desk: &mut Desk, weight, base| desk.trusted(Hello { weight, base, ..hello() });
-    let workers = [join(&mut desk, 1, 0), join(&mut desk, 2, 1), join(&mut desk, 5, 4)];
-    let order = visits(&mut desk, &workers, DECISIONS);
+    let mut driver = driver_of(Policy::TwoChoices);
+    let join =
+        |driver: &mut Driver, weight, base| driver.trusted(Hello { weight, base, ..hello() });
+    let workers = [join(&mut driver, 1, 0), join(&mut driver, 2, 1), join(&mut driver, 5, 4)];
+    let order = visits(&mut driver, &workers, DECISIONS);
     let found = counts(&order, 3);
     assert_within_one_percent(&found, &[1, 2, 5]);
     assert!(chi_squared(&found, &[1.0, 2.0, 5.0]) < ONCE_IN_1000[1], "{found:?}");
 
     // The less, the lighter: so it tells the second draw too.
-    let mut desk = desk_of(Policy::TwoChoices);
-    let workers = [join(&mut desk, 1, 0), join(&mut desk, 2, 100), join(&mut desk, 5, 1_000)];
-    let order = visits(&mut desk, &workers, FEWER);
+    let mut driver = driver_of(Policy::TwoChoices);
+    let workers = [join(&mut driver, 1, 0), join(&mut driver, 2, 100), join(&mut driver, 5, 1_000)];
+    let order = visits(&mut driver, &workers, FEWER);
     let found = counts(&order, 3);
     // The lightest unless neither draw falls on it; of the others the middle one always.
     let lightest = 1.0 / 8.0 + 2.0 / 8.0 * 1.0 / 6.0 + 5.0 / 8.0 * 1.0 / 3.0;
@@ -240,22 +241,22 @@ fn two_choices_draws_by_weight() {
 
 #[test]
 fn two_choices_keeps_loads_close_to_their_shares() {
-    let mut desk = desk_of(Policy::TwoChoices);
-    let workers = desk.weighted(&[1, 2, 5]);
+    let mut driver = driver_of(Policy::TwoChoices);
+    let workers = driver.weighted(&[1, 2, 5]);
     for _ in 0..DECISIONS {
-        desk.next_from(ClientAddr::Unix);
+        driver.next_from(ClientAddr::Unix);
     }
-    let loads: Vec<usize> = desk.loads(&workers).iter().map(|&load| load as usize).collect();
+    let loads: Vec<usize> = driver.loads(&workers).iter().map(|&load| load as usize).collect();
     assert_within_one_percent(&loads, &[1, 2, 5]);
 }
 
 #[test]
 fn hash_gives_each_client_its_worker_by_weight() {
-    let mut desk = desk_of(Policy::Hash);
-    let workers = desk.weighted(&[1, 2, 5]);
+    let mut driver = driver_of(Policy::Hash);
+    let workers = driver.weighted(&[1, 2, 5]);
     let order: Vec<usize> = (0..DECISIONS as u32)
         .map(|number| {
-            let worker = desk.visit(client(number));
+            let worker = driver.visit(client(number));
             workers.iter().position(|&w| w == worker).unwrap()
         })
         .collect();
@@ -264,19 +265,20 @@ fn hash_gives_each_client_its_worker_by_weight() {
     assert!(chi_squared(&counts, &[1.0, 2.0, 5.0]) < ONCE_IN_1000[1], "{counts:?}");
     // Another port, another day: the same worker.
     for (number, &worker) in order.iter().enumerate().step_by(100) {
-        assert_eq!(desk.visit(client(number as u32)), workers[worker]);
+        assert_eq!(driver.visit(client(number as u32)), workers[worker]);
     }
 }
 
 #[test]
 fn hash_moves_only_the_keys_of_who_goes_and_brings_them_back() {
     const CLIENTS: u32 = 2_000;
-    let mut desk = desk_of(Policy::Hash);
-    let mut workers: Vec<_> = (0..5).map(|n| desk.named(&format!("web-{n}"), 1)).collect();
-    let all = |desk: &mut Desk| (0..CLIENTS).map(|n| desk.visit(client(n))).collect::<Vec<_>>();
-    let before = all(&mut desk);
-    desk.leave(workers[2], Departure::Died);
-    let without = all(&mut desk);
+    let mut driver = driver_of(Policy::Hash);
+    let mut workers: Vec<_> = (0..5).map(|n| driver.named(&format!("web-{n}"), 1)).collect();
+    let all =
+        |driver: &mut Driver| (0..CLIENTS).map(|n| driver.visit(client(n))).collect::<Vec<_>>();
+    let before = all(&mut driver);
+    driver.leave(workers[2], Departure::Died);
+    let without = all(&mut driver);
     let mut heirs = [0; 5];
     for (&was, &is) in before.iter().zip(&without) {
         if was == workers[2] {
@@ -289,8 +291,8 @@ fn hash_moves_only_the_keys_of_who_goes_and_brings_them_back() {
     let chi = chi_squared(&heirs[..4], &[1.0; 4]);
     assert!(chi < ONCE_IN_1000[2], "all others inherit alike: {heirs:?}");
     // Another process in its place, with its name.
-    workers[2] = desk.named("web-2", 1);
-    let again = all(&mut desk);
+    workers[2] = driver.named("web-2", 1);
+    let again = all(&mut driver);
     let places = |list: &[WorkerId], workers: &[WorkerId]| -> Vec<Option<usize>> {
         list.iter().map(|id| workers.iter().position(|w| w == id)).collect()
     };
@@ -301,11 +303,11 @@ fn hash_moves_only_the_keys_of_who_goes_and_brings_them_back() {
 
 #[test]
 fn hash_tells_workers_of_one_name_apart() {
-    let mut desk = desk_of(Policy::Hash);
-    let workers: Vec<_> = (0..3).map(|_| desk.named("", 1)).collect();
+    let mut driver = driver_of(Policy::Hash);
+    let workers: Vec<_> = (0..3).map(|_| driver.named("", 1)).collect();
     let mut counts = [0; 3];
     for n in 0..3_000 {
-        let worker = desk.visit(client(n));
+        let worker = driver.visit(client(n));
         counts[workers.iter().position(|&w| w == worker).unwrap()] += 1;
     }
     assert!(chi_squared(&counts, &[1.0; 3]) < ONCE_IN_1000[1], "{counts:?}");
@@ -315,11 +317,11 @@ fn hash_tells_workers_of_one_name_apart() {
 fn a_key_and_its_worker_are_the_same_in_every_process() {
     // Whoever changes these sends every client of every dispatcher elsewhere.
     assert_eq!(AffinityKey::of(b"session-1"), AffinityKey(15_927_381_246_406_458_741));
-    let mut desk = desk_of(Policy::Hash);
-    let workers: Vec<_> = (0..5).map(|n| desk.named(&format!("web-{n}"), 1)).collect();
+    let mut driver = driver_of(Policy::Hash);
+    let workers: Vec<_> = (0..5).map(|n| driver.named(&format!("web-{n}"), 1)).collect();
     let places: Vec<usize> = (0..10)
         .map(|n| {
-            let worker = desk.visit(client(n));
+            let worker = driver.visit(client(n));
             workers.iter().position(|&w| w == worker).unwrap()
         })
         .collect();
@@ -328,90 +330,91 @@ fn a_key_and_its_worker_are_the_same_in_every_process() {
 
 #[test]
 fn hash_without_a_key_is_least_connections() {
-    let mut desk = desk_of(Policy::Hash);
-    let workers = desk.weighted(&[1, 2, 5]);
+    let mut driver = driver_of(Policy::Hash);
+    let workers = driver.weighted(&[1, 2, 5]);
     for _ in 0..800 {
-        desk.next_from(ClientAddr::Unix);
+        driver.next_from(ClientAddr::Unix);
     }
-    assert_eq!(desk.loads(&workers), [100, 200, 500]);
+    assert_eq!(driver.loads(&workers), [100, 200, 500]);
 }
 
 #[test]
 fn failover_gives_all_to_the_highest_that_is_up() {
-    let mut desk = desk_of(Policy::Failover);
-    let low = desk.with_priority(1);
-    let standby = desk.with_priority(5);
-    let primaries = [desk.with_priority(9), desk.with_priority(9)];
+    let mut driver = driver_of(Policy::Failover);
+    let low = driver.with_priority(1);
+    let standby = driver.with_priority(5);
+    let primaries = [driver.with_priority(9), driver.with_priority(9)];
     let all = [low, standby, primaries[0], primaries[1]];
     for _ in 0..100 {
-        desk.next_from(ClientAddr::Unix);
+        driver.next_from(ClientAddr::Unix);
     }
-    assert_eq!(desk.loads(&all), [0, 0, 50, 50], "least connections among equals");
-    desk.leave(primaries[0], Departure::Died);
+    assert_eq!(driver.loads(&all), [0, 0, 50, 50], "least connections among equals");
+    driver.leave(primaries[0], Departure::Died);
     for _ in 0..50 {
-        desk.next_from(ClientAddr::Unix);
+        driver.next_from(ClientAddr::Unix);
     }
-    assert_eq!(desk.loads(&[low, standby, primaries[1]]), [0, 0, 100]);
-    desk.goodbye(primaries[1]);
+    assert_eq!(driver.loads(&[low, standby, primaries[1]]), [0, 0, 100]);
+    driver.goodbye(primaries[1]);
     for _ in 0..10 {
-        desk.next_from(ClientAddr::Unix);
+        driver.next_from(ClientAddr::Unix);
     }
-    assert_eq!(desk.loads(&[low, standby]), [0, 10]);
+    assert_eq!(driver.loads(&[low, standby]), [0, 10]);
     // It returns, and all with it.
-    let back = desk.with_priority(9);
+    let back = driver.with_priority(9);
     for _ in 0..10 {
-        desk.next_from(ClientAddr::Unix);
+        driver.next_from(ClientAddr::Unix);
     }
-    assert_eq!(desk.loads(&[low, standby, back]), [0, 10, 10]);
+    assert_eq!(driver.loads(&[low, standby, back]), [0, 10, 10]);
 }
 
 #[test]
 fn failover_shares_among_equals_by_weight_and_the_standby_gets_nothing() {
-    let mut desk = desk_of(Policy::Failover);
-    let join =
-        |desk: &mut Desk, priority, weight| desk.trusted(Hello { priority, weight, ..hello() });
-    let primaries = [1, 2, 5].map(|weight| join(&mut desk, 9, weight));
-    let standby = join(&mut desk, 1, 8);
+    let mut driver = driver_of(Policy::Failover);
+    let join = |driver: &mut Driver, priority, weight| {
+        driver.trusted(Hello { priority, weight, ..hello() })
+    };
+    let primaries = [1, 2, 5].map(|weight| join(&mut driver, 9, weight));
+    let standby = join(&mut driver, 1, 8);
     for _ in 0..DECISIONS {
-        desk.next_from(ClientAddr::Unix);
+        driver.next_from(ClientAddr::Unix);
     }
-    assert_eq!(desk.loads(&primaries), [12_500, 25_000, 62_500]);
-    assert_eq!(desk.loads(&[standby]), [0]);
+    assert_eq!(driver.loads(&primaries), [12_500, 25_000, 62_500]);
+    assert_eq!(driver.loads(&[standby]), [0]);
 }
 
 #[test]
 fn full_is_not_down() {
-    let mut desk = desk_of(Policy::Failover);
-    let primary = desk.trusted(Hello { priority: 9, max_connections: 2, ..hello() });
-    let standby = desk.with_priority(0);
+    let mut driver = driver_of(Policy::Failover);
+    let primary = driver.trusted(Hello { priority: 9, max_connections: 2, ..hello() });
+    let standby = driver.with_priority(0);
     for _ in 0..2 {
-        desk.next_from(ClientAddr::Unix);
+        driver.next_from(ClientAddr::Unix);
     }
-    assert_eq!(desk.core.accepting(WEB), Accepting::Pause);
-    desk.accept(WEB);
-    assert_eq!(desk.loads(&[primary, standby]), [2, 0]);
-    desk.finish(primary, 1);
-    assert_eq!(desk.loads(&[primary, standby]), [2, 0]);
-    assert_eq!(desk.core.totals().held, 0);
+    assert_eq!(driver.core.accepting(WEB), Accepting::Pause);
+    driver.accept(WEB);
+    assert_eq!(driver.loads(&[primary, standby]), [2, 0]);
+    driver.finish(primary, 1);
+    assert_eq!(driver.loads(&[primary, standby]), [2, 0]);
+    assert_eq!(driver.core.totals().queued, 0);
 }
 
 #[test]
 fn a_primary_that_hangs_is_down_until_it_is_trusted_again() {
-    let mut desk = desk_of(Policy::Failover);
-    let primary = desk.with_priority(1);
-    let standby = desk.with_priority(0);
-    desk.accept(WEB);
-    desk.wait(ms(1_000));
-    assert_eq!(desk.state(primary), State::Suspect);
-    assert_eq!(desk.loads(&[primary, standby]), [0, 1], "what it left goes to the standby");
-    desk.take_all(standby);
-    desk.next_from(ClientAddr::Unix);
-    assert_eq!(desk.loads(&[primary, standby]), [0, 2]);
+    let mut driver = driver_of(Policy::Failover);
+    let primary = driver.with_priority(1);
+    let standby = driver.with_priority(0);
+    driver.accept(WEB);
+    driver.wait(ms(1_000));
+    assert_eq!(driver.state(primary), State::Suspect);
+    assert_eq!(driver.loads(&[primary, standby]), [0, 1], "what it left goes to the standby");
+    driver.take_all(standby);
+    driver.next_from(ClientAddr::Unix);
+    assert_eq!(driver.loads(&[primary, standby]), [0, 2]);
     // It answers its probe, so it is tested, and takes the connection.
-    assert!(desk.answer(primary));
-    desk.turn();
-    desk.next_from(ClientAddr::Unix);
-    assert_eq!(desk.state(primary), State::Active);
-    desk.next_from(ClientAddr::Unix);
-    assert_eq!(desk.loads(&[primary, standby]), [2, 2]);
+    assert!(driver.answer(primary));
+    driver.turn();
+    driver.next_from(ClientAddr::Unix);
+    assert_eq!(driver.state(primary), State::Active);
+    driver.next_from(ClientAddr::Unix);
+    assert_eq!(driver.loads(&[primary, standby]), [2, 2]);
 }

@@ -16,8 +16,8 @@ fn scores(connections: f64, gauges: &[(&str, f64)]) -> Scores {
     Scores { connections, gauges, valid_for: ms(1_000), interval: None }
 }
 
-fn desk_scoring(scores: Scores) -> Desk {
-    desk_with(|pool| {
+fn driver_scoring(scores: Scores) -> Driver {
+    driver_with(|pool| {
         pool.policy = Policy::LeastScore;
         pool.scores = scores;
         pool.max_untaken = 4_096;
@@ -32,7 +32,7 @@ pub(super) trait ScoreSteps {
     fn shares(&mut self, workers: &[WorkerId], count: usize) -> Vec<u64>;
 }
 
-impl ScoreSteps for Desk {
+impl ScoreSteps for Driver {
     fn set(&mut self, worker: WorkerId, gauge: usize, value: f64) {
         let at = self.now.0;
         self.link(worker).gauges[gauge] = Some(Reading { value, at });
@@ -52,178 +52,178 @@ impl ScoreSteps for Desk {
 
 #[test]
 fn a_share_falls_at_the_next_decision_after_a_gauge_rises() {
-    let mut desk = desk_scoring(scores(1.0, &[("queue_wait", 100.0)]));
-    let workers: Vec<_> = (0..3).map(|_| desk.worker()).collect();
+    let mut driver = driver_scoring(scores(1.0, &[("queue_wait", 100.0)]));
+    let workers: Vec<_> = (0..3).map(|_| driver.worker()).collect();
     for &worker in &workers {
-        desk.set(worker, 0, 0.1);
+        driver.set(worker, 0, 0.1);
     }
-    assert_eq!(desk.shares(&workers, 30), [10, 10, 10]);
+    assert_eq!(driver.shares(&workers, 30), [10, 10, 10]);
     // A wait of 60 ms more is worth 6 connections.
-    desk.set(workers[0], 0, 0.16);
-    assert_eq!(desk.shares(&workers, 1)[0], 0, "from the very next one on");
-    assert_eq!(desk.shares(&workers, 11)[0], 0);
-    assert_eq!(desk.loads(&workers), [10, 16, 16]);
-    assert_eq!(desk.shares(&workers, 3), [1, 1, 1], "level again: 10 and a wait, 16, 16");
-    desk.set(workers[0], 0, 0.1);
-    assert_eq!(desk.shares(&workers, 6), [6, 0, 0], "and back");
+    driver.set(workers[0], 0, 0.16);
+    assert_eq!(driver.shares(&workers, 1)[0], 0, "from the very next one on");
+    assert_eq!(driver.shares(&workers, 11)[0], 0);
+    assert_eq!(driver.loads(&workers), [10, 16, 16]);
+    assert_eq!(driver.shares(&workers, 3), [1, 1, 1], "level again: 10 and a wait, 16, 16");
+    driver.set(workers[0], 0, 0.1);
+    assert_eq!(driver.shares(&workers, 6), [6, 0, 0], "and back");
 }
 
 #[test]
 fn more_memory_is_better_by_a_negative_multiplier() {
-    let mut desk = desk_scoring(scores(1.0, &[("free_memory", -0.01)]));
-    let workers: Vec<_> = (0..2).map(|_| desk.worker()).collect();
-    desk.set(workers[0], 0, 1_000.0);
-    desk.set(workers[1], 0, 2_000.0);
-    assert_eq!(desk.shares(&workers, 10), [0, 10]);
-    assert_eq!(desk.shares(&workers, 10), [5, 5]);
+    let mut driver = driver_scoring(scores(1.0, &[("free_memory", -0.01)]));
+    let workers: Vec<_> = (0..2).map(|_| driver.worker()).collect();
+    driver.set(workers[0], 0, 1_000.0);
+    driver.set(workers[1], 0, 2_000.0);
+    assert_eq!(driver.shares(&workers, 10), [0, 10]);
+    assert_eq!(driver.shares(&workers, 10), [5, 5]);
 }
 
 #[test]
 fn a_worker_with_an_old_gauge_gets_nothing_until_it_is_set_again() {
-    let mut desk = desk_scoring(scores(1.0, &[("a", 1.0), ("b", 1.0)]));
-    let workers: Vec<_> = (0..2).map(|_| desk.worker()).collect();
+    let mut driver = driver_scoring(scores(1.0, &[("a", 1.0), ("b", 1.0)]));
+    let workers: Vec<_> = (0..2).map(|_| driver.worker()).collect();
     for gauge in 0..2 {
-        desk.set(workers[0], gauge, 0.0);
-        desk.set(workers[1], gauge, 5.0);
+        driver.set(workers[0], gauge, 0.0);
+        driver.set(workers[1], gauge, 5.0);
     }
-    assert_eq!(desk.shares(&workers, 4), [4, 0]);
-    desk.wait(ms(999));
-    desk.set(workers[0], 0, 0.0);
-    desk.set(workers[1], 0, 5.0);
-    desk.set(workers[1], 1, 5.0);
-    assert_eq!(desk.shares(&workers, 4), [4, 0], "at the edge");
-    desk.wait(ms(1));
+    assert_eq!(driver.shares(&workers, 4), [4, 0]);
+    driver.wait(ms(999));
+    driver.set(workers[0], 0, 0.0);
+    driver.set(workers[1], 0, 5.0);
+    driver.set(workers[1], 1, 5.0);
+    assert_eq!(driver.shares(&workers, 4), [4, 0], "at the edge");
+    driver.wait(ms(1));
     let stale = Scored::Stale(name("b"), ms(1_000));
-    assert_eq!(desk.core.score(desk.now, workers[0]), Some(stale));
+    assert_eq!(driver.core.score(driver.now, workers[0]), Some(stale));
     assert_eq!(stale.to_string(), "gauge b stale: set 1s ago");
-    assert_eq!(desk.core.score(desk.now, workers[1]), Some(Scored::Score(11.0)));
-    assert_eq!(desk.shares(&workers, 20), [0, 20], "one old gauge is enough");
-    desk.set(workers[0], 1, 0.0);
-    assert_eq!(desk.shares(&workers, 4), [4, 0], "it is back by itself");
+    assert_eq!(driver.core.score(driver.now, workers[1]), Some(Scored::Score(11.0)));
+    assert_eq!(driver.shares(&workers, 20), [0, 20], "one old gauge is enough");
+    driver.set(workers[0], 1, 0.0);
+    assert_eq!(driver.shares(&workers, 4), [4, 0], "it is back by itself");
 }
 
 #[test]
 fn with_nobody_fresh_the_fewest_connections_win() {
-    let mut desk = desk_scoring(scores(1.0, &[("a", 1.0)]));
-    let workers: Vec<_> = (0..2).map(|_| desk.worker()).collect();
-    assert_eq!(desk.core.score(desk.now, workers[0]), Some(Scored::NeverSet(name("a"))));
-    assert_eq!(desk.shares(&workers, 4), [2, 2], "nobody has set any");
-    desk.set(workers[0], 0, 100.0);
-    assert_eq!(desk.shares(&workers, 4), [4, 0], "who sets one is preferred, however bad");
-    desk.wait(ms(1_000));
-    assert_eq!(desk.shares(&workers, 4), [0, 4], "as if there were no gauges");
-    assert_eq!(desk.shares(&workers, 4), [2, 2]);
+    let mut driver = driver_scoring(scores(1.0, &[("a", 1.0)]));
+    let workers: Vec<_> = (0..2).map(|_| driver.worker()).collect();
+    assert_eq!(driver.core.score(driver.now, workers[0]), Some(Scored::NeverSet(name("a"))));
+    assert_eq!(driver.shares(&workers, 4), [2, 2], "nobody has set any");
+    driver.set(workers[0], 0, 100.0);
+    assert_eq!(driver.shares(&workers, 4), [4, 0], "who sets one is preferred, however bad");
+    driver.wait(ms(1_000));
+    assert_eq!(driver.shares(&workers, 4), [0, 4], "as if there were no gauges");
+    assert_eq!(driver.shares(&workers, 4), [2, 2]);
 }
 
 /// A fresh worker that is full is no reason to go back to connections for the others.
 #[test]
 fn a_worker_without_gauges_stands_in_when_the_fresh_ones_are_full() {
-    let mut desk = desk_scoring(scores(1.0, &[("a", 1.0)]));
-    let small = desk.trusted(Hello { max_connections: 2, ..hello() });
-    let old = desk.worker();
-    desk.set(small, 0, 0.0);
-    assert_eq!(desk.shares(&[small, old], 5), [2, 3]);
+    let mut driver = driver_scoring(scores(1.0, &[("a", 1.0)]));
+    let small = driver.trusted(Hello { max_connections: 2, ..hello() });
+    let old = driver.worker();
+    driver.set(small, 0, 0.0);
+    assert_eq!(driver.shares(&[small, old], 5), [2, 3]);
 }
 
 #[test]
 fn a_burst_over_idle_workers_on_one_machine_does_not_herd() {
     // The same machine, sampled at slightly different moments: half of the multiplier apart.
-    let mut desk = desk_scoring(scores(1.0, &[("system_cpu", 10.0), ("free_memory", -0.001)]));
-    let workers: Vec<_> = (0..8).map(|_| desk.worker()).collect();
+    let mut driver = driver_scoring(scores(1.0, &[("system_cpu", 10.0), ("free_memory", -0.001)]));
+    let workers: Vec<_> = (0..8).map(|_| driver.worker()).collect();
     for (n, &worker) in workers.iter().enumerate() {
-        desk.set(worker, 0, 0.05 * n as f64);
-        desk.set(worker, 1, 4_000.0 - n as f64);
+        driver.set(worker, 0, 0.05 * n as f64);
+        driver.set(worker, 1, 4_000.0 - n as f64);
     }
-    let shares = desk.shares(&workers, 1_000);
+    let shares = driver.shares(&workers, 1_000);
     let spread = shares.iter().max().unwrap() - shares.iter().min().unwrap();
     assert!(spread <= 4, "{shares:?}");
     // What it would be without the exact load in the sum.
-    let mut desk = desk_scoring(scores(0.0, &[("system_cpu", 10.0)]));
-    let workers: Vec<_> = (0..8).map(|_| desk.worker()).collect();
+    let mut driver = driver_scoring(scores(0.0, &[("system_cpu", 10.0)]));
+    let workers: Vec<_> = (0..8).map(|_| driver.worker()).collect();
     for (n, &worker) in workers.iter().enumerate() {
-        desk.set(worker, 0, 0.05 * n as f64);
+        driver.set(worker, 0, 0.05 * n as f64);
     }
     // The first gets all that its channel holds.
-    let shares = desk.shares(&workers, 250);
+    let shares = driver.shares(&workers, 250);
     assert_eq!(shares, [250, 0, 0, 0, 0, 0, 0, 0]);
 }
 
 #[test]
 fn ties_rotate_and_weights_share_the_connections() {
-    let mut desk = desk_scoring(scores(1.0, &[]));
-    let workers: Vec<_> = (0..3).map(|_| desk.worker()).collect();
+    let mut driver = driver_scoring(scores(1.0, &[]));
+    let workers: Vec<_> = (0..3).map(|_| driver.worker()).collect();
     let mut order = Vec::new();
     for _ in 0..6 {
-        desk.log.clear();
-        desk.accept(WEB);
-        let worker = desk.sends()[0].0;
+        driver.log.clear();
+        driver.accept(WEB);
+        let worker = driver.sends()[0].0;
         order.push(worker);
-        desk.take_all(worker);
-        desk.finish(worker, 1);
+        driver.take_all(worker);
+        driver.finish(worker, 1);
     }
     assert_eq!(order, [&workers[..], &workers[..]].concat());
 
-    let mut desk = desk_scoring(scores(1.0, &[("a", 1.0)]));
-    let join = |weight| desk.trusted(Hello { weight, ..hello() });
+    let mut driver = driver_scoring(scores(1.0, &[("a", 1.0)]));
+    let join = |weight| driver.trusted(Hello { weight, ..hello() });
     let workers: Vec<_> = [1, 2, 5].map(join).into();
     for &worker in &workers {
-        desk.set(worker, 0, 3.0);
+        driver.set(worker, 0, 3.0);
     }
-    desk.turn();
+    driver.turn();
     for _ in 0..DECISIONS {
-        desk.next_from(ClientAddr::Unix);
+        driver.next_from(ClientAddr::Unix);
     }
-    assert_eq!(desk.loads(&workers), [12_500, 25_000, 62_500]);
+    assert_eq!(driver.loads(&workers), [12_500, 25_000, 62_500]);
 }
 
 #[test]
 fn gauges_are_read_at_every_turn_or_once_in_an_interval() {
-    let mut desk = desk_scoring(scores(1.0, &[("a", 1.0)]));
-    assert!((0..3).all(|_| desk.core.reads_gauges(desk.now, PoolId(0))));
+    let mut driver = driver_scoring(scores(1.0, &[("a", 1.0)]));
+    assert!((0..3).all(|_| driver.core.reads_gauges(driver.now, PoolId(0))));
 
     let interval = Some(ms(100));
-    let mut desk = desk_scoring(Scores { interval, ..scores(1.0, &[("a", 1.0)]) });
-    let workers: Vec<_> = (0..2).map(|_| desk.worker()).collect();
-    workers.iter().for_each(|&worker| desk.set(worker, 0, 0.0));
-    assert_eq!(desk.shares(&workers, 4), [2, 2]);
-    desk.now = desk.now + ms(99);
-    desk.set(workers[0], 0, 50.0);
+    let mut driver = driver_scoring(Scores { interval, ..scores(1.0, &[("a", 1.0)]) });
+    let workers: Vec<_> = (0..2).map(|_| driver.worker()).collect();
+    workers.iter().for_each(|&worker| driver.set(worker, 0, 0.0));
+    assert_eq!(driver.shares(&workers, 4), [2, 2]);
+    driver.now = driver.now + ms(99);
+    driver.set(workers[0], 0, 50.0);
     assert_eq!(
-        desk.shares(&workers, 4),
+        driver.shares(&workers, 4),
         [2, 2],
         "nobody has looked; the load is exact all the same"
     );
-    desk.now = desk.now + ms(1);
-    assert_eq!(desk.shares(&workers, 4), [0, 4]);
-    assert!(!desk.core.reads_gauges(desk.now, PoolId(0)), "once");
+    driver.now = driver.now + ms(1);
+    assert_eq!(driver.shares(&workers, 4), [0, 4]);
+    assert!(!driver.core.reads_gauges(driver.now, PoolId(0)), "once");
     // Who comes in between does not wait for the next time, nor does he who sets his gauge later than he comes.
-    let late = desk.worker();
-    assert_eq!(desk.shares(&[workers[1], late], 1), [1, 0]);
-    assert!(desk.core.lacks_gauges(late) && !desk.core.lacks_gauges(workers[1]));
-    desk.set(late, 0, 0.0);
-    assert_eq!(desk.shares(&[workers[1], late], 4), [0, 4]);
-    desk.set(late, 0, 50.0);
-    assert_eq!(desk.shares(&[workers[1], late], 2), [0, 2], "from then on like everybody");
+    let late = driver.worker();
+    assert_eq!(driver.shares(&[workers[1], late], 1), [1, 0]);
+    assert!(driver.core.lacks_gauges(late) && !driver.core.lacks_gauges(workers[1]));
+    driver.set(late, 0, 0.0);
+    assert_eq!(driver.shares(&[workers[1], late], 4), [0, 4]);
+    driver.set(late, 0, 50.0);
+    assert_eq!(driver.shares(&[workers[1], late], 2), [0, 2], "from then on like everybody");
 }
 
 #[test]
 fn a_pool_that_does_not_score_reads_nothing() {
     let gauges = scores(1.0, &[("a", 1.0)]);
-    let mut desk = desk_with(|pool| pool.scores = gauges);
-    let worker = desk.worker();
-    assert!(!desk.core.reads_gauges(desk.now, PoolId(0)));
-    assert_eq!(desk.core.scored_gauges(PoolId(0)), []);
-    assert_eq!(desk.core.score(desk.now, worker), None);
-    assert!(!desk.core.reads_gauges(desk.now, PoolId(7)));
+    let mut driver = driver_with(|pool| pool.scores = gauges);
+    let worker = driver.worker();
+    assert!(!driver.core.reads_gauges(driver.now, PoolId(0)));
+    assert_eq!(driver.core.scored_gauges(PoolId(0)), []);
+    assert_eq!(driver.core.score(driver.now, worker), None);
+    assert!(!driver.core.reads_gauges(driver.now, PoolId(7)));
 }
 
 #[test]
 fn impossible_readings_cost_only_their_worker_and_are_told_once() {
-    let mut desk = desk_scoring(scores(1.0, &[("a", 1.0)]));
-    let (liar, honest) = (desk.worker(), desk.worker());
-    desk.turn();
-    desk.events();
-    let now = desk.now.0;
+    let mut driver = driver_scoring(scores(1.0, &[("a", 1.0)]));
+    let (liar, honest) = (driver.worker(), driver.worker());
+    driver.turn();
+    driver.events();
+    let now = driver.now.0;
     let ahead = now + 1_000_000_001;
     for (value, at, problem) in [
         (f64::NAN, now, GaugeProblem::NoNumber),
@@ -232,67 +232,67 @@ fn impossible_readings_cost_only_their_worker_and_are_told_once() {
         (-1.0, ahead, GaugeProblem::Future),
         (-1.0, u64::MAX, GaugeProblem::Future),
     ] {
-        desk.set(honest, 0, 1.0);
-        desk.link(liar).gauges[0] = Some(Reading { value: 0.0, at: now });
-        desk.turn();
-        desk.link(liar).gauges[0] = Some(Reading { value, at });
-        assert_eq!(desk.shares(&[liar, honest], 3), [0, 3], "{value} {at}");
-        assert_eq!(desk.core.score(desk.now, liar), Some(Scored::NeverSet(name("a"))));
-        let told = desk.events();
+        driver.set(honest, 0, 1.0);
+        driver.link(liar).gauges[0] = Some(Reading { value: 0.0, at: now });
+        driver.turn();
+        driver.link(liar).gauges[0] = Some(Reading { value, at });
+        assert_eq!(driver.shares(&[liar, honest], 3), [0, 3], "{value} {at}");
+        assert_eq!(driver.core.score(driver.now, liar), Some(Scored::NeverSet(name("a"))));
+        let told = driver.events();
         let expected = Event::BadGauge { worker: liar, gauge: Some(name("a")), problem };
         assert!(told.is_empty() || told == [expected], "{told:?}");
     }
     // Too large is clamped: the worst there is, not a worker that is out.
-    desk.link(liar).gauges[0] = Some(Reading { value: 1e300, at: now });
-    desk.turn();
+    driver.link(liar).gauges[0] = Some(Reading { value: 1e300, at: now });
+    driver.turn();
     let clamped = Some(Scored::Score(MAX_GAUGE_VALUE + 1.0));
-    assert_eq!(desk.core.score(desk.now, liar), clamped);
-    desk.link(liar).gauges[0] = Some(Reading { value: -1e300, at: now });
-    desk.turn();
-    let told = desk.events();
+    assert_eq!(driver.core.score(driver.now, liar), clamped);
+    driver.link(liar).gauges[0] = Some(Reading { value: -1e300, at: now });
+    driver.turn();
+    let told = driver.events();
     let problem = GaugeProblem::TooLarge;
     assert_eq!(told, [Event::BadGauge { worker: liar, gauge: Some(name("a")), problem }]);
     // A clock that is read a moment after ours is nothing to speak of, and makes nothing last longer.
-    desk.link(liar).gauges[0] = Some(Reading { value: 0.0, at: now + 900_000_000 });
-    desk.turn();
-    desk.wait(ms(1_000));
+    driver.link(liar).gauges[0] = Some(Reading { value: 0.0, at: now + 900_000_000 });
+    driver.turn();
+    driver.wait(ms(1_000));
     assert!(
-        matches!(desk.core.score(desk.now, liar), Some(Scored::Stale(_, age)) if age == ms(1_000))
+        matches!(driver.core.score(driver.now, liar), Some(Scored::Stale(_, age)) if age == ms(1_000))
     );
-    assert_eq!(desk.events(), []);
+    assert_eq!(driver.events(), []);
     // Names.
-    desk.core.misnamed_gauge(liar, None);
-    desk.core.misnamed_gauge(liar, None);
-    desk.core.misnamed_gauge(liar, Some(name("a")));
-    desk.pump();
-    assert_eq!(desk.events().len(), 2);
+    driver.core.misnamed_gauge(liar, None);
+    driver.core.misnamed_gauge(liar, None);
+    driver.core.misnamed_gauge(liar, Some(name("a")));
+    driver.pump();
+    assert_eq!(driver.events().len(), 2);
     // Each problem was told once for this worker, and may be told for another.
-    desk.link(honest).gauges[0] = Some(Reading { value: f64::NAN, at: 1 });
-    desk.turn();
-    assert_eq!(desk.events().len(), 1);
+    driver.link(honest).gauges[0] = Some(Reading { value: f64::NAN, at: 1 });
+    driver.turn();
+    assert_eq!(driver.events().len(), 1);
 }
 
 #[test]
 fn readings_for_workers_and_gauges_that_are_not_there_are_ignored() {
-    let mut desk = desk_scoring(scores(1.0, &[("a", 1.0)]));
-    let (gone, here) = (desk.worker(), desk.worker());
-    desk.leave(gone, Departure::Died);
-    let said = Some(Reading { value: 1.0, at: desk.now.0 });
-    desk.core.gauge(desk.now, gone, 0, said);
-    desk.core.gauge(desk.now, here, 1, said);
-    desk.core.misnamed_gauge(gone, None);
-    assert_eq!(desk.core.score(desk.now, gone), None);
-    assert_eq!(desk.core.score(desk.now, here), Some(Scored::NeverSet(name("a"))));
+    let mut driver = driver_scoring(scores(1.0, &[("a", 1.0)]));
+    let (gone, here) = (driver.worker(), driver.worker());
+    driver.leave(gone, Departure::Died);
+    let said = Some(Reading { value: 1.0, at: driver.now.0 });
+    driver.core.gauge(driver.now, gone, 0, said);
+    driver.core.gauge(driver.now, here, 1, said);
+    driver.core.misnamed_gauge(gone, None);
+    assert_eq!(driver.core.score(driver.now, gone), None);
+    assert_eq!(driver.core.score(driver.now, here), Some(Scored::NeverSet(name("a"))));
 }
 
 #[test]
 fn what_is_explained_is_what_was_decided() {
-    let mut desk = desk_scoring(scores(1.0, &[("queue_wait", 10.0)]));
-    let workers: Vec<_> = (0..3).map(|_| desk.worker()).collect();
-    desk.set(workers[0], 0, 0.5);
-    desk.set(workers[1], 0, 0.1);
-    desk.turn();
-    let explained = desk.core.explain(desk.now, PoolId(0), ClientAddr::Unix).unwrap();
+    let mut driver = driver_scoring(scores(1.0, &[("queue_wait", 10.0)]));
+    let workers: Vec<_> = (0..3).map(|_| driver.worker()).collect();
+    driver.set(workers[0], 0, 0.5);
+    driver.set(workers[1], 0, 0.1);
+    driver.turn();
+    let explained = driver.core.explain(driver.now, PoolId(0), ClientAddr::Unix).unwrap();
     let seen = |worker: WorkerId| {
         let mut candidates = explained.decision.candidates.iter();
         candidates.find(|seen| seen.worker == worker.serial).unwrap()
@@ -303,8 +303,8 @@ fn what_is_explained_is_what_was_decided() {
     assert_eq!((seen(workers[2]).score, seen(workers[2]).why), (None, Why::StaleGauge));
     assert_eq!(seen(workers[2]).out, Some(Scored::NeverSet(name("queue_wait"))));
     // With nobody fresh it says by what it went instead.
-    desk.wait(ms(1_000));
-    let explained = desk.core.explain(desk.now, PoolId(0), ClientAddr::Unix).unwrap();
+    driver.wait(ms(1_000));
+    let explained = driver.core.explain(driver.now, PoolId(0), ClientAddr::Unix).unwrap();
     let first = &explained.decision.candidates[0];
     assert_eq!((first.score, first.why), (Some(1.0), Why::Chosen));
     assert!(first.out.is_some_and(|out| out.to_string().contains("queue_wait stale")));
@@ -314,37 +314,37 @@ fn what_is_explained_is_what_was_decided() {
 #[test]
 fn exactly_as_defined_over_5_000_decisions() {
     let rules = Scores { valid_for: ms(400), ..scores(1.0, &[("a", 3.0), ("b", -0.5)]) };
-    let mut desk = desk_scoring(rules.clone());
-    desk.logging = true;
+    let mut driver = driver_scoring(rules.clone());
+    driver.logging = true;
     let mut random = Random::new(20);
     let mut workers: Vec<(WorkerId, u16)> = Vec::new();
     let mut stale = 0;
     for decision in 0..5_000 {
         if workers.len() < 3 || (workers.len() < 12 && random.once_in(300)) {
             let weight = 1 + random.below(3) as u16;
-            workers.push((desk.trusted(Hello { weight, ..hello() }), weight));
+            workers.push((driver.trusted(Hello { weight, ..hello() }), weight));
         } else if random.once_in(500) {
             let at = random.below(workers.len() as u64) as usize;
             let (worker, _) = workers.swap_remove(at);
-            desk.leave(worker, Departure::Died);
+            driver.leave(worker, Departure::Died);
         }
-        desk.now = desk.now + Duration::from_micros(random.below(40_000));
+        driver.now = driver.now + Duration::from_micros(random.below(40_000));
         for &(worker, _) in &workers {
             for gauge in 0..2 {
                 if random.once_in(30) {
-                    desk.set(worker, gauge, random.below(16) as f64 / 4.0);
+                    driver.set(worker, gauge, random.below(16) as f64 / 4.0);
                 }
             }
         }
-        desk.turn();
-        desk.log.clear();
+        driver.turn();
+        driver.log.clear();
 
         let fresh = |worker: WorkerId| -> Option<f64> {
-            let gauges = &desk.links[worker.serial as usize - 1].gauges;
+            let gauges = &driver.links[worker.serial as usize - 1].gauges;
             let mut sum = 0.0;
             for (rule, reading) in rules.gauges.iter().zip(gauges) {
                 let reading = (*reading)?;
-                if desk.now - Time(reading.at) >= rules.valid_for {
+                if driver.now - Time(reading.at) >= rules.valid_for {
                     return None;
                 }
                 sum += rule.multiplier * reading.value;
@@ -352,7 +352,7 @@ fn exactly_as_defined_over_5_000_decisions() {
             Some(sum)
         };
         let by_load = |&(worker, weight): &(WorkerId, u16)| {
-            (desk.core.load(worker).unwrap() + 1) as f64 / f64::from(weight)
+            (driver.core.load(worker).unwrap() + 1) as f64 / f64::from(weight)
         };
         let scored: Vec<Option<f64>> = workers
             .iter()
@@ -366,16 +366,16 @@ fn exactly_as_defined_over_5_000_decisions() {
         };
         let least = costs.iter().flatten().copied().fold(f64::INFINITY, f64::min);
 
-        desk.accept(WEB);
-        let sent = desk.sends();
+        driver.accept(WEB);
+        let sent = driver.sends();
         let &[(chosen, _)] = &sent[..] else { panic!("{sent:?}") };
         let at = workers.iter().position(|&(worker, _)| worker == chosen).unwrap();
         assert_eq!(costs[at], Some(least), "decision {decision}: {costs:?}, not {at}");
 
-        desk.take_all(chosen);
+        driver.take_all(chosen);
         let (victim, _) = workers[random.below(workers.len() as u64) as usize];
-        if desk.core.load(victim).unwrap() > random.below(8) {
-            desk.finish(victim, 1);
+        if driver.core.load(victim).unwrap() > random.below(8) {
+            driver.finish(victim, 1);
         }
     }
     assert!((50..4_000).contains(&stale), "{stale} decisions without fresh gauges");

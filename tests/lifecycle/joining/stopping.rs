@@ -33,11 +33,11 @@ fn workers_that_its_clients_wait_for_may_still_join() {
     let streams: Vec<TcpStream> = (0..20).map(|_| connect(address)).collect();
     dispatcher.process.signal(Signal::SIGTERM);
     wait_for_log(&dispatcher, "event=stopping");
-    dispatcher.wait_status("all to be held", |status| status.held == 20);
+    dispatcher.wait_status("all to be queued", |status| status.queued == 20);
     let _worker = dispatcher.worker("blocking", "web", "late");
     assert_eq!(tally(&greeted(streams))["late"], 20);
     assert!(dispatcher.process.wait().success());
-    assert!(dispatcher.log().contains("event=stopped accepted=20 taken=20 custody=0 held=0"));
+    assert!(dispatcher.log().contains("event=stopped accepted=20 taken=20 in_flight=0 queued=0"));
 }
 
 #[test]
@@ -51,7 +51,7 @@ fn the_workers_of_one_pool_do_not_wait_for_those_of_another() {
     dispatcher.wait_joined("web", 1);
     hung.signal(Signal::SIGSTOP);
     let waiting = connect(dispatcher.address("web"));
-    dispatcher.wait_status("custody", |status| status.custody == 1);
+    dispatcher.wait_status("one in flight", |status| status.in_flight == 1);
     dispatcher.process.signal(Signal::SIGTERM);
     // It is released, and told to end; that takes it as long as its last client stays.
     wait_for_log(&dispatcher, "name=other-1");
@@ -75,7 +75,7 @@ fn copied(keys: &str) -> (Dispatcher, Process, Vec<TcpStream>) {
     worker.signal(Signal::SIGSTOP);
     let address = dispatcher.address("web");
     let streams: Vec<TcpStream> = (0..10).map(|_| connect(address)).collect();
-    dispatcher.wait_status("custody", |status| status.custody == 10);
+    dispatcher.wait_status("one in flight", |status| status.in_flight == 10);
     (dispatcher, worker, streams)
 }
 
@@ -107,7 +107,7 @@ fn who_is_turned_away_notices_although_a_stopped_worker_has_a_copy() {
     let mut admin = std::os::unix::net::UnixStream::connect(dispatcher.admin()).unwrap();
     std::io::Write::write_all(&mut admin, request.as_bytes()).unwrap();
     let status = dispatcher.wait_status("them to be turned away", |s| s.closed["no_worker"] == 10);
-    assert_eq!((status.held, status.custody), (0, 0));
+    assert_eq!((status.queued, status.in_flight), (0, 0));
     all_notice(streams);
     worker.signal(Signal::SIGCONT);
 }

@@ -82,7 +82,7 @@ fn a_worker_that_holds_the_lock_of_a_connection_that_moves_holds_up_nothing_else
     page.wait_touched();
     let witness = witness(&fd);
     let honest = dispatcher.worker("blocking", "web", "honest");
-    // Taken there: the copy in custody is closed, too, while the lock is held.
+    // Taken there: the copy in flight is closed, too, while the lock is held.
     dispatcher.wait_status("the move", |s| worker(s, "honest").is_some_and(|w| w.taken >= 1));
     is_held_while_others_are_served(&dispatcher, page, &witness, address);
     assert_eq!(sending.join().unwrap(), 4096);

@@ -61,7 +61,7 @@ pub fn chart_equals(browser: &mut Browser, said: &[u64]) -> Result<(), String> {
     same("area", area, format!("{line}L299,100L{},100Z", 300 - said.len()))
 }
 
-/// How much of its place each bar fills: connections taken, those in custody, rate.
+/// How much of its place each bar fills: connections taken, those in flight, rate.
 pub fn bars(browser: &mut Browser) -> Vec<[f64; 3]> {
     let bars = browser.value(
         "[...document.querySelectorAll('#workers > tr')].map((row) => [...row.querySelectorAll('.bar i')]
@@ -82,8 +82,8 @@ pub fn equals(browser: &mut Browser, status: &Status) -> Result<(), String> {
         || status.pools.iter().flat_map(|pool| pool.workers.iter().map(move |w| (pool, w)));
     for (tile, said) in [
         ("accepted", status.accepted),
-        ("held", status.held),
-        ("custody", status.custody),
+        ("queued", status.queued),
+        ("in flight", status.in_flight),
         ("taken", status.taken),
         ("closed", status.closed.values().sum()),
         ("live", workers().map(|(_, worker)| worker.load).sum()),
@@ -117,8 +117,8 @@ pub fn equals(browser: &mut Browser, status: &Status) -> Result<(), String> {
         }
         let total: u64 = loads.iter().sum();
         same(&pool.name, digits(&row[4]), total)?;
-        same(&pool.name, digits(&row[7]), pool.workers.iter().map(|w| w.custody).sum())?;
-        same(&pool.name, digits(&row[8]), pool.held)?;
+        same(&pool.name, digits(&row[7]), pool.workers.iter().map(|w| w.in_flight).sum())?;
+        same(&pool.name, digits(&row[8]), pool.queued)?;
         let Some(least) = loads.iter().min() else {
             same("an empty pool", [&*row[3], &*row[5]], ["none", "–"])?;
             continue;
@@ -147,7 +147,7 @@ pub fn equals(browser: &mut Browser, status: &Status) -> Result<(), String> {
         same("maximum", digits(most), worker.max_connections.into())?;
         for (shown, said) in [
             (load, worker.load),
-            (&*row[4], worker.custody),
+            (&*row[4], worker.in_flight),
             (&*row[5], worker.weight.into()),
             (&*row[6], worker.taken),
             (&*row[7], worker.revoked),
@@ -156,8 +156,8 @@ pub fn equals(browser: &mut Browser, status: &Status) -> Result<(), String> {
         }
         let most = pool.workers.iter().map(|worker| worker.load).max().unwrap_or(0).max(1) as f64;
         let full = (most * 1.25).min(worker.max_connections.into()).max(1.0);
-        near("bar", bar[0], (worker.load - worker.custody) as f64 / full, 0.01)?;
-        near("bar of custody", bar[1], worker.custody as f64 / full, 0.01)?;
+        near("bar", bar[0], (worker.load - worker.in_flight) as f64 / full, 0.01)?;
+        near("bar of in flight", bar[1], worker.in_flight as f64 / full, 0.01)?;
     }
     let faults = browser.value(
         "[...document.querySelectorAll('#faults > li')].map((row) => [row.querySelector('time').dateTime, row.textContent])",

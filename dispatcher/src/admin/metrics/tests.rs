@@ -96,7 +96,7 @@ fn each_status_field_has_its_own_metric() {
         name: "w".to_owned(),
         state: "suspect".to_owned(),
         load: 19,
-        custody: 20,
+        in_flight: 20,
         max_connections: 21,
         weight: 22,
         taken: 23,
@@ -110,7 +110,7 @@ fn each_status_field_has_its_own_metric() {
         name: "p".to_owned(),
         policy: "least-score".to_owned(),
         state: "back-pressure".to_owned(),
-        held: 11,
+        queued: 11,
         taken: 12,
         revoked: 13,
         lost: 14,
@@ -150,8 +150,8 @@ fn each_status_field_has_its_own_metric() {
         uptime_seconds: 30,
         stopping: true,
         accepted: 46,
-        held: 47,
-        custody: 48,
+        queued: 47,
+        in_flight: 48,
         taken: 49,
         closed: [("no_worker".to_owned(), 50)].into(),
         ended_at_deadline: 51,
@@ -196,8 +196,8 @@ build_info{version="1.2.3"} 1
 uptime_seconds 30
 stopping 1
 connections_accepted_total 46
-connections_held 47
-connections_custody 48
+connections_queued 47
+connections_in_flight 48
 connections_taken_total 49
 connections_closed_total{reason="no_worker"} 50
 ended_connections_total 51
@@ -226,8 +226,8 @@ pool_state{pool="p",state="ready"} 0
 pool_state{pool="p",state="back-pressure"} 1
 pool_state{pool="p",state="no-worker"} 0
 pool_state{pool="p",state="refusing"} 0
-pool_held_connections{pool="p"} 11
-pool_custody_connections{pool="p"} 20
+pool_queued_connections{pool="p"} 11
+pool_in_flight_connections{pool="p"} 20
 pool_taken_connections_total{pool="p"} 12
 revoked_connections_total{pool="p"} 13
 lost_connections_total{pool="p"} 14
@@ -258,7 +258,7 @@ handoff_latency_seconds_count{pool="p"} 33
 workers_not_shown{pool="p"} 0
 worker_state{pool="p",worker="w",id="31",state="suspect"} 1
 worker_live_connections{pool="p",worker="w",id="31"} 19
-worker_custody_connections{pool="p",worker="w",id="31"} 20
+worker_in_flight_connections{pool="p",worker="w",id="31"} 20
 worker_max_connections{pool="p",worker="w",id="31"} 21
 worker_weight{pool="p",worker="w",id="31"} 22
 worker_taken_connections_total{pool="p",worker="w",id="31"} 23

@@ -176,7 +176,7 @@ fn rates_are_over_the_last_answers() {
 fn one_frame_without_a_terminal() {
     let mut model = Model::new();
     let mut shown = status(vec![
-        WorkerStatus { custody: 2, ..worker(1, 4, 10) },
+        WorkerStatus { in_flight: 2, ..worker(1, 4, 10) },
         WorkerStatus {
             state: "draining".to_owned(),
             name: "a\x1b[2J".to_owned(),
@@ -196,17 +196,17 @@ fn one_frame_without_a_terminal() {
         frame(&mut model, 100, 20),
         "\
 dispatcher 1.2.3  pid 42  up 1m 1s
-live 6  accepted 1000  held 0  custody 0  taken 997  closed 3
+live 6  accepted 1000  queued 0  in flight 0  taken 997  closed 3
 closed no_worker 3
 accepted per second: 8 now, most 8 in the last 4 s
                                                                                                    █
                                                                                                  ▇ █
                                                                                                 ▃█▆█
-POOL         POLICY            STATE          WORKERS      LOAD    HELD TREND
+POOL         POLICY            STATE          WORKERS      LOAD  QUEUED TREND
 web          least-connections ready                2         6       0 █
-  POOL         WORKER          STATE         ID      PID    LOAD                  PER SECOND CUSTODY
-> web          w1              active         1      101       4 ████████░░░░░░░░          -       2
-  web          a\u{fffd}[2J           draining       2      102       2 ████████                  -       0
+  POOL         WORKER         STATE         ID      PID    LOAD                  PER SECOND INFLIGHT
+> web          w1             active         1      101       4 ████████░░░░░░░░          -        2
+  web          a\u{fffd}[2J          draining       2      102       2 ████████                  -        0
 
 
 

@@ -89,10 +89,10 @@ fn head(frame: &mut Frame<'_>, area: Rect, status: &Status, model: &Model, theme
     }
     let live: u64 = status.pools.iter().flat_map(|pool| &pool.workers).map(|w| w.load).sum();
     let totals = format!(
-        "live {live}  accepted {}  held {}  custody {}  taken {}  closed {}",
+        "live {live}  accepted {}  queued {}  in flight {}  taken {}  closed {}",
         status.accepted,
-        status.held,
-        status.custody,
+        status.queued,
+        status.in_flight,
         status.taken,
         status.closed.values().sum::<u64>(),
     );
@@ -133,7 +133,7 @@ fn accepted(frame: &mut Frame<'_>, area: Rect, status: &Status, theme: Theme) {
 }
 
 fn pools(frame: &mut Frame<'_>, area: Rect, status: &Status, model: &Model, theme: Theme) {
-    let header = ["POOL", "POLICY", "STATE", "WORKERS", "LOAD", "HELD", "TREND"];
+    let header = ["POOL", "POLICY", "STATE", "WORKERS", "LOAD", "QUEUED", "TREND"];
     let rows = status.pools.iter().map(|pool| {
         let load: u64 = pool.workers.iter().map(|worker| worker.load).sum();
         Row::new([
@@ -142,7 +142,7 @@ fn pools(frame: &mut Frame<'_>, area: Rect, status: &Status, model: &Model, them
             Cell::new(clean(&pool.state)).style(theme.of_state(&pool.state)),
             right(pool.workers.len().to_string()),
             right(load.to_string()),
-            right(pool.held.to_string()),
+            right(pool.queued.to_string()),
             Cell::new(sparks(&model.loads(&pool.name), 30)).style(theme.with(Color::Cyan)),
         ])
     });
@@ -167,7 +167,7 @@ enum Column {
     Worker,
     State,
     Load,
-    Custody,
+    InFlight,
     Rate,
     Id,
     Pid,
@@ -188,14 +188,14 @@ impl Column {
         Column::Load,
         Column::Bar,
         Column::Rate,
-        Column::Custody,
+        Column::InFlight,
         Column::Revoked,
     ];
 
     /// Columns that a narrow screen drops, the last one first.
     const OPTIONAL: [Column; 8] = [
         Column::Pool,
-        Column::Custody,
+        Column::InFlight,
         Column::Rate,
         Column::Id,
         Column::Pid,
@@ -210,7 +210,7 @@ impl Column {
             Column::Worker => "WORKER",
             Column::State => "STATE",
             Column::Load => "LOAD",
-            Column::Custody => "CUSTODY",
+            Column::InFlight => "INFLIGHT",
             Column::Rate => "PER SECOND",
             Column::Id => "ID",
             Column::Pid => "PID",
@@ -225,7 +225,8 @@ impl Column {
             Column::Pool => 12,
             Column::Worker => 14,
             Column::State => 9,
-            Column::Load | Column::Custody | Column::Revoked => 7,
+            Column::Load | Column::Revoked => 7,
+            Column::InFlight => 8,
             Column::Rate => 10,
             Column::Id | Column::Weight => 6,
             Column::Pid => 8,
@@ -260,12 +261,12 @@ impl Column {
                 Cell::new(clean(state)).style(theme.of_state(state))
             }
             Column::Load => right(worker.load.to_string()),
-            Column::Custody => right(worker.custody.to_string()),
+            Column::InFlight => right(worker.in_flight.to_string()),
             Column::Rate => right(row.rate.map_or("-".to_owned(), |rate| format!("{rate:.1}"))),
             Column::Id => right(worker.id.to_string()),
             Column::Pid => right(worker.pid.to_string()),
             Column::Bar => {
-                Cell::new(bar(worker.load, worker.custody, most)).style(theme.with(Color::Blue))
+                Cell::new(bar(worker.load, worker.in_flight, most)).style(theme.with(Color::Blue))
             }
             Column::Weight => right(worker.weight.to_string()),
             Column::Revoked => right(worker.revoked.to_string()),
@@ -345,9 +346,9 @@ fn right(text: String) -> Cell<'static> {
 }
 
 /// The load as a bar; its untaken part is lighter.
-fn bar(load: u64, custody: u64, most: u64) -> String {
+fn bar(load: u64, in_flight: u64, most: u64) -> String {
     let cells = |part: u64| (part as f64 / most as f64 * f64::from(BAR)).round() as usize;
-    let (whole, taken) = (cells(load), cells(load.saturating_sub(custody)));
+    let (whole, taken) = (cells(load), cells(load.saturating_sub(in_flight)));
     format!("{}{}", "█".repeat(taken), "░".repeat(whole.saturating_sub(taken)))
 }
 

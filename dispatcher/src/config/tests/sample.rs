@@ -78,7 +78,7 @@ fn the_defaults_in_the_sample_are_the_defaults() {
     assert_eq!(written.admin_socket, least.admin_socket);
     assert_eq!(written.limits, least.limits);
     assert_eq!(written.listeners[0].options, least.listeners[0].options);
-    assert_eq!(written.listeners[0].screening, least.listeners[0].screening);
+    assert_eq!(written.listeners[0].access_rules, least.listeners[0].access_rules);
     let (mut written, least) = (written.pools[0].settings.clone(), least.pools[0].settings.clone());
     assert_eq!(written.processes, 1);
     written.processes = 0;

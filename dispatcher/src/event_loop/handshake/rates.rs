@@ -1,4 +1,4 @@
-//! How often: one moment for each user, when its bucket would be full again. Like a listener's rates in `pool/screen.rs`.
+//! How often: one moment for each user, when its bucket would be full again. Like a listener's rates in `pool/access_control.rs`.
 
 use std::collections::HashMap;
 use std::time::Duration;

@@ -33,7 +33,7 @@ fn a_connection_has_the_number_of_the_log() {
     let first = Worker::connect(dispatcher.config().name("first")).unwrap();
     let client = connect(&dispatcher);
     let address = client.local_addr().unwrap();
-    eventually("it was sent", || row(&dispatcher, "first", "custody") == "1");
+    eventually("it was sent", || row(&dispatcher, "first", "in_flight") == "1");
     // The connection goes to another worker, and the dispatcher logs that.
     first.close();
     let second = Worker::connect(dispatcher.config().name("second")).unwrap();
@@ -61,10 +61,10 @@ fn a_worker_changes_its_settings_and_pauses() {
     is("weight", "3");
 
     let before = connect(&dispatcher);
-    is("custody", "1");
+    is("in_flight", "1");
     worker.pause_accepting().unwrap();
     is("paused", "true");
-    is("custody", "0");
+    is("in_flight", "0");
     let after = connect(&dispatcher);
     let short = Duration::from_millis(100);
     assert!(matches!(worker.accept_timeout(short), Err(Error::TimedOut)));

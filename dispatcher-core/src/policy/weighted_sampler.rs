@@ -1,11 +1,11 @@
-//! Drawing lots: a tree of sums, so that a draw and a change each take as many steps as the tree is deep.
+//! Weighted sampling: a tree of sums, so that a draw and a change each take as many steps as the tree is deep.
 
 use super::{Candidate, UNAVAILABLE};
 
 /// For each node the weight of all available candidates below it, in the layout of a tournament: the root is node 1,
 /// the halves of node `n` are `2n` and `2n + 1`, the leaf of position `p` is `leaves + p`.
 #[derive(Debug, Default)]
-pub(super) struct Lots {
+pub(super) struct WeightedSampler {
     sums: Vec<u64>,
     leaves: usize,
 }
@@ -14,7 +14,7 @@ fn weight(candidate: &Candidate) -> u64 {
     if candidate.cost < UNAVAILABLE { u64::from(candidate.weight) } else { 0 }
 }
 
-impl Lots {
+impl WeightedSampler {
     pub(super) fn rebuild(&mut self, list: &[Candidate]) {
         self.leaves = list.len().next_power_of_two().max(2);
         self.sums.clear();
@@ -50,7 +50,7 @@ impl Lots {
         self.sums[self.leaves + at]
     }
 
-    /// Whose the lot is: with all weights side by side in the order of the list, who `number` falls on. Below the total.
+    /// The index that a draw falls on, `number` being below the total of the weights, which lie side by side in list order.
     pub(super) fn find(&self, mut number: u64) -> usize {
         let mut node = 1;
         while node < self.leaves {

@@ -1,4 +1,4 @@
-//! Custody: what becomes of a ticket. Each ends in exactly one of these functions, and only here.
+//! Connections in flight: what becomes of a ticket. Each ends in exactly one of these functions, and only here.
 
 use dispatch_protocol::scoreboard::slot::SlotState;
 
@@ -72,7 +72,7 @@ impl Core {
         self.pools[pool].untaken -= 1;
         // Settling a ticket ends a blockage, but this one is no sign of life.
         worker.blocked = blocked;
-        self.totals.custody -= 1;
+        self.totals.in_flight -= 1;
         match why {
             SendFailure::Full => {
                 worker.channel_full += 1;
@@ -83,7 +83,7 @@ impl Core {
                 }
             }
             SendFailure::Closed => self.closed(now, w),
-            SendFailure::Resources => self.choke(now),
+            SendFailure::Resources => self.note_out_of_resources(now),
             SendFailure::Client => {}
         }
         self.refresh(w);
@@ -128,10 +128,10 @@ impl Core {
         let p = worker.pool;
         let timeout = self.pools[p].settings.handoff_timeout;
         self.settle(w, ticket);
-        self.dequeue(conn);
+        self.uncount(conn);
         let worker = &mut self.workers[w];
         worker.taken += 1;
-        self.totals.custody -= 1;
+        self.totals.in_flight -= 1;
         self.totals.taken += 1;
         let pool = &mut self.pools[p];
         pool.untaken -= 1;
@@ -180,7 +180,7 @@ impl Core {
         let pool = worker.pool;
         self.pools[pool].untaken -= 1;
         self.pools[pool].counts.revoked += 1;
-        self.totals.custody -= 1;
+        self.totals.in_flight -= 1;
         let entry = self.ledger.get_mut(conn);
         (entry.resent, entry.trial, entry.bound) = (true, false, false);
         self.put(now, pool, conn, true);

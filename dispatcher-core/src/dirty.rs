@@ -8,7 +8,7 @@ use super::{Core, Pool, Ticket, WorkerId};
 impl Pool {
     /// Whether connections wait for a worker that can be given one, so that a close or an idle thread is worth ringing the doorbell.
     pub(super) fn wants_room(&self) -> bool {
-        self.usable > 0 && (self.candidates.opens() == 0 || !self.held.is_empty())
+        self.usable > 0 && (self.candidates.opens() == 0 || !self.queued.is_empty())
     }
 }
 
@@ -41,7 +41,7 @@ impl Core {
     /// Whether an honest worker with this index can have changed anything on its scoreboard: it has connections, or
     /// something was sent to it. Of a thousand workers most have none, most of the time.
     #[inline]
-    pub fn may_have_news(&self, index: u32) -> bool {
+    pub fn may_be_dirty(&self, index: u32) -> bool {
         self.live.get(index as usize).is_some_and(|&live| live) || self.has_tickets(index)
     }
 

@@ -9,8 +9,8 @@ fn with(lines: &str) -> Config {
 
 #[test]
 fn every_client_is_allowed_by_default() {
-    let rules = &good(GOOD).listeners[0].screening;
-    assert_eq!(*rules, Screening::default());
+    let rules = &good(GOOD).listeners[0].access_rules;
+    assert_eq!(*rules, AccessRules::default());
     assert!(rules.is_open());
 }
 
@@ -22,7 +22,7 @@ fn rules_are_read() {
          client_prefix_ipv4 = 24\nclient_prefix_ipv6 = 48\nmax_tracked_clients = 100",
     );
     assert_eq!(config.warnings, []);
-    let rules = &config.listeners[0].screening;
+    let rules = &config.listeners[0].access_rules;
     let allow: Vec<String> = rules.allow.iter().map(ToString::to_string).collect();
     // A mapped network is the IPv4 network it means.
     assert_eq!(allow, ["10.0.0.0/8", "2001:db8::/32", "192.0.2.7/32", "198.51.100.0/24"]);
@@ -31,7 +31,8 @@ fn rules_are_read() {
     assert_eq!(rules.max_queued_per_client, Some(20));
     assert_eq!((rules.prefix_ipv4, rules.prefix_ipv6, rules.max_clients), (24, 48, 100));
 
-    let rate = |text| with(&format!("rate_limit = '{text}'")).listeners[0].screening.rate.unwrap();
+    let rate =
+        |text| with(&format!("rate_limit = '{text}'")).listeners[0].access_rules.rate.unwrap();
     assert_eq!(rate("100/s"), Rate { every: Duration::from_millis(10), burst: 100 });
     assert_eq!(rate("10 / h"), Rate { every: Duration::from_secs(360), burst: 10 });
 }

@@ -24,7 +24,7 @@ const NONE: u32 = u32::MAX;
 
 /// A listener's rules about clients. `config` makes them. Clients of Unix sockets have no address: they always pass.
 #[derive(Clone, Debug, PartialEq, Eq)]
-pub struct Screening {
+pub struct AccessRules {
     /// Who may come in; empty: everybody.
     pub allow: Vec<IpNet>,
     /// Who may not, whatever `allow` says.
@@ -41,9 +41,9 @@ pub struct Screening {
     pub max_clients: u32,
 }
 
-impl Default for Screening {
-    fn default() -> Screening {
-        Screening {
+impl Default for AccessRules {
+    fn default() -> AccessRules {
+        AccessRules {
             allow: Vec::new(),
             deny: Vec::new(),
             rate: None,
@@ -55,7 +55,7 @@ impl Default for Screening {
     }
 }
 
-impl Screening {
+impl AccessRules {
     /// Whether it lets everybody in.
     pub fn is_open(&self) -> bool {
         self.allow.is_empty() && self.deny.is_empty() && !self.counts()
@@ -130,8 +130,8 @@ struct Client {
 
 /// A listener's rules at work. It may be large: it is made where nobody waits, and dropped there ([`super::Discarded`]).
 #[derive(Debug)]
-pub struct Screen {
-    rules: Screening,
+pub struct AccessControl {
+    rules: AccessRules,
     allow: Addresses,
     deny: Addresses,
     seed: u64,
@@ -145,15 +145,15 @@ pub struct Screen {
 /// A client that may come in: where it is remembered, if it is.
 pub(super) const UNTRACKED: u32 = NONE;
 
-impl Screen {
+impl AccessControl {
     /// For these rules; `None` if they let everybody in. `seed` is a secret number: clients must not be able to tell where
     /// they are remembered.
-    pub fn new(rules: Screening, seed: u64) -> Option<Box<Screen>> {
+    pub fn new(rules: AccessRules, seed: u64) -> Option<Box<AccessControl>> {
         if rules.is_open() {
             return None;
         }
         let most = if rules.counts() { rules.max_clients.max(1) as usize } else { 0 };
-        Some(Box::new(Screen {
+        Some(Box::new(AccessControl {
             allow: Addresses::new(&rules.allow),
             deny: Addresses::new(&rules.deny),
             seed,
@@ -167,7 +167,7 @@ impl Screen {
     }
 
     /// Whether a client may come in now. If so its connection counts as queued, at the returned place, until
-    /// [`Screen::dequeue`].
+    /// [`AccessControl::uncount`].
     pub(super) fn admit(&mut self, now: Time, peer: ClientAddr) -> Result<u32, CloseReason> {
         let Some(ip) = peer.ip().map(|ip| ip.to_canonical()) else {
             return Ok(UNTRACKED);
@@ -201,7 +201,7 @@ impl Screen {
     }
 
     /// A connection of this client was taken or closed.
-    pub(super) fn dequeue(&mut self, at: u32) {
+    pub(super) fn uncount(&mut self, at: u32) {
         if let Some(client) = self.clients.get_mut(at as usize) {
             debug_assert!(client.queued > 0);
             client.queued -= 1;
@@ -369,22 +369,27 @@ impl Screen {
 impl Core {
     /// Sets who may come in at a listener, now or later. Everything starts afresh, with none of the connections that wait
     /// already counted.
-    pub fn set_screen(&mut self, listener: ListenerId, screen: Option<Box<Screen>>) {
+    pub fn set_access_control(
+        &mut self,
+        listener: ListenerId,
+        access_control: Option<Box<AccessControl>>,
+    ) {
         let Some(entry) = self.listeners.get_mut(usize::from(listener.0)) else { return };
-        if let Some(old) = std::mem::replace(&mut entry.screen, screen) {
+        if let Some(old) = std::mem::replace(&mut entry.access_control, access_control) {
             self.ledger.untrack(listener);
-            self.discard(Kept::Screen(old));
+            self.discard(Kept::AccessControl(old));
         }
     }
 
     /// No longer queued, as its client is counted: its application has it, or nobody will.
-    pub(super) fn dequeue(&mut self, conn: u32) {
+    pub(super) fn uncount(&mut self, conn: u32) {
         let entry = self.ledger.get_mut(conn);
         let place = std::mem::replace(&mut entry.client, UNTRACKED);
         if place != UNTRACKED
-            && let Some(screen) = &mut self.listeners[usize::from(entry.listener.0)].screen
+            && let Some(access_control) =
+                &mut self.listeners[usize::from(entry.listener.0)].access_control
         {
-            screen.dequeue(place);
+            access_control.uncount(place);
         }
     }
 }

@@ -10,22 +10,22 @@ use super::Address;
 use super::error::Mistake;
 use super::file::ListenerKeys;
 use super::validate::{Check, Checked};
-use dispatcher_core::{Rate, Screening};
+use dispatcher_core::{AccessRules, Rate};
 
 /// Most connections in a second, a minute or an hour that can be written.
 const MAX_RATE: u32 = 1_000_000;
 
 /// The rules; a warning for each that is valid and does nothing. Without an address, that has a mistake.
-pub(super) fn screening(
+pub(super) fn access_rules(
     check: &mut Check<'_>,
     keys: &ListenerKeys,
     address: Option<&Address>,
-) -> Screening {
-    let default = Screening::default();
+) -> AccessRules {
+    let default = AccessRules::default();
     for mistake in address.map_or_else(Vec::new, |address| useless(keys, address)) {
         check.warn(mistake);
     }
-    Screening {
+    AccessRules {
         allow: networks(check, keys.allow.as_deref()),
         deny: networks(check, keys.deny.as_deref()),
         rate: check.keep(rate(keys)).flatten(),

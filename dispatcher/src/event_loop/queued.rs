@@ -1,4 +1,4 @@
-//! Held connections: nobody could be given them yet. Watched for clients that go away meanwhile, and for first bytes.
+//! Queued connections: nobody could be given them yet. Watched for clients that go away meanwhile, and for first bytes.
 
 use std::os::fd::AsRawFd;
 
@@ -12,18 +12,18 @@ use super::token::{Key, Source};
 use dispatcher_core::ConnId;
 
 impl EventLoop {
-    /// Puts newly held connections into the poll. Most of the time there are none: what comes back from a worker has
+    /// Puts newly queued connections into the poll. Most of the time there are none: what comes back from a worker has
     /// usually found another one before anybody sleeps.
-    pub(super) fn watch_held(&mut self) {
-        if self.core.totals().held == 0 {
+    pub(super) fn watch_queued(&mut self) {
+        if self.core.totals().queued == 0 {
             return;
         }
-        for id in self.core.held() {
+        for id in self.core.queued() {
             let Some(Some(conn)) = self.conns.get_mut(id.index as usize) else { continue };
             if conn.watched {
                 continue;
             }
-            let token = Source::Held(Key::from(id)).token();
+            let token = Source::Queued(Key::from(id)).token();
             let raw = conn.fd.as_raw_fd();
             let result =
                 self.poll.registry().register(&mut SourceFd(&raw), token, Interest::READABLE);
@@ -34,7 +34,7 @@ impl EventLoop {
 
     /// A client that reset its connection is gone; one that only has nothing more to say still waits for its answer. What
     /// it says matters only while its first bytes are awaited.
-    pub(super) fn held_event(&mut self, key: Key, event: &Event) {
+    pub(super) fn queued_event(&mut self, key: Key, event: &Event) {
         let Some(Some(conn)) = self.conns.get(key.index as usize) else { return };
         if !conn.watched || !key.is(conn.serial) {
             return;
