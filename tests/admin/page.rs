@@ -461,7 +461,7 @@ fn keyboard_and_screen_reader() {
     let mut next = crowd(150);
     next.faults.push(FaultStatus { kind: "out_of_resources".to_owned(), ..FaultStatus::default() });
     pretend(&mut browser, &next);
-    browser.wait_true("document.getElementById('faults').innerText.includes('out_of_resources')");
+    browser.wait_true("document.getElementById('faults').innerText.includes('out of resources')");
     browser.wait_true("!document.getElementById('all').hidden");
     assert!(browser.text(news).contains("worker gone"));
     let warm = "document.querySelector('[data-worker=\"140\"]').innerText";

@@ -83,7 +83,7 @@ pub fn equals(browser: &mut Browser, status: &Status) -> Result<(), String> {
     for (tile, said) in [
         ("accepted", status.accepted),
         ("queued", status.queued),
-        ("in flight", status.in_flight),
+        ("in-flight", status.in_flight),
         ("taken", status.taken),
         ("closed", status.closed.values().sum()),
         ("live", workers().map(|(_, worker)| worker.load).sum()),
