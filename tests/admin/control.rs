@@ -237,12 +237,12 @@ fn a_wrong_name_gets_the_nearest_one() {
         serde_json::from_str(&done(&dispatcher, &["workers", "--pool", "web", "--json"])).unwrap();
     assert_eq!(json["workers"].as_array().map(Vec::len), Some(3));
     assert_eq!(failed(&dispatcher, &["workers", "--pool", "wep"]).0, 66);
-    let nobody = Command::new(dispatcher_bin())
+    let missing = Command::new(dispatcher_bin())
         .args(["drain", "1", "--admin", "/nonexistent/admin.sock"])
         .output()
         .unwrap();
-    assert_eq!(nobody.status.code(), Some(69));
-    let error = String::from_utf8_lossy(&nobody.stderr);
+    assert_eq!(missing.status.code(), Some(69));
+    let error = String::from_utf8_lossy(&missing.stderr);
     assert!(error.contains("is the dispatcher running?"), "{error}");
 }
 

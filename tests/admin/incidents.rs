@@ -196,7 +196,7 @@ fn loss_and_return_of_all_workers_is_logged() {
     let dispatcher = start("wait_for_worker = \"300ms\"");
     let mut workers = dispatcher.workers("blocking", "web", 2);
     workers.iter_mut().for_each(Process::kill);
-    dispatcher.wait_status("nobody to be left", |s| pool(s, "web").workers.is_empty());
+    dispatcher.wait_status("no worker to be left", |s| pool(s, "web").workers.is_empty());
     dispatcher.wait_status("clients to be refused", |s| pool(s, "web").state == "refusing");
     let address = dispatcher.address("web");
     let mut refused = connect(address);

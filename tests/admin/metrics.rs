@@ -291,7 +291,7 @@ fn affinity_is_counted() {
     assert_eq!((by("miss"), by("hit"), by("moved")), (Some(1.0), Some(4.0), Some(0.0)));
     assert_eq!(sum(&found, "dispatcher_affinity_entries"), 1.0);
     assert_eq!(sum(&found, "dispatcher_awaited_connections"), 0.0);
-    assert_eq!(sum(&found, "dispatcher_workers_not_scored"), 2.0, "nobody set the gauge");
+    assert_eq!(sum(&found, "dispatcher_workers_not_scored"), 2.0, "no worker set the gauge");
 }
 
 #[test]

@@ -122,7 +122,7 @@ fn admin_traffic_costs_per_turn_and_not_per_request() {
     // Fewer than one call per two requests, although each history and explain request takes a turn
     // of its own.
     assert!(calls.len() < requests / 2, "{} for {requests} requests: {shown:#?}", calls.len());
-    assert!(polls >= each, "{polls} turns for {each} answers that nobody shares");
+    assert!(polls >= each, "{polls} turns for {each} answers that are not shared");
     // The event loop polls and answers once per turn. It wakes only the side thread, and only if
     // that thread sleeps.
     assert!(answers <= polls, "{answers} answers in {polls} turns");

@@ -58,7 +58,7 @@ fn always_the_same(key: &str, request: impl Fn(&str) -> String) {
         assert_eq!(echo, request("me").into_bytes());
         me.finish();
     }
-    assert!(tally.len() == 4, "{key}: everybody else goes by the policy: {tally:?}");
+    assert!(tally.len() == 4, "{key}: all other clients follow the policy: {tally:?}");
     let status = affinity(&dispatcher);
     assert_eq!((status.hits, status.misses, status.moved), (100, 101, 0), "{key}");
     assert_eq!((status.entries, status.unknown, status.awaiting), (101, 0, 0), "{key}");
@@ -514,7 +514,7 @@ fn ten_thousand_silent_clients_do_not_affect_others() {
                 let mut client = Client::connect(plain).unwrap();
                 client.echo("others are served meanwhile");
                 client.finish();
-                staying.echo("and so is whoever was here before");
+                staying.echo("and so are earlier clients");
                 rounds.fetch_add(1, Ordering::SeqCst);
             }
         });

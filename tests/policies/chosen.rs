@@ -90,7 +90,7 @@ fn failover_to_the_standby_and_back() {
     // Connections of the standby stay there.
     moved.iter_mut().for_each(|client| client.echo("still here"));
     let status = dispatcher.status();
-    assert_eq!(status.closed.values().sum::<u64>(), 0, "nobody was turned away");
+    assert_eq!(status.closed.values().sum::<u64>(), 0, "no client was refused");
     assert_eq!((status.queued, status.in_flight), (0, 0));
 }
 

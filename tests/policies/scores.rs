@@ -203,7 +203,11 @@ fn interval_mode_keeps_scores_but_sees_new_workers() {
     let mut held = Vec::new();
     assert_eq!(shares(&dispatcher, address, &mut held, &names[..2], 10), [10, 0]);
     wait.set(500.0);
-    assert_eq!(shares(&dispatcher, address, &mut held, &names[..2], 10), [10, 0], "nobody looks");
+    assert_eq!(
+        shares(&dispatcher, address, &mut held, &names[..2], 10),
+        [10, 0],
+        "no decision reads gauges"
+    );
     let late = taking(&dispatcher, "late");
     assert_eq!(shares(&dispatcher, address, &mut held, &names, 1), [1, 0, 0], "it has set none");
     let _its = gauge(&late, "queue_wait", 0.0);
@@ -237,7 +241,7 @@ fn a_worker_without_gauges_is_a_standby() {
     let names = ["new", "older"];
     let [new, _older] = names.map(|name| taking(&dispatcher, name));
     let mut held = Vec::new();
-    assert_eq!(shares(&dispatcher, address, &mut held, &names, 10), [5, 5], "nobody has gauges");
+    assert_eq!(shares(&dispatcher, address, &mut held, &names, 10), [5, 5], "no worker has gauges");
     gauge(&new, "queue_wait", 1_000.0);
     assert_eq!(shares(&dispatcher, address, &mut held, &names, 10), [10, 0]);
     let (code, explained) = http_get(&dispatcher.admin(), "/v1/pools/web/explain").unwrap();

@@ -447,7 +447,7 @@ impl Snapshot {
         )?;
         page.counters(
             "peeks_failed",
-            "Connections whose first bytes did not tell who they are from, for want of time or room",
+            "Connections without a key because their first bytes came too late or could not be awaited",
             pools().flat_map(|(name, a)| {
                 let counts = [("timed_out", a.timed_out), ("not_awaited", a.not_awaited)];
                 counts.map(|(reason, count)| (Labels::new([("pool", name), ("reason", reason)]), count))

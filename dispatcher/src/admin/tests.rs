@@ -327,7 +327,7 @@ fn late_and_abandoned_requests_are_dropped() {
     let mut answer = String::new();
     last.read_to_string(&mut answer).expect("an answer");
     assert!(answer.contains("Resume"), "{answer}");
-    assert_eq!(bench.asked.load(Ordering::SeqCst), 1, "only the one who waits is answered");
+    assert_eq!(bench.asked.load(Ordering::SeqCst), 1, "only the waiting client is answered");
 }
 
 #[test]

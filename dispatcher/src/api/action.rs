@@ -1,7 +1,8 @@
-//! The JSON of commands: the bodies that `POST /v1/workers`, `/v1/workers/ID` and `/v1/pools/NAME` accept, and their answers.
+//! The JSON of commands: the bodies that `POST /v1/workers`, `/v1/workers/ID` and `/v1/pools/NAME`
+//! accept, and their answers.
 //!
-//! The routes and the client commands use the same types, so neither side builds or reads JSON by hand. Fields are in
-//! alphabetical order, which is their order in the answers.
+//! The routes and the client commands use the same types, so neither side builds or reads JSON by
+//! hand. Fields are in alphabetical order, which is their order in the answers.
 
 use std::time::Duration;
 

@@ -85,7 +85,7 @@ fn a_broken_configuration_without_an_admin_socket() {
     let endpoints = admin::endpoints_with(&nothing, None, &file).expect("somewhere");
     assert_eq!(endpoints.len(), 1);
     let endpoint = admin::AdminEndpoint { path: other.clone(), ..endpoints[0].clone() };
-    let failure = admin::get(&endpoint, "/v1/status").expect_err("nobody there");
+    let failure = admin::get(&endpoint, "/v1/status").expect_err("no dispatcher");
     assert_eq!(failure.exit, Exit::Config);
     assert!(failure.message.contains("d.toml:2:6: "), "{}", failure.message);
     assert!(failure.message.contains("| [pool\n"), "{}", failure.message);
@@ -99,7 +99,10 @@ fn a_broken_configuration_without_an_admin_socket() {
     let missing = directory.path().join("none.toml");
     let endpoint = admin::find_with(&nothing, None, &missing).expect("found");
     let endpoint = admin::AdminEndpoint { path: other, ..endpoint };
-    assert_eq!(admin::get(&endpoint, "/v1/status").expect_err("nobody").exit, Exit::Unavailable);
+    assert_eq!(
+        admin::get(&endpoint, "/v1/status").expect_err("no dispatcher").exit,
+        Exit::Unavailable
+    );
 }
 
 #[test]

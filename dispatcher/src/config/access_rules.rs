@@ -1,4 +1,5 @@
-//! A listener's rules about clients: networks in CIDR form, a rate, and what makes a client.
+//! The access rules of a listener: networks in CIDR form, a rate, and the prefix that identifies a
+//! client.
 
 use std::net::IpAddr;
 use std::time::Duration;
@@ -12,10 +13,11 @@ use super::file::ListenerKeys;
 use super::validate::{Check, Checked};
 use dispatcher_core::{AccessRules, Rate};
 
-/// Most connections in a second, a minute or an hour that can be written.
+/// Highest rate per second, minute or hour.
 const MAX_RATE: u32 = 1_000_000;
 
-/// The rules; a warning for each that is valid and does nothing. Without an address, that has a mistake.
+/// The rules, with a warning for each rule without effect. `address` is missing if it has a
+/// mistake.
 pub(super) fn access_rules(
     check: &mut Check<'_>,
     keys: &ListenerKeys,
@@ -67,7 +69,7 @@ fn network(text: &Spanned<String>) -> Checked<IpNet> {
         ))
         .help(format!("the network is \"{}\"", net.trunc())));
     }
-    // Clients that come over IPv4 have their IPv4 address here, however the listener is bound.
+    // IPv4 clients are matched by their IPv4 address on every listener.
     let IpNet::V6(net) = net else { return Ok(net) };
     match (net.addr().to_ipv4_mapped(), net.prefix_len().checked_sub(96)) {
         (Some(ip), Some(length)) => Ok(Ipv4Net::new(ip, length).map_or(IpNet::V6(net), IpNet::V4)),
@@ -101,7 +103,7 @@ fn rate(keys: &ListenerKeys) -> Checked<Option<Rate>> {
     }))
 }
 
-/// Keys that are valid and do nothing where they are.
+/// Keys that have no effect on this listener.
 fn useless(keys: &ListenerKeys, address: &Address) -> Vec<Mistake> {
     let of = |span: Option<std::ops::Range<usize>>, message: &str| {
         span.map(|span| Mistake::new(span, message))

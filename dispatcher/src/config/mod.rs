@@ -280,7 +280,8 @@ pub struct Limits {
     pub hello_timeout: Duration,
     /// `max_pending_hellos`: most control connections of one user without a hello. Default 64.
     pub max_pending_hellos: u32,
-    /// `stop_timeout`: how long a stop waits for the connections in flight to be taken, and then for spawned processes to end. Default 10 s.
+    /// `stop_timeout`: longest wait of a stop for connections in flight, and then for spawned
+    /// processes to end. Default 10 s.
     pub stop_timeout: Duration,
     /// `resource_pause`: pause of accepting after EMFILE and similar errors. Default 100 ms.
     pub resource_pause: Duration,

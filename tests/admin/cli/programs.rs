@@ -152,10 +152,10 @@ fn answer(mut stream: &UnixStream, status: &str, body: &str) {
 fn waiting_for_a_drain_survives_a_busy_dispatcher() {
     let temp = tempfile::tempdir().unwrap();
     let socket = temp.path().join("admin.sock");
-    let nobody = serde_json::to_string(&Status::default()).unwrap();
+    let empty = serde_json::to_string(&Status::default()).unwrap();
     let busy = || ("503 Service Unavailable", r#"{"error":"busy"}"#.to_owned());
     let draining = r#"{"workers":[{"id":7,"pool":"web","name":"a","state":"draining","load":1}]}"#;
-    let plan = vec![("200 OK", draining.to_owned()), busy(), busy(), ("200 OK", nobody)];
+    let plan = vec![("200 OK", draining.to_owned()), busy(), busy(), ("200 OK", empty)];
     let dispatcher = play(socket.clone(), plan);
     let ran = run(&["drain", "7", "--wait", "--admin", socket.to_str().unwrap()]);
     assert_eq!(ran.code, 0, "{ran:?}");

@@ -74,7 +74,9 @@ fn series_of_workers_are_bounded() {
     let said = format!("at most {},{:03} series", bound / 1000, bound % 1000);
     assert!(docs.contains(&said), "{said}");
     assert_eq!(own, 9, "etc/dispatcher.toml says so in words");
-    assert!(include_str!("../../../../etc/dispatcher.toml").contains("Each worker has nine series."));
+    assert!(
+        include_str!("../../../../etc/dispatcher.toml").contains("Each worker has nine series.")
+    );
     assert!(open.contains("dispatcher_workers_not_shown{pool=\"web\"} 17\n"));
     // The sums of the pool include all workers.
     assert!(open.contains("dispatcher_live_connections{pool=\"web\"} 200\n"));

@@ -137,7 +137,8 @@ struct UnknownPath {
     problem: Problem,
 }
 
-/// JSON with the fields in alphabetical order. Flattened types would otherwise mix theirs with those of the outer type.
+/// JSON with the fields in alphabetical order. Flattened types would otherwise mix theirs with
+/// those of the outer type.
 pub(super) fn sorted(answer: &impl Serialize) -> Response {
     match serde_json::to_value(answer) {
         Ok(answer) => Json(answer).into_response(),

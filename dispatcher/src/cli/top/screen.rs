@@ -115,10 +115,10 @@ impl Screen {
     }
 
     /// Restores the terminal, stops until SIGCONT, and takes the terminal again.
-    pub(super) fn suspend(&mut self, who: Suspend) -> io::Result<()> {
+    pub(super) fn suspend(&mut self, scope: Suspend) -> io::Result<()> {
         self.terminal.show_cursor()?;
         give_back(self.terminal.backend_mut());
-        sys::stop_like_a_job(who == Suspend::Job)?;
+        sys::stop_like_a_job(scope == Suspend::Job)?;
         self.take()
     }
 

@@ -218,8 +218,8 @@ fn unknown_accounts_are_warnings() {
     );
     assert!(shown[1].starts_with("test.toml:8:32: warning: unknown user `no-such-user`"));
     // With an unknown user in the list, no user may join.
-    let nobody = good(&format!("{GOOD}allow_users = ['no-such-user']\n"));
-    assert_eq!(nobody.pools[0].settings.access.users, [] as [u32; 0]);
+    let config = good(&format!("{GOOD}allow_users = ['no-such-user']\n"));
+    assert_eq!(config.pools[0].settings.access.users, [] as [u32; 0]);
 }
 
 #[test]
