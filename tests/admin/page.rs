@@ -152,7 +152,8 @@ fn the_page_shows_what_the_json_says() {
     let alarm = browser.text("document.getElementById('alarm').innerText");
     assert!(alarm.starts_with("No answer from the dispatcher since "), "{alarm}");
     assert!(
-        alarm.contains("Is it running?") && alarm.contains("The figures are the last it gave.")
+        alarm.contains("Is it running?")
+            && alarm.contains("The figures are those of the last answer.")
     );
     assert_ne!(browser.value("document.querySelectorAll('#workers > tr').length"), 0);
     hostile.signal(Signal::SIGCONT);

@@ -175,26 +175,26 @@ impl Snapshot {
         self.totals(page)?;
         page.gauge(
             "conservation_residual",
-            "Connections in no place or in two; anything but 0 is a defect of the dispatcher",
+            "Connections in no state or in two; a value other than 0 is a defect of the dispatcher",
             None,
             meters.residual,
         )?;
         page.histograms(
             "decision",
-            "Time to find a place for a new connection; every 64th is timed",
+            "Time to choose a worker for a new connection; every 64th is measured",
             [(Labels::new([]), &meters.decision)],
         )?;
         page.histograms(
             "turn",
-            "Time the hot thread took from one sleep to the next",
+            "Time between two sleeps of the event loop",
             [(Labels::new([]), &meters.turn)],
         )?;
         page.counter(
             "accept_pauses",
-            "Times accepting rested for want of descriptors or memory",
+            "Pauses of accepting because descriptors or memory ran out",
             meters.accept_pauses,
         )?;
-        page.counter("workers_refused", "Workers that were not let in", meters.workers_refused)?;
+        page.counter("workers_refused", "Workers that were refused", meters.workers_refused)?;
         page.gauge(
             "closing_descriptors",
             "Descriptors that wait to be closed, or are being closed",
@@ -203,7 +203,7 @@ impl Snapshot {
         )?;
         page.counter(
             "closes_interrupted",
-            "Times a closing thread was interrupted because a close did not get on",
+            "Closing threads interrupted because a close made no progress",
             meters.closes_interrupted,
         )?;
         page.counter(
@@ -230,7 +230,7 @@ impl Snapshot {
         )?;
         page.gauge_float(
             "config_last_reload_success_timestamp",
-            "When a configuration was last put into force, in seconds since 1970",
+            "Time of the last successful load of the configuration, in seconds since 1970",
             Some(&Unit::Seconds),
             reload.success_at,
         )
@@ -270,7 +270,7 @@ impl Snapshot {
         )?;
         page.counter(
             "ended_connections",
-            "Connections that workers were told to end because the deadline of their drain had come",
+            "Connections that workers were told to end at the deadline of a drain",
             status.ended_at_deadline,
         )
     }
@@ -363,7 +363,7 @@ impl Snapshot {
         )?;
         page.counters(
             "process_restarts",
-            "Times a process ended or did not start and was to be started again",
+            "Restarts of processes that ended or failed to start",
             of(|p| p.process_restarts),
         )?;
         page.counters("workers_joined", "Workers that joined", of(|p| p.joined))?;
@@ -386,12 +386,12 @@ impl Snapshot {
         )?;
         page.gauges(
             "capacity_connections",
-            "Most connections the pool's workers are given",
+            "Maximum of connections of all workers of the pool",
             sum(|w| w.max_connections.into()),
         )?;
         page.gauges(
             "workers_not_scored",
-            "Workers that least-score passes over for want of a fresh gauge",
+            "Workers that least-score skips because a gauge is missing or stale",
             self.status.pools.iter().filter(|pool| pool.policy == Policy::LeastScore.name()).map(
                 |pool| {
                     let without = pool.workers.iter().filter(|w| w.not_scored.is_some()).count();
@@ -419,13 +419,13 @@ impl Snapshot {
         };
         page.gauges(
             "awaited_connections",
-            "Connections whose first bytes are awaited; they are among the queued",
+            "Connections that wait for first bytes; a part of the queued ones",
             of(|a| a.awaiting),
         )?;
         page.gauges("affinity_entries", "Keys remembered", of(|a| a.entries))?;
         page.counters(
             "affinity_connections",
-            "Connections by what affinity did with them",
+            "Connections by the result of affinity",
             pools().flat_map(|(name, a)| {
                 let counts = [
                     ("hit", a.hits),
@@ -442,7 +442,7 @@ impl Snapshot {
         page.counters("affinity_claimed", "Keys claimed by workers", of(|a| a.claimed))?;
         page.counters(
             "affinity_evicted",
-            "Keys forgotten before their time for want of room",
+            "Keys removed before they expired because the table was full",
             of(|a| a.evicted),
         )?;
         page.counters(
@@ -468,7 +468,7 @@ impl Snapshot {
         let shown = &all[..all.len().min(self.max_workers)];
         page.gauges(
             "workers_not_shown",
-            "Workers without series of their own, being more than metrics_max_workers",
+            "Workers without series of their own because of metrics_max_workers",
             self.status.pools.iter().map(|pool| {
                 let hidden =
                     all[shown.len()..].iter().filter(|(other, _)| other.name == pool.name).count();
@@ -504,7 +504,7 @@ impl Snapshot {
         )?;
         page.gauges(
             "worker_max_connections",
-            "Most connections the worker is given",
+            "Maximum of connections of the worker",
             of(|w| w.max_connections.into()),
         )?;
         page.gauges("worker_weight", "The worker's share", of(|w| w.weight.into()))?;
@@ -521,7 +521,7 @@ impl Snapshot {
         )?;
         page.counters(
             "worker_channel_full",
-            "Times the worker's channel had no room",
+            "Times the worker's channel was full",
             of(|w| w.channel_full),
         )
     }
