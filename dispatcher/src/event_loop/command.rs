@@ -75,7 +75,7 @@ impl EventLoop {
             active: counts.active,
             before,
             draining: counts.draining,
-            instance: self.instance.clone(),
+            instance: self.run.instance.clone(),
             pool: name.to_owned(),
             processes,
             starting: counts.starting,
@@ -134,7 +134,7 @@ impl EventLoop {
                 let workers = workers.map(|worker| {
                     (worker.serial, self.pool_of(worker), self.core.worker_name(worker))
                 });
-                let serial = name.resolve(&self.instance, workers)?;
+                let serial = name.resolve(&self.run.instance, workers)?;
                 Ok(self.core.workers().filter(|worker| worker.serial == serial).collect())
             }
         }
@@ -174,7 +174,7 @@ impl EventLoop {
             weight: self.core.weight(worker).unwrap_or_default(),
         };
         Outcome::Workers(WorkersChanged {
-            instance: self.instance.clone(),
+            instance: self.run.instance.clone(),
             workers: workers.iter().map(summary).collect(),
         })
     }

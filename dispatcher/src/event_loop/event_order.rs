@@ -41,8 +41,8 @@ impl EventLoop {
     }
 
     pub(super) fn delay_event(&mut self, line: DelayedEvent) {
-        if self.delayed_events.len() < MOST {
-            self.delayed_events.push(line);
+        if self.observation.delayed_events.len() < MOST {
+            self.observation.delayed_events.push(line);
         } else {
             self.write_delayed_event(line);
         }
@@ -50,10 +50,10 @@ impl EventLoop {
 
     /// Tells what waits.
     pub(super) fn write_delayed_events(&mut self) {
-        if self.delayed_events.is_empty() {
+        if self.observation.delayed_events.is_empty() {
             return;
         }
-        let mut lines = std::mem::take(&mut self.delayed_events);
+        let mut lines = std::mem::take(&mut self.observation.delayed_events);
         // What happened to a pool is the cause of what happened to its clients.
         let (events, others): (Vec<DelayedEvent>, Vec<DelayedEvent>) =
             lines.drain(..).partition(|line| matches!(line, DelayedEvent::Event(_)));
@@ -61,7 +61,7 @@ impl EventLoop {
             self.write_delayed_event(line);
         }
         // It stays as large as it was.
-        self.delayed_events = lines;
+        self.observation.delayed_events = lines;
     }
 
     fn write_delayed_event(&mut self, line: DelayedEvent) {

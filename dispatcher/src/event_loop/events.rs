@@ -46,7 +46,7 @@ impl EventLoop {
         let ordered = self.note_order(event);
         let at = kind_of(event);
         let pool = self.pool_of_event(event);
-        match self.limits.allow(self.now, pool, Cause::Event(at)) {
+        match self.observation.allow(self.now, pool, Cause::Event(at)) {
             None => return,
             Some(0) => {}
             Some(count) => self.write_suppressed_one(EVENTS[at], pool, count),
@@ -57,7 +57,7 @@ impl EventLoop {
 
     /// Says what was left out and is followed by silence. A flood that goes on says so itself.
     pub(super) fn write_suppressed(&mut self) {
-        for unreported in self.limits.unreported(self.now) {
+        for unreported in self.observation.rate_limits.unreported(self.now) {
             self.write_suppressed_one(unreported.kind, unreported.pool, unreported.count);
         }
     }
@@ -247,7 +247,7 @@ impl EventLoop {
         if reason == CloseReason::ClientGone {
             return;
         }
-        let limit = self.limits.allow(self.now, pool, Cause::Closed(reason));
+        let limit = self.observation.allow(self.now, pool, Cause::Closed(reason));
         let Some(suppressed) = limit else { return };
         match reason {
             CloseReason::NoWorker | CloseReason::Shutdown | CloseReason::Unsendable => {
@@ -260,7 +260,7 @@ impl EventLoop {
     /// A connection that another worker had untaken goes to this one.
     pub(super) fn write_resent(&mut self, to: WorkerId, conn: ConnId, peer: &ClientAddr) {
         let pool = self.core.pool_of_worker(to);
-        if let Some(suppressed) = self.limits.allow(self.now, pool, Cause::Resent) {
+        if let Some(suppressed) = self.observation.allow(self.now, pool, Cause::Resent) {
             log::info!(
                 "event=connection_resent conn={conn} peer={peer} {} left_out={suppressed}",
                 self.worker(to)

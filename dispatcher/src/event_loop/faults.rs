@@ -44,7 +44,7 @@ impl EventLoop {
         debug_assert!(KINDS.contains(&kind), "{kind} is not documented");
         let most = self.config.limits.fault_history;
         if most > 0 {
-            self.faults.note(most, SystemTime::now(), kind, subject.to_owned(), text());
+            self.observation.faults.note(most, SystemTime::now(), kind, subject.to_owned(), text());
         }
     }
 
@@ -61,12 +61,12 @@ impl EventLoop {
                     let text = format!(
                         "{path} is not there: nothing new can connect; a reload makes it again"
                     );
-                    self.faults.note(most, at, KIND, socket.clone(), text.clone());
-                    self.faults.update(KIND, &socket, text, true);
+                    self.observation.faults.note(most, at, KIND, socket.clone(), text.clone());
+                    self.observation.faults.update(KIND, &socket, text, true);
                 }
                 Some(missed) => {
                     let text = format!("{path} was not there for {}", span(missed));
-                    self.faults.update(KIND, &socket, text, false);
+                    self.observation.faults.update(KIND, &socket, text, false);
                 }
             }
         }
@@ -78,14 +78,14 @@ impl EventLoop {
         match *event {
             Event::Goodbye { worker, .. } | Event::Draining { worker, .. } => {
                 let process = self.core.process_of(worker).zip(self.core.worker_pid(worker));
-                self.expected_ends.leaves(worker, process);
+                self.observation.expected_ends.leaves(worker, process);
             }
-            Event::DrainOver { worker, .. } => self.expected_ends.is_over(worker),
+            Event::DrainOver { worker, .. } => self.observation.expected_ends.is_over(worker),
             Event::Resumed { worker } => {
-                self.expected_ends.stays(worker, self.core.process_of(worker));
+                self.observation.expected_ends.stays(worker, self.core.process_of(worker));
             }
             Event::Gone { worker, live, resent, .. } => {
-                return self.expected_ends.gone(worker, live + u64::from(resent));
+                return self.observation.expected_ends.gone(worker, live + u64::from(resent));
             }
             _ => {}
         }
@@ -94,18 +94,19 @@ impl EventLoop {
 
     /// Brings the faults up to date that have just ended, and with `ongoing` those that go on.
     pub(super) fn follow_conditions(&mut self, ongoing: bool) {
-        if self.conditions.is_empty() {
+        if self.observation.conditions.is_empty() {
             return;
         }
         let core = &self.core;
-        let over = self.conditions.over(|pool| core.pool_state(pool));
+        let over = self.observation.conditions.over(|pool| core.pool_state(pool));
         let over = over.iter().map(|one| (one, false));
-        let on = self.conditions.ongoing().iter().filter(|_| ongoing).map(|one| (one, true));
+        let on =
+            self.observation.conditions.ongoing().iter().filter(|_| ongoing).map(|one| (one, true));
         for (one, ongoing) in over.chain(on) {
-            let clients = self.conditions.clients_of(one);
+            let clients = self.observation.conditions.clients_of(one);
             let text = one.condition.text(self.now - one.since, clients, ongoing);
             let name = self.core.pool_name(one.pool);
-            self.faults.update(one.condition.kind(), name, text, ongoing);
+            self.observation.faults.update(one.condition.kind(), name, text, ongoing);
         }
     }
 
@@ -175,7 +176,7 @@ impl EventLoop {
                 });
             }
             // Every dispatcher starts without workers.
-            Event::NoUsableWorker { .. } if self.now == self.started => {}
+            Event::NoUsableWorker { .. } if self.now == self.run.started => {}
             Event::NoUsableWorker { pool } => {
                 self.condition(Condition::NoWorker, pool, 0);
             }
@@ -209,7 +210,7 @@ impl EventLoop {
 
     /// A fault of a pool that goes on until its state is another one.
     fn condition(&mut self, condition: Condition, pool: PoolId, clients: u64) {
-        self.conditions.begin(condition, pool, self.now, clients);
+        self.observation.conditions.begin(condition, pool, self.now, clients);
         let name = self.core.pool_name(pool).to_owned();
         self.fault(condition.kind(), &name, || condition.text(Duration::ZERO, clients, true));
     }

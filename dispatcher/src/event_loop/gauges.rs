@@ -8,7 +8,8 @@ use std::sync::Arc;
 use dispatch_protocol::scoreboard::Scoreboard;
 use dispatch_protocol::scoreboard::gauge::{GaugeName, Reading};
 
-use super::{EventLoop, Stamps};
+use super::EventLoop;
+use super::time::Stamps;
 use crate::api::status::{GaugeStatus, Status};
 use dispatcher_core::{Core, PoolId, Scored, Time, WorkerId};
 
@@ -89,17 +90,17 @@ fn is_same(a: Option<Reading>, b: Option<Reading>) -> bool {
 impl EventLoop {
     /// Tells the core what has changed in the gauges it goes by. Before anything is decided in a turn.
     pub(super) fn read_gauges(&mut self) {
-        if self.gauge_readers == 0 {
+        if !self.workers.any_gauges() {
             return;
         }
-        self.gauges_due.clear();
+        self.workers.gauges_due.clear();
         for pool in 0..self.config.pools.len() as u16 {
-            self.gauges_due.push(self.core.reads_gauges(self.now, PoolId(pool)));
+            self.workers.gauges_due.push(self.core.reads_gauges(self.now, PoolId(pool)));
         }
         let mut stamps = None;
-        for io in self.workers.iter_mut().flatten() {
+        for io in self.workers.table.iter_mut().flatten() {
             if let Some(gauges) = &mut io.gauges
-                && (self.gauges_due.get(usize::from(gauges.pool.0)) == Some(&true)
+                && (self.workers.gauges_due.get(usize::from(gauges.pool.0)) == Some(&true)
                     || self.core.lacks_gauges(io.id))
             {
                 let stamps = stamps.get_or_insert_with(Stamps::now);
@@ -110,7 +111,7 @@ impl EventLoop {
 
     /// What every worker shows, to be read elsewhere.
     pub(super) fn boards(&self) -> Vec<Shown> {
-        let shown = self.workers.iter().flatten().filter_map(|io| {
+        let shown = self.workers.table.iter().flatten().filter_map(|io| {
             let scored = self.core.score(self.now, io.id);
             let named = scored.is_some() || io.lane.board.named_gauges() > 0;
             named.then(|| Shown { worker: io.id.serial, scored, board: Arc::clone(&io.lane.board) })

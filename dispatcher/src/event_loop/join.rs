@@ -43,7 +43,7 @@ impl EventLoop {
                 HandshakeEvent::Left(worker, why) => self.core.leave(self.now, worker, why),
                 HandshakeEvent::Broke(worker, fault) => self.expel(worker, &fault),
                 HandshakeEvent::Refused { pid, uid, gid, reason, key, more } => {
-                    self.meters.workers_refused += 1 + more;
+                    self.observation.meters.workers_refused += 1 + more;
                     log::warn!(
                         "event=worker_refused pid={pid} uid={uid} gid={gid} reason={} key={} left_out={more}",
                         quoted(&reason),
@@ -55,11 +55,11 @@ impl EventLoop {
                     });
                 }
                 HandshakeEvent::RefusedMore { uid, count } => {
-                    self.meters.workers_refused += count;
+                    self.observation.meters.workers_refused += count;
                     log::warn!("event=lines_left_out kind=worker_refused uid={uid} count={count}");
                 }
                 HandshakeEvent::Short(error) => {
-                    let limit = self.limits.allow(self.now, None, Cause::Shortage);
+                    let limit = self.observation.allow(self.now, None, Cause::Shortage);
                     if let Some(suppressed) = limit {
                         log::warn!(
                             "event=worker_not_accepted error={error} left_out={suppressed}",
@@ -77,7 +77,7 @@ impl EventLoop {
 
     fn join(&mut self, request: JoinRequest) {
         let JoinRequest { key, mut join, lane } = request;
-        join.spawned = join.hello.token.and_then(|token| self.tokens.get(&token).copied());
+        join.spawned = join.hello.token.and_then(|token| self.workers.tokens.get(&token).copied());
         if let Err(refusal) = self.core.may_join(&join) {
             return self.handshakes.send(HandshakeCommand::Refuse { key, refusal });
         }
@@ -113,7 +113,8 @@ impl EventLoop {
         };
         let raw = lane.doorbell.as_raw_fd();
         let token = Source::Doorbell(Key::from(id)).token();
-        let watched = self.poll.registry().register(&mut SourceFd(&raw), token, Interest::READABLE);
+        let watched =
+            self.wakeup.registry().register(&mut SourceFd(&raw), token, Interest::READABLE);
         let pool_id = self.core.pool_of_worker(id);
         let scored = pool_id.map_or(&[][..], |pool| self.core.scored_gauges(pool));
         let settings = self.settings_of(&join.hello.pool);
@@ -133,7 +134,6 @@ impl EventLoop {
         let fds = [theirs.channel, theirs.board, doorbell];
         self.handshakes.send(HandshakeCommand::Welcome { key, worker: id, record, fds });
         let gauges = pool_id.and_then(|pool| Gauges::new(&self.core, pool));
-        self.gauge_readers += usize::from(gauges.is_some());
         let io = WorkerIo {
             id,
             lane,
@@ -144,13 +144,9 @@ impl EventLoop {
             purge: None,
             doorbell_limit: DoorbellLimit::default(),
         };
-        let index = id.index as usize;
-        if self.workers.len() <= index {
-            self.workers.resize_with(index + 1, || None);
-        }
-        self.workers[index] = Some(io);
+        self.workers.insert(io);
         if let Err(error) = watched {
-            let limit = self.limits.allow(self.now, pool_id, Cause::NotWatched);
+            let limit = self.observation.allow(self.now, pool_id, Cause::NotWatched);
             if let Some(suppressed) = limit {
                 log::warn!(
                     "event=worker_not_watched {} error={error} left_out={suppressed}",
@@ -167,7 +163,7 @@ impl EventLoop {
     /// A worker with a token that is not of ours: a dispatcher that was killed had started it, and in its place there is a
     /// process of ours. It keeps the connections it has, and ends with the last.
     fn retire_left_over(&mut self, worker: WorkerId, pool: Option<PoolId>) {
-        if let Some(suppressed) = self.limits.allow(self.now, pool, Cause::LeftOver) {
+        if let Some(suppressed) = self.observation.allow(self.now, pool, Cause::LeftOver) {
             log::warn!(
                 "event=worker_left_over {} left_out={suppressed} hint=\"an earlier dispatcher started it: it is drained\"",
                 self.worker(worker)
@@ -208,7 +204,7 @@ impl EventLoop {
             ClaimOutcome::NotAKey => "its pool's affinity.key has no such values",
         };
         let pool = self.core.pool_of_worker(worker);
-        if let Some(suppressed) = self.limits.allow(self.now, pool, Cause::Claim) {
+        if let Some(suppressed) = self.observation.allow(self.now, pool, Cause::Claim) {
             log::warn!(
                 "event=claim_ignored {} reason={reason} left_out={suppressed}",
                 self.worker(worker),
@@ -232,7 +228,7 @@ impl EventLoop {
 
     fn expel(&mut self, id: WorkerId, fault: &Fault) {
         let pool = self.core.pool_of_worker(id);
-        if let Some(suppressed) = self.limits.allow(self.now, pool, Cause::Broken) {
+        if let Some(suppressed) = self.observation.allow(self.now, pool, Cause::Broken) {
             log::warn!(
                 "event=worker_broke_protocol {} reason={fault} left_out={suppressed}",
                 self.worker(id),
@@ -240,12 +236,6 @@ impl EventLoop {
             );
         }
         self.core.leave(self.now, id, Departure::Expelled("it broke the protocol"));
-    }
-
-    /// The worker behind a key, unless it has gone since.
-    pub(super) fn worker_mut(&mut self, key: Key) -> Option<&mut WorkerIo> {
-        let io = self.workers.get_mut(key.index as usize)?.as_mut()?;
-        key.is(io.id.serial).then_some(io)
     }
 }
 

@@ -11,7 +11,7 @@ use std::time::Duration;
 use rustix::net::Shutdown;
 
 use super::EventLoop;
-use super::accept::{Attempt, ListenerIo};
+use super::listeners::{Attempt, ListenerIo};
 use super::rate_limit::Cause;
 use crate::api::status::KeptStatus;
 use crate::background::closer::{Owner, Task};
@@ -80,10 +80,14 @@ impl EventLoop {
     /// A stop begins. Sockets that somebody else keeps open are left with their queue; ours are emptied first.
     pub(super) fn finish_listeners(&mut self) {
         let mut closed = Vec::new();
-        for listener in &mut self.listeners {
+        for listener in &mut self.listeners.sockets {
             if listener.listening.as_ref().is_some_and(|listening| listening.inherited) {
                 closed.extend((!listener.is_kept()).then_some(listener.id));
-                listener.close(self.poll.registry(), &mut self.cleaner, &mut self.closers);
+                listener.close(
+                    self.wakeup.registry(),
+                    &mut self.background.cleaner,
+                    &mut self.background.closers,
+                );
             } else if listener.listening.is_some() {
                 let tcp = listener.listening.as_ref().is_some_and(|l| !l.is_unix());
                 let wait = listener.close_door() && tcp;
@@ -101,7 +105,7 @@ impl EventLoop {
         let configured = self.config.listeners.get(usize::from(id.0));
         let deferred = configured.is_some_and(|listener| listener.options.defer_accept.is_some());
         let handshakes = if deferred { DEFERRED } else { HANDSHAKES };
-        for listener in self.listeners.iter_mut().filter(|listener| listener.id == id) {
+        for listener in self.listeners.of_mut(id) {
             let Some(listening) = &listener.listening else { continue };
             let ours = !listening.inherited;
             let unix = listening.is_unix();
@@ -112,10 +116,10 @@ impl EventLoop {
 
     /// The last look at its queue found nothing more: closed, or kept for a reload that wants it again.
     pub(super) fn leave(&mut self, position: usize) {
-        let listener = &mut self.listeners[position];
+        let listener = &mut self.listeners.sockets[position];
         let id = listener.id;
         let kept = listener.listening.as_ref().is_some_and(|listening| listening.inherited);
-        if kept && self.stop_deadline.is_none() {
+        if kept && self.run.stop_deadline.is_none() {
             listener.leaving = Some(Leaving::Kept);
             listener.id = ListenerIo::NOBODY;
             listener.ready = true;
@@ -126,14 +130,18 @@ impl EventLoop {
                 self.core.listener_name(id)
             );
         } else {
-            listener.close(self.poll.registry(), &mut self.cleaner, &mut self.closers);
+            listener.close(
+                self.wakeup.registry(),
+                &mut self.background.cleaner,
+                &mut self.background.closers,
+            );
         }
         self.closed(id);
     }
 
     /// Whether it is to be closed now, although its queue may not be empty: so many have been accepted as could wait in it.
     pub(super) fn has_had_its_share(&mut self, position: usize) -> bool {
-        let listener = &mut self.listeners[position];
+        let listener = &mut self.listeners.sockets[position];
         // No new connections begin until then, so time is bound enough.
         if !listener.is_due(self.now) {
             return false;
@@ -146,7 +154,7 @@ impl EventLoop {
     /// Clients of a socket that belongs to no listener any more.
     pub(super) fn turn_away(&mut self, position: usize) {
         for _ in 0..self.config.limits.accept_batch {
-            let listener = &mut self.listeners[position];
+            let listener = &mut self.listeners.sockets[position];
             if !listener.ready || listener.paused_until.is_some() {
                 return;
             }
@@ -154,14 +162,16 @@ impl EventLoop {
                 Attempt::Client(fd, peer) => {
                     listener.turned_away += 1;
                     let address = listener.listening.as_ref().map_or("", |l| &l.address);
-                    if let Some(suppressed) = self.limits.allow(self.now, None, Cause::NoListener) {
+                    if let Some(suppressed) =
+                        self.observation.allow(self.now, None, Cause::NoListener)
+                    {
                         log::info!(
                             "event=client_turned_away address={address} peer={peer} \
                              reason=no_listener left_out={suppressed}"
                         );
                     }
                     // It may have sent descriptors whose close takes long.
-                    self.closers.task(Task::Drop(Owner::Other, Box::new(fd)));
+                    self.background.closers.task(Task::Drop(Owner::Other, Box::new(fd)));
                 }
                 Attempt::Again => {}
                 Attempt::Empty => listener.ready = false,
@@ -174,13 +184,13 @@ impl EventLoop {
 
     /// Whether the core wants a socket's clients, or we do, to turn them away.
     pub(super) fn wants_clients(&self, position: usize) -> bool {
-        let listener = &self.listeners[position];
+        let listener = &self.listeners.sockets[position];
         listener.is_kept() || self.core.accepting(listener.id) != Accepting::Pause
     }
 
     /// Sockets that are kept, for the status.
     pub(super) fn kept_sockets(&self) -> Vec<KeptStatus> {
-        let kept = self.listeners.iter().filter(|listener| listener.is_kept());
+        let kept = self.listeners.sockets.iter().filter(|listener| listener.is_kept());
         kept.filter_map(|listener| {
             let listening = listener.listening.as_ref()?;
             Some(KeptStatus {
@@ -194,9 +204,9 @@ impl EventLoop {
 
     /// Sockets that were taken out and are still there, and those that nobody has asked for yet.
     pub(super) fn reusable(&self) -> Vec<Reusable> {
-        let unused = self.unused.iter().filter_map(|listening| listening.name.clone());
+        let unused = self.listeners.unused.iter().filter_map(|listening| listening.name.clone());
         let mut reusable: Vec<Reusable> = unused.map(Reusable::systemd).collect();
-        for listener in &self.listeners {
+        for listener in &self.listeners.sockets {
             let (Some(listening), true) = (&listener.listening, listener.leaving.is_some()) else {
                 continue;
             };
@@ -220,8 +230,8 @@ impl EventLoop {
     pub(super) fn take_kept(&mut self, name: &str) -> Vec<Listening> {
         let named = |listening: &Listening| listening.name.as_deref() == Some(name);
         let (mut taken, unused): (Vec<_>, Vec<_>) =
-            std::mem::take(&mut self.unused).into_iter().partition(named);
-        self.unused = unused;
+            std::mem::take(&mut self.listeners.unused).into_iter().partition(named);
+        self.listeners.unused = unused;
         taken.extend(self.take_leaving(named));
         taken
     }
@@ -236,13 +246,13 @@ impl EventLoop {
 
     fn take_leaving(&mut self, wanted: impl Fn(&Listening) -> bool) -> Vec<Listening> {
         let (mut taken, mut closed) = (Vec::new(), Vec::new());
-        for listener in &mut self.listeners {
+        for listener in &mut self.listeners.sockets {
             let is_it =
                 listener.leaving.is_some() && listener.listening.as_ref().is_some_and(&wanted);
             if !is_it {
                 continue;
             }
-            let _ = listener.watch(self.poll.registry(), false);
+            let _ = listener.watch(self.wakeup.registry(), false);
             closed.extend((!listener.is_kept()).then_some(listener.id));
             taken.extend(listener.listening.take());
         }

@@ -47,14 +47,14 @@ impl Meters {
 
 impl EventLoop {
     pub(super) fn meters_status(&mut self) -> Told {
-        let closing = self.closers.closing();
+        let closing = self.background.closers.closing();
         Told {
-            decision: (&self.meters.decision).into(),
-            turn: (&self.meters.turn).into(),
-            accept_pauses: self.meters.accept_pauses,
-            workers_refused: self.meters.workers_refused,
+            decision: (&self.observation.meters.decision).into(),
+            turn: (&self.observation.meters.turn).into(),
+            accept_pauses: self.observation.meters.accept_pauses,
+            workers_refused: self.observation.meters.workers_refused,
             log_lines_dropped: logger::dropped_lines(),
-            log_lines_limited: self.limits.total() + logger::repeated_lines(),
+            log_lines_limited: self.observation.rate_limits.total() + logger::repeated_lines(),
             closing: closing.waiting,
             closes_interrupted: closing.interrupted,
             closes_left_out: closing.left_out,

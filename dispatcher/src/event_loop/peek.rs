@@ -24,7 +24,8 @@ impl EventLoop {
         if !self.core.awaits_bytes(id) {
             return;
         }
-        let Some(Some(conn)) = self.conns.get_mut(id.index as usize) else { return };
+        let connections = &mut self.connections;
+        let Some(Some(conn)) = connections.table.get_mut(id.index as usize) else { return };
         let listener = self.config.listeners.get(usize::from(conn.listener.0));
         let pool = listener.and_then(|listener| self.config.pools.get(usize::from(listener.pool)));
         let Some((affinity, peek)) =
@@ -33,12 +34,12 @@ impl EventLoop {
             return;
         };
         let most = peek.max_bytes as usize;
-        if self.first_bytes.len() < most {
-            self.first_bytes.resize(most, 0);
+        if connections.first_bytes.len() < most {
+            connections.first_bytes.resize(most, 0);
         }
         let flags = RecvFlags::PEEK | RecvFlags::DONTWAIT;
         let received = loop {
-            match rustix::net::recv(&conn.fd, &mut self.first_bytes[..most], flags) {
+            match rustix::net::recv(&conn.fd, &mut connections.first_bytes[..most], flags) {
                 Err(Errno::INTR) => {}
                 other => break other.map(|(_, received)| received.min(most)),
             }
@@ -52,8 +53,8 @@ impl EventLoop {
                     || count == 0
                     || count == most
                     || is_enough(&mut conn.looked, count, peek.max_bytes);
-                let bytes = self.first_bytes.get(..count).unwrap_or_default();
-                match preface::read(&affinity.key, bytes, last, &mut self.decoded) {
+                let bytes = connections.first_bytes.get(..count).unwrap_or_default();
+                match preface::read(&affinity.key, bytes, last, &mut connections.decoded) {
                     Look::Known(known) => Some(known),
                     Look::More => return self.watch_first_bytes(id),
                     Look::Unknown => None,
@@ -65,13 +66,13 @@ impl EventLoop {
 
     /// Has the poll tell of more bytes, and of the end.
     fn watch_first_bytes(&mut self, id: ConnId) {
-        let Some(Some(conn)) = self.conns.get_mut(id.index as usize) else { return };
+        let Some(conn) = self.connections.get_mut(id.index) else { return };
         if conn.watched {
             return;
         }
         let token = Source::Queued(Key::from(id)).token();
         let raw = conn.fd.as_raw_fd();
-        let registry = self.poll.registry();
+        let registry = self.wakeup.registry();
         match registry.register(&mut SourceFd(&raw), token, Interest::READABLE) {
             Ok(()) => conn.watched = true,
             // Out of memory for the poll: nothing would tell us of its bytes.

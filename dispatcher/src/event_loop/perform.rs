@@ -14,10 +14,9 @@ use dispatch_protocol::wire::{
 };
 use rustix::io::Errno;
 
-use super::accept::Conn;
+use super::connections::Conn;
 use super::event_order::DelayedEvent;
 use super::handshake::HandshakeCommand;
-use super::join::forget;
 use super::rate_limit::Cause;
 use super::worker_io::{Deferred, WorkerIo, classify, send_record};
 use super::{EventLoop, clock};
@@ -34,7 +33,7 @@ impl EventLoop {
             while let Some(effect) = self.core.effect() {
                 self.carry_out(effect);
             }
-            match self.dirty.pop() {
+            match self.workers.dirty.pop() {
                 Some(index) => self.flush(index),
                 None => return self.write_delayed_events(),
             }
@@ -44,13 +43,13 @@ impl EventLoop {
     fn carry_out(&mut self, effect: Effect) {
         match effect {
             Effect::Send { worker, conn, ticket, listener, flags, tell } => {
-                self.unwatch(conn);
-                let found = self.conns.get_mut(conn.index as usize).and_then(Option::as_mut);
+                self.connections.unwatch(self.wakeup.registry(), conn);
+                let found = self.connections.get_mut(conn.index);
                 let Some(Conn { peer, accepted, at_worker, .. }) = found else { return };
                 let (peer, accepted) = (*peer, *accepted);
                 *at_worker = Some(worker.serial);
                 let Ticket { slot, seq } = ticket;
-                let accepted_ns = accepted.0.wrapping_add(self.to_realtime);
+                let accepted_ns = accepted.0.wrapping_add(self.connections.to_realtime);
                 // As it was accepted; a worker that had it before could have changed that.
                 let flags = match flags.contains(EntryFlags::RESENT) {
                     true => flags,
@@ -61,7 +60,7 @@ impl EventLoop {
                 if tell {
                     self.delay_event(DelayedEvent::Resent { to: worker, conn, peer: entry.peer });
                 }
-                let Some(io) = self.io_mut(worker) else { return };
+                let Some(io) = self.workers.get_mut(worker) else { return };
                 if let Some(deferred) = &mut io.purge {
                     if let Some(slot) = io.lane.board.slot(slot) {
                         slot::offer(slot, seq);
@@ -74,7 +73,7 @@ impl EventLoop {
                 if full {
                     self.flush(worker.index);
                 } else if first {
-                    self.dirty.push(worker.index);
+                    self.workers.dirty.push(worker.index);
                 }
             }
             Effect::Probe { worker, ticket } => {
@@ -89,7 +88,7 @@ impl EventLoop {
             Effect::Revoke { worker, ticket } => {
                 // What is revoked must have been sent first, or the record would follow its revocation.
                 self.flush(worker.index);
-                let Some(io) = self.io_mut(worker) else { return };
+                let Some(io) = self.workers.get_mut(worker) else { return };
                 if let Some(deferred) = &mut io.purge {
                     deferred.entries.retain(|(_, entry)| entry.seq != ticket.seq);
                     deferred.probe.take_if(|probe| *probe == ticket);
@@ -100,40 +99,39 @@ impl EventLoop {
             }
             Effect::Purge { worker } => {
                 self.flush(worker.index);
-                let Some(io) = self.io_mut(worker) else { return };
+                let Some(io) = self.workers.get_mut(worker) else { return };
                 // Nothing has been sent since a purge began that is still under way.
                 if io.purge.is_none() {
                     io.purge = Some(Deferred::default());
                     let retained = Arc::clone(&io.lane.retained);
                     let most = io.lane.most_records();
-                    self.closers.task(Task::Purge { worker, retained, most });
+                    self.background.closers.task(Task::Purge { worker, retained, most });
                 }
                 self.core.purged(self.now, worker);
             }
             Effect::Release { worker, conn, ticket } => {
                 // RELEASED is written after the close. A worker that closes before finds its slot not released, and shuts
                 // the connection down; the slot is not used again so soon, see the ring in `pool`.
-                let Some(Conn { fd, .. }) = self.take_conn(conn) else { return };
-                let io = self.workers.get(worker.index as usize).and_then(Option::as_ref);
-                match io.filter(|io| io.id == worker) {
+                let Some(Conn { fd, .. }) = self.connections.take(conn) else { return };
+                match self.workers.get(worker) {
                     Some(io) => {
                         let slot = (ticket.slot, ticket.seq);
-                        self.closers.release(fd, &io.lane.board, slot, worker);
+                        self.background.closers.release(fd, &io.lane.board, slot, worker);
                     }
-                    None => self.closers.task(Task::Close(fd)),
+                    None => self.background.closers.task(Task::Close(fd)),
                 }
             }
             Effect::Close { conn, reason, shared } => {
-                self.unwatch(conn);
+                self.connections.unwatch(self.wakeup.registry(), conn);
                 self.close_client(conn, reason, shared);
             }
             Effect::Disconnect { worker, reason } => {
-                let Some(io) = self.io(worker) else { return };
+                let Some(io) = self.workers.get(worker) else { return };
                 // Both at once: the worker finds its channel ended, and rejoins if it can.
                 io.lane.shut();
                 self.handshakes.send(HandshakeCommand::Cut(worker));
                 let pool = self.core.pool_of_worker(worker);
-                if let Some(suppressed) = self.limits.allow(self.now, pool, Cause::Broken) {
+                if let Some(suppressed) = self.observation.allow(self.now, pool, Cause::Broken) {
                     log::warn!(
                         "event=worker_expelled {} reason={reason} left_out={suppressed}",
                         self.worker(worker),
@@ -142,8 +140,7 @@ impl EventLoop {
                 }
             }
             Effect::Forget { worker } => {
-                let place = self.workers.get_mut(worker.index as usize);
-                if let Some(io) = place.and_then(|place| place.take_if(|io| io.id == worker)) {
+                if let Some(io) = self.workers.remove(self.wakeup.registry(), worker) {
                     self.put_away(io);
                 }
             }
@@ -156,7 +153,7 @@ impl EventLoop {
     }
 
     fn give_notice(&mut self, worker: WorkerId, notice: Notice) {
-        let Some(io) = self.io_mut(worker) else { return };
+        let Some(io) = self.workers.get_mut(worker) else { return };
         if let Some(deferred) = &mut io.purge {
             // Each says all there is to say.
             deferred.notice = Some(notice);
@@ -175,44 +172,38 @@ impl EventLoop {
         }
     }
 
-    pub(super) fn io(&self, worker: WorkerId) -> Option<&WorkerIo> {
-        let io = self.workers.get(worker.index as usize)?.as_ref()?;
-        (io.id == worker).then_some(io)
-    }
-
-    fn io_mut(&mut self, worker: WorkerId) -> Option<&mut WorkerIo> {
-        let io = self.workers.get_mut(worker.index as usize)?.as_mut()?;
-        (io.id == worker).then_some(io)
-    }
-
     /// Sends the gathered connections of a worker in one record.
     ///
     /// The slots are written before the record: the worker may read them the moment it arrives.
     fn flush(&mut self, index: u32) {
-        let Some(io) = self.workers.get_mut(index as usize).and_then(Option::as_mut) else {
-            return;
-        };
+        let Some(io) = self.workers.at_mut(index) else { return };
         if io.outbox.is_empty() {
             return;
         }
         let worker = io.id;
         let mut outbox = std::mem::take(&mut io.outbox);
         for part in outbox.chunks(MAX_FDS_PER_RECORD) {
-            match send_gathered(io, part, &self.conns, &mut self.entries, &mut self.record) {
+            match send_gathered(
+                io,
+                part,
+                &self.connections.table,
+                &mut self.connections.entries,
+                &mut self.connections.record,
+            ) {
                 Ok(()) => {}
                 Err(Errno::TOOMANYREFS) => {
                     for one in part.chunks(1) {
                         let result = send_gathered(
                             io,
                             one,
-                            &self.conns,
-                            &mut self.entries,
-                            &mut self.record,
+                            &self.connections.table,
+                            &mut self.connections.entries,
+                            &mut self.connections.record,
                         );
                         let Err(errno) = result else { continue };
                         let why = match errno {
                             // What a descriptor of our own can, this client's cannot.
-                            Errno::TOOMANYREFS if self.handoff_check.passes() => {
+                            Errno::TOOMANYREFS if self.connections.handoff_check.passes() => {
                                 SendFailure::Client
                             }
                             other => classify(other),
@@ -230,12 +221,11 @@ impl EventLoop {
 
     /// A worker's channel is empty: what was kept for it meanwhile is sent, as far as it still counts.
     pub(super) fn purged(&mut self, worker: WorkerId) {
-        let Some(io) = self.io_mut(worker) else { return };
+        let Some(io) = self.workers.get_mut(worker) else { return };
         let Some(Deferred { entries, probe, notice }) = io.purge.take() else { return };
         for (conn, entry) in entries {
-            let io = self.workers.get_mut(worker.index as usize).and_then(Option::as_mut);
-            let Some(io) = io else { return };
-            let ours = self.conns.get(conn.index as usize).and_then(Option::as_ref);
+            let Some(io) = self.workers.at_mut(worker.index) else { return };
+            let ours = self.connections.get(conn.index);
             let sent = io.lane.board.slot(entry.slot).map(|slot| slot::state(slot, entry.seq));
             // A worker that guesses can have claimed or declined it; then the core knows by now, or will.
             if ours.is_some_and(|ours| ours.serial == conn.serial) && sent == Some(SlotState::Sent)
@@ -253,7 +243,7 @@ impl EventLoop {
     }
 
     fn probe(&mut self, worker: WorkerId, ticket: Ticket) {
-        let Some(io) = self.io_mut(worker) else { return };
+        let Some(io) = self.workers.get_mut(worker) else { return };
         let Some(slot) = io.lane.board.slot(ticket.slot) else { return };
         slot::offer(slot, ticket.seq);
         if let Some(deferred) = &mut io.purge {
@@ -270,14 +260,17 @@ impl EventLoop {
 
     /// Hands the closers what the turn has gathered for them.
     pub(super) fn hand_over(&mut self) {
-        self.closing_due = (!self.closers.hand_over()).then(|| self.now + HAND_OVER_AGAIN);
+        self.background.closing_due =
+            (!self.background.closers.hand_over()).then(|| self.now + HAND_OVER_AGAIN);
     }
 
     fn close_client(&mut self, conn: ConnId, reason: CloseReason, shared: bool) {
-        let Some(Conn { fd, peer, listener, at_worker, .. }) = self.take_conn(conn) else { return };
+        let Some(Conn { fd, peer, listener, at_worker, .. }) = self.connections.take(conn) else {
+            return;
+        };
         match reason {
             CloseReason::NoWorker | CloseReason::Shutdown => {
-                self.conditions.turned_away(self.core.pool_of_listener(listener));
+                self.observation.conditions.turned_away(self.core.pool_of_listener(listener));
                 self.delay_event(DelayedEvent::Closed { conn, peer, listener, reason });
             }
             _ => self.write_closed(conn, &peer, listener, reason),
@@ -304,29 +297,21 @@ impl EventLoop {
         };
         // With a copy elsewhere closing alone would end nothing.
         if response.is_some() || shared {
-            self.closers.task(Task::End { fd, response, owner });
+            self.background.closers.task(Task::End { fd, response, owner });
         } else {
             match owner {
-                Some(owner) => self.closers.task(Task::Drop(owner, Box::new(fd))),
-                None => self.closers.task(Task::Close(fd)),
+                Some(owner) => self.background.closers.task(Task::Drop(owner, Box::new(fd))),
+                None => self.background.closers.task(Task::Close(fd)),
             }
         }
     }
 
-    fn take_conn(&mut self, conn: ConnId) -> Option<Conn> {
-        self.conns.get_mut(conn.index as usize)?.take()
-    }
-
     /// Drops everything kept for a worker: out of the poll first, the channel before the control connection.
     pub(super) fn put_away(&mut self, io: WorkerIo) {
-        let registry = self.poll.registry();
-        forget(registry, &io.lane.doorbell);
-        self.muted -= usize::from(io.doorbell_limit.muted_until.is_some());
-        self.gauge_readers -= usize::from(io.gauges.is_some());
         io.lane.shut();
         // What is queued in the channel goes with its last reference, which may be ours.
         let owner = Owner::Worker(io.id.serial);
-        self.closers.task(Task::Drop(owner, Box::new(io.lane)));
+        self.background.closers.task(Task::Drop(owner, Box::new(io.lane)));
         self.handshakes.send(HandshakeCommand::Forget(io.id));
     }
 }

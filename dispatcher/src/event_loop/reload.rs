@@ -6,8 +6,6 @@ use std::sync::atomic::Ordering;
 use dispatcher_core::{ListenerId, ListenerSettings, PoolId};
 
 use super::EventLoop;
-use super::accept::ListenerIo;
-use super::gauges::Gauges;
 use super::handshake::HandshakeCommand;
 use crate::api::command::{CommandError, Problem};
 use crate::api::reload::Reloaded;
@@ -22,7 +20,7 @@ impl EventLoop {
     pub(in crate::event_loop) fn in_force(&self) -> InForce {
         let pools = (0u16..).map(PoolId).take(self.config.pools.len());
         InForce {
-            generation: self.generation,
+            generation: self.run.generation,
             config: self.config.clone(),
             pools: pools.filter(|&id| !self.core.is_pool_retired(id)).collect(),
             listeners: self.core.listeners().collect(),
@@ -33,10 +31,11 @@ impl EventLoop {
 
     /// Files of sockets that were made here.
     fn socket_files(&self) -> Vec<(Socket, SocketFile)> {
-        let dispatch = self.dispatch_path.iter().map(|path| (Socket::Dispatch, path.file()));
-        let admin = self.admin_path.iter().map(|path| (Socket::Admin, path.file()));
+        let dispatch =
+            self.endpoints.dispatch_path.iter().map(|path| (Socket::Dispatch, path.file()));
+        let admin = self.endpoints.admin_path.iter().map(|path| (Socket::Admin, path.file()));
         let listeners =
-            self.listeners.iter().filter(|listener| !listener.is_retiring()).filter_map(
+            self.listeners.sockets.iter().filter(|listener| !listener.is_retiring()).filter_map(
                 |listener| {
                     Some((Socket::Listener(listener.id), listener.listening.as_ref()?.file()?))
                 },
@@ -69,16 +68,16 @@ impl EventLoop {
                 Socket::Dispatch => {
                     let (fd, _, path) = listening.into_parts();
                     self.handshakes.send(HandshakeCommand::Listen(fd));
-                    std::mem::replace(&mut self.dispatch_path, path)
+                    std::mem::replace(&mut self.endpoints.dispatch_path, path)
                 }
                 Socket::Admin => {
                     let (_, _, path) = listening.into_parts();
-                    std::mem::replace(&mut self.admin_path, path)
+                    std::mem::replace(&mut self.endpoints.admin_path, path)
                 }
                 Socket::Listener(id) => {
                     let backlog = self.config.listeners.get(usize::from(id.0));
                     let backlog = backlog.map_or(0, |listener| listener.options.backlog);
-                    for listener in self.listeners.iter_mut().filter(|listener| listener.id == id) {
+                    for listener in self.listeners.of_mut(id) {
                         listener.retire();
                     }
                     self.open(id, listening, backlog);
@@ -87,25 +86,25 @@ impl EventLoop {
             };
             // A file system may be slow.
             if let Some(old) = old {
-                self.cleaner.clean(old);
+                self.background.cleaner.clean(old);
             }
         }
     }
 
     /// Puts a prepared configuration into force.
     pub(in crate::event_loop) fn reload(&mut self, plan: Plan) -> Result<Reloaded, CommandError> {
-        if self.stop_deadline.is_some() {
+        if self.run.stop_deadline.is_some() {
             return Err(CommandError::new(Problem::Conflict, "the dispatcher is stopping"));
         }
-        if self.cleaner.is_full() {
+        if self.background.cleaner.is_full() {
             let message = "what earlier reloads have removed is still being put away";
             return Err(CommandError::new(Problem::Unavailable, message).hint("try again"));
         }
-        if plan.generation != self.generation {
+        if plan.generation != self.run.generation {
             let message = "another reload came in between: nothing was changed";
             return Err(CommandError::new(Problem::Conflict, message).hint("try again"));
         }
-        self.generation += 1;
+        self.run.generation += 1;
         // What was decided before is done before names mean something else.
         self.perform();
         let mut reloaded = plan.reloaded;
@@ -133,7 +132,7 @@ impl EventLoop {
         let most = plan.limits.metrics_max_workers;
         self.side.metrics_max_workers.store(most, Ordering::Relaxed);
         self.side.admin_rate.store(plan.limits.admin_rate, Ordering::Relaxed);
-        self.closers.set_bounds(crate::event_loop::start::bounds(&plan.limits));
+        self.background.closers.set_bounds(crate::event_loop::start::bounds(&plan.limits));
         self.config.limits = plan.limits;
         let settings = EventLoop::handshake_settings(&self.config);
         self.handshakes.send(HandshakeCommand::Settings(settings));
@@ -164,7 +163,7 @@ impl EventLoop {
                 if starts_anew {
                     self.core.retry_processes(self.now, id);
                 }
-                self.score_anew(id);
+                self.workers.replace_gauges(&self.core, id);
                 id
             }
             PoolStep::Add => {
@@ -173,26 +172,16 @@ impl EventLoop {
                     Some(entry) => {
                         if entry.settings.name != pool.settings.name {
                             // Another had its place. What was given to that one's processes opens nothing here.
-                            self.tokens.retain(|_, process| process.pool != id);
+                            self.workers.tokens.retain(|_, process| process.pool != id);
                         }
                         *entry = pool;
                     }
                     None => self.config.pools.push(pool),
                 }
-                self.score_anew(id);
+                self.workers.replace_gauges(&self.core, id);
                 id
             }
         }
-    }
-
-    /// The gauges that its workers are scored by may be others now.
-    fn score_anew(&mut self, pool: PoolId) {
-        for io in self.workers.iter_mut().flatten() {
-            if self.core.pool_of_worker(io.id) == Some(pool) {
-                io.gauges = Gauges::new(&self.core, pool);
-            }
-        }
-        self.gauge_readers = self.workers.iter().flatten().filter(|io| io.gauges.is_some()).count();
     }
 
     fn put_listener(
@@ -208,7 +197,7 @@ impl EventLoop {
                 let options = had.map_or_else(|| listener.options.clone(), |l| l.options.clone());
                 let as_it_is = Listener { options, ..listener.clone() };
                 let id = self.add_listener(&as_it_is, self.addresses_of(old));
-                for listener in self.listeners.iter_mut().filter(|listener| listener.id == old) {
+                for listener in self.listeners.of_mut(old) {
                     listener.id = id;
                 }
                 self.core.retire_listener(old);
@@ -258,8 +247,7 @@ impl EventLoop {
     }
 
     fn addresses_of(&self, id: ListenerId) -> String {
-        let entries = self.listeners.iter().filter(|listener| listener.id == id);
-        let listening = entries.filter_map(|listener| listener.listening.as_ref());
+        let listening = self.listeners.of(id).filter_map(|listener| listener.listening.as_ref());
         let addresses: Vec<&str> = listening.map(|listening| listening.address.as_str()).collect();
         addresses.join(", ")
     }
@@ -271,15 +259,7 @@ impl EventLoop {
             value(&listening.address),
             self.core.pool_of_listener(id).map_or("", |pool| self.core.pool_name(pool)),
         );
-        // The place of one that is closed: it is out of the poll, and an event for it that is still to be handled does no
-        // more than have the new one's queue looked at.
-        let free = self.listeners.iter().position(|listener| listener.listening.is_none());
-        let place = free.unwrap_or(self.listeners.len());
-        let listener = ListenerIo::new(id, listening, place, backlog);
-        match self.listeners.get_mut(place) {
-            Some(entry) => *entry = listener,
-            None => self.listeners.push(listener),
-        }
+        self.listeners.add(id, listening, backlog);
     }
 
     /// Options of sockets that stay. One that the kernel will not have stays as it was, too.
@@ -289,7 +269,7 @@ impl EventLoop {
             return;
         }
         let tcp = matches!(listener.address, Address::Tcp(_));
-        for io in self.listeners.iter_mut().filter(|io| io.id == id) {
+        for io in self.listeners.of_mut(id) {
             let Some(listening) = &io.listening else { continue };
             if listening.inherited {
                 continue;

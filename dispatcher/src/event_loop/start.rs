@@ -1,6 +1,5 @@
 //! From a configuration to a running event_loop, and back to nothing.
 
-use std::collections::HashMap;
 use std::sync::atomic::Ordering;
 use std::sync::{Arc, mpsc};
 use std::time::Duration;
@@ -10,17 +9,14 @@ use nix::sys::resource::{Resource, getrlimit, setrlimit};
 use rustix::net::SocketType;
 use signal_hook_mio::v1_0::Signals;
 
-use super::accept::ListenerIo;
-use super::conditions::Conditions;
-use super::event_order::ExpectedEnds;
-use super::fault_list::{FaultList, Seconds};
-use super::handoff_check::HandoffCheck;
+use super::connections::Connections;
 use super::handshake::Handshakes;
-use super::meters::Meters;
-use super::timer::Timer;
+use super::listeners::{ListenerIo, Listeners};
+use super::observation::Observation;
 use super::token::Source;
-use super::yield_backoff::YieldBackoff;
-use super::{EventLoop, RateLimits, clock};
+use super::wakeup::Wakeup;
+use super::workers::Workers;
+use super::{Background, Endpoints, EventLoop, Run, clock};
 use crate::background::cleaner::Cleaner;
 use crate::background::closer::{Bounds, Closers, Owner, Task};
 use crate::background::logger::{quoted, value};
@@ -32,7 +28,7 @@ use crate::listen::inherit::Inherited;
 use crate::mailbox::StartSide;
 use crate::reload::seed;
 use crate::signals;
-use dispatcher_core::{AccessControl, Core, ListenerId, ListenerSettings, PoolId, Time};
+use dispatcher_core::{AccessControl, Core, ListenerId, ListenerSettings, PoolId};
 
 impl EventLoop {
     /// Opens everything, tells the service manager, and is ready to serve.
@@ -61,11 +57,10 @@ impl EventLoop {
                 listeners.push(ListenerIo::new(id, listening, place, listener.options.backlog));
             }
         }
-        let unused = inherited.finish();
+        let listeners = Listeners::new(listeners, inherited.finish());
         let mut event_loop =
             EventLoop::assemble(config, start_side, signals, dispatch, admin, listeners, settings)?;
-        event_loop.descriptors = descriptors;
-        event_loop.unused = unused;
+        event_loop.run.descriptors = descriptors;
         Ok(event_loop)
     }
 
@@ -75,7 +70,7 @@ impl EventLoop {
         mut signals: Signals,
         dispatch: Listening,
         admin: Listening,
-        listeners: Vec<ListenerIo>,
+        listeners: Listeners,
         settings: Vec<ListenerSettings>,
     ) -> Result<EventLoop, RunError> {
         let poll = Poll::new().map_err(RunError::system("poll"))?;
@@ -83,7 +78,6 @@ impl EventLoop {
         registry
             .register(&mut signals, Source::Signals.token(), Interest::READABLE)
             .map_err(RunError::system("poll"))?;
-        let timer = Timer::new(registry).map_err(RunError::system("timerfd"))?;
         let waker =
             Waker::new(registry, Source::Waker.token()).map_err(RunError::system("waker"))?;
         let waker = Arc::new(waker);
@@ -117,7 +111,8 @@ impl EventLoop {
             Handshakes::start(dispatch, handshake_settings, wake_handshakes, closers.bin(), watch)
                 .map_err(RunError::system("handshake thread"))?;
         let cleaner = Cleaner::start().map_err(RunError::system("cleaner thread"))?;
-        let handoff_check = HandoffCheck::new().map_err(RunError::system("socket pair"))?;
+        let connections = Connections::new().map_err(RunError::system("socket pair"))?;
+        let wakeup = Wakeup::new(poll).map_err(RunError::system("timerfd"))?;
         let now = clock();
         let pools = config.pools.iter().map(|pool| pool.settings.clone()).collect();
         let mut core = Core::new(pools, settings, now);
@@ -129,7 +124,7 @@ impl EventLoop {
                 AccessControl::new(listener.access_rules.clone(), seed()),
             );
         }
-        for listener in &listeners {
+        for listener in &listeners.sockets {
             if let Some(listening) = &listener.listening {
                 log::info!(
                     "event=listening listener={} address={} pool={}{}",
@@ -142,64 +137,32 @@ impl EventLoop {
         }
         let event_loop = EventLoop {
             config,
+            run: Run {
+                instance: format!("{:016x}", seed()),
+                started: now,
+                generation: 0,
+                stop_deadline: None,
+                descriptors: None,
+            },
             core,
-            poll,
             signals,
             now,
-            to_realtime: 0,
-            started: now,
-            longest_turn: Duration::ZERO,
-            meters: Meters::default(),
-            stop_deadline: None,
+            wakeup,
             listeners,
-            next_listener: 0,
-            unused: Vec::new(),
-            dispatch_address,
-            dispatch_path,
+            endpoints: Endpoints { dispatch_address, dispatch_path, admin_path },
             handshakes,
-            workers: Vec::new(),
-            gauge_readers: 0,
-            in_grace: false,
-            timer,
-            slept_long: false,
-            yield_backoff: YieldBackoff::default(),
-            scanned_all: Time(0),
-            scan_due: false,
-            instance: format!("{:016x}", seed()),
-            generation: 0,
-            descriptors: None,
-            tokens: HashMap::new(),
-            conns: Vec::new(),
-            gauges_due: Vec::new(),
-            dirty: Vec::new(),
-            closers,
-            closing_due: None,
-            purged,
-            handoff_check,
-            muted: 0,
-            cleaner,
+            workers: Workers::new(purged),
+            connections,
+            background: Background { closers, closing_due: None, cleaner },
             side,
-            admin_path,
-            limits: RateLimits::default(),
-            suppressed_due: None,
-            faults: FaultList::default(),
-            conditions: Conditions::default(),
-            expected_ends: ExpectedEnds::default(),
-            delayed_events: Vec::new(),
-            seconds: Seconds::new(now),
-            side_ready: false,
-            seen: Vec::new(),
-            entries: Vec::new(),
-            record: Vec::new(),
-            first_bytes: Vec::new(),
-            decoded: Vec::new(),
+            observation: Observation::new(now),
         };
         log::info!(
             "event=ready version={} pid={} instance={} dispatch_socket={}",
             env!("CARGO_PKG_VERSION"),
             std::process::id(),
-            event_loop.instance,
-            value(&event_loop.dispatch_address)
+            event_loop.run.instance,
+            value(&event_loop.endpoints.dispatch_address)
         );
         event_loop.watch_socket_files();
         drop(event_loop.side.manager.tell(State::Ready));
@@ -210,31 +173,31 @@ impl EventLoop {
     /// looks for another dispatcher; then the processes we started; then the sockets.
     pub(super) fn finish(mut self) {
         let totals = self.core.totals();
-        for place in &mut self.workers {
+        for place in &mut self.workers.table {
             if let Some(io) = place.as_mut() {
                 io.outbox.clear();
             }
         }
-        let workers: Vec<_> = self.workers.iter_mut().filter_map(Option::take).collect();
+        let workers: Vec<_> = self.workers.table.iter_mut().filter_map(Option::take).collect();
         for io in &workers {
             io.lane.shut();
         }
         for io in workers {
             let owner = Owner::Worker(io.id.serial);
-            self.closers.task(Task::Drop(owner, Box::new(io.lane)));
+            self.background.closers.task(Task::Drop(owner, Box::new(io.lane)));
         }
-        // What is still in flight lives on in the workers' channels; our copies are no longer needed.
-        for conn in self.conns.drain(..).flatten() {
-            self.closers.task(Task::Drop(Owner::Other, Box::new(conn.fd)));
+        // What is still in custody lives on in the workers' channels; our copies are no longer needed.
+        for conn in self.connections.table.drain(..).flatten() {
+            self.background.closers.task(Task::Drop(Owner::Other, Box::new(conn.fd)));
         }
         if let Some(dispatch) = self.handshakes.end(CLOSES_END) {
-            self.closers.task(Task::Drop(Owner::Other, Box::new(dispatch)));
+            self.background.closers.task(Task::Drop(Owner::Other, Box::new(dispatch)));
         }
-        self.closers.finish(CLOSES_END);
+        self.background.closers.finish(CLOSES_END);
         self.side.manager.finish();
         self.side.stop(self.config.limits.stop_timeout);
-        drop(self.dispatch_path);
-        self.cleaner.finish();
+        drop(self.endpoints.dispatch_path);
+        self.background.cleaner.finish();
         log::info!(
             "event=stopped accepted={} taken={} in_flight={} queued={}",
             totals.accepted,
@@ -248,8 +211,7 @@ impl EventLoop {
 impl EventLoop {
     /// The addresses clients can connect to.
     pub(super) fn addresses(&self) -> Vec<String> {
-        let listening = self.listeners.iter().filter_map(|listener| listener.listening.as_ref());
-        listening.map(|listening| listening.address.clone()).collect()
+        self.listeners.addresses().map(str::to_owned).collect()
     }
 }
 
@@ -261,7 +223,7 @@ pub(super) fn bounds(limits: &crate::config::Limits) -> Bounds {
     Bounds { threads: limits.closing_threads, waiting: limits.max_closing }
 }
 
-/// Connections in flight need descriptors: as many as the hard limit allows. Gives what the limits were, if they are others now.
+/// Custody needs descriptors: as many as the hard limit allows. Gives what the limits were, if they are others now.
 fn raise_descriptor_limit() -> Option<(u64, u64)> {
     match getrlimit(Resource::RLIMIT_NOFILE) {
         Ok((soft, hard)) if soft < hard => match setrlimit(Resource::RLIMIT_NOFILE, hard, hard) {

@@ -29,7 +29,7 @@ impl EventLoop {
         }
         let request = self.side.request();
         // There may be another; clients come first.
-        self.side_ready = count == REPORTS_PER_TURN || request.is_some();
+        self.wakeup.side_ready = count == REPORTS_PER_TURN || request.is_some();
         if let Some(request) = request {
             self.answer(request);
         }
@@ -59,19 +59,19 @@ impl EventLoop {
         let mut status = Status::from(&self.core.snapshot());
         status.version = env!("CARGO_PKG_VERSION").to_owned();
         status.pid = std::process::id();
-        status.instance.clone_from(&self.instance);
-        status.uptime_seconds = (self.now - self.started).as_secs();
+        status.instance.clone_from(&self.run.instance);
+        status.uptime_seconds = (self.now - self.run.started).as_secs();
         status.meters = self.meters_status();
         status.longest_turn_microseconds =
-            u64::try_from(self.longest_turn.as_micros()).unwrap_or(u64::MAX);
-        status.accepted_per_second = self.seconds.whole(self.now);
+            u64::try_from(self.observation.longest_turn.as_micros()).unwrap_or(u64::MAX);
+        status.accepted_per_second = self.observation.seconds.whole(self.now);
         self.follow_conditions(true);
         self.note_socket_files();
         status.kept_sockets = self.kept_sockets();
         for (id, listener) in self.core.listeners().zip(&mut status.listeners) {
             listener.state = self.listener_state(id).to_owned();
         }
-        let (boards, faults) = (self.boards(), self.faults.clone());
+        let (boards, faults) = (self.boards(), self.observation.faults.clone());
         Gathered(Box::new(move || {
             status.host = rustix::system::uname().nodename().to_string_lossy().into_owned();
             show_gauges(boards, &mut status);
@@ -92,12 +92,12 @@ impl EventLoop {
             return;
         }
         let token = Token(token);
-        self.tokens.retain(|_, other| *other != process);
-        self.tokens.insert(token, process);
+        self.workers.tokens.retain(|_, other| *other != process);
+        self.workers.tokens.insert(token, process);
         let dispatch_socket = match &self.config.dispatch_socket.source {
             UnixSource::Path(path) => std::path::absolute(path).unwrap_or_else(|_| path.clone()),
             UnixSource::Systemd(_) => {
-                self.dispatch_address.trim_start_matches("unix:").to_owned().into()
+                self.endpoints.dispatch_address.trim_start_matches("unix:").to_owned().into()
             }
         };
         let request = SpawnRequest {
@@ -109,7 +109,7 @@ impl EventLoop {
             directory: spawn.directory.clone(),
             token,
             dispatch_socket,
-            descriptors: self.descriptors,
+            descriptors: self.run.descriptors,
             patience: self.config.limits.stop_timeout,
         };
         if self.side.spawner.spawn(request).is_err() {
@@ -122,7 +122,7 @@ impl EventLoop {
             Report::Spawned { process, pid } => {
                 let pool = Some(process.pool);
                 if let Some(suppressed) =
-                    self.limits.allow(self.now, pool, Cause::Process(ProcessNews::Started))
+                    self.observation.allow(self.now, pool, Cause::Process(ProcessNews::Started))
                 {
                     let process = self.process(process);
                     log::info!("event=process_started {process} pid={pid} left_out={suppressed}");
@@ -132,7 +132,7 @@ impl EventLoop {
             Report::SpawnFailed { process, error } => {
                 let pool = Some(process.pool);
                 if let Some(suppressed) =
-                    self.limits.allow(self.now, pool, Cause::Process(ProcessNews::NotStarted))
+                    self.observation.allow(self.now, pool, Cause::Process(ProcessNews::NotStarted))
                 {
                     log::error!(
                         "event=process_not_started {} error={error} left_out={suppressed}",
@@ -148,11 +148,11 @@ impl EventLoop {
             Report::Exited { process, pid, status_text } => {
                 // Whatever it was told: a crash is one.
                 let well = ENDED_WELL.contains(&status_text.as_str());
-                let wanted = self.stop_deadline.is_none() && self.core.wants_process(process);
-                let ordered = self.expected_ends.ended(process, pid) || !wanted;
+                let wanted = self.run.stop_deadline.is_none() && self.core.wants_process(process);
+                let ordered = self.observation.expected_ends.ended(process, pid) || !wanted;
                 let pool = Some(process.pool);
                 if let Some(suppressed) =
-                    self.limits.allow(self.now, pool, Cause::Process(ProcessNews::Ended))
+                    self.observation.allow(self.now, pool, Cause::Process(ProcessNews::Ended))
                 {
                     log::log!(
                         if ordered && well { log::Level::Info } else { log::Level::Warn },

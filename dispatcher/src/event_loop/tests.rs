@@ -1,7 +1,8 @@
 //! Turns of the event loop, one by one, over real sockets.
 #![allow(clippy::unwrap_used)]
 
-use std::os::fd::OwnedFd;
+use std::io;
+use std::os::fd::{AsRawFd, OwnedFd};
 use std::path::Path;
 use std::sync::mpsc;
 use std::time::Instant;
@@ -27,7 +28,7 @@ fn started(dir: &Path, pool: &str) -> EventLoop {
 /// One turn, without clients.
 fn turn(event_loop: &mut EventLoop, events: &mut Events) {
     let timeout = event_loop.before_sleep().unwrap_or(PATIENCE);
-    event_loop.poll_events(events, Some(timeout.min(Duration::from_millis(10)))).unwrap();
+    event_loop.wakeup.poll_events(events, Some(timeout.min(Duration::from_millis(10)))).unwrap();
     event_loop.now = clock();
     event_loop.handle_all(events);
     event_loop.core.tick(event_loop.now);
@@ -73,7 +74,7 @@ fn a_worker_that_floods_its_control_connection_gets_its_share_of_a_turn() {
     .encode(&mut hello);
     rustix::net::send(&worker, &hello, SendFlags::NOSIGNAL).unwrap();
     let end = Instant::now() + PATIENCE;
-    while !event_loop.workers.iter().any(Option::is_some) {
+    while !event_loop.workers.table.iter().any(Option::is_some) {
         assert!(Instant::now() < end, "it joins");
         turn(&mut event_loop, &mut events);
     }
@@ -135,18 +136,18 @@ fn a_turn_answers_one_who_waits_and_nobody_who_has_gone() {
     let answered = |waiting: &mut Vec<oneshot::Receiver<_>>| {
         waiting.iter_mut().position(|wait| wait.try_recv().is_ok())
     };
-    event_loop.side_ready = true;
+    event_loop.wakeup.side_ready = true;
     for _ in 0..3 {
         turn(&mut event_loop, &mut events);
         // The first of those that are left, and no other.
         assert_eq!(answered(&mut waiting), Some(0));
         waiting.remove(0);
         assert_eq!(answered(&mut waiting), None);
-        assert!(event_loop.side_ready, "the next turn looks again");
+        assert!(event_loop.wakeup.side_ready, "the next turn looks again");
     }
     turn(&mut event_loop, &mut events);
-    assert!(!event_loop.side_ready, "nobody is left");
-    assert_eq!(event_loop.generation, 0, "what nobody waits for is not carried out");
+    assert!(!event_loop.wakeup.side_ready, "nobody is left");
+    assert_eq!(event_loop.run.generation, 0, "what nobody waits for is not carried out");
     event_loop.finish();
 }
 
@@ -194,11 +195,11 @@ fn a_client_that_cannot_be_passed_is_dropped_and_blocks_no_other() {
     while event_loop.core.totals().accepted < 5 {
         assert!(Instant::now() < end, "they are accepted");
         // All of them for one record.
-        event_loop.slept_long = false;
-        event_loop.listeners[0].edge();
+        event_loop.wakeup.slept_long = false;
+        event_loop.listeners.sockets[0].edge();
         event_loop.accept_from(0);
     }
-    let raw = |nth: usize| event_loop.conns[nth].as_ref().unwrap().fd.as_raw_fd();
+    let raw = |nth: usize| event_loop.connections.table[nth].as_ref().unwrap().fd.as_raw_fd();
     worker_io::refusing::refuse(vec![raw(1), raw(3)]);
     event_loop.perform();
     worker_io::refusing::refuse(Vec::new());

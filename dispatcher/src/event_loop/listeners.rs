@@ -1,0 +1,226 @@
+//! The listening sockets, and which of them the poll watches.
+//!
+//! A listener has one socket, or several that a service manager passed under its name. `Listeners` keeps the
+//! position of every socket: it is part of the socket's token.
+
+use std::net::SocketAddr;
+use std::os::fd::{AsRawFd, OwnedFd};
+
+use dispatch_protocol::ClientAddr;
+use mio::unix::SourceFd;
+use mio::{Interest, Registry};
+use rustix::io::Errno;
+use rustix::net::SocketFlags;
+
+use super::leaving::Leaving;
+use super::token::Source;
+use crate::background::cleaner::Cleaner;
+use crate::background::closer::Closers;
+use crate::listen::bind::Listening;
+use dispatcher_core::{ListenerId, Time};
+
+/// One listening socket. A configured listener has one, or several when a service manager passed several under its name.
+#[derive(Debug)]
+pub(super) struct ListenerIo {
+    pub(super) id: ListenerId,
+    /// `None` once a stop has closed it, or a reload that took it out.
+    pub(super) listening: Option<Listening>,
+    /// Position in the event loop's table; part of its token.
+    position: usize,
+    /// May have clients waiting. Set by an edge, cleared only by EAGAIN.
+    pub(super) ready: bool,
+    /// In the poll. Not while the core wants no clients, or each arrival would wake us for nothing.
+    watched: bool,
+    /// Resting after EMFILE and its kind.
+    pub(super) paused_until: Option<Time>,
+    /// Another socket has taken its place: it is emptied and closed.
+    pub(super) retiring: bool,
+    /// No client has been accepted since it last paused for that.
+    pub(super) short: bool,
+    /// Times in a row that it paused only for a descriptor that is about to be closed.
+    pub(super) waits: u32,
+    /// Clients still to be accepted from this socket before it is closed, once it is to be.
+    pub(super) last: u32,
+    /// `Some` once it is taken out.
+    pub(super) leaving: Option<Leaving>,
+    /// Clients that found no listener behind it.
+    pub(super) turned_away: u64,
+}
+
+/// What one attempt to accept gave.
+pub(super) enum Attempt {
+    Client(OwnedFd, ClientAddr),
+    /// A client that was gone again, or a signal: try the next.
+    Again,
+    Empty,
+    /// No descriptor or memory for it now.
+    Short(Errno),
+}
+
+/// All listening sockets of the dispatcher.
+#[derive(Debug, Default)]
+pub(super) struct Listeners {
+    /// By position. A closed socket leaves its entry for the next socket that opens.
+    pub(super) sockets: Vec<ListenerIo>,
+    /// The position that the next turn accepts from first.
+    next: usize,
+    /// Sockets that a service manager passed and no listener of the configuration uses.
+    pub(super) unused: Vec<Listening>,
+}
+
+impl Listeners {
+    pub(super) fn new(sockets: Vec<ListenerIo>, unused: Vec<Listening>) -> Listeners {
+        Listeners { sockets, next: 0, unused }
+    }
+
+    /// The sockets of one listener.
+    pub(super) fn of(&self, id: ListenerId) -> impl Iterator<Item = &ListenerIo> + Clone {
+        self.sockets.iter().filter(move |socket| socket.id == id)
+    }
+
+    /// The sockets of one listener.
+    pub(super) fn of_mut(&mut self, id: ListenerId) -> impl Iterator<Item = &mut ListenerIo> {
+        self.sockets.iter_mut().filter(move |socket| socket.id == id)
+    }
+
+    /// The positions in the order in which this turn accepts. The order rotates by one with each turn, so that
+    /// no listener is always first.
+    pub(super) fn rotate(&mut self) -> impl Iterator<Item = usize> + use<> {
+        let (first, count) = (self.next, self.sockets.len());
+        self.next = (first + 1) % count.max(1);
+        (0..count).map(move |step| (first + step) % count)
+    }
+
+    /// Adds an open socket, at the position of a closed one if there is one. The closed socket is out of the poll; a
+    /// late event for it only makes the loop look at the queue of the new socket.
+    pub(super) fn add(&mut self, id: ListenerId, listening: Listening, backlog: u32) {
+        let free = self.sockets.iter().position(ListenerIo::is_closed);
+        let position = free.unwrap_or(self.sockets.len());
+        let socket = ListenerIo::new(id, listening, position, backlog);
+        match self.sockets.get_mut(position) {
+            Some(entry) => *entry = socket,
+            None => self.sockets.push(socket),
+        }
+    }
+
+    /// Whether no socket is open.
+    pub(super) fn all_closed(&self) -> bool {
+        self.sockets.iter().all(ListenerIo::is_closed)
+    }
+
+    /// When a pause or the wait of a socket that is taken out ends.
+    pub(super) fn deadline(&self) -> Option<Time> {
+        let times = self.sockets.iter().flat_map(|socket| [socket.paused_until, socket.due()]);
+        times.flatten().min()
+    }
+
+    /// The addresses that clients can connect to.
+    pub(super) fn addresses(&self) -> impl Iterator<Item = &str> {
+        let open = self.sockets.iter().filter_map(|socket| socket.listening.as_ref());
+        open.map(|listening| listening.address.as_str())
+    }
+}
+
+impl ListenerIo {
+    /// The id of a socket that belongs to no listener. There are fewer than that: see `reload`.
+    pub(super) const NOBODY: ListenerId = ListenerId(u16::MAX);
+
+    pub(super) fn new(
+        id: ListenerId,
+        listening: Listening,
+        position: usize,
+        last: u32,
+    ) -> ListenerIo {
+        ListenerIo {
+            id,
+            listening: Some(listening),
+            position,
+            ready: false,
+            watched: false,
+            paused_until: None,
+            retiring: false,
+            short: false,
+            waits: 0,
+            last,
+            leaving: None,
+            turned_away: 0,
+        }
+    }
+
+    /// Whether the socket is closed.
+    pub(super) fn is_closed(&self) -> bool {
+        self.listening.is_none()
+    }
+
+    /// Whether another socket has taken its place.
+    pub(super) fn is_retiring(&self) -> bool {
+        self.retiring
+    }
+
+    /// Another socket takes its place.
+    pub(super) fn retire(&mut self) {
+        self.retiring = true;
+        // Even if no edge said so: the last look must be at the queue itself.
+        self.ready = true;
+    }
+
+    /// Notes an edge of the poll.
+    pub(super) fn edge(&mut self) {
+        self.ready = true;
+    }
+
+    /// Puts the socket into the poll or takes it out. Putting it in gives a new edge if clients wait.
+    pub(super) fn watch(&mut self, registry: &Registry, wanted: bool) -> std::io::Result<()> {
+        let Some(listening) = &self.listening else { return Ok(()) };
+        if wanted == self.watched {
+            return Ok(());
+        }
+        let raw = listening.fd.as_raw_fd();
+        if wanted {
+            let token = Source::Listener(self.position).token();
+            registry.register(&mut SourceFd(&raw), token, Interest::READABLE)?;
+        } else {
+            registry.deregister(&mut SourceFd(&raw))?;
+            self.ready = false;
+        }
+        self.watched = wanted;
+        Ok(())
+    }
+
+    /// The socket goes, and its file: in a file system, which may be slow.
+    pub(super) fn close(
+        &mut self,
+        registry: &Registry,
+        cleaner: &mut Cleaner,
+        closers: &mut Closers,
+    ) {
+        let _ = self.watch(registry, false);
+        if let Some(listening) = self.listening.take() {
+            listening.close(cleaner, closers);
+        }
+        self.ready = false;
+    }
+
+    pub(super) fn attempt(&self) -> Attempt {
+        let Some(listening) = &self.listening else { return Attempt::Empty };
+        let flags = SocketFlags::CLOEXEC | SocketFlags::NONBLOCK;
+        match rustix::net::acceptfrom_with(&listening.fd, flags) {
+            Ok((fd, address)) => {
+                let inet = address.and_then(|any| SocketAddr::try_from(any).ok());
+                Attempt::Client(fd, inet.map_or(ClientAddr::Unix, ClientAddr::from))
+            }
+            Err(Errno::AGAIN) => Attempt::Empty,
+            Err(
+                errno @ (Errno::MFILE
+                | Errno::NFILE
+                | Errno::NOBUFS
+                | Errno::NOMEM
+                | Errno::BADF
+                | Errno::INVAL
+                | Errno::NOTSOCK),
+            ) => Attempt::Short(errno),
+            // EINTR, ECONNABORTED, EPERM of a firewall, and the network errors of a client that is already gone.
+            Err(_) => Attempt::Again,
+        }
+    }
+}
