@@ -1,10 +1,11 @@
 //! What signals do to a dispatcher, from the start of `main` on.
 //!
-//! SIGTERM, SIGINT and SIGQUIT stop it: at once while it starts, in order afterwards. SIGHUP has the configuration read
-//! again, and while it starts is kept until there is something to read again. A signal that would end a process and has
-//! no meaning here does nothing. What is left to the kernel is what a fault of the program itself raises.
+//! SIGTERM, SIGINT and SIGQUIT stop the dispatcher: at once while it starts, gracefully afterwards.
+//! SIGHUP reloads the configuration; during the start it is kept until the dispatcher serves. Other
+//! signals whose default ends a process have no effect. Signals that report a fault of the program
+//! itself keep their defaults.
 //!
-//! The processes that the dispatcher starts have the default dispositions, whatever is here: see `spawner`.
+//! The processes that the dispatcher starts get the default dispositions: see `spawner`.
 
 use std::io;
 use std::sync::atomic::{AtomicBool, Ordering};
@@ -16,14 +17,14 @@ use signal_hook_mio::v1_0::Signals;
 
 use crate::sys;
 
-/// Those that the hot thread acts on.
+/// Signals that the hot thread handles.
 const HANDLED: [i32; 4] = [libc::SIGTERM, libc::SIGINT, libc::SIGQUIT, libc::SIGHUP];
 
-/// Those that stop it.
+/// Signals that stop the dispatcher.
 const STOPPING: [i32; 3] = [libc::SIGTERM, libc::SIGINT, libc::SIGQUIT];
 
-/// Those that end a process by default and mean nothing to this one. A write that SIGXFSZ or SIGPIPE is about fails, too,
-/// and is handled as a failed write.
+/// Signals that end a process by default and have no meaning here. The write that causes SIGXFSZ or
+/// SIGPIPE also fails, and that error is handled.
 const WITHOUT_EFFECT: [i32; 12] = [
     libc::SIGPIPE,
     libc::SIGXFSZ,
@@ -36,25 +37,27 @@ const WITHOUT_EFFECT: [i32; 12] = [
     libc::SIGIO,
     libc::SIGPWR,
     libc::SIGSTKFLT,
-    // Has no effect by default either; here for a parent that had it ignored, which would keep the ends of processes from us.
+    // Ignored by default as well. A parent may have set it to SIG_IGN, and the kernel would then
+    // discard the exit status of children.
     libc::SIGCHLD,
 ];
 
-/// What [`prepare`] made.
+/// The result of [`prepare`].
 struct Prepared {
     signals: Signals,
-    /// While this is set, a signal that stops it ends the process at once.
+    /// While this is set, a stopping signal ends the process at once.
     starting: Arc<AtomicBool>,
 }
 
-/// Set once by [`prepare`], for good.
+/// Set by [`prepare`], and never cleared.
 static IS_DISPATCHER: AtomicBool = AtomicBool::new(false);
 
 static PREPARED: Mutex<Option<Prepared>> = Mutex::new(None);
 
-/// For the very start of a process that is to be a dispatcher.
+/// Call at the very start of a process that becomes a dispatcher.
 ///
 /// # Errors
+///
 /// When the system has no descriptors left.
 pub fn prepare() -> io::Result<()> {
     let seen = Arc::new(AtomicBool::new(false));
@@ -64,27 +67,29 @@ pub fn prepare() -> io::Result<()> {
     let starting = Arc::new(AtomicBool::new(true));
     let signals = Signals::new(HANDLED)?;
     for signal in STOPPING {
-        // Nothing is served yet, so nothing has to be put away. It was ordered, so it is no failure.
+        // Nothing is served yet, so there is nothing to clean up. The stop was requested, so the
+        // exit status is 0.
         flag::register_conditional_shutdown(signal, 0, Arc::clone(&starting))?;
     }
     sys::ignore_signals_of_the_library();
-    // A parent may have blocked any of them.
+    // The parent may have blocked any signal.
     SigSet::empty().thread_set_mask()?;
     IS_DISPATCHER.store(true, Ordering::SeqCst);
     *PREPARED.lock().unwrap_or_else(PoisonError::into_inner) = Some(Prepared { signals, starting });
     Ok(())
 }
 
-/// Whether this process is a dispatcher and nothing else, so that every child of it is the dispatcher's. Not so in a test
-/// that runs one among other things.
+/// Whether this process is only a dispatcher, so that every child belongs to the dispatcher. False
+/// in a test that runs a dispatcher among other things.
 pub fn is_dispatcher() -> bool {
     IS_DISPATCHER.load(Ordering::SeqCst)
 }
 
-/// The signals for the loop that handles them: those that came since [`prepare`], if there was one. From here on none ends
-/// the process at once.
+/// The signals for the event loop, including those that came since [`prepare`]. From here on no
+/// signal ends the process at once.
 ///
 /// # Errors
+///
 /// When the system has no descriptors left.
 pub fn take() -> io::Result<Signals> {
     let prepared = PREPARED.lock().unwrap_or_else(PoisonError::into_inner).take();

@@ -9,13 +9,15 @@ use std::process::Command;
 use nix::sys::resource::{Resource, setrlimit};
 use nix::sys::signal::{SaFlags, SigAction, SigHandler, SigSet, Signal, sigaction};
 
-/// Whether this number is a descriptor that another program passed to this one when it started it.
+/// Checks that this number is a descriptor that another program passed to this process.
 ///
-/// What came that way has survived an `exec`, so it is not close-on-exec; whatever this process opens by itself is. So a
-/// wrong number can never name a descriptor of our own, whatever has been opened before this is asked.
+/// A passed descriptor has survived an `exec`, so it is not close-on-exec; every descriptor that
+/// this process opens is. So a wrong number never names a descriptor of the dispatcher, whatever
+/// was opened before.
 ///
 /// # Errors
-/// When it is not open, or one of our own.
+///
+/// When the number is not open, or is a descriptor of this process.
 pub fn was_passed(fd: RawFd) -> io::Result<()> {
     // SAFETY: F_GETFD on any number is harmless: it reads a flag or answers EBADF.
     let flags = unsafe { libc::fcntl(fd, libc::F_GETFD) };
@@ -28,15 +30,17 @@ pub fn was_passed(fd: RawFd) -> io::Result<()> {
     Ok(())
 }
 
-/// Takes ownership of a file descriptor that a service manager passed to this process, and sets it close-on-exec. So
-/// each can be adopted once only.
+/// Takes ownership of a file descriptor that a service manager passed to this process, and sets it
+/// close-on-exec, so that it cannot be adopted twice.
 ///
 /// # Errors
-/// When [`was_passed`] says that it was not.
+///
+/// When [`was_passed`] fails.
 pub fn adopt_inherited(fd: RawFd) -> io::Result<OwnedFd> {
     was_passed(fd)?;
-    // SAFETY: the number is open and nothing in this process has opened it (just checked); the activation protocol
-    // gives it to us alone, and the flag set below keeps anybody from adopting it again.
+    // SAFETY: the number is open and nothing in this process has opened it (just checked); the
+    // activation protocol passes it to this process alone, and the flag set below prevents a second
+    // adoption.
     let fd = unsafe { OwnedFd::from_raw_fd(fd) };
     rustix::io::fcntl_setfd(&fd, rustix::io::FdFlags::CLOEXEC)?;
     Ok(fd)
@@ -67,7 +71,7 @@ pub fn peer_groups(socket: impl AsFd) -> io::Result<Vec<u32>> {
             return Ok(groups);
         }
         let error = io::Error::last_os_error();
-        // ERANGE comes with the size it needs. The kernel allows 65,536 groups.
+        // The kernel returns the needed size with ERANGE. It allows 65,536 groups.
         if error.raw_os_error() != Some(libc::ERANGE) || count <= groups.len() || count > 65_536 {
             return Err(error);
         }
@@ -94,21 +98,24 @@ pub fn set_tcp_option(socket: impl AsFd, option: libc::c_int, value: u32) -> io:
     if result == 0 { Ok(()) } else { Err(io::Error::last_os_error()) }
 }
 
-/// A child that has ended and whose end was not collected yet; it stays so.
+/// A child that has ended and is not reaped yet; this call does not reap it.
 pub fn ended_child() -> Option<i32> {
     let mut info = std::mem::MaybeUninit::<libc::siginfo_t>::zeroed();
     let options = libc::WEXITED | libc::WNOHANG | libc::WNOWAIT;
-    // SAFETY: the call writes one `siginfo_t` at most, to memory that is large enough and ours.
+    // SAFETY: the call writes at most one `siginfo_t`, to memory of this function that is large
+    // enough.
     let result = unsafe { libc::waitid(libc::P_ALL, 0, info.as_mut_ptr(), options) };
-    // SAFETY: all zeros is a valid `siginfo_t`; without a child that has ended its pid stays zero.
+    // SAFETY: all zeros is a valid `siginfo_t`; its pid stays zero if no child has ended.
     let pid = unsafe { info.assume_init().si_pid() };
     (result == 0 && pid > 0).then_some(pid)
 }
 
-/// Stops this process like Ctrl-Z at a terminal does, until it is continued; with `group` its whole process group. Does
-/// nothing where no shell could continue it. From a thread that no signal is blocked for.
+/// Stops this process until it is continued, as Ctrl-Z at a terminal does; with `group` its whole
+/// process group. Does nothing where no shell could continue it. The calling thread must not block
+/// the signal.
 ///
 /// # Errors
+///
 /// What `sigaction` answers.
 #[cfg(feature = "tui")]
 pub fn stop_like_a_job(group: bool) -> io::Result<()> {
@@ -122,10 +129,11 @@ pub fn stop_like_a_job(group: bool) -> io::Result<()> {
         return Err(io::Error::last_os_error());
     }
     if group {
-        // SAFETY: plain numbers. Zero is our own group.
+        // SAFETY: the arguments are plain numbers. Zero means the process group of this process.
         unsafe { libc::kill(0, libc::SIGTSTP) };
     } else {
-        // SAFETY: a plain number. The thread itself gets it, so it has stopped before this returns.
+        // SAFETY: the argument is a plain number. The signal goes to this thread, so the process
+        // has stopped before the call returns.
         unsafe { libc::raise(libc::SIGTSTP) };
     }
     // SAFETY: the structure was filled by the kernel above.
@@ -133,32 +141,33 @@ pub fn stop_like_a_job(group: bool) -> io::Result<()> {
     Ok(())
 }
 
-/// The number of the kernel's last signal.
+/// The highest signal number of the kernel.
 const LAST_SIGNAL: i32 = 64;
 
-/// The two that the C library keeps for itself, and keeps programs from touching.
+/// Two signals that the C library reserves for itself and does not let programs change.
 const OF_THE_LIBRARY: [i32; 2] = [32, 33];
 
-/// What the kernel does with a signal: the handler first, then flags, which stay zero, and what goes with a handler of one's
-/// own.
+/// The kernel's `sigaction`: the handler, then flags and the fields of a custom handler, which stay
+/// zero.
 #[repr(C)]
 #[derive(Clone, Copy, Default)]
 struct Disposition([usize; 4]);
 
-/// The kernel's own call, for the signals that the C library does not let through. Gives what it was; with `new` it is that
-/// from now on. Safe to call between fork and exec.
+/// Calls the kernel directly, for signals that the C library rejects. Returns the old disposition;
+/// sets `new` if given. Safe between fork and exec.
 fn disposition(signal: i32, new: Option<libc::sighandler_t>) -> Option<libc::sighandler_t> {
     let mut old = Disposition::default();
     let new = new.map(|handler| Disposition([handler, 0, 0, 0]));
     let new = new.as_ref().map_or(std::ptr::null(), std::ptr::from_ref);
-    // SAFETY: both structures are as large as the kernel's, or larger, and live across the call; no handler of ours is set.
+    // SAFETY: both structures are at least as large as the kernel's and live across the call; no
+    // custom handler is set.
     let result = unsafe {
         libc::syscall(libc::SYS_rt_sigaction, signal, new, &raw mut old, size_of::<u64>())
     };
     (result == 0).then_some(old.0[0])
 }
 
-/// Lets the two signals that the C library keeps for itself end nothing, unless it uses them.
+/// Ignores the two signals that the C library reserves, unless the library uses them.
 pub fn ignore_signals_of_the_library() {
     for signal in OF_THE_LIBRARY {
         if disposition(signal, None) == Some(libc::SIG_DFL) {
@@ -167,8 +176,8 @@ pub fn ignore_signals_of_the_library() {
     }
 }
 
-/// Makes the process that `command` will start have the default disposition for every signal, and none blocked, whatever
-/// this process has.
+/// Gives the process that `command` starts the default disposition for every signal and an empty
+/// signal mask, whatever this process has.
 pub fn start_with_default_signals(command: &mut Command) {
     let reset = || {
         for signal in 1..=LAST_SIGNAL {
@@ -178,15 +187,17 @@ pub fn start_with_default_signals(command: &mut Command) {
         }
         Ok(SigSet::empty().thread_set_mask()?)
     };
-    // SAFETY: between fork and exec only async-signal-safe things may happen: these are system calls, and the conversion of
-    // their errors does not allocate.
+    // SAFETY: between fork and exec only async-signal-safe operations are allowed: these are system
+    // calls, and the conversion of their errors does not allocate.
     unsafe { command.pre_exec(reset) };
 }
 
-/// Makes a listening TCP socket drop every segment that would begin a connection. Handshakes that are under way go on, and
-/// clients that try to connect are refused when they try again after the socket was closed.
+/// Makes a listening TCP socket drop every segment that would begin a connection. Handshakes under
+/// way continue, and clients that try to connect are refused when they try again after the socket
+/// was closed.
 ///
 /// # Errors
+///
 /// What `setsockopt` answers.
 pub fn drop_new_connections(socket: impl AsFd) -> io::Result<()> {
     const FLAGS: u32 = 13;
@@ -194,7 +205,8 @@ pub fn drop_new_connections(socket: impl AsFd) -> io::Result<()> {
     const SYN: u32 = 0x02;
     let code = |code: u32| code as u16;
     let instruction = |code, jt, jf, k| libc::sock_filter { code, jt, jf, k };
-    // A classic filter; of a TCP socket it sees the segment from its header on. Whatever is a SYN and no ACK goes.
+    // A classic BPF filter; for a TCP socket it sees the segment from the TCP header on. It drops
+    // every SYN without ACK.
     let mut program = [
         instruction(code(libc::BPF_LD | libc::BPF_B | libc::BPF_ABS), 0, 0, FLAGS),
         instruction(code(libc::BPF_ALU | libc::BPF_AND | libc::BPF_K), 0, 0, SYN_ACK),
@@ -218,13 +230,14 @@ pub fn drop_new_connections(socket: impl AsFd) -> io::Result<()> {
     if result == 0 { Ok(()) } else { Err(io::Error::last_os_error()) }
 }
 
-/// Takes that back.
+/// Removes the filter of [`drop_new_connections`].
 ///
 /// # Errors
-/// What `setsockopt` answers: that there was nothing to take back, for one.
+///
+/// What `setsockopt` answers, for example that there was no filter.
 pub fn let_new_connections_in(socket: impl AsFd) -> io::Result<()> {
     let nothing: libc::c_int = 0;
-    // SAFETY: `nothing` lives across the call and has as many readable bytes as is said.
+    // SAFETY: `nothing` lives across the call and has as many readable bytes as stated.
     let result = unsafe {
         libc::setsockopt(
             socket.as_fd().as_raw_fd(),
@@ -237,22 +250,27 @@ pub fn let_new_connections_in(socket: impl AsFd) -> io::Result<()> {
     if result == 0 { Ok(()) } else { Err(io::Error::last_os_error()) }
 }
 
-/// Makes the process that `command` will start have these limits of open files, from its first instruction on.
+/// Gives the process that `command` starts these limits of open files, from its first instruction
+/// on.
 ///
-/// Setting them from here once it runs would be too late: it may have read them by then, or raised them itself.
+/// To set the limits once the process runs would be too late: it may already have read or raised
+/// them.
 pub fn start_with_descriptor_limit(command: &mut Command, soft: u64, hard: u64) {
     let limit = move || Ok(setrlimit(Resource::RLIMIT_NOFILE, soft, hard)?);
-    // SAFETY: between fork and exec only async-signal-safe things may happen: this is one system call, and the
-    // conversion of its error does not allocate.
+    // SAFETY: between fork and exec only async-signal-safe operations are allowed: this is one
+    // system call, and the conversion of its error does not allocate.
     unsafe { command.pre_exec(limit) };
 }
 
-/// The signal of [`interrupt`]. Its default is to be ignored, so one that meets a program we start does nothing there.
+/// The signal of [`interrupt`]. It is ignored by default, so it has no effect on a program that the
+/// dispatcher starts.
 const INTERRUPT: Signal = Signal::SIGURG;
 
-/// Makes [`interrupt`] end system calls that wait: the signal needs a handler for that, and one without `SA_RESTART`.
+/// Makes [`interrupt`] end blocking system calls: the signal needs a handler without `SA_RESTART`
+/// for that.
 ///
 /// # Errors
+///
 /// What `sigaction` answers.
 pub fn handle_interrupts() -> io::Result<()> {
     extern "C" fn nothing(_: libc::c_int) {}
@@ -262,11 +280,11 @@ pub fn handle_interrupts() -> io::Result<()> {
     Ok(())
 }
 
-/// Ends what this thread of our own process waits for, as far as a signal can.
+/// Ends the blocking system call of a thread of this process, as far as a signal can.
 pub fn interrupt(thread: rustix::thread::Pid) {
     let own = std::process::id();
-    // SAFETY: the call takes three numbers. A thread that has ended is not found; should another of this process have its
-    // number by now, that one runs a handler that does nothing.
+    // SAFETY: the call takes three numbers. A thread that has ended is not found; if another thread
+    // of this process has its number by now, that thread runs a handler that does nothing.
     unsafe {
         libc::syscall(
             libc::SYS_tgkill,
@@ -277,17 +295,19 @@ pub fn interrupt(thread: rustix::thread::Pid) {
     };
 }
 
-/// Has the kernel refuse descriptors that come with records to this socket, and to what is accepted from it, at their
-/// sender (`SO_PASSRIGHTS`, Linux 6.16).
+/// Makes the kernel refuse descriptors sent to this socket and to the sockets accepted from it: the
+/// sender gets the error (`SO_PASSRIGHTS`, Linux 6.16).
 ///
 /// # Errors
-/// `ENOPROTOOPT` on a kernel that does not know it.
+///
+/// `ENOPROTOOPT` on a kernel that does not know the option.
 pub fn refuse_descriptors(socket: impl AsFd) -> io::Result<()> {
-    // The same number on every architecture that Rust's standard library runs on, but for these.
+    // The number is the same on every architecture that Rust's standard library supports, except
+    // these.
     const SO_PASSRIGHTS: libc::c_int =
         if cfg!(any(target_arch = "sparc", target_arch = "sparc64")) { 0x005c } else { 83 };
     let off: libc::c_int = 0;
-    // SAFETY: `off` lives across the call and has as many readable bytes as said.
+    // SAFETY: `off` lives across the call and has as many readable bytes as stated.
     let result = unsafe {
         libc::setsockopt(
             socket.as_fd().as_raw_fd(),

@@ -1,7 +1,8 @@
-//! Drops what takes long to drop, away from the hot thread: large tables, and socket files that have to be removed.
+//! Drops objects whose drop takes long, away from the hot thread: large tables, and socket files to
+//! remove.
 //!
-//! Its thread is started with the dispatcher, so that it is there when no thread can be made. Such things come with a
-//! reload; while too many wait, no other reload is accepted: see [`Cleaner::is_full`].
+//! The thread starts with the dispatcher, because later the system may have no thread left. Reloads
+//! produce such objects; while too many wait, no reload is accepted: see [`Cleaner::is_full`].
 
 use std::collections::VecDeque;
 use std::io;
@@ -10,16 +11,17 @@ use std::thread::JoinHandle;
 
 use crate::background::restart;
 
-/// Most things that wait for the thread; those beyond wait with the hot thread.
+/// Most objects that wait for the thread; further objects wait in the hot thread.
 const MAX_WAITING: usize = 64;
 
 type Rubbish = Box<dyn Send>;
 
-/// Drops what it is given.
+/// Drops objects on another thread.
 pub struct Cleaner {
     thread: JoinHandle<()>,
     rubbish: SyncSender<Rubbish>,
-    /// There was no room for these. The things of one reload at most, as there is none while any is here.
+    /// Objects for which there was no room: those of one reload at most, because no reload is
+    /// accepted while there are any.
     late: VecDeque<Rubbish>,
 }
 
@@ -45,13 +47,13 @@ impl Cleaner {
         Ok(Cleaner { thread, rubbish, late: VecDeque::new() })
     }
 
-    /// Drops it soon, on another thread.
+    /// Drops the object soon, on another thread.
     pub fn clean(&mut self, rubbish: impl Send + 'static) {
         self.late.push_back(Box::new(rubbish));
         self.hand_over();
     }
 
-    /// So much waits that nothing should be added. Looks whether there is room now.
+    /// Whether too many objects wait. Also moves waiting objects to the thread if there is room.
     pub fn is_full(&mut self) -> bool {
         self.hand_over();
         !self.late.is_empty()
@@ -59,7 +61,7 @@ impl Cleaner {
 
     fn hand_over(&mut self) {
         while let Some(next) = self.late.pop_front() {
-            // It ends only after this sender is gone.
+            // The thread ends only after this sender is gone.
             if let Err(TrySendError::Full(next) | TrySendError::Disconnected(next)) =
                 self.rubbish.try_send(next)
             {
@@ -71,7 +73,7 @@ impl Cleaner {
     /// Waits until everything is dropped.
     pub fn finish(self) {
         for rubbish in self.late {
-            // For the very end, so it may wait.
+            // Called only at the end of the process, so it may block.
             let _ = self.rubbish.send(rubbish);
         }
         drop(self.rubbish);
@@ -102,7 +104,7 @@ mod tests {
         }
     }
 
-    /// Takes as long to drop as the other end is there.
+    /// Its drop blocks until the other end is gone.
     struct Slow(Receiver<()>);
 
     impl Drop for Slow {

@@ -1,9 +1,10 @@
-//! The log: lines to stderr, without anybody ever waiting for stderr.
+//! The log: lines to stderr, from a thread of its own, so that no other thread waits for stderr.
 //!
-//! Lines go into a bounded queue that the `log` thread writes out. When the queue is full (a terminal that is
-//! paused, a pipe nobody reads), lines are left out and counted; what is left out is said as soon as there is room.
-//! `DISPATCHER_LOG` selects what is logged at the start, in the syntax of `env_logger`; without it, and for all that it
-//! does not name, `log_level` of the configuration does. Both can be changed while it runs: see [`set_level`].
+//! Lines go through a bounded queue to the `log` thread. When the queue is full (a paused terminal,
+//! a pipe without a reader), lines are dropped and counted, and the count is logged as soon as
+//! there is room. `DISPATCHER_LOG` selects what is logged at the start, in the syntax of
+//! `env_logger`; `log_level` of the configuration applies to all that the variable does not name.
+//! Both can change at run time: see [`set_level`].
 //!
 //! Values in log lines go through [`value`] or [`quoted`].
 
@@ -30,10 +31,10 @@ use log::{Level, LevelFilter, Record};
 /// The variable that selects what is logged.
 pub const VARIABLE: &str = "DISPATCHER_LOG";
 
-/// Most lines waiting to be written.
+/// Most lines that wait to be written.
 const MAX_LINES: usize = 8192;
 
-/// Longest line; the rest of it is cut off, so that the queue is bounded in bytes too.
+/// The longest line; the rest is cut off, so that the queue is bounded in bytes too.
 const MAX_LINE: usize = 4096;
 
 static QUEUE: OnceLock<Queue> = OnceLock::new();
@@ -42,10 +43,11 @@ static REPEATS: repeats::Repeats = repeats::Repeats::new();
 
 static SWITCH: OnceLock<Switch> = OnceLock::new();
 
-/// Starts the `log` thread and makes it the destination of the `log` macros. A second call does nothing. `level` is what the
-/// configuration says.
+/// Starts the `log` thread and makes it the destination of the `log` macros. A second call does
+/// nothing. `level` comes from the configuration.
 ///
 /// # Errors
+///
 /// When the system has no thread left.
 pub fn init(level: LevelFilter) -> io::Result<()> {
     let style = if stderr_is_journal() { Style::Journal } else { Style::Plain };
@@ -64,7 +66,7 @@ pub fn init(level: LevelFilter) -> io::Result<()> {
         let current = Current { logger: build(&queue, style, &selected), selected };
         Switch { queue: queue.clone(), style, current: RwLock::new(current) }
     });
-    // Whatever the level is, this is said.
+    // Written whatever the level is.
     for mistake in mistakes {
         let text = format!(
             "event=log_filter_ignored mistake={} hint={}",
@@ -73,15 +75,15 @@ pub fn init(level: LevelFilter) -> io::Result<()> {
         );
         let _ = queue.clone().write(own_line(&text, Level::Warn, style).as_bytes());
     }
-    // An error means that a logger is set already, by a test say: then that one stays.
+    // An error means that another logger is set already, for example by a test; that logger stays.
     if log::set_logger(switch).is_ok() {
         log::set_max_level(switch.read().logger.filter());
     }
     Ok(())
 }
 
-/// What is selected by the environment, which counts more than the configuration. What is no text is a mistake that
-/// [`filter::parse`] finds.
+/// The selection of the environment; it overrides the configuration. Text that is not UTF-8 becomes
+/// a mistake that [`filter::parse`] reports.
 fn environment() -> Option<String> {
     let text = std::env::var_os(VARIABLE)?;
     Some(text.to_string_lossy().into_owned()).filter(|text| !text.trim().is_empty())
@@ -98,13 +100,13 @@ fn build(queue: &Queue, style: Style, selected: &str) -> env_logger::Logger {
         .build()
 }
 
-/// Tells one second from the next. Any clock would do; the lines have their time from this one.
+/// The current second. The epoch does not matter: it only separates one second from the next.
 fn second() -> u64 {
     let now = std::time::SystemTime::now().duration_since(std::time::UNIX_EPOCH);
     now.map_or(0, |now| now.as_secs())
 }
 
-/// A level as people write it.
+/// The name of a level.
 fn name(level: LevelFilter) -> &'static str {
     match level {
         LevelFilter::Off => "off",
@@ -116,13 +118,13 @@ fn name(level: LevelFilter) -> &'static str {
     }
 }
 
-/// What is logged now: a level, or what `DISPATCHER_LOG` says.
+/// The current selection: a level, or the text of `DISPATCHER_LOG`.
 pub fn selected() -> String {
     SWITCH.get().map_or_else(String::new, |switch| switch.read().selected.clone())
 }
 
-/// Logs this much from now on, whatever was selected before; gives what that was. From any thread but best not the hot one:
-/// it allocates, and waits for lines that are just being written into the queue.
+/// Sets the level from now on, whatever was selected before; returns the old selection. Not for the
+/// hot thread: it allocates, and waits for lines that are being written into the queue.
 pub fn set_level(level: LevelFilter) -> String {
     let Some(switch) = SWITCH.get() else { return String::new() };
     let current = Current {
@@ -133,7 +135,7 @@ pub fn set_level(level: LevelFilter) -> String {
         let mut place = switch.current.write().unwrap_or_else(PoisonError::into_inner);
         std::mem::replace(&mut *place, current).selected
     };
-    // Whatever the level is now, this is said.
+    // Written whatever the level is now.
     let text = format!("event=log_level from={} to={}", quoted(&before), name(level));
     let mut record = Record::builder();
     let record = record.target(module_path!()).file_static(Some(file!())).line(Some(line!()));
@@ -144,14 +146,15 @@ pub fn set_level(level: LevelFilter) -> String {
     before
 }
 
-/// Logs as much as the configuration says, after it was read again. Does nothing when `DISPATCHER_LOG` is set.
+/// Applies the level of a configuration that was read again. Does nothing when `DISPATCHER_LOG` is
+/// set.
 pub fn configure(level: LevelFilter) {
     if environment().is_none() && selected() != name(level) {
         set_level(level);
     }
 }
 
-/// The logger of the moment. Whoever logs never waits for whoever changes it.
+/// The current logger. A thread that logs never waits for a thread that changes the logger.
 struct Switch {
     queue: Queue,
     style: Style,
@@ -180,7 +183,7 @@ impl log::Log for Switch {
         }
         match self.current.try_read() {
             Ok(current) => current.logger.log(record),
-            // It is being changed this very moment: rather a line too many than one too few.
+            // The logger is being changed: one line too many is better than one too few.
             Err(_) => {
                 let text = line(record, self.style, std::time::SystemTime::now());
                 let _ = self.queue.clone().write(text.as_bytes());
@@ -191,32 +194,33 @@ impl log::Log for Switch {
     fn flush(&self) {}
 }
 
-/// Lines left out since the start.
+/// Lines dropped since the start.
 pub fn dropped_lines() -> u64 {
     QUEUE.get().map_or(0, Queue::dropped)
 }
 
-/// Lines left out since the start because one place in the program had too many.
+/// Lines dropped since the start because one place in the program had too many.
 pub fn repeated_lines() -> u64 {
     REPEATS.left_out()
 }
 
-/// Waits until everything logged so far is written, at most for `timeout`; says whether it is. For the end of the process.
+/// Waits until every line logged so far is written, for at most `timeout`; returns whether it is.
+/// For the end of the process.
 pub fn flush(timeout: Duration) -> bool {
     QUEUE.get().is_none_or(|queue| queue.flush(timeout))
 }
 
-/// How a line starts.
+/// The start of a line.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 enum Style {
-    /// With the time and the level.
+    /// Time and level.
     Plain,
-    /// The journal adds the time, and reads the level from `<N>`.
+    /// The journal adds the time and reads the level from `<N>`.
     Journal,
 }
 
-/// Whether stderr is the journal's socket: `JOURNAL_STREAM` says which device and inode that is, because the
-/// variable outlives a redirection.
+/// Whether stderr is the journal's socket: `JOURNAL_STREAM` names its device and inode, because the
+/// variable stays set after a redirection.
 fn stderr_is_journal() -> bool {
     let Ok(stream) = std::env::var("JOURNAL_STREAM") else {
         return false;
@@ -245,7 +249,8 @@ fn line(record: &Record<'_>, style: Style, now: std::time::SystemTime) -> String
     let start = text.len();
     let _ = write!(text, "{}", record.args());
     let _ = record.key_values().visit(&mut Pairs(&mut text));
-    // What a peer said must not look like a line of ours, nor reach the terminal as an escape sequence.
+    // Text of a peer must not look like a line of the dispatcher, nor reach the terminal as an
+    // escape sequence.
     if text[start..].contains(is_hidden) {
         let clean: String =
             text[start..].chars().map(|c| if is_hidden(c) { '\u{fffd}' } else { c }).collect();
@@ -264,7 +269,7 @@ fn line(record: &Record<'_>, style: Style, now: std::time::SystemTime) -> String
     text
 }
 
-/// A line of the logger itself, which no filter sees.
+/// A line of the logger itself; no filter applies.
 fn own_line(text: &str, level: Level, style: Style) -> String {
     line(
         &Record::builder()
@@ -296,7 +301,8 @@ enum Message {
     Flush(SyncSender<()>),
 }
 
-/// The way into the queue. As a writer it takes one whole line per call, which is how `env_logger` calls it.
+/// The sending end of the queue. As a writer it takes one whole line per call, which is how
+/// `env_logger` calls it.
 #[derive(Clone)]
 struct Queue {
     sender: SyncSender<Message>,
@@ -356,7 +362,8 @@ impl Write for Queue {
 /// How long the `log` thread waits after a panic.
 const AFTER_FAILURE: Duration = Duration::from_millis(100);
 
-/// The `log` thread. It goes on after a panic: without it nothing would ever be logged again.
+/// The `log` thread. It continues after a panic, because otherwise nothing would be logged any
+/// more.
 fn write_out<W: Write>(receiver: &Receiver<Message>, mut output: Output<W>) {
     let mut failure: Option<String> = None;
     loop {
@@ -408,7 +415,7 @@ mod tests {
             queue.write_all(format!("line {number}\n").as_bytes()).expect("never an error");
         }
         assert!(start.elapsed() < Duration::from_secs(5));
-        // Four wait, and one may be in the writer's hands.
+        // Four lines wait, and the writer may hold one.
         let dropped = queue.dropped();
         assert!((95..=96).contains(&dropped), "{dropped}");
         assert!(!queue.flush(Duration::from_millis(20)));

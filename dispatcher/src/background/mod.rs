@@ -1,6 +1,6 @@
-//! Everything that may wait, on threads of its own: log, closes, drops, processes.
+//! Work that may block, on threads of its own: log, closes, drops, processes.
 //!
-//! The event loop hands work over through bounded queues and never waits for it.
+//! The event loop hands work over through bounded queues and never waits for the result.
 
 pub mod cleaner;
 pub mod closer;

@@ -1,7 +1,7 @@
-//! Permanent threads and tasks: one that panics or gives up is reported and begins again, with back-off.
+//! Restarts permanent threads and tasks that panic or fail, with back-off, and logs each failure.
 //!
-//! A thread begins again on itself, so it needs no new one. What it owns outlives the failure; a task shares it with the
-//! one that replaces it.
+//! A thread restarts its work on itself, so it needs no new thread. What it owns outlives the
+//! failure; a task shares its state with its replacement.
 
 use std::panic::{AssertUnwindSafe, catch_unwind};
 use std::time::{Duration, Instant};
@@ -14,10 +14,10 @@ const FIRST: Duration = Duration::from_millis(100);
 /// The longest wait.
 const LONGEST: Duration = Duration::from_secs(30);
 
-/// One that ran this long is started again after [`FIRST`].
+/// After a run this long the next restart waits [`FIRST`] again.
 const STEADY: Duration = Duration::from_secs(60);
 
-/// How long the next restart waits.
+/// The back-off of one thread or task.
 #[derive(Debug)]
 struct Backoff {
     next: Duration,
@@ -33,7 +33,7 @@ impl Backoff {
         self.began = Instant::now();
     }
 
-    /// It has failed: that is reported. Gives how long to wait.
+    /// Logs a failure and returns how long to wait before the restart.
     fn failed(&mut self, name: &str, error: &str) -> Duration {
         if self.began.elapsed() >= STEADY {
             self.next = FIRST;
@@ -58,7 +58,7 @@ where
     loop {
         backoff.begin();
         let Err(error) = tokio::spawn(make()).await else { return };
-        // Only the end of the runtime cancels it.
+        // Only the end of the runtime cancels a task.
         let Ok(panic) = error.try_into_panic() else { return };
         let wait = backoff.failed(name, message(&*panic));
         tokio::time::sleep(wait).await;
@@ -78,19 +78,19 @@ pub(crate) fn thread<T>(name: &str, mut work: impl FnMut() -> Result<T, String>)
     }
 }
 
-/// One piece of work of a thread that goes on with the next one: if it panics, that is reported.
+/// Runs one piece of work of a thread that continues afterwards; logs a panic.
 pub(crate) fn piece(name: &str, work: impl FnOnce()) {
     if let Err(error) = caught(work) {
         log::error!("event=task_failed task={name} error={} restart_in=0s", quoted(error));
     }
 }
 
-/// One piece of work, after which its thread goes on however it ends. The error says what a panic said.
+/// Runs one piece of work and turns a panic into its message.
 pub(crate) fn caught<T>(work: impl FnOnce() -> T) -> Result<T, String> {
     catch_unwind(AssertUnwindSafe(work)).map_err(|panic| message(&*panic).to_owned())
 }
 
-/// What a panic says.
+/// The message of a panic.
 pub(crate) fn message(panic: &(dyn std::any::Any + Send)) -> &str {
     let text = panic.downcast_ref::<&str>().copied();
     text.or_else(|| panic.downcast_ref::<String>().map(String::as_str)).unwrap_or("a panic")

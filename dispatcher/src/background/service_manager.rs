@@ -1,7 +1,8 @@
-//! What the service manager is told (`NOTIFY_SOCKET`), if there is one: start, reload, stop, in this order. The messages
-//! are sent on the side thread, and no thread is made for them: sending waits for room without blocking.
+//! Notifies the service manager (`NOTIFY_SOCKET`) of start, reload and stop, in this order. The
+//! side thread sends the messages without a further thread and without blocking: it waits for room
+//! in the socket.
 //!
-//! Written here because the usual crate knows no abstract sockets and blocks on a socket that nothing reads.
+//! The usual crate does not support abstract sockets and blocks on a socket without a reader.
 
 use std::ffi::OsString;
 use std::os::fd::OwnedFd;
@@ -15,26 +16,27 @@ use tokio::time::Instant;
 
 use crate::background::logger::quoted;
 
-/// Most messages waiting for a service manager that does not read.
+/// Most messages that wait for a service manager that does not read.
 const MAX_WAITING: usize = 64;
 
-/// How long a message is tried: longer than a busy service manager needs, and as long as systemd by default waits for a start.
+/// How long a message is retried: longer than a busy service manager needs, and as long as systemd
+/// by default waits for a start.
 const PATIENCE: Duration = Duration::from_secs(90);
 
 /// How long a reload or the end of the process waits until its message is sent.
 const NOTIFY_TIME: Duration = Duration::from_secs(1);
 
-/// How often it is tried to send a message for which there was no room.
+/// The interval between attempts while the socket has no room.
 const RETRY: Duration = Duration::from_millis(20);
 
-/// What it is told.
+/// The notified state.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum State {
     /// Clients and workers can connect.
     Ready,
-    /// The configuration is read again; `Ready` follows.
+    /// The configuration is being read again; `Ready` follows.
     Reloading,
-    /// The end has begun.
+    /// The stop has begun.
     Stopping,
 }
 
@@ -42,7 +44,7 @@ impl State {
     fn message(self) -> String {
         match self {
             State::Ready => "READY=1\n".to_owned(),
-            // Newer service managers want both in one message.
+            // Newer service managers expect both values in one message.
             State::Reloading => {
                 let now = rustix::time::clock_gettime(rustix::time::ClockId::Monotonic);
                 let microseconds = now.tv_sec * 1_000_000 + now.tv_nsec / 1_000;
@@ -59,14 +61,14 @@ struct Message {
     done: oneshot::Sender<()>,
 }
 
-/// The way to the service manager.
+/// The handle of the other threads.
 #[derive(Clone, Debug)]
 pub struct ServiceManager {
     messages: mpsc::Sender<Message>,
 }
 
 impl ServiceManager {
-    /// Tells it, soon. What this gives hangs up once it is told.
+    /// Queues a message. The returned receiver is closed once the message is sent.
     pub fn tell(&self, state: State) -> oneshot::Receiver<()> {
         let (done, told) = oneshot::channel();
         if self.messages.try_send(Message { text: state.message(), done }).is_err() {
@@ -75,18 +77,21 @@ impl ServiceManager {
         told
     }
 
-    /// Waits until it is told, so that it knows before whoever asked gets the answer; not for long.
+    /// Sends a message and waits for a bounded time, so that the service manager knows before the
+    /// client of the admin interface gets its answer.
     pub(crate) async fn tell_now(&self, state: State) {
         let told = self.tell(state);
         let _ = tokio::time::timeout(NOTIFY_TIME, told).await;
     }
 
-    /// Tells it `Ready` when what this gives is dropped: at the end of a reload, however that ends.
+    /// Sends `Ready` when the returned guard is dropped: at the end of a reload, whatever its
+    /// result.
     pub(crate) fn ready_afterwards(&self) -> ReadyAfterwards<'_> {
         ReadyAfterwards(self)
     }
 
-    /// Waits on this thread until everything is sent: a message still on its way would be lost with the process.
+    /// Waits on this thread until every message is sent: a message still queued would be lost with
+    /// the process.
     pub fn finish(&self) {
         let (done, told) = oneshot::channel();
         if self.messages.try_send(Message { text: String::new(), done }).is_err() {
@@ -106,7 +111,7 @@ impl ServiceManager {
 pub(crate) struct ReadyAfterwards<'a>(&'a ServiceManager);
 
 impl ReadyAfterwards<'_> {
-    /// Tells it now, and waits until it is told.
+    /// Sends `Ready` now and waits until it is sent.
     pub(crate) async fn now(self) {
         let manager = self.0;
         std::mem::forget(self);
@@ -124,7 +129,7 @@ impl Drop for ReadyAfterwards<'_> {
 pub(crate) struct Teller {
     messages: mpsc::Receiver<Message>,
     place: Option<Result<SocketAddrUnix, String>>,
-    /// Made with the first message and kept, so that later ones need no descriptor.
+    /// Made with the first message and kept, so that later messages need no descriptor.
     socket: Option<OwnedFd>,
 }
 
@@ -140,7 +145,7 @@ fn manager_at(place: Option<OsString>) -> (ServiceManager, Teller) {
     (ServiceManager { messages: sender }, Teller { messages, place, socket: None })
 }
 
-/// A path, or an abstract name: `@` stands for the zero byte before it.
+/// A path, or an abstract name: `@` stands for its leading zero byte.
 fn address(name: &OsString) -> Result<SocketAddrUnix, String> {
     let bytes = name.as_bytes();
     let address = match bytes.first() {
@@ -152,7 +157,7 @@ fn address(name: &OsString) -> Result<SocketAddrUnix, String> {
 }
 
 impl Teller {
-    /// Sends what is told, until every handle is gone.
+    /// Sends the queued messages until every handle is gone.
     pub(crate) async fn run(&mut self) {
         while let Some(message) = self.messages.recv().await {
             if let Err(error) = self.send(&message.text).await {
@@ -223,7 +228,7 @@ mod tests {
         String::from_utf8_lossy(&bytes[..count]).into_owned()
     }
 
-    /// Tells everything to the socket of this name.
+    /// Sends every state to the socket of this name.
     fn told_all(name: &str) {
         let (manager, mut teller) = manager_at(Some(name.into()));
         let runtime = tokio::runtime::Builder::new_current_thread().enable_time().build();
@@ -261,7 +266,7 @@ mod tests {
         let directory = tempfile::tempdir().expect("a directory");
         let path = directory.path().join("notify");
         let listener = UnixDatagram::bind(&path).expect("a socket");
-        // As many as it has room for.
+        // Fills the socket's buffer.
         let other = UnixDatagram::unbound().expect("a socket");
         other.set_nonblocking(true).expect("not blocking");
         let mut waiting = 0;

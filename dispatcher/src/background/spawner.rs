@@ -1,7 +1,7 @@
-//! Starts the processes of spawned pools, waits for their ends, and stops them. Runs on the side thread, because
-//! starting a process takes a fraction of a millisecond, which the hot thread does not have.
+//! Starts the processes of pools, waits for their ends, and stops them. It runs on the side thread,
+//! because starting a process takes a fraction of a millisecond, too long for the hot thread.
 //!
-//! Decides nothing: when to start and whether to start again is the core's business.
+//! Decides nothing: the core decides when to start and whether to restart.
 
 mod group;
 mod reaper;
@@ -26,22 +26,23 @@ use crate::sys;
 use crate::wake::Wake;
 use dispatcher_core::{PoolId, ProcessId};
 
-/// Most processes waiting to be started; as many as one pool may have.
+/// Most processes that wait to be started; as many as one pool may have.
 const MAX_WAITING: usize = 1024;
 
-/// How long after SIGKILL a process may still be there: one in an uninterruptible call stays as long as it likes.
+/// How long a process may remain after SIGKILL: a process in an uninterruptible call can remain for
+/// any time.
 const KILLED: Duration = Duration::from_secs(2);
 
 /// A process to start.
 #[derive(Clone, Debug)]
 pub struct SpawnRequest {
-    /// Who it is; comes back in every report.
+    /// Identifies the process in every report.
     pub process: ProcessId,
     /// Program and arguments.
     pub command: Vec<String>,
-    /// On top of our own environment.
+    /// Added to the dispatcher's own environment.
     pub environment: Vec<(String, String)>,
-    /// Working directory, if not ours.
+    /// Working directory, if not the dispatcher's.
     pub directory: Option<PathBuf>,
     /// For `DISPATCH_SOCKET`.
     pub dispatch_socket: PathBuf,
@@ -51,39 +52,40 @@ pub struct SpawnRequest {
     pub name: String,
     /// For `DISPATCH_TOKEN`.
     pub token: Token,
-    /// How long what it leaves behind in its process group may take to end by itself, once it has ended.
+    /// How long the remaining processes of the group may take to end once this process has ended.
     pub patience: Duration,
-    /// Limits of open files to start with, soft and hard, if they are not ours.
+    /// Limits of open files to start with, soft and hard, if not the dispatcher's.
     pub descriptors: Option<(u64, u64)>,
 }
 
-/// What became of a process.
+/// A report about a process.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub enum Report {
-    /// It runs.
+    /// The process runs.
     Spawned {
-        /// Which.
+        /// The process.
         process: ProcessId,
         /// Its process id, and the id of its process group.
         pid: i32,
     },
-    /// It could not be started.
+    /// The process could not be started.
     SpawnFailed {
-        /// Which.
+        /// The process.
         process: ProcessId,
-        /// Why, for people.
+        /// The error text.
         error: String,
     },
-    /// It has ended, and all that it had started in its process group. Comes once after every `Spawned`.
+    /// The process and its process group have ended. Comes once after every `Spawned`.
     Exited {
-        /// Which.
+        /// The process.
         process: ProcessId,
         /// The process id it had.
         pid: i32,
-        /// How it ended, for people: `exit status 1`, `signal 9 (SIGKILL)`.
+        /// The exit status, for display: `exit status 1`, `signal 9 (SIGKILL)`.
         status_text: String,
     },
-    /// After [`Spawner::stop`]: all have ended, `killed` of them by SIGKILL. The last report.
+    /// After [`Spawner::stop`]: all processes have ended, `killed` of them by SIGKILL. The last
+    /// report.
     Stopped {
         /// How many did not end in time.
         killed: u32,
@@ -97,7 +99,7 @@ pub struct Spawner {
     stop: watch::Sender<Stops>,
 }
 
-/// Whose processes are to end, and how long each may take: SIGKILL follows.
+/// The processes to end, and how long each may take before SIGKILL.
 #[derive(Clone, Debug, Default)]
 struct Stops {
     all: Option<Duration>,
@@ -111,21 +113,23 @@ impl Stops {
 }
 
 impl Spawner {
-    /// Asks for a process. `Spawned` or `SpawnFailed` will follow.
+    /// Requests a process. `Spawned` or `SpawnFailed` follows.
     ///
     /// # Errors
-    /// Gives the request back when too many are waiting, or the service has ended: then no report follows.
+    ///
+    /// Returns the request when too many are waiting or the service has ended: then no report
+    /// follows.
     pub fn spawn(&self, request: SpawnRequest) -> Result<(), Box<SpawnRequest>> {
         self.requests.try_send(request).map_err(|error| Box::new(error.into_inner()))
     }
 
-    /// Asks all processes to end: SIGTERM to the process group of each now, SIGKILL after `timeout`. `Exited` for each and
-    /// then `Stopped` will follow; nothing is started any more.
+    /// Ends all processes: SIGTERM to each process group now, SIGKILL after `timeout`. `Exited` for
+    /// each and then `Stopped` follow; no further process is started.
     pub fn stop(&self, timeout: Duration) {
         self.stop.send_modify(|stops| stops.all = Some(timeout));
     }
 
-    /// The same for the processes of one pool. `Stopped` does not follow.
+    /// Ends the processes of one pool in the same way. `Stopped` does not follow.
     pub fn stop_pool(&self, pool: PoolId, timeout: Duration) {
         self.stop.send_modify(|stops| {
             stops.pools.insert(pool, timeout);
@@ -142,7 +146,8 @@ pub(crate) struct Service {
     own: Own,
 }
 
-/// Where reports go. Unbounded as a channel, and yet bounded: two per request the hot thread made.
+/// The destination of reports. The channel is unbounded, but the number is bounded: two reports per
+/// request of the hot thread.
 #[derive(Clone)]
 struct Reports {
     sender: mpsc::Sender<Report>,
@@ -151,14 +156,14 @@ struct Reports {
 
 impl Reports {
     fn send(&self, report: Report) {
-        // Nobody listens only when the hot thread is gone, and then nobody needs to know.
+        // Sending fails only when the hot thread is gone, and then no report is needed.
         if self.sender.send(report).is_ok() {
             (self.wake)();
         }
     }
 }
 
-/// A handle, the service behind it, and what it reports.
+/// A handle, the service behind it, and its reports.
 pub(crate) fn service(wake: Wake) -> (Spawner, Service, Receiver<Report>) {
     let (request_sender, requests) = tokio_mpsc::channel(MAX_WAITING);
     let (stop_sender, stop) = watch::channel(Stops::default());
@@ -177,10 +182,10 @@ pub(crate) fn service(wake: Wake) -> (Spawner, Service, Receiver<Report>) {
 }
 
 impl Service {
-    /// Runs until it was stopped and all processes have ended, or its handle is gone (processes then stay). After a panic it
-    /// can be run again, and goes on with the processes it had.
+    /// Runs until it was stopped and all processes have ended, or its handle is gone (processes
+    /// then stay). After a panic it can run again, with the processes it had.
     pub(crate) async fn run(&mut self) {
-        // A process that is a dispatcher and nothing else has no children but these and those it inherits.
+        // A process that is only a dispatcher has no children but these and inherited ones.
         let own = self.own.clone();
         let reaper = crate::signals::is_dispatcher().then(|| {
             tokio::spawn(crate::background::restart::task("reaper", move || {
@@ -239,7 +244,7 @@ impl Drop for AbortOnDrop {
     }
 }
 
-/// One process from start to end, with all that it started in its group; says whether any of them had to be killed.
+/// Runs one process and its group from start to end; returns whether any of them had to be killed.
 async fn process(
     request: SpawnRequest,
     mut stop: watch::Receiver<Stops>,
@@ -297,7 +302,7 @@ async fn process(
     true
 }
 
-/// What is told of a process at its end, however its task ends.
+/// The report at the end of a process, however its task ends.
 struct End {
     process: ProcessId,
     pid: Pid,
@@ -305,12 +310,12 @@ struct End {
     own: Own,
     /// How the leader of the group ended, once it has.
     ended: Option<std::io::Result<ExitStatus>>,
-    /// What became of the others in its group, if it left some behind.
+    /// How the rest of its group ended, if any was left.
     others: Option<&'static str>,
 }
 
 impl End {
-    /// The leader has ended, and its end was collected.
+    /// The leader has ended and was reaped.
     fn leader(&mut self, ended: std::io::Result<ExitStatus>) {
         self.own.remove(self.pid.as_raw());
         self.ended = Some(ended);
@@ -322,7 +327,8 @@ impl Drop for End {
         let mut status_text = match self.ended.take() {
             Some(Ok(status)) => describe(status),
             Some(Err(error)) => format!("unknown: {error}"),
-            // Its task has panicked. Nothing watches over it any more, so it must not stay beside its replacement.
+            // Its task has panicked. The process is no longer watched, so it must not run beside
+            // its replacement.
             None => {
                 group::signal(self.pid, Signal::SIGKILL);
                 self.own.remove(self.pid.as_raw());
@@ -352,7 +358,8 @@ fn start(request: &SpawnRequest) -> Result<(Child, Pid), String> {
         .env("DISPATCH_NAME", &request.name)
         .env("DISPATCH_TOKEN", request.token.to_string())
         .stdin(Stdio::null())
-        // A group of its own: Ctrl-C at a terminal reaches only the dispatcher, which then stops the others in order.
+        // A process group of its own: Ctrl-C at a terminal reaches only the dispatcher, which then
+        // stops its processes in order.
         .process_group(0);
     for name in NOT_INHERITED {
         command.env_remove(name);
@@ -365,7 +372,7 @@ fn start(request: &SpawnRequest) -> Result<(Child, Pid), String> {
         sys::start_with_descriptor_limit(command.as_std_mut(), soft, hard);
     }
     let child = command.spawn().map_err(|error| match &request.directory {
-        // One error for two paths: say both.
+        // The error does not say which of the two paths is wrong: name both.
         Some(directory) if !directory.is_dir() => {
             format!("{program} in {}: {error}", directory.display())
         }
@@ -378,7 +385,7 @@ fn start(request: &SpawnRequest) -> Result<(Child, Pid), String> {
     Ok((child, Pid::from_raw(pid)))
 }
 
-/// Waits for the order to stop. Never, once nobody can give it any more.
+/// Waits for the order to stop. Waits forever once no order can come any more.
 async fn stopping(stop: &mut watch::Receiver<Stops>, pool: PoolId) -> Duration {
     let given = stop.wait_for(|stops| stops.of(pool).is_some()).await;
     match given.ok().and_then(|stops| stops.of(pool)) {
@@ -387,7 +394,7 @@ async fn stopping(stop: &mut watch::Receiver<Stops>, pool: PoolId) -> Duration {
     }
 }
 
-/// Waits until a stop that was ordered gives no more time; never without one.
+/// Waits until the time of an ordered stop is over; forever without such an order.
 async fn late(stop: &mut watch::Receiver<Stops>, pool: PoolId) {
     loop {
         let timeout = stopping(stop, pool).await;

@@ -1,5 +1,5 @@
-//! Making the sockets that the dispatcher listens on. Owns options, permissions, the lock beside a Unix socket
-//! and the removal of what we made; knows nothing of what arrives on them.
+//! Makes the sockets that the dispatcher listens on: options, permissions, the lock file beside a
+//! Unix socket, and the removal of the socket file. Does not read from the sockets.
 
 use std::fs::File;
 use std::io;
@@ -23,38 +23,40 @@ use crate::config::{Address, ListenerOptions, UnixEndpoint, UnixSource};
 use crate::listen::files::SocketFile;
 use crate::sys;
 
-/// A listening socket, and what has to be put away when it goes.
+/// A listening socket, and the file and lock to remove with it.
 #[derive(Debug)]
 pub(crate) struct Listening {
     pub(crate) fd: OwnedFd,
-    /// The address as bound, for people.
+    /// The bound address, for display.
     pub(crate) address: String,
-    /// Whether somebody else keeps this socket open, so that its queue outlives us.
+    /// Whether a service manager also keeps this socket open: its queue then outlives the
+    /// dispatcher.
     pub(crate) inherited: bool,
-    /// The name by which a service manager passed it.
+    /// The name by which a service manager passed the socket.
     pub(crate) name: Option<String>,
     pub(crate) path: Option<OwnedPath>,
 }
 
 impl Listening {
-    /// The same socket once more.
+    /// The same socket with another descriptor.
     pub(crate) fn duplicate(&self, fd: OwnedFd) -> Listening {
         let address = self.address.clone();
         Listening { fd, address, inherited: false, name: None, path: None }
     }
 
-    /// The same for the dispatch socket, with its address.
+    /// Splits the dispatch socket into descriptor, address and file.
     pub(crate) fn into_parts(self) -> (OwnedFd, String, Option<OwnedPath>) {
         (self.fd, self.address, self.path)
     }
 
-    /// The Unix socket for another thread to serve, and the file to be removed when it is over.
+    /// The Unix socket for another thread to serve, and the file to remove at the end.
     pub(crate) fn into_listener(self) -> (UnixListener, Option<OwnedPath>) {
         (self.fd.into(), self.path)
     }
 
-    /// The socket at once if it is TCP, so that nobody connects any more. Clients of a Unix socket that were not accepted
-    /// may have sent descriptors, and the last close of these lingers: so that one is closed elsewhere, like the file.
+    /// Closes a TCP socket at once, so that no client can connect any more. Clients of a Unix
+    /// socket that were not accepted may have sent descriptors, and the last close of such a
+    /// descriptor may block: the closers close that socket, and the cleaner removes its file.
     pub(crate) fn close(self, cleaner: &mut Cleaner, closers: &mut Closers) {
         if self.address.starts_with("unix:") {
             closers.task(Task::Drop(Owner::Other, Box::new(self.fd)));
@@ -64,7 +66,7 @@ impl Listening {
         }
     }
 
-    /// Its file, if we have made one.
+    /// The socket file, if the dispatcher has made one.
     pub(crate) fn file(&self) -> Option<SocketFile> {
         self.path.as_ref().map(OwnedPath::file)
     }
@@ -74,18 +76,19 @@ impl Listening {
         Listening { fd, address, inherited: true, name: Some(name.to_owned()), path: None }
     }
 
-    /// A Unix socket, of our own or not.
+    /// Whether this is a Unix socket.
     pub(crate) fn is_unix(&self) -> bool {
         self.address.starts_with("unix:")
     }
 }
 
-/// A socket file that we made: removed when dropped, if it is still ours. The lock keeps a second dispatcher off.
+/// A socket file that the dispatcher made. Dropping it removes the file, unless the file has been
+/// replaced. The lock keeps a second dispatcher away.
 #[derive(Debug)]
 pub(crate) struct OwnedPath(SocketFile);
 
 impl OwnedPath {
-    /// The file, to be looked at by others.
+    /// A description of the file, for other threads.
     pub(crate) fn file(&self) -> SocketFile {
         self.0.clone()
     }
@@ -101,7 +104,8 @@ impl Drop for OwnedPath {
 
 const FLAGS: SocketFlags = SocketFlags::CLOEXEC.union(SocketFlags::NONBLOCK);
 
-/// Opens a client listener: one socket, or all that a service manager passed under its name.
+/// Opens a client listener: one socket, or all sockets that a service manager passed under its
+/// name.
 pub(crate) fn listen(
     address: &Address,
     options: &ListenerOptions,
@@ -122,7 +126,7 @@ pub(crate) fn listen(
                 Looks { backlog: options.backlog, mode: options.mode, user: None, group: None };
             listen_unix(path, SocketType::STREAM, looks, None).map(|l| vec![l])
         }
-        // Whoever made the socket has set its options.
+        // The service manager has set the options of these sockets.
         Address::Systemd(name) => {
             let fds = inherited.take(name, SocketType::STREAM)?;
             Ok(fds.into_iter().map(|fd| Listening::inherited(fd, name)).collect())
@@ -130,8 +134,8 @@ pub(crate) fn listen(
     }
 }
 
-/// A socket that a service manager has passed must be named as such: bound a second time it would fail, with an error that
-/// seems to be about another process.
+/// Refuses an address that a service manager has passed a socket for. To bind it a second time
+/// would fail with an error that seems to concern another process.
 fn not_passed(inherited: &Inherited, address: &Address, key: &str) -> Result<(), RunError> {
     let wanted = match address {
         Address::Tcp(address) => address.to_string(),
@@ -148,7 +152,7 @@ fn not_passed(inherited: &Inherited, address: &Address, key: &str) -> Result<(),
     }
 }
 
-/// What a Unix socket looks like from outside.
+/// The attributes of a Unix socket file.
 #[derive(Clone, Copy, Debug)]
 pub(crate) struct Looks {
     pub(crate) backlog: u32,
@@ -164,7 +168,7 @@ impl Looks {
     }
 }
 
-/// Makes a socket again whose file was removed. The lock that is held for it stays the one.
+/// Makes a socket again after its file was removed. The lock for the old file stays in use.
 pub(crate) fn listen_again(
     file: &SocketFile,
     kind: SocketType,
@@ -207,7 +211,8 @@ pub(crate) fn listen_endpoint(
         }
     };
     if let Ok(listening) = &listening {
-        // Nobody has a reason to send any here. Kernels before 6.16 leave them to the threads that receive.
+        // No client has a reason to send descriptors. Kernels before 6.16 leave them to the
+        // receiving threads.
         let _ = sys::refuse_descriptors(&listening.fd);
     }
     listening
@@ -251,7 +256,8 @@ fn listen_tcp(addr: SocketAddr, options: &ListenerOptions) -> io::Result<Listeni
     Ok(Listening { fd, address, inherited: false, name: None, path: None })
 }
 
-/// Options that accepted connections inherit from the listening socket, so that they cost nothing per connection.
+/// Sets the options that accepted connections inherit from the listening socket: they cost nothing
+/// per connection.
 fn set_tcp_options(fd: BorrowedFd<'_>, options: &ListenerOptions) -> io::Result<()> {
     sockopt::set_tcp_nodelay(fd, options.nodelay)?;
     if let Some(idle) = options.keepalive {
@@ -284,7 +290,8 @@ fn set_tcp_options(fd: BorrowedFd<'_>, options: &ListenerOptions) -> io::Result<
     Ok(())
 }
 
-/// As much of `wanted` as a socket with `old` can still be given, and the names of the options that it cannot.
+/// The part of `wanted` that an open socket with `old` can still get, and the names of the other
+/// options.
 pub(crate) fn changeable(
     old: &ListenerOptions,
     wanted: &ListenerOptions,
@@ -292,7 +299,7 @@ pub(crate) fn changeable(
     let mut options = wanted.clone();
     let mut fixed = Vec::new();
     for (name, place, was) in [
-        // They say how the address is bound.
+        // These options determine how the address is bound.
         ("ipv6_only", &mut options.ipv6_only, old.ipv6_only),
         ("reuse_port", &mut options.reuse_port, old.reuse_port),
         ("free_bind", &mut options.free_bind, old.free_bind),
@@ -301,7 +308,7 @@ pub(crate) fn changeable(
             fixed.push(name);
         }
     }
-    // Once set, the kernel has no way back to its own choice.
+    // The kernel has no way back to its own default.
     for (name, place, was) in [
         ("receive_buffer", &mut options.receive_buffer, old.receive_buffer),
         ("send_buffer", &mut options.send_buffer, old.send_buffer),
@@ -319,7 +326,7 @@ pub(crate) fn changeable(
     (options, fixed)
 }
 
-/// Other options for a socket that is open; for connections accepted from now on.
+/// Changes the options of an open socket, for connections accepted from now on.
 pub(crate) fn change_options(
     fd: BorrowedFd<'_>,
     tcp: bool,
@@ -364,7 +371,8 @@ fn listen_unix(
             }
             _ => match owner(&lock_path) {
                 Some(owner) => RunError::Lock { lock: lock_path.clone(), owner, error },
-                // There is none, and none can be made: what is said of the socket is true of it too.
+                // The directory is missing and cannot be made: the error about the socket describes
+                // this too.
                 None => bind_error(error),
             },
         })?),
@@ -376,7 +384,7 @@ fn listen_unix(
         std::os::unix::fs::chown(path, looks.user, looks.group)?;
         std::fs::set_permissions(path, std::os::unix::fs::PermissionsExt::from_mode(looks.mode))?;
         let made = std::fs::symlink_metadata(path)?;
-        // Only now can anybody connect, and finds the permissions as they should be.
+        // Clients can connect only from here on, so they find the final permissions.
         rustix::net::listen(&fd, i32::try_from(looks.backlog).unwrap_or(i32::MAX))?;
         Ok((fd, made))
     };
@@ -395,14 +403,15 @@ fn listen_unix(
     })
 }
 
-/// The lock file of a socket.
+/// The path of the lock file of a socket.
 fn beside(path: &Path) -> PathBuf {
     let mut name = path.as_os_str().to_owned();
     name.push(".lock");
     name.into()
 }
 
-/// The lock decides between two dispatchers that start at the same moment. Its file stays: removing it would let a third in.
+/// Takes the lock that decides between two dispatchers that start at the same moment. The lock file
+/// stays: removing it would let a third dispatcher take a new lock.
 fn lock(path: &Path) -> io::Result<Flock<File>> {
     let file = File::options()
         .create(true)
@@ -414,7 +423,7 @@ fn lock(path: &Path) -> io::Result<Flock<File>> {
     Flock::lock(file, FlockArg::LockExclusiveNonblock).map_err(|(_, error)| error.into())
 }
 
-/// Removes a socket file that nobody serves any more; refuses one that somebody does, and anything else.
+/// Removes a stale socket file. Refuses a socket that is in use, and a file that is no socket.
 fn remove_stale(
     path: &Path,
     kind: SocketType,
@@ -435,7 +444,7 @@ fn remove_stale(
     };
     let in_use = |holder| Err(RunError::InUse { path: path.to_owned(), holder });
     match connect() {
-        // The program behind it may be of another make and take no lock of ours.
+        // The program that serves the socket may be another kind of program, without this lock.
         Ok(probe) => in_use(Holder::of_socket(&probe)),
         Err(rustix::io::Errno::AGAIN | rustix::io::Errno::PROTOTYPE) => in_use(Holder::Unknown),
         Err(rustix::io::Errno::CONNREFUSED) => {
@@ -454,7 +463,7 @@ fn remove_stale(
     }
 }
 
-/// Says what an error about a path comes from, and what to do.
+/// Explains an error about a path, and what to do.
 fn explain_path(error: io::Error, path: &Path) -> io::Error {
     let directory = path.parent().filter(|parent| !parent.as_os_str().is_empty());
     let directory = directory.unwrap_or(Path::new("."));
@@ -478,13 +487,13 @@ fn explain_path(error: io::Error, path: &Path) -> io::Error {
     io::Error::new(error.kind(), format!("{error} ({hint})"))
 }
 
-/// Who owns a file, and what others may do with it, for people.
+/// The owner and the permissions of a file, for an error message.
 fn owner(path: &Path) -> Option<String> {
     let found = std::fs::symlink_metadata(path).ok()?;
     Some(format!("{}, mode {:04o}", user(found.uid()), found.mode() & 0o7777))
 }
 
-/// A user, for people.
+/// A user's name or number, for an error message.
 fn user(uid: u32) -> String {
     match nix::unistd::User::from_uid(uid.into()) {
         Ok(Some(user)) => format!("user {}", user.name),
@@ -492,7 +501,7 @@ fn user(uid: u32) -> String {
     }
 }
 
-/// The address a socket is bound to, as the configuration would write it.
+/// The address a socket is bound to, in the syntax of the configuration.
 fn local_address(fd: impl AsFd) -> String {
     match rustix::net::getsockname(fd) {
         Err(_) => String::new(),

@@ -1,4 +1,4 @@
-//! Why the dispatcher could not start or go on, in words that say what to do.
+//! Errors that prevent the dispatcher from starting or going on, with a hint for each.
 
 use std::fmt;
 use std::io;
@@ -9,55 +9,55 @@ use std::path::{Path, PathBuf};
 /// Why [`super::run`] failed.
 #[derive(Debug)]
 pub enum RunError {
-    /// This Unix socket is served already.
+    /// Another process serves this Unix socket.
     InUse {
-        /// Its file.
+        /// The socket file.
         path: PathBuf,
-        /// By which process.
+        /// The process that serves it.
         holder: Holder,
     },
     /// The lock file beside a Unix socket could not be opened.
     Lock {
-        /// Its place.
+        /// The path of the lock file.
         lock: PathBuf,
-        /// Whose it is.
+        /// The owner of the lock file.
         owner: String,
-        /// The system's answer.
+        /// The error of the system.
         error: io::Error,
     },
-    /// Something that is not a socket is in the way.
+    /// A file that is no socket is in the way.
     NotASocket(PathBuf),
     /// A listener or Unix socket could not be made.
     Bind {
         /// What was to be made.
         what: String,
-        /// The system's answer.
+        /// The error of the system.
         error: io::Error,
     },
-    /// The configuration names an inherited socket that was not passed, or is of the wrong kind.
+    /// The configuration names an inherited socket that was not passed, or that has the wrong type.
     Inherited(String),
-    /// A system call that everything depends on failed.
+    /// An essential system call failed.
     System {
         /// What was attempted.
         what: &'static str,
-        /// The system's answer.
+        /// The error of the system.
         error: io::Error,
     },
 }
 
-/// The process that has something.
+/// The process that holds a lock or a socket.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub enum Holder {
-    /// This very one.
+    /// This process.
     This,
-    /// This other one: its id and name.
+    /// Another process: its id and name.
     Other(i32, String),
-    /// One that cannot be seen from here.
+    /// A process that is not visible from here.
     Unknown,
 }
 
 impl Holder {
-    /// Of the lock on a file.
+    /// The holder of the lock on a file.
     pub(crate) fn of_lock(path: &Path) -> Holder {
         let (Ok(found), Ok(locks)) =
             (std::fs::symlink_metadata(path), std::fs::read_to_string("/proc/locks"))
@@ -75,7 +75,7 @@ impl Holder {
         pid.into_iter().next().map_or(Holder::Unknown, Holder::of)
     }
 
-    /// Of the other end of a connection.
+    /// The process at the other end of a connection.
     pub(crate) fn of_socket(socket: &OwnedFd) -> Holder {
         let peer = nix::sys::socket::getsockopt(socket, nix::sys::socket::sockopt::PeerCredentials);
         peer.map_or(Holder::Unknown, |peer| Holder::of(peer.pid()))
@@ -85,7 +85,7 @@ impl Holder {
         if u32::try_from(pid) == Ok(std::process::id()) {
             return Holder::This;
         }
-        // Zero and less: in a namespace that cannot be seen from here.
+        // Zero or less: the process is in a namespace that is not visible from here.
         match std::fs::read_to_string(format!("/proc/{pid}/comm")) {
             Ok(name) if pid > 0 => Holder::Other(pid, name.trim_end().to_owned()),
             _ => Holder::Unknown,

@@ -1,6 +1,6 @@
-//! Files of Unix sockets that something else has removed or replaced: nothing can connect any more, and no system call
-//! says so. They are looked at from time to time on a thread that may wait, the status and readiness show those that are
-//! missing, and a reload makes them again.
+//! Watches the files of Unix sockets. If another program removes or replaces a file, no client can
+//! connect any more, and no system call reports it. A thread that may block checks the files
+//! regularly, the status and readiness show missing files, and a reload makes them again.
 
 use std::collections::VecDeque;
 use std::fs::File;
@@ -19,18 +19,18 @@ use crate::background::logger::value;
 /// A socket file that the dispatcher has made.
 #[derive(Clone, Debug)]
 pub struct SocketFile {
-    /// Its place in the file system.
+    /// Its path.
     pub path: PathBuf,
-    /// The device it is on.
+    /// The device of the file.
     pub device: u64,
-    /// What it is there.
+    /// The inode of the file.
     pub inode: u64,
-    /// Keeps other dispatchers away from this path.
+    /// The lock that keeps other dispatchers away from this path.
     pub lock: Arc<Flock<File>>,
 }
 
 impl SocketFile {
-    /// Whether there is no such file any more, or another one in its place. What cannot be looked at is there.
+    /// Whether the file is missing or replaced. A file that cannot be checked counts as present.
     pub fn is_missing(&self) -> bool {
         match std::fs::symlink_metadata(&self.path) {
             Ok(found) => !is(&found, self.device, self.inode),
@@ -41,7 +41,7 @@ impl SocketFile {
         }
     }
 
-    /// Whether its lock file is still the one that is locked.
+    /// Whether the lock file is still the file that this process has locked.
     pub fn is_locked(&self, lock: &Path) -> bool {
         let (Ok(found), Ok(held)) = (std::fs::symlink_metadata(lock), self.lock.metadata()) else {
             return false;
@@ -50,37 +50,39 @@ impl SocketFile {
     }
 }
 
-/// Whether a file is this one.
+/// Whether `found` is this file.
 pub fn is(found: &std::fs::Metadata, device: u64, inode: u64) -> bool {
     (found.dev(), found.ino()) == (device, inode)
 }
 
-/// Most news that wait for the hot thread to ask. Beyond that the oldest are left out.
+/// Most changes that wait for the hot thread. Beyond that the oldest are dropped.
 const MOST_NEWS: usize = 64;
 
-/// What was seen at a look that was not so at the one before.
+/// A change since the check before.
 #[derive(Clone, Debug)]
 pub struct News {
-    /// When.
+    /// The time of the check.
     pub at: SystemTime,
-    /// Which file.
+    /// The file.
     pub file: SocketFileStatus,
-    /// It is there again, or not wanted any more, after so long; `None`: it is missing.
+    /// For how long the file was missing, if it is back or no longer wanted; `None`: it is missing
+    /// now.
     pub missed: Option<Duration>,
 }
 
-/// All of them, and those that are missing. Shared by the hot thread, which says which there are, and the side thread.
+/// All socket files, and the missing ones. The hot thread sets the list; the side thread checks the
+/// files.
 #[derive(Clone, Debug, Default)]
 pub struct SocketFiles {
     state: Arc<Mutex<State>>,
     changed: Arc<Notify>,
-    /// Whether there are news, so that the hot thread rarely touches the lock.
+    /// Whether there are changes, so that the hot thread rarely takes the lock.
     any_news: Arc<AtomicBool>,
 }
 
 #[derive(Debug, Default)]
 struct State {
-    /// What each is for, and the file.
+    /// The purpose and the file of each.
     all: Vec<(String, SocketFile)>,
     missing: Vec<(SystemTime, SocketFileStatus)>,
     news: VecDeque<News>,
@@ -96,23 +98,24 @@ impl State {
 }
 
 impl SocketFiles {
-    /// From now on these are looked at.
+    /// Replaces the list of files to check.
     pub fn set(&self, all: Vec<(String, SocketFile)>) {
         self.lock().all = all;
         self.changed.notify_one();
     }
 
-    /// Waits until others are to be looked at.
+    /// Waits until the list has changed.
     pub(crate) async fn changed(&self) {
         self.changed.notified().await;
     }
 
-    /// Those that were missing at the last look.
+    /// The files that were missing at the last check.
     pub(crate) fn missing(&self) -> Vec<SocketFileStatus> {
         self.lock().missing.iter().map(|(_, file)| file.clone()).collect()
     }
 
-    /// What has changed since the last call, in its order. Never waits: if the lock is taken, it is told the next time.
+    /// The changes since the last call, in order. Never blocks: if the lock is taken, the next call
+    /// returns them.
     pub(crate) fn news(&self) -> Vec<News> {
         if !self.any_news.load(Ordering::Acquire) {
             return Vec::new();
@@ -122,7 +125,7 @@ impl SocketFiles {
         state.news.drain(..).collect()
     }
 
-    /// Looks at all of them, and logs what is new. A file system may be slow.
+    /// Checks all files and logs what has changed. May block on a slow file system.
     pub(crate) fn look(&self) {
         let all = self.lock().all.clone();
         let found: Vec<SocketFileStatus> = all

@@ -17,14 +17,14 @@ pub(crate) struct Inherited {
     sockets: Vec<(String, OwnedFd)>,
 }
 
-/// The variables of the activation protocol; `None` for one that is not set or no text.
+/// The variables of the activation protocol; `None` for a variable that is not set or not UTF-8.
 #[derive(Debug, Default)]
 pub(crate) struct Variables {
-    /// `LISTEN_PID`: whom the others are meant for.
+    /// `LISTEN_PID`: the process that the other variables are meant for.
     pub(crate) pid: Option<String>,
-    /// `LISTEN_FDS`: how many descriptors.
+    /// `LISTEN_FDS`: the number of descriptors.
     pub(crate) count: Option<String>,
-    /// `LISTEN_FDNAMES`: a name for each, with colons between them.
+    /// `LISTEN_FDNAMES`: a name for each descriptor, separated by colons.
     pub(crate) names: Option<String>,
 }
 
@@ -41,10 +41,12 @@ impl Variables {
         }
     }
 
-    /// What is announced to the process `own`: all of it, or an error if any of it cannot be true.
+    /// The descriptors announced to the process `own`: all of them, or an error if any announcement
+    /// cannot be true.
     ///
-    /// `passed` says whether a number really is a descriptor that came from another program. The first that is not
-    /// ends the search, so it takes no longer than there are descriptors, whatever the variables say.
+    /// `passed` says whether a number is a descriptor that another program passed. The first number
+    /// that is not ends the search, so its time is bounded by the number of descriptors, whatever
+    /// the variables contain.
     pub(crate) fn announced(
         &self,
         own: u32,
@@ -59,7 +61,7 @@ impl Variables {
         }
         let count: RawFd = count.parse().map_err(|_| "LISTEN_FDS is not a number".to_owned())?;
         let numbers = match FIRST.checked_add(count) {
-            // Names of nothing mean nothing.
+            // Names without descriptors have no meaning.
             Some(end) if end == FIRST => return Ok(Vec::new()),
             Some(end) if end > FIRST => FIRST..end,
             Some(_) | None => return Err("LISTEN_FDS is not a number of descriptors".to_owned()),
@@ -75,7 +77,7 @@ impl Variables {
             passed(number).map_err(|error| {
                 format!("LISTEN_FDS={count}, but descriptor {number} was not passed: {error}")
             })?;
-            // What systemd calls those without a name.
+            // systemd gives this name to descriptors without a name.
             let name = names.as_mut().map_or(Some("unknown"), Iterator::next).unwrap_or_default();
             found.push((number, name.to_owned()));
         }
@@ -84,9 +86,10 @@ impl Variables {
 }
 
 impl Inherited {
-    /// Takes what `LISTEN_PID`, `LISTEN_FDS` and `LISTEN_FDNAMES` announce for this very process.
+    /// Takes the descriptors that `LISTEN_PID`, `LISTEN_FDS` and `LISTEN_FDNAMES` announce for this
+    /// process.
     ///
-    /// Variables meant for another process, or that make no sense, mean that nothing was passed.
+    /// Variables that are meant for another process or cannot be true announce nothing.
     pub(crate) fn from_environment() -> Inherited {
         let announced = Variables::of_this_process().announced(std::process::id(), sys::was_passed);
         let announced = match announced {
@@ -112,12 +115,12 @@ impl Inherited {
         Inherited { sockets }
     }
 
-    /// Those that no listener has claimed, with their names.
+    /// The names of the sockets that no listener has claimed.
     pub(crate) fn names(&self) -> impl Iterator<Item = (&str, &OwnedFd)> {
         self.sockets.iter().map(|(name, fd)| (name.as_str(), fd))
     }
 
-    /// Takes every listening socket of this name; there is at least one, and all are of the type wanted.
+    /// Takes all listening sockets of this name: at least one, and all of the wanted type.
     pub(crate) fn take(
         &mut self,
         name: &str,
@@ -143,8 +146,8 @@ impl Inherited {
         found.into_iter().map(|(_, fd)| check(name, fd, wanted)).collect()
     }
 
-    /// What nobody asked for; said once, because it is most often a misspelt name. Those that clients can connect to are
-    /// kept: a reload may ask for them.
+    /// The sockets that no listener has claimed, logged once, because the usual cause is a misspelt
+    /// name. Sockets that clients can connect to are kept: a reload may claim them.
     pub(crate) fn finish(self) -> Vec<Listening> {
         let mut unused = Vec::new();
         for (name, fd) in self.sockets {
@@ -186,7 +189,7 @@ mod tests {
 
     const OWN: u32 = 7;
 
-    /// A process to which 3 and 4 were passed, and which has opened 5 by itself.
+    /// A process that was passed 3 and 4, and that has opened 5 itself.
     fn passed(number: RawFd) -> io::Result<()> {
         match number {
             3 | 4 => Ok(()),
@@ -223,7 +226,8 @@ mod tests {
 
     #[test]
     fn what_was_not_passed_is_never_taken() {
-        // One more than was passed is one of our own; all of it is wrong then.
+        // One more than was passed is a descriptor of the process itself: the whole announcement is
+        // wrong.
         assert!(announced("7", "3", None).unwrap_err().contains("descriptor 5"));
         for count in ["100000", "2147483644", "2147483645", "4294967293", "-1", "", " 2", "2.0"] {
             assert!(announced("7", count, None).is_err(), "{count}");

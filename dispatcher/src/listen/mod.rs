@@ -1,4 +1,5 @@
-//! Listening sockets: binds them, takes those that a service manager passes, and looks after the files of Unix sockets.
+//! Listening sockets: binds them, takes those that a service manager passes, and watches the files
+//! of Unix sockets.
 
 pub(crate) mod bind;
 pub mod error;

@@ -1,9 +1,9 @@
-//! What a running dispatcher cannot follow.
+//! Settings that a running dispatcher cannot change.
 
 use crate::config::Config;
 
-/// Differences that a running dispatcher cannot follow: workers and operators connect there, and sockets that are given
-/// up would strand them.
+/// The changed settings that need a restart. Workers and operators connect to these sockets;
+/// replacing them would strand both.
 pub(super) fn fixed(old: &Config, new: &Config) -> Vec<String> {
     let mut keys = Vec::new();
     let ends = [

@@ -1,11 +1,12 @@
-//! Another configuration while everything goes on.
+//! Replaces the configuration of a running dispatcher, in two steps.
 //!
-//! Two halves. [`prepare`] runs on the side thread: it reads the file, compares it with what is in force, and binds what is
-//! new. Whatever can fail does so there, when nothing has changed yet. `EventLoop::reload` then puts the result into force, in
-//! one turn of the hot thread, without waiting for anything.
+//! [`prepare`] runs on the side thread: it reads the file, compares it with the configuration in
+//! force, and binds new sockets. Everything that can fail happens there, before anything has
+//! changed. `EventLoop::reload` then puts the result into force in one turn of the hot thread,
+//! without waiting.
 //!
-//! The event loop's tables of pools and listeners are by id, like the core's: entries that were taken out stay until the core uses
-//! them for others.
+//! The event loop's tables of pools and listeners are by id, like the core's: removed entries stay
+//! until the core uses their ids again.
 
 mod fixed;
 mod plan;
@@ -28,23 +29,23 @@ use crate::listen::files::SocketFile;
 use crate::listen::inherit::Inherited;
 use dispatcher_core::{AccessControl, ListenerId, PoolId};
 
-/// What is in force, as the side thread sees it.
+/// The configuration and sockets in force, as the side thread sees them.
 #[derive(Debug)]
 pub struct InForce {
-    /// Counts reloads: a plan is made for one of these.
+    /// The number of reloads so far: a plan is valid for exactly this number.
     pub(crate) generation: u64,
-    /// Its pools and listeners by id.
+    /// Pools and listeners by id.
     pub(crate) config: Config,
-    /// Files of sockets that it has made.
+    /// The socket files that the dispatcher has made.
     pub(crate) files: Vec<(Socket, SocketFile)>,
-    /// Those of them that were not taken out.
+    /// The pools that are not removed.
     pub(crate) pools: Vec<PoolId>,
     pub(crate) listeners: Vec<ListenerId>,
-    /// Sockets that were taken out and are still there.
+    /// Sockets of removed listeners that are still open.
     pub(crate) reusable: Vec<Reusable>,
 }
 
-/// What a socket is for.
+/// The purpose of a socket.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(crate) enum Socket {
     Dispatch,
@@ -52,13 +53,14 @@ pub(crate) enum Socket {
     Listener(ListenerId),
 }
 
-/// A socket that a reload may use again, for the side thread.
+/// A socket that a reload may use again, as the side thread sees it.
 #[derive(Debug)]
 pub(crate) struct Reusable {
-    /// As it was configured.
+    /// The configured address.
     pub(crate) address: Address,
     pub(crate) options: ListenerOptions,
-    /// A duplicate, so that it stays open whatever becomes of ours meanwhile; `None` for one that stays anyway.
+    /// A duplicate that keeps the socket open if the event loop closes it meanwhile; `None` for a
+    /// socket that stays open anyway.
     pub(crate) listening: Option<Listening>,
 }
 
@@ -69,13 +71,13 @@ impl Reusable {
     }
 }
 
-/// A reload that can be carried out.
+/// A reload that is ready to be carried out.
 #[derive(Debug)]
 pub struct Plan {
     pub(crate) generation: u64,
-    /// Sockets whose file was removed, made again.
+    /// Sockets made again because their files were removed.
     pub(crate) again: Vec<(Socket, Listening)>,
-    /// The admin socket among them: it is served on the side thread.
+    /// The admin socket among them: the side thread serves it.
     pub(crate) admin: Option<UnixListener>,
     pub(crate) pools: Vec<(PoolStep, Pool)>,
     pub(crate) listeners: Vec<(ListenerStep, Rules, Listener)>,
@@ -96,49 +98,52 @@ pub(crate) enum PoolStep {
 
 #[derive(Debug)]
 pub(crate) enum ListenerStep {
-    /// The same one, perhaps with other options or other rules.
+    /// The same listener, perhaps with other options or rules.
     Keep(ListenerId),
-    /// The socket of this one, under another name or for another pool.
+    /// The socket of this listener, under another name or for another pool.
     TakeOver(ListenerId),
-    /// A new one.
+    /// A new listener.
     Open(Vec<Listening>),
-    /// A new one, with a socket that is being taken out.
+    /// A new listener with the socket of a listener that is being removed.
     TakeBack(Listening),
-    /// A new one, with the sockets of this name that a service manager passed and no listener has.
+    /// A new listener with the sockets of this name that a service manager passed and no listener
+    /// uses.
     TakeKept(String),
 }
 
-/// Who may come in at a listener.
+/// The access rules of a listener.
 #[derive(Debug)]
 pub(crate) enum Rules {
-    /// As before: what is known of clients stays.
+    /// The same rules: what is known of clients stays.
     Same,
-    /// Its table may take long to make.
+    /// New rules. Allocating their table may take long.
     New(Option<Box<AccessControl>>),
 }
 
 impl Plan {
-    /// What it is going to do.
+    /// The changes that this plan makes.
     pub fn reloaded(&self) -> &Reloaded {
         &self.reloaded
     }
 
-    /// Permission bits of socket files that are to change. Left to the side thread: a file system may be slow.
+    /// Permission bits of socket files to change. The side thread does it: a file system may be
+    /// slow.
     pub fn take_modes(&mut self) -> Vec<(PathBuf, u32)> {
         std::mem::take(&mut self.modes)
     }
 
-    /// The admin socket, if it was made again. Left to the side thread, too.
+    /// The admin socket, if it was made again. The side thread serves it.
     pub fn take_admin(&mut self) -> Option<UnixListener> {
         self.admin.take()
     }
 
-    /// By which names it may be asked over TCP. Left to the side thread too.
+    /// The host names under which the admin interface may be requested over TCP, for the side
+    /// thread.
     pub fn admin_http_hosts(&self) -> &[String] {
         &self.admin_http_hosts
     }
 
-    /// How much is to be logged. Left to the side thread too.
+    /// The log level, for the side thread.
     pub fn log_level(&self) -> log::LevelFilter {
         self.limits.log_level
     }
@@ -148,10 +153,11 @@ fn refused(message: impl Into<String>) -> CommandError {
     CommandError::new(Problem::Config, message)
 }
 
-/// Reads the configuration again and gets everything ready. May take its time; changes nothing.
+/// Reads the configuration again and prepares everything. May block; changes nothing.
 ///
 /// # Errors
-/// When the file has a mistake, or something in it cannot be had.
+///
+/// When the file has a mistake, or a resource is not available.
 pub fn prepare(now: &InForce) -> Result<Plan, CommandError> {
     let Some(file) = &now.config.file else {
         return Err(CommandError::new(
@@ -217,12 +223,12 @@ fn plan(now: &InForce, new: Config) -> Result<Plan, CommandError> {
     })
 }
 
-/// Where choices by lot come from: dispatchers that start at the same time must not all choose the same workers.
+/// A random seed: dispatchers that start at the same time must not all choose the same workers.
 pub(crate) fn seed() -> u64 {
     let mut bytes = [0; 8];
     match rustix::rand::getrandom(&mut bytes, rustix::rand::GetRandomFlags::empty()) {
         Ok(_) => u64::from_ne_bytes(bytes),
-        // Another moment is another seed too.
+        // The time makes the seed different.
         Err(_) => {
             let now = rustix::time::clock_gettime(rustix::time::ClockId::Monotonic);
             now.tv_nsec.unsigned_abs()

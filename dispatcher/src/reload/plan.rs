@@ -1,8 +1,9 @@
-//! What a reload will do, step by step: worked out, and its sockets opened, before anything changes.
+//! Plans the steps of a reload and opens its sockets before anything changes.
 
 use super::*;
 
-/// Makes sockets again whose file was removed. One that cannot be made stays as it is, and is named.
+/// Makes sockets again whose files were removed. A socket that cannot be made again stays as it is
+/// and is reported.
 pub(super) fn make_again(
     now: &InForce,
     listeners: &Steps,
@@ -83,7 +84,7 @@ pub(super) fn plan_listeners(
         .iter()
         .filter_map(|id| Some((*id, now.config.listeners.get(usize::from(id.0))?)))
         .collect();
-    // By name first: several may have the same address, with port 0.
+    // By name first: several listeners may have the same address, with port 0.
     let mut found: Vec<Option<(ListenerId, &Listener)>> = Vec::with_capacity(new.listeners.len());
     for wanted in &new.listeners {
         let same = |(_, old): &(ListenerId, &Listener)| {
@@ -117,7 +118,7 @@ pub(super) fn plan_listeners(
             ));
         }
     }
-    // Last, because it is the first thing that anybody could notice.
+    // Last, because clients could notice it.
     for (step, _, listener) in &mut steps {
         if let ListenerStep::Open(made) = step {
             *made = listen(now, listener).map_err(|error| not_opened(now, listener, &error))?;
@@ -126,7 +127,8 @@ pub(super) fn plan_listeners(
     Ok((steps, rest.iter().map(|(id, _)| *id).collect()))
 }
 
-/// One that is not there yet. Its socket may be: of a listener that was taken out before.
+/// Plans a listener that does not exist yet. Its socket may exist: a removed listener may still
+/// have it.
 pub(super) fn plan_new(
     now: &InForce,
     wanted: &Listener,
@@ -159,11 +161,11 @@ pub(super) fn plan_new(
     }
 }
 
-/// How long the address of a listener that was taken out may still be in use, and how long the lock of its socket file.
+/// How long the address of a removed listener may still be in use, and the lock of its socket file.
 const ADDRESS_KEPT: Duration = Duration::from_secs(3);
 const LOCK_KEPT: Duration = Duration::from_millis(500);
 
-/// Opens a listener's address. What had it before may be just about to let go of it.
+/// Opens a listener's address. Its former owner may be about to release it.
 pub(super) fn listen(now: &InForce, listener: &Listener) -> Result<Vec<Listening>, RunError> {
     let began = Instant::now();
     let patience = if now.reusable.is_empty() { LOCK_KEPT } else { ADDRESS_KEPT };
@@ -177,7 +179,7 @@ pub(super) fn listen(now: &InForce, listener: &Listener) -> Result<Vec<Listening
     }
 }
 
-/// One whose socket is there already.
+/// Plans a listener whose socket exists.
 pub(super) fn plan_known(
     now: &InForce,
     new: &Config,
@@ -187,7 +189,7 @@ pub(super) fn plan_known(
 ) -> (ListenerStep, Rules, Listener) {
     let (options, fixed) = match &wanted.address {
         Address::Tcp(_) => bind::changeable(&old.options, &wanted.options),
-        // What else there is changes at any time, or is systemd's business.
+        // The other options can change at any time, or are set by systemd.
         Address::Unix(_) | Address::Systemd(_) => (wanted.options.clone(), Vec::new()),
     };
     let name = &wanted.name;
@@ -214,7 +216,7 @@ pub(super) fn new_rules(listener: &Listener) -> Rules {
     Rules::New(AccessControl::new(listener.access_rules.clone(), seed()))
 }
 
-/// The socket file of one that stays, and its permission bits if they are to be others.
+/// The socket file of a listener that stays, and its new permission bits if they change.
 pub(super) fn new_mode(
     now: &InForce,
     step: &ListenerStep,
@@ -253,7 +255,7 @@ fn not_opened(now: &InForce, listener: &Listener, error: &RunError) -> CommandEr
     refused(format!("listener `{name}`: {error}")).hint("nothing was changed")
 }
 
-/// Which socket of ours keeps an address.
+/// Which listener of the dispatcher has an address.
 pub(super) fn own_listener(now: &InForce, wanted: std::net::SocketAddr) -> Option<String> {
     let overlaps = |own: &std::net::SocketAddr| {
         let (own_ip, ip) = (own.ip().to_canonical(), wanted.ip().to_canonical());

@@ -1,4 +1,4 @@
-//! The threads that close, and what they do with what they are given.
+//! The closing threads and their work.
 
 use std::collections::VecDeque;
 use std::io::IoSliceMut;
@@ -20,32 +20,33 @@ use super::{Copy, Owner, Shared, State, Task};
 use crate::background::restart;
 use dispatcher_core::WorkerId;
 
-/// While it naps, the first closer needs no wake-up: so the hot thread pays for none while there is much to close.
+/// While the first closer naps it needs no wake-up, so the hot thread pays for none while there is
+/// much to close.
 const NAP: Duration = Duration::from_millis(1);
 
-/// So many naps without work are followed by sleep.
+/// After so many naps without work the first closer sleeps.
 const NAPS: u32 = 2;
 
-/// A thread of the slow lane that has had nothing to do for so long ends.
+/// A thread of the slow lane that was idle for this long ends.
 const IDLE: Duration = Duration::from_secs(10);
 
 /// The most descriptors that the kernel lets a message carry.
 const MOST_FDS: usize = 253;
 
-/// What one round of a closer works on. Kept, so that a warm closer allocates nothing, and one that has panicked goes on
-/// where it was.
+/// The work of one round of a closer. The buffers are reused, so that a warm closer allocates
+/// nothing and a closer that has panicked continues where it was.
 #[derive(Default)]
 struct Round {
     /// In reverse order.
     copies: Vec<Copy>,
     /// In reverse order.
     tasks: Vec<Task>,
-    /// The board of the copy before.
+    /// The scoreboard of the copy before.
     board: Option<Arc<Scoreboard>>,
     slow: Vec<(Owner, Job)>,
-    /// For the second closer: what it closes although it may linger.
+    /// For the second closer: descriptors that it closes although the close may linger.
     last: VecDeque<(OwnedFd, Option<Slot>)>,
-    /// Taken out of the above and not yet counted as closed.
+    /// Taken from the lists above and not yet counted as closed.
     closed: usize,
 }
 
@@ -91,7 +92,7 @@ fn first_rounds(shared: &Arc<Shared>, member: &Member, round: &mut Round) {
     }
 }
 
-/// The second closer: called while the first does not get on.
+/// The second closer: works while the first makes no progress.
 pub(super) fn second(shared: &Arc<Shared>) {
     let member = shared.enter();
     let mut round = Round::default();
@@ -125,12 +126,13 @@ fn second_rounds(shared: &Arc<Shared>, member: &Member, round: &mut Round) {
 fn take(state: &mut State, round: &mut Round) {
     std::mem::swap(&mut state.copies, &mut round.copies);
     std::mem::swap(&mut state.tasks, &mut round.tasks);
-    // So that each is taken out before it is closed: one that panics is not met again.
+    // Each entry is taken out before it is closed, so an entry that causes a panic is not met
+    // again.
     round.copies.reverse();
     round.tasks.reverse();
 }
 
-/// Closes what does not linger; the rest goes to the slow lane.
+/// Closes what does not linger; passes the rest to the slow lane.
 fn work(shared: &Arc<Shared>, member: &Member, round: &mut Round) {
     while let Some(Copy { fd, board: another, slot, seq, worker }) = round.copies.pop() {
         round.closed += 1;
@@ -145,7 +147,8 @@ fn work(shared: &Arc<Shared>, member: &Member, round: &mut Round) {
         }
         member.next();
         drop(fd);
-        // Only now: a worker that closes before shuts the connection down, because a copy of ours was left.
+        // After the close: a worker that closes before this finds the slot not released and shuts
+        // the connection down.
         if let Some(slot) = board.slot(slot) {
             slot::release(slot, seq);
         }
@@ -161,7 +164,7 @@ fn work(shared: &Arc<Shared>, member: &Member, round: &mut Round) {
             Task::Close(fd) => drop(fd),
             Task::End { fd, response, owner: None } => {
                 end(&fd, response.as_deref());
-                // A listener that was passed to us can have had linger set.
+                // A listener that a service manager passed can have linger set.
                 match lingers(&fd) {
                     true => round.put_off(Owner::Other, Job::Close(fd, None)),
                     false => drop(fd),
@@ -192,20 +195,21 @@ fn work(shared: &Arc<Shared>, member: &Member, round: &mut Round) {
 }
 
 impl Round {
-    /// To the slow lane, where it is counted.
+    /// Passes a job to the slow lane, which counts it.
     fn put_off(&mut self, owner: Owner, job: Job) {
         self.slow.push((owner, job));
         self.closed -= 1;
     }
 }
 
-/// Linger takes no lock to look at, and a descriptor that is no socket has none.
+/// Whether a close would linger. Reading the option takes no lock; a descriptor that is no socket
+/// has no linger.
 fn lingers(fd: &OwnedFd) -> bool {
     matches!(socket_linger(fd), Ok(Some(linger)) if linger > Duration::ZERO)
 }
 
-/// Has threads of the slow lane begin what can be begun. Gives how many threads it can have: fewer than it may if the system
-/// has none left.
+/// Starts threads of the slow lane for the jobs that are ready. Returns how many threads it can
+/// have: fewer than allowed if the system has none left.
 fn call_slow(shared: &Arc<Shared>, state: &mut State) -> usize {
     let most = shared.most_threads.load(Ordering::Relaxed);
     if !state.slow.is_ready() {
@@ -218,7 +222,7 @@ fn call_slow(shared: &Arc<Shared>, state: &mut State) -> usize {
     if state.slow.threads < most {
         let theirs = Arc::clone(shared);
         let thread = std::thread::Builder::new().name("closer-slow".to_owned());
-        // Without a thread for it the watchdog tries again at its next look.
+        // If no thread can be made, the watchdog tries again at its next check.
         if thread.spawn(move || slow(&theirs)).is_err() {
             return state.slow.threads;
         }
@@ -227,7 +231,8 @@ fn call_slow(shared: &Arc<Shared>, state: &mut State) -> usize {
     most
 }
 
-/// The watchdog's part: more threads if those there are do not suffice, and what happens when all are held up.
+/// The watchdog's check of the slow lane: starts threads if needed, and handles the case that all
+/// threads are blocked.
 pub(super) fn look_after_slow(shared: &Arc<Shared>, state: &mut State) {
     if !state.slow.has_work() {
         return;
@@ -237,7 +242,8 @@ pub(super) fn look_after_slow(shared: &Arc<Shared>, state: &mut State) {
     if held_up < most {
         return;
     }
-    // All of them are in calls that no signal ends. The closer closes what waits; a lingering close is interrupted.
+    // All threads are in calls that no signal ends. The second closer closes the waiting
+    // descriptors; a lingering close is interrupted.
     for job in state.slow.take_all() {
         match job {
             Job::Close(fd, slot) => state.last.push_back((fd, slot)),
@@ -248,7 +254,7 @@ pub(super) fn look_after_slow(shared: &Arc<Shared>, state: &mut State) {
             Job::Purge(worker, retained, _) => {
                 shared.left_out.fetch_add(1, Ordering::Relaxed);
                 report(shared, worker);
-                // To be dropped when there is a thread for it; it may be the last reference to the channel.
+                // Dropped when a thread is free; it may be the last reference to the channel.
                 state.slow.push(Owner::Other, Job::Drop(Box::new(retained)));
             }
             Job::Drop(rubbish) => state.slow.push(Owner::Other, Job::Drop(rubbish)),
@@ -261,7 +267,8 @@ fn close(member: &Member, fd: OwnedFd, slot: Option<&Slot>) {
     member.next();
     drop(fd);
     member.end();
-    // Only now: a worker that closes before shuts the connection down, because a copy of ours was left.
+    // After the close: a worker that closes before this finds the slot not released and shuts the
+    // connection down.
     if let Some(slot) = slot {
         slot.release();
     }
@@ -324,7 +331,7 @@ fn carry_out_one(shared: &Arc<Shared>, member: &Member, job: Job) {
             report(shared, worker);
             member.next();
             drop(retained);
-            // Each goes to the lane it belongs to.
+            // Each descriptor goes to its lane.
             shared.put(fds.into_iter().map(Task::Close).collect());
         }
         Job::Drop(rubbish) => drop(rubbish),
@@ -337,14 +344,14 @@ fn unlinger_if_crowded(shared: &Shared, fd: &OwnedFd) {
     }
 }
 
-/// Hands the hot thread a worker whose channel is empty.
+/// Reports to the hot thread that a worker's channel is empty.
 fn report(shared: &Shared, worker: WorkerId) {
     if shared.purged.sender.send(worker).is_ok() {
         (shared.purged.wake)();
     }
 }
 
-/// Receives everything in a worker's channel; bounded by what it can hold.
+/// Receives everything in a worker's channel; bounded by the channel's capacity.
 fn purge(member: &Member, retained: &OwnedFd, most: u32) -> Vec<OwnedFd> {
     let mut record = [0; MAX_CHANNEL_RECORD];
     let mut space = [MaybeUninit::uninit(); rustix::cmsg_space!(ScmRights(MOST_FDS))];
@@ -373,10 +380,10 @@ fn purge(member: &Member, retained: &OwnedFd, most: u32) -> Vec<OwnedFd> {
     fds
 }
 
-/// Tells a client what there is to tell, without waiting for it, and ends the connection.
+/// Sends the response to a client, without waiting, and ends the connection.
 ///
-/// Bytes the client has already sent are discarded: closing with unread bytes resets the connection, and the reset can
-/// overtake the response.
+/// Bytes that the client has already sent are discarded: closing with unread bytes resets the
+/// connection, and the reset can overtake the response.
 fn end(fd: &OwnedFd, response: Option<&[u8]>) {
     if let Some(response) = response {
         let _ = rustix::net::send(fd, response, SendFlags::DONTWAIT | SendFlags::NOSIGNAL);

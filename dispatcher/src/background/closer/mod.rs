@@ -1,23 +1,28 @@
-//! Closing descriptors, and everything else that touches a description which another process holds or has prepared.
+//! Closes descriptors, and makes every other call on a socket that another process may hold.
 //!
-//! The process that drops the last reference to a socket executes its lingering close, in the thread that closes; and
-//! `setsockopt`, `shutdown`, `send` and `recv` wait for the socket's lock, which a process inside `send` can hold for as
-//! long as it likes. So the hot thread does none of this. It gathers descriptors and tasks during a turn and hands them
-//! over once, with at most one wake-up, and none while the first closer is awake.
+//! The close of the last reference to a socket may linger in the closing thread. `setsockopt`,
+//! `shutdown`, `send` and `recv` wait for the socket's lock, which a process inside `send` can hold
+//! for any time. So the hot thread makes none of these calls. It gathers tasks during a turn and
+//! hands them over once, with at most one wake-up, and with none while the first closer is awake.
 //!
-//! | thread | does | can be held up |
-//! |---|---|---|
-//! | first closer | closes what does not linger, then writes RELEASED; sorts the rest into the slow lane | by a linger set between its look and its close: until the watchdog interrupts it |
-//! | second closer | the same while the first does not get on, and the slow lane's closes while all of it is held up | likewise |
-//! | slow lane, one thread and more on demand | lingering closes, clients told why they are turned away, purges | by the peer whose descriptor it is; one thread for each peer at most |
-//! | watchdog | interrupts whoever does not get on, calls the second closer, starts threads of the slow lane | by nothing |
+//! - The first closer closes what does not linger, then writes RELEASED; it passes the rest to the
+//!   slow lane. A linger set between its check and its close blocks it until the watchdog
+//!   interrupts it.
+//! - The second closer does the same while the first makes no progress, and the closes of the slow
+//!   lane while all its threads are blocked.
+//! - The slow lane (one thread, and more on demand) does lingering closes, responses to clients
+//!   that are turned away, and purges. The peer of a descriptor can block it: at most one thread
+//!   for each peer.
+//! - The watchdog interrupts threads without progress, calls the second closer, and starts threads
+//!   of the slow lane. Nothing blocks it.
 //!
-//! `getsockopt(SO_LINGER)` takes no lock. `close` takes one, but only if it is the last, and then nobody else has it; the
-//! wait that follows is ended by a signal. A thread of the slow lane can thus be held up for good only by a task that a
-//! close does not need (clearing linger, telling, purging). If all of them are, such tasks are left out: the closers close
-//! what waits for the slow lane, and each close ends by an interruption. So what waits always becomes less.
+//! `getsockopt(SO_LINGER)` takes no lock. `close` takes one only for the last reference, when no
+//! other process has the socket, and a signal ends the wait that follows. So only a task that is
+//! more than a close (clearing linger, a response, a purge) can block a thread of the slow lane for
+//! good. If all threads are blocked, such tasks are dropped: the closers close the waiting
+//! descriptors, and an interruption ends each close. So the number of waiting tasks always shrinks.
 //!
-//! A panic ends none of these threads: it is reported, and the thread goes on with what it had.
+//! A panic ends none of these threads: it is logged, and the thread continues with its state.
 
 mod lanes;
 mod slow;
@@ -47,84 +52,86 @@ mod tests;
 pub struct Bounds {
     /// `closing_threads`: most threads of the slow lane.
     pub threads: u32,
-    /// `max_closing`: with more descriptors than this waiting, linger is cleared before a close; with twice as many, no
-    /// client is accepted.
+    /// `max_closing`: if more descriptors wait, linger is cleared before a close; if twice as many
+    /// wait, no client is accepted.
     pub waiting: u32,
 }
 
-/// The copy of a connection that a worker has.
+/// The dispatcher's copy of a connection that a worker has taken.
 #[derive(Debug)]
 struct Copy {
     fd: OwnedFd,
-    /// `None`: that of the copy before.
+    /// `None`: the scoreboard of the copy before.
     board: Option<Arc<Scoreboard>>,
     slot: u32,
     seq: u64,
     worker: u64,
 }
 
-/// Whose descriptor it is: one thread of the slow lane for each at a time.
+/// The owner of a descriptor: the slow lane has at most one thread for each owner.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord)]
 pub enum Owner {
     /// A worker, by the serial number of its id.
     Worker(u64),
-    /// A client that never was at a worker, or anything else; each is one of its own.
+    /// A client that was never sent to a worker, or anything else; each is an owner of its own.
     Other,
 }
 
-/// Something to do with a descriptor besides closing it.
+/// A task for a descriptor.
 #[derive(Debug)]
 pub enum Task {
     /// Close it.
     Close(OwnedFd),
-    /// A client is turned away: send it `response`, if there is one, end the connection in both directions for everybody
-    /// that has a copy, and close it.
+    /// Turn a client away: send `response`, if there is one, shut the connection down in both
+    /// directions for every process that has a copy, and close it.
     End {
         /// The client.
         fd: OwnedFd,
         /// The pool's `unavailable_response`.
         response: Option<Arc<[u8]>>,
-        /// Who may hold its lock. `None` for a TCP client that never was at a worker: then nothing can block.
+        /// The owner that may hold the socket's lock. `None` for a TCP client that was never sent
+        /// to a worker: then no call can block.
         owner: Option<Owner>,
     },
     /// Empty a worker's channel through the retained end, then report the worker as purged.
     Purge {
-        /// Whose channel.
+        /// The worker.
         worker: WorkerId,
-        /// The end of it that the worker has, too.
+        /// The dispatcher's duplicate of the worker's end.
         retained: Arc<OwnedFd>,
-        /// Most records that can be in it.
+        /// Most records that the channel can hold.
         most: u32,
     },
-    /// Drop it: a channel with what is queued in it, a listening socket.
+    /// Drop an object: a channel with its queue, or a listening socket.
     Drop(Owner, Box<dyn Rubbish>),
     /// A defect in the closer itself.
     #[cfg(test)]
     Panic,
 }
 
-/// What can be dropped anywhere.
+/// An object that any thread may drop.
 pub trait Rubbish: Send + std::fmt::Debug {}
 impl<T: Send + std::fmt::Debug> Rubbish for T {}
 
-/// How it stands; for the status.
+/// The state of the closers, for the status.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
 pub struct Closing {
-    /// Descriptors that wait to be closed, or are being closed.
+    /// Descriptors that wait to be closed or are being closed.
     pub waiting: u64,
-    /// Times a thread was interrupted because it did not get on.
+    /// Interruptions of threads that made no progress.
     pub interrupted: u64,
-    /// Tasks left out because all threads of the slow lane were held up.
+    /// Tasks dropped because all threads of the slow lane were blocked.
     pub left_out: u64,
 }
 
-/// The hot thread's side: gathers, and hands over.
+/// The hot thread's side: gathers tasks and hands them over.
 #[derive(Debug)]
 pub struct Closers {
     shared: Arc<Shared>,
     copies: Vec<Copy>,
     tasks: Vec<Task>,
-    /// Where the board of the last copy is that was gathered since the last hand-over; only compared.
+    /// The address of the scoreboard of the last copy gathered since the last hand-over; only
+    /// compared.
     board: usize,
 }
 
@@ -164,13 +171,14 @@ struct State {
     copies: Vec<Copy>,
     tasks: Vec<Task>,
     slow: Slow,
-    /// What waited for the slow lane when all of it was held up: closed by the second closer, each close interrupted.
+    /// Jobs of the slow lane when all its threads were blocked: the second closer closes them, and
+    /// each close is interrupted.
     last: VecDeque<(OwnedFd, Option<Slot>)>,
-    /// The second closer is called.
+    /// The second closer has been called.
     called: bool,
     /// The first closer sleeps until it is woken.
     asleep: bool,
-    /// The first closer naps: it comes by itself, and is called if there is much to do.
+    /// The first closer naps: it wakes by itself, or is woken if there is much to close.
     napping: bool,
     /// The watchdog is awake.
     watching: bool,
@@ -186,17 +194,19 @@ impl State {
     }
 }
 
-/// So many copies are worth waking the first closer from a nap. Less than the connections that go to a worker before a slot
-/// is used again.
+/// So many copies justify waking the first closer from a nap. Fewer than the connections that a
+/// worker gets before a slot is used again.
 const MANY: usize = 64;
 
-/// Room made beforehand, so that the hot thread allocates nothing for a usual turn.
+/// Capacity reserved beforehand, so that the hot thread allocates nothing in a usual turn.
 const ROOM: usize = 1024;
 
 impl Closers {
-    /// Starts the closers and the watchdog. `purged` and then `wake` are called when a purge is done.
+    /// Starts the closers and the watchdog. `purged` and then `wake` are called when a purge is
+    /// done.
     ///
     /// # Errors
+    ///
     /// When the system has no thread left.
     pub fn start(bounds: Bounds, purged: Sender<WorkerId>, wake: Wake) -> io::Result<Closers> {
         sys::handle_interrupts()?;
@@ -239,19 +249,20 @@ impl Closers {
         start("closer-1", lanes::first)?;
         start("closer-2", lanes::second)?;
         start("watchdog", watchdog::run)?;
-        // One is there from the start: later there may be no thread for it.
+        // One thread starts here: later the system may have no thread left.
         closers.shared.lock().slow.threads = 1;
         start("closer-slow", lanes::slow)?;
         Ok(closers)
     }
 
-    /// Other bounds, from now on.
+    /// Changes the bounds.
     pub fn set_bounds(&self, bounds: Bounds) {
         self.shared.most_threads.store(bounds.threads.max(1) as usize, Ordering::Relaxed);
         self.shared.most_waiting.store(bounds.waiting.max(1) as usize, Ordering::Relaxed);
     }
 
-    /// Closes the copy of a connection that the worker has taken, and then writes RELEASED into its slot.
+    /// Closes the dispatcher's copy of a connection that the worker has taken, then marks its slot
+    /// RELEASED.
     pub fn release(
         &mut self,
         fd: OwnedFd,
@@ -264,12 +275,12 @@ impl Closers {
         self.copies.push(Copy { fd, board, slot, seq, worker: worker.serial });
     }
 
-    /// Has something else done.
+    /// Adds a task.
     pub fn task(&mut self, task: Task) {
         self.tasks.push(task);
     }
 
-    /// Hands over what has been gathered. False if the closers have the queue at this very moment: try again soon.
+    /// Hands over what was gathered. False if the queue is locked at this moment: try again soon.
     pub fn hand_over(&mut self) -> bool {
         let count = self.copies.len() + self.tasks.len();
         if count == 0 {
@@ -293,18 +304,18 @@ impl Closers {
         true
     }
 
-    /// So many descriptors wait to be closed that no others should be accepted.
+    /// Whether so many descriptors wait that no client should be accepted.
     pub fn is_full(&self) -> bool {
         let most = self.shared.most_waiting.load(Ordering::Relaxed);
         self.shared.waiting.load(Ordering::Relaxed) > most.saturating_mul(2)
     }
 
-    /// Whether a descriptor is going to be free soon.
+    /// Whether a descriptor will be free soon.
     pub fn is_busy(&self) -> bool {
         !self.copies.is_empty() || self.shared.waiting.load(Ordering::Relaxed) > 0
     }
 
-    /// How it stands.
+    /// The state of the closers.
     pub fn closing(&self) -> Closing {
         Closing {
             waiting: self.shared.waiting.load(Ordering::Relaxed) as u64,
@@ -313,17 +324,18 @@ impl Closers {
         }
     }
 
-    /// For another thread that has descriptors to be closed.
+    /// A handle for another thread that has descriptors to close.
     pub fn bin(&self) -> Bin {
         Bin { shared: Arc::clone(&self.shared) }
     }
 
-    /// For another thread whose calls may hang: the watchdog looks after it, too.
+    /// A handle for another thread whose calls may block: the watchdog watches it, too.
     pub fn watch(&self) -> Watch {
         Watch { shared: Arc::clone(&self.shared) }
     }
 
-    /// Waits until everything is closed, at most so long. For the very end: this may block.
+    /// Waits until everything is closed, for at most `patience`. Only at the end of the process:
+    /// this may block.
     pub fn finish(mut self, patience: Duration) {
         let deadline = Instant::now() + patience;
         while !self.hand_over() {
@@ -346,14 +358,15 @@ impl Drop for Closers {
     }
 }
 
-/// Where other threads put what is to be closed.
+/// The handle by which other threads pass descriptors to the closers.
 #[derive(Clone, Debug)]
 pub struct Bin {
     shared: Arc<Shared>,
 }
 
 impl Bin {
-    /// Has these closed. What is queued in a Unix socket goes with it, so each may hang.
+    /// Passes descriptors to be closed. The queue of a Unix socket is dropped with the socket, so
+    /// each close may block.
     pub fn close(&self, fds: Vec<OwnedFd>) {
         if fds.is_empty() {
             return;
@@ -363,20 +376,20 @@ impl Bin {
     }
 }
 
-/// Lets the watchdog look after the calling thread.
+/// Lets the watchdog watch the calling thread.
 #[derive(Clone, Debug)]
 pub struct Watch {
     shared: Arc<Shared>,
 }
 
 impl Watch {
-    /// The calling thread becomes one that is interrupted while it does not get on.
+    /// Registers the calling thread: it is interrupted while it makes no progress.
     pub fn join(self) -> Watched {
         Watched { member: self.shared.enter(), shared: self.shared }
     }
 }
 
-/// A thread that the watchdog looks after.
+/// A thread that the watchdog watches.
 #[derive(Debug)]
 pub struct Watched {
     member: Arc<Member>,
@@ -384,18 +397,18 @@ pub struct Watched {
 }
 
 impl Watched {
-    /// What follows may hang.
+    /// A call that may block begins.
     pub fn begin(&self) {
         self.shared.wake_watchdog(&mut self.shared.lock());
         self.member.begin();
     }
 
-    /// From one call that may hang to the next.
+    /// One call that may block ends, and the next begins.
     pub fn next(&self) {
         self.member.next();
     }
 
-    /// It has not, or was interrupted.
+    /// The call has ended.
     pub fn end(&self) {
         self.member.end();
     }
@@ -409,7 +422,7 @@ impl Drop for Watched {
 
 impl Shared {
     fn lock(&self) -> MutexGuard<'_, State> {
-        // Nothing here can panic halfway through a change.
+        // No code can panic halfway through a change of the state.
         self.state.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
@@ -438,7 +451,7 @@ impl Shared {
         }
     }
 
-    /// So many descriptors are closed, or given up.
+    /// Counts descriptors that were closed or given up.
     fn closed(&self, count: usize) {
         self.waiting.fetch_sub(count, Ordering::Release);
     }

@@ -1,4 +1,5 @@
-//! The queues of the slow lane: one for each owner, so that one whose calls hang keeps one thread and no other owner.
+//! The queues of the slow lane, one for each owner: calls that block for one owner hold one thread
+//! and delay no other owner.
 
 use std::collections::{BTreeMap, VecDeque};
 use std::os::fd::OwnedFd;
@@ -9,17 +10,17 @@ use dispatch_protocol::scoreboard::{Scoreboard, slot};
 use super::{Owner, Rubbish};
 use dispatcher_core::WorkerId;
 
-/// Something that may take long.
+/// A job that may block.
 #[derive(Debug)]
 pub(super) enum Job {
-    /// A close that lingers, and the slot to write RELEASED into after it.
+    /// A close that may linger, and the slot to mark RELEASED afterwards.
     Close(OwnedFd, Option<Slot>),
     End(OwnedFd, Option<Arc<[u8]>>),
     Purge(WorkerId, Arc<OwnedFd>, u32),
     Drop(Box<dyn Rubbish>),
 }
 
-/// A slot of a scoreboard, and what was in it.
+/// A slot of a scoreboard, and its sequence number.
 #[derive(Debug)]
 pub(super) struct Slot {
     pub(super) board: Arc<Scoreboard>,
@@ -28,7 +29,7 @@ pub(super) struct Slot {
 }
 
 impl Slot {
-    /// The copy is closed.
+    /// Marks the slot RELEASED after the close.
     pub(super) fn release(&self) {
         if let Some(slot) = self.board.slot(self.slot) {
             slot::release(slot, self.seq);
@@ -36,14 +37,14 @@ impl Slot {
     }
 }
 
-/// One place in the order of service.
+/// A position in the order of service.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord)]
 pub(super) struct Turn(u8, u64);
 
 #[derive(Debug, Default)]
 struct Queue {
     jobs: VecDeque<Job>,
-    /// A thread is at it.
+    /// A thread works for this owner.
     engaged: bool,
 }
 
@@ -51,7 +52,7 @@ struct Queue {
 #[derive(Debug, Default)]
 pub(super) struct Slow {
     queues: BTreeMap<Turn, Queue>,
-    /// Who was served last.
+    /// The owner that was served last.
     last: Option<Turn>,
     others: u64,
     /// Jobs waiting.
@@ -73,7 +74,7 @@ impl Slow {
         self.waiting += 1;
     }
 
-    /// The next job of an owner that no thread is at, one owner after the other.
+    /// The next job of an owner without a thread; the owners take turns.
     pub(super) fn take(&mut self) -> Option<(Turn, Job)> {
         let after = self.last.map_or(std::ops::Bound::Unbounded, std::ops::Bound::Excluded);
         let later = self.queues.range((after, std::ops::Bound::Unbounded));
@@ -89,7 +90,7 @@ impl Slow {
         Some((turn, job))
     }
 
-    /// The thread that was at it is not any more.
+    /// The thread for this owner is free again.
     pub(super) fn done(&mut self, turn: Turn) {
         if let Some(queue) = self.queues.get_mut(&turn) {
             queue.engaged = false;
@@ -99,7 +100,7 @@ impl Slow {
         }
     }
 
-    /// Whether there is a job that a thread could begin.
+    /// Whether a thread could begin a job.
     pub(super) fn is_ready(&self) -> bool {
         self.waiting > 0 && self.queues.values().any(|q| !q.engaged && !q.jobs.is_empty())
     }
@@ -108,7 +109,7 @@ impl Slow {
         self.waiting > 0
     }
 
-    /// Everything that no thread has begun.
+    /// All jobs that no thread has begun.
     pub(super) fn take_all(&mut self) -> Vec<Job> {
         self.waiting = 0;
         let mut all = Vec::new();

@@ -1,5 +1,5 @@
-//! Closes that hang, and everything else that gets on meanwhile. Sockets with linger are real; a call that no signal ends is
-//! stood for by a drop that waits.
+//! Tests that closes that block delay nothing else. Sockets with linger are real; a drop that waits
+//! stands for a call that no signal ends.
 
 use std::io::{IoSlice, Read, Write};
 use std::net::{TcpListener, TcpStream};
@@ -39,7 +39,8 @@ fn connection() -> (TcpStream, TcpStream) {
     (listener.accept().expect("a client").0, theirs)
 }
 
-/// One whose close takes an hour, unless it is interrupted; its other end, which never reads.
+/// A socket whose close takes an hour unless it is interrupted, and its other end, which never
+/// reads.
 fn trap() -> (OwnedFd, TcpStream) {
     let (mut ours, theirs) = connection();
     ours.set_nonblocking(true).expect("an option");
@@ -71,7 +72,7 @@ fn a_copy_is_closed_before_its_slot_reads_released() {
         for (slot, mut theirs) in ends {
             let word = board.slot(slot).expect("a slot");
             wait_until("RELEASED", || !slot::dispatcher_has_copy(word, round));
-            // It was closed before that: no waiting.
+            // The close came before the wait.
             assert_eq!(theirs.read(&mut [0]).expect("the end"), 0);
         }
     }
@@ -133,11 +134,11 @@ fn beyond_the_bound_linger_is_cleared_first() {
     assert!(!closers.is_full(), "not handed over yet");
     hand_over(&mut closers);
     wait_until("all to be closed", || closers.closing().waiting == 0);
-    // Some of the last, when no more than 16 were left.
+    // Some of the last closes, when no more than 16 were left.
     assert!(closers.closing().interrupted < 100, "{:?}", closers.closing());
 }
 
-/// Takes until it is told, and no signal ends it.
+/// Its drop blocks until it is released, and no signal ends it.
 #[derive(Debug)]
 struct Stuck(Receiver<()>);
 
@@ -235,7 +236,7 @@ fn a_client_that_is_turned_away_reads_the_response_whatever_it_has_sent() {
     for owner in [None, Some(Owner::Other), Some(Owner::Worker(1))] {
         let (ours, mut client) = connection();
         client.write_all(b"GET / HTTP/1.1").expect("room");
-        // As a stopped worker has one.
+        // A stopped worker has such a copy.
         let copy = ours.try_clone().expect("a descriptor");
         let response = Some(Arc::clone(&sorry));
         closers.task(Task::End { fd: ours.into(), response, owner });
@@ -270,7 +271,7 @@ fn a_panic_ends_no_thread_and_loses_nothing_that_waits() {
         closers.task(Task::Drop(Owner::Other, Box::new(Defect)));
         closers.task(Task::Close(lingers));
         let (_ours, retained) = channel_with(&[]);
-        // After one that panics, of the same owner.
+        // A task of the same owner after one that panics.
         closers.task(Task::Purge { worker: worker(1), retained, most: 64 });
         closers.task(Task::Close(other.into()));
         hand_over(&mut closers);
@@ -290,7 +291,7 @@ fn the_watchdog_goes_on_after_a_panic() {
     let closers = Closers::start(
         Bounds { threads: 1, waiting: 64 },
         sender,
-        // It calls this when it leaves a purge out.
+        // The closer calls this when it drops a purge.
         Arc::new(move || assert!(!wake.swap(false, Ordering::SeqCst), "on purpose")),
     );
     let mut closers = closers.expect("threads");
@@ -300,7 +301,7 @@ fn the_watchdog_goes_on_after_a_panic() {
     closers.task(Task::Purge { worker: worker(2), retained, most: 64 });
     hand_over(&mut closers);
     wait_until("the panic", || !panics.load(Ordering::SeqCst));
-    // Only the watchdog has this closed, while the slow lane is held up.
+    // Only the watchdog can have this closed while the slow lane is blocked.
     let (fd, _reads_nothing) = trap();
     closers.task(Task::Close(fd));
     let waiting = closers.closing().waiting;

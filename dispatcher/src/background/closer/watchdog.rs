@@ -1,4 +1,4 @@
-//! The watchdog: interrupts threads that do not get on, and has others do their work.
+//! The watchdog: interrupts threads that make no progress, and assigns their work to other threads.
 
 use std::sync::Arc;
 use std::sync::atomic::{AtomicU64, Ordering};
@@ -10,22 +10,22 @@ use super::{Shared, State, lanes};
 use crate::background::restart;
 use crate::sys;
 
-/// How often it looks. A call that lasts from one look to the next is interrupted.
+/// The interval between checks. A call that lasts from one check to the next is interrupted.
 pub(super) const TICK: Duration = Duration::from_millis(20);
 
-/// After so many looks at which nothing was going on it sleeps.
+/// After so many checks without activity the watchdog sleeps.
 const QUIET: u32 = 50;
 
-/// After so many looks without getting on, in spite of interruptions, a thread is held up for good.
+/// After so many checks without progress, in spite of interruptions, a thread counts as blocked.
 pub(super) const HELD_UP: u32 = 50;
 
 /// A thread, as the watchdog sees it.
 #[derive(Debug)]
 pub(super) struct Member {
     tid: Pid,
-    /// Odd while the thread is in something that may hang; every change is progress.
+    /// Odd while the thread is in a call that may block; every change is progress.
     steps: AtomicU64,
-    /// The watchdog's own: what it saw last, and how often in a row.
+    /// For the watchdog alone: the value it saw last, and how often in a row.
     seen: AtomicU64,
     looks: AtomicU64,
 }
@@ -45,7 +45,7 @@ impl Member {
         self.steps.store(self.steps.load(Ordering::Relaxed) | 1, Ordering::Relaxed);
     }
 
-    /// From one thing that may hang to the next.
+    /// Ends one call that may block and begins the next.
     pub(super) fn next(&self) {
         self.steps.store((self.steps.load(Ordering::Relaxed) | 1) + 2, Ordering::Relaxed);
     }
@@ -58,12 +58,12 @@ impl Member {
         self.steps.load(Ordering::Relaxed) % 2 == 1
     }
 
-    /// Looks in a row at which it was in the same call.
+    /// The number of checks in a row that found the thread in the same call.
     pub(super) fn looks(&self) -> u32 {
         self.looks.load(Ordering::Relaxed) as u32
     }
 
-    /// Interrupts it if it was in the same call at the last look. True if so.
+    /// Interrupts the thread if it is in the same call as at the last check. True if so.
     fn look(&self) -> bool {
         let steps = self.steps.load(Ordering::Relaxed);
         let same = steps % 2 == 1 && self.seen.swap(steps, Ordering::Relaxed) == steps;
@@ -99,7 +99,8 @@ fn look_until_over(shared: &Arc<Shared>) {
             stuck += u64::from(member.look());
         }
         shared.interrupted.fetch_add(stuck, Ordering::Relaxed);
-        // The first closer is in a call for the second look in a row, and there is work: the other takes it.
+        // The second check in a row finds the first closer in a call, and there is work: the second
+        // closer takes it.
         if stuck > 0 && state.has_work() {
             state.called = true;
         }

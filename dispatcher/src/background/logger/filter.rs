@@ -1,16 +1,17 @@
-//! What `DISPATCHER_LOG` selects. A directive with a mistake in it is left out and named, and what no directive is about
-//! is logged as the configuration says: a typing error must not silence the log.
+//! Parses `DISPATCHER_LOG`. A directive with a mistake is skipped and reported, and the
+//! configuration's level applies to all that no directive names: a typing error must not silence
+//! the log.
 
 use log::LevelFilter;
 
 use super::{VARIABLE, name};
 
-/// Crates that log, besides this one.
+/// Other crates that log.
 const CRATES: [&str; 8] =
     ["worker_sdk", "axum", "hyper", "hyper_util", "mio", "rustls", "tokio", "signal_hook"];
 
-/// The modules at the top of this crate. In the log's lines they stand without the crate's name, so that is how they may be
-/// written here too.
+/// The top-level modules of this crate. Log lines show them without the crate's name, so a
+/// directive may name them in the same way.
 const MODULES: [&str; 15] = [
     "admin",
     "api",
@@ -29,7 +30,7 @@ const MODULES: [&str; 15] = [
     "wake",
 ];
 
-/// Directives that can be used, and what is wrong with the others.
+/// The valid directives, and the mistakes in the others.
 #[derive(Debug, PartialEq, Eq)]
 pub(super) struct Filter {
     /// In the syntax of `env_logger`; the first directive is for everything.
@@ -37,7 +38,7 @@ pub(super) struct Filter {
     pub(super) mistakes: Vec<String>,
 }
 
-/// Reads `text`; `level` is for everything that it does not name.
+/// Parses `text`; `level` applies to everything that `text` does not name.
 pub(super) fn parse(text: &str, level: LevelFilter) -> Filter {
     let (directives, pattern) = match text.split_once('/') {
         Some((directives, pattern)) => (directives, Some(pattern)),
@@ -75,7 +76,7 @@ pub(super) fn parse(text: &str, level: LevelFilter) -> Filter {
     Filter { directives, mistakes }
 }
 
-/// What to write instead.
+/// A hint for a mistake.
 pub(super) fn hint() -> String {
     format!(
         "levels are off, error, warn, info, debug, trace; {VARIABLE}=debug, or {VARIABLE}=info,event_loop=debug"

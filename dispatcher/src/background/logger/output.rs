@@ -1,8 +1,9 @@
-//! The end of the queue: lines to the writer, whole or not at all, and what is said when some could not be written.
+//! Writes lines, whole or not at all, and reports lines that could not be written.
 //!
-//! A write may fail (a full disk, a limit of the file size) or write only a part. What is left of a line is written
-//! before anything else, so the next line never begins in the middle of one. Lines that are lost are counted, and the
-//! count is written as soon as writing works again: it is tried with every line, and every second without one.
+//! A write may fail (a full disk, a file size limit) or write only a part. The rest of a line is
+//! written before anything else, so no line begins in the middle of another. Lost lines are
+//! counted, and the count is written as soon as writing works again: with the next line, or after
+//! one second.
 
 use std::io::{self, Write};
 use std::sync::Arc;
@@ -14,21 +15,21 @@ use log::Level;
 
 use super::{Message, Style, own_line, quoted};
 
-/// How long after a failure it is tried again to say what was lost, when nothing else is to be written.
+/// How soon after a failure the count is written again if no line comes.
 const RETRY: Duration = Duration::from_secs(1);
 
-/// How long to wait for a writer that would block: stderr may share its settings with another process.
+/// The pause for a writer that would block: stderr may share its settings with another process.
 const REST: Duration = Duration::from_millis(10);
 
-/// What the `log` thread owns.
+/// The state of the `log` thread.
 pub(super) struct Output<W> {
     writer: W,
     style: Style,
-    /// Lines left out since the start.
+    /// Lines dropped since the start.
     dropped: Arc<AtomicU64>,
-    /// Those of them that the log was told of.
+    /// The part of them that the log has reported.
     reported: u64,
-    /// What is still to be written of a line that was begun.
+    /// The unwritten rest of a line.
     rest: Vec<u8>,
 }
 
@@ -47,7 +48,7 @@ impl<W: Write> Output<W> {
                 true => receiver.recv_timeout(RETRY),
                 false => receiver.recv().map_err(|_| RecvTimeoutError::Disconnected),
             };
-            // After a failure, what is missing comes before the next line.
+            // After a failure the count of lost lines comes before the next line.
             if !works {
                 works = self.report();
             }
@@ -65,21 +66,22 @@ impl<W: Write> Output<W> {
                 Err(RecvTimeoutError::Timeout) => {}
                 Err(RecvTimeoutError::Disconnected) => return,
             }
-            // Right after a write there is room in the queue again, so this is the soonest it can be said.
+            // The queue has room again right after a write, so this is the earliest moment to
+            // report.
             if works {
                 works = self.report();
             }
         }
     }
 
-    /// Counts a line that was in the hands of the thread when it failed.
+    /// Counts a line that the thread held when it failed.
     pub(super) fn lost_one(&mut self) {
         self.dropped.fetch_add(1, Ordering::Relaxed);
     }
 
-    /// Says that the thread has failed, and goes on.
+    /// Logs that the thread has failed, and continues.
     pub(super) fn failed(&mut self, error: &str) {
-        // What was begun may be the cause.
+        // The unfinished line may be the cause.
         self.rest.clear();
         let text = format!("event=task_failed task=log error={} restart_in=100ms", quoted(error));
         if !self.put(own_line(&text, Level::Error, self.style).as_bytes()) {
@@ -87,7 +89,7 @@ impl<W: Write> Output<W> {
         }
     }
 
-    /// Says how many lines are missing. False if that could not be written.
+    /// Writes how many lines are missing. False if that failed.
     fn report(&mut self) -> bool {
         let now = self.dropped.load(Ordering::Relaxed);
         if now <= self.reported {
@@ -101,7 +103,7 @@ impl<W: Write> Output<W> {
         written
     }
 
-    /// Writes a line. True if it is written, or so far begun that its rest will follow.
+    /// Writes a line. True if it is written, or begun so that its rest will follow.
     fn put(&mut self, line: &[u8]) -> bool {
         if !self.finish_line() {
             return false;
@@ -114,7 +116,7 @@ impl<W: Write> Output<W> {
         false
     }
 
-    /// Writes what is left of a line that was begun; false if some of it still is.
+    /// Writes the rest of a line; false if some of it still remains.
     fn finish_line(&mut self) -> bool {
         while !self.rest.is_empty() {
             match self.writer.write(&self.rest) {
@@ -136,7 +138,7 @@ mod tests {
 
     use super::*;
 
-    /// A disk: what is written to it, and how much more it has room for.
+    /// A disk: its content and its free space.
     #[derive(Clone, Default)]
     struct Disk(Arc<Mutex<(String, usize)>>);
 
@@ -185,14 +187,14 @@ mod tests {
         };
         disk.room(16);
         line("first line\n");
-        // Five bytes of it fit.
+        // Five bytes of the line fit.
         line("second line\n");
         line("third line\n");
         line("fourth line\n");
         assert_eq!(disk.text(), "first line\nsecon");
         assert_eq!(dropped.load(Ordering::Relaxed), 2);
         disk.room(1000);
-        // Without another line: it is tried again by itself.
+        // Without another line the count is written by itself.
         let deadline = std::time::Instant::now() + Duration::from_secs(30);
         let whole = "first line\nsecond line\n<4>logger: event=log_lines_dropped count=2\n";
         while disk.text() != whole {
@@ -201,7 +203,8 @@ mod tests {
         }
         line("fifth line\n");
         assert_eq!(disk.text(), format!("{whole}fifth line\n"));
-        // What is lost a second time is counted from there, and comes before the line that works again.
+        // Lines lost a second time are counted from there, and reported before the next line that
+        // works.
         disk.room(0);
         line("sixth line\n");
         disk.room(1000);

@@ -1,11 +1,13 @@
-//! How often one place in the program may log: the last resort against floods. Lines that peers can cause are limited where they
-//! are written, by pool and cause (`event_loop::rate_limit`); this is for all the others, which operators and the system can cause.
+//! Limits how often one place in the program may log: the last protection against floods. Lines
+//! that peers can cause are limited by pool and cause where they are written
+//! (`event_loop::rate_limit`); this limit is for the others, which operators and the system can
+//! cause.
 
 use std::sync::atomic::{AtomicU64, Ordering};
 
 use log::Record;
 
-/// Modules that limit by themselves, by pool: theirs must not hide one another.
+/// Modules with a rate limit of their own, by pool: a flood in one pool must not hide another pool.
 const LIMITED: [&str; 6] = [
     "dispatcher::event_loop::accept",
     "dispatcher::event_loop::join",
@@ -15,10 +17,10 @@ const LIMITED: [&str; 6] = [
     "dispatcher::event_loop::events",
 ];
 
-/// Lines of one place in any one second.
+/// Lines of one place in one second.
 const PER_SECOND: u64 = 20;
 
-/// Places that are told apart; there are fewer.
+/// Places that are counted apart; the program has fewer.
 const PLACES: usize = 1024;
 
 /// By place: the second in the upper half, the lines in it in the lower half.
@@ -32,7 +34,8 @@ impl Repeats {
         Repeats { places: [const { AtomicU64::new(0) }; PLACES], left_out: AtomicU64::new(0) }
     }
 
-    /// Whether this line may be written, in this second. Details (`debug` and `trace`) always may: who asks for them wants all.
+    /// Whether this line may be written in this second. Details (`debug` and `trace`) always may:
+    /// an operator who selects them wants all.
     pub(super) fn allow(&self, record: &Record<'_>, second: u64) -> bool {
         if record.level() > log::Level::Info || LIMITED.contains(&record.target()) {
             return true;
@@ -44,7 +47,7 @@ impl Repeats {
             .fold(line, |sum, byte| (sum ^ u64::from(byte)).wrapping_mul(0x0000_0100_0000_01b3));
         let place = &self.places[(mixed ^ mixed >> 32) as usize % PLACES];
         let second = second & 0xffff_ffff;
-        // Never fails: the closure always has an answer.
+        // Never fails: the closure always returns a value.
         let before = place.fetch_update(Ordering::Relaxed, Ordering::Relaxed, |word| {
             let lines = if word >> 32 == second { word & 0xffff_ffff } else { 0 };
             Some(second << 32 | (lines + 1).min(PER_SECOND + 1))
@@ -57,7 +60,7 @@ impl Repeats {
         allowed
     }
 
-    /// Lines left out since the start.
+    /// Lines dropped since the start.
     pub(super) fn left_out(&self) -> u64 {
         self.left_out.load(Ordering::Relaxed)
     }

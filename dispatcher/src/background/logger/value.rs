@@ -1,18 +1,20 @@
-//! Values of a log line: what a program can read back, whatever a peer, a file or the system put into them.
+//! Formats values of log lines so that a program can parse them, whatever a peer, a file or the
+//! system put into them.
 //!
-//! A log line is `event=NAME key=value …`. A value is one word, or it is in double quotes; inside of quotes a quote and a
-//! backslash have a backslash before them, and a character that cannot be seen is written as `\n`, `\t` or `\u{…}`.
+//! A log line is `event=NAME key=value …`. A value is one word or in double quotes; inside quotes a
+//! backslash precedes a quote and a backslash, and an invisible character is written as `\n`, `\t`
+//! or `\u{…}`.
 
 use std::fmt::{self, Write};
 
 use dispatch_protocol::wire::is_hidden;
 
-/// A value that is usually one word, such as a name: in quotes only if it must be.
+/// A value that is usually one word, such as a name: quoted only if necessary.
 pub fn value<T: fmt::Display>(value: T) -> Value<T> {
     Value(value)
 }
 
-/// Text for people, such as an error: always in quotes.
+/// Free text, such as an error: always quoted.
 pub fn quoted<T: fmt::Display>(text: T) -> Quoted<T> {
     Quoted(text)
 }
@@ -41,7 +43,7 @@ impl<T: fmt::Display> fmt::Display for Quoted<T> {
     }
 }
 
-/// Whether a text can stand for itself.
+/// Finds out whether a text needs no quotes.
 struct Look {
     empty: bool,
     plain: bool,
@@ -101,12 +103,12 @@ mod tests {
         }
         assert_eq!(quoted("one").to_string(), "\"one\"");
         assert_eq!(quoted("say \"hi\"").to_string(), "\"say \\\"hi\\\"\"");
-        // In pieces it is the same.
+        // Text in pieces gives the same result.
         assert_eq!(value(format_args!("{}{}", "a", ' ')).to_string(), "\"a \"");
         assert_eq!(value(42).to_string(), "42");
     }
 
-    /// The text of the whole program: no value is put between quotes by hand.
+    /// Checks the sources of the whole program: no value is put between quotes by hand.
     #[test]
     fn no_log_line_quotes_by_hand() {
         fn look(folder: &std::path::Path, found: &mut Vec<String>) {

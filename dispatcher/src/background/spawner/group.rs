@@ -1,5 +1,6 @@
-//! Process groups. Each process that is started leads one, so that what it starts in turn, such as the server behind
-//! `sh -c`, is stopped with it, waited for with it, and does not stay beside its replacement.
+//! Process groups. Each process that is started leads a group, so that its own children, such as
+//! the server behind `sh -c`, are stopped and waited for with it and do not run beside its
+//! replacement.
 
 use std::time::Duration;
 
@@ -9,12 +10,13 @@ use nix::unistd::Pid;
 
 use crate::background::logger::quoted;
 
-/// How often an ending group is looked at: first, and at longest.
+/// The interval between checks of an ending group: the first, and the longest.
 const LOOK: (Duration, Duration) = (Duration::from_millis(2), Duration::from_millis(200));
 
-/// Sends a signal to a whole group. One without members is no error.
+/// Sends a signal to a whole group. A group without members is no error.
 ///
-/// The group must have its leader unreaped or be known to have a member: its number may be another's afterwards.
+/// The leader must be unreaped, or the group must be known to have a member: otherwise its number
+/// may belong to another group.
 pub(super) fn signal(group: Pid, signal: Signal) {
     match killpg(group, signal) {
         Ok(()) | Err(Errno::ESRCH) => {}
@@ -30,11 +32,12 @@ pub(super) fn is_empty(group: Pid) -> bool {
     killpg(group, None) == Err(Errno::ESRCH)
 }
 
-/// Waits until a group has no members that could still do anything. For a group whose leader is reaped.
+/// Waits until a group has no members but zombies. For a group whose leader is reaped.
 pub(super) async fn emptied(group: Pid) {
     let mut look = LOOK.0;
     loop {
-        // Zombies that nothing reaps are members as well; `/proc` tells them apart, and is asked only when it takes long.
+        // Unreaped zombies count as members; `/proc` identifies them and is read only when the wait
+        // is long.
         if is_empty(group) || (look >= LOOK.1 && has_only_zombies(group)) {
             return;
         }
@@ -43,7 +46,7 @@ pub(super) async fn emptied(group: Pid) {
     }
 }
 
-/// False, too, when that cannot be known.
+/// False, too, when that cannot be found out.
 fn has_only_zombies(group: Pid) -> bool {
     let Ok(entries) = std::fs::read_dir("/proc") else { return false };
     let mut members = 0;
@@ -52,9 +55,9 @@ fn has_only_zombies(group: Pid) -> bool {
         if !name.as_encoded_bytes().iter().all(u8::is_ascii_digit) {
             continue;
         }
-        // One that ends meanwhile is none.
+        // A process that ends meanwhile does not count.
         let Ok(stat) = std::fs::read_to_string(entry.path().join("stat")) else { continue };
-        // The name before it may contain anything.
+        // The process name before it may contain anything.
         let after_name = stat.rsplit(") ").next().unwrap_or_default();
         let mut fields = after_name.split(' ');
         let (state, its_group) = (fields.next(), fields.nth(1));

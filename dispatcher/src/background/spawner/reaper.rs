@@ -1,7 +1,8 @@
-//! Processes that the dispatcher inherits: as process 1 of a container all whose parent has ended, elsewhere those that a
-//! wrapper had started before it became the dispatcher. Their ends are collected, or they would stay as zombies.
+//! Reaps processes that the dispatcher inherits, which would otherwise stay as zombies: as process
+//! 1 of a container all orphans, elsewhere those that a wrapper started before it became the
+//! dispatcher.
 //!
-//! Ends of processes that the spawner started are left to it: a child is looked at before it is collected.
+//! The spawner reaps its own processes: the reaper looks at each child before it reaps it.
 
 use std::collections::HashSet;
 use std::io;
@@ -15,10 +16,11 @@ use tokio::net::UnixStream;
 
 use crate::sys;
 
-/// How soon it is looked again when the first child that has ended is one of the spawner's.
+/// How soon to check again when the first child that has ended is one of the spawner's.
 const SOON: Duration = Duration::from_millis(10);
 
-/// How often it is looked without a signal. The signal is enough; this is for a system that could not give it to us.
+/// How often to check without a signal. The signal is enough; this is for a system that could not
+/// deliver it.
 const ANYWAY: Duration = Duration::from_secs(10);
 
 /// The children that the spawner waits for itself.
@@ -26,12 +28,12 @@ const ANYWAY: Duration = Duration::from_secs(10);
 pub(super) struct Own(Arc<Mutex<HashSet<i32>>>);
 
 impl Own {
-    /// To be called before anything else can run on this thread after the process was started.
+    /// Call this after the process was started, before anything else can run on this thread.
     pub(super) fn add(&self, pid: i32) {
         self.0.lock().unwrap_or_else(PoisonError::into_inner).insert(pid);
     }
 
-    /// Its end was collected.
+    /// The process was reaped.
     pub(super) fn remove(&self, pid: i32) {
         self.0.lock().unwrap_or_else(PoisonError::into_inner).remove(&pid);
     }
@@ -41,7 +43,7 @@ impl Own {
     }
 }
 
-/// Collects the ends of children that are not `own`, for good. Only for a process that has no other children.
+/// Reaps children that are not `own`, forever. Only for a process without other children.
 pub(super) async fn reap(own: Own) {
     let mut signals = match ends() {
         Ok(stream) => Some(stream),

@@ -1,4 +1,4 @@
-//! Real processes, without a shell.
+//! Tests with real processes, without a shell.
 
 use std::sync::atomic::{AtomicUsize, Ordering};
 use std::sync::{Arc, mpsc::Receiver};
@@ -103,7 +103,8 @@ fn a_process_runs_and_ends() {
         bench.next(),
         Report::Exited { process, pid, status_text: "exit status 0".to_owned() }
     );
-    // The hot thread is woken after each report is there, so the last wake may be a moment late.
+    // The hot thread is woken after each report is there, so the last wake-up may come a moment
+    // late.
     let deadline = Instant::now() + PATIENCE;
     while bench.wakes.load(Ordering::SeqCst) != 2 {
         assert!(Instant::now() < deadline, "not woken for each report");
@@ -166,7 +167,7 @@ fn stopping_asks_first() {
     let bench = Bench::new();
     bench.spawn(0, &["sleep", "1000"]);
     let pid = bench.started();
-    // A group of its own, so that nothing else is asked to end.
+    // A process group of its own, so that no other process gets the signal.
     let group = nix::unistd::getpgid(Some(Pid::from_raw(pid))).expect("running");
     assert_eq!(group.as_raw(), pid);
     bench.spawner.stop(PATIENCE);
@@ -180,7 +181,7 @@ fn stopping_insists() {
     // `env` starts a program that ignores SIGTERM.
     bench.spawn(0, &["env", "--ignore-signal=TERM", "sleep", "1000"]);
     let pid = bench.started();
-    // Until the exec, SIGTERM would still end it.
+    // Until the exec, SIGTERM would still end the process.
     let deadline = Instant::now() + PATIENCE;
     let comm = format!("/proc/{pid}/comm");
     while std::fs::read_to_string(&comm).expect("running") != "sleep\n" {
@@ -192,7 +193,7 @@ fn stopping_insists() {
     assert_eq!(bench.next(), Report::Stopped { killed: 1 });
 }
 
-/// A file that a script has written to completely, as numbers.
+/// The numbers in a file that a script has written completely.
 fn pids(path: &std::path::Path, count: usize) -> Vec<i32> {
     let deadline = Instant::now() + PATIENCE;
     loop {
@@ -206,7 +207,7 @@ fn pids(path: &std::path::Path, count: usize) -> Vec<i32> {
     }
 }
 
-/// Whether a process could still do anything.
+/// Whether a process exists and is no zombie.
 fn lives(pid: i32) -> bool {
     let stat = std::fs::read_to_string(format!("/proc/{pid}/stat")).unwrap_or_default();
     stat.rsplit(") ").next().is_some_and(|rest| !rest.is_empty() && !rest.starts_with('Z'))
@@ -247,7 +248,7 @@ fn what_a_wrapper_started_and_does_not_end_is_killed() {
 fn stopping_waits_for_the_whole_group() {
     let directory = tempfile::tempdir().expect("a directory");
     let bench = Bench::new();
-    // The wrapper ends at once, the server takes its time.
+    // The wrapper ends at once; the server ends later.
     let script = "(trap 'sleep 0.3; echo done >> done; exit' TERM; echo up >> up; \
                   while :; do sleep 0.02; done) & trap 'exit 0' TERM; wait";
     bench.spawn_with(0, &["sh", "-c", script], |request| {
@@ -287,7 +288,8 @@ fn a_process_starts_with_default_dispositions_and_an_empty_mask() {
     assert_eq!(bench.exit_text(), "exit status 0");
     let found = std::fs::read_to_string(directory.path().join("found")).expect("copied");
     assert!(found.contains("SigBlk:\t0000000000000000"), "{found}");
-    // The runtime of Rust ignores SIGPIPE here, and whoever started the test may ignore others.
+    // The runtime of Rust ignores SIGPIPE here, and the parent of the test may ignore other
+    // signals.
     assert!(found.contains("SigIgn:\t0000000000000000"), "{found}");
 }
 
