@@ -1,4 +1,4 @@
-//! Clients at the door: accepting from the listeners as far as the core says, and no further.
+//! Accepts clients from the listeners, exactly as far as the core allows.
 
 use std::time::Duration;
 
@@ -9,14 +9,14 @@ use super::rate_limit::Cause;
 use crate::background::logger::quoted;
 use dispatcher_core::{Accepting, Client, ListenerId};
 
-/// How long to rest when descriptors are about to be closed.
+/// The pause while descriptors are about to be closed.
 const CLOSING: Duration = Duration::from_millis(1);
 
-/// After so many such rests in a row there is a shortage.
+/// After so many such pauses in a row there is a shortage.
 const MOST_WAITS: u32 = 20;
 
 impl EventLoop {
-    /// Accepts up to `accept_batch` clients from each listener that has some, in turn.
+    /// Accepts up to `accept_batch` clients from each listener with waiting clients, in turn.
     pub(super) fn accept_all(&mut self) {
         for position in self.listeners.rotate() {
             self.accept_from(position);
@@ -34,7 +34,7 @@ impl EventLoop {
             if !listener.ready || listener.paused_until.is_some() {
                 return;
             }
-            // Closes are behind: more descriptors would only pile up.
+            // The closers are behind: more descriptors would only pile up.
             if self.background.closers.is_full() {
                 listener.paused_until = Some(self.now + CLOSING);
                 return;
@@ -138,7 +138,8 @@ impl EventLoop {
         }
     }
 
-    /// Watches exactly the listeners whose clients the core wants. True if one may have clients right now.
+    /// Puts exactly the listeners whose clients the core wants into the poll. True if a listener
+    /// may have clients now.
     pub(super) fn watch_listeners(&mut self) -> bool {
         let mut work = false;
         for position in 0..self.listeners.sockets.len() {
@@ -148,10 +149,10 @@ impl EventLoop {
                 listener.paused_until = None;
             }
             let wanted = wanted && listener.paused_until.is_none();
-            // The last look.
+            // The last check of the queue is due.
             listener.ready |= listener.due().is_some_and(|at| at <= self.now);
             if let Err(error) = listener.watch(self.wakeup.registry(), wanted) {
-                // Out of memory for the poll: come back to it after a pause.
+                // Out of memory for the poll: try again after a pause.
                 listener.paused_until = Some(self.now + self.config.limits.resource_pause);
                 let pool = self.core.pool_of_listener(listener.id);
                 if let Some(suppressed) = self.observation.allow(self.now, pool, Cause::NotWatched)
@@ -168,7 +169,7 @@ impl EventLoop {
         work
     }
 
-    /// One of its sockets was closed; perhaps the last one.
+    /// One socket of the listener was closed, perhaps the last one.
     pub(super) fn closed(&mut self, id: ListenerId) {
         let mut sockets = self.listeners.of(id);
         if sockets.all(ListenerIo::is_closed) {
@@ -185,7 +186,7 @@ impl EventLoop {
         format!("listener={} pool={pool}", self.core.listener_name(id))
     }
 
-    /// How a listener stands, for the status.
+    /// The state of a listener, for the status.
     pub(super) fn listener_state(&self, id: ListenerId) -> &'static str {
         let mut sockets = self.listeners.of(id);
         if sockets.clone().all(ListenerIo::is_closed) {

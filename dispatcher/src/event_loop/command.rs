@@ -1,4 +1,5 @@
-//! What an operator told us to do: one exhaustive match from commands to the core, and the answers.
+//! Carries out the commands of operators: one exhaustive match from commands to the core, and the
+//! answers.
 
 use std::time::SystemTime;
 
@@ -14,7 +15,7 @@ use crate::config::MAX_PROCESSES;
 use dispatcher_core::{CannotResume, ListenerId, PoolId, WorkerId};
 
 impl EventLoop {
-    /// Carries out a command. The answer goes to whoever asked, who may be gone by now.
+    /// Carries out a command.
     pub(super) fn command(&mut self, command: Command) -> Answer {
         match command {
             Command::Drain { target, deadline } => {
@@ -37,7 +38,8 @@ impl EventLoop {
                 let workers = self.targets(&target)?;
                 for &worker in &workers {
                     let resumed = self.core.resume_worker(self.now, worker);
-                    // Of many, those that can be are; of one, its operator wants to know.
+                    // With several workers, those that can resume do; with one worker, the operator
+                    // gets the error.
                     if let (Target::Worker(name), Err(why)) = (&target, resumed) {
                         return Err(self.not_resumed(name, worker, why));
                     }
@@ -47,7 +49,7 @@ impl EventLoop {
         }
     }
 
-    /// As many processes of a pool as the operator wants.
+    /// Sets the number of processes of a pool.
     fn scale(&mut self, name: &str, wanted: ProcessCount) -> Answer {
         let id = self.pool_called(name)?;
         let spawns =
@@ -82,7 +84,7 @@ impl EventLoop {
         }))
     }
 
-    /// What a pool keeps of its past.
+    /// The recorded decisions of a pool.
     pub(super) fn history(&self, pool: &str, after: u64) -> Result<RawHistory, CommandError> {
         let id = self.pool_called(pool)?;
         let settings = self.core.pool_settings(id);
@@ -99,7 +101,7 @@ impl EventLoop {
         })
     }
 
-    /// To whom a pool's next connection would go.
+    /// The worker that a pool's next connection would go to.
     pub(super) fn explain(
         &self,
         pool: &str,
@@ -163,7 +165,7 @@ impl EventLoop {
         self.core.pool_of_worker(worker).map_or("", |pool| self.core.pool_name(pool))
     }
 
-    /// The state of `workers` after a command.
+    /// The state of these workers.
     fn workers_changed(&self, workers: &[WorkerId]) -> Outcome {
         let summary = |&worker: &WorkerId| WorkerSummary {
             id: worker.serial,

@@ -1,22 +1,22 @@
-//! What is wrong with pools now: from an event to the state that ends it. For the faults of the status; nothing is decided
-//! by it.
+//! Conditions of pools that last from an event to a later change of state, for the faults of the
+//! status. No decision depends on them.
 
 use std::time::Duration;
 
 use dispatcher_core::{PoolId, PoolState, Time};
 
-/// What is wrong with a pool from one event to another.
+/// A condition of a pool.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(super) enum Condition {
     NoWorker,
     Refusing,
-    /// Clients are refused although there are workers: none takes a connection.
+    /// Clients are refused although there are workers: no worker takes a connection.
     Unserved,
     BackPressure,
 }
 
 impl Condition {
-    /// The kind of its fault.
+    /// The kind of the fault.
     pub(super) fn kind(self) -> &'static str {
         match self {
             Condition::NoWorker => "no_worker",
@@ -25,7 +25,7 @@ impl Condition {
         }
     }
 
-    /// Whether it goes on in this state of the pool.
+    /// Whether the condition lasts in this state of the pool.
     fn goes_on(self, state: PoolState) -> bool {
         match self {
             Condition::NoWorker => state == PoolState::NoWorker,
@@ -34,7 +34,7 @@ impl Condition {
         }
     }
 
-    /// What to say of it: it began so long ago, and `clients` were turned away since.
+    /// The text of the fault; `clients` were turned away since the condition began.
     pub(super) fn text(self, lasted: Duration, clients: u64, ongoing: bool) -> String {
         let lasted = super::events::span(lasted);
         let away = match clients {
@@ -66,17 +66,17 @@ impl Condition {
     }
 }
 
-/// A condition that goes on.
+/// A condition that lasts.
 #[derive(Debug)]
 pub(super) struct Ongoing {
     pub(super) condition: Condition,
     pub(super) pool: PoolId,
     pub(super) since: Time,
-    /// Clients of the pool turned away before.
+    /// Clients of the pool that were turned away before the condition began.
     before: u64,
 }
 
-/// What is wrong with pools now: at most one condition of each kind for each.
+/// The conditions of all pools: at most one of each kind for each pool.
 #[derive(Debug, Default)]
 pub(super) struct Conditions {
     list: Vec<Ongoing>,
@@ -85,7 +85,7 @@ pub(super) struct Conditions {
 }
 
 impl Conditions {
-    /// A client is turned away for want of a worker.
+    /// Counts a client that was turned away because there was no worker.
     pub(super) fn turned_away(&mut self, pool: Option<PoolId>) {
         let Some(pool) = pool else { return };
         let place = usize::from(pool.0);
@@ -95,21 +95,21 @@ impl Conditions {
         self.turned_away[place] += 1;
     }
 
-    /// It begins, with so many clients turned away already.
+    /// A condition begins; so many clients have already been turned away because of it.
     pub(super) fn begin(&mut self, condition: Condition, pool: PoolId, now: Time, clients: u64) {
         self.list.retain(|one| (one.condition, one.pool) != (condition, pool));
         let before = self.clients(pool).saturating_sub(clients);
         self.list.push(Ongoing { condition, pool, since: now, before });
     }
 
-    /// Those that are over, which are forgotten.
+    /// Removes and returns the conditions that are over.
     pub(super) fn over(&mut self, state: impl Fn(PoolId) -> Option<PoolState>) -> Vec<Ongoing> {
         let over =
             |one: &mut Ongoing| !state(one.pool).is_some_and(|state| one.condition.goes_on(state));
         self.list.extract_if(.., over).collect()
     }
 
-    /// Those that go on, as far as is known.
+    /// The conditions that last, as far as is known.
     pub(super) fn ongoing(&self) -> &[Ongoing] {
         &self.list
     }
@@ -118,7 +118,7 @@ impl Conditions {
         self.list.is_empty()
     }
 
-    /// How many clients were turned away while it lasted.
+    /// The number of clients turned away while the condition lasted.
     pub(super) fn clients_of(&self, one: &Ongoing) -> u64 {
         self.clients(one.pool).saturating_sub(one.before)
     }
@@ -137,7 +137,7 @@ mod tests {
         let mut conditions = Conditions::default();
         let (web, chat) = (PoolId(0), PoolId(1));
         conditions.turned_away(Some(web));
-        // Two that waited are turned away, and then it begins.
+        // Two clients that waited are turned away, and then the condition begins.
         (0..2).for_each(|_| conditions.turned_away(Some(web)));
         conditions.begin(Condition::NoWorker, web, Time(0), 0);
         conditions.begin(Condition::Refusing, web, Time(5), 2);

@@ -1,4 +1,5 @@
-//! Reading control connections, and who is behind them. Bytes of a peer end here: what leaves is a record or a reason.
+//! Reads control connections and identifies their peers. Bytes of a peer end here: the result is a
+//! record or an error.
 
 use std::io::IoSliceMut;
 use std::mem::MaybeUninit;
@@ -11,12 +12,12 @@ use rustix::net::{RecvAncillaryBuffer, RecvAncillaryMessage, RecvFlags, ReturnFl
 
 use crate::sys;
 
-/// The kernel's word on the peer of a Unix socket.
+/// The identity of the peer of a Unix socket, as the kernel reports it.
 #[derive(Clone, Debug)]
 pub(super) struct Peer {
     pub(super) pid: i32,
     pub(super) uid: u32,
-    /// Primary group first, then the supplementary ones.
+    /// The primary group first, then the supplementary groups.
     pub(super) gids: Vec<u32>,
 }
 
@@ -27,7 +28,7 @@ impl Peer {
         Ok(Peer { pid: credentials.pid(), uid: credentials.uid(), gids })
     }
 
-    /// The supplementary groups, too. Kernels that do not know the option leave us with the primary one.
+    /// Adds the supplementary groups. Without kernel support only the primary group is known.
     pub(super) fn add_groups(&mut self, socket: &OwnedFd) {
         self.gids.extend(sys::peer_groups(socket).unwrap_or_default());
     }
@@ -35,8 +36,8 @@ impl Peer {
 
 /// A descriptor that becomes readable when the peer's process ends.
 ///
-/// Linux 6.5 gives it for the socket itself. Before that, the pid is opened; the worker is alive then,
-/// as it waits for our answer, unless it is going to be found dead by its closed connection anyway.
+/// Linux 6.5 provides it for the socket itself. Before that the pid is opened: the worker waits for
+/// an answer and so is alive, or its closed connection shows soon that it is not.
 pub(super) fn process_of(socket: &OwnedFd, peer: &Peer) -> Option<OwnedFd> {
     match nix::sys::socket::getsockopt(socket, PeerPidfd) {
         Ok(pidfd) => Some(pidfd),
@@ -48,29 +49,29 @@ pub(super) fn process_of(socket: &OwnedFd, peer: &Peer) -> Option<OwnedFd> {
     }
 }
 
-/// What came on a control connection.
+/// The result of a receive.
 #[derive(Debug)]
 pub(super) enum Received {
     /// One well-formed record.
     Record(Control),
-    /// Nothing more for now.
+    /// No record for now.
     Empty,
     /// The peer has closed it.
     End,
-    /// Something that no worker may send.
+    /// A message that no worker may send.
     Broken(Fault),
 }
 
-/// What was wrong with a record.
+/// The error in a message.
 #[derive(Debug)]
 pub(super) enum Fault {
-    /// It carried file descriptors.
+    /// The message carried file descriptors.
     Descriptors,
-    /// It was longer than a record may be.
+    /// The message was longer than a record may be.
     TooLong,
-    /// It was malformed.
+    /// The record was malformed.
     Malformed(WireError),
-    /// It was well-formed and does not belong here.
+    /// The record was well-formed and does not belong here.
     Unexpected(&'static str),
 }
 
@@ -88,8 +89,8 @@ impl std::fmt::Display for Fault {
 /// The most descriptors that the kernel lets a message carry.
 const MOST_FDS: usize = 253;
 
-/// Receives one record. Descriptors that come with it are put into `rubbish`, to be closed where a close may hang; those for
-/// which there is no room (`MSG_CTRUNC`) the kernel closes here.
+/// Receives one record. Its descriptors are added to `rubbish`, to be closed on a thread that may
+/// block; the kernel closes those without room (`MSG_CTRUNC`) here.
 pub(super) fn receive(socket: &OwnedFd, rubbish: &mut Vec<OwnedFd>) -> Received {
     let mut buffer = [0; MAX_CONTROL_RECORD];
     let mut space = [MaybeUninit::uninit(); rustix::cmsg_space!(ScmRights(MOST_FDS))];
@@ -120,7 +121,7 @@ pub(super) fn receive(socket: &OwnedFd, rubbish: &mut Vec<OwnedFd>) -> Received 
         Ok(message) if message.flags.contains(ReturnFlags::TRUNC) => {
             Received::Broken(Fault::TooLong)
         }
-        // An empty record looks the same, and means as much.
+        // An empty record looks the same and has the same meaning.
         Ok(message) if message.bytes == 0 => Received::End,
         Ok(message) => match buffer.get(..message.bytes).map(Control::decode) {
             Some(Ok(record)) => Received::Record(record),

@@ -1,37 +1,38 @@
-//! Workers that ring without news: a write to the doorbell eventfd wakes the hot thread, and nothing keeps a worker from
-//! writing all the time. Decides when not to listen for a while.
+//! Detects workers that ring the doorbell without a reason. Each ring wakes the hot thread, and a
+//! worker could ring all the time; such a worker is muted for a while.
 
 use std::time::Duration;
 
 use dispatcher_core::Time;
 
-/// So many rings without news in [`WINDOW`] are too many. An honest worker rings only if asked, and has news then.
+/// So many rings without a change of the scoreboard within [`WINDOW`] are too many. An honest
+/// worker rings only when asked, after a change.
 const RINGS: u32 = 64;
 const WINDOW: Duration = Duration::from_millis(100);
 
-/// How long not to listen, at first and at most: twice as long each time in a row.
+/// The time of the first and of the longest mute; each mute in a row doubles it.
 const MIN_MUTE: Duration = Duration::from_millis(100);
 const MAX_MUTE: Duration = Duration::from_secs(5);
 
 /// The rings of one worker.
 #[derive(Debug, Default)]
 pub(super) struct DoorbellLimit {
-    /// Its scoreboard has changed since the last ring.
+    /// The scoreboard has changed since the last ring.
     news: bool,
     idle: u32,
     since: Time,
     mute: Duration,
-    /// Not listened to until then.
+    /// The end of the current mute.
     pub(super) muted_until: Option<Time>,
 }
 
 impl DoorbellLimit {
-    /// The scan found something.
+    /// The scan found a change.
     pub(super) fn news(&mut self) {
         self.news = true;
     }
 
-    /// It rang. True if it must not be listened to for a while: until [`DoorbellLimit::muted_until`].
+    /// Counts a ring. True if the worker must be muted until [`DoorbellLimit::muted_until`].
     pub(super) fn rang(&mut self, now: Time) -> bool {
         if std::mem::take(&mut self.news) {
             self.idle = 0;
@@ -52,7 +53,7 @@ impl DoorbellLimit {
         true
     }
 
-    /// Whether it is to be listened to again.
+    /// Ends the mute if its time is over; true if it did.
     pub(super) fn unmute(&mut self, now: Time) -> bool {
         self.muted_until.take_if(|until| *until <= now).is_some()
     }

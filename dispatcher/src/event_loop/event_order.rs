@@ -1,7 +1,9 @@
-//! In which order the log tells: a cause before its consequence. And which ends were ordered.
+//! The order of log lines (a cause before its consequences), and the ends of workers and processes
+//! that were expected.
 //!
-//! The core asks for the consequences of an event while it sorts the event out: untaken connections are placed again before it
-//! is known how many there were. Lines about consequences therefore wait until everything is performed.
+//! The core emits the consequences of an event while it handles the event: it places untaken
+//! connections again before their number is known. Lines about consequences therefore wait until
+//! every effect is performed.
 
 use std::collections::HashMap;
 
@@ -10,10 +12,10 @@ use dispatch_protocol::ClientAddr;
 use super::EventLoop;
 use dispatcher_core::{CloseReason, ConnId, Event, ListenerId, ProcessId, WorkerId};
 
-/// Most lines that wait. In the few turns that have more the rest is told at once, as far as the limits let it.
+/// Most delayed lines. In the few turns with more, further lines are written at once.
 const MOST: usize = 256;
 
-/// A consequence, to be told once its cause has been.
+/// A consequence, to be logged after its cause.
 #[derive(Debug)]
 pub(super) enum DelayedEvent {
     /// An event of a pool.
@@ -25,13 +27,13 @@ pub(super) enum DelayedEvent {
 }
 
 impl EventLoop {
-    /// Tells of an event now or, if it follows from others, after them.
+    /// Logs an event now or, if it is a consequence, after the other events of the turn.
     pub(super) fn write_event_in_order(&mut self, event: Event) {
         match event {
             Event::NoUsableWorker { .. } | Event::BackPressure { .. } | Event::Relieved { .. } => {
                 return self.delay_event(DelayedEvent::Event(event));
             }
-            // These end what was to be told before.
+            // These events end the delay: what was delayed came before them.
             Event::Joined { .. } | Event::Resumed { .. } | Event::Trusted { .. } => {
                 self.write_delayed_events()
             }
@@ -48,19 +50,19 @@ impl EventLoop {
         }
     }
 
-    /// Tells what waits.
+    /// Logs the delayed events.
     pub(super) fn write_delayed_events(&mut self) {
         if self.observation.delayed_events.is_empty() {
             return;
         }
         let mut lines = std::mem::take(&mut self.observation.delayed_events);
-        // What happened to a pool is the cause of what happened to its clients.
+        // Events of a pool are the cause of what happened to its clients.
         let (events, others): (Vec<DelayedEvent>, Vec<DelayedEvent>) =
             lines.drain(..).partition(|line| matches!(line, DelayedEvent::Event(_)));
         for line in events.into_iter().chain(others) {
             self.write_delayed_event(line);
         }
-        // It stays as large as it was.
+        // Keeps the capacity.
         self.observation.delayed_events = lines;
     }
 
@@ -75,28 +77,28 @@ impl EventLoop {
     }
 }
 
-/// Workers and processes that leave because they were told to, or said so themselves.
+/// Workers and processes that were told to leave, or announced that they would.
 #[derive(Debug, Default)]
 pub(super) struct ExpectedEnds {
-    /// Whether the deadline of its drain has come. Until it is gone.
+    /// Until the worker is gone: whether the deadline of its drain has passed.
     workers: HashMap<WorkerId, bool>,
-    /// The process id. Until it has ended or is a worker's in service.
+    /// The process id, until the process has ended or is the process of an active worker.
     processes: HashMap<ProcessId, i32>,
 }
 
 impl ExpectedEnds {
-    /// It is drained, or has said goodbye.
+    /// The worker is drained, or has said goodbye.
     pub(super) fn leaves(&mut self, worker: WorkerId, process: Option<(ProcessId, i32)>) {
         self.workers.entry(worker).or_default();
         self.processes.extend(process);
     }
 
-    /// The deadline of its drain has come: it ends what it has.
+    /// The deadline of the drain has passed: the worker must end its connections.
     pub(super) fn is_over(&mut self, worker: WorkerId) {
         self.workers.insert(worker, true);
     }
 
-    /// It stays.
+    /// The worker stays.
     pub(super) fn stays(&mut self, worker: WorkerId, process: Option<ProcessId>) {
         self.workers.remove(&worker);
         if let Some(process) = process {
@@ -104,12 +106,13 @@ impl ExpectedEnds {
         }
     }
 
-    /// It is gone: whether that was ordered. It was not if it still had connections, unless it was to end them.
+    /// The worker is gone: returns whether that was expected. It was not if the worker still had
+    /// connections that it was not told to end.
     pub(super) fn gone(&mut self, worker: WorkerId, had: u64) -> bool {
         self.workers.remove(&worker).is_some_and(|over| over || had == 0)
     }
 
-    /// A process has ended: whether that was ordered.
+    /// A process has ended: returns whether that was expected.
     pub(super) fn ended(&mut self, process: ProcessId, pid: i32) -> bool {
         self.processes.remove(&process) == Some(pid)
     }
@@ -129,10 +132,10 @@ mod tests {
         expected_ends.leaves(worker(2), Some((process, 10)));
         assert!(expected_ends.ended(process, 10) && expected_ends.gone(worker(2), 0));
         assert!(!expected_ends.gone(worker(2), 0), "once");
-        // Another process in its place.
+        // Another process in the same place.
         expected_ends.leaves(worker(3), Some((process, 10)));
         assert!(!expected_ends.ended(process, 11) && !expected_ends.gone(worker(3), 1));
-        // It was to end what it had.
+        // The worker was told to end its connections.
         expected_ends.leaves(worker(4), None);
         expected_ends.is_over(worker(4));
         assert!(expected_ends.gone(worker(4), 7));

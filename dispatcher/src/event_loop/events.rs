@@ -1,4 +1,5 @@
-//! Events of the core as log lines: `event=NAME key=value …`. Writing never waits; see `logger`.
+//! Writes the events of the core as log lines: `event=NAME key=value …`. Writing never blocks; see
+//! `logger`.
 
 use std::time::Duration;
 
@@ -11,7 +12,7 @@ use super::rate_limit::{Cause, EVENTS};
 use crate::background::logger::{quoted, value};
 use dispatcher_core::{CloseReason, ConnId, Departure, Event, ListenerId, PoolId, WorkerId};
 
-/// The place of an event's kind in [`EVENTS`].
+/// The index of an event's kind in [`EVENTS`].
 fn kind_of(event: &Event) -> usize {
     match event {
         Event::Joined { .. } => 0,
@@ -40,8 +41,8 @@ fn kind_of(event: &Event) -> usize {
 }
 
 impl EventLoop {
-    /// Writes a line, unless this kind has had its share of the second: workers can cause most of these as often as
-    /// they like.
+    /// Writes a line, unless the rate limit of its kind is exceeded: workers can cause most events
+    /// as often as they like.
     pub(super) fn write_event(&mut self, event: &Event) {
         let ordered = self.note_order(event);
         let at = kind_of(event);
@@ -55,7 +56,8 @@ impl EventLoop {
         self.note_fault(event, ordered);
     }
 
-    /// Says what was left out and is followed by silence. A flood that goes on says so itself.
+    /// Reports suppressed lines that no later line has reported. A flood that continues reports
+    /// them itself.
     pub(super) fn write_suppressed(&mut self) {
         for unreported in self.observation.rate_limits.unreported(self.now) {
             self.write_suppressed_one(unreported.kind, unreported.pool, unreported.count);
@@ -94,7 +96,7 @@ impl EventLoop {
         }
     }
 
-    /// An end that was `ordered` is no reason to worry.
+    /// An end that was `ordered` is logged at a lower level.
     fn write(&self, event: &Event, ordered: bool) {
         match event {
             Event::Joined { worker, live } => {
@@ -219,15 +221,15 @@ impl EventLoop {
             Event::Restarting { process, delay } => log::warn!(
                 "event=process_restarting pool={} process={} delay={}",
                 self.core.pool_name(process.pool),
-                // As people count them, like the lines about its start and end.
+                // Counted from 1, like the lines about its start and end.
                 process.number + 1,
                 span(*delay)
             ),
         }
     }
 
-    /// A connection was closed. All of them are told at `debug`; those that were kept out or turned away before that, as far
-    /// as there are not too many.
+    /// A connection was closed. Every close is logged at `debug`; access denials and clients turned
+    /// away are also logged at a higher level, within the rate limit.
     pub(super) fn write_closed(
         &mut self,
         conn: ConnId,
@@ -243,7 +245,7 @@ impl EventLoop {
             reason.name()
         );
         log::debug!("event=client_closed {about}");
-        // It left by itself.
+        // The client closed the connection.
         if reason == CloseReason::ClientGone {
             return;
         }
@@ -257,7 +259,7 @@ impl EventLoop {
         }
     }
 
-    /// A connection that another worker had untaken goes to this one.
+    /// An untaken connection of another worker goes to this worker.
     pub(super) fn write_resent(&mut self, to: WorkerId, conn: ConnId, peer: &ClientAddr) {
         let pool = self.core.pool_of_worker(to);
         if let Some(suppressed) = self.observation.allow(self.now, pool, Cause::Resent) {
@@ -275,7 +277,7 @@ impl EventLoop {
     }
 }
 
-/// A duration as one word, such as `101.3ms`: a value with spaces would be several.
+/// A duration as one word, such as `101.3ms`: a value with spaces would be several values.
 pub(super) fn span(duration: Duration) -> String {
     let text = format!("{duration:.1?}");
     match text.split_once(".0") {

@@ -1,7 +1,7 @@
-//! What has happened lately, for people who look: the last faults, and how many clients came in each of the last seconds.
+//! The last faults, and the number of clients in each of the last seconds, for the status.
 //!
-//! Both are bounded and only written down here; nothing is decided by them. Counting a second's clients takes no
-//! memory; a fault takes some, and is as rare as the log line that goes with it.
+//! Both are bounded, and no decision depends on them. A second's count takes no memory; a fault
+//! takes some, and is as rare as its log line.
 
 use std::collections::{HashMap, VecDeque};
 use std::time::{Duration, SystemTime};
@@ -9,7 +9,7 @@ use std::time::{Duration, SystemTime};
 use crate::api::status::FaultStatus;
 use dispatcher_core::Time;
 
-/// How many whole seconds are remembered.
+/// The number of complete seconds that are remembered.
 pub(super) const SECONDS: usize = 300;
 
 /// One fault, or several of the same kind about the same subject.
@@ -17,11 +17,11 @@ pub(super) const SECONDS: usize = 300;
 struct Fault {
     at: SystemTime,
     kind: &'static str,
-    /// Whom or what it is about.
+    /// The pool, worker or socket that the fault concerns.
     subject: String,
     text: String,
     count: u64,
-    /// It is not over.
+    /// The fault has not ended.
     ongoing: bool,
 }
 
@@ -32,8 +32,8 @@ pub(super) struct FaultList {
 }
 
 impl FaultList {
-    /// Remembers a fault, and `most` altogether. The same again, wherever it is in the list, only counts: it becomes the newest,
-    /// and one worker in trouble does not push everything else out.
+    /// Adds a fault to a list of `most`. A repeated fault is only counted and becomes the newest,
+    /// so that one failing worker does not push out the other faults.
     pub(super) fn note(
         &mut self,
         most: u32,
@@ -45,7 +45,7 @@ impl FaultList {
         let same = |fault: &Fault| fault.kind == kind && fault.subject == subject;
         let before = self.list.iter().position(same).and_then(|place| self.list.remove(place));
         let count = before.map_or(0, |fault| fault.count) + 1;
-        // Some are heard of late.
+        // Some faults are reported late.
         let place = self.list.iter().rposition(|fault| fault.at <= at).map_or(0, |last| last + 1);
         self.list.insert(place, Fault { at, kind, subject, text, count, ongoing: false });
         while self.list.len() > most as usize {
@@ -53,8 +53,8 @@ impl FaultList {
         }
     }
 
-    /// Forgets the oldest of those of which there are most: of one kind, in one pool. What happens again and again in one
-    /// does not push out what happened in others.
+    /// Removes the oldest fault of the largest group, by kind and pool: repeated faults in one pool
+    /// do not push out those of other pools.
     fn drop_one(&mut self) {
         let group = |fault: &Fault| (fault.kind, pool_of(&fault.subject).to_owned());
         let mut counts: HashMap<_, usize> = HashMap::new();
@@ -66,7 +66,7 @@ impl FaultList {
         self.list.remove(oldest.unwrap_or(0));
     }
 
-    /// What became of a fault that goes on, or of one that went on until now.
+    /// Updates the text of a fault that lasts, or that has just ended.
     pub(super) fn update(&mut self, kind: &str, subject: &str, text: String, ongoing: bool) {
         let same = |fault: &&mut Fault| fault.kind == kind && fault.subject == subject;
         if let Some(fault) = self.list.iter_mut().rev().find(same) {
@@ -90,20 +90,21 @@ impl FaultList {
     }
 }
 
-/// The pool that a fault is about: `POOL`, or `POOL/WORKER`.
+/// The pool in a fault's subject: `POOL`, or `POOL/WORKER`.
 fn pool_of(subject: &str) -> &str {
     subject.split('/').next().unwrap_or_default()
 }
 
-/// Clients accepted in each second. Looked at once per turn: in seconds without a turn nobody came.
+/// Clients accepted in each second. Updated once per turn: in a second without a turn no client
+/// came.
 #[derive(Debug)]
 pub(super) struct Seconds {
     start: Time,
-    /// All that have been accepted, when last looked at.
+    /// The total of accepted clients at the last update.
     accepted: u64,
-    /// The second that is not over yet, counted from `start`.
+    /// The current second, counted from `start`.
     current: u64,
-    /// By second, modulo their number; one more than are shown, for the current one.
+    /// By second, modulo their number; one more than are shown, for the current second.
     counts: [u64; SECONDS + 1],
 }
 
@@ -112,7 +113,7 @@ impl Seconds {
         Seconds { start, accepted: 0, current: 0, counts: [0; SECONDS + 1] }
     }
 
-    /// `accepted` clients have been accepted by `now`, since the start.
+    /// Updates the counts: `accepted` clients have been accepted by `now`, since the start.
     pub(super) fn note(&mut self, now: Time, accepted: u64) {
         self.advance(now);
         let new = accepted.saturating_sub(self.accepted);
@@ -120,7 +121,7 @@ impl Seconds {
         self.counts[Seconds::place(self.current)] += new;
     }
 
-    /// The whole seconds up to `now`, oldest first, as many as there have been.
+    /// The complete seconds up to `now`, oldest first, as many as there have been.
     pub(super) fn whole(&mut self, now: Time) -> Vec<u64> {
         self.advance(now);
         let first = self.current.saturating_sub(SECONDS as u64);
@@ -133,7 +134,7 @@ impl Seconds {
         if second <= self.current {
             return;
         }
-        // After a long sleep every place is cleared, once.
+        // After a long sleep every entry is cleared once.
         let first = (self.current + 1).max(second.saturating_sub(SECONDS as u64));
         for skipped in first..=second {
             self.counts[Seconds::place(skipped)] = 0;
@@ -170,12 +171,12 @@ mod tests {
             [("web/w3", "died", 1), ("web/w4", "died again", 2), ("web/w4", "slow", 1)]
         );
         assert_eq!(status[1].time, "1970-01-01T00:00:09.000Z");
-        // The same again, with others after it, is the newest.
+        // A repeated fault, with others after it, becomes the newest.
         faults.note(3, at(11), "worker_gone", "web/w4".to_owned(), "died once more".to_owned());
         let status = faults.status();
         let short: Vec<_> = status.iter().map(|f| (f.text.as_str(), f.count)).collect();
         assert_eq!(short, [("died", 1), ("slow", 1), ("died once more", 3)]);
-        // It is updated where it is, and counts no further.
+        // An update keeps the place and the count.
         faults.update("worker_suspect", "web/w4", "slow for 3s now".to_owned(), true);
         faults.update("worker_suspect", "web/w5", "nobody knows it".to_owned(), true);
         let status = faults.status();
@@ -214,11 +215,11 @@ mod tests {
         seconds.note(at(10), 3);
         seconds.note(at(990), 5);
         seconds.note(at(1_000), 6);
-        // The current second is not whole.
+        // The current second is not complete.
         assert_eq!(seconds.whole(at(1_999)), [5]);
         seconds.note(at(4_500), 10);
         assert_eq!(seconds.whole(at(5_000)), [5, 1, 0, 0, 4]);
-        // The window moves on, and is empty after a long silence.
+        // The window moves on, and is empty after a long pause.
         seconds.note(at(300_500), 11);
         let whole = seconds.whole(at(301_000));
         assert_eq!((whole.len(), whole[0], whole[3], whole[299]), (SECONDS, 1, 4, 1));

@@ -1,4 +1,5 @@
-//! What went wrong, in sentences for the status. What is no fault, or only follows from one, is left to the log.
+//! Turns events into faults: sentences for the status. Events that are no fault, or only follow
+//! from one, are only logged.
 
 use std::time::{Duration, SystemTime};
 
@@ -12,7 +13,7 @@ use crate::background::logger::value;
 use crate::listen::files::News;
 use dispatcher_core::{Departure, Event, PoolId, ProcessId, WorkerId};
 
-/// Every kind there is. `docs/OPERATING.md` says of each what to do.
+/// All kinds of faults. `docs/OPERATING.md` says for each what to do.
 const KINDS: [&str; 17] = [
     "worker_gone",
     "worker_suspect",
@@ -34,7 +35,7 @@ const KINDS: [&str; 17] = [
 ];
 
 impl EventLoop {
-    /// Remembers a fault. For use beside a log line, behind the same limit.
+    /// Adds a fault. Called beside a log line, behind the same rate limit.
     pub(super) fn fault(
         &mut self,
         kind: &'static str,
@@ -48,7 +49,7 @@ impl EventLoop {
         }
     }
 
-    /// Remembers which files of sockets are missing, and which no longer are.
+    /// Adds faults for missing socket files, and updates them when the files are back.
     pub(super) fn note_socket_files(&mut self) {
         const KIND: &str = "socket_file_missing";
         let most = self.config.limits.fault_history;
@@ -72,7 +73,7 @@ impl EventLoop {
         }
     }
 
-    /// Keeps in mind what is ordered to end; says whether this event is such an end.
+    /// Notes which workers are expected to end; returns whether this event is an expected end.
     pub(super) fn note_order(&mut self, event: &Event) -> bool {
         self.follow_conditions(false);
         match *event {
@@ -92,7 +93,7 @@ impl EventLoop {
         false
     }
 
-    /// Brings the faults up to date that have just ended, and with `ongoing` those that go on.
+    /// Updates the faults of conditions that have ended, and with `ongoing` of those that last.
     pub(super) fn follow_conditions(&mut self, ongoing: bool) {
         if self.observation.conditions.is_empty() {
             return;
@@ -110,7 +111,7 @@ impl EventLoop {
         }
     }
 
-    /// Remembers an event of the core, if it is a fault. An end that was `ordered` is none.
+    /// Adds a fault for an event, if it is one. An `ordered` end is none.
     pub(super) fn note_fault(&mut self, event: &Event, ordered: bool) {
         match *event {
             Event::Joined { .. }
@@ -123,14 +124,14 @@ impl EventLoop {
             | Event::Trusted { .. }
             | Event::Relieved { .. }
             | Event::Served { .. }
-            // Its end, or that it did not start, is remembered already.
+            // The end or the failed start has already been added.
             | Event::Restarting { .. } => {}
             Event::Gone { worker, why, resent, live } => {
                 let kind = match why {
                     Departure::Disconnected if live == 0 && resent == 0 => return,
                     Departure::Disconnected | Departure::Died if ordered => return,
                     Departure::Released => return,
-                    // Of a killed process either news may come first.
+                    // When a process is killed, either event may come first.
                     Departure::Disconnected | Departure::Died => "worker_gone",
                     Departure::Expelled(_) => "worker_expelled",
                 };
@@ -186,7 +187,7 @@ impl EventLoop {
             Event::Refusing { pool, closed, unserved: true } => {
                 self.condition(Condition::Unserved, pool, closed.into());
             }
-            // The condition goes on, and counts by itself.
+            // The condition lasts and counts by itself.
             Event::StillRefusing { .. } => {}
             Event::BackPressure { pool } => self.condition(Condition::BackPressure, pool, 0),
             Event::OutOfResources { pause } => self.fault("out_of_resources", "dispatcher", || {
@@ -208,14 +209,15 @@ impl EventLoop {
         self.fault(kind, &subject, || text(pid));
     }
 
-    /// A fault of a pool that goes on until its state is another one.
+    /// A fault of a pool that lasts until the pool's state changes.
     fn condition(&mut self, condition: Condition, pool: PoolId, clients: u64) {
         self.observation.conditions.begin(condition, pool, self.now, clients);
         let name = self.core.pool_name(pool).to_owned();
         self.fault(condition.kind(), &name, || condition.text(Duration::ZERO, clients, true));
     }
 
-    /// What a process we start is called; it joins as a worker of this name unless it chooses another.
+    /// The name of a process of the dispatcher; it joins as a worker of this name unless it chooses
+    /// another.
     pub(super) fn process_name(&self, process: ProcessId) -> String {
         let pool = self.core.pool_name(process.pool);
         format!("{pool}/{pool}-{}", process.number + 1)
@@ -248,7 +250,7 @@ mod tests {
             let text = std::fs::read_to_string(entry.expect("a file").path()).unwrap_or_default();
             for part in text.split("fault(\"").skip(1) {
                 let kind = part.split('"').next().unwrap_or_default();
-                // This very line, and the next.
+                // Excludes this line and the next.
                 if kind.bytes().all(|byte| byte.is_ascii_lowercase() || byte == b'_') {
                     assert!(KINDS.contains(&kind), "{kind}");
                     found += 1;

@@ -1,7 +1,8 @@
-//! Reading workers' gauges: only those that a policy goes by, and only where one does.
+//! Reads the gauges of workers: only those that a policy uses, and only in pools with such a
+//! policy.
 //!
-//! Owns which gauge of a scoreboard is which of the pool's, and what was last read there. Whether it is time to read, and
-//! what a reading is worth, the core says. For the status everything is read that has a name.
+//! It maps the gauges of a scoreboard to those of the pool and keeps the last readings. The core
+//! says when to read and what a reading is worth. The status shows every gauge that has a name.
 
 use std::sync::Arc;
 
@@ -18,17 +19,17 @@ use dispatcher_core::{Core, PoolId, Scored, Time, WorkerId};
 pub(super) struct Gauges {
     pool: PoolId,
     scored: Vec<Place>,
-    /// Gauges whose names have been looked at. A worker gets no second look at one: its names cost us little, whatever it
-    /// does to them.
+    /// The number of gauges whose names were read. Each name is read once, so that a worker cannot
+    /// make the dispatcher read it again and again.
     known: u32,
 }
 
 #[derive(Debug)]
 struct Place {
     name: GaugeName,
-    /// Its number in the scoreboard, once the worker has named it.
+    /// The number in the scoreboard, once the worker has named the gauge.
     number: Option<u32>,
-    /// As last told to the core.
+    /// The last reading reported to the core.
     told: Option<Reading>,
 }
 
@@ -81,14 +82,14 @@ impl Gauges {
     }
 }
 
-/// To the bit: what is no number is never equal to itself.
+/// Compares bits: NaN is never equal to itself.
 fn is_same(a: Option<Reading>, b: Option<Reading>) -> bool {
     let bits = |reading: Reading| (reading.value.to_bits(), reading.at);
     a.map(bits) == b.map(bits)
 }
 
 impl EventLoop {
-    /// Tells the core what has changed in the gauges it goes by. Before anything is decided in a turn.
+    /// Reports changed gauges to the core, before any decision of this turn.
     pub(super) fn read_gauges(&mut self) {
         if !self.workers.any_gauges() {
             return;
@@ -109,7 +110,7 @@ impl EventLoop {
         }
     }
 
-    /// What every worker shows, to be read elsewhere.
+    /// The scoreboards of all workers with gauges, for another thread to read.
     pub(super) fn boards(&self) -> Vec<Shown> {
         let shown = self.workers.table.iter().flatten().filter_map(|io| {
             let scored = self.core.score(self.now, io.id);
@@ -120,14 +121,14 @@ impl EventLoop {
     }
 }
 
-/// What a worker shows.
+/// A worker's gauges and score.
 pub(super) struct Shown {
     worker: u64,
     scored: Option<Scored>,
     board: Arc<Scoreboard>,
 }
 
-/// Adds to a status what every worker shows.
+/// Adds the gauges of all workers to a status.
 pub(super) fn show_gauges(shown: Vec<Shown>, status: &mut Status) {
     let stamps = Stamps::now();
     for Shown { worker: id, scored, board } in shown {
@@ -146,7 +147,8 @@ pub(super) fn show_gauges(shown: Vec<Shown>, status: &mut Status) {
     }
 }
 
-/// Every gauge with a good name, in the order in which the worker named them; of two with the same name the first.
+/// All gauges with valid names, in the order in which the worker named them; of two with the same
+/// name the first.
 fn all(board: &Scoreboard, stamps: &Stamps) -> Vec<GaugeStatus> {
     let mut shown: Vec<GaugeStatus> = Vec::new();
     for number in 0..board.named_gauges() {

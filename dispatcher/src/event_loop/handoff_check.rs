@@ -1,8 +1,9 @@
-//! Whether descriptors can be passed at all: ETOOMANYREFS says that the machine is short of room for them, or that this one
-//! descriptor cannot be passed, and not which.
+//! Checks whether descriptors can be passed at all. ETOOMANYREFS means that the machine has no room
+//! for descriptors in flight, or that this one descriptor cannot be passed; the error does not say
+//! which.
 //!
-//! Before Linux 6.10 a Unix socket in whose queue there are Unix sockets, and so on, is such a descriptor; a client of a
-//! `unix:` listener can send itself into that state.
+//! Before Linux 6.10 a Unix socket whose queue contains nested Unix sockets cannot be passed; a
+//! client of a `unix:` listener can put its own socket into that state.
 
 use std::io::IoSliceMut;
 use std::mem::MaybeUninit;
@@ -13,7 +14,7 @@ use rustix::net::{AddressFamily, RecvAncillaryBuffer, RecvFlags, SocketFlags, So
 
 use super::worker_io::send_record;
 
-/// A way from this process to itself, and something harmless to pass.
+/// A socket pair of this process, and a harmless descriptor to pass.
 #[derive(Debug)]
 pub(super) struct HandoffCheck {
     way: (OwnedFd, OwnedFd),
@@ -28,7 +29,7 @@ impl HandoffCheck {
         Ok(HandoffCheck { way, passed })
     }
 
-    /// Passes a descriptor of our own to ourselves. Nothing but our own is touched.
+    /// Passes a descriptor of the dispatcher to itself. Touches only its own sockets.
     pub(super) fn passes(&self) -> bool {
         if send_record(self.way.0.as_fd(), b"x", &[self.passed.as_fd()]).is_err() {
             return false;
@@ -36,7 +37,7 @@ impl HandoffCheck {
         let mut space = [MaybeUninit::uninit(); rustix::cmsg_space!(ScmRights(1))];
         let mut ancillary = RecvAncillaryBuffer::new(&mut space);
         let flags = RecvFlags::DONTWAIT | RecvFlags::CMSG_CLOEXEC;
-        // Dropping the buffer closes what it received.
+        // Dropping the buffer closes the received descriptor.
         let mut record = [0];
         let mut parts = [IoSliceMut::new(&mut record)];
         rustix::net::recvmsg(&self.way.1, &mut parts, &mut ancillary, flags).is_ok()

@@ -1,4 +1,5 @@
-//! Workers that join and leave: what the [handshake thread](super::handshake) reports is put to the core, and its answers become orders.
+//! Workers that join and leave: passes the events of the [handshake thread](super::handshake) to
+//! the core, and the core's answers back.
 
 use std::os::fd::{AsRawFd, OwnedFd};
 
@@ -22,14 +23,14 @@ use dispatcher_core::{
     ClaimOutcome, Departure, ListenerId, PoolId, PoolSettings, Refusal, SPARE_SLOTS, WorkerId,
 };
 
-/// Most messages of the door handled in one turn; the rest is for the next turn.
+/// Most events of the handshake thread handled in one turn; the rest waits for the next turn.
 const NEWS_PER_TURN: usize = 64;
 
-/// What we can do, beyond what every version can.
+/// The optional features of this dispatcher.
 const FEATURES: Features = Features(Features::DRAIN.0 | Features::UPDATE.0);
 
 impl EventLoop {
-    /// Handles what the door has told.
+    /// Handles the events of the handshake thread.
     pub(super) fn hear(&mut self) {
         for _ in 0..NEWS_PER_TURN {
             let Some(event) = self.handshakes.next() else { return };
@@ -82,7 +83,7 @@ impl EventLoop {
             return self.handshakes.send(HandshakeCommand::Refuse { key, refusal });
         }
         let slots = self.slots_for(&join.hello.pool);
-        // Made at the door, unless the pool has changed since.
+        // The handshake thread made them, unless the pool has changed since.
         let made = match lane {
             Some(Ok((lane, theirs))) if lane.board.slots() == slots => Ok((lane, theirs)),
             Some(Err(error)) => Err(error),
@@ -98,7 +99,8 @@ impl EventLoop {
                 return self.handshakes.send(HandshakeCommand::Refuse { key, refusal });
             }
         };
-        // The worker's copy of our eventfd, or a sign that we are out of descriptors.
+        // The worker's copy of the eventfd. An error shows that the dispatcher has no descriptors
+        // left.
         let doorbell = match lane.doorbell.try_clone() {
             Ok(doorbell) => doorbell,
             Err(error) => {
@@ -160,8 +162,9 @@ impl EventLoop {
         }
     }
 
-    /// A worker with a token that is not of ours: a dispatcher that was killed had started it, and in its place there is a
-    /// process of ours. It keeps the connections it has, and ends with the last.
+    /// A worker with an unknown token: a dispatcher that was killed had started it, and this
+    /// dispatcher has started a process in its place. The worker keeps its connections and ends
+    /// with the last.
     fn retire_left_over(&mut self, worker: WorkerId, pool: Option<PoolId>) {
         if let Some(suppressed) = self.observation.allow(self.now, pool, Cause::LeftOver) {
             log::warn!(
@@ -172,12 +175,12 @@ impl EventLoop {
         self.core.drain_worker(self.now, worker, None);
     }
 
-    /// Slots of the scoreboard of a worker of this pool.
+    /// The number of scoreboard slots of a worker of this pool.
     fn slots_for(&self, pool: &str) -> u32 {
         self.settings_of(pool).map_or(1, |settings| settings.max_untaken + SPARE_SLOTS)
     }
 
-    /// What the door goes by, from now on.
+    /// The settings of the handshake thread.
     pub(super) fn handshake_settings(config: &config::Config) -> Settings {
         let slots = config.pools.iter().map(|pool| {
             let settings = &pool.settings;
@@ -186,7 +189,7 @@ impl EventLoop {
         Settings { limits: config.limits.clone(), slots: slots.collect() }
     }
 
-    /// What the worker and its pool both can.
+    /// The features that both the worker and its pool support.
     fn features_for(&self, hello: &Hello) -> Features {
         let claims =
             match self.settings_of(&hello.pool).and_then(|settings| settings.affinity.as_ref()) {
@@ -196,7 +199,8 @@ impl EventLoop {
         Features(hello.features.0 & (FEATURES.0 | claims.0))
     }
 
-    /// A worker claims a key. It may be leaving, and need not know what its pool's keys look like: no reason to cut it off.
+    /// A worker claims a key. A wrong claim is ignored: the worker may be leaving, and need not
+    /// know the key format of its pool.
     fn claim(&mut self, worker: WorkerId, key: &[u8]) {
         let reason = match self.core.claim(self.now, worker, key) {
             ClaimOutcome::Noted | ClaimOutcome::Leaving => return,
@@ -213,7 +217,7 @@ impl EventLoop {
         }
     }
 
-    /// The settings in force of the pool with this name.
+    /// The current pool of this name.
     fn settings_of(&self, name: &str) -> Option<&PoolSettings> {
         self.core.pool_settings(self.core.pool_named(name)?)
     }
