@@ -144,7 +144,10 @@ mod tests {
         (0..655).for_each(|_| conditions.turned_away(Some(web)));
         conditions.turned_away(Some(chat));
         conditions.turned_away(None);
-        assert!(conditions.over(|_| Some(PoolState::Refusing)).len() == 1, "nobody waits any more");
+        assert!(
+            conditions.over(|_| Some(PoolState::Refusing)).len() == 1,
+            "the pool refuses clients, so none waits"
+        );
         assert_eq!(conditions.ongoing().len(), 1);
         let over = conditions.over(|_| Some(PoolState::Ready));
         assert_eq!(over.len(), 1);

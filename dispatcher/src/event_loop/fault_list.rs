@@ -178,7 +178,7 @@ mod tests {
         assert_eq!(short, [("died", 1), ("slow", 1), ("died once more", 3)]);
         // An update keeps the place and the count.
         faults.update("worker_suspect", "web/w4", "slow for 3s now".to_owned(), true);
-        faults.update("worker_suspect", "web/w5", "nobody knows it".to_owned(), true);
+        faults.update("worker_suspect", "web/w5", "an unknown worker".to_owned(), true);
         let status = faults.status();
         let fault = &status[1];
         assert_eq!((fault.text.as_str(), fault.count, fault.ongoing), ("slow for 3s now", 1, true));

@@ -24,15 +24,15 @@ use dispatcher_core::{
 };
 
 /// Most events of the handshake thread handled in one turn; the rest waits for the next turn.
-const NEWS_PER_TURN: usize = 64;
+const EVENTS_PER_TURN: usize = 64;
 
 /// The optional features of this dispatcher.
 const FEATURES: Features = Features(Features::DRAIN.0 | Features::UPDATE.0);
 
 impl EventLoop {
     /// Handles the events of the handshake thread.
-    pub(super) fn hear(&mut self) {
-        for _ in 0..NEWS_PER_TURN {
+    pub(super) fn handle_handshakes(&mut self) {
+        for _ in 0..EVENTS_PER_TURN {
             let Some(event) = self.handshakes.next() else { return };
             match event {
                 HandshakeEvent::Hello(request) => self.join(*request),

@@ -1,9 +1,10 @@
-//! Listeners that are taken out, by a reload or at the end: nobody who has connected to one of them is reset.
+//! Removes listeners, in a reload or at the end, without resetting any client that has connected.
 //!
-//! First no new connection begins (a Unix socket refuses them, a TCP socket drops what would begin one), then those that are in the queue, or
-//! whose handshake is under way, are accepted, and only then the socket is closed. A socket that a service manager passed is
-//! not ours to close: the manager would keep it open, and its clients would wait for nothing. It is emptied and kept; whoever
-//! comes then is turned away, and a reload can use it again.
+//! First no new connection begins: a Unix socket refuses connects, a TCP socket drops SYNs. Then
+//! the clients in the queue, and those whose handshake is under way, are accepted, and only then
+//! the socket is closed. A socket that a service manager passed is not closed: the manager would
+//! keep it open, and its clients would wait forever. It is emptied and kept; later clients are
+//! turned away, and a reload can use it again.
 
 use std::os::fd::AsFd;
 use std::time::Duration;
@@ -20,28 +21,28 @@ use crate::reload::Reusable;
 use crate::sys;
 use dispatcher_core::{Accepting, ListenerId, Time};
 
-/// How long handshakes that are under way may take when a reload takes a listener out. The kernel repeats its half of one
-/// after a second.
+/// How long handshakes under way may take when a reload removes a listener. The kernel repeats a
+/// SYN-ACK after one second.
 const HANDSHAKES: Duration = Duration::from_secs(1);
 
-/// The same where clients are accepted only when they have said something.
+/// The same with `defer_accept`, where a client is accepted only after its first bytes.
 const DEFERRED: Duration = Duration::from_secs(2);
 
-/// The same at the end of the dispatcher, for which others wait.
+/// The same at the end of the dispatcher, which must not take long.
 const LAST_HANDSHAKES: Duration = Duration::from_millis(50);
 
-/// How a socket that is taken out stands.
+/// The state of a socket that is being removed.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(super) enum Leaving {
-    /// Its queue is accepted, at least until then if no new connection begins meanwhile.
+    /// Its clients are accepted, at least until this time if no new connection can begin.
     Until(Time),
     /// A service manager keeps it open: clients are turned away.
     Kept,
 }
 
 impl ListenerIo {
-    /// Lets no new connection begin. False if that cannot be had.
-    fn close_door(&self) -> bool {
+    /// Lets no new connection begin. False if the kernel does not support that.
+    fn refuse_new(&self) -> bool {
         let Some(listening) = &self.listening else { return false };
         match listening.is_unix() {
             true => rustix::net::shutdown(&listening.fd, Shutdown::Read).is_ok(),
@@ -49,10 +50,10 @@ impl ListenerIo {
         }
     }
 
-    /// Its queue is looked at until it is empty.
+    /// Accepts from the socket until its queue is empty.
     fn leave(&mut self, at: Time) {
         self.leaving = Some(Leaving::Until(at));
-        // Even if no edge said so: the last look must be at the queue itself.
+        // Also without an edge: the last check must read the queue itself.
         self.ready = true;
         self.paused_until = None;
     }
@@ -61,7 +62,7 @@ impl ListenerIo {
         self.leaving == Some(Leaving::Kept)
     }
 
-    /// Whether its queue is to be looked at for the last time.
+    /// Whether the last check of the queue is due.
     pub(super) fn is_due(&self, now: Time) -> bool {
         match self.leaving {
             Some(Leaving::Until(at)) => at <= now,
@@ -69,7 +70,7 @@ impl ListenerIo {
         }
     }
 
-    /// When that is.
+    /// When the last check of the queue is due.
     pub(super) fn due(&self) -> Option<Time> {
         let Some(Leaving::Until(at)) = self.leaving else { return None };
         self.listening.as_ref().map(|_| at)
@@ -77,7 +78,8 @@ impl ListenerIo {
 }
 
 impl EventLoop {
-    /// A stop begins. Sockets that somebody else keeps open are left with their queue; ours are emptied first.
+    /// A stop begins. A socket that a service manager keeps open is closed with its queue; the
+    /// other sockets are emptied first.
     pub(super) fn finish_listeners(&mut self) {
         let mut closed = Vec::new();
         for listener in &mut self.listeners.sockets {
@@ -90,17 +92,17 @@ impl EventLoop {
                 );
             } else if listener.listening.is_some() {
                 let tcp = listener.listening.as_ref().is_some_and(|l| !l.is_unix());
-                let wait = listener.close_door() && tcp;
+                let wait = listener.refuse_new() && tcp;
                 listener.leave(if wait { self.now + LAST_HANDSHAKES } else { self.now });
             }
         }
-        // Those that a reload has taken out and closed before are known to be.
+        // Listeners that a reload has closed before are already reported.
         closed.sort();
         closed.dedup();
         closed.into_iter().for_each(|id| self.closed(id));
     }
 
-    /// A listener was taken out: its sockets are emptied, then closed or kept.
+    /// A listener was removed: its sockets are emptied, then closed or kept.
     pub(super) fn drain_listener(&mut self, id: ListenerId) {
         let configured = self.config.listeners.get(usize::from(id.0));
         let deferred = configured.is_some_and(|listener| listener.options.defer_accept.is_some());
@@ -109,12 +111,13 @@ impl EventLoop {
             let Some(listening) = &listener.listening else { continue };
             let ours = !listening.inherited;
             let unix = listening.is_unix();
-            let wait = ours && listener.close_door() && !unix;
+            let wait = ours && listener.refuse_new() && !unix;
             listener.leave(if wait { self.now + handshakes } else { self.now });
         }
     }
 
-    /// The last look at its queue found nothing more: closed, or kept for a reload that wants it again.
+    /// The last check of the queue found no client: closes the socket, or keeps it for a later
+    /// reload.
     pub(super) fn leave(&mut self, position: usize) {
         let listener = &mut self.listeners.sockets[position];
         let id = listener.id;
@@ -139,10 +142,11 @@ impl EventLoop {
         self.closed(id);
     }
 
-    /// Whether it is to be closed now, although its queue may not be empty: so many have been accepted as could wait in it.
+    /// Whether to close the socket although its queue may not be empty: as many clients were
+    /// accepted as the queue can hold.
     pub(super) fn has_had_its_share(&mut self, position: usize) -> bool {
         let listener = &mut self.listeners.sockets[position];
-        // No new connections begin until then, so time is bound enough.
+        // No new connection can begin until then, so the time is a sufficient bound.
         if !listener.is_due(self.now) {
             return false;
         }
@@ -151,7 +155,7 @@ impl EventLoop {
         over
     }
 
-    /// Clients of a socket that belongs to no listener any more.
+    /// Turns away the clients of a socket without a listener.
     pub(super) fn turn_away(&mut self, position: usize) {
         for _ in 0..self.config.limits.accept_batch {
             let listener = &mut self.listeners.sockets[position];
@@ -170,7 +174,7 @@ impl EventLoop {
                              reason=no_listener left_out={suppressed}"
                         );
                     }
-                    // It may have sent descriptors whose close takes long.
+                    // The client may have sent descriptors whose close takes long.
                     self.background.closers.task(Task::Drop(Owner::Other, Box::new(fd)));
                 }
                 Attempt::Again => {}
@@ -182,13 +186,13 @@ impl EventLoop {
         }
     }
 
-    /// Whether the core wants a socket's clients, or we do, to turn them away.
+    /// Whether to accept from a socket: the core wants its clients, or they are to be turned away.
     pub(super) fn wants_clients(&self, position: usize) -> bool {
         let listener = &self.listeners.sockets[position];
         listener.is_kept() || self.core.accepting(listener.id) != Accepting::Pause
     }
 
-    /// Sockets that are kept, for the status.
+    /// Kept sockets, for the status.
     pub(super) fn kept_sockets(&self) -> Vec<KeptStatus> {
         let kept = self.listeners.sockets.iter().filter(|listener| listener.is_kept());
         kept.filter_map(|listener| {
@@ -202,7 +206,8 @@ impl EventLoop {
         .collect()
     }
 
-    /// Sockets that were taken out and are still there, and those that nobody has asked for yet.
+    /// Sockets of removed listeners that are still open, and passed sockets that no listener has
+    /// used yet.
     pub(super) fn reusable(&self) -> Vec<Reusable> {
         let unused = self.listeners.unused.iter().filter_map(|listening| listening.name.clone());
         let mut reusable: Vec<Reusable> = unused.map(Reusable::systemd).collect();
@@ -226,7 +231,7 @@ impl EventLoop {
         reusable
     }
 
-    /// Takes the sockets of this name that belong to no listener any more.
+    /// Takes the sockets of this name that belong to no listener.
     pub(super) fn take_kept(&mut self, name: &str) -> Vec<Listening> {
         let named = |listening: &Listening| listening.name.as_deref() == Some(name);
         let (mut taken, unused): (Vec<_>, Vec<_>) =
@@ -236,9 +241,10 @@ impl EventLoop {
         taken
     }
 
-    /// A duplicate of one of our sockets is used for a new listener: its clients come in again, and the old one goes.
+    /// A new listener uses a duplicate of this socket: clients can connect again, and the old entry
+    /// is removed.
     pub(super) fn take_back(&mut self, listening: &Listening) {
-        // It may have none, if it could not be set.
+        // The filter may be missing, if the kernel refused it.
         let _ = sys::let_new_connections_in(listening.fd.as_fd());
         let address = listening.address.clone();
         self.take_leaving(|old| old.name.is_none() && !old.is_unix() && old.address == address);

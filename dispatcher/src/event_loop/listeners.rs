@@ -23,37 +23,38 @@ use dispatcher_core::{ListenerId, Time};
 #[derive(Debug)]
 pub(super) struct ListenerIo {
     pub(super) id: ListenerId,
-    /// `None` once a stop has closed it, or a reload that took it out.
+    /// `None` after a stop or a reload has closed it.
     pub(super) listening: Option<Listening>,
-    /// Position in the event loop's table; part of its token.
+    /// Position in `Listeners`; part of its token.
     position: usize,
-    /// May have clients waiting. Set by an edge, cleared only by EAGAIN.
+    /// Clients may be waiting. Set by an edge, cleared only by EAGAIN.
     pub(super) ready: bool,
-    /// In the poll. Not while the core wants no clients, or each arrival would wake us for nothing.
+    /// Whether the socket is in the poll. It is not while the core wants no clients: each arrival
+    /// would cause a useless wake-up.
     watched: bool,
-    /// Resting after EMFILE and its kind.
+    /// The end of a pause after EMFILE and similar errors.
     pub(super) paused_until: Option<Time>,
-    /// Another socket has taken its place: it is emptied and closed.
+    /// Another socket has taken its place: this socket is emptied and closed.
     pub(super) retiring: bool,
-    /// No client has been accepted since it last paused for that.
+    /// No client has been accepted since the last such pause.
     pub(super) short: bool,
-    /// Times in a row that it paused only for a descriptor that is about to be closed.
+    /// Pauses in a row for a descriptor that was about to be closed.
     pub(super) waits: u32,
-    /// Clients still to be accepted from this socket before it is closed, once it is to be.
+    /// The number of clients still to be accepted from this socket once it is being removed.
     pub(super) last: u32,
-    /// `Some` once it is taken out.
+    /// `Some` once the socket is being removed.
     pub(super) leaving: Option<Leaving>,
-    /// Clients that found no listener behind it.
+    /// Clients turned away because the socket has no listener.
     pub(super) turned_away: u64,
 }
 
-/// What one attempt to accept gave.
+/// The result of one attempt to accept.
 pub(super) enum Attempt {
     Client(OwnedFd, ClientAddr),
-    /// A client that was gone again, or a signal: try the next.
+    /// The client has already gone, or a signal came: try the next client.
     Again,
     Empty,
-    /// No descriptor or memory for it now.
+    /// No descriptor or memory is available.
     Short(Errno),
 }
 
@@ -122,7 +123,7 @@ impl Listeners {
 }
 
 impl ListenerIo {
-    /// The id of a socket that belongs to no listener. There are fewer than that: see `reload`.
+    /// The id of sockets without a listener. Real ids are smaller: see `reload`.
     pub(super) const NOBODY: ListenerId = ListenerId(u16::MAX);
 
     pub(super) fn new(
@@ -160,7 +161,7 @@ impl ListenerIo {
     /// Another socket takes its place.
     pub(super) fn retire(&mut self) {
         self.retiring = true;
-        // Even if no edge said so: the last look must be at the queue itself.
+        // Also without an edge: the last check must read the queue itself.
         self.ready = true;
     }
 
@@ -169,7 +170,7 @@ impl ListenerIo {
         self.ready = true;
     }
 
-    /// Puts the socket into the poll or takes it out. Putting it in gives a new edge if clients wait.
+    /// Puts the socket into the poll or takes it out. Putting it in causes an edge if clients wait.
     pub(super) fn watch(&mut self, registry: &Registry, wanted: bool) -> std::io::Result<()> {
         let Some(listening) = &self.listening else { return Ok(()) };
         if wanted == self.watched {
@@ -187,7 +188,7 @@ impl ListenerIo {
         Ok(())
     }
 
-    /// The socket goes, and its file: in a file system, which may be slow.
+    /// Closes the socket and removes its file, both on threads that may block.
     pub(super) fn close(
         &mut self,
         registry: &Registry,
@@ -219,7 +220,8 @@ impl ListenerIo {
                 | Errno::INVAL
                 | Errno::NOTSOCK),
             ) => Attempt::Short(errno),
-            // EINTR, ECONNABORTED, EPERM of a firewall, and the network errors of a client that is already gone.
+            // EINTR, ECONNABORTED, EPERM of a firewall, or a network error of a client that has
+            // already gone.
             Err(_) => Attempt::Again,
         }
     }

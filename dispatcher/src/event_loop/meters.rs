@@ -1,7 +1,7 @@
-//! What the hot thread measures of itself: plain counters, read out with the status.
+//! Measurements of the hot thread: plain counters, shown in the status.
 //!
-//! No clock is read for a turn that the turn does not read anyway, and two for every 64th decision: the clock costs about
-//! as much as a decision does.
+//! A turn causes no extra clock reads, and every 64th decision two: a clock read costs about as
+//! much as a decision.
 
 use super::EventLoop;
 use crate::api::status::Meters as Told;
@@ -13,15 +13,15 @@ pub(super) const SAMPLE: u64 = 64;
 
 #[derive(Debug)]
 pub(super) struct Meters {
-    /// From accept to the place found, of every [`SAMPLE`]th connection.
+    /// The time from accept to the choice of a worker, for every [`SAMPLE`]th connection.
     pub(super) decision: Histogram,
-    /// From waking up to sleeping again.
+    /// The time from waking up to sleeping again.
     pub(super) turn: Histogram,
     /// Connections accepted, to choose the samples.
     decisions: u64,
-    /// Times accepting paused for want of descriptors or memory.
+    /// Pauses of accepting because descriptors or memory were short.
     pub(super) accept_pauses: u64,
-    /// Workers that were not let in.
+    /// Workers that were refused.
     pub(super) workers_refused: u64,
 }
 
@@ -38,7 +38,7 @@ impl Default for Meters {
 }
 
 impl Meters {
-    /// Whether the next decision shall be timed. The first is not: it meets cold caches.
+    /// Whether to time the next decision. The first is not timed: its caches are cold.
     pub(super) fn samples(&mut self) -> bool {
         self.decisions += 1;
         self.decisions.is_multiple_of(SAMPLE)

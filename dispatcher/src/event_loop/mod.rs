@@ -196,7 +196,7 @@ impl EventLoop {
     /// Handles what earlier turns did not finish, and what is due without an event.
     fn handle_leftovers(&mut self) {
         if self.handshakes.ready {
-            self.hear();
+            self.handle_handshakes();
         }
         if std::mem::take(&mut self.wakeup.side_ready) {
             self.handle_side();

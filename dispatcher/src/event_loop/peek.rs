@@ -1,7 +1,7 @@
-//! First bytes: looked at where they are, and left there for the worker.
+//! Reads the first bytes of clients and leaves them in the socket for the worker.
 //!
-//! Owns the looking. When to look is said by the poll; how long and at how many bytes, by the settings; what the bytes
-//! mean, by `crate::preface`; and what follows from that, by the core.
+//! The poll says when to read; the settings, for how long and how many bytes; `crate::preface`
+//! parses the bytes, and the core decides what follows.
 
 use std::os::fd::AsRawFd;
 
@@ -16,10 +16,10 @@ use crate::preface::{self, Look, is_enough};
 use dispatcher_core::ConnId;
 
 impl EventLoop {
-    /// Looks at the first bytes of a connection that awaits them; with `end`, no more will come than are there now.
+    /// Reads the first bytes of a connection that awaits them; with `end`, no more bytes can come.
     ///
-    /// Edge-triggered, so whatever comes after a look gives another event. The look after the registration catches what
-    /// came before it.
+    /// The poll is edge-triggered, so later bytes cause another event. The read after the
+    /// registration finds bytes that came before it.
     pub(super) fn look(&mut self, id: ConnId, end: bool) {
         if !self.core.awaits_bytes(id) {
             return;
@@ -64,7 +64,7 @@ impl EventLoop {
         self.core.first_bytes(self.now, id, known);
     }
 
-    /// Has the poll tell of more bytes, and of the end.
+    /// Puts the connection into the poll, for more bytes and for the end.
     fn watch_first_bytes(&mut self, id: ConnId) {
         let Some(conn) = self.connections.get_mut(id.index) else { return };
         if conn.watched {
@@ -75,7 +75,7 @@ impl EventLoop {
         let registry = self.wakeup.registry();
         match registry.register(&mut SourceFd(&raw), token, Interest::READABLE) {
             Ok(()) => conn.watched = true,
-            // Out of memory for the poll: nothing would tell us of its bytes.
+            // Out of memory for the poll: no event would report the bytes.
             Err(_) => self.core.first_bytes(self.now, id, None),
         }
     }

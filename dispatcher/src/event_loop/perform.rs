@@ -1,7 +1,9 @@
-//! Performing the core's effects: sending, revoking, releasing, closing. One exhaustive match, no decision.
+//! Performs the effects of the core: sending, revoking, releasing, closing. One exhaustive match
+//! without decisions.
 //!
-//! Nothing here touches a description that another process may hold, but for `sendmsg` on a channel, which takes no lock
-//! of a socket: what else there is to do with descriptors goes to the [closers](crate::background::closer).
+//! The hot thread makes no call on a socket that another process may hold, except `sendmsg` on a
+//! channel, which takes no socket lock. All other calls go to the
+//! [closers](crate::background::closer).
 
 use std::os::fd::{AsFd, BorrowedFd};
 use std::sync::Arc;
@@ -27,7 +29,7 @@ use dispatcher_core::{
 };
 
 impl EventLoop {
-    /// Performs effects until there are none, and sends what they gathered.
+    /// Performs effects until there are none, and sends the gathered connections.
     pub(super) fn perform(&mut self) {
         loop {
             while let Some(effect) = self.core.effect() {
@@ -50,7 +52,7 @@ impl EventLoop {
                 *at_worker = Some(worker.serial);
                 let Ticket { slot, seq } = ticket;
                 let accepted_ns = accepted.0.wrapping_add(self.connections.to_realtime);
-                // As it was accepted; a worker that had it before could have changed that.
+                // Accepted sockets are non-blocking; an earlier worker could have changed that.
                 let flags = match flags.contains(EntryFlags::RESENT) {
                     true => flags,
                     false => flags | EntryFlags::NONBLOCKING,
@@ -81,12 +83,13 @@ impl EventLoop {
                 self.probe(worker, ticket);
             }
             Effect::Tell { worker, notice } => {
-                // After what it was sent before.
+                // The notice follows the connections that were sent before it.
                 self.flush(worker.index);
                 self.give_notice(worker, notice);
             }
             Effect::Revoke { worker, ticket } => {
-                // What is revoked must have been sent first, or the record would follow its revocation.
+                // The connection must be sent before it is revoked, or its record would follow the
+                // revocation.
                 self.flush(worker.index);
                 let Some(io) = self.workers.get_mut(worker) else { return };
                 if let Some(deferred) = &mut io.purge {
@@ -100,7 +103,7 @@ impl EventLoop {
             Effect::Purge { worker } => {
                 self.flush(worker.index);
                 let Some(io) = self.workers.get_mut(worker) else { return };
-                // Nothing has been sent since a purge began that is still under way.
+                // If a purge is under way, nothing has been sent since it began.
                 if io.purge.is_none() {
                     io.purge = Some(Deferred::default());
                     let retained = Arc::clone(&io.lane.retained);
@@ -110,8 +113,9 @@ impl EventLoop {
                 self.core.purged(self.now, worker);
             }
             Effect::Release { worker, conn, ticket } => {
-                // RELEASED is written after the close. A worker that closes before finds its slot not released, and shuts
-                // the connection down; the slot is not used again so soon, see the ring in `pool`.
+                // RELEASED is written after the close. A worker that closes before that finds its
+                // slot not released and shuts the connection down. The slot is not reused so soon;
+                // see the ring in the core.
                 let Some(Conn { fd, .. }) = self.connections.take(conn) else { return };
                 match self.workers.get(worker) {
                     Some(io) => {
@@ -155,7 +159,7 @@ impl EventLoop {
     fn give_notice(&mut self, worker: WorkerId, notice: Notice) {
         let Some(io) = self.workers.get_mut(worker) else { return };
         if let Some(deferred) = &mut io.purge {
-            // Each says all there is to say.
+            // The last notice replaces earlier ones.
             deferred.notice = Some(notice);
             return;
         }
@@ -174,7 +178,8 @@ impl EventLoop {
 
     /// Sends the gathered connections of a worker in one record.
     ///
-    /// The slots are written before the record: the worker may read them the moment it arrives.
+    /// The slots are written before the record, because the worker may read them as soon as the
+    /// record arrives.
     fn flush(&mut self, index: u32) {
         let Some(io) = self.workers.at_mut(index) else { return };
         if io.outbox.is_empty() {
@@ -202,7 +207,8 @@ impl EventLoop {
                         );
                         let Err(errno) = result else { continue };
                         let why = match errno {
-                            // What a descriptor of our own can, this client's cannot.
+                            // A descriptor of the dispatcher passes, so the error concerns this
+                            // client.
                             Errno::TOOMANYREFS if self.connections.handoff_check.passes() => {
                                 SendFailure::Client
                             }
@@ -215,11 +221,11 @@ impl EventLoop {
             }
         }
         outbox.clear();
-        // The emptied vector goes back, so that a warm worker's record costs no allocation.
+        // The empty vector is reused, so that a warm worker's record costs no allocation.
         io.outbox = outbox;
     }
 
-    /// A worker's channel is empty: what was kept for it meanwhile is sent, as far as it still counts.
+    /// A worker's channel is empty: sends what was deferred meanwhile and is still valid.
     pub(super) fn purged(&mut self, worker: WorkerId) {
         let Some(io) = self.workers.get_mut(worker) else { return };
         let Some(Deferred { entries, probe, notice }) = io.purge.take() else { return };
@@ -227,7 +233,8 @@ impl EventLoop {
             let Some(io) = self.workers.at_mut(worker.index) else { return };
             let ours = self.connections.get(conn.index);
             let sent = io.lane.board.slot(entry.slot).map(|slot| slot::state(slot, entry.seq));
-            // A worker that guesses can have claimed or declined it; then the core knows by now, or will.
+            // A misbehaving worker can have claimed or declined the slot; the core knows, or will
+            // know soon.
             if ours.is_some_and(|ours| ours.serial == conn.serial) && sent == Some(SlotState::Sent)
             {
                 io.outbox.push((conn, entry));
@@ -258,7 +265,7 @@ impl EventLoop {
         }
     }
 
-    /// Hands the closers what the turn has gathered for them.
+    /// Hands the closers the tasks of this turn.
     pub(super) fn hand_over(&mut self) {
         self.background.closing_due =
             (!self.background.closers.hand_over()).then(|| self.now + HAND_OVER_AGAIN);
@@ -289,13 +296,13 @@ impl EventLoop {
             | CloseReason::Unsendable => None,
         };
         let owner = match (at_worker, peer) {
-            // A worker that had it may hold a copy, and its lock.
+            // A worker that had the connection may hold a copy, and the socket's lock.
             (Some(serial), _) if shared => Some(Owner::Worker(serial)),
             (_, ClientAddr::Inet(_)) => None,
-            // Its queue may hold descriptors, whose closes linger.
+            // The client's queue may hold descriptors whose closes linger.
             (_, _) => Some(Owner::Other),
         };
-        // With a copy elsewhere closing alone would end nothing.
+        // A worker may hold a copy, so that a close alone would not end the connection.
         if response.is_some() || shared {
             self.background.closers.task(Task::End { fd, response, owner });
         } else {
@@ -306,20 +313,21 @@ impl EventLoop {
         }
     }
 
-    /// Drops everything kept for a worker: out of the poll first, the channel before the control connection.
+    /// Drops the state of a worker that is out of the table: the channel before the control
+    /// connection.
     pub(super) fn put_away(&mut self, io: WorkerIo) {
         io.lane.shut();
-        // What is queued in the channel goes with its last reference, which may be ours.
+        // The queue of the channel is dropped with its last reference, which may be this one.
         let owner = Owner::Worker(io.id.serial);
         self.background.closers.task(Task::Drop(owner, Box::new(io.lane)));
         self.handshakes.send(HandshakeCommand::Forget(io.id));
     }
 }
 
-/// When to hand over again after the closers had the queue.
+/// When to hand over again after the closers' queue was locked.
 const HAND_OVER_AGAIN: Duration = Duration::from_millis(1);
 
-/// Nobody was told of these, so nobody can have claimed them.
+/// Reports entries that were not sent. No worker knows of them, so no worker can have claimed them.
 fn not_sent(
     core: &mut Core,
     now: Time,

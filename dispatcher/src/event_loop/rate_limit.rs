@@ -1,12 +1,13 @@
-//! How often a kind of line may be logged: what a peer can cause again and again must not fill a disk. Each pool has limits of
-//! its own, so that what happens in one does not hide what happens in another.
+//! Limits how often a kind of line may be logged: events that peers cause must not fill a disk.
+//! Each pool has limits of its own, so that a flood in one pool does not hide the events of
+//! another.
 
 use std::collections::HashMap;
 use std::time::Duration;
 
 use dispatcher_core::{CloseReason, PoolId, Time};
 
-/// Lines of one kind in any one second.
+/// Lines of one kind in one second.
 const PER_SECOND: u32 = 20;
 
 /// One second.
@@ -18,12 +19,12 @@ pub(super) struct RateLimit {
     window: Option<Time>,
     written: u32,
     suppressed: u64,
-    /// Since the start.
+    /// Suppressed lines since the start.
     total: u64,
 }
 
 impl RateLimit {
-    /// Whether a line may be written now; if so, how many were left out before it.
+    /// Whether a line may be written now; if so, how many lines were suppressed before it.
     pub(super) fn allow(&mut self, now: Time) -> Option<u64> {
         if self.window.is_none_or(|start| now - start >= WINDOW) {
             self.window = Some(now);
@@ -38,40 +39,40 @@ impl RateLimit {
         Some(self.take_suppressed())
     }
 
-    /// How many were left out and are told of now.
+    /// Returns the number of suppressed lines, which the caller reports, and resets it.
     pub(super) fn take_suppressed(&mut self) -> u64 {
         std::mem::take(&mut self.suppressed)
     }
 
-    /// When lines that were left out are to be told of, should no line of their kind come before.
+    /// When suppressed lines must be reported if no line of their kind comes before.
     pub(super) fn due(&self) -> Option<Time> {
         self.window.filter(|_| self.suppressed > 0).map(|start| start + WINDOW)
     }
 
-    /// Whether it can be forgotten: nothing is left to be told, and its second is over.
+    /// Whether this entry can be dropped: no suppressed lines, and its second is over.
     pub(super) fn is_over(&self, now: Time) -> bool {
         self.suppressed == 0 && self.window.is_none_or(|start| now - start >= WINDOW)
     }
 }
 
-/// Why a line is written.
+/// The reason for a line.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
 pub(super) enum Cause {
-    /// A worker broke the protocol, or is cut off.
+    /// A worker broke the protocol or was cut off.
     Broken,
-    /// A worker claims a key that cannot be.
+    /// A worker claims an invalid key.
     Claim,
     /// Out of descriptors or memory.
     Shortage,
-    /// A client is kept out, turned away, or dropped.
+    /// A client is denied, turned away, or dropped.
     Closed(CloseReason),
-    /// A client of a socket that no listener has any more.
+    /// A client of a socket without a listener.
     NoListener,
     /// A connection goes to another worker.
     Resent,
     /// A shortage is over.
     Relieved,
-    /// The poll refused to watch something.
+    /// The poll refused a registration.
     NotWatched,
     /// A process that an earlier dispatcher started joins.
     LeftOver,
@@ -90,7 +91,7 @@ pub(super) enum ProcessNews {
 }
 
 impl Cause {
-    /// The kind of line that most of what it limits is.
+    /// The most frequent kind of line with this cause.
     fn kind(self) -> &'static str {
         match self {
             Cause::Broken => "worker_broke_protocol",
@@ -144,7 +145,7 @@ pub(super) const EVENTS: [&str; 22] = [
     "served_again",
 ];
 
-/// Lines that were left out.
+/// Suppressed lines of one kind.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(super) struct Suppressed {
     pub(super) kind: &'static str,
@@ -152,16 +153,16 @@ pub(super) struct Suppressed {
     pub(super) count: u64,
 }
 
-/// What peers and shortages can make us log again and again, by pool and cause: as many entries as there are of both.
+/// The rate limits by pool and cause: at most one entry for each combination.
 #[derive(Debug, Default)]
 pub(super) struct RateLimits {
     table: HashMap<(Option<PoolId>, Cause), RateLimit>,
-    /// When [`RateLimits::unreported`] has something at the earliest.
+    /// The earliest time at which [`RateLimits::unreported`] returns lines.
     due: Option<Time>,
 }
 
 impl RateLimits {
-    /// Whether such a line may be written now; if so, how many were left out before it.
+    /// Whether a line may be written now; if so, how many lines were suppressed before it.
     pub(super) fn allow(&mut self, now: Time, pool: Option<PoolId>, cause: Cause) -> Option<u64> {
         let limit = self.table.entry((pool, cause)).or_default();
         let suppressed = limit.allow(now);
@@ -173,17 +174,17 @@ impl RateLimits {
         suppressed
     }
 
-    /// Lines left out since the start, of all kinds.
+    /// Suppressed lines of all kinds since the start.
     pub(super) fn total(&self) -> u64 {
         self.table.values().map(|limit| limit.total).sum()
     }
 
-    /// When there may be lines to be told of.
+    /// When suppressed lines may have to be reported.
     pub(super) fn due(&self) -> Option<Time> {
         self.due
     }
 
-    /// Lines left out of which no later line has told within a second. Told of now.
+    /// Suppressed lines that no later line has reported within a second. The caller reports them.
     pub(super) fn unreported(&mut self, now: Time) -> Vec<Suppressed> {
         let mut unreported = Vec::new();
         let mut next: Option<Time> = None;

@@ -1,4 +1,5 @@
-//! Carrying a plan out in one turn of the hot thread. Nothing here can fail but for a plan that is out of date.
+//! Carries out a prepared reload in one turn of the hot thread. It fails only if the plan is out of
+//! date.
 
 use std::os::fd::AsFd;
 use std::sync::atomic::Ordering;
@@ -16,7 +17,7 @@ use crate::listen::files::SocketFile;
 use crate::reload::{InForce, ListenerStep, Plan, PoolStep, Rules, Socket, seed};
 
 impl EventLoop {
-    /// What is in force, for [`prepare`].
+    /// The configuration in force, for [`prepare`].
     pub(in crate::event_loop) fn in_force(&self) -> InForce {
         let pools = (0u16..).map(PoolId).take(self.config.pools.len());
         InForce {
@@ -29,7 +30,7 @@ impl EventLoop {
         }
     }
 
-    /// Files of sockets that were made here.
+    /// The socket files that this dispatcher made.
     fn socket_files(&self) -> Vec<(Socket, SocketFile)> {
         let dispatch =
             self.endpoints.dispatch_path.iter().map(|path| (Socket::Dispatch, path.file()));
@@ -43,7 +44,7 @@ impl EventLoop {
         dispatch.chain(admin).chain(listeners).collect()
     }
 
-    /// Has them looked at, under the names that people know.
+    /// Passes the socket files to the side thread, which watches them.
     pub(in crate::event_loop) fn watch_socket_files(&self) {
         let named = |(socket, file)| {
             let name = match socket {
@@ -53,7 +54,7 @@ impl EventLoop {
             };
             (name, file)
         };
-        // One that is being emptied is not to be found, on purpose.
+        // The file of a listener that is being removed may be missing.
         let files = self.socket_files().into_iter().filter(|(socket, _)| match socket {
             Socket::Listener(id) => !self.core.is_listener_retired(*id),
             Socket::Dispatch | Socket::Admin => true,
@@ -61,7 +62,7 @@ impl EventLoop {
         self.side.files.set(files.map(named).collect());
     }
 
-    /// Puts sockets that were made again into the places of those that nobody can find.
+    /// Replaces sockets whose files were removed by the new ones.
     fn put_again(&mut self, again: Vec<(Socket, Listening)>) {
         for (socket, listening) in again {
             let old = match socket {
@@ -105,7 +106,7 @@ impl EventLoop {
             return Err(CommandError::new(Problem::Conflict, message).hint("try again"));
         }
         self.run.generation += 1;
-        // What was decided before is done before names mean something else.
+        // Performs earlier decisions before names and ids change.
         self.perform();
         let mut reloaded = plan.reloaded;
         self.put_again(plan.again);
@@ -147,7 +148,7 @@ impl EventLoop {
                 let wanted = pool.settings.processes;
                 let now = self.core.pool_settings(id).map_or(wanted, |settings| settings.processes);
                 if now != wanted {
-                    // An operator has scaled it meanwhile.
+                    // An operator has scaled the pool meanwhile.
                     self.core.scale(self.now, id, wanted);
                     reloaded.changed.push(format!("pool {}", pool.settings.name));
                 }
@@ -171,7 +172,8 @@ impl EventLoop {
                 match self.config.pools.get_mut(usize::from(id.0)) {
                     Some(entry) => {
                         if entry.settings.name != pool.settings.name {
-                            // Another had its place. What was given to that one's processes opens nothing here.
+                            // The entry belonged to another pool. Tokens of that pool's processes
+                            // must not be valid for this one.
                             self.workers.tokens.retain(|_, process| process.pool != id);
                         }
                         *entry = pool;
@@ -235,7 +237,7 @@ impl EventLoop {
         id
     }
 
-    /// In the tables; its sockets follow.
+    /// Adds a listener to the tables; its sockets follow.
     fn add_listener(&mut self, listener: &Listener, address: String) -> ListenerId {
         let (name, pool) = (listener.name.clone(), PoolId(listener.pool));
         let id = self.core.add_listener(ListenerSettings { name, address, pool });
@@ -262,7 +264,7 @@ impl EventLoop {
         self.listeners.add(id, listening, backlog);
     }
 
-    /// Options of sockets that stay. One that the kernel will not have stays as it was, too.
+    /// Changes the options of sockets that stay. An option that the kernel refuses stays as it was.
     fn set_options(&mut self, id: ListenerId, before: &Listener, reloaded: &mut Reloaded) {
         let Some(listener) = self.config.listeners.get(usize::from(id.0)) else { return };
         if before.options == listener.options {

@@ -1,4 +1,4 @@
-//! Reading the scoreboards of workers, and asking workers to ring before the loop sleeps.
+//! Reads the scoreboards of workers, and asks workers to ring before the loop sleeps.
 
 use std::time::Duration;
 

@@ -1,4 +1,4 @@
-//! From a configuration to a running event_loop, and back to nothing.
+//! Starts the event loop from a configuration, and ends it.
 
 use std::sync::atomic::Ordering;
 use std::sync::{Arc, mpsc};
@@ -31,10 +31,10 @@ use crate::signals;
 use dispatcher_core::{AccessControl, Core, ListenerId, ListenerSettings, PoolId};
 
 impl EventLoop {
-    /// Opens everything, tells the service manager, and is ready to serve.
+    /// Opens all sockets, starts the threads, and notifies the service manager.
     pub(super) fn start(config: Config, start_side: StartSide) -> Result<EventLoop, RunError> {
         let descriptors = raise_descriptor_limit();
-        // First of all, so that none of the numbers can be a descriptor of our own.
+        // First, so that the passed numbers cannot be descriptors of this process.
         let mut inherited = Inherited::from_environment();
         let signals = signals::take().map_err(RunError::system("signal handlers"))?;
         let dispatch =
@@ -104,7 +104,7 @@ impl EventLoop {
         let closers = Closers::start(bounds(&config.limits), sender, wake_closers)
             .map_err(RunError::system("closing threads"))?;
         let (dispatch, dispatch_address, dispatch_path) = dispatch.into_parts();
-        // Where the kernel refuses descriptors at their sender, no call of that thread can hang.
+        // If the kernel refuses descriptors at their sender, no call of that thread can block.
         let watch = crate::sys::refuse_descriptors(&dispatch).is_err().then(|| closers.watch());
         let handshake_settings = EventLoop::handshake_settings(&config);
         let handshakes =
@@ -169,8 +169,9 @@ impl EventLoop {
         Ok(event_loop)
     }
 
-    /// Puts everything away: channels before control connections, so that a worker reads its channel to the end before it
-    /// looks for another dispatcher; then the processes we started; then the sockets.
+    /// Ends everything: channels before control connections, so that a worker reads its channel to
+    /// the end before it looks for another dispatcher; then the processes of the dispatcher; then
+    /// the sockets.
     pub(super) fn finish(mut self) {
         let totals = self.core.totals();
         for place in &mut self.workers.table {
@@ -186,7 +187,8 @@ impl EventLoop {
             let owner = Owner::Worker(io.id.serial);
             self.background.closers.task(Task::Drop(owner, Box::new(io.lane)));
         }
-        // What is still in custody lives on in the workers' channels; our copies are no longer needed.
+        // Connections in flight live on in the workers' channels; the dispatcher's copies are not
+        // needed any more.
         for conn in self.connections.table.drain(..).flatten() {
             self.background.closers.task(Task::Drop(Owner::Other, Box::new(conn.fd)));
         }
@@ -215,7 +217,8 @@ impl EventLoop {
     }
 }
 
-/// How long closes that hang may hold the end up. The end of the process closes the rest, without lingering.
+/// How long blocked closes may delay the end. The end of the process closes the rest, without
+/// lingering.
 const CLOSES_END: Duration = Duration::from_secs(1);
 
 /// The bounds of the closing threads.
@@ -223,7 +226,8 @@ pub(super) fn bounds(limits: &crate::config::Limits) -> Bounds {
     Bounds { threads: limits.closing_threads, waiting: limits.max_closing }
 }
 
-/// Custody needs descriptors: as many as the hard limit allows. Gives what the limits were, if they are others now.
+/// Connections in flight need descriptors: raises the limit to the hard limit. Returns the old
+/// limits if they were changed.
 fn raise_descriptor_limit() -> Option<(u64, u64)> {
     match getrlimit(Resource::RLIMIT_NOFILE) {
         Ok((soft, hard)) if soft < hard => match setrlimit(Resource::RLIMIT_NOFILE, hard, hard) {

@@ -1,4 +1,5 @@
-//! The side thread's requests and reports: answering the status, starting processes, noting their ends.
+//! Requests and reports of the side thread: answers the status, starts processes, records their
+//! ends.
 
 use dispatch_protocol::wire::Token;
 use rustix::rand::GetRandomFlags;
@@ -13,10 +14,11 @@ use crate::config::UnixSource;
 use crate::mailbox::{Gathered, Request};
 use dispatcher_core::ProcessId;
 
-/// How a process ends that does as it is told.
+/// The exit statuses of a process that ends as ordered.
 const ENDED_WELL: [&str; 2] = ["exit status 0", "signal 15 (SIGTERM)"];
 
-/// Most reports of the side thread handled in one turn, beside one request; the rest is for the next turn.
+/// Most reports of the side thread handled in one turn, beside one request; the rest waits for the
+/// next turn.
 const REPORTS_PER_TURN: usize = 256;
 
 impl EventLoop {
@@ -28,15 +30,15 @@ impl EventLoop {
             count += 1;
         }
         let request = self.side.request();
-        // There may be another; clients come first.
+        // There may be more, but clients come first.
         self.wakeup.side_ready = count == REPORTS_PER_TURN || request.is_some();
         if let Some(request) = request {
             self.answer(request);
         }
     }
 
-    /// Answers one request. Whoever asked may be gone this very moment; that is no concern of ours. If it is not, the answer
-    /// wakes the side thread: one write to its eventfd.
+    /// Answers one request. The receiver may already be gone, which is no error. Otherwise the
+    /// answer wakes the side thread by one write to its eventfd.
     fn answer(&mut self, request: Request) {
         match request {
             Request::Status(answer) => drop(answer.send(self.gather())),
@@ -53,8 +55,7 @@ impl EventLoop {
         }
     }
 
-    /// Everything that only this thread knows. Reading what workers show, and putting times into words, is left to the side
-    /// thread.
+    /// Gathers what only this thread knows. The side thread reads the gauges and formats times.
     fn gather(&mut self) -> Gathered {
         let mut status = Status::from(&self.core.snapshot());
         status.version = env!("CARGO_PKG_VERSION").to_owned();
@@ -80,7 +81,7 @@ impl EventLoop {
         }))
     }
 
-    /// Has a process started by the side thread, with a token by which it will be known.
+    /// Asks the side thread to start a process, with a token that identifies it when it joins.
     pub(super) fn spawn(&mut self, process: ProcessId) {
         let pool = self.config.pools.get(usize::from(process.pool.0));
         let Some((pool, spawn)) = pool.and_then(|pool| Some((pool, pool.spawn.as_ref()?))) else {
@@ -146,7 +147,7 @@ impl EventLoop {
                 self.core.spawned(self.now, process, false);
             }
             Report::Exited { process, pid, status_text } => {
-                // Whatever it was told: a crash is one.
+                // A crash is a fault, even if the process was told to end.
                 let well = ENDED_WELL.contains(&status_text.as_str());
                 let wanted = self.run.stop_deadline.is_none() && self.core.wants_process(process);
                 let ordered = self.observation.expected_ends.ended(process, pid) || !wanted;
@@ -168,7 +169,7 @@ impl EventLoop {
                 }
                 self.core.exited(self.now, process);
             }
-            // Only ever the answer to the end of a stop, which waits for it elsewhere.
+            // Only the end of a stop produces this report, and waits for it elsewhere.
             Report::Stopped { .. } => {}
         }
     }

@@ -1,4 +1,4 @@
-//! Turns of the event loop, one by one, over real sockets.
+//! Single turns of the event loop, over real sockets.
 #![allow(clippy::unwrap_used)]
 
 use std::io;
@@ -79,7 +79,8 @@ fn a_worker_that_floods_its_control_connection_gets_its_share_of_a_turn() {
         turn(&mut event_loop, &mut events);
     }
 
-    // It sends as fast as it can; the door passes on so many in a tenth of a second.
+    // The worker sends as fast as it can; the handshake thread passes on a limited number in 100
+    // ms.
     let (begun, mut sent) = (Instant::now(), 0);
     while begun.elapsed() < Duration::from_millis(500) {
         for _ in 0..150 {
@@ -90,7 +91,7 @@ fn a_worker_that_floods_its_control_connection_gets_its_share_of_a_turn() {
     let most = 200 * (begun.elapsed().as_millis() as u64 / 100 + 2);
     assert!(claimed(&event_loop) <= most, "{} claims", claimed(&event_loop));
     assert!(sent > 2 * 150, "the rest waits in its socket");
-    // None is forgotten once it has stopped.
+    // Every claim is read once the worker has stopped.
     while claimed(&event_loop) < sent {
         assert!(Instant::now() < end, "all are read");
         turn(&mut event_loop, &mut events);
@@ -122,7 +123,8 @@ fn a_turn_answers_one_who_waits_and_nobody_who_has_gone() {
         ask.try_send(Request::Explain { pool, peer, answer }).unwrap();
         wait
     };
-    // Three who wait, and between them many who have gone; one of these wanted a reload.
+    // Three requests with a receiver, and between them others whose receivers are gone; one of
+    // those is a reload.
     (0..3).for_each(|_| drop(explain()));
     let mut waiting = vec![explain()];
     std::fs::write(&file, text("history = 7")).unwrap();
@@ -139,19 +141,19 @@ fn a_turn_answers_one_who_waits_and_nobody_who_has_gone() {
     event_loop.wakeup.side_ready = true;
     for _ in 0..3 {
         turn(&mut event_loop, &mut events);
-        // The first of those that are left, and no other.
+        // Exactly the first of the remaining requests.
         assert_eq!(answered(&mut waiting), Some(0));
         waiting.remove(0);
         assert_eq!(answered(&mut waiting), None);
         assert!(event_loop.wakeup.side_ready, "the next turn looks again");
     }
     turn(&mut event_loop, &mut events);
-    assert!(!event_loop.wakeup.side_ready, "nobody is left");
-    assert_eq!(event_loop.run.generation, 0, "what nobody waits for is not carried out");
+    assert!(!event_loop.wakeup.side_ready, "no request is left");
+    assert_eq!(event_loop.run.generation, 0, "a request without a receiver is not carried out");
     event_loop.finish();
 }
 
-/// A worker that has joined, by hand: its control connection and its channel.
+/// A worker that has joined: its control connection and its channel.
 fn joined(event_loop: &mut EventLoop, events: &mut Events, dir: &Path) -> (OwnedFd, OwnedFd) {
     let worker = connected(dir);
     let mut hello = Vec::new();
@@ -194,7 +196,7 @@ fn a_client_that_cannot_be_passed_is_dropped_and_blocks_no_other() {
     let end = Instant::now() + PATIENCE;
     while event_loop.core.totals().accepted < 5 {
         assert!(Instant::now() < end, "they are accepted");
-        // All of them for one record.
+        // All of them in one record.
         event_loop.wakeup.slept_long = false;
         event_loop.listeners.sockets[0].edge();
         event_loop.accept_from(0);

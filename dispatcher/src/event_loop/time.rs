@@ -1,4 +1,4 @@
-//! What time it is: by the clock that all deadlines go by, and by the one that workers stamp with.
+//! The clock of all deadlines, and the clock of the workers' time stamps.
 
 use rustix::time::ClockId;
 
@@ -20,7 +20,8 @@ fn nanoseconds(clock: ClockId) -> u64 {
     seconds * 1_000_000_000 + u64::try_from(now.tv_nsec).unwrap_or(0)
 }
 
-/// Translates the times that workers write, which are of `CLOCK_REALTIME` because no time namespace shifts it, to ours.
+/// Converts the times that workers write to the loop's clock. Workers use `CLOCK_REALTIME`, because
+/// no time namespace shifts it.
 #[derive(Clone, Copy, Debug)]
 pub(super) struct Stamps {
     pub(super) ours: Time,
@@ -32,12 +33,13 @@ impl Stamps {
         Stamps { ours: clock(), realtime: realtime() }
     }
 
-    /// When that was; now, if it is a time to come, because a clock was set back.
+    /// The time of a stamp; now, if the stamp is in the future because a clock was set back.
     pub(super) fn past(&self, realtime: u64) -> Time {
         self.time(realtime).min(self.ours)
     }
 
-    /// When that was; now, if the worker never said. A time to come stays one, so that the core can clamp and count it.
+    /// The time of a stamp; now, if the worker wrote none. A future time stays one, so that the
+    /// core can clamp and count it.
     pub(super) fn time(&self, realtime: u64) -> Time {
         match realtime {
             0 => self.ours,

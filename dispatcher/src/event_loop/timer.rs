@@ -1,8 +1,9 @@
-//! When to wake although nothing happens: a timer that stays set.
+//! A timer that ends a sleep and stays set.
 //!
-//! The timeout of a wait is set when the wait begins and taken back when it ends. In a virtual machine each can cost
-//! microseconds, and the second is paid on the way from a client to its worker. This timer is only ever set to go off
-//! earlier; what it is then no longer needed for costs one turn, later, when nobody waits.
+//! The kernel sets the timeout of a wait at its beginning and removes it at its end. In a virtual
+//! machine each can cost microseconds, and the removal delays the client on its way to a worker.
+//! This timer is only ever set to an earlier time; when it goes off without need, it costs one turn
+//! at a time without load.
 
 use std::io;
 use std::os::fd::{AsRawFd, OwnedFd};
@@ -20,9 +21,9 @@ use dispatcher_core::Time;
 
 #[derive(Debug)]
 pub(super) struct Timer {
-    /// In the poll, edge-triggered, and never read: setting it again takes back what it has counted.
+    /// In the poll, edge-triggered, and never read: setting it again resets its count.
     fd: OwnedFd,
-    /// It will go off then, if that is not past.
+    /// When the timer goes off, unless that time is past.
     at: Time,
 }
 
@@ -35,7 +36,7 @@ impl Timer {
         Ok(Timer { fd, at: Time(0) })
     }
 
-    /// There will be an event at `time` or before.
+    /// Makes sure that an event comes at `time` or before.
     pub(super) fn set(&mut self, now: Time, time: Time) -> io::Result<()> {
         if now < self.at && self.at <= time {
             return Ok(());
@@ -74,14 +75,14 @@ mod tests {
         let hour = Duration::from_secs(3600);
         timer.set(now, now + hour).unwrap();
         assert!(!went_off(&mut poll, Duration::ZERO));
-        // Earlier counts, later does not.
+        // An earlier time replaces the setting, a later time does not.
         timer.set(now, now + Duration::from_millis(1)).unwrap();
         timer.set(now, now + hour).unwrap();
         assert!(went_off(&mut poll, Duration::from_secs(60)));
         let later = clock();
         assert!(now + Duration::from_millis(1) <= later);
         assert!(!went_off(&mut poll, Duration::ZERO), "one time, one event");
-        // It is past, so later counts now; and what is past already goes off at once.
+        // The set time is past, so a later time is set; a time in the past goes off at once.
         timer.set(later, later + hour).unwrap();
         assert!(!went_off(&mut poll, Duration::ZERO));
         timer.set(later, now).unwrap();

@@ -1,5 +1,5 @@
-//! What an event of the poll is about. A token holds a serial number that is never used again,
-//! so an event that is still queued for something that is gone finds nothing.
+//! The source of a poll event, packed into a token. A token holds a serial number that is not
+//! reused, so a late event for a removed object is ignored.
 
 use mio::Token;
 
@@ -8,9 +8,9 @@ use dispatcher_core::{ConnId, WorkerId};
 /// The source of an event.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(super) enum Source {
-    /// SIGTERM and its kind.
+    /// SIGTERM and the other handled signals.
     Signals,
-    /// The side thread has put something in our queue.
+    /// The side thread or another thread has sent something.
     Waker,
     /// The dispatch socket: workers connect.
     Dispatch,
@@ -22,25 +22,27 @@ pub(super) enum Source {
     Control(Key),
     /// A worker's process has ended.
     Process(Key),
-    /// A queued connection's client did something; worth knowing only if it has gone.
-    Queued(Key),
-    /// A worker took or closed something; the scan that every turn begins with will see it.
+    /// The client of a queued connection did something; it matters only if it has gone, or if its
+    /// first bytes are awaited.
+    Held(Key),
+    /// A worker took or closed a connection; the scan at the beginning of the turn sees it.
     Doorbell(Key),
-    /// A time has come; a turn looks at the clock anyway.
+    /// The timer went off; every turn reads the clock anyway.
     Timer,
 }
 
-/// Position and serial number of something that comes and goes.
+/// Index and serial number of an object.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(super) struct Key {
     pub(super) index: u32,
     pub(super) serial: u64,
 }
 
-// A token must hold both; the README says so too.
+// A token must hold both; the README states this requirement.
 const _: () = assert!(usize::BITS == 64, "the dispatcher needs a 64-bit machine");
 
-/// Enough to tell an event apart from what else had the same index lately: it is handled in the turn that it came in.
+/// Enough to distinguish objects that recently had the same index: an event is handled in the turn
+/// in which it comes.
 const SERIAL_BITS: u32 = 29;
 
 /// Every descriptor has a number below 2³¹, so no table has more entries.
@@ -49,7 +51,7 @@ const SERIAL_MASK: u64 = (1 << SERIAL_BITS) - 1;
 const INDEX_MASK: u64 = (1 << INDEX_BITS) - 1;
 
 impl Key {
-    /// Whether this key, which may have been through a token, names `serial`.
+    /// Whether this key, whose serial a token may have truncated, names `serial`.
     pub(super) fn is(self, serial: u64) -> bool {
         self.serial & SERIAL_MASK == serial & SERIAL_MASK
     }
@@ -146,8 +148,8 @@ mod tests {
     #[test]
     fn an_index_beyond_a_million_is_not_taken_for_another() {
         for index in [(1 << 20) - 1, 1 << 20, (1 << 20) + 1, (1 << 28) + 5, (1 << 31) - 1] {
-            let queued = Source::Queued(Key { index, serial: 77 });
-            assert_eq!(Source::of(queued.token()), Some(queued));
+            let held = Source::Queued(Key { index, serial: 77 });
+            assert_eq!(Source::of(held.token()), Some(held));
         }
     }
 }

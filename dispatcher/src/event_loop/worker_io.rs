@@ -1,4 +1,4 @@
-//! What the event loop keeps for one worker: its sockets, its scoreboard, and the records of this turn.
+//! The sockets, the scoreboard and the gathered records of one worker.
 
 use std::io::IoSlice;
 use std::mem::MaybeUninit;
@@ -18,25 +18,26 @@ use super::doorbell_limit::DoorbellLimit;
 use super::gauges::Gauges;
 use dispatcher_core::{ConnId, Notice, SendFailure, Ticket, WorkerId};
 
-/// Everything the event loop keeps for a worker.
+/// The event loop's state of a worker.
 #[derive(Debug)]
 pub(super) struct WorkerIo {
     pub(super) id: WorkerId,
     pub(super) lane: Lane,
-    /// Connections for the record that is being gathered, in the order they were chosen.
+    /// Connections for the record that is being gathered, in order.
     pub(super) outbox: Vec<(ConnId, Entry)>,
-    /// `Some` while its channel is being emptied on another thread: nothing may be sent, or it might be taken out.
+    /// `Some` while another thread empties the channel: records sent now might be removed.
     pub(super) purge: Option<Deferred>,
     pub(super) doorbell_limit: DoorbellLimit,
     /// The `finished` counter as last reported to the core.
     pub(super) finished: u64,
-    /// What it said of its threads, as last reported to the core.
+    /// The reported idle threads, as last passed to the core.
     pub(super) threads: Option<(u32, Option<Duration>)>,
-    /// What the pool scores by, if it does.
+    /// The gauges that the pool scores by, if it does.
     pub(super) gauges: Option<Gauges>,
 }
 
-/// What is to be sent once the channel is empty. Its slots read SENT already, because the core goes by them.
+/// Records to send once the channel is empty. Their slots already read SENT, because the core
+/// relies on that.
 #[derive(Debug, Default)]
 pub(super) struct Deferred {
     pub(super) entries: Vec<(ConnId, Entry)>,
@@ -47,16 +48,16 @@ pub(super) struct Deferred {
 /// The way to a worker: channel, scoreboard and doorbell eventfd, made before its welcome.
 #[derive(Debug)]
 pub(super) struct Lane {
-    /// Our end of the channel; only for sending.
+    /// The dispatcher's end of the channel; only for sending.
     pub(super) channel: OwnedFd,
-    /// A dup of the worker's end, by which its queue can be emptied: on another thread, because a worker inside a receive
-    /// of its own makes ours wait.
+    /// A duplicate of the worker's end, for emptying the queue. Another thread does that, because a
+    /// worker inside a receive blocks it.
     pub(super) retained: Arc<OwnedFd>,
     pub(super) board: Arc<Scoreboard>,
     pub(super) doorbell: OwnedFd,
 }
 
-/// The worker's halves, to be sent with the welcome and then closed here.
+/// The worker's ends, which are sent with the welcome and then closed.
 #[derive(Debug)]
 pub(super) struct LaneFds {
     pub(super) channel: OwnedFd,
@@ -73,9 +74,10 @@ impl Lane {
             None,
         )
         .map_err(std::io::Error::from)?;
-        // The worker must not be able to queue anything towards us.
+        // The worker must not be able to send to the dispatcher.
         rustix::net::shutdown(&channel, Shutdown::Read).map_err(std::io::Error::from)?;
-        // Room for a full ring of one-connection records; the kernel caps it, and EAGAIN is handled.
+        // Room for a full ring of records with one connection each; the kernel caps it, and EAGAIN
+        // is handled.
         let wanted = 2048 * slots as usize;
         if rustix::net::sockopt::socket_send_buffer_size(&channel).is_ok_and(|size| size < wanted) {
             let _ = rustix::net::sockopt::set_socket_send_buffer_size(&channel, wanted);
@@ -93,13 +95,14 @@ impl Lane {
         send_record(self.channel.as_fd(), record, &[]).map_err(classify)
     }
 
-    /// Most records that can be in the channel: a full ring, notices, and a probe, with room for what the worker peeks at.
+    /// Most records in the channel: a full ring, notices, and a probe, with room for records that
+    /// the worker only peeks at.
     pub(super) fn most_records(&self) -> u32 {
         2 * self.board.slots()
     }
 
-    /// Nothing more can be sent or received. Our end is held by nobody else, so this cannot block; the worker finds the end
-    /// of the channel after what is queued in it.
+    /// Ends sending and receiving. No other process has the dispatcher's end, so this cannot block;
+    /// the worker first reads what is queued in the channel.
     pub(super) fn shut(&self) {
         let _ = rustix::net::shutdown(&self.channel, Shutdown::Both);
     }
@@ -136,13 +139,13 @@ pub(super) fn classify(errno: Errno) -> SendFailure {
         Errno::TOOMANYREFS | Errno::NOMEM | Errno::NOBUFS | Errno::MFILE | Errno::NFILE => {
             SendFailure::Resources
         }
-        // EPIPE and ECONNRESET are what a closed end answers. Nothing else is known to happen on a
-        // socketpair of ours, and a channel that answers something else can't be used either.
+        // A closed end answers EPIPE or ECONNRESET. A socket pair gives no other errors, and a
+        // channel with another error cannot be used either.
         _ => SendFailure::Closed,
     }
 }
 
-/// For tests: descriptors that the kernel shall refuse to pass.
+/// For tests: descriptors that count as refused by the kernel.
 #[cfg(test)]
 pub(super) mod refusing {
     use std::cell::RefCell;

@@ -1,21 +1,22 @@
-//! When to let others run before sleeping. Knows only how long that took the last times.
+//! Decides whether to yield the CPU before sleeping, from the duration of the last yields.
 //!
-//! Yielding pays where cores are shared with clients and workers that themselves sleep often: the yield is over in
-//! microseconds, and the next turn has more to do. Beside a process that only computes it would cost a whole time slice,
-//! milliseconds, in which a sleeper would have been woken at once. So a long yield is followed by a pause without yields,
-//! longer each time, and a run of short ones makes the next pause short again.
+//! A yield pays where cores are shared with clients and workers that sleep often: it is over in
+//! microseconds, and the next turn has more to do. Beside a process that only computes, it would
+//! cost a time slice of milliseconds, in which a sleeper would have been woken at once. So a long
+//! yield is followed by a pause without yields, which doubles each time, and a run of short yields
+//! resets the pause.
 
 use std::time::Duration;
 
 use dispatcher_core::Time;
 
-/// A yield this long had a computing neighbour.
+/// A yield this long shows that another process computes on this core.
 const LONG: Duration = Duration::from_millis(1);
 
 const MIN_PAUSE: Duration = Duration::from_millis(20);
 const MAX_PAUSE: Duration = Duration::from_secs(2);
 
-/// So many short yields in a row end the suspicion.
+/// So many short yields in a row reset the pause.
 const TRUST: u32 = 64;
 
 #[derive(Debug)]
@@ -36,7 +37,7 @@ impl YieldBackoff {
         self.paused_until <= now
     }
 
-    /// A yield that ended at `now` took this long.
+    /// Records a yield that ended at `now`.
     pub(super) fn took(&mut self, now: Time, took: Duration) {
         if took > LONG {
             self.short = 0;

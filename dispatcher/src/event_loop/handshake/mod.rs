@@ -1,18 +1,20 @@
-//! Workers at the door: a thread of its own accepts control connections, identifies who is behind them, receives hello,
-//! and afterwards everything that joined workers say. The hot thread hears of it in typed messages over one bounded
-//! mailbox, decides through the core, and answers with commands.
+//! The handshake thread: accepts control connections, identifies their peers, receives hellos and,
+//! afterwards, every record of the workers. It reports events to the hot thread over one bounded
+//! mailbox; the hot thread asks the core, and answers with commands.
 //!
-//! A record can come with descriptors. Linux 6.16 refuses them at the sender (`SO_PASSRIGHTS`). Before that they are
-//! received, with room for as many as a message can carry, and given to the closers: without room the kernel closes them
-//! in the thread that receives, and a close that lingers would hang here. Where a process has no numbers left for them
-//! that happens all the same; the watchdog looks after this thread then.
+//! A record can carry descriptors. Linux 6.16 refuses them at the sender (`SO_PASSRIGHTS`). Before
+//! that the thread receives them, with room for as many as a message can carry, and passes them to
+//! the closers. Without room the kernel would close them in the receiving thread, and a close may
+//! linger. That still happens in a process without free descriptor numbers; the watchdog then
+//! interrupts this thread.
 //!
-//! Bounds: `connect_rate` for all, `join_rate` and `join_burst` for each user, `max_handshakes` and `max_pending_hellos`
-//! control connections that have not been answered, `hello_timeout`; [`MAILBOX`] messages in the mailbox, and in one round
-//! so many records of each worker. This thread may wait for the hot thread; the hot thread never waits for this one.
+//! Bounds: `connect_rate` for all, `join_rate` and `join_burst` for each user, `max_handshakes` and
+//! `max_pending_hellos` for unanswered control connections, `hello_timeout`, [`MAILBOX`] events, and
+//! a number of records of each worker in one round. This thread may wait for the hot thread; the hot
+//! thread never waits for this thread.
 //!
-//! If the thread panics or cannot poll any more, that is reported, and it begins again with the connections it has, all
-//! registered with a new poll.
+//! After a panic or a failed poll the thread logs the failure and continues with its connections,
+//! all registered with a new poll.
 
 mod pending;
 mod rates;
@@ -37,76 +39,77 @@ use crate::config;
 use crate::wake::Wake;
 use dispatcher_core::{Departure, Join, Refusal, WorkerId};
 
-/// Most messages waiting for the hot thread.
+/// Most events that wait for the hot thread.
 const MAILBOX: usize = 256;
 
-/// What the hot thread hears.
+/// What the thread reports to the hot thread.
 #[derive(Debug)]
 pub(super) enum HandshakeEvent {
-    /// Somebody said hello, and gets one answer: [`HandshakeCommand::Welcome`] or [`HandshakeCommand::Refuse`] with this key.
+    /// A worker said hello, and gets one answer: [`HandshakeCommand::Welcome`] or
+    /// [`HandshakeCommand::Refuse`] with this key.
     Hello(Box<JoinRequest>),
     /// A worker claims a key.
     Claim(WorkerId, Claim),
-    /// A worker says anew what its hello said.
+    /// A worker changes what its hello said.
     Update(WorkerId, Update),
     /// A worker says goodbye.
     Goodbye(WorkerId),
     /// A worker has closed its control connection, or its process has ended.
     Left(WorkerId, Departure),
-    /// A worker has sent what it may not.
+    /// A worker broke the protocol.
     Broke(WorkerId, Fault),
-    /// A control connection was refused: `more` others of this user before it were not told of.
+    /// A control connection was refused. `more` refusals of this user before it were suppressed.
     Refused { pid: i32, uid: u32, gid: u32, reason: String, key: Option<String>, more: u64 },
-    /// As many of a user were refused and not told of.
+    /// Suppressed refusals of a user.
     RefusedMore { uid: u32, count: u64 },
-    /// No descriptor or memory for another control connection: accepting rests.
+    /// No descriptor or memory for another control connection: accepting pauses.
     Short(String),
 }
 
-/// Somebody who wants to join.
+/// A worker that wants to join.
 #[derive(Debug)]
 pub(super) struct JoinRequest {
     pub(super) key: Key,
-    /// Without `spawned`: which process a token belongs to is known to the hot thread.
+    /// Without `spawned`: only the hot thread knows the tokens of processes.
     pub(super) join: Join,
-    /// Its channel and scoreboard; `None` if the pool was not known here.
+    /// The channel and scoreboard; `None` if the thread does not know the pool.
     pub(super) lane: Option<Result<(Lane, LaneFds), String>>,
 }
 
-/// What the hot thread wants done.
+/// What the hot thread asks the thread to do.
 #[derive(Debug)]
 pub(super) enum HandshakeCommand {
-    /// Send this welcome with these descriptors. The core knows the worker already.
+    /// Send this welcome with these descriptors. The core already knows the worker.
     Welcome { key: Key, worker: WorkerId, record: Vec<u8>, fds: [OwnedFd; 3] },
-    /// Say why not.
+    /// Refuse the worker.
     Refuse { key: Key, refusal: Refusal },
-    /// End a worker's control connection; it is still heard of.
+    /// Shut a worker's control connection down; its end is still reported.
     Cut(WorkerId),
-    /// Nothing refers to this worker any more.
+    /// Drop the state of this worker.
     Forget(WorkerId),
-    /// Other bounds.
+    /// Apply new settings.
     Settings(Settings),
-    /// Accept from this socket from now on: it was made again, because its file was removed.
+    /// Accept from this socket from now on: it replaces a socket whose file was removed.
     Listen(OwnedFd),
-    /// End.
+    /// End the thread.
     End,
 }
 
-/// What the thread goes by.
+/// The settings of the thread.
 #[derive(Clone, Debug)]
 pub(super) struct Settings {
     pub(super) limits: config::Limits,
-    /// Slots of a scoreboard, by the pool's name.
+    /// The number of scoreboard slots, by the pool's name.
     pub(super) slots: HashMap<String, u32>,
 }
 
-/// The hot thread's side.
+/// The hot thread's handle.
 #[derive(Debug)]
 pub(super) struct Handshakes {
     events: Receiver<HandshakeEvent>,
-    /// At most one answer for each hello, and two commands for each worker: so not unbounded.
+    /// Bounded in effect: one answer for each hello, and two commands for each worker.
     commands: Sender<HandshakeCommand>,
-    /// An eventfd: the thread may register it again elsewhere.
+    /// An eventfd, because the thread may have to register it with a new poll.
     waker: Arc<OwnedFd>,
     /// There may be events.
     pub(super) ready: bool,
@@ -137,13 +140,13 @@ impl Handshakes {
         )?;
         std::thread::Builder::new().name("handshakes".to_owned()).spawn(move || {
             let watched = watch.map(Watch::join);
-            // Nobody waits for it if the dispatcher is gone without a goodbye.
+            // Sending fails only if the dispatcher has ended without waiting.
             let _ = end.send(thread.run(watched.as_ref()));
         })?;
         Ok(Handshakes { events, commands, waker, ready: false, ended })
     }
 
-    /// The next message.
+    /// The next event.
     pub(super) fn next(&mut self) -> Option<HandshakeEvent> {
         let next = self.events.try_recv().ok();
         self.ready = next.is_some();
@@ -151,17 +154,18 @@ impl Handshakes {
     }
 
     pub(super) fn send(&self, command: HandshakeCommand) {
-        // It ends only when told to.
+        // The thread ends only when told to.
         if self.commands.send(command).is_ok() {
-            // It fails only when the counter is full, and then it is set.
+            // The write fails only when the counter is full, and then the thread is woken anyway.
             let _ = rustix::io::write(&self.waker, &1_u64.to_ne_bytes());
         }
     }
 
-    /// Closes every control connection; gives back the listening socket. For the very end: this waits, at most so long.
+    /// Closes every control connection and returns the listening socket. Only at the end: waits for
+    /// at most `patience`.
     pub(super) fn end(self, patience: Duration) -> Option<OwnedFd> {
         self.send(HandshakeCommand::End);
-        // It may be waiting for room.
+        // The thread may be waiting for room.
         drop(self.events);
         self.ended.recv_timeout(patience).ok()
     }

@@ -1,4 +1,4 @@
-//! Control connections that have not been answered.
+//! Control connections without an answer yet.
 
 use std::collections::HashMap;
 use std::os::fd::OwnedFd;
@@ -7,19 +7,19 @@ use super::super::control::Peer;
 use super::super::token::Key;
 use dispatcher_core::Time;
 
-/// One of them.
+/// One such connection.
 #[derive(Debug)]
 pub(super) struct Pending {
     pub(super) serial: u64,
     pub(super) socket: OwnedFd,
     pub(super) peer: Peer,
-    /// Until when it may say hello; `None` once it has, and the hot thread decides.
+    /// The deadline for its hello; `None` once the hello has come and the hot thread decides.
     pub(super) deadline: Option<Time>,
-    /// Its process, once it has said hello.
+    /// Its process, once the hello has come.
     pub(super) process: Option<OwnedFd>,
 }
 
-/// All of them.
+/// All such connections.
 #[derive(Debug, Default)]
 pub(super) struct Table {
     places: Vec<Option<Pending>>,
@@ -67,20 +67,20 @@ impl Table {
         self.iter().filter(|(_, pending)| pending.peer.uid == uid).count()
     }
 
-    /// When the first of them runs out of time.
+    /// The earliest deadline.
     pub(super) fn deadline(&self) -> Option<Time> {
         self.iter().filter_map(|(_, pending)| pending.deadline).min()
     }
 
-    /// One that has run out of time.
+    /// A connection whose deadline has passed.
     pub(super) fn late(&self, now: Time) -> Option<Key> {
         let mut late =
             self.iter().filter(|(_, pending)| pending.deadline.is_some_and(|d| d <= now));
         late.next().map(|(key, _)| key)
     }
 
-    /// Of the user that has the most, the one that has waited longest for its hello; nothing if that user is `uid`, or has
-    /// no more than `uid`.
+    /// The connection that has waited longest of the user with the most; `None` if that user is
+    /// `uid`, or has no more connections than `uid`.
     pub(super) fn victim(&self, uid: u32) -> Option<Key> {
         let mut counts: HashMap<u32, usize> = HashMap::new();
         for (_, pending) in self.iter().filter(|(_, pending)| pending.deadline.is_some()) {
@@ -127,7 +127,7 @@ mod tests {
         let other = insert(&mut table, 2, 5);
         assert_eq!(table.victim(3), Some(first));
         assert_eq!(table.victim(1), None, "it has the most itself");
-        // One that has said hello is about to be answered.
+        // A connection with a hello is about to be answered.
         table.get(first).expect("it is there").deadline = None;
         assert_ne!(table.victim(3), Some(first));
         assert_eq!(table.late(Time(5)), Some(other));

@@ -1,14 +1,15 @@
-//! How often: one moment for each user, when its bucket would be full again. Like a listener's rates in `pool/access_control.rs`.
+//! Rate limits by user: for each user the time when its bucket is full again. Like the rates of a
+//! listener in the core's access rules.
 
 use std::collections::HashMap;
 use std::time::Duration;
 
 use dispatcher_core::Time;
 
-/// Most users told apart. More of them share one bucket.
+/// Most users with a bucket of their own; further users share one bucket.
 const MOST: usize = 4_096;
 
-/// The bucket of those for whom there is no room.
+/// The shared bucket.
 const SHARED: u32 = u32::MAX;
 
 /// One bucket.
@@ -18,7 +19,7 @@ pub(super) struct Bucket {
 }
 
 impl Bucket {
-    /// Takes one out, if there is one; otherwise says when there will be.
+    /// Takes a token, if there is one; otherwise returns when there will be one.
     pub(super) fn take(&mut self, now: Time, per_second: u32, burst: u32) -> Result<(), Time> {
         let every = Duration::from_secs(1) / per_second.max(1);
         let full = self.full.max(now) + every;
@@ -42,7 +43,7 @@ impl Rates {
         let key = if self.users.contains_key(&uid) || self.users.len() < MOST {
             uid
         } else {
-            // One that is full again needs no memory.
+            // A full bucket needs no memory.
             self.users.retain(|_, bucket| bucket.full > now);
             if self.users.len() < MOST { uid } else { SHARED }
         };

@@ -1,4 +1,4 @@
-//! The thread at the door.
+//! The handshake thread.
 
 use std::collections::{HashMap, VecDeque};
 use std::io;
@@ -39,39 +39,42 @@ const CLAIM_WINDOW: Duration = Duration::from_millis(100);
 struct Member {
     id: WorkerId,
     control: OwnedFd,
-    /// Readable once the process has ended; `None` on kernels that cannot say.
+    /// Readable once the process has ended; `None` if the kernel does not support it.
     process: Option<OwnedFd>,
     said_goodbye: bool,
-    /// It has gone, or broken the protocol: nothing more is read.
+    /// The worker has gone or broken the protocol: nothing more is read.
     over: bool,
-    /// It is among those that are read on: an event for it tells nothing new.
+    /// The worker is in `again`: an event for it is redundant.
     unread: bool,
     claims: (Time, u32),
-    /// Its connection has ended without a goodbye; told by then, unless its process turns out to have ended.
+    /// Its connection has ended without a goodbye; reported at this time, unless its process is
+    /// seen to end first.
     ended: Option<Time>,
 }
 
-/// How long the end of a connection waits for that of its process: a process that is killed closes its descriptors just
-/// before it is seen to be dead.
+/// How long the end of a connection waits for the end of its process: a killed process closes its
+/// descriptors just before its end is visible.
 const DYING: Duration = Duration::from_millis(3);
 
 pub(super) struct HandshakeThread {
     poll: Poll,
-    /// Orders wait: an eventfd of the hot thread.
+    /// The hot thread's eventfd: commands are waiting.
     waker: Arc<OwnedFd>,
     listener: OwnedFd,
-    /// In the poll. Not while it rests, or each arrival would wake this thread for nothing.
+    /// Whether the listener is in the poll. It is not during a pause: each arrival would cause a
+    /// useless wake-up.
     watched: bool,
-    /// More may be waiting than one round takes.
+    /// More connections may be waiting than one round accepts.
     ready: bool,
     paused_until: Option<Time>,
     settings: Settings,
     pending: Table,
     /// By `WorkerId::index`.
     members: Vec<Option<Member>>,
-    /// Control connections that may have more to read although their edge is used up, not before a time; each once.
+    /// Control connections that may have unread records without a new edge, with the earliest time
+    /// to read them; each once.
     again: VecDeque<(Key, Time)>,
-    /// Members whose connections have ended, in the order in which they are to be told of.
+    /// Workers whose connections have ended, in the order of the report.
     ending: VecDeque<(Key, Time)>,
     connects: Bucket,
     rates: Rates,
@@ -79,13 +82,13 @@ pub(super) struct HandshakeThread {
     refusals: HashMap<u32, RateLimit>,
     events: SyncSender<HandshakeEvent>,
     wake: Wake,
-    /// There is news that the hot thread was not woken for.
+    /// There are events that the hot thread was not woken for.
     unannounced: bool,
     commands: Receiver<HandshakeCommand>,
-    /// A worker that is being welcomed.
+    /// The worker that is being welcomed.
     welcomed: Option<WorkerId>,
     bin: Bin,
-    /// The hot thread has gone, or says so.
+    /// The hot thread has ended, or has told this thread to end.
     over: bool,
     now: Time,
 }
@@ -127,7 +130,7 @@ impl HandshakeThread {
         Ok(thread)
     }
 
-    /// Until the hot thread ends it; gives back the listening socket.
+    /// Runs until the hot thread ends it; returns the listening socket.
     pub(super) fn run(mut self, watched: Option<&Watched>) -> OwnedFd {
         let mut failed = false;
         restart::thread("handshakes", || {
@@ -170,12 +173,13 @@ impl HandshakeThread {
         Ok(())
     }
 
-    /// After a failure: edges may have been missed, so everything is registered anew, which tells of them once more.
+    /// Restarts after a failure. Edges may have been missed, so everything is registered with a new
+    /// poll, which reports them again.
     fn begin_again(&mut self) -> io::Result<()> {
         self.poll = Poll::new()?;
         self.register_all()?;
         self.now = clock();
-        // It was in the hands of the thread when that failed.
+        // The thread failed while it welcomed this worker.
         if let Some(worker) = self.welcomed.take()
             && self.member(Key::from(worker)).is_none()
         {
@@ -207,7 +211,7 @@ impl HandshakeThread {
     }
 
     fn round(&mut self, events: &Events, watched: Option<&Watched>) {
-        // Not those that this round adds: they have had their share.
+        // Without the entries that this round adds.
         let unread = self.again.len();
         for event in events {
             if let Some(watched) = watched {
@@ -221,7 +225,7 @@ impl HandshakeThread {
                 Some(_) | None => {}
             }
         }
-        // At most as many as the hot thread has sent by now; what it sends is bounded by what it was told.
+        // Bounded: each command answers an event.
         while let Ok(command) = self.commands.try_recv() {
             self.carry_out(command);
         }
@@ -283,10 +287,10 @@ impl HandshakeThread {
         self.over |= self.events.send(event).is_err();
     }
 
-    /// A pending control connection is readable: its hello, or its end.
+    /// A control connection without a hello is readable: its hello, or its end.
     fn hello(&mut self, key: Key) {
         let Some(pending) = self.pending.get(key) else { return };
-        // Once it is about to be answered, what follows is read afterwards.
+        // The hello has come; later records are read after the answer.
         if pending.deadline.is_none() {
             return;
         }
@@ -312,7 +316,8 @@ impl HandshakeThread {
         }
     }
 
-    /// Everything a welcome needs is made before the hot thread is asked, so that it makes nothing.
+    /// Makes everything that a welcome needs before it asks the hot thread, so that the hot thread
+    /// makes nothing.
     fn ask(&mut self, key: Key, hello: Hello) {
         let slots = self.settings.slots.get(&hello.pool).copied();
         let Some(pending) = self.pending.get(key) else { return };
@@ -396,9 +401,9 @@ impl HandshakeThread {
         } else if sent.is_err() {
             self.left(key, Departure::Disconnected);
         }
-        // What came since its hello has used up its edge.
+        // Records that came since the hello cause no further edge.
         self.again.push_back((key, self.now));
-        // The worker's end of the channel: its last reference if the welcome did not arrive.
+        // The worker's end of the channel: the last reference if the welcome did not arrive.
         self.bin.close(fds.into());
     }
 
@@ -433,7 +438,7 @@ impl HandshakeThread {
                     continue;
                 }
                 Received::Record(Control::Update(update)) => {
-                    // Within the same bound.
+                    // Updates count towards the same bound.
                     member.claims.1 += 1;
                     self.report(HandshakeEvent::Update(id, update));
                     continue;
@@ -451,7 +456,7 @@ impl HandshakeThread {
             self.bin.close(rubbish);
             return self.report(HandshakeEvent::Broke(id, fault));
         }
-        // There may be more, and the edge is used up.
+        // There may be more records, without a new edge.
         self.read_on(key, now);
     }
 
@@ -462,7 +467,7 @@ impl HandshakeThread {
         }
     }
 
-    /// A control connection has ended. It may be the first sign of a process that has.
+    /// A control connection has ended, perhaps because its process has.
     fn ended(&mut self, key: Key) {
         let until = self.now + DYING;
         let Some(member) = self.member(key) else { return };

@@ -1,4 +1,4 @@
-//! Who comes in at the dispatch socket, and who is refused.
+//! Accepts and refuses control connections.
 
 use std::io;
 use std::os::fd::{AsFd, AsRawFd, OwnedFd};
@@ -20,9 +20,9 @@ use crate::plural::count;
 use dispatcher_core::Refusal;
 
 /// Most control connections accepted in one round.
-const KNOCKS: usize = 64;
+const ACCEPTS_PER_ROUND: usize = 64;
 
-/// Users whose refusals are counted apart.
+/// Most users whose refusals are counted separately.
 const REFUSED_USERS: usize = 1_024;
 
 impl HandshakeThread {
@@ -34,7 +34,7 @@ impl HandshakeThread {
         Ok(())
     }
 
-    /// Another socket takes the place of the one that nobody can find any more.
+    /// Replaces the listening socket, after its file was removed.
     pub(super) fn listen(&mut self, listener: OwnedFd) {
         if std::mem::take(&mut self.watched) {
             forget(self.poll.registry(), &self.listener);
@@ -47,7 +47,7 @@ impl HandshakeThread {
         }
     }
 
-    /// Accepts nobody for a while: they wait in the socket's queue.
+    /// Stops accepting for a while: connections wait in the socket's queue.
     pub(super) fn pause(&mut self, pause: Duration) {
         if std::mem::take(&mut self.watched) {
             forget(self.poll.registry(), &self.listener);
@@ -57,9 +57,11 @@ impl HandshakeThread {
     }
 
     pub(super) fn accept(&mut self) {
-        for _ in 0..KNOCKS {
+        for _ in 0..ACCEPTS_PER_ROUND {
             let most = self.settings.limits.connect_rate;
-            if let Err(again) = self.connects.take(self.now, most, (most / 10).max(KNOCKS as u32)) {
+            if let Err(again) =
+                self.connects.take(self.now, most, (most / 10).max(ACCEPTS_PER_ROUND as u32))
+            {
                 return self.pause(again - self.now);
             }
             let flags = rustix::net::SocketFlags::CLOEXEC | rustix::net::SocketFlags::NONBLOCK;
@@ -71,7 +73,7 @@ impl HandshakeThread {
                     return;
                 }
                 Err(errno) => {
-                    // EMFILE and its kind: the worker stays in the socket's queue.
+                    // EMFILE or a similar error: the worker stays in the socket's queue.
                     self.pause(self.settings.limits.resource_pause);
                     return self.report(HandshakeEvent::Short(errno.to_string()));
                 }
@@ -131,7 +133,7 @@ impl HandshakeThread {
         }
     }
 
-    /// Those that have not said hello in time.
+    /// Refuses connections without a hello in time.
     pub(super) fn refuse_silent(&mut self) {
         while let Some(late) = self.pending.late(self.now).and_then(|key| self.pending.take(key)) {
             let Pending { socket, peer, .. } = late;
@@ -146,7 +148,8 @@ impl HandshakeThread {
         self.refuse_at(pending.socket, &pending.peer, refusal);
     }
 
-    /// Says why, to the peer and to the hot thread. The record is small and the socket new, so it fits or nobody reads it.
+    /// Tells the peer and the hot thread the reason. The record is small and the socket new, so the
+    /// record fits.
     pub(super) fn refuse_at(&mut self, socket: OwnedFd, peer: &Peer, refusal: Refusal) {
         let Refusal { code, reason, key } = refusal;
         self.refused(peer, reason.clone(), key.clone());
@@ -156,7 +159,7 @@ impl HandshakeThread {
         self.bin.close(vec![socket]);
     }
 
-    /// The hot thread hears of so many of a user in a second, and of the others how many they were.
+    /// Reports a refusal to the hot thread, within the user's rate limit; the others are counted.
     pub(super) fn refused(&mut self, peer: &Peer, reason: String, key: Option<String>) {
         let Peer { pid, uid, .. } = *peer;
         let gid = peer.gids.first().copied().unwrap_or_default();
@@ -181,7 +184,7 @@ impl HandshakeThread {
         }
     }
 }
-/// Something that goes by itself.
+/// A refusal that the worker can retry.
 fn again(key: &str, reason: String) -> Refusal {
     let reason = format!("{reason}; try again");
     Refusal { code: RefusedCode::Resources, reason, key: Some(key.to_owned()) }
