@@ -1,7 +1,8 @@
-//! Once warm, the hot thread allocates nothing for a connection; with one exception that is counted here as well.
+//! A warm hot thread allocates nothing for a connection; the one exception is counted here as well.
 //!
-//! A test binary of its own, because it counts with the global allocator: only what the thread that runs the
-//! dispatcher asks for. Workers and clients are other threads of this process. No timing decides anything.
+//! A test binary of its own, because it counts with the global allocator, and only in the thread
+//! that runs the dispatcher. Workers and clients are other threads of this process. No check
+//! depends on timing.
 #![allow(unsafe_code, reason = "a global allocator is unsafe")]
 #![allow(clippy::unwrap_used)]
 
@@ -27,13 +28,13 @@ thread_local! {
 }
 
 fn count() {
-    // At a thread's end its variable is gone already; such a thread is none that counts.
+    // At a thread's end its variable is already gone; such a thread is not counted.
     if COUNTED.try_with(Cell::get).unwrap_or(false) {
         ALLOCATIONS.fetch_add(1, Ordering::SeqCst);
     }
 }
 
-// SAFETY: every call is passed on to the system's allocator as it is; counting allocates nothing.
+// SAFETY: every call is passed on unchanged to the system's allocator; counting allocates nothing.
 unsafe impl GlobalAlloc for Counting {
     unsafe fn alloc(&self, layout: Layout) -> *mut u8 {
         count();
@@ -56,15 +57,16 @@ unsafe impl GlobalAlloc for Counting {
 #[global_allocator]
 static ALLOCATOR: Counting = Counting;
 
-/// Untaken connections while warming up, more than later ever.
+/// Untaken connections of the warm-up, more than ever later.
 const BURST: usize = 200;
 const CLIENTS: usize = 8;
 const EACH: usize = 500;
 
-/// What rustls allocates at most to read one ClientHello: 21 times for one of its own making, in its version 0.23.
+/// The most that rustls allocates to read one ClientHello: 21 allocations for one that it made
+/// itself, in version 0.23.
 const SNI: u64 = 32;
 
-/// A connection that says this first.
+/// A connection that sends this first.
 fn connect(address: SocketAddr, request: &[u8]) -> TcpStream {
     let mut stream = TcpStream::connect(address).unwrap();
     stream.write_all(request).unwrap();
@@ -78,7 +80,7 @@ fn visit(address: SocketAddr, request: &[u8]) {
     assert_eq!(bytes, b"x");
 }
 
-/// What a TLS client sends first.
+/// The first record of a TLS client.
 fn client_hello() -> Vec<u8> {
     let provider = Arc::new(rustls::crypto::ring::default_provider());
     let config = rustls::ClientConfig::builder_with_provider(provider)
@@ -95,18 +97,20 @@ fn client_hello() -> Vec<u8> {
 
 #[test]
 fn a_warm_hot_thread_allocates_nothing() {
-    // Once at length, and with every other policy and the last decisions kept. One after the other: a signal ends them.
+    // Once for long, and with every other policy and the history of decisions. One after the other,
+    // because a signal ends them.
     allocates_nothing("", b"", EACH);
     for policy in ["round-robin", "random", "two-choices", "hash", "failover"] {
         allocates_nothing(&format!("policy = \"{policy}\"\nhistory = 50\n"), b"", EACH / 10);
     }
-    // Workers set the first of these gauges, and nobody the other: both ways of deciding come about.
+    // Workers set the first of these gauges and not the other, so that both kinds of decisions
+    // happen.
     for gauge in ["process_rss", "unheard_of"] {
         let scores = format!("[pool.web.scores]\nmultipliers = {{ {gauge} = 0.5 }}\n");
         let keys = format!("policy = \"least-score\"\nhistory = 50\n{scores}");
         allocates_nothing(&keys, b"", EACH / 10);
     }
-    // Clients that are known, by each kind of key, with values that have to be decoded where that can be.
+    // Known clients, by each kind of key, with values that need decoding where possible.
     let form = "Content-Type: application/x-www-form-urlencoded\r\nContent-Length: 22\r\n";
     for (key, request) in [
         ("client-ip", String::new()),
@@ -126,18 +130,18 @@ fn a_warm_hot_thread_allocates_nothing() {
 }
 
 fn allocates_nothing(keys: &str, request: &[u8], each: usize) {
-    // On a busy machine something may still grow to its largest in the first run.
+    // On a busy machine a table may still grow in the first run.
     let during = (0..3).map(|_| allocations(keys, request, each)).min_by_key(|&during| during);
     let connections = CLIENTS * each;
     assert_eq!(during, Some(0), "allocations during {connections} connections, {keys}");
 }
 
-/// How often the hot thread of a pool with these keys allocates while so many clients each make so many connections that
-/// begin with this.
+/// The allocations of the hot thread of a pool with these keys while `clients` connect repeatedly
+/// and send this request.
 fn allocations(keys: &str, request: &[u8], each: usize) -> u64 {
     let directory = tempfile::tempdir().unwrap();
     let path = |name: &str| directory.path().join(name);
-    // Nobody becomes suspect while the burst waits.
+    // No worker becomes suspect while the burst waits.
     let config = format!(
         "dispatch_socket = {:?}\nadmin_socket = {:?}\n\
          [[listener]]\nname = \"web\"\naddress = \"127.0.0.1:0\"\npool = \"web\"\n\
@@ -164,7 +168,7 @@ fn allocations(keys: &str, request: &[u8], each: usize) -> u64 {
             thread::spawn(move || {
                 gate.wait();
                 while let Some(mut connection) = server.accept().unwrap() {
-                    // All of it, or closing would be a reset.
+                    // All bytes, or the close would be a reset.
                     connection.read_exact(&mut bytes).unwrap();
                     connection.write_all(b"x").unwrap();
                 }
@@ -173,7 +177,8 @@ fn allocations(keys: &str, request: &[u8], each: usize) -> u64 {
         })
         .collect();
 
-    // Everything grows to its largest now: nothing is taken before all have been accepted and sent.
+    // Every table grows to its largest size now: nothing is taken before all have been accepted and
+    // sent.
     let burst: Vec<_> = (0..BURST).map(|_| connect(address, request)).collect();
     test_support::wait_until("the burst to be sent", || {
         let (_, body) = test_support::http_get(&path("admin.sock"), "/v1/status").unwrap();

@@ -1,4 +1,4 @@
-//! Chaos on real processes, briefly. `tests/chaos/main.rs` is the same for as long as you like.
+//! A short chaos test on real processes. `tests/chaos/main.rs` runs the same for any duration.
 #![allow(clippy::unwrap_used)]
 
 #[path = "chaos/mod.rs"]

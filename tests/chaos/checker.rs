@@ -1,4 +1,5 @@
-//! The checker: compares what clients saw, what workers took, what the dispatcher counted and what the nemesis did.
+//! The checker: compares the results of clients, the connections that workers took, the
+//! dispatcher's counts and the faults.
 
 use std::collections::BTreeMap;
 use std::path::Path;
@@ -7,7 +8,8 @@ use super::client::{End, Story, Told};
 use super::nemesis::{Deed, Record, What};
 use super::protocol::{SPAWNED, address_of, id_at, number_of};
 
-/// The end of a process and the end of its connections as clients see it lie less than this apart, in microseconds.
+/// The end of a process and the end of its connections as clients see it lie less than this apart,
+/// in microseconds.
 const AT_MOST: u64 = 15_000_000;
 
 /// The verdict on one run.
@@ -15,17 +17,17 @@ const AT_MOST: u64 = 15_000_000;
 pub struct Verdict {
     pub served: u64,
     pub abandoned: u64,
-    /// Answered and then broken off because the worker was killed.
+    /// Answered, then cut because the worker was killed.
     pub cut: u64,
     /// Unanswered, by the reason that allows it.
     pub lost: BTreeMap<&'static str, u64>,
-    /// What no reason allows, and the connection it is about.
+    /// Results without a reason, with their connections.
     pub problems: Vec<(Option<u32>, String)>,
-    /// Events of the dispatcher's log and the sums of their numbers.
+    /// Events of the dispatcher's log, and the sums of their numbers.
     pub told: BTreeMap<&'static str, u64>,
 }
 
-/// Who took which connection.
+/// Which worker took which connection.
 struct Taken {
     /// By id: the number of the worker, plus one.
     by: Vec<u32>,
@@ -36,12 +38,12 @@ pub struct Evidence<'a> {
     pub connections: u32,
     pub records: &'a [Record],
     pub deeds: &'a [Deed],
-    /// When processes of the dispatcher's own were killed, by their number.
+    /// When processes of the dispatcher were killed, by number.
     pub killed: &'a BTreeMap<usize, u64>,
     pub directory: &'a Path,
 }
 
-/// How long after it was killed a process may still be there, in microseconds.
+/// How long a killed process may remain, in microseconds.
 const DYING: u64 = 200_000;
 
 const TAKEN_BY_KILLED: &str = "its worker was killed after taking it";
@@ -66,7 +68,8 @@ impl Evidence<'_> {
                 }
             }
         }
-        // A worker has two threads that take at most, so no more can be taken and not written down.
+        // At most two threads of a worker take connections, so no more can be taken and not written
+        // down.
         let mut unwritten = BTreeMap::new();
         for story in &self.told.broken {
             match self.excuse(story, &taken, &closed, &mut unwritten) {
@@ -100,7 +103,7 @@ impl Evidence<'_> {
         Taken { by }
     }
 
-    /// Why a connection may have ended so; `None` if it was answered before.
+    /// The reason that allows this end of a connection; `None` if it was answered before.
     fn excuse(
         &self,
         story: &Story,
@@ -137,7 +140,7 @@ impl Evidence<'_> {
                 let at_the_end = |deed: &&Deed| story.ended - deed.at < AT_MOST;
                 let of =
                     |what| self.deeds.iter().filter(move |deed| deed.what == what).filter(during);
-                // What was killed a moment ago may still be on its way out, and its listener with it.
+                // A process that was killed a moment ago may still be ending, with its listener.
                 let dies = |deed: &&Deed| {
                     deed.what == What::DispatcherKill
                         && deed.at + DYING >= story.began
@@ -217,7 +220,7 @@ impl Evidence<'_> {
     }
 }
 
-/// The connections the dispatcher said it closed, and why; and how often it told of what.
+/// The closed connections in the log by reason, and the number of each event.
 fn read_log(log: &str, verdict: &mut Verdict) -> BTreeMap<u32, &'static str> {
     let mut closed = BTreeMap::new();
     let value = |line: &str, key: &str| -> Option<String> {
@@ -245,7 +248,7 @@ fn read_log(log: &str, verdict: &mut Verdict) -> BTreeMap<u32, &'static str> {
                 let reason = match value(line, "reason").as_deref() {
                     Some("no_worker") => "the dispatcher closed it: no_worker",
                     Some("shutdown") => "the dispatcher closed it: shutdown",
-                    // Its client would not have waited for an answer.
+                    // The client would not have waited for an answer.
                     _ => continue,
                 };
                 closed.extend(id.map(|id| (id, reason)));
@@ -276,7 +279,7 @@ fn read_log(log: &str, verdict: &mut Verdict) -> BTreeMap<u32, &'static str> {
             | "worker_broke_protocol"
             | "out_of_resources"
             | "accept_paused")
-                // That one means to.
+                // A hostile worker does this on purpose.
                 if !line.contains(" name=hostile ") =>
             {
                 verdict.problems.push((None, format!("the dispatcher said {event}: {line}")));

@@ -1,4 +1,4 @@
-//! Clients: each connects again and again, and writes down what became of every connection.
+//! Clients: each connects again and again, and records the result of every connection.
 
 use std::collections::HashSet;
 use std::io::{BufRead, BufReader, ErrorKind, Read, Write};
@@ -12,40 +12,40 @@ use simulator::Random;
 
 use super::protocol::{address_of, checksum, now, number_of, question};
 
-/// A client that waits this long for anything has been forgotten by somebody.
+/// A client that waits this long has been forgotten.
 const PATIENCE: Duration = Duration::from_secs(60);
 
 /// What a client does with a connection once it is open.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash, PartialOrd, Ord)]
 pub enum Kind {
-    /// Asks, reads the answer, ends politely.
+    /// Asks, reads the answer, closes properly.
     Plain,
     /// Stays for a while and asks more.
     Hold,
-    /// Says all it has to say before it reads.
+    /// Sends everything before it reads.
     HalfClose,
-    /// One of many opened before the first is read from.
+    /// One of many connections that are opened before the first is read from.
     Crowd,
     /// Asks and resets.
     Reset,
     /// Asks and closes without reading.
     CloseUnread,
-    /// Resets without a word.
+    /// Resets without sending.
     Silent,
 }
 
 /// How a connection ended, as its client saw it.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub enum End {
-    /// Answered, and whole to its end.
+    /// Answered, and complete to its end.
     Served,
-    /// The client itself gave it up before an answer.
+    /// Given up by the client before an answer.
     Abandoned,
-    /// Answered, then broken off by somebody else.
+    /// Answered, then cut by another party.
     Cut(String),
-    /// Broken off by somebody else before an answer.
+    /// Cut by another party before an answer.
     Lost(String),
-    /// What must never be.
+    /// A result that must never happen.
     Wrong(String),
 }
 
@@ -64,24 +64,24 @@ pub struct Story {
 /// What all clients share.
 pub struct Clients {
     pub address: SocketAddr,
-    /// Of a listener that comes and goes.
+    /// The address of a listener that is added and removed.
     pub extra: SocketAddr,
     pub stop: AtomicBool,
     next: AtomicU32,
     told: Mutex<Told>,
 }
 
-/// What the clients have told. Ordinary connections take eight bytes each, so that a run of hours fits.
+/// The results of all clients. A usual connection takes eight bytes, so that a run of hours fits.
 #[derive(Default)]
 pub struct Told {
-    /// By id: the number of the worker that answered, plus one. Only of connections that went well.
+    /// By id: the number of the worker that answered, plus one. Only for served connections.
     pub served: Vec<u32>,
     pub abandoned: u64,
-    /// Not let in by a listener that was not there at the moment.
+    /// Refused by a listener that was absent at the moment.
     pub refused: u64,
     /// Everything else.
     pub broken: Vec<Story>,
-    /// Workers that have answered somebody.
+    /// Workers that have answered a client.
     pub answering: HashSet<u32>,
     pub kinds: std::collections::BTreeMap<Kind, u64>,
 }
@@ -114,7 +114,7 @@ impl Clients {
         self.next.load(Ordering::SeqCst)
     }
 
-    /// Starts counting anew.
+    /// Resets the counts.
     pub fn forget(&self) {
         *self.told() = Told::default();
         self.next.store(0, Ordering::SeqCst);
@@ -151,7 +151,7 @@ impl Clients {
         crowd.into_iter().for_each(|open| self.finish(open, random));
     }
 
-    /// One that must be answered.
+    /// A connection that must be answered.
     pub fn must_be_served(&self, random: &mut Random) {
         if let Some(open) = self.open(Kind::Plain, self.address, random) {
             self.finish(open, random);
@@ -194,7 +194,7 @@ impl Clients {
             (End::Abandoned, _) => told.abandoned += 1,
             _ => {
                 if matches!(story.end, End::Wrong(_)) {
-                    // Nothing that follows could tell more.
+                    // Later results add no information.
                     self.stop.store(true, Ordering::SeqCst);
                 }
                 told.broken.push(story);
@@ -203,7 +203,7 @@ impl Clients {
     }
 }
 
-/// `Err` is how it ended, if not well.
+/// `Err` is the result if it is not a proper end.
 fn converse(open: Open, answered_by: &mut Option<u32>, random: &mut Random) -> Result<(), End> {
     let Open { id, kind, text, stream, .. } = open;
     if kind == Kind::Silent {
@@ -286,7 +286,7 @@ fn pause(random: &mut Random, milliseconds: u64) {
     std::thread::sleep(Duration::from_micros(random.below(milliseconds * 1000)));
 }
 
-/// Says what it is known by, perhaps in pieces, then asks.
+/// Sends the introduction, perhaps in pieces, then asks.
 fn ask(mut stream: &TcpStream, id: u32, text: &str, random: &mut Random) -> std::io::Result<()> {
     let mut bytes = introduction(random);
     bytes.extend_from_slice(question(id, text).as_bytes());
@@ -299,7 +299,8 @@ fn ask(mut stream: &TcpStream, id: u32, text: &str, random: &mut Random) -> std:
     stream.write_all(&bytes)
 }
 
-/// What clients are known by: nothing, the head of a request with all kinds of keys, or a TLS greeting with a name.
+/// What identifies a client: nothing, a request head with all kinds of keys, or a TLS greeting with
+/// a name.
 fn introduction(random: &mut Random) -> Vec<u8> {
     let key = random.below(50);
     let headers = format!("Host: h{key}.example\r\nCookie: a=b; sid=k{key}\r\nX-Key: k{key}\r\n");

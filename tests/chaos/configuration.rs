@@ -1,5 +1,5 @@
-//! Configurations for the chaos test: every policy, every kind of affinity key, a listener that comes and goes, processes of the
-//! dispatcher's own.
+//! Configurations for the chaos test: every policy, every kind of affinity key, a listener that is
+//! added and removed, processes of the dispatcher.
 
 use std::fmt::Write as _;
 use std::net::SocketAddr;
@@ -35,12 +35,12 @@ fn pool() -> String {
     )
 }
 
-/// What it begins and ends with.
+/// The first and last configuration.
 pub fn plain() -> String {
     listener("web", "systemd:web") + &pool()
 }
 
-/// Any other.
+/// A random configuration.
 pub fn any(random: &mut Random, extra: SocketAddr, worker: &Path, directory: &Path) -> String {
     let mut text = listener("web", "systemd:web");
     if random.below(3) > 0 {

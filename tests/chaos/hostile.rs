@@ -1,5 +1,6 @@
-//! A peer of the dispatch socket that means no good: it floods, breaks the protocol, joins and takes nothing, lies about its
-//! counters. It never claims a connection, so that whoever is sent to it must be served by others.
+//! A hostile peer of the dispatch socket: it floods, breaks the protocol, joins and takes nothing,
+//! and reports false counters. It never claims a connection, so every client sent to it must be
+//! served by another worker.
 
 use std::io::{IoSlice, IoSliceMut};
 use std::mem::MaybeUninit;
@@ -21,7 +22,7 @@ pub fn work() {
     let path = PathBuf::from(std::env::var_os("DISPATCH_SOCKET").unwrap());
     let mut random = Random::new(now());
     loop {
-        // Whatever fails: it comes again.
+        // After any failure it connects again.
         let Some(socket) = connect(&path) else {
             std::thread::sleep(Duration::from_millis(20));
             continue;
@@ -77,7 +78,7 @@ fn hello(name: &str, base: u64) -> Vec<u8> {
     record
 }
 
-/// The channel, the scoreboard and the eventfd, if it is let in.
+/// The channel, the scoreboard and the eventfd, if it may join.
 fn joined(socket: &OwnedFd, base: u64) -> Option<(Welcome, Vec<OwnedFd>)> {
     send(socket, &hello("hostile", base), &[]);
     let mut record = vec![0; 16 * 1024];
@@ -119,7 +120,7 @@ fn join_and_leave(path: &PathBuf, random: &mut Random) {
     }
 }
 
-/// Takes nothing of what it is sent, rings all the time, and says that it has finished more than it ever had.
+/// Takes nothing, rings all the time, and reports more finished connections than it ever had.
 fn lie(socket: &OwnedFd, random: &mut Random) {
     let base = if random.once_in(2) { u64::MAX - random.below(3) } else { 0 };
     let Some((welcome, fds)) = joined(socket, base) else { return };

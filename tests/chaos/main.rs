@@ -1,6 +1,8 @@
-//! The chaos test for as long as you like: `cargo run --release -p dispatcher --example chaos -- --minutes 30`.
+//! The chaos test for any duration: `cargo run --release -p dispatcher --example chaos -- --minutes
+//! 30`.
 //!
-//! The same program is also the dispatcher and the workers of the test, so that nothing else need be built.
+//! The same program is also the dispatcher and the workers of the test, so nothing else must be
+//! built.
 #![allow(clippy::unwrap_used, clippy::expect_used)]
 
 #[path = "mod.rs"]
@@ -14,20 +16,20 @@ use std::time::Duration;
 use chaos::{Options, Programs};
 use clap::Parser;
 
-/// Real clients, workers and dispatchers under random faults; then a check that every connection was answered once, or
-/// lost for a reason.
+/// Real clients, workers and dispatchers under random faults; then a check that every connection
+/// was answered once, or lost for a known reason.
 #[derive(Parser)]
 struct Arguments {
-    /// How long the faults go on.
+    /// How long the faults last.
     #[arg(long, default_value_t = 1.0)]
     minutes: f64,
-    /// Makes the same faults again, though at other moments of the clients' lives.
+    /// Repeats the same faults, though at other moments of the clients' connections.
     #[arg(long)]
     seed: Option<u64>,
     /// Clients that connect at the same time.
     #[arg(long, default_value_t = 64)]
     clients: usize,
-    /// Only SIGKILL for the dispatcher, as often as it can be started, and nothing else.
+    /// Only SIGKILL for the dispatcher, as often as it can be started, and no other fault.
     #[arg(long)]
     only_dispatcher: bool,
 }

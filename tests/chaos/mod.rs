@@ -1,9 +1,10 @@
-//! Chaos on real processes: clients that know each connection by a number, workers that write down what they took, a
-//! nemesis that kills, stops, starves and restarts them (the dispatcher included), and a checker.
+//! Chaos on real processes: clients that number each connection, workers that record what they
+//! took, a nemesis that kills, stops, starves and restarts processes (the dispatcher included), and
+//! a checker.
 //!
-//! What must hold: a connection is answered exactly once, or lost for a reason that is counted. Never taken twice,
-//! never lost in silence; the books of every status balance; when the faults stop, everything is served, and the
-//! dispatcher has no more descriptors than before.
+//! Requirements: a connection is answered exactly once, or lost for a reason that is counted; never
+//! taken twice, never lost without a report. The counts of every status balance. When the faults
+//! stop, every client is served, and the dispatcher has no more descriptors than before.
 
 mod checker;
 mod client;
@@ -28,7 +29,7 @@ use simulator::Random;
 
 use test_support::{Process, assert_conserved, configure, http_get, wait_for, write_config};
 
-/// What to run, and for how long.
+/// The faults and the duration.
 #[derive(Debug)]
 pub struct Options {
     pub faults_for: Duration,
@@ -59,7 +60,7 @@ struct Run {
     listener: TcpListener,
     clients: Clients,
     only_dispatcher: bool,
-    /// Serves to keep the address of the listener that comes and goes from others.
+    /// Reserves the address of the listener that is added and removed.
     extra: SocketAddr,
 }
 
@@ -94,7 +95,7 @@ impl Run {
         self.clients.told().answering.contains(&(worker as u32))
     }
 
-    /// `None` while there is no dispatcher, or one that ends before it has answered.
+    /// `None` while there is no dispatcher, or if it ends before it has answered.
     fn status(&self) -> Option<Status> {
         let (code, body) = http_get(&self.admin(), "/v1/status").ok()?;
         assert_eq!(code, 200, "{body}");
@@ -120,10 +121,10 @@ impl Run {
     }
 }
 
-/// True if nothing was wrong. Prints a summary, and the history of what was.
+/// Returns true without a problem. Prints a summary, and the history of each problem.
 pub fn run(options: &Options) -> bool {
     let temp = configure(&configuration::plain());
-    // Workers append to it, and never create it: one that outlives the test must fail.
+    // Workers append to this file and never create it: a worker that outlives the test must fail.
     File::create(temp.path().join("taken")).unwrap();
     let listener = listen();
     let address = listener.local_addr().unwrap();
@@ -168,7 +169,7 @@ pub fn run(options: &Options) -> bool {
                 nemesis.problems.push("a client panicked".to_owned());
             }
         }
-        // No processes of its own any more, and no other listener.
+        // Without processes of the dispatcher and without the second listener.
         write_config(&run.directory, &configuration::plain());
         nemesis.reload();
         let settled = settle(&run, &nemesis, options.seed);
@@ -232,7 +233,7 @@ impl<F: FnMut()> Drop for OnDrop<F> {
     }
 }
 
-/// Tables that have been used once stay: so much, in KiB, is no leak.
+/// Tables that were used once keep their memory: less growth than this, in KiB, is no leak.
 const MEMORY: u64 = 32 * 1024;
 
 fn free_address() -> SocketAddr {
@@ -253,7 +254,8 @@ fn listen() -> TcpListener {
     socket.into()
 }
 
-/// The descriptors of a dispatcher that has had a worker of each kind and some clients, and has none any more.
+/// The descriptors of a dispatcher that has had a worker of each kind and some clients, and has
+/// none any more.
 fn baseline(run: &Run) -> (usize, u64) {
     let mut nemesis = Nemesis::new(run, 0);
     nemesis.start_worker("blocking");
@@ -265,13 +267,13 @@ fn baseline(run: &Run) -> (usize, u64) {
     run.wait_status("workers to leave", |status| status.pools[0].workers.is_empty()).unwrap();
     let fds = (nemesis.dispatcher_fds(), nemesis.dispatcher_memory());
     nemesis.dismiss_dispatcher();
-    // These workers' numbers will be used again.
+    // The numbers of these workers will be used again.
     std::fs::write(run.directory.join("taken"), "").unwrap();
     run.clients.forget();
     fds
 }
 
-/// Asks again and again; every answer must balance.
+/// Requests the status repeatedly; every answer must balance.
 fn sample(run: &Run, go_on: &AtomicBool) -> u64 {
     let mut samples = 0;
     while go_on.load(Ordering::SeqCst) {
@@ -284,11 +286,11 @@ fn sample(run: &Run, go_on: &AtomicBool) -> u64 {
     samples
 }
 
-/// The faults are over: everything is served and counted down to zero.
+/// After the faults: every client is served, and the counts go down to zero.
 fn settle(run: &Run, nemesis: &Nemesis<'_>, seed: u64) -> Result<(), String> {
     let mut random = Random::new(seed);
     let names = nemesis.names();
-    // One that is suspect is trusted again only when it takes something.
+    // A suspect worker is trusted again only when it takes a connection.
     let there = |state: &str| matches!(state, "active" | "suspect");
     run.wait_status("all workers to be there", |status| {
         let workers = &status.pools[0].workers;
@@ -359,7 +361,7 @@ fn report(
             number + 1,
             id.map_or(String::new(), |id| format!("connection {id}: "))
         );
-        // Reading the logs again for each of many would only hide the first.
+        // The history of many problems would only hide the first.
         if let Some(id) = id.filter(|_| number < 5) {
             println!("{}", evidence.history(id));
         }

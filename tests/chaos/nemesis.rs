@@ -1,4 +1,5 @@
-//! The nemesis: kills, stops, starves and restarts, by a seed; and keeps enough workers running to be worth it.
+//! The nemesis: kills, stops, starves and restarts processes, from a seed, and keeps enough workers
+//! running.
 
 use std::collections::BTreeMap;
 use std::fs::File;
@@ -15,18 +16,19 @@ use super::protocol::{SPAWNED, now};
 use super::{Run, configuration};
 use test_support::{Process, wait_until, write_config};
 
-/// Handoffs may wait this long; some stops are shorter, some longer.
+/// The timeout of handoffs; some stops are shorter, some longer.
 pub const HANDOFF_TIMEOUT: Duration = Duration::from_millis(200);
-/// Clients are told after this long without a worker.
+/// Clients are refused after this long without a worker.
 pub const WAIT_FOR_WORKER: Duration = Duration::from_secs(1);
 
-/// More of those that are quick.
+/// More of the quick kinds.
 const FLAVOURS: [&str; 12] = [
     "blocking", "blocking", "tokio", "tokio", "tokio", "mio", "mio", "mio", "serial", "slow",
     "slow", "nothing",
 ];
 
-/// One worker process that was ever started; its number is its place in the list, and the number in its name.
+/// One worker process that was ever started; its number is its index in the list and the number in
+/// its name.
 #[derive(Debug)]
 pub struct Record {
     pub name: String,
@@ -34,12 +36,12 @@ pub struct Record {
     pub killed: Option<u64>,
 }
 
-/// One thing done.
+/// One action.
 #[derive(Clone, Debug, PartialEq, Eq, PartialOrd, Ord)]
 pub struct Deed {
     pub at: u64,
     pub what: What,
-    /// The number of the worker it was done to.
+    /// The number of the affected worker.
     pub worker: Option<usize>,
 }
 
@@ -70,7 +72,7 @@ struct Worker {
 }
 
 impl Worker {
-    /// It takes nothing, and is there to be in the way.
+    /// A worker that takes nothing.
     fn is_stuck(&self) -> bool {
         self.flavour == "nothing"
     }
@@ -99,7 +101,7 @@ pub struct Nemesis<'a> {
     pub records: Vec<Record>,
     pub deeds: Vec<Deed>,
     pub problems: Vec<String>,
-    /// Processes of the dispatcher's own, by their numbers.
+    /// Processes of the dispatcher, by number.
     pub killed: BTreeMap<usize, u64>,
     hostile: Option<Process>,
 }
@@ -123,7 +125,8 @@ impl<'a> Nemesis<'a> {
         }
     }
 
-    /// Does its worst until `end`; from `spare` on the dispatcher is left alone, so that it lives through something.
+    /// Causes faults until `end`; from `spare` on it leaves the dispatcher running, so that it
+    /// lives through some faults.
     pub fn rage(&mut self, spare: Instant, end: Instant) {
         while Instant::now() < end
             && !self.run.clients.stop.load(std::sync::atomic::Ordering::SeqCst)
@@ -145,7 +148,7 @@ impl<'a> Nemesis<'a> {
         }
     }
 
-    /// Ends every fault, and waits until all is as it should be.
+    /// Ends every fault, and waits until every process runs.
     pub fn relent(&mut self) {
         self.hostile = None;
         for index in (0..self.workers.len()).rev() {
@@ -179,17 +182,17 @@ impl<'a> Nemesis<'a> {
         });
     }
 
-    /// Names of the workers that are meant to be there.
+    /// Names of the workers that should be present.
     pub fn names(&self) -> Vec<String> {
         let staying = self.workers.iter().filter(|worker| !worker.leaving && !worker.is_stuck());
         staying.map(|worker| self.records[worker.number].name.clone()).collect()
     }
 
-    /// Lets all workers go politely.
+    /// Ends all workers with SIGTERM.
     pub fn dismiss_workers(&mut self) {
         for worker in &mut self.workers {
             if !worker.leaving {
-                // It may have ended by itself: the end of a stuck worker's drain, for example.
+                // The worker may have ended by itself, for example at the end of a drain.
                 let _ = nix::sys::signal::kill(
                     nix::unistd::Pid::from_raw(worker.process.pid()),
                     Signal::SIGTERM,
@@ -203,7 +206,7 @@ impl<'a> Nemesis<'a> {
         });
     }
 
-    /// Lets the dispatcher go politely.
+    /// Ends the dispatcher with SIGTERM.
     pub fn dismiss_dispatcher(&mut self) {
         if let Dispatcher::Up { process, .. } = &mut self.dispatcher {
             process.signal(Signal::SIGTERM);
@@ -258,7 +261,7 @@ impl<'a> Nemesis<'a> {
         }
     }
 
-    /// Notices who has ended, and who should not have.
+    /// Notices which processes have ended, and which should not have.
     fn watch(&mut self) {
         for index in (0..self.workers.len()).rev() {
             let Some(status) = self.workers[index].process.child.try_wait().unwrap() else {
@@ -299,7 +302,7 @@ impl<'a> Nemesis<'a> {
         let staying = self.workers.iter().filter(|worker| !worker.leaving).count();
         if staying < self.wanted && Instant::now() >= self.no_starts_until {
             let flavour = FLAVOURS[self.random.below(12) as usize];
-            // One that is in the way is enough.
+            // One such worker is enough.
             if flavour != "nothing" || !self.workers.iter().any(Worker::is_stuck) {
                 self.start_worker(flavour);
             }
@@ -326,7 +329,7 @@ impl<'a> Nemesis<'a> {
         let choice = self.random.below(1000);
         match choice {
             0..4 => {
-                // Nobody is left, and for longer than clients are made to wait.
+                // No worker is left, for longer than clients wait.
                 let extra = Duration::from_millis(self.random.below(1000));
                 self.no_starts_until = Instant::now() + WAIT_FOR_WORKER + extra;
                 (0..self.workers.len()).rev().for_each(|index| self.kill(index));
@@ -364,7 +367,7 @@ impl<'a> Nemesis<'a> {
         let run = self.run;
         let worker = &run.programs.worker;
         let text = configuration::any(&mut self.random, run.extra, worker, &run.directory);
-        // In one piece: it may be read at any moment.
+        // Atomically: the file may be read at any moment.
         let part = run.directory.join("part");
         std::fs::create_dir_all(&part).unwrap();
         write_config(&part, &text);
@@ -374,7 +377,7 @@ impl<'a> Nemesis<'a> {
         std::fs::rename(part.join("dispatcher.toml"), run.directory.join("dispatcher.toml"))
             .unwrap();
         self.did(What::Reload, None);
-        // One that is stopped would keep us from letting it go on.
+        // A stopped dispatcher could not be continued from here otherwise.
         if let Dispatcher::Up { process, stopped_until: None } = &self.dispatcher
             && run.serves(process)
         {
@@ -382,7 +385,7 @@ impl<'a> Nemesis<'a> {
         }
     }
 
-    /// What an operator may ask for. Whether it is done depends on what else goes on.
+    /// A random command of an operator. Its success depends on the other faults.
     fn command(&mut self) {
         let admin = self.run.admin();
         let names: Vec<String> = self.names();
@@ -399,7 +402,7 @@ impl<'a> Nemesis<'a> {
             }
         };
         self.did(What::Command, None);
-        // The dispatcher may be stopped just now.
+        // The dispatcher may be stopped at this moment.
         std::thread::spawn(move || post(&admin, &path, &body));
     }
 
@@ -414,7 +417,8 @@ impl<'a> Nemesis<'a> {
         }
         let pid = pids[self.random.below(pids.len() as u64) as usize];
         let number = SPAWNED as usize + pid as usize;
-        // It is our dispatcher's child as long as this one lives and has not collected its end.
+        // The process is the dispatcher's child as long as the dispatcher lives and has not reaped
+        // it.
         let at = self.did(What::KillSpawned, Some(number));
         self.killed.entry(number).or_insert(at);
         let _ = nix::sys::signal::kill(nix::unistd::Pid::from_raw(pid), Signal::SIGKILL);
@@ -426,12 +430,12 @@ impl<'a> Nemesis<'a> {
 
     fn kill(&mut self, index: usize) {
         let number = self.workers[index].number;
-        // Noted first: what follows from it can be seen before the call returns.
+        // Noted first, because the consequences can be visible before the call returns.
         let at = self.did(What::Kill, Some(number));
         self.records[number].killed.get_or_insert(at);
         let worker = &mut self.workers[index];
         worker.process.kill();
-        // Nothing is left to be mended.
+        // No fault is left to end.
         worker.stopped_until = None;
         worker.starved_until = None;
     }
@@ -447,7 +451,7 @@ impl<'a> Nemesis<'a> {
     fn say_goodbye(&mut self) {
         let index = self.any();
         let number = self.workers[index].number;
-        // Before it has installed its handler the signal would simply kill it.
+        // Before the worker has installed its handler the signal would kill it.
         if self.workers[index].leaving || !self.run.has_answered(number) {
             return;
         }
@@ -522,7 +526,7 @@ fn post(admin: &Path, path: &str, body: &str) -> bool {
     answer().is_ok_and(|text| text.starts_with("HTTP/1.1 200 "))
 }
 
-/// Started with the listening socket as descriptor 3, the way a service manager does it.
+/// Passes the listening socket as descriptor 3, as a service manager does.
 pub fn dispatcher_command(program: &PathBuf, listener: File, directory: &Path) -> Command {
     let mut command = Command::new("sh");
     let script = r#"export LISTEN_PID=$$; exec "$0" run --config "$1" 3<&0 </dev/null"#;

@@ -1,7 +1,7 @@
-//! What clients and workers of the chaos test say to each other, and how a connection is known.
+//! The protocol between clients and workers of the chaos test, and how a connection is identified.
 //!
-//! A connection's id is in the address it comes from, 127.x.y.z, so a worker can write down what it took before it has
-//! read a byte.
+//! A connection's id is in the client's address, 127.x.y.z, so a worker can record what it took
+//! before it has read a byte.
 
 #![allow(dead_code)] // the test does not answer, the worker does not ask
 
@@ -9,10 +9,10 @@ use std::net::{IpAddr, Ipv4Addr};
 
 use worker_sdk::PeerAddr;
 
-/// 127.0.0.0/16 stays free: the listener is there.
+/// 127.0.0.0/16 is reserved: the listener uses it.
 const FIRST: u32 = u32::from_be_bytes([127, 1, 0, 0]);
 
-/// How many ids there are.
+/// The number of ids.
 pub const MOST: u32 = 0x00fe_0000;
 
 pub fn address_of(id: u32) -> Ipv4Addr {
@@ -43,7 +43,7 @@ pub fn number_of(name: &str) -> Option<u32> {
     if name.starts_with('x') { number.checked_add(SPAWNED) } else { Some(number) }
 }
 
-/// What a question starts with, whatever the client has sent before it: a request's head, a ClientHello.
+/// The start of a question, whatever the client has sent before: a request head, a ClientHello.
 const MARK: &str = "@@";
 
 pub fn question(id: u32, text: &str) -> String {
@@ -70,7 +70,7 @@ pub fn answer(name: &str, id: Option<u32>, line: &str) -> String {
     format!("{name} {id} {:08x}{agreed}\n", checksum(text))
 }
 
-/// Microseconds of the clock that all processes share.
+/// Microseconds of a clock that all processes share.
 pub fn now() -> u64 {
     let now = rustix::time::clock_gettime(rustix::time::ClockId::Monotonic);
     let seconds = u64::try_from(now.tv_sec).unwrap_or_default();

@@ -1,5 +1,6 @@
-//! The worker of the chaos test, in several flavours: quick, slow, serial, stuck. It writes down each connection the moment it has taken it, then
-//! answers line by line. Now and then it hangs for a while before it takes the next. SIGTERM makes it say goodbye; it ends when its last connection does.
+//! The worker of the chaos test, in several kinds: quick, slow, serial, stuck. It records each
+//! connection when it has taken it, then answers line by line. Sometimes it hangs before it takes
+//! the next connection. SIGTERM makes it say goodbye; it ends with its last connection.
 
 use std::cell::RefCell;
 use std::collections::HashMap;
@@ -33,7 +34,7 @@ static TAKEN: LazyLock<File> = LazyLock::new(|| {
 
 pub fn main(flavour: &str) {
     env_logger::init();
-    // Both are read now: later there may be no descriptor to spare.
+    // Both are read now: later there may be no descriptor left.
     LazyLock::force(&NAME);
     LazyLock::force(&TAKEN);
     let most = Duration::from_millis(500);
@@ -47,7 +48,7 @@ pub fn main(flavour: &str) {
         "nothing" => nothing(config),
         "hostile" => hostile::work(),
         "spawned" => {
-            // It has nobody to serve for when its dispatcher has died.
+            // Without its dispatcher it has no clients, so it ends too.
             let with_parent = Some(rustix::process::Signal::TERM);
             rustix::process::set_parent_process_death_signal(with_parent).unwrap();
             blocking(config, 1);
@@ -56,7 +57,7 @@ pub fn main(flavour: &str) {
     }
 }
 
-/// An application that is busy with something else: what was received with this one waits, and may be revoked.
+/// A busy application: connections received with this one wait, and may be revoked.
 fn hang_sometimes() {
     thread_local!(static RANDOM: RefCell<Random> = RefCell::new(Random::new(now())));
     let pause = RANDOM.with_borrow_mut(|random| match random.below(200) {
@@ -68,7 +69,7 @@ fn hang_sometimes() {
     }
 }
 
-/// One write per line, so that lines of many processes do not mix.
+/// One write per line, so that lines of several processes do not mix.
 fn write_down(peer: PeerAddr) -> Option<u32> {
     let id = id_of(peer);
     let line = format!("{} {} {}\n", *NAME, id.map_or(u32::MAX, |id| id), now());
@@ -82,7 +83,7 @@ fn on_sigterm(action: impl Fn() + Send + 'static) {
     std::thread::spawn(move || signals.forever().for_each(|_| action()));
 }
 
-/// Processes of the dispatcher's own end when they are drained; others stay.
+/// Processes of the dispatcher end when they are drained; other workers stay.
 fn stays(worker: &Worker) -> bool {
     !NAME.starts_with('x') && worker.resumed().unwrap()
 }
@@ -91,7 +92,7 @@ fn blocking(config: WorkerConfig, threads: u32) {
     let worker = Worker::connect(config).unwrap();
     let closer = worker.clone();
     on_sigterm(move || closer.close());
-    // Where several take, the one that received shares with the others.
+    // Where several threads take, the receiving thread shares with the others.
     std::thread::scope(|scope| {
         for _ in 0..threads {
             scope.spawn(|| {
@@ -109,7 +110,7 @@ fn blocking(config: WorkerConfig, threads: u32) {
         }
     });
     worker.close();
-    // What only this process can serve, because its dispatcher has died.
+    // Connections that only this process can serve, because its dispatcher has died.
     while let Some(connection) = worker.accept().unwrap() {
         let id = write_down(connection.peer_addr());
         std::thread::spawn(move || serve(connection, id));
@@ -127,7 +128,7 @@ fn serial(config: WorkerConfig) {
     loop {
         while let Some(connection) = worker.accept().unwrap() {
             let id = write_down(connection.peer_addr());
-            // A client that stays must not keep the others waiting for ever.
+            // A client that stays must not block the others forever.
             connection.set_read_timeout(Some(Duration::from_secs(30))).unwrap();
             serve(connection, id);
         }
@@ -137,7 +138,7 @@ fn serial(config: WorkerConfig) {
     }
 }
 
-/// An event loop that comes round every 320 ms.
+/// An event loop with rounds of 320 ms.
 fn slow(config: WorkerConfig) {
     let worker = Worker::connect(config).unwrap();
     let closed = Arc::new(AtomicBool::new(false));
@@ -259,7 +260,8 @@ fn mio(config: WorkerConfig) {
                     let mut connection = match worker.try_accept() {
                         Ok(Some(connection)) => connection,
                         Ok(None) => break,
-                        // It is readable all the time now; whoever resumes it makes it no less so.
+                        // The descriptor is readable all the time now; a resume does not change
+                        // that.
                         Err(Error::Draining) => {
                             std::thread::sleep(Duration::from_millis(5));
                             break;

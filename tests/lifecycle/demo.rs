@@ -1,4 +1,4 @@
-//! `dispatcher demo`, as somebody sees it who has just cloned the repository.
+//! `dispatcher demo`, used as the README describes.
 #![allow(clippy::unwrap_used, clippy::expect_used)]
 
 use std::collections::BTreeSet;
@@ -13,7 +13,7 @@ use nix::sys::signal::Signal;
 use tempfile::TempDir;
 use test_support::*;
 
-/// A demo on a free port, whose directory is made in one of ours.
+/// A demo on a free port, in a temporary directory.
 struct Demo {
     process: Process,
     dir: TempDir,
@@ -27,7 +27,7 @@ impl Demo {
         Demo::start_in("demo", arguments)
     }
 
-    /// The same in a directory of this name.
+    /// Starts a demo in a directory of this name.
     fn start_in(name: &str, arguments: &[&str]) -> Demo {
         let dir = tempfile::Builder::new().prefix(name).tempdir().unwrap();
         let file = |name| File::create(dir.path().join(name)).unwrap();
@@ -47,12 +47,12 @@ impl Demo {
         Demo { process, dir, printed, address }
     }
 
-    /// The line that it says to try with this in it, for a shell.
+    /// The suggested command that contains this text.
     fn line(&self, with: &str) -> &str {
         self.printed.lines().find(|line| line.contains(with)).expect(with)
     }
 
-    /// Runs the command that it says to try, and the same as JSON.
+    /// Runs the suggested status command, and the same with JSON output.
     fn status(&self) -> Status {
         let line = self.line("status --admin");
         assert!(shell(line).starts_with("dispatcher "));
@@ -67,7 +67,7 @@ impl Demo {
         })
     }
 
-    /// What it made for itself.
+    /// The directories that the demo has made.
     fn directories(&self) -> Vec<PathBuf> {
         let entries =
             std::fs::read_dir(self.dir.path()).unwrap().map(|entry| entry.unwrap().path());
@@ -75,7 +75,7 @@ impl Demo {
     }
 }
 
-/// What a line prints when it is typed into a shell.
+/// The output of a line typed into a shell.
 #[track_caller]
 fn shell(line: &str) -> String {
     let output = Command::new("sh").args(["-c", line]).stdin(Stdio::null()).output().unwrap();
@@ -105,7 +105,7 @@ fn pid(answer: &str) -> i32 {
     rest.split(',').next().unwrap().parse().unwrap()
 }
 
-/// Whether a process is there and not just waiting to be noticed.
+/// Whether a process exists and is no zombie.
 fn runs(pid: i32) -> bool {
     let stat = std::fs::read_to_string(format!("/proc/{pid}/stat")).unwrap_or_default();
     stat.rsplit(") ").next().is_some_and(|rest| !rest.is_empty() && !rest.starts_with(['Z', 'X']))
@@ -143,7 +143,7 @@ fn eight(demo: &Demo) -> Vec<(TcpStream, String)> {
 
 #[test]
 fn the_line_it_prints_drains_a_worker() {
-    // In a directory that a shell would take for several words.
+    // The name needs quotes in a shell.
     let demo = Demo::start_in("it's a place", &[]);
     demo.wait_joined(4);
     let before = eight(&demo);
@@ -155,7 +155,7 @@ fn the_line_it_prints_drains_a_worker() {
         let words: Vec<&str> = row.split_whitespace().collect();
         words.starts_with(&["web", "web-1", "draining"])
     }));
-    // What it has goes on; nobody new comes to it, although it has the fewest.
+    // Its connections stay; no new client comes to it, although it has the fewest.
     let after: Vec<_> = eight(&demo).into_iter().chain(eight(&demo)).collect();
     assert!(after.iter().all(|(_, answer)| pid(answer) != one.pid), "{after:?}");
     let drained = of(&demo.status());
@@ -168,7 +168,7 @@ fn the_line_it_prints_drains_a_worker() {
     assert_eq!(pid(&get(demo.address).1), one.pid, "the least loaded");
 }
 
-/// The commands of a part of the README and what it says each of them prints.
+/// The commands of a part of the README, and their outputs there.
 fn readme(heading: &str) -> Vec<(String, Vec<String>)> {
     let path = Path::new(env!("CARGO_MANIFEST_DIR")).join("../README.md");
     let text = std::fs::read_to_string(path).unwrap();
@@ -186,7 +186,7 @@ fn readme(heading: &str) -> Vec<(String, Vec<String>)> {
     found
 }
 
-/// A line but for its numbers and how it is filled up, which differ from run to run.
+/// A line without its numbers and padding, which differ from run to run.
 fn shape(line: &str) -> String {
     let word = |word: &str| word.replace(|c: char| c.is_ascii_digit(), "");
     line.split_whitespace().map(word).collect::<Vec<_>>().join(" ")
@@ -208,7 +208,7 @@ fn the_readme_says_what_happens() {
     let mut open = Vec::new();
     for (command, said) in &commands {
         if let Some(variables) = command.strip_prefix("export ") {
-            // The names are as the README says; where things are is not.
+            // The names are as in the README; the paths differ.
             let [(_, theirs), (_, path)] =
                 [0, 1].map(|n| variables.split(' ').nth(n).unwrap().split_once('=').unwrap());
             let ours = variables.replace(theirs, admin).replace(path, &format!("{bin}:$PATH"));
@@ -220,7 +220,7 @@ fn the_readme_says_what_happens() {
         let printed = shell(&format!("{exported}{command}"));
         let mut lines: [Vec<String>; 2] =
             [printed.lines().map(shape).collect(), said.iter().map(|line| shape(line)).collect()];
-        // Who came first is a matter of chance.
+        // The order of the clients is random.
         lines.iter_mut().for_each(|lines| lines.sort());
         let [printed, said] = lines;
         assert_eq!(printed, said, "{command}");
@@ -263,7 +263,7 @@ fn as_many_workers_and_where_one_likes() {
 fn ctrl_c_stops_everything() {
     let mut demo = Demo::start(&[]);
     let pids = demo.wait_joined(4);
-    // Open connections do not keep it.
+    // Open connections do not delay the end.
     let _open: Vec<_> = (0..8).map(|_| get(demo.address)).collect();
     assert_eq!(demo.directories().len(), 1);
     assert!(pids.iter().all(|&pid| runs(pid)));

@@ -1,4 +1,4 @@
-//! How commands end: every one that asks a dispatcher, for each reason why it may not get what it wants.
+//! Exit codes: every command that asks a dispatcher, for each reason to fail.
 #![allow(clippy::unwrap_used, clippy::expect_used, reason = "in a test a panic is the report")]
 
 use std::io::{BufRead, BufReader, Read, Write};
@@ -9,7 +9,7 @@ use std::process::{Command, Stdio};
 use nix::sys::signal::Signal;
 use test_support::*;
 
-/// All of them.
+/// All such commands.
 const ASKING: [&[&str]; 13] = [
     &["status"],
     &["workers"],
@@ -26,7 +26,7 @@ const ASKING: [&[&str]; 13] = [
     &["explain", "web"],
 ];
 
-/// The exit code of a command, what it says it is, and that it printed nothing else.
+/// The exit code and the error of a command, which must print nothing else.
 fn end(mut program: Command, arguments: &[&str], admin: &Path) -> (i32, String) {
     program.args(arguments).arg("--admin").arg(admin).stdin(Stdio::null());
     let output = program.output().unwrap();
@@ -41,7 +41,7 @@ fn ours(arguments: &[&str], admin: &Path) -> (i32, String) {
     end(Command::new(dispatcher_bin()), arguments, admin)
 }
 
-/// Whoever asks here gets this answer.
+/// Answers every request with this text.
 fn answering(dir: &Path, answer: &'static str) -> std::path::PathBuf {
     let path = dir.join("pretended.sock");
     let listener = UnixListener::bind(&path).unwrap();
@@ -54,7 +54,7 @@ fn answering(dir: &Path, answer: &'static str) -> std::path::PathBuf {
             }
             let _ = stream.write_all(answer.as_bytes());
             let _ = stream.shutdown(std::net::Shutdown::Write);
-            // Closed before it has read all, a socket takes back what it said.
+            // A socket that is closed with unread bytes discards its answer.
             let _ = reader.read_to_end(&mut Vec::new());
         }
     });
@@ -94,7 +94,7 @@ fn not_for_you() {
 #[test]
 fn too_busy_to_answer() {
     let dir = tempfile::tempdir().unwrap();
-    // The very answer of a dispatcher whose hot thread has too much to do.
+    // The exact answer of a dispatcher whose hot thread is overloaded.
     let busy = "HTTP/1.1 503 Service Unavailable\r\nconnection: close\r\n\r\n\
                 {\"error\":\"the dispatcher is busy or stopping\"}";
     let admin = answering(dir.path(), busy);
@@ -146,7 +146,7 @@ fn what_cannot_be_done_to_this_one() {
     );
     let dispatcher = Dispatcher::start(&text);
     dispatcher.wait_joined("web", 1);
-    // Leaving, and not to be had back.
+    // A worker that is leaving and cannot be resumed.
     let leaving = dispatcher.worker("blocking", "other", "leaving");
     dispatcher.wait_joined("other", 1);
     let _client = Client::connect(dispatcher.address("other")).unwrap();
@@ -179,7 +179,7 @@ fn what_cannot_be_done_to_this_one() {
         assert_eq!(output.status.code(), Some(wanted), "{arguments:?}: {error}");
         assert!(!error.is_empty() && output.stdout.is_empty(), "{arguments:?}: {error}");
     }
-    // Two answers to one question.
+    // Two different answers to one question.
     assert_eq!(ours(&["workers", "--pool", "wbe"], &dispatcher.admin()).0, 66);
 }
 
@@ -197,7 +197,7 @@ fn no_reload_while_it_stops() {
     assert_eq!(code, 65, "{error}");
     assert!(error.contains("the dispatcher is stopping"), "{error}");
     assert_eq!(pool(&dispatcher.status(), "web").policy, "least-connections");
-    // By a signal it is no different, and the stop goes on.
+    // A signal has the same effect, and the stop continues.
     dispatcher.process.signal(Signal::SIGHUP);
     wait_for_log(&dispatcher, "event=reload_refused by=SIGHUP");
     assert!(dispatcher.process.running());

@@ -1,4 +1,5 @@
-//! Faults of workers and clients, one at a time: who was not served yet is served, and nothing is counted twice.
+//! Faults of workers and clients, one at a time: every unserved client is served, and no connection
+//! is counted twice.
 #![allow(clippy::unwrap_used)]
 
 use std::io::{ErrorKind, Read, Write};
@@ -42,7 +43,7 @@ fn a_worker_killed_while_serving_costs_only_its_own_clients() {
     }
 }
 
-/// A worker made by hand that has received a connection and not claimed it.
+/// A hand-made worker that has received a connection and not claimed it.
 struct Holding {
     peer: Peer,
     lane: Vec<OwnedFd>,
@@ -54,7 +55,7 @@ struct Holding {
 impl Holding {
     fn join(dispatcher: &Dispatcher, address: SocketAddr) -> (Holding, TcpStream) {
         let peer = Peer::connect(&dispatcher.dispatch());
-        // It has served before, and by weight it would get every client.
+        // It states earlier service, and by weight it would get every client.
         let hello = Hello { weight: 10_000, base: 1, finished: 1, ..hello() };
         let (welcome, mut lane) = peer.join(&hello);
         let board = Scoreboard::open(lane.remove(1), welcome.slots).unwrap();
@@ -67,7 +68,7 @@ impl Holding {
         (Holding { peer, lane, board, entry, copy: fds.pop() }, stream)
     }
 
-    /// Waits until the connection cannot be claimed any more, and makes sure of that.
+    /// Waits until the connection cannot be claimed any more, and checks that.
     fn find_it_revoked(&mut self, dispatcher: &Dispatcher) {
         dispatcher.wait_status("suspicion", |status| {
             worker(status, "bad").is_some_and(|w| w.state == "suspect" && w.revoked == 1)
@@ -76,7 +77,7 @@ impl Holding {
         self.copy = None;
     }
 
-    /// Takes the probe that follows.
+    /// Answers the probe that follows.
     fn answer_probe(&self) {
         answer_probe(&self.lane, &self.board);
     }
@@ -96,7 +97,8 @@ fn killed_between_receiving_and_taking() {
     let (holding, stream) = Holding::join(&dispatcher, address);
     let _other = dispatcher.worker("tokio", "web", "other");
     dispatcher.wait_joined("web", 2);
-    // All its descriptors go at once, the received connection among them, as when a process is killed.
+    // All its descriptors close at once, including the received connection, as when a process is
+    // killed.
     drop(holding);
     let mut client = Client::greeted(stream).unwrap();
     assert_eq!(client.served_by, "other");
@@ -115,14 +117,14 @@ fn stopped_between_receiving_and_taking_then_continued() {
     let mut client = Client::greeted(stream).unwrap();
     assert_eq!(client.served_by, "other");
     holding.find_it_revoked(&dispatcher);
-    // Its copy is closed by now, and that has cut nobody off.
+    // Its copy is closed by now; the client's connection is still open.
     client.echo("served exactly once");
     holding.answer_probe();
     client.finish();
     let over = |status: &_| worker(status, "other").is_some_and(|w| w.load == 0);
     let status = dispatcher.wait_status("the end", over);
     assert_eq!((status.taken, status.in_flight, status.queued), (1, 0, 0));
-    // That it lives is not that it serves.
+    // A living worker need not be a serving worker.
     assert_eq!(worker(&status, "bad").unwrap().state, "suspect");
     drop(holding.peer);
 }
@@ -133,15 +135,16 @@ fn an_application_that_takes_one_of_many_and_hangs_gives_up_the_rest() {
     let slow = own_worker(&dispatcher, "slow");
     dispatcher.wait_joined("web", 1);
     let streams = connect_at_once(&dispatcher, address, 20);
-    // They come in few records; the application takes one of them, and then is busy with it.
+    // The connections come in few records; the application takes one and is then busy.
     let first = slow.accept().unwrap().unwrap();
-    // Its thread is only busy; what it left goes back to the queue, where the first free thread finds it.
+    // Its thread is only busy; the rest goes back to the queue, where the first free thread gets
+    // it.
     dispatcher.wait_status("the rest to wait", |status| status.queued > 0 && status.in_flight == 0);
     let _other = dispatcher.worker("blocking", "web", "other");
     dispatcher.wait_status("the others to be served", |status| {
         worker(status, "other").is_some_and(|w| w.taken == 19)
     });
-    // It comes back to its queue: nothing there is its own any more.
+    // It returns to its channel, where no connection belongs to it any more.
     let back = std::thread::spawn(move || {
         let mut later = Vec::new();
         while let Some(mut connection) = slow.accept().unwrap() {
@@ -193,7 +196,7 @@ fn a_worker_that_never_takes_costs_nobody_more_than_the_timeout() {
     let clients = all_greeted((0..40).map(|_| connect(address)).collect());
     assert_eq!(tally(&clients)["other"], 40);
     let status = dispatcher.status();
-    // It answers no probe, so it is not even tested.
+    // It answers no probe, so it gets no trial.
     let lazy = worker(&status, "lazy").unwrap();
     assert_eq!((lazy.proven, lazy.load), (false, 0));
     assert_eq!(status.taken, 40);
@@ -266,14 +269,14 @@ fn a_worker_that_meddles_with_the_shared_channel_blocks_and_leaks_nothing() {
     let before = dispatcher.fds();
     let (mut holding, stream) = Holding::join(&dispatcher, address);
     let channel = &holding.lane[0];
-    // These belong to the open socket, of which the dispatcher has a duplicate: a blocking one, with credentials in
-    // front of the descriptors.
+    // Two settings of the open socket, of which the dispatcher has a duplicate: blocking mode, and
+    // credentials in front of the descriptors.
     rustix::io::ioctl_fionbio(channel, false).unwrap();
     rustix::net::sockopt::set_socket_passcred(channel, true).unwrap();
     assert_eq!(Client::greeted(stream).unwrap().served_by, "other");
     holding.find_it_revoked(&dispatcher);
     holding.answer_probe();
-    // Now it leaves what comes where it is, to be purged from the channel.
+    // From here on it leaves records in the channel, to be purged.
     let streams = connect_at_once(&dispatcher, address, 8);
     assert_eq!(tally(&all_greeted(streams))["other"], 8);
     drop(holding);
@@ -294,7 +297,7 @@ fn what_was_sent_survives_the_dispatcher() {
         workers.iter().for_each(|worker| worker.signal(Signal::SIGCONT));
         let mut clients = all_greeted(streams);
         assert_eq!(tally(&clients).into_values().collect::<Vec<_>>(), [30, 30], "{flavour}");
-        // Its successor knows of them from the first moment.
+        // The next dispatcher knows the connections from the start.
         let again = Dispatcher::start_in(&dispatcher.dir);
         again.wait_joined("web", 2);
         assert_eq!(loads(&again.status(), "web"), (vec![30, 30], 0), "{flavour}");
@@ -391,7 +394,7 @@ fn the_status_tells_the_last_faults_and_who_came_when() {
     };
     assert_eq!(dispatcher.status().faults, []);
 
-    // Refused, twice: one line that says so.
+    // Refused twice, with one line each.
     for count in 1..=2 {
         let peer = Peer::connect(&dispatcher.dispatch());
         peer.send(&encode(&Hello { pool: "wbe".to_owned(), ..hello() }), &[]).unwrap();
@@ -408,7 +411,7 @@ fn the_status_tells_the_last_faults_and_who_came_when() {
     clients.push(Client::greeted(waiting).unwrap());
     clients.pop().unwrap().finish();
     dispatcher.wait_status("room", |status| loads(status, "web").0 == [1]);
-    // Stopped, it is suspect; and it is the only one.
+    // The only worker is stopped and becomes suspect.
     workers[0].signal(Signal::SIGSTOP);
     let untaken = connect(address);
     told("worker_suspect", "web/w0", "took nothing for");
@@ -417,7 +420,7 @@ fn the_status_tells_the_last_faults_and_who_came_when() {
     let (_, status) = told("no_worker", "web", "clients wait");
     let kinds: Vec<&str> = status.faults.iter().map(|fault| fault.kind.as_str()).collect();
     assert_eq!(kinds[0], "worker_refused", "{kinds:?}");
-    // No more than were asked for: of those of which there are most the oldest goes.
+    // No more than configured: the oldest fault of the largest group is dropped.
     let mut second = dispatcher.worker("tokio", "web", "w1");
     let last = Client::greeted(untaken).unwrap();
     second.kill();
@@ -426,7 +429,7 @@ fn the_status_tells_the_last_faults_and_who_came_when() {
     assert!(!status.faults.iter().any(|f| f.kind == "worker_gone" && f.subject == "web/w0"));
     drop((clients, last));
 
-    // Everybody who came did so in one of the seconds.
+    // Every client is counted in one of the seconds.
     let status = dispatcher.wait_status("the last second to be over", |status| {
         status.accepted_per_second.iter().sum::<u64>() == status.accepted
     });

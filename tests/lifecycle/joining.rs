@@ -1,4 +1,5 @@
-//! Workers that come, go, hang, die and come back; a dispatcher that dies and comes back. Nothing untaken is lost.
+//! Workers join, leave, hang, die and return; a dispatcher dies and returns. No untaken connection
+//! is lost.
 #![allow(clippy::unwrap_used, clippy::expect_used)]
 
 mod stopping;
@@ -42,13 +43,13 @@ fn a_worker_joins_and_leaves() {
     let clients: Vec<Client> = (0..10).map(|_| Client::connect(address).unwrap()).collect();
     assert_eq!(tally(&clients)["first"], 10);
 
-    // A newcomer gets everything until it is level.
+    // A new worker gets every connection until the loads are equal.
     let mut second = dispatcher.worker("blocking", "web", "second");
     dispatcher.wait_joined("web", 2);
     let more: Vec<Client> = (0..10).map(|_| Client::connect(address).unwrap()).collect();
     assert_eq!(tally(&more)["second"], 10);
 
-    // It leaves politely: what it has it keeps, and what comes goes to the other.
+    // It says goodbye: its connections stay, and new ones go to the other worker.
     second.signal(Signal::SIGTERM);
     dispatcher.wait_status("the second to drain", |status| {
         worker(status, "second").is_some_and(|w| w.state == "draining")
@@ -75,7 +76,8 @@ fn live_connections_are_counted_after_a_restart_of_the_dispatcher() {
         let address = dispatcher.address("web");
         let mut clients: Vec<Client> = (0..10).map(|_| Client::connect(address).unwrap()).collect();
         assert_eq!(tally(&clients)["w0"], 5);
-        // Three of the first worker's connections end before the dispatcher does, two while it is away.
+        // Three connections of the first worker end before the dispatcher does, two while it is
+        // away.
         let (mut of_first, mut others): (Vec<_>, Vec<_>) =
             clients.drain(..).partition(|client| client.served_by == "w0");
         of_first.drain(..3).for_each(Client::finish);
@@ -94,7 +96,7 @@ fn live_connections_are_counted_after_a_restart_of_the_dispatcher() {
             (w.base, w.finished, w.load)
         };
         assert_eq!((seen("w0"), seen("w1")), ((5, 4, 1), (5, 1, 4)), "{flavour}");
-        // From the first decision on: three to the emptier one, then in turn.
+        // From the first decision on: three to the worker with fewer connections, then in turn.
         let address = again.address("web");
         let new: Vec<Client> = (0..3).map(|_| Client::connect(address).unwrap()).collect();
         assert_eq!(tally(&new)["w0"], 3, "{flavour}");
@@ -113,7 +115,7 @@ fn a_killed_worker_loses_nothing_it_had_not_taken() {
         let before = dispatcher.status().taken;
         workers[0].signal(Signal::SIGSTOP);
         let streams: Vec<TcpStream> = (0..400).map(|_| connect(address)).collect();
-        // An event loop has half of them. Of a worker that reports its threads it is known that one waits: it has one.
+        // An event loop has half of them. A worker that reports one waiting thread has one.
         let least = if flavour == "blocking" { 1 } else { 200 };
         let status = dispatcher.wait_status("all are sent", |status| {
             let (stopped, other) = (worker(status, "w0").unwrap(), worker(status, "w1").unwrap());
@@ -126,7 +128,7 @@ fn a_killed_worker_loses_nothing_it_had_not_taken() {
         let mut clients = greeted(streams);
         assert_eq!(tally(&clients)["w1"], 400, "{flavour}");
         clients.iter_mut().for_each(|client| client.echo("intact"));
-        // The FIN arrives too: no copy is left anywhere.
+        // The FIN arrives too: no copy is left open.
         clients.into_iter().for_each(Client::finish);
         wait_for_log(&dispatcher, &format!("resent={untaken} live=0"));
         let status = dispatcher.status();
@@ -143,11 +145,11 @@ fn a_hung_worker_costs_nobody_more_than_the_timeout() {
         dispatcher.prove_all(address);
         let before = dispatcher.status().taken;
         workers[2].signal(Signal::SIGSTOP);
-        // All are served while it is still stopped.
+        // All are served while the worker is still stopped.
         let start = std::time::Instant::now();
         let streams: Vec<TcpStream> = (0..100).map(|_| connect(address)).collect();
         let clients = greeted(streams);
-        // For people: the machine's noise decides nothing here.
+        // For information only: no check depends on the time.
         println!("{flavour}: the last of 100 was served after {:?}", start.elapsed());
         assert!(!tally(&clients).contains_key("w2"), "{flavour}");
         let status = dispatcher.status();
@@ -157,7 +159,7 @@ fn a_hung_worker_costs_nobody_more_than_the_timeout() {
         clients.into_iter().for_each(Client::finish);
 
         workers[2].signal(Signal::SIGCONT);
-        // Trust comes back with what it takes.
+        // Trust returns with the connections it takes.
         let mut again = Vec::new();
         dispatcher.wait_status("it to be trusted again", |status| {
             again.push(Client::connect(address).unwrap());
@@ -174,7 +176,7 @@ fn a_hung_worker_costs_nobody_more_than_the_timeout() {
 #[test]
 fn goodbye_gives_back_what_is_untaken() {
     let dispatcher = Dispatcher::start(PATIENT);
-    // It joins and never takes anything.
+    // It joins and never takes a connection.
     let lazy = dispatcher.worker_with("blocking", "web", "lazy", &[("TEST_WORKER", "never-take")]);
     dispatcher.wait_joined("web", 1);
     let address = dispatcher.address("web");
@@ -220,7 +222,7 @@ unavailable_response = "DIR/busy.txt"
     assert_eq!(text, "come back later\n");
     let status = dispatcher.status();
     assert_eq!((status.closed["no_worker"], status.pools[0].state.as_str()), (1, "refusing"));
-    // One worker is enough to open again.
+    // One worker is enough to accept again.
     let _worker = dispatcher.worker("blocking", "web", "saviour");
     dispatcher.wait_joined("web", 1);
     assert_eq!(Client::connect(address).unwrap().served_by, "saviour");
@@ -246,7 +248,7 @@ wait_for_worker = "50ms"
     let waiting = connect(address);
     let status =
         dispatcher.wait_status("back-pressure", |s| pool(s, "web").state == "back-pressure");
-    // Back-pressure is not "no worker": the clock does not run, and nobody is refused.
+    // Back-pressure is not "no worker": the timeout does not run, and no client is refused.
     assert_eq!((status.closed["no_worker"], loads(&status, "web").0), (0, vec![2, 2]));
     let freed = clients.pop().unwrap();
     let name = freed.served_by.clone();
@@ -272,7 +274,7 @@ fn a_stop_serves_what_had_queued() {
     let temp = configure(PATIENT);
     let mut dispatcher = Dispatcher::start_in(temp.path());
     let address = dispatcher.address("web");
-    // They wait in the kernel's queue of a listener that goes away with the dispatcher.
+    // They wait in the kernel's queue of a listener that ends with the dispatcher.
     let streams: Vec<TcpStream> = (0..30).map(|_| connect(address)).collect();
     let worker = dispatcher.worker("blocking", "web", "only");
     dispatcher.wait_joined("web", 1);
@@ -289,7 +291,7 @@ fn a_stop_serves_what_had_queued() {
 fn nothing_is_left_open_afterwards() {
     let dispatcher = Dispatcher::start(QUICK);
     let address = dispatcher.address("web");
-    // Once round, so that whatever opens lazily is open.
+    // One round, so that every lazily opened descriptor is open.
     drop(dispatcher.workers("blocking", "web", 2));
     dispatcher.wait_status("both to be gone", |status| pool(status, "web").workers.is_empty());
     let before = dispatcher.fds();
@@ -317,7 +319,7 @@ fn a_queued_client_that_resets_is_dropped_and_counted() {
     dispatcher.wait_status("10 in flight", |status| status.in_flight == 10);
     lazy.kill();
     dispatcher.wait_status("10 queued", |status| status.queued == 10);
-    // Four reset, three only half-close: those still wait for an answer.
+    // Four clients reset, three only half-close: those still wait for an answer.
     for stream in streams.drain(..4) {
         nix::sys::socket::setsockopt(
             &stream,

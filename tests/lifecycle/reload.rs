@@ -1,5 +1,6 @@
-//! Reloading the configuration of a running dispatcher: by the command, over HTTP and by SIGHUP. Good ones are in force
-//! when the command returns, bad ones change nothing, and no client notices either.
+//! Reloads of a running dispatcher: by the command, over HTTP and by SIGHUP. A valid configuration
+//! is in force when the command returns, an invalid one changes nothing, and no client notices
+//! either.
 #![allow(clippy::unwrap_used, clippy::expect_used, reason = "in a test a panic is the report")]
 
 use std::io::{Read, Write};
@@ -12,7 +13,7 @@ use serde_json::Value;
 use test_support::reloading::*;
 use test_support::*;
 
-/// Reloads with what is in the file, which must be refused; the exit code and the words.
+/// Reloads a file that must be refused; returns the exit code and the message.
 fn refused(dispatcher: &Dispatcher) -> (i32, String) {
     let output = run(dispatcher, &["reload"]);
     assert!(!output.status.success() && output.stdout.is_empty(), "{output:?}");
@@ -69,7 +70,8 @@ fn a_good_one_is_in_force_when_the_command_returns() {
     assert_eq!(loads(&status, "web"), (vec![2, 2], 0));
     assert!(pool(&status, "web").workers.iter().all(|worker| worker.max_connections == 3));
     clients.iter_mut().for_each(|client| client.echo("nobody noticed"));
-    // Two have room for one each; the third client waits in the kernel's queue, until there is more room.
+    // Two workers have room for one client each; the third client waits in the kernel's queue until
+    // there is more room.
     clients.extend((0..2).map(|_| Client::connect(address).unwrap()));
     let third = connect(address);
     dispatcher.wait_status("back-pressure", |status| pool(status, "web").state == "back-pressure");
@@ -111,7 +113,7 @@ fn a_bad_one_is_refused_with_the_place_and_changes_nothing() {
     write_config(&dispatcher.dir, &format!("{new}{}{changed}", web("pol = \"web\"")));
     let (code, words) = refused(&dispatcher);
     assert_eq!(code, 78, "{words}");
-    // The very words of `dispatcher check`.
+    // The same text as `dispatcher check`.
     let file = dispatcher.dir.join("dispatcher.toml");
     let check = run(&dispatcher, &["check", "--config", file.to_str().unwrap()]);
     assert_eq!(check.status.code(), Some(78));
@@ -120,7 +122,7 @@ fn a_bad_one_is_refused_with_the_place_and_changes_nothing() {
     unchanged();
     wait_for_log(&dispatcher, "event=reload_refused by=request error=");
 
-    // What cannot be had is found out before anything is changed, too.
+    // An unavailable resource is also found before anything has changed.
     let taken = TcpListener::bind("127.0.0.1:0").unwrap();
     let busy = listener("busy", &taken.local_addr().unwrap().to_string(), "web", "");
     write_config(&dispatcher.dir, &format!("{new}{busy}{}{changed}", web("")));
@@ -128,7 +130,7 @@ fn a_bad_one_is_refused_with_the_place_and_changes_nothing() {
     assert_eq!(code, 78, "{words}");
     assert!(words.contains("listener `busy`: cannot listen on 127.0.0.1:"), "{words}");
     unchanged();
-    // systemd passes nothing to a process that runs.
+    // systemd passes nothing to a running process.
     let inherited = listener("late", "systemd:late", "web", "");
     write_config(&dispatcher.dir, &format!("{inherited}{}{changed}", web("")));
     let (code, words) = refused(&dispatcher);
@@ -142,7 +144,7 @@ fn a_bad_one_is_refused_with_the_place_and_changes_nothing() {
     unchanged();
     clients.iter_mut().for_each(|client| client.echo("nobody noticed"));
 
-    // It is not stuck.
+    // Further reloads work.
     let done = reload(&dispatcher, &format!("{}{changed}", web("")));
     assert_eq!(names(&done["changed"]), ["pool web"]);
     assert_eq!(policy(&dispatcher, "web"), "random");
@@ -178,7 +180,7 @@ fn a_removed_listener_is_emptied_first_and_an_added_one_serves() {
     assert_eq!((client.served_by.as_str(), client.listener.as_str()), ("w0", "more"));
     client.echo("hello");
 
-    // One that comes when the worker is there already; its place in the tables is one that was used before.
+    // A listener that comes after the worker has joined; its index was used before.
     let again = listener("again", "127.0.0.1:0", "web", "");
     reload(&dispatcher, &format!("{}{again}{keys}", web("")));
     assert_eq!(served_by(connect(dispatcher.address("again"))), "w0");
@@ -205,7 +207,7 @@ fn a_listener_leads_to_another_pool_and_the_old_one_ends_gently() {
         worker(status, "w0").is_some_and(|worker| worker.state == "draining")
     });
     assert_eq!(pool(&status, "web").state, "removed");
-    // Nobody joins the old pool any more.
+    // No worker joins the old pool any more.
     let _new = dispatcher.worker("blocking", "blue", "b0");
     let mut after = Client::greeted(waiting).unwrap();
     assert_eq!((after.served_by.as_str(), after.listener.as_str()), ("b0", "web"));

@@ -1,5 +1,5 @@
-//! Reloading at its edges: what sockets really have afterwards, what needs a restart, connections that are under way, and
-//! several at once.
+//! Special cases of reloads: the real options of sockets afterwards, settings that need a restart,
+//! connections under way, and concurrent reloads.
 #![allow(unsafe_code, reason = "TCP_INFO has no safe wrapper")]
 #![allow(clippy::unwrap_used, clippy::expect_used, reason = "in a test a panic is the report")]
 
@@ -21,7 +21,7 @@ use rustix::process::{Pid, PidfdFlags, PidfdGetfdFlags, pidfd_getfd, pidfd_open}
 use test_support::reloading::*;
 use test_support::*;
 
-/// A duplicate of the dispatcher's socket that listens here.
+/// A duplicate of the dispatcher's socket for this address.
 fn listening_socket(dispatcher: &Dispatcher, address: SocketAddr) -> OwnedFd {
     let pid = dispatcher.process.pid();
     let pidfd = pidfd_open(Pid::from_raw(pid).unwrap(), PidfdFlags::empty()).unwrap();
@@ -38,9 +38,9 @@ fn listening_socket(dispatcher: &Dispatcher, address: SocketAddr) -> OwnedFd {
     sockets.find(is_it).expect("a listening socket")
 }
 
-/// How many may wait in its queue, as the kernel says.
+/// The length of its queue, as the kernel reports it.
 fn backlog(socket: &OwnedFd) -> u32 {
-    // SAFETY: all zeros are a good value of this structure of numbers.
+    // SAFETY: all zeros is a valid value of this structure of numbers.
     let mut info: libc::tcp_info = unsafe { std::mem::zeroed() };
     let mut length = libc::socklen_t::try_from(size_of::<libc::tcp_info>()).unwrap();
     // SAFETY: the kernel writes at most `length` bytes to `info`, which lives until then.
@@ -49,7 +49,7 @@ fn backlog(socket: &OwnedFd) -> u32 {
         libc::getsockopt(socket.as_raw_fd(), libc::IPPROTO_TCP, libc::TCP_INFO, place, &mut length)
     };
     assert_eq!(result, 0);
-    // What this field is of a socket that listens.
+    // The meaning of this field for a listening socket.
     info.tcpi_sacked
 }
 
@@ -59,7 +59,7 @@ fn options_count_for_connections_that_come_afterwards() {
     let dispatcher = Dispatcher::start(&body("backlog = 100"));
     let address = dispatcher.address("web");
     let worker = own_worker(&dispatcher, "own");
-    // As the worker gets it; the client stays until it has been looked at.
+    // The accepted socket; the client stays open until it was checked.
     let next = || -> (TcpStream, TcpStream) {
         let client = connect(address);
         let (stream, guard) = worker.accept().unwrap().unwrap().into_parts().unwrap();
@@ -85,19 +85,19 @@ fn options_count_for_connections_that_come_afterwards() {
     assert_eq!(sockopt::tcp_keepcnt(&after.0), Ok(3));
     assert_eq!(sockopt::tcp_user_timeout(&after.0), Ok(30_000));
     assert_eq!(sockopt::tcp_nodelay(&after.0), Ok(false));
-    // The kernel reserves as much again for itself.
+    // The kernel doubles the size.
     assert_eq!(sockopt::socket_recv_buffer_size(&after.0), Ok(140_000));
     assert_eq!(sockopt::socket_send_buffer_size(&after.0), Ok(160_000));
     assert_eq!(sockopt::socket_keepalive(&before.0), Ok(false), "those inside stay as they are");
 
-    // Without them again: what there is a way back from.
+    // Removes the options again, as far as the kernel allows.
     let done = reload(&dispatcher, &body(""));
     let fixed = ["receive_buffer", "send_buffer", "keepalive_count", "keepalive_interval"];
     let fixed: BTreeSet<String> = fixed.map(|key| format!("{key} of listener web")).into();
     let named: BTreeSet<String> =
         names(&done["needs_restart"]).into_iter().map(str::to_owned).collect();
     assert_eq!(named, fixed);
-    // As many as without any word about it, or as this machine allows.
+    // The default, or the limit of this machine.
     let most: u32 =
         std::fs::read_to_string("/proc/sys/net/core/somaxconn").unwrap().trim().parse().unwrap();
     assert_eq!(backlog(&socket), most.min(4096));
@@ -115,7 +115,7 @@ fn everything_that_needs_a_restart_is_named_and_is_as_before() {
         let six = listener("six", "[::1]:0", "web", six);
         format!("{top}{six}{}", one_pool(""))
     };
-    // This writes both sockets; so that they can be others, in full.
+    // Writes both socket settings in full, so that they can differ.
     let plain = "dispatch_socket = \"DIR/dispatch.sock\"\nadmin_socket = \"DIR/admin.sock\"\n";
     let write = |dir: &std::path::Path, text: &str| {
         let text = text.replace("DIR", dir.to_str().unwrap());
@@ -157,7 +157,7 @@ fn everything_that_needs_a_restart_is_named_and_is_as_before() {
     for what in fixed {
         wait_for_log(&dispatcher, &format!("event=reload_needs_restart what=\"{what}\""));
     }
-    // Where everything is as it was.
+    // The sockets are where they were.
     assert_eq!(["dispatch.sock", "admin.sock"].map(mode), modes);
     assert!(
         !temp.path().join("other.sock").exists() && !temp.path().join("elsewhere.sock").exists()
@@ -165,7 +165,7 @@ fn everything_that_needs_a_restart_is_named_and_is_as_before() {
     let _worker = dispatcher.workers("blocking", "web", 1);
     Client::connect(dispatcher.address("web")).unwrap().echo("as ever");
     assert!(!dispatcher.log().contains("event=admin_http "));
-    // With the old words again there is nothing to say.
+    // With the old settings there is nothing to report.
     write(temp.path(), &text(plain, "keepalive = \"1m\"\nkeepalive_interval = \"5s\""));
     let output = run(&dispatcher, &["reload"]);
     let words = String::from_utf8(output.stdout).unwrap();
@@ -210,7 +210,7 @@ fn who_is_turned_away_is_told_the_new_words() {
     };
     dispatcher.wait_status("refusing", |status| pool(status, "web").state == "refusing");
     assert_eq!(told(), "first");
-    // The same file with other words is another configuration.
+    // The same file with another content is another configuration.
     std::fs::write(&sorry, "second").unwrap();
     assert_eq!(told(), "first");
     let done = reload(&dispatcher, &one_pool(body));
@@ -221,7 +221,7 @@ fn who_is_turned_away_is_told_the_new_words() {
     assert_eq!(told(), "third");
     reload(&dispatcher, &one_pool("wait_for_worker = \"0s\""));
     assert_eq!(told(), "");
-    // One that cannot be read is refused, and the old word counts.
+    // An unreadable file is refused, and the old content stays in force.
     write_config(temp.path(), &one_pool(&body.replace("sorry", "missing")));
     assert_eq!(run(&dispatcher, &["reload"]).status.code(), Some(78));
     assert_eq!(told(), "");
@@ -248,7 +248,7 @@ fn what_is_in_flight_stays_there_and_is_served() {
             "{keys}"
         );
     }
-    // A shorter patience counts for those that wait already.
+    // A shorter timeout applies to connections that already wait.
     reload(&dispatcher, &body("handoff_timeout = \"50ms\""));
     let _other = dispatcher.worker("blocking", "web", "other");
     let clients = all_greeted(streams);
@@ -267,7 +267,7 @@ fn many_at_once_go_one_after_the_other() {
     let mut client = Client::connect(address).unwrap();
     let policies = ["random", "round-robin", "two-choices", "hash", "failover"];
     let put = |policy: &str| {
-        // In one piece: whoever reads it meanwhile gets the one or the other.
+        // Atomically: a concurrent reader gets the old or the new file.
         let part = dispatcher.dir.join(format!("part-{policy}"));
         std::fs::create_dir(&part).unwrap();
         write_config(&part, &one_pool(&format!("policy = \"{policy}\"")));
@@ -286,10 +286,10 @@ fn many_at_once_go_one_after_the_other() {
                 assert!(output.status.success(), "{}", String::from_utf8_lossy(&output.stderr));
             });
         }
-        // By signals too, of which several may become one.
+        // Also by signals, of which several may become one.
         (0..20).for_each(|_| dispatcher.process.signal(Signal::SIGHUP));
     });
-    // Each has read what was there when it began or later; so the last one is in force.
+    // Each reload has read the file as it was at its start or later, so the last file is in force.
     let file = std::fs::read_to_string(dispatcher.dir.join("dispatcher.toml")).unwrap();
     let last = policies.iter().find(|policy| file.contains(&format!("\"{policy}\""))).unwrap();
     let status = dispatcher.status();

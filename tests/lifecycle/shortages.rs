@@ -1,5 +1,5 @@
-//! Shortages of one process or another: descriptors, channels, send queues, readers of the log. Clients wait, or go
-//! elsewhere; nobody is lost, and the dispatcher neither spins nor stands still.
+//! Shortages of descriptors, channel space, send queues and log readers. Clients wait or go to
+//! another worker, no client is lost, and the dispatcher neither spins nor blocks.
 #![allow(unsafe_code, reason = "the user of one thread has no safe setter")]
 #![allow(clippy::unwrap_used)]
 
@@ -17,7 +17,7 @@ use worker_sdk::Worker;
 
 const PATIENT: &str = "handoff_timeout = \"10m\"";
 
-/// Makes the channels of a dispatcher small. How large they are otherwise depends on the machine.
+/// Makes the channels of a dispatcher small; their default size depends on the machine.
 fn narrow_channels(dispatcher: &Dispatcher) {
     use rustix::net::sockopt::{set_socket_send_buffer_size, socket_send_buffer_size, socket_type};
     let pid = dispatcher.process.pid();
@@ -25,7 +25,7 @@ fn narrow_channels(dispatcher: &Dispatcher) {
     let mut narrowed = 0;
     for entry in std::fs::read_dir(format!("/proc/{pid}/fd")).unwrap() {
         let number = entry.unwrap().file_name().to_str().unwrap().parse().unwrap();
-        // A child of ours lets us have a duplicate; some of them are closed by now.
+        // The process is a child, so its descriptors can be duplicated; some are closed by now.
         let Ok(fd) = pidfd_getfd(&pidfd, number, PidfdGetfdFlags::empty()) else { continue };
         if socket_type(&fd) == Ok(SocketType::SEQPACKET)
             && socket_send_buffer_size(&fd).is_ok_and(|size| size > 400_000)
@@ -69,7 +69,7 @@ fn a_full_channel_sends_clients_to_the_next_worker() {
         assert_eq!(dispatcher.metric(name), full.channel_full as f64);
     }
     assert_eq!(Client::connect(address).unwrap().served_by, "other");
-    // It goes without having taken any: the other serves them all.
+    // It ends without having taken any connection: the other worker serves them all.
     lazy.kill();
     let clients = all_greeted(streams);
     assert_eq!(tally(&clients)["other"], clients.len());
@@ -83,7 +83,7 @@ fn a_worker_at_its_descriptor_limit_loses_nothing() {
         let warm: Vec<Client> = (0..4).map(|_| Client::connect(address).unwrap()).collect();
         assert_eq!(tally(&warm)["w0"], 2);
         workers[0].limit_descriptors(Some(3));
-        // Three of this record arrive there, the others do not.
+        // Three descriptors of this record arrive, the others do not.
         let streams = connect_at_once(&dispatcher, address, 40);
         let clients = all_greeted(streams);
         assert_eq!(tally(&clients).get("w0"), Some(&3), "{flavour}");
@@ -93,7 +93,7 @@ fn a_worker_at_its_descriptor_limit_loses_nothing() {
         assert_eq!((status.taken, lost > 0), (44, true), "{flavour}");
         assert_eq!(dispatcher.metric("dispatcher_lost_connections_total"), lost as f64);
         workers[0].limit_descriptors(None);
-        // It is tried again, and has the smaller load.
+        // It gets a trial, and has the smaller load.
         wait_until("it to be given connections again", || {
             Client::connect(address).unwrap().served_by == "w0"
         });
@@ -139,7 +139,7 @@ fn a_dispatcher_at_its_descriptor_limit_waits_quietly() {
     drop(late);
 }
 
-/// Puts 506 descriptors in flight as this user; dropping the sockets takes them back.
+/// Puts 506 descriptors in flight for this user; dropping the sockets takes them back.
 fn descriptors_in_flight(user: u32) -> Vec<OwnedFd> {
     use rustix::net::{AddressFamily, SendAncillaryBuffer, SendAncillaryMessage, SendFlags};
     let hog = move || {
@@ -180,7 +180,7 @@ fn a_user_with_too_many_descriptors_in_flight_makes_clients_wait() {
     let copied = Command::new("cp").arg(dispatcher_bin()).arg(&program).status().unwrap();
     assert!(copied.success());
     let log = std::fs::File::create(temp.path().join("log")).unwrap();
-    // Where descriptors in flight are few, and it may not have more.
+    // With a low limit of descriptors in flight, and without the right to exceed it.
     let mut command = Command::new("sh");
     command.args(["-c", r#"ulimit -n 200 && exec "$0" run --config "$1""#]);
     command.arg(program).arg(temp.path().join("dispatcher.toml")).uid(user).gid(user).stderr(log);
@@ -229,7 +229,7 @@ fn a_thousand_workers_come_and_go_at_once() {
         dispatcher.wait_status("all to be sent", |status| status.in_flight + status.taken == 2_500);
     let (loads, spread) = loads(&status, "web");
     assert_eq!((loads.len(), loads.iter().sum::<u64>(), spread), (1000, 2_500, 1));
-    // They all leave without having taken any; one that came late serves the lot.
+    // These workers leave without having taken any connection; one that comes later serves all.
     let _last = dispatcher.worker_with(
         "mio",
         "web",
@@ -250,8 +250,8 @@ fn a_close_that_lingers_does_not_hold_up_the_dispatcher() {
     dispatcher.wait_joined("web", 1);
     let unread = connect(address);
     dispatcher.wait_status("one in flight", |status| status.in_flight == 1);
-    // While the dispatcher does not see it, the worker takes the connection, fills its send queue, asks for a
-    // lingering close and closes its copy: the dispatcher's is the last.
+    // While the dispatcher is stopped, the worker takes the connection, fills its send queue,
+    // requests a lingering close and closes its copy: the dispatcher's copy is the last.
     dispatcher.process.signal(Signal::SIGSTOP);
     let (mut stream, guard) = lingering.accept().unwrap().unwrap().into_parts().unwrap();
     stream.set_nonblocking(true).unwrap();
@@ -266,7 +266,7 @@ fn a_close_that_lingers_does_not_hold_up_the_dispatcher() {
     lingering.close();
     let _other = dispatcher.worker("blocking", "web", "other");
     assert_eq!(Client::connect(address).unwrap().served_by, "other");
-    // Nothing in its turns waited for it. (Half the linger time is far beyond any noise of the machine.)
+    // No turn waited for the close. (Half the linger time is far above the noise of the machine.)
     let longest = Duration::from_micros(dispatcher.status().longest_turn_microseconds);
     assert!(longest < Duration::from_secs(1_500), "{longest:?}");
     drop(unread);
@@ -284,7 +284,7 @@ fn a_full_disk_under_the_log_holds_up_nobody() {
     assert!(dispatcher.metric("dispatcher_log_lines_dropped_total") >= 3.0);
 }
 
-/// The kernel is out of something at `accept`, as strace pretends: three times each, then no more.
+/// The kernel is out of a resource at `accept`: strace injects the error three times.
 #[test]
 fn accept_fails_for_a_while_and_then_serves() {
     if Command::new("strace").arg("-V").output().is_err() {
@@ -294,7 +294,7 @@ fn accept_fails_for_a_while_and_then_serves() {
     for error in ["ENFILE", "ENOMEM", "ENOBUFS", "EMFILE"] {
         let log = std::fs::File::create(temp.path().join("log")).unwrap();
         let mut command = Command::new("strace");
-        // The hot thread alone: strace follows no other. The first accept is that of the worker.
+        // Only the hot thread: strace follows no other. The first accept is for the worker.
         command.args(["-o", "/dev/null", "-e", "trace=accept4", "-e"]);
         command.arg(format!("inject=accept4:error={error}:when=4..6"));
         command.arg(dispatcher_bin()).args(["run", "--config"]);
@@ -309,7 +309,7 @@ fn accept_fails_for_a_while_and_then_serves() {
             dispatcher.log().contains("event=accept_paused")
                 || dispatcher.log().contains("event=worker_not_accepted")
         });
-        // Ends the dispatcher itself; strace then ends by itself.
+        // Ends the dispatcher; strace then ends by itself.
         let pid = i32::try_from(dispatcher.status().pid).unwrap();
         nix::sys::signal::kill(nix::unistd::Pid::from_raw(pid), Signal::SIGTERM).unwrap();
         let mut dispatcher = dispatcher;
@@ -326,7 +326,7 @@ fn a_log_that_nobody_reads_holds_up_nobody() {
     let (reader, writer) = std::io::pipe().unwrap();
     let dispatcher = Dispatcher::start_logging_to(temp.path(), writer.into());
     let address = dispatcher.address("web");
-    // Each is refused with one line: more than the pipe and the queue before it hold.
+    // Each is refused with one line: more lines than the pipe and the queue hold.
     let dropped = wait_for("the log to fall behind", || {
         for _ in 0..200 {
             let mut rest = Vec::new();
@@ -337,7 +337,7 @@ fn a_log_that_nobody_reads_holds_up_nobody() {
     let _worker = dispatcher.worker("mio", "web", "unimpressed");
     dispatcher.wait_joined("web", 1);
     assert_eq!(Client::connect(address).unwrap().served_by, "unimpressed");
-    // As soon as somebody reads, it is said how many are missing.
+    // As soon as the pipe is read, the log reports the number of missing lines.
     let mut text = String::new();
     let mut reader = reader;
     wait_until("the log to say so", || {

@@ -1,4 +1,5 @@
-//! Honest workers that are slow, beside stuck ones: every client is served, moves are few, and trust does not flicker.
+//! Correct but slow workers beside blocked ones: every client is served, few connections move, and
+//! trust is stable.
 
 use std::net::SocketAddr;
 use std::thread;
@@ -9,15 +10,17 @@ use test_support::*;
 /// Slow workers and their clients.
 #[derive(Clone, Copy)]
 struct Case {
-    /// What kind of worker. All threads of `serial` and `blocking` can be busy; an event loop always comes round.
+    /// The kind of worker. All threads of `serial` and `blocking` can be busy; an event loop always
+    /// continues.
     flavour: &'static str,
     count: usize,
-    /// How long a round, the service of one client, or the pause after an accept takes, in milliseconds.
+    /// The duration of a round, of the service of one client, or of the pause after an accept, in
+    /// milliseconds.
     pause: u64,
     clients: u64,
-    /// Between one client and the next.
+    /// The time between two clients.
     every: Duration,
-    /// Workers that never take anything are there, too.
+    /// Whether workers that never take a connection are present.
     stuck: bool,
 }
 
@@ -34,7 +37,7 @@ fn cases(flavour: &'static str) -> [Case; 4] {
     })
 }
 
-/// All of these at a time: they wait more than they work.
+/// All cases at the same time: they wait more than they work.
 fn all_are_served(cases: &[Case]) {
     thread::scope(|scope| {
         cases.iter().for_each(|case| drop(scope.spawn(|| case.are_served())));
@@ -42,7 +45,7 @@ fn all_are_served(cases: &[Case]) {
 }
 
 impl Case {
-    /// Each client is served to its end; says how long each waited for its greeting.
+    /// Serves each client to its end; returns how long each waited for its greeting.
     fn waits(self, address: SocketAddr) -> Vec<Duration> {
         let visits: Vec<_> = (0..self.clients)
             .map(|_| {
@@ -72,21 +75,21 @@ impl Case {
         dispatcher.wait_joined("web", workers.len());
         let mut waits = self.waits(dispatcher.address("web"));
         waits.sort();
-        // For people: the machine's noise decides nothing here.
+        // For information only: no check depends on the time.
         let (median, longest) = (waits[waits.len() / 2], waits[waits.len() - 1]);
         let what = format!("{flavour}, {count} of {pause} ms, stuck ones beside them: {stuck}");
         println!("{what}: half waited {median:?}, the longest {longest:?}");
         let status = dispatcher.wait_status("all to be taken", |status| status.taken == clients);
         let shown = pool(&status, "web");
-        // A thread of another worker that is idle is reason enough to move; for event loops only a stop is. A worker that
-        // takes nothing is tested once in a second.
+        // An idle thread of another worker is reason enough to move a connection; for event loops
+        // only a stop is. A worker that takes nothing gets a trial once in a second.
         let moves = match flavour {
             "serial" | "blocking" => clients,
             _ => clients / 3,
         };
         let tests = if stuck { clients } else { 0 };
         assert!(shown.revoked <= moves + tests, "{what}: {} moves", shown.revoked);
-        // On a busy machine a worker may really stop for a moment; it is not trusted and suspected by turns.
+        // On a busy machine a worker may really stop for a moment; its trust must not alternate.
         let most = 2 * count as u64 + 30 * u64::from(stuck);
         assert!(shown.suspects <= most, "{what}: suspect {} times", shown.suspects);
         for name in ["silent", "stuck0", "stuck1", "stuck2"] {
@@ -96,7 +99,7 @@ impl Case {
     }
 }
 
-/// One that answers nothing, and three that answer probes and take nothing.
+/// One worker that answers nothing, and three that answer probes and take nothing.
 fn stuck(dispatcher: &Dispatcher) -> Vec<Process> {
     let never = [("TEST_WORKER", "never-take")];
     let answers = [("TEST_WORKER", "only-answer")];
@@ -142,7 +145,7 @@ fn a_pool_that_is_not_served_refuses_until_it_is() {
     let answers = [("TEST_WORKER", "only-answer")];
     let _stuck = dispatcher.worker_with("mio", "web", "stuck", &answers);
     dispatcher.wait_joined("web", 1);
-    // It waits, and is turned away with all that come later.
+    // The client waits, and is turned away with all later clients.
     assert!(Client::connect(address).is_err());
     dispatcher.wait_status("refusal", |status| pool(status, "web").state == "refusing");
     let (code, _) = http_get(&dispatcher.dir.join("admin.sock"), "/readyz").unwrap();

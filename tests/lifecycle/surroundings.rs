@@ -1,4 +1,5 @@
-//! What surrounds a dispatcher: signals, processes and their groups, a system short of threads, the log's file, names.
+//! The environment of a dispatcher: signals, processes and process groups, a shortage of threads,
+//! the log file, names.
 #![allow(clippy::unwrap_used, clippy::expect_used, reason = "in a test a panic is the report")]
 
 mod log;

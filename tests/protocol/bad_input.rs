@@ -1,4 +1,5 @@
-//! Peers that lie, babble or break off: each loses its own connection, with a reason in the log, and nobody else anything.
+//! Peers that send false, malformed or incomplete input: each loses its own connection, with a
+//! reason in the log, and no other peer is affected.
 #![allow(unsafe_code, reason = "the test wraps system calls")]
 #![allow(clippy::unwrap_used, clippy::expect_used)]
 
@@ -24,7 +25,8 @@ pool = "web"
 [pool.web]
 "#;
 
-/// Runs `misbehave` against a dispatcher that serves at the same time; afterwards it still serves and holds no more descriptors.
+/// Runs `misbehave` against a dispatcher that serves at the same time; afterwards the dispatcher
+/// still serves and has no more descriptors.
 fn nobody_else_notices(misbehave: impl FnOnce(&Dispatcher)) -> Dispatcher {
     let dispatcher = Dispatcher::start(CONFIG);
     let _worker = dispatcher.worker("blocking", "web", "honest");
@@ -117,7 +119,7 @@ fn a_hello_that_is_too_short() {
 fn a_hello_that_is_too_long() {
     let dispatcher = nobody_else_notices(|dispatcher| {
         let mut record = encode(&hello());
-        // A well-formed TLV of an unknown type, only too much of it.
+        // A well-formed but too long TLV of an unknown type.
         record.extend_from_slice(&[0xff, 0x7f, 0x00, 0x20]);
         record.resize(record.len() + 0x2000, b'x');
         let peer = Peer::connect(&dispatcher.dispatch());
@@ -208,7 +210,7 @@ fn silence_and_crowds_before_hello() {
     logged(&dispatcher, "no hello in time");
 }
 
-/// Of a worker that is trusted from the first, and that would get every client by its weight.
+/// The hello of a worker that is trusted from the start and would get every client by its weight.
 fn served_before() -> Hello {
     Hello { weight: 10_000, base: 1, finished: 1, ..hello() }
 }
@@ -220,14 +222,14 @@ fn an_impossible_slot_state_costs_the_worker_its_place_and_nobody_a_connection()
         let (welcome, mut lane) = peer.join(&served_before());
         let board =
             dispatch_protocol::scoreboard::Scoreboard::open(lane.remove(1), welcome.slots).unwrap();
-        // It holds nothing, so it is next.
+        // It has no connections, so it is next.
         let stream = connect(dispatcher.address("web"));
         let (record, fds) = receive(&lane[0]).expect("a handoff");
         let Channel::Handoff(handoff) = Channel::decode(&record).unwrap() else {
             panic!("not a handoff")
         };
         let entry = handoff.entries[0];
-        // RELEASED is the dispatcher's to write.
+        // Only the dispatcher may write RELEASED.
         board.slot(entry.slot).unwrap().store(entry.seq << 3 | 3, Ordering::SeqCst);
         rustix::io::write(&lane[1], &1_u64.to_ne_bytes()).unwrap();
         assert!(peer.ended());
@@ -258,14 +260,14 @@ fn a_lying_counter_is_clamped_and_named() {
 #[test]
 fn counters_that_go_back_or_are_absurd_are_clamped_and_named() {
     let dispatcher = nobody_else_notices(|dispatcher| {
-        // 2^63 live connections: it can join, and is as full as it can be.
+        // 2^63 live connections: it can join, and counts as full.
         let absurd = Peer::connect(&dispatcher.dispatch());
         let _lane = absurd.join(&Hello { base: u64::MAX / 2, ..hello() });
         let status = dispatcher.status();
         let seen = worker(&status, "bad").unwrap();
         assert_eq!((seen.base, seen.load), (100, 100));
         logged(dispatcher, "counter=\"base\" said=9223372036854775807 used=100");
-        // Two of them are no more than one: the sums go on being sums.
+        // Two such workers do not overflow the sums.
         let most = Peer::connect(&dispatcher.dispatch());
         let _most = most.join(&Hello { base: u64::MAX, name: "most".to_owned(), ..hello() });
         let both = Hello { base: u64::MAX, finished: u64::MAX, name: "both".to_owned(), ..hello() };
@@ -277,12 +279,12 @@ fn counters_that_go_back_or_are_absurd_are_clamped_and_named() {
         assert!(dispatcher.metric("dispatcher_worker_live_connections") < 1e6);
         Client::connect(dispatcher.address("web")).unwrap().finish();
 
-        // More finished than opened is no hello.
+        // More finished than opened connections make the hello invalid.
         let impossible = Peer::connect(&dispatcher.dispatch());
         impossible.send(&encode(&Hello { base: 1, finished: 2, ..hello() }), &[]).unwrap();
         assert_eq!(impossible.refusal().code, RefusedCode::Malformed);
 
-        // Backwards: five connections, all closed; then none of them.
+        // A counter that decreases: five connections, all closed; then none.
         let back = Peer::connect(&dispatcher.dispatch());
         let named = Hello { name: "back".to_owned(), base: 5, finished: 5, ..hello() };
         let (_, lane) = back.join(&named);
@@ -305,7 +307,7 @@ fn a_scoreboard_cannot_be_cut_and_scribbling_over_it_costs_only_the_scribbler() 
             let peer = Peer::connect(&dispatcher.dispatch());
             let (welcome, lane) = peer.join(&served_before());
             let size = 256 + 16 * u64::from(welcome.slots);
-            // The seals hold, and it can be neither resized nor sealed against writing.
+            // The seals hold: it can be neither resized nor sealed against writing.
             assert!(rustix::fs::ftruncate(&lane[1], 0).is_err());
             assert!(rustix::fs::ftruncate(&lane[1], 2 * size).is_err());
             assert!(rustix::fs::fcntl_add_seals(&lane[1], rustix::fs::SealFlags::WRITE).is_err());
@@ -313,7 +315,7 @@ fn a_scoreboard_cannot_be_cut_and_scribbling_over_it_costs_only_the_scribbler() 
             dispatcher.wait_status("some to be sent to it", |status| {
                 worker(status, "bad").is_none_or(|w| w.in_flight > 0)
             });
-            // Holes, then garbage, over everything: magic, wishes, counters, slots, gauges.
+            // Zeros, then garbage, over everything: magic, wishes, counters, slots, gauges.
             let size = rustix::fs::fstat(&lane[1]).unwrap().st_size as u64;
             let hole =
                 rustix::fs::FallocateFlags::PUNCH_HOLE | rustix::fs::FallocateFlags::KEEP_SIZE;
@@ -349,11 +351,11 @@ fn ten_thousand_random_records() {
         for round in 0..10_000 {
             let mut record: Vec<u8> = match round % 3 {
                 0 => (0..next() % 200).map(|_| next() as u8).collect(),
-                // The right kind, then garbage.
+                // A valid type, then garbage.
                 1 => {
                     [1, 0, 0, 0].into_iter().chain((0..next() % 80).map(|_| next() as u8)).collect()
                 }
-                // A good one with one byte changed in its fixed part.
+                // A valid record with one byte changed in its fixed part.
                 _ => {
                     let mut record = valid.clone();
                     record[(next() % 44) as usize] ^= (next() % 255) as u8 + 1;
@@ -382,7 +384,7 @@ fn the_wrong_user() {
         std::fs::set_permissions(&dispatcher.dir, std::fs::Permissions::from_mode(0o755)).unwrap();
         let path = dispatcher.dispatch();
         let refused = std::thread::spawn(move || {
-            // The bare system calls change only this thread, and a thread's own user is what the kernel reports.
+            // The system calls change only this thread, and the kernel reports a thread's own user.
             // SAFETY: they take plain numbers and touch no memory.
             let changed = unsafe {
                 libc::syscall(libc::SYS_setgroups, 0, std::ptr::null::<libc::gid_t>()) == 0

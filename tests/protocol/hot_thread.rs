@@ -1,5 +1,5 @@
-//! Nothing that another process prepares or does holds the hot thread up: descriptions with a lingering close, floods, and
-//! what is closed on its behalf by others.
+//! No other process can block the hot thread: sockets with a lingering close, floods, and closes on
+//! the dispatcher's behalf.
 #![allow(clippy::unwrap_used, clippy::expect_used, reason = "in a test a panic is the report")]
 
 mod stuck_page;
@@ -21,13 +21,13 @@ use rustix::net::{RecvFlags, SendAncillaryBuffer, SendAncillaryMessage, SendFlag
 use test_support::peer::{Peer, encode, hello, receive, receive_with};
 use test_support::*;
 
-/// Workers by hand take their time.
+/// Hand-made workers are slow.
 const NEVER_SUSPECT: &str = "handoff_timeout = \"1h\"";
 
-/// Far beyond any noise of the machine, and far below what a trap takes.
+/// Far above the noise of the machine, and far below the time of a trap.
 const SLOW: Duration = Duration::from_secs(20);
 
-/// A close of this takes an hour.
+/// Makes the close of this socket take an hour.
 fn set_trap(fd: impl AsFd) {
     let fd = fd.as_fd();
     set_socket_linger(fd, Some(Duration::from_secs(3_600))).unwrap();
@@ -35,7 +35,7 @@ fn set_trap(fd: impl AsFd) {
     while rustix::net::send(fd, &junk, SendFlags::NOSIGNAL | SendFlags::DONTWAIT).is_ok() {}
 }
 
-/// A socket of our own with a trap, and its other end, which never reads.
+/// A socket with a trap, and its other end, which never reads.
 fn trap() -> (OwnedFd, TcpStream) {
     let listener = std::net::TcpListener::bind("127.0.0.1:0").unwrap();
     let theirs = connect(listener.local_addr().unwrap());
@@ -44,7 +44,7 @@ fn trap() -> (OwnedFd, TcpStream) {
     (ours, theirs)
 }
 
-/// Asks, and takes part in what the hot thread does, for as long as something might take to show.
+/// Requests the status and clients for a while; the longest turn must stay short.
 fn stays_quick(dispatcher: &Dispatcher) {
     for _ in 0..20 {
         assert_eq!(http_get(&dispatcher.admin(), "/healthz").unwrap().0, 200);
@@ -69,12 +69,13 @@ fn a_record_with_a_descriptor_that_lingers_holds_nothing_up() {
     for _ in 0..8 {
         let (fd, theirs) = trap();
         let peer = Peer::connect(&dispatcher.dispatch());
-        // Linux 6.16 and later refuse it here; before that it is received and closed elsewhere.
+        // Linux 6.16 and later refuse the descriptor here; before, it is received and closed on
+        // another thread.
         match send_with(&peer.socket, &fd) {
             Ok(_) | Err(Errno::PERM) => {}
             Err(errno) => panic!("{errno}"),
         }
-        // Nobody else has it now, if it was sent.
+        // If it was sent, this is not the last reference.
         std::thread::spawn(move || drop(fd));
         others.push((peer, theirs));
     }
@@ -97,7 +98,8 @@ fn a_client_of_a_unix_listener_that_leaves_traps_in_its_queue_holds_nothing_up()
         std::thread::spawn(move || drop(fd));
         client.set_read_timeout(Some(PATIENCE)).unwrap();
         let mut text = String::new();
-        // It may be closed before it has sent; a client of another listener is not concerned either way.
+        // The client may be closed before it has sent; a client of another listener is not
+        // affected.
         let _ = client.read_to_string(&mut text);
         others.push(theirs);
     }
@@ -105,7 +107,8 @@ fn a_client_of_a_unix_listener_that_leaves_traps_in_its_queue_holds_nothing_up()
     wait_until("all to be closed", || dispatcher.fds() <= before);
 }
 
-/// A worker by hand with one connection that it has not taken: its channel, board and eventfd.
+/// A hand-made worker with one connection that it has not taken: its channel, scoreboard and
+/// eventfd.
 struct Mallory {
     peer: Peer,
     lane: Vec<OwnedFd>,
@@ -115,7 +118,7 @@ struct Mallory {
 impl Mallory {
     fn join(dispatcher: &Dispatcher) -> Mallory {
         let peer = Peer::connect(&dispatcher.dispatch());
-        // It has served before, and by weight it gets every client.
+        // It states earlier service, and gets every client by its weight.
         let (welcome, mut lane) =
             peer.join(&Hello { weight: 10_000, base: 1, finished: 1, ..hello() });
         let board = Scoreboard::open(lane.remove(1), welcome.slots).unwrap();
@@ -126,7 +129,7 @@ impl Mallory {
         rustix::io::write(&self.lane[1], &1_u64.to_ne_bytes()).unwrap();
     }
 
-    /// The next connections, received or looked at; probes before them are answered.
+    /// The next connections, received or peeked at; probes before them are answered.
     fn next(&self, flags: RecvFlags) -> (Vec<Entry>, Vec<OwnedFd>) {
         loop {
             let (record, fds) = receive_with(&self.lane[0], flags).expect("a record");
@@ -144,7 +147,7 @@ impl Mallory {
         }
     }
 
-    /// Receives a connection, or looks at it in the queue, and takes it.
+    /// Receives a connection, or peeks at it in the queue, and takes it.
     fn take(&self, flags: RecvFlags) -> (u32, u64, OwnedFd) {
         let (entries, mut fds) = self.next(flags);
         let entry = entries[0];
@@ -165,7 +168,7 @@ fn a_worker_that_keeps_a_trap_in_its_channel_holds_nothing_up_when_it_goes() {
         drop(fd);
         let word = mallory.board.slot(slot).unwrap();
         wait_until("the release", || !slot::dispatcher_has_copy(word, seq));
-        // The queue has the last reference now.
+        // The queue now has the last reference.
         if goodbye {
             let mut record = Vec::new();
             Goodbye.encode(&mut record);
@@ -188,7 +191,7 @@ fn a_client_that_is_turned_away_after_a_worker_has_trapped_it_holds_nothing_up()
     let mut victim = connect(address);
     let (_, mut fds) = mallory.next(RecvFlags::empty());
     set_trap(fds.remove(0));
-    // It has not claimed it, so the connection is revoked and then refused.
+    // The worker has not claimed the connection, so it is revoked and then refused.
     drop(mallory);
     dispatcher.wait_status("it to be refused", |status| status.closed["no_worker"] == 1);
     stays_quick(&dispatcher);
@@ -211,7 +214,7 @@ fn serve_other(dispatcher: &Dispatcher, linger: Option<Duration>, takes: Duratio
             set_socket_linger(&connection, linger).unwrap();
             std::thread::spawn(move || {
                 let _ = connection.write_all(b"hello");
-                // Long enough for the release, or too short for it.
+                // Enough time for the release, or too little.
                 std::thread::sleep(takes);
             });
         }
@@ -257,7 +260,7 @@ fn a_close_that_is_stuck_delays_no_other_end_and_nothing_piles_up() {
         }
         let longest = (0..100).map(|_| time_to_end(&dispatcher)).max().unwrap();
         assert!(longest < SLOW, "{longest:?} with linger {linger:?}");
-        // What one worker makes is interrupted one after the other.
+        // The traps of one worker are interrupted one after the other.
         drop(mallory);
         wait_until("the descriptors to be closed", || dispatcher.fds() <= before + 1);
         stays_quick(&dispatcher);
@@ -299,7 +302,7 @@ fn busy(dispatcher: &Dispatcher) -> Duration {
     Duration::from_nanos(text.split(' ').next().unwrap().parse().unwrap())
 }
 
-/// The share of one processor that the hot thread needs while `flood` is repeated by a thread of its own.
+/// The processor share of the hot thread while another thread repeats `flood`.
 fn share_during(dispatcher: &Dispatcher, flood: impl Fn() + Send + 'static) -> f64 {
     let over = Arc::new(AtomicBool::new(false));
     let flag = Arc::clone(&over);
@@ -311,7 +314,7 @@ fn share_during(dispatcher: &Dispatcher, flood: impl Fn() + Send + 'static) -> f
         }
         count
     });
-    // What it costs in the long run, not at first.
+    // The long-term cost, without the beginning.
     let lasts = |time: Duration| {
         let (before, begun) = (busy(dispatcher), Instant::now());
         while begun.elapsed() < time {
@@ -339,7 +342,7 @@ fn a_worker_that_only_rings_costs_the_hot_thread_little() {
     });
     assert!(share < 0.3, "{share}");
     wait_for_log(&dispatcher, "event=worker_rings_idly");
-    // It is heard again when it has news.
+    // The worker is heard again when its scoreboard changes.
     let _waits = connect(address);
     let (slot, seq, _fd) = mallory.take(RecvFlags::empty());
     let word = mallory.board.slot(slot).unwrap();
@@ -406,10 +409,10 @@ fn a_user_with_many_silent_connections_keeps_no_other_out() {
     let open = std::os::unix::fs::PermissionsExt::from_mode(0o755);
     std::fs::set_permissions(temp.path(), open).unwrap();
     let dispatcher = Dispatcher::start_in(temp.path());
-    // As many as there may be, of one user: this thread's, for a while.
+    // As many as allowed for one user: the user of this thread, for a while.
     let path = dispatcher.dispatch();
     let silent = std::thread::spawn(move || {
-        // The system call, which is for the calling thread alone.
+        // The system call changes only the calling thread.
         let user = rustix::process::Uid::from_raw(65_534);
         rustix::thread::set_thread_res_uid(user, user, user).unwrap();
         (0..8).map(|_| Peer::connect(&path)).collect::<Vec<_>>()
@@ -433,7 +436,7 @@ fn the_hot_thread_closes_receives_and_asks_nothing_of_what_others_may_hold() {
     std::fs::write(temp.path().join("sorry"), "sorry").unwrap();
     let trace = temp.path().join("trace");
     let mut command = Command::new("strace");
-    // The hot thread alone: strace follows no other.
+    // Only the hot thread: strace follows no other.
     command.arg("-o").arg(&trace).arg(dispatcher_bin()).args(["run", "--config"]);
     command.arg(temp.path().join("dispatcher.toml"));
     command.stderr(std::fs::File::create(temp.path().join("log")).unwrap());
@@ -441,7 +444,8 @@ fn the_hot_thread_closes_receives_and_asks_nothing_of_what_others_may_hold() {
     let address = dispatcher.address("web");
     let started = std::fs::read_to_string(&trace).unwrap().lines().count();
 
-    // Served, by a worker that is suspect for a while, and one that says goodbye; then turned away; then served again.
+    // Served by a worker that is suspect for a while, and one that says goodbye; then turned away;
+    // then served again.
     let mallory = Mallory::join(&dispatcher);
     let left = connect(address);
     dispatcher.wait_status("a suspect", |s| worker(s, "bad").is_some_and(|w| w.state == "suspect"));
@@ -478,7 +482,8 @@ fn the_hot_thread_closes_receives_and_asks_nothing_of_what_others_may_hold() {
             ["close", "read", "recv", "getsockopt", "setsockopt", "sendto", "send", "write"]
                 .iter()
                 .any(|other| name.starts_with(other));
-        // Records to workers; wake-ups of other threads; signals, which nobody else can send here.
+        // Records to workers; wake-ups of other threads; signals, which no other process can send
+        // here.
         let own = name == "sendmsg" || name == "write" && call.contains(", 8)");
         assert!(!other || own, "{call}");
     }

@@ -1,10 +1,12 @@
 //! The worker of the whole-process tests: `test-worker blocking|tokio|mio`.
 //!
-//! It greets each client with `NAME PID LISTENER PEER`, then sends back what it receives. SIGTERM makes it say
-//! goodbye; it ends when its last connection does, and when it is drained, unless `TEST_WORKER=stays` (blocking only). With `TEST_WORKER=never-take` it joins and takes nothing; with
-//! `TEST_WORKER=only-answer` (mio) it answers probes and takes nothing. With `TEST_WORKER_PAUSE=MS` its event loop comes round once in so many
-//! milliseconds, or it accepts so seldom (blocking); `serial` serves one client at a time, for so long. With
-//! `TEST_WORKER=fork` it has a child, from its first connection on, that keeps all it has open until its standard input ends.
+//! It greets each client with `NAME PID LISTENER PEER`, then echoes. SIGTERM makes it say goodbye;
+//! it ends with its last connection, and when it is drained, unless `TEST_WORKER=stays` (blocking
+//! only). With `TEST_WORKER=never-take` it joins and takes nothing; with `TEST_WORKER=only-answer`
+//! (mio) it answers probes and takes nothing. `TEST_WORKER_PAUSE=MS` is the duration of a round of
+//! its event loop, or of the pause after an accept (blocking); `serial` serves one client at a
+//! time, for this duration. With `TEST_WORKER=fork` it has a child, from its first connection on,
+//! that keeps all its descriptors open until the child's standard input ends.
 #![allow(unsafe_code, reason = "the test wraps system calls")]
 #![allow(clippy::unwrap_used)]
 
@@ -40,13 +42,13 @@ fn on_sigterm(action: impl Fn() + Send + 'static) {
     std::thread::spawn(move || signals.forever().for_each(|_| action()));
 }
 
-/// How long a round, or the service of one client, takes; zero for as short as it can be.
+/// The duration of a round, or of the service of one client; zero means no pause.
 fn pause() -> Duration {
     let millis = std::env::var("TEST_WORKER_PAUSE").ok().and_then(|text| text.parse().ok());
     Duration::from_millis(millis.unwrap_or(0))
 }
 
-/// Like a framework with synchronous workers: the thread that accepts serves the client to its end.
+/// Like a framework with synchronous workers: the accepting thread serves the client to its end.
 fn serial(config: WorkerConfig) {
     let worker = Worker::connect(config).unwrap();
     let closer = worker.clone();
@@ -78,7 +80,7 @@ fn blocking(config: WorkerConfig) {
             if std::mem::take(&mut forks) {
                 fork();
             }
-            // Thousands of them must fit.
+            // A small stack, so that thousands of threads fit.
             let thread = std::thread::Builder::new().stack_size(32 * 1024);
             thread.spawn(move || echo(connection)).unwrap();
             std::thread::sleep(pause());
@@ -90,7 +92,8 @@ fn blocking(config: WorkerConfig) {
     worker.wait_until_idle();
 }
 
-/// Starts a child that holds a copy of every descriptor, those marked close-on-exec too, for it is the same program.
+/// Starts a child with a copy of every descriptor, including close-on-exec ones, because it
+/// executes no other program.
 fn fork() {
     // SAFETY: the child only makes system calls, which are safe after a fork in a program with threads.
     unsafe {
@@ -178,7 +181,7 @@ fn mio(config: WorkerConfig) {
         }
         for event in &events {
             match event.token() {
-                // It asks once, for its probe, and then no more.
+                // It asks once, for its probe, and then never again.
                 WORKER if only_answers => {
                     if !std::mem::replace(&mut answered, true) {
                         let _ = worker.try_accept();

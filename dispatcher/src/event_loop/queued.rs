@@ -1,4 +1,5 @@
-//! Held connections: nobody could be given them yet. Watched for clients that go away meanwhile, and for first bytes.
+//! Queued connections: no worker is available yet. The poll watches them for clients that go away,
+//! and for first bytes.
 
 use std::os::fd::AsRawFd;
 
@@ -11,8 +12,8 @@ use super::token::{Key, Source};
 use dispatcher_core::ConnId;
 
 impl EventLoop {
-    /// Puts newly held connections into the poll. Most of the time there are none: what comes back from a worker has
-    /// usually found another one before anybody sleeps.
+    /// Puts newly queued connections into the poll. Usually there are none: a revoked connection
+    /// has another worker before the loop sleeps.
     pub(super) fn watch_queued(&mut self) {
         if self.core.totals().queued == 0 {
             return;
@@ -26,13 +27,13 @@ impl EventLoop {
             let raw = conn.fd.as_raw_fd();
             let result =
                 self.wakeup.registry().register(&mut SourceFd(&raw), token, Interest::READABLE);
-            // Without it, a client that goes away is noticed by its worker instead.
+            // If this fails, the worker notices that the client has gone.
             conn.watched = result.is_ok();
         }
     }
 
-    /// A client that reset its connection is gone; one that only has nothing more to say still waits for its answer. What
-    /// it says matters only while its first bytes are awaited.
+    /// A client that reset its connection is gone; a client that only half-closed it still waits
+    /// for an answer. Its bytes matter only while the first bytes are awaited.
     pub(super) fn queued_event(&mut self, key: Key, event: &Event) {
         let Some(conn) = self.connections.get(key.index) else { return };
         if !conn.watched || !key.is(conn.serial) {

@@ -24,7 +24,7 @@ pub(super) enum Source {
     Process(Key),
     /// The client of a queued connection did something; it matters only if it has gone, or if its
     /// first bytes are awaited.
-    Held(Key),
+    Queued(Key),
     /// A worker took or closed a connection; the scan at the beginning of the turn sees it.
     Doorbell(Key),
     /// The timer went off; every turn reads the clock anyway.
@@ -148,8 +148,8 @@ mod tests {
     #[test]
     fn an_index_beyond_a_million_is_not_taken_for_another() {
         for index in [(1 << 20) - 1, 1 << 20, (1 << 20) + 1, (1 << 28) + 5, (1 << 31) - 1] {
-            let held = Source::Queued(Key { index, serial: 77 });
-            assert_eq!(Source::of(held.token()), Some(held));
+            let queued = Source::Queued(Key { index, serial: 77 });
+            assert_eq!(Source::of(queued.token()), Some(queued));
         }
     }
 }

@@ -1,5 +1,5 @@
-//! The end of a dispatcher: clients that wait for a worker, workers that other pools have to wait for, and clients that are
-//! turned away while a stopped worker has a copy of their socket.
+//! The end of a dispatcher: clients that wait for a worker, workers that other pools have to wait
+//! for, and clients that are turned away while a stopped worker has a copy of their socket.
 
 use std::time::{Duration, Instant};
 
@@ -53,7 +53,7 @@ fn the_workers_of_one_pool_do_not_wait_for_those_of_another() {
     let waiting = connect(dispatcher.address("web"));
     dispatcher.wait_status("one in flight", |status| status.in_flight == 1);
     dispatcher.process.signal(Signal::SIGTERM);
-    // It is released, and told to end; that takes it as long as its last client stays.
+    // It is released and told to end, and ends with its last client.
     wait_for_log(&dispatcher, "name=other-1");
     wait_until("its release", || {
         let log = dispatcher.log();
@@ -67,7 +67,7 @@ fn the_workers_of_one_pool_do_not_wait_for_those_of_another() {
     assert!(dispatcher.process.wait().success());
 }
 
-/// Ten clients that a stopped worker has copies of, and no worker has taken.
+/// Ten clients of which a stopped worker has copies, and that no worker has taken.
 fn copied(keys: &str) -> (Dispatcher, Process, Vec<TcpStream>) {
     let dispatcher = Dispatcher::start(&format!("{keys}\n{PATIENT}wait_for_worker = \"300ms\"\n"));
     let worker = dispatcher.worker("blocking", "web", "stopped");
@@ -79,7 +79,7 @@ fn copied(keys: &str) -> (Dispatcher, Process, Vec<TcpStream>) {
     (dispatcher, worker, streams)
 }
 
-/// All of them hear of their end, although the worker that has copies does nothing.
+/// All clients see their end, although the worker with the copies does nothing.
 fn all_notice(streams: Vec<TcpStream>) {
     let began = Instant::now();
     for mut stream in streams {

@@ -1,4 +1,4 @@
-//! What many reloads leave behind: neither memory nor work.
+//! Many reloads leave neither memory nor work behind.
 
 use dispatcher::api::status::Distribution;
 
@@ -7,17 +7,17 @@ use super::*;
 /// Reloads in one part of the test.
 const PART: usize = 80;
 
-/// Parts; the first one makes everything warm.
+/// Parts; the first is the warm-up.
 const PARTS: usize = 8;
 
-/// How it stands after a part.
+/// The figures after a part.
 #[derive(Debug)]
 struct Part {
     /// Resident memory, in KiB.
     resident: u64,
-    /// Processor time of the hot thread for one reload, which other programs on this machine do not lengthen.
+    /// Processor time of the hot thread for one reload; other programs do not lengthen it.
     cost: Duration,
-    /// One turn in fifty took longer than this: those of the reloads and little else.
+    /// One turn in fifty took longer than this: mostly those with a reload.
     turn: u64,
 }
 
@@ -73,7 +73,7 @@ fn memory_and_turns_do_not_grow_with_the_number_of_reloads() {
         let began = busy(&dispatcher);
         for _ in 0..PART / 2 {
             number += 1;
-            // Names that never were there before, as in a deployment that numbers its pools.
+            // New names each time, as in a deployment that numbers its pools.
             let more = format!(
                 "{}{}[pool.extra{number}]\n[pool.extra{number}.affinity]\nkey = \"client-ip\"\n",
                 listener(&format!("extra{number}"), "127.0.0.1:0", &format!("extra{number}"), ""),
@@ -89,7 +89,7 @@ fn memory_and_turns_do_not_grow_with_the_number_of_reloads() {
         }
         let cost = (busy(&dispatcher) - began) / PART as u32;
         Client::connect(address).unwrap().echo("served");
-        // Nothing of the last reload is under way any more.
+        // The last reload is complete.
         let status = dispatcher.wait_status("the listeners to be gone", |s| s.listeners.len() == 1);
         assert_eq!(status.pools.len(), 1);
         let turn = turn(&before, &status.meters.turn);
@@ -97,7 +97,7 @@ fn memory_and_turns_do_not_grow_with_the_number_of_reloads() {
     }
     let least = |parts: &[Part]| parts.iter().map(|part| part.cost).min().unwrap();
     let (first, last) = (&parts[1], &parts[PARTS - 1]);
-    // 4 KiB for each reload would be more.
+    // 4 KiB for each reload would exceed this.
     assert!(last.resident < first.resident + 1024, "{parts:#?}");
     assert!(least(&parts[PARTS - 2..]) < least(&parts[..2]) * 3, "{parts:#?}");
     assert!(last.turn <= first.turn * 5, "{parts:#?}");

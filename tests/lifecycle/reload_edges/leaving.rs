@@ -1,4 +1,5 @@
-//! Listeners that a reload takes out: whoever has connected is served, and what comes later is refused.
+//! Listeners that a reload removes: every connected client is served, and later clients are
+//! refused.
 
 use std::io::{BufRead, BufReader, ErrorKind};
 use std::net::TcpListener;
@@ -7,7 +8,7 @@ use std::sync::atomic::{AtomicBool, AtomicU32, Ordering};
 
 use super::*;
 
-/// What one client after the other saw until the end.
+/// What successive clients saw.
 #[derive(Default)]
 struct Seen {
     served: AtomicU32,
@@ -15,7 +16,7 @@ struct Seen {
 }
 
 impl Seen {
-    /// Connects again and again. Who is connected must be served.
+    /// Connects again and again. Every connected client must be served.
     fn watch<S: Read>(&self, over: &AtomicBool, connect: impl Fn() -> std::io::Result<S>) {
         while !over.load(Ordering::SeqCst) {
             match connect() {
@@ -59,7 +60,7 @@ fn nobody_who_has_connected_is_reset() {
     let over = AtomicBool::new(false);
     let (by_tcp, by_unix) = (Seen::default(), Seen::default());
     std::thread::scope(|scope| {
-        // A thread that fails has ended the others, too.
+        // A thread that fails ends the others, too.
         let _end = OnDrop(|| over.store(true, Ordering::SeqCst));
         for _ in 0..3 {
             scope.spawn(|| {
@@ -78,7 +79,7 @@ fn nobody_who_has_connected_is_reset() {
             }
             reload(&dispatcher, &one_pool(""));
             reload(&dispatcher, &with);
-            // Clients come in again each time.
+            // Clients can connect again each time.
             wait_until("more clients to be served", || {
                 let served = [&by_tcp, &by_unix].map(|seen| seen.served.load(Ordering::SeqCst));
                 over.load(Ordering::SeqCst) || served.iter().all(|&count| count >= round)
@@ -106,11 +107,11 @@ fn a_removed_listener_is_refused_and_can_come_back_while_it_is_being_emptied() {
     let waiting: Vec<TcpStream> = (0..3).map(|_| connect(tcp)).collect();
     reload(&dispatcher, &one_pool(""));
     assert_eq!(dispatcher.status().listeners.len(), 1);
-    // A client that comes now is not let in, and hears so when the socket is closed.
+    // A client that connects now is refused when the socket is closed.
     let refused = std::thread::spawn(move || TcpStream::connect(tcp).map_err(|e| e.kind()));
     assert_eq!(refused.join().unwrap().err(), Some(ErrorKind::ConnectionRefused));
     wait_for_log(&dispatcher, "event=listener_closed listener=more");
-    // At once it is the same socket, with all options as they should be.
+    // The same socket is used again at once, with the right options.
     reload(&dispatcher, &with);
     reload(&dispatcher, &one_pool(""));
     let done = reload(&dispatcher, &with.replace("backlog = 64", "backlog = 32"));

@@ -1,4 +1,4 @@
-//! Processes of the dispatcher's own, and what a reload or an operator wants of them.
+//! Processes of the dispatcher, in reloads and commands.
 
 use std::time::Instant;
 
@@ -44,7 +44,7 @@ fn workers_that_are_wanted_again_are_resumed_and_the_answer_says_how_they_stand(
         pool(status, "web").workers.iter().filter(|w| w.state == "draining").count() == 3
     });
     assert_eq!(counts(&scale("3")), [3, 1, 3, 0, 1]);
-    // All three are given connections, and take them.
+    // All three get connections and take them.
     let address = dispatcher.address("web");
     let clients: Vec<Client> = (0..6).map(|_| Client::connect(address).unwrap()).collect();
     assert_eq!(tally(&clients).into_values().collect::<Vec<_>>(), [2, 2, 2]);

@@ -1,4 +1,4 @@
-//! The log: what is selected, and what programs can read back from it.
+//! The log: its selection, and how programs parse it.
 
 use std::process::Command;
 
@@ -26,7 +26,7 @@ fn a_mistake_in_the_filter_silences_nothing() {
     }
 }
 
-/// A line as a shell reads it: pairs of a key and a value without its quotes.
+/// Parses a line like a shell: pairs of a key and a value without its quotes.
 fn pairs(line: &str) -> Vec<(String, String)> {
     let (_, text) = line.split_once(": ").unwrap();
     let mut words = vec![String::new()];

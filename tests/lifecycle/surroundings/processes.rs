@@ -1,4 +1,4 @@
-//! Processes that the dispatcher starts, and those it inherits.
+//! Processes that the dispatcher starts or inherits.
 
 use std::process::Command;
 
@@ -7,7 +7,7 @@ use nix::unistd::Pid;
 
 use test_support::*;
 
-/// State and parent of a process, while there is one.
+/// State and parent of a process, if it exists.
 fn state(pid: i32) -> Option<(String, i32)> {
     let stat = std::fs::read_to_string(format!("/proc/{pid}/stat")).ok()?;
     let mut fields = stat.rsplit(") ").next()?.split(' ').map(str::to_owned);
@@ -18,7 +18,7 @@ fn lives(pid: i32) -> bool {
     state(pid).is_some_and(|(state, _)| state != "Z")
 }
 
-/// A shell around the test worker, as `npm start` is one.
+/// A shell that runs the test worker, like `npm start`.
 fn wrapped(script: &str) -> String {
     let program = example("test-worker");
     let script = script.replace("SERVER", &format!("{} blocking", program.display()));
@@ -85,7 +85,7 @@ fn as_process_1_it_reaps_what_it_inherits_and_hears_of_its_own() {
     command.args(["-pf", "--mount-proc", "--kill-child", dispatcher_bin()]);
     let dispatcher = Dispatcher::start_as(temp.path(), command.env_remove("NOTIFY_SOCKET"));
     let one = children_of(dispatcher.process.pid())[0];
-    // None of the ends of its own is lost: each is told with its status, and followed by another start.
+    // Every end of its own processes is reported with its status and followed by a restart.
     wait_until("some ends", || dispatcher.log().matches("status=\"exit status 0\"").count() >= 4);
     let log = dispatcher.log();
     assert!(!log.contains("status=\"unknown"), "{log}");
@@ -93,13 +93,13 @@ fn as_process_1_it_reaps_what_it_inherits_and_hears_of_its_own() {
     wait_until("no zombie to be there", || {
         children_of(one).into_iter().all(|child| state(child).is_none_or(|(state, _)| state != "Z"))
     });
-    // As process 1 it has no default dispositions: what is not handled does not reach it.
+    // Process 1 has no default dispositions: an unhandled signal has no effect.
     kill(Pid::from_raw(one), Signal::SIGTERM).unwrap();
     let mut dispatcher = dispatcher;
     assert!(dispatcher.process.wait().success());
 }
 
-/// Processes of which none outlives the test, however that ends.
+/// Processes that end with the test, however it ends.
 struct Ended(Vec<i32>);
 
 impl Drop for Ended {
@@ -115,7 +115,7 @@ fn what_a_killed_dispatcher_has_started_ends_with_its_last_connection() {
     let program = example("test-worker");
     let spawn = format!("[pool.web.spawn]\ncommand = [{program:?}, \"blocking\"]\nprocesses = 2");
     let (mut dispatcher, address) = start_one_pool(&spawn);
-    // The same address for the next.
+    // The same address for the next dispatcher.
     write_config(&dispatcher.dir, &one_pool(&spawn).replace("127.0.0.1:0", &address.to_string()));
     dispatcher.wait_joined("web", 2);
     let mut client = Client::connect(address).unwrap();

@@ -11,7 +11,7 @@ use nix::sys::signal::Signal;
 
 use test_support::*;
 
-/// A field of `/proc/PID/status` that is a mask of signals; zero while there is no such process.
+/// A signal mask from `/proc/PID/status`; zero if there is no such process.
 fn mask(pid: i32, field: &str) -> u64 {
     let text = std::fs::read_to_string(format!("/proc/{pid}/status")).unwrap_or_default();
     let line = text.lines().find_map(|line| line.strip_prefix(field)).unwrap_or(":\t0");
@@ -27,7 +27,7 @@ fn kill(pid: i32, signal: i32) {
     assert_eq!(unsafe { libc::kill(pid, signal) }, 0, "signal {signal}");
 }
 
-/// A dispatcher that waits for its configuration: a pipe that nothing is written to yet.
+/// A dispatcher that waits for its configuration: a pipe without data.
 fn waiting_for_its_configuration(dir: &Path) -> Process {
     let path = dir.join("dispatcher.toml");
     let _ = std::fs::remove_file(&path);
@@ -48,7 +48,7 @@ fn while_it_starts_hup_does_not_end_it_and_term_does() {
         process.signal(Signal::SIGHUP);
         process.signal(Signal::SIGUSR1);
         process.signal(signal);
-        // An order is no failure.
+        // An ordered stop is no failure.
         assert_eq!(process.wait().code(), Some(0), "{signal}");
     }
 
@@ -63,7 +63,7 @@ fn while_it_starts_hup_does_not_end_it_and_term_does() {
     std::fs::File::options().write(true).open(&fifo).unwrap().write_all(text.as_bytes()).unwrap();
     let log = || std::fs::read_to_string(temp.path().join("log")).unwrap();
     wait_until("it to serve", || log().contains("event=ready"));
-    // What came while it started is done now: it reads its configuration again.
+    // A signal that came during the start takes effect now: the dispatcher reloads.
     wait_until("the reload", || log().contains("event=reloading by=SIGHUP"));
     let again = std::fs::File::options().write(true).open(&fifo);
     again.unwrap().write_all(text.as_bytes()).unwrap();
@@ -88,7 +88,7 @@ fn signals_without_a_meaning_end_nothing() {
     let rest = |signal: &i32| ![&faults[..], &stops, &ordered].concat().contains(signal);
     for signal in (1..=64).filter(rest) {
         kill(dispatcher.process.pid(), signal);
-        // It is handled before the answer.
+        // The signal is handled before the answer.
         dispatcher.status();
     }
     assert!(dispatcher.process.running());
@@ -115,16 +115,16 @@ fn processes_start_with_default_dispositions_and_an_empty_mask() {
     let mut dispatcher = Dispatcher::start_as(temp.path(), &mut command);
     dispatcher.wait_joined("web", 1);
     let pid = pool(&dispatcher.status(), "web").workers[0].pid;
-    // The runtime of the worker itself ignores SIGPIPE.
+    // The worker's own runtime ignores SIGPIPE.
     assert_eq!(mask(pid, "SigIgn") & !bit(libc::SIGPIPE), 0);
     assert_eq!(mask(pid, "SigBlk"), 0);
-    // And what was ignored or blocked has its meaning for the dispatcher.
+    // A signal that was ignored or blocked is handled by the dispatcher.
     dispatcher.process.signal(Signal::SIGHUP);
     wait_for_log(&dispatcher, "event=reloaded by=SIGHUP");
     assert!(dispatcher.stop().success());
 }
 
-/// What a service manager was told: the first line of each message.
+/// The messages to the service manager: the first line of each.
 struct Manager {
     socket: UnixDatagram,
 }
@@ -163,7 +163,8 @@ fn a_service_manager_at_an_abstract_socket() {
     manager.is_told(&["STOPPING=1"]);
 }
 
-/// Reloads by SIGHUP go on while no thread can be made, and afterwards; processes are started again when they can be.
+/// Reloads by SIGHUP work while no thread can be made, and afterwards; processes are started again
+/// when that is possible.
 #[test]
 fn a_shortage_of_threads_ends_no_task() {
     use std::os::unix::process::CommandExt;
@@ -173,7 +174,7 @@ fn a_shortage_of_threads_ends_no_task() {
     if Command::new("prlimit").arg("--version").output().is_err() {
         return skip("needs prlimit");
     }
-    // The limit is on the processes of a user, so this one must be nobody else's.
+    // The limit counts the processes of a user, so this user must have no others.
     let user = 700_000 + std::process::id() % 100_000;
     let temp = configure(&one_pool("[pool.web.spawn]\ncommand = [\"sleep\", \"1000\"]"));
     std::os::unix::fs::chown(temp.path(), Some(user), Some(user)).unwrap();
@@ -190,7 +191,7 @@ fn a_shortage_of_threads_ends_no_task() {
     manager.is_told(&["READY=1"]);
     wait_for_log(&dispatcher, "event=process_started");
     let pid = dispatcher.process.pid().to_string();
-    // Root need not be allowed to do this to a process of another user; that user is.
+    // Root may lack the permission to do this to a process of another user; that user has it.
     let limit = |most: &str| {
         let mut prlimit = Command::new("prlimit");
         prlimit.args(["--pid", &pid, &format!("--nproc={most}:")]).uid(user).gid(user);
@@ -217,7 +218,8 @@ fn a_shortage_of_threads_ends_no_task() {
     assert!(!log.contains("panicked") && !log.contains("task_failed"), "{log}");
 }
 
-/// A limit of the file size under the log is like a full disk, and when it is lifted the log says what is missing.
+/// A file size limit for the log has the effect of a full disk; once it is lifted, the log reports
+/// the missing lines.
 #[test]
 fn a_log_at_the_limit_of_the_file_size() {
     let (dispatcher, _) = start_one_pool("");

@@ -1,4 +1,4 @@
-//! Socket files that something else removes, and what is said when a socket cannot be made.
+//! Socket files that another program removes, and errors when a socket cannot be made.
 
 use std::os::fd::OwnedFd;
 use std::os::unix::fs::PermissionsExt;
@@ -17,7 +17,7 @@ const BODY: &str = "admin_http = \"127.0.0.1:0\"\n\
     [[listener]]\nname = \"local\"\naddress = \"unix:DIR/local.sock\"\npool = \"web\"\nmode = \"0600\"\n\
     [pool.web]\n";
 
-/// One request over TCP; the code and the body.
+/// One request over TCP; returns the code and the body.
 fn over_tcp(dispatcher: &Dispatcher, path: &str) -> (u16, String) {
     use std::io::{Read, Write};
     let log = dispatcher.log();
@@ -42,7 +42,7 @@ fn missing(dispatcher: &Dispatcher) -> Vec<String> {
     status(dispatcher).socket_files_missing.into_iter().map(|file| file.socket).collect()
 }
 
-/// Faults about missing files: which, whether it goes on, and what is said.
+/// Faults about missing files: the file, whether it is still missing, and the text.
 fn faults(dispatcher: &Dispatcher) -> Vec<(String, bool, String)> {
     let faults = status(dispatcher).faults.into_iter();
     let files = faults.filter(|fault| fault.kind == "socket_file_missing");
@@ -85,7 +85,7 @@ fn a_socket_file_that_was_removed_is_missed_and_a_reload_makes_it_again() {
             && faults.iter().all(|(_, on, text)| !on && text.contains("was not there"))
     });
     assert_eq!(over_tcp(&dispatcher, "/readyz").0, 200);
-    // They are what they were.
+    // The permissions are unchanged.
     let mode = |path: &Path| std::fs::metadata(path).unwrap().permissions().mode() & 0o777;
     assert_eq!((mode(&dispatcher.dispatch()), mode(&local)), (0o666, 0o600));
     let _second = dispatcher.worker("blocking", "web", "second");
@@ -95,7 +95,7 @@ fn a_socket_file_that_was_removed_is_missed_and_a_reload_makes_it_again() {
     std::io::BufRead::read_line(&mut std::io::BufReader::new(stream), &mut line).unwrap();
     assert!(line.contains(" local "), "{line}");
     live.echo("all the while");
-    // And still locked.
+    // The socket is still locked.
     let output = run(&dispatcher.dir);
     let said = String::from_utf8_lossy(&output.stderr).into_owned();
     assert!(
@@ -104,7 +104,7 @@ fn a_socket_file_that_was_removed_is_missed_and_a_reload_makes_it_again() {
     );
     assert!(said.contains(&format!("{} (dispatcher)", dispatcher.process.pid())), "{said}");
 
-    // The admin socket itself, with its lock file: a signal is what is left.
+    // The admin socket itself, with its lock file: only a signal can reload.
     for file in ["admin.sock", "admin.sock.lock"] {
         std::fs::remove_file(dispatcher.dir.join(file)).unwrap();
     }
@@ -114,7 +114,7 @@ fn a_socket_file_that_was_removed_is_missed_and_a_reload_makes_it_again() {
         http_get(&dispatcher.admin(), "/healthz").is_ok_and(|(code, _)| code == 200)
     });
     wait_for_log(&dispatcher, "event=socket_file_back socket=admin_socket");
-    // At the end nothing is left but the locks.
+    // At the end only the lock files are left.
     let mut dispatcher = dispatcher;
     assert!(dispatcher.stop().success());
     for file in ["dispatch.sock", "admin.sock", "local.sock"] {
@@ -131,7 +131,7 @@ fn a_socket_file_that_cannot_be_made_again_is_named() {
     let done = reload(&dispatcher, &BODY.replace("[pool.web]", "[pool.web]\nhistory = 3"));
     let left = names(&done["needs_restart"]);
     assert!(left.len() == 1 && left[0].contains("not a socket"), "{done}");
-    // The rest is in force.
+    // The other changes are in force.
     assert_eq!(names(&done["changed"]), ["pool web"]);
     assert_eq!(std::fs::read_to_string(dispatcher.dispatch()).unwrap(), "something else");
 }
@@ -165,7 +165,7 @@ fn a_lock_file_of_another_user_is_named_with_its_owner() {
         "{said}"
     );
     assert!(said.contains("remove it"), "{said}");
-    // In a directory that is not for us.
+    // In a directory without permission.
     std::fs::remove_file(&lock).unwrap();
     std::os::unix::fs::chown(temp.path(), Some(0), Some(0)).unwrap();
     let output = command.output().unwrap();
@@ -183,7 +183,7 @@ fn what_the_dispatcher_itself_has_is_not_said_to_be_of_another_process() {
         assert_eq!(output.status.code(), Some(78));
         String::from_utf8(output.stderr).unwrap()
     };
-    // Another name for the same file that a check of the text cannot see: a hard link.
+    // Another name for the same file that a comparison of paths cannot see: a hard link.
     std::fs::hard_link(dispatcher.dir.join("local.sock"), dispatcher.dir.join("link.sock"))
         .unwrap();
     let more = BODY.replace(
@@ -192,7 +192,7 @@ fn what_the_dispatcher_itself_has_is_not_said_to_be_of_another_process() {
     );
     let said = refused(&more.replace("ADDRESS", "\"unix:DIR/link.sock\""));
     assert!(said.contains("is in use by this dispatcher itself"), "{said}");
-    // A port that it listens on, with an address that overlaps.
+    // A port in use, with an overlapping address.
     let port = std::net::TcpListener::bind("127.0.0.1:0").unwrap().local_addr().unwrap().port();
     let fixed = |ip: &str| BODY.replace("127.0.0.1:0\"\npool", &format!("{ip}:{port}\"\npool"));
     let done = reload(&dispatcher, &fixed("127.0.0.1"));

@@ -16,11 +16,11 @@ fn thread_of(pid: i32, name: &str) -> Option<String> {
     })
 }
 
-/// Makes the next `times` waits for events of one thread fail. Ends with what this gives.
+/// Makes the next `times` waits for events of one thread fail. Ends when dropped.
 struct Failing(Child);
 
 impl Failing {
-    /// Of the thread with this name. `None`, after a notice, where that cannot be done.
+    /// For the thread of this name. `None`, after a notice, where that is not possible.
     fn waits(dispatcher: &Dispatcher, name: &str, times: u32) -> Option<Failing> {
         if !nix::unistd::geteuid().is_root() {
             skip("needs root, to trace a process that is not its child");
@@ -47,17 +47,17 @@ impl Drop for Failing {
     }
 }
 
-/// The thread that hears workers cannot wait any more: it says so and begins again, with those it knew.
+/// The handshake thread cannot wait any more: it logs the failure and continues with its workers.
 #[test]
 fn the_handshake_thread_begins_again_and_knows_its_workers() {
     let (dispatcher, address) = start_one_pool("");
     let mut before = dispatcher.worker("blocking", "web", "before");
     dispatcher.wait_joined("web", 1);
-    // One that has not said hello.
+    // A connection without a hello.
     let silent = Peer::connect(&dispatcher.dispatch());
     let Some(failing) = Failing::waits(&dispatcher, "handshakes", 3) else { return };
     let failures = || dispatcher.log().matches("event=task_failed task=handshakes error=").count();
-    // It sleeps until something happens; that there is something makes it wait again.
+    // The thread sleeps until an event; an event makes it wait again.
     wait_until("it to fail", || {
         drop(Peer::connect(&dispatcher.dispatch()));
         failures() == 3
@@ -75,7 +75,8 @@ fn the_handshake_thread_begins_again_and_knows_its_workers() {
     assert_eq!(failures(), 3);
 }
 
-/// The thread of the admin socket cannot wait any more: that is in the log at once, and clients are served.
+/// The thread of the admin socket cannot wait any more: the log says so at once, and clients are
+/// served.
 #[test]
 fn without_the_thread_of_the_admin_socket_clients_are_served() {
     let (dispatcher, address) = start_one_pool("");
@@ -91,7 +92,7 @@ fn without_the_thread_of_the_admin_socket_clients_are_served() {
     wait_for_log(&dispatcher, "event=stopped");
 }
 
-/// Threads that may be needed when the system has none left are there from the start.
+/// Threads that may be needed when the system has none left exist from the start.
 #[test]
 fn what_may_wait_has_its_threads_before_they_are_needed() {
     let (dispatcher, _) = start_one_pool("");

@@ -1,5 +1,5 @@
-//! Workers that are inside a system call on a page that does not arrive, and so hold a lock of a socket that the dispatcher
-//! has a copy of: the dispatcher's own calls on it would wait as long.
+//! Workers inside a system call on a missing page hold a lock of a socket of which the dispatcher
+//! has a copy: a call of the dispatcher on that socket would block as long.
 
 use std::thread::JoinHandle;
 
@@ -7,10 +7,10 @@ use test_support::stuck_page::StuckPage;
 
 use super::*;
 
-/// So long the lock is held, at least.
+/// The lock is held for at least this long.
 const BLOCK: Duration = Duration::from_secs(3);
 
-/// So many clients come meanwhile, at least.
+/// At least this many clients come meanwhile.
 const CLIENTS: usize = 50;
 
 fn stuck_page() -> Option<StuckPage> {
@@ -23,7 +23,7 @@ fn stuck_page() -> Option<StuckPage> {
     }
 }
 
-/// Receives without waiting, on another copy; ends when the lock is free.
+/// Receives on another copy, which blocks until the lock is free.
 fn witness(fd: &OwnedFd) -> JoinHandle<()> {
     let copy = fd.try_clone().unwrap();
     std::thread::spawn(move || {
@@ -31,7 +31,7 @@ fn witness(fd: &OwnedFd) -> JoinHandle<()> {
     })
 }
 
-/// While `others` are served, for as long as the lock is held: the hot thread's longest turn must be far shorter.
+/// Serves other clients while the lock is held: the longest turn must be far shorter.
 fn is_held_while_others_are_served(
     dispatcher: &Dispatcher,
     page: StuckPage,
@@ -52,7 +52,7 @@ fn is_held_while_others_are_served(
     assert!(longest < block / 2, "a turn took {longest:?}, the lock was held for {block:?}");
 }
 
-/// The rest of the answer to a client that a worker has disturbed: zeros of the page, and then what `end` wants.
+/// The rest of the answer to a client that a worker has disturbed: zeros of the page, up to `end`.
 fn read_until(client: &mut TcpStream, end: &str) -> String {
     client.set_read_timeout(Some(PATIENCE)).unwrap();
     let mut text = Vec::new();
@@ -87,7 +87,7 @@ fn a_worker_that_holds_the_lock_of_a_connection_that_moves_holds_up_nothing_else
     is_held_while_others_are_served(&dispatcher, page, &witness, address);
     assert_eq!(sending.join().unwrap(), 4096);
     witness.join().unwrap();
-    // It is served after all. What the other worker sent is the documented exception.
+    // The client is served in the end. The bytes of the other worker are the documented exception.
     assert!(read_until(&mut victim, "\n").starts_with("honest "));
     drop((victim, mallory, fd));
     dispatcher.wait_joined("web", 1);
@@ -118,7 +118,7 @@ fn a_worker_that_holds_the_lock_of_a_client_that_is_turned_away_holds_up_nothing
     });
     page.wait_touched();
     let witness = witness(&fd);
-    // It goes without a word; nothing else can take the client.
+    // It ends without a goodbye; no other worker can take the client.
     drop(mallory);
     dispatcher.wait_status("the refusal", |status| status.closed["no_worker"] == 1);
     is_held_while_others_are_served(&dispatcher, page, &witness, dispatcher.address("other"));
@@ -136,7 +136,7 @@ fn a_worker_that_is_inside_a_receive_on_its_channel_holds_up_nothing_else() {
     let (mut dispatcher, address) = start_one_pool("handoff_timeout = \"200ms\"");
     let before = dispatcher.fds();
     let mallory = Mallory::join(&dispatcher);
-    // A probe comes first to a worker that takes nothing, or the connection itself; either is received.
+    // A worker that takes nothing gets a probe first, or the connection itself; either is received.
     let victim = connect(address);
     let channel = mallory.lane[0].try_clone().unwrap();
     let place = page.place();
@@ -152,7 +152,8 @@ fn a_worker_that_is_inside_a_receive_on_its_channel_holds_up_nothing_else() {
     let witness = witness(&mallory.lane[0]);
     let honest = dispatcher.worker("blocking", "web", "honest");
     dispatcher.wait_status("the move", |s| worker(s, "honest").is_some_and(|w| w.taken >= 1));
-    // Its channel is to be emptied, and then it is gone, both while nothing can be received there.
+    // Its channel is to be purged, and then the worker ends, both while nothing can be received
+    // there.
     rustix::net::shutdown(&mallory.peer.socket, rustix::net::Shutdown::Both).unwrap();
     dispatcher.wait_joined("web", 1);
     is_held_while_others_are_served(&dispatcher, page, &witness, address);

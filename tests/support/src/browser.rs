@@ -1,4 +1,4 @@
-//! A headless Chromium, spoken to over its debugging pipe: JSON messages that end in a zero byte.
+//! A headless Chromium, controlled over its debugging pipe: JSON messages that end in a zero byte.
 
 use std::io::{BufRead, BufReader, Write};
 use std::process::{ChildStdin, Command, Stdio};
@@ -18,14 +18,14 @@ pub struct Browser {
     messages: Receiver<Value>,
     session: String,
     next: u64,
-    /// What the page complained of: exceptions, and what its security policy forbade.
+    /// Complaints of the page: exceptions, and violations of its security policy.
     pub complaints: Vec<Value>,
     _profile: TempDir,
 }
 
 impl Browser {
-    /// The browser of all tests that run at this time: starting one takes longer than any of them. `None`, after a
-    /// notice, where there is no Chromium.
+    /// The browser of all tests that run at this time: starting one takes longer than any test.
+    /// `None`, after a notice, where there is no Chromium.
     pub fn shared() -> Option<Arc<Mutex<Browser>>> {
         static SHARED: Mutex<Weak<Mutex<Browser>>> = Mutex::new(Weak::new());
         let mut shared = SHARED.lock().unwrap_or_else(PoisonError::into_inner);
@@ -37,7 +37,7 @@ impl Browser {
         Some(browser)
     }
 
-    /// For one test: nothing is left of the one before.
+    /// The browser for one test, without state of earlier tests.
     pub fn take(shared: &Mutex<Browser>) -> MutexGuard<'_, Browser> {
         let mut browser = shared.lock().unwrap_or_else(PoisonError::into_inner);
         browser.call("Page.navigate", json!({ "url": "about:blank" }));
@@ -54,7 +54,7 @@ impl Browser {
         }
         let profile = tempfile::tempdir().unwrap();
         let mut command = Command::new("sh");
-        // It reads from descriptor 3 and writes to 4.
+        // The browser reads from descriptor 3 and writes to 4.
         command.args(["-c", "exec \"$0\" \"$@\" 3<&0 4>&1 </dev/null >/dev/null", "chromium"]);
         command.args(["--headless", "--remote-debugging-pipe", "--no-first-run", "--disable-gpu"]);
         command.args([
@@ -63,7 +63,7 @@ impl Browser {
             "--disable-extensions",
             "--lang=en-US",
         ]);
-        // Its sandbox does not work for root; the page is our own.
+        // The sandbox does not work for root; the page is trusted.
         command.arg("--no-sandbox");
         command.arg(format!("--user-data-dir={}", profile.path().display()));
         command.stdin(Stdio::piped()).stdout(Stdio::piped()).stderr(Stdio::null());
@@ -92,14 +92,14 @@ impl Browser {
         for domain in ["Runtime", "Log", "Page", "Accessibility"] {
             browser.call(&format!("{domain}.enable"), json!({}));
         }
-        // A second of the page's is over sooner, for the sake of those who wait for the tests.
+        // Shortens a second of the page, so that the tests take less time.
         let faster = json!({ "source": "{ const slow = globalThis.setTimeout;
             globalThis.setTimeout = (then, wait, ...rest) => slow(then, wait / 10, ...rest); }" });
         browser.call("Page.addScriptToEvaluateOnNewDocument", faster);
         Some(browser)
     }
 
-    /// One command and its result.
+    /// Sends one command and returns its result.
     pub fn call(&mut self, method: &str, parameters: Value) -> Value {
         self.next += 1;
         let id = self.next;
@@ -121,7 +121,7 @@ impl Browser {
             let entry = &message["params"]["entry"];
             let complaint = match message["method"].as_str() {
                 Some("Runtime.exceptionThrown") => true,
-                // A server that is away is an error of the network, and what some tests are about.
+                // An absent server is a network error, and some tests cause it.
                 Some("Log.entryAdded") => entry["level"] == "error" && entry["source"] != "network",
                 _ => false,
             };
@@ -131,7 +131,7 @@ impl Browser {
         }
     }
 
-    /// Opens a page and waits until it is there.
+    /// Opens a page and waits until it is loaded.
     pub fn open(&mut self, url: &str) {
         self.call("Page.navigate", json!({ "url": url }));
         self.wait_true("document.readyState === 'complete' && location.href !== 'about:blank'");
@@ -155,7 +155,8 @@ impl Browser {
         wait_for(expression, || (self.value(expression) == true).then_some(()));
     }
 
-    /// A screen of this size, and what its user likes: `prefers-color-scheme`, `prefers-reduced-motion`.
+    /// Sets the screen size and the preferences `prefers-color-scheme` and
+    /// `prefers-reduced-motion`.
     pub fn screen(&mut self, width: u32, height: u32, scheme: &str, motion: &str) {
         let size =
             json!({ "width": width, "height": height, "deviceScaleFactor": 1, "mobile": false });
@@ -186,7 +187,8 @@ impl Browser {
 
 impl Drop for Browser {
     fn drop(&mut self) {
-        // Asked to, it ends with all its processes; they also end when it is killed, a moment later.
+        // The browser ends with all its processes when asked to; when it is killed, they end a
+        // moment later.
         let _ = self.write.write_all(b"{\"id\":0,\"method\":\"Browser.close\"}\0");
         let deadline = Instant::now() + Duration::from_secs(5);
         while self.process.running() && Instant::now() < deadline {

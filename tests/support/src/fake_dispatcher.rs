@@ -1,4 +1,5 @@
-//! The dispatcher's half of the protocol in its plainest form, for tests of workers over real sockets.
+//! The dispatcher's side of the protocol in its simplest form, for tests of workers over real
+//! sockets.
 
 use std::io::{IoSlice, IoSliceMut, Read};
 use std::mem::MaybeUninit;
@@ -20,7 +21,7 @@ use rustix::net::{
     recvmsg, sendmsg, shutdown, socket_with, socketpair,
 };
 
-/// Every wait of a test ends by then.
+/// The deadline of every wait.
 pub const DEADLINE: Duration = Duration::from_secs(20);
 
 /// Waits until `condition` holds; panics with `what` when it never does.
@@ -52,14 +53,14 @@ impl Default for FakeDispatcher {
 }
 
 impl FakeDispatcher {
-    /// One that listens.
+    /// A dispatcher that listens.
     pub fn new() -> FakeDispatcher {
         let mut fake = FakeDispatcher::absent();
         fake.start();
         fake
     }
 
-    /// One whose socket is not there yet.
+    /// A dispatcher whose socket does not exist yet.
     pub fn absent() -> FakeDispatcher {
         let dir = tempfile::tempdir().unwrap();
         FakeDispatcher {
@@ -116,7 +117,7 @@ impl FakeDispatcher {
         hello
     }
 
-    /// Lets the next worker in.
+    /// Accepts the next worker.
     pub fn welcome(&self) -> Peer {
         self.welcome_with(256)
     }
@@ -125,23 +126,23 @@ impl FakeDispatcher {
         self.welcome_scoring(slots, &[])
     }
 
-    /// Lets the next worker into a pool that scores by these gauges.
+    /// Accepts the next worker into a pool that scores by these gauges.
     pub fn welcome_scoring(&self, slots: u32, gauges: &[&str]) -> Peer {
         let gauges = gauges.iter().map(|name| name.parse().unwrap()).collect();
         self.welcome_as(slots, |welcome| welcome.gauges = gauges)
     }
 
-    /// Lets the next worker into a pool that knows keys.
+    /// Accepts the next worker into a pool with keys.
     pub fn welcome_with_affinity(&self) -> Peer {
         self.welcome_as(256, |welcome| welcome.features = Features::CLAIM)
     }
 
-    /// Lets the next worker in, which may then change what its hello said.
+    /// Accepts the next worker with the feature of updates.
     pub fn welcome_with_updates(&self) -> Peer {
         self.welcome_as(256, |welcome| welcome.features = Features::UPDATE)
     }
 
-    /// Lets the next worker into a pool that knows keys, and which may then change what its hello said.
+    /// Accepts the next worker into a pool with keys, with the feature of updates.
     pub fn welcome_with_affinity_and_updates(&self) -> Peer {
         let both = Features(Features::CLAIM.0 | Features::UPDATE.0);
         self.welcome_as(256, |welcome| welcome.features = both)
@@ -167,7 +168,7 @@ impl FakeDispatcher {
         let address = client.local_addr().unwrap();
         loop {
             let (accepted, peer) = self.tcp.accept().unwrap();
-            // Tests share nothing, so it is ours; but be sure.
+            // Tests share nothing, so the connection belongs to this test; check it anyway.
             if peer == address {
                 return (client, accepted);
             }
@@ -192,13 +193,13 @@ pub fn send(fd: BorrowedFd<'_>, record: &[u8], fds: &[BorrowedFd<'_>]) -> rustix
     sendmsg(fd, &[IoSlice::new(record)], &mut ancillary, flags).map(drop)
 }
 
-/// When the connections of a [`Peer`] are said to have been accepted.
+/// The time of accept that the records of a [`Peer`] state.
 fn a_second_ago() -> u64 {
     let now = std::time::SystemTime::now().duration_since(std::time::UNIX_EPOCH).unwrap();
     u64::try_from((now - Duration::from_secs(1)).as_nanos()).unwrap()
 }
 
-/// One joined worker, as the dispatcher sees it.
+/// One joined worker, from the dispatcher's side.
 pub struct Peer {
     pub hello: Hello,
     pub control: OwnedFd,
@@ -322,7 +323,8 @@ impl Peer {
         eventually("the worker counts its closes", || self.board.finished() == count);
     }
 
-    /// Sleeps until a worker rings for one of `bits`, as a dispatcher would, unless `done` holds already.
+    /// Sleeps until a worker rings for one of `bits`, as a dispatcher does, unless `done` already
+    /// holds.
     pub fn sleep_unless(&self, bits: u32, done: impl Fn(&Peer) -> bool) {
         let mut count = [0; 8];
         let _ = rustix::io::read(&self.doorbell, &mut count);
@@ -338,7 +340,8 @@ impl Peer {
         control_record(&self.control)
     }
 
-    /// Records the worker has not received, with their descriptors' count, taken back.
+    /// Takes back the records that the worker has not received; returns their number of
+    /// descriptors.
     pub fn purge(&self) -> usize {
         let mut purged = 0;
         loop {
@@ -354,7 +357,7 @@ impl Peer {
         }
     }
 
-    /// As a dispatcher that dies: everything is closed, nothing said.
+    /// Ends like a dispatcher that dies: closes everything without a goodbye.
     pub fn die(self) -> Scoreboard {
         self.board
     }
@@ -367,7 +370,7 @@ pub fn read_to_end(client: &mut TcpStream) -> Vec<u8> {
     bytes
 }
 
-/// The client's connection has not ended: it answers a write, and has nothing to read.
+/// Whether the client's connection is open: it accepts a write, and has nothing to read.
 pub fn is_open(client: &TcpStream) -> bool {
     client.set_nonblocking(true).unwrap();
     let result = client.peek(&mut [0]);

@@ -1,6 +1,7 @@
-//! Helpers of the whole-process tests: a real dispatcher, real workers, real clients.
+//! Helpers of the whole-process tests: real dispatchers, workers and clients.
 //!
-//! Everything started here is killed when it goes out of scope. Waiting is always for a condition, with a deadline.
+//! Everything started here is killed when it goes out of scope. Every wait is for a condition, with
+//! a deadline.
 #![allow(clippy::unwrap_used, clippy::expect_used, reason = "in a test a panic is the report")]
 #![allow(missing_debug_implementations, reason = "only tests use these")]
 
@@ -30,7 +31,7 @@ use nix::sys::signal::{Signal, kill};
 use nix::unistd::Pid;
 use tempfile::TempDir;
 
-/// Long enough for a loaded machine; a test that needs it has failed anyway.
+/// Enough time on a loaded machine; a test that exceeds it has failed.
 pub const PATIENCE: Duration = Duration::from_secs(60);
 
 /// Waits until `condition` gives a value.
@@ -50,7 +51,7 @@ pub fn wait_until(what: &str, mut condition: impl FnMut() -> bool) {
     wait_for(what, || condition().then_some(()));
 }
 
-/// Says visibly that a test is skipped, and why; fails instead where everything must run.
+/// Reports visibly that a test is skipped, and why; fails instead where every test must run.
 pub fn skip(reason: &str) {
     assert!(
         std::env::var_os("REQUIRE_ALL").is_none_or(|value| value != "1"),
@@ -60,7 +61,7 @@ pub fn skip(reason: &str) {
     let _ = writeln!(std::io::stderr(), "SKIPPED: {reason}");
 }
 
-/// Raises this process's descriptor limit; false (after a notice) if `wanted` cannot be had.
+/// Raises this process's descriptor limit; false (after a notice) if `wanted` is not allowed.
 pub fn descriptors(wanted: u64) -> bool {
     let (soft, hard) = getrlimit(Resource::RLIMIT_NOFILE).unwrap();
     if soft < hard {
@@ -78,12 +79,12 @@ pub fn dispatcher_bin() -> &'static str {
     PATH.get_or_init(|| built("dispatcher").into_os_string().into_string().unwrap())
 }
 
-/// A built example.
+/// The path of a built example.
 pub fn example(name: &str) -> PathBuf {
     built(&format!("examples/{name}"))
 }
 
-/// A program of this build: it is found from where the running test is.
+/// The path of a program of this build, relative to the running test.
 fn built(path: &str) -> PathBuf {
     let mut directory = std::env::current_exe().unwrap();
     directory.pop();
@@ -115,13 +116,13 @@ impl Process {
         kill(Pid::from_raw(self.pid()), signal).unwrap();
     }
 
-    /// SIGKILL, and waits for its end.
+    /// Sends SIGKILL and waits for the end.
     pub fn kill(&mut self) {
         let _ = self.child.kill();
         let _ = self.child.wait();
     }
 
-    /// Waits for its own end.
+    /// Waits until the process ends by itself.
     pub fn wait(&mut self) -> ExitStatus {
         let name = self.name.clone();
         wait_for(&format!("the end of {name}"), || self.child.try_wait().unwrap())
@@ -131,15 +132,15 @@ impl Process {
         self.child.try_wait().unwrap().is_none()
     }
 
-    /// Leaves the process only `spare` more descriptors; `None` gives back what it had.
+    /// Leaves the process only `spare` more descriptors; `None` restores the limit.
     pub fn limit_descriptors(&self, spare: Option<usize>) {
         let most = rustix::process::getrlimit(rustix::process::Resource::Nofile).maximum;
-        // The limit is on numbers, not on how many there are.
+        // The limit applies to descriptor numbers, not to their count.
         let free = |number: &u64| !Path::new(&format!("/proc/{}/fd/{number}", self.pid())).exists();
         let lowest_forbidden = spare.and_then(|spare| (0..).filter(free).nth(spare));
         let current = lowest_forbidden.or(most);
         let limit = rustix::process::Rlimit { current, maximum: most };
-        // It fails when the process has just ended.
+        // Fails if the process has just ended.
         let pid = rustix::process::Pid::from_raw(self.pid());
         let _ = rustix::process::prlimit(pid, rustix::process::Resource::Nofile, limit);
     }
@@ -178,7 +179,8 @@ pub fn write_config(dir: &Path, body: &str) {
 }
 
 impl Dispatcher {
-    /// Starts with this configuration (sockets are added; use port 0) and waits until it serves.
+    /// Starts with this configuration (sockets are added; use port 0) and waits until the
+    /// dispatcher serves.
     pub fn start(body: &str) -> Dispatcher {
         let temp = configure(body);
         let mut dispatcher = Dispatcher::start_in(temp.path());
@@ -191,21 +193,21 @@ impl Dispatcher {
         Dispatcher::start_as(dir, Command::new(dispatcher_bin()).env_remove("NOTIFY_SOCKET"))
     }
 
-    /// The same with a command that ends in the program's own name.
+    /// Starts with a command to which the program's name is appended.
     pub fn start_as(dir: &Path, command: &mut Command) -> Dispatcher {
         let log = File::options().create(true).append(true).open(dir.join("log")).unwrap();
         command.args(["run", "--config"]).arg(dir.join("dispatcher.toml")).stderr(log);
         Dispatcher::start_by(dir, command)
     }
 
-    /// The same with another place for the log.
+    /// Starts with another destination for the log.
     pub fn start_logging_to(dir: &Path, log: Stdio) -> Dispatcher {
         let mut command = Command::new(dispatcher_bin());
         command.args(["run", "--config"]).arg(dir.join("dispatcher.toml")).stderr(log);
         Dispatcher::start_by(dir, command.env_remove("NOTIFY_SOCKET"))
     }
 
-    /// The same by a command that becomes the dispatcher.
+    /// Starts by a command that becomes the dispatcher.
     pub fn start_by(dir: &Path, command: &mut Command) -> Dispatcher {
         command.env("DISPATCHER_LOG", "debug").stdin(Stdio::null()).stdout(Stdio::null());
         let process = Process::start("dispatcher", command);
@@ -218,7 +220,7 @@ impl Dispatcher {
         dispatcher
     }
 
-    /// Its directory goes when it does.
+    /// Removes the directory when the dispatcher is dropped.
     pub fn keep(&mut self, temp: TempDir) {
         self._temp = Some(temp);
     }
@@ -247,7 +249,7 @@ impl Dispatcher {
         status
     }
 
-    /// The sum of a metric's series.
+    /// The sum of all series of a metric.
     pub fn metric(&self, name: &str) -> f64 {
         let (code, body) = http_get(&self.admin(), "/metrics").unwrap();
         assert_eq!(code, 200, "{body}");
@@ -318,7 +320,8 @@ impl Dispatcher {
         });
     }
 
-    /// Serves clients until every worker has shown several times that it takes connections; none of them stays.
+    /// Serves clients until every worker has shown several times that it takes connections; no
+    /// client stays.
     pub fn prove_all(&self, address: SocketAddr) {
         self.wait_status("all workers to take connections", |status| {
             let workers = || status.pools.iter().flat_map(|pool| &pool.workers);
@@ -329,14 +332,14 @@ impl Dispatcher {
         });
     }
 
-    /// SIGTERM, and waits for the end.
+    /// Sends SIGTERM and waits for the end.
     pub fn stop(&mut self) -> ExitStatus {
         self.process.signal(Signal::SIGTERM);
         self.process.wait()
     }
 }
 
-/// Processes that this one has started and not yet buried.
+/// Children of a process that are not reaped.
 pub fn children_of(parent: i32) -> Vec<i32> {
     let is_child = |pid: &i32| {
         let stat = std::fs::read_to_string(format!("/proc/{pid}/stat")).unwrap_or_default();
@@ -350,7 +353,8 @@ pub fn children_of(parent: i32) -> Vec<i32> {
 
 impl Drop for Dispatcher {
     fn drop(&mut self) {
-        // Its own workers would serve on without it. Stopped, it neither starts others nor gives their ids away.
+        // Its workers would continue without it. A stopped dispatcher neither starts processes nor
+        // reaps them.
         if self.process.child.try_wait().is_ok_and(|status| status.is_none()) {
             self.process.signal(Signal::SIGSTOP);
             for pid in children_of(self.process.pid()) {

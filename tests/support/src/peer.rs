@@ -1,4 +1,4 @@
-//! A worker made by hand: it speaks the protocol record by record, and does with each step as it likes.
+//! A hand-made worker: it speaks the protocol record by record, and can deviate at each step.
 
 use std::io::{IoSlice, IoSliceMut};
 use std::mem::MaybeUninit;
@@ -13,7 +13,7 @@ use rustix::net::{
 
 use crate::PATIENCE;
 
-/// A peer on the dispatch socket that sends what it likes.
+/// A peer on the dispatch socket that sends arbitrary records.
 pub struct Peer {
     pub socket: OwnedFd,
 }
@@ -60,7 +60,7 @@ impl Peer {
         refused
     }
 
-    /// Joins properly; the channel, the scoreboard, the eventfd.
+    /// Joins properly; returns the channel, the scoreboard, the eventfd.
     pub fn join(&self, hello: &Hello) -> (Welcome, Vec<OwnedFd>) {
         self.send(&encode(hello), &[]).unwrap();
         let (record, fds) = self.receive().expect("an answer");
@@ -72,7 +72,7 @@ impl Peer {
     }
 
     pub fn ended(&self) -> bool {
-        // A record may still be queued (a refusal); what counts is that the end follows.
+        // A record may still be queued (a refusal); the end must follow.
         for _ in 0..2 {
             if self.receive().is_none() {
                 return true;
@@ -86,7 +86,7 @@ pub fn receive(socket: &OwnedFd) -> Option<(Vec<u8>, Vec<OwnedFd>)> {
     receive_with(socket, RecvFlags::empty())
 }
 
-/// The same with other flags, such as PEEK.
+/// Receives with other flags, such as PEEK.
 pub fn receive_with(socket: &OwnedFd, flags: RecvFlags) -> Option<(Vec<u8>, Vec<OwnedFd>)> {
     let mut record = vec![0; 16 * 1024];
     let mut space = vec![MaybeUninit::uninit(); rustix::cmsg_space!(ScmRights(253))];

@@ -1,4 +1,4 @@
-//! Reloading, for the tests of it.
+//! Helpers for tests of reloads.
 
 use std::io::{BufRead, BufReader, Read};
 use std::process::{Command, Output, Stdio};
@@ -13,7 +13,7 @@ pub fn run(dispatcher: &Dispatcher, arguments: &[&str]) -> Output {
     command.output().unwrap()
 }
 
-/// Reloads with this configuration, which must be good; what was done.
+/// Reloads with this configuration, which must be valid; returns the changes.
 pub fn reload(dispatcher: &Dispatcher, body: &str) -> Value {
     write_config(&dispatcher.dir, body);
     let output = run(dispatcher, &["reload", "--json"]);
@@ -31,7 +31,8 @@ pub fn listener(name: &str, address: &str, pool: &str, keys: &str) -> String {
     )
 }
 
-/// The name of the worker that serves it. A worker does not know the name of a listener that came after it.
+/// The name of the worker that serves a connection. A worker does not know the names of listeners
+/// that were added later.
 pub fn served_by(stream: impl Read) -> String {
     let mut line = String::new();
     BufReader::new(stream).read_line(&mut line).unwrap();

@@ -1,10 +1,10 @@
-//! What the status page shows, read from its document and compared with the JSON.
+//! Reads the content of the status page from its document and compares it with the JSON.
 
 use dispatcher::api::status::Status;
 
 use crate::browser::Browser;
 
-/// What the page shows of a table: the text of each cell, by row.
+/// The cells of a table on the page, by row.
 pub fn rows(body: &str) -> String {
     format!(
         "[...document.querySelectorAll('#{body} > tr')].map((row) => [...row.children].map((cell) => cell.innerText.trim()))"
@@ -15,13 +15,13 @@ pub fn cells(browser: &mut Browser, body: &str) -> Vec<Vec<String>> {
     serde_json::from_value(browser.value(&rows(body))).unwrap()
 }
 
-/// The digits of a number that is written for people.
+/// The digits of a formatted number.
 pub fn digits(text: &str) -> u64 {
     let digits: String = text.chars().filter(char::is_ascii_digit).collect();
     digits.parse().unwrap_or_else(|_| panic!("no number: {text:?}"))
 }
 
-/// A number with at most one decimal, as the page writes it.
+/// A number with at most one decimal, in the page's format.
 pub fn decimal(text: &str) -> f64 {
     text.replace(',', "").parse().unwrap_or_else(|_| panic!("no number: {text:?}"))
 }
@@ -30,7 +30,7 @@ pub fn same<T: PartialEq + std::fmt::Debug>(what: &str, shown: T, said: T) -> Re
     (shown == said).then_some(()).ok_or_else(|| format!("{what}: {shown:?} and not {said:?}"))
 }
 
-/// For what is written with fewer decimals than it has, or measured in pixels.
+/// Compares numbers that the page rounds, or that are measured in pixels.
 pub fn near(what: &str, shown: f64, said: f64, within: f64) -> Result<(), String> {
     let near = (shown - said).abs() <= within;
     near.then_some(()).ok_or_else(|| format!("{what}: {shown} and not {said}"))
@@ -76,7 +76,7 @@ pub fn equals(browser: &mut Browser, status: &Status) -> Result<(), String> {
     if !about.starts_with(&format!("{}, pid {}, up ", status.version, status.pid)) {
         return Err(format!("nothing of this dispatcher is shown yet: {about}"));
     }
-    // First, as it changes every second.
+    // First, because it changes every second.
     chart_equals(browser, &status.accepted_per_second)?;
     let workers =
         || status.pools.iter().flat_map(|pool| pool.workers.iter().map(move |w| (pool, w)));

@@ -1,5 +1,5 @@
-//! A page of memory that does not arrive until it is released: a system call that reads or writes it waits inside the
-//! kernel, with whatever locks it holds there.
+//! A page of memory that is missing until it is released: a system call that reads or writes it
+//! blocks inside the kernel and keeps the locks that it holds.
 #![allow(unsafe_code, reason = "userfaultfd has no safe wrapper")]
 
 use std::io;
@@ -8,10 +8,10 @@ use std::ptr;
 
 use rustix::event::{PollFd, PollFlags, Timespec};
 
-/// So long are the page and what is sent from it.
+/// The length of the page and of the data sent from it.
 const LENGTH: usize = 4096;
 
-/// `UFFDIO_API`, and what it takes.
+/// `UFFDIO_API` and its argument.
 const API: libc::c_ulong = 0xc018_aa3f;
 
 #[repr(C)]
@@ -21,7 +21,7 @@ struct ApiRequest {
     ioctls: u64,
 }
 
-/// `UFFDIO_REGISTER`, and what it takes.
+/// `UFFDIO_REGISTER` and its argument.
 const REGISTER: libc::c_ulong = 0xc020_aa00;
 
 /// `UFFDIO_REGISTER_MODE_MISSING`.
@@ -37,22 +37,23 @@ struct RegisterRequest {
 
 /// Released when it is dropped.
 pub struct StuckPage {
-    /// The userfaultfd: once it is closed, the page is like any other.
+    /// The userfaultfd: once it is closed, the page behaves like any other.
     faults: OwnedFd,
     place: Place,
 }
 
-/// Where the page is. Never unmapped, so it may outlive the rest.
+/// The address of the page. It is never unmapped, so this value may outlive the page.
 #[derive(Clone, Copy)]
 pub struct Place(usize);
 
 impl StuckPage {
     /// # Errors
-    /// Where this process may not have such pages: userfaultfd needs root or a setting.
+    ///
+    /// When this process may not use userfaultfd: it needs root or a setting.
     pub fn new() -> io::Result<StuckPage> {
-        // One that can block cannot be polled.
+        // A blocking userfaultfd cannot be polled.
         let flags = libc::O_CLOEXEC | libc::O_NONBLOCK;
-        // SAFETY: the call takes flags and gives a descriptor or an error.
+        // SAFETY: the call takes flags and returns a descriptor or an error.
         let number = unsafe { libc::syscall(libc::SYS_userfaultfd, flags) };
         let number = i32::try_from(number).map_err(io::Error::other)?;
         if number < 0 {
@@ -61,18 +62,18 @@ impl StuckPage {
         // SAFETY: the descriptor is new and nothing else has it.
         let faults = unsafe { OwnedFd::from_raw_fd(number) };
         let mut api = ApiRequest { api: 0xaa, features: 0, ioctls: 0 };
-        // SAFETY: `api` is what this request reads and writes.
+        // SAFETY: this request reads and writes `api`, which lives across the call.
         check(unsafe { libc::ioctl(faults.as_raw_fd(), API, &raw mut api) })?;
         let access = libc::PROT_READ | libc::PROT_WRITE;
         let kind = libc::MAP_PRIVATE | libc::MAP_ANONYMOUS;
-        // SAFETY: a new mapping, at a place that the kernel chooses.
+        // SAFETY: a new mapping, at an address that the kernel chooses.
         let page = unsafe { libc::mmap(ptr::null_mut(), LENGTH, access, kind, -1, 0) };
         if page == libc::MAP_FAILED {
             return Err(io::Error::last_os_error());
         }
         let start = page as u64;
         let mut range = RegisterRequest { start, length: LENGTH as u64, mode: MISSING, ioctls: 0 };
-        // SAFETY: `range` is what this request reads and writes, and the mapping is ours.
+        // SAFETY: this request reads and writes `range`; the mapping belongs to this function.
         check(unsafe { libc::ioctl(faults.as_raw_fd(), REGISTER, &raw mut range) })?;
         Ok(StuckPage { faults, place: Place(page as usize) })
     }
@@ -81,7 +82,7 @@ impl StuckPage {
         self.place
     }
 
-    /// Waits until a call is stuck.
+    /// Waits until a call is blocked on the page.
     pub fn wait_touched(&self) {
         let mut ready = [PollFd::new(&self.faults, PollFlags::IN)];
         let patience = Timespec::try_from(crate::PATIENCE).unwrap();
@@ -95,7 +96,7 @@ fn check(result: libc::c_int) -> io::Result<()> {
 }
 
 impl Place {
-    /// `send` of the page. It holds the lock of a TCP socket while the page is missing.
+    /// Sends the page. The call holds the lock of a TCP socket while the page is missing.
     pub fn send(self, socket: impl AsFd) -> isize {
         let flags = libc::MSG_NOSIGNAL;
         let socket = socket.as_fd().as_raw_fd();
@@ -103,7 +104,8 @@ impl Place {
         unsafe { libc::send(socket, self.0 as *const libc::c_void, LENGTH, flags) }
     }
 
-    /// `recv` into the page. On a Unix socket it keeps all others from receiving there while the page is missing.
+    /// Receives into the page. On a Unix socket the call blocks every other receive while the page
+    /// is missing.
     pub fn receive(self, socket: impl AsFd) -> isize {
         let socket = socket.as_fd().as_raw_fd();
         // SAFETY: as above.

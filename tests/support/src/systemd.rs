@@ -1,4 +1,5 @@
-//! A machine of our own: a real systemd in private namespaces, with the units of `etc/` and a worker.
+//! A machine for tests: a real systemd in private namespaces, with the units of `etc/` and a
+//! worker.
 
 use std::fs::File;
 use std::net::{SocketAddr, TcpListener};
@@ -15,7 +16,7 @@ use crate::{
     assert_conserved, dispatcher_bin, example, http_get, pool, skip, wait_for, wait_until,
 };
 
-/// What any systemd needs, as empty as possible: nothing of the host is started.
+/// Units that every systemd needs, as empty as possible: nothing of the host is started.
 const STUBS: [&str; 9] = [
     "basic.target",
     "default.target",
@@ -28,10 +29,10 @@ const STUBS: [&str; 9] = [
     "umount.target",
 ];
 
-/// The units under test, verbatim. What the tests change is in drop-ins, below.
+/// The units under test, unchanged. Drop-ins below contain the changes of the tests.
 const UNITS: [&str; 3] = ["dispatcher.service", "dispatcher.socket", "dispatcher-dispatch.socket"];
 
-/// Other paths, and a log to read. Everything else is as shipped, the hardening too.
+/// Other paths, and a log to read. Everything else is as shipped, including the hardening.
 const SERVICE: &str = "\
 [Service]
 ExecStart=
@@ -50,7 +51,7 @@ Environment=DISPATCH_SOCKET=/run/dispatcher/dispatch.sock DISPATCH_POOL=web DISP
 StandardError=append:/run/test/worker-log
 ";
 
-/// Everything by name, as the comments in the units say.
+/// Every socket by name, as the comments in the units say.
 pub const CONFIG: &str = r#"
 dispatch_socket = "systemd:dispatch"
 
@@ -75,12 +76,12 @@ pub struct Machine {
 }
 
 impl Machine {
-    /// Boots; `None`, after a notice, where that is impossible.
+    /// Boots the machine; `None`, after a notice, where that is impossible.
     pub fn boot() -> Option<Machine> {
         Machine::boot_as(false)
     }
 
-    /// One that is as empty as a new one, on which programs can be installed. Its network is its own.
+    /// Boots an empty machine on which programs can be installed. Its network is separate.
     pub fn boot_to_install() -> Option<Machine> {
         Machine::boot_as(true)
     }
@@ -105,7 +106,7 @@ impl Machine {
             .args([&tests.join("boot-systemd"), dir.path(), Path::new(dispatcher_bin())])
             .arg(example("test-worker"))
             .envs(installs.then_some(("MACHINE_INSTALLS", "1")))
-            // Ctrl-C is for the test; this one then still tidies up.
+            // Ctrl-C is for the test; the machine is then still cleaned up.
             .process_group(0)
             .stdin(Stdio::piped())
             .stdout(log.try_clone().unwrap())
@@ -133,12 +134,12 @@ impl Machine {
         assert!(ended.is_none(), "no systemd, {ended:?}: {}", log());
     }
 
-    /// A path as the machine has it.
+    /// The path inside the machine.
     pub fn inside(&self, path: &str) -> PathBuf {
         PathBuf::from(format!("/proc/{}/root{path}", self.pid))
     }
 
-    /// A command in the machine.
+    /// Runs a command in the machine.
     pub fn run(&self, program: &str, arguments: &[&str]) -> Output {
         let mut known = "/run/test/units".to_owned();
         let mut command = Command::new("nsenter");
@@ -166,7 +167,7 @@ impl Machine {
         (text.trim_end().to_owned(), output.status.success())
     }
 
-    /// `systemctl`, which must succeed.
+    /// Runs `systemctl`, which must succeed.
     pub fn order(&self, arguments: &[&str]) {
         let (text, success) = self.systemctl(arguments);
         assert!(success, "systemctl {arguments:?}: {text}\n{}", self.log());
@@ -240,7 +241,7 @@ fn possible() -> Result<(), String> {
     if !systemd.iter().any(|path| Path::new(path).exists()) {
         return Err("needs systemd to be installed".to_owned());
     }
-    // All that the helper needs and a container may forbid.
+    // Everything that the helper needs and that a container may forbid.
     let attempt = "mount -t tmpfs tmpfs /sys/fs/cgroup && mount -t cgroup2 cgroup2 /sys/fs/cgroup && \
                    test -w \"/sys/fs/cgroup$(sed -n s/^0:://p /proc/self/cgroup)/cgroup.procs\"";
     let output = Command::new("unshare")
@@ -274,13 +275,13 @@ fn write_units(units: &Path, address: SocketAddr) {
     std::fs::write(units.join("worker@.service"), WORKER).unwrap();
 }
 
-/// A free port. systemd cannot be asked to choose one, so it is looked for on an address that only this machine has: nobody
-/// else can take it meanwhile.
+/// A free port. systemd cannot choose one, so the port is chosen on an address that only this
+/// machine uses: no other test can take it meanwhile.
 fn free_address() -> SocketAddr {
     static NEXT: AtomicU32 = AtomicU32::new(0);
     let machine = NEXT.fetch_add(1, Ordering::Relaxed);
     let [_, a, b, c] = (std::process::id() * 16 + machine % 16).to_be_bytes();
-    // 127.0.x.x is where everybody else is.
+    // The other tests use 127.0.x.x.
     let ip = [127, a | 0x80, b, c.max(1)];
     TcpListener::bind((std::net::Ipv4Addr::from(ip), 0)).unwrap().local_addr().unwrap()
 }
