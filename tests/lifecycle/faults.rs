@@ -130,7 +130,7 @@ fn stopped_between_receiving_and_taking_then_continued() {
 }
 
 #[test]
-fn an_application_that_takes_one_of_many_and_hangs_gives_up_the_rest() {
+fn an_application_that_hangs_after_one_take_loses_the_rest() {
     let (dispatcher, address) = start_one_pool(QUICK);
     let slow = own_worker(&dispatcher, "slow");
     dispatcher.wait_joined("web", 1);
@@ -231,7 +231,7 @@ fn a_client_that_resets_in_flight_is_delivered_as_accept_would() {
 }
 
 #[test]
-fn a_client_that_resets_while_queued_is_dropped_and_one_that_half_closes_is_not() {
+fn a_reset_drops_a_queued_client_and_a_half_close_does_not() {
     let (dispatcher, address) =
         start_one_pool("handoff_timeout = \"10m\"\nwait_for_worker = \"10m\"");
     let mut workers = dispatcher.workers("blocking", "web", 1);
@@ -260,7 +260,7 @@ fn a_client_that_resets_while_queued_is_dropped_and_one_that_half_closes_is_not(
 }
 
 #[test]
-fn a_worker_that_meddles_with_the_shared_channel_blocks_and_leaks_nothing() {
+fn a_worker_that_alters_its_channel_blocks_and_leaks_nothing() {
     let (dispatcher, address) = start_one_pool(QUICK);
     let _other = dispatcher.worker("blocking", "web", "other");
     dispatcher.wait_joined("web", 1);
@@ -306,7 +306,7 @@ fn what_was_sent_survives_the_dispatcher() {
 }
 
 #[test]
-fn a_stop_that_runs_out_of_time_sends_what_it_holds_to_whoever_is_there() {
+fn a_stop_that_runs_out_of_time_sends_queued_clients_anywhere() {
     let body = one_pool("handoff_timeout = \"50ms\"");
     let mut dispatcher = Dispatcher::start(&format!("stop_timeout = \"300ms\"\n\n{body}"));
     let address = dispatcher.address("web");

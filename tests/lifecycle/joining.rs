@@ -68,7 +68,7 @@ fn a_worker_joins_and_leaves() {
 }
 
 #[test]
-fn live_connections_are_counted_after_a_restart_of_the_dispatcher() {
+fn live_connections_are_counted_after_a_restart() {
     for flavour in ["blocking", "tokio", "mio"] {
         let temp = configure(PATIENT);
         let mut dispatcher = Dispatcher::start_in(temp.path());

@@ -195,7 +195,7 @@ fn the_mode_of_a_socket_file_changes() {
 }
 
 #[test]
-fn who_is_turned_away_is_told_the_new_words() {
+fn a_client_that_is_turned_away_gets_the_new_response() {
     let body = "wait_for_worker = \"0s\"\nunavailable_response = \"DIR/sorry\"";
     let temp = tempfile::tempdir().unwrap();
     let sorry = temp.path().join("sorry");

@@ -166,7 +166,7 @@ fn descriptors_in_flight(user: u32) -> Vec<OwnedFd> {
 }
 
 #[test]
-fn a_user_with_too_many_descriptors_in_flight_makes_clients_wait() {
+fn too_many_descriptors_in_flight_make_clients_wait() {
     use std::os::unix::process::CommandExt;
     if !rustix::process::geteuid().is_root() {
         return skip("only root can start a dispatcher as another user");

@@ -27,7 +27,7 @@ pool = "web"
 
 /// Runs `misbehave` against a dispatcher that serves at the same time; afterwards the dispatcher
 /// still serves and has no more descriptors.
-fn nobody_else_notices(misbehave: impl FnOnce(&Dispatcher)) -> Dispatcher {
+fn without_effect_on_others(misbehave: impl FnOnce(&Dispatcher)) -> Dispatcher {
     let dispatcher = Dispatcher::start(CONFIG);
     let _worker = dispatcher.worker("blocking", "web", "honest");
     dispatcher.wait_joined("web", 1);
@@ -55,7 +55,7 @@ fn logged(dispatcher: &Dispatcher, text: &str) {
 
 #[test]
 fn a_hello_of_another_version() {
-    let dispatcher = nobody_else_notices(|dispatcher| {
+    let dispatcher = without_effect_on_others(|dispatcher| {
         let peer = Peer::connect(&dispatcher.dispatch());
         peer.send(&encode(&Hello { version: 99, ..hello() }), &[]).unwrap();
         let refused = peer.refusal();
@@ -67,7 +67,7 @@ fn a_hello_of_another_version() {
 
 #[test]
 fn a_hello_for_a_pool_that_does_not_exist() {
-    let dispatcher = nobody_else_notices(|dispatcher| {
+    let dispatcher = without_effect_on_others(|dispatcher| {
         let peer = Peer::connect(&dispatcher.dispatch());
         peer.send(&encode(&Hello { pool: "wbe".to_owned(), ..hello() }), &[]).unwrap();
         let refused = peer.refusal();
@@ -79,7 +79,7 @@ fn a_hello_for_a_pool_that_does_not_exist() {
 
 #[test]
 fn a_hello_with_a_name_that_cannot_be_seen() {
-    let dispatcher = nobody_else_notices(|dispatcher| {
+    let dispatcher = without_effect_on_others(|dispatcher| {
         // A zero-width space, a right-to-left override, a Hangul filler, a line separator, a byte-order mark.
         for hidden in ["\u{200b}", "\u{202e}", "\u{3164}", "\u{2028}", "\u{feff}"] {
             for hello in [
@@ -104,7 +104,7 @@ fn a_hello_with_a_name_that_cannot_be_seen() {
 
 #[test]
 fn a_hello_that_is_too_short() {
-    let dispatcher = nobody_else_notices(|dispatcher| {
+    let dispatcher = without_effect_on_others(|dispatcher| {
         let whole = encode(&hello());
         for len in 1..whole.len() {
             let peer = Peer::connect(&dispatcher.dispatch());
@@ -117,7 +117,7 @@ fn a_hello_that_is_too_short() {
 
 #[test]
 fn a_hello_that_is_too_long() {
-    let dispatcher = nobody_else_notices(|dispatcher| {
+    let dispatcher = without_effect_on_others(|dispatcher| {
         let mut record = encode(&hello());
         // A well-formed but too long TLV of an unknown type.
         record.extend_from_slice(&[0xff, 0x7f, 0x00, 0x20]);
@@ -132,7 +132,7 @@ fn a_hello_that_is_too_long() {
 #[test]
 fn a_hello_with_descriptors() {
     let mut refused_by_the_kernel = false;
-    let dispatcher = nobody_else_notices(|dispatcher| {
+    let dispatcher = without_effect_on_others(|dispatcher| {
         for count in [1, 2, 253] {
             let file = std::fs::File::open("/dev/null").unwrap();
             let fds = vec![file.as_fd(); count];
@@ -152,7 +152,7 @@ fn a_hello_with_descriptors() {
 
 #[test]
 fn anything_but_hello_first() {
-    let dispatcher = nobody_else_notices(|dispatcher| {
+    let dispatcher = without_effect_on_others(|dispatcher| {
         let mut goodbye = Vec::new();
         Goodbye.encode(&mut goodbye);
         let peer = Peer::connect(&dispatcher.dispatch());
@@ -164,7 +164,7 @@ fn anything_but_hello_first() {
 
 #[test]
 fn a_second_hello_and_descriptors_after_the_first() {
-    let dispatcher = nobody_else_notices(|dispatcher| {
+    let dispatcher = without_effect_on_others(|dispatcher| {
         let peer = Peer::connect(&dispatcher.dispatch());
         let _lane = peer.join(&hello());
         peer.send(&encode(&hello()), &[]).unwrap();
@@ -186,7 +186,7 @@ fn a_second_hello_and_descriptors_after_the_first() {
 
 #[test]
 fn the_channel_carries_nothing_towards_the_dispatcher() {
-    nobody_else_notices(|dispatcher| {
+    without_effect_on_others(|dispatcher| {
         let peer = Peer::connect(&dispatcher.dispatch());
         let (_, lane) = peer.join(&hello());
         let on_channel = Peer { socket: lane[0].try_clone().unwrap() };
@@ -196,7 +196,7 @@ fn the_channel_carries_nothing_towards_the_dispatcher() {
 
 #[test]
 fn silence_and_crowds_before_hello() {
-    let dispatcher = nobody_else_notices(|dispatcher| {
+    let dispatcher = without_effect_on_others(|dispatcher| {
         let crowd: Vec<Peer> = (0..20).map(|_| Peer::connect(&dispatcher.dispatch())).collect();
         let refused: Vec<_> = crowd.iter().filter_map(Peer::receive).collect();
         assert_eq!(refused.len(), 12, "eight may be silent for a while");
@@ -216,8 +216,8 @@ fn served_before() -> Hello {
 }
 
 #[test]
-fn an_impossible_slot_state_costs_the_worker_its_place_and_nobody_a_connection() {
-    let dispatcher = nobody_else_notices(|dispatcher| {
+fn an_impossible_slot_state_expels_the_worker_alone() {
+    let dispatcher = without_effect_on_others(|dispatcher| {
         let peer = Peer::connect(&dispatcher.dispatch());
         let (welcome, mut lane) = peer.join(&served_before());
         let board =
@@ -244,7 +244,7 @@ fn an_impossible_slot_state_costs_the_worker_its_place_and_nobody_a_connection()
 
 #[test]
 fn a_lying_counter_is_clamped_and_named() {
-    let dispatcher = nobody_else_notices(|dispatcher| {
+    let dispatcher = without_effect_on_others(|dispatcher| {
         let peer = Peer::connect(&dispatcher.dispatch());
         let (welcome, mut lane) = peer.join(&hello());
         let board =
@@ -259,7 +259,7 @@ fn a_lying_counter_is_clamped_and_named() {
 
 #[test]
 fn counters_that_go_back_or_are_absurd_are_clamped_and_named() {
-    let dispatcher = nobody_else_notices(|dispatcher| {
+    let dispatcher = without_effect_on_others(|dispatcher| {
         // 2^63 live connections: it can join, and counts as full.
         let absurd = Peer::connect(&dispatcher.dispatch());
         let _lane = absurd.join(&Hello { base: u64::MAX / 2, ..hello() });
@@ -300,8 +300,8 @@ fn counters_that_go_back_or_are_absurd_are_clamped_and_named() {
 }
 
 #[test]
-fn a_scoreboard_cannot_be_cut_and_scribbling_over_it_costs_only_the_scribbler() {
-    nobody_else_notices(|dispatcher| {
+fn garbage_in_a_scoreboard_expels_only_its_worker() {
+    without_effect_on_others(|dispatcher| {
         let address = dispatcher.address("web");
         for round in 0_u8..20 {
             let peer = Peer::connect(&dispatcher.dispatch());
@@ -338,7 +338,7 @@ fn a_scoreboard_cannot_be_cut_and_scribbling_over_it_costs_only_the_scribbler() 
 
 #[test]
 fn ten_thousand_random_records() {
-    nobody_else_notices(|dispatcher| {
+    without_effect_on_others(|dispatcher| {
         // xorshift: the same garbage in every run.
         let mut random = 0x9e37_79b9_7f4a_7c15_u64;
         let mut next = || {
@@ -379,7 +379,7 @@ fn the_wrong_user() {
     if !rustix::process::geteuid().is_root() {
         return skip("only root can connect as another user");
     }
-    let dispatcher = nobody_else_notices(|dispatcher| {
+    let dispatcher = without_effect_on_others(|dispatcher| {
         use std::os::unix::fs::PermissionsExt;
         std::fs::set_permissions(&dispatcher.dir, std::fs::Permissions::from_mode(0o755)).unwrap();
         let path = dispatcher.dispatch();

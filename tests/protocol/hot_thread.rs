@@ -83,7 +83,7 @@ fn a_record_with_a_descriptor_that_lingers_holds_nothing_up() {
 }
 
 #[test]
-fn a_client_of_a_unix_listener_that_leaves_traps_in_its_queue_holds_nothing_up() {
+fn traps_in_the_queue_of_a_unix_client_hold_nothing_up() {
     let local = "[[listener]]\nname = \"local\"\naddress = \"unix:DIR/local.sock\"\npool = \"local\"\n\
                  [pool.local]\nwait_for_worker = \"0s\"\nunavailable_response = \"DIR/sorry\"\n";
     let temp = configure(&format!("{local}{}", one_pool("")));
@@ -158,7 +158,7 @@ impl Mallory {
 }
 
 #[test]
-fn a_worker_that_keeps_a_trap_in_its_channel_holds_nothing_up_when_it_goes() {
+fn a_trap_in_the_channel_of_a_worker_holds_nothing_up() {
     for goodbye in [true, false] {
         let (dispatcher, address) = start_one_pool(NEVER_SUSPECT);
         let mallory = Mallory::join(&dispatcher);
@@ -184,7 +184,7 @@ fn a_worker_that_keeps_a_trap_in_its_channel_holds_nothing_up_when_it_goes() {
 }
 
 #[test]
-fn a_client_that_is_turned_away_after_a_worker_has_trapped_it_holds_nothing_up() {
+fn turning_away_a_trapped_client_holds_nothing_up() {
     let keys = format!("wait_for_worker = \"100ms\"\n{NEVER_SUSPECT}");
     let (dispatcher, address) = start_one_pool(&keys);
     let mallory = Mallory::join(&dispatcher);
@@ -234,7 +234,7 @@ fn time_to_end(dispatcher: &Dispatcher) -> Duration {
 }
 
 #[test]
-fn a_close_that_is_stuck_delays_no_other_end_and_nothing_piles_up() {
+fn a_stuck_close_delays_no_other_close() {
     for (linger, takes) in [
         (None, Duration::ZERO),
         (None, Duration::from_millis(5)),
@@ -350,7 +350,7 @@ fn a_worker_that_only_rings_costs_the_hot_thread_little() {
 }
 
 #[test]
-fn joining_and_leaving_in_a_loop_costs_the_hot_thread_little_and_hides_nothing() {
+fn joining_in_a_loop_costs_the_hot_thread_little() {
     let other = "[[listener]]\nname = \"other\"\naddress = \"127.0.0.1:0\"\npool = \"other\"\n[pool.other]\n";
     let config = format!("join_burst = 200\n{other}{}", one_pool(""));
     let dispatcher = Dispatcher::start(&config);
@@ -425,7 +425,7 @@ fn a_user_with_many_silent_connections_keeps_no_other_out() {
 
 /// The system calls of the hot thread while workers and clients of all kinds come and go.
 #[test]
-fn the_hot_thread_closes_receives_and_asks_nothing_of_what_others_may_hold() {
+fn the_hot_thread_makes_no_call_on_sockets_of_other_processes() {
     if Command::new("strace").arg("-V").output().is_err() {
         return skip("needs strace");
     }

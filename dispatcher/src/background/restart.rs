@@ -120,7 +120,7 @@ mod tests {
     }
 
     #[test]
-    fn a_thread_that_panics_or_gives_up_begins_again_with_what_it_had() {
+    fn a_thread_that_fails_restarts_with_its_state() {
         let mut runs = Vec::new();
         let began = Instant::now();
         let value = thread("test", || {

@@ -262,7 +262,7 @@ mod tests {
     }
 
     #[test]
-    fn one_that_does_not_read_holds_up_nothing_and_gets_everything_in_the_end() {
+    fn a_manager_that_does_not_read_delays_only_its_messages() {
         let directory = tempfile::tempdir().expect("a directory");
         let path = directory.path().join("notify");
         let listener = UnixDatagram::bind(&path).expect("a socket");

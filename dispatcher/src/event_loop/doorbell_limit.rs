@@ -64,7 +64,7 @@ mod tests {
     use super::*;
 
     #[test]
-    fn a_worker_that_only_rings_is_heard_a_few_times_a_second() {
+    fn a_worker_that_only_rings_is_muted() {
         let mut limit = DoorbellLimit::default();
         let mut now = Time(1_000_000_000);
         let (start, mut heard) = (now, 0);
@@ -80,7 +80,7 @@ mod tests {
     }
 
     #[test]
-    fn one_that_has_news_is_always_heard() {
+    fn a_worker_with_changes_is_never_muted() {
         let mut limit = DoorbellLimit::default();
         for step in 0..100_000 {
             let now = Time(1_000_000 + step * 10_000);

@@ -214,7 +214,7 @@ mod tests {
     const OTHER: Option<PoolId> = Some(PoolId(1));
 
     #[test]
-    fn what_was_left_out_is_said_when_silence_follows() {
+    fn suppressed_lines_are_reported_after_the_flood() {
         let mut limits = RateLimits::default();
         let start = Time(1_000);
         let gone = Cause::Event(2);
@@ -250,7 +250,7 @@ mod tests {
     }
 
     #[test]
-    fn what_floods_in_one_pool_hides_nothing_of_another() {
+    fn a_flood_in_one_pool_hides_no_line_of_another() {
         let mut limits = RateLimits::default();
         let gone = Cause::Event(2);
         (0..1_000).for_each(|_| _ = limits.allow(Time(1_000), WEB, gone));

@@ -56,7 +56,7 @@ fn claimed(event_loop: &EventLoop) -> u64 {
 }
 
 #[test]
-fn a_worker_that_floods_its_control_connection_gets_its_share_of_a_turn() {
+fn a_flood_on_a_control_connection_gets_a_share_of_a_turn() {
     let dir = tempfile::tempdir().unwrap();
     let mut event_loop = started(dir.path(), "affinity.key = \"cookie:ID\"");
     let mut events = Events::with_capacity(64);
@@ -100,7 +100,7 @@ fn a_worker_that_floods_its_control_connection_gets_its_share_of_a_turn() {
 }
 
 #[test]
-fn a_turn_answers_one_who_waits_and_nobody_who_has_gone() {
+fn a_turn_answers_one_request_that_still_has_a_receiver() {
     let dir = tempfile::tempdir().unwrap();
     let file = dir.path().join("dispatcher.toml");
     let text = |more: &str| {
@@ -185,7 +185,7 @@ fn joined(event_loop: &mut EventLoop, events: &mut Events, dir: &Path) -> (Owned
 }
 
 #[test]
-fn a_client_that_cannot_be_passed_is_dropped_and_blocks_no_other() {
+fn a_client_that_cannot_be_passed_is_dropped_alone() {
     let dir = tempfile::tempdir().unwrap();
     let mut event_loop = started(dir.path(), "");
     let mut events = Events::with_capacity(64);

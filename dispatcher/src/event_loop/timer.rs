@@ -68,7 +68,7 @@ mod tests {
     }
 
     #[test]
-    fn it_goes_off_at_the_earliest_time_it_was_set_for_and_once() {
+    fn the_timer_goes_off_once_at_the_earliest_set_time() {
         let mut poll = Poll::new().unwrap();
         let mut timer = Timer::new(poll.registry()).unwrap();
         let now = clock();

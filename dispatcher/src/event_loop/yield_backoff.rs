@@ -58,7 +58,7 @@ mod tests {
     use super::*;
 
     #[test]
-    fn long_yields_stop_it_for_longer_and_longer_and_short_ones_bring_it_back() {
+    fn long_yields_pause_longer_each_time_and_short_ones_reset_it() {
         let mut yield_backoff = YieldBackoff::default();
         let mut now = Time(1_000_000_000);
         assert!(yield_backoff.wanted(now));

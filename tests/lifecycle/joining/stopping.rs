@@ -96,7 +96,7 @@ fn is_reset(end: &std::io::Result<usize>) -> bool {
 }
 
 #[test]
-fn who_is_turned_away_notices_although_a_stopped_worker_has_a_copy() {
+fn a_client_is_turned_away_although_a_stopped_worker_has_a_copy() {
     let (dispatcher, worker, streams) = copied("");
     let body = "{\"action\": \"drain\", \"deadline\": \"50ms\"}";
     let request = format!(

@@ -25,7 +25,7 @@ fn a_command_that_a_reload_corrects_is_started_at_once() {
 }
 
 #[test]
-fn workers_that_are_wanted_again_are_resumed_and_the_answer_says_how_they_stand() {
+fn workers_that_are_wanted_again_are_resumed() {
     // They stay when they are drained.
     let stays = "processes = 4\nenvironment = { TEST_WORKER = \"stays\" }";
     let dispatcher = Dispatcher::start(&spawning(&good(), stays));

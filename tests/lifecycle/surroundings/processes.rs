@@ -111,7 +111,7 @@ impl Drop for Ended {
 }
 
 #[test]
-fn what_a_killed_dispatcher_has_started_ends_with_its_last_connection() {
+fn processes_of_a_killed_dispatcher_end_when_they_are_idle() {
     let program = example("test-worker");
     let spawn = format!("[pool.web.spawn]\ncommand = [{program:?}, \"blocking\"]\nprocesses = 2");
     let (mut dispatcher, address) = start_one_pool(&spawn);

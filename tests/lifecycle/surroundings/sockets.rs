@@ -50,7 +50,7 @@ fn faults(dispatcher: &Dispatcher) -> Vec<(String, bool, String)> {
 }
 
 #[test]
-fn a_socket_file_that_was_removed_is_missed_and_a_reload_makes_it_again() {
+fn a_removed_socket_file_is_reported_and_made_again_by_a_reload() {
     let dispatcher = Dispatcher::start(BODY);
     let _first = dispatcher.workers("blocking", "web", 1);
     let mut live = Client::connect(dispatcher.address("web")).unwrap();
@@ -175,7 +175,7 @@ fn a_lock_file_of_another_user_is_named_with_its_owner() {
 }
 
 #[test]
-fn what_the_dispatcher_itself_has_is_not_said_to_be_of_another_process() {
+fn a_socket_of_the_dispatcher_is_not_blamed_on_another_process() {
     let dispatcher = Dispatcher::start(BODY);
     let refused = |body: &str| {
         write_config(&dispatcher.dir, body);

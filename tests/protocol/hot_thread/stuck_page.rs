@@ -66,7 +66,7 @@ fn read_until(client: &mut TcpStream, end: &str) -> String {
 }
 
 #[test]
-fn a_worker_that_holds_the_lock_of_a_connection_that_moves_holds_up_nothing_else() {
+fn the_lock_of_a_connection_that_moves_holds_nothing_up() {
     let Some(page) = stuck_page() else { return };
     let (mut dispatcher, address) = start_one_pool("handoff_timeout = \"200ms\"");
     let before = dispatcher.fds();
@@ -97,7 +97,7 @@ fn a_worker_that_holds_the_lock_of_a_connection_that_moves_holds_up_nothing_else
 }
 
 #[test]
-fn a_worker_that_holds_the_lock_of_a_client_that_is_turned_away_holds_up_nothing_else() {
+fn the_lock_of_a_client_that_is_turned_away_holds_nothing_up() {
     let Some(page) = stuck_page() else { return };
     let other = "[[listener]]\nname = \"other\"\naddress = \"127.0.0.1:0\"\npool = \"other\"\n[pool.other]\n";
     let keys = "handoff_timeout = \"200ms\"\nwait_for_worker = \"300ms\"\nunavailable_response = \"DIR/sorry\"";
@@ -131,7 +131,7 @@ fn a_worker_that_holds_the_lock_of_a_client_that_is_turned_away_holds_up_nothing
 }
 
 #[test]
-fn a_worker_that_is_inside_a_receive_on_its_channel_holds_up_nothing_else() {
+fn a_receive_on_the_channel_holds_nothing_up() {
     let Some(page) = stuck_page() else { return };
     let (mut dispatcher, address) = start_one_pool("handoff_timeout = \"200ms\"");
     let before = dispatcher.fds();

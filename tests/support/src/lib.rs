@@ -420,12 +420,12 @@ pub struct Client {
 }
 
 impl Client {
-    /// Connects, and waits for the greeting.
+    /// Connects and waits for the greeting.
     pub fn connect(address: SocketAddr) -> std::io::Result<Client> {
         Client::greeted(TcpStream::connect(address)?)
     }
 
-    /// Waits for the greeting on a connection made before.
+    /// Waits for the greeting on an existing connection.
     pub fn greeted(stream: TcpStream) -> std::io::Result<Client> {
         stream.set_read_timeout(Some(PATIENCE))?;
         let mut stream = BufReader::new(stream);
@@ -438,7 +438,7 @@ impl Client {
         Ok(Client { stream, served_by, listener, peer })
     }
 
-    /// Sends a line and checks that the very same comes back.
+    /// Sends a line and checks that the same line comes back.
     pub fn echo(&mut self, text: &str) {
         writeln!(self.stream.get_mut(), "{text}").unwrap();
         let mut line = String::new();
@@ -475,14 +475,14 @@ pub fn one_pool(keys: &str) -> String {
     )
 }
 
-/// A dispatcher with [`one_pool`], and where it listens.
+/// A dispatcher with [`one_pool`], and its address.
 pub fn start_one_pool(keys: &str) -> (Dispatcher, SocketAddr) {
     let dispatcher = Dispatcher::start(&one_pool(keys));
     let address = dispatcher.address("web");
     (dispatcher, address)
 }
 
-/// A worker in this very process.
+/// A worker in this process.
 pub fn own_worker(dispatcher: &Dispatcher, name: &str) -> worker_sdk::Worker {
     let config = worker_sdk::WorkerConfig::new().dispatch_socket(dispatcher.dispatch());
     worker_sdk::Worker::connect(config.pool("web").name(name)).unwrap()
@@ -500,23 +500,25 @@ pub fn connect_at_once(
     streams
 }
 
-/// All of them, greeted.
+/// Waits for the greetings of all of them.
 pub fn all_greeted(streams: Vec<TcpStream>) -> Vec<Client> {
     streams.into_iter().map(|stream| Client::greeted(stream).unwrap()).collect()
 }
 
-/// Lines of the log may come a moment after what they tell of.
+/// Waits for a log line, which may come a moment after its event.
 pub fn wait_for_log(dispatcher: &Dispatcher, text: &str) {
     wait_until(&format!("the log to say {text}"), || dispatcher.log().contains(text));
 }
 
-/// The program for a user who may not do everything; where that is us, just the program. `dir` is for his eyes, too.
+/// The program, run as a user without privileges; if the test has none, the program itself. `dir`
+/// is made accessible to that user.
 pub fn unprivileged(dir: &Path) -> Command {
     if !nix::unistd::geteuid().is_root() {
         return Command::new(dispatcher_bin());
     }
-    // He need not be able to reach the build directory. Not copied by ourselves: what other tests start meanwhile would have
-    // the copy open for writing, and such a file cannot be run.
+    // The user may have no access to the build directory. `cp` makes the copy, because a concurrent
+    // fork of this process would hold a copy written here open for writing, and such a file cannot
+    // be executed.
     let copy = dir.join("program");
     assert!(
         Command::new("cp").args([dispatcher_bin().as_ref(), &*copy]).status().unwrap().success()

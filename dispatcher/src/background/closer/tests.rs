@@ -96,7 +96,7 @@ fn a_slot_that_was_used_again_is_left_alone() {
 }
 
 #[test]
-fn closes_that_linger_keep_nobody_else_waiting_and_are_interrupted() {
+fn lingering_closes_delay_no_other_close_and_are_interrupted() {
     let (mut closers, _purged) = started(4, 1_000);
     let board = Arc::new(Scoreboard::create(64, 0).expect("memory").0);
     let mut peers = Vec::new();
@@ -169,7 +169,7 @@ fn channel_with(fds: &[OwnedFd]) -> (OwnedFd, Arc<OwnedFd>) {
 }
 
 #[test]
-fn a_purge_closes_what_comes_out_and_one_that_hangs_is_its_owners() {
+fn a_purge_closes_the_queue_and_blocks_only_its_owner() {
     let (mut closers, purged) = started(2, 64);
     let (go, stuck) = channel();
     closers.task(Task::Drop(Owner::Worker(1), Box::new(Stuck(stuck))));
@@ -193,7 +193,7 @@ fn a_purge_closes_what_comes_out_and_one_that_hangs_is_its_owners() {
 }
 
 #[test]
-fn while_all_threads_are_held_up_closes_go_on_and_the_rest_is_left_out() {
+fn while_all_threads_are_held_up_only_closes_go_on() {
     let (mut closers, purged) = started(2, 64);
     let goes: Vec<_> = (1..=2)
         .map(|serial| {
@@ -230,7 +230,7 @@ fn while_all_threads_are_held_up_closes_go_on_and_the_rest_is_left_out() {
 }
 
 #[test]
-fn a_client_that_is_turned_away_reads_the_response_whatever_it_has_sent() {
+fn a_client_that_is_turned_away_reads_the_response() {
     let (mut closers, _purged) = started(2, 64);
     let sorry: Arc<[u8]> = Arc::from(&b"sorry"[..]);
     for owner in [None, Some(Owner::Other), Some(Owner::Worker(1))] {

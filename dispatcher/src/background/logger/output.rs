@@ -170,7 +170,7 @@ mod tests {
     }
 
     #[test]
-    fn what_was_lost_is_said_when_there_is_room_again_and_no_line_is_cut() {
+    fn lost_lines_are_reported_and_no_line_is_cut() {
         let disk = Disk::default();
         let (sender, receiver) = sync_channel(16);
         let dropped = Arc::new(AtomicU64::new(0));
