@@ -1,4 +1,4 @@
-//! Who may come in at a listener: by address, by rate, and by how much of theirs is still waiting.
+//! Access of clients to a listener: by address, by rate, and by their number of waiting connections.
 //!
 //! Owns a listener's rules and a bounded table of client prefixes; the time comes in as an argument. Connections
 //! are known here only as numbers per prefix. The rate is a token bucket for each prefix, kept as one moment instead of a
@@ -25,9 +25,9 @@ const NONE: u32 = u32::MAX;
 /// A listener's rules about clients. `config` makes them. Clients of Unix sockets have no address: they always pass.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct AccessRules {
-    /// Who may come in; empty: everybody.
+    /// Prefixes that may connect; empty: all.
     pub allow: Vec<IpNet>,
-    /// Who may not, whatever `allow` says.
+    /// Prefixes that may not connect; goes before `allow`.
     pub deny: Vec<IpNet>,
     /// New connections of one prefix.
     pub rate: Option<Rate>,
@@ -56,7 +56,7 @@ impl Default for AccessRules {
 }
 
 impl AccessRules {
-    /// Whether it lets everybody in.
+    /// Whether the rules admit every client.
     pub fn is_open(&self) -> bool {
         self.allow.is_empty() && self.deny.is_empty() && !self.counts()
     }
@@ -128,7 +128,7 @@ struct Client {
     newer: u32,
 }
 
-/// A listener's rules at work. It may be large: it is made where nobody waits, and dropped there ([`super::Discarded`]).
+/// A listener's rules at work. It may be large: it is made and dropped outside the hot thread ([`super::Discarded`]).
 #[derive(Debug)]
 pub struct AccessControl {
     rules: AccessRules,
@@ -146,7 +146,7 @@ pub struct AccessControl {
 pub(super) const UNTRACKED: u32 = NONE;
 
 impl AccessControl {
-    /// For these rules; `None` if they let everybody in. `seed` is a secret number: clients must not be able to tell where
+    /// For these rules; `None` if they admit every client. `seed` is a secret number: clients must not be able to tell where
     /// they are remembered.
     pub fn new(rules: AccessRules, seed: u64) -> Option<Box<AccessControl>> {
         if rules.is_open() {

@@ -1,4 +1,4 @@
-//! Who may join.
+//! Admission of workers to pools.
 
 use dispatch_protocol::wire::{Features, Hello, RefusedCode, VERSION};
 

@@ -1,7 +1,7 @@
-//! Connections whose first bytes are awaited, because they say who the client is.
+//! Connections whose first bytes are awaited, because these identify the client.
 //!
 //! Owns their queue, its bounds and its deadline. Every connection of a pool is awaited equally long, so the first in the
-//! queue is always the first to run out of time. They count as queued: nobody has them yet.
+//! queue is always the first to run out of time. They count as queued: no worker has them yet.
 
 use super::ledger::{Place, Queue};
 use super::policy::NEVER;
@@ -56,7 +56,7 @@ impl Core {
         }
     }
 
-    /// A new connection: who is it?
+    /// Handles a new connection whose client is not yet identified.
     pub(super) fn arrive(&mut self, now: Time, p: usize, conn: u32) {
         let refusing = self.pools[p].clock == Clock::Refusing;
         let pool = &mut self.pools[p];
@@ -121,7 +121,7 @@ impl Core {
         }
     }
 
-    /// At the deadline of a stop nobody is awaited any more.
+    /// At the deadline of a stop no first bytes are awaited any more.
     pub(super) fn empty_awaiting(&mut self, now: Time, p: usize) {
         while let Some(conn) = self.pools[p].awaiting.queue.first() {
             self.end_await(p, conn);
@@ -129,7 +129,7 @@ impl Core {
         }
     }
 
-    /// Nobody has come to serve them; answers how many were closed.
+    /// No worker joined to serve them: closes them and returns their number.
     pub(super) fn refuse_awaiting(&mut self, p: usize) -> u32 {
         let mut closed = 0;
         while let Some(conn) = self.pools[p].awaiting.queue.first() {

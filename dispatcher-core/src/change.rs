@@ -320,7 +320,7 @@ impl Core {
             return;
         }
         let p = entry.pool;
-        // Its table may be large, and nobody comes any more.
+        // Its table may be large, and no client arrives any more.
         self.set_access_control(listener, None);
         self.after(now, p);
         self.tick_retired(now, p);
@@ -363,7 +363,7 @@ impl Core {
             return;
         }
         if pool.candidates.len() == 0 && pool.clock == Clock::Refusing {
-            // Nobody can come any more: nothing is left to do, in any turn to come.
+            // No client can arrive any more, so no later turn has anything to do.
             let decisions = pool.history.resize(0, 1);
             self.discard(Kept::Decisions(decisions));
             let pool = &mut self.pools[p];
@@ -389,7 +389,7 @@ impl Core {
         for id in ids {
             self.drain_unwanted(now, id);
         }
-        // Nobody waits for a worker.
+        // No client waits for a worker.
         self.pools[p].clock = Clock::Refusing;
     }
 }

@@ -138,7 +138,7 @@ impl Core {
         assert!(pool.queued.is_empty() || self.stop.is_none_or(|stop| !stop.over));
     }
 
-    /// Below which nobody may be chosen, by the pool's policy.
+    /// The lowest priority that the pool's policy may choose.
     fn top_priority(&self, p: usize) -> Option<u16> {
         let spaced = self.pools[p].is_spaced();
         let up = self.workers.iter().filter(|worker| worker.pool == p && worker.is_up(spaced));

@@ -127,7 +127,7 @@ impl Core {
         Ok(true)
     }
 
-    /// While it drained its clients went to whoever came with its name, if anybody did: they stay there.
+    /// While the worker drained, its clients went to a new worker of its name, if there was one, and stay there.
     fn rebind(&mut self, w: usize) {
         let state = &self.workers[w];
         let Some(memory) = &mut self.pools[state.pool].memory else { return };

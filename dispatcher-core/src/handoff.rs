@@ -67,7 +67,7 @@ impl Pool {
         sums.crowded = sums.crowded + new.crowded - old.crowded;
     }
 
-    /// Whether keys say where connections go, rather than who takes them soonest.
+    /// Whether keys decide where connections go, rather than the soonest free worker.
     pub(super) fn is_keyed(&self) -> bool {
         self.settings.policy == Policy::Hash
     }

@@ -1,4 +1,4 @@
-//! A pool's last decisions, and the next one: who was looked at, with what load, and why one of them was chosen.
+//! A pool's last decisions and its next one: candidates, their loads, and the reason of the choice.
 //!
 //! Owns the ring of decisions and what is written into one. It changes no decision. With a size of 0 nothing is kept and
 //! nothing is spent; otherwise what is used for one decision is used again for a later one.
@@ -61,7 +61,7 @@ pub struct Seen {
 pub struct Explanation {
     /// The decision, with every worker.
     pub decision: Decision,
-    /// Why nobody was chosen, or would be sent anything at the moment.
+    /// Why no worker was chosen, or why no worker can be sent a connection now.
     pub obstacle: Option<Obstacle>,
 }
 
@@ -127,7 +127,7 @@ impl History {
         self.size > 0
     }
 
-    /// A place for the next decision: that of the oldest one, unless somebody is reading it.
+    /// The slot for the next decision: that of the oldest one, unless a reader holds it.
     fn place(&mut self) -> Arc<Decision> {
         if self.decisions.len() >= self.size
             && let Some(mut oldest) = self.decisions.pop_front()
@@ -165,7 +165,7 @@ impl Core {
         decisions.range(start..).cloned().collect()
     }
 
-    /// To whom a connection of this pool from `peer` would go now, and why. Nothing changes by asking.
+    /// The worker that the next connection of this pool from `peer` would go to, and why. Changes no state.
     pub fn explain(&self, now: Time, pool: PoolId, peer: ClientAddr) -> Option<Explanation> {
         let p = usize::from(pool.0);
         let settings = &self.pools.get(p)?.settings;

@@ -120,7 +120,7 @@ struct Listener {
     accepted: u64,
     /// In the order of [`CloseReason::ALL`].
     closed: [u64; CloseReason::ALL.len()],
-    /// `None` lets everybody in.
+    /// `None` admits every client.
     access_control: Option<Box<AccessControl>>,
     /// Taken out of the configuration: its queue is emptied, then it is closed.
     retired: bool,
@@ -172,7 +172,7 @@ struct Pool {
     counts: Counts,
     /// From accept to take.
     handoff: Histogram,
-    /// Taken out of the configuration: nobody joins it any more.
+    /// Removed from the configuration: no worker joins it any more.
     retired: bool,
     /// Since when no worker had been usable, or none had taken anything, when it began to refuse clients.
     lacking_since: Time,
@@ -187,7 +187,7 @@ enum Clock {
     Off,
     /// There has been none since then.
     Since(Time),
-    /// Nobody came in time, or nothing was taken.
+    /// No worker joined in time, or no connection was taken.
     Refusing,
 }
 

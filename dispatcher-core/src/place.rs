@@ -290,7 +290,7 @@ impl Core {
         pool.usable -= 1;
         if pool.usable == 0 {
             pool.clock = Clock::Since(now);
-            // Of a pool that was taken out, or is done, nobody expects one.
+            // A removed or finished pool needs no process.
             if pool.retired || pool.done {
                 return;
             }

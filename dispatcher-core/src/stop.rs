@@ -18,7 +18,7 @@ impl Core {
     /// Stop: accept nothing new, let the connections in flight be taken until `deadline` (said again, the earlier one counts); then place what is queued wherever a slot is free, and close the rest.
     pub fn stop(&mut self, now: Time, deadline: Time) {
         if let Some(stop) = &mut self.stop {
-            // Somebody has lost patience.
+            // The operator stops a second time.
             stop.deadline = stop.deadline.min(deadline);
             return;
         }

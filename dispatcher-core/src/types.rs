@@ -196,7 +196,7 @@ pub struct PoolSettings {
     pub history: u32,
     /// How many workers each of them names, at least 1.
     pub history_candidates: u32,
-    /// Who may join.
+    /// Users and groups whose workers may join.
     pub access: AllowedAccounts,
     /// By what clients are known and for how long they are remembered, if they are.
     pub affinity: Option<Affinity>,
@@ -207,7 +207,7 @@ pub struct PoolSettings {
 }
 
 impl Default for PoolSettings {
-    /// A pool without a name, with the defaults of the configuration, that nobody may join.
+    /// A pool without a name, with the defaults of the configuration, that no worker may join.
     fn default() -> PoolSettings {
         PoolSettings {
             name: String::new(),
@@ -267,7 +267,7 @@ impl Default for Peek {
     }
 }
 
-/// Who may join a pool. Users and groups are numeric here; `config` resolves names.
+/// Users and groups whose workers may join a pool. Users and groups are numeric here; `config` resolves names.
 #[derive(Clone, Debug, Default, PartialEq, Eq)]
 pub struct AllowedAccounts {
     /// User ids that may join.
@@ -287,7 +287,7 @@ pub struct ListenerSettings {
     pub pool: PoolId,
 }
 
-/// The kernel's word on who is behind a control connection, and what they said.
+/// A worker that wants to join: the peer credentials from the kernel, and its hello.
 #[derive(Clone, Debug)]
 pub struct Join {
     /// From `SO_PEERCRED`.

@@ -1,4 +1,4 @@
-//! What an operator, or chance, has to say about who is chosen.
+//! Weights set by operators, and the seed of random choices.
 
 use dispatch_protocol::wire::Update;
 

@@ -152,7 +152,7 @@ impl Worker {
         self.ring.len() > self.ring.conns()
     }
 
-    /// Whether it counts as a worker of its pool: somebody to wait for.
+    /// Whether it counts as a worker of its pool, so that clients wait for it.
     pub(super) fn is_usable(&self) -> bool {
         match self.state {
             State::Active | State::Suspect => true,

@@ -1,4 +1,4 @@
-//! A run's clients: where they come from, who of them may come in, and what they are known by. Addresses, ids, routes and
+//! A run's clients: their addresses, the access rules, and their affinity keys. Addresses, ids, routes and
 //! silences are drawn from the plan's seed like everything else.
 
 use std::time::Duration;
@@ -30,7 +30,7 @@ pub(super) fn peek(random: &mut Random) -> Peek {
     }
 }
 
-/// When a client speaks, and as whom; `None`: never.
+/// When a client sends its first bytes, and its key; `None`: never.
 pub(super) fn first_words(random: &mut Random) -> Option<(u64, u64)> {
     (!random.once_in(10)).then(|| (random.below(150_000_000), random.below(CLIENTS)))
 }
@@ -53,7 +53,7 @@ pub(super) fn peer(random: &mut Random) -> ClientAddr {
     }
 }
 
-/// Who may come in: in half of all runs everybody. Often fewer are remembered than there are.
+/// Access rules: half of all runs admit every client. Often the table is smaller than the number of clients.
 pub(super) fn access_control(random: &mut Random) -> Option<Box<AccessControl>> {
     if random.once_in(2) {
         return None;

@@ -2,7 +2,7 @@
 //!
 //! Owns stand-ins for what the kernel provides: channels, scoreboards (the real claim functions on ordinary atomics),
 //! descriptors and clients. It asserts after every effect what must always hold: a connection's copy exists until a
-//! worker has it or it is closed, nobody serves it twice, nobody serves what was taken back. It decides nothing.
+//! worker has it or it is closed, no worker serves it twice, no worker serves a revoked connection. It decides nothing.
 //! For tests only; nothing here runs in the dispatcher.
 
 mod clients;

@@ -1,4 +1,4 @@
-//! What happens in a run, and to whom.
+//! Events of a run, and the process or client of each.
 
 use dispatcher_core::WorkerId;
 
@@ -17,7 +17,7 @@ pub(super) enum What {
     Notice(u64),
     /// The process is as it should be again.
     Heal(usize),
-    /// A client whose first bytes are awaited says who it is.
+    /// The first bytes of an awaited client arrive.
     Say(u32, u64, u64),
     /// A queued client gives up.
     GiveUp(u32, u64),
@@ -29,7 +29,7 @@ pub(super) enum What {
     Calm,
 }
 
-/// A worker process: one place among the processes, whoever lives there now.
+/// A slot of a worker process, and the process in it now.
 #[derive(Debug, Default)]
 pub(super) struct Process {
     /// Counts lives, so that what belongs to an earlier one is ignored.

@@ -1,7 +1,7 @@
 //! One run: processes with a life of their own, clients, faults, and a shell that turns now and then.
 //!
 //! Everything is drawn from the plan's seed, so a run can be repeated. What must always hold is asserted by
-//! [`Driver`] and the core itself; here: loads are exact, and once the faults stop everybody is served in time.
+//! [`Driver`] and the core itself; here: loads are exact, and once the faults stop every client is served in time.
 
 mod faults;
 
@@ -18,7 +18,7 @@ use super::process::{Process, What};
 use super::{Driver, Random};
 use dispatcher_core::*;
 
-/// After the faults, everybody must have been served by then, even by a single process that takes one at a time.
+/// After the faults, every client must have been served by then, even by a single process that takes one at a time.
 const TAIL: Duration = Duration::from_secs(60);
 const LISTENER: ListenerId = ListenerId(0);
 
@@ -163,7 +163,7 @@ impl Run<'_> {
     fn finale(&mut self) {
         self.driver.core.check();
         let totals = self.driver.core.totals();
-        assert_eq!(totals.queued, 0, "somebody waits for ever: {totals:?}");
+        assert_eq!(totals.queued, 0, "a client waits for ever: {totals:?}");
         if self.stops {
             assert!(self.driver.core.stopped());
             return;

@@ -73,7 +73,7 @@ fn prefixes_make_clients() {
 }
 
 #[test]
-fn a_full_table_forgets_whoever_was_seen_longest_ago_and_waits_for_nothing() {
+fn a_full_table_forgets_the_least_recently_seen_client() {
     let rules = AccessRules { rate: rate(1000, 1), max_clients: 3, ..rules() };
     let mut access_control = AccessControl::new(rules, 1).unwrap();
     let ip = |last| peer(Ipv4Addr::new(10, 0, 0, last).into());

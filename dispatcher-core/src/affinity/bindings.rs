@@ -8,7 +8,7 @@ use std::collections::BTreeMap;
 
 use super::super::types::AffinityKey;
 
-/// Nobody.
+/// No worker.
 const NOBODY: u32 = u32::MAX;
 
 #[derive(Clone, Copy, Debug)]

@@ -33,7 +33,7 @@ pub(super) struct Table {
     len: u32,
     max: u32,
     ttl: Duration,
-    /// Odd, and known to nobody: where a key is in the index is nobody's choice.
+    /// Odd and secret, so that no client can choose the place of its key in the index.
     factor: u64,
 }
 

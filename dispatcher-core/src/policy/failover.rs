@@ -71,7 +71,7 @@ impl Failover {
         }
     }
 
-    /// Whether somebody of a higher priority takes its connections.
+    /// Whether a worker of a higher priority takes its connections.
     pub(super) fn stands_by(&self, at: usize) -> bool {
         self.top.is_some_and(|top| self.stands[at].priority < top)
     }

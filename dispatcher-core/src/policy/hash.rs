@@ -48,7 +48,7 @@ impl Rendezvous {
     pub(super) fn pick(&self, list: &[Candidate], key: AffinityKey) -> Option<usize> {
         let mut best = None;
         let mut highest = 0.0;
-        // Whoever draws less cannot win even if it is the heaviest: this saves nearly all logarithms.
+        // A lower number cannot win even with the highest weight: this saves nearly all logarithms.
         let mut least = 0.0;
         for (at, (candidate, &node)) in list.iter().zip(&self.nodes).enumerate() {
             let drawn = draw(key, node);

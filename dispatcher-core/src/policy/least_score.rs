@@ -37,7 +37,7 @@ impl LeastScore {
         LeastScore { scores, sums: Vec::new(), readings: Vec::new() }
     }
 
-    /// A candidate whose gauges nobody has read yet.
+    /// A candidate whose gauges were not read yet.
     pub(super) fn add(&mut self) {
         self.readings.resize(self.readings.len() + self.scores.gauges.len(), None);
         self.sums.push(Sum { value: 0.0, until: NEVER_SET });

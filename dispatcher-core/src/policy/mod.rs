@@ -1,7 +1,7 @@
 //! Choosing a worker: what a policy sees, and which policy a pool has.
 //!
 //! Owns the compact table that decisions are made from, and what each policy keeps beside it. A policy is a pure function of
-//! these; it knows nothing of workers' states, tickets or time: whoever is not to be chosen simply costs too much.
+//! these; it knows nothing of workers' states, tickets or time: ineligible workers get the sentinel cost `UNAVAILABLE`.
 
 mod failover;
 mod hash;
@@ -50,7 +50,7 @@ pub(super) struct Candidate {
 pub(super) struct Member {
     /// Position in the core's workers.
     pub(super) worker: u32,
-    /// What it draws its numbers from for `hash`: the same for whoever takes its place.
+    /// Seed of its numbers for `hash`: the same for a worker of the same name that replaces it.
     pub(super) node: u64,
     /// For `failover`.
     pub(super) priority: u16,
@@ -154,7 +154,7 @@ pub(super) fn cost(load: u64, trial: bool) -> u64 {
 }
 
 impl Candidates {
-    /// Nobody yet; `seed` is where random choices come from.
+    /// An empty list; `seed` starts the random source.
     pub(super) fn new(policy: Policy, scores: &Scores, seed: u64) -> Candidates {
         let mut random = Random::new(seed);
         let index = match policy {
@@ -265,7 +265,7 @@ impl Candidates {
         (candidate.cost, candidate.weight) = (cost, weight);
         match &mut self.index {
             Index::LeastConnections | Index::Failover(_) | Index::LeastScore(_) => {}
-            // These never ask who has least: spare them the tournament.
+            // These policies never ask for the least loaded worker, so they keep no tournament.
             Index::RoundRobin(turns) => return turns.update(&self.list, at),
             Index::Random(sampler) | Index::TwoChoices(sampler) => {
                 return sampler.update(&self.list, at);

@@ -39,23 +39,23 @@ pub(super) struct RoundRobin {
     tournament: Tournament,
     /// When the last turn was.
     now: u64,
-    /// Among equals, who is first: anybody, but always the same.
+    /// Order among equals: arbitrary, but constant.
     first: usize,
 }
 
 impl RoundRobin {
-    /// `random` says who is first.
+    /// `random` chooses the first.
     pub(super) fn new(random: u64) -> RoundRobin {
         let first = random as usize;
         RoundRobin { turns: Vec::new(), tournament: Tournament::default(), now: 0, first }
     }
 
-    /// Somebody else is first among equals.
+    /// Changes the first among equals.
     pub(super) fn set_first(&mut self, random: u64) {
         self.first = random as usize;
     }
 
-    /// Whoever is new has a turn at once.
+    /// A new worker has a turn at once.
     pub(super) fn add(&mut self) {
         self.turns.push(Turn { at: self.now, weight: 1, available: false });
         self.tournament.rebuild(&self.turns);

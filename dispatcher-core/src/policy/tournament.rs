@@ -8,7 +8,7 @@ const NOBODY: u32 = u32::MAX;
 
 /// What a policy compares.
 pub(super) trait Rank: Copy {
-    /// Whether this one goes before the other. One that may not be chosen goes before nobody.
+    /// Whether this candidate goes before the other. An ineligible candidate goes before none.
     fn is_before(self, other: Self) -> bool;
     /// Whether it may be chosen.
     fn is_available(self) -> bool;

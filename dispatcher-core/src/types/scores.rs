@@ -52,7 +52,7 @@ impl fmt::Display for Scored {
             Scored::Score(score) => write!(f, "{score}"),
             Scored::NeverSet(gauge) => write!(f, "gauge {gauge} never set"),
             Scored::Stale(gauge, age) => {
-                // Whole milliseconds: nobody reads the rest.
+                // Whole milliseconds: readers need no more precision.
                 let age = Duration::from_millis(u64::try_from(age.as_millis()).unwrap_or(u64::MAX));
                 write!(f, "gauge {gauge} stale: set {age:?} ago")
             }

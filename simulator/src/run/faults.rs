@@ -84,7 +84,7 @@ impl Run<'_> {
         self.begin(p);
     }
 
-    /// From now on nothing goes wrong, and nobody new comes.
+    /// From now on there are no faults and no new clients.
     pub(super) fn calm_down(&mut self) {
         self.calm = true;
         self.driver.scarcity = 0;

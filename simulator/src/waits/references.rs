@@ -87,7 +87,7 @@ impl Front for Shared {
 
     fn turn(&mut self, _: u64) {}
 
-    /// Whoever waits in accept looks, in any order.
+    /// Every process waiting in accept looks, in any order.
     fn delivered(&mut self, workers: &mut Vec<usize>) {
         if std::mem::take(&mut self.arrived) {
             for last in (1..self.joined.len()).rev() {

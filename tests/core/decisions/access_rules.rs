@@ -45,7 +45,7 @@ fn refused_connections_are_closed_and_counted() {
 }
 
 #[test]
-fn a_connection_counts_as_queued_until_it_is_taken_wherever_it_waits() {
+fn a_connection_counts_as_queued_until_it_is_taken() {
     let mut driver = driver();
     driver.core.set_access_control(
         WEB,

@@ -71,7 +71,7 @@ fn stopping() {
 }
 
 #[test]
-fn while_clients_wait_a_stopping_dispatcher_lets_their_workers_in() {
+fn a_stopping_dispatcher_admits_workers_for_waiting_clients() {
     let mut driver = driver();
     let conns: Vec<_> = (0..3).map(|_| driver.accept(WEB)).collect();
     driver.core.stop(driver.now, driver.now + ms(1_000));

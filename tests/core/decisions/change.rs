@@ -139,7 +139,7 @@ fn the_history_keeps_as_many_as_it_is_told() {
 }
 
 #[test]
-fn another_affinity_starts_afresh_and_nobody_waits_for_the_old_one() {
+fn a_changed_affinity_starts_with_an_empty_table() {
     let mut driver = driver_with(|pool| pool.affinity = cookie(60_000));
     let workers = [driver.worker(), driver.worker()];
     let id = KeySource::Cookie(String::new()).of_value(b"somebody");
@@ -183,7 +183,7 @@ fn fewer_first_bytes_are_awaited_at_once() {
 }
 
 #[test]
-fn a_pool_and_its_listener_that_are_taken_out_serve_whoever_came() {
+fn a_removed_pool_and_listener_serve_accepted_clients() {
     let (mut driver, worker) = two_pools();
     driver.accept(SECOND);
     driver.events();

@@ -51,7 +51,7 @@ fn a_drained_worker_gets_nothing_new_and_keeps_what_it_has() {
 }
 
 #[test]
-fn what_a_drained_worker_leaves_untaken_goes_elsewhere_and_it_must_show_it_is_alive() {
+fn untaken_connections_of_a_drained_worker_move() {
     let mut driver = driver();
     let (hung, other) = (driver.worker(), driver.worker());
     for _ in 0..4 {
@@ -123,7 +123,7 @@ fn hearing(driver: &mut Driver) -> WorkerId {
 }
 
 #[test]
-fn a_worker_that_listens_is_told_and_told_again_when_the_record_is_lost() {
+fn a_lost_drain_record_is_sent_again() {
     let mut driver = driver();
     let (worker, deaf) = (hearing(&mut driver), driver.worker());
     for _ in 0..4 {
@@ -147,7 +147,7 @@ fn a_worker_that_listens_is_told_and_told_again_when_the_record_is_lost() {
 }
 
 #[test]
-fn at_the_deadline_what_is_untaken_goes_elsewhere_and_what_is_left_is_counted() {
+fn untaken_connections_move_at_the_drain_deadline() {
     let mut driver = driver();
     let (worker, deaf) = (hearing(&mut driver), driver.worker());
     for _ in 0..6 {

@@ -31,7 +31,7 @@ fn a_worker_that_hangs_loses_what_it_left_untaken_to_others() {
 }
 
 #[test]
-fn where_there_is_no_other_worker_the_suspect_keeps_its_connections() {
+fn the_only_worker_keeps_its_connections_when_suspect() {
     let mut driver = driver();
     let slow = driver.worker();
     let conns: Vec<_> = (0..3).map(|_| driver.accept(WEB)).collect();

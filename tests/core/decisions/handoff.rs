@@ -53,7 +53,7 @@ fn a_slow_loop_keeps_what_it_usually_takes() {
 }
 
 #[test]
-fn a_connection_leaves_a_stopped_loop_for_a_quick_one_after_its_patience() {
+fn a_connection_leaves_a_stopped_loop_after_its_patience() {
     let mut driver = driver_of(Policy::LeastConnections);
     let (stopped, quick) = (driver.worker(), driver.worker());
     let conns = [driver.accept(WEB), driver.accept(WEB)];
@@ -67,7 +67,7 @@ fn a_connection_leaves_a_stopped_loop_for_a_quick_one_after_its_patience() {
 }
 
 #[test]
-fn a_worker_that_only_answers_is_tested_for_milliseconds_and_ever_more_rarely() {
+fn a_worker_that_only_answers_is_tested_ever_more_rarely() {
     let mut driver = driver_of(Policy::LeastConnections);
     let good = driver.worker();
     let stuck = driver.join(hello()).unwrap();
@@ -140,7 +140,7 @@ fn what_was_sent_to_a_busy_worker_moves_to_a_thread_that_waits() {
 }
 
 #[test]
-fn with_hash_a_client_waits_for_its_worker_while_others_are_idle() {
+fn hash_clients_wait_for_their_worker_beside_idle_ones() {
     let mut driver = driver_of(Policy::Hash);
     let workers = driver.weighted(&[1, 1]);
     let owner = driver.next_from(client(1));

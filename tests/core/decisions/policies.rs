@@ -154,7 +154,7 @@ fn round_robin_starts_at_a_random_worker() {
 }
 
 #[test]
-fn round_robin_gives_as_many_turns_as_the_weight_says_and_spreads_them() {
+fn round_robin_gives_turns_by_weight_and_spreads_them() {
     let mut driver = driver_of(Policy::RoundRobin);
     let weights = [1, 2, 5];
     let workers = driver.weighted(&weights);
@@ -368,7 +368,7 @@ fn failover_gives_all_to_the_highest_that_is_up() {
 }
 
 #[test]
-fn failover_shares_among_equals_by_weight_and_the_standby_gets_nothing() {
+fn failover_shares_by_weight_and_leaves_the_standby_idle() {
     let mut driver = driver_of(Policy::Failover);
     let join = |driver: &mut Driver, priority, weight| {
         driver.trusted(Hello { priority, weight, ..hello() })

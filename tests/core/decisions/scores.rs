@@ -79,7 +79,7 @@ fn more_memory_is_better_by_a_negative_multiplier() {
 }
 
 #[test]
-fn a_worker_with_an_old_gauge_gets_nothing_until_it_is_set_again() {
+fn a_worker_with_an_old_gauge_gets_no_connection() {
     let mut driver = driver_scoring(scores(1.0, &[("a", 1.0), ("b", 1.0)]));
     let workers: Vec<_> = (0..2).map(|_| driver.worker()).collect();
     for gauge in 0..2 {
@@ -117,7 +117,7 @@ fn with_nobody_fresh_the_fewest_connections_win() {
 
 /// A fresh worker that is full is no reason to go back to connections for the others.
 #[test]
-fn a_worker_without_gauges_stands_in_when_the_fresh_ones_are_full() {
+fn a_worker_without_gauges_is_used_when_others_are_full() {
     let mut driver = driver_scoring(scores(1.0, &[("a", 1.0)]));
     let small = driver.trusted(Hello { max_connections: 2, ..hello() });
     let old = driver.worker();
@@ -273,7 +273,7 @@ fn impossible_readings_cost_only_their_worker_and_are_told_once() {
 }
 
 #[test]
-fn readings_for_workers_and_gauges_that_are_not_there_are_ignored() {
+fn readings_of_unknown_workers_and_gauges_are_ignored() {
     let mut driver = driver_scoring(scores(1.0, &[("a", 1.0)]));
     let (gone, here) = (driver.worker(), driver.worker());
     driver.leave(gone, Departure::Died);

@@ -65,7 +65,7 @@ fn no_restarts_while_stopping() {
 }
 
 #[test]
-fn while_stopping_a_process_is_started_again_for_clients_that_wait_for_it() {
+fn a_stopping_pool_restarts_a_process_for_waiting_clients() {
     let mut driver = driver_with(|pool| pool.processes = 1);
     driver.core.spawned(driver.now, FIRST, true);
     driver.accept(WEB);

@@ -69,7 +69,7 @@ fn a_worker_may_change_its_maximum_within_the_pools() {
 }
 
 #[test]
-fn a_paused_worker_is_as_good_as_full_and_what_it_has_untaken_goes_elsewhere() {
+fn untaken_connections_of_a_paused_worker_move() {
     let mut driver = driver();
     let workers = [driver.worker(), driver.worker()];
     for _ in 0..4 {
