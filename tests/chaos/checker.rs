@@ -173,8 +173,9 @@ impl Evidence<'_> {
         if let Some(story) = self.told.broken.iter().find(|story| story.id == id) {
             (from, to) = (story.began, story.ended);
             lines.push((story.began, format!("client: opens {:?}", story.kind)));
-            let by =
-                story.answered_by.map_or("nobody".to_owned(), |worker| self.name(worker as usize));
+            let by = story
+                .answered_by
+                .map_or("no worker".to_owned(), |worker| self.name(worker as usize));
             lines.push((story.ended, format!("client: {:?}, answered by {by}", story.end)));
         }
         let taken = std::fs::read_to_string(self.directory.join("taken")).unwrap();
@@ -191,8 +192,8 @@ impl Evidence<'_> {
         let margin = 1_000_000;
         for deed in self.deeds {
             if deed.at + margin >= from && deed.at <= to.saturating_add(margin) {
-                let whom = deed.worker.map_or(String::new(), |worker| self.name(worker));
-                lines.push((deed.at, format!("nemesis: {:?} {whom}", deed.what)));
+                let worker = deed.worker.map_or(String::new(), |worker| self.name(worker));
+                lines.push((deed.at, format!("nemesis: {:?} {worker}", deed.what)));
             }
         }
         lines.sort();

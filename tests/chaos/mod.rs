@@ -213,7 +213,7 @@ pub fn run(options: &Options) -> bool {
         - told.refused
         - told.broken.len() as u64;
     if unaccounted > 0 {
-        verdict.problems.push((None, format!("{unaccounted} connections nobody told of")));
+        verdict.problems.push((None, format!("{unaccounted} connections without a report")));
     }
     report(&verdict, &evidence, began.elapsed(), options.seed, samples, (baseline, fds));
     println!("  memory of the dispatcher before and after: {memory_before} and {memory} KiB");

@@ -37,7 +37,8 @@ pub fn id_of(peer: PeerAddr) -> Option<u32> {
 /// Numbers of processes that the dispatcher has started: this, plus their pid.
 pub const SPAWNED: u32 = 1_000_000_000;
 
-/// The number in a worker's name: `b12` is 12, and `x4711` the process 4711 of the dispatcher's own.
+/// The number in a worker's name: `b12` is 12, and `x4711` the process 4711 of the dispatcher's
+/// own.
 pub fn number_of(name: &str) -> Option<u32> {
     let number: u32 = name.get(1..)?.parse().ok()?;
     if name.starts_with('x') { number.checked_add(SPAWNED) } else { Some(number) }

@@ -69,7 +69,7 @@ fn a_good_one_is_in_force_when_the_command_returns() {
     assert_eq!(dispatcher.address("web"), address, "the same socket");
     assert_eq!(loads(&status, "web"), (vec![2, 2], 0));
     assert!(pool(&status, "web").workers.iter().all(|worker| worker.max_connections == 3));
-    clients.iter_mut().for_each(|client| client.echo("nobody noticed"));
+    clients.iter_mut().for_each(|client| client.echo("no client noticed"));
     // Two workers have room for one client each; the third client waits in the kernel's queue until
     // there is more room.
     clients.extend((0..2).map(|_| Client::connect(address).unwrap()));
@@ -88,7 +88,7 @@ fn a_good_one_is_in_force_when_the_command_returns() {
     let output = run(&dispatcher, &["reload"]);
     let words = String::from_utf8(output.stdout).unwrap();
     assert!(words.ends_with(": in force\nnothing has changed\n"), "{words}");
-    clients.iter_mut().for_each(|client| client.echo("still nobody"));
+    clients.iter_mut().for_each(|client| client.echo("still none"));
     assert!(dispatcher.process.running());
 }
 
@@ -142,7 +142,7 @@ fn a_bad_one_is_refused_with_the_place_and_changes_nothing() {
     assert_eq!(code, 78, "{words}");
     assert!(words.contains("dispatcher.toml: No such file"), "{words}");
     unchanged();
-    clients.iter_mut().for_each(|client| client.echo("nobody noticed"));
+    clients.iter_mut().for_each(|client| client.echo("no client noticed"));
 
     // Further reloads work.
     let done = reload(&dispatcher, &format!("{}{changed}", web("")));
@@ -201,7 +201,7 @@ fn a_listener_leads_to_another_pool_and_the_old_one_ends_gently() {
     assert_eq!(names(&done["added"]), ["pool blue"]);
     assert_eq!(names(&done["removed"]), ["pool web"]);
     assert_eq!(names(&done["changed"]), ["listener web"]);
-    assert_eq!(dispatcher.address("web"), address, "the socket stays, nobody is refused");
+    assert_eq!(dispatcher.address("web"), address, "the socket stays, no client is refused");
     let waiting = connect(address);
     let status = dispatcher.wait_status("the drain", |status| {
         worker(status, "w0").is_some_and(|worker| worker.state == "draining")
@@ -246,7 +246,7 @@ fn processes_come_with_their_pool_and_go_with_it() {
     wait_until("both processes to end", || {
         dispatcher.log().matches("event=process_ended pool=jobs").count() == 2
     });
-    assert!(!dispatcher.log().contains("event=process_restarting"), "nobody starts them again");
+    assert!(!dispatcher.log().contains("event=process_restarting"), "they are not restarted");
     assert!(dispatcher.stop().success());
 }
 
@@ -365,7 +365,7 @@ fn sighup_does_the_same_and_the_log_says_how_it_went() {
     let line = log.lines().find(|line| line.contains("event=reload_refused")).unwrap();
     assert!(line.contains("dispatcher.toml:10:1: ") && line.contains("`history`"), "{line}");
     assert_eq!(policy(&dispatcher, "web"), "round-robin", "nothing has changed");
-    client.echo("nobody noticed");
+    client.echo("no client noticed");
 }
 
 #[test]

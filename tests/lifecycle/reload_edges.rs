@@ -294,7 +294,7 @@ fn many_at_once_go_one_after_the_other() {
     let last = policies.iter().find(|policy| file.contains(&format!("\"{policy}\""))).unwrap();
     let status = dispatcher.status();
     assert_eq!(pool(&status, "web").policy, *last);
-    client.echo("nobody noticed");
-    Client::connect(address).unwrap().echo("nor does anybody later");
+    client.echo("no client noticed");
+    Client::connect(address).unwrap().echo("no later client does");
     assert!(!dispatcher.log().contains("event=reload_refused"));
 }

@@ -174,8 +174,8 @@ fn too_many_descriptors_in_flight_make_clients_wait() {
     let user = 65_534;
     let temp = configure(&one_pool(&format!("{PATIENT}\nallow_users = [0]")));
     std::os::unix::fs::chown(temp.path(), Some(user), Some(user)).unwrap();
-    // Where it was built, another user may have no access. Not copied by ourselves: what other tests start meanwhile would
-    // have the copy open for writing, and such a file cannot be run.
+    // Where it was built, another user may have no access. Not copied by ourselves: what other
+    // tests start meanwhile would have the copy open for writing, and such a file cannot be run.
     let program = temp.path().join("dispatcher");
     let copied = Command::new("cp").arg(dispatcher_bin()).arg(&program).status().unwrap();
     assert!(copied.success());

@@ -92,7 +92,7 @@ mod tests {
 
     impl Drop for Told {
         fn drop(&mut self) {
-            self.0.send(std::thread::current().id()).expect("somebody listens");
+            self.0.send(std::thread::current().id()).expect("the receiver exists");
         }
     }
 

@@ -74,8 +74,8 @@ impl Connections {
         self.table.get_mut(id.index as usize)?.take()
     }
 
-    /// Takes a connection out of the poll before it is sent or closed. The worker's copy keeps the socket open, so
-    /// its events would go on and could no longer be stopped.
+    /// Takes a connection out of the poll before it is sent or closed. The worker's copy keeps the
+    /// socket open, so its events would go on and could no longer be stopped.
     pub(super) fn unwatch(&mut self, registry: &Registry, id: ConnId) {
         if let Some(conn) = self.get_mut(id.index)
             && std::mem::take(&mut conn.watched)

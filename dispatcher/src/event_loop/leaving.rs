@@ -124,7 +124,7 @@ impl EventLoop {
         let kept = listener.listening.as_ref().is_some_and(|listening| listening.inherited);
         if kept && self.run.stop_deadline.is_none() {
             listener.leaving = Some(Leaving::Kept);
-            listener.id = ListenerIo::NOBODY;
+            listener.id = ListenerIo::NO_LISTENER;
             listener.ready = true;
             let address = listener.listening.as_ref().map_or("", |listening| &listening.address);
             log::warn!(

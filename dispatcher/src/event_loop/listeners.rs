@@ -1,7 +1,7 @@
 //! The listening sockets, and which of them the poll watches.
 //!
-//! A listener has one socket, or several that a service manager passed under its name. `Listeners` keeps the
-//! position of every socket: it is part of the socket's token.
+//! A listener has one socket, or several that a service manager passed under its name. `Listeners`
+//! keeps the position of every socket: it is part of the socket's token.
 
 use std::net::SocketAddr;
 use std::os::fd::{AsRawFd, OwnedFd};
@@ -19,7 +19,8 @@ use crate::background::closer::Closers;
 use crate::listen::bind::Listening;
 use dispatcher_core::{ListenerId, Time};
 
-/// One listening socket. A configured listener has one, or several when a service manager passed several under its name.
+/// One listening socket. A configured listener has one, or several when a service manager passed
+/// several under its name.
 #[derive(Debug)]
 pub(super) struct ListenerIo {
     pub(super) id: ListenerId,
@@ -84,16 +85,17 @@ impl Listeners {
         self.sockets.iter_mut().filter(move |socket| socket.id == id)
     }
 
-    /// The positions in the order in which this turn accepts. The order rotates by one with each turn, so that
-    /// no listener is always first.
+    /// The positions in the order in which this turn accepts. The order rotates by one with each
+    /// turn, so that no listener is always first.
     pub(super) fn rotate(&mut self) -> impl Iterator<Item = usize> + use<> {
         let (first, count) = (self.next, self.sockets.len());
         self.next = (first + 1) % count.max(1);
         (0..count).map(move |step| (first + step) % count)
     }
 
-    /// Adds an open socket, at the position of a closed one if there is one. The closed socket is out of the poll; a
-    /// late event for it only makes the loop look at the queue of the new socket.
+    /// Adds an open socket, at the position of a closed one if there is one. The closed socket is
+    /// out of the poll; a late event for it only makes the loop look at the queue of the new
+    /// socket.
     pub(super) fn add(&mut self, id: ListenerId, listening: Listening, backlog: u32) {
         let free = self.sockets.iter().position(ListenerIo::is_closed);
         let position = free.unwrap_or(self.sockets.len());
@@ -124,7 +126,7 @@ impl Listeners {
 
 impl ListenerIo {
     /// The id of sockets without a listener. Real ids are smaller: see `reload`.
-    pub(super) const NOBODY: ListenerId = ListenerId(u16::MAX);
+    pub(super) const NO_LISTENER: ListenerId = ListenerId(u16::MAX);
 
     pub(super) fn new(
         id: ListenerId,

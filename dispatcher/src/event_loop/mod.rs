@@ -1,8 +1,9 @@
-//! The hot thread: a mio loop that turns readiness into inputs of the core and performs its effects.
+//! The hot thread: a mio loop that turns readiness into inputs of the core and performs its
+//! effects.
 //!
-//! It owns the descriptors of the dispatcher and reads the clock. It decides nothing: the core chooses workers, gives up
-//! connections and says whether to accept. It waits only in the poll: logs, HTTP, starting processes and closes that may
-//! block happen on other threads.
+//! It owns the descriptors of the dispatcher and reads the clock. It decides nothing: the core
+//! chooses workers, gives up connections and says whether to accept. It waits only in the poll:
+//! logs, HTTP, starting processes and closes that may block happen on other threads.
 
 mod accept;
 mod command;
@@ -110,11 +111,13 @@ struct Run {
     generation: u64,
     /// Set once a stop has begun.
     stop_deadline: Option<Time>,
-    /// The limits of open files, soft and hard, before the dispatcher raised them: its processes get these.
+    /// The limits of open files, soft and hard, before the dispatcher raised them: its processes
+    /// get these.
     descriptors: Option<(u64, u64)>,
 }
 
-/// The sockets of workers and of the admin interface. The paths remove the socket files when they are dropped.
+/// The sockets of workers and of the admin interface. The paths remove the socket files when they
+/// are dropped.
 struct Endpoints {
     dispatch_address: String,
     dispatch_path: Option<OwnedPath>,

@@ -51,7 +51,8 @@ impl Observation {
         self.rate_limits.allow(now, pool, cause)
     }
 
-    /// Records the duration of a turn. A long turn means that the hot thread waited, which it must never do.
+    /// Records the duration of a turn. A long turn means that the hot thread waited, which it must
+    /// never do.
     pub(super) fn turn_ended(&mut self, took: Duration) {
         self.meters.turn.record(took);
         if took > self.longest_turn {

@@ -14,8 +14,8 @@ use dispatcher_core::Threads;
 impl EventLoop {
     /// Reads the scoreboards: which connections were taken, lost and finished.
     ///
-    /// Under load it reads only those of workers from which the core expects changes, and all of them from time to time:
-    /// a worker without connections can only report false changes.
+    /// Under load it reads only those of workers from which the core expects changes, and all of
+    /// them from time to time: a worker without connections can only report false changes.
     pub(super) fn scan_all(&mut self) {
         let all = self.workers.begin_scan(self.now);
         for index in 0..self.workers.len() {
@@ -27,8 +27,8 @@ impl EventLoop {
 
     /// Reads one scoreboard and reports the changes to the core; true if there were any.
     ///
-    /// `finished` is read first: the slots then show every connection that it counts as taken, so an honest worker never
-    /// seems to have finished more than it took.
+    /// `finished` is read first: the slots then show every connection that it counts as taken, so
+    /// an honest worker never seems to have finished more than it took.
     fn scan(&mut self, index: u32) -> bool {
         let place = self.workers.table.get_mut(index as usize);
         let Some(io) = place.and_then(Option::as_mut) else { return false };
@@ -74,7 +74,8 @@ impl EventLoop {
         changed
     }
 
-    /// A worker has written to its doorbell. A worker that rings without a reason is muted for a while.
+    /// A worker has written to its doorbell. A worker that rings without a reason is muted for a
+    /// while.
     pub(super) fn rang(&mut self, key: Key) {
         let registry = self.wakeup.registry();
         let Some(id) = self.workers.rang(registry, key, self.now) else { return };
@@ -84,7 +85,8 @@ impl EventLoop {
         }
     }
 
-    /// Asks workers to ring the doorbell, scans their scoreboards once more, and returns how long to sleep.
+    /// Asks workers to ring the doorbell, scans their scoreboards once more, and returns how long
+    /// to sleep.
     ///
     /// While there is work, no worker is asked to ring: the next turn reads the scoreboards anyway.
     pub(super) fn before_sleep(&mut self) -> Option<Duration> {

@@ -11,14 +11,16 @@ use super::token::Source;
 use super::yield_backoff::YieldBackoff;
 use crate::listen::error::RunError;
 
-/// Grace period after an event in which workers are not asked to ring the doorbell. At a relevant rate the next client
-/// wakes the loop before it ends, and the loop then reads the scoreboards: this saves one eventfd write of the worker and
-/// one wake-up of the dispatcher for each connection. A worker that closes a connection meanwhile finds its slot not
-/// released and shuts the connection down itself, so no client waits for the end of the grace period.
+/// Grace period after an event in which workers are not asked to ring the doorbell. At a relevant
+/// rate the next client wakes the loop before it ends, and the loop then reads the scoreboards:
+/// this saves one eventfd write of the worker and one wake-up of the dispatcher for each
+/// connection. A worker that closes a connection meanwhile finds its slot not released and shuts
+/// the connection down itself, so no client waits for the end of the grace period.
 pub(super) const WAKEUP_GRACE: Duration = Duration::from_millis(2);
 
-/// Batching threshold: after a sleep this long, the first client is sent to its worker at once. After a shorter sleep more
-/// clients are likely to be waiting, and one record for all of a worker's connections is cheaper.
+/// Batching threshold: after a sleep this long, the first client is sent to its worker at once.
+/// After a shorter sleep more clients are likely to be waiting, and one record for all of a
+/// worker's connections is cheaper.
 const BATCHING_THRESHOLD: Duration = Duration::from_micros(200);
 
 /// The result of a poll that does not sleep.
@@ -60,8 +62,8 @@ impl Wakeup {
         self.poll.registry()
     }
 
-    /// Waits until an event happens or `timeout` is over. Before it sleeps, it polls without sleeping if events have just
-    /// happened; see [`Wakeup::poll_again`].
+    /// Waits until an event happens or `timeout` is over. Before it sleeps, it polls without
+    /// sleeping if events have just happened; see [`Wakeup::poll_again`].
     pub(super) fn wait(
         &mut self,
         events: &mut Events,
@@ -103,11 +105,12 @@ impl Wakeup {
         }
     }
 
-    /// Polls without sleeping when events have just happened: once after a yield of the CPU, and repeatedly for
-    /// `busy_poll`.
+    /// Polls without sleeping when events have just happened: once after a yield of the CPU, and
+    /// repeatedly for `busy_poll`.
     ///
-    /// On a machine with more work than cores, clients and workers run during the yield. The next turn then has more to
-    /// do, and the system saves the cost of a sleep and a wake-up. With an idle core the cost is two short system calls.
+    /// On a machine with more work than cores, clients and workers run during the yield. The next
+    /// turn then has more to do, and the system saves the cost of a sleep and a wake-up. With an
+    /// idle core the cost is two short system calls.
     fn poll_again(
         &mut self,
         events: &mut Events,

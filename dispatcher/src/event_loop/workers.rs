@@ -1,6 +1,8 @@
-//! The workers that have joined: their sockets and scoreboards, and which of them the loop has to look at.
+//! The workers that have joined: their sockets and scoreboards, and which of them the loop has to
+//! look at.
 //!
-//! The counters `muted` and `gauge_readers` always agree with the table; only this module changes them.
+//! The counters `muted` and `gauge_readers` always agree with the table; only this module changes
+//! them.
 
 use std::collections::HashMap;
 use std::os::fd::AsRawFd;
@@ -18,11 +20,12 @@ use super::token::{Key, Source};
 use super::worker_io::WorkerIo;
 use dispatcher_core::{Core, PoolId, ProcessId, Ticket, Time, WorkerId};
 
-/// The longest time between two scans of all scoreboards. In between, the loop reads the scoreboards of workers that
-/// the core expects changes from.
+/// The longest time between two scans of all scoreboards. In between, the loop reads the
+/// scoreboards of workers that the core expects changes from.
 const SCAN_ALL: Duration = Duration::from_millis(10);
 
-/// All workers, by `WorkerId::index`. The entries are side by side in memory, because every turn reads all of them.
+/// All workers, by `WorkerId::index`. The entries are side by side in memory, because every turn
+/// reads all of them.
 #[derive(Debug)]
 pub(super) struct Workers {
     pub(super) table: Vec<Option<WorkerIo>>,
@@ -125,7 +128,8 @@ impl Workers {
         self.gauge_readers = self.iter().filter(|io| io.gauges.is_some()).count();
     }
 
-    /// Whether this turn scans all scoreboards, instead of those that the core expects changes from.
+    /// Whether this turn scans all scoreboards, instead of those that the core expects changes
+    /// from.
     pub(super) fn begin_scan(&mut self, now: Time) -> bool {
         let all = now - self.scanned_all >= SCAN_ALL;
         if all {
@@ -135,8 +139,8 @@ impl Workers {
         all
     }
 
-    /// Notes that a worker has rung. A worker that has rung too often without a change of its scoreboard is muted: its
-    /// doorbell leaves the poll, and the worker is returned.
+    /// Notes that a worker has rung. A worker that has rung too often without a change of its
+    /// scoreboard is muted: its doorbell leaves the poll, and the worker is returned.
     pub(super) fn rang(&mut self, registry: &Registry, key: Key, now: Time) -> Option<WorkerId> {
         let io = self.by_key(key)?;
         if !io.doorbell_limit.rang(now) {

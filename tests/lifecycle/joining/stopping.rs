@@ -115,7 +115,8 @@ fn a_client_is_turned_away_although_a_stopped_worker_has_a_copy() {
 #[test]
 fn at_the_end_too() {
     let (mut dispatcher, worker, streams) = copied("stop_timeout = \"200ms\"");
-    // Sent once more than its channel holds nobody is: all are closed, most of them by the workers' end.
+    // No connection is sent again once its channel is full: all are closed, most by the workers'
+    // end.
     dispatcher.process.signal(Signal::SIGTERM);
     assert!(dispatcher.process.wait().success());
     drop(worker);

@@ -9,9 +9,9 @@
 //! interrupts this thread.
 //!
 //! Bounds: `connect_rate` for all, `join_rate` and `join_burst` for each user, `max_handshakes` and
-//! `max_pending_hellos` for unanswered control connections, `hello_timeout`, [`MAILBOX`] events, and
-//! a number of records of each worker in one round. This thread may wait for the hot thread; the hot
-//! thread never waits for this thread.
+//! `max_pending_hellos` for unanswered control connections, `hello_timeout`, [`MAILBOX`] events,
+//! and a number of records of each worker in one round. This thread may wait for the hot thread;
+//! the hot thread never waits for this thread.
 //!
 //! After a panic or a failed poll the thread logs the failure and continues with its connections,
 //! all registered with a new poll.
