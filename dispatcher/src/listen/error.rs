@@ -6,7 +6,7 @@ use std::os::fd::OwnedFd;
 use std::os::unix::fs::MetadataExt;
 use std::path::{Path, PathBuf};
 
-/// Why [`super::run`] failed.
+/// Why `event_loop::run` failed.
 #[derive(Debug)]
 pub enum RunError {
     /// Another process serves this Unix socket.

@@ -1,7 +1,7 @@
 //! The bounded mailbox between the event loop and the side thread: requests in one direction,
 //! answers and reports in the other.
 //!
-//! [`Side`] is the end of the event loop; [`client::MailboxClient`] is the end of the HTTP
+//! [`Side`] is the end of the event loop; `client::MailboxClient` is the end of the HTTP
 //! interface and of reloads.
 
 pub(crate) mod client;
