@@ -181,7 +181,7 @@ impl AccessControl {
         }
         let prefix = self.prefix(ip);
         let Some(at) = self.find(prefix).or_else(|| self.remember(prefix)) else {
-            // Everybody in the table has connections waiting, so nobody can be forgotten: better to let one in than out.
+            // Each entry of the table has queued connections, so none can be removed: an uncounted client is let in.
             return Ok(UNTRACKED);
         };
         self.touch(at);
@@ -381,7 +381,7 @@ impl Core {
         }
     }
 
-    /// No longer queued, as its client is counted: its application has it, or nobody will.
+    /// No longer queued, as its client is counted: its application has it, or no worker will.
     pub(super) fn uncount(&mut self, conn: u32) {
         let entry = self.ledger.get_mut(conn);
         let place = std::mem::replace(&mut entry.client, UNTRACKED);

@@ -122,7 +122,7 @@ impl Core {
             })
     }
 
-    /// What an operator drained stays so; what drained because the pool was not wanted goes on, and nobody else notices that
+    /// What an operator drained stays so; what drained because the pool was not wanted goes on, and nothing else notices that
     /// the pool was gone for a while.
     fn put_back(&mut self, now: Time, p: usize, settings: PoolSettings, seed: u64) -> PoolId {
         let id = PoolId(p as u16);
@@ -139,7 +139,7 @@ impl Core {
     }
 
     /// Gives a pool other settings; its name stays. `max_untaken` counts for workers that join later, as the size of a
-    /// scoreboard is settled then; who may join, too: nobody is turned out.
+    /// scoreboard is settled then; the accounts that may join, too: no worker is turned out.
     pub fn change_pool(&mut self, now: Time, pool: PoolId, settings: PoolSettings, seed: u64) {
         let p = usize::from(pool.0);
         let mut seeds = Random::new(seed);
@@ -252,7 +252,7 @@ impl Core {
         }
     }
 
-    /// Takes a pool out: nobody joins it any more and no process is started for it. Once its listeners are closed and what
+    /// Takes a pool out: no worker joins it any more and no process is started for it. Once its listeners are closed and what
     /// they accepted is with workers, these are drained.
     pub fn retire_pool(&mut self, now: Time, pool: PoolId) {
         let p = usize::from(pool.0);

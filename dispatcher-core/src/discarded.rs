@@ -1,6 +1,6 @@
 //! What is no longer needed and takes long to drop: tables of clients and decisions, which may be hundreds of megabytes.
 //!
-//! Changes of the configuration put it here instead of dropping it; whoever drives the core drops it where nobody waits.
+//! Changes of the configuration put it here instead of dropping it; the event loop drops it on another thread.
 
 use std::collections::VecDeque;
 use std::sync::Arc;
@@ -17,7 +17,7 @@ pub struct Discarded {
 }
 
 #[derive(Debug)]
-#[expect(dead_code, reason = "nobody looks at it any more")]
+#[expect(dead_code, reason = "only to be dropped")]
 pub(super) enum Kept {
     AccessControl(Box<AccessControl>),
     Memory(Memory),

@@ -239,7 +239,7 @@ impl Worker {
         may.then(|| Available { load: self.load(), weight: self.effective_weight(), trial })
     }
 
-    /// What `hash` knows it by. Not its id: whoever comes in its place, with its name, has its keys.
+    /// What `hash` knows it by. Not its id: a worker that replaces it under the same name has its keys.
     pub(super) fn node(&self) -> u64 {
         node(&self.name, self.twin)
     }

@@ -266,13 +266,13 @@ impl Driver {
                 self.core.purged(self.now, worker);
             }
             Effect::Release { worker, conn, ticket } => {
-                assert!(self.is_served(conn), "released, so somebody has it");
+                assert!(self.is_served(conn), "released, so a worker has it");
                 self.drop_copy(conn);
                 slot::release(&self.link(worker).board[ticket.slot as usize], ticket.seq);
             }
             Effect::Close { conn, reason, .. } => {
                 let fate = &mut self.fates[conn.serial as usize - 1];
-                assert!(!fate.served, "closed by the dispatcher, so nobody has it");
+                assert!(!fate.served, "closed by the dispatcher, so no worker has it");
                 assert_eq!(fate.closed.replace(reason), None);
                 self.drop_copy(conn);
             }

@@ -168,8 +168,8 @@ impl Run<'_> {
             assert!(self.driver.core.stopped());
             return;
         }
-        assert_eq!(totals.in_flight, 0, "somebody is never taken: {totals:?}");
-        assert_eq!(self.backlog, 0, "somebody is never accepted: {totals:?}");
+        assert_eq!(totals.in_flight, 0, "a connection is never taken: {totals:?}");
+        assert_eq!(self.backlog, 0, "a connection is never accepted: {totals:?}");
         assert_eq!(self.driver.open_copies(), 0);
         assert_eq!(self.driver.core.accepting(LISTENER), Accepting::Yes);
         for link in self.driver.links.iter().filter(|link| !link.forgotten && !link.cut) {

@@ -61,7 +61,7 @@ impl Scene {
         self.workers.push(self.driver.join(hello).unwrap());
     }
 
-    /// The last worker that came shows this, if anybody wants to know.
+    /// The last worker that came shows this gauge.
     fn show(&mut self, wait: f64) {
         let at = self.driver.now.0;
         for gauge in self.driver.links.iter_mut().last().into_iter().flat_map(|l| &mut l.gauges) {

@@ -66,8 +66,8 @@ fn prefixes_make_clients() {
     assert!(passes("192.0.3.1"));
     assert!(passes("2001:db8::1") && !passes("2001:db8::ffff:1") && passes("2001:db8:0:1::1"));
 
-    let everybody = AccessRules { rate: rate(1000, 1), prefix_ipv4: 0, prefix_ipv6: 0, ..rules() };
-    let mut access_control = AccessControl::new(everybody, 1).unwrap();
+    let one_prefix = AccessRules { rate: rate(1000, 1), prefix_ipv4: 0, prefix_ipv6: 0, ..rules() };
+    let mut access_control = AccessControl::new(one_prefix, 1).unwrap();
     assert!(access_control.admit(Time(0), of("192.0.2.1")).is_ok());
     assert!(access_control.admit(Time(0), of("203.0.113.9")).is_err());
 }
@@ -78,7 +78,7 @@ fn a_full_table_forgets_the_least_recently_seen_client() {
     let mut access_control = AccessControl::new(rules, 1).unwrap();
     let ip = |last| peer(Ipv4Addr::new(10, 0, 0, last).into());
     let places: Vec<u32> = (0..3).map(|n| access_control.admit(Time(0), ip(n)).unwrap()).collect();
-    // All three have a connection queued: nobody can be forgotten, and the fourth passes without being counted.
+    // All three have a connection queued: no entry can be removed, and the fourth passes without being counted.
     assert_eq!(access_control.admit(Time(0), ip(3)), Ok(UNTRACKED));
     assert_eq!(access_control.admit(Time(0), ip(3)), Ok(UNTRACKED));
     access_control.check();
@@ -142,7 +142,7 @@ proptest! {
         }
     }
 
-    /// However many clients come, the table stays within its bound and consistent, and whoever waits is not forgotten.
+    /// However many clients come, the table stays within its bound and consistent, and a client with queued connections is not forgotten.
     #[test]
     fn the_table_is_bounded(
         most in 1u32..20,
@@ -158,7 +158,7 @@ proptest! {
             }
             let mine = waiting.iter().filter(|&&(other, _)| other == who).count();
             match access_control.admit(Time(0), peer(Ipv4Addr::new(10, 0, 0, who).into())) {
-                Ok(UNTRACKED) => prop_assert_eq!(mine, 0, "whoever waits is known"),
+                Ok(UNTRACKED) => prop_assert_eq!(mine, 0, "a client with queued connections is known"),
                 Ok(place) => {
                     prop_assert!(mine < 2);
                     waiting.push((who, place));

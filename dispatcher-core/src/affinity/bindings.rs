@@ -9,7 +9,7 @@ use std::collections::BTreeMap;
 use super::super::types::AffinityKey;
 
 /// No worker.
-const NOBODY: u32 = u32::MAX;
+const NO_WORKER: u32 = u32::MAX;
 
 #[derive(Clone, Copy, Debug)]
 struct Binding {
@@ -37,7 +37,7 @@ impl Bindings {
         let name = match self.named.get(&name) {
             Some(&at) => {
                 let binding = &mut self.bindings[at as usize];
-                if binding.worker == NOBODY || !is_usable(binding.worker) {
+                if binding.worker == NO_WORKER || !is_usable(binding.worker) {
                     binding.worker = worker;
                     return at;
                 }
@@ -65,7 +65,7 @@ impl Bindings {
     /// The worker is gone. Another worker may have the binding already.
     pub(super) fn unbind(&mut self, at: u32, worker: u32) {
         if self.bindings[at as usize].worker == worker {
-            self.bindings[at as usize].worker = NOBODY;
+            self.bindings[at as usize].worker = NO_WORKER;
             self.clear(at);
         }
     }
@@ -81,7 +81,7 @@ impl Bindings {
 
     fn clear(&mut self, at: u32) {
         let Binding { name, worker, entries } = self.bindings[at as usize];
-        if worker == NOBODY && entries == 0 {
+        if worker == NO_WORKER && entries == 0 {
             if let Some(name) = name {
                 self.named.remove(&name);
             }
@@ -90,7 +90,7 @@ impl Bindings {
     }
 
     pub(super) fn worker(&self, at: u32) -> Option<u32> {
-        Some(self.bindings[at as usize].worker).filter(|&worker| worker != NOBODY)
+        Some(self.bindings[at as usize].worker).filter(|&worker| worker != NO_WORKER)
     }
 
     /// The worker of this name.
@@ -108,7 +108,7 @@ impl Bindings {
         for (at, binding) in (0..).zip(&self.bindings) {
             counted = counted.wrapping_add(mark(at).wrapping_mul(u64::from(binding.entries)));
             let free = self.free.contains(&at);
-            assert_eq!(free, binding.entries == 0 && binding.worker == NOBODY, "binding {at}");
+            assert_eq!(free, binding.entries == 0 && binding.worker == NO_WORKER, "binding {at}");
             if let Some(name) = binding.name.filter(|_| !free) {
                 assert_eq!(self.named.get(&name), Some(&at));
             }

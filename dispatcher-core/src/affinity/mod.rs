@@ -1,7 +1,7 @@
 //! Affinity: a client that is known goes where it was before, if that worker may be chosen.
 //!
 //! Owns what is remembered of clients and the order in which it counts: first the worker that a session id names itself
-//! (its route), then the one that is remembered for the key, then whomever the policy chooses; that one is remembered.
+//! (its route), then the one that is remembered for the key, then the worker that the policy chooses; that one is remembered.
 //! What a key is made of is decided by `key::KeySource`.
 
 mod bindings;

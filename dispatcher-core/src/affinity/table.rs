@@ -246,7 +246,7 @@ mod tests {
         const COUNT: u32 = 1_000_000;
         let mut table = Table::new(COUNT, Duration::MAX, 0x9e37_79b9_7f4a_7c15);
         assert_eq!((table.entries.capacity(), table.index.capacity()), (0, 0), "nothing yet");
-        // Keys that differ in few bits, as somebody would choose who wants them all in one place.
+        // Keys that differ in few bits, as an attacker would choose them to collide.
         for n in 0..3 * u64::from(COUNT) {
             let key = AffinityKey(n << 20);
             if table.is_full() {

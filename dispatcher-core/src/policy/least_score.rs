@@ -1,8 +1,8 @@
 //! Lowest score: what its live connections and its gauges amount to, each by a multiplier.
 //!
 //! `score = connections × (load + 1) ÷ weight + Σ multiplier × gauge`. The load is exact and counts from the instant a
-//! connection is sent, so that a burst does not herd on whoever had the best gauges a moment ago. A worker one of whose
-//! gauges is old is passed over in this decision; if that leaves nobody, the fewest connections win.
+//! connection is sent, so that a burst does not herd on the worker that had the best gauges a moment ago. A worker one of whose
+//! gauges is old is passed over in this decision; if that leaves no worker, the fewest connections win.
 //!
 //! Owns the readings of every candidate and what they sum up to. Knows nothing of shared memory; impossible readings have
 //! been sorted out before.
@@ -94,7 +94,7 @@ impl LeastScore {
     }
 
     /// The position of the candidate with the lowest score; among equals the first from `start` on, cyclically. `None` if
-    /// nobody has fresh gauges.
+    /// no worker has fresh gauges.
     #[inline]
     pub(super) fn pick(&self, list: &[Candidate], start: usize, now: Time) -> Option<usize> {
         let start = if start < list.len() { start } else { 0 };
@@ -225,7 +225,7 @@ mod tests {
         assert_eq!(policy.standing(0, list[0], Time(6 * SECOND)), stale, "the other one");
         policy.set(0, 1, reading(0.0, 6 * SECOND));
         assert_eq!(policy.pick(&list, 0, Time(6 * SECOND)), Some(0));
-        assert_eq!(policy.pick(&list, 0, Time(60 * SECOND)), None, "nobody is fresh");
+        assert_eq!(policy.pick(&list, 0, Time(60 * SECOND)), None, "no worker is fresh");
         policy.set(0, 1, None);
         let never = Scored::NeverSet(g1);
         assert_eq!(policy.standing(0, list[0], Time(6 * SECOND)), never);

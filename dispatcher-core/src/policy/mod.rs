@@ -383,7 +383,7 @@ impl Candidates {
                         let why = if mine > theirs { Why::HigherScore } else { Why::Tie };
                         Look::new(Some(mine), say(why))
                     }
-                    // The chosen one itself is out: so was everybody, and the load decided.
+                    // The chosen worker itself is out: so were all workers, and the load decided.
                     (out, Scored::NeverSet(_) | Scored::Stale(..)) => {
                         Look { out: Some(out), ..by_load() }
                     }

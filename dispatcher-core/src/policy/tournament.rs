@@ -4,7 +4,7 @@
 //! tree is deep, and often fewer; a decision needs no look at those who are not chosen. What is better, a policy says.
 
 /// No candidate here.
-const NOBODY: u32 = u32::MAX;
+const NO_WORKER: u32 = u32::MAX;
 
 /// What a policy compares.
 pub(super) trait Rank: Copy {
@@ -29,7 +29,7 @@ impl Tournament {
     pub(super) fn rebuild<R: Rank>(&mut self, list: &[R]) {
         self.leaves = list.len().next_power_of_two().max(2);
         self.nodes.clear();
-        self.nodes.resize(2 * self.leaves, NOBODY);
+        self.nodes.resize(2 * self.leaves, NO_WORKER);
         for (leaf, position) in self.nodes[self.leaves..].iter_mut().zip(0..list.len()) {
             *leaf = position as u32;
         }

@@ -1,4 +1,4 @@
-//! Virtual workers: when each takes what, whoever places the connections.
+//! Virtual workers: when each takes what, with any of the three contenders.
 
 use std::time::Duration;
 

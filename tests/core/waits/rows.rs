@@ -19,7 +19,7 @@ pub enum Need {
     Settled,
     /// Clients of the worker that stops wait at most 3 × its usual longest take and so many rounds of another worker.
     Stop(u64),
-    /// Nobody waits longer.
+    /// No client waits longer.
     Longest(Duration),
     /// The first client waits at most so long.
     First(Duration),
