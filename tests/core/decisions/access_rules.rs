@@ -73,7 +73,7 @@ fn a_connection_counts_as_queued_until_it_is_taken() {
     let sixth = knock(&mut driver, "192.0.2.1");
     assert_eq!(driver.closed(sixth), None);
 
-    // New rules start afresh, and the old table is dropped by somebody else.
+    // New rules start afresh, and the event loop drops the old table on another thread.
     assert!(driver.core.discarded().is_none());
     driver.core.set_access_control(
         WEB,

@@ -80,7 +80,7 @@ fn a_stopping_dispatcher_admits_workers_for_waiting_clients() {
     let worker = driver.worker();
     assert_eq!(driver.take_all(worker), 3);
     assert!(driver.core.stopped() && conns.iter().all(|&conn| driver.is_served(conn)));
-    // Nobody waits any more.
+    // No client waits any more.
     driver.turn();
     assert_eq!(refusal(&mut driver, |_| {}).code, RefusedCode::Stopping);
 }

@@ -104,8 +104,8 @@ fn a_decision_says_by_which_key_and_why_whatever_the_policy() {
         }
         let one = driver.client("one");
         assert_eq!(driver.client("one"), one);
-        let nobody = driver.accept(WEB);
-        driver.say(nobody, None);
+        let unknown = driver.accept(WEB);
+        driver.say(unknown, None);
         let decisions = driver.core.history(PoolId(0), 0);
         let whys = |decision: &Decision| -> Vec<&str> {
             let mut whys: Vec<_> = decision.candidates.iter().map(|c| c.why.name()).collect();
@@ -187,7 +187,7 @@ fn a_session_id_may_name_its_worker() {
     }
     let status = driver.remembered();
     assert_eq!((status.routed, status.entries), (10, 0), "its id says it, nothing to remember");
-    // Away: it stays with whoever took over, until the one it names is back.
+    // Away: it stays with the worker that took over, until the one it names is back.
     driver.goodbye(b);
     let c = driver.called("c");
     assert_eq!(driver.client("x.b"), c);
@@ -197,10 +197,10 @@ fn a_session_id_may_name_its_worker() {
     }
     let back = driver.called("b");
     assert_eq!(driver.client("x.b"), back);
-    // A name nobody has is just a part of the id.
-    let somebody = driver.client("x.nobody");
+    // A name that no worker has is just a part of the id.
+    let chosen = driver.client("x.nobody");
     driver.client("z");
-    assert_eq!(driver.client("x.nobody"), somebody);
+    assert_eq!(driver.client("x.nobody"), chosen);
 }
 
 #[test]
@@ -231,7 +231,7 @@ fn a_worker_that_comes_back_finds_its_clients() {
 
 #[test]
 fn a_worker_that_is_resumed_has_a_binding_of_its_own() {
-    // Somebody with its name came meanwhile: who was there before stays there.
+    // A worker with its name came meanwhile: a client that was there before stays there.
     let mut driver = cookie_driver(|_| {});
     let old = driver.called("w");
     assert_eq!(driver.client("one"), old);
@@ -364,7 +364,7 @@ fn awaiting_counts_as_queued_and_ends_in_time() {
     driver.wait(ms(1));
     assert!(!driver.core.awaits_bytes(first) && driver.core.awaits_bytes(second));
     assert_eq!(driver.core.untaken(worker), 1);
-    // Too late, and of nobody: ignored.
+    // Too late, and of no connection: ignored.
     driver.say(first, known("late"));
     driver.say(second, known("x"));
     driver.say(second, known("x"));
@@ -401,10 +401,10 @@ fn with_nobody_to_serve_them_the_awaited_wait_on() {
     assert_eq!(driver.sends().last(), Some(&(next, false)));
     driver.leave(next, Departure::Died);
     driver.wait(ms(2_000));
-    // Its time ran out long before, so it was queued; nobody came.
+    // Its time ran out long before, so it was queued; no worker came.
     assert_eq!(driver.closed(silent), Some(CloseReason::NoWorker));
     assert_eq!(driver.closed(conn), Some(CloseReason::NoWorker));
-    // Whoever comes now is turned away at once, whatever it has to say.
+    // A client that comes now is turned away at once, whatever it sends.
     let late = driver.accept(WEB);
     assert_eq!(driver.closed(late), Some(CloseReason::NoWorker));
 }
@@ -442,7 +442,7 @@ fn a_stop_waits_for_the_awaited_until_its_deadline() {
     driver.wait(ms(1_000));
     assert!(driver.core.stopped());
     driver.take_all(worker);
-    assert!(driver.is_served(silent), "into the hands of whoever has room");
+    assert!(driver.is_served(silent), "by the worker that has room");
 }
 
 #[test]

@@ -64,7 +64,7 @@ fn churn_stays_even() {
     workers.iter().for_each(|&worker| {
         driver.take_all(worker);
     });
-    // Whoever closes one gets the next.
+    // A worker that closes one gets the next.
     for i in 0..2_000 {
         let worker = workers[i * 5 % 8];
         driver.finish(worker, 1);

@@ -129,7 +129,7 @@ fn the_history_keeps_as_many_as_it_is_told() {
     assert!(driver.core.discarded().is_none());
     driver.change_web(|pool| pool.history = 2);
     assert_eq!(numbers(&driver), [5, 6]);
-    assert!(driver.core.discarded().is_some(), "what is forgotten is dropped by somebody else");
+    assert!(driver.core.discarded().is_some(), "the caller drops what is forgotten");
     driver.change_web(|pool| pool.history = 0);
     driver.accept(WEB);
     assert_eq!(numbers(&driver), [0u64; 0]);
@@ -153,7 +153,7 @@ fn a_changed_affinity_starts_with_an_empty_table() {
     assert!(driver.core.awaits_bytes(awaited));
     driver.core.discarded();
     driver.change_web(|pool| pool.affinity = cookie(1_000));
-    assert!(driver.core.discarded().is_some(), "a table to be dropped by somebody else");
+    assert!(driver.core.discarded().is_some(), "a table for the caller to drop");
     assert_eq!(entries(&driver), Some(0));
     assert!(!driver.core.awaits_bytes(awaited));
     assert_eq!(driver.loads(&workers), [1, 1]);
@@ -213,7 +213,7 @@ fn a_removed_pool_and_listener_serve_accepted_clients() {
     assert_eq!(driver.shown_pools(), names(&[("web", "no-worker")]));
     let told = driver.events();
     let missed = Event::NoUsableWorker { pool: OTHER };
-    assert!(!told.contains(&missed), "nobody expects a worker there: {told:?}");
+    assert!(!told.contains(&missed), "no worker is expected there: {told:?}");
     assert_eq!((driver.core.totals().accepted, driver.core.totals().taken), (2, 2));
     driver.core.check();
 }
@@ -268,7 +268,7 @@ fn a_pool_that_comes_back_has_its_workers() {
     driver.core.retire_pool(driver.now, OTHER);
     driver.turn();
     assert_eq!(driver.state(old), State::Draining);
-    // Under other settings: it has forgotten what it knew, and nobody is turned away before the new time.
+    // Under other settings: it has forgotten what it knew, and no client is turned away before the new time.
     let settings = PoolSettings { affinity: cookie(1000), wait_for_worker: ms(50), ..other() };
     let id = driver.core.add_pool(driver.now, settings.clone(), 7);
     let third = driver.core.add_listener(ListenerSettings { pool: id, ..second() });
@@ -328,7 +328,7 @@ fn processes_come_and_are_not_started_again() {
     driver.change_web(|pool| pool.processes = 1);
     driver.core.exited(driver.now, process(2));
     driver.wait(RESTART_MAX);
-    assert!(spawns(&mut driver).is_empty(), "nobody wants it any more");
+    assert!(spawns(&mut driver).is_empty(), "no pool wants it any more");
     // The second never ended.
     driver.core.scale(driver.now, PoolId(0), 4);
     driver.wait(ms(0));
@@ -373,7 +373,7 @@ fn a_process_that_is_too_many_when_it_comes_gets_nothing() {
     assert_eq!(driver.state(late), State::Draining);
     driver.core.scale(driver.now, PoolId(0), 8);
     assert_eq!(driver.state(late), State::Active, "wanted again");
-    // A service that came by itself is nobody's process.
+    // A service that came by itself is no process of the dispatcher.
     driver.core.scale(driver.now, PoolId(0), 1);
     let own = driver.worker();
     assert_eq!(driver.state(own), State::Active);

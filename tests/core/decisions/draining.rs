@@ -170,7 +170,7 @@ fn untaken_connections_move_at_the_drain_deadline() {
     assert_eq!(driver.events(), [over(worker, true), over(deaf, false)]);
     assert_eq!(driver.loads(&[worker, deaf, other]), [1, 1, 4]);
     let status = driver.core.snapshot();
-    assert_eq!(status.ended_at_deadline, 1, "nobody could tell the other");
+    assert_eq!(status.ended_at_deadline, 1, "the other could not be told");
     assert_eq!(driver.state(worker), State::Draining);
     // Made active again before it comes, a deadline counts no more.
     let (now, later) = (driver.now, driver.now + ms(500));

@@ -144,7 +144,7 @@ fn only_the_last_are_kept_and_only_some_workers_of_each() {
     }
     let later = driver.core.history(PoolId(0), 9);
     assert_eq!(later.iter().map(|d| d.number).collect::<Vec<_>>(), [10]);
-    // Whoever reads keeps what he reads; the next decisions are written elsewhere.
+    // A reader keeps what it has read; the next decisions are written elsewhere.
     let read = Arc::clone(&decisions[0]);
     for n in 0..10 {
         driver.next_from(client(n));

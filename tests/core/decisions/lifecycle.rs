@@ -134,7 +134,7 @@ fn workers_are_released_as_soon_as_their_own_pool_is_done() {
     assert!(driver.link(quick).forgotten, "released");
     assert!(driver.log.contains(&Effect::StopProcesses { pool: PoolId(1) }));
     let gone = Event::Gone { worker: quick, why: Departure::Released, resent: 0, live: 1 };
-    assert_eq!(driver.events(), [gone], "and nobody misses it");
+    assert_eq!(driver.events(), [gone], "and nothing else follows");
     assert_eq!(driver.state(hung), State::Active);
     assert!(!driver.core.stopped());
     driver.take_all(hung);

@@ -428,7 +428,7 @@ impl Model {
             Effect::Spawn { .. } | Effect::StopProcesses { .. } => {
                 panic!("no processes are configured")
             }
-            // Nobody here listens.
+            // The model does not look at these.
             Effect::Tell { .. } => panic!("told, and has no ears"),
             // How much longer than this a pool may take nothing depends on what its workers usually need.
             Effect::Event(Event::Refusing { unserved, .. }) => {

@@ -162,7 +162,7 @@ fn round_robin_gives_turns_by_weight_and_spreads_them() {
     for round in order.chunks(8) {
         assert_eq!(counts(round, 3), [1, 2, 5]);
     }
-    // At no moment is anybody further away from its share than one turn and a half.
+    // At no moment is a worker further away from its share than one turn and a half.
     let mut had = [0usize; 3];
     for (i, &worker) in order.iter().enumerate() {
         had[worker] += 1;
@@ -315,7 +315,7 @@ fn hash_tells_workers_of_one_name_apart() {
 
 #[test]
 fn a_key_and_its_worker_are_the_same_in_every_process() {
-    // Whoever changes these sends every client of every dispatcher elsewhere.
+    // A change of these sends every client of every dispatcher elsewhere.
     assert_eq!(AffinityKey::of(b"session-1"), AffinityKey(15_927_381_246_406_458_741));
     let mut driver = driver_of(Policy::Hash);
     let workers: Vec<_> = (0..5).map(|n| driver.named(&format!("web-{n}"), 1)).collect();

@@ -107,7 +107,7 @@ fn with_nobody_fresh_the_fewest_connections_win() {
     let mut driver = driver_scoring(scores(1.0, &[("a", 1.0)]));
     let workers: Vec<_> = (0..2).map(|_| driver.worker()).collect();
     assert_eq!(driver.core.score(driver.now, workers[0]), Some(Scored::NeverSet(name("a"))));
-    assert_eq!(driver.shares(&workers, 4), [2, 2], "nobody has set any");
+    assert_eq!(driver.shares(&workers, 4), [2, 2], "no worker has set any");
     driver.set(workers[0], 0, 100.0);
     assert_eq!(driver.shares(&workers, 4), [4, 0], "who sets one is preferred, however bad");
     driver.wait(ms(1_000));
@@ -191,7 +191,7 @@ fn gauges_are_read_at_every_turn_or_once_in_an_interval() {
     assert_eq!(
         driver.shares(&workers, 4),
         [2, 2],
-        "nobody has looked; the load is exact all the same"
+        "gauges were not read; the load is exact all the same"
     );
     driver.now = driver.now + ms(1);
     assert_eq!(driver.shares(&workers, 4), [0, 4]);
@@ -203,7 +203,7 @@ fn gauges_are_read_at_every_turn_or_once_in_an_interval() {
     driver.set(late, 0, 0.0);
     assert_eq!(driver.shares(&[workers[1], late], 4), [0, 4]);
     driver.set(late, 0, 50.0);
-    assert_eq!(driver.shares(&[workers[1], late], 2), [0, 2], "from then on like everybody");
+    assert_eq!(driver.shares(&[workers[1], late], 2), [0, 2], "from then on like the others");
 }
 
 #[test]
@@ -302,7 +302,7 @@ fn what_is_explained_is_what_was_decided() {
     assert_eq!((seen(workers[0]).score, seen(workers[0]).why), (Some(6.0), Why::HigherScore));
     assert_eq!((seen(workers[2]).score, seen(workers[2]).why), (None, Why::StaleGauge));
     assert_eq!(seen(workers[2]).out, Some(Scored::NeverSet(name("queue_wait"))));
-    // With nobody fresh it says by what it went instead.
+    // With no worker fresh it says by what it went instead.
     driver.wait(ms(1_000));
     let explained = driver.core.explain(driver.now, PoolId(0), ClientAddr::Unix).unwrap();
     let first = &explained.decision.candidates[0];

@@ -79,7 +79,7 @@ fn a_stopping_pool_restarts_a_process_for_waiting_clients() {
     let worker = driver.join_as(hello(), Some(FIRST)).unwrap();
     driver.take_all(worker);
     driver.turn();
-    // Now nobody waits for it.
+    // Now no client waits for it.
     driver.core.exited(driver.now, FIRST);
     driver.wait(RESTART_MAX);
     assert!(spawns(&mut driver).is_empty());
@@ -116,8 +116,8 @@ fn what_they_start_from_has_changed_so_they_are_started_at_once() {
 #[test]
 fn processes_that_do_not_exist_are_ignored() {
     let mut driver = driver();
-    let nobody = ProcessId { pool: PoolId(7), number: 7 };
-    driver.core.spawned(driver.now, nobody, true);
-    driver.core.exited(driver.now, nobody);
+    let unknown = ProcessId { pool: PoolId(7), number: 7 };
+    driver.core.spawned(driver.now, unknown, true);
+    driver.core.exited(driver.now, unknown);
     driver.core.exited(driver.now, FIRST);
 }

@@ -7,9 +7,9 @@ use dispatch_protocol::scoreboard::slot::want;
 fn only_a_pool_with_workers_wants_room() {
     let other = PoolSettings { name: "other".to_owned(), ..settings() };
     let mut driver = Driver::new(vec![settings(), other], vec![listener()]);
-    assert!(!driver.core.wants_room(), "nobody is there who could make any");
+    assert!(!driver.core.wants_room(), "no worker is there that could make any");
     let worker = driver.trusted(Hello { max_connections: 1, ..hello() });
-    assert!(!driver.core.wants_room(), "and the other pool's workers are nobody's business");
+    assert!(!driver.core.wants_room(), "and the other pool's workers do not count");
     driver.accept(WEB);
     driver.take_all(worker);
     assert!(driver.core.wants_room(), "it is full");
@@ -74,7 +74,7 @@ fn held_connections_are_placed_in_order_when_somebody_joins() {
     let worker = driver.worker();
     let order: Vec<_> = std::iter::from_fn(|| driver.take(worker)).collect();
     assert_eq!(order, [conns[0], conns[1], conns[3], conns[4]]);
-    // Once somebody has it, a reset is the worker's business; so is a stale id.
+    // Once a worker has it, a reset is the worker's business; a stale id is ignored.
     driver.core.client_gone(driver.now, conns[0]);
     driver.turn();
     driver.core.client_gone(driver.now, conns[0]);

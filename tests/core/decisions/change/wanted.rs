@@ -119,7 +119,7 @@ fn a_worker_is_never_told_the_wrong_listener() {
     close(&mut driver, second);
     assert_eq!(driver.core.add_listener(named("first")), first, "the same name is no mistake");
     close(&mut driver, first);
-    assert_eq!(driver.core.add_listener(named("third")), second, "nobody was told of that one");
+    assert_eq!(driver.core.add_listener(named("third")), second, "no worker was told of that one");
     close(&mut driver, second);
     driver.leave(knows, Departure::Died);
     assert_eq!(driver.core.add_listener(named("fourth")), first);
