@@ -67,6 +67,33 @@ fn a_connection_leaves_a_stopped_loop_after_its_patience() {
 }
 
 #[test]
+fn a_long_silent_worker_comes_last_where_none_is_trusted() {
+    let mut driver = driver_of(Policy::LeastConnections);
+    let (stopped, slow) = (driver.worker(), driver.worker());
+    for _ in 0..2 {
+        driver.accept(WEB);
+    }
+    driver.take_all(stopped);
+    driver.take_all(slow);
+    // The first one stops; what it leaves untaken goes to the other, which has more load from then on.
+    while driver.state(stopped) == State::Active {
+        driver.accept(WEB);
+        driver.wait(T / 4);
+        driver.take_all(slow);
+    }
+    driver.wait(10 * T);
+    driver.accept(WEB);
+    driver.take_all(slow);
+    assert!(driver.core.load(stopped) < driver.core.load(slow));
+    // Now the other one does not come round either, but it did a moment ago.
+    driver.accept(WEB);
+    driver.wait(T);
+    assert_eq!((driver.state(stopped), driver.state(slow)), (State::Suspect, State::Suspect));
+    driver.accept(WEB);
+    assert_eq!((driver.in_flight(stopped), driver.in_flight(slow)), (0, 2));
+}
+
+#[test]
 fn a_worker_that_only_answers_is_tested_ever_more_rarely() {
     let mut driver = driver_of(Policy::LeastConnections);
     let good = driver.worker();
