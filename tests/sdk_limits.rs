@@ -7,25 +7,8 @@ use std::sync::Arc;
 use std::thread;
 
 use dispatch_protocol::scoreboard::slot::SlotState;
-use test_support::fake_dispatcher::{FakeDispatcher, Peer, eventually, is_open};
-use worker_sdk::{Connection, PeerAddr, Worker, WorkerConfig};
-
-/// A worker and its dispatcher's view of it.
-fn join(fake: &FakeDispatcher) -> (Worker, Peer) {
-    join_with(fake, fake.config())
-}
-
-fn join_with(fake: &FakeDispatcher, config: WorkerConfig) -> (Worker, Peer) {
-    thread::scope(|scope| {
-        let worker = scope.spawn(|| Worker::connect(config).unwrap());
-        let peer = fake.welcome();
-        (worker.join().unwrap(), peer)
-    })
-}
-
-fn accept(worker: &Worker) -> Connection {
-    worker.accept().unwrap().expect("not closed")
-}
+use test_support::fake_dispatcher::{FakeDispatcher, Peer, accept, eventually, is_open, join};
+use worker_sdk::PeerAddr;
 
 #[test]
 fn many_clients_leave_no_descriptors_open() {

@@ -9,20 +9,12 @@ use std::time::Duration;
 use dispatch_protocol::wire::{Channel, Control, Drain, Features, Resume};
 use mio::{Events, Interest, Poll, Token};
 use test_support::fake_dispatcher::{
-    DEADLINE, FakeDispatcher, Peer, eventually, is_open, read_to_end,
+    DEADLINE, FakeDispatcher, Peer, eventually, is_open, join, read_to_end,
 };
 use tokio::sync::Notify;
 use worker_sdk::mio::MioWorker;
 use worker_sdk::tokio::Listener;
 use worker_sdk::{Error, Worker};
-
-fn join(fake: &FakeDispatcher) -> (Worker, Peer) {
-    thread::scope(|scope| {
-        let worker = scope.spawn(|| Worker::connect(fake.config()).unwrap());
-        let peer = fake.welcome();
-        (worker.join().unwrap(), peer)
-    })
-}
 
 fn tell(peer: &Peer, notice: Channel) {
     let mut record = Vec::new();

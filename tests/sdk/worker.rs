@@ -10,25 +10,10 @@ use std::time::Duration;
 
 use dispatch_protocol::scoreboard::slot::{Revoke, SlotState, want};
 use dispatch_protocol::wire::{Control, EntryFlags, RefusedCode};
-use test_support::fake_dispatcher::{FakeDispatcher, Peer, is_open, read_to_end};
-use worker_sdk::{Connection, Error, PeerAddr, Worker, WorkerConfig};
-
-/// A worker and its dispatcher's view of it.
-fn join(fake: &FakeDispatcher) -> (Worker, Peer) {
-    join_with(fake, fake.config())
-}
-
-fn join_with(fake: &FakeDispatcher, config: WorkerConfig) -> (Worker, Peer) {
-    thread::scope(|scope| {
-        let worker = scope.spawn(|| Worker::connect(config).unwrap());
-        let peer = fake.welcome();
-        (worker.join().unwrap(), peer)
-    })
-}
-
-fn accept(worker: &Worker) -> Connection {
-    worker.accept().unwrap().expect("not closed")
-}
+use test_support::fake_dispatcher::{
+    FakeDispatcher, Peer, accept, is_open, join, join_with, read_to_end,
+};
+use worker_sdk::{Connection, Error, PeerAddr, Worker};
 
 #[test]
 fn joins_and_says_who_it_is() {

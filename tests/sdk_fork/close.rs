@@ -15,26 +15,9 @@ use std::thread;
 use std::time::Duration;
 
 use test_support::fake_dispatcher::{
-    FakeDispatcher, Peer, eventually, is_open, read_to_end, wait_readable,
+    FakeDispatcher, Peer, accept, eventually, is_open, join, read_to_end, wait_readable,
 };
 use worker_sdk::{Connection, Worker, WorkerConfig};
-
-/// A worker and its dispatcher's view of it.
-fn join(fake: &FakeDispatcher) -> (Worker, Peer) {
-    join_with(fake, fake.config())
-}
-
-fn join_with(fake: &FakeDispatcher, config: WorkerConfig) -> (Worker, Peer) {
-    thread::scope(|scope| {
-        let worker = scope.spawn(|| Worker::connect(config).unwrap());
-        let peer = fake.welcome();
-        (worker.join().unwrap(), peer)
-    })
-}
-
-fn accept(worker: &Worker) -> Connection {
-    worker.accept().unwrap().expect("not closed")
-}
 
 /// Takes a duplicate of the connection's socket in one of the possible ways, and drops the SDK's
 /// handle.

@@ -20,6 +20,7 @@ use rustix::net::{
     SendFlags, Shutdown, SocketAddrUnix, SocketFlags, SocketType, accept_with, bind, listen, recv,
     recvmsg, sendmsg, shutdown, socket_with, socketpair,
 };
+use worker_sdk::{Connection, Worker, WorkerConfig};
 
 /// The deadline of every wait.
 pub const DEADLINE: Duration = Duration::from_secs(20);
@@ -44,6 +45,25 @@ pub struct FakeDispatcher {
     path: PathBuf,
     listener: Option<OwnedFd>,
     tcp: TcpListener,
+}
+
+/// A worker in this process, and its dispatcher's view of it.
+pub fn join(fake: &FakeDispatcher) -> (Worker, Peer) {
+    join_with(fake, fake.config())
+}
+
+/// The same with another configuration.
+pub fn join_with(fake: &FakeDispatcher, config: WorkerConfig) -> (Worker, Peer) {
+    std::thread::scope(|scope| {
+        let worker = scope.spawn(|| Worker::connect(config).unwrap());
+        let peer = fake.welcome();
+        (worker.join().unwrap(), peer)
+    })
+}
+
+/// The next connection of a worker that is not closed.
+pub fn accept(worker: &Worker) -> Connection {
+    worker.accept().unwrap().expect("not closed")
 }
 
 impl Default for FakeDispatcher {
@@ -88,9 +108,9 @@ impl FakeDispatcher {
         &self.path
     }
 
-    pub fn config(&self) -> worker_sdk::WorkerConfig {
+    pub fn config(&self) -> WorkerConfig {
         let (min, max) = (Duration::from_millis(5), Duration::from_millis(50));
-        worker_sdk::WorkerConfig::new()
+        WorkerConfig::new()
             .dispatch_socket(&self.path)
             .name("tested")
             .max_connections(1000)
