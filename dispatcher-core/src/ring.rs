@@ -58,10 +58,12 @@ pub(super) struct Ring {
 }
 
 impl Ring {
+    /// Room for every slot is reserved now, so that no handoff allocates. Memory that no slot has used is not resident.
     pub(super) fn new(limit: u32) -> Ring {
+        let most = (limit + SPARE_SLOTS + 1) as usize;
         Ring {
-            slots: Vec::new(),
-            free: VecDeque::new(),
+            slots: Vec::with_capacity(most),
+            free: VecDeque::with_capacity(most),
             limit,
             seq: 0,
             head: NONE,
