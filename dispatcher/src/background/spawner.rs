@@ -5,24 +5,22 @@
 
 mod group;
 mod reaper;
+mod start;
 
 use std::collections::HashMap;
 use std::os::unix::process::ExitStatusExt;
 use std::path::PathBuf;
-use std::process::{ExitStatus, Stdio};
+use std::process::ExitStatus;
 use std::sync::mpsc::{self, Receiver};
 use std::time::Duration;
 
 use dispatch_protocol::wire::Token;
 use nix::sys::signal::Signal;
 use nix::unistd::Pid;
-use tokio::process::Child;
 use tokio::sync::{mpsc as tokio_mpsc, watch};
 use tokio::task::JoinSet;
 
 use self::reaper::Own;
-use crate::config::NOT_INHERITED;
-use crate::sys;
 use crate::wake::Wake;
 use dispatcher_core::{PoolId, ProcessId};
 
@@ -252,7 +250,7 @@ async fn process(
     own: Own,
 ) -> bool {
     let process = request.process;
-    let (mut child, pid) = match start(&request) {
+    let (mut child, pid) = match start::start(&request) {
         Ok(started) => started,
         Err(error) => {
             reports.send(Report::SpawnFailed { process, error });
@@ -345,44 +343,6 @@ impl Drop for End {
             status_text,
         });
     }
-}
-
-fn start(request: &SpawnRequest) -> Result<(Child, Pid), String> {
-    let (program, arguments) = request.command.split_first().ok_or("no command")?;
-    let mut command = tokio::process::Command::new(program);
-    command
-        .args(arguments)
-        .envs(request.environment.iter().map(|(name, value)| (name, value)))
-        .env("DISPATCH_SOCKET", &request.dispatch_socket)
-        .env("DISPATCH_POOL", &request.pool)
-        .env("DISPATCH_NAME", &request.name)
-        .env("DISPATCH_TOKEN", request.token.to_string())
-        .stdin(Stdio::null())
-        // A process group of its own: Ctrl-C at a terminal reaches only the dispatcher, which then
-        // stops its processes in order.
-        .process_group(0);
-    for name in NOT_INHERITED {
-        command.env_remove(name);
-    }
-    if let Some(directory) = &request.directory {
-        command.current_dir(directory);
-    }
-    sys::start_with_default_signals(command.as_std_mut());
-    if let Some((soft, hard)) = request.descriptors {
-        sys::start_with_descriptor_limit(command.as_std_mut(), soft, hard);
-    }
-    let child = command.spawn().map_err(|error| match &request.directory {
-        // The error does not say which of the two paths is wrong: name both.
-        Some(directory) if !directory.is_dir() => {
-            format!("{program} in {}: {error}", directory.display())
-        }
-        _ => format!("{program}: {error}"),
-    })?;
-    let pid = child
-        .id()
-        .and_then(|pid| i32::try_from(pid).ok())
-        .ok_or_else(|| format!("{program}: no process id"))?;
-    Ok((child, Pid::from_raw(pid)))
 }
 
 /// Waits for the order to stop. Waits forever once no order can come any more.
