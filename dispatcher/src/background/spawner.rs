@@ -4,7 +4,7 @@
 //! Decides nothing: the core decides when to start and whether to restart.
 
 mod group;
-mod reaper;
+pub(crate) mod reaper;
 mod start;
 
 use std::collections::HashMap;

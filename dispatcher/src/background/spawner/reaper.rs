@@ -4,7 +4,7 @@
 //!
 //! The spawner reaps its own processes: the reaper looks at each child before it reaps it.
 
-use std::collections::HashSet;
+use std::collections::{BTreeSet, HashSet};
 use std::io;
 use std::os::unix::net::UnixStream as Pair;
 use std::sync::{Arc, Mutex, PoisonError};
@@ -43,6 +43,30 @@ impl Own {
     }
 }
 
+/// Children that other parts of the dispatcher wait for themselves.
+static EXPECTED: Mutex<BTreeSet<i32>> = Mutex::new(BTreeSet::new());
+
+/// See [`expect`].
+#[derive(Debug)]
+pub(crate) struct Expected(i32);
+
+impl Drop for Expected {
+    fn drop(&mut self) {
+        EXPECTED.lock().unwrap_or_else(PoisonError::into_inner).remove(&self.0);
+    }
+}
+
+/// The caller waits for this child until it drops the result. Call this on the reaper's thread,
+/// after the process was started and before anything else can run there.
+pub(crate) fn expect(pid: i32) -> Expected {
+    EXPECTED.lock().unwrap_or_else(PoisonError::into_inner).insert(pid);
+    Expected(pid)
+}
+
+fn is_expected(pid: i32) -> bool {
+    EXPECTED.lock().unwrap_or_else(PoisonError::into_inner).contains(&pid)
+}
+
 /// Reaps children that are not `own`, forever. Only for a process without other children.
 pub(super) async fn reap(own: Own) {
     let mut signals = match ends() {
@@ -57,7 +81,7 @@ pub(super) async fn reap(own: Own) {
     };
     loop {
         match sys::ended_child() {
-            Some(pid) if own.has(pid) => tokio::time::sleep(SOON).await,
+            Some(pid) if own.has(pid) || is_expected(pid) => tokio::time::sleep(SOON).await,
             Some(pid) => {
                 if let Some(child) = Pid::from_raw(pid) {
                     let _ = waitpid(Some(child), WaitOptions::NOHANG);

@@ -4,6 +4,9 @@
 //!
 //! The usual crate does not support abstract sockets and blocks on a socket without a reader.
 
+#[allow(dead_code, reason = "the stop asks it")]
+pub(crate) mod unit;
+
 use std::ffi::OsString;
 use std::os::fd::OwnedFd;
 use std::os::unix::ffi::OsStrExt;
