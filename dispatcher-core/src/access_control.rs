@@ -1,12 +1,14 @@
-//! Access of clients to a listener: by address, by rate, and by their number of waiting connections.
+//! Access control of a listener: by client address, by rate, and by the number of a client's
+//! waiting connections.
 //!
-//! Owns a listener's rules and a bounded table of client prefixes; the time comes in as an argument. Connections
-//! are known here only as numbers per prefix. The rate is a token bucket for each prefix, kept as one moment instead of a
-//! count of tokens: the "generic cell rate algorithm" in its virtual scheduling form (ITU-T I.371, annex A).
+//! Owns a listener's rules and a bounded table of client prefixes with their numbers of
+//! connections; the time comes in as an argument. The rate is a token bucket for each prefix,
+//! stored as one time instead of a count of tokens: the "generic cell rate algorithm" in its
+//! virtual scheduling form (ITU-T I.371, annex A).
 //!
-//! The table is a hash table with chains, and a list from the least to the most recently seen prefix. All its memory is
-//! reserved at the start, it never rehashes, and every operation is short, whatever clients do: where a prefix goes
-//! depends on a seed they do not know.
+//! The table is a hash table with chains, and a list from the least to the most recently seen
+//! prefix. All its memory is reserved at the start and it never rehashes. Clients cannot make an
+//! operation slow: the place of a prefix depends on a seed that they do not know.
 
 use core::net::{IpAddr, Ipv6Addr};
 use std::hash::{DefaultHasher, Hasher};
@@ -22,20 +24,21 @@ use super::types::{CloseReason, ListenerId, Time};
 /// No entry.
 const NONE: u32 = u32::MAX;
 
-/// A listener's rules about clients. `config` makes them. Clients of Unix sockets have no address: they always pass.
+/// A listener's rules about clients. `config` makes them. Clients of Unix sockets have no address
+/// and are always admitted.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct AccessRules {
     /// Prefixes that may connect; empty: all.
     pub allow: Vec<IpNet>,
-    /// Prefixes that may not connect; goes before `allow`.
+    /// Prefixes that may not connect; takes precedence over `allow`.
     pub deny: Vec<IpNet>,
-    /// New connections of one prefix.
+    /// Rate limit for new connections of one prefix.
     pub rate: Option<Rate>,
-    /// Most connections of one prefix that no worker's application has taken yet.
+    /// Most untaken connections of one prefix.
     pub max_queued_per_client: Option<u32>,
-    /// Leading bits of an IPv4 address that make a client.
+    /// Leading bits of an IPv4 address that identify a client.
     pub prefix_ipv4: u8,
-    /// Leading bits of an IPv6 address that make a client.
+    /// Leading bits of an IPv6 address that identify a client.
     pub prefix_ipv6: u8,
     /// Most prefixes remembered at once.
     pub max_clients: u32,
@@ -61,22 +64,22 @@ impl AccessRules {
         self.allow.is_empty() && self.deny.is_empty() && !self.counts()
     }
 
-    /// Whether clients have to be remembered.
+    /// Whether the rules need a table of clients.
     fn counts(&self) -> bool {
         self.rate.is_some() || self.max_queued_per_client.is_some()
     }
 }
 
-/// So many connections in such a time, and so many at once after a pause.
+/// A rate limit: a token bucket.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct Rate {
-    /// The time between two connections at the full rate.
+    /// Time between two connections at the full rate.
     pub every: Duration,
     /// Most connections at once: the size of the bucket.
     pub burst: u32,
 }
 
-/// Addresses, as ranges that neither touch nor overlap, in order.
+/// Addresses as sorted ranges that neither touch nor overlap.
 #[derive(Debug, Default)]
 struct Addresses {
     ipv4: Vec<(u32, u32)>,
@@ -113,22 +116,23 @@ impl Addresses {
     }
 }
 
-/// What is remembered of a client prefix.
+/// The entry of a client prefix.
 #[derive(Clone, Copy, Debug)]
 struct Client {
     prefix: u128,
     /// When its bucket is full again: "theoretical arrival time" in I.371.
     full_at: Time,
-    /// Its connections that no application has taken. While there are any, it stays.
+    /// Its untaken connections. The entry is not removed while there are any.
     queued: u32,
     /// Next in the chain of its hash.
     chain: u32,
-    /// The one seen before it, and the one seen after it.
+    /// Its neighbours in the list by last use.
     older: u32,
     newer: u32,
 }
 
-/// A listener's rules at work. It may be large: it is made and dropped outside the hot thread ([`super::Discarded`]).
+/// A listener's rules with the table of its clients. It may be large: it is made and dropped
+/// outside the hot thread ([`super::Discarded`]).
 #[derive(Debug)]
 pub struct AccessControl {
     rules: AccessRules,
@@ -142,12 +146,12 @@ pub struct AccessControl {
     newest: u32,
 }
 
-/// A client that may come in: where it is remembered, if it is.
+/// The entry of a client that has none.
 pub(super) const UNTRACKED: u32 = NONE;
 
 impl AccessControl {
-    /// For these rules; `None` if they admit every client. `seed` is a secret number: clients must not be able to tell where
-    /// they are remembered.
+    /// For these rules; `None` if they admit every client. `seed` is secret: clients must not be
+    /// able to predict their place in the table.
     pub fn new(rules: AccessRules, seed: u64) -> Option<Box<AccessControl>> {
         if rules.is_open() {
             return None;
@@ -166,8 +170,8 @@ impl AccessControl {
         }))
     }
 
-    /// Whether a client may come in now. If so its connection counts as queued, at the returned place, until
-    /// [`AccessControl::uncount`].
+    /// Admits a client or returns why not. The connection of an admitted client counts as queued in
+    /// the returned entry until [`AccessControl::uncount`].
     pub(super) fn admit(&mut self, now: Time, peer: ClientAddr) -> Result<u32, CloseReason> {
         let Some(ip) = peer.ip().map(|ip| ip.to_canonical()) else {
             return Ok(UNTRACKED);
@@ -181,7 +185,8 @@ impl AccessControl {
         }
         let prefix = self.prefix(ip);
         let Some(at) = self.find(prefix).or_else(|| self.remember(prefix)) else {
-            // Each entry of the table has queued connections, so none can be removed: an uncounted client is let in.
+            // No entry can be removed, because each has queued connections: the client is admitted
+            // without being counted.
             return Ok(UNTRACKED);
         };
         self.touch(at);
@@ -213,8 +218,8 @@ impl AccessControl {
         self.clients.len() - self.free.len()
     }
 
-    /// The bits that make a client. An IPv4 address is written as IPv6 writes it (`::ffff:a.b.c.d`); no prefix of
-    /// a real IPv6 address looks like that.
+    /// The bits that identify a client. An IPv4 address is mapped to IPv6 (`::ffff:a.b.c.d`); no
+    /// prefix of a real IPv6 address looks like that.
     fn prefix(&self, ip: IpAddr) -> u128 {
         let (bits, length) = match ip {
             IpAddr::V4(ip) => (ip.to_ipv6_mapped().to_bits(), 96 + self.rules.prefix_ipv4.min(32)),
@@ -241,7 +246,8 @@ impl AccessControl {
         None
     }
 
-    /// Makes an entry, forgetting the client that was seen longest ago and has nothing queued, if need be.
+    /// Makes an entry. If the table is full, it replaces the least recently seen client without
+    /// queued connections.
     fn remember(&mut self, prefix: u128) -> Option<u32> {
         let bucket = self.bucket(prefix);
         if self.free.is_empty() && self.clients.len() == self.rules.max_clients.max(1) as usize {
@@ -275,7 +281,7 @@ impl AccessControl {
     #[cfg(test)]
     pub(super) const CLIENT: usize = size_of::<Client>();
 
-    /// How far `forget_one` looks for a client without queued connections.
+    /// How many entries `forget_one` examines for one without queued connections.
     const LOOK: usize = 8;
 
     fn forget_one(&mut self) {
@@ -283,7 +289,7 @@ impl AccessControl {
             let at = self.oldest;
             let Some(client) = self.clients.get(at as usize) else { return };
             if client.queued > 0 {
-                // As if seen now: it cannot go, and the next look should not stumble over it again.
+                // It cannot be removed; as the newest entry it is not examined again soon.
                 self.touch(at);
                 continue;
             }
@@ -311,7 +317,7 @@ impl AccessControl {
         }
     }
 
-    /// It was seen just now.
+    /// Makes an entry the most recently seen one.
     fn touch(&mut self, at: u32) {
         if self.newest != at {
             self.unlink(at);
@@ -341,7 +347,7 @@ impl AccessControl {
         (client.older, client.newer) = (last, NONE);
     }
 
-    /// Recounts everything; panics if it differs.
+    /// Recounts everything; panics on a difference.
     pub(super) fn check(&self) {
         assert!(self.clients.len() <= self.rules.max_clients.max(1) as usize);
         let (mut count, mut last, mut at) = (0, NONE, self.oldest);
@@ -354,7 +360,7 @@ impl AccessControl {
         assert_eq!((last, count), (self.newest, self.len()));
     }
 
-    /// Connections queued, over all clients that are remembered.
+    /// Queued connections of all clients in the table.
     pub(super) fn queued(&self) -> u64 {
         let mut sum = 0;
         let mut at = self.oldest;
@@ -367,8 +373,8 @@ impl AccessControl {
 }
 
 impl Core {
-    /// Sets who may come in at a listener, now or later. Everything starts afresh, with none of the connections that wait
-    /// already counted.
+    /// Sets the access control of a listener, also while it runs. The new table starts empty:
+    /// waiting connections are not counted in it.
     pub fn set_access_control(
         &mut self,
         listener: ListenerId,
@@ -381,7 +387,7 @@ impl Core {
         }
     }
 
-    /// No longer queued, as its client is counted: its application has it, or no worker will.
+    /// Stops counting a connection for its client: it was taken or closed.
     pub(super) fn uncount(&mut self, conn: u32) {
         let entry = self.ledger.get_mut(conn);
         let place = std::mem::replace(&mut entry.client, UNTRACKED);

@@ -10,14 +10,15 @@ use super::types::*;
 use super::worker::{Worker, node};
 use super::{Core, Event};
 
-/// More than a process can have taken: at a million a second this takes 285 years. Every sum of them is exact, too.
+/// More takes than any process can reach: 285 years at a million a second. Sums stay exact in an
+/// `f64`, too.
 const MOST_TAKEN: u64 = 1 << 53;
 
 /// More live connections than `max_connections_per_worker` can be.
 const MOST_LIVE: u64 = 10_000_000;
 
-/// What a worker says it has taken and closed so far. If that cannot be, it is as if it had as many connections as it
-/// wants to have.
+/// The taken and finished counts of a hello. If they are impossible, the worker counts as having
+/// its own maximum of connections.
 fn possible(hello: &Hello) -> (u64, u64) {
     let finished = hello.finished.min(hello.base);
     let live = hello.base - finished;
@@ -29,7 +30,7 @@ fn possible(hello: &Hello) -> (u64, u64) {
 }
 
 impl Core {
-    /// The pool a worker may join, or why it may not.
+    /// The pool that a worker may join, or the refusal.
     pub(super) fn admit(&self, join: &Join) -> Result<usize, Refusal> {
         let hello = &join.hello;
         let refusal = |code, key: Option<String>, reason| Refusal { code, reason, key };
@@ -67,7 +68,8 @@ impl Core {
             ));
         };
         let pool = &self.pools[p];
-        // Until then its clients wait for a worker.
+        // Before its release a pool accepts workers even during a stop, because its clients wait
+        // for one.
         if pool.done {
             return Err(stopping());
         }
@@ -107,7 +109,7 @@ impl Core {
             || join.gids.iter().any(|gid| access.groups.contains(gid))
     }
 
-    /// Enters an admitted worker.
+    /// Adds an admitted worker.
     pub(super) fn add_worker(&mut self, now: Time, p: usize, join: &Join) -> WorkerId {
         self.joins += 1;
         let index = match self.free_workers.pop() {
@@ -163,7 +165,7 @@ impl Core {
             forgotten: false,
             blocked: None,
             starved: None,
-            // One that has served before, under another dispatcher or this one, does not begin at nothing.
+            // A worker that has served before, under this dispatcher or another, starts with trust.
             trust: Trust::new(now, hello.base > 0),
             threads: None,
             trial_wait: None,
@@ -197,7 +199,8 @@ impl Core {
         id
     }
 
-    /// The smallest number that no worker of this name has. One that said goodbye needs none any more.
+    /// The smallest number that no other worker of this name has. A worker that said goodbye no
+    /// longer needs its number.
     fn free_twin(&self, p: usize, name: &str) -> u32 {
         let mut used: Vec<u32> = self.pools[p]
             .candidates

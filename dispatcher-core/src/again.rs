@@ -1,7 +1,8 @@
-//! The worker for a connection that the policy does not place: one that was at another worker, or that no worker is likely
-//! to take soon.
+//! The choice of a worker without the policy: for a connection that was at another worker, or that
+//! no worker is likely to take soon.
 //!
-//! Looks at every worker of the pool, which is dear, and seldom needed. Decides where; `handoff.rs` decides when.
+//! Scans every worker of the pool, which is expensive and seldom needed. This module decides where
+//! a connection goes; `handoff.rs` decides when.
 
 use std::time::Duration;
 
@@ -13,11 +14,12 @@ use super::trust::PROOF;
 use super::types::*;
 use super::worker::Worker;
 
-/// A connection that has waited for twice this goes to any trusted worker, however short it has been known.
+/// A connection that has waited for twice this time goes to any trusted worker, even to one with
+/// few takes.
 const PATIENT_LIMIT: Duration = Duration::from_millis(400);
 
 impl Core {
-    /// A worker for a connection that is to be placed again. Unlike the policy this looks at every worker.
+    /// A worker for a connection that is placed again. Unlike the policy this scans every worker.
     pub(super) fn choose_again(&mut self, now: Time, p: usize, conn: u32) -> Option<usize> {
         let Conn { again, .. } = *self.ledger.get(conn);
         let chosen = match again {
@@ -44,13 +46,14 @@ impl Core {
         Some(chosen)
     }
 
-    /// Whether a worker that is not trusted may be tested with a connection that another one leaves untaken.
+    /// Whether a worker without trust may be tested with a connection that the worker `from` left
+    /// untaken.
     pub(super) fn may_prove_itself(&self, worker: &Worker, from: u32) -> bool {
         let spaced = self.pools[worker.pool].is_spaced();
         worker.id.index != from && worker.is_trialable(spaced)
     }
 
-    /// A trusted worker; else one that may be tested; else one that never was.
+    /// A trusted worker; else one that may be tested; else one that was never tested.
     pub(super) fn after_failed_trial(&self, p: usize, conn: u32, from: u32) -> Option<usize> {
         let spaced = self.pools[p].is_spaced();
         self.best(p, conn, |w| w.id.index != from && w.is_trusted() && w.has_room())
@@ -58,13 +61,15 @@ impl Core {
             .or_else(|| self.best(p, conn, |w| w.id.index != from && is_untested(w)))
     }
 
-    /// A worker for a connection that no worker is likely to take soon; `None` if it is better off in the queue.
+    /// A worker for a connection that no worker is likely to take soon; `None` if it should be
+    /// queued.
     pub(super) fn choose_any(&mut self, now: Time, p: usize, conn: u32) -> Option<usize> {
         let pool = &self.pools[p];
         if pool.candidates.opens() == 0 {
             return None;
         }
-        // Trusted reporters are only busy: the first thread that is free gets it, as from a shared queue.
+        // Trusted reporters are only busy: the connection waits in the queue for the first free
+        // thread.
         let failover = pool.settings.policy == Policy::Failover;
         if pool.shares.reporter > 0
             && (!failover
@@ -96,7 +101,7 @@ impl Core {
 
     pub(super) fn open_workers(&self, p: usize) -> impl Iterator<Item = usize> + '_ {
         let candidates = &self.pools[p].candidates;
-        // From where the last decision ended, so that ties rotate.
+        // The scan starts where the last decision ended, so that ties rotate.
         let len = candidates.len();
         let start = candidates.start() % len.max(1);
         (start..len)
@@ -105,8 +110,8 @@ impl Core {
             .map(|at| candidates.get(at).worker as usize)
     }
 
-    /// Of the open workers that are `fit`, the one that the pool's policy would prefer: the key's owner with `hash`, else the
-    /// least loaded.
+    /// Of the open workers for which `fit` holds, the one that the pool's policy prefers: with
+    /// `hash` the key's owner, else the least loaded.
     pub(super) fn best(&self, p: usize, conn: u32, fit: impl Fn(&Worker) -> bool) -> Option<usize> {
         let pool = &self.pools[p];
         let fitting = || self.open_workers(p).filter(|&w| fit(&self.workers[w]));
@@ -118,7 +123,7 @@ impl Core {
         fitting().min_by(|&a, &b| burden(&self.workers[a]).total_cmp(&burden(&self.workers[b])))
     }
 
-    /// Keeps the decision, and what follows from it for the connection.
+    /// Records the decision.
     pub(super) fn commit_handoff(&mut self, now: Time, p: usize, conn: u32, w: usize) {
         let at = self.workers[w].at;
         let choice = self.pools[p].candidates.choice(now, at, By::Handoff);
@@ -129,21 +134,21 @@ impl Core {
     }
 }
 
-/// Live connections for the worker's weight.
+/// Live connections, divided by the worker's weight.
 pub(super) fn burden(worker: &Worker) -> f64 {
     (worker.load() + 1) as f64 / f64::from(worker.effective_weight())
 }
 
-/// Whether it is likely to take a connection within `limit`.
+/// Whether the worker is likely to take a connection within `limit`.
 pub(super) fn is_target(worker: &Worker, limit: Duration) -> bool {
     worker.is_trusted()
         && worker.has_room()
         && worker.trust.peak <= limit
-        // Better an unproven one than to wait for ever.
+        // With few takes a worker still qualifies for a connection that has waited long.
         && (worker.trust.batches >= PROOF || limit >= PATIENT_LIMIT.max(2 * worker.trust.peak))
 }
 
-/// Whether nothing is known about it, for better or worse.
+/// Whether the worker has neither taken a connection nor failed a trial.
 pub(super) fn is_untested(worker: &Worker) -> bool {
     worker.state == State::Active && !worker.trust.proven && worker.trust.failed == 0
 }

@@ -1,7 +1,8 @@
-//! Connections whose first bytes are awaited, because these identify the client.
+//! Connections whose first bytes are awaited, because the bytes identify the client.
 //!
-//! Owns their queue, its bounds and its deadline. Every connection of a pool is awaited equally long, so the first in the
-//! queue is always the first to run out of time. They count as queued: no worker has them yet.
+//! Owns their queue, its bound and its deadline. The timeout is the same for all connections of a
+//! pool, so the first in the queue is always the first to time out. Awaited connections count as
+//! queued.
 
 use super::ledger::{Place, Queue};
 use super::policy::NEVER;
@@ -40,13 +41,14 @@ impl Pool {
 }
 
 impl Core {
-    /// Whether the connection's first bytes are awaited. If so, the event loop looks at what is there, and goes on looking
-    /// whenever there is more, until it can say what they say: [`Core::first_bytes`].
+    /// Whether the connection's first bytes are awaited. If so, the event loop peeks at them
+    /// whenever more arrive, until it can report the result with [`Core::first_bytes`].
     pub fn awaits_bytes(&self, conn: ConnId) -> bool {
         self.ledger.find(conn).is_some_and(|entry| entry.place == Place::Awaiting)
     }
 
-    /// What the first bytes of a connection say; `None`: nothing, and more would not either.
+    /// Reports the identity that a connection's first bytes contain; `None` if they contain none
+    /// and more bytes would not help.
     pub fn first_bytes(&mut self, now: Time, conn: ConnId, known: Option<Known>) {
         if self.awaits_bytes(conn) {
             let pool = self.pool_of(self.ledger.get(conn.index).listener);
@@ -87,19 +89,19 @@ impl Core {
         self.put(now, pool, conn, false);
     }
 
-    /// Takes a connection out of the queue, to be given another place at once.
+    /// Removes a connection from the queue; the caller gives it another place at once.
     pub(super) fn end_await(&mut self, pool: usize, conn: u32) {
         self.ledger.end_await(&mut self.pools[pool].awaiting.queue, conn);
         self.totals.queued -= 1;
     }
 
-    /// When the first in the queue has been awaited long enough.
+    /// When the first connection in the queue times out.
     pub(super) fn awaiting_due(&self, pool: &Pool) -> Time {
         let first = pool.awaiting.queue.first();
         first.map_or(NEVER, |conn| self.ledger.get(conn).since + pool.settings.peek.timeout)
     }
 
-    /// Gives up on those that have been awaited long enough.
+    /// Places the connections that have timed out without an identity.
     pub(super) fn tick_awaiting(&mut self, now: Time, p: usize) {
         while let Some(conn) = self.pools[p].awaiting.queue.first()
             && self.awaiting_due(&self.pools[p]) <= now
@@ -110,7 +112,7 @@ impl Core {
         }
     }
 
-    /// Gives up on the oldest that are more than `most`.
+    /// Shortens the queue to `most`: places the oldest connections without an identity.
     pub(super) fn await_at_most(&mut self, now: Time, p: usize, most: u64) {
         while self.pools[p].awaiting.len() > most
             && let Some(conn) = self.pools[p].awaiting.queue.first()
@@ -121,7 +123,7 @@ impl Core {
         }
     }
 
-    /// At the deadline of a stop no first bytes are awaited any more.
+    /// At the deadline of a stop: places every awaited connection without an identity.
     pub(super) fn empty_awaiting(&mut self, now: Time, p: usize) {
         while let Some(conn) = self.pools[p].awaiting.queue.first() {
             self.end_await(p, conn);
@@ -129,7 +131,7 @@ impl Core {
         }
     }
 
-    /// No worker joined to serve them: closes them and returns their number.
+    /// The pool refuses clients: closes the awaited connections and returns their number.
     pub(super) fn refuse_awaiting(&mut self, p: usize) -> u32 {
         let mut closed = 0;
         while let Some(conn) = self.pools[p].awaiting.queue.first() {
@@ -140,7 +142,7 @@ impl Core {
         closed
     }
 
-    /// Panics if the queue is not as it must be; answers how many are in it.
+    /// Checks the queue's invariants, panics if one does not hold, and returns its length.
     pub(super) fn check_awaiting(&self, p: usize) -> u64 {
         let pool = &self.pools[p];
         let (mut count, mut last) = (0, Time::default());

@@ -1,9 +1,10 @@
-//! Changing the configuration of a core that is at work.
+//! Changes of the configuration while the core runs.
 //!
-//! Ids are positions. What is removed stays as a retired entry, so that connections and workers that refer to it go on as they
-//! were. Once nothing refers to it any more, the entry is used for what is added next, so that neither memory nor the time of a
-//! turn grows with the number of changes. A pool that comes back under its name before that is the same pool again. A
-//! listener's pool never changes: a listener that shall lead elsewhere is a new one.
+//! Ids are positions. A removed pool or listener stays as a retired entry, so that connections and
+//! workers that refer to it continue unchanged. Once nothing refers to it, the next addition reuses
+//! the entry, so that neither memory nor the time of a turn grows with the number of changes. A
+//! pool that is added again under its name before that is the same pool. A listener's pool never
+//! changes: a listener for another pool is a new listener.
 
 use std::collections::VecDeque;
 use std::time::Duration;
@@ -24,7 +25,7 @@ use super::{Clock, Core, Listener, Pool, Random};
 use crate::histogram::{self, Histogram};
 
 impl Listener {
-    /// After so many joins.
+    /// A listener that is added after `joins` joins.
     pub(super) fn new(settings: ListenerSettings, joins: u64) -> Listener {
         Listener {
             pool: usize::from(settings.pool.0),
@@ -47,7 +48,7 @@ impl Pool {
         seeds: &mut Random,
         effects: &mut VecDeque<Effect>,
     ) -> Pool {
-        // Where processes are about to be started, this is no news.
+        // A spawned pool starts its processes next, so it reports nothing.
         if settings.processes == 0 {
             effects.push_back(Effect::Event(Event::NoUsableWorker { pool: id }));
         }
@@ -86,8 +87,9 @@ impl Pool {
 }
 
 impl Core {
-    /// Adds a pool. One of this name that was taken out is put back, with the workers it still has: two of one name could not
-    /// be told apart. Otherwise the entry of one that was taken out is used, if nothing refers to it any more.
+    /// Adds a pool. A retired pool of this name is restored with the workers that it still has,
+    /// because two pools of one name could not be distinguished. Otherwise the pool reuses a
+    /// retired entry that nothing refers to, if there is one.
     pub fn add_pool(&mut self, now: Time, settings: PoolSettings, seed: u64) -> PoolId {
         let same = |pool: &Pool| pool.retired && pool.settings.name == settings.name;
         if let Some(p) = self.pools.iter().position(same) {
@@ -108,22 +110,22 @@ impl Core {
         id
     }
 
-    /// Whether nothing refers to a pool that was taken out.
+    /// Whether nothing refers to a retired pool.
     fn is_free(&self, p: usize) -> bool {
         let pool = &self.pools[p];
         pool.retired
             && pool.candidates.len() == 0
             && pool.processes.is_idle()
             && !self.has_clients(p)
-            // Gone, and the last of what it left is being sorted out.
+            // Includes workers that are gone with outcomes still pending.
             && !self.workers.iter().any(|worker| worker.pool == p && !worker.forgotten)
             && !self.listeners.iter().enumerate().any(|(at, listener)| {
                 listener.pool == p && (!listener.closed_for_good || self.ledger.refers_to(at))
             })
     }
 
-    /// What an operator drained stays so; what drained because the pool was not wanted goes on, and nothing else notices that
-    /// the pool was gone for a while.
+    /// Restores a retired pool. Workers that an operator drained stay draining; workers that
+    /// drained because of the removal are resumed.
     fn put_back(&mut self, now: Time, p: usize, settings: PoolSettings, seed: u64) -> PoolId {
         let id = PoolId(p as u16);
         let pool = &mut self.pools[p];
@@ -138,8 +140,9 @@ impl Core {
         id
     }
 
-    /// Gives a pool other settings; its name stays. `max_untaken` counts for workers that join later, as the size of a
-    /// scoreboard is settled then; the accounts that may join, too: no worker is turned out.
+    /// Changes a pool's settings; its name stays. `max_untaken` applies to workers that join later,
+    /// because the size of a scoreboard is fixed at the join; so do the accounts that may join: no
+    /// worker is expelled.
     pub fn change_pool(&mut self, now: Time, pool: PoolId, settings: PoolSettings, seed: u64) {
         let p = usize::from(pool.0);
         let mut seeds = Random::new(seed);
@@ -170,7 +173,7 @@ impl Core {
                 self.refresh(w);
             }
         }
-        // First bytes that were awaited for the old key say nothing about the new one.
+        // First bytes that were awaited for the old key do not contain the new one.
         let most = if remembers { 0 } else { u64::from(self.pools[p].settings.peek.max_awaiting) };
         self.await_at_most(now, p, most);
         self.wait_again(now, p);
@@ -179,7 +182,8 @@ impl Core {
         self.resume_wanted(now, p);
     }
 
-    /// A pool that refuses waits for a worker again, if its clients are to wait longer now.
+    /// A pool that refuses clients waits for a worker again, if `wait_for_worker` has become long
+    /// enough.
     fn wait_again(&mut self, now: Time, p: usize) {
         let pool = &mut self.pools[p];
         let until = pool.lacking_since + pool.settings.wait_for_worker;
@@ -191,7 +195,8 @@ impl Core {
         }
     }
 
-    /// The same workers in the same places, seen by another policy. Each is refreshed afterwards.
+    /// Builds the new policy's candidates from the same workers in the same order. The caller
+    /// refreshes each worker afterwards.
     fn change_policy(&mut self, now: Time, p: usize, seed: u64) {
         let pool = &mut self.pools[p];
         let settings = &pool.settings;
@@ -205,7 +210,7 @@ impl Core {
         }
     }
 
-    /// What was remembered of clients is forgotten: it was by another key, or for another time.
+    /// Replaces the affinity table: the old one has other keys or another time to live.
     fn change_memory(&mut self, p: usize, seed: u64) {
         let pool = &mut self.pools[p];
         let new = pool.settings.affinity.as_ref().map(|settings| Memory::new(settings, seed));
@@ -223,8 +228,8 @@ impl Core {
         }
     }
 
-    /// Wants so many of a pool's processes from now on. Workers of those that are too many are drained; workers that drain for
-    /// that reason, and are wanted again, get connections again.
+    /// Sets the number of a pool's processes. Workers of surplus processes are drained; workers
+    /// that drain for that reason and are not surplus any more are resumed.
     pub fn scale(&mut self, now: Time, pool: PoolId, processes: u32) {
         let p = usize::from(pool.0);
         let Some(entry) = self.pools.get_mut(p).filter(|entry| !entry.retired) else { return };
@@ -235,14 +240,15 @@ impl Core {
         self.resume_wanted(now, p);
     }
 
-    /// Whether a worker's process is one of those that are too many.
+    /// Whether a worker's process is surplus.
     pub(super) fn is_surplus(&self, w: usize) -> bool {
         let Worker { pool, process, .. } = self.workers[w];
         let wanted = self.pools[pool].settings.processes;
         process.is_some_and(|p| usize::from(p.pool.0) == pool && p.number >= wanted)
     }
 
-    /// Drains the workers of processes that are too many. Those that were starting come later: see [`Core::join`].
+    /// Drains the workers of surplus processes. A process that is still starting is drained when it
+    /// joins: see [`Core::join`].
     pub(super) fn drain_surplus(&mut self, now: Time, p: usize) {
         for w in 0..self.workers.len() {
             let worker = &self.workers[w];
@@ -252,8 +258,8 @@ impl Core {
         }
     }
 
-    /// Takes a pool out: no worker joins it any more and no process is started for it. Once its listeners are closed and what
-    /// they accepted is with workers, these are drained.
+    /// Retires a pool: no worker can join it and no process is started for it. Its workers are
+    /// drained once its listeners are closed and all accepted connections are taken.
     pub fn retire_pool(&mut self, now: Time, pool: PoolId) {
         let p = usize::from(pool.0);
         let Some(entry) = self.pools.get_mut(p) else { return };
@@ -264,7 +270,7 @@ impl Core {
         self.tick_retired(now, p);
     }
 
-    /// Adds a listener, in the place of one that was taken out if nothing refers to it any more.
+    /// Adds a listener, in a retired entry that nothing refers to, if there is one.
     pub fn add_listener(&mut self, settings: ListenerSettings) -> ListenerId {
         let free = (0..self.listeners.len()).find(|&at| self.is_listener_free(at, &settings));
         let at = free.unwrap_or(self.listeners.len());
@@ -273,7 +279,7 @@ impl Core {
             None => self.listeners.push(new),
             Some(entry) => {
                 if entry.settings.name == new.settings.name {
-                    // Workers that know the old one by its name know the new one, too.
+                    // Workers that know the old listener by its name know the new one, too.
                     new.known.0 = new.known.0.min(entry.known.0);
                 }
                 let old = std::mem::replace(entry, new);
@@ -284,8 +290,8 @@ impl Core {
         ListenerId(at as u16)
     }
 
-    /// Whether nothing refers to a listener that was taken out, or what does will not be misled by a new one. Workers name a
-    /// listener by its id, as they were told when they joined.
+    /// Whether a new listener can reuse a retired entry: nothing refers to it, or its workers have
+    /// the right name for the id. Workers learn the names of listener ids when they join.
     fn is_listener_free(&self, at: usize, new: &ListenerSettings) -> bool {
         let old = &self.listeners[at];
         let same = old.settings.name == new.name && old.settings.pool == new.pool;
@@ -301,8 +307,9 @@ impl Core {
             && (same || !self.workers.iter().any(knows))
     }
 
-    /// Takes a listener out. [`Core::accepting`] then says [`Accepting::Finish`]: what is in its queue is still accepted.
-    /// When the event loop has closed it, it says so with [`Core::listener_closed`].
+    /// Retires a listener. [`Core::accepting`] then returns [`Accepting::Finish`]: the connections
+    /// in its queue are still accepted. The event loop then closes it and calls
+    /// [`Core::listener_closed`].
     pub fn retire_listener(&mut self, listener: ListenerId) {
         let joins = self.joins;
         if let Some(entry) = self.listeners.get_mut(usize::from(listener.0))
@@ -312,7 +319,7 @@ impl Core {
         }
     }
 
-    /// A listener accepts nothing any more: it was taken out, or the dispatcher is stopping.
+    /// The event loop has closed a listener, because it was retired or the dispatcher is stopping.
     pub fn listener_closed(&mut self, now: Time, listener: ListenerId) {
         let Some(entry) = self.listeners.get_mut(usize::from(listener.0)) else { return };
         entry.closed_for_good = true;
@@ -320,23 +327,23 @@ impl Core {
             return;
         }
         let p = entry.pool;
-        // Its table may be large, and no client arrives any more.
+        // Frees the table of clients, which may be large: no client arrives any more.
         self.set_access_control(listener, None);
         self.after(now, p);
         self.tick_retired(now, p);
     }
 
-    /// Whether a listener was taken out.
+    /// Whether a listener is retired.
     pub fn is_listener_retired(&self, listener: ListenerId) -> bool {
         self.listeners.get(usize::from(listener.0)).is_none_or(|entry| entry.retired)
     }
 
-    /// Whether a pool was taken out.
+    /// Whether a pool is retired.
     pub fn is_pool_retired(&self, pool: PoolId) -> bool {
         self.pools.get(usize::from(pool.0)).is_none_or(|entry| entry.retired)
     }
 
-    /// The listeners there are, in the order of the status.
+    /// The listeners that are not retired, in the order of the status.
     pub fn listeners(&self) -> impl Iterator<Item = ListenerId> + '_ {
         (0u16..)
             .zip(&self.listeners)
@@ -350,20 +357,21 @@ impl Core {
         found.map(|p| PoolId(p as u16))
     }
 
-    /// Whether a pool is in the status: one that was taken out stays there while it has workers.
+    /// Whether a pool is in the status: a retired pool stays there while it has workers.
     pub(super) fn is_shown(&self, p: usize) -> bool {
         let pool = &self.pools[p];
         !pool.retired || pool.candidates.len() > 0
     }
 
-    /// Drains the workers of a retired pool that gets nothing more, and forgets what it remembers once they are gone.
+    /// Drains the workers of a retired pool that gets no more connections, and frees its tables
+    /// once the workers are gone.
     pub(super) fn tick_retired(&mut self, now: Time, p: usize) {
         let pool = &mut self.pools[p];
         if !pool.retired || self.stop.is_some() {
             return;
         }
         if pool.candidates.len() == 0 && pool.clock == Clock::Refusing {
-            // No client can arrive any more, so no later turn has anything to do.
+            // No client can arrive any more, so later turns have nothing to do for this pool.
             let decisions = pool.history.resize(0, 1);
             self.discard(Kept::Decisions(decisions));
             let pool = &mut self.pools[p];
@@ -379,7 +387,7 @@ impl Core {
         if self.has_open_listeners(p) {
             return;
         }
-        // What a worker leaves untaken must find another.
+        // A connection that a worker leaves untaken needs another worker of the pool.
         if self.workers.iter().any(|worker| worker.pool == p && worker.untaken() > 0) {
             return;
         }

@@ -1,4 +1,5 @@
-//! The invariants, by a full recount of everything. Called after every public mutator in debug builds and tests.
+//! The invariants, by a full recount of everything. Called after every public mutator in debug
+//! builds and tests.
 
 use super::access_control::UNTRACKED;
 use super::handoff::Shares;
@@ -11,7 +12,8 @@ use super::types::*;
 use super::worker::Worker;
 use super::{Clock, Core};
 
-/// Entries a mutator may look at on average. A small core is checked every time, a large one now and then.
+/// Entries that a check may examine per mutator on average. A small core is checked every time, a
+/// large one less often.
 #[cfg(any(test, debug_assertions))]
 const CREDIT: usize = 256;
 
@@ -29,7 +31,7 @@ impl Core {
         }
     }
 
-    /// Panics if an invariant of the module's description does not hold.
+    /// Panics if an invariant in the crate's description does not hold.
     pub fn check(&self) {
         assert!(self.totals.is_conserved(), "{:?}", self.totals);
         assert_eq!(self.residual(), 0, "{:?}", self.totals);
@@ -109,7 +111,7 @@ impl Core {
         match pool.clock {
             Clock::Off => assert!(usable > 0),
             Clock::Since(_) => assert_eq!(usable, 0),
-            // No worker is there, or none takes anything.
+            // There is no usable worker, or none takes connections.
             Clock::Refusing => {}
         }
         let fresh =

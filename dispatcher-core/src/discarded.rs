@@ -1,6 +1,8 @@
-//! What is no longer needed and takes long to drop: tables of clients and decisions, which may be hundreds of megabytes.
+//! Values that take long to drop: tables of clients and decisions, which may have hundreds of
+//! megabytes.
 //!
-//! Changes of the configuration put it here instead of dropping it; the event loop drops it on another thread.
+//! Changes of the configuration move them here instead of dropping them; the event loop passes them
+//! to another thread, which drops them.
 
 use std::collections::VecDeque;
 use std::sync::Arc;
@@ -10,7 +12,7 @@ use super::access_control::AccessControl;
 use super::affinity::Memory;
 use super::history::Decision;
 
-/// Something that is only there to be dropped.
+/// A value to be dropped outside the hot thread.
 #[derive(Debug)]
 pub struct Discarded {
     _kept: Kept,
@@ -32,7 +34,7 @@ impl Core {
         self.discarded.push(Discarded { _kept: kept });
     }
 
-    /// What has been put aside since the last time; `None` if nothing.
+    /// The values discarded since the last call; `None` if there are none.
     pub fn discarded(&mut self) -> Option<Vec<Discarded>> {
         (!self.discarded.is_empty()).then(|| std::mem::take(&mut self.discarded))
     }

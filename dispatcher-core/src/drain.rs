@@ -1,11 +1,13 @@
-//! Draining by an operator: a worker gets nothing more, keeps what it has, and may be made active again.
+//! Draining by an operator: a worker gets no more connections, keeps those that it has, and may be
+//! resumed.
 //!
-//! What it was sent and has not taken stays with it, as everything before it was its own choice to take; if it leaves
-//! that untaken for `handoff_timeout`, it goes elsewhere like any suspect's. While all of a pool's workers drain the
-//! pool has no usable worker: its clients wait for `wait_for_worker`, and are then refused.
+//! Connections in flight stay with the worker; those that it leaves untaken for `handoff_timeout`
+//! go to other workers, as with a suspect worker. While all of a pool's workers drain, the pool has
+//! no usable worker: its clients wait for `wait_for_worker`, and are then refused.
 //!
-//! The worker is told, on its channel, so after everything it was sent before. Only it can end a connection it has
-//! taken; at the deadline its SDK shuts them down. What it has not taken by then goes elsewhere.
+//! The worker gets a notice on its channel, behind all connections that were sent before. Only the
+//! worker can end a connection that it has taken; at the deadline its SDK shuts them down.
+//! Connections that it has not taken by then go to other workers.
 
 use std::time::Duration;
 
@@ -13,12 +15,13 @@ use super::types::*;
 use super::worker::Round;
 use super::{Core, Effect, Event};
 
-/// How much later than ours the worker's deadline is: what it ends then must have been counted.
+/// How much later than the core's the worker's deadline is: the core counts the live connections
+/// before the worker ends them.
 pub const COUNT_FIRST: Duration = Duration::from_millis(100);
 
 impl Core {
-    /// An operator wants the worker to get nothing more; at `deadline` what it still has is ended. Said again, the last
-    /// deadline counts, and without one the earlier goes on counting. False if the worker is gone.
+    /// Drains a worker; at `deadline` its remaining connections are ended. A second call replaces
+    /// the deadline; without one it keeps the earlier. False if the worker is gone.
     pub fn drain_worker(&mut self, now: Time, worker: WorkerId, deadline: Option<Time>) -> bool {
         if let Some(w) = self.find(worker) {
             self.workers[w].unwanted = false;
@@ -26,7 +29,8 @@ impl Core {
         self.begin_drain(now, worker, deadline)
     }
 
-    /// The worker's process, or its pool, is not wanted any more. One that drains already goes on as it is.
+    /// Drains a worker whose process is surplus or whose pool was removed. No effect if it drains
+    /// already.
     pub(super) fn drain_unwanted(&mut self, now: Time, worker: WorkerId) {
         if let Some(w) = self.find(worker).filter(|&w| self.workers[w].is_usable()) {
             self.workers[w].unwanted = true;
@@ -34,14 +38,15 @@ impl Core {
         }
     }
 
-    /// Workers of a pool that drain only because they were not wanted, and are wanted again, get connections again. Those
-    /// that are leaving by now end, and their processes are started again.
+    /// Resumes the workers of a pool that drain only because they were surplus or removed, and are
+    /// not any more. The processes of workers that are already leaving are restarted after their
+    /// end.
     pub(super) fn resume_wanted(&mut self, now: Time, p: usize) {
         for w in 0..self.workers.len() {
             let worker = &self.workers[w];
             if worker.pool == p && worker.unwanted && !self.is_surplus(w) {
                 let id = worker.id;
-                // One that is leaving cannot be: it has said so.
+                // Fails for a worker that is leaving, which is intended.
                 let _ = self.resume_worker(now, id);
             }
         }
@@ -55,11 +60,11 @@ impl Core {
         let live = self.workers[w].load();
         let begins = self.workers[w].is_usable();
         let state = &self.workers[w];
-        // One that leaves by its own wish listens no more.
+        // A worker that leaves by itself reads no notices.
         let listens = !state.said_goodbye && !state.closed;
         let later = listens && deadline.is_some() && state.drain_deadline != deadline;
         if begins {
-            // Whether it is alive is as open as before, should it be made active again.
+            // If it is resumed, it is as suspect as before.
             self.workers[w].unproven = self.workers[w].state == State::Suspect;
             self.drain(now, w);
         }
@@ -80,10 +85,10 @@ impl Core {
         true
     }
 
-    /// An operator wants the worker to get connections again. False if it does already.
+    /// Resumes a draining worker. False if it is not draining.
     ///
     /// # Errors
-    /// [`CannotResume`] for a worker that leaves by its own wish, and for one that is not wanted any more.
+    /// [`CannotResume`] for a worker that leaves by itself, is surplus, or whose pool was removed.
     pub fn resume_worker(&mut self, now: Time, worker: WorkerId) -> Result<bool, CannotResume> {
         let w = self.find(worker).ok_or(CannotResume::Leaving)?;
         let state = &mut self.workers[w];
@@ -112,13 +117,13 @@ impl Core {
             state.suspect_since = now;
         } else {
             state.state = State::Active;
-            // What it has finished meanwhile must not draw every new client to it at once.
+            // With its full weight its low load would attract every new client at once.
             state.start_slowly(now, self.pools[pool].settings.slow_start);
         }
         self.add_usable(pool);
         self.event(Event::Resumed { worker });
         self.give_notice(w, Notice::Resume);
-        // In a round of revocations its end does this.
+        // During a round of revocations, the end of the round does this.
         if self.workers[w].ring.revoking() == 0 && self.workers[w].state == State::Suspect {
             self.sort_out(now, w);
         }
@@ -127,7 +132,8 @@ impl Core {
         Ok(true)
     }
 
-    /// While the worker drained, its clients went to a new worker of its name, if there was one, and stay there.
+    /// Gives a resumed worker a binding. If a new worker of its name has taken the old one over,
+    /// the clients stay with that worker.
     fn rebind(&mut self, w: usize) {
         let state = &self.workers[w];
         let Some(memory) = &mut self.pools[state.pool].memory else { return };
@@ -139,7 +145,7 @@ impl Core {
         self.workers[w].binding = binding;
     }
 
-    /// An [`super::Effect::Tell`] could not be carried out; it is tried again after `handoff_timeout`.
+    /// An [`super::Effect::Tell`] failed; the notice is repeated after `handoff_timeout`.
     pub fn notice_failed(&mut self, now: Time, worker: WorkerId, why: SendFailure) {
         let Some(w) = self.find(worker) else { return };
         match why {
@@ -161,7 +167,7 @@ impl Core {
         }
     }
 
-    /// Says the last notice once more, because its record may have been lost.
+    /// Sends the last notice again, because its record may have been lost.
     pub(super) fn repeat_notice(&mut self, w: usize) {
         let state = &mut self.workers[w];
         state.notice_again = None;
@@ -174,7 +180,8 @@ impl Core {
         }
     }
 
-    /// The time it was given to drain is over: what it has not taken goes elsewhere, what it has it shall end.
+    /// The deadline of a drain: untaken connections go to other workers, the worker ends its live
+    /// ones.
     pub(super) fn end_drain(&mut self, now: Time, w: usize) {
         let state = &mut self.workers[w];
         state.drain_deadline = None;
@@ -189,7 +196,7 @@ impl Core {
         self.begin_round(now, w, Round::Drained);
     }
 
-    /// Every worker that is there, in no particular order.
+    /// Every worker that is not gone, in no particular order.
     pub fn workers(&self) -> impl Iterator<Item = WorkerId> + Clone + '_ {
         let there =
             |worker: &&super::worker::Worker| worker.state != State::Gone && !worker.forgotten;
@@ -202,25 +209,25 @@ impl Core {
     }
 }
 
-/// What a worker is told, if it listens ([`dispatch_protocol::wire::Features::DRAIN`]).
+/// A notice to a worker that supports it ([`dispatch_protocol::wire::Features::DRAIN`]).
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Notice {
-    /// No more connections.
+    /// The worker gets no more connections.
     Drain {
-        /// When it shall end what it still has.
+        /// When it ends its remaining connections.
         deadline: Option<Time>,
     },
-    /// Connections may come again.
+    /// The worker may get connections again.
     Resume,
 }
 
-/// Why a worker cannot be made active again.
+/// Why a worker cannot be resumed.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum CannotResume {
-    /// It said goodbye, closed its channel or is gone: it takes nothing more.
+    /// It said goodbye, closed its channel or is gone.
     Leaving,
-    /// Its pool was taken out of the configuration.
+    /// Its pool was removed from the configuration.
     PoolRemoved,
-    /// Its process is one more than its pool is to have.
+    /// Its process is surplus: its pool has fewer processes now.
     Surplus,
 }

@@ -1,4 +1,5 @@
-//! What the core asks for. The event loop performs each effect in order, and reports back where the comment says so.
+//! The effects of the core. The event loop performs them in order, and reports the outcome where
+//! the comment says so.
 
 use std::time::Duration;
 
@@ -8,12 +9,12 @@ use dispatch_protocol::wire::EntryFlags;
 use super::drain::Notice;
 use super::types::*;
 
-/// One thing for the event loop to do.
+/// An action that the event loop performs.
 #[derive(Clone, Debug, PartialEq)]
 pub enum Effect {
-    /// Write SENT into the slot and send the connection (records may be gathered per worker until the end of the turn).
-    /// On failure: [`super::Core::send_failed`].
-    /// `tell`: it was taken back from another worker that failed it, which an operator may want to read.
+    /// Write SENT into the slot and send the connection (records may be gathered per worker until
+    /// the end of the turn). On failure: [`super::Core::send_failed`]. `tell`: the connection was
+    /// revoked from a worker that left it untaken; the event loop logs the resend.
     Send {
         worker: WorkerId,
         conn: ConnId,
@@ -28,73 +29,77 @@ pub enum Effect {
     Tell { worker: WorkerId, notice: Notice },
     /// Try to revoke the slot. Always: [`super::Core::revoked`] with the outcome.
     Revoke { worker: WorkerId, ticket: Ticket },
-    /// Empty the worker's channel through the retained end, closing what comes out. What is asked for afterwards is sent when
-    /// that is done: the event loop keeps it back, so that nothing new is taken out. Always: [`super::Core::purged`].
+    /// Empty the worker's channel through the retained end, and close the descriptors that come
+    /// out. The event loop delays later sends to this worker until the purge is complete, so that
+    /// it removes nothing new. Always: [`super::Core::purged`].
     Purge { worker: WorkerId },
-    /// The worker has the connection: close the copy of the dispatcher, then write RELEASED.
+    /// The worker took the connection: close the dispatcher's copy, then write RELEASED.
     Release { worker: WorkerId, conn: ConnId, ticket: Ticket },
-    /// Close the connection; for [`CloseReason::NoWorker`] send the pool's `unavailable_response` first. If it is `shared`, a
-    /// worker that had it may still hold a copy: then a close alone ends nothing, it must be shut down.
+    /// Close the connection; for [`CloseReason::NoWorker`] send the pool's `unavailable_response`
+    /// first. `shared`: a worker that had it may still hold a copy, so the connection must be shut
+    /// down, because a close alone would not end it.
     Close { conn: ConnId, reason: CloseReason, shared: bool },
-    /// Cut the worker off: close its channel and control connection. [`super::Core::leave`] has already happened.
+    /// Disconnect the worker: close its channel and control connection. The core has already
+    /// removed it.
     Disconnect { worker: WorkerId, reason: &'static str },
-    /// Nothing refers to this worker any more: drop everything kept for it.
+    /// Nothing refers to this worker any more: drop its data.
     Forget { worker: WorkerId },
     /// Start this process. Always: [`super::Core::spawned`], and later [`super::Core::exited`].
     Spawn { process: ProcessId },
-    /// The dispatcher is stopping and this pool is done: end its processes.
+    /// The dispatcher is stopping and has released this pool: end its processes.
     StopProcesses { pool: PoolId },
-    /// Something an operator may want to read.
+    /// Write an event to the log.
     Event(Event),
 }
 
-/// Something that happened, for the log. The event loop writes it out; nothing depends on it.
+/// An event for the log. Nothing depends on it.
 #[derive(Clone, Debug, PartialEq)]
 pub enum Event {
-    /// A worker joined, holding `live` connections already.
+    /// A worker joined with `live` connections.
     Joined { worker: WorkerId, live: u64 },
-    /// A worker said goodbye; `resent` untaken connections went elsewhere, `live` stay with it.
+    /// A worker said goodbye; `resent` untaken connections went to other workers, `live` stay with
+    /// it.
     Goodbye { worker: WorkerId, resent: u32, live: u64 },
-    /// A worker is gone: `resent` untaken connections went elsewhere, `live` were being served by it.
+    /// A worker is gone: `resent` untaken connections went to other workers, it served `live`.
     Gone { worker: WorkerId, why: Departure, resent: u32, live: u64 },
-    /// A worker left a connection untaken for `waited`: `revoked` went elsewhere at once.
+    /// A worker left a connection untaken for `waited`: `revoked` connections moved at once.
     Suspect { worker: WorkerId, revoked: u32, waited: Duration },
     /// An operator drains the worker, which has `live` connections, until `deadline` from now.
     Draining { worker: WorkerId, live: u64, deadline: Option<Duration> },
-    /// That deadline has come: `resent` untaken connections went elsewhere, and the worker shall end the `live` ones; it
-    /// cannot be `told` if its SDK is too old.
+    /// The deadline of a drain: `resent` untaken connections went to other workers, and the worker
+    /// ends the `live` ones; not `told` if its SDK is too old for notices.
     DrainOver { worker: WorkerId, resent: u32, live: u64, told: bool },
-    /// An operator has made the worker active again.
+    /// An operator resumed the worker.
     Resumed { worker: WorkerId },
-    /// A worker takes no connections for now: `resent` untaken ones went elsewhere, `live` stay with it.
+    /// A worker paused: `resent` untaken connections went to other workers, `live` stay with it.
     Paused { worker: WorkerId, resent: u32, live: u64 },
-    /// A worker has another weight or maximum, or ended its pause: these are in force.
+    /// A worker changed its weight or maximum, or ended its pause: the values now used.
     Updated { worker: WorkerId, weight: u32, max: u32, paused: bool },
     /// A suspect worker took a connection.
     Trusted { worker: WorkerId, after: Duration },
-    /// A worker reported that `lost` connections did not reach it; it is treated as full for a moment.
+    /// A worker reported that a connection did not reach it; it counts as full for a moment.
     Lost { worker: WorkerId },
     /// The worker's channel was full.
     ChannelFull { worker: WorkerId },
-    /// A counter was impossible and has been clamped: `what` names it.
+    /// A worker's counter, named by `what`, was impossible and has been clamped.
     Clamped { worker: WorkerId, what: &'static str, said: u64, used: u64 },
-    /// A gauge, or its name, was impossible. Said once for each worker and problem.
+    /// A gauge, or its name, was impossible. Reported once for each worker and problem.
     BadGauge { worker: WorkerId, gauge: Option<GaugeName>, problem: GaugeProblem },
-    /// The pool's last usable worker is gone; clients wait.
+    /// The pool has no usable worker any more; clients wait.
     NoUsableWorker { pool: PoolId },
-    /// No worker came for `wait_for_worker`, or, if the pool is `unserved`, none took anything: clients are refused from now
-    /// on.
+    /// The pool had no usable worker or, if `unserved`, no take for `wait_for_worker`: clients are
+    /// refused from now on.
     Refusing { pool: PoolId, closed: u32, unserved: bool },
-    /// Clients are still refused, for the time `since`.
+    /// Clients have been refused for the time `since`.
     StillRefusing { pool: PoolId, unserved: bool, since: Duration },
-    /// A worker has taken a connection: clients are not refused any more.
+    /// A worker took a connection: clients are no longer refused.
     Served { pool: PoolId },
     /// Every usable worker is full or suspect: clients wait in the kernel's queue.
     BackPressure { pool: PoolId },
     /// A worker has room again.
     Relieved { pool: PoolId },
-    /// Short of descriptors or memory; everything waits for `pause`.
+    /// The dispatcher is short of descriptors or memory; nothing is placed for `pause`.
     OutOfResources { pause: Duration },
-    /// A process ended or did not start; it is started again after `delay`.
+    /// A process ended or did not start; it is restarted after `delay`.
     Restarting { process: ProcessId, delay: Duration },
 }

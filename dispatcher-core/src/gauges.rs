@@ -1,7 +1,7 @@
-//! Gauges of workers: what they say is checked here before a policy goes by it.
+//! Gauges of workers: checks every reading before a policy uses it.
 //!
-//! Owns what is possible and what is not, and says once for each worker what was not. Which words of which memory a
-//! reading comes from is the event loop's business; what it is worth, the policy's.
+//! Guarantees that policies get only possible readings, and reports each problem once for each
+//! worker. The event loop reads the shared memory; the policy computes scores.
 
 use std::time::Duration;
 
@@ -10,14 +10,14 @@ use dispatch_protocol::scoreboard::gauge::{GaugeName, Reading};
 use super::types::*;
 use super::{Core, Event};
 
-/// Larger values, and smaller ones than its negative, are taken for it: sums stay numbers.
+/// Values are clamped to this magnitude, so that sums stay finite.
 pub const MAX_GAUGE_VALUE: f64 = 1e15;
 
-/// A worker may have written after we looked at the clock; but not long after.
+/// How far a reading's time may be ahead: a worker may write after the event loop read the clock.
 const AHEAD: Duration = Duration::from_secs(1);
 
 impl Core {
-    /// What a pool scores by; nothing unless its policy is `least-score`.
+    /// The gauges that a pool's policy scores; empty unless the policy is `least-score`.
     pub fn scored_gauges(&self, pool: PoolId) -> &[ScoredGauge] {
         match self.pools.get(usize::from(pool.0)) {
             Some(pool) if pool.settings.policy == Policy::LeastScore => {
@@ -27,7 +27,8 @@ impl Core {
         }
     }
 
-    /// Whether the gauges of all of a pool's workers are to be read now. With an interval, once for each.
+    /// Whether the gauges of all of a pool's workers are read now. With an interval, true once per
+    /// interval.
     pub fn reads_gauges(&mut self, now: Time, pool: PoolId) -> bool {
         if self.scored_gauges(pool).is_empty() {
             return false;
@@ -41,15 +42,16 @@ impl Core {
         due
     }
 
-    /// Whether the pool scores by a gauge of this worker that has said nothing yet. Such a worker is looked at in every turn,
-    /// whatever the interval: it would get nothing until the next one, as if it had been silent for long.
+    /// Whether the pool scores a gauge that this worker has never set. The event loop reads such a
+    /// worker in every turn, whatever the interval, because it would get nothing until the next
+    /// reading.
     pub fn lacks_gauges(&self, worker: WorkerId) -> bool {
         let Some(worker) = self.find(worker).map(|w| &self.workers[w]) else { return false };
         worker.state != State::Gone && self.pools[worker.pool].candidates.lacks_gauges(worker.at)
     }
 
-    /// What the gauge with this position in [`Core::scored_gauges`] says; `None` if the worker has none of that name or has
-    /// never set it. Said again only when it has changed.
+    /// Reports the reading of the gauge with this position in [`Core::scored_gauges`]; `None` if
+    /// the worker has none of that name or has never set it. The event loop reports only changes.
     pub fn gauge(&mut self, now: Time, worker: WorkerId, gauge: usize, said: Option<Reading>) {
         let Some(w) = self.find(worker) else { return };
         let (pool, at) = (self.workers[w].pool, self.workers[w].at);
@@ -69,7 +71,7 @@ impl Core {
         self.pools[pool].candidates.set_gauge(at, gauge, reading);
     }
 
-    /// A worker gave a gauge a name that is none, or one that another of its gauges has.
+    /// A worker gave a gauge an invalid name, or the name of another of its gauges.
     pub fn misnamed_gauge(&mut self, worker: WorkerId, name: Option<GaugeName>) {
         if let Some(w) = self.find(worker) {
             let problem = match name {
@@ -80,7 +82,7 @@ impl Core {
         }
     }
 
-    /// How a worker stands in a pool that scores; `None` in any other.
+    /// A worker's score in a pool with `least-score`; `None` in any other.
     pub fn score(&self, now: Time, worker: WorkerId) -> Option<Scored> {
         let worker = &self.workers[self.find(worker)?];
         if worker.state == State::Gone {
@@ -100,7 +102,7 @@ impl Core {
     }
 }
 
-/// What a policy may go by; otherwise what was wrong, and what is used instead.
+/// The reading that a policy may use; if it is impossible, the problem and what is used instead.
 fn plausible(now: Time, said: Reading) -> Result<Reading, (GaugeProblem, Option<Reading>)> {
     if !said.value.is_finite() {
         return Err((GaugeProblem::NoNumber, None));

@@ -1,13 +1,14 @@
-//! When a connection that was sent and is not yet taken moves, and where to.
+//! Decides when a connection in flight moves to another worker.
 //!
-//! Guarantees: a connection moves only to a worker that is likely to take it sooner, and each move doubles its patience, so
-//! moves settle; trust comes from takes ([`super::trust`]); a worker that has to prove itself gets one connection at a
-//! time, for a short time; if no trusted worker has room, the others are used; while a thread of a trusted worker waits in
-//! `accept`, no connection waits at one whose threads are all busy. With the policy `hash` and with affinity the key decides:
-//! such a connection leaves its worker only when that is suspect or leaves.
+//! Guarantees: a connection moves only to a worker that is likely to take it sooner, and each move
+//! doubles its patience, so moves settle; trust comes from takes ([`super::trust`]); a worker
+//! without trust gets one connection at a time, for a short time; if no trusted worker has room,
+//! the others are used; while a thread of a trusted worker waits in `accept`, no connection waits
+//! at a worker whose threads are all busy. With the policy `hash` and with affinity the key
+//! decides: such a connection leaves its worker only when that is suspect or leaves.
 //!
-//! A worker that reports its idle threads is a *reporter* here, all others are *event loops*. The rule, its parameters
-//! and what it was compared with: `docs/HANDOFF.md`.
+//! A worker that reports its idle threads is a *reporter* here, all others are *event loops*.
+//! `docs/HANDOFF.md` has the rule, its parameters and the alternatives that were measured.
 
 use std::time::Duration;
 
@@ -20,30 +21,34 @@ use super::types::*;
 use super::worker::{Round, Worker};
 use super::{Clock, Core, Effect, Pool};
 
-/// Patience of a trial: the first one of a worker has `handoff_timeout` divided by the workers of the pool, within these.
+/// Limits of the patience of a worker's first trial, which is `handoff_timeout` divided by the
+/// number of the pool's workers.
 const TRIAL_MIN: Duration = Duration::from_millis(2);
 const TRIAL_MAX: Duration = Duration::from_millis(20);
 
-/// Patience of a repeated trial of a worker that never took anything, and how far apart these are in a pool.
+/// Patience of a repeated trial of a worker that never took anything, and the minimum time between
+/// two such trials in a pool.
 const RETRIAL: Duration = Duration::from_millis(5);
 const RETRIAL_SPACING: Duration = Duration::from_secs(1);
 
-/// A connection whose patience has ended and that has nowhere better to go: looked at again after this, or a sixteenth of its
-/// age.
+/// Minimum time until a connection whose patience has ended without a better worker is examined
+/// again; older connections wait a sixteenth of their age.
 const LOOK_AGAIN: Duration = Duration::from_millis(10);
 
-/// An untaken connection is this old before an idle thread of another worker gets it: until then its own worker may just
-/// be on its way.
+/// Minimum age of an untaken connection before it moves to an idle thread of another worker: until
+/// then its own worker may be about to take it.
 const IDLE_AFTER: Duration = Duration::from_micros(100);
 
-/// What a worker counts for in its pool. Kept beside it, so that the pool's sums are changed by differences.
+/// A worker's part of the pool's sums. Stored with the worker, so that the sums are updated by
+/// differences.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
 pub(super) struct Shares {
-    /// A trusted reporter that may have one more connection at some time.
+    /// 1 for a trusted reporter that is open.
     pub(super) reporter: u32,
-    /// A trusted reporter with a thread that waits in `accept` and has nothing on its way.
+    /// 1 for a trusted reporter with a thread that waits in `accept` and has no connection in
+    /// flight to it.
     pub(super) idle: u32,
-    /// A reporter that has more untaken connections than threads that wait.
+    /// 1 for a reporter with more untaken connections than waiting threads.
     pub(super) crowded: u32,
 }
 
@@ -67,12 +72,12 @@ impl Pool {
         sums.crowded = sums.crowded + new.crowded - old.crowded;
     }
 
-    /// Whether keys decide where connections go, rather than the soonest free worker.
+    /// Whether keys decide where connections go, and not the worker that is free first.
     pub(super) fn is_keyed(&self) -> bool {
         self.settings.policy == Policy::Hash
     }
 
-    /// Whether a worker that failed every test may be tested again.
+    /// Whether a worker that failed every trial may get another one.
     pub(super) fn is_spaced(&self) -> bool {
         self.retrial_wait.is_none()
     }
@@ -85,8 +90,8 @@ impl Pool {
 }
 
 impl Core {
-    /// A worker says how many of its threads wait in `accept`, or that it does not report this, which is what is assumed
-    /// of a worker that joins. Read after its slots.
+    /// The number of a worker's threads that wait in `accept`; `None`, the initial value, if the
+    /// worker does not report it. The event loop reads it after the slots.
     pub fn threads(&mut self, now: Time, worker: WorkerId, threads: Option<Threads>) {
         let Some(w) = self.find(worker) else { return };
         if std::mem::replace(&mut self.workers[w].threads, threads) != threads {
@@ -95,7 +100,8 @@ impl Core {
         }
     }
 
-    /// The connection goes to `w`: says when its patience ends, and whether it is a trial.
+    /// The connection goes to `w`: returns when its patience ends, and records whether it is a
+    /// trial.
     pub(super) fn begin_patience(&mut self, now: Time, w: usize, conn: u32) -> Time {
         let worker = &self.workers[w];
         let p = worker.pool;
@@ -121,17 +127,17 @@ impl Core {
         let first = self.pools[p].trial();
         let least = if worker.is_doubtful() { RETRIAL } else { first };
         let answer = worker.trust.answer.unwrap_or_default();
-        // As long as the best trusted worker may need, the client loses little.
+        // A trial as long as the best trusted worker's peak costs the client little.
         let trusted = self.open_workers(p).map(|w| &self.workers[w]).filter(|w| w.is_trusted());
         let usual = trusted.map(|w| w.trust.peak).min().unwrap_or_default();
-        // All trials of one client together last about as long as one.
+        // All trials of one connection together last about as long as one `handoff_timeout`.
         let timeout = self.pools[p].settings.handoff_timeout;
         let most = timeout.max(usual).saturating_sub(now - self.ledger.get(conn).accepted);
         let mut patience = (2 * answer).min(most).max(least).min(timeout.max(usual));
         if worker.trust.ever {
             patience = patience.max(usual);
         }
-        // While clients are refused, this is all the worker is asked for.
+        // While clients are refused, the worker gets the ordinary patience.
         if self.pools[p].clock == Clock::Refusing {
             let settings = &self.pools[p].settings;
             patience =
@@ -148,7 +154,8 @@ impl Core {
         patience
     }
 
-    /// Tests of workers that failed every one before are possible again, or not any more.
+    /// Refreshes the workers that failed every trial, because whether they may be tested has
+    /// changed.
     fn refresh_doubtful(&mut self, p: usize) {
         for at in 0..self.pools[p].candidates.len() {
             let w = self.pools[p].candidates.get(at).worker as usize;
@@ -158,8 +165,8 @@ impl Core {
         }
     }
 
-    /// Whether it is better to wait for the outcome of trials than to choose the worker at `at`: no worker of the pool is known
-    /// well yet, and whichever takes first would get the whole burst.
+    /// Whether to wait for the outcome of trials instead of choosing the worker at `at`: while no
+    /// worker of the pool is known well, the first that takes would get the whole burst.
     pub(super) fn awaits_first_takes(&self, now: Time, p: usize, at: usize) -> bool {
         let pool = &self.pools[p];
         let worker = |w: u32| &self.workers[w as usize];
@@ -169,7 +176,7 @@ impl Core {
             && !pool.candidates.workers().any(|w| worker(w).trust.batches >= PROOF)
     }
 
-    /// What is due for a pool as a whole.
+    /// Runs the timers of a pool as a whole.
     pub(super) fn tick_handoffs(&mut self, now: Time, p: usize) {
         let pool = &mut self.pools[p];
         if pool.retrial_wait.is_some_and(|until| until <= now) {
@@ -182,7 +189,8 @@ impl Core {
         }
     }
 
-    /// When [`Core::tick_handoffs`] has something to do at the latest, or the queue may move on.
+    /// The earliest timer of [`Core::tick_handoffs`], or the time when queued connections may be
+    /// placed.
     pub(super) fn handoffs_due(&self, pool: &Pool) -> Time {
         let running = |until: &Time| !pool.queued.is_empty() && *until > pool.ticked;
         let trial = Some(pool.trial_until).filter(running);
@@ -196,7 +204,7 @@ impl Core {
             return;
         }
         for (ticket, conn) in self.workers[w].ring.overdue(now) {
-            // An earlier one may have taken this one along.
+            // Moving an earlier connection may have moved this one too.
             if self.workers[w].ring.item(ticket) == Some(Item::Conn(conn)) {
                 self.overdue(now, w, ticket, conn);
             }
@@ -215,7 +223,8 @@ impl Core {
         let age = now - sent;
         let refusing = self.pools[p].clock == Clock::Refusing;
         if worker.is_busy() && !refusing {
-            // It is not suspicious. Any other may be free sooner, unless the key decides.
+            // Busy threads are no reason for suspicion. Another worker may be free sooner, unless
+            // the key decides.
             match entry.bound {
                 true => self.workers[w].ring.postpone(ticket, now + timeout),
                 false => self.move_away(w, ticket, conn, Again::Busy),
@@ -251,7 +260,7 @@ impl Core {
             self.count_move(conn);
             self.move_away(w, ticket, conn, Again::Busy);
         } else if entry.trial {
-            // There is no better place: it stays, with ordinary patience.
+            // There is no better worker: the connection stays, with ordinary patience.
             self.ledger.get_mut(conn).trial = false;
             self.workers[w].ring.postpone(ticket, now + timeout);
         } else {
@@ -259,7 +268,7 @@ impl Core {
         }
     }
 
-    /// Whether a connection that leaves its worker finds a better one.
+    /// Whether a better worker exists for a connection that leaves its worker.
     fn has_target(&self, p: usize, conn: u32, again: Again) -> bool {
         match again {
             Again::Slow { from, limit } => {
@@ -270,7 +279,7 @@ impl Core {
         }
     }
 
-    /// Everything else at a suspect worker that has a better place moves too.
+    /// The other connections of a suspect worker move too, if a better worker exists for them.
     fn take_along(&mut self, now: Time, w: usize) {
         let others: Vec<(Ticket, u32)> = self.workers[w].ring.connections().collect();
         let p = self.workers[w].pool;
@@ -280,11 +289,12 @@ impl Core {
             let stall = worker.trust.stall.map_or(age, |since| age.max(now - since));
             let (from, failed) = (worker.id.index, worker.trust.failed > 0);
             let again = match failed {
-                // Not a trial of its own: only a trusted worker is better.
+                // This connection is not itself the trial: only a trusted worker is better.
                 true => Again::Slow { from, limit: Duration::MAX },
                 false => Again::Slow { from, limit: stall / 2 },
             };
-            // One that has just come to a worker that fails may be taken there as soon as elsewhere.
+            // A connection that has just come to a failing worker may be taken there as soon as at
+            // another.
             let waits = !failed
                 || self
                     .best(p, conn, |w| {
@@ -302,7 +312,7 @@ impl Core {
         entry.moves = entry.moves.saturating_add(u8::from(!entry.trial));
     }
 
-    /// Asks for a connection back, for this reason.
+    /// Revokes a connection, for this reason.
     fn move_away(&mut self, w: usize, ticket: Ticket, conn: u32, again: Again) {
         self.ledger.get_mut(conn).again = again;
         let worker = &mut self.workers[w];
@@ -313,7 +323,8 @@ impl Core {
         }
     }
 
-    /// While a thread of a trusted worker waits, the oldest connection at one whose threads are all busy goes there.
+    /// While a thread of a trusted worker waits, the oldest connection at a worker whose threads
+    /// are all busy moves to it.
     pub(super) fn use_idle_threads(&mut self, now: Time, p: usize) {
         let Pool { shares, .. } = &self.pools[p];
         if shares.idle == 0 || shares.crowded == 0 || self.out_of_resources.is_some() {
@@ -349,7 +360,7 @@ impl Core {
         self.refresh(w);
     }
 
-    /// As if a worker had shown often that it takes connections at once.
+    /// Gives a worker full trust, as if it had often taken connections at once. For tests.
     #[doc(hidden)]
     pub fn vouch(&mut self, now: Time, worker: WorkerId) {
         let Some(w) = self.find(worker) else { return };
@@ -360,14 +371,14 @@ impl Core {
         self.after(now, self.workers[w].pool);
     }
 
-    /// Whether a worker is known to take connections.
+    /// Whether a worker has full trust. For tests.
     #[doc(hidden)]
     pub fn is_trusted(&self, worker: WorkerId) -> bool {
         self.find(worker)
             .is_some_and(|w| self.workers[w].is_trusted() && self.workers[w].trust.batches >= PROOF)
     }
 
-    /// The worker's channel is empty: what was revoked is gone from it.
+    /// The worker's channel is empty: it has no revoked records any more.
     pub fn purged(&mut self, now: Time, worker: WorkerId) {
         let Some(w) = self.find(worker) else { return };
         let entry = &mut self.workers[w];
@@ -375,7 +386,7 @@ impl Core {
             return;
         }
         entry.stale = 0;
-        // A notice may have been among what was in it.
+        // The channel may have contained a notice.
         self.repeat_notice(w);
         self.probe(now, w);
         self.refresh(w);

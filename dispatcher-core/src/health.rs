@@ -1,4 +1,4 @@
-//! A worker's life: suspicion and probes, goodbyes, departures, and the timers of all of them.
+//! The life of a worker: suspicion, probes, goodbyes, departures and their timers.
 
 use std::time::Duration;
 
@@ -8,14 +8,14 @@ use super::types::*;
 use super::worker::Round;
 use super::{Core, Effect, Event};
 
-/// How long a worker that lost a connection gets none, unless one of its connections ends before.
+/// How long a worker that lost a connection gets none, unless one of its connections ends earlier.
 pub const LOST_PAUSE: Duration = Duration::from_secs(1);
 
-/// Why a worker is expelled whose slot reads what no worker may write.
+/// The reason for expelling a worker with an impossible word in a slot.
 pub(super) const BAD_SLOT: &str = "wrote an impossible slot state";
 
 impl Core {
-    /// Lets everything happen that is due for a pool's workers.
+    /// Runs the due timers of a pool's workers.
     pub(super) fn tick_workers(&mut self, now: Time, pool: usize) {
         for at in 0..self.pools[pool].candidates.len() {
             if self.pools[pool].candidates.due(at) <= now {
@@ -54,7 +54,8 @@ impl Core {
         self.end_patience(now, w);
     }
 
-    /// It left a connection that was sent at `sent` untaken for too long. What becomes of its connections is decided for each.
+    /// Makes a worker suspect that left a connection, sent at `sent`, untaken for too long. The
+    /// caller decides for each connection whether it moves.
     pub(super) fn suspect(&mut self, now: Time, w: usize, sent: Time, waited: Duration) {
         let worker = &mut self.workers[w];
         worker.trust.stalled(sent);
@@ -72,7 +73,7 @@ impl Core {
         self.refresh(w);
     }
 
-    /// Asks a worker that is not trusted whether it lives.
+    /// Probes a worker that is not trusted, to see whether it lives.
     pub(super) fn probe(&mut self, now: Time, w: usize) {
         let worker = &mut self.workers[w];
         let wanted = worker.is_usable() && !worker.trust.proven && worker.trust.answer.is_none();
@@ -84,7 +85,7 @@ impl Core {
         }
     }
 
-    /// It is alive, which says nothing of whether it takes connections.
+    /// The worker answered a probe: it lives, which does not show that it takes connections.
     pub(super) fn probe_taken(&mut self, now: Time, w: usize, ticket: Ticket, taken_at: Time) {
         let sent = self.workers[w].ring.sent_at(ticket);
         let at = taken_at.clamp(sent, now.max(sent));
@@ -94,7 +95,7 @@ impl Core {
         worker.trust.answered(now, at - sent, timeout);
     }
 
-    /// It has taken something, for the first time or after it was suspect.
+    /// Trusts a worker after its first take since it joined or became suspect.
     pub(super) fn trust(&mut self, now: Time, w: usize) {
         let worker = &mut self.workers[w];
         worker.unproven = false;
@@ -108,7 +109,7 @@ impl Core {
         self.event(event);
     }
 
-    /// It lost a connection.
+    /// The worker lost a connection: it gets none for [`LOST_PAUSE`].
     pub(super) fn starve(&mut self, now: Time, w: usize) {
         self.workers[w].starved = Some(now + LOST_PAUSE);
     }
@@ -119,7 +120,8 @@ impl Core {
         let _ = now;
     }
 
-    /// Takes a counter as far as it is possible; answers whether anything changed.
+    /// Updates the `finished` counter, clamped to possible values; returns whether the worker
+    /// reported a change.
     pub(super) fn set_finished(&mut self, now: Time, w: usize, said: u64) -> bool {
         let worker = &mut self.workers[w];
         if worker.state == State::Gone || said == worker.finished {
@@ -153,7 +155,7 @@ impl Core {
         true
     }
 
-    /// It gets nothing more; what it has been sent stays with it for now.
+    /// The worker gets no more connections; its untaken ones stay with it for now.
     pub(super) fn drain(&mut self, now: Time, w: usize) {
         let worker = &mut self.workers[w];
         if !worker.is_usable() {
@@ -166,7 +168,7 @@ impl Core {
         self.remove_usable(now, pool);
     }
 
-    /// Its end of the channel is closed: it is leaving or gone.
+    /// The worker closed its end of the channel: it is leaving or gone.
     pub(super) fn closed(&mut self, now: Time, w: usize) {
         self.workers[w].closed = true;
         self.drain(now, w);
@@ -181,7 +183,7 @@ impl Core {
         self.begin_round(now, w, Round::Goodbye);
     }
 
-    /// It is gone, or is made to go.
+    /// Removes a worker that is gone or expelled.
     pub(super) fn remove(&mut self, now: Time, w: usize, why: Departure) {
         let worker = &mut self.workers[w];
         if worker.state == State::Gone {
@@ -205,7 +207,8 @@ impl Core {
         self.begin_round(now, w, Round::Gone(why));
     }
 
-    /// Asks for everything untaken back; when the last outcome is in, [`Core::end_round`] says what came of it.
+    /// Revokes all untaken connections; after the last outcome [`Core::end_round`] reports the
+    /// result.
     pub(super) fn begin_round(&mut self, now: Time, w: usize, round: Round) {
         self.announce(w);
         let worker = &mut self.workers[w];
@@ -217,14 +220,14 @@ impl Core {
         });
         match round {
             Round::Goodbye | Round::Drained | Round::Paused => self.purge(w),
-            // Suspect: once everything is back. Gone: its channel goes with everything else that is kept for it.
+            // Suspect: purged after the round. Gone: `Forget` drops the channel.
             Round::Suspect(_) | Round::Quiet | Round::Gone(_) => {}
         }
         self.end_round(now, w);
         self.refresh(w);
     }
 
-    /// Ends a round of revocations if every outcome is in.
+    /// Ends a round of revocations if every outcome is known.
     pub(super) fn end_round(&mut self, now: Time, w: usize) {
         let worker = &self.workers[w];
         if worker.ring.revoking() > 0 || worker.round.is_none() {
@@ -243,8 +246,8 @@ impl Core {
         }
     }
 
-    /// A suspect worker that has nothing to take any more: what it has in its channel is in vain. Then it is asked whether
-    /// it lives.
+    /// Purges the channel of a suspect worker that has nothing left to take, because its records
+    /// are all revoked; then probes it.
     pub(super) fn sort_out(&mut self, now: Time, w: usize) {
         let worker = &self.workers[w];
         if worker.untaken() > 0 || worker.stale == 0 {
@@ -254,7 +257,7 @@ impl Core {
             return;
         }
         if worker.is_asked() {
-            // The question would go with the rest.
+            // The purge would remove the probe too.
             self.begin_round(now, w, Round::Quiet);
         } else {
             self.purge(w);
@@ -270,7 +273,7 @@ impl Core {
         }
     }
 
-    /// Says what came of the round so far, if there is one, and ends it.
+    /// Reports the result of the current round, if there is one, and ends it.
     fn announce(&mut self, w: usize) {
         let worker = &mut self.workers[w];
         let live = worker.load().saturating_sub(u64::from(worker.untaken()));
@@ -293,7 +296,7 @@ impl Core {
         self.event(event);
     }
 
-    /// This machine or user is short of something: everything rests.
+    /// This machine or user is short of descriptors or memory: nothing is placed for a while.
     pub(super) fn note_out_of_resources(&mut self, now: Time) {
         let until = now + self.resource_pause;
         if self.out_of_resources.replace(until).is_none() {

@@ -1,7 +1,7 @@
-//! Distributions of durations: fixed buckets, counted without a lock, an allocation or a system call.
+//! Histograms of durations: fixed buckets, counted without a lock, an allocation or a system call.
 //!
-//! Owns the bounds of the buckets. They are log-spaced, 1-2-5 in each decade, so that a quantile read from them is off by
-//! at most a factor of 2.5, and mostly by much less.
+//! Owns the bounds of the buckets. They are log-spaced, 1-2-5 in each decade, so that the error of
+//! a quantile is at most a factor of 2.5, and mostly much less.
 
 use std::time::Duration;
 
@@ -17,7 +17,7 @@ pub const DECISION: &[u64] = &steps::<14>(50);
 /// Nanoseconds from 2 µs to 500 ms: a turn of the hot thread.
 pub const TURN: &[u64] = &steps::<17>(2_000);
 
-/// So many bounds from `first` on, which is 1, 2 or 5 of its decade.
+/// `N` bounds from `first` on, which is 1, 2 or 5 of its decade.
 const fn steps<const N: usize>(first: u64) -> [u64; N] {
     let mut bounds = [first; N];
     let mut digit = first;
@@ -46,7 +46,7 @@ pub struct Histogram {
 }
 
 impl Histogram {
-    /// An empty one with these bounds, at most nineteen of them, ascending.
+    /// An empty histogram with these bounds, at most nineteen, ascending.
     pub fn new(bounds: &'static [u64]) -> Histogram {
         debug_assert!(bounds.len() < MOST && bounds.is_sorted());
         Histogram { bounds, counts: [0; MOST], sum: 0 }
@@ -61,7 +61,7 @@ impl Histogram {
         self.sum = self.sum.saturating_add(nanoseconds);
     }
 
-    /// The longest duration in each bucket but the last, in nanoseconds, ascending.
+    /// The upper bound of each bucket but the last, in nanoseconds, ascending.
     pub fn bounds(&self) -> &[u64] {
         self.bounds
     }

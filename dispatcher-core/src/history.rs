@@ -1,7 +1,8 @@
-//! A pool's last decisions and its next one: candidates, their loads, and the reason of the choice.
+//! A pool's last decisions, and the explanation of its next one: candidates, their loads, and the
+//! reason of the choice.
 //!
-//! Owns the ring of decisions and what is written into one. It changes no decision. With a size of 0 nothing is kept and
-//! nothing is spent; otherwise what is used for one decision is used again for a later one.
+//! Owns the ring of decisions and their contents; it influences no decision. With a size of 0 it
+//! costs nothing; otherwise entries are reused, so that recording does not allocate once warm.
 
 use std::collections::VecDeque;
 use std::sync::Arc;
@@ -12,32 +13,32 @@ use super::policy::{Choice, FULL_WEIGHT};
 use super::types::*;
 use super::{Clock, Core};
 
-/// A decision.
+/// A placement decision.
 #[derive(Clone, Debug, PartialEq)]
 pub struct Decision {
-    /// Counts a pool's decisions from 1.
+    /// Number of the decision in its pool, from 1.
     pub number: u64,
     /// When.
     pub at: Time,
-    /// The connection; `None` for one that does not exist.
+    /// The connection; `None` in an explanation.
     pub conn: Option<u64>,
-    /// Where it came in; `None` for a connection that does not exist.
+    /// Its listener; `None` in an explanation.
     pub listener: Option<ListenerId>,
-    /// Where it came from.
+    /// The client's address.
     pub peer: ClientAddr,
-    /// What its client is known by.
+    /// The client's key, if any.
     pub key: Option<AffinityKey>,
-    /// Whether it was sent to another worker before.
+    /// Whether the connection was sent to another worker before.
     pub resent: bool,
-    /// The worker that was chosen, if any.
+    /// The id of the chosen worker, if any.
     pub chosen: Option<u64>,
-    /// Workers that were looked at, the chosen one first.
+    /// Workers that were considered, the chosen one first.
     pub candidates: Vec<Seen>,
-    /// How many more workers there were.
+    /// How many more workers were considered.
     pub left_out: usize,
 }
 
-/// A worker as it was in a decision, before it got the connection.
+/// A worker in a decision, before it got the connection.
 #[derive(Clone, Debug, PartialEq)]
 pub struct Seen {
     /// Its id.
@@ -46,35 +47,36 @@ pub struct Seen {
     pub name: Arc<str>,
     /// Live connections, untaken ones included.
     pub load: u64,
-    /// Its weight, less than it was configured while it starts slowly.
+    /// Its effective weight: less than the configured one during a slow start.
     pub weight: f64,
     /// The number that the policy compared, if it compares numbers.
     pub score: Option<f64>,
     /// Why it was chosen or passed over.
     pub why: Why,
-    /// With the policy `least-score`: which of its gauges kept it out; its `Display` is a sentence.
+    /// With the policy `least-score`: the gauge that made it ineligible; its `Display` is a
+    /// sentence.
     pub out: Option<Scored>,
 }
 
-/// What would become of the next connection.
+/// Where the next connection would go.
 #[derive(Clone, Debug, PartialEq)]
 pub struct Explanation {
     /// The decision, with every worker.
     pub decision: Decision,
-    /// Why no worker was chosen, or why no worker can be sent a connection now.
+    /// Why no worker was chosen, or why the connection would not be sent now.
     pub obstacle: Option<Obstacle>,
 }
 
 /// Why a connection would not be sent now.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Obstacle {
-    /// Every worker is full, suspect or resting.
+    /// Every worker is full, suspect or paused.
     BackPressure,
-    /// There is no usable worker yet.
+    /// There is no usable worker.
     NoWorker,
-    /// There has been none for `wait_for_worker`: clients are turned away.
+    /// There has been none for `wait_for_worker`: clients are refused.
     Refusing,
-    /// Other clients wait already, and come first.
+    /// Other connections are queued and come first.
     Queue,
     /// This machine is short of descriptors or memory.
     Short,
@@ -114,7 +116,7 @@ impl History {
         }
     }
 
-    /// Keeps so many from now on, the latest of those there are; answers the others.
+    /// Changes the size and keeps the latest decisions; returns the others.
     pub(super) fn resize(&mut self, size: u32, most_candidates: u32) -> VecDeque<Arc<Decision>> {
         self.size = size as usize;
         self.most_candidates = most_candidates as usize;
@@ -127,7 +129,7 @@ impl History {
         self.size > 0
     }
 
-    /// The slot for the next decision: that of the oldest one, unless a reader holds it.
+    /// The entry for the next decision: the oldest one is reused, unless a reader holds it.
     fn place(&mut self) -> Arc<Decision> {
         if self.decisions.len() >= self.size
             && let Some(mut oldest) = self.decisions.pop_front()
@@ -165,7 +167,8 @@ impl Core {
         decisions.range(start..).cloned().collect()
     }
 
-    /// The worker that the next connection of this pool from `peer` would go to, and why. Changes no state.
+    /// The worker that the pool's next connection from `peer` would go to, and why. Changes no
+    /// state.
     pub fn explain(&self, now: Time, pool: PoolId, peer: ClientAddr) -> Option<Explanation> {
         let p = usize::from(pool.0);
         let settings = &self.pools.get(p)?.settings;
@@ -191,7 +194,7 @@ impl Core {
         Some(Explanation { decision, obstacle })
     }
 
-    /// Keeps a decision that is about to take effect.
+    /// Records a decision that is about to take effect.
     pub(super) fn record(&mut self, now: Time, p: usize, conn: u32, choice: &Choice) {
         let history = &mut self.pools[p].history;
         let most = history.most_candidates;
@@ -212,7 +215,7 @@ impl Core {
         self.pools[p].history.decisions.push_back(place);
     }
 
-    /// Writes down the workers as they are: the chosen one first, then at most as many others as `most` allows.
+    /// Fills in the workers: the chosen one first, at most `most` in all.
     fn describe(&self, p: usize, choice: Option<&Choice>, most: usize, decision: &mut Decision) {
         let candidates = &self.pools[p].candidates;
         let chosen = choice.map(|choice| choice.at);
@@ -244,7 +247,7 @@ impl Core {
 }
 
 impl Core {
-    /// Why the policy may not choose a worker, if so.
+    /// Why the policy may not choose a worker; `None` if it may.
     fn why_not(&self, p: usize, at: usize) -> Option<Why> {
         let pool = &self.pools[p];
         let worker = &self.workers[pool.candidates.get(at).worker as usize];

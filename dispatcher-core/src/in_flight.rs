@@ -1,4 +1,5 @@
-//! Connections in flight: what becomes of a ticket. Each ends in exactly one of these functions, and only here.
+//! The outcomes of connections in flight. Every ticket ends in exactly one of these functions, and
+//! only here.
 
 use dispatch_protocol::scoreboard::slot::SlotState;
 
@@ -8,7 +9,8 @@ use super::types::*;
 use super::{Core, Effect, Event};
 
 impl Core {
-    /// A slot no longer reads SENT: the worker has what was in it, or lost it, or is broken.
+    /// A slot no longer reads SENT: the worker has taken the connection, has lost it, or wrote an
+    /// impossible state.
     pub(super) fn resolve(
         &mut self,
         now: Time,
@@ -34,7 +36,8 @@ impl Core {
             (SlotState::Sent | SlotState::Invalid, item) => {
                 self.settle(w, ticket);
                 if let Item::Conn(conn) = item {
-                    // Counts among those that its departure, which starts now, sends elsewhere.
+                    // The departure of the worker starts now; this connection counts among those
+                    // that it sends to other workers.
                     let first = self.workers[w].round.is_none();
                     self.give_back(now, w, conn);
                     self.workers[w].resent += u32::from(first);
@@ -70,7 +73,8 @@ impl Core {
         let (id, pool) = (worker.id, worker.pool);
         worker.sent -= 1;
         self.pools[pool].untaken -= 1;
-        // Settling a ticket ends a blockage, but this one is no sign of life.
+        // Settling a ticket ends the pause of a full channel, but this one does not show that the
+        // worker reads.
         worker.blocked = blocked;
         self.totals.in_flight -= 1;
         match why {
@@ -88,7 +92,7 @@ impl Core {
         }
         self.refresh(w);
         match why {
-            // No other worker would do either.
+            // No other worker can be sent it either.
             SendFailure::Client => self.close(conn, CloseReason::Unsendable),
             SendFailure::Full | SendFailure::Closed | SendFailure::Resources => {
                 self.ledger.get_mut(conn).trial = false;
@@ -119,10 +123,10 @@ impl Core {
         self.refresh(w);
     }
 
-    /// The worker's application has the connection, since `taken_at`.
+    /// The worker's application took the connection at `taken_at`.
     fn taken(&mut self, now: Time, w: usize, ticket: Ticket, conn: u32, taken_at: Time) {
         let worker = &self.workers[w];
-        // The worker says when; it can only have been between the handoff and now.
+        // The time comes from the worker; it is clamped between the handoff and now.
         let sent = worker.ring.sent_at(ticket);
         let at = taken_at.clamp(sent, now.max(sent));
         let p = worker.pool;
@@ -150,7 +154,8 @@ impl Core {
         self.served(p);
     }
 
-    /// The connection did not reach the worker: it is short of descriptors, so it rests.
+    /// The connection did not reach the worker, which is short of descriptors and gets none for a
+    /// while.
     fn lost(&mut self, now: Time, w: usize, ticket: Ticket, conn: u32) {
         self.settle(w, ticket);
         self.starve(now, w);
@@ -162,14 +167,14 @@ impl Core {
         self.give_back(now, w, conn);
     }
 
-    /// The ticket is resolved: its slot is free.
+    /// Frees the slot of a resolved ticket.
     pub(super) fn settle(&mut self, w: usize, ticket: Ticket) {
         let worker = &mut self.workers[w];
         worker.ring.settle(ticket);
         worker.blocked = None;
     }
 
-    /// A connection that was sent, and that the worker does not have, is placed again.
+    /// Places a connection again that was sent and that the worker does not have.
     fn give_back(&mut self, now: Time, w: usize, conn: u32) {
         let worker = &mut self.workers[w];
         worker.revoked += 1;

@@ -1,7 +1,8 @@
-//! The connections the dispatcher still has a copy of, and the queues of those that no worker has.
+//! The connections of which the dispatcher has a descriptor, and the queues of those that are at no
+//! worker.
 //!
-//! Owns connection numbers and entries, and nothing else: where a connection goes is decided elsewhere. Entries and
-//! links are used again, so that once warm nothing is allocated for a connection.
+//! Owns connection numbers and entries; other modules decide where a connection goes. Entries and
+//! links are reused, so that once warm nothing is allocated for a connection.
 
 use std::time::Duration;
 
@@ -15,7 +16,7 @@ const NONE: u32 = u32::MAX;
 /// Where a connection is.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(super) enum Place {
-    /// Nowhere: the entry may be used again.
+    /// The entry is free.
     Free,
     /// Its first bytes are awaited.
     Awaiting,
@@ -23,22 +24,22 @@ pub(super) enum Place {
     Queued,
     /// In flight to this worker.
     InFlight(u32),
-    /// Taken or closed; the event loop has yet to drop its copy.
+    /// Taken or closed; the event loop still has its copy.
     Leaving,
 }
 
-/// Why a connection is to be placed again, which says where it may go.
+/// Why a connection is placed again; the reason determines which workers may get it.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(super) enum Again {
-    /// Like a new one: it was never sent, or its worker left.
+    /// As for a new connection: it was never sent, or its worker left.
     New,
-    /// Its worker is only busy: any trusted worker with room may have it.
+    /// Its worker is busy: any trusted worker with room may get it.
     Busy,
     /// A thread of another worker waits in `accept`.
     Idle,
-    /// This worker left it untaken: it goes to one that usually takes within `limit`.
+    /// The worker `from` left it untaken: it goes to a worker that usually takes within `limit`.
     Slow { from: u32, limit: Duration },
-    /// This worker failed a trial with it: any other may have it.
+    /// The worker `from` failed a trial with it: any other may get it.
     Failed { from: u32 },
 }
 
@@ -49,26 +50,27 @@ pub(super) struct Conn {
     pub(super) accepted: Time,
     pub(super) listener: ListenerId,
     pub(super) peer: ClientAddr,
-    /// What its client is known by.
+    /// The key of its client, if any.
     pub(super) key: Option<AffinityKey>,
-    /// What the pool remembers it by: its key, if that is what `affinity.key` asks for, and a route.
+    /// The identity by which the pool's affinity finds the client's worker.
     pub(super) known: Option<Known>,
-    /// Since when its first bytes have been awaited.
+    /// When the wait for its first bytes began.
     pub(super) since: Time,
     pub(super) place: Place,
-    /// Where its listener's [`super::access_control::AccessControl`] counts it, while it does.
+    /// Its client's entry in the listener's [`super::access_control::AccessControl`], while that
+    /// counts it.
     pub(super) client: u32,
     /// Whether a record that names it may have reached a worker before.
     pub(super) resent: bool,
-    /// How often it was taken back from a worker that left it untaken.
+    /// How often it was revoked because its worker left it untaken.
     pub(super) moves: u8,
-    /// It is with a worker that has to prove itself, which has less time for it.
+    /// It is a trial: its worker is without trust and has less time to take it.
     pub(super) trial: bool,
-    /// It is with the worker that its key belongs to: others being idle is no reason to move it.
+    /// Its key selected its worker: idle threads of other workers are no reason to move it.
     pub(super) bound: bool,
-    /// Why it is to be placed again, if it is.
+    /// Why it is placed again, if it is.
     pub(super) again: Again,
-    /// Which of the two queues of the pool, while the connection is queued.
+    /// Which of the pool's two queues has it, while it is queued.
     returned: bool,
     prev: u32,
     next: u32,
@@ -80,7 +82,7 @@ pub(super) struct Ledger {
     conns: Vec<Conn>,
     free: Vec<u32>,
     serial: u64,
-    /// Entries that are not free, by listener.
+    /// Number of used entries by listener.
     of_listener: Vec<u32>,
 }
 
@@ -108,7 +110,8 @@ impl Queue {
     }
 }
 
-/// A pool's connections that wait for a worker. Those that were sent before are older than all others, so they go first.
+/// A pool's connections that wait for a worker. Connections that were sent before are older than
+/// all others, so they go first.
 #[derive(Clone, Copy, Debug, Default)]
 pub(super) struct PoolQueue {
     returned: Queue,
@@ -124,7 +127,7 @@ impl PoolQueue {
         self.len() == 0
     }
 
-    /// The one to be placed first.
+    /// The connection to be placed first.
     pub(super) fn first(&self) -> Option<u32> {
         [self.returned.head, self.fresh.head].into_iter().find(|&head| head != NONE)
     }
@@ -135,7 +138,7 @@ impl PoolQueue {
 }
 
 impl Ledger {
-    /// A new connection, to be given a place at once.
+    /// Makes the entry of a new connection; the caller gives it a place at once.
     pub(super) fn open(&mut self, now: Time, client: Client) -> ConnId {
         self.serial += 1;
         let listener = usize::from(client.listener.0);
@@ -175,7 +178,7 @@ impl Ledger {
         ConnId { index, serial: conn.serial }
     }
 
-    /// The event loop has dropped its copy: the entry may be used again.
+    /// The event loop has dropped its copy: frees the entry.
     pub(super) fn forget(&mut self, conn: ConnId) {
         let entry = &mut self.conns[conn.index as usize];
         debug_assert!(entry.place == Place::Leaving && entry.serial == conn.serial);
@@ -184,7 +187,7 @@ impl Ledger {
         self.free.push(conn.index);
     }
 
-    /// Whether an entry names this listener.
+    /// Whether a used entry names this listener.
     pub(super) fn refers_to(&self, listener: usize) -> bool {
         self.of_listener.get(listener).is_some_and(|&count| count > 0)
     }
@@ -201,12 +204,12 @@ impl Ledger {
         &mut self.conns[index as usize]
     }
 
-    /// The entry of `conn`, if that is still what it was.
+    /// The entry of `conn`, if that has not been reused.
     pub(super) fn find(&self, conn: ConnId) -> Option<&Conn> {
         self.conns.get(conn.index as usize).filter(|entry| entry.serial == conn.serial)
     }
 
-    /// The listener no longer counts any of its connections.
+    /// Makes the listener's access control count none of its connections.
     pub(super) fn untrack(&mut self, listener: ListenerId) {
         for conn in self.conns.iter_mut().filter(|conn| conn.listener == listener) {
             conn.client = super::access_control::UNTRACKED;
@@ -217,7 +220,7 @@ impl Ledger {
         &self.conns
     }
 
-    /// Appends to the queue: of those that come back from a worker, or of new ones.
+    /// Appends a connection to the queue of returned or of new connections.
     pub(super) fn enqueue(&mut self, queued: &mut PoolQueue, index: u32, returned: bool) {
         self.append(queued.queue(returned), index);
         let conn = &mut self.conns[index as usize];
@@ -225,7 +228,7 @@ impl Ledger {
         conn.returned = returned;
     }
 
-    /// Appends to the queue of those whose first bytes are awaited.
+    /// Appends a connection to the queue of those whose first bytes are awaited.
     pub(super) fn await_bytes(&mut self, awaiting: &mut Queue, index: u32, now: Time) {
         self.append(awaiting, index);
         let conn = &mut self.conns[index as usize];
@@ -245,14 +248,14 @@ impl Ledger {
         (conn.prev, conn.next) = (tail, NONE);
     }
 
-    /// Takes the first one out of the queue.
+    /// Removes the first connection of the queue.
     pub(super) fn pop(&mut self, queued: &mut PoolQueue) -> Option<u32> {
         let head = queued.first()?;
         self.dequeue(queued, head);
         Some(head)
     }
 
-    /// Takes this one out of the queue.
+    /// Removes this connection from the queue.
     pub(super) fn dequeue(&mut self, queued: &mut PoolQueue, index: u32) {
         let conn = &mut self.conns[index as usize];
         debug_assert!(conn.place == Place::Queued);
@@ -261,7 +264,7 @@ impl Ledger {
         self.remove(queued.queue(returned), index);
     }
 
-    /// Takes this one out of the queue of those whose first bytes are awaited.
+    /// Removes this connection from the queue of those whose first bytes are awaited.
     pub(super) fn end_await(&mut self, awaiting: &mut Queue, index: u32) {
         let conn = &mut self.conns[index as usize];
         debug_assert!(conn.place == Place::Awaiting);
@@ -282,12 +285,12 @@ impl Ledger {
         }
     }
 
-    /// Every queued connection, in the order in which it will be placed.
+    /// Every queued connection, in the order of placement.
     pub(super) fn walk<'a>(&'a self, queued: &PoolQueue) -> impl Iterator<Item = u32> + 'a {
         self.walk_queue(&queued.returned).chain(self.walk_queue(&queued.fresh))
     }
 
-    /// Every connection of a queue, the first first.
+    /// Every connection of a queue, in order.
     pub(super) fn walk_queue<'a>(&'a self, queue: &Queue) -> impl Iterator<Item = u32> + use<'a> {
         let some = |at: u32| (at != NONE).then_some(at);
         std::iter::successors(some(queue.head), move |&at| some(self.conns[at as usize].next))

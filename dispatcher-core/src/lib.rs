@@ -1,11 +1,14 @@
-//! The decision core: which worker gets which connection, and what becomes of it until the worker has it.
+//! The decision core: chooses the worker for each connection, and follows the connection until the
+//! worker's application has taken it.
 //!
-//! Owns worker states, policies, the ledger of connections in flight, deadlines and supervision. Facts and the time go in as
-//! arguments; effects come out of [`Core::effect`] as values. It never touches a file descriptor, a clock, a socket or
-//! a log, so a test or a simulator can drive it through any history, and the same history gives the same decisions.
+//! Owns worker states, policies, the ledger of connections in flight, deadlines and supervision.
+//! Facts and the time go in as arguments; effects come out of [`Core::effect`] as values. The core
+//! never touches a file descriptor, a clock, a socket or a log, so a test or a simulator can drive
+//! it through any history, and the same history gives the same decisions.
 //!
-//! The event loop's turn: report what happened (joins, goodbyes, deaths, `finished` counters, slots), call
-//! [`Core::tick`], accept while [`Core::accepting`] says so, perform all effects, sleep until [`Core::deadline`].
+//! The event loop's turn: report what happened (joins, goodbyes, deaths, `finished` counters,
+//! slots), call [`Core::tick`], accept while [`Core::accepting`] says so, perform all effects,
+//! sleep until [`Core::deadline`].
 //!
 //! Invariants, checked after every public mutator in debug builds and tests (`Core::check`):
 //! 1. `accepted = queued + in flight + taken + Σ closed`.
@@ -75,13 +78,15 @@ use awaiting::Awaiting;
 use handoff::Shares;
 use history::History;
 use ledger::{Ledger, Place, PoolQueue};
+use place::Clock;
 use policy::{Candidates, NEVER};
 use snapshot::{Counts, Former};
 use stop::Stop;
 use supervise::Processes;
 use worker::Worker;
 
-/// How long everything rests after [`SendFailure::Resources`], unless [`Core::set_resource_pause`] says otherwise.
+/// Default of the pause of all placements after [`SendFailure::Resources`];
+/// [`Core::set_resource_pause`] changes it.
 const RESOURCE_PAUSE: Duration = Duration::from_millis(100);
 
 /// The state of all pools of one dispatcher.
@@ -89,11 +94,13 @@ const RESOURCE_PAUSE: Duration = Duration::from_millis(100);
 pub struct Core {
     pools: Vec<Pool>,
     listeners: Vec<Listener>,
-    /// Entries outlive their workers until they are used again, so that an index is always valid.
+    /// An entry outlives its worker until another worker reuses it, so that an index is always
+    /// valid.
     workers: Vec<Worker>,
-    /// Tickets out, by `WorkerId::index`: apart from the workers, because every turn asks all of them.
+    /// Number of open tickets by `WorkerId::index`. Apart from the workers, because every turn
+    /// reads it for all of them.
     out: Vec<u32>,
-    /// Whether each has connections at all, likewise.
+    /// Whether each worker has connections, by `WorkerId::index`, for the same reason.
     live: Vec<bool>,
     free_workers: Vec<u32>,
     joins: u64,
@@ -101,13 +108,13 @@ pub struct Core {
     totals: Totals,
     effects: VecDeque<Effect>,
     resource_pause: Duration,
-    /// `Some` while nothing is placed because this machine is short of something.
+    /// `Some` while nothing is placed because this machine is short of descriptors or memory.
     out_of_resources: Option<Time>,
     stop: Option<Stop>,
-    /// Connections that workers had at the deadlines of their drains, and were told to end.
+    /// Connections that workers had at the deadlines of their drains and were notified to end.
     ended: u64,
     discarded: Vec<Discarded>,
-    /// What listeners and pools have counted whose entries are used for others now.
+    /// Counts of removed listeners and pools whose entries have been reused.
     former: Former,
     #[cfg(any(test, debug_assertions))]
     check_credit: usize,
@@ -122,11 +129,12 @@ struct Listener {
     closed: [u64; CloseReason::ALL.len()],
     /// `None` admits every client.
     access_control: Option<Box<AccessControl>>,
-    /// Taken out of the configuration: its queue is emptied, then it is closed.
+    /// Removed from the configuration: its queue is emptied, then it is closed.
     retired: bool,
     /// The event loop has closed its sockets.
     closed_for_good: bool,
-    /// Workers that joined after the first of these joins, up to the second, know its name by its id.
+    /// Workers whose join number is above the first value and at most the second know this
+    /// listener's name by its id.
     known: (u64, u64),
 }
 
@@ -135,9 +143,9 @@ struct Pool {
     settings: PoolSettings,
     candidates: Candidates,
     history: History,
-    /// Gauges that are read at intervals are due then.
+    /// When gauges that are read at intervals are due next.
     sample_at: Time,
-    /// `Some` iff the settings say how clients are known.
+    /// `Some` iff the settings have an affinity key.
     memory: Option<Memory>,
     awaiting: Awaiting,
     queued: PoolQueue,
@@ -147,53 +155,43 @@ struct Pool {
     untaken: u32,
     /// Sums over its workers.
     shares: Shares,
-    /// Until then connections wait for the outcome of a trial.
+    /// Queued connections wait until then for the outcome of a trial.
     trial_until: Time,
-    /// Until then new connections wait for the first takes of workers of which nothing is known.
+    /// New connections wait until then for the first takes of untested workers.
     first_until: Time,
     ticked: Time,
-    /// Workers that failed every test are not tested again before then.
+    /// Workers that failed every trial get no trial before then.
     retrial_wait: Option<Time>,
-    /// A connection may go to an idle thread then.
+    /// When a connection may next move to an idle thread.
     idle_at: Option<Time>,
     clock: Clock,
-    /// Connections have waited since then, and none was taken.
+    /// Since when connections have waited without any being taken.
     unserved: Option<Time>,
     refusing_since: Time,
-    /// When and after how long the log is told again that clients are refused.
+    /// When, and after which interval, the log repeats that clients are refused.
     refusal_told_at: Time,
     refusal_interval: Duration,
     /// Clients wait because no worker can be given a connection.
     pressure: bool,
-    /// Whether the operator was last told of back-pressure, and when.
+    /// Whether the last logged state was back-pressure, and when it was logged.
     pressure_told: bool,
     pressure_at: Option<Time>,
     processes: Processes,
     counts: Counts,
     /// From accept to take.
     handoff: Histogram,
-    /// Removed from the configuration: no worker joins it any more.
+    /// Removed from the configuration: no worker can join it.
     retired: bool,
-    /// Since when no worker had been usable, or none had taken anything, when it began to refuse clients.
+    /// Since when the pool had been without a usable worker, or without a take, when it began to
+    /// refuse clients.
     lacking_since: Time,
     /// The dispatcher is stopping, and this pool has nothing left to do.
     done: bool,
 }
 
-/// What clients wait for.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
-enum Clock {
-    /// There is a usable worker.
-    Off,
-    /// There has been none since then.
-    Since(Time),
-    /// No worker joined in time, or no connection was taken.
-    Refusing,
-}
-
 impl Core {
-    /// A core with these pools and listeners, no workers, and the clock at `now`.
-    /// Each listener's pool is one of `pools`: the configuration has made sure of that.
+    /// A core with these pools and listeners, no workers, and the time `now`. The configuration
+    /// guarantees that each listener's pool is one of `pools`.
     pub fn new(pools: Vec<PoolSettings>, listeners: Vec<ListenerSettings>, now: Time) -> Core {
         let mut effects = VecDeque::new();
         let mut seeds = Random::new(0);
@@ -225,27 +223,28 @@ impl Core {
         }
     }
 
-    /// How long everything rests after [`SendFailure::Resources`].
+    /// Sets how long nothing is placed after [`SendFailure::Resources`].
     pub fn set_resource_pause(&mut self, pause: Duration) {
         self.resource_pause = pause;
     }
 
     // --- workers ---------------------------------------------------------------------------
 
-    /// Whether [`Core::join`] would accept this worker now; asked before anything is made for it.
+    /// Whether [`Core::join`] would accept this worker now. The event loop asks before it allocates
+    /// anything for the worker.
     ///
     /// # Errors
-    /// The refusal that `join` would answer.
+    /// The refusal that `join` would return.
     pub fn may_join(&self, join: &Join) -> Result<(), Refusal> {
         self.admit(join).map(|_| ())
     }
 
-    /// A worker wants to join. On success the event loop gives it its channel, and from then on it is chosen.
-    /// The event loop calls this only once it has everything a welcome needs.
+    /// A worker joins, and is eligible from then on. The event loop has everything that a welcome
+    /// needs, and sends it on success.
     pub fn join(&mut self, now: Time, join: &Join) -> Result<WorkerId, Refusal> {
         let pool = self.admit(join)?;
         let id = self.add_worker(now, pool, join);
-        // Fewer may be wanted than when its process was started.
+        // The configured number of processes may have decreased since this process was started.
         if self.is_surplus(id.index as usize) {
             self.drain_unwanted(now, id);
         }
@@ -253,7 +252,7 @@ impl Core {
         Ok(id)
     }
 
-    /// A worker said goodbye: revoke (and purge) what is untaken, send it nothing more.
+    /// A worker said goodbye: its untaken connections are revoked and purged, and it gets no more.
     pub fn goodbye(&mut self, now: Time, worker: WorkerId) {
         if let Some(w) = self.find(worker) {
             self.say_goodbye(now, w);
@@ -261,8 +260,9 @@ impl Core {
         }
     }
 
-    /// A worker is gone. Its untaken connections are revoked and placed again; when the last is sorted out: Event::Gone, Forget.
-    /// For `Expelled`, effect Disconnect comes first. A stale id is ignored, here and everywhere.
+    /// A worker is gone. Its untaken connections are revoked and placed again; once the last
+    /// outcome is known, `Event::Gone` and `Effect::Forget` follow. For `Expelled`,
+    /// `Effect::Disconnect` comes first. This method and all others ignore a stale id.
     pub fn leave(&mut self, now: Time, worker: WorkerId, why: Departure) {
         if let Some(w) = self.find(worker) {
             self.remove(now, w, why);
@@ -270,8 +270,8 @@ impl Core {
         }
     }
 
-    /// The worker's `finished` counter read `finished` just before its slots were read. The event loop reads the counter,
-    /// reads and reports the slots, then calls this: so an honest counter never exceeds the takes we know of.
+    /// The worker's `finished` counter. The event loop reads the counter, reads and reports the
+    /// slots, then calls this; so a correct counter never exceeds the takes that the core knows of.
     pub fn finished(&mut self, now: Time, worker: WorkerId, finished: u64) {
         if let Some(w) = self.find(worker)
             && self.set_finished(now, w, finished)
@@ -280,9 +280,10 @@ impl Core {
         }
     }
 
-    /// A slot of the worker that holds `ticket` reads `state` (`Sent` is ignored; `Invalid` expels the worker).
+    /// A slot of the worker that holds `ticket` reads `state` (`Sent` is ignored; `Invalid` expels
+    /// the worker).
     ///
-    /// `taken_at` is when the worker says that it took what is in it; what cannot be is clamped.
+    /// `taken_at` is the time of the take as the worker reports it; an impossible time is clamped.
     pub fn slot(
         &mut self,
         now: Time,
@@ -324,15 +325,17 @@ impl Core {
             && pool.candidates.opens() > 0
             && pool.queued.is_empty()
         {
-            // If no worker has room for it, one waits here, so that it is known that clients wait.
+            // Even without room one connection is accepted: its place in the queue shows that
+            // clients wait.
             Accepting::Yes
         } else {
             Accepting::Pause
         }
     }
 
-    /// A connection was accepted. It is placed (effect Send), queued, or closed at once: when the listener's rules keep
-    /// it out, or when refusing. Or its first bytes are awaited: see [`Core::awaits_bytes`].
+    /// A connection was accepted. The core places it, queues it, awaits its first bytes (see
+    /// [`Core::awaits_bytes`]), or closes it if the listener's rules deny it or the pool refuses
+    /// clients.
     pub fn accepted(&mut self, now: Time, mut client: Client) -> ConnId {
         let listener = &mut self.listeners[usize::from(client.listener.0)];
         listener.accepted += 1;
@@ -357,13 +360,15 @@ impl Core {
         conn
     }
 
-    /// Every queued connection. Bounded by what all workers' rings can give back at once.
+    /// Every queued connection. Their number is bounded by what all workers' rings can give back at
+    /// once.
     pub fn queued(&self) -> impl Iterator<Item = ConnId> + '_ {
         let queued = self.pools.iter().flat_map(|pool| self.ledger.walk(&pool.queued));
         queued.map(|index| self.ledger.id(index))
     }
 
-    /// The client of a queued connection, or of one whose first bytes are awaited, is gone (the event loop saw a reset). In flight: ignored.
+    /// The client of a queued or awaited connection is gone: the event loop saw a reset. Ignored
+    /// for a connection in flight.
     pub fn client_gone(&mut self, now: Time, conn: ConnId) {
         let Some(entry) = self.ledger.find(conn) else {
             return;
@@ -378,7 +383,7 @@ impl Core {
         self.after(now, pool);
     }
 
-    /// An [`Effect::Send`] could not be carried out. The event loop has already taken the slot back.
+    /// An [`Effect::Send`] failed. The event loop has already taken the slot back.
     pub fn send_failed(&mut self, now: Time, worker: WorkerId, ticket: Ticket, why: SendFailure) {
         if let Some(w) = self.find(worker) {
             self.not_sent(now, w, ticket, why);
@@ -386,7 +391,7 @@ impl Core {
         }
     }
 
-    /// An [`Effect::Probe`] could not be carried out; it is tried again after `handoff_timeout`.
+    /// An [`Effect::Probe`] failed; the probe is repeated after `handoff_timeout`.
     pub fn probe_failed(&mut self, now: Time, worker: WorkerId, ticket: Ticket, why: SendFailure) {
         if let Some(w) = self.find(worker) {
             self.probe_not_sent(now, w, ticket, why);
@@ -396,7 +401,7 @@ impl Core {
 
     // --- time ------------------------------------------------------------------------------
 
-    /// Lets everything happen that was due by `now`.
+    /// Runs everything that is due by `now`.
     pub fn tick(&mut self, now: Time) {
         if self.out_of_resources.is_some_and(|until| until <= now) {
             self.out_of_resources = None;
@@ -435,7 +440,8 @@ impl Core {
     /// The next effect, in order. The event loop takes all of them before it sleeps.
     pub fn effect(&mut self) -> Option<Effect> {
         let effect = self.effects.pop_front()?;
-        // Tables that run parallel to ours may have the entry until the event loop has seen this very effect.
+        // Parallel tables of the event loop may have the entry until the event loop has seen this
+        // effect.
         match &effect {
             Effect::Release { conn, .. } | Effect::Close { conn, .. } => self.ledger.forget(*conn),
             Effect::Forget { worker } => self.free_workers.push(worker.index),
@@ -455,7 +461,7 @@ impl Core {
 
     // --- inside ----------------------------------------------------------------------------
 
-    /// The position of a worker that is not forgotten.
+    /// The index of a worker that is not forgotten.
     fn find(&self, id: WorkerId) -> Option<usize> {
         let index = id.index as usize;
         self.workers.get(index).filter(|worker| worker.id == id && !worker.forgotten).map(|_| index)
@@ -469,14 +475,15 @@ impl Core {
         self.effects.push_back(Effect::Event(event));
     }
 
-    /// Ends every public mutator that changes one pool: places what can be placed now, says what changed, checks.
+    /// Ends every mutator that changes one pool: places connections, reports changes, checks.
     fn after(&mut self, now: Time, pool: usize) {
         self.place_and_tell(now, pool);
         #[cfg(any(test, debug_assertions))]
         self.check_sometimes();
     }
 
-    /// Ends every public mutator that may change them all. Only with the last of them are the invariants true again.
+    /// Ends every public mutator that may change all pools. The invariants hold again only after
+    /// the last pool.
     fn after_all(&mut self, now: Time) {
         for pool in 0..self.pools.len() {
             self.place_and_tell(now, pool);

@@ -1,4 +1,5 @@
-//! Placing connections: into a worker's hands, into the pool's queue, or closed.
+//! Placement of connections: sent to a worker, queued in the pool, or closed. Also detects
+//! back-pressure and pools without service, and refuses clients after `wait_for_worker`.
 
 use std::time::Duration;
 
@@ -11,18 +12,31 @@ use super::policy::{By, Choice, NEVER, Standing};
 use super::ring::Item;
 use super::types::*;
 use super::worker::{Round, Worker};
-use super::{Clock, Core, Effect, Event, Pool};
+use super::{Core, Effect, Event, Pool};
 use crate::affinity::key::Known;
 
-/// Back-pressure of a pool is told at most this often.
+/// Minimum time between two events about back-pressure of a pool.
 const PRESSURE_EVENTS: Duration = Duration::from_secs(1);
 
-/// That clients are refused is told again after this long at the least, then after twice as long each time, up to this.
+/// Limits of the interval after which the log repeats that clients are refused; the interval
+/// doubles each time.
 const REFUSAL_EVENTS_MIN: Duration = Duration::from_secs(10);
 const REFUSAL_EVENTS_MAX: Duration = Duration::from_secs(3600);
 
+/// Whether a pool's clients wait for a worker.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(super) enum Clock {
+    /// There is a usable worker.
+    Off,
+    /// The pool has had no usable worker since then.
+    Since(Time),
+    /// No worker joined in time, or no connection was taken.
+    Refusing,
+}
+
 impl Core {
-    /// Finds a place for a connection that has none. `returned`: it was at a worker, so it goes before new ones.
+    /// Places a connection that has no place. `returned`: a worker had it before, so it precedes
+    /// new ones.
     pub(super) fn put(&mut self, now: Time, pool: usize, conn: u32, returned: bool) {
         let over = self.stop.is_some_and(|stop| stop.over);
         if over {
@@ -41,7 +55,8 @@ impl Core {
         {
             self.send(now, worker, conn);
         } else {
-            // Connections that come back are placed at the end of the mutator, when the worker they come from is sorted out.
+            // A returned connection is placed at the end of the mutator, when the state of the
+            // worker that had it is settled.
             self.ledger.enqueue(&mut self.pools[pool].queued, conn, returned);
             self.totals.queued += 1;
         }
@@ -57,7 +72,7 @@ impl Core {
         }
     }
 
-    /// The worker for this connection; `None` if it is better off in the queue.
+    /// The worker for this connection; `None` if the connection should be queued.
     fn choose(&mut self, now: Time, p: usize, conn: u32) -> Option<usize> {
         if self.out_of_resources.is_some() {
             return None;
@@ -71,7 +86,7 @@ impl Core {
         chosen.or_else(|| self.choose_any(now, p, conn))
     }
 
-    /// The worker that the client's key or the policy says.
+    /// The worker that the client's key or the policy selects.
     fn choose_by_policy(&mut self, now: Time, p: usize, conn: u32) -> Option<usize> {
         let Conn { key, known, .. } = *self.ledger.get(conn);
         let (choice, recall) = self.pick(now, p, key, known)?;
@@ -91,7 +106,8 @@ impl Core {
         Some(worker)
     }
 
-    /// Where a client would be sent to: the worker that is remembered for it, or else the policy's choice.
+    /// The worker that a client would be sent to: the one that its key is bound to, or else the
+    /// policy's choice.
     pub(super) fn pick(
         &self,
         now: Time,
@@ -107,7 +123,7 @@ impl Core {
         let recall = match (memory, known) {
             (Some(memory), Some(known)) => memory.recall(now, known, |worker| {
                 let worker = &self.workers[worker as usize];
-                // Its client waits for it even if it is busy.
+                // A bound client waits for its worker even if that is busy.
                 candidates.is_open(worker.at)
                     && (worker.state == State::Active || worker.is_trialable(pool.is_spaced()))
             }),
@@ -122,10 +138,10 @@ impl Core {
         Some((choice, recall))
     }
 
-    /// While clients are refused: a worker that may be tested with this one.
+    /// While clients are refused: a worker that may be tested with this connection.
     fn choose_tested(&mut self, now: Time, p: usize, conn: u32) -> Option<usize> {
         let pool = &self.pools[p];
-        // One that comes back from a worker has waited long enough.
+        // A connection that was at a worker before has waited long enough.
         if pool.usable == 0 || self.ledger.get(conn).resent || self.out_of_resources.is_some() {
             return None;
         }
@@ -142,7 +158,7 @@ impl Core {
         Some(chosen)
     }
 
-    /// At the end of a stop: whichever worker's channel may have room, trusted ones first.
+    /// At the end of a stop: any worker whose channel may have room, trusted workers first.
     fn choose_last(&mut self, now: Time, pool: usize, conn: u32) -> Option<usize> {
         if self.out_of_resources.is_some() {
             return None;
@@ -161,7 +177,7 @@ impl Core {
     }
 
     fn send(&mut self, now: Time, w: usize, conn: u32) {
-        // Where threads are busy or idle, moves are the ordinary case.
+        // Moves because of busy or idle threads are ordinary and not logged.
         let tell = !matches!(self.ledger.get(conn).again, Again::Busy | Again::Idle);
         let due = self.begin_patience(now, w, conn);
         let worker = &mut self.workers[w];
@@ -216,7 +232,7 @@ impl Core {
         }
     }
 
-    /// Brings what is cached about a worker up to date. After every change of one.
+    /// Updates everything cached about a worker. Called after every change of a worker.
     pub(super) fn refresh(&mut self, w: usize) {
         let timeouts = self.has_timeouts();
         let worker = &mut self.workers[w];
@@ -241,7 +257,7 @@ impl Core {
         pool.candidates.set(worker.at, standing);
     }
 
-    /// Whether handoffs may not take forever: they may once the dispatcher is about to end.
+    /// Whether handoffs have timeouts: they have none after the deadline of a stop.
     pub(super) fn has_timeouts(&self) -> bool {
         self.stop.is_none_or(|stop| !stop.over)
     }
@@ -254,7 +270,7 @@ impl Core {
         pool.usable > 0 && (pool.candidates.opens() == 0 || pool.queued.first().is_some_and(waits))
     }
 
-    /// Tells of back-pressure that began or ended.
+    /// Reports that back-pressure began or ended.
     pub(super) fn tell_pressure(&mut self, now: Time, p: usize) {
         let pressure = self.has_pressure(now, p);
         let pool = &mut self.pools[p];
@@ -280,17 +296,17 @@ impl Core {
         let pool = &mut self.pools[p];
         pool.usable += 1;
         pool.clock = Clock::Off;
-        // It has its chance before the pool counts as not served.
+        // The new worker gets a full `wait_for_worker` before the pool counts as not served.
         pool.unserved = None;
     }
 
-    /// A usable worker is none any more.
+    /// A worker is no longer usable.
     pub(super) fn remove_usable(&mut self, now: Time, p: usize) {
         let pool = &mut self.pools[p];
         pool.usable -= 1;
         if pool.usable == 0 {
             pool.clock = Clock::Since(now);
-            // A removed or finished pool needs no process.
+            // A removed or released pool needs no worker.
             if pool.retired || pool.done {
                 return;
             }
@@ -298,10 +314,11 @@ impl Core {
         }
     }
 
-    /// Says since when the pool's connections have waited without any being taken.
+    /// Records since when the pool's connections have waited without any being taken.
     pub(super) fn note_waiting(&mut self, now: Time, p: usize) {
         let pool = &mut self.pools[p];
-        // If every worker is full, those that wait here wait like those in the kernel's queue.
+        // If every worker is full, queued connections wait like those in the kernel's queue: that
+        // is back-pressure.
         let waits = pool.untaken > 0 || (!pool.queued.is_empty() && pool.candidates.opens() > 0);
         match waits {
             true => _ = pool.unserved.get_or_insert(now),
@@ -309,7 +326,7 @@ impl Core {
         }
     }
 
-    /// When clients are refused, or the log is told again that they are.
+    /// When the pool begins to refuse clients, or the log repeats that it does.
     pub(super) fn refusal_due(&self, pool: &Pool) -> Time {
         if !self.has_timeouts() {
             return NEVER;
@@ -318,13 +335,13 @@ impl Core {
         match pool.clock {
             Clock::Since(since) => since + wait,
             Clock::Off => pool.unserved.map_or(NEVER, |since| since + wait),
-            // A pool that was taken out is not expected to serve.
+            // A removed pool is not expected to serve.
             Clock::Refusing if pool.retired => NEVER,
             Clock::Refusing => pool.refusal_told_at,
         }
     }
 
-    /// Refuses clients once no worker has come, or none has taken anything, for `wait_for_worker`.
+    /// Refuses clients once the pool has had no usable worker, or no take, for `wait_for_worker`.
     pub(super) fn tick_clock(&mut self, now: Time, p: usize) {
         if now < self.refusal_due(&self.pools[p]) {
             return;
@@ -372,7 +389,7 @@ impl Core {
         }
     }
 
-    /// Until when it would be usual for one of the pool's workers to take nothing.
+    /// Until when the pool's workers may take nothing without exceeding their usual times.
     fn usual_takes_until(&self, p: usize) -> Time {
         let settings = &self.pools[p].settings;
         let (timeout, longest) = (settings.handoff_timeout, settings.max_handoff_timeout);
@@ -390,7 +407,7 @@ impl Core {
         until.max().unwrap_or_default()
     }
 
-    /// Nothing is served: what was sent is asked for back, and then closed.
+    /// The pool is not served: untaken connections are revoked, and then closed.
     fn take_all_back(&mut self, now: Time, p: usize) {
         for w in 0..self.workers.len() {
             let worker = &self.workers[w];
@@ -405,7 +422,7 @@ impl Core {
         }
     }
 
-    /// A worker has taken a connection: the pool is being served.
+    /// A worker has taken a connection: the pool is served.
     pub(super) fn served(&mut self, p: usize) {
         let pool = &mut self.pools[p];
         pool.unserved = None;

@@ -1,20 +1,22 @@
-//! A worker's tickets: which slot of its scoreboard holds what.
+//! A worker's tickets: what each slot of its scoreboard is used for.
 //!
-//! Owns slots and sequence numbers. It is the dispatcher's own truth; the words in the scoreboard are only
-//! compared with it. Slots are made as they are needed. One that is freed rests until [`SPARE_SLOTS`] others are free:
-//! the closers write RELEASED into it meanwhile, and the worker must find it there when it closes the connection.
+//! Owns slots and sequence numbers. The ring is authoritative for the dispatcher; the words in the
+//! scoreboard are only compared with it. Slots are created on demand. A freed slot is reused only
+//! when [`SPARE_SLOTS`] others are free: meanwhile the closers write RELEASED into it, and the
+//! worker must find that word when it closes the connection.
 
 use std::collections::VecDeque;
 
 use super::policy::NEVER;
 use super::types::{Ticket, Time};
 
-/// Slots of a scoreboard beyond `max_untaken`: so many connections go to a worker before a slot is used again.
+/// Slots of a scoreboard beyond `max_untaken`: the number of connections that a worker gets before
+/// a slot is reused.
 pub const SPARE_SLOTS: u32 = 128;
 
 const NONE: u32 = u32::MAX;
 
-/// What a ticket is for.
+/// The use of a ticket.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(super) enum Item {
     /// Nothing: the slot is free.
@@ -32,9 +34,10 @@ struct Slot {
     sent_at: Time,
     /// When its patience ends, for a connection.
     due: Time,
-    /// The event loop has seen the effect, so the scoreboard says SENT or later. Before, the slot's word means nothing.
+    /// The event loop has seen the effect, so the scoreboard says SENT or later. Before, the slot
+    /// has the word of an earlier ticket.
     offered: bool,
-    /// An outcome of [`super::Effect::Revoke`] is awaited.
+    /// The outcome of an [`super::Effect::Revoke`] is awaited.
     revoking: bool,
     prev: u32,
     next: u32,
@@ -44,7 +47,7 @@ struct Slot {
 #[derive(Debug)]
 pub(super) struct Ring {
     slots: Vec<Slot>,
-    /// The longest free first.
+    /// Ordered by how long they have been free, longest first.
     free: VecDeque<u32>,
     limit: u32,
     seq: u64,
@@ -53,12 +56,13 @@ pub(super) struct Ring {
     len: u32,
     conns: u32,
     revoking: u32,
-    /// No connection is due before this. Ends of patience are looked for only then.
+    /// No connection is due before this: [`Ring::overdue`] has nothing to find earlier.
     due: Time,
 }
 
 impl Ring {
-    /// Room for every slot is reserved now, so that no handoff allocates. Memory that no slot has used is not resident.
+    /// Reserves memory for every slot, so that no handoff allocates. Memory that no slot has used
+    /// is not resident.
     pub(super) fn new(limit: u32) -> Ring {
         let most = (limit + SPARE_SLOTS + 1) as usize;
         Ring {
@@ -75,17 +79,17 @@ impl Ring {
         }
     }
 
-    /// Tickets out.
+    /// Open tickets.
     pub(super) fn len(&self) -> u32 {
         self.len
     }
 
-    /// Tickets out that are connections.
+    /// Open tickets of connections.
     pub(super) fn conns(&self) -> u32 {
         self.conns
     }
 
-    /// Tickets that are being revoked.
+    /// Open tickets that are being revoked.
     pub(super) fn revoking(&self) -> u32 {
         self.revoking
     }
@@ -94,7 +98,8 @@ impl Ring {
         self.len < self.limit
     }
 
-    /// A ticket for `item`, which for a connection is due at `due`. The caller has checked [`Ring::has_room`].
+    /// Issues a ticket for `item`; a connection is due at `due`. The caller has checked
+    /// [`Ring::has_room`].
     pub(super) fn issue(&mut self, now: Time, item: Item, due: Time) -> Ticket {
         debug_assert!(self.has_room() && item != Item::Nothing);
         self.seq += 1;
@@ -132,7 +137,7 @@ impl Ring {
         Ticket { slot: at, seq: self.seq }
     }
 
-    /// What `ticket` is for, if it is still out.
+    /// The use of `ticket`, if it is still open.
     pub(super) fn item(&self, ticket: Ticket) -> Option<Item> {
         self.slots
             .get(ticket.slot as usize)
@@ -140,7 +145,7 @@ impl Ring {
             .map(|slot| slot.item)
     }
 
-    /// Frees the slot of `ticket`, which is out.
+    /// Frees the slot of `ticket`, which must be open.
     pub(super) fn settle(&mut self, ticket: Ticket) {
         let slot = &mut self.slots[ticket.slot as usize];
         debug_assert!(slot.seq == ticket.seq && slot.item != Item::Nothing);
@@ -164,23 +169,23 @@ impl Ring {
         }
     }
 
-    /// When `ticket`, which is out, was sent.
+    /// When `ticket`, which must be open, was sent.
     pub(super) fn sent_at(&self, ticket: Ticket) -> Time {
         self.slots[ticket.slot as usize].sent_at
     }
 
-    /// When to look for [`Ring::overdue`] connections at the latest.
+    /// When to call [`Ring::overdue`] at the latest.
     pub(super) fn due(&self) -> Time {
         self.due
     }
 
-    /// Gives the connection of `ticket`, which is out, more time.
+    /// Sets when the connection of `ticket`, which must be open, is due.
     pub(super) fn postpone(&mut self, ticket: Ticket, due: Time) {
         self.slots[ticket.slot as usize].due = due;
         self.due = self.due.min(due);
     }
 
-    /// Patience has become shorter: gives each connection at most until `due` of when it was sent.
+    /// Shortens the patience of each connection to at most `due` of the time when it was sent.
     pub(super) fn hurry(&mut self, due: impl Fn(Time) -> Time) {
         let mut at = self.head;
         while let Some(slot) = self.slots.get_mut(at as usize) {
@@ -192,7 +197,7 @@ impl Ring {
         }
     }
 
-    /// The connections whose patience has ended and that are not being revoked yet, oldest first.
+    /// The connections whose patience has ended and that are not being revoked, oldest first.
     pub(super) fn overdue(&mut self, now: Time) -> Vec<(Ticket, u32)> {
         let mut overdue = Vec::new();
         let mut next = NEVER;
@@ -206,7 +211,7 @@ impl Ring {
         overdue
     }
 
-    /// Connections that are out and not being revoked, oldest first.
+    /// Connections in flight that are not being revoked, oldest first.
     pub(super) fn connections(&self) -> impl Iterator<Item = (Ticket, u32)> + '_ {
         self.walk().filter_map(|at| {
             let slot = &self.slots[at as usize];
@@ -219,7 +224,7 @@ impl Ring {
         })
     }
 
-    /// Marks this ticket, which is out, as being revoked. False if it is already.
+    /// Marks this open ticket as being revoked. False if it was marked before.
     pub(super) fn revoke(&mut self, ticket: Ticket) -> bool {
         let slot = &mut self.slots[ticket.slot as usize];
         let first = !std::mem::replace(&mut slot.revoking, true);
@@ -227,7 +232,8 @@ impl Ring {
         first
     }
 
-    /// Marks every ticket as being revoked, and calls `revoke` for each that was not yet, oldest first.
+    /// Marks every open ticket as being revoked, and calls `revoke` for each that was not marked
+    /// before, oldest first.
     pub(super) fn revoke_all(&mut self, mut revoke: impl FnMut(Ticket)) {
         let mut at = self.head;
         while let Some(slot) = self.slots.get_mut(at as usize) {
@@ -240,7 +246,7 @@ impl Ring {
         }
     }
 
-    /// The event loop has seen the effect that `ticket` came with.
+    /// The event loop has seen the effect with `ticket`.
     pub(super) fn offered(&mut self, ticket: Ticket) {
         if let Some(slot) = self.slots.get_mut(ticket.slot as usize)
             && slot.seq == ticket.seq
@@ -249,12 +255,13 @@ impl Ring {
         }
     }
 
-    /// Every ticket the event loop has seen, oldest first. Those it has not are the newest.
+    /// Every open ticket that the event loop has seen, oldest first. Those it has not seen are the
+    /// newest.
     pub(super) fn offered_tickets(&self) -> impl Iterator<Item = Ticket> + '_ {
         self.tickets().take_while(|ticket| self.slots[ticket.slot as usize].offered)
     }
 
-    /// Every ticket out, oldest first.
+    /// Every open ticket, oldest first.
     pub(super) fn tickets(&self) -> impl Iterator<Item = Ticket> + '_ {
         self.walk().map(|at| Ticket { slot: at, seq: self.slots[at as usize].seq })
     }
@@ -264,7 +271,7 @@ impl Ring {
         std::iter::successors(some(self.head), move |&at| some(self.slots[at as usize].next))
     }
 
-    /// Recounts everything; panics if it differs.
+    /// Recounts everything; panics on a difference.
     pub(super) fn check(&self) {
         let (mut len, mut conns, mut revoking, mut last) = (0, 0, 0, 0);
         for at in self.walk() {

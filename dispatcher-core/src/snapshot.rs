@@ -1,4 +1,4 @@
-//! What the core reports: a snapshot of everything, and names and numbers for logs and metrics.
+//! Reports of the core: a snapshot of everything, and names and numbers for logs and metrics.
 
 use std::time::Duration;
 
@@ -8,14 +8,14 @@ use super::{Clock, Core};
 use crate::affinity::key::KeySource;
 use crate::histogram::Histogram;
 
-/// Everything the core knows at one instant. Plain values: formatting is left to the reader.
+/// The state of the core at one instant, as plain values. The reader formats them.
 #[derive(Clone, Debug, PartialEq)]
 pub struct Snapshot {
     /// Whether the dispatcher is stopping.
     pub stopping: bool,
-    /// Connections by where they are.
+    /// Connections by place.
     pub totals: Totals,
-    /// Connections that workers were told to end because the deadline of their drain had come.
+    /// Connections that workers were notified to end at the deadlines of their drains.
     pub ended_at_deadline: u64,
     /// In the order of the configuration.
     pub listeners: Vec<ListenerSnapshot>,
@@ -34,9 +34,9 @@ pub struct ListenerSnapshot {
     pub pool: String,
     /// Connections accepted since the start.
     pub accepted: u64,
-    /// Those of them closed by the dispatcher, in the order of [`CloseReason::ALL`].
+    /// Connections closed by the dispatcher, in the order of [`CloseReason::ALL`].
     pub closed: [u64; CloseReason::ALL.len()],
-    /// Clients remembered by its access rules.
+    /// Clients in the table of its access control.
     pub tracked_clients: u64,
 }
 
@@ -47,11 +47,11 @@ pub enum PoolState {
     Ready,
     /// Clients wait because no worker can be given a connection now.
     BackPressure,
-    /// There is no usable worker; clients wait for one.
+    /// The pool has no usable worker; clients wait for one.
     NoWorker,
     /// Clients are refused.
     Refusing,
-    /// A reload took the pool out of the configuration; its workers still have connections.
+    /// A reload removed the pool; its workers still have connections.
     Removed,
 }
 
@@ -68,7 +68,7 @@ impl PoolState {
     }
 }
 
-/// One pool. Counts are since the start, workers that have left included.
+/// One pool. Counts are since the start and include workers that have left.
 #[derive(Clone, Debug, PartialEq)]
 pub struct PoolSnapshot {
     /// Its name.
@@ -77,19 +77,19 @@ pub struct PoolSnapshot {
     pub policy: Policy,
     /// Whether its clients are served.
     pub state: PoolState,
-    /// Connections waiting for a worker of this pool now.
+    /// Connections queued now, awaited ones included.
     pub queued: u64,
     /// Connections taken by its workers.
     pub taken: u64,
-    /// Connections taken back from its workers.
+    /// Connections revoked from its workers.
     pub revoked: u64,
-    /// Connections that did not reach their worker, for want of descriptors there.
+    /// Connections that did not reach their worker, because it was short of descriptors.
     pub lost: u64,
-    /// Times a connection went elsewhere because a worker's channel had no room.
+    /// Times a connection went to another worker because a channel had no room.
     pub channel_full: u64,
     /// Times a worker became suspect.
     pub suspects: u64,
-    /// Times a process ended or did not start and was to be started again.
+    /// Restarts of processes that ended or did not start.
     pub process_restarts: u64,
     /// Workers that have joined.
     pub joined: u64,
@@ -97,38 +97,39 @@ pub struct PoolSnapshot {
     pub gone: u64,
     /// From accept to take.
     pub handoff: Histogram,
-    /// What is remembered of clients; `None` without an affinity key.
+    /// Affinity; `None` without an affinity key.
     pub affinity: Option<AffinitySnapshot>,
     /// Its workers, by id.
     pub workers: Vec<WorkerSnapshot>,
 }
 
-/// What a pool remembers of its clients. Counts are of connections since the start.
+/// The affinity of a pool. Counts are of connections since the start.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct AffinitySnapshot {
-    /// What clients are identified by.
+    /// The source of the keys.
     pub key: KeySource,
-    /// Keys remembered now, those included that are too old and not yet removed.
+    /// Keys in the table now, including expired ones that are not yet removed.
     pub entries: u64,
-    /// Whose first bytes are awaited now; they are part of `queued`.
+    /// Connections whose first bytes are awaited now; they are part of `queued`.
     pub awaiting: u64,
-    /// That went to the worker remembered for their key.
+    /// Connections that went to the worker that their key is bound to.
     pub hits: u64,
-    /// Whose key was not remembered.
+    /// Connections whose key had no binding.
     pub misses: u64,
-    /// Whose worker could not be given them: they went elsewhere, and that is remembered.
+    /// Connections whose bound worker was not eligible: they went to another worker, and the
+    /// binding moved.
     pub moved: u64,
-    /// That went to the worker their session id names.
+    /// Connections that went to the worker that their session id names.
     pub routed: u64,
-    /// Without a key.
+    /// Connections without a key.
     pub unknown: u64,
-    /// Of those, whose first bytes did not come in time.
+    /// Of those, connections whose first bytes did not arrive in time.
     pub timed_out: u64,
-    /// Of those, whose first bytes were not awaited because too many others were.
+    /// Of those, connections that were not awaited because `max_awaiting` others were.
     pub not_awaited: u64,
     /// Keys claimed by workers.
     pub claimed: u64,
-    /// Keys forgotten before their time because there were too many.
+    /// Keys removed before they expired because the table was full.
     pub evicted: u64,
 }
 
@@ -137,7 +138,7 @@ pub struct AffinitySnapshot {
 pub struct WorkerSnapshot {
     /// Its id.
     pub id: WorkerId,
-    /// The name it gave itself.
+    /// Its name, from its hello.
     pub name: String,
     /// Its process.
     pub pid: i32,
@@ -145,15 +146,15 @@ pub struct WorkerSnapshot {
     pub state: State,
     /// Its share relative to others.
     pub weight: u32,
-    /// How much of its weight it has, in hundredths: less than 100 during its slow start.
+    /// Its current share of its weight, in per cent: less than 100 during its slow start.
     pub warm_percent: u32,
-    /// For failover: the highest that is up takes all.
+    /// For `failover`: the workers of the highest priority that is up get all connections.
     pub priority: u16,
-    /// Most connections it is given: the smaller of the pool's and its own maximum.
+    /// Most live connections: the smaller of the pool's maximum and its own.
     pub max_connections: u32,
-    /// It takes no connections for now, by its own wish.
+    /// It has paused itself.
     pub paused: bool,
-    /// Connections it had taken, over its lifetime, when it joined.
+    /// Connections that it had taken over its lifetime when it joined.
     pub base: u64,
     /// Live connections, untaken ones included.
     pub load: u64,
@@ -161,25 +162,25 @@ pub struct WorkerSnapshot {
     pub sent: u64,
     /// Connections it has taken from this dispatcher.
     pub taken: u64,
-    /// Connections it has closed over its lifetime.
+    /// Connections that it has closed over its lifetime.
     pub finished: u64,
     /// Connections sent and not yet taken.
     pub in_flight: u64,
-    /// Connections that were taken back from it.
+    /// Connections revoked from it.
     pub revoked: u64,
-    /// Connections that went elsewhere because its channel had no room.
+    /// Times its channel had no room.
     pub channel_full: u64,
     /// Whether it has taken a connection since it joined, or since it was last suspect.
     pub proven: bool,
     /// The longest time that it usually needs to take a connection.
     pub longest_take: Duration,
-    /// How many of its threads wait for a connection; `None` for an event loop, which does not report that.
+    /// Number of its threads that wait for a connection; `None` if it does not report threads.
     pub idle_threads: Option<u32>,
-    /// Connections it was told to end because the deadline of its drain had come.
+    /// Connections that it was notified to end at the deadline of its drain.
     pub ended_at_deadline: u64,
 }
 
-/// Connections by where they are. `accepted = queued + in flight + taken + Σ closed`, always.
+/// Connections by place. Always `accepted = queued + in flight + taken + Σ closed`.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
 pub struct Totals {
     /// Accepted since the start.
@@ -194,7 +195,7 @@ pub struct Totals {
     pub closed: [u64; CloseReason::ALL.len()],
 }
 
-/// What happened in a pool since the start, workers that have left included.
+/// Counts of a pool since the start, including workers that have left.
 #[derive(Clone, Copy, Debug, Default)]
 pub(super) struct Counts {
     pub(super) taken: u64,
@@ -206,7 +207,7 @@ pub(super) struct Counts {
     pub(super) gone: u64,
 }
 
-/// What was counted by listeners and pools whose entries are used for others now.
+/// Counts of removed listeners and pools whose entries have been reused.
 #[derive(Clone, Copy, Debug, Default)]
 pub(super) struct Former {
     pub(super) accepted: u64,
@@ -222,7 +223,7 @@ impl Totals {
 }
 
 impl Core {
-    /// Everything the core knows.
+    /// A snapshot of everything.
     pub fn snapshot(&self) -> Snapshot {
         Snapshot {
             stopping: self.stop.is_some(),
@@ -292,8 +293,8 @@ impl Core {
         }
     }
 
-    /// What is wrong with the sum of all connections: 0, always. Recounted from what listeners, queues, workers and pools
-    /// count, each for itself, and not from the [`Totals`].
+    /// The error of the sum over all connections: always 0. Computed from the separate counts of
+    /// listeners, queues, workers and pools, and not from the [`Totals`].
     pub fn residual(&self) -> i64 {
         let arrived: u64 = self.listeners.iter().map(|listener| listener.accepted).sum();
         let closed: u64 = self.listeners.iter().flat_map(|listener| listener.closed).sum();
@@ -306,17 +307,18 @@ impl Core {
         (arrived + former.accepted).wrapping_sub(placed).cast_signed()
     }
 
-    /// How many entries its tables of pools, listeners and workers have, those included that are free to be used again.
+    /// Sizes of the tables of pools, listeners and workers, including free entries.
     pub fn entries(&self) -> (usize, usize, usize) {
         (self.pools.len(), self.listeners.len(), self.workers.len())
     }
 
-    /// How many connections are where.
+    /// Connections by place.
     pub fn totals(&self) -> Totals {
         self.totals
     }
 
-    /// The name a worker gave itself; empty for one that is forgotten. Valid until the event loop has seen its Forget.
+    /// A worker's name; empty if its entry was reused. Valid until the event loop has seen its
+    /// `Forget`.
     pub fn worker_name(&self, worker: WorkerId) -> &str {
         self.entry(worker).map_or("", |worker| &worker.name)
     }
@@ -346,7 +348,7 @@ impl Core {
         self.entry(worker).map_or(0, |worker| u64::from(worker.untaken()))
     }
 
-    /// Most connections a worker is given: the smaller of its pool's maximum and its own.
+    /// Most live connections of a worker: the smaller of its pool's maximum and its own.
     pub fn max_connections_of(&self, worker: WorkerId) -> Option<u32> {
         self.entry(worker).map(|worker| worker.max)
     }
@@ -371,7 +373,8 @@ impl Core {
         self.listeners.get(usize::from(listener.0)).map_or("", |listener| &listener.settings.name)
     }
 
-    /// Unlike `find`, answers for a forgotten worker too while its entry is not used again: events that name it may be queued.
+    /// Unlike `find`, also finds a forgotten worker until its entry is reused, because queued
+    /// events may name it.
     fn entry(&self, id: WorkerId) -> Option<&Worker> {
         self.workers.get(id.index as usize).filter(|worker| worker.id == id)
     }

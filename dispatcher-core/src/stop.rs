@@ -1,21 +1,24 @@
-//! The end of the core: when it begins, which pools are done, and when nothing is left to do.
+//! The stop of the dispatcher: when pools are released, and when the stop is complete.
 //!
-//! A pool is done when its listeners are closed and none of its connections waits or is in flight. Its workers are
-//! released then, whatever other pools still wait for. Until then workers may join it: its clients may be waiting for them.
+//! A pool is released when its listeners are closed and none of its connections is queued or in
+//! flight. Its workers are released with it, independently of other pools. Until then workers may
+//! join it, because its clients may wait for them.
 
 use super::types::*;
 use super::{Core, Effect};
 
-/// A stop under way.
+/// A stop in progress.
 #[derive(Clone, Copy, Debug)]
 pub(super) struct Stop {
     pub(super) deadline: Time,
-    /// The deadline has passed: nothing is queued any more, whatever the reason.
+    /// The deadline has passed: from then on nothing is queued.
     pub(super) over: bool,
 }
 
 impl Core {
-    /// Stop: accept nothing new, let the connections in flight be taken until `deadline` (said again, the earlier one counts); then place what is queued wherever a slot is free, and close the rest.
+    /// Stops: nothing new is accepted. Until `deadline` connections are placed and taken as usual;
+    /// then queued connections go to any worker with a free slot, and the rest is closed. After a
+    /// second call the earlier deadline applies.
     pub fn stop(&mut self, now: Time, deadline: Time) {
         if let Some(stop) = &mut self.stop {
             // The operator stops a second time.
@@ -24,7 +27,7 @@ impl Core {
         }
         self.stop = Some(Stop { deadline, over: false });
         for pool in 0..self.pools.len() {
-            // Those that clients wait for are still started.
+            // Processes that clients wait for are still started.
             if !self.has_clients(pool) {
                 self.pools[pool].processes.stop();
             }
@@ -32,12 +35,12 @@ impl Core {
         self.after_all(now);
     }
 
-    /// Whether a stop is complete: nothing queued, nothing in flight, or the deadline has passed.
+    /// Whether a stop is complete: nothing is queued or in flight, or the deadline has passed.
     pub fn stopped(&self) -> bool {
         self.stop.is_some_and(|stop| stop.over || self.totals.queued + self.totals.in_flight == 0)
     }
 
-    /// Ends the stop when its time is over, and before that what each pool has to do with it.
+    /// Ends the stop at its deadline; before that, releases each pool that has nothing left to do.
     pub(super) fn tick_stop(&mut self, now: Time) {
         let Some(stop) = &mut self.stop else { return };
         if stop.over {
@@ -55,7 +58,7 @@ impl Core {
         }
     }
 
-    /// A pool is done: its workers need not wait for the others'.
+    /// Releases a pool's workers; they need not wait for other pools.
     fn release(&mut self, now: Time, p: usize) {
         let pool = &mut self.pools[p];
         pool.done = true;

@@ -1,48 +1,50 @@
-//! What a worker's own takes say about it: whether it is trusted, how long a connection may wait for it, and when it is
-//! tested again.
+//! Derives from a worker's takes whether it is trusted, how long a connection may wait for it, and
+//! when it gets another trial.
 //!
-//! Pure arithmetic on one worker. Guarantees: trust comes from takes only; an answered probe shows that the process lives.
-//! The rule and its parameters are described in `docs/HANDOFF.md`; what follows from them for connections is
-//! decided in `handoff.rs`.
+//! Pure arithmetic on one worker. Guarantees: trust comes from takes only; an answered probe shows
+//! that the process lives. `docs/HANDOFF.md` describes the rule and its parameters; `handoff.rs`
+//! decides what follows for connections.
 
 use std::time::Duration;
 
 use super::types::Time;
 
-/// Patience is this many times the longest take that the worker usually needs.
+/// Patience is this multiple of the longest take that the worker usually needs.
 const PATIENCE_FACTOR: u32 = 3;
 
-/// The remembered peak loses a tenth at most once in this time, and only when something is taken.
+/// The recorded peak loses a tenth at most once in this time, and only at a take.
 const DECAY_EVERY: Duration = Duration::from_secs(1);
 
-/// Nor before so many batches: where connections are rare, each take says little about the longest.
+/// The peak also keeps its value for at least this many batches: where connections are rare, each
+/// take says little about the longest.
 const DECAY_BATCHES: u32 = 4;
 
-/// Batches of takes that a worker needs before connections of other workers move to it: one sample of an event loop's round
-/// is luck of phase.
+/// Batches of takes that a worker needs before connections of other workers move to it: a single
+/// sample of an event loop's round depends on its phase.
 pub(super) const PROOF: u32 = 3;
 
-/// After so many batches the longest take is known.
+/// After this many batches the longest take is known.
 const KNOWN: u32 = 8;
 
 /// Takes closer together than this are one batch: one round of an event loop.
 const BATCH: Duration = Duration::from_millis(1);
 
-/// Back-off between failed trials: from, and up to, for workers that have taken something before and for those that never
-/// have.
+/// Back-off between failed trials: its first value, and its limits for workers that have taken a
+/// connection before and for those that never have.
 const BACK_OFF: Duration = Duration::from_secs(1);
 const BACK_OFF_MAX: Duration = Duration::from_secs(8);
 const BACK_OFF_MAX_UNKNOWN: Duration = Duration::from_secs(600);
 
-/// A worker that is suspect again within this time waits longer for its next trial: from, and up to.
+/// A worker that becomes suspect again within `RELAPSE_WITHIN` waits longer for its next trial: the
+/// first wait and its limit.
 const RELAPSE_WITHIN: Duration = Duration::from_secs(30);
 const RELAPSE: Duration = Duration::from_millis(500);
 const RELAPSE_MAX: Duration = Duration::from_secs(8);
 
-/// A gap between takes longer than this means that a connection sent ahead would wait: none is.
+/// With gaps between takes longer than this, no connection is sent ahead, because it would wait.
 const PREFETCH_GAP: Duration = Duration::from_millis(10);
 
-/// Connections are sent ahead for about this long, at most [`PREFETCH_MAX`].
+/// Connections for about this time are sent ahead, at most [`PREFETCH_MAX`].
 const PREFETCH_TIME: Duration = Duration::from_micros(500);
 const PREFETCH_MAX: u32 = 15;
 
@@ -51,24 +53,25 @@ const PREFETCH_MAX: u32 = 15;
 pub(super) struct Trust {
     /// It has taken a connection since it joined, or since it was last suspect.
     pub(super) proven: bool,
-    /// It has taken a connection at all.
+    /// It has ever taken a connection.
     pub(super) ever: bool,
     /// The longest time it usually needs to take a connection.
     pub(super) peak: Duration,
     decayed: Time,
     decayed_batches: u32,
-    /// Takes of the batch under way, and since when.
+    /// Takes in the current batch, and when it began.
     batch: u32,
     batch_began: Time,
     pub(super) batches: u32,
     /// Moving average of the time between takes, in nanoseconds, at most twice [`PREFETCH_GAP`].
     gap: u64,
     pub(super) last_take: Time,
-    /// Since when a connection has waited that made it suspect: `Some` until it takes something or answers.
+    /// Since when the connection that made it suspect has waited: `Some` until it takes something
+    /// or answers.
     pub(super) stall: Option<Time>,
-    /// How long it needed to answer the last probe, since it joined or became suspect.
+    /// How long it needed to answer its last probe; `None` again when it becomes suspect.
     pub(super) answer: Option<Duration>,
-    /// Trials that failed one after the other.
+    /// Consecutive failed trials.
     pub(super) failed: u32,
     back_off: Duration,
     suspected: Option<Time>,
@@ -76,7 +79,7 @@ pub(super) struct Trust {
 }
 
 impl Trust {
-    /// Of a worker that joins at `now`, and has `served` clients before.
+    /// For a worker that joins at `now`, and has `served` clients before.
     pub(super) fn new(now: Time, served: bool) -> Trust {
         Trust {
             proven: served,
@@ -98,8 +101,8 @@ impl Trust {
         }
     }
 
-    /// How many untaken connections a worker may have whose threads are all busy, so that its next free thread finds one.
-    /// `turnaround` is how long one of its threads usually is away from `accept`.
+    /// How many untaken connections a worker with only busy threads may have, so that its next free
+    /// thread finds one. `turnaround` is how long one of its threads usually is away from `accept`.
     pub(super) fn prefetch(&self, turnaround: Option<Duration>) -> u32 {
         let gap = turnaround.map_or(u64::MAX, nanos).min(self.gap);
         if gap > nanos(PREFETCH_GAP) {
@@ -108,9 +111,11 @@ impl Trust {
         1 + (nanos(PREFETCH_TIME) / gap.max(1)).min(u64::from(PREFETCH_MAX)) as u32
     }
 
-    /// How long a connection that has been moved `moves` times may wait before the worker is suspect.
+    /// How long a connection that has been moved `moves` times may wait before the worker is
+    /// suspect.
     pub(super) fn patience(&self, timeout: Duration, longest: Duration, moves: u8) -> Duration {
-        // The longest of a few takes is not yet the longest that the worker usually needs. An answer is one more sample.
+        // The longest of a few takes may be shorter than what the worker usually needs. The answer
+        // to a probe is one more sample.
         let peak = match self.batches < KNOWN {
             true => self.peak.max(self.answer.filter(|_| self.ever).unwrap_or_default()),
             false => self.peak,
@@ -119,10 +124,11 @@ impl Trust {
         usual.saturating_mul(1 << moves.min(16)).min(longest.max(timeout))
     }
 
-    /// It took, at `taken`, a connection that was sent at `sent`. True if it was not trusted and is now.
+    /// The worker took, at `taken`, a connection that was sent at `sent`. Returns whether this take
+    /// made it trusted.
     pub(super) fn took(&mut self, sent: Time, taken: Time, timeout: Duration) -> bool {
-        // A take counts from the later of its handoff and the take before it: the wait in the worker's own queue would
-        // feed itself.
+        // A take counts from the later of its handoff and the take before it; otherwise the wait in
+        // the worker's own queue would increase the patience, which would increase the wait.
         let mut latency = taken - sent.max(self.last_take);
         if let Some(since) = self.stall.take() {
             latency = latency.max(self.clipped(taken - since, timeout));
@@ -148,7 +154,8 @@ impl Trust {
         !std::mem::replace(&mut self.proven, true)
     }
 
-    /// It answered, after `needed`, a probe. That measures its round and shows that it lives; it does not restore trust.
+    /// The worker answered a probe after `needed`. That measures its round and shows that it lives;
+    /// it does not restore trust.
     pub(super) fn answered(&mut self, now: Time, needed: Duration, timeout: Duration) {
         self.answer = Some(needed);
         if let Some(since) = self.stall.take() {
@@ -156,19 +163,20 @@ impl Trust {
         }
     }
 
-    /// A stall as far as it counts: one stop of 5 s must not give 15 s of patience.
+    /// The part of a stall that counts: one stop of 5 s must not give 15 s of patience.
     fn clipped(&self, stalled: Duration, timeout: Duration) -> Duration {
         stalled.min(2 * timeout.max(self.peak.saturating_mul(PATIENCE_FACTOR)))
     }
 
-    /// It has left a connection that was sent at `sent` untaken for too long.
+    /// The worker has left a connection that was sent at `sent` untaken for too long.
     pub(super) fn stalled(&mut self, sent: Time) {
         self.stall = Some(self.stall.map_or(sent, |since| since.min(sent)));
-        // It is asked again: how long it needs for that ends the stall, and how long its next trial lasts follows from it.
+        // The worker is probed again: the answer ends the stall and determines the length of the
+        // next trial.
         self.answer = None;
     }
 
-    /// It becomes suspect. Says until when it gets no trial.
+    /// The worker becomes suspect. Returns until when it gets no trial.
     pub(super) fn suspect(&mut self, now: Time) -> Option<Time> {
         self.proven = false;
         if self.failed > 0 {
@@ -182,7 +190,7 @@ impl Trust {
         again.then(|| now + self.relapse)
     }
 
-    /// It left a connection untaken that was a trial; says when the next one may be.
+    /// The worker failed a trial. Returns when the next one may be.
     pub(super) fn trial_failed(&mut self, now: Time) -> Time {
         self.failed = self.failed.saturating_add(1);
         let next = now + self.back_off;
@@ -191,7 +199,7 @@ impl Trust {
         next
     }
 
-    /// It was short of something: it has to prove itself again, one connection at a time.
+    /// The worker was short of descriptors: it has to earn trust again, one connection at a time.
     pub(super) fn restart(&mut self) {
         (self.proven, self.batches, self.decayed_batches) = (false, 0, 0);
     }

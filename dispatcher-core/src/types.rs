@@ -1,4 +1,4 @@
-//! Identifiers, units and settings of the decision core. Plain values, no behaviour worth a test of its own.
+//! Identifiers, units and settings of the decision core: plain values.
 
 use core::net::IpAddr;
 use std::fmt;
@@ -18,14 +18,15 @@ mod why;
 pub use scores::*;
 pub use why::Why;
 
-/// A moment: nanoseconds of a clock that never goes back (`CLOCK_MONOTONIC` in the event loop, anything in a simulation).
+/// A moment: nanoseconds of a clock that never goes back (`CLOCK_MONOTONIC` in the event loop,
+/// anything in a simulation).
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq, PartialOrd, Ord, Hash)]
 pub struct Time(pub u64);
 
 impl Add<Duration> for Time {
     type Output = Time;
 
-    /// Saturates at the end of time, so that an absurd configured duration means "never".
+    /// Saturates, so that an absurd configured duration means "never".
     fn add(self, duration: Duration) -> Time {
         Time(self.0.saturating_add(u64::try_from(duration.as_nanos()).unwrap_or(u64::MAX)))
     }
@@ -48,10 +49,11 @@ pub struct PoolId(pub u16);
 #[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord, Hash)]
 pub struct ListenerId(pub u16);
 
-/// A worker. `index` is dense and used again; `serial` counts joins from 1, is never used again, and is what people see.
+/// A worker. `index` is dense and reused; `serial` counts joins from 1, is never reused, and is the
+/// id shown to people.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord, Hash)]
 pub struct WorkerId {
-    /// Position in tables that run parallel to the core's.
+    /// Index in the core's tables and parallel ones.
     pub index: u32,
     /// The id shown to people.
     pub serial: u64,
@@ -63,10 +65,10 @@ impl fmt::Display for WorkerId {
     }
 }
 
-/// A connection the dispatcher still has a copy of. `serial` counts accepts from 1.
+/// A connection of which the dispatcher has a copy. `serial` counts accepts from 1.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord, Hash)]
 pub struct ConnId {
-    /// Position in tables that run parallel to the core's; dense and used again.
+    /// Index in the core's tables and parallel ones; dense and reused.
     pub index: u32,
     /// The number shown in logs.
     pub serial: u64,
@@ -78,7 +80,7 @@ impl fmt::Display for ConnId {
     }
 }
 
-/// Where a connection or probe is: slot and sequence number at one worker.
+/// One handoff or probe at a worker: slot and sequence number.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
 pub struct Ticket {
     /// Slot of the worker's scoreboard.
@@ -87,15 +89,15 @@ pub struct Ticket {
     pub seq: u64,
 }
 
-/// What a client is known by: a hash of its address, cookie or whatever else a pool goes by. The same bytes give the
-/// same key in every dispatcher and after every restart.
+/// A hash that identifies a client: of its address, a cookie, or another configured source. The
+/// same bytes give the same key in every dispatcher and after every restart.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord, Hash)]
 pub struct AffinityKey(pub u64);
 
 impl AffinityKey {
     /// The key of these bytes.
     pub fn of(bytes: &[u8]) -> AffinityKey {
-        // Fixed, so that a restart or a second dispatcher sends a client where it was before.
+        // Fixed keys, so that a restarted or second dispatcher sends a client to the same worker.
         let mut hasher = SipHasher13::new_with_keys(0x6469_7370_6174_6368, 0x6166_6669_6e69_7479);
         hasher.write(bytes);
         AffinityKey(hasher.finish())
@@ -116,15 +118,15 @@ pub enum Policy {
     /// Fewest live connections for its weight.
     #[default]
     LeastConnections,
-    /// Each in turn, as often as its weight says.
+    /// Each in turn, in proportion to its weight.
     RoundRobin,
-    /// At random, as likely as its weight says.
+    /// At random, in proportion to its weight.
     Random,
     /// The less loaded of two drawn at random.
     TwoChoices,
-    /// The one its key belongs to.
+    /// The worker that the client's key belongs to.
     Hash,
-    /// The least loaded of the highest priority that is up; the others stand by.
+    /// The least loaded worker of the highest priority that is up; the others stand by.
     Failover,
     /// Lowest score.
     LeastScore,
@@ -155,7 +157,7 @@ impl Policy {
         }
     }
 
-    /// What a client is known by as long as nothing better is configured: where it comes from, if that matters at all.
+    /// A client's key if no affinity key is configured: its address for `hash`, else none.
     pub fn key_of(self, peer: &ClientAddr) -> Option<AffinityKey> {
         match self {
             Policy::Hash => AffinityKey::of_peer(peer),
@@ -172,35 +174,35 @@ impl Policy {
 /// Settings of a pool that the core needs. `config` makes them.
 #[derive(Clone, Debug, PartialEq)]
 pub struct PoolSettings {
-    /// Name, unique.
+    /// Unique name.
     pub name: String,
     /// Base policy.
     pub policy: Policy,
     /// Most live connections at one worker, at least 1.
     pub max_connections_per_worker: u32,
-    /// Slots per worker: most connections sent and not yet released, at least 1.
+    /// Slots per worker: most connections sent and not yet taken, at least 1.
     pub max_untaken: u32,
     /// Most workers at once.
     pub max_workers: u32,
-    /// How long a connection may stay untaken at a worker that usually takes at once.
+    /// How long a connection may stay untaken at a worker that usually takes quickly.
     pub handoff_timeout: Duration,
     /// The longest time a connection may stay untaken, however slow its worker usually is.
     pub max_handoff_timeout: Duration,
     /// How long clients wait while there is no usable worker.
     pub wait_for_worker: Duration,
-    /// What `least-score` goes by; nothing else does.
+    /// Terms of the score, for `least-score`.
     pub scores: Scores,
-    /// How long a worker's weight grows after it has come; zero for not at all.
+    /// Length of a slow start; zero for none.
     pub slow_start: Duration,
-    /// How many decisions are kept; 0 for none.
+    /// Number of decisions that are recorded; 0 for none.
     pub history: u32,
-    /// How many workers each of them names, at least 1.
+    /// Number of workers that each recorded decision lists, at least 1.
     pub history_candidates: u32,
     /// Users and groups whose workers may join.
     pub access: AllowedAccounts,
-    /// By what clients are known and for how long they are remembered, if they are.
+    /// Affinity of clients, if configured.
     pub affinity: Option<Affinity>,
-    /// How first bytes are awaited, where `affinity` needs them.
+    /// Limits of awaiting first bytes, where `affinity` needs them.
     pub peek: Peek,
     /// Processes to keep running; 0 for none.
     pub processes: u32,
@@ -230,12 +232,12 @@ impl Default for PoolSettings {
     }
 }
 
-/// How a pool remembers its clients.
+/// Settings of a pool's affinity.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct Affinity {
-    /// What they are known by.
+    /// The source of the keys.
     pub key: KeySource,
-    /// How long after its last use a key is forgotten.
+    /// A key expires this long after its last use.
     pub ttl: Duration,
     /// Most keys, at least 1.
     pub max_entries: u32,
@@ -249,14 +251,14 @@ impl Affinity {
     pub const DEFAULT_MAX_ENTRIES: u32 = 100_000;
 }
 
-/// How a pool awaits first bytes.
+/// Limits of awaiting first bytes.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct Peek {
     /// How long they are awaited.
     pub timeout: Duration,
-    /// How many of them are looked at.
+    /// How many bytes are examined.
     pub max_bytes: u32,
-    /// Most connections that await them at once.
+    /// Most awaited connections at once.
     pub max_awaiting: u32,
 }
 
@@ -267,7 +269,8 @@ impl Default for Peek {
     }
 }
 
-/// Users and groups whose workers may join a pool. Users and groups are numeric here; `config` resolves names.
+/// Users and groups whose workers may join a pool. Users and groups are numeric here; `config`
+/// resolves names.
 #[derive(Clone, Debug, Default, PartialEq, Eq)]
 pub struct AllowedAccounts {
     /// User ids that may join.
@@ -279,7 +282,7 @@ pub struct AllowedAccounts {
 /// Settings of a listener that the core needs.
 #[derive(Clone, Debug)]
 pub struct ListenerSettings {
-    /// Name, unique.
+    /// Unique name.
     pub name: String,
     /// The address as configured, for the status.
     pub address: String,
@@ -287,7 +290,7 @@ pub struct ListenerSettings {
     pub pool: PoolId,
 }
 
-/// A worker that wants to join: the peer credentials from the kernel, and its hello.
+/// A worker's request to join: the peer credentials from the kernel, and its hello.
 #[derive(Clone, Debug)]
 pub struct Join {
     /// From `SO_PEERCRED`.
@@ -296,13 +299,13 @@ pub struct Join {
     pub uid: u32,
     /// Primary group from `SO_PEERCRED` and supplementary ones from `SO_PEERGROUPS`.
     pub gids: Vec<u32>,
-    /// What the worker said.
+    /// The worker's hello.
     pub hello: dispatch_protocol::wire::Hello,
-    /// The process the hello's token was made for, when the token is a real one.
+    /// The process that the hello's token was issued for, if the token is valid.
     pub spawned: Option<ProcessId>,
 }
 
-/// A process the dispatcher keeps running: which pool, and which of its processes.
+/// A process that the dispatcher keeps running.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
 pub struct ProcessId {
     /// The pool.
@@ -311,30 +314,30 @@ pub struct ProcessId {
     pub number: u32,
 }
 
-/// Where a client connected, for placing it.
+/// A client to be placed.
 #[derive(Clone, Copy, Debug)]
 pub struct Client {
-    /// The listener it came through.
+    /// The listener that accepted it.
     pub listener: ListenerId,
     /// Its address.
     pub peer: ClientAddr,
-    /// What it is known by, if the pool asks for that and the client has told.
+    /// Its key, if known.
     pub key: Option<AffinityKey>,
 }
 
 impl Client {
-    /// A client of which no more is known than where it came from.
+    /// A client of which only the address is known.
     pub fn new(listener: ListenerId, peer: ClientAddr) -> Client {
         Client { listener, peer, key: None }
     }
 }
 
-/// Why a worker may not join. The core names the deciding configuration key where there is one.
+/// Why a worker may not join, with the deciding configuration key if there is one.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct Refusal {
     /// For the worker's program.
     pub code: dispatch_protocol::wire::RefusedCode,
-    /// One sentence for people: what was wrong and what to do.
+    /// One sentence for people: the problem and its remedy.
     pub reason: String,
     /// The deciding key, such as `pool.web.allow_users`.
     pub key: Option<String>,
@@ -347,7 +350,7 @@ pub enum Departure {
     Disconnected,
     /// Its process ended.
     Died,
-    /// The dispatcher cut it off because of what it did.
+    /// The dispatcher disconnected it for this violation.
     Expelled(&'static str),
     /// The dispatcher is stopping, and the worker's pool has nothing left to do.
     Released,
@@ -360,15 +363,16 @@ pub enum CloseReason {
     NoWorker,
     /// The client reset the connection while it was queued.
     ClientGone,
-    /// The dispatcher stopped before a worker could be given it.
+    /// The dispatcher stopped before a worker could get it.
     Shutdown,
-    /// The listener's `allow` and `deny` keep this client out.
+    /// The listener's `allow` and `deny` exclude this client.
     Denied,
-    /// More connections of this client than the listener's `rate_limit`.
+    /// The client exceeded the listener's `rate_limit`.
     RateLimited,
-    /// `max_queued_per_client` of this client's connections wait already.
+    /// `max_queued_per_client` of this client's connections were waiting.
     TooManyQueued,
-    /// It cannot be passed to any worker, because of what the client has in the queue of its own socket.
+    /// It cannot be passed to any worker, because of descriptors in the queue of the client's
+    /// socket.
     Unsendable,
 }
 
@@ -405,36 +409,37 @@ pub enum SendFailure {
     Full,
     /// The worker closed its end (EPIPE, ECONNRESET): it is leaving or gone.
     Closed,
-    /// This machine or user is short of descriptors or memory (ETOOMANYREFS, ENOMEM, ENOBUFS …): no worker will do for a moment.
+    /// This machine or user is short of descriptors or memory (ETOOMANYREFS, ENOMEM, ENOBUFS …): a
+    /// send to any worker would fail.
     Resources,
-    /// This connection cannot be passed to any worker, although others can: a Unix socket with Unix sockets in its queue
-    /// (ETOOMANYREFS, before Linux 6.10).
+    /// This connection cannot be passed to any worker, although others can: a Unix socket with Unix
+    /// sockets in its queue (ETOOMANYREFS, before Linux 6.10).
     Client,
 }
 
-/// What the event loop should do with a listener's queue.
+/// What the event loop does with a listener's queue.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Accepting {
     /// Accept, and report each connection.
     Yes,
     /// Leave clients in the kernel's queue.
     Pause,
-    /// Accept: each one will be closed at once, so that clients don't wait for nothing.
+    /// Accept: the core closes each connection at once, so that clients do not wait in vain.
     Refuse,
-    /// Stopping, or taken out: accept what has queued, then close it.
+    /// Stopping, or retired: accept what is in the queue, then close the listener.
     Finish,
 }
 
-/// A worker's state, as people see it.
+/// A worker's state.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum State {
     /// Gets connections.
     Active,
-    /// Left something untaken for too long; is only tested until it takes a connection.
+    /// Left a connection untaken for too long; it only gets trials until it takes one.
     Suspect,
-    /// Said goodbye, or an operator drains it: gets none, keeps what it has.
+    /// Said goodbye, or an operator drains it: gets no connections and keeps those it has.
     Draining,
-    /// Left, while the last of its connections are being sorted out. Not shown.
+    /// Left, with revocations still pending. Not shown.
     Gone,
 }
 
@@ -450,14 +455,14 @@ impl State {
     }
 }
 
-/// What a worker with blocking threads says of them.
+/// A report of a worker with blocking threads.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
 pub struct Threads {
     /// How many wait in `accept`.
     pub idle: u32,
-    /// How long one of them usually is away from `accept`, once one has been.
+    /// How long a thread usually is away from `accept`, if known.
     pub turnaround: Option<Duration>,
 }
 
-/// A token for a spawned process. The event loop makes it; the core only says when.
+/// A token for a spawned process. The event loop makes it when the core starts the process.
 pub type SpawnToken = Token;

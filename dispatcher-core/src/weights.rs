@@ -1,4 +1,4 @@
-//! Weights set by operators, and the seed of random choices.
+//! Weights set by operators, updates by workers, and the seed of random choices.
 
 use dispatch_protocol::wire::Update;
 
@@ -8,7 +8,8 @@ use super::worker::Round;
 use super::{Core, Event};
 
 impl Core {
-    /// What every random choice follows from. The same seed and the same history give the same choices.
+    /// Sets the seed of every random choice. The same seed and the same history give the same
+    /// choices.
     pub fn set_seed(&mut self, seed: u64) {
         let mut seeds = Random::new(seed);
         for pool in &mut self.pools {
@@ -19,7 +20,7 @@ impl Core {
         }
     }
 
-    /// The worker's share of new connections is another one from now on: 1 to 65,535 (0 counts as 1). False if it is gone.
+    /// Sets a worker's weight: 1 to 65,535 (0 counts as 1). False if it is gone.
     pub fn set_weight(&mut self, now: Time, worker: WorkerId, weight: u16) -> bool {
         let Some(w) = self.find(worker) else { return false };
         self.workers[w].weight = u32::from(weight.max(1));
@@ -29,8 +30,9 @@ impl Core {
         true
     }
 
-    /// The worker says anew what its hello said. An operator's weight and the pool's maximum win. While it is paused it gets
-    /// nothing, and what it has untaken goes elsewhere: it is as good as full, not suspect.
+    /// A worker changes values of its hello. An operator's weight and the pool's maximum take
+    /// precedence. A paused worker gets nothing and its untaken connections go to other workers: it
+    /// counts as full, not as suspect.
     pub fn update(&mut self, now: Time, worker: WorkerId, update: Update) {
         let Some(w) = self.find(worker) else { return };
         let pool = self.workers[w].pool;
@@ -56,7 +58,7 @@ impl Core {
         self.after(now, pool);
     }
 
-    /// The worker's share of new connections relative to others, once it has all of it; `None` if it is gone.
+    /// The worker's weight after its slow start; `None` if it is gone.
     pub fn weight(&self, worker: WorkerId) -> Option<u32> {
         self.find(worker).map(|w| self.workers[w].weight)
     }

@@ -1,6 +1,7 @@
-//! One worker, as the core knows it: counters, state and timers.
+//! One worker in the core: counters, state and timers.
 //!
-//! Owns the arithmetic of load and eligibility. What follows from a change (events, placing) is decided elsewhere.
+//! Owns the arithmetic of load and eligibility. Other modules decide what follows from a change:
+//! events and placement.
 
 use std::sync::Arc;
 use std::time::Duration;
@@ -14,27 +15,28 @@ use super::types::{
     AffinityKey, Departure, GaugeProblem, ProcessId, State, Threads, Time, WorkerId,
 };
 
-/// What to say once every outcome of a round of revocations is in.
+/// The event to report when every outcome of a round of revocations is known.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(super) enum Round {
-    /// It left something untaken for this long.
+    /// It became suspect: a connection was untaken for this long.
     Suspect(Duration),
-    /// Connections move to where they are taken sooner; nothing to say.
+    /// Connections move to workers that take sooner; no event.
     Quiet,
     /// It said goodbye.
     Goodbye,
     /// The deadline of its drain has come.
     Drained,
-    /// It takes no connections for now.
+    /// It paused.
     Paused,
     /// It is gone.
     Gone(Departure),
 }
 
-/// Steps in which a weight grows. Each is a timer, so not too many; each is a jump, so not too few.
+/// Steps of a slow start. Each step costs a timer, so there are not too many; each is a jump of the
+/// weight, so there are not too few.
 const RAMP_STEPS: u32 = 64;
 
-/// A slow start under way.
+/// A slow start in progress.
 #[derive(Clone, Copy, Debug)]
 pub(super) struct Ramp {
     since: Time,
@@ -55,79 +57,81 @@ pub(super) struct Worker {
     /// Position among the pool's candidates; meaningless once gone.
     pub(super) at: usize,
     pub(super) name: Arc<str>,
-    /// Tells those of the same name apart.
+    /// Distinguishes workers of the same name.
     pub(super) twin: u32,
-    /// What the pool's memory of clients points at; meaningless where there is none, and once gone.
+    /// Its binding in the pool's affinity table; meaningless without affinity, and once gone.
     pub(super) binding: u32,
     pub(super) pid: i32,
     pub(super) priority: u16,
     /// 1 to 65,535.
     pub(super) weight: u32,
-    /// An operator has set it: what the worker says of it does not count.
+    /// An operator has set the weight: updates by the worker do not change it.
     pub(super) weight_set: bool,
-    /// `Some` while it has less than its weight.
+    /// `Some` during a slow start.
     pub(super) ramp: Option<Ramp>,
     pub(super) max: u32,
-    /// The most it wants itself.
+    /// The maximum that the worker itself asks for.
     pub(super) own_max: u32,
-    /// It takes no connections for now, by its own wish: as good as full.
+    /// It asked for a pause: it counts as full.
     pub(super) paused: bool,
-    /// The process we started, if it is one.
+    /// Its process, if the dispatcher started it.
     pub(super) process: Option<ProcessId>,
     pub(super) state: State,
 
     pub(super) base: u64,
     pub(super) taken: u64,
     pub(super) finished: u64,
-    /// Connections sent; `taken + untaken + revoked` of them are accounted for, always.
+    /// Connections sent; always equal to `taken + untaken + revoked`.
     pub(super) sent: u64,
     pub(super) revoked: u64,
     pub(super) ring: Ring,
 
-    /// `Some` while a round of revocations is under way.
+    /// `Some` during a round of revocations.
     pub(super) round: Option<Round>,
-    /// Connections that came back in this round.
+    /// Connections revoked in this round.
     pub(super) resent: u32,
 
     pub(super) suspect_since: Time,
     pub(super) said_goodbye: bool,
-    /// Its channel is closed at its end: it takes nothing more, goodbye or not.
+    /// It has closed its end of the channel: it takes nothing more, with or without a goodbye.
     pub(super) closed: bool,
-    /// Draining, and suspect: asked whether it is alive before it gets anything again.
+    /// It was suspect when its drain began: if resumed, it is suspect again.
     pub(super) unproven: bool,
-    /// It understands notices; the last one, and when to repeat it at the latest.
+    /// Whether it understands notices; the last notice; when to repeat it at the latest.
     pub(super) hears: bool,
     pub(super) notice: Option<Notice>,
     pub(super) notice_again: Option<Time>,
-    /// While an operator drains it: when what it has is ended.
+    /// While an operator drains it: when its remaining connections are ended.
     pub(super) drain_deadline: Option<Time>,
-    /// It drains because its process, or its pool, was not wanted; not because an operator drains it.
+    /// It drains because its process is surplus or its pool was removed, not because an operator
+    /// drains it.
     pub(super) unwanted: bool,
-    /// Connections it was told to end at such a deadline.
+    /// Connections that it was notified to end at such a deadline.
     pub(super) ended: u64,
-    /// Gone, and nothing refers to it any more.
+    /// Gone, and nothing refers to it.
     pub(super) forgotten: bool,
-    /// Its channel is full; tried again then at the latest.
+    /// Its channel is full; it gets nothing before then, unless a slot is settled earlier.
     pub(super) blocked: Option<Time>,
-    /// It lost a connection; tried again then at the latest.
+    /// It lost a connection; it gets nothing before then, unless one of its connections ends
+    /// earlier.
     pub(super) starved: Option<Time>,
     pub(super) trust: Trust,
-    /// `Some` if it reports how many of its threads wait in `accept`; then how many do.
+    /// The number of its threads that wait in `accept`, if it reports that.
     pub(super) threads: Option<Threads>,
-    /// Not trusted, and not tested before then.
+    /// It is not trusted, and gets no trial before then.
     pub(super) trial_wait: Option<Time>,
-    /// Its channel is being emptied; nothing may be sent to it meanwhile.
+    /// Its channel is being purged; nothing may be sent to it meanwhile.
     pub(super) purging: bool,
-    /// Records in its channel that were revoked since it was last emptied.
+    /// Revoked records in its channel since it was last purged.
     pub(super) stale: u32,
-    /// What it counts for in its pool's [`super::handoff::Shares`].
+    /// Its part of the pool's [`super::handoff::Shares`].
     pub(super) shares: Shares,
-    /// Its probe could not be sent; next try.
+    /// Its probe could not be sent; when to try again.
     pub(super) probe_again: Option<Time>,
-    /// Kinds of impossible counters already reported.
+    /// Impossible counters that were already reported.
     pub(super) told_clamped: bool,
     pub(super) told_went_back: bool,
-    /// The same for gauges, by [`GaugeProblem`].
+    /// Problems with gauges that were already reported.
     pub(super) told_gauges: [bool; GaugeProblem::COUNT],
     /// Times its channel had no room.
     pub(super) channel_full: u64,
@@ -147,7 +151,7 @@ impl Worker {
             .saturating_add(u64::from(self.untaken()))
     }
 
-    /// Whether a probe is out.
+    /// Whether a probe is in flight.
     pub(super) fn is_asked(&self) -> bool {
         self.ring.len() > self.ring.conns()
     }
@@ -160,7 +164,7 @@ impl Worker {
         }
     }
 
-    /// Whether there is nothing in the way of a record, however slow the worker is.
+    /// Whether a record can be sent to it, however slow it is.
     pub(super) fn can_be_sent_to(&self) -> bool {
         self.is_usable()
             && self.ring.has_room()
@@ -169,22 +173,23 @@ impl Worker {
             && !self.purging
     }
 
-    /// Whether it may have one more connection at all.
+    /// Whether it may get one more connection.
     pub(super) fn is_open(&self) -> bool {
         self.can_be_sent_to() && !self.paused && self.load() < u64::from(self.max)
     }
 
-    /// Whether it takes connections as far as is known.
+    /// Whether it is active and has shown that it takes connections.
     pub(super) fn is_trusted(&self) -> bool {
         self.state == State::Active && self.trust.proven
     }
 
-    /// Threads that wait in `accept` and for which nothing is on its way, if it reports them.
+    /// Threads that wait in `accept`, less the connections in flight to them; 0 if it does not
+    /// report threads.
     pub(super) fn idle_threads(&self) -> u32 {
         self.threads.map_or(0, |threads| threads.idle.saturating_sub(self.untaken()))
     }
 
-    /// Whether it is trusted and all its threads are busy, as far as it reports them.
+    /// Whether it is trusted and reports that all its threads are busy.
     pub(super) fn is_busy(&self) -> bool {
         self.is_trusted() && self.threads.is_some_and(|threads| threads.idle == 0)
     }
@@ -200,8 +205,8 @@ impl Worker {
         }
     }
 
-    /// Whether it may be tested with a connection now: it lives, and has nothing else to do. `spaced`: the pool's last
-    /// repeated test of a worker that never took anything was long enough ago.
+    /// Whether it may get a trial now: it answered its probe and has nothing in flight. `spaced`:
+    /// the pool's last repeated trial of a worker that never took anything was long enough ago.
     pub(super) fn is_trialable(&self, spaced: bool) -> bool {
         self.is_usable()
             && !self.trust.proven
@@ -211,7 +216,7 @@ impl Worker {
             && (spaced || !self.is_doubtful())
     }
 
-    /// Whether it has shown no sign of life for so long that even a long round would be over.
+    /// Whether it has neither taken nor answered anything for longer than even a long round lasts.
     pub(super) fn is_silent(&self, now: Time, timeout: Duration) -> bool {
         let usual = self.trust.patience(timeout, Duration::MAX, 3);
         self.state == State::Suspect
@@ -220,12 +225,13 @@ impl Worker {
             && now - self.trust.last_take > usual
     }
 
-    /// Whether it has failed every test there was.
+    /// Whether it has failed every trial.
     pub(super) fn is_doubtful(&self) -> bool {
         self.trust.failed > 0 && !self.trust.ever
     }
 
-    /// How the policy may choose it, if at all. `keyed`: keys decide, so a worker is not passed over for being busy.
+    /// What the policy compares, if it may choose the worker. `keyed`: keys decide, so a busy
+    /// worker is eligible too.
     pub(super) fn availability(&self, keyed: bool, spaced: bool) -> Option<Available> {
         if !self.is_open() {
             return None;
@@ -234,28 +240,29 @@ impl Worker {
             State::Active if keyed => true,
             _ => (self.trust.proven && self.has_room()) || self.is_trialable(spaced),
         };
-        // One of which nothing is known is as good as any; one that has failed comes last among equals.
+        // An untested worker ranks like any other; one that has failed comes last among equals.
         let trial = self.state == State::Suspect || self.trust.failed > 0;
         may.then(|| Available { load: self.load(), weight: self.effective_weight(), trial })
     }
 
-    /// What `hash` knows it by. Not its id: a worker that replaces it under the same name has its keys.
+    /// Its identity for `hash`. Not its id: a worker that replaces it under the same name gets the
+    /// same keys.
     pub(super) fn node(&self) -> u64 {
         node(&self.name, self.twin)
     }
 
-    /// Whether it is there for new connections, be it full at the moment: trusted, or about to be tested.
+    /// Whether it counts as up for `failover`: trusted, or eligible for a trial, even if full.
     pub(super) fn is_up(&self, spaced: bool) -> bool {
         self.is_trusted() || self.is_trialable(spaced)
     }
 
-    /// What the policies go by, in parts of [`FULL_WEIGHT`].
+    /// The weight that policies use, in units of 1/[`FULL_WEIGHT`].
     pub(super) fn effective_weight(&self) -> u32 {
         let step = self.ramp.map_or(RAMP_STEPS, |ramp| ramp.step);
         self.weight * (FULL_WEIGHT / RAMP_STEPS) * step
     }
 
-    /// Its weight grows from next to nothing in this time.
+    /// Starts a slow start: its weight grows to the full value over this time.
     pub(super) fn start_slowly(&mut self, now: Time, slow_start: Duration) {
         self.ramp = (!slow_start.is_zero()).then(|| Ramp {
             since: now,
@@ -264,7 +271,7 @@ impl Worker {
         });
     }
 
-    /// As far as its slow start has come by now.
+    /// Advances its slow start to `now`.
     pub(super) fn warm_up(&mut self, now: Time, slow_start: Duration) {
         let Some(ramp) = &mut self.ramp else { return };
         let elapsed = now - ramp.since;
@@ -275,18 +282,18 @@ impl Worker {
         let steps = elapsed.as_nanos() * u128::from(RAMP_STEPS) / slow_start.as_nanos().max(1);
         ramp.step = 1 + steps as u32;
         ramp.next = ramp.since + slow_start / RAMP_STEPS * ramp.step;
-        // Rounding must not make a timer that has just fired due again.
+        // Without this, rounding could make a timer due again that has just fired.
         if ramp.next <= now {
             ramp.next = now + Duration::from_nanos(1);
         }
     }
 
-    /// How much of its weight it has, in hundredths.
+    /// Its current share of its weight, in per cent.
     pub(super) fn warm_percent(&self) -> u32 {
         self.ramp.map_or(100, |ramp| ramp.step * 100 / RAMP_STEPS)
     }
 
-    /// When its next timer is due. Without `timeouts` connections may stay untaken for as long as they like.
+    /// When its next timer is due. Without `timeouts`, untaken connections have none.
     pub(super) fn due(&self, timeouts: bool) -> Time {
         let oldest = timeouts.then(|| self.ring.due());
         let ramp = self.ramp.map(|ramp| ramp.next);

@@ -78,7 +78,8 @@ fn a_full_table_forgets_the_least_recently_seen_client() {
     let mut access_control = AccessControl::new(rules, 1).unwrap();
     let ip = |last| peer(Ipv4Addr::new(10, 0, 0, last).into());
     let places: Vec<u32> = (0..3).map(|n| access_control.admit(Time(0), ip(n)).unwrap()).collect();
-    // All three have a connection queued: no entry can be removed, and the fourth passes without being counted.
+    // All three have a connection queued: no entry can be removed, and the fourth passes without
+    // being counted.
     assert_eq!(access_control.admit(Time(0), ip(3)), Ok(UNTRACKED));
     assert_eq!(access_control.admit(Time(0), ip(3)), Ok(UNTRACKED));
     access_control.check();
@@ -113,17 +114,17 @@ proptest! {
         let mut buckets: HashMap<u8, Bucket> = HashMap::new();
         let mut queued: HashMap<u8, Vec<u32>> = HashMap::new();
         let mut now = 0;
-        for (pause, who, taken) in steps {
+        for (pause, prefix, taken) in steps {
             now += pause;
-            let waiting = queued.entry(who).or_default();
+            let waiting = queued.entry(prefix).or_default();
             if taken && let Some(place) = waiting.pop() {
                 access_control.uncount(place);
             }
-            let bucket = buckets.entry(who).or_insert(Bucket { tokens: burst.into(), at: now });
+            let bucket = buckets.entry(prefix).or_insert(Bucket { tokens: burst.into(), at: now });
             let grown = (now - bucket.at) as f64 / every as f64;
             bucket.tokens = (bucket.tokens + grown).min(burst.into());
             bucket.at = now;
-            let ip = Ipv6Addr::new(0x2001, 0xdb8, 0, who.into(), 0, 0, 0, 1);
+            let ip = Ipv6Addr::new(0x2001, 0xdb8, 0, prefix.into(), 0, 0, 0, 1);
             let expected = if waiting.len() >= most as usize {
                 Err(CloseReason::TooManyQueued)
             } else if bucket.tokens < 1.0 - 1e-9 {
@@ -142,7 +143,8 @@ proptest! {
         }
     }
 
-    /// However many clients come, the table stays within its bound and consistent, and a client with queued connections is not forgotten.
+    /// However many clients come, the table stays within its bound and consistent, and a client
+    /// with queued connections is not forgotten.
     #[test]
     fn the_table_is_bounded(
         most in 1u32..20,
@@ -151,17 +153,17 @@ proptest! {
         let rules = AccessRules { max_queued_per_client: Some(2), max_clients: most, ..rules() };
         let mut access_control = AccessControl::new(rules, 5).unwrap();
         let mut waiting: Vec<(u8, u32)> = Vec::new();
-        for (who, take) in steps {
+        for (prefix, take) in steps {
             if take > 0 && !waiting.is_empty() {
-                let (_, place) = waiting.swap_remove(usize::from(who) % waiting.len());
+                let (_, place) = waiting.swap_remove(usize::from(prefix) % waiting.len());
                 access_control.uncount(place);
             }
-            let mine = waiting.iter().filter(|&&(other, _)| other == who).count();
-            match access_control.admit(Time(0), peer(Ipv4Addr::new(10, 0, 0, who).into())) {
+            let mine = waiting.iter().filter(|&&(other, _)| other == prefix).count();
+            match access_control.admit(Time(0), peer(Ipv4Addr::new(10, 0, 0, prefix).into())) {
                 Ok(UNTRACKED) => prop_assert_eq!(mine, 0, "a client with queued connections is known"),
                 Ok(place) => {
                     prop_assert!(mine < 2);
-                    waiting.push((who, place));
+                    waiting.push((prefix, place));
                 }
                 Err(reason) => {
                     prop_assert_eq!((reason, mine), (CloseReason::TooManyQueued, 2));
@@ -200,7 +202,8 @@ proptest! {
 /// docs/ACCESS_CONTROL.md and etc/dispatcher.toml say 56 to 60 bytes.
 #[test]
 fn a_client_takes_56_to_60_bytes() {
-    // As many heads of chains as clients, up to the next power of two; and a place among those that are free.
+    // As many heads of chains as clients, up to the next power of two; and a place among those that
+    // are free.
     let number = size_of::<u32>();
     let client = AccessControl::CLIENT + number;
     assert_eq!((client + number, client + 2 * number), (56, 60));

@@ -1,8 +1,10 @@
-//! Where entries point: at a worker's name rather than at the worker, so that one that comes back finds its clients.
+//! Bindings: the targets of affinity entries. A binding stands for a worker's name, not for the
+//! worker, so that a worker that returns under its name gets its clients.
 //!
-//! A binding belongs to the worker that has its name. When that worker is gone, or has said goodbye, the next worker of the
-//! same name takes the binding over. A second worker of a name in use has a binding without a name, so entries keep one worker.
-//! Bindings without worker and entries are used again.
+//! A binding belongs to the worker that has its name. When that worker is gone, or has said
+//! goodbye, the next worker of the same name takes the binding over. A second worker of a name in
+//! use gets a binding without a name, so each entry has one worker. Bindings without worker and
+//! entries are reused.
 
 use std::collections::BTreeMap;
 
@@ -13,7 +15,7 @@ const NO_WORKER: u32 = u32::MAX;
 
 #[derive(Clone, Copy, Debug)]
 struct Binding {
-    /// Hash of the worker's name, unless that was taken.
+    /// Hash of the worker's name; `None` if another binding has the name.
     name: Option<AffinityKey>,
     worker: u32,
     entries: u32,
@@ -27,7 +29,7 @@ pub(super) struct Bindings {
 }
 
 impl Bindings {
-    /// A worker of this name joins; answers its binding.
+    /// A worker of this name joins; returns its binding.
     pub(super) fn bind(
         &mut self,
         name: AffinityKey,
@@ -100,8 +102,8 @@ impl Bindings {
 
     /// Panics unless `entries` are exactly those that are counted. For checks.
     pub(super) fn check(&self, entries: impl Iterator<Item = u32>) {
-        // A number for each binding, whose sums are equal only if the counts are: a table of counts would be memory of the hot
-        // thread, which is watched.
+        // Compares sums of hashes instead of a table of counts, because a test bounds the
+        // allocations of the hot thread.
         let mark = |at: u32| AffinityKey::of(&at.to_ne_bytes()).0;
         let found = entries.fold(0u64, |sum, at| sum.wrapping_add(mark(at)));
         let mut counted = 0u64;

@@ -8,10 +8,10 @@ use dispatch_protocol::ClientAddr;
 
 use crate::types::AffinityKey;
 
-/// What a pool knows its clients by: `affinity.key`.
+/// The source of a pool's keys: `affinity.key`.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub enum KeySource {
-    /// The client's address, as far as these prefixes go.
+    /// The client's address, cut to these prefixes.
     ClientIp {
         /// Bits of an IPv4 address, 1 to 32.
         ipv4_prefix: u8,
@@ -44,10 +44,10 @@ impl fmt::Display for KeySource {
     }
 }
 
-/// A client that is known.
+/// An identified client.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct Known {
-    /// What it is known by.
+    /// Its key.
     pub key: AffinityKey,
     /// The name of a worker that a session id ends in (`ID.NAME`), hashed like a key.
     pub route: Option<AffinityKey>,
@@ -69,7 +69,7 @@ impl KeySource {
         }
     }
 
-    /// What a client is known by before it has sent anything.
+    /// The identity of a client before it has sent anything.
     pub fn of_peer(&self, peer: &ClientAddr) -> Option<Known> {
         match self {
             KeySource::ClientIp { ipv4_prefix, ipv6_prefix } => {
@@ -84,7 +84,8 @@ impl KeySource {
         }
     }
 
-    /// The client that a worker means by `value`: what the client will send, decoded; for `client-ip` an address as text.
+    /// The identity that a worker claims with `value`: the decoded value that the client will send;
+    /// for `client-ip` an address as text.
     pub fn of_value(&self, value: &[u8]) -> Option<Known> {
         match self {
             KeySource::ClientIp { ipv4_prefix, ipv6_prefix } => {
@@ -106,7 +107,7 @@ impl KeySource {
             | KeySource::Form(_)
             | KeySource::Header(_) => {
                 let key = Some(AffinityKey::of(value)).filter(|_| !value.is_empty())?;
-                // What mod_jk and mod_proxy_balancer take for the route: everything after the first dot.
+                // The route is everything after the first dot, as in mod_jk and mod_proxy_balancer.
                 let dot = value.iter().position(|&byte| byte == b'.');
                 let route = dot.and_then(|dot| value.get(dot + 1..));
                 let route = route.filter(|route| !route.is_empty()).map(AffinityKey::of);

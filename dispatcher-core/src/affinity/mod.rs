@@ -1,8 +1,9 @@
-//! Affinity: a client that is known goes where it was before, if that worker may be chosen.
+//! Affinity: an identified client goes to the worker that it had before, if that worker is
+//! eligible.
 //!
-//! Owns what is remembered of clients and the order in which it counts: first the worker that a session id names itself
-//! (its route), then the one that is remembered for the key, then the worker that the policy chooses; that one is remembered.
-//! What a key is made of is decided by `key::KeySource`.
+//! Owns the bindings of keys and their precedence: first the worker that a session id names (its
+//! route), then the worker that the key is bound to, then the policy's choice, to which the key is
+//! bound. `key::KeySource` defines keys.
 
 mod bindings;
 pub(super) mod key;
@@ -15,10 +16,10 @@ use super::types::*;
 use crate::affinity::key::{KeySource, Known};
 use crate::snapshot::AffinitySnapshot;
 
-/// Entries that are too old, removed for each one entered: more than one, so that they get fewer.
+/// Expired entries that are removed for each new one: more than one, so that their number shrinks.
 const OLD_PER_ENTRY: usize = 2;
 
-/// What a pool remembers of its clients.
+/// The bindings of a pool's clients.
 #[derive(Debug)]
 pub(super) struct Memory {
     table: Table,
@@ -36,29 +37,29 @@ struct Counts {
     evicted: u64,
 }
 
-/// What is remembered of a client.
+/// Result of looking a client up.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(super) enum Recall {
     /// Its session id names this worker.
     Routed(u32),
-    /// It was here before.
+    /// Its key is bound to this worker.
     Here(u32),
-    /// Its worker may not be chosen now, or is gone.
+    /// Its worker is not eligible now, or is gone.
     Away,
-    /// Nothing.
+    /// Its key has no binding.
     New,
 }
 
-/// What became of a worker's claim.
+/// The outcome of a worker's claim.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum ClaimOutcome {
-    /// It is remembered.
+    /// The key is bound to the worker.
     Noted,
-    /// The worker is leaving: nothing is to come to it.
+    /// The worker is leaving and gets no connections.
     Leaving,
     /// The pool has no affinity.
     NoAffinity,
-    /// The pool's clients cannot have such a key.
+    /// The value cannot be a key of the pool's clients.
     NotAKey,
 }
 
@@ -75,12 +76,12 @@ impl Memory {
         self.table.set_seed(seed);
     }
 
-    /// A worker joins; answers what its entries point at.
+    /// A worker joins; returns its binding.
     pub(super) fn bind(&mut self, name: &str, worker: u32, is_usable: impl Fn(u32) -> bool) -> u32 {
         self.bindings.bind(AffinityKey::of(name.as_bytes()), worker, is_usable)
     }
 
-    /// Whether what is remembered with this binding comes to this worker.
+    /// Whether clients of this binding go to this worker.
     pub(super) fn is_bound_to(&self, binding: u32, worker: u32) -> bool {
         self.bindings.worker(binding) == Some(worker)
     }
@@ -89,7 +90,7 @@ impl Memory {
         self.bindings.unbind(binding, worker);
     }
 
-    /// Where a client should go.
+    /// Looks up the worker of a client.
     pub(super) fn recall(
         &self,
         now: Time,
@@ -112,7 +113,7 @@ impl Memory {
         }
     }
 
-    /// The client goes to the worker with this binding.
+    /// Records that the client goes to the worker with this binding.
     pub(super) fn note(&mut self, now: Time, key: AffinityKey, binding: u32, recall: Recall) {
         let count = match recall {
             Recall::Routed(_) => &mut self.counts.routed,
@@ -121,7 +122,7 @@ impl Memory {
             Recall::New => &mut self.counts.misses,
         };
         *count += 1;
-        // Its id says it already.
+        // A routed client needs no entry: its session id names the worker.
         if !matches!(recall, Recall::Routed(_)) {
             self.enter(now, key, binding);
         }
@@ -131,7 +132,8 @@ impl Memory {
         self.bindings.add_entry(binding);
         self.forget_old(now, OLD_PER_ENTRY);
         if self.table.is_full() && self.table.binding(now, key).is_none() {
-            // A key that is there but too old may be the one that goes, or be one too few: either does no harm.
+            // If the key's own entry has expired, that entry may be the one that is removed, or one
+            // entry more than needed is removed: both are harmless.
             self.counts.evicted += u64::from(!self.table.has_old(now));
             self.drop_oldest();
         }
@@ -140,7 +142,7 @@ impl Memory {
         }
     }
 
-    /// Removes up to `most` entries that are too old.
+    /// Removes up to `most` expired entries.
     pub(super) fn forget_old(&mut self, now: Time, most: usize) {
         for _ in 0..most {
             if !self.table.has_old(now) {
@@ -173,7 +175,7 @@ impl Memory {
         }
     }
 
-    /// How much [`Memory::check`] looks at.
+    /// Number of entries that [`Memory::check`] examines.
     #[cfg(any(test, debug_assertions))]
     pub(super) fn size(&self) -> usize {
         self.table.len() as usize
@@ -186,7 +188,7 @@ impl Memory {
 }
 
 impl Core {
-    /// A worker claims a key: from the next connection on, the client known by it comes to this worker.
+    /// A worker claims a key: from the next connection on, clients with this key go to this worker.
     pub fn claim(&mut self, now: Time, worker: WorkerId, key: &[u8]) -> ClaimOutcome {
         let Some(w) = self.find(worker).filter(|&w| self.workers[w].is_usable()) else {
             return ClaimOutcome::Leaving;

@@ -1,8 +1,8 @@
-//! Which binding each key has: a table of bounded size that forgets what was not used for long.
+//! The binding of each key: a table of bounded size whose entries expire.
 //!
-//! Owns entries, their order of use and the index over keys. Every operation is O(1). All of its memory is asked for when
-//! the first key comes, and never grows: the kernel provides it page by page, as entries are used, and nothing is ever
-//! moved or indexed anew while clients wait.
+//! Owns entries, their order of use and the index over keys. Every operation is O(1). The table
+//! reserves all its memory with the first key and never grows: the kernel provides pages when
+//! entries are used, and nothing is moved or rehashed while clients wait.
 
 use std::time::Duration;
 
@@ -16,7 +16,7 @@ struct Entry {
     key: AffinityKey,
     used: Time,
     binding: u32,
-    /// The next with the same place in the index; the next free one, if this is free.
+    /// The next entry at the same place of the index; for a free entry, the next free one.
     next: u32,
     newer: u32,
     older: u32,
@@ -25,7 +25,8 @@ struct Entry {
 #[derive(Debug)]
 pub(super) struct Table {
     entries: Vec<Entry>,
-    /// For each place the first entry, plus one: the kernel gives zeros for nothing.
+    /// For each place the first entry plus one, so that the zeroed pages of the kernel are an empty
+    /// index.
     index: Vec<u32>,
     free: u32,
     newest: u32,
@@ -38,7 +39,7 @@ pub(super) struct Table {
 }
 
 impl Table {
-    /// An empty table of at most `max` keys, each of which is forgotten `ttl` after its last use.
+    /// An empty table of at most `max` keys, each of which expires `ttl` after its last use.
     pub(super) fn new(max: u32, ttl: Duration, seed: u64) -> Table {
         Table {
             entries: Vec::new(),
@@ -53,7 +54,7 @@ impl Table {
         }
     }
 
-    /// Before the first key only.
+    /// Has an effect only before the first key.
     pub(super) fn set_seed(&mut self, seed: u64) {
         if self.index.is_empty() {
             self.factor = seed | 1;
@@ -64,7 +65,7 @@ impl Table {
         self.len
     }
 
-    /// The place of a key in the index; there is one only once something was entered.
+    /// The place of a key in the index, which must not be empty.
     fn place(&self, key: AffinityKey) -> usize {
         let bits = self.index.len().trailing_zeros();
         (key.0.wrapping_mul(self.factor) >> (u64::BITS - bits)) as usize
@@ -85,13 +86,13 @@ impl Table {
         None
     }
 
-    /// The binding of a key that is not too old. This is no use of it.
+    /// The binding of a key that has not expired. Does not count as a use.
     pub(super) fn binding(&self, now: Time, key: AffinityKey) -> Option<u32> {
         let entry = &self.entries[self.find(key)? as usize];
         (now - entry.used < self.ttl).then_some(entry.binding)
     }
 
-    /// Notes that a key was used; answers the binding it had before, if the entry was there.
+    /// Records a use of a key; returns its previous binding, if it had an entry.
     pub(super) fn enter(&mut self, now: Time, key: AffinityKey, binding: u32) -> Option<u32> {
         if let Some(at) = self.find(key) {
             let entry = &mut self.entries[at as usize];
@@ -131,12 +132,12 @@ impl Table {
         self.len >= self.max
     }
 
-    /// Whether the key that was not used for longest is too old.
+    /// Whether the least recently used key has expired.
     pub(super) fn has_old(&self, now: Time) -> bool {
         self.oldest != NONE && now - self.entries[self.oldest as usize].used >= self.ttl
     }
 
-    /// Forgets the key that was not used for longest; answers its binding.
+    /// Removes the least recently used key; returns its binding.
     pub(super) fn drop_oldest(&mut self) -> Option<u32> {
         let at = Some(self.oldest).filter(|&at| at != NONE)?;
         self.unlink(at);
@@ -157,7 +158,7 @@ impl Table {
         Some(binding)
     }
 
-    /// As the newest.
+    /// Appends an entry as the newest.
     fn link(&mut self, at: u32) {
         let before = std::mem::replace(&mut self.newest, at);
         let entry = &mut self.entries[at as usize];
@@ -198,7 +199,7 @@ mod tests {
         AffinityKey(n.wrapping_mul(0x9e37_79b9_7f4a_7c15))
     }
 
-    /// Enters as the core does: room is made first.
+    /// Enters a key as the core does: it makes room first.
     fn enter(table: &mut Table, now: u64, n: u64, binding: u32) {
         if table.find(key(n)).is_none() && table.is_full() {
             table.drop_oldest();
@@ -273,7 +274,7 @@ mod tests {
     }
 
     proptest::proptest! {
-        /// Against the plainest thing that does the same.
+        /// Compares the table with a simple list.
         #[test]
         fn as_a_list_would_do(
             max in 1u32..8,

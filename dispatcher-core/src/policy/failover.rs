@@ -1,7 +1,8 @@
-//! The highest priority that is up takes all; the others stand by.
+//! The workers of the highest priority that is up get all connections; the others stand by.
 //!
-//! Owns who is up, and which priority is the highest of them. Within it, least connections decide. Full is not down:
-//! while the workers of the highest priority are full, clients wait for them. Who comes back is used again at once.
+//! Owns which workers are up, and the highest priority among them. Within it, least connections
+//! decide. A full worker is up: while the workers of the highest priority are full, clients wait
+//! for them. A worker that comes back is used again at once.
 
 use super::Available;
 
@@ -10,7 +11,7 @@ use super::Available;
 struct Stand {
     priority: u16,
     up: bool,
-    /// `Some` if it could be chosen were it not for the others.
+    /// `Some` if it is eligible, apart from its priority.
     available: Option<Available>,
     open: bool,
 }
@@ -22,12 +23,12 @@ pub(super) struct Failover {
     top: Option<u16>,
 }
 
-/// What has to be done to the table after a change.
+/// Which candidates need an update after a change.
 #[derive(Debug, PartialEq, Eq)]
 pub(super) enum Change {
-    /// Nothing but for the worker itself.
+    /// Only the changed worker.
     One,
-    /// Another priority is the highest now: look at all again.
+    /// All, because the highest priority has changed.
     All,
 }
 
@@ -61,8 +62,8 @@ impl Failover {
         if before == top { Change::One } else { Change::All }
     }
 
-    /// How the policy may choose the worker at `at`, if at all, and whether it may have a connection if there is no
-    /// better one.
+    /// The standing of the worker at `at` under this policy: whether the policy may choose it, and
+    /// whether it may get a connection if there is no better worker.
     pub(super) fn standing(&self, at: usize) -> (Option<Available>, bool) {
         let stand = self.stands[at];
         match self.stands_by(at) {
@@ -71,7 +72,7 @@ impl Failover {
         }
     }
 
-    /// Whether a worker of a higher priority takes its connections.
+    /// Whether the worker at `at` has a lower priority than the highest that is up.
     pub(super) fn stands_by(&self, at: usize) -> bool {
         self.top.is_some_and(|top| self.stands[at].priority < top)
     }

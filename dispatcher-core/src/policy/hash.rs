@@ -1,23 +1,24 @@
 //! The worker that the client's key belongs to: weighted rendezvous hashing, without any table.
 //!
-//! Each worker draws a number from the key and its own name; the highest for its weight wins. So a key stays where it is
-//! while its worker can take it, and when a worker leaves, only its own keys go elsewhere, to all the others. Highest random
-//! weight: Thaler and Ravishankar, "Using name-based mappings to increase hit rates", 1998. With weights `−w / ln(u)` is
-//! compared: Schindelhauer and Schomaker, "Weighted distributed hash tables", 2005 (the logarithmic method).
+//! Each worker draws a number from the key and its own name; the highest for its weight wins. So a
+//! key stays at its worker while that is eligible, and when a worker leaves, only its own keys
+//! move, spread over all others. Highest random weight: Thaler and Ravishankar, "Using name-based
+//! mappings to increase hit rates", 1998. With weights `−w / ln(u)` is compared: Schindelhauer and
+//! Schomaker, "Weighted distributed hash tables", 2005 (the logarithmic method).
 
 use super::{Candidate, UNAVAILABLE};
 use crate::types::AffinityKey;
 
-/// What each worker draws its numbers from.
+/// The seed of each worker's numbers.
 #[derive(Debug, Default)]
 pub(super) struct Rendezvous {
     /// Runs parallel to the candidates.
     nodes: Vec<u64>,
-    /// At least the weight of any candidate there has been.
+    /// An upper bound of the weights of all candidates so far.
     heaviest: u32,
 }
 
-/// A number above 0 and up to 1 that only these two decide.
+/// A number above 0 and up to 1 that depends only on key and node.
 fn draw(key: AffinityKey, node: u64) -> f64 {
     // The finisher of SplitMix64: every bit of both counts for every bit of the result.
     let mut z = key.0 ^ node;
@@ -27,7 +28,7 @@ fn draw(key: AffinityKey, node: u64) -> f64 {
     ((z >> 11) as f64 + 0.5) / (1u64 << 53) as f64
 }
 
-/// Above 0, and without end for the greatest draw: that is 1 once it is rounded, and its logarithm may be either zero.
+/// Above 0. Infinite for the greatest draw, which rounds to 1: its logarithm may be either zero.
 fn score(weight: u32, drawn: f64) -> f64 {
     f64::from(weight) / drawn.ln().abs()
 }
@@ -58,7 +59,7 @@ impl Rendezvous {
             let score = score(candidate.weight, drawn);
             if score > highest {
                 (best, highest) = (Some(at), score);
-                // A little less, for the last digits of two roundings.
+                // Slightly less, because of two rounding errors.
                 least = (-f64::from(self.heaviest) / score).exp() * (1.0 - 1e-9);
             }
         }
@@ -75,7 +76,7 @@ impl Rendezvous {
         scored.max_by(|a, b| a.1.total_cmp(&b.1)).map(|(at, _)| at)
     }
 
-    /// What the worker at `at` has for this key, in terms of a configured weight.
+    /// The score of the worker at `at` for this key, in units of a configured weight.
     pub(super) fn score(&self, list: &[Candidate], at: usize, key: AffinityKey) -> f64 {
         score(list[at].weight, draw(key, self.nodes[at])) / 256.0
     }
@@ -86,8 +87,8 @@ mod tests {
     use super::*;
 
     #[test]
-    fn the_greatest_draw_wins_and_is_no_reason_to_choose_nobody() {
-        // What comes out of the finisher as ones only.
+    fn the_greatest_draw_wins_although_its_score_is_infinite() {
+        // The input for which the finisher returns only one-bits.
         const TOP: u64 = 0xcf9a_04af_fa6b_adc0;
         let key = AffinityKey(0);
         assert_eq!(draw(key, TOP), 1.0, "rounded");

@@ -1,10 +1,11 @@
-//! Fewest live connections for its weight; among equals in turn.
+//! Fewest live connections, divided by weight; ties rotate.
 
 use super::tournament::Rank;
 use super::{Candidate, UNAVAILABLE};
 
 impl Rank for Candidate {
-    /// Fractions are compared by cross-multiplication: exact, and within 64 bits by the bounds on costs and weights.
+    /// Fractions are compared by cross-multiplication: exact, and within 64 bits by the bounds on
+    /// costs and weights.
     fn is_before(self, other: Candidate) -> bool {
         self.cost * u64::from(other.weight) < other.cost * u64::from(self.weight)
     }
@@ -48,7 +49,7 @@ mod tests {
     }
 
     #[test]
-    fn nobody_available() {
+    fn no_worker_is_available() {
         assert_eq!(choose(&list(&[(UNAVAILABLE, 1), (UNAVAILABLE, 1)]), 1), None);
         assert_eq!(choose(&[], 7), None);
         assert_eq!(Tournament::default().choose::<Candidate>(&[], 0), None);
@@ -62,7 +63,7 @@ mod tests {
         assert_eq!(choose(&list[..2], 0), Some(1));
     }
 
-    /// The plain scan that the tournament stands for.
+    /// The plain scan that the tournament replaces.
     fn scan(list: &[Candidate], start: usize) -> Option<usize> {
         let start = if start < list.len() { start } else { 0 };
         let mut best: Option<usize> = None;

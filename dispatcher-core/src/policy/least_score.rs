@@ -1,18 +1,19 @@
-//! Lowest score: what its live connections and its gauges amount to, each by a multiplier.
+//! Lowest score: a weighted sum of live connections and gauges.
 //!
-//! `score = connections × (load + 1) ÷ weight + Σ multiplier × gauge`. The load is exact and counts from the instant a
-//! connection is sent, so that a burst does not herd on the worker that had the best gauges a moment ago. A worker one of whose
-//! gauges is old is passed over in this decision; if that leaves no worker, the fewest connections win.
+//! `score = connections × (load + 1) ÷ weight + Σ multiplier × gauge`. The load is exact and counts
+//! from the instant a connection is sent, so that a burst does not herd on the worker that had the
+//! best gauges a moment ago. A worker with an expired gauge is ineligible; if that excludes all
+//! workers, the fewest connections win.
 //!
-//! Owns the readings of every candidate and what they sum up to. Knows nothing of shared memory; impossible readings have
-//! been sorted out before.
+//! Owns the readings of every candidate and their sums. It has no access to shared memory; the
+//! caller has rejected impossible readings.
 
 use dispatch_protocol::scoreboard::gauge::Reading;
 
 use super::{Candidate, FULL_WEIGHT, UNAVAILABLE};
 use crate::types::{Scored, Scores, Time};
 
-/// Until when a gauge is fresh that has no value.
+/// Expiry time of a gauge that was never set.
 const NEVER_SET: Time = Time(0);
 
 /// The readings of the candidates, in the same order.
@@ -20,15 +21,15 @@ const NEVER_SET: Time = Time(0);
 pub(crate) struct LeastScore {
     scores: Scores,
     sums: Vec<Sum>,
-    /// As many for each candidate as the pool scores by.
+    /// For each candidate one reading per scored gauge.
     readings: Vec<Option<Reading>>,
 }
 
-/// What the gauges of one candidate come to.
+/// The sum over the gauges of one candidate.
 #[derive(Clone, Copy, Debug, PartialEq)]
 struct Sum {
     value: f64,
-    /// From then on one of them is too old.
+    /// When the first of them expires.
     until: Time,
 }
 
@@ -37,14 +38,14 @@ impl LeastScore {
         LeastScore { scores, sums: Vec::new(), readings: Vec::new() }
     }
 
-    /// A candidate whose gauges were not read yet.
+    /// Adds a candidate whose gauges have not been read.
     pub(super) fn add(&mut self) {
         self.readings.resize(self.readings.len() + self.scores.gauges.len(), None);
         self.sums.push(Sum { value: 0.0, until: NEVER_SET });
         self.sum_up(self.sums.len() - 1);
     }
 
-    /// The last candidate takes the place of the one at `at`.
+    /// Removes the candidate at `at`; the last one takes its place.
     pub(super) fn remove(&mut self, at: usize) {
         let (many, last) = (self.scores.gauges.len(), self.sums.len() - 1);
         self.readings.copy_within(last * many..(last + 1) * many, at * many);
@@ -52,7 +53,8 @@ impl LeastScore {
         self.sums.swap_remove(at);
     }
 
-    /// The gauge with this position in the settings reads so; `None` for one that was never set.
+    /// Sets the reading of the gauge with this position in the settings; `None` if it was never
+    /// set.
     pub(super) fn set(&mut self, at: usize, gauge: usize, reading: Option<Reading>) {
         self.readings[at * self.scores.gauges.len() + gauge] = reading;
         self.sum_up(at);
@@ -83,7 +85,7 @@ impl LeastScore {
     }
 
     fn score(&self, at: usize, candidate: Candidate) -> f64 {
-        // Full weights divide without a rest, so that equal workers are exactly equal.
+        // Full weights divide without a remainder, so that equal workers have exactly equal scores.
         let shared =
             (candidate.cost / 2) as f64 * f64::from(FULL_WEIGHT) / f64::from(candidate.weight);
         self.sums[at].value + self.scores.connections * shared
@@ -93,8 +95,8 @@ impl LeastScore {
         now < self.sums[at].until
     }
 
-    /// The position of the candidate with the lowest score; among equals the first from `start` on, cyclically. `None` if
-    /// no worker has fresh gauges.
+    /// The position of the candidate with the lowest score; among equals the first from `start` on,
+    /// cyclically. `None` if no worker has fresh gauges.
     #[inline]
     pub(super) fn pick(&self, list: &[Candidate], start: usize, now: Time) -> Option<usize> {
         let start = if start < list.len() { start } else { 0 };
@@ -112,8 +114,8 @@ impl LeastScore {
         best.map(|(_, at)| at)
     }
 
-    /// How the candidate at `at` stands: its score, or the first gauge that keeps it out. `candidate` has its load after one
-    /// more connection and its weight, whether it is available or not.
+    /// The score of the candidate at `at`, or the first gauge that makes it ineligible. `candidate`
+    /// has its load after one more connection and its weight, even if it is unavailable.
     pub(super) fn standing(&self, at: usize, candidate: Candidate, now: Time) -> Scored {
         if self.is_fresh(at, now) {
             return Scored::Score(self.score(at, candidate));
@@ -129,7 +131,7 @@ impl LeastScore {
                 }
             }
         }
-        // Not reached: something of the above made it old.
+        // Not reached: one of the gauges above has expired.
         Scored::Score(self.score(at, candidate))
     }
 }
@@ -233,7 +235,7 @@ mod tests {
     }
 
     #[test]
-    fn without_gauges_everybody_is_fresh_for_ever() {
+    fn without_gauges_every_worker_is_fresh_for_ever() {
         let (policy, list) = made(scores(1.0, &[]), &[(2, &[]), (1, &[])]);
         assert_eq!(policy.pick(&list, 0, Time(u64::MAX - 1)), Some(1));
         assert_eq!(policy.pick(&[], 3, Time(0)), None);
@@ -251,7 +253,7 @@ mod tests {
         }
     }
 
-    /// A worker as a naive model sees it.
+    /// A worker in the naive model.
     #[derive(Clone, Debug)]
     struct Naive {
         load: Option<u64>,

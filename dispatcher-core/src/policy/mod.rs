@@ -1,7 +1,8 @@
-//! Choosing a worker: what a policy sees, and which policy a pool has.
+//! Policies: the table of candidates from which a worker is chosen, and the state of each policy.
 //!
-//! Owns the compact table that decisions are made from, and what each policy keeps beside it. A policy is a pure function of
-//! these; it knows nothing of workers' states, tickets or time: ineligible workers get the sentinel cost `UNAVAILABLE`.
+//! Owns the compact table of candidates and the state of the pool's policy. A policy is a pure
+//! function of these and does not know workers' states, tickets or time: ineligible workers get the
+//! sentinel cost `UNAVAILABLE`.
 
 mod failover;
 mod hash;
@@ -27,17 +28,18 @@ use super::types::{AffinityKey, Policy, Scored, Scores, Time, Why};
 /// The end of time: a timer that is not running.
 pub(super) const NEVER: Time = Time(u64::MAX);
 
-/// The cost of a worker that must not be chosen: more than that of any eligible one (at most 2³⁴), and small enough
-/// that its product with a weight (below 2²⁴) fits in 64 bits.
+/// The cost of an ineligible worker: more than that of any eligible one (at most 2³⁴), and small
+/// enough that its product with a weight (below 2²⁴) fits in 64 bits.
 pub(super) const UNAVAILABLE: u64 = 1 << 40;
 
-/// What a configured weight of 1 is in the table, so that a worker that starts slowly can have a part of it.
+/// A configured weight of 1 in units of the table, so that a worker can have a fraction of it
+/// during its slow start.
 pub(super) const FULL_WEIGHT: u32 = 256;
 
-/// One worker as a policy sees it. 16 bytes, so that 1,000 stay in the first-level cache.
+/// The table's entry of one worker. 16 bytes, so that 1,000 stay in the first-level cache.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(super) struct Candidate {
-    /// Twice its load after one more connection, and 1 more if it has to prove itself; or [`UNAVAILABLE`].
+    /// Twice its load after one more connection, plus 1 if it is a trial; or [`UNAVAILABLE`].
     pub(super) cost: u64,
     /// Its weight in parts of [`FULL_WEIGHT`], or 1 if unavailable.
     pub(super) weight: u32,
@@ -45,7 +47,7 @@ pub(super) struct Candidate {
     pub(super) worker: u32,
 }
 
-/// What a worker is to the policies for as long as it is there.
+/// The properties of a worker that do not change while it is a candidate.
 #[derive(Clone, Copy, Debug)]
 pub(super) struct Member {
     /// Position in the core's workers.
@@ -56,31 +58,31 @@ pub(super) struct Member {
     pub(super) priority: u16,
 }
 
-/// A worker that may be chosen.
+/// The changing properties of an eligible worker.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(super) struct Available {
     /// Live connections, untaken ones included.
     pub(super) load: u64,
     /// In parts of [`FULL_WEIGHT`].
     pub(super) weight: u32,
-    /// It has to prove itself: among equals it comes last.
+    /// It is without trust: among equals it comes last.
     pub(super) trial: bool,
 }
 
-/// How a worker stands now.
+/// The current state of a worker for the policy.
 #[derive(Clone, Copy, Debug)]
 pub(super) struct Standing {
     /// `Some` if it may be chosen.
     pub(super) available: Option<Available>,
-    /// Whether it may have a connection if there is no better one.
+    /// Whether it may get a connection if there is no better worker.
     pub(super) open: bool,
-    /// Whether it is there for new connections at all, be it full at the moment.
+    /// Whether it counts as up for `failover`, even if it is full.
     pub(super) up: bool,
     /// Its next timer.
     pub(super) due: Time,
 }
 
-/// What a policy keeps beside the table.
+/// The state of a policy.
 #[derive(Debug)]
 enum Index {
     LeastConnections,
@@ -92,16 +94,16 @@ enum Index {
     LeastScore(LeastScore),
 }
 
-/// The workers of a pool that have not left, and beside each its next timer.
+/// The workers of a pool that have not left, each with its next timer.
 #[derive(Debug)]
 pub(super) struct Candidates {
     list: Vec<Candidate>,
-    /// Over `list`, always up to date: the policy of those that have no other, or no answer of their own.
+    /// The minimum over `list`: for least connections, and for policies that fall back to it.
     tournament: Tournament,
     index: Index,
     /// Runs parallel to `list`, apart from it because ticks scan only this.
     due: Vec<Time>,
-    /// Which may have a connection if there is no better one. Runs parallel to `list`.
+    /// Which workers may get a connection if there is no better one. Runs parallel to `list`.
     open: Vec<bool>,
     opens: usize,
     /// Where the next decision starts, so that ties rotate.
@@ -110,35 +112,36 @@ pub(super) struct Candidates {
     random: Random,
 }
 
-/// A decision that has not had any effect yet.
+/// A decision that has not been committed.
 #[derive(Clone, Debug)]
 pub(super) struct Choice {
     /// Position of the worker among the candidates.
     pub(super) at: usize,
-    /// With two choices, the other one.
+    /// With `two-choices`, the other drawn worker.
     pub(super) other: Option<usize>,
     now: Time,
     pub(super) by: By,
     random: Random,
 }
 
-/// What decided.
+/// The basis of a decision.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(super) enum By {
     /// The policy.
     Policy,
-    /// The client was there before, or its session id names the worker.
+    /// The client's key is bound to the worker, or its session id names it.
     Memory,
     /// The connection was at another worker, or no worker is likely to take it soon.
     Handoff,
 }
 
-/// What one worker looked like in a decision: the number that was compared, and how it ended.
+/// The result for one worker in a decision: the number that was compared, and why the worker was
+/// chosen or not.
 #[derive(Clone, Copy, Debug, PartialEq)]
 pub(super) struct Look {
     pub(super) score: Option<f64>,
     pub(super) why: Why,
-    /// With scores: which gauge kept it out.
+    /// With `least-score`: the gauge that made it ineligible.
     pub(super) out: Option<Scored>,
 }
 
@@ -179,7 +182,7 @@ impl Candidates {
         }
     }
 
-    /// Draws from another seed from now on.
+    /// Restarts the random source.
     pub(super) fn set_seed(&mut self, seed: u64) {
         self.random = Random::new(seed);
         if let Index::RoundRobin(turns) = &mut self.index {
@@ -187,7 +190,7 @@ impl Candidates {
         }
     }
 
-    /// Adds a worker, not eligible yet; answers its position.
+    /// Adds a worker as ineligible; returns its position.
     pub(super) fn add(&mut self, member: Member) -> usize {
         self.list.push(Candidate { cost: UNAVAILABLE, weight: 1, worker: member.worker });
         self.due.push(NEVER);
@@ -204,7 +207,7 @@ impl Candidates {
         self.list.len() - 1
     }
 
-    /// Removes the worker at `at`; the worker whose position becomes `at`, if there is one, is answered.
+    /// Removes the worker at `at`; returns the worker whose position becomes `at`, if any.
     pub(super) fn remove(&mut self, at: usize) -> Option<u32> {
         self.eligible -= usize::from(self.list[at].cost != UNAVAILABLE);
         self.list.swap_remove(at);
@@ -239,7 +242,7 @@ impl Candidates {
         self.apply(at, available, open);
     }
 
-    /// With failover: another priority is the highest.
+    /// With `failover`: applies a change of the highest priority.
     fn apply_all(&mut self) {
         for at in 0..self.list.len() {
             if let Index::Failover(stands) = &self.index {
@@ -265,7 +268,8 @@ impl Candidates {
         (candidate.cost, candidate.weight) = (cost, weight);
         match &mut self.index {
             Index::LeastConnections | Index::Failover(_) | Index::LeastScore(_) => {}
-            // These policies never ask for the least loaded worker, so they keep no tournament.
+            // These policies never need the least loaded worker, so they do not update the
+            // tournament.
             Index::RoundRobin(turns) => return turns.update(&self.list, at),
             Index::Random(sampler) | Index::TwoChoices(sampler) => {
                 return sampler.update(&self.list, at);
@@ -275,7 +279,8 @@ impl Candidates {
         self.tournament.update(&self.list, at);
     }
 
-    /// The worker for the next connection, of a client known by `key`. Nothing changes until [`Candidates::commit`].
+    /// Chooses the worker for the next connection, of a client with this key. Nothing changes until
+    /// [`Candidates::commit`].
     #[inline]
     pub(super) fn pick(&self, now: Time, key: Option<AffinityKey>) -> Option<Choice> {
         if self.eligible == 0 {
@@ -296,7 +301,7 @@ impl Candidates {
                 Some(at) => at,
                 None => self.tournament.choose(&self.list, self.start)?,
             },
-            // Clients without a key too: nothing says that they belong together.
+            // `hash` spreads clients without a key by load.
             (Index::LeastConnections | Index::Failover(_) | Index::Hash(_), _) => {
                 self.tournament.choose(&self.list, self.start)?
             }
@@ -304,12 +309,13 @@ impl Candidates {
         Some(Choice { at, other, now, by: By::Policy, random })
     }
 
-    /// The worker at `at`, for a reason that is not the policy's. For the policy it is as if nothing had been asked.
+    /// The choice of the worker at `at` for a reason outside the policy; its commit does not change
+    /// the policy's state.
     pub(super) fn choice(&self, now: Time, at: usize, by: By) -> Choice {
         Choice { at, other: None, now, by, random: self.random.clone() }
     }
 
-    /// Which worker of a pool whose policy is `hash` this key belongs to, of those at the positions given.
+    /// With `hash`: the owner of this key among the workers at the given positions.
     pub(super) fn owner(
         &self,
         key: AffinityKey,
@@ -326,12 +332,13 @@ impl Candidates {
         self.start
     }
 
-    /// The worker at `at` was chosen, for a reason that is not the policy's.
+    /// The worker at `at` was chosen for a reason outside the policy: the next decision starts
+    /// after it.
     pub(super) fn advance(&mut self, at: usize) {
         self.start = at + 1;
     }
 
-    /// The decision takes effect; answers the worker.
+    /// Commits a decision; returns the worker.
     #[inline]
     pub(super) fn commit(&mut self, choice: Choice) -> u32 {
         let Choice { at, random, by, .. } = choice;
@@ -346,7 +353,7 @@ impl Candidates {
         self.list[at].worker
     }
 
-    /// Why the worker at `at`, which was available, was chosen or passed over in this decision.
+    /// Why the worker at `at`, which was eligible, was chosen or passed over in this decision.
     pub(super) fn look(&self, at: usize, choice: &Choice, key: Option<AffinityKey>) -> Look {
         let chosen = at == choice.at;
         let say = |why| if chosen { Why::Chosen } else { why };
@@ -383,7 +390,8 @@ impl Candidates {
                         let why = if mine > theirs { Why::HigherScore } else { Why::Tie };
                         Look::new(Some(mine), say(why))
                     }
-                    // The chosen worker itself is out: so were all workers, and the load decided.
+                    // The chosen worker itself has an expired gauge: then all had, and the load
+                    // decided.
                     (out, Scored::NeverSet(_) | Scored::Stale(..)) => {
                         Look { out: Some(out), ..by_load() }
                     }
@@ -396,25 +404,25 @@ impl Candidates {
         }
     }
 
-    /// What least connections compares.
+    /// The number that least connections compares.
     fn cost(&self, at: usize) -> f64 {
         let candidate = self.list[at];
         (candidate.cost / 2) as f64 * f64::from(FULL_WEIGHT) / f64::from(candidate.weight)
     }
 
-    /// With scores: a gauge of the worker at `at` reads so.
+    /// With `least-score`: sets the reading of a gauge of the worker at `at`.
     pub(super) fn set_gauge(&mut self, at: usize, gauge: usize, reading: Option<Reading>) {
         if let Index::LeastScore(scores) = &mut self.index {
             scores.set(at, gauge, reading);
         }
     }
 
-    /// With scores: whether the worker at `at` has one that was never set.
+    /// With `least-score`: whether the worker at `at` has a gauge that was never set.
     pub(super) fn lacks_gauges(&self, at: usize) -> bool {
         matches!(&self.index, Index::LeastScore(scores) if scores.lacks_some(at))
     }
 
-    /// With scores: how the worker at `at` stands, with `load` connections before one more.
+    /// With `least-score`: the score of the worker at `at` with `load` connections before one more.
     pub(super) fn score(&self, at: usize, load: u64, weight: u32, now: Time) -> Option<Scored> {
         match &self.index {
             Index::LeastScore(scores) => {
@@ -425,7 +433,7 @@ impl Candidates {
         }
     }
 
-    /// Whether the worker at `at` is only waiting for others to go.
+    /// Whether the worker at `at` stands by for workers of a higher priority.
     pub(super) fn stands_by(&self, at: usize) -> bool {
         match &self.index {
             Index::Failover(stands) => stands.stands_by(at),
@@ -433,7 +441,7 @@ impl Candidates {
         }
     }
 
-    /// Whether the worker at `at` may be chosen.
+    /// Whether the worker at `at` is eligible.
     pub(super) fn is_available(&self, at: usize) -> bool {
         self.list[at].cost != UNAVAILABLE
     }
@@ -442,12 +450,12 @@ impl Candidates {
         self.eligible
     }
 
-    /// Whether the worker at `at` may have a connection if there is no better one.
+    /// Whether the worker at `at` may get a connection if there is no better one.
     pub(super) fn is_open(&self, at: usize) -> bool {
         self.open[at]
     }
 
-    /// How many may have a connection if there is no better one.
+    /// How many workers may get a connection if there is no better one.
     pub(super) fn opens(&self) -> usize {
         self.opens
     }

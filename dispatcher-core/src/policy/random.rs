@@ -1,4 +1,4 @@
-//! At random, as likely as its weight says.
+//! A random worker, in proportion to its weight.
 
 use super::weighted_sampler::WeightedSampler;
 use crate::random::Random;

@@ -1,23 +1,25 @@
-//! Each in turn, as often as its weight says.
+//! Weighted round robin.
 //!
-//! Owns when each worker's next turn is, on a clock of its own that only decisions move: a worker's turns are `1 / weight`
-//! apart, and the earliest turn of all is next. So in as many decisions as all weights together each worker has as many
-//! turns as its weight, spread out. All begin at the same moment, so a random one is first.
+//! Owns the virtual time of each worker's next turn. Only decisions advance the virtual clock: a
+//! worker's turns are `1 / weight` apart, and the earliest turn of all is next. So in as many
+//! decisions as the sum of all weights, each worker has as many turns as its weight, spread evenly.
+//! All begin at the same virtual time, so a random worker is first.
 
 use super::tournament::{Rank, Tournament};
 use super::{Candidate, UNAVAILABLE};
 
-/// The time between two turns of a worker with weight 1 (of the table's, which is a 256th of a configured 1).
+/// Virtual time between two turns of a worker with weight 1 of the table, which is a 256th of a
+/// configured 1.
 const UNIT: u64 = 1 << 40;
 
-/// Once the clock is here, it starts again. Turns are at most [`UNIT`] ahead of it.
+/// At this value the virtual clock restarts at 0. Turns are at most [`UNIT`] ahead of it.
 const LATE: u64 = 1 << 62;
 
 /// A worker's next turn.
 #[derive(Clone, Copy, Debug)]
 struct Turn {
     at: u64,
-    /// The last one that was known: the table has none for a worker that is not available.
+    /// The last known weight: the table has none for an ineligible worker.
     weight: u32,
     available: bool,
 }
@@ -37,14 +39,14 @@ pub(super) struct RoundRobin {
     /// Runs parallel to the candidates.
     turns: Vec<Turn>,
     tournament: Tournament,
-    /// When the last turn was.
+    /// The virtual clock: the time of the last turn.
     now: u64,
-    /// Order among equals: arbitrary, but constant.
+    /// The first among equals: arbitrary, but constant.
     first: usize,
 }
 
 impl RoundRobin {
-    /// `random` chooses the first.
+    /// `random` chooses the first among equals.
     pub(super) fn new(random: u64) -> RoundRobin {
         let first = random as usize;
         RoundRobin { turns: Vec::new(), tournament: Tournament::default(), now: 0, first }
@@ -74,9 +76,9 @@ impl RoundRobin {
             return;
         }
         if available {
-            // It does not catch up on turns that went by without it.
+            // A worker does not catch up on turns that it missed.
             let ahead = u128::from(turn.at.saturating_sub(self.now));
-            // What is left of the way to its next turn is walked at the new speed.
+            // The rest of the time until its next turn is scaled to the new weight.
             let ahead = ahead * u128::from(turn.weight) / u128::from(candidate.weight);
             turn.at = self.now + ahead.min(u128::from(UNIT)) as u64;
             turn.weight = candidate.weight;
@@ -89,7 +91,7 @@ impl RoundRobin {
         self.tournament.choose(&self.turns, self.first % self.turns.len().max(1))
     }
 
-    /// The worker at `at` has had its turn.
+    /// Commits the turn of the worker at `at`.
     pub(super) fn commit(&mut self, at: usize) {
         let turn = &mut self.turns[at];
         self.now = turn.at;
@@ -104,7 +106,7 @@ impl RoundRobin {
         }
     }
 
-    /// How far away the worker's turn is, in turns of a worker with weight 1.
+    /// Virtual time until the worker's turn, in turns of a worker with weight 1.
     pub(super) fn distance(&self, at: usize) -> f64 {
         self.turns[at].at.saturating_sub(self.now) as f64 / (UNIT / 256) as f64
     }

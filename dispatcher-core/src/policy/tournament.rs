@@ -1,22 +1,24 @@
-//! Who is first of many, kept up to date as they change.
+//! The first of many candidates, updated incrementally.
 //!
-//! Owns a tournament in which each node names the better of its two halves. A change costs as many comparisons as the
-//! tree is deep, and often fewer; a decision needs no look at those who are not chosen. What is better, a policy says.
+//! Owns a tournament tree in which each node has the better of its two halves. A change costs at
+//! most as many comparisons as the tree is deep; a decision does not scan the candidates. The
+//! policy defines the order.
 
-/// No candidate here.
+/// No candidate.
 const NO_WORKER: u32 = u32::MAX;
 
-/// What a policy compares.
+/// The order in a tournament.
 pub(super) trait Rank: Copy {
     /// Whether this candidate goes before the other. An ineligible candidate goes before none.
     fn is_before(self, other: Self) -> bool;
-    /// Whether it may be chosen.
+    /// Whether it is eligible.
     fn is_available(self) -> bool;
 }
 
-/// For each node the position of the first below it, the leftmost among equals.
+/// For each node the position of the first candidate below it, the leftmost among equals.
 ///
-/// The root is node 1, the halves of node `n` are nodes `2n` and `2n + 1`; the leaf of position `p` is node `leaves + p`.
+/// The root is node 1, the halves of node `n` are nodes `2n` and `2n + 1`; the leaf of position `p`
+/// is node `leaves + p`.
 #[derive(Debug, Default)]
 pub(super) struct Tournament {
     nodes: Vec<u32>,
@@ -25,7 +27,7 @@ pub(super) struct Tournament {
 }
 
 impl Tournament {
-    /// Candidates were added or removed: all is played again.
+    /// Rebuilds the tree after candidates were added or removed.
     pub(super) fn rebuild<R: Rank>(&mut self, list: &[R]) {
         self.leaves = list.len().next_power_of_two().max(2);
         self.nodes.clear();
@@ -38,13 +40,13 @@ impl Tournament {
         }
     }
 
-    /// The candidate at `at` has changed.
+    /// Updates the tree after a change of the candidate at `at`.
     pub(super) fn update<R: Rank>(&mut self, list: &[R], at: usize) {
         let mut node = (self.leaves + at) / 2;
         while node > 0 {
             let winner = self.winner(list, node);
             let before = std::mem::replace(&mut self.nodes[node], winner);
-            // Above here nothing depends on a candidate that neither won nor wins.
+            // The nodes above do not depend on a candidate that neither won before nor wins now.
             if before == winner && winner != at as u32 {
                 return;
             }
@@ -52,7 +54,7 @@ impl Tournament {
         }
     }
 
-    /// The left one among equals: it comes first in the list.
+    /// Among equals the left one, which comes first in the list.
     fn winner<R: Rank>(&self, list: &[R], node: usize) -> u32 {
         let (left, right) = (self.nodes[2 * node], self.nodes[2 * node + 1]);
         match (list.get(left as usize), list.get(right as usize)) {
@@ -62,7 +64,7 @@ impl Tournament {
         }
     }
 
-    /// The position of the first; among equals the nearest from `start` on, cyclically.
+    /// The position of the first candidate; among equals the next from `start` on, cyclically.
     #[inline]
     pub(super) fn choose<R: Rank>(&self, list: &[R], start: usize) -> Option<usize> {
         let first = *self.nodes.get(1)?;
@@ -73,7 +75,8 @@ impl Tournament {
         let is_equal = |position: u32| {
             list.get(position as usize).is_some_and(|&candidate| !best.is_before(candidate))
         };
-        // Upwards from the leaf at `start`: what lies to the right of the path comes after it, the nearest first.
+        // Walks up from the leaf at `start`: the subtrees to the right of the path come after it,
+        // the nearest first.
         if start < list.len() {
             let mut node = self.leaves + start;
             if is_equal(start as u32) {

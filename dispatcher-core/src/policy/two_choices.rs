@@ -1,14 +1,16 @@
-//! The less loaded, for its weight, of two different workers drawn at random, each as likely as its weight says.
+//! The less loaded, relative to weight, of two different workers drawn at random in proportion to
+//! their weights.
 //!
-//! Nearly as even as least connections, and no two dispatchers in front of the same workers choose the same ones
-//! (Mitzenmacher, "The power of two choices in randomized load balancing", 2001).
+//! Nearly as even as least connections, and two dispatchers in front of the same workers do not
+//! choose the same ones (Mitzenmacher, "The power of two choices in randomized load balancing",
+//! 2001).
 
 use super::Candidate;
 use super::tournament::Rank;
 use super::weighted_sampler::WeightedSampler;
 use crate::random::Random;
 
-/// The one that is chosen, then the other one; twice the same if there is only one.
+/// The chosen worker, then the other one; the same worker twice if there is only one.
 pub(super) fn pick(
     sampler: &WeightedSampler,
     list: &[Candidate],
@@ -19,7 +21,7 @@ pub(super) fn pick(
     if others == 0 {
         return Some((first, first));
     }
-    // A draw among all but the first: step over its share.
+    // A draw among all but the first: skips its share.
     let mut number = random.below(others);
     if number >= sampler.before(first) {
         number += sampler.weight(first);

@@ -1,9 +1,11 @@
-//! Weighted sampling: a tree of sums, so that a draw and a change each take as many steps as the tree is deep.
+//! Weighted sampling with a tree of sums: a draw and a change each take as many steps as the tree
+//! is deep.
 
 use super::{Candidate, UNAVAILABLE};
 
-/// For each node the weight of all available candidates below it, in the layout of a tournament: the root is node 1,
-/// the halves of node `n` are `2n` and `2n + 1`, the leaf of position `p` is `leaves + p`.
+/// For each node the weight of all available candidates below it, in the layout of a tournament:
+/// the root is node 1, the halves of node `n` are `2n` and `2n + 1`, the leaf of position `p` is
+/// `leaves + p`.
 #[derive(Debug, Default)]
 pub(super) struct WeightedSampler {
     sums: Vec<u64>,
@@ -30,7 +32,7 @@ impl WeightedSampler {
     pub(super) fn update(&mut self, list: &[Candidate], at: usize) {
         let mut node = self.leaves + at;
         let (before, after) = (self.sums[node], weight(&list[at]));
-        // Most changes are of the load.
+        // Most changes are of the load only.
         if before == after {
             return;
         }
@@ -40,17 +42,18 @@ impl WeightedSampler {
         }
     }
 
-    /// The weight of all.
+    /// The sum of all weights.
     pub(super) fn total(&self) -> u64 {
         self.sums.get(1).copied().unwrap_or(0)
     }
 
-    /// The weight of the one at `at`.
+    /// The weight of the candidate at `at`.
     pub(super) fn weight(&self, at: usize) -> u64 {
         self.sums[self.leaves + at]
     }
 
-    /// The index that a draw falls on, `number` being below the total of the weights, which lie side by side in list order.
+    /// The position that a draw selects. `number` is below the total; the weights are cumulated in
+    /// list order.
     pub(super) fn find(&self, mut number: u64) -> usize {
         let mut node = 1;
         while node < self.leaves {
@@ -63,7 +66,7 @@ impl WeightedSampler {
         node - self.leaves
     }
 
-    /// The weight of all before the one at `at`.
+    /// The sum of the weights before the candidate at `at`.
     pub(super) fn before(&self, at: usize) -> u64 {
         let mut node = self.leaves + at;
         let mut sum = 0;

@@ -1,18 +1,18 @@
-//! What `least-score` goes by, how a worker stands, and what can be wrong with a gauge.
+//! Settings and results of `least-score`, and the problems of gauges.
 
 use std::fmt;
 use std::time::Duration;
 
 use dispatch_protocol::scoreboard::gauge::GaugeName;
 
-/// What the policy `least-score` goes by.
+/// The terms of the score.
 #[derive(Clone, Debug, PartialEq)]
 pub struct Scores {
-    /// What a live connection costs, for a worker of weight 1.
+    /// Cost of a live connection for a worker of weight 1.
     pub connections: f64,
-    /// What else counts; none twice.
+    /// The scored gauges; each name once.
     pub gauges: Vec<ScoredGauge>,
-    /// How old a gauge may be.
+    /// Maximum age of a gauge.
     pub valid_for: Duration,
     /// How often gauges are read; `None` for before every decision.
     pub interval: Option<Duration>,
@@ -25,23 +25,23 @@ impl Default for Scores {
     }
 }
 
-/// A gauge that counts.
+/// A gauge that is part of the score.
 #[derive(Clone, Copy, Debug, PartialEq)]
 pub struct ScoredGauge {
-    /// What workers call it.
+    /// Its name at the workers.
     pub name: GaugeName,
-    /// What one unit of it costs; less than nothing where more is better.
+    /// Cost of one unit; negative where more is better.
     pub multiplier: f64,
 }
 
-/// How a worker stands in a pool that scores.
+/// A worker's score, or the gauge that makes it ineligible.
 #[derive(Clone, Copy, Debug, PartialEq)]
 pub enum Scored {
     /// The lowest one wins.
     Score(f64),
-    /// It is passed over: it has no such gauge, has never set it, or set it to something impossible.
+    /// Ineligible: it has no such gauge, has never set it, or set it to an impossible value.
     NeverSet(GaugeName),
-    /// It is passed over: it set this gauge so long ago.
+    /// Ineligible: this gauge was set too long ago.
     Stale(GaugeName, Duration),
 }
 
@@ -60,26 +60,26 @@ impl fmt::Display for Scored {
     }
 }
 
-/// What was wrong with a worker's gauge.
+/// A problem with a worker's gauge.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum GaugeProblem {
-    /// Not a number, or an infinite one: as if never set.
+    /// Not a number, or infinite: as if never set.
     NoNumber,
-    /// A time that is yet to come: as if never set.
+    /// A time in the future: as if never set.
     Future,
-    /// Too large, or too small, a number: clamped.
+    /// Too large or too small a number: clamped.
     TooLarge,
-    /// A name that is none: ignored.
+    /// An invalid name: ignored.
     NoName,
-    /// A name that another gauge of the worker has: ignored.
+    /// The name of another gauge of the worker: ignored.
     NameTwice,
 }
 
 impl GaugeProblem {
-    /// How many there are.
+    /// Number of problems.
     pub const COUNT: usize = 5;
 
-    /// What happened, for the log.
+    /// Description for the log.
     pub fn text(self) -> &'static str {
         match self {
             GaugeProblem::NoNumber => "what is no number: as if never set",

@@ -1,21 +1,21 @@
-//! Why a worker was chosen or passed over: the words of `explain` and `history`.
+//! Why a worker was chosen or passed over: the reasons in `explain` and `history`.
 
 /// Why a worker was chosen or passed over by the policy.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Why {
     /// It was chosen.
     Chosen,
-    /// It was chosen because the client was there before, or its session id names it.
+    /// It was chosen because the client's key is bound to it, or the client's session id names it.
     Remembered,
     /// It has more connections for its weight than the one that was chosen.
     MoreLoaded,
-    /// It was as good, and others are first this time.
+    /// It was equal, and the rotation of ties selected another.
     Tie,
-    /// Its turn comes later.
+    /// Its turn is later.
     LaterTurn,
-    /// The random draw fell on another one.
+    /// The random draw selected another worker.
     NotDrawn,
-    /// The key belongs to another one.
+    /// The key belongs to another worker.
     OtherKey,
     /// Its score is higher than that of the one that was chosen.
     HigherScore,
@@ -23,26 +23,26 @@ pub enum Why {
     StaleGauge,
     /// A worker of a higher priority is up.
     StandsBy,
-    /// It has as many connections as it may.
+    /// It has its maximum of connections.
     Full,
-    /// It has as many untaken connections as it has slots.
+    /// All its slots are in use.
     NoSlot,
-    /// It left something untaken.
+    /// It is suspect.
     Suspect,
-    /// It gets nothing more.
+    /// It is draining.
     Draining,
     /// Its channel had no room.
     ChannelFull,
     /// It lost a connection a moment ago.
     LostOne,
-    /// It takes no more for now: its threads are busy, or it has as many untaken connections as it is trusted with.
+    /// Its threads are busy and it has as many untaken connections as are sent ahead.
     Busy,
-    /// It has to prove that it takes connections, and is not tested at the moment.
+    /// It is without trust, and gets no trial at the moment.
     Unproven,
-    /// It was chosen because it is likely to take the connection sooner than the worker that had it, or for want of a
-    /// better one.
+    /// It was chosen because it is likely to take the connection sooner than the worker that had
+    /// it, or because there is no better one.
     TakenSooner,
-    /// Another one is likely to take the connection sooner.
+    /// Another worker is likely to take the connection sooner.
     TakenLater,
 }
 
