@@ -1,6 +1,8 @@
-//! Micro-benchmarks of the event loop's parts: a decision, gauges, the wire codec, the slots, the ledger.
+//! Micro-benchmarks of the event loop's parts: a decision, gauges, the wire codec, the slots, the
+//! ledger.
 //!
-//! They show regressions; they promise no figures. Run with `cargo bench -p bench`.
+//! They detect regressions; their figures are not comparable between machines. Run with
+//! `cargo bench -p bench`.
 #![allow(clippy::expect_used, clippy::unwrap_used)]
 
 use std::hint::black_box;

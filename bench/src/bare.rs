@@ -1,4 +1,5 @@
-//! The floor for any dispatcher: accept, send to the next worker, close. No accounting, no copy kept in flight, no policy.
+//! The minimal dispatcher: accept, send to the next worker, close. No accounting, no copy in
+//! flight, no policy.
 
 use std::io::{self, IoSlice};
 use std::mem::MaybeUninit;

@@ -8,7 +8,8 @@ use nix::time::{ClockId, clock_gettime};
 use nix::unistd::Pid;
 use serde::Serialize;
 
-/// CPU time a process has used, all its threads included, ended ones too. Zero for one that is gone.
+/// CPU time of a process, including all its threads, also ended ones. Zero for a process that is
+/// gone.
 pub fn cpu(pid: i32) -> Duration {
     ClockId::pid_cpu_clock_id(Pid::from_raw(pid))
         .and_then(clock_gettime)

@@ -1,7 +1,8 @@
-//! Measures the dispatcher and its alternatives: each gets the same load in turn; ratios are taken within one run only.
+//! Measures the dispatcher and its alternatives: each gets the same load in turn; ratios are taken
+//! within one run only.
 //!
-//! The same binary is the harness, every worker, the load generator and the smallest possible dispatcher: these
-//! are hidden commands, so all contenders share one server and one client.
+//! The same binary is the harness, every worker, the load generator and the smallest possible
+//! dispatcher: these are hidden commands, so all contenders share one server and one client.
 
 mod bare;
 mod cli;

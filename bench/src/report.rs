@@ -137,7 +137,8 @@ impl Report {
     }
 }
 
-/// The ratios of one variant to each of its baselines, round by round: neighbouring rounds compare best.
+/// The ratios of one variant to each of its baselines, round by round: neighbouring rounds compare
+/// best.
 pub fn ratios(case: &Case, column: Column, results: &[Vec<Metrics>], at: usize) -> Vec<Ratio> {
     let own = &case.variants[at];
     let mut list = Vec::new();

@@ -1,4 +1,5 @@
-//! Listening sockets and descriptors that travel by standard input. Used by the contenders that have the bench's worker.
+//! Listening sockets, and descriptors passed as standard input. Used by the contenders with the
+//! bench's worker.
 
 use std::io::{self, IoSliceMut};
 use std::mem::MaybeUninit;
@@ -44,7 +45,7 @@ pub fn from_stdin() -> io::Result<OwnedFd> {
     Ok(rustix::io::fcntl_dupfd_cloexec(rustix::stdio::stdin(), 3)?)
 }
 
-/// Receives one record with one descriptor; `None` if there is none at the moment or the peer has closed.
+/// Receives one record with one descriptor; `None` if there is none or the peer has closed.
 pub fn receive_fd(channel: BorrowedFd<'_>, wait: bool) -> io::Result<Option<OwnedFd>> {
     let mut flags = RecvFlags::CMSG_CLOEXEC;
     if !wait {

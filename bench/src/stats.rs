@@ -55,7 +55,8 @@ impl Evenness {
     }
 }
 
-/// A small generator of random numbers (splitmix64): the same seed gives every contender the same load.
+/// A small generator of random numbers (splitmix64): the same seed gives every contender the same
+/// load.
 #[derive(Debug)]
 pub struct Random(pub u64);
 

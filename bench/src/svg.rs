@@ -1,4 +1,5 @@
-//! The chart: for each case the ratios to the first baseline, as bars with the spread of the rounds.
+//! The chart: for each case the ratios to the first baseline, as bars with the spread of the
+//! rounds.
 
 use std::fmt::Write;
 

@@ -1,4 +1,4 @@
-//! Small numbers out of a target's input. Past the end there are only zeros.
+//! Small numbers from a target's input. Past its end all numbers are 0.
 
 pub struct Bytes<'a>(&'a [u8]);
 

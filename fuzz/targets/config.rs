@@ -1,4 +1,4 @@
-//! Any text as a configuration: a mistake has a place within the text, and can be shown.
+//! Any text as a configuration: an error has a position within the text, and can be displayed.
 
 use dispatcher::config::{Config, Diagnostic};
 
@@ -32,7 +32,7 @@ fn located(diagnostic: &Diagnostic, text: &str) {
     assert!(line >= 1 && column >= 1 && width >= 1, "{diagnostic:?}");
     let found = text.split('\n').nth(line - 1).expect("a line of the text");
     assert_eq!(diagnostic.text, found.strip_suffix('\r').unwrap_or(found));
-    // The caret may stand right behind the line: something is missing there.
+    // The caret may be right behind the line, if something is missing there.
     let length = diagnostic.text.chars().count();
     assert!(column <= length + 1, "{diagnostic:?}");
     assert!(column - 1 + width <= length.max(column), "{diagnostic:?}");

@@ -1,4 +1,5 @@
-//! The first bytes of a client, whatever they are: nothing panics, and however they are cut, the answer is the same.
+//! Any first bytes of a client: no parser panics, and the result does not depend on how the bytes
+//! are split.
 
 use dispatcher::preface::{Look, read};
 use dispatcher_core::KeySource;
@@ -16,7 +17,7 @@ pub fn first_bytes(data: &[u8]) {
         let mut scratch = Vec::new();
         let whole = read(&source, data, false, &mut scratch);
         assert_ne!(read(&source, data, true, &mut scratch), Look::More);
-        // Every cut of what is short, and some of what is long.
+        // Every prefix of a short input, and some prefixes of a long one.
         for cut in (0..data.len()).step_by(1 + data.len() / 500) {
             let said = read(&source, &data[..cut], false, &mut scratch);
             assert!(said == Look::More || said == whole, "{source}: {said:?} of {cut}, {whole:?}");

@@ -1,7 +1,7 @@
 //! `LISTEN_PID`, `LISTEN_FDS` and `LISTEN_FDNAMES` with any values, in a process with any
 //! descriptors.
 //!
-//! The descriptors are made up: a real one that is taken by mistake would be the fuzzer's own.
+//! The descriptors are simulated: a real one that is taken by mistake would be the fuzzer's own.
 
 use std::cell::Cell;
 use std::io;
@@ -10,9 +10,9 @@ use super::dispatcher_fuzzing::announced;
 
 const OWN: u32 = 4242;
 
-/// The input: a byte that says which variables are set, their values as three lines, and then a
-/// byte for each descriptor from 3 on: 0 for one that is not open, odd for one that was passed,
-/// even for one of our own.
+/// The input: a byte that selects the variables, their values as three lines, and then a byte for
+/// each descriptor from 3 on: 0 if it is not open, odd if it was passed, even if it belongs to this
+/// process.
 pub fn listen_fds(data: &[u8]) {
     let Some((set, rest)) = data.split_first() else {
         return;
@@ -34,7 +34,8 @@ pub fn listen_fds(data: &[u8]) {
         }
     };
     let result = announced(variables.clone(), OWN, was_passed);
-    // However many are announced, it looks at no more than there are, and the first that is not.
+    // The number of examined descriptors does not depend on the announced number: the existing ones
+    // and the first that is not open.
     assert!(asked.get() <= table.len() + 1);
 
     let [pid, count, names] = variables;

@@ -1,6 +1,7 @@
-//! The decision core under any sequence of inputs, in the simulator's virtual shell: two pools, one of which has
-//! processes; workers that say and do anything a worker can. The simulator's own runs are histories that make sense; these
-//! need not. Every effect is judged by the event loop, and the invariants are checked after every input.
+//! The decision core under any sequence of inputs, in the simulator's virtual event loop: two
+//! pools, one with processes, and workers with any behaviour. Unlike the simulator's own runs, the
+//! sequences need not be plausible. The virtual event loop checks every effect, and the core checks
+//! its invariants after every input.
 
 use std::net::SocketAddr;
 use std::time::Duration;
@@ -15,7 +16,7 @@ use simulator::{Driver, Random};
 
 use super::bytes::Bytes;
 
-/// Enough for any history worth telling; more of them per second find more.
+/// Most inputs of one run: shorter runs, and more of them per second, find more.
 const MOST_STEPS: usize = 1000;
 const LISTENERS: u16 = 3;
 const PROCESSES: u32 = 2;
@@ -44,7 +45,7 @@ fn millis(bytes: &mut Bytes<'_>) -> Duration {
     Duration::from_millis(u64::from(bytes.byte()))
 }
 
-/// Every kind of memory, small enough to be full soon.
+/// Every kind of affinity key, with tables that are soon full.
 fn affinity(kind: u8) -> Option<Affinity> {
     let key = match kind % 4 {
         0 => return None,
@@ -109,13 +110,13 @@ impl Run {
         Run { driver, workers: Vec::new(), conns: Vec::new(), stopping: false }
     }
 
-    /// One of the workers there ever were, most often a late one.
+    /// One of the workers so far, most often a recent one.
     fn worker(&self, bytes: &mut Bytes<'_>) -> Option<WorkerId> {
         let back = bytes.below(self.workers.len().min(8));
         self.workers.iter().rev().nth(back).copied()
     }
 
-    /// Only what lives can do something.
+    /// Only if its process lives.
     fn living(&mut self, bytes: &mut Bytes<'_>) -> Option<WorkerId> {
         let worker = self.worker(bytes)?;
         self.driver.link(worker).alive.then_some(worker)
@@ -145,7 +146,7 @@ impl Run {
             4..=6 => {
                 let listener = ListenerId(bytes.below(LISTENERS.into()) as u16);
                 for _ in 0..=bytes.below(4) {
-                    // Some are known by where they come from, and come again.
+                    // Some clients have repeated addresses.
                     let peer = match self.conns.len() % 5 {
                         0 => ClientAddr::Unix,
                         n => SocketAddr::from(([127, 0, 0, n as u8], 1)).into(),
@@ -171,7 +172,7 @@ impl Run {
                 let Some(worker) = self.living(bytes) else { return };
                 let said = bytes.number();
                 let link = self.driver.link(worker);
-                // Small numbers are steps, so that an honest worker comes about too.
+                // Small numbers are increments, so that some workers are honest.
                 link.finished = if said < 64 { link.finished.wrapping_add(said) } else { said };
             }
             14 | 15 => self.driver.turn(),
@@ -205,7 +206,7 @@ impl Run {
             }
             25 => {
                 let Some(worker) = self.worker(bytes) else { return };
-                // Why not is tested elsewhere; the invariants hold either way.
+                // Other tests check the reason; the invariants hold in either case.
                 let _ = self.driver.core.resume_worker(now, worker);
             }
             26 => self.says(bytes),
@@ -215,7 +216,7 @@ impl Run {
                 let (key, route) = (bytes.byte(), bytes.byte());
                 let known = (key > 0).then(|| Known {
                     key: AffinityKey(u64::from(key % 8)),
-                    // Every worker of this machine has the same name.
+                    // All workers have the same name.
                     route: (route % 2 == 1).then(|| AffinityKey::of(b"")),
                 });
                 self.driver.core.first_bytes(now, conn, known);
@@ -234,7 +235,7 @@ impl Run {
             priority: u16::from(kind >> 1 & 3),
             max_connections: (bytes.number() as u32).max(1),
             base,
-            // More than `base` does not get through the wire.
+            // The decoder rejects more than `base`.
             finished: bytes.number().min(base),
             ..Hello::default()
         };
@@ -243,7 +244,7 @@ impl Run {
         }
     }
 
-    /// What a worker says of itself: keys, and gauges with any value at any time.
+    /// Reports of a worker: claims of keys, and gauges with any value at any time.
     fn says(&mut self, bytes: &mut Bytes<'_>) {
         let now = self.driver.now;
         let Some(worker) = self.worker(bytes) else { return };
@@ -269,14 +270,15 @@ impl Run {
                     253 => f64::MAX.to_bits(),
                     small => f64::from(small).to_bits(),
                 });
-                // Old, fresh, and of a time to come.
+                // Old, fresh, or in the future.
                 let at = match bytes.byte() {
                     255 => u64::MAX,
                     ago => now.0.saturating_sub(1_000_000 * u64::from(ago)),
                 };
                 let said = Some(Reading { value, at });
                 if of == 2 {
-                    // As the event loop reads it, in its turn; or out of turn, and perhaps of a gauge that there is not.
+                    // At the time when the event loop reads it, or at another, and perhaps with a
+                    // gauge that does not exist.
                     let gauges = &mut self.driver.link(worker).gauges;
                     if let Some(gauge) = gauges.get_mut(number % 2) {
                         *gauge = said;
@@ -300,13 +302,13 @@ impl Run {
         }
     }
 
-    /// Inputs for what is no longer there, or never was: they are ignored.
+    /// Inputs for objects that are gone or never existed: the core ignores them.
     fn stale(&mut self, bytes: &mut Bytes<'_>) {
         let now = self.driver.now;
         let before = self.driver.core.totals();
         let index = u32::from(bytes.byte() % 8);
         let (worker, ticket) = match self.worker(bytes) {
-            // A sequence number that was never given out.
+            // A sequence number that was never issued.
             Some(worker) if index < 4 => (worker, Ticket { slot: index, seq: u64::MAX >> 8 }),
             _ => (WorkerId { index, serial: u64::MAX }, Ticket { slot: 0, seq: 1 }),
         };
@@ -338,7 +340,7 @@ impl Run {
                 self.driver.core.set_weight(now, worker, weight);
             }
             9 => {
-                // Asking changes nothing: what follows would tell.
+                // Queries change nothing; a later check would fail.
                 let pool = PoolId(u16::from(bytes.byte() % 3));
                 let first = self.driver.core.explain(now, pool, ClientAddr::Unix);
                 assert_eq!(first, self.driver.core.explain(now, pool, ClientAddr::Unix));
@@ -354,7 +356,7 @@ impl Run {
                 let pause = millis(bytes);
                 self.driver.core.set_resource_pause(pause);
             }
-            // Time without a look at the scoreboards, and far too much of it.
+            // A tick without reading the scoreboards, and a very long pause.
             4 => self.driver.core.tick(now + Duration::from_millis(1)),
             _ => self.driver.wait(Duration::from_secs(u64::from(bytes.byte()))),
         }
@@ -372,20 +374,20 @@ impl Run {
         }
         for &worker in self.workers.iter().rev().take(8) {
             let tickets = core.tickets(worker).count() as u64;
-            // A probe has a ticket too.
+            // A ticket may be that of a probe.
             assert!(core.untaken(worker) <= tickets);
             assert!(core.load(worker).is_none_or(|load| load >= core.untaken(worker)));
             assert!(tickets == 0 || core.wants(worker) != 0);
         }
         let status = core.snapshot();
-        // Those that wait for a worker, and those whose first bytes are awaited.
+        // Connections that wait for a worker or for first bytes.
         let affinities = status.pools.iter().filter_map(|pool| pool.affinity.as_ref());
         let awaited: u64 = affinities.map(|affinity| affinity.awaiting).sum();
         assert_eq!(core.queued().count() as u64 + awaited, totals.queued);
         assert_eq!(status.totals, totals);
     }
 
-    /// Whatever happened, a stop comes to its end.
+    /// After any sequence, a stop completes.
     fn end(mut self) {
         (self.driver.races, self.driver.scarcity) = (None, 0);
         let deadline = self.driver.now + Duration::from_secs(1);

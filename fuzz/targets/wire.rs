@@ -18,8 +18,8 @@ pub fn wire_channel(data: &[u8]) {
     });
 }
 
-/// What decodes can be encoded, is then no longer than a record may be, and decodes as the same. From then on the bytes
-/// stay the same: there is one way to write a record without unknown TLVs.
+/// A decoded record can be encoded, is then no longer than the limit, and decodes to the same
+/// value. Encoding it again gives the same bytes: a record without unknown TLVs has one encoding.
 fn round<T: PartialEq + std::fmt::Debug>(
     data: &[u8],
     max: usize,

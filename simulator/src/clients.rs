@@ -1,5 +1,5 @@
-//! A run's clients: their addresses, the access rules, and their affinity keys. Addresses, ids, routes and
-//! silences are drawn from the plan's seed like everything else.
+//! A run's clients: their addresses, the access rules, and their affinity keys. All of them are
+//! drawn from the plan's seed.
 
 use std::time::Duration;
 
@@ -9,10 +9,10 @@ use super::Random;
 use dispatcher_core::{AccessControl, AccessRules, Affinity, Peek, Rate};
 use dispatcher_core::{KeySource, Known};
 
-/// Few enough that they come again, more than the smallest memory holds.
+/// Few enough that they repeat, and more than the smallest affinity table holds.
 const CLIENTS: u64 = 40;
 
-/// What a pool remembers: for half of all runs nothing.
+/// A pool's affinity: none in half of all runs.
 pub(super) fn affinity(random: &mut Random) -> Option<Affinity> {
     random.once_in(2).then(|| Affinity {
         key: KeySource::Cookie("ID".to_owned()),
@@ -21,7 +21,7 @@ pub(super) fn affinity(random: &mut Random) -> Option<Affinity> {
     })
 }
 
-/// How first bytes are awaited: often too few, often not long enough.
+/// The limits of first bytes: often too few connections, often too short a time.
 pub(super) fn peek(random: &mut Random) -> Peek {
     Peek {
         timeout: Duration::from_millis(1 + random.below(400)),
@@ -30,12 +30,12 @@ pub(super) fn peek(random: &mut Random) -> Peek {
     }
 }
 
-/// When a client sends its first bytes, and its key; `None`: never.
+/// When a client sends its first bytes, and its key; `None` if it sends none.
 pub(super) fn first_words(random: &mut Random) -> Option<(u64, u64)> {
     (!random.once_in(10)).then(|| (random.below(150_000_000), random.below(CLIENTS)))
 }
 
-/// What client number `id` is known by: some not at all, some by an id that names a process.
+/// The identity of client number `id`: some have none, some have an id that names a process.
 pub(super) fn known(id: u64) -> Option<Known> {
     let text = match id % 5 {
         0 => return None,
@@ -45,7 +45,7 @@ pub(super) fn known(id: u64) -> Option<Known> {
     KeySource::Cookie(String::new()).of_value(text.as_bytes())
 }
 
-/// Where a client comes from: a few addresses, or a Unix socket.
+/// A client's address: one of a few, or a Unix socket.
 pub(super) fn peer(random: &mut Random) -> ClientAddr {
     match random.below(24) as u8 {
         0 => ClientAddr::Unix,
@@ -53,7 +53,8 @@ pub(super) fn peer(random: &mut Random) -> ClientAddr {
     }
 }
 
-/// Access rules: half of all runs admit every client. Often the table is smaller than the number of clients.
+/// Access rules: half of all runs admit every client. Often the table is smaller than the number of
+/// clients.
 pub(super) fn access_control(random: &mut Random) -> Option<Box<AccessControl>> {
     if random.once_in(2) {
         return None;

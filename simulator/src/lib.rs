@@ -1,9 +1,11 @@
-//! A virtual machine for the core: an event loop without descriptors, and workers without processes.
+//! A virtual environment for the core: an event loop without descriptors, and workers without
+//! processes.
 //!
-//! Owns stand-ins for what the kernel provides: channels, scoreboards (the real claim functions on ordinary atomics),
-//! descriptors and clients. It asserts after every effect what must always hold: a connection's copy exists until a
-//! worker has it or it is closed, no worker serves it twice, no worker serves a revoked connection. It decides nothing.
-//! For tests only; nothing here runs in the dispatcher.
+//! Owns models of what the kernel provides: channels, scoreboards (the real claim functions on
+//! ordinary atomics), descriptors and clients. Asserts the invariants after every effect: a
+//! connection's copy exists until a worker takes it or it is closed, no connection is served twice,
+//! no worker serves a revoked connection. It decides nothing. For tests only; nothing here runs in
+//! the dispatcher.
 
 mod clients;
 mod plan;
@@ -26,19 +28,19 @@ use dispatch_protocol::wire::{EntryFlags, Hello};
 pub use dispatcher_core::Random;
 use dispatcher_core::*;
 
-/// What is in a channel.
+/// A record in a channel.
 #[derive(Clone, Copy, Debug)]
 pub struct Record {
-    /// The slot it names.
+    /// Its ticket.
     pub ticket: Ticket,
-    /// The connection that came with it; a probe has none.
+    /// Its connection; a probe has none.
     pub conn: Option<ConnId>,
 }
 
-/// Both ends of what the event loop keeps for a worker.
+/// Both ends of a worker's channel and scoreboard.
 #[derive(Debug)]
 pub struct Link {
-    /// Whose it is.
+    /// The worker.
     pub id: WorkerId,
     /// Records sent and not received.
     pub channel: VecDeque<Record>,
@@ -46,64 +48,64 @@ pub struct Link {
     pub capacity: usize,
     /// The worker closed its end of the channel.
     pub closed: bool,
-    /// Its process lives, so it may take a connection at any moment.
+    /// Its process lives and may take a connection at any time.
     pub alive: bool,
-    /// The event loop cut the worker off.
+    /// The event loop has disconnected the worker.
     pub cut: bool,
-    /// Nothing is kept for the worker any more.
+    /// The event loop has dropped the worker's state.
     pub forgotten: bool,
-    /// The counter in the scoreboard, whatever the worker writes there.
+    /// The `finished` counter in the scoreboard, as the worker writes it.
     pub finished: u64,
     /// The worker's slots.
     pub board: Vec<AtomicU64>,
-    /// When it claimed what is in each of them.
+    /// The time of the last claim in each slot.
     pub taken_at: Vec<Time>,
-    /// The gauges in the scoreboard that the pool scores by, whatever the worker writes there.
+    /// The scored gauges in the scoreboard, as the worker writes them.
     pub gauges: Vec<Option<Reading>>,
-    /// As the core was last told.
+    /// The gauges as last reported to the core.
     told: Vec<Option<Reading>>,
-    /// Notices sent and not received; they come after the records.
+    /// Notices sent and not received; the worker reads them after the records.
     pub notices: Vec<Notice>,
     gathered: Vec<Record>,
 }
 
-/// A client, as far as it matters here.
+/// The state of a connection.
 #[derive(Clone, Copy, Debug, Default)]
 struct Fate {
     served: bool,
     closed: Option<CloseReason>,
 }
 
-/// The virtual shell, and everything around it.
+/// The virtual event loop and its environment.
 #[derive(Debug)]
 pub struct Driver {
     /// The core under test.
     pub core: Core,
     /// The clock.
     pub now: Time,
-    /// What has been kept for every worker there ever was, by serial number from 1 on.
+    /// The state of every worker that ever joined, by serial number from 1 on.
     pub links: Vec<Link>,
-    /// The next so many sends fail for want of resources.
+    /// Number of following sends that fail for lack of resources.
     pub scarcity: u32,
-    /// Every effect, while `logging`.
+    /// All effects, while `logging`.
     pub log: Vec<Effect>,
-    /// Whether to keep `log`.
+    /// Whether to record `log`.
     pub logging: bool,
-    /// Decides which revocations a worker forestalls at the last moment.
+    /// Selects the revocations that a worker's take precedes at the last moment.
     pub races: Option<Random>,
-    /// Workers that did, once for each connection.
+    /// The workers of these takes, once for each connection.
     pub raced: Vec<WorkerId>,
     slots: usize,
     pools: u16,
-    /// Copies in flight, by the connection's index.
+    /// The dispatcher's copies, by the connection's index.
     copies: Vec<Option<u64>>,
-    /// By the connection's serial number, from 1 on.
+    /// All connections by serial number, from 1 on.
     fates: Vec<Fate>,
     scratch: Vec<Ticket>,
 }
 
 impl Driver {
-    /// A machine with this configuration.
+    /// An environment with this configuration.
     pub fn new(pools: Vec<PoolSettings>, listeners: Vec<ListenerSettings>) -> Driver {
         let now = Time(1_000_000_000);
         let slots = pools.iter().map(|pool| pool.max_untaken).max().unwrap_or(1) + SPARE_SLOTS;
@@ -133,7 +135,7 @@ impl Driver {
         self.join_as(hello, None)
     }
 
-    /// The same, of a process that the dispatcher has started.
+    /// Like `join`, for a process that the dispatcher has started.
     pub fn join_as(
         &mut self,
         hello: Hello,
@@ -163,17 +165,17 @@ impl Driver {
         Ok(id)
     }
 
-    /// What is kept for a worker.
+    /// The state of a worker.
     pub fn link(&mut self, worker: WorkerId) -> &mut Link {
         &mut self.links[worker.serial as usize - 1]
     }
 
-    /// A client is accepted; effects are left for [`Driver::pump`].
+    /// Accepts a client; [`Driver::pump`] performs the effects.
     pub fn accept_only(&mut self, listener: ListenerId) -> ConnId {
         self.accept_only_from(listener, ClientAddr::Unix)
     }
 
-    /// The same from this address.
+    /// Like `accept_only`, from this address.
     pub fn accept_only_from(&mut self, listener: ListenerId, peer: ClientAddr) -> ConnId {
         let conn = self.core.accepted(self.now, Client::new(listener, peer));
         self.fates.push(Fate::default());
@@ -187,19 +189,19 @@ impl Driver {
         conn
     }
 
-    /// A client is accepted, and what follows is done.
+    /// Accepts a client and performs the effects.
     pub fn accept(&mut self, listener: ListenerId) -> ConnId {
         let conn = self.accept_only(listener);
         self.pump();
         conn
     }
 
-    /// Whether a worker has served the connection.
+    /// Whether a worker has taken the connection.
     pub fn is_served(&self, conn: ConnId) -> bool {
         self.fates[conn.serial as usize - 1].served
     }
 
-    /// How the dispatcher has closed the connection, if it has.
+    /// Why the dispatcher has closed the connection, if it has.
     pub fn closed(&self, conn: ConnId) -> Option<CloseReason> {
         self.fates[conn.serial as usize - 1].closed
     }
@@ -209,7 +211,7 @@ impl Driver {
         self.copies.iter().flatten().count()
     }
 
-    /// Performs effects until there are none, then sends what was gathered, until there is nothing to do.
+    /// Performs effects and sends the gathered records until neither is left.
     pub fn pump(&mut self) {
         loop {
             while let Some(effect) = self.core.effect() {
@@ -246,7 +248,7 @@ impl Driver {
                 self.core.revoked(self.now, worker, ticket, outcome);
             }
             Effect::Tell { worker, notice } => {
-                // What was gathered is sent before.
+                // The gathered records are sent first.
                 self.flush();
                 let link = self.link(worker);
                 let failure = if link.closed || link.cut {
@@ -281,7 +283,7 @@ impl Driver {
                 let link = self.link(worker);
                 assert!(!link.forgotten);
                 link.forgotten = true;
-                // Even if its process lives on, it can claim nothing any more.
+                // Its process may live on, but cannot claim any more.
                 for record in link.channel.drain(..).chain(link.gathered.drain(..)) {
                     let slot = &link.board[record.ticket.slot as usize];
                     assert!(!slot::take(slot, record.ticket.seq));
@@ -291,7 +293,7 @@ impl Driver {
         }
     }
 
-    /// Sometimes a worker takes a connection in the very moment in which we want to take one back.
+    /// Sometimes a worker takes the connection just before the dispatcher revokes it.
     fn race(&mut self, worker: WorkerId) {
         if self.link(worker).alive
             && self.races.as_mut().is_some_and(|races| races.once_in(4))
@@ -306,7 +308,7 @@ impl Driver {
         assert_eq!(copy, Some(conn.serial));
     }
 
-    /// Sends what was gathered; true if the core was told of something.
+    /// Sends the gathered records; true if it reported a failure to the core.
     fn flush(&mut self) -> bool {
         let mut told = false;
         for link in &mut self.links {
@@ -340,7 +342,8 @@ impl Driver {
         told
     }
 
-    /// Reads every worker's counter and slots, as the event loop does once per turn, then lets time take effect.
+    /// Reads every worker's counter and slots, as the event loop does once per turn, then calls the
+    /// core's tick.
     pub fn turn(&mut self) {
         self.read_gauges();
         for link in &self.links {
@@ -361,7 +364,7 @@ impl Driver {
         self.pump();
     }
 
-    /// Reads the gauges of those workers of which the core wants them read now.
+    /// Reads the gauges that the core wants now.
     fn read_gauges(&mut self) {
         let pools = (0..self.pools).map(PoolId);
         let due: Vec<bool> = pools.map(|pool| self.core.reads_gauges(self.now, pool)).collect();
@@ -381,13 +384,14 @@ impl Driver {
         }
     }
 
-    /// Time passes, and a turn follows.
+    /// Advances the time and runs a turn.
     pub fn wait(&mut self, time: Duration) {
         self.now = self.now + time;
         self.turn();
     }
 
-    /// The worker receives records until it has claimed one; true if there was one. Probes are answered on the way.
+    /// The worker receives records and answers probes until it has claimed a connection; true if it
+    /// has.
     pub fn take(&mut self, worker: WorkerId) -> Option<ConnId> {
         let now = self.now;
         loop {
@@ -434,13 +438,13 @@ impl Driver {
         }
     }
 
-    /// The worker writes nonsense into the slot of its oldest record.
+    /// The worker writes an impossible word into the slot of its oldest record.
     pub fn scribble(&mut self, worker: WorkerId) -> bool {
         let link = self.link(worker);
         let Some(Record { ticket, .. }) = link.channel.pop_front() else {
             return false;
         };
-        // Only over SENT: what it has claimed it may not give back.
+        // Only if it is SENT: a claimed slot must stay TAKEN.
         let slot = &link.board[ticket.slot as usize];
         if slot::revoke(slot, ticket.seq) == Revoke::Revoked {
             slot.store(u64::MAX, Ordering::Release);

@@ -1,4 +1,4 @@
-//! What goes wrong in a run, and when; and how to find the little of it that matters.
+//! The plan of a run: its faults and their times; also reduces the plan of a failing run.
 
 use std::panic::{AssertUnwindSafe, catch_unwind};
 use std::time::Duration;
@@ -6,18 +6,18 @@ use std::time::Duration;
 use super::Random;
 use super::run::{Outcome, run};
 
-/// Something that goes wrong.
+/// A fault.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum FaultKind {
-    /// The process does nothing for a while, then goes on.
+    /// The process stops for a while, then continues.
     Hang(Duration),
-    /// The process dies; another takes its place some time later.
+    /// The process dies; another replaces it later.
     Crash,
-    /// The process says goodbye, finishes what it has and ends.
+    /// The process says goodbye, finishes its connections and ends.
     Leave,
-    /// The process loses its connection to the dispatcher, keeps what it has, and joins again.
+    /// The process loses its connection to the dispatcher, keeps its clients, and joins again.
     Rejoin,
-    /// Descriptors do not arrive for a while.
+    /// Descriptors do not arrive at the process for a while.
     LoseFds(Duration),
     /// The process writes random counters from now on.
     Lie,
@@ -27,40 +27,40 @@ pub enum FaultKind {
     SmallChannel(Duration),
     /// The process closes its end of the channel, and dies later.
     CloseChannel,
-    /// An operator drains its worker, and makes it active again after a while.
+    /// An operator drains its worker, and resumes it after a while.
     Drain(Duration),
-    /// So many sends fail for want of resources.
+    /// This number of sends fails for lack of resources.
     Scarcity(u32),
-    /// So many clients arrive at once.
+    /// This number of clients arrives at once.
     Burst(u32),
 }
 
-/// Something that goes wrong with one process.
+/// A fault of one process.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct Fault {
-    /// After the start.
+    /// Time after the start.
     pub at: Duration,
-    /// Which process.
+    /// The process.
     pub process: usize,
-    /// What.
+    /// The fault.
     pub kind: FaultKind,
 }
 
-/// A run: everything that happens in it follows from this.
+/// A run: its plan determines everything in it.
 #[derive(Clone, Debug)]
 pub struct Plan {
-    /// Of everything that is not a fault.
+    /// The seed of everything except the faults.
     pub seed: u64,
-    /// Processes that start; a few in most runs, thousands in some.
+    /// Number of processes; a few in most runs, thousands in some.
     pub processes: u64,
-    /// How long faults happen and clients arrive.
+    /// How long faults occur and clients arrive.
     pub horizon: Duration,
-    /// In order of time.
+    /// The faults, by time.
     pub faults: Vec<Fault>,
 }
 
 impl Plan {
-    /// The plan for a seed. One in 64 has a crowd of workers, one in 256 a very large one, for a shorter time.
+    /// The plan for a seed. One in 64 has many workers, one in 256 very many, for a shorter time.
     pub fn from_seed(seed: u64) -> Plan {
         let mut random = Random::new(seed ^ 0xfau64);
         let (processes, most_faults, horizon) = match seed % 256 {
@@ -99,7 +99,7 @@ fn kind(random: &mut Random) -> FaultKind {
     }
 }
 
-/// Runs a plan; an error says why it fails.
+/// Runs a plan; the error is the reason of a failure.
 pub fn attempt(plan: &Plan) -> Result<Outcome, String> {
     catch_unwind(AssertUnwindSafe(|| run(plan))).map_err(|panic| {
         let text = panic
@@ -110,7 +110,8 @@ pub fn attempt(plan: &Plan) -> Result<Outcome, String> {
     })
 }
 
-/// The shortest plan found that fails as well: parts of the faults are left out, in ever smaller portions.
+/// Reduces a failing plan: leaves out parts of the faults, in ever smaller portions, as long as the
+/// run still fails.
 pub fn shrink(plan: &Plan, mut fails: impl FnMut(&Plan) -> bool) -> Plan {
     let mut best = plan.clone();
     let mut portion = best.faults.len().div_ceil(2);

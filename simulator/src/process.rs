@@ -2,20 +2,20 @@
 
 use dispatcher_core::WorkerId;
 
-/// Something that happens at a moment of a run.
+/// A scheduled event of a run.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord)]
 pub(super) enum What {
     /// A client connects.
     Arrive,
-    /// The process looks into its channel.
+    /// The process reads its channel.
     Step(usize),
-    /// A connection of the process ends, if it is still the one that took it.
+    /// A connection of the process ends, if the process that took it still lives.
     End(usize, u64),
     /// The process starts (again).
     Start(usize),
-    /// The death of a worker is noticed.
+    /// The dispatcher notices the death of a worker.
     Notice(u64),
-    /// The process is as it should be again.
+    /// A fault of the process ends.
     Heal(usize),
     /// The first bytes of an awaited client arrive.
     Say(u32, u64, u64),
@@ -23,16 +23,16 @@ pub(super) enum What {
     GiveUp(u32, u64),
     Fault(usize),
     Turn,
-    /// An operator makes the worker with this serial number active again.
+    /// An operator resumes the worker with this serial number.
     Resume(u64),
-    /// The last fault and the last client are over.
+    /// Faults and arrivals end.
     Calm,
 }
 
-/// A slot of a worker process, and the process in it now.
+/// A place for worker processes that replace each other, with the current one.
 #[derive(Debug, Default)]
 pub(super) struct Process {
-    /// Counts lives, so that what belongs to an earlier one is ignored.
+    /// Number of the current process, so that events of an earlier one are ignored.
     pub(super) life: u64,
     pub(super) worker: Option<WorkerId>,
     pub(super) one_at_a_time: bool,

@@ -1,7 +1,9 @@
-//! One run: processes with a life of their own, clients, faults, and a shell that turns now and then.
+//! One run: independent worker processes, clients, faults, and an event loop that runs a turn from
+//! time to time.
 //!
-//! Everything is drawn from the plan's seed, so a run can be repeated. What must always hold is asserted by
-//! [`Driver`] and the core itself; here: loads are exact, and once the faults stop every client is served in time.
+//! Everything is drawn from the plan's seed, so a run can be repeated. [`Driver`] and the core
+//! assert the invariants. This module asserts that loads are exact, and that after the faults every
+//! client is served in time.
 
 mod faults;
 
@@ -18,18 +20,19 @@ use super::process::{Process, What};
 use super::{Driver, Random};
 use dispatcher_core::*;
 
-/// After the faults, every client must have been served by then, even by a single process that takes one at a time.
+/// After the faults, every client must be served within this time, even by a single process that
+/// serves one client at a time.
 const TAIL: Duration = Duration::from_secs(60);
 const LISTENER: ListenerId = ListenerId(0);
 
-/// What a run came to.
+/// The result of a run.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
 pub struct Outcome {
-    /// Things that happened.
+    /// Number of events.
     pub events: u64,
-    /// Of the core.
+    /// The core's totals.
     pub totals: Totals,
-    /// Workers there were.
+    /// Number of workers that joined.
     pub workers: u64,
 }
 
@@ -41,7 +44,7 @@ struct Run<'a> {
     order: u64,
     processes: Vec<Process>,
     backlog: u32,
-    /// Most clients in the kernel's queue; further ones are turned away by the kernel.
+    /// Most clients in the kernel's queue; the kernel rejects further ones.
     most_waiting: u32,
     next_turn: Option<Time>,
     start: Time,
@@ -49,12 +52,12 @@ struct Run<'a> {
     stops: bool,
     think: u64,
     max: u32,
-    /// So many names are shared by all processes.
+    /// The number of names that all processes share.
     names: u64,
     events: u64,
 }
 
-/// Runs a plan to its end. Panics if anything is not as it must be.
+/// Runs a plan to its end. Panics if a property does not hold.
 pub fn run(plan: &Plan) -> Outcome {
     let mut random = Random::new(plan.seed);
     let pool = PoolSettings {
@@ -62,7 +65,7 @@ pub fn run(plan: &Plan) -> Outcome {
         policy: Policy::ALL[random.below(Policy::ALL.len() as u64) as usize],
         max_connections_per_worker: 2 + random.below(30) as u32,
         max_untaken: 1 + random.below(12) as u32,
-        // Those that were killed are still there for a moment when their successors come.
+        // A killed worker is still known for a moment when its successor joins.
         max_workers: 64 + 4 * plan.processes as u32,
         handoff_timeout: Duration::from_millis(50 + random.below(250)),
         max_handoff_timeout: Duration::from_millis(1 + random.below(30_000)),
@@ -104,7 +107,7 @@ pub fn run(plan: &Plan) -> Outcome {
     run.all()
 }
 
-/// What a pool scores by, if its policy is that.
+/// The scored gauges of a pool with `least-score`.
 fn scores(random: &mut Random) -> Scores {
     let gauge = |(name, multiplier): (&str, f64)| {
         Some(ScoredGauge { name: name.parse().ok()?, multiplier })
@@ -189,7 +192,7 @@ impl Run<'_> {
         self.heap.push(Reverse((time, self.order, what)));
     }
 
-    /// The event loop wakes up soon after anything happened, and when the core wants it to.
+    /// The event loop wakes up soon after an event, and at the core's deadline.
     fn want_turn(&mut self) {
         let soon = self.driver.now + Duration::from_nanos(1_000 + self.random.below(400_000));
         let pending = self.next_turn.is_some_and(|at| at <= soon);
@@ -238,12 +241,12 @@ impl Run<'_> {
             return;
         }
         self.backlog = (self.backlog + 1).min(self.most_waiting);
-        // About the same for each process, however many there are.
+        // The rate per process is about the same for any number of processes.
         let next = self.random.around(2_500_000 / self.plan.processes.div_ceil(6));
         self.after(next, What::Arrive);
     }
 
-    /// Processes set their gauges now and then; those that lie, to anything.
+    /// Processes set their gauges from time to time; lying ones to any value.
     fn set_gauges(&mut self) {
         for process in &self.processes {
             let Some(worker) = process.worker.filter(|_| !process.hung) else { continue };
@@ -299,7 +302,7 @@ impl Run<'_> {
         }
     }
 
-    /// Right after a turn, the core knows an honest worker's load exactly.
+    /// Right after a turn, the core has the exact load of an honest worker.
     fn check_loads(&mut self) {
         for process in &self.processes {
             let Some(worker) = process.worker.filter(|_| !process.lying) else {
@@ -363,7 +366,7 @@ impl Run<'_> {
         let process = &mut self.processes[p];
         process.opened += 1;
         let life = process.life;
-        // Sometimes it gives the client an id, and says so.
+        // Sometimes it gives the client an id and claims it.
         if let Some(worker) = process.worker
             && self.random.once_in(20)
         {
@@ -374,7 +377,7 @@ impl Run<'_> {
         self.after(time, What::End(p, life));
     }
 
-    /// Takes that won against revocations during the turn.
+    /// Takes that preceded revocations during the turn.
     fn hear_of_races(&mut self) {
         while let Some(worker) = self.driver.raced.pop() {
             let of = |process: &Process| process.worker == Some(worker);
@@ -433,7 +436,8 @@ impl Run<'_> {
         }
     }
 
-    /// The process ends. What it had taken ends with it; what it had not must not be lost.
+    /// The process ends. The connections that it had taken end with it; untaken ones must not be
+    /// lost.
     fn die(&mut self, p: usize) {
         let process = &mut self.processes[p];
         let life = process.life + 1;

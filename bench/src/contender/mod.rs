@@ -135,7 +135,8 @@ impl Contender {
         Ok(running)
     }
 
-    /// Mean time of a decision since the start in microseconds, as the dispatcher measures it; `None` for other contenders.
+    /// Mean time of a decision since the start in microseconds, as the dispatcher measures it;
+    /// `None` for other contenders.
     pub fn decision(self, running: &Running) -> io::Result<Option<f64>> {
         match self.how {
             How::Dispatcher | How::Busy => ours::decision(running),

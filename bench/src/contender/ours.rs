@@ -1,4 +1,5 @@
-//! The contenders with the worker of the bench: the dispatcher, pre-fork with and without `SO_REUSEPORT`, the bare loop.
+//! The contenders with the worker of the bench: the dispatcher, pre-fork with and without
+//! `SO_REUSEPORT`, the bare loop.
 
 use std::fmt::Write as _;
 use std::io::{self, Read as _, Write as _};

@@ -1,4 +1,5 @@
-//! Proxies that copy every byte: HAProxy and nginx, in front of the same workers, each on a port of its own.
+//! Proxies that copy every byte: HAProxy and nginx, in front of the same workers, each on a port of
+//! its own.
 
 use std::fmt::Write;
 use std::io;

@@ -1,8 +1,9 @@
-//! Evenness: how many connections each worker has while connections are opened and closed. Each worker sends its
-//! index at the start of a connection; the load generator counts.
+//! Evenness: how many connections each worker has while connections are opened and closed. Each
+//! worker sends its index at the start of a connection; the load generator counts.
 //!
-//! Time is virtual: the connection whose life ends next is closed, and another is opened at once, without a wait until
-//! the worker notices the close. So the load is the same for every contender, fast or slow.
+//! Time is virtual: the connection whose life ends next is closed, and another is opened at once,
+//! without a wait until the worker notices the close. So the load is the same for every contender,
+//! fast or slow.
 
 use std::cmp::Reverse;
 use std::collections::BinaryHeap;

@@ -1,4 +1,5 @@
-//! One client at a time, with pauses: the time from the connect until the application of a sleeping server has it.
+//! One client at a time, with pauses: the time from the connect until the application of a sleeping
+//! server has it.
 
 use std::io;
 use std::time::Duration;

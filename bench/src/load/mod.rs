@@ -1,4 +1,5 @@
-//! The clients: a process of its own that drives one load and reports its measurements and its own CPU use.
+//! The clients: a process of its own that drives one load and reports its measurements and its own
+//! CPU use.
 
 mod bulk;
 mod even;
@@ -71,7 +72,8 @@ pub enum Lifetimes {
     HeavyTailed,
 }
 
-/// Runs the load of a hidden command: the request is JSON, the metrics go to standard output as JSON.
+/// Runs the load of a hidden command: the request is JSON, the metrics go to standard output as
+/// JSON.
 pub fn run(request: &str) -> io::Result<()> {
     machine::die_with_parent();
     machine::raise_descriptors();

@@ -1,5 +1,5 @@
-//! Clients that connect at random moments, whether or not earlier ones still wait: how long until the application has
-//! each of them.
+//! Clients that connect at random moments, whether or not earlier ones still wait: how long until
+//! the application has each of them.
 
 use std::io;
 use std::time::{Duration, Instant};

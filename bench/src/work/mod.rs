@@ -206,7 +206,8 @@ pub fn run(plan: &Plan) -> io::Result<()> {
     Ok(())
 }
 
-/// Each variant in turn, round after round; every second round backwards, so that no variant is always first.
+/// Each variant in turn, round after round; every second round backwards, so that no variant is
+/// always first.
 fn measure(plan: &Plan, case: &Case, report: &mut Report) -> Vec<Vec<Metrics>> {
     let mut results = vec![Vec::new(); case.variants.len()];
     let mut left_out = vec![false; case.variants.len()];
@@ -234,7 +235,8 @@ fn measure(plan: &Plan, case: &Case, report: &mut Report) -> Vec<Vec<Metrics>> {
             match outcome {
                 Ok(metrics) => results[at].push(metrics),
                 Err(error) => {
-                    // Rounds must stay comparable: a variant that fails once is skipped in this case.
+                    // Rounds must stay comparable: a variant that fails once is skipped in this
+                    // case.
                     report.skip(&case.title, &variant.label, &error.to_string());
                     results[at].clear();
                     left_out[at] = true;

@@ -1,5 +1,6 @@
-//! Workers that take seldom: event loops with long rounds, and workers that serve one client at a time; with and without
-//! additional workers that take nothing. How long clients wait, compared with a listener that the same workers share.
+//! Workers that take seldom: event loops with long rounds, and workers that serve one client at a
+//! time; with and without additional workers that take nothing. How long clients wait, compared
+//! with a listener that the same workers share.
 
 use std::time::Duration;
 
@@ -8,7 +9,8 @@ use crate::contender::{Contender, How, Setup};
 use crate::load::Job;
 use crate::worker::{Kind, Serve};
 
-/// With the dispatcher they join and take nothing; otherwise they hold the shared listener and accept nothing.
+/// With the dispatcher they join and take nothing; otherwise they hold the shared listener and
+/// accept nothing.
 const STUCK: u16 = 3;
 
 pub(super) fn cases(plan: &Plan) -> Vec<Case> {

@@ -1,4 +1,5 @@
-//! The server process of every contender: one server, three ways to wait, four sources of connections.
+//! The server process of every contender: one server, three ways to wait, four sources of
+//! connections.
 
 mod blocking;
 mod mio;
@@ -116,7 +117,8 @@ pub struct WorkerArgs {
     /// Pause after each accept, in microseconds: a slow worker.
     #[arg(long, default_value_t = 0)]
     pub delay: u64,
-    /// How long a round of an event loop, or the service of one client of a blocking worker, takes, in microseconds.
+    /// How long a round of an event loop, or the service of one client of a blocking worker, takes,
+    /// in microseconds.
     #[arg(long, default_value_t = 0)]
     pub round: u64,
     /// Takes nothing.

@@ -58,7 +58,8 @@ pub(super) fn run(args: &WorkerArgs) -> io::Result<()> {
 fn start(stream: impl AsyncRead + AsyncWrite + Send + Unpin + 'static, args: &WorkerArgs) {
     args.dawdle();
     let mut greeting = [0; 8];
-    // Now, not when the task first runs: the stamp is the moment at which the application got the connection.
+    // Now, not when the task first runs: the stamp is the moment at which the application got the
+    // connection.
     let len = args.serve.greeting(args.index, &mut greeting);
     tokio::spawn(serve(stream, args.serve, greeting, len));
 }

@@ -1,4 +1,4 @@
-//! What goes wrong in a run, as it happens, and how it ends.
+//! Faults of a run: their beginnings and ends.
 
 use std::time::Duration;
 
@@ -55,7 +55,7 @@ impl Run<'_> {
 
     pub(super) fn resume(&mut self, serial: u64) {
         let worker = self.driver.links[serial as usize - 1].id;
-        // It may be leaving; then it stays as it is.
+        // A worker that is leaving cannot be resumed.
         let _ = self.driver.core.resume_worker(self.driver.now, worker);
         self.driver.pump();
         self.hear_of_races();
@@ -66,7 +66,8 @@ impl Run<'_> {
         self.after(time.as_nanos() as u64, What::Heal(p));
     }
 
-    /// Its connection to the dispatcher breaks; it reads the old channel to its end before it joins again.
+    /// The process's connection to the dispatcher breaks; the process reads the old channel to its
+    /// end before it joins again.
     fn rejoin(&mut self, p: usize) {
         let process = &mut self.processes[p];
         let Some(worker) = process.worker else { return };
@@ -84,7 +85,7 @@ impl Run<'_> {
         self.begin(p);
     }
 
-    /// From now on there are no faults and no new clients.
+    /// Ends all faults and arrivals.
     pub(super) fn calm_down(&mut self) {
         self.calm = true;
         self.driver.scarcity = 0;

@@ -1,5 +1,6 @@
-//! The real core, driven as the event loop drives it: scoreboards are read at each wake-up, then timers, then accepts, then
-//! all effects at once. A worker's action wakes the dispatcher only if the dispatcher wants to hear of it, and a little later.
+//! The real core, driven as the event loop drives it: scoreboards are read at each wake-up, then
+//! timers, then accepts, then all effects at once. A worker's action wakes the dispatcher, after a
+//! delay, only if the dispatcher's `want` bits ask for it.
 
 use std::collections::VecDeque;
 use std::time::Duration;
@@ -16,7 +17,7 @@ use dispatcher_core::*;
 
 const LISTENER: ListenerId = ListenerId(0);
 
-/// What the dispatcher keeps of a client.
+/// The dispatcher's state of a client.
 #[derive(Clone, Copy, Debug, Default)]
 struct Sent {
     sends: u32,
@@ -29,17 +30,17 @@ struct Sent {
 #[derive(Debug)]
 pub(super) struct Dispatcher {
     driver: Driver,
-    /// The driver's clock at the start of the scenario.
+    /// The driver's time at the start of the scenario.
     start: u64,
     warm: u64,
-    /// By number of the scenario.
+    /// By worker number of the scenario.
     workers: Vec<Option<WorkerId>>,
-    /// Numbers in the order of the joins.
+    /// Worker numbers in the order of the joins.
     joined: Vec<usize>,
-    /// What each worker reports of its threads, if it does.
+    /// Each worker's report of its threads, if it makes one.
     threads: Vec<Option<Threads>>,
     stopped: Vec<bool>,
-    /// Workers whose scoreboards have changed since the last turn. Others read as they did.
+    /// Workers whose scoreboards have changed since the last turn.
     changed: Vec<usize>,
     /// Clients in the kernel's queue.
     backlog: VecDeque<u32>,
@@ -49,7 +50,7 @@ pub(super) struct Dispatcher {
     doorbell: Option<u64>,
     deadline: Option<u64>,
     delivered: Vec<usize>,
-    /// Of workers that had taken something.
+    /// Suspicions of workers that had taken connections.
     suspicions: Vec<u32>,
     closed: u32,
     /// The longest take of each worker before it stopped.
@@ -96,7 +97,7 @@ impl Dispatcher {
         }
     }
 
-    /// Adds what only the dispatcher knows.
+    /// Adds the dispatcher's part of the results.
     pub(super) fn report(&mut self, outcome: &mut Outcome) {
         self.driver.core.check();
         outcome.suspicions = self.suspicions.iter().sum();
@@ -115,7 +116,7 @@ impl Dispatcher {
         self.driver.now = Time(self.start + now);
     }
 
-    /// The worker changed its scoreboard; it rings the doorbell if the dispatcher wants to hear of that.
+    /// The worker changed its scoreboard; it rings the doorbell if the `want` bits ask for it.
     fn change(&mut self, now: u64, worker: usize, bit: u32) {
         self.changed.push(worker);
         if self.doorbell.is_none()
@@ -150,7 +151,7 @@ impl Dispatcher {
         }
     }
 
-    /// Performs all effects, and notes what they were.
+    /// Performs and counts all effects.
     fn perform(&mut self, now: u64) {
         self.driver.pump();
         let mut log = std::mem::take(&mut self.driver.log);
@@ -310,7 +311,7 @@ impl Driver {
         self.core.finished(now, worker, finished);
     }
 
-    /// The worker claims its probes and leaves connections where they are; true if there was one.
+    /// The worker claims its probes and leaves its connections; true if there was a probe.
     fn answer_probes(&mut self, worker: WorkerId) -> bool {
         let now = self.now;
         let link = self.link(worker);

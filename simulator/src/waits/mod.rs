@@ -1,9 +1,12 @@
-//! How long clients wait until a worker takes them: the pool's core beside two references, in virtual time.
+//! How long clients wait until a worker takes them: compares the core with two references, in
+//! virtual time.
 //!
-//! A [`Scenario`] says which workers there are, when clients arrive and what happens to workers. [`run`] plays it with one
+//! A [`Scenario`] defines the workers, the arrivals of clients and the events of workers. [`run`]
+//! runs it with one
 //! [`Contender`]: the real core as the event loop drives it, one accept queue that all workers share, or a dispatcher that
-//! never moves a connection. Service times belong to the connection and round lengths to the worker, both drawn from the
-//! seed alone, so contenders meet the same clients and the same workers. For tests only.
+//! never moves a connection. Service times belong to the connection and round lengths to the
+//! worker, both drawn from the seed alone, so contenders meet the same clients and the same
+//! workers. For tests only.
 
 mod core;
 mod outcome;
@@ -21,7 +24,7 @@ use super::Random;
 /// How a worker takes connections.
 #[derive(Clone, Copy, Debug, PartialEq)]
 pub enum Kind {
-    /// A busy event loop: takes at the end of each round what is there, at most `most` connections.
+    /// A busy event loop: takes the waiting connections at the end of each round, at most `most`.
     Loop {
         /// Mean length of a round.
         round: Duration,
@@ -30,7 +33,8 @@ pub enum Kind {
     },
     /// An event loop that is idle: takes everything as soon as it arrives.
     Fast,
-    /// Blocking threads that each accept a connection and serve it to its end. Reports how many wait in accept.
+    /// Blocking threads that each accept a connection and serve it to its end. Reports the number
+    /// of threads that wait in accept.
     Serial {
         /// Threads.
         threads: u32,
@@ -39,22 +43,22 @@ pub enum Kind {
     Stuck,
     /// Receives nothing and answers nothing.
     Dead,
-    /// Hostile: by turns [`Kind::Fast`] and [`Kind::Stuck`].
+    /// Hostile: alternately [`Kind::Fast`] and [`Kind::Stuck`].
     Flapping {
         /// How long it serves.
         serves: Duration,
-        /// How long it does not.
+        /// How long it does not serve.
         rests: Duration,
     },
 }
 
 impl Kind {
-    /// An event loop without a bound on what a round takes.
+    /// An event loop without a bound on the connections of a round.
     pub fn event_loop(round: Duration) -> Kind {
         Kind::Loop { round, most: u32::MAX }
     }
 
-    /// Whether the worker serves what it gets.
+    /// Whether the worker serves its connections.
     pub fn is_honest(self) -> bool {
         match self {
             Kind::Loop { .. } | Kind::Fast | Kind::Serial { .. } => true,
@@ -96,12 +100,12 @@ pub enum Service {
     Exponential(Duration),
     /// Pareto with shape 1.5 and this mean.
     Pareto(Duration),
-    /// To the end of the run.
+    /// Until the end of the run.
     Forever,
 }
 
 impl Service {
-    /// The service time of one connection; `None` for ever.
+    /// The service time of one connection; `None` if it is unlimited.
     fn draw(self, random: &mut Random) -> Option<u64> {
         let u = 1.0 - unit(random);
         match self {
@@ -114,13 +118,13 @@ impl Service {
     }
 }
 
-/// Something that happens to a worker.
+/// An event of a worker.
 #[derive(Clone, Copy, Debug, PartialEq)]
 pub enum Change {
-    /// The worker takes nothing and answers nothing from now on. Threads that serve one connection each stop too; event
-    /// loops end their connections all the same, which makes them look idle to a balancer.
+    /// The worker takes and answers nothing from now on. Threads that serve one connection each
+    /// stop too; event loops still end their connections, which makes them look idle to a balancer.
     Stop,
-    /// It goes on.
+    /// It continues.
     Continue,
     /// It becomes a worker of another kind.
     Become(Kind),
@@ -135,24 +139,24 @@ pub struct WorkerPlan {
     pub joins: Duration,
 }
 
-/// What is played.
+/// A scenario.
 #[derive(Clone, Debug, PartialEq)]
 pub struct Scenario {
     /// The workers.
     pub workers: Vec<WorkerPlan>,
     /// How rounds of event loops are distributed.
     pub rounds: Rounds,
-    /// So many clients arrive at once, just after the start.
+    /// Number of clients that arrive at once, just after the start.
     pub burst: u32,
     /// Clients per second after that, a Poisson process.
     pub rate: f64,
-    /// How many clients arrive in all, those of the burst included.
+    /// Number of clients, including those of the burst.
     pub clients: u32,
-    /// How long each is served.
+    /// The service time of each client.
     pub service: Service,
-    /// What happens, to which worker, and when.
+    /// The events of workers: time, worker, event.
     pub changes: Vec<(Duration, usize, Change)>,
-    /// Clients that arrive before are served but not counted.
+    /// Clients that arrive earlier are served but not counted.
     pub warm: Duration,
     /// `handoff_timeout` of the pool.
     pub handoff_timeout: Duration,
@@ -167,7 +171,7 @@ pub struct Scenario {
 }
 
 impl Scenario {
-    /// These workers from the start on, clients at this rate, everything else as is usual.
+    /// These workers from the start on, clients at this rate, the usual values for everything else.
     pub fn new(kinds: impl IntoIterator<Item = Kind>, rate: f64) -> Scenario {
         let plan = |kind| WorkerPlan { kind, joins: Duration::ZERO };
         Scenario {
@@ -187,13 +191,13 @@ impl Scenario {
         }
     }
 
-    /// The same without stops: what the others would have waited.
+    /// The scenario without stops: the reference for the waits of the other clients.
     #[must_use]
     pub fn undisturbed(&self) -> Scenario {
         Scenario { changes: Vec::new(), ..self.clone() }
     }
 
-    /// When each client arrives, in nanoseconds, and how long it is served.
+    /// The arrival time of each client in nanoseconds, and its service time.
     fn arrivals(&self, seed: u64) -> Vec<(u64, Option<u64>)> {
         let mut random = Random::new(seed);
         let mut at = 1_000_000;
@@ -211,19 +215,19 @@ impl Scenario {
     }
 }
 
-/// What places the connections.
+/// The mechanism that places the connections.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Contender {
-    /// One queue that every worker accepts from: what no dispatcher can beat by much.
+    /// One queue that every worker accepts from: a lower bound, approximately.
     Shared,
     /// Each connection goes to the least loaded worker and stays there.
     Never,
-    /// The pool's core.
+    /// The core.
     Core,
 }
 
 impl Contender {
-    /// For tables.
+    /// The name in tables.
     pub fn name(self) -> &'static str {
         match self {
             Contender::Shared => "shared queue",

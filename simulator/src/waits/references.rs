@@ -1,38 +1,39 @@
-//! What places the connections: what a worker sees of it, and the two references.
+//! The interface of a contender to the workers, and the two references.
 
 use std::collections::VecDeque;
 
 use crate::Random;
 
-/// The other side of the workers' queues. Workers and clients are known by their numbers.
+/// A contender. Workers and clients are identified by numbers.
 pub(super) trait Front {
     /// A worker joins.
     fn join(&mut self, now: u64, worker: usize);
     /// A client arrives.
     fn arrive(&mut self, now: u64, client: u32);
-    /// A worker takes its next connection, if there is one for it. Answers probes on the way.
+    /// A worker takes its next connection, if there is one, and answers probes.
     fn receive(&mut self, now: u64, worker: usize) -> Option<u32>;
-    /// A worker answers probes, and takes nothing.
+    /// A worker answers probes and takes nothing.
     fn answer(&mut self, now: u64, worker: usize);
     /// A connection at the worker has ended.
     fn finish(&mut self, now: u64, worker: usize);
-    /// So many threads of the worker wait in accept. One that has just come back was away for so long.
+    /// The number of the worker's threads that wait in accept, and how long a thread that has just
+    /// returned was away.
     fn idle_threads(&mut self, now: u64, worker: usize, idle: u32, away: Option<u64>);
-    /// A worker stops, or goes on: for the record only.
+    /// A worker stops or continues; only recorded.
     fn stopped(&mut self, worker: usize, stopped: bool);
-    /// When it wants to do something next.
+    /// The time of its next action.
     fn next_turn(&self) -> Option<u64>;
-    /// That time has come.
+    /// Its next action is due.
     fn turn(&mut self, now: u64);
-    /// Workers that something was delivered to since the last call. A worker may be named twice.
+    /// Workers with deliveries since the last call; duplicates are possible.
     fn delivered(&mut self, workers: &mut Vec<usize>);
     /// How long a delivery takes.
     fn delay(&self) -> u64;
-    /// A worker's connections, untaken ones included, if that is known.
+    /// A worker's connections, untaken ones included, if known.
     fn load(&self, worker: usize) -> u64;
 }
 
-/// One queue for all.
+/// One queue for all workers.
 #[derive(Debug)]
 pub(super) struct Shared {
     queue: VecDeque<u32>,
@@ -87,7 +88,7 @@ impl Front for Shared {
 
     fn turn(&mut self, _: u64) {}
 
-    /// Every process waiting in accept looks, in any order.
+    /// Every process that waits in accept wakes up, in any order.
     fn delivered(&mut self, workers: &mut Vec<usize>) {
         if std::mem::take(&mut self.arrived) {
             for last in (1..self.joined.len()).rev() {
@@ -116,7 +117,7 @@ pub(super) struct Never {
     queued: VecDeque<u32>,
     most: usize,
     delivered: Vec<usize>,
-    /// It has seen that a worker has room again.
+    /// The dispatcher has noticed that a worker has room again.
     doorbell: Option<u64>,
     random: Random,
 }

@@ -1,4 +1,4 @@
-//! Virtual workers: when each takes what, with any of the three contenders.
+//! Virtual workers: when each takes connections, with any of the three contenders.
 
 use std::time::Duration;
 
@@ -13,7 +13,7 @@ pub(super) struct Worker {
     /// It has joined.
     pub(super) up: bool,
     pub(super) stopped: bool,
-    /// Threads that serve.
+    /// Number of threads that serve.
     pub(super) busy: u32,
     /// Connections that would have ended while the threads were stopped.
     pub(super) overdue: u32,
@@ -46,13 +46,13 @@ impl Worker {
         Some(length)
     }
 
-    /// How far the first round has come when the worker joins.
+    /// Progress of the first round when the worker joins.
     pub(super) fn phase(&mut self, rounds: Rounds) -> Option<u64> {
         let length = self.round(rounds)?;
         Some((length as f64 * super::unit(&mut self.random)) as u64)
     }
 
-    /// Whether a delivery wakes it; a busy event loop looks when its round ends.
+    /// Whether a delivery wakes it; a busy event loop reads its queue at the end of a round.
     pub(super) fn is_woken(&self) -> bool {
         self.up && !matches!(self.kind, Kind::Loop { .. })
     }
@@ -67,7 +67,8 @@ impl Worker {
         }
     }
 
-    /// What the worker takes when it looks at its queue `now`, perhaps by a thread that was `away` for so long.
+    /// The connections that the worker takes from its queue `now`; `away` is how long the thread
+    /// was away from accept, if a thread takes.
     pub(super) fn look(
         &mut self,
         now: u64,

@@ -1,4 +1,4 @@
-//! The clock: what happens when, for any contender.
+//! The schedule of a run, for any contender.
 
 use std::cmp::Reverse;
 use std::collections::BinaryHeap;
@@ -10,13 +10,13 @@ use super::references::{Front, Never, Shared};
 use super::workers::Worker;
 use super::{Change, Contender, Kind, Scenario};
 
-/// From a send to the moment in which a worker that waits has received it.
+/// Time from a send until a waiting worker has received it.
 pub(super) const DELIVERY: u64 = 50_000;
 
-/// From a worker's ring of the doorbell to the dispatcher's turn.
+/// Time from a ring of the doorbell to the dispatcher's turn.
 pub(super) const LAG: u64 = 100_000;
 
-/// After the last arrival everything must be served by then.
+/// After the last arrival every client must be served within this time.
 const TAIL: u64 = 90_000_000_000;
 
 #[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord)]
@@ -45,7 +45,7 @@ struct World<'a> {
     delivered: Vec<usize>,
 }
 
-/// Plays a scenario.
+/// Runs a scenario.
 pub fn run(scenario: &Scenario, contender: Contender, seed: u64) -> Outcome {
     let count = scenario.workers.len();
     match contender {
@@ -101,7 +101,7 @@ impl World<'_> {
         }
         self.next_arrival(0);
         let last = self.outcome.clients.last().map_or(0, |client| client.at);
-        // Until all are served. A worker that is still to recover needs no more clients.
+        // Until all clients are served. A recovery of a worker after that is not simulated.
         while self.untaken > 0
             && let Some(Reverse((time, _, what))) = self.heap.pop()
             && time <= last + TAIL
@@ -165,7 +165,7 @@ impl World<'_> {
         }
     }
 
-    /// A worker begins to work in its way.
+    /// A worker starts with its kind of work.
     fn begin(&mut self, number: usize, joined: bool) {
         let now = self.now;
         let worker = &mut self.workers[number];
@@ -182,7 +182,7 @@ impl World<'_> {
             self.at(now, What::Look(number));
         }
         if let Kind::Flapping { serves, rests } = self.workers[number].kind {
-            // It looks whenever it begins to serve.
+            // It reads its queue whenever it begins to serve.
             let period = (serves + rests).as_nanos() as u64;
             let last = self.outcome.clients.last().map_or(0, |client| client.at) + TAIL;
             for turn in 1..=last / period {
@@ -243,7 +243,7 @@ impl World<'_> {
         self.taken = taken;
     }
 
-    /// A connection ends; one that a thread of its own took at `thread`.
+    /// A connection ends; `thread` is when a thread took it, if a thread serves it.
     fn end(&mut self, number: usize, thread: Option<u64>) {
         let worker = &mut self.workers[number];
         if thread.is_some() && worker.stopped {
@@ -257,7 +257,7 @@ impl World<'_> {
         }
     }
 
-    /// Workers that wait for what was sent to them receive it.
+    /// Waiting workers receive their deliveries.
     fn deliver(&mut self) {
         let mut delivered = std::mem::take(&mut self.delivered);
         self.front.delivered(&mut delivered);
