@@ -1,5 +1,5 @@
-//! The charts of docs/LOAD_BALANCING.md, from the simulator: the core itself, workers without processes, time without waiting.
-//! The test compares what is in docs/ with what the code does now. To draw them again:
+//! The charts of docs/LOAD_BALANCING.md, from the core with simulated workers in virtual time. The
+//! test compares the charts in docs/ with the current code. To draw them again:
 //!
 //!     WRITE_CHARTS=1 cargo test -p dispatcher-core --test core load_balancing
 #![allow(clippy::unwrap_used, clippy::expect_used)]
@@ -19,7 +19,7 @@ use simulator::{Driver, Random};
 const LISTENER: ListenerId = ListenerId(0);
 const MILLISECOND: u64 = 1_000_000;
 
-/// A pool, its clients, and what has been going on.
+/// A pool with its workers and clients.
 struct Scene {
     driver: Driver,
     random: Random,
@@ -61,7 +61,7 @@ impl Scene {
         self.workers.push(self.driver.join(hello).unwrap());
     }
 
-    /// The last worker that came shows this gauge.
+    /// The last worker that joined sets its gauge to this value.
     fn show(&mut self, wait: f64) {
         let at = self.driver.now.0;
         for gauge in self.driver.links.iter_mut().last().into_iter().flat_map(|l| &mut l.gauges) {
@@ -69,17 +69,18 @@ impl Scene {
         }
     }
 
-    /// One client: it comes up to 2 ms after the last one, and stays for 20 ms half of the time, for 40 ms a quarter of it,
-    /// and so on up to 20 s: most are short, and half of all the load is of those that are not.
+    /// One client: it arrives up to 2 ms after the last one, and stays 20 ms with probability 1/2,
+    /// 40 ms with probability 1/4, and so on up to 20 s. Most connections are short, and the long
+    /// ones make half of the load.
     fn client(&mut self) {
         let gap = self.random.below(2 * MILLISECOND);
         let doublings = self.random.number().trailing_zeros().min(10);
         let time = Duration::from_nanos((20 << doublings) * MILLISECOND);
-        // Some come more often than others.
-        let who = self.random.below(20) * self.random.below(20);
+        // Some clients connect more often than others.
+        let number = self.random.below(20) * self.random.below(20);
         self.advance(Duration::from_nanos(gap));
         self.driver.log.clear();
-        let peer = SocketAddr::from(([10, 0, (who / 256) as u8, (who % 256) as u8], 1));
+        let peer = SocketAddr::from(([10, 0, (number / 256) as u8, (number % 256) as u8], 1));
         self.driver.accept_only_from(LISTENER, peer.into());
         self.driver.pump();
         let sent = self.driver.log.iter().find_map(|effect| match effect {
@@ -127,7 +128,7 @@ fn points(points: impl Iterator<Item = (f64, f64)>) -> String {
     text.trim_end().to_owned()
 }
 
-/// Either writes the chart, or finds it as it must be.
+/// Writes the chart, or compares it with the file.
 fn check(name: &str, chart: &str) {
     let path = Path::new(concat!(env!("CARGO_MANIFEST_DIR"), "/../docs")).join(name);
     if std::env::var_os("WRITE_CHARTS").is_some() {
@@ -148,9 +149,10 @@ fn panel(at: (f64, f64), policy: Policy) -> String {
     const SAMPLES: usize = 100;
     let mut scene = Scene::new(policy, Duration::ZERO);
     for n in 0..8 {
-        // With failover, two of eight are first.
+        // With failover, two of eight workers have the highest priority.
         scene.join(u16::from(policy == Policy::Failover && n < 2));
-        // With scores, requests wait with two of eight, as long as is worth ten connections.
+        // With scores, requests wait at two of eight workers; the wait costs as much as ten
+        // connections.
         scene.show(if n < 2 { 0.1 } else { 0.0 });
     }
     let mut samples = Vec::new();
@@ -248,7 +250,7 @@ fn slow_start() {
         scene.advance(Duration::from_secs(60));
         (0..2_000).for_each(|_| scene.client());
         scene.join(0);
-        // What it was sent in each 50 ms: the rate it has to bear.
+        // The connections that it got in each 50 ms: its rate.
         let (mut line, mut before) = (Vec::new(), 0);
         for n in 0..SAMPLES {
             let end = scene.driver.now + Duration::from_millis(50);

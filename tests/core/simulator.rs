@@ -1,7 +1,8 @@
-//! The core in a virtual world where everything goes wrong, run by run, each from a seed of its own.
+//! The core in the simulator with all kinds of faults. Each run has a seed of its own.
 //!
-//! `SIM_SEED` is the first seed (default 1), `SIM_EVENTS` how much has to happen in all (default 1,500,000). A failure names
-//! the seed, and the fewest faults found that fail as well: `SIM_SEED=… SIM_EVENTS=1` repeats it. For as long as you like:
+//! `SIM_SEED` is the first seed (default 1), `SIM_EVENTS` the number of events of all runs (default
+//! 1,500,000). A failure shows the seed and the smallest failing set of faults that was found:
+//! `SIM_SEED=… SIM_EVENTS=1` repeats it. To run for a given time:
 //!
 //!     SIM_MINUTES=60 SIM_SEED=1000 cargo test --release -p dispatcher-core --test core simulator -- --nocapture
 
@@ -15,7 +16,7 @@ use simulator::{Outcome, Plan, attempt, shrink};
 /// The name of the threads whose panics are results.
 const RUN: &str = "run";
 
-/// How long to look for a shorter history that fails as well.
+/// How long to search for a smaller set of faults that fails.
 const SHRINKING: Duration = Duration::from_secs(60);
 
 fn number(name: &str, default: u64) -> u64 {
@@ -24,8 +25,8 @@ fn number(name: &str, default: u64) -> u64 {
     })
 }
 
-/// Runs that several threads share. What is counted does not depend on how many: runs count in the order of their seeds,
-/// up to the one with which enough has happened.
+/// Runs that several threads share. The results do not depend on the number of threads: runs count
+/// in the order of their seeds, until they have enough events.
 struct Runs {
     wanted: u64,
     end: Instant,
@@ -88,7 +89,7 @@ fn nothing_is_lost_and_nothing_is_served_twice() {
         served: 0,
     });
     let lock = || runs.lock().unwrap_or_else(PoisonError::into_inner);
-    // What a run says when it fails is in its result.
+    // The result of a failed run contains its message.
     let hook = std::panic::take_hook();
     std::panic::set_hook(Box::new(move |panic| {
         if thread::current().name() != Some(RUN) {

@@ -1,9 +1,11 @@
-//! How long clients wait for a worker to take them: the core beside a shared accept queue and beside never moving a
-//! connection, in virtual time. Every row is a scenario with requirements; each is judged for three seeds.
+//! How long clients wait until a worker takes them, in virtual time: compares the core with a
+//! shared accept queue and with never moving a connection. Every row is a scenario with
+//! requirements, checked for three seeds.
 //!
-//! `HANDOFF_ROWS` is a part of the names of the rows to play (default: all), `HANDOFF_SEEDS` the seeds, `HANDOFF_CLIENTS` how
-//! many clients are counted in each. The defaults of a release build are three seeds and 30,000 clients; a debug build, which
-//! checks all invariants all the time, plays some of the rows, with one seed and 200 clients. A table is printed at the end:
+//! `HANDOFF_ROWS` selects rows by a part of their names (default: all), `HANDOFF_SEEDS` the seeds,
+//! `HANDOFF_CLIENTS` the number of clients that count in each. The defaults of a release build are
+//! three seeds and 30,000 clients; a debug build, which checks all invariants all the time, runs
+//! some of the rows with one seed and 200 clients. The test prints a table at the end:
 //!
 //!     cargo test --release -p dispatcher-core --test core waits -- --nocapture
 

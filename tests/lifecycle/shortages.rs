@@ -284,8 +284,8 @@ fn a_full_disk_under_the_log_holds_up_nobody() {
     assert!(dispatcher.metric("dispatcher_log_lines_dropped_total") >= 3.0);
 }
 
-/// The kernel is out of a resource at `accept`: strace injects the error more often than the dispatcher waits for its own
-/// closes before it reports a shortage.
+/// The kernel is out of a resource at `accept`: strace injects the error more often than the
+/// dispatcher waits for its own closes before it reports a shortage.
 #[test]
 fn accept_fails_for_a_while_and_then_serves() {
     if Command::new("strace").arg("-V").output().is_err() {

@@ -80,7 +80,8 @@ fn a_hello_for_a_pool_that_does_not_exist() {
 #[test]
 fn a_hello_with_a_name_that_cannot_be_seen() {
     let dispatcher = without_effect_on_others(|dispatcher| {
-        // A zero-width space, a right-to-left override, a Hangul filler, a line separator, a byte-order mark.
+        // A zero-width space, a right-to-left override, a Hangul filler, a line separator, a
+        // byte-order mark.
         for hidden in ["\u{200b}", "\u{202e}", "\u{3164}", "\u{2028}", "\u{feff}"] {
             for hello in [
                 Hello { name: format!("web{hidden}"), ..hello() },
@@ -367,7 +368,8 @@ fn ten_thousand_random_records() {
             }
             let peer = Peer::connect(&dispatcher.dispatch());
             peer.send(&record, &[]).unwrap();
-            // Welcome (a changed counter may still be a valid hello) or refused, but always an answer.
+            // Welcome (a changed counter may still be a valid hello) or refused, but always an
+            // answer.
             let (answer, _fds) = peer.receive().expect("an answer");
             assert!(Control::decode(&answer).is_ok());
         }

@@ -95,7 +95,8 @@ fn blocking(config: WorkerConfig) {
 /// Starts a child with a copy of every descriptor, including close-on-exec ones, because it
 /// executes no other program.
 fn fork() {
-    // SAFETY: the child only makes system calls, which are safe after a fork in a program with threads.
+    // SAFETY: the child only makes system calls, which are safe after a fork in a program with
+    // threads.
     unsafe {
         if nix::unistd::fork().unwrap().is_child() {
             let mut byte = [0u8; 1];

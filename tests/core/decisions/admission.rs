@@ -1,4 +1,4 @@
-//! Who may join, and what a refusal says.
+//! Admission of workers, and the texts of refusals.
 
 use super::*;
 use dispatch_protocol::wire::RefusedCode;
@@ -28,7 +28,7 @@ fn unknown_pool_names_the_known_ones() {
 }
 
 #[test]
-fn a_stranger_is_told_who_it_is_and_which_key_decides() {
+fn a_refusal_names_the_account_and_the_deciding_key() {
     let refusal = refusal(&mut driver(), |join| join.uid = 1_234);
     assert_eq!(refusal.code, RefusedCode::NotAllowed);
     assert_eq!(refusal.key.as_deref(), Some("pool.web.allow_users"));
@@ -80,13 +80,13 @@ fn a_stopping_dispatcher_admits_workers_for_waiting_clients() {
     let worker = driver.worker();
     assert_eq!(driver.take_all(worker), 3);
     assert!(driver.core.stopped() && conns.iter().all(|&conn| driver.is_served(conn)));
-    // No client waits any more.
+    // No client waits now.
     driver.turn();
     assert_eq!(refusal(&mut driver, |_| {}).code, RefusedCode::Stopping);
 }
 
 #[test]
-fn after_the_deadline_of_a_stop_nobody_comes_in() {
+fn after_the_deadline_of_a_stop_no_worker_may_join() {
     let mut driver = driver();
     let worker = driver.worker();
     driver.accept(WEB);
@@ -97,18 +97,18 @@ fn after_the_deadline_of_a_stop_nobody_comes_in() {
 }
 
 #[test]
-fn an_index_is_used_again_only_after_forget_was_seen() {
+fn an_index_is_reused_only_after_forget_was_seen() {
     let mut driver = driver();
     let first = driver.worker();
     driver.core.leave(driver.now, first, Departure::Died);
-    // Not pumped: the event loop's tables may still have it.
+    // The effects are not performed: the event loop's tables may still have the worker.
     let second = driver.core.join(driver.now, &join(|_| {})).unwrap();
     assert_ne!(first.index, second.index);
     while driver.core.effect() != Some(Effect::Forget { worker: first }) {}
     let third = driver.core.join(driver.now, &join(|_| {})).unwrap();
     assert_eq!(first.index, third.index);
     assert_ne!(first.serial, third.serial);
-    // The old id means nothing any more.
+    // The old id is ignored.
     driver.core.goodbye(driver.now, first);
     assert_eq!(driver.core.worker_state(third), Some(State::Active));
     assert_eq!(driver.core.worker_name(first), "");

@@ -1,4 +1,4 @@
-//! Clients that are known: where they go, what is remembered, and those whose first bytes are awaited.
+//! Affinity: where identified clients go, bindings, and awaited first bytes.
 
 use std::collections::HashMap;
 
@@ -13,7 +13,7 @@ fn affinity(key: KeySource) -> Affinity {
     Affinity { key, ttl: OTHER, max_entries: 100 }
 }
 
-/// A machine whose clients are known by a cookie.
+/// A driver whose pool identifies clients by a cookie.
 fn cookie_driver(change: impl FnOnce(&mut PoolSettings)) -> Driver {
     driver_with(|pool| {
         pool.affinity = Some(affinity(KeySource::Cookie("ID".to_owned())));
@@ -26,7 +26,7 @@ pub(super) fn known(id: &str) -> Option<Known> {
     KeySource::Cookie(String::new()).of_value(id.as_bytes())
 }
 
-/// Short forms for what these tests do.
+/// Short forms for these tests.
 pub(super) trait AffinitySteps {
     fn called(&mut self, name: &str) -> WorkerId;
     fn client(&mut self, id: &str) -> WorkerId;
@@ -39,7 +39,7 @@ impl AffinitySteps for Driver {
         self.trusted(Hello { name: name.to_owned(), ..hello() })
     }
 
-    /// A client with this id; who gets it.
+    /// Accepts a client with this id; returns its worker.
     fn client(&mut self, id: &str) -> WorkerId {
         self.sends();
         let conn = self.accept(WEB);
@@ -63,7 +63,7 @@ impl AffinitySteps for Driver {
 }
 
 #[test]
-fn a_known_client_goes_where_it_was_whatever_the_policy() {
+fn an_identified_client_returns_to_its_worker_in_every_policy() {
     for policy in Policy::ALL {
         let mut driver = cookie_driver(|pool| pool.policy = policy);
         let workers: Vec<_> = (0..4).map(|n| driver.called(&format!("w{n}"))).collect();
@@ -123,13 +123,13 @@ fn a_decision_says_by_which_key_and_why_whatever_the_policy() {
         assert_eq!(decisions[1].chosen, Some(one.serial));
         if policy == Policy::RoundRobin {
             let had_its_turn = ["chosen", "later-turn", "tie"];
-            assert_eq!(whys(&decisions[2]), had_its_turn, "what is remembered is no turn");
+            assert_eq!(whys(&decisions[2]), had_its_turn, "a bound client takes no turn");
         }
     }
 }
 
 #[test]
-fn who_has_no_key_goes_by_the_policy() {
+fn a_client_without_a_key_is_placed_by_the_policy() {
     let mut driver = cookie_driver(|_| {});
     let workers = [driver.called("a"), driver.called("b")];
     for _ in 0..10 {
@@ -147,7 +147,7 @@ fn a_worker_that_cannot_take_it_loses_it_to_another() {
     let first = driver.called("a");
     assert_eq!(driver.client("one"), first);
     let second = driver.called("b");
-    // It goes on in the other, even when the first has room again.
+    // The client stays with the other worker, even when the first has room again.
     let fill = driver.client("one");
     assert_eq!(fill, first);
     assert_eq!(driver.client("one"), second, "full");
@@ -159,7 +159,7 @@ fn a_worker_that_cannot_take_it_loses_it_to_another() {
     assert_eq!(driver.client("one"), first);
     let status = driver.remembered();
     assert_eq!((status.hits, status.misses, status.moved), (2, 1, 2));
-    // Suspect: it left something untaken.
+    // Suspect: it left a connection untaken.
     driver.finish(first, 1);
     let third = driver.called("c");
     let conn = driver.accept(WEB);
@@ -167,7 +167,7 @@ fn a_worker_that_cannot_take_it_loses_it_to_another() {
     driver.sends();
     driver.wait(ms(1_001));
     assert_eq!(driver.state(first), State::Suspect);
-    assert_eq!(driver.sends(), [(third, true)], "what it had goes elsewhere too");
+    assert_eq!(driver.sends(), [(third, true)], "its untaken connection moves too");
     driver.take_all(third);
     assert_eq!(driver.client("one"), third);
     // Gone.
@@ -186,8 +186,12 @@ fn a_session_id_may_name_its_worker() {
         assert_eq!(driver.client("y.a"), a);
     }
     let status = driver.remembered();
-    assert_eq!((status.routed, status.entries), (10, 0), "its id says it, nothing to remember");
-    // Away: it stays with the worker that took over, until the one it names is back.
+    assert_eq!(
+        (status.routed, status.entries),
+        (10, 0),
+        "its id names the worker, so no entry is made"
+    );
+    // While the named worker is away, the client stays with the one that took over.
     driver.goodbye(b);
     let c = driver.called("c");
     assert_eq!(driver.client("x.b"), c);
@@ -197,7 +201,7 @@ fn a_session_id_may_name_its_worker() {
     }
     let back = driver.called("b");
     assert_eq!(driver.client("x.b"), back);
-    // A name that no worker has is just a part of the id.
+    // A suffix that names no worker is an ordinary part of the id.
     let chosen = driver.client("x.nobody");
     driver.client("z");
     assert_eq!(driver.client("x.nobody"), chosen);
@@ -214,7 +218,8 @@ fn a_worker_that_comes_back_finds_its_clients() {
     for (id, before) in ids.iter().zip(before) {
         assert_eq!(driver.client(id), if before == a { a2 } else { b });
     }
-    // A successor beside the one that drains has them too; a namesake beside one that does not has none of them.
+    // A worker of the same name takes the clients over if the first one drains; it gets none of
+    // them if the first one is active.
     driver.goodbye(a2);
     let a3 = driver.called("a");
     let namesake = driver.called("a");
@@ -231,7 +236,7 @@ fn a_worker_that_comes_back_finds_its_clients() {
 
 #[test]
 fn a_worker_that_is_resumed_has_a_binding_of_its_own() {
-    // A worker with its name came meanwhile: a client that was there before stays there.
+    // A worker of its name joined meanwhile: its clients stay with that worker.
     let mut driver = cookie_driver(|_| {});
     let old = driver.called("w");
     assert_eq!(driver.client("one"), old);
@@ -246,7 +251,7 @@ fn a_worker_that_is_resumed_has_a_binding_of_its_own() {
         assert_eq!(driver.client("one"), new);
     }
 
-    // It left again, and nothing is remembered of it.
+    // It left again, and its binding is gone.
     let mut driver = cookie_driver(|_| {});
     let old = driver.called("w");
     driver.drain(old);
@@ -260,7 +265,7 @@ fn a_worker_that_is_resumed_has_a_binding_of_its_own() {
     driver.leave(old, Departure::Died);
     driver.leave(third, Departure::Died);
 
-    // It left again, and its clients are its predecessor's.
+    // It left again, and its clients return to its predecessor.
     let mut driver = cookie_driver(|_| {});
     let old = driver.called("w");
     driver.drain(old);
@@ -312,7 +317,7 @@ fn a_claim_is_forgotten_like_any_other() {
     assert_eq!(driver.client("mine"), b, "from its last use");
     driver.wait(OTHER);
     assert_eq!(driver.client("mine"), a, "the one with fewer");
-    // And what is too old goes as others come.
+    // New entries remove expired ones.
     for n in 0..50 {
         driver.client(&n.to_string());
     }
@@ -364,7 +369,7 @@ fn awaiting_counts_as_queued_and_ends_in_time() {
     driver.wait(ms(1));
     assert!(!driver.core.awaits_bytes(first) && driver.core.awaits_bytes(second));
     assert_eq!(driver.core.untaken(worker), 1);
-    // Too late, and of no connection: ignored.
+    // Late bytes, and bytes of an unknown connection, are ignored.
     driver.say(first, known("late"));
     driver.say(second, known("x"));
     driver.say(second, known("x"));
@@ -380,7 +385,7 @@ fn only_so_many_are_awaited() {
     let conns: Vec<_> = (0..10).map(|_| driver.accept(WEB)).collect();
     let awaited = conns.iter().filter(|&&conn| driver.core.awaits_bytes(conn)).count();
     assert_eq!((awaited, driver.remembered().not_awaited), (8, 2));
-    // A client that goes away makes room.
+    // A client that disconnects makes room.
     driver.core.client_gone(driver.now, conns[3]);
     driver.pump();
     assert_eq!(driver.closed(conns[3]), Some(CloseReason::ClientGone));
@@ -389,7 +394,7 @@ fn only_so_many_are_awaited() {
 }
 
 #[test]
-fn with_nobody_to_serve_them_the_awaited_wait_on() {
+fn without_a_worker_awaited_clients_go_on_waiting() {
     let mut driver = cookie_driver(|pool| pool.wait_for_worker = ms(2_000));
     let worker = driver.called("a");
     let conn = driver.accept(WEB);
@@ -401,16 +406,16 @@ fn with_nobody_to_serve_them_the_awaited_wait_on() {
     assert_eq!(driver.sends().last(), Some(&(next, false)));
     driver.leave(next, Departure::Died);
     driver.wait(ms(2_000));
-    // Its time ran out long before, so it was queued; no worker came.
+    // Its wait for first bytes timed out long before, so it was queued; no worker joined.
     assert_eq!(driver.closed(silent), Some(CloseReason::NoWorker));
     assert_eq!(driver.closed(conn), Some(CloseReason::NoWorker));
-    // A client that comes now is turned away at once, whatever it sends.
+    // A client that connects now is refused at once, whatever it sends.
     let late = driver.accept(WEB);
     assert_eq!(driver.closed(late), Some(CloseReason::NoWorker));
 }
 
 #[test]
-fn the_awaited_are_turned_away_with_the_others() {
+fn awaited_clients_are_refused_with_the_others() {
     let mut driver = cookie_driver(|pool| {
         pool.wait_for_worker = ms(100);
         pool.peek.timeout = ms(10_000);
@@ -455,7 +460,7 @@ fn a_seeded_life_is_as_it_is_remembered() {
             pool.affinity.as_mut().unwrap().max_entries = max_entries;
         });
         let mut workers: Vec<WorkerId> = (0..3).map(|n| driver.called(&format!("w{n}"))).collect();
-        // By name, for that is what outlives a worker.
+        // By name, because bindings outlive workers.
         let mut last: HashMap<u64, usize> = HashMap::new();
         let mut away = 0;
         for _ in 0..400 {

@@ -1,4 +1,4 @@
-//! Who gets a connection: exactness, weights, bounds.
+//! Balance: exactness, weights, bounds.
 
 use std::collections::{BTreeSet, VecDeque};
 
@@ -42,7 +42,7 @@ fn weights_are_shares() {
 }
 
 #[test]
-fn a_burst_before_anybody_takes_does_not_herd() {
+fn a_burst_before_the_first_take_does_not_herd() {
     let mut driver = driver();
     let workers: Vec<_> = (0..8).map(|_| driver.worker()).collect();
     for _ in 0..2_000 {
@@ -64,7 +64,7 @@ fn churn_stays_even() {
     workers.iter().for_each(|&worker| {
         driver.take_all(worker);
     });
-    // A worker that closes one gets the next.
+    // A worker that closes a connection gets the next.
     for i in 0..2_000 {
         let worker = workers[i * 5 % 8];
         driver.finish(worker, 1);
@@ -91,7 +91,7 @@ fn ties_rotate() {
 }
 
 #[test]
-fn nobody_gets_more_than_its_maximum() {
+fn no_worker_gets_more_than_its_maximum() {
     let mut driver = driver_with(|pool| pool.max_connections_per_worker = 3);
     let small = driver.trusted(Hello { max_connections: 2, ..hello() });
     let large = driver.worker();
@@ -109,7 +109,7 @@ fn nobody_gets_more_than_its_maximum() {
 }
 
 #[test]
-fn nobody_has_more_untaken_than_slots() {
+fn no_worker_has_more_untaken_than_slots() {
     let mut driver = driver_with(|pool| pool.max_untaken = 2);
     let worker = driver.worker();
     for _ in 0..3 {
@@ -136,7 +136,7 @@ fn what_a_worker_holds_already_counts() {
 }
 
 #[test]
-fn impossible_counters_are_clamped_and_told_once() {
+fn impossible_counters_are_clamped_and_reported_once() {
     let mut driver = driver();
     let worker = driver.worker();
     for _ in 0..4 {
@@ -170,7 +170,7 @@ fn an_absurd_base_does_no_harm() {
 }
 
 #[test]
-fn entries_and_slots_are_used_again() {
+fn entries_and_slots_are_reused() {
     let mut driver = driver();
     let worker = driver.worker();
     let first = driver.accept(WEB);
@@ -181,7 +181,7 @@ fn entries_and_slots_are_used_again() {
         assert_eq!(driver.accept(WEB).index, first.index);
         let slot = driver.core.tickets(worker).next().unwrap().slot;
         used.insert(slot);
-        // RELEASED is written into it some time after it is free: it rests.
+        // RELEASED is written into a slot after it is freed, so it is not reused at once.
         assert!(!last.contains(&slot));
         last.push_front(slot);
         last.truncate(SPARE_SLOTS as usize);

@@ -1,4 +1,5 @@
-//! Changing the configuration of a core at work: no connection notices, and every invariant holds all the while.
+//! Changes of the configuration while the core runs: they affect no connection, and every invariant
+//! holds.
 
 mod wanted;
 
@@ -29,7 +30,7 @@ fn cookie(ttl: u64) -> Option<Affinity> {
     Some(Affinity { key, ttl: ms(ttl), max_entries: 100 })
 }
 
-/// Short forms for what these tests do.
+/// Short forms for these tests.
 pub(super) trait ChangeSteps {
     fn change_web(&mut self, change: impl FnOnce(&mut PoolSettings));
     fn shown_pools(&self) -> Vec<(String, String)>;
@@ -108,14 +109,14 @@ fn limits_count_at_once() {
     driver.change_web(|pool| pool.max_connections_per_worker = 50);
     assert_eq!(driver.core.max_connections_of(modest), Some(3), "its own limit counts too");
     assert_eq!(driver.core.accepting(WEB), Accepting::Yes);
-    // What is out already has less time now.
+    // Connections in flight have less time now.
     driver.change_web(|pool| pool.handoff_timeout = ms(10));
     driver.wait(ms(10));
     assert_eq!(driver.state(modest), State::Suspect);
 }
 
 #[test]
-fn the_history_keeps_as_many_as_it_is_told() {
+fn the_history_keeps_the_configured_number() {
     let mut driver = driver_with(|pool| pool.history = 4);
     driver.worker();
     for _ in 0..6 {
@@ -160,7 +161,7 @@ fn a_changed_affinity_starts_with_an_empty_table() {
     driver.change_web(|pool| pool.affinity = None);
     assert_eq!(entries(&driver), None);
     driver.accept(WEB);
-    // Workers that were here before have bindings again, and lose them when they go.
+    // Existing workers have bindings in the new table, and lose them when they leave.
     driver.change_web(|pool| pool.affinity = cookie(1_000));
     let conn = driver.accept(WEB);
     driver.core.first_bytes(driver.now, conn, id);
@@ -219,7 +220,7 @@ fn a_removed_pool_and_listener_serve_accepted_clients() {
 }
 
 #[test]
-fn without_a_worker_those_that_came_are_turned_away_in_time() {
+fn without_a_worker_accepted_clients_are_refused_in_time() {
     let mut driver = Driver::new(vec![settings(), other()], vec![listener(), second()]);
     driver.core.retire_listener(SECOND);
     driver.core.retire_pool(driver.now, OTHER);
@@ -233,7 +234,7 @@ fn without_a_worker_those_that_came_are_turned_away_in_time() {
 }
 
 #[test]
-fn a_pool_that_was_taken_out_needs_no_turn_and_no_line_any_more() {
+fn a_removed_pool_needs_no_turn_and_no_log_line() {
     for with_worker in [false, true] {
         let mut driver = Driver::new(vec![settings(), other()], vec![listener(), second()]);
         if with_worker {
@@ -244,7 +245,7 @@ fn a_pool_that_was_taken_out_needs_no_turn_and_no_line_any_more() {
         driver.core.listener_closed(driver.now, SECOND);
         driver.turn();
         driver.events();
-        // The time that clients wait for a worker ends, and what else is due with it.
+        // `wait_for_worker` ends, with all other timers.
         driver.wait(ms(5_000));
         for _ in 0..20 {
             driver.wait(ms(60_000));
@@ -268,7 +269,7 @@ fn a_pool_that_comes_back_has_its_workers() {
     driver.core.retire_pool(driver.now, OTHER);
     driver.turn();
     assert_eq!(driver.state(old), State::Draining);
-    // Under other settings: it has forgotten what it knew, and no client is turned away before the new time.
+    // With other settings: its table is empty, and no client is refused before the new time.
     let settings = PoolSettings { affinity: cookie(1000), wait_for_worker: ms(50), ..other() };
     let id = driver.core.add_pool(driver.now, settings.clone(), 7);
     let third = driver.core.add_listener(ListenerSettings { pool: id, ..second() });
@@ -286,7 +287,7 @@ fn a_pool_that_comes_back_has_its_workers() {
 #[test]
 fn a_pool_that_comes_back_at_once_was_never_gone() {
     let (mut driver, worker) = two_pools();
-    // Its listener is not emptied yet, so its workers are not drained yet.
+    // Its listener's queue is not empty yet, so its workers are not drained yet.
     driver.core.retire_listener(SECOND);
     driver.core.retire_pool(driver.now, OTHER);
     driver.turn();
@@ -329,14 +330,14 @@ fn processes_come_and_are_not_started_again() {
     driver.core.exited(driver.now, process(2));
     driver.wait(RESTART_MAX);
     assert!(spawns(&mut driver).is_empty(), "no pool wants it any more");
-    // The second never ended.
+    // The second process never ended.
     driver.core.scale(driver.now, PoolId(0), 4);
     driver.wait(ms(0));
     assert_eq!(spawns(&mut driver), [2, 3], "scaling is the same");
 }
 
 #[test]
-fn workers_of_processes_that_are_too_many_are_drained() {
+fn workers_of_surplus_processes_are_drained() {
     let pool = |processes| PoolSettings { processes, ..settings() };
     let mut core = Core::new(vec![pool(2)], vec![listener()], Time(1));
     let mut join = |number| {
@@ -351,7 +352,7 @@ fn workers_of_processes_that_are_too_many_are_drained() {
 }
 
 #[test]
-fn a_process_that_is_too_many_when_it_comes_gets_nothing() {
+fn a_surplus_process_that_joins_gets_nothing() {
     let mut driver = driver_with(|pool| pool.processes = 8);
     let join = |driver: &mut Driver, number| {
         let process = ProcessId { pool: PoolId(0), number };
@@ -363,7 +364,7 @@ fn a_process_that_is_too_many_when_it_comes_gets_nothing() {
     driver.events();
     let late = join(&mut driver, 7);
     let draining = Event::Draining { worker: late, live: 0, deadline: None };
-    assert!(driver.events().contains(&draining), "it is told, so that it ends");
+    assert!(driver.events().contains(&draining), "it gets a notice, so that it ends");
     for _ in 0..4 {
         driver.accept(WEB);
     }
@@ -373,14 +374,14 @@ fn a_process_that_is_too_many_when_it_comes_gets_nothing() {
     assert_eq!(driver.state(late), State::Draining);
     driver.core.scale(driver.now, PoolId(0), 8);
     assert_eq!(driver.state(late), State::Active, "wanted again");
-    // A service that came by itself is no process of the dispatcher.
+    // A worker that was started by itself is no process of the dispatcher.
     driver.core.scale(driver.now, PoolId(0), 1);
     let own = driver.worker();
     assert_eq!(driver.state(own), State::Active);
 }
 
 #[test]
-fn nobody_is_resumed_in_a_pool_that_was_taken_out() {
+fn no_worker_is_resumed_in_a_removed_pool() {
     let (mut driver, worker) = two_pools();
     driver.core.retire_listener(SECOND);
     driver.core.listener_closed(driver.now, SECOND);
@@ -435,7 +436,7 @@ fn changes_at_any_moment_break_nothing() {
                 4 | 5 => {
                     driver.take(worker);
                 }
-                // Of a few names, so that some come again, beside those that drain and in place of those that are gone.
+                // Few names, so that some repeat, both beside draining workers and after gone ones.
                 6 => {
                     let new = driver.called(&format!("w{}", random.below(2)));
                     if workers.len() < 6 {

@@ -3,7 +3,7 @@
 use super::*;
 use dispatch_protocol::wire::Features;
 
-/// Short forms for what these tests do.
+/// Short forms for these tests.
 pub(super) trait DrainSteps {
     fn drain(&mut self, worker: WorkerId) -> bool;
     fn resume(&mut self, worker: WorkerId) -> Result<bool, CannotResume>;
@@ -32,7 +32,7 @@ fn a_drained_worker_gets_nothing_new_and_keeps_what_it_has() {
     }
     driver.events();
     assert!(driver.drain(drained));
-    assert!(driver.drain(drained), "said again, nothing changes");
+    assert!(driver.drain(drained), "a second drain changes nothing");
     let draining = Event::Draining { worker: drained, live: 2, deadline: None };
     assert_eq!(driver.events(), [draining]);
     assert_eq!(driver.state(drained), State::Draining);
@@ -40,7 +40,7 @@ fn a_drained_worker_gets_nothing_new_and_keeps_what_it_has() {
         driver.accept(WEB);
     }
     assert_eq!(driver.loads(&[drained, other]), [2, 6]);
-    assert_eq!(driver.take_all(drained), 2, "what it was sent is still its to take");
+    assert_eq!(driver.take_all(drained), 2, "it may still take its connections in flight");
     assert_eq!(driver.resume(drained), Ok(true));
     assert_eq!(driver.resume(drained), Ok(false), "it is active already");
     assert_eq!(driver.events(), [Event::Resumed { worker: drained }]);
@@ -82,7 +82,7 @@ fn a_suspect_that_is_drained_stays_unproven() {
     driver.drain(hung);
     assert_eq!(driver.resume(hung), Ok(true));
     assert_eq!(driver.state(hung), State::Suspect);
-    // Drained again, it takes what it has: there is no doubt any more.
+    // Drained again, it takes its connections and is trusted.
     driver.drain(hung);
     assert_eq!(driver.take_all(hung), 1);
     assert_eq!(driver.resume(hung), Ok(true));
@@ -134,7 +134,7 @@ fn a_lost_drain_record_is_sent_again() {
     let drain = Notice::Drain { deadline: None };
     assert_eq!(driver.link(worker).notices, [drain]);
     assert_eq!(driver.link(deaf).notices, []);
-    // It takes nothing: the record is purged with what goes elsewhere.
+    // It takes nothing: the purge removes the notice with the revoked connections.
     driver.wait(ms(1_000));
     assert_eq!(driver.link(worker).notices, [drain], "once more");
     driver.link(worker).notices.clear();
@@ -170,9 +170,9 @@ fn untaken_connections_move_at_the_drain_deadline() {
     assert_eq!(driver.events(), [over(worker, true), over(deaf, false)]);
     assert_eq!(driver.loads(&[worker, deaf, other]), [1, 1, 4]);
     let status = driver.core.snapshot();
-    assert_eq!(status.ended_at_deadline, 1, "the other could not be told");
+    assert_eq!(status.ended_at_deadline, 1, "the other supports no notices");
     assert_eq!(driver.state(worker), State::Draining);
-    // Made active again before it comes, a deadline counts no more.
+    // A resume cancels the deadline.
     let (now, later) = (driver.now, driver.now + ms(500));
     driver.core.resume_worker(now, worker).unwrap();
     driver.core.drain_worker(now, worker, Some(later));

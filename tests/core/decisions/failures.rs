@@ -1,10 +1,10 @@
-//! Hangs, lost descriptors, full channels, scarcity, hostile slots.
+//! Hangs, lost descriptors, full channels, shortages, hostile slots.
 
 use super::*;
 use dispatch_protocol::scoreboard::slot::{self, Revoke, SlotState};
 
 #[test]
-fn a_worker_that_hangs_loses_what_it_left_untaken_to_others() {
+fn untaken_connections_of_a_hung_worker_move() {
     let mut driver = driver();
     let (hung, other) = (driver.worker(), driver.worker());
     for _ in 0..10 {
@@ -83,7 +83,7 @@ fn a_probe_that_cannot_be_sent_is_tried_again() {
 }
 
 #[test]
-fn a_lost_connection_goes_elsewhere_and_the_worker_rests() {
+fn a_lost_connection_moves_and_its_worker_gets_a_pause() {
     let mut driver = driver();
     let (short, other) = (driver.worker(), driver.worker());
     driver.accept(WEB);
@@ -216,7 +216,7 @@ fn a_closed_channel_means_the_worker_is_leaving() {
 }
 
 #[test]
-fn scarcity_rests_everything_and_keeps_the_order() {
+fn a_shortage_pauses_everything_and_keeps_the_order() {
     let mut driver = driver();
     let worker = driver.worker();
     driver.scarcity = 2;
@@ -235,7 +235,7 @@ fn scarcity_rests_everything_and_keeps_the_order() {
     assert_eq!(order, [conns[2], conns[3], conns[0], conns[1]]);
 }
 
-/// A slot of a ticket that the event loop has not been told of yet still has the word of an earlier one.
+/// If the event loop has not seen a ticket, the slot still has the word of an earlier ticket.
 #[test]
 fn tickets_are_read_only_once_they_are_offered() {
     let mut driver = driver();

@@ -1,4 +1,4 @@
-//! When untaken connections move: patience, trials, idle threads, pools that are not served.
+//! Moves of untaken connections: patience, trials, idle threads, pools that are not served.
 
 use dispatch_protocol::ClientAddr;
 use dispatch_protocol::scoreboard::slot::{SlotState, want};
@@ -16,14 +16,14 @@ fn driver_of(policy: Policy) -> Driver {
     })
 }
 
-/// Short forms for what these tests do.
+/// Short forms for these tests.
 pub(super) trait HandoffSteps {
     fn threads(&mut self, worker: WorkerId, idle: u32);
     fn in_flight(&self, worker: WorkerId) -> u64;
 }
 
 impl HandoffSteps for Driver {
-    /// The worker says how many of its threads wait in `accept`.
+    /// The worker reports how many of its threads wait in `accept`.
     fn threads(&mut self, worker: WorkerId, idle: u32) {
         let threads = Threads { idle, turnaround: Some(ms(300)) };
         self.core.threads(self.now, worker, Some(threads));
@@ -41,7 +41,7 @@ fn a_slow_loop_keeps_what_it_usually_takes() {
     let (slow, other) = (driver.join(hello()).unwrap(), driver.join(hello()).unwrap());
     for round in 0..6 {
         let conns = [driver.accept(WEB), driver.accept(WEB)];
-        // Rounds of 320 ms, longer than the timeout. Only the first one is a surprise.
+        // Rounds of 320 ms, longer than the timeout. Only the first one makes the worker suspect.
         driver.wait(ms(320));
         driver.take_all(slow);
         driver.take_all(other);
@@ -75,7 +75,8 @@ fn a_long_silent_worker_comes_last_where_none_is_trusted() {
     }
     driver.take_all(stopped);
     driver.take_all(slow);
-    // The first one stops; what it leaves untaken goes to the other, which has more load from then on.
+    // The first worker stops; its untaken connections go to the other, which has more load from
+    // then on.
     while driver.state(stopped) == State::Active {
         driver.accept(WEB);
         driver.wait(T / 4);
@@ -85,7 +86,7 @@ fn a_long_silent_worker_comes_last_where_none_is_trusted() {
     driver.accept(WEB);
     driver.take_all(slow);
     assert!(driver.core.load(stopped) < driver.core.load(slow));
-    // Now the other one does not come round either, but it did a moment ago.
+    // Now the other worker does not take either, but it did a moment ago.
     driver.accept(WEB);
     driver.wait(T);
     assert_eq!((driver.state(stopped), driver.state(slow)), (State::Suspect, State::Suspect));
@@ -131,7 +132,7 @@ fn a_busy_worker_leaves_its_connection_to_the_first_idle_thread() {
         driver.threads(worker, 0);
         assert_eq!(driver.take_all(worker), 1);
     }
-    // Nothing is sent ahead: their threads are away for 300 ms.
+    // Nothing is sent ahead, because their threads are away for 300 ms.
     let waiting = driver.accept(WEB);
     assert_eq!(driver.core.totals().queued, 1);
     assert_eq!(
@@ -150,7 +151,7 @@ fn a_busy_worker_leaves_its_connection_to_the_first_idle_thread() {
 }
 
 #[test]
-fn what_was_sent_to_a_busy_worker_moves_to_a_thread_that_waits() {
+fn a_connection_of_a_busy_worker_moves_to_an_idle_thread() {
     let mut driver = driver_of(Policy::LeastConnections);
     let (busy, idle) = (driver.worker(), driver.worker());
     let conn = driver.accept(WEB);
@@ -180,7 +181,7 @@ fn hash_clients_wait_for_their_worker_beside_idle_ones() {
         driver.wait(ms(100));
         assert_eq!((driver.in_flight(owner), driver.in_flight(other)), (1, 0));
     }
-    // An event loop of its own that stops is suspect, and its client goes to the other one.
+    // An event loop that stops becomes suspect, and its client goes to the other worker.
     driver.core.threads(driver.now, owner, None);
     driver.core.threads(driver.now, other, None);
     driver.wait(ms(2_000));
@@ -199,7 +200,7 @@ fn with_failover_a_primary_that_hangs_comes_back_by_a_test() {
     assert_eq!(driver.next_from(ClientAddr::Unix), standby);
     assert!(driver.answer(primary));
     driver.turn();
-    // Only one client goes to it; while it is tested the others go to the standby.
+    // One client is its trial; meanwhile the others go to the standby.
     driver.accept(WEB);
     assert_eq!(driver.in_flight(primary), 1);
     driver.wait(ms(10));
@@ -242,7 +243,7 @@ fn a_pool_whose_workers_take_nothing_refuses_until_one_takes() {
     assert_eq!(driver.core.snapshot().pools[0].state, PoolState::Refusing);
     let refused = driver.accept(WEB);
     assert_eq!(driver.closed(refused), Some(CloseReason::NoWorker));
-    // It answers, so it is tested with one client; the others are refused.
+    // It answers the probe, so it gets one client as a trial; the others are refused.
     assert!(driver.answer(stuck));
     driver.turn();
     let tested = driver.accept(WEB);
@@ -263,7 +264,7 @@ fn slow_is_not_unserved() {
     let slow = driver.worker();
     for _ in 0..10 {
         let conn = driver.accept(WEB);
-        // Its rounds are longer than clients would wait without a worker.
+        // Its rounds are longer than `wait_for_worker`.
         driver.wait(ms(450));
         driver.take_all(slow);
         assert!(driver.is_served(conn));
@@ -283,7 +284,7 @@ fn a_take_counts_from_when_the_worker_says_it_was() {
     let ticket = driver.core.tickets(worker).next().unwrap();
     assert_eq!(driver.take(worker), Some(conn));
     let sent = driver.now;
-    // It is noticed 90 ms late; a time before the handoff or to come is clamped.
+    // The take is noticed 90 ms late; a time before the handoff or in the future is clamped.
     driver.now = sent + ms(90);
     driver.core.slot(driver.now, worker, ticket, SlotState::Taken, sent + ms(3));
     driver.pump();

@@ -1,4 +1,4 @@
-//! What is kept of decisions, and what is said of the next one.
+//! Recorded decisions, and the explanation of the next one.
 
 use std::sync::Arc;
 
@@ -16,7 +16,7 @@ fn driver_with_history(size: u32, candidates: u32) -> Driver {
 }
 
 #[test]
-fn nothing_is_kept_unless_asked_for() {
+fn nothing_is_recorded_by_default() {
     let mut driver = driver();
     driver.worker();
     driver.next_from(ClientAddr::Unix);
@@ -25,7 +25,7 @@ fn nothing_is_kept_unless_asked_for() {
 }
 
 #[test]
-fn a_decision_says_when_from_where_who_and_why() {
+fn a_decision_has_time_client_workers_and_reasons() {
     let mut driver = driver_with_history(10, 16);
     let small = driver.trusted(Hello { name: "small".to_owned(), max_connections: 1, ..hello() });
     let large = driver.trusted(Hello { name: "large".to_owned(), weight: 2, ..hello() });
@@ -53,7 +53,7 @@ fn a_decision_says_when_from_where_who_and_why() {
             (lazy, 3, Some(4.0), Why::MoreLoaded)
         ]
     );
-    // The second is a tie of the first two.
+    // In the second decision the first two are tied.
     assert_eq!(seen(&decisions[1])[0].3, Why::Chosen);
     assert_eq!(seen(&decisions[1])[1].3, Why::Tie);
     assert_eq!(
@@ -69,7 +69,7 @@ fn a_decision_says_when_from_where_who_and_why() {
 }
 
 #[test]
-fn a_decision_says_what_was_in_a_workers_way() {
+fn a_decision_says_why_a_worker_was_ineligible() {
     let mut driver = driver_with(|pool| {
         pool.history = 10;
         pool.max_untaken = 1;
@@ -79,7 +79,7 @@ fn a_decision_says_what_was_in_a_workers_way() {
     for _ in 0..4 {
         driver.accept(WEB);
     }
-    // What the blocked one could not be sent waits for a slot.
+    // The connection that could not be sent to the blocked worker waits for a slot.
     driver.lose(starved);
     driver.take_all(idle);
     driver.take_all(idle);
@@ -114,7 +114,7 @@ fn a_worker_in_a_decision_takes_128_bytes() {
 }
 
 #[test]
-fn a_worker_that_has_to_prove_itself_is_said_to() {
+fn a_decision_marks_a_worker_without_trust() {
     let mut driver = driver();
     let new = driver.join(hello()).unwrap();
     let other = driver.trusted(Hello { base: 5, ..hello() });
@@ -144,7 +144,7 @@ fn only_the_last_are_kept_and_only_some_workers_of_each() {
     }
     let later = driver.core.history(PoolId(0), 9);
     assert_eq!(later.iter().map(|d| d.number).collect::<Vec<_>>(), [10]);
-    // A reader keeps what it has read; the next decisions are written elsewhere.
+    // A reader keeps the entries that it has read; the next decisions use other entries.
     let read = Arc::clone(&decisions[0]);
     for n in 0..10 {
         driver.next_from(client(n));
@@ -154,7 +154,7 @@ fn only_the_last_are_kept_and_only_some_workers_of_each() {
 }
 
 #[test]
-fn a_connection_that_comes_back_is_marked() {
+fn a_resent_connection_is_marked() {
     let mut driver = driver_with_history(10, 16);
     let first = driver.worker();
     driver.accept(WEB);
@@ -167,7 +167,7 @@ fn a_connection_that_comes_back_is_marked() {
 }
 
 #[test]
-fn what_is_in_the_way_of_all_is_said() {
+fn an_explanation_names_the_obstacle() {
     let mut driver = driver();
     let obstacle = |driver: &Driver| {
         driver.core.explain(driver.now, PoolId(0), ClientAddr::Unix).unwrap().obstacle
@@ -205,9 +205,9 @@ proptest! {
             let name = format!("w{n}");
             driver.trusted(Hello { weight, priority, name, max_connections: 12, ..hello() });
         }
-        for (from, who, ended) in steps {
-            let ended = ended.min(driver.core.load(driver.links[who % weights.len()].id).unwrap());
-            let worker = driver.links[who % weights.len()].id;
+        for (from, worker_at, ended) in steps {
+            let ended = ended.min(driver.core.load(driver.links[worker_at % weights.len()].id).unwrap());
+            let worker = driver.links[worker_at % weights.len()].id;
             driver.finish(worker, ended);
             let explained = driver.core.explain(driver.now, PoolId(0), client(from)).unwrap();
             let again = driver.core.explain(driver.now, PoolId(0), client(from)).unwrap();

@@ -142,7 +142,7 @@ fn workers_are_released_as_soon_as_their_own_pool_is_done() {
 }
 
 #[test]
-fn at_the_deadline_what_is_queued_goes_wherever_a_slot_is_free() {
+fn at_the_deadline_queued_connections_go_to_free_slots() {
     let mut driver = driver_with(|pool| {
         pool.max_connections_per_worker = 1;
         pool.max_untaken = 2;
@@ -178,7 +178,7 @@ fn at_the_deadline_even_a_suspect_will_do() {
 }
 
 #[test]
-fn the_status_tells_it_all() {
+fn the_status_has_all_values() {
     let mut driver = driver();
     let first = driver.worker();
     let second = driver.worker();

@@ -1,4 +1,4 @@
-//! Single decisions, step by step, with the virtual workers of the simulator.
+//! Single decisions, step by step, with the simulator's workers.
 
 mod access_rules;
 mod admission;
@@ -68,7 +68,7 @@ fn driver() -> Driver {
     driver_with(|_| {})
 }
 
-/// Short forms for what most tests do.
+/// Short forms for most tests.
 trait Steps {
     fn worker(&mut self) -> WorkerId;
     fn trusted(&mut self, hello: Hello) -> WorkerId;
@@ -84,7 +84,7 @@ trait Steps {
 }
 
 impl Steps for Driver {
-    /// A worker that has shown that it takes connections.
+    /// A trusted worker joins.
     fn worker(&mut self) -> WorkerId {
         self.trusted(hello())
     }
@@ -95,7 +95,7 @@ impl Steps for Driver {
         worker
     }
 
-    /// The worker answers its first probe, and counts as one that takes at once.
+    /// The worker answers its first probe, and gets full trust.
     fn vouch(&mut self, worker: WorkerId) {
         self.answer(worker);
         self.turn();
@@ -111,14 +111,14 @@ impl Steps for Driver {
         self.core.worker_state(worker).unwrap()
     }
 
-    /// The worker takes everything in its channel, and the core hears of it.
+    /// The worker takes everything in its channel, and a turn reports it to the core.
     fn take_all(&mut self, worker: WorkerId) -> usize {
         let taken = std::iter::from_fn(|| self.take(worker)).count();
         self.turn();
         taken
     }
 
-    /// The worker closes `count` connections, and the core hears of it.
+    /// The worker closes `count` connections, and a turn reports it to the core.
     fn finish(&mut self, worker: WorkerId, count: u64) {
         self.link(worker).finished += count;
         self.turn();
@@ -145,7 +145,7 @@ impl Steps for Driver {
             .collect()
     }
 
-    /// The workers that connections were sent to since the last call, and whether as resent.
+    /// The workers that connections were sent to since the last call, and whether each was resent.
     fn sends(&mut self) -> Vec<(WorkerId, bool)> {
         self.log
             .drain(..)

@@ -1,4 +1,4 @@
-//! The core against a naive model: after every call, every decision is judged by a full recount.
+//! Compares the core with a naive model: after every call, a full recount checks every decision.
 
 use std::collections::{BTreeMap, VecDeque};
 
@@ -20,7 +20,7 @@ struct Model {
     policy: Policy,
     now: Time,
     workers: BTreeMap<u64, Naive>,
-    /// By serial number: where, and whether it was sent before.
+    /// By serial number: the place, and whether it was sent before.
     conns: BTreeMap<u64, (ConnId, At, bool)>,
     revokes: VecDeque<(WorkerId, Ticket)>,
     purges: Vec<WorkerId>,
@@ -29,7 +29,7 @@ struct Model {
     alone: Option<Time>,
     /// Connections have waited since then, and none was taken.
     unserved: Option<Time>,
-    /// After the call before.
+    /// The value after the previous call.
     refusing: bool,
 }
 
@@ -75,7 +75,7 @@ impl Model {
         self.conns.values().filter(at_queued).count()
     }
 
-    /// Removes a ticket; what was in it is queued for a moment, as a connection that was (or was not) sent.
+    /// Removes a ticket; its connection is queued for a moment, as one that was or was not sent.
     fn remove(&mut self, serial: u64, ticket: Ticket, sent: bool) -> Option<Out> {
         let out = &mut self.w(serial).out;
         let at = out.iter().position(|out| out.ticket == ticket)?;
@@ -88,7 +88,7 @@ impl Model {
         Some(out)
     }
 
-    /// What the core is told about a slot, and what follows by the rules.
+    /// A report to the core about a slot, and its consequences in the model.
     fn resolved(&mut self, serial: u64, ticket: Ticket, word: Word) {
         let now = self.now;
         if word == Word::Taken {
@@ -212,7 +212,7 @@ impl Model {
             Op::Finish(n, count) => {
                 let Some(serial) = self.pick(n) else { return };
                 let w = self.w(serial);
-                // Now and then a lie, in either direction.
+                // Sometimes a lie, in either direction.
                 let said = (w.finished + count).saturating_sub(1);
                 let used = said.min(w.base + w.taken).max(w.finished);
                 if !w.gone && used > w.finished {
@@ -302,7 +302,7 @@ impl Model {
             SendFailure::Resources if out.conn.is_some() => {
                 self.out_of_resources = Some(now + ms(100))
             }
-            // A probe: tried again later.
+            // A probe is repeated later.
             SendFailure::Full | SendFailure::Resources | SendFailure::Client => w.blocked = None,
         }
         match out.conn {
@@ -336,7 +336,7 @@ impl Model {
         self.core.revoked(self.now, id, ticket, outcome);
     }
 
-    /// Judges every effect of the last call, then compares everything.
+    /// Checks every effect of the last call, then compares everything.
     fn settle(&mut self) {
         self.clock();
         loop {
@@ -376,7 +376,7 @@ impl Model {
                 let full = !open || self.policy == Policy::Failover;
                 assert!(full || self.out_of_resources.is_some() || self.queued() > 0);
             }
-            Accepting::Finish => panic!("nothing was taken out"),
+            Accepting::Finish => panic!("nothing was removed"),
         }
         let refuses = accepting == Accepting::Refuse;
         assert!(!refuses || totals.queued == 0, "a pool that refuses lets no client wait");
@@ -428,9 +428,9 @@ impl Model {
             Effect::Spawn { .. } | Effect::StopProcesses { .. } => {
                 panic!("no processes are configured")
             }
-            // The model does not look at these.
-            Effect::Tell { .. } => panic!("told, and has no ears"),
-            // How much longer than this a pool may take nothing depends on what its workers usually need.
+            // The model ignores these.
+            Effect::Tell { .. } => panic!("a notice for a worker without support"),
+            // A pool may take nothing for longer than this, depending on its workers' usual times.
             Effect::Event(Event::Refusing { unserved, .. }) => {
                 let since = if unserved { self.unserved } else { self.alone };
                 let refused = since.is_some_and(|since| since + WAIT <= now);
@@ -441,11 +441,12 @@ impl Model {
         }
     }
 
-    /// Whether anything may be sent to this one.
+    /// Checks that the chosen worker may get the connection.
     fn judge(&mut self, chosen: u64) {
         let w = &self.workers[&chosen];
         assert!(w.is_open() && self.out_of_resources.is_none(), "{w:?}");
-        // Least connections for its weight, of those that are known to take at once and are told apart by nothing else.
+        // Fewest connections relative to weight, among the trusted workers that no other rule
+        // distinguishes.
         if matches!(self.policy, Policy::LeastConnections | Policy::LeastScore) && !self.refusing {
             let is_more =
                 |a: &Naive, b: &Naive| (a.load() + 1) * b.weight > (b.load() + 1) * a.weight;

@@ -1,4 +1,4 @@
-//! What the naive model knows of a worker, and what may happen to one.
+//! The naive model's worker, and the operations on workers.
 
 use proptest::prelude::*;
 
@@ -7,7 +7,7 @@ use super::*;
 /// Slots of each worker.
 pub(super) const SLOTS: usize = 3;
 
-/// What the worker's side has done to a slot.
+/// The worker's change of a slot.
 #[derive(Clone, Copy, Debug, PartialEq)]
 pub(super) enum Word {
     Sent,
@@ -30,7 +30,7 @@ pub(super) struct Naive {
     pub(super) weight: u64,
     /// By an operator.
     pub(super) weight_set: bool,
-    /// By its own wish.
+    /// By the worker itself.
     pub(super) paused: bool,
     pub(super) max: u64,
     pub(super) base: u64,
@@ -66,7 +66,7 @@ impl Naive {
         self.id
     }
 
-    /// Whether anything may be sent to it.
+    /// Whether a connection may be sent to it.
     pub(super) fn is_open(&self) -> bool {
         self.usable()
             && !self.paused
@@ -93,13 +93,13 @@ pub(super) enum Op {
         priority: u16,
     },
     Weight(usize, u16),
-    /// What the worker says anew: weight, maximum, and whether it takes connections.
+    /// The worker's update: weight, maximum, pause.
     Update(usize, u16, u32, bool),
     Goodbye(usize),
     Leave(usize),
     Accept(u8),
     ClientGone(usize),
-    /// What the worker does to one of its slots, and whether the core reads it at once.
+    /// The worker changes one of its slots; the flag says whether the core reads it at once.
     Touch(usize, usize, Word, bool),
     Scan(usize),
     Finish(usize, u64),

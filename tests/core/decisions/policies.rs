@@ -1,5 +1,5 @@
-//! Each policy against its definition, over 100,000 decisions: exactly where it is exact, by chi-squared with a fixed
-//! seed where random draws are made.
+//! Compares each policy with its definition over 100,000 decisions: exactly where it is
+//! deterministic, by chi-squared with a fixed seed where it draws at random.
 
 use core::net::{IpAddr, Ipv4Addr, SocketAddr};
 
@@ -9,7 +9,7 @@ use dispatch_protocol::scoreboard::slot;
 use super::*;
 
 pub(super) const DECISIONS: usize = 100_000;
-/// Where no weights are to be told apart.
+/// For tests without weights.
 const FEWER: usize = 20_000;
 
 pub(super) fn driver_of(policy: Policy) -> Driver {
@@ -23,7 +23,7 @@ pub(super) fn client(number: u32) -> ClientAddr {
     ClientAddr::from(SocketAddr::new(IpAddr::V4(Ipv4Addr::from(0x0a00_0000 + number)), 40_000))
 }
 
-/// Short forms for what these tests do.
+/// Short forms for these tests.
 pub(super) trait PolicySteps {
     fn weighted(&mut self, weights: &[u16]) -> Vec<WorkerId>;
     fn named(&mut self, name: &str, weight: u16) -> WorkerId;
@@ -47,7 +47,7 @@ impl PolicySteps for Driver {
         self.trusted(Hello { priority, ..hello() })
     }
 
-    /// The worker that the next client gets; it takes it.
+    /// The worker of the next client; it takes the connection.
     fn next_from(&mut self, peer: ClientAddr) -> WorkerId {
         self.log.clear();
         self.accept_only_from(WEB, peer);
@@ -59,7 +59,7 @@ impl PolicySteps for Driver {
         worker
     }
 
-    /// The core hears of this worker, and of no other: a turn is dearer.
+    /// Reports only this worker to the core, because a whole turn is slower.
     fn hear(&mut self, worker: WorkerId) {
         let finished = self.link(worker).finished;
         let tickets: Vec<_> = self.core.tickets(worker).collect();
@@ -71,7 +71,7 @@ impl PolicySteps for Driver {
         self.pump();
     }
 
-    /// As `next_from`, and the connection ends at once: loads stay as they are.
+    /// Like `next_from`; the connection ends at once, so that loads do not change.
     fn visit(&mut self, peer: ClientAddr) -> WorkerId {
         let worker = self.next_from(peer);
         self.link(worker).finished += 1;
@@ -80,7 +80,7 @@ impl PolicySteps for Driver {
     }
 }
 
-/// Whom each of `count` visitors gets, as positions in `workers`.
+/// The worker of each of `count` visitors, as a position in `workers`.
 pub(super) fn visits(driver: &mut Driver, workers: &[WorkerId], count: usize) -> Vec<usize> {
     let mut visit = || {
         let worker = driver.visit(ClientAddr::Unix);
@@ -93,7 +93,7 @@ pub(super) fn counts(visits: &[usize], workers: usize) -> Vec<usize> {
     (0..workers).map(|w| visits.iter().filter(|&&v| v == w).count()).collect()
 }
 
-/// Pearson's statistic of these counts against these shares.
+/// Pearson's statistic of these counts for these shares.
 pub(super) fn chi_squared(counts: &[usize], shares: &[f64]) -> f64 {
     let all: usize = counts.iter().sum();
     let sum: f64 = shares.iter().sum();
@@ -113,7 +113,7 @@ fn assert_within_one_percent(counts: &[usize], weights: &[u16]) {
     }
 }
 
-/// What chi-squared exceeds once in a thousand times, for 1 to 8 degrees of freedom.
+/// The value that chi-squared exceeds with probability 1/1000, for 1 to 8 degrees of freedom.
 pub(super) const ONCE_IN_1000: [f64; 8] = [10.83, 13.82, 16.27, 18.47, 20.52, 22.46, 24.32, 26.12];
 
 #[test]
@@ -162,7 +162,7 @@ fn round_robin_gives_turns_by_weight_and_spreads_them() {
     for round in order.chunks(8) {
         assert_eq!(counts(round, 3), [1, 2, 5]);
     }
-    // At no moment is a worker further away from its share than one turn and a half.
+    // A worker is never more than one and a half turns away from its share.
     let mut had = [0usize; 3];
     for (i, &worker) in order.iter().enumerate() {
         had[worker] += 1;
@@ -174,7 +174,7 @@ fn round_robin_gives_turns_by_weight_and_spreads_them() {
 }
 
 #[test]
-fn round_robin_steps_over_who_is_full_and_owes_nothing_later() {
+fn round_robin_skips_full_workers_and_owes_them_nothing() {
     let mut driver = driver_of(Policy::RoundRobin);
     let small = driver.trusted(Hello { max_connections: 1, ..hello() });
     let large = driver.worker();
@@ -196,7 +196,7 @@ fn random_is_as_likely_as_the_weight_says() {
     let counts = counts(&order, 3);
     assert_within_one_percent(&counts, &[1, 2, 5]);
     assert!(chi_squared(&counts, &[1.0, 2.0, 5.0]) < ONCE_IN_1000[1], "{counts:?}");
-    // One draw says nothing about the next.
+    // Draws are independent.
     let mut pairs = [0; 9];
     order.windows(2).for_each(|pair| pairs[3 * pair[0] + pair[1]] += 1);
     let shares = [1.0, 2.0, 5.0, 2.0, 4.0, 10.0, 5.0, 10.0, 25.0];
@@ -206,7 +206,7 @@ fn random_is_as_likely_as_the_weight_says() {
 #[test]
 fn two_choices_is_the_less_loaded_of_two() {
     let mut driver = driver_of(Policy::TwoChoices);
-    // With loads 0 to 7 that stay: the one with rank r is the lesser of 7 − r of all 28 pairs.
+    // With constant loads 0 to 7, the worker with rank r is the lesser of 7 − r of all 28 pairs.
     let workers: Vec<_> =
         (0..8).map(|load| driver.trusted(Hello { base: load, finished: 0, ..hello() })).collect();
     let order = visits(&mut driver, &workers, FEWER);
@@ -218,7 +218,7 @@ fn two_choices_is_the_less_loaded_of_two() {
 
 #[test]
 fn two_choices_draws_by_weight() {
-    // All equally loaded for their weight: the first that is drawn gets it.
+    // With equal loads relative to weight, the first drawn worker is chosen.
     let mut driver = driver_of(Policy::TwoChoices);
     let join =
         |driver: &mut Driver, weight, base| driver.trusted(Hello { weight, base, ..hello() });
@@ -228,12 +228,12 @@ fn two_choices_draws_by_weight() {
     assert_within_one_percent(&found, &[1, 2, 5]);
     assert!(chi_squared(&found, &[1.0, 2.0, 5.0]) < ONCE_IN_1000[1], "{found:?}");
 
-    // The less, the lighter: so it tells the second draw too.
+    // Lighter workers are less loaded, so the result depends on the second draw too.
     let mut driver = driver_of(Policy::TwoChoices);
     let workers = [join(&mut driver, 1, 0), join(&mut driver, 2, 100), join(&mut driver, 5, 1_000)];
     let order = visits(&mut driver, &workers, FEWER);
     let found = counts(&order, 3);
-    // The lightest unless neither draw falls on it; of the others the middle one always.
+    // The lightest is chosen unless no draw selects it; between the others always the middle one.
     let lightest = 1.0 / 8.0 + 2.0 / 8.0 * 1.0 / 6.0 + 5.0 / 8.0 * 1.0 / 3.0;
     assert_eq!(found[2], 0);
     assert!(chi_squared(&found[..2], &[lightest, 1.0 - lightest]) < ONCE_IN_1000[0], "{found:?}");
@@ -263,14 +263,14 @@ fn hash_gives_each_client_its_worker_by_weight() {
     let counts = counts(&order, 3);
     assert_within_one_percent(&counts, &[1, 2, 5]);
     assert!(chi_squared(&counts, &[1.0, 2.0, 5.0]) < ONCE_IN_1000[1], "{counts:?}");
-    // Another port, another day: the same worker.
+    // The port does not matter.
     for (number, &worker) in order.iter().enumerate().step_by(100) {
         assert_eq!(driver.visit(client(number as u32)), workers[worker]);
     }
 }
 
 #[test]
-fn hash_moves_only_the_keys_of_who_goes_and_brings_them_back() {
+fn hash_moves_only_the_keys_of_a_leaving_worker() {
     const CLIENTS: u32 = 2_000;
     let mut driver = driver_of(Policy::Hash);
     let mut workers: Vec<_> = (0..5).map(|n| driver.named(&format!("web-{n}"), 1)).collect();
@@ -290,7 +290,7 @@ fn hash_moves_only_the_keys_of_who_goes_and_brings_them_back() {
     heirs.swap(2, 4);
     let chi = chi_squared(&heirs[..4], &[1.0; 4]);
     assert!(chi < ONCE_IN_1000[2], "all others inherit alike: {heirs:?}");
-    // Another process in its place, with its name.
+    // Another process joins under its name.
     workers[2] = driver.named("web-2", 1);
     let again = all(&mut driver);
     let places = |list: &[WorkerId], workers: &[WorkerId]| -> Vec<Option<usize>> {
@@ -302,7 +302,7 @@ fn hash_moves_only_the_keys_of_who_goes_and_brings_them_back() {
 }
 
 #[test]
-fn hash_tells_workers_of_one_name_apart() {
+fn hash_distinguishes_workers_of_one_name() {
     let mut driver = driver_of(Policy::Hash);
     let workers: Vec<_> = (0..3).map(|_| driver.named("", 1)).collect();
     let mut counts = [0; 3];
@@ -315,7 +315,7 @@ fn hash_tells_workers_of_one_name_apart() {
 
 #[test]
 fn a_key_and_its_worker_are_the_same_in_every_process() {
-    // A change of these sends every client of every dispatcher elsewhere.
+    // A change of these values would move every client of every dispatcher.
     assert_eq!(AffinityKey::of(b"session-1"), AffinityKey(15_927_381_246_406_458_741));
     let mut driver = driver_of(Policy::Hash);
     let workers: Vec<_> = (0..5).map(|n| driver.named(&format!("web-{n}"), 1)).collect();
@@ -359,7 +359,7 @@ fn failover_gives_all_to_the_highest_that_is_up() {
         driver.next_from(ClientAddr::Unix);
     }
     assert_eq!(driver.loads(&[low, standby]), [0, 10]);
-    // It returns, and all with it.
+    // It returns and gets all connections.
     let back = driver.with_priority(9);
     for _ in 0..10 {
         driver.next_from(ClientAddr::Unix);
@@ -410,7 +410,7 @@ fn a_primary_that_hangs_is_down_until_it_is_trusted_again() {
     driver.take_all(standby);
     driver.next_from(ClientAddr::Unix);
     assert_eq!(driver.loads(&[primary, standby]), [0, 2]);
-    // It answers its probe, so it is tested, and takes the connection.
+    // It answers its probe, gets a trial, and takes the connection.
     assert!(driver.answer(primary));
     driver.turn();
     driver.next_from(ClientAddr::Unix);

@@ -1,4 +1,4 @@
-//! `least-score`: who is chosen as gauges rise, fall, get old and lie.
+//! `least-score`: choices when gauges rise, fall, expire and lie.
 
 use dispatch_protocol::ClientAddr;
 use dispatch_protocol::scoreboard::gauge::{GaugeName, Reading};
@@ -21,12 +21,12 @@ fn driver_scoring(scores: Scores) -> Driver {
         pool.policy = Policy::LeastScore;
         pool.scores = scores;
         pool.max_untaken = 4_096;
-        // The tests let time pass while connections are under way.
+        // The tests let time pass while connections are in flight.
         pool.handoff_timeout = ms(1_000_000);
     })
 }
 
-/// Short forms for what these tests do.
+/// Short forms for these tests.
 pub(super) trait ScoreSteps {
     fn set(&mut self, worker: WorkerId, gauge: usize, value: f64);
     fn shares(&mut self, workers: &[WorkerId], count: usize) -> Vec<u64>;
@@ -38,7 +38,7 @@ impl ScoreSteps for Driver {
         self.link(worker).gauges[gauge] = Some(Reading { value, at });
     }
 
-    /// So many connections, read and decided in one turn; how many of them each worker got.
+    /// Accepts `count` connections in one turn; returns how many each worker got.
     fn shares(&mut self, workers: &[WorkerId], count: usize) -> Vec<u64> {
         self.turn();
         let before = self.loads(workers);
@@ -58,7 +58,7 @@ fn a_share_falls_at_the_next_decision_after_a_gauge_rises() {
         driver.set(worker, 0, 0.1);
     }
     assert_eq!(driver.shares(&workers, 30), [10, 10, 10]);
-    // A wait of 60 ms more is worth 6 connections.
+    // A wait that is 60 ms longer costs as much as 6 connections.
     driver.set(workers[0], 0, 0.16);
     assert_eq!(driver.shares(&workers, 1)[0], 0, "from the very next one on");
     assert_eq!(driver.shares(&workers, 11)[0], 0);
@@ -103,19 +103,24 @@ fn a_worker_with_an_old_gauge_gets_no_connection() {
 }
 
 #[test]
-fn with_nobody_fresh_the_fewest_connections_win() {
+fn without_fresh_gauges_the_fewest_connections_win() {
     let mut driver = driver_scoring(scores(1.0, &[("a", 1.0)]));
     let workers: Vec<_> = (0..2).map(|_| driver.worker()).collect();
     assert_eq!(driver.core.score(driver.now, workers[0]), Some(Scored::NeverSet(name("a"))));
     assert_eq!(driver.shares(&workers, 4), [2, 2], "no worker has set any");
     driver.set(workers[0], 0, 100.0);
-    assert_eq!(driver.shares(&workers, 4), [4, 0], "who sets one is preferred, however bad");
+    assert_eq!(
+        driver.shares(&workers, 4),
+        [4, 0],
+        "a worker that sets one is preferred, however bad its value"
+    );
     driver.wait(ms(1_000));
     assert_eq!(driver.shares(&workers, 4), [0, 4], "as if there were no gauges");
     assert_eq!(driver.shares(&workers, 4), [2, 2]);
 }
 
-/// A fresh worker that is full is no reason to go back to connections for the others.
+/// A full worker with fresh gauges does not make the policy fall back to connections for the
+/// others.
 #[test]
 fn a_worker_without_gauges_is_used_when_others_are_full() {
     let mut driver = driver_scoring(scores(1.0, &[("a", 1.0)]));
@@ -127,7 +132,8 @@ fn a_worker_without_gauges_is_used_when_others_are_full() {
 
 #[test]
 fn a_burst_over_idle_workers_on_one_machine_does_not_herd() {
-    // The same machine, sampled at slightly different moments: half of the multiplier apart.
+    // The same machine, sampled at slightly different times: the readings differ by half of the
+    // multiplier.
     let mut driver = driver_scoring(scores(1.0, &[("system_cpu", 10.0), ("free_memory", -0.001)]));
     let workers: Vec<_> = (0..8).map(|_| driver.worker()).collect();
     for (n, &worker) in workers.iter().enumerate() {
@@ -137,13 +143,13 @@ fn a_burst_over_idle_workers_on_one_machine_does_not_herd() {
     let shares = driver.shares(&workers, 1_000);
     let spread = shares.iter().max().unwrap() - shares.iter().min().unwrap();
     assert!(spread <= 4, "{shares:?}");
-    // What it would be without the exact load in the sum.
+    // The result without the exact load in the sum.
     let mut driver = driver_scoring(scores(0.0, &[("system_cpu", 10.0)]));
     let workers: Vec<_> = (0..8).map(|_| driver.worker()).collect();
     for (n, &worker) in workers.iter().enumerate() {
         driver.set(worker, 0, 0.05 * n as f64);
     }
-    // The first gets all that its channel holds.
+    // The first worker gets all that its channel holds.
     let shares = driver.shares(&workers, 250);
     assert_eq!(shares, [250, 0, 0, 0, 0, 0, 0, 0]);
 }
@@ -196,7 +202,8 @@ fn gauges_are_read_at_every_turn_or_once_in_an_interval() {
     driver.now = driver.now + ms(1);
     assert_eq!(driver.shares(&workers, 4), [0, 4]);
     assert!(!driver.core.reads_gauges(driver.now, PoolId(0)), "once");
-    // Who comes in between does not wait for the next time, nor does he who sets his gauge later than he comes.
+    // A worker that joins between two readings does not wait for the next one, even if it sets its
+    // gauge after the join.
     let late = driver.worker();
     assert_eq!(driver.shares(&[workers[1], late], 1), [1, 0]);
     assert!(driver.core.lacks_gauges(late) && !driver.core.lacks_gauges(workers[1]));
@@ -218,7 +225,7 @@ fn a_pool_that_does_not_score_reads_nothing() {
 }
 
 #[test]
-fn impossible_readings_cost_only_their_worker_and_are_told_once() {
+fn impossible_readings_cost_only_their_worker() {
     let mut driver = driver_scoring(scores(1.0, &[("a", 1.0)]));
     let (liar, honest) = (driver.worker(), driver.worker());
     driver.turn();
@@ -242,7 +249,7 @@ fn impossible_readings_cost_only_their_worker_and_are_told_once() {
         let expected = Event::BadGauge { worker: liar, gauge: Some(name("a")), problem };
         assert!(told.is_empty() || told == [expected], "{told:?}");
     }
-    // Too large is clamped: the worst there is, not a worker that is out.
+    // Too large a value is clamped: the worst score, but still eligible.
     driver.link(liar).gauges[0] = Some(Reading { value: 1e300, at: now });
     driver.turn();
     let clamped = Some(Scored::Score(MAX_GAUGE_VALUE + 1.0));
@@ -252,7 +259,7 @@ fn impossible_readings_cost_only_their_worker_and_are_told_once() {
     let told = driver.events();
     let problem = GaugeProblem::TooLarge;
     assert_eq!(told, [Event::BadGauge { worker: liar, gauge: Some(name("a")), problem }]);
-    // A clock that is read a moment after ours is nothing to speak of, and makes nothing last longer.
+    // A time slightly ahead is accepted, and does not make the gauge valid for longer.
     driver.link(liar).gauges[0] = Some(Reading { value: 0.0, at: now + 900_000_000 });
     driver.turn();
     driver.wait(ms(1_000));
@@ -266,7 +273,7 @@ fn impossible_readings_cost_only_their_worker_and_are_told_once() {
     driver.core.misnamed_gauge(liar, Some(name("a")));
     driver.pump();
     assert_eq!(driver.events().len(), 2);
-    // Each problem was told once for this worker, and may be told for another.
+    // Each problem is reported once for each worker.
     driver.link(honest).gauges[0] = Some(Reading { value: f64::NAN, at: 1 });
     driver.turn();
     assert_eq!(driver.events().len(), 1);
@@ -286,7 +293,7 @@ fn readings_of_unknown_workers_and_gauges_are_ignored() {
 }
 
 #[test]
-fn what_is_explained_is_what_was_decided() {
+fn explanations_agree_with_decisions() {
     let mut driver = driver_scoring(scores(1.0, &[("queue_wait", 10.0)]));
     let workers: Vec<_> = (0..3).map(|_| driver.worker()).collect();
     driver.set(workers[0], 0, 0.5);
@@ -302,7 +309,7 @@ fn what_is_explained_is_what_was_decided() {
     assert_eq!((seen(workers[0]).score, seen(workers[0]).why), (Some(6.0), Why::HigherScore));
     assert_eq!((seen(workers[2]).score, seen(workers[2]).why), (None, Why::StaleGauge));
     assert_eq!(seen(workers[2]).out, Some(Scored::NeverSet(name("queue_wait"))));
-    // With no worker fresh it says by what it went instead.
+    // If no worker has fresh gauges, it shows the fallback.
     driver.wait(ms(1_000));
     let explained = driver.core.explain(driver.now, PoolId(0), ClientAddr::Unix).unwrap();
     let first = &explained.decision.candidates[0];
@@ -310,7 +317,7 @@ fn what_is_explained_is_what_was_decided() {
     assert!(first.out.is_some_and(|out| out.to_string().contains("queue_wait stale")));
 }
 
-/// The policy against its definition, decision by decision: loads from the core, gauges as the workers set them.
+/// Compares each decision with the definition: loads from the core, gauges as the workers set them.
 #[test]
 fn exactly_as_defined_over_5_000_decisions() {
     let rules = Scores { valid_for: ms(400), ..scores(1.0, &[("a", 3.0), ("b", -0.5)]) };

@@ -1,4 +1,4 @@
-//! Processes the dispatcher keeps running.
+//! Processes that the dispatcher keeps running.
 
 use super::*;
 
@@ -79,14 +79,14 @@ fn a_stopping_pool_restarts_a_process_for_waiting_clients() {
     let worker = driver.join_as(hello(), Some(FIRST)).unwrap();
     driver.take_all(worker);
     driver.turn();
-    // Now no client waits for it.
+    // Now no client waits for the process.
     driver.core.exited(driver.now, FIRST);
     driver.wait(RESTART_MAX);
     assert!(spawns(&mut driver).is_empty());
 }
 
 #[test]
-fn what_they_start_from_has_changed_so_they_are_started_at_once() {
+fn changed_settings_restart_waiting_processes_at_once() {
     let mut driver = driver_with(|pool| pool.processes = 2);
     let second = ProcessId { number: 1, ..FIRST };
     driver.core.spawned(driver.now, second, true);
@@ -101,11 +101,12 @@ fn what_they_start_from_has_changed_so_they_are_started_at_once() {
     driver.core.retry_processes(driver.now, PoolId(0));
     driver.pump();
     assert_eq!(spawns(&mut driver), [0], "at once; the one that runs goes on");
-    // It may have been started from the old ones: then it does not wait long either.
+    // The running process may have been started from the old settings: its restart is not delayed
+    // either.
     driver.core.spawned(driver.now, FIRST, false);
     driver.wait(RESTART_MIN);
     assert_eq!(spawns(&mut driver), [0]);
-    // Those that are not wanted stay away.
+    // Surplus processes are not started.
     driver.core.scale(driver.now, PoolId(0), 1);
     driver.core.exited(driver.now, second);
     driver.core.retry_processes(driver.now, PoolId(0));

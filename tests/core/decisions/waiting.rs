@@ -20,11 +20,11 @@ fn only_a_pool_with_workers_wants_room() {
     assert!(!driver.core.wants_room());
     driver.core.retire_pool(driver.now, PoolId(1));
     driver.turn();
-    assert!(!driver.core.wants_room(), "not even when it was taken out");
+    assert!(!driver.core.wants_room(), "not even when it was removed");
 }
 
 #[test]
-fn nobody_is_accepted_until_somebody_joins() {
+fn no_client_is_accepted_until_a_worker_joins() {
     let mut driver = driver();
     assert_eq!(driver.core.accepting(WEB), Accepting::Pause);
     assert_eq!(driver.core.snapshot().pools[0].state, PoolState::NoWorker);
@@ -33,7 +33,7 @@ fn nobody_is_accepted_until_somebody_joins() {
 }
 
 #[test]
-fn after_the_wait_clients_are_refused_until_somebody_joins() {
+fn after_the_wait_clients_are_refused_until_a_worker_joins() {
     let mut driver = driver();
     let worker = driver.worker();
     let conn = driver.accept(WEB);
@@ -51,7 +51,7 @@ fn after_the_wait_clients_are_refused_until_somebody_joins() {
     let refused = driver.accept(WEB);
     assert_eq!(driver.closed(refused), Some(CloseReason::NoWorker));
     assert_eq!(driver.core.snapshot().pools[0].state, PoolState::Refusing);
-    // The log says it again, at growing intervals.
+    // The log repeats it at growing intervals.
     driver.wait(ms(10_000));
     let since =
         |seconds: u64| Event::StillRefusing { pool, unserved: false, since: ms(seconds * 1_000) };
@@ -65,7 +65,7 @@ fn after_the_wait_clients_are_refused_until_somebody_joins() {
 }
 
 #[test]
-fn held_connections_are_placed_in_order_when_somebody_joins() {
+fn queued_connections_are_placed_in_order_at_a_join() {
     let mut driver = driver();
     let conns: Vec<_> = (0..5).map(|_| driver.accept(WEB)).collect();
     driver.core.client_gone(driver.now, conns[2]);
@@ -83,7 +83,7 @@ fn held_connections_are_placed_in_order_when_somebody_joins() {
 }
 
 #[test]
-fn what_comes_back_goes_before_what_is_new() {
+fn returned_connections_go_before_new_ones() {
     let mut driver = driver_with(|pool| pool.max_connections_per_worker = 2);
     let first = driver.worker();
     let conns: Vec<_> = (0..4).map(|_| driver.accept(WEB)).collect();
@@ -95,7 +95,7 @@ fn what_comes_back_goes_before_what_is_new() {
 }
 
 #[test]
-fn back_pressure_is_told_once_a_second_at_most() {
+fn back_pressure_is_reported_once_a_second_at_most() {
     let mut driver = driver_with(|pool| pool.max_connections_per_worker = 1);
     let worker = driver.worker();
     driver.events();

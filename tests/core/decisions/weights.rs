@@ -1,4 +1,4 @@
-//! Weights that change: by an operator at any time, and by themselves during a slow start.
+//! Changes of weights: by an operator at any time, and during a slow start.
 
 use dispatch_protocol::ClientAddr;
 use dispatch_protocol::wire::Update;
@@ -31,7 +31,7 @@ fn weights_can_be_changed_at_any_time() {
 }
 
 #[test]
-fn a_weight_of_a_worker_that_is_gone_is_nobodys() {
+fn a_weight_of_a_gone_worker_has_no_effect() {
     let mut driver = driver_of(Policy::LeastConnections);
     let worker = driver.worker();
     driver.leave(worker, Departure::Died);
@@ -117,7 +117,7 @@ fn a_new_worker_starts_slowly_by_least_connections() {
         driver.next_from(ClientAddr::Unix);
     }
     let new = driver.worker();
-    // Connections come and go; after each quarter it has its part, and no more at any time.
+    // After each quarter of the slow start it has its share, and never more.
     for quarter in 1..=4 {
         for _ in 0..16 {
             driver.wait(Duration::from_micros(156_250));
@@ -151,7 +151,8 @@ fn a_new_worker_starts_slowly_by_turns_and_draws() {
             }
             shares.push(had);
         }
-        // With the fraction p of its weight it gets p / (1 + p) of 1,000; in the middle of each second.
+        // With the fraction p of its weight it gets p / (1 + p) of 1,000, measured in the middle of
+        // each second.
         for (second, &had) in shares.iter().enumerate() {
             let part = (second as f64 + 0.5) / 10.0;
             let expected = 1_000.0 * part / (1.0 + part);
@@ -170,7 +171,7 @@ fn warm(driver: &Driver, worker: WorkerId) -> u32 {
 }
 
 #[test]
-fn whoever_is_resumed_starts_slowly() {
+fn a_resumed_worker_starts_slowly() {
     let mut driver = slow(Policy::LeastConnections);
     let (worker, other) = (driver.worker(), driver.worker());
     driver.wait(ms(10_000));
@@ -188,7 +189,7 @@ fn whoever_is_resumed_starts_slowly() {
 }
 
 #[test]
-fn whoever_was_suspect_starts_slowly() {
+fn a_worker_that_was_suspect_starts_slowly() {
     let mut driver = slow(Policy::LeastConnections);
     let worker = driver.worker();
     driver.wait(ms(10_000));
@@ -202,7 +203,7 @@ fn whoever_was_suspect_starts_slowly() {
 }
 
 #[test]
-fn whoever_starts_slowly_and_is_alone_gets_all() {
+fn a_single_worker_in_slow_start_gets_all() {
     let mut driver = slow(Policy::LeastConnections);
     let worker = driver.worker();
     for _ in 0..100 {

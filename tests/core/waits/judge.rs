@@ -1,4 +1,4 @@
-//! Plays a row and says whether it is as it must be.
+//! Runs a row and checks its requirements.
 
 use std::time::Duration;
 
@@ -6,16 +6,17 @@ use simulator::waits::{Change, Client, Contender, Outcome, percentile, run};
 
 use super::rows::{Need, Row};
 
-/// With fewer clients than this, percentiles and parts of them say nothing.
+/// With fewer clients than this, percentiles and shares have no meaning.
 const ENOUGH: usize = 20_000;
 
 /// The head of the table.
 pub const HEADING: &str = "scenario                                        | shared p50/p99     | never p50/p99      | core p50/p99       longest  | moves %  | suspects | first   | verdict";
 
-/// A dispatcher hands a connection over after a turn of its own; the references need none of that. In seconds.
+/// The additional time of a dispatcher's turn before a handoff, in seconds; the references have
+/// none.
 const HANDING_OVER: f64 = 0.000_2;
 
-/// What the contenders came to with one seed; several runs each.
+/// The results of the contenders with one seed, several runs each.
 struct Played {
     shared: Vec<Outcome>,
     never: Vec<Outcome>,
@@ -28,7 +29,7 @@ pub struct Verdict {
     pub text: String,
 }
 
-/// Plays a row with every seed: its line of the table, and what holds.
+/// Runs a row with every seed; returns its line of the table and the verdicts.
 pub fn row(row: &Row, seeds: &[u64], most: u32) -> (String, Vec<Verdict>) {
     let results: Vec<(u64, Played)> =
         seeds.iter().map(|&seed| (seed, play(row, seed, most))).collect();
@@ -37,10 +38,11 @@ pub fn row(row: &Row, seeds: &[u64], most: u32) -> (String, Vec<Verdict>) {
     (line(row, &results, &verdicts), verdicts)
 }
 
-/// Plays a row with all contenders; `most` clients count.
+/// Runs a row with all contenders; `most` clients count.
 fn play(row: &Row, seed: u64, most: u32) -> Played {
     let scenario = &mut row.scenario.clone();
-    // Those of the warm-up come on top, and those that arrive until 20 s after the last change.
+    // Additional clients: those of the warm-up, and those that arrive until 20 s after the last
+    // change.
     let last_change = scenario.changes.iter().map(|&(at, ..)| at).max();
     let until = last_change.map_or(Duration::ZERO, |at| at + Duration::from_secs(20));
     let before = |time: Duration| (scenario.rate * time.as_secs_f64()) as u32;
@@ -50,7 +52,7 @@ fn play(row: &Row, seed: u64, most: u32) -> Played {
     let stops = scenario.changes.iter().any(|(_, _, change)| *change == Change::Stop);
     let never = if stops { &undisturbed } else { &*scenario };
     let mut played = Played { shared: Vec::new(), never: Vec::new(), core: Vec::new() };
-    // A short test plays each row once.
+    // A short test runs each row once.
     let runs = row.runs.min(1 + most / 1_000);
     for number in 0..u64::from(runs) {
         let seed = seed * 1_000 + number;
@@ -75,10 +77,10 @@ fn counted(outcomes: &[Outcome]) -> usize {
     outcomes.iter().map(|outcome| outcome.counted().len()).sum()
 }
 
-/// Judges every requirement.
+/// Checks every requirement.
 fn verdicts(row: &Row, seed: u64, played: &Played) -> Vec<Verdict> {
     let core = &played.core;
-    // A shared queue serves all clients as long as one worker goes on.
+    // A shared queue serves all clients as long as one worker runs.
     let lost: usize = played.shared.iter().map(Outcome::lost).sum();
     let text = format!("{} (seed {seed}): the shared queue loses {lost}", row.name);
     let mut found = vec![Verdict { holds: lost == 0, text }];
@@ -159,7 +161,7 @@ fn verdicts(row: &Row, seed: u64, played: &Played) -> Vec<Verdict> {
             }
             Need::First(most) => {
                 let first = first(core);
-                // The delivery and the turn that notices come on top.
+                // Plus the delivery and the turn that notices it.
                 say(
                     first <= most.as_secs_f64() + 0.001,
                     format!("first {first:.4}, allowed {most:?}"),
@@ -208,14 +210,15 @@ fn first(core: &[Outcome]) -> f64 {
     waits.max().map_or(f64::INFINITY, secs)
 }
 
-/// What is wrong with the delays that tests of hostile workers cause. A client that is not delayed waits up to `round`.
+/// Checks the delays caused by trials of hostile workers; returns the violation, if any. A client
+/// without such a delay waits up to `round`.
 fn tests(outcome: &Outcome, hostile: u32, round: Duration) -> Option<String> {
     const MS: u64 = 1_000_000;
     let round = round.as_nanos() as u64;
-    // Its delivery and a turn or two.
+    // Its delivery and one or two turns.
     let usual = round + MS;
     let delay = |client: &Client| client.wait.unwrap_or(u64::MAX).saturating_sub(usual);
-    // While the first waits, so do those that come next: nothing has taken a connection yet.
+    // While the first client waits, the next ones do too, because no worker has taken a connection.
     let served = outcome.clients.iter().map(|client| client.at + client.wait.unwrap_or(0)).min();
     let served = served.unwrap_or(0);
     let delays: Vec<u64> =

@@ -1,45 +1,48 @@
-//! The rows of the table: scenarios and what must hold in each.
+//! The rows of the table: scenarios with their requirements.
 
 use std::time::Duration;
 
 use simulator::waits::{Change, Kind, Rounds, Scenario, Service, WorkerPlan};
 
-/// What must hold in a row, besides that all clients are served.
+/// A requirement of a row, in addition to serving all clients.
 #[derive(Clone, Copy, Debug)]
 pub enum Need {
-    /// 99 % wait at most so many times as long as with never moving, undisturbed.
+    /// The p99 of the waits is at most this multiple of that with never moving, without stops.
     OfNever(f64),
-    /// 99 % wait at most so much longer than with never moving.
+    /// The p99 of the waits is at most this much longer than with never moving.
     AsNever(Duration),
-    /// Half and 99 % wait at most so many times as long as with a shared queue.
+    /// The median and the p99 of the waits are at most these multiples of those with a shared
+    /// queue.
     OfShared(f64),
-    /// At most this part of the clients is moved.
+    /// At most this fraction of the clients is moved.
     Moves(f64),
     /// No worker becomes suspect, trusted and suspect again.
     Settled,
-    /// Clients of the worker that stops wait at most 3 × its usual longest take and so many rounds of another worker.
+    /// Clients of the worker that stops wait at most 3 × its usual longest take plus this number of
+    /// rounds of another worker.
     Stop(u64),
     /// No client waits longer.
     Longest(Duration),
-    /// The first client waits at most so long.
+    /// The first client waits at most this long.
     First(Duration),
-    /// After the first client: the first test of each worker delays one client by at most 20 ms, a repeated one by 5 ms,
-    /// at most one of these per second; a round of an honest worker is added to each.
+    /// After the first client: the first trial of each worker delays one client by at most 20 ms, a
+    /// repeated trial by 5 ms, with at most one of these per second; a round of an honest worker is
+    /// added to each.
     Tests {
         /// Workers that are not honest.
         hostile: u32,
         /// The longest round of an honest worker.
         round: Duration,
     },
-    /// From `from` on the worker has at least this part of an equal share.
+    /// The worker has at least this fraction of an equal share.
     Share {
-        /// Which.
+        /// The worker.
         worker: usize,
-        /// Since when.
+        /// Start of the interval.
         from: Duration,
-        /// Until when.
+        /// End of the interval.
         to: Duration,
-        /// Part of an equal share.
+        /// Fraction of an equal share.
         part: f64,
     },
     /// Loads of honest workers differ by at most this.
@@ -49,13 +52,13 @@ pub enum Need {
 /// One row.
 #[derive(Clone, Debug)]
 pub struct Row {
-    /// Its name; what `HANDOFF_ROWS` selects by.
+    /// Its name, for `HANDOFF_ROWS`.
     pub name: String,
-    /// What is played.
+    /// The scenario.
     pub scenario: Scenario,
-    /// How often, with a seed of its own each time; waits are put together.
+    /// Number of runs, each with a seed of its own; the waits are combined.
     pub runs: u32,
-    /// What must hold for each seed.
+    /// The requirements, for each seed.
     pub needs: Vec<Need>,
 }
 
@@ -106,8 +109,8 @@ fn name_of(count: usize, round: Duration, rate: f64, rounds: &str) -> String {
     format!("{count} loops {round:?} {rate}/s {rounds}")
 }
 
-/// Event loops; their number, round, rate and distribution, as far as the arrivals of one round, `longer` times as long as
-/// the mean, fit into half of what `serving` workers hold.
+/// Event loops with all combinations of number, round, rate and distribution for which the arrivals
+/// of a round of `longer` times the mean fit into half of the rings of `serving` workers.
 fn grid(
     serving: impl Fn(usize) -> usize,
     longer: impl Fn(Rounds) -> f64,
@@ -125,7 +128,7 @@ fn grid(
                     let mut scenario = Scenario::new(kinds, rate);
                     scenario.rounds = rounds;
                     scenario.warm = round * 10;
-                    // 99 % are made by the few longest rounds: there have to be enough of these.
+                    // The few longest rounds determine the p99, so there must be enough of them.
                     if rounds != Rounds::Uniform {
                         scenario.clients = 120_000;
                     }
@@ -133,7 +136,7 @@ fn grid(
                     if rounds != Rounds::Uniform && round >= s(1) {
                         scenario.wait_for_worker = s(120);
                     }
-                    // To be set above the longest honest round.
+                    // `handoff_timeout` must be longer than the longest honest round.
                     if rounds == Rounds::LongTail && round >= s(3) {
                         scenario.max_handoff_timeout = s(60);
                     }
@@ -180,7 +183,7 @@ fn loops() -> Vec<Row> {
 
 fn stops() -> Vec<Row> {
     let mut rows = Vec::new();
-    // What is left must hold what waits for it in a long round.
+    // The remaining workers must have room for the arrivals of a long round.
     let serving = |count: usize| (count - 1).max(1);
     let longer = |rounds| match rounds {
         Rounds::Uniform => 1.3,
@@ -188,24 +191,25 @@ fn stops() -> Vec<Row> {
         Rounds::LongTail => 13.0,
     };
     for (name, mut scenario, rounds) in grid(serving, longer) {
-        // The clients of one stop are to be fewer than 1 % of all.
+        // The clients of one stop must be fewer than 1 % of all.
         scenario.clients = scenario.clients.max((200.0 * scenario.rate) as u32);
-        // By then each worker has taken some.
+        // By then each worker has taken connections.
         let share = scenario.workers.len() as f64 / scenario.rate;
         let at = scenario.warm + s(20) + Duration::from_secs_f64(20.0 * share);
         let most = match rounds {
             Rounds::Uniform => 1,
-            // The other worker may be in a round so long that it is suspect, too: then nothing says which of them is better.
+            // The other worker may be in such a long round that it is suspect, too; then neither is
+            // better.
             Rounds::Exponential | Rounds::LongTail => 2,
         };
         if rounds != Rounds::Uniform && scenario.workers.len() == 2 {
-            // One worker is left, and has half as many long rounds.
+            // One worker remains, and has half as many long rounds.
             scenario.clients *= 4;
         }
         let mut for_5_s = scenario.clone();
         for_5_s.changes = vec![(at, 0, Change::Stop), (at + s(5), 0, Change::Continue)];
         if scenario.workers.len() == 1 {
-            // There is no other worker: all are served when it goes on.
+            // There is no other worker: all clients are served when it continues.
             rows.push(row(format!("stop 5 s: {name}"), for_5_s, []));
             continue;
         }
@@ -312,7 +316,7 @@ fn stuck() -> Vec<Row> {
             name: format!("{hostile} stuck + {honest} loops {round:?} 20/s"),
             scenario,
             runs: 10,
-            // The first clients may meet two honest workers that have to prove themselves.
+            // The first clients may get trials at two honest workers.
             needs: vec![Need::First(ms(200) + 2 * longest), tests],
         });
     }
@@ -348,7 +352,7 @@ fn bursts() -> Vec<Row> {
         scenario.service = exp(s(30));
         let all_fast = kinds.iter().all(|&kind| kind == fast);
         let needs = if all_fast {
-            // Each proves itself with one connection first.
+            // Each worker first gets one connection as a trial.
             vec![Need::AsNever(ms(1))]
         } else {
             Vec::new()

@@ -36,7 +36,8 @@ pub fn near(what: &str, shown: f64, said: f64, within: f64) -> Result<(), String
     near.then_some(()).ok_or_else(|| format!("{what}: {shown} and not {said}"))
 }
 
-/// The line of accepted connections: a point for each second, the last one at the right edge, the most at the top.
+/// The line of accepted connections: a point for each second, the last one at the right edge, the
+/// most at the top.
 pub fn chart_equals(browser: &mut Browser, said: &[u64]) -> Result<(), String> {
     let (peak, latest) = (said.iter().max().unwrap_or(&0), said.last().unwrap_or(&0));
     let parts = browser.value(

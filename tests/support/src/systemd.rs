@@ -64,7 +64,8 @@ pool = "web"
 handoff_timeout = "10m"
 "#;
 
-/// A booted systemd. Everything in it is killed when it goes out of scope, or when the test process ends.
+/// A booted systemd. Everything in it is killed when it goes out of scope, or when the test process
+/// ends.
 pub struct Machine {
     helper: Child,
     stdin: Option<ChildStdin>,

@@ -1,9 +1,9 @@
-//! What is wanted again after a change, and entries that are used again.
+//! Processes and pools that a later change restores, and reuse of entries.
 
 use super::*;
 
 #[test]
-fn workers_that_are_wanted_again_get_connections_again() {
+fn workers_that_are_wanted_again_are_resumed() {
     let mut driver = driver_with(|pool| pool.processes = 6);
     let workers: Vec<_> = (0..6)
         .map(|number| {
@@ -14,7 +14,7 @@ fn workers_that_are_wanted_again_get_connections_again() {
         .collect();
     let counts =
         |wanted, active, starting, draining| ProcessCounts { wanted, active, starting, draining };
-    // An operator drains one; another says goodbye when it is drained.
+    // An operator drains one worker; another says goodbye when it is drained.
     driver.drain(workers[4]);
     driver.core.scale(driver.now, PoolId(0), 2);
     assert_eq!(driver.core.processes(PoolId(0)), counts(2, 2, 0, 4));
@@ -25,7 +25,7 @@ fn workers_that_are_wanted_again_get_connections_again() {
     let states: Vec<_> = workers.iter().map(|&worker| driver.state(worker)).collect();
     let (active, draining) = (State::Active, State::Draining);
     assert_eq!(states, [active, active, active, draining, draining, active]);
-    // The one that leaves ends, and its process is started again.
+    // The worker that leaves ends, and its process is restarted.
     driver.leave(workers[3], Departure::Disconnected);
     driver.core.exited(driver.now, ProcessId { pool: PoolId(0), number: 3 });
     assert_eq!(driver.core.processes(PoolId(0)), counts(6, 4, 1, 1));
@@ -33,7 +33,7 @@ fn workers_that_are_wanted_again_get_connections_again() {
     driver.wait(RESTART_MIN);
     let process = ProcessId { pool: PoolId(0), number: 3 };
     assert!(driver.log.contains(&Effect::Spawn { process }));
-    // Said by a reload it is the same.
+    // A reload has the same effect.
     driver.change_web(|pool| pool.processes = 1);
     assert_eq!(driver.core.processes(PoolId(0)).active, 1);
     driver.change_web(|pool| pool.processes = 3);
@@ -71,7 +71,7 @@ fn thousands_of_changes_leave_nothing_behind() {
     driver.logging = false;
     let worker = driver.worker();
     for round in 0..2_000 {
-        // Ever new names, as an orchestrator makes them.
+        // Always new names, as an orchestrator makes them.
         let name = format!("pool-{round}");
         let settings = PoolSettings { name: name.clone(), history: 4, ..settings() };
         let pool = driver.core.add_pool(driver.now, settings, round);
@@ -102,7 +102,7 @@ fn thousands_of_changes_leave_nothing_behind() {
 }
 
 #[test]
-fn a_worker_is_never_told_the_wrong_listener() {
+fn a_worker_never_learns_a_wrong_listener_name() {
     let mut driver = driver();
     driver.worker();
     let named = |name: &str| ListenerSettings { name: name.to_owned(), ..listener() };
@@ -111,7 +111,7 @@ fn a_worker_is_never_told_the_wrong_listener() {
         driver.core.listener_closed(driver.now, listener);
     };
     let first = driver.core.add_listener(named("first"));
-    // This one is told of it.
+    // This worker learns the name.
     let knows = driver.worker();
     close(&mut driver, first);
     let second = driver.core.add_listener(named("second"));
@@ -119,14 +119,14 @@ fn a_worker_is_never_told_the_wrong_listener() {
     close(&mut driver, second);
     assert_eq!(driver.core.add_listener(named("first")), first, "the same name is no mistake");
     close(&mut driver, first);
-    assert_eq!(driver.core.add_listener(named("third")), second, "no worker was told of that one");
+    assert_eq!(driver.core.add_listener(named("third")), second, "no worker knows that one");
     close(&mut driver, second);
     driver.leave(knows, Departure::Died);
     assert_eq!(driver.core.add_listener(named("fourth")), first);
 }
 
 #[test]
-fn what_connections_and_processes_refer_to_stays() {
+fn referenced_entries_stay() {
     let (mut driver, worker) = two_pools();
     let conn = driver.accept(SECOND);
     driver.core.retire_listener(SECOND);
@@ -155,7 +155,7 @@ fn what_connections_and_processes_refer_to_stays() {
 }
 
 #[test]
-fn what_an_operator_drained_stays_so_when_its_pool_comes_back() {
+fn an_operators_drain_survives_the_return_of_its_pool() {
     let (mut driver, old) = two_pools();
     driver.drain(old);
     driver.core.retire_listener(SECOND);
