@@ -46,7 +46,8 @@ pub fn adopt_inherited(fd: RawFd) -> io::Result<OwnedFd> {
     Ok(fd)
 }
 
-/// The supplementary groups of the process behind a Unix socket, as they were when it connected (`SO_PEERGROUPS`).
+/// The supplementary groups of the process behind a Unix socket, as they were when it connected
+/// (`SO_PEERGROUPS`).
 ///
 /// # Errors
 /// What `getsockopt` answers; kernels before 4.13 do not know the option.
@@ -120,7 +121,8 @@ pub fn ended_child() -> Option<i32> {
 #[cfg(feature = "tui")]
 pub fn stop_like_a_job(group: bool) -> io::Result<()> {
     let mut before = std::mem::MaybeUninit::<libc::sigaction>::zeroed();
-    // SAFETY: all zeros is a valid `sigaction`, with the default disposition; both structures live across the call.
+    // SAFETY: all zeros is a valid `sigaction`, with the default disposition; both structures live
+    // across the call.
     let result = unsafe {
         let default = std::mem::MaybeUninit::<libc::sigaction>::zeroed();
         libc::sigaction(libc::SIGTSTP, default.as_ptr(), before.as_mut_ptr())
@@ -216,8 +218,8 @@ pub fn drop_new_connections(socket: impl AsFd) -> io::Result<()> {
     ];
     let len = program.len() as u16;
     let filter = libc::sock_fprog { len, filter: program.as_mut_ptr() };
-    // SAFETY: `filter` and the program it points at live across the call, and `len` is the number of its instructions; the
-    // kernel copies both.
+    // SAFETY: `filter` and the program it points at live across the call, and `len` is the number
+    // of its instructions; the kernel copies both.
     let result = unsafe {
         libc::setsockopt(
             socket.as_fd().as_raw_fd(),

@@ -59,7 +59,8 @@ impl Action {
     /// The command for `target`.
     ///
     /// # Errors
-    /// [`Problem::Invalid`] when a value is out of range or the action does not apply to such a target.
+    /// [`Problem::Invalid`] when a value is out of range or the action does not apply to such a
+    /// target.
     pub fn command(self, target: Target) -> Result<Command, CommandError> {
         Ok(match self {
             Action::Drain { deadline } => {

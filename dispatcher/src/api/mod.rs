@@ -1,4 +1,5 @@
-//! The types of the admin interface: what the server answers and what the commands read. Plain data.
+//! The types of the admin interface: what the server answers and what the commands read. Plain
+//! data.
 
 pub mod action;
 pub mod command;

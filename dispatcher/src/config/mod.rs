@@ -196,7 +196,8 @@ pub enum Address {
 /// Options set on the listening socket; accepted connections inherit the TCP ones.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct ListenerOptions {
-    /// Length of the kernel's accept queue; the kernel caps it at `net.core.somaxconn`. Default 4096.
+    /// Length of the kernel's accept queue; the kernel caps it at `net.core.somaxconn`. Default
+    /// 4096.
     pub backlog: u32,
     /// Accept only IPv6 on an IPv6 address. Default false: `[::]` accepts IPv4 too.
     pub ipv6_only: bool,

@@ -33,10 +33,12 @@ pub fn from_control(socket: &OwnedFd) -> FromControl {
     }
 }
 
-/// The descriptors that `LISTEN_PID`, `LISTEN_FDS` and `LISTEN_FDNAMES` announce to the process `own`, with their names.
+/// The descriptors that `LISTEN_PID`, `LISTEN_FDS` and `LISTEN_FDNAMES` announce to the process
+/// `own`, with their names.
 ///
 /// # Errors
-/// When the variables cannot be true; `passed` says which numbers are descriptors that another program passed.
+/// When the variables cannot be true; `passed` says which numbers are descriptors that another
+/// program passed.
 pub fn announced(
     variables: [Option<String>; 3],
     own: u32,

@@ -65,8 +65,8 @@ use dispatcher_core::{Core, Time};
 
 pub use crate::listen::error::RunError;
 
-/// Serves until a signal ends the dispatcher. Calls `ready` once, with the bound addresses of the listeners, as soon as
-/// clients and workers can connect.
+/// Serves until a signal ends the dispatcher. Calls `ready` once, with the bound addresses of the
+/// listeners, as soon as clients and workers can connect.
 ///
 /// # Errors
 /// [`RunError`] when the dispatcher cannot start, or when the poll fails.
