@@ -47,6 +47,7 @@ mod types;
 mod weights;
 mod worker;
 
+pub use access_control::{AccessControl, AccessRules, Rate};
 pub use affinity::ClaimOutcome;
 pub use affinity::key::{KeySource, Known};
 pub use discarded::Discarded;
@@ -56,8 +57,6 @@ pub use gauges::MAX_GAUGE_VALUE;
 pub use health::LOST_PAUSE;
 pub use history::{Decision, Explanation, Obstacle, Seen};
 pub use random::Random;
-
-pub use access_control::{AccessControl, AccessRules, Rate};
 pub use ring::SPARE_SLOTS;
 pub use snapshot::{
     AffinitySnapshot, ListenerSnapshot, PoolSnapshot, PoolState, Snapshot, Totals, WorkerSnapshot,
