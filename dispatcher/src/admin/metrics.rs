@@ -221,6 +221,11 @@ impl Snapshot {
             "Log lines suppressed by the rate limit",
             meters.log_lines_limited,
         )?;
+        page.counter(
+            "process_output_lost_lines",
+            "Lines of spawned processes that were not logged",
+            meters.process_output_lost,
+        )?;
         let reload = self.last_reload;
         page.gauge(
             "config_last_reload_successful",

@@ -488,6 +488,7 @@ fn stopping_ends_the_processes_first() {
         token: Token([0; 16]),
         patience: PATIENCE,
         descriptors: None,
+        setup: crate::config::ProcessSetup::default(),
     };
     admin.spawner.spawn(request).expect("room");
     let Ok(Report::Spawned { pid, .. }) = admin.reports.recv_timeout(PATIENCE) else {

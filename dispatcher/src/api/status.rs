@@ -131,6 +131,9 @@ pub struct Meters {
     pub log_lines_dropped: u64,
     /// Log lines suppressed by the rate limit.
     pub log_lines_limited: u64,
+    /// Lines of processes that were not logged.
+    #[serde(default)]
+    pub process_output_lost: u64,
     /// Descriptors that wait to be closed, or are being closed.
     #[serde(default)]
     pub closing: u64,

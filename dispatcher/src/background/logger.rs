@@ -20,7 +20,7 @@ use self::output::Output;
 use std::fmt::Write as _;
 use std::io::{self, Write};
 use std::os::fd::AsFd;
-use std::sync::atomic::{AtomicU64, Ordering};
+use std::sync::atomic::{AtomicU64, AtomicUsize, Ordering};
 use std::sync::mpsc::{Receiver, SyncSender, TrySendError, sync_channel};
 use std::sync::{Arc, OnceLock, PoisonError, RwLock};
 use std::time::{Duration, Instant};
@@ -199,6 +199,11 @@ pub fn dropped_lines() -> u64 {
     QUEUE.get().map_or(0, Queue::dropped)
 }
 
+/// Whether the queue has room for lines of processes: half of it is for the dispatcher's own.
+pub fn has_room() -> bool {
+    QUEUE.get().is_none_or(|queue| queue.waiting.load(Ordering::Relaxed) < MAX_LINES / 2)
+}
+
 /// Lines dropped since the start because one place in the program had too many.
 pub fn repeated_lines() -> u64 {
     REPEATS.left_out()
@@ -307,6 +312,8 @@ enum Message {
 struct Queue {
     sender: SyncSender<Message>,
     dropped: Arc<AtomicU64>,
+    /// Lines that wait to be written.
+    waiting: Arc<AtomicUsize>,
 }
 
 impl Queue {
@@ -317,11 +324,12 @@ impl Queue {
     ) -> io::Result<Queue> {
         let (sender, receiver) = sync_channel(capacity);
         let dropped = Arc::new(AtomicU64::new(0));
-        let counter = Arc::clone(&dropped);
+        let output = Output::new(writer, style, Arc::clone(&dropped));
+        let waiting = output.waiting();
         std::thread::Builder::new()
             .name("log".to_owned())
-            .spawn(move || write_out(&receiver, Output::new(writer, style, counter)))?;
-        Ok(Queue { sender, dropped })
+            .spawn(move || write_out(&receiver, output))?;
+        Ok(Queue { sender, dropped, waiting })
     }
 
     fn dropped(&self) -> u64 {
@@ -348,7 +356,10 @@ impl Queue {
 
 impl Write for Queue {
     fn write(&mut self, line: &[u8]) -> io::Result<usize> {
+        // Before the log thread can receive it.
+        self.waiting.fetch_add(1, Ordering::Relaxed);
         if self.sender.try_send(Message::Line(line.into())).is_err() {
+            self.waiting.fetch_sub(1, Ordering::Relaxed);
             self.dropped.fetch_add(1, Ordering::Relaxed);
         }
         Ok(line.len())

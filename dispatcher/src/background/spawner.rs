@@ -4,6 +4,7 @@
 //! Decides nothing: the core decides when to start and whether to restart.
 
 mod group;
+mod output;
 pub(crate) mod reaper;
 mod start;
 
@@ -20,7 +21,11 @@ use nix::unistd::Pid;
 use tokio::sync::{mpsc as tokio_mpsc, watch};
 use tokio::task::JoinSet;
 
+use self::output::Reading;
+pub use self::output::{LastOutput, OutputLine, Stream, lost_lines};
 use self::reaper::Own;
+use self::start::Started;
+use crate::config::ProcessSetup;
 use crate::wake::Wake;
 use dispatcher_core::{PoolId, ProcessId};
 
@@ -36,12 +41,13 @@ const KILLED: Duration = Duration::from_secs(2);
 pub struct SpawnRequest {
     /// Identifies the process in every report.
     pub process: ProcessId,
-    /// Program and arguments.
+    /// Program and arguments. With placeholders (see [`crate::config::expand`]), like the values of
+    /// `environment`, and `directory`.
     pub command: Vec<String>,
     /// Added to the dispatcher's own environment.
     pub environment: Vec<(String, String)>,
     /// Working directory, if not the dispatcher's.
-    pub directory: Option<PathBuf>,
+    pub directory: Option<String>,
     /// For `DISPATCH_SOCKET`.
     pub dispatch_socket: PathBuf,
     /// For `DISPATCH_POOL`.
@@ -52,8 +58,11 @@ pub struct SpawnRequest {
     pub token: Token,
     /// How long the remaining processes of the group may take to end once this process has ended.
     pub patience: Duration,
-    /// Limits of open files to start with, soft and hard, if not the dispatcher's.
+    /// Limits of open files, soft and hard, if `setup` has none: those with which the dispatcher
+    /// was started, if it has raised its own.
     pub descriptors: Option<(u64, u64)>,
+    /// Account, permissions, limits and output.
+    pub setup: ProcessSetup,
 }
 
 /// A report about a process.
@@ -95,6 +104,7 @@ pub enum Report {
 pub struct Spawner {
     requests: tokio_mpsc::Sender<SpawnRequest>,
     stop: watch::Sender<Stops>,
+    last_output: LastOutput,
 }
 
 /// The processes to end, and how long each may take before SIGKILL.
@@ -121,6 +131,16 @@ impl Spawner {
         self.requests.try_send(request).map_err(|error| Box::new(error.into_inner()))
     }
 
+    /// The last lines that a process has written, oldest first; see [`LastOutput`].
+    pub fn last_output(&self, process: ProcessId) -> Vec<OutputLine> {
+        self.last_output.of(process)
+    }
+
+    /// The last lines of all processes, for other threads.
+    pub fn last_outputs(&self) -> LastOutput {
+        self.last_output.clone()
+    }
+
     /// Ends all processes: SIGTERM to each process group now, SIGKILL after `timeout`. `Exited` for
     /// each and then `Stopped` follow; no further process is started.
     pub fn stop(&self, timeout: Duration) {
@@ -142,6 +162,7 @@ pub(crate) struct Service {
     reports: Reports,
     processes: JoinSet<bool>,
     own: Own,
+    last_output: LastOutput,
 }
 
 /// The destination of reports. The channel is unbounded, but the number is bounded: two reports per
@@ -166,14 +187,16 @@ pub(crate) fn service(wake: Wake) -> (Spawner, Service, Receiver<Report>) {
     let (request_sender, requests) = tokio_mpsc::channel(MAX_WAITING);
     let (stop_sender, stop) = watch::channel(Stops::default());
     let (sender, reports) = mpsc::channel();
+    let last_output = LastOutput::default();
     (
-        Spawner { requests: request_sender, stop: stop_sender },
+        Spawner { requests: request_sender, stop: stop_sender, last_output: last_output.clone() },
         Service {
             requests,
             stop,
             reports: Reports { sender, wake },
             processes: JoinSet::new(),
             own: Own::default(),
+            last_output,
         },
         reports,
     )
@@ -204,8 +227,13 @@ impl Service {
                 },
                 request = self.requests.recv() => match request {
                     Some(request) => {
-                        let process =
-                            process(request, self.stop.clone(), self.reports.clone(), self.own.clone());
+                        let process = process(
+                            request,
+                            self.stop.clone(),
+                            self.reports.clone(),
+                            self.own.clone(),
+                            self.last_output.clone(),
+                        );
                         self.processes.spawn(process);
                     }
                     None => {
@@ -248,9 +276,10 @@ async fn process(
     mut stop: watch::Receiver<Stops>,
     reports: Reports,
     own: Own,
+    last_output: LastOutput,
 ) -> bool {
     let process = request.process;
-    let (mut child, pid) = match start::start(&request) {
+    let Started { mut child, pid, output } = match start::start(&request, &last_output) {
         Ok(started) => started,
         Err(error) => {
             reports.send(Report::SpawnFailed { process, error });
@@ -259,7 +288,7 @@ async fn process(
     };
     own.add(pid.as_raw());
     reports.send(Report::Spawned { process, pid: pid.as_raw() });
-    let mut end = End { process, pid, reports, own, ended: None, others: None };
+    let mut end = End { process, pid, reports, own, ended: None, others: None, output };
     let patience = tokio::select! {
         ended = child.wait() => {
             end.leader(ended);
@@ -310,6 +339,8 @@ struct End {
     ended: Option<std::io::Result<ExitStatus>>,
     /// How the rest of its group ended, if any was left.
     others: Option<&'static str>,
+    /// Its output in the log.
+    output: Option<Reading>,
 }
 
 impl End {
@@ -337,6 +368,8 @@ impl Drop for End {
             status_text.push_str("; what it had started was ");
             status_text.push_str(others);
         }
+        // What it has written comes before its end.
+        drop(self.output.take());
         self.reports.send(Report::Exited {
             process: self.process,
             pid: self.pid.as_raw(),

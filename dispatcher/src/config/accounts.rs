@@ -1,6 +1,7 @@
 //! Users and groups: resolves names to ids with the name service of the machine.
 
 use nix::unistd::{Group, User, geteuid};
+use rustix::thread::CapabilitySet;
 
 /// User or group.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -37,6 +38,11 @@ pub(super) fn find(text: &str, kind: Kind) -> Result<Option<u32>, nix::Error> {
         Kind::User => Ok(User::from_name(text)?.map(|user| user.uid.as_raw())),
         Kind::Group => Ok(Group::from_name(text)?.map(|group| group.gid.as_raw())),
     }
+}
+
+/// Whether this process has a capability.
+pub(super) fn has(capability: CapabilitySet) -> bool {
+    rustix::thread::capabilities(None).is_ok_and(|sets| sets.effective.contains(capability))
 }
 
 /// The users that may join by default.

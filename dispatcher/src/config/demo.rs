@@ -4,8 +4,8 @@ use std::net::SocketAddr;
 use std::path::PathBuf;
 
 use super::{
-    Address, Config, Limits, Listener, ListenerOptions, Pool, Spawn, UnixEndpoint, UnixSource,
-    accounts,
+    Address, Config, Limits, Listener, ListenerOptions, Pool, ProcessSetup, Spawn, UnixEndpoint,
+    UnixSource, accounts, literal,
 };
 use dispatcher_core::{AccessRules, AllowedAccounts, PoolSettings};
 
@@ -46,7 +46,8 @@ impl Config {
                 },
                 unavailable_response: None,
                 spawn: Some(Spawn {
-                    command,
+                    command: command.iter().map(|word| literal(word)).collect(),
+                    setup: ProcessSetup::default(),
                     processes: workers,
                     environment: Vec::new(),
                     directory: None,

@@ -6,10 +6,13 @@ use serde::Deserialize;
 use serde::de::{Deserializer, Error as _, Visitor, value};
 use toml::Spanned;
 
-use super::MAX_PROCESSES;
 use super::affinity::AffinityKeys;
 use super::scores::ScoreKeys;
-use super::value::{AMode, AnAccount, Count, Either, KERNEL_SECONDS, SECOND, Wait, Whole, YEAR};
+use super::value::{
+    ACount, AMask, AMode, ASize, AnAccount, Count, Either, KERNEL_SECONDS, SECOND, Wait, Whole,
+    YEAR,
+};
+use super::{MAX_PROCESSES, Output};
 use dispatcher_core::Policy;
 
 /// The top level.
@@ -157,10 +160,42 @@ pub(super) struct SpawnKeys {
     pub processes: Option<Count<1, MAX_PROCESSES>>,
     pub environment: Option<BTreeMap<Spanned<String>, Spanned<String>>>,
     pub directory: Option<Spanned<String>>,
+    pub user: Option<Spanned<Either<AnAccount>>>,
+    pub group: Option<Spanned<Either<AnAccount>>>,
+    pub umask: Option<Spanned<Either<AMask>>>,
+    pub limits: Option<LimitKeys>,
+    pub output: Option<OutputName>,
+    pub output_rate: Option<Count<1, 1_000_000>>,
+}
+
+/// `[pool.NAME.spawn.limits]`.
+#[derive(Clone, Debug, Default, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub(super) struct LimitKeys {
+    pub nofile: Option<Spanned<Either<ACount>>>,
+    pub core: Option<Spanned<Either<ASize>>>,
+    pub memory: Option<Spanned<Either<ASize>>>,
+}
+
+/// The values of `output`.
+#[derive(Clone, Copy, Debug, Deserialize)]
+#[serde(rename_all = "kebab-case")]
+pub(super) enum OutputName {
+    Inherit,
+    Log,
+}
+
+impl From<OutputName> for Output {
+    fn from(name: OutputName) -> Output {
+        match name {
+            OutputName::Inherit => Output::Inherit,
+            OutputName::Log => Output::Log,
+        }
+    }
 }
 
 /// All tables with their keys, from the types above.
-pub(super) fn tables() -> [(&'static str, &'static [&'static str]); 6] {
+pub(super) fn tables() -> [(&'static str, &'static [&'static str]); 7] {
     [
         ("", keys_of::<File>()),
         ("[[listener]]", keys_of::<ListenerKeys>()),
@@ -168,6 +203,7 @@ pub(super) fn tables() -> [(&'static str, &'static [&'static str]); 6] {
         ("[pool.NAME.scores]", keys_of::<ScoreKeys>()),
         ("[pool.NAME.affinity]", keys_of::<AffinityKeys>()),
         ("[pool.NAME.spawn]", keys_of::<SpawnKeys>()),
+        ("[pool.NAME.spawn.limits]", keys_of::<LimitKeys>()),
     ]
 }
 

@@ -119,10 +119,11 @@ fn header(path: &[String]) -> Option<String> {
         ["defaults"] => Some("[defaults]".to_owned()),
         ["pool"] => Some("[pool.web]".to_owned()),
         ["pool", name] => Some(format!("[pool.{name}]")),
-        ["pool", name, table] => {
-            let sample = format!("[pool.web.{table}]");
+        ["pool", name, ref tables @ ..] => {
+            let tables = tables.join(".");
+            let sample = format!("[pool.web.{tables}]");
             let known = SAMPLE.lines().any(|line| line.trim_start_matches('#') == sample);
-            known.then(|| format!("[pool.{name}.{table}]"))
+            known.then(|| format!("[pool.{name}.{tables}]"))
         }
         _ => None,
     }

@@ -14,6 +14,7 @@ mod error;
 mod file;
 mod hints;
 mod listener;
+mod process_setup;
 mod read;
 mod scores;
 mod spawn;
@@ -30,7 +31,8 @@ use std::time::Duration;
 
 pub use error::{ConfigError, Diagnostic, Warning};
 pub(crate) use hints::SAMPLE;
-pub use spawn::NOT_INHERITED;
+pub use process_setup::{Account, Limit, Output, ProcessLimits, ProcessSetup, UNLIMITED};
+pub use spawn::{NOT_INHERITED, Place, expand, literal};
 
 use dispatcher_core::{AccessRules, PoolSettings};
 
@@ -262,14 +264,17 @@ pub struct Pool {
 /// Processes that the dispatcher keeps running for a pool.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct Spawn {
-    /// Program and arguments; at least the program.
+    /// Program and arguments; at least the program. With placeholders (see [`expand`]), like the
+    /// values of `environment`, and `directory`.
     pub command: Vec<String>,
     /// The number of processes.
     pub processes: u32,
     /// Environment variables in addition to those of the dispatcher.
     pub environment: Vec<(String, String)>,
     /// Working directory, if not that of the dispatcher.
-    pub directory: Option<PathBuf>,
+    pub directory: Option<String>,
+    /// Account, permissions, limits and output.
+    pub setup: ProcessSetup,
 }
 
 /// Bounds and timeouts of the dispatcher itself; top-level keys.

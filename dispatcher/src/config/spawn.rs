@@ -9,7 +9,13 @@ use toml::Spanned;
 use super::error::Mistake;
 use super::file::SpawnKeys;
 use super::validate::{Check, Checked};
-use super::{MAX_UNAVAILABLE_RESPONSE, Spawn};
+use super::{Account, MAX_UNAVAILABLE_RESPONSE, ProcessSetup, Spawn, UnixEndpoint};
+
+mod account;
+mod limits;
+mod placeholder;
+
+pub use self::placeholder::{Place, expand, literal};
 
 /// The kernel's limit for one argument or variable (`MAX_ARG_STRLEN`), with the terminating zero.
 const MAX_STRING: usize = 131_072;
@@ -30,8 +36,9 @@ pub const NOT_INHERITED: [&str; 7] = [
 /// processes.
 pub(super) fn spawn(
     check: &mut Check<'_>,
-    keys: &Spanned<SpawnKeys>,
-    defaults: Option<&Spanned<SpawnKeys>>,
+    pool: &str,
+    (keys, defaults): (&Spanned<SpawnKeys>, Option<&Spanned<SpawnKeys>>),
+    dispatch_socket: &UnixEndpoint,
 ) -> Option<Spawn> {
     let own = keys.get_ref();
     let defaults = defaults.map(Spanned::get_ref);
@@ -39,8 +46,12 @@ pub(super) fn spawn(
     let environment = environment.map_or_else(Vec::new, |table| variables(check, table));
     let directory = own.directory.as_ref().or(defaults.and_then(|d| d.directory.as_ref()));
     let command = own.command.as_ref().or(defaults.and_then(|d| d.command.as_ref()));
+    let setup = setup(check, own, defaults, dispatch_socket);
+    let place = Place { number: 1, name: &format!("{pool}-1"), pool };
     for text in command.into_iter().flat_map(Spanned::get_ref).chain(directory) {
         check.keep(argument(text));
+        let known = placeholder::known(check, text);
+        check.keep(known);
     }
     let Some(command) = command else {
         check.mistake(
@@ -61,41 +72,111 @@ pub(super) fn spawn(
             check.mistake(Mistake::new(program.span(), "the program has no name"));
         }
         Some(program) => {
-            if let Some(warning) = missing_program(program, directory, &environment) {
+            let account = setup.account.as_ref();
+            if let Some(warning) =
+                missing_program(program, directory, &environment, (account, place))
+            {
                 check.warn(warning);
             }
         }
     }
+    let processes = own.processes.or(defaults.and_then(|d| d.processes)).map_or(1, |n| n.0);
     if let Some(directory) = directory
-        && !Path::new(directory.get_ref()).is_dir()
+        && let Some(warning) = missing_directory(directory, pool, processes, setup.account.as_ref())
     {
-        let message = format!("there is no directory `{}`", directory.get_ref());
-        check.warn(Mistake::new(directory.span(), message).help(NOT_NOW));
+        check.warn(warning);
     }
     Some(Spawn {
         command: command.get_ref().iter().map(|word| word.get_ref().clone()).collect(),
-        processes: own.processes.or(defaults.and_then(|d| d.processes)).map_or(1, |n| n.0),
+        processes,
         environment,
-        directory: directory.map(|directory| PathBuf::from(directory.get_ref())),
+        directory: directory.map(|directory| directory.get_ref().clone()),
+        setup,
+    })
+}
+
+/// Account, permissions, limits and output.
+fn setup(
+    check: &mut Check<'_>,
+    own: &SpawnKeys,
+    defaults: Option<&SpawnKeys>,
+    dispatch_socket: &UnixEndpoint,
+) -> ProcessSetup {
+    let user = own.user.as_ref().or(defaults.and_then(|d| d.user.as_ref()));
+    let group = own.group.as_ref().or(defaults.and_then(|d| d.group.as_ref()));
+    let account = account::account(check, user, group);
+    if let (Some(account), Some(key)) = (&account, user.or(group))
+        && let Some(warning) = account::unreachable(account, key, dispatch_socket)
+    {
+        check.warn(warning);
+    }
+    let umask = own.umask.as_ref().or(defaults.and_then(|d| d.umask.as_ref()));
+    let umask = umask.map(|mask| check.octal(mask, "\"0027\": no permission for others"));
+    let limits =
+        limits::limits(check, own.limits.as_ref(), defaults.and_then(|d| d.limits.as_ref()));
+    let default = ProcessSetup::default();
+    ProcessSetup {
+        account,
+        umask: umask.and_then(|mask| check.keep(mask)),
+        limits,
+        output: own.output.or(defaults.and_then(|d| d.output)).map_or(default.output, Into::into),
+        output_rate: own
+            .output_rate
+            .or(defaults.and_then(|d| d.output_rate))
+            .map_or(default.output_rate, |n| n.0),
+    }
+}
+
+/// A warning if the directory of a process does not exist, or its account cannot enter it.
+fn missing_directory(
+    directory: &Spanned<String>,
+    pool: &str,
+    processes: u32,
+    account: Option<&Account>,
+) -> Option<Mistake> {
+    let text = directory.get_ref();
+    let processes = if placeholder::varies(text) { processes } else { 1 };
+    (1..=processes).find_map(|number| {
+        let name = format!("{pool}-{number}");
+        let path = expand(text, Place { number, name: &name, pool });
+        if !Path::new(&path).is_dir() {
+            let message = format!("there is no directory `{path}`");
+            return Some(Mistake::new(directory.span(), message).help(NOT_NOW));
+        }
+        let account = account.filter(|account| !account::executes(account, Path::new(&path)))?;
+        let message = format!("user {} cannot enter the directory `{path}`", account.user_text);
+        Some(Mistake::new(directory.span(), message).help(NOT_ALLOWED))
     })
 }
 
 /// The program may be installed before it is needed, so this is only a warning.
 const NOT_NOW: &str = "until it exists, the processes cannot be started";
 
+/// Permissions may change before the program is needed, too.
+const NOT_ALLOWED: &str = "until it may, the processes cannot be started";
+
 /// A warning if the program cannot be started now.
 fn missing_program(
     program: &Spanned<String>,
     directory: Option<&Spanned<String>>,
     environment: &[(String, String)],
+    (account, place): (Option<&Account>, Place<'_>),
 ) -> Option<Mistake> {
-    let name = program.get_ref().as_str();
-    let runs = |path: &Path| path.is_file() && access(path, AccessFlags::X_OK).is_ok();
+    let name = expand(program.get_ref(), place);
+    let name = name.as_str();
+    let runs = |path: &Path| {
+        path.is_file()
+            && match account {
+                None => access(path, AccessFlags::X_OK).is_ok(),
+                Some(account) => account::executes(account, path),
+            }
+    };
     let span = program.span();
     if !name.contains('/') {
         // The child searches its own PATH, if the configuration sets one.
         let own = environment.iter().find(|(variable, _)| variable == "PATH");
-        let paths = own.map(|(_, value)| value.into()).or_else(|| std::env::var_os("PATH"));
+        let paths =
+            own.map(|(_, value)| expand(value, place).into()).or_else(|| std::env::var_os("PATH"));
         let paths = paths.unwrap_or_else(|| "/bin:/usr/bin".into());
         let found = std::env::split_paths(&paths).any(|folder| runs(&folder.join(name)));
         let message = format!("there is no program `{name}` in PATH ({})", paths.display());
@@ -105,7 +186,7 @@ fn missing_program(
     }
     // A relative path is relative to the working directory of the process.
     let path = match directory {
-        Some(directory) => Path::new(directory.get_ref()).join(name),
+        Some(directory) => Path::new(&expand(directory.get_ref(), place)).join(name),
         None => PathBuf::from(name),
     };
     match std::fs::metadata(&path) {
@@ -113,7 +194,12 @@ fn missing_program(
             Some(Mistake::new(span, format!("`{}`: {error}", path.display())).help(NOT_NOW))
         }
         Ok(_) if !runs(&path) => {
-            let message = format!("`{}` is not an executable file", path.display());
+            let message = match account {
+                None => format!("`{}` is not an executable file", path.display()),
+                Some(account) => {
+                    format!("user {} cannot execute `{}`", account.user_text, path.display())
+                }
+            };
             Some(Mistake::new(span, message).help(NOT_NOW))
         }
         Ok(_) => None,
@@ -143,6 +229,8 @@ fn variables(
     for (name, value) in environment {
         check.keep(variable(name, value));
         check.keep(no_zero_byte(value));
+        let known = placeholder::known(check, value);
+        check.keep(known);
         variables.push((name.get_ref().clone(), value.get_ref().clone()));
     }
     variables

@@ -4,6 +4,7 @@ mod access_rules;
 mod sample;
 mod scores;
 mod several;
+mod spawn;
 mod whole;
 
 use super::*;

@@ -113,7 +113,7 @@ impl Check<'_> {
                         .help("workers are named POOL/NAME, so a slash would be ambiguous"),
                 );
             }
-            pools.push(check.pool(name.get_ref(), keys.clone(), &defaults));
+            pools.push(check.pool(name.get_ref(), keys.clone(), &defaults, &dispatch_socket));
         }
         if pools.len() > usize::from(u16::MAX) {
             check.mistake(Mistake::new(0..0, "more than 65535 pools"));
@@ -314,10 +314,20 @@ impl Check<'_> {
         }
     }
 
+    /// The marked part of the file.
+    pub(super) fn slice(&self, span: &std::ops::Range<usize>) -> &str {
+        self.source.slice(span)
+    }
+
     pub(super) fn mode(&self, mode: &Option<Spanned<Either<AMode>>>, default: u32) -> Checked<u32> {
         let Some(mode) = mode else {
             return Ok(default);
         };
+        self.octal(mode, "\"0660\": owner and group may connect")
+    }
+
+    /// Permission bits; `example` is for hints.
+    pub(super) fn octal<W>(&self, mode: &Spanned<Either<W>>, example: &str) -> Checked<u32> {
         let bits = match &mode.get_ref().0 {
             TextOrNumber::Text(text) => {
                 let digits = text.strip_prefix("0o").unwrap_or(text);
@@ -337,10 +347,16 @@ impl Check<'_> {
             Some(bits) if bits <= 0o777 => Ok(bits),
             Some(_) => {
                 Err(Mistake::new(mode.span(), "permission bits must be from \"0000\" to \"0777\"")
-                    .help("such as \"0660\": owner and group may connect"))
+                    .help(format!("such as {example}")))
             }
             None => Err(Mistake::new(mode.span(), "permission bits must be written in octal")
-                .help("such as \"0660\" (text), or 0o660")),
+                .help(match example.split('"').nth(1) {
+                    Some(digits) => format!(
+                        "such as \"{digits}\" (text), or 0o{}",
+                        digits.trim_start_matches('0')
+                    ),
+                    None => format!("such as {example}"),
+                })),
         }
     }
 
@@ -389,9 +405,16 @@ impl Check<'_> {
         list.iter().filter_map(|entry| self.account(Some(entry), kind)).collect()
     }
 
-    fn pool(&mut self, name: &str, keys: PoolKeys, defaults: &PoolKeys) -> Pool {
-        let spawn = keys.spawn.as_ref();
-        let spawn = spawn.and_then(|spawn| spawn::spawn(self, spawn, defaults.spawn.as_ref()));
+    fn pool(
+        &mut self,
+        name: &str,
+        keys: PoolKeys,
+        defaults: &PoolKeys,
+        dispatch_socket: &UnixEndpoint,
+    ) -> Pool {
+        let spawn = keys.spawn.as_ref().and_then(|spawn| {
+            spawn::spawn(self, name, (spawn, defaults.spawn.as_ref()), dispatch_socket)
+        });
         let response =
             keys.unavailable_response.as_ref().or(defaults.unavailable_response.as_ref());
         let unavailable_response =

@@ -132,6 +132,29 @@ impl Expecting for AMode {
     const WHAT: &'static str = "permission bits in octal, such as \"0660\"";
 }
 
+/// Permission bits that new files do not get.
+#[derive(Clone, Debug)]
+pub(super) struct AMask;
+impl Expecting for AMask {
+    const WHAT: &'static str =
+        "permission bits that new files do not get, in octal, such as \"0027\"";
+}
+
+/// A limit that is a count.
+#[derive(Clone, Debug)]
+pub(super) struct ACount;
+impl Expecting for ACount {
+    const WHAT: &'static str =
+        "a number such as 4096, or the soft and the hard limit: \"1024:4096\"";
+}
+
+/// A limit in bytes.
+#[derive(Clone, Debug)]
+pub(super) struct ASize;
+impl Expecting for ASize {
+    const WHAT: &'static str = "bytes, such as 0, \"512MiB\" or \"unlimited\"";
+}
+
 /// A user or a group.
 #[derive(Clone, Debug)]
 pub(super) struct AnAccount;

@@ -5,7 +5,7 @@
 
 use super::EventLoop;
 use crate::api::status::Meters as Told;
-use crate::background::logger;
+use crate::background::{logger, spawner};
 use dispatcher_core::histogram::{self, Histogram};
 
 /// One decision in so many is timed.
@@ -55,6 +55,7 @@ impl EventLoop {
             workers_refused: self.observation.meters.workers_refused,
             log_lines_dropped: logger::dropped_lines(),
             log_lines_limited: self.observation.rate_limits.total() + logger::repeated_lines(),
+            process_output_lost: spawner::lost_lines(),
             closing: closing.waiting,
             closes_interrupted: closing.interrupted,
             closes_left_out: closing.left_out,

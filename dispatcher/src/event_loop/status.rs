@@ -108,6 +108,7 @@ impl EventLoop {
             command: spawn.command.clone(),
             environment: spawn.environment.clone(),
             directory: spawn.directory.clone(),
+            setup: spawn.setup.clone(),
             token,
             dispatch_socket,
             descriptors: self.run.descriptors,

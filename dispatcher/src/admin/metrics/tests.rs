@@ -164,6 +164,7 @@ fn each_status_field_has_its_own_metric() {
             workers_refused: 4,
             log_lines_dropped: 5,
             log_lines_limited: 6,
+            process_output_lost: 56,
             closing: 53,
             closes_interrupted: 54,
             closes_left_out: 55,
@@ -215,6 +216,7 @@ closes_interrupted_total 54
 closes_left_out_total 55
 log_lines_dropped_total 5
 log_lines_limited_total 6
+process_output_lost_lines_total 56
 config_last_reload_successful 1
 config_last_reload_success_timestamp_seconds 1700000000.5
 listener_accepted_connections_total{listener="l",pool="p"} 8

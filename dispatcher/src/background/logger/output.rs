@@ -7,7 +7,7 @@
 
 use std::io::{self, Write};
 use std::sync::Arc;
-use std::sync::atomic::{AtomicU64, Ordering};
+use std::sync::atomic::{AtomicU64, AtomicUsize, Ordering};
 use std::sync::mpsc::{Receiver, RecvTimeoutError};
 use std::time::Duration;
 
@@ -31,11 +31,19 @@ pub(super) struct Output<W> {
     reported: u64,
     /// The unwritten rest of a line.
     rest: Vec<u8>,
+    /// Lines in the queue.
+    waiting: Arc<AtomicUsize>,
 }
 
 impl<W: Write> Output<W> {
     pub(super) fn new(writer: W, style: Style, dropped: Arc<AtomicU64>) -> Output<W> {
-        Output { writer, style, dropped, reported: 0, rest: Vec::new() }
+        let waiting = Arc::default();
+        Output { writer, style, dropped, reported: 0, rest: Vec::new(), waiting }
+    }
+
+    /// The number of lines in the queue. The sender of a line increases it.
+    pub(super) fn waiting(&self) -> Arc<AtomicUsize> {
+        Arc::clone(&self.waiting)
     }
 
     /// Writes until the queue is closed.
@@ -54,6 +62,7 @@ impl<W: Write> Output<W> {
             }
             match message {
                 Ok(Message::Line(line)) => {
+                    self.waiting.fetch_sub(1, Ordering::Relaxed);
                     works = self.put(&line);
                     if !works {
                         self.dropped.fetch_add(1, Ordering::Relaxed);

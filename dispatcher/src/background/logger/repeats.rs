@@ -7,8 +7,9 @@ use std::sync::atomic::{AtomicU64, Ordering};
 
 use log::Record;
 
-/// Modules with a rate limit of their own, by pool: a flood in one pool must not hide another pool.
-const LIMITED: [&str; 6] = [
+/// Modules with a rate limit of their own, by pool or process: a flood in one must not hide another.
+const LIMITED: [&str; 7] = [
+    "dispatcher::background::spawner::output",
     "dispatcher::event_loop::accept",
     "dispatcher::event_loop::join",
     "dispatcher::event_loop::leaving",

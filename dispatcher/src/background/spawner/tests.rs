@@ -4,6 +4,8 @@ use std::sync::atomic::{AtomicUsize, Ordering};
 use std::sync::{Arc, mpsc::Receiver};
 use std::time::Instant;
 
+mod setup;
+
 use super::*;
 use dispatcher_core::PoolId;
 
@@ -54,6 +56,7 @@ impl Bench {
             name: "web-1".to_owned(),
             token: Token([0xab; 16]),
             descriptors: None,
+            setup: ProcessSetup::default(),
             patience: PATIENCE,
         };
         change(&mut request);
@@ -128,7 +131,7 @@ fn what_cannot_start_says_why() {
     let Report::SpawnFailed { error, .. } = bench.next() else {
         panic!("it should not start");
     };
-    assert!(error.contains("true in /nonexistent: "), "{error}");
+    assert!(error.starts_with("cannot enter the directory /nonexistent: No such"), "{error}");
 }
 
 #[test]
@@ -137,7 +140,7 @@ fn a_process_finds_its_place_in_its_environment() {
     let bench = Bench::new();
     // `cp` shows the environment without a shell: /proc/self is the copying process.
     bench.spawn_with(0, &["cp", "/proc/self/environ", "found"], |request| {
-        request.directory = Some(directory.path().to_owned());
+        request.directory = directory.path().to_str().map(str::to_owned);
         request.environment = vec![
             ("EXTRA".to_owned(), "1".to_owned()),
             ("DISPATCH_POOL".to_owned(), "mine".to_owned()),
@@ -219,7 +222,7 @@ fn what_a_wrapper_started_is_ended_before_its_end_is_reported() {
     let bench = Bench::new();
     let script = "sleep 1000 & echo $! >> pids; echo $$ >> pids; wait";
     bench.spawn_with(0, &["sh", "-c", script], |request| {
-        request.directory = Some(directory.path().to_owned());
+        request.directory = directory.path().to_str().map(str::to_owned);
     });
     let pid = bench.started();
     let [server, shell] = pids(&directory.path().join("pids"), 2)[..] else { panic!("two") };
@@ -236,7 +239,7 @@ fn what_a_wrapper_started_and_does_not_end_is_killed() {
     let script = "trap '' TERM; (echo up >> up; while :; do sleep 0.05; done) & \
                   echo $! >> pids; while [ ! -e up ]; do sleep 0.01; done; exit 3";
     bench.spawn_with(0, &["sh", "-c", script], |request| {
-        request.directory = Some(directory.path().to_owned());
+        request.directory = directory.path().to_str().map(str::to_owned);
         request.patience = Duration::from_millis(50);
     });
     bench.started();
@@ -252,7 +255,7 @@ fn stopping_waits_for_the_whole_group() {
     let script = "(trap 'sleep 0.3; echo done >> done; exit' TERM; echo up >> up; \
                   while :; do sleep 0.02; done) & trap 'exit 0' TERM; wait";
     bench.spawn_with(0, &["sh", "-c", script], |request| {
-        request.directory = Some(directory.path().to_owned());
+        request.directory = directory.path().to_str().map(str::to_owned);
     });
     bench.started();
     let deadline = Instant::now() + PATIENCE;
@@ -282,7 +285,7 @@ fn a_process_starts_with_default_dispositions_and_an_empty_mask() {
     nix::sys::signal::pthread_sigmask(SigmaskHow::SIG_SETMASK, Some(&before), None)
         .expect("a mask");
     bench.spawn_with(0, &["cp", "/proc/self/status", "found"], |request| {
-        request.directory = Some(directory.path().to_owned());
+        request.directory = directory.path().to_str().map(str::to_owned);
     });
     bench.started();
     assert_eq!(bench.exit_text(), "exit status 0");
@@ -308,6 +311,7 @@ fn nothing_starts_while_stopping() {
         name: "web-1".to_owned(),
         token: Token([0; 16]),
         descriptors: None,
+        setup: ProcessSetup::default(),
         patience: PATIENCE,
     };
     bench.spawner.spawn(request).expect_err("no service any more");

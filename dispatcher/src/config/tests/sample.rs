@@ -71,6 +71,12 @@ fn the_defaults_in_the_sample_are_the_defaults() {
         "admin_socket_user",
         "admin_socket_group",
         "admin_http",
+        // Other accounts need a permission, and limits depend on the machine.
+        "user",
+        "group",
+        "nofile",
+        "core",
+        "memory",
     ]);
     let written = good(&text);
     let least = good(GOOD);
@@ -81,6 +87,8 @@ fn the_defaults_in_the_sample_are_the_defaults() {
     assert_eq!(written.listeners[0].access_rules, least.listeners[0].access_rules);
     let (mut written, least) = (written.pools[0].settings.clone(), least.pools[0].settings.clone());
     assert_eq!(written.processes, 1);
+    let spawn = good(&text).pools[0].spawn.clone().expect("processes");
+    assert_eq!(spawn.setup, ProcessSetup { umask: Some(0o027), ..ProcessSetup::default() });
     written.processes = 0;
     // The sample sets the key to "none", which disables the other keys.
     assert_eq!(written.affinity, None);
@@ -89,8 +97,11 @@ fn the_defaults_in_the_sample_are_the_defaults() {
 
 #[test]
 fn the_examples_in_the_sample_are_valid() {
-    let config = good(&uncommented(&["unavailable_response"]));
+    let config =
+        good(&uncommented(&["unavailable_response", "user =", "group =", "nofile", "memory"]));
     let spawn = config.pools[0].spawn.as_ref().expect("processes");
+    assert_eq!(spawn.setup.umask, Some(0o027));
+    assert_eq!(spawn.setup.limits.core, Some(Limit { soft: 0, hard: 0 }));
     assert_eq!(spawn.command[0], "/usr/bin/my-server");
     assert_eq!(config.listeners[0].options.keepalive_count, Some(4));
 }
