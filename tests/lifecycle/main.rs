@@ -10,4 +10,5 @@ mod reload;
 mod reload_edges;
 mod shortages;
 mod slow_workers;
+mod spawned;
 mod surroundings;

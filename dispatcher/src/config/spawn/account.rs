@@ -43,10 +43,8 @@ pub(super) fn account(
         },
     };
     let (own_uid, own_gid) = (geteuid(), getegid());
-    let permitted = check.keep(permission(user, login.uid != own_uid, Permission::User));
-    let changes_group = gid != own_gid;
-    let of_group = check.keep(permission(group.or(user), changes_group, Permission::Group));
-    permitted.and(of_group)?;
+    check.keep(permission(user, login.uid != own_uid, Permission::User))?;
+    check.keep(permission(group.or(user), gid != own_gid, Permission::Group))?;
     // Without the permission the ids are the dispatcher's own, so its groups may stay.
     let groups = match accounts::has(CapabilitySet::SETGID) {
         true => Some(check.keep(groups(key, login.account.as_ref(), gid))?),
