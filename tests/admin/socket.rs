@@ -204,13 +204,13 @@ fn suppressed_log_lines_are_counted_after_a_pause() {
             .lines()
             .filter(|line| {
                 line.contains("event=client_kept_out ")
-                    || line.contains("event=lines_left_out kind=client_kept_out ")
+                    || line.contains("event=lines_suppressed kind=client_kept_out ")
             })
             .filter_map(|line| line.rsplit('=').next()?.parse::<u64>().ok())
             .sum();
         lines as u64 + counted == came
     });
-    assert!(dispatcher.log().contains("event=lines_left_out kind=client_kept_out "));
+    assert!(dispatcher.log().contains("event=lines_suppressed kind=client_kept_out "));
 }
 
 #[test]
@@ -218,12 +218,12 @@ fn output_of_processes_is_rate_limited() {
     let spawn = "[pool.web.spawn]\ncommand = [\"true\"]\nprocesses = 200\n";
     let dispatcher = Dispatcher::start(&one_pool(spawn));
     for kind in ["process_started", "process_ended"] {
-        wait_until("lines to be left out", || {
+        wait_until("suppressed lines", || {
             let log = dispatcher.log();
-            let limited = |line: &str| {
-                line.contains(&format!("event={kind} ")) && !line.ends_with("left_out=0")
-            };
-            log.contains(&format!("event=lines_left_out kind={kind} ")) || log.lines().any(limited)
+            let limited =
+                |line: &str| line.contains(&format!("event={kind} ")) && !line.ends_with("=0");
+            log.contains(&format!("event=lines_suppressed kind={kind} "))
+                || log.lines().any(limited)
         });
     }
 }

@@ -103,8 +103,8 @@ fn told_of(dispatcher: &Dispatcher) -> usize {
     };
     let count = |line: &str| -> usize {
         if line.contains("event=client_kept_out ") {
-            1 + number(line, " left_out=")
-        } else if line.contains("event=lines_left_out kind=client_kept_out ") {
+            1 + number(line, " suppressed=")
+        } else if line.contains("event=lines_suppressed kind=client_kept_out ") {
             number(line, " count=")
         } else {
             0
@@ -130,7 +130,7 @@ fn a_flood_is_logged_at_a_bounded_rate_and_counted() {
         Some(log_lines(&dispatcher, &["event=client_kept_out"])).filter(|&lines| lines >= 20)
     });
     assert!(written <= most, "{written} lines, at most {most}");
-    assert!(limited >= 300.0 - most as f64, "{limited} left out");
+    assert!(limited >= 300.0 - most as f64, "{limited} suppressed");
     // The first line of the next second has the number of suppressed lines.
     wait_until("all to be told of", || {
         is_closed(from([127, 0, 0, 1], to));

@@ -61,7 +61,7 @@ impl EventLoop {
                         )
                     {
                         log::info!(
-                            "event=accept_resumed {} left_out={suppressed}",
+                            "event=accept_resumed {} suppressed={suppressed}",
                             self.listener(id)
                         );
                     }
@@ -119,7 +119,7 @@ impl EventLoop {
                         self.observation.allow(self.now, pool, Cause::Shortage)
                     {
                         log::warn!(
-                            "event=accept_paused {} error={errno} pause={} left_out={suppressed}",
+                            "event=accept_paused {} error={errno} pause={} suppressed={suppressed}",
                             self.listener(id),
                             super::events::span(pause),
                             errno = quoted(&errno)
@@ -158,7 +158,7 @@ impl EventLoop {
                 if let Some(suppressed) = self.observation.allow(self.now, pool, Cause::NotWatched)
                 {
                     log::warn!(
-                        "event=listener_not_watched listener={} error={error} left_out={suppressed}",
+                        "event=listener_not_watched listener={} error={error} suppressed={suppressed}",
                         self.core.listener_name(listener.id),
                         error = quoted(&error)
                     );

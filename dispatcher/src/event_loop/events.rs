@@ -66,7 +66,7 @@ impl EventLoop {
 
     fn write_suppressed_one(&self, kind: &str, pool: Option<PoolId>, count: u64) {
         let pool = pool.map_or("-", |pool| self.core.pool_name(pool));
-        log::warn!("event=lines_left_out kind={kind} pool={pool} count={count}");
+        log::warn!("event=lines_suppressed kind={kind} pool={pool} count={count}");
     }
 
     fn pool_of_event(&self, event: &Event) -> Option<PoolId> {
@@ -253,9 +253,9 @@ impl EventLoop {
         let Some(suppressed) = limit else { return };
         match reason {
             CloseReason::NoWorker | CloseReason::Shutdown | CloseReason::Unsendable => {
-                log::info!("event=client_turned_away {about} left_out={suppressed}");
+                log::info!("event=client_turned_away {about} suppressed={suppressed}");
             }
-            _ => log::warn!("event=client_kept_out {about} left_out={suppressed}"),
+            _ => log::warn!("event=client_kept_out {about} suppressed={suppressed}"),
         }
     }
 
@@ -264,7 +264,7 @@ impl EventLoop {
         let pool = self.core.pool_of_worker(to);
         if let Some(suppressed) = self.observation.allow(self.now, pool, Cause::Resent) {
             log::info!(
-                "event=connection_resent conn={conn} peer={peer} {} left_out={suppressed}",
+                "event=connection_resent conn={conn} peer={peer} {} suppressed={suppressed}",
                 self.worker(to)
             );
         }

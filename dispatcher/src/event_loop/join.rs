@@ -46,7 +46,7 @@ impl EventLoop {
                 HandshakeEvent::Refused { pid, uid, gid, reason, key, more } => {
                     self.observation.meters.workers_refused += 1 + more;
                     log::warn!(
-                        "event=worker_refused pid={pid} uid={uid} gid={gid} reason={} key={} left_out={more}",
+                        "event=worker_refused pid={pid} uid={uid} gid={gid} reason={} key={} suppressed={more}",
                         quoted(&reason),
                         value(key.as_deref().unwrap_or("-"))
                     );
@@ -57,13 +57,15 @@ impl EventLoop {
                 }
                 HandshakeEvent::RefusedMore { uid, count } => {
                     self.observation.meters.workers_refused += count;
-                    log::warn!("event=lines_left_out kind=worker_refused uid={uid} count={count}");
+                    log::warn!(
+                        "event=lines_suppressed kind=worker_refused uid={uid} count={count}"
+                    );
                 }
                 HandshakeEvent::Short(error) => {
                     let limit = self.observation.allow(self.now, None, Cause::Shortage);
                     if let Some(suppressed) = limit {
                         log::warn!(
-                            "event=worker_not_accepted error={error} left_out={suppressed}",
+                            "event=worker_not_accepted error={error} suppressed={suppressed}",
                             error = quoted(&error)
                         );
                         let pause = humantime::format_duration(self.config.limits.resource_pause);
@@ -151,7 +153,7 @@ impl EventLoop {
             let limit = self.observation.allow(self.now, pool_id, Cause::NotWatched);
             if let Some(suppressed) = limit {
                 log::warn!(
-                    "event=worker_not_watched {} error={error} left_out={suppressed}",
+                    "event=worker_not_watched {} error={error} suppressed={suppressed}",
                     self.worker(id),
                     error = quoted(&error)
                 );
@@ -168,7 +170,7 @@ impl EventLoop {
     fn retire_left_over(&mut self, worker: WorkerId, pool: Option<PoolId>) {
         if let Some(suppressed) = self.observation.allow(self.now, pool, Cause::LeftOver) {
             log::warn!(
-                "event=worker_left_over {} left_out={suppressed} hint=\"an earlier dispatcher started it: it is drained\"",
+                "event=worker_left_over {} suppressed={suppressed} hint=\"an earlier dispatcher started it: it is drained\"",
                 self.worker(worker)
             );
         }
@@ -210,7 +212,7 @@ impl EventLoop {
         let pool = self.core.pool_of_worker(worker);
         if let Some(suppressed) = self.observation.allow(self.now, pool, Cause::Claim) {
             log::warn!(
-                "event=claim_ignored {} reason={reason} left_out={suppressed}",
+                "event=claim_ignored {} reason={reason} suppressed={suppressed}",
                 self.worker(worker),
                 reason = quoted(&reason)
             );
@@ -234,7 +236,7 @@ impl EventLoop {
         let pool = self.core.pool_of_worker(id);
         if let Some(suppressed) = self.observation.allow(self.now, pool, Cause::Broken) {
             log::warn!(
-                "event=worker_broke_protocol {} reason={fault} left_out={suppressed}",
+                "event=worker_broke_protocol {} reason={fault} suppressed={suppressed}",
                 self.worker(id),
                 fault = quoted(&fault)
             );

@@ -171,7 +171,7 @@ impl EventLoop {
                     {
                         log::info!(
                             "event=client_turned_away address={address} peer={peer} \
-                             reason=no_listener left_out={suppressed}"
+                             reason=no_listener suppressed={suppressed}"
                         );
                     }
                     // The client may have sent descriptors whose close takes long.

@@ -137,7 +137,7 @@ impl EventLoop {
                 let pool = self.core.pool_of_worker(worker);
                 if let Some(suppressed) = self.observation.allow(self.now, pool, Cause::Broken) {
                     log::warn!(
-                        "event=worker_expelled {} reason={reason} left_out={suppressed}",
+                        "event=worker_expelled {} reason={reason} suppressed={suppressed}",
                         self.worker(worker),
                         reason = quoted(&reason)
                     );

@@ -81,7 +81,7 @@ impl EventLoop {
         let Some(id) = self.workers.rang(registry, key, self.now) else { return };
         let pool = self.core.pool_of_worker(id);
         if let Some(suppressed) = self.observation.allow(self.now, pool, Cause::Broken) {
-            log::warn!("event=worker_rings_idly {} left_out={suppressed}", self.worker(id));
+            log::warn!("event=worker_rings_idly {} suppressed={suppressed}", self.worker(id));
         }
     }
 
