@@ -3,8 +3,8 @@
 
 use super::access_control::UNTRACKED;
 use super::handoff::Shares;
-use super::ledger::Again;
 use super::ledger::Place;
+use super::ledger::Redispatch;
 use super::policy::Available;
 use super::ring::Item;
 use super::trust::PROOF;
@@ -114,8 +114,10 @@ impl Core {
             // There is no usable worker, or none takes connections.
             Clock::Refusing => {}
         }
-        let fresh =
-            pool.queued.first().is_some_and(|conn| self.ledger.get(conn).again == Again::New);
+        let fresh = pool
+            .queued
+            .first()
+            .is_some_and(|conn| self.ledger.get(conn).redispatch == Redispatch::New);
         assert!(
             !fresh
                 || pool.candidates.eligible() == 0

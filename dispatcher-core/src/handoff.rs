@@ -12,9 +12,9 @@
 
 use std::time::Duration;
 
-use super::again::{is_target, is_untested};
-use super::ledger::Again;
+use super::ledger::Redispatch;
 use super::policy::NEVER;
+use super::redispatch::{is_target, is_untested};
 use super::ring::Item;
 use super::trust::PROOF;
 use super::types::*;
@@ -114,7 +114,7 @@ impl Core {
         let patience = if trial { self.begin_trial(now, w, conn) } else { usual };
         let entry = self.ledger.get_mut(conn);
         entry.trial = trial;
-        entry.again = Again::New;
+        entry.redispatch = Redispatch::New;
         match self.stop {
             Some(stop) if stop.over => NEVER,
             _ => now + patience,
@@ -227,7 +227,7 @@ impl Core {
             // the key decides.
             match entry.bound {
                 true => self.workers[w].ring.postpone(ticket, now + timeout),
-                false => self.move_away(w, ticket, conn, Again::Busy),
+                false => self.move_away(w, ticket, conn, Redispatch::Busy),
             }
             return;
         }
@@ -245,20 +245,20 @@ impl Core {
         let failed = worker.trust.failed > 0;
         let stall = worker.trust.stall.map_or(age, |since| age.max(now - since));
         let (from, limit) = (worker.id.index, stall / 2);
-        let again = match failed {
-            true => Again::Failed { from },
-            false => Again::Slow { from, limit },
+        let redispatch = match failed {
+            true => Redispatch::Failed { from },
+            false => Redispatch::Slow { from, limit },
         };
         let suspect = worker.state != State::Active;
-        let target = self.has_target(p, conn, again)
+        let target = self.has_target(p, conn, redispatch)
             || (suspect && self.best(p, conn, |w| self.may_prove_itself(w, from)).is_some());
         if target {
             self.count_move(conn);
-            self.move_away(w, ticket, conn, again);
+            self.move_away(w, ticket, conn, redispatch);
             self.take_along(now, w);
         } else if self.pools[p].shares.reporter > 0 || refusing {
             self.count_move(conn);
-            self.move_away(w, ticket, conn, Again::Busy);
+            self.move_away(w, ticket, conn, Redispatch::Busy);
         } else if entry.trial {
             // There is no better worker: the connection stays, with ordinary patience.
             self.ledger.get_mut(conn).trial = false;
@@ -269,13 +269,13 @@ impl Core {
     }
 
     /// Whether a better worker exists for a connection that leaves its worker.
-    fn has_target(&self, p: usize, conn: u32, again: Again) -> bool {
-        match again {
-            Again::Slow { from, limit } => {
+    fn has_target(&self, p: usize, conn: u32, redispatch: Redispatch) -> bool {
+        match redispatch {
+            Redispatch::Slow { from, limit } => {
                 self.best(p, conn, |w| w.id.index != from && is_target(w, limit)).is_some()
             }
-            Again::Failed { from } => self.after_failed_trial(p, conn, from).is_some(),
-            Again::New | Again::Busy | Again::Idle => true,
+            Redispatch::Failed { from } => self.after_failed_trial(p, conn, from).is_some(),
+            Redispatch::New | Redispatch::Busy | Redispatch::Idle => true,
         }
     }
 
@@ -288,10 +288,10 @@ impl Core {
             let age = now - worker.ring.sent_at(ticket);
             let stall = worker.trust.stall.map_or(age, |since| age.max(now - since));
             let (from, failed) = (worker.id.index, worker.trust.failed > 0);
-            let again = match failed {
+            let redispatch = match failed {
                 // This connection is not itself the trial: only a trusted worker is better.
-                true => Again::Slow { from, limit: Duration::MAX },
-                false => Again::Slow { from, limit: stall / 2 },
+                true => Redispatch::Slow { from, limit: Duration::MAX },
+                false => Redispatch::Slow { from, limit: stall / 2 },
             };
             // A connection that has just come to a failing worker may be taken there as soon as at
             // another.
@@ -301,8 +301,8 @@ impl Core {
                         w.id.index != from && is_target(w, Duration::MAX) && w.trust.peak <= age
                     })
                     .is_some();
-            if worker.state != State::Active && waits && self.has_target(p, conn, again) {
-                self.move_away(w, ticket, conn, again);
+            if worker.state != State::Active && waits && self.has_target(p, conn, redispatch) {
+                self.move_away(w, ticket, conn, redispatch);
             }
         }
     }
@@ -313,8 +313,8 @@ impl Core {
     }
 
     /// Revokes a connection, for this reason.
-    fn move_away(&mut self, w: usize, ticket: Ticket, conn: u32, again: Again) {
-        self.ledger.get_mut(conn).again = again;
+    fn move_away(&mut self, w: usize, ticket: Ticket, conn: u32, redispatch: Redispatch) {
+        self.ledger.get_mut(conn).redispatch = redispatch;
         let worker = &mut self.workers[w];
         if worker.ring.revoke(ticket) {
             worker.round.get_or_insert(Round::Quiet);
@@ -356,7 +356,7 @@ impl Core {
             return;
         }
         self.pools[p].idle_at = None;
-        self.move_away(w, ticket, conn, Again::Idle);
+        self.move_away(w, ticket, conn, Redispatch::Idle);
         self.refresh(w);
     }
 

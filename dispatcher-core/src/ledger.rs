@@ -30,7 +30,7 @@ pub(super) enum Place {
 
 /// Why a connection is placed again; the reason determines which workers may get it.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub(super) enum Again {
+pub(super) enum Redispatch {
     /// As for a new connection: it was never sent, or its worker left.
     New,
     /// Its worker is busy: any trusted worker with room may get it.
@@ -69,7 +69,7 @@ pub(super) struct Conn {
     /// Its key selected its worker: idle threads of other workers are no reason to move it.
     pub(super) bound: bool,
     /// Why it is placed again, if it is.
-    pub(super) again: Again,
+    pub(super) redispatch: Redispatch,
     /// Which of the pool's two queues has it, while it is queued.
     returned: bool,
     prev: u32,
@@ -160,7 +160,7 @@ impl Ledger {
             moves: 0,
             trial: false,
             bound: false,
-            again: Again::New,
+            redispatch: Redispatch::New,
             returned: false,
             prev: NONE,
             next: NONE,

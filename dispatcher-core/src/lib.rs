@@ -20,7 +20,6 @@
 mod access_control;
 mod admit;
 mod affinity;
-mod again;
 mod awaiting;
 mod change;
 mod check;
@@ -38,6 +37,7 @@ mod ledger;
 mod place;
 mod policy;
 mod random;
+mod redispatch;
 mod ring;
 mod snapshot;
 mod stop;

@@ -7,7 +7,7 @@ use dispatch_protocol::wire::EntryFlags;
 
 use super::affinity::Recall;
 use super::handoff::Shares;
-use super::ledger::{Again, Conn, Place};
+use super::ledger::{Conn, Place, Redispatch};
 use super::policy::{By, Choice, NEVER, Standing};
 use super::ring::Item;
 use super::types::*;
@@ -77,11 +77,12 @@ impl Core {
         if self.out_of_resources.is_some() {
             return None;
         }
-        let chosen = match self.ledger.get(conn).again {
-            Again::New => self.choose_by_policy(now, p, conn),
-            Again::Busy | Again::Idle | Again::Slow { .. } | Again::Failed { .. } => {
-                self.choose_again(now, p, conn)
-            }
+        let chosen = match self.ledger.get(conn).redispatch {
+            Redispatch::New => self.choose_by_policy(now, p, conn),
+            Redispatch::Busy
+            | Redispatch::Idle
+            | Redispatch::Slow { .. }
+            | Redispatch::Failed { .. } => self.choose_redispatch(now, p, conn),
         };
         chosen.or_else(|| self.choose_any(now, p, conn))
     }
@@ -178,7 +179,7 @@ impl Core {
 
     fn send(&mut self, now: Time, w: usize, conn: u32) {
         // Moves because of busy or idle threads are ordinary and not logged.
-        let tell = !matches!(self.ledger.get(conn).again, Again::Busy | Again::Idle);
+        let tell = !matches!(self.ledger.get(conn).redispatch, Redispatch::Busy | Redispatch::Idle);
         let due = self.begin_patience(now, w, conn);
         let worker = &mut self.workers[w];
         let ticket = worker.ring.issue(now, Item::Conn(conn), due);

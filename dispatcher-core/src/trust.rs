@@ -182,12 +182,12 @@ impl Trust {
         if self.failed > 0 {
             return None;
         }
-        let again = self.suspected.replace(now).is_some_and(|last| now - last < RELAPSE_WITHIN);
-        self.relapse = match again {
+        let relapsed = self.suspected.replace(now).is_some_and(|last| now - last < RELAPSE_WITHIN);
+        self.relapse = match relapsed {
             true => (self.relapse * 2).clamp(RELAPSE, RELAPSE_MAX),
             false => Duration::ZERO,
         };
-        again.then(|| now + self.relapse)
+        relapsed.then(|| now + self.relapse)
     }
 
     /// The worker failed a trial. Returns when the next one may be.

@@ -8,7 +8,7 @@ use std::time::Duration;
 
 use super::Core;
 use super::handoff::Shares;
-use super::ledger::{Again, Conn};
+use super::ledger::{Conn, Redispatch};
 use super::policy::By;
 use super::trust::PROOF;
 use super::types::*;
@@ -20,26 +20,28 @@ const PATIENT_LIMIT: Duration = Duration::from_millis(400);
 
 impl Core {
     /// A worker for a connection that is placed again. Unlike the policy this scans every worker.
-    pub(super) fn choose_again(&mut self, now: Time, p: usize, conn: u32) -> Option<usize> {
-        let Conn { again, .. } = *self.ledger.get(conn);
-        let chosen = match again {
-            Again::New => None,
-            Again::Busy => self.best(p, conn, |w| w.is_trusted() && w.has_room()).or_else(|| {
-                let spaced = self.pools[p].is_spaced();
-                let fresh = self.ledger.get(conn).moves == 0;
-                self.best(p, conn, |w| fresh && w.is_trialable(spaced))
-            }),
-            Again::Idle => self.best(p, conn, |w| w.is_trusted() && w.idle_threads() > 0),
-            Again::Slow { from, limit } => {
+    pub(super) fn choose_redispatch(&mut self, now: Time, p: usize, conn: u32) -> Option<usize> {
+        let Conn { redispatch, .. } = *self.ledger.get(conn);
+        let chosen = match redispatch {
+            Redispatch::New => None,
+            Redispatch::Busy => {
+                self.best(p, conn, |w| w.is_trusted() && w.has_room()).or_else(|| {
+                    let spaced = self.pools[p].is_spaced();
+                    let fresh = self.ledger.get(conn).moves == 0;
+                    self.best(p, conn, |w| fresh && w.is_trialable(spaced))
+                })
+            }
+            Redispatch::Idle => self.best(p, conn, |w| w.is_trusted() && w.idle_threads() > 0),
+            Redispatch::Slow { from, limit } => {
                 let other = |w: &Worker| w.id.index != from && w.is_trusted() && w.has_room();
                 self.best(p, conn, |w| other(w) && is_target(w, limit))
                     .or_else(|| self.best(p, conn, other))
                     .or_else(|| self.best(p, conn, |w| self.may_prove_itself(w, from)))
             }
-            Again::Failed { from } => self.after_failed_trial(p, conn, from),
+            Redispatch::Failed { from } => self.after_failed_trial(p, conn, from),
         };
-        let chosen = chosen.or_else(|| match again {
-            Again::Idle => self.best(p, conn, |w| w.is_trusted() && w.has_room()),
+        let chosen = chosen.or_else(|| match redispatch {
+            Redispatch::Idle => self.best(p, conn, |w| w.is_trusted() && w.has_room()),
             _ => None,
         })?;
         self.commit_handoff(now, p, conn, chosen);
