@@ -282,10 +282,10 @@ impl AccessControl {
     pub(super) const CLIENT: usize = size_of::<Client>();
 
     /// How many entries `forget_one` examines for one without queued connections.
-    const LOOK: usize = 8;
+    const SCAN_LIMIT: usize = 8;
 
     fn forget_one(&mut self) {
-        for _ in 0..Self::LOOK {
+        for _ in 0..Self::SCAN_LIMIT {
             let at = self.oldest;
             let Some(client) = self.clients.get(at as usize) else { return };
             if client.queued > 0 {

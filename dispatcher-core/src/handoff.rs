@@ -33,7 +33,7 @@ const RETRIAL_SPACING: Duration = Duration::from_secs(1);
 
 /// Minimum time until a connection whose patience has ended without a better worker is examined
 /// again; older connections wait a sixteenth of their age.
-const LOOK_AGAIN: Duration = Duration::from_millis(10);
+const RECHECK: Duration = Duration::from_millis(10);
 
 /// Minimum age of an untaken connection before it moves to an idle thread of another worker: until
 /// then its own worker may be about to take it.
@@ -264,7 +264,7 @@ impl Core {
             self.ledger.get_mut(conn).trial = false;
             self.workers[w].ring.postpone(ticket, now + timeout);
         } else {
-            self.workers[w].ring.postpone(ticket, now + LOOK_AGAIN.max(age / 16));
+            self.workers[w].ring.postpone(ticket, now + RECHECK.max(age / 16));
         }
     }
 

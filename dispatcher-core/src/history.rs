@@ -225,8 +225,8 @@ impl Core {
             let worker = &self.workers[candidates.get(at).worker as usize];
             let (score, why, out) = match (self.why_not(p, at), choice) {
                 (None, Some(choice)) => {
-                    let look = candidates.look(at, choice, decision.key);
-                    (look.score, look.why, look.out)
+                    let verdict = candidates.verdict(at, choice, decision.key);
+                    (verdict.score, verdict.why, verdict.out)
                 }
                 (why, _) => (None, why.unwrap_or(Why::Tie), None),
             };

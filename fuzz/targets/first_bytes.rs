@@ -1,7 +1,7 @@
 //! Any first bytes of a client: no parser panics, and the result does not depend on how the bytes
 //! are split.
 
-use dispatcher::preface::{Look, read};
+use dispatcher::preface::{Parsed, read};
 use dispatcher_core::KeySource;
 
 pub fn first_bytes(data: &[u8]) {
@@ -16,11 +16,14 @@ pub fn first_bytes(data: &[u8]) {
     ] {
         let mut scratch = Vec::new();
         let whole = read(&source, data, false, &mut scratch);
-        assert_ne!(read(&source, data, true, &mut scratch), Look::More);
+        assert_ne!(read(&source, data, true, &mut scratch), Parsed::Incomplete);
         // Every prefix of a short input, and some prefixes of a long one.
         for cut in (0..data.len()).step_by(1 + data.len() / 500) {
             let said = read(&source, &data[..cut], false, &mut scratch);
-            assert!(said == Look::More || said == whole, "{source}: {said:?} of {cut}, {whole:?}");
+            assert!(
+                said == Parsed::Incomplete || said == whole,
+                "{source}: {said:?} of {cut}, {whole:?}"
+            );
         }
         source.of_value(data);
     }

@@ -39,7 +39,7 @@ impl Failover {
 
     pub(super) fn remove(&mut self, at: usize) -> Change {
         self.stands.swap_remove(at);
-        self.look()
+        self.update_top()
     }
 
     pub(super) fn set(
@@ -52,10 +52,10 @@ impl Failover {
         let stand = &mut self.stands[at];
         let same = stand.up == up;
         (stand.up, stand.available, stand.open) = (up, available, open);
-        if same { Change::One } else { self.look() }
+        if same { Change::One } else { self.update_top() }
     }
 
-    fn look(&mut self) -> Change {
+    fn update_top(&mut self) -> Change {
         let up = self.stands.iter().filter(|stand| stand.up);
         let top = up.map(|stand| stand.priority).max();
         let before = std::mem::replace(&mut self.top, top);

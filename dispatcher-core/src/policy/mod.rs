@@ -138,16 +138,16 @@ pub(super) enum By {
 /// The result for one worker in a decision: the number that was compared, and why the worker was
 /// chosen or not.
 #[derive(Clone, Copy, Debug, PartialEq)]
-pub(super) struct Look {
+pub(super) struct Verdict {
     pub(super) score: Option<f64>,
     pub(super) why: Why,
     /// With `least-score`: the gauge that made it ineligible.
     pub(super) out: Option<Scored>,
 }
 
-impl Look {
-    fn new(score: Option<f64>, why: Why) -> Look {
-        Look { score, why, out: None }
+impl Verdict {
+    fn new(score: Option<f64>, why: Why) -> Verdict {
+        Verdict { score, why, out: None }
     }
 }
 
@@ -354,49 +354,49 @@ impl Candidates {
     }
 
     /// Why the worker at `at`, which was eligible, was chosen or passed over in this decision.
-    pub(super) fn look(&self, at: usize, choice: &Choice, key: Option<AffinityKey>) -> Look {
+    pub(super) fn verdict(&self, at: usize, choice: &Choice, key: Option<AffinityKey>) -> Verdict {
         let chosen = at == choice.at;
         let say = |why| if chosen { Why::Chosen } else { why };
         let (mine, theirs) = (self.cost(at), self.cost(choice.at));
         let by_load = || {
             let why = if mine > theirs { Why::MoreLoaded } else { Why::Tie };
-            Look::new(Some(mine), say(why))
+            Verdict::new(Some(mine), say(why))
         };
         match choice.by {
             By::Policy => {}
             By::Memory => {
                 let why = if chosen { Why::Remembered } else { Why::OtherKey };
-                return Look::new(None, why);
+                return Verdict::new(None, why);
             }
-            By::Handoff if chosen => return Look::new(None, Why::TakenSooner),
-            By::Handoff => return Look::new(None, Why::TakenLater),
+            By::Handoff if chosen => return Verdict::new(None, Why::TakenSooner),
+            By::Handoff => return Verdict::new(None, Why::TakenLater),
         }
         match (&self.index, key) {
             (Index::RoundRobin(turns), _) => {
                 let (mine, theirs) = (turns.distance(at), turns.distance(choice.at));
                 let why = if mine > theirs { Why::LaterTurn } else { Why::Tie };
-                Look::new(Some(mine), say(why))
+                Verdict::new(Some(mine), say(why))
             }
-            (Index::Random(_), _) => Look::new(None, say(Why::NotDrawn)),
+            (Index::Random(_), _) => Verdict::new(None, say(Why::NotDrawn)),
             (Index::TwoChoices(_), _) if chosen || choice.other == Some(at) => by_load(),
-            (Index::TwoChoices(_), _) => Look::new(None, Why::NotDrawn),
+            (Index::TwoChoices(_), _) => Verdict::new(None, Why::NotDrawn),
             (Index::Hash(nodes), Some(key)) => {
-                Look::new(Some(nodes.score(&self.list, at, key)), say(Why::OtherKey))
+                Verdict::new(Some(nodes.score(&self.list, at, key)), say(Why::OtherKey))
             }
             (Index::LeastScore(scores), _) => {
                 let standing = |at| scores.standing(at, self.list[at], choice.now);
                 match (standing(at), standing(choice.at)) {
                     (Scored::Score(mine), Scored::Score(theirs)) => {
                         let why = if mine > theirs { Why::HigherScore } else { Why::Tie };
-                        Look::new(Some(mine), say(why))
+                        Verdict::new(Some(mine), say(why))
                     }
                     // The chosen worker itself has an expired gauge: then all had, and the load
                     // decided.
                     (out, Scored::NeverSet(_) | Scored::Stale(..)) => {
-                        Look { out: Some(out), ..by_load() }
+                        Verdict { out: Some(out), ..by_load() }
                     }
                     (out, Scored::Score(_)) => {
-                        Look { score: None, why: Why::StaleGauge, out: Some(out) }
+                        Verdict { score: None, why: Why::StaleGauge, out: Some(out) }
                     }
                 }
             }

@@ -49,7 +49,7 @@ pub(super) struct Process {
 
 impl Process {
     /// Reads the data; a value that cannot be read is 0.
-    pub(super) fn look() -> Process {
+    pub(super) fn read() -> Process {
         let statm = std::fs::read_to_string("/proc/self/statm").unwrap_or_default();
         let mut pages = statm.split(' ').map(|pages| pages.parse::<u64>().unwrap_or(0));
         let page = rustix::param::page_size() as u64;

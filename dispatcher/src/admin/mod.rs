@@ -40,15 +40,15 @@ use crate::mailbox::{MAX_REQUESTS, Side};
 use crate::wake::Wake;
 
 /// Interval between two checks of the socket files.
-const LOOK: Duration = Duration::from_secs(2);
+const FILE_CHECK_INTERVAL: Duration = Duration::from_secs(2);
 
 /// Checks the socket files periodically.
-async fn look_at(files: SocketFiles, file_thread: FileThread) {
+async fn check_files(files: SocketFiles, file_thread: FileThread) {
     loop {
-        let looked = files.clone();
+        let checked = files.clone();
         // The next check follows in any case.
-        let _ = file_thread.run(move || looked.look()).await;
-        let _ = tokio::time::timeout(LOOK, files.changed()).await;
+        let _ = file_thread.run(move || checked.check()).await;
+        let _ = tokio::time::timeout(FILE_CHECK_INTERVAL, files.changed()).await;
     }
 }
 
@@ -126,7 +126,7 @@ pub fn start(listener: UnixListener, tcp: Option<TcpListener>, wake: Wake) -> io
                 http::serve(Arc::clone(&socket), app.clone(), limits.clone())
             }));
             tokio::spawn(restart::task("socket_files", move || {
-                look_at(watched.clone(), file_thread.clone())
+                check_files(watched.clone(), file_thread.clone())
             }));
             // An error means that `Side` was dropped, which also ends the thread.
             let _ = stopped.await;

@@ -62,7 +62,7 @@ fn until_drained(
     let mut broken = false;
     loop {
         let late = deadline.is_some_and(|deadline| Instant::now() >= deadline);
-        let status: Status = match look(endpoint) {
+        let status: Status = match fetch_status(endpoint) {
             Ok(status) => status,
             // The dispatcher is busy for a moment; the wait may take an hour, so it goes on.
             Err(failure) if failure.exit == Exit::TempFail && !late => {
@@ -126,7 +126,7 @@ fn until_drained(
     }
 }
 
-fn look(endpoint: &AdminEndpoint) -> Result<Status, Failure> {
+fn fetch_status(endpoint: &AdminEndpoint) -> Result<Status, Failure> {
     admin::parse(&admin::get(endpoint, "/v1/status")?, endpoint)
 }
 

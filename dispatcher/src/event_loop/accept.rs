@@ -85,10 +85,10 @@ impl EventLoop {
                             serial: conn.serial,
                             watched: false,
                             at_worker: None,
-                            looked: 0,
+                            search_cost: 0,
                         },
                     );
-                    self.look(conn, false);
+                    self.peek(conn, false);
                     if std::mem::take(&mut self.wakeup.slept_long) {
                         self.perform();
                     }

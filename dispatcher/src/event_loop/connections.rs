@@ -23,7 +23,7 @@ pub(super) struct Conn {
     /// The last worker that it was sent to, which may have a copy.
     pub(super) at_worker: Option<u64>,
     /// What looking at its first bytes has cost so far.
-    pub(super) looked: u32,
+    pub(super) search_cost: u32,
 }
 
 /// All connections of which the dispatcher has a copy.

@@ -12,7 +12,7 @@ use rustix::net::RecvFlags;
 
 use super::EventLoop;
 use super::token::{Key, Source};
-use crate::preface::{self, Look, is_enough};
+use crate::preface::{self, Parsed, is_enough};
 use dispatcher_core::ConnId;
 
 impl EventLoop {
@@ -20,7 +20,7 @@ impl EventLoop {
     ///
     /// The poll is edge-triggered, so later bytes cause another event. The read after the
     /// registration finds bytes that came before it.
-    pub(super) fn look(&mut self, id: ConnId, end: bool) {
+    pub(super) fn peek(&mut self, id: ConnId, end: bool) {
         if !self.core.awaits_bytes(id) {
             return;
         }
@@ -52,12 +52,12 @@ impl EventLoop {
                 let last = end
                     || count == 0
                     || count == most
-                    || is_enough(&mut conn.looked, count, peek.max_bytes);
+                    || is_enough(&mut conn.search_cost, count, peek.max_bytes);
                 let bytes = connections.first_bytes.get(..count).unwrap_or_default();
                 match preface::read(&affinity.key, bytes, last, &mut connections.decoded) {
-                    Look::Known(known) => Some(known),
-                    Look::More => return self.watch_first_bytes(id),
-                    Look::Unknown => None,
+                    Parsed::Identity(known) => Some(known),
+                    Parsed::Incomplete => return self.watch_first_bytes(id),
+                    Parsed::NoIdentity => None,
                 }
             }
         };

@@ -43,7 +43,7 @@ impl EventLoop {
         if event.is_error() || event.is_write_closed() {
             self.core.client_gone(self.now, id);
         } else {
-            self.look(id, event.is_read_closed());
+            self.peek(id, event.is_read_closed());
         }
     }
 }

@@ -122,9 +122,13 @@ pub(crate) fn listen(
         }
         Address::Unix(path) => {
             not_passed(inherited, address, "address")?;
-            let looks =
-                Looks { backlog: options.backlog, mode: options.mode, user: None, group: None };
-            listen_unix(path, SocketType::STREAM, looks, None).map(|l| vec![l])
+            let attributes = SocketAttributes {
+                backlog: options.backlog,
+                mode: options.mode,
+                user: None,
+                group: None,
+            };
+            listen_unix(path, SocketType::STREAM, attributes, None).map(|l| vec![l])
         }
         // The service manager has set the options of these sockets.
         Address::Systemd(name) => {
@@ -154,17 +158,17 @@ fn not_passed(inherited: &Inherited, address: &Address, key: &str) -> Result<(),
 
 /// The attributes of a Unix socket file.
 #[derive(Clone, Copy, Debug)]
-pub(crate) struct Looks {
+pub(crate) struct SocketAttributes {
     pub(crate) backlog: u32,
     pub(crate) mode: u32,
     pub(crate) user: Option<u32>,
     pub(crate) group: Option<u32>,
 }
 
-impl Looks {
-    pub(crate) fn of(endpoint: &UnixEndpoint) -> Looks {
+impl SocketAttributes {
+    pub(crate) fn of(endpoint: &UnixEndpoint) -> SocketAttributes {
         let UnixEndpoint { mode, user, group, .. } = *endpoint;
-        Looks { backlog: 4096, mode, user, group }
+        SocketAttributes { backlog: 4096, mode, user, group }
     }
 }
 
@@ -172,9 +176,9 @@ impl Looks {
 pub(crate) fn listen_again(
     file: &SocketFile,
     kind: SocketType,
-    looks: Looks,
+    attributes: SocketAttributes,
 ) -> Result<Listening, RunError> {
-    listen_unix(&file.path, kind, looks, Some(file))
+    listen_unix(&file.path, kind, attributes, Some(file))
 }
 
 /// Opens a TCP address with the usual options.
@@ -198,7 +202,7 @@ pub(crate) fn listen_endpoint(
                 _ => "admin_socket",
             };
             not_passed(inherited, &Address::Unix(path.clone()), key)?;
-            listen_unix(path, kind, Looks::of(endpoint), None)
+            listen_unix(path, kind, SocketAttributes::of(endpoint), None)
         }
         UnixSource::Systemd(name) => {
             let mut fds = inherited.take(name, kind)?;
@@ -354,7 +358,7 @@ pub(crate) fn change_options(
 fn listen_unix(
     path: &Path,
     kind: SocketType,
-    looks: Looks,
+    attributes: SocketAttributes,
     before: Option<&SocketFile>,
 ) -> Result<Listening, RunError> {
     let bind_error = |error: io::Error| RunError::Bind {
@@ -381,11 +385,14 @@ fn listen_unix(
     let make = || -> io::Result<(OwnedFd, std::fs::Metadata)> {
         let fd = rustix::net::socket_with(AddressFamily::UNIX, kind, FLAGS, None)?;
         rustix::net::bind(&fd, &SocketAddrUnix::new(path)?)?;
-        std::os::unix::fs::chown(path, looks.user, looks.group)?;
-        std::fs::set_permissions(path, std::os::unix::fs::PermissionsExt::from_mode(looks.mode))?;
+        std::os::unix::fs::chown(path, attributes.user, attributes.group)?;
+        std::fs::set_permissions(
+            path,
+            std::os::unix::fs::PermissionsExt::from_mode(attributes.mode),
+        )?;
         let made = std::fs::symlink_metadata(path)?;
         // Clients can connect only from here on, so they find the final permissions.
-        rustix::net::listen(&fd, i32::try_from(looks.backlog).unwrap_or(i32::MAX))?;
+        rustix::net::listen(&fd, i32::try_from(attributes.backlog).unwrap_or(i32::MAX))?;
         Ok((fd, made))
     };
     let (fd, made) = make().map_err(bind_error)?;

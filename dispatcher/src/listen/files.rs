@@ -126,7 +126,7 @@ impl SocketFiles {
     }
 
     /// Checks all files and logs what has changed. May block on a slow file system.
-    pub(crate) fn look(&self) {
+    pub(crate) fn check(&self) {
         let all = self.lock().all.clone();
         let found: Vec<SocketFileStatus> = all
             .into_iter()

@@ -14,13 +14,13 @@ use dispatcher_core::{KeySource, Known};
 
 /// The result for the bytes so far.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub enum Look {
+pub enum Parsed {
     /// The key of the client.
-    Known(Known),
+    Identity(Known),
     /// More bytes are needed.
-    More,
+    Incomplete,
     /// There is no key, and further bytes cannot change that.
-    Unknown,
+    NoIdentity,
 }
 
 /// The result of a parser.
@@ -34,9 +34,9 @@ enum Found<'a> {
 /// Searches the key in the bytes of a connection from its beginning. With `end`, no more bytes will
 /// come.
 ///
-/// A result other than [`Look::More`] stays the same when more bytes are added. `scratch` is a
+/// A result other than [`Parsed::Incomplete`] stays the same when more bytes are added. `scratch` is a
 /// buffer for decoded values; the caller reuses it.
-pub fn read(source: &KeySource, bytes: &[u8], end: bool, scratch: &mut Vec<u8>) -> Look {
+pub fn read(source: &KeySource, bytes: &[u8], end: bool, scratch: &mut Vec<u8>) -> Parsed {
     let found = match source {
         KeySource::ClientIp { .. } => Found::Nothing,
         KeySource::Cookie(name) => http::cookie(bytes, name),
@@ -47,22 +47,22 @@ pub fn read(source: &KeySource, bytes: &[u8], end: bool, scratch: &mut Vec<u8>) 
     };
     match found {
         Found::Value(value) => match source.of_value(value) {
-            Some(known) => Look::Known(known),
-            None => Look::Unknown,
+            Some(known) => Parsed::Identity(known),
+            None => Parsed::NoIdentity,
         },
-        Found::More if !end => Look::More,
-        Found::More | Found::Nothing => Look::Unknown,
+        Found::More if !end => Parsed::Incomplete,
+        Found::More | Found::Nothing => Parsed::NoIdentity,
     }
 }
 
 /// Fixed cost of one search, in bytes.
-const LOOK_COST: usize = 64;
+const PARSE_COST: usize = 64;
 
 /// Whether the search budget of a connection is used up, after `bytes` have been searched; `spent`
 /// is the cost so far. Each search starts at the beginning, so a client that sends single bytes
 /// causes many. The total is bounded by four times `max_bytes` and one search.
 pub fn is_enough(spent: &mut u32, bytes: usize, max_bytes: u32) -> bool {
-    let cost = u32::try_from(bytes + LOOK_COST).unwrap_or(u32::MAX);
+    let cost = u32::try_from(bytes + PARSE_COST).unwrap_or(u32::MAX);
     *spent = spent.saturating_add(cost);
     *spent >= max_bytes.saturating_mul(4)
 }

@@ -8,9 +8,9 @@ use proptest::prelude::*;
 
 use super::*;
 
-fn key(value: &str) -> Look {
+fn key(value: &str) -> Parsed {
     let route = value.split_once('.').map(|(_, route)| AffinityKey::of(route.as_bytes()));
-    Look::Known(Known { key: AffinityKey::of(value.as_bytes()), route })
+    Parsed::Identity(Known { key: AffinityKey::of(value.as_bytes()), route })
 }
 
 fn cookie(name: &str) -> KeySource {
@@ -31,16 +31,19 @@ fn header(name: &str) -> KeySource {
 
 /// The result for the whole, after a check that no prefix gives another result.
 #[track_caller]
-fn look(source: &KeySource, bytes: impl AsRef<[u8]>) -> Look {
+fn parse(source: &KeySource, bytes: impl AsRef<[u8]>) -> Parsed {
     let bytes = bytes.as_ref();
     // Leftovers of an earlier client must not matter.
     let mut scratch = b"left from before".to_vec();
     let whole = read(source, bytes, false, &mut scratch);
     for cut in 0..bytes.len() {
         let said = read(source, &bytes[..cut], false, &mut scratch);
-        assert!(said == Look::More || said == whole, "{cut} bytes: {said:?}, all: {whole:?}");
+        assert!(
+            said == Parsed::Incomplete || said == whole,
+            "{cut} bytes: {said:?}, all: {whole:?}"
+        );
     }
-    assert_ne!(read(source, bytes, true, &mut scratch), Look::More);
+    assert_ne!(read(source, bytes, true, &mut scratch), Parsed::Incomplete);
     whole
 }
 
@@ -62,18 +65,18 @@ fn cookies() {
     for good in
         ["ID=abc", "a=b; ID=abc", "ID=abc;c=d", "x;  ID = abc ;y", "ID=; ID=abc", "ID=\"abc\""]
     {
-        assert_eq!(look(&id, with(good)), key("abc"), "{good}");
+        assert_eq!(parse(&id, with(good)), key("abc"), "{good}");
     }
     for none in ["", "id=abc", "IDX=abc", "XID=abc", "ID", "ID=", "ID=\"\"", "a=ID=abc"] {
-        assert_eq!(look(&id, with(none)), Look::Unknown, "{none}");
+        assert_eq!(parse(&id, with(none)), Parsed::NoIdentity, "{none}");
     }
     // The value is opaque; only its ends are trimmed.
-    assert_eq!(look(&id, with("ID=a=b%20c")), key("a=b%20c"));
+    assert_eq!(parse(&id, with("ID=a=b%20c")), key("a=b%20c"));
     // Header names in any case, several fields, and not the field of a response.
-    assert_eq!(look(&id, get("/", "cOOKIE: a=b\r\nCOOKIE: ID=abc\r\n")), key("abc"));
-    assert_eq!(look(&id, get("/", "Set-Cookie: ID=abc\r\n")), Look::Unknown);
+    assert_eq!(parse(&id, get("/", "cOOKIE: a=b\r\nCOOKIE: ID=abc\r\n")), key("abc"));
+    assert_eq!(parse(&id, get("/", "Set-Cookie: ID=abc\r\n")), Parsed::NoIdentity);
     // Of two values with the same name the first counts.
-    assert_eq!(look(&id, with("ID=one; ID=two")), key("one"));
+    assert_eq!(parse(&id, with("ID=one; ID=two")), key("one"));
 }
 
 #[test]
@@ -91,7 +94,7 @@ fn parameters_of_path_and_query() {
         "/x?%6asessionid=%61bc",
         "http://host/x;jsessionid=abc",
     ] {
-        assert_eq!(look(&id, get(good, "")), key("abc"), "{good}");
+        assert_eq!(parse(&id, get(good, "")), key("abc"), "{good}");
     }
     for none in [
         "/",
@@ -103,30 +106,30 @@ fn parameters_of_path_and_query() {
         "/x?y;jsessionid=abc",
         "/x;xjsessionid=abc",
     ] {
-        assert_eq!(look(&id, get(none, "")), Look::Unknown, "{none}");
+        assert_eq!(parse(&id, get(none, "")), Parsed::NoIdentity, "{none}");
     }
-    assert_eq!(look(&url("q"), get("/?q=a+b", "")), key("a b"));
-    assert_eq!(look(&id, get("/x;jsessionid=one?jsessionid=two", "")), key("one"), "path first");
+    assert_eq!(parse(&url("q"), get("/?q=a+b", "")), key("a b"));
+    assert_eq!(parse(&id, get("/x;jsessionid=one?jsessionid=two", "")), key("one"), "path first");
     // The request line is enough.
-    assert_eq!(look(&id, "GET /x;jsessionid=abc "), key("abc"));
-    assert_eq!(look(&id, "GET /x;jsessionid=abc HTTP/1.1\r\n\0\0"), key("abc"));
+    assert_eq!(parse(&id, "GET /x;jsessionid=abc "), key("abc"));
+    assert_eq!(parse(&id, "GET /x;jsessionid=abc HTTP/1.1\r\n\0\0"), key("abc"));
 }
 
 #[test]
 fn fields_of_a_form() {
     let id = form("id");
     for good in ["id=abc", "a=b&id=abc", "id=abc&a=b", "id=&id=abc", "%69d=%61bc"] {
-        assert_eq!(look(&id, post(FORM, good)), key("abc"), "{good}");
+        assert_eq!(parse(&id, post(FORM, good)), key("abc"), "{good}");
     }
     for none in ["", "x=y", "ID=abc", "id", "id=", "xid=abc"] {
-        assert_eq!(look(&id, post(FORM, none)), Look::Unknown, "{none}");
+        assert_eq!(parse(&id, post(FORM, none)), Parsed::NoIdentity, "{none}");
     }
     let charset = "content-type: Application/X-WWW-form-urlencoded; charset=UTF-8\r\n";
-    assert_eq!(look(&id, post(charset, "id=abc")), key("abc"));
+    assert_eq!(parse(&id, post(charset, "id=abc")), key("abc"));
     // A value is complete when the next one begins or the body ends.
     let long = "POST / HTTP/1.1\r\nContent-Length: 100\r\nContent-Type: application/x-www-form-urlencoded\r\n\r\n";
-    assert_eq!(look(&id, format!("{long}id=abc")), Look::More);
-    assert_eq!(look(&id, format!("{long}id=abc&")), key("abc"));
+    assert_eq!(parse(&id, format!("{long}id=abc")), Parsed::Incomplete);
+    assert_eq!(parse(&id, format!("{long}id=abc&")), key("abc"));
     // Unsupported requests give a result at once, so that no client waits.
     for none in [
         "Content-Type: multipart/form-data; boundary=x\r\n".to_owned(),
@@ -134,24 +137,24 @@ fn fields_of_a_form() {
         format!("{FORM}Transfer-Encoding: chunked\r\n"),
         String::new(),
     ] {
-        assert_eq!(look(&id, post(&none, "id=abc")), Look::Unknown, "{none}");
+        assert_eq!(parse(&id, post(&none, "id=abc")), Parsed::NoIdentity, "{none}");
     }
-    assert_eq!(look(&id, get("/?id=abc", FORM)), Look::Unknown, "no body");
+    assert_eq!(parse(&id, get("/?id=abc", FORM)), Parsed::NoIdentity, "no body");
 }
 
 #[test]
 fn header_fields() {
     let user = header("X-User");
-    assert_eq!(look(&user, get("/", "x-uSER:  abc \r\n")), key("abc"));
-    assert_eq!(look(&user, get("/", "X-User:\r\nX-User: abc\r\n")), key("abc"));
-    assert_eq!(look(&user, get("/", "X-Users: abc\r\n")), Look::Unknown);
+    assert_eq!(parse(&user, get("/", "x-uSER:  abc \r\n")), key("abc"));
+    assert_eq!(parse(&user, get("/", "X-User:\r\nX-User: abc\r\n")), key("abc"));
+    assert_eq!(parse(&user, get("/", "X-Users: abc\r\n")), Parsed::NoIdentity);
     let many = "a: b\r\n".repeat(500);
-    assert_eq!(look(&user, get("/", &format!("{many}X-User: abc\r\n"))), Look::Unknown);
+    assert_eq!(parse(&user, get("/", &format!("{many}X-User: abc\r\n"))), Parsed::NoIdentity);
 }
 
 #[test]
 fn routes() {
-    let Look::Known(known) = look(&cookie("ID"), get("/", "Cookie: ID=abc.w1.x\r\n")) else {
+    let Parsed::Identity(known) = parse(&cookie("ID"), get("/", "Cookie: ID=abc.w1.x\r\n")) else {
         panic!("a key")
     };
     assert_eq!(known.key, AffinityKey::of(b"abc.w1.x"));
@@ -168,15 +171,15 @@ fn other_protocols_have_no_key() {
     let telnet = b"hello there\r\nbye\r\n".to_vec();
     for bytes in [tls, http2, garbage, telnet] {
         for source in [cookie("a"), url("a"), form("a"), header("a")] {
-            assert_eq!(look(&source, &bytes), Look::Unknown, "{source}");
+            assert_eq!(parse(&source, &bytes), Parsed::NoIdentity, "{source}");
         }
     }
     for bytes in [get("/", ""), "SSH-2.0-x\r\n".to_owned(), "\u{16}\u{4}".to_owned()] {
-        assert_eq!(look(&KeySource::Sni, bytes), Look::Unknown);
+        assert_eq!(parse(&KeySource::Sni, bytes), Parsed::NoIdentity);
     }
     for source in [cookie("a"), url("a"), form("a"), header("a"), KeySource::Sni] {
-        assert_eq!(read(&source, b"", false, &mut Vec::new()), Look::More);
-        assert_eq!(read(&source, b"", true, &mut Vec::new()), Look::Unknown);
+        assert_eq!(read(&source, b"", false, &mut Vec::new()), Parsed::Incomplete);
+        assert_eq!(read(&source, b"", true, &mut Vec::new()), Parsed::NoIdentity);
         assert!(source.is_peeked());
     }
 }
@@ -205,16 +208,16 @@ fn fragmented(hello: &[u8], size: usize) -> Vec<u8> {
 #[test]
 fn server_names() {
     let hello = client_hello("A.Test");
-    let expected = Look::Known(KeySource::Sni.of_value(b"a.test").unwrap());
-    assert_eq!(look(&KeySource::Sni, &hello), expected);
+    let expected = Parsed::Identity(KeySource::Sni.of_value(b"a.test").unwrap());
+    assert_eq!(parse(&KeySource::Sni, &hello), expected);
     // With early data after it, and in any number of records.
-    assert_eq!(look(&KeySource::Sni, [&hello[..], b"\x17\x03\x03\0\x01x"].concat()), expected);
-    assert_eq!(look(&KeySource::Sni, [&hello[..], b"garbage"].concat()), expected);
+    assert_eq!(parse(&KeySource::Sni, [&hello[..], b"\x17\x03\x03\0\x01x"].concat()), expected);
+    assert_eq!(parse(&KeySource::Sni, [&hello[..], b"garbage"].concat()), expected);
     for size in [1, 2, 3, 5, 100] {
-        assert_eq!(look(&KeySource::Sni, fragmented(&hello, size)), expected, "{size}");
+        assert_eq!(parse(&KeySource::Sni, fragmented(&hello, size)), expected, "{size}");
     }
     // A client that connects by address sends no name.
-    assert_eq!(look(&KeySource::Sni, client_hello("127.0.0.1")), Look::Unknown);
+    assert_eq!(parse(&KeySource::Sni, client_hello("127.0.0.1")), Parsed::NoIdentity);
     // Upper and lower case and a trailing dot do not matter.
     assert_eq!(KeySource::Sni.of_value(b"A.TEST."), KeySource::Sni.of_value(b"a.test"));
     assert_eq!(KeySource::Sni.of_value(b"."), None);
@@ -243,7 +246,7 @@ fn addresses() {
     assert_eq!(whole.of_peer(&ClientAddr::Unix), None);
     assert_eq!(whole.of_value(b"192.0.2.1").unwrap().key, of(&whole, "192.0.2.1"));
     assert_eq!(whole.of_value(b"somebody"), None);
-    assert_eq!(read(&whole, b"x", false, &mut Vec::new()), Look::Unknown);
+    assert_eq!(read(&whole, b"x", false, &mut Vec::new()), Parsed::NoIdentity);
     assert!(!whole.is_peeked());
     assert_eq!(cookie("a").of_peer(&ClientAddr::Unix), None);
 }
@@ -284,9 +287,9 @@ proptest! {
     fn pairs_are_read_as_elsewhere(pairs in "(id|i%64|x|%69+d|%C3%A4)?(=|==|&|%|%4|%zz|%41|[a+&=])*") {
         let expected = form_urlencoded::parse(pairs.as_bytes())
             .find(|(key, value)| key == "id" && !value.is_empty())
-            .map_or(Look::Unknown, |(_, value)| key(&value));
-        prop_assert_eq!(look(&url("id"), get(&format!("/?{pairs}"), "")), expected);
-        prop_assert_eq!(look(&form("id"), post(FORM, &pairs)), expected);
+            .map_or(Parsed::NoIdentity, |(_, value)| key(&value));
+        prop_assert_eq!(parse(&url("id"), get(&format!("/?{pairs}"), "")), expected);
+        prop_assert_eq!(parse(&form("id"), post(FORM, &pairs)), expected);
     }
 
     #[test]
@@ -295,7 +298,7 @@ proptest! {
     ) {
         let ip = KeySource::ClientIp { ipv4_prefix: 32, ipv6_prefix: 128 };
         for source in [cookie("id"), url("id"), form("id"), header("x-id"), KeySource::Sni, ip] {
-            look(&source, &bytes);
+            parse(&source, &bytes);
             source.of_value(&bytes);
         }
     }

@@ -23,7 +23,7 @@ use self::plan::{make_again, new_mode, plan_listeners, plan_pools};
 use crate::api::command::{CommandError, Problem};
 use crate::api::reload::Reloaded;
 use crate::config::{Address, Config, ConfigError, Limits, Listener, ListenerOptions, Pool};
-use crate::listen::bind::{self, Listening, Looks};
+use crate::listen::bind::{self, Listening, SocketAttributes};
 use crate::listen::error::RunError;
 use crate::listen::files::SocketFile;
 use crate::listen::inherit::Inherited;

@@ -11,20 +11,22 @@ pub(super) fn make_again(
 ) -> Vec<(Socket, Listening)> {
     let mut again = Vec::new();
     for (socket, file) in now.files.iter().filter(|(_, file)| file.is_missing()) {
-        let (kind, looks) = match socket {
-            Socket::Dispatch => (SocketType::SEQPACKET, Looks::of(&now.config.dispatch_socket)),
-            Socket::Admin => (SocketType::STREAM, Looks::of(&now.config.admin_socket)),
+        let (kind, attributes) = match socket {
+            Socket::Dispatch => {
+                (SocketType::SEQPACKET, SocketAttributes::of(&now.config.dispatch_socket))
+            }
+            Socket::Admin => (SocketType::STREAM, SocketAttributes::of(&now.config.admin_socket)),
             Socket::Listener(id) => {
                 let stays = listeners.iter().find(|(step, _, _)| {
                     matches!(step, ListenerStep::Keep(other) | ListenerStep::TakeOver(other) if other == id)
                 });
                 let Some((_, _, listener)) = stays else { continue };
                 let (backlog, mode) = (listener.options.backlog, listener.options.mode);
-                (SocketType::STREAM, Looks { backlog, mode, user: None, group: None })
+                (SocketType::STREAM, SocketAttributes { backlog, mode, user: None, group: None })
             }
         };
         let name = format!("socket file {}", file.path.display());
-        match bind::listen_again(file, kind, looks) {
+        match bind::listen_again(file, kind, attributes) {
             Ok(listening) => {
                 reloaded.added.push(name);
                 again.push((*socket, listening));

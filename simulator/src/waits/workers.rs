@@ -69,7 +69,7 @@ impl Worker {
 
     /// The connections that the worker takes from its queue `now`; `away` is how long the thread
     /// was away from accept, if a thread takes.
-    pub(super) fn look(
+    pub(super) fn poll(
         &mut self,
         now: u64,
         number: usize,

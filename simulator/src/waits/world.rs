@@ -24,7 +24,7 @@ enum What {
     Join(usize),
     Change(usize),
     Arrive(u32),
-    Look(usize),
+    Poll(usize),
     Round(usize, u32),
     End(usize, Option<u64>),
     Turn,
@@ -150,10 +150,10 @@ impl World<'_> {
                     self.compare_loads();
                 }
             }
-            What::Look(number) => self.look(number, None),
+            What::Poll(number) => self.poll(number, None),
             What::Round(number, generation) => {
                 if self.workers[number].generation == generation {
-                    self.look(number, None);
+                    self.poll(number, None);
                     self.next_round(number);
                 }
             }
@@ -179,14 +179,14 @@ impl World<'_> {
         if let Some(first) = first {
             self.at(now + first, What::Round(number, generation));
         } else {
-            self.at(now, What::Look(number));
+            self.at(now, What::Poll(number));
         }
         if let Kind::Flapping { serves, rests } = self.workers[number].kind {
             // It reads its queue whenever it begins to serve.
             let period = (serves + rests).as_nanos() as u64;
             let last = self.outcome.clients.last().map_or(0, |client| client.at) + TAIL;
             for turn in 1..=last / period {
-                self.at(turn * period, What::Look(number));
+                self.at(turn * period, What::Poll(number));
             }
         }
         if let Some(idle) = self.workers[number].idle_threads() {
@@ -215,7 +215,7 @@ impl World<'_> {
                 for _ in 0..std::mem::take(&mut self.workers[worker].overdue) {
                     self.end(worker, Some(self.now));
                 }
-                self.look(worker, None);
+                self.poll(worker, None);
             }
             Change::Become(kind) => {
                 self.workers[worker].kind = kind;
@@ -224,11 +224,11 @@ impl World<'_> {
         }
     }
 
-    fn look(&mut self, number: usize, away: Option<u64>) {
+    fn poll(&mut self, number: usize, away: Option<u64>) {
         let now = self.now;
         let mut taken = std::mem::take(&mut self.taken);
         let worker = &mut self.workers[number];
-        worker.look(now, number, away, self.front, &mut taken);
+        worker.poll(now, number, away, self.front, &mut taken);
         let thread = matches!(worker.kind, Kind::Serial { .. }).then_some(now);
         for client in taken.drain(..) {
             let entry = &mut self.outcome.clients[client as usize];
@@ -253,7 +253,7 @@ impl World<'_> {
         self.front.finish(self.now, number);
         if let Some(taken_at) = thread {
             worker.busy -= 1;
-            self.look(number, Some(self.now - taken_at));
+            self.poll(number, Some(self.now - taken_at));
         }
     }
 
@@ -267,9 +267,9 @@ impl World<'_> {
                 continue;
             }
             if delay == 0 {
-                self.look(number, None);
+                self.poll(number, None);
             } else {
-                self.at(self.now + delay, What::Look(number));
+                self.at(self.now + delay, What::Poll(number));
             }
         }
         self.delivered = delivered;

@@ -28,7 +28,7 @@ const RELOAD: LastReload = LastReload { successful: true, success_at: 1_700_000_
 
 fn text(workers: u64, max_workers: usize) -> String {
     let status = Arc::new(status(workers));
-    openmetrics(Snapshot { status, last_reload: RELOAD, max_workers }, Process::look())
+    openmetrics(Snapshot { status, last_reload: RELOAD, max_workers }, Process::read())
 }
 
 #[test]

@@ -28,7 +28,7 @@ async fn metrics(State(app): State<App>, headers: HeaderMap) -> Response {
     };
     let max_workers = app.max_workers.load(Ordering::Relaxed) as usize;
     let last_reload = app.reloader.last();
-    let text = openmetrics(Snapshot { status, last_reload, max_workers }, Process::look());
+    let text = openmetrics(Snapshot { status, last_reload, max_workers }, Process::read());
     let accepts = headers.get_all(header::ACCEPT).iter().filter_map(|value| value.to_str().ok());
     if accepts.into_iter().any(|accept| accept.contains("application/openmetrics-text")) {
         ([(header::CONTENT_TYPE, OPENMETRICS)], text).into_response()

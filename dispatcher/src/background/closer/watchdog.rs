@@ -64,7 +64,7 @@ impl Member {
     }
 
     /// Interrupts the thread if it is in the same call as at the last check. True if so.
-    fn look(&self) -> bool {
+    fn check(&self) -> bool {
         let steps = self.steps.load(Ordering::Relaxed);
         let same = steps % 2 == 1 && self.seen.swap(steps, Ordering::Relaxed) == steps;
         let looks = if same { self.looks.load(Ordering::Relaxed) + 1 } else { 0 };
@@ -96,7 +96,7 @@ fn look_until_over(shared: &Arc<Shared>) {
         }
         let mut stuck = 0;
         for member in &state.members {
-            stuck += u64::from(member.look());
+            stuck += u64::from(member.check());
         }
         shared.interrupted.fetch_add(stuck, Ordering::Relaxed);
         // The second check in a row finds the first closer in a call, and there is work: the second

@@ -29,9 +29,9 @@ pub struct Quoted<T>(T);
 
 impl<T: fmt::Display> fmt::Display for Value<T> {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        let mut look = Look { empty: true, plain: true };
-        write!(look, "{}", self.0)?;
-        if look.empty || !look.plain { Quoted(&self.0).fmt(f) } else { write!(f, "{}", self.0) }
+        let mut check = QuoteCheck { empty: true, plain: true };
+        write!(check, "{}", self.0)?;
+        if check.empty || !check.plain { Quoted(&self.0).fmt(f) } else { write!(f, "{}", self.0) }
     }
 }
 
@@ -44,12 +44,12 @@ impl<T: fmt::Display> fmt::Display for Quoted<T> {
 }
 
 /// Finds out whether a text needs no quotes.
-struct Look {
+struct QuoteCheck {
     empty: bool,
     plain: bool,
 }
 
-impl Write for Look {
+impl Write for QuoteCheck {
     fn write_str(&mut self, text: &str) -> fmt::Result {
         self.empty &= text.is_empty();
         self.plain &=
@@ -111,11 +111,11 @@ mod tests {
     /// Checks the sources of the whole program: no value is put between quotes by hand.
     #[test]
     fn no_log_line_quotes_by_hand() {
-        fn look(folder: &std::path::Path, found: &mut Vec<String>) {
+        fn check(folder: &std::path::Path, found: &mut Vec<String>) {
             for entry in std::fs::read_dir(folder).expect("the sources") {
                 let path = entry.expect("an entry").path();
                 if path.is_dir() {
-                    look(&path, found);
+                    check(&path, found);
                 } else if path.extension().is_some_and(|extension| extension == "rs") {
                     let text = std::fs::read_to_string(&path).expect("a source");
                     let by_hand = concat!("=", "\\\"", "{");
@@ -126,7 +126,7 @@ mod tests {
             }
         }
         let mut found = Vec::new();
-        look(&std::path::Path::new(env!("CARGO_MANIFEST_DIR")).join("src"), &mut found);
+        check(&std::path::Path::new(env!("CARGO_MANIFEST_DIR")).join("src"), &mut found);
         found.retain(|line| !line.contains("nonce="));
         assert!(found.is_empty(), "use logger::quoted or logger::value:\n{}", found.join("\n"));
     }
