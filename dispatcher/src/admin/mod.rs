@@ -36,7 +36,7 @@ use crate::background::{restart, service_manager};
 use crate::listen::files::SocketFiles;
 use crate::mailbox::client::MailboxClient;
 use crate::mailbox::hosts::Hosts;
-use crate::mailbox::{MAX_REQUESTS, Side};
+use crate::mailbox::{MAX_REQUESTS, SideThread};
 use crate::wake::Wake;
 
 /// Interval between two checks of the socket files.
@@ -60,7 +60,11 @@ const THREAD_END: Duration = Duration::from_secs(1);
 ///
 /// # Errors
 /// If the system cannot create a thread or an epoll instance.
-pub fn start(listener: UnixListener, tcp: Option<TcpListener>, wake: Wake) -> io::Result<Side> {
+pub fn start(
+    listener: UnixListener,
+    tcp: Option<TcpListener>,
+    wake: Wake,
+) -> io::Result<SideThread> {
     let runtime = tokio::runtime::Builder::new_current_thread().enable_all().build()?;
     listener.set_nonblocking(true)?;
     let (listener, tcp) = {
@@ -128,7 +132,7 @@ pub fn start(listener: UnixListener, tcp: Option<TcpListener>, wake: Wake) -> io
             tokio::spawn(restart::task("socket_files", move || {
                 check_files(watched.clone(), file_thread.clone())
             }));
-            // An error means that `Side` was dropped, which also ends the thread.
+            // An error means that `SideThread` was dropped, which also ends the thread.
             let _ = stopped.await;
         };
         // Each task is restarted on its own. The runtime itself panics if it cannot poll, and the
@@ -138,7 +142,7 @@ pub fn start(listener: UnixListener, tcp: Option<TcpListener>, wake: Wake) -> io
         }
         runtime.shutdown_timeout(THREAD_END);
     })?;
-    Ok(Side {
+    Ok(SideThread {
         requests,
         reports,
         spawner,

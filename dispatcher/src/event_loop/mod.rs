@@ -60,7 +60,7 @@ use crate::background::closer::Closers;
 use crate::background::service_manager::State;
 use crate::config::Config;
 use crate::listen::bind::OwnedPath;
-use crate::mailbox::{Side, StartSide};
+use crate::mailbox::{SideThread, StartSideThread};
 use dispatcher_core::{Core, Time};
 
 pub use crate::listen::error::RunError;
@@ -72,7 +72,7 @@ pub use crate::listen::error::RunError;
 /// [`RunError`] when the dispatcher cannot start, or when the poll fails.
 pub fn run(
     config: Config,
-    start_side: StartSide,
+    start_side: StartSideThread,
     ready: impl FnOnce(&[String]),
 ) -> Result<(), RunError> {
     let mut event_loop = EventLoop::start(config, start_side)?;
@@ -98,7 +98,7 @@ struct EventLoop {
     workers: Workers,
     connections: Connections,
     background: Background,
-    side: Side,
+    side: SideThread,
     observation: Observation,
 }
 

@@ -25,14 +25,17 @@ use crate::config::Config;
 use crate::listen::bind::{self, Listening};
 use crate::listen::error::RunError;
 use crate::listen::inherit::Inherited;
-use crate::mailbox::StartSide;
+use crate::mailbox::StartSideThread;
 use crate::reload::seed;
 use crate::signals;
 use dispatcher_core::{AccessControl, Core, ListenerId, ListenerSettings, PoolId};
 
 impl EventLoop {
     /// Opens all sockets, starts the threads, and notifies the service manager.
-    pub(super) fn start(config: Config, start_side: StartSide) -> Result<EventLoop, RunError> {
+    pub(super) fn start(
+        config: Config,
+        start_side: StartSideThread,
+    ) -> Result<EventLoop, RunError> {
         let descriptors = raise_descriptor_limit();
         // First, so that the passed numbers cannot be descriptors of this process.
         let mut inherited = Inherited::from_environment();
@@ -66,7 +69,7 @@ impl EventLoop {
 
     fn assemble(
         config: Config,
-        start_side: StartSide,
+        start_side: StartSideThread,
         mut signals: Signals,
         dispatch: Listening,
         admin: Listening,

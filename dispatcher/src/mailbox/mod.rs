@@ -1,7 +1,7 @@
 //! The bounded mailbox between the event loop and the side thread: requests in one direction,
 //! answers and reports in the other.
 //!
-//! [`Side`] is the end of the event loop; `client::MailboxClient` is the end of the HTTP
+//! [`SideThread`] is the end of the event loop; `client::MailboxClient` is the end of the HTTP
 //! interface and of reloads.
 
 pub(crate) mod client;
@@ -31,7 +31,7 @@ pub(crate) mod hosts;
 
 /// Starts the side thread, which serves HTTP on the first socket and read-only HTTP on the second.
 /// It calls the last argument when there is a new entry for the event loop.
-pub type StartSide = fn(UnixListener, Option<TcpListener>, Wake) -> io::Result<Side>;
+pub type StartSideThread = fn(UnixListener, Option<TcpListener>, Wake) -> io::Result<SideThread>;
 
 /// Most requests in the mailbox. All status requests share one entry, so few are needed.
 pub(crate) const MAX_REQUESTS: usize = 16;
@@ -109,7 +109,7 @@ impl Request {
 
 /// The event loop's handle of the side thread.
 #[derive(Debug)]
-pub struct Side {
+pub struct SideThread {
     pub(crate) requests: mpsc::Receiver<Request>,
     /// Results of started processes: read with `try_recv` once per wake-up.
     pub reports: mpsc::Receiver<Report>,
@@ -131,7 +131,7 @@ pub struct Side {
     pub(crate) thread: JoinHandle<()>,
 }
 
-impl Side {
+impl SideThread {
     /// The next request with a waiting client. Requests of clients that gave up are dropped, so
     /// they cause no work, and a command is not carried out after its client got a timeout.
     pub fn request(&self) -> Option<Request> {
@@ -166,7 +166,7 @@ impl Side {
 
     /// Ends the side thread without delay. Running processes continue; see [`Spawner::stop`].
     pub fn finish(self) {
-        let Side { stop, thread, .. } = self;
+        let SideThread { stop, thread, .. } = self;
         // The thread may have ended already.
         let _ = stop.send(());
         if thread.join().is_err() {
