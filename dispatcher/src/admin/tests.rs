@@ -16,7 +16,7 @@ use crate::api::action::{Outcome, WorkersChanged};
 use crate::api::command::{self, Answer, Command, Problem, Target};
 use crate::api::status::{PoolStatus, Status, WorkerStatus};
 use crate::background::spawner::Report;
-use crate::mailbox::{Gathered, Request};
+use crate::mailbox::{DeferredStatus, Request};
 
 mod refusals;
 
@@ -70,7 +70,7 @@ impl Bench {
                         let turn = asked.fetch_add(1, Ordering::SeqCst) as u64;
                         match request {
                             Request::Status(answer) => {
-                                let _ = answer.send(Gathered(Box::new(move || status(turn))));
+                                let _ = answer.send(DeferredStatus(Box::new(move || status(turn))));
                             }
                             Request::Alive(answer) => drop(answer.send(())),
                             Request::Command { command, answer } => {

@@ -11,7 +11,7 @@ use crate::api::status::Status;
 use crate::background::logger::{quoted, value};
 use crate::background::spawner::{Report, SpawnRequest};
 use crate::config::UnixSource;
-use crate::mailbox::{Gathered, Request};
+use crate::mailbox::{DeferredStatus, Request};
 use dispatcher_core::ProcessId;
 
 /// The exit statuses of a process that ends as ordered.
@@ -56,7 +56,7 @@ impl EventLoop {
     }
 
     /// Gathers what only this thread knows. The side thread reads the gauges and formats times.
-    fn gather(&mut self) -> Gathered {
+    fn gather(&mut self) -> DeferredStatus {
         let mut status = Status::from(&self.core.snapshot());
         status.version = env!("CARGO_PKG_VERSION").to_owned();
         status.pid = std::process::id();
@@ -73,7 +73,7 @@ impl EventLoop {
             listener.state = self.listener_state(id).to_owned();
         }
         let (boards, faults) = (self.boards(), self.observation.faults.clone());
-        Gathered(Box::new(move || {
+        DeferredStatus(Box::new(move || {
             status.host = rustix::system::uname().nodename().to_string_lossy().into_owned();
             show_gauges(boards, &mut status);
             status.faults = faults.status();

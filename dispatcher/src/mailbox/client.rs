@@ -9,7 +9,7 @@ use std::time::Duration;
 use tokio::sync::oneshot;
 use tokio::time::Instant;
 
-use super::{Gathered, Request};
+use super::{DeferredStatus, Request};
 use crate::api::command::{Answer, Command};
 use crate::api::status::Status;
 use crate::listen::files::SocketFiles;
@@ -134,8 +134,8 @@ impl MailboxClient {
                 tokio::time::sleep_until(from).await;
                 mailbox.status.asked();
                 let _end = Unanswered(&mailbox.status);
-                let gathered = mailbox.put(Request::Status).await;
-                let status = gathered.map(|Gathered(finish)| {
+                let deferred = mailbox.put(Request::Status).await;
+                let status = deferred.map(|DeferredStatus(finish)| {
                     let mut status = finish();
                     status.socket_files_missing = mailbox.files.missing();
                     Arc::new(status)

@@ -43,7 +43,7 @@ const PROCESSES_END: Duration = Duration::from_secs(3);
 #[derive(Debug)]
 pub enum Request {
     /// The status.
-    Status(oneshot::Sender<Gathered>),
+    Status(oneshot::Sender<DeferredStatus>),
     /// An empty answer, as a sign of life.
     Alive(oneshot::Sender<()>),
     /// Carries out a command.
@@ -84,11 +84,11 @@ pub enum Request {
 
 /// A function that completes a status. The event loop gathers the data; the rest of the work is
 /// done on the side thread.
-pub struct Gathered(pub Box<dyn FnOnce() -> Status + Send>);
+pub struct DeferredStatus(pub Box<dyn FnOnce() -> Status + Send>);
 
-impl std::fmt::Debug for Gathered {
+impl std::fmt::Debug for DeferredStatus {
     fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
-        f.write_str("Gathered")
+        f.write_str("DeferredStatus")
     }
 }
 
