@@ -18,7 +18,7 @@ use dispatch_protocol::ClientAddr;
 use ipnet::IpNet;
 
 use super::Core;
-use super::discarded::Kept;
+use super::discarded::Contents;
 use super::types::{CloseReason, ListenerId, Time};
 
 /// No entry.
@@ -383,7 +383,7 @@ impl Core {
         let Some(entry) = self.listeners.get_mut(usize::from(listener.0)) else { return };
         if let Some(old) = std::mem::replace(&mut entry.access_control, access_control) {
             self.ledger.untrack(listener);
-            self.discard(Kept::AccessControl(old));
+            self.discard(Contents::AccessControl(old));
         }
     }
 

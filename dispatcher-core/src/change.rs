@@ -11,7 +11,7 @@ use std::time::Duration;
 
 use super::affinity::Memory;
 use super::awaiting::Awaiting;
-use super::discarded::Kept;
+use super::discarded::Contents;
 use super::effect::{Effect, Event};
 use super::handoff::Shares;
 use super::history::History;
@@ -157,7 +157,7 @@ impl Core {
         let most = new.max_connections_per_worker;
         let slow_start = new.slow_start;
         let (timeout, longest) = (new.handoff_timeout, new.max_handoff_timeout);
-        self.discard(Kept::Decisions(forgotten));
+        self.discard(Contents::Decisions(forgotten));
         if chooses {
             self.change_policy(now, p, seeds.number());
         }
@@ -215,7 +215,7 @@ impl Core {
         let pool = &mut self.pools[p];
         let new = pool.settings.affinity.as_ref().map(|settings| Memory::new(settings, seed));
         if let Some(old) = std::mem::replace(&mut pool.memory, new) {
-            self.discard(Kept::Memory(old));
+            self.discard(Contents::Memory(old));
         }
         let pool = &mut self.pools[p];
         let Some(memory) = &mut pool.memory else { return };
@@ -373,11 +373,11 @@ impl Core {
         if pool.candidates.len() == 0 && pool.clock == Clock::Refusing {
             // No client can arrive any more, so later turns have nothing to do for this pool.
             let decisions = pool.history.resize(0, 1);
-            self.discard(Kept::Decisions(decisions));
+            self.discard(Contents::Decisions(decisions));
             let pool = &mut self.pools[p];
             if let Some(memory) = pool.memory.take() {
                 pool.settings.affinity = None;
-                self.discard(Kept::Memory(memory));
+                self.discard(Contents::Memory(memory));
             }
             return;
         }

@@ -15,23 +15,23 @@ use super::history::Decision;
 /// A value to be dropped outside the hot thread.
 #[derive(Debug)]
 pub struct Discarded {
-    _kept: Kept,
+    _contents: Contents,
 }
 
 #[derive(Debug)]
 #[expect(dead_code, reason = "only to be dropped")]
-pub(super) enum Kept {
+pub(super) enum Contents {
     AccessControl(Box<AccessControl>),
     Memory(Memory),
     Decisions(VecDeque<Arc<Decision>>),
 }
 
 impl Core {
-    pub(super) fn discard(&mut self, kept: Kept) {
-        if matches!(&kept, Kept::Decisions(decisions) if decisions.is_empty()) {
+    pub(super) fn discard(&mut self, contents: Contents) {
+        if matches!(&contents, Contents::Decisions(decisions) if decisions.is_empty()) {
             return;
         }
-        self.discarded.push(Discarded { _kept: kept });
+        self.discarded.push(Discarded { _contents: contents });
     }
 
     /// The values discarded since the last call; `None` if there are none.

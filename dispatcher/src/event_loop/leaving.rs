@@ -37,7 +37,7 @@ pub(super) enum Leaving {
     /// Its clients are accepted, at least until this time if no new connection can begin.
     Until(Time),
     /// A service manager keeps it open: clients are turned away.
-    Kept,
+    KeptOpen,
 }
 
 impl ListenerIo {
@@ -59,14 +59,14 @@ impl ListenerIo {
     }
 
     pub(super) fn is_kept(&self) -> bool {
-        self.leaving == Some(Leaving::Kept)
+        self.leaving == Some(Leaving::KeptOpen)
     }
 
     /// Whether the last check of the queue is due.
     pub(super) fn is_due(&self, now: Time) -> bool {
         match self.leaving {
             Some(Leaving::Until(at)) => at <= now,
-            Some(Leaving::Kept) | None => true,
+            Some(Leaving::KeptOpen) | None => true,
         }
     }
 
@@ -123,7 +123,7 @@ impl EventLoop {
         let id = listener.id;
         let kept = listener.listening.as_ref().is_some_and(|listening| listening.inherited);
         if kept && self.run.stop_deadline.is_none() {
-            listener.leaving = Some(Leaving::Kept);
+            listener.leaving = Some(Leaving::KeptOpen);
             listener.id = ListenerIo::NO_LISTENER;
             listener.ready = true;
             let address = listener.listening.as_ref().map_or("", |listening| &listening.address);
