@@ -7,7 +7,7 @@
 use super::ledger::{Place, Queue};
 use super::policy::NEVER;
 use super::types::*;
-use super::{Clock, Core, Pool};
+use super::{Core, Pool, WorkerWait};
 use crate::affinity::key::Known;
 use crate::snapshot::AffinitySnapshot;
 
@@ -60,7 +60,7 @@ impl Core {
 
     /// Handles a new connection whose client is not yet identified.
     pub(super) fn arrive(&mut self, now: Time, p: usize, conn: u32) {
-        let refusing = self.pools[p].clock == Clock::Refusing;
+        let refusing = self.pools[p].worker_wait == WorkerWait::Refusing;
         let pool = &mut self.pools[p];
         let Some(affinity) = pool.settings.affinity.as_ref().filter(|_| !refusing) else {
             return self.put(now, p, conn, false);
@@ -155,7 +155,7 @@ impl Core {
         }
         assert_eq!(count, pool.awaiting.len());
         assert!(count <= u64::from(pool.settings.peek.max_awaiting));
-        assert!(count == 0 || pool.clock != Clock::Refusing);
+        assert!(count == 0 || pool.worker_wait != WorkerWait::Refusing);
         assert!(count == 0 || self.stop.is_none_or(|stop| !stop.over));
         count
     }

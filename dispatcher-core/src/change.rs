@@ -21,7 +21,7 @@ use super::snapshot::Counts;
 use super::supervise::Processes;
 use super::types::*;
 use super::worker::Worker;
-use super::{Clock, Core, Listener, Pool, Random};
+use super::{Core, Listener, Pool, Random, WorkerWait};
 use crate::histogram::{self, Histogram};
 
 impl Listener {
@@ -71,7 +71,7 @@ impl Pool {
             refusing_since: now,
             refusal_told_at: now,
             refusal_interval: Duration::ZERO,
-            clock: Clock::Since(now),
+            worker_wait: WorkerWait::Since(now),
             pressure: false,
             pressure_told: false,
             pressure_at: None,
@@ -131,7 +131,7 @@ impl Core {
         let pool = &mut self.pools[p];
         pool.retired = false;
         if pool.usable == 0 {
-            pool.clock = Clock::Since(now);
+            pool.worker_wait = WorkerWait::Since(now);
             if settings.processes == 0 {
                 self.event(Event::NoUsableWorker { pool: id });
             }
@@ -187,10 +187,10 @@ impl Core {
     fn wait_again(&mut self, now: Time, p: usize) {
         let pool = &mut self.pools[p];
         let until = pool.lacking_since + pool.settings.wait_for_worker;
-        if pool.clock == Clock::Refusing && !pool.retired && now < until {
-            pool.clock = match pool.usable {
-                0 => Clock::Since(pool.lacking_since),
-                _ => Clock::Off,
+        if pool.worker_wait == WorkerWait::Refusing && !pool.retired && now < until {
+            pool.worker_wait = match pool.usable {
+                0 => WorkerWait::Since(pool.lacking_since),
+                _ => WorkerWait::Off,
             };
         }
     }
@@ -370,7 +370,7 @@ impl Core {
         if !pool.retired || self.stop.is_some() {
             return;
         }
-        if pool.candidates.len() == 0 && pool.clock == Clock::Refusing {
+        if pool.candidates.len() == 0 && pool.worker_wait == WorkerWait::Refusing {
             // No client can arrive any more, so later turns have nothing to do for this pool.
             let decisions = pool.history.resize(0, 1);
             self.discard(Contents::Decisions(decisions));
@@ -398,6 +398,6 @@ impl Core {
             self.drain_unwanted(now, id);
         }
         // No client waits for a worker.
-        self.pools[p].clock = Clock::Refusing;
+        self.pools[p].worker_wait = WorkerWait::Refusing;
     }
 }

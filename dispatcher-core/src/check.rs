@@ -10,7 +10,7 @@ use super::ring::Item;
 use super::trust::PROOF;
 use super::types::*;
 use super::worker::Worker;
-use super::{Clock, Core};
+use super::{Core, WorkerWait};
 
 /// Entries that a check may examine per mutator on average. A small core is checked every time, a
 /// large one less often.
@@ -108,11 +108,11 @@ impl Core {
         }
         let usable = of_pool().filter(|worker| worker.is_usable()).count();
         assert_eq!(usable, pool.usable as usize);
-        match pool.clock {
-            Clock::Off => assert!(usable > 0),
-            Clock::Since(_) => assert_eq!(usable, 0),
+        match pool.worker_wait {
+            WorkerWait::Off => assert!(usable > 0),
+            WorkerWait::Since(_) => assert_eq!(usable, 0),
             // There is no usable worker, or none takes connections.
-            Clock::Refusing => {}
+            WorkerWait::Refusing => {}
         }
         let fresh = pool
             .queued
@@ -138,7 +138,7 @@ impl Core {
             shares.crowded += share.crowded;
         }
         assert_eq!(shares, pool.shares);
-        assert!(pool.queued.is_empty() || pool.clock != Clock::Refusing);
+        assert!(pool.queued.is_empty() || pool.worker_wait != WorkerWait::Refusing);
         assert!(pool.queued.is_empty() || self.stop.is_none_or(|stop| !stop.over));
     }
 

@@ -19,7 +19,7 @@ use super::ring::Item;
 use super::trust::PROOF;
 use super::types::*;
 use super::worker::{Round, Worker};
-use super::{Clock, Core, Effect, Pool};
+use super::{Core, Effect, Pool, WorkerWait};
 
 /// Limits of the patience of a worker's first trial, which is `handoff_timeout` divided by the
 /// number of the pool's workers.
@@ -138,7 +138,7 @@ impl Core {
             patience = patience.max(usual);
         }
         // While clients are refused, the worker gets the ordinary patience.
-        if self.pools[p].clock == Clock::Refusing {
+        if self.pools[p].worker_wait == WorkerWait::Refusing {
             let settings = &self.pools[p].settings;
             patience =
                 worker.trust.patience(settings.handoff_timeout, settings.max_handoff_timeout, 0);
@@ -221,7 +221,7 @@ impl Core {
         let (timeout, longest) = (settings.handoff_timeout, settings.max_handoff_timeout);
         let sent = worker.ring.sent_at(ticket);
         let age = now - sent;
-        let refusing = self.pools[p].clock == Clock::Refusing;
+        let refusing = self.pools[p].worker_wait == WorkerWait::Refusing;
         if worker.is_busy() && !refusing {
             // Busy threads are no reason for suspicion. Another worker may be free sooner, unless
             // the key decides.

@@ -11,7 +11,7 @@ use dispatch_protocol::ClientAddr;
 
 use super::policy::{Choice, FULL_WEIGHT};
 use super::types::*;
-use super::{Clock, Core};
+use super::{Core, WorkerWait};
 
 /// A placement decision.
 #[derive(Clone, Debug, PartialEq)]
@@ -185,10 +185,10 @@ impl Core {
         } else if choice.is_some() {
             (!pool.queued.is_empty()).then_some(Obstacle::Queue)
         } else {
-            Some(match pool.clock {
-                Clock::Refusing => Obstacle::Refusing,
-                Clock::Since(_) => Obstacle::NoWorker,
-                Clock::Off => Obstacle::BackPressure,
+            Some(match pool.worker_wait {
+                WorkerWait::Refusing => Obstacle::Refusing,
+                WorkerWait::Since(_) => Obstacle::NoWorker,
+                WorkerWait::Off => Obstacle::BackPressure,
             })
         };
         Some(Explanation { decision, obstacle })

@@ -77,7 +77,7 @@ use awaiting::Awaiting;
 use handoff::Shares;
 use history::History;
 use ledger::{Ledger, Place, PoolQueue};
-use place::Clock;
+use place::WorkerWait;
 use policy::{Candidates, NEVER};
 use snapshot::{Counts, Former};
 use stop::Stop;
@@ -163,7 +163,7 @@ struct Pool {
     retrial_wait: Option<Time>,
     /// When a connection may next move to an idle thread.
     idle_at: Option<Time>,
-    clock: Clock,
+    worker_wait: WorkerWait,
     /// Since when connections have waited without any being taken.
     unserved: Option<Time>,
     refusing_since: Time,
@@ -318,7 +318,7 @@ impl Core {
         let pool = &self.pools[listener.pool];
         if self.stop.is_some() || listener.retired {
             Accepting::Finish
-        } else if pool.clock == Clock::Refusing {
+        } else if pool.worker_wait == WorkerWait::Refusing {
             Accepting::Refuse
         } else if self.out_of_resources.is_none()
             && pool.candidates.opens() > 0
@@ -411,7 +411,7 @@ impl Core {
             self.tick_handoffs(now, pool);
             self.tick_workers(now, pool);
             self.tick_awaiting(now, pool);
-            self.tick_clock(now, pool);
+            self.tick_worker_wait(now, pool);
             self.tick_retired(now, pool);
         }
         self.tick_stop(now);

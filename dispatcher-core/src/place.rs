@@ -25,7 +25,7 @@ const REFUSAL_EVENTS_MAX: Duration = Duration::from_secs(3600);
 
 /// Whether a pool's clients wait for a worker.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub(super) enum Clock {
+pub(super) enum WorkerWait {
     /// There is a usable worker.
     Off,
     /// The pool has had no usable worker since then.
@@ -44,7 +44,7 @@ impl Core {
                 Some(worker) => self.send(now, worker, conn),
                 None => self.close(conn, CloseReason::Shutdown),
             }
-        } else if self.pools[pool].clock == Clock::Refusing {
+        } else if self.pools[pool].worker_wait == WorkerWait::Refusing {
             match self.choose_tested(now, pool, conn) {
                 Some(worker) => self.send(now, worker, conn),
                 None => self.close(conn, CloseReason::NoWorker),
@@ -296,7 +296,7 @@ impl Core {
     pub(super) fn add_usable(&mut self, p: usize) {
         let pool = &mut self.pools[p];
         pool.usable += 1;
-        pool.clock = Clock::Off;
+        pool.worker_wait = WorkerWait::Off;
         // The new worker gets a full `wait_for_worker` before the pool counts as not served.
         pool.unserved = None;
     }
@@ -306,7 +306,7 @@ impl Core {
         let pool = &mut self.pools[p];
         pool.usable -= 1;
         if pool.usable == 0 {
-            pool.clock = Clock::Since(now);
+            pool.worker_wait = WorkerWait::Since(now);
             // A removed or released pool needs no worker.
             if pool.retired || pool.done {
                 return;
@@ -333,23 +333,23 @@ impl Core {
             return NEVER;
         }
         let wait = pool.settings.wait_for_worker;
-        match pool.clock {
-            Clock::Since(since) => since + wait,
-            Clock::Off => pool.unserved.map_or(NEVER, |since| since + wait),
+        match pool.worker_wait {
+            WorkerWait::Since(since) => since + wait,
+            WorkerWait::Off => pool.unserved.map_or(NEVER, |since| since + wait),
             // A removed pool is not expected to serve.
-            Clock::Refusing if pool.retired => NEVER,
-            Clock::Refusing => pool.refusal_told_at,
+            WorkerWait::Refusing if pool.retired => NEVER,
+            WorkerWait::Refusing => pool.refusal_told_at,
         }
     }
 
     /// Refuses clients once the pool has had no usable worker, or no take, for `wait_for_worker`.
-    pub(super) fn tick_clock(&mut self, now: Time, p: usize) {
+    pub(super) fn tick_worker_wait(&mut self, now: Time, p: usize) {
         if now < self.refusal_due(&self.pools[p]) {
             return;
         }
         let wait = self.pools[p].settings.wait_for_worker;
         let unserved = self.pools[p].usable > 0;
-        if unserved && self.pools[p].clock == Clock::Off {
+        if unserved && self.pools[p].worker_wait == WorkerWait::Off {
             let until = self.usual_takes_until(p);
             if now < until {
                 self.pools[p].unserved = Some(Time(until.0.saturating_sub((Time(0) + wait).0)));
@@ -358,17 +358,17 @@ impl Core {
         }
         let pool = &mut self.pools[p];
         let id = PoolId(p as u16);
-        let lacking_since = match pool.clock {
-            Clock::Since(since) => since,
-            Clock::Off | Clock::Refusing => pool.unserved.unwrap_or(now),
+        let lacking_since = match pool.worker_wait {
+            WorkerWait::Since(since) => since,
+            WorkerWait::Off | WorkerWait::Refusing => pool.unserved.unwrap_or(now),
         };
-        if pool.clock == Clock::Refusing {
+        if pool.worker_wait == WorkerWait::Refusing {
             pool.refusal_interval = (pool.refusal_interval * 2).min(REFUSAL_EVENTS_MAX);
             pool.refusal_told_at = now + pool.refusal_interval;
             let since = now - pool.refusing_since;
             return self.event(Event::StillRefusing { pool: id, unserved, since });
         }
-        pool.clock = Clock::Refusing;
+        pool.worker_wait = WorkerWait::Refusing;
         pool.unserved = None;
         pool.refusing_since = now;
         pool.refusal_interval = wait.clamp(REFUSAL_EVENTS_MIN, REFUSAL_EVENTS_MAX);
@@ -427,8 +427,8 @@ impl Core {
     pub(super) fn served(&mut self, p: usize) {
         let pool = &mut self.pools[p];
         pool.unserved = None;
-        if pool.clock == Clock::Refusing && pool.usable > 0 {
-            pool.clock = Clock::Off;
+        if pool.worker_wait == WorkerWait::Refusing && pool.usable > 0 {
+            pool.worker_wait = WorkerWait::Off;
             self.event(Event::Served { pool: PoolId(p as u16) });
         }
     }

@@ -4,7 +4,7 @@ use std::time::Duration;
 
 use super::types::*;
 use super::worker::Worker;
-use super::{Clock, Core};
+use super::{Core, WorkerWait};
 use crate::affinity::key::KeySource;
 use crate::histogram::Histogram;
 
@@ -260,12 +260,12 @@ impl Core {
 
     fn state_of_pool(&self, p: usize) -> PoolState {
         let pool = &self.pools[p];
-        match pool.clock {
+        match pool.worker_wait {
             _ if pool.retired => PoolState::Removed,
-            Clock::Refusing => PoolState::Refusing,
-            Clock::Since(_) => PoolState::NoWorker,
-            Clock::Off if pool.pressure => PoolState::BackPressure,
-            Clock::Off => PoolState::Ready,
+            WorkerWait::Refusing => PoolState::Refusing,
+            WorkerWait::Since(_) => PoolState::NoWorker,
+            WorkerWait::Off if pool.pressure => PoolState::BackPressure,
+            WorkerWait::Off => PoolState::Ready,
         }
     }
 
