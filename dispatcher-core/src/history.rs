@@ -33,14 +33,14 @@ pub struct Decision {
     /// The id of the chosen worker, if any.
     pub chosen: Option<u64>,
     /// Workers that were considered, the chosen one first.
-    pub candidates: Vec<Seen>,
+    pub candidates: Vec<CandidateSnapshot>,
     /// How many more workers were considered.
     pub left_out: usize,
 }
 
 /// A worker in a decision, before it got the connection.
 #[derive(Clone, Debug, PartialEq)]
-pub struct Seen {
+pub struct CandidateSnapshot {
     /// Its id.
     pub worker: u64,
     /// Its name.
@@ -230,7 +230,7 @@ impl Core {
                 }
                 (why, _) => (None, why.unwrap_or(Why::Tie), None),
             };
-            decision.candidates.push(Seen {
+            decision.candidates.push(CandidateSnapshot {
                 worker: worker.id.serial,
                 name: Arc::clone(&worker.name),
                 load: worker.load(),

@@ -55,7 +55,7 @@ pub use drain::{COUNT_FIRST, CannotResume, Notice};
 pub use effect::{Effect, Event};
 pub use gauges::MAX_GAUGE_VALUE;
 pub use health::LOST_PAUSE;
-pub use history::{Decision, Explanation, Obstacle, Seen};
+pub use history::{CandidateSnapshot, Decision, Explanation, Obstacle};
 pub use random::Random;
 pub use ring::SPARE_SLOTS;
 pub use snapshot::{

@@ -110,7 +110,7 @@ fn a_decision_says_why_a_worker_was_ineligible() {
 /// docs/LOAD_BALANCING.md says 128 bytes.
 #[test]
 fn a_worker_in_a_decision_takes_128_bytes() {
-    assert_eq!(size_of::<Seen>(), 128);
+    assert_eq!(size_of::<CandidateSnapshot>(), 128);
 }
 
 #[test]

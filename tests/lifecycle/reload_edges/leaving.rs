@@ -8,14 +8,14 @@ use std::sync::atomic::{AtomicBool, AtomicU32, Ordering};
 
 use super::*;
 
-/// What successive clients saw.
+/// The outcomes of successive clients.
 #[derive(Default)]
-struct Seen {
+struct Outcomes {
     served: AtomicU32,
     refused: AtomicU32,
 }
 
-impl Seen {
+impl Outcomes {
     /// Connects again and again. Every connected client must be served.
     fn watch<S: Read>(&self, over: &AtomicBool, connect: impl Fn() -> std::io::Result<S>) {
         while !over.load(Ordering::SeqCst) {
@@ -58,7 +58,7 @@ fn nobody_who_has_connected_is_reset() {
     let _workers = dispatcher.workers("tokio", "web", 2);
     let path = dispatcher.dir.join("ux.sock");
     let over = AtomicBool::new(false);
-    let (by_tcp, by_unix) = (Seen::default(), Seen::default());
+    let (by_tcp, by_unix) = (Outcomes::default(), Outcomes::default());
     std::thread::scope(|scope| {
         // A thread that fails ends the others, too.
         let _end = OnDrop(|| over.store(true, Ordering::SeqCst));
