@@ -8,7 +8,7 @@ use super::ledger::{Place, Queue};
 use super::policy::NEVER;
 use super::types::*;
 use super::{Core, Pool, WorkerWait};
-use crate::affinity::key::Known;
+use crate::affinity::key::ClientIdentity;
 use crate::snapshot::AffinitySnapshot;
 
 /// A pool's connections whose first bytes are awaited.
@@ -49,11 +49,11 @@ impl Core {
 
     /// Reports the identity that a connection's first bytes contain; `None` if they contain none
     /// and more bytes would not help.
-    pub fn first_bytes(&mut self, now: Time, conn: ConnId, known: Option<Known>) {
+    pub fn first_bytes(&mut self, now: Time, conn: ConnId, identity: Option<ClientIdentity>) {
         if self.awaits_bytes(conn) {
             let pool = self.pool_of(self.ledger.get(conn.index).listener);
             self.end_await(pool, conn.index);
-            self.identified(now, pool, conn.index, known);
+            self.identified(now, pool, conn.index, identity);
             self.after(now, pool);
         }
     }
@@ -66,8 +66,8 @@ impl Core {
             return self.put(now, p, conn, false);
         };
         if !affinity.key.is_peeked() {
-            let known = affinity.key.of_peer(&self.ledger.get(conn).peer);
-            return self.identified(now, p, conn, known);
+            let identity = affinity.key.of_peer(&self.ledger.get(conn).peer);
+            return self.identified(now, p, conn, identity);
         }
         let over = self.stop.is_some_and(|stop| stop.over);
         let full = pool.awaiting.len() >= u64::from(pool.settings.peek.max_awaiting);
@@ -79,11 +79,11 @@ impl Core {
         self.totals.queued += 1;
     }
 
-    fn identified(&mut self, now: Time, pool: usize, conn: u32, known: Option<Known>) {
+    fn identified(&mut self, now: Time, pool: usize, conn: u32, identity: Option<ClientIdentity>) {
         let entry = self.ledger.get_mut(conn);
-        entry.known = known;
-        match known {
-            Some(known) => entry.key = Some(known.key),
+        entry.identity = identity;
+        match identity {
+            Some(identity) => entry.key = Some(identity.key),
             None => self.pools[pool].awaiting.unknown += 1,
         }
         self.put(now, pool, conn, false);

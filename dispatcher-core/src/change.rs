@@ -34,7 +34,7 @@ impl Listener {
             access_control: None,
             retired: false,
             closed_for_good: false,
-            known: (joins, u64::MAX),
+            named_for: (joins, u64::MAX),
             settings,
         }
     }
@@ -280,7 +280,7 @@ impl Core {
             Some(entry) => {
                 if entry.settings.name == new.settings.name {
                     // Workers that know the old listener by its name know the new one, too.
-                    new.known.0 = new.known.0.min(entry.known.0);
+                    new.named_for.0 = new.named_for.0.min(entry.named_for.0);
                 }
                 let old = std::mem::replace(entry, new);
                 self.former.accepted += old.accepted;
@@ -296,7 +296,7 @@ impl Core {
         let old = &self.listeners[at];
         let same = old.settings.name == new.name && old.settings.pool == new.pool;
         let knows = |worker: &Worker| {
-            let (after, until) = old.known;
+            let (after, until) = old.named_for;
             worker.pool == old.pool
                 && worker.state != State::Gone
                 && (after + 1..=until).contains(&worker.id.serial)
@@ -315,7 +315,7 @@ impl Core {
         if let Some(entry) = self.listeners.get_mut(usize::from(listener.0))
             && !std::mem::replace(&mut entry.retired, true)
         {
-            entry.known.1 = joins;
+            entry.named_for.1 = joins;
         }
     }
 

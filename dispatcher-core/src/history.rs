@@ -172,10 +172,10 @@ impl Core {
     pub fn explain(&self, now: Time, pool: PoolId, peer: ClientAddr) -> Option<Explanation> {
         let p = usize::from(pool.0);
         let settings = &self.pools.get(p)?.settings;
-        let known = settings.affinity.as_ref().and_then(|affinity| affinity.key.of_peer(&peer));
-        let key = known.map(|known| known.key).or_else(|| settings.policy.key_of(&peer));
+        let identity = settings.affinity.as_ref().and_then(|affinity| affinity.key.of_peer(&peer));
+        let key = identity.map(|identity| identity.key).or_else(|| settings.policy.key_of(&peer));
         let mut decision = Decision { at: now, peer, key, ..Decision::empty() };
-        let choice = self.pick(now, p, key, known).map(|(choice, _)| choice);
+        let choice = self.pick(now, p, key, identity).map(|(choice, _)| choice);
         self.describe(p, choice.as_ref(), usize::MAX, &mut decision);
         let pool = &self.pools[p];
         let obstacle = if self.stop.is_some() {

@@ -7,7 +7,7 @@
 use std::time::Duration;
 
 use super::types::{AffinityKey, Client, ConnId, ListenerId, Time};
-use crate::affinity::key::Known;
+use crate::affinity::key::ClientIdentity;
 use dispatch_protocol::ClientAddr;
 
 /// No entry.
@@ -53,7 +53,7 @@ pub(super) struct Conn {
     /// The key of its client, if any.
     pub(super) key: Option<AffinityKey>,
     /// The identity by which the pool's affinity finds the client's worker.
-    pub(super) known: Option<Known>,
+    pub(super) identity: Option<ClientIdentity>,
     /// When the wait for its first bytes began.
     pub(super) since: Time,
     pub(super) place: Place,
@@ -152,7 +152,7 @@ impl Ledger {
             listener: client.listener,
             peer: client.peer,
             key: client.key,
-            known: None,
+            identity: None,
             since: Time::default(),
             place: Place::Leaving,
             client: super::access_control::UNTRACKED,

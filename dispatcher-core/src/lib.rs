@@ -49,7 +49,7 @@ mod worker;
 
 pub use access_control::{AccessControl, AccessRules, Rate};
 pub use affinity::ClaimOutcome;
-pub use affinity::key::{KeySource, Known};
+pub use affinity::key::{ClientIdentity, KeySource};
 pub use discarded::Discarded;
 pub use drain::{COUNT_FIRST, CannotResume, Notice};
 pub use effect::{Effect, Event};
@@ -134,7 +134,7 @@ struct Listener {
     closed_for_good: bool,
     /// Workers whose join number is above the first value and at most the second know this
     /// listener's name by its id.
-    known: (u64, u64),
+    named_for: (u64, u64),
 }
 
 #[derive(Debug)]

@@ -13,7 +13,7 @@ use super::ring::Item;
 use super::types::*;
 use super::worker::{Round, Worker};
 use super::{Core, Effect, Event, Pool};
-use crate::affinity::key::Known;
+use crate::affinity::key::ClientIdentity;
 
 /// Minimum time between two events about back-pressure of a pool.
 const PRESSURE_EVENTS: Duration = Duration::from_secs(1);
@@ -89,8 +89,8 @@ impl Core {
 
     /// The worker that the client's key or the policy selects.
     fn choose_by_policy(&mut self, now: Time, p: usize, conn: u32) -> Option<usize> {
-        let Conn { key, known, .. } = *self.ledger.get(conn);
-        let (choice, recall) = self.pick(now, p, key, known)?;
+        let Conn { key, identity, .. } = *self.ledger.get(conn);
+        let (choice, recall) = self.pick(now, p, key, identity)?;
         if choice.by == By::Policy && self.awaits_first_takes(now, p, choice.at) {
             return None;
         }
@@ -101,8 +101,8 @@ impl Core {
         let bound = choice.by == By::Memory || (pool.is_keyed() && key.is_some());
         self.ledger.get_mut(conn).bound = bound;
         let worker = pool.candidates.commit(choice) as usize;
-        if let (Some(memory), Some(known)) = (&mut pool.memory, known) {
-            memory.note(now, known.key, self.workers[worker].binding, recall);
+        if let (Some(memory), Some(identity)) = (&mut pool.memory, identity) {
+            memory.note(now, identity.key, self.workers[worker].binding, recall);
         }
         Some(worker)
     }
@@ -114,15 +114,15 @@ impl Core {
         now: Time,
         p: usize,
         key: Option<AffinityKey>,
-        known: Option<Known>,
+        identity: Option<ClientIdentity>,
     ) -> Option<(Choice, Recall)> {
         let pool = &self.pools[p];
         let Pool { candidates, memory, .. } = pool;
         if candidates.opens() == 0 {
             return None;
         }
-        let recall = match (memory, known) {
-            (Some(memory), Some(known)) => memory.recall(now, known, |worker| {
+        let recall = match (memory, identity) {
+            (Some(memory), Some(identity)) => memory.recall(now, identity, |worker| {
                 let worker = &self.workers[worker as usize];
                 // A bound client waits for its worker even if that is busy.
                 candidates.is_open(worker.at)

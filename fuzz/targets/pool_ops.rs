@@ -11,7 +11,7 @@ use dispatch_protocol::scoreboard::gauge::Reading;
 use dispatch_protocol::scoreboard::slot::{Revoke, SlotState};
 use dispatch_protocol::wire::{Hello, VERSION};
 use dispatcher_core::*;
-use dispatcher_core::{KeySource, Known};
+use dispatcher_core::{ClientIdentity, KeySource};
 use simulator::{Driver, Random};
 
 use super::bytes::Bytes;
@@ -214,7 +214,7 @@ impl Run {
                 let back = bytes.below(self.conns.len().min(16));
                 let Some(&conn) = self.conns.iter().rev().nth(back) else { return };
                 let (key, route) = (bytes.byte(), bytes.byte());
-                let known = (key > 0).then(|| Known {
+                let known = (key > 0).then(|| ClientIdentity {
                     key: AffinityKey(u64::from(key % 8)),
                     // All workers have the same name.
                     route: (route % 2 == 1).then(|| AffinityKey::of(b"")),

@@ -7,7 +7,7 @@ use dispatch_protocol::ClientAddr;
 
 use super::Random;
 use dispatcher_core::{AccessControl, AccessRules, Affinity, Peek, Rate};
-use dispatcher_core::{KeySource, Known};
+use dispatcher_core::{ClientIdentity, KeySource};
 
 /// Few enough that they repeat, and more than the smallest affinity table holds.
 const CLIENTS: u64 = 40;
@@ -36,7 +36,7 @@ pub(super) fn first_words(random: &mut Random) -> Option<(u64, u64)> {
 }
 
 /// The identity of client number `id`: some have none, some have an id that names a process.
-pub(super) fn known(id: u64) -> Option<Known> {
+pub(super) fn known(id: u64) -> Option<ClientIdentity> {
     let text = match id % 5 {
         0 => return None,
         1 => format!("{id}.p{}", id % 7),

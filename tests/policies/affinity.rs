@@ -65,14 +65,15 @@ fn always_the_same(key: &str, request: impl Fn(&str) -> String) {
 }
 
 /// A kind of key, and a request with such a key.
-type Known = (&'static str, fn(&str) -> String);
+type KeyedRequest = (&'static str, fn(&str) -> String);
 
-const COOKIE: Known =
+const COOKIE: KeyedRequest =
     ("cookie:ID", |id| format!("GET / HTTP/1.1\r\nHost: a\r\nCookie: x=y; ID={id}\r\n\r\n"));
-const PATH: Known =
+const PATH: KeyedRequest =
     ("url:jsessionid", |id| format!("GET /x;jsessionid={id}?a=b HTTP/1.1\r\nHost: a\r\n\r\n"));
-const QUERY: Known = ("url:id", |id| format!("GET /x?a=b&id={id} HTTP/1.1\r\nHost: a\r\n\r\n"));
-const FORM: Known = ("form:user", |id| {
+const QUERY: KeyedRequest =
+    ("url:id", |id| format!("GET /x?a=b&id={id} HTTP/1.1\r\nHost: a\r\n\r\n"));
+const FORM: KeyedRequest = ("form:user", |id| {
     let body = format!("a=b&user={id}&c=d");
     format!(
         "POST /login HTTP/1.1\r\nHost: a\r\nContent-Type: application/x-www-form-urlencoded\r\n\
@@ -80,7 +81,7 @@ const FORM: Known = ("form:user", |id| {
         body.len()
     )
 });
-const HEADER: Known =
+const HEADER: KeyedRequest =
     ("header:X-User", |id| format!("GET / HTTP/1.1\r\nHost: a\r\nx-user: {id}\r\n\r\n"));
 
 #[test]

@@ -46,7 +46,7 @@ impl fmt::Display for KeySource {
 
 /// An identified client.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub struct Known {
+pub struct ClientIdentity {
     /// Its key.
     pub key: AffinityKey,
     /// The name of a worker that a session id ends in (`ID.NAME`), hashed like a key.
@@ -70,11 +70,11 @@ impl KeySource {
     }
 
     /// The identity of a client before it has sent anything.
-    pub fn of_peer(&self, peer: &ClientAddr) -> Option<Known> {
+    pub fn of_peer(&self, peer: &ClientAddr) -> Option<ClientIdentity> {
         match self {
             KeySource::ClientIp { ipv4_prefix, ipv6_prefix } => {
                 let key = of_address(peer.ip()?, *ipv4_prefix, *ipv6_prefix);
-                Some(Known { key, route: None })
+                Some(ClientIdentity { key, route: None })
             }
             KeySource::Cookie(_)
             | KeySource::Url(_)
@@ -86,12 +86,12 @@ impl KeySource {
 
     /// The identity that a worker claims with `value`: the decoded value that the client will send;
     /// for `client-ip` an address as text.
-    pub fn of_value(&self, value: &[u8]) -> Option<Known> {
+    pub fn of_value(&self, value: &[u8]) -> Option<ClientIdentity> {
         match self {
             KeySource::ClientIp { ipv4_prefix, ipv6_prefix } => {
                 let ip = str::from_utf8(value).ok()?.parse().ok()?;
                 let key = of_address(ip, *ipv4_prefix, *ipv6_prefix);
-                Some(Known { key, route: None })
+                Some(ClientIdentity { key, route: None })
             }
             KeySource::Sni => {
                 let value = value.strip_suffix(b".").unwrap_or(value);
@@ -100,7 +100,7 @@ impl KeySource {
                 name.copy_from_slice(value);
                 name.make_ascii_lowercase();
                 let key = Some(AffinityKey::of(name)).filter(|_| !name.is_empty())?;
-                Some(Known { key, route: None })
+                Some(ClientIdentity { key, route: None })
             }
             KeySource::Cookie(_)
             | KeySource::Url(_)
@@ -111,7 +111,7 @@ impl KeySource {
                 let dot = value.iter().position(|&byte| byte == b'.');
                 let route = dot.and_then(|dot| value.get(dot + 1..));
                 let route = route.filter(|route| !route.is_empty()).map(AffinityKey::of);
-                Some(Known { key, route })
+                Some(ClientIdentity { key, route })
             }
         }
     }

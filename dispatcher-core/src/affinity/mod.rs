@@ -13,7 +13,7 @@ use self::bindings::Bindings;
 use self::table::Table;
 use super::Core;
 use super::types::*;
-use crate::affinity::key::{KeySource, Known};
+use crate::affinity::key::{ClientIdentity, KeySource};
 use crate::snapshot::AffinitySnapshot;
 
 /// Expired entries that are removed for each new one: more than one, so that their number shrinks.
@@ -94,14 +94,14 @@ impl Memory {
     pub(super) fn recall(
         &self,
         now: Time,
-        known: Known,
+        identity: ClientIdentity,
         is_eligible: impl Fn(u32) -> bool,
     ) -> Recall {
-        let named = known.route.and_then(|route| self.bindings.worker_named(route));
+        let named = identity.route.and_then(|route| self.bindings.worker_named(route));
         if let Some(worker) = named.filter(|&worker| is_eligible(worker)) {
             return Recall::Routed(worker);
         }
-        match self.table.binding(now, known.key) {
+        match self.table.binding(now, identity.key) {
             Some(binding) => {
                 match self.bindings.worker(binding).filter(|&worker| is_eligible(worker)) {
                     Some(worker) => Recall::Here(worker),
@@ -198,9 +198,9 @@ impl Core {
         let (Some(affinity), Some(memory)) = (&pool.settings.affinity, &mut pool.memory) else {
             return ClaimOutcome::NoAffinity;
         };
-        let Some(known) = affinity.key.of_value(key) else { return ClaimOutcome::NotAKey };
+        let Some(identity) = affinity.key.of_value(key) else { return ClaimOutcome::NotAKey };
         memory.counts.claimed += 1;
-        memory.enter(now, known.key, binding);
+        memory.enter(now, identity.key, binding);
         self.after(now, p);
         ClaimOutcome::Noted
     }

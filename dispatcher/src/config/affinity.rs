@@ -23,13 +23,13 @@ pub(super) struct AffinityKeys {
 }
 
 /// The settings, and warnings about keys without effect.
-pub(super) struct Known {
+pub(super) struct AffinitySettings {
     pub affinity: Option<Affinity>,
     pub peek: Peek,
     pub useless: Vec<Mistake>,
 }
 
-pub(super) fn known(keys: &PoolKeys, defaults: &PoolKeys) -> Checked<Known> {
+pub(super) fn affinity_settings(keys: &PoolKeys, defaults: &PoolKeys) -> Checked<AffinitySettings> {
     let affinity = affinity(keys.affinity.as_ref(), defaults.affinity.as_ref())?;
     let default = Peek::default();
     let peek = Peek {
@@ -50,7 +50,7 @@ pub(super) fn known(keys: &PoolKeys, defaults: &PoolKeys) -> Checked<Known> {
             .map_or(default.max_awaiting, |n| n.get_ref().0),
     };
     let useless = useless(keys, affinity.as_ref().map(|affinity| &affinity.key));
-    Ok(Known { affinity, peek, useless })
+    Ok(AffinitySettings { affinity, peek, useless })
 }
 
 fn affinity(

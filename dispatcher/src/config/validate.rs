@@ -429,7 +429,7 @@ impl Check<'_> {
         };
         let policy = keys.policy.or(defaults.policy).unwrap_or_default();
         let scores = scores::scores(self, keys.scores.as_ref(), defaults.scores.as_ref(), policy);
-        let known = affinity::known(&keys, defaults);
+        let known = affinity::affinity_settings(&keys, defaults);
         let (affinity, peek) = match self.keep(known) {
             Some(known) => {
                 known.useless.into_iter().for_each(|mistake| self.warn(mistake));

@@ -10,13 +10,13 @@ mod sni;
 #[cfg(test)]
 mod tests;
 
-use dispatcher_core::{KeySource, Known};
+use dispatcher_core::{ClientIdentity, KeySource};
 
 /// The result for the bytes so far.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Parsed {
     /// The key of the client.
-    Identity(Known),
+    Identity(ClientIdentity),
     /// More bytes are needed.
     Incomplete,
     /// There is no key, and further bytes cannot change that.

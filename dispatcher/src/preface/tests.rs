@@ -10,7 +10,7 @@ use super::*;
 
 fn key(value: &str) -> Parsed {
     let route = value.split_once('.').map(|(_, route)| AffinityKey::of(route.as_bytes()));
-    Parsed::Identity(Known { key: AffinityKey::of(value.as_bytes()), route })
+    Parsed::Identity(ClientIdentity { key: AffinityKey::of(value.as_bytes()), route })
 }
 
 fn cookie(name: &str) -> KeySource {

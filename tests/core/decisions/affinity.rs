@@ -5,7 +5,7 @@ use std::collections::HashMap;
 use dispatch_protocol::ClientAddr;
 
 use super::*;
-use dispatcher_core::{KeySource, Known};
+use dispatcher_core::{ClientIdentity, KeySource};
 
 const OTHER: Duration = Duration::from_secs(60);
 
@@ -22,7 +22,7 @@ fn cookie_driver(change: impl FnOnce(&mut PoolSettings)) -> Driver {
     })
 }
 
-pub(super) fn known(id: &str) -> Option<Known> {
+pub(super) fn known(id: &str) -> Option<ClientIdentity> {
     KeySource::Cookie(String::new()).of_value(id.as_bytes())
 }
 
@@ -30,7 +30,7 @@ pub(super) fn known(id: &str) -> Option<Known> {
 pub(super) trait AffinitySteps {
     fn called(&mut self, name: &str) -> WorkerId;
     fn client(&mut self, id: &str) -> WorkerId;
-    fn say(&mut self, conn: ConnId, known: Option<Known>);
+    fn say(&mut self, conn: ConnId, known: Option<ClientIdentity>);
     fn remembered(&self) -> AffinitySnapshot;
 }
 
@@ -52,7 +52,7 @@ impl AffinitySteps for Driver {
         worker
     }
 
-    fn say(&mut self, conn: ConnId, known: Option<Known>) {
+    fn say(&mut self, conn: ConnId, known: Option<ClientIdentity>) {
         self.core.first_bytes(self.now, conn, known);
         self.pump();
     }
