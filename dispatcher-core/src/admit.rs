@@ -173,9 +173,9 @@ impl Core {
             stale: 0,
             shares: Shares::default(),
             probe_again: None,
-            told_clamped: false,
-            told_went_back: false,
-            told_gauges: [false; GaugeProblem::COUNT],
+            reported_clamped: false,
+            reported_decrease: false,
+            reported_gauges: [false; GaugeProblem::COUNT],
             channel_full: 0,
         };
         worker.start_slowly(now, pool.settings.slow_start);

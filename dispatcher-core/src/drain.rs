@@ -145,7 +145,7 @@ impl Core {
         self.workers[w].binding = binding;
     }
 
-    /// An [`super::Effect::Tell`] failed; the notice is repeated after `handoff_timeout`.
+    /// An [`super::Effect::Notify`] failed; the notice is repeated after `handoff_timeout`.
     pub fn notice_failed(&mut self, now: Time, worker: WorkerId, why: SendFailure) {
         let Some(w) = self.find(worker) else { return };
         match why {
@@ -176,7 +176,7 @@ impl Core {
         }
         if let Some(notice) = state.notice {
             let worker = state.id;
-            self.effects.push_back(Effect::Tell { worker, notice });
+            self.effects.push_back(Effect::Notify { worker, notice });
         }
     }
 

@@ -13,7 +13,7 @@ use super::types::*;
 #[derive(Clone, Debug, PartialEq)]
 pub enum Effect {
     /// Write SENT into the slot and send the connection (records may be gathered per worker until
-    /// the end of the turn). On failure: [`super::Core::send_failed`]. `tell`: the connection was
+    /// the end of the turn). On failure: [`super::Core::send_failed`]. `log`: the connection was
     /// revoked from a worker that left it untaken; the event loop logs the resend.
     Send {
         worker: WorkerId,
@@ -21,12 +21,12 @@ pub enum Effect {
         ticket: Ticket,
         listener: ListenerId,
         flags: EntryFlags,
-        tell: bool,
+        log: bool,
     },
     /// Write SENT into the slot and send a probe. On failure: [`super::Core::probe_failed`].
     Probe { worker: WorkerId, ticket: Ticket },
     /// Send a notice. On failure: [`super::Core::notice_failed`].
-    Tell { worker: WorkerId, notice: Notice },
+    Notify { worker: WorkerId, notice: Notice },
     /// Try to revoke the slot. Always: [`super::Core::revoked`] with the outcome.
     Revoke { worker: WorkerId, ticket: Ticket },
     /// Empty the worker's channel through the retained end, and close the descriptors that come
@@ -67,8 +67,8 @@ pub enum Event {
     /// An operator drains the worker, which has `live` connections, until `deadline` from now.
     Draining { worker: WorkerId, live: u64, deadline: Option<Duration> },
     /// The deadline of a drain: `resent` untaken connections went to other workers, and the worker
-    /// ends the `live` ones; not `told` if its SDK is too old for notices.
-    DrainOver { worker: WorkerId, resent: u32, live: u64, told: bool },
+    /// ends the `live` ones; not `notified` if its SDK is too old for notices.
+    DrainOver { worker: WorkerId, resent: u32, live: u64, notified: bool },
     /// An operator resumed the worker.
     Resumed { worker: WorkerId },
     /// A worker paused: `resent` untaken connections went to other workers, `live` stay with it.

@@ -94,8 +94,8 @@ impl Core {
 
     fn bad_gauge(&mut self, w: usize, gauge: Option<GaugeName>, problem: GaugeProblem) {
         let worker = &mut self.workers[w];
-        let told = &mut worker.told_gauges[problem as usize];
-        if !std::mem::replace(told, true) {
+        let reported = &mut worker.reported_gauges[problem as usize];
+        if !std::mem::replace(reported, true) {
             let worker = worker.id;
             self.event(Event::BadGauge { worker, gauge, problem });
         }

@@ -132,11 +132,11 @@ impl Core {
         let used = said.min(most).max(worker.finished);
         let clamped = |what| Event::Clamped { worker: id, what, said, used };
         let event = if said > most {
-            let told = std::mem::replace(&mut worker.told_clamped, true);
-            (!told).then(|| clamped("finished"))
+            let reported = std::mem::replace(&mut worker.reported_clamped, true);
+            (!reported).then(|| clamped("finished"))
         } else if said < worker.finished {
-            let told = std::mem::replace(&mut worker.told_went_back, true);
-            (!told).then(|| clamped("finished went back"))
+            let reported = std::mem::replace(&mut worker.reported_decrease, true);
+            (!reported).then(|| clamped("finished went back"))
         } else {
             None
         };
@@ -287,8 +287,8 @@ impl Core {
             Round::Suspect(waited) => Event::Suspect { worker: id, revoked: resent, waited },
             Round::Goodbye => Event::Goodbye { worker: id, resent, live },
             Round::Drained => {
-                let told = worker.hears;
-                Event::DrainOver { worker: id, resent, live, told }
+                let notified = worker.hears;
+                Event::DrainOver { worker: id, resent, live, notified }
             }
             Round::Paused => Event::Paused { worker: id, resent, live },
             Round::Gone(why) => Event::Gone { worker: id, why, resent, live },

@@ -168,12 +168,12 @@ struct Pool {
     unserved: Option<Time>,
     refusing_since: Time,
     /// When, and after which interval, the log repeats that clients are refused.
-    refusal_told_at: Time,
+    refusal_logged_at: Time,
     refusal_interval: Duration,
     /// Clients wait because no worker can be given a connection.
     pressure: bool,
     /// Whether the last logged state was back-pressure, and when it was logged.
-    pressure_told: bool,
+    pressure_reported: bool,
     pressure_at: Option<Time>,
     processes: Processes,
     counts: Counts,
@@ -448,7 +448,7 @@ impl Core {
                 self.workers[worker.index as usize].ring.offered(*ticket);
             }
             Effect::Revoke { .. }
-            | Effect::Tell { .. }
+            | Effect::Notify { .. }
             | Effect::Purge { .. }
             | Effect::Disconnect { .. }
             | Effect::Spawn { .. }
@@ -476,7 +476,7 @@ impl Core {
 
     /// Ends every mutator that changes one pool: places connections, reports changes, checks.
     fn after(&mut self, now: Time, pool: usize) {
-        self.place_and_tell(now, pool);
+        self.place_and_report(now, pool);
         #[cfg(any(test, debug_assertions))]
         self.check_sometimes();
     }
@@ -485,16 +485,16 @@ impl Core {
     /// the last pool.
     fn after_all(&mut self, now: Time) {
         for pool in 0..self.pools.len() {
-            self.place_and_tell(now, pool);
+            self.place_and_report(now, pool);
         }
         #[cfg(any(test, debug_assertions))]
         self.check_sometimes();
     }
 
-    fn place_and_tell(&mut self, now: Time, pool: usize) {
+    fn place_and_report(&mut self, now: Time, pool: usize) {
         self.place_queued(now, pool);
         self.use_idle_threads(now, pool);
         self.note_waiting(now, pool);
-        self.tell_pressure(now, pool);
+        self.report_pressure(now, pool);
     }
 }

@@ -179,7 +179,7 @@ impl Core {
 
     fn send(&mut self, now: Time, w: usize, conn: u32) {
         // Moves because of busy or idle threads are ordinary and not logged.
-        let tell = !matches!(self.ledger.get(conn).redispatch, Redispatch::Busy | Redispatch::Idle);
+        let log = !matches!(self.ledger.get(conn).redispatch, Redispatch::Busy | Redispatch::Idle);
         let due = self.begin_patience(now, w, conn);
         let worker = &mut self.workers[w];
         let ticket = worker.ring.issue(now, Item::Conn(conn), due);
@@ -196,7 +196,7 @@ impl Core {
             ticket,
             listener: entry.listener,
             flags,
-            tell: tell && entry.resent,
+            log: log && entry.resent,
         });
         self.refresh(w);
     }
@@ -272,21 +272,21 @@ impl Core {
     }
 
     /// Reports that back-pressure began or ended.
-    pub(super) fn tell_pressure(&mut self, now: Time, p: usize) {
+    pub(super) fn report_pressure(&mut self, now: Time, p: usize) {
         let pressure = self.has_pressure(now, p);
         let pool = &mut self.pools[p];
         pool.pressure = pressure;
         let id = PoolId(p as u16);
-        if pool.pressure_told && !pressure {
-            pool.pressure_told = false;
+        if pool.pressure_reported && !pressure {
+            pool.pressure_reported = false;
             if pool.usable > 0 {
                 self.event(Event::Relieved { pool: id });
             }
-        } else if !pool.pressure_told
+        } else if !pool.pressure_reported
             && pressure
             && pool.pressure_at.is_none_or(|at| now - at >= PRESSURE_EVENTS)
         {
-            pool.pressure_told = true;
+            pool.pressure_reported = true;
             pool.pressure_at = Some(now);
             self.event(Event::BackPressure { pool: id });
         }
@@ -338,7 +338,7 @@ impl Core {
             WorkerWait::Off => pool.unserved.map_or(NEVER, |since| since + wait),
             // A removed pool is not expected to serve.
             WorkerWait::Refusing if pool.retired => NEVER,
-            WorkerWait::Refusing => pool.refusal_told_at,
+            WorkerWait::Refusing => pool.refusal_logged_at,
         }
     }
 
@@ -364,7 +364,7 @@ impl Core {
         };
         if pool.worker_wait == WorkerWait::Refusing {
             pool.refusal_interval = (pool.refusal_interval * 2).min(REFUSAL_EVENTS_MAX);
-            pool.refusal_told_at = now + pool.refusal_interval;
+            pool.refusal_logged_at = now + pool.refusal_interval;
             let since = now - pool.refusing_since;
             return self.event(Event::StillRefusing { pool: id, unserved, since });
         }
@@ -372,7 +372,7 @@ impl Core {
         pool.unserved = None;
         pool.refusing_since = now;
         pool.refusal_interval = wait.clamp(REFUSAL_EVENTS_MIN, REFUSAL_EVENTS_MAX);
-        pool.refusal_told_at = now + pool.refusal_interval;
+        pool.refusal_logged_at = now + pool.refusal_interval;
         pool.lacking_since = lacking_since;
         let mut closed = 0;
         while let Some(conn) = self.ledger.pop(&mut self.pools[p].queued) {

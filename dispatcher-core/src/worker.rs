@@ -129,10 +129,10 @@ pub(super) struct Worker {
     /// Its probe could not be sent; when to try again.
     pub(super) probe_again: Option<Time>,
     /// Impossible counters that were already reported.
-    pub(super) told_clamped: bool,
-    pub(super) told_went_back: bool,
+    pub(super) reported_clamped: bool,
+    pub(super) reported_decrease: bool,
     /// Problems with gauges that were already reported.
-    pub(super) told_gauges: [bool; GaugeProblem::COUNT],
+    pub(super) reported_gauges: [bool; GaugeProblem::COUNT],
     /// Times its channel had no room.
     pub(super) channel_full: u64,
 }

@@ -247,7 +247,7 @@ impl Driver {
                 let outcome = slot::revoke(slot, ticket.seq);
                 self.core.revoked(self.now, worker, ticket, outcome);
             }
-            Effect::Tell { worker, notice } => {
+            Effect::Notify { worker, notice } => {
                 // The gathered records are sent first.
                 self.flush();
                 let link = self.link(worker);

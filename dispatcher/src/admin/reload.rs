@@ -90,7 +90,7 @@ impl Reloader {
             last.success_at = since_1970();
         }
         *self.last.lock().unwrap_or_else(PoisonError::into_inner) = last;
-        tell(by, &outcome);
+        log_outcome(by, &outcome);
         ready.now().await;
         outcome
     }
@@ -139,7 +139,7 @@ fn failed(why: &str) -> CommandError {
     CommandError::new(Problem::Conflict, format!("reading the configuration failed: {why}"))
 }
 
-fn tell(by: &str, outcome: &Outcome) {
+fn log_outcome(by: &str, outcome: &Outcome) {
     match outcome {
         Ok(Ok(reloaded)) => {
             for warning in &reloaded.warnings {

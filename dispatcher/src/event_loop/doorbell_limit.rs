@@ -18,7 +18,7 @@ const MAX_MUTE: Duration = Duration::from_secs(5);
 #[derive(Debug, Default)]
 pub(super) struct DoorbellLimit {
     /// The scoreboard has changed since the last ring.
-    news: bool,
+    changed: bool,
     idle: u32,
     since: Time,
     mute: Duration,
@@ -28,13 +28,13 @@ pub(super) struct DoorbellLimit {
 
 impl DoorbellLimit {
     /// The scan found a change.
-    pub(super) fn news(&mut self) {
-        self.news = true;
+    pub(super) fn note_change(&mut self) {
+        self.changed = true;
     }
 
     /// Counts a ring. True if the worker must be muted until [`DoorbellLimit::muted_until`].
     pub(super) fn rang(&mut self, now: Time) -> bool {
-        if std::mem::take(&mut self.news) {
+        if std::mem::take(&mut self.changed) {
             self.idle = 0;
             self.mute = Duration::ZERO;
             return false;
@@ -85,7 +85,7 @@ mod tests {
         for step in 0..100_000 {
             let now = Time(1_000_000 + step * 10_000);
             if step % 50 == 0 {
-                limit.news();
+                limit.note_change();
             }
             assert!(!limit.rang(now));
         }

@@ -145,10 +145,10 @@ impl EventLoop {
                 self.worker(*worker),
                 deadline.map_or("none".to_owned(), span)
             ),
-            Event::DrainOver { worker, resent, live, told: true } => {
+            Event::DrainOver { worker, resent, live, notified: true } => {
                 log::info!("event=drain_over {} resent={resent} ended={live}", self.worker(*worker))
             }
-            Event::DrainOver { worker, resent, live, told: false } => log::warn!(
+            Event::DrainOver { worker, resent, live, notified: false } => log::warn!(
                 "event=drain_over {} resent={resent} left={live} \
                  hint=\"the SDK it was built with cannot be told to end them: restart it\"",
                 self.worker(*worker)

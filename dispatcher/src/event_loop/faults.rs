@@ -10,7 +10,7 @@ use super::conditions::Condition;
 use super::events::span;
 use crate::api::status::SocketFileStatus;
 use crate::background::logger::value;
-use crate::listen::files::News;
+use crate::listen::files::FileEvent;
 use dispatcher_core::{Departure, Event, PoolId, ProcessId, WorkerId};
 
 /// All kinds of faults. `docs/OPERATING.md` says for each what to do.
@@ -53,7 +53,7 @@ impl EventLoop {
     pub(super) fn note_socket_files(&mut self) {
         const KIND: &str = "socket_file_missing";
         let most = self.config.limits.fault_history;
-        for News { at, file, missed } in self.side.files.news() {
+        for FileEvent { at, file, missed } in self.side.files.events() {
             let SocketFileStatus { socket, path } = file;
             let path = value(&path);
             match missed {

@@ -44,7 +44,7 @@ impl EventLoop {
 
     fn carry_out(&mut self, effect: Effect) {
         match effect {
-            Effect::Send { worker, conn, ticket, listener, flags, tell } => {
+            Effect::Send { worker, conn, ticket, listener, flags, log } => {
                 self.connections.unwatch(self.wakeup.registry(), conn);
                 let found = self.connections.get_mut(conn.index);
                 let Some(Conn { peer, accepted, at_worker, .. }) = found else { return };
@@ -59,7 +59,7 @@ impl EventLoop {
                 };
                 let (listener, number) = (listener.0, conn.serial);
                 let entry = Entry { seq, slot, listener, flags, accepted_ns, peer, number };
-                if tell {
+                if log {
                     self.delay_event(DelayedEvent::Resent { to: worker, conn, peer: entry.peer });
                 }
                 let Some(io) = self.workers.get_mut(worker) else { return };
@@ -82,7 +82,7 @@ impl EventLoop {
                 self.flush(worker.index);
                 self.probe(worker, ticket);
             }
-            Effect::Tell { worker, notice } => {
+            Effect::Notify { worker, notice } => {
                 // The notice follows the connections that were sent before it.
                 self.flush(worker.index);
                 self.give_notice(worker, notice);

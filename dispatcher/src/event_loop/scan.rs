@@ -69,7 +69,7 @@ impl EventLoop {
             changed = true;
         }
         if changed && let Some(io) = self.workers.at_mut(index) {
-            io.doorbell_limit.news();
+            io.doorbell_limit.note_change();
         }
         changed
     }

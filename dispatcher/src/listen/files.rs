@@ -56,11 +56,11 @@ pub fn is(found: &std::fs::Metadata, device: u64, inode: u64) -> bool {
 }
 
 /// Most changes that wait for the hot thread. Beyond that the oldest are dropped.
-const MOST_NEWS: usize = 64;
+const MAX_EVENTS: usize = 64;
 
 /// A change since the check before.
 #[derive(Clone, Debug)]
-pub struct News {
+pub struct FileEvent {
     /// The time of the check.
     pub at: SystemTime,
     /// The file.
@@ -77,7 +77,7 @@ pub struct SocketFiles {
     state: Arc<Mutex<State>>,
     changed: Arc<Notify>,
     /// Whether there are changes, so that the hot thread rarely takes the lock.
-    any_news: Arc<AtomicBool>,
+    any_events: Arc<AtomicBool>,
 }
 
 #[derive(Debug, Default)]
@@ -85,15 +85,15 @@ struct State {
     /// The purpose and the file of each.
     all: Vec<(String, SocketFile)>,
     missing: Vec<(SystemTime, SocketFileStatus)>,
-    news: VecDeque<News>,
+    events: VecDeque<FileEvent>,
 }
 
 impl State {
-    fn tell(&mut self, news: News) {
-        if self.news.len() == MOST_NEWS {
-            self.news.pop_front();
+    fn record(&mut self, events: FileEvent) {
+        if self.events.len() == MAX_EVENTS {
+            self.events.pop_front();
         }
-        self.news.push_back(news);
+        self.events.push_back(events);
     }
 }
 
@@ -116,13 +116,13 @@ impl SocketFiles {
 
     /// The changes since the last call, in order. Never blocks: if the lock is taken, the next call
     /// returns them.
-    pub(crate) fn news(&self) -> Vec<News> {
-        if !self.any_news.load(Ordering::Acquire) {
+    pub(crate) fn events(&self) -> Vec<FileEvent> {
+        if !self.any_events.load(Ordering::Acquire) {
             return Vec::new();
         }
         let Ok(mut state) = self.state.try_lock() else { return Vec::new() };
-        self.any_news.store(false, Ordering::Release);
-        state.news.drain(..).collect()
+        self.any_events.store(false, Ordering::Release);
+        state.events.drain(..).collect()
     }
 
     /// Checks all files and logs what has changed. May block on a slow file system.
@@ -144,17 +144,17 @@ impl SocketFiles {
         let is_new = |file: &&SocketFileStatus| !kept.iter().any(|(_, before)| before == *file);
         let new: Vec<SocketFileStatus> = found.iter().filter(is_new).cloned().collect();
         for file in &new {
-            state.tell(News { at: now, file: file.clone(), missed: None });
+            state.record(FileEvent { at: now, file: file.clone(), missed: None });
         }
         for (since, file) in &gone {
             let missed = Some(now.duration_since(*since).unwrap_or_default());
-            state.tell(News { at: now, file: file.clone(), missed });
+            state.record(FileEvent { at: now, file: file.clone(), missed });
         }
         state.missing = kept;
         state.missing.extend(new.iter().map(|file| (now, file.clone())));
         drop(state);
         if !(new.is_empty() && gone.is_empty()) {
-            self.any_news.store(true, Ordering::Release);
+            self.any_events.store(true, Ordering::Release);
         }
         for file in new {
             log::error!(

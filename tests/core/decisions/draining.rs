@@ -125,15 +125,15 @@ fn hearing(driver: &mut Driver) -> WorkerId {
 #[test]
 fn a_lost_drain_record_is_sent_again() {
     let mut driver = driver();
-    let (worker, deaf) = (hearing(&mut driver), driver.worker());
+    let (worker, silent) = (hearing(&mut driver), driver.worker());
     for _ in 0..4 {
         driver.accept(WEB);
     }
     driver.drain(worker);
-    driver.drain(deaf);
+    driver.drain(silent);
     let drain = Notice::Drain { deadline: None };
     assert_eq!(driver.link(worker).notices, [drain]);
-    assert_eq!(driver.link(deaf).notices, []);
+    assert_eq!(driver.link(silent).notices, []);
     // It takes nothing: the purge removes the notice with the revoked connections.
     driver.wait(ms(1_000));
     assert_eq!(driver.link(worker).notices, [drain], "once more");
@@ -149,26 +149,26 @@ fn a_lost_drain_record_is_sent_again() {
 #[test]
 fn untaken_connections_move_at_the_drain_deadline() {
     let mut driver = driver();
-    let (worker, deaf) = (hearing(&mut driver), driver.worker());
+    let (worker, silent) = (hearing(&mut driver), driver.worker());
     for _ in 0..6 {
         driver.accept(WEB);
     }
-    assert!(driver.take(worker).is_some() && driver.take(deaf).is_some());
+    assert!(driver.take(worker).is_some() && driver.take(silent).is_some());
     driver.turn();
     let other = driver.worker();
     let deadline = Some(driver.now + ms(500));
-    for worker in [worker, deaf] {
+    for worker in [worker, silent] {
         driver.core.drain_worker(driver.now, worker, deadline);
     }
     driver.pump();
-    let told = deadline.map(|deadline| deadline + COUNT_FIRST);
-    assert_eq!(driver.link(worker).notices, [Notice::Drain { deadline: told }]);
+    let notified = deadline.map(|deadline| deadline + COUNT_FIRST);
+    assert_eq!(driver.link(worker).notices, [Notice::Drain { deadline: notified }]);
     assert_eq!(driver.core.deadline(), deadline, "what is ended must have been counted");
     driver.events();
     driver.wait(ms(500));
-    let over = |worker, told| Event::DrainOver { worker, resent: 2, live: 1, told };
-    assert_eq!(driver.events(), [over(worker, true), over(deaf, false)]);
-    assert_eq!(driver.loads(&[worker, deaf, other]), [1, 1, 4]);
+    let over = |worker, notified| Event::DrainOver { worker, resent: 2, live: 1, notified };
+    assert_eq!(driver.events(), [over(worker, true), over(silent, false)]);
+    assert_eq!(driver.loads(&[worker, silent, other]), [1, 1, 4]);
     let status = driver.core.snapshot();
     assert_eq!(status.ended_at_deadline, 1, "the other supports no notices");
     assert_eq!(driver.state(worker), State::Draining);

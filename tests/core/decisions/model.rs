@@ -429,7 +429,7 @@ impl Model {
                 panic!("no processes are configured")
             }
             // The model ignores these.
-            Effect::Tell { .. } => panic!("a notice for a worker without support"),
+            Effect::Notify { .. } => panic!("a notice for a worker without support"),
             // A pool may take nothing for longer than this, depending on its workers' usual times.
             Effect::Event(Event::Refusing { unserved, .. }) => {
                 let since = if unserved { self.unserved } else { self.alone };

@@ -171,12 +171,12 @@ fn live(
     let mut model = Model::new();
     model.answer(first, Duration::ZERO);
     let (orders, to_do) = mpsc::sync_channel(16);
-    let (tell, news) = mpsc::sync_channel(16);
+    let (updates, received) = mpsc::sync_channel(16);
     let endpoint = endpoint.clone();
     // The thread ends with the process: it may be in the middle of a request.
     std::thread::Builder::new()
         .name("ask".to_owned())
-        .spawn(move || keep_asking(&endpoint, interval, &to_do, &tell))
+        .spawn(move || keep_asking(&endpoint, interval, &to_do, &updates))
         .map_err(|error| system("a thread", &error))?;
     let broken = |error: std::io::Error| system("the terminal", &error);
     let typed = typed()?;
@@ -187,12 +187,12 @@ fn live(
         if signals.continued.swap(false, Ordering::SeqCst) {
             screen.take().map_err(broken)?;
         }
-        while let Ok(news) = news.try_recv() {
+        while let Ok(news) = received.try_recv() {
             match news {
                 News::Status(status) => model.answer(*status, began.elapsed()),
                 News::NoAnswer(why) => model.no_answer(why),
-                News::Done(what) => model.tell(Notice::Done(what)),
-                News::Failed(why) => model.tell(Notice::Failed(why)),
+                News::Done(what) => model.notify(Notice::Done(what)),
+                News::Failed(why) => model.notify(Notice::Failed(why)),
             }
         }
         screen.draw(|frame| view::draw(frame, &mut model, theme)).map_err(broken)?;
@@ -226,14 +226,14 @@ fn live(
 /// Reads keys on a thread that ends with the process: after the terminal is gone, the read function
 /// of crossterm never returns, despite its timeout.
 fn typed() -> Result<Receiver<std::io::Result<Event>>, Failure> {
-    let (tell, typed) = mpsc::sync_channel(16);
+    let (updates, typed) = mpsc::sync_channel(16);
     std::thread::Builder::new()
         .name("keys".to_owned())
         .spawn(move || {
             loop {
                 let event = event::read();
                 let last = event.is_err();
-                if tell.send(event).is_err() || last {
+                if updates.send(event).is_err() || last {
                     return;
                 }
             }
@@ -274,7 +274,7 @@ fn keep_asking(
     endpoint: &AdminEndpoint,
     interval: Duration,
     orders: &Receiver<Action>,
-    tell: &SyncSender<News>,
+    updates: &SyncSender<News>,
 ) {
     loop {
         let order = match orders.recv_timeout(interval) {
@@ -283,7 +283,7 @@ fn keep_asking(
             Err(RecvTimeoutError::Disconnected) => return,
         };
         if let Some(order) = order
-            && tell.send(carry_out(endpoint, &order)).is_err()
+            && updates.send(carry_out(endpoint, &order)).is_err()
         {
             return;
         }
@@ -291,7 +291,7 @@ fn keep_asking(
             Ok(status) => News::Status(Box::new(status)),
             Err(failure) => News::NoAnswer(failure.message),
         };
-        if tell.send(news).is_err() {
+        if updates.send(news).is_err() {
             return;
         }
     }

@@ -222,7 +222,7 @@ impl Model {
 
     /// Shows the result of a command. An open question stays, because the user may be about to
     /// answer it.
-    pub(super) fn tell(&mut self, notice: Notice) {
+    pub(super) fn notify(&mut self, notice: Notice) {
         match self.notice {
             Notice::Confirm { .. } | Notice::ConfirmFewer(_) => self.later = Some(notice),
             Notice::Nothing | Notice::Done(_) | Notice::Failed(_) => self.notice = notice,

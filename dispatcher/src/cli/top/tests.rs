@@ -123,7 +123,7 @@ fn an_answer_keeps_the_open_question() {
         press(&mut model, keys);
         let question = model.notice.clone();
         let done = Notice::Done("web: 4 processes".to_owned());
-        model.tell(done.clone());
+        model.notify(done.clone());
         assert_eq!(model.notice, question);
         assert_eq!(press(&mut model, "y"), Some(action));
         assert_eq!(model.notice, done, "told once the question is answered");
