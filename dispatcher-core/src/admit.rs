@@ -156,7 +156,7 @@ impl Core {
             said_goodbye: false,
             closed: false,
             unproven: false,
-            hears: hello.features.contains(Features::DRAIN),
+            supports_notices: hello.features.contains(Features::DRAIN),
             notice: None,
             notice_again: None,
             drain_deadline: None,

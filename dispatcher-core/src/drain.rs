@@ -161,7 +161,7 @@ impl Core {
     }
 
     fn give_notice(&mut self, w: usize, notice: Notice) {
-        if self.workers[w].hears {
+        if self.workers[w].supports_notices {
             self.workers[w].notice = Some(notice);
             self.repeat_notice(w);
         }
@@ -189,7 +189,7 @@ impl Core {
             return;
         }
         let live = state.load().saturating_sub(u64::from(state.untaken()));
-        if state.hears {
+        if state.supports_notices {
             state.ended += live;
             self.ended += live;
         }

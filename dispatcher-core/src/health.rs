@@ -287,7 +287,7 @@ impl Core {
             Round::Suspect(waited) => Event::Suspect { worker: id, revoked: resent, waited },
             Round::Goodbye => Event::Goodbye { worker: id, resent, live },
             Round::Drained => {
-                let notified = worker.hears;
+                let notified = worker.supports_notices;
                 Event::DrainOver { worker: id, resent, live, notified }
             }
             Round::Paused => Event::Paused { worker: id, resent, live },

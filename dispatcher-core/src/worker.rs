@@ -98,7 +98,7 @@ pub(super) struct Worker {
     /// It was suspect when its drain began: if resumed, it is suspect again.
     pub(super) unproven: bool,
     /// Whether it understands notices; the last notice; when to repeat it at the latest.
-    pub(super) hears: bool,
+    pub(super) supports_notices: bool,
     pub(super) notice: Option<Notice>,
     pub(super) notice_again: Option<Time>,
     /// While an operator drains it: when its remaining connections are ended.

@@ -118,14 +118,14 @@ fn a_worker_that_leaves_is_not_resumed() {
     assert_eq!(driver.resume(closed), Err(CannotResume::Leaving));
 }
 
-fn hearing(driver: &mut Driver) -> WorkerId {
+fn with_notices(driver: &mut Driver) -> WorkerId {
     driver.trusted(Hello { features: Features::DRAIN, ..hello() })
 }
 
 #[test]
 fn a_lost_drain_record_is_sent_again() {
     let mut driver = driver();
-    let (worker, silent) = (hearing(&mut driver), driver.worker());
+    let (worker, silent) = (with_notices(&mut driver), driver.worker());
     for _ in 0..4 {
         driver.accept(WEB);
     }
@@ -149,7 +149,7 @@ fn a_lost_drain_record_is_sent_again() {
 #[test]
 fn untaken_connections_move_at_the_drain_deadline() {
     let mut driver = driver();
-    let (worker, silent) = (hearing(&mut driver), driver.worker());
+    let (worker, silent) = (with_notices(&mut driver), driver.worker());
     for _ in 0..6 {
         driver.accept(WEB);
     }

@@ -29,7 +29,7 @@ pub(super) trait PolicySteps {
     fn named(&mut self, name: &str, weight: u16) -> WorkerId;
     fn with_priority(&mut self, priority: u16) -> WorkerId;
     fn next_from(&mut self, peer: ClientAddr) -> WorkerId;
-    fn hear(&mut self, worker: WorkerId);
+    fn report(&mut self, worker: WorkerId);
     fn visit(&mut self, peer: ClientAddr) -> WorkerId;
 }
 
@@ -55,12 +55,12 @@ impl PolicySteps for Driver {
         let sent = self.sends();
         let &[(worker, false)] = &sent[..] else { panic!("{sent:?}") };
         self.take(worker).unwrap();
-        self.hear(worker);
+        self.report(worker);
         worker
     }
 
     /// Reports only this worker to the core, because a whole turn is slower.
-    fn hear(&mut self, worker: WorkerId) {
+    fn report(&mut self, worker: WorkerId) {
         let finished = self.link(worker).finished;
         let tickets: Vec<_> = self.core.tickets(worker).collect();
         for ticket in tickets {
@@ -75,7 +75,7 @@ impl PolicySteps for Driver {
     fn visit(&mut self, peer: ClientAddr) -> WorkerId {
         let worker = self.next_from(peer);
         self.link(worker).finished += 1;
-        self.hear(worker);
+        self.report(worker);
         worker
     }
 }
