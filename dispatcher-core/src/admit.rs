@@ -118,8 +118,8 @@ impl Core {
         };
         let id = WorkerId { index, serial: self.joins };
         let hello = &join.hello;
-        let twin = self.free_twin(p, &hello.name);
-        let node = node(&hello.name, twin);
+        let instance = self.free_instance(p, &hello.name);
+        let node = node(&hello.name, instance);
         let pool = &mut self.pools[p];
         let workers = &self.workers;
         let binding = pool.memory.as_mut().map_or(0, |memory| {
@@ -132,7 +132,7 @@ impl Core {
             pool: p,
             at: pool.candidates.add(Member { worker: index, node, priority }),
             name: hello.name.as_str().into(),
-            twin,
+            instance,
             binding,
             pid: join.pid,
             priority,
@@ -201,13 +201,13 @@ impl Core {
 
     /// The smallest number that no other worker of this name has. A worker that said goodbye no
     /// longer needs its number.
-    fn free_twin(&self, p: usize, name: &str) -> u32 {
+    fn free_instance(&self, p: usize, name: &str) -> u32 {
         let mut used: Vec<u32> = self.pools[p]
             .candidates
             .workers()
             .map(|w| &self.workers[w as usize])
             .filter(|worker| *worker.name == *name && !worker.said_goodbye)
-            .map(|worker| worker.twin)
+            .map(|worker| worker.instance)
             .collect();
         used.sort_unstable();
         (0..)

@@ -46,8 +46,8 @@ pub(super) struct Ramp {
 }
 
 /// See [`Worker::node`].
-pub(super) fn node(name: &str, twin: u32) -> u64 {
-    AffinityKey::of(format!("{name}\0{twin}").as_bytes()).0
+pub(super) fn node(name: &str, instance: u32) -> u64 {
+    AffinityKey::of(format!("{name}\0{instance}").as_bytes()).0
 }
 
 #[derive(Debug)]
@@ -58,7 +58,7 @@ pub(super) struct Worker {
     pub(super) at: usize,
     pub(super) name: Arc<str>,
     /// Distinguishes workers of the same name.
-    pub(super) twin: u32,
+    pub(super) instance: u32,
     /// Its binding in the pool's affinity table; meaningless without affinity, and once gone.
     pub(super) binding: u32,
     pub(super) pid: i32,
@@ -248,7 +248,7 @@ impl Worker {
     /// Its identity for `hash`. Not its id: a worker that replaces it under the same name gets the
     /// same keys.
     pub(super) fn node(&self) -> u64 {
-        node(&self.name, self.twin)
+        node(&self.name, self.instance)
     }
 
     /// Whether it counts as up for `failover`: trusted, or eligible for a trial, even if full.
