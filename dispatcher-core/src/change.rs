@@ -103,7 +103,7 @@ impl Core {
             None => self.pools.push(pool),
             Some(entry) => {
                 let old = std::mem::replace(entry, pool);
-                self.former.taken += old.counts.taken;
+                self.retired_counts.taken += old.counts.taken;
             }
         }
         self.after(now, p);
@@ -283,8 +283,8 @@ impl Core {
                     new.named_for.0 = new.named_for.0.min(entry.named_for.0);
                 }
                 let old = std::mem::replace(entry, new);
-                self.former.accepted += old.accepted;
-                self.former.closed += old.closed.iter().sum::<u64>();
+                self.retired_counts.accepted += old.accepted;
+                self.retired_counts.closed += old.closed.iter().sum::<u64>();
             }
         }
         ListenerId(at as u16)

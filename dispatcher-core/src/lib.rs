@@ -79,7 +79,7 @@ use history::History;
 use ledger::{Ledger, Place, PoolQueue};
 use place::WorkerWait;
 use policy::{Candidates, NEVER};
-use snapshot::{Counts, Former};
+use snapshot::{Counts, RetiredCounts};
 use stop::Stop;
 use supervise::Processes;
 use worker::Worker;
@@ -114,7 +114,7 @@ pub struct Core {
     ended: u64,
     discarded: Vec<Discarded>,
     /// Counts of removed listeners and pools whose entries have been reused.
-    former: Former,
+    retired_counts: RetiredCounts,
     #[cfg(any(test, debug_assertions))]
     check_credit: usize,
 }
@@ -216,7 +216,7 @@ impl Core {
             stop: None,
             ended: 0,
             discarded: Vec::new(),
-            former: Former::default(),
+            retired_counts: RetiredCounts::default(),
             #[cfg(any(test, debug_assertions))]
             check_credit: 0,
         }

@@ -209,7 +209,7 @@ pub(super) struct Counts {
 
 /// Counts of removed listeners and pools whose entries have been reused.
 #[derive(Clone, Copy, Debug, Default)]
-pub(super) struct Former {
+pub(super) struct RetiredCounts {
     pub(super) accepted: u64,
     pub(super) closed: u64,
     pub(super) taken: u64,
@@ -302,9 +302,10 @@ impl Core {
             self.pools.iter().map(|pool| pool.queued.len() + pool.awaiting.len()).sum();
         let taken: u64 = self.pools.iter().map(|pool| pool.counts.taken).sum();
         let in_flight: u64 = self.workers.iter().map(|worker| u64::from(worker.untaken())).sum();
-        let former = &self.former;
-        let placed = queued + in_flight + taken + former.taken + closed + former.closed;
-        (arrived + former.accepted).wrapping_sub(placed).cast_signed()
+        let retired_counts = &self.retired_counts;
+        let placed =
+            queued + in_flight + taken + retired_counts.taken + closed + retired_counts.closed;
+        (arrived + retired_counts.accepted).wrapping_sub(placed).cast_signed()
     }
 
     /// Sizes of the tables of pools, listeners and workers, including free entries.
