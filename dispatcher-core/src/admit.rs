@@ -70,7 +70,7 @@ impl Core {
         let pool = &self.pools[p];
         // Before its release a pool accepts workers even during a stop, because its clients wait
         // for one.
-        if pool.done {
+        if pool.released {
             return Err(stopping());
         }
         let name = &pool.settings.name;

@@ -80,7 +80,7 @@ impl Pool {
             handoff: Histogram::new(histogram::HANDOFF),
             retired: false,
             lacking_since: now,
-            done: false,
+            released: false,
             settings,
         }
     }

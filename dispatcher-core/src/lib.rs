@@ -185,7 +185,7 @@ struct Pool {
     /// refuse clients.
     lacking_since: Time,
     /// The dispatcher is stopping, and this pool has nothing left to do.
-    done: bool,
+    released: bool,
 }
 
 impl Core {

@@ -308,7 +308,7 @@ impl Core {
         if pool.usable == 0 {
             pool.worker_wait = WorkerWait::Since(now);
             // A removed or released pool needs no worker.
-            if pool.retired || pool.done {
+            if pool.retired || pool.released {
                 return;
             }
             self.event(Event::NoUsableWorker { pool: PoolId(p as u16) });

@@ -52,7 +52,7 @@ impl Core {
             return;
         }
         for p in 0..self.pools.len() {
-            if !self.pools[p].done && !self.has_clients(p) && !self.has_open_listeners(p) {
+            if !self.pools[p].released && !self.has_clients(p) && !self.has_open_listeners(p) {
                 self.release(now, p);
             }
         }
@@ -61,7 +61,7 @@ impl Core {
     /// Releases a pool's workers; they need not wait for other pools.
     fn release(&mut self, now: Time, p: usize) {
         let pool = &mut self.pools[p];
-        pool.done = true;
+        pool.released = true;
         pool.processes.stop();
         let workers: Vec<u32> = pool.candidates.workers().collect();
         for w in workers {
