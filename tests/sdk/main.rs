@@ -3,6 +3,7 @@
 
 mod drain;
 mod finish;
+mod loss;
 mod nonblocking;
 mod reconnect;
 mod unread;

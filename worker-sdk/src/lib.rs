@@ -131,8 +131,8 @@ pub mod testing;
 #[cfg(fuzzing)]
 pub use client::fuzzing;
 pub use client::{
-    ClaimError, Connection, Drain, Error, Gauge, Guard, Incoming, IntoIncoming, Sampling, Worker,
-    WorkerConfig,
+    ClaimError, Connection, Drain, Error, Gauge, Guard, Incoming, IntoIncoming, OnDispatcherLoss,
+    Sampling, Worker, WorkerConfig,
 };
 pub use dispatch_protocol::Token;
 pub use peer::PeerAddr;

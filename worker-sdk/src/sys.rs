@@ -133,3 +133,14 @@ pub(crate) fn socket_cookie(fd: std::os::fd::RawFd) -> Option<u64> {
     };
     (result == 0).then_some(cookie)
 }
+
+/// Whether the peer of this Unix socket has received everything that was sent; true if the kernel
+/// does not tell.
+pub(crate) fn all_received(socket: &OwnedFd) -> bool {
+    use std::os::fd::AsRawFd;
+
+    let mut unread: libc::c_int = 0;
+    // SAFETY: the kernel writes one integer, which lives on; the descriptor is open.
+    let result = unsafe { libc::ioctl(socket.as_raw_fd(), libc::TIOCOUTQ, &raw mut unread) };
+    result != 0 || unread == 0
+}

@@ -18,6 +18,24 @@ const FD_RESERVE: u64 = 64;
 /// A shorter interval would mostly measure the sampler.
 const MIN_SAMPLE: Duration = Duration::from_millis(10);
 
+/// What a worker does when its dispatcher ends without an order to it: after a crash, and at a
+/// restart that leaves the workers alone.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "lowercase")]
+pub enum OnDispatcherLoss {
+    /// It continues with its connections, and joins the next dispatcher.
+    #[default]
+    Serve,
+    /// It takes no more connections, as after a [close](crate::Worker::close) at the end of a
+    /// drain: the callbacks of [`on_drain`](crate::Worker::on_drain) run,
+    /// [`accept`](crate::Worker::accept) returns `None`, and the application finishes its
+    /// connections and ends. The worker does not join again.
+    Drain,
+    /// As `Drain`, and all connections are shut down at once. If the dispatcher had begun to drain
+    /// this worker, as before an orderly stop, they continue until the deadline of the drain.
+    Stop,
+}
+
 /// Settings of a worker that joins a dispatcher, or listens itself.
 ///
 /// Every field has a default, and a method of the same name that sets it. Creating a worker checks
@@ -36,7 +54,8 @@ const MIN_SAMPLE: Duration = Duration::from_millis(10);
 ///     .max_connections(1000)
 ///     .join_timeout(Duration::from_secs(30))
 ///     .reconnect(Duration::from_millis(50), Duration::from_secs(5))
-///     .sample(worker_sdk::Sampling::Auto, Duration::from_secs(1));
+///     .sample(worker_sdk::Sampling::Auto, Duration::from_secs(1))
+///     .on_dispatcher_loss(worker_sdk::OnDispatcherLoss::Serve);
 /// assert_eq!(config.pool, "web");
 /// ```
 ///
@@ -101,9 +120,10 @@ pub struct WorkerConfig {
     #[serde(deserialize_with = "optional_duration", serialize_with = "write_optional_duration")]
     #[serde(skip_serializing_if = "Option::is_none")]
     pub join_timeout: Option<Duration>,
-    /// The wait before the second attempt to connect. It doubles with every failure, and each wait
-    /// is shortened by up to half at random, so that workers do not return at the same time.
-    /// Default: 50 ms; less than 1 ms counts as 1 ms.
+    /// The wait after a dispatcher has refused this worker. It doubles with every further refusal.
+    /// While no dispatcher listens, the worker tries again every 100 ms at most, however long that
+    /// lasts. Each wait is shortened by up to half at random, so that workers do not return at the
+    /// same time. Default: 50 ms; less than 1 ms counts as 1 ms.
     #[serde(deserialize_with = "duration", serialize_with = "write_duration")]
     pub reconnect_min: Duration,
     /// The longest wait between two attempts. Default: 5 s.
@@ -118,6 +138,10 @@ pub struct WorkerConfig {
     /// The interval of these samples, at least 10 ms. `DISPATCH_SAMPLE_INTERVAL`. Default: 1 s.
     #[serde(deserialize_with = "duration", serialize_with = "write_duration")]
     pub sample_interval: Duration,
+    /// What to do when the dispatcher is lost, that is, when it ends without an order to this
+    /// worker: `serve`, `drain` or `stop`. `DISPATCH_ON_LOSS`. Default: `serve`; a dispatcher that
+    /// starts this process sets the variable to the `on_dispatcher_loss` of its pool.
+    pub on_dispatcher_loss: OnDispatcherLoss,
     /// Proof that the dispatcher started this process: 32 hexadecimal digits. `DISPATCH_TOKEN`.
     /// Default: none.
     #[serde(deserialize_with = "optional_token", skip_serializing)]
@@ -139,6 +163,7 @@ impl Default for WorkerConfig {
             reconnect_max: Duration::from_secs(5),
             sample: Sampling::Auto,
             sample_interval: Duration::from_secs(1),
+            on_dispatcher_loss: OnDispatcherLoss::Serve,
             token: None,
         }
     }
@@ -169,7 +194,7 @@ impl WorkerConfig {
     /// Overrides settings with the environment: `DISPATCH_SOCKET`, `DISPATCH_POOL`,
     /// `DISPATCH_NAME`, `DISPATCH_WEIGHT`, `DISPATCH_PRIORITY`, `DISPATCH_MAX_CONNECTIONS`,
     /// `DISPATCH_LISTEN`, `DISPATCH_JOIN_TIMEOUT`, `DISPATCH_SAMPLE`, `DISPATCH_SAMPLE_INTERVAL`,
-    /// `DISPATCH_TOKEN`. An empty variable counts as not set. Later calls override the environment.
+    /// `DISPATCH_ON_LOSS`, `DISPATCH_TOKEN`. An empty variable counts as not set. Later calls override the environment.
     ///
     /// # Errors
     /// [`Error::Config`] has the variable and the problem.
@@ -240,6 +265,17 @@ impl WorkerConfig {
             let parsed = parse_duration(&timeout)
                 .map_err(|problem| Error::config("DISPATCH_JOIN_TIMEOUT", problem))?;
             self.join_timeout = Some(parsed);
+        }
+        if let Some(loss) = text("DISPATCH_ON_LOSS")? {
+            self.on_dispatcher_loss = match loss.as_str() {
+                "serve" => OnDispatcherLoss::Serve,
+                "drain" => OnDispatcherLoss::Drain,
+                "stop" => OnDispatcherLoss::Stop,
+                _ => {
+                    let problem = format!("{loss:?} is not serve, drain or stop");
+                    return Err(Error::config("DISPATCH_ON_LOSS", problem));
+                }
+            };
         }
         if let Some(token) = text("DISPATCH_TOKEN")? {
             let parsed = token.parse::<Token>();
@@ -329,6 +365,13 @@ impl WorkerConfig {
     #[must_use]
     pub fn sample(mut self, sampling: Sampling, interval: Duration) -> Self {
         (self.sample, self.sample_interval) = (sampling, interval);
+        self
+    }
+
+    /// Sets [`on_dispatcher_loss`](WorkerConfig::on_dispatcher_loss).
+    #[must_use]
+    pub fn on_dispatcher_loss(mut self, action: OnDispatcherLoss) -> Self {
+        self.on_dispatcher_loss = action;
         self
     }
 

@@ -16,7 +16,7 @@ use super::log_queue::log_now;
 use super::worker_core::WorkerCore;
 use dispatch_protocol::wire;
 
-/// A drain of this worker, as announced by the dispatcher. See
+/// A drain of this worker, as announced by the dispatcher, or because the dispatcher is lost. See
 /// [`Worker::on_drain`](crate::Worker::on_drain).
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct Drain {
@@ -27,6 +27,10 @@ impl Drain {
     /// When the remaining live connections are shut down; `None` for never.
     pub fn deadline(&self) -> Option<Instant> {
         self.deadline
+    }
+
+    pub(super) fn without_deadline() -> Drain {
+        Drain { deadline: None }
     }
 }
 

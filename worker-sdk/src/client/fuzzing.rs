@@ -53,7 +53,7 @@ pub fn from_channel(channel: BorrowedFd<'_>) -> FromChannel {
 pub fn answer(control: &OwnedFd) -> Result<Option<Welcome>, String> {
     match join::answer(control, Path::new("fuzz")) {
         Ok(joined) => Ok(joined.map(|joined| joined.welcome)),
-        Err(Failure::Transient(problem)) => Err(problem),
+        Err(Failure::Absent(problem) | Failure::Transient(problem)) => Err(problem),
         Err(Failure::Permanent(error)) => Err(error.to_string()),
     }
 }

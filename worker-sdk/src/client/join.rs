@@ -6,7 +6,6 @@ use std::mem::MaybeUninit;
 use std::os::fd::OwnedFd;
 use std::path::Path;
 use std::sync::Arc;
-use std::time::Instant;
 
 use rustix::io::Errno;
 use rustix::net::{
@@ -21,7 +20,7 @@ use super::outbox::Outbox;
 use dispatch_protocol::scoreboard::gauge::GaugeName;
 use dispatch_protocol::scoreboard::{Scoreboard, slot};
 use dispatch_protocol::wire::{
-    Control, Features, Hello, MAX_CONTROL_RECORD, VERSION, WELCOME_FDS, Welcome,
+    Control, Features, Hello, MAX_CONTROL_RECORD, RefusedCode, VERSION, WELCOME_FDS, Welcome,
 };
 
 /// The connection to one dispatcher, without the channel. Dropping it tells the dispatcher that the
@@ -38,7 +37,6 @@ pub(super) struct Session {
     listeners: Vec<(u16, Arc<str>)>,
     /// The gauges that the pool uses for scores.
     pub(super) gauges: Vec<GaugeName>,
-    pub(super) since: Instant,
 }
 
 impl Session {
@@ -53,7 +51,6 @@ impl Session {
             features: joined.welcome.features,
             listeners: listeners.map(|l| (l.index, l.name.into())).collect(),
             gauges: joined.welcome.gauges,
-            since: Instant::now(),
         };
         (session, joined.channel)
     }
@@ -87,10 +84,28 @@ pub(super) fn end(control: &OwnedFd) {
 
 /// Why a join failed.
 pub(super) enum Failure {
-    /// Likely to pass: the dispatcher starts late, restarts, or is full.
+    /// No dispatcher has dealt with the attempt: none listens, or it is stopping. The next one may
+    /// be ready at any time.
+    Absent(String),
+    /// Likely to pass: the dispatcher is full, or lacks a resource.
     Transient(String),
     /// A configuration or a program has to change.
     Permanent(Error),
+}
+
+/// The place of a dispatch socket. It changes when another socket takes the path.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(super) struct Place {
+    device: u64,
+    inode: u64,
+}
+
+impl Place {
+    /// `None` if there is no file.
+    pub(super) fn of(path: &Path) -> Option<Place> {
+        let stat = rustix::fs::stat(path).ok()?;
+        Some(Place { device: stat.st_dev, inode: stat.st_ino })
+    }
 }
 
 /// A checked welcome with its descriptors.
@@ -120,7 +135,7 @@ pub(super) fn greet(path: &Path, hello: &Hello) -> Result<OwnedFd, Failure> {
         Ok(()) => {}
         // The socket does not exist yet, nothing listens on it, or its queue is full.
         Err(error @ (Errno::NOENT | Errno::CONNREFUSED | Errno::AGAIN | Errno::INTR)) => {
-            return Err(Failure::Transient(error.to_string()));
+            return Err(Failure::Absent(error.to_string()));
         }
         Err(Errno::PROTOTYPE) => {
             let problem = "it is a socket of another kind".to_owned();
@@ -132,7 +147,7 @@ pub(super) fn greet(path: &Path, hello: &Hello) -> Result<OwnedFd, Failure> {
     hello.encode(&mut record);
     match send(&control, &record, SendFlags::NOSIGNAL) {
         Ok(_) => Ok(control),
-        Err(error) => Err(Failure::Transient(format!("cannot send: {error}"))),
+        Err(error) => Err(Failure::Absent(format!("cannot send: {error}"))),
     }
 }
 
@@ -170,6 +185,9 @@ pub(super) fn answer(control: &OwnedFd, path: &Path) -> Result<Option<Joined>, F
     }
     match decoded {
         Control::Welcome(welcome) => joined(fds, welcome).map(Some).map_err(malformed),
+        Control::Refused(refused) if refused.code == RefusedCode::Stopping => {
+            Err(Failure::Absent(readable(&refused.reason).into_owned()))
+        }
         Control::Refused(refused) if refused.code.is_transient() => {
             Err(Failure::Transient(readable(&refused.reason).into_owned()))
         }

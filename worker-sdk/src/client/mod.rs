@@ -37,7 +37,7 @@ use std::sync::Arc;
 use std::time::Duration;
 
 pub use self::claim::ClaimError;
-pub use self::config::WorkerConfig;
+pub use self::config::{OnDispatcherLoss, WorkerConfig};
 pub use self::connection::Connection;
 #[cfg(feature = "tokio")]
 pub(crate) use self::connection::{Accepted, Origin};
@@ -164,7 +164,8 @@ impl Worker {
     ///
     /// # Errors
     /// [`Error::Forked`] in a forked child, [`Error::Io`] if waiting itself fails. The loss of the
-    /// dispatcher is not an error: the call waits until the worker has joined again.
+    /// dispatcher is not an error: the call waits until the worker has joined again, or returns
+    /// `None`, as [`on_dispatcher_loss`](WorkerConfig::on_dispatcher_loss) says.
     ///
     /// ```no_run
     /// # fn serve(_: worker_sdk::Connection) {}
@@ -292,7 +293,9 @@ impl Worker {
     }
 
     /// Calls `callback` each time this worker has lost its dispatcher, with the reason. The worker
-    /// joins again by itself, and live connections continue. As [`on_joined`](Worker::on_joined).
+    /// joins again by itself, and live connections continue, unless
+    /// [`on_dispatcher_loss`](WorkerConfig::on_dispatcher_loss) says otherwise. As
+    /// [`on_joined`](Worker::on_joined).
     pub fn on_lost(&self, callback: impl Fn(&str) + Send + Sync + 'static) {
         self.core().on_lost(callback);
     }

@@ -22,7 +22,7 @@ use rustix::time::{ClockId, clock_gettime};
 use super::backoff::Backoff;
 use super::channel::{self, ReceiveMode, Received};
 use super::clock::after;
-use super::config::WorkerConfig;
+use super::config::{OnDispatcherLoss, WorkerConfig};
 use super::connection::{AcceptTime, Accepted, Origin};
 #[cfg(any(feature = "mio", feature = "tokio"))]
 use super::drain::start_thread;
@@ -33,7 +33,7 @@ use super::gauges::{Gauge, Gauges};
 use super::guard::{Guard, TakenSlot};
 use super::idle_signal::IdleSignal;
 use super::idle_threads::IdleThreads;
-use super::join::{self, Failure, Joined, Session};
+use super::join::{self, Failure, Joined, Place, Session};
 use super::live_connections::LiveConnections;
 use super::log_queue::{LogQueue, RateLimited, connections, log_now, readable, readable_path};
 use super::outbox::{GOODBYE_TIMEOUT, Record};
@@ -52,14 +52,12 @@ mod shutdown;
 
 use self::lock::Locked;
 
-/// After this time without an answer to its hello, the worker tries again.
+/// After this time without an answer to a hello that the dispatcher has read, the worker tries
+/// again.
 const WELCOME_TIMEOUT: Duration = Duration::from_secs(10);
 
 /// The pause of a worker without a dispatcher after an accept that lacked a descriptor or memory.
 const ACCEPT_PAUSE: Duration = Duration::from_millis(100);
-
-/// A session of this length shows that joining works, so the back-off starts again at its minimum.
-const RELIABLE: Duration = Duration::from_secs(5);
 
 pub(crate) struct WorkerCore {
     hello: Hello,
@@ -84,6 +82,9 @@ pub(crate) struct WorkerCore {
     live_connections: LiveConnections,
     draining: Draining,
     events: LinkEvents,
+    on_loss: OnDispatcherLoss,
+    /// A loss has closed the worker, and the work that needs the lock to be free is left.
+    closed_by_loss: AtomicBool,
     idle: IdleSignal,
     /// The session with an unsent goodbye, set when the last connection has ended.
     unsent_goodbye: Mutex<Option<Arc<Session>>>,
@@ -126,6 +127,8 @@ pub(super) enum Link {
     Greeting {
         control: OwnedFd,
         until: Instant,
+        /// The socket to which `control` is connected.
+        place: Option<Place>,
     },
     Joined {
         session: Arc<Session>,
@@ -252,6 +255,8 @@ impl WorkerCore {
             live_connections: LiveConnections::default(),
             draining: Draining::default(),
             events: LinkEvents::default(),
+            on_loss: config.on_dispatcher_loss,
+            closed_by_loss: AtomicBool::new(false),
             idle: IdleSignal::default(),
             unsent_goodbye: Mutex::new(None),
             log_queue,
@@ -369,3 +374,6 @@ impl WorkerCore {
         self.readiness.wait(until).map_err(failed)
     }
 }
+
+#[cfg(test)]
+mod tests;

@@ -21,6 +21,7 @@ fn the_environment_sets_every_variable_it_documents() {
         ("DISPATCH_JOIN_TIMEOUT", "1m 30s"),
         ("DISPATCH_SAMPLE", "always"),
         ("DISPATCH_SAMPLE_INTERVAL", "250ms"),
+        ("DISPATCH_ON_LOSS", "stop"),
         ("DISPATCH_TOKEN", token),
     ])
     .unwrap();
@@ -34,6 +35,7 @@ fn the_environment_sets_every_variable_it_documents() {
         .listen("[::1]:80")
         .join_timeout(Duration::from_secs(90))
         .sample(Sampling::Always, Duration::from_millis(250))
+        .on_dispatcher_loss(OnDispatcherLoss::Stop)
         .token(token.parse().unwrap());
     assert_eq!(config, expected);
 }
@@ -59,6 +61,7 @@ fn a_bad_variable_is_named_with_its_value() {
         ("DISPATCH_SAMPLE_INTERVAL", "soon"),
         ("DISPATCH_SAMPLE_INTERVAL", "9ms"),
         ("DISPATCH_JOIN_TIMEOUT", "30"),
+        ("DISPATCH_ON_LOSS", "Serve"),
     ] {
         let text = env(&[(name, value)]).unwrap_err().to_string();
         assert!(text.contains(name), "{text}");
@@ -86,6 +89,7 @@ fn a_file_gives_the_same_settings() {
         reconnect_max = "2s"
         sample = "never"
         sample_interval = "2s"
+        on_dispatcher_loss = "drain"
         token = "00112233445566778899aabbccddeeff"
         "#,
     )
@@ -94,6 +98,7 @@ fn a_file_gives_the_same_settings() {
     assert_eq!(config.reconnect_min, Duration::from_millis(20));
     assert_eq!(config.reconnect_max, Duration::from_secs(2));
     assert_eq!((config.sample, config.sample_interval), (Sampling::Never, Duration::from_secs(2)));
+    assert_eq!(config.on_dispatcher_loss, OnDispatcherLoss::Drain);
     assert_eq!(config.weight, 1);
     assert!(config.check().is_ok());
 }
@@ -128,6 +133,7 @@ fn a_file_with_mistakes_is_refused() {
         ("token = 'abc'", "32 hexadecimal"),
         ("weight = 70000", "70000"),
         ("sample = 'yes'", "yes"),
+        ("on_dispatcher_loss = 'end'", "`serve`, `drain`, `stop`"),
     ] {
         let error = toml::from_str::<WorkerConfig>(text).unwrap_err().to_string();
         assert!(error.contains(says), "{error}");

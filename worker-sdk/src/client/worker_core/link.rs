@@ -152,28 +152,42 @@ impl WorkerCore {
                     max_connections: state.settings.max_connections,
                     ..self.hello.clone()
                 };
+                // Before the connect: if another socket takes the path meanwhile, the worker
+                // notices it later.
+                let place = Place::of(&self.socket);
                 let greeted = join::greet(&self.socket, &hello).and_then(|control| {
                     match self.readiness.watch(control.as_fd()) {
                         Ok(()) => Ok(control),
-                        Err(error) => Err(Failure::Transient(error.to_string())),
+                        Err(error) => Err(Failure::Absent(error.to_string())),
                     }
                 });
                 match greeted {
                     Ok(control) => {
                         let until = now + WELCOME_TIMEOUT;
-                        state.link = Link::Greeting { control, until };
+                        state.link = Link::Greeting { control, until, place };
                     }
                     Err(failure) => self.failed(state, failure)?,
                 }
                 Ok(Step::Again)
             }
-            Link::Greeting { control, until } => {
-                let until = *until;
+            Link::Greeting { control, until, place } => {
                 match join::answer(control, &self.socket) {
-                    Ok(None) if now < until => return self.sleep(state, until, now),
+                    Ok(None) if now < *until => {
+                        let until = *until;
+                        return self.sleep(state, until, now);
+                    }
+                    // It still waits in the queue of a listening socket, which a service manager
+                    // can hold open while there is no dispatcher. The next dispatcher finds it
+                    // there. Another attempt would only fill the queue.
+                    Ok(None)
+                        if !crate::sys::all_received(control)
+                            && *place == Place::of(&self.socket) =>
+                    {
+                        *until = now + WELCOME_TIMEOUT;
+                    }
                     Ok(None) => {
                         let problem = format!("no answer within {WELCOME_TIMEOUT:?}");
-                        self.failed(state, Failure::Transient(problem))?;
+                        self.failed(state, Failure::Absent(problem))?;
                     }
                     Ok(Some(joined)) => self.joined(state, joined)?,
                     Err(failure) => self.failed(state, failure)?,
@@ -205,18 +219,25 @@ impl WorkerCore {
     }
 
     fn failed(&self, state: &mut State, failure: Failure) -> Result<(), Error> {
+        let mut connected = false;
         if let Link::Greeting { control, .. } = &state.link {
             self.readiness.forget(control.as_fd());
             join::end(control);
+            connected = true;
         }
-        let delay = state.backoff.next();
+        let delay = match failure {
+            Failure::Transient(_) | Failure::Permanent(_) if connected => state.backoff.refused(),
+            Failure::Absent(_) | Failure::Transient(_) | Failure::Permanent(_) => {
+                state.backoff.absent()
+            }
+        };
         state.link = Link::Waiting { until: after(delay) };
         // Armed here as well as before a sleep, because the caller may get an error and still wait.
         self.readiness.arm(delay);
         let problem = match failure {
             Failure::Permanent(error) if !state.ever_joined => return Err(error),
             Failure::Permanent(error) => error.to_string(),
-            Failure::Transient(problem) => problem,
+            Failure::Absent(problem) | Failure::Transient(problem) => problem,
         };
         let line = || {
             format!(
@@ -283,6 +304,7 @@ impl WorkerCore {
         }
         state.link = Link::Joined { session, channel: Arc::new(channel) };
         (state.ever_joined, state.warned) = (true, false);
+        state.backoff.joined();
         state.join_deadline = None;
         Ok(())
     }
@@ -361,14 +383,6 @@ impl WorkerCore {
         else {
             return;
         };
-        // The next dispatcher does not know of this drain.
-        self.draining.end(self);
-        if session.since.elapsed() > RELIABLE {
-            // Only after a long session: otherwise the worker would retry without a pause a
-            // dispatcher that its hello crashes.
-            state.backoff.reset();
-        }
-        state.link = Link::Waiting { until: after(state.backoff.next()) };
         state.take_up();
         self.take_all(state, &session);
         session.ring_if_wanted(want::TAKEN);
@@ -378,13 +392,26 @@ impl WorkerCore {
         self.gauges.hide();
         self.log_queue.push(log::Level::Warn, || {
             format!(
-                "lost the dispatcher at {}: {}; joining again; live: {}",
+                "lost the dispatcher at {}: {}; {}; live: {}",
                 readable_path(&self.socket),
                 readable(why),
+                match self.on_loss {
+                    OnDispatcherLoss::Serve => "joining again",
+                    OnDispatcherLoss::Drain | OnDispatcherLoss::Stop =>
+                        "taking no more connections",
+                },
                 connections(usize::try_from(self.live()).unwrap_or(usize::MAX))
             )
         });
         self.events.happened(self, LinkEvent::Lost(why.to_owned()));
+        match self.on_loss {
+            OnDispatcherLoss::Serve => {
+                // The next dispatcher does not know of a drain by this one.
+                self.draining.end(self);
+                state.link = Link::Waiting { until: after(state.backoff.lost()) };
+            }
+            OnDispatcherLoss::Drain | OnDispatcherLoss::Stop => self.close_after_loss(state),
+        }
     }
 
     /// Takes everything in the queue, because no other worker can get it after the dispatcher has

@@ -1,4 +1,5 @@
-//! The lock on the state. Its release flushes the log queue.
+//! The lock on the state. Its release flushes the log queue, and completes a close by the loss of a
+//! dispatcher.
 
 use super::*;
 
@@ -10,11 +11,16 @@ pub(in crate::client) struct Locked<'a> {
     flush: Flush<'a>,
 }
 
-struct Flush<'a>(&'a LogQueue);
+struct Flush<'a>(&'a WorkerCore);
 
 impl Drop for Flush<'_> {
     fn drop(&mut self) {
-        self.0.flush();
+        self.0.log_queue.flush();
+        if self.0.closed_by_loss.load(Ordering::Relaxed)
+            && self.0.closed_by_loss.swap(false, Ordering::SeqCst)
+        {
+            self.0.close_callbacks();
+        }
     }
 }
 
@@ -27,7 +33,7 @@ impl<'a> Locked<'a> {
         until: Option<Instant>,
     ) -> Locked<'a> {
         let Locked { state, flush } = self;
-        if !flush.0.is_empty() {
+        if !flush.0.log_queue.is_empty() {
             // Flushes the log first. That may take time, so the caller checks its condition again.
             drop(state);
             drop(flush);
@@ -61,6 +67,6 @@ impl std::ops::DerefMut for Locked<'_> {
 impl WorkerCore {
     pub(in crate::client) fn lock(&self) -> Locked<'_> {
         let state = self.state.lock().unwrap_or_else(PoisonError::into_inner);
-        Locked { state, flush: Flush(&self.log_queue) }
+        Locked { state, flush: Flush(self) }
     }
 }

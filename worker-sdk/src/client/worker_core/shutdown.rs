@@ -63,10 +63,39 @@ impl WorkerCore {
         self.readiness.close();
         self.handed_over.notify_all();
         drop(state);
-        // Without the lock, because a callback may own a handle of this worker.
+        self.close_callbacks();
+    }
+
+    /// The last part of a close. Without the lock, because a callback may own a handle of this
+    /// worker.
+    pub(super) fn close_callbacks(&self) {
         self.draining.close();
         self.events.close();
         self.end_session_if_over();
+    }
+
+    /// The dispatcher is lost, and the worker takes no more connections: the application gets those
+    /// that were sent to it, then the end.
+    pub(super) fn close_after_loss(self: &Arc<Self>, state: &mut State) {
+        // With an order of the dispatcher, the deadline of the order counts.
+        let ordered = self.draining.now().is_some();
+        if !ordered {
+            self.draining.begin(self, Drain::without_deadline());
+        }
+        if self.on_loss == OnDispatcherLoss::Stop && !ordered {
+            // Those that the application has not asked for yet are shut down with the others: it
+            // finds them ended.
+            let ended = self.live_connections.end_now();
+            self.log_queue.push(log::Level::Warn, || {
+                format!("shut down, because the dispatcher is lost: {}", connections(ended))
+            });
+        }
+        state.link = Link::Closed;
+        (state.settings.paused, state.aside) = (false, Vec::new());
+        self.closed.store(true, Ordering::SeqCst);
+        self.readiness.close();
+        self.handed_over.notify_all();
+        self.closed_by_loss.store(true, Ordering::SeqCst);
     }
 
     /// Called at the deadline of a drain.
