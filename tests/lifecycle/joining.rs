@@ -2,6 +2,7 @@
 //! is lost.
 #![allow(clippy::unwrap_used, clippy::expect_used)]
 
+mod outages;
 mod stopping;
 
 use std::io::Read;

@@ -486,6 +486,7 @@ fn stopping_ends_the_processes_first() {
         pool: "web".to_owned(),
         name: "web-1".to_owned(),
         token: Token([0; 16]),
+        on_dispatcher_loss: crate::config::OnDispatcherLoss::Drain,
         patience: PATIENCE,
         descriptors: None,
         setup: crate::config::ProcessSetup::default(),

@@ -25,6 +25,7 @@ use self::output::Reading;
 pub use self::output::{LastOutput, OutputLine, Stream, lost_lines};
 use self::reaper::Own;
 use self::start::Started;
+use crate::config::OnDispatcherLoss;
 use crate::config::ProcessSetup;
 use crate::wake::Wake;
 use dispatcher_core::{PoolId, ProcessId};
@@ -56,6 +57,8 @@ pub struct SpawnRequest {
     pub name: String,
     /// For `DISPATCH_TOKEN`.
     pub token: Token,
+    /// For `DISPATCH_ON_LOSS`.
+    pub on_dispatcher_loss: OnDispatcherLoss,
     /// How long the remaining processes of the group may take to end once this process has ended.
     pub patience: Duration,
     /// Limits of open files, soft and hard, if `setup` has none: those with which the dispatcher

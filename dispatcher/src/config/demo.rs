@@ -4,8 +4,8 @@ use std::net::SocketAddr;
 use std::path::PathBuf;
 
 use super::{
-    Address, Config, Limits, Listener, ListenerOptions, Pool, ProcessSetup, Spawn, UnixEndpoint,
-    UnixSource, accounts, literal,
+    Address, Config, Limits, Listener, ListenerOptions, OnDispatcherLoss, Pool, ProcessSetup,
+    Spawn, UnixEndpoint, UnixSource, accounts, literal,
 };
 use dispatcher_core::{AccessRules, AllowedAccounts, PoolSettings};
 
@@ -51,6 +51,7 @@ impl Config {
                     processes: workers,
                     environment: Vec::new(),
                     directory: None,
+                    on_dispatcher_loss: OnDispatcherLoss::default(),
                 }),
             }],
             limits: Limits::default(),

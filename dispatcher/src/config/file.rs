@@ -12,7 +12,7 @@ use super::value::{
     ACount, AMask, AMode, ASize, AnAccount, Count, Either, KERNEL_SECONDS, SECOND, Wait, Whole,
     YEAR,
 };
-use super::{MAX_PROCESSES, Output};
+use super::{MAX_PROCESSES, OnDispatcherLoss, Output};
 use dispatcher_core::Policy;
 
 /// The top level.
@@ -160,6 +160,7 @@ pub(super) struct SpawnKeys {
     pub processes: Option<Count<1, MAX_PROCESSES>>,
     pub environment: Option<BTreeMap<Spanned<String>, Spanned<String>>>,
     pub directory: Option<Spanned<String>>,
+    pub on_dispatcher_loss: Option<OnDispatcherLoss>,
     pub user: Option<Spanned<Either<AnAccount>>>,
     pub group: Option<Spanned<Either<AnAccount>>>,
     pub umask: Option<Spanned<Either<AMask>>>,

@@ -34,6 +34,8 @@ pub(crate) use hints::SAMPLE;
 pub use process_setup::{Account, Limit, Output, ProcessLimits, ProcessSetup, UNLIMITED};
 pub use spawn::{NOT_INHERITED, Place, expand, literal};
 
+use serde::Deserialize;
+
 use dispatcher_core::{AccessRules, PoolSettings};
 
 /// Default configuration file.
@@ -47,8 +49,8 @@ pub const DEFAULT_ADMIN_SOCKET: &str = "/run/dispatcher/admin.sock";
 
 /// Environment variables that the dispatcher sets for its processes; `environment` must not contain
 /// them.
-pub const RESERVED_VARIABLES: [&str; 4] =
-    ["DISPATCH_SOCKET", "DISPATCH_POOL", "DISPATCH_NAME", "DISPATCH_TOKEN"];
+pub const RESERVED_VARIABLES: [&str; 5] =
+    ["DISPATCH_SOCKET", "DISPATCH_POOL", "DISPATCH_NAME", "DISPATCH_TOKEN", "DISPATCH_ON_LOSS"];
 
 /// Most processes of a pool.
 pub const MAX_PROCESSES: u32 = 1024;
@@ -275,6 +277,33 @@ pub struct Spawn {
     pub directory: Option<String>,
     /// Account, permissions, limits and output.
     pub setup: ProcessSetup,
+    /// `on_dispatcher_loss`. Default [`OnDispatcherLoss::Drain`].
+    pub on_dispatcher_loss: OnDispatcherLoss,
+}
+
+/// What a spawned worker does when the dispatcher ends without an order to it.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Deserialize)]
+#[serde(rename_all = "kebab-case")]
+pub enum OnDispatcherLoss {
+    /// It serves on and joins the next dispatcher.
+    Serve,
+    /// It takes no more connections and ends with its last one. The default: it needs nothing from
+    /// the service manager, and old and new workers never take connections at the same time.
+    #[default]
+    Drain,
+    /// It shuts its connections down and ends.
+    Stop,
+}
+
+impl OnDispatcherLoss {
+    /// The name in the configuration and in `DISPATCH_ON_LOSS`.
+    pub fn name(self) -> &'static str {
+        match self {
+            OnDispatcherLoss::Serve => "serve",
+            OnDispatcherLoss::Drain => "drain",
+            OnDispatcherLoss::Stop => "stop",
+        }
+    }
 }
 
 /// Bounds and timeouts of the dispatcher itself; top-level keys.

@@ -92,6 +92,10 @@ pub(super) fn spawn(
         environment,
         directory: directory.map(|directory| directory.get_ref().clone()),
         setup,
+        on_dispatcher_loss: own
+            .on_dispatcher_loss
+            .or(defaults.and_then(|d| d.on_dispatcher_loss))
+            .unwrap_or_default(),
     })
 }
 

@@ -144,7 +144,7 @@ fn a_pool_overrides_the_defaults() {
     let config = good(&format!(
         "[defaults]\nhandoff_timeout = '1s'\nmax_untaken = 8\n[defaults.spawn]\nprocesses = 3\n\
          {GOOD}max_untaken = 9\n[pool.web.spawn]\ncommand = ['a', 'b']\n\
-         environment = {{ A = '1' }}\ndirectory = '/tmp'\n[[listener]]\nname='o'\naddress='unix:/o'\npool='other'\n[pool.other]\n"
+         environment = {{ A = '1' }}\ndirectory = '/tmp'\non_dispatcher_loss = 'serve'\n[[listener]]\nname='o'\naddress='unix:/o'\npool='other'\n[pool.other]\n"
     ));
     let web = &config.pools[0];
     assert_eq!(web.settings.handoff_timeout, Duration::from_secs(1));
@@ -153,8 +153,30 @@ fn a_pool_overrides_the_defaults() {
     let spawn = web.spawn.as_ref().expect("processes");
     assert_eq!(spawn.command, ["a", "b"]);
     assert_eq!(spawn.environment, [("A".to_owned(), "1".to_owned())]);
+    assert_eq!(spawn.on_dispatcher_loss, OnDispatcherLoss::Serve);
     assert_eq!(config.pools[1].settings.max_untaken, 8);
     assert!(config.pools[1].spawn.is_none());
+}
+
+#[test]
+fn what_processes_do_without_a_dispatcher() {
+    let action = |defaults: &str, own: &str| {
+        let config = good(&format!(
+            "[defaults.spawn]\n{defaults}\n{GOOD}[pool.web.spawn]\ncommand = ['x']\n{own}\n"
+        ));
+        config.pools[0].spawn.as_ref().expect("processes").on_dispatcher_loss
+    };
+    assert_eq!(action("", ""), OnDispatcherLoss::Drain);
+    assert_eq!(action("on_dispatcher_loss = 'stop'", ""), OnDispatcherLoss::Stop);
+    for every in [OnDispatcherLoss::Serve, OnDispatcherLoss::Drain, OnDispatcherLoss::Stop] {
+        let own = format!("on_dispatcher_loss = '{}'", every.name());
+        assert_eq!(action("on_dispatcher_loss = 'stop'", &own), every);
+    }
+    pool_refused(
+        "[pool.web.spawn]\ncommand=['x']\non_dispatcher_loss = ‹'end'›",
+        "unknown value `end`",
+        "serve, drain, stop",
+    );
 }
 
 #[test]

@@ -138,6 +138,7 @@ impl EventLoop {
         let fds = [theirs.channel, theirs.board, doorbell];
         self.handshakes.send(HandshakeCommand::Welcome { key, worker: id, record, fds });
         let gauges = pool_id.and_then(|pool| Gauges::new(&self.core, pool));
+        let drains = join.hello.features.contains(Features::DRAIN);
         let io = WorkerIo {
             id,
             lane,
@@ -145,6 +146,7 @@ impl EventLoop {
             finished: join.hello.finished,
             threads: None,
             gauges,
+            started_by: join.spawned.map(|process| process.pool).filter(|_| drains),
             purge: None,
             doorbell_limit: DoorbellLimit::default(),
         };

@@ -24,6 +24,7 @@ use super::worker_io::{Deferred, WorkerIo, classify, send_record};
 use super::{EventLoop, clock};
 use crate::background::closer::{Owner, Task};
 use crate::background::logger::quoted;
+use crate::config::OnDispatcherLoss;
 use dispatcher_core::{
     CloseReason, ConnId, Core, Effect, Notice, SendFailure, Ticket, Time, WorkerId,
 };
@@ -313,9 +314,27 @@ impl EventLoop {
         }
     }
 
+    /// Tells a worker whose process this stop ends that its connections have some time left: a
+    /// process with `on_dispatcher_loss = "stop"` would take the end of its channel for a crash and
+    /// shut them down.
+    pub(super) fn announce_stop(&self, io: &WorkerIo) {
+        let (Some(pool), Some(_)) = (io.started_by, self.run.stop_deadline) else { return };
+        let spawn = self.config.pools.get(usize::from(pool.0)).and_then(|pool| pool.spawn.as_ref());
+        if spawn.is_some_and(|spawn| spawn.on_dispatcher_loss == OnDispatcherLoss::Serve) {
+            return;
+        }
+        let left = self.config.limits.stop_timeout;
+        let deadline_ns = (self.now + left).0;
+        let mut record = Vec::new();
+        Drain { deadline_ns, left: Some(left) }.encode(&mut record);
+        // It fails if the worker is gone, or reads nothing.
+        let _ = io.lane.send(&record);
+    }
+
     /// Drops the state of a worker that is out of the table: the channel before the control
     /// connection.
     pub(super) fn put_away(&mut self, io: WorkerIo) {
+        self.announce_stop(&io);
         io.lane.shut();
         // The queue of the channel is dropped with its last reference, which may be this one.
         let owner = Owner::Worker(io.id.serial);

@@ -184,6 +184,7 @@ impl EventLoop {
         }
         let workers: Vec<_> = self.workers.table.iter_mut().filter_map(Option::take).collect();
         for io in &workers {
+            self.announce_stop(io);
             io.lane.shut();
         }
         for io in workers {

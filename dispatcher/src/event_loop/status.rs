@@ -109,6 +109,7 @@ impl EventLoop {
             environment: spawn.environment.clone(),
             directory: spawn.directory.clone(),
             setup: spawn.setup.clone(),
+            on_dispatcher_loss: spawn.on_dispatcher_loss,
             token,
             dispatch_socket,
             descriptors: self.run.descriptors,

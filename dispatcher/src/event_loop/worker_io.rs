@@ -16,7 +16,7 @@ use rustix::net::{
 
 use super::doorbell_limit::DoorbellLimit;
 use super::gauges::Gauges;
-use dispatcher_core::{ConnId, Notice, SendFailure, Ticket, WorkerId};
+use dispatcher_core::{ConnId, Notice, PoolId, SendFailure, Ticket, WorkerId};
 
 /// The event loop's state of a worker.
 #[derive(Debug)]
@@ -34,6 +34,8 @@ pub(super) struct WorkerIo {
     pub(super) threads: Option<(u32, Option<Duration>)>,
     /// The gauges that the pool scores by, if it does.
     pub(super) gauges: Option<Gauges>,
+    /// The pool that started its process, if one did and the worker understands a drain.
+    pub(super) started_by: Option<PoolId>,
 }
 
 /// Records to send once the channel is empty. Their slots already read SENT, because the core

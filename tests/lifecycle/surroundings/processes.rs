@@ -14,7 +14,7 @@ fn state(pid: i32) -> Option<(String, i32)> {
     Some((fields.next()?, fields.next()?.parse().ok()?))
 }
 
-fn lives(pid: i32) -> bool {
+pub(super) fn lives(pid: i32) -> bool {
     state(pid).is_some_and(|(state, _)| state != "Z")
 }
 
@@ -25,7 +25,7 @@ fn wrapped(script: &str) -> String {
     format!("[pool.web.spawn]\ncommand = [\"/bin/sh\", \"-c\", {script:?}]\nprocesses = 1")
 }
 
-fn worker_pids(dispatcher: &Dispatcher) -> Vec<i32> {
+pub(super) fn worker_pids(dispatcher: &Dispatcher) -> Vec<i32> {
     let status = dispatcher.status();
     pool(&status, "web").workers.iter().map(|worker| worker.pid).collect()
 }
@@ -100,7 +100,7 @@ fn as_process_1_it_reaps_what_it_inherits_and_hears_of_its_own() {
 }
 
 /// Processes that end with the test, however it ends.
-struct Ended(Vec<i32>);
+pub(super) struct Ended(pub(super) Vec<i32>);
 
 impl Drop for Ended {
     fn drop(&mut self) {
@@ -113,7 +113,10 @@ impl Drop for Ended {
 #[test]
 fn processes_of_a_killed_dispatcher_end_when_they_are_idle() {
     let program = example("test-worker");
-    let spawn = format!("[pool.web.spawn]\ncommand = [{program:?}, \"blocking\"]\nprocesses = 2");
+    let spawn = format!(
+        "[pool.web.spawn]\ncommand = [{program:?}, \"blocking\"]\nprocesses = 2\n\
+         on_dispatcher_loss = \"serve\"\n"
+    );
     let (mut dispatcher, address) = start_one_pool(&spawn);
     // The same address for the next dispatcher.
     write_config(&dispatcher.dir, &one_pool(&spawn).replace("127.0.0.1:0", &address.to_string()));

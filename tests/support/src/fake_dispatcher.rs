@@ -120,9 +120,9 @@ impl FakeDispatcher {
     /// Whether a worker waits to be accepted.
     pub fn has_worker(&self) -> bool {
         let listener = self.listener.as_ref().unwrap();
-        let none = rustix::event::Timespec { tv_sec: 0, tv_nsec: 0 };
-        let mut fds = [rustix::event::PollFd::new(listener, rustix::event::PollFlags::IN)];
-        rustix::event::poll(&mut fds, Some(&none)).unwrap() > 0
+        let none = Timespec { tv_sec: 0, tv_nsec: 0 };
+        let mut fds = [PollFd::new(listener, PollFlags::IN)];
+        poll(&mut fds, Some(&none)).unwrap() > 0
     }
 
     /// The next worker's hello, and its control connection.

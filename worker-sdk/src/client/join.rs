@@ -101,10 +101,9 @@ pub(super) struct Place {
 }
 
 impl Place {
-    /// `None` if there is no file.
-    pub(super) fn of(path: &Path) -> Option<Place> {
-        let stat = rustix::fs::stat(path).ok()?;
-        Some(Place { device: stat.st_dev, inode: stat.st_ino })
+    pub(super) fn of(path: &Path) -> rustix::io::Result<Place> {
+        let stat = rustix::fs::stat(path)?;
+        Ok(Place { device: stat.st_dev, inode: stat.st_ino })
     }
 }
 
@@ -116,10 +115,22 @@ pub(super) struct Joined {
     doorbell: OwnedFd,
 }
 
-/// Connects and sends the hello; returns the control connection.
-pub(super) fn greet(path: &Path, hello: &Hello) -> Result<OwnedFd, Failure> {
+/// Connects and sends the hello; returns the control connection, and where it leads.
+pub(super) fn greet(path: &Path, hello: &Hello) -> Result<(OwnedFd, Option<Place>), Failure> {
     let action = || format!("connect to the dispatcher at {}", path.display());
     let permanent = |error: Errno| Failure::Permanent(Error::io(action(), error));
+    let address = SocketAddrUnix::new(path).map_err(|error| {
+        let problem = format!("{} is not a usable socket path: {error}", path.display());
+        Failure::Permanent(Error::config("dispatch_socket", problem))
+    })?;
+    // Before the connect: if another socket takes the path meanwhile, the worker notices it later.
+    let place = match Place::of(path) {
+        Ok(place) => Some(place),
+        // The usual case during an outage, and cheaper than a socket.
+        Err(error @ Errno::NOENT) => return Err(Failure::Absent(error.to_string())),
+        // The connect has the error to report.
+        Err(_) => None,
+    };
     let control = socket_with(
         AddressFamily::UNIX,
         SocketType::SEQPACKET,
@@ -127,10 +138,6 @@ pub(super) fn greet(path: &Path, hello: &Hello) -> Result<OwnedFd, Failure> {
         None,
     )
     .map_err(permanent)?;
-    let address = SocketAddrUnix::new(path).map_err(|error| {
-        let problem = format!("{} is not a usable socket path: {error}", path.display());
-        Failure::Permanent(Error::config("dispatch_socket", problem))
-    })?;
     match connect(&control, &address) {
         Ok(()) => {}
         // The socket does not exist yet, nothing listens on it, or its queue is full.
@@ -146,7 +153,7 @@ pub(super) fn greet(path: &Path, hello: &Hello) -> Result<OwnedFd, Failure> {
     let mut record = Vec::new();
     hello.encode(&mut record);
     match send(&control, &record, SendFlags::NOSIGNAL) {
-        Ok(_) => Ok(control),
+        Ok(_) => Ok((control, place)),
         Err(error) => Err(Failure::Absent(format!("cannot send: {error}"))),
     }
 }

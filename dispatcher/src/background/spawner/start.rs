@@ -48,6 +48,7 @@ pub(super) fn start(request: &SpawnRequest, last: &LastOutput) -> Result<Started
         .env("DISPATCH_POOL", &request.pool)
         .env("DISPATCH_NAME", &request.name)
         .env("DISPATCH_TOKEN", request.token.to_string())
+        .env("DISPATCH_ON_LOSS", request.on_dispatcher_loss.name())
         .stdin(Stdio::null())
         // A process group of its own: Ctrl-C at a terminal reaches only the dispatcher, which then
         // stops its processes in order.

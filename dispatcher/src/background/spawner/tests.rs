@@ -55,6 +55,7 @@ impl Bench {
             pool: "web".to_owned(),
             name: "web-1".to_owned(),
             token: Token([0xab; 16]),
+            on_dispatcher_loss: OnDispatcherLoss::Serve,
             descriptors: None,
             setup: ProcessSetup::default(),
             patience: PATIENCE,
@@ -159,6 +160,7 @@ fn a_process_finds_its_place_in_its_environment() {
         "DISPATCH_POOL=web",
         "DISPATCH_NAME=web-1",
         "DISPATCH_TOKEN=abababababababababababababababab",
+        "DISPATCH_ON_LOSS=serve",
     ] {
         assert!(found.contains(&variable), "{variable}");
     }
@@ -310,6 +312,7 @@ fn nothing_starts_while_stopping() {
         pool: "web".to_owned(),
         name: "web-1".to_owned(),
         token: Token([0; 16]),
+        on_dispatcher_loss: OnDispatcherLoss::Drain,
         descriptors: None,
         setup: ProcessSetup::default(),
         patience: PATIENCE,

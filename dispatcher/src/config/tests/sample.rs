@@ -103,5 +103,6 @@ fn the_examples_in_the_sample_are_valid() {
     assert_eq!(spawn.setup.umask, Some(0o027));
     assert_eq!(spawn.setup.limits.core, Some(Limit { soft: 0, hard: 0 }));
     assert_eq!(spawn.command[0], "/usr/bin/my-server");
+    assert_eq!(spawn.on_dispatcher_loss, OnDispatcherLoss::default());
     assert_eq!(config.listeners[0].options.keepalive_count, Some(4));
 }

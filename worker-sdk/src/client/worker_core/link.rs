@@ -152,17 +152,14 @@ impl WorkerCore {
                     max_connections: state.settings.max_connections,
                     ..self.hello.clone()
                 };
-                // Before the connect: if another socket takes the path meanwhile, the worker
-                // notices it later.
-                let place = Place::of(&self.socket);
-                let greeted = join::greet(&self.socket, &hello).and_then(|control| {
+                let greeted = join::greet(&self.socket, &hello).and_then(|(control, place)| {
                     match self.readiness.watch(control.as_fd()) {
-                        Ok(()) => Ok(control),
+                        Ok(()) => Ok((control, place)),
                         Err(error) => Err(Failure::Absent(error.to_string())),
                     }
                 });
                 match greeted {
-                    Ok(control) => {
+                    Ok((control, place)) => {
                         let until = now + WELCOME_TIMEOUT;
                         state.link = Link::Greeting { control, until, place };
                     }
@@ -181,7 +178,7 @@ impl WorkerCore {
                     // there. Another attempt would only fill the queue.
                     Ok(None)
                         if !crate::sys::all_received(control)
-                            && *place == Place::of(&self.socket) =>
+                            && *place == Place::of(&self.socket).ok() =>
                     {
                         *until = now + WELCOME_TIMEOUT;
                     }
@@ -232,10 +229,12 @@ impl WorkerCore {
             }
         };
         state.link = Link::Waiting { until: after(delay) };
-        // Armed here as well as before a sleep, because the caller may get an error and still wait.
-        self.readiness.arm(delay);
         let problem = match failure {
-            Failure::Permanent(error) if !state.ever_joined => return Err(error),
+            Failure::Permanent(error) if !state.ever_joined => {
+                // The caller may wait all the same.
+                self.readiness.arm(delay);
+                return Err(error);
+            }
             Failure::Permanent(error) => error.to_string(),
             Failure::Absent(problem) | Failure::Transient(problem) => problem,
         };
@@ -254,7 +253,11 @@ impl WorkerCore {
         }
         state.last_problem = problem;
         // Checked here as well, because the next attempt may be due already.
-        self.check_join_deadline(state, Instant::now())
+        let timeout = self.check_join_deadline(state, Instant::now());
+        if timeout.is_err() {
+            self.readiness.arm(delay);
+        }
+        timeout
     }
 
     /// Reported once, because a caller that continues to ask wants further attempts.
