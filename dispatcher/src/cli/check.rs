@@ -105,7 +105,12 @@ fn summary(config: &Config) -> String {
     }
     for pool in &config.pools {
         let workers = match &pool.spawn {
-            Some(spawn) => format!("{} x {}", spawn.processes, spawn.command.join(" ")),
+            Some(spawn) => {
+                let account = spawn.setup.account.as_ref();
+                let user = account.map(|account| format!(" as user {}", account.user_text));
+                let command = spawn.command.join(" ");
+                format!("{} x {command}{}", spawn.processes, user.unwrap_or_default())
+            }
             None => "workers join by themselves".to_owned(),
         };
         let _ = writeln!(

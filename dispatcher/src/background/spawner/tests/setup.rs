@@ -76,12 +76,13 @@ fn a_process_has_its_limits() {
     let limits = ProcessLimits {
         open_files: Some(Limit { soft: 64, hard: 128 }),
         core: Some(Limit { soft: 0, hard: 0 }),
-        memory: Some(Limit { soft: 1 << 30, hard: 2 << 30 }),
+        // Less than what this process has.
+        memory: Some(Limit { soft: 64 << 20, hard: 2 << 30 }),
     };
     let text = of_process("limits", ProcessSetup { limits, ..ProcessSetup::default() });
     assert_eq!(field(&text, "Max open files")[..2], ["64", "128"]);
     assert_eq!(field(&text, "Max core file size")[..2], ["0", "0"]);
-    assert_eq!(field(&text, "Max address space")[..2], ["1073741824", "2147483648"]);
+    assert_eq!(field(&text, "Max address space")[..2], ["67108864", "2147483648"]);
 }
 
 #[test]
