@@ -119,3 +119,49 @@ fn output_of_commands_for_a_running_dispatcher() {
     text = text.replace(&status.instance, "INSTANCE").replace(file.to_str().unwrap(), "FILE");
     compare("commands", &text);
 }
+
+/// The `status` and `workers` commands, with placeholders for values that differ in every run.
+/// Process ids get a fixed width, because the width of their column depends on them.
+#[test]
+fn tables_of_status_and_workers() {
+    let dispatcher = Dispatcher::start(&format!("{CONFIG}[pool.spare]\npolicy = \"failover\"\n"));
+    let admin = dispatcher.admin();
+    let client = || Client::greeted(connect(dispatcher.address("web"))).unwrap();
+    // At any time at most one worker of the pool `web` is active, so it gets the next clients.
+    let _first = dispatcher.worker("blocking", "web", "w0");
+    dispatcher.wait_joined("web", 1);
+    let mut clients = vec![client()];
+    transcript(&["drain", "web/w0"], &dispatcher.dir, Some(&admin));
+    let _second = dispatcher.worker("blocking", "web", "w1");
+    dispatcher.wait_joined("web", 1);
+    clients.extend([client(), client()]);
+    let _spare = dispatcher.worker("blocking", "spare", "s0");
+    dispatcher.wait_joined("spare", 1);
+    let status = dispatcher.wait_status("all connections to be taken", |status| {
+        status.taken == 3 && status.in_flight == 0
+    });
+    let mut text = String::new();
+    for arguments in
+        [&["status", "--faults", "0"][..], &["workers"], &["workers", "--pool", "spare"]]
+    {
+        let mut output = transcript(arguments, &dispatcher.dir, Some(&admin));
+        let pids = status.pools.iter().flat_map(|pool| &pool.workers).map(|w| w.pid.to_string());
+        let pids: Vec<String> = pids.filter(|pid| output.contains(pid)).collect();
+        let width = pids.iter().map(String::len).max().unwrap_or_default().max(3);
+        for word in pids.iter().map(String::as_str).chain(["PID"]) {
+            let shown = if word == "PID" { "PID" } else { "NUMBER" };
+            output = output.replace(&format!("  {word:>width$}  "), &format!("  {shown:>7}  "));
+        }
+        text += &output;
+    }
+    let (_, uptime) = text.split_once("  up ").unwrap();
+    let uptime = uptime.split('\n').next().unwrap().to_owned();
+    text = text
+        .replace(&format!("dispatcher {}  ", status.version), "dispatcher VERSION  ")
+        .replace(&format!("pid {}  ", status.pid), "pid NUMBER  ")
+        .replace(&status.instance, "INSTANCE")
+        .replace(&format!("  up {uptime}\n"), "  up TIME\n")
+        .replace(&dispatcher.address("web").to_string(), "127.0.0.1:PORT_");
+    drop(clients);
+    compare("tables", &text);
+}
