@@ -327,7 +327,7 @@ impl ChildSetup {
             rustix::process::umask(Mode::from_raw_mode(mask));
         }
         for (step, resource, limit) in &self.limits {
-            rustix::process::setrlimit(*resource, limit.clone()).map_err(|e| step.failed(e))?;
+            rustix::process::setrlimit(*resource, *limit).map_err(|e| step.failed(e))?;
         }
         if let Some(groups) = &self.groups {
             rustix::thread::set_thread_groups(groups).map_err(|e| Step::Groups.failed(e))?;
