@@ -75,7 +75,13 @@ impl Pool {
             pressure: false,
             pressure_reported: false,
             pressure_at: None,
-            processes: Processes::new(id, settings.processes, effects),
+            processes: Processes::new(
+                id,
+                settings.processes,
+                settings.supervision.clone(),
+                now,
+                seeds.number(),
+            ),
             counts: Counts::default(),
             handoff: Histogram::new(histogram::HANDOFF),
             retired: false,
@@ -107,6 +113,7 @@ impl Core {
             }
         }
         self.after(now, p);
+        self.tick_processes(now, p);
         id
     }
 
@@ -150,7 +157,6 @@ impl Core {
         let name = entry.settings.name.clone();
         let old = std::mem::replace(&mut entry.settings, PoolSettings { name, ..settings });
         let new = &entry.settings;
-        entry.processes.resize(new.processes, &mut self.effects);
         let forgotten = entry.history.resize(new.history, new.history_candidates);
         let chooses = old.policy != new.policy || old.scores != new.scores;
         let remembers = old.affinity != new.affinity;
@@ -178,6 +184,7 @@ impl Core {
         self.await_at_most(now, p, most);
         self.wait_again(now, p);
         self.after(now, p);
+        self.change_processes(now, p);
         self.drain_surplus(now, p);
         self.resume_wanted(now, p);
     }
@@ -234,17 +241,10 @@ impl Core {
         let p = usize::from(pool.0);
         let Some(entry) = self.pools.get_mut(p).filter(|entry| !entry.retired) else { return };
         entry.settings.processes = processes;
-        entry.processes.resize(processes, &mut self.effects);
         self.after(now, p);
+        self.change_processes(now, p);
         self.drain_surplus(now, p);
         self.resume_wanted(now, p);
-    }
-
-    /// Whether a worker's process is surplus.
-    pub(super) fn is_surplus(&self, w: usize) -> bool {
-        let Worker { pool, process, .. } = self.workers[w];
-        let wanted = self.pools[pool].settings.processes;
-        process.is_some_and(|p| usize::from(p.pool.0) == pool && p.number >= wanted)
     }
 
     /// Drains the workers of surplus processes. A process that is still starting is drained when it
@@ -253,7 +253,7 @@ impl Core {
         for w in 0..self.workers.len() {
             let worker = &self.workers[w];
             if worker.pool == p && self.is_surplus(w) {
-                self.drain_unwanted(now, worker.id);
+                self.drain_unwanted(now, worker.id, None);
             }
         }
     }
@@ -265,8 +265,8 @@ impl Core {
         let Some(entry) = self.pools.get_mut(p) else { return };
         entry.retired = true;
         entry.settings.processes = 0;
-        entry.processes.resize(0, &mut self.effects);
         self.after(now, p);
+        self.change_processes(now, p);
         self.tick_retired(now, p);
     }
 
@@ -395,7 +395,7 @@ impl Core {
         let ids: Vec<WorkerId> =
             self.workers.iter().filter(of_pool).map(|worker| worker.id).collect();
         for id in ids {
-            self.drain_unwanted(now, id);
+            self.drain_unwanted(now, id, None);
         }
         // No client waits for a worker.
         self.pools[p].worker_wait = WorkerWait::Refusing;

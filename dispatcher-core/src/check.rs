@@ -91,6 +91,8 @@ impl Core {
     }
 
     fn check_pool(&self, p: usize) {
+        #[cfg(any(test, debug_assertions))]
+        self.pools[p].processes.check();
         let pool = &self.pools[p];
         let of_pool = || {
             self.workers

@@ -31,10 +31,10 @@ impl Core {
 
     /// Drains a worker whose process is surplus or whose pool was removed. No effect if it drains
     /// already.
-    pub(super) fn drain_unwanted(&mut self, now: Time, worker: WorkerId) {
+    pub(super) fn drain_unwanted(&mut self, now: Time, worker: WorkerId, deadline: Option<Time>) {
         if let Some(w) = self.find(worker).filter(|&w| self.workers[w].is_usable()) {
             self.workers[w].unwanted = true;
-            self.begin_drain(now, worker, None);
+            self.begin_drain(now, worker, deadline);
         }
     }
 

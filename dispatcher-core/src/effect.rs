@@ -7,6 +7,7 @@ use dispatch_protocol::scoreboard::gauge::GaugeName;
 use dispatch_protocol::wire::EntryFlags;
 
 use super::drain::Notice;
+use super::supervise::{EndReason, Replacement};
 use super::types::*;
 
 /// An action that the event loop performs.
@@ -46,6 +47,9 @@ pub enum Effect {
     Forget { worker: WorkerId },
     /// Start this process. Always: [`super::Core::spawned`], and later [`super::Core::exited`].
     Spawn { process: ProcessId },
+    /// End a process and its process group: SIGTERM, and SIGKILL after `timeout`. Always:
+    /// [`super::Core::exited`].
+    StopProcess { process: ProcessId, timeout: Duration },
     /// The dispatcher is stopping and has released this pool: end its processes.
     StopProcesses { pool: PoolId },
     /// Write an event to the log.
@@ -102,4 +106,12 @@ pub enum Event {
     OutOfResources { pause: Duration },
     /// A process ended or did not start; it is restarted after `delay`.
     Restarting { process: ProcessId, delay: Duration },
+    /// A process is replaced: the next one starts beside it.
+    Replacing { process: ProcessId, why: Replacement },
+    /// A process was told to end.
+    ProcessStopped { process: ProcessId, reason: EndReason },
+    /// So many starts of processes in the place of this one have failed in succession.
+    CrashLoop { process: ProcessId, failures: u32 },
+    /// A process of the pool has stayed: the crash loop is over.
+    CrashLoopOver { pool: PoolId },
 }

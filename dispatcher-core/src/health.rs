@@ -172,6 +172,7 @@ impl Core {
     pub(super) fn closed(&mut self, now: Time, w: usize) {
         self.workers[w].closed = true;
         self.drain(now, w);
+        self.process_leaves(now, w);
     }
 
     pub(super) fn say_goodbye(&mut self, now: Time, w: usize) {
@@ -181,6 +182,7 @@ impl Core {
         }
         self.drain(now, w);
         self.begin_round(now, w, Round::Goodbye);
+        self.process_leaves(now, w);
     }
 
     /// Removes a worker that is gone or expelled.
@@ -205,6 +207,7 @@ impl Core {
             self.remove_usable(now, pool);
         }
         self.begin_round(now, w, Round::Gone(why));
+        self.process_lost(now, w);
     }
 
     /// Revokes all untaken connections; after the last outcome [`Core::end_round`] reports the

@@ -59,9 +59,13 @@ pub use history::{CandidateSnapshot, Decision, Explanation, Obstacle};
 pub use random::Random;
 pub use ring::SPARE_SLOTS;
 pub use snapshot::{
-    AffinitySnapshot, ListenerSnapshot, PoolSnapshot, PoolState, Snapshot, Totals, WorkerSnapshot,
+    AffinitySnapshot, ListenerSnapshot, PoolSnapshot, PoolState, ProcessSnapshot, Snapshot, Totals,
+    WorkerSnapshot,
 };
-pub use supervise::{ProcessCounts, RESTART_MAX, RESTART_MIN, RESTART_RESET};
+pub use supervise::{
+    EndReason, ProcessCounts, ProcessTotals, RESTART_MAX, RESTART_MIN, RESTART_RESET, Replacement,
+    Supervision, Surge,
+};
 pub use types::*;
 
 use std::collections::VecDeque;
@@ -243,9 +247,10 @@ impl Core {
     pub fn join(&mut self, now: Time, join: &Join) -> Result<WorkerId, Refusal> {
         let pool = self.admit(join)?;
         let id = self.add_worker(now, pool, join);
-        // The configured number of processes may have decreased since this process was started.
+        self.process_joined(now, id.index as usize);
+        // Fewer processes may be wanted than when it was started, or another one has its place.
         if self.is_surplus(id.index as usize) {
-            self.drain_unwanted(now, id);
+            self.drain_unwanted(now, id, None);
         }
         self.after(now, pool);
         Ok(id)
@@ -407,7 +412,7 @@ impl Core {
         }
         for pool in 0..self.pools.len() {
             self.pools[pool].ticked = now;
-            self.pools[pool].processes.tick(now, &mut self.effects);
+            self.tick_processes(now, pool);
             self.tick_handoffs(now, pool);
             self.tick_workers(now, pool);
             self.tick_awaiting(now, pool);
@@ -452,6 +457,7 @@ impl Core {
             | Effect::Purge { .. }
             | Effect::Disconnect { .. }
             | Effect::Spawn { .. }
+            | Effect::StopProcess { .. }
             | Effect::StopProcesses { .. }
             | Effect::Event(_) => {}
         }

@@ -2,6 +2,7 @@
 
 use std::time::Duration;
 
+use super::supervise::{ProcessCounts, ProcessTotals};
 use super::types::*;
 use super::worker::Worker;
 use super::{Core, WorkerWait};
@@ -68,6 +69,19 @@ impl PoolState {
     }
 }
 
+/// The processes of a pool.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct ProcessSnapshot {
+    /// The number of processes in each state.
+    pub counts: ProcessCounts,
+    /// Counters since the start of the dispatcher.
+    pub totals: ProcessTotals,
+    /// Whether starts have failed too often.
+    pub crash_loop: bool,
+    /// When a start that waits for a delay is due, from the last turn on.
+    pub next_start_in: Option<Duration>,
+}
+
 /// One pool. Counts are since the start and include workers that have left.
 #[derive(Clone, Debug, PartialEq)]
 pub struct PoolSnapshot {
@@ -89,8 +103,8 @@ pub struct PoolSnapshot {
     pub channel_full: u64,
     /// Times a worker became suspect.
     pub suspects: u64,
-    /// Restarts of processes that ended or did not start.
-    pub process_restarts: u64,
+    /// The processes that the pool starts; `None` if it starts none.
+    pub processes: Option<ProcessSnapshot>,
     /// Workers that have joined.
     pub joined: u64,
     /// Workers that have left.
@@ -283,7 +297,7 @@ impl Core {
             lost: pool.counts.lost,
             channel_full: pool.counts.channel_full,
             suspects: pool.counts.suspects,
-            process_restarts: pool.processes.restarts(),
+            processes: self.process_snapshot(p),
             joined: pool.counts.joined,
             gone: pool.counts.gone,
             handoff: pool.handoff.clone(),
@@ -291,6 +305,17 @@ impl Core {
             affinity: pool.affinity_snapshot(),
             workers,
         }
+    }
+
+    fn process_snapshot(&self, p: usize) -> Option<ProcessSnapshot> {
+        let pool = &self.pools[p];
+        let processes = &pool.processes;
+        (processes.wanted() > 0 || processes.ids().next().is_some()).then(|| ProcessSnapshot {
+            counts: self.processes(PoolId(p as u16)),
+            totals: processes.totals(),
+            crash_loop: processes.is_crash_loop(),
+            next_start_in: processes.next_start(pool.ticked).map(|at| at - pool.ticked),
+        })
     }
 
     /// The error of the sum over all connections: always 0. Computed from the separate counts of

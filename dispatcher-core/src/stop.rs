@@ -29,7 +29,7 @@ impl Core {
         for pool in 0..self.pools.len() {
             // Processes that clients wait for are still started.
             if !self.has_clients(pool) {
-                self.pools[pool].processes.stop();
+                self.pools[pool].processes.set_stopped(true);
             }
         }
         self.after_all(now);
@@ -62,7 +62,7 @@ impl Core {
     fn release(&mut self, now: Time, p: usize) {
         let pool = &mut self.pools[p];
         pool.released = true;
-        pool.processes.stop();
+        pool.processes.set_stopped(true);
         let workers: Vec<u32> = pool.candidates.workers().collect();
         for w in workers {
             self.remove(now, w as usize, Departure::Released);

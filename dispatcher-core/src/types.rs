@@ -6,6 +6,8 @@ use std::hash::Hasher;
 use std::ops::{Add, Sub};
 use std::time::Duration;
 
+use super::supervise::Supervision;
+
 use dispatch_protocol::ClientAddr;
 use dispatch_protocol::wire::Token;
 use siphasher::sip::SipHasher13;
@@ -206,6 +208,8 @@ pub struct PoolSettings {
     pub peek: Peek,
     /// Processes to keep running; 0 for none.
     pub processes: u32,
+    /// How these processes are supervised.
+    pub supervision: Supervision,
 }
 
 impl Default for PoolSettings {
@@ -228,6 +232,7 @@ impl Default for PoolSettings {
             affinity: None,
             peek: Peek::default(),
             processes: 0,
+            supervision: Supervision::default(),
         }
     }
 }
@@ -305,13 +310,15 @@ pub struct Join {
     pub spawned: Option<ProcessId>,
 }
 
-/// A process that the dispatcher keeps running.
+/// A process that the dispatcher starts and supervises.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
 pub struct ProcessId {
     /// The pool.
     pub pool: PoolId,
-    /// 0 to `processes - 1`.
-    pub number: u32,
+    /// The place that it fills in its pool: 0 to `processes - 1`.
+    pub place: u32,
+    /// Distinguishes the processes of one place: the number of the start in its pool, from 1 on.
+    pub start: u32,
 }
 
 /// A client to be placed.

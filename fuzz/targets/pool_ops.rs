@@ -294,7 +294,11 @@ impl Run {
         let now = self.driver.now;
         let choice = bytes.byte();
         let number = u32::from(choice >> 4) % (PROCESSES + 1);
-        let process = ProcessId { pool: PoolId(u16::from(choice) & 1), number };
+        let process = ProcessId {
+            pool: PoolId(u16::from(choice) & 1),
+            place: number,
+            start: 1 + u32::from(choice >> 3) % 8,
+        };
         match choice >> 1 & 3 {
             0 => self.driver.core.spawned(now, process, true),
             1 => self.driver.core.spawned(now, process, false),

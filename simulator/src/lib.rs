@@ -126,6 +126,8 @@ impl Driver {
             fates: Vec::new(),
             scratch: Vec::new(),
         };
+        // The first processes are started.
+        driver.core.tick(now);
         driver.pump();
         driver
     }
@@ -289,7 +291,10 @@ impl Driver {
                     assert!(!slot::take(slot, record.ticket.seq));
                 }
             }
-            Effect::Spawn { .. } | Effect::StopProcesses { .. } | Effect::Event(_) => {}
+            Effect::Spawn { .. }
+            | Effect::StopProcess { .. }
+            | Effect::StopProcesses { .. }
+            | Effect::Event(_) => {}
         }
     }
 

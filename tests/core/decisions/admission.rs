@@ -42,7 +42,7 @@ fn groups_and_spawned_processes_may_join() {
     let mut driver = driver_with(|pool| pool.access.groups = vec![100]);
     let by_group = join(|join| join.uid = 7);
     assert!(driver.core.join(driver.now, &by_group).is_ok());
-    let process = |pool| Some(ProcessId { pool: PoolId(pool), number: 0 });
+    let process = |pool| Some(ProcessId { pool: PoolId(pool), place: 0, start: 1 });
     let mut by_token = join(|join| (join.uid, join.gids) = (7, vec![7]));
     by_token.spawned = process(0);
     assert!(driver.core.join(driver.now, &by_token).is_ok());

@@ -313,12 +313,12 @@ fn a_listener_that_is_added_leads_to_the_workers_that_are_there() {
 fn processes_come_and_are_not_started_again() {
     let spawns = |driver: &mut Driver| -> Vec<u32> {
         let number = |effect: Effect| match effect {
-            Effect::Spawn { process } => Some(process.number),
+            Effect::Spawn { process } => Some(process.place),
             _ => None,
         };
         driver.log.drain(..).filter_map(number).collect()
     };
-    let process = |number| ProcessId { pool: PoolId(0), number };
+    let process = |place| ProcessId { pool: PoolId(0), place, start: place + 1 };
     let mut driver = driver_with(|pool| pool.processes = 1);
     assert_eq!(spawns(&mut driver), [0]);
     driver.change_web(|pool| pool.processes = 3);
@@ -330,10 +330,10 @@ fn processes_come_and_are_not_started_again() {
     driver.core.exited(driver.now, process(2));
     driver.wait(RESTART_MAX);
     assert!(spawns(&mut driver).is_empty(), "no pool wants it any more");
-    // The second process never ended.
+    // The second one was told to end and has not ended yet.
     driver.core.scale(driver.now, PoolId(0), 4);
     driver.wait(ms(0));
-    assert_eq!(spawns(&mut driver), [2, 3], "scaling is the same");
+    assert_eq!(spawns(&mut driver), [1, 2, 3], "scaling is the same");
 }
 
 #[test]
@@ -341,7 +341,7 @@ fn workers_of_surplus_processes_are_drained() {
     let pool = |processes| PoolSettings { processes, ..settings() };
     let mut core = Core::new(vec![pool(2)], vec![listener()], Time(1));
     let mut join = |number| {
-        let spawned = Some(ProcessId { pool: PoolId(0), number });
+        let spawned = Some(ProcessId { pool: PoolId(0), place: number, start: number + 1 });
         let join = Join { pid: 1, uid: 0, gids: vec![0], hello: hello(), spawned };
         core.join(Time(2), &join).unwrap()
     };
@@ -355,14 +355,16 @@ fn workers_of_surplus_processes_are_drained() {
 fn a_surplus_process_that_joins_gets_nothing() {
     let mut driver = driver_with(|pool| pool.processes = 8);
     let join = |driver: &mut Driver, number| {
-        let process = ProcessId { pool: PoolId(0), number };
+        let process = ProcessId { pool: PoolId(0), place: number, start: number + 1 };
         driver.core.spawned(driver.now, process, true);
         driver.join_as(hello(), Some(process)).unwrap()
     };
     let wanted = [join(&mut driver, 0), join(&mut driver, 1)];
     driver.core.scale(driver.now, PoolId(0), 2);
     driver.events();
-    let late = join(&mut driver, 7);
+    // It joins before the dispatcher knows that it was started.
+    let process = ProcessId { pool: PoolId(0), place: 7, start: 8 };
+    let late = driver.join_as(hello(), Some(process)).unwrap();
     let draining = Event::Draining { worker: late, live: 0, deadline: None };
     assert!(driver.events().contains(&draining), "it gets a notice, so that it ends");
     for _ in 0..4 {

@@ -117,7 +117,7 @@ fn workers_are_released_as_soon_as_their_own_pool_is_done() {
     let second = ListenerSettings { name: "second".to_owned(), pool: PoolId(1), ..listener() };
     let mut driver = Driver::new(vec![settings(), other], vec![listener(), second]);
     let hung = driver.worker();
-    let process = ProcessId { pool: PoolId(1), number: 0 };
+    let process = ProcessId { pool: PoolId(1), place: 0, start: 1 };
     driver.core.spawned(driver.now, process, true);
     let join = Hello { pool: "other".to_owned(), ..hello() };
     let quick = driver.join_as(join, Some(process)).unwrap();

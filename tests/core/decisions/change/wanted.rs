@@ -7,13 +7,13 @@ fn workers_that_are_wanted_again_are_resumed() {
     let mut driver = driver_with(|pool| pool.processes = 6);
     let workers: Vec<_> = (0..6)
         .map(|number| {
-            let process = ProcessId { pool: PoolId(0), number };
+            let process = ProcessId { pool: PoolId(0), place: number, start: number + 1 };
             driver.core.spawned(driver.now, process, true);
             driver.join_as(hello(), Some(process)).unwrap()
         })
         .collect();
     let counts =
-        |wanted, active, starting, draining| ProcessCounts { wanted, active, starting, draining };
+        |wanted, active, starting, leaving| ProcessCounts { wanted, active, starting, leaving };
     // An operator drains one worker; another says goodbye when it is drained.
     driver.drain(workers[4]);
     driver.core.scale(driver.now, PoolId(0), 2);
@@ -21,18 +21,16 @@ fn workers_that_are_wanted_again_are_resumed() {
     driver.goodbye(workers[3]);
     driver.core.scale(driver.now, PoolId(0), 6);
     driver.pump();
-    assert_eq!(driver.core.processes(PoolId(0)), counts(6, 4, 0, 2));
+    assert_eq!(driver.core.processes(PoolId(0)), counts(6, 4, 1, 2));
     let states: Vec<_> = workers.iter().map(|&worker| driver.state(worker)).collect();
     let (active, draining) = (State::Active, State::Draining);
     assert_eq!(states, [active, active, active, draining, draining, active]);
-    // The worker that leaves ends, and its process is restarted.
-    driver.leave(workers[3], Departure::Disconnected);
-    driver.core.exited(driver.now, ProcessId { pool: PoolId(0), number: 3 });
-    assert_eq!(driver.core.processes(PoolId(0)), counts(6, 4, 1, 1));
-    driver.log.clear();
-    driver.wait(RESTART_MIN);
-    let process = ProcessId { pool: PoolId(0), number: 3 };
+    // Another process starts beside the one that leaves.
+    let process = ProcessId { pool: PoolId(0), place: 3, start: 7 };
     assert!(driver.log.contains(&Effect::Spawn { process }));
+    driver.leave(workers[3], Departure::Disconnected);
+    driver.core.exited(driver.now, ProcessId { pool: PoolId(0), place: 3, start: 4 });
+    assert_eq!(driver.core.processes(PoolId(0)), counts(6, 4, 1, 1));
     // A reload has the same effect.
     driver.change_web(|pool| pool.processes = 1);
     assert_eq!(driver.core.processes(PoolId(0)).active, 1);
@@ -135,7 +133,7 @@ fn referenced_entries_stay() {
     driver.turn();
     let third = PoolSettings { name: "third".to_owned(), processes: 1, ..settings() };
     let next = driver.core.add_pool(driver.now, third, 1);
-    let process = ProcessId { pool: next, number: 0 };
+    let process = ProcessId { pool: next, place: 0, start: 1 };
     assert_eq!(next, PoolId(2), "a connection waits for its worker");
     assert_eq!(driver.core.add_listener(second()), ListenerId(2));
     driver.take_all(worker);
