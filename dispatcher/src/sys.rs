@@ -7,6 +7,9 @@ use std::os::fd::{AsFd, AsRawFd, FromRawFd, OwnedFd, RawFd};
 use std::os::unix::process::CommandExt;
 use std::process::Command;
 
+use tokio::io::Interest;
+use tokio::io::unix::AsyncFd;
+
 use nix::sys::signal::{SaFlags, SigAction, SigHandler, SigSet, Signal, sigaction};
 use rustix::fs::Mode;
 use rustix::process::{Gid, Resource, Rlimit, Uid};
@@ -367,6 +370,88 @@ pub fn failed_step(error: &io::Error) -> Option<(Step, io::Error)> {
     let step = usize::try_from(number >> STEP_SHIFT).ok()?.checked_sub(1)?;
     let errno = number & ((1 << STEP_SHIFT) - 1);
     Some((*STEPS.get(step)?, io::Error::from_raw_os_error(errno)))
+}
+
+/// Makes the process that `command` starts write a line to the descriptor `file` before it runs its
+/// program: `line`, its process id in decimal, and a newline. `file` must stay open until the
+/// process was started.
+///
+/// The child writes the line, because this process may be killed before it knows the id.
+pub fn start_with_recorded_id(command: &mut Command, file: RawFd, mut line: Vec<u8>) {
+    let prefix = line.len();
+    // Room for every process id, so that the child allocates nothing.
+    line.resize(prefix + MAX_DIGITS + 1, 0);
+    let record = move || {
+        let mut digits = [0; MAX_DIGITS];
+        let mut first = MAX_DIGITS;
+        let mut rest = std::process::id();
+        loop {
+            first -= 1;
+            digits[first] = b'0' + (rest % 10) as u8;
+            rest /= 10;
+            if rest == 0 {
+                break;
+            }
+        }
+        let length = MAX_DIGITS - first;
+        line[prefix..prefix + length].copy_from_slice(&digits[first..]);
+        line[prefix + length] = b'\n';
+        let bytes = &line[..=prefix + length];
+        // SAFETY: the slice has as many readable bytes as stated. The caller keeps the descriptor
+        // open in the parent, so the child has a copy of it.
+        let written = unsafe { libc::write(file, bytes.as_ptr().cast(), bytes.len()) };
+        match usize::try_from(written) {
+            Ok(count) if count == bytes.len() => Ok(()),
+            Ok(_) => Err(io::Error::from_raw_os_error(libc::ENOSPC)),
+            Err(_) => Err(io::Error::last_os_error()),
+        }
+    };
+    // SAFETY: between fork and exec only async-signal-safe operations are allowed: this is one
+    // system call on memory that was allocated before; errors are made of numbers.
+    unsafe { command.pre_exec(record) };
+}
+
+/// A descriptor that a task can wait for until it is readable. Must be called inside a runtime.
+///
+/// # Errors
+///
+/// What `epoll_ctl` answers.
+pub fn readable(fd: OwnedFd) -> io::Result<AsyncFd<OwnedFd>> {
+    // SAFETY: an `OwnedFd` is open and names the same file description until it is dropped.
+    let watched = unsafe { AsyncFd::register_with_interest(fd, Interest::READABLE) };
+    Ok(watched?)
+}
+
+/// The digits of the largest process id.
+const MAX_DIGITS: usize = 10;
+
+/// The exit status of a process that is not a child, as `wait` would return it. `None` if the
+/// kernel keeps none: the process runs, or was never reaped.
+///
+/// # Errors
+///
+/// What `ioctl` answers; kernels before 6.15 do not know this request.
+pub fn pidfd_exit_status(pidfd: impl AsFd) -> io::Result<Option<i32>> {
+    /// `struct pidfd_info` of the kernel, in its first version.
+    #[repr(C)]
+    #[derive(Default)]
+    struct Info {
+        mask: u64,
+        cgroup: u64,
+        ids: [u32; 11],
+        exit_code: i32,
+    }
+    const EXIT: u64 = 1 << 3;
+    // _IOWR(0xFF, 11, struct pidfd_info)
+    const GET_INFO: u32 = (3 << 30) | ((size_of::<Info>() as u32) << 16) | (0xFF << 8) | 11;
+    let mut info = Info { mask: EXIT, ..Info::default() };
+    // SAFETY: the request reads and writes as many bytes as its number encodes: those of `info`.
+    let result =
+        unsafe { libc::ioctl(pidfd.as_fd().as_raw_fd(), GET_INFO as libc::Ioctl, &raw mut info) };
+    if result != 0 {
+        return Err(io::Error::last_os_error());
+    }
+    Ok((info.mask & EXIT != 0).then_some(info.exit_code))
 }
 
 /// The signal of [`interrupt`]. It is ignored by default, so it has no effect on a program that the

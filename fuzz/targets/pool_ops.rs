@@ -92,6 +92,16 @@ fn settings(name: &str, processes: u32, bytes: &mut Bytes<'_>) -> PoolSettings {
         wait_for_worker: millis(bytes),
         access: AllowedAccounts { users: vec![0], groups: Vec::new() },
         processes,
+        supervision: Supervision {
+            start_timeout: Duration::from_secs(5),
+            stop_timeout: Duration::from_secs(1),
+            drain_timeout: Some(Duration::from_secs(4)),
+            kill_hung_after: Some(Duration::from_secs(3)),
+            max_age: Some(Duration::from_secs(20)),
+            max_connections_served: Some(16),
+            crash_loop_after: 3,
+            ..Supervision::default()
+        },
     }
 }
 

@@ -4,6 +4,7 @@
 //! `metrics_max_workers` bounds the series per worker; the configuration bounds all others.
 
 mod page;
+mod processes;
 
 use std::fmt;
 use std::sync::Arc;
@@ -366,11 +367,7 @@ impl Snapshot {
             "Connections sent to another worker because a worker's channel was full",
             of(|p| p.channel_full),
         )?;
-        page.counters(
-            "process_restarts",
-            "Restarts of processes that ended or failed to start",
-            of(|p| p.process_restarts),
-        )?;
+        self.processes(page)?;
         page.counters("workers_joined", "Workers that joined", of(|p| p.joined))?;
         page.counters("workers_gone", "Workers that left", of(|p| p.gone))?;
         page.gauges(

@@ -478,7 +478,11 @@ fn stopping_ends_the_processes_first() {
     let listener = UnixListener::bind(directory.path().join("admin.sock")).expect("a socket");
     let admin = start(listener, None, Arc::new(|| {})).expect("a side thread");
     let request = spawner::SpawnRequest {
-        process: dispatcher_core::ProcessId { pool: dispatcher_core::PoolId(0), number: 0 },
+        process: dispatcher_core::ProcessId {
+            pool: dispatcher_core::PoolId(0),
+            place: 0,
+            start: 1,
+        },
         command: vec!["sleep".to_owned(), "1000".to_owned()],
         environment: Vec::new(),
         directory: None,
@@ -487,6 +491,7 @@ fn stopping_ends_the_processes_first() {
         name: "web-1".to_owned(),
         token: Token([0; 16]),
         on_dispatcher_loss: crate::config::OnDispatcherLoss::Drain,
+        max_memory: None,
         patience: PATIENCE,
         descriptors: None,
         setup: crate::config::ProcessSetup::default(),

@@ -150,7 +150,7 @@ pub struct PoolScaled {
     /// Wanted processes before the change.
     pub before: u32,
     /// Processes that have joined and get no more connections.
-    pub draining: u32,
+    pub leaving: u32,
     /// The instance of the dispatcher.
     #[serde(default)]
     pub instance: String,
@@ -247,7 +247,7 @@ mod tests {
         let scaled = PoolScaled {
             active: 1,
             before: 2,
-            draining: 3,
+            leaving: 3,
             instance: "0a1b".to_owned(),
             pool: "web".to_owned(),
             processes: 4,
@@ -255,7 +255,7 @@ mod tests {
         };
         assert_eq!(
             json(&Outcome::Pool(scaled)),
-            r#"{"active":1,"before":2,"draining":3,"instance":"0a1b","pool":"web","processes":4,"starting":5}"#
+            r#"{"active":1,"before":2,"instance":"0a1b","leaving":3,"pool":"web","processes":4,"starting":5}"#
         );
         let list = WorkerList { instance: None, workers: vec![worker] };
         assert_eq!(serde_json::from_str::<WorkerList>(&json(&list)).expect("a list"), list);

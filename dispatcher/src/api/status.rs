@@ -2,10 +2,12 @@
 //! are stable.
 
 use std::collections::BTreeMap;
+use std::time::Duration;
 
 use dispatcher_core::histogram::Histogram;
 use dispatcher_core::{
-    AffinitySnapshot, CloseReason, ListenerSnapshot, PoolSnapshot, Snapshot, WorkerSnapshot,
+    AffinitySnapshot, CloseReason, ListenerSnapshot, PoolSnapshot, ProcessSnapshot, Snapshot,
+    WorkerSnapshot,
 };
 use serde::{Deserialize, Serialize};
 
@@ -196,9 +198,9 @@ pub struct PoolStatus {
     /// Times a worker became suspect.
     #[serde(default)]
     pub suspects: u64,
-    /// Restarts of processes that ended or failed to start, since the start.
-    #[serde(default)]
-    pub process_restarts: u64,
+    /// The processes that the dispatcher starts; absent if the pool starts none.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub processes: Option<ProcessesStatus>,
     /// Workers that have joined since the start.
     #[serde(default)]
     pub joined: u64,
@@ -213,6 +215,32 @@ pub struct PoolStatus {
     pub affinity: Option<AffinityStatus>,
     /// Its workers, by id.
     pub workers: Vec<WorkerStatus>,
+}
+
+/// The processes that the dispatcher starts for a pool. Totals are since the start.
+#[derive(Clone, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
+pub struct ProcessesStatus {
+    /// The number of processes that should get connections.
+    pub wanted: u32,
+    /// Processes that get connections.
+    pub active: u32,
+    /// Wanted processes whose worker has not joined yet.
+    pub starting: u32,
+    /// Processes that get no more connections, and have not ended.
+    pub leaving: u32,
+    /// Restarts of processes that ended or failed to start.
+    pub restarts: u64,
+    /// Processes replaced because of their age, connections or memory, or by `restart`.
+    pub replaced: u64,
+    /// Processes ended because their worker did not join within `start_timeout`.
+    pub ended_late: u64,
+    /// Processes ended because their worker was suspect for `kill_hung_after`.
+    pub ended_hung: u64,
+    /// Whether `crash_loop_after` starts in succession have failed.
+    pub crash_loop: bool,
+    /// Milliseconds until the next start that waits for a delay; absent if none waits.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub next_start_in_ms: Option<u64>,
 }
 
 /// The affinity table of a pool. Counts are of connections since the start.
@@ -370,12 +398,30 @@ impl From<&PoolSnapshot> for PoolStatus {
             lost: core.lost,
             channel_full: core.channel_full,
             suspects: core.suspects,
-            process_restarts: core.process_restarts,
+            processes: core.processes.as_ref().map(ProcessesStatus::from),
             joined: core.joined,
             gone: core.gone,
             handoff: Distribution::from(&core.handoff),
             affinity: core.affinity.as_ref().map(AffinityStatus::from),
             workers: core.workers.iter().map(WorkerStatus::from).collect(),
+        }
+    }
+}
+
+impl From<&ProcessSnapshot> for ProcessesStatus {
+    fn from(core: &ProcessSnapshot) -> ProcessesStatus {
+        let milliseconds = |time: Duration| u64::try_from(time.as_millis()).unwrap_or(u64::MAX);
+        ProcessesStatus {
+            wanted: core.counts.wanted,
+            active: core.counts.active,
+            starting: core.counts.starting,
+            leaving: core.counts.leaving,
+            restarts: core.totals.restarts,
+            replaced: core.totals.replaced,
+            ended_late: core.totals.ended_late,
+            ended_hung: core.totals.ended_hung,
+            crash_loop: core.crash_loop,
+            next_start_in_ms: core.next_start_in.map(milliseconds),
         }
     }
 }

@@ -1,41 +1,39 @@
 //! Starts the processes of pools, waits for their ends, and stops them. It runs on the side thread,
 //! because starting a process takes a fraction of a millisecond, too long for the hot thread.
 //!
-//! Decides nothing: the core decides when to start and whether to restart.
+//! Decides nothing: the core decides when to start, to stop, and whether to restart.
 
 mod group;
+mod journal;
+mod leader;
+mod memory;
 mod output;
 pub(crate) mod reaper;
 mod start;
+mod task;
 
-use std::collections::HashMap;
-use std::os::unix::process::ExitStatusExt;
+use std::collections::{HashMap, HashSet};
 use std::path::PathBuf;
-use std::process::ExitStatus;
 use std::sync::mpsc::{self, Receiver};
+use std::sync::{Arc, Mutex, PoisonError};
 use std::time::Duration;
 
 use dispatch_protocol::wire::Token;
-use nix::sys::signal::Signal;
-use nix::unistd::Pid;
 use tokio::sync::{mpsc as tokio_mpsc, watch};
 use tokio::task::JoinSet;
 
-use self::output::Reading;
+use self::journal::Journal;
+pub use self::journal::Record;
+use self::leader::Found;
 pub use self::output::{LastOutput, OutputLine, Stream, lost_lines};
 use self::reaper::Own;
-use self::start::Started;
-use crate::config::OnDispatcherLoss;
-use crate::config::ProcessSetup;
+use crate::background::logger::{quoted, value};
+use crate::config::{OnDispatcherLoss, ProcessSetup};
 use crate::wake::Wake;
 use dispatcher_core::{PoolId, ProcessId};
 
 /// Most processes that wait to be started; as many as one pool may have.
 const MAX_WAITING: usize = 1024;
-
-/// How long a process may remain after SIGKILL: a process in an uninterruptible call can remain for
-/// any time.
-const KILLED: Duration = Duration::from_secs(2);
 
 /// A process to start.
 #[derive(Clone, Debug)]
@@ -57,10 +55,12 @@ pub struct SpawnRequest {
     pub name: String,
     /// For `DISPATCH_TOKEN`.
     pub token: Token,
-    /// For `DISPATCH_ON_LOSS`.
+    /// For `DISPATCH_ON_LOSS`. A process that serves on is recorded in the journal.
     pub on_dispatcher_loss: OnDispatcherLoss,
     /// How long the remaining processes of the group may take to end once this process has ended.
     pub patience: Duration,
+    /// `max_memory` in bytes.
+    pub max_memory: Option<u64>,
     /// Limits of open files, soft and hard, if `setup` has none: those with which the dispatcher
     /// was started, if it has raised its own.
     pub descriptors: Option<(u64, u64)>,
@@ -94,6 +94,13 @@ pub enum Report {
         /// The exit status, for display: `exit status 1`, `signal 9 (SIGKILL)`.
         status_text: String,
     },
+    /// The process uses more than `max_memory`. Comes at most once for each process.
+    ExceedsMemory {
+        /// The process.
+        process: ProcessId,
+        /// The memory it uses, in bytes.
+        bytes: u64,
+    },
     /// After [`Spawner::stop`]: all processes have ended, `killed` of them by SIGKILL. The last
     /// report.
     Stopped {
@@ -102,12 +109,41 @@ pub enum Report {
     },
 }
 
+/// A process of an earlier dispatcher that has not ended.
+#[derive(Debug)]
+pub struct Survivor {
+    /// Identifies its worker.
+    pub token: Token,
+    /// Its place.
+    pub record: Record,
+    /// The process id, and the id of its process group.
+    pub pid: i32,
+    found: Found,
+}
+
 /// The hot thread's handle.
 #[derive(Debug)]
 pub struct Spawner {
-    requests: tokio_mpsc::Sender<SpawnRequest>,
+    orders: tokio_mpsc::UnboundedSender<Order>,
+    waiting: Arc<tokio::sync::Semaphore>,
     stop: watch::Sender<Stops>,
     last_output: LastOutput,
+}
+
+/// What the service is to do.
+#[derive(Debug)]
+enum Order {
+    Start(Box<SpawnRequest>, tokio::sync::OwnedSemaphorePermit),
+    Watch {
+        process: ProcessId,
+        survivor: Survivor,
+        patience: Duration,
+        max_memory: Option<u64>,
+    },
+    /// Where the journal is, and the journal if there is one.
+    Journal(PathBuf, Option<Journal>),
+    /// The process gets no more connections.
+    Leaving(ProcessId),
 }
 
 /// The processes to end, and how long each may take before SIGKILL.
@@ -115,11 +151,29 @@ pub struct Spawner {
 struct Stops {
     all: Option<Duration>,
     pools: HashMap<PoolId, Duration>,
+    processes: HashMap<ProcessId, Duration>,
+    /// Pools whose processes outlive the dispatcher.
+    left: HashSet<PoolId>,
+}
+
+/// What happens to a process.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+enum Stop {
+    /// SIGTERM now, SIGKILL after this time.
+    End(Duration),
+    /// It runs on without the dispatcher.
+    Leave,
 }
 
 impl Stops {
-    fn of(&self, pool: PoolId) -> Option<Duration> {
-        self.all.or_else(|| self.pools.get(&pool).copied())
+    fn of(&self, process: ProcessId) -> Option<Stop> {
+        if let Some(timeout) = self.processes.get(&process) {
+            return Some(Stop::End(*timeout));
+        }
+        if self.left.contains(&process.pool) {
+            return Some(Stop::Leave);
+        }
+        self.all.or_else(|| self.pools.get(&process.pool).copied()).map(Stop::End)
     }
 }
 
@@ -131,7 +185,46 @@ impl Spawner {
     /// Returns the request when too many are waiting or the service has ended: then no report
     /// follows.
     pub fn spawn(&self, request: SpawnRequest) -> Result<(), Box<SpawnRequest>> {
-        self.requests.try_send(request).map_err(|error| Box::new(error.into_inner()))
+        let request = Box::new(request);
+        let Ok(permit) = Arc::clone(&self.waiting).try_acquire_owned() else {
+            return Err(request);
+        };
+        self.orders.send(Order::Start(request, permit)).map_err(|error| match error.0 {
+            Order::Start(request, _) => request,
+            // This function has sent a start.
+            _ => unreachable!("another order comes back"),
+        })
+    }
+
+    /// Reads the journal of an earlier dispatcher at `path`, and uses the file from now on. To be
+    /// called before the first process is started; waits for the lock of the file. Returns the
+    /// recorded processes that have not ended: [`Spawner::watch`] is to follow for each of them.
+    pub fn recover(&self, path: PathBuf) -> Vec<Survivor> {
+        let journal = match Journal::open(&path, false) {
+            Ok(journal) => journal,
+            Err(error) => {
+                report_journal(&path, &error);
+                None
+            }
+        };
+        let mut survivors = Vec::new();
+        let mut journal = journal;
+        if let Some(journal) = &mut journal {
+            let records: Vec<(Token, Record)> = journal
+                .records()
+                .into_iter()
+                .map(|(token, record)| (token, record.clone()))
+                .collect();
+            for (token, record) in records {
+                match leader::find(token, &record) {
+                    (_, Found::Nothing) => journal.ended(token),
+                    (pid, found) => survivors.push(Survivor { token, record, pid, found }),
+                }
+            }
+        }
+        // Without a service there are no processes, either.
+        let _ = self.orders.send(Order::Journal(path, journal));
+        survivors
     }
 
     /// The last lines that a process has written, oldest first; see [`LastOutput`].
@@ -142,6 +235,40 @@ impl Spawner {
     /// The last lines of all processes, for other threads.
     pub fn last_outputs(&self) -> LastOutput {
         self.last_output.clone()
+    }
+
+    /// Watches a process of an earlier dispatcher. `Exited` follows. `patience` and `max_memory` as
+    /// in [`SpawnRequest`].
+    pub fn watch(
+        &self,
+        process: ProcessId,
+        survivor: Survivor,
+        patience: Duration,
+        max_memory: Option<u64>,
+    ) {
+        let _ = self.orders.send(Order::Watch { process, survivor, patience, max_memory });
+    }
+
+    /// The process gets no more connections; a later dispatcher is to know that.
+    pub fn leaving(&self, process: ProcessId) {
+        let _ = self.orders.send(Order::Leaving(process));
+    }
+
+    /// Ends one process: SIGTERM to its process group now, SIGKILL after `timeout`. `Exited`
+    /// follows.
+    pub fn stop_process(&self, process: ProcessId, timeout: Duration) {
+        self.stop.send_modify(|stops| {
+            stops.processes.insert(process, timeout);
+        });
+    }
+
+    /// A process has ended: forgets that it was to be stopped.
+    pub fn forget(&self, process: ProcessId) {
+        self.stop.send_if_modified(|stops| {
+            stops.processes.remove(&process);
+            // No other process waits for this.
+            false
+        });
     }
 
     /// Ends all processes: SIGTERM to each process group now, SIGKILL after `timeout`. `Exited` for
@@ -156,20 +283,34 @@ impl Spawner {
             stops.pools.insert(pool, timeout);
         });
     }
+
+    /// The processes of one pool run on without this dispatcher. No `Exited` follows for them.
+    pub fn leave_pool(&self, pool: PoolId) {
+        self.stop.send_modify(|stops| {
+            stops.left.insert(pool);
+        });
+    }
 }
 
 /// The service, before it runs.
 pub(crate) struct Service {
-    requests: tokio_mpsc::Receiver<SpawnRequest>,
+    orders: tokio_mpsc::UnboundedReceiver<Order>,
     stop: watch::Receiver<Stops>,
-    reports: Reports,
+    common: Common,
     processes: JoinSet<bool>,
+}
+
+/// What the tasks of all processes share.
+#[derive(Clone)]
+struct Common {
+    reports: Reports,
     own: Own,
+    book: Book,
     last_output: LastOutput,
 }
 
-/// The destination of reports. The channel is unbounded, but the number is bounded: two reports per
-/// request of the hot thread.
+/// The destination of reports. The channel is unbounded, but the number is bounded: three reports
+/// per request of the hot thread.
 #[derive(Clone)]
 struct Reports {
     sender: mpsc::Sender<Report>,
@@ -185,21 +326,89 @@ impl Reports {
     }
 }
 
+/// The journal, once there is one.
+#[derive(Clone, Debug, Default)]
+struct Book(Arc<Mutex<BookState>>);
+
+#[derive(Debug, Default)]
+struct BookState {
+    path: Option<PathBuf>,
+    journal: Option<Journal>,
+    tokens: HashMap<ProcessId, Token>,
+}
+
+impl Book {
+    fn with<T>(&self, f: impl FnOnce(&mut BookState) -> T) -> T {
+        f(&mut self.0.lock().unwrap_or_else(PoisonError::into_inner))
+    }
+
+    /// The process has ended.
+    fn ended(&self, process: ProcessId) {
+        self.with(|book| {
+            if let (Some(token), Some(journal)) = (book.tokens.remove(&process), &mut book.journal)
+            {
+                journal.ended(token);
+            }
+        });
+    }
+
+    fn leaves(&self, process: ProcessId) {
+        self.with(|book| {
+            if let (Some(token), Some(journal)) = (book.tokens.get(&process), &mut book.journal) {
+                journal.leaves(*token);
+            }
+        });
+    }
+}
+
+impl BookState {
+    /// The journal, which is made now if there is none.
+    fn journal(&mut self) -> Option<&mut Journal> {
+        if self.journal.is_none()
+            && let Some(path) = &self.path
+        {
+            match Journal::open(path, true) {
+                Ok(journal) => self.journal = journal,
+                Err(error) => report_journal(path, &error),
+            }
+        }
+        self.journal.as_mut()
+    }
+}
+
+fn report_journal(path: &std::path::Path, error: &std::io::Error) {
+    log::error!(
+        "event=process_journal_not_opened path={} error={} \
+         hint=\"processes that are started now will not be adopted by a later dispatcher\"",
+        value(&path.display()),
+        quoted(error)
+    );
+}
+
 /// A handle, the service behind it, and its reports.
 pub(crate) fn service(wake: Wake) -> (Spawner, Service, Receiver<Report>) {
-    let (request_sender, requests) = tokio_mpsc::channel(MAX_WAITING);
+    let (order_sender, orders) = tokio_mpsc::unbounded_channel();
     let (stop_sender, stop) = watch::channel(Stops::default());
     let (sender, reports) = mpsc::channel();
+    let waiting = Arc::new(tokio::sync::Semaphore::new(MAX_WAITING));
     let last_output = LastOutput::default();
     (
-        Spawner { requests: request_sender, stop: stop_sender, last_output: last_output.clone() },
+        Spawner {
+            orders: order_sender,
+            waiting,
+            stop: stop_sender,
+            last_output: last_output.clone(),
+        },
         Service {
-            requests,
+            orders,
             stop,
-            reports: Reports { sender, wake },
+            common: Common {
+                reports: Reports { sender, wake },
+                own: Own::default(),
+                book: Book::default(),
+                last_output,
+            },
             processes: JoinSet::new(),
-            own: Own::default(),
-            last_output,
         },
         reports,
     )
@@ -210,7 +419,7 @@ impl Service {
     /// then stay). After a panic it can run again, with the processes it had.
     pub(crate) async fn run(&mut self) {
         // A process that is only a dispatcher has no children but these and inherited ones.
-        let own = self.own.clone();
+        let own = self.common.own.clone();
         let reaper = crate::signals::is_dispatcher().then(|| {
             tokio::spawn(crate::background::restart::task("reaper", move || {
                 reaper::reap(own.clone())
@@ -228,17 +437,8 @@ impl Service {
                         return;
                     }
                 },
-                request = self.requests.recv() => match request {
-                    Some(request) => {
-                        let process = process(
-                            request,
-                            self.stop.clone(),
-                            self.reports.clone(),
-                            self.own.clone(),
-                            self.last_output.clone(),
-                        );
-                        self.processes.spawn(process);
-                    }
+                order = self.orders.recv() => match order {
+                    Some(order) => self.obey(order),
                     None => {
                         self.processes.detach_all();
                         return;
@@ -247,18 +447,45 @@ impl Service {
                 Some(_) = self.processes.join_next() => {}
             }
         }
-        self.requests.close();
-        while let Some(request) = self.requests.recv().await {
-            self.reports.send(Report::SpawnFailed {
-                process: request.process,
-                error: "the dispatcher is stopping".to_owned(),
-            });
+        self.orders.close();
+        while let Some(order) = self.orders.recv().await {
+            match order {
+                Order::Start(request, _) => self.common.reports.send(Report::SpawnFailed {
+                    process: request.process,
+                    error: "the dispatcher is stopping".to_owned(),
+                }),
+                // It is to be ended.
+                order => self.obey(order),
+            }
         }
         let mut killed = 0;
         while let Some(ended) = self.processes.join_next().await {
             killed += u32::from(ended.unwrap_or(true));
         }
-        self.reports.send(Report::Stopped { killed });
+        self.common.reports.send(Report::Stopped { killed });
+    }
+
+    fn obey(&mut self, order: Order) {
+        match order {
+            Order::Start(request, permit) => {
+                let task = task::start(*request, self.stop.clone(), self.common.clone());
+                self.processes.spawn(async move {
+                    // The task starts the process before it waits for the first time.
+                    drop(permit);
+                    task.await
+                });
+            }
+            Order::Watch { process, survivor, patience, max_memory } => {
+                let (stop, common) = (self.stop.clone(), self.common.clone());
+                let task = task::watch(process, survivor, patience, max_memory, stop, common);
+                self.processes.spawn(task);
+            }
+            Order::Journal(path, journal) => self.common.book.with(|book| {
+                book.path = Some(path);
+                book.journal = journal;
+            }),
+            Order::Leaving(process) => self.common.book.leaves(process),
+        }
     }
 }
 
@@ -270,147 +497,6 @@ impl Drop for AbortOnDrop {
         if let Some(task) = &self.0 {
             task.abort();
         }
-    }
-}
-
-/// Runs one process and its group from start to end; returns whether any of them had to be killed.
-async fn process(
-    request: SpawnRequest,
-    mut stop: watch::Receiver<Stops>,
-    reports: Reports,
-    own: Own,
-    last_output: LastOutput,
-) -> bool {
-    let process = request.process;
-    let Started { mut child, pid, output } = match start::start(&request, &last_output) {
-        Ok(started) => started,
-        Err(error) => {
-            reports.send(Report::SpawnFailed { process, error });
-            return false;
-        }
-    };
-    own.add(pid.as_raw());
-    reports.send(Report::Spawned { process, pid: pid.as_raw() });
-    let mut end = End { process, pid, reports, own, ended: None, others: None, output };
-    let patience = tokio::select! {
-        ended = child.wait() => {
-            end.leader(ended);
-            if group::is_empty(pid) {
-                return false;
-            }
-            end.others = Some("ended");
-            request.patience
-        }
-        patience = stopping(&mut stop, process.pool) => patience,
-    };
-    group::signal(pid, Signal::SIGTERM);
-    let ended = async {
-        if end.ended.is_none() {
-            end.leader(child.wait().await);
-        }
-        group::emptied(pid).await;
-    };
-    let late = tokio::select! {
-        ended = tokio::time::timeout(patience, ended) => ended.is_err(),
-        // A stop that begins meanwhile may be more urgent.
-        () = late(&mut stop, process.pool) => true,
-    };
-    if !late {
-        return false;
-    }
-    group::signal(pid, Signal::SIGKILL);
-    end.others = end.others.map(|_| "killed");
-    let killed = async {
-        if end.ended.is_none() {
-            end.leader(child.wait().await);
-        }
-        group::emptied(pid).await;
-    };
-    if tokio::time::timeout(KILLED, killed).await.is_err() && end.ended.is_none() {
-        end.leader(Err(std::io::ErrorKind::TimedOut.into()));
-    }
-    true
-}
-
-/// The report at the end of a process, however its task ends.
-struct End {
-    process: ProcessId,
-    pid: Pid,
-    reports: Reports,
-    own: Own,
-    /// How the leader of the group ended, once it has.
-    ended: Option<std::io::Result<ExitStatus>>,
-    /// How the rest of its group ended, if any was left.
-    others: Option<&'static str>,
-    /// Its output in the log.
-    output: Option<Reading>,
-}
-
-impl End {
-    /// The leader has ended and was reaped.
-    fn leader(&mut self, ended: std::io::Result<ExitStatus>) {
-        self.own.remove(self.pid.as_raw());
-        self.ended = Some(ended);
-    }
-}
-
-impl Drop for End {
-    fn drop(&mut self) {
-        let mut status_text = match self.ended.take() {
-            Some(Ok(status)) => describe(status),
-            Some(Err(error)) => format!("unknown: {error}"),
-            // Its task has panicked. The process is no longer watched, so it must not run beside
-            // its replacement.
-            None => {
-                group::signal(self.pid, Signal::SIGKILL);
-                self.own.remove(self.pid.as_raw());
-                "unknown: its supervision failed".to_owned()
-            }
-        };
-        if let Some(others) = self.others {
-            status_text.push_str("; what it had started was ");
-            status_text.push_str(others);
-        }
-        // What it has written comes before its end.
-        drop(self.output.take());
-        self.reports.send(Report::Exited {
-            process: self.process,
-            pid: self.pid.as_raw(),
-            status_text,
-        });
-    }
-}
-
-/// Waits for the order to stop. Waits forever once no order can come any more.
-async fn stopping(stop: &mut watch::Receiver<Stops>, pool: PoolId) -> Duration {
-    let given = stop.wait_for(|stops| stops.of(pool).is_some()).await;
-    match given.ok().and_then(|stops| stops.of(pool)) {
-        Some(timeout) => timeout,
-        None => std::future::pending().await,
-    }
-}
-
-/// Waits until the time of an ordered stop is over; forever without such an order.
-async fn late(stop: &mut watch::Receiver<Stops>, pool: PoolId) {
-    loop {
-        let timeout = stopping(stop, pool).await;
-        tokio::select! {
-            () = tokio::time::sleep(timeout) => return,
-            changed = stop.changed() => if changed.is_err() {
-                return tokio::time::sleep(timeout).await;
-            },
-        }
-    }
-}
-
-fn describe(status: ExitStatus) -> String {
-    match (status.code(), status.signal()) {
-        (Some(code), _) => format!("exit status {code}"),
-        (None, Some(number)) => match Signal::try_from(number) {
-            Ok(signal) => format!("signal {number} ({signal})"),
-            Err(_) => format!("signal {number}"),
-        },
-        (None, None) => status.to_string(),
     }
 }
 

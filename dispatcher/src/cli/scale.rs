@@ -48,12 +48,12 @@ pub(super) fn scale(arguments: &ScaleArgs) -> Result<(), Failure> {
         return print_json(&answer);
     }
     print(&format!(
-        "pool {}: {} wanted, {} before: {} active, {} starting, {} draining\n",
+        "pool {}: {} wanted, {} before: {} active, {} starting, {} leaving\n",
         clean(&arguments.pool),
         count(answer.processes.into(), "process"),
         answer.before,
         answer.active,
         answer.starting,
-        answer.draining
+        answer.leaving
     ))
 }

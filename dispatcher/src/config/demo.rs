@@ -47,6 +47,7 @@ impl Config {
                 unavailable_response: None,
                 spawn: Some(Spawn {
                     command: command.iter().map(|word| literal(word)).collect(),
+                    max_memory: None,
                     setup: ProcessSetup::default(),
                     processes: workers,
                     environment: Vec::new(),

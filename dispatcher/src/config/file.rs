@@ -8,6 +8,7 @@ use toml::Spanned;
 
 use super::affinity::AffinityKeys;
 use super::scores::ScoreKeys;
+use super::spawn::{AJitter, ASurge};
 use super::value::{
     ACount, AMask, AMode, ASize, AnAccount, Count, Either, KERNEL_SECONDS, SECOND, Wait, Whole,
     YEAR,
@@ -167,6 +168,17 @@ pub(super) struct SpawnKeys {
     pub limits: Option<LimitKeys>,
     pub output: Option<OutputName>,
     pub output_rate: Option<Count<1, 1_000_000>>,
+    pub start_timeout: Option<Wait<1, YEAR>>,
+    pub stop_timeout: Option<Wait<0, YEAR>>,
+    pub drain_timeout: Option<Wait<0, YEAR>>,
+    pub kill_hung_after: Option<Wait<100, YEAR>>,
+    pub max_age: Option<Wait<1000, YEAR>>,
+    pub max_connections_served: Option<Count<1, { u32::MAX }>>,
+    pub max_memory: Option<Spanned<Either<ASize>>>,
+    pub jitter: Option<AJitter>,
+    pub max_surge: Option<ASurge>,
+    pub crash_loop_after: Option<Count<1, 1_000_000>>,
+    pub max_restart_delay: Option<Wait<100, YEAR>>,
 }
 
 /// `[pool.NAME.spawn.limits]`.

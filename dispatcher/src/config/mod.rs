@@ -277,6 +277,8 @@ pub struct Spawn {
     pub directory: Option<String>,
     /// Account, permissions, limits and output.
     pub setup: ProcessSetup,
+    /// `max_memory` in bytes: a process that uses more is replaced.
+    pub max_memory: Option<u64>,
     /// `on_dispatcher_loss`. Default [`OnDispatcherLoss::Drain`].
     pub on_dispatcher_loss: OnDispatcherLoss,
 }

@@ -2,7 +2,9 @@
 
 use std::collections::BTreeMap;
 use std::path::{Path, PathBuf};
+use std::time::Duration;
 
+use dispatcher_core::Supervision;
 use nix::unistd::{AccessFlags, access};
 use toml::Spanned;
 
@@ -14,8 +16,10 @@ use super::{Account, MAX_UNAVAILABLE_RESPONSE, ProcessSetup, Spawn, UnixEndpoint
 mod account;
 mod limits;
 mod placeholder;
+mod supervision;
 
 pub use self::placeholder::{Place, expand, literal};
+pub(super) use self::supervision::{AJitter, ASurge};
 
 /// The kernel's limit for one argument or variable (`MAX_ARG_STRLEN`), with the terminating zero.
 const MAX_STRING: usize = 131_072;
@@ -39,7 +43,8 @@ pub(super) fn spawn(
     pool: &str,
     (keys, defaults): (&Spanned<SpawnKeys>, Option<&Spanned<SpawnKeys>>),
     dispatch_socket: &UnixEndpoint,
-) -> Option<Spawn> {
+    stop_timeout: Duration,
+) -> Option<(Spawn, Supervision)> {
     let own = keys.get_ref();
     let defaults = defaults.map(Spanned::get_ref);
     let environment = own.environment.as_ref().or(defaults.and_then(|d| d.environment.as_ref()));
@@ -86,7 +91,8 @@ pub(super) fn spawn(
     {
         check.warn(warning);
     }
-    Some(Spawn {
+    let (supervision, max_memory) = supervision::supervision(check, own, defaults, stop_timeout);
+    let spawn = Spawn {
         command: command.get_ref().iter().map(|word| word.get_ref().clone()).collect(),
         processes,
         environment,
@@ -96,7 +102,9 @@ pub(super) fn spawn(
             .on_dispatcher_loss
             .or(defaults.and_then(|d| d.on_dispatcher_loss))
             .unwrap_or_default(),
-    })
+        max_memory,
+    };
+    Some((spawn, supervision))
 }
 
 /// Account, permissions, limits and output.

@@ -113,7 +113,12 @@ impl Check<'_> {
                         .help("workers are named POOL/NAME, so a slash would be ambiguous"),
                 );
             }
-            pools.push(check.pool(name.get_ref(), keys.clone(), &defaults, &dispatch_socket));
+            pools.push(check.pool(
+                name.get_ref(),
+                keys.clone(),
+                &defaults,
+                (&dispatch_socket, limits.stop_timeout),
+            ));
         }
         if pools.len() > usize::from(u16::MAX) {
             check.mistake(Mistake::new(0..0, "more than 65535 pools"));
@@ -410,11 +415,13 @@ impl Check<'_> {
         name: &str,
         keys: PoolKeys,
         defaults: &PoolKeys,
-        dispatch_socket: &UnixEndpoint,
+        (dispatch_socket, stop_timeout): (&UnixEndpoint, std::time::Duration),
     ) -> Pool {
         let spawn = keys.spawn.as_ref().and_then(|spawn| {
-            spawn::spawn(self, name, (spawn, defaults.spawn.as_ref()), dispatch_socket)
+            let keys = (spawn, defaults.spawn.as_ref());
+            spawn::spawn(self, name, keys, dispatch_socket, stop_timeout)
         });
+        let (spawn, supervision) = spawn.unzip();
         let response =
             keys.unavailable_response.as_ref().or(defaults.unavailable_response.as_ref());
         let unavailable_response =
@@ -478,6 +485,7 @@ impl Check<'_> {
             peek,
             access: AllowedAccounts { users, groups },
             processes: spawn.as_ref().map_or(0, |spawn| spawn.processes),
+            supervision: supervision.unwrap_or_default(),
             name: name.to_owned(),
         };
         Pool { settings, unavailable_response, spawn }

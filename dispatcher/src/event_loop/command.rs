@@ -76,7 +76,7 @@ impl EventLoop {
         Ok(Outcome::Pool(PoolScaled {
             active: counts.active,
             before,
-            draining: counts.draining,
+            leaving: counts.leaving,
             instance: self.run.instance.clone(),
             pool: name.to_owned(),
             processes,

@@ -127,7 +127,7 @@ mod tests {
     fn an_end_is_ordered_if_it_was_announced_and_nothing_was_lost() {
         let mut expected_ends = ExpectedEnds::default();
         let worker = |serial| WorkerId { index: 0, serial };
-        let process = ProcessId { pool: PoolId(0), number: 0 };
+        let process = ProcessId { pool: PoolId(0), place: 0, start: 1 };
         assert!(!expected_ends.gone(worker(1), 0) && !expected_ends.ended(process, 10));
         expected_ends.leaves(worker(2), Some((process, 10)));
         assert!(expected_ends.ended(process, 10) && expected_ends.gone(worker(2), 0));

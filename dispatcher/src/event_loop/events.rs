@@ -10,7 +10,9 @@ use dispatch_protocol::scoreboard::gauge::GaugeName;
 use super::EventLoop;
 use super::rate_limit::{Cause, EVENTS};
 use crate::background::logger::{quoted, value};
-use dispatcher_core::{CloseReason, ConnId, Departure, Event, ListenerId, PoolId, WorkerId};
+use dispatcher_core::{
+    CloseReason, ConnId, Departure, EndReason, Event, ListenerId, PoolId, WorkerId,
+};
 
 /// The index of an event's kind in [`EVENTS`].
 fn kind_of(event: &Event) -> usize {
@@ -37,6 +39,10 @@ fn kind_of(event: &Event) -> usize {
         Event::Updated { .. } => 19,
         Event::StillRefusing { .. } => 20,
         Event::Served { .. } => 21,
+        Event::Replacing { .. } => 22,
+        Event::ProcessStopped { .. } => 23,
+        Event::CrashLoop { .. } => 24,
+        Event::CrashLoopOver { .. } => 25,
     }
 }
 
@@ -90,8 +96,12 @@ impl EventLoop {
             | Event::StillRefusing { pool, .. }
             | Event::Served { pool }
             | Event::BackPressure { pool }
-            | Event::Relieved { pool } => Some(pool),
-            Event::Restarting { process, .. } => Some(process.pool),
+            | Event::Relieved { pool }
+            | Event::CrashLoopOver { pool } => Some(pool),
+            Event::Restarting { process, .. }
+            | Event::Replacing { process, .. }
+            | Event::ProcessStopped { process, .. }
+            | Event::CrashLoop { process, .. } => Some(process.pool),
             Event::OutOfResources { .. } => None,
         }
     }
@@ -219,12 +229,37 @@ impl EventLoop {
                 span(*pause)
             ),
             Event::Restarting { process, delay } => log::warn!(
-                "event=process_restarting pool={} process={} delay={}",
-                self.core.pool_name(process.pool),
-                // Counted from 1, like the lines about its start and end.
-                process.number + 1,
+                "event=process_restarting {} delay={}",
+                self.process(*process),
                 span(*delay)
             ),
+            Event::Replacing { process, why } => log::info!(
+                "event=process_replacing {} reason={}",
+                self.process(*process),
+                why.name()
+            ),
+            Event::ProcessStopped { process, reason } => {
+                let level = match reason {
+                    EndReason::Late | EndReason::Hung => log::Level::Warn,
+                    EndReason::Left | EndReason::Unwanted => log::Level::Info,
+                };
+                log::log!(
+                    level,
+                    "event=process_stopping {} reason={}",
+                    self.process(*process),
+                    quoted(stop_reason(*reason))
+                );
+            }
+            Event::CrashLoop { process, failures } => log::error!(
+                "event=crash_loop {} failures={failures} \
+                 hint=\"see the exit status and the output of the process; dispatcher restart {} \
+                 tries again at once\"",
+                self.process(*process),
+                self.core.pool_name(process.pool)
+            ),
+            Event::CrashLoopOver { pool } => {
+                log::info!("event=crash_loop_over pool={}", self.core.pool_name(*pool));
+            }
         }
     }
 
@@ -274,6 +309,16 @@ impl EventLoop {
         let pool = self.core.pool_of_worker(id).map_or("", |pool| self.core.pool_name(pool));
         let pid = self.core.worker_pid(id).unwrap_or_default();
         format!("worker={id} pool={pool} name={} pid={pid}", value(self.core.worker_name(id)))
+    }
+}
+
+/// Why a process is stopped, for the log and the faults.
+pub(super) fn stop_reason(reason: EndReason) -> &'static str {
+    match reason {
+        EndReason::Late => "its worker did not join within start_timeout",
+        EndReason::Hung => "its worker was suspect for kill_hung_after",
+        EndReason::Left => "it left and did not end by itself",
+        EndReason::Unwanted => "it is not wanted any more",
     }
 }
 

@@ -7,14 +7,14 @@ use humantime::format_duration;
 
 use super::EventLoop;
 use super::conditions::Condition;
-use super::events::span;
+use super::events::{span, stop_reason};
 use crate::api::status::SocketFileStatus;
 use crate::background::logger::value;
 use crate::listen::files::FileEvent;
-use dispatcher_core::{Departure, Event, PoolId, ProcessId, WorkerId};
+use dispatcher_core::{Departure, EndReason, Event, PoolId, ProcessId, WorkerId};
 
 /// All kinds of faults. `docs/OPERATING.md` says for each what to do.
-const KINDS: [&str; 17] = [
+const KINDS: [&str; 19] = [
     "worker_gone",
     "worker_suspect",
     "worker_expelled",
@@ -28,6 +28,8 @@ const KINDS: [&str; 17] = [
     "back_pressure",
     "process_ended",
     "process_not_started",
+    "process_stopped",
+    "crash_loop",
     "out_of_resources",
     "accept_paused",
     "worker_not_accepted",
@@ -125,7 +127,25 @@ impl EventLoop {
             | Event::Relieved { .. }
             | Event::Served { .. }
             // The end or the failed start has already been added.
-            | Event::Restarting { .. } => {}
+            | Event::Restarting { .. }
+            | Event::Replacing { .. }
+            | Event::ProcessStopped { reason: EndReason::Left | EndReason::Unwanted, .. } => {}
+            Event::ProcessStopped { process, reason } => {
+                let subject = self.process_name(process);
+                self.fault("process_stopped", &subject, || {
+                    format!("the process is ended and replaced: {}", stop_reason(reason))
+                });
+            }
+            Event::CrashLoop { process, failures } => {
+                let name = self.core.pool_name(process.pool).to_owned();
+                self.fault("crash_loop", &name, || crash_loop_text(failures));
+                self.observation.faults.update("crash_loop", &name, crash_loop_text(failures), true);
+            }
+            Event::CrashLoopOver { pool } => {
+                let name = self.core.pool_name(pool).to_owned();
+                let text = "the processes of the pool failed to start; they start again".to_owned();
+                self.observation.faults.update("crash_loop", &name, text, false);
+            }
             Event::Gone { worker, why, resent, live } => {
                 let kind = match why {
                     Departure::Disconnected if live == 0 && resent == 0 => return,
@@ -220,8 +240,15 @@ impl EventLoop {
     /// another.
     pub(super) fn process_name(&self, process: ProcessId) -> String {
         let pool = self.core.pool_name(process.pool);
-        format!("{pool}/{pool}-{}", process.number + 1)
+        format!("{pool}/{pool}-{}", process.place + 1)
     }
+}
+
+fn crash_loop_text(failures: u32) -> String {
+    format!(
+        "{failures} starts in succession have failed: one process is tried at a time, after \
+         max_restart_delay; `dispatcher restart` tries again at once"
+    )
 }
 
 #[cfg(test)]

@@ -150,8 +150,13 @@ impl EventLoop {
                 }
             }
             Effect::Spawn { process } => self.spawn(process),
+            Effect::StopProcess { process, timeout } => {
+                self.side.spawner.stop_process(process, timeout);
+            }
             Effect::StopProcesses { pool } => {
-                self.side.spawner.stop_pool(pool, self.config.limits.stop_timeout);
+                let timeout = self.core.pool_settings(pool).map(|pool| &pool.supervision);
+                let timeout = timeout.map_or(self.config.limits.stop_timeout, |it| it.stop_timeout);
+                self.side.spawner.stop_pool(pool, timeout);
             }
             Effect::Event(event) => self.write_event_in_order(event),
         }

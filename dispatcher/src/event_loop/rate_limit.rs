@@ -120,7 +120,7 @@ impl Cause {
 }
 
 /// Kinds of lines about events.
-pub(super) const EVENTS: [&str; 22] = [
+pub(super) const EVENTS: [&str; 26] = [
     "worker_joined",
     "worker_goodbye",
     "worker_gone",
@@ -143,6 +143,10 @@ pub(super) const EVENTS: [&str; 22] = [
     "worker_updated",
     "still_refusing",
     "served_again",
+    "process_replacing",
+    "process_stopping",
+    "crash_loop",
+    "crash_loop_over",
 ];
 
 /// Suppressed lines of one kind.

@@ -93,7 +93,6 @@ impl EventLoop {
             return;
         }
         let token = Token(token);
-        self.workers.tokens.retain(|_, other| *other != process);
         self.workers.tokens.insert(token, process);
         let dispatch_socket = match &self.config.dispatch_socket.source {
             UnixSource::Path(path) => std::path::absolute(path).unwrap_or_else(|_| path.clone()),
@@ -104,7 +103,7 @@ impl EventLoop {
         let request = SpawnRequest {
             process,
             pool: pool.settings.name.clone(),
-            name: format!("{}-{}", pool.settings.name, process.number + 1),
+            name: format!("{}-{}", pool.settings.name, process.place + 1),
             command: spawn.command.clone(),
             environment: spawn.environment.clone(),
             directory: spawn.directory.clone(),
@@ -113,7 +112,9 @@ impl EventLoop {
             token,
             dispatch_socket,
             descriptors: self.run.descriptors,
-            patience: self.config.limits.stop_timeout,
+            patience: pool.settings.supervision.stop_timeout,
+            max_memory: spawn.max_memory,
+            survives: false,
         };
         if self.side.spawner.spawn(request).is_err() {
             self.core.spawned(self.now, process, false);
@@ -146,6 +147,8 @@ impl EventLoop {
                     let text = || format!("could not start: {error}");
                     self.fault("process_not_started", &subject, text);
                 }
+                self.workers.forget_tokens(process);
+                self.side.spawner.forget(process);
                 self.core.spawned(self.now, process, false);
             }
             Report::Exited { process, pid, status_text } => {
@@ -169,21 +172,27 @@ impl EventLoop {
                         self.fault("process_ended", &subject, text);
                     }
                 }
+                self.workers.forget_tokens(process);
+                self.side.spawner.forget(process);
                 self.core.exited(self.now, process);
+            }
+            Report::ExceedsMemory { process, bytes } => {
+                log::info!("event=process_exceeds_memory {} bytes={bytes}", self.process(process));
+                self.core.exceeds_memory(self.now, process);
             }
             // Only the end of a stop produces this report, and waits for it elsewhere.
             Report::Stopped { .. } => {}
         }
     }
 
-    fn process(&self, process: ProcessId) -> String {
+    pub(super) fn process(&self, process: ProcessId) -> String {
         let spawn =
             self.config.pools.get(usize::from(process.pool.0)).and_then(|p| p.spawn.as_ref());
         let program = spawn.and_then(|spawn| spawn.command.first()).map_or("", String::as_str);
         format!(
             "pool={} process={} program={}",
             self.core.pool_name(process.pool),
-            process.number + 1,
+            process.place + 1,
             value(program)
         )
     }

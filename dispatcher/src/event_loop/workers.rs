@@ -64,6 +64,11 @@ impl Workers {
         }
     }
 
+    /// A process has ended: no worker can join with its token any more.
+    pub(super) fn forget_tokens(&mut self, process: ProcessId) {
+        self.tokens.retain(|_, other| *other != process);
+    }
+
     /// One more than the highest index.
     pub(super) fn len(&self) -> u32 {
         self.table.len() as u32

@@ -1,5 +1,5 @@
 use super::*;
-use crate::api::status::{Distribution, ListenerStatus, Meters};
+use crate::api::status::{Distribution, ListenerStatus, Meters, ProcessesStatus};
 
 fn status(workers: u64) -> Status {
     let worker = |id| WorkerStatus {
@@ -118,7 +118,18 @@ fn each_status_field_has_its_own_metric() {
         lost: 14,
         suspects: 15,
         channel_full: 16,
-        process_restarts: 52,
+        processes: Some(ProcessesStatus {
+            wanted: 71,
+            active: 72,
+            starting: 73,
+            leaving: 74,
+            restarts: 52,
+            replaced: 75,
+            ended_late: 76,
+            ended_hung: 77,
+            crash_loop: true,
+            next_start_in_ms: None,
+        }),
         joined: 17,
         gone: 18,
         handoff: histogram(32),

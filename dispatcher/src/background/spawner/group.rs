@@ -48,26 +48,38 @@ pub(super) async fn emptied(group: Pid) {
 
 /// False, too, when that cannot be found out.
 fn has_only_zombies(group: Pid) -> bool {
-    let Ok(entries) = std::fs::read_dir("/proc") else { return false };
-    let mut members = 0;
-    for entry in entries.flatten() {
-        let name = entry.file_name();
-        if !name.as_encoded_bytes().iter().all(u8::is_ascii_digit) {
-            continue;
-        }
-        // A process that ends meanwhile does not count.
-        let Ok(stat) = std::fs::read_to_string(entry.path().join("stat")) else { continue };
-        // The process name before it may contain anything.
-        let after_name = stat.rsplit(") ").next().unwrap_or_default();
-        let mut fields = after_name.split(' ');
-        let (state, its_group) = (fields.next(), fields.nth(1));
-        if its_group != Some(group.to_string().as_str()) {
-            continue;
-        }
-        if !matches!(state, Some("Z" | "X")) {
-            return false;
-        }
-        members += 1;
+    let members = members(group.as_raw());
+    match members.is_empty() {
+        true => is_empty(group),
+        false => members.iter().all(|(_, stat)| stat.ended),
     }
-    members > 0 || is_empty(group)
+}
+
+/// What `/proc/PID/stat` tells of a process.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(super) struct Stat {
+    /// It is a zombie.
+    pub(super) ended: bool,
+    pub(super) group: i32,
+    /// When the kernel started it, in clock ticks since the boot.
+    pub(super) started: u64,
+}
+
+/// `None` if there is no such process.
+pub(super) fn stat(pid: i32) -> Option<Stat> {
+    let text = std::fs::read_to_string(format!("/proc/{pid}/stat")).ok()?;
+    // The process name before it may contain anything.
+    let mut fields = text.rsplit(") ").next()?.split(' ');
+    let ended = matches!(fields.next()?, "Z" | "X");
+    let group = fields.nth(1)?.parse().ok()?;
+    let started = fields.nth(16)?.parse().ok()?;
+    Some(Stat { ended, group, started })
+}
+
+/// The members of a group. A process that ends meanwhile may be missing.
+pub(super) fn members(group: i32) -> Vec<(i32, Stat)> {
+    let Ok(entries) = std::fs::read_dir("/proc") else { return Vec::new() };
+    let pids = entries.flatten().filter_map(|entry| entry.file_name().to_str()?.parse().ok());
+    let stats = pids.filter_map(|pid| Some((pid, stat(pid)?)));
+    stats.filter(|(_, stat)| stat.group == group).collect()
 }

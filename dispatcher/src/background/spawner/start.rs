@@ -3,6 +3,7 @@
 
 use std::ffi::CString;
 use std::io;
+use std::os::fd::{AsRawFd, BorrowedFd};
 use std::process::Stdio;
 
 use nix::unistd::Pid;
@@ -22,14 +23,19 @@ pub(super) struct Started {
     pub(super) output: Option<Reading>,
 }
 
-/// Starts the process as the leader of a process group of its own.
+/// Starts the process as the leader of a process group of its own. It writes its process id to
+/// `journal` before it runs the program.
 ///
 /// # Errors
 ///
 /// What failed.
-pub(super) fn start(request: &SpawnRequest, last: &LastOutput) -> Result<Started, String> {
+pub(super) fn start(
+    request: &SpawnRequest,
+    last: &LastOutput,
+    journal: Option<BorrowedFd<'_>>,
+) -> Result<Started, String> {
     let place =
-        Place { number: request.process.number + 1, name: &request.name, pool: &request.pool };
+        Place { number: request.process.place + 1, name: &request.name, pool: &request.pool };
     let words: Vec<String> = request.command.iter().map(|word| expand(word, place)).collect();
     let (program, arguments) = words.split_first().ok_or("no command")?;
     let directory = request.directory.as_ref().map(|directory| expand(directory, place));
@@ -67,6 +73,10 @@ pub(super) fn start(request: &SpawnRequest, last: &LastOutput) -> Result<Started
     };
     let setup = child_setup(request, directory.as_deref())?;
     sys::start_with_default_signals(command.as_std_mut());
+    if let Some(journal) = journal {
+        let line = format!("pid {} ", request.token).into_bytes();
+        sys::start_with_recorded_id(command.as_std_mut(), journal.as_raw_fd(), line);
+    }
     sys::set_up_child(command.as_std_mut(), setup);
     let child = command
         .spawn()

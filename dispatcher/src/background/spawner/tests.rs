@@ -6,6 +6,9 @@ use std::time::Instant;
 
 mod setup;
 
+use nix::sys::signal::Signal;
+use nix::unistd::Pid;
+
 use super::*;
 use dispatcher_core::PoolId;
 
@@ -45,7 +48,7 @@ impl Bench {
         command: &[&str],
         change: impl FnOnce(&mut SpawnRequest),
     ) -> ProcessId {
-        let process = ProcessId { pool: PoolId(0), number };
+        let process = ProcessId { pool: PoolId(0), place: number, start: number + 1 };
         let mut request = SpawnRequest {
             process,
             command: command.iter().map(|&word| word.to_owned()).collect(),
@@ -58,6 +61,8 @@ impl Bench {
             on_dispatcher_loss: OnDispatcherLoss::Serve,
             descriptors: None,
             setup: ProcessSetup::default(),
+            max_memory: None,
+            survives: false,
             patience: PATIENCE,
         };
         change(&mut request);
@@ -304,7 +309,7 @@ fn nothing_starts_while_stopping() {
     bench.spawner.stop(PATIENCE);
     assert_eq!(bench.next(), Report::Stopped { killed: 0 });
     let request = SpawnRequest {
-        process: ProcessId { pool: PoolId(0), number: 0 },
+        process: ProcessId { pool: PoolId(0), place: 0, start: 1 },
         command: vec!["true".to_owned()],
         environment: Vec::new(),
         directory: None,
@@ -315,6 +320,8 @@ fn nothing_starts_while_stopping() {
         on_dispatcher_loss: OnDispatcherLoss::Drain,
         descriptors: None,
         setup: ProcessSetup::default(),
+        max_memory: None,
+        survives: false,
         patience: PATIENCE,
     };
     bench.spawner.spawn(request).expect_err("no service any more");

@@ -8,7 +8,7 @@ use super::super::accounts;
 use super::super::error::Mistake;
 use super::super::file::LimitKeys;
 use super::super::validate::{Check, Checked};
-use super::super::value::{Either, TextOrNumber};
+use super::super::value::{ASize, Either, TextOrNumber};
 use super::super::{Limit, ProcessLimits, UNLIMITED};
 
 /// Fewer open files are not enough to load a program.
@@ -70,6 +70,16 @@ pub(super) fn limits(
         core: limit(&CORE, own.and_then(core).or(defaults.and_then(core))),
         memory: limit(&MEMORY, own.and_then(memory).or(defaults.and_then(memory))),
     }
+}
+
+/// The key `max_memory`, in bytes.
+pub(super) fn bytes(key: &Spanned<Either<ASize>>) -> Checked<u64> {
+    let limit = MEMORY.read(&value(key))?;
+    if limit.soft != limit.hard || limit.hard == UNLIMITED {
+        return Err(Mistake::new(key.span(), "this must be one amount of memory")
+            .help("write an amount such as \"512MiB\", or leave the key out"));
+    }
+    Ok(limit.hard)
 }
 
 type Value = Spanned<TextOrNumber>;

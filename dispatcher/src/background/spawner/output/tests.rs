@@ -68,7 +68,8 @@ fn reading_pauses_when_the_budget_is_used_up() {
 #[test]
 fn the_last_lines_of_ended_processes_are_bounded() {
     let last = LastOutput::default();
-    let process = |number| ProcessId { pool: dispatcher_core::PoolId(0), number };
+    let process =
+        |number| ProcessId { pool: dispatcher_core::PoolId(0), place: number, start: number + 1 };
     let running = last.keep(process(0));
     running.lock().expect("no panic").push_back(OutputLine {
         pid: 1,

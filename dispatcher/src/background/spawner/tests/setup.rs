@@ -206,7 +206,7 @@ fn a_process_that_writes_much_is_never_blocked_for_long() {
             break process;
         }
     };
-    assert_eq!(other.number, 1, "the chatty process was first");
+    assert_eq!(other.place, 1, "the chatty process was first");
     assert_eq!(bench.exit_text(), "exit status 0");
     assert_eq!(last(&bench, process).last().expect("a line"), "stdout: end");
     let deadline = Instant::now() + PATIENCE;

@@ -1,0 +1,57 @@
+//! The metrics of the processes that the dispatcher starts.
+
+use std::fmt;
+
+use super::Snapshot;
+use super::page::{Labels, Page};
+use crate::api::status::ProcessesStatus;
+
+impl Snapshot {
+    /// Only pools that start processes.
+    pub(super) fn processes(&self, page: &mut Page<'_>) -> fmt::Result {
+        let pools =
+            || self.status.pools.iter().filter_map(|p| Some((&*p.name, p.processes.as_ref()?)));
+        let of = |value: fn(&ProcessesStatus) -> u64| {
+            pools().map(move |(name, it)| (Labels::new([("pool", name)]), value(it)))
+        };
+        page.gauges(
+            "processes",
+            "Processes by state, and how many are wanted",
+            pools().flat_map(|(name, it)| {
+                [
+                    ("wanted", it.wanted),
+                    ("active", it.active),
+                    ("starting", it.starting),
+                    ("leaving", it.leaving),
+                ]
+                .map(|(state, count)| {
+                    (Labels::new([("pool", name), ("state", state)]), u64::from(count))
+                })
+            }),
+        )?;
+        page.counters(
+            "process_restarts",
+            "Restarts of processes that ended or failed to start",
+            of(|it| it.restarts),
+        )?;
+        page.counters(
+            "processes_replaced",
+            "Processes replaced because of age, connections or memory, or by an operator",
+            of(|it| it.replaced),
+        )?;
+        page.counters(
+            "processes_stopped",
+            "Processes ended by the dispatcher: they did not join in time, or were hung",
+            pools().flat_map(|(name, it)| {
+                [("late", it.ended_late), ("hung", it.ended_hung)].map(|(reason, count)| {
+                    (Labels::new([("pool", name), ("reason", reason)]), count)
+                })
+            }),
+        )?;
+        page.gauges(
+            "process_crash_loop",
+            "1 while starts of processes of the pool have failed too often",
+            of(|it| u64::from(it.crash_loop)),
+        )
+    }
+}
