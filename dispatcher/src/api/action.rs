@@ -149,11 +149,11 @@ pub struct PoolScaled {
     pub active: u32,
     /// Wanted processes before the change.
     pub before: u32,
-    /// Processes that have joined and get no more connections.
-    pub leaving: u32,
     /// The instance of the dispatcher.
     #[serde(default)]
     pub instance: String,
+    /// Processes that have not ended and get no more connections.
+    pub leaving: u32,
     /// The pool.
     pub pool: String,
     /// Wanted processes.

@@ -248,7 +248,15 @@ revoked_connections_total{pool="p"} 13
 lost_connections_total{pool="p"} 14
 suspects_total{pool="p"} 15
 channel_full_total{pool="p"} 16
+processes{pool="p",state="wanted"} 71
+processes{pool="p",state="active"} 72
+processes{pool="p",state="starting"} 73
+processes{pool="p",state="leaving"} 74
 process_restarts_total{pool="p"} 52
+processes_replaced_total{pool="p"} 75
+processes_stopped_total{pool="p",reason="late"} 76
+processes_stopped_total{pool="p",reason="hung"} 77
+process_crash_loop{pool="p"} 1
 workers_joined_total{pool="p"} 17
 workers_gone_total{pool="p"} 18
 workers{pool="p",state="active"} 0

@@ -77,6 +77,11 @@ fn the_defaults_in_the_sample_are_the_defaults() {
         "nofile",
         "core",
         "memory",
+        "drain_timeout",
+        "kill_hung_after",
+        "max_age",
+        "max_connections_served",
+        "max_memory",
     ]);
     let written = good(&text);
     let least = good(GOOD);
@@ -90,6 +95,7 @@ fn the_defaults_in_the_sample_are_the_defaults() {
     let spawn = good(&text).pools[0].spawn.clone().expect("processes");
     assert_eq!(spawn.setup, ProcessSetup { umask: Some(0o027), ..ProcessSetup::default() });
     written.processes = 0;
+    assert_eq!(written.supervision, least.supervision);
     // The sample sets the key to "none", which disables the other keys.
     assert_eq!(written.affinity, None);
     assert_eq!(format!("{written:?}"), format!("{least:?}"));
@@ -99,6 +105,8 @@ fn the_defaults_in_the_sample_are_the_defaults() {
 fn the_examples_in_the_sample_are_valid() {
     let config =
         good(&uncommented(&["unavailable_response", "user =", "group =", "nofile", "memory"]));
+    let supervision = &config.pools[0].settings.supervision;
+    assert_eq!(supervision.max_age, Some(Duration::from_secs(24 * 3600)));
     let spawn = config.pools[0].spawn.as_ref().expect("processes");
     assert_eq!(spawn.setup.umask, Some(0o027));
     assert_eq!(spawn.setup.limits.core, Some(Limit { soft: 0, hard: 0 }));
