@@ -310,9 +310,11 @@ impl Core {
     fn process_snapshot(&self, p: usize) -> Option<ProcessSnapshot> {
         let pool = &self.pools[p];
         let processes = &pool.processes;
-        (processes.wanted() > 0 || processes.ids().next().is_some()).then(|| ProcessSnapshot {
+        let totals = processes.totals();
+        let some = processes.wanted() > 0 || processes.ids().next().is_some();
+        (some || totals != ProcessTotals::default()).then(|| ProcessSnapshot {
             counts: self.processes(PoolId(p as u16)),
-            totals: processes.totals(),
+            totals,
             crash_loop: processes.is_crash_loop(),
             next_start_in: processes.next_start(pool.ticked).map(|at| at - pool.ticked),
         })

@@ -174,7 +174,7 @@ fn a_reload_that_reverts_a_scaling_reports_it() {
     dispatcher.wait_joined("web", 1);
     assert_eq!(
         text(&dispatcher, &["scale", "web", "2"]),
-        "pool web: 2 processes wanted, 1 before: 1 active, 1 starting, 0 draining\n"
+        "pool web: 2 processes wanted, 1 before: 1 active, 1 starting, 0 leaving\n"
     );
     dispatcher.wait_joined("web", 2);
     assert!(reload(&dispatcher, &body).ends_with(": in force\nchanged: pool web\n"));

@@ -269,10 +269,7 @@ fn an_operator_scales_a_pool_until_the_next_reload() {
     dispatcher.wait_joined("web", 1);
     assert_eq!(
         scale(&["web", "3"]),
-        (
-            0,
-            "pool web: 3 processes wanted, 1 before: 1 active, 2 starting, 0 draining\n".to_owned()
-        )
+        (0, "pool web: 3 processes wanted, 1 before: 1 active, 2 starting, 0 leaving\n".to_owned())
     );
     dispatcher.wait_joined("web", 3);
     let mut client = Client::connect(dispatcher.address("web")).unwrap();

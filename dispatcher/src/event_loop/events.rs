@@ -229,13 +229,15 @@ impl EventLoop {
                 span(*pause)
             ),
             Event::Restarting { process, delay } => log::warn!(
-                "event=process_restarting {} delay={}",
-                self.process(*process),
+                "event=process_restarting pool={} process={} delay={}",
+                self.core.pool_name(process.pool),
+                process.place + 1,
                 span(*delay)
             ),
             Event::Replacing { process, why } => log::info!(
-                "event=process_replacing {} reason={}",
-                self.process(*process),
+                "event=process_replacing pool={} process={} reason={}",
+                self.core.pool_name(process.pool),
+                process.place + 1,
                 why.name()
             ),
             Event::ProcessStopped { process, reason } => {
@@ -245,16 +247,18 @@ impl EventLoop {
                 };
                 log::log!(
                     level,
-                    "event=process_stopping {} reason={}",
-                    self.process(*process),
+                    "event=process_stopping pool={} process={} reason={}",
+                    self.core.pool_name(process.pool),
+                    process.place + 1,
                     quoted(stop_reason(*reason))
                 );
             }
             Event::CrashLoop { process, failures } => log::error!(
-                "event=crash_loop {} failures={failures} \
+                "event=crash_loop pool={} process={} failures={failures} \
                  hint=\"see the exit status and the output of the process; dispatcher restart {} \
                  tries again at once\"",
-                self.process(*process),
+                self.core.pool_name(process.pool),
+                process.place + 1,
                 self.core.pool_name(process.pool)
             ),
             Event::CrashLoopOver { pool } => {

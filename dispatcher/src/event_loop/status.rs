@@ -185,7 +185,7 @@ impl EventLoop {
         }
     }
 
-    pub(super) fn process(&self, process: ProcessId) -> String {
+    fn process(&self, process: ProcessId) -> String {
         let spawn =
             self.config.pools.get(usize::from(process.pool.0)).and_then(|p| p.spawn.as_ref());
         let program = spawn.and_then(|spawn| spawn.command.first()).map_or("", String::as_str);

@@ -36,7 +36,7 @@ fn workers_that_are_wanted_again_are_resumed() {
         serde_json::from_slice(&output.stdout).unwrap()
     };
     let counts = |answer: &serde_json::Value| {
-        ["processes", "before", "active", "starting", "draining"]
+        ["processes", "before", "active", "starting", "leaving"]
             .map(|key| answer[key].as_u64().unwrap())
     };
     assert_eq!(counts(&scale("1")), [1, 4, 1, 0, 3]);

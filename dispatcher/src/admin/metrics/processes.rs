@@ -7,10 +7,13 @@ use super::page::{Labels, Page};
 use crate::api::status::ProcessesStatus;
 
 impl Snapshot {
-    /// Only pools that start processes.
+    /// A pool that starts no processes has zeros, so that no series comes and goes.
     pub(super) fn processes(&self, page: &mut Page<'_>) -> fmt::Result {
-        let pools =
-            || self.status.pools.iter().filter_map(|p| Some((&*p.name, p.processes.as_ref()?)));
+        let none = ProcessesStatus::default();
+        let pools = || {
+            let pools = self.status.pools.iter();
+            pools.map(|pool| (&*pool.name, pool.processes.as_ref().unwrap_or(&none)))
+        };
         let of = |value: fn(&ProcessesStatus) -> u64| {
             pools().map(move |(name, it)| (Labels::new([("pool", name)]), value(it)))
         };
