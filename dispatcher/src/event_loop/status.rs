@@ -114,7 +114,6 @@ impl EventLoop {
             descriptors: self.run.descriptors,
             patience: pool.settings.supervision.stop_timeout,
             max_memory: spawn.max_memory,
-            survives: false,
         };
         if self.side.spawner.spawn(request).is_err() {
             self.core.spawned(self.now, process, false);

@@ -62,7 +62,6 @@ impl Bench {
             descriptors: None,
             setup: ProcessSetup::default(),
             max_memory: None,
-            survives: false,
             patience: PATIENCE,
         };
         change(&mut request);
@@ -321,7 +320,6 @@ fn nothing_starts_while_stopping() {
         descriptors: None,
         setup: ProcessSetup::default(),
         max_memory: None,
-        survives: false,
         patience: PATIENCE,
     };
     bench.spawner.spawn(request).expect_err("no service any more");
