@@ -87,12 +87,14 @@ pub fn start(
     let (manager, teller) = service_manager::manager();
     let hosts = Hosts::default();
     let (place, socket) = watch::channel(Arc::new(listener));
+    let (running, configured) = watch::channel(None);
     let reloader = reload::Reloader::new(
         Arc::clone(&mailbox),
         manager.clone(),
         file_thread.clone(),
         hosts.clone(),
         place,
+        configured,
     );
     let named = hosts.clone();
     let watched = files.clone();
@@ -149,6 +151,7 @@ pub fn start(
         metrics_max_workers,
         admin_rate,
         reload,
+        running,
         hosts,
         files,
         manager,

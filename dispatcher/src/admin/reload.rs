@@ -22,7 +22,7 @@ use crate::background::service_manager::{ServiceManager, State};
 use crate::mailbox::Request;
 use crate::mailbox::client::{MailboxClient, NoAnswer};
 use crate::mailbox::hosts::Hosts;
-use crate::reload::prepare;
+use crate::reload::{RunningConfig, prepare};
 
 /// Shared by all sources of reloads.
 pub(super) struct Reloader {
@@ -31,6 +31,8 @@ pub(super) struct Reloader {
     file_thread: FileThread,
     hosts: Hosts,
     listener: watch::Sender<Arc<UnixListener>>,
+    /// The running configuration; `None` until the event loop has started.
+    running: watch::Receiver<Option<Arc<RunningConfig>>>,
     /// Held during a reload.
     turn: Mutex<()>,
     /// The result of the last reload.
@@ -46,11 +48,12 @@ impl Reloader {
         file_thread: FileThread,
         hosts: Hosts,
         listener: watch::Sender<Arc<UnixListener>>,
+        running: watch::Receiver<Option<Arc<RunningConfig>>>,
     ) -> Arc<Reloader> {
         // The dispatcher started, so its configuration is valid.
         let last = LastReload { successful: true, success_at: since_1970() };
         let (turn, last) = (Mutex::new(()), std::sync::Mutex::new(last));
-        Arc::new(Reloader { mailbox, manager, file_thread, hosts, listener, turn, last })
+        Arc::new(Reloader { mailbox, manager, file_thread, hosts, listener, running, turn, last })
     }
 
     pub(super) fn last(&self) -> LastReload {
@@ -95,8 +98,16 @@ impl Reloader {
         outcome
     }
 
+    /// The running configuration. Waits for the start of the event loop.
+    async fn running(&self) -> Result<Arc<RunningConfig>, NoAnswer> {
+        let mut running = self.running.clone();
+        let started = tokio::time::timeout(PATIENCE, running.wait_for(Option::is_some)).await;
+        let started = started.map_err(|_| NoAnswer::Late)?.map_err(|_| NoAnswer::Refused)?;
+        started.clone().ok_or(NoAnswer::Refused)
+    }
+
     async fn carry_out(&self) -> Outcome {
-        let now = self.mailbox.ask_for(Request::InForce, PATIENCE).await?;
+        let now = self.running().await?;
         // Files and name services may block; the file thread does not block others.
         let mut plan = match self.file_thread.run(move || prepare(&now)).await {
             Ok(Ok(plan)) => plan,

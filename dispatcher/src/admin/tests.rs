@@ -79,7 +79,6 @@ impl Bench {
                             // These tests do not send the other requests.
                             Request::History { .. }
                             | Request::Explain { .. }
-                            | Request::InForce(_)
                             | Request::Reload { .. } => {}
                         }
                     }

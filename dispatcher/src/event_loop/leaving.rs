@@ -7,6 +7,7 @@
 //! turned away, and a reload can use it again.
 
 use std::os::fd::AsFd;
+use std::sync::{Arc, Weak};
 use std::time::Duration;
 
 use rustix::net::Shutdown;
@@ -111,6 +112,11 @@ impl EventLoop {
             let Some(listening) = &listener.listening else { continue };
             let ours = !listening.inherited;
             let unix = listening.is_unix();
+            let reusable = configured.filter(|_| ours).zip(listening.fd.try_clone().ok());
+            listener.reusable = reusable.map(|(configured, fd)| {
+                let (address, options) = (configured.address.clone(), configured.options.clone());
+                Arc::new(Reusable { address, options, listening: listening.duplicate(fd) })
+            });
             let wait = ours && listener.refuse_new() && !unix;
             listener.leave(if wait { self.now + handshakes } else { self.now });
         }
@@ -206,29 +212,17 @@ impl EventLoop {
         .collect()
     }
 
-    /// Sockets of removed listeners that are still open, and passed sockets that no listener has
-    /// used yet.
-    pub(super) fn reusable(&self) -> Vec<Reusable> {
-        let unused = self.listeners.unused.iter().filter_map(|listening| listening.name.clone());
-        let mut reusable: Vec<Reusable> = unused.map(Reusable::systemd).collect();
-        for listener in &self.listeners.sockets {
-            let (Some(listening), true) = (&listener.listening, listener.leaving.is_some()) else {
-                continue;
-            };
-            if let Some(name) = &listening.name {
-                reusable.push(Reusable::systemd(name.clone()));
-                continue;
-            }
-            let configured = self.config.listeners.get(usize::from(listener.id.0));
-            if let (Some(configured), Ok(fd)) = (configured, listening.fd.try_clone()) {
-                reusable.push(Reusable {
-                    address: configured.address.clone(),
-                    options: configured.options.clone(),
-                    listening: Some(listening.duplicate(fd)),
-                });
-            }
-        }
-        reusable
+    /// The names of passed sockets that no listener uses.
+    pub(super) fn kept_names(&self) -> Vec<String> {
+        let leaving = self.listeners.sockets.iter().filter(|listener| listener.leaving.is_some());
+        let left = leaving.filter_map(|listener| listener.listening.as_ref());
+        self.listeners.unused.iter().chain(left).filter_map(|l| l.name.clone()).collect()
+    }
+
+    /// Sockets of removed listeners that are still open.
+    pub(super) fn reusable(&self) -> Vec<Weak<Reusable>> {
+        let sockets = self.listeners.sockets.iter();
+        sockets.filter_map(|listener| listener.reusable.as_ref().map(Arc::downgrade)).collect()
     }
 
     /// Takes the sockets of this name that belong to no listener.
@@ -260,6 +254,7 @@ impl EventLoop {
             }
             let _ = listener.watch(self.wakeup.registry(), false);
             closed.extend((!listener.is_kept()).then_some(listener.id));
+            listener.reusable = None;
             taken.extend(listener.listening.take());
         }
         closed.sort();

@@ -5,6 +5,7 @@
 
 use std::net::SocketAddr;
 use std::os::fd::{AsRawFd, OwnedFd};
+use std::sync::Arc;
 
 use dispatch_protocol::ClientAddr;
 use mio::unix::SourceFd;
@@ -17,6 +18,7 @@ use super::token::Source;
 use crate::background::cleaner::Cleaner;
 use crate::background::closer::Closers;
 use crate::listen::bind::Listening;
+use crate::reload::Reusable;
 use dispatcher_core::{ListenerId, Time};
 
 /// One listening socket. A configured listener has one, or several when a service manager passed
@@ -45,6 +47,9 @@ pub(super) struct ListenerIo {
     pub(super) last: u32,
     /// `Some` once the socket is being removed.
     pub(super) leaving: Option<Leaving>,
+    /// The entry for the next reload, which may use the socket of a removed listener again. Dropped
+    /// before the socket is closed, so that this duplicate is never its last descriptor here.
+    pub(super) reusable: Option<Arc<Reusable>>,
     /// Clients turned away because the socket has no listener.
     pub(super) turned_away: u64,
 }
@@ -146,6 +151,7 @@ impl ListenerIo {
             waits: 0,
             last,
             leaving: None,
+            reusable: None,
             turned_away: 0,
         }
     }
@@ -198,6 +204,7 @@ impl ListenerIo {
         closers: &mut Closers,
     ) {
         let _ = self.watch(registry, false);
+        self.reusable = None;
         if let Some(listening) = self.listening.take() {
             listening.close(cleaner, closers);
         }

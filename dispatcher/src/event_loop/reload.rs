@@ -8,39 +8,48 @@ use dispatcher_core::{ListenerId, ListenerSettings, PoolId};
 
 use super::EventLoop;
 use super::handshake::HandshakeCommand;
+use super::listeners::ListenerIo;
 use crate::api::command::{CommandError, Problem};
 use crate::api::reload::Reloaded;
 use crate::background::logger::value;
 use crate::config::{Address, Listener, Pool};
 use crate::listen::bind::{self, Listening};
 use crate::listen::files::SocketFile;
-use crate::reload::{InForce, ListenerStep, Plan, PoolStep, Rules, Socket, seed};
+use crate::reload::{ListenerStep, Plan, PoolStep, Rules, RunningConfig, Socket, seed};
 
 impl EventLoop {
-    /// The configuration in force, for [`prepare`].
-    pub(in crate::event_loop) fn in_force(&self) -> InForce {
+    /// The running configuration, for [`crate::reload::prepare`].
+    pub(in crate::event_loop) fn running(&self) -> RunningConfig {
         let pools = (0u16..).map(PoolId).take(self.config.pools.len());
-        InForce {
+        RunningConfig {
             generation: self.run.generation,
             config: self.config.clone(),
             pools: pools.filter(|&id| !self.core.is_pool_retired(id)).collect(),
             listeners: self.core.listeners().collect(),
             files: self.socket_files(),
+            kept: self.kept_names(),
             reusable: self.reusable(),
         }
     }
 
-    /// The socket files that this dispatcher made.
+    /// Gives the side thread its copy of what is running now.
+    pub(in crate::event_loop) fn publish_running(&self) {
+        let running = std::sync::Arc::new(self.running());
+        self.side.running.send_replace(Some(running));
+    }
+
+    /// The socket files of the dispatcher and of the listeners that are not removed.
     fn socket_files(&self) -> Vec<(Socket, SocketFile)> {
         let dispatch =
             self.endpoints.dispatch_path.iter().map(|path| (Socket::Dispatch, path.file()));
         let admin = self.endpoints.admin_path.iter().map(|path| (Socket::Admin, path.file()));
-        let listeners =
-            self.listeners.sockets.iter().filter(|listener| !listener.is_retiring()).filter_map(
-                |listener| {
-                    Some((Socket::Listener(listener.id), listener.listening.as_ref()?.file()?))
-                },
-            );
+        // The file of a listener that is being removed may be missing.
+        let current = |listener: &&ListenerIo| {
+            !listener.is_retiring() && !self.core.is_listener_retired(listener.id)
+        };
+        let listeners = self.listeners.sockets.iter().filter(current).filter_map(|listener| {
+            Some((Socket::Listener(listener.id), listener.listening.as_ref()?.file()?))
+        });
         dispatch.chain(admin).chain(listeners).collect()
     }
 
@@ -54,12 +63,7 @@ impl EventLoop {
             };
             (name, file)
         };
-        // The file of a listener that is being removed may be missing.
-        let files = self.socket_files().into_iter().filter(|(socket, _)| match socket {
-            Socket::Listener(id) => !self.core.is_listener_retired(*id),
-            Socket::Dispatch | Socket::Admin => true,
-        });
-        self.side.files.set(files.map(named).collect());
+        self.side.files.set(self.socket_files().into_iter().map(named).collect());
     }
 
     /// Replaces sockets whose files were removed by the new ones.
@@ -139,6 +143,7 @@ impl EventLoop {
         self.handshakes.send(HandshakeCommand::Settings(settings));
         self.config.admin_http_hosts = plan.admin_http_hosts;
         self.watch_socket_files();
+        self.publish_running();
         Ok(reloaded)
     }
 

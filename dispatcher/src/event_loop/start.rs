@@ -168,6 +168,7 @@ impl EventLoop {
             value(&event_loop.endpoints.dispatch_address)
         );
         event_loop.watch_socket_files();
+        event_loop.publish_running();
         drop(event_loop.side.manager.tell(State::Ready));
         Ok(event_loop)
     }

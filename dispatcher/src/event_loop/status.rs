@@ -49,7 +49,6 @@ impl EventLoop {
             Request::Explain { pool, peer, answer } => {
                 drop(answer.send(self.explain(&pool, peer)));
             }
-            Request::InForce(answer) => drop(answer.send(Box::new(self.in_force()))),
             Request::Reload { plan, answer } => drop(answer.send(self.reload(*plan))),
             Request::Command { command, answer } => drop(answer.send(self.command(command))),
         }

@@ -99,6 +99,41 @@ fn a_flood_on_a_control_connection_gets_a_share_of_a_turn() {
     event_loop.finish();
 }
 
+/// The side thread plans each reload from its own copy of the running configuration, which the
+/// reload before has updated.
+#[test]
+fn a_reload_is_one_request_and_one_answer() {
+    let dir = tempfile::tempdir().unwrap();
+    let file = dir.path().join("dispatcher.toml");
+    let write = |history: u32| {
+        let dir = dir.path().display();
+        let text = format!(
+            "dispatch_socket = \"{dir}/dispatch.sock\"\nadmin_socket = \"{dir}/admin.sock\"\n\
+             [[listener]]\nname = \"web\"\naddress = \"127.0.0.1:0\"\npool = \"web\"\n\
+             [pool.web]\nhistory = {history}\n"
+        );
+        std::fs::write(&file, text).unwrap();
+    };
+    write(1);
+    let mut event_loop =
+        EventLoop::start(Config::load(&file).unwrap(), crate::admin::start).unwrap();
+    for history in [2, 3] {
+        write(history);
+        event_loop.side.reload.notify_one();
+        let request = event_loop.side.requests.recv_timeout(PATIENCE).unwrap();
+        let Request::Reload { plan, answer } = request else { panic!("{request:?}") };
+        let reloaded = event_loop.reload(*plan);
+        assert_eq!(reloaded.as_ref().unwrap().changed, ["pool web"]);
+        assert_eq!(
+            event_loop.core.pool_settings(dispatcher_core::PoolId(0)).unwrap().history,
+            history
+        );
+        answer.send(reloaded).unwrap();
+    }
+    assert_eq!(event_loop.run.generation, 2);
+    event_loop.finish();
+}
+
 #[test]
 fn a_turn_answers_one_request_that_still_has_a_receiver() {
     let dir = tempfile::tempdir().unwrap();
@@ -128,7 +163,7 @@ fn a_turn_answers_one_request_that_still_has_a_receiver() {
     (0..3).for_each(|_| drop(explain()));
     let mut waiting = vec![explain()];
     std::fs::write(&file, text("history = 7")).unwrap();
-    let plan = Box::new(crate::reload::prepare(&event_loop.in_force()).unwrap());
+    let plan = Box::new(crate::reload::prepare(&event_loop.running()).unwrap());
     let (answer, late) = oneshot::channel();
     ask.try_send(Request::Reload { plan, answer }).unwrap();
     drop(late);

@@ -14,7 +14,7 @@ use std::sync::{Arc, mpsc};
 use std::thread::JoinHandle;
 use std::time::{Duration, Instant};
 
-use tokio::sync::{Notify, oneshot};
+use tokio::sync::{Notify, oneshot, watch};
 
 use crate::api::command::{Answer, Command, CommandError};
 use crate::api::decisions::{RawExplanation, RawHistory};
@@ -23,7 +23,7 @@ use crate::api::status::Status;
 use crate::background::service_manager::ServiceManager;
 use crate::background::spawner::{Report, Spawner};
 use crate::listen::files::SocketFiles;
-use crate::reload::{InForce, Plan};
+use crate::reload::{Plan, RunningConfig};
 use crate::wake::Wake;
 use hosts::Hosts;
 
@@ -53,8 +53,6 @@ pub enum Request {
         /// The result.
         answer: oneshot::Sender<Answer>,
     },
-    /// The configuration in force.
-    InForce(oneshot::Sender<Box<InForce>>),
     /// Puts a new configuration into force.
     Reload {
         /// The changes.
@@ -99,7 +97,6 @@ impl Request {
             Request::Status(answer) => answer.is_closed(),
             Request::Alive(answer) => answer.is_closed(),
             Request::Command { answer, .. } => answer.is_closed(),
-            Request::InForce(answer) => answer.is_closed(),
             Request::Reload { answer, .. } => answer.is_closed(),
             Request::History { answer, .. } => answer.is_closed(),
             Request::Explain { answer, .. } => answer.is_closed(),
@@ -121,6 +118,8 @@ pub struct SideThread {
     pub admin_rate: Arc<AtomicU32>,
     /// Requests a reload without waiting for it.
     pub reload: Arc<Notify>,
+    /// The running configuration, for the plan of the next reload; set at the start and by a reload.
+    pub running: watch::Sender<Option<Arc<RunningConfig>>>,
     /// The accepted host names over TCP; set at the start and by a reload.
     pub hosts: Hosts,
     /// The socket files to check; set at the start and by a reload.

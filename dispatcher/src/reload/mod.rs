@@ -1,7 +1,7 @@
 //! Replaces the configuration of a running dispatcher, in two steps.
 //!
-//! [`prepare`] runs on the side thread: it reads the file, compares it with the configuration in
-//! force, and binds new sockets. Everything that can fail happens there, before anything has
+//! [`prepare`] runs on the side thread: it reads the file, compares it with the side thread's copy of
+//! the running configuration, and binds new sockets. Everything that can fail happens there, before anything has
 //! changed. `EventLoop::reload` then puts the result into force in one turn of the hot thread,
 //! without waiting.
 //!
@@ -14,6 +14,7 @@ mod plan;
 use std::os::fd::AsFd;
 use std::os::unix::net::UnixListener;
 use std::path::PathBuf;
+use std::sync::{Arc, Weak};
 use std::time::{Duration, Instant};
 
 use rustix::net::SocketType;
@@ -29,20 +30,30 @@ use crate::listen::files::SocketFile;
 use crate::listen::inherit::Inherited;
 use dispatcher_core::{AccessControl, ListenerId, PoolId};
 
-/// The configuration and sockets in force, as the side thread sees them.
+/// The side thread's copy of the running configuration. The event loop replaces it at the start and
+/// in each reload, so a reload needs no request before its plan.
 #[derive(Debug)]
-pub struct InForce {
+pub struct RunningConfig {
     /// The number of reloads so far: a plan is valid for exactly this number.
     pub(crate) generation: u64,
     /// Pools and listeners by id.
     pub(crate) config: Config,
-    /// The socket files that the dispatcher has made.
+    /// The socket files of the dispatcher and of the listeners that are not removed.
     pub(crate) files: Vec<(Socket, SocketFile)>,
     /// The pools that are not removed.
     pub(crate) pools: Vec<PoolId>,
     pub(crate) listeners: Vec<ListenerId>,
-    /// Sockets of removed listeners that are still open.
-    pub(crate) reusable: Vec<Reusable>,
+    /// Sockets without a listener that a service manager keeps open, by name.
+    pub(crate) kept: Vec<String>,
+    /// Sockets of removed listeners. The event loop drops an entry when it closes the socket.
+    pub(crate) reusable: Vec<Weak<Reusable>>,
+}
+
+impl RunningConfig {
+    /// The sockets of removed listeners that are still open.
+    fn reusable(&self) -> impl Iterator<Item = Arc<Reusable>> + '_ {
+        self.reusable.iter().filter_map(Weak::upgrade)
+    }
 }
 
 /// The purpose of a socket.
@@ -53,22 +64,15 @@ pub(crate) enum Socket {
     Listener(ListenerId),
 }
 
-/// A socket that a reload may use again, as the side thread sees it.
+/// The socket of a removed listener, which a reload may use again.
 #[derive(Debug)]
 pub(crate) struct Reusable {
     /// The configured address.
     pub(crate) address: Address,
     pub(crate) options: ListenerOptions,
-    /// A duplicate that keeps the socket open if the event loop closes it meanwhile; `None` for a
-    /// socket that stays open anyway.
-    pub(crate) listening: Option<Listening>,
-}
-
-impl Reusable {
-    pub(crate) fn systemd(name: String) -> Reusable {
-        let options = ListenerOptions::default();
-        Reusable { address: Address::Systemd(name), options, listening: None }
-    }
+    /// A duplicate: it stays valid while a plan is prepared, even if the event loop closes the
+    /// socket meanwhile.
+    pub(crate) listening: Listening,
 }
 
 /// A reload that is ready to be carried out.
@@ -158,7 +162,7 @@ fn refused(message: impl Into<String>) -> CommandError {
 /// # Errors
 ///
 /// When the file has a mistake, or a resource is not available.
-pub fn prepare(now: &InForce) -> Result<Plan, CommandError> {
+pub fn prepare(now: &RunningConfig) -> Result<Plan, CommandError> {
     let Some(file) = &now.config.file else {
         return Err(CommandError::new(
             Problem::Conflict,
@@ -175,7 +179,7 @@ pub fn prepare(now: &InForce) -> Result<Plan, CommandError> {
     plan(now, new)
 }
 
-fn plan(now: &InForce, new: Config) -> Result<Plan, CommandError> {
+fn plan(now: &RunningConfig, new: Config) -> Result<Plan, CommandError> {
     let mut reloaded = Reloaded {
         file: new.file.as_ref().map_or_else(String::new, |file| file.display().to_string()),
         warnings: new.warnings.iter().map(ToString::to_string).collect(),

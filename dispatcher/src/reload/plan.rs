@@ -5,7 +5,7 @@ use super::*;
 /// Makes sockets again whose files were removed. A socket that cannot be made again stays as it is
 /// and is reported.
 pub(super) fn make_again(
-    now: &InForce,
+    now: &RunningConfig,
     listeners: &Steps,
     reloaded: &mut Reloaded,
 ) -> Vec<(Socket, Listening)> {
@@ -38,7 +38,7 @@ pub(super) fn make_again(
 }
 
 pub(super) fn plan_pools(
-    now: &InForce,
+    now: &RunningConfig,
     new: &Config,
     reloaded: &mut Reloaded,
 ) -> (Vec<(PoolStep, Pool)>, Vec<PoolId>) {
@@ -77,7 +77,7 @@ pub(super) fn plan_pools(
 type Steps = Vec<(ListenerStep, Rules, Listener)>;
 
 pub(super) fn plan_listeners(
-    now: &InForce,
+    now: &RunningConfig,
     new: &Config,
     reloaded: &mut Reloaded,
 ) -> Result<(Steps, Vec<ListenerId>), CommandError> {
@@ -132,20 +132,21 @@ pub(super) fn plan_listeners(
 /// Plans a listener that does not exist yet. Its socket may exist: a removed listener may still
 /// have it.
 pub(super) fn plan_new(
-    now: &InForce,
+    now: &RunningConfig,
     wanted: &Listener,
     reloaded: &mut Reloaded,
 ) -> Result<(ListenerStep, Rules, Listener), CommandError> {
     let rules = new_rules(wanted);
-    let there = now.reusable.iter().find(|there| there.address == wanted.address);
+    if let Address::Systemd(name) = &wanted.address {
+        return match now.kept.contains(name) {
+            true => Ok((ListenerStep::TakeKept(name.clone()), rules, wanted.clone())),
+            false => Err(not_inherited(&wanted.name, name)),
+        };
+    }
+    let there = now.reusable().find(|there| there.address == wanted.address);
     match (&wanted.address, there) {
-        (Address::Systemd(name), Some(_)) => {
-            Ok((ListenerStep::TakeKept(name.clone()), rules, wanted.clone()))
-        }
-        (Address::Systemd(name), None) => Err(not_inherited(&wanted.name, name)),
-        (Address::Tcp(_), Some(Reusable { listening: Some(listening), options, .. }))
-            if !has_any_port(&wanted.address) =>
-        {
+        (Address::Tcp(_), Some(there)) if !has_any_port(&wanted.address) => {
+            let Reusable { listening, options, .. } = &*there;
             let fd = listening.fd.try_clone();
             let fd = fd.map_err(|error| refused(format!("listener `{}`: {error}", wanted.name)))?;
             let (options, fixed) = bind::changeable(options, &wanted.options);
@@ -168,9 +169,9 @@ const ADDRESS_KEPT: Duration = Duration::from_secs(3);
 const LOCK_KEPT: Duration = Duration::from_millis(500);
 
 /// Opens a listener's address. Its former owner may be about to release it.
-pub(super) fn listen(now: &InForce, listener: &Listener) -> Result<Vec<Listening>, RunError> {
+pub(super) fn listen(now: &RunningConfig, listener: &Listener) -> Result<Vec<Listening>, RunError> {
     let began = Instant::now();
-    let patience = if now.reusable.is_empty() { LOCK_KEPT } else { ADDRESS_KEPT };
+    let patience = if now.reusable().next().is_none() { LOCK_KEPT } else { ADDRESS_KEPT };
     loop {
         match bind::listen(&listener.address, &listener.options, &mut Inherited::default()) {
             Err(error) if error.is_in_use() && began.elapsed() < patience => {
@@ -183,7 +184,7 @@ pub(super) fn listen(now: &InForce, listener: &Listener) -> Result<Vec<Listening
 
 /// Plans a listener whose socket exists.
 pub(super) fn plan_known(
-    now: &InForce,
+    now: &RunningConfig,
     new: &Config,
     (id, old): (ListenerId, &Listener),
     wanted: &Listener,
@@ -220,7 +221,7 @@ pub(super) fn new_rules(listener: &Listener) -> Rules {
 
 /// The socket file of a listener that stays, and its new permission bits if they change.
 pub(super) fn new_mode(
-    now: &InForce,
+    now: &RunningConfig,
     step: &ListenerStep,
     listener: &Listener,
 ) -> Option<(PathBuf, u32)> {
@@ -240,7 +241,7 @@ pub(super) fn not_inherited(listener: &str, name: &str) -> CommandError {
     refused(message).hint("restart the dispatcher; connections that workers have stay open")
 }
 
-fn not_opened(now: &InForce, listener: &Listener, error: &RunError) -> CommandError {
+fn not_opened(now: &RunningConfig, listener: &Listener, error: &RunError) -> CommandError {
     let name = &listener.name;
     if let (RunError::Bind { error, .. }, Address::Tcp(address)) = (error, &listener.address)
         && error.kind() == std::io::ErrorKind::AddrInUse
@@ -258,7 +259,7 @@ fn not_opened(now: &InForce, listener: &Listener, error: &RunError) -> CommandEr
 }
 
 /// Which listener of the dispatcher has an address.
-pub(super) fn own_listener(now: &InForce, wanted: std::net::SocketAddr) -> Option<String> {
+pub(super) fn own_listener(now: &RunningConfig, wanted: std::net::SocketAddr) -> Option<String> {
     let overlaps = |own: &std::net::SocketAddr| {
         let (own_ip, ip) = (own.ip().to_canonical(), wanted.ip().to_canonical());
         own.port() == wanted.port()
