@@ -3,6 +3,7 @@
 # file of its own, manual pages, completions, documentation, systemd units and a configuration. Run it as root.
 #
 #     etc/install.sh                          for this machine
+#     etc/install.sh --workers                the sockets start dispatcher-workers.service, not dispatcher.service
 #     DESTDIR=/tmp/package etc/install.sh     for a package
 #
 # Existing files that administrators edit are kept: /etc/dispatcher/dispatcher.toml and worker@.service. Changes to the
@@ -12,6 +13,10 @@ cd "$(dirname "$0")/.."
 built=${CARGO_TARGET_DIR:-target}/release/dispatcher
 root=${DESTDIR:-}
 units=$root/etc/systemd/system
+case ${1:-} in
+'' | --workers) ;;
+*) echo "usage: etc/install.sh [--workers]" >&2; exit 64 ;;
+esac
 temporary=$(mktemp -d)
 trap 'rm -rf "$temporary"' EXIT
 
@@ -32,9 +37,15 @@ for page in README.md CHANGELOG.md SECURITY.md docs/*.md etc/dispatcher.toml; do
     install -D -m 644 "$page" "$root/usr/share/doc/dispatcher/$(basename "$page")"
 done
 
-for unit in dispatcher.service dispatcher.socket dispatcher-dispatch.socket; do
+for unit in dispatcher.service dispatcher-workers.service dispatcher.socket dispatcher-dispatch.socket; do
     install -D -m 644 "etc/$unit" "$units/$unit"
 done
+if [ "${1:-}" = --workers ]; then
+    printf '[Socket]\nService=dispatcher-workers.service\n' > "$temporary/workers.conf"
+    for unit in dispatcher.socket dispatcher-dispatch.socket; do
+        install -D -m 644 "$temporary/workers.conf" "$units/$unit.d/workers.conf"
+    done
+fi
 [ -e "$units/worker@.service" ] || install -D -m 644 etc/worker@.service "$units/worker@.service"
 [ -e "$root/etc/dispatcher/dispatcher.toml" ] ||
     install -D -m 644 etc/dispatcher-systemd.toml "$root/etc/dispatcher/dispatcher.toml"

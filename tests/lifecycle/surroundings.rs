@@ -8,3 +8,4 @@ mod processes;
 mod signals;
 mod sockets;
 mod threads;
+mod watchdog;

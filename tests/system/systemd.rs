@@ -3,6 +3,7 @@
 #![allow(clippy::unwrap_used, clippy::expect_used)]
 
 mod readme;
+mod units;
 
 use std::net::TcpStream;
 use std::sync::atomic::{AtomicBool, Ordering};
@@ -53,7 +54,7 @@ fn the_units_are_valid() {
     let Some(machine) = Machine::boot() else {
         return;
     };
-    let mut arguments = vec!["verify", "--man=no", SERVICE];
+    let mut arguments = vec!["verify", "--man=no", SERVICE, "dispatcher-workers.service"];
     arguments.extend(SOCKETS);
     let output = machine.run("systemd-analyze", &arguments);
     let complaints = String::from_utf8_lossy(&output.stderr);

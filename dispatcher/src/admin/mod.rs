@@ -86,6 +86,8 @@ pub fn start(
     let file_thread = FileThread::start()?;
     let (manager, teller) = service_manager::manager();
     let hosts = Hosts::default();
+    let watchdog = service_manager::watchdog::interval()
+        .map(|interval| (interval, manager.clone(), Arc::clone(&mailbox)));
     let (place, socket) = watch::channel(Arc::new(listener));
     let (running, configured) = watch::channel(None);
     let reloader = reload::Reloader::new(
@@ -118,6 +120,15 @@ pub fn start(
                 let teller = Arc::clone(&teller);
                 async move { teller.lock().await.run().await }
             }));
+            if let Some((interval, manager, mailbox)) = watchdog {
+                tokio::spawn(restart::task("watchdog", move || {
+                    let mailbox = Arc::clone(&mailbox);
+                    service_manager::watchdog::feed(interval, manager.clone(), move || {
+                        let mailbox = Arc::clone(&mailbox);
+                        async move { mailbox.alive(interval).await.is_ok() }
+                    })
+                }));
+            }
             tokio::spawn(restart::task("reload", move || {
                 Arc::clone(&reloader).whenever(Arc::clone(&asked))
             }));

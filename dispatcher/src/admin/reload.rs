@@ -18,7 +18,7 @@ use crate::api::reload::Reloaded;
 use crate::background::logger;
 use crate::background::logger::{Quoted, quoted};
 use crate::background::restart::message;
-use crate::background::service_manager::{ServiceManager, State};
+use crate::background::service_manager::{ServiceManager, State, unit};
 use crate::mailbox::Request;
 use crate::mailbox::client::{MailboxClient, NoAnswer};
 use crate::mailbox::hosts::Hosts;
@@ -114,6 +114,9 @@ impl Reloader {
             Ok(Err(why)) => return Ok(Err(why)),
             Err(why) => return Ok(Err(failed(&why))),
         };
+        if let Err(why) = check_unit(&plan.serving_pools()).await {
+            return Ok(Err(why));
+        }
         let (level, modes) = (plan.log_level(), plan.take_modes());
         let hosts = plan.admin_http_hosts().to_vec();
         let admin = plan.take_admin();
@@ -139,6 +142,22 @@ impl Reloader {
             reloaded.needs_restart.push(format!("admin_socket ({error})"));
         }
         Ok(Ok(reloaded))
+    }
+}
+
+/// Refuses pools whose processes are to serve on in a unit that kills them.
+async fn check_unit(serving: &[String]) -> Result<(), CommandError> {
+    let Some(unit) = unit::Unit::own().filter(|_| !serving.is_empty()) else { return Ok(()) };
+    match unit.ending().await {
+        Ok(ending) if ending.spares_processes() => Ok(()),
+        Ok(ending) => {
+            let why = unit::serve_refused(&unit, &ending, serving);
+            Err(CommandError::new(Problem::Config, why).hint(unit::serve_hint(&unit)))
+        }
+        Err(error) => {
+            log::warn!("event=unit_unknown unit={unit} error={}", quoted(error));
+            Ok(())
+        }
     }
 }
 

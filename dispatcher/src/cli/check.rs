@@ -6,16 +6,71 @@ use std::path::Path;
 use serde::Serialize;
 
 use super::{CheckArgs, Exit, Failure, print, print_error, print_json};
-use crate::config::{Config, ConfigError, DEFAULT_FILE, Diagnostic, UnixSource};
+use crate::background::service_manager::unit::{self, Ending, Unit};
+use crate::config::{Config, ConfigError, DEFAULT_FILE, Diagnostic, Pool, UnixSource};
 
 pub(super) fn check(arguments: &CheckArgs) -> Result<(), Failure> {
     let given = arguments.file.as_deref().or(arguments.config.as_deref());
     let path = given.unwrap_or(Path::new(DEFAULT_FILE));
+    let unit = arguments.unit.as_deref().map(Unit::named);
     if arguments.json {
-        return check_for_programs(path);
+        return check_for_programs(path, unit.as_ref());
     }
     let config = load(path)?;
-    print(&format!("{}: ok\n{}", path.display(), summary(&config)))
+    let mut text = format!("{}: ok\n{}", path.display(), summary(&config));
+    if let Some(unit) = unit {
+        let unknown = |error| Failure::new(Exit::Unavailable, error);
+        let ending = ask(unit.ending()).map_err(unknown)?;
+        if let Some(mistake) = mistake_in(&unit, &ending, &config) {
+            return Err(mistake.in_file(path));
+        }
+        let then = if ending.spares_processes() { "can serve on" } else { "end" };
+        // Writing to a string cannot fail.
+        let _ =
+            writeln!(text, "unit {unit}: {ending}; without the dispatcher its processes {then}");
+    }
+    print(&text)
+}
+
+/// A configuration that does not work in its unit.
+pub(super) struct UnitMistake {
+    message: String,
+    hint: String,
+}
+
+impl UnitMistake {
+    pub(super) fn in_file(self, path: &Path) -> Failure {
+        let UnitMistake { message, hint } = self;
+        Failure::new(Exit::Config, format!("{}: {message}\nhelp: {hint}", path.display()))
+    }
+}
+
+/// Asks systemd whether the configuration works in this unit. Asks only if the answer matters.
+///
+/// # Errors
+///
+/// If systemd does not answer, or has no such unit.
+pub(super) fn unit_mistake(unit: &Unit, config: &Config) -> Result<Option<UnitMistake>, String> {
+    if !config.pools.iter().any(Pool::serves_without_dispatcher) {
+        return Ok(None);
+    }
+    Ok(mistake_in(unit, &ask(unit.ending())?, config))
+}
+
+fn mistake_in(unit: &Unit, ending: &Ending, config: &Config) -> Option<UnitMistake> {
+    let serving = config.pools.iter().filter(|pool| pool.serves_without_dispatcher());
+    let serving: Vec<String> =
+        serving.map(|pool| format!("[pool.{}.spawn]", pool.settings.name)).collect();
+    (!serving.is_empty() && !ending.spares_processes()).then(|| UnitMistake {
+        message: unit::serve_refused(unit, ending, &serving),
+        hint: unit::serve_hint(unit),
+    })
+}
+
+/// Waits for an answer of systemd.
+fn ask<T>(question: impl Future<Output = Result<T, String>>) -> Result<T, String> {
+    let runtime = tokio::runtime::Builder::new_current_thread().enable_all().build();
+    runtime.map_err(|error| error.to_string())?.block_on(question)
 }
 
 /// What `check --json` prints.
@@ -35,8 +90,8 @@ struct Report<'a> {
 enum Finding<'a> {
     /// At a position in the file.
     Placed { line: usize, column: usize, width: usize, message: &'a str, help: Option<&'a str> },
-    /// The file cannot be read.
-    Unreadable { message: String },
+    /// The file cannot be read, or does not fit the unit.
+    Whole { message: String, help: Option<String> },
 }
 
 impl<'a> Finding<'a> {
@@ -52,24 +107,40 @@ impl<'a> Finding<'a> {
 }
 
 /// Prints a [`Report`]. The exit code is the same as without `--json`.
-fn check_for_programs(path: &Path) -> Result<(), Failure> {
+fn check_for_programs(path: &Path, unit: Option<&Unit>) -> Result<(), Failure> {
     let result = Config::load(path);
+    let mut failure = None;
     let (mistakes, warnings) = match &result {
-        Ok(config) => (Vec::new(), &config.warnings[..]),
+        Ok(config) => {
+            let mut found = Vec::new();
+            if let Some(unit) = unit {
+                let unknown = |error| Failure::new(Exit::Unavailable, error);
+                let ending = ask(unit.ending()).map_err(unknown)?;
+                if let Some(mistake) = mistake_in(unit, &ending, config) {
+                    let UnitMistake { message, hint } = &mistake;
+                    let (message, help) = (message.clone(), Some(hint.clone()));
+                    found.push(Finding::Whole { message, help });
+                    failure = Some(mistake.in_file(path));
+                }
+            }
+            (found, &config.warnings[..])
+        }
         Err(error) => {
             let found: Vec<Finding> = error.diagnostics().iter().map(Finding::at).collect();
-            let unreadable = || vec![Finding::Unreadable { message: error.to_string() }];
-            (if found.is_empty() { unreadable() } else { found }, error.warnings())
+            let message = error.to_string();
+            failure = Some(Failure::new(Exit::Config, message.clone()));
+            let whole = || vec![Finding::Whole { message, help: None }];
+            (if found.is_empty() { whole() } else { found }, error.warnings())
         }
     };
     print_json(&Report {
         file: path.display().to_string(),
-        ok: result.is_ok(),
+        ok: failure.is_none(),
         mistake: mistakes.first(),
         mistakes: &mistakes,
         warnings: warnings.iter().map(|warning| Finding::at(&warning.0)).collect(),
     })?;
-    result.map(drop).map_err(|error| Failure::new(Exit::Config, error.to_string()))
+    failure.map_or(Ok(()), Err)
 }
 
 /// Loads a configuration and prints its warnings.

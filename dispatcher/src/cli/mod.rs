@@ -81,6 +81,7 @@ enum Command {
     #[command(
         after_help = "Examples:\n  dispatcher check\n  dispatcher check ./dispatcher.toml\n  \
                       dispatcher check --json | jq -r '.mistakes[].line'\n  \
+                      dispatcher check --unit dispatcher.service\n  \
                       dispatcher check && systemctl restart dispatcher"
     )]
     Check(CheckArgs),
@@ -157,6 +158,9 @@ struct CheckArgs {
     /// Print mistakes and warnings as JSON.
     #[arg(long)]
     json: bool,
+    /// Check also whether the configuration works in this systemd unit
+    #[arg(long, value_name = "NAME")]
+    unit: Option<String>,
 }
 
 // Options of the client commands that locate the dispatcher. No doc comment: clap would use it as

@@ -3,13 +3,22 @@
 use std::io::ErrorKind;
 use std::path::Path;
 
-use super::{Exit, Failure, check};
+use super::{Exit, Failure, check, print_error};
 use crate::admin;
+use crate::background::service_manager::unit::Unit;
 use crate::config::Config;
 use crate::event_loop::{self, RunError};
 
 pub(super) fn run(path: &Path) -> Result<(), Failure> {
     let config = check::load(path)?;
+    if let Some(unit) = Unit::own() {
+        match check::unit_mistake(&unit, &config) {
+            Ok(None) => {}
+            Ok(Some(mistake)) => return Err(mistake.in_file(path)),
+            // systemd started this process, so it is only busy. The configuration may be right.
+            Err(error) => print_error(&format!("warning: the unit {unit}: {error}")),
+        }
+    }
     serve(config, |_| {})
 }
 

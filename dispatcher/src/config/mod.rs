@@ -263,6 +263,14 @@ pub struct Pool {
     pub spawn: Option<Spawn>,
 }
 
+impl Pool {
+    /// Whether the pool's processes serve on when the dispatcher ends.
+    pub fn serves_without_dispatcher(&self) -> bool {
+        let action = self.spawn.as_ref().map(|spawn| spawn.on_dispatcher_loss);
+        action == Some(OnDispatcherLoss::Serve)
+    }
+}
+
 /// Processes that the dispatcher keeps running for a pool.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct Spawn {

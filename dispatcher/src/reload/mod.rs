@@ -125,6 +125,15 @@ pub(crate) enum Rules {
 }
 
 impl Plan {
+    /// The tables of the new configuration's pools whose processes serve on without the dispatcher.
+    pub fn serving_pools(&self) -> Vec<String> {
+        self.pools
+            .iter()
+            .filter(|(_, pool)| pool.serves_without_dispatcher())
+            .map(|(_, pool)| format!("[pool.{}.spawn]", pool.settings.name))
+            .collect()
+    }
+
     /// The changes that this plan makes.
     pub fn reloaded(&self) -> &Reloaded {
         &self.reloaded

@@ -30,7 +30,12 @@ const STUBS: [&str; 9] = [
 ];
 
 /// The units under test, unchanged. Drop-ins below contain the changes of the tests.
-const UNITS: [&str; 3] = ["dispatcher.service", "dispatcher.socket", "dispatcher-dispatch.socket"];
+const UNITS: [&str; 4] = [
+    "dispatcher.service",
+    "dispatcher-workers.service",
+    "dispatcher.socket",
+    "dispatcher-dispatch.socket",
+];
 
 /// Other paths, and a log to read. Everything else is as shipped, including the hardening.
 const SERVICE: &str = "\
@@ -197,6 +202,19 @@ impl Machine {
         std::fs::write(self.dir.path().join("dispatcher.toml"), text).unwrap();
     }
 
+    /// Changes a unit, from the next `daemon-reload` on.
+    pub fn write_drop_in(&self, unit: &str, name: &str, text: &str) {
+        write_drop_in(&self.dir.path().join("units"), unit, name, text);
+    }
+
+    /// The sockets start this unit instead of `dispatcher.service`.
+    pub fn sockets_start(&self, unit: &str) {
+        for socket in ["dispatcher.socket", "dispatcher-dispatch.socket"] {
+            self.write_drop_in(socket, "workers", &format!("[Socket]\nService={unit}\n"));
+        }
+        self.order(&["daemon-reload"]);
+    }
+
     /// Starts workers of these names and waits until they have joined.
     pub fn workers(&self, names: &[&str]) {
         for name in names {
@@ -262,16 +280,24 @@ fn write_stubs(units: &Path) {
     }
 }
 
+fn write_drop_in(units: &Path, unit: &str, name: &str, text: &str) {
+    let directory = units.join(format!("{unit}.d"));
+    std::fs::create_dir_all(&directory).unwrap();
+    std::fs::write(directory.join(format!("{name}.conf")), text).unwrap();
+}
+
 fn write_units(units: &Path, address: SocketAddr) {
     let etc = Path::new(env!("CARGO_MANIFEST_DIR")).join("../../etc");
     for name in UNITS {
         std::fs::copy(etc.join(name), units.join(name)).unwrap();
     }
     let socket = format!("[Socket]\nListenStream=\nListenStream={address}\n");
-    for (unit, text) in [("dispatcher.service", SERVICE), ("dispatcher.socket", &socket)] {
-        let directory = units.join(format!("{unit}.d"));
-        std::fs::create_dir(&directory).unwrap();
-        std::fs::write(directory.join("test.conf"), text).unwrap();
+    for (unit, text) in [
+        ("dispatcher.service", SERVICE),
+        ("dispatcher-workers.service", SERVICE),
+        ("dispatcher.socket", &socket),
+    ] {
+        write_drop_in(units, unit, "test", text);
     }
     std::fs::write(units.join("worker@.service"), WORKER).unwrap();
 }

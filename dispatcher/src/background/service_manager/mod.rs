@@ -1,11 +1,12 @@
-//! Notifies the service manager (`NOTIFY_SOCKET`) of start, reload and stop, in this order. The
-//! side thread sends the messages without a further thread and without blocking: it waits for room
+//! Notifies the service manager (`NOTIFY_SOCKET`) of start, reload and stop, in this order, and
+//! that the dispatcher works (`WATCHDOG_USEC`). The side thread sends the messages without a further thread and without blocking: it waits for room
 //! in the socket.
 //!
 //! The usual crate does not support abstract sockets and blocks on a socket without a reader.
 
 #[allow(dead_code, reason = "the stop asks it")]
 pub(crate) mod unit;
+pub(crate) mod watchdog;
 
 use std::ffi::OsString;
 use std::os::fd::OwnedFd;
@@ -41,6 +42,8 @@ pub enum State {
     Reloading,
     /// The stop has begun.
     Stopping,
+    /// The hot thread works.
+    Watchdog,
 }
 
 impl State {
@@ -54,6 +57,7 @@ impl State {
                 format!("RELOADING=1\nMONOTONIC_USEC={microseconds}\n")
             }
             State::Stopping => "STOPPING=1\n".to_owned(),
+            State::Watchdog => "WATCHDOG=1\n".to_owned(),
         }
     }
 }

@@ -1,10 +1,12 @@
-//! The systemd unit of this process: which one it is, and what order of systemd is behind a stop.
+//! The systemd unit of this process: which one it is, whether processes that it starts survive it,
+//! and what order of systemd is behind a stop.
 //!
 //! Asks with `systemctl`, so that the dispatcher needs no D-Bus client. Every question has a time
 //! limit and a size limit. Must run on the side thread, or before it is started: see
 //! [`reaper::expect`].
 
 use std::ffi::OsStr;
+use std::fmt;
 use std::process::Stdio;
 use std::time::Duration;
 
@@ -18,6 +20,9 @@ use crate::background::spawner::reaper;
 /// How long a stop may take to find its reason. systemd answers within milliseconds unless it is
 /// overloaded or restarts itself.
 const STOP_KIND_TIME: Duration = Duration::from_secs(2);
+
+/// How long the settings of a unit are waited for.
+const SETTINGS_TIME: Duration = Duration::from_secs(5);
 
 /// The pause between two attempts while systemd does not answer.
 const RETRY: Duration = Duration::from_millis(50);
@@ -52,6 +57,92 @@ impl Unit {
         let cgroup = std::fs::read_to_string("/proc/self/cgroup").ok()?;
         own(variable, std::process::id(), &cgroup)
     }
+}
+
+/// What systemd does to the processes of a unit when its main process has ended.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub(crate) struct Ending {
+    /// `KillMode=`.
+    kill_mode: String,
+    /// `SendSIGKILL=`.
+    send_sigkill: bool,
+}
+
+impl Ending {
+    /// Whether processes that the main process has started survive it.
+    pub(crate) fn spares_processes(&self) -> bool {
+        match self.kill_mode.as_str() {
+            "process" | "none" => true,
+            // SIGTERM to the main process, SIGKILL to the others.
+            "mixed" => !self.send_sigkill,
+            _ => false,
+        }
+    }
+}
+
+impl fmt::Display for Ending {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        write!(f, "KillMode={}", self.kill_mode)?;
+        if self.send_sigkill { Ok(()) } else { f.write_str(" SendSIGKILL=no") }
+    }
+}
+
+impl Unit {
+    /// A unit of the system, by the name that an operator has written.
+    pub(crate) fn named(name: &str) -> Unit {
+        Unit { name: name.to_owned(), user: false }
+    }
+
+    /// What systemd does when the unit's main process has ended.
+    ///
+    /// # Errors
+    ///
+    /// When systemd does not answer, or has no such unit.
+    pub(crate) async fn ending(&self) -> Result<Ending, String> {
+        let deadline = Instant::now() + SETTINGS_TIME;
+        // The name follows `--`, so that it cannot be taken for an option.
+        let arguments = ["show", "-p", "LoadState,KillMode,SendSIGKILL", "--", &self.name];
+        ending(&systemctl(self.user, &arguments, deadline).await?, &self.name)
+    }
+}
+
+impl fmt::Display for Unit {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.write_str(&self.name)
+    }
+}
+
+/// Reads `KillMode=mixed` and so on, a property a line.
+fn ending(answer: &str, unit: &str) -> Result<Ending, String> {
+    let property =
+        |name: &str| answer.lines().find_map(|line| line.strip_prefix(name)?.strip_prefix('='));
+    match (property("LoadState"), property("KillMode")) {
+        (Some("loaded"), Some(kill_mode)) => Ok(Ending {
+            kill_mode: kill_mode.to_owned(),
+            send_sigkill: property("SendSIGKILL") != Some("no"),
+        }),
+        (Some("not-found"), _) => Err(format!("systemd has no unit {unit}")),
+        (Some("loaded"), None) => Err(format!("{unit} is not a unit with processes")),
+        (Some(state), _) => Err(format!("systemd cannot load the unit {unit} (LoadState={state})")),
+        (None, _) => Err("systemctl: an answer without LoadState".to_owned()),
+    }
+}
+
+/// Why `on_dispatcher_loss = "serve"` of these pools does not work in this unit.
+pub(crate) fn serve_refused(unit: &Unit, ending: &Ending, pools: &[String]) -> String {
+    format!(
+        "on_dispatcher_loss = \"serve\" of {} does not work in the unit {unit}: with {ending}, systemd \
+         kills the processes of the dispatcher when the dispatcher ends",
+        pools.join(", ")
+    )
+}
+
+/// What to do about [`serve_refused`].
+pub(crate) fn serve_hint(unit: &Unit) -> String {
+    format!(
+        "run the dispatcher in dispatcher-workers.service, or set KillMode=process (systemctl edit \
+         {unit}), or set on_dispatcher_loss to \"drain\" or \"stop\""
+    )
 }
 
 /// A shell and its programs inherit both variables from a service. The process id tells whether

@@ -152,3 +152,31 @@ fn an_answer_that_does_not_come_is_unknown() {
     });
     assert_eq!(answer, Err("systemctl: no answer in time".to_owned()));
 }
+
+#[test]
+fn the_kill_mode_tells_whether_processes_survive() {
+    let answer =
+        |mode: &str, kill: &str| format!("KillMode={mode}\nSendSIGKILL={kill}\nLoadState=loaded\n");
+    for (mode, kill, spares) in [
+        ("process", "yes", true),
+        ("none", "yes", true),
+        ("mixed", "yes", false),
+        ("mixed", "no", true),
+        ("control-group", "yes", false),
+        ("control-group", "no", false),
+        ("something-new", "yes", false),
+    ] {
+        let ending = ending(&answer(mode, kill), "d.service").expect("an answer");
+        assert_eq!(ending.spares_processes(), spares, "{ending}");
+        assert!(ending.to_string().starts_with(&format!("KillMode={mode}")), "{ending}");
+    }
+    for (answer, says) in [
+        ("LoadState=not-found\nKillMode=control-group\n", "has no unit d.service"),
+        ("LoadState=bad-setting\nKillMode=mixed\n", "LoadState=bad-setting"),
+        ("LoadState=loaded\n", "not a unit with processes"),
+        ("", "without LoadState"),
+    ] {
+        let error = ending(answer, "d.service").expect_err("no settings");
+        assert!(error.contains(says), "{error}");
+    }
+}
