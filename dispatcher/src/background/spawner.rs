@@ -118,6 +118,9 @@ pub struct Survivor {
     pub record: Record,
     /// The process id, and the id of its process group.
     pub pid: i32,
+    /// Most lines of output per second that the log takes, if an earlier dispatcher read its
+    /// output.
+    pub output_rate: u32,
     found: Found,
 }
 
@@ -218,7 +221,10 @@ impl Spawner {
             for (token, record) in records {
                 match leader::find(token, &record) {
                     (_, Found::Nothing) => journal.ended(token),
-                    (pid, found) => survivors.push(Survivor { token, record, pid, found }),
+                    (pid, found) => {
+                        let output_rate = ProcessSetup::default().output_rate;
+                        survivors.push(Survivor { token, record, pid, output_rate, found });
+                    }
                 }
             }
         }

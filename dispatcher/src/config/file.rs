@@ -167,7 +167,7 @@ pub(super) struct SpawnKeys {
     pub umask: Option<Spanned<Either<AMask>>>,
     pub limits: Option<LimitKeys>,
     pub output: Option<OutputName>,
-    pub output_rate: Option<Count<1, 1_000_000>>,
+    pub output_rate: Option<Spanned<Count<1, 1_000_000>>>,
     pub start_timeout: Option<Wait<1, YEAR>>,
     pub stop_timeout: Option<Wait<0, YEAR>>,
     pub drain_timeout: Option<Wait<0, YEAR>>,

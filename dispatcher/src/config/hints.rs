@@ -28,7 +28,7 @@ const KEYS: [(&str, &str); 5] = [
 ];
 
 /// Keys of other programs, and the equivalent here.
-const SETTINGS: [(&str, &str); 7] = [
+const SETTINGS: [(&str, &str); 15] = [
     ("balance", "policy"),
     ("lb_policy", "policy"),
     ("bind", "address"),
@@ -36,6 +36,14 @@ const SETTINGS: [(&str, &str); 7] = [
     ("maxconn", "max_connections_per_worker"),
     ("max_conns", "max_connections_per_worker"),
     ("default_backend", "pool"),
+    ("chdir", "directory"),
+    ("cwd", "directory"),
+    ("working_directory", "directory"),
+    ("env", "environment"),
+    ("uid", "user"),
+    ("gid", "group"),
+    ("numprocs", "processes"),
+    ("workers", "processes"),
 ];
 
 /// The hint for an invalid value: the intended one, if it can be guessed, and all valid ones.

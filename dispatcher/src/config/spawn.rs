@@ -11,7 +11,7 @@ use toml::Spanned;
 use super::error::Mistake;
 use super::file::SpawnKeys;
 use super::validate::{Check, Checked};
-use super::{Account, MAX_UNAVAILABLE_RESPONSE, ProcessSetup, Spawn, UnixEndpoint};
+use super::{Account, MAX_UNAVAILABLE_RESPONSE, Output, ProcessSetup, Spawn, UnixEndpoint};
 
 mod account;
 mod limits;
@@ -127,15 +127,17 @@ fn setup(
     let limits =
         limits::limits(check, own.limits.as_ref(), defaults.and_then(|d| d.limits.as_ref()));
     let default = ProcessSetup::default();
+    let output = own.output.or(defaults.and_then(|d| d.output)).map_or(default.output, Into::into);
+    if let (Output::Inherit, Some(rate)) = (output, &own.output_rate) {
+        check.warn(Mistake::new(rate.span(), "this has no effect without output = \"log\""));
+    }
+    let output_rate = own.output_rate.as_ref().or(defaults.and_then(|d| d.output_rate.as_ref()));
     ProcessSetup {
         account,
         umask: umask.and_then(|mask| check.keep(mask)),
         limits,
-        output: own.output.or(defaults.and_then(|d| d.output)).map_or(default.output, Into::into),
-        output_rate: own
-            .output_rate
-            .or(defaults.and_then(|d| d.output_rate))
-            .map_or(default.output_rate, |n| n.0),
+        output,
+        output_rate: output_rate.map_or(default.output_rate, |rate| rate.get_ref().0),
     }
 }
 

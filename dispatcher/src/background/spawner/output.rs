@@ -6,13 +6,15 @@
 
 use std::collections::{HashMap, VecDeque};
 use std::io;
-use std::os::fd::OwnedFd;
+use std::os::fd::{AsRawFd, OwnedFd};
+use std::path::PathBuf;
 use std::process::Stdio;
 use std::sync::atomic::{AtomicU64, Ordering};
 use std::sync::{Arc, Mutex, PoisonError};
 use std::time::{Duration, Instant};
 
 use dispatch_protocol::wire::is_hidden;
+use rustix::fs::{Mode, OFlags};
 use rustix::pipe::{PipeFlags, pipe_with};
 use tokio::net::unix::pipe::Receiver;
 use tokio::sync::watch;
@@ -24,6 +26,9 @@ use dispatcher_core::ProcessId;
 /// Most bytes of a line in the log, escape sequences included; the rest is cut off. The line of the
 /// log has room for the other values.
 const MAX_LINE: usize = 3_584;
+
+/// Bytes that a pipe holds while no dispatcher reads it; the most that the kernel allows by default.
+const PIPE: usize = 1 << 20;
 
 /// Most bytes per read.
 const READ: usize = 16 * 1024;
@@ -93,13 +98,21 @@ type Kept = Arc<Mutex<VecDeque<OutputLine>>>;
 /// The last lines of each process, also of those that have ended. Without output in the log there
 /// are none.
 #[derive(Clone, Debug, Default)]
-pub struct LastOutput(Arc<Mutex<HashMap<ProcessId, Kept>>>);
+pub struct LastOutput(Arc<Mutex<AllKept>>);
+
+#[derive(Debug, Default)]
+struct AllKept {
+    /// With the number of its start among all processes.
+    processes: HashMap<ProcessId, (u64, Kept)>,
+    started: u64,
+}
 
 impl LastOutput {
-    /// The last 20 lines, oldest first. The lines of earlier processes in the same place, which
-    /// have another `pid`, come before those of the current one.
+    /// The last 20 lines, oldest first.
     pub fn of(&self, process: ProcessId) -> Vec<OutputLine> {
-        let kept = self.0.lock().unwrap_or_else(PoisonError::into_inner).get(&process).cloned();
+        let all = self.0.lock().unwrap_or_else(PoisonError::into_inner);
+        let kept = all.processes.get(&process).map(|(_, kept)| Arc::clone(kept));
+        drop(all);
         let kept = kept.unwrap_or_default();
         let lines = kept.lock().unwrap_or_else(PoisonError::into_inner);
         lines.iter().cloned().collect()
@@ -108,31 +121,46 @@ impl LastOutput {
     /// The place for the lines of a process that starts.
     fn keep(&self, process: ProcessId) -> Kept {
         let mut all = self.0.lock().unwrap_or_else(PoisonError::into_inner);
-        if !all.contains_key(&process) && all.len() >= ENDED_PROCESSES {
+        let AllKept { processes, started } = &mut *all;
+        if processes.len() >= ENDED_PROCESSES {
             // A reader holds the lines of each process that has not ended.
-            let ended = all.iter().find(|(_, kept)| Arc::strong_count(kept) == 1);
-            if let Some(ended) = ended.map(|(process, _)| *process) {
-                all.remove(&ended);
+            let ended = processes.iter().filter(|(_, (_, kept))| Arc::strong_count(kept) == 1);
+            let oldest =
+                ended.min_by_key(|(_, (started, _))| *started).map(|(process, _)| *process);
+            if let Some(oldest) = oldest {
+                processes.remove(&oldest);
             }
         }
-        Arc::clone(all.entry(process).or_default())
+        *started += 1;
+        let (_, kept) = processes.entry(process).or_insert_with(|| (*started, Kept::default()));
+        Arc::clone(kept)
     }
 }
 
-/// The pipes of a process that is about to start.
+/// The ends of the pipes of a process that the dispatcher reads.
 pub(super) struct Pipes {
-    read: [Receiver; 2],
+    read: [Option<Receiver>; 2],
 }
 
 impl Pipes {
-    /// The pipes, and the ends for stdout and stderr.
+    /// Pipes, and the ends of them for stdout and stderr of a process that is about to start. With
+    /// `outlive`, a write of the process does not fail once the dispatcher is gone: what it writes
+    /// waits in the pipe, as much as fits, for [`Pipes::of_running`].
     ///
     /// # Errors
     ///
     /// When the system has no descriptors left.
-    pub(super) fn new(account: Option<&Account>) -> io::Result<(Pipes, [Stdio; 2])> {
-        let one = || -> io::Result<(Receiver, OwnedFd)> {
-            let (read, write) = pipe_with(PipeFlags::CLOEXEC)?;
+    pub(super) fn new(account: Option<&Account>, outlive: bool) -> io::Result<(Pipes, [Stdio; 2])> {
+        let one = || -> io::Result<(Option<Receiver>, OwnedFd)> {
+            let (read, mut write) = pipe_with(PipeFlags::CLOEXEC)?;
+            if outlive {
+                // More time until the next dispatcher. The kernel may refuse it.
+                let _ = rustix::pipe::fcntl_setpipe_size(&write, PIPE);
+                // A pipe that its writer could read, too, is never without a reader.
+                let path = format!("/proc/self/fd/{}", write.as_raw_fd());
+                let both = OFlags::RDWR | OFlags::CLOEXEC;
+                write = rustix::fs::open(path, both, Mode::empty()).unwrap_or(write);
+            }
             if let Some(account) = account {
                 // The process may open `/dev/stdout` by name. Without the permission to change the
                 // owner it cannot, which is all that would fail.
@@ -142,17 +170,46 @@ impl Pipes {
                 );
                 let _ = rustix::fs::fchown(&write, Some(owner.0), Some(owner.1));
             }
-            Ok((Receiver::from_owned_fd(read)?, write))
+            Ok((Some(Receiver::from_owned_fd(read)?), write))
         };
         let (stdout, stderr) = (one()?, one()?);
         Ok((Pipes { read: [stdout.0, stderr.0] }, [stdout.1.into(), stderr.1.into()]))
+    }
+
+    /// The pipes of a process that an earlier dispatcher started with `outlive`; `None` if it has
+    /// none of them.
+    ///
+    /// # Errors
+    ///
+    /// When the system does not let the dispatcher open them.
+    pub(super) fn of_running(pid: i32) -> io::Result<Option<Pipes>> {
+        let file = |fd: u8| PathBuf::from(format!("/proc/{pid}/fd/{fd}"));
+        let pipe = |fd: u8| -> Option<PathBuf> {
+            let pipe = std::fs::read_link(file(fd)).ok()?;
+            // No other pipe is open for both on its writer's side.
+            let info = std::fs::read_to_string(format!("/proc/{pid}/fdinfo/{fd}")).ok()?;
+            let flags = info.lines().find_map(|line| line.strip_prefix("flags:"))?.trim();
+            let both =
+                u32::from_str_radix(flags, 8).ok()? & OFlags::RWMODE.bits() == OFlags::RDWR.bits();
+            (both && pipe.to_string_lossy().starts_with("pipe:")).then_some(pipe)
+        };
+        let open = |fd| -> io::Result<Receiver> {
+            let flags = OFlags::RDONLY | OFlags::NONBLOCK | OFlags::CLOEXEC;
+            Receiver::from_owned_fd(rustix::fs::open(file(fd), flags, Mode::empty())?)
+        };
+        let (stdout, stderr) = (pipe(1), pipe(2));
+        let stderr_differs = stderr != stdout;
+        let stdout = stdout.map(|_| open(1)).transpose()?;
+        let stderr = stderr.filter(|_| stderr_differs).map(|_| open(2)).transpose()?;
+        let any = stdout.is_some() || stderr.is_some();
+        Ok(any.then_some(Pipes { read: [stdout, stderr] }))
     }
 
     /// Reads them from now on, on a task of its own.
     pub(super) fn read(self, source: Source, process: ProcessId, last: &LastOutput) -> Reading {
         let state = State {
             lines: Default::default(),
-            open: [true; 2],
+            open: [0, 1].map(|stream: usize| self.read[stream].is_some()),
             limit: LineLimit::new(source.rate, Instant::now()),
             last: last.keep(process),
         };
@@ -160,6 +217,27 @@ impl Pipes {
         let (ended, end) = watch::channel(());
         tokio::spawn(run(Arc::clone(&reader), end));
         Reading { reader, _ended: ended }
+    }
+}
+
+/// Reads on what a process of an earlier dispatcher writes, if that dispatcher has read it.
+pub(super) fn of_survivor(
+    source: Source,
+    process: ProcessId,
+    last: &LastOutput,
+) -> Option<Reading> {
+    match Pipes::of_running(source.pid) {
+        Ok(pipes) => pipes.map(|pipes| pipes.read(source, process, last)),
+        Err(error) => {
+            log::warn!(
+                "event=process_output_not_read pool={pool} name={name} pid={pid} error={error}",
+                pool = value(&source.pool),
+                name = value(&source.name),
+                pid = source.pid,
+                error = quoted(error)
+            );
+            None
+        }
     }
 }
 
@@ -186,9 +264,10 @@ impl Drop for Reading {
     fn drop(&mut self) {
         let mut buffer = [0; READ];
         for (stream, fd) in self.reader.fds.iter().enumerate() {
-            // Eight times are more than a pipe holds. The runtime may not know yet that there is
+            let Some(fd) = fd else { continue };
+            // So often: more than a pipe holds. The runtime may not know yet that there is
             // something to read, so it is not asked.
-            for _ in 0..8 {
+            for _ in 0..=PIPE / READ {
                 let Ok(count) = rustix::io::read(fd, &mut buffer) else { break };
                 self.reader.take(stream, &buffer[..count]);
                 if count == 0 {
@@ -200,7 +279,7 @@ impl Drop for Reading {
 }
 
 struct Reader {
-    fds: [Receiver; 2],
+    fds: [Option<Receiver>; 2],
     source: Source,
     state: Mutex<State>,
 }
@@ -231,8 +310,8 @@ async fn run(reader: Arc<Reader>, mut ended: watch::Receiver<()>) {
                 reader.report(Instant::now());
                 continue;
             }
-            ready = reader.fds[0].readable(), if open[0] => (0, ready),
-            ready = reader.fds[1].readable(), if open[1] => (1, ready),
+            ready = readable(&reader.fds[0]), if open[0] => (0, ready),
+            ready = readable(&reader.fds[1]), if open[1] => (1, ready),
         };
         if ready.is_err() {
             break;
@@ -247,6 +326,13 @@ async fn run(reader: Arc<Reader>, mut ended: watch::Receiver<()>) {
     reader.close(0);
     reader.close(1);
     reader.report(Instant::now() + REPORT);
+}
+
+async fn readable(fd: &Option<Receiver>) -> io::Result<()> {
+    match fd {
+        Some(fd) => fd.readable().await,
+        None => std::future::pending().await,
+    }
 }
 
 async fn until(due: Option<Instant>) {
@@ -288,7 +374,7 @@ impl Reader {
     /// Reads once; `None` when there is nothing to read now.
     fn read(&self, stream: usize) -> Option<usize> {
         let mut buffer = [0; READ];
-        match self.fds[stream].try_read(&mut buffer) {
+        match self.fds[stream].as_ref()?.try_read(&mut buffer) {
             Ok(count) => {
                 self.take(stream, &buffer[..count]);
                 Some(count)

@@ -12,7 +12,7 @@ use tokio::process::Child;
 
 use super::SpawnRequest;
 use super::output::{LastOutput, Pipes, Reading, Source};
-use crate::config::{Limit, NOT_INHERITED, Output, Place, UNLIMITED, expand};
+use crate::config::{Limit, NOT_INHERITED, OnDispatcherLoss, Output, Place, UNLIMITED, expand};
 use crate::sys::{self, ChildSetup, Step};
 
 /// A process that runs.
@@ -65,7 +65,8 @@ pub(super) fn start(
     let pipes = match request.setup.output {
         Output::Inherit => None,
         Output::Log => {
-            let (pipes, [stdout, stderr]) = Pipes::new(account)
+            let outlive = request.on_dispatcher_loss != OnDispatcherLoss::Stop;
+            let (pipes, [stdout, stderr]) = Pipes::new(account, outlive)
                 .map_err(|error| format!("no pipe for the output of {program}: {error}"))?;
             command.stdout(stdout).stderr(stderr);
             Some(pipes)

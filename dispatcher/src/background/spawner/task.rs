@@ -8,7 +8,7 @@ use tokio::sync::watch;
 
 use super::journal::Record;
 use super::leader::{self, Found, Leader};
-use super::output::Reading;
+use super::output::{self, Reading, Source};
 use super::start::{Started, start as start_process};
 use super::{Common, Report, SpawnRequest, Stop, Stops, Survivor, group, memory};
 use crate::config::OnDispatcherLoss;
@@ -86,8 +86,15 @@ pub(super) async fn watch(
         },
         Found::Group | Found::Nothing => Leader::Gone,
     };
+    let source = Source {
+        name: format!("{}-{}", survivor.record.pool, survivor.record.place + 1),
+        pool: survivor.record.pool,
+        pid: survivor.pid,
+        rate: survivor.output_rate,
+    };
+    let output = output::of_survivor(source, process, &common.last_output);
     let pid = Pid::from_raw(survivor.pid);
-    Task { process, pid, patience, max_memory }.follow(leader, None, stop, common).await
+    Task { process, pid, patience, max_memory }.follow(leader, output, stop, common).await
 }
 
 #[derive(Clone, Copy, Debug)]

@@ -128,6 +128,7 @@ fn limits_have_units_and_a_soft_and_a_hard_part() {
     refused("memory = ‹4096›", "too low for a program to start", "the least is 1MiB");
     refused("core = ‹true›", "expected bytes, such as 0", "core = 0");
     spawn_refused("[pool.web.spawn.limits]\nmemory = ‹'x'›", "`x` is not a limit", "");
+    spawn_refused("‹cwd› = '/'", "unknown key `cwd`", "did you mean `directory`?");
     pool_refused("‹nofile› = 4", "unknown key", "belongs in [pool.NAME.spawn.limits]");
 }
 
@@ -177,6 +178,9 @@ fn the_output_goes_one_of_two_ways() {
     assert_eq!(setup("output = 'log'").output, Output::Log);
     spawn_refused("output = ‹'logs'›", "unknown value `logs`", "did you mean `log`?");
     spawn_refused("output_rate = ‹0›", "from 1 to 1000000", "");
+    let warnings = good(&spawning("output_rate = 9")).warnings;
+    assert!(warnings[0].0.message.contains("no effect without output = \"log\""), "{warnings:?}");
+    assert_eq!(good(&spawning("output = 'log'\noutput_rate = 9")).warnings, []);
 }
 
 #[test]

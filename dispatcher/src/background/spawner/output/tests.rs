@@ -79,7 +79,69 @@ fn the_last_lines_of_ended_processes_are_bounded() {
     for number in 1..3_000 {
         drop(last.keep(process(number)));
     }
-    assert_eq!(last.0.lock().expect("no panic").len(), ENDED_PROCESSES);
+    let kept = last.0.lock().expect("no panic");
+    assert_eq!(kept.processes.len(), ENDED_PROCESSES);
+    // The newest ones.
+    assert!(kept.processes.contains_key(&process(2_999)));
+    assert!(kept.processes.contains_key(&process(2_000)));
+    assert!(!kept.processes.contains_key(&process(1_900)));
+    drop(kept);
     assert_eq!(last.of(process(0))[0].text, "kept");
     assert_eq!(last.of(process(1_000_000)), []);
+}
+
+/// A process that writes a line, waits for a line, and writes another one; and its pipes.
+fn writer(outlive: bool) -> (std::process::Child, Pipes) {
+    let (pipes, [stdout, stderr]) = Pipes::new(None, outlive).expect("descriptors");
+    let mut command = std::process::Command::new("sh");
+    command.args(["-c", "echo before; read line; echo after; echo error >&2; read line"]);
+    let child = command.stdin(Stdio::piped()).stdout(stdout).stderr(stderr).spawn();
+    (child.expect("a shell"), pipes)
+}
+
+#[tokio::test]
+async fn the_output_of_a_process_that_outlives_the_dispatcher_is_read_by_the_next_one() {
+    let process = ProcessId { pool: dispatcher_core::PoolId(0), place: 0, start: 1 };
+    let (mut child, pipes) = writer(true);
+    let pid = i32::try_from(child.id()).expect("small");
+    drop(pipes);
+    let stdin = child.stdin.as_mut().expect("a pipe");
+    io::Write::write_all(stdin, b"\n").expect("it lives");
+    let pipes = Pipes::of_running(pid).expect("may be opened").expect("there");
+    let last = LastOutput::default();
+    let source = Source { pool: "web".into(), name: "web-1".into(), pid, rate: 9 };
+    let reading = pipes.read(source, process, &last);
+    let deadline = Instant::now() + Duration::from_secs(30);
+    while last.of(process).len() < 3 {
+        assert!(Instant::now() < deadline, "{:?}", last.of(process));
+        tokio::time::sleep(Duration::from_millis(2)).await;
+    }
+    let lines: Vec<_> = last.of(process).into_iter().map(|l| (l.stream, l.text)).collect();
+    for line in [
+        (Stream::Stdout, "before".to_owned()),
+        (Stream::Stdout, "after".to_owned()),
+        (Stream::Stderr, "error".to_owned()),
+    ] {
+        assert!(lines.contains(&line), "{lines:?}");
+    }
+    drop(child.stdin.take());
+    assert_eq!(child.wait().expect("a child").code(), Some(1), "the second read found the end");
+    drop(reading);
+    // The own process has other streams: they are left alone.
+    let own = i32::try_from(std::process::id()).expect("small");
+    assert!(Pipes::of_running(own).expect("readable").is_none());
+}
+
+#[tokio::test]
+async fn a_process_that_ends_with_the_dispatcher_has_no_reader_then() {
+    use std::os::unix::process::ExitStatusExt;
+    let (mut child, pipes) = writer(false);
+    let pid = i32::try_from(child.id()).expect("small");
+    drop(pipes);
+    assert!(Pipes::of_running(pid).expect("readable").is_none());
+    let stdin = child.stdin.as_mut().expect("a pipe");
+    let _ = io::Write::write_all(stdin, b"\n");
+    let status = child.wait().expect("a child");
+    // This process ignores SIGPIPE, so the shell may do so, too: then its writes fail.
+    assert!(status.signal() == Some(libc::SIGPIPE) || !status.success(), "{status}");
 }
