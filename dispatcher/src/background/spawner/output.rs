@@ -4,7 +4,11 @@
 //! bounds below are counted and not logged. Every bound holds for one process, so a process that
 //! writes much costs other processes and the dispatcher nothing.
 
-use std::collections::{HashMap, VecDeque};
+mod last;
+mod lines;
+
+pub use self::last::{LastOutput, OutputLine, Stream};
+
 use std::io;
 use std::os::fd::{AsRawFd, OwnedFd};
 use std::path::PathBuf;
@@ -13,19 +17,16 @@ use std::sync::atomic::{AtomicU64, Ordering};
 use std::sync::{Arc, Mutex, PoisonError};
 use std::time::{Duration, Instant};
 
-use dispatch_protocol::wire::is_hidden;
 use rustix::fs::{Mode, OFlags};
 use rustix::pipe::{PipeFlags, pipe_with};
 use tokio::net::unix::pipe::Receiver;
 use tokio::sync::watch;
 
+use self::last::{Kept, LAST_LINE, LAST_LINES, STREAMS};
+use self::lines::{LineLimit, Lines, MAX_LINE, Pace, REPORT, shortened};
 use crate::background::logger::{has_room, quoted, value};
 use crate::config::Account;
 use dispatcher_core::ProcessId;
-
-/// Most bytes of a line in the log, escape sequences included; the rest is cut off. The line of the
-/// log has room for the other values.
-const MAX_LINE: usize = 3_584;
 
 /// Bytes that a pipe holds while no dispatcher reads it; the most that the kernel allows by default.
 const PIPE: usize = 1 << 20;
@@ -33,25 +34,9 @@ const PIPE: usize = 1 << 20;
 /// Most bytes per read.
 const READ: usize = 16 * 1024;
 
-/// Most bytes that are read of one process in one [`PERIOD`]; then the process may have to wait for
-/// the rest of the period. More would only take processor time from others: the log takes much
-/// less.
-const BUDGET: usize = 512 * 1024;
-const PERIOD: Duration = Duration::from_millis(100);
-
 /// How long the pipes stay open after the end of the process and its group. A process that has left
 /// the group may still hold them.
 const AFTER_END: Duration = Duration::from_secs(2);
-
-/// How often lost lines are reported.
-const REPORT: Duration = Duration::from_secs(1);
-
-/// Lines of each process that are kept in memory, and the bytes of each.
-const LAST_LINES: usize = 20;
-const LAST_LINE: usize = 512;
-
-/// Ended processes whose last lines are kept.
-const ENDED_PROCESSES: usize = 1024;
 
 /// Lines that were not logged, of all processes since the start.
 static LOST: AtomicU64 = AtomicU64::new(0);
@@ -59,82 +44,6 @@ static LOST: AtomicU64 = AtomicU64::new(0);
 /// Lines of processes that were not logged, since the start.
 pub fn lost_lines() -> u64 {
     LOST.load(Ordering::Relaxed)
-}
-
-/// A stream of a process.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub enum Stream {
-    /// Standard output.
-    Stdout,
-    /// Standard error.
-    Stderr,
-}
-
-impl Stream {
-    /// The name of the stream in the log.
-    pub fn name(self) -> &'static str {
-        match self {
-            Stream::Stdout => "stdout",
-            Stream::Stderr => "stderr",
-        }
-    }
-}
-
-const STREAMS: [Stream; 2] = [Stream::Stdout, Stream::Stderr];
-
-/// A line that a process has written.
-#[derive(Clone, Debug, PartialEq, Eq)]
-pub struct OutputLine {
-    /// The process.
-    pub pid: i32,
-    /// Where it wrote the line.
-    pub stream: Stream,
-    /// The line, not escaped; at most 512 bytes.
-    pub text: String,
-}
-
-type Kept = Arc<Mutex<VecDeque<OutputLine>>>;
-
-/// The last lines of each process, also of those that have ended. Without output in the log there
-/// are none.
-#[derive(Clone, Debug, Default)]
-pub struct LastOutput(Arc<Mutex<AllKept>>);
-
-#[derive(Debug, Default)]
-struct AllKept {
-    /// With the number of its start among all processes.
-    processes: HashMap<ProcessId, (u64, Kept)>,
-    started: u64,
-}
-
-impl LastOutput {
-    /// The last 20 lines, oldest first.
-    pub fn of(&self, process: ProcessId) -> Vec<OutputLine> {
-        let all = self.0.lock().unwrap_or_else(PoisonError::into_inner);
-        let kept = all.processes.get(&process).map(|(_, kept)| Arc::clone(kept));
-        drop(all);
-        let kept = kept.unwrap_or_default();
-        let lines = kept.lock().unwrap_or_else(PoisonError::into_inner);
-        lines.iter().cloned().collect()
-    }
-
-    /// The place for the lines of a process that starts.
-    fn keep(&self, process: ProcessId) -> Kept {
-        let mut all = self.0.lock().unwrap_or_else(PoisonError::into_inner);
-        let AllKept { processes, started } = &mut *all;
-        if processes.len() >= ENDED_PROCESSES {
-            // A reader holds the lines of each process that has not ended.
-            let ended = processes.iter().filter(|(_, (_, kept))| Arc::strong_count(kept) == 1);
-            let oldest =
-                ended.min_by_key(|(_, (started, _))| *started).map(|(process, _)| *process);
-            if let Some(oldest) = oldest {
-                processes.remove(&oldest);
-            }
-        }
-        *started += 1;
-        let (_, kept) = processes.entry(process).or_insert_with(|| (*started, Kept::default()));
-        Arc::clone(kept)
-    }
 }
 
 /// The ends of the pipes of a process that the dispatcher reads.
@@ -342,24 +251,6 @@ async fn until(due: Option<Instant>) {
     }
 }
 
-/// The bytes read in this period.
-struct Pace {
-    since: Instant,
-    bytes: usize,
-}
-
-impl Pace {
-    /// How long to pause after reading so many bytes, if the budget is used up.
-    fn rest(&mut self, count: usize, now: Instant) -> Option<Duration> {
-        let gone = now.saturating_duration_since(self.since);
-        if gone >= PERIOD {
-            (self.since, self.bytes) = (now, 0);
-        }
-        self.bytes += count;
-        (self.bytes >= BUDGET).then(|| PERIOD.saturating_sub(gone)).filter(|rest| !rest.is_zero())
-    }
-}
-
 impl Reader {
     fn state(&self) -> std::sync::MutexGuard<'_, State> {
         self.state.lock().unwrap_or_else(PoisonError::into_inner)
@@ -457,105 +348,6 @@ impl Reader {
             lines[stream]
                 .end(|line, cut| self.log((stream, line, cut), limit, last, Instant::now()));
         }
-    }
-}
-
-/// The text with at most `most` bytes in the log, and the number of bytes cut off. `…` at its end
-/// shows a cut, here or before.
-fn shortened(text: &str, most: usize, is_cut: bool) -> (String, u64) {
-    let mark = '…'.len_utf8();
-    let plain = |c: char| !matches!(c, '"' | '\\') && !is_hidden(c);
-    if text.len() + mark <= most && text.chars().all(plain) {
-        return (if is_cut { format!("{text}…") } else { text.to_owned() }, 0);
-    }
-    let mut shown = 0;
-    let end = text.char_indices().find_map(|(at, c)| {
-        shown += match c {
-            '"' | '\\' | '\n' | '\t' => 2,
-            // `\u{10ffff}`
-            c if is_hidden(c) => 10,
-            c => c.len_utf8(),
-        };
-        (shown + mark > most).then_some(at)
-    });
-    let end = end.unwrap_or(text.len());
-    let cut = (text.len() - end) as u64;
-    let mark = if is_cut || cut > 0 { "…" } else { "" };
-    (format!("{}{mark}", &text[..end]), cut)
-}
-
-/// Puts pieces of a stream together to lines.
-#[derive(Default)]
-struct Lines {
-    /// The start of a line whose end was not read yet.
-    begun: Vec<u8>,
-    /// The bytes after `begun` that are cut off.
-    cut: u64,
-}
-
-impl Lines {
-    fn feed(&mut self, bytes: &[u8], mut line: impl FnMut(&[u8], u64)) {
-        for piece in bytes.split_inclusive(|&byte| byte == b'\n') {
-            let (text, whole) = match piece.strip_suffix(b"\n") {
-                Some(text) => (text, true),
-                None => (piece, false),
-            };
-            if whole && self.begun.is_empty() && text.len() <= MAX_LINE {
-                line(text, 0);
-                continue;
-            }
-            let taken = text.len().min(MAX_LINE - self.begun.len());
-            self.begun.extend_from_slice(&text[..taken]);
-            self.cut += (text.len() - taken) as u64;
-            if whole {
-                line(&self.begun, self.cut);
-                self.begun.clear();
-                self.cut = 0;
-            }
-        }
-    }
-
-    fn end(&mut self, mut line: impl FnMut(&[u8], u64)) {
-        if !self.begun.is_empty() {
-            line(&self.begun, self.cut);
-            *self = Lines::default();
-        }
-    }
-}
-
-/// Limits the lines of one process in each second, and counts what was lost.
-#[derive(Debug)]
-struct LineLimit {
-    rate: u32,
-    since: Instant,
-    lines: u32,
-    lost: u64,
-    /// When the next report is due.
-    due: Option<Instant>,
-}
-
-impl LineLimit {
-    fn new(rate: u32, now: Instant) -> LineLimit {
-        LineLimit { rate, since: now, lines: 0, lost: 0, due: None }
-    }
-
-    fn allow(&mut self, now: Instant) -> bool {
-        if now.saturating_duration_since(self.since) >= Duration::from_secs(1) {
-            (self.since, self.lines) = (now, 0);
-        }
-        self.lines = self.lines.saturating_add(1);
-        self.lines <= self.rate
-    }
-
-    fn lost(&mut self, now: Instant) {
-        self.lost += 1;
-        self.due.get_or_insert(now + REPORT);
-    }
-
-    /// The lost lines since the last report, if one is due.
-    fn report(&mut self, now: Instant) -> Option<u64> {
-        self.due.take_if(|due| *due <= now)?;
-        Some(std::mem::take(&mut self.lost))
     }
 }
 

@@ -1,3 +1,5 @@
+use super::last::ENDED_PROCESSES;
+use super::lines::{BUDGET, PERIOD};
 use super::*;
 
 fn fed(pieces: &[&str]) -> Vec<(String, u64)> {
