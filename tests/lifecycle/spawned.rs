@@ -2,6 +2,7 @@
 //! reader of their output.
 #![allow(clippy::unwrap_used, clippy::expect_used, reason = "in a test a panic is the report")]
 
+mod outlive;
 mod recipes;
 
 use std::fs::Permissions;
@@ -307,4 +308,6 @@ fn check_says_that_the_user_cannot_reach_the_socket() {
     );
     assert!(text.contains(&expected), "{text}");
     assert!(text.contains("help: the processes cannot join: let the user search"), "{text}");
+    let summary = String::from_utf8(output.stdout).unwrap();
+    assert!(summary.contains("1 x /bin/true as user 65534 (nobody)\n"), "{summary}");
 }

@@ -28,8 +28,9 @@ use crate::background::logger::{has_room, quoted, value};
 use crate::config::Account;
 use dispatcher_core::ProcessId;
 
-/// Bytes that a pipe holds while no dispatcher reads it; the most that the kernel allows by default.
-const PIPE: usize = 1 << 20;
+/// Bytes that a pipe holds while no dispatcher reads it. The kernel limits the memory in all pipes
+/// of a user, so more would leave less for others.
+const PIPE: usize = 256 * 1024;
 
 /// Most bytes per read.
 const READ: usize = 16 * 1024;

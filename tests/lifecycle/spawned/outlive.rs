@@ -1,0 +1,32 @@
+//! The output of processes that outlive their dispatcher.
+
+use super::*;
+
+/// Ends a process group when the test ends.
+struct Group(i32);
+
+impl Drop for Group {
+    fn drop(&mut self) {
+        let _ = nix::sys::signal::killpg(Pid::from_raw(self.0), Signal::SIGKILL);
+    }
+}
+
+#[test]
+fn a_crash_of_the_dispatcher_ends_no_process_that_writes() {
+    let temp = directory();
+    // A failed write would end the loop.
+    let script = "(while echo tick; do echo x >> DIR/ticks; sleep 0.02; done) & WORKER";
+    let keys = "output = \"log\"\non_dispatcher_loss = \"serve\"";
+    let mut dispatcher = start(temp, &scripted(Path::new("DIR"), script, keys));
+    dispatcher.wait_joined("web", 1);
+    let pid = pid(&dispatcher, "web-1");
+    let _group = Group(pid);
+    let mut client = Client::connect(dispatcher.address("web")).unwrap();
+    let line = format!("name=web-1 pid={pid} stream=stdout line=\"tick\"");
+    wait_for_log(&dispatcher, &line);
+    dispatcher.process.kill();
+    let ticks = || std::fs::metadata(dispatcher.dir.join("ticks")).map_or(0, |file| file.len());
+    let before = ticks();
+    wait_until("it to write without a dispatcher", || ticks() > before + 20);
+    client.echo("still served");
+}
