@@ -220,8 +220,9 @@ fn output_of_processes_is_rate_limited() {
     for kind in ["process_started", "process_ended"] {
         wait_until("suppressed lines", || {
             let log = dispatcher.log();
-            let limited =
-                |line: &str| line.contains(&format!("event={kind} ")) && !line.ends_with("=0");
+            let limited = |line: &str| {
+                line.contains(&format!("event={kind} ")) && !line.ends_with("suppressed=0")
+            };
             log.contains(&format!("event=lines_suppressed kind={kind} "))
                 || log.lines().any(limited)
         });

@@ -52,8 +52,7 @@ impl EventLoop {
     /// Sets the number of processes of a pool.
     fn scale(&mut self, name: &str, wanted: ProcessCount) -> Answer {
         let id = self.pool_called(name)?;
-        let spawns =
-            self.config.pools.get(usize::from(id.0)).is_some_and(|pool| pool.spawn.is_some());
+        let spawns = self.pools.get(usize::from(id.0)).is_some_and(|pool| pool.spawn.is_some());
         if !spawns {
             let message = format!("pool {name} starts no processes");
             return Err(CommandError::new(Problem::Conflict, message)

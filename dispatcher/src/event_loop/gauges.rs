@@ -95,7 +95,7 @@ impl EventLoop {
             return;
         }
         self.workers.gauges_due.clear();
-        for pool in 0..self.config.pools.len() as u16 {
+        for pool in 0..self.pools.len() as u16 {
             self.workers.gauges_due.push(self.core.reads_gauges(self.now, PoolId(pool)));
         }
         let mut stamps = None;

@@ -185,12 +185,13 @@ impl EventLoop {
     }
 
     /// The settings of the handshake thread.
-    pub(super) fn handshake_settings(config: &config::Config) -> Settings {
-        let slots = config.pools.iter().map(|pool| {
-            let settings = &pool.settings;
-            (settings.name.clone(), settings.max_untaken + SPARE_SLOTS)
-        });
-        Settings { limits: config.limits.clone(), slots: slots.collect() }
+    pub(super) fn handshake_settings<'a>(
+        limits: &config::Limits,
+        pools: impl Iterator<Item = &'a PoolSettings>,
+    ) -> Settings {
+        let slots =
+            pools.map(|settings| (settings.name.clone(), settings.max_untaken + SPARE_SLOTS));
+        Settings { limits: limits.clone(), slots: slots.collect() }
     }
 
     /// The features that both the worker and its pool support.

@@ -42,6 +42,7 @@ mod worker_io;
 mod workers;
 mod yield_backoff;
 
+use std::sync::Arc;
 use std::time::Duration;
 
 use mio::Events;
@@ -58,10 +59,10 @@ use self::workers::Workers;
 use crate::background::cleaner::Cleaner;
 use crate::background::closer::Closers;
 use crate::background::service_manager::State;
-use crate::config::Config;
+use crate::config::{Config, Pool, Spawn};
 use crate::listen::bind::OwnedPath;
 use crate::mailbox::{SideThread, StartSideThread};
-use dispatcher_core::{Core, Time};
+use dispatcher_core::{Core, PoolSettings, Time};
 
 pub use crate::listen::error::RunError;
 
@@ -84,8 +85,11 @@ pub fn run(
 
 /// The state of the hot thread. Its tables use the indices of the core.
 struct EventLoop {
-    /// Pools and listeners by id. Removed ones keep their entries.
+    /// The running configuration, listeners by id. Its `pools` are empty: the core has their
+    /// settings, and `pools` the rest.
     config: Config,
+    /// By `PoolId`; removed pools keep their entries.
+    pools: Vec<PoolResources>,
     run: Run,
     core: Core,
     signals: Signals,
@@ -100,6 +104,27 @@ struct EventLoop {
     background: Background,
     side: SideThread,
     observation: Observation,
+}
+
+/// The part of a pool's configuration that the core does not have.
+struct PoolResources {
+    unavailable_response: Option<Arc<[u8]>>,
+    spawn: Option<Spawn>,
+}
+
+impl PoolResources {
+    /// Splits a pool's configuration into the core's part and this one.
+    fn split(pool: Pool) -> (PoolSettings, PoolResources) {
+        let Pool { settings, unavailable_response, spawn } = pool;
+        (settings, PoolResources { unavailable_response, spawn })
+    }
+
+    /// The whole configuration of a pool.
+    fn with(&self, settings: PoolSettings) -> Pool {
+        let PoolResources { unavailable_response, spawn } = self;
+        let (unavailable_response, spawn) = (unavailable_response.clone(), spawn.clone());
+        Pool { settings, unavailable_response, spawn }
+    }
 }
 
 /// This run of the dispatcher, from its start to its end.

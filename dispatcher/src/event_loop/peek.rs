@@ -13,7 +13,7 @@ use rustix::net::RecvFlags;
 use super::EventLoop;
 use super::token::{Key, Source};
 use crate::preface::{self, Parsed, is_enough};
-use dispatcher_core::ConnId;
+use dispatcher_core::{ConnId, PoolId};
 
 impl EventLoop {
     /// Reads the first bytes of a connection that awaits them; with `end`, no more bytes can come.
@@ -27,9 +27,9 @@ impl EventLoop {
         let connections = &mut self.connections;
         let Some(Some(conn)) = connections.table.get_mut(id.index as usize) else { return };
         let listener = self.config.listeners.get(usize::from(conn.listener.0));
-        let pool = listener.and_then(|listener| self.config.pools.get(usize::from(listener.pool)));
+        let settings = listener.and_then(|listener| self.core.pool_settings(PoolId(listener.pool)));
         let Some((affinity, peek)) =
-            pool.and_then(|pool| Some((pool.settings.affinity.as_ref()?, pool.settings.peek)))
+            settings.and_then(|settings| Some((settings.affinity.as_ref()?, settings.peek)))
         else {
             return;
         };

@@ -291,7 +291,7 @@ impl EventLoop {
         let response = match reason {
             CloseReason::NoWorker => {
                 let listener = self.config.listeners.get(usize::from(listener.0));
-                let pool = listener.and_then(|l| self.config.pools.get(usize::from(l.pool)));
+                let pool = listener.and_then(|l| self.pools.get(usize::from(l.pool)));
                 pool.and_then(|pool| pool.unavailable_response.clone())
             }
             CloseReason::ClientGone
@@ -324,7 +324,7 @@ impl EventLoop {
     /// shut them down.
     pub(super) fn announce_stop(&self, io: &WorkerIo) {
         let (Some(pool), Some(_)) = (io.started_by, self.run.stop_deadline) else { return };
-        let spawn = self.config.pools.get(usize::from(pool.0)).and_then(|pool| pool.spawn.as_ref());
+        let spawn = self.pools.get(usize::from(pool.0)).and_then(|pool| pool.spawn.as_ref());
         if spawn.is_some_and(|spawn| spawn.on_dispatcher_loss == OnDispatcherLoss::Serve) {
             return;
         }

@@ -6,13 +6,13 @@ use std::sync::atomic::Ordering;
 
 use dispatcher_core::{ListenerId, ListenerSettings, PoolId};
 
-use super::EventLoop;
 use super::handshake::HandshakeCommand;
 use super::listeners::ListenerIo;
+use super::{EventLoop, PoolResources};
 use crate::api::command::{CommandError, Problem};
 use crate::api::reload::Reloaded;
 use crate::background::logger::value;
-use crate::config::{Address, Listener, Pool};
+use crate::config::{Address, Config, Listener, Pool};
 use crate::listen::bind::{self, Listening};
 use crate::listen::files::SocketFile;
 use crate::reload::{ListenerStep, Plan, PoolStep, Rules, RunningConfig, Socket, seed};
@@ -20,10 +20,14 @@ use crate::reload::{ListenerStep, Plan, PoolStep, Rules, RunningConfig, Socket, 
 impl EventLoop {
     /// The running configuration, for [`crate::reload::prepare`].
     pub(in crate::event_loop) fn running(&self) -> RunningConfig {
-        let pools = (0u16..).map(PoolId).take(self.config.pools.len());
+        let pools = (0u16..).map(PoolId).take(self.pools.len());
+        let resources = pools.clone().zip(&self.pools);
+        let configured = resources
+            .filter_map(|(id, rest)| Some(rest.with(self.core.pool_settings(id)?.clone())))
+            .collect();
         RunningConfig {
             generation: self.run.generation,
-            config: self.config.clone(),
+            config: Config { pools: configured, ..self.config.clone() },
             pools: pools.filter(|&id| !self.core.is_pool_retired(id)).collect(),
             listeners: self.core.listeners().collect(),
             files: self.socket_files(),
@@ -139,7 +143,9 @@ impl EventLoop {
         self.side.admin_rate.store(plan.limits.admin_rate, Ordering::Relaxed);
         self.background.closers.set_bounds(crate::event_loop::start::bounds(&plan.limits));
         self.config.limits = plan.limits;
-        let settings = EventLoop::handshake_settings(&self.config);
+        let names = self.core.pool_names().filter_map(|name| self.core.pool_named(name));
+        let pools = names.filter_map(|id| self.core.pool_settings(id));
+        let settings = EventLoop::handshake_settings(&self.config.limits, pools);
         self.handshakes.send(HandshakeCommand::Settings(settings));
         self.config.admin_http_hosts = plan.admin_http_hosts;
         self.watch_socket_files();
@@ -160,12 +166,13 @@ impl EventLoop {
                 id
             }
             PoolStep::Change(id) => {
+                let (settings, resources) = PoolResources::split(pool);
                 let mut starts_anew = false;
-                if let Some(entry) = self.config.pools.get_mut(usize::from(id.0)) {
-                    starts_anew = entry.spawn != pool.spawn;
-                    *entry = pool.clone();
+                if let Some(entry) = self.pools.get_mut(usize::from(id.0)) {
+                    starts_anew = entry.spawn != resources.spawn;
+                    *entry = resources;
                 }
-                self.core.change_pool(self.now, id, pool.settings, seed());
+                self.core.change_pool(self.now, id, settings, seed());
                 if starts_anew {
                     self.core.retry_processes(self.now, id);
                 }
@@ -173,17 +180,21 @@ impl EventLoop {
                 id
             }
             PoolStep::Add => {
-                let id = self.core.add_pool(self.now, pool.settings.clone(), seed());
-                match self.config.pools.get_mut(usize::from(id.0)) {
+                let (settings, resources) = PoolResources::split(pool);
+                let restored = (0u16..).map(PoolId).take(self.pools.len()).any(|id| {
+                    self.core.is_pool_retired(id) && self.core.pool_name(id) == settings.name
+                });
+                let id = self.core.add_pool(self.now, settings, seed());
+                match self.pools.get_mut(usize::from(id.0)) {
                     Some(entry) => {
-                        if entry.settings.name != pool.settings.name {
+                        if !restored {
                             // The entry belonged to another pool. Tokens of that pool's processes
                             // must not be valid for this one.
                             self.workers.tokens.retain(|_, process| process.pool != id);
                         }
-                        *entry = pool;
+                        *entry = resources;
                     }
-                    None => self.config.pools.push(pool),
+                    None => self.pools.push(resources),
                 }
                 self.workers.replace_gauges(&self.core, id);
                 id

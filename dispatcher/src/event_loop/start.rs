@@ -16,7 +16,7 @@ use super::observation::Observation;
 use super::token::Source;
 use super::wakeup::Wakeup;
 use super::workers::Workers;
-use super::{Background, Endpoints, EventLoop, Run, clock};
+use super::{Background, Endpoints, EventLoop, PoolResources, Run, clock};
 use crate::background::cleaner::Cleaner;
 use crate::background::closer::{Bounds, Closers, Owner, Task};
 use crate::background::logger::{quoted, value};
@@ -68,7 +68,7 @@ impl EventLoop {
     }
 
     fn assemble(
-        config: Config,
+        mut config: Config,
         start_side: StartSideThread,
         mut signals: Signals,
         dispatch: Listening,
@@ -109,7 +109,10 @@ impl EventLoop {
         let (dispatch, dispatch_address, dispatch_path) = dispatch.into_parts();
         // If the kernel refuses descriptors at their sender, no call of that thread can block.
         let watch = crate::sys::refuse_descriptors(&dispatch).is_err().then(|| closers.watch());
-        let handshake_settings = EventLoop::handshake_settings(&config);
+        let (pool_settings, pools): (Vec<_>, Vec<_>) =
+            std::mem::take(&mut config.pools).into_iter().map(PoolResources::split).unzip();
+        let handshake_settings =
+            EventLoop::handshake_settings(&config.limits, pool_settings.iter());
         let handshakes =
             Handshakes::start(dispatch, handshake_settings, wake_handshakes, closers.bin(), watch)
                 .map_err(RunError::system("handshake thread"))?;
@@ -117,8 +120,7 @@ impl EventLoop {
         let connections = Connections::new().map_err(RunError::system("socket pair"))?;
         let wakeup = Wakeup::new(poll).map_err(RunError::system("timerfd"))?;
         let now = clock();
-        let pools = config.pools.iter().map(|pool| pool.settings.clone()).collect();
-        let mut core = Core::new(pools, settings, now);
+        let mut core = Core::new(pool_settings, settings, now);
         core.set_resource_pause(config.limits.resource_pause);
         core.set_seed(seed());
         for (position, listener) in (0u16..).zip(&config.listeners) {
@@ -140,6 +142,7 @@ impl EventLoop {
         }
         let event_loop = EventLoop {
             config,
+            pools,
             run: Run {
                 instance: format!("{:016x}", seed()),
                 started: now,

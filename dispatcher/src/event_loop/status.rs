@@ -82,8 +82,9 @@ impl EventLoop {
 
     /// Asks the side thread to start a process, with a token that identifies it when it joins.
     pub(super) fn spawn(&mut self, process: ProcessId) {
-        let pool = self.config.pools.get(usize::from(process.pool.0));
-        let Some((pool, spawn)) = pool.and_then(|pool| Some((pool, pool.spawn.as_ref()?))) else {
+        let resources = self.pools.get(usize::from(process.pool.0));
+        let spawn = resources.and_then(|resources| resources.spawn.as_ref());
+        let (Some(spawn), Some(settings)) = (spawn, self.core.pool_settings(process.pool)) else {
             return;
         };
         let mut token = [0; 16];
@@ -101,8 +102,8 @@ impl EventLoop {
         };
         let request = SpawnRequest {
             process,
-            pool: pool.settings.name.clone(),
-            name: format!("{}-{}", pool.settings.name, process.place + 1),
+            pool: settings.name.clone(),
+            name: format!("{}-{}", settings.name, process.place + 1),
             command: spawn.command.clone(),
             environment: spawn.environment.clone(),
             directory: spawn.directory.clone(),
@@ -111,7 +112,7 @@ impl EventLoop {
             token,
             dispatch_socket,
             descriptors: self.run.descriptors,
-            patience: pool.settings.supervision.stop_timeout,
+            patience: settings.supervision.stop_timeout,
             max_memory: spawn.max_memory,
         };
         if self.side.spawner.spawn(request).is_err() {
@@ -127,7 +128,7 @@ impl EventLoop {
                     self.observation.allow(self.now, pool, Cause::Process(ProcessNews::Started))
                 {
                     let process = self.process(process);
-                    log::info!("event=process_started {process} pid={pid} left_out={suppressed}");
+                    log::info!("event=process_started {process} pid={pid} suppressed={suppressed}");
                 }
                 self.core.spawned(self.now, process, true);
             }
@@ -137,7 +138,7 @@ impl EventLoop {
                     self.observation.allow(self.now, pool, Cause::Process(ProcessNews::NotStarted))
                 {
                     log::error!(
-                        "event=process_not_started {} error={error} left_out={suppressed}",
+                        "event=process_not_started {} error={error} suppressed={suppressed}",
                         self.process(process),
                         error = quoted(&error)
                     );
@@ -160,7 +161,7 @@ impl EventLoop {
                 {
                     log::log!(
                         if ordered && well { log::Level::Info } else { log::Level::Warn },
-                        "event=process_ended {} pid={pid} status={status_text} left_out={suppressed}",
+                        "event=process_ended {} pid={pid} status={status_text} suppressed={suppressed}",
                         self.process(process),
                         status_text = quoted(&status_text)
                     );
@@ -185,7 +186,7 @@ impl EventLoop {
 
     fn process(&self, process: ProcessId) -> String {
         let spawn =
-            self.config.pools.get(usize::from(process.pool.0)).and_then(|p| p.spawn.as_ref());
+            self.pools.get(usize::from(process.pool.0)).and_then(|pool| pool.spawn.as_ref());
         let program = spawn.and_then(|spawn| spawn.command.first()).map_or("", String::as_str);
         format!(
             "pool={} process={} program={}",
