@@ -2,6 +2,7 @@
 //! clients, failures.
 #![allow(clippy::unwrap_used, clippy::expect_used)]
 
+mod accounts;
 mod readme;
 mod units;
 

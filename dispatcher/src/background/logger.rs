@@ -199,9 +199,11 @@ pub fn dropped_lines() -> u64 {
     QUEUE.get().map_or(0, Queue::dropped)
 }
 
-/// Whether the queue has room for lines of processes: half of it is for the dispatcher's own.
-pub fn has_room() -> bool {
-    QUEUE.get().is_none_or(|queue| queue.waiting.load(Ordering::Relaxed) < MAX_LINES / 2)
+/// Whether the queue has room for a line of a process. Half of it is for the dispatcher's own lines.
+/// A process with `many` lines gets only an eighth, so the rest is for processes with few.
+pub fn has_room(many: bool) -> bool {
+    let share = if many { MAX_LINES / 8 } else { MAX_LINES / 2 };
+    QUEUE.get().is_none_or(|queue| queue.waiting.load(Ordering::Relaxed) < share)
 }
 
 /// Lines dropped since the start because one place in the program had too many.

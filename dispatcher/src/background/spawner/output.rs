@@ -314,7 +314,7 @@ impl Reader {
             let text = shortened(&text, LAST_LINE, cut > 0).0;
             last.push_back(OutputLine { pid: *pid, stream, text });
         }
-        if !limit.allow(now) || !has_room() {
+        if !limit.allow(now) || !has_room(limit.many()) {
             limit.lost(now);
             return;
         }

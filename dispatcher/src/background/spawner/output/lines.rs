@@ -14,6 +14,9 @@ pub(super) const MAX_LINE: usize = 3_584;
 pub(super) const BUDGET: usize = 512 * 1024;
 pub(super) const PERIOD: Duration = Duration::from_millis(100);
 
+/// So many lines in a second are few: the log takes them also while other processes fill its queue.
+const FEW: u32 = 20;
+
 /// How often lost lines are reported.
 pub(super) const REPORT: Duration = Duration::from_secs(1);
 
@@ -120,6 +123,11 @@ impl LineLimit {
         }
         self.lines = self.lines.saturating_add(1);
         self.lines <= self.rate
+    }
+
+    /// Whether the process has written more in this second than most processes do.
+    pub(super) fn many(&self) -> bool {
+        self.lines > FEW
     }
 
     pub(super) fn lost(&mut self, now: Instant) {
