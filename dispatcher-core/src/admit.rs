@@ -55,7 +55,13 @@ impl Core {
         if self.stop.is_some_and(|stop| stop.over) {
             return Err(stopping());
         }
-        let Some(p) = self.pool_named(&hello.pool).map(|pool| usize::from(pool.0)) else {
+        // A process outlives its pool: its worker joins to be drained.
+        let own = || {
+            let pool = join.spawned?.pool;
+            (self.pools.get(usize::from(pool.0))?.settings.name == hello.pool).then_some(pool)
+        };
+        let named = self.pool_named(&hello.pool).or_else(own);
+        let Some(p) = named.map(|pool| usize::from(pool.0)) else {
             let known: Vec<&str> = self.pool_names().collect();
             return Err(refusal(
                 RefusedCode::UnknownPool,

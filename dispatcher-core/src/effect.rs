@@ -50,8 +50,9 @@ pub enum Effect {
     /// End a process and its process group: SIGTERM, and SIGKILL after `timeout`. Always:
     /// [`super::Core::exited`].
     StopProcess { process: ProcessId, timeout: Duration },
-    /// The dispatcher is stopping and has released this pool: end its processes.
-    StopProcesses { pool: PoolId },
+    /// The dispatcher is stopping and has released the pool of this process: end it. Its workers
+    /// had connections, or none.
+    EndProcess { process: ProcessId, has_connections: bool },
     /// Write an event to the log.
     Event(Event),
 }

@@ -458,7 +458,7 @@ impl Core {
             | Effect::Disconnect { .. }
             | Effect::Spawn { .. }
             | Effect::StopProcess { .. }
-            | Effect::StopProcesses { .. }
+            | Effect::EndProcess { .. }
             | Effect::Event(_) => {}
         }
         Some(effect)

@@ -64,12 +64,17 @@ impl Core {
         pool.released = true;
         pool.processes.set_stopped(true);
         let workers: Vec<u32> = pool.candidates.workers().collect();
+        let processes = self.process_ids(PoolId(p as u16));
+        let ends: Vec<Effect> = processes
+            .map(|(process, _)| Effect::EndProcess {
+                process,
+                has_connections: self.has_connections(process),
+            })
+            .collect();
         for w in workers {
             self.remove(now, w as usize, Departure::Released);
         }
-        if !self.pools[p].processes.is_idle() {
-            self.effects.push_back(Effect::StopProcesses { pool: PoolId(p as u16) });
-        }
+        self.effects.extend(ends);
     }
 
     /// Whether a pool has connections that no worker has taken.

@@ -293,7 +293,7 @@ impl Driver {
             }
             Effect::Spawn { .. }
             | Effect::StopProcess { .. }
-            | Effect::StopProcesses { .. }
+            | Effect::EndProcess { .. }
             | Effect::Event(_) => {}
         }
     }

@@ -1,6 +1,7 @@
 //! Real dispatchers and workers: start, stop, reload, death, shortages.
 #![allow(clippy::unwrap_used, clippy::expect_used, reason = "in a test a panic is the report")]
 
+mod adoption;
 #[cfg(feature = "demo")]
 mod demo;
 mod exits;

@@ -169,6 +169,14 @@ impl Core {
         self.find(worker).and_then(|w| self.workers[w].process)
     }
 
+    /// Whether the workers of a process have connections.
+    pub fn has_connections(&self, process: ProcessId) -> bool {
+        let of = |worker: &&Worker| {
+            worker.process == Some(process) && worker.state != State::Gone && !worker.forgotten
+        };
+        self.workers.iter().filter(of).any(|worker| worker.load() > 0)
+    }
+
     /// Whether a worker's process does not fill a place: it gets no connections.
     pub(crate) fn is_surplus(&self, w: usize) -> bool {
         let Worker { pool, process, .. } = self.workers[w];

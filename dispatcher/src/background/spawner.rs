@@ -25,9 +25,11 @@ use tokio::task::JoinSet;
 use self::journal::Journal;
 pub use self::journal::Record;
 use self::leader::Found;
+pub(crate) use self::leader::UNKNOWN;
 pub use self::output::{LastOutput, OutputLine, Stream, lost_lines};
 use self::reaper::Own;
 use crate::background::logger::{quoted, value};
+use crate::background::service_manager::unit::{self, StopKind, Unit};
 use crate::config::{OnDispatcherLoss, ProcessSetup};
 use crate::wake::Wake;
 use dispatcher_core::{PoolId, ProcessId};
@@ -101,6 +103,8 @@ pub enum Report {
         /// The memory it uses, in bytes.
         bytes: u64,
     },
+    /// Why the service manager stops this dispatcher.
+    StopKind(StopKind),
     /// After [`Spawner::stop`]: all processes have ended, `killed` of them by SIGKILL. The last
     /// report.
     Stopped {
@@ -147,14 +151,15 @@ enum Order {
     Journal(PathBuf, Option<Journal>),
     /// The process gets no more connections.
     Leaving(ProcessId),
+    AskStopKind(Unit),
 }
 
 /// The processes to end, and how long each may take before SIGKILL.
 #[derive(Clone, Debug, Default)]
 struct Stops {
     all: Option<Duration>,
-    pools: HashMap<PoolId, Duration>,
-    processes: HashMap<ProcessId, Duration>,
+    /// For each: how long it may take to end by itself, and then from SIGTERM to SIGKILL.
+    processes: HashMap<ProcessId, (Duration, Duration)>,
     /// Pools whose processes outlive the dispatcher.
     left: HashSet<PoolId>,
 }
@@ -162,21 +167,21 @@ struct Stops {
 /// What happens to a process.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 enum Stop {
-    /// SIGTERM now, SIGKILL after this time.
-    End(Duration),
+    /// SIGTERM after `wait`, and SIGKILL after a further `timeout`.
+    End { wait: Duration, timeout: Duration },
     /// It runs on without the dispatcher.
     Leave,
 }
 
 impl Stops {
     fn of(&self, process: ProcessId) -> Option<Stop> {
-        if let Some(timeout) = self.processes.get(&process) {
-            return Some(Stop::End(*timeout));
+        if let Some((wait, timeout)) = self.processes.get(&process) {
+            return Some(Stop::End { wait: *wait, timeout: *timeout });
         }
         if self.left.contains(&process.pool) {
             return Some(Stop::Leave);
         }
-        self.all.or_else(|| self.pools.get(&process.pool).copied()).map(Stop::End)
+        self.all.map(|timeout| Stop::End { wait: Duration::ZERO, timeout })
     }
 }
 
@@ -260,12 +265,20 @@ impl Spawner {
         let _ = self.orders.send(Order::Leaving(process));
     }
 
-    /// Ends one process: SIGTERM to its process group now, SIGKILL after `timeout`. `Exited`
-    /// follows.
-    pub fn stop_process(&self, process: ProcessId, timeout: Duration) {
+    /// Ends one process. If it has not ended by itself after `wait`, its process group gets SIGTERM,
+    /// and SIGKILL after a further `timeout`. `Exited` follows.
+    pub fn stop_process(&self, process: ProcessId, wait: Duration, timeout: Duration) {
         self.stop.send_modify(|stops| {
-            stops.processes.insert(process, timeout);
+            let earlier = stops.processes.get(&process);
+            if earlier.is_none_or(|(before, _)| wait < *before) {
+                stops.processes.insert(process, (wait, timeout));
+            }
         });
+    }
+
+    /// Asks the service manager why it stops this dispatcher. `StopKind` follows.
+    pub(crate) fn ask_stop_kind(&self, unit: Unit) {
+        let _ = self.orders.send(Order::AskStopKind(unit));
     }
 
     /// A process has ended: forgets that it was to be stopped.
@@ -281,13 +294,6 @@ impl Spawner {
     /// each and then `Stopped` follow; no further process is started.
     pub fn stop(&self, timeout: Duration) {
         self.stop.send_modify(|stops| stops.all = Some(timeout));
-    }
-
-    /// Ends the processes of one pool in the same way. `Stopped` does not follow.
-    pub fn stop_pool(&self, pool: PoolId, timeout: Duration) {
-        self.stop.send_modify(|stops| {
-            stops.pools.insert(pool, timeout);
-        });
     }
 
     /// The processes of one pool run on without this dispatcher. No `Exited` follows for them.
@@ -491,6 +497,12 @@ impl Service {
                 book.journal = journal;
             }),
             Order::Leaving(process) => self.common.book.leaves(process),
+            Order::AskStopKind(unit) => {
+                let reports = self.common.reports.clone();
+                tokio::spawn(async move {
+                    reports.send(Report::StopKind(unit::stop_kind(&unit).await));
+                });
+            }
         }
     }
 }

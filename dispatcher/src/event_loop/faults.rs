@@ -80,7 +80,12 @@ impl EventLoop {
         self.follow_conditions(false);
         match *event {
             Event::Goodbye { worker, .. } | Event::Draining { worker, .. } => {
-                let process = self.core.process_of(worker).zip(self.core.worker_pid(worker));
+                let process = self.core.process_of(worker);
+                if let Some(process) = process.filter(|&process| !self.core.wants_process(process))
+                {
+                    self.side.spawner.leaving(process);
+                }
+                let process = process.zip(self.core.worker_pid(worker));
                 self.observation.expected_ends.leaves(worker, process);
             }
             Event::DrainOver { worker, .. } => self.observation.expected_ends.is_over(worker),

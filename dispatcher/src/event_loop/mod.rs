@@ -6,6 +6,7 @@
 //! logs, HTTP, starting processes and closes that may block happen on other threads.
 
 mod accept;
+mod adopt;
 mod command;
 mod conditions;
 mod connections;
@@ -59,6 +60,7 @@ use self::workers::Workers;
 use crate::background::cleaner::Cleaner;
 use crate::background::closer::Closers;
 use crate::background::service_manager::State;
+use crate::background::service_manager::unit::{StopKind, Unit};
 use crate::config::{Config, Pool, Spawn};
 use crate::listen::bind::OwnedPath;
 use crate::mailbox::{SideThread, StartSideThread};
@@ -136,6 +138,12 @@ struct Run {
     generation: u64,
     /// Set once a stop has begun.
     stop_deadline: Option<Time>,
+    /// This stop leaves the processes of pools with `on_dispatcher_loss = "serve"`.
+    leaves: bool,
+    /// The signal of a stop whose reason the service manager is being asked for.
+    stop_asked: Option<i32>,
+    /// The unit of systemd that this process is.
+    unit: Option<Unit>,
     /// The limits of open files, soft and hard, before the dispatcher raised them: its processes
     /// get these.
     descriptors: Option<(u64, u64)>,
@@ -247,13 +255,43 @@ impl EventLoop {
             match signal {
                 // Reading files could block: the side thread does it.
                 libc::SIGHUP => self.side.reload.notify_one(),
-                _ => self.begin_stop(signal),
+                libc::SIGUSR1 => self.begin_stop(signal, true),
+                _ => self.stop_signal(signal),
             }
         }
     }
 
+    /// A signal stops the dispatcher. If processes could outlive it, the service manager first
+    /// tells whether it stops or restarts the dispatcher; a second signal does not wait for that.
+    fn stop_signal(&mut self, signal: i32) {
+        let asks = self.run.stop_deadline.is_none() && self.run.stop_asked.is_none();
+        if asks
+            && self.any_survives()
+            && let Some(unit) = &self.run.unit
+        {
+            self.side.spawner.ask_stop_kind(unit.clone());
+            self.run.stop_asked = Some(signal);
+            return;
+        }
+        self.begin_stop(signal, false);
+    }
+
+    /// The service manager has said why it stops the dispatcher.
+    fn stop_kind(&mut self, kind: StopKind) {
+        let Some(signal) = self.run.stop_asked.take() else { return };
+        match kind {
+            StopKind::Restart => self.begin_stop(signal, true),
+            StopKind::Stop | StopKind::NoJob => self.begin_stop(signal, false),
+            // A restart must not cut connections off. After a stop the unit can be stopped again.
+            StopKind::Unknown => self.begin_stop(signal, true),
+        }
+    }
+
     /// The first signal begins a graceful stop; a second signal ends the dispatcher at once.
-    fn begin_stop(&mut self, signal: i32) {
+    /// `leaves`: processes with `on_dispatcher_loss = "serve"` are not ended.
+    fn begin_stop(&mut self, signal: i32, leaves: bool) {
+        self.run.stop_asked = None;
+        self.run.leaves = leaves && self.any_survives();
         let patience = match self.run.stop_deadline {
             None => self.config.limits.stop_timeout,
             Some(_) => Duration::ZERO,
@@ -261,14 +299,16 @@ impl EventLoop {
         let name = match signal {
             libc::SIGINT => "SIGINT",
             libc::SIGQUIT => "SIGQUIT",
+            libc::SIGUSR1 => "SIGUSR1",
             _ => "SIGTERM",
         };
         let totals = self.core.totals();
         log::info!(
-            "event=stopping signal={name} queued={} in_flight={} within={}",
+            "event=stopping signal={name} queued={} in_flight={} within={} leaves_processes={}",
             totals.queued,
             totals.in_flight,
-            events::span(patience)
+            events::span(patience),
+            self.run.leaves
         );
         if self.run.stop_deadline.is_none() {
             drop(self.side.manager.tell(State::Stopping));

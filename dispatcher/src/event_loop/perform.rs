@@ -24,7 +24,6 @@ use super::worker_io::{Deferred, WorkerIo, classify, send_record};
 use super::{EventLoop, clock};
 use crate::background::closer::{Owner, Task};
 use crate::background::logger::quoted;
-use crate::config::OnDispatcherLoss;
 use dispatcher_core::{
     CloseReason, ConnId, Core, Effect, Notice, SendFailure, Ticket, Time, WorkerId,
 };
@@ -151,12 +150,10 @@ impl EventLoop {
             }
             Effect::Spawn { process } => self.spawn(process),
             Effect::StopProcess { process, timeout } => {
-                self.side.spawner.stop_process(process, timeout);
+                self.side.spawner.stop_process(process, Duration::ZERO, timeout);
             }
-            Effect::StopProcesses { pool } => {
-                let timeout = self.core.pool_settings(pool).map(|pool| &pool.supervision);
-                let timeout = timeout.map_or(self.config.limits.stop_timeout, |it| it.stop_timeout);
-                self.side.spawner.stop_pool(pool, timeout);
+            Effect::EndProcess { process, has_connections } => {
+                self.end_process(process, has_connections);
             }
             Effect::Event(event) => self.write_event_in_order(event),
         }
@@ -325,10 +322,11 @@ impl EventLoop {
     pub(super) fn announce_stop(&self, io: &WorkerIo) {
         let (Some(pool), Some(_)) = (io.started_by, self.run.stop_deadline) else { return };
         let spawn = self.pools.get(usize::from(pool.0)).and_then(|pool| pool.spawn.as_ref());
-        if spawn.is_some_and(|spawn| spawn.on_dispatcher_loss == OnDispatcherLoss::Serve) {
+        if spawn.is_none() || self.leaves(pool) {
             return;
         }
-        let left = self.config.limits.stop_timeout;
+        let settings = self.core.pool_settings(pool).map(|settings| &settings.supervision);
+        let left = settings.map_or(self.config.limits.stop_timeout, |it| it.stop_timeout);
         let deadline_ns = (self.now + left).0;
         let mut record = Vec::new();
         Drain { deadline_ns, left: Some(left) }.encode(&mut record);

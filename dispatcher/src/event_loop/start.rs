@@ -16,11 +16,12 @@ use super::observation::Observation;
 use super::token::Source;
 use super::wakeup::Wakeup;
 use super::workers::Workers;
-use super::{Background, Endpoints, EventLoop, PoolResources, Run, clock};
+use super::{Background, Endpoints, EventLoop, PoolResources, Run, adopt, clock};
 use crate::background::cleaner::Cleaner;
 use crate::background::closer::{Bounds, Closers, Owner, Task};
 use crate::background::logger::{quoted, value};
 use crate::background::service_manager::State;
+use crate::background::service_manager::unit::Unit;
 use crate::config::Config;
 use crate::listen::bind::{self, Listening};
 use crate::listen::error::RunError;
@@ -100,13 +101,15 @@ impl EventLoop {
             }
         };
         let side = start_side(admin, tcp, wake).map_err(RunError::system("admin thread"))?;
+        let (dispatch, dispatch_address, dispatch_path) = dispatch.into_parts();
+        let journal = adopt::journal_path(&dispatch_address);
+        let survivors = adopt::find(&side.spawner, &mut config, journal);
         side.hosts.set(config.admin_http_hosts.clone());
         side.metrics_max_workers.store(config.limits.metrics_max_workers, Ordering::Relaxed);
         side.admin_rate.store(config.limits.admin_rate, Ordering::Relaxed);
         let (sender, purged) = mpsc::channel();
         let closers = Closers::start(bounds(&config.limits), sender, wake_closers)
             .map_err(RunError::system("closing threads"))?;
-        let (dispatch, dispatch_address, dispatch_path) = dispatch.into_parts();
         // If the kernel refuses descriptors at their sender, no call of that thread can block.
         let watch = crate::sys::refuse_descriptors(&dispatch).is_err().then(|| closers.watch());
         let (pool_settings, pools): (Vec<_>, Vec<_>) =
@@ -123,6 +126,7 @@ impl EventLoop {
         let mut core = Core::new(pool_settings, settings, now);
         core.set_resource_pause(config.limits.resource_pause);
         core.set_seed(seed());
+        let tokens = survivors.adopt(now, &mut core, &side.spawner, &pools);
         for (position, listener) in (0u16..).zip(&config.listeners) {
             core.set_access_control(
                 ListenerId(position),
@@ -148,6 +152,9 @@ impl EventLoop {
                 started: now,
                 generation: 0,
                 stop_deadline: None,
+                leaves: false,
+                stop_asked: None,
+                unit: Unit::own(),
                 descriptors: None,
             },
             core,
@@ -157,7 +164,7 @@ impl EventLoop {
             listeners,
             endpoints: Endpoints { dispatch_address, dispatch_path, admin_path },
             handshakes,
-            workers: Workers::new(purged),
+            workers: Workers::new(purged, tokens),
             connections,
             background: Background { closers, closing_due: None, cleaner },
             side,
@@ -200,12 +207,14 @@ impl EventLoop {
         for conn in self.connections.table.drain(..).flatten() {
             self.background.closers.task(Task::Drop(Owner::Other, Box::new(conn.fd)));
         }
+        self.end_processes();
+        let longest_end = self.longest_end();
         if let Some(dispatch) = self.handshakes.end(CLOSES_END) {
             self.background.closers.task(Task::Drop(Owner::Other, Box::new(dispatch)));
         }
         self.background.closers.finish(CLOSES_END);
         self.side.manager.finish();
-        self.side.stop(self.config.limits.stop_timeout);
+        self.side.stop(longest_end);
         drop(self.endpoints.dispatch_path);
         self.background.cleaner.finish();
         log::info!(

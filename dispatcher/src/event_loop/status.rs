@@ -9,7 +9,7 @@ use super::gauges::show_gauges;
 use super::rate_limit::{Cause, ProcessNews};
 use crate::api::status::Status;
 use crate::background::logger::{quoted, value};
-use crate::background::spawner::{Report, SpawnRequest};
+use crate::background::spawner::{Report, SpawnRequest, UNKNOWN};
 use crate::config::UnixSource;
 use crate::mailbox::{DeferredStatus, Request};
 use dispatcher_core::ProcessId;
@@ -152,7 +152,7 @@ impl EventLoop {
             }
             Report::Exited { process, pid, status_text } => {
                 // A crash is a fault, even if the process was told to end.
-                let well = ENDED_WELL.contains(&status_text.as_str());
+                let well = ENDED_WELL.contains(&status_text.as_str()) || status_text == UNKNOWN;
                 let wanted = self.run.stop_deadline.is_none() && self.core.wants_process(process);
                 let ordered = self.observation.expected_ends.ended(process, pid) || !wanted;
                 let pool = Some(process.pool);
@@ -179,6 +179,7 @@ impl EventLoop {
                 log::info!("event=process_exceeds_memory {} bytes={bytes}", self.process(process));
                 self.core.exceeds_memory(self.now, process);
             }
+            Report::StopKind(kind) => self.stop_kind(kind),
             // Only the end of a stop produces this report, and waits for it elsewhere.
             Report::Stopped { .. } => {}
         }

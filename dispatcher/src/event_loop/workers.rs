@@ -49,7 +49,7 @@ pub(super) struct Workers {
 }
 
 impl Workers {
-    pub(super) fn new(purged: Receiver<WorkerId>) -> Workers {
+    pub(super) fn new(purged: Receiver<WorkerId>, tokens: HashMap<Token, ProcessId>) -> Workers {
         Workers {
             table: Vec::new(),
             muted: 0,
@@ -58,7 +58,7 @@ impl Workers {
             scan_due: false,
             dirty: Vec::new(),
             purged,
-            tokens: HashMap::new(),
+            tokens,
             gauges_due: Vec::new(),
             seen: Vec::new(),
         }

@@ -132,7 +132,7 @@ fn workers_are_released_as_soon_as_their_own_pool_is_done() {
     driver.log.clear();
     driver.take_all(quick);
     assert!(driver.link(quick).forgotten, "released");
-    assert!(driver.log.contains(&Effect::StopProcesses { pool: PoolId(1) }));
+    assert!(driver.log.contains(&Effect::EndProcess { process, has_connections: true }));
     let gone = Event::Gone { worker: quick, why: Departure::Released, resent: 0, live: 1 };
     assert_eq!(driver.events(), [gone], "and nothing else follows");
     assert_eq!(driver.state(hung), State::Active);

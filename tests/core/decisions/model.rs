@@ -425,7 +425,7 @@ impl Model {
                 assert!(w.out.iter().all(|out| out.revoking), "at {now:?}: {w:?}");
                 self.purges.push(worker);
             }
-            Effect::Spawn { .. } | Effect::StopProcess { .. } | Effect::StopProcesses { .. } => {
+            Effect::Spawn { .. } | Effect::StopProcess { .. } | Effect::EndProcess { .. } => {
                 panic!("no processes are configured")
             }
             // The model ignores these.

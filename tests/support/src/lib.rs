@@ -415,6 +415,7 @@ pub fn http_get(socket: &Path, path: &str) -> std::io::Result<(u16, String)> {
 pub struct Client {
     pub stream: BufReader<TcpStream>,
     pub served_by: String,
+    pub pid: i32,
     pub listener: String,
     pub peer: String,
 }
@@ -434,8 +435,9 @@ impl Client {
             return Err(std::io::ErrorKind::UnexpectedEof.into());
         }
         let words: Vec<String> = line.split_whitespace().map(str::to_owned).collect();
-        let [served_by, _pid, listener, peer] = words.try_into().expect("a whole greeting");
-        Ok(Client { stream, served_by, listener, peer })
+        let [served_by, pid, listener, peer] = words.try_into().expect("a whole greeting");
+        let pid = pid.parse().expect("a process id");
+        Ok(Client { stream, served_by, pid, listener, peer })
     }
 
     /// Sends a line and checks that the same line comes back.

@@ -4,7 +4,6 @@
 //!
 //! The usual crate does not support abstract sockets and blocks on a socket without a reader.
 
-#[allow(dead_code, reason = "the stop asks it")]
 pub(crate) mod unit;
 pub(crate) mod watchdog;
 

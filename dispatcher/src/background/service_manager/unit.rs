@@ -32,13 +32,14 @@ const MAX_ANSWER: u64 = 1 << 20;
 
 /// The reason of a stop.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub(crate) enum StopKind {
+pub enum StopKind {
     /// systemd stops the unit, or the whole system.
     Stop,
     /// systemd starts the unit again afterwards.
     Restart,
-    /// systemd has no order for the unit (the signal came from another process), or did not answer
-    /// in time.
+    /// systemd has no order for the unit: the signal came from another process.
+    NoJob,
+    /// systemd did not answer in time.
     Unknown,
 }
 
@@ -204,7 +205,7 @@ fn kind(jobs: &str, unit: &str) -> StopKind {
         Some("stop") => StopKind::Stop,
         // A start that was ordered during the stop has replaced the order to stop.
         Some("restart" | "try-restart" | "start") => StopKind::Restart,
-        _ => StopKind::Unknown,
+        _ => StopKind::NoJob,
     }
 }
 

@@ -47,7 +47,7 @@ pub(super) async fn emptied(group: Pid) {
 }
 
 /// False, too, when that cannot be found out.
-fn has_only_zombies(group: Pid) -> bool {
+pub(super) fn has_only_zombies(group: Pid) -> bool {
     let members = members(group.as_raw());
     match members.is_empty() {
         true => is_empty(group),

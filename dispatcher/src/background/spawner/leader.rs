@@ -2,9 +2,10 @@
 //! started and that is only watched.
 
 use std::io;
-use std::os::fd::{AsFd, OwnedFd};
+use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
 use std::os::unix::process::ExitStatusExt;
 use std::process::ExitStatus;
+use std::time::{Duration, Instant};
 
 use dispatch_protocol::wire::Token;
 use nix::sys::signal::Signal;
@@ -36,11 +37,7 @@ impl Leader {
                 Err(error) => format!("unknown: {error}"),
             },
             Leader::Watched(pidfd) => match pidfd.readable().await {
-                Ok(_) => match sys::pidfd_exit_status(pidfd.as_fd()) {
-                    Ok(Some(status)) => describe(ExitStatus::from_raw(status)),
-                    // Before Linux 6.15 only the parent of a process gets its status.
-                    Ok(None) | Err(_) => UNKNOWN.to_owned(),
-                },
+                Ok(_) => status_of(pidfd.as_fd()).await,
                 Err(error) => format!("unknown: {error}"),
             },
             Leader::Gone => UNKNOWN.to_owned(),
@@ -48,7 +45,26 @@ impl Leader {
     }
 }
 
-const UNKNOWN: &str = "unknown: an earlier dispatcher started it";
+/// The status of a process that is not a child and has ended. The kernel tells it once the parent
+/// has reaped the process; before Linux 6.15 it tells only the parent.
+async fn status_of(pidfd: BorrowedFd<'_>) -> String {
+    let end = Instant::now() + REAPED;
+    loop {
+        match sys::pidfd_exit_status(pidfd) {
+            Ok(Some(status)) => return describe(ExitStatus::from_raw(status)),
+            Ok(None) if Instant::now() < end => tokio::time::sleep(LOOK).await,
+            Ok(None) | Err(_) => return UNKNOWN.to_owned(),
+        }
+    }
+}
+
+/// How long the parent of an adopted process may take to reap it.
+const REAPED: Duration = Duration::from_millis(250);
+
+/// The interval between two questions.
+const LOOK: Duration = Duration::from_millis(5);
+
+pub(crate) const UNKNOWN: &str = "unknown: an earlier dispatcher started it";
 
 /// What is left of a process that an earlier dispatcher has recorded.
 #[derive(Debug)]

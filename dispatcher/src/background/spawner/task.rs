@@ -115,17 +115,17 @@ impl Task {
     ) -> bool {
         let Task { process, pid, .. } = self;
         let mut end = End { process, pid, common, ended: None, others: None, left: false, output };
-        let patience = tokio::select! {
+        let (wait, patience) = tokio::select! {
             ended = leader.wait() => {
                 end.leader(ended);
-                if group::is_empty(pid) {
+                if group::is_empty(pid) || group::has_only_zombies(pid) {
                     return false;
                 }
                 end.others = Some("ended");
-                self.patience
+                (Duration::ZERO, self.patience)
             }
             ordered = ordered(&mut stop, process) => match ordered {
-                Stop::End(patience) => patience,
+                Stop::End { wait, timeout } => (wait, timeout),
                 Stop::Leave => {
                     end.left = true;
                     return false;
@@ -133,6 +133,19 @@ impl Task {
             },
             never = self.watch_memory(&end.common) => never,
         };
+        if !wait.is_zero() {
+            let ended = async {
+                end.leader(leader.wait().await);
+                group::emptied(pid).await;
+            };
+            let by_itself = tokio::select! {
+                ended = tokio::time::timeout(wait, ended) => ended.is_ok(),
+                () = sooner(&mut stop, process, wait) => false,
+            };
+            if by_itself {
+                return false;
+            }
+        }
         group::signal(pid, Signal::SIGTERM);
         let ended = async {
             if end.ended.is_none() {
@@ -244,10 +257,18 @@ async fn ordered(stop: &mut watch::Receiver<Stops>, process: ProcessId) -> Stop 
     }
 }
 
+/// Waits for an order that gives a process less than `wait`; forever without such an order.
+async fn sooner(stop: &mut watch::Receiver<Stops>, process: ProcessId, wait: Duration) {
+    let less = |stops: &Stops| matches!(stops.of(process), Some(Stop::End { wait: new, .. }) if new < wait);
+    if stop.wait_for(less).await.is_err() {
+        std::future::pending().await
+    }
+}
+
 /// Waits until the time of an ordered stop is over; forever without such an order.
 async fn late(stop: &mut watch::Receiver<Stops>, process: ProcessId) {
     loop {
-        let Stop::End(timeout) = ordered(stop, process).await else {
+        let Stop::End { timeout, .. } = ordered(stop, process).await else {
             return std::future::pending().await;
         };
         tokio::select! {

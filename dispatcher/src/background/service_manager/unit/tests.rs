@@ -63,12 +63,12 @@ fn the_job_of_the_unit_tells_a_stop_from_a_restart() {
     for (jobs, unit, expected) in [
         (jobs, "d.service", StopKind::Restart),
         (jobs, "other.service", StopKind::Stop),
-        (jobs, "third.service", StopKind::Unknown),
+        (jobs, "third.service", StopKind::NoJob),
         ("7 d.service start waiting\n", "d.service", StopKind::Restart),
-        ("7 d.service reload running\n", "d.service", StopKind::Unknown),
-        ("7 xd.service stop running\n", "d.service", StopKind::Unknown),
-        ("", "d.service", StopKind::Unknown),
-        ("7\n7 d.service\n", "d.service", StopKind::Unknown),
+        ("7 d.service reload running\n", "d.service", StopKind::NoJob),
+        ("7 xd.service stop running\n", "d.service", StopKind::NoJob),
+        ("", "d.service", StopKind::NoJob),
+        ("7\n7 d.service\n", "d.service", StopKind::NoJob),
     ] {
         assert_eq!(kind(jobs, unit), expected, "{jobs} {unit}");
     }
@@ -116,7 +116,7 @@ fn systemd_tells_a_stop_from_a_restart() {
         (&["restart"][..], "Restart"),
         (&["try-restart"], "Restart"),
         (&["stop"], "Stop"),
-        (&["kill"], "Unknown"),
+        (&["kill"], "NoJob"),
     ] {
         start();
         let up = shared.join("up");

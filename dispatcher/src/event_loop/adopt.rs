@@ -1,0 +1,176 @@
+//! Processes that an earlier dispatcher started and left: puts them back in their places when this
+//! dispatcher starts, and leaves them to the next one when it restarts.
+
+use std::collections::HashMap;
+use std::path::{Path, PathBuf};
+use std::time::Duration;
+
+use dispatch_protocol::wire::Token;
+
+use super::{EventLoop, PoolResources};
+use crate::background::logger::quoted;
+use crate::background::spawner::{Spawner, Survivor};
+use crate::config::{Config, MAX_PROCESSES, OnDispatcherLoss, Pool};
+use dispatcher_core::{Core, PoolId, PoolSettings, ProcessId, Time};
+
+/// The time from SIGTERM to SIGKILL for a process that had `stop_timeout` for its connections.
+const AFTER_DRAIN: Duration = Duration::from_secs(2);
+
+/// The journal of the processes of the dispatcher with this socket: beside the socket. `None` for a
+/// socket without a path.
+pub(super) fn journal_path(dispatch_address: &str) -> Option<PathBuf> {
+    let path = Path::new(dispatch_address.strip_prefix("unix:")?);
+    let mut name = path.file_name()?.to_owned();
+    name.push(".processes");
+    let path = path.with_file_name(name);
+    Some(std::path::absolute(&path).unwrap_or(path))
+}
+
+/// Recorded processes, and the pools that only exist because of them.
+#[derive(Default)]
+pub(super) struct Survivors {
+    list: Vec<(PoolId, Survivor)>,
+    /// Pools that are not configured any more.
+    removed: Vec<PoolId>,
+}
+
+/// Finds the processes of an earlier dispatcher. A pool that is not configured any more is added,
+/// so that its workers can join and are drained.
+pub(super) fn find(spawner: &Spawner, config: &mut Config, path: Option<PathBuf>) -> Survivors {
+    let mut survivors = Survivors::default();
+    let Some(path) = path else { return survivors };
+    for survivor in spawner.recover(path) {
+        let name = &survivor.record.pool;
+        let known = config.pools.iter().position(|pool| pool.settings.name == *name);
+        let position = known.unwrap_or_else(|| {
+            // It is retired before a process could be started. A pool with processes is not said to
+            // lack workers.
+            let processes = 1;
+            let settings =
+                PoolSettings { name: name.clone(), processes, ..PoolSettings::default() };
+            config.pools.push(Pool { settings, unavailable_response: None, spawn: None });
+            config.pools.len() - 1
+        });
+        let Ok(id) = u16::try_from(position) else { continue };
+        if known.is_none() {
+            survivors.removed.push(PoolId(id));
+        }
+        survivors.list.push((PoolId(id), survivor));
+    }
+    survivors
+}
+
+impl Survivors {
+    /// Puts the processes into their places, and has their ends watched. Returns their tokens.
+    pub(super) fn adopt(
+        self,
+        now: Time,
+        core: &mut Core,
+        spawner: &Spawner,
+        pools: &[PoolResources],
+    ) -> HashMap<Token, ProcessId> {
+        let mut tokens = HashMap::new();
+        for (pool, survivor) in self.list {
+            let record = &survivor.record;
+            let place = record.place.min(MAX_PROCESSES - 1);
+            let adopted = core.adopt(now, pool, place, record.start, record.leaving);
+            let Some(process) = adopted else { continue };
+            log::info!(
+                "event=process_adopted pool={} process={} pid={} leaving={}",
+                record.pool,
+                place + 1,
+                survivor.pid,
+                record.leaving
+            );
+            tokens.insert(survivor.token, process);
+            let settings = core.pool_settings(pool);
+            let patience = settings.map_or(AFTER_DRAIN, |pool| pool.supervision.stop_timeout);
+            let spawn = pools.get(usize::from(pool.0)).and_then(|pool| pool.spawn.as_ref());
+            let max_memory = spawn.and_then(|spawn| spawn.max_memory);
+            spawner.watch(process, survivor, patience, max_memory);
+        }
+        for pool in self.removed {
+            core.retire_pool(now, pool);
+        }
+        tokens
+    }
+}
+
+impl EventLoop {
+    /// Whether the processes of a pool outlive the dispatcher.
+    fn survives(&self, pool: PoolId) -> bool {
+        let spawn = self.pools.get(usize::from(pool.0)).and_then(|pool| pool.spawn.as_ref());
+        spawn.is_some_and(|spawn| spawn.on_dispatcher_loss == OnDispatcherLoss::Serve)
+    }
+
+    /// Whether the processes of any pool outlive the dispatcher.
+    pub(super) fn any_survives(&self) -> bool {
+        (0..self.pools.len() as u16).any(|pool| self.survives(PoolId(pool)))
+    }
+
+    /// Whether this stop leaves the processes of a pool to the next dispatcher.
+    pub(super) fn leaves(&self, pool: PoolId) -> bool {
+        self.run.leaves && self.survives(pool)
+    }
+
+    /// Ends a process, unless this stop leaves it. A process with connections first has
+    /// `stop_timeout` to finish them: its worker was drained.
+    pub(super) fn end_process(&mut self, process: ProcessId, has_connections: bool) {
+        if self.leaves(process.pool) {
+            return;
+        }
+        let settings = self.core.pool_settings(process.pool);
+        let timeout = settings
+            .map_or(self.config.limits.stop_timeout, |settings| settings.supervision.stop_timeout);
+        match has_connections {
+            true => {
+                let patience = timeout.min(AFTER_DRAIN);
+                self.side.spawner.stop_process(process, timeout, patience);
+            }
+            false => self.side.spawner.stop_process(process, Duration::ZERO, timeout),
+        }
+    }
+
+    /// The longest time that the end of a process may take.
+    pub(super) fn longest_end(&self) -> Duration {
+        let spawning = (0u16..).map(PoolId).zip(&self.pools).filter(|(_, it)| it.spawn.is_some());
+        let settings = spawning.filter_map(|(pool, _)| self.core.pool_settings(pool));
+        let timeouts = settings.map(|settings| settings.supervision.stop_timeout);
+        timeouts.max().unwrap_or(self.config.limits.stop_timeout) + AFTER_DRAIN
+    }
+
+    /// The end of the dispatcher: ends every process that is not ending yet, or leaves it.
+    pub(super) fn end_processes(&mut self) {
+        for pool in (0..self.pools.len() as u16).map(PoolId) {
+            if self.leaves(pool) {
+                self.side.spawner.leave_pool(pool);
+                log::info!(
+                    "event=processes_left pool={} count={}",
+                    quoted(self.core.pool_name(pool)),
+                    self.core.process_ids(pool).count()
+                );
+                continue;
+            }
+            let processes: Vec<ProcessId> =
+                self.core.process_ids(pool).map(|(process, _)| process).collect();
+            for process in processes {
+                let has_connections = self.core.has_connections(process);
+                self.end_process(process, has_connections);
+            }
+        }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn the_journal_is_beside_the_socket() {
+        let path = journal_path("unix:/run/dispatcher/dispatch.sock").expect("a path");
+        assert_eq!(path, Path::new("/run/dispatcher/dispatch.sock.processes"));
+        assert!(journal_path("unix:a.sock").expect("a path").is_absolute());
+        assert_eq!(journal_path("unix:@abstract").map(|path| path.is_absolute()), Some(true));
+        assert_eq!(journal_path("127.0.0.1:80"), None);
+    }
+}
