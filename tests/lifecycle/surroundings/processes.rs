@@ -111,7 +111,7 @@ impl Drop for Ended {
 }
 
 #[test]
-fn processes_of_a_killed_dispatcher_end_when_they_are_idle() {
+fn processes_without_a_journal_end_when_they_are_idle() {
     let program = example("test-worker");
     let spawn = format!(
         "[pool.web.spawn]\ncommand = [{program:?}, \"blocking\"]\nprocesses = 2\n\
@@ -126,6 +126,7 @@ fn processes_of_a_killed_dispatcher_end_when_they_are_idle() {
     let before = worker_pids(&dispatcher);
     let _ends = Ended(before.clone());
     dispatcher.process.kill();
+    std::fs::remove_file(dispatcher.dir.join("dispatch.sock.processes")).unwrap();
 
     let next = Dispatcher::start_in(&dispatcher.dir);
     let status = next.wait_status("those of before to leave, but for one", |status| {

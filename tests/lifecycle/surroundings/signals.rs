@@ -46,7 +46,6 @@ fn while_it_starts_hup_does_not_end_it_and_term_does() {
     for signal in [Signal::SIGTERM, Signal::SIGINT, Signal::SIGQUIT] {
         let mut process = waiting_for_its_configuration(temp.path());
         process.signal(Signal::SIGHUP);
-        process.signal(Signal::SIGUSR1);
         process.signal(signal);
         // An ordered stop is no failure.
         assert_eq!(process.wait().code(), Some(0), "{signal}");
