@@ -63,10 +63,12 @@ pub fn any(random: &mut Random, extra: SocketAddr, worker: &Path, directory: &Pa
     let key = KEYS[random.below(7) as usize];
     let _ = writeln!(text, "[pool.web.affinity]\nkey = \"{key}\"");
     if random.below(3) > 0 {
+        // "stop" would end connections of clients.
+        let action = ["serve", "drain"][random.below(2) as usize];
         let _ = writeln!(
             text,
             "[pool.web.spawn]\ncommand = [{worker:?}]\nprocesses = {}\n\
-             environment = {{ CHAOS_ROLE = \"spawned\", CHAOS_TAKEN = {:?} }}",
+             on_dispatcher_loss = {action:?}\nenvironment = {{ CHAOS_ROLE = \"spawned\", CHAOS_TAKEN = {:?} }}",
             1 + random.below(3),
             directory.join("taken")
         );

@@ -85,7 +85,7 @@ fn a_crash_in_the_unit_with_workers_ends_no_connection() {
     assert!(before.iter().all(|&pid| lives(&machine, pid)));
     drop(clients(&machine, 2));
     machine.order(&["stop", SOCKETS[0], SOCKETS[1], WORKERS]);
-    // None of these processes is left after the stop, whoever started it.
+    // The stop leaves none of these processes, whichever dispatcher has started it.
     held.into_iter().for_each(Client::finish);
     wait_until("the processes to end", || !before.iter().any(|&pid| lives(&machine, pid)));
 }
