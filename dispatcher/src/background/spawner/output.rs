@@ -184,6 +184,8 @@ impl Drop for Reading {
                     break;
                 }
             }
+            // Another process may hold the pipe still, but this one ends its line no more.
+            self.reader.end_line(stream);
         }
     }
 }
@@ -288,39 +290,39 @@ impl Reader {
         let now = Instant::now();
         let mut state = self.state();
         let State { lines, limit, last, .. } = &mut *state;
+        // A flood is many short lines: only what is needed is done for each.
+        let mut left = bytes.iter().filter(|&&byte| byte == b'\n').count();
         lines[stream].feed(bytes, |line, cut| {
-            self.log((stream, line, cut), limit, last, now);
+            left = left.saturating_sub(1);
+            let line = Line { stream: STREAMS[stream], bytes: line, cut };
+            if left < LAST_LINES {
+                self.keep(last, line);
+            }
+            self.log(line, limit, now);
         });
         drop(state);
         self.report(now);
     }
 
-    /// Logs a line, unless the process has had its share.
-    fn log(
-        &self,
-        (stream, line, cut): (usize, &[u8], u64),
-        limit: &mut LineLimit,
-        last: &Kept,
-        now: Instant,
-    ) {
-        let Source { pool, name, pid, .. } = &self.source;
-        let stream = STREAMS[stream];
-        let text = String::from_utf8_lossy(line.strip_suffix(b"\r").unwrap_or(line));
-        {
-            let mut last = last.lock().unwrap_or_else(PoisonError::into_inner);
-            if last.len() >= LAST_LINES {
-                last.pop_front();
-            }
-            let text = shortened(&text, LAST_LINE, cut > 0).0;
-            last.push_back(OutputLine { pid: *pid, stream, text });
+    fn keep(&self, last: &Kept, line: Line<'_>) {
+        let (text, _) = shortened(&line.text(), LAST_LINE, line.cut > 0);
+        let mut last = last.lock().unwrap_or_else(PoisonError::into_inner);
+        if last.len() >= LAST_LINES {
+            last.pop_front();
         }
+        last.push_back(OutputLine { pid: self.source.pid, stream: line.stream, text });
+    }
+
+    /// Logs a line, unless the process has had its share.
+    fn log(&self, line: Line<'_>, limit: &mut LineLimit, now: Instant) {
         if !limit.allow(now) || !has_room(limit.many()) {
             limit.lost(now);
             return;
         }
-        let (text, more) = shortened(&text, MAX_LINE, cut > 0);
-        let cut = cut + more;
-        let stream = stream.name();
+        let Source { pool, name, pid, .. } = &self.source;
+        let (text, more) = shortened(&line.text(), MAX_LINE, line.cut > 0);
+        let cut = line.cut + more;
+        let stream = line.stream.name();
         let (pool, name, text) = (value(pool), value(name), quoted(text));
         match cut {
             0 => log::info!(
@@ -343,12 +345,34 @@ impl Reader {
 
     /// The stream has ended: the rest is a line, too.
     fn close(&self, stream: usize) {
+        self.end_line(stream);
+        self.state().open[stream] = false;
+    }
+
+    /// Logs a line that has no end.
+    fn end_line(&self, stream: usize) {
         let mut state = self.state();
-        let State { lines, open, limit, last, .. } = &mut *state;
-        if std::mem::take(&mut open[stream]) {
-            lines[stream]
-                .end(|line, cut| self.log((stream, line, cut), limit, last, Instant::now()));
-        }
+        let State { lines, limit, last, .. } = &mut *state;
+        lines[stream].end(|line, cut| {
+            let line = Line { stream: STREAMS[stream], bytes: line, cut };
+            self.keep(last, line);
+            self.log(line, limit, Instant::now());
+        });
+    }
+}
+
+/// A line of a stream.
+#[derive(Clone, Copy)]
+struct Line<'a> {
+    stream: Stream,
+    bytes: &'a [u8],
+    /// Bytes that are missing at its end.
+    cut: u64,
+}
+
+impl Line<'_> {
+    fn text(&self) -> std::borrow::Cow<'_, str> {
+        String::from_utf8_lossy(self.bytes.strip_suffix(b"\r").unwrap_or(self.bytes))
     }
 }
 
