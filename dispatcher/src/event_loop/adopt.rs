@@ -70,7 +70,7 @@ impl Survivors {
         pools: &[PoolResources],
     ) -> HashMap<Token, ProcessId> {
         let mut tokens = HashMap::new();
-        for (pool, survivor) in self.list {
+        for (pool, mut survivor) in self.list {
             let record = &survivor.record;
             let place = record.place.min(MAX_PROCESSES - 1);
             let adopted = core.adopt(now, pool, place, record.start, record.leaving);
@@ -87,6 +87,9 @@ impl Survivors {
             let patience = settings.map_or(AFTER_DRAIN, |pool| pool.supervision.stop_timeout);
             let spawn = pools.get(usize::from(pool.0)).and_then(|pool| pool.spawn.as_ref());
             let max_memory = spawn.and_then(|spawn| spawn.max_memory);
+            if let Some(spawn) = spawn {
+                survivor.output_rate = spawn.setup.output_rate;
+            }
             spawner.watch(process, survivor, patience, max_memory);
         }
         for pool in self.removed {

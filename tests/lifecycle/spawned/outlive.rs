@@ -12,7 +12,7 @@ impl Drop for Group {
 }
 
 #[test]
-fn a_crash_of_the_dispatcher_ends_no_process_that_writes() {
+fn a_process_that_writes_survives_a_crash_and_the_next_dispatcher_reads_on() {
     let temp = directory();
     // A failed write would end the loop.
     let script = "(while echo tick; do echo x >> DIR/ticks; sleep 0.02; done) & WORKER";
@@ -29,4 +29,17 @@ fn a_crash_of_the_dispatcher_ends_no_process_that_writes() {
     let before = ticks();
     wait_until("it to write without a dispatcher", || ticks() > before + 20);
     client.echo("still served");
+
+    // The next dispatcher reads on.
+    let before = dispatcher.log().len();
+    let mut next = Dispatcher::start_in(&dispatcher.dir);
+    next.wait_joined("web", 1);
+    assert_eq!(worker(&next.status(), "web-1").unwrap().pid, pid, "it is adopted");
+    wait_until("its output in the log", || next.log()[before..].contains(&line));
+    client.echo("still served");
+    drop(client);
+    assert!(next.stop().success());
+    // Its parent is process 1 by now, which may not have reaped it.
+    let stat = std::fs::read_to_string(format!("/proc/{pid}/stat")).unwrap_or_default();
+    assert!(stat.is_empty() || stat.contains(") Z "), "the stop left it: {stat}");
 }
