@@ -111,6 +111,38 @@ fn the_readme_installation_works_unedited() {
         machine.run("sh", &["-euc", "cd /run/test/clone; unset CARGO_TARGET_DIR; etc/install.sh"]);
     assert!(output.status.success(), "{output:?}");
     assert!(std::fs::read_to_string(&edited).unwrap().ends_with("handoff_timeout = \"1s\"\n"));
+
+    // The other unit, as its head says.
+    let unit = std::fs::read_to_string(root.join("etc/dispatcher-workers.service")).unwrap();
+    let commands: Vec<&str> =
+        unit.lines().filter_map(|line| line.strip_prefix("#   ")).skip(1).collect();
+    assert!(commands[0].starts_with("systemctl disable --now"), "{commands:?}");
+    assert!(commands[1].starts_with("for unit in"), "{commands:?}");
+    let check = |machine: &Machine| {
+        let output = machine.run("sh", &["-euc", "curl -s http://127.0.0.1:8080/"]);
+        assert!(output.status.success(), "{output:?}");
+        assert_eq!(machine.state("dispatcher-workers.service"), "active");
+        assert_eq!(machine.state(SERVICE), "inactive");
+    };
+    let output = machine.run("sh", &["-euc", &commands.join("\n")]);
+    assert!(output.status.success(), "{commands:?}: {output:?}");
+    check(&machine);
+    // The script makes the same files.
+    let place = |socket: &str| {
+        machine.inside(&format!("/etc/systemd/system/{socket}.socket.d/workers.conf"))
+    };
+    let made = ["dispatcher", "dispatcher-dispatch"].map(|socket| {
+        let text = std::fs::read_to_string(place(socket)).unwrap();
+        std::fs::remove_file(place(socket)).unwrap();
+        text
+    });
+    let install = "cd /run/test/clone; unset CARGO_TARGET_DIR; etc/install.sh --workers";
+    let output = machine.run("sh", &["-euc", install]);
+    assert!(output.status.success(), "{output:?}");
+    let installed = ["dispatcher", "dispatcher-dispatch"]
+        .map(|socket| std::fs::read_to_string(place(socket)).unwrap());
+    assert_eq!(installed, made);
+    check(&machine);
 }
 
 #[test]

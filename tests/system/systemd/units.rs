@@ -72,7 +72,8 @@ fn only_one_of_the_units_runs() {
 fn a_crash_in_the_unit_with_workers_ends_no_connection() {
     let Some(machine) = machine_with(WORKERS, &spawning("serve")) else { return };
     machine.order(&["start", WORKERS]);
-    let before = pids(&machine);
+    let mut before = pids(&machine);
+    before.sort();
     let mut held = clients(&machine, 4);
     for crash in 1..=3 {
         machine.order(&["kill", "--signal=KILL", "--kill-who=main", WORKERS]);
@@ -81,13 +82,55 @@ fn a_crash_in_the_unit_with_workers_ends_no_connection() {
                 && machine.state(WORKERS) == "active"
         });
         held.iter_mut().for_each(|client| client.echo("still here"));
+        // The same processes, in their places again.
+        let mut now = pids(&machine);
+        now.sort();
+        assert_eq!(now, before);
     }
-    assert!(before.iter().all(|&pid| lives(&machine, pid)));
     drop(clients(&machine, 2));
-    machine.order(&["stop", SOCKETS[0], SOCKETS[1], WORKERS]);
-    // The stop leaves none of these processes, whichever dispatcher has started it.
     held.into_iter().for_each(Client::finish);
-    wait_until("the processes to end", || !before.iter().any(|&pid| lives(&machine, pid)));
+    machine.order(&["stop", SOCKETS[0], SOCKETS[1], WORKERS]);
+    assert!(!before.iter().any(|&pid| lives(&machine, pid)));
+}
+
+#[test]
+fn a_restart_in_the_unit_with_workers_ends_no_worker() {
+    let Some(machine) = machine_with(WORKERS, &spawning("serve")) else { return };
+    machine.order(&["start", WORKERS]);
+    let sorted = |mut pids: Vec<i32>| {
+        pids.sort();
+        pids
+    };
+    let before = sorted(pids(&machine));
+    let mut held = clients(&machine, 4);
+    for _ in 0..3 {
+        machine.order(&["restart", WORKERS]);
+        assert_eq!(sorted(pids(&machine)), before);
+        held.iter_mut().for_each(|client| client.echo("still here"));
+        held.extend(clients(&machine, 2));
+    }
+    assert_eq!(machine.show(WORKERS, "NRestarts"), "0");
+    // A stop ends them.
+    held.into_iter().for_each(Client::finish);
+    machine.order(&["stop", SOCKETS[0], SOCKETS[1], WORKERS]);
+    assert!(!before.iter().any(|&pid| lives(&machine, pid)));
+}
+
+/// As the head of the unit says.
+#[test]
+fn what_a_crash_has_left_can_be_ended() {
+    let Some(machine) = machine_with(WORKERS, &spawning("serve")) else { return };
+    machine.write_drop_in(WORKERS, "restart", "[Service]\nRestart=no\n");
+    machine.order(&["daemon-reload"]);
+    machine.order(&["start", WORKERS]);
+    let pids = pids(&machine);
+    machine.order(&["stop", SOCKETS[0], SOCKETS[1]]);
+    machine.order(&["kill", "--signal=KILL", "--kill-who=main", WORKERS]);
+    wait_until("the end of the dispatcher", || machine.state(WORKERS) == "failed");
+    machine.order(&["stop", WORKERS]);
+    assert!(pids.iter().all(|&pid| lives(&machine, pid)), "systemd ends none of them");
+    machine.order(&["kill", "--kill-who=all", WORKERS]);
+    wait_until("their end", || !pids.iter().any(|&pid| lives(&machine, pid)));
 }
 
 #[test]
