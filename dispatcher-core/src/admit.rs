@@ -49,7 +49,7 @@ impl Core {
             refusal(
                 RefusedCode::Stopping,
                 None,
-                "the dispatcher is stopping: try again once it has started anew".to_owned(),
+                "the dispatcher is stopping: try again after its restart".to_owned(),
             )
         };
         if self.stop.is_some_and(|stop| stop.over) {

@@ -296,7 +296,10 @@ fn gauges_and_names_that_are_garbage_cost_only_their_worker() {
         nothing_for_it("no number");
     }
     wait_for_log(&dispatcher, "event=gauge_impossible worker=2 pool=web name=bad");
-    wait_for_log(&dispatcher, "gauge=queue_wait problem=\"what is no number: as if never set\"");
+    wait_for_log(
+        &dispatcher,
+        "gauge=queue_wait problem=\"a value that is not a number: as if never set\"",
+    );
     board.set_gauge(0, Reading { value: 1e200, at: now() });
     nothing_for_it("clamped to what is far too much");
     let status = dispatcher.status();
@@ -310,8 +313,8 @@ fn gauges_and_names_that_are_garbage_cost_only_their_worker() {
     board.name_gauge(&"queue_wait".parse().unwrap());
     write(192, &4_u32.to_ne_bytes());
     nothing_for_it("names");
-    wait_for_log(&dispatcher, "a name it has given before");
-    wait_for_log(&dispatcher, "gauge=- problem=\"a name that is none: ignored\"");
+    wait_for_log(&dispatcher, "the name of another gauge: ignored");
+    wait_for_log(&dispatcher, "gauge=- problem=\"an invalid name: ignored\"");
     write(192, &u32::MAX.to_ne_bytes());
     let mut random = 0x2545_f491_4f6c_dd1d_u64;
     for _ in 0..50 {

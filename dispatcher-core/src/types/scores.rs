@@ -82,11 +82,11 @@ impl GaugeProblem {
     /// Description for the log.
     pub fn text(self) -> &'static str {
         match self {
-            GaugeProblem::NoNumber => "what is no number: as if never set",
+            GaugeProblem::NoNumber => "a value that is not a number: as if never set",
             GaugeProblem::Future => "a time in the future: as if never set",
             GaugeProblem::TooLarge => "a number that is too large: clamped",
-            GaugeProblem::NoName => "a name that is none: ignored",
-            GaugeProblem::NameTwice => "a name it has given before: ignored",
+            GaugeProblem::NoName => "an invalid name: ignored",
+            GaugeProblem::NameTwice => "the name of another gauge: ignored",
         }
     }
 }

@@ -145,15 +145,17 @@ impl EventLoop {
         let pool = self.pool_of(worker);
         let (reason, hint) = match why {
             CannotResume::Leaving => (
-                "is leaving: it takes nothing more".to_owned(),
+                "is leaving and takes no more connections".to_owned(),
                 "start another worker in its place".to_owned(),
             ),
             CannotResume::PoolRemoved => (
-                format!("cannot be resumed: pool {pool} was taken out of the configuration"),
-                format!("put [pool.{pool}] back and reload first"),
+                format!("cannot be resumed: pool {pool} was removed from the configuration"),
+                format!("add [pool.{pool}] again and reload first"),
             ),
             CannotResume::Surplus => (
-                format!("cannot be resumed: its process is one more than pool {pool} is to have"),
+                format!(
+                    "cannot be resumed: its process is surplus: pool {pool} has fewer processes now"
+                ),
                 format!("dispatcher scale {pool} +1"),
             ),
         };

@@ -160,7 +160,7 @@ impl EventLoop {
             }
             Event::DrainOver { worker, resent, live, notified: false } => log::warn!(
                 "event=drain_over {} resent={resent} left={live} \
-                 hint=\"the SDK it was built with cannot be told to end them: restart it\"",
+                 hint=\"its SDK does not support notices: restart the worker to end them\"",
                 self.worker(*worker)
             ),
             Event::Resumed { worker } => {

@@ -62,13 +62,13 @@ impl EventLoop {
                 None if most == 0 => {}
                 None => {
                     let text = format!(
-                        "{path} is not there: nothing new can connect; a reload makes it again"
+                        "{path} is missing: no client can connect; a reload creates it again"
                     );
                     self.observation.faults.note(most, at, KIND, socket.clone(), text.clone());
                     self.observation.faults.update(KIND, &socket, text, true);
                 }
                 Some(missed) => {
-                    let text = format!("{path} was not there for {}", span(missed));
+                    let text = format!("{path} was missing for {}", span(missed));
                     self.observation.faults.update(KIND, &socket, text, false);
                 }
             }
@@ -168,7 +168,7 @@ impl EventLoop {
                         Departure::Released => "was released".to_owned(),
                     };
                     format!(
-                        "process {pid} {what}; {resent} untaken went elsewhere, {live} {} being served",
+                        "process {pid} {what}; {resent} untaken went to other workers, {live} {} being served",
                         if live == 1 { "was" } else { "were" }
                     )
                 });
@@ -177,14 +177,14 @@ impl EventLoop {
                 self.worker_fault("worker_suspect", worker, |pid| {
                     let waited = format_duration(Duration::from_millis(waited.as_millis() as u64));
                     format!(
-                        "process {pid} took nothing for {waited}; {revoked} went elsewhere, \
+                        "process {pid} took nothing for {waited}; {revoked} went to other workers, \
                          it gets no more until it answers"
                     )
                 });
             }
             Event::Lost { worker } => {
                 self.worker_fault("connection_lost_by_worker", worker, |pid| {
-                    format!("process {pid} did not get what was sent; is it at its limit of open files?")
+                    format!("process {pid} did not receive a connection; is it at its limit of open files?")
                 });
             }
             Event::ChannelFull { worker } => self.worker_fault("channel_full", worker, |pid| {
@@ -217,7 +217,7 @@ impl EventLoop {
             Event::BackPressure { pool } => self.condition(Condition::BackPressure, pool, 0),
             Event::OutOfResources { pause } => self.fault("out_of_resources", "dispatcher", || {
                 let pause = format_duration(pause);
-                format!("out of descriptors or memory: everything waits for {pause}")
+                format!("out of descriptors or memory: nothing is placed for {pause}")
             }),
         }
     }

@@ -106,11 +106,11 @@ impl EventLoop {
             return Err(CommandError::new(Problem::Conflict, "the dispatcher is stopping"));
         }
         if self.background.cleaner.is_full() {
-            let message = "what earlier reloads have removed is still being put away";
+            let message = "the objects that earlier reloads removed are still being freed";
             return Err(CommandError::new(Problem::Unavailable, message).hint("try again"));
         }
         if plan.generation != self.run.generation {
-            let message = "another reload came in between: nothing was changed";
+            let message = "another reload was carried out meanwhile: nothing was changed";
             return Err(CommandError::new(Problem::Conflict, message).hint("try again"));
         }
         self.run.generation += 1;

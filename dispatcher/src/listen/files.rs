@@ -159,7 +159,7 @@ impl SocketFiles {
         for file in new {
             log::error!(
                 "event=socket_file_missing socket={} path={} \
-                 hint=\"nothing can connect there; a reload makes it again: systemctl reload, or kill -HUP {}\"",
+                 hint=\"no client can connect there; a reload creates it again: systemctl reload, or kill -HUP {}\"",
                 value(&file.socket),
                 value(&file.path),
                 std::process::id()

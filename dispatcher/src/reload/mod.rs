@@ -177,7 +177,7 @@ pub fn prepare(now: &RunningConfig) -> Result<Plan, CommandError> {
             Problem::Conflict,
             "this dispatcher has no configuration file",
         )
-        .hint("`dispatcher demo` does without; write one for `dispatcher run`"));
+        .hint("`dispatcher demo` needs none; write one for `dispatcher run`"));
     };
     let new = Config::load(file).map_err(|error| match &error {
         ConfigError::Unreadable { .. } => {
@@ -201,7 +201,7 @@ fn plan(now: &RunningConfig, new: Config) -> Result<Plan, CommandError> {
     {
         return Err(CommandError::new(
             Problem::Conflict,
-            "too many pools and listeners have come and gone: nothing was changed",
+            "too many removed pools and listeners are still in use: nothing was changed",
         )
         .hint("restart the dispatcher; connections that workers have stay open"));
     }

@@ -67,7 +67,7 @@ fn a_removed_socket_file_is_reported_and_made_again_by_a_reload() {
         faults(&dispatcher).into_iter().zip(["dispatch.sock", "local.sock"])
     {
         assert!(subject == "dispatch_socket" || subject == "listener local", "{subject}");
-        assert!(ongoing && text.contains(file) && text.contains("a reload makes it"), "{text}");
+        assert!(ongoing && text.contains(file) && text.contains("a reload creates it"), "{text}");
     }
     let (code, body) = over_tcp(&dispatcher, "/readyz");
     assert!(code == 503 && body.contains("dispatch.sock") && body.contains("reload"), "{body}");
@@ -81,8 +81,7 @@ fn a_removed_socket_file_is_reported_and_made_again_by_a_reload() {
     wait_until("nothing to be missing", || missing(&dispatcher).is_empty());
     wait_until("the faults to be over", || {
         let faults = faults(&dispatcher);
-        faults.len() == 2
-            && faults.iter().all(|(_, on, text)| !on && text.contains("was not there"))
+        faults.len() == 2 && faults.iter().all(|(_, on, text)| !on && text.contains("was missing"))
     });
     assert_eq!(over_tcp(&dispatcher, "/readyz").0, 200);
     // The permissions are unchanged.
