@@ -177,9 +177,25 @@ fn a_dispatcher_with_capabilities_passes_none_on() {
     let program = unprivileged(&dir).get_program().to_owned();
     std::os::unix::fs::chown(&dir, Some(NOBODY), Some(NOBODY)).unwrap();
     let few = "+setuid,+setgid,+kill";
-    let mut command = Command::new("setpriv");
-    command.args(["--reuid=65534", "--regid=65534", "--clear-groups"]);
-    command.arg(format!("--inh-caps={few}")).arg(format!("--ambient-caps={few}")).arg(program);
+    let with = |capabilities: &str| {
+        let mut command = Command::new("setpriv");
+        command.args(["--reuid=65534", "--regid=65534", "--clear-groups"]);
+        command.arg(format!("--inh-caps={capabilities}"));
+        command.arg(format!("--ambient-caps={capabilities}")).arg(&program);
+        command
+    };
+    // A dispatcher that adopts a process of another user needs one more to read its output.
+    let body = std::fs::read_to_string(dir.join("dispatcher.toml")).unwrap();
+    let serve = dir.join("serve.toml");
+    std::fs::write(&serve, format!("{body}\non_dispatcher_loss = \"serve\"\n")).unwrap();
+    std::fs::set_permissions(&serve, Permissions::from_mode(0o644)).unwrap();
+    for (capabilities, warns) in [(few.to_owned(), true), (format!("{few},+sys_ptrace"), false)] {
+        let output = with(&capabilities).arg("check").arg(&serve).output().unwrap();
+        let text = String::from_utf8(output.stderr).unwrap();
+        assert!(output.status.success(), "{text}");
+        assert_eq!(text.contains("it lacks CAP_SYS_PTRACE"), warns, "{text}");
+    }
+    let mut command = with(few);
     let mut dispatcher = Dispatcher::start_as(&dir, command.env_remove("NOTIFY_SOCKET"));
     dispatcher.keep(temp);
     dispatcher.wait_joined("web", 1);

@@ -11,7 +11,9 @@ use toml::Spanned;
 use super::error::Mistake;
 use super::file::SpawnKeys;
 use super::validate::{Check, Checked};
-use super::{Account, MAX_UNAVAILABLE_RESPONSE, Output, ProcessSetup, Spawn, UnixEndpoint};
+use super::{
+    Account, MAX_UNAVAILABLE_RESPONSE, OnDispatcherLoss, Output, ProcessSetup, Spawn, UnixEndpoint,
+};
 
 mod account;
 mod limits;
@@ -52,6 +54,14 @@ pub(super) fn spawn(
     let directory = own.directory.as_ref().or(defaults.and_then(|d| d.directory.as_ref()));
     let command = own.command.as_ref().or(defaults.and_then(|d| d.command.as_ref()));
     let setup = setup(check, own, defaults, dispatch_socket);
+    let on_dispatcher_loss =
+        own.on_dispatcher_loss.or(defaults.and_then(|d| d.on_dispatcher_loss)).unwrap_or_default();
+    if on_dispatcher_loss == OnDispatcherLoss::Serve
+        && let Some(key) = own.user.as_ref().or(defaults.and_then(|d| d.user.as_ref()))
+        && let Some(warning) = account::unreadable(&setup, key)
+    {
+        check.warn(warning);
+    }
     let place = Place { number: 1, name: &format!("{pool}-1"), pool };
     for text in command.into_iter().flat_map(Spanned::get_ref).chain(directory) {
         check.keep(argument(text));
@@ -98,10 +108,7 @@ pub(super) fn spawn(
         environment,
         directory: directory.map(|directory| directory.get_ref().clone()),
         setup,
-        on_dispatcher_loss: own
-            .on_dispatcher_loss
-            .or(defaults.and_then(|d| d.on_dispatcher_loss))
-            .unwrap_or_default(),
+        on_dispatcher_loss,
         max_memory,
     };
     Some((spawn, supervision))

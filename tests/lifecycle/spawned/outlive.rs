@@ -16,8 +16,13 @@ fn a_process_that_writes_survives_a_crash_and_the_next_dispatcher_reads_on() {
     let temp = directory();
     // A failed write would end the loop.
     let script = "(while echo tick; do echo x >> DIR/ticks; sleep 0.02; done) & WORKER";
-    let keys = "output = \"log\"\non_dispatcher_loss = \"serve\"";
-    let mut dispatcher = start(temp, &scripted(Path::new("DIR"), script, keys));
+    let mut keys = "output = \"log\"\non_dispatcher_loss = \"serve\"".to_owned();
+    if geteuid().is_root() {
+        keys.push_str("\nuser = \"nobody\"\ngroup = 65534");
+        std::fs::File::create(temp.path().join("ticks")).unwrap();
+        std::os::unix::fs::chown(temp.path().join("ticks"), Some(NOBODY), None).unwrap();
+    }
+    let mut dispatcher = start(temp, &scripted(Path::new("DIR"), script, &keys));
     dispatcher.wait_joined("web", 1);
     let pid = pid(&dispatcher, "web-1");
     let _group = Group(pid);

@@ -12,7 +12,7 @@ use super::super::accounts::{self, Kind};
 use super::super::error::Mistake;
 use super::super::validate::{Check, Checked};
 use super::super::value::{AnAccount, Either, TextOrNumber};
-use super::super::{Account, UnixEndpoint, UnixSource};
+use super::super::{Account, Output, ProcessSetup, UnixEndpoint, UnixSource};
 
 type Key = Spanned<Either<AnAccount>>;
 
@@ -215,6 +215,23 @@ pub(super) fn unreachable(account: &Account, key: &Key, socket: &UnixEndpoint) -
         Mistake::new(key.span(), message).help(
             "the processes cannot join: set `dispatch_socket_mode` to \"0666\", or \
              `dispatch_socket_group` to a group of the user",
+        )
+    })
+}
+
+/// A warning if a dispatcher that adopts a process of this account could not read its output.
+pub(super) fn unreadable(setup: &ProcessSetup, key: &Key) -> Option<Mistake> {
+    let account = setup.account.as_ref().filter(|_| setup.output == Output::Log)?;
+    let readable = account.uid == geteuid().as_raw() || accounts::has(CapabilitySet::SYS_PTRACE);
+    (!readable).then(|| {
+        let message = format!(
+            "after a restart the dispatcher may not read the output of processes of user {}: it \
+             lacks CAP_SYS_PTRACE",
+            account.user_text
+        );
+        Mistake::new(key.span(), message).help(
+            "such a process waits when its pipe is full: give the dispatcher this capability, too, \
+             or set output = \"inherit\"",
         )
     })
 }
