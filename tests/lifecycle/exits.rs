@@ -10,7 +10,7 @@ use nix::sys::signal::Signal;
 use test_support::*;
 
 /// All such commands.
-const ASKING: [&[&str]; 13] = [
+const ASKING: [&[&str]; 14] = [
     &["status"],
     &["workers"],
     &["top", "--snapshot"],
@@ -19,6 +19,7 @@ const ASKING: [&[&str]; 13] = [
     &["resume", "--pool", "web"],
     &["weight", "1", "2"],
     &["scale", "web", "2"],
+    &["restart", "web"],
     &["reload"],
     &["log-level"],
     &["log-level", "info"],

@@ -12,4 +12,5 @@ mod reload_edges;
 mod shortages;
 mod slow_workers;
 mod spawned;
+mod supervision;
 mod surroundings;

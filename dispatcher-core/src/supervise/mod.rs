@@ -101,13 +101,14 @@ impl Core {
     }
 
     /// Replaces every process of a pool, as many at once as `max_surge` permits. Ends a crash loop.
-    pub fn restart_processes(&mut self, now: Time, pool: PoolId) {
+    /// Returns the number of processes that are replaced.
+    pub fn restart_processes(&mut self, now: Time, pool: PoolId) -> u32 {
         let p = usize::from(pool.0);
-        if let Some(entry) = self.pools.get_mut(p).filter(|pool| !pool.retired) {
-            entry.processes.retry();
-            entry.processes.replace_all(Replacement::Restart);
-            self.settle_processes(now, p);
-        }
+        let Some(entry) = self.pools.get_mut(p).filter(|pool| !pool.retired) else { return 0 };
+        entry.processes.retry();
+        let replaced = entry.processes.replace_all(Replacement::Restart);
+        self.settle_processes(now, p);
+        replaced
     }
 
     /// Replaces one process. False if it is none that fills a place.

@@ -441,13 +441,15 @@ impl Processes {
         }
     }
 
-    /// Every process is to be replaced.
-    pub(crate) fn replace_all(&mut self, why: Replacement) {
-        for process in self.places.iter_mut().flat_map(|place| &mut place.processes) {
-            if process.holds() {
-                process.replace = Some(why);
-            }
+    /// Every process is to be replaced. Returns their number.
+    pub(crate) fn replace_all(&mut self, why: Replacement) -> u32 {
+        let processes = self.places.iter_mut().flat_map(|place| &mut place.processes);
+        let mut replaced = 0;
+        for process in processes.filter(|process| process.holds()) {
+            process.replace = Some(why);
+            replaced += 1;
         }
+        replaced
     }
 
     /// What the processes start from has changed: starts that wait for a delay wait no longer.

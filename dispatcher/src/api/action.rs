@@ -28,6 +28,8 @@ pub enum Action {
         /// From 1 to 65535.
         weight: u32,
     },
+    /// The processes are replaced: the next process starts first, then the old one is drained.
+    Restart {},
     /// The pool gets more or fewer processes. Exactly one of the two fields is set.
     Scale {
         /// The new number of processes.
@@ -76,6 +78,14 @@ impl Action {
                 })?;
                 Command::Weight { target, weight }
             }
+            Action::Restart {} => match target {
+                Target::Pool(_) | Target::Worker(_) => Command::Restart { target },
+                Target::All => {
+                    let message = "only a pool or a worker can be restarted";
+                    return Err(CommandError::new(Problem::Invalid, message)
+                        .hint("post it to /v1/pools/NAME or /v1/workers/ID"));
+                }
+            },
             Action::Scale { processes, by } => {
                 let wanted = match (processes, by) {
                     (Some(processes), None) => ProcessCount::Exactly(processes),
@@ -112,6 +122,8 @@ pub enum Outcome {
     Workers(WorkersChanged),
     /// After a change of the number of processes.
     Pool(PoolScaled),
+    /// After a restart.
+    Restarted(PoolRestarted),
 }
 
 /// The workers that an action applied to, with their state after it.
@@ -140,6 +152,20 @@ pub struct WorkerSummary {
     /// The share of new connections, relative to other workers.
     #[serde(default)]
     pub weight: u32,
+}
+
+/// A pool whose processes, or some of them, are being replaced.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub struct PoolRestarted {
+    /// Most processes that are replaced at the same time.
+    pub at_once: u32,
+    /// The instance of the dispatcher.
+    #[serde(default)]
+    pub instance: String,
+    /// The pool.
+    pub pool: String,
+    /// The number of processes that are replaced.
+    pub processes: u32,
 }
 
 /// A pool after a change of its number of processes.

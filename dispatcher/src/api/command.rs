@@ -35,6 +35,11 @@ pub enum Command {
         /// Relative to other workers, at least 1.
         weight: u16,
     },
+    /// Replace the processes of a pool, or of one worker.
+    Restart {
+        /// The pool, or the worker.
+        target: Target,
+    },
     /// Change the number of processes of a pool.
     Scale {
         /// The pool.

@@ -69,6 +69,13 @@ pub(super) fn workers() -> Vec<CompletionCandidate> {
     offered.collect()
 }
 
+/// Pools, and then workers.
+pub(super) fn pools_and_workers() -> Vec<CompletionCandidate> {
+    let mut all = pools();
+    all.extend(workers());
+    all
+}
+
 /// The names of all pools.
 pub(super) fn pools() -> Vec<CompletionCandidate> {
     let Some(status) = ask() else { return Vec::new() };

@@ -11,6 +11,7 @@ mod exit;
 mod log_level;
 mod manual;
 mod reload;
+mod restart;
 mod run;
 mod scale;
 mod status;
@@ -107,6 +108,9 @@ enum Command {
     /// Change the number of processes that the dispatcher runs for a pool.
     #[command(after_help = scale::EXAMPLES)]
     Scale(scale::ScaleArgs),
+    /// Replace the processes of a pool, or of one worker, without a refused client.
+    #[command(after_help = restart::EXAMPLES)]
+    Restart(restart::RestartArgs),
     /// Reload the configuration.
     #[command(after_help = reload::EXAMPLES)]
     Reload(reload::ReloadArgs),
@@ -230,6 +234,7 @@ impl Command {
             Command::Resume(arguments) => arguments.json,
             Command::Weight(arguments) => arguments.json,
             Command::Scale(arguments) => arguments.json,
+            Command::Restart(arguments) => arguments.json,
             Command::Reload(arguments) => arguments.json,
             Command::LogLevel(arguments) => arguments.json,
             Command::History(arguments) => arguments.json,
@@ -282,6 +287,7 @@ fn execute(arguments: impl IntoIterator<Item = OsString>) -> Exit {
         Command::Drain(arguments) => drain::drain(arguments),
         Command::Resume(arguments) => drain::resume(arguments),
         Command::Scale(arguments) => scale::scale(arguments),
+        Command::Restart(arguments) => restart::restart(arguments),
         Command::Weight(arguments) => weight::weight(arguments),
         Command::Reload(arguments) => reload::reload(arguments),
         Command::LogLevel(arguments) => log_level::log_level(arguments),

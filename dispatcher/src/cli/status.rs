@@ -133,6 +133,18 @@ pub(super) fn table(status: &Status, faults: usize, width: usize) -> String {
     }
     text.push('\n');
     pools.show(&mut text, width);
+    for pool in &status.pools {
+        let Some(processes) = &pool.processes else { continue };
+        let changes = match processes.changes() {
+            changes if changes.is_empty() => changes,
+            changes => format!(", {changes}"),
+        };
+        let line = format!(
+            "processes of {}: {} wanted, {} active{changes}",
+            pool.name, processes.wanted, processes.active
+        );
+        text.push_str(&wrap(&clean(&line), "", width));
+    }
 
     let mut workers = Table::new(
         &[

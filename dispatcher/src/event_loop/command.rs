@@ -6,7 +6,7 @@ use std::time::SystemTime;
 use dispatch_protocol::ClientAddr;
 
 use super::{EventLoop, clock};
-use crate::api::action::{Outcome, PoolScaled, WorkerSummary, WorkersChanged};
+use crate::api::action::{Outcome, PoolRestarted, PoolScaled, WorkerSummary, WorkersChanged};
 use crate::api::command::{
     Answer, Command, CommandError, Problem, ProcessCount, Target, WorkerRef, unknown_pool,
 };
@@ -34,6 +34,7 @@ impl EventLoop {
                 Ok(self.workers_changed(&workers))
             }
             Command::Scale { pool, wanted } => self.scale(&pool, wanted),
+            Command::Restart { target } => self.restart(&target),
             Command::Resume { target } => {
                 let workers = self.targets(&target)?;
                 for &worker in &workers {
@@ -51,13 +52,7 @@ impl EventLoop {
 
     /// Sets the number of processes of a pool.
     fn scale(&mut self, name: &str, wanted: ProcessCount) -> Answer {
-        let id = self.pool_called(name)?;
-        let spawns = self.pools.get(usize::from(id.0)).is_some_and(|pool| pool.spawn.is_some());
-        if !spawns {
-            let message = format!("pool {name} starts no processes");
-            return Err(CommandError::new(Problem::Conflict, message)
-                .hint("its workers are services of their own; see [pool.NAME.spawn]"));
-        }
+        let id = self.spawning_pool(name)?;
         let before = self.core.pool_settings(id).map_or(0, |settings| settings.processes);
         let processes = match wanted {
             ProcessCount::Exactly(processes) => i64::from(processes),
@@ -81,6 +76,59 @@ impl EventLoop {
             processes,
             starting: counts.starting,
         }))
+    }
+
+    /// Replaces the processes of a pool, or of one worker.
+    fn restart(&mut self, target: &Target) -> Answer {
+        let (pool, processes) = match target {
+            Target::Pool(name) => {
+                let pool = self.spawning_pool(name)?;
+                (pool, self.core.restart_processes(self.now, pool))
+            }
+            Target::Worker(name) => {
+                let Some(&worker) = self.targets(target)?.first() else {
+                    return Err(CommandError::new(Problem::NotFound, "there is no such worker"));
+                };
+                let process = self.core.process_of(worker);
+                let process = process.ok_or_else(|| {
+                    let message = format!("the dispatcher has not started worker {name}");
+                    CommandError::new(Problem::Conflict, message)
+                        .hint("it is a service of its own: systemctl restart its unit")
+                })?;
+                if !self.core.restart_process(self.now, process) {
+                    let message = format!("worker {name} is leaving already");
+                    return Err(CommandError::new(Problem::Conflict, message));
+                }
+                (process.pool, 1)
+            }
+            Target::All => {
+                let message = "only a pool or a worker can be restarted";
+                return Err(CommandError::new(Problem::Invalid, message));
+            }
+        };
+        let name = self.core.pool_name(pool).to_owned();
+        let settings = self.core.pool_settings(pool);
+        let at_once = settings
+            .map_or(1, |settings| settings.supervision.max_surge.of(settings.processes))
+            .min(processes);
+        log::info!("event=pool_restarting pool={name} processes={processes} at_once={at_once}");
+        Ok(Outcome::Restarted(PoolRestarted {
+            at_once,
+            instance: self.run.instance.clone(),
+            pool: name,
+            processes,
+        }))
+    }
+
+    /// The pool of this name, if it starts processes.
+    fn spawning_pool(&self, name: &str) -> Result<PoolId, CommandError> {
+        let id = self.pool_called(name)?;
+        if self.pools.get(usize::from(id.0)).is_some_and(|pool| pool.spawn.is_some()) {
+            return Ok(id);
+        }
+        let message = format!("pool {name} starts no processes");
+        Err(CommandError::new(Problem::Conflict, message)
+            .hint("its workers are services of their own; see [pool.NAME.spawn]"))
     }
 
     /// The recorded decisions of a pool.

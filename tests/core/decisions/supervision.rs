@@ -395,7 +395,7 @@ fn an_operator_ends_a_crash_loop_at_once() {
         driver.dies(process, None);
         assert!(driver.core.snapshot().pools[0].processes.unwrap().crash_loop);
         match restart {
-            true => driver.core.restart_processes(driver.now, PoolId(0)),
+            true => assert_eq!(driver.core.restart_processes(driver.now, PoolId(0)), 0),
             false => driver.core.retry_processes(driver.now, PoolId(0)),
         }
         driver.pump();

@@ -136,6 +136,9 @@ fn pools(frame: &mut Frame<'_>, area: Rect, status: &Status, model: &Model, them
     let header = ["POOL", "POLICY", "STATE", "WORKERS", "LOAD", "QUEUED", "TREND"];
     let rows = status.pools.iter().map(|pool| {
         let load: u64 = pool.workers.iter().map(|worker| worker.load).sum();
+        let changes = pool.processes.as_ref().map(|processes| processes.changes());
+        let changes = changes.filter(|changes| !changes.is_empty());
+        let changes = changes.map_or_else(String::new, |changes| changes + "  ");
         Row::new([
             Cell::new(clean(&pool.name)),
             Cell::new(clean(&pool.policy)),
@@ -143,7 +146,10 @@ fn pools(frame: &mut Frame<'_>, area: Rect, status: &Status, model: &Model, them
             right(pool.workers.len().to_string()),
             right(load.to_string()),
             right(pool.queued.to_string()),
-            Cell::new(sparks(&model.loads(&pool.name), 30)).style(theme.with(Color::Cyan)),
+            Cell::new(Line::from(vec![
+                Span::styled(changes, theme.of_state("draining")),
+                Span::styled(sparks(&model.loads(&pool.name), 30), theme.with(Color::Cyan)),
+            ])),
         ])
     });
     let widths = [

@@ -120,7 +120,9 @@ impl World {
                 self.wanted = 1 + self.random.below(8) as u32;
                 self.driver.core.scale(now, POOL, self.wanted);
             }
-            (7, _) if self.random.once_in(8) => self.driver.core.restart_processes(now, POOL),
+            (7, _) if self.random.once_in(8) => {
+                self.driver.core.restart_processes(now, POOL);
+            }
             (8, Some(process)) => {
                 if let Some(worker) = self.lives[&process].worker {
                     self.driver.take_all(worker);
