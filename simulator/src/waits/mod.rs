@@ -2,11 +2,10 @@
 //! virtual time.
 //!
 //! A [`Scenario`] defines the workers, the arrivals of clients and the events of workers. [`run`]
-//! runs it with one
-//! [`Contender`]: the real core as the event loop drives it, one accept queue that all workers share, or a dispatcher that
-//! never moves a connection. Service times belong to the connection and round lengths to the
-//! worker, both drawn from the seed alone, so contenders meet the same clients and the same
-//! workers. For tests only.
+//! runs it with one [`Contender`]: the real core as the event loop drives it, one accept queue that
+//! all workers share, or a dispatcher that never moves a connection. Service times belong to the
+//! connection and round lengths to the worker, both drawn from the seed alone, so contenders meet
+//! the same clients and the same workers. For tests only.
 
 mod core;
 mod outcome;
