@@ -3,10 +3,10 @@
 
 use super::*;
 
-const WORKERS: &str = "dispatcher-workers.service";
+pub(super) const WORKERS: &str = "dispatcher-workers.service";
 
 /// A pool with two processes that do this when the dispatcher is lost.
-fn spawning(action: &str) -> String {
+pub(super) fn spawning(action: &str) -> String {
     format!(
         "{CONFIG}\n[pool.web.spawn]\ncommand = [\"/run/bin/test-worker\", \"blocking\"]\n\
          processes = 2\non_dispatcher_loss = \"{action}\"\n"
@@ -14,7 +14,7 @@ fn spawning(action: &str) -> String {
 }
 
 /// A machine whose sockets start this unit.
-fn machine_with(unit: &str, config: &str) -> Option<Machine> {
+pub(super) fn machine_with(unit: &str, config: &str) -> Option<Machine> {
     let machine = Machine::boot()?;
     machine.configure(config);
     if unit == WORKERS {
@@ -24,12 +24,12 @@ fn machine_with(unit: &str, config: &str) -> Option<Machine> {
     Some(machine)
 }
 
-fn pids(machine: &Machine) -> Vec<i32> {
+pub(super) fn pids(machine: &Machine) -> Vec<i32> {
     let status = machine.wait_joined(2);
     pool(&status, "web").workers.iter().map(|worker| worker.pid).collect()
 }
 
-fn lives(machine: &Machine, pid: i32) -> bool {
+pub(super) fn lives(machine: &Machine, pid: i32) -> bool {
     let stat = std::fs::read_to_string(machine.inside(&format!("/proc/{pid}/stat")));
     stat.is_ok_and(|stat| !stat.contains(") Z "))
 }
