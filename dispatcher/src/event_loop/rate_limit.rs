@@ -77,14 +77,14 @@ pub(super) enum Cause {
     /// A process that an earlier dispatcher started joins.
     LeftOver,
     /// A process started, did not start, or ended.
-    Process(ProcessNews),
+    Process(ProcessEvent),
     /// An event of the core, by its place in [`EVENTS`].
     Event(usize),
 }
 
 /// See [`Cause::Process`].
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
-pub(super) enum ProcessNews {
+pub(super) enum ProcessEvent {
     Started,
     NotStarted,
     Ended,
@@ -111,9 +111,9 @@ impl Cause {
             Cause::Relieved => "accept_resumed",
             Cause::NotWatched => "worker_not_watched",
             Cause::LeftOver => "worker_left_over",
-            Cause::Process(ProcessNews::Started) => "process_started",
-            Cause::Process(ProcessNews::NotStarted) => "process_not_started",
-            Cause::Process(ProcessNews::Ended) => "process_ended",
+            Cause::Process(ProcessEvent::Started) => "process_started",
+            Cause::Process(ProcessEvent::NotStarted) => "process_not_started",
+            Cause::Process(ProcessEvent::Ended) => "process_ended",
             Cause::Event(at) => EVENTS[at],
         }
     }

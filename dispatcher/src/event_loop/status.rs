@@ -6,7 +6,7 @@ use rustix::rand::GetRandomFlags;
 
 use super::EventLoop;
 use super::gauges::show_gauges;
-use super::rate_limit::{Cause, ProcessNews};
+use super::rate_limit::{Cause, ProcessEvent};
 use crate::api::status::Status;
 use crate::background::logger::{quoted, value};
 use crate::background::spawner::{Report, SpawnRequest, UNKNOWN};
@@ -125,7 +125,7 @@ impl EventLoop {
             Report::Spawned { process, pid } => {
                 let pool = Some(process.pool);
                 if let Some(suppressed) =
-                    self.observation.allow(self.now, pool, Cause::Process(ProcessNews::Started))
+                    self.observation.allow(self.now, pool, Cause::Process(ProcessEvent::Started))
                 {
                     let process = self.process(process);
                     log::info!("event=process_started {process} pid={pid} suppressed={suppressed}");
@@ -135,7 +135,7 @@ impl EventLoop {
             Report::SpawnFailed { process, error } => {
                 let pool = Some(process.pool);
                 if let Some(suppressed) =
-                    self.observation.allow(self.now, pool, Cause::Process(ProcessNews::NotStarted))
+                    self.observation.allow(self.now, pool, Cause::Process(ProcessEvent::NotStarted))
                 {
                     log::error!(
                         "event=process_not_started {} error={error} suppressed={suppressed}",
@@ -157,7 +157,7 @@ impl EventLoop {
                 let ordered = self.observation.expected_ends.ended(process, pid) || !wanted;
                 let pool = Some(process.pool);
                 if let Some(suppressed) =
-                    self.observation.allow(self.now, pool, Cause::Process(ProcessNews::Ended))
+                    self.observation.allow(self.now, pool, Cause::Process(ProcessEvent::Ended))
                 {
                     log::log!(
                         if ordered && well { log::Level::Info } else { log::Level::Warn },
