@@ -222,7 +222,7 @@ fn a_wrong_name_gets_the_nearest_one() {
     assert_eq!((code, error.contains("did you mean `web`?")), (66, true), "{error}");
     let (code, error) = failed(&dispatcher, &["resume", "web"]);
     assert_eq!((code, error.contains("POOL/NAME")), (64, true), "{error}");
-    let _twin = dispatcher.worker("blocking", "web", "w1");
+    let _same_name = dispatcher.worker("blocking", "web", "w1");
     dispatcher.wait_joined("web", 3);
     let (code, error) = failed(&dispatcher, &["drain", "web/w1"]);
     assert_eq!((code, error.contains("use an id: ")), (64, true), "{error}");

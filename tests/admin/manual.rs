@@ -129,7 +129,7 @@ fn shells_complete_the_names_of_workers_pools_and_levels() {
     ));
     // A name with special characters, and two workers with the same name.
     let mut processes = Vec::new();
-    for name in ["web-1", "a;b$(c)", "twin", "twin"] {
+    for name in ["web-1", "a;b$(c)", "same-name", "same-name"] {
         processes.push(dispatcher.worker("blocking", "web", name));
         dispatcher.wait_joined("web", processes.len());
     }
@@ -140,7 +140,7 @@ fn shells_complete_the_names_of_workers_pools_and_levels() {
     };
     let mut workers = vec!["web/web-1".to_owned()];
     workers.extend(id("a;b$(c)"));
-    workers.extend(id("twin"));
+    workers.extend(id("same-name"));
     workers.sort();
     for shell in ["bash", "zsh", "fish"] {
         if !has(shell) {

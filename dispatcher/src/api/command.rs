@@ -297,8 +297,12 @@ fn shown(text: &str) -> String {
 mod tests {
     use super::*;
 
-    const WORKERS: [(u64, &str, &str); 4] =
-        [(1, "web", "web-1"), (2, "web", "web-2"), (5, "chat", "twin"), (6, "chat", "twin")];
+    const WORKERS: [(u64, &str, &str); 4] = [
+        (1, "web", "web-1"),
+        (2, "web", "web-2"),
+        (5, "chat", "same-name"),
+        (6, "chat", "same-name"),
+    ];
 
     fn resolve(text: &str) -> Result<u64, CommandError> {
         text.parse::<WorkerRef>()?.resolve("0a1b", WORKERS.into_iter())
@@ -328,9 +332,12 @@ mod tests {
         let error = resolve("2@ffff").unwrap_err();
         assert_eq!(error.problem, Problem::Conflict);
         assert!(error.message.contains("as instance 0a1b"), "{error}");
-        let error = resolve("chat/twin").unwrap_err();
+        let error = resolve("chat/same-name").unwrap_err();
         assert_eq!(error.problem, Problem::Ambiguous);
-        assert_eq!(error.to_string(), "2 workers have the name chat/twin\nhelp: use an id: 5, 6");
+        assert_eq!(
+            error.to_string(),
+            "2 workers have the name chat/same-name\nhelp: use an id: 5, 6"
+        );
         for text in ["web", "", "/", "web/", "/web-1", "-1", "2@", "@0a1b", "x@0a1b"] {
             assert_eq!(resolve(text).unwrap_err().problem, Problem::Invalid, "{text}");
         }
