@@ -233,29 +233,6 @@ impl Core {
 
     // --- workers ---------------------------------------------------------------------------
 
-    /// Whether [`Core::join`] would accept this worker now. The event loop asks before it allocates
-    /// anything for the worker.
-    ///
-    /// # Errors
-    /// The refusal that `join` would return.
-    pub fn may_join(&self, join: &Join) -> Result<(), Refusal> {
-        self.admit(join).map(|_| ())
-    }
-
-    /// A worker joins, and is eligible from then on. The event loop has everything that a welcome
-    /// needs, and sends it on success.
-    pub fn join(&mut self, now: Time, join: &Join) -> Result<WorkerId, Refusal> {
-        let pool = self.admit(join)?;
-        let id = self.add_worker(now, pool, join);
-        self.process_joined(now, id.index as usize);
-        // Fewer processes may be wanted than when it was started, or another one has its place.
-        if self.is_surplus(id.index as usize) {
-            self.drain_unwanted(now, id, None);
-        }
-        self.after(now, pool);
-        Ok(id)
-    }
-
     /// A worker said goodbye: its untaken connections are revoked and purged, and it gets no more.
     pub fn goodbye(&mut self, now: Time, worker: WorkerId) {
         if let Some(w) = self.find(worker) {

@@ -3,10 +3,8 @@
 
 use std::time::Duration;
 
-use super::processes::{
-    Act, Action, EndReason, Filling, Leave, Phase, Place, Process, Processes, RESTART_RESET,
-    Replacement,
-};
+use super::place::{Filling, Leave, Phase, Place, Process};
+use super::processes::{Act, Action, EndReason, Processes, RESTART_RESET, Replacement};
 use crate::policy::NEVER;
 use crate::types::{ProcessId, Time};
 

@@ -6,6 +6,7 @@
 //! [`Effect::Spawn`].
 
 mod decide;
+mod place;
 mod processes;
 mod settings;
 
@@ -16,7 +17,8 @@ pub use settings::{Supervision, Surge};
 use std::collections::HashMap;
 use std::time::Duration;
 
-use self::processes::{Action, View};
+use self::place::View;
+use self::processes::Action;
 use super::Core;
 use super::effect::{Effect, Event};
 use super::types::{PoolId, ProcessId, State, Time, WorkerId};

@@ -1,0 +1,189 @@
+//! One place of a pool and the processes that were started for it.
+//!
+//! Guarantees: a place tells which processes fill it, and a process tells when it is to be ended or
+//! replaced. Neither changes anything else. Needs the time and, in [`Process::view`], what is known
+//! of the workers.
+
+use std::time::Duration;
+
+use super::processes::{EndReason, RESTART_MIN, RESTART_RESET, Replacement};
+use super::settings::Supervision;
+use crate::policy::NEVER;
+use crate::types::{ProcessId, Time};
+
+/// Why a process gets no more connections.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(crate) enum Leave {
+    /// It leaves by its own decision.
+    Own,
+    /// Fewer processes are wanted. It stays if more are wanted again.
+    Surplus,
+    /// Another process serves in its place.
+    Replaced,
+}
+
+/// What is known of the workers of a process.
+#[derive(Clone, Copy, Debug, Default)]
+pub(crate) struct View {
+    /// A worker is there.
+    pub(crate) joined: bool,
+    /// Live connections of all its workers.
+    pub(crate) load: u64,
+    /// Connections that its workers have taken.
+    pub(crate) served: u64,
+    /// A worker has been suspect since then.
+    pub(crate) suspect_since: Option<Time>,
+    /// No worker has announced that it leaves.
+    pub(crate) stays: bool,
+}
+
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(crate) enum Phase {
+    /// The event loop was asked to start it.
+    Asked,
+    /// It runs. Its worker is to have joined by then.
+    Running { until: Time },
+    /// Its worker has joined.
+    Serving,
+    /// Its place is free.
+    Leaving { why: Leave, since: Time, idle_since: Option<Time> },
+    /// It was ended by a signal. Its place is free.
+    Ending,
+}
+
+impl Phase {
+    pub(crate) fn leaving(why: Leave, since: Time) -> Phase {
+        Phase::Leaving { why, since, idle_since: None }
+    }
+}
+
+#[derive(Clone, Debug)]
+pub(crate) struct Process {
+    pub(crate) id: ProcessId,
+    pub(crate) phase: Phase,
+    /// When its worker joined for the first time.
+    pub(crate) joined_at: Option<Time>,
+    /// When it is to be replaced.
+    pub(crate) expires: Time,
+    /// The number of connections after which it is to be replaced.
+    pub(crate) most_served: u64,
+    /// It is to be replaced as soon as that is permitted.
+    pub(crate) replace: Option<Replacement>,
+    /// It was started by an earlier dispatcher: its worker may have connections.
+    pub(crate) adopted: bool,
+    /// What was last known of its workers.
+    pub(crate) view: View,
+}
+
+impl Process {
+    pub(crate) fn new(id: ProcessId) -> Process {
+        Process {
+            id,
+            phase: Phase::Asked,
+            joined_at: None,
+            expires: NEVER,
+            most_served: u64::MAX,
+            replace: None,
+            adopted: false,
+            view: View::default(),
+        }
+    }
+
+    /// Whether it fills its place.
+    pub(crate) fn holds(&self) -> bool {
+        match self.phase {
+            Phase::Asked | Phase::Running { .. } | Phase::Serving => true,
+            Phase::Leaving { .. } | Phase::Ending => false,
+        }
+    }
+
+    /// Why it is to be ended now, if it is. Decides, too, whether it is to be replaced.
+    pub(crate) fn end(&mut self, now: Time, settings: &Supervision) -> Option<EndReason> {
+        let seen = self.view;
+        let hung = seen.suspect_since.zip(settings.kill_hung_after);
+        let is_hung = hung.is_some_and(|(since, most)| now - since >= most);
+        match self.phase {
+            Phase::Asked | Phase::Ending => None,
+            Phase::Running { until } => (until <= now).then_some(EndReason::Late),
+            Phase::Serving => {
+                if self.expires <= now {
+                    self.replace.get_or_insert(Replacement::Age);
+                } else if self.most_served <= seen.served {
+                    self.replace.get_or_insert(Replacement::Served);
+                }
+                is_hung.then_some(EndReason::Hung)
+            }
+            Phase::Leaving { since, idle_since, why } => {
+                let idle_since = (seen.load == 0).then(|| idle_since.unwrap_or(now));
+                self.phase = Phase::Leaving { why, since, idle_since };
+                let patience = settings.stop_timeout;
+                let stayed = idle_since.is_some_and(|idle| now - idle >= patience);
+                let most = settings.drain_timeout.map(|most| most + patience);
+                let kept = most.is_some_and(|most| now - since >= most);
+                match is_hung {
+                    true => Some(EndReason::Hung),
+                    false => (stayed || kept).then_some(EndReason::Left),
+                }
+            }
+        }
+    }
+
+    /// Whether it has served for so long that its start did not fail.
+    pub(crate) fn has_lasted(&self, now: Time) -> bool {
+        self.joined_at.is_some_and(|at| now - at >= RESTART_RESET)
+    }
+}
+
+/// A place for one process that gets connections.
+#[derive(Clone, Debug)]
+pub(crate) struct Place {
+    /// Every process that was asked for and has not ended, in the order of the starts.
+    pub(crate) processes: Vec<Process>,
+    /// The next delay.
+    pub(crate) delay: Duration,
+    /// No process is started before then.
+    pub(crate) not_before: Time,
+    /// Failed starts in succession.
+    pub(crate) failures: u32,
+}
+
+impl Place {
+    pub(crate) const EMPTY: Place =
+        Place { processes: Vec::new(), delay: RESTART_MIN, not_before: Time(0), failures: 0 };
+
+    /// The last start has not failed.
+    pub(crate) fn forgive(&mut self) {
+        self.failures = 0;
+        self.delay = RESTART_MIN;
+    }
+
+    /// The next start need not wait.
+    pub(crate) fn retry(&mut self) {
+        self.forgive();
+        self.not_before = Time(0);
+    }
+
+    /// The processes that fill the place: two while one replaces the other.
+    pub(crate) fn holders(&self) -> impl Iterator<Item = &Process> {
+        self.processes.iter().filter(|process| process.holds())
+    }
+
+    pub(crate) fn filling(&self) -> Filling {
+        let mut holders = self.holders();
+        match (holders.next(), holders.next()) {
+            (None, _) => Filling::Empty,
+            (Some(process), None) => Filling::One(process.id, process.replace),
+            (Some(_), Some(_)) => Filling::Several,
+        }
+    }
+}
+
+/// The processes that fill a place.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(crate) enum Filling {
+    Empty,
+    /// This one, and why it is to be replaced, if it is.
+    One(ProcessId, Option<Replacement>),
+    /// The youngest replaces the others.
+    Several,
+}
