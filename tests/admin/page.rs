@@ -6,7 +6,9 @@ use std::net::{Shutdown, TcpListener, TcpStream};
 use std::os::unix::net::UnixStream;
 use std::path::PathBuf;
 
-use dispatcher::api::status::{FaultStatus, ListenerStatus, PoolStatus, Status, WorkerStatus};
+use dispatcher::api::status::{
+    FaultStatus, ListenerStatus, PoolStatus, ProcessesStatus, Status, WorkerStatus,
+};
 use nix::sys::signal::Signal;
 use serde_json::{Value, json};
 use test_support::browser::Browser;
@@ -219,6 +221,27 @@ fn crowd(count: u64) -> Status {
         }],
         ..Status::default()
     }
+}
+
+#[test]
+fn processes_that_start_or_leave_are_shown() {
+    let Some(shared) = Browser::shared() else { return };
+    let mut browser = Browser::take(&shared);
+    let (_dispatcher, _door) = idle(&mut browser);
+    let mut status = crowd(3);
+    let mut show = |browser: &mut Browser, processes: Option<ProcessesStatus>, text: &str| {
+        status.pools[0].processes = processes;
+        pretend(browser, &status);
+        browser.wait_true(&format!("{}[0][3].endsWith({text:?})", rows("pools")));
+    };
+    show(&mut browser, None, "3 active");
+    let mut processes = ProcessesStatus { wanted: 3, active: 3, ..ProcessesStatus::default() };
+    show(&mut browser, Some(processes.clone()), "3 active");
+    (processes.starting, processes.leaving) = (1, 2);
+    let text = "3 active; 3 processes wanted, 1 starting, 2 leaving";
+    show(&mut browser, Some(processes.clone()), text);
+    processes.crash_loop = true;
+    show(&mut browser, Some(processes), &format!("{text}, crash loop"));
 }
 
 #[test]

@@ -58,7 +58,7 @@ fn a_crash_loop_is_visible_and_ends_with_a_restart() {
     assert_eq!(dispatcher.metric("dispatcher_process_crash_loop"), 1.0);
     let text = run(&dispatcher, &["status"]).1;
     assert!(
-        text.contains("processes of web: 4 wanted, 0 active, 4 starting, crash loop"),
+        text.contains("processes of web: 4 wanted, 0 active, crash loop, 4 starting"),
         "{text}"
     );
     assert!(dispatcher.log().contains("status=\"exit status 3\""), "{}", dispatcher.log());

@@ -412,14 +412,14 @@ impl ProcessesStatus {
     /// What is not as usual, in short; empty if every wanted process is active.
     pub fn changes(&self) -> String {
         let mut parts = Vec::new();
+        if self.crash_loop {
+            parts.push("crash loop".to_owned());
+        }
         if self.starting > 0 {
             parts.push(format!("{} starting", self.starting));
         }
         if self.leaving > 0 {
             parts.push(format!("{} leaving", self.leaving));
-        }
-        if self.crash_loop {
-            parts.push("crash loop".to_owned());
         }
         if let Some(wait) = self.next_start_in_ms {
             parts.push(format!("next start in {} s", wait.div_ceil(1000)));

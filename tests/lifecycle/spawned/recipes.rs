@@ -36,7 +36,8 @@ fn every_recipe_serves() {
         // Tables come after keys.
         let recipe = recipe.replacen("command = ", &format!("{log}command = "), 1);
         let dispatcher = start(temp, &one_pool(&recipe));
-        let count = if recipe.contains("processes = 4") { 4 } else { 1 };
+        let processes = recipe.lines().find_map(|line| line.strip_prefix("processes = "));
+        let count = processes.map_or(1, |count| count.parse().unwrap());
         dispatcher.wait_joined("web", count);
         let mut clients: Vec<Client> =
             (0..count).map(|_| Client::connect(dispatcher.address("web")).unwrap()).collect();

@@ -2,7 +2,7 @@
 
 use super::model::Order;
 use super::*;
-use crate::api::status::{FaultStatus, PoolStatus, WorkerStatus};
+use crate::api::status::{FaultStatus, PoolStatus, ProcessesStatus, WorkerStatus};
 
 fn worker(id: u64, load: u64, sent: u64) -> WorkerStatus {
     WorkerStatus {
@@ -183,6 +183,13 @@ fn one_frame_without_a_terminal() {
             ..worker(2, 2, 10)
         },
     ]);
+    shown.pools[0].processes = Some(ProcessesStatus {
+        wanted: 3,
+        active: 2,
+        starting: 1,
+        leaving: 1,
+        ..ProcessesStatus::default()
+    });
     shown.faults = vec![FaultStatus {
         time: "2026-01-02T03:04:05.678Z".to_owned(),
         kind: "worker_gone".to_owned(),
@@ -203,7 +210,7 @@ accepted per second: 8 now, most 8 in the last 4 s
                                                                                                  ▇ █
                                                                                                 ▃█▆█
 POOL         POLICY            STATE          WORKERS      LOAD  QUEUED TREND
-web          least-connections ready                2         6       0 █
+web          least-connections ready                2         6       0 1 starting, 1 leaving  █
   POOL         WORKER         STATE         ID      PID    LOAD                  PER SECOND INFLIGHT
 > web          w1             active         1      101       4 ████████░░░░░░░░          -        2
   web          a\u{fffd}[2J          draining       2      102       2 ████████                  -        0
