@@ -30,6 +30,11 @@ fn wire_channel() {
 }
 
 #[test]
+fn wire_prefork() {
+    replay("wire_prefork", wire::wire_prefork);
+}
+
+#[test]
 fn config() {
     replay("config", config::config);
 }

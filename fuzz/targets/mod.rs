@@ -23,7 +23,7 @@ pub use config::config;
 pub use first_bytes::first_bytes;
 pub use listen_fds::listen_fds;
 pub use pool_ops::pool_ops;
-pub use wire::{wire_channel, wire_control};
+pub use wire::{wire_channel, wire_control, wire_prefork};
 
 /// The receive paths of both sides.
 pub fn control_path(data: &[u8]) {

@@ -1,7 +1,7 @@
 //! Decoding records of either socket, and encoding what was decoded.
 
 use dispatch_protocol::wire::{
-    Channel, Control, MAX_CHANNEL_RECORD, MAX_CONTROL_RECORD, WireError,
+    Channel, Control, MAX_CHANNEL_RECORD, MAX_CONTROL_RECORD, MAX_PREFORK_RECORD, Prefork, WireError,
 };
 
 pub fn wire_control(data: &[u8]) {
@@ -14,6 +14,13 @@ pub fn wire_control(data: &[u8]) {
 pub fn wire_channel(data: &[u8]) {
     round(data, MAX_CHANNEL_RECORD, Channel::decode, |record, out| {
         assert!(record.fds() <= 64);
+        record.encode(out);
+    });
+}
+
+pub fn wire_prefork(data: &[u8]) {
+    round(data, MAX_PREFORK_RECORD, Prefork::decode, |record, out| {
+        assert!((0..=3).any(|count| record.allows_fds(count)));
         record.encode(out);
     });
 }

@@ -168,8 +168,24 @@ pub fn is_name(text: &str) -> bool {
 }
 
 /// Free text for people. Hidden characters become spaces, so that the text cannot forge a log line.
-pub(super) fn text(value: &[u8]) -> String {
+fn text(value: &[u8]) -> String {
     String::from_utf8_lossy(value).chars().map(|c| if is_hidden(c) { ' ' } else { c }).collect()
+}
+
+/// The longest text for people, in bytes.
+pub(super) const MAX_TEXT: usize = 1024;
+
+/// Text from the wire, cut to the length that this side would send.
+pub(super) fn short_text(value: &[u8]) -> String {
+    let mut text = text(value);
+    text.truncate(text_of(&text).len());
+    text
+}
+
+/// At most [`MAX_TEXT`] bytes, cut between two characters.
+pub(super) fn text_of(text: &str) -> &[u8] {
+    let end = (0..=MAX_TEXT.min(text.len())).rev().find(|&i| text.is_char_boundary(i));
+    &text.as_bytes()[..end.unwrap_or(0)]
 }
 
 /// Stores a TLV that may appear once.

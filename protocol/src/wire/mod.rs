@@ -35,6 +35,7 @@ mod goodbye;
 mod handoff;
 mod hello;
 mod hidden;
+mod prefork;
 mod probe;
 mod refused;
 mod resume;
@@ -48,6 +49,7 @@ pub use goodbye::Goodbye;
 pub use handoff::{ClientAddr, ENTRY_LEN, Entry, EntryFlags, Handoff};
 pub use hello::{Features, Hello, Token};
 pub use hidden::is_hidden;
+pub use prefork::{Ended, FORK_FDS, Fork, Forked, NotForked, Prefork};
 pub use probe::Probe;
 pub use refused::{Refused, RefusedCode};
 pub use resume::Resume;
@@ -64,6 +66,9 @@ pub const MAX_CONTROL_RECORD: usize = 4096;
 
 /// The longest record on the channel, in bytes: a full handoff and 4 KiB of TLVs.
 pub const MAX_CHANNEL_RECORD: usize = 4 + 4 + MAX_FDS_PER_RECORD * ENTRY_LEN + 4096;
+
+/// The longest record between the dispatcher and a process that forks workers, in bytes.
+pub const MAX_PREFORK_RECORD: usize = 65_536;
 
 /// The largest number of file descriptors in one handoff. The kernel's limit is 253 (`SCM_MAX_FD`).
 pub const MAX_FDS_PER_RECORD: usize = 64;
@@ -96,15 +101,23 @@ pub mod kind {
     pub const DRAIN: u16 = 18;
     /// Dispatcher to worker, channel, no fd: connections may follow again.
     pub const RESUME: u16 = 19;
+    /// Dispatcher to parent, with one fd or three: fork a worker.
+    pub const FORK: u16 = 32;
+    /// Parent to dispatcher: the worker waits at its gate.
+    pub const FORKED: u16 = 33;
+    /// Parent to dispatcher: there is no worker, and the reason.
+    pub const NOT_FORKED: u16 = 34;
+    /// Parent to dispatcher: a worker has ended.
+    pub const ENDED: u16 = 35;
 }
 
 /// TLV types. The protocol uses types below 0x8000; the others are free for experiments.
 pub mod tlv {
     /// Hello: the pool to join, UTF-8.
     pub const POOL: u16 = 1;
-    /// Hello: the worker's name, UTF-8.
+    /// Hello, fork: the worker's name, UTF-8.
     pub const NAME: u16 = 2;
-    /// Hello: the token from the environment of a spawned worker, 16 bytes.
+    /// Hello: the token from the environment of a spawned worker, 16 bytes. Fork: the token for it.
     pub const TOKEN: u16 = 3;
     /// Claim: the key, 1 to 4,000 bytes.
     pub const CLIENT_KEY: u16 = 4;
@@ -116,10 +129,12 @@ pub mod tlv {
     pub const TIME_LEFT: u16 = 20;
     /// Handoff: the dispatcher's number of each connection, u64, in the order of the entries.
     pub const NUMBERS: u16 = 21;
-    /// Refused: one sentence for people, UTF-8.
+    /// Refused, not forked: one sentence for people, UTF-8.
     pub const REASON: u16 = 17;
     /// Refused: the configuration key that decides, UTF-8.
     pub const KEY: u16 = 18;
+    /// Fork, repeated: an environment variable, `NAME=VALUE`, UTF-8.
+    pub const VARIABLE: u16 = 32;
 }
 
 /// A record on the control connection, in either direction.

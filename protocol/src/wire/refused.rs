@@ -1,6 +1,6 @@
 //! refused: the negative answer to a hello. The control connection closes after it.
 
-use super::codec::{Reader, WireError, header, once, put_tlv, text};
+use super::codec::{MAX_TEXT, Reader, WireError, header, once, put_tlv, short_text, text_of};
 use super::{MAX_CONTROL_RECORD, kind, tlv};
 
 /// The reason, for programs. Unknown codes decode as [`RefusedCode::Other`].
@@ -98,9 +98,6 @@ pub struct Refused {
     pub key: Option<String>,
 }
 
-/// The longest reason or key, in bytes.
-const MAX_TEXT: usize = 1024;
-
 impl Refused {
     /// Appends the record's bytes to `out`.
     pub fn encode(&self, out: &mut Vec<u8>) {
@@ -108,9 +105,9 @@ impl Refused {
         header(out, kind::REFUSED);
         out.extend_from_slice(&self.code.to_wire().to_le_bytes());
         out.extend_from_slice(&[0, 0]);
-        put_tlv(out, tlv::REASON, cut(&self.reason));
+        put_tlv(out, tlv::REASON, text_of(&self.reason));
         if let Some(key) = &self.key {
-            put_tlv(out, tlv::KEY, cut(key));
+            put_tlv(out, tlv::KEY, text_of(key));
         }
     }
 
@@ -120,24 +117,11 @@ impl Refused {
         let (mut reason, mut key) = (None, None);
         while let Some((kind, value)) = reader.tlv()? {
             match kind {
-                tlv::REASON => once(&mut reason, short(value), "reason")?,
-                tlv::KEY => once(&mut key, short(value), "key")?,
+                tlv::REASON => once(&mut reason, short_text(value), "reason")?,
+                tlv::KEY => once(&mut key, short_text(value), "key")?,
                 _ => {}
             }
         }
         Ok(Refused { code, reason: reason.ok_or(WireError::Missing("reason"))?, key })
     }
-}
-
-/// Text from the wire, cut to the length that this side would send.
-fn short(value: &[u8]) -> String {
-    let mut text = text(value);
-    text.truncate(cut(&text).len());
-    text
-}
-
-/// At most [`MAX_TEXT`] bytes, cut between two characters.
-fn cut(text: &str) -> &[u8] {
-    let end = (0..=MAX_TEXT.min(text.len())).rev().find(|&i| text.is_char_boundary(i));
-    &text.as_bytes()[..end.unwrap_or(0)]
 }
