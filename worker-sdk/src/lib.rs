@@ -29,6 +29,9 @@
 //!   requests wait. The SDK measures machine and process if the pool needs it
 //!   (`WorkerConfig::sample`).
 //!
+//! - **Pre-fork**: [`prefork`] loads the application once and forks the workers of a pool with
+//!   `fork = true`; they share what was loaded.
+//!
 //! # One thread per connection
 //!
 //! ```no_run
@@ -132,7 +135,7 @@ pub mod testing;
 pub use client::fuzzing;
 pub use client::{
     ClaimError, Connection, Drain, Error, Gauge, Guard, Incoming, IntoIncoming, OnDispatcherLoss,
-    Sampling, Worker, WorkerConfig,
+    Sampling, Worker, WorkerConfig, prefork,
 };
 pub use dispatch_protocol::Token;
 pub use peer::PeerAddr;

@@ -144,3 +144,96 @@ pub(crate) fn all_received(socket: &OwnedFd) -> bool {
     let result = unsafe { libc::ioctl(socket.as_raw_fd(), libc::TIOCOUTQ, &raw mut unread) };
     result != 0 || unread == 0
 }
+
+/// Takes over the socket with this number, which the dispatcher passed to this program, and sets it
+/// close-on-exec.
+pub(crate) fn adopt_channel(fd: std::os::fd::RawFd) -> io::Result<OwnedFd> {
+    use std::os::fd::FromRawFd;
+
+    // SAFETY: the call takes any number, and reads a flag or fails.
+    let flags = unsafe { libc::fcntl(fd, libc::F_GETFD) };
+    if flags == -1 {
+        return Err(io::Error::last_os_error());
+    }
+    if flags & libc::FD_CLOEXEC != 0 {
+        return Err(io::Error::other("this process has opened it, or has taken it over before"));
+    }
+    let mut kind: libc::c_int = 0;
+    let mut len = size_of::<libc::c_int>() as libc::socklen_t;
+    // SAFETY: the kernel writes at most `len` bytes into `kind`, which has as many, and `len`; both
+    // live on. It takes any number, and fails for what is not open or no socket.
+    let result = unsafe {
+        libc::getsockopt(
+            fd,
+            libc::SOL_SOCKET,
+            libc::SO_TYPE,
+            (&raw mut kind).cast(),
+            &raw mut len,
+        )
+    };
+    if result != 0 {
+        return Err(io::Error::last_os_error());
+    }
+    if kind != libc::SOCK_SEQPACKET {
+        return Err(io::Error::other("it is a socket of another type"));
+    }
+    // SAFETY: the number is open. Everything that this process opens itself is close-on-exec, so
+    // the dispatcher has passed it to this program; the flag set below prevents a second owner.
+    let channel = unsafe { OwnedFd::from_raw_fd(fd) };
+    rustix::io::fcntl_setfd(&channel, rustix::io::FdFlags::CLOEXEC)?;
+    Ok(channel)
+}
+
+/// Forks; `None` in the child. Fails if this process has another thread.
+pub(crate) fn fork_alone() -> io::Result<Option<rustix::process::Pid>> {
+    let threads = std::fs::read_dir("/proc/self/task")
+        .map_err(|error| {
+            io::Error::new(error.kind(), format!("/proc/self/task has the threads: {error}"))
+        })?
+        .count();
+    if threads != 1 {
+        return Err(io::Error::other(format!(
+            "the parent has {threads} threads; a process that forks workers must have one: start \
+             threads and runtimes in the closure of prefork"
+        )));
+    }
+    // SAFETY: the calling thread is the only one, so no other thread holds a lock or changes memory
+    // in the middle of the fork, and the child may do what this process may do.
+    match unsafe { libc::fork() } {
+        -1 => Err(io::Error::last_os_error()),
+        pid => Ok(rustix::process::Pid::from_raw(pid)),
+    }
+}
+
+/// Makes these files stdout and stderr.
+pub(crate) fn replace_output(stdout: OwnedFd, stderr: OwnedFd) -> io::Result<()> {
+    use std::os::fd::AsRawFd;
+
+    for (file, number) in [(stdout, libc::STDOUT_FILENO), (stderr, libc::STDERR_FILENO)] {
+        // SAFETY: the descriptor is open. Standard output and error have no owner, and remain
+        // open.
+        if unsafe { libc::dup2(file.as_raw_fd(), number) } == -1 {
+            return Err(io::Error::last_os_error());
+        }
+    }
+    Ok(())
+}
+
+/// Sets or removes environment variables. For a child that has just been forked.
+pub(crate) fn set_variables(variables: &[(&str, Option<&str>)]) {
+    for (name, value) in variables {
+        match value {
+            // SAFETY: a child that was just forked has one thread, so no other thread reads the
+            // environment.
+            Some(value) => unsafe { std::env::set_var(name, value) },
+            // SAFETY: as above.
+            None => unsafe { std::env::remove_var(name) },
+        }
+    }
+}
+
+/// Ends the process without running anything.
+pub(crate) fn exit_now(code: i32) -> ! {
+    // SAFETY: the call takes a number and does not return.
+    unsafe { libc::_exit(code) }
+}

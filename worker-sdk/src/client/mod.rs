@@ -24,6 +24,7 @@ mod join;
 mod live_connections;
 mod log_queue;
 mod outbox;
+mod prefork;
 mod process;
 mod readiness;
 mod sample;
@@ -48,6 +49,7 @@ pub use self::gauges::Gauge;
 pub(crate) use self::guard::CountedStream;
 pub use self::guard::Guard;
 pub use self::incoming::{Incoming, IntoIncoming};
+pub use self::prefork::prefork;
 #[cfg(feature = "axum")]
 pub(crate) use self::log_queue::log_now;
 pub use self::sample::Sampling;
