@@ -315,6 +315,35 @@ pub fn readable(fd: OwnedFd) -> io::Result<AsyncFd<OwnedFd>> {
     Ok(watched?)
 }
 
+/// A socket that a task can wait for until it is readable or writable. Must be called inside a
+/// runtime.
+///
+/// # Errors
+///
+/// What `epoll_ctl` answers.
+pub fn readable_and_writable(fd: OwnedFd) -> io::Result<AsyncFd<OwnedFd>> {
+    let interest = Interest::READABLE | Interest::WRITABLE;
+    // SAFETY: an `OwnedFd` is open and names the same file description until it is dropped.
+    let watched = unsafe { AsyncFd::register_with_interest(fd, interest) };
+    Ok(watched?)
+}
+
+/// Makes the program that `command` starts inherit the descriptor with this number, which must stay
+/// open until the process was started.
+pub fn pass_descriptor(command: &mut Command, fd: RawFd) {
+    let pass = move || {
+        // SAFETY: the call takes two numbers. The caller keeps the descriptor open in the parent,
+        // so the child has a copy of it.
+        match unsafe { libc::fcntl(fd, libc::F_SETFD, 0) } {
+            -1 => Err(io::Error::last_os_error()),
+            _ => Ok(()),
+        }
+    };
+    // SAFETY: between fork and exec only async-signal-safe operations are allowed: this is one
+    // system call, and its error is made of a number.
+    unsafe { command.pre_exec(pass) };
+}
+
 /// The digits of the largest process id.
 const MAX_DIGITS: usize = 10;
 

@@ -1,7 +1,8 @@
 //! Decoding records of either socket, and encoding what was decoded.
 
 use dispatch_protocol::wire::{
-    Channel, Control, MAX_CHANNEL_RECORD, MAX_CONTROL_RECORD, MAX_PREFORK_RECORD, Prefork, WireError,
+    Channel, Control, MAX_CHANNEL_RECORD, MAX_CONTROL_RECORD, MAX_PREFORK_RECORD, Prefork,
+    WireError,
 };
 
 pub fn wire_control(data: &[u8]) {

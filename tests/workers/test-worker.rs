@@ -7,6 +7,11 @@
 //! its event loop, or of the pause after an accept (blocking); `serial` serves one client at a
 //! time, for this duration. With `TEST_WORKER=fork` it has a child, from its first connection on,
 //! that keeps all its descriptors open until the child's standard input ends.
+//!
+//! `test-worker prefork KIND` loads a table of `TEST_TABLE=MIB` and is then the parent of workers of
+//! this kind. `TEST_PREFORK=thread` has a second thread, `TEST_PREFORK=hang` never gets there,
+//! `TEST_PREFORK=fails` makes each worker fail. `test-worker loaded KIND` loads the same table and
+//! is a worker.
 #![allow(unsafe_code, reason = "the test wraps system calls")]
 #![allow(clippy::unwrap_used)]
 
@@ -27,13 +32,55 @@ use worker_sdk::{Connection, Error, PeerAddr, Worker, WorkerConfig};
 
 fn main() {
     env_logger::init();
-    let config = WorkerConfig::from_env().unwrap();
+    let kind = std::env::args().nth(2);
     match std::env::args().nth(1).as_deref() {
+        Some("prefork") => prefork(kind.as_deref()),
+        Some("loaded") => {
+            let table = table();
+            work(kind.as_deref(), WorkerConfig::from_env().unwrap());
+            std::hint::black_box(table);
+        }
+        kind => work(kind, WorkerConfig::from_env().unwrap()),
+    }
+}
+
+/// What the application loads.
+fn table() -> Vec<u8> {
+    let mib = std::env::var("TEST_TABLE").ok().and_then(|text| text.parse().ok()).unwrap_or(0);
+    (0..mib << 20).map(|at: usize| (at >> 12) as u8).collect()
+}
+
+fn prefork(kind: Option<&str>) {
+    let mode = std::env::var("TEST_PREFORK").unwrap_or_default();
+    let table = table();
+    match mode.as_str() {
+        "thread" => drop(std::thread::spawn(std::thread::park)),
+        "hang" => std::thread::park(),
+        _ => {}
+    }
+    println!("loaded");
+    let served = worker_sdk::prefork(|config| {
+        if mode == "fails" {
+            return Err("it was told to fail");
+        }
+        println!("forked");
+        work(kind, config);
+        std::hint::black_box(&table);
+        Ok(())
+    });
+    served.unwrap();
+    println!("not needed any more");
+}
+
+fn work(kind: Option<&str>, config: WorkerConfig) {
+    match kind {
         Some("blocking") => blocking(config),
         Some("tokio") => tokio(config),
         Some("mio") => mio(config),
         Some("serial") => serial(config),
-        other => panic!("usage: test-worker blocking|tokio|mio, not {other:?}"),
+        other => {
+            panic!("usage: test-worker [prefork|loaded] blocking|tokio|mio|serial, not {other:?}")
+        }
     }
 }
 

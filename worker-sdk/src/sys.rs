@@ -163,13 +163,7 @@ pub(crate) fn adopt_channel(fd: std::os::fd::RawFd) -> io::Result<OwnedFd> {
     // SAFETY: the kernel writes at most `len` bytes into `kind`, which has as many, and `len`; both
     // live on. It takes any number, and fails for what is not open or no socket.
     let result = unsafe {
-        libc::getsockopt(
-            fd,
-            libc::SOL_SOCKET,
-            libc::SO_TYPE,
-            (&raw mut kind).cast(),
-            &raw mut len,
-        )
+        libc::getsockopt(fd, libc::SOL_SOCKET, libc::SO_TYPE, (&raw mut kind).cast(), &raw mut len)
     };
     if result != 0 {
         return Err(io::Error::last_os_error());

@@ -491,6 +491,7 @@ fn stopping_ends_the_processes_first() {
         token: Token([0; 16]),
         on_dispatcher_loss: crate::config::OnDispatcherLoss::Drain,
         max_memory: None,
+        fork: None,
         patience: PATIENCE,
         descriptors: None,
         setup: crate::config::ProcessSetup::default(),

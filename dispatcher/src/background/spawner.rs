@@ -8,6 +8,7 @@ mod journal;
 mod leader;
 mod memory;
 mod output;
+mod prefork;
 pub(crate) mod reaper;
 mod start;
 mod task;
@@ -38,7 +39,7 @@ use dispatcher_core::{PoolId, ProcessId};
 const MAX_WAITING: usize = 1024;
 
 /// A process to start.
-#[derive(Clone, Debug)]
+#[derive(Clone, Debug, PartialEq, Eq)]
 pub struct SpawnRequest {
     /// Identifies the process in every report.
     pub process: ProcessId,
@@ -68,6 +69,8 @@ pub struct SpawnRequest {
     pub descriptors: Option<(u64, u64)>,
     /// Account, permissions, limits and output.
     pub setup: ProcessSetup,
+    /// With `fork = true`: how long the parent of the pool may take to fork it.
+    pub fork: Option<Duration>,
 }
 
 /// A report about a process.
@@ -152,6 +155,8 @@ enum Order {
     /// The process gets no more connections.
     Leaving(ProcessId),
     AskStopKind(Unit),
+    /// The next forked process of the pool comes from a new parent.
+    Renew(PoolId),
 }
 
 /// The processes to end, and how long each may take before SIGKILL.
@@ -265,6 +270,12 @@ impl Spawner {
         let _ = self.orders.send(Order::Leaving(process));
     }
 
+    /// With `fork = true`, the next process of the pool comes from a new parent, which loads the
+    /// application again. The old parent ends with its last worker.
+    pub fn renew(&self, pool: PoolId) {
+        let _ = self.orders.send(Order::Renew(pool));
+    }
+
     /// Ends one process. If it has not ended by itself after `wait`, its process group gets SIGTERM,
     /// and SIGKILL after a further `timeout`. `Exited` follows.
     pub fn stop_process(&self, process: ProcessId, wait: Duration, timeout: Duration) {
@@ -310,6 +321,7 @@ pub(crate) struct Service {
     stop: watch::Receiver<Stops>,
     common: Common,
     processes: JoinSet<bool>,
+    parents: prefork::Parents,
 }
 
 /// What the tasks of all processes share.
@@ -421,6 +433,7 @@ pub(crate) fn service(wake: Wake) -> (Spawner, Service, Receiver<Report>) {
                 last_output,
             },
             processes: JoinSet::new(),
+            parents: prefork::Parents::default(),
         },
         reports,
     )
@@ -479,6 +492,14 @@ impl Service {
 
     fn obey(&mut self, order: Order) {
         match order {
+            Order::Start(request, permit) if let Some(within) = request.fork => {
+                let (stop, common) = (self.stop.clone(), self.common.clone());
+                let (answer, parent) = self.parents.order(&request, within, &stop, &common);
+                if let Some(parent) = parent {
+                    self.processes.spawn(parent);
+                }
+                self.processes.spawn(task::forked(*request, answer, permit, stop, common));
+            }
             Order::Start(request, permit) => {
                 let task = task::start(*request, self.stop.clone(), self.common.clone());
                 self.processes.spawn(async move {
@@ -503,6 +524,7 @@ impl Service {
                     reports.send(Report::StopKind(unit::stop_kind(&unit).await));
                 });
             }
+            Order::Renew(pool) => self.parents.renew(pool),
         }
     }
 }

@@ -50,6 +50,7 @@ impl Config {
                     max_memory: None,
                     setup: ProcessSetup::default(),
                     processes: workers,
+                    fork: false,
                     environment: Vec::new(),
                     directory: None,
                     on_dispatcher_loss: OnDispatcherLoss::default(),

@@ -159,6 +159,7 @@ pub(super) struct PoolKeys {
 pub(super) struct SpawnKeys {
     pub command: Option<Spanned<Vec<Spanned<String>>>>,
     pub processes: Option<Count<1, MAX_PROCESSES>>,
+    pub fork: Option<Spanned<bool>>,
     pub environment: Option<BTreeMap<Spanned<String>, Spanned<String>>>,
     pub directory: Option<Spanned<String>>,
     pub on_dispatcher_loss: Option<OnDispatcherLoss>,

@@ -32,7 +32,7 @@ use std::time::Duration;
 pub use error::{ConfigError, Diagnostic, Warning};
 pub(crate) use hints::SAMPLE;
 pub use process_setup::{Account, Limit, Output, ProcessLimits, ProcessSetup, UNLIMITED};
-pub use spawn::{NOT_INHERITED, Place, expand, literal};
+pub use spawn::{NOT_INHERITED, Place, depends_on_process, expand, literal};
 
 use serde::Deserialize;
 
@@ -49,8 +49,14 @@ pub const DEFAULT_ADMIN_SOCKET: &str = "/run/dispatcher/admin.sock";
 
 /// Environment variables that the dispatcher sets for its processes; `environment` must not contain
 /// them.
-pub const RESERVED_VARIABLES: [&str; 5] =
-    ["DISPATCH_SOCKET", "DISPATCH_POOL", "DISPATCH_NAME", "DISPATCH_TOKEN", "DISPATCH_ON_LOSS"];
+pub const RESERVED_VARIABLES: [&str; 6] = [
+    "DISPATCH_SOCKET",
+    "DISPATCH_POOL",
+    "DISPATCH_NAME",
+    "DISPATCH_TOKEN",
+    "DISPATCH_ON_LOSS",
+    "DISPATCH_PREFORK_FD",
+];
 
 /// Most processes of a pool.
 pub const MAX_PROCESSES: u32 = 1024;
@@ -279,6 +285,8 @@ pub struct Spawn {
     pub command: Vec<String>,
     /// The number of processes.
     pub processes: u32,
+    /// `fork`: one process loads the application and forks the others. Default false.
+    pub fork: bool,
     /// Environment variables in addition to those of the dispatcher.
     pub environment: Vec<(String, String)>,
     /// Working directory, if not that of the dispatcher.

@@ -4,6 +4,7 @@ use std::collections::BTreeMap;
 use std::path::{Path, PathBuf};
 use std::time::Duration;
 
+use dispatch_protocol::wire::{Fork, MAX_PREFORK_RECORD, Token};
 use dispatcher_core::Supervision;
 use nix::unistd::{AccessFlags, access};
 use toml::Spanned;
@@ -20,7 +21,7 @@ mod limits;
 mod placeholder;
 mod supervision;
 
-pub use self::placeholder::{Place, expand, literal};
+pub use self::placeholder::{Place, depends_on_process, expand, literal};
 pub(super) use self::supervision::{AJitter, ASurge};
 
 /// The kernel's limit for one argument or variable (`MAX_ARG_STRLEN`), with the terminating zero.
@@ -101,10 +102,19 @@ pub(super) fn spawn(
     {
         check.warn(warning);
     }
+    let fork = own.fork.as_ref().or(defaults.and_then(|d| d.fork.as_ref()));
+    let fork = fork.is_some_and(|fork| *fork.get_ref());
+    if fork {
+        for text in command.get_ref().iter().chain(directory) {
+            check.keep(same_for_all(text));
+        }
+        check.keep(forked_variables(&environment, keys, (pool, processes)));
+    }
     let (supervision, max_memory) = supervision::supervision(check, own, defaults, stop_timeout);
     let spawn = Spawn {
         command: command.get_ref().iter().map(|word| word.get_ref().clone()).collect(),
         processes,
+        fork,
         environment,
         directory: directory.map(|directory| directory.get_ref().clone()),
         setup,
@@ -225,6 +235,47 @@ fn missing_program(
         }
         Ok(_) => None,
     }
+}
+
+/// Refuses what differs between processes that have one parent.
+fn same_for_all(text: &Spanned<String>) -> Checked<()> {
+    if !depends_on_process(text.get_ref()) {
+        return Ok(());
+    }
+    let message = "`{n}` and `{name}` have no value here with `fork = true`";
+    Err(Mistake::new(text.span(), message).help(
+        "one process forks all processes of the pool, so they have one command and directory: use \
+         the placeholders in `environment`, or start each process by itself with `fork = false`",
+    ))
+}
+
+/// The variables that differ between forked processes are sent in one record.
+fn forked_variables(
+    environment: &[(String, String)],
+    keys: &Spanned<SpawnKeys>,
+    (pool, processes): (&str, u32),
+) -> Checked<()> {
+    let name = format!("{pool}-{processes}");
+    let place = Place { number: processes, name: &name, pool };
+    let own = environment.iter().filter(|(_, value)| depends_on_process(value));
+    let fork = Fork {
+        id: 0,
+        name: name.clone(),
+        token: Token([0; 16]),
+        variables: own.map(|(name, value)| (name.clone(), expand(value, place))).collect(),
+    };
+    let longest =
+        fork.variables.iter().map(|(name, value)| name.len() + value.len() + 1).max().unwrap_or(0);
+    let mut record = Vec::new();
+    fork.encode(&mut record);
+    if record.len() <= MAX_PREFORK_RECORD && longest <= usize::from(u16::MAX) {
+        return Ok(());
+    }
+    let message =
+        "the values of `environment` with `{n}` or `{name}` are too long for `fork = true`";
+    Err(Mistake::new(keys.span(), message).help(
+        "together they have at most 65000 bytes; values without these placeholders do not count",
+    ))
 }
 
 fn argument(text: &Spanned<String>) -> Checked<()> {

@@ -114,6 +114,7 @@ impl EventLoop {
             descriptors: self.run.descriptors,
             patience: settings.supervision.stop_timeout,
             max_memory: spawn.max_memory,
+            fork: spawn.fork.then_some(settings.supervision.start_timeout),
         };
         if self.side.spawner.spawn(request).is_err() {
             self.core.spawned(self.now, process, false);

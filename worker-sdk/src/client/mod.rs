@@ -49,9 +49,9 @@ pub use self::gauges::Gauge;
 pub(crate) use self::guard::CountedStream;
 pub use self::guard::Guard;
 pub use self::incoming::{Incoming, IntoIncoming};
-pub use self::prefork::prefork;
 #[cfg(feature = "axum")]
 pub(crate) use self::log_queue::log_now;
+pub use self::prefork::prefork;
 pub use self::sample::Sampling;
 
 use self::worker_core::WorkerCore;

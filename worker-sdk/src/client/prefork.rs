@@ -15,9 +15,7 @@ use dispatch_protocol::wire::{
 };
 use rustix::event::{PollFd, PollFlags, poll};
 use rustix::io::Errno;
-use rustix::net::{
-    RecvAncillaryBuffer, RecvFlags, ReturnFlags, SendFlags, recvmsg, send,
-};
+use rustix::net::{RecvAncillaryBuffer, RecvFlags, ReturnFlags, SendFlags, recvmsg, send};
 use rustix::process::{Pid, PidfdFlags, Signal, kill_process, pidfd_open, setpgid, waitpid};
 
 use super::channel::take_fds;
@@ -215,9 +213,7 @@ impl Parent {
                     Err(_) => Ok(Order::End),
                 }
             }
-            Ok(Prefork::Fork(fork)) if FORK_FDS.contains(&fds.len()) => {
-                Ok(Order::Fork(fork, fds))
-            }
+            Ok(Prefork::Fork(fork)) if FORK_FDS.contains(&fds.len()) => Ok(Order::Fork(fork, fds)),
             Ok(record) => bad(format!("{record:?} with {} file descriptors", fds.len())),
             Err(error) => bad(error.to_string()),
         }
@@ -300,7 +296,8 @@ fn become_worker<E: fmt::Debug>(
         sys::exit_now(0);
     }
     let token = fork.token.to_string();
-    let mut variables = vec![("DISPATCH_NAME", Some(&*fork.name)), ("DISPATCH_TOKEN", Some(&token))];
+    let mut variables =
+        vec![("DISPATCH_NAME", Some(&*fork.name)), ("DISPATCH_TOKEN", Some(&token))];
     variables.push((VARIABLE, None));
     variables.extend(fork.variables.iter().map(|(name, value)| (&**name, Some(&**value))));
     sys::set_variables(&variables);

@@ -60,6 +60,8 @@ pub(super) fn has_only_zombies(group: Pid) -> bool {
 pub(super) struct Stat {
     /// It is a zombie.
     pub(super) ended: bool,
+    /// The process id of its parent.
+    pub(super) parent: i32,
     pub(super) group: i32,
     /// When the kernel started it, in clock ticks since the boot.
     pub(super) started: u64,
@@ -71,9 +73,10 @@ pub(super) fn stat(pid: i32) -> Option<Stat> {
     // The process name before it may contain anything.
     let mut fields = text.rsplit(") ").next()?.split(' ');
     let ended = matches!(fields.next()?, "Z" | "X");
-    let group = fields.nth(1)?.parse().ok()?;
+    let parent = fields.next()?.parse().ok()?;
+    let group = fields.next()?.parse().ok()?;
     let started = fields.nth(16)?.parse().ok()?;
-    Some(Stat { ended, group, started })
+    Some(Stat { ended, parent, group, started })
 }
 
 /// The members of a group. A process that ends meanwhile may be missing.

@@ -12,7 +12,6 @@ pub use self::last::{LastOutput, OutputLine, Stream};
 use std::io;
 use std::os::fd::{AsRawFd, OwnedFd};
 use std::path::PathBuf;
-use std::process::Stdio;
 use std::sync::atomic::{AtomicU64, Ordering};
 use std::sync::{Arc, Mutex, PoisonError};
 use std::time::{Duration, Instant};
@@ -60,7 +59,10 @@ impl Pipes {
     /// # Errors
     ///
     /// When the system has no descriptors left.
-    pub(super) fn new(account: Option<&Account>, outlive: bool) -> io::Result<(Pipes, [Stdio; 2])> {
+    pub(super) fn new(
+        account: Option<&Account>,
+        outlive: bool,
+    ) -> io::Result<(Pipes, [OwnedFd; 2])> {
         let one = || -> io::Result<(Option<Receiver>, OwnedFd)> {
             let (read, mut write) = pipe_with(PipeFlags::CLOEXEC)?;
             if outlive {
@@ -83,7 +85,7 @@ impl Pipes {
             Ok((Some(Receiver::from_owned_fd(read)?), write))
         };
         let (stdout, stderr) = (one()?, one()?);
-        Ok((Pipes { read: [stdout.0, stderr.0] }, [stdout.1.into(), stderr.1.into()]))
+        Ok((Pipes { read: [stdout.0, stderr.0] }, [stdout.1, stderr.1]))
     }
 
     /// The pipes of a process that an earlier dispatcher started with `outlive`; `None` if it has

@@ -12,7 +12,9 @@ use tokio::process::Child;
 
 use super::SpawnRequest;
 use super::output::{LastOutput, Pipes, Reading, Source};
-use crate::config::{Limit, NOT_INHERITED, OnDispatcherLoss, Output, Place, UNLIMITED, expand};
+use crate::config::{
+    Limit, NOT_INHERITED, OnDispatcherLoss, Output, Place, UNLIMITED, depends_on_process, expand,
+};
 use crate::sys::{self, ChildSetup, Step};
 
 /// A process that runs.
@@ -24,7 +26,8 @@ pub(super) struct Started {
 }
 
 /// Starts the process as the leader of a process group of its own. It writes its process id to
-/// `journal` before it runs the program.
+/// `journal` before it runs the program. With `prefork`, the channel for its orders, it forks
+/// workers and is none itself: it has no name and no token.
 ///
 /// # Errors
 ///
@@ -33,9 +36,10 @@ pub(super) fn start(
     request: &SpawnRequest,
     last: &LastOutput,
     journal: Option<BorrowedFd<'_>>,
+    prefork: Option<BorrowedFd<'_>>,
 ) -> Result<Started, String> {
-    let place =
-        Place { number: request.process.place + 1, name: &request.name, pool: &request.pool };
+    let number = request.process.place.saturating_add(1);
+    let place = Place { number, name: &request.name, pool: &request.pool };
     let words: Vec<String> = request.command.iter().map(|word| expand(word, place)).collect();
     let (program, arguments) = words.split_first().ok_or("no command")?;
     let directory = request.directory.as_ref().map(|directory| expand(directory, place));
@@ -47,9 +51,12 @@ pub(super) fn start(
             None => command.env_remove(name),
         };
     }
+    let environment = request.environment.iter();
+    let environment =
+        environment.filter(|(_, value)| prefork.is_none() || !depends_on_process(value));
     command
         .args(arguments)
-        .envs(request.environment.iter().map(|(name, value)| (name, expand(value, place))))
+        .envs(environment.map(|(name, value)| (name, expand(value, place))))
         .env("DISPATCH_SOCKET", &request.dispatch_socket)
         .env("DISPATCH_POOL", &request.pool)
         .env("DISPATCH_NAME", &request.name)
@@ -62,6 +69,16 @@ pub(super) fn start(
     for name in NOT_INHERITED {
         command.env_remove(name);
     }
+    match prefork {
+        None => command.env_remove("DISPATCH_PREFORK_FD"),
+        Some(channel) => {
+            sys::pass_descriptor(command.as_std_mut(), channel.as_raw_fd());
+            command
+                .env_remove("DISPATCH_NAME")
+                .env_remove("DISPATCH_TOKEN")
+                .env("DISPATCH_PREFORK_FD", channel.as_raw_fd().to_string())
+        }
+    };
     let pipes = match request.setup.output {
         Output::Inherit => None,
         Output::Log => {

@@ -4,11 +4,12 @@ use std::time::Duration;
 
 use nix::sys::signal::Signal;
 use nix::unistd::Pid;
-use tokio::sync::watch;
+use tokio::sync::{oneshot, watch};
 
 use super::journal::Record;
 use super::leader::{self, Found, Leader};
 use super::output::{self, Reading, Source};
+use super::prefork::{self, Forked};
 use super::start::{Started, start as start_process};
 use super::{Common, Report, SpawnRequest, Stop, Stops, Survivor, group, memory};
 use crate::config::OnDispatcherLoss;
@@ -16,7 +17,7 @@ use dispatcher_core::ProcessId;
 
 /// How long a process may remain after SIGKILL: a process in an uninterruptible call can remain for
 /// any time.
-const KILLED: Duration = Duration::from_secs(2);
+pub(super) const KILLED: Duration = Duration::from_secs(2);
 
 /// How often the memory of a process is read.
 const MEMORY: Duration = Duration::from_secs(1);
@@ -32,18 +33,10 @@ pub(super) async fn start(
         let survives = request.on_dispatcher_loss == OnDispatcherLoss::Serve;
         let journal = if survives { book.journal() } else { None };
         let Some(journal) = journal else {
-            return start_process(&request, &common.last_output, None);
+            return start_process(&request, &common.last_output, None, None);
         };
-        let record = Record {
-            pool: request.pool.clone(),
-            place: process.place,
-            start: process.start,
-            pid: None,
-            started: None,
-            leaving: false,
-        };
-        journal.starts(request.token, record);
-        let started = start_process(&request, &common.last_output, Some(journal.file()));
+        journal.starts(request.token, record(&request));
+        let started = start_process(&request, &common.last_output, Some(journal.file()), None);
         match &started {
             Ok(started) => journal.runs(request.token, started.pid.as_raw()),
             Err(_) => journal.ended(request.token),
@@ -64,6 +57,59 @@ pub(super) async fn start(
     common.reports.send(Report::Spawned { process, pid: pid.as_raw() });
     let task = Task { process, pid, patience: request.patience, max_memory: request.max_memory };
     task.follow(Leader::Child(child), output, stop, common).await
+}
+
+/// Waits for a process that its parent forks, and follows it to its end. Returns whether it had to
+/// be killed.
+pub(super) async fn forked(
+    request: SpawnRequest,
+    answer: oneshot::Receiver<prefork::Answer>,
+    permit: tokio::sync::OwnedSemaphorePermit,
+    stop: watch::Receiver<Stops>,
+    common: Common,
+) -> bool {
+    let process = request.process;
+    let answer = answer.await.unwrap_or_else(|_| Err("its parent has failed".to_owned()));
+    drop(permit);
+    let Forked { pid, leader, gate, pipes } = match answer {
+        Ok(forked) => forked,
+        Err(error) => {
+            common.reports.send(Report::SpawnFailed { process, error });
+            return false;
+        }
+    };
+    // The process is in the journal before it runs the application: it waits at its gate.
+    if request.on_dispatcher_loss == OnDispatcherLoss::Serve {
+        common.book.with(|book| {
+            if let Some(journal) = book.journal() {
+                journal.starts(request.token, record(&request));
+                journal.runs(request.token, pid.as_raw());
+                book.tokens.insert(process, request.token);
+            }
+        });
+    }
+    let source = Source {
+        pool: request.pool,
+        name: request.name,
+        pid: pid.as_raw(),
+        rate: request.setup.output_rate,
+    };
+    let output = pipes.map(|pipes| pipes.read(source, process, &common.last_output));
+    common.reports.send(Report::Spawned { process, pid: pid.as_raw() });
+    gate.open();
+    let task = Task { process, pid, patience: request.patience, max_memory: request.max_memory };
+    task.follow(leader, output, stop, common).await
+}
+
+fn record(request: &SpawnRequest) -> Record {
+    Record {
+        pool: request.pool.clone(),
+        place: request.process.place,
+        start: request.process.start,
+        pid: None,
+        started: None,
+        leaving: false,
+    }
 }
 
 /// Follows a process of an earlier dispatcher to its end. Returns whether it had to be killed.
@@ -118,6 +164,7 @@ impl Task {
         let (wait, patience) = tokio::select! {
             ended = leader.wait() => {
                 end.leader(ended);
+                // A leader that is not a child may not be reaped yet.
                 if group::is_empty(pid) || group::has_only_zombies(pid) {
                     return false;
                 }
@@ -249,7 +296,7 @@ impl Drop for End {
 }
 
 /// Waits for an order. Waits forever once no order can come any more.
-async fn ordered(stop: &mut watch::Receiver<Stops>, process: ProcessId) -> Stop {
+pub(super) async fn ordered(stop: &mut watch::Receiver<Stops>, process: ProcessId) -> Stop {
     let given = stop.wait_for(|stops| stops.of(process).is_some()).await;
     match given.ok().and_then(|stops| stops.of(process)) {
         Some(stop) => stop,

@@ -62,6 +62,7 @@ impl Bench {
             descriptors: None,
             setup: ProcessSetup::default(),
             max_memory: None,
+            fork: None,
             patience: PATIENCE,
         };
         change(&mut request);
@@ -320,6 +321,7 @@ fn nothing_starts_while_stopping() {
         descriptors: None,
         setup: ProcessSetup::default(),
         max_memory: None,
+        fork: None,
         patience: PATIENCE,
     };
     bench.spawner.spawn(request).expect_err("no service any more");

@@ -58,6 +58,11 @@ pub(super) fn varies(text: &str) -> bool {
     Pieces::of(text).any(|piece| matches!(piece, Piece::Placeholder(_)))
 }
 
+/// Whether the text differs between the processes of a pool.
+pub fn depends_on_process(text: &str) -> bool {
+    Pieces::of(text).any(|piece| matches!(piece, Piece::Placeholder("n" | "name")))
+}
+
 /// Refuses unknown placeholders and single braces.
 pub(super) fn known(check: &Check<'_>, text: &Spanned<String>) -> Checked<()> {
     let Some((bad, _)) = first_bad(text.get_ref()) else { return Ok(()) };
@@ -163,6 +168,8 @@ mod tests {
             assert_eq!(expand(&literal(text), PLACE), text);
         }
         assert!(varies("a{n}") && !varies("a{{n}}"));
+        assert!(depends_on_process("a{n}") && depends_on_process("{name}"));
+        assert!(varies("{pool}") && !depends_on_process("{pool}{{n}}"));
     }
 
     #[test]

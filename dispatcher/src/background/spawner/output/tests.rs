@@ -1,6 +1,7 @@
 use super::last::ENDED_PROCESSES;
 use super::lines::{BUDGET, PERIOD};
 use super::*;
+use std::process::Stdio;
 
 fn fed(pieces: &[&str]) -> Vec<(String, u64)> {
     let (mut lines, mut found) = (Lines::default(), Vec::new());
