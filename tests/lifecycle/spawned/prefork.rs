@@ -1,5 +1,7 @@
 //! `fork = true`: one process loads the application and forks the workers.
 
+mod figures;
+
 use super::*;
 
 use test_support::children_of;
@@ -44,9 +46,8 @@ fn replaced(dispatcher: &Dispatcher, name: &str, before: i32) -> i32 {
     let mut next = None;
     dispatcher.wait_status("a replacement", |status| {
         let mut workers = pool(status, "web").workers.iter();
-        let serves = workers.find(|worker| {
-            worker.name == name && worker.pid != before && worker.state == "active"
-        });
+        let serves = workers
+            .find(|worker| worker.name == name && worker.pid != before && worker.state == "active");
         next = serves.map(|worker| worker.pid);
         next.is_some()
     });
@@ -76,7 +77,7 @@ fn workers_of_every_kind_are_forked_and_serve() {
         // The output of each worker has its name.
         let second = pid(&dispatcher, "web-2");
         let line = format!("event=process_output pool=web name=web-2 pid={second} stream=stdout");
-        wait_for_log(&dispatcher, &format!("{line} line=\"forked\""));
+        wait_for_log(&dispatcher, &format!("{line} line=\"forked web-2/2 web\""));
         let line = format!("pool=web name=web-parent pid={parent} stream=stdout line=\"loaded\"");
         wait_for_log(&dispatcher, &line);
         assert_eq!(dispatcher.log().matches("line=\"loaded\"").count(), 1);
@@ -301,36 +302,6 @@ fn account_limits_and_directory_reach_forked_workers() {
     }
     assert!(dispatcher.stop().success());
     assert!(!lives(worker) && !lives(parent));
-}
-
-/// The proportional set size in MiB: each page counts for as much as this process has of it.
-fn mib(pid: i32, line: &str) -> usize {
-    words(pid, "smaps_rollup", line)[0].parse::<usize>().unwrap() / 1024
-}
-
-#[test]
-fn forked_workers_share_what_was_loaded() {
-    let loaded = |mode: &str, fork: bool| {
-        one_pool(&format!(
-            "[pool.web.spawn]\ncommand = [\"DIR/test-worker\", {mode:?}, \"blocking\"]\n\
-             fork = {fork}\nprocesses = 3\nenvironment = {{ TEST_TABLE = \"64\" }}\n"
-        ))
-    };
-    let sizes = |body: &str| -> (Vec<usize>, Vec<usize>) {
-        let mut dispatcher = start(directory(), body);
-        dispatcher.wait_joined("web", 3);
-        let all = pids(&dispatcher);
-        let pss = all.iter().map(|&pid| mib(pid, "Pss:")).collect();
-        let rss = all.iter().map(|&pid| mib(pid, "Rss:")).collect();
-        assert!(dispatcher.stop().success());
-        (pss, rss)
-    };
-    let (pss, rss) = sizes(&loaded("prefork", true));
-    assert!(rss.iter().all(|&size| size >= 64), "{rss:?}");
-    // Four processes share 64 MiB.
-    assert!(pss.iter().all(|&size| size < 40), "{pss:?}");
-    let (pss, _) = sizes(&loaded("loaded", false));
-    assert!(pss.iter().all(|&size| size >= 64), "{pss:?}");
 }
 
 #[test]

@@ -21,8 +21,9 @@ fn every_recipe_serves() {
         let temp = directory();
         let dir = temp.path().to_owned();
         // The server shows its arguments and what it can see.
+        let kind = if recipe.contains("fork = true") { "prefork blocking" } else { "blocking" };
         let server = format!(
-            "#!/bin/sh\necho \"$* in $PWD cache=$CACHE\"\nexec {}/test-worker blocking\n",
+            "#!/bin/sh\necho \"$* in $PWD cache=$CACHE\"\nexec {}/test-worker {kind}\n",
             dir.display()
         );
         std::fs::write(dir.join("my-server"), server).unwrap();

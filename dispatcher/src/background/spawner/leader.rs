@@ -197,7 +197,8 @@ mod tests {
     /// A zombie and a reaped process, which is not waited for like a child.
     #[tokio::test]
     async fn the_status_of_a_process_that_is_not_a_child_is_known() {
-        for (script, expected) in [("exit 3", "exit status 3"), ("kill -9 $$", "signal 9 (SIGKILL)")]
+        for (script, expected) in
+            [("exit 3", "exit status 3"), ("kill -9 $$", "signal 9 (SIGKILL)")]
         {
             let mut command = std::process::Command::new("sh");
             let mut child = command.args(["-c", script]).spawn().expect("a shell");

@@ -211,10 +211,10 @@ async fn run(
     let reason = tokio::select! {
         biased;
         stop = ordered(&mut stop, process) => match stop {
-            Stop::End(patience) => {
+            Stop::End { wait, timeout } => {
                 refuse(&mut orders, "the pool is stopping");
                 parent.fail_all("the pool is stopping");
-                let _ = tokio::time::timeout(patience + REPORTS, parent.until_no_workers()).await;
+                let _ = tokio::time::timeout(wait + timeout + REPORTS, parent.until_no_workers()).await;
                 Some(Reason::Stop)
             }
             // It ends when the channel does, and its workers run on.

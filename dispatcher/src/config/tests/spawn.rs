@@ -73,6 +73,33 @@ fn the_name_of_a_program_and_a_directory_may_vary() {
 }
 
 #[test]
+fn forked_processes_have_one_command() {
+    let forks = |text: &str| good(text).pools[0].spawn.as_ref().expect("processes").fork;
+    assert!(!forks(&spawning("")));
+    let own = "environment = { A = '{name}{n}' }\ndirectory = '/tmp/{{n}}'";
+    assert!(forks(&spawning(&format!("fork = true\n{own}"))));
+    assert!(forks(&format!("[defaults.spawn]\nfork = true\n{}", spawning(""))));
+    assert!(!forks(&format!("[defaults.spawn]\nfork = true\n{}", spawning("fork = false"))));
+    let command = |word: &str| {
+        format!("{GOOD}[pool.web.spawn]\nfork = true\ncommand = ['/bin/true', {word}]\n")
+    };
+    assert!(forks(&command("'--pool={pool}'")));
+    let message = "`{n}` and `{name}` have no value here with `fork = true`";
+    refused(&command("‹'--port=80{n}'›"), message, "`fork = false`");
+    spawn_refused("fork = true\ndirectory = ‹'/srv/{name}'›", message, "in `environment`");
+    spawn_refused("fork = ‹1›", "expected a boolean", "");
+    let long = "x".repeat(30_000);
+    let text = |fork| {
+        format!(
+            "environment = {{ A = '{{n}}{long}', B = '{{n}}{long}', C = '{{n}}{long}' }}\nfork = {fork}"
+        )
+    };
+    good(&spawning(&text(false)));
+    let error = Config::parse(&spawning(&text(true)), "test.toml").expect_err("too long");
+    assert!(error.to_string().contains("too long for `fork = true`"), "{error}");
+}
+
+#[test]
 fn the_demo_has_no_placeholders() {
     let command = vec!["/opt/{name}/run".to_owned()];
     let listen = ([127, 0, 0, 1], 0).into();
