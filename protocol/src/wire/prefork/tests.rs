@@ -2,7 +2,6 @@
 
 use proptest::prelude::*;
 
-use super::super::codec;
 use super::super::{Channel, Control};
 use super::*;
 
@@ -109,12 +108,12 @@ fn values_that_are_not_possible_are_refused() {
     }
     for value in [&b""[..], b"=x", b"NAME", b"A=\0", b"A=\xff", b"A\0=1"] {
         let mut record = bytes(FORK);
-        codec::put_tlv(&mut record, tlv::VARIABLE, value);
+        put_tlv(&mut record, tlv::VARIABLE, value);
         assert_eq!(Prefork::decode(&record), Err(WireError::Invalid("variable")), "{value:?}");
     }
     for (kind, value) in [(tlv::NAME, &b"w"[..]), (tlv::TOKEN, &[0; 16])] {
         let mut record = bytes(FORK);
-        codec::put_tlv(&mut record, kind, value);
+        put_tlv(&mut record, kind, value);
         assert!(matches!(Prefork::decode(&record), Err(WireError::Repeated(_))), "{kind}");
     }
     let bare = &bytes(FORK)[..12];
@@ -122,7 +121,7 @@ fn values_that_are_not_possible_are_refused() {
     assert_eq!(Prefork::decode(&bytes(NOT_FORKED)[..12]), Err(WireError::Missing("reason")));
     let mut record = bytes(FORK)[..21].to_vec();
     assert_eq!(Prefork::decode(&record), Err(WireError::Missing("token")));
-    codec::put_tlv(&mut record, tlv::TOKEN, &[0; 15]);
+    put_tlv(&mut record, tlv::TOKEN, &[0; 15]);
     assert_eq!(Prefork::decode(&record), Err(WireError::Invalid("token")));
 }
 
