@@ -106,6 +106,8 @@ impl EventLoop {
                 return Err(CommandError::new(Problem::Invalid, message));
             }
         };
+        // Forked processes are to be of the program, and of the data, that are there now.
+        self.side.spawner.renew(pool);
         let name = self.core.pool_name(pool).to_owned();
         let settings = self.core.pool_settings(pool);
         let at_once = settings

@@ -118,9 +118,7 @@ fn the_workers_of_a_killed_parent_continue_and_a_new_one_forks_replacements() {
     let workers = pids(&dispatcher);
     let address = dispatcher.address("web");
     let mut clients: Vec<Client> = (0..4).map(|_| Client::connect(address).unwrap()).collect();
-    for signal in [Signal::SIGKILL] {
-        end(before, signal);
-    }
+    end(before, Signal::SIGKILL);
     wait_for_log(&dispatcher, &format!("event=prefork_parent_ended pool=web pid={before}"));
     clients.iter_mut().for_each(|client| client.echo("continues"));
     Client::connect(address).unwrap().echo("a new one, too");
@@ -138,7 +136,7 @@ fn the_workers_of_a_killed_parent_continue_and_a_new_one_forks_replacements() {
     // Without its parent the kernel tells how a worker ended, from Linux 6.15 on.
     end(second, Signal::SIGKILL);
     replaced(&dispatcher, "web-2", second);
-    wait_for_log(&dispatcher, &format!("event=process_ended pool=web process=2"));
+    wait_for_log(&dispatcher, "event=process_ended pool=web process=2");
     let log = dispatcher.log();
     let known = format!("pid={second} status=\"signal 9 (SIGKILL)\"");
     let unknown = format!("pid={second} status=\"unknown: the process that forked it has ended\"");
@@ -182,6 +180,21 @@ fn a_reload_with_another_command_leads_to_a_new_parent() {
     wait_until("the old parent to end", || !lives(before));
     wait_for_log(&dispatcher, &format!("event=prefork_parent_ended pool=web pid={before}"));
     assert!(lives(after));
+}
+
+#[test]
+fn a_restart_leads_to_a_new_parent() {
+    let dispatcher = start(directory(), &forking("mio", "processes = 2"));
+    dispatcher.wait_joined("web", 2);
+    let (before, workers) = (parent(&dispatcher), pids(&dispatcher));
+    let output = run(&dispatcher, &["restart", "web"]);
+    assert!(output.status.success(), "{}", String::from_utf8_lossy(&output.stderr));
+    wait_until("the old parent to end", || !lives(before));
+    assert!(!workers.iter().any(|&pid| lives(pid)));
+    dispatcher.wait_joined("web", 2);
+    let after = parent(&dispatcher);
+    assert!(children_of(dispatcher.process.pid()).contains(&after));
+    Client::connect(dispatcher.address("web")).unwrap().echo("renewed");
 }
 
 #[test]
