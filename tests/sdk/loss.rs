@@ -80,6 +80,37 @@ fn a_stopped_worker_shuts_its_connections_down() {
     assert_eq!(worker.live(), 0);
 }
 
+/// All threads of the application are busy: none asks for connections.
+#[test]
+fn a_busy_worker_is_stopped_too() {
+    for ordered in [false, true] {
+        let fake = FakeDispatcher::new();
+        let (worker, mut peer) = join_with(&fake, config(&fake, OnDispatcherLoss::Stop));
+        let clients = [fake.client(), fake.client()];
+        peer.send(&[&clients[0].1, &clients[1].1]);
+        let mut taken = worker.accept().unwrap().unwrap();
+        let [(mut client, ours), (mut untaken, others)] = clients;
+        drop((ours, others));
+        if ordered {
+            let mut record = Vec::new();
+            Channel::Drain(Drain { deadline_ns: 0, left: None }).encode(&mut record);
+            peer.send_bytes(&record, &[]);
+        }
+        peer.die();
+        eventually("the loss is noticed", || !worker.is_joined());
+        if ordered {
+            assert!(is_open(&client) && is_open(&untaken));
+            taken.write_all(b"on").unwrap();
+            drop(taken);
+            assert_eq!(read_to_end(&mut client), b"on");
+        } else {
+            assert!(read_to_end(&mut client).is_empty() && read_to_end(&mut untaken).is_empty());
+        }
+        drop(worker.accept().unwrap().unwrap());
+        assert!(worker.accept().unwrap().is_none());
+    }
+}
+
 /// An orderly stop announces itself by a drain, and the connections have until its deadline.
 #[test]
 fn an_order_of_the_dispatcher_is_no_loss() {

@@ -31,7 +31,8 @@ pub enum OnDispatcherLoss {
     /// [`accept`](crate::Worker::accept) returns `None`, and the application finishes its
     /// connections and ends. The worker does not join again.
     Drain,
-    /// As `Drain`, and all connections are shut down at once. If the dispatcher had begun to drain
+    /// As `Drain`, and all connections are shut down at once, so that reads and writes on them end:
+    /// a thread of the SDK waits for the loss. If the dispatcher had begun to drain
     /// this worker, as before an orderly stop, they continue until the deadline of the drain.
     Stop,
 }

@@ -24,9 +24,7 @@ use super::channel::{self, ReceiveMode, Received};
 use super::clock::after;
 use super::config::{OnDispatcherLoss, WorkerConfig};
 use super::connection::{AcceptTime, Accepted, Origin};
-#[cfg(any(feature = "mio", feature = "tokio"))]
-use super::drain::start_thread;
-use super::drain::{Drain, Draining};
+use super::drain::{Drain, Draining, start_thread};
 use super::error::Error;
 use super::events::{LinkCallback, LinkEvent, LinkEvents};
 use super::gauges::{Gauge, Gauges};

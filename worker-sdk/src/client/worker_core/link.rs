@@ -305,7 +305,13 @@ impl WorkerCore {
         if state.settings.paused {
             self.tell(&session, &state.settings);
         }
-        state.link = Link::Joined { session, channel: Arc::new(channel) };
+        let channel = Arc::new(channel);
+        if self.on_loss == OnDispatcherLoss::Stop {
+            let (core, session) = (Arc::clone(self), Arc::clone(&session));
+            let channel = Arc::clone(&channel);
+            start_thread(self, "worker-loss", move || core.watch_for_loss(&session, &channel));
+        }
+        state.link = Link::Joined { session, channel };
         (state.ever_joined, state.warned) = (true, false);
         state.backoff.joined();
         state.join_deadline = None;

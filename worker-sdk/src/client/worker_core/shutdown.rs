@@ -1,5 +1,7 @@
 //! Close, shutdown, waits for the last connection, and registration of callbacks.
 
+use rustix::event::{PollFd, PollFlags, poll};
+
 use super::*;
 
 impl WorkerCore {
@@ -83,9 +85,15 @@ impl WorkerCore {
             self.draining.begin(self, Drain::without_deadline());
         }
         if self.on_loss == OnDispatcherLoss::Stop && !ordered {
-            // Those that the application has not asked for yet are shut down with the others: it
-            // finds them ended.
-            let ended = self.live_connections.end_now();
+            // Those that the application has not asked for yet are not registered as live. It finds
+            // them ended.
+            let mut ended = self.live_connections.end_now();
+            for pending in &state.queue {
+                if let Pending::Taken(accepted) = pending {
+                    let _ = accepted.stream.shutdown(std::net::Shutdown::Both);
+                    ended += 1;
+                }
+            }
             self.log_queue.push(log::Level::Warn, || {
                 format!("shut down, because the dispatcher is lost: {}", connections(ended))
             });
@@ -96,6 +104,35 @@ impl WorkerCore {
         self.readiness.close();
         self.handed_over.notify_all();
         self.closed_by_loss.store(true, Ordering::SeqCst);
+    }
+
+    /// Notices the loss although no thread of the application asks for connections, because its
+    /// connections are to end at once. A thread of its own waits here; records do not wake it.
+    pub(super) fn watch_for_loss(self: &Arc<Self>, session: &Arc<Session>, channel: &OwnedFd) {
+        let mut ended = [PollFd::new(channel, PollFlags::RDHUP)];
+        loop {
+            match poll(&mut ended, None) {
+                Ok(_) => break,
+                Err(rustix::io::Errno::INTR) => {}
+                Err(error) => {
+                    let line = format_args!("cannot watch for the loss of the dispatcher: {error}");
+                    return log_now(log::Level::Error, line);
+                }
+            }
+        }
+        // Records before the end may still be there.
+        loop {
+            let mut state = self.lock();
+            let current = state.link.session().is_some_and(|other| Arc::ptr_eq(other, session));
+            // A leader notices it by itself.
+            if !current || state.leader {
+                return;
+            }
+            match self.step(&mut state) {
+                Ok(Step::Again) => {}
+                Ok(Step::Blocked) | Err(_) => return,
+            }
+        }
     }
 
     /// Called at the deadline of a drain.
