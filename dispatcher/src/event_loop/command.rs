@@ -137,10 +137,9 @@ impl EventLoop {
     pub(super) fn history(&self, pool: &str, after: u64) -> Result<RawHistory, CommandError> {
         let id = self.pool_called(pool)?;
         let settings = self.core.pool_settings(id);
-        let listeners = (0u16..).map_while(|n| {
-            self.config.listeners.get(usize::from(n))?;
-            Some(self.core.listener_name(ListenerId(n)).to_owned())
-        });
+        let listeners = (0u16..)
+            .take(self.listeners.resources.len())
+            .map(|n| self.core.listener_name(ListenerId(n)).to_owned());
         Ok(RawHistory {
             policy: settings.map_or("", |settings| settings.policy.name()),
             size: settings.map_or(0, |settings| settings.history),

@@ -105,16 +105,16 @@ impl EventLoop {
 
     /// A listener was removed: its sockets are emptied, then closed or kept.
     pub(super) fn drain_listener(&mut self, id: ListenerId) {
-        let configured = self.config.listeners.get(usize::from(id.0));
-        let deferred = configured.is_some_and(|listener| listener.options.defer_accept.is_some());
+        let resources = self.listeners.resources(id).cloned();
+        let deferred = resources.as_ref().is_some_and(|it| it.options.defer_accept.is_some());
         let handshakes = if deferred { DEFERRED } else { HANDSHAKES };
         for listener in self.listeners.of_mut(id) {
             let Some(listening) = &listener.listening else { continue };
             let ours = !listening.inherited;
             let unix = listening.is_unix();
-            let reusable = configured.filter(|_| ours).zip(listening.fd.try_clone().ok());
-            listener.reusable = reusable.map(|(configured, fd)| {
-                let (address, options) = (configured.address.clone(), configured.options.clone());
+            let reusable = resources.as_ref().filter(|_| ours).zip(listening.fd.try_clone().ok());
+            listener.reusable = reusable.map(|(resources, fd)| {
+                let (address, options) = (resources.address.clone(), resources.options.clone());
                 Arc::new(Reusable { address, options, listening: listening.duplicate(fd) })
             });
             let wait = ours && listener.refuse_new() && !unix;

@@ -17,9 +17,10 @@ use super::leaving::Leaving;
 use super::token::Source;
 use crate::background::cleaner::Cleaner;
 use crate::background::closer::Closers;
+use crate::config::{Address, Listener, ListenerOptions};
 use crate::listen::bind::Listening;
 use crate::reload::Reusable;
-use dispatcher_core::{ListenerId, Time};
+use dispatcher_core::{AccessRules, ListenerId, PoolId, Time};
 
 /// One listening socket. A configured listener has one, or several when a service manager passed
 /// several under its name.
@@ -64,11 +65,46 @@ pub(super) enum Attempt {
     Short(Errno),
 }
 
+/// The part of a listener's configuration that the core does not have.
+#[derive(Clone, Debug)]
+pub(super) struct ListenerResources {
+    address_text: String,
+    pub(super) address: Address,
+    pub(super) options: ListenerOptions,
+    /// As configured, for the comparison with the next configuration. The core has the tables that
+    /// were made from them.
+    access_rules: AccessRules,
+}
+
+impl ListenerResources {
+    /// Splits off the core's part of a listener's configuration: name and pool.
+    pub(super) fn split(listener: Listener) -> (String, PoolId, ListenerResources) {
+        let Listener { name, address_text, address, pool, options, access_rules } = listener;
+        let resources = ListenerResources { address_text, address, options, access_rules };
+        (name, PoolId(pool), resources)
+    }
+
+    /// The whole configuration of a listener.
+    pub(super) fn with(&self, name: &str, pool: PoolId) -> Listener {
+        let ListenerResources { address_text, address, options, access_rules } = self.clone();
+        Listener {
+            name: name.to_owned(),
+            address_text,
+            address,
+            pool: pool.0,
+            options,
+            access_rules,
+        }
+    }
+}
+
 /// All listening sockets of the dispatcher.
 #[derive(Debug, Default)]
 pub(super) struct Listeners {
     /// By position. A closed socket leaves its entry for the next socket that opens.
     pub(super) sockets: Vec<ListenerIo>,
+    /// By `ListenerId`; removed listeners keep their entries.
+    pub(super) resources: Vec<ListenerResources>,
     /// The position that the next turn accepts from first.
     next: usize,
     /// Sockets that a service manager passed and no listener of the configuration uses.
@@ -77,7 +113,11 @@ pub(super) struct Listeners {
 
 impl Listeners {
     pub(super) fn new(sockets: Vec<ListenerIo>, unused: Vec<Listening>) -> Listeners {
-        Listeners { sockets, next: 0, unused }
+        Listeners { sockets, resources: Vec::new(), next: 0, unused }
+    }
+
+    pub(super) fn resources(&self, id: ListenerId) -> Option<&ListenerResources> {
+        self.resources.get(usize::from(id.0))
     }
 
     /// The sockets of one listener.

@@ -87,8 +87,8 @@ pub fn run(
 
 /// The state of the hot thread. Its tables use the indices of the core.
 struct EventLoop {
-    /// The running configuration, listeners by id. Its `pools` are empty: the core has their
-    /// settings, and `pools` the rest.
+    /// The running configuration without pools and listeners: the core has their settings, `pools`
+    /// and `listeners` the rest.
     config: Config,
     /// By `PoolId`; removed pools keep their entries.
     pools: Vec<PoolResources>,

@@ -13,7 +13,7 @@ use rustix::net::RecvFlags;
 use super::EventLoop;
 use super::token::{Key, Source};
 use crate::preface::{self, Parsed, is_enough};
-use dispatcher_core::{ConnId, PoolId};
+use dispatcher_core::ConnId;
 
 impl EventLoop {
     /// Reads the first bytes of a connection that awaits them; with `end`, no more bytes can come.
@@ -26,8 +26,8 @@ impl EventLoop {
         }
         let connections = &mut self.connections;
         let Some(Some(conn)) = connections.table.get_mut(id.index as usize) else { return };
-        let listener = self.config.listeners.get(usize::from(conn.listener.0));
-        let settings = listener.and_then(|listener| self.core.pool_settings(PoolId(listener.pool)));
+        let pool = self.core.pool_of_listener(conn.listener);
+        let settings = pool.and_then(|pool| self.core.pool_settings(pool));
         let Some((affinity, peek)) =
             settings.and_then(|settings| Some((settings.affinity.as_ref()?, settings.peek)))
         else {

@@ -287,8 +287,8 @@ impl EventLoop {
         }
         let response = match reason {
             CloseReason::NoWorker => {
-                let listener = self.config.listeners.get(usize::from(listener.0));
-                let pool = listener.and_then(|l| self.pools.get(usize::from(l.pool)));
+                let pool = self.core.pool_of_listener(listener);
+                let pool = pool.and_then(|pool| self.pools.get(usize::from(pool.0)));
                 pool.and_then(|pool| pool.unavailable_response.clone())
             }
             CloseReason::ClientGone

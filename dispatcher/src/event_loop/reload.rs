@@ -7,7 +7,7 @@ use std::sync::atomic::Ordering;
 use dispatcher_core::{ListenerId, ListenerSettings, PoolId};
 
 use super::handshake::HandshakeCommand;
-use super::listeners::ListenerIo;
+use super::listeners::{ListenerIo, ListenerResources};
 use super::{EventLoop, PoolResources};
 use crate::api::command::{CommandError, Problem};
 use crate::api::reload::Reloaded;
@@ -25,9 +25,17 @@ impl EventLoop {
         let configured = resources
             .filter_map(|(id, rest)| Some(rest.with(self.core.pool_settings(id)?.clone())))
             .collect();
+        let ids = (0u16..).map(ListenerId);
+        let listeners = ids.zip(&self.listeners.resources).filter_map(|(id, rest)| {
+            Some(rest.with(self.core.listener_name(id), self.core.pool_of_listener(id)?))
+        });
         RunningConfig {
             generation: self.run.generation,
-            config: Config { pools: configured, ..self.config.clone() },
+            config: Config {
+                pools: configured,
+                listeners: listeners.collect(),
+                ..self.config.clone()
+            },
             pools: pools.filter(|&id| !self.core.is_pool_retired(id)).collect(),
             listeners: self.core.listeners().collect(),
             files: self.socket_files(),
@@ -84,8 +92,8 @@ impl EventLoop {
                     std::mem::replace(&mut self.endpoints.admin_path, path)
                 }
                 Socket::Listener(id) => {
-                    let backlog = self.config.listeners.get(usize::from(id.0));
-                    let backlog = backlog.map_or(0, |listener| listener.options.backlog);
+                    let resources = self.listeners.resources(id);
+                    let backlog = resources.map_or(0, |resources| resources.options.backlog);
                     for listener in self.listeners.of_mut(id) {
                         listener.retire();
                     }
@@ -211,8 +219,8 @@ impl EventLoop {
         let id = match step {
             ListenerStep::Keep(id) => id,
             ListenerStep::TakeOver(old) => {
-                let had = self.config.listeners.get(usize::from(old.0));
-                let options = had.map_or_else(|| listener.options.clone(), |l| l.options.clone());
+                let had = self.listeners.resources(old);
+                let options = had.map_or_else(|| listener.options.clone(), |it| it.options.clone());
                 let as_it_is = Listener { options, ..listener.clone() };
                 let id = self.add_listener(&as_it_is, self.addresses_of(old));
                 for listener in self.listeners.of_mut(old) {
@@ -246,8 +254,9 @@ impl EventLoop {
                 id
             }
         };
-        if let Some(entry) = self.config.listeners.get_mut(usize::from(id.0)) {
-            let before = std::mem::replace(entry, listener);
+        let (.., resources) = ListenerResources::split(listener);
+        if let Some(entry) = self.listeners.resources.get_mut(usize::from(id.0)) {
+            let before = std::mem::replace(entry, resources);
             self.set_options(id, &before, reloaded);
         }
         id
@@ -255,11 +264,11 @@ impl EventLoop {
 
     /// Adds a listener to the tables; its sockets follow.
     fn add_listener(&mut self, listener: &Listener, address: String) -> ListenerId {
-        let (name, pool) = (listener.name.clone(), PoolId(listener.pool));
+        let (name, pool, resources) = ListenerResources::split(listener.clone());
         let id = self.core.add_listener(ListenerSettings { name, address, pool });
-        match self.config.listeners.get_mut(usize::from(id.0)) {
-            Some(entry) => *entry = listener.clone(),
-            None => self.config.listeners.push(listener.clone()),
+        match self.listeners.resources.get_mut(usize::from(id.0)) {
+            Some(entry) => *entry = resources,
+            None => self.listeners.resources.push(resources),
         }
         id
     }
@@ -281,21 +290,22 @@ impl EventLoop {
     }
 
     /// Changes the options of sockets that stay. An option that the kernel refuses stays as it was.
-    fn set_options(&mut self, id: ListenerId, before: &Listener, reloaded: &mut Reloaded) {
-        let Some(listener) = self.config.listeners.get(usize::from(id.0)) else { return };
-        if before.options == listener.options {
+    fn set_options(&mut self, id: ListenerId, before: &ListenerResources, reloaded: &mut Reloaded) {
+        let Some(resources) = self.listeners.resources(id) else { return };
+        if before.options == resources.options {
             return;
         }
-        let tcp = matches!(listener.address, Address::Tcp(_));
+        let tcp = matches!(resources.address, Address::Tcp(_));
+        let options = resources.options.clone();
         for io in self.listeners.of_mut(id) {
             let Some(listening) = &io.listening else { continue };
             if listening.inherited {
                 continue;
             }
-            io.last = listener.options.backlog;
-            let set = bind::change_options(listening.fd.as_fd(), tcp, &listener.options);
+            io.last = options.backlog;
+            let set = bind::change_options(listening.fd.as_fd(), tcp, &options);
             if let Err(error) = set {
-                let left = format!("options of listener {} ({error})", listener.name);
+                let left = format!("options of listener {} ({error})", self.core.listener_name(id));
                 reloaded.needs_restart.push(left);
             }
         }

@@ -11,7 +11,7 @@ use signal_hook_mio::v1_0::Signals;
 
 use super::connections::Connections;
 use super::handshake::Handshakes;
-use super::listeners::{ListenerIo, Listeners};
+use super::listeners::{ListenerIo, ListenerResources, Listeners};
 use super::observation::Observation;
 use super::token::Source;
 use super::wakeup::Wakeup;
@@ -74,7 +74,7 @@ impl EventLoop {
         mut signals: Signals,
         dispatch: Listening,
         admin: Listening,
-        listeners: Listeners,
+        mut listeners: Listeners,
         settings: Vec<ListenerSettings>,
     ) -> Result<EventLoop, RunError> {
         let poll = Poll::new().map_err(RunError::system("poll"))?;
@@ -127,11 +127,12 @@ impl EventLoop {
         core.set_resource_pause(config.limits.resource_pause);
         core.set_seed(seed());
         let tokens = survivors.adopt(now, &mut core, &side.spawner, &pools);
-        for (position, listener) in (0u16..).zip(&config.listeners) {
+        for (position, listener) in (0u16..).zip(std::mem::take(&mut config.listeners)) {
             core.set_access_control(
                 ListenerId(position),
                 AccessControl::new(listener.access_rules.clone(), seed()),
             );
+            listeners.resources.push(ListenerResources::split(listener).2);
         }
         for listener in &listeners.sockets {
             if let Some(listening) = &listener.listening {
