@@ -47,7 +47,8 @@ impl Core {
         self.process_joined(now, id.index as usize);
         // Fewer processes may be wanted than when it was started, or another one has its place.
         if self.is_surplus(id.index as usize) {
-            self.drain_unwanted(now, id, None);
+            let deadline = self.drain_deadline(now, id.index as usize);
+            self.drain_unwanted(now, id, deadline);
         }
         self.after(now, pool);
         Ok(id)

@@ -57,7 +57,11 @@ impl Processes {
                 false => self.failed(now, id, actions),
             }
         }
-        let lasts = |process: &Process| process.phase == Phase::Serving && process.has_lasted(now);
+        // A process that another one is to replace says nothing about the start of that one.
+        let last = self.places[place].last_start;
+        let lasts = |process: &Process| {
+            process.id.start == last && process.phase == Phase::Serving && process.has_lasted(now)
+        };
         if self.places[place].failures > 0 && self.places[place].holders().any(lasts) {
             let was_looping = self.is_looping(place);
             self.places[place].forgive();
@@ -94,6 +98,7 @@ impl Processes {
         let processes = &mut self.places[place].processes;
         *beyond += u32::from(!processes.is_empty());
         processes.push(Process::new(id));
+        self.places[place].last_start = id.start;
         actions.push((id, Action::Start));
     }
 

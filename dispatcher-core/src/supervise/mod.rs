@@ -188,6 +188,15 @@ impl Core {
         })
     }
 
+    /// When the connections of a worker are ended whose process another one has replaced. `None`
+    /// for a surplus process, which may be wanted again.
+    pub(crate) fn drain_deadline(&self, now: Time, w: usize) -> Option<Time> {
+        let (p, process) = self.supervised(w)?;
+        let settings = &self.pools[p].settings;
+        let most = settings.supervision.drain_timeout?;
+        (process.place < settings.processes).then(|| now + most)
+    }
+
     // --- changes of workers ----------------------------------------------------------------
 
     /// A worker has joined.

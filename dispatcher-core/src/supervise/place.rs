@@ -145,11 +145,18 @@ pub(crate) struct Place {
     pub(crate) not_before: Time,
     /// Failed starts in succession.
     pub(crate) failures: u32,
+    /// The number of the last start.
+    pub(crate) last_start: u32,
 }
 
 impl Place {
-    pub(crate) const EMPTY: Place =
-        Place { processes: Vec::new(), delay: RESTART_MIN, not_before: Time(0), failures: 0 };
+    pub(crate) const EMPTY: Place = Place {
+        processes: Vec::new(),
+        delay: RESTART_MIN,
+        not_before: Time(0),
+        failures: 0,
+        last_start: 0,
+    };
 
     /// The last start has not failed.
     pub(crate) fn forgive(&mut self) {

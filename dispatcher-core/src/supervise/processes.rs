@@ -175,9 +175,10 @@ impl Processes {
             true => Phase::leaving(Leave::Own, now),
             false => Phase::Running { until: now + self.settings.start_timeout },
         };
-        let processes = &mut self.places[place as usize].processes;
-        processes.push(Process { phase, adopted: true, ..Process::new(id) });
-        processes.sort_by_key(|process| process.id.start);
+        let place = &mut self.places[place as usize];
+        place.last_start = place.last_start.max(start);
+        place.processes.push(Process { phase, adopted: true, ..Process::new(id) });
+        place.processes.sort_by_key(|process| process.id.start);
         id
     }
 

@@ -407,7 +407,8 @@ fn an_operator_ends_a_crash_loop_at_once() {
 
 #[test]
 fn processes_of_an_earlier_dispatcher_keep_their_places() {
-    let pool = PoolSettings { processes: 3, ..settings() };
+    let mut pool = PoolSettings { processes: 3, ..settings() };
+    pool.supervision.drain_timeout = Some(ms(5_000));
     let mut core = Core::new(vec![pool], vec![listener()], Time(1));
     let first = core.adopt(Time(1), PoolId(0), 0, 7, false).unwrap();
     let leaving = core.adopt(Time(1), PoolId(0), 1, 5, true).unwrap();
@@ -431,5 +432,12 @@ fn processes_of_an_earlier_dispatcher_keep_their_places() {
     assert_eq!(join(first), Some(State::Active));
     assert_eq!(join(leaving), Some(State::Draining));
     assert_eq!(join(surplus), Some(State::Draining));
+    let mut deadlines = Vec::new();
+    while let Some(effect) = core.effect() {
+        if let Effect::Event(Event::Draining { deadline, .. }) = effect {
+            deadlines.push(deadline);
+        }
+    }
+    assert_eq!(deadlines, [Some(ms(5_000)), None], "a surplus process may be wanted again");
     core.check();
 }

@@ -132,6 +132,49 @@ fn the_old_process_stays_while_the_new_one_fails() {
 }
 
 #[test]
+fn starts_beside_an_old_process_back_off_to_a_crash_loop() {
+    let (mut driver, processes) = supervised(1, |_| {});
+    let worker = driver.serves(processes[0]);
+    driver.wait(ms(3_600_000));
+    driver.core.restart_processes(driver.now, PoolId(0));
+    driver.pump();
+    let mut delays = Vec::new();
+    for _ in 0..8 {
+        let next = driver.starts()[0];
+        driver.runs(next);
+        let died = driver.now;
+        driver.dies(next, None);
+        let again = next_place(&mut driver);
+        delays.push((driver.now - died).as_millis());
+        assert!(again);
+    }
+    assert_eq!(delays, [100, 200, 400, 800, 1_600, 3_200, 6_400, 30_000]);
+    let snapshot = driver.core.snapshot().pools[0].processes.unwrap();
+    assert!(snapshot.crash_loop && snapshot.counts.active == 1, "{snapshot:?}");
+    assert_eq!(driver.state(worker), State::Active);
+    // A version that starts ends it.
+    let next = driver.starts()[0];
+    driver.serves(next);
+    assert_eq!(driver.state(worker), State::Draining);
+    driver.wait(RESTART_RESET);
+    assert!(!driver.core.snapshot().pools[0].processes.unwrap().crash_loop);
+}
+
+/// Lets time pass until a process is to be started, and leaves it in the log.
+fn next_place(driver: &mut Driver) -> bool {
+    let starts =
+        |driver: &Driver| driver.log.iter().any(|effect| matches!(effect, Effect::Spawn { .. }));
+    for _ in 0..1_000 {
+        if starts(driver) {
+            return true;
+        }
+        let next = driver.core.deadline().unwrap_or(driver.now + ms(1_000));
+        driver.wait((next - driver.now).max(Duration::from_nanos(1)));
+    }
+    false
+}
+
+#[test]
 fn an_operator_restarts_as_many_at_once_as_may_be_beyond() {
     let (mut driver, mut old) = supervised(8, |supervision| {
         supervision.max_surge = Surge::Percent(25);
