@@ -15,7 +15,7 @@ use worker_sdk::{Error, WorkerConfig};
 /// Squares, in place of something that takes long to load.
 fn load() -> Vec<u64> {
     let started = Instant::now();
-    let table = (0..25_000_000u64).map(|number| number * number).collect();
+    let table = (0..5_000_000u64).map(|number| number * number).collect();
     eprintln!("loaded in {:?}", started.elapsed());
     table
 }

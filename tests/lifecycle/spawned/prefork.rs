@@ -1,6 +1,9 @@
 //! `fork = true`: one process loads the application and forks the workers.
 
+mod fake;
 mod figures;
+
+use std::io::{Read, Write};
 
 use super::*;
 
@@ -315,6 +318,80 @@ fn account_limits_and_directory_reach_forked_workers() {
     }
     assert!(dispatcher.stop().success());
     assert!(!lives(worker) && !lives(parent));
+}
+
+#[test]
+fn the_example_serves_from_one_table() {
+    let program = example("prefork");
+    let keys = format!("[pool.web.spawn]\ncommand = [{program:?}]\nfork = true\nprocesses = 2\n");
+    let mut dispatcher = start(directory(), &one_pool(&format!("{keys}output = \"log\"\n")));
+    dispatcher.wait_joined("web", 2);
+    for number in 0..6u64 {
+        let mut stream = connect(dispatcher.address("web"));
+        let request = format!("GET /{number} HTTP/1.1\r\nHost: x\r\nConnection: close\r\n\r\n");
+        stream.write_all(request.as_bytes()).unwrap();
+        let mut answer = String::new();
+        stream.read_to_string(&mut answer).unwrap();
+        assert!(answer.ends_with(&format!("\r\n\r\n{}\n", number * number)), "{answer}");
+    }
+    wait_for_log(&dispatcher, "name=web-parent");
+    assert_eq!(dispatcher.log().matches("line=\"loaded in").count(), 1);
+    assert!(dispatcher.stop().success());
+}
+
+#[test]
+fn forked_workers_outlive_the_dispatcher_and_are_adopted() {
+    let keys = "processes = 2\non_dispatcher_loss = \"serve\"\noutput = \"log\"\n\
+                environment = { OWN = \"{name}\" }";
+    let mut dispatcher = start(directory(), &forking("blocking", keys));
+    dispatcher.wait_joined("web", 2);
+    let address = dispatcher.address("web");
+    let (before, workers) = (parent(&dispatcher), pids(&dispatcher));
+    let _ends = Ended(workers.clone());
+    let mut clients: Vec<Client> = (0..4).map(|_| Client::connect(address).unwrap()).collect();
+    let config = forking("blocking", keys).replace("127.0.0.1:0", &address.to_string());
+    write_config(&dispatcher.dir, &config.replace("DIR", &dispatcher.dir.display().to_string()));
+    dispatcher.process.kill();
+    wait_until("the parent to end", || !lives(before));
+    clients.iter_mut().for_each(|client| client.echo("without a dispatcher"));
+
+    let mut next = Dispatcher::start_in(&dispatcher.dir);
+    next.wait_joined("web", 2);
+    let mut adopted = pids(&next);
+    adopted.sort();
+    assert_eq!(
+        adopted,
+        {
+            let mut all = workers.clone();
+            all.sort();
+            all
+        },
+        "the same ones"
+    );
+    clients.iter_mut().for_each(|client| client.echo("adopted"));
+    Client::connect(address).unwrap().echo("a new one");
+    // A replacement is forked by a parent of the new dispatcher.
+    let first = pid(&next, "web-1");
+    end(first, Signal::SIGKILL);
+    let replacement = replaced(&next, "web-1", first);
+    assert!(children_of(next.process.pid()).contains(&parent_of(replacement)));
+    wait_for_log(&next, &format!("pid={first} status=\""));
+    let line = format!("name=web-1 pid={replacement} stream=stdout line=\"forked web-1 \"");
+    wait_for_log(&next, &line);
+    assert_eq!(pids(&next).len(), 2);
+    assert!(next.stop().success());
+    wait_until("all to end", || !workers.iter().any(|&pid| lives(pid)) && !lives(replacement));
+}
+
+/// Processes that end with the test, however it ends.
+struct Ended(Vec<i32>);
+
+impl Drop for Ended {
+    fn drop(&mut self) {
+        for &pid in self.0.iter().filter(|&&pid| lives(pid)) {
+            let _ = kill(Pid::from_raw(pid), Signal::SIGKILL);
+        }
+    }
 }
 
 #[test]

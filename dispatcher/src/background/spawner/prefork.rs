@@ -565,3 +565,57 @@ fn receive(
     let cut = message.flags.contains(ReturnFlags::TRUNC);
     Ok(Some((if cut { usize::MAX } else { message.bytes }, sender)))
 }
+
+#[cfg(test)]
+mod tests {
+    use std::os::unix::process::CommandExt;
+    use std::process::{Child, Command};
+
+    use super::*;
+
+    struct Sleeps(Child);
+
+    impl Drop for Sleeps {
+        fn drop(&mut self) {
+            let _ = self.0.kill();
+            let _ = self.0.wait();
+        }
+    }
+
+    fn sleeps(own_group: bool) -> Sleeps {
+        let mut command = Command::new("sleep");
+        command.arg("1000");
+        if own_group {
+            command.process_group(0);
+        }
+        Sleeps(command.spawn().expect("sleep"))
+    }
+
+    /// The parent names a process that the dispatcher will signal, possibly as root.
+    #[test]
+    fn only_children_that_lead_a_group_are_believed() {
+        let own = Some(rustix::process::getpid());
+        let (leader, member) = (sleeps(true), sleeps(false));
+        identify(leader.0.id(), own).expect("a child that leads a group");
+        for (pid, sender) in [
+            (member.0.id(), own),
+            (leader.0.id(), None),
+            (leader.0.id(), Some(Pid::from_child(&member.0))),
+            (std::process::id(), own),
+            (1, own),
+            (i32::MAX.cast_unsigned(), own),
+        ] {
+            let error = identify(pid, sender).expect_err("not a worker");
+            assert!(error.contains("is not a child that leads a process group"), "{error}");
+        }
+        let mut ended = sleeps(true);
+        let pid = ended.0.id();
+        ended.0.kill().expect("it runs");
+        rustix::process::waitid(
+            rustix::process::WaitId::Pid(Pid::from_child(&ended.0)),
+            rustix::process::WaitIdOptions::EXITED | rustix::process::WaitIdOptions::NOWAIT,
+        )
+        .expect("it ends");
+        identify(pid, own).expect_err("a zombie");
+    }
+}
