@@ -118,6 +118,8 @@ fn an_order_of_the_dispatcher_is_no_loss() {
         (OnDispatcherLoss::Stop, None),
         (OnDispatcherLoss::Stop, Some(Duration::from_millis(300))),
         (OnDispatcherLoss::Drain, Some(Duration::from_millis(300))),
+        (OnDispatcherLoss::Serve, None),
+        (OnDispatcherLoss::Serve, Some(Duration::from_millis(300))),
     ] {
         let fake = FakeDispatcher::new();
         let (worker, mut peer) = join_with(&fake, config(&fake, action));
@@ -135,6 +137,7 @@ fn an_order_of_the_dispatcher_is_no_loss() {
             assert!(worker.accept().unwrap().is_none());
             !worker.is_joined()
         });
+        assert!(!worker.resumed().unwrap(), "it ends");
         match left {
             None => {
                 assert!(is_open(&client));
@@ -145,6 +148,7 @@ fn an_order_of_the_dispatcher_is_no_loss() {
             // The deadline ends it, although the application does not.
             Some(_) => assert!(read_to_end(&mut client).is_empty()),
         }
+        assert!(!fake.has_worker(), "it does not join again");
     }
 }
 

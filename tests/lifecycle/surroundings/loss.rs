@@ -93,8 +93,11 @@ fn an_orderly_stop_is_no_loss() {
         }
         assert!(pids.iter().all(|&pid| lives(pid)), "{action}");
         clients.into_iter().for_each(Client::finish);
+        // Long before the deadline of a minute.
+        let began = std::time::Instant::now();
         wait_for_their_end(&pids);
         assert!(dispatcher.process.wait().success(), "{action}");
+        assert!(began.elapsed().as_secs() < 40, "{action}: {:?}", began.elapsed());
     }
 }
 

@@ -23,7 +23,9 @@ const MIN_SAMPLE: Duration = Duration::from_millis(10);
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(rename_all = "lowercase")]
 pub enum OnDispatcherLoss {
-    /// It continues with its connections, and joins the next dispatcher.
+    /// It continues with its connections, and joins the next dispatcher. A process that the
+    /// dispatcher has started and drained, as before an orderly stop, finishes its connections and
+    /// ends instead.
     #[default]
     Serve,
     /// It takes no more connections, as after a [close](crate::Worker::close) at the end of a

@@ -399,27 +399,26 @@ impl WorkerCore {
         self.set_current(None);
         session.end();
         self.gauges.hide();
+        // A dispatcher drains a process that it has started before it ends the process, and before
+        // it ends itself.
+        let ordered_to_end = self.hello.token.is_some() && self.draining.now().is_some();
+        let returns = self.on_loss == OnDispatcherLoss::Serve && !ordered_to_end;
         self.log_queue.push(log::Level::Warn, || {
             format!(
                 "lost the dispatcher at {}: {}; {}; live: {}",
                 readable_path(&self.socket),
                 readable(why),
-                match self.on_loss {
-                    OnDispatcherLoss::Serve => "joining again",
-                    OnDispatcherLoss::Drain | OnDispatcherLoss::Stop =>
-                        "taking no more connections",
-                },
+                if returns { "joining again" } else { "taking no more connections" },
                 connections(usize::try_from(self.live()).unwrap_or(usize::MAX))
             )
         });
         self.events.happened(self, LinkEvent::Lost(why.to_owned()));
-        match self.on_loss {
-            OnDispatcherLoss::Serve => {
-                // The next dispatcher does not know of a drain by this one.
-                self.draining.end(self);
-                state.link = Link::Waiting { until: after(state.backoff.lost()) };
-            }
-            OnDispatcherLoss::Drain | OnDispatcherLoss::Stop => self.close_after_loss(state),
+        if returns {
+            // The next dispatcher does not know of a drain by this one.
+            self.draining.end(self);
+            state.link = Link::Waiting { until: after(state.backoff.lost()) };
+        } else {
+            self.close_after_loss(state);
         }
     }
 
