@@ -197,7 +197,8 @@ impl WorkerConfig {
     /// Overrides settings with the environment: `DISPATCH_SOCKET`, `DISPATCH_POOL`,
     /// `DISPATCH_NAME`, `DISPATCH_WEIGHT`, `DISPATCH_PRIORITY`, `DISPATCH_MAX_CONNECTIONS`,
     /// `DISPATCH_LISTEN`, `DISPATCH_JOIN_TIMEOUT`, `DISPATCH_SAMPLE`, `DISPATCH_SAMPLE_INTERVAL`,
-    /// `DISPATCH_ON_LOSS`, `DISPATCH_TOKEN`. An empty variable counts as not set. Later calls override the environment.
+    /// `DISPATCH_ON_LOSS`, `DISPATCH_TOKEN`. An empty variable counts as not set. Later calls
+    /// override the environment.
     ///
     /// # Errors
     /// [`Error::Config`] has the variable and the problem.
