@@ -304,6 +304,24 @@ pub fn start_with_recorded_id(command: &mut Command, file: RawFd, mut line: Vec<
     unsafe { command.pre_exec(record) };
 }
 
+/// Makes the kernel kill the program that `command` starts when the calling thread ends, and so at
+/// the latest when this process ends. Does not apply to what the program forks. A change of the
+/// user would undo it, so this comes after [`set_up_child`].
+pub fn end_with_this_thread(command: &mut Command) {
+    let own = rustix::process::getpid();
+    let bind = move || {
+        rustix::process::set_parent_process_death_signal(Some(rustix::process::Signal::KILL))?;
+        // This process may have ended before the call.
+        match rustix::process::getppid() {
+            Some(parent) if parent == own => Ok(()),
+            _ => Err(io::Error::from_raw_os_error(libc::ESRCH)),
+        }
+    };
+    // SAFETY: between fork and exec only async-signal-safe operations are allowed: these are two
+    // system calls, and errors are made of numbers.
+    unsafe { command.pre_exec(bind) };
+}
+
 /// A descriptor that a task can wait for until it is readable. Must be called inside a runtime.
 ///
 /// # Errors

@@ -16,9 +16,8 @@ use dispatch_protocol::wire::{Fork, MAX_PREFORK_RECORD, Prefork, Token};
 use nix::sys::signal::Signal;
 use rustix::io::Errno;
 use rustix::net::{
-    AddressFamily, RecvAncillaryBuffer, RecvAncillaryMessage, RecvFlags, ReturnFlags,
-    SendAncillaryBuffer, SendAncillaryMessage, SendFlags, SocketFlags, SocketType, recvmsg,
-    sendmsg, socketpair, sockopt,
+    AddressFamily, RecvAncillaryBuffer, RecvFlags, ReturnFlags, SendAncillaryBuffer,
+    SendAncillaryMessage, SendFlags, SocketFlags, SocketType, recvmsg, sendmsg, socketpair,
 };
 use rustix::pipe::{PipeFlags, pipe_with};
 use rustix::process::{Pid, PidfdFlags, pidfd_open};
@@ -165,6 +164,8 @@ struct Asked {
 struct Parent {
     channel: AsyncFd<OwnedFd>,
     process: ProcessId,
+    /// Its process group, and the process id of its leader.
+    group: nix::unistd::Pid,
     next_id: u64,
     /// Orders that do not fit into the channel.
     waiting: VecDeque<Order>,
@@ -292,6 +293,7 @@ fn start(template: &SpawnRequest, common: &Common) -> Result<(Parent, Started), 
     let parent = Parent {
         channel,
         process: template.process,
+        group: started.pid,
         next_id: 1,
         waiting: VecDeque::new(),
         asked: HashMap::new(),
@@ -302,12 +304,11 @@ fn start(template: &SpawnRequest, common: &Common) -> Result<(Parent, Started), 
     Ok((parent, started))
 }
 
-/// The dispatcher's end, which tells the process id of each sender, and the parent's end.
+/// The dispatcher's end, and the parent's end.
 fn channel() -> io::Result<(OwnedFd, OwnedFd)> {
     let (own, its) =
         socketpair(AddressFamily::UNIX, SocketType::SEQPACKET, SocketFlags::CLOEXEC, None)?;
     rustix::io::ioctl_fionbio(&own, true)?;
-    sockopt::set_socket_passcred(&own, true)?;
     Ok((own, its))
 }
 
@@ -442,8 +443,8 @@ impl Parent {
     /// Receives one record. False when there is none now.
     fn receive(&mut self) -> Result<bool, Reason> {
         let mut buffer = [0; RECORD];
-        let (length, sender) = match receive(self.channel.get_ref().as_fd(), &mut buffer) {
-            Ok(Some(received)) => received,
+        let length = match receive(self.channel.get_ref().as_fd(), &mut buffer) {
+            Ok(Some(length)) => length,
             Ok(None) => return Ok(false),
             Err(Errno::CONNRESET) => return Err(Reason::Closed),
             Err(error) => return Err(Reason::Fault(format!("cannot receive from it: {error}"))),
@@ -461,7 +462,7 @@ impl Parent {
                     ));
                 };
                 let (status, its_status) = oneshot::channel();
-                let answer = identify(forked.pid, sender).and_then(|pidfd| {
+                let answer = identify(forked.pid, self.group).and_then(|pidfd| {
                     let leader = Leader::Forked(
                         sys::readable(pidfd).map_err(|error| error.to_string())?,
                         Status::new(its_status),
@@ -503,20 +504,20 @@ async fn until(deadline: Option<Instant>) {
 /// The longest answer: a reason of 1,024 bytes, and room for TLVs of a later version.
 const RECORD: usize = 4096;
 
-/// A pidfd of a worker that a parent has reported.
+/// A pidfd of a worker that was reported by the parent whose process group is `group`.
 ///
 /// The dispatcher signals this process, possibly as root, so it does not believe the parent: the
-/// process must be a child of the sender, and lead a group. It is the same process before and after
-/// the pidfd was opened.
-fn identify(pid: u32, sender: Option<Pid>) -> Result<OwnedFd, String> {
+/// process must be a child of a member of the parent's group, and lead a group. It is the same
+/// process before and after the pidfd was opened.
+fn identify(pid: u32, group: nix::unistd::Pid) -> Result<OwnedFd, String> {
     let pid = pid.cast_signed();
     let wrong = || {
-        format!("process {pid} is not a child that leads a process group of the process that forks")
+        format!("process {pid} is not a child of the process that forks, or leads no process group")
     };
     let is_it = || {
         let stat = group::stat(pid)?;
-        let parent = sender?.as_raw_pid();
-        (stat.parent == parent && stat.group == pid && !stat.ended).then_some(stat)
+        let parent = group::stat(stat.parent)?;
+        (parent.group == group.as_raw() && stat.group == pid && !stat.ended).then_some(stat)
     };
     let before = is_it().ok_or_else(wrong)?;
     let pid = Pid::from_raw(pid).ok_or_else(wrong)?;
@@ -538,32 +539,23 @@ fn send(channel: BorrowedFd<'_>, bytes: &[u8], fds: &[BorrowedFd<'_>]) -> Result
     }
 }
 
-/// Receives a record, and the process id of its sender. A record that is too long has more bytes
-/// than the buffer. `None` when there is none now.
-fn receive(
-    channel: BorrowedFd<'_>,
-    buffer: &mut [u8],
-) -> Result<Option<(usize, Option<Pid>)>, Errno> {
-    let mut space = [MaybeUninit::uninit(); rustix::cmsg_space!(ScmCredentials(1), ScmRights(8))];
-    let mut ancillary = RecvAncillaryBuffer::new(&mut space);
+/// Receives a record. One that is too long has more bytes than the buffer. `None` when there is
+/// none now.
+fn receive(channel: BorrowedFd<'_>, buffer: &mut [u8]) -> Result<Option<usize>, Errno> {
+    // Without room for them, descriptors that come with an answer are closed by the kernel.
+    let mut ancillary = RecvAncillaryBuffer::default();
     let flags = RecvFlags::CMSG_CLOEXEC | RecvFlags::DONTWAIT;
-    let message = loop {
+    loop {
         match recvmsg(channel, &mut [IoSliceMut::new(buffer)], &mut ancillary, flags) {
-            Ok(message) => break message,
+            Ok(message) if message.flags.contains(ReturnFlags::TRUNC) => {
+                return Ok(Some(usize::MAX));
+            }
+            Ok(message) => return Ok(Some(message.bytes)),
             Err(Errno::INTR) => {}
             Err(Errno::AGAIN) => return Ok(None),
             Err(error) => return Err(error),
         }
-    };
-    let mut sender = None;
-    for part in ancillary.drain() {
-        // Descriptors that come with an answer are closed here.
-        if let RecvAncillaryMessage::ScmCredentials(credentials) = part {
-            sender = Some(credentials.pid);
-        }
     }
-    let cut = message.flags.contains(ReturnFlags::TRUNC);
-    Ok(Some((if cut { usize::MAX } else { message.bytes }, sender)))
 }
 
 #[cfg(test)]
@@ -594,19 +586,19 @@ mod tests {
     /// The parent names a process that the dispatcher will signal, possibly as root.
     #[test]
     fn only_children_that_lead_a_group_are_believed() {
-        let own = Some(rustix::process::getpid());
+        let own = nix::unistd::getpgrp();
         let (leader, member) = (sleeps(true), sleeps(false));
         identify(leader.0.id(), own).expect("a child that leads a group");
-        for (pid, sender) in [
+        let other = nix::unistd::Pid::from_raw(leader.0.id().cast_signed());
+        for (pid, group) in [
             (member.0.id(), own),
-            (leader.0.id(), None),
-            (leader.0.id(), Some(Pid::from_child(&member.0))),
-            (std::process::id(), own),
+            (leader.0.id(), other),
+            (leader.0.id(), nix::unistd::Pid::from_raw(1)),
             (1, own),
             (i32::MAX.cast_unsigned(), own),
         ] {
-            let error = identify(pid, sender).expect_err("not a worker");
-            assert!(error.contains("is not a child that leads a process group"), "{error}");
+            let error = identify(pid, group).expect_err("not a worker");
+            assert!(error.contains("is not a child of the process that forks"), "{error}");
         }
         let mut ended = sleeps(true);
         let pid = ended.0.id();

@@ -96,6 +96,11 @@ pub(super) fn start(
         sys::start_with_recorded_id(command.as_std_mut(), journal.as_raw_fd(), line);
     }
     sys::set_up_child(command.as_std_mut(), setup);
+    if prefork.is_some() {
+        // Until it serves its channel, it would not notice the end of the dispatcher. Processes are
+        // started on a thread that lasts as long as the dispatcher.
+        sys::end_with_this_thread(command.as_std_mut());
+    }
     let child = command
         .spawn()
         .map_err(|error| explain(&error, request, (program, directory.as_deref())))?;
