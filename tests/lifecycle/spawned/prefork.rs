@@ -73,9 +73,15 @@ fn workers_of_every_kind_are_forked_and_serve() {
         let all = pids(&dispatcher);
         assert!(clients.iter().all(|client| all.contains(&client.pid)), "{kind}");
         drop(clients);
+        let mut sockets = open_files(parent);
+        sockets.retain(|link| link.starts_with("socket:"));
+        assert_eq!(sockets.len(), 1, "{sockets:?}");
         for pid in &all {
             assert_eq!(words(*pid, "stat", "")[4], pid.to_string(), "it leads a group");
-            assert_eq!(open_files(*pid), open_files(all[0]), "{kind}: no descriptor of others");
+            // A socket of its parent is the channel.
+            let own = open_files(*pid);
+            assert!(!own.iter().any(|link| link.contains("pidfd")), "{kind}: {own:?}");
+            assert!(!own.iter().any(|link| sockets.contains(link)), "{kind}: {own:?}");
         }
         // The output of each worker has its name.
         let second = pid(&dispatcher, "web-2");
@@ -92,9 +98,11 @@ fn workers_of_every_kind_are_forked_and_serve() {
     }
 }
 
-/// How many descriptors a process has beyond its connections.
-fn open_files(pid: i32) -> usize {
-    wait_for("its files", || Some(std::fs::read_dir(format!("/proc/{pid}/fd")).ok()?.count()))
+/// What the descriptors of a process refer to.
+fn open_files(pid: i32) -> Vec<String> {
+    let files = std::fs::read_dir(format!("/proc/{pid}/fd")).unwrap();
+    let links = files.filter_map(|file| std::fs::read_link(file.unwrap().path()).ok());
+    links.map(|link| link.to_string_lossy().into_owned()).collect()
 }
 
 #[test]
