@@ -4,6 +4,7 @@ use std::time::Duration;
 
 use super::EventLoop;
 use super::connections::Conn;
+use super::fault_kind::FaultKind;
 use super::listeners::{Attempt, ListenerIo};
 use super::rate_limit::Cause;
 use crate::background::logger::quoted;
@@ -125,7 +126,7 @@ impl EventLoop {
                             errno = quoted(&errno)
                         );
                         let name = self.core.listener_name(id).to_owned();
-                        self.fault("accept_paused", &name, || {
+                        self.fault(FaultKind::AcceptPaused, &name, || {
                             format!(
                                 "clients wait for {}: {errno}",
                                 humantime::format_duration(pause)

@@ -3,6 +3,7 @@
 
 use std::time::Duration;
 
+use super::fault_kind::FaultKind;
 use dispatcher_core::{PoolId, PoolState, Time};
 
 /// A condition of a pool.
@@ -17,11 +18,11 @@ pub(super) enum Condition {
 
 impl Condition {
     /// The kind of the fault.
-    pub(super) fn kind(self) -> &'static str {
+    pub(super) fn kind(self) -> FaultKind {
         match self {
-            Condition::NoWorker => "no_worker",
-            Condition::Refusing | Condition::Unserved => "refusing",
-            Condition::BackPressure => "back_pressure",
+            Condition::NoWorker => FaultKind::NoWorker,
+            Condition::Refusing | Condition::Unserved => FaultKind::Refusing,
+            Condition::BackPressure => FaultKind::BackPressure,
         }
     }
 

@@ -8,55 +8,24 @@ use dispatch_protocol::ClientAddr;
 use dispatch_protocol::scoreboard::gauge::GaugeName;
 
 use super::EventLoop;
-use super::rate_limit::{Cause, EVENTS};
+use super::event_kind::EventKind;
+use super::rate_limit::Cause;
 use crate::background::logger::{quoted, value};
 use dispatcher_core::{
     CloseReason, ConnId, Departure, EndReason, Event, ListenerId, PoolId, WorkerId,
 };
-
-/// The index of an event's kind in [`EVENTS`].
-fn kind_of(event: &Event) -> usize {
-    match event {
-        Event::Joined { .. } => 0,
-        Event::Goodbye { .. } => 1,
-        Event::Gone { .. } => 2,
-        Event::Suspect { .. } => 3,
-        Event::Trusted { .. } => 4,
-        Event::Lost { .. } => 5,
-        Event::ChannelFull { .. } => 6,
-        Event::Clamped { .. } => 7,
-        Event::NoUsableWorker { .. } => 8,
-        Event::Refusing { .. } => 9,
-        Event::BackPressure { .. } => 10,
-        Event::Relieved { .. } => 11,
-        Event::OutOfResources { .. } => 12,
-        Event::Restarting { .. } => 13,
-        Event::Draining { .. } => 14,
-        Event::Resumed { .. } => 15,
-        Event::DrainOver { .. } => 16,
-        Event::BadGauge { .. } => 17,
-        Event::Paused { .. } => 18,
-        Event::Updated { .. } => 19,
-        Event::StillRefusing { .. } => 20,
-        Event::Served { .. } => 21,
-        Event::Replacing { .. } => 22,
-        Event::ProcessStopped { .. } => 23,
-        Event::CrashLoop { .. } => 24,
-        Event::CrashLoopOver { .. } => 25,
-    }
-}
 
 impl EventLoop {
     /// Writes a line, unless the rate limit of its kind is exceeded: workers can cause most events
     /// as often as they like.
     pub(super) fn write_event(&mut self, event: &Event) {
         let ordered = self.note_order(event);
-        let at = kind_of(event);
+        let kind = EventKind::of(event);
         let pool = self.pool_of_event(event);
-        match self.observation.allow(self.now, pool, Cause::Event(at)) {
+        match self.observation.allow(self.now, pool, Cause::Event(kind)) {
             None => return,
             Some(0) => {}
-            Some(count) => self.write_suppressed_one(EVENTS[at], pool, count),
+            Some(count) => self.write_suppressed_one(kind.name(), pool, count),
         }
         self.write(event, ordered);
         self.note_fault(event, ordered);

@@ -6,6 +6,7 @@
 use std::collections::{HashMap, VecDeque};
 use std::time::{Duration, SystemTime};
 
+use super::fault_kind::FaultKind;
 use crate::api::status::FaultStatus;
 use dispatcher_core::Time;
 
@@ -16,7 +17,7 @@ pub(super) const SECONDS: usize = 300;
 #[derive(Clone, Debug)]
 struct Fault {
     at: SystemTime,
-    kind: &'static str,
+    kind: FaultKind,
     /// The pool, worker or socket that the fault concerns.
     subject: String,
     text: String,
@@ -38,7 +39,7 @@ impl FaultList {
         &mut self,
         most: u32,
         at: SystemTime,
-        kind: &'static str,
+        kind: FaultKind,
         subject: String,
         text: String,
     ) {
@@ -67,7 +68,7 @@ impl FaultList {
     }
 
     /// Updates the text of a fault that lasts, or that has just ended.
-    pub(super) fn update(&mut self, kind: &str, subject: &str, text: String, ongoing: bool) {
+    pub(super) fn update(&mut self, kind: FaultKind, subject: &str, text: String, ongoing: bool) {
         let same = |fault: &&mut Fault| fault.kind == kind && fault.subject == subject;
         if let Some(fault) = self.list.iter_mut().rev().find(same) {
             fault.text = text;
@@ -80,7 +81,7 @@ impl FaultList {
             .iter()
             .map(|fault| FaultStatus {
                 time: humantime::format_rfc3339_millis(fault.at).to_string(),
-                kind: fault.kind.to_owned(),
+                kind: fault.kind.name().to_owned(),
                 subject: fault.subject.clone(),
                 text: fault.text.clone(),
                 count: fault.count,
@@ -159,10 +160,16 @@ mod tests {
         let mut faults = FaultList::default();
         let at = |second| UNIX_EPOCH + Duration::from_secs(second);
         for second in 0..5 {
-            faults.note(3, at(second), "worker_gone", format!("web/w{second}"), "died".to_owned());
+            faults.note(
+                3,
+                at(second),
+                FaultKind::WorkerGone,
+                format!("web/w{second}"),
+                "died".to_owned(),
+            );
         }
-        faults.note(3, at(9), "worker_gone", "web/w4".to_owned(), "died again".to_owned());
-        faults.note(3, at(10), "worker_suspect", "web/w4".to_owned(), "slow".to_owned());
+        faults.note(3, at(9), FaultKind::WorkerGone, "web/w4".to_owned(), "died again".to_owned());
+        faults.note(3, at(10), FaultKind::WorkerSuspect, "web/w4".to_owned(), "slow".to_owned());
         let status = faults.status();
         let short: Vec<_> =
             status.iter().map(|f| (f.subject.as_str(), f.text.as_str(), f.count)).collect();
@@ -172,20 +179,32 @@ mod tests {
         );
         assert_eq!(status[1].time, "1970-01-01T00:00:09.000Z");
         // A repeated fault, with others after it, becomes the newest.
-        faults.note(3, at(11), "worker_gone", "web/w4".to_owned(), "died once more".to_owned());
+        faults.note(
+            3,
+            at(11),
+            FaultKind::WorkerGone,
+            "web/w4".to_owned(),
+            "died once more".to_owned(),
+        );
         let status = faults.status();
         let short: Vec<_> = status.iter().map(|f| (f.text.as_str(), f.count)).collect();
         assert_eq!(short, [("died", 1), ("slow", 1), ("died once more", 3)]);
         // An update keeps the place and the count.
-        faults.update("worker_suspect", "web/w4", "slow for 3s now".to_owned(), true);
-        faults.update("worker_suspect", "web/w5", "an unknown worker".to_owned(), true);
+        faults.update(FaultKind::WorkerSuspect, "web/w4", "slow for 3s now".to_owned(), true);
+        faults.update(FaultKind::WorkerSuspect, "web/w5", "an unknown worker".to_owned(), true);
         let status = faults.status();
         let fault = &status[1];
         assert_eq!((fault.text.as_str(), fault.count, fault.ongoing), ("slow for 3s now", 1, true));
         assert!(!status[0].ongoing && status.len() == 3);
-        faults.note(1, at(11), "out_of_resources", String::new(), "out of memory".to_owned());
+        faults.note(
+            1,
+            at(11),
+            FaultKind::OutOfResources,
+            String::new(),
+            "out of memory".to_owned(),
+        );
         assert_eq!(faults.status().len(), 1);
-        faults.note(0, at(11), "worker_gone", String::new(), String::new());
+        faults.note(0, at(11), FaultKind::WorkerGone, String::new(), String::new());
         assert_eq!(faults.status(), []);
     }
 
@@ -195,9 +214,9 @@ mod tests {
         let mut note = |kind, subject: String| {
             faults.note(50, UNIX_EPOCH, kind, subject, String::new());
         };
-        (0..5).for_each(|n| note("worker_gone", format!("other/w{n}")));
-        (0..1_000).for_each(|n| note("worker_gone", format!("web/mallory{n}")));
-        (0..1_000).for_each(|n| note("worker_expelled", format!("web/mallory{n}")));
+        (0..5).for_each(|n| note(FaultKind::WorkerGone, format!("other/w{n}")));
+        (0..1_000).for_each(|n| note(FaultKind::WorkerGone, format!("web/mallory{n}")));
+        (0..1_000).for_each(|n| note(FaultKind::WorkerExpelled, format!("web/mallory{n}")));
         let status = faults.status();
         let count =
             |what: &str| status.iter().filter(|fault| fault.subject.starts_with(what)).count();

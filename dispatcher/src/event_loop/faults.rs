@@ -8,43 +8,15 @@ use humantime::format_duration;
 use super::EventLoop;
 use super::conditions::Condition;
 use super::events::{span, stop_reason};
+use super::fault_kind::FaultKind;
 use crate::api::status::SocketFileStatus;
 use crate::background::logger::value;
 use crate::listen::files::FileEvent;
 use dispatcher_core::{Departure, EndReason, Event, PoolId, ProcessId, WorkerId};
 
-/// All kinds of faults. `docs/OPERATING.md` says for each what to do.
-const KINDS: [&str; 19] = [
-    "worker_gone",
-    "worker_suspect",
-    "worker_expelled",
-    "worker_refused",
-    "connection_lost_by_worker",
-    "channel_full",
-    "counter_clamped",
-    "gauge_impossible",
-    "no_worker",
-    "refusing",
-    "back_pressure",
-    "process_ended",
-    "process_not_started",
-    "process_stopped",
-    "crash_loop",
-    "out_of_resources",
-    "accept_paused",
-    "worker_not_accepted",
-    "socket_file_missing",
-];
-
 impl EventLoop {
     /// Adds a fault. Called beside a log line, behind the same rate limit.
-    pub(super) fn fault(
-        &mut self,
-        kind: &'static str,
-        subject: &str,
-        text: impl FnOnce() -> String,
-    ) {
-        debug_assert!(KINDS.contains(&kind), "{kind} is not documented");
+    pub(super) fn fault(&mut self, kind: FaultKind, subject: &str, text: impl FnOnce() -> String) {
         let most = self.config.limits.fault_history;
         if most > 0 {
             self.observation.faults.note(most, SystemTime::now(), kind, subject.to_owned(), text());
@@ -53,7 +25,7 @@ impl EventLoop {
 
     /// Adds faults for missing socket files, and updates them when the files are back.
     pub(super) fn note_socket_files(&mut self) {
-        const KIND: &str = "socket_file_missing";
+        const KIND: FaultKind = FaultKind::SocketFileMissing;
         let most = self.config.limits.fault_history;
         for FileEvent { at, file, missed } in self.side.files.events() {
             let SocketFileStatus { socket, path } = file;
@@ -137,19 +109,19 @@ impl EventLoop {
             | Event::ProcessStopped { reason: EndReason::Left | EndReason::Unwanted, .. } => {}
             Event::ProcessStopped { process, reason } => {
                 let subject = self.process_name(process);
-                self.fault("process_stopped", &subject, || {
+                self.fault(FaultKind::ProcessStopped, &subject, || {
                     format!("the process is ended and replaced: {}", stop_reason(reason))
                 });
             }
             Event::CrashLoop { process, failures } => {
                 let name = self.core.pool_name(process.pool).to_owned();
-                self.fault("crash_loop", &name, || crash_loop_text(failures));
-                self.observation.faults.update("crash_loop", &name, crash_loop_text(failures), true);
+                self.fault(FaultKind::CrashLoop, &name, || crash_loop_text(failures));
+                self.observation.faults.update(FaultKind::CrashLoop, &name, crash_loop_text(failures), true);
             }
             Event::CrashLoopOver { pool } => {
                 let name = self.core.pool_name(pool).to_owned();
                 let text = "the processes of the pool failed to start; they start again".to_owned();
-                self.observation.faults.update("crash_loop", &name, text, false);
+                self.observation.faults.update(FaultKind::CrashLoop, &name, text, false);
             }
             Event::Gone { worker, why, resent, live } => {
                 let kind = match why {
@@ -157,8 +129,8 @@ impl EventLoop {
                     Departure::Disconnected | Departure::Died if ordered => return,
                     Departure::Released => return,
                     // When a process is killed, either event may come first.
-                    Departure::Disconnected | Departure::Died => "worker_gone",
-                    Departure::Expelled(_) => "worker_expelled",
+                    Departure::Disconnected | Departure::Died => FaultKind::WorkerGone,
+                    Departure::Expelled(_) => FaultKind::WorkerExpelled,
                 };
                 self.worker_fault(kind, worker, |pid| {
                     let what = match why {
@@ -174,7 +146,7 @@ impl EventLoop {
                 });
             }
             Event::Suspect { worker, revoked, waited } => {
-                self.worker_fault("worker_suspect", worker, |pid| {
+                self.worker_fault(FaultKind::WorkerSuspect, worker, |pid| {
                     let waited = format_duration(Duration::from_millis(waited.as_millis() as u64));
                     format!(
                         "process {pid} took nothing for {waited}; {revoked} went to other workers, \
@@ -183,20 +155,20 @@ impl EventLoop {
                 });
             }
             Event::Lost { worker } => {
-                self.worker_fault("connection_lost_by_worker", worker, |pid| {
+                self.worker_fault(FaultKind::ConnectionLostByWorker, worker, |pid| {
                     format!("process {pid} did not receive a connection; is it at its limit of open files?")
                 });
             }
-            Event::ChannelFull { worker } => self.worker_fault("channel_full", worker, |pid| {
+            Event::ChannelFull { worker } => self.worker_fault(FaultKind::ChannelFull, worker, |pid| {
                 format!("process {pid} reads too slowly: no room to send it more")
             }),
             Event::Clamped { worker, what, said, used } => {
-                self.worker_fault("counter_clamped", worker, |pid| {
+                self.worker_fault(FaultKind::CounterClamped, worker, |pid| {
                     format!("process {pid} reports an impossible {what}: {said}; {used} is used")
                 });
             }
             Event::BadGauge { worker, gauge, problem } => {
-                self.worker_fault("gauge_impossible", worker, |pid| {
+                self.worker_fault(FaultKind::GaugeImpossible, worker, |pid| {
                     let gauge = gauge.as_ref().map_or("a gauge", |gauge| gauge.as_str());
                     format!("process {pid} shows {gauge} with {}", problem.text())
                 });
@@ -215,7 +187,7 @@ impl EventLoop {
             // The condition lasts and counts by itself.
             Event::StillRefusing { .. } => {}
             Event::BackPressure { pool } => self.condition(Condition::BackPressure, pool, 0),
-            Event::OutOfResources { pause } => self.fault("out_of_resources", "dispatcher", || {
+            Event::OutOfResources { pause } => self.fault(FaultKind::OutOfResources, "dispatcher", || {
                 let pause = format_duration(pause);
                 format!("out of descriptors or memory: nothing is placed for {pause}")
             }),
@@ -224,7 +196,7 @@ impl EventLoop {
 
     fn worker_fault(
         &mut self,
-        kind: &'static str,
+        kind: FaultKind,
         worker: WorkerId,
         text: impl FnOnce(i32) -> String,
     ) {
@@ -254,41 +226,4 @@ fn crash_loop_text(failures: u32) -> String {
         "{failures} starts in succession have failed: one process is tried at a time, after \
          max_restart_delay; `dispatcher restart` tries again at once"
     )
-}
-
-#[cfg(test)]
-mod tests {
-    use super::KINDS;
-
-    #[test]
-    fn every_kind_is_documented_and_no_other() {
-        let page = include_str!("../../../docs/OPERATING.md");
-        let (_, table) = page.split_once("| kind | what happened |").expect("the table of faults");
-        let rows = table.lines().skip(2).take_while(|line| line.starts_with('|'));
-        let kinds = rows.flat_map(|row| row.split('|').nth(1).unwrap_or_default().split(", "));
-        let mut documented: Vec<&str> = kinds.map(|kind| kind.trim().trim_matches('`')).collect();
-        documented.sort_unstable();
-        let mut written = KINDS.to_vec();
-        written.sort_unstable();
-        assert_eq!(documented, written);
-    }
-
-    #[test]
-    fn every_kind_in_the_program_is_listed() {
-        let mut found = 0;
-        for entry in std::fs::read_dir(concat!(env!("CARGO_MANIFEST_DIR"), "/src/event_loop"))
-            .expect("sources")
-        {
-            let text = std::fs::read_to_string(entry.expect("a file").path()).unwrap_or_default();
-            for part in text.split("fault(\"").skip(1) {
-                let kind = part.split('"').next().unwrap_or_default();
-                // Excludes this line and the next.
-                if kind.bytes().all(|byte| byte.is_ascii_lowercase() || byte == b'_') {
-                    assert!(KINDS.contains(&kind), "{kind}");
-                    found += 1;
-                }
-            }
-        }
-        assert!(found > 10, "the sources were found");
-    }
 }

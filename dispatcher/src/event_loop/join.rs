@@ -12,6 +12,7 @@ use mio::unix::SourceFd;
 use super::EventLoop;
 use super::control::Fault;
 use super::doorbell_limit::DoorbellLimit;
+use super::fault_kind::FaultKind;
 use super::gauges::Gauges;
 use super::handshake::{HandshakeCommand, HandshakeEvent, JoinRequest, Settings};
 use super::rate_limit::Cause;
@@ -50,7 +51,7 @@ impl EventLoop {
                         quoted(&reason),
                         value(key.as_deref().unwrap_or("-"))
                     );
-                    self.fault("worker_refused", "dispatch_socket", || {
+                    self.fault(FaultKind::WorkerRefused, "dispatch_socket", || {
                         let key = key.as_ref().map_or(String::new(), |key| format!(" (see {key})"));
                         format!("process {pid} of user {uid} was refused: {reason}{key}")
                     });
@@ -69,7 +70,7 @@ impl EventLoop {
                             error = quoted(&error)
                         );
                         let pause = humantime::format_duration(self.config.limits.resource_pause);
-                        self.fault("worker_not_accepted", "dispatch_socket", || {
+                        self.fault(FaultKind::WorkerNotAccepted, "dispatch_socket", || {
                             format!("a worker waits for {pause}: {error}")
                         });
                     }

@@ -12,8 +12,10 @@ mod conditions;
 mod connections;
 mod control;
 mod doorbell_limit;
+mod event_kind;
 mod event_order;
 mod events;
+mod fault_kind;
 mod fault_list;
 mod faults;
 #[cfg(any(test, fuzzing))]

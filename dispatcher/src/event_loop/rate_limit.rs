@@ -5,6 +5,7 @@
 use std::collections::HashMap;
 use std::time::Duration;
 
+use super::event_kind::EventKind;
 use dispatcher_core::{CloseReason, PoolId, Time};
 
 /// Lines of one kind in one second.
@@ -78,8 +79,8 @@ pub(super) enum Cause {
     LeftOver,
     /// A process started, did not start, or ended.
     Process(ProcessEvent),
-    /// An event of the core, by its place in [`EVENTS`].
-    Event(usize),
+    /// An event of the core.
+    Event(EventKind),
 }
 
 /// See [`Cause::Process`].
@@ -114,40 +115,10 @@ impl Cause {
             Cause::Process(ProcessEvent::Started) => "process_started",
             Cause::Process(ProcessEvent::NotStarted) => "process_not_started",
             Cause::Process(ProcessEvent::Ended) => "process_ended",
-            Cause::Event(at) => EVENTS[at],
+            Cause::Event(kind) => kind.name(),
         }
     }
 }
-
-/// Kinds of lines about events.
-pub(super) const EVENTS: [&str; 26] = [
-    "worker_joined",
-    "worker_goodbye",
-    "worker_gone",
-    "worker_suspect",
-    "worker_trusted",
-    "connection_lost_by_worker",
-    "channel_full",
-    "counter_clamped",
-    "no_worker",
-    "refusing",
-    "back_pressure",
-    "back_pressure_over",
-    "out_of_resources",
-    "process_restarting",
-    "worker_draining",
-    "worker_resumed",
-    "drain_over",
-    "gauge_impossible",
-    "worker_paused",
-    "worker_updated",
-    "still_refusing",
-    "served_again",
-    "process_replacing",
-    "process_stopping",
-    "crash_loop",
-    "crash_loop_over",
-];
 
 /// Suppressed lines of one kind.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -221,7 +192,7 @@ mod tests {
     fn suppressed_lines_are_reported_after_the_flood() {
         let mut limits = RateLimits::default();
         let start = Time(1_000);
-        let gone = Cause::Event(2);
+        let gone = Cause::Event(EventKind::WorkerGone);
         let flood = |limits: &mut RateLimits, lines: usize| {
             (0..lines).for_each(|_| _ = limits.allow(start, WEB, Cause::Resent));
             (0..lines).for_each(|_| _ = limits.allow(start + WINDOW / 2, OTHER, gone));
@@ -256,9 +227,13 @@ mod tests {
     #[test]
     fn a_flood_in_one_pool_hides_no_line_of_another() {
         let mut limits = RateLimits::default();
-        let gone = Cause::Event(2);
+        let gone = Cause::Event(EventKind::WorkerGone);
         (0..1_000).for_each(|_| _ = limits.allow(Time(1_000), WEB, gone));
         assert_eq!(limits.allow(Time(1_001), OTHER, gone), Some(0));
-        assert_eq!(limits.allow(Time(1_001), WEB, Cause::Event(3)), Some(0), "nor another cause");
+        assert_eq!(
+            limits.allow(Time(1_001), WEB, Cause::Event(EventKind::WorkerSuspect)),
+            Some(0),
+            "nor another cause"
+        );
     }
 }

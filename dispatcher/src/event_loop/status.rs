@@ -5,6 +5,7 @@ use dispatch_protocol::wire::Token;
 use rustix::rand::GetRandomFlags;
 
 use super::EventLoop;
+use super::fault_kind::FaultKind;
 use super::gauges::show_gauges;
 use super::rate_limit::{Cause, ProcessEvent};
 use crate::api::status::Status;
@@ -145,7 +146,7 @@ impl EventLoop {
                     );
                     let subject = self.process_name(process);
                     let text = || format!("could not start: {error}");
-                    self.fault("process_not_started", &subject, text);
+                    self.fault(FaultKind::ProcessNotStarted, &subject, text);
                 }
                 self.workers.forget_tokens(process);
                 self.side.spawner.forget(process);
@@ -169,7 +170,7 @@ impl EventLoop {
                     if !(ordered && well) {
                         let subject = self.process_name(process);
                         let text = || format!("process {pid} ended: {status_text}");
-                        self.fault("process_ended", &subject, text);
+                        self.fault(FaultKind::ProcessEnded, &subject, text);
                     }
                 }
                 self.workers.forget_tokens(process);
