@@ -110,7 +110,8 @@ fn workers_of_a_killed_dispatcher_are_adopted_in_their_places() {
     let log = dispatcher.log();
     let ended = log.lines().find(|line| line.contains("event=process_ended")).unwrap();
     assert!(ended.contains(&line), "{ended}");
-    // Linux 6.15 tells the status of a process that is not a child; before, only until it is reaped.
+    // Linux 6.15 tells the status of a process that is not a child; before, only until it is
+    // reaped.
     let (major, minor) = kernel();
     let known = ended.contains("signal 9 (SIGKILL)");
     assert!(known || (major, minor) < (6, 15) && ended.contains("unknown"), "{ended}");

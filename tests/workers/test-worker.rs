@@ -8,8 +8,8 @@
 //! time, for this duration. With `TEST_WORKER=fork` it has a child, from its first connection on,
 //! that keeps all its descriptors open until the child's standard input ends.
 //!
-//! `test-worker prefork KIND` loads a table of `TEST_TABLE=MIB` and is then the parent of workers of
-//! this kind. `TEST_PREFORK=thread` has a second thread, `TEST_PREFORK=hang` never gets there,
+//! `test-worker prefork KIND` loads a table of `TEST_TABLE=MIB` and is then the parent of workers
+//! of this kind. `TEST_PREFORK=thread` has a second thread, `TEST_PREFORK=hang` never gets there,
 //! `TEST_PREFORK=fails` makes each worker fail. `test-worker loaded KIND` loads the same table and
 //! is a worker.
 #![allow(unsafe_code, reason = "the test wraps system calls")]

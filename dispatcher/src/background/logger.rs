@@ -199,8 +199,8 @@ pub fn dropped_lines() -> u64 {
     QUEUE.get().map_or(0, Queue::dropped)
 }
 
-/// Whether the queue has room for a line of a process. Half of it is for the dispatcher's own lines.
-/// A process with `many` lines gets only an eighth, so the rest is for processes with few.
+/// Whether the queue has room for a line of a process. Half of it is for the dispatcher's own
+/// lines. A process with `many` lines gets only an eighth, so the rest is for processes with few.
 pub fn has_room(many: bool) -> bool {
     let share = if many { MAX_LINES / 8 } else { MAX_LINES / 2 };
     QUEUE.get().is_none_or(|queue| queue.waiting.load(Ordering::Relaxed) < share)

@@ -276,8 +276,8 @@ impl Spawner {
         let _ = self.orders.send(Order::Renew(pool));
     }
 
-    /// Ends one process. If it has not ended by itself after `wait`, its process group gets SIGTERM,
-    /// and SIGKILL after a further `timeout`. `Exited` follows.
+    /// Ends one process. If it has not ended by itself after `wait`, its process group gets
+    /// SIGTERM, and SIGKILL after a further `timeout`. `Exited` follows.
     pub fn stop_process(&self, process: ProcessId, wait: Duration, timeout: Duration) {
         self.stop.send_modify(|stops| {
             let earlier = stops.processes.get(&process);

@@ -118,7 +118,8 @@ pub struct SideThread {
     pub admin_rate: Arc<AtomicU32>,
     /// Requests a reload without waiting for it.
     pub reload: Arc<Notify>,
-    /// The running configuration, for the plan of the next reload; set at the start and by a reload.
+    /// The running configuration, for the plan of the next reload; set at the start and by a
+    /// reload.
     pub running: watch::Sender<Option<Arc<RunningConfig>>>,
     /// The accepted host names over TCP; set at the start and by a reload.
     pub hosts: Hosts,

@@ -34,8 +34,8 @@ enum Found<'a> {
 /// Searches the key in the bytes of a connection from its beginning. With `end`, no more bytes will
 /// come.
 ///
-/// A result other than [`Parsed::Incomplete`] stays the same when more bytes are added. `scratch` is a
-/// buffer for decoded values; the caller reuses it.
+/// A result other than [`Parsed::Incomplete`] stays the same when more bytes are added. `scratch`
+/// is a buffer for decoded values; the caller reuses it.
 pub fn read(source: &KeySource, bytes: &[u8], end: bool, scratch: &mut Vec<u8>) -> Parsed {
     let found = match source {
         KeySource::ClientIp { .. } => Found::Nothing,

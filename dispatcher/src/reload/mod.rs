@@ -1,9 +1,9 @@
 //! Replaces the configuration of a running dispatcher, in two steps.
 //!
-//! [`prepare`] runs on the side thread: it reads the file, compares it with the side thread's copy of
-//! the running configuration, and binds new sockets. Everything that can fail happens there, before anything has
-//! changed. `EventLoop::reload` then puts the result into force in one turn of the hot thread,
-//! without waiting.
+//! [`prepare`] runs on the side thread: it reads the file, compares it with the side thread's copy
+//! of the running configuration, and binds new sockets. Everything that can fail happens there,
+//! before anything has changed. `EventLoop::reload` then puts the result into force in one turn of
+//! the hot thread, without waiting.
 //!
 //! The event loop's tables of pools and listeners are by id, like the core's: removed entries stay
 //! until the core uses their ids again.

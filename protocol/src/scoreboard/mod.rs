@@ -16,7 +16,8 @@
 //! 140  u32 turnaround worker: 1 more than the usual µs of a thread outside `accept`; 0 if unknown
 //! 192  u32 named      worker: gauges that have a name, from the first on; only grows
 //! 256  u64 × 2 slots  the ring, for each slot: u64 word, see `slot`; u64 take time
-//!   …  64 × gauges    from the next multiple of 64: u64 time, u64 value, 48 bytes name; see `gauge`
+//!   …  64 × gauges    from the next multiple of 64: u64 time, u64 value, 48 bytes name; see
+//! `gauge`
 //! ```
 //!
 //! An older dispatcher leaves the number of gauges at 0: the scoreboard has none. An older worker

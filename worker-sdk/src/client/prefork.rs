@@ -102,8 +102,8 @@ pub fn prefork<E: fmt::Debug>(
     let channel = sys::adopt_channel(number).map_err(|error| {
         Error::config(VARIABLE, format!("is not the channel to a dispatcher: {error}"))
     })?;
-    // The dispatcher made the kernel kill this process at the end of the dispatcher. From now on the
-    // end of the channel tells the same.
+    // The dispatcher made the kernel kill this process at the end of the dispatcher. From now on
+    // the end of the channel tells the same.
     let _ = rustix::process::set_parent_process_death_signal(None);
     match (Parent { channel, workers: Vec::new() }).run()? {
         None => Ok(()),

@@ -7,7 +7,8 @@ use std::sync::atomic::{AtomicU64, Ordering};
 
 use log::Record;
 
-/// Modules with a rate limit of their own, by pool or process: a flood in one must not hide another.
+/// Modules with a rate limit of their own, by pool or process: a flood in one must not hide
+/// another.
 const LIMITED: [&str; 7] = [
     "dispatcher::background::spawner::output",
     "dispatcher::event_loop::accept",

@@ -1,6 +1,6 @@
 //! Notifies the service manager (`NOTIFY_SOCKET`) of start, reload and stop, in this order, and
-//! that the dispatcher works (`WATCHDOG_USEC`). The side thread sends the messages without a further thread and without blocking: it waits for room
-//! in the socket.
+//! that the dispatcher works (`WATCHDOG_USEC`). The side thread sends the messages without a
+//! further thread and without blocking: it waits for room in the socket.
 //!
 //! The usual crate does not support abstract sockets and blocks on a socket without a reader.
 

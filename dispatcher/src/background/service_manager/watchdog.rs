@@ -1,6 +1,6 @@
-//! The watchdog of the service manager: a message at regular intervals, each after a turn of the hot
-//! thread. If the hot thread stops turning, the messages stop, and the service manager restarts the
-//! dispatcher.
+//! The watchdog of the service manager: a message at regular intervals, each after a turn of the
+//! hot thread. If the hot thread stops turning, the messages stop, and the service manager restarts
+//! the dispatcher.
 //!
 //! An idle hot thread sleeps without a limit, so it is asked: the question wakes it, and it answers
 //! in its turn.

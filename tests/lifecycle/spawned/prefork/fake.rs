@@ -1,5 +1,5 @@
-//! `worker_sdk::prefork` with a dispatcher in its simplest form: the records, the gate, and the ends
-//! of either side.
+//! `worker_sdk::prefork` with a dispatcher in its simplest form: the records, the gate, and the
+//! ends of either side.
 
 use std::io::{IoSlice, IoSliceMut};
 use std::mem::MaybeUninit;
