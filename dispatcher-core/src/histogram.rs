@@ -82,7 +82,7 @@ mod tests {
     use super::*;
 
     #[test]
-    fn each_duration_is_in_the_bucket_whose_bound_it_does_not_exceed() {
+    fn each_duration_is_in_the_first_bucket_that_covers_it() {
         for bounds in [HANDOFF, DECISION, TURN] {
             let mut histogram = Histogram::new(bounds);
             for &bound in bounds {

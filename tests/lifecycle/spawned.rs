@@ -67,7 +67,7 @@ fn words(pid: i32, file: &str, line: &str) -> Vec<String> {
 }
 
 #[test]
-fn a_worker_serves_as_another_user_with_limits_and_its_output_in_the_log() {
+fn a_worker_serves_as_another_user_within_limits() {
     if !is_root() {
         return;
     }
@@ -137,7 +137,7 @@ fn another_user_is_refused_clearly_without_the_permission() {
 }
 
 #[test]
-fn a_reload_is_refused_without_the_permission_and_changes_nothing() {
+fn a_reload_without_the_permission_changes_nothing() {
     let temp = directory();
     let dir = temp.path().to_owned();
     let body = |keys: &str| scripted(Path::new("DIR"), "WORKER", keys);

@@ -12,7 +12,7 @@ impl Drop for Group {
 }
 
 #[test]
-fn a_process_that_writes_survives_a_crash_and_the_next_dispatcher_reads_on() {
+fn a_writing_process_survives_a_crash_and_is_read_on() {
     let temp = directory();
     // A failed write would end the loop.
     let script = "(while echo tick; do echo x >> DIR/ticks; sleep 0.02; done) & WORKER";

@@ -122,7 +122,7 @@ fn a_killed_worker_is_replaced_by_a_fork_of_the_same_parent() {
 }
 
 #[test]
-fn the_workers_of_a_killed_parent_continue_and_a_new_one_forks_replacements() {
+fn workers_of_a_killed_parent_continue_and_get_a_new_parent() {
     let mut dispatcher = start(directory(), &forking("tokio", "processes = 2"));
     dispatcher.wait_joined("web", 2);
     let before = parent(&dispatcher);
@@ -250,7 +250,7 @@ fn a_parent_with_a_second_thread_is_refused_clearly() {
 }
 
 #[test]
-fn a_parent_that_does_not_answer_is_killed_and_disturbs_no_other_pool() {
+fn a_silent_parent_is_killed_and_disturbs_no_other_pool() {
     let temp = directory();
     let keys = "environment = { TEST_PREFORK = \"hang\" }\nstart_timeout = \"1s\"";
     let body = format!(
@@ -282,7 +282,7 @@ fn a_parent_that_does_not_answer_is_killed_and_disturbs_no_other_pool() {
 }
 
 #[test]
-fn a_parent_that_fails_and_a_program_that_forks_nothing_are_reported() {
+fn a_failing_parent_and_a_program_without_forks_are_reported() {
     let dispatcher =
         start(directory(), &forking("blocking", "environment = { TEST_TABLE = \"1\" }"));
     dispatcher.wait_joined("web", 1);

@@ -29,7 +29,7 @@ fn wait_for_their_end(pids: &[i32]) {
 }
 
 #[test]
-fn drained_processes_of_a_crashed_dispatcher_end_with_their_clients() {
+fn drained_processes_end_with_their_clients_after_a_crash() {
     for action in ["", "drain"] {
         let (mut dispatcher, pids, mut clients) = started(action, "");
         let _ends = Ended(pids.clone());

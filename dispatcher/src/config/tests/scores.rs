@@ -43,7 +43,7 @@ fn multipliers_in_the_order_of_the_file() {
 }
 
 #[test]
-fn defaults_are_for_all_pools_and_a_pool_says_otherwise_key_by_key() {
+fn a_pool_overrides_the_defaults_key_by_key() {
     let defaults = "[defaults]\npolicy = \"least-score\"\n[defaults.scores]\n\
                     multipliers = { sessions = 1 }\nvalid_for = \"9s\"\n";
     let first = scores(&format!("{defaults}{GOOD}"));

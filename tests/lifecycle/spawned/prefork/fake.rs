@@ -154,7 +154,7 @@ fn a_worker_runs_with_its_variables_and_without_the_channel() {
 }
 
 #[test]
-fn a_waiting_worker_ends_with_its_dispatcher_with_or_without_its_parent() {
+fn a_waiting_worker_ends_with_its_dispatcher() {
     for parent_first in [false, true] {
         let mut parent = Parent::start("");
         let gate = parent.order(1, &[]);
@@ -175,7 +175,7 @@ fn a_waiting_worker_ends_with_its_dispatcher_with_or_without_its_parent() {
 }
 
 #[test]
-fn two_threads_are_refused_and_what_is_not_an_order_ends_the_parent() {
+fn two_threads_are_refused_and_a_wrong_order_ends_the_parent() {
     let mut parent = Parent::start("thread");
     let gate = parent.order(9, &[]);
     match parent.answer() {

@@ -103,7 +103,7 @@ fn writer(outlive: bool) -> (std::process::Child, Pipes) {
 }
 
 #[tokio::test]
-async fn the_output_of_a_process_that_outlives_the_dispatcher_is_read_by_the_next_one() {
+async fn the_next_dispatcher_reads_the_output_of_a_survivor() {
     let process = ProcessId { pool: dispatcher_core::PoolId(0), place: 0, start: 1 };
     let (mut child, pipes) = writer(true);
     let pid = i32::try_from(child.id()).expect("small");
