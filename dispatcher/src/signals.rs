@@ -1,7 +1,8 @@
 //! What signals do to a dispatcher, from the start of `main` on.
 //!
 //! SIGTERM, SIGINT and SIGQUIT stop the dispatcher: at once while it starts, gracefully afterwards.
-//! SIGUSR1 does the same and leaves processes that outlive the dispatcher.
+//! SIGUSR1 does the same and leaves processes that outlive the dispatcher. SIGUSR2 replaces the
+//! processes of all pools; during the start it is kept until the dispatcher serves.
 //! SIGHUP reloads the configuration; during the start it is kept until the dispatcher serves. Other
 //! signals whose default ends a process have no effect. Signals that report a fault of the program
 //! itself keep their defaults.
@@ -19,21 +20,21 @@ use signal_hook_mio::v1_0::Signals;
 use crate::sys;
 
 /// Signals that the hot thread handles.
-const HANDLED: [i32; 5] = [libc::SIGTERM, libc::SIGINT, libc::SIGQUIT, libc::SIGUSR1, libc::SIGHUP];
+const HANDLED: [i32; 6] =
+    [libc::SIGTERM, libc::SIGINT, libc::SIGQUIT, libc::SIGUSR1, libc::SIGUSR2, libc::SIGHUP];
 
 /// Signals that stop the dispatcher.
 const STOPPING: [i32; 4] = [libc::SIGTERM, libc::SIGINT, libc::SIGQUIT, libc::SIGUSR1];
 
 /// Signals that end a process by default and have no meaning here. The write that causes SIGXFSZ or
 /// SIGPIPE also fails, and that error is handled.
-const WITHOUT_EFFECT: [i32; 11] = [
+const WITHOUT_EFFECT: [i32; 10] = [
     libc::SIGPIPE,
     libc::SIGXFSZ,
     libc::SIGXCPU,
     libc::SIGALRM,
     libc::SIGVTALRM,
     libc::SIGPROF,
-    libc::SIGUSR2,
     libc::SIGIO,
     libc::SIGPWR,
     libc::SIGSTKFLT,

@@ -236,6 +236,45 @@ fn a_restart_under_load_refuses_and_resets_nobody() {
 }
 
 #[test]
+fn a_reload_names_outdated_processes_and_can_restart_them() {
+    let with = |value: &str, processes: u32| {
+        worker(&format!("environment = {{ VERSION = \"{value}\" }}\nprocesses = {processes}"))
+    };
+    let dispatcher = Dispatcher::start(&with("1", 2));
+    dispatcher.wait_joined("web", 2);
+    let before = pids(&dispatcher.status());
+    let version = |pid: i32| {
+        let environment = std::fs::read(format!("/proc/{pid}/environ")).unwrap_or_default();
+        let mut words = environment.split(|&byte| byte == 0);
+        words.find_map(|word| word.strip_prefix(b"VERSION=")).map(<[u8]>::to_vec)
+    };
+    // Another number of processes outdates none.
+    write_config(&dispatcher.dir, &with("1", 3));
+    let (worked, text) = run(&dispatcher, &["reload"]);
+    assert!(worked && !text.contains("former settings"), "{text}");
+    dispatcher.wait_joined("web", 3);
+    write_config(&dispatcher.dir, &with("2", 3));
+    let (worked, text) = run(&dispatcher, &["reload"]);
+    let hint = "pool web: its processes have the former settings until `dispatcher restart web`\n";
+    assert!(worked && text.ends_with(hint), "{text}");
+    assert!(before.is_subset(&pids(&dispatcher.status())), "nothing else happens");
+    write_config(&dispatcher.dir, &with("3", 3));
+    let (worked, text) = run(&dispatcher, &["reload", "--restart"]);
+    assert!(worked && text.ends_with("pool web: 3 processes replaced, 1 at a time\n"), "{text}");
+    dispatcher.wait_status("all to have the new version", |status| {
+        let versions = pids(status).into_iter().map(version);
+        processes(status).active == 3 && versions.eq([(); 3].map(|()| Some(b"3".to_vec())))
+    });
+    // The signal does the same for all pools.
+    let before = pids(&dispatcher.status());
+    dispatcher.process.signal(Signal::SIGUSR2);
+    dispatcher.wait_status("all to be replaced once more", |status| {
+        processes(status).active == 3 && pids(status).is_disjoint(&before)
+    });
+    assert_eq!(dispatcher.status().closed.values().sum::<u64>(), 0);
+}
+
+#[test]
 fn pools_without_processes_cannot_be_restarted() {
     let dispatcher = Dispatcher::start(&one_pool(""));
     let (worked, text) = run(&dispatcher, &["restart", "web"]);

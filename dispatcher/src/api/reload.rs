@@ -16,6 +16,8 @@ pub struct Reloaded {
     pub changed: Vec<String>,
     /// Changes in the file that need a restart and are not in force.
     pub needs_restart: Vec<String>,
+    /// Pools whose processes were started with other settings: a restart of the pool replaces them.
+    pub outdated_pools: Vec<String>,
     /// Values in the file that are valid but probably wrong.
     pub warnings: Vec<String>,
 }

@@ -5,13 +5,16 @@ use std::time::Duration;
 
 use clap::Args;
 
+use super::admin::AdminEndpoint;
 use super::wait::SlowNotice;
-use super::{AdminArgs, Exit, Failure, admin, print, print_error, print_json, status};
+use super::{AdminArgs, Exit, Failure, admin, print, print_error, print_json, restart, status};
+use crate::api::action::PoolRestarted;
 use crate::api::reload::{ReloadRequest, Reloaded};
 
 pub(super) const EXAMPLES: &str = "\
 Examples:
   dispatcher check && dispatcher reload      check the file, then reload it
+  dispatcher reload --restart                also replace the processes whose settings have changed
   dispatcher reload --json | jq .needs_restart
 
 The command returns when the new configuration is in force or has been refused. After a refusal nothing has changed, the
@@ -27,6 +30,10 @@ const PATIENCE: Duration = Duration::from_secs(60);
 
 #[derive(Debug, Args)]
 pub(super) struct ReloadArgs {
+    /// Also replace the processes of pools whose command or other settings of [pool.NAME.spawn] have
+    /// changed: `dispatcher restart` for each of them.
+    #[arg(long)]
+    restart: bool,
     /// Print the answer as JSON.
     #[arg(long)]
     pub(super) json: bool,
@@ -35,17 +42,25 @@ pub(super) struct ReloadArgs {
 }
 
 pub(super) fn reload(arguments: &ReloadArgs) -> Result<(), Failure> {
-    let answer = ask(&arguments.admin)?;
+    let (answer, endpoint) = ask(&arguments.admin)?;
+    let outdated = answer.outdated_pools.iter().filter(|_| arguments.restart);
+    let restarted: Result<Vec<PoolRestarted>, Failure> =
+        outdated.map(|pool| restart::pool(&endpoint, pool)).collect();
     if arguments.json {
-        return print_json(&answer);
+        print_json(&answer)?;
+        return restarted.map(drop);
     }
     for warning in texts(&answer.warnings) {
         print_error(&warning);
     }
-    print(&summary(&answer))
+    print(&summary(&answer, arguments.restart))?;
+    for restarted in restarted? {
+        print(&restart::summary(&restarted))?;
+    }
+    Ok(())
 }
 
-fn ask(arguments: &AdminArgs) -> Result<Reloaded, Failure> {
+fn ask(arguments: &AdminArgs) -> Result<(Reloaded, AdminEndpoint), Failure> {
     let _notice = SlowNotice::new("waiting for the dispatcher to read its configuration …");
     let endpoints = admin::endpoints(arguments)?;
     let mut first = None;
@@ -54,13 +69,13 @@ fn ask(arguments: &AdminArgs) -> Result<Reloaded, Failure> {
             Err(failure) if failure.exit == Exit::Unavailable => {
                 first.get_or_insert(failure);
             }
-            answer => return answer,
+            answer => return answer.map(|answer| (answer, endpoint.clone())),
         }
     }
     let mut failure = first.unwrap_or_else(|| {
         Failure::new(Exit::Unavailable, "there is no admin socket to connect to")
     });
-    if endpoints.iter().any(admin::AdminEndpoint::is_from_file) {
+    if endpoints.iter().any(AdminEndpoint::is_from_file) {
         failure.message += MOVED;
     }
     Err(failure)
@@ -74,7 +89,7 @@ fn texts(list: &[String]) -> impl Iterator<Item = String> + '_ {
     list.iter().map(|text| text.lines().map(status::clean).collect::<Vec<_>>().join("\n"))
 }
 
-fn summary(answer: &Reloaded) -> String {
+fn summary(answer: &Reloaded, restarts: bool) -> String {
     let mut text = format!("{}: in force\n", status::clean(&answer.file));
     let mut quiet = true;
     for (names, word) in
@@ -92,6 +107,14 @@ fn summary(answer: &Reloaded) -> String {
     for what in texts(&answer.needs_restart) {
         let _ = writeln!(text, "needs a restart, not changed: {what}");
     }
+    if !restarts {
+        for pool in texts(&answer.outdated_pools) {
+            let _ = writeln!(
+                text,
+                "pool {pool}: its processes have the former settings until `dispatcher restart {pool}`"
+            );
+        }
+    }
     text
 }
 
@@ -106,14 +129,17 @@ mod tests {
             added: vec!["pool b".to_owned(), "listener b".to_owned()],
             changed: vec!["limits".to_owned()],
             needs_restart: vec!["admin_http".to_owned()],
+            outdated_pools: vec!["web".to_owned()],
             ..Reloaded::default()
         };
+        assert!(!summary(&answer, true).contains("web"), "they are being replaced");
         assert_eq!(
-            summary(&answer),
+            summary(&answer, false),
             "/etc/d.toml: in force\nnew: pool b\nnew: listener b\nchanged: limits\n\
-             needs a restart, not changed: admin_http\n"
+             needs a restart, not changed: admin_http\n\
+             pool web: its processes have the former settings until `dispatcher restart web`\n"
         );
         let nothing = Reloaded { file: "f".to_owned(), ..Reloaded::default() };
-        assert_eq!(summary(&nothing), "f: in force\nnothing has changed\n");
+        assert_eq!(summary(&nothing, true), "f: in force\nnothing has changed\n");
     }
 }

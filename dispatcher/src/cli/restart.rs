@@ -3,6 +3,7 @@
 use clap::Args;
 use clap_complete::engine::ArgValueCandidates;
 
+use super::admin::AdminEndpoint;
 use super::table::{clean, count};
 use super::{AdminArgs, Failure, admin, complete, print, print_json};
 use crate::api::action::{Action, PoolRestarted};
@@ -39,10 +40,19 @@ pub(super) fn restart(arguments: &RestartArgs) -> Result<(), Failure> {
     if arguments.json {
         return print_json(&answer);
     }
-    print(&format!(
+    print(&summary(&answer))
+}
+
+/// Replaces the processes of a pool.
+pub(super) fn pool(endpoint: &AdminEndpoint, pool: &str) -> Result<PoolRestarted, Failure> {
+    admin::post(endpoint, &format!("/v1/pools/{}", admin::segment(pool)), &Action::Restart {})
+}
+
+pub(super) fn summary(answer: &PoolRestarted) -> String {
+    format!(
         "pool {}: {} replaced, {} at a time\n",
         clean(&answer.pool),
         count(answer.processes.into(), "process"),
         answer.at_once
-    ))
+    )
 }

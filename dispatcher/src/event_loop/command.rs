@@ -122,6 +122,15 @@ impl EventLoop {
         }))
     }
 
+    /// Replaces the processes of every pool.
+    pub(super) fn restart_all(&mut self) {
+        let pools: Vec<String> = self.core.pool_names().map(str::to_owned).collect();
+        for pool in pools {
+            // A pool that starts no processes refuses.
+            let _ = self.restart(&Target::Pool(pool));
+        }
+    }
+
     /// The pool of this name, if it starts processes.
     fn spawning_pool(&self, name: &str) -> Result<PoolId, CommandError> {
         let id = self.pool_called(name)?;

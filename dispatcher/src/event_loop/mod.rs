@@ -258,6 +258,7 @@ impl EventLoop {
                 // Reading files could block: the side thread does it.
                 libc::SIGHUP => self.side.reload.notify_one(),
                 libc::SIGUSR1 => self.begin_stop(signal, true),
+                libc::SIGUSR2 => self.restart_all(),
                 _ => self.stop_signal(signal),
             }
         }

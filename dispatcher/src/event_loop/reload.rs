@@ -12,7 +12,7 @@ use super::{EventLoop, PoolResources};
 use crate::api::command::{CommandError, Problem};
 use crate::api::reload::Reloaded;
 use crate::background::logger::value;
-use crate::config::{Address, Config, Listener, Pool};
+use crate::config::{Address, Config, Listener, Pool, Spawn};
 use crate::listen::bind::{self, Listening};
 use crate::listen::files::SocketFile;
 use crate::reload::{ListenerStep, Plan, PoolStep, Rules, RunningConfig, Socket, seed};
@@ -178,6 +178,10 @@ impl EventLoop {
                 let mut starts_anew = false;
                 if let Some(entry) = self.pools.get_mut(usize::from(id.0)) {
                     starts_anew = entry.spawn != resources.spawn;
+                    let runs = self.core.process_ids(id).next().is_some();
+                    if runs && differs(entry.spawn.as_ref(), resources.spawn.as_ref()) {
+                        reloaded.outdated_pools.push(settings.name.clone());
+                    }
                     *entry = resources;
                 }
                 self.core.change_pool(self.now, id, settings, seed());
@@ -310,4 +314,11 @@ impl EventLoop {
             }
         }
     }
+}
+
+/// Whether processes that were started with the old settings differ from those that would be
+/// started now. Their number does not matter.
+fn differs(old: Option<&Spawn>, new: Option<&Spawn>) -> bool {
+    let (Some(old), Some(new)) = (old, new) else { return false };
+    Spawn { processes: new.processes, ..old.clone() } != *new
 }
