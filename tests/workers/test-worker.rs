@@ -10,8 +10,8 @@
 //!
 //! `test-worker prefork KIND` loads a table of `TEST_TABLE=MIB` and is then the parent of workers
 //! of this kind. `TEST_PREFORK=thread` has a second thread, `TEST_PREFORK=hang` never gets there,
-//! `TEST_PREFORK=fails` makes each worker fail. `test-worker loaded KIND` loads the same table and
-//! is a worker.
+//! `TEST_PREFORK=fails` and `TEST_PREFORK=panics` make each worker fail. `test-worker loaded KIND`
+//! loads the same table and is a worker.
 #![allow(unsafe_code, reason = "the test wraps system calls")]
 #![allow(clippy::unwrap_used)]
 
@@ -64,6 +64,7 @@ fn prefork(kind: Option<&str>) {
             return Err("it was told to fail");
         }
         let variable = |name| std::env::var(name).unwrap_or_default();
+        assert!(mode != "panics", "it was told to panic");
         println!("forked {} {}", variable("OWN"), variable("SAME"));
         work(kind, config);
         std::hint::black_box(&table);

@@ -157,6 +157,32 @@ fn workers_of_a_killed_parent_continue_and_get_a_new_parent() {
 }
 
 #[test]
+fn a_wrapper_may_start_the_parent() {
+    let script = "DIR/test-worker prefork blocking; sleep 1000";
+    let body = one_pool(&format!(
+        "[pool.web.spawn]\ncommand = [\"/bin/sh\", \"-c\", {script:?}]\nfork = true\n"
+    ));
+    let mut dispatcher = start(directory(), &body);
+    dispatcher.wait_joined("web", 1);
+    let (before, worker) = (parent(&dispatcher), pid(&dispatcher, "web-1"));
+    let wrapper = parent_of(before);
+    assert!(children_of(dispatcher.process.pid()).contains(&wrapper));
+    let mut client = Client::connect(dispatcher.address("web")).unwrap();
+    // The wrapper alone forks nothing, so it is ended.
+    end(before, Signal::SIGKILL);
+    wait_until("the wrapper to end", || !lives(wrapper));
+    client.echo("continues");
+    end(worker, Signal::SIGTERM);
+    let next = replaced(&dispatcher, "web-1", worker);
+    client.echo("continues");
+    drop(client);
+    let (after, wrapper) = (parent_of(next), parent_of(parent_of(next)));
+    assert!(children_of(dispatcher.process.pid()).contains(&wrapper));
+    assert!(dispatcher.stop().success());
+    assert!(![next, after, wrapper].into_iter().any(lives), "the stop left something");
+}
+
+#[test]
 fn a_parent_that_is_told_to_end_leaves_its_workers() {
     let dispatcher = start(directory(), &forking("blocking", ""));
     dispatcher.wait_joined("web", 1);

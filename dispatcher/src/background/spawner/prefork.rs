@@ -166,6 +166,9 @@ struct Parent {
     process: ProcessId,
     /// Its process group, and the process id of its leader.
     group: nix::unistd::Pid,
+    /// The process that forks, if a wrapper has started it. The wrapper holds the channel, too, so
+    /// the end of this process does not end the channel.
+    forks: Option<AsyncFd<OwnedFd>>,
     next_id: u64,
     /// Orders that do not fit into the channel.
     waiting: VecDeque<Order>,
@@ -294,6 +297,7 @@ fn start(template: &SpawnRequest, common: &Common) -> Result<(Parent, Started), 
         channel,
         process: template.process,
         group: started.pid,
+        forks: None,
         next_id: 1,
         waiting: VecDeque::new(),
         asked: HashMap::new(),
@@ -361,9 +365,20 @@ impl Parent {
                 },
                 // An order that was sent meanwhile is still received.
                 () = until(idle_since.map(|since| since + IDLE)) => orders.close(),
+                () = end_of(self.forks.as_ref()) => return Reason::Closed,
                 () = until(deadline) => return Reason::Fault(self.overdue()),
             }
         }
+    }
+
+    /// Notices the end of the process that forks.
+    fn watch(&mut self, pid: i32) {
+        if pid == self.group.as_raw() || self.forks.is_some() {
+            return;
+        }
+        let pidfd = Pid::from_raw(pid).and_then(|pid| pidfd_open(pid, PidfdFlags::NONBLOCK).ok());
+        let member = group::stat(pid).is_some_and(|stat| stat.group == self.group.as_raw());
+        self.forks = pidfd.filter(|_| member).and_then(|pidfd| sys::readable(pidfd).ok());
     }
 
     fn overdue(&self) -> String {
@@ -462,7 +477,8 @@ impl Parent {
                     ));
                 };
                 let (status, its_status) = oneshot::channel();
-                let answer = identify(forked.pid, self.group).and_then(|pidfd| {
+                let answer = identify(forked.pid, self.group).and_then(|(pidfd, forks)| {
+                    self.watch(forks);
                     let leader = Leader::Forked(
                         sys::readable(pidfd).map_err(|error| error.to_string())?,
                         Status::new(its_status),
@@ -494,6 +510,14 @@ impl Parent {
     }
 }
 
+async fn end_of(process: Option<&AsyncFd<OwnedFd>>) {
+    match process {
+        // An error means that the end cannot be noticed: the same as the end.
+        Some(pidfd) => drop(pidfd.readable().await),
+        None => std::future::pending().await,
+    }
+}
+
 async fn until(deadline: Option<Instant>) {
     match deadline {
         Some(deadline) => tokio::time::sleep_until(deadline).await,
@@ -504,12 +528,13 @@ async fn until(deadline: Option<Instant>) {
 /// The longest answer: a reason of 1,024 bytes, and room for TLVs of a later version.
 const RECORD: usize = 4096;
 
-/// A pidfd of a worker that was reported by the parent whose process group is `group`.
+/// A pidfd of a worker that was reported by the parent whose process group is `group`, and the
+/// process id of the process that has forked it.
 ///
 /// The dispatcher signals this process, possibly as root, so it does not believe the parent: the
 /// process must be a child of a member of the parent's group, and lead a group. It is the same
 /// process before and after the pidfd was opened.
-fn identify(pid: u32, group: nix::unistd::Pid) -> Result<OwnedFd, String> {
+fn identify(pid: u32, group: nix::unistd::Pid) -> Result<(OwnedFd, i32), String> {
     let pid = pid.cast_signed();
     let wrong = || {
         format!("process {pid} is not a child of the process that forks, or leads no process group")
@@ -522,7 +547,7 @@ fn identify(pid: u32, group: nix::unistd::Pid) -> Result<OwnedFd, String> {
     let before = is_it().ok_or_else(wrong)?;
     let pid = Pid::from_raw(pid).ok_or_else(wrong)?;
     let pidfd = pidfd_open(pid, PidfdFlags::NONBLOCK).map_err(|error| error.to_string())?;
-    if is_it() == Some(before) { Ok(pidfd) } else { Err(wrong()) }
+    if is_it() == Some(before) { Ok((pidfd, before.parent)) } else { Err(wrong()) }
 }
 
 fn send(channel: BorrowedFd<'_>, bytes: &[u8], fds: &[BorrowedFd<'_>]) -> Result<(), Errno> {

@@ -129,6 +129,22 @@ fn a_worker_waits_at_its_gate() {
     assert_eq!(parent.log().matches("loaded").count(), 1, "{}", parent.log());
 }
 
+/// It does not unwind into the caller of `prefork`, whose values belong to the parent.
+#[test]
+fn a_worker_that_panics_ends_like_a_program_that_does() {
+    let parent = Parent::start("panics");
+    let gate = parent.order(1, &[]);
+    let pid = parent.forked(1);
+    open(gate);
+    assert_eq!(parent.ended(pid), 101 << 8);
+    let log = parent.log();
+    assert!(log.contains("it was told to panic") && !log.contains("not needed any more"), "{log}");
+    let gate = parent.order(2, &[]);
+    let pid = parent.forked(2);
+    drop(gate);
+    assert_eq!(parent.ended(pid), 0, "the parent continues");
+}
+
 #[test]
 fn a_worker_runs_with_its_variables_and_without_the_channel() {
     let mut parent = Parent::start("");
