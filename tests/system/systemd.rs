@@ -344,14 +344,19 @@ fn a_restart_ends_only_spawned_processes() {
         ["web-1", "own"].map(|name| worker(status, name).expect("a worker").pid)
     };
     let before = pids(&machine.wait_joined(2));
-    let mut held: Vec<Client> = clients(&machine, 6);
+    // On a busy machine a worker can be suspect for a while, and gets no client then.
+    let mut held: Vec<Client> = Vec::new();
+    wait_until("clients at both", || {
+        held.extend(clients(&machine, 2));
+        ["web-1", "own"].iter().all(|name| held.iter().any(|client| client.served_by == *name))
+    });
     machine.order(&["restart", SERVICE]);
     let after = pids(&machine.wait_joined(2));
     assert!(before[0] != after[0] && before[1] == after[1], "{before:?} {after:?}");
     assert_eq!(machine.show("worker@own.service", "NRestarts"), "0");
     let (own, started): (Vec<&mut Client>, Vec<&mut Client>) =
         held.iter_mut().partition(|client| client.served_by == "own");
-    assert!(!own.is_empty() && !started.is_empty());
+    assert!(!started.is_empty());
     own.into_iter().for_each(|client| client.echo("still here"));
 }
 
