@@ -233,7 +233,7 @@ fn what_is_in_flight_stays_there_and_is_served() {
     let patient = "handoff_timeout = \"10m\"";
     let dispatcher = Dispatcher::start(&body(patient));
     let address = dispatcher.address("web");
-    let worker = dispatcher.worker("blocking", "web", "stopped");
+    let worker = dispatcher.worker("tokio", "web", "stopped");
     dispatcher.wait_joined("web", 1);
     let warm = Client::connect(address).unwrap();
     worker.signal(Signal::SIGSTOP);
