@@ -93,7 +93,7 @@ impl Processes {
         if !self.has_room(place, *beyond) {
             return;
         }
-        self.starts = self.starts.wrapping_add(1);
+        self.starts = self.unused(self.starts.wrapping_add(1));
         let id = ProcessId { pool: self.pool, place: place as u32, start: self.starts };
         let processes = &mut self.places[place].processes;
         *beyond += u32::from(!processes.is_empty());

@@ -114,7 +114,11 @@ impl Process {
                 is_hung.then_some(EndReason::Hung)
             }
             Phase::Leaving { since, idle_since, why } => {
-                let idle_since = (seen.load == 0).then(|| idle_since.unwrap_or(now));
+                // The worker of an adopted process that was already leaving need not join again: it
+                // may have any number of connections.
+                let known = !self.adopted || self.joined_at.is_some();
+                let idle = known && seen.load == 0;
+                let idle_since = idle.then(|| idle_since.unwrap_or(now));
                 self.phase = Phase::Leaving { why, since, idle_since };
                 let patience = settings.stop_timeout;
                 let stayed = idle_since.is_some_and(|idle| now - idle >= patience);

@@ -166,10 +166,13 @@ impl Processes {
         self.places.resize(places, Place::EMPTY);
     }
 
-    /// A process of an earlier dispatcher runs. `leaving`: it was about to leave.
+    /// A process of an earlier dispatcher runs. `leaving`: it was about to leave. Gets another
+    /// number than `start` if a process has that: dispatchers and pools with the same name count
+    /// anew.
     pub(crate) fn adopt(&mut self, now: Time, place: u32, start: u32, leaving: bool) -> ProcessId {
-        let id = ProcessId { pool: self.pool, place, start };
         self.at_least(place as usize + 1);
+        let start = self.unused(start);
+        let id = ProcessId { pool: self.pool, place, start };
         self.starts = self.starts.max(start);
         let phase = match leaving {
             true => Phase::leaving(Leave::Own, now),
@@ -180,6 +183,15 @@ impl Processes {
         place.processes.push(Process { phase, adopted: true, ..Process::new(id) });
         place.processes.sort_by_key(|process| process.id.start);
         id
+    }
+
+    /// `start`, or the next number that no process has.
+    pub(crate) fn unused(&self, start: u32) -> u32 {
+        let mut free = start;
+        while self.ids().any(|(id, _)| id.start == free) {
+            free = free.wrapping_add(1);
+        }
+        free
     }
 
     /// A process runs.

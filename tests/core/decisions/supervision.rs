@@ -441,3 +441,45 @@ fn processes_of_an_earlier_dispatcher_keep_their_places() {
     assert_eq!(deadlines, [Some(ms(5_000)), None], "a surplus process may be wanted again");
     core.check();
 }
+
+#[test]
+fn an_adopted_process_that_was_leaving_keeps_its_connections() {
+    for drain_timeout in [None, Some(ms(60_000))] {
+        let mut pool = PoolSettings { processes: 1, ..settings() };
+        pool.supervision.drain_timeout = drain_timeout;
+        pool.supervision.stop_timeout = ms(1_000);
+        let mut core = Core::new(vec![pool], vec![listener()], Time(1));
+        let leaving = core.adopt(Time(1), PoolId(0), 0, 1, true).unwrap();
+        let mut ends = |at: Time| {
+            core.tick(at);
+            std::iter::from_fn(|| core.effect())
+                .any(|it| matches!(it, Effect::StopProcess { process, .. } if process == leaving))
+        };
+        // Nothing says how many connections it has: its worker does not join again.
+        assert!(!ends(Time(1) + ms(1_000)) && !ends(Time(1) + ms(60_000)));
+        assert_eq!(ends(Time(1) + ms(62_000)), drain_timeout.is_some());
+    }
+}
+
+#[test]
+fn adopted_processes_with_the_same_number_are_told_apart() {
+    let pool = PoolSettings { processes: 2, ..settings() };
+    let mut core = Core::new(vec![pool], vec![listener()], Time(1));
+    // Two pools that had the same name one after the other, and the largest number.
+    let starts = [1, 1, 2, u32::MAX, u32::MAX];
+    let adopted: std::collections::BTreeSet<u32> = starts
+        .iter()
+        .map(|&start| core.adopt(Time(1), PoolId(0), 0, start, false).unwrap().start)
+        .collect();
+    assert_eq!(adopted.len(), starts.len());
+    core.tick(Time(2));
+    let mut started = Vec::new();
+    while let Some(effect) = core.effect() {
+        if let Effect::Spawn { process } = effect {
+            started.push(process);
+        }
+    }
+    let [started] = started[..] else { panic!("only place 1 is free: {started:?}") };
+    assert!(started.place == 1 && !adopted.contains(&started.start), "{started:?}");
+    core.check();
+}
