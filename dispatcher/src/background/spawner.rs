@@ -23,8 +23,8 @@ use dispatch_protocol::wire::Token;
 use tokio::sync::{mpsc as tokio_mpsc, watch};
 use tokio::task::JoinSet;
 
-use self::journal::Journal;
 pub use self::journal::Record;
+use self::journal::{Journal, LOCK_TIME};
 use self::leader::Found;
 pub(crate) use self::leader::UNKNOWN;
 pub use self::output::{LastOutput, OutputLine, Stream, lost_lines};
@@ -152,8 +152,8 @@ enum Order {
     },
     /// Where the journal is, and the journal if there is one.
     Journal(PathBuf, Option<Journal>),
-    /// The process gets no more connections.
-    Leaving(ProcessId),
+    /// The process gets no more connections (`true`), or gets connections again.
+    Leaving(ProcessId, bool),
     AskStopKind(Unit),
     /// The next forked process of the pool comes from a new parent.
     Renew(PoolId),
@@ -167,6 +167,8 @@ struct Stops {
     processes: HashMap<ProcessId, (Duration, Duration)>,
     /// Pools whose processes outlive the dispatcher.
     left: HashSet<PoolId>,
+    /// The longest time from now to the SIGKILL of every process that is stopped.
+    most: Option<Duration>,
 }
 
 /// What happens to a process.
@@ -180,13 +182,15 @@ enum Stop {
 
 impl Stops {
     fn of(&self, process: ProcessId) -> Option<Stop> {
-        if let Some((wait, timeout)) = self.processes.get(&process) {
-            return Some(Stop::End { wait: *wait, timeout: *timeout });
-        }
-        if self.left.contains(&process.pool) {
-            return Some(Stop::Leave);
-        }
-        self.all.map(|timeout| Stop::End { wait: Duration::ZERO, timeout })
+        let (wait, timeout) = match self.processes.get(&process) {
+            Some(stop) => *stop,
+            None if self.left.contains(&process.pool) => return Some(Stop::Leave),
+            None => (Duration::ZERO, self.all?),
+        };
+        Some(match self.most {
+            Some(most) => Stop::End { wait: Duration::ZERO, timeout: timeout.min(most) },
+            None => Stop::End { wait, timeout },
+        })
     }
 }
 
@@ -213,7 +217,7 @@ impl Spawner {
     /// called before the first process is started; waits for the lock of the file. Returns the
     /// recorded processes that have not ended: [`Spawner::watch`] is to follow for each of them.
     pub fn recover(&self, path: PathBuf) -> Vec<Survivor> {
-        let journal = match Journal::open(&path, false) {
+        let mut journal = match Journal::open(&path, false, LOCK_TIME) {
             Ok(journal) => journal,
             Err(error) => {
                 report_journal(&path, &error);
@@ -221,15 +225,15 @@ impl Spawner {
             }
         };
         let mut survivors = Vec::new();
-        let mut journal = journal;
         if let Some(journal) = &mut journal {
             let records: Vec<(Token, Record)> = journal
                 .records()
                 .into_iter()
                 .map(|(token, record)| (token, record.clone()))
                 .collect();
+            let mut groups = None;
             for (token, record) in records {
-                match leader::find(token, &record) {
+                match leader::find(token, &record, &mut groups) {
                     (_, Found::Nothing) => journal.ended(token),
                     (pid, found) => {
                         let output_rate = ProcessSetup::default().output_rate;
@@ -267,7 +271,12 @@ impl Spawner {
 
     /// The process gets no more connections; a later dispatcher is to know that.
     pub fn leaving(&self, process: ProcessId) {
-        let _ = self.orders.send(Order::Leaving(process));
+        let _ = self.orders.send(Order::Leaving(process, true));
+    }
+
+    /// The process gets connections again, after [`Spawner::leaving`].
+    pub fn stays(&self, process: ProcessId) {
+        let _ = self.orders.send(Order::Leaving(process, false));
     }
 
     /// With `fork = true`, the next process of the pool comes from a new parent, which loads the
@@ -305,6 +314,12 @@ impl Spawner {
     /// each and then `Stopped` follow; no further process is started.
     pub fn stop(&self, timeout: Duration) {
         self.stop.send_modify(|stops| stops.all = Some(timeout));
+    }
+
+    /// Every process that is being ended, or will be, gets SIGTERM now and SIGKILL after at most
+    /// `most`.
+    pub fn hurry(&self, most: Duration) {
+        self.stop.send_modify(|stops| stops.most = Some(most));
     }
 
     /// The processes of one pool run on without this dispatcher. No `Exited` follows for them.
@@ -358,6 +373,8 @@ struct Book(Arc<Mutex<BookState>>);
 struct BookState {
     path: Option<PathBuf>,
     journal: Option<Journal>,
+    /// The log was told that there is no journal.
+    reported: bool,
     tokens: HashMap<ProcessId, Token>,
 }
 
@@ -376,24 +393,31 @@ impl Book {
         });
     }
 
-    fn leaves(&self, process: ProcessId) {
+    fn leaves(&self, process: ProcessId, leaves: bool) {
         self.with(|book| {
             if let (Some(token), Some(journal)) = (book.tokens.get(&process), &mut book.journal) {
-                journal.leaves(*token);
+                match leaves {
+                    true => journal.leaves(*token),
+                    false => journal.stays(*token),
+                }
             }
         });
     }
 }
 
 impl BookState {
-    /// The journal, which is made now if there is none.
+    /// The journal, which is made now if there is none. Does not wait for its lock: the side thread
+    /// has other work.
     fn journal(&mut self) -> Option<&mut Journal> {
         if self.journal.is_none()
             && let Some(path) = &self.path
         {
-            match Journal::open(path, true) {
+            match Journal::open(path, true, Duration::ZERO) {
                 Ok(journal) => self.journal = journal,
-                Err(error) => report_journal(path, &error),
+                Err(error) if !std::mem::replace(&mut self.reported, true) => {
+                    report_journal(path, &error);
+                }
+                Err(_) => {}
             }
         }
         self.journal.as_mut()
@@ -517,7 +541,7 @@ impl Service {
                 book.path = Some(path);
                 book.journal = journal;
             }),
-            Order::Leaving(process) => self.common.book.leaves(process),
+            Order::Leaving(process, leaves) => self.common.book.leaves(process, leaves),
             Order::AskStopKind(unit) => {
                 let reports = self.common.reports.clone();
                 tokio::spawn(async move {

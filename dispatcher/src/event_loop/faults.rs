@@ -62,7 +62,11 @@ impl EventLoop {
             }
             Event::DrainOver { worker, .. } => self.observation.expected_ends.is_over(worker),
             Event::Resumed { worker } => {
-                self.observation.expected_ends.stays(worker, self.core.process_of(worker));
+                let process = self.core.process_of(worker);
+                if let Some(process) = process.filter(|&process| self.core.wants_process(process)) {
+                    self.side.spawner.stays(process);
+                }
+                self.observation.expected_ends.stays(worker, process);
             }
             Event::Gone { worker, live, resent, .. } => {
                 return self.observation.expected_ends.gone(worker, live + u64::from(resent));

@@ -2,6 +2,7 @@
 //! the server behind `sh -c`, are stopped and waited for with it and do not run beside its
 //! replacement.
 
+use std::collections::HashMap;
 use std::time::Duration;
 
 use nix::errno::Errno;
@@ -81,8 +82,20 @@ pub(super) fn stat(pid: i32) -> Option<Stat> {
 
 /// The members of a group. A process that ends meanwhile may be missing.
 pub(super) fn members(group: i32) -> Vec<(i32, Stat)> {
-    let Ok(entries) = std::fs::read_dir("/proc") else { return Vec::new() };
-    let pids = entries.flatten().filter_map(|entry| entry.file_name().to_str()?.parse().ok());
-    let stats = pids.filter_map(|pid| Some((pid, stat(pid)?)));
-    stats.filter(|(_, stat)| stat.group == group).collect()
+    processes().filter(|(_, stat)| stat.group == group).collect()
+}
+
+/// The members of every group, without zombies.
+pub(super) fn all() -> HashMap<i32, Vec<i32>> {
+    let mut groups: HashMap<i32, Vec<i32>> = HashMap::new();
+    for (pid, stat) in processes().filter(|(_, stat)| !stat.ended) {
+        groups.entry(stat.group).or_default().push(pid);
+    }
+    groups
+}
+
+fn processes() -> impl Iterator<Item = (i32, Stat)> {
+    let entries = std::fs::read_dir("/proc").into_iter().flatten().flatten();
+    let pids = entries.filter_map(|entry| entry.file_name().to_str()?.parse().ok());
+    pids.filter_map(|pid| Some((pid, stat(pid)?)))
 }

@@ -14,6 +14,7 @@
 //! start TOKEN PLACE START POOL      a process is about to be started
 //! pid TOKEN PID [STARTED]           its process id, and when the kernel started it
 //! leaving TOKEN                     it gets no more connections
+//! stays TOKEN                       it gets connections again
 //! end TOKEN                         it has ended
 //! ```
 
@@ -38,7 +39,7 @@ const MAX_BYTES: u64 = 16 << 20;
 const SPARE_LINES: usize = 4096;
 
 /// How long the lock may be held by a process that has not run its program yet.
-const LOCK_TIME: Duration = Duration::from_secs(5);
+pub(super) const LOCK_TIME: Duration = Duration::from_secs(5);
 
 /// Pause between two attempts to get the lock.
 const LOCK_RETRY: Duration = Duration::from_millis(5);
@@ -74,19 +75,19 @@ pub struct Journal {
 }
 
 impl Journal {
-    /// Opens the journal at `path`, and waits for its lock. `None` if there is none and `create` is
-    /// false.
+    /// Opens the journal at `path`, and waits up to `patience` for its lock. `None` if there is none
+    /// and `create` is false. A journal that can be read and not written anew is used as it is.
     ///
     /// # Errors
     ///
     /// What the file system answers; that the file belongs to another user, or can be read by
     /// others; that another dispatcher holds the lock.
-    pub fn open(path: &Path, create: bool) -> io::Result<Option<Journal>> {
+    pub fn open(path: &Path, create: bool, patience: Duration) -> io::Result<Option<Journal>> {
         let boot = std::fs::read_to_string("/proc/sys/kernel/random/boot_id")?.trim().to_owned();
         let mut options = OpenOptions::new();
         options.read(true).append(true).create(create).mode(0o600);
         options.custom_flags(libc::O_NOFOLLOW | libc::O_NONBLOCK);
-        let deadline = Instant::now() + LOCK_TIME;
+        let deadline = Instant::now() + patience;
         let (mut file, text) = loop {
             let file = match options.open(path) {
                 Ok(file) => file,
@@ -125,8 +126,8 @@ impl Journal {
         let lines = text.lines().count();
         let mut journal =
             Journal { path: path.to_owned(), file, records, lines, boot, failed: false };
-        if !new {
-            journal.rewrite()?;
+        if !new && let Err(error) = journal.rewrite() {
+            journal.report(&error);
         }
         Ok(Some(journal))
     }
@@ -172,6 +173,15 @@ impl Journal {
         }
     }
 
+    /// The process gets connections again.
+    pub fn stays(&mut self, token: Token) {
+        if let Some(record) = self.records.get_mut(&token)
+            && std::mem::take(&mut record.leaving)
+        {
+            self.append(&format!("stays {token}\n"));
+        }
+    }
+
     /// The process has ended.
     pub fn ended(&mut self, token: Token) {
         if self.records.remove(&token).is_some() {
@@ -184,10 +194,15 @@ impl Journal {
         }
     }
 
-    /// One line is one write, so a dispatcher that is killed leaves no half of a line.
+    /// One line is one write, so a dispatcher that is killed leaves no half of a line. A full file
+    /// system can leave one, and lines are missing then: the file is written anew.
     fn append(&mut self, line: &str) {
         self.lines += 1;
-        match self.file.write_all(line.as_bytes()) {
+        let written = match self.failed {
+            true => self.rewrite(),
+            false => self.file.write_all(line.as_bytes()),
+        };
+        match written {
             Ok(()) => self.failed = false,
             Err(error) => self.report(&error),
         }
@@ -229,9 +244,15 @@ impl Journal {
         let mut options = OpenOptions::new();
         options.read(true).append(true).create_new(true).mode(0o600);
         let mut file = options.open(&new)?;
-        flock(&file, FlockOperation::NonBlockingLockExclusive)?;
-        file.write_all(text.as_bytes())?;
-        std::fs::rename(&new, &self.path)?;
+        let replaced = flock(&file, FlockOperation::NonBlockingLockExclusive)
+            .map_err(io::Error::from)
+            .and_then(|()| file.write_all(text.as_bytes()))
+            .and_then(|()| std::fs::rename(&new, &self.path));
+        if let Err(error) = replaced {
+            // It must not fill the file system further.
+            let _ = std::fs::remove_file(&new);
+            return Err(error);
+        }
         self.file = file;
         self.lines = text.lines().count();
         Ok(())
@@ -272,6 +293,7 @@ fn record(line: &str, records: &mut HashMap<Token, Record>) -> Option<()> {
             record.started = words.next().and_then(|started| started.parse().ok());
         }
         "leaving" => records.get_mut(&token)?.leaving = true,
+        "stays" => records.get_mut(&token)?.leaving = false,
         "end" => drop(records.remove(&token)),
         _ => {}
     }
@@ -295,8 +317,8 @@ mod tests {
     fn records_are_found_again() {
         let folder = tempfile::tempdir().expect("a folder");
         let path = folder.path().join("processes");
-        assert!(Journal::open(&path, false).expect("no file").is_none());
-        let mut journal = Journal::open(&path, true).expect("made").expect("made");
+        assert!(Journal::open(&path, false, LOCK_TIME).expect("no file").is_none());
+        let mut journal = Journal::open(&path, true, LOCK_TIME).expect("made").expect("made");
         journal.starts(token(1), web(0, 1));
         let own = std::process::id() as i32;
         journal.runs(token(1), own);
@@ -304,11 +326,13 @@ mod tests {
         journal.starts(token(3), web(2, 3));
         journal.runs(token(3), i32::MAX);
         journal.leaves(token(3));
+        journal.leaves(token(2));
+        journal.stays(token(2));
         journal.starts(token(4), web(3, 4));
         journal.ended(token(4));
         drop(journal);
         for _ in 0..2 {
-            let journal = Journal::open(&path, false).expect("read").expect("there");
+            let journal = Journal::open(&path, false, LOCK_TIME).expect("read").expect("there");
             let found: Vec<_> =
                 journal.records().into_iter().map(|(_, record)| record.clone()).collect();
             let started = group::stat(own).map(|stat| stat.started);
@@ -345,20 +369,20 @@ mod tests {
     fn a_file_of_others_is_refused() {
         let folder = tempfile::tempdir().expect("a folder");
         let path = folder.path().join("processes");
-        drop(Journal::open(&path, true));
+        drop(Journal::open(&path, true, LOCK_TIME));
         let readable = std::os::unix::fs::PermissionsExt::from_mode(0o644);
         std::fs::set_permissions(&path, readable).expect("own file");
-        assert!(Journal::open(&path, true).is_err());
+        assert!(Journal::open(&path, true, LOCK_TIME).is_err());
         let link = folder.path().join("link");
         std::os::unix::fs::symlink(&path, &link).expect("a link");
-        assert!(Journal::open(&link, true).is_err());
+        assert!(Journal::open(&link, true, LOCK_TIME).is_err());
     }
 
     #[test]
     fn the_journal_does_not_grow_without_bound() {
         let folder = tempfile::tempdir().expect("a folder");
         let path = folder.path().join("processes");
-        let mut journal = Journal::open(&path, true).expect("made").expect("made");
+        let mut journal = Journal::open(&path, true, LOCK_TIME).expect("made").expect("made");
         journal.starts(token(1), web(0, 1));
         for number in 0..20_000 {
             journal.starts(token(2), web(1, number));
@@ -368,7 +392,7 @@ mod tests {
         assert!(size < 1 << 20, "{size}");
         assert_eq!(journal.records().len(), 1);
         drop(journal);
-        let journal = Journal::open(&path, false).expect("read").expect("there");
+        let journal = Journal::open(&path, false, LOCK_TIME).expect("read").expect("there");
         assert_eq!(journal.records().len(), 1);
     }
 
@@ -376,8 +400,30 @@ mod tests {
     fn a_second_dispatcher_does_not_get_the_lock() {
         let folder = tempfile::tempdir().expect("a folder");
         let path = folder.path().join("processes");
-        let _first = Journal::open(&path, true).expect("made").expect("made");
-        let second = Journal::open(&path, true).expect_err("locked");
+        let _first = Journal::open(&path, true, LOCK_TIME).expect("made").expect("made");
+        let second = Journal::open(&path, true, Duration::ZERO).expect_err("locked");
         assert!(second.to_string().contains("another dispatcher"), "{second}");
+    }
+
+    #[test]
+    fn a_journal_that_cannot_be_written_anew_is_still_read() {
+        let folder = tempfile::tempdir().expect("a folder");
+        let path = folder.path().join("processes");
+        let mut journal = Journal::open(&path, true, LOCK_TIME).expect("made").expect("made");
+        journal.starts(token(1), web(0, 1));
+        drop(journal);
+        // As on a full file system, no new file can be written.
+        let obstacle = folder.path().join("processes.new");
+        std::fs::create_dir(&obstacle).expect("a directory");
+        let mut journal = Journal::open(&path, false, LOCK_TIME).expect("read").expect("there");
+        assert_eq!(journal.records(), [(token(1), &web(0, 1))]);
+        // This line is not written: it could follow half of another one.
+        journal.starts(token(2), web(1, 2));
+        std::fs::remove_dir(&obstacle).expect("empty");
+        journal.starts(token(3), web(2, 3));
+        drop(journal);
+        let journal = Journal::open(&path, false, LOCK_TIME).expect("read").expect("there");
+        let starts: Vec<u32> = journal.records().iter().map(|(_, record)| record.start).collect();
+        assert_eq!(starts, [1, 2, 3]);
     }
 }

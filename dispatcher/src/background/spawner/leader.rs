@@ -1,6 +1,7 @@
 //! The leader of a process group: a child of this process, or a process that an earlier dispatcher
 //! started and that is only watched.
 
+use std::collections::HashMap;
 use std::io;
 use std::os::fd::{AsFd, AsRawFd, BorrowedFd, OwnedFd};
 use std::os::unix::process::ExitStatusExt;
@@ -140,8 +141,13 @@ pub(super) enum Found {
 }
 
 /// Looks for a recorded process. Its identity is certain: the kernel started the process with this
-/// id at the recorded time, and after the pidfd was opened it was still the same.
-pub(super) fn find(token: Token, record: &Record) -> (i32, Found) {
+/// id at the recorded time, and after the pidfd was opened it was still the same. `groups` has all
+/// processes by group once they were read, because reading them for each record would take long.
+pub(super) fn find(
+    token: Token,
+    record: &Record,
+    groups: &mut Option<HashMap<i32, Vec<i32>>>,
+) -> (i32, Found) {
     let Some(pid) = record.pid else { return (0, Found::Nothing) };
     let is_it = || match (record.started, group::stat(pid)) {
         (_, None) => false,
@@ -157,9 +163,9 @@ pub(super) fn find(token: Token, record: &Record) -> (i32, Found) {
         return (pid, Found::Running(pidfd));
     }
     // While the group has members, the kernel gives its number to no other process.
-    let left = group::members(pid)
-        .into_iter()
-        .any(|(member, stat)| !stat.ended && member != pid && has_token(member, token));
+    let members = groups.get_or_insert_with(group::all).get(&pid);
+    let left =
+        members.is_some_and(|members| members.iter().any(|&it| it != pid && has_token(it, token)));
     (pid, if left { Found::Group } else { Found::Nothing })
 }
 
