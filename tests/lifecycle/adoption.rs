@@ -3,6 +3,7 @@
 
 use std::collections::BTreeSet;
 use std::net::SocketAddr;
+use std::os::unix::fs::OpenOptionsExt;
 use std::path::Path;
 use std::time::Duration;
 
@@ -61,6 +62,12 @@ fn serving(address: SocketAddr, processes: u32, more: &str) -> String {
 
 fn pids(status: &Status) -> BTreeSet<i32> {
     pool(status, "web").workers.iter().map(|worker| worker.pid).collect()
+}
+
+fn scale(dispatcher: &Dispatcher, processes: u32) {
+    let mut command = std::process::Command::new(dispatcher_bin());
+    command.args(["scale", "web", &processes.to_string(), "--admin"]).arg(dispatcher.admin());
+    assert!(command.output().unwrap().status.success(), "{}", dispatcher.log());
 }
 
 fn counts(status: &Status) -> (u32, u32, u32, u32) {
@@ -150,6 +157,95 @@ fn sigusr1_leaves_the_processes_and_sigterm_ends_them() {
     assert!(dispatcher.process.wait().success(), "{}", dispatcher.log());
     assert_eq!(place.processes(), BTreeSet::new());
     assert!(!dispatcher.log().contains("event=processes_killed"), "{}", dispatcher.log());
+}
+
+#[test]
+fn a_second_signal_ends_the_wait_for_processes() {
+    let address = free_address();
+    let place = Place::new(&serving(address, 1, "stop_timeout = \"10m\""));
+    let mut dispatcher = Dispatcher::start_in(place.path());
+    dispatcher.wait_joined("web", 1);
+    let mut client = Client::connect(address).unwrap();
+    client.echo("before");
+    dispatcher.process.signal(Signal::SIGTERM);
+    wait_for_log(&dispatcher, "event=stopping signal=SIGTERM");
+    client.echo("in its own time");
+    dispatcher.process.signal(Signal::SIGTERM);
+    assert!(dispatcher.process.wait().success(), "{}", dispatcher.log());
+    assert_eq!(place.processes(), BTreeSet::new());
+    assert!(dispatcher.log().contains("event=processes_killed count=1"), "{}", dispatcher.log());
+}
+
+#[test]
+fn processes_that_were_surplus_for_a_while_are_adopted_as_active() {
+    let address = free_address();
+    // A worker that has ended its accepts for good cannot be resumed.
+    let stays = "environment = { TEST_WORKER = \"stays\" }";
+    let place = Place::new(&serving(address, 2, stays));
+    let mut dispatcher = Dispatcher::start_in(place.path());
+    dispatcher.wait_joined("web", 2);
+    // Their connections keep them from ending.
+    let mut clients: Vec<Client> = (0..4).map(|_| Client::connect(address).unwrap()).collect();
+    let before = place.processes();
+    for (processes, expected) in [(1, (1, 1, 0, 1)), (2, (2, 2, 0, 0))] {
+        scale(&dispatcher, processes);
+        dispatcher.wait_status("the new number", |status| counts(status) == expected);
+    }
+    dispatcher.process.kill();
+    drop(dispatcher);
+    let mut dispatcher = Dispatcher::start_in(place.path());
+    dispatcher.wait_status("both to join again", |status| {
+        assert_eq!(place.processes(), before, "{}", dispatcher.log());
+        counts(status) == (2, 2, 0, 0)
+    });
+    clients.iter_mut().for_each(|client| client.echo("still there"));
+    drop(clients);
+    dispatcher.stop();
+}
+
+#[test]
+fn a_process_that_was_leaving_keeps_its_connections() {
+    let address = free_address();
+    let place = Place::new(&serving(address, 1, "stop_timeout = \"500ms\""));
+    let mut dispatcher = Dispatcher::start_in(place.path());
+    dispatcher.wait_joined("web", 1);
+    let mut client = Client::connect(address).unwrap();
+    let mut command = std::process::Command::new(dispatcher_bin());
+    command.args(["restart", "web", "--admin"]).arg(dispatcher.admin());
+    assert!(command.output().unwrap().status.success(), "{}", dispatcher.log());
+    dispatcher.wait_status("a replacement", |status| counts(status) == (1, 1, 0, 1));
+    dispatcher.process.kill();
+    drop(dispatcher);
+    let mut dispatcher = Dispatcher::start_in(place.path());
+    let begin = std::time::Instant::now();
+    dispatcher.wait_status("more than stop_timeout", |status| {
+        client.echo("still there");
+        begin.elapsed() > Duration::from_secs(3) && counts(status) == (1, 1, 0, 1)
+    });
+    client.finish();
+    dispatcher.wait_status("its end", |status| counts(status) == (1, 1, 0, 0));
+    dispatcher.stop();
+}
+
+#[test]
+fn a_journal_that_is_in_use_delays_neither_starts_nor_answers() {
+    let address = free_address();
+    let place = Place::new(&serving(address, 4, ""));
+    let journal = std::fs::OpenOptions::new()
+        .create(true)
+        .append(true)
+        .mode(0o600)
+        .open(place.path().join("dispatch.sock.processes"))
+        .unwrap();
+    rustix::fs::flock(&journal, rustix::fs::FlockOperation::LockExclusive).unwrap();
+    let mut dispatcher = Dispatcher::start_in(place.path());
+    let begin = std::time::Instant::now();
+    dispatcher.wait_joined("web", 4);
+    // A wait for the lock before each start took 20 s.
+    assert!(begin.elapsed() < Duration::from_secs(15), "{:?}", begin.elapsed());
+    let log = dispatcher.log();
+    assert_eq!(log.matches("event=process_journal_not_opened").count(), 2, "{log}");
+    dispatcher.stop();
 }
 
 #[test]

@@ -500,7 +500,7 @@ fn stopping_ends_the_processes_first() {
     let Ok(Report::Spawned { pid, .. }) = admin.reports.recv_timeout(PATIENCE) else {
         panic!("it did not start");
     };
-    admin.stop(PATIENCE);
+    admin.stop(PATIENCE, PATIENCE, || false);
     let gone = nix::sys::signal::kill(nix::unistd::Pid::from_raw(pid), None);
     assert_eq!(gone, Err(nix::Error::ESRCH));
 }

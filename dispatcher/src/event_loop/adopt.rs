@@ -13,8 +13,9 @@ use crate::background::spawner::{Spawner, Survivor};
 use crate::config::{Config, MAX_PROCESSES, OnDispatcherLoss, Pool};
 use dispatcher_core::{Core, PoolId, PoolSettings, ProcessId, Time};
 
-/// The time from SIGTERM to SIGKILL for a process that had `stop_timeout` for its connections.
-const AFTER_DRAIN: Duration = Duration::from_secs(2);
+/// The time from SIGTERM to SIGKILL for a process that had `stop_timeout` for its connections, and
+/// for each process after a second signal.
+pub(super) const AFTER_DRAIN: Duration = Duration::from_secs(2);
 
 /// The journal of the processes of the dispatcher with this socket: beside the socket. `None` for a
 /// socket without a path.

@@ -142,6 +142,8 @@ struct Run {
     stop_deadline: Option<Time>,
     /// This stop leaves the processes of pools with `on_dispatcher_loss = "serve"`.
     leaves: bool,
+    /// A second signal has come: the processes have little time to end.
+    hurries: bool,
     /// The signal of a stop whose reason the service manager is being asked for.
     stop_asked: Option<i32>,
     /// The unit of systemd that this process is.
@@ -276,7 +278,9 @@ impl EventLoop {
             self.run.stop_asked = Some(signal);
             return;
         }
-        self.begin_stop(signal, false);
+        // A signal that only ends the wait of a restart does not make a stop of it.
+        let leaves = self.run.leaves && self.run.unit.is_some();
+        self.begin_stop(signal, leaves);
     }
 
     /// The service manager has said why it stops the dispatcher.
@@ -299,6 +303,7 @@ impl EventLoop {
             None => self.config.limits.stop_timeout,
             Some(_) => Duration::ZERO,
         };
+        self.run.hurries = self.run.stop_deadline.is_some();
         let name = match signal {
             libc::SIGINT => "SIGINT",
             libc::SIGQUIT => "SIGQUIT",

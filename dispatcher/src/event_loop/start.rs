@@ -154,6 +154,7 @@ impl EventLoop {
                 generation: 0,
                 stop_deadline: None,
                 leaves: false,
+                hurries: false,
                 stop_asked: None,
                 unit: Unit::own(),
                 descriptors: None,
@@ -215,7 +216,11 @@ impl EventLoop {
         }
         self.background.closers.finish(CLOSES_END);
         self.side.manager.finish();
-        self.side.stop(longest_end);
+        let mut hurries = self.run.hurries;
+        self.side.stop(longest_end, adopt::AFTER_DRAIN, || {
+            hurries |= self.signals.pending().any(|signal| signal != libc::SIGHUP);
+            hurries
+        });
         drop(self.endpoints.dispatch_path);
         self.background.cleaner.finish();
         log::info!(

@@ -39,6 +39,9 @@ pub(crate) const MAX_REQUESTS: usize = 16;
 /// Extra time for a stop after its timeout, for SIGKILL to take effect and be noticed.
 const PROCESSES_END: Duration = Duration::from_secs(3);
 
+/// How often a stop looks whether it is to hurry.
+const HURRY: Duration = Duration::from_millis(50);
+
 /// A request to the event loop. If it is dropped without an answer, the client gets a 503 response.
 #[derive(Debug)]
 pub enum Request {
@@ -141,20 +144,28 @@ impl SideThread {
     }
 
     /// Stops all processes (see [`Spawner::stop`]) and then the side thread. Waits for both, at
-    /// most a few seconds longer than `timeout`. Queued reports are dropped, and requests get a 503
-    /// response.
-    pub fn stop(self, timeout: Duration) {
+    /// most a few seconds longer than `timeout`; once `hurries` says true, no longer than that for
+    /// `hurried`. Queued reports are dropped, and requests get a 503 response.
+    pub fn stop(self, timeout: Duration, hurried: Duration, mut hurries: impl FnMut() -> bool) {
         self.spawner.stop(timeout);
-        let deadline = Instant::now() + timeout + PROCESSES_END;
+        let mut deadline = Instant::now() + timeout + PROCESSES_END;
+        let mut may_hurry = true;
         loop {
+            if may_hurry && hurries() {
+                may_hurry = false;
+                self.spawner.hurry(hurried);
+                deadline = deadline.min(Instant::now() + hurried + PROCESSES_END);
+            }
             let left = deadline.saturating_duration_since(Instant::now());
-            match self.reports.recv_timeout(left) {
+            let look = if may_hurry { left.min(HURRY) } else { left };
+            match self.reports.recv_timeout(look) {
                 Ok(Report::Stopped { killed: 0 }) => break,
                 Ok(Report::Stopped { killed }) => {
                     log::warn!("event=processes_killed count={killed} after={timeout:?}");
                     break;
                 }
                 Ok(_) => {}
+                Err(mpsc::RecvTimeoutError::Timeout) if look < left => {}
                 Err(_) => {
                     log::error!("event=processes_left_behind");
                     break;
