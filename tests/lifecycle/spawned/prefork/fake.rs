@@ -6,7 +6,7 @@ use std::mem::MaybeUninit;
 use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
 
 use dispatch_protocol::Token;
-use dispatch_protocol::wire::{Ended, Fork, Forked, NotForked, Prefork};
+use dispatch_protocol::wire::{self, Fork, Forked, NotForked, Prefork};
 use rustix::net::{
     AddressFamily, RecvAncillaryBuffer, RecvFlags, SendAncillaryBuffer, SendAncillaryMessage,
     SendFlags, SocketFlags, SocketType, recvmsg, sendmsg, socketpair, sockopt,
@@ -89,7 +89,7 @@ impl Parent {
 
     fn ended(&self, pid: i32) -> u32 {
         match self.answer() {
-            Some(Prefork::Ended(Ended { pid: of, status })) if of as i32 == pid => status,
+            Some(Prefork::Ended(wire::Ended { pid: of, status })) if of as i32 == pid => status,
             other => panic!("{other:?}"),
         }
     }
@@ -150,6 +150,7 @@ fn a_worker_runs_with_its_variables_and_without_the_channel() {
     let mut parent = Parent::start("");
     let gate = parent.order(3, &[("OWN", "a=b"), ("SAME", "c")]);
     let pid = parent.forked(3);
+    let _ends = Ended(vec![pid]);
     open(gate);
     wait_until("the application to run", || parent.log().contains("forked a=b c"));
     // The channel is not among its descriptors, and no pidfd.
