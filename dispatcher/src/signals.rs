@@ -26,6 +26,11 @@ const HANDLED: [i32; 6] =
 /// Signals that stop the dispatcher.
 const STOPPING: [i32; 4] = [libc::SIGTERM, libc::SIGINT, libc::SIGQUIT, libc::SIGUSR1];
 
+/// Whether a signal stops the dispatcher.
+pub fn stops(signal: i32) -> bool {
+    STOPPING.contains(&signal)
+}
+
 /// Signals that end a process by default and have no meaning here. The write that causes SIGXFSZ or
 /// SIGPIPE also fails, and that error is handled.
 const WITHOUT_EFFECT: [i32; 10] = [

@@ -218,7 +218,7 @@ impl EventLoop {
         self.side.manager.finish();
         let mut hurries = self.run.hurries;
         self.side.stop(longest_end, adopt::AFTER_DRAIN, || {
-            hurries |= self.signals.pending().any(|signal| signal != libc::SIGHUP);
+            hurries |= self.signals.pending().any(signals::stops);
             hurries
         });
         drop(self.endpoints.dispatch_path);
