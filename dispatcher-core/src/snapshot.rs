@@ -76,6 +76,8 @@ pub struct ProcessSnapshot {
     pub counts: ProcessCounts,
     /// Counters since the start of the dispatcher.
     pub totals: ProcessTotals,
+    /// Processes that another one is to replace.
+    pub outdated: u32,
     /// Whether starts have failed too often.
     pub crash_loop: bool,
     /// When a start that waits for a delay is due, from the last turn on.
@@ -315,6 +317,7 @@ impl Core {
         (some || totals != ProcessTotals::default()).then(|| ProcessSnapshot {
             counts: self.processes(PoolId(p as u16)),
             totals,
+            outdated: processes.outdated(),
             crash_loop: processes.is_crash_loop(),
             next_start_in: processes.next_start(pool.ticked).map(|at| at - pool.ticked),
         })

@@ -275,6 +275,49 @@ fn a_reload_names_outdated_processes_and_can_restart_them() {
 }
 
 #[test]
+fn restart_waits_for_the_new_processes_or_says_that_they_fail() {
+    let temp = tempfile::tempdir().unwrap();
+    let flag = temp.path().join("broken");
+    let script = format!(
+        "test -e {} && exit 9; exec {} blocking",
+        flag.display(),
+        example("test-worker").display()
+    );
+    let keys = "processes = 3\ncrash_loop_after = 2";
+    let dispatcher = Dispatcher::start(&spawning(&format!("[\"sh\", \"-c\", {script:?}]"), keys));
+    dispatcher.wait_joined("web", 3);
+    let before = pids(&dispatcher.status());
+    let (worked, text) = run(&dispatcher, &["restart", "web", "--wait"]);
+    assert!(worked, "{text}");
+    let now = dispatcher.wait_status("three", |status| processes(status).leaving == 0);
+    assert_eq!((processes(&now).active, processes(&now).outdated), (3, 0));
+    assert!(pids(&now).is_disjoint(&before));
+    // A version that crashes at start: the old processes serve on.
+    std::fs::write(&flag, "").unwrap();
+    let output = Command::new(dispatcher_bin())
+        .args(["restart", "web", "--wait", "--admin"])
+        .arg(dispatcher.admin())
+        .output()
+        .unwrap();
+    assert_eq!(output.status.code(), Some(75));
+    let text = String::from_utf8(output.stderr).unwrap();
+    assert!(text.contains("the new processes do not start: 3 of pool web"), "{text}");
+    let status = dispatcher.status();
+    assert_eq!((processes(&status).active, pids(&status)), (3, pids(&now)));
+    Client::connect(dispatcher.address("web")).unwrap().echo("served by an old one");
+    // Corrected, they are replaced.
+    std::fs::remove_file(&flag).unwrap();
+    assert!(run(&dispatcher, &["restart", "web", "--wait"]).0);
+    assert!(
+        pids(&dispatcher.status()).is_disjoint(&pids(&now)) || {
+            dispatcher
+                .wait_status("the last to end", |status| pids(status).is_disjoint(&pids(&now)));
+            true
+        }
+    );
+}
+
+#[test]
 fn pools_without_processes_cannot_be_restarted() {
     let dispatcher = Dispatcher::start(&one_pool(""));
     let (worked, text) = run(&dispatcher, &["restart", "web"]);

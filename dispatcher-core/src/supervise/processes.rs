@@ -369,6 +369,12 @@ impl Processes {
         (self.wanted == 0 || self.stopped) && self.ids().next().is_none()
     }
 
+    /// The number of processes that another one is to replace.
+    pub(crate) fn outdated(&self) -> u32 {
+        let processes = self.places.iter().take(self.wanted as usize).flat_map(Place::holders);
+        processes.filter(|process| process.replace.is_some()).count() as u32
+    }
+
     /// Whether a process is to run: it is started again when it ends.
     pub(crate) fn wants(&self, id: ProcessId) -> bool {
         id.place < self.wanted && self.find(id).is_some_and(Process::holds)

@@ -228,6 +228,9 @@ pub struct ProcessesStatus {
     pub starting: u32,
     /// Processes that get no more connections, and have not ended.
     pub leaving: u32,
+    /// Processes that get connections until another one has replaced them.
+    #[serde(default)]
+    pub outdated: u32,
     /// Restarts of processes that ended or failed to start.
     pub restarts: u64,
     /// Processes replaced because of their age, connections or memory, or by `restart`.
@@ -418,6 +421,9 @@ impl ProcessesStatus {
         if self.starting > 0 {
             parts.push(format!("{} starting", self.starting));
         }
+        if self.outdated > 0 {
+            parts.push(format!("{} to be replaced", self.outdated));
+        }
         if self.leaving > 0 {
             parts.push(format!("{} leaving", self.leaving));
         }
@@ -436,6 +442,7 @@ impl From<&ProcessSnapshot> for ProcessesStatus {
             active: core.counts.active,
             starting: core.counts.starting,
             leaving: core.counts.leaving,
+            outdated: core.outdated,
             restarts: core.totals.restarts,
             replaced: core.totals.replaced,
             ended_late: core.totals.ended_late,

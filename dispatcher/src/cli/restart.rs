@@ -1,27 +1,40 @@
 //! `dispatcher restart`: replaces the processes of a pool, or of one worker.
 
+use std::time::Duration;
+
 use clap::Args;
 use clap_complete::engine::ArgValueCandidates;
 
 use super::admin::AdminEndpoint;
 use super::table::{clean, count};
-use super::{AdminArgs, Failure, admin, complete, print, print_json};
+use super::{AdminArgs, Failure, admin, complete, print, print_json, wait};
 use crate::api::action::{Action, PoolRestarted};
 
 pub(super) const EXAMPLES: &str = "\
 Examples:
   dispatcher restart web          replace every process of pool web, max_surge at a time
   dispatcher restart web/web-1    replace the process of this worker
+  dispatcher restart web --wait   return when all are replaced; exit code 75 if new ones do not start
 
 A new process starts first. Once its worker has joined, the old worker is drained: it gets no new
 connections, and its process ends with the last one (see drain_timeout). A crash loop of the pool
 ends: its processes are started at once.";
+
+/// The default of `--timeout`.
+const TIMEOUT: Duration = Duration::from_secs(3600);
 
 #[derive(Debug, Args)]
 pub(super) struct RestartArgs {
     /// The pool, or a worker: its id, or POOL/NAME.
     #[arg(value_name = "POOL|WORKER", add = ArgValueCandidates::new(complete::pools_and_workers))]
     target: String,
+    /// Wait until all of them are replaced: the new processes get connections, and the old ones get
+    /// no more.
+    #[arg(long)]
+    wait: bool,
+    /// Stop waiting after this long, with exit code 75 [default: 1h]
+    #[arg(long, value_name = "DURATION", requires = "wait", value_parser = humantime::parse_duration)]
+    timeout: Option<Duration>,
     /// Print the answer as JSON.
     #[arg(long)]
     pub(super) json: bool,
@@ -37,10 +50,15 @@ pub(super) fn restart(arguments: &RestartArgs) -> Result<(), Failure> {
     let endpoint = admin::find(&arguments.admin)?;
     let path = format!("/v1/{kind}/{}", admin::segment(target));
     let answer: PoolRestarted = admin::post(&endpoint, &path, &Action::Restart {})?;
-    if arguments.json {
-        return print_json(&answer);
+    match arguments.json {
+        true => print_json(&answer)?,
+        false => print(&summary(&answer))?,
     }
-    print(&summary(&answer))
+    if arguments.wait {
+        let timeout = arguments.timeout.unwrap_or(TIMEOUT);
+        wait::until_replaced(&endpoint, &answer, timeout)?;
+    }
+    Ok(())
 }
 
 /// Replaces the processes of a pool.

@@ -26,6 +26,7 @@ impl Snapshot {
                     ("active", it.active),
                     ("starting", it.starting),
                     ("leaving", it.leaving),
+                    ("outdated", it.outdated),
                 ]
                 .map(|(state, count)| {
                     (Labels::new([("pool", name), ("state", state)]), u64::from(count))

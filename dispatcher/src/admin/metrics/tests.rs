@@ -123,6 +123,7 @@ fn each_status_field_has_its_own_metric() {
             active: 72,
             starting: 73,
             leaving: 74,
+            outdated: 78,
             restarts: 52,
             replaced: 75,
             ended_late: 76,
@@ -252,6 +253,7 @@ processes{pool="p",state="wanted"} 71
 processes{pool="p",state="active"} 72
 processes{pool="p",state="starting"} 73
 processes{pool="p",state="leaving"} 74
+processes{pool="p",state="outdated"} 78
 process_restarts_total{pool="p"} 52
 processes_replaced_total{pool="p"} 75
 processes_stopped_total{pool="p",reason="late"} 76
