@@ -38,7 +38,6 @@ mod scan;
 mod start;
 mod status;
 mod time;
-mod timer;
 mod token;
 mod wakeup;
 mod worker_io;
@@ -228,8 +227,8 @@ impl EventLoop {
             Source::Dispatch | Source::Pending(_) | Source::Control(_) | Source::Process(_) => {}
             // The scan has already read the worker's scoreboard.
             Source::Doorbell(key) => self.rang(key),
-            // The timer only ends the sleep; `handle_all` handles held connections.
-            Source::Timer | Source::Queued(_) => {}
+            // `handle_all` handles these.
+            Source::Queued(_) => {}
         }
     }
 

@@ -121,7 +121,7 @@ impl EventLoop {
                 .map_err(RunError::system("handshake thread"))?;
         let cleaner = Cleaner::start().map_err(RunError::system("cleaner thread"))?;
         let connections = Connections::new().map_err(RunError::system("socket pair"))?;
-        let wakeup = Wakeup::new(poll).map_err(RunError::system("timerfd"))?;
+        let wakeup = Wakeup::new(poll);
         let now = clock();
         let mut core = Core::new(pool_settings, settings, now);
         core.set_resource_pause(config.limits.resource_pause);

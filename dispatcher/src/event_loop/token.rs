@@ -27,8 +27,6 @@ pub(super) enum Source {
     Queued(Key),
     /// A worker took or closed a connection; the scan at the beginning of the turn sees it.
     Doorbell(Key),
-    /// The timer went off; every turn reads the clock anyway.
-    Timer,
 }
 
 /// Index and serial number of an object.
@@ -81,7 +79,6 @@ impl Source {
             Source::Control(key) => (6, key.index, key.serial),
             Source::Process(key) => (7, key.index, key.serial),
             Source::Queued(key) => (8, key.index, key.serial),
-            Source::Timer => (9, 0, 0),
         };
         let bits = kind << (SERIAL_BITS + INDEX_BITS)
             | (u64::from(index) & INDEX_MASK) << SERIAL_BITS
@@ -104,7 +101,6 @@ impl Source {
             6 => Source::Control(key),
             7 => Source::Process(key),
             8 => Source::Queued(key),
-            9 => Source::Timer,
             _ => return None,
         })
     }
@@ -127,7 +123,6 @@ mod tests {
             Source::Control(Key { index: 3, serial: 9 }),
             Source::Process(key),
             Source::Queued(key),
-            Source::Timer,
         ] {
             assert_eq!(Source::of(source.token()), Some(source));
         }

@@ -1,4 +1,4 @@
-//! Sleeping and waking: the poll, the timer that ends a sleep, and the ways to avoid a sleep.
+//! Sleeping and waking: the poll, and the ways to avoid a sleep.
 
 use std::io;
 use std::time::Duration;
@@ -6,8 +6,6 @@ use std::time::Duration;
 use mio::{Events, Poll, Registry};
 
 use super::time::clock;
-use super::timer::Timer;
-use super::token::Source;
 use super::yield_backoff::YieldBackoff;
 use crate::listen::error::RunError;
 
@@ -35,7 +33,6 @@ enum PollOutcome {
 #[derive(Debug)]
 pub(super) struct Wakeup {
     poll: Poll,
-    timer: Timer,
     yield_backoff: YieldBackoff,
     /// An event has just happened, so more events are likely soon: see [`WAKEUP_GRACE`].
     pub(super) in_grace: bool,
@@ -46,16 +43,14 @@ pub(super) struct Wakeup {
 }
 
 impl Wakeup {
-    pub(super) fn new(poll: Poll) -> io::Result<Wakeup> {
-        let timer = Timer::new(poll.registry())?;
-        Ok(Wakeup {
+    pub(super) fn new(poll: Poll) -> Wakeup {
+        Wakeup {
             poll,
-            timer,
             yield_backoff: YieldBackoff::default(),
             in_grace: false,
             slept_long: false,
             side_ready: false,
-        })
+        }
     }
 
     pub(super) fn registry(&self) -> &Registry {
@@ -74,7 +69,7 @@ impl Wakeup {
         if let PollOutcome::Sleep(timeout) = self.poll_again(events, timeout, busy_poll)? {
             self.sleep(events, timeout)?;
         }
-        self.in_grace = events.iter().any(|event| Source::of(event.token()) != Some(Source::Timer));
+        self.in_grace = !events.is_empty();
         Ok(())
     }
 
@@ -83,8 +78,7 @@ impl Wakeup {
             return self.poll_events(events, timeout);
         }
         let began = clock();
-        let unset = timeout.filter(|&timeout| self.timer.set(began, began + timeout).is_err());
-        self.poll_events(events, unset)?;
+        self.poll_events(events, timeout)?;
         self.slept_long = clock() - began >= BATCHING_THRESHOLD;
         Ok(())
     }
@@ -146,5 +140,24 @@ impl Wakeup {
                 return Ok(PollOutcome::Sleep(left));
             }
         }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use std::time::Instant;
+
+    use super::*;
+
+    #[test]
+    fn a_wait_without_an_event_ends_at_its_timeout() {
+        let mut wakeup = Wakeup::new(Poll::new().unwrap());
+        let mut events = Events::with_capacity(4);
+        wakeup.in_grace = true;
+        let timeout = Duration::from_micros(2_500);
+        let began = Instant::now();
+        wakeup.wait(&mut events, Some(timeout), Duration::ZERO).unwrap();
+        assert!(began.elapsed() >= timeout);
+        assert!(events.is_empty() && !wakeup.in_grace);
     }
 }
