@@ -90,9 +90,6 @@ impl EventLoop {
                         },
                     );
                     self.peek(conn, false);
-                    if std::mem::take(&mut self.wakeup.slept_long) {
-                        self.perform();
-                    }
                 }
                 Attempt::Again => {}
                 Attempt::Empty => {

@@ -232,7 +232,6 @@ fn a_client_that_cannot_be_passed_is_dropped_alone() {
     while event_loop.core.totals().accepted < 5 {
         assert!(Instant::now() < end, "they are accepted");
         // All of them in one record.
-        event_loop.wakeup.slept_long = false;
         event_loop.listeners.sockets[0].edge();
         event_loop.accept_from(0);
     }

@@ -16,11 +16,6 @@ use crate::listen::error::RunError;
 /// the connection down itself, so no client waits for the end of the grace period.
 pub(super) const WAKEUP_GRACE: Duration = Duration::from_millis(2);
 
-/// Batching threshold: after a sleep this long, the first client is sent to its worker at once.
-/// After a shorter sleep more clients are likely to be waiting, and one record for all of a
-/// worker's connections is cheaper.
-const BATCHING_THRESHOLD: Duration = Duration::from_micros(200);
-
 /// The result of a poll that does not sleep.
 enum PollOutcome {
     /// Events to handle now.
@@ -36,21 +31,13 @@ pub(super) struct Wakeup {
     yield_backoff: YieldBackoff,
     /// An event has just happened, so more events are likely soon: see [`WAKEUP_GRACE`].
     pub(super) in_grace: bool,
-    /// The last sleep was longer than [`BATCHING_THRESHOLD`].
-    pub(super) slept_long: bool,
     /// The side thread's queues may hold more than one turn takes.
     pub(super) side_ready: bool,
 }
 
 impl Wakeup {
     pub(super) fn new(poll: Poll) -> Wakeup {
-        Wakeup {
-            poll,
-            yield_backoff: YieldBackoff::default(),
-            in_grace: false,
-            slept_long: false,
-            side_ready: false,
-        }
+        Wakeup { poll, yield_backoff: YieldBackoff::default(), in_grace: false, side_ready: false }
     }
 
     pub(super) fn registry(&self) -> &Registry {
@@ -65,21 +52,10 @@ impl Wakeup {
         timeout: Option<Duration>,
         busy_poll: Duration,
     ) -> Result<(), RunError> {
-        self.slept_long = false;
         if let PollOutcome::Sleep(timeout) = self.poll_again(events, timeout, busy_poll)? {
-            self.sleep(events, timeout)?;
+            self.poll_events(events, timeout)?;
         }
         self.in_grace = !events.is_empty();
-        Ok(())
-    }
-
-    fn sleep(&mut self, events: &mut Events, timeout: Option<Duration>) -> Result<(), RunError> {
-        if timeout == Some(Duration::ZERO) {
-            return self.poll_events(events, timeout);
-        }
-        let began = clock();
-        self.poll_events(events, timeout)?;
-        self.slept_long = clock() - began >= BATCHING_THRESHOLD;
         Ok(())
     }
 
