@@ -75,6 +75,44 @@ fn a_crash_loop_is_visible_and_ends_with_a_restart() {
 }
 
 #[test]
+fn a_reload_that_changes_the_command_ends_a_crash_loop() {
+    let keys = "processes = 2\ncrash_loop_after = 2\nmax_restart_delay = \"1h\"";
+    let dispatcher = Dispatcher::start(&spawning("[\"false\"]", keys));
+    dispatcher.wait_status("a crash loop", |status| processes(status).crash_loop);
+    write_config(&dispatcher.dir, &worker(keys));
+    assert!(run(&dispatcher, &["reload"]).0);
+    let status = dispatcher.wait_status("both to serve", |status| processes(status).active == 2);
+    assert!(!processes(&status).crash_loop);
+}
+
+#[test]
+fn a_process_that_has_served_enough_is_replaced() {
+    let keys = "max_connections_served = 20\njitter = \"50%\"";
+    let dispatcher = Dispatcher::start(&worker(keys));
+    let address = dispatcher.address("web");
+    dispatcher.wait_joined("web", 1);
+    let mut served = std::collections::BTreeMap::<i32, u32>::new();
+    let mut held = Client::connect(address).unwrap();
+    *served.entry(held.pid).or_default() += 1;
+    while served.len() < 3 {
+        let client = Client::connect(address).unwrap();
+        *served.entry(client.pid).or_default() += 1;
+        client.finish();
+        // The replaced process keeps its connection, and with it the room for the next one.
+        if served.len() == 2 && held.pid != 0 {
+            held.echo("it goes on");
+            held.stream.get_ref().shutdown(std::net::Shutdown::Both).unwrap();
+            held.pid = 0;
+        }
+    }
+    // At the latest at 20, and some more until the next process serves.
+    let status = dispatcher.status();
+    assert!(processes(&status).replaced >= 1, "{served:?}");
+    assert_eq!(processes(&status).restarts, 0);
+    assert!(served.values().all(|&count| count >= 10 || count < 3), "{served:?}");
+}
+
+#[test]
 fn a_process_that_never_joins_is_ended_and_counted() {
     // It ignores SIGTERM, too.
     let command = "[\"env\", \"--ignore-signal=TERM\", \"sleep\", \"1000\"]";
