@@ -3,15 +3,19 @@
 
 use std::collections::HashMap;
 use std::path::{Path, PathBuf};
-use std::time::Duration;
+use std::time::{Duration, Instant};
 
 use dispatch_protocol::wire::Token;
 
 use super::{EventLoop, PoolResources};
 use crate::background::logger::quoted;
-use crate::background::spawner::{Spawner, Survivor};
+use crate::background::service_manager::unit::StopKind;
+use crate::background::spawner::{Report, Spawner, Survivor};
 use crate::config::{Config, MAX_PROCESSES, OnDispatcherLoss, Pool};
 use dispatcher_core::{Core, PoolId, PoolSettings, ProcessId, Time};
+
+/// How long the service manager may take to say once more why it stops the dispatcher.
+const CONFIRM: Duration = Duration::from_millis(2_500);
 
 /// The time from SIGTERM to SIGKILL for a process that had `stop_timeout` for its connections, and
 /// for each process after a second signal.
@@ -143,6 +147,27 @@ impl EventLoop {
         timeouts.max().unwrap_or(self.config.limits.stop_timeout) + AFTER_DRAIN
     }
 
+    /// The end of the dispatcher: asks once more whether it is restarted, if it would leave
+    /// processes. An operator may have stopped the unit since.
+    pub(super) fn confirm_leaving(&mut self) {
+        let Some(unit) = self.run.unit.clone().filter(|_| self.run.leaves) else { return };
+        self.side.spawner.ask_stop_kind(unit);
+        let end = Instant::now() + CONFIRM;
+        loop {
+            let left = end.saturating_duration_since(Instant::now());
+            match self.side.reports.recv_timeout(left) {
+                Ok(Report::StopKind(kind)) => {
+                    self.run.leaves = kind != StopKind::Stop;
+                    self.run.recalled = !self.run.leaves;
+                    return;
+                }
+                // The ends of processes do not matter any more.
+                Ok(_) => {}
+                Err(_) => return,
+            }
+        }
+    }
+
     /// The end of the dispatcher: ends every process that is not ending yet, or leaves it.
     pub(super) fn end_processes(&mut self) {
         for pool in (0..self.pools.len() as u16).map(PoolId) {
@@ -158,7 +183,8 @@ impl EventLoop {
             let processes: Vec<ProcessId> =
                 self.core.process_ids(pool).map(|(process, _)| process).collect();
             for process in processes {
-                let has_connections = self.core.has_connections(process);
+                // A worker that was released to join the next dispatcher may have connections.
+                let has_connections = self.core.has_connections(process) || self.run.recalled;
                 self.end_process(process, has_connections);
             }
         }

@@ -141,6 +141,8 @@ struct Run {
     stop_deadline: Option<Time>,
     /// This stop leaves the processes of pools with `on_dispatcher_loss = "serve"`.
     leaves: bool,
+    /// The stop was to leave them, and then the unit was stopped for good.
+    recalled: bool,
     /// A second signal has come: the processes have little time to end.
     hurries: bool,
     /// The signal of a stop whose reason the service manager is being asked for.

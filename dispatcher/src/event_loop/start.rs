@@ -154,6 +154,7 @@ impl EventLoop {
                 generation: 0,
                 stop_deadline: None,
                 leaves: false,
+                recalled: false,
                 hurries: false,
                 stop_asked: None,
                 unit: Unit::own(),
@@ -189,6 +190,7 @@ impl EventLoop {
     /// the end before it looks for another dispatcher; then the processes of the dispatcher; then
     /// the sockets.
     pub(super) fn finish(mut self) {
+        self.confirm_leaving();
         let totals = self.core.totals();
         for place in &mut self.workers.table {
             if let Some(io) = place.as_mut() {

@@ -116,6 +116,26 @@ fn a_restart_in_the_unit_with_workers_ends_no_worker() {
     assert!(!before.iter().any(|&pid| lives(&machine, pid)));
 }
 
+#[test]
+fn a_stop_during_a_restart_ends_the_workers() {
+    // Workers that take nothing keep the restart waiting for stop_timeout.
+    let never = "environment = { TEST_WORKER = \"never-take\" }\n";
+    let config = format!("stop_timeout = \"3s\"\n{}{never}", spawning("serve"));
+    let Some(machine) = machine_with(WORKERS, &config) else { return };
+    machine.order(&["start", WORKERS]);
+    let before = pids(&machine);
+    let waiting: Vec<TcpStream> = (0..4).map(|_| connect(machine.address)).collect();
+    wait_until("connections in flight", || {
+        machine.status().is_some_and(|status| status.in_flight > 0)
+    });
+    machine.order(&["restart", "--no-block", WORKERS]);
+    wait_until("the stop to begin", || machine.log().contains("leaves_processes=true"));
+    machine.order(&["stop", "--no-block", SOCKETS[0], SOCKETS[1], WORKERS]);
+    wait_until("the end of the unit", || machine.state(WORKERS) == "inactive");
+    drop(waiting);
+    assert!(!before.iter().any(|&pid| lives(&machine, pid)), "{}", machine.log());
+}
+
 /// As the head of the unit says.
 #[test]
 fn what_a_crash_has_left_can_be_ended() {
