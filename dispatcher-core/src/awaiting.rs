@@ -89,6 +89,11 @@ impl Core {
         self.put(now, pool, conn, false);
     }
 
+    /// The indices of a pool's awaited connections.
+    pub(super) fn awaited<'a>(&'a self, pool: &'a Pool) -> impl Iterator<Item = u32> + 'a {
+        self.ledger.walk_queue(&pool.awaiting.queue)
+    }
+
     /// Removes a connection from the queue; the caller gives it another place at once.
     pub(super) fn end_await(&mut self, pool: usize, conn: u32) {
         self.ledger.end_await(&mut self.pools[pool].awaiting.queue, conn);

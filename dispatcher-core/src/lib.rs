@@ -351,6 +351,11 @@ impl Core {
     /// The client of a queued or awaited connection is gone: the event loop saw a reset. Ignored
     /// for a connection in flight.
     pub fn client_gone(&mut self, now: Time, conn: ConnId) {
+        self.withdraw(now, conn, CloseReason::ClientGone);
+    }
+
+    /// Closes a queued or awaited connection; ignores any other.
+    fn withdraw(&mut self, now: Time, conn: ConnId, reason: CloseReason) {
         let Some(entry) = self.ledger.find(conn) else {
             return;
         };
@@ -360,7 +365,7 @@ impl Core {
             Place::Awaiting => self.end_await(pool, conn.index),
             Place::Free | Place::InFlight(_) | Place::Leaving => return,
         }
-        self.close(conn.index, CloseReason::ClientGone);
+        self.close(conn.index, reason);
         self.after(now, pool);
     }
 

@@ -40,6 +40,19 @@ impl Core {
         self.stop.is_some_and(|stop| stop.over || self.totals.queued + self.totals.in_flight == 0)
     }
 
+    /// Every connection that no worker has: those in queues, and those whose first bytes are
+    /// awaited.
+    pub fn waiting(&self) -> impl Iterator<Item = ConnId> + '_ {
+        let awaited = self.pools.iter().flat_map(|pool| self.awaited(pool));
+        self.queued().chain(awaited.map(|index| self.ledger.id(index)))
+    }
+
+    /// Another dispatcher serves this queued or awaited connection from now on. Ignored for a
+    /// connection in flight.
+    pub fn handed_over(&mut self, now: Time, conn: ConnId) {
+        self.withdraw(now, conn, CloseReason::HandedOver);
+    }
+
     /// Ends the stop at its deadline; before that, releases each pool that has nothing left to do.
     pub(super) fn tick_stop(&mut self, now: Time) {
         let Some(stop) = &mut self.stop else { return };

@@ -381,11 +381,13 @@ pub enum CloseReason {
     /// It cannot be passed to any worker, because of descriptors in the queue of the client's
     /// socket.
     Unsendable,
+    /// Another dispatcher has taken it over, and serves it.
+    HandedOver,
 }
 
 impl CloseReason {
     /// Every reason, in the order of the status.
-    pub const ALL: [CloseReason; 7] = [
+    pub const ALL: [CloseReason; 8] = [
         CloseReason::NoWorker,
         CloseReason::ClientGone,
         CloseReason::Shutdown,
@@ -393,6 +395,7 @@ impl CloseReason {
         CloseReason::RateLimited,
         CloseReason::TooManyQueued,
         CloseReason::Unsendable,
+        CloseReason::HandedOver,
     ];
 
     /// The name in the status and in logs.
@@ -405,6 +408,7 @@ impl CloseReason {
             CloseReason::RateLimited => "rate_limited",
             CloseReason::TooManyQueued => "too_many_queued",
             CloseReason::Unsendable => "unsendable",
+            CloseReason::HandedOver => "handed_over",
         }
     }
 }

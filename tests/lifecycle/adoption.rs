@@ -14,19 +14,19 @@ use tempfile::TempDir;
 use test_support::*;
 
 /// A directory whose processes are killed at the end of the test.
-struct Place(TempDir);
+pub(super) struct Place(TempDir);
 
 impl Place {
-    fn new(body: &str) -> Place {
+    pub(super) fn new(body: &str) -> Place {
         Place(configure(body))
     }
 
-    fn path(&self) -> &Path {
+    pub(super) fn path(&self) -> &Path {
         self.0.path()
     }
 
     /// The processes that were started with the socket of this directory in their environment.
-    fn processes(&self) -> BTreeSet<i32> {
+    pub(super) fn processes(&self) -> BTreeSet<i32> {
         let socket = format!("DISPATCH_SOCKET={}", self.path().join("dispatch.sock").display());
         let has = |pid: &i32| {
             let environment = std::fs::read(format!("/proc/{pid}/environ")).unwrap_or_default();
@@ -47,11 +47,11 @@ impl Drop for Place {
 }
 
 /// A fixed address, so that clients find the next dispatcher.
-fn free_address() -> SocketAddr {
+pub(super) fn free_address() -> SocketAddr {
     std::net::TcpListener::bind("127.0.0.1:0").unwrap().local_addr().unwrap()
 }
 
-fn serving(address: SocketAddr, processes: u32, more: &str) -> String {
+pub(super) fn serving(address: SocketAddr, processes: u32, more: &str) -> String {
     let listener =
         format!("[[listener]]\nname = \"web\"\naddress = \"{address}\"\npool = \"web\"\n");
     let command = format!("command = [{:?}, \"blocking\"]", example("test-worker"));
@@ -60,7 +60,7 @@ fn serving(address: SocketAddr, processes: u32, more: &str) -> String {
     format!("{listener}[pool.web]\nwait_for_worker = \"60s\"\n[pool.web.spawn]\n{spawn}\n")
 }
 
-fn pids(status: &Status) -> BTreeSet<i32> {
+pub(super) fn pids(status: &Status) -> BTreeSet<i32> {
     pool(status, "web").workers.iter().map(|worker| worker.pid).collect()
 }
 
@@ -70,7 +70,7 @@ fn scale(dispatcher: &Dispatcher, processes: u32) {
     assert!(command.output().unwrap().status.success(), "{}", dispatcher.log());
 }
 
-fn counts(status: &Status) -> (u32, u32, u32, u32) {
+pub(super) fn counts(status: &Status) -> (u32, u32, u32, u32) {
     let processes = pool(status, "web").processes.as_ref().expect("it starts processes");
     (processes.wanted, processes.active, processes.starting, processes.leaving)
 }

@@ -14,3 +14,4 @@ mod slow_workers;
 mod spawned;
 mod supervision;
 mod surroundings;
+mod take_over;

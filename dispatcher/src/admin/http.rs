@@ -68,9 +68,14 @@ const MAX_HEAD: usize = 16 * 1024;
 const REST: Duration = Duration::from_millis(100);
 
 /// Serves for as long as it is polled.
-pub(super) async fn serve(listener: Arc<AdminSocket>, app: App, limits: ClientLimits) {
+pub(super) async fn serve(
+    listener: Arc<AdminSocket>,
+    app: App,
+    limits: ClientLimits,
+    gate: watch::Receiver<bool>,
+) {
     let routes = routes::all(app).layer(middleware::from_fn(access_check::no_web_pages));
-    accept_all(listener, routes, limits).await;
+    accept_all(listener, routes, limits, gate).await;
 }
 
 /// The same over TCP, read-only. TCP has a connection limit of its own, so TCP clients cannot block
@@ -80,10 +85,11 @@ pub(super) async fn serve_tcp(
     app: App,
     limits: ClientLimits,
     hosts: Hosts,
+    gate: watch::Receiver<bool>,
 ) {
     let check = middleware::from_fn_with_state(hosts, access_check::read_only);
     let routes = routes::all(app).layer(check);
-    accept_all(listener, routes, limits).await;
+    accept_all(listener, routes, limits, gate).await;
 }
 
 /// The common part of both kinds of listener.
@@ -140,7 +146,35 @@ impl Accept for AdminSocket {
     }
 }
 
-async fn accept_all(listener: Arc<impl Accept>, routes: Router, limits: ClientLimits) {
+/// The next connection that comes while `gate` is true. Until then connections wait in the socket's
+/// queue, where another dispatcher may accept them.
+async fn next<A: Accept>(
+    listener: &A,
+    gate: &mut watch::Receiver<bool>,
+) -> io::Result<(A::Stream, ClientId)> {
+    loop {
+        if gate.wait_for(|open| *open).await.is_err() {
+            // The event loop has ended, and the end of this thread follows.
+            std::future::pending::<()>().await;
+        }
+        let mut changes = gate.clone();
+        let closed = async move { changes.wait_for(|open| !*open).await.is_ok() };
+        tokio::select! {
+            biased;
+            closed = closed => if !closed {
+                return listener.next().await;
+            },
+            accepted = listener.next() => return accepted,
+        }
+    }
+}
+
+async fn accept_all(
+    listener: Arc<impl Accept>,
+    routes: Router,
+    limits: ClientLimits,
+    mut gate: watch::Receiver<bool>,
+) {
     // The outermost layer sees every answer.
     let routes = routes.layer(middleware::from_fn(routes::all_as_json));
     let slots = Arc::new(Semaphore::new(MAX_CONNECTIONS));
@@ -148,7 +182,7 @@ async fn accept_all(listener: Arc<impl Accept>, routes: Router, limits: ClientLi
     let mut pace = AcceptPace::new();
     while let Ok(slot) = Arc::clone(&slots).acquire_owned().await {
         pace.pace().await;
-        match listener.next().await {
+        match next(&*listener, &mut gate).await {
             Ok((stream, id)) => match limits.connect(id) {
                 Some(client) => {
                     tokio::spawn(connection(stream, routes.clone(), client, SERVED, slot));

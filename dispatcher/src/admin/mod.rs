@@ -55,8 +55,9 @@ async fn check_files(files: SocketFiles, file_thread: FileThread) {
 /// Longest wait for the side thread to finish.
 const THREAD_END: Duration = Duration::from_secs(1);
 
-/// Starts the side thread, which serves HTTP on `listener`, and read-only HTTP on `tcp`. It calls
-/// `wake` when `requests` or `reports` has a new entry.
+/// Starts the side thread, which serves HTTP on `listener`, and read-only HTTP on `tcp`; with `held`
+/// only from the moment when `accepting` becomes true. It calls `wake` when `requests` or `reports`
+/// has a new entry.
 ///
 /// # Errors
 /// If the system cannot create a thread or an epoll instance.
@@ -64,6 +65,7 @@ pub fn start(
     listener: UnixListener,
     tcp: Option<TcpListener>,
     wake: Wake,
+    held: bool,
 ) -> io::Result<SideThread> {
     let runtime = tokio::runtime::Builder::new_current_thread().enable_all().build()?;
     listener.set_nonblocking(true)?;
@@ -90,6 +92,7 @@ pub fn start(
         .map(|interval| (interval, manager.clone(), Arc::clone(&mailbox)));
     let (place, socket) = watch::channel(Arc::new(listener));
     let (running, configured) = watch::channel(None);
+    let (accepting, gate) = watch::channel(!held);
     let reloader = reload::Reloader::new(
         Arc::clone(&mailbox),
         manager.clone(),
@@ -134,13 +137,15 @@ pub fn start(
             }));
             if let Some(tcp) = tcp {
                 let (tcp, app, limits) = (Arc::new(tcp), app.clone(), limits.clone());
+                let gate = gate.clone();
                 tokio::spawn(restart::task("admin_http", move || {
-                    http::serve_tcp(Arc::clone(&tcp), app.clone(), limits.clone(), named.clone())
+                    let (tcp, gate) = (Arc::clone(&tcp), gate.clone());
+                    http::serve_tcp(tcp, app.clone(), limits.clone(), named.clone(), gate)
                 }));
             }
             let socket = Arc::new(AdminSocket::new(socket));
             tokio::spawn(restart::task("admin_socket", move || {
-                http::serve(Arc::clone(&socket), app.clone(), limits.clone())
+                http::serve(Arc::clone(&socket), app.clone(), limits.clone(), gate.clone())
             }));
             tokio::spawn(restart::task("socket_files", move || {
                 check_files(watched.clone(), file_thread.clone())
@@ -163,6 +168,7 @@ pub fn start(
         admin_rate,
         reload,
         running,
+        accepting,
         hosts,
         files,
         manager,

@@ -157,6 +157,8 @@ enum Order {
     AskStopKind(Unit),
     /// The next forked process of the pool comes from a new parent.
     Renew(PoolId),
+    /// The next dispatcher needs the journal.
+    GiveUpJournal,
 }
 
 /// The processes to end, and how long each may take before SIGKILL.
@@ -285,6 +287,12 @@ impl Spawner {
         let _ = self.orders.send(Order::Renew(pool));
     }
 
+    /// Closes the journal, for another dispatcher that already runs. No process that would outlive
+    /// this dispatcher is started any more.
+    pub fn give_up_journal(&self) {
+        let _ = self.orders.send(Order::GiveUpJournal);
+    }
+
     /// Ends one process. If it has not ended by itself after `wait`, its process group gets
     /// SIGTERM, and SIGKILL after a further `timeout`. `Exited` follows.
     pub fn stop_process(&self, process: ProcessId, wait: Duration, timeout: Duration) {
@@ -376,6 +384,8 @@ struct BookState {
     /// The log was told that there is no journal.
     reported: bool,
     tokens: HashMap<ProcessId, Token>,
+    /// Another dispatcher has the journal.
+    given_up: bool,
 }
 
 impl Book {
@@ -405,7 +415,15 @@ impl Book {
     }
 }
 
+/// Why a process that would outlive this dispatcher is not started.
+const GIVEN_UP: &str = "another dispatcher has taken over";
+
 impl BookState {
+    /// Whether this process must not be started, because the next dispatcher would not know it.
+    fn refuses(&self, request: &SpawnRequest) -> bool {
+        self.given_up && request.on_dispatcher_loss == OnDispatcherLoss::Serve
+    }
+
     /// The journal, which is made now if there is none. Does not wait for its lock: the side thread
     /// has other work.
     fn journal(&mut self) -> Option<&mut Journal> {
@@ -549,6 +567,11 @@ impl Service {
                 });
             }
             Order::Renew(pool) => self.parents.renew(pool),
+            Order::GiveUpJournal => self.common.book.with(|book| {
+                book.given_up = true;
+                book.path = None;
+                book.journal = None;
+            }),
         }
     }
 }

@@ -75,8 +75,9 @@ struct Cli {
 #[derive(Debug, Subcommand)]
 enum Command {
     /// Run the dispatcher until SIGTERM or SIGINT; SIGHUP reloads the configuration.
-    #[command(after_help = "Example:\n  dispatcher run --config ./dispatcher.toml")]
-    Run(FileArgs),
+    #[command(after_help = "Examples:\n  dispatcher run --config ./dispatcher.toml\n  \
+                      dispatcher run --config ./dispatcher.toml --take-over")]
+    Run(RunArgs),
     /// Check a configuration: exit code 0 if it is valid, 78 with the position of every mistake if
     /// not.
     #[command(
@@ -145,10 +146,13 @@ enum Command {
 }
 
 #[derive(Debug, Args)]
-struct FileArgs {
+struct RunArgs {
     /// The configuration.
     #[arg(long, value_name = "FILE", default_value = crate::config::DEFAULT_FILE)]
     config: PathBuf,
+    /// Take the listeners and the waiting connections of the running dispatcher over; it ends then
+    #[arg(long)]
+    take_over: bool,
 }
 
 #[derive(Debug, Args)]
@@ -278,7 +282,7 @@ fn execute(arguments: impl IntoIterator<Item = OsString>) -> Exit {
         }
     };
     let result = match &cli.command {
-        Command::Run(arguments) => run::run(&arguments.config),
+        Command::Run(arguments) => run::run(arguments),
         Command::Check(arguments) => check::check(arguments),
         #[cfg(feature = "tui")]
         Command::Top(arguments) => top::top(arguments),

@@ -1,15 +1,16 @@
 //! `dispatcher run`: serves with a configuration file.
 
 use std::io::ErrorKind;
-use std::path::Path;
 
-use super::{Exit, Failure, check, print_error};
+use super::{Exit, Failure, RunArgs, check, print_error};
 use crate::admin;
 use crate::background::service_manager::unit::Unit;
 use crate::config::Config;
 use crate::event_loop::{self, RunError};
+use crate::mailbox::StartSideThread;
 
-pub(super) fn run(path: &Path) -> Result<(), Failure> {
+pub(super) fn run(arguments: &RunArgs) -> Result<(), Failure> {
+    let path = arguments.config.as_path();
     let config = check::load(path)?;
     if let Some(unit) = Unit::own() {
         match check::unit_mistake(&unit, &config) {
@@ -19,15 +20,26 @@ pub(super) fn run(path: &Path) -> Result<(), Failure> {
             Err(error) => print_error(&format!("warning: the unit {unit}: {error}")),
         }
     }
-    serve(config, |_| {})
+    match arguments.take_over {
+        true => serve_with(config, event_loop::run_taking_over, |_| {}),
+        false => serve(config, |_| {}),
+    }
 }
 
 /// Serves until a stop is requested. `ready` is called once with the bound addresses of the
 /// listeners, when clients and workers can connect.
-pub(super) fn serve(config: Config, ready: impl FnOnce(&[String])) -> Result<(), Failure> {
+pub(super) fn serve<F: FnOnce(&[String])>(config: Config, ready: F) -> Result<(), Failure> {
+    serve_with(config, event_loop::run, ready)
+}
+
+fn serve_with<F: FnOnce(&[String])>(
+    config: Config,
+    run: fn(Config, StartSideThread, F) -> Result<(), RunError>,
+    ready: F,
+) -> Result<(), Failure> {
     crate::background::logger::init(config.limits.log_level)
         .map_err(|error| Failure::new(Exit::OsErr, format!("the log thread: {error}")))?;
-    let result = event_loop::run(config, admin::start, ready)
+    let result = run(config, admin::start, ready)
         .map_err(|error| Failure::new(exit_for(&error), error.to_string()));
     crate::background::logger::flush(std::time::Duration::from_secs(1));
     result
@@ -35,7 +47,7 @@ pub(super) fn serve(config: Config, ready: impl FnOnce(&[String])) -> Result<(),
 
 fn exit_for(error: &RunError) -> Exit {
     match error {
-        RunError::InUse { .. } => Exit::Unavailable,
+        RunError::InUse { .. } | RunError::TakeOver(_) => Exit::Unavailable,
         RunError::Bind { error, .. } | RunError::Lock { error, .. }
             if error.kind() == ErrorKind::PermissionDenied =>
         {

@@ -37,6 +37,7 @@ pub mod reload;
 mod scan;
 mod start;
 mod status;
+mod take_over;
 mod time;
 mod token;
 mod wakeup;
@@ -44,6 +45,7 @@ mod worker_io;
 mod workers;
 mod yield_backoff;
 
+use std::collections::HashSet;
 use std::sync::Arc;
 use std::time::Duration;
 
@@ -54,6 +56,7 @@ use self::connections::Connections;
 use self::handshake::Handshakes;
 use self::listeners::Listeners;
 use self::observation::Observation;
+use self::take_over::TakeOver;
 use self::time::{clock, realtime};
 use self::token::Source;
 use self::wakeup::Wakeup;
@@ -79,7 +82,22 @@ pub fn run(
     start_side: StartSideThread,
     ready: impl FnOnce(&[String]),
 ) -> Result<(), RunError> {
-    let mut event_loop = EventLoop::start(config, start_side)?;
+    serve(EventLoop::start(config, start_side)?, ready)
+}
+
+/// Like [`run`], and takes the listeners and the waiting connections of a running dispatcher over.
+///
+/// # Errors
+/// [`RunError`] like [`run`], and when the running dispatcher refuses or fails; it then serves on.
+pub fn run_taking_over(
+    config: Config,
+    start_side: StartSideThread,
+    ready: impl FnOnce(&[String]),
+) -> Result<(), RunError> {
+    serve(EventLoop::start_taking_over(config, start_side)?, ready)
+}
+
+fn serve(mut event_loop: EventLoop, ready: impl FnOnce(&[String])) -> Result<(), RunError> {
     ready(&event_loop.addresses());
     let served = event_loop.serve();
     event_loop.finish();
@@ -106,6 +124,7 @@ struct EventLoop {
     connections: Connections,
     background: Background,
     side: SideThread,
+    take_over: TakeOver,
     observation: Observation,
 }
 
@@ -241,6 +260,7 @@ impl EventLoop {
         }
         if std::mem::take(&mut self.wakeup.side_ready) {
             self.handle_side();
+            self.handle_take_over();
         }
         while let Ok(worker) = self.workers.purged.try_recv() {
             self.purged(worker);
@@ -311,21 +331,39 @@ impl EventLoop {
             libc::SIGUSR1 => "SIGUSR1",
             _ => "SIGTERM",
         };
+        self.take_over.refuse();
+        self.log_stop(name, patience);
+        if self.run.stop_deadline.is_none() {
+            drop(self.side.manager.tell(State::Stopping));
+            self.finish_listeners();
+        }
+        self.stop_within(patience);
+    }
+
+    /// Another dispatcher has the sockets at these positions, and serves.
+    fn begin_handed_over_stop(&mut self, patience: Duration, positions: &HashSet<usize>) {
+        self.run.leaves = self.any_survives();
+        let patience = patience.min(self.config.limits.stop_timeout);
+        self.log_stop("none", patience);
+        self.stop_within(patience);
+        self.give_listeners_away(positions);
+    }
+
+    fn stop_within(&mut self, patience: Duration) {
+        let deadline = self.now + patience;
+        self.run.stop_deadline = Some(deadline);
+        self.core.stop(self.now, deadline);
+    }
+
+    fn log_stop(&self, signal: &str, patience: Duration) {
         let totals = self.core.totals();
         log::info!(
-            "event=stopping signal={name} queued={} in_flight={} within={} leaves_processes={}",
+            "event=stopping signal={signal} queued={} in_flight={} within={} leaves_processes={}",
             totals.queued,
             totals.in_flight,
             events::span(patience),
             self.run.leaves
         );
-        if self.run.stop_deadline.is_none() {
-            drop(self.side.manager.tell(State::Stopping));
-            self.finish_listeners();
-        }
-        let deadline = self.now + patience;
-        self.run.stop_deadline = Some(deadline);
-        self.core.stop(self.now, deadline);
     }
 }
 

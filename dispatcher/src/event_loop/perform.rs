@@ -278,6 +278,10 @@ impl EventLoop {
         let Some(Conn { fd, peer, listener, at_worker, .. }) = self.connections.take(conn) else {
             return;
         };
+        if reason == CloseReason::HandedOver {
+            // Another dispatcher has a copy. The last close of this socket is not here.
+            return self.background.closers.task(Task::Drop(Owner::Other, Box::new(fd)));
+        }
         match reason {
             CloseReason::NoWorker | CloseReason::Shutdown => {
                 self.observation.conditions.turned_away(self.core.pool_of_listener(listener));
@@ -296,7 +300,8 @@ impl EventLoop {
             | CloseReason::Denied
             | CloseReason::RateLimited
             | CloseReason::TooManyQueued
-            | CloseReason::Unsendable => None,
+            | CloseReason::Unsendable
+            | CloseReason::HandedOver => None,
         };
         let owner = match (at_worker, peer) {
             // A worker that had the connection may hold a copy, and the socket's lock.

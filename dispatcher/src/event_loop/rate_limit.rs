@@ -105,6 +105,7 @@ impl Cause {
                 CloseReason::NoWorker
                 | CloseReason::ClientGone
                 | CloseReason::Shutdown
+                | CloseReason::HandedOver
                 | CloseReason::Unsendable,
             ) => "client_turned_away",
             Cause::NoListener => "client_turned_away",

@@ -84,11 +84,16 @@ impl EventLoop {
             let old = match socket {
                 Socket::Dispatch => {
                     let (fd, _, path) = listening.into_parts();
+                    let offered = self.take_over.shared.dispatch.is_some();
+                    self.take_over.shared.dispatch = fd.try_clone().ok().filter(|_| offered);
                     self.handshakes.send(HandshakeCommand::Listen(fd));
                     std::mem::replace(&mut self.endpoints.dispatch_path, path)
                 }
                 Socket::Admin => {
-                    let (_, _, path) = listening.into_parts();
+                    // The side thread has a copy.
+                    let (fd, _, path) = listening.into_parts();
+                    let offered = self.take_over.shared.admin.is_some();
+                    self.take_over.shared.admin = offered.then_some(fd);
                     std::mem::replace(&mut self.endpoints.admin_path, path)
                 }
                 Socket::Listener(id) => {

@@ -13,6 +13,7 @@ use super::connections::Connections;
 use super::handshake::Handshakes;
 use super::listeners::{ListenerIo, ListenerResources, Listeners};
 use super::observation::Observation;
+use super::take_over::{Giver, SharedSockets, TakeOver, Taken};
 use super::token::Source;
 use super::wakeup::Wakeup;
 use super::workers::Workers;
@@ -22,14 +23,49 @@ use crate::background::closer::{Bounds, Closers, Owner, Task};
 use crate::background::logger::{quoted, value};
 use crate::background::service_manager::State;
 use crate::background::service_manager::unit::Unit;
-use crate::config::Config;
+use crate::config::{Config, UnixEndpoint, UnixSource};
 use crate::listen::bind::{self, Listening};
 use crate::listen::error::RunError;
 use crate::listen::inherit::Inherited;
+use crate::listen::take_over::Kind;
 use crate::mailbox::StartSideThread;
 use crate::reload::seed;
 use crate::signals;
 use dispatcher_core::{AccessControl, Core, ListenerId, ListenerSettings, PoolId};
+
+/// The listening sockets of the dispatcher.
+struct Sockets {
+    dispatch: Listening,
+    admin: Listening,
+    admin_http: Option<Listening>,
+    /// The take-over socket.
+    offered: Option<Listening>,
+    listeners: Listeners,
+    /// Another dispatcher still accepts from them.
+    held: bool,
+}
+
+/// The socket for a later take-over; `None` where a service manager runs this process.
+fn take_over_socket(
+    config: &Config,
+    listeners: &Listeners,
+    taken: Option<&mut Taken>,
+) -> Option<Listening> {
+    let UnixSource::Path(path) = &config.dispatch_socket.source else { return None };
+    let notified = std::env::var_os("NOTIFY_SOCKET").is_some_and(|name| !name.is_empty());
+    let passed = listeners.sockets.iter().filter_map(|socket| socket.listening.as_ref());
+    if notified || Unit::own().is_some() || passed.into_iter().any(|it| it.inherited) {
+        return None;
+    }
+    if let Some(listening) = taken.and_then(|taken| taken.take_over_socket(path)) {
+        return Some(listening);
+    }
+    let made = Giver::bind(path);
+    if let Err(error) = &made {
+        log::warn!("event=take_over_not_offered error={}", quoted(error));
+    }
+    made.ok()
+}
 
 impl EventLoop {
     /// Opens all sockets, starts the threads, and notifies the service manager.
@@ -37,18 +73,44 @@ impl EventLoop {
         config: Config,
         start_side: StartSideThread,
     ) -> Result<EventLoop, RunError> {
+        EventLoop::start_with(config, start_side, None)
+    }
+
+    /// Like [`EventLoop::start`], with the sockets of a running dispatcher.
+    pub(super) fn start_taking_over(
+        config: Config,
+        start_side: StartSideThread,
+    ) -> Result<EventLoop, RunError> {
+        let taken = Taken::receive(&config)?;
+        EventLoop::start_with(config, start_side, Some(taken))
+    }
+
+    fn start_with(
+        config: Config,
+        start_side: StartSideThread,
+        mut taken: Option<Taken>,
+    ) -> Result<EventLoop, RunError> {
         let descriptors = raise_descriptor_limit();
         // First, so that the passed numbers cannot be descriptors of this process.
         let mut inherited = Inherited::from_environment();
         let signals = signals::take().map_err(RunError::system("signal handlers"))?;
-        let dispatch =
-            bind::listen_endpoint(&config.dispatch_socket, SocketType::SEQPACKET, &mut inherited)?;
-        let admin =
-            bind::listen_endpoint(&config.admin_socket, SocketType::STREAM, &mut inherited)?;
+        let mut endpoint = |kind, at: &UnixEndpoint, of: SocketType| match taken
+            .as_mut()
+            .and_then(|taken| taken.endpoint(kind, at))
+        {
+            Some(listening) => Ok(listening),
+            None => bind::listen_endpoint(at, of, &mut inherited),
+        };
+        let dispatch = endpoint(Kind::Dispatch, &config.dispatch_socket, SocketType::SEQPACKET)?;
+        let admin = endpoint(Kind::Admin, &config.admin_socket, SocketType::STREAM)?;
         let mut listeners = Vec::new();
         let mut settings = Vec::new();
         for (position, listener) in (0u16..).zip(&config.listeners) {
-            let made = bind::listen(&listener.address, &listener.options, &mut inherited)?;
+            let id = ListenerId(position);
+            let made = match taken.as_mut().and_then(|taken| taken.listener(id, listener)) {
+                Some(listening) => vec![listening],
+                None => bind::listen(&listener.address, &listener.options, &mut inherited)?,
+            };
             let addresses: Vec<&str> = made.iter().map(|l| l.address.as_str()).collect();
             settings.push(ListenerSettings {
                 name: listener.name.clone(),
@@ -56,15 +118,39 @@ impl EventLoop {
                 pool: PoolId(listener.pool),
             });
             for listening in made {
-                let id = ListenerId(position);
                 let place = listeners.len();
                 listeners.push(ListenerIo::new(id, listening, place, listener.options.backlog));
             }
         }
         let listeners = Listeners::new(listeners, inherited.finish());
-        let mut event_loop =
-            EventLoop::assemble(config, start_side, signals, dispatch, admin, listeners, settings)?;
+        let admin_http = match config.admin_http {
+            None => None,
+            Some(address) => Some(
+                match taken.as_mut().and_then(|it| it.at(Kind::AdminHttp, &address.to_string())) {
+                    Some(listening) => listening,
+                    None => bind::listen_here(address)?,
+                },
+            ),
+        };
+        let offered = take_over_socket(&config, &listeners, taken.as_mut());
+        let held = taken.is_some();
+        let sockets = Sockets { dispatch, admin, admin_http, offered, listeners, held };
+        let mut event_loop = EventLoop::assemble(config, start_side, signals, sockets, settings)?;
         event_loop.run.descriptors = descriptors;
+        if let Some(taken) = taken {
+            event_loop.take_over(taken)?;
+        }
+        event_loop.start_giver();
+        log::info!(
+            "event=ready version={} pid={} instance={} dispatch_socket={}",
+            env!("CARGO_PKG_VERSION"),
+            std::process::id(),
+            event_loop.run.instance,
+            value(&event_loop.endpoints.dispatch_address)
+        );
+        event_loop.watch_socket_files();
+        event_loop.publish_running();
+        drop(event_loop.side.manager.tell(State::Ready));
         Ok(event_loop)
     }
 
@@ -72,11 +158,10 @@ impl EventLoop {
         mut config: Config,
         start_side: StartSideThread,
         mut signals: Signals,
-        dispatch: Listening,
-        admin: Listening,
-        mut listeners: Listeners,
+        sockets: Sockets,
         settings: Vec<ListenerSettings>,
     ) -> Result<EventLoop, RunError> {
+        let Sockets { dispatch, admin, admin_http, offered, mut listeners, held } = sockets;
         let poll = Poll::new().map_err(RunError::system("poll"))?;
         let registry = poll.registry();
         registry
@@ -91,18 +176,26 @@ impl EventLoop {
         });
         let wake_closers = Arc::clone(&wake) as crate::wake::Wake;
         let wake_handshakes = Arc::clone(&wake) as crate::wake::Wake;
+        let mut shared = SharedSockets::default();
+        if offered.is_some() {
+            shared.dispatch = dispatch.fd.try_clone().ok();
+            shared.admin = admin.fd.try_clone().ok();
+        }
         let (admin, admin_path) = admin.into_listener();
-        let tcp = match config.admin_http {
-            None => None,
-            Some(address) => {
-                let made = bind::listen_here(address)?;
+        let tcp = match (config.admin_http, admin_http) {
+            (Some(address), Some(made)) => {
                 log::info!("event=admin_http address={}", value(&made.address));
+                let copy = made.fd.try_clone().ok().filter(|_| offered.is_some());
+                shared.admin_http = copy.map(|fd| (address.to_string(), made.duplicate(fd)));
                 Some(made.fd.into())
             }
+            (_, _) => None,
         };
-        let side = start_side(admin, tcp, wake).map_err(RunError::system("admin thread"))?;
+        let take_over = TakeOver::new(shared, offered, Arc::clone(&wake) as crate::wake::Wake);
+        let side = start_side(admin, tcp, wake, held).map_err(RunError::system("admin thread"))?;
         let (dispatch, dispatch_address, dispatch_path) = dispatch.into_parts();
-        let journal = adopt::journal_path(&dispatch_address);
+        // The former dispatcher has the journal until it has committed.
+        let journal = adopt::journal_path(&dispatch_address).filter(|_| !held);
         let survivors = adopt::find(&side.spawner, &mut config, journal);
         side.hosts.set(config.admin_http_hosts.clone());
         side.metrics_max_workers.store(config.limits.metrics_max_workers, Ordering::Relaxed);
@@ -116,9 +209,14 @@ impl EventLoop {
             std::mem::take(&mut config.pools).into_iter().map(PoolResources::split).unzip();
         let handshake_settings =
             EventLoop::handshake_settings(&config.limits, pool_settings.iter());
-        let handshakes =
-            Handshakes::start(dispatch, handshake_settings, wake_handshakes, closers.bin(), watch)
-                .map_err(RunError::system("handshake thread"))?;
+        let handshakes = Handshakes::start(
+            (dispatch, held),
+            handshake_settings,
+            wake_handshakes,
+            closers.bin(),
+            watch,
+        )
+        .map_err(RunError::system("handshake thread"))?;
         let cleaner = Cleaner::start().map_err(RunError::system("cleaner thread"))?;
         let connections = Connections::new().map_err(RunError::system("socket pair"))?;
         let wakeup = Wakeup::new(poll);
@@ -145,7 +243,7 @@ impl EventLoop {
                 );
             }
         }
-        let event_loop = EventLoop {
+        Ok(EventLoop {
             config,
             pools,
             run: Run {
@@ -171,19 +269,9 @@ impl EventLoop {
             connections,
             background: Background { closers, closing_due: None, cleaner },
             side,
+            take_over,
             observation: Observation::new(now),
-        };
-        log::info!(
-            "event=ready version={} pid={} instance={} dispatch_socket={}",
-            env!("CARGO_PKG_VERSION"),
-            std::process::id(),
-            event_loop.run.instance,
-            value(&event_loop.endpoints.dispatch_address)
-        );
-        event_loop.watch_socket_files();
-        event_loop.publish_running();
-        drop(event_loop.side.manager.tell(State::Ready));
-        Ok(event_loop)
+        })
     }
 
     /// Ends everything: channels before control connections, so that a worker reads its channel to
@@ -192,6 +280,7 @@ impl EventLoop {
     pub(super) fn finish(mut self) {
         self.confirm_leaving();
         let totals = self.core.totals();
+        self.take_over.end();
         for place in &mut self.workers.table {
             if let Some(io) = place.as_mut() {
                 io.outbox.clear();

@@ -10,7 +10,6 @@ use std::os::unix::net::UnixListener;
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
 
-use nix::fcntl::{Flock, FlockArg};
 use rustix::net::sockopt;
 use rustix::net::{AddressFamily, SocketAddrUnix, SocketFlags, SocketType};
 
@@ -20,7 +19,7 @@ use crate::background::cleaner::Cleaner;
 use crate::background::closer::{Closers, Owner, Task};
 use crate::background::logger::value;
 use crate::config::{Address, ListenerOptions, UnixEndpoint, UnixSource};
-use crate::listen::files::SocketFile;
+use crate::listen::files::{PathLock, SocketFile};
 use crate::sys;
 
 /// A listening socket, and the file and lock to remove with it.
@@ -83,11 +82,15 @@ impl Listening {
 }
 
 /// A socket file that the dispatcher made. Dropping it removes the file, unless the file has been
-/// replaced. The lock keeps a second dispatcher away.
+/// replaced, or another dispatcher uses it. The lock keeps a second dispatcher away.
 #[derive(Debug)]
 pub(crate) struct OwnedPath(SocketFile);
 
 impl OwnedPath {
+    pub(crate) fn new(file: SocketFile) -> OwnedPath {
+        OwnedPath(file)
+    }
+
     /// A description of the file, for other threads.
     pub(crate) fn file(&self) -> SocketFile {
         self.0.clone()
@@ -96,7 +99,7 @@ impl OwnedPath {
 
 impl Drop for OwnedPath {
     fn drop(&mut self) {
-        if !self.0.is_missing() {
+        if !self.0.lock.is_shared() && !self.0.is_missing() {
             let _ = std::fs::remove_file(&self.0.path);
         }
     }
@@ -138,16 +141,24 @@ pub(crate) fn listen(
     }
 }
 
+/// The address as it identifies a listener in a take-over; `None` for a socket of a service manager.
+pub(crate) fn identity(address: &Address) -> Option<String> {
+    match address {
+        Address::Tcp(address) => Some(address.to_string()),
+        Address::Unix(path) => Some(identity_of_path(path)),
+        Address::Systemd(_) => None,
+    }
+}
+
+/// The same for a Unix socket.
+pub(crate) fn identity_of_path(path: &Path) -> String {
+    format!("unix:{}", std::path::absolute(path).unwrap_or_else(|_| path.to_owned()).display())
+}
+
 /// Refuses an address that a service manager has passed a socket for. To bind it a second time
 /// would fail with an error that seems to concern another process.
 fn not_passed(inherited: &Inherited, address: &Address, key: &str) -> Result<(), RunError> {
-    let wanted = match address {
-        Address::Tcp(address) => address.to_string(),
-        Address::Unix(path) => {
-            format!("unix:{}", std::path::absolute(path).unwrap_or_else(|_| path.clone()).display())
-        }
-        Address::Systemd(_) => return Ok(()),
-    };
+    let Some(wanted) = identity(address) else { return Ok(()) };
     match inherited.names().find(|(_, fd)| local_address(fd) == wanted) {
         None => Ok(()),
         Some((name, _)) => Err(RunError::Inherited(format!(
@@ -355,7 +366,7 @@ pub(crate) fn change_options(
     Ok(())
 }
 
-fn listen_unix(
+pub(crate) fn listen_unix(
     path: &Path,
     kind: SocketType,
     attributes: SocketAttributes,
@@ -419,7 +430,7 @@ fn beside(path: &Path) -> PathBuf {
 
 /// Takes the lock that decides between two dispatchers that start at the same moment. The lock file
 /// stays: removing it would let a third dispatcher take a new lock.
-fn lock(path: &Path) -> io::Result<Flock<File>> {
+fn lock(path: &Path) -> io::Result<PathLock> {
     let file = File::options()
         .create(true)
         .truncate(false)
@@ -427,7 +438,7 @@ fn lock(path: &Path) -> io::Result<Flock<File>> {
         .mode(0o600)
         .custom_flags(libc::O_NOFOLLOW | libc::O_NONBLOCK)
         .open(path)?;
-    Flock::lock(file, FlockArg::LockExclusiveNonblock).map_err(|(_, error)| error.into())
+    PathLock::lock(file)
 }
 
 /// Removes a stale socket file. Refuses a socket that is in use, and a file that is no socket.

@@ -36,6 +36,8 @@ pub enum RunError {
     },
     /// The configuration names an inherited socket that was not passed, or that has the wrong type.
     Inherited(String),
+    /// The running dispatcher was not taken over; it serves on.
+    TakeOver(String),
     /// An essential system call failed.
     System {
         /// What was attempted.
@@ -124,6 +126,7 @@ impl RunError {
             RunError::Lock { .. }
             | RunError::NotASocket(_)
             | RunError::Inherited(_)
+            | RunError::TakeOver(_)
             | RunError::System { .. } => false,
         }
     }
@@ -147,6 +150,7 @@ impl fmt::Display for RunError {
             ),
             RunError::Bind { what, error } => write!(f, "cannot listen on {what}: {error}"),
             RunError::Inherited(text) => f.write_str(text),
+            RunError::TakeOver(text) => write!(f, "take-over: {text}"),
             RunError::System { what, error } => write!(f, "{what}: {error}"),
         }
     }
@@ -158,7 +162,10 @@ impl std::error::Error for RunError {
             RunError::Bind { error, .. }
             | RunError::Lock { error, .. }
             | RunError::System { error, .. } => Some(error),
-            RunError::InUse { .. } | RunError::NotASocket(_) | RunError::Inherited(_) => None,
+            RunError::InUse { .. }
+            | RunError::NotASocket(_)
+            | RunError::Inherited(_)
+            | RunError::TakeOver(_) => None,
         }
     }
 }

@@ -10,7 +10,7 @@ use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::time::{Duration, SystemTime};
 
-use nix::fcntl::Flock;
+use rustix::fs::{FlockOperation, flock};
 use tokio::sync::Notify;
 
 use crate::api::status::SocketFileStatus;
@@ -26,7 +26,63 @@ pub struct SocketFile {
     /// The inode of the file.
     pub inode: u64,
     /// The lock that keeps other dispatchers away from this path.
-    pub lock: Arc<Flock<File>>,
+    pub lock: Arc<PathLock>,
+}
+
+/// The locked lock file beside a socket.
+///
+/// In a take-over two dispatchers hold the same lock, because one passes it to the other. While it
+/// is shared, neither removes the socket file or the lock; the kernel removes the lock when the last
+/// of them has closed it.
+#[derive(Debug)]
+pub struct PathLock {
+    file: File,
+    shared: AtomicBool,
+}
+
+impl PathLock {
+    /// Locks the file.
+    ///
+    /// # Errors
+    /// `WouldBlock` if another process holds the lock.
+    pub fn lock(file: File) -> std::io::Result<PathLock> {
+        flock(&file, FlockOperation::NonBlockingLockExclusive)?;
+        Ok(PathLock { file, shared: AtomicBool::new(false) })
+    }
+
+    /// A lock that another dispatcher has passed, and still holds.
+    pub fn passed(file: File) -> PathLock {
+        PathLock { file, shared: AtomicBool::new(true) }
+    }
+
+    /// The lock file.
+    pub fn file(&self) -> &File {
+        &self.file
+    }
+
+    /// Another dispatcher holds the same lock, and uses the socket.
+    pub fn share(&self) {
+        self.shared.store(true, Ordering::SeqCst);
+    }
+
+    /// This dispatcher alone uses the socket.
+    pub fn own(&self) {
+        self.shared.store(false, Ordering::SeqCst);
+    }
+
+    /// Whether another dispatcher holds the same lock.
+    pub fn is_shared(&self) -> bool {
+        self.shared.load(Ordering::SeqCst)
+    }
+}
+
+impl Drop for PathLock {
+    fn drop(&mut self) {
+        if !self.is_shared() {
+            // A child that has not run its program yet may have a copy of the descriptor.
+            let _ = flock(&self.file, FlockOperation::NonBlockingUnlock);
+        }
+    }
 }
 
 impl SocketFile {
@@ -43,7 +99,8 @@ impl SocketFile {
 
     /// Whether the lock file is still the file that this process has locked.
     pub fn is_locked(&self, lock: &Path) -> bool {
-        let (Ok(found), Ok(held)) = (std::fs::symlink_metadata(lock), self.lock.metadata()) else {
+        let (Ok(found), Ok(held)) = (std::fs::symlink_metadata(lock), self.lock.file().metadata())
+        else {
             return false;
         };
         is(&found, held.dev(), held.ino())

@@ -5,3 +5,4 @@ pub(crate) mod bind;
 pub mod error;
 pub mod files;
 pub(crate) mod inherit;
+pub(crate) mod take_over;

@@ -31,7 +31,8 @@ pub(crate) mod hosts;
 
 /// Starts the side thread, which serves HTTP on the first socket and read-only HTTP on the second.
 /// It calls the last argument when there is a new entry for the event loop.
-pub type StartSideThread = fn(UnixListener, Option<TcpListener>, Wake) -> io::Result<SideThread>;
+pub type StartSideThread =
+    fn(UnixListener, Option<TcpListener>, Wake, bool) -> io::Result<SideThread>;
 
 /// Most requests in the mailbox. All status requests share one entry, so few are needed.
 pub(crate) const MAX_REQUESTS: usize = 16;
@@ -124,6 +125,9 @@ pub struct SideThread {
     /// The running configuration, for the plan of the next reload; set at the start and by a
     /// reload.
     pub running: watch::Sender<Option<Arc<RunningConfig>>>,
+    /// Whether the side thread accepts connections. It does not while another dispatcher that uses
+    /// the same sockets serves.
+    pub accepting: watch::Sender<bool>,
     /// The accepted host names over TCP; set at the start and by a reload.
     pub hosts: Hosts,
     /// The socket files to check; set at the start and by a reload.

@@ -11,7 +11,7 @@ use super::leader::{self, Found, Leader};
 use super::output::{self, Reading, Source};
 use super::prefork::{self, Forked};
 use super::start::{Started, start as start_process};
-use super::{Common, Report, SpawnRequest, Stop, Stops, Survivor, group, memory};
+use super::{Common, GIVEN_UP, Report, SpawnRequest, Stop, Stops, Survivor, group, memory};
 use crate::config::OnDispatcherLoss;
 use dispatcher_core::ProcessId;
 
@@ -30,6 +30,9 @@ pub(super) async fn start(
 ) -> bool {
     let process = request.process;
     let started = common.book.with(|book| {
+        if book.refuses(&request) {
+            return Err(GIVEN_UP.to_owned());
+        }
         let survives = request.on_dispatcher_loss == OnDispatcherLoss::Serve;
         let journal = if survives { book.journal() } else { None };
         let Some(journal) = journal else {
@@ -78,6 +81,12 @@ pub(super) async fn forked(
             return false;
         }
     };
+    if common.book.with(|book| book.refuses(&request)) {
+        // It still waits at its gate, so it has no connections.
+        group::signal(pid, Signal::SIGKILL);
+        common.reports.send(Report::SpawnFailed { process, error: GIVEN_UP.to_owned() });
+        return false;
+    }
     // The process is in the journal before it runs the application: it waits at its gate.
     if request.on_dispatcher_loss == OnDispatcherLoss::Serve {
         common.book.with(|book| {

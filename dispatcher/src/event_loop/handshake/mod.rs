@@ -91,6 +91,9 @@ pub(super) enum HandshakeCommand {
     Settings(Settings),
     /// Accept from this socket from now on: it replaces a socket whose file was removed.
     Listen(OwnedFd),
+    /// Accept no control connections while this is true: another dispatcher accepts from the same
+    /// socket.
+    Hold(bool),
     /// End the thread.
     End,
 }
@@ -117,9 +120,10 @@ pub(super) struct Handshakes {
 }
 
 impl Handshakes {
-    /// Starts the thread. `wake` is called when there are events.
+    /// Starts the thread; with `held` it accepts nothing until [`HandshakeCommand::Hold`]. `wake` is
+    /// called when there are events.
     pub(super) fn start(
-        listener: OwnedFd,
+        (listener, held): (OwnedFd, bool),
         settings: Settings,
         wake: Wake,
         bin: Bin,
@@ -132,7 +136,7 @@ impl Handshakes {
         let (end, ended) = channel();
         let thread = HandshakeThread::new(
             &waker,
-            listener,
+            (listener, held),
             settings,
             (event_sender, wake),
             command_receiver,

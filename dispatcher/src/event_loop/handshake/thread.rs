@@ -64,6 +64,8 @@ pub(super) struct HandshakeThread {
     /// Whether the listener is in the poll. It is not during a pause: each arrival would cause a
     /// useless wake-up.
     watched: bool,
+    /// Another dispatcher accepts from the listener.
+    held: bool,
     /// More connections may be waiting than one round accepts.
     ready: bool,
     paused_until: Option<Time>,
@@ -96,7 +98,7 @@ pub(super) struct HandshakeThread {
 impl HandshakeThread {
     pub(super) fn new(
         waker: &Arc<OwnedFd>,
-        listener: OwnedFd,
+        (listener, held): (OwnedFd, bool),
         settings: Settings,
         (events, wake): (SyncSender<HandshakeEvent>, Wake),
         commands: Receiver<HandshakeCommand>,
@@ -106,7 +108,8 @@ impl HandshakeThread {
             poll: Poll::new()?,
             waker: Arc::clone(waker),
             listener,
-            watched: true,
+            watched: !held,
+            held,
             ready: false,
             paused_until: None,
             settings,
@@ -240,7 +243,7 @@ impl HandshakeThread {
         }
         if self.paused_until.is_some_and(|until| until <= self.now) {
             self.paused_until = None;
-            if self.watch().is_err() {
+            if !self.held && self.watch().is_err() {
                 self.pause(self.settings.limits.resource_pause);
             }
         }
@@ -360,6 +363,7 @@ impl HandshakeThread {
             }
             HandshakeCommand::Settings(settings) => self.settings = settings,
             HandshakeCommand::Listen(listener) => self.listen(listener),
+            HandshakeCommand::Hold(held) => self.hold(held),
             HandshakeCommand::End => self.over = true,
         }
     }

@@ -42,7 +42,25 @@ impl HandshakeThread {
         let old = std::mem::replace(&mut self.listener, listener);
         self.bin.close(vec![old]);
         self.ready = false;
-        if self.paused_until.is_none() && self.watch().is_err() {
+        self.accept_again();
+    }
+
+    /// Begins or ends the time in which another dispatcher accepts from the socket.
+    pub(super) fn hold(&mut self, held: bool) {
+        self.held = held;
+        if held {
+            if std::mem::take(&mut self.watched) {
+                forget(self.poll.registry(), &self.listener);
+            }
+            self.ready = false;
+        } else {
+            self.accept_again();
+        }
+    }
+
+    fn accept_again(&mut self) {
+        let wanted = !self.held && !self.watched && self.paused_until.is_none();
+        if wanted && self.watch().is_err() {
             self.pause(self.settings.limits.resource_pause);
         }
     }
