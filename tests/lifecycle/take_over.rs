@@ -1,5 +1,6 @@
 //! `dispatcher run --take-over`: a new dispatcher takes the place of the running one.
 
+use std::io::{Read, Write};
 use std::net::TcpStream;
 use std::path::Path;
 use std::process::{Command, Stdio};
@@ -200,8 +201,9 @@ fn a_new_configuration_opens_and_closes_listeners() {
         format!("[[listener]]\nname = \"{name}\"\naddress = \"{address}\"\npool = \"web\"\n")
     };
     let pool = "[pool.web]\nwait_for_worker = \"60s\"\n";
+    let admin_http = free_address();
     let before = format!(
-        "{}{}{}{pool}",
+        "admin_http = \"{admin_http}\"\n{}{}{}{pool}",
         listener("kept", &kept.to_string()),
         listener("local", "unix:DIR/local.sock"),
         listener("gone", &gone.to_string())
@@ -212,7 +214,7 @@ fn a_new_configuration_opens_and_closes_listeners() {
     let mut old = Client::connect(gone).unwrap();
     let local = temp.path().join("local.sock");
     let after = format!(
-        "{}{}{}{pool}",
+        "admin_http = \"{admin_http}\"\n{}{}{}{pool}",
         listener("renamed", &kept.to_string()),
         listener("local", "unix:DIR/local.sock"),
         listener("added", "127.0.0.1:0")
@@ -223,6 +225,11 @@ fn a_new_configuration_opens_and_closes_listeners() {
     assert_eq!(dispatcher.address("renamed"), kept);
     Client::connect(kept).unwrap().finish();
     Client::connect(dispatcher.address("added")).unwrap().finish();
+    let mut page = connect(admin_http);
+    page.write_all(b"GET /healthz HTTP/1.1\r\nHost: localhost\r\nConnection: close\r\n\r\n").unwrap();
+    let mut answer = String::new();
+    page.read_to_string(&mut answer).unwrap();
+    assert!(answer.starts_with("HTTP/1.1 200"), "{answer}");
     old.echo("its listener has gone");
     assert!(TcpStream::connect(gone).is_err());
     assert!(std::os::unix::net::UnixStream::connect(&local).is_ok());
@@ -251,4 +258,22 @@ fn two_at_once_take_over_one_after_the_other() {
     dispatcher.wait_joined("web", 1);
     Client::connect(address).unwrap().finish();
     assert!(dispatcher.stop().success());
+}
+
+#[test]
+fn first_bytes_are_awaited_by_the_new_dispatcher() {
+    let address = free_address();
+    let keys = "affinity.key = \"cookie:ID\"\npeek_timeout = \"10m\"\nwait_for_worker = \"60s\"";
+    let temp = configure(&one_listener(address, keys));
+    let mut dispatcher = Dispatcher::start_in(temp.path());
+    let _workers = dispatcher.workers("blocking", "web", 1);
+    let mut silent: Vec<TcpStream> = (0..3).map(|_| connect(address)).collect();
+    dispatcher.wait_status("all to be awaited", |status| status.queued == 3);
+    replace(&mut dispatcher);
+    dispatcher.wait_joined("web", 1);
+    assert_eq!(dispatcher.status().queued, 3);
+    for stream in &mut silent {
+        stream.write_all(b"GET / HTTP/1.1\r\nHost: a\r\nCookie: ID=7\r\n\r\n").unwrap();
+    }
+    assert_eq!(all_greeted(silent).len(), 3);
 }

@@ -78,6 +78,14 @@ fn nothing_to_take_over_and_a_service_manager_are_errors() {
     assert_eq!(output.status.code(), Some(69));
     let message = String::from_utf8(output.stderr).unwrap();
     assert!(message.contains("systemctl restart"), "{message}");
+    // A dispatcher under a service manager offers none.
+    let mut managed = Command::new(dispatcher_bin());
+    managed.env("NOTIFY_SOCKET", temp.path().join("notify"));
+    let dispatcher = Dispatcher::start_as(temp.path(), &mut managed);
+    assert!(dispatcher.dispatch().exists());
+    let (code, message) = refused(temp.path(), Command::new(dispatcher_bin()));
+    assert_eq!(code, Some(69), "{message}");
+    assert!(message.contains("no running dispatcher offers a take-over"), "{message}");
 }
 
 #[test]
