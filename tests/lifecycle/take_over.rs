@@ -6,6 +6,7 @@ use std::path::Path;
 use std::process::{Command, Stdio};
 use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
+use std::time::{Duration, Instant};
 
 use nix::sys::signal::Signal;
 use test_support::*;
@@ -152,7 +153,12 @@ fn processes_that_stop_end_with_their_connections() {
     assert!(pids(&dispatcher.status()).is_disjoint(&first));
     let new = Client::connect(address).unwrap();
     assert!(!first.contains(&new.pid));
-    client.echo("its process has stop_timeout");
+    // Longer than from SIGTERM to SIGKILL: the process still has the rest of its stop_timeout.
+    let began = Instant::now();
+    wait_until("three seconds to pass", || {
+        client.echo("its process has stop_timeout");
+        began.elapsed() > Duration::from_secs(3)
+    });
     client.finish();
     assert!(former.process.wait().success());
     wait_until("the former processes to end", || place.processes().is_disjoint(&first));
@@ -226,7 +232,8 @@ fn a_new_configuration_opens_and_closes_listeners() {
     Client::connect(kept).unwrap().finish();
     Client::connect(dispatcher.address("added")).unwrap().finish();
     let mut page = connect(admin_http);
-    page.write_all(b"GET /healthz HTTP/1.1\r\nHost: localhost\r\nConnection: close\r\n\r\n").unwrap();
+    page.write_all(b"GET /healthz HTTP/1.1\r\nHost: localhost\r\nConnection: close\r\n\r\n")
+        .unwrap();
     let mut answer = String::new();
     page.read_to_string(&mut answer).unwrap();
     assert!(answer.starts_with("HTTP/1.1 200"), "{answer}");

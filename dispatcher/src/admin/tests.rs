@@ -54,6 +54,7 @@ impl Bench {
                 count.fetch_add(1, Ordering::SeqCst);
                 let _ = wake.send(());
             }),
+            false,
         )
         .expect("a side thread");
         admin.admin_rate.store(10_000, Ordering::SeqCst);
@@ -475,7 +476,7 @@ fn another_program_at_the_admin_socket() {
 fn stopping_ends_the_processes_first() {
     let directory = tempfile::tempdir().expect("a directory");
     let listener = UnixListener::bind(directory.path().join("admin.sock")).expect("a socket");
-    let admin = start(listener, None, Arc::new(|| {})).expect("a side thread");
+    let admin = start(listener, None, Arc::new(|| {}), false).expect("a side thread");
     let request = spawner::SpawnRequest {
         process: dispatcher_core::ProcessId {
             pool: dispatcher_core::PoolId(0),

@@ -304,6 +304,11 @@ impl Spawner {
         });
     }
 
+    /// Whether this process was told to end, by [`Spawner::stop_process`].
+    pub fn is_ending(&self, process: ProcessId) -> bool {
+        self.stop.borrow().processes.contains_key(&process)
+    }
+
     /// Asks the service manager why it stops this dispatcher. `StopKind` follows.
     pub(crate) fn ask_stop_kind(&self, unit: Unit) {
         let _ = self.orders.send(Order::AskStopKind(unit));

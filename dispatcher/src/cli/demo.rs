@@ -103,7 +103,14 @@ impl Directory {
 
 impl Drop for Directory {
     fn drop(&mut self) {
-        for name in ["admin.sock", "admin.sock.lock", "dispatch.sock", "dispatch.sock.lock"] {
+        for name in [
+            "admin.sock",
+            "admin.sock.lock",
+            "dispatch.sock",
+            "dispatch.sock.lock",
+            "dispatch.sock.take-over",
+            "dispatch.sock.take-over.lock",
+        ] {
             let _ = std::fs::remove_file(self.path.join(name));
         }
         // If other files are in it, the directory stays.

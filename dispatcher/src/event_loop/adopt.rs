@@ -183,6 +183,11 @@ impl EventLoop {
             let processes: Vec<ProcessId> =
                 self.core.process_ids(pool).map(|(process, _)| process).collect();
             for process in processes {
+                // Its worker was released: whether it had connections is known no more, and the
+                // process has its time for them.
+                if self.side.spawner.is_ending(process) {
+                    continue;
+                }
                 // A worker that was released to join the next dispatcher may have connections.
                 let has_connections = self.core.has_connections(process) || self.run.recalled;
                 self.end_process(process, has_connections);
