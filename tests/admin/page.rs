@@ -232,7 +232,7 @@ fn processes_that_start_or_leave_are_shown() {
     let mut show = |browser: &mut Browser, processes: Option<ProcessesStatus>, text: &str| {
         status.pools[0].processes = processes;
         pretend(browser, &status);
-        browser.wait_true(&format!("{}[0][3].endsWith({text:?})", rows("pools")));
+        browser.wait_true(&format!("!!{}[0]?.[3]?.endsWith({text:?})", rows("pools")));
     };
     show(&mut browser, None, "3 active");
     let mut processes = ProcessesStatus { wanted: 3, active: 3, ..ProcessesStatus::default() };
