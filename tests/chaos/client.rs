@@ -92,6 +92,8 @@ struct Open {
     began: u64,
     text: String,
     stream: TcpStream,
+    /// The result, if it has asked already.
+    asked: Option<std::io::Result<()>>,
 }
 
 impl Clients {
@@ -148,6 +150,13 @@ impl Clients {
         let count = 2 + random.below(30);
         let crowd: Vec<Open> =
             (0..count).filter_map(|_| self.open(Kind::Crowd, self.address, random)).collect();
+        // A serial worker serves one of them to its end before it takes the next: each must end
+        // without the others.
+        let mut crowd = crowd;
+        for open in &mut crowd {
+            let asked = ask(&open.stream, open.id, &open.text, random);
+            open.asked = Some(asked.and_then(|()| open.stream.shutdown(Shutdown::Write)));
+        }
         crowd.into_iter().for_each(|open| self.finish(open, random));
     }
 
@@ -172,7 +181,7 @@ impl Clients {
         };
         stream.set_read_timeout(Some(PATIENCE)).unwrap();
         stream.set_write_timeout(Some(PATIENCE)).unwrap();
-        Some(Open { id, kind, began, text, stream })
+        Some(Open { id, kind, began, text, stream, asked: None })
     }
 
     fn finish(&self, open: Open, random: &mut Random) {
@@ -205,12 +214,12 @@ impl Clients {
 
 /// `Err` is the result if it is not a proper end.
 fn converse(open: Open, answered_by: &mut Option<u32>, random: &mut Random) -> Result<(), End> {
-    let Open { id, kind, text, stream, .. } = open;
+    let Open { id, kind, text, stream, asked, .. } = open;
     if kind == Kind::Silent {
         reset(stream);
         return Err(End::Abandoned);
     }
-    let asked = ask(&stream, id, &text, random);
+    let asked = asked.unwrap_or_else(|| ask(&stream, id, &text, random));
     match kind {
         Kind::Reset => {
             pause(random, 10);

@@ -98,6 +98,10 @@ impl Run {
     /// `None` while there is no dispatcher, or if it ends before it has answered.
     fn status(&self) -> Option<Status> {
         let (code, body) = http_get(&self.admin(), "/v1/status").ok()?;
+        // While its processes end, a stopping dispatcher refuses.
+        if code == 503 {
+            return None;
+        }
         assert_eq!(code, 200, "{body}");
         // A dispatcher that is killed may leave half an answer.
         serde_json::from_str(&body).ok()

@@ -220,7 +220,12 @@ impl<'a> Nemesis<'a> {
 
     pub fn dispatcher_fds(&self) -> usize {
         match &self.dispatcher {
-            Dispatcher::Up { process, .. } | Dispatcher::Ending(process) => process.fds(),
+            Dispatcher::Up { process, .. } | Dispatcher::Ending(process) => {
+                // The journal of processes that serve on is open once there was one.
+                let fds = std::fs::read_dir(format!("/proc/{}/fd", process.pid())).unwrap();
+                let targets = fds.filter_map(|fd| std::fs::read_link(fd.ok()?.path()).ok());
+                targets.filter(|target| !target.to_string_lossy().contains(".processes")).count()
+            }
             Dispatcher::Down { .. } => 0,
         }
     }

@@ -150,7 +150,9 @@ impl SideThread {
     /// Stops all processes (see [`Spawner::stop`]) and then the side thread. Waits for both, at
     /// most a few seconds longer than `timeout`; once `hurries` says true, no longer than that for
     /// `hurried`. Queued reports are dropped, and requests get a 503 response.
-    pub fn stop(self, timeout: Duration, hurried: Duration, mut hurries: impl FnMut() -> bool) {
+    pub fn stop(mut self, timeout: Duration, hurried: Duration, mut hurries: impl FnMut() -> bool) {
+        // Requests are refused at once from here on.
+        drop(std::mem::replace(&mut self.requests, mpsc::channel().1));
         self.spawner.stop(timeout);
         let mut deadline = Instant::now() + timeout + PROCESSES_END;
         let mut may_hurry = true;
