@@ -177,7 +177,7 @@ fn a_second_signal_ends_the_wait_for_processes() {
 }
 
 #[test]
-fn processes_that_were_surplus_for_a_while_are_adopted_as_active() {
+fn processes_that_were_surplus_for_a_while_are_adopted_active() {
     let address = free_address();
     // A worker that has ended its accepts for good cannot be resumed.
     let stays = "environment = { TEST_WORKER = \"stays\" }";

@@ -55,9 +55,9 @@ async fn check_files(files: SocketFiles, file_thread: FileThread) {
 /// Longest wait for the side thread to finish.
 const THREAD_END: Duration = Duration::from_secs(1);
 
-/// Starts the side thread, which serves HTTP on `listener`, and read-only HTTP on `tcp`; with `held`
-/// only from the moment when `accepting` becomes true. It calls `wake` when `requests` or `reports`
-/// has a new entry.
+/// Starts the side thread, which serves HTTP on `listener`, and read-only HTTP on `tcp`; with
+/// `held` only from the moment when `accepting` becomes true. It calls `wake` when `requests` or
+/// `reports` has a new entry.
 ///
 /// # Errors
 /// If the system cannot create a thread or an epoll instance.

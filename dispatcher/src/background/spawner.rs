@@ -3,6 +3,7 @@
 //!
 //! Decides nothing: the core decides when to start, to stop, and whether to restart.
 
+mod book;
 mod group;
 mod journal;
 mod leader;
@@ -11,25 +12,26 @@ mod output;
 mod prefork;
 pub(crate) mod reaper;
 mod start;
+mod stops;
 mod task;
 
-use std::collections::{HashMap, HashSet};
 use std::path::PathBuf;
+use std::sync::Arc;
 use std::sync::mpsc::{self, Receiver};
-use std::sync::{Arc, Mutex, PoisonError};
 use std::time::Duration;
 
 use dispatch_protocol::wire::Token;
 use tokio::sync::{mpsc as tokio_mpsc, watch};
 use tokio::task::JoinSet;
 
+use self::book::{Book, GIVEN_UP, report_journal};
 pub use self::journal::Record;
 use self::journal::{Journal, LOCK_TIME};
 use self::leader::Found;
 pub(crate) use self::leader::UNKNOWN;
 pub use self::output::{LastOutput, OutputLine, Stream, lost_lines};
 use self::reaper::Own;
-use crate::background::logger::{quoted, value};
+use self::stops::{Stop, Stops};
 use crate::background::service_manager::unit::{self, StopKind, Unit};
 use crate::config::{OnDispatcherLoss, ProcessSetup};
 use crate::wake::Wake;
@@ -159,41 +161,6 @@ enum Order {
     Renew(PoolId),
     /// The next dispatcher needs the journal.
     GiveUpJournal,
-}
-
-/// The processes to end, and how long each may take before SIGKILL.
-#[derive(Clone, Debug, Default)]
-struct Stops {
-    all: Option<Duration>,
-    /// For each: how long it may take to end by itself, and then from SIGTERM to SIGKILL.
-    processes: HashMap<ProcessId, (Duration, Duration)>,
-    /// Pools whose processes outlive the dispatcher.
-    left: HashSet<PoolId>,
-    /// The longest time from now to the SIGKILL of every process that is stopped.
-    most: Option<Duration>,
-}
-
-/// What happens to a process.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
-enum Stop {
-    /// SIGTERM after `wait`, and SIGKILL after a further `timeout`.
-    End { wait: Duration, timeout: Duration },
-    /// It runs on without the dispatcher.
-    Leave,
-}
-
-impl Stops {
-    fn of(&self, process: ProcessId) -> Option<Stop> {
-        let (wait, timeout) = match self.processes.get(&process) {
-            Some(stop) => *stop,
-            None if self.left.contains(&process.pool) => return Some(Stop::Leave),
-            None => (Duration::ZERO, self.all?),
-        };
-        Some(match self.most {
-            Some(most) => Stop::End { wait: Duration::ZERO, timeout: timeout.min(most) },
-            None => Stop::End { wait, timeout },
-        })
-    }
 }
 
 impl Spawner {
@@ -376,84 +343,6 @@ impl Reports {
             (self.wake)();
         }
     }
-}
-
-/// The journal, once there is one.
-#[derive(Clone, Debug, Default)]
-struct Book(Arc<Mutex<BookState>>);
-
-#[derive(Debug, Default)]
-struct BookState {
-    path: Option<PathBuf>,
-    journal: Option<Journal>,
-    /// The log was told that there is no journal.
-    reported: bool,
-    tokens: HashMap<ProcessId, Token>,
-    /// Another dispatcher has the journal.
-    given_up: bool,
-}
-
-impl Book {
-    fn with<T>(&self, f: impl FnOnce(&mut BookState) -> T) -> T {
-        f(&mut self.0.lock().unwrap_or_else(PoisonError::into_inner))
-    }
-
-    /// The process has ended.
-    fn ended(&self, process: ProcessId) {
-        self.with(|book| {
-            if let (Some(token), Some(journal)) = (book.tokens.remove(&process), &mut book.journal)
-            {
-                journal.ended(token);
-            }
-        });
-    }
-
-    fn leaves(&self, process: ProcessId, leaves: bool) {
-        self.with(|book| {
-            if let (Some(token), Some(journal)) = (book.tokens.get(&process), &mut book.journal) {
-                match leaves {
-                    true => journal.leaves(*token),
-                    false => journal.stays(*token),
-                }
-            }
-        });
-    }
-}
-
-/// Why a process that would outlive this dispatcher is not started.
-const GIVEN_UP: &str = "another dispatcher has taken over";
-
-impl BookState {
-    /// Whether this process must not be started, because the next dispatcher would not know it.
-    fn refuses(&self, request: &SpawnRequest) -> bool {
-        self.given_up && request.on_dispatcher_loss == OnDispatcherLoss::Serve
-    }
-
-    /// The journal, which is made now if there is none. Does not wait for its lock: the side thread
-    /// has other work.
-    fn journal(&mut self) -> Option<&mut Journal> {
-        if self.journal.is_none()
-            && let Some(path) = &self.path
-        {
-            match Journal::open(path, true, Duration::ZERO) {
-                Ok(journal) => self.journal = journal,
-                Err(error) if !std::mem::replace(&mut self.reported, true) => {
-                    report_journal(path, &error);
-                }
-                Err(_) => {}
-            }
-        }
-        self.journal.as_mut()
-    }
-}
-
-fn report_journal(path: &std::path::Path, error: &std::io::Error) {
-    log::error!(
-        "event=process_journal_not_opened path={} error={} \
-         hint=\"processes that are started now will not be adopted by a later dispatcher\"",
-        value(&path.display()),
-        quoted(error)
-    );
 }
 
 /// A handle, the service behind it, and its reports.

@@ -30,8 +30,8 @@ const PATIENCE: Duration = Duration::from_secs(60);
 
 #[derive(Debug, Args)]
 pub(super) struct ReloadArgs {
-    /// Also replace the processes of pools whose command or other settings of [pool.NAME.spawn] have
-    /// changed: `dispatcher restart` for each of them.
+    /// Also replace the processes of pools whose command or other settings of [pool.NAME.spawn]
+    /// have changed: `dispatcher restart` for each of them.
     #[arg(long)]
     restart: bool,
     /// Print the answer as JSON.

@@ -141,7 +141,8 @@ pub(crate) fn listen(
     }
 }
 
-/// The address as it identifies a listener in a take-over; `None` for a socket of a service manager.
+/// The address as it identifies a listener in a take-over; `None` for a socket of a service
+/// manager.
 pub(crate) fn identity(address: &Address) -> Option<String> {
     match address {
         Address::Tcp(address) => Some(address.to_string()),

@@ -32,8 +32,8 @@ pub struct SocketFile {
 /// The locked lock file beside a socket.
 ///
 /// In a take-over two dispatchers hold the same lock, because one passes it to the other. While it
-/// is shared, neither removes the socket file or the lock; the kernel removes the lock when the last
-/// of them has closed it.
+/// is shared, neither removes the socket file or the lock; the kernel removes the lock when the
+/// last of them has closed it.
 #[derive(Debug)]
 pub struct PathLock {
     file: File,

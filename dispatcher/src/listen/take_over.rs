@@ -1,7 +1,8 @@
 //! The records of a take-over, and the connection that carries them.
 //!
-//! A new dispatcher connects to the take-over socket of the running one, beside its dispatch socket.
-//! Each record is one message of a SEQPACKET socket, in JSON, with descriptors (`SCM_RIGHTS`):
+//! A new dispatcher connects to the take-over socket of the running one, beside its dispatch
+//! socket. Each record is one message of a SEQPACKET socket, in JSON, with descriptors
+//! (`SCM_RIGHTS`):
 //!
 //! | from | record | meaning |
 //! |---|---|---|

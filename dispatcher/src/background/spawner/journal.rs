@@ -75,8 +75,9 @@ pub struct Journal {
 }
 
 impl Journal {
-    /// Opens the journal at `path`, and waits up to `patience` for its lock. `None` if there is none
-    /// and `create` is false. A journal that can be read and not written anew is used as it is.
+    /// Opens the journal at `path`, and waits up to `patience` for its lock. `None` if there is
+    /// none and `create` is false. A journal that can be read and not written anew is used as it
+    /// is.
     ///
     /// # Errors
     ///

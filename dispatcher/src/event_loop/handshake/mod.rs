@@ -120,8 +120,8 @@ pub(super) struct Handshakes {
 }
 
 impl Handshakes {
-    /// Starts the thread; with `held` it accepts nothing until [`HandshakeCommand::Hold`]. `wake` is
-    /// called when there are events.
+    /// Starts the thread; with `held` it accepts nothing until [`HandshakeCommand::Hold`]. `wake`
+    /// is called when there are events.
     pub(super) fn start(
         (listener, held): (OwnedFd, bool),
         settings: Settings,
