@@ -210,14 +210,20 @@ fn a_process_that_does_not_join_in_time_is_ended() {
     assert_eq!(driver.core.snapshot().pools[0].processes.unwrap().totals.ended_late, 2);
 }
 
-#[test]
-fn a_worker_that_leaves_frees_its_place_at_once() {
+/// A worker that gets no more connections and has one left.
+fn one_that_leaves() -> (Driver, ProcessId, WorkerId) {
     let (mut driver, process) = one();
     let worker = driver.serves(process);
     driver.wait(RESTART_RESET);
     driver.accept(WEB);
     driver.take_all(worker);
     driver.goodbye(worker);
+    (driver, process, worker)
+}
+
+#[test]
+fn a_worker_that_leaves_frees_its_place_at_once() {
+    let (mut driver, process, worker) = one_that_leaves();
     let next = driver.starts();
     assert_eq!(next.len(), 1, "the replacement starts beside it");
     assert_eq!(driver.counts(), (1, 0, 1, 1));
@@ -252,12 +258,7 @@ fn a_worker_that_leaves_as_soon_as_it_comes_waits_for_the_delay() {
 
 #[test]
 fn a_process_that_left_and_does_not_end_is_ended() {
-    let (mut driver, process) = one();
-    let worker = driver.serves(process);
-    driver.wait(RESTART_RESET);
-    driver.accept(WEB);
-    driver.take_all(worker);
-    driver.goodbye(worker);
+    let (mut driver, process, worker) = one_that_leaves();
     driver.starts();
     // Its connection may last for any time.
     driver.wait(ms(10_000_000));

@@ -2,6 +2,7 @@
 
 use proptest::prelude::*;
 
+use super::super::tests::{bytes, like};
 use super::super::{Channel, Control};
 use super::*;
 
@@ -10,11 +11,6 @@ const FORK: &str = "20000000070000000000000002000500776562 2d3103001000001122334
 const FORKED: &str = "210000000700000000000000671200000000 0000";
 const NOT_FORKED: &str = "22000000070000000000000011000900322074687265616473";
 const ENDED: &str = "23000000671200000f000000";
-
-fn bytes(hex: &str) -> Vec<u8> {
-    let digits: Vec<u32> = hex.chars().filter_map(|c| c.to_digit(16)).collect();
-    digits.chunks_exact(2).map(|pair| (pair[0] * 16 + pair[1]) as u8).collect()
-}
 
 fn encoded(record: &Prefork) -> Vec<u8> {
     let mut out = Vec::new();
@@ -150,25 +146,10 @@ fn a_reason_is_cut_and_cannot_forge_a_log_line() {
     assert!(!format!("{:?}", fork()).contains("22"), "the token is a secret");
 }
 
-/// A record that starts like a valid one, so that random bytes pass the first checks.
-fn likely_record() -> impl Strategy<Value = Vec<u8>> {
-    let vectors: Vec<Vec<u8>> = vectors().into_iter().map(|(hex, _)| bytes(hex)).collect();
-    let edits = prop::collection::vec((any::<prop::sample::Index>(), any::<u8>()), 0..4);
-    let tail = prop::collection::vec(any::<u8>(), 0..16);
-    (prop::sample::select(vectors), edits, tail).prop_map(|(mut record, edits, tail)| {
-        for (index, value) in edits {
-            let index = index.index(record.len());
-            record[index] = value;
-        }
-        record.extend(tail);
-        record
-    })
-}
-
 proptest! {
     #[test]
     fn decoded_records_encode_to_equal_ones(
-        record in prop_oneof![likely_record(), prop::collection::vec(any::<u8>(), 0..300)]
+        record in prop_oneof![like(vectors()), prop::collection::vec(any::<u8>(), 0..300)]
     ) {
         if let Ok(value) = Prefork::decode(&record) {
             prop_assert_eq!(Prefork::decode(&encoded(&value)), Ok(value));
