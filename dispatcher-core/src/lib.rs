@@ -19,6 +19,7 @@
 
 mod access_control;
 mod admit;
+pub mod advice;
 mod affinity;
 mod awaiting;
 mod change;

@@ -7,6 +7,7 @@
 //! no worker serves a revoked connection. It decides nothing. For tests only; nothing here runs in
 //! the dispatcher.
 
+pub mod advice;
 mod clients;
 mod plan;
 mod process;

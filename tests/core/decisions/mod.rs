@@ -2,6 +2,7 @@
 
 mod access_rules;
 mod admission;
+mod advice;
 mod affinity;
 mod balance;
 mod change;

@@ -1,0 +1,87 @@
+//! What each pool of this dispatcher can offer to clients: sums over the workers that its policy
+//! would give the next connections.
+
+use super::ServerState;
+use crate::place::WorkerWait;
+use crate::policy::FULL_WEIGHT;
+use crate::types::{PoolId, Scored, State, Time, WorkerId};
+use crate::worker::Worker;
+use crate::{Core, Pool};
+
+/// A pool as one server.
+#[derive(Clone, Debug, PartialEq)]
+pub struct PoolLoad {
+    /// The pool.
+    pub pool: PoolId,
+    /// Its name.
+    pub name: String,
+    /// Whether it can be given connections.
+    pub state: ServerState,
+    /// Live connections of the workers below.
+    pub load: u64,
+    /// The sum of their maximums.
+    pub capacity: u64,
+    /// The sum of their weights, which are smaller during a slow start.
+    pub weight: f64,
+    /// The workers that the policy would choose among, each with its weight. With `failover` those
+    /// of the highest priority that is up; with `least-score` those whose gauges are fresh.
+    pub workers: Vec<(WorkerId, f64)>,
+}
+
+impl Core {
+    /// Every pool that was not removed, and removed ones that still have connections.
+    pub fn pool_loads(&self, now: Time) -> Vec<PoolLoad> {
+        let pools = (0..self.pools.len()).filter(|&p| self.is_shown(p));
+        pools.map(|p| self.pool_load(now, p)).collect()
+    }
+
+    fn pool_load(&self, now: Time, p: usize) -> PoolLoad {
+        let pool = &self.pools[p];
+        let of = |state: State| {
+            let workers = pool.candidates.workers().map(|w| &self.workers[w as usize]);
+            workers.filter(move |worker| {
+                worker.state == state && !pool.candidates.stands_by(worker.at)
+            })
+        };
+        let mut chosen: Vec<&Worker> = of(State::Active).collect();
+        let any_active = !chosen.is_empty();
+        if !any_active {
+            chosen = of(State::Suspect).collect();
+        }
+        let fresh = |worker: &&Worker| {
+            let candidates = &pool.candidates;
+            let scored = candidates.score(worker.at, worker.load(), worker.effective_weight(), now);
+            matches!(scored, None | Some(Scored::Score(_)))
+        };
+        // If no worker is fresh, the policy chooses by load.
+        if chosen.iter().any(fresh) {
+            chosen.retain(fresh);
+        }
+        let weight =
+            |worker: &Worker| f64::from(worker.effective_weight()) / f64::from(FULL_WEIGHT);
+        let draining = || of(State::Draining).next().is_some();
+        PoolLoad {
+            pool: PoolId(p as u16),
+            name: pool.settings.name.clone(),
+            state: if pool.retired || self.stop.is_some() {
+                ServerState::Draining
+            } else if pool.worker_wait == WorkerWait::Refusing {
+                ServerState::Refusing
+            } else if chosen.is_empty() {
+                if draining() { ServerState::Draining } else { ServerState::Unserved }
+            } else if !any_active || !chosen.iter().any(|worker| has_room(pool, worker)) {
+                ServerState::Full
+            } else {
+                ServerState::Ok
+            },
+            load: chosen.iter().map(|worker| worker.load()).sum(),
+            capacity: chosen.iter().map(|worker| u64::from(worker.max)).sum(),
+            weight: chosen.iter().map(|worker| weight(worker)).sum(),
+            workers: chosen.iter().map(|worker| (worker.id, weight(worker))).collect(),
+        }
+    }
+}
+
+fn has_room(pool: &Pool, worker: &Worker) -> bool {
+    pool.candidates.is_open(worker.at)
+}
