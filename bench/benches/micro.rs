@@ -86,6 +86,7 @@ fn core_with(
             pool: "web".to_owned(),
             name: format!("w{number}"),
             token: None,
+            advertise: None,
         };
         let join = Join { pid: 1, uid: 0, gids: Vec::new(), hello, spawned: None };
         let worker = core.join(Time(0), &join).expect("admitted");

@@ -166,6 +166,7 @@ impl Core {
             binding,
             pid: join.pid,
             priority,
+            advertise: hello.advertise.as_deref().map(std::sync::Arc::from),
             ramp: None,
             weight: u32::from(hello.weight.max(1)),
             max: hello.max_connections.min(pool.settings.max_connections_per_worker),

@@ -63,6 +63,8 @@ pub(super) struct Worker {
     pub(super) binding: u32,
     pub(super) pid: i32,
     pub(super) priority: u16,
+    /// The address at which clients reach it itself.
+    pub(super) advertise: Option<Arc<str>>,
     /// 1 to 65,535.
     pub(super) weight: u32,
     /// An operator has set the weight: updates by the worker do not change it.

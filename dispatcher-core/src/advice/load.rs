@@ -1,6 +1,8 @@
 //! What each pool of this dispatcher can offer to clients: sums over the workers that its policy
 //! would give the next connections.
 
+use std::sync::Arc;
+
 use super::ServerState;
 use crate::place::WorkerWait;
 use crate::policy::FULL_WEIGHT;
@@ -26,6 +28,25 @@ pub struct PoolLoad {
     /// The workers that the policy would choose among, each with its weight. With `failover` those
     /// of the highest priority that is up; with `least-score` those whose gauges are fresh.
     pub workers: Vec<(WorkerId, f64)>,
+    /// The workers that have an address of their own, in any state.
+    pub advertised: Vec<AdvertisedWorker>,
+}
+
+/// A worker that clients can also reach at an address of its own.
+#[derive(Clone, Debug, PartialEq)]
+pub struct AdvertisedWorker {
+    /// The worker.
+    pub worker: WorkerId,
+    /// The address, as the worker gave it.
+    pub address: Arc<str>,
+    /// Whether it can be given connections.
+    pub state: ServerState,
+    /// Its live connections.
+    pub load: u64,
+    /// Its maximum.
+    pub capacity: u64,
+    /// Its weight, which is smaller during a slow start.
+    pub weight: f64,
 }
 
 impl Core {
@@ -59,6 +80,23 @@ impl Core {
         }
         let weight =
             |worker: &Worker| f64::from(worker.effective_weight()) / f64::from(FULL_WEIGHT);
+        let advertised = |worker: &Worker| {
+            Some(AdvertisedWorker {
+                worker: worker.id,
+                address: Arc::clone(worker.advertise.as_ref()?),
+                state: if pool.retired || self.stop.is_some() || worker.state == State::Draining {
+                    ServerState::Draining
+                } else if worker.state == State::Active && has_room(pool, worker) {
+                    ServerState::Ok
+                } else {
+                    ServerState::Full
+                },
+                load: worker.load(),
+                capacity: u64::from(worker.max),
+                weight: weight(worker),
+            })
+        };
+        let members = pool.candidates.workers().map(|w| &self.workers[w as usize]);
         let draining = || of(State::Draining).next().is_some();
         PoolLoad {
             pool: PoolId(p as u16),
@@ -77,6 +115,7 @@ impl Core {
             load: chosen.iter().map(|worker| worker.load()).sum(),
             capacity: chosen.iter().map(|worker| u64::from(worker.max)).sum(),
             weight: chosen.iter().map(|worker| weight(worker)).sum(),
+            advertised: members.filter_map(advertised).collect(),
             workers: chosen.iter().map(|worker| (worker.id, weight(worker))).collect(),
         }
     }

@@ -26,7 +26,7 @@ use super::random::Random;
 use super::types::Time;
 
 pub use history::{Advice, Asked};
-pub use load::PoolLoad;
+pub use load::{AdvertisedWorker, PoolLoad};
 pub use score::Terms;
 
 /// How long a client may take to connect to the server that it was advised: data of a server that

@@ -1,7 +1,7 @@
 //! hello: the first record on a control connection, from the worker to the dispatcher.
 
 use super::codec::{Reader, WireError, header, name, once, put_tlv};
-use super::{VERSION, kind, tlv};
+use super::{MAX_ADVERTISE, VERSION, kind, tlv};
 
 /// Optional abilities, one bit each. A side uses only the bits that both sides have set.
 ///
@@ -119,6 +119,9 @@ pub struct Hello {
     pub name: String,
     /// Only for workers that the dispatcher started.
     pub token: Option<Token>,
+    /// An address at which clients reach the worker itself, `HOST:PORT`: 1 to [`MAX_ADVERTISE`]
+    /// visible ASCII characters.
+    pub advertise: Option<String>,
 }
 
 impl Default for Hello {
@@ -134,6 +137,7 @@ impl Default for Hello {
             pool: "default".to_owned(),
             name: "worker".to_owned(),
             token: None,
+            advertise: None,
         }
     }
 }
@@ -156,6 +160,9 @@ impl Hello {
         if let Some(token) = self.token {
             put_tlv(out, tlv::TOKEN, &token.0);
         }
+        if let Some(advertise) = &self.advertise {
+            put_tlv(out, tlv::ADVERTISE, advertise.as_bytes());
+        }
     }
 
     pub(super) fn decode_body(reader: &mut Reader<'_>) -> Result<Hello, WireError> {
@@ -168,7 +175,7 @@ impl Hello {
         reader.reserved32("hello")?;
         let base = reader.u64("base")?;
         let finished = reader.u64("finished")?;
-        let (mut pool, mut worker_name, mut token) = (None, None, None);
+        let (mut pool, mut worker_name, mut token, mut advertise) = (None, None, None, None);
         while let Some((kind, value)) = reader.tlv()? {
             match kind {
                 tlv::POOL => once(&mut pool, name(value, "pool name")?, "pool name")?,
@@ -177,6 +184,7 @@ impl Hello {
                     let bytes = value.try_into().map_err(|_| WireError::Invalid("token"))?;
                     once(&mut token, Token(bytes), "token")?;
                 }
+                tlv::ADVERTISE => once(&mut advertise, address(value)?, "advertise")?,
                 _ => {}
             }
         }
@@ -200,6 +208,13 @@ impl Hello {
             pool: pool.ok_or(WireError::Missing("pool name"))?,
             name: worker_name.ok_or(WireError::Missing("worker name"))?,
             token,
+            advertise,
         })
     }
+}
+
+fn address(value: &[u8]) -> Result<String, WireError> {
+    let good = (1..=MAX_ADVERTISE).contains(&value.len()) && value.iter().all(u8::is_ascii_graphic);
+    let text = String::from_utf8(value.to_vec()).ok().filter(|_| good);
+    text.ok_or(WireError::Invalid("advertise"))
 }

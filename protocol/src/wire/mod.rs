@@ -111,6 +111,9 @@ pub mod kind {
     pub const ENDED: u16 = 35;
 }
 
+/// The longest address in a hello, in bytes: a host name, a colon and a port.
+pub const MAX_ADVERTISE: usize = 259;
+
 /// TLV types. The protocol uses types below 0x8000; the others are free for experiments.
 pub mod tlv {
     /// Hello: the pool to join, UTF-8.
@@ -121,6 +124,8 @@ pub mod tlv {
     pub const TOKEN: u16 = 3;
     /// Claim: the key, 1 to 4,000 bytes.
     pub const CLIENT_KEY: u16 = 4;
+    /// Hello: an address at which clients reach the worker itself, `HOST:PORT`, ASCII.
+    pub const ADVERTISE: u16 = 5;
     /// Welcome, repeated: index u16, then the name of the listener, UTF-8.
     pub const LISTENER: u16 = 16;
     /// Welcome, repeated: the name of a gauge that the pool uses for scores.

@@ -392,6 +392,9 @@ fn a_hello_with_impossible_numbers_is_refused() {
         Hello { weight: 0, ..hello() },
         Hello { max_connections: 0, ..hello() },
         Hello { finished: 8, ..hello() },
+        Hello { advertise: Some(String::new()), ..hello() },
+        Hello { advertise: Some("a b:80".to_owned()), ..hello() },
+        Hello { advertise: Some("x".repeat(260)), ..hello() },
     ];
     for hello in bad {
         let error = Control::decode(&encoded(&Control::Hello(hello))).unwrap_err();

@@ -114,6 +114,11 @@ pub struct WorkerConfig {
     /// change the limit.
     #[serde(skip_serializing_if = "Option::is_none")]
     pub max_connections: Option<u32>,
+    /// An address at which clients reach this worker itself, beside the listeners of the
+    /// dispatcher, for advice to clients: `203.0.113.5:443`, `[2001:db8::5]:443` or
+    /// `host.example.org:443`; no wildcard. `DISPATCH_ADVERTISE`. Default: none.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub advertise: Option<String>,
     /// The address to listen on without a dispatch socket: `127.0.0.1:8080`, `[::]:8080` or
     /// `unix:/path`. Ignored with a dispatch socket. `DISPATCH_LISTEN`. Default: none.
     #[serde(skip_serializing_if = "Option::is_none")]
@@ -159,6 +164,7 @@ impl Default for WorkerConfig {
             name: None,
             weight: 1,
             priority: 0,
+            advertise: None,
             max_connections: None,
             listen: None,
             join_timeout: None,
@@ -242,6 +248,9 @@ impl WorkerConfig {
         }
         if let Some(max) = text("DISPATCH_MAX_CONNECTIONS")? {
             self.max_connections = Some(number("DISPATCH_MAX_CONNECTIONS", &max, 1, u32::MAX)?);
+        }
+        if let Some(advertise) = text("DISPATCH_ADVERTISE")? {
+            self.advertise = Some(checked_address("DISPATCH_ADVERTISE", advertise)?);
         }
         if let Some(listen) = text("DISPATCH_LISTEN")? {
             self.listen = Some(listen);
@@ -333,6 +342,13 @@ impl WorkerConfig {
         self
     }
 
+    /// Sets [`advertise`](WorkerConfig::advertise).
+    #[must_use]
+    pub fn advertise(mut self, address: impl Into<String>) -> Self {
+        self.advertise = Some(address.into());
+        self
+    }
+
     /// Sets [`listen`](WorkerConfig::listen).
     ///
     /// ```
@@ -401,6 +417,9 @@ impl WorkerConfig {
         if let Some(name) = &self.name {
             checked_name("name", name.clone())?;
         }
+        if let Some(advertise) = &self.advertise {
+            checked_address("advertise", advertise.clone())?;
+        }
         if self.weight == 0 {
             return Err(Error::config("weight", "is 0; the smallest share is 1"));
         }
@@ -467,6 +486,27 @@ fn checked_name(setting: &'static str, name: String) -> Result<String, Error> {
         let problem =
             format!("{name:?} is not 1 to {MAX_NAME} bytes of visible characters without spaces");
         Err(Error::config(setting, problem))
+    }
+}
+
+/// An address that others can connect to: with a port, and no wildcard.
+fn checked_address(setting: &'static str, address: String) -> Result<String, Error> {
+    let specific =
+        |ip: std::net::IpAddr, port: u16| !ip.to_canonical().is_unspecified() && port > 0;
+    let good = match address.parse::<std::net::SocketAddr>() {
+        Ok(parsed) => specific(parsed.ip(), parsed.port()),
+        Err(_) => address.rsplit_once(':').is_some_and(|(host, port)| {
+            let letters = |b: u8| b.is_ascii_alphanumeric() || b"-_.".contains(&b);
+            let named = host.bytes().any(|b| b.is_ascii_alphabetic()) && host.bytes().all(letters);
+            named && host.len() <= 253 && port.parse::<u16>().is_ok_and(|port| port > 0)
+        }),
+    };
+    match good {
+        true => Ok(address),
+        false => {
+            let problem = format!("{address:?} is not an address that clients can connect to");
+            Err(Error::config(setting, problem))
+        }
     }
 }
 

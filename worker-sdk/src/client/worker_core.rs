@@ -221,6 +221,7 @@ impl WorkerCore {
                 pool: config.pool.clone(),
                 name: config.effective_name(),
                 token: config.token,
+                advertise: config.advertise.clone(),
             },
             socket,
             local_addr,

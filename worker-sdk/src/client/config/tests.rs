@@ -16,6 +16,7 @@ fn the_environment_sets_every_variable_it_documents() {
         ("DISPATCH_NAME", "w1"),
         ("DISPATCH_WEIGHT", "3"),
         ("DISPATCH_PRIORITY", "7"),
+        ("DISPATCH_ADVERTISE", "[2001:db8::5]:443"),
         ("DISPATCH_MAX_CONNECTIONS", "100"),
         ("DISPATCH_LISTEN", "[::1]:80"),
         ("DISPATCH_JOIN_TIMEOUT", "1m 30s"),
@@ -31,6 +32,7 @@ fn the_environment_sets_every_variable_it_documents() {
         .name("w1")
         .weight(3)
         .priority(7)
+        .advertise("[2001:db8::5]:443")
         .max_connections(100)
         .listen("[::1]:80")
         .join_timeout(Duration::from_secs(90))
@@ -54,6 +56,12 @@ fn a_bad_variable_is_named_with_its_value() {
         ("DISPATCH_WEIGHT", "0"),
         ("DISPATCH_WEIGHT", "70000"),
         ("DISPATCH_PRIORITY", "-1"),
+        ("DISPATCH_ADVERTISE", "0.0.0.0:80"),
+        ("DISPATCH_ADVERTISE", "[::]:80"),
+        ("DISPATCH_ADVERTISE", "*:80"),
+        ("DISPATCH_ADVERTISE", "10.0.0.1"),
+        ("DISPATCH_ADVERTISE", "host:0"),
+        ("DISPATCH_ADVERTISE", "10.0.0.256:80"),
         ("DISPATCH_MAX_CONNECTIONS", "many"),
         ("DISPATCH_POOL", "two words"),
         ("DISPATCH_NAME", "a\nb"),
