@@ -399,6 +399,14 @@ impl Core {
         self.pools.get(usize::from(pool.0)).map_or("", |pool| &pool.settings.name)
     }
 
+    /// A listener's addresses, separated by ", ": those that it was bound to, also after it was
+    /// closed.
+    pub fn listener_address(&self, listener: ListenerId) -> &str {
+        self.listeners
+            .get(usize::from(listener.0))
+            .map_or("", |listener| &listener.settings.address)
+    }
+
     /// A listener's name.
     pub fn listener_name(&self, listener: ListenerId) -> &str {
         self.listeners.get(usize::from(listener.0)).map_or("", |listener| &listener.settings.name)

@@ -17,9 +17,6 @@ const BURST: u32 = 100;
 /// clients.
 pub(super) const MOST_CONNECTIONS: usize = super::http::MAX_CONNECTIONS * 3 / 4;
 
-/// Shortest average interval between two accepted connections of one listener.
-const ACCEPT_INTERVAL: Duration = Duration::from_micros(2_000);
-
 /// The identity of a client: the user behind a Unix socket, or the address behind TCP.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
 pub(super) enum ClientId {
@@ -36,14 +33,28 @@ struct Usage {
 }
 
 /// The limits of all clients.
-#[derive(Clone, Debug, Default)]
+#[derive(Clone, Debug)]
 pub(super) struct ClientLimits {
     all: Arc<Mutex<HashMap<ClientId, Usage>>>,
-    /// `admin_rate`.
+    /// Requests of one client in a second.
     rate: Arc<AtomicU32>,
+    /// Most connections of one client.
+    most: usize,
+}
+
+impl Default for ClientLimits {
+    /// The limits of the admin interface; the rate is set later.
+    fn default() -> ClientLimits {
+        ClientLimits::new(MOST_CONNECTIONS)
+    }
 }
 
 impl ClientLimits {
+    /// For at most `most` connections of one client.
+    pub(super) fn new(most: usize) -> ClientLimits {
+        ClientLimits { all: Arc::default(), rate: Arc::default(), most }
+    }
+
     /// The rate, for changes by a reload.
     pub(super) fn rate(&self) -> Arc<AtomicU32> {
         Arc::clone(&self.rate)
@@ -56,7 +67,7 @@ impl ClientLimits {
         // At most one entry per connection, plus the clients of the last second.
         all.retain(|_, usage| usage.connections > 0 || usage.full > now);
         let usage = all.entry(id).or_insert(Usage { full: now, connections: 0 });
-        if usage.connections >= MOST_CONNECTIONS {
+        if usage.connections >= self.most {
             return None;
         }
         usage.connections += 1;
@@ -112,19 +123,21 @@ impl Drop for Connection {
 /// Limits the rate of accepted connections of one listener.
 #[derive(Debug)]
 pub(super) struct AcceptPace {
+    /// Shortest average interval between two connections.
+    interval: Duration,
     next: Instant,
 }
 
 impl AcceptPace {
-    pub(super) fn new() -> AcceptPace {
-        AcceptPace { next: Instant::now() }
+    pub(super) fn new(interval: Duration) -> AcceptPace {
+        AcceptPace { interval, next: Instant::now() }
     }
 
     /// Waits until the next connection may be accepted; a short burst is accepted without delay.
     pub(super) async fn pace(&mut self) {
         let now = Instant::now();
-        self.next = self.next.max(now) + ACCEPT_INTERVAL;
-        if let Some(from) = self.next.checked_sub(ACCEPT_INTERVAL * 64).filter(|from| *from > now) {
+        self.next = self.next.max(now) + self.interval;
+        if let Some(from) = self.next.checked_sub(self.interval * 64).filter(|from| *from > now) {
             tokio::time::sleep_until(from).await;
         }
     }

@@ -30,15 +30,15 @@ const MAX_REFUSED: usize = 16;
 
 /// Time limits of one connection.
 #[derive(Clone, Copy, Debug)]
-struct Times {
+pub(super) struct Times {
     /// For the head of a request, and for an idle connection between requests.
-    head: Duration,
+    pub(super) head: Duration,
     /// For the whole connection.
-    connection: Duration,
+    pub(super) connection: Duration,
     /// For the current request, after the limit of the connection.
-    end: Duration,
+    pub(super) end: Duration,
     /// For reading the rest of the input, at the end.
-    drain: Duration,
+    pub(super) drain: Duration,
 }
 
 /// A connection that is served.
@@ -50,7 +50,7 @@ const SERVED: Times = Times {
 };
 
 /// A connection that is refused.
-const REFUSED: Times = Times {
+pub(super) const REFUSED: Times = Times {
     head: Duration::from_secs(1),
     connection: Duration::from_secs(2),
     end: Duration::from_secs(1),
@@ -61,11 +61,14 @@ const REFUSED: Times = Times {
 /// connection, and the reset can overtake the answer.
 const MAX_DRAIN: usize = 4 * 1024 * 1024;
 
+/// Shortest average interval between two accepted connections of one listener.
+const ACCEPT_INTERVAL: Duration = Duration::from_micros(2_000);
+
 /// Longest request head.
 const MAX_HEAD: usize = 16 * 1024;
 
 /// Pause after a failed accept (usually no descriptors are left).
-const REST: Duration = Duration::from_millis(100);
+pub(super) const REST: Duration = Duration::from_millis(100);
 
 /// Serves for as long as it is polled.
 pub(super) async fn serve(
@@ -93,7 +96,7 @@ pub(super) async fn serve_tcp(
 }
 
 /// The common part of both kinds of listener.
-trait Accept {
+pub(super) trait Accept {
     type Stream: AsyncRead + AsyncWrite + Unpin + Send + 'static;
 
     fn next(&self) -> impl Future<Output = io::Result<(Self::Stream, ClientId)>> + Send;
@@ -148,7 +151,7 @@ impl Accept for AdminSocket {
 
 /// The next connection that comes while `gate` is true. Until then connections wait in the socket's
 /// queue, where another dispatcher may accept them.
-async fn next<A: Accept>(
+pub(super) async fn next<A: Accept>(
     listener: &A,
     gate: &mut watch::Receiver<bool>,
 ) -> io::Result<(A::Stream, ClientId)> {
@@ -179,7 +182,7 @@ async fn accept_all(
     let routes = routes.layer(middleware::from_fn(routes::all_as_json));
     let slots = Arc::new(Semaphore::new(MAX_CONNECTIONS));
     let refusals = Arc::new(Semaphore::new(MAX_REFUSED));
-    let mut pace = AcceptPace::new();
+    let mut pace = AcceptPace::new(ACCEPT_INTERVAL);
     while let Ok(slot) = Arc::clone(&slots).acquire_owned().await {
         pace.pace().await;
         match next(&*listener, &mut gate).await {
@@ -204,7 +207,7 @@ async fn accept_all(
     }
 }
 
-async fn connection<S>(
+pub(super) async fn connection<S>(
     mut stream: S,
     routes: Router,
     client: Connection,

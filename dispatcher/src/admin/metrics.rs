@@ -3,6 +3,7 @@
 //! Owns names, labels and help texts; a test compares them with `docs/METRICS.md`.
 //! `metrics_max_workers` bounds the series per worker; the configuration bounds all others.
 
+mod advice;
 mod page;
 mod processes;
 
@@ -153,6 +154,7 @@ impl Collector for Snapshot {
         self.itself(&mut page)?;
         self.listeners(&mut page)?;
         self.pools(&mut page)?;
+        self.advice(&mut page)?;
         self.workers(&mut page)
     }
 }

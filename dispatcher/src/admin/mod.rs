@@ -6,6 +6,7 @@
 //! the commands.
 
 mod access_check;
+mod advice;
 pub mod client;
 mod client_limits;
 mod error_bodies;
@@ -19,7 +20,6 @@ mod routes;
 mod tests;
 
 use std::io;
-use std::net::TcpListener;
 use std::os::unix::net::UnixListener;
 use std::sync::atomic::AtomicU32;
 use std::sync::{Arc, mpsc};
@@ -27,6 +27,7 @@ use std::time::Duration;
 
 use tokio::sync::{Mutex, Notify, oneshot, watch};
 
+use self::advice::Adviser;
 use self::client_limits::ClientLimits;
 use self::file_thread::FileThread;
 use self::http::AdminSocket;
@@ -34,9 +35,10 @@ use crate::background::logger::quoted;
 use crate::background::spawner;
 use crate::background::{restart, service_manager};
 use crate::listen::files::SocketFiles;
+use crate::mailbox::advice_faults::AdviceFaults;
 use crate::mailbox::client::MailboxClient;
 use crate::mailbox::hosts::Hosts;
-use crate::mailbox::{MAX_REQUESTS, SideThread};
+use crate::mailbox::{MAX_REQUESTS, SideThread, TcpListeners};
 use crate::wake::Wake;
 
 /// Interval between two checks of the socket files.
@@ -55,27 +57,29 @@ async fn check_files(files: SocketFiles, file_thread: FileThread) {
 /// Longest wait for the side thread to finish.
 const THREAD_END: Duration = Duration::from_secs(1);
 
-/// Starts the side thread, which serves HTTP on `listener`, and read-only HTTP on `tcp`; with
-/// `held` only from the moment when `accepting` becomes true. It calls `wake` when `requests` or
-/// `reports` has a new entry.
+/// Starts the side thread, which serves HTTP on `listener`, and read-only HTTP on those of `tcp`;
+/// with `held` only from the moment when `accepting` becomes true. It calls `wake` when `requests`
+/// or `reports` has a new entry.
 ///
 /// # Errors
 /// If the system cannot create a thread or an epoll instance.
 pub fn start(
     listener: UnixListener,
-    tcp: Option<TcpListener>,
+    tcp: TcpListeners,
     wake: Wake,
     held: bool,
 ) -> io::Result<SideThread> {
     let runtime = tokio::runtime::Builder::new_current_thread().enable_all().build()?;
     listener.set_nonblocking(true)?;
-    let (listener, tcp) = {
+    let advice_address = tcp.advice.as_ref().map(advice::bound).transpose()?;
+    let (listener, tcp, advice_socket) = {
         let _inside = runtime.enter();
-        let make = |tcp: TcpListener| {
+        let make = |tcp: std::net::TcpListener| {
             tcp.set_nonblocking(true)?;
             tokio::net::TcpListener::from_std(tcp)
         };
-        (tokio::net::UnixListener::from_std(listener)?, tcp.map(make).transpose()?)
+        let unix = tokio::net::UnixListener::from_std(listener)?;
+        (unix, tcp.admin_http.map(make).transpose()?, tcp.advice.map(make).transpose()?)
     };
     let (request_sender, requests) = mpsc::sync_channel(MAX_REQUESTS);
     let files = SocketFiles::default();
@@ -93,6 +97,11 @@ pub fn start(
     let (place, socket) = watch::channel(Arc::new(listener));
     let (running, configured) = watch::channel(None);
     let (accepting, gate) = watch::channel(!held);
+    let advice_faults = AdviceFaults::default();
+    let adviser = advice_address.map(|address| {
+        let (mailbox, faults) = (Arc::clone(&mailbox), advice_faults.clone());
+        Adviser::new(address, mailbox, configured.clone(), faults)
+    });
     let reloader = reload::Reloader::new(
         Arc::clone(&mailbox),
         manager.clone(),
@@ -107,6 +116,7 @@ pub fn start(
         mailbox,
         max_workers: Arc::clone(&metrics_max_workers),
         reloader: Arc::clone(&reloader),
+        adviser: adviser.clone(),
     };
     let asked = Arc::clone(&reload);
     let (stop, stopped) = oneshot::channel();
@@ -143,6 +153,14 @@ pub fn start(
                     http::serve_tcp(tcp, app.clone(), limits.clone(), named.clone(), gate)
                 }));
             }
+            if let (Some(listener), Some(adviser)) = (advice_socket, adviser) {
+                let (listener, gate) = (Arc::new(listener), gate.clone());
+                let collector = Arc::clone(&adviser);
+                tokio::spawn(restart::task("advice", move || Arc::clone(&collector).collect()));
+                tokio::spawn(restart::task("advice_listen", move || {
+                    advice::serve(Arc::clone(&listener), Arc::clone(&adviser), gate.clone())
+                }));
+            }
             let socket = Arc::new(AdminSocket::new(socket));
             tokio::spawn(restart::task("admin_socket", move || {
                 http::serve(Arc::clone(&socket), app.clone(), limits.clone(), gate.clone())
@@ -170,6 +188,7 @@ pub fn start(
         running,
         accepting,
         hosts,
+        advice_faults,
         files,
         manager,
         stop,

@@ -39,7 +39,7 @@ impl Bench {
     fn new() -> Bench {
         let directory = tempfile::tempdir().expect("a directory");
         let listener = UnixListener::bind(directory.path().join("admin.sock")).expect("a socket");
-        let tcp = TcpListener::bind("127.0.0.1:0").expect("a port");
+        let tcp = std::net::TcpListener::bind("127.0.0.1:0").expect("a port");
         let port = tcp.local_addr().expect("bound").port();
         let answering = Arc::new(AtomicBool::new(true));
         let asked = Arc::new(AtomicUsize::new(0));
@@ -49,7 +49,7 @@ impl Bench {
         let count = Arc::clone(&woken);
         let admin = start(
             listener,
-            Some(tcp),
+            TcpListeners { admin_http: Some(tcp), advice: None },
             Arc::new(move || {
                 count.fetch_add(1, Ordering::SeqCst);
                 let _ = wake.send(());
@@ -80,6 +80,7 @@ impl Bench {
                             // These tests do not send the other requests.
                             Request::History { .. }
                             | Request::Explain { .. }
+                            | Request::Loads(_)
                             | Request::Reload { .. } => {}
                         }
                     }
@@ -476,7 +477,8 @@ fn another_program_at_the_admin_socket() {
 fn stopping_ends_the_processes_first() {
     let directory = tempfile::tempdir().expect("a directory");
     let listener = UnixListener::bind(directory.path().join("admin.sock")).expect("a socket");
-    let admin = start(listener, None, Arc::new(|| {}), false).expect("a side thread");
+    let admin =
+        start(listener, TcpListeners::default(), Arc::new(|| {}), false).expect("a side thread");
     let request = spawner::SpawnRequest {
         process: dispatcher_core::ProcessId {
             pool: dispatcher_core::PoolId(0),

@@ -2,6 +2,7 @@
 //! data.
 
 pub mod action;
+pub mod advice;
 pub mod command;
 pub mod decisions;
 pub mod log_level;

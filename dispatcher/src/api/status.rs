@@ -11,6 +11,8 @@ use dispatcher_core::{
 };
 use serde::{Deserialize, Serialize};
 
+use super::advice::AdviceStatus;
+
 /// Everything about one dispatcher at one instant.
 /// `accepted = queued + in flight + taken + Σ closed` always holds.
 #[derive(Clone, Debug, Default, PartialEq, Serialize, Deserialize)]
@@ -61,6 +63,9 @@ pub struct Status {
     pub listeners: Vec<ListenerStatus>,
     /// In the order of the configuration.
     pub pools: Vec<PoolStatus>,
+    /// Advice to clients; absent without `advice_listen`.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub advice: Option<AdviceStatus>,
     /// Sockets that a service manager keeps open although no listener uses them: their clients are
     /// refused.
     #[serde(default, skip_serializing_if = "Vec::is_empty")]

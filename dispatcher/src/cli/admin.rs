@@ -111,9 +111,21 @@ fn from_file(source: UnixSource, file: &Path) -> Result<AdminEndpoint, Failure> 
     }
 }
 
+/// Wait for an answer that other hosts contribute to: the longest `request_timeout`, and more.
+pub(super) const LONG: Duration = Duration::from_secs(15);
+
 /// Sends `GET target`.
 pub(super) fn get(endpoint: &AdminEndpoint, target: &str) -> Result<Vec<u8>, Failure> {
-    client::get(&endpoint.path, target, client::TIMEOUT).map_err(|error| failure(&error, endpoint))
+    get_within(endpoint, target, client::TIMEOUT)
+}
+
+/// Like [`get`], for requests that may take longer.
+pub(super) fn get_within(
+    endpoint: &AdminEndpoint,
+    target: &str,
+    timeout: Duration,
+) -> Result<Vec<u8>, Failure> {
+    client::get(&endpoint.path, target, timeout).map_err(|error| failure(&error, endpoint))
 }
 
 /// Sends `POST target` and parses the answer.

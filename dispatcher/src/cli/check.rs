@@ -203,5 +203,9 @@ fn summary(config: &Config) -> String {
     if let Some(address) = config.admin_http {
         let _ = writeln!(text, "admin_http: {address}, read-only");
     }
+    if let Some(address) = config.advice.listen {
+        let peers = crate::plural::count(config.advice.peers.len() as u64, "peer");
+        let _ = writeln!(text, "advice_listen: {address}, {peers}");
+    }
     text
 }

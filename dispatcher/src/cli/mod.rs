@@ -1,6 +1,7 @@
 //! The command line: arguments, output and exit codes. Each command has a module of its own.
 
 mod admin;
+mod advice;
 mod check;
 mod complete;
 mod decisions;
@@ -54,6 +55,7 @@ Examples:
   dispatcher reload                        reload the configuration
   dispatcher explain web                   which worker gets the next connection, and why
   dispatcher history web --follow          the last decisions, and new ones
+  dispatcher advice web                    which host should clients of a pool connect to?
   dispatcher log-level debug               log more until the next reload
 
 Environment:
@@ -124,6 +126,9 @@ enum Command {
     /// Show which worker would get the next connection of a pool, and why.
     #[command(after_help = decisions::EXPLAIN_EXAMPLES)]
     Explain(decisions::ExplainArgs),
+    /// Show which addresses clients of a pool are advised, over all hosts, and why.
+    #[command(after_help = advice::EXAMPLES)]
+    Advice(advice::AdviceArgs),
     /// Print a shell completion script.
     #[command(after_help = manual::COMPLETIONS_EXAMPLES)]
     Completions(manual::CompletionsArgs),
@@ -243,6 +248,7 @@ impl Command {
             Command::LogLevel(arguments) => arguments.json,
             Command::History(arguments) => arguments.json,
             Command::Explain(arguments) => arguments.json,
+            Command::Advice(arguments) => arguments.json,
             Command::Run(_) | Command::Check(_) | Command::Completions(_) | Command::Man(_) => {
                 false
             }
@@ -297,6 +303,7 @@ fn execute(arguments: impl IntoIterator<Item = OsString>) -> Exit {
         Command::LogLevel(arguments) => log_level::log_level(arguments),
         Command::History(arguments) => decisions::history(arguments),
         Command::Explain(arguments) => decisions::explain(arguments),
+        Command::Advice(arguments) => advice::advice(arguments),
         Command::Status(arguments) => status::status(arguments),
         Command::Workers(arguments) => workers::workers(arguments),
         #[cfg(feature = "demo")]

@@ -21,7 +21,7 @@ The command returns when the new configuration is in force or has been refused. 
 mistake is shown as by `dispatcher check`, and the exit code is 78. `systemctl reload dispatcher` and SIGHUP do the same;
 the result is also in the log. The dispatcher reads the file that it was started with.
 
-Some keys need a restart: dispatch_socket, admin_socket, admin_http, and the keys that decide how a listener is bound
+Some keys need a restart: dispatch_socket, admin_socket, admin_http, advice_listen, and the keys that decide how a listener is bound
 (ipv6_only, reuse_port, free_bind). If they differ, the command lists them; all other changes are in force. The
 dispatcher still listens on its old admin socket: set its path with --admin PATH or DISPATCHER_ADMIN.";
 

@@ -103,6 +103,9 @@ pub(super) fn table(status: &Status, faults: usize, width: usize) -> String {
         );
         text.push_str(&wrap(&clean(&line), "", width));
     }
+    if let Some(advice) = &status.advice {
+        text.push_str(&super::advice::summary(advice));
+    }
     if status.meters.log_lines_dropped > 0 {
         let _ = writeln!(text, "log lines dropped: {}", status.meters.log_lines_dropped);
     }

@@ -47,7 +47,7 @@ fn prefix(length: Option<u32>) -> Option<u8> {
     length.and_then(|length| u8::try_from(length).ok())
 }
 
-fn networks(check: &mut Check<'_>, list: Option<&[Spanned<String>]>) -> Vec<IpNet> {
+pub(super) fn networks(check: &mut Check<'_>, list: Option<&[Spanned<String>]>) -> Vec<IpNet> {
     list.unwrap_or_default().iter().filter_map(|text| check.keep(network(text))).collect()
 }
 

@@ -236,21 +236,21 @@ fn takes(wide: Option<(SocketAddr, bool)>, narrow: Option<(SocketAddr, bool)>) -
         && (wide.is_ipv4() == narrow.is_ipv4() || (wide.is_ipv6() && !ipv6_only))
 }
 
-/// `admin_http` must not be the address of a listener.
-pub(super) fn check_admin_http(
-    admin: Option<SocketAddr>,
+/// `admin_http` and `advice_listen` must not be the address of a listener.
+pub(super) fn check_distinct_http(
+    (key, http): (&str, Option<SocketAddr>),
     new: &Listener,
     keys: &ListenerKeys,
 ) -> Checked<()> {
-    // `admin_http` is bound like a listener without options.
-    let (admin, listener) = (admin.map(|address| (canonical(address), false)), tcp(new));
+    // Both are bound like a listener without options.
+    let (http, listener) = (http.map(|address| (canonical(address), false)), tcp(new));
     let same =
         |(address, _): (SocketAddr, bool)| listener.is_some_and(|(other, _)| other == address);
-    let equal = admin.is_some_and(|address| same(address) && address.0.port() != 0);
-    if equal || takes(admin, listener) || takes(listener, admin) {
+    let equal = http.is_some_and(|address| same(address) && address.0.port() != 0);
+    if equal || takes(http, listener) || takes(listener, http) {
         return Err(Mistake::new(
             keys.address.span(),
-            "this is the address of `admin_http` already",
+            format!("this is the address of `{key}` already"),
         )
         .help("use a different port for each"));
     }

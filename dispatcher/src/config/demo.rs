@@ -4,8 +4,8 @@ use std::net::SocketAddr;
 use std::path::PathBuf;
 
 use super::{
-    Address, Config, Limits, Listener, ListenerOptions, OnDispatcherLoss, Pool, ProcessSetup,
-    Spawn, UnixEndpoint, UnixSource, accounts, literal,
+    Address, AdviceSettings, Config, Limits, Listener, ListenerOptions, OnDispatcherLoss, Pool,
+    ProcessSetup, Spawn, UnixEndpoint, UnixSource, accounts, literal,
 };
 use dispatcher_core::{AccessRules, AllowedAccounts, PoolSettings};
 
@@ -34,6 +34,7 @@ impl Config {
                 address_text: listen.to_string(),
                 address: Address::Tcp(listen),
                 pool: 0,
+                advertise: None,
                 options: ListenerOptions::default(),
                 access_rules: AccessRules::default(),
             }],
@@ -59,6 +60,7 @@ impl Config {
             limits: Limits::default(),
             admin_http: None,
             admin_http_hosts: Vec::new(),
+            advice: AdviceSettings::default(),
             warnings: Vec::new(),
         }
     }

@@ -6,6 +6,7 @@ use serde::Deserialize;
 use serde::de::{Deserializer, Error as _, Visitor, value};
 use toml::Spanned;
 
+use super::advice::{AdviceKeys, PeerKeys};
 use super::affinity::AffinityKeys;
 use super::scores::ScoreKeys;
 use super::spawn::{AJitter, ASurge};
@@ -31,6 +32,12 @@ pub(super) struct File {
     pub admin_http: Option<Spanned<String>>,
     pub admin_http_allow_remote: Option<Spanned<bool>>,
     pub admin_http_hosts: Option<Spanned<Vec<Spanned<String>>>>,
+    pub advice_listen: Option<Spanned<String>>,
+    pub advice_allow: Option<Spanned<Vec<Spanned<String>>>>,
+    pub advice_detail: Option<Spanned<bool>>,
+    pub advice: Option<Spanned<AdviceKeys>>,
+    #[serde(default)]
+    pub advice_peer: Vec<Spanned<PeerKeys>>,
     pub accept_batch: Option<Count<1, 4096>>,
     pub hello_timeout: Option<Wait<1, YEAR>>,
     pub max_pending_hellos: Option<Count<1, 65_536>>,
@@ -86,6 +93,7 @@ pub(super) struct ListenerKeys {
     pub name: Spanned<String>,
     pub address: Spanned<String>,
     pub pool: Spanned<String>,
+    pub advertise: Option<Spanned<String>>,
     pub backlog: Option<Spanned<Count<1, 1_000_000>>>,
     pub ipv6_only: Option<Spanned<bool>>,
     pub nodelay: Option<Spanned<bool>>,
@@ -209,10 +217,12 @@ impl From<OutputName> for Output {
 }
 
 /// All tables with their keys, from the types above.
-pub(super) fn tables() -> [(&'static str, &'static [&'static str]); 7] {
+pub(super) fn tables() -> [(&'static str, &'static [&'static str]); 9] {
     [
         ("", keys_of::<File>()),
         ("[[listener]]", keys_of::<ListenerKeys>()),
+        ("[advice]", keys_of::<AdviceKeys>()),
+        ("[[advice_peer]]", keys_of::<PeerKeys>()),
         ("[pool.NAME]", keys_of::<PoolKeys>()),
         ("[pool.NAME.scores]", keys_of::<ScoreKeys>()),
         ("[pool.NAME.affinity]", keys_of::<AffinityKeys>()),

@@ -124,6 +124,8 @@ fn header(path: &[String]) -> Option<String> {
     let names: Vec<&str> = path.iter().map(String::as_str).collect();
     match names[..] {
         ["listener"] => Some("[[listener]]".to_owned()),
+        ["advice"] => Some("[advice]".to_owned()),
+        ["advice_peer"] => Some("[[advice_peer]]".to_owned()),
         ["defaults"] => Some("[defaults]".to_owned()),
         ["pool"] => Some("[pool.web]".to_owned()),
         ["pool", name] => Some(format!("[pool.{name}]")),

@@ -8,7 +8,7 @@ use super::address::address;
 use super::error::{Mistake, suggest};
 use super::file::ListenerKeys;
 use super::validate::{Check, check_name};
-use super::{Address, Listener, ListenerOptions, Pool, access_rules};
+use super::{Address, Listener, ListenerOptions, Pool, access_rules, advice};
 
 impl Check<'_> {
     pub(super) fn listener(&mut self, keys: &ListenerKeys, pools: &[Pool]) -> Option<Listener> {
@@ -54,12 +54,15 @@ impl Check<'_> {
             self.useless_options(keys, address);
         }
         let access_rules = access_rules::access_rules(self, keys, address.as_ref());
+        let advertise = keys.advertise.as_ref().map(advice::advertise);
+        let advertise = advertise.and_then(|checked| self.keep(checked));
         let (address, pool) = (address?, pool?);
         Some(Listener {
             name: keys.name.get_ref().clone(),
             address_text: keys.address.get_ref().clone(),
             address,
             pool,
+            advertise,
             options,
             access_rules,
         })

@@ -8,6 +8,7 @@
 mod access_rules;
 mod accounts;
 mod address;
+mod advice;
 mod affinity;
 mod demo;
 mod error;
@@ -29,6 +30,7 @@ use std::path::{Path, PathBuf};
 use std::sync::Arc;
 use std::time::Duration;
 
+pub use advice::{AdviceSettings, MAX_ADVICE_PEERS, is_advisable};
 pub use error::{ConfigError, Diagnostic, Warning};
 pub(crate) use hints::SAMPLE;
 pub use process_setup::{Account, Limit, Output, ProcessLimits, ProcessSetup, UNLIMITED};
@@ -81,6 +83,8 @@ pub struct Config {
     pub admin_http: Option<SocketAddr>,
     /// Host names accepted over TCP, in addition to `localhost` and the name of the machine.
     pub admin_http_hosts: Vec<String>,
+    /// Advice to clients.
+    pub advice: AdviceSettings,
     /// In file order; `pool` of each is an index into `pools`.
     pub listeners: Vec<Listener>,
     /// In file order (a listener's `ListenerSettings::pool` refers to this order).
@@ -186,6 +190,8 @@ pub struct Listener {
     pub address: Address,
     /// Index of its pool in [`Config::pools`].
     pub pool: u16,
+    /// The address that advice gives to clients, if not the bound one.
+    pub advertise: Option<String>,
     /// Socket options.
     pub options: ListenerOptions,
     /// Access rules for clients.

@@ -49,12 +49,13 @@ fn past_mistakes(
     let mut mistakes = Vec::new();
     // Removed entries: the table, and the key or the probably intended key.
     let mut removed: Vec<(Vec<String>, String)> = Vec::new();
-    // Listeners that lack a required key.
+    // Listeners and peers that lack a required key.
     let mut unfinished: Vec<Range<usize>> = Vec::new();
     while mistakes.len() < MOST {
         let error = match File::deserialize(Deserializer::from(table.clone())) {
             Ok(mut file) => {
                 file.listener.retain(|listener| !unfinished.contains(&listener.span()));
+                file.advice_peer.retain(|peer| !unfinished.contains(&peer.span()));
                 return (Some(file), mistakes);
             }
             Err(error) => error,
@@ -213,7 +214,9 @@ fn translate(error: &Error, source: &Source<'_>, path: &[String]) -> Mistake {
         return Mistake::absence(span, format!("missing key {rest}"))
             .help(format!("add {rest} to this table"));
     }
-    let single_bracket = source.slice(&span).starts_with("[listener]");
+    let array = ["listener", "advice_peer"];
+    let slice = source.slice(&span);
+    let single_bracket = array.into_iter().find(|name| slice.starts_with(&format!("[{name}]")));
     let message = message
         .replace("invalid type: map", "wrong type: table")
         .replace("invalid type: sequence", "wrong type: array")
@@ -225,7 +228,9 @@ fn translate(error: &Error, source: &Source<'_>, path: &[String]) -> Mistake {
         None => message,
     };
     let help = match help {
-        None if single_bracket => Some("write [[listener]], with two brackets".to_owned()),
+        None if single_bracket.is_some() => {
+            single_bracket.map(|name| format!("write [[{name}]], with two brackets"))
+        }
         None if message.starts_with("wrong type") || message.starts_with("must be ") => {
             hints::example(path).map(|example| format!("such as: {example}"))
         }

@@ -17,7 +17,7 @@ use dispatcher_core::{Policy, ScoredGauge, Scores};
 const INTERVAL: Duration = Duration::from_secs(1);
 
 /// The name for the multiplier of the exact load.
-const CONNECTIONS: &str = "connections";
+pub(super) const CONNECTIONS: &str = "connections";
 
 /// `[pool.NAME.scores]`.
 #[derive(Clone, Debug, Default, Deserialize)]

@@ -1,6 +1,7 @@
 //! Every kind of mistake: position of the caret, message and hint.
 
 mod access_rules;
+mod advice;
 mod sample;
 mod scores;
 mod several;

@@ -4,14 +4,14 @@ use std::net::SocketAddr;
 
 use toml::Spanned;
 
-use super::address::{check_admin_http, check_distinct, same_path, same_source, unix_source};
+use super::address::{check_distinct, check_distinct_http, same_path, same_source, unix_source};
 use super::error::{ConfigError, Mistake, Source, Warning};
 use super::file::{File, ListenerKeys, PoolKeys};
 use super::listener::set_in_unit;
 use super::value::{AMode, AnAccount, Either, TextOrNumber};
 use super::{
     Address, Config, DEFAULT_ADMIN_SOCKET, DEFAULT_DISPATCH_SOCKET, Limits, Listener, Pool,
-    UnixEndpoint, UnixSource, accounts, affinity, scores, spawn,
+    UnixEndpoint, UnixSource, accounts, advice, affinity, scores, spawn,
 };
 use dispatcher_core::{AllowedAccounts, Peek, PoolSettings};
 
@@ -92,6 +92,8 @@ impl Check<'_> {
         let admin_http = check.keep(admin_http).flatten();
         let admin_http_hosts = admin_http_hosts(check, &file);
         check.keep(check_sockets(&file, &dispatch_socket, &admin_socket));
+        let advice = advice::advice(check, &file);
+        check.keep(advice::check_http(&file, admin_http, advice.listen));
         let limits = limits(&file);
         let defaults = file.defaults.unwrap_or_default();
 
@@ -137,13 +139,16 @@ impl Check<'_> {
             let keys = keys.get_ref();
             let Some(listener) = check.listener(keys, &pools) else { continue };
             check.keep(check_distinct(&listener, keys, &listeners));
-            check.keep(check_admin_http(admin_http, &listener, keys));
+            for (key, http) in [("admin_http", admin_http), ("advice_listen", advice.listen)] {
+                check.keep(check_distinct_http((key, http), &listener, keys));
+            }
             check.keep(check_endpoints(&listener, keys, &dispatch_socket, &admin_socket));
             listeners.push(listener);
         }
         if listeners.len() > usize::from(u16::MAX) {
             check.mistake(Mistake::new(0..0, "more than 65535 listeners"));
         }
+        advice::check_advertised(check, &advice, &listeners, &file.listener);
         for (name, _) in &tables {
             let used =
                 file.listener.iter().any(|keys| keys.get_ref().pool.get_ref() == name.get_ref());
@@ -164,6 +169,7 @@ impl Check<'_> {
             admin_socket,
             admin_http,
             admin_http_hosts,
+            advice,
             listeners,
             pools,
             limits,

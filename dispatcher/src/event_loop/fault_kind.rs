@@ -22,11 +22,12 @@ pub(super) enum FaultKind {
     AcceptPaused,
     WorkerNotAccepted,
     SocketFileMissing,
+    AdvicePeer,
 }
 
 impl FaultKind {
     #[cfg(test)]
-    const ALL: [FaultKind; 19] = [
+    const ALL: [FaultKind; 20] = [
         FaultKind::WorkerGone,
         FaultKind::WorkerSuspect,
         FaultKind::WorkerExpelled,
@@ -46,6 +47,7 @@ impl FaultKind {
         FaultKind::AcceptPaused,
         FaultKind::WorkerNotAccepted,
         FaultKind::SocketFileMissing,
+        FaultKind::AdvicePeer,
     ];
 
     /// The name in the status.
@@ -70,6 +72,7 @@ impl FaultKind {
             FaultKind::AcceptPaused => "accept_paused",
             FaultKind::WorkerNotAccepted => "worker_not_accepted",
             FaultKind::SocketFileMissing => "socket_file_missing",
+            FaultKind::AdvicePeer => "advice_peer",
         }
     }
 }

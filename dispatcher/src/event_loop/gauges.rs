@@ -149,7 +149,7 @@ pub(super) fn show_gauges(shown: Vec<Shown>, status: &mut Status) {
 
 /// All gauges with valid names, in the order in which the worker named them; of two with the same
 /// name the first.
-fn all(board: &Scoreboard, stamps: &Stamps) -> Vec<GaugeStatus> {
+pub(super) fn all(board: &Scoreboard, stamps: &Stamps) -> Vec<GaugeStatus> {
     let mut shown: Vec<GaugeStatus> = Vec::new();
     for number in 0..board.named_gauges() {
         let Some(Ok(name)) = board.gauge_name(number) else { continue };

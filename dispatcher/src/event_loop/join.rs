@@ -133,7 +133,7 @@ impl EventLoop {
             max_connections: self.core.max_connections_of(id).unwrap_or(join.hello.max_connections),
             handoff_timeout_ms: u32::try_from(timeout.as_millis()).unwrap_or(u32::MAX),
             listeners: self.listeners_of(&join.hello.pool),
-            gauges: scored.iter().map(|gauge| gauge.name).collect(),
+            gauges: self.config.advice.wanted_gauges(scored.iter().map(|gauge| gauge.name)),
         }
         .encode(&mut record);
         let fds = [theirs.channel, theirs.board, doorbell];

@@ -74,24 +74,30 @@ pub(super) struct ListenerResources {
     /// As configured, for the comparison with the next configuration. The core has the tables that
     /// were made from them.
     access_rules: AccessRules,
+    /// The address that advice gives to clients, if not the bound one.
+    pub(super) advertise: Option<String>,
 }
 
 impl ListenerResources {
     /// Splits off the core's part of a listener's configuration: name and pool.
     pub(super) fn split(listener: Listener) -> (String, PoolId, ListenerResources) {
-        let Listener { name, address_text, address, pool, options, access_rules } = listener;
-        let resources = ListenerResources { address_text, address, options, access_rules };
+        let Listener { name, address_text, address, pool, advertise, options, access_rules } =
+            listener;
+        let resources =
+            ListenerResources { address_text, address, options, access_rules, advertise };
         (name, PoolId(pool), resources)
     }
 
     /// The whole configuration of a listener.
     pub(super) fn with(&self, name: &str, pool: PoolId) -> Listener {
-        let ListenerResources { address_text, address, options, access_rules } = self.clone();
+        let ListenerResources { address_text, address, options, access_rules, advertise } =
+            self.clone();
         Listener {
             name: name.to_owned(),
             address_text,
             address,
             pool: pool.0,
+            advertise,
             options,
             access_rules,
         }

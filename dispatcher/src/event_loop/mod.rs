@@ -27,6 +27,7 @@ mod handshake;
 mod join;
 mod leaving;
 mod listeners;
+mod loads;
 mod meters;
 mod observation;
 mod peek;

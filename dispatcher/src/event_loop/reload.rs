@@ -161,6 +161,7 @@ impl EventLoop {
         let settings = EventLoop::handshake_settings(&self.config.limits, pools);
         self.handshakes.send(HandshakeCommand::Settings(settings));
         self.config.admin_http_hosts = plan.admin_http_hosts;
+        self.config.advice = plan.advice;
         self.watch_socket_files();
         self.publish_running();
         Ok(reloaded)

@@ -1,5 +1,6 @@
 //! Starts the event loop from a configuration, and ends it.
 
+use std::net::SocketAddr;
 use std::sync::atomic::Ordering;
 use std::sync::{Arc, mpsc};
 use std::time::Duration;
@@ -28,7 +29,7 @@ use crate::listen::bind::{self, Listening};
 use crate::listen::error::RunError;
 use crate::listen::inherit::Inherited;
 use crate::listen::take_over::Kind;
-use crate::mailbox::StartSideThread;
+use crate::mailbox::{StartSideThread, TcpListeners};
 use crate::reload::seed;
 use crate::signals;
 use dispatcher_core::{AccessControl, Core, ListenerId, ListenerSettings, PoolId};
@@ -38,6 +39,7 @@ struct Sockets {
     dispatch: Listening,
     admin: Listening,
     admin_http: Option<Listening>,
+    advice: Option<Listening>,
     /// The take-over socket.
     offered: Option<Listening>,
     listeners: Listeners,
@@ -123,18 +125,18 @@ impl EventLoop {
             }
         }
         let listeners = Listeners::new(listeners, inherited.finish());
-        let admin_http = match config.admin_http {
-            None => None,
-            Some(address) => Some(
-                match taken.as_mut().and_then(|it| it.at(Kind::AdminHttp, &address.to_string())) {
-                    Some(listening) => listening,
-                    None => bind::listen_here(address)?,
-                },
-            ),
+        let mut http = |kind, address: Option<SocketAddr>| {
+            let Some(address) = address else { return Ok(None) };
+            match taken.as_mut().and_then(|it| it.at(kind, &address.to_string())) {
+                Some(listening) => Ok(Some(listening)),
+                None => bind::listen_here(address).map(Some),
+            }
         };
+        let admin_http = http(Kind::AdminHttp, config.admin_http)?;
+        let advice = http(Kind::Advice, config.advice.listen)?;
         let offered = take_over_socket(&config, &listeners, taken.as_mut());
         let held = taken.is_some();
-        let sockets = Sockets { dispatch, admin, admin_http, offered, listeners, held };
+        let sockets = Sockets { dispatch, admin, admin_http, advice, offered, listeners, held };
         let mut event_loop = EventLoop::assemble(config, start_side, signals, sockets, settings)?;
         event_loop.run.descriptors = descriptors;
         if let Some(taken) = taken {
@@ -161,7 +163,7 @@ impl EventLoop {
         sockets: Sockets,
         settings: Vec<ListenerSettings>,
     ) -> Result<EventLoop, RunError> {
-        let Sockets { dispatch, admin, admin_http, offered, mut listeners, held } = sockets;
+        let Sockets { dispatch, admin, admin_http, advice, offered, mut listeners, held } = sockets;
         let poll = Poll::new().map_err(RunError::system("poll"))?;
         let registry = poll.registry();
         registry
@@ -182,14 +184,21 @@ impl EventLoop {
             shared.admin = admin.fd.try_clone().ok();
         }
         let (admin, admin_path) = admin.into_listener();
-        let tcp = match (config.admin_http, admin_http) {
-            (Some(address), Some(made)) => {
-                log::info!("event=admin_http address={}", value(&made.address));
-                let copy = made.fd.try_clone().ok().filter(|_| offered.is_some());
-                shared.admin_http = copy.map(|fd| (address.to_string(), made.duplicate(fd)));
-                Some(made.fd.into())
-            }
-            (_, _) => None,
+        let shareable = |configured: Option<SocketAddr>, made: &Option<Listening>| {
+            let made = made.as_ref().filter(|_| offered.is_some())?;
+            Some((configured?.to_string(), made.duplicate(made.fd.try_clone().ok()?)))
+        };
+        shared.admin_http = shareable(config.admin_http, &admin_http);
+        shared.advice = shareable(config.advice.listen, &advice);
+        if let Some(made) = &admin_http {
+            log::info!("event=admin_http address={}", value(&made.address));
+        }
+        if let Some(made) = &advice {
+            log::info!("event=advice_listen address={}", value(&made.address));
+        }
+        let tcp = TcpListeners {
+            admin_http: admin_http.map(|made| made.fd.into()),
+            advice: advice.map(|made| made.fd.into()),
         };
         let take_over = TakeOver::new(shared, offered, Arc::clone(&wake) as crate::wake::Wake);
         let side = start_side(admin, tcp, wake, held).map_err(RunError::system("admin thread"))?;

@@ -44,6 +44,7 @@ impl EventLoop {
         match request {
             Request::Status(answer) => drop(answer.send(self.gather())),
             Request::Alive(answer) => drop(answer.send(())),
+            Request::Loads(answer) => drop(answer.send(self.loads())),
             Request::History { pool, after, answer } => {
                 drop(answer.send(self.history(&pool, after)));
             }
@@ -68,6 +69,7 @@ impl EventLoop {
         status.accepted_per_second = self.observation.seconds.whole(self.now);
         self.follow_conditions(true);
         self.note_socket_files();
+        self.note_advice_peers();
         status.kept_sockets = self.kept_sockets();
         for (id, listener) in self.core.listeners().zip(&mut status.listeners) {
             listener.state = self.listener_state(id).to_owned();

@@ -65,6 +65,7 @@ pub(crate) enum Kind {
     Dispatch,
     Admin,
     AdminHttp,
+    Advice,
     TakeOver,
     Listener,
 }

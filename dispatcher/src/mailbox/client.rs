@@ -3,13 +3,15 @@
 //! time.
 
 use std::sync::mpsc::SyncSender;
-use std::sync::{Arc, Mutex, PoisonError};
+use std::sync::{Arc, Mutex, OnceLock, PoisonError};
 use std::time::Duration;
 
 use tokio::sync::oneshot;
 use tokio::time::Instant;
 
+use super::loads::{DeferredLoads, OwnLoads};
 use super::{DeferredStatus, Request};
+use crate::api::advice::AdviceStatus;
 use crate::api::command::{Answer, Command};
 use crate::api::status::Status;
 use crate::listen::files::SocketFiles;
@@ -17,6 +19,9 @@ use crate::wake::Wake;
 
 /// Shortest interval between two status requests.
 const STATUS_EVERY: Duration = Duration::from_millis(100);
+
+/// Shortest interval between two requests for the figures of advice. Answers within it share them.
+const LOADS_EVERY: Duration = Duration::from_millis(100);
 
 /// Shortest interval between two liveness requests.
 const ALIVE_EVERY: Duration = Duration::from_millis(20);
@@ -34,7 +39,7 @@ pub(crate) enum NoAnswer {
 }
 
 /// A request whose answer is shared by all clients that wait for it.
-struct Question<T> {
+pub(crate) struct Question<T> {
     every: Duration,
     state: Mutex<Waiting<T>>,
 }
@@ -48,7 +53,7 @@ struct Waiting<T> {
 }
 
 impl<T: Clone + Send + 'static> Question<T> {
-    fn new(every: Duration) -> Question<T> {
+    pub(crate) fn new(every: Duration) -> Question<T> {
         Question { every, state: Mutex::new(Waiting { askers: Vec::new(), next: Instant::now() }) }
     }
 
@@ -58,7 +63,7 @@ impl<T: Clone + Send + 'static> Question<T> {
 
     /// Waits for the next answer. The first client gets the earliest time of the request and must
     /// send it.
-    fn join(&self) -> (oneshot::Receiver<T>, Option<Instant>) {
+    pub(crate) fn join(&self) -> (oneshot::Receiver<T>, Option<Instant>) {
         let (sender, answer) = oneshot::channel();
         let mut state = self.lock();
         let first = state.askers.is_empty();
@@ -68,13 +73,13 @@ impl<T: Clone + Send + 'static> Question<T> {
     }
 
     /// Marks the request as sent.
-    fn asked(&self) {
+    pub(crate) fn asked(&self) {
         self.lock().next = Instant::now() + self.every;
     }
 
     /// Sends the answer to all waiting clients. Without an answer, the dropped senders signal the
     /// failure.
-    fn answer(&self, answer: Option<&T>) {
+    pub(crate) fn answer(&self, answer: Option<&T>) {
         let askers = std::mem::take(&mut self.lock().askers);
         for asker in askers {
             if let Some(answer) = answer {
@@ -86,7 +91,7 @@ impl<T: Clone + Send + 'static> Question<T> {
 }
 
 /// A pending request. When its task ends for any reason, the next client can send a new one.
-struct Unanswered<'a, T: Clone + Send + 'static>(&'a Question<T>);
+pub(crate) struct Unanswered<'a, T: Clone + Send + 'static>(pub(crate) &'a Question<T>);
 
 impl<T: Clone + Send + 'static> Drop for Unanswered<'_, T> {
     fn drop(&mut self) {
@@ -101,6 +106,11 @@ pub(crate) struct MailboxClient {
     files: SocketFiles,
     status: Question<Arc<Status>>,
     alive: Question<()>,
+    loads: Question<(Instant, Arc<OwnLoads>)>,
+    /// The last figures for advice, and when they were asked for.
+    last_loads: Mutex<Option<(Instant, Arc<OwnLoads>)>>,
+    /// Makes the part of the status about advice.
+    advice: OnceLock<Box<dyn Fn() -> AdviceStatus + Send + Sync>>,
     /// Locked while a request is pending; holds the earliest time of the next one.
     commands: tokio::sync::Mutex<Instant>,
 }
@@ -117,6 +127,9 @@ impl MailboxClient {
             files,
             status: Question::new(STATUS_EVERY),
             alive: Question::new(ALIVE_EVERY),
+            loads: Question::new(LOADS_EVERY),
+            last_loads: Mutex::new(None),
+            advice: OnceLock::new(),
             commands: tokio::sync::Mutex::new(Instant::now()),
         })
     }
@@ -138,9 +151,47 @@ impl MailboxClient {
                 let status = deferred.map(|DeferredStatus(finish)| {
                     let mut status = finish();
                     status.socket_files_missing = mailbox.files.missing();
+                    status.advice = mailbox.advice.get().map(|advice| advice());
                     Arc::new(status)
                 });
                 mailbox.status.answer(status.as_ref());
+            });
+        }
+        in_time(patience, answer).await
+    }
+
+    /// Sets what makes the part of the status about advice.
+    pub(crate) fn set_advice(&self, advice: impl Fn() -> AdviceStatus + Send + Sync + 'static) {
+        // Called once, at the start.
+        let _ = self.advice.set(Box::new(advice));
+    }
+
+    /// The figures for advice, and when they were asked for: at most 100 ms before this call. So
+    /// the event loop handles at most ten such requests a second, for any number of clients.
+    pub(crate) async fn loads(
+        self: &Arc<MailboxClient>,
+        patience: Duration,
+    ) -> Result<(Instant, Arc<OwnLoads>), NoAnswer> {
+        let last = self.last_loads.lock().unwrap_or_else(PoisonError::into_inner).clone();
+        if let Some(last) = last.filter(|(at, _)| at.elapsed() < LOADS_EVERY) {
+            return Ok(last);
+        }
+        let (answer, from) = self.loads.join();
+        if let Some(from) = from {
+            let mailbox = Arc::clone(self);
+            tokio::spawn(async move {
+                tokio::time::sleep_until(from).await;
+                mailbox.loads.asked();
+                let _end = Unanswered(&mailbox.loads);
+                let asked = Instant::now();
+                let deferred = mailbox.put(Request::Loads).await;
+                let loads = deferred.map(|DeferredLoads(finish)| (asked, Arc::new(finish())));
+                if let Some(loads) = &loads {
+                    let mut last =
+                        mailbox.last_loads.lock().unwrap_or_else(PoisonError::into_inner);
+                    *last = Some(loads.clone());
+                }
+                mailbox.loads.answer(loads.as_ref());
             });
         }
         in_time(patience, answer).await

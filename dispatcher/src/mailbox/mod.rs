@@ -25,14 +25,26 @@ use crate::background::spawner::{Report, Spawner};
 use crate::listen::files::SocketFiles;
 use crate::reload::{Plan, RunningConfig};
 use crate::wake::Wake;
+use advice_faults::AdviceFaults;
 use hosts::Hosts;
+use loads::DeferredLoads;
 
+pub(crate) mod advice_faults;
 pub(crate) mod hosts;
+pub(crate) mod loads;
 
-/// Starts the side thread, which serves HTTP on the first socket and read-only HTTP on the second.
-/// It calls the last argument when there is a new entry for the event loop.
-pub type StartSideThread =
-    fn(UnixListener, Option<TcpListener>, Wake, bool) -> io::Result<SideThread>;
+/// Starts the side thread, which serves HTTP on the first socket, and on those of the second
+/// argument. It calls the third argument when there is a new entry for the event loop.
+pub type StartSideThread = fn(UnixListener, TcpListeners, Wake, bool) -> io::Result<SideThread>;
+
+/// The TCP sockets that the side thread serves.
+#[derive(Debug, Default)]
+pub struct TcpListeners {
+    /// `admin_http`: the admin interface, read-only.
+    pub admin_http: Option<TcpListener>,
+    /// `advice_listen`: advice to clients and peers.
+    pub advice: Option<TcpListener>,
+}
 
 /// Most requests in the mailbox. All status requests share one entry, so few are needed.
 pub(crate) const MAX_REQUESTS: usize = 16;
@@ -48,6 +60,8 @@ const HURRY: Duration = Duration::from_millis(50);
 pub enum Request {
     /// The status.
     Status(oneshot::Sender<DeferredStatus>),
+    /// The figures for advice.
+    Loads(oneshot::Sender<DeferredLoads>),
     /// An empty answer, as a sign of life.
     Alive(oneshot::Sender<()>),
     /// Carries out a command.
@@ -99,6 +113,7 @@ impl Request {
     fn is_given_up(&self) -> bool {
         match self {
             Request::Status(answer) => answer.is_closed(),
+            Request::Loads(answer) => answer.is_closed(),
             Request::Alive(answer) => answer.is_closed(),
             Request::Command { answer, .. } => answer.is_closed(),
             Request::Reload { answer, .. } => answer.is_closed(),
@@ -130,6 +145,8 @@ pub struct SideThread {
     pub accepting: watch::Sender<bool>,
     /// The accepted host names over TCP; set at the start and by a reload.
     pub hosts: Hosts,
+    /// Peers that advice leaves out.
+    pub advice_faults: AdviceFaults,
     /// The socket files to check; set at the start and by a reload.
     pub files: SocketFiles,
     /// Reports the state to the service manager.

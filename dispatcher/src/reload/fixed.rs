@@ -23,5 +23,8 @@ pub(super) fn fixed(old: &Config, new: &Config) -> Vec<String> {
     if old.admin_http != new.admin_http {
         keys.push("admin_http".to_owned());
     }
+    if old.advice.listen != new.advice.listen {
+        keys.push("advice_listen".to_owned());
+    }
     keys
 }

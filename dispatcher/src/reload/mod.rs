@@ -23,7 +23,9 @@ use self::fixed::fixed;
 use self::plan::{make_again, new_mode, plan_listeners, plan_pools};
 use crate::api::command::{CommandError, Problem};
 use crate::api::reload::Reloaded;
-use crate::config::{Address, Config, ConfigError, Limits, Listener, ListenerOptions, Pool};
+use crate::config::{
+    Address, AdviceSettings, Config, ConfigError, Limits, Listener, ListenerOptions, Pool,
+};
 use crate::listen::bind::{self, Listening, SocketAttributes};
 use crate::listen::error::RunError;
 use crate::listen::files::SocketFile;
@@ -89,6 +91,7 @@ pub struct Plan {
     pub(crate) removed_listeners: Vec<ListenerId>,
     pub(crate) limits: Limits,
     pub(crate) admin_http_hosts: Vec<String>,
+    pub(crate) advice: AdviceSettings,
     pub(crate) modes: Vec<(PathBuf, u32)>,
     pub(crate) reloaded: Reloaded,
 }
@@ -213,6 +216,11 @@ fn plan(now: &RunningConfig, new: Config) -> Result<Plan, CommandError> {
     if now.config.admin_http_hosts != new.admin_http_hosts {
         reloaded.changed.push("admin_http_hosts".to_owned());
     }
+    // The socket stays as it is.
+    let advice = AdviceSettings { listen: now.config.advice.listen, ..new.advice };
+    if now.config.advice != advice {
+        reloaded.changed.push("advice".to_owned());
+    }
     let again = make_again(now, &listeners, &mut reloaded);
     let admin = again.iter().find(|(socket, _)| *socket == Socket::Admin);
     let admin = match admin.map(|(_, listening)| listening.fd.try_clone()) {
@@ -232,6 +240,7 @@ fn plan(now: &RunningConfig, new: Config) -> Result<Plan, CommandError> {
         removed_listeners,
         limits: new.limits,
         admin_http_hosts: new.admin_http_hosts,
+        advice,
         reloaded,
     })
 }

@@ -203,15 +203,15 @@ pub(super) fn plan_known(
         config.pools.get(usize::from(listener.pool)).map(|pool| pool.settings.name.clone())
     };
     let moved = old.name != *name || pool_of(&now.config, old) != pool_of(new, wanted);
-    if moved || old.options != options || old.access_rules != wanted.access_rules {
+    let same_rules = old.access_rules == wanted.access_rules;
+    if moved || old.options != options || !same_rules || old.advertise != wanted.advertise {
         reloaded.changed.push(match old.name == *name {
             true => format!("listener {name}"),
             false => format!("listener {name} (was {})", old.name),
         });
     }
     let step = if moved { ListenerStep::TakeOver(id) } else { ListenerStep::Keep(id) };
-    let same = !moved && old.access_rules == wanted.access_rules;
-    let rules = if same { Rules::Same } else { new_rules(wanted) };
+    let rules = if !moved && same_rules { Rules::Same } else { new_rules(wanted) };
     (step, rules, Listener { options, ..wanted.clone() })
 }
 
@@ -271,7 +271,8 @@ pub(super) fn own_listener(now: &RunningConfig, wanted: std::net::SocketAddr) ->
         Address::Tcp(_) | Address::Unix(_) | Address::Systemd(_) => None,
     });
     let admin = now.config.admin_http.filter(overlaps).map(|_| "`admin_http`".to_owned());
-    own.chain(admin).next()
+    let advice = now.config.advice.listen.filter(overlaps);
+    own.chain(admin).chain(advice.map(|_| "`advice_listen`".to_owned())).next()
 }
 
 pub(super) fn has_any_port(address: &Address) -> bool {

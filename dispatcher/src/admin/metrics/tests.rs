@@ -1,4 +1,5 @@
 use super::*;
+use crate::api::advice::{AddressRecord, AdvicePoolStatus, AdviceStatus, PeerStatus};
 use crate::api::status::{Distribution, ListenerStatus, Meters, ProcessesStatus};
 
 fn status(workers: u64) -> Status {
@@ -184,6 +185,27 @@ fn each_status_field_has_its_own_metric() {
         },
         listeners: vec![listener],
         pools: vec![pool],
+        advice: Some(AdviceStatus {
+            requests: [("best".to_owned(), 81)].into(),
+            refused: [("denied".to_owned(), 82)].into(),
+            peers: vec![PeerStatus {
+                address: "10.0.0.2:1".to_owned(),
+                state: "itself".to_owned(),
+                failures: [("silent".to_owned(), 83)].into(),
+                ..PeerStatus::default()
+            }],
+            pools: vec![AdvicePoolStatus {
+                pool: "p".to_owned(),
+                addresses: vec![
+                    AddressRecord {
+                        state: "full".to_owned(),
+                        ..AddressRecord::default()
+                    };
+                    84
+                ],
+            }],
+            ..AdviceStatus::default()
+        }),
         ..Status::default()
     };
     let process = Process {
@@ -280,6 +302,15 @@ peeks_failed_total{pool="p",reason="timed_out"} 42
 peeks_failed_total{pool="p",reason="not_awaited"} 43
 handoff_latency_seconds_sum{pool="p"} 5.0
 handoff_latency_seconds_count{pool="p"} 33
+advice_requests_total{request="best"} 81
+advice_refused_total{reason="denied"} 82
+advice_addresses{pool="p",state="ok"} 0
+advice_addresses{pool="p",state="full"} 84
+advice_addresses{pool="p",state="draining"} 0
+advice_addresses{pool="p",state="refusing"} 0
+advice_addresses{pool="p",state="unserved"} 0
+advice_peer_up{peer="10.0.0.2:1"} 1
+advice_peer_failures_total{peer="10.0.0.2:1",reason="silent"} 83
 workers_not_shown{pool="p"} 0
 worker_state{pool="p",worker="w",id="31",state="suspect"} 1
 worker_live_connections{pool="p",worker="w",id="31"} 19

@@ -3,6 +3,7 @@
 //! To add a route, write a function `routes()` in a file of its own, merge it in [`all`], and add
 //! its path to [`PATHS`].
 
+mod advice;
 mod decisions;
 mod health;
 mod log;
@@ -27,6 +28,7 @@ use axum::{Json, Router};
 use serde::Serialize;
 use serde::de::DeserializeOwned;
 
+use super::advice::Adviser;
 use super::client_limits::MOST_CONNECTIONS;
 use super::reload::Reloader;
 use crate::api::command::{Command, CommandError, Problem};
@@ -39,12 +41,14 @@ const MAX_BODY: usize = 64 * 1024;
 pub(super) const PATIENCE: Duration = Duration::from_secs(3);
 
 /// All paths, for the answer to an unknown path.
-const PATHS: [&str; 12] = [
+const PATHS: [&str; 14] = [
     "/",
     "/v1/status",
     "/v1/pools/NAME",
     "/v1/pools/NAME/history",
     "/v1/pools/NAME/explain",
+    "/v1/pools/NAME/advice",
+    "/v1/pools/NAME/advice/history",
     "/v1/workers",
     "/v1/workers/ID",
     "/v1/log_level",
@@ -61,6 +65,8 @@ pub(super) struct App {
     /// Most workers with metrics of their own.
     pub(super) max_workers: Arc<AtomicU32>,
     pub(super) reloader: Arc<Reloader>,
+    /// `None` without `advice_listen`.
+    pub(super) adviser: Option<Arc<Adviser>>,
 }
 
 /// All routes.
@@ -68,6 +74,7 @@ pub(super) fn all(app: App) -> Router {
     Router::new()
         .merge(page::routes())
         .merge(status::routes())
+        .merge(advice::routes())
         .merge(decisions::routes())
         .merge(pools::routes())
         .merge(workers::routes())
@@ -93,7 +100,10 @@ pub(super) fn too_many() -> Router {
 
 /// The methods of a route; other methods get an answer that lists the allowed ones: `methods("GET,
 /// HEAD", get(handler))`.
-fn methods(allowed: &'static str, router: MethodRouter<App>) -> MethodRouter<App> {
+pub(super) fn methods<S: Clone + Send + Sync + 'static>(
+    allowed: &'static str,
+    router: MethodRouter<S>,
+) -> MethodRouter<S> {
     router.fallback(move |method: Method| async move {
         let message = format!("{method} is not possible here; possible: {allowed}");
         let mut response = refused(&CommandError::new(Problem::Method, message));
@@ -103,7 +113,7 @@ fn methods(allowed: &'static str, router: MethodRouter<App>) -> MethodRouter<App
 }
 
 /// Refuses long bodies before they are sent. Handlers that read no body do not check its length.
-async fn short_body(request: Request, next: Next) -> Response {
+pub(super) async fn short_body(request: Request, next: Next) -> Response {
     let length = request
         .headers()
         .get(header::CONTENT_LENGTH)

@@ -56,6 +56,11 @@ fn the_defaults_in_the_sample_are_the_defaults() {
     // Examples that differ from the default, or that read a file.
     let text = uncommented(&[
         "unavailable_response",
+        "advertise",
+        "advice_listen",
+        "[[advice_peer]]",
+        "address = \"10.",
+        "multiplier =",
         "allow",
         "deny",
         "rate_",
@@ -88,6 +93,7 @@ fn the_defaults_in_the_sample_are_the_defaults() {
     assert_eq!(written.dispatch_socket, least.dispatch_socket);
     assert_eq!(written.admin_socket, least.admin_socket);
     assert_eq!(written.limits, least.limits);
+    assert_eq!(written.advice, least.advice);
     assert_eq!(written.listeners[0].options, least.listeners[0].options);
     assert_eq!(written.listeners[0].access_rules, least.listeners[0].access_rules);
     let (mut written, least) = (written.pools[0].settings.clone(), least.pools[0].settings.clone());
@@ -113,4 +119,7 @@ fn the_examples_in_the_sample_are_valid() {
     assert_eq!(spawn.command[0], "/usr/bin/my-server");
     assert_eq!(spawn.on_dispatcher_loss, OnDispatcherLoss::default());
     assert_eq!(config.listeners[0].options.keepalive_count, Some(4));
+    assert_eq!(config.listeners[0].advertise.as_deref(), Some("www1.example.org:80"));
+    assert_eq!(config.advice.peers.len(), 1);
+    assert_eq!(config.advice.multipliers.len(), 2);
 }

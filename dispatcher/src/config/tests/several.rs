@@ -254,6 +254,7 @@ fn options_of_sockets_that_systemd_makes() {
         "name",
         "address",
         "pool",
+        "advertise",
         "allow",
         "deny",
         "rate_limit",

@@ -101,6 +101,8 @@ pub(super) struct SharedSockets {
     pub(super) admin: Option<OwnedFd>,
     /// With the address as it is configured.
     pub(super) admin_http: Option<(String, Listening)>,
+    /// The same, of `advice_listen`.
+    pub(super) advice: Option<(String, Listening)>,
 }
 
 impl TakeOver {
@@ -218,8 +220,10 @@ impl EventLoop {
         if let Some(giver) = &self.take_over.giver {
             endpoint(Kind::TakeOver, &Some(copy(&giver.socket)?), file(&giver.path))?;
         }
-        if let Some((configured, listening)) = &shared.admin_http {
-            let about = about(Kind::AdminHttp, "", configured, &listening.address, None);
+        let http = [(Kind::AdminHttp, &shared.admin_http), (Kind::Advice, &shared.advice)];
+        for (kind, shared) in http {
+            let Some((configured, listening)) = shared else { continue };
+            let about = about(kind, "", configured, &listening.address, None);
             sockets.push(Passed { about, fd: copy(&listening.fd)?, file: None, position: None });
         }
         for (position, socket) in self.listeners.sockets.iter().enumerate() {
