@@ -280,12 +280,14 @@ fn ask(
 }
 
 /// All paths, with their methods.
-const ROUTES: [(&str, &str, &str); 12] = [
+const ROUTES: [(&str, &str, &str); 14] = [
     ("/", "GET, HEAD", ""),
     ("/v1/status", "GET, HEAD", ""),
     ("/v1/pools/web", "GET, HEAD, POST", r#"{"action": "drain"}"#),
     ("/v1/pools/web/history", "GET, HEAD", ""),
     ("/v1/pools/web/explain", "GET, HEAD", ""),
+    ("/v1/pools/web/advice", "GET, HEAD", ""),
+    ("/v1/pools/web/advice/history", "GET, HEAD", ""),
     ("/v1/workers", "GET, HEAD, POST", r#"{"action": "weight", "weight": 7}"#),
     ("/v1/workers/web%2Fweb-1", "GET, HEAD, POST", r#"{"action": "drain"}"#),
     ("/v1/log_level", "GET, HEAD, POST", r#"{"level": "error"}"#),
@@ -318,6 +320,15 @@ fn lasting(path: &str, body: &str) -> Value {
             assert!(next.as_object_mut().unwrap().remove("at").is_some());
             next
         }
+        // Its figures have an age.
+        "/v1/pools/web/advice" => {
+            let advice: Value = serde_json::from_str(body).unwrap();
+            serde_json::json!([
+                advice["mode"],
+                advice["multiplier"],
+                advice["addresses"][0]["address"]
+            ])
+        }
         // Each page has its own nonce of constant length.
         "/" => body.len().into(),
         _ => serde_json::from_str(body).unwrap_or_else(|_| body.into()),
@@ -334,7 +345,8 @@ fn spawned() -> String {
 
 #[test]
 fn tcp_reads_everything_and_changes_nothing() {
-    let config = format!("admin_http = \"127.0.0.1:0\"\n{}", spawned());
+    let http = "admin_http = \"127.0.0.1:0\"\nadvice_listen = \"127.0.0.1:0\"\n";
+    let config = format!("{http}{}", spawned());
     let dispatcher = Dispatcher::start(&config);
     dispatcher.wait_joined("web", 1);
     Client::connect(dispatcher.address("web")).unwrap().finish();

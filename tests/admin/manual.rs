@@ -159,7 +159,7 @@ fn shells_complete_the_names_of_workers_pools_and_levels() {
         }
         assert_eq!(sorted(&["drain", "web/w"]), ["web/web-1"], "{shell}");
         assert_eq!(sorted(&["drain", "--pool", ""]), ["chat", "web"], "{shell}");
-        for command in ["scale", "history", "explain"] {
+        for command in ["scale", "history", "explain", "advice"] {
             assert_eq!(sorted(&[command, ""]), ["chat", "web"], "{shell} {command}");
         }
         assert_eq!(sorted(&["workers", "--pool", "c"]), ["chat"], "{shell}");

@@ -104,6 +104,11 @@ fn exposed(text: &str) -> BTreeMap<String, BTreeSet<String>> {
 }
 
 const POOLS: &str = r#"
+advice_listen = "127.0.0.1:0"
+
+[[advice_peer]]
+address = "127.0.0.1:9"
+
 [[listener]]
 name = "http"
 address = "127.0.0.1:0"

@@ -1,6 +1,7 @@
 //! The status page in headless Chromium, with a real dispatcher and real workers.
 #![allow(clippy::unwrap_used, clippy::expect_used)]
 
+mod advice;
 mod appearance;
 
 use std::io::{Read, Write};

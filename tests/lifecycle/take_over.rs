@@ -207,9 +207,10 @@ fn a_new_configuration_opens_and_closes_listeners() {
         format!("[[listener]]\nname = \"{name}\"\naddress = \"{address}\"\npool = \"web\"\n")
     };
     let pool = "[pool.web]\nwait_for_worker = \"60s\"\n";
-    let admin_http = free_address();
+    let (admin_http, advice) = (free_address(), free_address());
+    let http = format!("admin_http = \"{admin_http}\"\nadvice_listen = \"{advice}\"\n");
     let before = format!(
-        "admin_http = \"{admin_http}\"\n{}{}{}{pool}",
+        "{http}{}{}{}{pool}",
         listener("kept", &kept.to_string()),
         listener("local", "unix:DIR/local.sock"),
         listener("gone", &gone.to_string())
@@ -220,7 +221,7 @@ fn a_new_configuration_opens_and_closes_listeners() {
     let mut old = Client::connect(gone).unwrap();
     let local = temp.path().join("local.sock");
     let after = format!(
-        "admin_http = \"{admin_http}\"\n{}{}{}{pool}",
+        "{http}{}{}{}{pool}",
         listener("renamed", &kept.to_string()),
         listener("local", "unix:DIR/local.sock"),
         listener("added", "127.0.0.1:0")
@@ -231,12 +232,17 @@ fn a_new_configuration_opens_and_closes_listeners() {
     assert_eq!(dispatcher.address("renamed"), kept);
     Client::connect(kept).unwrap().finish();
     Client::connect(dispatcher.address("added")).unwrap().finish();
-    let mut page = connect(admin_http);
-    page.write_all(b"GET /healthz HTTP/1.1\r\nHost: localhost\r\nConnection: close\r\n\r\n")
-        .unwrap();
-    let mut answer = String::new();
-    page.read_to_string(&mut answer).unwrap();
-    assert!(answer.starts_with("HTTP/1.1 200"), "{answer}");
+    for (address, path) in [(admin_http, "/healthz"), (advice, "/v1/pools/web/best")] {
+        // Advice collects its figures once in a second.
+        wait_until("an answer by the new dispatcher", || {
+            let mut page = connect(address);
+            let head = "Host: localhost\r\nConnection: close";
+            write!(page, "GET {path} HTTP/1.1\r\n{head}\r\n\r\n").unwrap();
+            let mut answer = String::new();
+            page.read_to_string(&mut answer).unwrap();
+            answer.starts_with("HTTP/1.1 200")
+        });
+    }
     old.echo("its listener has gone");
     assert!(TcpStream::connect(gone).is_err());
     assert!(std::os::unix::net::UnixStream::connect(&local).is_ok());
