@@ -196,6 +196,7 @@ impl Core {
             forgotten: false,
             blocked: None,
             starved: None,
+            checking: false,
             // A worker that has served before, under this dispatcher or another, starts with trust.
             trust: Trust::new(now, hello.base > 0),
             threads: None,

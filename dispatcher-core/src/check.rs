@@ -163,7 +163,7 @@ impl Core {
                     assert_eq!(self.ledger.get(conn).place, Place::InFlight(w as u32));
                     assert_eq!(self.pool_of(self.ledger.get(conn).listener), worker.pool);
                 }
-                Some(Item::Probe) => {}
+                Some(Item::Probe | Item::Check) => {}
                 Some(Item::Nothing) | None => panic!("a ticket that is out is for something"),
             }
         }

@@ -52,7 +52,12 @@ impl Core {
         }
     }
 
-    fn begin_drain(&mut self, now: Time, worker: WorkerId, deadline: Option<Time>) -> bool {
+    pub(super) fn begin_drain(
+        &mut self,
+        now: Time,
+        worker: WorkerId,
+        deadline: Option<Time>,
+    ) -> bool {
         let Some(w) = self.find(worker) else { return false };
         if self.workers[w].state == State::Gone {
             return false;

@@ -7,7 +7,7 @@ use dispatch_protocol::scoreboard::gauge::GaugeName;
 use dispatch_protocol::wire::EntryFlags;
 
 use super::drain::Notice;
-use super::supervise::{EndReason, Replacement};
+use super::supervise::{EndReason, Generation, Replacement, StepFailure};
 use super::types::*;
 
 /// An action that the event loop performs.
@@ -53,6 +53,15 @@ pub enum Effect {
     /// The dispatcher is stopping and has released the pool of this process: end it. Its workers
     /// had connections, or none.
     EndProcess { process: ProcessId, has_connections: bool },
+    /// Check whether the worker of this process is ready, with connections of the dispatcher: each
+    /// is sent by [`super::Core::send_check`]. Always: [`super::Core::checked`], or the process ends.
+    CheckReady { process: ProcessId, worker: WorkerId },
+    /// Write SENT into the slot and send a connection of a ready check. On failure:
+    /// [`super::Core::check_failed`].
+    SendCheck { worker: WorkerId, ticket: Ticket },
+    /// The connection of a ready check is not in flight any more: `taken`, close the dispatcher's
+    /// copy, then write RELEASED; else close it.
+    CheckOver { worker: WorkerId, ticket: Ticket, taken: bool },
     /// Write an event to the log.
     Event(Event),
 }
@@ -115,4 +124,8 @@ pub enum Event {
     CrashLoop { process: ProcessId, failures: u32 },
     /// A process of the pool has stayed: the crash loop is over.
     CrashLoopOver { pool: PoolId },
+    /// A roll stopped, because this process of the new generation did not become ready.
+    RollStopped { process: ProcessId, cause: StepFailure },
+    /// A roll is done: every process is of this generation.
+    Rolled { pool: PoolId, generation: Generation },
 }

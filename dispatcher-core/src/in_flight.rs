@@ -27,14 +27,20 @@ impl Core {
             (SlotState::Taken, Item::Probe | Item::Nothing) => {
                 self.probe_taken(now, w, ticket, taken_at);
             }
+            (SlotState::Taken, Item::Check) => self.check_taken(now, w, ticket, taken_at),
             (SlotState::Lost, Item::Conn(conn)) => self.lost(now, w, ticket, conn),
+            (SlotState::Lost, Item::Check) => self.check_over(w, ticket),
             (SlotState::Lost, Item::Probe | Item::Nothing) => {
                 self.settle(w, ticket);
                 self.remove(now, w, Departure::Expelled(BAD_SLOT));
             }
             // After a revocation that failed, SENT is as impossible as any other word.
             (SlotState::Sent | SlotState::Invalid, item) => {
-                self.settle(w, ticket);
+                if item == Item::Check {
+                    self.check_over(w, ticket);
+                } else {
+                    self.settle(w, ticket);
+                }
                 if let Item::Conn(conn) = item {
                     // The departure of the worker starts now; this connection counts among those
                     // that it sends to other workers.
@@ -54,7 +60,10 @@ impl Core {
         let Some(item) = self.workers[w].ring.item(ticket) else {
             return;
         };
-        self.settle(w, ticket);
+        match item {
+            Item::Check => self.check_over(w, ticket),
+            Item::Conn(_) | Item::Probe | Item::Nothing => self.settle(w, ticket),
+        }
         if let Item::Conn(conn) = item {
             self.give_back(now, w, conn);
         }

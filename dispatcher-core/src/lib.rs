@@ -38,6 +38,7 @@ mod ledger;
 mod place;
 mod policy;
 mod random;
+mod ready_check;
 mod redispatch;
 mod ring;
 mod snapshot;
@@ -64,8 +65,9 @@ pub use snapshot::{
     WorkerSnapshot,
 };
 pub use supervise::{
-    EndReason, ProcessCounts, ProcessTotals, RESTART_MAX, RESTART_MIN, RESTART_RESET, Replacement,
-    Supervision, Surge,
+    EndReason, Generation, LeavingGeneration, PREFERRED_LOAD, ProcessCounts, ProcessTotals,
+    RESTART_MAX, RESTART_MIN, RESTART_RESET, Replacement, Roll, RollBegun, RollRefusal, RollState,
+    StepFailure, Supervision, Surge,
 };
 pub use types::*;
 
@@ -432,7 +434,9 @@ impl Core {
         match &effect {
             Effect::Release { conn, .. } | Effect::Close { conn, .. } => self.ledger.forget(*conn),
             Effect::Forget { worker } => self.free_workers.push(worker.index),
-            Effect::Send { worker, ticket, .. } | Effect::Probe { worker, ticket } => {
+            Effect::Send { worker, ticket, .. }
+            | Effect::Probe { worker, ticket }
+            | Effect::SendCheck { worker, ticket } => {
                 self.workers[worker.index as usize].ring.offered(*ticket);
             }
             Effect::Revoke { .. }
@@ -442,6 +446,8 @@ impl Core {
             | Effect::Spawn { .. }
             | Effect::StopProcess { .. }
             | Effect::EndProcess { .. }
+            | Effect::CheckReady { .. }
+            | Effect::CheckOver { .. }
             | Effect::Event(_) => {}
         }
         Some(effect)

@@ -9,7 +9,9 @@ use super::affinity::Recall;
 use super::handoff::Shares;
 use super::ledger::{Conn, Place, Redispatch};
 use super::policy::{By, Choice, NEVER, Standing};
+use super::redispatch::burden;
 use super::ring::Item;
+use super::supervise::PREFERRED_LOAD;
 use super::types::*;
 use super::worker::{Round, Worker};
 use super::{Core, Effect, Event, Pool};
@@ -134,9 +136,57 @@ impl Core {
             Recall::Routed(worker) | Recall::Here(worker) => {
                 candidates.choice(now, self.workers[worker as usize].at, By::Memory)
             }
-            Recall::Away | Recall::New => candidates.pick(now, key)?,
+            Recall::Away | Recall::New => {
+                let choice = candidates.pick(now, key)?;
+                self.newer(now, p, key, &choice).unwrap_or(choice)
+            }
         };
         Some((choice, recall))
+    }
+
+    /// During a roll, a worker of the new generation instead of an older one, so that clients that
+    /// connect again do not come to workers that will be drained. `None` if the choice is of the new
+    /// generation, a key decides, or each new worker has more than [`PREFERRED_LOAD`] percent of
+    /// the pool's mean load for its weight. Scans every worker, but only during a roll.
+    fn newer(
+        &self,
+        now: Time,
+        p: usize,
+        key: Option<AffinityKey>,
+        choice: &Choice,
+    ) -> Option<Choice> {
+        let pool = &self.pools[p];
+        let preferred = pool.processes.preferred()?;
+        let candidates = &pool.candidates;
+        let is_new = |worker: &Worker| {
+            let process = worker.process.filter(|process| usize::from(process.pool.0) == p);
+            process.and_then(|process| pool.processes.generation_of(process)) == Some(preferred)
+        };
+        let keyed = pool.is_keyed() && key.is_some();
+        if keyed || is_new(&self.workers[candidates.get(choice.at).worker as usize]) {
+            return None;
+        }
+        let (mut load, mut weight) = (0u64, 0u64);
+        for worker in candidates.workers().map(|w| &self.workers[w as usize]) {
+            if worker.is_usable() {
+                load = load.saturating_add(worker.load());
+                weight += u64::from(worker.effective_weight());
+            }
+        }
+        // load ÷ weight of the worker ≤ 1.25 × load ÷ weight of the pool, without division.
+        let fits = |worker: &Worker| {
+            let own = u128::from(worker.load()) * u128::from(weight) * 100;
+            let mean = u128::from(load) * u128::from(worker.effective_weight());
+            own <= mean * u128::from(PREFERRED_LOAD)
+        };
+        let new = self.open_workers(p).filter(|&w| {
+            let worker = &self.workers[w];
+            worker.is_trusted() && candidates.is_available(worker.at) && is_new(worker)
+        });
+        let best = new
+            .filter(|&w| fits(&self.workers[w]))
+            .min_by(|&a, &b| burden(&self.workers[a]).total_cmp(&burden(&self.workers[b])))?;
+        Some(candidates.choice(now, self.workers[best].at, By::Generation))
     }
 
     /// While clients are refused: a worker that may be tested with this connection.

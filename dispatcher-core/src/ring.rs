@@ -25,6 +25,8 @@ pub(super) enum Item {
     Conn(u32),
     /// A probe.
     Probe,
+    /// A connection of a ready check.
+    Check,
 }
 
 #[derive(Clone, Copy, Debug)]
@@ -219,7 +221,7 @@ impl Ring {
                 Item::Conn(conn) if !slot.revoking => {
                     Some((Ticket { slot: at, seq: slot.seq }, conn))
                 }
-                Item::Conn(_) | Item::Probe | Item::Nothing => None,
+                Item::Conn(_) | Item::Probe | Item::Check | Item::Nothing => None,
             }
         })
     }
@@ -286,7 +288,7 @@ impl Ring {
             assert!(!watched || self.due <= slot.due, "nothing is due earlier than known");
         }
         assert_eq!((len, conns, revoking), (self.len, self.conns, self.revoking));
-        assert!(len - conns <= 1, "at most one probe");
+        assert!(len - conns <= 2, "at most one probe and one ready check");
         assert!(len <= self.limit, "no more tickets than slots");
         assert_eq!(len as usize + self.free.len(), self.slots.len());
     }

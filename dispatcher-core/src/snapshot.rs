@@ -2,7 +2,7 @@
 
 use std::time::Duration;
 
-use super::supervise::{ProcessCounts, ProcessTotals};
+use super::supervise::{Generation, LeavingGeneration, ProcessCounts, ProcessTotals, Roll};
 use super::types::*;
 use super::worker::Worker;
 use super::{Core, WorkerWait};
@@ -70,7 +70,7 @@ impl PoolState {
 }
 
 /// The processes of a pool.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+#[derive(Clone, Debug, PartialEq, Eq)]
 pub struct ProcessSnapshot {
     /// The number of processes in each state.
     pub counts: ProcessCounts,
@@ -82,6 +82,14 @@ pub struct ProcessSnapshot {
     pub crash_loop: bool,
     /// When a start that waits for a delay is due, from the last turn on.
     pub next_start_in: Option<Duration>,
+    /// The generation of new places, and after a roll that of every process.
+    pub generation: Generation,
+    /// The last roll, and how long ago it began.
+    pub roll: Option<(Roll, Duration)>,
+    /// Processes of the pool, or of its only place, that are not of the last roll's generation.
+    pub remaining: u32,
+    /// The generations that leave because of a roll and have connections, oldest first.
+    pub leaving_generations: Vec<LeavingGeneration>,
 }
 
 /// One pool. Counts are since the start and include workers that have left.
@@ -320,6 +328,10 @@ impl Core {
             outdated: processes.outdated(),
             crash_loop: processes.is_crash_loop(),
             next_start_in: processes.next_start(pool.ticked).map(|at| at - pool.ticked),
+            generation: processes.current(),
+            roll: processes.last_roll().map(|roll| (roll, pool.ticked - roll.began)),
+            remaining: processes.remaining(),
+            leaving_generations: processes.leaving_generations(),
         })
     }
 

@@ -117,6 +117,8 @@ pub(super) struct Worker {
     /// It lost a connection; it gets nothing before then, unless one of its connections ends
     /// earlier.
     pub(super) starved: Option<Time>,
+    /// Its ready check is under way: it gets no clients.
+    pub(super) checking: bool,
     pub(super) trust: Trust,
     /// The number of its threads that wait in `accept`, if it reports that.
     pub(super) threads: Option<Threads>,
@@ -172,6 +174,7 @@ impl Worker {
             && self.ring.has_room()
             && self.blocked.is_none()
             && self.starved.is_none()
+            && !self.checking
             && !self.purging
     }
 

@@ -239,7 +239,8 @@ impl Driver {
                 let conn = Some(conn);
                 link.gathered.push(Record { ticket, conn });
             }
-            Effect::Probe { worker, ticket } => {
+            // The worker takes it like a probe; the answer is up to the test.
+            Effect::Probe { worker, ticket } | Effect::SendCheck { worker, ticket } => {
                 let link = self.link(worker);
                 slot::offer(&link.board[ticket.slot as usize], ticket.seq);
                 link.gathered.push(Record { ticket, conn: None });
@@ -292,9 +293,14 @@ impl Driver {
                     assert!(!slot::take(slot, record.ticket.seq));
                 }
             }
+            Effect::CheckOver { worker, ticket, taken: true } => {
+                slot::release(&self.link(worker).board[ticket.slot as usize], ticket.seq);
+            }
             Effect::Spawn { .. }
             | Effect::StopProcess { .. }
             | Effect::EndProcess { .. }
+            | Effect::CheckReady { .. }
+            | Effect::CheckOver { taken: false, .. }
             | Effect::Event(_) => {}
         }
     }

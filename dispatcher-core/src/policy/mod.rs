@@ -133,6 +133,8 @@ pub(super) enum By {
     Memory,
     /// The connection was at another worker, or no worker is likely to take it soon.
     Handoff,
+    /// During a roll: the worker is of the new generation, and that of the policy is not.
+    Generation,
 }
 
 /// The result for one worker in a decision: the number that was compared, and why the worker was
@@ -342,8 +344,13 @@ impl Candidates {
     #[inline]
     pub(super) fn commit(&mut self, choice: Choice) -> u32 {
         let Choice { at, random, by, .. } = choice;
-        if by != By::Policy {
-            return self.list[at].worker;
+        match by {
+            By::Policy => {}
+            By::Generation => {
+                self.start = at + 1;
+                return self.list[at].worker;
+            }
+            By::Memory | By::Handoff => return self.list[at].worker,
         }
         self.random = random;
         self.start = at + 1;
@@ -368,6 +375,8 @@ impl Candidates {
                 let why = if chosen { Why::Remembered } else { Why::OtherKey };
                 return Verdict::new(None, why);
             }
+            By::Generation if chosen => return Verdict::new(None, Why::NewGeneration),
+            By::Generation => return Verdict::new(None, Why::NotPreferred),
             By::Handoff if chosen => return Verdict::new(None, Why::TakenSooner),
             By::Handoff => return Verdict::new(None, Why::TakenLater),
         }

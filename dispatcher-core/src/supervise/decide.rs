@@ -5,6 +5,7 @@ use std::time::Duration;
 
 use super::place::{Filling, Leave, Phase, Place, Process};
 use super::processes::{Act, Action, EndReason, Processes, RESTART_RESET, Replacement};
+use super::roll::StepFailure;
 use crate::policy::NEVER;
 use crate::types::{ProcessId, Time};
 
@@ -16,6 +17,10 @@ impl Processes {
     pub(crate) fn settle(&mut self, now: Time, actions: &mut Vec<Act>) {
         for place in 0..self.places.len() {
             self.review(now, place, actions);
+        }
+        self.complete_steps(now);
+        for place in 0..self.places.len().min(self.wanted as usize) {
+            self.supersede(now, place, actions);
         }
         let mut beyond = self.beyond();
         for place in 0..self.places.len() {
@@ -30,6 +35,7 @@ impl Processes {
             actions
                 .push((ProcessId { pool: self.pool, place: 0, start: 0 }, Action::TellRecovered));
         }
+        self.finish_roll(now, actions);
         self.settled = now;
         self.due = self.next_due(now);
     }
@@ -41,17 +47,32 @@ impl Processes {
             let (id, held) = (process.id, process.holds());
             let Some(end) = process.end(now, &self.settings) else { continue };
             let lasted = process.has_lasted(now);
-            process.phase = Phase::Ending;
-            actions.push((id, Action::End(end)));
+            let (step, generation) = (process.step, process.generation);
+            let checked = process.ready_since.is_some();
+            match end {
+                EndReason::NotReady => process.retreat(now, end, actions),
+                EndReason::Late | EndReason::Hung | EndReason::Left | EndReason::Unwanted => {
+                    process.phase = Phase::Ending;
+                    actions.push((id, Action::End(end)));
+                }
+            }
             match end {
                 EndReason::Late => self.ended_late += 1,
                 EndReason::Hung => self.ended_hung += 1,
-                EndReason::Left | EndReason::Unwanted => {}
+                EndReason::Left | EndReason::Unwanted | EndReason::NotReady => {}
             }
             if !held || id.place >= self.wanted || self.stopped {
                 continue;
             }
             self.restarts += 1;
+            let cause = match end {
+                EndReason::Late => StepFailure::Late,
+                EndReason::NotReady if !checked => StepFailure::NotReady,
+                _ => StepFailure::Suspect,
+            };
+            if step && self.step_failed(now, (id, generation), cause, actions) {
+                continue;
+            }
             match lasted && end == EndReason::Hung {
                 true => self.places[place].forgive(),
                 false => self.failed(now, id, actions),
@@ -75,6 +96,7 @@ impl Processes {
     /// Sees to it that a wanted place has one process that gets connections. `beyond`: processes
     /// beyond one per place.
     fn fill(&mut self, now: Time, place: usize, beyond: &mut u32, actions: &mut Vec<Act>) {
+        let beside = self.places[place].holders().next().is_some();
         match self.places[place].filling() {
             Filling::Empty => {
                 if self.take_back(place, actions) || !self.may_start(now, place) {
@@ -88,17 +110,23 @@ impl Processes {
                 }
                 actions.push((id, Action::TellReplace(why)));
             }
-            Filling::Several => return self.supersede(now, place, actions),
+            Filling::Several => return,
         }
         if !self.has_room(place, *beyond) {
             return;
         }
         self.starts = self.unused(self.starts.wrapping_add(1));
         let id = ProcessId { pool: self.pool, place: place as u32, start: self.starts };
-        let processes = &mut self.places[place].processes;
-        *beyond += u32::from(!processes.is_empty());
-        processes.push(Process::new(id));
-        self.places[place].last_start = id.start;
+        let (generation, step) = self.next_generation(place, beside);
+        let outdated = self.is_outdated(place, generation).then_some(Replacement::Restart);
+        let entry = &mut self.places[place];
+        *beyond += u32::from(entry.counted() > 0);
+        let process = Process { step, replace: outdated, ..Process::new(id, generation) };
+        entry.processes.push(process);
+        entry.last_start = id.start;
+        if !beside {
+            entry.generation = generation;
+        }
         actions.push((id, Action::Start));
     }
 
@@ -106,7 +134,7 @@ impl Processes {
     fn supersede(&mut self, now: Time, place: usize, actions: &mut Vec<Act>) {
         let processes = &mut self.places[place].processes;
         let Some(youngest) = processes.iter().rposition(Process::holds) else { return };
-        if processes[youngest].phase != Phase::Serving {
+        if processes[youngest].phase != Phase::Serving || processes[youngest].step {
             return;
         }
         for process in processes[..youngest].iter_mut().filter(|process| process.holds()) {
@@ -149,7 +177,12 @@ impl Processes {
             return false;
         };
         process.phase = Phase::Serving;
-        actions.push((process.id, Action::Resume));
+        let (id, generation) = (process.id, process.generation);
+        actions.push((id, Action::Resume));
+        let outdated = self.is_outdated(place, generation);
+        if let Some(process) = self.get(id).filter(|_| outdated) {
+            process.replace = Some(Replacement::Restart);
+        }
         true
     }
 
@@ -170,13 +203,13 @@ impl Processes {
 
     /// Whether one more process at a place is within `max_surge`.
     fn has_room(&self, place: usize, beyond: u32) -> bool {
-        self.places[place].processes.is_empty() || beyond < self.settings.max_surge.of(self.wanted)
+        self.places[place].counted() == 0 || beyond < self.settings.max_surge.of(self.wanted)
     }
 
     /// The number of processes beyond one for each wanted place.
     fn beyond(&self) -> u32 {
         let wanted = self.places.iter().take(self.wanted as usize);
-        wanted.map(|place| place.processes.len().saturating_sub(1) as u32).sum()
+        wanted.map(|place| place.counted().saturating_sub(1)).sum()
     }
 
     /// Whether a replacement may begin: one at a time, more than one only for an operator.
@@ -220,6 +253,7 @@ impl Processes {
                     _ => NEVER,
                 };
                 let expires = if process.replace.is_none() { process.expires } else { NEVER };
+                let lasts = lasts.min(self.step_due(now, process));
                 lasts.min(expires).min(self.hung_due(now, process.view.suspect_since))
             }
             Phase::Leaving { .. } => now + REVIEW,
@@ -227,6 +261,17 @@ impl Processes {
         let places = self.places.iter();
         let ends = places.flat_map(|place| place.processes.iter().map(move |it| due(place, it)));
         ends.chain(self.next_start(now)).min().unwrap_or(NEVER)
+    }
+
+    /// When a step can become ready, or has failed.
+    fn step_due(&self, now: Time, process: &Process) -> Time {
+        if !process.step {
+            return NEVER;
+        }
+        let ready = process.ready_since.map_or(NEVER, |since| since + self.settings.min_ready);
+        // A suspect worker becomes trusted without an input here.
+        let ready = if ready <= now { now + REVIEW } else { ready };
+        ready.min(process.ready_by)
     }
 
     /// A worker becomes suspect without an input here: so it is looked at again.

@@ -8,17 +8,22 @@
 mod decide;
 mod place;
 mod processes;
+mod roll;
 mod settings;
 
 pub(crate) use processes::Processes;
 pub use processes::{EndReason, ProcessTotals, RESTART_MIN, RESTART_RESET, Replacement};
+pub use roll::{
+    Generation, LeavingGeneration, PREFERRED_LOAD, Roll, RollBegun, RollRefusal, RollState,
+    StepFailure,
+};
 pub use settings::{Supervision, Surge};
 
 use std::collections::HashMap;
 use std::time::Duration;
 
 use self::place::View;
-use self::processes::Action;
+use self::processes::{Act, Action};
 use super::Core;
 use super::effect::{Effect, Event};
 use super::types::{PoolId, ProcessId, State, Time, WorkerId};
@@ -41,17 +46,31 @@ impl Core {
     // --- inputs ----------------------------------------------------------------------------
 
     /// Enters a process that an earlier dispatcher started, in its place. To be called before the
-    /// first [`Core::tick`]. `leaving`: it gets no connections.
+    /// first [`Core::tick`]. `leaving`: it gets no connections. [`Core::resume_roll`] follows.
     pub fn adopt(
         &mut self,
         now: Time,
         pool: PoolId,
-        place: u32,
-        start: u32,
+        (place, start): (u32, u32),
         leaving: bool,
+        generation: Generation,
     ) -> Option<ProcessId> {
         let entry = self.pools.get_mut(usize::from(pool.0))?;
-        Some(entry.processes.adopt(now, place, start, leaving))
+        Some(entry.processes.adopt(now, place, start, leaving, generation))
+    }
+
+    /// What an earlier dispatcher knew of the deploys of a pool, after its last process was
+    /// entered: a roll in progress goes on. `current`: the generation of the pool.
+    pub fn resume_roll(
+        &mut self,
+        now: Time,
+        pool: PoolId,
+        roll: Option<Roll>,
+        current: Generation,
+    ) {
+        if let Some(entry) = self.pools.get_mut(usize::from(pool.0)) {
+            entry.processes.resume_roll(now, roll, current);
+        }
     }
 
     /// A process was started (`true`) or could not be.
@@ -92,38 +111,156 @@ impl Core {
         }
     }
 
-    /// What the processes of a pool start from has changed: starts that wait for a delay wait no
-    /// longer, and a crash loop ends.
-    pub fn retry_processes(&mut self, now: Time, pool: PoolId) {
+    /// The command of a pool has changed: places whose starts fail, and empty ones, start from it;
+    /// starts that wait for a delay wait no longer, and a crash loop ends. The other processes keep
+    /// their generation until the next roll. Returns the generation of the new command.
+    pub fn renew_processes(&mut self, now: Time, pool: PoolId) -> Generation {
         let p = usize::from(pool.0);
-        if let Some(entry) = self.pools.get_mut(p).filter(|pool| !pool.retired) {
-            entry.processes.retry();
+        let Some(entry) = self.pools.get_mut(p).filter(|pool| !pool.retired) else {
+            return Generation::FIRST;
+        };
+        let generation = entry.processes.unused_generation();
+        entry.processes.renew(generation);
+        entry.processes.retry();
+        self.settle_processes(now, p);
+        generation
+    }
+
+    /// Begins to replace every process of a pool, as many at once as `max_surge` permits. Ends a
+    /// crash loop, and an earlier roll. `end_oldest`: if too many generations leave, the
+    /// connections of the oldest are ended.
+    ///
+    /// # Errors
+    /// [`RollRefusal::TooManyGenerations`].
+    pub fn roll(
+        &mut self,
+        now: Time,
+        pool: PoolId,
+        end_oldest: bool,
+    ) -> Result<RollBegun, RollRefusal> {
+        let p = usize::from(pool.0);
+        if self.pools.get(p).is_none_or(|pool| pool.retired) {
+            return Err(RollRefusal::NotServing);
+        }
+        self.make_room(now, p, None, end_oldest)?;
+        let processes = &mut self.pools[p].processes;
+        processes.retry();
+        let generation = processes.unused_generation();
+        Ok(self.begin_roll(now, p, |processes, actions| {
+            processes.roll(now, None, generation, actions)
+        }))
+    }
+
+    /// Begins to replace one process. `generation`: that of its command, or `None` for one that no
+    /// process has had.
+    ///
+    /// # Errors
+    /// [`RollRefusal::NotServing`] if the process does not fill a place, and as [`Core::roll`].
+    pub fn roll_one(
+        &mut self,
+        now: Time,
+        process: ProcessId,
+        generation: Option<Generation>,
+        end_oldest: bool,
+    ) -> Result<RollBegun, RollRefusal> {
+        let p = usize::from(process.pool.0);
+        if !self.pools.get(p).is_some_and(|pool| pool.processes.wants(process)) {
+            return Err(RollRefusal::NotServing);
+        }
+        self.make_room(now, p, Some(process.place), end_oldest)?;
+        let processes = &mut self.pools[p].processes;
+        processes.retry();
+        let generation = generation.unwrap_or_else(|| processes.unused_generation());
+        Ok(self.begin_roll(now, p, |processes, actions| {
+            processes.roll(now, Some(process.place), generation, actions)
+        }))
+    }
+
+    /// Returns to the generation before the last roll. The number of leaving generations does not
+    /// matter here.
+    ///
+    /// # Errors
+    /// [`RollRefusal::NothingToUndo`].
+    pub fn undo_roll(&mut self, now: Time, pool: PoolId) -> Result<RollBegun, RollRefusal> {
+        let p = usize::from(pool.0);
+        let some = self.pools.get(p).is_some_and(|pool| pool.processes.last_roll().is_some());
+        if !some {
+            return Err(RollRefusal::NothingToUndo);
+        }
+        self.pools[p].processes.retry();
+        let mut begun = None;
+        self.begin_roll(now, p, |processes, actions| {
+            let none = RollBegun { generation: Generation::FIRST, processes: 0 };
+            *begun.insert(processes.undo(now, actions).unwrap_or(none))
+        });
+        begun.ok_or(RollRefusal::NothingToUndo)
+    }
+
+    /// A roll in progress stops, because the command of its generation is not known.
+    pub fn interrupt_roll(&mut self, now: Time, pool: PoolId) {
+        let p = usize::from(pool.0);
+        if let Some(entry) = self.pools.get_mut(p) {
+            let mut actions = Vec::new();
+            entry.processes.interrupt_roll(now, &mut actions);
+            self.act(now, p, actions);
             self.settle_processes(now, p);
         }
     }
 
-    /// Replaces every process of a pool, as many at once as `max_surge` permits. Ends a crash loop.
-    /// Returns the number of processes that are replaced.
-    pub fn restart_processes(&mut self, now: Time, pool: PoolId) -> u32 {
-        let p = usize::from(pool.0);
-        let Some(entry) = self.pools.get_mut(p).filter(|pool| !pool.retired) else { return 0 };
-        entry.processes.retry();
-        let replaced = entry.processes.replace_all(Replacement::Restart);
+    /// The outcome of an [`Effect::CheckReady`].
+    pub fn checked(&mut self, now: Time, process: ProcessId, passed: bool) {
+        let p = usize::from(process.pool.0);
+        if p >= self.pools.len() {
+            return;
+        }
+        let step = self.pools[p].processes.checked(now, process, passed);
+        // A worker that did not pass gets no connection: its process is ended.
+        if passed || !step {
+            for worker in self.workers_of(process) {
+                if let Some(w) = self.find(worker) {
+                    self.workers[w].checking = false;
+                    self.refresh(w);
+                }
+            }
+        }
         self.settle_processes(now, p);
-        replaced
+        self.after(now, p);
     }
 
-    /// Replaces one process. False if it is none that fills a place.
-    pub fn restart_process(&mut self, now: Time, process: ProcessId) -> bool {
-        let p = usize::from(process.pool.0);
-        let Some(entry) = self.pools.get_mut(p) else { return false };
-        if !entry.processes.wants(process) {
-            return false;
+    /// Refuses a roll that would make too many generations leave, or ends the oldest.
+    fn make_room(
+        &mut self,
+        now: Time,
+        p: usize,
+        place: Option<u32>,
+        end_oldest: bool,
+    ) -> Result<(), RollRefusal> {
+        self.see_workers(p);
+        while let Some(oldest) = self.pools[p].processes.too_many_leaving(place) {
+            if !end_oldest {
+                return Err(RollRefusal::TooManyGenerations(oldest));
+            }
+            let ended = self.pools[p].processes.end_generation(now, oldest.generation);
+            for process in ended {
+                for worker in self.workers_of(process) {
+                    self.begin_drain(now, worker, Some(now));
+                }
+            }
         }
-        entry.processes.retry();
-        entry.processes.replace(process, Replacement::Restart);
+        Ok(())
+    }
+
+    fn begin_roll(
+        &mut self,
+        now: Time,
+        p: usize,
+        begin: impl FnOnce(&mut Processes, &mut Vec<Act>) -> RollBegun,
+    ) -> RollBegun {
+        let mut actions = Vec::new();
+        let begun = begin(&mut self.pools[p].processes, &mut actions);
+        self.act(now, p, actions);
         self.settle_processes(now, p);
-        true
+        begun
     }
 
     // --- questions -------------------------------------------------------------------------
@@ -167,6 +304,28 @@ impl Core {
         pool.into_iter().flat_map(|pool| pool.processes.ids())
     }
 
+    /// The last roll of a pool.
+    pub fn last_roll(&self, pool: PoolId) -> Option<Roll> {
+        self.pools.get(usize::from(pool.0))?.processes.last_roll()
+    }
+
+    /// The generation of a pool: that of new places, and after a roll that of every process.
+    pub fn generation(&self, pool: PoolId) -> Generation {
+        let pool = self.pools.get(usize::from(pool.0));
+        pool.map_or(Generation::FIRST, |pool| pool.processes.current())
+    }
+
+    /// The generation of a process.
+    pub fn generation_of(&self, process: ProcessId) -> Option<Generation> {
+        self.pools.get(usize::from(process.pool.0))?.processes.generation_of(process)
+    }
+
+    /// Every generation that a process of the pool has or may get, in no order, with repetitions.
+    pub fn generations(&self, pool: PoolId) -> impl Iterator<Item = Generation> + '_ {
+        let pool = self.pools.get(usize::from(pool.0));
+        pool.into_iter().flat_map(|pool| pool.processes.generations())
+    }
+
     /// The process that we started and that a worker is, if it is one.
     pub fn process_of(&self, worker: WorkerId) -> Option<ProcessId> {
         self.find(worker).and_then(|w| self.workers[w].process)
@@ -202,7 +361,13 @@ impl Core {
     /// A worker has joined.
     pub(crate) fn process_joined(&mut self, now: Time, w: usize) {
         if let Some((p, process)) = self.supervised(w) {
-            self.pools[p].processes.joined(now, process);
+            if self.pools[p].processes.joined(now, process) {
+                let worker = &mut self.workers[w];
+                worker.checking = true;
+                let worker = worker.id;
+                self.refresh(w);
+                self.effects.push_back(Effect::CheckReady { process, worker });
+            }
             self.settle_processes(now, p);
         }
     }
@@ -254,6 +419,14 @@ impl Core {
 
     /// Decides what is to be done with the processes of a pool, and does it.
     fn settle_processes(&mut self, now: Time, p: usize) {
+        self.see_workers(p);
+        let mut actions = Vec::new();
+        self.pools[p].processes.settle(now, &mut actions);
+        self.act(now, p, actions);
+    }
+
+    /// Tells the processes of a pool of their workers.
+    fn see_workers(&mut self, p: usize) {
         let processes = &mut self.pools[p].processes;
         processes.look_again();
         for worker in self.workers.iter().filter(|worker| worker.pool == p) {
@@ -274,9 +447,6 @@ impl Core {
             };
             processes.see(process, view);
         }
-        let mut actions = Vec::new();
-        processes.settle(now, &mut actions);
-        self.act(now, p, actions);
     }
 
     fn act(&mut self, now: Time, p: usize, actions: Vec<(ProcessId, Action)>) {
@@ -310,6 +480,10 @@ impl Core {
                     self.event(Event::CrashLoop { process, failures });
                 }
                 Action::TellRecovered => self.event(Event::CrashLoopOver { pool }),
+                Action::TellRollStopped(cause) => {
+                    self.event(Event::RollStopped { process, cause });
+                }
+                Action::TellRolled(generation) => self.event(Event::Rolled { pool, generation }),
             }
         }
     }

@@ -7,6 +7,7 @@
 use std::time::Duration;
 
 use super::processes::{EndReason, RESTART_MIN, RESTART_RESET, Replacement};
+use super::roll::Generation;
 use super::settings::Supervision;
 use crate::policy::NEVER;
 use crate::types::{ProcessId, Time};
@@ -73,10 +74,21 @@ pub(crate) struct Process {
     pub(crate) adopted: bool,
     /// What was last known of its workers.
     pub(crate) view: View,
+    /// Which command it has.
+    pub(crate) generation: Generation,
+    /// It has to become ready before it replaces an older process.
+    pub(crate) step: bool,
+    /// Since when its worker has been ready: since the join without a ready check, or since the
+    /// check.
+    pub(crate) ready_since: Option<Time>,
+    /// When the step has failed if it is not ready.
+    pub(crate) ready_by: Time,
+    /// When it is ended although it has connections.
+    pub(crate) end_by: Time,
 }
 
 impl Process {
-    pub(crate) fn new(id: ProcessId) -> Process {
+    pub(crate) fn new(id: ProcessId, generation: Generation) -> Process {
         Process {
             id,
             phase: Phase::Asked,
@@ -86,6 +98,11 @@ impl Process {
             replace: None,
             adopted: false,
             view: View::default(),
+            generation,
+            step: false,
+            ready_since: None,
+            ready_by: NEVER,
+            end_by: NEVER,
         }
     }
 
@@ -111,7 +128,14 @@ impl Process {
                 } else if self.most_served <= seen.served {
                     self.replace.get_or_insert(Replacement::Served);
                 }
-                is_hung.then_some(EndReason::Hung)
+                let late = self.step && self.ready_by <= now;
+                match is_hung {
+                    true => Some(EndReason::Hung),
+                    false if late && !self.is_ready(now, settings.min_ready) => {
+                        Some(EndReason::NotReady)
+                    }
+                    false => None,
+                }
             }
             Phase::Leaving { since, idle_since, why } => {
                 // The worker of an adopted process that was already leaving need not join again: it
@@ -123,7 +147,7 @@ impl Process {
                 let patience = settings.stop_timeout;
                 let stayed = idle_since.is_some_and(|idle| now - idle >= patience);
                 let most = settings.drain_timeout.map(|most| most + patience);
-                let kept = most.is_some_and(|most| now - since >= most);
+                let kept = most.is_some_and(|most| now - since >= most) || self.end_by <= now;
                 match is_hung {
                     true => Some(EndReason::Hung),
                     false => (stayed || kept).then_some(EndReason::Left),
@@ -151,6 +175,8 @@ pub(crate) struct Place {
     pub(crate) failures: u32,
     /// The number of the last start.
     pub(crate) last_start: u32,
+    /// Which command the next process has, unless a roll replaces it.
+    pub(crate) generation: Generation,
 }
 
 impl Place {
@@ -160,6 +186,7 @@ impl Place {
         not_before: Time(0),
         failures: 0,
         last_start: 0,
+        generation: Generation::FIRST,
     };
 
     /// The last start has not failed.
@@ -172,6 +199,11 @@ impl Place {
     pub(crate) fn retry(&mut self) {
         self.forgive();
         self.not_before = Time(0);
+    }
+
+    /// The processes that count for `max_surge`.
+    pub(crate) fn counted(&self) -> u32 {
+        self.processes.iter().filter(|process| !process.is_leaving_for_roll()).count() as u32
     }
 
     /// The processes that fill the place: two while one replaces the other.

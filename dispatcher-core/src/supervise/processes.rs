@@ -12,6 +12,7 @@ use std::time::Duration;
 
 use super::decide::REVIEW;
 use super::place::{Leave, Phase, Place, Process, View};
+use super::roll::{Generation, Roll, StepFailure};
 use super::settings::Supervision;
 use crate::policy::NEVER;
 use crate::random::Random;
@@ -60,6 +61,8 @@ pub enum EndReason {
     Left,
     /// It was started and is not wanted any more.
     Unwanted,
+    /// It was to replace another process and did not become ready.
+    NotReady,
 }
 
 /// What is to be done with a process.
@@ -81,6 +84,10 @@ pub(crate) enum Action {
     TellCrashLoop(u32),
     /// Log that a process of the pool stays, and the crash loop is over.
     TellRecovered,
+    /// Log that a roll stopped at this process.
+    TellRollStopped(StepFailure),
+    /// Log that every process is of this generation.
+    TellRolled(Generation),
 }
 
 /// The processes of one pool.
@@ -107,6 +114,12 @@ pub(crate) struct Processes {
     pub(crate) ended_late: u64,
     pub(crate) ended_hung: u64,
     pub(crate) random: Random,
+    /// The generation of new places: that of the last roll of the whole pool that was done.
+    pub(crate) current: Generation,
+    /// The highest generation so far.
+    pub(crate) newest: Generation,
+    /// The last roll.
+    pub(crate) roll: Option<Roll>,
 }
 
 /// Counters since the start of the dispatcher.
@@ -146,6 +159,9 @@ impl Processes {
             ended_late: 0,
             ended_hung: 0,
             random: Random::new(seed),
+            current: Generation::FIRST,
+            newest: Generation::FIRST,
+            roll: None,
         }
     }
 
@@ -163,13 +179,20 @@ impl Processes {
 
     fn at_least(&mut self, places: usize) {
         let places = self.places.len().max(places);
-        self.places.resize(places, Place::EMPTY);
+        self.places.resize(places, Place { generation: self.current, ..Place::EMPTY });
     }
 
     /// A process of an earlier dispatcher runs. `leaving`: it was about to leave. Gets another
     /// number than `start` if a process has that: dispatchers and pools with the same name count
-    /// anew.
-    pub(crate) fn adopt(&mut self, now: Time, place: u32, start: u32, leaving: bool) -> ProcessId {
+    /// anew. [`Processes::resume_roll`] follows after the last one.
+    pub(crate) fn adopt(
+        &mut self,
+        now: Time,
+        place: u32,
+        start: u32,
+        leaving: bool,
+        generation: Generation,
+    ) -> ProcessId {
         self.at_least(place as usize + 1);
         let start = self.unused(start);
         let id = ProcessId { pool: self.pool, place, start };
@@ -180,7 +203,7 @@ impl Processes {
         };
         let place = &mut self.places[place as usize];
         place.last_start = place.last_start.max(start);
-        place.processes.push(Process { phase, adopted: true, ..Process::new(id) });
+        place.processes.push(Process { phase, adopted: true, ..Process::new(id, generation) });
         place.processes.sort_by_key(|process| process.id.start);
         id
     }
@@ -204,8 +227,8 @@ impl Processes {
         }
     }
 
-    /// The worker of a process has joined.
-    pub(crate) fn joined(&mut self, now: Time, id: ProcessId) {
+    /// The worker of a process has joined. Returns whether it is to be checked.
+    pub(crate) fn joined(&mut self, now: Time, id: ProcessId) -> bool {
         let early = |most: u64, random: &mut Random, jitter: u32| {
             most - random.below(most.saturating_mul(u64::from(jitter.min(100))) / 100 + 1)
         };
@@ -216,7 +239,9 @@ impl Processes {
         });
         let most = self.settings.max_connections_served;
         let most = most.map(|most| early(most, &mut self.random, jitter).max(1));
-        let Some(process) = self.get(id) else { return };
+        let (check, timeout) = (self.settings.ready_check, self.settings.ready_timeout);
+        let timeout = timeout + self.settings.min_ready;
+        let Some(process) = self.get(id) else { return false };
         if let Phase::Asked | Phase::Running { .. } = process.phase {
             process.phase = Phase::Serving;
         }
@@ -225,6 +250,16 @@ impl Processes {
             process.expires = age.map_or(NEVER, |age| now + age);
             process.most_served = most.unwrap_or(u64::MAX);
         }
+        if !process.step || process.phase != Phase::Serving {
+            return false;
+        }
+        if process.ready_by == NEVER {
+            process.ready_by = now + timeout;
+        }
+        if !check {
+            process.ready_since.get_or_insert(now);
+        }
+        check && process.ready_since.is_none()
     }
 
     /// The worker of a process announced that it leaves.
@@ -232,10 +267,14 @@ impl Processes {
         let Some(process) = self.get(id).filter(|process| process.holds()) else { return };
         process.phase = Phase::leaving(Leave::Own, now);
         let lasted = process.has_lasted(now);
+        let (step, generation) = (std::mem::take(&mut process.step), process.generation);
         if id.place >= self.wanted || self.stopped {
             return;
         }
         self.restarts += 1;
+        if step && self.step_failed(now, (id, generation), StepFailure::Left, actions) {
+            return;
+        }
         if lasted {
             self.places[id.place as usize].forgive();
         } else {
@@ -266,6 +305,13 @@ impl Processes {
         if process.has_lasted(now) {
             place.forgive();
         }
+        let cause = match process.phase {
+            Phase::Asked => StepFailure::NotStarted,
+            _ => StepFailure::Ended,
+        };
+        if process.step && self.step_failed(now, (id, process.generation), cause, actions) {
+            return;
+        }
         self.failed(now, id, actions);
     }
 
@@ -276,17 +322,6 @@ impl Processes {
         {
             process.replace = Some(why);
         }
-    }
-
-    /// Every process is to be replaced. Returns their number.
-    pub(crate) fn replace_all(&mut self, why: Replacement) -> u32 {
-        let processes = self.places.iter_mut().flat_map(|place| &mut place.processes);
-        let mut replaced = 0;
-        for process in processes.filter(|process| process.holds()) {
-            process.replace = Some(why);
-            replaced += 1;
-        }
-        replaced
     }
 
     /// What the processes start from has changed: starts that wait for a delay wait no longer.
@@ -324,12 +359,12 @@ impl Processes {
 
     // --- questions -------------------------------------------------------------------------
 
-    fn get(&mut self, id: ProcessId) -> Option<&mut Process> {
+    pub(crate) fn get(&mut self, id: ProcessId) -> Option<&mut Process> {
         let place = self.places.get_mut(id.place as usize)?;
         place.processes.iter_mut().find(|process| process.id == id)
     }
 
-    fn find(&self, id: ProcessId) -> Option<&Process> {
+    pub(crate) fn find(&self, id: ProcessId) -> Option<&Process> {
         let place = self.places.get(id.place as usize)?;
         place.processes.iter().find(|process| process.id == id)
     }

@@ -27,6 +27,19 @@ pub struct Supervision {
     pub crash_loop_after: u32,
     /// The longest delay before a process is started again.
     pub max_restart_delay: Duration,
+    /// Whether the worker of a process that replaces another one is checked before it does.
+    pub ready_check: bool,
+    /// How long a process may take to become ready, from its join.
+    pub ready_timeout: Duration,
+    /// How long it has to stay ready before it replaces the other process.
+    pub min_ready: Duration,
+    /// Most generations that leave and have connections when the next roll begins; 0 for any
+    /// number.
+    pub max_leaving_generations: u32,
+    /// Whether a roll that stops is undone.
+    pub undo_on_failure: bool,
+    /// Whether new connections go to the new generation during a roll. Always, but in comparisons.
+    pub prefer_new: bool,
 }
 
 impl Supervision {
@@ -48,6 +61,12 @@ impl Default for Supervision {
             max_surge: Surge::Processes(1),
             crash_loop_after: 8,
             max_restart_delay: Supervision::MAX_RESTART_DELAY,
+            ready_check: true,
+            ready_timeout: Duration::from_secs(30),
+            min_ready: Duration::ZERO,
+            max_leaving_generations: 2,
+            undo_on_failure: false,
+            prefer_new: true,
         }
     }
 }

@@ -44,6 +44,10 @@ pub enum Why {
     TakenSooner,
     /// Another worker is likely to take the connection sooner.
     TakenLater,
+    /// It was chosen because a roll is in progress and its process is of the new generation.
+    NewGeneration,
+    /// A roll is in progress: a worker of the new generation was preferred.
+    NotPreferred,
 }
 
 impl Why {
@@ -70,6 +74,8 @@ impl Why {
             Why::Unproven => "unproven",
             Why::TakenSooner => "taken-sooner",
             Why::TakenLater => "taken-later",
+            Why::NewGeneration => "new-generation",
+            Why::NotPreferred => "not-preferred",
         }
     }
 }

@@ -492,6 +492,7 @@ fn stopping_ends_the_processes_first() {
         pool: "web".to_owned(),
         name: "web-1".to_owned(),
         token: Token([0; 16]),
+        generation: 1,
         on_dispatcher_loss: crate::config::OnDispatcherLoss::Drain,
         max_memory: None,
         fork: None,

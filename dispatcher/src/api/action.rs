@@ -29,7 +29,13 @@ pub enum Action {
         weight: u32,
     },
     /// The processes are replaced: the next process starts first, then the old one is drained.
-    Restart {},
+    Restart {
+        /// If too many former generations have connections, those of the oldest are ended.
+        #[serde(default, skip_serializing_if = "std::ops::Not::not")]
+        end_oldest: bool,
+    },
+    /// The pool returns to the command before its last restart.
+    Undo {},
     /// The pool gets more or fewer processes. Exactly one of the two fields is set.
     Scale {
         /// The new number of processes.
@@ -46,6 +52,11 @@ impl Action {
     pub fn drain(deadline: Option<Duration>) -> Action {
         let deadline = deadline.map(|wait| humantime::format_duration(wait).to_string());
         Action::Drain { deadline }
+    }
+
+    /// A restart.
+    pub fn restart(end_oldest: bool) -> Action {
+        Action::Restart { end_oldest }
     }
 
     /// A change of a pool's processes.
@@ -78,8 +89,16 @@ impl Action {
                 })?;
                 Command::Weight { target, weight }
             }
-            Action::Restart {} => match target {
-                Target::Pool(_) | Target::Worker(_) => Command::Restart { target },
+            Action::Undo {} => {
+                let Target::Pool(pool) = target else {
+                    let message = "only a pool can return to its former command";
+                    return Err(CommandError::new(Problem::Invalid, message)
+                        .hint("post it to /v1/pools/NAME"));
+                };
+                Command::Undo { pool }
+            }
+            Action::Restart { end_oldest } => match target {
+                Target::Pool(_) | Target::Worker(_) => Command::Restart { target, end_oldest },
                 Target::All => {
                     let message = "only a pool or a worker can be restarted";
                     return Err(CommandError::new(Problem::Invalid, message)
@@ -159,6 +178,8 @@ pub struct WorkerSummary {
 pub struct PoolRestarted {
     /// Most processes that are replaced at the same time.
     pub at_once: u32,
+    /// The generation of the new processes.
+    pub generation: u32,
     /// The instance of the dispatcher.
     #[serde(default)]
     pub instance: String,

@@ -39,6 +39,13 @@ pub enum Command {
     Restart {
         /// The pool, or the worker.
         target: Target,
+        /// If too many former generations have connections, those of the oldest are ended.
+        end_oldest: bool,
+    },
+    /// Return to the command before the last restart.
+    Undo {
+        /// The pool.
+        pool: String,
     },
     /// Change the number of processes of a pool.
     Scale {

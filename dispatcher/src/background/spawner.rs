@@ -4,12 +4,14 @@
 //! Decides nothing: the core decides when to start, to stop, and whether to restart.
 
 mod book;
+mod deploys;
 mod group;
 mod journal;
 mod leader;
 mod memory;
 mod output;
 mod prefork;
+mod ready_check;
 pub(crate) mod reaper;
 mod start;
 mod stops;
@@ -25,11 +27,13 @@ use tokio::sync::{mpsc as tokio_mpsc, watch};
 use tokio::task::JoinSet;
 
 use self::book::{Book, GIVEN_UP, report_journal};
+pub use self::deploys::{Deploys, RollRecord};
 pub use self::journal::Record;
 use self::journal::{Journal, LOCK_TIME};
 use self::leader::Found;
 pub(crate) use self::leader::UNKNOWN;
 pub use self::output::{LastOutput, OutputLine, Stream, lost_lines};
+pub use self::ready_check::{CheckConnection, CheckRequest};
 use self::reaper::Own;
 use self::stops::{Stop, Stops};
 use crate::background::service_manager::unit::{self, StopKind, Unit};
@@ -60,6 +64,8 @@ pub struct SpawnRequest {
     pub name: String,
     /// For `DISPATCH_TOKEN`.
     pub token: Token,
+    /// For the journal.
+    pub generation: u32,
     /// For `DISPATCH_ON_LOSS`. A process that serves on is recorded in the journal.
     pub on_dispatcher_loss: OnDispatcherLoss,
     /// How long the remaining processes of the group may take to end once this process has ended.
@@ -108,6 +114,13 @@ pub enum Report {
         /// The memory it uses, in bytes.
         bytes: u64,
     },
+    /// The result of a [`CheckRequest`], and why the worker is not ready.
+    Checked {
+        /// The process.
+        process: ProcessId,
+        /// What is wrong.
+        result: Result<(), String>,
+    },
     /// Why the service manager stops this dispatcher.
     StopKind(StopKind),
     /// After [`Spawner::stop`]: all processes have ended, `killed` of them by SIGKILL. The last
@@ -140,6 +153,7 @@ pub struct Spawner {
     waiting: Arc<tokio::sync::Semaphore>,
     stop: watch::Sender<Stops>,
     last_output: LastOutput,
+    check_connections: Receiver<CheckConnection>,
 }
 
 /// What the service is to do.
@@ -159,6 +173,9 @@ enum Order {
     AskStopKind(Unit),
     /// The next forked process of the pool comes from a new parent.
     Renew(PoolId),
+    Check(CheckRequest),
+    /// What a later dispatcher is to know of the deploys of a pool.
+    Deploys(Box<Deploys>),
     /// The next dispatcher needs the journal.
     GiveUpJournal,
 }
@@ -184,8 +201,9 @@ impl Spawner {
 
     /// Reads the journal of an earlier dispatcher at `path`, and uses the file from now on. To be
     /// called before the first process is started; waits for the lock of the file. Returns the
-    /// recorded processes that have not ended: [`Spawner::watch`] is to follow for each of them.
-    pub fn recover(&self, path: PathBuf) -> Vec<Survivor> {
+    /// recorded processes that have not ended, for each of which [`Spawner::watch`] is to follow, and
+    /// what is known of the deploys of their pools.
+    pub fn recover(&self, path: PathBuf) -> (Vec<Survivor>, Vec<Deploys>) {
         let mut journal = match Journal::open(&path, false, LOCK_TIME) {
             Ok(journal) => journal,
             Err(error) => {
@@ -211,9 +229,10 @@ impl Spawner {
                 }
             }
         }
+        let deploys = journal.as_ref().map_or_else(Vec::new, Journal::all_deploys);
         // Without a service there are no processes, either.
         let _ = self.orders.send(Order::Journal(path, journal));
-        survivors
+        (survivors, deploys)
     }
 
     /// The last lines that a process has written, oldest first; see [`LastOutput`].
@@ -252,6 +271,22 @@ impl Spawner {
     /// application again. The old parent ends with its last worker.
     pub fn renew(&self, pool: PoolId) {
         let _ = self.orders.send(Order::Renew(pool));
+    }
+
+    /// Checks the worker of a process. A [`CheckConnection`] may follow several times, and then
+    /// `Checked`.
+    pub fn check_ready(&self, request: CheckRequest) {
+        let _ = self.orders.send(Order::Check(request));
+    }
+
+    /// The next connection for a worker that is being checked.
+    pub fn check_connection(&self) -> Option<CheckConnection> {
+        self.check_connections.try_recv().ok()
+    }
+
+    /// Records the deploys of a pool whose processes outlive the dispatcher.
+    pub fn record_deploys(&self, deploys: Deploys) {
+        let _ = self.orders.send(Order::Deploys(Box::new(deploys)));
     }
 
     /// Closes the journal, for another dispatcher that already runs. No process that would outlive
@@ -317,6 +352,7 @@ pub(crate) struct Service {
     common: Common,
     processes: JoinSet<bool>,
     parents: prefork::Parents,
+    checks: ready_check::CheckConnections,
 }
 
 /// What the tasks of all processes share.
@@ -352,12 +388,14 @@ pub(crate) fn service(wake: Wake) -> (Spawner, Service, Receiver<Report>) {
     let (sender, reports) = mpsc::channel();
     let waiting = Arc::new(tokio::sync::Semaphore::new(MAX_WAITING));
     let last_output = LastOutput::default();
+    let (checks, check_connections) = mpsc::channel();
     (
         Spawner {
             orders: order_sender,
             waiting,
             stop: stop_sender,
             last_output: last_output.clone(),
+            check_connections,
         },
         Service {
             orders,
@@ -370,6 +408,7 @@ pub(crate) fn service(wake: Wake) -> (Spawner, Service, Receiver<Report>) {
             },
             processes: JoinSet::new(),
             parents: prefork::Parents::default(),
+            checks,
         },
         reports,
     )
@@ -461,6 +500,15 @@ impl Service {
                 });
             }
             Order::Renew(pool) => self.parents.renew(pool),
+            Order::Check(request) => {
+                let reports = self.common.reports.clone();
+                tokio::spawn(ready_check::run(request, self.checks.clone(), reports));
+            }
+            Order::Deploys(deploys) => self.common.book.with(|book| {
+                if let Some(journal) = book.journal() {
+                    journal.records_deploys(*deploys);
+                }
+            }),
             Order::GiveUpJournal => self.common.book.with(|book| {
                 book.given_up = true;
                 book.path = None;

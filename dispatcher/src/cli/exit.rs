@@ -18,6 +18,8 @@ pub enum Exit {
     /// No process listens on the admin socket, or another dispatcher uses the sockets of this one
     /// (`EX_UNAVAILABLE`).
     Unavailable = 69,
+    /// A roll stopped, because a process of the new version did not become ready (`EX_SOFTWARE`).
+    Software = 70,
     /// The system is out of a resource: threads, descriptors (`EX_OSERR`).
     OsErr = 71,
     /// A socket or directory cannot be created (`EX_CANTCREAT`).
@@ -48,6 +50,7 @@ impl Exit {
             Exit::DataErr => "conflict",
             Exit::NoInput => "not_found",
             Exit::Unavailable => "not_running",
+            Exit::Software => "roll_stopped",
             Exit::OsErr => "system",
             Exit::CantCreate => "cannot_create",
             Exit::IoErr => "io",

@@ -13,6 +13,7 @@ mod log_level;
 mod manual;
 mod reload;
 mod restart;
+mod rollout;
 mod run;
 mod scale;
 mod status;
@@ -62,7 +63,7 @@ Environment:
   DISPATCHER_LOG     what `run` and `demo` log: error, warn, info (default), debug, trace
   DISPATCHER_ADMIN   the admin socket of the dispatcher to ask
 
-Exit codes are those of sysexits.h: 0 done, 64 wrong usage, 65 not possible for this worker or pool, 66 no such worker or pool, 69 not running (`run`: running already), 71 out of a system resource, 73 a socket or file cannot be created, 74 input or output failed, 75 try again, 76 not a dispatcher of this version, 77 not permitted, 78 bad configuration.
+Exit codes are those of sysexits.h: 0 done, 64 wrong usage, 65 not possible for this worker or pool, 66 no such worker or pool, 69 not running (`run`: running already), 70 a restart stopped, 71 out of a system resource, 73 a socket or file cannot be created, 74 input or output failed, 75 try again, 76 not a dispatcher of this version, 77 not permitted, 78 bad configuration.
 
 With --json a command that fails prints {\"problem\", \"error\", \"hint\"} on stdout, and a message on stderr.";
 
@@ -114,6 +115,9 @@ enum Command {
     /// Replace the processes of a pool, or of one worker, without a refused client.
     #[command(after_help = restart::EXAMPLES)]
     Restart(restart::RestartArgs),
+    /// Show how the last restart of a pool went, or return to its former command.
+    #[command(after_help = rollout::EXAMPLES)]
+    Rollout(rollout::RolloutArgs),
     /// Reload the configuration.
     #[command(after_help = reload::EXAMPLES)]
     Reload(reload::ReloadArgs),
@@ -244,6 +248,7 @@ impl Command {
             Command::Weight(arguments) => arguments.json,
             Command::Scale(arguments) => arguments.json,
             Command::Restart(arguments) => arguments.json,
+            Command::Rollout(arguments) => arguments.json(),
             Command::Reload(arguments) => arguments.json,
             Command::LogLevel(arguments) => arguments.json,
             Command::History(arguments) => arguments.json,
@@ -298,6 +303,7 @@ fn execute(arguments: impl IntoIterator<Item = OsString>) -> Exit {
         Command::Resume(arguments) => drain::resume(arguments),
         Command::Scale(arguments) => scale::scale(arguments),
         Command::Restart(arguments) => restart::restart(arguments),
+        Command::Rollout(arguments) => rollout::rollout(arguments),
         Command::Weight(arguments) => weight::weight(arguments),
         Command::Reload(arguments) => reload::reload(arguments),
         Command::LogLevel(arguments) => log_level::log_level(arguments),

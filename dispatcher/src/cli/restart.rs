@@ -7,21 +7,20 @@ use clap_complete::engine::ArgValueCandidates;
 
 use super::admin::AdminEndpoint;
 use super::table::{clean, count};
-use super::{AdminArgs, Failure, admin, complete, print, print_json, wait};
+use super::{AdminArgs, Failure, admin, complete, print, print_json, rollout};
 use crate::api::action::{Action, PoolRestarted};
 
 pub(super) const EXAMPLES: &str = "\
 Examples:
   dispatcher restart web          replace every process of pool web, max_surge at a time
   dispatcher restart web/web-1    replace the process of this worker
-  dispatcher restart web --wait   return when all are replaced; exit code 75 if new ones do not start
+  dispatcher restart web --wait   return when all are replaced; exit code 70 if the roll stopped
+  dispatcher restart web --end-oldest   end the connections of the oldest former generation first
 
-A new process starts first. Once its worker has joined, the old worker is drained: it gets no new
-connections, and its process ends with the last one (see drain_timeout). A crash loop of the pool
-ends: its processes are started at once.";
-
-/// The default of `--timeout`.
-const TIMEOUT: Duration = Duration::from_secs(3600);
+A new process starts first. Once it is ready (see ready_check and min_ready), the old worker is drained: it gets no new
+connections, and its process ends with the last one (see drain_timeout). At the first new process that does not become
+ready the roll stops, and the old ones serve on: see `dispatcher rollout`. A crash loop of the pool ends: its processes
+are started at once.";
 
 #[derive(Debug, Args)]
 pub(super) struct RestartArgs {
@@ -35,6 +34,10 @@ pub(super) struct RestartArgs {
     /// Stop waiting after this long, with exit code 75 [default: 1h]
     #[arg(long, value_name = "DURATION", requires = "wait", value_parser = humantime::parse_duration)]
     timeout: Option<Duration>,
+    /// If max_leaving_generations former generations still have connections, end those of the
+    /// oldest.
+    #[arg(long)]
+    end_oldest: bool,
     /// Print the answer as JSON.
     #[arg(long)]
     pub(super) json: bool,
@@ -49,27 +52,29 @@ pub(super) fn restart(arguments: &RestartArgs) -> Result<(), Failure> {
     let kind = if is_worker { "workers" } else { "pools" };
     let endpoint = admin::find(&arguments.admin)?;
     let path = format!("/v1/{kind}/{}", admin::segment(target));
-    let answer: PoolRestarted = admin::post(&endpoint, &path, &Action::Restart {})?;
+    let answer: PoolRestarted =
+        admin::post(&endpoint, &path, &Action::restart(arguments.end_oldest))?;
     match arguments.json {
         true => print_json(&answer)?,
         false => print(&summary(&answer))?,
     }
     if arguments.wait {
-        let timeout = arguments.timeout.unwrap_or(TIMEOUT);
-        wait::until_replaced(&endpoint, &answer, timeout)?;
+        let timeout = arguments.timeout.unwrap_or(rollout::TIMEOUT);
+        rollout::until_over(&endpoint, &answer.pool, Some(&answer), timeout)?;
     }
     Ok(())
 }
 
 /// Replaces the processes of a pool.
 pub(super) fn pool(endpoint: &AdminEndpoint, pool: &str) -> Result<PoolRestarted, Failure> {
-    admin::post(endpoint, &format!("/v1/pools/{}", admin::segment(pool)), &Action::Restart {})
+    admin::post(endpoint, &format!("/v1/pools/{}", admin::segment(pool)), &Action::restart(false))
 }
 
 pub(super) fn summary(answer: &PoolRestarted) -> String {
     format!(
-        "pool {}: {} replaced, {} at a time\n",
+        "pool {}: generation {}: {} replaced, {} at a time\n",
         clean(&answer.pool),
+        answer.generation,
         count(answer.processes.into(), "process"),
         answer.at_once
     )

@@ -6,9 +6,8 @@ use std::sync::mpsc;
 use std::time::{Duration, Instant};
 
 use super::admin::AdminEndpoint;
-use super::table::{clean, count};
+use super::table::count;
 use super::{Exit, Failure, admin, print_error};
-use crate::api::action::PoolRestarted;
 use crate::api::status::Status;
 
 /// No message appears before this time has passed.
@@ -48,72 +47,6 @@ impl Drained {
                 names.join(", ")
             ),
         )
-    }
-}
-
-/// Waits until the processes of a pool that are to be replaced are, and the new ones serve.
-///
-/// # Errors
-///
-/// Exit code 75 when new processes do not start, or after `timeout`; the old ones then serve on.
-pub(super) fn until_replaced(
-    endpoint: &AdminEndpoint,
-    restarted: &PoolRestarted,
-    timeout: Duration,
-) -> Result<(), Failure> {
-    let mut progress = Progress::default();
-    let outcome = watch_replacement(endpoint, restarted, timeout, &mut progress);
-    progress.end();
-    outcome
-}
-
-fn watch_replacement(
-    endpoint: &AdminEndpoint,
-    restarted: &PoolRestarted,
-    timeout: Duration,
-    progress: &mut Progress,
-) -> Result<(), Failure> {
-    let deadline = Instant::now().checked_add(timeout);
-    let name = clean(&restarted.pool);
-    loop {
-        let late = deadline.is_some_and(|deadline| Instant::now() >= deadline);
-        let status = match fetch_status(endpoint) {
-            Ok(status) => status,
-            Err(failure) if failure.exit == Exit::TempFail && !late => {
-                std::thread::sleep(PACE);
-                continue;
-            }
-            Err(failure) => return Err(failure),
-        };
-        if !restarted.instance.is_empty() && status.instance != restarted.instance {
-            let message = format!(
-                "the dispatcher was started again before the processes of pool {name} were replaced\n\
-                 help: see `dispatcher status`, and restart the pool again"
-            );
-            return Err(Failure::new(Exit::TempFail, message));
-        }
-        let pool = status.pools.iter().find(|pool| pool.name == restarted.pool);
-        let Some(processes) = pool.and_then(|pool| pool.processes.as_ref()) else {
-            return Err(Failure::new(Exit::NoInput, format!("pool {name} was removed meanwhile")));
-        };
-        if processes.outdated == 0 && processes.starting == 0 {
-            return Ok(());
-        }
-        let left = format!("{} of pool {name} to be replaced", processes.outdated);
-        if processes.crash_loop {
-            let message = format!(
-                "the new processes do not start: {left}; the old ones serve on\n\
-                 help: the log has their output and exit status (event=process_ended)"
-            );
-            return Err(Failure::new(Exit::TempFail, message));
-        }
-        progress.say(&format!("{left}, {} starting", processes.starting));
-        if late {
-            let waited = humantime::format_duration(timeout);
-            let message = format!("{left} after {waited}; the replacement goes on");
-            return Err(Failure::new(Exit::TempFail, message));
-        }
-        std::thread::sleep(PACE);
     }
 }
 
@@ -218,12 +151,12 @@ impl SlowNotice {
 
 /// One line that is overwritten on a terminal; otherwise a line for each change.
 #[derive(Debug, Default)]
-struct Progress {
+pub(super) struct Progress {
     last: String,
 }
 
 impl Progress {
-    fn say(&mut self, text: &str) {
+    pub(super) fn say(&mut self, text: &str) {
         if self.last == text {
             return;
         }
@@ -237,7 +170,7 @@ impl Progress {
         };
     }
 
-    fn end(&self) {
+    pub(super) fn end(&self) {
         let mut out = std::io::stderr();
         if out.is_terminal() && !self.last.is_empty() {
             let _ = writeln!(out);

@@ -5,7 +5,7 @@ use std::path::PathBuf;
 
 use super::{
     Address, AdviceSettings, Config, Limits, Listener, ListenerOptions, OnDispatcherLoss, Pool,
-    ProcessSetup, Spawn, UnixEndpoint, UnixSource, accounts, literal,
+    ProcessSetup, ReadyCheck, Spawn, UnixEndpoint, UnixSource, accounts, literal,
 };
 use dispatcher_core::{AccessRules, AllowedAccounts, PoolSettings};
 
@@ -55,6 +55,7 @@ impl Config {
                     environment: Vec::new(),
                     directory: None,
                     on_dispatcher_loss: OnDispatcherLoss::default(),
+                    ready_check: ReadyCheck::default(),
                 }),
             }],
             limits: Limits::default(),

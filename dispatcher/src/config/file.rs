@@ -188,6 +188,19 @@ pub(super) struct SpawnKeys {
     pub max_surge: Option<ASurge>,
     pub crash_loop_after: Option<Count<1, 1_000_000>>,
     pub max_restart_delay: Option<Wait<100, YEAR>>,
+    pub ready_check: Option<Spanned<String>>,
+    pub ready_timeout: Option<Wait<1, YEAR>>,
+    pub min_ready: Option<Wait<0, YEAR>>,
+    pub max_leaving_generations: Option<Count<0, 1024>>,
+    pub on_failure: Option<OnFailure>,
+}
+
+/// The values of `on_failure`.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Deserialize)]
+#[serde(rename_all = "kebab-case")]
+pub(super) enum OnFailure {
+    Stop,
+    Undo,
 }
 
 /// `[pool.NAME.spawn.limits]`.

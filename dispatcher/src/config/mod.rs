@@ -36,7 +36,7 @@ pub(crate) use hints::SAMPLE;
 pub use process_setup::{Account, Limit, Output, ProcessLimits, ProcessSetup, UNLIMITED};
 pub use spawn::{NOT_INHERITED, Place, depends_on_process, expand, literal};
 
-use serde::Deserialize;
+use serde::{Deserialize, Serialize};
 
 use dispatcher_core::{AccessRules, PoolSettings};
 
@@ -284,12 +284,13 @@ impl Pool {
 }
 
 /// Processes that the dispatcher keeps running for a pool.
-#[derive(Clone, Debug, PartialEq, Eq)]
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
 pub struct Spawn {
     /// Program and arguments; at least the program. With placeholders (see [`expand`]), like the
     /// values of `environment`, and `directory`.
     pub command: Vec<String>,
     /// The number of processes.
+    #[serde(skip)]
     pub processes: u32,
     /// `fork`: one process loads the application and forks the others. Default false.
     pub fork: bool,
@@ -303,10 +304,34 @@ pub struct Spawn {
     pub max_memory: Option<u64>,
     /// `on_dispatcher_loss`. Default [`OnDispatcherLoss::Drain`].
     pub on_dispatcher_loss: OnDispatcherLoss,
+    /// `ready_check`. Default [`ReadyCheck::Tcp`].
+    #[serde(skip)]
+    pub ready_check: ReadyCheck,
+}
+
+impl Spawn {
+    /// Whether processes started from these settings are as those started from `other`. Their
+    /// number and their check do not matter.
+    pub fn starts_like(&self, other: &Spawn) -> bool {
+        let Spawn { processes, ready_check, .. } = other;
+        *other == Spawn { processes: *processes, ready_check: ready_check.clone(), ..self.clone() }
+    }
+}
+
+/// When the worker of a process that replaces another one is ready.
+#[derive(Clone, Debug, Default, PartialEq, Eq)]
+pub enum ReadyCheck {
+    /// As soon as it has joined.
+    None,
+    /// When its application has taken a connection.
+    #[default]
+    Tcp,
+    /// When its application has answered a `GET` for this path with a status from 200 to 399.
+    Http(String),
 }
 
 /// What a spawned worker does when the dispatcher ends without an order to it.
-#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Deserialize)]
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(rename_all = "kebab-case")]
 pub enum OnDispatcherLoss {
     /// It serves on and joins the next dispatcher.

@@ -3,8 +3,10 @@
 
 use std::fmt;
 
+use serde::{Deserialize, Serialize};
+
 /// The part of `[pool.NAME.spawn]` that the dispatcher applies between fork and exec.
-#[derive(Clone, Debug, PartialEq, Eq)]
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
 pub struct ProcessSetup {
     /// The account, if not the dispatcher's.
     pub account: Option<Account>,
@@ -31,7 +33,7 @@ impl Default for ProcessSetup {
 }
 
 /// The user and the groups of a process.
-#[derive(Clone, Debug, PartialEq, Eq)]
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
 pub struct Account {
     /// User id.
     pub uid: u32,
@@ -45,11 +47,11 @@ pub struct Account {
     /// The group for messages.
     pub group_text: String,
     /// `HOME`, `USER`, `LOGNAME` and `SHELL` of the user. `None` removes the dispatcher's value.
-    pub variables: Vec<(&'static str, Option<String>)>,
+    pub variables: Vec<(String, Option<String>)>,
 }
 
 /// Resource limits of a process; `None` keeps the dispatcher's.
-#[derive(Clone, Debug, Default, PartialEq, Eq)]
+#[derive(Clone, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
 pub struct ProcessLimits {
     /// RLIMIT_NOFILE.
     pub open_files: Option<Limit>,
@@ -60,7 +62,7 @@ pub struct ProcessLimits {
 }
 
 /// A soft and a hard limit.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
 pub struct Limit {
     /// The limit that applies; [`UNLIMITED`] for none.
     pub soft: u64,
@@ -87,7 +89,7 @@ impl fmt::Display for Limit {
 }
 
 /// The destination of stdout and stderr of a process.
-#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
 pub enum Output {
     /// The same as the dispatcher's.
     #[default]

@@ -6,6 +6,7 @@ use std::time::Duration;
 
 use dispatch_protocol::wire::{Fork, MAX_PREFORK_RECORD, Token};
 use dispatcher_core::Supervision;
+use hyper::Uri;
 use nix::unistd::{AccessFlags, access};
 use toml::Spanned;
 
@@ -13,7 +14,8 @@ use super::error::Mistake;
 use super::file::SpawnKeys;
 use super::validate::{Check, Checked};
 use super::{
-    Account, MAX_UNAVAILABLE_RESPONSE, OnDispatcherLoss, Output, ProcessSetup, Spawn, UnixEndpoint,
+    Account, MAX_UNAVAILABLE_RESPONSE, OnDispatcherLoss, Output, ProcessSetup, ReadyCheck, Spawn,
+    UnixEndpoint,
 };
 
 mod account;
@@ -110,7 +112,11 @@ pub(super) fn spawn(
         }
         check.keep(forked_variables(&environment, keys, (pool, processes)));
     }
-    let (supervision, max_memory) = supervision::supervision(check, own, defaults, stop_timeout);
+    let ready_check = own.ready_check.as_ref().or(defaults.and_then(|d| d.ready_check.as_ref()));
+    let ready_check = ready_check.and_then(|key| check.keep(self::ready_check(key)));
+    let ready_check = ready_check.unwrap_or_default();
+    let (supervision, max_memory) =
+        supervision::supervision(check, own, defaults, stop_timeout, &ready_check);
     let spawn = Spawn {
         command: command.get_ref().iter().map(|word| word.get_ref().clone()).collect(),
         processes,
@@ -120,9 +126,29 @@ pub(super) fn spawn(
         setup,
         on_dispatcher_loss,
         max_memory,
+        ready_check,
     };
     Some((spawn, supervision))
 }
+
+/// `ready_check`: `none`, `tcp`, or an HTTP path.
+fn ready_check(key: &Spanned<String>) -> Checked<ReadyCheck> {
+    let text = key.get_ref();
+    match text.as_str() {
+        "none" => Ok(ReadyCheck::None),
+        "tcp" => Ok(ReadyCheck::Tcp),
+        path if path.starts_with('/') && path.len() <= MAX_PATH && path.parse::<Uri>().is_ok() => {
+            Ok(ReadyCheck::Http(text.clone()))
+        }
+        _ => Err(Mistake::new(key.span(), format!("`{text}` is no ready check")).help(
+            "write \"none\", \"tcp\" (the worker takes a connection), or the path of an HTTP request \
+             that is answered with 200 to 399, such as \"/health\"",
+        )),
+    }
+}
+
+/// The longest path of a ready check.
+const MAX_PATH: usize = 1024;
 
 /// Account, permissions, limits and output.
 fn setup(

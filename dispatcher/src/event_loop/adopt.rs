@@ -1,18 +1,19 @@
 //! Processes that an earlier dispatcher started and left: puts them back in their places when this
 //! dispatcher starts, and leaves them to the next one when it restarts.
 
-use std::collections::HashMap;
+use std::collections::{BTreeSet, HashMap};
 use std::path::{Path, PathBuf};
 use std::time::{Duration, Instant};
 
 use dispatch_protocol::wire::Token;
 
+use super::rolls::Rolls;
 use super::{EventLoop, PoolResources};
 use crate::background::logger::quoted;
 use crate::background::service_manager::unit::StopKind;
-use crate::background::spawner::{Report, Spawner, Survivor};
+use crate::background::spawner::{Deploys, Report, Spawner, Survivor};
 use crate::config::{Config, MAX_PROCESSES, OnDispatcherLoss, Pool};
-use dispatcher_core::{Core, PoolId, PoolSettings, ProcessId, Time};
+use dispatcher_core::{Core, Generation, PoolId, PoolSettings, ProcessId, Time};
 
 /// How long the service manager may take to say once more why it stops the dispatcher.
 const CONFIRM: Duration = Duration::from_millis(2_500);
@@ -35,6 +36,8 @@ pub(super) fn journal_path(dispatch_address: &str) -> Option<PathBuf> {
 #[derive(Default)]
 pub(super) struct Survivors {
     list: Vec<(PoolId, Survivor)>,
+    /// What is known of the deploys of their pools.
+    deploys: Vec<Deploys>,
     /// Pools that are not configured any more.
     removed: Vec<PoolId>,
 }
@@ -44,7 +47,9 @@ pub(super) struct Survivors {
 pub(super) fn find(spawner: &Spawner, config: &mut Config, path: Option<PathBuf>) -> Survivors {
     let mut survivors = Survivors::default();
     let Some(path) = path else { return survivors };
-    for survivor in spawner.recover(path) {
+    let (recovered, deploys) = spawner.recover(path);
+    survivors.deploys = deploys;
+    for survivor in recovered {
         let name = &survivor.record.pool;
         let known = config.pools.iter().position(|pool| pool.settings.name == *name);
         let position = known.unwrap_or_else(|| {
@@ -73,12 +78,16 @@ impl Survivors {
         core: &mut Core,
         spawner: &Spawner,
         pools: &[PoolResources],
+        rolls: &mut Rolls,
     ) -> HashMap<Token, ProcessId> {
         let mut tokens = HashMap::new();
+        let adopted: BTreeSet<PoolId> = self.list.iter().map(|(pool, _)| *pool).collect();
         for (pool, mut survivor) in self.list {
             let record = &survivor.record;
             let place = record.place.min(MAX_PROCESSES - 1);
-            let adopted = core.adopt(now, pool, place, record.start, record.leaving);
+            let at = (place, record.start);
+            let generation = Generation(record.generation);
+            let adopted = core.adopt(now, pool, at, record.leaving, generation);
             let Some(process) = adopted else { continue };
             log::info!(
                 "event=process_adopted pool={} process={} pid={} leaving={}",
@@ -96,6 +105,16 @@ impl Survivors {
                 survivor.output_rate = spawn.setup.output_rate;
             }
             spawner.watch(process, survivor, patience, max_memory);
+        }
+        for (id, pool) in (0u16..).map(PoolId).zip(pools) {
+            let own = |deploys: &&Deploys| deploys.pool == core.pool_name(id);
+            let known = self.deploys.iter().find(own).filter(|_| adopted.contains(&id));
+            rolls.add(id, core.generation(id), pool.spawn.as_ref());
+            if let Some(known) = known.cloned() {
+                rolls.recover(now, core, id, (known, pool.spawn.as_ref()));
+            } else if adopted.contains(&id) {
+                core.resume_roll(now, id, None, core.generation(id));
+            }
         }
         for pool in self.removed {
             core.retire_pool(now, pool);

@@ -11,8 +11,9 @@ use crate::api::command::{
     Answer, Command, CommandError, Problem, ProcessCount, Target, WorkerRef, unknown_pool,
 };
 use crate::api::decisions::{RawExplanation, RawHistory};
+use crate::background::logger::quoted;
 use crate::config::MAX_PROCESSES;
-use dispatcher_core::{CannotResume, ListenerId, PoolId, WorkerId};
+use dispatcher_core::{CannotResume, ListenerId, PoolId, RollBegun, WorkerId};
 
 impl EventLoop {
     /// Carries out a command.
@@ -34,7 +35,8 @@ impl EventLoop {
                 Ok(self.workers_changed(&workers))
             }
             Command::Scale { pool, wanted } => self.scale(&pool, wanted),
-            Command::Restart { target } => self.restart(&target),
+            Command::Restart { target, end_oldest } => self.restart(&target, end_oldest),
+            Command::Undo { pool } => self.undo(&pool),
             Command::Resume { target } => {
                 let workers = self.targets(&target)?;
                 for &worker in &workers {
@@ -79,12 +81,9 @@ impl EventLoop {
     }
 
     /// Replaces the processes of a pool, or of one worker.
-    fn restart(&mut self, target: &Target) -> Answer {
-        let (pool, processes) = match target {
-            Target::Pool(name) => {
-                let pool = self.spawning_pool(name)?;
-                (pool, self.core.restart_processes(self.now, pool))
-            }
+    fn restart(&mut self, target: &Target, end_oldest: bool) -> Answer {
+        let (pool, process) = match target {
+            Target::Pool(name) => (self.spawning_pool(name)?, None),
             Target::Worker(name) => {
                 let Some(&worker) = self.targets(target)?.first() else {
                     return Err(CommandError::new(Problem::NotFound, "there is no such worker"));
@@ -95,39 +94,55 @@ impl EventLoop {
                     CommandError::new(Problem::Conflict, message)
                         .hint("it is a service of its own: systemctl restart its unit")
                 })?;
-                if !self.core.restart_process(self.now, process) {
-                    let message = format!("worker {name} is leaving already");
-                    return Err(CommandError::new(Problem::Conflict, message));
-                }
-                (process.pool, 1)
+                (process.pool, Some(process))
             }
             Target::All => {
                 let message = "only a pool or a worker can be restarted";
                 return Err(CommandError::new(Problem::Invalid, message));
             }
         };
-        // Forked processes are to be of the program, and of the data, that are there now.
-        self.side.spawner.renew(pool);
+        let begun = self.begin_roll(target, pool, process, end_oldest)?;
+        Ok(self.restarted(pool, begun))
+    }
+
+    /// Returns to the command before the last restart of a pool.
+    fn undo(&mut self, name: &str) -> Answer {
+        let pool = self.spawning_pool(name)?;
+        let begun = self.undo_roll(&Target::Pool(name.to_owned()), pool)?;
+        Ok(self.restarted(pool, begun))
+    }
+
+    fn restarted(&self, pool: PoolId, begun: RollBegun) -> Outcome {
         let name = self.core.pool_name(pool).to_owned();
+        let RollBegun { generation, processes } = begun;
         let settings = self.core.pool_settings(pool);
         let at_once = settings
             .map_or(1, |settings| settings.supervision.max_surge.of(settings.processes))
             .min(processes);
-        log::info!("event=pool_restarting pool={name} processes={processes} at_once={at_once}");
-        Ok(Outcome::Restarted(PoolRestarted {
+        log::info!(
+            "event=pool_restarting pool={name} generation={} processes={processes} at_once={at_once}",
+            generation.0
+        );
+        Outcome::Restarted(PoolRestarted {
             at_once,
+            generation: generation.0,
             instance: self.run.instance.clone(),
             pool: name,
             processes,
-        }))
+        })
     }
 
     /// Replaces the processes of every pool.
     pub(super) fn restart_all(&mut self) {
         let pools: Vec<String> = self.core.pool_names().map(str::to_owned).collect();
         for pool in pools {
-            // A pool that starts no processes refuses.
-            let _ = self.restart(&Target::Pool(pool));
+            // A pool that starts no processes refuses; the log has any other reason.
+            let starts = self.spawning_pool(&pool).is_ok();
+            if let Err(error) = self.restart(&Target::Pool(pool.clone()), false)
+                && starts
+            {
+                log::error!("event=pool_not_restarted pool={pool} error={}", quoted(&error));
+            }
         }
     }
 

@@ -31,6 +31,8 @@ pub(super) enum EventKind {
     ProcessStopping,
     CrashLoop,
     CrashLoopOver,
+    RollStopped,
+    RollDone,
 }
 
 impl EventKind {
@@ -62,6 +64,8 @@ impl EventKind {
             Event::ProcessStopped { .. } => EventKind::ProcessStopping,
             Event::CrashLoop { .. } => EventKind::CrashLoop,
             Event::CrashLoopOver { .. } => EventKind::CrashLoopOver,
+            Event::RollStopped { .. } => EventKind::RollStopped,
+            Event::Rolled { .. } => EventKind::RollDone,
         }
     }
 
@@ -94,6 +98,8 @@ impl EventKind {
             EventKind::ProcessStopping => "process_stopping",
             EventKind::CrashLoop => "crash_loop",
             EventKind::CrashLoopOver => "crash_loop_over",
+            EventKind::RollStopped => "roll_stopped",
+            EventKind::RollDone => "roll_done",
         }
     }
 }

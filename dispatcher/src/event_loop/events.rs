@@ -19,6 +19,7 @@ impl EventLoop {
     /// Writes a line, unless the rate limit of its kind is exceeded: workers can cause most events
     /// as often as they like.
     pub(super) fn write_event(&mut self, event: &Event) {
+        self.note_roll(event);
         let ordered = self.note_order(event);
         let kind = EventKind::of(event);
         let pool = self.pool_of_event(event);
@@ -66,11 +67,13 @@ impl EventLoop {
             | Event::Served { pool }
             | Event::BackPressure { pool }
             | Event::Relieved { pool }
-            | Event::CrashLoopOver { pool } => Some(pool),
+            | Event::CrashLoopOver { pool }
+            | Event::Rolled { pool, .. } => Some(pool),
             Event::Restarting { process, .. }
             | Event::Replacing { process, .. }
             | Event::ProcessStopped { process, .. }
-            | Event::CrashLoop { process, .. } => Some(process.pool),
+            | Event::CrashLoop { process, .. }
+            | Event::RollStopped { process, .. } => Some(process.pool),
             Event::OutOfResources { .. } => None,
         }
     }
@@ -211,7 +214,7 @@ impl EventLoop {
             ),
             Event::ProcessStopped { process, reason } => {
                 let level = match reason {
-                    EndReason::Late | EndReason::Hung => log::Level::Warn,
+                    EndReason::Late | EndReason::Hung | EndReason::NotReady => log::Level::Warn,
                     EndReason::Left | EndReason::Unwanted => log::Level::Info,
                 };
                 log::log!(
@@ -233,6 +236,20 @@ impl EventLoop {
             Event::CrashLoopOver { pool } => {
                 log::info!("event=crash_loop_over pool={}", self.core.pool_name(*pool));
             }
+            Event::RollStopped { process, .. } => {
+                let name = self.core.pool_name(process.pool);
+                log::error!(
+                    "event=roll_stopped pool={name} process={} reason={} \
+                     hint=\"dispatcher rollout status {name}\"",
+                    process.place + 1,
+                    quoted(&self.roll_reason(process.pool))
+                );
+            }
+            Event::Rolled { pool, generation } => log::info!(
+                "event=roll_done pool={} generation={}",
+                self.core.pool_name(*pool),
+                generation.0
+            ),
         }
     }
 
@@ -292,6 +309,7 @@ pub(super) fn stop_reason(reason: EndReason) -> &'static str {
         EndReason::Hung => "its worker was suspect for kill_hung_after",
         EndReason::Left => "it left and did not end by itself",
         EndReason::Unwanted => "it is not wanted any more",
+        EndReason::NotReady => "it did not become ready",
     }
 }
 

@@ -110,6 +110,7 @@ impl EventLoop {
             // The end or the failed start has already been added.
             | Event::Restarting { .. }
             | Event::Replacing { .. }
+            | Event::Rolled { .. }
             | Event::ProcessStopped { reason: EndReason::Left | EndReason::Unwanted, .. } => {}
             Event::ProcessStopped { process, reason } => {
                 let subject = self.process_name(process);
@@ -121,6 +122,11 @@ impl EventLoop {
                 let name = self.core.pool_name(process.pool).to_owned();
                 self.fault(FaultKind::CrashLoop, &name, || crash_loop_text(failures));
                 self.observation.faults.update(FaultKind::CrashLoop, &name, crash_loop_text(failures), true);
+            }
+            Event::RollStopped { process, .. } => {
+                let name = self.core.pool_name(process.pool).to_owned();
+                let reason = self.roll_reason(process.pool);
+                self.fault(FaultKind::RollStopped, &name, || reason);
             }
             Event::CrashLoopOver { pool } => {
                 let name = self.core.pool_name(pool).to_owned();

@@ -35,6 +35,7 @@ mod perform;
 mod queued;
 mod rate_limit;
 pub mod reload;
+mod rolls;
 mod scan;
 mod start;
 mod status;
@@ -57,6 +58,7 @@ use self::connections::Connections;
 use self::handshake::Handshakes;
 use self::listeners::Listeners;
 use self::observation::Observation;
+use self::rolls::Rolls;
 use self::take_over::TakeOver;
 use self::time::{clock, realtime};
 use self::token::Source;
@@ -112,6 +114,7 @@ struct EventLoop {
     config: Config,
     /// By `PoolId`; removed pools keep their entries.
     pools: Vec<PoolResources>,
+    rolls: Rolls,
     run: Run,
     core: Core,
     signals: Signals,

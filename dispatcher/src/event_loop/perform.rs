@@ -155,6 +155,12 @@ impl EventLoop {
             Effect::EndProcess { process, has_connections } => {
                 self.end_process(process, has_connections);
             }
+            Effect::CheckReady { process, worker: _ } => self.check_ready(process),
+            Effect::SendCheck { worker, ticket } => {
+                self.flush(worker.index);
+                self.send_check(worker, ticket);
+            }
+            Effect::CheckOver { worker, ticket, taken } => self.check_over(worker, ticket, taken),
             Effect::Event(event) => self.write_event_in_order(event),
         }
     }

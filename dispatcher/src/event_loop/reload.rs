@@ -12,7 +12,7 @@ use super::{EventLoop, PoolResources};
 use crate::api::command::{CommandError, Problem};
 use crate::api::reload::Reloaded;
 use crate::background::logger::value;
-use crate::config::{Address, Config, Listener, Pool, Spawn};
+use crate::config::{Address, Config, Listener, Pool};
 use crate::listen::bind::{self, Listening};
 use crate::listen::files::SocketFile;
 use crate::reload::{ListenerStep, Plan, PoolStep, Rules, RunningConfig, Socket, seed};
@@ -181,19 +181,17 @@ impl EventLoop {
             }
             PoolStep::Change(id) => {
                 let (settings, resources) = PoolResources::split(pool);
-                let mut starts_anew = false;
+                let name = settings.name.clone();
+                let mut renewed = false;
                 if let Some(entry) = self.pools.get_mut(usize::from(id.0)) {
-                    starts_anew = entry.spawn != resources.spawn;
-                    let runs = self.core.process_ids(id).next().is_some();
-                    if runs && differs(entry.spawn.as_ref(), resources.spawn.as_ref()) {
-                        reloaded.outdated_pools.push(settings.name.clone());
-                    }
+                    let (old, new) = (entry.spawn.as_ref(), resources.spawn.as_ref());
+                    renewed = new.is_some_and(|new| !old.is_some_and(|old| old.starts_like(new)));
                     *entry = resources;
                 }
-                self.core.change_pool(self.now, id, settings, seed());
-                if starts_anew {
-                    self.core.retry_processes(self.now, id);
+                if renewed && self.renew_version(id) {
+                    reloaded.outdated_pools.push(name);
                 }
+                self.core.change_pool(self.now, id, settings, seed());
                 self.workers.replace_gauges(&self.core, id);
                 id
             }
@@ -213,6 +211,16 @@ impl EventLoop {
                         *entry = resources;
                     }
                     None => self.pools.push(resources),
+                }
+                let spawn = self.pools.get(usize::from(id.0)).and_then(|it| it.spawn.as_ref());
+                let current = self.core.generation(id);
+                if !restored {
+                    self.rolls.add(id, current, spawn);
+                } else if let Some(spawn) = spawn
+                    && !self.rolls.version(id, current).is_some_and(|it| it.starts_like(spawn))
+                    && self.renew_version(id)
+                {
+                    reloaded.outdated_pools.push(self.core.pool_name(id).to_owned());
                 }
                 self.workers.replace_gauges(&self.core, id);
                 id
@@ -320,11 +328,4 @@ impl EventLoop {
             }
         }
     }
-}
-
-/// Whether processes that were started with the old settings differ from those that would be
-/// started now. Their number does not matter.
-fn differs(old: Option<&Spawn>, new: Option<&Spawn>) -> bool {
-    let (Some(old), Some(new)) = (old, new) else { return false };
-    Spawn { processes: new.processes, ..old.clone() } != *new
 }

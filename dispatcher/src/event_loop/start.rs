@@ -14,6 +14,7 @@ use super::connections::Connections;
 use super::handshake::Handshakes;
 use super::listeners::{ListenerIo, ListenerResources, Listeners};
 use super::observation::Observation;
+use super::rolls::Rolls;
 use super::take_over::{Giver, SharedSockets, TakeOver, Taken};
 use super::token::Source;
 use super::wakeup::Wakeup;
@@ -233,7 +234,8 @@ impl EventLoop {
         let mut core = Core::new(pool_settings, settings, now);
         core.set_resource_pause(config.limits.resource_pause);
         core.set_seed(seed());
-        let tokens = survivors.adopt(now, &mut core, &side.spawner, &pools);
+        let mut rolls = Rolls::default();
+        let tokens = survivors.adopt(now, &mut core, &side.spawner, &pools, &mut rolls);
         for (position, listener) in (0u16..).zip(std::mem::take(&mut config.listeners)) {
             core.set_access_control(
                 ListenerId(position),
@@ -255,6 +257,7 @@ impl EventLoop {
         Ok(EventLoop {
             config,
             pools,
+            rolls,
             run: Run {
                 instance: format!("{:016x}", seed()),
                 started: now,

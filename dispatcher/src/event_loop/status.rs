@@ -30,6 +30,10 @@ impl EventLoop {
             self.note(report);
             count += 1;
         }
+        if let Some(connection) = self.side.spawner.check_connection() {
+            self.offer_check(connection);
+            count = REPORTS_PER_TURN;
+        }
         let request = self.side.request();
         // There may be more, but clients come first.
         self.wakeup.side_ready = count == REPORTS_PER_TURN || request.is_some();
@@ -71,6 +75,15 @@ impl EventLoop {
         self.note_socket_files();
         self.note_advice_peers();
         status.kept_sockets = self.kept_sockets();
+        for pool in &mut status.pools {
+            let Some(processes) = &mut pool.processes else { continue };
+            let Some(id) = self.core.pool_named(&pool.name) else { continue };
+            (processes.ready_checks_passed, processes.ready_checks_failed) = self.rolls.checks(id);
+            processes.restart_needed = self.needs_restart(id);
+            if let Some(roll) = &mut processes.roll {
+                self.roll_status(id, roll);
+            }
+        }
         for (id, listener) in self.core.listeners().zip(&mut status.listeners) {
             listener.state = self.listener_state(id).to_owned();
         }
@@ -85,8 +98,7 @@ impl EventLoop {
 
     /// Asks the side thread to start a process, with a token that identifies it when it joins.
     pub(super) fn spawn(&mut self, process: ProcessId) {
-        let resources = self.pools.get(usize::from(process.pool.0));
-        let spawn = resources.and_then(|resources| resources.spawn.as_ref());
+        let spawn = self.spawn_of(process).cloned();
         let (Some(spawn), Some(settings)) = (spawn, self.core.pool_settings(process.pool)) else {
             return;
         };
@@ -107,10 +119,11 @@ impl EventLoop {
             process,
             pool: settings.name.clone(),
             name: format!("{}-{}", settings.name, process.place + 1),
-            command: spawn.command.clone(),
-            environment: spawn.environment.clone(),
-            directory: spawn.directory.clone(),
-            setup: spawn.setup.clone(),
+            generation: self.core.generation_of(process).map_or(1, |generation| generation.0),
+            command: spawn.command,
+            environment: spawn.environment,
+            directory: spawn.directory,
+            setup: spawn.setup,
             on_dispatcher_loss: spawn.on_dispatcher_loss,
             token,
             dispatch_socket,
@@ -122,6 +135,8 @@ impl EventLoop {
         if self.side.spawner.spawn(request).is_err() {
             self.core.spawned(self.now, process, false);
         }
+        // A roll may have come further.
+        self.record_deploys(process.pool);
     }
 
     fn note(&mut self, report: Report) {
@@ -152,6 +167,7 @@ impl EventLoop {
                 }
                 self.workers.forget_tokens(process);
                 self.side.spawner.forget(process);
+                self.rolls.note(process, &error);
                 self.core.spawned(self.now, process, false);
             }
             Report::Exited { process, pid, status_text } => {
@@ -177,12 +193,14 @@ impl EventLoop {
                 }
                 self.workers.forget_tokens(process);
                 self.side.spawner.forget(process);
+                self.rolls.note(process, &status_text);
                 self.core.exited(self.now, process);
             }
             Report::ExceedsMemory { process, bytes } => {
                 log::info!("event=process_exceeds_memory {} bytes={bytes}", self.process(process));
                 self.core.exceeds_memory(self.now, process);
             }
+            Report::Checked { process, result } => self.checked(process, result),
             Report::StopKind(kind) => self.stop_kind(kind),
             // Only the end of a stop produces this report, and waits for it elsewhere.
             Report::Stopped { .. } => {}
@@ -190,8 +208,7 @@ impl EventLoop {
     }
 
     fn process(&self, process: ProcessId) -> String {
-        let spawn =
-            self.pools.get(usize::from(process.pool.0)).and_then(|pool| pool.spawn.as_ref());
+        let spawn = self.spawn_of(process);
         let program = spawn.and_then(|spawn| spawn.command.first()).map_or("", String::as_str);
         format!(
             "pool={} process={} program={}",

@@ -92,6 +92,8 @@ impl EntryFlags {
     pub const RESENT: EntryFlags = EntryFlags(1);
     /// The socket is in non-blocking mode and was never sent to another worker.
     pub const NONBLOCKING: EntryFlags = EntryFlags(2);
+    /// The dispatcher itself has connected, to see whether the worker is ready.
+    pub const READY_CHECK: EntryFlags = EntryFlags(4);
 
     /// Whether all bits of `other` are set.
     pub fn contains(self, other: EntryFlags) -> bool {

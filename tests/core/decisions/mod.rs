@@ -47,6 +47,7 @@ fn settings() -> PoolSettings {
         max_handoff_timeout: ms(30_000),
         wait_for_worker: ms(5_000),
         access: AllowedAccounts { users: vec![0], groups: vec![] },
+        supervision: Supervision { ready_check: false, ..Supervision::default() },
         ..PoolSettings::default()
     }
 }

@@ -425,9 +425,12 @@ impl Model {
                 assert!(w.out.iter().all(|out| out.revoking), "at {now:?}: {w:?}");
                 self.purges.push(worker);
             }
-            Effect::Spawn { .. } | Effect::StopProcess { .. } | Effect::EndProcess { .. } => {
-                panic!("no processes are configured")
-            }
+            Effect::Spawn { .. }
+            | Effect::StopProcess { .. }
+            | Effect::EndProcess { .. }
+            | Effect::CheckReady { .. }
+            | Effect::SendCheck { .. }
+            | Effect::CheckOver { .. } => panic!("no processes are configured"),
             // The model ignores these.
             Effect::Notify { .. } => panic!("a notice for a worker without support"),
             // A pool may take nothing for longer than this, depending on its workers' usual times.

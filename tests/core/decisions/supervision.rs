@@ -2,6 +2,7 @@
 
 mod random;
 mod replacing;
+mod rolls;
 
 use super::*;
 
@@ -156,7 +157,7 @@ fn a_change_of_the_command_ends_the_delay() {
     driver.core.spawned(driver.now, process, false);
     driver.wait(RESTART_MIN * 2);
     driver.starts();
-    driver.core.retry_processes(driver.now, PoolId(0));
+    driver.core.renew_processes(driver.now, PoolId(0));
     driver.pump();
     let started = driver.starts();
     assert_eq!((started.len(), started[0].place), (1, 0), "at once; the other one goes on");
@@ -167,7 +168,7 @@ fn a_change_of_the_command_ends_the_delay() {
     // A process that is not wanted is not started.
     driver.core.scale(driver.now, PoolId(0), 1);
     driver.dies(second, None);
-    driver.core.retry_processes(driver.now, PoolId(0));
+    driver.core.renew_processes(driver.now, PoolId(0));
     driver.pump();
     assert!(driver.starts().is_empty());
 }
@@ -179,7 +180,8 @@ fn unknown_processes_are_ignored() {
         let unknown = ProcessId { pool: PoolId(pool), place: 7, start: 1 };
         driver.core.spawned(driver.now, unknown, true);
         driver.core.exceeds_memory(driver.now, unknown);
-        assert!(!driver.core.restart_process(driver.now, unknown));
+        let rolled = driver.core.roll_one(driver.now, unknown, None, false);
+        assert_eq!(rolled, Err(RollRefusal::NotServing));
         driver.core.exited(driver.now, unknown);
     }
 }
@@ -207,7 +209,7 @@ fn a_process_that_does_not_join_in_time_is_ended() {
     assert_eq!(driver.starts(), [], "two processes of one place are about to end");
     driver.dies(process, None);
     assert_eq!(driver.starts().len(), 1);
-    assert_eq!(driver.core.snapshot().pools[0].processes.unwrap().totals.ended_late, 2);
+    assert_eq!(driver.core.snapshot().pools[0].processes.clone().unwrap().totals.ended_late, 2);
 }
 
 /// A worker that gets no more connections and has one left.
@@ -328,7 +330,7 @@ fn a_hung_process_is_replaced() {
     driver.serves(next[0]);
     driver.dies(processes[0], Some(workers[0]));
     assert_eq!(driver.counts(), (2, 2, 0, 0));
-    let totals = driver.core.snapshot().pools[0].processes.unwrap().totals;
+    let totals = driver.core.snapshot().pools[0].processes.clone().unwrap().totals;
     assert_eq!((totals.ended_hung, totals.restarts), (1, 1));
 }
 
@@ -339,7 +341,7 @@ fn a_crash_loop_is_visible_bounded_and_ends() {
         pool.wait_for_worker = ms(1_000_000_000);
     });
     let crash_loop =
-        |driver: &Driver| driver.core.snapshot().pools[0].processes.unwrap().crash_loop;
+        |driver: &Driver| driver.core.snapshot().pools[0].processes.clone().unwrap().crash_loop;
     // Every process ends as soon as it was started.
     let run = |driver: &mut Driver, time: Duration| {
         let end = driver.now + time;
@@ -361,7 +363,7 @@ fn a_crash_loop_is_visible_bounded_and_ends() {
     assert!(!crash_loop(&driver));
     run(&mut driver, ms(40_000));
     assert!(crash_loop(&driver));
-    assert!(driver.core.snapshot().pools[0].processes.unwrap().next_start_in.is_some());
+    assert!(driver.core.snapshot().pools[0].processes.clone().unwrap().next_start_in.is_some());
     let tries = run(&mut driver, ms(600_000));
     assert!((19..=21).contains(&tries), "one process of the pool every 30 s: {tries}");
     // What made them fail is over: the next try stays, and then all others follow.
@@ -394,13 +396,19 @@ fn an_operator_ends_a_crash_loop_at_once() {
             };
         }
         driver.dies(process, None);
-        assert!(driver.core.snapshot().pools[0].processes.unwrap().crash_loop);
+        assert!(driver.core.snapshot().pools[0].processes.clone().unwrap().crash_loop);
         match restart {
-            true => assert_eq!(driver.core.restart_processes(driver.now, PoolId(0)), 0),
-            false => driver.core.retry_processes(driver.now, PoolId(0)),
+            true => {
+                let begun = driver.core.roll(driver.now, PoolId(0), false).unwrap();
+                assert_eq!((begun.generation, begun.processes), (Generation(2), 1));
+            }
+            false => {
+                let renewed = driver.core.renew_processes(driver.now, PoolId(0));
+                assert_eq!(renewed, Generation(2));
+            }
         }
         driver.pump();
-        assert!(!driver.core.snapshot().pools[0].processes.unwrap().crash_loop);
+        assert!(!driver.core.snapshot().pools[0].processes.clone().unwrap().crash_loop);
         let over = Event::CrashLoopOver { pool: PoolId(0) };
         assert!(driver.log.contains(&Effect::Event(over)));
     }
@@ -411,10 +419,10 @@ fn processes_of_an_earlier_dispatcher_keep_their_places() {
     let mut pool = PoolSettings { processes: 3, ..settings() };
     pool.supervision.drain_timeout = Some(ms(5_000));
     let mut core = Core::new(vec![pool], vec![listener()], Time(1));
-    let first = core.adopt(Time(1), PoolId(0), 0, 7, false).unwrap();
-    let leaving = core.adopt(Time(1), PoolId(0), 1, 5, true).unwrap();
+    let first = core.adopt(Time(1), PoolId(0), (0, 7), false, Generation::FIRST).unwrap();
+    let leaving = core.adopt(Time(1), PoolId(0), (1, 5), true, Generation::FIRST).unwrap();
     // The configuration has fewer processes than before.
-    let surplus = core.adopt(Time(1), PoolId(0), 5, 8, false).unwrap();
+    let surplus = core.adopt(Time(1), PoolId(0), (5, 8), false, Generation::FIRST).unwrap();
     core.tick(Time(2));
     let mut started = Vec::new();
     while let Some(effect) = core.effect() {
@@ -450,7 +458,7 @@ fn an_adopted_process_that_was_leaving_keeps_its_connections() {
         pool.supervision.drain_timeout = drain_timeout;
         pool.supervision.stop_timeout = ms(1_000);
         let mut core = Core::new(vec![pool], vec![listener()], Time(1));
-        let leaving = core.adopt(Time(1), PoolId(0), 0, 1, true).unwrap();
+        let leaving = core.adopt(Time(1), PoolId(0), (0, 1), true, Generation::FIRST).unwrap();
         let mut ends = |at: Time| {
             core.tick(at);
             std::iter::from_fn(|| core.effect())
@@ -470,7 +478,9 @@ fn adopted_processes_with_the_same_number_are_told_apart() {
     let starts = [1, 1, 2, u32::MAX, u32::MAX];
     let adopted: std::collections::BTreeSet<u32> = starts
         .iter()
-        .map(|&start| core.adopt(Time(1), PoolId(0), 0, start, false).unwrap().start)
+        .map(|&start| {
+            core.adopt(Time(1), PoolId(0), (0, start), false, Generation::FIRST).unwrap().start
+        })
         .collect();
     assert_eq!(adopted.len(), starts.len());
     core.tick(Time(2));

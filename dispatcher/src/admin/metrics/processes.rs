@@ -56,6 +56,45 @@ impl Snapshot {
             "process_crash_loop",
             "1 while starts of processes of the pool have failed too often",
             of(|it| u64::from(it.crash_loop)),
+        )?;
+        page.gauges(
+            "pool_generation",
+            "The number of the deploy that the pool has",
+            of(|it| it.generation.into()),
+        )?;
+        page.gauges(
+            "pool_restart_needed",
+            "1 while the configuration has other settings than the processes of the pool",
+            of(|it| u64::from(it.restart_needed)),
+        )?;
+        page.gauges(
+            "rolls",
+            "1 for the state of the last roll of the pool",
+            pools().flat_map(|(name, it)| {
+                let now = it.roll.as_ref().map(|roll| roll.state.as_str());
+                ["progressing", "stopped", "done"].map(|state| {
+                    (Labels::new([("pool", name), ("state", state)]), u64::from(now == Some(state)))
+                })
+            }),
+        )?;
+        page.gauges(
+            "leaving_generations",
+            "Former generations of the pool that have connections",
+            of(|it| it.leaving_generations.len() as u64),
+        )?;
+        page.gauges(
+            "leaving_generation_connections",
+            "Connections of former generations",
+            of(|it| it.leaving_generations.iter().map(|leaving| leaving.connections).sum()),
+        )?;
+        page.counters(
+            "ready_checks",
+            "Ready checks of new processes; their connections count nowhere else",
+            pools().flat_map(|(name, it)| {
+                [("passed", it.ready_checks_passed), ("failed", it.ready_checks_failed)].map(
+                    |(result, count)| (Labels::new([("pool", name), ("result", result)]), count),
+                )
+            }),
         )
     }
 }

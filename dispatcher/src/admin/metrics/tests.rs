@@ -1,6 +1,7 @@
 use super::*;
 use crate::api::advice::{AddressRecord, AdvicePoolStatus, AdviceStatus, PeerStatus};
 use crate::api::status::{Distribution, ListenerStatus, Meters, ProcessesStatus};
+use crate::api::status::{LeavingStatus, RollStatus};
 
 fn status(workers: u64) -> Status {
     let worker = |id| WorkerStatus {
@@ -131,6 +132,15 @@ fn each_status_field_has_its_own_metric() {
             ended_hung: 77,
             crash_loop: true,
             next_start_in_ms: None,
+            generation: 79,
+            restart_needed: true,
+            roll: Some(RollStatus { state: "stopped".to_owned(), ..RollStatus::default() }),
+            leaving_generations: vec![
+                LeavingStatus { generation: 1, processes: 1, connections: 80 },
+                LeavingStatus { generation: 2, processes: 1, connections: 1 },
+            ],
+            ready_checks_passed: 82,
+            ready_checks_failed: 83,
         }),
         joined: 17,
         gone: 18,
@@ -281,6 +291,15 @@ processes_replaced_total{pool="p"} 75
 processes_stopped_total{pool="p",reason="late"} 76
 processes_stopped_total{pool="p",reason="hung"} 77
 process_crash_loop{pool="p"} 1
+pool_generation{pool="p"} 79
+pool_restart_needed{pool="p"} 1
+rolls{pool="p",state="progressing"} 0
+rolls{pool="p",state="stopped"} 1
+rolls{pool="p",state="done"} 0
+leaving_generations{pool="p"} 2
+leaving_generation_connections{pool="p"} 81
+ready_checks_total{pool="p",result="passed"} 82
+ready_checks_total{pool="p",result="failed"} 83
 workers_joined_total{pool="p"} 17
 workers_gone_total{pool="p"} 18
 workers{pool="p",state="active"} 0

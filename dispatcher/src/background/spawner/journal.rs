@@ -12,13 +12,15 @@
 //! ```text
 //! dispatcher-processes 1 BOOT_ID
 //! start TOKEN PLACE START POOL      a process is about to be started
+//! generation TOKEN GENERATION       its generation
 //! pid TOKEN PID [STARTED]           its process id, and when the kernel started it
 //! leaving TOKEN                     it gets no more connections
 //! stays TOKEN                       it gets connections again
 //! end TOKEN                         it has ended
+//! deploys JSON                      the generations of a pool, and its last roll
 //! ```
 
-use std::collections::HashMap;
+use std::collections::{BTreeMap, HashMap};
 use std::fs::{File, OpenOptions};
 use std::io::{self, Read, Write};
 use std::os::fd::{AsFd, BorrowedFd};
@@ -30,6 +32,7 @@ use std::time::{Duration, Instant};
 use dispatch_protocol::wire::Token;
 use rustix::fs::{FlockOperation, flock};
 
+use super::deploys::Deploys;
 use super::group;
 
 /// The largest journal that is read.
@@ -53,6 +56,8 @@ pub struct Record {
     pub place: u32,
     /// The number of its start.
     pub start: u32,
+    /// The generation of its pool that it belongs to.
+    pub generation: u32,
     /// The process id, once the child has written it.
     pub pid: Option<i32>,
     /// When the kernel started it, in clock ticks since the boot: with the id it identifies the
@@ -62,12 +67,18 @@ pub struct Record {
     pub leaving: bool,
 }
 
+impl Record {
+    /// The generation of a process that an older version has recorded.
+    pub const UNKNOWN_GENERATION: u32 = 1;
+}
+
 /// The open journal. The lock is released when it is dropped and no child holds it.
 #[derive(Debug)]
 pub struct Journal {
     path: PathBuf,
     file: File,
     records: HashMap<Token, Record>,
+    deploys: BTreeMap<String, Deploys>,
     lines: usize,
     boot: String,
     /// The last write failed; the log was told.
@@ -119,14 +130,14 @@ impl Journal {
                 break (file, String::from_utf8_lossy(&bytes).into_owned());
             }
         };
-        let records = parse(&text, &boot);
+        let (records, deploys) = parse(&text, &boot);
         let new = text.is_empty();
         if new {
             writeln!(file, "{HEADER} {boot}")?;
         }
         let lines = text.lines().count();
         let mut journal =
-            Journal { path: path.to_owned(), file, records, lines, boot, failed: false };
+            Journal { path: path.to_owned(), file, records, deploys, lines, boot, failed: false };
         if !new && let Err(error) = journal.rewrite() {
             journal.report(&error);
         }
@@ -142,8 +153,9 @@ impl Journal {
 
     /// A process is about to be started.
     pub fn starts(&mut self, token: Token, record: Record) {
-        let Record { pool, place, start, .. } = &record;
-        let line = format!("start {token} {place} {start} {pool}\n");
+        let Record { pool, place, start, generation, .. } = &record;
+        let line =
+            format!("start {token} {place} {start} {pool}\ngeneration {token} {generation}\n");
         self.records.insert(token, record);
         self.append(&line);
     }
@@ -187,11 +199,29 @@ impl Journal {
     pub fn ended(&mut self, token: Token) {
         if self.records.remove(&token).is_some() {
             self.append(&format!("end {token}\n"));
-            if self.lines > SPARE_LINES + 4 * self.records.len()
-                && let Err(error) = self.rewrite()
-            {
-                self.report(&error);
-            }
+            self.shorten();
+        }
+    }
+
+    /// The deploys of a pool have changed.
+    pub fn records_deploys(&mut self, deploys: Deploys) {
+        let line = deploys.line();
+        self.deploys.insert(deploys.pool.clone(), deploys);
+        self.append(&line);
+        self.shorten();
+    }
+
+    /// The deploys of every pool, as last recorded.
+    pub fn all_deploys(&self) -> Vec<Deploys> {
+        self.deploys.values().cloned().collect()
+    }
+
+    /// Writes the file anew if most of its lines are not needed any more.
+    fn shorten(&mut self) {
+        if self.lines > SPARE_LINES + 5 * self.records.len()
+            && let Err(error) = self.rewrite()
+        {
+            self.report(&error);
         }
     }
 
@@ -224,8 +254,9 @@ impl Journal {
     fn rewrite(&mut self) -> io::Result<()> {
         let mut text = format!("{HEADER} {}\n", self.boot);
         for (token, record) in self.records() {
-            let Record { pool, place, start, pid, started, leaving } = record;
+            let Record { pool, place, start, generation, pid, started, leaving } = record;
             text.push_str(&format!("start {token} {place} {start} {pool}\n"));
+            text.push_str(&format!("generation {token} {generation}\n"));
             if let Some(pid) = pid {
                 let started = started.map_or(String::new(), |started| format!(" {started}"));
                 text.push_str(&format!("pid {token} {pid}{started}\n"));
@@ -233,6 +264,12 @@ impl Journal {
             if *leaving {
                 text.push_str(&format!("leaving {token}\n"));
             }
+        }
+        for deploys in self.deploys.values() {
+            if !self.records.values().any(|record| record.pool == deploys.pool) {
+                continue;
+            }
+            text.push_str(&deploys.line());
         }
         let mut new = self.path.as_os_str().to_owned();
         new.push(".new");
@@ -263,16 +300,23 @@ impl Journal {
 const HEADER: &str = "dispatcher-processes 1";
 
 /// Reads the records; lines that cannot be understood are skipped.
-fn parse(text: &str, boot: &str) -> HashMap<Token, Record> {
-    let mut records = HashMap::new();
+fn parse(text: &str, boot: &str) -> (HashMap<Token, Record>, BTreeMap<String, Deploys>) {
+    let (mut records, mut all) = (HashMap::new(), BTreeMap::new());
     let mut lines = text.lines();
     if lines.next() != Some(&format!("{HEADER} {boot}")) {
-        return records;
+        return (records, all);
     }
     for line in lines {
-        let _ = record(line, &mut records);
+        match line.strip_prefix("deploys ") {
+            Some(json) => {
+                if let Some(deploys) = Deploys::parse(json) {
+                    all.insert(deploys.pool.clone(), deploys);
+                }
+            }
+            None => _ = record(line, &mut records),
+        }
     }
-    records
+    (records, all)
 }
 
 fn record(line: &str, records: &mut HashMap<Token, Record>) -> Option<()> {
@@ -284,7 +328,9 @@ fn record(line: &str, records: &mut HashMap<Token, Record>) -> Option<()> {
             let place = words.next()?.parse().ok()?;
             let start = words.next()?.parse().ok()?;
             let pool = words.next()?.to_owned();
-            let record = Record { pool, place, start, pid: None, started: None, leaving: false };
+            let (pid, started) = (None, None);
+            let generation = Record::UNKNOWN_GENERATION;
+            let record = Record { pool, place, start, generation, pid, started, leaving: false };
             records.insert(token, record);
         }
         "pid" => {
@@ -293,6 +339,7 @@ fn record(line: &str, records: &mut HashMap<Token, Record>) -> Option<()> {
             record.pid = Some(pid);
             record.started = words.next().and_then(|started| started.parse().ok());
         }
+        "generation" => records.get_mut(&token)?.generation = words.next()?.parse().ok()?,
         "leaving" => records.get_mut(&token)?.leaving = true,
         "stays" => records.get_mut(&token)?.leaving = false,
         "end" => drop(records.remove(&token)),
@@ -311,7 +358,7 @@ mod tests {
 
     fn web(place: u32, start: u32) -> Record {
         let pool = "web".to_owned();
-        Record { pool, place, start, pid: None, started: None, leaving: false }
+        Record { pool, place, start, generation: 3, pid: None, started: None, leaving: false }
     }
 
     #[test]
@@ -353,17 +400,17 @@ mod tests {
     fn another_boot_and_garbage_are_ignored() {
         let boot = "0-1";
         let line = format!("start {} 0 1 web", token(1));
-        assert_eq!(parse(&format!("{HEADER} {boot}\n{line}\n"), boot).len(), 1);
-        assert_eq!(parse(&format!("{HEADER} 7\n{line}\n"), boot).len(), 0);
-        assert_eq!(parse(&format!("{line}\n"), boot).len(), 0);
+        assert_eq!(parse(&format!("{HEADER} {boot}\n{line}\n"), boot).0.len(), 1);
+        assert_eq!(parse(&format!("{HEADER} 7\n{line}\n"), boot).0.len(), 0);
+        assert_eq!(parse(&format!("{line}\n"), boot).0.len(), 0);
         for garbage in
             ["start", "start x 0 1 web", "pid 7", "end", "\0\0", "pid 0101 x", "start 01 y 1 w"]
         {
-            assert_eq!(parse(&format!("{HEADER} {boot}\n{garbage}\n{line}\n"), boot).len(), 1);
+            assert_eq!(parse(&format!("{HEADER} {boot}\n{garbage}\n{line}\n"), boot).0.len(), 1);
         }
         // The last line of a file system that was full.
         let cut = &line[..20];
-        assert_eq!(parse(&format!("{HEADER} {boot}\n{line}\n{cut}"), boot).len(), 1);
+        assert_eq!(parse(&format!("{HEADER} {boot}\n{line}\n{cut}"), boot).0.len(), 1);
     }
 
     #[test]

@@ -115,6 +115,7 @@ fn record(request: &SpawnRequest) -> Record {
         pool: request.pool.clone(),
         place: request.process.place,
         start: request.process.start,
+        generation: request.generation,
         pid: None,
         started: None,
         leaving: false,

@@ -181,14 +181,15 @@ fn groups(key: &Key, account: Option<&User>, gid: Gid) -> Checked<Vec<u32>> {
 }
 
 /// The variables that a login sets. Those of the dispatcher's own user would be wrong.
-fn variables(account: Option<&User>) -> Vec<(&'static str, Option<String>)> {
+fn variables(account: Option<&User>) -> Vec<(String, Option<String>)> {
     let text = |path: &Path| path.to_str().filter(|path| !path.is_empty()).map(str::to_owned);
-    vec![
+    let variables = [
         ("HOME", account.and_then(|account| text(&account.dir))),
         ("USER", account.map(|account| account.name.clone())),
         ("LOGNAME", account.map(|account| account.name.clone())),
         ("SHELL", account.and_then(|account| text(&account.shell))),
-    ]
+    ];
+    variables.into_iter().map(|(name, value)| (name.to_owned(), value)).collect()
 }
 
 /// A warning if the account cannot connect to the dispatch socket. The kernel decides; access

@@ -5,9 +5,10 @@ use std::time::Duration;
 use serde::Deserialize;
 use serde::de::{Deserializer, Error, Visitor};
 
-use super::super::file::SpawnKeys;
+use super::super::file::{OnFailure, SpawnKeys};
 use super::super::validate::Check;
 use super::limits;
+use crate::config::ReadyCheck;
 use dispatcher_core::{Supervision, Surge};
 
 /// `max_surge`: a number of processes, or a percentage of `processes`.
@@ -88,6 +89,7 @@ pub(super) fn supervision(
     own: &SpawnKeys,
     defaults: Option<&SpawnKeys>,
     stop_timeout: Duration,
+    ready_check: &ReadyCheck,
 ) -> (Supervision, Option<u64>) {
     // The core owns the defaults.
     let core = Supervision::default();
@@ -109,6 +111,13 @@ pub(super) fn supervision(
         max_surge: key!(max_surge).map_or(core.max_surge, |surge| surge.0),
         crash_loop_after: key!(crash_loop_after).map_or(core.crash_loop_after, |count| count.0),
         max_restart_delay: key!(max_restart_delay).map_or(core.max_restart_delay, |wait| wait.0),
+        ready_check: *ready_check != ReadyCheck::None,
+        ready_timeout: key!(ready_timeout).map_or(core.ready_timeout, |wait| wait.0),
+        min_ready: key!(min_ready).map_or(core.min_ready, |wait| wait.0),
+        max_leaving_generations: key!(max_leaving_generations)
+            .map_or(core.max_leaving_generations, |count| count.0),
+        undo_on_failure: key!(on_failure) == Some(OnFailure::Undo),
+        prefer_new: core.prefer_new,
     };
     (supervision, memory)
 }

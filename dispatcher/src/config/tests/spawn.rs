@@ -237,7 +237,7 @@ fn an_account_has_its_groups_and_variables() {
     assert_eq!((account.uid, account.gid), (daemon.uid.as_raw(), daemon.gid.as_raw()));
     assert!(account.groups.expect("a list").contains(&account.gid));
     assert_eq!(account.user_text, format!("{} (daemon)", account.uid));
-    assert!(account.variables.contains(&("USER", Some("daemon".to_owned()))));
+    assert!(account.variables.contains(&("USER".to_owned(), Some("daemon".to_owned()))));
     // A number that has an account is the same.
     let same = setup(&format!("user = {}", daemon.uid)).account.expect("an account");
     assert_eq!(same.variables, account.variables);
@@ -248,7 +248,7 @@ fn an_account_has_its_groups_and_variables() {
     // A number without an account has its group only, and not the variables of root.
     let number = setup("user = 3999999999\ngroup = 3999999998").account.expect("an account");
     assert_eq!(number.groups, Some(vec![3_999_999_998]));
-    assert!(number.variables.contains(&("HOME", None)));
+    assert!(number.variables.contains(&("HOME".to_owned(), None)));
     // The group alone: the user stays.
     let group = setup("group = 65534").account.expect("an account");
     assert_eq!((group.uid, group.gid), (0, 65_534));

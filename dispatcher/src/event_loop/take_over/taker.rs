@@ -311,7 +311,8 @@ impl EventLoop {
             self.core.add_pool(self.now, settings, crate::reload::seed());
             self.pools.push(resources);
         }
-        let tokens = survivors.adopt(self.now, &mut self.core, &self.side.spawner, &self.pools);
+        let (core, spawner) = (&mut self.core, &self.side.spawner);
+        let tokens = survivors.adopt(self.now, core, spawner, &self.pools, &mut self.rolls);
         self.workers.tokens.extend(tokens);
         let pools = (0..self.pools.len() as u16).map(dispatcher_core::PoolId);
         let settings = pools.filter_map(|pool| self.core.pool_settings(pool));

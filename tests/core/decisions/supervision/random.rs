@@ -12,6 +12,7 @@ const POOL: PoolId = PoolId(0);
 struct Life {
     worker: Option<WorkerId>,
     ending: bool,
+    drained: bool,
 }
 
 struct World {
@@ -21,6 +22,9 @@ struct World {
     surge: Surge,
     wanted: u32,
     most_beyond: u32,
+    /// Whether an operator rolls the pool, and the processes whose ready check is under way.
+    rolls: bool,
+    checks: Vec<ProcessId>,
 }
 
 impl World {
@@ -38,6 +42,9 @@ impl World {
             drain_timeout: some(2, 30_000),
             max_surge: surge,
             max_connections_served: some(2, 30).map(|most| most.as_millis() as u64),
+            ready_check: random.once_in(2),
+            min_ready: ms(random.below(3) * 1_000),
+            undo_on_failure: random.once_in(2),
             ..Supervision::default()
         };
         let mut driver = driver_with(|pool| {
@@ -45,12 +52,26 @@ impl World {
             pool.supervision = supervision;
         });
         driver.logging = true;
-        World { driver, random, lives: HashMap::new(), surge, wanted, most_beyond: 0 }
+        let rolls = random.once_in(2);
+        World {
+            driver,
+            random,
+            lives: HashMap::new(),
+            surge,
+            wanted,
+            most_beyond: 0,
+            rolls,
+            checks: Vec::new(),
+        }
     }
 
     /// Carries out what was asked for, and checks the limit of processes beyond one per place.
     fn obey(&mut self) {
         self.driver.pump();
+        for life in self.lives.values_mut() {
+            let drains = |worker| self.driver.state(worker) == State::Draining;
+            life.drained |= life.worker.is_some_and(drains);
+        }
         for effect in std::mem::take(&mut self.driver.log) {
             match effect {
                 Effect::Spawn { process } => {
@@ -68,17 +89,21 @@ impl World {
                         assert!(!std::mem::replace(&mut life.ending, true), "once");
                     }
                 }
+                Effect::CheckReady { process, .. } => self.checks.push(process),
                 _ => {}
             }
         }
     }
 
+    /// Processes that a roll replaced do not count while they leave.
     fn beyond(&self) -> u32 {
         let mut places = HashMap::new();
-        for process in self.lives.keys().filter(|process| process.place < self.wanted) {
+        let rolled = |life: &Life| self.rolls && !life.ending && life.drained;
+        let counted = self.lives.iter().filter(|(_, life)| !rolled(life));
+        for (process, _) in counted.filter(|(process, _)| process.place < self.wanted) {
             *places.entry(process.place).or_insert(0) += 1;
         }
-        places.values().map(|count| count - 1).sum()
+        places.values().map(|count: &u32| count.saturating_sub(1)).sum()
     }
 
     fn die(&mut self, process: ProcessId) {
@@ -91,6 +116,16 @@ impl World {
             self.driver.core.spawned(self.driver.now, process, true);
             let worker = self.driver.join_as(hello(), Some(process)).expect("it may join");
             self.lives.get_mut(&process).expect("it runs").worker = Some(worker);
+        }
+    }
+
+    /// A ready check is over.
+    fn check_one(&mut self) {
+        if !self.checks.is_empty() {
+            let at = self.random.below(self.checks.len() as u64) as usize;
+            let process = self.checks.swap_remove(at);
+            let passed = !self.random.once_in(4);
+            self.driver.core.checked(self.driver.now, process, passed);
         }
     }
 
@@ -120,16 +155,23 @@ impl World {
                 self.wanted = 1 + self.random.below(8) as u32;
                 self.driver.core.scale(now, POOL, self.wanted);
             }
-            (7, _) if self.random.once_in(8) => {
-                self.driver.core.restart_processes(now, POOL);
+            (7, _) if self.rolls && self.random.once_in(8) => {
+                let end_oldest = self.random.once_in(2);
+                let _ = self.driver.core.roll(now, POOL, end_oldest);
             }
             (8, Some(process)) => {
                 if let Some(worker) = self.lives[&process].worker {
                     self.driver.take_all(worker);
                 }
             }
-            (9, Some(process)) => drop(self.driver.core.restart_process(now, process)),
+            (9, Some(process)) if self.rolls => {
+                let _ = self.driver.core.roll_one(now, process, None, false);
+            }
             (10, _) => drop(self.driver.accept(WEB)),
+            (11, _) if self.rolls => {
+                let _ = self.driver.core.undo_roll(now, POOL);
+            }
+            (12, _) => self.check_one(),
             _ => self.driver.wait(ms(self.random.below(4_000))),
         }
         self.obey();
@@ -140,6 +182,9 @@ impl World {
         for _ in 0..2_000 {
             self.driver.wait(ms(500));
             self.obey();
+            for process in std::mem::take(&mut self.checks) {
+                self.driver.core.checked(self.driver.now, process, true);
+            }
             let all: Vec<ProcessId> = self.lives.keys().copied().collect();
             for process in all {
                 let ending = self.lives[&process].ending;

@@ -46,8 +46,8 @@ fn old_processes_are_replaced_one_after_the_other() {
     assert_eq!(driver.starts().len(), 1, "the next one");
     // The drained worker ends by itself.
     driver.dies(processes[old], Some(workers[old]));
-    assert_eq!(driver.core.snapshot().pools[0].processes.unwrap().totals.replaced, 1);
-    assert_eq!(driver.core.snapshot().pools[0].processes.unwrap().totals.restarts, 0);
+    assert_eq!(driver.core.snapshot().pools[0].processes.clone().unwrap().totals.replaced, 1);
+    assert_eq!(driver.core.snapshot().pools[0].processes.clone().unwrap().totals.restarts, 0);
 }
 
 #[test]
@@ -117,7 +117,7 @@ fn a_process_that_uses_too_much_memory_is_replaced() {
 fn the_old_process_stays_while_the_new_one_fails() {
     let (mut driver, processes) = supervised(1, |_| {});
     let worker = driver.serves(processes[0]);
-    driver.core.restart_processes(driver.now, PoolId(0));
+    driver.core.exceeds_memory(driver.now, processes[0]);
     driver.pump();
     for round in 0..4 {
         let next = driver.starts()[0];
@@ -136,7 +136,7 @@ fn starts_beside_an_old_process_back_off_to_a_crash_loop() {
     let (mut driver, processes) = supervised(1, |_| {});
     let worker = driver.serves(processes[0]);
     driver.wait(ms(3_600_000));
-    driver.core.restart_processes(driver.now, PoolId(0));
+    driver.core.exceeds_memory(driver.now, processes[0]);
     driver.pump();
     let mut delays = Vec::new();
     for _ in 0..8 {
@@ -149,7 +149,7 @@ fn starts_beside_an_old_process_back_off_to_a_crash_loop() {
         assert!(again);
     }
     assert_eq!(delays, [100, 200, 400, 800, 1_600, 3_200, 6_400, 30_000]);
-    let snapshot = driver.core.snapshot().pools[0].processes.unwrap();
+    let snapshot = driver.core.snapshot().pools[0].processes.clone().unwrap();
     assert!(snapshot.crash_loop && snapshot.counts.active == 1, "{snapshot:?}");
     assert_eq!(driver.state(worker), State::Active);
     // A version that starts ends it.
@@ -157,7 +157,7 @@ fn starts_beside_an_old_process_back_off_to_a_crash_loop() {
     driver.serves(next);
     assert_eq!(driver.state(worker), State::Draining);
     driver.wait(RESTART_RESET);
-    assert!(!driver.core.snapshot().pools[0].processes.unwrap().crash_loop);
+    assert!(!driver.core.snapshot().pools[0].processes.clone().unwrap().crash_loop);
 }
 
 /// Lets time pass until a process is to be started, and leaves it in the log.
@@ -180,7 +180,7 @@ fn an_operator_restarts_as_many_at_once_as_may_be_beyond() {
         supervision.max_surge = Surge::Percent(25);
     });
     let mut workers: Vec<_> = old.iter().map(|&process| driver.serves(process)).collect();
-    driver.core.restart_processes(driver.now, PoolId(0));
+    driver.core.roll(driver.now, PoolId(0), false).unwrap();
     driver.pump();
     let mut rounds = 0;
     while !old.is_empty() {
@@ -205,13 +205,14 @@ fn an_operator_restarts_as_many_at_once_as_may_be_beyond() {
 fn one_process_is_restarted() {
     let (mut driver, processes) = supervised(2, |_| {});
     let workers: Vec<_> = processes.iter().map(|&process| driver.serves(process)).collect();
-    assert!(driver.core.restart_process(driver.now, processes[1]));
+    driver.core.roll_one(driver.now, processes[1], None, false).unwrap();
     driver.pump();
     let next = driver.starts();
     assert_eq!((next.len(), next[0].place), (1, 1));
     driver.serves(next[0]);
     assert_eq!(driver.state(workers[0]), State::Active);
-    assert!(!driver.core.restart_process(driver.now, processes[1]), "it is leaving");
+    let again = driver.core.roll_one(driver.now, processes[1], None, false);
+    assert_eq!(again, Err(RollRefusal::NotServing), "it is leaving");
 }
 
 #[test]
@@ -222,7 +223,7 @@ fn connections_are_ended_after_drain_timeout() {
     let worker = driver.serves(processes[0]);
     driver.accept(WEB);
     driver.take_all(worker);
-    driver.core.restart_processes(driver.now, PoolId(0));
+    driver.core.roll(driver.now, PoolId(0), false).unwrap();
     driver.pump();
     let next = driver.starts()[0];
     driver.events();

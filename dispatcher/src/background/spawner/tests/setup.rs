@@ -19,7 +19,10 @@ fn account(uid: u32, groups: &[u32]) -> Account {
         groups: Some(groups.to_vec()),
         user_text: format!("{uid} (other)"),
         group_text: format!("{} (others)", groups[0]),
-        variables: vec![("HOME", Some("/home/other".to_owned())), ("SHELL", None)],
+        variables: vec![
+            ("HOME".to_owned(), Some("/home/other".to_owned())),
+            ("SHELL".to_owned(), None),
+        ],
     }
 }
 
