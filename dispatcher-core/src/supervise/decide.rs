@@ -177,6 +177,8 @@ impl Processes {
             return false;
         };
         process.phase = Phase::Serving;
+        // There is nothing that it replaces.
+        process.step = false;
         let (id, generation) = (process.id, process.generation);
         actions.push((id, Action::Resume));
         let outdated = self.is_outdated(place, generation);

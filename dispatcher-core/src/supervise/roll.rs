@@ -276,8 +276,11 @@ impl Processes {
     }
 
     /// A version that no process has had: places whose starts fail, or that are empty, start from
-    /// it.
+    /// it. A roll goes on with its own.
     pub(crate) fn renew(&mut self, generation: Generation) {
+        if self.roll.is_some_and(|roll| roll.state == RollState::Progressing) {
+            return;
+        }
         let serving = self.serves();
         let mut used = !serving;
         for place in &mut self.places {

@@ -47,6 +47,8 @@ struct PoolRolls {
     last: Option<(ProcessId, String)>,
     /// Why the last roll stopped.
     stop: Option<Stopped>,
+    /// When the last roll began: seconds since 1970.
+    began: u64,
     passed: u64,
     failed: u64,
 }
@@ -97,6 +99,7 @@ impl Rolls {
             deploys.versions.into_iter().map(|(number, it)| (Generation(number), it)).collect();
         let current = Generation(deploys.current);
         let roll = deploys.roll.map(|roll| {
+            entry.began = roll.began;
             if let Some(reason) = roll.reason.clone() {
                 entry.stop = Some(Stopped { reason, process: None, output: roll.output.clone() });
             }
@@ -225,6 +228,7 @@ impl EventLoop {
         entry.versions.extend(version);
         entry.versions.retain(|generation, _| used.contains(generation));
         entry.stop = None;
+        entry.began = unix_now();
         // Forked processes are to be of the program, and of the data, that are there now.
         self.side.spawner.renew(pool);
         self.record_deploys(pool);
@@ -377,7 +381,7 @@ impl EventLoop {
             state: roll.state.name().to_owned(),
             undo: roll.undo,
             replaced: roll.replaced,
-            began: unix_now().saturating_sub((self.now - roll.began).as_secs()),
+            began: entry.began,
             reason: stop.map(|stop| stop.reason.clone()),
             output: stop.map(|stop| self.output_of(stop)).unwrap_or_default(),
         });
@@ -421,6 +425,8 @@ impl EventLoop {
         let pool = self.core.pool_of_worker(worker);
         let listener = self.core.listeners().find(|&it| self.core.pool_of_listener(it) == pool);
         let sent = match (self.workers.get_mut(worker), offered) {
+            // A purge could remove the record. The checker makes another connection.
+            (Some(io), Some(_)) if io.purge.is_some() => Err(SendFailure::Full),
             (Some(io), Some(connection)) => {
                 let entry = entry(&connection, ticket, listener.unwrap_or(ListenerId(0)));
                 let Some(slot) = io.lane.board.slot(ticket.slot) else { return };

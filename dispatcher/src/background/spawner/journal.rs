@@ -41,6 +41,9 @@ const MAX_BYTES: u64 = 16 << 20;
 /// A journal is written anew when it has this many lines more than needed.
 const SPARE_LINES: usize = 4096;
 
+/// The same in bytes: a record of deploys can be long.
+const SPARE_BYTES: usize = 1 << 20;
+
 /// How long the lock may be held by a process that has not run its program yet.
 pub(super) const LOCK_TIME: Duration = Duration::from_secs(5);
 
@@ -80,6 +83,8 @@ pub struct Journal {
     records: HashMap<Token, Record>,
     deploys: BTreeMap<String, Deploys>,
     lines: usize,
+    /// Bytes written since the file was written anew.
+    appended: usize,
     boot: String,
     /// The last write failed; the log was told.
     failed: bool,
@@ -136,8 +141,16 @@ impl Journal {
             writeln!(file, "{HEADER} {boot}")?;
         }
         let lines = text.lines().count();
-        let mut journal =
-            Journal { path: path.to_owned(), file, records, deploys, lines, boot, failed: false };
+        let mut journal = Journal {
+            path: path.to_owned(),
+            file,
+            records,
+            deploys,
+            lines,
+            appended: 0,
+            boot,
+            failed: false,
+        };
         if !new && let Err(error) = journal.rewrite() {
             journal.report(&error);
         }
@@ -203,8 +216,11 @@ impl Journal {
         }
     }
 
-    /// The deploys of a pool have changed.
+    /// The deploys of a pool may have changed.
     pub fn records_deploys(&mut self, deploys: Deploys) {
+        if self.deploys.get(&deploys.pool) == Some(&deploys) {
+            return;
+        }
         let line = deploys.line();
         self.deploys.insert(deploys.pool.clone(), deploys);
         self.append(&line);
@@ -218,7 +234,7 @@ impl Journal {
 
     /// Writes the file anew if most of its lines are not needed any more.
     fn shorten(&mut self) {
-        if self.lines > SPARE_LINES + 5 * self.records.len()
+        if (self.lines > SPARE_LINES + 5 * self.records.len() || self.appended > SPARE_BYTES)
             && let Err(error) = self.rewrite()
         {
             self.report(&error);
@@ -229,6 +245,7 @@ impl Journal {
     /// system can leave one, and lines are missing then: the file is written anew.
     fn append(&mut self, line: &str) {
         self.lines += 1;
+        self.appended += line.len();
         let written = match self.failed {
             true => self.rewrite(),
             false => self.file.write_all(line.as_bytes()),
@@ -293,6 +310,7 @@ impl Journal {
         }
         self.file = file;
         self.lines = text.lines().count();
+        self.appended = 0;
         Ok(())
     }
 }
@@ -442,6 +460,32 @@ mod tests {
         drop(journal);
         let journal = Journal::open(&path, false, LOCK_TIME).expect("read").expect("there");
         assert_eq!(journal.records().len(), 1);
+    }
+
+    #[test]
+    fn deploys_are_found_again_and_bounded() {
+        let folder = tempfile::tempdir().expect("a folder");
+        let path = folder.path().join("processes");
+        let mut journal = Journal::open(&path, true, LOCK_TIME).expect("made").expect("made");
+        journal.starts(token(1), web(0, 1));
+        let deploys = |pool: &str, current| Deploys {
+            pool: pool.to_owned(),
+            current,
+            roll: None,
+            versions: BTreeMap::new(),
+        };
+        for current in 0..40_000 {
+            journal.records_deploys(deploys("web", current));
+            journal.records_deploys(deploys("web", current));
+        }
+        journal.records_deploys(deploys("without a process", 7));
+        let size = std::fs::metadata(&path).expect("there").len();
+        assert!(size < 2 << 20, "{size}");
+        drop(journal);
+        let journal = Journal::open(&path, false, LOCK_TIME).expect("read").expect("there");
+        assert_eq!(journal.records().len(), 1);
+        let found = journal.all_deploys();
+        assert!(found.contains(&deploys("web", 39_999)), "{found:?}");
     }
 
     #[test]
