@@ -262,6 +262,7 @@ fn parts_are_other_streams_and_count_until_the_guard_is_dropped() {
         }
         let [mut first, second, third] = <[Connection; 3]>::try_from(accepted).unwrap();
         assert_eq!(first.number(), Some(7_001), "as the dispatcher's log shows it");
+        assert!(!first.is_ready_check());
         // A connection that is registered with the runtime.
         (&pairs[0].0).write_all(b"watched").unwrap();
         soon(first.readable()).await.unwrap();

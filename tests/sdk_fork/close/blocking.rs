@@ -4,7 +4,7 @@ use std::sync::mpsc;
 use std::time::Instant;
 
 use dispatch_protocol::scoreboard::slot;
-use dispatch_protocol::wire::{Channel, Control, Drain, Features, Resume, Update};
+use dispatch_protocol::wire::{Channel, Control, Drain, EntryFlags, Features, Resume, Update};
 use worker_sdk::Error;
 
 use super::*;
@@ -115,6 +115,23 @@ fn a_connection_has_the_number_of_the_dispatchers_log() {
     unnamed.number = 0;
     peer.send_raw(&[unnamed], &[ours.as_fd()]);
     assert_eq!(accept(&worker).number(), None, "an older dispatcher");
+}
+
+#[test]
+fn a_connection_of_a_ready_check_is_marked() {
+    let fake = FakeDispatcher::new();
+    let (worker, mut peer) = join(&fake);
+    let (_client, ours) = fake.client();
+    peer.send_one(&ours);
+    assert!(!accept(&worker).is_ready_check());
+    let mut check = peer.offer(&ours);
+    check.flags = check.flags | EntryFlags::READY_CHECK;
+    peer.send_raw(&[check], &[ours.as_fd()]);
+    let connection = accept(&worker);
+    assert!(connection.is_ready_check() && connection.clone().is_ready_check());
+    assert_eq!(worker.live(), 1, "it is live like any other");
+    drop(connection);
+    assert_eq!(worker.live(), 0);
 }
 
 #[test]

@@ -17,6 +17,7 @@ pub(crate) struct Origin {
     pub(crate) listener: Option<Arc<str>>,
     pub(crate) accepted: AcceptTime,
     pub(crate) number: Option<u64>,
+    pub(crate) is_ready_check: bool,
 }
 
 /// When a connection was accepted. Its age uses a clock that is never set, from the moment the
@@ -170,9 +171,30 @@ impl Connection {
     }
 
     /// The dispatcher's number of this connection, `conn=` in its log, for the log of the
-    /// application. `None` without a dispatcher or with one of an older version.
+    /// application. `None` without a dispatcher, with one of an older version, and for a ready
+    /// check.
     pub fn number(&self) -> Option<u64> {
         self.0.origin.number
+    }
+
+    /// Whether the dispatcher itself has connected, to see whether this worker is ready
+    /// (`ready_check`). The application may treat it like any other connection, or leave it out of
+    /// its log and its figures. The dispatcher closes its end when it has seen enough: after the
+    /// take (`tcp`), or after the response to its request (a path). False without a dispatcher.
+    ///
+    /// ```no_run
+    /// # fn serve(_: worker_sdk::Connection) {}
+    /// # fn next(worker: &mut worker_sdk::Worker) {
+    /// for connection in worker.incoming() {
+    ///     if !connection.is_ready_check() {
+    ///         println!("a client at {}", connection.peer_addr());
+    ///     }
+    ///     serve(connection);
+    /// }
+    /// # }
+    /// ```
+    pub fn is_ready_check(&self) -> bool {
+        self.0.origin.is_ready_check
     }
 
     /// The address that the client connected to.

@@ -84,6 +84,12 @@ impl Connection {
         self.origin.number
     }
 
+    /// Whether the dispatcher itself has connected: as
+    /// [`Connection::is_ready_check`](crate::Connection::is_ready_check).
+    pub fn is_ready_check(&self) -> bool {
+        self.origin.is_ready_check
+    }
+
     /// The address that the client connected to.
     ///
     /// # Errors

@@ -89,6 +89,7 @@ impl WorkerCore {
                 listener: session.listener(entry.listener),
                 accepted: AcceptTime::new(Duration::from_nanos(entry.accepted_ns), now),
                 number: (entry.number != 0).then_some(entry.number),
+                is_ready_check: entry.flags.contains(EntryFlags::READY_CHECK),
             },
         }
     }
@@ -485,6 +486,7 @@ impl WorkerCore {
                         listener: None,
                         accepted: AcceptTime::new(now, now),
                         number: None,
+                        is_ready_check: false,
                     },
                 }));
                 Step::Again
