@@ -3,6 +3,7 @@
 
 mod advice;
 mod appearance;
+mod deploys;
 
 use std::io::{Read, Write};
 use std::net::{Shutdown, TcpListener, TcpStream};

@@ -1,5 +1,7 @@
 //! The looks of the page: widths, colours, motion, keyboard and accessibility tree.
 
+use dispatcher::api::status::{LeavingStatus, RollStatus};
+
 use super::*;
 
 /// Elements that are wider than the screen.
@@ -34,6 +36,25 @@ fn nothing_overflows_between_320_and_2560_pixels() {
         accepted: u64::MAX >> 12,
         ..ListenerStatus::default()
     }];
+    status.pools[0].processes = Some(ProcessesStatus {
+        generation: u32::MAX,
+        restart_needed: true,
+        roll: Some(RollStatus {
+            generation: u32::MAX,
+            state: "progressing".to_owned(),
+            reason: Some("x".repeat(300)),
+            ..RollStatus::default()
+        }),
+        leaving_generations: vec![
+            LeavingStatus {
+                generation: u32::MAX,
+                processes: 1024,
+                connections: u64::MAX >> 12,
+            };
+            4
+        ],
+        ..ProcessesStatus::default()
+    });
     pretend(&mut browser, &status);
     browser.wait_true("document.querySelectorAll('#workers > tr').length === 12");
     for width in [

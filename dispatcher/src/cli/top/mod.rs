@@ -1,6 +1,7 @@
 //! `dispatcher top`: the status as a live screen. Owns the thread that requests the status;
 //! `screen` owns the terminal, `model` the state and keys, `view` the drawing.
 
+mod deploys;
 mod model;
 mod screen;
 #[cfg(test)]

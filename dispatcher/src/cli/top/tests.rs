@@ -2,7 +2,9 @@
 
 use super::model::Order;
 use super::*;
-use crate::api::status::{FaultStatus, PoolStatus, ProcessesStatus, WorkerStatus};
+use crate::api::status::{
+    FaultStatus, LeavingStatus, PoolStatus, ProcessesStatus, RollStatus, WorkerStatus,
+};
 
 fn worker(id: u64, load: u64, sent: u64) -> WorkerStatus {
     WorkerStatus {
@@ -188,6 +190,7 @@ fn one_frame_without_a_terminal() {
         active: 2,
         starting: 1,
         leaving: 1,
+        generation: 4,
         ..ProcessesStatus::default()
     });
     shown.faults = vec![FaultStatus {
@@ -209,8 +212,8 @@ accepted per second: 8 now, most 8 in the last 4 s
                                                                                                    █
                                                                                                  ▇ █
                                                                                                 ▃█▆█
-POOL         POLICY            STATE          WORKERS      LOAD  QUEUED TREND
-web          least-connections ready                2         6       0 1 starting, 1 leaving  █
+POOL         POLICY            STATE         WORKERS     LOAD QUEUED  GEN TREND
+web          least-connections ready               2        6      0    4 1 starting, 1 leaving  █
   POOL         WORKER         STATE         ID      PID    LOAD                  PER SECOND INFLIGHT
 > web          w1             active         1      101       4 ████████░░░░░░░░          -        2
   web          a\u{fffd}[2J          draining       2      102       2 ████████                  -        0
@@ -224,6 +227,69 @@ last faults
 q quit  ↑↓ choose  d drain  r resume  + - scale  s order: id  p pause
 "
     );
+}
+
+#[test]
+fn rolls_and_leaving_generations_have_lines() {
+    let mut model = three();
+    let mut shown = status(vec![worker(1, 5, 100)]);
+    let mut roll = RollStatus {
+        generation: 3,
+        former: 2,
+        state: "progressing".to_owned(),
+        replaced: 1,
+        remaining: 3,
+        ..RollStatus::default()
+    };
+    let mut lines = |roll: &RollStatus, leaving: Vec<LeavingStatus>| {
+        shown.pools[0].processes = Some(ProcessesStatus {
+            generation: 2,
+            outdated: 3,
+            roll: Some(roll.clone()),
+            leaving_generations: leaving,
+            ..ProcessesStatus::default()
+        });
+        model.answer(shown.clone(), Duration::from_secs(1));
+        let text = frame(&mut model, 100, 20);
+        let head = text.lines().position(|line| line.starts_with("POOL ")).expect("the pools");
+        let lines = text.lines().skip(head + 1).take_while(|line| !line.starts_with("  POOL"));
+        lines.map(str::to_owned).collect::<Vec<_>>()
+    };
+    let pool = "web          least-connections ready               1        5      0    2 ";
+    let leaving = LeavingStatus { generation: 1, processes: 1, connections: 12 };
+    let said = lines(&roll, vec![leaving.clone()]);
+    assert!(said[0].starts_with(&format!("{pool}3 to be replaced  ")), "{said:?}");
+    assert_eq!(
+        said[1..],
+        [
+            "web: roll to generation 3 progressing, 1 of 4 replaced",
+            "web: generation 1 leaves: 12 connections at 1 worker"
+        ]
+    );
+    roll.state = "stopped".to_owned();
+    roll.reason = Some("process 2 (web-2) ended before it was ready: \x1b[2J".to_owned());
+    let said = lines(&roll, vec![]);
+    assert_eq!(
+        said[1..],
+        [
+            "web: roll to generation 3 stopped, 1 of 4 replaced: process 2 (web-2) ended before it was \
+             ready:",
+            "\u{fffd}[2J"
+        ]
+    );
+    (roll.state, roll.reason, roll.process) = ("progressing".to_owned(), None, Some(2));
+    assert_eq!(
+        lines(&roll, vec![])[1],
+        "web: roll of process 2 to generation 3 progressing, 1 of 4 replaced"
+    );
+    (roll.undo, roll.process) = (true, None);
+    assert!(lines(&roll, vec![])[1].starts_with("web: return to generation 3 progressing"));
+    // What is over needs no line.
+    roll.state = "done".to_owned();
+    assert_eq!(lines(&roll, vec![]).len(), 1);
+    // Many of them leave room for the workers.
+    let many = (1..50).map(|generation| LeavingStatus { generation, ..leaving.clone() });
+    assert_eq!(lines(&roll, many.collect()).len(), 5);
 }
 
 #[test]

@@ -8,6 +8,7 @@ use ratatui::style::{Color, Modifier, Style};
 use ratatui::text::{Line, Span};
 use ratatui::widgets::{Block, Cell, Paragraph, Row, Sparkline, Table, TableState};
 
+use super::deploys;
 use super::model::{self, Model, Notice};
 use crate::api::status::Status;
 use crate::cli::status::clean;
@@ -58,10 +59,13 @@ pub(super) fn draw(frame: &mut Frame<'_>, model: &mut Model, theme: Theme) {
     let faults = u16::try_from(status.faults.len().min(FAULTS)).unwrap_or(0);
     // A small screen drops the least important parts first.
     let tall = area.height >= 20;
-    let [head, chart, pool_area, worker_area, fault_area, foot] = Layout::vertical([
+    let mut deploys = deploys::lines(&status, area.width);
+    deploys.truncate(usize::from(area.height / 5));
+    let [head, chart, pool_area, deploy_area, worker_area, fault_area, foot] = Layout::vertical([
         Constraint::Length(3),
         Constraint::Length(if tall { 4 } else { 0 }),
         Constraint::Length(pools.saturating_add(1).min(area.height / 4).max(2)),
+        Constraint::Length(u16::try_from(deploys.len()).unwrap_or(0)),
         Constraint::Min(3),
         Constraint::Length(if tall && faults > 0 { faults + 1 } else { 0 }),
         Constraint::Length(1),
@@ -70,6 +74,9 @@ pub(super) fn draw(frame: &mut Frame<'_>, model: &mut Model, theme: Theme) {
     self::head(frame, head, &status, model, theme);
     accepted(frame, chart, &status, theme);
     self::pools(frame, pool_area, &status, model, theme);
+    let deploys =
+        deploys.into_iter().map(|(state, text)| Line::styled(text, theme.of_state(state)));
+    frame.render_widget(Paragraph::new(deploys.collect::<Vec<_>>()), deploy_area);
     workers(frame, worker_area, model, theme);
     self::faults(frame, fault_area, &status, theme);
     frame.render_widget(self::foot(model, theme), foot);
@@ -133,12 +140,10 @@ fn accepted(frame: &mut Frame<'_>, area: Rect, status: &Status, theme: Theme) {
 }
 
 fn pools(frame: &mut Frame<'_>, area: Rect, status: &Status, model: &Model, theme: Theme) {
-    let header = ["POOL", "POLICY", "STATE", "WORKERS", "LOAD", "QUEUED", "TREND"];
+    let header = ["POOL", "POLICY", "STATE", "WORKERS", "LOAD", "QUEUED", "GEN", "TREND"];
     let rows = status.pools.iter().map(|pool| {
         let load: u64 = pool.workers.iter().map(|worker| worker.load).sum();
-        let changes = pool.processes.as_ref().map(|processes| processes.changes());
-        let changes = changes.filter(|changes| !changes.is_empty());
-        let changes = changes.map_or_else(String::new, |changes| changes + "  ");
+        let changes = deploys::changes(pool);
         Row::new([
             Cell::new(clean(&pool.name)),
             Cell::new(clean(&pool.policy)),
@@ -146,6 +151,7 @@ fn pools(frame: &mut Frame<'_>, area: Rect, status: &Status, model: &Model, them
             right(pool.workers.len().to_string()),
             right(load.to_string()),
             right(pool.queued.to_string()),
+            right(deploys::generation(pool)),
             Cell::new(Line::from(vec![
                 Span::styled(changes, theme.of_state("draining")),
                 Span::styled(sparks(&model.loads(&pool.name), 30), theme.with(Color::Cyan)),
@@ -156,13 +162,14 @@ fn pools(frame: &mut Frame<'_>, area: Rect, status: &Status, model: &Model, them
         Constraint::Length(12),
         Constraint::Length(17),
         Constraint::Length(13),
-        Constraint::Length(8),
-        Constraint::Length(9),
         Constraint::Length(7),
+        Constraint::Length(8),
+        Constraint::Length(6),
+        Constraint::Length(4),
         Constraint::Fill(1),
     ];
     let head =
-        header.iter().enumerate().map(|(column, word)| heading(word, (3..6).contains(&column)));
+        header.iter().enumerate().map(|(column, word)| heading(word, (3..7).contains(&column)));
     frame.render_widget(Table::new(rows, widths).header(Row::new(head).style(theme.head())), area);
 }
 
