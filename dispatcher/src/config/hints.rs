@@ -28,7 +28,7 @@ const KEYS: [(&str, &str); 5] = [
 ];
 
 /// Keys of other programs, and the equivalent here.
-const SETTINGS: [(&str, &str); 15] = [
+const SETTINGS: [(&str, &str); 31] = [
     ("balance", "policy"),
     ("lb_policy", "policy"),
     ("bind", "address"),
@@ -44,6 +44,25 @@ const SETTINGS: [(&str, &str); 15] = [
     ("gid", "group"),
     ("numprocs", "processes"),
     ("workers", "processes"),
+    // Kubernetes and Compose.
+    ("replicas", "processes"),
+    ("minReadySeconds", "min_ready"),
+    ("readinessProbe", "ready_check"),
+    ("readiness_probe", "ready_check"),
+    ("healthcheck", "ready_check"),
+    ("health_check", "ready_check"),
+    ("maxSurge", "max_surge"),
+    ("progressDeadlineSeconds", "ready_timeout"),
+    ("terminationGracePeriodSeconds", "stop_timeout"),
+    ("failure_action", "on_failure"),
+    // puma, nginx.
+    ("worker_boot_timeout", "start_timeout"),
+    ("worker_timeout", "kill_hung_after"),
+    ("worker_shutdown_timeout", "drain_timeout"),
+    // systemd.
+    ("ExecStart", "command"),
+    ("TimeoutStartSec", "start_timeout"),
+    ("TimeoutStopSec", "stop_timeout"),
 ];
 
 /// The hint for an invalid value: the intended one, if it can be guessed, and all valid ones.

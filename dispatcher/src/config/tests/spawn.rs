@@ -2,6 +2,8 @@
 
 use std::os::unix::fs::PermissionsExt;
 
+use dispatcher_core::Supervision;
+
 use super::*;
 
 /// The valid file with these lines in `[pool.web.spawn]`.
@@ -208,6 +210,117 @@ fn the_output_goes_one_of_two_ways() {
     let warnings = good(&spawning("output_rate = 9")).warnings;
     assert!(warnings[0].0.message.contains("no effect without output = \"log\""), "{warnings:?}");
     assert_eq!(good(&spawning("output = 'log'\noutput_rate = 9")).warnings, []);
+}
+
+fn rolls(lines: &str) -> (ReadyCheck, Supervision) {
+    let pool = good(&spawning(lines)).pools.remove(0);
+    (pool.spawn.expect("processes").ready_check, pool.settings.supervision)
+}
+
+#[test]
+fn a_ready_check_is_nothing_a_take_or_a_request() {
+    let (check, supervision) = rolls("");
+    assert_eq!((check, supervision.ready_check), (ReadyCheck::Tcp, true));
+    assert_eq!(rolls("ready_check = 'tcp'").0, ReadyCheck::Tcp);
+    let (check, supervision) = rolls("ready_check = 'none'");
+    assert_eq!((check, supervision.ready_check), (ReadyCheck::None, false));
+    for path in ["/", "/health", "/a/b?deep=1&x=%20"] {
+        let (check, supervision) = rolls(&format!("ready_check = '{path}'"));
+        assert_eq!((check, supervision.ready_check), (ReadyCheck::Http(path.to_owned()), true));
+    }
+    let example =
+        "the path of an HTTP request that is answered with 200 to 399, such as \"/health\"";
+    for wrong in ["http", "", "health", "http://localhost/health", "/a b", "TCP", " tcp"] {
+        let message = format!("`{wrong}` is no ready check");
+        spawn_refused(&format!("ready_check = ‹'{wrong}'›"), &message, example);
+    }
+    let longest = format!("/{}", "a".repeat(1023));
+    assert_eq!(rolls(&format!("ready_check = '{longest}'")).0, ReadyCheck::Http(longest.clone()));
+    spawn_refused(&format!("ready_check = ‹'{longest}a'›"), "is no ready check", example);
+    spawn_refused("ready_check = ‹true›", "expected a string", "ready_check = \"tcp\"");
+    spawn_refused("ready_check = ‹['/health']›", "expected a string", "ready_check = \"tcp\"");
+    pool_refused("‹ready_check› = 'tcp'", "unknown key", "belongs in [pool.NAME.spawn]");
+}
+
+#[test]
+fn keys_of_rolls_have_bounds_and_defaults() {
+    let seconds = Duration::from_secs;
+    let default = rolls("").1;
+    assert_eq!(default.ready_timeout, seconds(30));
+    assert_eq!((default.min_ready, default.max_leaving_generations), (Duration::ZERO, 2));
+    assert!(!default.undo_on_failure && default.prefer_new);
+
+    let set = rolls(
+        "ready_timeout = '2m'\nmin_ready = '10s'\nmax_leaving_generations = 0\non_failure = 'undo'",
+    );
+    assert_eq!((set.1.ready_timeout, set.1.min_ready), (seconds(120), seconds(10)));
+    assert_eq!((set.1.max_leaving_generations, set.1.undo_on_failure), (0, true));
+    assert!(!rolls("on_failure = 'stop'").1.undo_on_failure);
+
+    spawn_refused("ready_timeout = ‹'0s'›", "must be at least \"1ms\"", "");
+    spawn_refused("min_ready = ‹10›", "expected a duration", "such as");
+    spawn_refused("min_ready = ‹'2years'›", "must be at most", "");
+    spawn_refused("max_leaving_generations = ‹1025›", "from 0 to 1024", "");
+    spawn_refused("max_leaving_generations = ‹-1›", "", "max_leaving_generations = 2");
+    spawn_refused("on_failure = ‹'rollback'›", "unknown value `rollback`", "stop, undo");
+    spawn_refused("on_failure = ‹'undoo'›", "unknown value `undoo`", "did you mean `undo`?");
+    spawn_refused("‹min_redy› = '1s'", "unknown key `min_redy`", "did you mean `min_ready`?");
+}
+
+#[test]
+fn keys_of_rolls_have_defaults_of_all_pools() {
+    let defaults =
+        "[defaults.spawn]\nready_check = '/health'\nmin_ready = '3s'\non_failure = 'undo'\n";
+    let of = |lines: &str| {
+        let pool = good(&format!("{defaults}{}", spawning(lines))).pools.remove(0);
+        (pool.spawn.expect("processes").ready_check, pool.settings.supervision)
+    };
+    let (check, supervision) = of("");
+    assert_eq!(check, ReadyCheck::Http("/health".to_owned()));
+    assert_eq!(
+        (supervision.min_ready, supervision.undo_on_failure),
+        (Duration::from_secs(3), true)
+    );
+    let (check, supervision) = of("ready_check = 'none'\nmin_ready = '0s'\non_failure = 'stop'");
+    assert_eq!((check, supervision.ready_check), (ReadyCheck::None, false));
+    assert_eq!((supervision.min_ready, supervision.undo_on_failure), (Duration::ZERO, false));
+    // A mistake there is shown there.
+    let text = format!("[defaults.spawn]\nready_check = ‹'x'›\n{}", spawning(""));
+    refused(&text, "`x` is no ready check", "\"none\", \"tcp\"");
+}
+
+#[test]
+fn a_restart_is_needed_for_what_processes_are_started_from() {
+    let spawn = |lines: &str| good(&spawning(lines)).pools.remove(0).spawn.expect("processes");
+    let before = spawn("processes = 2");
+    for same in ["processes = 4", "ready_check = '/'", "min_ready = '9s'", "on_failure = 'undo'"] {
+        assert!(spawn(&format!("{same}\n")).starts_like(&before), "{same}");
+    }
+    for other in ["environment = { A = '1' }", "umask = '0077'", "output = 'log'", "fork = true"] {
+        assert!(!spawn(other).starts_like(&before), "{other}");
+    }
+}
+
+#[test]
+fn names_of_other_programs_lead_to_keys_of_rolls() {
+    for (theirs, ours) in [
+        ("minReadySeconds", "min_ready"),
+        ("readinessProbe", "ready_check"),
+        ("readiness_probe", "ready_check"),
+        ("healthcheck", "ready_check"),
+        ("maxSurge", "max_surge"),
+        ("progressDeadlineSeconds", "ready_timeout"),
+        ("terminationGracePeriodSeconds", "stop_timeout"),
+        ("failure_action", "on_failure"),
+        ("worker_boot_timeout", "start_timeout"),
+        ("worker_shutdown_timeout", "drain_timeout"),
+        ("ExecStart", "command"),
+        ("TimeoutStartSec", "start_timeout"),
+        ("TimeoutStopSec", "stop_timeout"),
+    ] {
+        let message = format!("unknown key `{theirs}`");
+        spawn_refused(&format!("‹{theirs}› = 1"), &message, &format!("did you mean `{ours}`?"));
+    }
 }
 
 #[test]
