@@ -283,9 +283,12 @@ impl EventLoop {
         let configured = self.pools.get(usize::from(pool.0)).and_then(|pool| pool.spawn.clone());
         let Some(configured) = configured else { return false };
         let generation = self.core.renew_processes(self.now, pool);
-        self.roll_renewed(pool, generation, configured);
+        self.roll_renewed(pool, generation, configured.clone());
+        // An earlier generation may have the same settings: those before a roll that was undone.
         let mut processes = self.core.process_ids(pool).filter(|(_, leaves)| !leaves);
-        processes.any(|(process, _)| self.core.generation_of(process) != Some(generation))
+        processes.any(|(process, _)| {
+            self.spawn_of(process).is_none_or(|version| !version.starts_like(&configured))
+        })
     }
 
     fn roll_renewed(&mut self, pool: PoolId, generation: Generation, configured: Spawn) {
