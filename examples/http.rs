@@ -1,5 +1,5 @@
 //! An HTTP server with axum. It answers with its process id, its live connections and the client's
-//! address.
+//! address; `/health` is for the ready check of a restart.
 //!
 //! Alone it listens on 127.0.0.1:8080; with `DISPATCH_SOCKET` it is a worker of a dispatcher.
 
@@ -31,6 +31,8 @@ async fn main() -> Result<(), Box<dyn std::error::Error>> {
 
     let app = Router::new()
         .route("/", get(answer))
+        // For `ready_check = "/health"`: it can serve once the router exists.
+        .route("/health", get(|| async { "ready\n" }))
         .with_state(listener.clone())
         .into_make_service_with_connect_info::<PeerAddr>();
     axum::serve(listener, app).with_graceful_shutdown(stop).await?;

@@ -4,6 +4,7 @@
 mod adoption;
 #[cfg(feature = "demo")]
 mod demo;
+mod deploying;
 mod exits;
 mod faults;
 mod joining;
