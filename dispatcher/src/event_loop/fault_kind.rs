@@ -28,7 +28,7 @@ pub(super) enum FaultKind {
 
 impl FaultKind {
     #[cfg(test)]
-    const ALL: [FaultKind; 20] = [
+    const ALL: [FaultKind; 21] = [
         FaultKind::WorkerGone,
         FaultKind::WorkerSuspect,
         FaultKind::WorkerExpelled,
