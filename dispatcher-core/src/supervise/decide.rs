@@ -181,7 +181,9 @@ impl Processes {
         process.step = false;
         let (id, generation) = (process.id, process.generation);
         actions.push((id, Action::Resume));
-        let outdated = self.is_outdated(place, generation);
+        // The pool may have been rolled meanwhile.
+        let former = self.places[place].generation != generation;
+        let outdated = former || self.is_outdated(place, generation);
         if let Some(process) = self.get(id).filter(|_| outdated) {
             process.replace = Some(Replacement::Restart);
         }

@@ -113,10 +113,11 @@ impl Core {
 
     /// The command of a pool has changed: places whose starts fail, and empty ones, start from it;
     /// starts that wait for a delay wait no longer, and a crash loop ends. The other processes keep
-    /// their generation until the next roll. Returns the generation of the new command.
+    /// their generation until the next roll. A retired pool has only empty places. Returns the
+    /// generation of the new command.
     pub fn renew_processes(&mut self, now: Time, pool: PoolId) -> Generation {
         let p = usize::from(pool.0);
-        let Some(entry) = self.pools.get_mut(p).filter(|pool| !pool.retired) else {
+        let Some(entry) = self.pools.get_mut(p) else {
             return Generation::FIRST;
         };
         let generation = entry.processes.unused_generation();

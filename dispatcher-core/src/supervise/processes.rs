@@ -24,6 +24,9 @@ pub const RESTART_MIN: Duration = Duration::from_millis(100);
 /// A process that served for this long has not failed: the next one starts after [`RESTART_MIN`].
 pub const RESTART_RESET: Duration = Duration::from_secs(10);
 
+/// The result of a ready check, which tells why it failed, comes a moment after `ready_timeout`.
+const CHECK_RESULT: Duration = Duration::from_secs(1);
+
 /// Why a process is replaced.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Replacement {
@@ -197,6 +200,7 @@ impl Processes {
         let start = self.unused(start);
         let id = ProcessId { pool: self.pool, place, start };
         self.starts = self.starts.max(start);
+        self.newest = self.newest.max(generation);
         let phase = match leaving {
             true => Phase::leaving(Leave::Own, now),
             false => Phase::Running { until: now + self.settings.start_timeout },
@@ -241,6 +245,7 @@ impl Processes {
         let most = most.map(|most| early(most, &mut self.random, jitter).max(1));
         let (check, timeout) = (self.settings.ready_check, self.settings.ready_timeout);
         let timeout = timeout + self.settings.min_ready;
+        let timeout = if check { timeout + CHECK_RESULT } else { timeout };
         let Some(process) = self.get(id) else { return false };
         if let Phase::Asked | Phase::Running { .. } = process.phase {
             process.phase = Phase::Serving;

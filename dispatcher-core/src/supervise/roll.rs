@@ -227,8 +227,8 @@ impl Processes {
         if let Some(roll) = roll {
             self.newest = self.newest.max(roll.generation).max(roll.former);
         }
+        let mut replaced = 0;
         for (place, number) in self.places.iter_mut().zip(0..) {
-            place.generation = current;
             let settled = |process: &&Process| {
                 process.holds() && moving.is_none_or(|roll| process.generation != roll.generation)
             };
@@ -236,6 +236,8 @@ impl Processes {
             let youngest = place.holders().last().map(|process| process.generation);
             place.generation = older.or(youngest).unwrap_or(current);
             let Some(roll) = moving.filter(|roll| roll.covers(number)) else { continue };
+            let is_new = older.is_none() && youngest == Some(roll.generation);
+            replaced += u32::from(is_new && number < self.wanted);
             for process in place.processes.iter_mut().filter(|process| process.holds()) {
                 if process.generation != roll.generation {
                     process.replace = Some(Replacement::Restart);
@@ -245,10 +247,17 @@ impl Processes {
                 }
             }
         }
-        for process in self.places.iter_mut().flat_map(|place| &mut place.processes) {
-            // They left because of an earlier roll.
-            if !process.holds() && process.generation != current {
-                process.replace = Some(Replacement::Restart);
+        if let Some(roll) = self.roll.as_mut().filter(|_| moving.is_some()) {
+            // The earlier dispatcher may have ended before it could record the last steps.
+            roll.replaced = replaced;
+        }
+        for place in &mut self.places {
+            let youngest = place.holders().last().map_or(current, |process| process.generation);
+            for process in &mut place.processes {
+                // It left because of this roll or an earlier one.
+                if !process.holds() && process.generation != youngest {
+                    process.replace = Some(Replacement::Restart);
+                }
             }
         }
         self.due = now;
@@ -359,6 +368,10 @@ impl Processes {
         }
         if roll.place.is_none() {
             self.current = roll.generation;
+            // Places that are not wanted now may be wanted later.
+            for place in self.places.iter_mut().skip(self.wanted as usize) {
+                place.generation = roll.generation;
+            }
         }
         actions.push((self.whole(), Action::TellRolled(roll.generation)));
     }
@@ -559,11 +572,12 @@ impl Process {
         matches!(self.phase, Phase::Leaving { .. }) && self.replace == Some(Replacement::Restart)
     }
 
-    /// It is not to replace the older process: without connections it is ended, with connections
-    /// it is drained.
+    /// It is not to replace the older process: without clients it is ended, with clients it is
+    /// drained. A process that was never ready has no clients, only connections of its ready check.
     pub(crate) fn retreat(&mut self, now: Time, why: EndReason, actions: &mut Vec<Act>) {
         self.step = false;
-        if self.phase == Phase::Serving && self.view.load > 0 {
+        let had_clients = self.ready_since.is_some() || self.adopted;
+        if self.phase == Phase::Serving && self.view.load > 0 && had_clients {
             self.phase = Phase::leaving(Leave::Replaced, now);
             actions.push((self.id, Action::Drain { bounded: true }));
         } else {

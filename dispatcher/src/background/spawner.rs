@@ -33,7 +33,7 @@ use self::journal::{Journal, LOCK_TIME};
 use self::leader::Found;
 pub(crate) use self::leader::UNKNOWN;
 pub use self::output::{LastOutput, OutputLine, Stream, lost_lines};
-pub use self::ready_check::{CheckConnection, CheckRequest};
+pub use self::ready_check::{CheckConnection, CheckFate, CheckRequest};
 use self::reaper::Own;
 use self::stops::{Stop, Stops};
 use crate::background::service_manager::unit::{self, StopKind, Unit};

@@ -109,11 +109,18 @@ impl Survivors {
         for (id, pool) in (0u16..).map(PoolId).zip(pools) {
             let own = |deploys: &&Deploys| deploys.pool == core.pool_name(id);
             let known = self.deploys.iter().find(own).filter(|_| adopted.contains(&id));
-            rolls.add(id, core.generation(id), pool.spawn.as_ref());
             if let Some(known) = known.cloned() {
+                rolls.add(id, core.generation(id), pool.spawn.as_ref());
                 rolls.recover(now, core, id, (known, pool.spawn.as_ref()));
-            } else if adopted.contains(&id) {
-                core.resume_roll(now, id, None, core.generation(id));
+                continue;
+            }
+            // Without a record of the deploys, the youngest processes probably have the settings of
+            // the configuration.
+            let processes = core.process_ids(id).filter_map(|(it, _)| core.generation_of(it));
+            let current = processes.max().unwrap_or(core.generation(id));
+            rolls.add(id, current, pool.spawn.as_ref());
+            if adopted.contains(&id) {
+                core.resume_roll(now, id, None, current);
             }
         }
         for pool in self.removed {

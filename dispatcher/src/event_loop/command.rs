@@ -85,7 +85,7 @@ impl EventLoop {
         let (pool, process) = match target {
             Target::Pool(name) => (self.spawning_pool(name)?, None),
             Target::Worker(name) => {
-                let Some(&worker) = self.targets(target)?.first() else {
+                let Some(worker) = self.to_restart(name, target)? else {
                     return Err(CommandError::new(Problem::NotFound, "there is no such worker"));
                 };
                 let process = self.core.process_of(worker);
@@ -103,6 +103,24 @@ impl EventLoop {
         };
         let begun = self.begin_roll(target, pool, process, end_oldest)?;
         Ok(self.restarted(pool, begun))
+    }
+
+    /// The worker of this name whose process fills its place: workers that leave may have the same
+    /// name.
+    fn to_restart(
+        &self,
+        name: &WorkerRef,
+        target: &Target,
+    ) -> Result<Option<WorkerId>, CommandError> {
+        let fills = |&worker: &WorkerId| {
+            self.core.process_of(worker).is_some_and(|process| self.core.wants_process(process))
+        };
+        let workers = self.core.workers().filter(fills);
+        let workers = workers.map(|it| (it.serial, self.pool_of(it), self.core.worker_name(it)));
+        match name.resolve(&self.run.instance, workers) {
+            Ok(serial) => Ok(self.core.workers().find(|worker| worker.serial == serial)),
+            Err(_) => Ok(self.targets(target)?.first().copied()),
+        }
     }
 
     /// Returns to the command before the last restart of a pool.

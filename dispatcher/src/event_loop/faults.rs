@@ -114,8 +114,13 @@ impl EventLoop {
             | Event::ProcessStopped { reason: EndReason::Left | EndReason::Unwanted, .. } => {}
             Event::ProcessStopped { process, reason } => {
                 let subject = self.process_name(process);
+                // The old process serves on, so a new one that is not ready needs no successor.
+                let what = match reason {
+                    EndReason::NotReady => "ended",
+                    _ => "ended and replaced",
+                };
                 self.fault(FaultKind::ProcessStopped, &subject, || {
-                    format!("the process is ended and replaced: {}", stop_reason(reason))
+                    format!("the process is {what}: {}", stop_reason(reason))
                 });
             }
             Event::CrashLoop { process, failures } => {

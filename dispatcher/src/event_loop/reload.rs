@@ -197,13 +197,17 @@ impl EventLoop {
             }
             PoolStep::Add => {
                 let (settings, resources) = PoolResources::split(pool);
-                let restored = (0u16..).map(PoolId).take(self.pools.len()).any(|id| {
+                let restored = (0u16..).map(PoolId).take(self.pools.len()).find(|&id| {
                     self.core.is_pool_retired(id) && self.core.pool_name(id) == settings.name
+                });
+                // Before the pool wants processes.
+                let renewed = restored.zip(resources.spawn.clone()).and_then(|(id, spawn)| {
+                    self.renew_restored(id, &spawn).map(|generation| (generation, spawn))
                 });
                 let id = self.core.add_pool(self.now, settings, seed());
                 match self.pools.get_mut(usize::from(id.0)) {
                     Some(entry) => {
-                        if !restored {
+                        if restored.is_none() {
                             // The entry belonged to another pool. Tokens of that pool's processes
                             // must not be valid for this one.
                             self.workers.tokens.retain(|_, process| process.pool != id);
@@ -213,14 +217,10 @@ impl EventLoop {
                     None => self.pools.push(resources),
                 }
                 let spawn = self.pools.get(usize::from(id.0)).and_then(|it| it.spawn.as_ref());
-                let current = self.core.generation(id);
-                if !restored {
-                    self.rolls.add(id, current, spawn);
-                } else if let Some(spawn) = spawn
-                    && !self.rolls.version(id, current).is_some_and(|it| it.starts_like(spawn))
-                    && self.renew_version(id)
-                {
-                    reloaded.outdated_pools.push(self.core.pool_name(id).to_owned());
+                if restored.is_none() {
+                    self.rolls.add(id, self.core.generation(id), spawn);
+                } else if let Some((generation, spawn)) = renewed {
+                    self.roll_renewed(id, generation, spawn);
                 }
                 self.workers.replace_gauges(&self.core, id);
                 id

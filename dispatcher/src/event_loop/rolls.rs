@@ -20,7 +20,7 @@ use crate::api::command::{CommandError, Problem, Target};
 use crate::api::status::RollStatus;
 use crate::background::closer::Task;
 use crate::background::logger::quoted;
-use crate::background::spawner::{CheckConnection, CheckRequest, Deploys, RollRecord};
+use crate::background::spawner::{CheckConnection, CheckFate, CheckRequest, Deploys, RollRecord};
 use crate::config::{OnDispatcherLoss, ReadyCheck, Spawn};
 use dispatcher_core::{
     Core, Event, Generation, ListenerId, PoolId, ProcessId, Roll, RollBegun, RollRefusal,
@@ -36,7 +36,7 @@ pub(super) struct Rolls {
     pools: HashMap<PoolId, PoolRolls>,
     /// A connection that the core is asked to send, and then those in flight.
     offered: Option<CheckConnection>,
-    in_flight: HashMap<(WorkerId, Ticket), (OwnedFd, oneshot::Sender<bool>)>,
+    in_flight: HashMap<(WorkerId, Ticket), (OwnedFd, oneshot::Sender<CheckFate>)>,
 }
 
 /// The deploys of one pool.
@@ -119,9 +119,18 @@ impl Rolls {
         if let Some(roll) = goes_on {
             log::info!("event=roll_resumed pool={name} generation={}", roll.generation.0);
         }
-        // Places that are empty are filled, even if a version is missing.
+        let mut used: Vec<Generation> = core.generations(pool).collect();
+        used.sort_unstable();
+        used.dedup();
+        for unknown in used.iter().filter(|&it| !entry.versions.contains_key(it)) {
+            log::warn!(
+                "event=pool_version_unknown pool={name} generation={} \
+                 hint=\"the journal has no command for it: a process that ends is started from the \
+                 configuration\"",
+                unknown.0
+            );
+        }
         let Some(configured) = configured else { return };
-        entry.versions.entry(current).or_insert_with(|| configured.clone());
         let newest = goes_on.map_or(current, |roll| roll.generation);
         if entry.versions.get(&newest).is_some_and(|version| !version.starts_like(configured)) {
             log::warn!(
@@ -263,10 +272,14 @@ impl EventLoop {
                     "wait for them, or end them: dispatcher restart {what} --end-oldest"
                 ))
             }
-            RollRefusal::NothingToUndo => {
-                CommandError::new(Problem::Conflict, format!("pool {name} was not restarted yet"))
-                    .hint("there is no former command to return to")
-            }
+            RollRefusal::NothingToUndo => CommandError::new(
+                Problem::Conflict,
+                format!("no restart of pool {name} is known"),
+            )
+            .hint(format!(
+                "to return to an earlier command, put it into the configuration again, then: \
+                         dispatcher reload && dispatcher restart {name}"
+            )),
             RollRefusal::NotServing => match target {
                 Target::Worker(worker) => {
                     let message = format!("worker {worker} is leaving already");
@@ -291,7 +304,20 @@ impl EventLoop {
         })
     }
 
-    fn roll_renewed(&mut self, pool: PoolId, generation: Generation, configured: Spawn) {
+    /// A pool that was removed comes back, before it wants processes. Returns the generation of its
+    /// settings if they are not those that it had: processes that still leave and are wanted again
+    /// are replaced.
+    pub(super) fn renew_restored(
+        &mut self,
+        pool: PoolId,
+        configured: &Spawn,
+    ) -> Option<Generation> {
+        let version = self.rolls.version(pool, self.core.generation(pool));
+        let same = version.is_some_and(|version| version.starts_like(configured));
+        (!same).then(|| self.core.renew_processes(self.now, pool))
+    }
+
+    pub(super) fn roll_renewed(&mut self, pool: PoolId, generation: Generation, configured: Spawn) {
         let used: Vec<Generation> = self.core.generations(pool).collect();
         let entry = self.rolls.pools.entry(pool).or_default();
         entry.versions.insert(generation, configured);
@@ -411,6 +437,10 @@ impl EventLoop {
     /// A connection for a worker that is being checked.
     pub(super) fn offer_check(&mut self, connection: CheckConnection) {
         let process = connection.process;
+        if !self.core.wants_process(process) {
+            let _ = connection.taken.send(CheckFate::Over);
+            return;
+        }
         let worker = self.core.workers().find(|&it| self.core.process_of(it) == Some(process));
         let Some(worker) = worker else { return };
         self.rolls.offered = Some(connection);
@@ -467,7 +497,7 @@ impl EventLoop {
             _ => self.background.closers.task(Task::Close(fd)),
         }
         // The check may be over.
-        let _ = taken.send(was_taken);
+        let _ = taken.send(if was_taken { CheckFate::Taken } else { CheckFate::Lost });
     }
 
     /// The result of a ready check.

@@ -35,6 +35,10 @@ impl EventLoop {
             count = REPORTS_PER_TURN;
         }
         let request = self.side.request();
+        if request.is_some() {
+            // What follows from the reports is part of the answer, such as why a roll stopped.
+            self.perform();
+        }
         // There may be more, but clients come first.
         self.wakeup.side_ready = count == REPORTS_PER_TURN || request.is_some();
         if let Some(request) = request {

@@ -2,7 +2,7 @@
 //!
 //! Each attempt makes a TCP connection over the loopback device. The event loop sends one end to
 //! the worker like a client's connection; this task keeps the other end. Guarantees: one result for
-//! each check, at its deadline at the latest.
+//! each check, at its deadline at the latest, unless the process has ended meanwhile.
 
 use std::net::{Ipv4Addr, Ipv6Addr, SocketAddr};
 use std::os::fd::OwnedFd;
@@ -43,8 +43,27 @@ pub struct CheckConnection {
     pub fd: OwnedFd,
     /// The address of the other end.
     pub peer: SocketAddr,
-    /// Receives whether the worker's application has taken it. Dropped if it could not be sent.
-    pub taken: oneshot::Sender<bool>,
+    /// Receives what became of it. Dropped if it could not be sent now.
+    pub taken: oneshot::Sender<CheckFate>,
+}
+
+/// What became of a [`CheckConnection`].
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum CheckFate {
+    /// The worker's application has taken it.
+    Taken,
+    /// It did not reach the application.
+    Lost,
+    /// The process has ended, or gets no clients any more: its check is over.
+    Over,
+}
+
+/// Why an attempt did not succeed.
+enum Failed {
+    /// It is to be tried again.
+    Because(String),
+    /// See [`CheckFate::Over`].
+    Over,
 }
 
 /// Where the event loop gets the connections.
@@ -58,7 +77,8 @@ pub(super) async fn run(request: CheckRequest, connections: CheckConnections, re
         let attempt = attempt(&request, &connections, &reports);
         match tokio::time::timeout_at(deadline, attempt).await {
             Ok(Ok(())) => break Ok(()),
-            Ok(Err(error)) => last = error,
+            Ok(Err(Failed::Because(error))) => last = error,
+            Ok(Err(Failed::Over)) => return,
             Err(_) if last.is_empty() => break Err(silence(&request)),
             Err(_) => break Err(last),
         }
@@ -87,23 +107,33 @@ async fn attempt(
     request: &CheckRequest,
     connections: &CheckConnections,
     reports: &Reports,
-) -> Result<(), String> {
-    let (own, theirs) = connect().await.map_err(|error| format!("no connection: {error}"))?;
-    let peer = own.local_addr().map_err(|error| format!("no address: {error}"))?;
-    let fd = theirs.into_std().map_err(|error| format!("no connection: {error}"))?.into();
+) -> Result<(), Failed> {
+    let failed =
+        |error| Failed::Because(format!("the dispatcher has no connection for it: {error}"));
+    let (own, theirs) = connect().await.map_err(failed)?;
+    let peer = own.local_addr().map_err(failed)?;
+    let fd = theirs.into_std().map_err(failed)?.into();
     let (sender, taken) = oneshot::channel();
     let process = request.process;
-    let gone = || "the dispatcher is stopping".to_owned();
-    connections.send(CheckConnection { process, fd, peer, taken: sender }).map_err(|_| gone())?;
+    let connection = CheckConnection { process, fd, peer, taken: sender };
+    // Without an event loop nothing is checked any more.
+    connections.send(connection).map_err(|_| Failed::Over)?;
     (reports.wake)();
+    let because = |text: &str| Err(Failed::Because(text.to_owned()));
     match taken.await {
-        Ok(true) => {}
-        Ok(false) => return Err("the connection did not reach its application".to_owned()),
-        Err(_) => return Err("its worker could not be sent a connection".to_owned()),
+        Ok(CheckFate::Taken) => {}
+        Ok(CheckFate::Lost) => {
+            return because(
+                "the connection did not reach its application; the worker may be out of file \
+                 descriptors",
+            );
+        }
+        Ok(CheckFate::Over) => return Err(Failed::Over),
+        Err(_) => return because("its worker could not be sent a connection"),
     }
     match &request.check {
         ReadyCheck::None | ReadyCheck::Tcp => Ok(()),
-        ReadyCheck::Http(path) => get(own, path).await,
+        ReadyCheck::Http(path) => get(own, path).await.map_err(Failed::Because),
     }
 }
 
@@ -126,7 +156,10 @@ async fn connect() -> std::io::Result<(TcpStream, TcpStream)> {
 }
 
 async fn get(stream: TcpStream, path: &str) -> Result<(), String> {
-    let failed = |error: hyper::Error| format!("GET {path}: {error}");
+    let failed = |error: hyper::Error| match std::error::Error::source(&error) {
+        Some(source) => format!("GET {path}: {error}: {source}"),
+        None => format!("GET {path}: {error}"),
+    };
     let (mut sender, connection) =
         hyper::client::conn::http1::handshake(TokioIo::new(stream)).await.map_err(failed)?;
     let request = hyper::Request::get(path)
@@ -135,8 +168,16 @@ async fn get(stream: TcpStream, path: &str) -> Result<(), String> {
         .header(hyper::header::USER_AGENT, "dispatcher-ready-check")
         .body(Empty::<Bytes>::new())
         .map_err(|error| format!("GET {path}: {error}"))?;
-    let connection = AbortOnDrop(tokio::spawn(async { drop(connection.await) }));
-    let response = sender.send_request(request).await.map_err(failed)?;
+    let mut connection = AbortOnDrop(tokio::spawn(connection));
+    let response = match sender.send_request(request).await {
+        Ok(response) => response,
+        // What was wrong is known to the task of the connection.
+        Err(canceled) if canceled.is_canceled() => {
+            let ended = (&mut connection.0).await;
+            return Err(failed(ended.ok().and_then(Result::err).unwrap_or(canceled)));
+        }
+        Err(error) => return Err(failed(error)),
+    };
     drop(connection);
     match response.status().as_u16() {
         200..400 => Ok(()),
@@ -145,7 +186,7 @@ async fn get(stream: TcpStream, path: &str) -> Result<(), String> {
 }
 
 /// The task of a connection, which ends with the check.
-struct AbortOnDrop(tokio::task::JoinHandle<()>);
+struct AbortOnDrop(tokio::task::JoinHandle<hyper::Result<()>>);
 
 impl Drop for AbortOnDrop {
     fn drop(&mut self) {
