@@ -237,7 +237,7 @@ fn a_step_that_fails_is_named_and_tried_again() {
 }
 
 #[test]
-fn a_reload_applies_to_processes_started_from_then_on() {
+fn a_restart_after_a_reload_applies_its_settings() {
     let temp = directory();
     let body = |mask: &str| {
         let keys = format!("umask = \"{mask}\"\nenvironment = {{ MASK = \"{{name}}-{mask}\" }}");
@@ -249,13 +249,20 @@ fn a_reload_applies_to_processes_started_from_then_on() {
     reload(&dispatcher, &body("0077"));
     assert_eq!(pid(&dispatcher, "web-1"), first);
     assert_eq!(words(first, "status", "Umask:"), ["0022"]);
+    let next = |before: i32| {
+        dispatcher.wait_status("another process", |status| {
+            worker(status, "web-1").is_some_and(|worker| worker.pid != before)
+        });
+        pid(&dispatcher, "web-1")
+    };
+    // A process that ends is started with the settings that it had.
     kill(Pid::from_raw(first), Signal::SIGKILL).unwrap();
-    dispatcher.wait_status("its replacement", |status| {
-        worker(status, "web-1").is_some_and(|worker| worker.pid != first)
-    });
-    let second = pid(&dispatcher, "web-1");
-    assert_eq!(words(second, "status", "Umask:"), ["0077"]);
-    let environment = std::fs::read(format!("/proc/{second}/environ")).unwrap();
+    let second = next(first);
+    assert_eq!(words(second, "status", "Umask:"), ["0022"]);
+    assert!(run(&dispatcher, &["restart", "web", "--wait"]).status.success());
+    let third = next(second);
+    assert_eq!(words(third, "status", "Umask:"), ["0077"]);
+    let environment = std::fs::read(format!("/proc/{third}/environ")).unwrap();
     assert!(environment.split(|&byte| byte == 0).any(|word| word == b"MASK=web-1-0077"));
 }
 

@@ -195,28 +195,35 @@ fn a_parent_that_is_told_to_end_leaves_its_workers() {
 }
 
 #[test]
-fn a_reload_with_another_command_leads_to_a_new_parent() {
+fn a_restart_with_another_command_leads_to_a_new_parent() {
     let dispatcher = start(directory(), &forking("blocking", "processes = 2"));
     dispatcher.wait_joined("web", 2);
     let before = parent(&dispatcher);
     let first = pid(&dispatcher, "web-1");
     reload(&dispatcher, &forking("mio", "processes = 2\nenvironment = { NEW = \"{n}\" }"));
     assert_eq!(pid(&dispatcher, "web-1"), first, "a reload ends no process");
+    // Until a restart each process is forked from the former command.
     end(first, Signal::SIGKILL);
+    let first = replaced(&dispatcher, "web-1", first);
+    assert_eq!(parent_of(first), before);
+    let second = pid(&dispatcher, "web-2");
+    let output = run(&dispatcher, &["restart", "web/web-1"]);
+    assert!(output.status.success(), "{output:?}");
     let next = replaced(&dispatcher, "web-1", first);
     let after = parent_of(next);
     assert_ne!(after, before);
     let command = std::fs::read(format!("/proc/{next}/cmdline")).unwrap();
     assert!(command.ends_with(b"prefork\0mio\0"));
     // The old parent still reports its worker, and ends with it.
-    let second = pid(&dispatcher, "web-2");
     assert_eq!(parent_of(second), before);
-    end(second, Signal::SIGKILL);
-    assert_eq!(parent_of(replaced(&dispatcher, "web-2", second)), after);
-    wait_for_log(&dispatcher, &format!("pid={second} status=\"signal 9 (SIGKILL)\""));
+    let output = run(&dispatcher, &["restart", "web/web-2"]);
+    assert!(output.status.success(), "{output:?}");
+    let last = parent_of(replaced(&dispatcher, "web-2", second));
+    assert_ne!(last, before);
+    wait_for_log(&dispatcher, &format!("pid={second} status=\"exit status 0\""));
     wait_until("the old parent to end", || !lives(before));
     wait_for_log(&dispatcher, &format!("event=prefork_parent_ended pool=web pid={before}"));
-    assert!(lives(after));
+    assert!(lives(after) && lives(last));
 }
 
 #[test]
@@ -313,13 +320,16 @@ fn a_failing_parent_and_a_program_without_forks_are_reported() {
         start(directory(), &forking("blocking", "environment = { TEST_TABLE = \"1\" }"));
     dispatcher.wait_joined("web", 1);
     let body = one_pool("[pool.web.spawn]\ncommand = [\"/bin/false\"]\nfork = true\n");
+    let restart = || run(&dispatcher, &["restart", "web", "--wait"]).status.code();
     reload(&dispatcher, &body);
-    end(pid(&dispatcher, "web-1"), Signal::SIGKILL);
+    assert_eq!(restart(), Some(70));
     wait_for_log(&dispatcher, "error=\"the process that forks the workers of the pool has ended");
     reload(&dispatcher, &forking("blocking", "environment = { TEST_PREFORK = \"fails\" }"));
+    assert_eq!(restart(), Some(70));
     wait_for_log(&dispatcher, "status=\"exit status 1\"");
     wait_for_log(&dispatcher, "Error: \"it was told to fail\"");
     reload(&dispatcher, &forking("blocking", ""));
+    assert_eq!(restart(), Some(0));
     dispatcher.wait_joined("web", 1);
 }
 
