@@ -10,6 +10,7 @@ mod faults;
 mod joining;
 mod reload;
 mod reload_edges;
+mod rolls;
 mod shortages;
 mod slow_workers;
 mod spawned;

@@ -31,7 +31,7 @@ fn new_dispatcher(dir: &Path) -> Process {
 }
 
 /// A new dispatcher takes over; the former one ends by itself.
-fn replace(former: &mut Dispatcher) {
+pub(super) fn replace(former: &mut Dispatcher) {
     let new = Dispatcher::start_by(
         &former.dir,
         &mut taking_over(&former.dir, Command::new(dispatcher_bin())),

@@ -6,6 +6,7 @@ mod accounts;
 mod deploying;
 mod many;
 mod readme;
+mod rolls;
 mod units;
 
 use std::net::TcpStream;

@@ -5,7 +5,8 @@
 //! only). With `TEST_WORKER=never-take` it joins and takes nothing; with `TEST_WORKER=only-answer`
 //! (mio) it answers probes and takes nothing. `TEST_WORKER_PAUSE=MS` is the duration of a round of
 //! its event loop, or of the pause after an accept (blocking); `serial` serves one client at a
-//! time, for this duration. With `TEST_WORKER=fork` it has a child, from its first connection on,
+//! time, for this duration. With `TEST_WORKER=hoards` it opens files until it has no descriptors
+//! left (blocking). With `TEST_WORKER=fork` it has a child, from its first connection on,
 //! that keeps all its descriptors open until the child's standard input ends.
 //!
 //! `test-worker prefork KIND` loads a table of `TEST_TABLE=MIB` and is then the parent of workers
@@ -122,6 +123,10 @@ fn blocking(config: WorkerConfig) {
     }
     let closer = worker.clone();
     on_sigterm(move || closer.close());
+    let mut hoard = Vec::new();
+    if std::env::var("TEST_WORKER").is_ok_and(|mode| mode == "hoards") {
+        hoard.extend(std::iter::from_fn(|| std::fs::File::open("/dev/null").ok()));
+    }
     let mut forks = std::env::var("TEST_WORKER").is_ok_and(|mode| mode == "fork");
     let stays = std::env::var("TEST_WORKER").is_ok_and(|mode| mode == "stays");
     loop {
@@ -139,6 +144,7 @@ fn blocking(config: WorkerConfig) {
         }
     }
     worker.wait_until_idle();
+    drop(hoard);
 }
 
 /// Starts a child with a copy of every descriptor, including close-on-exec ones, because it
