@@ -240,6 +240,11 @@ impl Spawner {
         self.last_output.of(process)
     }
 
+    /// The last lines of the processes that fork the workers of a pool.
+    pub fn last_output_of_parents(&self, pool: PoolId) -> Vec<OutputLine> {
+        self.last_output.of(prefork::parent_of(pool))
+    }
+
     /// The last lines of all processes, for other threads.
     pub fn last_outputs(&self) -> LastOutput {
         self.last_output.clone()

@@ -390,7 +390,11 @@ impl EventLoop {
 
     fn output_of(&self, stopped: &Stopped) -> Vec<String> {
         let Some(process) = stopped.process else { return stopped.output.clone() };
-        let lines = self.side.spawner.last_output(process);
+        let mut lines = self.side.spawner.last_output(process);
+        if lines.is_empty() && self.spawn_of(process).is_some_and(|spawn| spawn.fork) {
+            // It was never forked, or has written nothing yet.
+            lines = self.side.spawner.last_output_of_parents(process.pool);
+        }
         let skip = lines.len().saturating_sub(MAX_LINES);
         lines.into_iter().skip(skip).map(|line| line.text).collect()
     }

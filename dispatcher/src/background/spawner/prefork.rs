@@ -88,9 +88,14 @@ impl Parents {
     }
 }
 
+/// Stands for every parent of a pool where a process is expected.
+pub(super) fn parent_of(pool: PoolId) -> ProcessId {
+    ProcessId { pool, place: u32::MAX, start: u32::MAX }
+}
+
 /// The part of a request that the workers of one parent have in common.
 fn template(request: &SpawnRequest) -> SpawnRequest {
-    let process = ProcessId { place: u32::MAX, start: u32::MAX, ..request.process };
+    let process = parent_of(request.process.pool);
     SpawnRequest {
         process,
         name: format!("{}-parent", request.pool),
@@ -230,8 +235,11 @@ async fn run(
     };
     // What it has sent before its end counts.
     while let Ok(true) = parent.receive() {}
-    let error = match &reason {
-        Some(Reason::Fault(error)) => error.clone(),
+    let error = match (&reason, &ended) {
+        (Some(Reason::Fault(error)), _) => error.clone(),
+        (_, Some(status)) => {
+            format!("the process that forks the workers of the pool has ended: {status}")
+        }
         _ => "the process that forks the workers of the pool has ended".to_owned(),
     };
     let Some(reason) = reason else {
@@ -239,6 +247,8 @@ async fn run(
         return false;
     };
     parent.fail_all(&error);
+    // It may have ended before it got its first order.
+    refuse(&mut orders, &error);
     drop(parent);
     let mut killed = false;
     if ended.is_none() {
@@ -312,8 +322,8 @@ impl Parent {
         let mut no_more = false;
         let mut idle_since = None;
         loop {
-            while let (Some(order), true) =
-                (self.waiting.pop_front(), self.asked.len() < UNANSWERED)
+            while self.asked.len() < UNANSWERED
+                && let Some(order) = self.waiting.pop_front()
             {
                 match self.ask(order) {
                     Ok(None) => {}
@@ -441,7 +451,11 @@ impl Parent {
                 Ok(None)
             }
             Err(Errno::AGAIN) => Ok(Some(order)),
-            Err(error) => Err(error.into()),
+            Err(error) => {
+                // The parent has ended: this order is answered with the others.
+                self.waiting.push_front(order);
+                Err(error.into())
+            }
         }
     }
 
