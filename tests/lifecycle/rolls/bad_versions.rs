@@ -96,6 +96,17 @@ fn a_version_that_cannot_be_executed() {
 }
 
 #[test]
+fn a_parent_that_cannot_load_the_application() {
+    let keys = |number| version(number, "processes = 3\nfork = true");
+    let prefork = format!("[{:?}, \"prefork\", \"blocking\"]", example("test-worker"));
+    let bad = script("echo cannot load the application >&2; exit 3");
+    let reason = "process 1 (web-1) could not be started: the process that forks the workers of \
+                  the pool has ended";
+    let (good, bad) = (spawning(&prefork, &keys("1")), spawning(&bad, &keys("2")));
+    stops(&good, &bad, &[reason, "  cannot load the application"]);
+}
+
+#[test]
 fn a_version_that_takes_and_does_not_speak_http() {
     // It greets in its own protocol.
     let bad = script("exec SERVER tokio");
