@@ -208,8 +208,11 @@ fn a_process_that_leaves_and_stays_is_ended() {
 
 #[test]
 fn max_memory_replaces_a_process_and_its_connections_go_on() {
-    let keys = "processes = 2\nmax_memory = \"1MiB\"\nmax_surge = 2";
-    let dispatcher = Dispatcher::start(&worker(keys));
+    // What many test workers share counts little for each: so each has a table of its own.
+    let keys = "processes = 2\nmax_memory = \"4MiB\"\nmax_surge = 2\n\
+                environment = { TEST_TABLE = \"8\" }";
+    let command = format!("[{:?}, \"loaded\", \"blocking\"]", example("test-worker"));
+    let dispatcher = Dispatcher::start(&spawning(&command, keys));
     let address = dispatcher.address("web");
     dispatcher.wait_joined("web", 2);
     let mut client = Client::connect(address).unwrap();
