@@ -11,6 +11,7 @@ mod joining;
 mod reload;
 mod reload_edges;
 mod rolls;
+mod several_dispatchers;
 mod shortages;
 mod slow_workers;
 mod spawned;

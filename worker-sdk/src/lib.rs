@@ -121,6 +121,10 @@
 #[cfg(feature = "axum")]
 mod axum;
 mod client;
+#[cfg(feature = "connector")]
+pub mod connector;
+#[cfg(not(feature = "connector"))]
+mod connector;
 #[cfg(feature = "mio")]
 pub mod mio;
 mod peer;

@@ -8,6 +8,7 @@ use std::time::Duration;
 use serde::{Deserialize, Serialize};
 
 use super::clock;
+use super::dispatchers;
 use super::error::Error;
 use super::sample::Sampling;
 use dispatch_protocol::wire::{MAX_NAME, Token, is_hidden, is_name};
@@ -96,7 +97,9 @@ pub enum OnDispatcherLoss {
 #[serde(default, deny_unknown_fields)]
 #[non_exhaustive]
 pub struct WorkerConfig {
-    /// The path of the dispatch socket. `DISPATCH_SOCKET`. Default: none, which needs `listen`.
+    /// The path of the dispatch socket. Several paths, at most 16, are separated by `:`: they are
+    /// tried in order, and a worker stays with the dispatcher that it has joined until it loses it.
+    /// `DISPATCH_SOCKET`. Default: none, which needs `listen`.
     #[serde(skip_serializing_if = "Option::is_none")]
     pub dispatch_socket: Option<PathBuf>,
     /// The pool to join: 1 to 64 bytes without spaces. `DISPATCH_POOL`. Default: `default`.
@@ -434,6 +437,17 @@ impl WorkerConfig {
         }
         if self.sample_interval < MIN_SAMPLE {
             return Err(Error::config("sample_interval", "must be at least 10 ms"));
+        }
+        if let Some(setting) = &self.dispatch_socket {
+            let count = dispatchers::sockets(setting).len();
+            if count == 0 {
+                return Err(Error::config("dispatch_socket", "names no socket"));
+            }
+            if count > dispatchers::MOST {
+                let problem =
+                    format!("names {count} sockets; a worker tries {}", dispatchers::MOST);
+                return Err(Error::config("dispatch_socket", problem));
+            }
         }
         if self.dispatch_socket.is_none() && self.listen.is_none() {
             return Err(Error::config(

@@ -10,6 +10,7 @@ mod claim;
 mod clock;
 mod config;
 mod connection;
+mod dispatchers;
 mod drain;
 mod error;
 mod events;

@@ -19,11 +19,11 @@ use std::time::{Duration, Instant};
 
 use rustix::time::{ClockId, clock_gettime};
 
-use super::backoff::Backoff;
 use super::channel::{self, ReceiveMode, Received};
 use super::clock::after;
 use super::config::{OnDispatcherLoss, WorkerConfig};
 use super::connection::{AcceptTime, Accepted, Origin};
+use super::dispatchers::{self, Dispatchers, Failed, Next};
 use super::drain::{Drain, Draining, start_thread};
 use super::error::Error;
 use super::events::{LinkCallback, LinkEvent, LinkEvents};
@@ -52,13 +52,14 @@ use self::lock::Locked;
 
 /// After this time without an answer to a hello that the dispatcher has read, the worker tries
 /// again.
-const WELCOME_TIMEOUT: Duration = Duration::from_secs(10);
+pub(super) const WELCOME_TIMEOUT: Duration = Duration::from_secs(10);
 
 /// The pause of a worker without a dispatcher after an accept that lacked a descriptor or memory.
 const ACCEPT_PAUSE: Duration = Duration::from_millis(100);
 
 pub(crate) struct WorkerCore {
     hello: Hello,
+    /// The setting, with all sockets.
     socket: PathBuf,
     local_addr: Option<PeerAddr>,
     process: Process,
@@ -98,11 +99,8 @@ pub(super) struct State {
     /// Threads that wait for the leader.
     followers: usize,
     idle_threads: IdleThreads,
-    backoff: Backoff,
+    dispatchers: Dispatchers,
     ever_joined: bool,
-    /// Whether the failing join has been logged as a warning; then further failures are logged for
-    /// debugging only.
-    warned: bool,
     join_deadline: Option<(Instant, Duration)>,
     last_problem: String,
     buffer: Vec<u8>,
@@ -203,6 +201,8 @@ impl WorkerCore {
                 Link::Waiting { until: Instant::now() }
             }
         };
+        let (min, max) = (config.reconnect_min, config.reconnect_max);
+        let dispatchers = Dispatchers::new(dispatchers::sockets(&socket), min, max);
         let timeout = config.join_timeout;
         let max_connections = config.effective_max_connections();
         let gauges = Gauges::new(Arc::clone(&log_queue));
@@ -233,9 +233,8 @@ impl WorkerCore {
                 leader: false,
                 followers: 0,
                 idle_threads: IdleThreads::default(),
-                backoff: Backoff::new(config.reconnect_min, config.reconnect_max),
+                dispatchers,
                 ever_joined: false,
-                warned: false,
                 join_deadline: timeout.map(|timeout| (after(timeout), timeout)),
                 last_problem: "it did not answer".to_owned(),
                 buffer: vec![0; channel::BUFFER],

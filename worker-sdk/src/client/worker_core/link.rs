@@ -143,7 +143,15 @@ impl WorkerCore {
                 let until = *until;
                 self.sleep(state, until, now)
             }
-            Link::Waiting { .. } => {
+            Link::Waiting { until } => {
+                let socket = match state.dispatchers.next(now) {
+                    Next::Try(socket) => socket,
+                    Next::Wait(next) => {
+                        *until = next;
+                        return Ok(Step::Again);
+                    }
+                };
+                state.dispatchers.begin(&socket, now);
                 let hello = Hello {
                     // In this order, because a connection may end between the two reads, but none
                     // can open.
@@ -153,11 +161,12 @@ impl WorkerCore {
                     max_connections: state.settings.max_connections,
                     ..self.hello.clone()
                 };
-                let greeted = join::greet(&self.socket, &hello).and_then(|(control, place)| {
-                    match self.readiness.watch(control.as_fd()) {
-                        Ok(()) => Ok((control, place)),
-                        Err(error) => Err(Failure::Absent(error.to_string())),
-                    }
+                let greeted = join::greet(&socket, &hello).and_then(|(control, place)| match self
+                    .readiness
+                    .watch(control.as_fd())
+                {
+                    Ok(()) => Ok((control, place)),
+                    Err(error) => Err(Failure::Absent(error.to_string())),
                 });
                 match greeted {
                     Ok((control, place)) => {
@@ -169,17 +178,20 @@ impl WorkerCore {
                 Ok(Step::Again)
             }
             Link::Greeting { control, until, place } => {
-                match join::answer(control, &self.socket) {
+                let socket = state.dispatchers.current();
+                match join::answer(control, socket) {
                     Ok(None) if now < *until => {
                         let until = *until;
                         return self.sleep(state, until, now);
                     }
                     // It still waits in the queue of a listening socket, which a service manager
                     // can hold open while there is no dispatcher. The next dispatcher finds it
-                    // there. Another attempt would only fill the queue.
+                    // there. Another attempt would only fill the queue. But another dispatcher may
+                    // be ready.
                     Ok(None)
-                        if !crate::sys::all_received(control)
-                            && *place == Place::of(&self.socket).ok() =>
+                        if !state.dispatchers.are_several()
+                            && !crate::sys::all_received(control)
+                            && *place == Place::of(socket).ok() =>
                     {
                         *until = now + WELCOME_TIMEOUT;
                     }
@@ -223,40 +235,51 @@ impl WorkerCore {
             join::end(control);
             connected = true;
         }
-        let delay = match failure {
-            Failure::Transient(_) | Failure::Permanent(_) if connected => state.backoff.refused(),
-            Failure::Absent(_) | Failure::Transient(_) | Failure::Permanent(_) => {
-                state.backoff.absent()
-            }
+        let how = match failure {
+            Failure::Transient(_) | Failure::Permanent(_) if connected => Failed::Refused,
+            Failure::Absent(_) | Failure::Transient(_) | Failure::Permanent(_) => Failed::Absent,
         };
-        state.link = Link::Waiting { until: after(delay) };
+        let now = Instant::now();
+        let permanent = matches!(failure, Failure::Permanent(_));
+        let delay = state.dispatchers.failed(how, permanent, now);
+        let until = state.dispatchers.due(now);
+        state.link = Link::Waiting { until };
+        let wake = until.saturating_duration_since(now);
         let problem = match failure {
-            Failure::Permanent(error) if !state.ever_joined => {
+            Failure::Permanent(error)
+                if !state.ever_joined && state.dispatchers.all_permanent() =>
+            {
                 // The caller may wait all the same.
-                self.readiness.arm(delay);
+                self.readiness.arm(wake);
                 return Err(error);
             }
             Failure::Permanent(error) => error.to_string(),
             Failure::Absent(problem) | Failure::Transient(problem) => problem,
         };
+        let warned = state.dispatchers.warn();
+        let socket = state.dispatchers.current();
         let line = || {
             format!(
                 "cannot join the dispatcher at {}: {problem}; trying again in {}, and so on",
-                readable_path(&self.socket),
+                readable_path(socket),
                 clock::shown(delay)
             )
         };
-        if mem::replace(&mut state.warned, true) {
+        if warned {
             self.log_queue.push(log::Level::Debug, line);
         } else {
             // Without this line the user would not learn why the program gets no connections.
             self.log_queue.push_important(log::Level::Warn, line);
         }
-        state.last_problem = problem;
+        state.last_problem = if state.dispatchers.are_several() {
+            format!("{}: {problem}", readable_path(socket))
+        } else {
+            problem
+        };
         // Checked here as well, because the next attempt may be due already.
         let timeout = self.check_join_deadline(state, Instant::now());
         if timeout.is_err() {
-            self.readiness.arm(delay);
+            self.readiness.arm(wake);
         }
         timeout
     }
@@ -289,7 +312,7 @@ impl WorkerCore {
         self.log_queue.push(log::Level::Info, || {
             format!(
                 "joined the dispatcher at {} as worker {} of pool {}",
-                readable_path(&self.socket),
+                readable_path(state.dispatchers.current()),
                 session.worker_id,
                 self.hello.pool
             )
@@ -313,8 +336,8 @@ impl WorkerCore {
             start_thread(self, "worker-loss", move || core.watch_for_loss(&session, &channel));
         }
         state.link = Link::Joined { session, channel };
-        (state.ever_joined, state.warned) = (true, false);
-        state.backoff.joined();
+        state.ever_joined = true;
+        state.dispatchers.joined();
         state.join_deadline = None;
         Ok(())
     }
@@ -407,7 +430,7 @@ impl WorkerCore {
         self.log_queue.push(log::Level::Warn, || {
             format!(
                 "lost the dispatcher at {}: {}; {}; live: {}",
-                readable_path(&self.socket),
+                readable_path(state.dispatchers.current()),
                 readable(why),
                 if returns { "joining again" } else { "taking no more connections" },
                 connections(usize::try_from(self.live()).unwrap_or(usize::MAX))
@@ -417,7 +440,7 @@ impl WorkerCore {
         if returns {
             // The next dispatcher does not know of a drain by this one.
             self.draining.end(self);
-            state.link = Link::Waiting { until: after(state.backoff.lost()) };
+            state.link = Link::Waiting { until: after(state.dispatchers.lost()) };
         } else {
             self.close_after_loss(state);
         }

@@ -1,0 +1,281 @@
+//! What the blocking connector and the one for tokio share: the state of all connections of a
+//! connector, and the state machine of one connect with it. No I/O, no wait.
+//!
+//! No lock is held while a handler of the application runs.
+
+use std::net::SocketAddr;
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
+use std::time::{Duration, Instant};
+use std::{fmt, io};
+
+use super::Address;
+use super::advice::Answer;
+use super::config::ConnectorConfig;
+use super::error::{ConnectionLost, Error};
+use super::event::{Attempt, Decision};
+use super::machine::{Machine, Step};
+use super::plan::Persistence;
+use super::race;
+use super::selection::{Candidate, Selection};
+use super::set_aside::SetAside;
+use super::targets::{Chosen, Targets};
+
+/// One connector.
+pub(super) struct Core {
+    pub(super) config: ConnectorConfig,
+    shared: Mutex<Shared>,
+}
+
+/// The state of all its connections.
+struct Shared {
+    targets: Targets<Address>,
+    /// The hosts that are asked for advice.
+    hosts: Targets<Address>,
+    /// The addresses of host names.
+    peers: SetAside<SocketAddr>,
+    /// The peer of earlier connections, in sticky mode.
+    stuck_to: Option<SocketAddr>,
+    /// How often a host name was connected to.
+    rotation: usize,
+    /// The last problem with the list of addresses.
+    problem: Option<String>,
+}
+
+impl fmt::Debug for Core {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.debug_struct("Core").field("config", &self.config).finish_non_exhaustive()
+    }
+}
+
+fn random() -> u64 {
+    fastrand::u64(..)
+}
+
+impl Core {
+    pub(super) fn new(config: ConnectorConfig) -> Result<Arc<Core>, Error> {
+        let config = config.checked()?;
+        let mut targets = Targets::new(config.selection, config.sticky, config.pauses);
+        let mut list = config.addresses.list.clone();
+        if config.addresses.shuffled {
+            fastrand::shuffle(&mut list);
+        }
+        // A list for the beginning is out of date at once.
+        let stale_at = config.addresses.advice.as_ref().map(|_| Instant::now());
+        targets.replace(list, stale_at);
+        // One that answers is asked again.
+        let mut hosts = Targets::new(Selection::RoundRobin, true, config.pauses);
+        if let Some(advice) = &config.addresses.advice {
+            hosts.replace(advice.hosts.iter().cloned().map(Candidate::new).collect(), None);
+        }
+        let shared = Shared {
+            targets,
+            hosts,
+            peers: SetAside::new(config.pauses),
+            stuck_to: None,
+            rotation: fastrand::usize(..),
+            problem: None,
+        };
+        Ok(Arc::new(Core { config, shared: Mutex::new(shared) }))
+    }
+
+    fn lock(&self) -> MutexGuard<'_, Shared> {
+        self.shared.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    /// The next host to ask for advice, in a series that has asked `asked` already.
+    pub(super) fn next_host(&self, asked: &[Address]) -> Option<Asked<'_>> {
+        let now = Instant::now();
+        let mut shared = self.lock();
+        let excluded = |host: &Address| asked.contains(host);
+        let usable = shared.hosts.usable(now, excluded, None, &mut random);
+        let host = usable.or_else(|| shared.hosts.set_aside(now, excluded))?;
+        Some(Asked { core: self, host })
+    }
+
+    /// Uses a host's answer, or notes its failure; returns the best address.
+    pub(super) fn answered(
+        &self,
+        host: &Address,
+        answer: Result<Answer, String>,
+    ) -> Result<Option<Address>, ()> {
+        let now = Instant::now();
+        let mut shared = self.lock();
+        match answer {
+            Ok(answer) => {
+                shared.hosts.succeeded(host);
+                match answer {
+                    Answer::Best(address) => return Ok(Some(address)),
+                    // An empty list would help nobody: the last one may still serve.
+                    Answer::Addresses(list, valid_for) if list.is_empty() => {
+                        shared.problem = Some(format!("{host}: no address is usable"));
+                        shared.targets.keep_until(now + valid_for);
+                    }
+                    Answer::Addresses(mut list, valid_for) => {
+                        if self.config.addresses.shuffled {
+                            fastrand::shuffle(&mut list);
+                        }
+                        shared.problem = None;
+                        shared.targets.replace(list, Some(now + valid_for));
+                    }
+                }
+                Ok(None)
+            }
+            Err(problem) => {
+                log::debug!(target: "worker_sdk", "advice: {host}: {problem}");
+                shared.hosts.failed(host, now, random());
+                shared.problem = Some(format!("{host}: {problem}"));
+                Err(())
+            }
+        }
+    }
+
+    /// Other connects use the last list while this one fetches the next.
+    pub(super) fn fetching(&self, limit: Duration) {
+        let mut shared = self.lock();
+        if !shared.targets.is_empty() {
+            shared.targets.keep_until(Instant::now() + limit);
+        }
+    }
+
+    /// The addresses of a host name, in the order in which they are tried.
+    pub(super) fn order(
+        &self,
+        resolved: &[SocketAddr],
+        preferred: Option<SocketAddr>,
+    ) -> Vec<SocketAddr> {
+        let now = Instant::now();
+        let mut shared = self.lock();
+        let rotation = match self.config.selection {
+            Selection::InOrder => 0,
+            Selection::RoundRobin => {
+                shared.rotation = shared.rotation.wrapping_add(1);
+                shared.rotation
+            }
+            Selection::Random | Selection::Weighted | Selection::Best => fastrand::usize(..),
+        };
+        let preferred = preferred.or(shared.stuck_to);
+        let has_failed = |peer: &SocketAddr| !shared.peers.standing(peer, now).is_usable();
+        race::order(resolved, rotation, preferred, has_failed)
+    }
+
+    /// An address of a host name did not answer.
+    pub(super) fn peer_failed(&self, peer: SocketAddr) {
+        let mut shared = self.lock();
+        if shared.stuck_to == Some(peer) {
+            shared.stuck_to = None;
+        }
+        shared.peers.failed(&peer, Instant::now(), random());
+    }
+
+    fn peer_succeeded(&self, peer: SocketAddr) {
+        let mut shared = self.lock();
+        shared.peers.succeeded(&peer);
+        if self.config.sticky {
+            shared.stuck_to = Some(peer);
+        }
+    }
+}
+
+/// A host that is being asked. Dropping it without an answer lets others ask it.
+#[derive(Debug)]
+pub(super) struct Asked<'a> {
+    core: &'a Core,
+    host: Chosen<Address>,
+}
+
+impl Asked<'_> {
+    pub(super) fn address(&self) -> &Address {
+        &self.host.address
+    }
+}
+
+impl Drop for Asked<'_> {
+    fn drop(&mut self) {
+        // After an answer this changes nothing.
+        self.core.lock().hosts.release(&self.host);
+    }
+}
+
+/// A lost connection: the address that it was made to, and the one that it reached.
+pub(super) type Lost = (Address, SocketAddr);
+
+/// One connect or reconnect. Dropping it gives it up.
+#[derive(Debug)]
+pub(super) struct Attempts {
+    pub(super) core: Arc<Core>,
+    machine: Machine<Address>,
+    /// The peer of the lost connection.
+    pub(super) preferred: Option<SocketAddr>,
+}
+
+impl Attempts {
+    pub(super) fn new(core: &Arc<Core>, lost: Option<Lost>) -> Attempts {
+        let (lost, preferred) = lost.unzip();
+        let machine = Machine::new(core.config.plan.clone(), lost);
+        Attempts { core: Arc::clone(core), machine, preferred }
+    }
+
+    /// The next step that the driver has to do something for.
+    pub(super) fn next(&mut self) -> Step<Address> {
+        loop {
+            let now = Instant::now();
+            match self.machine.next(&mut self.core.lock().targets, now, &mut random) {
+                Step::Ask => {}
+                step => return step,
+            }
+            let decision = match &self.core.config.on_connection_lost {
+                Some(handler) => handler(&self.lost()),
+                None => Decision::GiveUp,
+            };
+            self.machine.decide(decision, &mut random);
+        }
+    }
+
+    /// Tells the application, and begins the attempt; returns its address and its end.
+    pub(super) fn begin(&mut self, mut attempt: Attempt) -> (Address, Instant) {
+        if let Some(handler) = &self.core.config.on_attempt {
+            handler(&mut attempt);
+        }
+        let now = Instant::now();
+        let address = attempt.address;
+        let limit = self.machine.begin(&mut self.core.lock().targets, address.clone(), now);
+        (address, now + limit)
+    }
+
+    pub(super) fn succeeded(&mut self, peer: SocketAddr) {
+        self.core.peer_succeeded(peer);
+        self.machine.succeeded(&mut self.core.lock().targets);
+    }
+
+    pub(super) fn failed(&mut self, error: &io::Error) {
+        let failure = (error.kind(), error.to_string());
+        let now = Instant::now();
+        self.machine.failed(&mut self.core.lock().targets, failure, now, &mut random);
+    }
+
+    pub(super) fn advise(&mut self, best: Address) {
+        self.machine.advise(best);
+    }
+
+    /// The end of a question to the advice hosts.
+    pub(super) fn refresh_deadline(&self) -> Instant {
+        let now = Instant::now();
+        now + self.machine.time_left(now)
+    }
+
+    fn lost(&self) -> ConnectionLost {
+        let (attempts, timed_out) = self.machine.outcomes();
+        ConnectionLost { attempts, timed_out, addresses: self.core.lock().problem.clone() }
+    }
+
+    pub(super) fn error(&self) -> Error {
+        debug_assert!(self.core.config.plan.persistence == Persistence::Ask);
+        Error::ConnectionLost(self.lost())
+    }
+}
+
+impl Drop for Attempts {
+    fn drop(&mut self) {
+        self.machine.cancel(&mut self.core.lock().targets);
+    }
+}

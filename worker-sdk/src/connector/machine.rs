@@ -1,0 +1,378 @@
+//! The attempts of one connect or reconnect, as a state machine without I/O.
+//!
+//! [`Machine::next`] says what to do next; the driver does it and reports the result. Time, random
+//! numbers and results come in as arguments, so every course of events can be tested. The blocking
+//! connector, the one for tokio, and a worker that looks for its dispatcher drive the same machine.
+
+use std::hash::Hash;
+use std::io;
+use std::mem;
+use std::time::{Duration, Instant};
+
+use super::error::Outcome;
+use super::event::{Attempt, Decision};
+use super::plan::{Persistence, Plan};
+use super::selection::{Random, Selection};
+use super::targets::{Chosen, Targets};
+
+/// What the driver does next.
+#[derive(Debug, PartialEq, Eq)]
+pub(crate) enum Step<A> {
+    /// Fetch the list of addresses if `list`, and the best address if `best`; then call `next`
+    /// again, whatever the result.
+    Refresh { list: bool, best: bool },
+    /// Call `next` again at this time.
+    Wait(Instant),
+    /// Tell the application, then call `begin` with the address that it leaves or chooses.
+    Attempt(Attempt<A>),
+    /// All attempts failed: ask the application, then call `decide`.
+    Ask,
+    /// The end, without a connection.
+    GiveUp,
+}
+
+#[derive(Debug)]
+enum State<A> {
+    /// A round begins.
+    Begin,
+    Waiting(Instant),
+    /// An attempt may be made.
+    Ready,
+    /// The application has been told of the attempt.
+    Announced(Chosen<A>, Attempt<A>),
+    /// The attempt is under way since this time.
+    Under(Chosen<A>, Attempt<A>, Instant),
+    /// All attempts of the round failed.
+    Over,
+    /// There is a connection, or the application gave up.
+    End,
+}
+
+/// One connect or reconnect.
+#[derive(Debug)]
+pub(crate) struct Machine<A> {
+    plan: Plan,
+    state: State<A>,
+    /// The server of the lost connection: it is tried first.
+    lost: Option<A>,
+    /// The address that the advice names.
+    best: Option<A>,
+    current: Option<Chosen<A>>,
+    /// Attempts made: on the current address, on alternatives.
+    made: (u32, u32),
+    /// Whether the list was refreshed for the current address, and for the alternatives.
+    refreshed: (bool, bool),
+    /// The addresses that failed in this round; the last failure last.
+    failed: Vec<A>,
+    round_began: Option<Instant>,
+    /// Failures in a row; further rounds continue it.
+    failures: u32,
+    /// The back-off that is due before the next round.
+    pause: Duration,
+    outcomes: Vec<Outcome<A>>,
+    timed_out: bool,
+}
+
+impl<A: Clone + Eq + Hash> Machine<A> {
+    /// A connect; with `lost` a reconnect, after the loss of a connection to that address.
+    pub(crate) fn new(plan: Plan, lost: Option<A>) -> Machine<A> {
+        Machine {
+            plan,
+            state: State::Begin,
+            lost,
+            best: None,
+            current: None,
+            made: (0, 0),
+            refreshed: (false, false),
+            failed: Vec::new(),
+            round_began: None,
+            failures: 0,
+            pause: Duration::ZERO,
+            outcomes: Vec::new(),
+            timed_out: false,
+        }
+    }
+
+    /// The next step. Calling it again before that is done gives the same step.
+    pub(crate) fn next(
+        &mut self,
+        targets: &mut Targets<A>,
+        now: Instant,
+        random: Random<'_>,
+    ) -> Step<A> {
+        loop {
+            match &self.state {
+                State::Begin => self.begin_round(now, random),
+                State::Waiting(until) if now < *until => return Step::Wait(*until),
+                State::Waiting(_) => self.state = State::Ready,
+                State::Ready => {
+                    if let Some(step) = self.propose(targets, now, random) {
+                        return step;
+                    }
+                }
+                State::Announced(_, attempt) => return Step::Attempt(attempt.clone()),
+                // The driver reports the result first.
+                State::Under(_, _, since) => return Step::Wait(*since + self.plan.attempt_timeout),
+                State::Over => match self.plan.persistence {
+                    Persistence::Ask => return Step::Ask,
+                    Persistence::Rounds | Persistence::Endless => {
+                        self.decide(Decision::TryAgain, random);
+                    }
+                },
+                State::End => return Step::GiveUp,
+            }
+        }
+    }
+
+    fn begin_round(&mut self, now: Instant, random: Random<'_>) {
+        if self.lost.is_some() && self.failures == 0 {
+            // The clients of one server lose it at the same time.
+            self.pause = self.plan.back_off.wait(1, random());
+        }
+        // The pause is not a part of the round, so that a long one leaves time for attempts.
+        let begins = now + mem::take(&mut self.pause);
+        self.round_began = Some(begins);
+        (self.made, self.refreshed) = ((0, 0), (false, false));
+        self.failed.clear();
+        self.outcomes.clear();
+        self.timed_out = false;
+        (self.current, self.best) = (None, None);
+        self.state = State::Waiting(begins);
+    }
+
+    /// The next attempt, or what has to come before it; none if the round is over.
+    fn propose(
+        &mut self,
+        targets: &mut Targets<A>,
+        now: Instant,
+        random: Random<'_>,
+    ) -> Option<Step<A>> {
+        let endless = self.plan.persistence == Persistence::Endless;
+        if self.time_left(now).is_zero() && !endless {
+            self.timed_out = true;
+            self.state = State::Over;
+            return None;
+        }
+        let Some((alternative, retries_left)) = self.kind_of_next() else {
+            self.state = State::Over;
+            return None;
+        };
+        if let Some(refresh) = self.refresh(targets, alternative, now) {
+            return Some(refresh);
+        }
+        let chosen = if endless {
+            let chosen = targets.usable(now, |_| false, None, random);
+            if chosen.is_none() {
+                let until = targets.first_end(now).unwrap_or(now + self.plan.attempt_timeout);
+                return Some(Step::Wait(until));
+            }
+            chosen
+        } else if alternative {
+            self.alternative(targets, now, random)
+        } else {
+            self.current(targets, now, random)
+        };
+        let Some(chosen) = chosen else {
+            self.state = State::Over;
+            return None;
+        };
+        let attempt = Attempt { alternative, retries_left, address: chosen.address.clone() };
+        self.state = State::Announced(chosen, attempt);
+        None
+    }
+
+    /// Whether the next attempt goes to an alternative, and how many of its kind are left then.
+    fn kind_of_next(&self) -> Option<(bool, u32)> {
+        let (current, alternative) = self.made;
+        if current < self.plan.max_retries {
+            Some((false, self.plan.max_retries - current - 1))
+        } else if alternative < self.plan.max_retries_alternative {
+            Some((true, self.plan.max_retries_alternative - alternative - 1))
+        } else {
+            None
+        }
+    }
+
+    /// The list is fetched before the first choice of a round if it is out of date, and the best
+    /// address before each choice that is not the server of the lost connection.
+    fn refresh(
+        &mut self,
+        targets: &Targets<A>,
+        alternative: bool,
+        now: Instant,
+    ) -> Option<Step<A>> {
+        let done = if alternative { &mut self.refreshed.1 } else { &mut self.refreshed.0 };
+        if mem::replace(done, true) {
+            return None;
+        }
+        let list = targets.is_stale(now);
+        let chooses = alternative || !self.lost.as_ref().is_some_and(|lost| targets.contains(lost));
+        let best = chooses && targets.selection() == Selection::Best;
+        (list || best).then_some(Step::Refresh { list, best })
+    }
+
+    /// The current address. One that was probed without success is left: the others come first.
+    fn current(
+        &mut self,
+        targets: &mut Targets<A>,
+        now: Instant,
+        random: Random<'_>,
+    ) -> Option<Chosen<A>> {
+        if let Some(current) = &self.current {
+            if current.probe {
+                let failed = &self.failed;
+                let other = targets.usable(
+                    now,
+                    |address| failed.contains(address),
+                    self.best.as_ref(),
+                    random,
+                );
+                if other.is_some() {
+                    self.current.clone_from(&other);
+                    return other;
+                }
+            }
+            return Some(Chosen { address: current.address.clone(), probe: false });
+        }
+        let lost = self.lost.as_ref().filter(|lost| targets.contains(lost)).cloned();
+        let chosen = lost
+            .and_then(|lost| targets.this(&lost, now))
+            .or_else(|| targets.usable(now, |_| false, self.best.as_ref(), random))
+            .or_else(|| targets.set_aside(now, |_| false));
+        self.current.clone_from(&chosen);
+        chosen
+    }
+
+    /// Another address: one that has not failed in this round, else the one whose failure is
+    /// longest ago, else the current one.
+    fn alternative(
+        &mut self,
+        targets: &mut Targets<A>,
+        now: Instant,
+        random: Random<'_>,
+    ) -> Option<Chosen<A>> {
+        let current = self.current.as_ref().map(|chosen| &chosen.address);
+        let excluded = |address: &A| Some(address) == current || self.failed.contains(address);
+        let fresh = targets
+            .usable(now, excluded, self.best.as_ref(), random)
+            .or_else(|| targets.set_aside(now, excluded));
+        if fresh.is_some() {
+            return fresh;
+        }
+        let failed =
+            self.failed.iter().find(|failed| Some(*failed) != current && targets.contains(failed));
+        let address = failed.or(current)?.clone();
+        Some(Chosen { address, probe: false })
+    }
+
+    /// The announced attempt begins, with this address. Returns its time limit.
+    pub(crate) fn begin(&mut self, targets: &mut Targets<A>, address: A, now: Instant) -> Duration {
+        if let State::Announced(chosen, mut attempt) = mem::replace(&mut self.state, State::Ready) {
+            let chosen = if chosen.address == address {
+                chosen
+            } else {
+                targets.release(&chosen);
+                Chosen { address: address.clone(), probe: false }
+            };
+            attempt.address = address;
+            self.state = State::Under(chosen, attempt, now);
+        }
+        self.plan.attempt_timeout.min(self.time_left(now))
+    }
+
+    /// There is a connection. Returns its address.
+    pub(crate) fn succeeded(&mut self, targets: &mut Targets<A>) -> Option<A> {
+        match mem::replace(&mut self.state, State::End) {
+            State::Under(chosen, ..) => {
+                targets.succeeded(&chosen.address);
+                Some(chosen.address)
+            }
+            _ => None,
+        }
+    }
+
+    /// The attempt failed.
+    pub(crate) fn failed(
+        &mut self,
+        targets: &mut Targets<A>,
+        (kind, problem): (io::ErrorKind, String),
+        now: Instant,
+        random: Random<'_>,
+    ) {
+        let State::Under(chosen, attempt, since) = mem::replace(&mut self.state, State::Ready)
+        else {
+            return;
+        };
+        let Attempt { alternative, retries_left, address } = attempt;
+        targets.failed(&chosen.address, now, random());
+        self.failed.retain(|failed| *failed != address);
+        self.failed.push(address.clone());
+        let made = if alternative { &mut self.made.1 } else { &mut self.made.0 };
+        *made = made.saturating_add(1);
+        let took = now.saturating_duration_since(since);
+        self.outcomes.push(Outcome { address, alternative, retries_left, took, kind, problem });
+        self.failures = self.failures.saturating_add(1);
+        let wait = self.plan.back_off.wait(self.failures, random());
+        self.state = if self.kind_of_next().is_none() {
+            self.pause = wait;
+            State::Over
+        } else if wait >= self.time_left(now) {
+            // The time limit would end the wait.
+            (self.pause, self.timed_out) = (wait, true);
+            State::Over
+        } else {
+            State::Waiting(now + wait)
+        };
+    }
+
+    /// The attempt failed, and its address is not tried for this time. For endless attempts only:
+    /// the next one may be made at once, on another address.
+    pub(crate) fn failed_for(&mut self, targets: &mut Targets<A>, now: Instant, pause: Duration) {
+        if let State::Under(chosen, ..) = mem::replace(&mut self.state, State::Ready) {
+            targets.failed_for(&chosen.address, now, pause);
+        }
+    }
+
+    /// Advice for the next choice: the best address now.
+    pub(crate) fn advise(&mut self, best: A) {
+        self.best = Some(best);
+    }
+
+    /// The application's decision after [`Step::Ask`].
+    pub(crate) fn decide(&mut self, decision: Decision, random: Random<'_>) {
+        match decision {
+            Decision::GiveUp => self.state = State::End,
+            Decision::TryAgain => {
+                if self.pause.is_zero() {
+                    // No attempt was made, for want of an address or of time.
+                    self.failures = self.failures.saturating_add(1);
+                    self.pause = self.plan.back_off.wait(self.failures, random());
+                }
+                self.state = State::Begin;
+            }
+        }
+    }
+
+    /// The attempt is given up without a result, and no other follows.
+    pub(crate) fn cancel(&mut self, targets: &mut Targets<A>) {
+        match mem::replace(&mut self.state, State::End) {
+            State::Announced(chosen, _) | State::Under(chosen, ..) => targets.release(&chosen),
+            State::Begin | State::Waiting(_) | State::Ready | State::Over | State::End => {}
+        }
+    }
+
+    /// What is left of the time of the round.
+    pub(crate) fn time_left(&self, now: Instant) -> Duration {
+        let used =
+            self.round_began.map_or(Duration::ZERO, |began| now.saturating_duration_since(began));
+        self.plan.total_timeout.saturating_sub(used)
+    }
+
+    /// The outcomes of the round, and whether the time limit ended it.
+    pub(crate) fn outcomes(&self) -> (Vec<Outcome<A>>, bool) {
+        (self.outcomes.clone(), self.timed_out)
+    }
+}
+
+#[cfg(test)]
+mod tests;

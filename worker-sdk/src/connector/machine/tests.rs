@@ -1,0 +1,501 @@
+//! The machine in virtual time, against servers that are up, refuse, or are silent.
+
+use std::cell::Cell;
+use std::collections::{BTreeMap, BTreeSet};
+
+use proptest::prelude::*;
+
+use super::*;
+use crate::connector::plan::BackOff;
+use crate::connector::selection::Candidate;
+use crate::connector::set_aside::{Pauses, Standing};
+
+const PAUSES: Pauses = Pauses { first: Duration::from_secs(1), most: Duration::from_secs(15) };
+const MS: Duration = Duration::from_millis(1);
+
+type Server = u8;
+
+fn plan(max_retries: u32, max_retries_alternative: u32) -> Plan {
+    Plan {
+        max_retries,
+        max_retries_alternative,
+        attempt_timeout: Duration::from_secs(3),
+        total_timeout: Duration::from_secs(3_600),
+        back_off: BackOff { first: 100 * MS, most: Duration::from_secs(5) },
+        persistence: Persistence::Ask,
+    }
+}
+
+fn targets(selection: Selection, servers: Server) -> Targets<Server> {
+    let mut targets = Targets::new(selection, false, PAUSES);
+    targets.replace((0..servers).map(Candidate::new).collect(), None);
+    targets
+}
+
+/// How a server answers.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+enum Answer {
+    Accepts,
+    Refuses,
+    Silent,
+}
+
+/// What a connect did: the events with their times, and the server that it reached.
+#[derive(Debug)]
+struct Course {
+    events: Vec<(Duration, Attempt<Server>)>,
+    reached: Option<Server>,
+    took: Duration,
+}
+
+impl Course {
+    fn kinds(&self) -> Vec<(bool, u32)> {
+        self.events.iter().map(|(_, attempt)| (attempt.alternative, attempt.retries_left)).collect()
+    }
+
+    fn addresses(&self) -> Vec<Server> {
+        self.events.iter().map(|(_, attempt)| attempt.address).collect()
+    }
+}
+
+/// A virtual clock and a seeded source of random numbers.
+struct World {
+    start: Instant,
+    now: Cell<Instant>,
+    rng: fastrand::Rng,
+}
+
+impl World {
+    fn new(seed: u64) -> World {
+        let start = Instant::now();
+        World { start, now: Cell::new(start), rng: fastrand::Rng::with_seed(seed) }
+    }
+
+    fn time(&self) -> Duration {
+        self.now.get() - self.start
+    }
+
+    fn pass(&self, time: Duration) {
+        self.now.set(self.now.get() + time);
+    }
+
+    /// A random time, in milliseconds.
+    fn pass_between(&mut self, range: std::ops::Range<u64>) {
+        let time = Duration::from_millis(self.rng.u64(range));
+        self.pass(time);
+    }
+
+    /// Drives a machine to its end; `asked` is the number of further rounds that the application
+    /// asks for.
+    fn run(
+        &mut self,
+        machine: &mut Machine<Server>,
+        targets: &mut Targets<Server>,
+        mut asked: u32,
+        answers: impl Fn(Server, Duration) -> Answer,
+    ) -> Course {
+        let began = self.now.get();
+        let mut events = Vec::new();
+        loop {
+            let now = self.now.get();
+            match machine.next(targets, now, &mut || self.rng.u64(..)) {
+                Step::Refresh { .. } => {}
+                Step::Wait(until) => {
+                    assert!(until > now, "a wait for the past");
+                    self.now.set(until);
+                }
+                Step::Attempt(attempt) => {
+                    let address = attempt.address;
+                    events.push((self.time(), attempt));
+                    let limit = machine.begin(targets, address, now);
+                    let failure = match answers(address, self.time()) {
+                        Answer::Accepts => {
+                            self.pass(MS);
+                            assert_eq!(machine.succeeded(targets), Some(address));
+                            let took = self.now.get() - began;
+                            return Course { events, reached: Some(address), took };
+                        }
+                        Answer::Refuses => {
+                            self.pass(MS);
+                            (io::ErrorKind::ConnectionRefused, "refused".to_owned())
+                        }
+                        Answer::Silent => {
+                            self.pass(limit);
+                            (io::ErrorKind::TimedOut, "silent".to_owned())
+                        }
+                    };
+                    machine.failed(targets, failure, self.now.get(), &mut || self.rng.u64(..));
+                }
+                Step::Ask if asked > 0 => {
+                    asked -= 1;
+                    machine.decide(Decision::TryAgain, &mut || self.rng.u64(..));
+                }
+                Step::Ask => machine.decide(Decision::GiveUp, &mut || self.rng.u64(..)),
+                Step::GiveUp => {
+                    return Course { events, reached: None, took: self.now.get() - began };
+                }
+            }
+        }
+    }
+}
+
+#[test]
+fn three_and_two_give_five_attempts_the_last_two_on_alternatives() {
+    let expected = [(false, 2), (false, 1), (false, 0), (true, 1), (true, 0)];
+    for seed in 0..200 {
+        for selection in [Selection::InOrder, Selection::RoundRobin, Selection::Random] {
+            for servers in 1..6 {
+                let mut targets = targets(selection, servers);
+                let mut machine = Machine::new(plan(3, 2), None);
+                let course =
+                    World::new(seed).run(&mut machine, &mut targets, 0, |_, _| Answer::Refuses);
+                assert_eq!(course.kinds(), expected);
+                let tried = course.addresses();
+                assert_eq!((tried[0], tried[1]), (tried[1], tried[2]), "the current address");
+                let (outcomes, timed_out) = machine.outcomes();
+                assert_eq!((outcomes.len(), timed_out), (5, false));
+                let same = outcomes.iter().zip(&course.events).all(|(outcome, (_, attempt))| {
+                    (outcome.address, outcome.alternative, outcome.retries_left)
+                        == (attempt.address, attempt.alternative, attempt.retries_left)
+                });
+                assert!(same, "{outcomes:?}");
+                match servers {
+                    1 => assert_eq!(tried, [0; 5], "there is no other"),
+                    2 => assert!(tried[3..].iter().all(|other| *other != tried[0])),
+                    _ => {
+                        let others: BTreeSet<Server> = tried[2..].iter().copied().collect();
+                        assert_eq!(others.len(), 3, "none twice: {tried:?}");
+                    }
+                }
+            }
+        }
+    }
+}
+
+#[test]
+fn the_first_attempt_is_made_at_once_and_a_lost_server_is_tried_first() {
+    for seed in 0..50 {
+        let mut world = World::new(seed);
+        let mut targets = targets(Selection::RoundRobin, 4);
+        let course =
+            world.run(&mut Machine::new(plan(3, 2), None), &mut targets, 0, |_, _| Answer::Accepts);
+        assert_eq!((course.kinds(), course.took), (vec![(false, 2)], MS));
+        let again = world.run(
+            &mut Machine::new(plan(3, 2), course.reached),
+            &mut targets,
+            0,
+            |server, _| {
+                if Some(server) == course.reached { Answer::Refuses } else { Answer::Accepts }
+            },
+        );
+        let tried = again.addresses();
+        assert_eq!(tried[..3], [course.reached.unwrap(); 3]);
+        assert_eq!(again.kinds(), [(false, 2), (false, 1), (false, 0), (true, 1)]);
+        assert_ne!(again.reached, course.reached);
+    }
+}
+
+#[test]
+fn a_lost_server_that_is_set_aside_is_not_tried_first() {
+    let mut world = World::new(1);
+    let mut targets = targets(Selection::InOrder, 3);
+    // Another connection has found it dead.
+    targets.failed(&0, world.now.get(), 0);
+    let course =
+        world.run(&mut Machine::new(plan(3, 2), Some(0)), &mut targets, 0, |_, _| Answer::Accepts);
+    assert_eq!(course.addresses(), [1]);
+}
+
+#[test]
+fn the_handler_may_replace_the_address() {
+    let (mut world, mut targets) = (World::new(3), targets(Selection::InOrder, 2));
+    let mut machine = Machine::new(plan(1, 1), None);
+    let now = world.now.get();
+    let Step::Attempt(attempt) = machine.next(&mut targets, now, &mut || world.rng.u64(..)) else {
+        panic!("no attempt");
+    };
+    assert_eq!(attempt.address, 0);
+    machine.begin(&mut targets, 77, now);
+    machine.failed(&mut targets, (io::ErrorKind::Other, "no".to_owned()), now, &mut || 0);
+    assert!(targets.standing(&0, now).is_usable(), "it was not tried");
+    assert_eq!(machine.outcomes().0[0].address, 77);
+    let course = world.run(&mut machine, &mut targets, 0, |_, _| Answer::Accepts);
+    assert_eq!(course.addresses(), [1]);
+}
+
+#[test]
+fn a_failed_probe_is_not_repeated_while_another_server_is_usable() {
+    let mut world = World::new(5);
+    let mut targets = targets(Selection::InOrder, 3);
+    targets.failed(&0, world.now.get(), 0);
+    world.pass(PAUSES.first);
+    let answers = |server, _| if server == 0 { Answer::Silent } else { Answer::Accepts };
+    let course = world.run(&mut Machine::new(plan(3, 2), None), &mut targets, 0, answers);
+    assert_eq!(course.addresses(), [0, 1]);
+    assert_eq!(course.kinds(), [(false, 2), (false, 1)]);
+}
+
+#[test]
+fn one_of_many_connects_probes_at_a_time() {
+    let mut world = World::new(9);
+    let mut targets = targets(Selection::InOrder, 3);
+    targets.failed(&0, world.now.get(), 0);
+    world.pass(PAUSES.first);
+    let now = world.now.get();
+    let mut machines: Vec<_> = (0..20).map(|_| Machine::new(plan(3, 2), None)).collect();
+    let mut begun = Vec::new();
+    for machine in &mut machines {
+        let Step::Attempt(attempt) = machine.next(&mut targets, now, &mut || world.rng.u64(..))
+        else {
+            panic!("no attempt");
+        };
+        machine.begin(&mut targets, attempt.address, now);
+        begun.push(attempt.address);
+    }
+    assert_eq!(begun.iter().filter(|address| **address == 0).count(), 1, "{begun:?}");
+    assert_eq!(targets.standing(&0, now), Standing::BeingProbed);
+    // A connect that is given up leaves the probe to the next one.
+    machines[0].cancel(&mut targets);
+    assert_eq!(targets.standing(&0, now), Standing::ToProbe);
+}
+
+#[test]
+fn sticky_connections_stay_until_the_server_is_down_and_then_stay_at_the_next() {
+    let mut world = World::new(11);
+    let mut targets = Targets::new(Selection::RoundRobin, true, PAUSES);
+    targets.replace((0..4).map(Candidate::new).collect(), None);
+    let mut connect = |world: &mut World, down: Option<Server>| {
+        let answers = |server, _| {
+            if Some(server) == down { Answer::Refuses } else { Answer::Accepts }
+        };
+        let mut machine = Machine::new(plan(2, 2), None);
+        world.run(&mut machine, &mut targets, 0, answers).reached.unwrap()
+    };
+    let first = connect(&mut world, None);
+    assert!((0..20).all(|_| connect(&mut world, None) == first));
+    let second = connect(&mut world, Some(first));
+    assert_ne!(first, second);
+    world.pass(PAUSES.most);
+    assert!((0..20).all(|_| connect(&mut world, None) == second));
+}
+
+#[test]
+fn the_advised_address_comes_first_and_is_asked_for_when_one_is_chosen() {
+    let (world, mut targets) = (World::new(13), targets(Selection::Best, 3));
+    let mut random = fastrand::Rng::with_seed(0);
+    let mut random = || random.u64(..);
+    let mut machine = Machine::new(plan(1, 1), None);
+    let best = Step::Refresh { list: false, best: true };
+    for (advised, alternative) in [(2, false), (1, true)] {
+        let now = world.now.get();
+        assert_eq!(machine.next(&mut targets, now, &mut random), best);
+        machine.advise(advised);
+        let attempt = Attempt { alternative, retries_left: 0, address: advised };
+        let step = machine.next(&mut targets, now, &mut random);
+        assert_eq!(step, Step::Attempt(attempt));
+        machine.begin(&mut targets, advised, now);
+        let failure = (io::ErrorKind::Other, "no".to_owned());
+        machine.failed(&mut targets, failure, now, &mut random);
+        // The back-off is over.
+        world.pass(Duration::from_secs(1));
+    }
+}
+
+#[test]
+fn without_addresses_nothing_is_tried_and_the_application_is_asked() {
+    let (mut world, mut targets) = (World::new(17), targets(Selection::Random, 0));
+    let mut machine = Machine::new(plan(3, 2), None);
+    let course = world.run(&mut machine, &mut targets, 3, |_, _| Answer::Accepts);
+    assert!(course.events.is_empty() && course.reached.is_none());
+    assert!(course.took > Duration::ZERO, "a back-off between the rounds");
+}
+
+#[test]
+fn endless_attempts_go_in_order_to_whatever_is_not_set_aside() {
+    let mut targets = Targets::new(Selection::InOrder, false, PAUSES);
+    targets.replace((0..3).map(Candidate::new).collect(), None);
+    let endless =
+        Plan { persistence: Persistence::Endless, total_timeout: Duration::MAX, ..plan(1, 0) };
+    let mut machine: Machine<Server> = Machine::new(endless, None);
+    let mut now = Instant::now();
+    let mut tried = Vec::new();
+    while tried.len() < 9 {
+        match machine.next(&mut targets, now, &mut || 0) {
+            Step::Wait(until) => now = until,
+            Step::Attempt(attempt) => {
+                machine.begin(&mut targets, attempt.address, now);
+                machine.failed_for(&mut targets, now, 100 * MS);
+                tried.push(attempt.address);
+            }
+            step => panic!("{step:?}"),
+        }
+    }
+    assert_eq!(tried, [0, 1, 2, 0, 1, 2, 0, 1, 2]);
+}
+
+/// When each server is down, and how it behaves then: up at every other time.
+type Outages = Vec<(Server, u64, u64, bool)>;
+
+fn outages(servers: Server) -> impl Strategy<Value = Outages> {
+    let one = (0..servers, 0..120u64, 1..60u64, any::<bool>());
+    prop::collection::vec(one, 0..12)
+}
+
+fn answer(outages: &Outages, server: Server, at: Duration) -> Answer {
+    let at = at.as_secs();
+    let outage = outages
+        .iter()
+        .find(|(down, from, length, _)| *down == server && (*from..from + length).contains(&at));
+    match outage {
+        None => Answer::Accepts,
+        Some((_, _, _, true)) => Answer::Silent,
+        Some((_, _, _, false)) => Answer::Refuses,
+    }
+}
+
+fn selections() -> impl Strategy<Value = Selection> {
+    prop_oneof![
+        Just(Selection::InOrder),
+        Just(Selection::RoundRobin),
+        Just(Selection::Random),
+        Just(Selection::Weighted),
+        Just(Selection::Best),
+    ]
+}
+
+proptest! {
+    /// The numbers of every plan, and the rule for alternatives, while servers come and go.
+    #[test]
+    fn attempts_keep_the_definition(
+        (servers, outages) in (1..6u8).prop_flat_map(|n| (Just(n), outages(n))),
+        selection in selections(),
+        max_retries in 1..5u32,
+        max_retries_alternative in 0..6u32,
+        total in 1..40u64,
+        seed: u64,
+    ) {
+        let mut world = World::new(seed);
+        let mut targets = targets(selection, servers);
+        let total_timeout = Duration::from_secs(total);
+        let plan = Plan { total_timeout, ..plan(max_retries, max_retries_alternative) };
+        let mut lost = None;
+        for _ in 0..20 {
+            let mut machine = Machine::new(plan.clone(), lost);
+            let course = world.run(&mut machine, &mut targets, 0, |server, at| {
+                answer(&outages, server, at)
+            });
+            // The events count down: first on the current address, then on alternatives.
+            let all = (0..max_retries).rev().map(|left| (false, left))
+                .chain((0..max_retries_alternative).rev().map(|left| (true, left)));
+            let all: Vec<(bool, u32)> = all.collect();
+            let kinds = course.kinds();
+            prop_assert_eq!(&kinds, &all[..kinds.len()]);
+            let (outcomes, timed_out) = machine.outcomes();
+            if course.reached.is_none() {
+                prop_assert!(kinds.len() == all.len() || timed_out);
+                prop_assert_eq!(outcomes.len(), kinds.len());
+            }
+            // All limits hold: the pause before a reconnect is at most the first back-off.
+            prop_assert!(course.took <= total_timeout + plan.back_off.first + MS);
+            prop_assert!(outcomes.iter().all(|outcome| outcome.took <= plan.attempt_timeout));
+            // An alternative is not the current address, if there is another, and has not failed
+            // while there is one that has not.
+            let tried = course.addresses();
+            for (place, address) in tried.iter().enumerate() {
+                if !kinds[place].0 {
+                    continue;
+                }
+                let before: BTreeSet<Server> = tried[..place].iter().copied().collect();
+                if before.len() < usize::from(servers) {
+                    prop_assert!(!before.contains(address), "{:?}", tried);
+                } else if servers > 2 {
+                    prop_assert_ne!(*address, tried[place - 1]);
+                }
+                let current = tried[usize::try_from(max_retries).unwrap() - 1];
+                prop_assert!(servers == 1 || *address != current);
+            }
+            lost = course.reached;
+            world.pass(Duration::from_secs(5));
+        }
+    }
+
+    /// While one server is up, and the plan reaches all others, a connect ends within its limits.
+    #[test]
+    fn no_connect_fails_while_a_server_is_up(
+        servers in 1..6u8,
+        selection in selections(),
+        silent: bool,
+        seed: u64,
+    ) {
+        let mut world = World::new(seed);
+        let mut targets = targets(selection, servers);
+        let plan = plan(3, servers.into());
+        let mut lost = None;
+        for turn in 0..30 {
+            let up = world.rng.u8(0..servers);
+            let down = if silent { Answer::Silent } else { Answer::Refuses };
+            let mut machine = Machine::new(plan.clone(), lost);
+            let course = world.run(&mut machine, &mut targets, 0, |server, _| {
+                if server == up { Answer::Accepts } else { down }
+            });
+            prop_assert_eq!(course.reached, Some(up), "turn {}", turn);
+            lost = course.reached;
+            world.pass_between(0..20_000);
+        }
+    }
+
+    /// A server that was down for any time has its share again one longest pause after its
+    /// recovery.
+    #[test]
+    fn a_recovered_server_gets_its_share_back(
+        servers in 2..6u8,
+        selection in prop_oneof![
+            Just(Selection::RoundRobin), Just(Selection::Random), Just(Selection::Weighted),
+        ],
+        down_for in 1..2_000u64,
+        seed: u64,
+    ) {
+        let mut world = World::new(seed);
+        let mut targets = targets(selection, servers);
+        let recovery = Duration::from_secs(down_for);
+        let measured_from = recovery + PAUSES.most + Duration::from_secs(10);
+        let mut shares: BTreeMap<Server, u32> = BTreeMap::new();
+        let mut count = 0u32;
+        while count < 2_000 {
+            let course = world.run(&mut Machine::new(plan(3, 4), None), &mut targets, 0, |server, at| {
+                if server == 0 && at < recovery { Answer::Refuses } else { Answer::Accepts }
+            });
+            let reached = course.reached.expect("the others are up");
+            if world.time() >= measured_from {
+                *shares.entry(reached).or_default() += 1;
+                count += 1;
+                world.pass(10 * MS);
+            } else {
+                world.pass_between(1..1_000);
+            }
+        }
+        let even = count / u32::from(servers);
+        let off = if selection == Selection::RoundRobin { 1 } else { 150 };
+        for server in 0..servers {
+            prop_assert!(shares[&server].abs_diff(even) <= off, "{:?}", shares);
+        }
+    }
+
+    /// In order, the first server is used again after its recovery.
+    #[test]
+    fn the_first_in_order_is_used_again(down_for in 1..2_000u64, seed: u64) {
+        let mut world = World::new(seed);
+        let mut targets = targets(Selection::InOrder, 3);
+        let recovery = Duration::from_secs(down_for);
+        loop {
+            let course = world.run(&mut Machine::new(plan(2, 2), None), &mut targets, 0, |server, at| {
+                if server == 0 && at < recovery { Answer::Silent } else { Answer::Accepts }
+            });
+            if world.time() >= recovery + PAUSES.most + Duration::from_secs(4) {
+                prop_assert_eq!(course.addresses(), [0]);
+                break;
+            }
+            world.pass_between(1..1_000);
+        }
+    }
+}
