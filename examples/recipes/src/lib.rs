@@ -17,3 +17,8 @@
 #[cfg(doctest)]
 #[doc = include_str!("../../../README.md")]
 struct Readme;
+
+/// The programs of the page on fail-over compile; those that need no server run.
+#[cfg(doctest)]
+#[doc = include_str!("../../../docs/FAILOVER.md")]
+struct Failover;

@@ -92,13 +92,18 @@ fn tonic_answers_a_tonic_client() {
     assert!(server.wait().success());
 }
 
-fn over_tls(address: std::net::SocketAddr) {
+/// A client that trusts the certificate of the recipes.
+fn tls_client() -> (Arc<ClientConfig>, ServerName<'static>) {
     let mut roots = RootCertStore::empty();
     let [certificate, _] = tls_files();
     roots.add(CertificateDer::from(std::fs::read(certificate).unwrap())).unwrap();
     let config = ClientConfig::builder().with_root_certificates(roots).with_no_client_auth();
-    let name = ServerName::try_from("a.example.test").unwrap();
-    let session = ClientConnection::new(Arc::new(config), name).unwrap();
+    (Arc::new(config), ServerName::try_from("a.example.test").unwrap())
+}
+
+fn over_tls(address: std::net::SocketAddr) {
+    let (config, name) = tls_client();
+    let session = ClientConnection::new(config, name).unwrap();
     let socket = TcpStream::connect(address).unwrap();
     socket.set_read_timeout(Some(support::PATIENCE)).unwrap();
     let mut stream = BufReader::new(StreamOwned::new(session, socket));
@@ -124,6 +129,70 @@ fn rustls_serves_blocking_and_on_tokio() {
         dispatcher.command(&["drain", "--pool", "default"]).unwrap();
         assert!(server.wait().success());
     }
+}
+
+/// The connector of the SDK on several servers, for a client with TLS: the session is new, and the
+/// connection below it comes from the connector.
+#[test]
+fn tls_works_on_top_of_the_connector() {
+    use worker_sdk::connector::{Addresses, Connection, Connector, ConnectorConfig, Selection};
+
+    let ports = [free_port(), free_port()];
+    let mut servers = ports.map(|port| Some(Server::alone("tls", &tls_files(), port)));
+    let addresses = Addresses::list(ports.map(|port| format!("127.0.0.1:{port}"))).unwrap();
+    let config = ConnectorConfig::new(addresses)
+        .selection(Selection::InOrder)
+        .total_timeout(support::PATIENCE)
+        .back_off(Duration::from_millis(10), Duration::from_millis(100))
+        // Until the servers listen.
+        .retry_forever(true);
+    let connector = Connector::new(config).unwrap();
+    let talk = |connection: Connection| {
+        let (config, name) = tls_client();
+        let session = ClientConnection::new(config, name).unwrap();
+        let stream = connection.into_stream();
+        stream.set_read_timeout(Some(support::PATIENCE)).unwrap();
+        let mut stream = BufReader::new(StreamOwned::new(session, stream));
+        let mut line = String::new();
+        writeln!(stream.get_mut(), "hello").unwrap();
+        stream.read_line(&mut line).unwrap();
+        assert_eq!(line, "you said hello\n");
+        stream
+    };
+    let connection = connector.connect().unwrap();
+    let (address, peer) = (connection.address().clone(), connection.peer());
+    let mut stream = talk(connection);
+
+    // Its server ends.
+    let place = usize::from(peer.port() == ports[1]);
+    drop(servers[place].take());
+    assert!(!matches!(stream.read_line(&mut String::new()), Ok(1..)));
+    let connection = connector.reconnect(&address, peer).unwrap();
+    assert_eq!(connection.peer().port(), ports[1 - place]);
+    talk(connection);
+}
+
+#[test]
+fn tls_works_on_top_of_the_connector_for_tokio() {
+    use tokio::io::{AsyncReadExt, AsyncWriteExt};
+    use worker_sdk::connector::{Addresses, ConnectorConfig, tokio::Connector};
+
+    let port = free_port();
+    let _server = Server::alone("tokio-tls", &tls_files(), port);
+    let addresses = Addresses::list([format!("127.0.0.1:{port}")]).unwrap();
+    let config = ConnectorConfig::new(addresses).retry_forever(true);
+    let runtime = tokio::runtime::Builder::new_multi_thread().enable_all().build().unwrap();
+    runtime.block_on(async {
+        let connection = Connector::new(config).unwrap().connect().await.unwrap();
+        let (config, name) = tls_client();
+        // On the connection itself, which reads and writes like a stream.
+        let connector = tokio_rustls::TlsConnector::from(config);
+        let mut stream = connector.connect(name, connection).await.unwrap();
+        stream.write_all(b"hello\n").await.unwrap();
+        let mut answer = [0; 15];
+        stream.read_exact(&mut answer).await.unwrap();
+        assert_eq!(&answer, b"you said hello\n");
+    });
 }
 
 #[test]
