@@ -1,4 +1,5 @@
 //! Clients with the connector, against the dispatchers and workers of several hosts.
 #![allow(clippy::unwrap_used, clippy::expect_used, reason = "in a test a panic is the report")]
 
+mod hosts;
 mod line_client;

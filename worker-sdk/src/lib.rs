@@ -13,6 +13,7 @@
 //! | `tokio` | tokio | `tokio::Listener` |
 //! | `axum` | axum; the listener goes to `axum::serve` | `tokio::Listener` |
 //! | `mio` | event loops with mio | `mio::MioWorker` |
+//! | `connector` | clients of a service on several hosts; with `tokio` also for tokio | `connector::Connector` |
 //! | `testing` | tests of a server against a real dispatcher; for `dev-dependencies` | `testing::Dispatcher` |
 //!
 //! The crate `dispatch-protocol` has the protocol itself.
@@ -28,6 +29,9 @@
 //! - **Gauges**: `gauge` shows numbers that a pool can use for its choice, such as the time that
 //!   requests wait. The SDK measures machine and process if the pool needs it
 //!   (`WorkerConfig::sample`).
+//!
+//! - **Several dispatchers**: `DISPATCH_SOCKET` may list several sockets, separated by `:`. They are
+//!   tried in order, and a worker stays with the dispatcher that it has joined until it loses it.
 //!
 //! - **Pre-fork**: [`prefork`] loads the application once and forks the workers of a pool with
 //!   `fork = true`; they share what was loaded.

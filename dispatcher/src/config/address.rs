@@ -35,6 +35,12 @@ pub(super) fn unix_source(
             let path = socket_path(path, span.clone())?;
             // Workers connect by the absolute path, because each has its own working directory.
             let absolute = std::path::absolute(&path).unwrap_or_else(|_| path.clone());
+            if key == "dispatch_socket" && absolute.as_os_str().as_encoded_bytes().contains(&b':') {
+                let message = "the absolute path of the dispatch socket has a `:`";
+                return Err(Mistake::new(span, message).help(
+                    "workers separate several sockets by `:`: use another directory or name",
+                ));
+            }
             if key == "dispatch_socket" && absolute.as_os_str().len() > MAX_SOCKET_PATH {
                 return Err(Mistake::new(
                     span,

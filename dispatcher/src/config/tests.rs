@@ -281,6 +281,7 @@ fn addresses() {
     refused(&other("systemd:a:b"), "not a name that systemd", "FileDescriptorName=");
     top_refused("dispatch_socket = ‹''›", "needs a path", "");
     top_refused("dispatch_socket = ‹'unix:/a'›", "is a path", "omit");
+    top_refused("dispatch_socket = ‹'/run/a:b/d.sock'›", "has a `:`", "separate several sockets");
     top_refused("admin_socket = ‹'systemd:'›", "not a name", "");
     assert_eq!(
         good(&format!("dispatch_socket = 'systemd:dispatch'\n{GOOD}")).dispatch_socket.source,

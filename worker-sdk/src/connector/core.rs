@@ -35,7 +35,8 @@ struct Shared {
     peers: SetAside<SocketAddr>,
     /// The peer of earlier connections, in sticky mode.
     stuck_to: Option<SocketAddr>,
-    /// How often a host name was connected to.
+    /// Where the next connect to a host name begins among its addresses; random again when one of
+    /// them fails or recovers, as the round of the targets.
     rotation: usize,
     /// The last problem with the list of addresses.
     problem: Option<String>,
@@ -165,11 +166,14 @@ impl Core {
             shared.stuck_to = None;
         }
         shared.peers.failed(&peer, Instant::now(), random());
+        shared.rotation = fastrand::usize(..);
     }
 
     fn peer_succeeded(&self, peer: SocketAddr) {
         let mut shared = self.lock();
-        shared.peers.succeeded(&peer);
+        if shared.peers.succeeded(&peer) {
+            shared.rotation = fastrand::usize(..);
+        }
         if self.config.sticky {
             shared.stuck_to = Some(peer);
         }

@@ -136,9 +136,9 @@ impl<A: Clone + Eq + Hash> SetAside<A> {
         self.entries.insert(address.clone(), Entry { failures, until, being_probed: false });
     }
 
-    /// An attempt succeeded: the address is used as before.
-    pub(crate) fn succeeded(&mut self, address: &A) {
-        self.entries.remove(address);
+    /// An attempt succeeded: the address is used as before. Returns whether it was set aside.
+    pub(crate) fn succeeded(&mut self, address: &A) -> bool {
+        self.entries.remove(address).is_some()
     }
 
     /// Forgets the addresses that are not kept.

@@ -24,6 +24,9 @@ pub(crate) struct Targets<A> {
     stale_at: Option<Instant>,
     set_aside: SetAside<A>,
     selection: Selection,
+    /// It begins again at random when an address fails or recovers: all clients of a server lose it
+    /// and find it again at the same times. If each went on where it was, their rounds would become
+    /// the same, and they would move from server to server together.
     turn: Turn,
     sticky: bool,
     /// The server of earlier connections.
@@ -147,6 +150,7 @@ impl<A: Clone + Eq + Hash> Targets<A> {
 
     pub(super) fn failed(&mut self, address: &A, now: Instant, random: u64) {
         self.set_aside.failed(address, now, random);
+        self.turn = Turn::default();
         if self.stuck_to.as_ref() == Some(address) {
             self.stuck_to = None;
         }
@@ -157,7 +161,9 @@ impl<A: Clone + Eq + Hash> Targets<A> {
     }
 
     pub(super) fn succeeded(&mut self, address: &A) {
-        self.set_aside.succeeded(address);
+        if self.set_aside.succeeded(address) {
+            self.turn = Turn::default();
+        }
         if self.sticky && self.stuck_to.is_none() {
             self.stuck_to = Some(address.clone());
         }

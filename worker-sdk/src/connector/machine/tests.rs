@@ -301,6 +301,37 @@ fn the_advised_address_comes_first_and_is_asked_for_when_one_is_chosen() {
     }
 }
 
+/// Clients of a service begin sessions at the same time, as after an outage; a server fails and
+/// recovers. Their rounds must not become the same.
+#[test]
+fn clients_in_step_do_not_move_together() {
+    let mut world = World::new(19);
+    let mut clients: Vec<Targets<Server>> =
+        (0..300).map(|_| targets(Selection::RoundRobin, 3)).collect();
+    let mut on: Vec<Option<Server>> = vec![None; clients.len()];
+    for second in 0..120 {
+        let mut shares = [0; 3];
+        let began = world.now.get();
+        let down = [(10..20, 0), (30..40, 1), (50..60, 2)];
+        let down = down.iter().find(|(time, _)| time.contains(&second)).map(|(_, server)| *server);
+        for (targets, on) in clients.iter_mut().zip(&mut on) {
+            // Those of the server that is down reconnect, the others begin a new session.
+            let lost = on.filter(|server| down == Some(*server));
+            world.now.set(began);
+            let course = world.run(&mut Machine::new(plan(3, 2), lost), targets, 0, |server, _| {
+                if down == Some(server) { Answer::Refuses } else { Answer::Accepts }
+            });
+            *on = course.reached;
+            shares[usize::from(course.reached.unwrap())] += 1;
+        }
+        world.now.set(began + Duration::from_secs(1));
+        if second >= 60 + PAUSES.most.as_secs() {
+            // Fewer than 60 of 300 are five standard deviations away.
+            assert!(shares.iter().all(|share| *share >= 60), "{second}: {shares:?}");
+        }
+    }
+}
+
 #[test]
 fn without_addresses_nothing_is_tried_and_the_application_is_asked() {
     let (mut world, mut targets) = (World::new(17), targets(Selection::Random, 0));

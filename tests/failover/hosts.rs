@@ -1,0 +1,140 @@
+//! Three hosts, each with a dispatcher and four workers, and 200 clients with sessions, while hosts
+//! are killed, stopped, cut off and revived.
+//!
+//! No client may be without a server for longer than its own limits while one host is up, and each
+//! host has to serve again after its revival. The hosts are loopback addresses, or network
+//! namespaces whose links go down and drop packets. `FAILOVER_SECONDS` sets the duration,
+//! `FAILOVER_SEED` repeats the faults of a run.
+
+mod clients;
+mod host;
+mod network;
+
+use std::collections::BTreeMap;
+use std::sync::Arc;
+use std::time::{Duration, Instant};
+
+use test_support::*;
+
+use self::clients::{Call, Clients, LIMITS};
+use self::host::{Fault, Host};
+use self::network::Network;
+
+/// The duration of the faults without `FAILOVER_SECONDS`.
+const SECONDS: u64 = 15;
+
+/// How much later than its limits a client may have its connection, because the machine is loaded.
+const SLACK: Duration = Duration::from_secs(10);
+
+fn variable(name: &str) -> Option<u64> {
+    let text = std::env::var(name).ok()?;
+    Some(text.parse().unwrap_or_else(|_| panic!("{name} is {text}, which is no number")))
+}
+
+#[test]
+fn clients_survive_the_faults_of_hosts_on_loopback_addresses() {
+    run(&Network::Loopback);
+}
+
+#[test]
+fn clients_survive_the_faults_of_hosts_in_network_namespaces() {
+    let test = "hosts::clients_survive_the_faults_of_hosts_in_network_namespaces";
+    if let Some(network) = Network::namespaces(test) {
+        run(&network);
+    }
+}
+
+/// A time in which a host could not serve.
+struct Outage {
+    host: usize,
+    fault: Fault,
+    from: Instant,
+    to: Instant,
+}
+
+fn run(network: &Network) {
+    let length = Duration::from_secs(variable("FAILOVER_SECONDS").unwrap_or(SECONDS));
+    let seed = variable("FAILOVER_SEED").unwrap_or_else(|| fastrand::u64(..));
+    println!("FAILOVER_SEED={seed}");
+    let mut rng = fastrand::Rng::with_seed(seed);
+    let mut hosts: Vec<Host> = (0..3).map(|number| Host::start(network, number)).collect();
+    let addresses: Vec<String> = hosts.iter().map(|host| host.address.clone()).collect();
+    // Long runs have sessions of ten seconds; short ones have to see several of each client.
+    let session = if length >= Duration::from_secs(120) { 10_000 } else { 2_000 };
+    let clients = Clients::start(&addresses, Duration::from_millis(session), &mut rng);
+    wait_until("all clients to have a server", || loads(&hosts).iter().sum::<u64>() >= 200);
+
+    let began = Instant::now();
+    let mut outages: Vec<Outage> = Vec::new();
+    let mut kinds = network.faults().into_iter().cycle();
+    while began.elapsed() < length {
+        // One host goes down, or two: one is always up.
+        let mut order: Vec<usize> = (0..hosts.len()).collect();
+        rng.shuffle(&mut order);
+        let mut down = Vec::new();
+        for host in order.into_iter().take(rng.usize(1..3)) {
+            let fault = kinds.next().unwrap();
+            down.push((host, fault, Instant::now()));
+            hosts[host].apply(network, fault);
+        }
+        std::thread::sleep(Duration::from_millis(rng.u64(1_000..4_000)));
+        for (host, fault, from) in down {
+            hosts[host].revive(network, fault);
+            outages.push(Outage { host, fault, from, to: Instant::now() });
+        }
+        std::thread::sleep(Duration::from_millis(rng.u64(100..2_000)));
+    }
+    // Every host has its share again. Each client chooses at random, so the shares differ a little.
+    wait_until("each host to serve a fair part of the clients", || {
+        loads(&hosts).iter().all(|load| *load >= 30)
+    });
+    let calls = clients.stop();
+    report(&calls, &outages);
+    check(&calls, &outages, hosts.len());
+    for host in &hosts {
+        host.dispatcher().wait_status("the end of all sessions", |status| {
+            pool(status, "web").workers.iter().all(|worker| worker.load == 0)
+        });
+    }
+}
+
+fn loads(hosts: &[Host]) -> Vec<u64> {
+    let load = |host: &Host| {
+        pool(&host.dispatcher().status(), "web").workers.iter().map(|worker| worker.load).sum()
+    };
+    hosts.iter().map(load).collect()
+}
+
+fn report(calls: &[Call], outages: &[Outage]) {
+    let mut faults: BTreeMap<String, u32> = BTreeMap::new();
+    for outage in outages {
+        *faults.entry(format!("{:?}", outage.fault)).or_default() += 1;
+    }
+    let failed = calls.iter().filter(|call| call.problem.is_some()).count();
+    let reconnects = calls.iter().filter(|call| call.reconnect).count();
+    let longest = calls.iter().map(|call| call.to - call.from).max().unwrap_or_default();
+    println!(
+        "{} connects and {reconnects} reconnects, {failed} of them without a server; the longest \
+         took {longest:?}; faults: {faults:?}",
+        calls.len() - reconnects,
+    );
+}
+
+fn check(calls: &[Call], outages: &[Outage], hosts: usize) {
+    assert!(!outages.is_empty() && calls.iter().any(|call| call.reconnect), "nothing happened");
+    for call in calls {
+        let overlaps = |outage: &&Outage| outage.from <= call.to && outage.to >= call.from;
+        let was_down =
+            |host: usize| outages.iter().filter(overlaps).any(|outage| outage.host == host);
+        if (0..hosts).all(was_down) {
+            // No host was up during the whole call.
+            continue;
+        }
+        let took = call.to - call.from;
+        assert!(call.problem.is_none(), "a host was up: {call:?}");
+        assert!(took <= LIMITS.total + SLACK, "longer than its limits: {call:?}");
+    }
+}
+
+/// Shared by clients and hosts: whether the run goes on.
+type Running = Arc<std::sync::atomic::AtomicBool>;

@@ -1,0 +1,124 @@
+//! A host: a dispatcher and four workers, on an address of its own.
+
+use std::io::{Read, Write};
+use std::net::TcpStream;
+use std::path::Path;
+use std::process::{Command, Stdio};
+use std::time::Duration;
+
+use nix::sys::signal::Signal;
+use tempfile::TempDir;
+use test_support::*;
+
+use super::network::Network;
+
+const WORKERS: usize = 4;
+
+/// What happens to a host.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Fault {
+    /// All processes are killed. Its kernel refuses connections.
+    Kill,
+    /// All processes are stopped. Its kernel accepts connections.
+    Stop,
+    /// Its link is down.
+    LinkDown,
+    /// No packet reaches it.
+    Drop,
+}
+
+pub struct Host {
+    number: usize,
+    directory: TempDir,
+    /// None after a kill.
+    dispatcher: Option<Dispatcher>,
+    workers: Vec<Process>,
+    /// Where it serves clients.
+    pub address: String,
+}
+
+impl Host {
+    pub fn start(network: &Network, number: usize) -> Host {
+        let directory = configure(&one_pool("").replace("127.0.0.1", &network.ip(number)));
+        let mut host = Host {
+            number,
+            directory,
+            dispatcher: None,
+            workers: Vec::new(),
+            address: String::new(),
+        };
+        host.start_processes(network);
+        host.address = host.dispatcher().address("web").to_string();
+        // The port stays the same when the host is killed and started again.
+        let config = host.directory.path().join("dispatcher.toml");
+        let text = std::fs::read_to_string(&config).unwrap();
+        let bound = format!("\"{}\"", host.address);
+        std::fs::write(&config, text.replace(&format!("\"{}:0\"", network.ip(number)), &bound))
+            .unwrap();
+        host
+    }
+
+    pub fn dispatcher(&self) -> &Dispatcher {
+        self.dispatcher.as_ref().expect("the host is up")
+    }
+
+    fn start_processes(&mut self, network: &Network) {
+        let run = |program: &Path| network.command(self.number, program);
+        let mut command = run(Path::new(dispatcher_bin()));
+        command.env_remove("NOTIFY_SOCKET");
+        let dispatcher = Dispatcher::start_as(self.directory.path(), &mut command);
+        for number in 0..WORKERS {
+            let mut command = run(&example("echo"));
+            command.env("DISPATCH_SOCKET", dispatcher.dispatch()).env("DISPATCH_POOL", "web");
+            command.env("DISPATCH_NAME", format!("w{number}"));
+            command.stdin(Stdio::null()).stdout(Stdio::null()).stderr(Stdio::null());
+            self.workers.push(Process::start("echo", &mut command));
+        }
+        dispatcher.wait_joined("web", WORKERS);
+        self.dispatcher = Some(dispatcher);
+    }
+
+    pub fn apply(&mut self, network: &Network, fault: Fault) {
+        match fault {
+            Fault::Kill => {
+                self.dispatcher.take().expect("the host is up").process.kill();
+                self.workers.clear();
+            }
+            Fault::Stop => self.signal(Signal::SIGSTOP),
+            Fault::LinkDown | Fault::Drop => network.cut(self.number, fault),
+        }
+    }
+
+    /// Ends the fault, and waits until the host serves clients.
+    pub fn revive(&mut self, network: &Network, fault: Fault) {
+        match fault {
+            Fault::Kill => self.start_processes(network),
+            Fault::Stop => self.signal(Signal::SIGCONT),
+            Fault::LinkDown | Fault::Drop => network.restore(self.number, fault),
+        }
+        wait_until("the host to serve again", || serves(&self.address));
+    }
+
+    fn signal(&self, signal: Signal) {
+        self.dispatcher().process.signal(signal);
+        self.workers.iter().for_each(|worker| worker.signal(signal));
+    }
+}
+
+fn serves(address: &str) -> bool {
+    let limit = Duration::from_secs(1);
+    let served = || -> std::io::Result<()> {
+        let mut stream = TcpStream::connect_timeout(&address.parse().unwrap(), limit)?;
+        stream.set_read_timeout(Some(limit))?;
+        stream.write_all(b"\n")?;
+        stream.read_exact(&mut [0])
+    };
+    served().is_ok()
+}
+
+/// A command that has to succeed.
+pub fn must(command: &mut Command) {
+    let output = command.output().unwrap();
+    let error = String::from_utf8_lossy(&output.stderr);
+    assert!(output.status.success(), "{command:?}: {error}");
+}
