@@ -141,7 +141,7 @@ struct Advised {
     #[serde(default)]
     score: Option<f64>,
     #[serde(default = "one")]
-    weight: u32,
+    weight: f64,
     #[serde(default)]
     state: Option<String>,
 }
@@ -151,8 +151,14 @@ struct Failure {
     error: String,
 }
 
-fn one() -> u32 {
-    1
+fn one() -> f64 {
+    1.0
+}
+
+/// A weight as a whole number: hundredths, and at least one of them for every weight above 0.
+fn hundredths(weight: f64) -> u32 {
+    // A conversion of what is out of range gives the nearest number.
+    if weight > 0.0 { ((weight * 100.0) as u32).max(1) } else { 0 }
 }
 
 fn answer(question: Question, status: u16, body: &[u8]) -> Result<Answer, String> {
@@ -182,7 +188,7 @@ fn answer(question: Question, status: u16, body: &[u8]) -> Result<Answer, String
                 let usable = advised.state.is_none_or(|state| state == "ok");
                 if usable && list.iter().all(|known| known.address != address) {
                     let score = advised.score.filter(|score| score.is_finite());
-                    list.push(Candidate { address, weight: advised.weight, score });
+                    list.push(Candidate { address, weight: hundredths(advised.weight), score });
                 }
             }
             let valid_for = Duration::from_millis(body.valid_for_ms);
@@ -234,7 +240,7 @@ mod tests {
         let until_end = format!("HTTP/1.0 200 OK\r\n\r\n{best}");
         assert_eq!(ask(Question::Best, &until_end).unwrap(), expected);
         let list = r#"{"pool":"web","valid_for_ms":1,"addresses":[
-            {"address":"10.0.0.2:8000","load":1,"capacity":null,"score":0.5,"weight":100,
+            {"address":"10.0.0.2:8000","load":1,"capacity":null,"score":0.5,"weight":4.0,
              "state":"ok","age_ms":3},
             {"address":"b.example:80","score":null,"state":"ok"},
             {"address":"10.0.0.2:8000"},
@@ -247,7 +253,7 @@ mod tests {
         let shown: Vec<_> =
             list.iter().map(|c| (c.address.to_string(), c.weight, c.score)).collect();
         let expected =
-            [("10.0.0.2:8000".to_owned(), 100, Some(0.5)), ("b.example:80".to_owned(), 1, None)];
+            [("10.0.0.2:8000".to_owned(), 400, Some(0.5)), ("b.example:80".to_owned(), 100, None)];
         assert_eq!(shown, expected);
         assert_eq!(valid_for, VALID_FOR.0);
     }

@@ -193,8 +193,9 @@ impl<A: Clone + Eq + Hash> Machine<A> {
         }
     }
 
-    /// The list is fetched before the first choice of a round if it is out of date, and the best
-    /// address before each choice that is not the server of the lost connection.
+    /// A list that is out of date is fetched before the first choice of a round and before the first
+    /// alternative. The best address is asked for before each choice, so a new connection then
+    /// needs the list only if there is none.
     fn refresh(
         &mut self,
         targets: &Targets<A>,
@@ -205,9 +206,11 @@ impl<A: Clone + Eq + Hash> Machine<A> {
         if mem::replace(done, true) {
             return None;
         }
-        let list = targets.is_stale(now);
+        let advised = targets.selection() == Selection::Best;
+        let is_new = !alternative && self.lost.is_none();
+        let list = targets.is_stale(now) && !(advised && is_new && !targets.is_empty());
         let chooses = alternative || !self.lost.as_ref().is_some_and(|lost| targets.contains(lost));
-        let best = chooses && targets.selection() == Selection::Best;
+        let best = advised && chooses;
         (list || best).then_some(Step::Refresh { list, best })
     }
 

@@ -285,9 +285,12 @@ fn the_advised_address_comes_first_and_is_asked_for_when_one_is_chosen() {
     let mut random = fastrand::Rng::with_seed(0);
     let mut random = || random.u64(..);
     let mut machine = Machine::new(plan(1, 1), None);
-    let best = Step::Refresh { list: false, best: true };
+    let list = (0..3).map(Candidate::new).collect();
+    targets.replace(list, Some(world.now.get()));
     for (advised, alternative) in [(2, false), (1, true)] {
         let now = world.now.get();
+        // The list is out of date; only alternatives need it.
+        let best = Step::Refresh { list: alternative, best: true };
         assert_eq!(machine.next(&mut targets, now, &mut random), best);
         machine.advise(advised);
         let attempt = Attempt { alternative, retries_left: 0, address: advised };
