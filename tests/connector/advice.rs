@@ -224,6 +224,10 @@ fn the_best_that_is_down_is_followed_by_another() {
 fn a_host_with_a_bad_answer_is_left_out_and_another_one_is_asked() {
     for flavour in BOTH {
         for (behaviour, _) in bad() {
+            if matches!(behaviour, Behaviour::NoneUsable) {
+                // An answer in order: that host is not set aside.
+                continue;
+            }
             let server = Server::start(b'a');
             let bad = Host::start(behaviour.clone());
             let good = Host::start(Behaviour::Advises(vec![server.address]));
@@ -241,6 +245,20 @@ fn a_host_with_a_bad_answer_is_left_out_and_another_one_is_asked() {
             let asked = bad.count(path) + bad.count("/v1/pools/web/addresses");
             assert!(asked <= 1, "{behaviour:?}: {asked}");
             assert_eq!(good.count(path), 5);
+        }
+    }
+}
+
+#[test]
+fn another_host_may_know_a_usable_address() {
+    for flavour in BOTH {
+        let server = Server::start(b'a');
+        let none = Host::start(Behaviour::NoneUsable);
+        let good = Host::start(Behaviour::Advises(vec![server.address]));
+        let config = advised(&[&none, &good]).selection(Selection::Best);
+        let client = Client::new(flavour, config).unwrap();
+        for _ in 0..5 {
+            assert_eq!(client.connect().unwrap().peer(), server.address, "{flavour:?}");
         }
     }
 }

@@ -41,6 +41,8 @@ pub(super) enum Answer {
     Best(Address),
     /// With the time for which the list is valid.
     Addresses(Vec<Candidate<Address>>, Duration),
+    /// The host knows no usable address, or not the pool; why.
+    Nothing(String),
 }
 
 /// The whole request.
@@ -165,7 +167,12 @@ fn answer(question: Question, status: u16, body: &[u8]) -> Result<Answer, String
     if status != 200 {
         let said = serde_json::from_slice::<Failure>(body).map(|failure| failure.error);
         let said = said.map_or_else(|_| String::new(), |said| format!(": {}", shown(&said)));
-        return Err(format!("it answered {status}{said}"));
+        let problem = format!("it answered {status}{said}");
+        return if matches!(status, 404 | 503) {
+            Ok(Answer::Nothing(problem))
+        } else {
+            Err(problem)
+        };
     }
     let garbage = |error: serde_json::Error| format!("its answer is not what was asked: {error}");
     let read = |text: &str| {
@@ -282,7 +289,10 @@ mod tests {
             ),
             (with_length(200, &many), "more than"),
         ] {
-            let problem = ask(Question::Addresses, &reply).unwrap_err();
+            let problem = match ask(Question::Addresses, &reply) {
+                Err(problem) | Ok(Answer::Nothing(problem)) => problem,
+                Ok(answer) => panic!("{answer:?}"),
+            };
             assert!(problem.contains(expected), "{problem} is not {expected}");
         }
     }

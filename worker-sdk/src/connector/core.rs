@@ -83,17 +83,20 @@ impl Core {
         self.shared.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
-    /// The next host to ask for advice, in a series that has asked `asked` already.
-    pub(super) fn next_host(&self, asked: &[Address]) -> Option<Asked<'_>> {
+    /// The next host to ask for advice, in a series that has asked `asked` already. Hosts that are
+    /// set aside are asked only if it is urgent.
+    pub(super) fn next_host(&self, asked: &[Address], urgent: bool) -> Option<Asked<'_>> {
         let now = Instant::now();
         let mut shared = self.lock();
         let excluded = |host: &Address| asked.contains(host);
         let usable = shared.hosts.usable(now, excluded, None, &mut random);
-        let host = usable.or_else(|| shared.hosts.set_aside(now, excluded))?;
+        let forced = || urgent.then(|| shared.hosts.set_aside(now, excluded)).flatten();
+        let host = usable.or_else(forced)?;
         Some(Asked { core: self, host })
     }
 
-    /// Uses a host's answer, or notes its failure; returns the best address.
+    /// Uses a host's answer, or notes its failure; returns the best address. After an error another
+    /// host is asked.
     pub(super) fn answered(
         &self,
         host: &Address,
@@ -101,33 +104,31 @@ impl Core {
     ) -> Result<Option<Address>, ()> {
         let now = Instant::now();
         let mut shared = self.lock();
-        match answer {
-            Ok(answer) => {
+        let problem = match answer {
+            Ok(Answer::Best(address)) => {
                 shared.hosts.succeeded(host);
-                match answer {
-                    Answer::Best(address) => return Ok(Some(address)),
-                    // An empty list would help nobody: the last one may still serve.
-                    Answer::Addresses(list, valid_for) if list.is_empty() => {
-                        shared.problem = Some(format!("{host}: no address is usable"));
-                        shared.targets.keep_until(now + valid_for);
-                    }
-                    Answer::Addresses(mut list, valid_for) => {
-                        if self.config.addresses.shuffled {
-                            fastrand::shuffle(&mut list);
-                        }
-                        shared.problem = None;
-                        shared.targets.replace(list, Some(now + valid_for));
-                    }
+                return Ok(Some(address));
+            }
+            Ok(Answer::Addresses(mut list, valid_for)) if !list.is_empty() => {
+                shared.hosts.succeeded(host);
+                if self.config.addresses.shuffled {
+                    fastrand::shuffle(&mut list);
                 }
-                Ok(None)
+                shared.problem = None;
+                shared.targets.replace(list, Some(now + valid_for));
+                return Ok(None);
             }
+            // An empty list would help nobody: the last one may still serve.
+            Ok(Answer::Addresses(..)) => "no address is usable".to_owned(),
+            Ok(Answer::Nothing(problem)) => problem,
             Err(problem) => {
-                log::debug!(target: "worker_sdk", "advice: {host}: {problem}");
                 shared.hosts.failed(host, now, random());
-                shared.problem = Some(format!("{host}: {problem}"));
-                Err(())
+                problem
             }
-        }
+        };
+        log::debug!(target: "worker_sdk", "advice: {host}: {problem}");
+        shared.problem = Some(format!("{host}: {problem}"));
+        Err(())
     }
 
     /// Other connects use the last list while this one fetches the next.

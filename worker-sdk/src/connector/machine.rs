@@ -18,9 +18,8 @@ use super::targets::{Chosen, Targets};
 /// What the driver does next.
 #[derive(Debug, PartialEq, Eq)]
 pub(crate) enum Step<A> {
-    /// Fetch the list of addresses if `list`, and the best address if `best`; then call `next`
-    /// again, whatever the result.
-    Refresh { list: bool, best: bool },
+    /// Ask for advice, then call `next` again, whatever the result.
+    Refresh(Refresh),
     /// Call `next` again at this time.
     Wait(Instant),
     /// Tell the application, then call `begin` with the address that it leaves or chooses.
@@ -29,6 +28,17 @@ pub(crate) enum Step<A> {
     Ask,
     /// The end, without a connection.
     GiveUp,
+}
+
+/// What to ask for.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(crate) struct Refresh {
+    /// The list of addresses.
+    pub(crate) list: bool,
+    /// The best address.
+    pub(crate) best: bool,
+    /// Without an answer there is nothing to try: also ask hosts that are set aside.
+    pub(crate) urgent: bool,
 }
 
 #[derive(Debug)]
@@ -60,8 +70,8 @@ pub(crate) struct Machine<A> {
     current: Option<Chosen<A>>,
     /// Attempts made: on the current address, on alternatives.
     made: (u32, u32),
-    /// Whether the list was refreshed for the current address, and for the alternatives.
-    refreshed: (bool, bool),
+    /// Whether advice was asked for before the next attempt.
+    asked: bool,
     /// The addresses that failed in this round; the last failure last.
     failed: Vec<A>,
     round_began: Option<Instant>,
@@ -83,7 +93,7 @@ impl<A: Clone + Eq + Hash> Machine<A> {
             best: None,
             current: None,
             made: (0, 0),
-            refreshed: (false, false),
+            asked: false,
             failed: Vec::new(),
             round_began: None,
             failures: 0,
@@ -132,7 +142,7 @@ impl<A: Clone + Eq + Hash> Machine<A> {
         // The pause is not a part of the round, so that a long one leaves time for attempts.
         let begins = now + mem::take(&mut self.pause);
         self.round_began = Some(begins);
-        (self.made, self.refreshed) = ((0, 0), (false, false));
+        (self.made, self.asked) = ((0, 0), false);
         self.failed.clear();
         self.outcomes.clear();
         self.timed_out = false;
@@ -158,7 +168,7 @@ impl<A: Clone + Eq + Hash> Machine<A> {
             return None;
         };
         if let Some(refresh) = self.refresh(targets, alternative, now) {
-            return Some(refresh);
+            return Some(Step::Refresh(refresh));
         }
         let chosen = if endless {
             let chosen = targets.usable(now, |_| false, None, random);
@@ -193,25 +203,31 @@ impl<A: Clone + Eq + Hash> Machine<A> {
         }
     }
 
-    /// A list that is out of date is fetched before the first choice of a round and before the first
-    /// alternative. The best address is asked for before each choice, so a new connection then
-    /// needs the list only if there is none.
+    /// Advice is asked for before each choice: the list if it is out of date, or if all of it has
+    /// failed, and the best address. A new connection to the best address needs no list, if there
+    /// is one.
     fn refresh(
         &mut self,
         targets: &Targets<A>,
         alternative: bool,
         now: Instant,
-    ) -> Option<Step<A>> {
-        let done = if alternative { &mut self.refreshed.1 } else { &mut self.refreshed.0 };
-        if mem::replace(done, true) {
+    ) -> Option<Refresh> {
+        if mem::replace(&mut self.asked, true) || !(alternative || self.current.is_none()) {
             return None;
         }
         let advised = targets.selection() == Selection::Best;
+        let has_failed = |address: &A| {
+            alternative
+                && (self.failed.contains(address)
+                    || self.current.as_ref().is_some_and(|current| current.address == *address))
+        };
+        // Also if there is none.
+        let urgent = targets.all(has_failed);
         let is_new = !alternative && self.lost.is_none();
-        let list = targets.is_stale(now) && !(advised && is_new && !targets.is_empty());
+        let list = targets.is_stale(now) && !(advised && is_new) || targets.is_advised() && urgent;
         let chooses = alternative || !self.lost.as_ref().is_some_and(|lost| targets.contains(lost));
         let best = advised && chooses;
-        (list || best).then_some(Step::Refresh { list, best })
+        (list || best).then_some(Refresh { list, best, urgent })
     }
 
     /// The current address. One that was probed without success is left: the others come first.
@@ -278,6 +294,7 @@ impl<A: Clone + Eq + Hash> Machine<A> {
                 Chosen { address: address.clone(), probe: false }
             };
             attempt.address = address;
+            self.asked = false;
             self.state = State::Under(chosen, attempt, now);
         }
         self.plan.attempt_timeout.min(self.time_left(now))

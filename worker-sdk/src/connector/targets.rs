@@ -62,6 +62,15 @@ impl<A: Clone + Eq + Hash> Targets<A> {
         self.stale_at.is_some_and(|at| now >= at)
     }
 
+    /// Whether the list comes from advice.
+    pub(super) fn is_advised(&self) -> bool {
+        self.stale_at.is_some()
+    }
+
+    pub(super) fn all(&self, holds: impl Fn(&A) -> bool) -> bool {
+        self.list.iter().all(|known| holds(&known.address))
+    }
+
     pub(crate) fn is_empty(&self) -> bool {
         self.list.is_empty()
     }

@@ -19,7 +19,7 @@ use tokio::time::{sleep_until, timeout_at};
 
 use super::advice::{self, Answer, Question, Reply};
 use super::core::{Attempts, Core, Lost};
-use super::machine::Step;
+use super::machine::{Refresh, Step};
 use super::race::{Race, RaceStep};
 use super::{Address, ConnectorConfig, Error, resolve};
 
@@ -125,7 +125,7 @@ impl Connector {
         let mut attempts = Attempts::new(&self.core, lost);
         loop {
             match attempts.next() {
-                Step::Refresh { list, best } => self.refresh(&mut attempts, list, best).await,
+                Step::Refresh(what) => self.refresh(&mut attempts, what).await,
                 Step::Wait(until) => sleep_until(until.into()).await,
                 Step::Attempt(attempt) => {
                     let (address, deadline) = attempts.begin(attempt);
@@ -167,17 +167,17 @@ impl Connector {
 
     /// Asks for the list of addresses and for the best of them. Without an answer the last list
     /// stays.
-    async fn refresh(&self, attempts: &mut Attempts, list: bool, best: bool) {
-        let questions = [(list, Question::Addresses), (best, Question::Best)];
+    async fn refresh(&self, attempts: &mut Attempts, what: Refresh) {
+        let questions = [(what.list, Question::Addresses), (what.best, Question::Best)];
         let deadline = attempts.refresh_deadline();
         for question in questions.into_iter().filter(|(wanted, _)| *wanted).map(|(_, what)| what) {
             let limit = self.core.config.advice_timeout;
             if question == Question::Addresses {
                 self.core.fetching(limit);
             }
-            let mut asked = Vec::new();
+            let (mut asked, mut is_known) = (Vec::new(), false);
             while Instant::now() < deadline
-                && let Some(host) = self.core.next_host(&asked)
+                && let Some(host) = self.core.next_host(&asked, what.urgent)
             {
                 let until = deadline.min(Instant::now() + limit);
                 let answer = self.ask(question, host.address(), until);
@@ -187,8 +187,13 @@ impl Connector {
                 asked.push(host.address().clone());
                 if let Ok(advised) = answered {
                     advised.into_iter().for_each(|address| attempts.advise(address));
+                    is_known = true;
                     break;
                 }
+            }
+            if !is_known {
+                // Another question would get no answer either.
+                return;
             }
         }
     }

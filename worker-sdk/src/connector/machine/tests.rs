@@ -290,7 +290,8 @@ fn the_advised_address_comes_first_and_is_asked_for_when_one_is_chosen() {
     for (advised, alternative) in [(2, false), (1, true)] {
         let now = world.now.get();
         // The list is out of date; only alternatives need it.
-        let best = Step::Refresh { list: alternative, best: true };
+        let what = Refresh { list: alternative, best: true, urgent: false };
+        let best = Step::Refresh(what);
         assert_eq!(machine.next(&mut targets, now, &mut random), best);
         machine.advise(advised);
         let attempt = Attempt { alternative, retries_left: 0, address: advised };
@@ -302,6 +303,36 @@ fn the_advised_address_comes_first_and_is_asked_for_when_one_is_chosen() {
         // The back-off is over.
         world.pass(Duration::from_secs(1));
     }
+}
+
+/// A server that was down when the list was made may be the only one that is up now.
+#[test]
+fn a_list_that_has_failed_is_asked_for_again() {
+    let mut world = World::new(23);
+    let mut targets = targets(Selection::InOrder, 0);
+    let hour = world.now.get() + Duration::from_secs(3_600);
+    targets.replace((0..2).map(Candidate::new).collect(), Some(hour));
+    let mut machine = Machine::new(plan(1, 2), None);
+    let mut tried = Vec::new();
+    let asked = loop {
+        let now = world.now.get();
+        match machine.next(&mut targets, now, &mut || world.rng.u64(..)) {
+            Step::Wait(until) => world.now.set(until),
+            Step::Attempt(attempt) => {
+                tried.push(attempt.address);
+                machine.begin(&mut targets, attempt.address, now);
+                let failure = (io::ErrorKind::Other, "no".to_owned());
+                machine.failed(&mut targets, failure, now, &mut || world.rng.u64(..));
+            }
+            Step::Refresh(what) => break what,
+            step => panic!("{step:?}"),
+        }
+    };
+    assert_eq!(tried, [0, 1]);
+    assert_eq!(asked, Refresh { list: true, best: false, urgent: true });
+    targets.replace((0..3).map(Candidate::new).collect(), Some(hour));
+    let course = world.run(&mut machine, &mut targets, 0, |_, _| Answer::Accepts);
+    assert_eq!(course.addresses(), [2]);
 }
 
 /// Clients of a service begin sessions at the same time, as after an outage; a server fails and
