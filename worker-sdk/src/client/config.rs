@@ -438,17 +438,7 @@ impl WorkerConfig {
         if self.sample_interval < MIN_SAMPLE {
             return Err(Error::config("sample_interval", "must be at least 10 ms"));
         }
-        if let Some(setting) = &self.dispatch_socket {
-            let count = dispatchers::sockets(setting).len();
-            if count == 0 {
-                return Err(Error::config("dispatch_socket", "names no socket"));
-            }
-            if count > dispatchers::MOST {
-                let problem =
-                    format!("names {count} sockets; a worker tries {}", dispatchers::MOST);
-                return Err(Error::config("dispatch_socket", problem));
-            }
-        }
+        self.dispatch_socket.as_deref().map_or(Ok(()), dispatchers::check)?;
         if self.dispatch_socket.is_none() && self.listen.is_none() {
             return Err(Error::config(
                 "dispatch_socket",

@@ -11,6 +11,7 @@ use std::time::{Duration, Instant};
 
 use super::backoff::Backoff;
 use super::clock::bounded;
+use super::error::Error;
 use super::worker_core::WELCOME_TIMEOUT;
 use crate::connector::machine::{Machine, Step};
 use crate::connector::plan::{BackOff, Persistence, Plan};
@@ -19,7 +20,7 @@ use crate::connector::set_aside::Pauses;
 use crate::connector::targets::Targets;
 
 /// The most sockets of a worker.
-pub(super) const MOST: usize = 16;
+const MOST: usize = 16;
 
 /// The sockets of a setting, which separates them by `:` as the shell does in `PATH`. Empty parts
 /// are left out.
@@ -33,6 +34,16 @@ pub(super) fn sockets(setting: &Path) -> Vec<PathBuf> {
         }
     }
     sockets
+}
+
+/// Checks such a setting.
+pub(super) fn check(setting: &Path) -> Result<(), Error> {
+    let problem = match sockets(setting).len() {
+        0 => "names no socket".to_owned(),
+        1..=MOST => return Ok(()),
+        count => format!("names {count} sockets; a worker tries at most {MOST}"),
+    };
+    Err(Error::config("dispatch_socket", problem))
 }
 
 /// What comes next.
@@ -183,6 +194,11 @@ mod tests {
         assert_eq!(split("/run/d.sock"), ["/run/d.sock"]);
         assert_eq!(split(":/b::a:/b:"), ["/b", "a"]);
         assert_eq!(split("::"), [""; 0]);
+        let many: Vec<String> = (0..MOST + 1).map(|n| format!("/{n}")).collect();
+        for (setting, problem) in [("::", "names no socket"), (&many.join(":"), "17 sockets")] {
+            let text = check(Path::new(setting)).unwrap_err().to_string();
+            assert!(text.starts_with("dispatch_socket: ") && text.contains(problem), "{text}");
+        }
     }
 
     fn try_next(dispatchers: &mut Dispatchers, now: &mut Instant) -> PathBuf {

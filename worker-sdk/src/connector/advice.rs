@@ -296,4 +296,21 @@ mod tests {
             assert!(problem.contains(expected), "{problem} is not {expected}");
         }
     }
+
+    proptest::proptest! {
+        #[test]
+        fn no_bytes_of_a_host_do_harm(
+            head in "(HTTP/1\\.1 200 OK\r\n(Content-Length: [0-9]{1,20}\r\n)?\r\n)?",
+            body in proptest::collection::vec(proptest::num::u8::ANY, 0..200),
+            cut in 1..50usize,
+        ) {
+            for question in [Question::Best, Question::Addresses] {
+                let mut reply = Reply::default();
+                let bytes = [head.as_bytes(), &body].concat();
+                let _ = bytes.chunks(cut).find(|part| !matches!(reply.push(part), Ok(false)));
+                // Random bytes name no address.
+                proptest::prop_assert!(reply.finish(question).is_err());
+            }
+        }
+    }
 }

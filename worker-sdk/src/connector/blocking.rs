@@ -275,12 +275,15 @@ impl Connection {
     /// connect: first to the same address, unless that is known to be down. Then the handler of
     /// [`Connector::on_reconnect`] runs. Nothing that was written before is sent again.
     ///
-    /// The first attempt comes after a short random pause, because the clients of a server lose it
-    /// at the same time. After an error the lost connection is still there.
+    /// The lost connection is shut down first, in case that the server still has it. The first
+    /// attempt comes after a short random pause, because the clients of a server lose it at the
+    /// same time. After an error `reconnect` can be called again.
     ///
     /// # Errors
     /// [`Error::ConnectionLost`] after all attempts have failed.
     pub fn reconnect(&mut self) -> Result<(), Error> {
+        // It fails if the peer has ended the connection.
+        let _ = rustix::net::shutdown(&self.stream, rustix::net::Shutdown::Both);
         *self = self.connector.reconnect(&self.address, self.peer)?;
         Ok(())
     }

@@ -82,3 +82,25 @@ pub use self::config::ConnectorConfig;
 pub use self::error::{ConnectionLost, Error, Outcome};
 pub use self::event::{Attempt, Decision};
 pub use self::selection::Selection;
+
+/// A client program must not depend on the worker's side.
+#[test]
+fn the_connector_imports_nothing_else_of_the_crate() {
+    fn check(directory: &std::path::Path) {
+        for entry in std::fs::read_dir(directory).unwrap().map(Result::unwrap) {
+            if entry.file_type().unwrap().is_dir() {
+                check(&entry.path());
+                continue;
+            }
+            let text = std::fs::read_to_string(entry.path()).unwrap();
+            for import in text.split("use crate::").skip(1).filter(|rest| !rest.starts_with('"')) {
+                assert!(
+                    import.starts_with("connector"),
+                    "{}: {import:.60}",
+                    entry.path().display()
+                );
+            }
+        }
+    }
+    check(std::path::Path::new(concat!(env!("CARGO_MANIFEST_DIR"), "/src/connector")));
+}
