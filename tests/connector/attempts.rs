@@ -213,3 +213,36 @@ fn a_connect_that_is_dropped_is_given_up() {
         assert_eq!(first.address.socket_addr(), Some(silent.address), "it is probed again");
     });
 }
+
+#[test]
+fn threads_and_tasks_share_a_connector() {
+    fn shared<T: Send + Sync + Clone + 'static>(value: T) -> T {
+        value
+    }
+    let (refuses, server) = (refusing(), Server::start(b'a'));
+    let addresses = [refuses.address, server.address];
+    let connector = worker_sdk::connector::Connector::new(config(list(&addresses))).unwrap();
+    let connector = shared(connector);
+    std::thread::scope(|scope| {
+        for _ in 0..20 {
+            scope.spawn(|| {
+                for _ in 0..20 {
+                    assert_eq!(connector.connect().unwrap().peer(), server.address);
+                }
+            });
+        }
+    });
+    let runtime = tokio::runtime::Builder::new_multi_thread().enable_all().build().unwrap();
+    runtime.block_on(async {
+        let config = config(list(&addresses));
+        let connector = shared(worker_sdk::connector::tokio::Connector::new(config).unwrap());
+        let mut tasks = tokio::task::JoinSet::new();
+        for _ in 0..100 {
+            let connector = connector.clone();
+            tasks.spawn(async move { connector.connect().await.unwrap().peer() });
+        }
+        while let Some(peer) = tasks.join_next().await {
+            assert_eq!(peer.unwrap(), server.address);
+        }
+    });
+}

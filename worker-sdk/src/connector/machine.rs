@@ -223,8 +223,10 @@ impl<A: Clone + Eq + Hash> Machine<A> {
         };
         // Also if there is none.
         let urgent = targets.all(has_failed);
-        let is_new = !alternative && self.lost.is_none();
-        let list = targets.is_stale(now) && !(advised && is_new) || targets.is_advised() && urgent;
+        // The best address may be one of those that are set aside here.
+        let is_enough =
+            advised && !alternative && self.lost.is_none() && !targets.has_failures(now);
+        let list = targets.is_stale(now) && !is_enough || targets.is_advised() && urgent;
         let chooses = alternative || !self.lost.as_ref().is_some_and(|lost| targets.contains(lost));
         let best = advised && chooses;
         (list || best).then_some(Refresh { list, best, urgent })

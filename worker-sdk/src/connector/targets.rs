@@ -71,6 +71,13 @@ impl<A: Clone + Eq + Hash> Targets<A> {
         self.list.iter().all(|known| holds(&known.address))
     }
 
+    /// Whether an address of the list is not usable.
+    pub(super) fn has_failures(&self, now: Instant) -> bool {
+        let usable =
+            |known: &Candidate<A>| self.set_aside.standing(&known.address, now).is_usable();
+        !self.list.iter().all(usable)
+    }
+
     pub(crate) fn is_empty(&self) -> bool {
         self.list.is_empty()
     }
