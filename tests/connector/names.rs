@@ -66,9 +66,15 @@ fn both_families_are_raced() {
         let silent = silent((Ipv6Addr::LOCALHOST, 0).into());
         // The silent IPv6 address has a head start; IPv4 wins long before the limit.
         let (config, _) = named(vec![silent.address, four.address]);
-        let client = Client::new(flavour, config).unwrap();
+        let client = Client::new(flavour, config.set_aside(PATIENCE, PATIENCE)).unwrap();
         let connection = client.connect().unwrap();
         assert_eq!(connection.peer(), four.address, "{flavour:?}");
+        // It comes last from now on, so IPv4 is chosen although IPv6 would answer.
+        let there = silent.address;
+        drop(silent);
+        let answers = Server::start_at(there, b'6');
+        assert_eq!(client.connect().unwrap().peer(), four.address, "{flavour:?}");
+        drop(answers);
 
         let six = Server::start_at((Ipv6Addr::LOCALHOST, 0).into(), b'6');
         let (config, _) = named(vec![six.address, four.address]);

@@ -163,14 +163,15 @@ impl ConnectorConfig {
         self
     }
 
-    /// Called before each attempt. It may replace [`Attempt::address`].
+    /// Called before each attempt. It may replace [`Attempt::address`]. With tokio it runs on a
+    /// thread of the runtime, so it must not block.
     pub fn on_attempt(mut self, handler: impl Fn(&mut Attempt) + Send + Sync + 'static) -> Self {
         self.on_attempt = Some(Arc::new(handler));
         self
     }
 
     /// Called when all attempts have failed: it decides whether they begin again. Without it the
-    /// result is the error.
+    /// result is the error. With tokio it must not block.
     pub fn on_connection_lost(
         mut self,
         handler: impl Fn(&ConnectionLost) -> Decision + Send + Sync + 'static,

@@ -36,7 +36,7 @@ struct Shared {
     /// The peer of earlier connections, in sticky mode.
     stuck_to: Option<SocketAddr>,
     /// Where the next connect to a host name begins among its addresses; random again when one of
-    /// them fails or recovers, as the round of the targets.
+    /// them fails or recovers, as that of the targets.
     rotation: usize,
     /// The last problem with the list of addresses.
     problem: Option<String>,

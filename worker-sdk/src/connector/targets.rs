@@ -25,8 +25,8 @@ pub(crate) struct Targets<A> {
     set_aside: SetAside<A>,
     selection: Selection,
     /// It begins again at random when an address fails or recovers: all clients of a server lose it
-    /// and find it again at the same times. If each went on where it was, their rounds would become
-    /// the same, and they would move from server to server together.
+    /// and find it again at the same times. If each went on where it was, all would be at the same
+    /// place, and they would move from server to server together.
     turn: Turn,
     sticky: bool,
     /// The server of earlier connections.

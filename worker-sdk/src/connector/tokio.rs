@@ -257,8 +257,12 @@ async fn dial(
             RaceStep::Wait(until) => {
                 let until = until.map_or(deadline, |until| until.min(deadline));
                 match timeout_at(until.into(), first(&mut under_way)).await {
-                    Ok((Ok(stream), peer)) => return Ok((stream, peer)),
-                    Ok((Err(error), peer)) => {
+                    Ok((Ok(stream), peer, place)) => {
+                        // Those before it had a head start.
+                        under_way[..place].iter().for_each(|(_, peer)| core.peer_failed(*peer));
+                        return Ok((stream, peer));
+                    }
+                    Ok((Err(error), peer, _)) => {
                         core.peer_failed(peer);
                         race.failed(error);
                     }
@@ -283,10 +287,10 @@ async fn connect(peer: SocketAddr) -> io::Result<TcpStream> {
     Ok(stream)
 }
 
-/// The first connect with a result.
+/// The first connect with a result; also how many began before it and have none.
 async fn first(
     under_way: &mut Vec<(Connecting, SocketAddr)>,
-) -> (io::Result<TcpStream>, SocketAddr) {
+) -> (io::Result<TcpStream>, SocketAddr, usize) {
     poll_fn(|context| {
         let ready =
             under_way.iter_mut().enumerate().find_map(|(place, (connecting, _))| match connecting
@@ -297,7 +301,7 @@ async fn first(
                 Poll::Pending => None,
             });
         match ready {
-            Some((place, result)) => Poll::Ready((result, under_way.swap_remove(place).1)),
+            Some((place, result)) => Poll::Ready((result, under_way.remove(place).1, place)),
             None => Poll::Pending,
         }
     })

@@ -55,7 +55,11 @@ pub(super) fn dial(
                     }
                     let (socket, peer) = under_way.remove(place);
                     match finish(socket) {
-                        Ok(stream) => return Ok((stream, peer)),
+                        Ok(stream) => {
+                            // Those before it had a head start.
+                            under_way[..place].iter().for_each(|(_, peer)| core.peer_failed(*peer));
+                            return Ok((stream, peer));
+                        }
                         Err(error) => {
                             core.peer_failed(peer);
                             race.failed(error);
