@@ -5,6 +5,10 @@
 //! host has to serve again after its revival. The hosts are loopback addresses, or network
 //! namespaces whose links go down and drop packets. `FAILOVER_SECONDS` sets the duration,
 //! `FAILOVER_SEED` repeats the faults of a run.
+//!
+//! Clients with a list choose in turn. Clients with advice ask the dispatchers, and in a run of five
+//! minutes or more the faults are two minutes apart: the mean loads of the second one are within a
+//! tenth of even.
 
 mod clients;
 mod host;
@@ -15,6 +19,7 @@ use std::sync::Arc;
 use std::time::{Duration, Instant};
 
 use test_support::*;
+use worker_sdk::connector::{Addresses, ConnectorConfig, Selection};
 
 use self::clients::{Call, Clients, LIMITS};
 use self::host::{Fault, Host};
@@ -22,6 +27,8 @@ use self::network::Network;
 
 /// The duration of the faults without `FAILOVER_SECONDS`.
 const SECONDS: u64 = 15;
+
+const HOSTS: usize = 3;
 
 /// How much later than its limits a client may have its connection, because the machine is loaded.
 const SLACK: Duration = Duration::from_secs(10);
@@ -32,15 +39,37 @@ fn variable(name: &str) -> Option<u64> {
 }
 
 #[test]
-fn clients_survive_the_faults_of_hosts_on_loopback_addresses() {
-    run(&Network::Loopback);
+fn clients_with_a_list_survive_the_faults_of_hosts_on_loopback_addresses() {
+    run(&Network::Loopback, Source::List);
 }
 
 #[test]
-fn clients_survive_the_faults_of_hosts_in_network_namespaces() {
-    let test = "hosts::clients_survive_the_faults_of_hosts_in_network_namespaces";
+fn clients_with_advice_survive_the_faults_of_hosts_in_network_namespaces() {
+    let test = "hosts::clients_with_advice_survive_the_faults_of_hosts_in_network_namespaces";
     if let Some(network) = Network::namespaces(test) {
-        run(&network);
+        run(&network, Source::Advice);
+    }
+}
+
+/// Where clients have the addresses from.
+#[derive(Clone, Copy, PartialEq, Eq)]
+enum Source {
+    List,
+    Advice,
+}
+
+impl Source {
+    fn config(self, hosts: &[Host]) -> ConnectorConfig {
+        match self {
+            Source::List => ConnectorConfig::new(
+                Addresses::list(hosts.iter().map(|host| host.address.as_str())).unwrap(),
+            ),
+            Source::Advice => {
+                let hosts = hosts.iter().map(|host| host.advice.as_str());
+                let addresses = Addresses::advice(hosts, "web").unwrap();
+                ConnectorConfig::new(addresses).selection(Selection::Best)
+            }
+        }
     }
 }
 
@@ -52,18 +81,19 @@ struct Outage {
     to: Instant,
 }
 
-fn run(network: &Network) {
+fn run(network: &Network, source: Source) {
     let length = Duration::from_secs(variable("FAILOVER_SECONDS").unwrap_or(SECONDS));
     let seed = variable("FAILOVER_SEED").unwrap_or_else(|| fastrand::u64(..));
     println!("FAILOVER_SEED={seed}");
     let mut rng = fastrand::Rng::with_seed(seed);
-    let mut hosts: Vec<Host> = (0..3).map(|number| Host::start(network, number)).collect();
-    let addresses: Vec<String> = hosts.iter().map(|host| host.address.clone()).collect();
+    let mut hosts: Vec<Host> =
+        (0..HOSTS).map(|number| Host::start(network, number, HOSTS)).collect();
     // Long runs have sessions of ten seconds; short ones have to see several of each client.
     let session = if length >= Duration::from_secs(120) { 10_000 } else { 2_000 };
-    let clients = Clients::start(&addresses, Duration::from_millis(session), &mut rng);
+    let clients = Clients::start(&source.config(&hosts), Duration::from_millis(session), &mut rng);
     wait_until("all clients to have a server", || loads(&hosts).iter().sum::<u64>() >= 200);
 
+    let measures = source == Source::Advice && length >= Duration::from_secs(300);
     let began = Instant::now();
     let mut outages: Vec<Outage> = Vec::new();
     let mut kinds = network.faults().into_iter().cycle();
@@ -72,15 +102,20 @@ fn run(network: &Network) {
         let mut order: Vec<usize> = (0..hosts.len()).collect();
         rng.shuffle(&mut order);
         let mut down = Vec::new();
-        for host in order.into_iter().take(rng.usize(1..3)) {
+        let count = if measures { 1 } else { rng.usize(1..HOSTS) };
+        for host in order.into_iter().take(count) {
             let fault = kinds.next().unwrap();
             down.push((host, fault, Instant::now()));
             hosts[host].apply(network, fault);
         }
-        std::thread::sleep(Duration::from_millis(rng.u64(1_000..4_000)));
+        let longest = if measures { 20_000 } else { 4_000 };
+        std::thread::sleep(Duration::from_millis(rng.u64(1_000..longest)));
         for (host, fault, from) in down {
             hosts[host].revive(network, fault);
             outages.push(Outage { host, fault, from, to: Instant::now() });
+        }
+        if measures {
+            measure(&hosts);
         }
         std::thread::sleep(Duration::from_millis(rng.u64(100..2_000)));
     }
@@ -96,6 +131,26 @@ fn run(network: &Network) {
             pool(status, "web").workers.iter().all(|worker| worker.load == 0)
         });
     }
+}
+
+/// The mean loads of the minute that begins in a minute are within a tenth of even.
+fn measure(hosts: &[Host]) {
+    let recovered = Instant::now();
+    let (from, to) = (Duration::from_secs(60), Duration::from_secs(120));
+    std::thread::sleep(from);
+    let mut samples: Vec<Vec<u64>> = Vec::new();
+    while recovered.elapsed() < to {
+        samples.push(loads(hosts));
+        std::thread::sleep(Duration::from_millis(500));
+    }
+    let mean = |host: usize| {
+        samples.iter().map(|loads| loads[host] as f64).sum::<f64>() / samples.len() as f64
+    };
+    let means: Vec<f64> = (0..hosts.len()).map(mean).collect();
+    let even = means.iter().sum::<f64>() / means.len() as f64;
+    println!("mean loads of {} samples: {means:.1?}", samples.len());
+    let is_even = means.iter().all(|mean| (mean - even).abs() <= even / 10.0);
+    assert!(is_even, "not within a tenth of even: {means:?}");
 }
 
 fn loads(hosts: &[Host]) -> Vec<u64> {

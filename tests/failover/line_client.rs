@@ -18,7 +18,13 @@ struct Host {
 
 impl Host {
     fn start(ip: &str) -> Host {
-        let mut dispatcher = Dispatcher::start(&one_pool("").replace("127.0.0.1", ip));
+        Host::start_with(ip, "")
+    }
+
+    /// `keys` come before the tables of the configuration.
+    fn start_with(ip: &str, keys: &str) -> Host {
+        let config = format!("{keys}{}", one_pool("").replace("127.0.0.1", ip));
+        let mut dispatcher = Dispatcher::start(&config);
         let address = dispatcher.address("web").to_string();
         let mut command = Command::new(example("echo"));
         command.env("DISPATCH_SOCKET", dispatcher.dispatch()).env("DISPATCH_POOL", "web");
@@ -131,6 +137,34 @@ fn it_survives_hosts_that_stop_and_return_and_keeps_no_descriptors() {
     assert_eq!(client.process.wait().code(), Some(1));
     let text: Vec<String> = client.lines.iter().collect();
     assert!(text.iter().any(|line| line.contains("5 attempts failed")), "{text:?}");
+}
+
+/// The advice interface of each host knows both, and each client asks either.
+#[test]
+fn it_goes_where_it_is_advised_to_go() {
+    let configured = ["127.0.0.6", "127.0.0.7"].map(|ip| {
+        // Free for the advice of that host.
+        let listener = std::net::TcpListener::bind((ip, 0)).unwrap();
+        (ip, listener.local_addr().unwrap().to_string())
+    });
+    let peers = configured
+        .each_ref()
+        .map(|(_, advice)| format!("[[advice_peer]]\naddress = \"{advice}\"\n"));
+    let mut hosts = configured.each_ref().map(|(ip, advice)| {
+        Host::start_with(ip, &format!("advice_listen = \"{advice}\"\n{}", peers.concat()))
+    });
+    let advice = configured.each_ref().map(|(_, advice)| advice.as_str());
+    let mut client = LineClient::start(&["--advice", "web", advice[0], advice[1]]);
+    client.type_line("hello");
+    client.wait_line("hello");
+    let serves = |host: &Host| {
+        pool(&host.dispatcher.status(), "web").workers.iter().any(|worker| worker.load > 0)
+    };
+    let place = hosts.iter().position(serves).expect("its host");
+    hosts[place].kill();
+    client.type_line("still there?");
+    client.wait_line("still there?");
+    assert!(serves(&hosts[1 - place]));
 }
 
 #[test]

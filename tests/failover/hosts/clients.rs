@@ -8,7 +8,7 @@ use std::thread::{self, JoinHandle};
 use std::time::{Duration, Instant};
 
 use tokio::io::{AsyncReadExt, AsyncWriteExt};
-use worker_sdk::connector::{self, Addresses, ConnectorConfig};
+use worker_sdk::connector::{self, ConnectorConfig};
 
 use super::Running;
 
@@ -65,11 +65,13 @@ pub struct Clients {
 }
 
 impl Clients {
-    pub fn start(addresses: &[String], session: Duration, rng: &mut fastrand::Rng) -> Clients {
+    /// `config` has the addresses.
+    pub fn start(config: &ConnectorConfig, session: Duration, rng: &mut fastrand::Rng) -> Clients {
         let running = Arc::new(AtomicBool::new(true));
         let record = Record { calls: Arc::default(), running, session };
         let config = || {
-            ConnectorConfig::new(Addresses::list(addresses).unwrap())
+            let config = config.clone();
+            config
                 .attempt_timeout(LIMITS.attempt)
                 .total_timeout(LIMITS.total)
                 .back_off(Duration::from_millis(50), Duration::from_millis(500))

@@ -35,26 +35,37 @@ pub struct Host {
     workers: Vec<Process>,
     /// Where it serves clients.
     pub address: String,
+    /// Where it gives advice.
+    pub advice: String,
+}
+
+/// Where hosts serve clients, and where they give advice.
+const PORT: u16 = 7000;
+const ADVICE_PORT: u16 = 9901;
+
+/// The configuration of a host. All hosts have the same peers: a dispatcher notices that it is one
+/// of them.
+fn config(network: &Network, number: usize, hosts: usize) -> String {
+    let ip = network.ip(number);
+    let peer =
+        |number| format!("[[advice_peer]]\naddress = \"{}:{ADVICE_PORT}\"\n", network.ip(number));
+    let peers: String = (0..hosts).map(peer).collect();
+    let pool = one_pool("").replace("127.0.0.1:0", &format!("{ip}:{PORT}"));
+    format!("advice_listen = \"{ip}:{ADVICE_PORT}\"\n{peers}{pool}")
 }
 
 impl Host {
-    pub fn start(network: &Network, number: usize) -> Host {
-        let directory = configure(&one_pool("").replace("127.0.0.1", &network.ip(number)));
+    pub fn start(network: &Network, number: usize, hosts: usize) -> Host {
+        let ip = network.ip(number);
         let mut host = Host {
             number,
-            directory,
+            directory: configure(&config(network, number, hosts)),
             dispatcher: None,
             workers: Vec::new(),
-            address: String::new(),
+            address: format!("{ip}:{PORT}"),
+            advice: format!("{ip}:{ADVICE_PORT}"),
         };
         host.start_processes(network);
-        host.address = host.dispatcher().address("web").to_string();
-        // The port stays the same when the host is killed and started again.
-        let config = host.directory.path().join("dispatcher.toml");
-        let text = std::fs::read_to_string(&config).unwrap();
-        let bound = format!("\"{}\"", host.address);
-        std::fs::write(&config, text.replace(&format!("\"{}:0\"", network.ip(number)), &bound))
-            .unwrap();
         host
     }
 

@@ -89,8 +89,11 @@ impl Network {
     /// The address of a host.
     pub fn ip(&self, number: usize) -> String {
         match self {
-            // Not used by other tests.
-            Network::Loopback => format!("127.77.0.{}", number + 1),
+            // Other tests use 127.0.x.x, and 127.64.0.0 and above.
+            Network::Loopback => {
+                let [_, _, high, low] = std::process::id().to_be_bytes();
+                format!("127.{}.{low}.{}", 32 + high % 32, number + 1)
+            }
             Network::Namespaces(_) => format!("10.77.0.{}", number + 1),
         }
     }
