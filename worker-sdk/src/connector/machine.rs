@@ -264,8 +264,8 @@ impl<A: Clone + Eq + Hash> Machine<A> {
         chosen
     }
 
-    /// Another address: one that has not failed in this round, else the one whose failure is
-    /// longest ago, else the current one.
+    /// Another address: one that has not failed in this round, also of an earlier list, else the one
+    /// whose failure is longest ago, else the current one.
     fn alternative(
         &mut self,
         targets: &mut Targets<A>,
@@ -276,7 +276,8 @@ impl<A: Clone + Eq + Hash> Machine<A> {
         let excluded = |address: &A| Some(address) == current || self.failed.contains(address);
         let fresh = targets
             .usable(now, excluded, self.best.as_ref(), random)
-            .or_else(|| targets.set_aside(now, excluded));
+            .or_else(|| targets.set_aside(now, excluded))
+            .or_else(|| targets.former(excluded));
         if fresh.is_some() {
             return fresh;
         }

@@ -4,6 +4,7 @@
 //! others the attempt. Facts and time come in as arguments; the module does no I/O.
 
 use std::hash::Hash;
+use std::mem;
 use std::time::{Duration, Instant};
 
 use super::selection::{Candidate, Random, Selection, Turn};
@@ -17,9 +18,15 @@ pub(crate) struct Chosen<A> {
     pub(crate) probe: bool,
 }
 
+/// The most addresses of earlier lists that are kept.
+const MOST_FORMER: usize = 64;
+
 #[derive(Debug)]
 pub(crate) struct Targets<A> {
     list: Vec<Candidate<A>>,
+    /// Addresses of earlier lists, the latest first. An advised list is some seconds old: a server
+    /// that is back may not be in it yet.
+    former: Vec<A>,
     /// When the list has to be fetched again; none: never.
     stale_at: Option<Instant>,
     set_aside: SetAside<A>,
@@ -37,6 +44,7 @@ impl<A: Clone + Eq + Hash> Targets<A> {
     pub(crate) fn new(selection: Selection, sticky: bool, pauses: Pauses) -> Targets<A> {
         Targets {
             list: Vec::new(),
+            former: Vec::new(),
             stale_at: None,
             set_aside: SetAside::new(pauses),
             selection,
@@ -49,6 +57,13 @@ impl<A: Clone + Eq + Hash> Targets<A> {
     /// Replaces the list. What is known of addresses that stay is kept.
     pub(crate) fn replace(&mut self, list: Vec<Candidate<A>>, stale_at: Option<Instant>) {
         self.set_aside.retain(|address| list.iter().any(|known| known.address == *address));
+        let is_listed = |address: &A| list.iter().any(|known| known.address == *address);
+        let before = mem::take(&mut self.list).into_iter().map(|known| known.address);
+        let mut former: Vec<A> = before.filter(|address| !is_listed(address)).collect();
+        self.former.retain(|address| !is_listed(address));
+        former.append(&mut self.former);
+        former.truncate(MOST_FORMER);
+        self.former = former;
         self.list = list;
         self.stale_at = stale_at;
     }
@@ -143,6 +158,12 @@ impl<A: Clone + Eq + Hash> Targets<A> {
         };
         let remaining = self.list.iter().filter(|candidate| !excluded(&candidate.address));
         let address = remaining.min_by_key(pause)?.address.clone();
+        Some(Chosen { address, probe: false })
+    }
+
+    /// An address of an earlier list, when nothing else is left.
+    pub(super) fn former(&self, excluded: impl Fn(&A) -> bool) -> Option<Chosen<A>> {
+        let address = self.former.iter().find(|address| !excluded(address))?.clone();
         Some(Chosen { address, probe: false })
     }
 

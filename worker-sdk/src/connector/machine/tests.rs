@@ -335,6 +335,24 @@ fn a_list_that_has_failed_is_asked_for_again() {
     assert_eq!(course.addresses(), [2]);
 }
 
+/// A server that is back may not be advised yet.
+#[test]
+fn an_address_of_an_earlier_list_is_tried_when_nothing_else_is_left() {
+    let mut world = World::new(29);
+    let mut targets = targets(Selection::InOrder, 0);
+    let hour = world.now.get() + Duration::from_secs(3_600);
+    for list in [vec![7, 8], vec![0, 7, 1], vec![0, 1]] {
+        targets.replace(list.into_iter().map(Candidate::new).collect(), Some(hour));
+    }
+    let answers = |server, _| if server == 8 { Answer::Accepts } else { Answer::Refuses };
+    let course = world.run(&mut Machine::new(plan(2, 3), None), &mut targets, 0, answers);
+    assert_eq!(course.addresses(), [0, 0, 1, 7, 8]);
+    // It is no part of the list: a new connection does not go there.
+    let course =
+        world.run(&mut Machine::new(plan(1, 1), None), &mut targets, 0, |_, _| Answer::Accepts);
+    assert!(course.reached.unwrap() < 2);
+}
+
 /// Clients of a service begin sessions at the same time, as after an outage; a server fails and
 /// recovers. Their rounds must not become the same.
 #[test]
