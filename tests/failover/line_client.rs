@@ -82,7 +82,14 @@ impl LineClient {
 
     /// Skips lines until this one.
     fn wait_line(&self, expected: &str) {
-        while self.line() != expected {}
+        let mut before = Vec::new();
+        loop {
+            match self.lines.recv_timeout(PATIENCE) {
+                Ok(line) if line == expected => return,
+                Ok(line) => before.push(line),
+                Err(error) => panic!("no line {expected:?}: {error}; before: {before:#?}"),
+            }
+        }
     }
 }
 
@@ -139,6 +146,13 @@ fn it_survives_hosts_that_stop_and_return_and_keeps_no_descriptors() {
     assert!(text.iter().any(|line| line.contains("5 attempts failed")), "{text:?}");
 }
 
+/// The answer of an advice interface.
+fn advised(host: &str) -> std::io::Result<String> {
+    let mut stream = std::net::TcpStream::connect(host)?;
+    stream.write_all(b"GET /v1/pools/web/addresses HTTP/1.0\r\nHost: test\r\n\r\n")?;
+    std::io::read_to_string(stream)
+}
+
 /// The advice interface of each host knows both, and each client asks either.
 #[test]
 fn it_goes_where_it_is_advised_to_go() {
@@ -154,6 +168,11 @@ fn it_goes_where_it_is_advised_to_go() {
         Host::start_with(ip, &format!("advice_listen = \"{advice}\"\n{}", peers.concat()))
     });
     let advice = configured.each_ref().map(|(_, advice)| advice.as_str());
+    // What a dispatcher knows of the others is up to a second old.
+    wait_until("both hosts to be advised by each", || {
+        let advised = |host: &str| advised(host).unwrap_or_default();
+        advice.iter().all(|host| hosts.iter().all(|one| advised(host).contains(&one.address)))
+    });
     let mut client = LineClient::start(&["--advice", "web", advice[0], advice[1]]);
     client.type_line("hello");
     client.wait_line("hello");
