@@ -131,7 +131,7 @@ fn variable(pid: i32, name: &str) -> Option<String> {
 
 /// The variable `VERSION` of each active worker, by name.
 fn versions(status: &Status) -> Vec<(String, String)> {
-    let active = pool(status, "web").workers.iter().filter(|worker| worker.state == "active");
+    let active = pool(status, "web").workers.iter().filter(|worker| worker.state != "draining");
     let mut versions: Vec<_> = active
         .map(|worker| (worker.name.clone(), variable(worker.pid, "VERSION").unwrap_or_default()))
         .collect();

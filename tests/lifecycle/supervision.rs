@@ -257,7 +257,7 @@ fn a_restart_under_load_refuses_and_resets_nobody() {
         }
         let (worked, text) = run(&dispatcher, &["restart", "web"]);
         assert!(worked, "{text}");
-        assert_eq!(text, "pool web: generation 2: 3 processes replaced, 1 at a time\n");
+        assert_eq!(text, "pool web: generation 2: 3 processes to replace, 1 at a time\n");
         // The old ones keep their connections; the roll does not wait for that.
         dispatcher.wait_status("all to be replaced", |status| {
             let processes = processes(status);
@@ -311,7 +311,7 @@ fn a_reload_names_outdated_processes_and_can_restart_them() {
     assert!(before.is_subset(&pids(&dispatcher.status())), "nothing else happens");
     write_config(&dispatcher.dir, &with("3", 3));
     let (worked, text) = run(&dispatcher, &["reload", "--restart"]);
-    assert!(worked && text.ends_with(": 3 processes replaced, 1 at a time\n"), "{text}");
+    assert!(worked && text.ends_with(": 3 processes to replace, 1 at a time\n"), "{text}");
     dispatcher.wait_status("all to have the new version", |status| {
         let versions = pids(status).into_iter().map(version);
         processes(status).active == 3 && versions.eq([(); 3].map(|()| Some(b"3".to_vec())))

@@ -131,6 +131,9 @@ pub struct RollBegun {
 /// pool's mean load, in percent.
 pub const PREFERRED_LOAD: u64 = 125;
 
+/// How long a process whose connections are to be ended may take before SIGTERM.
+const END_GRACE: Duration = Duration::from_secs(1);
+
 impl Roll {
     fn covers(&self, place: u32) -> bool {
         self.place.is_none_or(|only| only == place)
@@ -306,9 +309,9 @@ impl Processes {
         }
     }
 
-    /// Ends the connections of a generation that leaves.
+    /// Ends the connections of a generation that leaves: its processes, if they do not do it.
     pub(crate) fn end_generation(&mut self, now: Time, old: Generation) -> Vec<ProcessId> {
-        let until = now + self.settings.stop_timeout;
+        let until = now + self.settings.stop_timeout.min(END_GRACE);
         let mut ended = Vec::new();
         for process in self.places.iter_mut().flat_map(|place| &mut place.processes) {
             if process.is_leaving_for_roll() && process.generation == old {

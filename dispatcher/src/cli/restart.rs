@@ -72,7 +72,7 @@ pub(super) fn pool(endpoint: &AdminEndpoint, pool: &str) -> Result<PoolRestarted
 
 pub(super) fn summary(answer: &PoolRestarted) -> String {
     format!(
-        "pool {}: generation {}: {} replaced, {} at a time\n",
+        "pool {}: generation {}: {} to replace, {} at a time\n",
         clean(&answer.pool),
         answer.generation,
         count(answer.processes.into(), "process"),

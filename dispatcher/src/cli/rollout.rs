@@ -110,7 +110,7 @@ fn undo(arguments: &PoolArgs) -> Result<(), Failure> {
     match arguments.json {
         true => print_json(&answer)?,
         false => print(&format!(
-            "pool {}: back to generation {}: {} replaced, {} at a time\n",
+            "pool {}: back to generation {}: {} to replace, {} at a time\n",
             clean(&answer.pool),
             answer.generation,
             count(answer.processes.into(), "process"),
@@ -290,7 +290,9 @@ fn explanation(pool: &str, roll: &RollStatus) -> String {
         true => write!(text, "\n{} of {all} returned{undone}", roll.replaced),
     };
     if roll.output.is_empty() {
-        text.push_str("\nno output of the process is known (it is with output = \"log\")");
+        text.push_str(
+            "\nno output of the process is known: it wrote nothing, or output is not \"log\"",
+        );
     } else {
         text.push_str("\nthe last lines of its output:");
         for line in &roll.output {

@@ -53,7 +53,7 @@ fn too_many_leaving_generations_are_refused_and_the_oldest_can_be_ended() {
     assert!(dispatcher.log().contains("the oldest, 1, has"), "{}", dispatcher.log());
     let ended = first.len() as u64;
     let text = order(&dispatcher, &["restart", "web", "--end-oldest", "--wait"]);
-    assert!(text.contains("generation 4: 2 processes replaced"), "{text}");
+    assert!(text.contains("generation 4: 2 processes to replace"), "{text}");
     assert!(first.into_iter().all(is_closed), "they are closed, not reset");
     second.iter_mut().chain(&mut third).for_each(|client| client.echo("not concerned"));
     let status = dispatcher.wait_status("the first generation to end", |status| {
@@ -102,7 +102,7 @@ fn one_worker_is_a_canary_of_the_new_command() {
         plain(status) == ["1"; 3] && !pids(status).contains(&ended)
     });
     let text = order(&dispatcher, &["restart", "web/web-2", "--wait"]);
-    assert!(text.contains("1 process replaced"), "{text}");
+    assert!(text.contains("1 process to replace"), "{text}");
     let status = dispatcher.status();
     assert_eq!(plain(&status), ["1", "2", "1"]);
     assert_eq!((roll(&status).process, roll(&status).state.as_str()), (Some(2), "done"));
@@ -114,7 +114,7 @@ fn one_worker_is_a_canary_of_the_new_command() {
         plain(status) == ["1", "2", "1"] && !pids(status).contains(&ended)
     });
     let text = order(&dispatcher, &["rollout", "undo", "web", "--wait"]);
-    assert!(text.contains("1 process replaced"), "{text}");
+    assert!(text.contains("1 process to replace"), "{text}");
     assert_eq!(plain(&dispatcher.status()), ["1"; 3]);
     // A second canary, and then all.
     order(&dispatcher, &["restart", "web/web-3", "--wait"]);
@@ -135,7 +135,7 @@ fn reload_restart_does_both() {
     write_config(&dispatcher.dir, &body("2"));
     let text = order(&dispatcher, &["reload", "--restart"]);
     assert!(text.contains("pool web: generation "), "{text}");
-    assert!(text.contains(": 3 processes replaced, 1 at a time"), "{text}");
+    assert!(text.contains(": 3 processes to replace, 1 at a time"), "{text}");
     order(&dispatcher, &["rollout", "status", "web", "--wait"]);
     assert_eq!(plain(&dispatcher.status()), ["2"; 3]);
 }

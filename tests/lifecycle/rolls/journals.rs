@@ -54,7 +54,7 @@ fn the_next_dispatcher_tells_why_a_roll_stopped_and_undoes_it() {
     held.iter_mut().for_each(|client| client.echo("through it all"));
     // The journal has the former command; the configuration has the bad one.
     let text = order(&dispatcher, &["rollout", "undo", "web", "--wait"]);
-    assert!(text.contains("back to generation 1: 1 process replaced"), "{text}");
+    assert!(text.contains("back to generation 1: 1 process to replace"), "{text}");
     let status = dispatcher.wait_status("the former version", |status| plain(status) == ["1"; 4]);
     assert_eq!(processes(&status).generation, 1);
     // The next one knows that, too.

@@ -41,7 +41,7 @@ fn a_second_roll_replaces_the_first() {
     with_clients(address, || {
         let first = Running::start(&dispatcher.dir, &["rollout", "status", "web", "--wait"]);
         let text = order(&dispatcher, &["restart", "web"]);
-        assert!(text.contains("generation 3: 4 processes replaced"), "{text}");
+        assert!(text.contains("generation 3: 4 processes to replace"), "{text}");
         open_gates(&dispatcher, 1..=4);
         let status = done(&dispatcher, 4);
         assert_eq!((processes(&status).generation, roll(&status).generation), (3, 3));
@@ -72,7 +72,7 @@ fn undo_in_the_middle_of_a_roll() {
     let dispatcher = in_the_middle("");
     with_clients(dispatcher.address("web"), || {
         let text = order(&dispatcher, &["rollout", "undo", "web", "--wait"]);
-        assert!(text.contains("1 process replaced"), "{text}");
+        assert!(text.contains("1 process to replace"), "{text}");
         let status = dispatcher.wait_status("the former version", |status| {
             plain(status) == ["1"; 4] && processes(status).leaving == 0
         });

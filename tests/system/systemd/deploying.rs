@@ -36,7 +36,7 @@ impl Drop for Set<'_> {
 
 fn names(machine: &Machine) -> Vec<String> {
     let status = machine.status().expect("a dispatcher");
-    let workers = pool(&status, "web").workers.iter().filter(|it| it.state == "active");
+    let workers = pool(&status, "web").workers.iter().filter(|it| it.state != "draining");
     let mut names: Vec<String> = workers.map(|worker| worker.name.clone()).collect();
     names.sort_unstable();
     names

@@ -42,7 +42,7 @@ fn roll(machine: &Machine) -> Option<RollStatus> {
 
 fn pids(machine: &Machine) -> BTreeSet<i32> {
     let status = machine.wait_joined(3);
-    let active = pool(&status, "web").workers.iter().filter(|worker| worker.state == "active");
+    let active = pool(&status, "web").workers.iter().filter(|worker| worker.state != "draining");
     active.map(|worker| worker.pid).collect()
 }
 
