@@ -1,6 +1,19 @@
 //! The directory of the relay: it knows which worker holds which client id and which members a
 //! group has, and gives two workers a direct link when they need it first. Messages do not pass
 //! through it, except those to other hosts.
+//!
+//! [`registry`] decides and is pure. [`run`] serves it on a Unix socket. [`Query`] asks a running
+//! directory. [`ticket_key`] is the key that it shares with the dispatcher. `docs/RELAY.md` is the
+//! guide.
 #![warn(missing_docs)]
 
+pub mod config;
+mod query;
 pub mod registry;
+mod run;
+mod server;
+mod sys;
+pub mod ticket_key;
+
+pub use query::Query;
+pub use run::run;

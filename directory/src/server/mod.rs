@@ -1,0 +1,233 @@
+//! The program: accepts members, checks who they are, and does what the registry asks.
+//!
+//! One thread runs everything; the registry is its state. Each member has a task and a bounded
+//! queue. A member that does not read loses reports of changes first, and its connection when its
+//! queue is full, so that nobody waits for it. Nothing here waits for a member.
+
+mod access;
+mod session;
+pub(crate) mod socket;
+
+use std::cell::RefCell;
+use std::collections::HashMap;
+use std::io;
+use std::os::fd::OwnedFd;
+use std::rc::Rc;
+use std::time::{Duration, Instant, SystemTime, UNIX_EPOCH};
+
+use dispatch_protocol::relay::ticket::Key;
+use dispatch_protocol::relay::{Change, FromDirectory};
+use tokio::sync::Notify;
+
+use crate::config::Config;
+use crate::registry::{Effect, MemberIndex, Now, Registry};
+use crate::sys;
+use session::Session;
+
+/// Connections without a hello: all, and one user's.
+const MAX_PENDING: usize = 256;
+const MAX_PENDING_PER_USER: usize = 64;
+
+/// How long accepting pauses when the process has no descriptors left.
+const PAUSE: Duration = Duration::from_millis(200);
+
+/// A running directory's state. One thread has it; no borrow lives across an `await`.
+pub(crate) struct State {
+    pub(crate) registry: Registry,
+    pub(crate) config: Config,
+    key: Option<Key>,
+    start: Instant,
+    sessions: HashMap<MemberIndex, Rc<Session>>,
+    /// Members and unidentified connections of each user.
+    users: HashMap<u32, usize>,
+    pending: usize,
+    pending_of: HashMap<u32, usize>,
+    /// Rung when a grace period may have begun.
+    timer: Rc<Notify>,
+    refused: u64,
+    cut: u64,
+    #[cfg(feature = "nats")]
+    pub(crate) cluster: Option<Rc<crate::cluster::Cluster>>,
+}
+
+/// A shared handle of the state.
+pub(crate) type Handle = Rc<RefCell<State>>;
+
+impl State {
+    pub(crate) fn now(&self) -> Now {
+        let wall = SystemTime::now().duration_since(UNIX_EPOCH).unwrap_or_default();
+        Now {
+            wall: u64::try_from(wall.as_millis()).unwrap_or(u64::MAX >> 16),
+            steady: u64::try_from(self.start.elapsed().as_millis()).unwrap_or(u64::MAX),
+        }
+    }
+
+    /// Performs what the registry asks.
+    pub(crate) fn perform(&mut self) {
+        self.perform_effects();
+        self.timer.notify_one();
+    }
+
+    fn perform_effects(&mut self) {
+        while let Some(effect) = self.registry.effect() {
+            match effect {
+                Effect::Send(to, record) => self.send(to, record, None),
+                Effect::Link(a, b) => self.link(a, b),
+                #[cfg(feature = "nats")]
+                Effect::Share(record) => {
+                    if let Some(cluster) = &self.cluster {
+                        cluster.share(record);
+                    }
+                }
+                #[cfg(not(feature = "nats"))]
+                Effect::Share(_) => {}
+            }
+        }
+    }
+
+    fn send(&mut self, to: MemberIndex, record: FromDirectory, fd: Option<OwnedFd>) {
+        let Some(session) = self.sessions.get(&to) else { return };
+        let pushed = session.queue.push(&record, fd);
+        if !pushed {
+            if let FromDirectory::Changed { id, group, .. } = record {
+                // Told when there is room again.
+                let change = Change::Missed;
+                return session.queue.missed(FromDirectory::Changed { id, group, change });
+            }
+            self.cut += 1;
+            session.queue.cut();
+        }
+    }
+
+    fn link(&mut self, a: MemberIndex, b: MemberIndex) {
+        let numbers = (self.registry.number_of(a), self.registry.number_of(b));
+        let (Some(number_a), Some(number_b)) = numbers else { return };
+        match socket::link() {
+            // The other end first: it knows the link before the first message arrives.
+            Ok((end_a, end_b)) => {
+                self.send(b, FromDirectory::Link { member: number_a }, Some(end_b));
+                self.send(a, FromDirectory::Link { member: number_b }, Some(end_a));
+            }
+            Err(error) => {
+                log::error!("event=link_failed error=\"{error}\"");
+                self.send(a, FromDirectory::NoMember { member: number_b }, None);
+            }
+        }
+    }
+
+    /// Numbers of the server, for stats.
+    fn own_counts(&self) -> [(&'static str, u64); 4] {
+        let queued = self.sessions.values().map(|session| session.queue.bytes() as u64).sum();
+        [
+            ("queued_bytes", queued),
+            ("connections_waiting", self.pending as u64),
+            ("refused_total", self.refused),
+            ("cut_total", self.cut),
+        ]
+    }
+}
+
+/// Serves until `stop` is done.
+///
+/// # Errors
+/// The socket cannot be bound, the key cannot be read, or the runtime fails.
+pub(crate) async fn serve(
+    config: Config,
+    ready: impl FnOnce(),
+    stop: impl Future<Output = ()>,
+) -> io::Result<()> {
+    let named = |what: &str, path: &std::path::Path, error: io::Error| {
+        io::Error::new(error.kind(), format!("{what} {}: {error}", path.display()))
+    };
+    let key = match &config.ticket_key {
+        Some(path) => {
+            Some(crate::ticket_key::open(path).map_err(|error| named("ticket_key", path, error))?)
+        }
+        None => None,
+    };
+    let listener = socket::listen_at(&config.socket, config.socket_mode)
+        .map_err(|error| named("socket", &config.socket, error))?;
+    let namespaces = config.namespaces.iter().map(|space| (space.name.clone(), space.receives));
+    let shares = config.nats.is_some();
+    let registry = Registry::new(config.host.clone(), namespaces, config.limits.clone(), shares);
+    let timer = Rc::new(Notify::new());
+    let state = Rc::new(RefCell::new(State {
+        registry,
+        config,
+        key,
+        start: Instant::now(),
+        sessions: HashMap::new(),
+        users: HashMap::new(),
+        pending: 0,
+        pending_of: HashMap::new(),
+        timer: Rc::clone(&timer),
+        refused: 0,
+        cut: 0,
+        #[cfg(feature = "nats")]
+        cluster: None,
+    }));
+    #[cfg(feature = "nats")]
+    crate::cluster::start(&state).await?;
+    #[cfg(not(feature = "nats"))]
+    if shares {
+        let problem = "nats is set, and this program was built without the feature nats";
+        return Err(io::Error::other(problem));
+    }
+    ready();
+    let accepting = accept_all(&state, listener);
+    let ticking = end_graces(&state, timer);
+    tokio::select! {
+        error = accepting => return Err(error),
+        () = ticking => {}
+        () = stop => {}
+    }
+    #[cfg(feature = "nats")]
+    crate::cluster::stop(&state).await;
+    Ok(())
+}
+
+/// Returns only if the socket fails.
+async fn accept_all(state: &Handle, listener: socket::Listener) -> io::Error {
+    let watched = listener.socket.try_clone().and_then(sys::watch);
+    let watched = match watched {
+        Ok(watched) => watched,
+        Err(error) => return error,
+    };
+    loop {
+        let mut ready = match watched.readable().await {
+            Ok(ready) => ready,
+            Err(error) => return error,
+        };
+        match socket::accept(watched.get_ref()) {
+            Ok(connection) => session::start(state, connection),
+            Err(error) if error.kind() == io::ErrorKind::WouldBlock => ready.clear_ready(),
+            // The peer has gone.
+            Err(error) if error.kind() == io::ErrorKind::ConnectionAborted => {}
+            Err(error) => {
+                log::error!("event=accept_failed error=\"{error}\"");
+                tokio::time::sleep(PAUSE).await;
+            }
+        }
+        tokio::task::yield_now().await;
+    }
+}
+
+async fn end_graces(state: &Handle, changed: Rc<Notify>) {
+    loop {
+        let wait = {
+            let mut state = state.borrow_mut();
+            let now = state.now();
+            let next = state.registry.tick(now);
+            state.perform_effects();
+            if next.is_some_and(|next| next <= now.steady) {
+                Some(Duration::ZERO)
+            } else {
+                next.map(|next| Duration::from_millis(next - now.steady))
+            }
+        };
+        match wait {
+            Some(wait) => tokio::time::sleep(wait).await,
+            None => changed.notified().await,
+        }
+    }
+}
