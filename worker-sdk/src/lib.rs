@@ -14,6 +14,7 @@
 //! | `axum` | axum; the listener goes to `axum::serve` | `tokio::Listener` |
 //! | `mio` | event loops with mio | `mio::MioWorker` |
 //! | `connector` | clients of a service on several hosts; with `tokio` also for tokio | `connector::Connector` |
+//! | `relay` | messages between workers | `relay::Relay` |
 //! | `testing` | tests of a server against a real dispatcher; for `dev-dependencies` | `testing::Dispatcher` |
 //!
 //! The crate `dispatch-protocol` has the protocol itself.
@@ -132,6 +133,8 @@ mod connector;
 #[cfg(feature = "mio")]
 pub mod mio;
 mod peer;
+#[cfg(feature = "relay")]
+pub mod relay;
 #[cfg(feature = "tokio")]
 pub mod tokio;
 

@@ -212,14 +212,16 @@ impl Registry {
         }
     }
 
-    pub(super) fn look_up(&mut self, from: MemberIndex, request: u64, id: &Id) {
+    pub(super) fn look_up(&mut self, from: MemberIndex, request: u64, id: &Id, stale: u64) {
         let Some(member) = self.member(from) else { return };
         let (namespace, waits) = (member.namespace, member.lookups);
         self.totals.lookups += 1;
         let slots = self.slots.find(namespace, id);
-        let places = self.locations(&slots);
+        let mut places = self.locations(&slots);
+        places.retain(|place| place.stamp != stale);
         match slots.first() {
-            // It has ended a moment ago, so the client may be on its way to another worker.
+            // It has ended a moment ago, or its end is on its way here, so the client may be on its
+            // way to another worker.
             Some(&slot) if places.is_empty() && waits < self.limits.lookups_per_member => {
                 self.totals.waited += 1;
                 self.waiting.entry(slot).or_default().push((from, request));

@@ -91,13 +91,16 @@ pub enum Receives {
 /// A member, by its place in the registry. Places are reused.
 pub type MemberIndex = u32;
 
+/// How long a link that a member has not received is taken to be on its way, in milliseconds.
+const LINK_ON_ITS_WAY: u64 = 5000;
+
 /// What the caller must do, in this order.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub enum Effect {
     /// Send a record to a member.
     Send(MemberIndex, FromDirectory),
-    /// Give two members a link.
-    Link(MemberIndex, MemberIndex),
+    /// Give two members a link with this number.
+    Link(MemberIndex, MemberIndex, u64),
     /// Tell the other directories.
     Share(Shared),
 }
@@ -148,6 +151,8 @@ struct Member {
     watched: HashSet<(Id, bool)>,
     /// Look-ups that wait.
     lookups: usize,
+    /// By the number of the other member: the number of the last link, and when it was made.
+    links: HashMap<u64, (u64, u64)>,
 }
 
 /// A wish to enter a namespace.
@@ -267,6 +272,7 @@ impl Registry {
             subscribed: HashSet::new(),
             watched: HashSet::new(),
             lookups: 0,
+            links: HashMap::new(),
         };
         let index = match self.vacant.pop() {
             Some(index) => index,
@@ -291,6 +297,7 @@ impl Registry {
         let joined = std::mem::take(&mut member.joined);
         let subscribed = std::mem::take(&mut member.subscribed);
         let watched = std::mem::take(&mut member.watched);
+        let links = std::mem::take(&mut member.links);
         let (namespace, number, waits) = (member.namespace, member.number, member.lookups > 0);
         let local = member.host == 0;
         for (group, key) in joined {
@@ -312,6 +319,11 @@ impl Registry {
         self.vacant.push(index);
         let Some(space) = self.namespaces.get_mut(usize::from(namespace)) else { return };
         space.members.remove(&number);
+        for other in links.into_keys().filter_map(|number| space.members.get(&number)) {
+            if let Some(other) = self.members.get_mut(*other as usize).and_then(Option::as_mut) {
+                other.links.remove(&number);
+            }
+        }
         if local {
             let namespace = space.name.clone();
             self.share(Shared::Gone { namespace, member: number });
@@ -328,8 +340,8 @@ impl Registry {
                 self.register(now, from, request, &id, stamp);
             }
             ToDirectory::Unregister { id, stamp } => self.unregister(now, from, &id, stamp),
-            ToDirectory::Lookup { request, id } => self.look_up(from, request, &id),
-            ToDirectory::Connect { member } => self.connect(from, member),
+            ToDirectory::Lookup { request, id, stale } => self.look_up(from, request, &id, stale),
+            ToDirectory::Connect { member, after } => self.connect(now, from, member, after),
             ToDirectory::Join { group, key, weight } => self.join(from, group, key, weight),
             ToDirectory::Leave { group, key } => {
                 let key_of = (group, key);
@@ -402,17 +414,28 @@ impl Registry {
         numbers.into_iter().filter_map(count).collect()
     }
 
-    fn connect(&mut self, from: MemberIndex, number: u64) {
+    fn connect(&mut self, now: Now, from: MemberIndex, number: u64, after: u64) {
         let Some(member) = self.member(from) else { return };
+        let own = member.number;
+        let last = member.links.get(&number).copied();
         let space = &self.namespaces[usize::from(member.namespace)];
         let other = space.members.get(&number).copied();
-        match other.filter(|&other| self.member(other).is_some_and(|m| m.host == 0)) {
-            Some(other) if other != from => {
-                self.totals.links += 1;
-                self.effects.push_back(Effect::Link(from, other));
-            }
-            _ => self.send(from, FromDirectory::NoMember { member: number }),
+        let other = other.filter(|&other| self.member(other).is_some_and(|m| m.host == 0));
+        let Some(other) = other.filter(|&other| other != from) else {
+            return self.send(from, FromDirectory::NoMember { member: number });
+        };
+        // Both have asked at the same time, and the link is on its way.
+        if last.is_some_and(|(link, made)| link > after && now.steady < made + LINK_ON_ITS_WAY) {
+            return;
         }
+        self.totals.links += 1;
+        let link = self.hlc.stamp(now.wall);
+        for (index, number) in [(from, number), (other, own)] {
+            if let Some(member) = self.members.get_mut(index as usize).and_then(Option::as_mut) {
+                member.links.insert(number, (link, now.steady));
+            }
+        }
+        self.effects.push_back(Effect::Link(from, other, link));
     }
 
     fn member(&self, index: MemberIndex) -> Option<&Member> {

@@ -50,7 +50,7 @@ fn register(registry: &mut Registry, now: u64, member: MemberIndex, text: &str) 
 
 /// The answer, if it does not wait.
 fn look_up(registry: &mut Registry, member: MemberIndex, text: &str) -> Option<Vec<Location>> {
-    registry.handle(at(0), member, ToDirectory::Lookup { request: 9, id: id(text) });
+    registry.handle(at(0), member, ToDirectory::Lookup { request: 9, id: id(text), stale: 0 });
     drain(registry).into_iter().find_map(|effect| match effect {
         Effect::Send(to, FromDirectory::Found { request: 9, places }) if to == member => {
             Some(places)
@@ -80,7 +80,7 @@ fn namespaces_do_not_see_each_other() {
     let (a, b) = (enter(&mut registry, 0, 1), enter(&mut registry, 1, 2));
     register(&mut registry, 0, a, "alice");
     assert_eq!(look_up(&mut registry, b, "alice"), Some(Vec::new()));
-    registry.handle(at(0), b, ToDirectory::Connect { member: 1 });
+    registry.handle(at(0), b, ToDirectory::Connect { member: 1, after: 0 });
     let answer = Effect::Send(b, FromDirectory::NoMember { member: 1 });
     assert_eq!(drain(&mut registry), [answer], "no link to another namespace");
     registry.handle(at(0), b, ToDirectory::Online { request: 3, cursor: 0 });
@@ -93,6 +93,23 @@ fn namespaces_do_not_see_each_other() {
     registry.handle(at(0), b, ToDirectory::Watch { id: id("room"), group: true });
     registry.leave(at(0), a);
     assert_eq!(drain(&mut registry), [], "nor watched");
+}
+
+#[test]
+fn two_that_ask_at_once_get_one_link() {
+    let mut registry = registry(Receives::Newest, false);
+    let (a, b) = (enter(&mut registry, 0, 1), enter(&mut registry, 0, 2));
+    registry.handle(at(0), a, ToDirectory::Connect { member: 2, after: 0 });
+    registry.handle(at(0), b, ToDirectory::Connect { member: 1, after: 0 });
+    let effects = drain(&mut registry);
+    let [Effect::Link(_, _, first)] = effects[..] else { panic!("{effects:?}") };
+    // It broke, and one of them asks for another.
+    registry.handle(at(1), b, ToDirectory::Connect { member: 1, after: first });
+    let effects = drain(&mut registry);
+    assert!(matches!(effects[..], [Effect::Link(_, _, second)] if second > first), "{effects:?}");
+    registry.leave(at(2), a);
+    drain(&mut registry);
+    assert!(registry.members[b as usize].as_ref().unwrap().links.is_empty());
 }
 
 #[test]
@@ -118,6 +135,19 @@ fn a_look_up_waits_for_the_grace_and_no_longer() {
     let none = FromDirectory::Found { request: 9, places: Vec::new() };
     assert_eq!(drain(&mut registry), [Effect::Send(b, none)], "bob has not come back");
     assert_eq!(look_up(&mut registry, b, "bob"), Some(Vec::new()), "and is forgotten");
+}
+
+#[test]
+fn a_look_up_can_be_ahead_of_the_end_of_a_registration() {
+    let mut registry = registry(Receives::Newest, false);
+    let (a, b) = (enter(&mut registry, 0, 1), enter(&mut registry, 0, 2));
+    let stale = register(&mut registry, 0, a, "alice");
+    registry.handle(at(0), b, ToDirectory::Lookup { request: 9, id: id("alice"), stale });
+    assert_eq!(drain(&mut registry), [], "it waits");
+    registry.handle(at(1), a, ToDirectory::Unregister { id: id("alice"), stamp: stale });
+    registry.tick(at(101));
+    let none = FromDirectory::Found { request: 9, places: Vec::new() };
+    assert_eq!(drain(&mut registry), [Effect::Send(b, none)]);
 }
 
 #[test]

@@ -72,7 +72,7 @@ impl State {
         while let Some(effect) = self.registry.effect() {
             match effect {
                 Effect::Send(to, record) => self.send(to, record, None),
-                Effect::Link(a, b) => self.link(a, b),
+                Effect::Link(a, b, number) => self.link(a, b, number),
                 #[cfg(feature = "nats")]
                 Effect::Share(record) => {
                     if let Some(cluster) = &self.cluster {
@@ -99,14 +99,14 @@ impl State {
         }
     }
 
-    fn link(&mut self, a: MemberIndex, b: MemberIndex) {
+    fn link(&mut self, a: MemberIndex, b: MemberIndex, number: u64) {
         let numbers = (self.registry.number_of(a), self.registry.number_of(b));
         let (Some(number_a), Some(number_b)) = numbers else { return };
         match socket::link() {
             // The other end first: it knows the link before the first message arrives.
             Ok((end_a, end_b)) => {
-                self.send(b, FromDirectory::Link { member: number_a }, Some(end_b));
-                self.send(a, FromDirectory::Link { member: number_b }, Some(end_a));
+                self.send(b, FromDirectory::Link { member: number_a, number }, Some(end_b));
+                self.send(a, FromDirectory::Link { member: number_b, number }, Some(end_a));
             }
             Err(error) => {
                 log::error!("event=link_failed error=\"{error}\"");

@@ -10,7 +10,7 @@
 //! | answers | entries: first sequence u64, count u32, [`Status`] u8 |
 //! | spread | sequence u64, delivered u32, full u32: the answer for all memberships of a group |
 //! | reply | sequence u64 of the request, payload |
-//! | forward | host u64, member u64, frames: to or from a member of another host |
+//! | forward | host u64, member u64, epoch u64, other epoch u64, frames: to or from a member of another host |
 //! | unreachable | host u64, member u64: nothing more is known of what was forwarded there |
 //!
 //! Sequences count up from 1 in each direction of a link, one for each data frame, and every data
@@ -20,7 +20,7 @@
 use crate::wire::WireError;
 
 /// Most bytes of a frame besides its payload.
-pub const MAX_OVERHEAD: usize = 4 + 2 + 8 + 8 + 1 + super::MAX_ID + 4 + 2 + 16;
+pub const MAX_OVERHEAD: usize = 4 + 2 + 8 + 8 + 1 + super::MAX_ID + 4 + 2 + 32;
 
 /// Flags of a data frame.
 pub mod flag {
@@ -29,6 +29,8 @@ pub mod flag {
     /// The destination is a group. The stamp is the key of a membership; 0 means every membership
     /// of the receiving member.
     pub const GROUP: u8 = 2;
+    /// Of a forward: the sender could not follow the other epoch, which therefore ends.
+    pub const RESET: u8 = 1;
     /// Of a reply: the application has dropped the request without a reply.
     pub const NO_REPLY: u8 = 1;
 }
@@ -84,6 +86,13 @@ pub enum Frame<'a> {
         host: u64,
         /// The other member.
         member: u64,
+        /// The sender's number of this exchange; its sequences begin at 1 with each. Later ones are
+        /// larger.
+        epoch: u64,
+        /// The epoch of the receiver to which the frames belong; 0 if the sender knows none.
+        other: u64,
+        /// Whether the receiver's epoch `other` ends.
+        reset: bool,
         /// Whole frames, without another forward.
         frames: &'a [u8],
     },
@@ -186,7 +195,10 @@ impl Frame<'_> {
             FORWARD => {
                 let host = u64::from_le_bytes(chunk(&mut rest, "host")?);
                 let member = u64::from_le_bytes(chunk(&mut rest, "member")?);
-                Ok(Frame::Forward { host, member, frames: rest })
+                let epoch = u64::from_le_bytes(chunk(&mut rest, "epoch")?);
+                let other = u64::from_le_bytes(chunk(&mut rest, "other epoch")?);
+                let reset = flags & flag::RESET != 0;
+                Ok(Frame::Forward { host, member, epoch, other, reset, frames: rest })
             }
             UNREACHABLE => {
                 let host = u64::from_le_bytes(chunk(&mut rest, "host")?);
@@ -252,11 +264,20 @@ pub fn reply(out: &mut Vec<u8>, sequence: u64, payload: Option<&[u8]>) {
     out.extend_from_slice(payload);
 }
 
-/// Appends the start of a forward; `frames` bytes of whole frames must follow.
-pub fn forward(out: &mut Vec<u8>, host: u64, member: u64, frames: usize) {
-    head(out, FORWARD, 0, 16 + frames);
-    out.extend_from_slice(&host.to_le_bytes());
-    out.extend_from_slice(&member.to_le_bytes());
+/// Appends a forward.
+pub fn forward(
+    out: &mut Vec<u8>,
+    host: u64,
+    member: u64,
+    (epoch, other): (u64, u64),
+    reset: bool,
+    frames: &[u8],
+) {
+    head(out, FORWARD, if reset { flag::RESET } else { 0 }, 32 + frames.len());
+    for number in [host, member, epoch, other] {
+        out.extend_from_slice(&number.to_le_bytes());
+    }
+    out.extend_from_slice(frames);
 }
 
 /// Appends the notice that a member of another host cannot be reached.

@@ -12,7 +12,7 @@
 //! ```
 //! use dispatch_protocol::relay::{FromDirectory, Id, ToDirectory};
 //!
-//! let lookup = ToDirectory::Lookup { request: 7, id: Id::new(b"alice")? };
+//! let lookup = ToDirectory::Lookup { request: 7, id: Id::new(b"alice")?, stale: 0 };
 //! let mut record = Vec::new();
 //! lookup.encode(&mut record);
 //! assert_eq!(ToDirectory::decode(&record)?, lookup);
@@ -294,11 +294,16 @@ records! {
             request: u64,
             /// The id.
             id: Id,
+            /// A registration that was not where the answer before said; 0 for none. The directory
+            /// may not know yet that it has ended.
+            stale: u64,
         }
         /// Asks for a link to a member of the same host.
         5 = Connect {
             /// The other member.
             member: u64,
+            /// The number of the last link to it that this member has received; 0 for none.
+            after: u64,
         }
         /// The member receives messages for a group.
         6 = Join {
@@ -418,6 +423,8 @@ records! {
         7 = Link {
             /// The other member.
             member: u64,
+            /// The number of the link; later ones are larger.
+            number: u64,
         }
         /// There is no such member any more.
         8 = NoMember {

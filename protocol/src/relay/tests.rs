@@ -106,8 +106,7 @@ proptest! {
         frame::reply(&mut stream, 6, Some(&payload));
         frame::reply(&mut stream, 7, None);
         let inner = stream.clone();
-        frame::forward(&mut stream, 8, 9, inner.len());
-        stream.extend_from_slice(&inner);
+        frame::forward(&mut stream, 8, 9, (1, 2), true, &inner);
         frame::unreachable(&mut stream, 10, 11);
 
         let mut rest = &stream[..];
@@ -126,7 +125,10 @@ proptest! {
         prop_assert_eq!(next(), Frame::Spread { sequence: 3, delivered: 4, full: 5 });
         prop_assert_eq!(next(), Frame::Reply { sequence: 6, payload: Some(&payload) });
         prop_assert_eq!(next(), Frame::Reply { sequence: 7, payload: None });
-        prop_assert_eq!(next(), Frame::Forward { host: 8, member: 9, frames: &inner });
+        let expected = Frame::Forward {
+            host: 8, member: 9, epoch: 1, other: 2, reset: true, frames: &inner,
+        };
+        prop_assert_eq!(next(), expected);
         prop_assert_eq!(next(), Frame::Unreachable { host: 10, member: 11 });
     }
 }

@@ -1,0 +1,311 @@
+//! The connection to the directory: what is registered, joined and watched, and what it answers.
+
+use std::sync::Arc;
+
+use dispatch_protocol::relay::{Change, FromDirectory, Id, MAX_PAGE, ToDirectory, readable};
+
+use super::peers::Way;
+use super::{Engine, Fired, GroupSize, Local, LocalMembership, Question, Request, page};
+use crate::relay::message::Message;
+use crate::relay::queue::{Ended, Queue};
+use crate::relay::slot::Slot;
+use crate::relay::{Error, Page, PresenceEvent};
+
+impl Engine {
+    /// The directory has let this member in: says again everything that lasts.
+    pub(crate) fn welcomed(&mut self, now: u64, host: u64, max_message: usize, gateway: bool) {
+        self.connected = true;
+        let again = self.host != 0;
+        self.host = host;
+        self.max_message = max_message;
+        self.control.clear();
+        // The gateway's link is new.
+        self.gateway_down(now);
+        self.gateway = gateway;
+        self.requests.retain(|_, request| !matches!(request, Request::Register { .. }));
+        let registrations: Vec<(Id, u64, u64)> = self
+            .local
+            .iter()
+            .flat_map(|(id, all)| all.iter().map(|one| (id.clone(), one.stamp, one.serial)))
+            .collect();
+        for (id, stamp, serial) in registrations {
+            self.tell_register(id, stamp, serial);
+        }
+        let memberships: Vec<(Id, u32, u16)> = self
+            .memberships
+            .iter()
+            .flat_map(|(group, all)| all.iter().map(|one| (group.clone(), one.key, one.weight)))
+            .collect();
+        for (group, key, weight) in memberships {
+            self.tell(&ToDirectory::Join { group, key, weight });
+        }
+        self.subscribe_again();
+        let watches: Vec<(Id, bool)> = self.watches.keys().cloned().collect();
+        for (id, group) in watches {
+            self.tell(&ToDirectory::Watch { id: id.clone(), group });
+            if again {
+                self.changed(&id, group, Change::Missed);
+            }
+        }
+        self.ask_again();
+        let asked =
+            |(member, peer): (&u64, &super::Peer)| (peer.way == Way::Asked).then_some(*member);
+        let members: Vec<u64> = self.peers.iter().filter_map(asked).collect();
+        for member in members {
+            let after = self.last_links.get(&member).copied().unwrap_or(0);
+            self.tell(&ToDirectory::Connect { member, after });
+        }
+    }
+
+    /// The directory has gone. Links to members of this host continue.
+    pub(crate) fn directory_lost(&mut self, now: u64) {
+        self.connected = false;
+        self.control.clear();
+        self.gateway_down(now);
+        let numbers: Vec<u64> = self.questions.keys().copied().collect();
+        numbers.into_iter().for_each(|number| self.fail_question(number));
+    }
+
+    pub(crate) fn is_connected(&self) -> bool {
+        self.connected
+    }
+
+    /// Ends everything.
+    pub(crate) fn close(&mut self, now: u64) {
+        self.closed = true;
+        self.directory_lost(now);
+        let members: Vec<u64> = self.peers.keys().copied().collect();
+        members.into_iter().for_each(|member| self.link_down(now, member));
+        self.tick(u64::MAX);
+        for local in self.local.drain().flat_map(|(_, all)| all) {
+            local.queue.end(Ended::Closed);
+            if let Some(slot) = local.done {
+                self.fired.push(Fired::Registered(slot, Err(Error::Closed)));
+            }
+        }
+        for one in self.memberships.drain().flat_map(|(_, all)| all) {
+            one.queue.end(Ended::Closed);
+        }
+        for (_, queue) in self.watches.drain().flat_map(|(_, all)| all) {
+            queue.end(Ended::Closed);
+        }
+    }
+
+    /// Registers an id; returns the number by which [`unregister`](Engine::unregister) ends it.
+    pub(crate) fn register(
+        &mut self,
+        id: &Id,
+        queue: Arc<Queue<Message>>,
+        done: Arc<Slot<Result<u64, Error>>>,
+    ) -> u64 {
+        let serial = self.number();
+        if self.closed {
+            self.fired.push(Fired::Registered(done, Err(Error::Closed)));
+            return serial;
+        }
+        let local = Local { stamp: 0, queue, serial, done: Some(done) };
+        self.local.entry(id.clone()).or_default().push(local);
+        self.tell_register(id.clone(), 0, serial);
+        serial
+    }
+
+    fn tell_register(&mut self, id: Id, stamp: u64, serial: u64) {
+        let request = self.number();
+        if self.connected {
+            self.requests.insert(request, Request::Register { id: id.clone(), serial });
+        }
+        self.tell(&ToDirectory::Register { request, id, stamp });
+    }
+
+    pub(crate) fn unregister(&mut self, id: &Id, serial: u64) {
+        if let Some(local) = self.take_local(id, |local| local.serial == serial) {
+            local.queue.end(Ended::Closed);
+            if local.stamp != 0 {
+                self.tell(&ToDirectory::Unregister { id: id.clone(), stamp: local.stamp });
+            }
+        }
+    }
+
+    fn take_local(&mut self, id: &Id, is: impl Fn(&Local) -> bool) -> Option<Local> {
+        let all = self.local.get_mut(id)?;
+        let index = all.iter().position(is)?;
+        let local = all.swap_remove(index);
+        if all.is_empty() {
+            self.local.remove(id);
+        }
+        Some(local)
+    }
+
+    /// Joins a group; returns the key of the membership.
+    pub(crate) fn join(&mut self, group: &Id, weight: u16, queue: Arc<Queue<Message>>) -> u32 {
+        // Keys repeat after four thousand million joins; 0 means all.
+        let key = (self.number() as u32).max(1);
+        if self.closed {
+            queue.end(Ended::Closed);
+            return key;
+        }
+        self.memberships.entry(group.clone()).or_default().push(LocalMembership {
+            key,
+            weight,
+            queue,
+        });
+        self.tell(&ToDirectory::Join { group: group.clone(), key, weight });
+        key
+    }
+
+    pub(crate) fn leave(&mut self, group: &Id, key: u32) {
+        let Some(all) = self.memberships.get_mut(group) else { return };
+        let Some(index) = all.iter().position(|one| one.key == key) else { return };
+        all.swap_remove(index).queue.end(Ended::Closed);
+        if all.is_empty() {
+            self.memberships.remove(group);
+        }
+        self.tell(&ToDirectory::Leave { group: group.clone(), key });
+    }
+
+    pub(crate) fn watch(&mut self, id: &Id, group: bool, queue: Arc<Queue<PresenceEvent>>) -> u64 {
+        let serial = self.number();
+        if self.closed {
+            queue.end(Ended::Closed);
+            return serial;
+        }
+        let all = self.watches.entry((id.clone(), group)).or_default();
+        all.push((serial, queue));
+        if all.len() == 1 {
+            self.tell(&ToDirectory::Watch { id: id.clone(), group });
+        }
+        serial
+    }
+
+    pub(crate) fn unwatch(&mut self, id: &Id, group: bool, serial: u64) {
+        let key = (id.clone(), group);
+        let Some(all) = self.watches.get_mut(&key) else { return };
+        all.retain(|(one, _)| *one != serial);
+        if all.is_empty() {
+            self.watches.remove(&key);
+            self.tell(&ToDirectory::Unwatch { id: key.0, group });
+        }
+    }
+
+    /// Asks for places; `None` as id asks for a page of all.
+    pub(crate) fn places(
+        &mut self,
+        now: u64,
+        id: Option<Id>,
+        cursor: u64,
+        slot: Arc<Slot<Result<Page, Error>>>,
+    ) {
+        if !self.connected {
+            return self.fired.push(Fired::Places(slot, Err(Error::DirectoryAbsent)));
+        }
+        let request = self.number();
+        let deadline = now.saturating_add(self.settings.timeout);
+        self.questions.insert(request, Question::Places { slot, deadline });
+        match id {
+            Some(id) => self.tell(&ToDirectory::Who { request, id }),
+            None => self.tell(&ToDirectory::Online { request, cursor }),
+        }
+    }
+
+    /// Asks for a page of groups.
+    pub(crate) fn group_sizes(
+        &mut self,
+        now: u64,
+        after: &[u8],
+        slot: Arc<Slot<Result<Vec<GroupSize>, Error>>>,
+    ) {
+        if !self.connected {
+            return self.fired.push(Fired::Groups(slot, Err(Error::DirectoryAbsent)));
+        }
+        let request = self.number();
+        let deadline = now.saturating_add(self.settings.timeout);
+        self.questions.insert(request, Question::Groups { slot, deadline });
+        self.tell(&ToDirectory::Groups { request, after: after.to_vec() });
+    }
+
+    /// A record of the directory, without those that bring descriptors.
+    pub(crate) fn directory_record(&mut self, now: u64, record: FromDirectory) {
+        match record {
+            FromDirectory::Registered { request, stamp } => {
+                let Some(Request::Register { id, serial }) = self.requests.remove(&request) else {
+                    return;
+                };
+                let all = self.local.get_mut(&id);
+                match all.and_then(|all| all.iter_mut().find(|local| local.serial == serial)) {
+                    Some(local) => {
+                        local.stamp = stamp;
+                        let done = local.done.take();
+                        self.fired.extend(done.map(|done| Fired::Registered(done, Ok(stamp))));
+                    }
+                    // It has ended meanwhile.
+                    None => self.tell(&ToDirectory::Unregister { id, stamp }),
+                }
+            }
+            FromDirectory::NotAccepted { request, reason } => {
+                let reason = readable(&reason);
+                let Some(Request::Register { id, serial }) = self.requests.remove(&request) else {
+                    return log::warn!("event=relay_not_accepted reason={reason:?}");
+                };
+                if let Some(local) = self.take_local(&id, |local| local.serial == serial) {
+                    local.queue.end(Ended::NotAccepted);
+                    let error = Err(Error::NotAccepted(reason));
+                    self.fired.extend(local.done.map(|done| Fired::Registered(done, error)));
+                }
+            }
+            FromDirectory::Superseded { id, stamp } => {
+                if let Some(local) = self.take_local(&id, |local| local.stamp == stamp) {
+                    local.queue.end(Ended::Superseded);
+                }
+            }
+            FromDirectory::Found { request, places } => {
+                if let Some(Request::Lookup { id }) = self.requests.remove(&request) {
+                    self.found(now, &id, places);
+                }
+            }
+            FromDirectory::NoMember { member } => {
+                if self.peers.get(&member).is_some_and(|peer| peer.way == Way::Asked) {
+                    self.last_links.remove(&member);
+                    self.link_down(now, member);
+                }
+            }
+            FromDirectory::Memberships { group, reset, complete, added, removed } => {
+                self.memberships(now, &group, (reset, complete), added, &removed);
+            }
+            FromDirectory::Places { request, places, next } => {
+                if let Some(Question::Places { slot, .. }) = self.questions.remove(&request) {
+                    self.fired.push(Fired::Places(slot, Ok(page(places, next))));
+                }
+            }
+            FromDirectory::GroupSizes { request, groups } => {
+                if let Some(Question::Groups { slot, .. }) = self.questions.remove(&request) {
+                    debug_assert!(groups.len() <= MAX_PAGE);
+                    self.fired.push(Fired::Groups(slot, Ok(groups)));
+                }
+            }
+            FromDirectory::Changed { change: Change::Missed, .. } => {
+                // Of anything that is watched.
+                let watches: Vec<(Id, bool)> = self.watches.keys().cloned().collect();
+                for (id, group) in watches {
+                    self.changed(&id, group, Change::Missed);
+                }
+            }
+            FromDirectory::Changed { id, group, change } => self.changed(&id, group, change),
+            // Those with descriptors are handled where these are, and hello was answered.
+            FromDirectory::Welcome { .. }
+            | FromDirectory::Refused { .. }
+            | FromDirectory::Link { .. }
+            | FromDirectory::Counts { .. } => {}
+        }
+    }
+
+    fn changed(&mut self, id: &Id, group: bool, change: Change) {
+        let Some(watches) = self.watches.get(&(id.clone(), group)) else { return };
+        for (_, queue) in watches {
+            let event = PresenceEvent { id: id.clone(), group, change };
+            if queue.push(event).is_err() {
+                queue.set_missed();
+            }
+            self.fired.push(Fired::WakePresence(Arc::clone(queue)));
+        }
+    }
+}

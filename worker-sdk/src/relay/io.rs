@@ -1,0 +1,622 @@
+//! Sockets and the thread: the connection to the directory, the links, and the doorbell.
+//!
+//! One thread of the process receives everything and sends what did not fit at once; a call of the
+//! application sends by itself if the socket has room. The state is behind one lock, which nobody
+//! holds while waiting. Results are set and queues are woken after it is released.
+
+use std::collections::HashMap;
+use std::io::{self, IoSliceMut};
+use std::mem::MaybeUninit;
+use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
+use std::time::{Duration, Instant};
+
+use dispatch_protocol::relay::frame::{Frame, MAX_OVERHEAD};
+use dispatch_protocol::relay::{FromDirectory, MAX_RECORD, ToDirectory, VERSION, readable};
+use rustix::buffer::spare_capacity;
+use rustix::event::epoll::{self, CreateFlags, EventData, EventFlags};
+use rustix::event::{EventfdFlags, eventfd};
+use rustix::io::Errno;
+use rustix::net::{
+    AddressFamily, RecvAncillaryBuffer, RecvAncillaryMessage, RecvFlags, ReturnFlags, SendFlags,
+    SocketAddrUnix, SocketFlags, SocketType, connect, recv, recvmsg, send, socket_with,
+};
+
+use super::Error;
+use super::config::Checked;
+use super::engine::Engine;
+use super::message::ReplyTo;
+use super::slot::Slot;
+
+/// Between two attempts to connect to the directory.
+const RETRY: Duration = Duration::from_millis(100);
+
+/// After a refusal that a changed configuration may lift.
+const RETRY_REFUSED: Duration = Duration::from_secs(1);
+
+/// How often deadlines are looked at, and how long after the last one.
+const TICK: Duration = Duration::from_millis(20);
+const TICK_ON: Duration = Duration::from_secs(1);
+
+/// Bytes that one receive takes.
+const RECEIVE: usize = 256 * 1024;
+
+/// Records of the directory in one turn.
+const RECORDS: usize = 256;
+
+const DOORBELL: u64 = 0;
+const CONTROL: u64 = 1;
+const GATEWAY: u64 = 2;
+const FIRST_LINK: u64 = 3;
+
+struct Link {
+    fd: OwnedFd,
+    member: u64,
+    generation: u64,
+    /// The start of a frame that has not arrived whole.
+    partial: Vec<u8>,
+    /// Whether the kernel reports when there is room.
+    waits: bool,
+}
+
+enum Control {
+    None {
+        retry: Instant,
+    },
+    /// Hello was sent.
+    Greeted(OwnedFd),
+    Joined {
+        fd: OwnedFd,
+        waits: bool,
+    },
+}
+
+struct Gateway {
+    fd: OwnedFd,
+    partial: Vec<u8>,
+    out: Vec<u8>,
+    head: usize,
+    waits: bool,
+    /// Members whose bytes did not fit.
+    members: Vec<u64>,
+}
+
+struct Inner {
+    engine: Engine,
+    links: HashMap<u64, Link>,
+    tokens: HashMap<u64, u64>,
+    next_token: u64,
+    control: Control,
+    gateway: Option<Gateway>,
+    /// Whether the thread waits without a time limit.
+    idle: bool,
+    closed: bool,
+    start: Option<Arc<Slot<Result<(), Error>>>>,
+    start_deadline: Instant,
+}
+
+/// What handles and thread share.
+pub(crate) struct Shared {
+    inner: Mutex<Inner>,
+    epoll: OwnedFd,
+    doorbell: OwnedFd,
+    pub(super) config: Checked,
+    started: Instant,
+}
+
+fn broken(error: Errno) -> Error {
+    Error::Io(io::Error::from(error))
+}
+
+/// Starts the thread. The slot gets the result of the first join.
+pub(super) fn start(
+    config: Checked,
+    slot: Arc<Slot<Result<(), Error>>>,
+) -> Result<Arc<Shared>, Error> {
+    let epoll = epoll::create(CreateFlags::CLOEXEC).map_err(broken)?;
+    let doorbell = eventfd(0, EventfdFlags::CLOEXEC | EventfdFlags::NONBLOCK).map_err(broken)?;
+    let data = EventData::new_u64(DOORBELL);
+    epoll::add(&epoll, &doorbell, data, EventFlags::IN).map_err(broken)?;
+    let mut number = [0; 8];
+    let mut filled = 0;
+    while filled < number.len() {
+        let rest = &mut number[filled..];
+        filled +=
+            rustix::rand::getrandom(rest, rustix::rand::GetRandomFlags::empty()).map_err(broken)?;
+    }
+    let engine = Engine::new(config.settings.clone(), u64::from_ne_bytes(number).max(1));
+    let now = Instant::now();
+    let inner = Inner {
+        engine,
+        links: HashMap::new(),
+        tokens: HashMap::new(),
+        next_token: FIRST_LINK,
+        control: Control::None { retry: now },
+        gateway: None,
+        idle: false,
+        closed: false,
+        start: Some(slot),
+        start_deadline: now + config.join_timeout,
+    };
+    let shared =
+        Arc::new(Shared { inner: Mutex::new(inner), epoll, doorbell, config, started: now });
+    let thread = Arc::clone(&shared);
+    std::thread::Builder::new()
+        .name("relay".to_owned())
+        .spawn(move || thread.run())
+        .map_err(Error::Io)?;
+    Ok(shared)
+}
+
+impl Shared {
+    fn lock(&self) -> MutexGuard<'_, Inner> {
+        self.inner.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    fn now(&self) -> u64 {
+        u64::try_from(self.started.elapsed().as_millis()).unwrap_or(u64::MAX)
+    }
+
+    /// Changes the state, sends what results from it, and then tells what waits.
+    pub(super) fn with<T>(&self, change: impl FnOnce(&mut Engine, u64) -> T) -> T {
+        let now = self.now();
+        let mut inner = self.lock();
+        let result = change(&mut inner.engine, now);
+        inner.flush(&self.epoll, now);
+        let ring = inner.idle && inner.engine.has_deadlines();
+        if ring {
+            inner.idle = false;
+        }
+        let fired = std::mem::take(&mut inner.engine.fired);
+        drop(inner);
+        if ring {
+            self.ring();
+        }
+        fired.into_iter().for_each(super::engine::Fired::fire);
+        result
+    }
+
+    pub(super) fn reply(&self, to: &ReplyTo, payload: Option<Arc<[u8]>>) {
+        self.with(|engine, _| engine.reply(to, payload));
+    }
+
+    /// Ends everything; the thread ends, too.
+    pub(super) fn close(&self) {
+        self.with(|engine, now| engine.close(now));
+        self.lock().closed = true;
+        self.ring();
+    }
+
+    fn ring(&self) {
+        // It fails only if the counter is full; then the thread is awake.
+        let _ = rustix::io::write(&self.doorbell, &1u64.to_ne_bytes());
+    }
+
+    fn run(&self) {
+        let mut events = Vec::with_capacity(64);
+        let mut scratch = vec![0; RECEIVE];
+        let mut tick_until = Instant::now();
+        loop {
+            let timeout = {
+                let mut inner = self.lock();
+                if inner.closed {
+                    return;
+                }
+                let now = Instant::now();
+                if inner.engine.has_deadlines() {
+                    tick_until = now + TICK_ON;
+                }
+                let timeout = match &inner.control {
+                    Control::None { retry } => Some(retry.saturating_duration_since(now)),
+                    Control::Greeted(_) => Some(TICK),
+                    Control::Joined { .. } => None,
+                };
+                let tick = (now < tick_until).then_some(TICK);
+                let timeout = timeout.into_iter().chain(tick).min();
+                inner.idle = timeout.is_none();
+                timeout
+            };
+            events.clear();
+            let limit = timeout.and_then(|timeout| rustix::time::Timespec::try_from(timeout).ok());
+            match epoll::wait(&self.epoll, spare_capacity(&mut events), limit.as_ref()) {
+                Ok(_) | Err(Errno::INTR) => {}
+                Err(error) => {
+                    // Not expected; without a pause it would be a busy loop.
+                    log::error!("event=relay_poll_failed error=\"{error}\"");
+                    std::thread::sleep(RETRY);
+                }
+            }
+            let now = self.now();
+            let mut inner = self.lock();
+            inner.idle = false;
+            inner.turn(self, &events, &mut scratch, now);
+            inner.engine.tick(now);
+            inner.flush(&self.epoll, now);
+            let fired = std::mem::take(&mut inner.engine.fired);
+            drop(inner);
+            fired.into_iter().for_each(super::engine::Fired::fire);
+        }
+    }
+}
+
+impl Inner {
+    fn turn(&mut self, shared: &Shared, events: &[epoll::Event], scratch: &mut [u8], now: u64) {
+        for event in events {
+            if event.data.u64() == DOORBELL {
+                let _ = rustix::io::read(&shared.doorbell, &mut [0; 8]);
+            }
+        }
+        if let Control::None { retry } = self.control
+            && retry <= Instant::now()
+        {
+            self.connect(shared);
+        }
+        // The directory first, and always: what it says of registrations that have ended must be
+        // known before messages that were sent later.
+        self.read_control(shared, scratch, now);
+        for event in events {
+            let token = event.data.u64();
+            if token == GATEWAY {
+                self.read_gateway(scratch, now);
+            } else if token >= FIRST_LINK {
+                let flags = event.flags;
+                if flags.intersects(EventFlags::IN | EventFlags::HUP | EventFlags::ERR) {
+                    self.read_link(token, scratch, now);
+                }
+                if flags.contains(EventFlags::OUT)
+                    && let Some(link) = self.links.get_mut(&token)
+                {
+                    let member = link.member;
+                    self.engine.dirty.push(member);
+                }
+            }
+        }
+        if self.start.is_some() && Instant::now() >= self.start_deadline {
+            let path = shared.config.socket.clone();
+            self.started(Err(Error::JoinTimeout(path)));
+        }
+    }
+
+    fn started(&mut self, result: Result<(), Error>) {
+        if let Some(slot) = self.start.take() {
+            slot.set(result);
+        }
+    }
+
+    /// Connects and says hello.
+    fn connect(&mut self, shared: &Shared) {
+        let config = &shared.config;
+        let greet = || {
+            let flags = SocketFlags::CLOEXEC | SocketFlags::NONBLOCK;
+            let fd = socket_with(AddressFamily::UNIX, SocketType::SEQPACKET, flags, None)?;
+            connect(&fd, &SocketAddrUnix::new(&config.socket)?)?;
+            let mut record = Vec::new();
+            ToDirectory::Hello {
+                version: VERSION,
+                namespace: config.namespace.clone(),
+                member: self.engine.own_number(),
+                worker: config.name.clone(),
+                ticket: config.ticket.clone(),
+            }
+            .encode(&mut record);
+            send(&fd, &record, SendFlags::NOSIGNAL)?;
+            epoll::add(&shared.epoll, &fd, EventData::new_u64(CONTROL), EventFlags::IN)?;
+            Ok::<_, Errno>(fd)
+        };
+        self.control = match greet() {
+            Ok(fd) => Control::Greeted(fd),
+            Err(_) => Control::None { retry: Instant::now() + RETRY },
+        };
+    }
+
+    fn lose_control(&mut self, now: u64, after: Duration) {
+        self.control = Control::None { retry: Instant::now() + after };
+        self.gateway = None;
+        self.engine.directory_lost(now);
+    }
+
+    fn read_control(&mut self, shared: &Shared, scratch: &mut [u8], now: u64) {
+        for _ in 0..RECORDS {
+            let fd = match &self.control {
+                Control::None { .. } => return,
+                Control::Greeted(fd) | Control::Joined { fd, .. } => fd,
+            };
+            let (len, fds) = match receive_record(fd, &mut scratch[..MAX_RECORD]) {
+                Ok((0, _)) => return self.lose_control(now, RETRY),
+                Ok(received) => received,
+                Err(Errno::AGAIN | Errno::INTR) => return,
+                Err(_) => return self.lose_control(now, RETRY),
+            };
+            let record = match FromDirectory::decode(&scratch[..len]) {
+                Ok(record) if record.fds() == fds.len() => record,
+                Ok(FromDirectory::Link { .. }) => {
+                    // This process has no descriptor left; the messages that wait will time out.
+                    log::error!("event=relay_link_lost reason=\"no file descriptor\"");
+                    continue;
+                }
+                Ok(_) | Err(_) => {
+                    log::error!("event=relay_directory_error reason=\"a record is malformed\"");
+                    return self.lose_control(now, RETRY_REFUSED);
+                }
+            };
+            self.record(shared, record, fds, now);
+        }
+    }
+
+    fn record(&mut self, shared: &Shared, record: FromDirectory, mut fds: Vec<OwnedFd>, now: u64) {
+        match record {
+            FromDirectory::Welcome { version, host, max_message, gateway } => {
+                let control = std::mem::replace(
+                    &mut self.control,
+                    Control::None { retry: Instant::now() + RETRY_REFUSED },
+                );
+                let Control::Greeted(fd) = control else { return };
+                if version != VERSION {
+                    log::error!("event=relay_directory_error reason=\"version {version}\"");
+                    return;
+                }
+                self.control = Control::Joined { fd, waits: false };
+                self.gateway = fds.pop().and_then(|fd| {
+                    let data = EventData::new_u64(GATEWAY);
+                    epoll::add(&shared.epoll, &fd, data, EventFlags::IN).ok()?;
+                    let (partial, out, members) = (Vec::new(), Vec::new(), Vec::new());
+                    Some(Gateway { fd, partial, out, head: 0, waits: false, members })
+                });
+                self.engine.welcomed(now, host, max_message as usize, gateway);
+                self.started(Ok(()));
+            }
+            FromDirectory::Refused { transient, reason } => {
+                let reason = readable(&reason);
+                let after = if transient { RETRY } else { RETRY_REFUSED };
+                self.lose_control(now, after);
+                if !transient {
+                    log::error!("event=relay_refused reason={reason:?}");
+                    self.started(Err(Error::Refused(reason)));
+                }
+            }
+            FromDirectory::Link { member, number } => {
+                let Some(fd) = fds.pop() else { return };
+                let generation = self.engine.link_up(now, member, number);
+                let token = self.next_token;
+                self.next_token += 1;
+                let data = EventData::new_u64(token);
+                if let Err(error) = epoll::add(&shared.epoll, &fd, data, EventFlags::IN) {
+                    log::error!("event=relay_link_lost reason=\"{error}\"");
+                    return self.engine.link_down(now, member);
+                }
+                if let Some(old) = self.tokens.insert(member, token) {
+                    self.links.remove(&old);
+                }
+                let link = Link { fd, member, generation, partial: Vec::new(), waits: false };
+                self.links.insert(token, link);
+                self.engine.stats.links = self.links.len() as u64;
+            }
+            other => self.engine.directory_record(now, other),
+        }
+    }
+
+    fn drop_link(&mut self, token: u64, now: u64) {
+        let Some(link) = self.links.remove(&token) else { return };
+        if self.tokens.get(&link.member) == Some(&token) {
+            self.tokens.remove(&link.member);
+        }
+        self.engine.stats.links = self.links.len() as u64;
+        if self.engine.has_link(link.member, link.generation) {
+            self.engine.link_down(now, link.member);
+        }
+    }
+
+    fn read_link(&mut self, token: u64, scratch: &mut [u8], now: u64) {
+        let Some(link) = self.links.get_mut(&token) else { return };
+        if !self.engine.has_link(link.member, link.generation) {
+            return self.drop_link(token, now);
+        }
+        let member = link.member;
+        let most = self.engine.max_message.max(1 << 20) + MAX_OVERHEAD;
+        let engine = &mut self.engine;
+        let read = read_frames(&link.fd, &mut link.partial, scratch, most, |frame| {
+            engine.frame(now, member, frame).map_err(|error| error.to_string())
+        });
+        self.engine.end_batch(member);
+        match read {
+            Ok(true) => {}
+            Ok(false) => self.drop_link(token, now),
+            Err(reason) => {
+                log::warn!("event=relay_link_closed reason={reason:?}");
+                self.drop_link(token, now);
+            }
+        }
+    }
+
+    fn read_gateway(&mut self, scratch: &mut [u8], now: u64) {
+        let Some(gateway) = &mut self.gateway else { return };
+        let most = self.engine.max_message.max(1 << 20) + RECEIVE + 2 * MAX_OVERHEAD;
+        let engine = &mut self.engine;
+        let read = read_frames(&gateway.fd, &mut gateway.partial, scratch, most, |frame| {
+            engine.gateway_frame(now, frame).map_err(|error| error.to_string())
+        });
+        if !matches!(read, Ok(true)) {
+            // The directory has ended, or speaks another language: join again.
+            self.lose_control(now, RETRY);
+        }
+    }
+
+    /// Sends what can be sent without waiting.
+    fn flush(&mut self, poll: &OwnedFd, now: u64) {
+        self.flush_gateway(poll, now);
+        while let Some(member) = self.engine.dirty.pop() {
+            if self.engine.is_forwarded(member) {
+                if let Some(gateway) = &mut self.gateway {
+                    gateway.members.push(member);
+                    self.flush_gateway(poll, now);
+                } else {
+                    self.engine.link_down(now, member);
+                }
+                continue;
+            }
+            let Some(&token) = self.tokens.get(&member) else { continue };
+            let (Some(link), Some(peer)) =
+                (self.links.get_mut(&token), self.engine.peers.get_mut(&member))
+            else {
+                continue;
+            };
+            if !peer.is(link.generation) {
+                continue;
+            }
+            let flags = SendFlags::NOSIGNAL | SendFlags::DONTWAIT;
+            let sent = loop {
+                if peer.unsent().is_empty() {
+                    break Ok(true);
+                }
+                match send(&link.fd, peer.unsent(), flags) {
+                    Ok(count) => peer.advance(count),
+                    Err(Errno::INTR) => {}
+                    Err(Errno::AGAIN) => break Ok(false),
+                    Err(error) => break Err(error),
+                }
+            };
+            match sent {
+                Ok(all) => {
+                    if link.waits == all {
+                        link.waits = !all;
+                        wait_for_room(poll, link.fd.as_fd(), token, !all);
+                    }
+                }
+                Err(_) => self.drop_link(token, now),
+            }
+        }
+        self.flush_control(poll, now);
+    }
+
+    fn flush_gateway(&mut self, poll: &OwnedFd, now: u64) {
+        let Some(gateway) = &mut self.gateway else { return };
+        self.engine.take_resets(&mut gateway.out);
+        let flags = SendFlags::NOSIGNAL | SendFlags::DONTWAIT;
+        let sent = loop {
+            let engine = &mut self.engine;
+            let out = &mut gateway.out;
+            gateway.members.retain(|member| !engine.take_forwards(*member, out, RECEIVE));
+            if gateway.head == gateway.out.len() {
+                gateway.out.clear();
+                gateway.head = 0;
+                break Ok(true);
+            }
+            match send(&gateway.fd, &gateway.out[gateway.head..], flags) {
+                Ok(count) => {
+                    gateway.head += count;
+                    if gateway.head == gateway.out.len() {
+                        gateway.out.clear();
+                        gateway.head = 0;
+                    } else if gateway.head > RECEIVE {
+                        gateway.out.drain(..gateway.head);
+                        gateway.head = 0;
+                    }
+                }
+                Err(Errno::INTR) => {}
+                Err(Errno::AGAIN) => break Ok(false),
+                Err(error) => break Err(error),
+            }
+        };
+        match sent {
+            Ok(all) => {
+                if gateway.waits == all {
+                    gateway.waits = !all;
+                    wait_for_room(poll, gateway.fd.as_fd(), GATEWAY, !all);
+                }
+            }
+            Err(_) => self.lose_control(now, RETRY),
+        }
+    }
+
+    fn flush_control(&mut self, poll: &OwnedFd, now: u64) {
+        let Control::Joined { fd, waits } = &mut self.control else { return };
+        let flags = SendFlags::NOSIGNAL | SendFlags::DONTWAIT;
+        let sent = loop {
+            let Some(record) = self.engine.control.front() else { break Ok(true) };
+            match send(&*fd, record, flags) {
+                Ok(_) => {
+                    self.engine.control.pop_front();
+                }
+                Err(Errno::INTR) => {}
+                Err(Errno::AGAIN) => break Ok(false),
+                Err(error) => break Err(error),
+            }
+        };
+        match sent {
+            Ok(all) => {
+                if *waits == all {
+                    *waits = !all;
+                    wait_for_room(poll, fd.as_fd(), CONTROL, !all);
+                }
+            }
+            Err(_) => self.lose_control(now, RETRY),
+        }
+    }
+}
+
+fn wait_for_room(poll: &OwnedFd, fd: BorrowedFd<'_>, token: u64, wait: bool) {
+    let flags = if wait { EventFlags::IN | EventFlags::OUT } else { EventFlags::IN };
+    if let Err(error) = epoll::modify(poll, fd, EventData::new_u64(token), flags) {
+        log::error!("event=relay_poll_failed error=\"{error}\"");
+    }
+}
+
+/// Receives once and hands out whole frames; false at the end of the stream.
+fn read_frames(
+    fd: &OwnedFd,
+    partial: &mut Vec<u8>,
+    scratch: &mut [u8],
+    most: usize,
+    mut take: impl FnMut(&[u8]) -> Result<(), String>,
+) -> Result<bool, String> {
+    let count = match recv(fd, &mut *scratch, RecvFlags::DONTWAIT) {
+        Ok((0, _)) => return Ok(false),
+        Ok((count, _)) => count,
+        Err(Errno::AGAIN | Errno::INTR) => return Ok(true),
+        Err(Errno::CONNRESET) => return Ok(false),
+        Err(error) => return Err(error.to_string()),
+    };
+    let mut split = |stream: &[u8]| {
+        let mut used = 0;
+        while let Some(len) = Frame::len_of(&stream[used..]) {
+            if len > most {
+                return Err(format!("a frame of {len} bytes, at most {most} are allowed"));
+            }
+            let Some(frame) = stream.get(used..used + len) else { break };
+            take(frame)?;
+            used += len;
+        }
+        Ok(used)
+    };
+    let received = &scratch[..count];
+    if partial.is_empty() {
+        let used = split(received)?;
+        partial.extend_from_slice(&received[used..]);
+    } else {
+        partial.extend_from_slice(received);
+        let used = split(partial)?;
+        partial.drain(..used);
+        if partial.is_empty() {
+            // A large message should not keep its memory.
+            partial.shrink_to(64 * 1024);
+        }
+    }
+    Ok(true)
+}
+
+fn receive_record(fd: &OwnedFd, buffer: &mut [u8]) -> Result<(usize, Vec<OwnedFd>), Errno> {
+    let mut space = [MaybeUninit::uninit(); rustix::cmsg_space!(ScmRights(1))];
+    let mut ancillary = RecvAncillaryBuffer::new(&mut space);
+    let flags = RecvFlags::CMSG_CLOEXEC | RecvFlags::DONTWAIT;
+    let message = recvmsg(fd, &mut [IoSliceMut::new(buffer)], &mut ancillary, flags)?;
+    let mut fds = Vec::new();
+    for message in ancillary.drain() {
+        if let RecvAncillaryMessage::ScmRights(received) = message {
+            fds.extend(received);
+        }
+    }
+    if message.flags.contains(ReturnFlags::CTRUNC) {
+        fds.clear();
+    }
+    Ok((message.bytes, fds))
+}
