@@ -138,8 +138,8 @@ fn a_member_that_speaks_nonsense_on_a_link_loses_only_that_link() {
     frame::answers(&mut false_answer, &[(1, u32::MAX, frame::Status::Delivered)]);
     let mut forward = Vec::new();
     frame::forward(&mut forward, 1, 2, (3, 4), false, &[]);
-    let mut guessed_stamp = Vec::new();
-    frame::data(&mut guessed_stamp, 0, 1, 12345, b"alice", b"forged");
+    let mut guessed_key = Vec::new();
+    frame::data(&mut guessed_key, 0, 1, 12345, b"alice", b"forged");
     let too_long = u32::MAX.to_le_bytes().to_vec();
     let cases = [vec![1, 0, 0, 0, 9], wrong_sequence, false_answer, forward, too_long];
     for (n, bytes) in cases.into_iter().enumerate() {

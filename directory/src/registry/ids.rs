@@ -23,7 +23,7 @@ impl Registry {
         from: MemberIndex,
         request: u64,
         id: &Id,
-        stamp: u64,
+        (stamp, key): (u64, u32),
     ) {
         let stamp = match stamp {
             0 => self.hlc.stamp(now.wall),
@@ -35,7 +35,7 @@ impl Registry {
                 return self.refuse(from, request, reason);
             }
         };
-        match self.place(from, id, stamp) {
+        match self.place(from, id, stamp, key) {
             Placed::There => {
                 self.totals.registered += 1;
                 // Before the look-ups that wait for it are answered, so the member knows it when
@@ -45,7 +45,7 @@ impl Registry {
                 let Some(member) = self.member(from) else { return };
                 let namespace = self.namespaces[usize::from(member.namespace)].name.clone();
                 let (member, id) = (member.number, id.clone());
-                self.share(Shared::Registered { namespace, member, id, stamp });
+                self.share(Shared::Registered { namespace, member, id, stamp, key });
             }
             Placed::Late => {
                 self.send(from, FromDirectory::Registered { request, stamp });
@@ -56,7 +56,7 @@ impl Registry {
     }
 
     /// Enters a registration of a member of any host.
-    pub(super) fn place(&mut self, member: MemberIndex, id: &Id, stamp: u64) -> Placed {
+    pub(super) fn place(&mut self, member: MemberIndex, id: &Id, stamp: u64, key: u32) -> Placed {
         let Some(owner) = self.member(member) else { return Placed::Late };
         let (namespace, host) = (owner.namespace, self.host_of(owner));
         if owner.ids >= self.limits.ids_per_member {
@@ -97,7 +97,7 @@ impl Registry {
                 None => return Placed::Full("the directory has max_ids ids"),
             }
         };
-        self.attach(slot, member, stamp);
+        self.attach(slot, member, stamp, key);
         let change = match (was_live, all) {
             (false, _) => Some(Change::Came),
             (true, false) => Some(Change::Moved),
@@ -130,7 +130,7 @@ impl Registry {
         self.send(member, FromDirectory::Superseded { id, stamp });
     }
 
-    fn attach(&mut self, number: u32, index: MemberIndex, stamp: u64) {
+    fn attach(&mut self, number: u32, index: MemberIndex, stamp: u64, key: u32) {
         let Some(member) = self.members.get_mut(index as usize).and_then(Option::as_mut) else {
             return;
         };
@@ -140,7 +140,8 @@ impl Registry {
             next.previous = number;
         }
         if let Some(slot) = self.slots.get_mut(number) {
-            (slot.member, slot.stamp, slot.next, slot.previous) = (index, stamp, next, NONE);
+            (slot.member, slot.stamp, slot.key) = (index, stamp, key);
+            (slot.next, slot.previous) = (next, NONE);
         }
     }
 
@@ -212,13 +213,28 @@ impl Registry {
         }
     }
 
-    pub(super) fn look_up(&mut self, from: MemberIndex, request: u64, id: &Id, stale: u64) {
+    pub(super) fn look_up(
+        &mut self,
+        now: Now,
+        from: MemberIndex,
+        request: u64,
+        id: &Id,
+        stale: u64,
+    ) {
         let Some(member) = self.member(from) else { return };
         let (namespace, waits) = (member.namespace, member.lookups);
         self.totals.lookups += 1;
-        let slots = self.slots.find(namespace, id);
+        let mut slots = self.slots.find(namespace, id);
+        if slots.is_empty() && now.steady < self.settling {
+            // Whatever registers again takes this slot, because no stamp is lower.
+            if let Some(slot) = self.add_slot(namespace, id) {
+                self.graces.push_back((self.settling, slot, 0));
+                slots.push(slot);
+            }
+        }
         let mut places = self.locations(&slots);
-        places.retain(|place| place.stamp != stale);
+        let all = self.namespaces[usize::from(namespace)].receives == Receives::All;
+        places.retain(|place| if all { place.stamp != stale } else { place.stamp > stale });
         match slots.first() {
             // It has ended a moment ago, or its end is on its way here, so the client may be on its
             // way to another worker.
@@ -255,7 +271,7 @@ impl Registry {
             let slot = self.slots.get(number)?;
             let member = self.member(slot.member)?;
             let host = self.host_of(member);
-            Some(Location { host, member: member.number, stamp: slot.stamp })
+            Some(Location { host, member: member.number, stamp: slot.stamp, key: slot.key })
         };
         slots.iter().filter_map(location).collect()
     }

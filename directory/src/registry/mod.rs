@@ -181,6 +181,8 @@ pub struct Registry {
     graces: VecDeque<(u64, u32, u64)>,
     /// Look-ups that wait for a slot: member and request.
     waiting: HashMap<u32, Vec<(MemberIndex, u64)>>,
+    /// Until then members of an earlier directory may not have registered again. Steady clock.
+    settling: u64,
     /// Snapshots under way, by host.
     confirmed: HashMap<u16, remote::Confirmed>,
     /// Whether other hosts are told.
@@ -214,6 +216,7 @@ impl Registry {
             slots: Slots::new(),
             graces: VecDeque::new(),
             waiting: HashMap::new(),
+            settling: 0,
             confirmed: HashMap::new(),
             shares,
             effects: VecDeque::new(),
@@ -224,6 +227,12 @@ impl Registry {
     /// The number of the own host.
     pub fn host(&self) -> u64 {
         self.hosts.first().map_or(0, |host| host.number)
+    }
+
+    /// For one grace from now on, look-ups of unknown ids wait: an earlier directory may have ended a
+    /// moment ago, and its members register again.
+    pub fn settle(&mut self, now: Now) {
+        self.settling = now.steady + self.limits.grace;
     }
 
     /// The next thing to do. Take all of them after each call.
@@ -336,11 +345,13 @@ impl Registry {
         let namespace = member.namespace;
         match record {
             ToDirectory::Hello { .. } => self.refuse(from, 0, "hello was said before"),
-            ToDirectory::Register { request, id, stamp } => {
-                self.register(now, from, request, &id, stamp);
+            ToDirectory::Register { request, id, stamp, key } => {
+                self.register(now, from, request, &id, (stamp, key));
             }
             ToDirectory::Unregister { id, stamp } => self.unregister(now, from, &id, stamp),
-            ToDirectory::Lookup { request, id, stale } => self.look_up(from, request, &id, stale),
+            ToDirectory::Lookup { request, id, stale } => {
+                self.look_up(now, from, request, &id, stale);
+            }
             ToDirectory::Connect { member, after } => self.connect(now, from, member, after),
             ToDirectory::Join { group, key, weight } => self.join(from, group, key, weight),
             ToDirectory::Leave { group, key } => {

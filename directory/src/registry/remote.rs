@@ -62,7 +62,7 @@ impl Registry {
                 }
                 true
             }
-            Shared::Registered { namespace, member, id, stamp } => {
+            Shared::Registered { namespace, member, id, stamp, key } => {
                 let space = self.namespace_index(&namespace);
                 let Some(index) = space.and_then(|s| self.remote_member(s, host, member)) else {
                     return space.is_none();
@@ -70,7 +70,7 @@ impl Registry {
                 if !self.hlc.observe(stamp, now.wall, self.limits.drift) {
                     return false;
                 }
-                match self.place(index, &id, stamp) {
+                match self.place(index, &id, stamp, key) {
                     Placed::There => {
                         let namespace = space.unwrap_or_default();
                         let slots = self.slots.find(namespace, &id);
@@ -179,8 +179,8 @@ impl Registry {
                 let Some(slot) = self.slots.get(next) else { break };
                 next = slot.next;
                 let Some(id) = slot.id.clone() else { break };
-                let (namespace, stamp) = (namespace.clone(), slot.stamp);
-                records.push(Shared::Registered { namespace, member: number, id, stamp });
+                let (namespace, stamp, key) = (namespace.clone(), slot.stamp, slot.key);
+                records.push(Shared::Registered { namespace, member: number, id, stamp, key });
             }
             for (group, key) in &member.joined {
                 let of = |entry: &&(MemberIndex, u32, u16)| {

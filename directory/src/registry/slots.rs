@@ -27,6 +27,7 @@ pub(super) struct Slot {
     pub(super) next: u32,
     pub(super) previous: u32,
     hash: u32,
+    pub(super) key: u32,
     pub(super) namespace: u16,
 }
 
@@ -92,6 +93,7 @@ impl Slots {
             next: NONE,
             previous: NONE,
             hash,
+            key: 0,
             namespace,
         };
         let number = self.free;

@@ -39,7 +39,11 @@ fn drain(registry: &mut Registry) -> Vec<Effect> {
 }
 
 fn register(registry: &mut Registry, now: u64, member: MemberIndex, text: &str) -> u64 {
-    registry.handle(at(now), member, ToDirectory::Register { request: 1, id: id(text), stamp: 0 });
+    registry.handle(
+        at(now),
+        member,
+        ToDirectory::Register { request: 1, id: id(text), stamp: 0, key: 1 },
+    );
     let effects = drain(registry);
     let stamp = effects.iter().find_map(|effect| match effect {
         Effect::Send(to, FromDirectory::Registered { stamp, .. }) if *to == member => Some(*stamp),
@@ -64,7 +68,11 @@ fn the_newest_registration_wins_and_the_older_one_is_told() {
     let mut registry = registry(Receives::Newest, false);
     let (a, b) = (enter(&mut registry, 0, 1), enter(&mut registry, 0, 2));
     let first = register(&mut registry, 0, a, "alice");
-    registry.handle(at(1), b, ToDirectory::Register { request: 2, id: id("alice"), stamp: 0 });
+    registry.handle(
+        at(1),
+        b,
+        ToDirectory::Register { request: 2, id: id("alice"), stamp: 0, key: 1 },
+    );
     let effects = drain(&mut registry);
     let told = FromDirectory::Superseded { id: id("alice"), stamp: first };
     assert_eq!(effects[0], Effect::Send(a, told), "before the new one is known");
@@ -122,7 +130,11 @@ fn a_look_up_waits_for_the_grace_and_no_longer() {
     assert_eq!(look_up(&mut registry, b, "alice"), None);
     assert_eq!(look_up(&mut registry, b, "bob"), None);
     assert_eq!(registry.tick(at(50)), Some(110));
-    registry.handle(at(60), b, ToDirectory::Register { request: 5, id: id("alice"), stamp: 0 });
+    registry.handle(
+        at(60),
+        b,
+        ToDirectory::Register { request: 5, id: id("alice"), stamp: 0, key: 1 },
+    );
     let effects = drain(&mut registry);
     assert!(
         matches!(&effects[..], [
@@ -148,6 +160,28 @@ fn a_look_up_can_be_ahead_of_the_end_of_a_registration() {
     registry.tick(at(101));
     let none = FromDirectory::Found { request: 9, places: Vec::new() };
     assert_eq!(drain(&mut registry), [Effect::Send(b, none)]);
+}
+
+#[test]
+fn a_new_directory_gives_members_time_to_register_again() {
+    let mut registry = registry(Receives::Newest, false);
+    registry.settle(at(0));
+    let (a, b) = (enter(&mut registry, 0, 1), enter(&mut registry, 0, 2));
+    assert_eq!(look_up(&mut registry, a, "alice"), None);
+    assert_eq!(look_up(&mut registry, a, "bob"), None);
+    // A stamp of the earlier directory; one that is older than what the sender knows is no answer.
+    let stamp = 900_000 << 16;
+    registry.handle(at(1), b, ToDirectory::Register { request: 1, id: id("alice"), stamp, key: 1 });
+    let effects = drain(&mut registry);
+    assert!(matches!(&effects[1], Effect::Send(_, FromDirectory::Found { places, .. })
+        if places[0].stamp == stamp));
+    let stale = stamp + 1;
+    registry.handle(at(2), a, ToDirectory::Lookup { request: 8, id: id("alice"), stale });
+    assert_eq!(drain(&mut registry), []);
+    registry.tick(at(100));
+    let none = FromDirectory::Found { request: 9, places: Vec::new() };
+    assert_eq!(drain(&mut registry), [Effect::Send(a, none)], "bob");
+    assert_eq!(registry.slots.len(), 1);
 }
 
 #[test]
@@ -216,7 +250,7 @@ fn watchers_learn_of_came_went_and_moved() {
         registry.handle(
             at(0),
             member,
-            ToDirectory::Register { request: 1, id: id("alice"), stamp: 0 },
+            ToDirectory::Register { request: 1, id: id("alice"), stamp: 0, key: 1 },
         );
         assert_eq!(take(&mut registry), [expected]);
     }
@@ -239,7 +273,7 @@ fn limits_are_kept_and_named() {
         registry.handle(
             at(0),
             member,
-            ToDirectory::Register { request: 1, id: id(text), stamp: 0 },
+            ToDirectory::Register { request: 1, id: id(text), stamp: 0, key: 1 },
         );
         drain(&mut registry).into_iter().find_map(|effect| match effect {
             Effect::Send(_, FromDirectory::NotAccepted { reason, .. }) => {
@@ -276,7 +310,7 @@ fn two_hosts_agree_on_the_newest_whatever_the_order() {
     exchange(&mut two, &mut one, 0);
     // Both at the same moment; each hears of the other's later.
     for (registry, member) in [(&mut one, a), (&mut two, b)] {
-        let record = ToDirectory::Register { request: 1, id: id("alice"), stamp: 0 };
+        let record = ToDirectory::Register { request: 1, id: id("alice"), stamp: 0, key: 1 };
         registry.handle(at(0), member, record);
     }
     exchange(&mut one, &mut two, 0);
@@ -287,8 +321,8 @@ fn two_hosts_agree_on_the_newest_whatever_the_order() {
     // A snapshot removes what it does not name, and keeps the rest without a report.
     let record = ToDirectory::Watch { id: id("bob"), group: false };
     two.handle(at(0), b, record);
-    one.handle(at(0), a, ToDirectory::Register { request: 1, id: id("bob"), stamp: 0 });
-    one.handle(at(0), a, ToDirectory::Register { request: 1, id: id("carol"), stamp: 0 });
+    one.handle(at(0), a, ToDirectory::Register { request: 1, id: id("bob"), stamp: 0, key: 1 });
+    one.handle(at(0), a, ToDirectory::Register { request: 1, id: id("carol"), stamp: 0, key: 1 });
     one.handle(at(0), a, ToDirectory::Join { group: id("room"), key: 1, weight: 1 });
     exchange(&mut one, &mut two, 0);
     drain(&mut two);

@@ -149,7 +149,9 @@ pub(crate) async fn serve(
         .map_err(|error| named("socket", &config.socket, error))?;
     let namespaces = config.namespaces.iter().map(|space| (space.name.clone(), space.receives));
     let shares = config.nats.is_some();
-    let registry = Registry::new(config.host.clone(), namespaces, config.limits.clone(), shares);
+    let mut registry =
+        Registry::new(config.host.clone(), namespaces, config.limits.clone(), shares);
+    registry.settle(Now::default());
     let timer = Rc::new(Notify::new());
     let state = Rc::new(RefCell::new(State {
         registry,

@@ -6,7 +6,7 @@
 //!
 //! | kind | body |
 //! |---|---|
-//! | data | sequence u64, stamp u64, length u8 and bytes of the id or group, payload |
+//! | data | sequence u64, key u64, length u8 and bytes of the id or group, payload |
 //! | answers | entries: first sequence u64, count u32, [`Status`] u8 |
 //! | spread | sequence u64, delivered u32, full u32: the answer for all memberships of a group |
 //! | reply | sequence u64 of the request, payload |
@@ -26,8 +26,8 @@ pub const MAX_OVERHEAD: usize = 4 + 2 + 8 + 8 + 1 + super::MAX_ID + 4 + 2 + 32;
 pub mod flag {
     /// The sender waits for a reply.
     pub const REQUEST: u8 = 1;
-    /// The destination is a group. The stamp is the key of a membership; 0 means every membership
-    /// of the receiving member.
+    /// The destination is a group. The key is that of a membership; 0 means every membership of the
+    /// receiving member.
     pub const GROUP: u8 = 2;
     /// Of a forward: the sender could not follow the other epoch, which therefore ends.
     pub const RESET: u8 = 1;
@@ -55,8 +55,8 @@ pub enum Frame<'a> {
         flags: u8,
         /// Its number in this direction of the link.
         sequence: u64,
-        /// The registration, or the key of the membership.
-        stamp: u64,
+        /// The receiving member's key of the registration or membership.
+        key: u64,
         /// The id or group, at most [`MAX_ID`](super::MAX_ID) bytes.
         to: &'a [u8],
         /// The message.
@@ -164,7 +164,7 @@ impl Frame<'_> {
         match kind {
             DATA => {
                 let sequence = u64::from_le_bytes(chunk(&mut rest, "sequence")?);
-                let stamp = u64::from_le_bytes(chunk(&mut rest, "stamp")?);
+                let key = u64::from_le_bytes(chunk(&mut rest, "key")?);
                 let [len] = chunk(&mut rest, "destination")?;
                 let (to, payload) = rest
                     .split_at_checked(usize::from(len))
@@ -172,7 +172,7 @@ impl Frame<'_> {
                 if !(1..=super::MAX_ID).contains(&to.len()) {
                     return Err(WireError::Invalid("destination"));
                 }
-                Ok(Frame::Data { flags, sequence, stamp, to, payload })
+                Ok(Frame::Data { flags, sequence, key, to, payload })
             }
             ANSWERS => {
                 let whole = rest.len().is_multiple_of(ENTRY);
@@ -222,12 +222,12 @@ fn head(out: &mut Vec<u8>, kind: u8, flags: u8, body: usize) {
 }
 
 /// Appends a data frame. `to` has at most [`MAX_ID`](super::MAX_ID) bytes.
-pub fn data(out: &mut Vec<u8>, flags: u8, sequence: u64, stamp: u64, to: &[u8], payload: &[u8]) {
+pub fn data(out: &mut Vec<u8>, flags: u8, sequence: u64, key: u64, to: &[u8], payload: &[u8]) {
     let to = &to[..to.len().min(super::MAX_ID)];
     out.reserve(payload.len() + MAX_OVERHEAD);
     head(out, DATA, flags, 8 + 8 + 1 + to.len() + payload.len());
     out.extend_from_slice(&sequence.to_le_bytes());
-    out.extend_from_slice(&stamp.to_le_bytes());
+    out.extend_from_slice(&key.to_le_bytes());
     out.push(to.len() as u8);
     out.extend_from_slice(to);
     out.extend_from_slice(payload);

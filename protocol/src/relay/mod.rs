@@ -199,6 +199,8 @@ fields! {
         member: u64,
         /// The registration. A later one of the same id has a larger stamp.
         stamp: u64,
+        /// The member's own number of the registration, to which messages are addressed.
+        key: u32,
     }
 
     /// One membership of a group. A member can have several.
@@ -280,6 +282,9 @@ records! {
             id: Id,
             /// 0 for a new registration; the stamp of one that an earlier directory has accepted.
             stamp: u64,
+            /// The member's own number of the registration, which it uses once. The member knows it
+            /// before the answer, so the first message finds it.
+            key: u32,
         }
         /// The registration has ended.
         3 = Unregister {
@@ -294,8 +299,9 @@ records! {
             request: u64,
             /// The id.
             id: Id,
-            /// A registration that was not where the answer before said; 0 for none. The directory
-            /// may not know yet that it has ended.
+            /// The newest registration that the member has known, which is not where it was; 0 for
+            /// none. The directory may not know yet that it has ended, and answers with later ones
+            /// only, or, where all receive, with all others.
             stale: u64,
         }
         /// Asks for a link to a member of the same host.
@@ -538,6 +544,8 @@ records! {
             id: Id,
             /// The registration.
             stamp: u64,
+            /// See [`Location::key`].
+            key: u32,
         }
         /// The registration has ended.
         8 = Unregistered {

@@ -116,7 +116,7 @@ proptest! {
             Frame::decode(one).unwrap()
         };
         let expected = Frame::Data {
-            flags: frame::flag::REQUEST, sequence: 1, stamp: 2, to: to.as_bytes(), payload: &payload,
+            flags: frame::flag::REQUEST, sequence: 1, key: 2, to: to.as_bytes(), payload: &payload,
         };
         prop_assert_eq!(next(), expected);
         let Frame::Answers(answers) = next() else { panic!("answers") };

@@ -269,11 +269,12 @@ impl Relay {
     pub fn register(&self, id: &Id) -> Registering {
         let queue = self.queue();
         let (slot, done) = Slot::new();
-        let serial = {
+        let key = {
             let queue = Arc::clone(&queue);
             self.shared().with(|engine, _| engine.register(id, queue, slot))
         };
-        let registration = Registration { relay: self.clone(), id: id.clone(), serial, queue };
+        let registration =
+            Registration { relay: self.clone(), id: id.clone(), stamp: 0, key, queue };
         Registering { registration: Some(registration), done }
     }
 
@@ -510,8 +511,10 @@ impl Registering {
     /// # Errors
     /// See [`Relay::register`].
     pub fn wait(self) -> Result<Registration, Error> {
-        self.done.wait()?;
-        self.registration.ok_or(Error::Closed)
+        let stamp = self.done.wait()?;
+        let mut registration = self.registration.ok_or(Error::Closed)?;
+        registration.stamp = stamp;
+        Ok(registration)
     }
 }
 
@@ -523,7 +526,12 @@ impl Future for Registering {
         context: &mut std::task::Context<'_>,
     ) -> std::task::Poll<Self::Output> {
         let done = std::pin::Pin::new(&mut self.done).poll(context);
-        done.map(|done| done.and_then(|_| self.registration.take().ok_or(Error::Closed)))
+        done.map(|done| {
+            let stamp = done?;
+            let mut registration = self.registration.take().ok_or(Error::Closed)?;
+            registration.stamp = stamp;
+            Ok(registration)
+        })
     }
 }
 
@@ -532,7 +540,8 @@ impl Future for Registering {
 pub struct Registration {
     relay: Relay,
     id: Id,
-    serial: u64,
+    stamp: u64,
+    key: u32,
     queue: Arc<Queue<Message>>,
 }
 
@@ -584,9 +593,15 @@ impl Registration {
         &self.id
     }
 
+    /// The directory's number of the registration. Of two registrations of an id, the later one has
+    /// the larger number, whatever directory and host.
+    pub fn stamp(&self) -> u64 {
+        self.stamp
+    }
+
     /// Ends the registration; what has arrived before can still be received.
     pub fn close(&self) {
-        self.relay.shared().with(|engine, _| engine.unregister(&self.id, self.serial));
+        self.relay.shared().with(|engine, _| engine.unregister(&self.id, self.key));
     }
 }
 

@@ -23,13 +23,13 @@ impl Engine {
         self.gateway_down(now);
         self.gateway = gateway;
         self.requests.retain(|_, request| !matches!(request, Request::Register { .. }));
-        let registrations: Vec<(Id, u64, u64)> = self
+        let registrations: Vec<(Id, u64, u32)> = self
             .local
             .iter()
-            .flat_map(|(id, all)| all.iter().map(|one| (id.clone(), one.stamp, one.serial)))
+            .flat_map(|(id, all)| all.iter().map(|one| (id.clone(), one.stamp, one.key)))
             .collect();
-        for (id, stamp, serial) in registrations {
-            self.tell_register(id, stamp, serial);
+        for (id, stamp, key) in registrations {
+            self.tell_register(id, stamp, key);
         }
         let memberships: Vec<(Id, u32, u16)> = self
             .memberships
@@ -91,34 +91,34 @@ impl Engine {
         }
     }
 
-    /// Registers an id; returns the number by which [`unregister`](Engine::unregister) ends it.
+    /// Registers an id; returns the key by which [`unregister`](Engine::unregister) ends it.
     pub(crate) fn register(
         &mut self,
         id: &Id,
         queue: Arc<Queue<Message>>,
         done: Arc<Slot<Result<u64, Error>>>,
-    ) -> u64 {
-        let serial = self.number();
+    ) -> u32 {
+        let key = self.key();
         if self.closed {
             self.fired.push(Fired::Registered(done, Err(Error::Closed)));
-            return serial;
+            return key;
         }
-        let local = Local { stamp: 0, queue, serial, done: Some(done) };
+        let local = Local { stamp: 0, queue, key, done: Some(done) };
         self.local.entry(id.clone()).or_default().push(local);
-        self.tell_register(id.clone(), 0, serial);
-        serial
+        self.tell_register(id.clone(), 0, key);
+        key
     }
 
-    fn tell_register(&mut self, id: Id, stamp: u64, serial: u64) {
+    fn tell_register(&mut self, id: Id, stamp: u64, key: u32) {
         let request = self.number();
         if self.connected {
-            self.requests.insert(request, Request::Register { id: id.clone(), serial });
+            self.requests.insert(request, Request::Register { id: id.clone(), key });
         }
-        self.tell(&ToDirectory::Register { request, id, stamp });
+        self.tell(&ToDirectory::Register { request, id, stamp, key });
     }
 
-    pub(crate) fn unregister(&mut self, id: &Id, serial: u64) {
-        if let Some(local) = self.take_local(id, |local| local.serial == serial) {
+    pub(crate) fn unregister(&mut self, id: &Id, key: u32) {
+        if let Some(local) = self.take_local(id, |local| local.key == key) {
             local.queue.end(Ended::Closed);
             if local.stamp != 0 {
                 self.tell(&ToDirectory::Unregister { id: id.clone(), stamp: local.stamp });
@@ -138,8 +138,7 @@ impl Engine {
 
     /// Joins a group; returns the key of the membership.
     pub(crate) fn join(&mut self, group: &Id, weight: u16, queue: Arc<Queue<Message>>) -> u32 {
-        // Keys repeat after four thousand million joins; 0 means all.
-        let key = (self.number() as u32).max(1);
+        let key = self.key();
         if self.closed {
             queue.end(Ended::Closed);
             return key;
@@ -227,11 +226,11 @@ impl Engine {
     pub(crate) fn directory_record(&mut self, now: u64, record: FromDirectory) {
         match record {
             FromDirectory::Registered { request, stamp } => {
-                let Some(Request::Register { id, serial }) = self.requests.remove(&request) else {
+                let Some(Request::Register { id, key }) = self.requests.remove(&request) else {
                     return;
                 };
                 let all = self.local.get_mut(&id);
-                match all.and_then(|all| all.iter_mut().find(|local| local.serial == serial)) {
+                match all.and_then(|all| all.iter_mut().find(|local| local.key == key)) {
                     Some(local) => {
                         local.stamp = stamp;
                         let done = local.done.take();
@@ -243,10 +242,10 @@ impl Engine {
             }
             FromDirectory::NotAccepted { request, reason } => {
                 let reason = readable(&reason);
-                let Some(Request::Register { id, serial }) = self.requests.remove(&request) else {
+                let Some(Request::Register { id, key }) = self.requests.remove(&request) else {
                     return log::warn!("event=relay_not_accepted reason={reason:?}");
                 };
-                if let Some(local) = self.take_local(&id, |local| local.serial == serial) {
+                if let Some(local) = self.take_local(&id, |local| local.key == key) {
                     local.queue.end(Ended::NotAccepted);
                     let error = Err(Error::NotAccepted(reason));
                     self.fired.extend(local.done.map(|done| Fired::Registered(done, error)));

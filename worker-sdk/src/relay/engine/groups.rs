@@ -296,12 +296,12 @@ impl Engine {
         any.tried.push((chosen.member, chosen.key));
         let group = any.group.clone();
         let request = matches!(message.done, Done::Request(..));
-        let stamp = u64::from(chosen.key);
+        let key = u64::from(chosen.key);
         if chosen.member == self.own {
             let sequence = self.number();
             let reply = request.then_some(ReplyTo { member: self.own, generation: 0, sequence });
             let payload = Arc::clone(&message.payload);
-            let verdict = self.deliver(true, group.as_bytes(), stamp, payload, reply);
+            let verdict = self.deliver(true, group.as_bytes(), key, payload, reply);
             if verdict == Verdict::Delivered {
                 let own = self.own;
                 return self.delivered(now, message.done, own, sequence);
@@ -310,7 +310,7 @@ impl Engine {
         }
         let flags = flag::GROUP | if request { flag::REQUEST } else { 0 };
         let (host, member) = (chosen.host, chosen.member);
-        if let Err(message) = self.transmit(host, member, flags, stamp, group.as_bytes(), message) {
+        if let Err(message) = self.transmit(host, member, flags, key, group.as_bytes(), message) {
             self.verdicts.push_back((message, Verdict::Full));
         }
     }

@@ -10,7 +10,7 @@
 //!   did not receive it, or the message had not left this process whole.
 //! - **In order.** Messages of this process to one id arrive in the order of their sends. While one
 //!   of them looks for its recipient again, later ones wait behind it. A registration is addressed
-//!   by its stamp, so what was meant for an old registration cannot reach a new one between two
+//!   by a key that is used once, so what was meant for an old registration cannot reach a new one between two
 //!   messages.
 //! - **Accounted for.** Each message ends with exactly one outcome.
 //! - **Bounded.** Each queue has a limit of messages and of bytes; what exceeds it is refused at
@@ -147,8 +147,8 @@ struct Local {
     /// 0 until the directory has accepted it.
     stamp: u64,
     queue: Arc<Queue<Message>>,
-    /// Distinguishes registrations of one id.
-    serial: u64,
+    /// Messages are addressed to it; it is used once.
+    key: u32,
     done: Option<Arc<Slot<Result<u64, Error>>>>,
 }
 
@@ -161,7 +161,7 @@ struct LocalMembership {
 
 /// A request to the directory that has not been answered.
 enum Request {
-    Register { id: Id, serial: u64 },
+    Register { id: Id, key: u32 },
     Lookup { id: Id },
 }
 
@@ -191,6 +191,7 @@ pub(super) struct Engine {
     /// Records for the directory.
     pub(super) control: VecDeque<Vec<u8>>,
     next_number: u64,
+    next_key: u32,
     requests: HashMap<u64, Request>,
     questions: HashMap<u64, Question>,
     local: HashMap<Id, Vec<Local>>,
@@ -252,6 +253,7 @@ impl Engine {
             gateway: false,
             control: VecDeque::new(),
             next_number: 1,
+            next_key: 0,
             requests: HashMap::new(),
             questions: HashMap::new(),
             local: HashMap::new(),
@@ -298,6 +300,12 @@ impl Engine {
     fn number(&mut self) -> u64 {
         self.next_number += 1;
         self.next_number
+    }
+
+    /// Keys repeat after four thousand million registrations and memberships. 0 means all.
+    fn key(&mut self) -> u32 {
+        self.next_key = self.next_key.wrapping_add(1).max(1);
+        self.next_key
     }
 
     /// xorshift64: no secret, and no reason to be one.
@@ -384,23 +392,21 @@ impl Engine {
         &mut self,
         group: bool,
         to: &[u8],
-        stamp: u64,
+        key: u64,
         payload: Arc<[u8]>,
         mut reply_to: Option<ReplyTo>,
     ) -> Verdict {
         if !group {
-            let found = self
-                .local
-                .get(to)
-                .and_then(|all| all.iter().find(|one| one.stamp == stamp && stamp != 0));
+            let all = self.local.get(to);
+            let found = all.and_then(|all| all.iter().find(|one| u64::from(one.key) == key));
             let Some(queue) = found.map(|one| Arc::clone(&one.queue)) else {
                 return Verdict::NotHere;
             };
             return self.put(queue, Message::new(payload, reply_to));
         }
         let Some(all) = self.memberships.get(to) else { return Verdict::NotHere };
-        if stamp != 0 {
-            let found = all.iter().find(|one| u64::from(one.key) == stamp);
+        if key != 0 {
+            let found = all.iter().find(|one| u64::from(one.key) == key);
             let Some(queue) = found.map(|one| Arc::clone(&one.queue)) else {
                 return Verdict::NotHere;
             };

@@ -137,7 +137,7 @@ impl Peer {
         &mut self,
         limits: &super::Settings,
         flags: u8,
-        stamp: u64,
+        key: u64,
         to: &[u8],
         message: Outbound,
     ) -> Result<u64, Outbound> {
@@ -151,7 +151,7 @@ impl Peer {
             return Err(message);
         }
         let sequence = self.first + self.in_flight.len() as u64;
-        frame::data(&mut self.out, flags, sequence, stamp, to, &message.payload);
+        frame::data(&mut self.out, flags, sequence, key, to, &message.payload);
         let end = self.sent + self.unsent().len() as u64;
         self.open += 1;
         self.open_bytes += size;
@@ -237,7 +237,7 @@ impl Engine {
         host: u64,
         member: u64,
         flags: u8,
-        stamp: u64,
+        key: u64,
         to: &[u8],
         message: Outbound,
     ) -> Result<u64, Outbound> {
@@ -251,7 +251,7 @@ impl Engine {
             self.peers.insert(member, Peer::new(way, generation));
         }
         let Some(peer) = self.peers.get_mut(&member) else { return Err(message) };
-        let sequence = peer.push(&self.settings, flags, stamp, to, message)?;
+        let sequence = peer.push(&self.settings, flags, key, to, message)?;
         self.dirty.push(member);
         Ok(sequence)
     }
@@ -310,7 +310,7 @@ impl Engine {
     /// The link must be closed.
     pub(crate) fn frame(&mut self, now: u64, member: u64, frame: &[u8]) -> Result<(), FrameError> {
         match Frame::decode(frame)? {
-            Frame::Data { flags, sequence, stamp, to, payload } => {
+            Frame::Data { flags, sequence, key, to, payload } => {
                 let own_limit = self.settings.link_bytes + SLACK;
                 let Some(peer) = self.peers.get_mut(&member) else { return Ok(()) };
                 if sequence != peer.expected {
@@ -327,7 +327,7 @@ impl Engine {
                     sequence,
                 });
                 let group = flags & flag::GROUP != 0;
-                let verdict = self.deliver(group, to, stamp, Arc::from(payload), reply_to);
+                let verdict = self.deliver(group, to, key, Arc::from(payload), reply_to);
                 let Some(peer) = self.peers.get_mut(&member) else { return Ok(()) };
                 match verdict {
                     Verdict::Delivered => peer.note(sequence, Status::Delivered),

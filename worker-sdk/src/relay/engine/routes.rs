@@ -19,11 +19,14 @@ pub(super) struct Route {
     again: VecDeque<Outbound>,
     /// Messages on their way.
     in_flight: u32,
-    /// The last registration that was not where it should have been.
+    /// The newest registration that was known and is not there any more. A directory that has just
+    /// started may for a moment know only an older one: what goes there would be out of order.
     stale: u64,
 }
 
 enum State {
+    /// The directory is asked with the next message.
+    Unknown,
     /// The directory was asked.
     Asked,
     Known(Vec<Location>),
@@ -55,7 +58,13 @@ impl Engine {
             Some(route) if matches!(route.state, State::Known(_)) && !route.waits() => {
                 self.dispatch(now, id, message);
             }
-            Some(_) => self.wait_for_route(id, message),
+            Some(route) => {
+                let ask = matches!(route.state, State::Unknown);
+                self.wait_for_route(id, message);
+                if ask {
+                    self.ask(id);
+                }
+            }
             None => {
                 if self.routes.len() >= self.settings.routes {
                     self.routes.retain(|_, route| !route.is_idle());
@@ -125,7 +134,8 @@ impl Engine {
                     let number = self.number();
                     let reply = request.then(|| self.own_reply(number));
                     let payload = Arc::clone(&message.payload);
-                    let verdict = self.deliver(false, id.as_bytes(), place.stamp, payload, reply);
+                    let verdict =
+                        self.deliver(false, id.as_bytes(), place.key.into(), payload, reply);
                     if verdict == Verdict::Delivered {
                         self.route_answered(id);
                         let own = self.own;
@@ -134,8 +144,8 @@ impl Engine {
                     return self.verdicts.push_back((message, verdict));
                 }
                 let flags = if request { flag::REQUEST } else { 0 };
-                let (host, member, stamp) = (place.host, place.member, place.stamp);
-                let sent = self.transmit(host, member, flags, stamp, id.as_bytes(), message);
+                let (host, member, key) = (place.host, place.member, place.key.into());
+                let sent = self.transmit(host, member, flags, key, id.as_bytes(), message);
                 if let Err(message) = sent {
                     self.verdicts.push_back((message, Verdict::Full));
                 }
@@ -156,12 +166,12 @@ impl Engine {
             };
             let payload = Arc::clone(&message.payload);
             if place.member == self.own {
-                let verdict = self.deliver(false, id.as_bytes(), place.stamp, payload, None);
+                let verdict = self.deliver(false, id.as_bytes(), place.key.into(), payload, None);
                 self.verdicts.push_back((part, verdict));
                 continue;
             }
-            let (host, member, stamp) = (place.host, place.member, place.stamp);
-            if let Err(part) = self.transmit(host, member, 0, stamp, id.as_bytes(), part) {
+            let (host, member, key) = (place.host, place.member, place.key.into());
+            if let Err(part) = self.transmit(host, member, 0, key, id.as_bytes(), part) {
                 self.verdicts.push_back((part, Verdict::Full));
             }
         }
@@ -175,7 +185,7 @@ impl Engine {
             if route.waits() {
                 self.ask(id);
             } else {
-                self.routes.remove(id);
+                route.state = State::Unknown;
             }
         }
     }
@@ -190,7 +200,8 @@ impl Engine {
             Verdict::NotHere => {
                 if let Some(route) = self.routes.get_mut(&id) {
                     if let State::Known(places) = &route.state {
-                        route.stale = places.iter().map(|place| place.stamp).max().unwrap_or(0);
+                        let newest = places.iter().map(|place| place.stamp).max();
+                        route.stale = route.stale.max(newest.unwrap_or(0));
                     }
                     route.state = State::Stale;
                     if *again {
@@ -242,8 +253,14 @@ impl Engine {
             }
         }
         // Nowhere is not remembered: the id may register at any time.
-        if nowhere && self.routes.get(id).is_some_and(Route::is_idle) {
-            self.routes.remove(id);
+        if nowhere
+            && let Some(route) = self.routes.get_mut(id)
+            && route.is_idle()
+        {
+            route.state = State::Unknown;
+            if route.stale == 0 {
+                self.routes.remove(id);
+            }
         }
     }
 
