@@ -370,6 +370,14 @@ impl Listener {
         self.core().id()
     }
 
+    /// The ticket with which this worker proves its pool to the directory of the relay
+    /// ([`RelayConfig::ticket`](crate::relay::RelayConfig::ticket)); `None` while not joined, or if
+    /// the dispatcher gives none (`relay_ticket_key`).
+    #[cfg(feature = "relay")]
+    pub fn relay_ticket(&self) -> Option<Vec<u8>> {
+        self.core().relay_ticket()
+    }
+
     /// Whether connections can come now: the worker has joined a dispatcher, or listens itself.
     pub fn is_joined(&self) -> bool {
         self.core().is_joined()

@@ -11,6 +11,7 @@ mod drain;
 mod exit;
 mod log_level;
 mod manual;
+mod relay;
 mod reload;
 mod restart;
 mod rollout;
@@ -58,6 +59,7 @@ Examples:
   dispatcher history web --follow          the last decisions, and new ones
   dispatcher advice web                    which host should clients of a pool connect to?
   dispatcher log-level debug               log more until the next reload
+  dispatcher relay who alice               which worker holds this client id
 
 Environment:
   DISPATCHER_LOG     what `run` and `demo` log: error, warn, info (default), debug, trace
@@ -133,6 +135,9 @@ enum Command {
     /// Show which addresses clients of a pool are advised, over all hosts, and why.
     #[command(after_help = advice::EXAMPLES)]
     Advice(advice::AdviceArgs),
+    /// Ask the relay's directory: who holds an id, which groups there are, its numbers.
+    #[command(after_help = relay::EXAMPLES)]
+    Relay(relay::RelayArgs),
     /// Print a shell completion script.
     #[command(after_help = manual::COMPLETIONS_EXAMPLES)]
     Completions(manual::CompletionsArgs),
@@ -254,6 +259,7 @@ impl Command {
             Command::History(arguments) => arguments.json,
             Command::Explain(arguments) => arguments.json,
             Command::Advice(arguments) => arguments.json,
+            Command::Relay(arguments) => arguments.json(),
             Command::Run(_) | Command::Check(_) | Command::Completions(_) | Command::Man(_) => {
                 false
             }
@@ -312,6 +318,7 @@ fn execute(arguments: impl IntoIterator<Item = OsString>) -> Exit {
         Command::Advice(arguments) => advice::advice(arguments),
         Command::Status(arguments) => status::status(arguments),
         Command::Workers(arguments) => workers::workers(arguments),
+        Command::Relay(arguments) => relay::relay(arguments),
         #[cfg(feature = "demo")]
         Command::Demo(arguments) => demo::demo(arguments),
         #[cfg(feature = "demo")]

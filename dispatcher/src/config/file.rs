@@ -1,6 +1,7 @@
 //! The file in the form that serde reads: every table and key, before any check across keys.
 
 use std::collections::BTreeMap;
+use std::path::PathBuf;
 
 use serde::Deserialize;
 use serde::de::{Deserializer, Error as _, Visitor, value};
@@ -47,6 +48,7 @@ pub(super) struct File {
     pub fault_history: Option<Count<0, 1000>>,
     pub log_level: Option<LogLevel>,
     pub metrics_max_workers: Option<Count<0, 65_536>>,
+    pub relay_ticket_key: Option<PathBuf>,
     pub max_handshakes: Option<Count<1, 65_536>>,
     pub connect_rate: Option<Count<1, 1_000_000>>,
     pub join_rate: Option<Count<1, 1_000_000>>,

@@ -395,6 +395,9 @@ pub struct Limits {
     pub max_closing: u32,
     /// `metrics_max_workers`: most workers with metrics of their own. Default 256.
     pub metrics_max_workers: u32,
+    /// `relay_ticket_key`: the file with the key that signs tickets for the relay's directory.
+    /// Default: no tickets.
+    pub relay_ticket_key: Option<PathBuf>,
 }
 
 impl Default for Limits {
@@ -416,6 +419,7 @@ impl Default for Limits {
             closing_threads: 16,
             max_closing: 1_024,
             metrics_max_workers: 256,
+            relay_ticket_key: None,
         }
     }
 }

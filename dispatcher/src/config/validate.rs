@@ -234,6 +234,7 @@ fn limits(file: &File) -> Limits {
         fault_history: file.fault_history.map_or(default.fault_history, |n| n.0),
         log_level: file.log_level.map_or(default.log_level, Into::into),
         metrics_max_workers: file.metrics_max_workers.map_or(default.metrics_max_workers, |n| n.0),
+        relay_ticket_key: file.relay_ticket_key.clone(),
         max_handshakes: file.max_handshakes.map_or(default.max_handshakes, |n| n.0),
         connect_rate: file.connect_rate.map_or(default.connect_rate, |n| n.0),
         join_rate: file.join_rate.map_or(default.join_rate, |n| n.0),

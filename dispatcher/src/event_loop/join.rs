@@ -134,6 +134,8 @@ impl EventLoop {
             handoff_timeout_ms: u32::try_from(timeout.as_millis()).unwrap_or(u32::MAX),
             listeners: self.listeners_of(&join.hello.pool),
             gauges: self.config.advice.wanted_gauges(scored.iter().map(|gauge| gauge.name)),
+            // The handshake thread appends one: it may read the key.
+            relay_ticket: Vec::new(),
         }
         .encode(&mut record);
         let fds = [theirs.channel, theirs.board, doorbell];

@@ -28,7 +28,8 @@ fn to_directory() -> impl Strategy<Value = ToDirectory> {
         (any::<u64>(), id(), any::<u64>()).prop_map(|(request, id, stamp)| ToDirectory::Register {
             request,
             id,
-            stamp
+            stamp,
+            key: 7
         }),
         (id(), any::<u32>(), any::<u16>()).prop_map(|(group, key, weight)| ToDirectory::Join {
             group,

@@ -134,6 +134,8 @@ pub mod tlv {
     pub const TIME_LEFT: u16 = 20;
     /// Handoff: the dispatcher's number of each connection, u64, in the order of the entries.
     pub const NUMBERS: u16 = 21;
+    /// Welcome: the ticket of the relay, at most 85 bytes.
+    pub const RELAY_TICKET: u16 = 22;
     /// Refused, not forked: one sentence for people, UTF-8.
     pub const REASON: u16 = 17;
     /// Refused: the configuration key that decides, UTF-8.

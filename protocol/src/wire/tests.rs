@@ -88,6 +88,7 @@ fn control_vectors() -> Vec<(&'static str, Control)> {
                     WelcomeListener { index: 3, name: "admin".to_owned() },
                 ],
                 gauges: vec![],
+                relay_ticket: Vec::new(),
             }),
         ),
         (
@@ -101,6 +102,7 @@ fn control_vectors() -> Vec<(&'static str, Control)> {
                 handoff_timeout_ms: 200,
                 listeners: vec![WelcomeListener { index: 0, name: "http".to_owned() }],
                 gauges: vec!["queue_wait".parse().unwrap(), "free_memory".parse().unwrap()],
+                relay_ticket: Vec::new(),
             }),
         ),
         (

@@ -1,7 +1,8 @@
 //! welcome: the positive answer to a hello, with three file descriptors.
 
-use super::codec::{Reader, WireError, header, name, put_tlv};
+use super::codec::{Reader, WireError, header, name, once, put_tlv};
 use super::{Features, is_name, kind, tlv};
+use crate::relay::ticket::MAX_TICKET;
 use crate::scoreboard::gauge::GaugeName;
 
 /// A listener of the worker's pool. Handoffs refer to it by its index. See [`Welcome`] for an
@@ -29,6 +30,7 @@ pub struct WelcomeListener {
 ///     handoff_timeout_ms: 200,
 ///     listeners: vec![WelcomeListener { index: 0, name: "web".to_owned() }],
 ///     gauges: vec!["queue_wait".parse()?],
+///     relay_ticket: Vec::new(),
 /// });
 /// let mut record = Vec::new();
 /// welcome.encode(&mut record);
@@ -56,13 +58,16 @@ pub struct Welcome {
     /// Gauges that the pool uses for scores. A worker that does not set all of them gets few
     /// connections.
     pub gauges: Vec<GaugeName>,
+    /// Proof for the relay's directory that this user has a worker in this pool; empty for none.
+    pub relay_ticket: Vec<u8>,
 }
 
 impl Welcome {
     /// Appends the record's bytes to `out`. It leaves out listeners with an invalid name
     /// ([`is_name`]), and gauges and listeners for which the record has no room.
     pub fn encode(&self, out: &mut Vec<u8>) {
-        let most = out.len() + super::MAX_CONTROL_RECORD;
+        // With room for a ticket, which may follow.
+        let most = out.len() + super::MAX_CONTROL_RECORD - (4 + MAX_TICKET);
         header(out, kind::WELCOME);
         out.extend_from_slice(&self.version.to_le_bytes());
         out.extend_from_slice(&[0, 0]);
@@ -89,6 +94,15 @@ impl Welcome {
             }
             put_tlv(out, tlv::LISTENER, &value);
         }
+        Welcome::append_ticket(out, &self.relay_ticket);
+    }
+
+    /// Appends a ticket to an encoded welcome, which has room for it; nothing if it is empty or too
+    /// long for a ticket.
+    pub fn append_ticket(record: &mut Vec<u8>, ticket: &[u8]) {
+        if (1..=MAX_TICKET).contains(&ticket.len()) {
+            put_tlv(record, tlv::RELAY_TICKET, ticket);
+        }
     }
 
     pub(super) fn decode_body(reader: &mut Reader<'_>) -> Result<Welcome, WireError> {
@@ -100,6 +114,7 @@ impl Welcome {
         let max_connections = reader.u32("max_connections")?;
         let handoff_timeout_ms = reader.u32("handoff_timeout")?;
         let (mut listeners, mut gauges) = (Vec::new(), Vec::new());
+        let mut relay_ticket = None;
         while let Some((kind, value)) = reader.tlv()? {
             match kind {
                 tlv::LISTENER => {
@@ -113,6 +128,10 @@ impl Welcome {
                     let text = str::from_utf8(value).map_err(|_| invalid())?;
                     gauges.push(text.parse().map_err(|_| invalid())?);
                 }
+                tlv::RELAY_TICKET if value.len() > MAX_TICKET => {
+                    return Err(WireError::TooLong { len: value.len(), max: MAX_TICKET });
+                }
+                tlv::RELAY_TICKET => once(&mut relay_ticket, value.to_vec(), "relay ticket")?,
                 _ => {}
             }
         }
@@ -128,6 +147,7 @@ impl Welcome {
             handoff_timeout_ms,
             listeners,
             gauges,
+            relay_ticket: relay_ticket.unwrap_or_default(),
         })
     }
 }

@@ -272,6 +272,7 @@ impl Peer {
             handoff_timeout_ms: 5000,
             listeners: vec![WelcomeListener { index: 3, name: "http".to_owned() }],
             gauges: Vec::new(),
+            relay_ticket: Vec::new(),
         }
     }
 

@@ -37,6 +37,9 @@ pub(super) struct Session {
     listeners: Vec<(u16, Arc<str>)>,
     /// The gauges that the pool uses for scores.
     pub(super) gauges: Vec<GaugeName>,
+    /// The ticket of the relay; empty for none.
+    #[cfg(feature = "relay")]
+    pub(super) relay_ticket: Vec<u8>,
 }
 
 impl Session {
@@ -51,6 +54,8 @@ impl Session {
             features: joined.welcome.features,
             listeners: listeners.map(|l| (l.index, l.name.into())).collect(),
             gauges: joined.welcome.gauges,
+            #[cfg(feature = "relay")]
+            relay_ticket: joined.welcome.relay_ticket,
         };
         (session, joined.channel)
     }

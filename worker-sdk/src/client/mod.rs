@@ -537,6 +537,14 @@ impl Worker {
         self.core().id()
     }
 
+    /// The ticket with which this worker proves its pool to the directory of the relay
+    /// ([`RelayConfig::ticket`](crate::relay::RelayConfig::ticket)); `None` while not joined, or if
+    /// the dispatcher gives none (`relay_ticket_key`).
+    #[cfg(feature = "relay")]
+    pub fn relay_ticket(&self) -> Option<Vec<u8>> {
+        self.core().relay_ticket()
+    }
+
     /// Whether connections can come now: the worker has joined a dispatcher, or listens itself. A
     /// blocking worker notices the loss of its dispatcher while a thread is in `accept`.
     pub fn is_joined(&self) -> bool {

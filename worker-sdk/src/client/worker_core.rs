@@ -316,6 +316,12 @@ impl WorkerCore {
         self.read_current().map(|session| session.worker_id)
     }
 
+    #[cfg(feature = "relay")]
+    pub(crate) fn relay_ticket(&self) -> Option<Vec<u8>> {
+        let session = self.read_current()?;
+        (!session.relay_ticket.is_empty()).then(|| session.relay_ticket.clone())
+    }
+
     pub(crate) fn is_joined(&self) -> bool {
         matches!(self.lock().link, Link::Joined { .. } | Link::Standalone { .. })
     }

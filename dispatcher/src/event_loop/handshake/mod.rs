@@ -19,6 +19,7 @@
 mod pending;
 mod rates;
 mod thread;
+mod ticket;
 
 use std::collections::HashMap;
 use std::io;

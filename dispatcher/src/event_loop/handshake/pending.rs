@@ -15,6 +15,8 @@ pub(super) struct Pending {
     pub(super) peer: Peer,
     /// The deadline for its hello; `None` once the hello has come and the hot thread decides.
     pub(super) deadline: Option<Time>,
+    /// The pool that its hello names; empty before.
+    pub(super) pool: String,
     /// Its process, once the hello has come.
     pub(super) process: Option<OwnedFd>,
 }
@@ -36,8 +38,14 @@ impl Table {
         self.serial += 1;
         self.len += 1;
         let serial = self.serial;
-        let pending =
-            Some(Pending { serial, socket, peer, deadline: Some(deadline), process: None });
+        let pending = Some(Pending {
+            serial,
+            socket,
+            peer,
+            deadline: Some(deadline),
+            pool: String::new(),
+            process: None,
+        });
         let index = match self.places.iter().position(Option::is_none) {
             Some(index) => {
                 self.places[index] = pending;

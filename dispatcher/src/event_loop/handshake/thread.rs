@@ -19,6 +19,7 @@ use super::super::token::{Key, Source};
 use super::super::worker_io::{Lane, send_record};
 use super::pending::{Pending, Table};
 use super::rates::{Bucket, Rates};
+use super::ticket::Tickets;
 use super::{HandshakeCommand, HandshakeEvent, JoinRequest, Settings};
 use crate::background::closer::{Bin, Watched};
 use crate::background::restart;
@@ -70,6 +71,7 @@ pub(super) struct HandshakeThread {
     ready: bool,
     paused_until: Option<Time>,
     settings: Settings,
+    tickets: Tickets,
     pending: Table,
     /// By `WorkerId::index`.
     members: Vec<Option<Member>>,
@@ -113,6 +115,7 @@ impl HandshakeThread {
             ready: false,
             paused_until: None,
             settings,
+            tickets: Tickets::default(),
             pending: Table::default(),
             members: Vec::new(),
             again: VecDeque::new(),
@@ -329,6 +332,7 @@ impl HandshakeThread {
         let Peer { pid, uid, gids } = pending.peer.clone();
         let join = Join { pid, uid, gids, hello, spawned: None };
         pending.deadline = None;
+        pending.pool.clone_from(&join.hello.pool);
         self.report(HandshakeEvent::Hello(Box::new(JoinRequest { key, join, lane })));
     }
 
@@ -336,7 +340,7 @@ impl HandshakeThread {
         match command {
             HandshakeCommand::Welcome { key, worker, record, fds } => {
                 self.welcomed = Some(worker);
-                self.welcome(key, worker, &record, fds);
+                self.welcome(key, worker, record, fds);
                 self.welcomed = None;
             }
             HandshakeCommand::Refuse { key, refusal } => {
@@ -368,8 +372,11 @@ impl HandshakeThread {
         }
     }
 
-    fn welcome(&mut self, key: Key, worker: WorkerId, record: &[u8], fds: [OwnedFd; 3]) {
-        let Some(Pending { socket, process, .. }) = self.pending.take(key) else { return };
+    fn welcome(&mut self, key: Key, worker: WorkerId, mut record: Vec<u8>, fds: [OwnedFd; 3]) {
+        let Some(pending) = self.pending.take(key) else { return };
+        let Pending { socket, process, pool, peer, .. } = pending;
+        let file = self.settings.limits.relay_ticket_key.as_deref();
+        self.tickets.append(file, &mut record, &pool, peer.uid);
         let key = Key::from(worker);
         let registry = self.poll.registry();
         let interest = Interest::READABLE;
@@ -385,7 +392,7 @@ impl HandshakeThread {
             });
         let [channel, board, doorbell] = &fds;
         let theirs = [channel.as_fd(), board.as_fd(), doorbell.as_fd()];
-        let sent = send_record(socket.as_fd(), record, &theirs);
+        let sent = send_record(socket.as_fd(), &record, &theirs);
         let index = worker.index as usize;
         if self.members.len() <= index {
             self.members.resize_with(index + 1, || None);
