@@ -66,8 +66,7 @@ impl Welcome {
     /// Appends the record's bytes to `out`. It leaves out listeners with an invalid name
     /// ([`is_name`]), and gauges and listeners for which the record has no room.
     pub fn encode(&self, out: &mut Vec<u8>) {
-        // With room for a ticket, which may follow.
-        let most = out.len() + super::MAX_CONTROL_RECORD - (4 + MAX_TICKET);
+        let most = out.len() + super::MAX_CONTROL_RECORD;
         header(out, kind::WELCOME);
         out.extend_from_slice(&self.version.to_le_bytes());
         out.extend_from_slice(&[0, 0]);
@@ -89,7 +88,8 @@ impl Welcome {
             value.extend_from_slice(&listener.index.to_le_bytes());
             value.extend_from_slice(listener.name.as_bytes());
             // In a pool with very many listeners, the others have only an index.
-            if out.len() + 4 + value.len() > most {
+            // A ticket may follow.
+            if out.len() + 4 + value.len() + 4 + MAX_TICKET > most {
                 break;
             }
             put_tlv(out, tlv::LISTENER, &value);
@@ -100,7 +100,8 @@ impl Welcome {
     /// Appends a ticket to an encoded welcome, which has room for it; nothing if it is empty or too
     /// long for a ticket.
     pub fn append_ticket(record: &mut Vec<u8>, ticket: &[u8]) {
-        if (1..=MAX_TICKET).contains(&ticket.len()) {
+        let room = record.len() + 4 + ticket.len() <= super::MAX_CONTROL_RECORD;
+        if room && (1..=MAX_TICKET).contains(&ticket.len()) {
             put_tlv(record, tlv::RELAY_TICKET, ticket);
         }
     }
