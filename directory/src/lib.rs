@@ -7,6 +7,8 @@
 //! guide.
 #![warn(missing_docs)]
 
+#[cfg(feature = "nats")]
+mod cluster;
 pub mod config;
 mod query;
 pub mod registry;

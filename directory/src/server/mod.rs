@@ -36,7 +36,7 @@ pub(crate) struct State {
     pub(crate) registry: Registry,
     pub(crate) config: Config,
     key: Option<Key>,
-    start: Instant,
+    pub(crate) start: Instant,
     sessions: HashMap<MemberIndex, Rc<Session>>,
     /// Members and unidentified connections of each user.
     users: HashMap<u32, usize>,

@@ -27,9 +27,6 @@ const MANY_QUEUED: usize = 4096;
 /// Records of one member that are handled before others have their turn.
 const BATCH: usize = 64;
 
-/// A member's end of a link to the directory; messages to other hosts travel there.
-pub(crate) type Link = OwnedFd;
-
 /// What waits to be sent to one member.
 #[derive(Default)]
 pub(crate) struct Queue {
@@ -220,7 +217,7 @@ fn admit(state: &Handle, user: u32, hello: ToDirectory) -> Result<MemberIndex, F
         _ => None,
     };
     #[cfg(not(feature = "nats"))]
-    let gateway: Option<Link> = None;
+    let gateway: Option<OwnedFd> = None;
     let welcome = FromDirectory::Welcome {
         version: VERSION,
         host: state.registry.host(),

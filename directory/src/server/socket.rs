@@ -73,7 +73,7 @@ pub(crate) fn connect_to(path: &Path) -> io::Result<OwnedFd> {
 }
 
 /// Both ends of a new link.
-pub(super) fn link() -> io::Result<(OwnedFd, OwnedFd)> {
+pub(crate) fn link() -> io::Result<(OwnedFd, OwnedFd)> {
     Ok(socketpair(AddressFamily::UNIX, SocketType::STREAM, FLAGS, None)?)
 }
 
