@@ -37,6 +37,15 @@ for page in README.md CHANGELOG.md SECURITY.md docs/*.md etc/dispatcher.toml; do
     install -D -m 644 "$page" "$root/usr/share/doc/dispatcher/$(basename "$page")"
 done
 
+# The directory of the relay, if it was built: cargo build --release -p dispatch-directory
+directory=${CARGO_TARGET_DIR:-target}/release/dispatch-directory
+if [ -e "$directory" ]; then
+    objcopy --strip-all "$directory" "$temporary/dispatch-directory"
+    install -D -m 755 "$temporary/dispatch-directory" "$root/usr/bin/dispatch-directory"
+    install -D -m 644 etc/dispatch-directory.service "$units/dispatch-directory.service"
+    install -D -m 644 etc/directory.toml "$root/usr/share/doc/dispatcher/directory.toml"
+fi
+
 for unit in dispatcher.service dispatcher-workers.service dispatcher.socket dispatcher-dispatch.socket; do
     install -D -m 644 "etc/$unit" "$units/$unit"
 done

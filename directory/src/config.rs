@@ -327,6 +327,32 @@ mod tests {
         }
     }
 
+    /// The sample is valid as it is, and every key that it shows exists and has the default that it
+    /// shows, unless it says that it is an example.
+    #[test]
+    fn the_sample_has_every_key() {
+        let sample = include_str!("../../etc/directory.toml");
+        Config::parse(sample).unwrap();
+        let shown = |line: &&str| {
+            line.strip_prefix('#').is_some_and(|rest| {
+                rest.starts_with(|c: char| c.is_ascii_lowercase() || c == '[')
+                    && !rest.starts_with("     ")
+            })
+        };
+        let lines: Vec<&str> = sample.lines().filter(shown).map(|line| &line[1..]).collect();
+        let all = Config::parse(&lines.join("\n")).unwrap();
+        assert_eq!(all.namespaces[0].pools, ["web"]);
+        let defaults: Vec<&str> =
+            lines.iter().copied().filter(|line| !line.contains("# example")).collect();
+        let defaults = defaults.join("\n");
+        let defaults = defaults.split("[namespaces").next().unwrap();
+        let (set, default) = (Config::parse(defaults).unwrap(), Config::parse("").unwrap());
+        assert_eq!(format!("{set:?}"), format!("{default:?}"));
+        for key in ["nats_subject", "max_groups", "hello_timeout", "ticket_key"] {
+            assert!(sample.contains(&format!("\n#{key} ")), "{key}");
+        }
+    }
+
     #[test]
     fn the_default_admits_the_own_user() {
         let config = Config::parse("").unwrap();

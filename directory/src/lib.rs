@@ -17,5 +17,10 @@ mod server;
 mod sys;
 pub mod ticket_key;
 
+/// The programs in the guide compile.
+#[cfg(doctest)]
+#[doc = include_str!("../../docs/RELAY.md")]
+struct Guide;
+
 pub use query::Query;
 pub use run::run;

@@ -15,6 +15,7 @@
 //! ```
 #![allow(clippy::unwrap_used, clippy::expect_used, reason = "in a test a panic is the report")]
 
+use std::collections::btree_map::Entry;
 use std::collections::{BTreeMap, VecDeque};
 use std::fs::File;
 use std::io::Write;
@@ -102,12 +103,12 @@ fn main() {
             // A client comes, perhaps from another worker.
             0..3 => {
                 let id = random.below(ids);
-                if !own.contains_key(&id) {
+                if let Entry::Vacant(place) = own.entry(id) {
                     log.line(&format!("try {id}"));
                     let registering = relay.register(&Id::new(id.to_string()).unwrap());
                     if let Ok(registration) = registering.wait() {
                         log.line(&format!("reg {id} {}", registration.stamp()));
-                        own.insert(id, registration);
+                        place.insert(registration);
                     }
                 }
             }

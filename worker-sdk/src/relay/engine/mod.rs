@@ -159,6 +159,9 @@ struct LocalMembership {
     queue: Arc<Queue<Message>>,
 }
 
+/// A watch of this process: its number, and where its events go.
+type LocalWatch = (u64, Arc<Queue<PresenceEvent>>);
+
 /// A request to the directory that has not been answered.
 enum Request {
     Register { id: Id, key: u32 },
@@ -208,7 +211,7 @@ pub(super) struct Engine {
     /// Members whose links have bytes to send.
     pub(super) dirty: Vec<u64>,
     replies: HashMap<(u64, u64), AwaitedReply>,
-    watches: HashMap<(Id, bool), Vec<(u64, Arc<Queue<PresenceEvent>>)>>,
+    watches: HashMap<(Id, bool), Vec<LocalWatch>>,
     pub(super) fired: Vec<Fired>,
     /// Outcomes that still have to be acted on; a queue, so that no call nests in another.
     verdicts: VecDeque<(Outbound, Verdict)>,
