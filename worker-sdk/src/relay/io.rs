@@ -196,6 +196,7 @@ impl Shared {
         let mut events = Vec::with_capacity(64);
         let mut scratch = vec![0; RECEIVE];
         let mut tick_until = Instant::now();
+        let mut next_tick = 0;
         loop {
             let timeout = {
                 let mut inner = self.lock();
@@ -230,7 +231,11 @@ impl Shared {
             let mut inner = self.lock();
             inner.idle = false;
             inner.turn(self, &events, &mut scratch, now);
-            inner.engine.tick(now);
+            // It looks at everything that waits, so not in every turn.
+            if now >= next_tick {
+                next_tick = now + TICK.as_millis() as u64;
+                inner.engine.tick(now);
+            }
             inner.flush(&self.epoll, now);
             let fired = std::mem::take(&mut inner.engine.fired);
             drop(inner);

@@ -404,6 +404,9 @@ impl Engine {
     }
 
     pub(super) fn expire_views(&mut self, now: u64) {
+        if self.waiting_bytes == 0 {
+            return;
+        }
         let mut expired = Vec::new();
         for view in self.views.values_mut() {
             while view.waiting.front().is_some_and(|one| one.deadline() <= now) {
