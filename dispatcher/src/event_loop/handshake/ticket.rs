@@ -6,6 +6,8 @@ use dispatch_directory::ticket_key;
 use dispatch_protocol::relay::ticket::Key;
 use dispatch_protocol::wire::Welcome;
 
+use crate::background::logger::quoted;
+
 /// The key of the file that the configuration names. Reading it may wait, so this belongs to the
 /// handshake thread.
 #[derive(Debug, Default)]
@@ -29,8 +31,9 @@ impl Tickets {
                 Ok(key) => Some(key),
                 Err(error) => {
                     log::error!(
-                        "event=no_relay_ticket file={:?} error=\"{error}\"",
-                        file.display().to_string()
+                        "event=no_relay_ticket file={file} error={error}",
+                        file = quoted(&file.display().to_string()),
+                        error = quoted(&error.to_string())
                     );
                     None
                 }
