@@ -359,7 +359,7 @@ mod tests {
         assert_eq!(config.namespaces[0].name.as_str(), "default");
         assert_eq!(config.namespaces[0].users, [rustix::process::geteuid().as_raw()]);
         let config = Config::parse("[namespaces.a]\npools = [\"web\"]").unwrap();
-        assert_eq!(config.namespaces[0].users, []);
+        assert!(config.namespaces[0].users.is_empty());
         assert_eq!(config.namespaces[0].pools, ["web"]);
     }
 }
