@@ -512,7 +512,7 @@ impl Inner {
                     if gateway.head == gateway.out.len() {
                         gateway.out.clear();
                         gateway.head = 0;
-                    } else if gateway.head > RECEIVE {
+                    } else if gateway.head > gateway.out.len() / 2 {
                         gateway.out.drain(..gateway.head);
                         gateway.head = 0;
                     }

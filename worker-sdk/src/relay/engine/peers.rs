@@ -126,7 +126,8 @@ impl Peer {
             self.head = 0;
             // A large message should not keep its memory.
             self.out.shrink_to(64 * 1024);
-        } else if self.head > 256 * 1024 {
+        } else if self.head > self.out.len() / 2 {
+            // At most one byte is moved for each that was sent.
             self.out.drain(..self.head);
             self.head = 0;
         }
