@@ -69,14 +69,18 @@ impl Service {
         self.dispatcher.wait_joined("chat", 2);
     }
 
+    /// What `dispatcher relay` says.
+    fn ask(&self, arguments: &[&str]) -> String {
+        let mut command = Command::new(test_support::dispatcher_bin());
+        command.arg("relay").args(arguments).args(["--namespace", "chat"]);
+        command.arg("--socket").arg(self.dispatcher.dir.join("relay.sock"));
+        String::from_utf8(command.output().unwrap().stdout).unwrap()
+    }
+
     /// The worker of a client, if it is logged in.
     fn worker_of(&self, name: &str) -> Option<String> {
-        let mut command = Command::new(test_support::dispatcher_bin());
-        command.args(["relay", "who", &format!("user:{name}"), "--namespace", "chat"]);
-        command.arg("--socket").arg(self.dispatcher.dir.join("relay.sock"));
-        let output = command.output().unwrap();
-        let text = String::from_utf8(output.stdout).unwrap();
-        text.split(' ').nth(1).map(str::to_owned)
+        let answer = self.ask(&["who", &format!("user:{name}")]);
+        answer.split(' ').nth(1).map(str::to_owned)
     }
 
     fn kill_worker(&mut self, name: &str) {
@@ -158,12 +162,11 @@ fn clients_of_two_workers_talk_over_deaths_and_restarts() {
         client.tell(r#"{"join": "lobby"}"#);
     }
     // Everyone in the room has it, the sender included.
-    let heard = wait_for("the room", || {
-        bob.tell(r#"{"room": "lobby", "text": "all"}"#);
-        let line = alice.hear("all");
-        line.contains("lobby").then_some(line)
-    });
-    assert_eq!(heard, r#"{"from":"bob","text":"all","room":"lobby"}"#);
+    wait_until("both to be in the room", || service.ask(&["groups"]) == "room:lobby 2\n");
+    bob.tell(r#"{"room": "lobby", "text": "all"}"#);
+    for client in [&mut alice, &mut bob] {
+        assert_eq!(client.hear("all"), r#"{"from":"bob","text":"all","room":"lobby"}"#);
+    }
 
     // The worker of bob dies. He connects again and is elsewhere, and what was sent meanwhile
     // arrives.
