@@ -100,8 +100,10 @@ async fn serve(
     };
     // The registration lives as long as this connection.
     let registration = relay.register(&id("user", &login)?).await?;
+    // Before any message: some may have waited for this login.
+    let welcome = serde_json::json!({"welcome": login}).to_string();
+    socket.send(Message::text(welcome)).await?;
     let (sender, mut outbox) = channel::<String>(OUTBOX);
-    sender.try_send(serde_json::json!({"welcome": login}).to_string())?;
     let mut tasks = JoinSet::new();
     let mut rooms = HashMap::new();
     loop {

@@ -168,11 +168,14 @@ fn clients_of_two_workers_talk_over_deaths_and_restarts() {
         assert_eq!(client.hear("all"), r#"{"from":"bob","text":"all","room":"lobby"}"#);
     }
 
-    // The worker of bob dies. He connects again and is elsewhere, and what was sent meanwhile
-    // arrives.
+    // The worker of bob dies. The client connects again and is elsewhere, and what was sent
+    // meanwhile arrives.
     let at = service.worker_of("bob").unwrap();
     service.kill_worker(&at);
-    assert!(bob.try_hear().is_none() || bob.try_hear().is_none(), "his connection has ended");
+    assert!(
+        bob.try_hear().is_none() || bob.try_hear().is_none(),
+        "the connection of bob has ended"
+    );
     alice.hear(r#""online":false"#);
     alice.tell(r#"{"to": "bob", "text": "are you there?"}"#);
     let mut bob = Client::login(&service, "bob");
