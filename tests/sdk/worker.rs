@@ -8,8 +8,9 @@ use std::sync::atomic::{AtomicUsize, Ordering};
 use std::thread;
 use std::time::Duration;
 
+use dispatch_protocol::ClientAddr;
 use dispatch_protocol::scoreboard::slot::{Revoke, SlotState, want};
-use dispatch_protocol::wire::{Control, EntryFlags, RefusedCode};
+use dispatch_protocol::wire::{Control, EntryFlags, Handoff, ProxyHeader, RefusedCode};
 use test_support::fake_dispatcher::{
     FakeDispatcher, Peer, accept, is_open, join, join_with, read_to_end,
 };
@@ -54,6 +55,35 @@ fn takes_a_connection_only_when_the_application_asks() {
     drop((connection, ours));
     assert_eq!(read_to_end(&mut client), b"ping");
     assert_eq!((worker.live(), peer.board.finished()), (0, 1));
+}
+
+#[test]
+fn a_connection_knows_what_its_proxy_said() {
+    let fake = FakeDispatcher::new();
+    let (worker, mut peer) = join(&fake);
+    let pairs: Vec<_> = (0..3).map(|_| fake.client()).collect();
+    let mut entries: Vec<_> = pairs.iter().map(|(_, ours)| peer.offer(ours)).collect();
+    let source = entries[1].peer;
+    // The second one came through a proxy, which names a client of a Unix socket.
+    entries[1].peer = ClientAddr::Unix;
+    let tlvs = b"\x02\0\x0bexample.org\xea\0\x03\x01ab".to_vec();
+    let header = ProxyHeader { address: source, local: false, tlvs };
+    let mut record = Vec::new();
+    Handoff { entries, proxy_headers: vec![(1, header)] }.encode(&mut record);
+    let fds: Vec<_> = pairs.iter().map(|(_, ours)| ours.as_fd()).collect();
+    peer.send_bytes(&record, &fds);
+    let connections: Vec<Connection> = (0..3).map(|_| accept(&worker)).collect();
+    assert!(connections[0].proxy().is_none() && connections[2].proxy().is_none());
+    let proxied = &connections[1];
+    let proxy = proxied.proxy().unwrap();
+    assert_eq!((proxied.peer_addr(), proxy.address()), (PeerAddr::Unix, source.into()));
+    assert_eq!((proxy.authority(), proxy.is_local()), (Some("example.org"), false));
+    assert_eq!(proxy.tlv(worker_sdk::Proxy::AWS), Some(&b"\x01ab"[..]));
+    assert_eq!(proxy.tlvs().count(), 2);
+    // The socket is what it is, whatever the client is.
+    assert!(proxied.as_tcp().is_some());
+    proxied.set_nodelay(true).unwrap();
+    assert_eq!(proxied.local_addr().unwrap(), PeerAddr::from(pairs[1].1.local_addr().unwrap()));
 }
 
 #[test]

@@ -133,6 +133,7 @@ mod connector;
 #[cfg(feature = "mio")]
 pub mod mio;
 mod peer;
+mod proxy;
 #[cfg(feature = "relay")]
 pub mod relay;
 #[cfg(feature = "tokio")]
@@ -150,6 +151,7 @@ pub use client::{
 };
 pub use dispatch_protocol::Token;
 pub use peer::PeerAddr;
+pub use proxy::{Proxy, Tlvs};
 
 /// The program in the README compiles.
 #[cfg(doctest)]

@@ -83,6 +83,11 @@ impl<'a> Reader<'a> {
         self.take(field).map(u64::from_le_bytes)
     }
 
+    /// What is left.
+    pub(super) fn rest(&self) -> &'a [u8] {
+        self.rest
+    }
+
     pub(super) fn bytes16(&mut self, field: &'static str) -> Result<[u8; 16], WireError> {
         self.take(field)
     }
@@ -133,6 +138,12 @@ pub(super) fn put_tlv(out: &mut Vec<u8>, kind: u16, value: &[u8]) {
     out.extend_from_slice(&kind.to_le_bytes());
     out.extend_from_slice(&len.to_le_bytes());
     out.extend_from_slice(&value[..usize::from(len)]);
+}
+
+/// Begins a TLV of this length; the caller appends the value.
+pub(super) fn put_tlv_header(out: &mut Vec<u8>, kind: u16, len: usize) {
+    out.extend_from_slice(&kind.to_le_bytes());
+    out.extend_from_slice(&u16::try_from(len).unwrap_or(u16::MAX).to_le_bytes());
 }
 
 /// Appends a TLV whose value consists of pieces, without a copy.

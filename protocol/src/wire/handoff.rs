@@ -5,7 +5,7 @@ use std::fmt;
 use std::net::{IpAddr, Ipv4Addr, Ipv6Addr, SocketAddr, SocketAddrV6};
 
 use super::codec::{Reader, WireError, header, once, put_tlv_of};
-use super::{MAX_FDS_PER_RECORD, kind, tlv};
+use super::{MAX_FDS_PER_RECORD, ProxyHeader, kind, tlv};
 
 /// The length of one entry, in bytes.
 pub const ENTRY_LEN: usize = 48;
@@ -133,28 +133,50 @@ const FAMILY_UNIX: u16 = 1;
 const FAMILY_V4: u16 = 4;
 const FAMILY_V6: u16 = 6;
 
+/// The length of an address, in bytes.
+pub(super) const ADDRESS_LEN: usize = 24;
+
+pub(super) fn put_address(out: &mut Vec<u8>, address: &ClientAddr) {
+    let (family, port, scope, ip) = match address {
+        ClientAddr::Unix => (FAMILY_UNIX, 0, 0, [0; 16]),
+        ClientAddr::Inet(SocketAddr::V4(addr)) => {
+            let mut ip = [0; 16];
+            ip[..4].copy_from_slice(&addr.ip().octets());
+            (FAMILY_V4, addr.port(), 0, ip)
+        }
+        ClientAddr::Inet(SocketAddr::V6(addr)) => {
+            (FAMILY_V6, addr.port(), addr.scope_id(), addr.ip().octets())
+        }
+    };
+    out.extend_from_slice(&family.to_le_bytes());
+    out.extend_from_slice(&port.to_le_bytes());
+    out.extend_from_slice(&scope.to_le_bytes());
+    out.extend_from_slice(&ip);
+}
+
+pub(super) fn take_address(reader: &mut Reader<'_>) -> Result<ClientAddr, WireError> {
+    let family = reader.u16("address family")?;
+    let port = reader.u16("port")?;
+    let scope = reader.u32("scope")?;
+    let ip = reader.bytes16("address")?;
+    match family {
+        FAMILY_UNIX => Ok(ClientAddr::Unix),
+        FAMILY_V4 => Ok(ClientAddr::Inet((Ipv4Addr::new(ip[0], ip[1], ip[2], ip[3]), port).into())),
+        FAMILY_V6 => {
+            Ok(ClientAddr::Inet(SocketAddrV6::new(Ipv6Addr::from(ip), port, 0, scope).into()))
+        }
+        _ => Err(WireError::Invalid("address family")),
+    }
+}
+
 impl Entry {
     fn encode(&self, out: &mut Vec<u8>) {
-        let (family, port, scope, ip) = match self.peer {
-            ClientAddr::Unix => (FAMILY_UNIX, 0, 0, [0; 16]),
-            ClientAddr::Inet(SocketAddr::V4(addr)) => {
-                let mut ip = [0; 16];
-                ip[..4].copy_from_slice(&addr.ip().octets());
-                (FAMILY_V4, addr.port(), 0, ip)
-            }
-            ClientAddr::Inet(SocketAddr::V6(addr)) => {
-                (FAMILY_V6, addr.port(), addr.scope_id(), addr.ip().octets())
-            }
-        };
         out.extend_from_slice(&self.seq.to_le_bytes());
         out.extend_from_slice(&self.accepted_ns.to_le_bytes());
         out.extend_from_slice(&self.slot.to_le_bytes());
         out.extend_from_slice(&self.listener.to_le_bytes());
         out.extend_from_slice(&self.flags.0.to_le_bytes());
-        out.extend_from_slice(&family.to_le_bytes());
-        out.extend_from_slice(&port.to_le_bytes());
-        out.extend_from_slice(&scope.to_le_bytes());
-        out.extend_from_slice(&ip);
+        put_address(out, &self.peer);
     }
 
     fn decode(reader: &mut Reader<'_>) -> Result<Entry, WireError> {
@@ -163,18 +185,7 @@ impl Entry {
         let slot = reader.u32("slot")?;
         let listener = reader.u16("listener")?;
         let flags = EntryFlags(reader.u16("flags")?);
-        let family = reader.u16("address family")?;
-        let port = reader.u16("port")?;
-        let scope = reader.u32("scope")?;
-        let ip = reader.bytes16("address")?;
-        let peer = match family {
-            FAMILY_UNIX => ClientAddr::Unix,
-            FAMILY_V4 => ClientAddr::Inet((Ipv4Addr::new(ip[0], ip[1], ip[2], ip[3]), port).into()),
-            FAMILY_V6 => {
-                ClientAddr::Inet(SocketAddrV6::new(Ipv6Addr::from(ip), port, 0, scope).into())
-            }
-            _ => return Err(WireError::Invalid("address family")),
-        };
+        let peer = take_address(reader)?;
         // The numbers follow the entries, in a TLV.
         let number = 0;
         Ok(Entry { seq, slot, listener, flags, accepted_ns, peer, number })
@@ -199,7 +210,7 @@ impl Entry {
 /// let mut record = Vec::new();
 /// Handoff::encode_entries(&[entry], &mut record);
 ///
-/// let handoff = Handoff { entries: vec![entry] };
+/// let handoff = Handoff { entries: vec![entry], proxy_headers: vec![] };
 /// let mut same = Vec::new();
 /// handoff.encode(&mut same);
 /// assert_eq!(record, same);
@@ -209,12 +220,16 @@ impl Entry {
 pub struct Handoff {
     /// 1 to [`MAX_FDS_PER_RECORD`] entries.
     pub entries: Vec<Entry>,
+    /// For each connection that came through a proxy, its index in `entries` and what the proxy
+    /// said. At most [`MAX_PROXY_HEADERS`](super::MAX_PROXY_HEADERS) bytes when encoded.
+    pub proxy_headers: Vec<(u16, ProxyHeader)>,
 }
 
 impl Handoff {
     /// Appends the record's bytes to `out`.
     pub fn encode(&self, out: &mut Vec<u8>) {
         Handoff::encode_entries(&self.entries, out);
+        self.proxy_headers.iter().for_each(|(entry, header)| header.encode(*entry, out));
     }
 
     /// Appends the bytes of a handoff of these entries to `out`, without building a `Handoff`.
@@ -240,7 +255,18 @@ impl Handoff {
         let mut entries =
             (0..count).map(|_| Entry::decode(reader)).collect::<Result<Vec<_>, WireError>>()?;
         let mut seen = None;
+        let mut proxy_headers: Vec<(u16, ProxyHeader)> = Vec::new();
         while let Some((kind, value)) = reader.tlv()? {
+            if kind == tlv::PROXY_HEADER {
+                let (entry, header) = ProxyHeader::decode(value)?;
+                if usize::from(entry) >= entries.len() {
+                    return Err(WireError::Invalid("connection of a proxy header"));
+                }
+                if proxy_headers.iter().any(|(other, _)| *other == entry) {
+                    return Err(WireError::Repeated("proxy header"));
+                }
+                proxy_headers.push((entry, header));
+            }
             if kind == tlv::NUMBERS {
                 once(&mut seen, (), "numbers")?;
                 let (numbers, []) = value.as_chunks() else {
@@ -254,6 +280,6 @@ impl Handoff {
                 }
             }
         }
-        Ok(Handoff { entries })
+        Ok(Handoff { entries, proxy_headers })
     }
 }

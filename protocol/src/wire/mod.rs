@@ -37,6 +37,7 @@ mod hello;
 mod hidden;
 mod prefork;
 mod probe;
+mod proxy_header;
 mod refused;
 mod resume;
 mod update;
@@ -51,6 +52,7 @@ pub use hello::{Features, Hello, Token};
 pub use hidden::is_hidden;
 pub use prefork::{Ended, FORK_FDS, Fork, Forked, NotForked, Prefork};
 pub use probe::Probe;
+pub use proxy_header::{MAX_PROXY_HEADERS, MAX_PROXY_TLVS, ProxyHeader};
 pub use refused::{Refused, RefusedCode};
 pub use resume::Resume;
 pub use update::Update;
@@ -136,6 +138,9 @@ pub mod tlv {
     pub const NUMBERS: u16 = 21;
     /// Welcome: the ticket of the relay, at most 85 bytes.
     pub const RELAY_TICKET: u16 = 22;
+    /// Handoff, repeated: what a proxy said about one connection. Its index u16, flags u16, the
+    /// address of the proxy as in an entry, then the TLVs of the PROXY protocol.
+    pub const PROXY_HEADER: u16 = 23;
     /// Refused, not forked: one sentence for people, UTF-8.
     pub const REASON: u16 = 17;
     /// Refused: the configuration key that decides, UTF-8.

@@ -29,6 +29,9 @@ const DRAIN: &str = "1200000000ac23fc06000000";
 const DRAIN_LEFT: &str = "1200000000ac23fc060000001400080000e40b5402000000";
 const UPDATE: &str = "0600000002000100f4010000";
 const NUMBERED: &str = "1000000001000000010000000000000000ca9a3b00000000010000000000000001000000000000000000000000000000000000000000000015000800d204000000000000";
+const PROXIED: &str = "1000000001000000010000000000000000ca9a3b000000000100000000000000040050c300000000\
+     c00002010000000000000000000000001600220000000000040028a0000000000a00000500000000\
+     0000000000000000020003612e62";
 const RESUME: &str = "13000000";
 
 pub(super) fn bytes(hex: &str) -> Vec<u8> {
@@ -137,7 +140,59 @@ fn numbered() -> Handoff {
         peer: ClientAddr::Unix,
         number: 1234,
     };
-    Handoff { entries: vec![entry] }
+    Handoff { entries: vec![entry], ..Handoff::default() }
+}
+
+fn proxied() -> Handoff {
+    let entry = Entry {
+        peer: ClientAddr::Inet(([192, 0, 2, 1], 50_000).into()),
+        number: 0,
+        ..numbered().entries[0]
+    };
+    let header = ProxyHeader {
+        address: ClientAddr::Inet(([10, 0, 0, 5], 41_000).into()),
+        local: false,
+        tlvs: b"\x02\0\x03a.b".to_vec(),
+    };
+    Handoff { entries: vec![entry], proxy_headers: vec![(0, header)] }
+}
+
+#[test]
+fn a_proxy_header_belongs_to_one_connection_of_the_record() {
+    let Handoff { entries, proxy_headers } = proxied();
+    let header = &proxy_headers[0].1;
+    let with = |of: &[u16], header: &ProxyHeader| {
+        let mut record = Vec::new();
+        Handoff::encode_entries(&entries, &mut record);
+        of.iter().for_each(|&entry| header.encode(entry, &mut record));
+        Channel::decode(&record)
+    };
+    assert_eq!(with(&[0], header), Ok(Channel::Handoff(proxied())));
+    assert!(matches!(with(&[1], header), Err(WireError::Invalid(_))));
+    assert!(matches!(with(&[0, 0], header), Err(WireError::Repeated(_))));
+    // A longer one is cut by the sender, and refused by the receiver.
+    let long = ProxyHeader { tlvs: vec![7; MAX_PROXY_TLVS + 1], local: true, ..header.clone() };
+    let Ok(Channel::Handoff(cut)) = with(&[0], &long) else { panic!("it is cut") };
+    assert_eq!(cut.proxy_headers[0].1.tlvs.len(), MAX_PROXY_TLVS);
+    assert!(cut.proxy_headers[0].1.local);
+    let mut record = Vec::new();
+    Handoff::encode_entries(&entries, &mut record);
+    codec::put_tlv(&mut record, tlv::PROXY_HEADER, &[&[0, 0, 0, 0, 1][..], &[0; 536]].concat());
+    assert!(matches!(Channel::decode(&record), Err(WireError::Invalid(_))));
+}
+
+#[test]
+fn a_record_has_room_for_full_headers() {
+    let header =
+        ProxyHeader { tlvs: vec![7; MAX_PROXY_TLVS], ..proxied().proxy_headers[0].1.clone() };
+    let count = MAX_PROXY_HEADERS / header.encoded_len();
+    let record = Handoff {
+        entries: vec![numbered().entries[0]; MAX_FDS_PER_RECORD],
+        proxy_headers: (0..count as u16).map(|entry| (entry, header.clone())).collect(),
+    };
+    let bytes = channel_encoded(&Channel::Handoff(record.clone()));
+    assert!(count >= 6 && bytes.len() <= MAX_CHANNEL_RECORD, "{count}, {}", bytes.len());
+    assert_eq!(Channel::decode(&bytes), Ok(Channel::Handoff(record)));
 }
 
 #[test]
@@ -150,7 +205,8 @@ fn there_is_a_number_for_each_connection_or_none() {
     let mut twice = bytes(NUMBERED);
     codec::put_tlv(&mut twice, tlv::NUMBERS, &[0; 8]);
     assert!(matches!(Channel::decode(&twice), Err(WireError::Repeated(_))));
-    let full = Handoff { entries: vec![numbered().entries[0]; MAX_FDS_PER_RECORD] };
+    let full =
+        Handoff { entries: vec![numbered().entries[0]; MAX_FDS_PER_RECORD], ..Handoff::default() };
     let record = channel_encoded(&Channel::Handoff(full.clone()));
     assert_eq!(Channel::decode(&record), Ok(Channel::Handoff(full)));
 }
@@ -190,6 +246,7 @@ fn handoff() -> Handoff {
             ),
             entry(3, 255, 0, EntryFlags::NONE, ClientAddr::Unix),
         ],
+        ..Handoff::default()
     }
 }
 
@@ -206,6 +263,7 @@ fn channel_vectors() -> Vec<(&'static str, Channel)> {
             }),
         ),
         (NUMBERED, Channel::Handoff(numbered())),
+        (PROXIED, Channel::Handoff(proxied())),
         (RESUME, Channel::Resume(Resume)),
     ]
 }
@@ -373,7 +431,8 @@ fn a_handoff_has_1_to_64_entries() {
         record[4..6].copy_from_slice(&count.to_le_bytes());
         assert!(Channel::decode(&record).is_err(), "{count}");
     }
-    let full = Handoff { entries: vec![handoff().entries[0]; MAX_FDS_PER_RECORD] };
+    let full =
+        Handoff { entries: vec![handoff().entries[0]; MAX_FDS_PER_RECORD], ..Handoff::default() };
     let record = channel_encoded(&Channel::Handoff(full.clone()));
     assert!(record.len() <= MAX_CHANNEL_RECORD - 4096);
     assert_eq!(Channel::decode(&record), Ok(Channel::Handoff(full)));

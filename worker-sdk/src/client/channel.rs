@@ -10,7 +10,7 @@ use rustix::net::{
 };
 
 use dispatch_protocol::wire::{
-    Channel, Drain, Entry, MAX_CHANNEL_RECORD, MAX_FDS_PER_RECORD, Probe,
+    Channel, Drain, Entry, MAX_CHANNEL_RECORD, MAX_FDS_PER_RECORD, Probe, ProxyHeader,
 };
 
 /// Whether to wait for a record. The flag belongs to each call, because `O_NONBLOCK` on the channel
@@ -21,9 +21,16 @@ pub(super) enum ReceiveMode {
     NonBlocking,
 }
 
+/// A connection of a handoff.
+pub(super) struct Arrived {
+    pub(super) entry: Entry,
+    pub(super) fd: OwnedFd,
+    pub(super) proxy: Option<Box<ProxyHeader>>,
+}
+
 pub(super) enum Received {
     Handoff {
-        arrived: Vec<(Entry, OwnedFd)>,
+        arrived: Vec<Arrived>,
         /// Entries without descriptors: this process has no room for more.
         lost: Vec<Entry>,
     },
@@ -78,7 +85,14 @@ pub(super) fn receive(channel: BorrowedFd<'_>, buffer: &mut [u8], mode: ReceiveM
         Channel::Handoff(handoff) => {
             // The kernel installs the descriptors in order and stops at the first failure.
             let lost = handoff.entries[fds.len()..].to_vec();
-            let arrived = handoff.entries.into_iter().zip(fds).collect();
+            let connections = handoff.entries.into_iter().zip(fds);
+            let mut arrived: Vec<Arrived> =
+                connections.map(|(entry, fd)| Arrived { entry, fd, proxy: None }).collect();
+            for (index, header) in handoff.proxy_headers {
+                if let Some(arrived) = arrived.get_mut(usize::from(index)) {
+                    arrived.proxy = Some(Box::new(header));
+                }
+            }
             Received::Handoff { arrived, lost }
         }
     }

@@ -8,7 +8,7 @@ use std::sync::Arc;
 use std::time::{Duration, Instant, SystemTime};
 
 use super::guard::{CountedStream, Guard};
-use crate::PeerAddr;
+use crate::{PeerAddr, Proxy};
 
 /// What the dispatcher states about a connection.
 #[derive(Clone, Debug)]
@@ -18,6 +18,7 @@ pub(crate) struct Origin {
     pub(crate) accepted: AcceptTime,
     pub(crate) number: Option<u64>,
     pub(crate) is_ready_check: bool,
+    pub(crate) proxy: Option<Box<Proxy>>,
 }
 
 /// When a connection was accepted. Its age uses a clock that is never set, from the moment the
@@ -48,6 +49,12 @@ impl AcceptTime {
 }
 
 impl Origin {
+    /// Whether the socket is a TCP socket. Behind a proxy, the client may be of the other kind.
+    pub(crate) fn is_tcp(&self) -> bool {
+        let source = self.proxy.as_ref().map_or(self.peer, |proxy| proxy.address());
+        matches!(source, PeerAddr::Inet(_))
+    }
+
     pub(crate) fn listener(&self) -> &str {
         self.listener.as_deref().unwrap_or("")
     }
@@ -130,9 +137,25 @@ impl Connection {
         &self.0.held.stream
     }
 
-    /// The address that the client connected from, as the dispatcher saw it.
+    /// The address that the client connected from, as the dispatcher saw it. For a client behind a
+    /// proxy, the address that the proxy named.
     pub fn peer_addr(&self) -> PeerAddr {
         self.0.origin.peer
+    }
+
+    /// What a proxy said about the client; `None` for a client that came without one. Only
+    /// listeners with `proxy_protocol` have proxies.
+    ///
+    /// ```no_run
+    /// # fn log(connection: &worker_sdk::Connection) {
+    /// if let Some(proxy) = connection.proxy() {
+    ///     let (client, host) = (connection.peer_addr(), proxy.authority());
+    ///     println!("{client} through {} for {host:?}", proxy.address());
+    /// }
+    /// # }
+    /// ```
+    pub fn proxy(&self) -> Option<&Proxy> {
+        self.0.origin.proxy.as_deref()
     }
 
     /// The name of the dispatcher's listener that the client connected to. Empty without a
@@ -300,10 +323,7 @@ impl Connection {
     }
 
     fn tcp(&self) -> Option<&TcpStream> {
-        match self.peer_addr() {
-            PeerAddr::Inet(_) => Some(self.stream()),
-            PeerAddr::Unix => None,
-        }
+        self.0.origin.is_tcp().then(|| self.stream())
     }
 
     /// Sends small writes immediately (`TCP_NODELAY`). Does nothing for a Unix client.

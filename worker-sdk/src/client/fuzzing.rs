@@ -36,7 +36,10 @@ pub enum FromChannel {
 /// Receives one record from a channel, without waiting.
 pub fn from_channel(channel: BorrowedFd<'_>) -> FromChannel {
     match channel::receive(channel, &mut [0; channel::BUFFER], ReceiveMode::NonBlocking) {
-        channel::Received::Handoff { arrived, lost } => FromChannel::Handoff { arrived, lost },
+        channel::Received::Handoff { arrived, lost } => {
+            let arrived = arrived.into_iter().map(|it| (it.entry, it.fd)).collect();
+            FromChannel::Handoff { arrived, lost }
+        }
         channel::Received::Probe(probe) => FromChannel::Probe(probe),
         channel::Received::Drain(drain) => FromChannel::Drain(drain),
         channel::Received::Resume => FromChannel::Resume,

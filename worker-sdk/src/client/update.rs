@@ -95,7 +95,7 @@ impl State {
     pub(super) fn set_aside(&mut self) {
         for pending in std::mem::take(&mut self.queue) {
             match pending {
-                Pending::Offered { .. } => self.aside.push(pending),
+                Pending::Offered(_) => self.aside.push(pending),
                 Pending::Taken(_) | Pending::Probe(_) => self.queue.push_back(pending),
             }
         }

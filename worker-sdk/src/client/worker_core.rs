@@ -19,7 +19,7 @@ use std::time::{Duration, Instant};
 
 use rustix::time::{ClockId, clock_gettime};
 
-use super::channel::{self, ReceiveMode, Received};
+use super::channel::{self, Arrived, ReceiveMode, Received};
 use super::clock::after;
 use super::config::{OnDispatcherLoss, WorkerConfig};
 use super::connection::{AcceptTime, Accepted, Origin};
@@ -39,9 +39,9 @@ use super::process::{Forks, Process};
 use super::readiness::Readiness;
 use super::sample::Sampler;
 use super::standalone::StandaloneListener;
-use crate::PeerAddr;
+use crate::{PeerAddr, Proxy};
 use dispatch_protocol::scoreboard::slot::{self, want};
-use dispatch_protocol::wire::{Entry, EntryFlags, Features, Hello, Probe, Update, VERSION};
+use dispatch_protocol::wire::{EntryFlags, Features, Hello, Probe, Update, VERSION};
 
 mod accept;
 mod link;
@@ -141,7 +141,7 @@ pub(super) enum Link {
 /// Received and not yet requested by the application.
 pub(super) enum Pending {
     /// Not used before its slot is taken.
-    Offered { entry: Entry, fd: OwnedFd },
+    Offered(Arrived),
     /// Taken when its dispatcher ended, because no other worker can get it.
     Taken(Accepted),
     /// Answered when the application asks for its next connection, because the probe tests the

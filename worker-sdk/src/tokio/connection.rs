@@ -13,8 +13,8 @@ use ::tokio::runtime::Handle as Runtime;
 
 use super::split::{self, OwnedReadHalf, OwnedWriteHalf};
 use super::stream::Stream;
-use crate::PeerAddr;
 use crate::client::{Accepted, CountedStream, Guard, Origin};
+use crate::{PeerAddr, Proxy};
 
 /// A live connection. Dropping it closes the socket, then counts the end.
 ///
@@ -59,6 +59,11 @@ impl Connection {
     /// The address that the client connected from, as the dispatcher saw it.
     pub fn peer_addr(&self) -> PeerAddr {
         self.origin.peer
+    }
+
+    /// What a proxy said about the client: as [`Connection::proxy`](crate::Connection::proxy).
+    pub fn proxy(&self) -> Option<&Proxy> {
+        self.origin.proxy.as_deref()
     }
 
     /// The name of the dispatcher's listener: as
@@ -250,10 +255,7 @@ impl Connection {
     }
 
     fn tcp(&self) -> Option<&TcpStream> {
-        match self.origin.peer {
-            PeerAddr::Inet(_) => Some(self.held.stream.tcp()),
-            PeerAddr::Unix => None,
-        }
+        self.origin.is_tcp().then(|| self.held.stream.tcp())
     }
 
     /// Sends small writes immediately (`TCP_NODELAY`). Does nothing for a Unix client.

@@ -13,18 +13,18 @@ impl WorkerCore {
         let mut popped = Popped::default();
         match state.queue.pop_front()? {
             Pending::Taken(accepted) => popped.accepted = Some(accepted),
-            Pending::Offered { entry, fd } => {
+            Pending::Offered(arrived) => {
                 let session = state.link.session();
                 let claim = session.and_then(|session| {
-                    Some((session, take_slot(session, entry.slot, entry.seq)?))
+                    Some((session, take_slot(session, arrived.entry.slot, arrived.entry.seq)?))
                 });
                 match claim {
                     Some((session, now)) => {
                         let copied = state.forks.more_since();
-                        popped.accepted = Some(self.take(session, entry, fd, now, copied));
+                        popped.accepted = Some(self.take(session, arrived, now, copied));
                         popped.doorbell = Some(Arc::clone(session));
                     }
-                    None => popped.stale = Some(fd),
+                    None => popped.stale = Some(arrived.fd),
                 }
             }
             Pending::Probe(probe) => {
@@ -67,11 +67,11 @@ impl WorkerCore {
     fn take(
         self: &Arc<Self>,
         session: &Session,
-        entry: Entry,
-        fd: OwnedFd,
+        arrived: Arrived,
         now: Duration,
         copied: bool,
     ) -> Accepted {
+        let Arrived { entry, fd, proxy } = arrived;
         self.opened.fetch_add(1, Ordering::SeqCst);
         let taken_slot = TakenSlot {
             board: Arc::clone(&session.board),
@@ -90,6 +90,7 @@ impl WorkerCore {
                 accepted: AcceptTime::new(Duration::from_nanos(entry.accepted_ns), now),
                 number: (entry.number != 0).then_some(entry.number),
                 is_ready_check: entry.flags.contains(EntryFlags::READY_CHECK),
+                proxy: proxy.map(|header| Box::new(Proxy::from(*header))),
             },
         }
     }
@@ -395,8 +396,7 @@ impl WorkerCore {
                 }
                 // One helper per connection, less one: the receiving thread takes one itself.
                 let helpers = arrived.len().saturating_sub(1).min(state.followers);
-                let offers = arrived.into_iter();
-                state.queue.extend(offers.map(|(entry, fd)| Pending::Offered { entry, fd }));
+                state.queue.extend(arrived.into_iter().map(Pending::Offered));
                 if state.settings.paused {
                     state.set_aside();
                 }
@@ -451,7 +451,7 @@ impl WorkerCore {
     pub(super) fn take_all(self: &Arc<Self>, state: &mut State, session: &Session) {
         for pending in mem::take(&mut state.queue) {
             match pending {
-                Pending::Offered { entry, fd } => self.adopt(state, session, vec![(entry, fd)]),
+                Pending::Offered(arrived) => self.adopt(state, session, vec![arrived]),
                 Pending::Taken(accepted) => state.queue.push_back(Pending::Taken(accepted)),
                 Pending::Probe(_) => {}
             }
@@ -463,12 +463,12 @@ impl WorkerCore {
         self: &Arc<Self>,
         state: &mut State,
         session: &Session,
-        arrived: Vec<(Entry, OwnedFd)>,
+        arrived: Vec<Arrived>,
     ) {
-        for (entry, fd) in arrived {
-            if let Some(now) = take_slot(session, entry.slot, entry.seq) {
+        for arrived in arrived {
+            if let Some(now) = take_slot(session, arrived.entry.slot, arrived.entry.seq) {
                 let copied = state.forks.more_since();
-                let accepted = self.take(session, entry, fd, now, copied);
+                let accepted = self.take(session, arrived, now, copied);
                 state.queue.push_back(Pending::Taken(accepted));
             }
         }
@@ -510,6 +510,7 @@ impl WorkerCore {
                         accepted: AcceptTime::new(now, now),
                         number: None,
                         is_ready_check: false,
+                        proxy: None,
                     },
                 }));
                 Step::Again
