@@ -81,13 +81,13 @@ pub struct Rate {
 
 /// Addresses as sorted ranges that neither touch nor overlap.
 #[derive(Debug, Default)]
-struct Addresses {
+pub(super) struct Addresses {
     ipv4: Vec<(u32, u32)>,
     ipv6: Vec<(u128, u128)>,
 }
 
 impl Addresses {
-    fn new(nets: &[IpNet]) -> Addresses {
+    pub(super) fn new(nets: &[IpNet]) -> Addresses {
         let mut addresses = Addresses::default();
         for net in IpNet::aggregate(&nets.to_vec()) {
             match net {
@@ -104,7 +104,7 @@ impl Addresses {
         addresses
     }
 
-    fn contain(&self, ip: IpAddr) -> bool {
+    pub(super) fn contain(&self, ip: IpAddr) -> bool {
         fn find<T: Ord + Copy>(ranges: &[(T, T)], bits: T) -> bool {
             let after = ranges.partition_point(|&(first, _)| first <= bits);
             after > 0 && bits <= ranges[after - 1].1
@@ -203,6 +203,16 @@ impl AccessControl {
         }
         client.queued += 1;
         Ok(at)
+    }
+
+    /// Admits a trusted proxy or returns why not. Only `deny` applies to it: `proxy_protocol_from`
+    /// allows it, and what counts connections would count those of all its clients as one client's.
+    pub(super) fn admit_proxy(&self, peer: ClientAddr) -> Result<(), CloseReason> {
+        let ip = peer.ip().map(|ip| ip.to_canonical());
+        match ip.is_some_and(|ip| self.deny.contain(ip)) {
+            true => Err(CloseReason::Denied),
+            false => Ok(()),
+        }
     }
 
     /// A connection of this client was taken or closed.

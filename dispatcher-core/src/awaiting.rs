@@ -15,6 +15,8 @@ use crate::snapshot::AffinitySnapshot;
 #[derive(Debug, Default)]
 pub(super) struct Awaiting {
     queue: Queue,
+    /// Connections of the pool's listeners whose PROXY header is awaited: see `proxy.rs`.
+    pub(super) headers: u64,
     /// Connections without a key, since the start.
     unknown: u64,
     timed_out: u64,
@@ -28,6 +30,11 @@ impl Awaiting {
 }
 
 impl Pool {
+    /// The pool's connections that no worker has.
+    pub(super) fn held(&self) -> u64 {
+        self.queued.len() + self.awaiting.len() + self.awaiting.headers
+    }
+
     pub(super) fn affinity_snapshot(&self) -> Option<AffinitySnapshot> {
         let (memory, affinity) = (self.memory.as_ref()?, self.settings.affinity.as_ref()?);
         Some(AffinitySnapshot {
@@ -70,13 +77,27 @@ impl Core {
             return self.identified(now, p, conn, identity);
         }
         let over = self.stop.is_some_and(|stop| stop.over);
-        let full = pool.awaiting.len() >= u64::from(pool.settings.peek.max_awaiting);
+        let awaited = pool.awaiting.len() + pool.awaiting.headers;
+        let full = awaited >= u64::from(pool.settings.peek.max_awaiting);
         if full || over {
             pool.awaiting.not_awaited += u64::from(full);
             return self.identified(now, p, conn, None);
         }
         self.ledger.await_bytes(&mut pool.awaiting.queue, conn, now);
         self.totals.queued += 1;
+    }
+
+    /// Handles a connection that must not be awaited any more.
+    pub(super) fn arrive_unawaited(&mut self, now: Time, p: usize, conn: u32) {
+        let pool = &mut self.pools[p];
+        let refusing = pool.worker_wait == WorkerWait::Refusing;
+        match pool.settings.affinity.as_ref().filter(|_| !refusing) {
+            Some(affinity) if affinity.key.is_peeked() => {
+                pool.awaiting.not_awaited += 1;
+                self.identified(now, p, conn, None);
+            }
+            Some(_) | None => self.arrive(now, p, conn),
+        }
     }
 
     fn identified(&mut self, now: Time, pool: usize, conn: u32, identity: Option<ClientIdentity>) {
@@ -128,12 +149,14 @@ impl Core {
         }
     }
 
-    /// At the deadline of a stop: places every awaited connection without an identity.
+    /// At the deadline of a stop: places every awaited connection without an identity, and closes
+    /// those whose PROXY header is unread.
     pub(super) fn empty_awaiting(&mut self, now: Time, p: usize) {
         while let Some(conn) = self.pools[p].awaiting.queue.first() {
             self.end_await(p, conn);
             self.identified(now, p, conn, None);
         }
+        self.close_unread(p, CloseReason::Shutdown);
     }
 
     /// The pool refuses clients: closes the awaited connections and returns their number.
@@ -143,6 +166,10 @@ impl Core {
             self.end_await(p, conn);
             self.close(conn, CloseReason::NoWorker);
             closed += 1;
+        }
+        // A worker may still be tested with the others, once their headers are read.
+        if self.pools[p].usable == 0 {
+            closed += self.close_unread(p, CloseReason::NoWorker);
         }
         closed
     }

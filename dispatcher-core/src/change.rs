@@ -17,6 +17,7 @@ use super::handoff::Shares;
 use super::history::History;
 use super::ledger::PoolQueue;
 use super::policy::{Candidates, Member};
+use super::proxy::Headers;
 use super::snapshot::Counts;
 use super::supervise::Processes;
 use super::types::*;
@@ -32,6 +33,7 @@ impl Listener {
             accepted: 0,
             closed: [0; CloseReason::ALL.len()],
             access_control: None,
+            headers: Headers::default(),
             retired: false,
             closed_for_good: false,
             named_for: (joins, u64::MAX),
@@ -182,6 +184,7 @@ impl Core {
         // First bytes that were awaited for the old key do not contain the new one.
         let most = if remembers { 0 } else { u64::from(self.pools[p].settings.peek.max_awaiting) };
         self.await_at_most(now, p, most);
+        self.limit_awaited(now, p, u64::from(self.pools[p].settings.peek.max_awaiting));
         self.wait_again(now, p);
         self.after(now, p);
         self.change_processes(now, p);
@@ -327,8 +330,7 @@ impl Core {
             return;
         }
         let p = entry.pool;
-        // Frees the table of clients, which may be large: no client arrives any more.
-        self.set_access_control(listener, None);
+        self.drop_rules_without_clients(listener);
         self.after(now, p);
         self.tick_retired(now, p);
     }
@@ -381,7 +383,7 @@ impl Core {
             }
             return;
         }
-        if pool.queued.len() + pool.awaiting.len() > 0 {
+        if pool.held() > 0 {
             return;
         }
         if self.has_open_listeners(p) {

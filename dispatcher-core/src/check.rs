@@ -49,7 +49,8 @@ impl Core {
             awaited += self.check_awaiting(p);
             self.check_pool(p);
         }
-        assert_eq!(queued + awaited, self.totals.queued);
+        let unread = self.check_headers();
+        assert_eq!(queued + awaited + unread, self.totals.queued);
         self.check_access_controls();
 
         let mut in_flight = 0;
@@ -68,6 +69,7 @@ impl Core {
         };
         assert_eq!(queued, count(|place| place == Place::Queued));
         assert_eq!(awaited, count(|place| place == Place::Awaiting));
+        assert_eq!(unread, count(|place| place == Place::Header));
         assert_eq!(in_flight, count(|place| matches!(place, Place::InFlight(_))));
     }
 
@@ -81,7 +83,10 @@ impl Core {
             let mut count = 0;
             for conn in counted {
                 assert!(
-                    matches!(conn.place, Place::Queued | Place::Awaiting | Place::InFlight(_)),
+                    matches!(
+                        conn.place,
+                        Place::Queued | Place::Header | Place::Awaiting | Place::InFlight(_)
+                    ),
                     "{conn:?}"
                 );
                 count += 1;

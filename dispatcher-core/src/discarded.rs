@@ -11,6 +11,7 @@ use super::Core;
 use super::access_control::AccessControl;
 use super::affinity::Memory;
 use super::history::Decision;
+use super::proxy::ProxyControl;
 
 /// A value to be dropped outside the hot thread.
 #[derive(Debug)]
@@ -22,6 +23,7 @@ pub struct Discarded {
 #[expect(dead_code, reason = "only to be dropped")]
 pub(super) enum Contents {
     AccessControl(Box<AccessControl>),
+    ProxyControl(Box<ProxyControl>),
     Memory(Memory),
     Decisions(VecDeque<Arc<Decision>>),
 }

@@ -18,6 +18,8 @@ const NONE: u32 = u32::MAX;
 pub(super) enum Place {
     /// The entry is free.
     Free,
+    /// Its PROXY header is awaited.
+    Header,
     /// Its first bytes are awaited.
     Awaiting,
     /// In the pool's queue.
@@ -54,8 +56,10 @@ pub(super) struct Conn {
     pub(super) key: Option<AffinityKey>,
     /// The identity by which the pool's affinity finds the client's worker.
     pub(super) identity: Option<ClientIdentity>,
-    /// When the wait for its first bytes began.
+    /// When the wait for its PROXY header or its first bytes began.
     pub(super) since: Time,
+    /// Its source may send a PROXY header.
+    pub(super) trusted: bool,
     pub(super) place: Place,
     /// Its client's entry in the listener's [`super::access_control::AccessControl`], while that
     /// counts it.
@@ -154,6 +158,7 @@ impl Ledger {
             key: client.key,
             identity: None,
             since: Time::default(),
+            trusted: false,
             place: Place::Leaving,
             client: super::access_control::UNTRACKED,
             resent: false,
@@ -236,6 +241,14 @@ impl Ledger {
         conn.since = now;
     }
 
+    /// Appends a connection to the queue of those whose PROXY header is awaited.
+    pub(super) fn await_header(&mut self, queue: &mut Queue, index: u32, now: Time) {
+        self.append(queue, index);
+        let conn = &mut self.conns[index as usize];
+        conn.place = Place::Header;
+        conn.since = now;
+    }
+
     fn append(&mut self, queue: &mut Queue, index: u32) {
         let tail = std::mem::replace(&mut queue.tail, index);
         queue.len += 1;
@@ -270,6 +283,14 @@ impl Ledger {
         debug_assert!(conn.place == Place::Awaiting);
         conn.place = Place::Leaving;
         self.remove(awaiting, index);
+    }
+
+    /// Removes this connection from the queue of those whose PROXY header is awaited.
+    pub(super) fn end_header(&mut self, queue: &mut Queue, index: u32) {
+        let conn = &mut self.conns[index as usize];
+        debug_assert!(conn.place == Place::Header);
+        conn.place = Place::Leaving;
+        self.remove(queue, index);
     }
 
     fn remove(&mut self, queue: &mut Queue, index: u32) {

@@ -37,6 +37,7 @@ mod in_flight;
 mod ledger;
 mod place;
 mod policy;
+mod proxy;
 mod random;
 mod ready_check;
 mod redispatch;
@@ -58,11 +59,12 @@ pub use effect::{Effect, Event};
 pub use gauges::MAX_GAUGE_VALUE;
 pub use health::LOST_PAUSE;
 pub use history::{CandidateSnapshot, Decision, Explanation, Obstacle};
+pub use proxy::{HeaderSeen, ProxyControl, ProxyRules};
 pub use random::Random;
 pub use ring::SPARE_SLOTS;
 pub use snapshot::{
-    AffinitySnapshot, ListenerSnapshot, PoolSnapshot, PoolState, ProcessSnapshot, Snapshot, Totals,
-    WorkerSnapshot,
+    AffinitySnapshot, HeaderSnapshot, ListenerSnapshot, PoolSnapshot, PoolState, ProcessSnapshot,
+    Snapshot, Totals, WorkerSnapshot,
 };
 pub use supervise::{
     EndReason, Generation, LeavingGeneration, PREFERRED_LOAD, ProcessCounts, ProcessTotals,
@@ -86,6 +88,7 @@ use history::History;
 use ledger::{Ledger, Place, PoolQueue};
 use place::WorkerWait;
 use policy::{Candidates, NEVER};
+use proxy::Headers;
 use snapshot::{Counts, RetiredCounts};
 use stop::Stop;
 use supervise::Processes;
@@ -135,6 +138,8 @@ struct Listener {
     closed: [u64; CloseReason::ALL.len()],
     /// `None` admits every client.
     access_control: Option<Box<AccessControl>>,
+    /// Connections whose PROXY header is awaited, and the rules about them.
+    headers: Headers,
     /// Removed from the configuration: its queue is emptied, then it is closed.
     retired: bool,
     /// The event loop has closed its sockets.
@@ -317,13 +322,20 @@ impl Core {
         }
     }
 
-    /// A connection was accepted. The core places it, queues it, awaits its first bytes (see
-    /// [`Core::awaits_bytes`]), or closes it if the listener's rules deny it or the pool refuses
-    /// clients.
+    /// A connection was accepted. The core places it, queues it, awaits its PROXY header (see
+    /// [`Core::awaits_header`]) or its first bytes (see [`Core::awaits_bytes`]), or closes it if
+    /// the listener's rules deny it or the pool refuses clients.
     pub fn accepted(&mut self, now: Time, mut client: Client) -> ConnId {
         let listener = &mut self.listeners[usize::from(client.listener.0)];
         listener.accepted += 1;
         let pool = listener.pool;
+        self.totals.accepted += 1;
+        if listener.headers.control.is_some() {
+            let conn = self.ledger.open(now, client);
+            self.arrive_with_header(now, pool, conn.index, client.header);
+            self.after(now, pool);
+            return conn;
+        }
         if client.key.is_none() {
             client.key = self.pools[pool].settings.policy.key_of(&client.peer);
         }
@@ -332,7 +344,6 @@ impl Core {
             None => Ok(UNTRACKED),
         };
         let conn = self.ledger.open(now, client);
-        self.totals.accepted += 1;
         match admitted {
             Ok(place) => {
                 self.ledger.get_mut(conn.index).client = place;
@@ -366,6 +377,7 @@ impl Core {
         match entry.place {
             Place::Queued => self.dequeue(pool, conn.index),
             Place::Awaiting => self.end_await(pool, conn.index),
+            Place::Header => self.end_header(conn.index),
             Place::Free | Place::InFlight(_) | Place::Leaving => return,
         }
         self.close(conn.index, reason);
@@ -395,6 +407,7 @@ impl Core {
         if self.out_of_resources.is_some_and(|until| until <= now) {
             self.out_of_resources = None;
         }
+        self.tick_headers(now);
         for pool in 0..self.pools.len() {
             self.pools[pool].ticked = now;
             self.tick_processes(now, pool);
@@ -420,6 +433,7 @@ impl Core {
                     .min(pool.processes.due())
                     .min(self.awaiting_due(pool))
             })
+            .chain(self.listeners.iter().map(|listener| self.headers_due(listener)))
             .chain(self.out_of_resources)
             .chain(stop.map(|stop| stop.deadline))
             .min()

@@ -5,7 +5,7 @@ use std::time::Duration;
 use super::supervise::{Generation, LeavingGeneration, ProcessCounts, ProcessTotals, Roll};
 use super::types::*;
 use super::worker::Worker;
-use super::{Core, WorkerWait};
+use super::{Core, Pool, WorkerWait};
 use crate::affinity::key::KeySource;
 use crate::histogram::Histogram;
 
@@ -39,6 +39,17 @@ pub struct ListenerSnapshot {
     pub closed: [u64; CloseReason::ALL.len()],
     /// Clients in the table of its access control.
     pub tracked_clients: u64,
+    /// PROXY headers; `None` without `proxy_protocol`.
+    pub headers: Option<HeaderSnapshot>,
+}
+
+/// The PROXY headers of a listener.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct HeaderSnapshot {
+    /// Connections whose header is awaited now; they are part of the pool's `queued`.
+    pub awaited: u64,
+    /// Headers read since the start.
+    pub read: u64,
 }
 
 /// Whether a pool's clients are served.
@@ -267,6 +278,7 @@ impl Core {
                         .access_control
                         .as_ref()
                         .map_or(0, |access_control| access_control.len() as u64),
+                    headers: listener.headers.snapshot(),
                 })
                 .collect(),
             pools: (0..self.pools.len())
@@ -311,7 +323,7 @@ impl Core {
             joined: pool.counts.joined,
             gone: pool.counts.gone,
             handoff: pool.handoff.clone(),
-            queued: pool.queued.len() + pool.awaiting.len(),
+            queued: pool.held(),
             affinity: pool.affinity_snapshot(),
             workers,
         }
@@ -340,8 +352,7 @@ impl Core {
     pub fn residual(&self) -> i64 {
         let arrived: u64 = self.listeners.iter().map(|listener| listener.accepted).sum();
         let closed: u64 = self.listeners.iter().flat_map(|listener| listener.closed).sum();
-        let queued: u64 =
-            self.pools.iter().map(|pool| pool.queued.len() + pool.awaiting.len()).sum();
+        let queued: u64 = self.pools.iter().map(Pool::held).sum();
         let taken: u64 = self.pools.iter().map(|pool| pool.counts.taken).sum();
         let in_flight: u64 = self.workers.iter().map(|worker| u64::from(worker.untaken())).sum();
         let retired_counts = &self.retired_counts;

@@ -40,11 +40,11 @@ impl Core {
         self.stop.is_some_and(|stop| stop.over || self.totals.queued + self.totals.in_flight == 0)
     }
 
-    /// Every connection that no worker has: those in queues, and those whose first bytes are
-    /// awaited.
+    /// Every connection that no worker has: those in queues, and those whose PROXY header or first
+    /// bytes are awaited.
     pub fn waiting(&self) -> impl Iterator<Item = ConnId> + '_ {
         let awaited = self.pools.iter().flat_map(|pool| self.awaited(pool));
-        self.queued().chain(awaited.map(|index| self.ledger.id(index)))
+        self.queued().chain(awaited.chain(self.unread()).map(|index| self.ledger.id(index)))
     }
 
     /// Another dispatcher serves this queued or awaited connection from now on. Ignored for a
@@ -93,7 +93,7 @@ impl Core {
     /// Whether a pool has connections that no worker has taken.
     pub(super) fn has_clients(&self, p: usize) -> bool {
         let pool = &self.pools[p];
-        pool.queued.len() + pool.awaiting.len() > 0
+        pool.held() > 0
             || self.workers.iter().any(|worker| worker.pool == p && worker.untaken() > 0)
     }
 

@@ -330,12 +330,29 @@ pub struct Client {
     pub peer: ClientAddr,
     /// Its key, if known.
     pub key: Option<AffinityKey>,
+    /// Whether its PROXY header has been read, by this dispatcher or by the one before it.
+    pub header: HeaderRead,
+}
+
+/// Whether the PROXY header of a connection has been read. Matters only for listeners with
+/// `proxy_protocol`.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub enum HeaderRead {
+    /// Not yet, if there is one: the peer is the other end of the socket.
+    #[default]
+    No,
+    /// Yes: the peer is the client that it names.
+    Client,
+    /// Yes, and it names no client: the peer is the proxy.
+    Local,
+    /// There is none: the peer is the client.
+    Absent,
 }
 
 impl Client {
     /// A client of which only the address is known.
     pub fn new(listener: ListenerId, peer: ClientAddr) -> Client {
-        Client { listener, peer, key: None }
+        Client { listener, peer, key: None, header: HeaderRead::No }
     }
 }
 
@@ -383,11 +400,21 @@ pub enum CloseReason {
     Unsendable,
     /// Another dispatcher has taken it over, and serves it.
     HandedOver,
+    /// A trusted proxy sent something else than a PROXY header.
+    ProxyMissing,
+    /// A source that is not in `proxy_protocol_from` sent a PROXY header.
+    ProxyUntrusted,
+    /// The PROXY header is not valid.
+    ProxyMalformed,
+    /// The PROXY header is longer than `proxy_max_header`.
+    ProxyTooLong,
+    /// The PROXY header of a trusted proxy did not come within `proxy_timeout`.
+    ProxyTimeout,
 }
 
 impl CloseReason {
     /// Every reason, in the order of the status.
-    pub const ALL: [CloseReason; 8] = [
+    pub const ALL: [CloseReason; 13] = [
         CloseReason::NoWorker,
         CloseReason::ClientGone,
         CloseReason::Shutdown,
@@ -396,7 +423,24 @@ impl CloseReason {
         CloseReason::TooManyQueued,
         CloseReason::Unsendable,
         CloseReason::HandedOver,
+        CloseReason::ProxyMissing,
+        CloseReason::ProxyUntrusted,
+        CloseReason::ProxyMalformed,
+        CloseReason::ProxyTooLong,
+        CloseReason::ProxyTimeout,
     ];
+
+    /// Whether only listeners with `proxy_protocol` have it.
+    pub fn is_of_proxy_protocol(self) -> bool {
+        matches!(
+            self,
+            CloseReason::ProxyMissing
+                | CloseReason::ProxyUntrusted
+                | CloseReason::ProxyMalformed
+                | CloseReason::ProxyTooLong
+                | CloseReason::ProxyTimeout
+        )
+    }
 
     /// The name in the status and in logs.
     pub fn name(self) -> &'static str {
@@ -409,6 +453,11 @@ impl CloseReason {
             CloseReason::TooManyQueued => "too_many_queued",
             CloseReason::Unsendable => "unsendable",
             CloseReason::HandedOver => "handed_over",
+            CloseReason::ProxyMissing => "proxy_missing",
+            CloseReason::ProxyUntrusted => "proxy_untrusted",
+            CloseReason::ProxyMalformed => "proxy_malformed",
+            CloseReason::ProxyTooLong => "proxy_too_long",
+            CloseReason::ProxyTimeout => "proxy_timeout",
         }
     }
 }

@@ -1,6 +1,7 @@
 //! Any first bytes of a client: no parser panics, and the result does not depend on how the bytes
 //! are split.
 
+use dispatcher::preface::proxy::{self, Header};
 use dispatcher::preface::{Parsed, read};
 use dispatcher_core::KeySource;
 
@@ -26,5 +27,13 @@ pub fn first_bytes(data: &[u8]) {
             );
         }
         source.of_value(data);
+    }
+    let whole = proxy::read(data, 536);
+    for cut in 0..data.len().min(700) {
+        let said = proxy::read(&data[..cut], 536);
+        assert!(
+            matches!(said, Header::Unknown | Header::Begun) || said == whole,
+            "{said:?} of {cut}, {whole:?}"
+        );
     }
 }

@@ -180,7 +180,12 @@ impl Driver {
 
     /// Like `accept_only`, from this address.
     pub fn accept_only_from(&mut self, listener: ListenerId, peer: ClientAddr) -> ConnId {
-        let conn = self.core.accepted(self.now, Client::new(listener, peer));
+        self.accept_client(Client::new(listener, peer))
+    }
+
+    /// Like `accept_only`, for this client.
+    pub fn accept_client(&mut self, client: Client) -> ConnId {
+        let conn = self.core.accepted(self.now, client);
         self.fates.push(Fate::default());
         assert_eq!(self.fates.len() as u64, conn.serial);
         let index = conn.index as usize;

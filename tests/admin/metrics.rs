@@ -130,6 +130,8 @@ max_queued_per_client = 1000
 name = "shop"
 address = "127.0.0.1:0"
 pool = "shop"
+proxy_protocol = true
+proxy_protocol_from = ["10.0.0.0/8"]
 
 [pool.shop]
 policy = "least-score"

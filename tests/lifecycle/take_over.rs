@@ -290,3 +290,59 @@ fn first_bytes_are_awaited_by_the_new_dispatcher() {
     }
     assert_eq!(all_greeted(silent).len(), 3);
 }
+
+#[test]
+fn headers_of_proxies_are_awaited_or_known_by_the_new_dispatcher() {
+    let address = free_address();
+    let keys =
+        "proxy_protocol = true\nproxy_protocol_from = ['127.0.0.1']\nproxy_timeout = '10m'\n";
+    let body = one_listener(address, PATIENT).replace("[pool.web]", &format!("{keys}\n[pool.web]"));
+    let temp = configure(&body);
+    let mut dispatcher = Dispatcher::start_in(temp.path());
+    let mut hoarder =
+        dispatcher.worker_with("blocking", "web", "hoarder", &[("TEST_WORKER", "never-take")]);
+    dispatcher.wait_joined("web", 1);
+    let header = |n: usize| format!("PROXY TCP4 192.0.2.{n} 10.0.0.1 7000 443\r\n");
+    // More than fit into one record, each of another client.
+    let known: Vec<TcpStream> = (1..=30)
+        .map(|n| {
+            let mut stream = connect(address);
+            stream.write_all(header(n).as_bytes()).unwrap();
+            stream
+        })
+        .collect();
+    dispatcher.wait_status("all at the worker", |status| status.in_flight == 30);
+    hoarder.kill();
+    dispatcher.wait_status("all without a worker", |status| status.queued == 30);
+    // A worker must be there, or nothing is accepted.
+    let mut busy =
+        dispatcher.worker_with("blocking", "web", "hoarder", &[("TEST_WORKER", "never-take")]);
+    dispatcher.wait_status("all at the next worker", |status| status.in_flight == 30);
+    let half: Vec<TcpStream> = (31..=40)
+        .map(|n| {
+            let mut stream = connect(address);
+            stream.write_all(&header(n).as_bytes()[..n % 20]).unwrap();
+            stream
+        })
+        .collect();
+    let awaited = |status: &dispatcher::api::status::Status| {
+        status.listeners[0].proxy_headers.is_some_and(|headers| headers.awaited == 10)
+    };
+    dispatcher.wait_status("headers to be awaited", awaited);
+    busy.kill();
+    dispatcher.wait_status("all without a worker", |status| status.queued == 40);
+    replace(&mut dispatcher);
+    let status = dispatcher.status();
+    assert!(awaited(&status), "{status:?}");
+    assert_eq!(status.queued, 40);
+    for (n, mut stream) in (31..=40).zip(&half) {
+        stream.write_all(&header(n).as_bytes()[n % 20..]).unwrap();
+    }
+    let _worker = dispatcher.worker("blocking", "web", "late");
+    let clients = all_greeted(known.into_iter().chain(half).collect());
+    let peers: Vec<String> = clients.iter().map(|client| client.peer.clone()).collect();
+    let expected: Vec<String> = (1..=40).map(|n| format!("192.0.2.{n}:7000")).collect();
+    assert_eq!(peers, expected);
+    clients.into_iter().for_each(Client::finish);
+    assert_eq!(dispatcher.status().listeners[0].proxy_headers.unwrap().read, 10);
+}

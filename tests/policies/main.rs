@@ -6,4 +6,5 @@ mod affinity;
 mod balance;
 mod chosen;
 mod listeners;
+mod proxy;
 mod scores;

@@ -317,6 +317,22 @@ impl Snapshot {
             listeners().map(|l| {
                 (Labels::new([("listener", &l.name), ("pool", &l.pool)]), l.tracked_clients)
             }),
+        )?;
+        let headers = || {
+            listeners().filter_map(|l| {
+                let labels = Labels::new([("listener", &l.name), ("pool", &l.pool)]);
+                l.proxy_headers.map(|headers| (labels, headers))
+            })
+        };
+        page.gauges(
+            "awaited_proxy_headers",
+            "Connections whose PROXY header is awaited",
+            headers().map(|(labels, headers)| (labels, headers.awaited)),
+        )?;
+        page.counters(
+            "proxy_headers",
+            "PROXY headers read",
+            headers().map(|(labels, headers)| (labels, headers.read)),
         )
     }
 

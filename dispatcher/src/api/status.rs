@@ -174,6 +174,18 @@ pub struct ListenerStatus {
     /// Clients remembered for `rate_limit` and `max_queued_per_client`.
     #[serde(default)]
     pub tracked_clients: u64,
+    /// PROXY headers; missing without `proxy_protocol`.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub proxy_headers: Option<ProxyHeadersStatus>,
+}
+
+/// The PROXY headers of a listener.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
+pub struct ProxyHeadersStatus {
+    /// Connections whose header is awaited now; they are part of the pool's `queued`.
+    pub awaited: u64,
+    /// Headers read since the start.
+    pub read: u64,
 }
 
 /// One pool.
@@ -434,7 +446,10 @@ impl From<&Snapshot> for Status {
             ended_at_deadline: core.ended_at_deadline,
             in_flight: core.totals.in_flight,
             taken: core.totals.taken,
-            closed: by_reason(&core.totals.closed),
+            closed: by_reason(
+                &core.totals.closed,
+                core.listeners.iter().any(|listener| listener.headers.is_some()),
+            ),
             listeners: core.listeners.iter().map(ListenerStatus::from).collect(),
             pools: core.pools.iter().map(PoolStatus::from).collect(),
             ..Status::default()
@@ -450,8 +465,11 @@ impl From<&ListenerSnapshot> for ListenerStatus {
             pool: core.pool.clone(),
             state: String::new(),
             accepted: core.accepted,
-            closed: by_reason(&core.closed),
+            closed: by_reason(&core.closed, core.headers.is_some()),
             tracked_clients: core.tracked_clients,
+            proxy_headers: core
+                .headers
+                .map(|headers| ProxyHeadersStatus { awaited: headers.awaited, read: headers.read }),
         }
     }
 }
@@ -615,10 +633,15 @@ impl From<&Histogram> for Distribution {
     }
 }
 
-fn by_reason(counts: &[u64; CloseReason::ALL.len()]) -> BTreeMap<String, u64> {
+/// Without `proxy_protocol` the reasons that only it has are left out, unless they have occurred.
+fn by_reason(
+    counts: &[u64; CloseReason::ALL.len()],
+    proxy_protocol: bool,
+) -> BTreeMap<String, u64> {
     CloseReason::ALL
         .iter()
         .zip(counts)
+        .filter(|(reason, count)| proxy_protocol || **count > 0 || !reason.is_of_proxy_protocol())
         .map(|(reason, &count)| (reason.name().to_owned(), count))
         .collect()
 }

@@ -109,7 +109,9 @@ fn useless(keys: &ListenerKeys, address: &Address) -> Vec<Mistake> {
         span.map(|span| Mistake::new(span, message))
     };
     let mut found = Vec::new();
-    if let Address::Unix(_) = address {
+    // Behind a proxy, clients of a Unix listener do have addresses.
+    let proxied = keys.proxy_protocol.as_ref().is_some_and(|on| *on.get_ref());
+    if matches!(address, Address::Unix(_)) && !proxied {
         let message = "this has no effect: clients of a Unix listener have no address";
         found.extend(of(keys.allow.as_ref().and_then(|list| Some(list.first()?.span())), message));
         found.extend(of(keys.deny.as_ref().and_then(|list| Some(list.first()?.span())), message));

@@ -29,7 +29,12 @@ pub(super) struct AffinitySettings {
     pub useless: Vec<Mistake>,
 }
 
-pub(super) fn affinity_settings(keys: &PoolKeys, defaults: &PoolKeys) -> Checked<AffinitySettings> {
+/// `awaits_headers`: a listener of the pool has `proxy_protocol`.
+pub(super) fn affinity_settings(
+    keys: &PoolKeys,
+    defaults: &PoolKeys,
+    awaits_headers: bool,
+) -> Checked<AffinitySettings> {
     let affinity = affinity(keys.affinity.as_ref(), defaults.affinity.as_ref())?;
     let default = Peek::default();
     let peek = Peek {
@@ -49,7 +54,7 @@ pub(super) fn affinity_settings(keys: &PoolKeys, defaults: &PoolKeys) -> Checked
             .or(defaults.max_awaiting.as_ref())
             .map_or(default.max_awaiting, |n| n.get_ref().0),
     };
-    let useless = useless(keys, affinity.as_ref().map(|affinity| &affinity.key));
+    let useless = useless(keys, affinity.as_ref().map(|affinity| &affinity.key), awaits_headers);
     Ok(AffinitySettings { affinity, peek, useless })
 }
 
@@ -152,7 +157,7 @@ fn example(kind: &str) -> &'static str {
 }
 
 /// Keys of the pool that have no effect.
-fn useless(keys: &PoolKeys, key: Option<&KeySource>) -> Vec<Mistake> {
+fn useless(keys: &PoolKeys, key: Option<&KeySource>, awaits_headers: bool) -> Vec<Mistake> {
     let mut spans = Vec::new();
     if let Some(table) = &keys.affinity
         && !matches!(key, Some(KeySource::ClientIp { .. }))
@@ -167,7 +172,8 @@ fn useless(keys: &PoolKeys, key: Option<&KeySource>) -> Vec<Mistake> {
             "this has no effect without an `affinity.key` that is in a client's first bytes";
         spans.extend(keys.peek_timeout.as_ref().map(|w| (w.span(), without)));
         spans.extend(keys.peek_max_bytes.as_ref().map(|n| (n.span(), without)));
-        spans.extend(keys.max_awaiting.as_ref().map(|n| (n.span(), without)));
+        let max_awaiting = keys.max_awaiting.as_ref().filter(|_| !awaits_headers);
+        spans.extend(max_awaiting.map(|n| (n.span(), without)));
     }
     spans.into_iter().map(|(span, message)| Mistake::new(span, message)).collect()
 }

@@ -37,6 +37,7 @@ impl Config {
                 advertise: None,
                 options: ListenerOptions::default(),
                 access_rules: AccessRules::default(),
+                proxy: None,
             }],
             pools: vec![Pool {
                 settings: PoolSettings {

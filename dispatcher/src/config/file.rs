@@ -118,6 +118,10 @@ pub(super) struct ListenerKeys {
     pub client_prefix_ipv4: Option<Spanned<Count<0, 32>>>,
     pub client_prefix_ipv6: Option<Spanned<Count<0, 128>>>,
     pub max_tracked_clients: Option<Spanned<Count<1, 16_777_216>>>,
+    pub proxy_protocol: Option<Spanned<bool>>,
+    pub proxy_protocol_from: Option<Spanned<Vec<Spanned<String>>>>,
+    pub proxy_timeout: Option<Spanned<Wait<1, YEAR>>>,
+    pub proxy_max_header: Option<Spanned<Count<232, 16_384>>>,
 }
 
 /// The names of the policies. They are repeated here because the core does not use serde.

@@ -8,7 +8,7 @@ use super::address::address;
 use super::error::{Mistake, suggest};
 use super::file::ListenerKeys;
 use super::validate::{Check, check_name};
-use super::{Address, Listener, ListenerOptions, Pool, access_rules, advice};
+use super::{Address, Listener, ListenerOptions, Pool, access_rules, advice, proxy};
 
 impl Check<'_> {
     pub(super) fn listener(&mut self, keys: &ListenerKeys, pools: &[Pool]) -> Option<Listener> {
@@ -56,6 +56,7 @@ impl Check<'_> {
         let access_rules = access_rules::access_rules(self, keys, address.as_ref());
         let advertise = keys.advertise.as_ref().map(advice::advertise);
         let advertise = advertise.and_then(|checked| self.keep(checked));
+        let proxy = proxy::proxy_rules(self, keys, address.as_ref());
         let (address, pool) = (address?, pool?);
         Some(Listener {
             name: keys.name.get_ref().clone(),
@@ -65,6 +66,7 @@ impl Check<'_> {
             advertise,
             options,
             access_rules,
+            proxy,
         })
     }
 

@@ -16,6 +16,7 @@ mod file;
 mod hints;
 mod listener;
 mod process_setup;
+mod proxy;
 mod read;
 mod scores;
 mod spawn;
@@ -38,7 +39,7 @@ pub use spawn::{NOT_INHERITED, Place, depends_on_process, expand, literal};
 
 use serde::{Deserialize, Serialize};
 
-use dispatcher_core::{AccessRules, PoolSettings};
+use dispatcher_core::{AccessRules, PoolSettings, ProxyRules};
 
 /// Default configuration file.
 pub const DEFAULT_FILE: &str = "/etc/dispatcher/dispatcher.toml";
@@ -196,6 +197,8 @@ pub struct Listener {
     pub options: ListenerOptions,
     /// Access rules for clients.
     pub access_rules: AccessRules,
+    /// Rules about headers of the PROXY protocol, with `proxy_protocol`.
+    pub proxy: Option<ProxyRules>,
 }
 
 /// The address of a listener.

@@ -2,6 +2,7 @@
 
 mod access_rules;
 mod advice;
+mod proxy;
 mod sample;
 mod scores;
 mod several;

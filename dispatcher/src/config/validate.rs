@@ -24,7 +24,8 @@ pub(super) fn validate(
     source: &Source<'_>,
 ) -> Result<Config, ConfigError> {
     let incomplete = !found.is_empty();
-    let mut check = Check { source, incomplete, mistakes: found, warnings: Vec::new() };
+    let mut check =
+        Check { source, incomplete, mistakes: found, warnings: Vec::new(), proxied: Vec::new() };
     let config = check.config(file);
     check.warnings.sort_by_key(|warning| (warning.0.line, warning.0.column));
     match config {
@@ -106,6 +107,12 @@ impl Check<'_> {
                     .help("add a table [pool.web] and name that pool in a [[listener]]"),
             );
         }
+        let proxied = file
+            .listener
+            .iter()
+            .map(Spanned::get_ref)
+            .filter(|keys| keys.proxy_protocol.as_ref().is_some_and(|on| *on.get_ref()));
+        check.proxied = proxied.map(|keys| keys.pool.get_ref().clone()).collect();
         let mut pools = Vec::with_capacity(tables.len());
         for (name, keys) in &tables {
             check.keep(check_name(name, "pool"));
@@ -265,6 +272,8 @@ pub(super) struct Check<'a> {
     incomplete: bool,
     mistakes: Vec<Mistake>,
     warnings: Vec<Warning>,
+    /// The pools whose listeners have `proxy_protocol`.
+    proxied: Vec<String>,
 }
 
 impl Check<'_> {
@@ -443,7 +452,8 @@ impl Check<'_> {
         };
         let policy = keys.policy.or(defaults.policy).unwrap_or_default();
         let scores = scores::scores(self, keys.scores.as_ref(), defaults.scores.as_ref(), policy);
-        let known = affinity::affinity_settings(&keys, defaults);
+        let awaits_headers = self.proxied.iter().any(|pool| pool == name);
+        let known = affinity::affinity_settings(&keys, defaults, awaits_headers);
         let (affinity, peek) = match self.keep(known) {
             Some(known) => {
                 known.useless.into_iter().for_each(|mistake| self.warn(mistake));

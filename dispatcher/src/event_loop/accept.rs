@@ -87,6 +87,7 @@ impl EventLoop {
                             watched: false,
                             at_worker: None,
                             search_cost: 0,
+                            proxy: None,
                         },
                     );
                     self.peek(conn, false);

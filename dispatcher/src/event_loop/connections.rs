@@ -3,7 +3,7 @@
 use std::os::fd::OwnedFd;
 
 use dispatch_protocol::ClientAddr;
-use dispatch_protocol::wire::Entry;
+use dispatch_protocol::wire::{Entry, ProxyHeader};
 use mio::Registry;
 
 use super::handoff_check::HandoffCheck;
@@ -24,6 +24,15 @@ pub(super) struct Conn {
     pub(super) at_worker: Option<u64>,
     /// What looking at its first bytes has cost so far.
     pub(super) search_cost: u32,
+    /// What a proxy said about it, once its PROXY header is read: `peer` is the client then.
+    pub(super) proxy: Option<Box<ProxyHeader>>,
+}
+
+impl Conn {
+    /// The address of the other end of the socket.
+    pub(super) fn source(&self) -> ClientAddr {
+        self.proxy.as_ref().map_or(self.peer, |header| header.address)
+    }
 }
 
 /// All connections of which the dispatcher has a copy.

@@ -20,7 +20,7 @@ use crate::background::closer::Closers;
 use crate::config::{Address, Listener, ListenerOptions};
 use crate::listen::bind::Listening;
 use crate::reload::Reusable;
-use dispatcher_core::{AccessRules, ListenerId, PoolId, Time};
+use dispatcher_core::{AccessRules, ListenerId, PoolId, ProxyRules, Time};
 
 /// One listening socket. A configured listener has one, or several when a service manager passed
 /// several under its name.
@@ -76,21 +76,22 @@ pub(super) struct ListenerResources {
     access_rules: AccessRules,
     /// The address that advice gives to clients, if not the bound one.
     pub(super) advertise: Option<String>,
+    proxy: Option<ProxyRules>,
 }
 
 impl ListenerResources {
     /// Splits off the core's part of a listener's configuration: name and pool.
     pub(super) fn split(listener: Listener) -> (String, PoolId, ListenerResources) {
-        let Listener { name, address_text, address, pool, advertise, options, access_rules } =
+        let Listener { name, address_text, address, pool, advertise, options, access_rules, proxy } =
             listener;
         let resources =
-            ListenerResources { address_text, address, options, access_rules, advertise };
+            ListenerResources { address_text, address, options, access_rules, advertise, proxy };
         (name, PoolId(pool), resources)
     }
 
     /// The whole configuration of a listener.
     pub(super) fn with(&self, name: &str, pool: PoolId) -> Listener {
-        let ListenerResources { address_text, address, options, access_rules, advertise } =
+        let ListenerResources { address_text, address, options, access_rules, advertise, proxy } =
             self.clone();
         Listener {
             name: name.to_owned(),
@@ -100,6 +101,7 @@ impl ListenerResources {
             advertise,
             options,
             access_rules,
+            proxy,
         }
     }
 }

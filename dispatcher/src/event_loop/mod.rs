@@ -32,6 +32,7 @@ mod meters;
 mod observation;
 mod peek;
 mod perform;
+mod proxy;
 mod queued;
 mod rate_limit;
 pub mod reload;

@@ -21,6 +21,9 @@ impl EventLoop {
     /// The poll is edge-triggered, so later bytes cause another event. The read after the
     /// registration finds bytes that came before it.
     pub(super) fn peek(&mut self, id: ConnId, end: bool) {
+        if self.core.awaits_header(id) {
+            return self.look_for_header(id, end);
+        }
         if !self.core.awaits_bytes(id) {
             return;
         }
@@ -66,17 +69,23 @@ impl EventLoop {
 
     /// Puts the connection into the poll, for more bytes and for the end.
     fn watch_first_bytes(&mut self, id: ConnId) {
-        let Some(conn) = self.connections.get_mut(id.index) else { return };
+        if self.watch_for_bytes(id).is_err() {
+            // Out of memory for the poll: no event would report the bytes.
+            self.core.first_bytes(self.now, id, None);
+        }
+    }
+
+    /// Puts the connection into the poll if it is not there.
+    pub(super) fn watch_for_bytes(&mut self, id: ConnId) -> std::io::Result<()> {
+        let Some(conn) = self.connections.get_mut(id.index) else { return Ok(()) };
         if conn.watched {
-            return;
+            return Ok(());
         }
         let token = Source::Queued(Key::from(id)).token();
         let raw = conn.fd.as_raw_fd();
         let registry = self.wakeup.registry();
-        match registry.register(&mut SourceFd(&raw), token, Interest::READABLE) {
-            Ok(()) => conn.watched = true,
-            // Out of memory for the poll: no event would report the bytes.
-            Err(_) => self.core.first_bytes(self.now, id, None),
-        }
+        registry.register(&mut SourceFd(&raw), token, Interest::READABLE)?;
+        conn.watched = true;
+        Ok(())
     }
 }

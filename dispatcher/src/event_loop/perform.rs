@@ -12,7 +12,7 @@ use std::time::Duration;
 use dispatch_protocol::ClientAddr;
 use dispatch_protocol::scoreboard::slot::{self, SlotState};
 use dispatch_protocol::wire::{
-    Drain, Entry, EntryFlags, Handoff, MAX_FDS_PER_RECORD, Probe, Resume,
+    Drain, Entry, EntryFlags, Handoff, MAX_FDS_PER_RECORD, MAX_PROXY_HEADERS, Probe, Resume,
 };
 use rustix::io::Errno;
 
@@ -196,7 +196,10 @@ impl EventLoop {
         }
         let worker = io.id;
         let mut outbox = std::mem::take(&mut io.outbox);
-        for part in outbox.chunks(MAX_FDS_PER_RECORD) {
+        let mut rest = &outbox[..];
+        while !rest.is_empty() {
+            let (part, later) = rest.split_at(fitting(rest, &self.connections.table));
+            rest = later;
             match send_gathered(
                 io,
                 part,
@@ -281,9 +284,9 @@ impl EventLoop {
     }
 
     fn close_client(&mut self, conn: ConnId, reason: CloseReason, shared: bool) {
-        let Some(Conn { fd, peer, listener, at_worker, .. }) = self.connections.take(conn) else {
-            return;
-        };
+        let Some(taken) = self.connections.take(conn) else { return };
+        let source = taken.source();
+        let Conn { fd, peer, listener, at_worker, .. } = taken;
         if reason == CloseReason::HandedOver {
             // Another dispatcher has a copy. The last close of this socket is not here.
             return self.background.closers.task(Task::Drop(Owner::Other, Box::new(fd)));
@@ -307,9 +310,14 @@ impl EventLoop {
             | CloseReason::RateLimited
             | CloseReason::TooManyQueued
             | CloseReason::Unsendable
-            | CloseReason::HandedOver => None,
+            | CloseReason::HandedOver
+            | CloseReason::ProxyMissing
+            | CloseReason::ProxyUntrusted
+            | CloseReason::ProxyMalformed
+            | CloseReason::ProxyTooLong
+            | CloseReason::ProxyTimeout => None,
         };
-        let owner = match (at_worker, peer) {
+        let owner = match (at_worker, source) {
             // A worker that had the connection may hold a copy, and the socket's lock.
             (Some(serial), _) if shared => Some(Owner::Worker(serial)),
             (_, ClientAddr::Inet(_)) => None,
@@ -378,6 +386,22 @@ fn not_sent(
     }
 }
 
+/// How many of these connections fit into one record: its entries are bounded, and so is its room
+/// for what proxies said.
+fn fitting(outbox: &[(ConnId, Entry)], conns: &[Option<Conn>]) -> usize {
+    let most = outbox.len().min(MAX_FDS_PER_RECORD);
+    let mut headers = 0;
+    for (count, (conn, _)) in outbox[..most].iter().enumerate() {
+        let found = conns.get(conn.index as usize).and_then(Option::as_ref);
+        let header = found.and_then(|found| found.proxy.as_ref());
+        headers += header.map_or(0, |header| header.encoded_len());
+        if headers > MAX_PROXY_HEADERS {
+            return count.max(1);
+        }
+    }
+    most
+}
+
 fn send_gathered(
     io: &WorkerIo,
     outbox: &[(ConnId, Entry)],
@@ -400,5 +424,11 @@ fn send_gathered(
         slot::offer(slot, entry.seq);
     }
     Handoff::encode_entries(entries, record);
+    for (index, (conn, _)) in (0u16..).zip(outbox) {
+        let found = conns.get(conn.index as usize).and_then(Option::as_ref);
+        if let Some(header) = found.and_then(|found| found.proxy.as_ref()) {
+            header.encode(index, record);
+        }
+    }
     send_record(io.lane.channel.as_fd(), record, &fds[..entries.len()])
 }

@@ -99,7 +99,14 @@ impl Cause {
             Cause::Claim => "claim_ignored",
             Cause::Shortage => "accept_paused",
             Cause::Closed(
-                CloseReason::Denied | CloseReason::RateLimited | CloseReason::TooManyQueued,
+                CloseReason::Denied
+                | CloseReason::RateLimited
+                | CloseReason::TooManyQueued
+                | CloseReason::ProxyMissing
+                | CloseReason::ProxyUntrusted
+                | CloseReason::ProxyMalformed
+                | CloseReason::ProxyTooLong
+                | CloseReason::ProxyTimeout,
             ) => "client_kept_out",
             Cause::Closed(
                 CloseReason::NoWorker

@@ -15,7 +15,7 @@ use crate::background::logger::value;
 use crate::config::{Address, Config, Listener, Pool};
 use crate::listen::bind::{self, Listening};
 use crate::listen::files::SocketFile;
-use crate::reload::{ListenerStep, Plan, PoolStep, Rules, RunningConfig, Socket, seed};
+use crate::reload::{ListenerStep, Plan, PoolStep, RunningConfig, Socket, seed};
 
 impl EventLoop {
     /// The running configuration, for [`crate::reload::prepare`].
@@ -139,8 +139,11 @@ impl EventLoop {
             let pool = ids.get(usize::from(listener.pool)).copied().unwrap_or(PoolId(0));
             let listener = Listener { pool: pool.0, ..listener };
             let id = self.put_listener(step, listener, &mut reloaded);
-            if let Rules::New(access_control) = rules {
+            if let Some(access_control) = rules.access {
                 self.core.set_access_control(id, access_control);
+            }
+            if let Some(control) = rules.proxy {
+                self.core.set_proxy_control(id, control);
             }
         }
         for id in plan.removed_listeners {

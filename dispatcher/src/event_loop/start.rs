@@ -33,7 +33,7 @@ use crate::listen::take_over::Kind;
 use crate::mailbox::{StartSideThread, TcpListeners};
 use crate::reload::seed;
 use crate::signals;
-use dispatcher_core::{AccessControl, Core, ListenerId, ListenerSettings, PoolId};
+use dispatcher_core::{AccessControl, Core, ListenerId, ListenerSettings, PoolId, ProxyControl};
 
 /// The listening sockets of the dispatcher.
 struct Sockets {
@@ -240,6 +240,10 @@ impl EventLoop {
             core.set_access_control(
                 ListenerId(position),
                 AccessControl::new(listener.access_rules.clone(), seed()),
+            );
+            core.set_proxy_control(
+                ListenerId(position),
+                listener.proxy.clone().map(ProxyControl::new),
             );
             listeners.resources.push(ListenerResources::split(listener).2);
         }

@@ -103,7 +103,27 @@ pub(crate) struct PassedClient {
     pub(crate) waited: Duration,
     /// A worker may have a copy.
     pub(crate) resent: bool,
+    /// Its PROXY header has not been read.
+    #[serde(default, skip_serializing_if = "std::ops::Not::not")]
+    pub(crate) awaits_header: bool,
+    /// What a proxy said about it, if its PROXY header has been read: `peer` is the client then.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub(crate) proxy: Option<PassedHeader>,
 }
+
+/// What a proxy said about a connection that is passed.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub(crate) struct PassedHeader {
+    /// The address of the proxy; `None` for one that came through a Unix listener.
+    pub(crate) address: Option<SocketAddr>,
+    /// It named no client.
+    pub(crate) local: bool,
+    pub(crate) tlvs: Vec<u8>,
+}
+
+/// Most connections with a [`PassedHeader`] in one record: a byte of a TLV is up to four
+/// characters.
+pub(crate) const MAX_PROXIED: usize = 12;
 
 /// One record.
 #[derive(Clone, Debug, Serialize, Deserialize)]
@@ -295,6 +315,8 @@ mod tests {
             peer: Some("[ffff:ffff:ffff:ffff:ffff:ffff:ffff:ffff]:65535".parse().expect("it")),
             waited: Duration::MAX,
             resent: false,
+            awaits_header: true,
+            proxy: None,
         };
         let record = Record::Clients { clients: vec![client; MAX_DESCRIPTORS] };
         let fds = vec![one.socket().as_fd(); MAX_DESCRIPTORS];
@@ -303,6 +325,28 @@ mod tests {
         let Record::Clients { clients } = received else { panic!("{received:?}") };
         assert_eq!((clients.len(), fds.len()), (MAX_DESCRIPTORS, MAX_DESCRIPTORS));
         assert_eq!(clients[0].waited, Duration::MAX);
+    }
+
+    #[test]
+    fn full_headers_of_proxies_fit_into_a_record() {
+        let (one, other) = pair();
+        let deadline = Instant::now() + SOON;
+        let address = "[ffff:ffff:ffff:ffff:ffff:ffff:ffff:ffff]:65535".parse().expect("it");
+        let tlvs = vec![255; dispatch_protocol::wire::MAX_PROXY_TLVS];
+        let client = PassedClient {
+            socket: u32::MAX,
+            peer: Some(address),
+            waited: Duration::MAX,
+            resent: false,
+            awaits_header: false,
+            proxy: Some(PassedHeader { address: Some(address), local: false, tlvs }),
+        };
+        let record = Record::Clients { clients: vec![client.clone(); MAX_PROXIED] };
+        let fds = vec![one.socket().as_fd(); MAX_PROXIED];
+        one.send(&record, &fds, deadline).expect("sent");
+        let (received, _) = other.receive(deadline).expect("received");
+        let Record::Clients { clients } = received else { panic!("{received:?}") };
+        assert_eq!(clients[MAX_PROXIED - 1].proxy, client.proxy);
     }
 
     #[test]

@@ -1,10 +1,11 @@
-//! The preface, the first bytes of a connection: finds the affinity key in HTTP requests and TLS
-//! ClientHellos.
+//! The preface, the first bytes of a connection: finds headers of the PROXY protocol, and after them
+//! the affinity key in HTTP requests and TLS ClientHellos.
 //!
-//! It is a pure function of untrusted bytes: for any input the result is a key, "more bytes
-//! needed", or none. It has no state and does no I/O.
+//! It is a pure function of untrusted bytes: for any input the result is a key or a header, "more
+//! bytes needed", or none. It has no state and does no I/O.
 
 mod http;
+pub mod proxy;
 mod sni;
 
 #[cfg(test)]

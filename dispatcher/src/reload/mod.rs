@@ -30,7 +30,7 @@ use crate::listen::bind::{self, Listening, SocketAttributes};
 use crate::listen::error::RunError;
 use crate::listen::files::SocketFile;
 use crate::listen::inherit::Inherited;
-use dispatcher_core::{AccessControl, ListenerId, PoolId};
+use dispatcher_core::{AccessControl, ListenerId, PoolId, ProxyControl};
 
 /// The side thread's copy of the running configuration. The event loop replaces it at the start and
 /// in each reload, so a reload needs no request before its plan.
@@ -118,13 +118,12 @@ pub(crate) enum ListenerStep {
     TakeKept(String),
 }
 
-/// The access rules of a listener.
+/// The rules of a listener about its clients, where they are new; what is known of clients by other
+/// rules stays. Making their tables may take long.
 #[derive(Debug)]
-pub(crate) enum Rules {
-    /// The same rules: what is known of clients stays.
-    Same,
-    /// New rules. Allocating their table may take long.
-    New(Option<Box<AccessControl>>),
+pub(crate) struct Rules {
+    pub(crate) access: Option<Option<Box<AccessControl>>>,
+    pub(crate) proxy: Option<Option<Box<ProxyControl>>>,
 }
 
 impl Plan {

@@ -203,20 +203,33 @@ pub(super) fn plan_known(
         config.pools.get(usize::from(listener.pool)).map(|pool| pool.settings.name.clone())
     };
     let moved = old.name != *name || pool_of(&now.config, old) != pool_of(new, wanted);
-    let same_rules = old.access_rules == wanted.access_rules;
-    if moved || old.options != options || !same_rules || old.advertise != wanted.advertise {
+    let same_access = !moved && old.access_rules == wanted.access_rules;
+    let same_proxy = !moved && old.proxy == wanted.proxy;
+    let same_advertise = old.advertise == wanted.advertise;
+    if old.options != options || !same_access || !same_proxy || !same_advertise {
         reloaded.changed.push(match old.name == *name {
             true => format!("listener {name}"),
             false => format!("listener {name} (was {})", old.name),
         });
     }
     let step = if moved { ListenerStep::TakeOver(id) } else { ListenerStep::Keep(id) };
-    let rules = if !moved && same_rules { Rules::Same } else { new_rules(wanted) };
+    let rules = Rules {
+        access: (!same_access).then(|| access_control(wanted)),
+        proxy: (!same_proxy).then(|| proxy_control(wanted)),
+    };
     (step, rules, Listener { options, ..wanted.clone() })
 }
 
 pub(super) fn new_rules(listener: &Listener) -> Rules {
-    Rules::New(AccessControl::new(listener.access_rules.clone(), seed()))
+    Rules { access: Some(access_control(listener)), proxy: Some(proxy_control(listener)) }
+}
+
+fn access_control(listener: &Listener) -> Option<Box<AccessControl>> {
+    AccessControl::new(listener.access_rules.clone(), seed())
+}
+
+fn proxy_control(listener: &Listener) -> Option<Box<ProxyControl>> {
+    listener.proxy.clone().map(ProxyControl::new)
 }
 
 /// The socket file of a listener that stays, and its new permission bits if they change.

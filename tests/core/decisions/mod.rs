@@ -14,6 +14,7 @@ mod lifecycle;
 mod model;
 mod naive;
 mod policies;
+mod proxy;
 mod scores;
 mod supervision;
 mod waiting;

@@ -65,6 +65,7 @@ fn the_defaults_in_the_sample_are_the_defaults() {
         "deny",
         "rate_",
         "max_queued_per_client",
+        "proxy_",
         "keepalive",
         "user_timeout",
         "defer_accept",

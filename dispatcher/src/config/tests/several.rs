@@ -263,6 +263,10 @@ fn options_of_sockets_that_systemd_makes() {
         "client_prefix_ipv4",
         "client_prefix_ipv6",
         "max_tracked_clients",
+        "proxy_protocol",
+        "proxy_protocol_from",
+        "proxy_timeout",
+        "proxy_max_header",
     ];
     let (_, keys) = file::tables()[1];
     for key in keys {

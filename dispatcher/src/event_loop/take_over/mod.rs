@@ -24,7 +24,8 @@ use crate::background::logger::quoted;
 use crate::listen::bind::{Listening, identity, identity_of_path};
 use crate::listen::files::SocketFile;
 use crate::listen::take_over::{
-    About, Broken, Channel, FileId, Kind, MAX_DESCRIPTORS, PassedClient, Record,
+    About, Broken, Channel, FileId, Kind, MAX_DESCRIPTORS, MAX_PROXIED, PassedClient, PassedHeader,
+    Record,
 };
 use crate::wake::Wake;
 use dispatcher_core::{ConnId, ListenerId, PoolId};
@@ -291,6 +292,12 @@ impl EventLoop {
                 peer: conn.peer.socket_addr(),
                 waited: clock() - conn.accepted,
                 resent: conn.at_worker.is_some(),
+                awaits_header: self.core.awaits_header(id),
+                proxy: conn.proxy.as_ref().map(|header| PassedHeader {
+                    address: header.address.socket_addr(),
+                    local: header.local,
+                    tlvs: header.tlvs.clone(),
+                }),
             };
             Some((id, client))
         });
@@ -301,7 +308,8 @@ impl EventLoop {
     fn pass(&self, channel: &Channel, clients: &[(ConnId, PassedClient)]) -> Result<(), Broken> {
         let deadline = Instant::now() + COMMIT;
         let unexpected = |record| Broken::Other(format!("unexpected: {record:?}"));
-        for part in clients.chunks(MAX_DESCRIPTORS) {
+        let proxied = clients.iter().any(|(_, client)| client.proxy.is_some());
+        for part in clients.chunks(if proxied { MAX_PROXIED } else { MAX_DESCRIPTORS }) {
             let known = part.iter().filter_map(|(id, client)| {
                 Some((self.connections.get(id.index)?.fd.as_fd(), client.clone()))
             });

@@ -9,6 +9,7 @@ use std::sync::Arc;
 use std::time::{Duration, Instant};
 
 use dispatch_protocol::ClientAddr;
+use dispatch_protocol::wire::ProxyHeader;
 use rustix::event::{PollFd, PollFlags, Timespec, poll};
 use rustix::io::Errno;
 
@@ -23,10 +24,10 @@ use crate::listen::bind::{self, Listening, OwnedPath, identity, identity_of_path
 use crate::listen::error::RunError;
 use crate::listen::files::{PathLock, SocketFile};
 use crate::listen::take_over::{
-    About, Broken, Channel, Kind, PassedClient, Record, VERSION, path_of,
+    About, Broken, Channel, Kind, PassedClient, PassedHeader, Record, VERSION, path_of,
 };
 use crate::sys;
-use dispatcher_core::{Client, ListenerId, Time};
+use dispatcher_core::{Client, HeaderRead, ListenerId, Time};
 
 /// How long the running dispatcher may take to answer. It may have another take-over under way.
 const WELCOME: Duration = Duration::from_secs(60);
@@ -322,10 +323,17 @@ impl EventLoop {
 
     /// A connection that the former dispatcher had accepted.
     fn take_client(&mut self, taken: &Taken, client: PassedClient, fd: OwnedFd) {
-        let PassedClient { socket, peer, waited, resent } = client;
+        let PassedClient { socket, peer, waited, resent, awaits_header, proxy } = client;
         let Some(&listener) = taken.listeners.get(&socket) else { return };
         let peer = peer.map_or(ClientAddr::Unix, ClientAddr::from);
-        let conn = self.core.accepted(self.now, Client::new(listener, peer));
+        let header = match &proxy {
+            None if awaits_header => HeaderRead::No,
+            None => HeaderRead::Absent,
+            Some(header) if header.local => HeaderRead::Local,
+            Some(_) => HeaderRead::Client,
+        };
+        let client = Client { header, ..Client::new(listener, peer) };
+        let conn = self.core.accepted(self.now, client);
         let waited = u64::try_from(waited.as_nanos()).unwrap_or(u64::MAX);
         self.connections.insert(
             conn.index,
@@ -338,6 +346,10 @@ impl EventLoop {
                 watched: false,
                 at_worker: resent.then_some(FORMER_WORKER),
                 search_cost: 0,
+                proxy: proxy.map(|PassedHeader { address, local, tlvs }| {
+                    let address = address.map_or(ClientAddr::Unix, ClientAddr::from);
+                    Box::new(ProxyHeader { address, local, tlvs })
+                }),
             },
         );
         self.peek(conn, false);
