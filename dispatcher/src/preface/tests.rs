@@ -285,9 +285,11 @@ proptest! {
     /// Compared with the reference crate, which allocates for every pair.
     #[test]
     fn pairs_are_read_as_elsewhere(pairs in "(id|i%64|x|%69+d|%C3%A4)?(=|==|&|%|%4|%zz|%41|[a+&=])*") {
-        let expected = form_urlencoded::parse(pairs.as_bytes())
-            .find(|(key, value)| key == "id" && !value.is_empty())
-            .map_or(Parsed::NoIdentity, |(_, value)| key(&value));
+        let found = form_urlencoded::parse(pairs.as_bytes())
+            .find(|(key, value)| key == "id" && !value.is_empty());
+        // The other decoder replaces what is no UTF-8; a key is made of any bytes.
+        prop_assume!(!found.as_ref().is_some_and(|(_, value)| value.contains('\u{fffd}')));
+        let expected = found.map_or(Parsed::NoIdentity, |(_, value)| key(&value));
         prop_assert_eq!(parse(&url("id"), get(&format!("/?{pairs}"), "")), expected);
         prop_assert_eq!(parse(&form("id"), post(FORM, &pairs)), expected);
     }
