@@ -269,7 +269,7 @@ impl Core {
         }
     }
 
-    /// Ends the waits that have lasted too long: a trusted proxy owes a header, anybody else has
+    /// Ends the waits that have lasted too long: a trusted proxy owes a header, another source has
     /// sent none and is served.
     pub(super) fn tick_headers(&mut self, now: Time) {
         for at in 0..self.listeners.len() {

@@ -93,7 +93,7 @@ impl Host {
         serde_json::from_value(body).unwrap()
     }
 
-    /// All addresses, without advising anybody.
+    /// All addresses, without counting an advice.
     pub fn view(&self) -> Vec<AddressRecord> {
         let (code, body) = http_get(&self.dispatcher.admin(), "/v1/pools/web/advice").unwrap();
         assert_eq!(code, 200, "{body}");

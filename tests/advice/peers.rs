@@ -155,7 +155,7 @@ fn a_silent_peer_costs_a_fresh_request_one_timeout() {
     let timeout = Duration::from_millis(500);
     let keys = "mode = \"fresh\"\nrequest_timeout = \"500ms\"\nvalid_for = \"1h\"";
     let host = Host::start(free_address(), keys, &[silent.address], 1);
-    assert_eq!(silent.asked(), 0, "nobody has asked for advice");
+    assert_eq!(silent.asked(), 0, "no client has asked for advice");
     let web = host.web().to_string();
     for round in 1..=3 {
         let began = Instant::now();

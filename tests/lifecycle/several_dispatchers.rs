@@ -55,7 +55,7 @@ fn a_worker_tries_them_in_order_and_stays_until_it_loses_the_one_it_has_joined()
     assert_eq!((moved.base, moved.load), (1, 1));
     client.echo("two");
 
-    // The second returns: nobody leaves the first for it.
+    // The second returns: no worker leaves the first for it.
     let second = Dispatcher::start_in(second_dir.path());
     for _ in 0..4 {
         Client::connect(first.address("web")).unwrap().echo("three");

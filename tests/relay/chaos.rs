@@ -4,7 +4,7 @@
 //! - an acknowledged message was received exactly once; it may be missing only if the worker that
 //!   had it in its queue was killed, and then everything after it there is missing, too;
 //! - messages of one sender to one id were received in order;
-//! - a message that was not found, or refused by a full queue, was received by nobody;
+//! - a message that was not found, or refused by a full queue, was received by no member;
 //! - every message of a worker that was not killed has exactly one outcome.
 //!
 //! `RELAY_CHAOS_SECONDS` (default 6) and `RELAY_CHAOS_SEED` change the run.

@@ -103,7 +103,7 @@ fn the_next_is_tried_when_one_is_full_or_gone() {
     }
     assert_eq!(count(&second), 10);
     drop(second);
-    wait_until("nobody to be left", || {
+    wait_until("no member to be left", || {
         sender.send_any(&id("jobs"), "job", Options::new()).wait() == Outcome::NotFound
     });
 }

@@ -75,7 +75,7 @@ fn bad_records_cost_their_sender_its_connection_and_nobody_else_anything() {
     let late_garbage = entered(&directory, 5);
     send(&late_garbage, &[255; 100], SendFlags::NOSIGNAL).unwrap();
     assert!(hear(&late_garbage).is_none());
-    // Descriptors that nobody asked for.
+    // Descriptors that were not asked for.
     let with_fds = entered(&directory, 6);
     let own = with_fds.as_fd();
     let fds = [own; 20];

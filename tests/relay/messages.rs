@@ -173,7 +173,7 @@ fn requests_have_a_reply_or_a_reason() {
         scope.spawn(|| own.recv().wait_for(PATIENCE).unwrap().reply("own"));
         assert_eq!(&*a.request(&id("own"), "", PATIENCE).wait().unwrap(), b"own");
     });
-    // What nobody will look at any more is answered.
+    // A request that the application will not receive is answered.
     let pending = a.request(&id("alice"), "", PATIENCE);
     test_support::wait_until("the request to arrive", || b.stats().received == 4);
     drop(alice);

@@ -172,7 +172,7 @@ impl Cluster {
     }
 
     async fn publish(&self, subject: String, message: Vec<u8>) {
-        // NATS would keep it and deliver it when nobody expects it any more.
+        // NATS would keep it and deliver it when no member expects it any more.
         if self.is_connected()
             && let Err(error) = self.client.publish(subject, message.into()).await
         {

@@ -2,7 +2,7 @@
 //!
 //! One thread runs everything; the registry is its state. Each member has a task and a bounded
 //! queue. A member that does not read loses reports of changes first, and its connection when its
-//! queue is full, so that nobody waits for it. Nothing here waits for a member.
+//! queue is full, so that no other member waits for it. Nothing here waits for a member.
 
 mod access;
 mod session;

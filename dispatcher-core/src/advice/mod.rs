@@ -223,7 +223,7 @@ impl Advisor {
         ranking
     }
 
-    /// The addresses by score, without advising anybody.
+    /// The addresses by score, without counting an advice.
     pub fn view(
         &self,
         now: Time,

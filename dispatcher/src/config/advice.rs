@@ -279,12 +279,12 @@ fn peer(text: &Spanned<String>) -> Checked<SocketAddr> {
     Ok(address)
 }
 
-/// Refuses addresses that nobody can connect to.
+/// Refuses addresses that no client can connect to.
 fn specific(ip: IpAddr, port: u16, span: Range<usize>) -> Checked<()> {
     if ip.to_canonical().is_unspecified() {
         return Err(Mistake::new(
             span,
-            format!("`{ip}` stands for all addresses: nobody can connect to it"),
+            format!("`{ip}` stands for all addresses: no client can connect to it"),
         )
         .help("write the one address that others connect to"));
     }
@@ -292,7 +292,7 @@ fn specific(ip: IpAddr, port: u16, span: Range<usize>) -> Checked<()> {
         return Err(Mistake::new(span, format!("`{ip}` is a multicast address")));
     }
     if port == 0 {
-        return Err(Mistake::new(span, "port 0 stands for any port: nobody can connect to it"));
+        return Err(Mistake::new(span, "port 0 stands for any port: no client can connect to it"));
     }
     Ok(())
 }
@@ -322,7 +322,7 @@ pub(super) fn advertise(text: &Spanned<String>) -> Checked<String> {
         }));
     };
     if host == "*" {
-        let message = "`*` stands for all addresses: nobody can connect to it";
+        let message = "`*` stands for all addresses: no client can connect to it";
         return Err(
             Mistake::new(text.span(), message).help("write the one address that others connect to")
         );

@@ -47,7 +47,7 @@ pub(super) fn proxy_rules(
         ),
         None if !unix => check.mistake(
             Mistake::new(on.span(), "`proxy_protocol` needs `proxy_protocol_from`").help(
-                "write the networks of your proxies, such as [\"10.0.0.0/24\"]: whoever may send \
+                "write the networks of your proxies, such as [\"10.0.0.0/24\"]: a source that may send \
                  a header can take any address",
             ),
         ),

@@ -165,7 +165,7 @@ async fn act(
         Said::Room { room, text } => {
             let group = id("room", &room)?;
             let letter = serde_json::to_vec(&Letter { from, text, room: Some(room) })?;
-            // A member that reads too slowly misses it; nobody waits for it.
+            // A member that reads too slowly misses it; the sender does not wait for it.
             let _ = relay.publish(&group, letter).await;
         }
         Said::Join { join } => {

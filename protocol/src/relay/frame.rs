@@ -40,9 +40,9 @@ pub mod flag {
 pub enum Status {
     /// It is in the application's queue.
     Delivered,
-    /// The registration or membership is not here; nobody has received the message.
+    /// The registration or membership is not here; no process has received the message.
     NotHere,
-    /// The application's queue is full; nobody has received the message.
+    /// The application's queue is full; no process has received the message.
     Full,
 }
 

@@ -1,38 +1,14 @@
 //! The bytes of every record, in both directions. `docs/PROTOCOL.md` prints the same vectors.
 
-use std::net::{Ipv6Addr, SocketAddrV6};
-use std::time::Duration;
+use std::net::SocketAddrV6;
 
 use proptest::prelude::*;
 
+use self::vectors::*;
 use super::*;
 use crate::scoreboard::gauge::GAUGES;
 
-const HELLO: &str = "0100000001000200010000000000000000000000e803000000000000070000000000000005000000\
-     0000000001000300776562020008007765622d31323334";
-const HELLO_TOKEN: &str = "01000000010001000000000000000000000000000100000000000000000000000000000000000000\
-     000000000100070064656661756c7402000100770300100000112233445566778899aabbccddeeff";
-const WELCOME: &str = "0200000001000000000100002a000000000000000000000000000000e80300008813000010000600\
-     00006874747010000700030061646d696e";
-const WELCOME_GAUGES: &str = "020000000100000000010000070000000000000000000000000000000a000000c800000013000a00\
-     71756575655f7761697413000b00667265655f6d656d6f727910000600000068747470";
-const REFUSED: &str = "030000000200000011000b006e6f20706f6f6c2077656212000800706f6f6c2e776562";
-const REFUSED_BARE: &str = "03000000050000001100080073746f7070696e67";
-const GOODBYE: &str = "04000000";
-const CLAIM: &str = "0500000004000600366631643239";
-const HANDOFF: &str = "1000000003000000010000000000000000ca9a3b000000000100000000000000040050c300000000\
-     c0000201000000000000000000000000020000000000000001ca9a3b000000000200000003000100\
-     0600bb010700000020010db8000000000000000000000001030000000000000002ca9a3b00000000\
-     ff00000000000000010000000000000000000000000000000000000000000000";
-const PROBE: &str = "1100000009000000000000000900000000000000";
-const DRAIN: &str = "1200000000ac23fc06000000";
-const DRAIN_LEFT: &str = "1200000000ac23fc060000001400080000e40b5402000000";
-const UPDATE: &str = "0600000002000100f4010000";
-const NUMBERED: &str = "1000000001000000010000000000000000ca9a3b00000000010000000000000001000000000000000000000000000000000000000000000015000800d204000000000000";
-const PROXIED: &str = "1000000001000000010000000000000000ca9a3b000000000100000000000000040050c300000000\
-     c00002010000000000000000000000001700220000000000040028a0000000000a00000500000000\
-     0000000000000000020003612e62";
-const RESUME: &str = "13000000";
+mod vectors;
 
 pub(super) fn bytes(hex: &str) -> Vec<u8> {
     let digits: Vec<u32> = hex.chars().filter_map(|c| c.to_digit(16)).collect();
@@ -50,111 +26,6 @@ fn channel_encoded(record: &Channel) -> Vec<u8> {
     let mut out = Vec::new();
     record.encode(&mut out);
     out
-}
-
-fn hello() -> Hello {
-    Hello {
-        weight: 2,
-        priority: 1,
-        max_connections: 1000,
-        base: 7,
-        finished: 5,
-        pool: "web".to_owned(),
-        name: "web-1234".to_owned(),
-        ..Hello::default()
-    }
-}
-
-fn control_vectors() -> Vec<(&'static str, Control)> {
-    let token = std::array::from_fn(|i| 17 * i as u8);
-    vec![
-        (HELLO, Control::Hello(hello())),
-        (
-            HELLO_TOKEN,
-            Control::Hello(Hello {
-                name: "w".to_owned(),
-                token: Some(Token(token)),
-                ..Hello::default()
-            }),
-        ),
-        (
-            WELCOME,
-            Control::Welcome(Welcome {
-                version: VERSION,
-                slots: 256,
-                worker_id: 42,
-                features: Features::NONE,
-                max_connections: 1000,
-                handoff_timeout_ms: 5000,
-                listeners: vec![
-                    WelcomeListener { index: 0, name: "http".to_owned() },
-                    WelcomeListener { index: 3, name: "admin".to_owned() },
-                ],
-                gauges: vec![],
-                relay_ticket: Vec::new(),
-            }),
-        ),
-        (
-            WELCOME_GAUGES,
-            Control::Welcome(Welcome {
-                version: VERSION,
-                slots: 256,
-                worker_id: 7,
-                features: Features::NONE,
-                max_connections: 10,
-                handoff_timeout_ms: 200,
-                listeners: vec![WelcomeListener { index: 0, name: "http".to_owned() }],
-                gauges: vec!["queue_wait".parse().unwrap(), "free_memory".parse().unwrap()],
-                relay_ticket: Vec::new(),
-            }),
-        ),
-        (
-            REFUSED,
-            Control::Refused(Refused {
-                code: RefusedCode::UnknownPool,
-                reason: "no pool web".to_owned(),
-                key: Some("pool.web".to_owned()),
-            }),
-        ),
-        (
-            REFUSED_BARE,
-            Control::Refused(Refused {
-                code: RefusedCode::Stopping,
-                reason: "stopping".to_owned(),
-                key: None,
-            }),
-        ),
-        (GOODBYE, Control::Goodbye(Goodbye)),
-        (CLAIM, Control::Claim(Claim::new(b"6f1d29").unwrap())),
-        (UPDATE, Control::Update(Update { weight: 2, paused: true, max_connections: 500 })),
-    ]
-}
-
-fn numbered() -> Handoff {
-    let entry = Entry {
-        seq: 1,
-        slot: 1,
-        listener: 0,
-        flags: EntryFlags::NONE,
-        accepted_ns: 1_000_000_000,
-        peer: ClientAddr::Unix,
-        number: 1234,
-    };
-    Handoff { entries: vec![entry], ..Handoff::default() }
-}
-
-fn proxied() -> Handoff {
-    let entry = Entry {
-        peer: ClientAddr::Inet(([192, 0, 2, 1], 50_000).into()),
-        number: 0,
-        ..numbered().entries[0]
-    };
-    let header = ProxyHeader {
-        address: ClientAddr::Inet(([10, 0, 0, 5], 41_000).into()),
-        local: false,
-        tlvs: b"\x02\0\x03a.b".to_vec(),
-    };
-    Handoff { entries: vec![entry], proxy_headers: vec![(0, header)] }
 }
 
 #[test]
@@ -221,51 +92,6 @@ fn an_update_has_possible_numbers() {
     let mut record = bytes(DRAIN);
     codec::put_tlv(&mut record, tlv::TIME_LEFT, &[0; 7]);
     assert_eq!(Channel::decode(&record), Err(WireError::Invalid("time left")));
-}
-
-fn handoff() -> Handoff {
-    let v6 = Ipv6Addr::new(0x2001, 0xdb8, 0, 0, 0, 0, 0, 1);
-    let entry = |seq, slot, listener, flags, peer| Entry {
-        seq,
-        slot,
-        listener,
-        flags,
-        accepted_ns: 1_000_000_000 + seq - 1,
-        peer,
-        number: 0,
-    };
-    Handoff {
-        entries: vec![
-            entry(1, 1, 0, EntryFlags::NONE, ClientAddr::Inet(([192, 0, 2, 1], 50_000).into())),
-            entry(
-                2,
-                2,
-                3,
-                EntryFlags::RESENT,
-                ClientAddr::Inet(SocketAddrV6::new(v6, 443, 0, 7).into()),
-            ),
-            entry(3, 255, 0, EntryFlags::NONE, ClientAddr::Unix),
-        ],
-        ..Handoff::default()
-    }
-}
-
-fn channel_vectors() -> Vec<(&'static str, Channel)> {
-    vec![
-        (HANDOFF, Channel::Handoff(handoff())),
-        (PROBE, Channel::Probe(Probe { seq: 9, slot: 9 })),
-        (DRAIN, Channel::Drain(Drain { deadline_ns: 30_000_000_000, left: None })),
-        (
-            DRAIN_LEFT,
-            Channel::Drain(Drain {
-                deadline_ns: 30_000_000_000,
-                left: Some(Duration::from_secs(10)),
-            }),
-        ),
-        (NUMBERED, Channel::Handoff(numbered())),
-        (PROXIED, Channel::Handoff(proxied())),
-        (RESUME, Channel::Resume(Resume)),
-    ]
 }
 
 #[test]

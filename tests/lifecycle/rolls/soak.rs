@@ -113,7 +113,7 @@ async fn talk(
         if let Ok(read) = tokio::time::timeout(pause, socket.read(&mut byte)).await {
             return match read? {
                 0 => Ok(End::Closed),
-                _ => Err(std::io::Error::other("bytes that nobody asked for")),
+                _ => Err(std::io::Error::other("bytes that were not asked for")),
             };
         }
     }

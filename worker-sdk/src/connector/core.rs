@@ -118,7 +118,7 @@ impl Core {
                 shared.targets.replace(list, Some(now + valid_for));
                 return Ok(None);
             }
-            // An empty list would help nobody: the last one may still serve.
+            // An empty list would help no client: the last one may still serve.
             Ok(Answer::Addresses(..)) => "no address is usable".to_owned(),
             Ok(Answer::Nothing(problem)) => problem,
             Err(problem) => {

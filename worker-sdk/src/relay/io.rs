@@ -1,27 +1,28 @@
 //! Sockets and the thread: the connection to the directory, the links, and the doorbell.
 //!
 //! One thread of the process receives everything and sends what did not fit at once; a call of the
-//! application sends by itself if the socket has room. The state is behind one lock, which nobody
-//! holds while waiting. Results are set and queues are woken after it is released.
+//! application sends by itself if the socket has room. The state is behind one lock, which no
+//! thread holds while it waits. Results are set and queues are woken after it is released.
+
+mod receive;
 
 use std::collections::HashMap;
-use std::io::{self, IoSliceMut};
-use std::mem::MaybeUninit;
+use std::io;
 use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::time::{Duration, Instant};
 
-use dispatch_protocol::relay::frame::{Frame, MAX_OVERHEAD};
+use dispatch_protocol::relay::frame::MAX_OVERHEAD;
 use dispatch_protocol::relay::{FromDirectory, MAX_RECORD, ToDirectory, VERSION, readable};
 use rustix::buffer::spare_capacity;
 use rustix::event::epoll::{self, CreateFlags, EventData, EventFlags};
 use rustix::event::{EventfdFlags, eventfd};
 use rustix::io::Errno;
 use rustix::net::{
-    AddressFamily, RecvAncillaryBuffer, RecvAncillaryMessage, RecvFlags, ReturnFlags, SendFlags,
-    SocketAddrUnix, SocketFlags, SocketType, connect, recv, recvmsg, send, socket_with,
+    AddressFamily, SendFlags, SocketAddrUnix, SocketFlags, SocketType, connect, send, socket_with,
 };
 
+use self::receive::{read_frames, receive_record};
 use super::Error;
 use super::config::Checked;
 use super::engine::Engine;
@@ -564,64 +565,4 @@ fn wait_for_room(poll: &OwnedFd, fd: BorrowedFd<'_>, token: u64, wait: bool) {
     if let Err(error) = epoll::modify(poll, fd, EventData::new_u64(token), flags) {
         log::error!("event=relay_poll_failed error=\"{error}\"");
     }
-}
-
-/// Receives once and hands out whole frames; false at the end of the stream.
-fn read_frames(
-    fd: &OwnedFd,
-    partial: &mut Vec<u8>,
-    scratch: &mut [u8],
-    most: usize,
-    mut take: impl FnMut(&[u8]) -> Result<(), String>,
-) -> Result<bool, String> {
-    let count = match recv(fd, &mut *scratch, RecvFlags::DONTWAIT) {
-        Ok((0, _)) => return Ok(false),
-        Ok((count, _)) => count,
-        Err(Errno::AGAIN | Errno::INTR) => return Ok(true),
-        Err(Errno::CONNRESET) => return Ok(false),
-        Err(error) => return Err(error.to_string()),
-    };
-    let mut split = |stream: &[u8]| {
-        let mut used = 0;
-        while let Some(len) = Frame::len_of(&stream[used..]) {
-            if len > most {
-                return Err(format!("a frame of {len} bytes, at most {most} are allowed"));
-            }
-            let Some(frame) = stream.get(used..used + len) else { break };
-            take(frame)?;
-            used += len;
-        }
-        Ok(used)
-    };
-    let received = &scratch[..count];
-    if partial.is_empty() {
-        let used = split(received)?;
-        partial.extend_from_slice(&received[used..]);
-    } else {
-        partial.extend_from_slice(received);
-        let used = split(partial)?;
-        partial.drain(..used);
-        if partial.is_empty() {
-            // A large message should not keep its memory.
-            partial.shrink_to(64 * 1024);
-        }
-    }
-    Ok(true)
-}
-
-fn receive_record(fd: &OwnedFd, buffer: &mut [u8]) -> Result<(usize, Vec<OwnedFd>), Errno> {
-    let mut space = [MaybeUninit::uninit(); rustix::cmsg_space!(ScmRights(1))];
-    let mut ancillary = RecvAncillaryBuffer::new(&mut space);
-    let flags = RecvFlags::CMSG_CLOEXEC | RecvFlags::DONTWAIT;
-    let message = recvmsg(fd, &mut [IoSliceMut::new(buffer)], &mut ancillary, flags)?;
-    let mut fds = Vec::new();
-    for message in ancillary.drain() {
-        if let RecvAncillaryMessage::ScmRights(received) = message {
-            fds.extend(received);
-        }
-    }
-    if message.flags.contains(ReturnFlags::CTRUNC) {
-        fds.clear();
-    }
-    Ok((message.bytes, fds))
 }

@@ -9,7 +9,7 @@ use crate::mailbox::loads::{ListenerAddresses, OwnLoads};
 /// Most workers of a pool that are named with an address of their own.
 const MOST_ADVERTISED: usize = 1024;
 
-/// The records of all pools. A pool without a public address has none: nobody could be told where
+/// The records of all pools. A pool without a public address has none: no client could be told where
 /// to connect.
 pub(super) fn records(loads: &OwnLoads, listen: SocketAddr) -> OwnAnswer {
     let pools = loads.pools.iter().map(|pool| {
@@ -19,7 +19,7 @@ pub(super) fn records(loads: &OwnLoads, listen: SocketAddr) -> OwnAnswer {
             state: pool.load.state.name().to_owned(),
             load: pool.load.load,
             capacity: (pool.load.capacity > 0).then_some(pool.load.capacity),
-            // Without a worker nobody is advised to go there, whatever the weight.
+            // Without a worker no client is advised to go there, whatever the weight.
             weight: if pool.load.weight > 0.0 { pool.load.weight } else { 1.0 },
             age_ms: 0,
             gauges: pool.gauges.clone(),

@@ -311,7 +311,7 @@ fn check_server(server: &ServerRecord) -> Result<(), String> {
         return Err("a server without an address".to_owned());
     }
     if !server.addresses.iter().all(|address| is_advisable(address)) {
-        return Err("an address that nobody can connect to".to_owned());
+        return Err("an address that no client can connect to".to_owned());
     }
     if state_of(&server.state).is_none() {
         return Err("an unknown state".to_owned());

@@ -1,5 +1,5 @@
 //! What operators see of advice: the figures of a pool, the last answers, the part of the status.
-//! Nothing here advises anybody.
+//! Nothing here counts as an advice.
 
 use std::collections::BTreeMap;
 use std::sync::{Arc, OnceLock};
@@ -18,7 +18,7 @@ use crate::api::command::{CommandError, unknown_pool};
 use crate::config::AdviceSettings;
 
 impl Adviser {
-    /// The figures of a pool for an operator, without advising anybody.
+    /// The figures of a pool for an operator, without counting an advice.
     pub(in crate::admin) async fn view(
         self: &Arc<Adviser>,
         pool: &str,

@@ -1,5 +1,5 @@
 //! `/v1/pools/NAME/advice` and `/v1/pools/NAME/advice/history`: the figures behind advice, and the
-//! last answers. Neither advises anybody.
+//! last answers. Neither counts as an advice.
 
 use std::sync::Arc;
 

@@ -191,7 +191,7 @@ impl Engine {
         match operation {
             GroupOperation::Any(message) => self.finish(message.done, outcome),
             GroupOperation::Publish { slot, .. } => {
-                // Nobody is known, so nobody is counted.
+                // No member is known, so none is counted.
                 let published = Published { unknown: true, ..Published::default() };
                 self.fired.extend(slot.map(|slot| Fired::Publish(slot, published)));
             }

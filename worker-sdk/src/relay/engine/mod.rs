@@ -434,7 +434,7 @@ impl Engine {
                 Verdict::Delivered
             }
             Err(message) => {
-                // The sender is told, so nobody waits for its reply.
+                // The sender is told, so it does not wait for a reply.
                 message.forget_request();
                 if queue.ended().is_some() {
                     return Verdict::NotHere;

@@ -257,7 +257,7 @@ impl Engine {
         Ok(sequence)
     }
 
-    /// A link has come. It replaces one before, whose last messages nobody reads any more.
+    /// A link has come. It replaces one before, whose last messages are not read any more.
     pub(crate) fn link_up(&mut self, now: u64, member: u64, number: u64) -> u64 {
         if self.last_links.len() >= MAX_LAST_LINKS {
             let peers = &self.peers;
