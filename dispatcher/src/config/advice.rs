@@ -6,14 +6,14 @@ use std::net::{IpAddr, Ipv4Addr, Ipv6Addr, SocketAddr};
 use std::ops::Range;
 use std::time::Duration;
 
-use dispatch_protocol::scoreboard::gauge::{GaugeName, names};
+use dispatch_protocol::scoreboard::gauge::GaugeName;
 use dispatcher_core::advice::Terms;
 use ipnet::{IpNet, Ipv4Net, Ipv6Net};
 use serde::Deserialize;
 use toml::Spanned;
 
 use super::access_rules::networks;
-use super::error::{Mistake, nearest};
+use super::error::Mistake;
 use super::file::{File, ListenerKeys};
 use super::scores::{CONNECTIONS, Mode, Multiplier};
 use super::validate::{Check, Checked};
@@ -235,22 +235,7 @@ fn read_multipliers(
             settings.connections = Some(multiplier);
             continue;
         }
-        let gauge: Checked<GaugeName> = text.parse().map_err(|problem| {
-            Mistake::new(name.span(), "not a name for a gauge").help(format!("{problem}"))
-        });
-        let Some(gauge) = check.keep(gauge) else { continue };
-        if !names::ALL.contains(&text)
-            && let Some(meant) = nearest(text, names::ALL.into_iter().chain([CONNECTIONS]))
-        {
-            check.warn(
-                Mistake::new(name.span(), format!("`{text}` is not a predefined gauge")).help(
-                    format!(
-                        "did you mean `{meant}`? If workers set a gauge with this name, ignore \
-                         this warning"
-                    ),
-                ),
-            );
-        }
+        let Some(gauge) = super::scores::gauge(check, name) else { continue };
         if settings.multipliers.len() == MOST_GAUGES {
             let message = format!("more than {MOST_GAUGES} gauges");
             check.mistake(Mistake::new(name.span(), message));

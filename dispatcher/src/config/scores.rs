@@ -139,18 +139,7 @@ fn read(
             connections = name.span();
             continue;
         }
-        let gauge: Checked<GaugeName> = text.parse().map_err(|problem| {
-            Mistake::new(name.span(), "not a name for a gauge").help(format!("{problem}"))
-        });
-        let Some(gauge) = check.keep(gauge) else { continue };
-        if !names::ALL.contains(&text)
-            && let Some(meant) = nearest(text, names::ALL.into_iter().chain([CONNECTIONS]))
-        {
-            check.warn(
-                Mistake::new(name.span(), format!("`{text}` is not a predefined gauge"))
-                    .help(format!("did you mean `{meant}`? If workers set a gauge with this name, ignore this warning")),
-            );
-        }
+        let Some(gauge) = gauge(check, name) else { continue };
         // With a multiplier of zero, the age of the gauge does not matter either.
         if multiplier == 0.0 {
             continue;
@@ -167,4 +156,23 @@ fn read(
     if scores.connections == 0.0 && scores.gauges.is_empty() {
         check.warn(Mistake::new(connections, "all multipliers are zero: workers take turns"));
     }
+}
+
+/// The gauge that a multiplier is for; a name that is nearly a predefined one gives a warning.
+pub(super) fn gauge(check: &mut Check<'_>, name: &Spanned<String>) -> Option<GaugeName> {
+    let text = name.get_ref().as_str();
+    let gauge: Checked<GaugeName> = text.parse().map_err(|problem| {
+        Mistake::new(name.span(), "not a name for a gauge").help(format!("{problem}"))
+    });
+    let gauge = check.keep(gauge)?;
+    if !names::ALL.contains(&text)
+        && let Some(meant) = nearest(text, names::ALL.into_iter().chain([CONNECTIONS]))
+    {
+        let help = format!(
+            "did you mean `{meant}`? If workers set a gauge with this name, ignore this warning"
+        );
+        let message = format!("`{text}` is not a predefined gauge");
+        check.warn(Mistake::new(name.span(), message).help(help));
+    }
+    Some(gauge)
 }
