@@ -23,7 +23,7 @@ use std::collections::HashMap;
 use std::time::Duration;
 
 use self::place::View;
-use self::processes::{Act, Action};
+use self::processes::{Act, Action, Checked};
 use super::Core;
 use super::effect::{Effect, Event};
 use super::types::{PoolId, ProcessId, State, Time, WorkerId};
@@ -237,12 +237,12 @@ impl Core {
         end_oldest: bool,
     ) -> Result<(), RollRefusal> {
         self.see_workers(p);
-        while let Some(oldest) = self.pools[p].processes.too_many_leaving(place) {
+        while let Some((oldest, processes)) = self.pools[p].processes.too_many_leaving(place) {
             if !end_oldest {
                 return Err(RollRefusal::TooManyGenerations(oldest));
             }
-            let ended = self.pools[p].processes.end_generation(now, oldest.generation);
-            for process in ended {
+            self.pools[p].processes.end_connections(now, &processes);
+            for process in processes {
                 for worker in self.workers_of(process) {
                     self.begin_drain(now, worker, Some(now));
                 }
@@ -362,12 +362,16 @@ impl Core {
     /// A worker has joined.
     pub(crate) fn process_joined(&mut self, now: Time, w: usize) {
         if let Some((p, process)) = self.supervised(w) {
-            if self.pools[p].processes.joined(now, process) {
+            let checked = self.pools[p].processes.joined(now, process);
+            if checked != Checked::No {
                 let worker = &mut self.workers[w];
                 worker.checking = true;
                 let worker = worker.id;
                 self.refresh(w);
-                self.effects.push_back(Effect::CheckReady { process, worker });
+                // A check that is under way goes on with the new worker.
+                if checked == Checked::Now {
+                    self.effects.push_back(Effect::CheckReady { process, worker });
+                }
             }
             self.settle_processes(now, p);
         }
@@ -464,6 +468,11 @@ impl Core {
                 }
                 Action::Resume => {
                     for worker in self.workers_of(process) {
+                        if let Some(w) = self.find(worker) {
+                            // Its check may have been given up.
+                            self.workers[w].checking = false;
+                            self.refresh(w);
+                        }
                         if self.find(worker).is_some_and(|w| self.workers[w].unwanted) {
                             // A worker that is leaving cannot be resumed: it has said so.
                             let _ = self.resume_worker(now, worker);

@@ -81,6 +81,8 @@ pub(crate) struct Process {
     /// Since when its worker has been ready: since the join without a ready check, or since the
     /// check.
     pub(crate) ready_since: Option<Time>,
+    /// Its ready check is under way.
+    pub(crate) checking: bool,
     /// When the step has failed if it is not ready.
     pub(crate) ready_by: Time,
     /// When it is ended although it has connections.
@@ -101,6 +103,7 @@ impl Process {
             generation,
             step: false,
             ready_since: None,
+            checking: false,
             ready_by: NEVER,
             end_by: NEVER,
         }

@@ -231,8 +231,8 @@ impl Processes {
         }
     }
 
-    /// The worker of a process has joined. Returns whether it is to be checked.
-    pub(crate) fn joined(&mut self, now: Time, id: ProcessId) -> bool {
+    /// The worker of a process has joined. Returns whether it is checked.
+    pub(crate) fn joined(&mut self, now: Time, id: ProcessId) -> Checked {
         let early = |most: u64, random: &mut Random, jitter: u32| {
             most - random.below(most.saturating_mul(u64::from(jitter.min(100))) / 100 + 1)
         };
@@ -246,7 +246,7 @@ impl Processes {
         let (check, timeout) = (self.settings.ready_check, self.settings.ready_timeout);
         let timeout = timeout + self.settings.min_ready;
         let timeout = if check { timeout + CHECK_RESULT } else { timeout };
-        let Some(process) = self.get(id) else { return false };
+        let Some(process) = self.get(id) else { return Checked::No };
         if let Phase::Asked | Phase::Running { .. } = process.phase {
             process.phase = Phase::Serving;
         }
@@ -256,7 +256,7 @@ impl Processes {
             process.most_served = most.unwrap_or(u64::MAX);
         }
         if !process.step || process.phase != Phase::Serving {
-            return false;
+            return Checked::No;
         }
         if process.ready_by == NEVER {
             process.ready_by = now + timeout;
@@ -264,7 +264,12 @@ impl Processes {
         if !check {
             process.ready_since.get_or_insert(now);
         }
-        check && process.ready_since.is_none()
+        match check && process.ready_since.is_none() {
+            false => Checked::No,
+            // One check for each process, however often its worker joins.
+            true if std::mem::replace(&mut process.checking, true) => Checked::Already,
+            true => Checked::Now,
+        }
     }
 
     /// The worker of a process announced that it leaves.
@@ -448,6 +453,16 @@ impl Processes {
         starts.dedup();
         assert_eq!(starts.len(), all, "each start has one process: {:?}", self.places);
     }
+}
+
+/// Whether the worker of a process is checked before it gets clients.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(crate) enum Checked {
+    No,
+    /// The check begins.
+    Now,
+    /// It is under way.
+    Already,
 }
 
 /// An action and its process.

@@ -280,6 +280,7 @@ impl Processes {
     pub(crate) fn checked(&mut self, now: Time, id: ProcessId, passed: bool) -> bool {
         let step = self.get(id).filter(|process| process.step && process.holds());
         let Some(process) = step else { return false };
+        process.checking = false;
         match passed {
             true => process.ready_since = Some(now),
             false => process.ready_by = Time(0),
@@ -309,17 +310,14 @@ impl Processes {
         }
     }
 
-    /// Ends the connections of a generation that leaves: its processes, if they do not do it.
-    pub(crate) fn end_generation(&mut self, now: Time, old: Generation) -> Vec<ProcessId> {
+    /// Processes that leave are to end their connections: or else they are ended.
+    pub(crate) fn end_connections(&mut self, now: Time, ids: &[ProcessId]) {
         let until = now + self.settings.stop_timeout.min(END_GRACE);
-        let mut ended = Vec::new();
-        for process in self.places.iter_mut().flat_map(|place| &mut place.processes) {
-            if process.is_leaving_for_roll() && process.generation == old {
+        for id in ids {
+            if let Some(process) = self.get(*id) {
                 process.end_by = until;
-                ended.push(process.id);
             }
         }
-        ended
     }
 
     // --- part of settle() ------------------------------------------------------------------
@@ -512,12 +510,7 @@ impl Processes {
     pub(crate) fn leaving_generations(&self) -> Vec<LeavingGeneration> {
         let mut found = BTreeMap::new();
         for process in self.places.iter().flat_map(|place| &place.processes) {
-            if !process.is_leaving_for_roll() || process.end_by != crate::policy::NEVER {
-                continue;
-            }
-            // The worker of an adopted process may have connections that are not known yet.
-            let unknown = process.adopted && process.joined_at.is_none();
-            if process.view.load > 0 || unknown {
+            if process.may_have_connections() {
                 let (processes, connections) = found.entry(process.generation).or_insert((0, 0));
                 *processes += 1;
                 *connections += process.view.load;
@@ -533,27 +526,39 @@ impl Processes {
             .collect()
     }
 
-    /// Whether one more generation may leave: the oldest that does if not.
-    pub(crate) fn too_many_leaving(&self, place: Option<u32>) -> Option<LeavingGeneration> {
+    /// Whether more processes may leave, of the whole pool or of one place. If not, what has to end
+    /// first: the oldest generation, or the oldest process of the place.
+    pub(crate) fn too_many_leaving(
+        &self,
+        place: Option<u32>,
+    ) -> Option<(LeavingGeneration, Vec<ProcessId>)> {
         let most = self.settings.max_leaving_generations as usize;
         if most == 0 {
             return None;
         }
-        let leaving = self.leaving_generations();
-        let count = match place {
+        let Some(place) = place else {
             // The processes that are to be replaced are of generations that need not be counted
             // again.
-            None => {
-                let holders = self.places.iter().flat_map(|place| place.holders());
-                let now: Vec<Generation> = holders.map(|process| process.generation).collect();
-                leaving.iter().filter(|old| !now.contains(&old.generation)).count()
-            }
-            Some(place) => {
-                let processes = &self.places[place as usize].processes;
-                processes.iter().filter(|it| it.is_leaving_for_roll() && it.view.load > 0).count()
-            }
+            let holders = self.places.iter().flat_map(|place| place.holders());
+            let now: Vec<Generation> = holders.map(|process| process.generation).collect();
+            let mut leaving = self.leaving_generations();
+            leaving.retain(|old| !now.contains(&old.generation));
+            let oldest = *leaving.first().filter(|_| leaving.len() >= most)?;
+            let all = self.places.iter().flat_map(|place| &place.processes);
+            let of = |process: &&Process| {
+                process.may_have_connections() && process.generation == oldest.generation
+            };
+            return Some((oldest, all.filter(of).map(|process| process.id).collect()));
         };
-        (count >= most).then(|| leaving.first().copied()).flatten()
+        let processes = &self.places.get(place as usize)?.processes;
+        let leaving = processes.iter().filter(|process| process.may_have_connections());
+        // In the order of their starts.
+        let leaving: Vec<&Process> = leaving.collect();
+        let oldest = leaving.first().filter(|_| leaving.len() >= most)?;
+        let Process { id, generation, view, .. } = oldest;
+        let connections = view.load;
+        let oldest = LeavingGeneration { generation: *generation, processes: 1, connections };
+        Some((oldest, vec![*id]))
     }
 
     /// Names the pool where a process is expected.
@@ -573,6 +578,14 @@ impl Process {
     /// Whether it leaves because a roll replaced it. Such processes do not count for `max_surge`.
     pub(crate) fn is_leaving_for_roll(&self) -> bool {
         matches!(self.phase, Phase::Leaving { .. }) && self.replace == Some(Replacement::Restart)
+    }
+
+    /// Whether it leaves because of a roll, with connections that it is not told to end now. The
+    /// worker of an adopted process may have some that are not known yet.
+    pub(crate) fn may_have_connections(&self) -> bool {
+        let unknown = self.adopted && self.joined_at.is_none();
+        let has = self.view.load > 0 || unknown;
+        self.is_leaving_for_roll() && self.end_by == crate::policy::NEVER && has
     }
 
     /// It is not to replace the older process: without clients it is ended, with clients it is

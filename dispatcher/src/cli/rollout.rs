@@ -21,8 +21,9 @@ Examples:
   dispatcher rollout status web --wait    wait for its end; exit code 70 if it stopped
   dispatcher rollout undo web             return to the command before the last restart
 
-Exit codes: 0 the roll is done, or goes on; 70 it stopped, because a new process did not become ready; 75 it was not over
-within --timeout.";
+Exit codes: 0 the roll is done, or goes on; 65 another roll has begun meanwhile; 70 it stopped, because a new process did
+not become ready, also if it was undone then; 75 it was not over within --timeout, the pool is in a crash loop, or the
+dispatcher was started again and does not know it.";
 
 /// The default of `--timeout`.
 pub(super) const TIMEOUT: Duration = Duration::from_secs(3600);
@@ -96,7 +97,8 @@ fn status(arguments: &PoolArgs) -> Result<(), Failure> {
         return Err(failed);
     }
     match &processes.roll {
-        Some(roll) if roll.state == "stopped" => {
+        // A roll that was undone by itself keeps the reason; an operator's `undo` has none.
+        Some(roll) if roll.state == "stopped" || (roll.undo && roll.reason.is_some()) => {
             Err(Failure::new(Exit::Software, headline(&name, roll)))
         }
         _ => Ok(()),

@@ -308,7 +308,7 @@ pub struct Spawn {
     /// `on_dispatcher_loss`. Default [`OnDispatcherLoss::Drain`].
     pub on_dispatcher_loss: OnDispatcherLoss,
     /// `ready_check`. Default [`ReadyCheck::Tcp`].
-    #[serde(skip)]
+    #[serde(default)]
     pub ready_check: ReadyCheck,
 }
 
@@ -322,7 +322,7 @@ impl Spawn {
 }
 
 /// When the worker of a process that replaces another one is ready.
-#[derive(Clone, Debug, Default, PartialEq, Eq)]
+#[derive(Clone, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
 pub enum ReadyCheck {
     /// As soon as it has joined.
     None,

@@ -5,7 +5,7 @@
 //! kept as long as the core can start a process of it; a later dispatcher finds the deploys of pools
 //! whose processes outlive this one in the journal.
 
-use std::collections::{BTreeMap, HashMap};
+use std::collections::{BTreeMap, HashMap, VecDeque};
 use std::os::fd::{AsFd, OwnedFd};
 use std::time::{Duration, SystemTime, UNIX_EPOCH};
 
@@ -30,6 +30,9 @@ use dispatcher_core::{
 /// Most lines of output that a stopped roll shows.
 const MAX_LINES: usize = 20;
 
+/// Processes of a pool of which it is kept how they ended: as many as may end in one turn.
+const LAST_NOTES: usize = 256;
+
 /// The deploys of all pools.
 #[derive(Debug, Default)]
 pub(super) struct Rolls {
@@ -43,8 +46,8 @@ pub(super) struct Rolls {
 #[derive(Debug, Default)]
 struct PoolRolls {
     versions: BTreeMap<Generation, Spawn>,
-    /// How the last process ended, or why it was not ready.
-    last: Option<(ProcessId, String)>,
+    /// How the last processes ended, or why they were not ready.
+    last: VecDeque<(ProcessId, String)>,
     /// Why the last roll stopped.
     stop: Option<Stopped>,
     /// When the last roll began: seconds since 1970.
@@ -78,7 +81,13 @@ impl Rolls {
 
     /// What was last learned of a process: how it ended, or why it is not ready.
     pub(super) fn note(&mut self, process: ProcessId, what: &str) {
-        self.pools.entry(process.pool).or_default().last = Some((process, what.to_owned()));
+        let last = &mut self.pools.entry(process.pool).or_default().last;
+        // Several may end before the core's events about them are read.
+        last.retain(|(known, _)| *known != process);
+        if last.len() == LAST_NOTES {
+            last.pop_front();
+        }
+        last.push_back((process, what.to_owned()));
     }
 
     /// Ready checks of a pool that passed and that failed.
@@ -215,7 +224,23 @@ impl EventLoop {
         target: &Target,
         pool: PoolId,
     ) -> Result<RollBegun, CommandError> {
-        let former = self.core.last_roll(pool).map(|roll| roll.former);
+        let last = self.core.last_roll(pool);
+        let stopped = self.rolls.pools.get(&pool).is_some_and(|pool| pool.stop.is_some());
+        if let Some(last) = last.filter(|it| it.undo && it.state != RollState::Stopped && stopped) {
+            let name = self.core.pool_name(pool);
+            let generation = last.generation.0;
+            let message = match last.state {
+                RollState::Progressing => {
+                    format!("pool {name} is returning to generation {generation} already")
+                }
+                RollState::Stopped | RollState::Done => {
+                    format!("pool {name} has returned to generation {generation} already")
+                }
+            };
+            return Err(CommandError::new(Problem::Conflict, message)
+                .hint("its last restart failed and was undone (on_failure)"));
+        }
+        let former = last.map(|roll| roll.former);
         if let Some(former) = former
             && self.rolls.version(pool, former).is_none()
         {
@@ -252,6 +277,16 @@ impl EventLoop {
     fn roll_refused(&self, target: &Target, pool: PoolId, refusal: RollRefusal) -> CommandError {
         let name = self.core.pool_name(pool);
         match refusal {
+            RollRefusal::TooManyGenerations(oldest) if let Target::Worker(worker) = target => {
+                let message = format!(
+                    "too many former processes of worker {worker} have connections \
+                     (max_leaving_generations of pool {name}): the oldest has {}",
+                    oldest.connections
+                );
+                CommandError::new(Problem::Conflict, message).hint(format!(
+                    "wait for them, or end them: dispatcher restart {worker} --end-oldest"
+                ))
+            }
             RollRefusal::TooManyGenerations(oldest) => {
                 let settings = self.core.pool_settings(pool);
                 let most = settings.map_or(0, |it| it.supervision.max_leaving_generations);
@@ -264,12 +299,8 @@ impl EventLoop {
                     s = if most == 1 { "" } else { "s" },
                     t = if oldest.processes == 1 { "" } else { "s" },
                 );
-                let what = match target {
-                    Target::Worker(worker) => worker.to_string(),
-                    Target::Pool(_) | Target::All => name.to_owned(),
-                };
                 CommandError::new(Problem::Conflict, message).hint(format!(
-                    "wait for them, or end them: dispatcher restart {what} --end-oldest"
+                    "wait for them, or end them: dispatcher restart {name} --end-oldest"
                 ))
             }
             RollRefusal::NothingToUndo => CommandError::new(
@@ -352,7 +383,7 @@ impl EventLoop {
     /// A roll stopped at this process.
     fn roll_stopped(&mut self, process: ProcessId, cause: StepFailure) {
         let entry = self.rolls.pools.entry(process.pool).or_default();
-        let known = entry.last.as_ref().filter(|(last, _)| *last == process);
+        let known = entry.last.iter().find(|(last, _)| *last == process);
         let known = known.map(|(_, what)| what.as_str());
         let what = match (cause, known) {
             (StepFailure::NotStarted, Some(what)) => format!("could not be started: {what}"),
@@ -430,8 +461,17 @@ impl EventLoop {
 
     /// Has the worker of a process checked.
     pub(super) fn check_ready(&mut self, process: ProcessId) {
-        let spawn = self.pools.get(usize::from(process.pool.0)).and_then(|it| it.spawn.as_ref());
+        let configured = self.pools.get(usize::from(process.pool.0));
+        let configured = configured.and_then(|pool| pool.spawn.as_ref());
+        // A former version has its own check: an undone deploy may have changed it, too.
+        let spawn = match (configured, self.spawn_of(process)) {
+            (Some(configured), Some(own)) if !own.starts_like(configured) => Some(own),
+            (configured, own) => configured.or(own),
+        };
         let check = spawn.map_or(ReadyCheck::default(), |spawn| spawn.ready_check.clone());
+        if check == ReadyCheck::None {
+            return self.core.checked(self.now, process, true);
+        }
         let settings = self.core.pool_settings(process.pool);
         let timeout = settings.map(|settings| settings.supervision.ready_timeout);
         let timeout = timeout.unwrap_or_default();
@@ -441,19 +481,23 @@ impl EventLoop {
     /// A connection for a worker that is being checked.
     pub(super) fn offer_check(&mut self, connection: CheckConnection) {
         let process = connection.process;
+        // Its attempt may have run out of time.
+        if connection.taken.is_closed() {
+            return self.background.closers.task(Task::Close(connection.fd));
+        }
         if !self.core.wants_process(process) {
             let _ = connection.taken.send(CheckFate::Over);
-            return;
+            return self.background.closers.task(Task::Close(connection.fd));
         }
         let worker = self.core.workers().find(|&it| self.core.process_of(it) == Some(process));
-        let Some(worker) = worker else { return };
         self.rolls.offered = Some(connection);
-        if !self.core.send_check(self.now, worker) {
-            // The checker makes another one after a pause.
-            self.rolls.offered = None;
+        if worker.is_some_and(|worker| self.core.send_check(self.now, worker)) {
+            self.perform();
         }
-        self.perform();
-        self.rolls.offered = None;
+        // If it was not sent, the checker makes another one after a pause.
+        if let Some(unsent) = self.rolls.offered.take() {
+            self.background.closers.task(Task::Close(unsent.fd));
+        }
     }
 
     /// Sends the connection of a ready check.

@@ -239,9 +239,17 @@ fn on_failure_undo_returns_by_itself() {
         });
         assert!(roll(&status).undo);
         assert_eq!(processes(&status).generation, 1);
-        // Its reason is still shown. The state is good, so the exit code is 0.
-        let text = order(&dispatcher, &["rollout", "status", "web"]);
-        check(&text, &[reason, "return from 2 to 1: done"]);
+        // Its reason is still shown, and the deploy has failed.
+        for wait in [&[][..], &["--wait"]] {
+            let arguments = [&["rollout", "status", "web"], wait].concat();
+            let Outcome { code, text } = run(&dispatcher, &arguments);
+            assert_eq!(code, 70, "{text}");
+            check(&text, &[reason, "return from 2 to 1: done"]);
+        }
+        // To undo it again would return to the version that failed.
+        let Outcome { code, text } = run(&dispatcher, &["rollout", "undo", "web"]);
+        assert_eq!(code, 65, "{text}");
+        check(&text, &["pool web has returned to generation 1 already"]);
     });
     // Corrected, it goes through.
     reload(&dispatcher, &good.replace("VERSION = \"1\"", "VERSION = \"3\""));
@@ -327,4 +335,18 @@ fn an_undo_that_fails_stops_too() {
     assert_eq!(plain(&status), ["2"; 2]);
     assert_eq!(roll(&status).state, "stopped");
     Client::connect(dispatcher.address("web")).unwrap().echo("served");
+}
+
+#[test]
+fn an_undo_checks_the_former_version_with_its_own_check() {
+    let keys = |number, check| version(number, &format!("processes = 2\nready_check = {check:?}"));
+    // It does not speak HTTP.
+    let dispatcher = Dispatcher::start(&spawning(&good("blocking"), &keys("1", "tcp")));
+    dispatcher.wait_joined("web", 2);
+    let http = format!("[{:?}]", example("http"));
+    reload(&dispatcher, &spawning(&http, &keys("2", "/health")));
+    order(&dispatcher, &["restart", "web", "--wait"]);
+    assert_eq!(plain(&dispatcher.status()), ["2"; 2]);
+    order(&dispatcher, &["rollout", "undo", "web", "--wait"]);
+    assert_eq!(plain(&dispatcher.status()), ["1"; 2]);
 }

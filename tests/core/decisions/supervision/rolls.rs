@@ -519,3 +519,80 @@ fn clients_that_connect_again_seldom_come_to_an_old_worker() {
         }
     }
 }
+
+#[test]
+fn the_oldest_process_of_one_place_is_ended_and_no_other() {
+    let mut pool = Pool::new(2, |_| {});
+    let mut last = pool.serving.clone();
+    let mut leaving = Vec::new();
+    // Two rolls: each place has two former processes with connections.
+    for _ in 0..2 {
+        for &(_, worker) in &last {
+            pool.driver.vouch(worker);
+        }
+        for _ in 0..4 {
+            pool.driver.accept(WEB);
+        }
+        for &(_, worker) in &last {
+            pool.driver.take_all(worker);
+        }
+        pool.roll();
+        let new = vec![pool.step(), pool.step()];
+        leaving.extend(std::mem::replace(&mut last, new));
+    }
+    let now = pool.driver.now;
+    let refused = pool.driver.core.roll_one(now, last[1].0, None, false);
+    assert!(matches!(refused, Err(RollRefusal::TooManyGenerations(oldest))
+        if oldest.processes == 1 && oldest.connections == 2));
+    pool.driver.core.roll_one(now, last[1].0, None, true).expect("the oldest is ended");
+    pool.driver.pump();
+    pool.driver.wait(ms(1));
+    let over = |effect: &Effect| match effect {
+        Effect::Event(Event::DrainOver { worker, .. }) => Some(*worker),
+        _ => None,
+    };
+    let ended: Vec<WorkerId> = pool.driver.log.iter().filter_map(over).collect();
+    let oldest = leaving.iter().find(|(process, _)| process.place == 1).expect("it leaves");
+    assert_eq!(ended, [oldest.1], "its clients, and no others");
+}
+
+#[test]
+fn a_worker_that_joins_again_and_again_is_checked_once() {
+    let mut pool = Pool::new(1, |_| {});
+    pool.roll();
+    let [process] = pool.driver.starts()[..] else { panic!() };
+    let mut worker = pool.driver.serves(process);
+    for _ in 0..10 {
+        pool.driver.leave(worker, Departure::Disconnected);
+        worker = pool.driver.join_as(hello(), Some(process)).expect("it may join");
+        pool.driver.accept(WEB);
+        assert_eq!(pool.driver.loads(&[worker]), [0], "it gets no clients");
+    }
+    assert_eq!(pool.checks(), [process]);
+    pool.checked(process, true);
+    assert_eq!(pool.state(0), State::Draining);
+}
+
+#[test]
+fn a_surplus_process_that_is_wanted_again_gets_clients() {
+    let mut pool = Pool::new(2, |_| {});
+    pool.roll();
+    pool.step();
+    // A step beside nothing: the old process of its place has ended.
+    let (old, worker) = pool.serving[1];
+    pool.driver.dies(old, Some(worker));
+    let [step] = pool.driver.starts()[..] else { panic!() };
+    let new = pool.driver.serves(step);
+    assert_eq!(step.place, 1);
+    pool.driver.core.scale(pool.driver.now, POOL, 1);
+    pool.driver.pump();
+    assert_eq!(pool.driver.state(new), State::Draining);
+    pool.driver.core.scale(pool.driver.now, POOL, 2);
+    pool.driver.pump();
+    assert_eq!(pool.driver.state(new), State::Active);
+    pool.driver.vouch(new);
+    for _ in 0..8 {
+        pool.driver.accept(WEB);
+    }
+    assert!(pool.driver.loads(&[new])[0] > 0, "its check was given up");
+}
