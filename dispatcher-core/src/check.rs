@@ -23,7 +23,9 @@ impl Core {
     pub(super) fn check_sometimes(&mut self) {
         let memory: usize =
             self.pools.iter().flat_map(|pool| &pool.memory).map(|memory| memory.size()).sum();
-        let cost = self.workers.len() + self.ledger.entries().len() + memory;
+        // Each pool looks at every listener and every worker.
+        let tables = self.pools.len() * (self.listeners.len() + self.workers.len());
+        let cost = tables + self.workers.len() + self.ledger.entries().len() + memory;
         self.check_credit = (self.check_credit + CREDIT).min(2 * cost + CREDIT);
         if self.check_credit >= cost {
             self.check_credit -= cost;

@@ -1,7 +1,5 @@
 //! Many reloads leave neither memory nor work behind.
 
-use dispatcher::api::status::Distribution;
-
 use super::*;
 
 /// Reloads in one part of the test.
@@ -17,8 +15,6 @@ struct Part {
     resident: u64,
     /// Processor time of the hot thread for one reload; other programs do not lengthen it.
     cost: Duration,
-    /// One turn in fifty took longer than this: mostly those with a reload.
-    turn: u64,
 }
 
 fn resident(dispatcher: &Dispatcher) -> u64 {
@@ -35,18 +31,6 @@ fn busy(dispatcher: &Dispatcher) -> Duration {
     Duration::from_nanos(text.split(' ').next().unwrap().parse().unwrap())
 }
 
-/// The bound of the bucket that 98 of 100 turns between these two do not exceed, in nanoseconds.
-fn turn(before: &Distribution, after: &Distribution) -> u64 {
-    let counts: Vec<u64> = after.counts.iter().zip(&before.counts).map(|(a, b)| a - b).collect();
-    let total: u64 = counts.iter().sum();
-    let mut seen = 0;
-    let bucket = counts.iter().position(|count| {
-        seen += count;
-        seen * 100 >= total * 98
-    });
-    after.up_to_nanoseconds.get(bucket.unwrap()).copied().unwrap_or(u64::MAX)
-}
-
 fn reload_now(dispatcher: &Dispatcher, body: &str) {
     write_config(&dispatcher.dir, body);
     let mut stream = UnixStream::connect(dispatcher.admin()).unwrap();
@@ -60,7 +44,7 @@ fn reload_now(dispatcher: &Dispatcher, body: &str) {
 }
 
 #[test]
-fn memory_and_turns_do_not_grow_with_the_number_of_reloads() {
+fn memory_and_work_do_not_grow_with_the_number_of_reloads() {
     let base = format!("{}[pool.web]\n", listener("web", "127.0.0.1:0", "web", ""));
     let dispatcher = Dispatcher::start(&base);
     let _worker = dispatcher.worker("blocking", "web", "one");
@@ -69,7 +53,6 @@ fn memory_and_turns_do_not_grow_with_the_number_of_reloads() {
     let mut number = 0;
     let mut parts: Vec<Part> = Vec::new();
     for _ in 0..PARTS {
-        let before = dispatcher.status().meters.turn;
         let began = busy(&dispatcher);
         for _ in 0..PART / 2 {
             number += 1;
@@ -92,13 +75,12 @@ fn memory_and_turns_do_not_grow_with_the_number_of_reloads() {
         // The last reload is complete.
         let status = dispatcher.wait_status("the listeners to be gone", |s| s.listeners.len() == 1);
         assert_eq!(status.pools.len(), 1);
-        let turn = turn(&before, &status.meters.turn);
-        parts.push(Part { resident: resident(&dispatcher), cost, turn });
+        parts.push(Part { resident: resident(&dispatcher), cost });
     }
     let least = |parts: &[Part]| parts.iter().map(|part| part.cost).min().unwrap();
     let (first, last) = (&parts[1], &parts[PARTS - 1]);
     // 4 KiB for each reload would exceed this.
     assert!(last.resident < first.resident + 1024, "{parts:#?}");
+    // With 640 reloads, work that grows with their number would exceed this many times over.
     assert!(least(&parts[PARTS - 2..]) < least(&parts[..2]) * 3, "{parts:#?}");
-    assert!(last.turn <= first.turn * 5, "{parts:#?}");
 }
