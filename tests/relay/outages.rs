@@ -28,6 +28,8 @@ fn known_workers_continue_and_everything_registers_again() {
     let bob = bob.wait().unwrap();
     let change = watch.recv().wait_for(PATIENCE).unwrap().change;
     assert_eq!(change, Change::Missed, "bob may have come before the watch was there again");
+    // The question goes the way of the watch, so the directory has the watch when it answers.
+    assert!(!a.who(&id("bob")).wait().unwrap().places.is_empty());
     let next = b.register(&id("bob")).wait().unwrap();
     wait_until("the watch to tell", || {
         watch.try_recv().is_some_and(|event| event.change == Change::Moved)
