@@ -181,7 +181,7 @@ impl Config {
     /// # Errors
     /// Text for people: the key and what is wrong.
     pub fn parse(text: &str) -> Result<Config, String> {
-        let file: File = toml::from_str(text).map_err(|error| error.to_string())?;
+        let file: File = toml::from_str(text).map_err(|error| located(text, &error))?;
         let milliseconds = |key: &str, value: &str| {
             let time = humantime::parse_duration(value);
             let time = time.map_err(|error| format!("{key} = {value:?}: {error}"))?;
@@ -259,6 +259,13 @@ impl Config {
             nats,
         })
     }
+}
+
+/// A mistake of the file in one line, with its place.
+fn located(text: &str, error: &toml::de::Error) -> String {
+    let before = error.span().and_then(|span| text.get(..span.start));
+    let line = before.map_or(1, |before| before.matches('\n').count() + 1);
+    format!("line {line}: {}", error.message())
 }
 
 /// Without one there is the namespace `default`, for the directory's own user.

@@ -23,4 +23,4 @@ pub mod ticket_key;
 struct Guide;
 
 pub use query::Query;
-pub use run::run;
+pub use run::{run, run_until_end_of};

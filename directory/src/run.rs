@@ -12,6 +12,30 @@ use crate::config::Config;
 /// # Errors
 /// The socket cannot be bound, the key cannot be read, or the runtime cannot start.
 pub fn run(config: Config) -> io::Result<()> {
+    serve(config, std::future::pending())
+}
+
+/// Like [`run`], and until the end of `input`, whose other end the process that has started this one
+/// keeps open.
+///
+/// # Errors
+/// As [`run`]; or no thread can be started.
+pub fn run_until_end_of(
+    config: Config,
+    mut input: impl io::Read + Send + 'static,
+) -> io::Result<()> {
+    let (ended, end) = tokio::sync::oneshot::channel();
+    // A blocking read, because not every input can be waited for otherwise.
+    std::thread::Builder::new().name("input".to_owned()).spawn(move || {
+        let _ = io::copy(&mut input, &mut io::sink());
+        let _ = ended.send(());
+    })?;
+    serve(config, async {
+        let _ = end.await;
+    })
+}
+
+fn serve(config: Config, end: impl Future<Output = ()>) -> io::Result<()> {
     let runtime = tokio::runtime::Builder::new_current_thread().enable_all().build()?;
     let local = tokio::task::LocalSet::new();
     local.block_on(&runtime, async {
@@ -27,6 +51,7 @@ pub fn run(config: Config) -> io::Result<()> {
             tokio::select! {
                 _ = terminate.recv() => {}
                 _ = interrupt.recv() => {}
+                () = end => {}
             }
             log::info!("event=directory_stops");
             notify(b"STOPPING=1\n");

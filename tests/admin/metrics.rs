@@ -105,6 +105,7 @@ fn exposed(text: &str) -> BTreeMap<String, BTreeSet<String>> {
 
 const POOLS: &str = r#"
 advice_listen = "127.0.0.1:0"
+relay_directory = true
 
 [[advice_peer]]
 address = "127.0.0.1:9"
@@ -147,6 +148,9 @@ handoff_timeout = "10m"
 /// A dispatcher with taken, untaken and denied clients, and with workers that joined and left.
 fn busy() -> (Dispatcher, Vec<Process>, Vec<Client>, Vec<TcpStream>) {
     let dispatcher = Dispatcher::start(POOLS);
+    dispatcher.wait_status("the directory", |status| {
+        status.relay.as_ref().is_some_and(|relay| relay.state == "up")
+    });
     let mut workers = dispatcher.workers("blocking", "web", 2);
     let lazy = [("TEST_WORKER", "never-take")];
     workers.push(dispatcher.worker_with("blocking", "chat", "lazy", &lazy));

@@ -4,6 +4,7 @@
 mod advice;
 mod appearance;
 mod deploys;
+mod relay;
 
 use std::io::{Read, Write};
 use std::net::{Shutdown, TcpListener, TcpStream};

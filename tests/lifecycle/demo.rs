@@ -142,6 +142,14 @@ fn eight(demo: &Demo) -> Vec<(TcpStream, String)> {
 }
 
 #[test]
+fn it_has_a_directory_for_messages_between_workers() {
+    let demo = Demo::start(&["--workers", "1"]);
+    wait_until("the directory", || demo.status().relay.is_some_and(|relay| relay.state == "up"));
+    let numbers = shell(demo.line("relay stats"));
+    assert!(numbers.lines().any(|line| line.starts_with("members ")), "{numbers}");
+}
+
+#[test]
 fn the_line_it_prints_drains_a_worker() {
     // The name needs quotes in a shell.
     let demo = Demo::start_in("it's a place", &[]);

@@ -3,6 +3,7 @@
 
 mod access;
 mod chaos;
+mod embedded;
 mod groups;
 mod hostile;
 mod messages;

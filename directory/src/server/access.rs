@@ -5,9 +5,13 @@ use dispatch_protocol::relay::ticket::Key;
 
 use crate::config::Namespace;
 
+/// The namespace of a question that names none.
+const DEFAULT: &str = "default";
+
 /// The index of the namespace that this process may enter.
 ///
 /// An observer (`observes`) only asks: the directory's own user and root may, in every namespace.
+/// Without a namespace `default`, it is in the first one if it asks for that.
 ///
 /// # Errors
 /// A sentence for people, with the key that decides.
@@ -20,6 +24,7 @@ pub(super) fn check(
     observes: bool,
 ) -> Result<u16, String> {
     let found = namespaces.iter().position(|space| space.name == *name);
+    let found = found.or((observes && name.as_str() == DEFAULT).then_some(0));
     let Some((index, space)) = found.and_then(|i| Some((i, namespaces.get(i)?))) else {
         return Err(format!("there is no namespace {name}; add [namespaces.{name}]"));
     };

@@ -6,6 +6,7 @@
 mod advice;
 mod page;
 mod processes;
+mod relay;
 
 use std::fmt;
 use std::sync::Arc;
@@ -155,6 +156,7 @@ impl Collector for Snapshot {
         self.listeners(&mut page)?;
         self.pools(&mut page)?;
         self.advice(&mut page)?;
+        self.relay(&mut page)?;
         self.workers(&mut page)
     }
 }

@@ -1,9 +1,9 @@
 //! The side thread: does all blocking work, so that the event loop never blocks.
 //!
-//! It owns one thread with a tokio runtime and two services: HTTP on the admin socket, and the
-//! [`crate::background::spawner`]. Bounded channels connect them with the event loop. They have no
-//! knowledge of workers, connections or policies. [`client`] is the client of the admin socket, for
-//! the commands.
+//! It owns one thread with a tokio runtime and its services: HTTP on the admin socket, the
+//! [`crate::background::spawner`], advice, and the process of the relay's directory. Bounded
+//! channels connect them with the event loop. They have no knowledge of workers, connections or
+//! policies. [`client`] is the client of the admin socket, for the commands.
 
 mod access_check;
 mod advice;
@@ -13,6 +13,7 @@ mod error_bodies;
 mod file_thread;
 mod http;
 mod metrics;
+mod relay_directory;
 mod reload;
 mod routes;
 
@@ -31,6 +32,7 @@ use self::advice::Adviser;
 use self::client_limits::ClientLimits;
 use self::file_thread::FileThread;
 use self::http::AdminSocket;
+use self::relay_directory::DirectoryProcess;
 use crate::background::logger::quoted;
 use crate::background::spawner;
 use crate::background::{restart, service_manager};
@@ -98,6 +100,9 @@ pub fn start(
     let (running, configured) = watch::channel(None);
     let (accepting, gate) = watch::channel(!held);
     let advice_faults = AdviceFaults::default();
+    let directory = DirectoryProcess::new(configured.clone(), gate.clone());
+    let reported = directory.clone();
+    mailbox.set_relay(move || reported.status());
     let adviser = advice_address.map(|address| {
         let (mailbox, faults) = (Arc::clone(&mailbox), advice_faults.clone());
         Adviser::new(address, mailbox, configured.clone(), faults)
@@ -161,6 +166,9 @@ pub fn start(
                     advice::serve(Arc::clone(&listener), Arc::clone(&adviser), gate.clone())
                 }));
             }
+            let (keeper, asker) = (directory.clone(), directory.clone());
+            tokio::spawn(restart::task("relay_directory", move || keeper.clone().keep()));
+            tokio::spawn(restart::task("relay_numbers", move || asker.clone().ask()));
             let socket = Arc::new(AdminSocket::new(socket));
             tokio::spawn(restart::task("admin_socket", move || {
                 http::serve(Arc::clone(&socket), app.clone(), limits.clone(), gate.clone())
@@ -170,6 +178,7 @@ pub fn start(
             }));
             // An error means that `SideThread` was dropped, which also ends the thread.
             let _ = stopped.await;
+            directory.stop().await;
         };
         // Each task is restarted on its own. The runtime itself panics if it cannot poll, and the
         // sockets registered with it cannot be moved to another runtime.

@@ -12,8 +12,10 @@ use serde::{Deserialize, Serialize};
 use super::advice::AdviceStatus;
 
 mod processes;
+mod relay;
 
 pub use processes::{LeavingStatus, ProcessesStatus, RollStatus};
+pub use relay::{RelayProcess, RelayStatus};
 
 /// Everything about one dispatcher at one instant.
 /// `accepted = queued + in flight + taken + Σ closed` always holds.
@@ -68,6 +70,9 @@ pub struct Status {
     /// Advice to clients; absent without `advice_listen`.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub advice: Option<AdviceStatus>,
+    /// The directory of the relay; absent without `relay_directory` and `relay_socket`.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub relay: Option<RelayStatus>,
     /// Sockets that a service manager keeps open although no listener uses them: their clients are
     /// refused.
     #[serde(default, skip_serializing_if = "Vec::is_empty")]

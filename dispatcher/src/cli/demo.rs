@@ -26,21 +26,29 @@ pub(super) fn demo(arguments: &DemoArgs) -> Result<(), Failure> {
             format!("the path of this program is not UTF-8: {}", program.display()),
         )
     })?;
+    let relay = directory.path.join("relay.sock");
     let config = Config::demo(
         arguments.listen,
         arguments.workers,
         admin.clone(),
         directory.path.join("dispatch.sock"),
+        relay.clone(),
         vec![program.clone(), "demo-worker".to_owned(), std::process::id().to_string()],
     );
     let workers = arguments.workers;
     run::serve(config, |addresses| {
         // The demo serves even if stdout is closed.
-        let _ = print(&what_to_try(&program, addresses, workers, &admin));
+        let _ = print(&what_to_try(&program, addresses, workers, &admin, &relay));
     })
 }
 
-fn what_to_try(program: &str, addresses: &[String], workers: u32, admin: &Path) -> String {
+fn what_to_try(
+    program: &str,
+    addresses: &[String],
+    workers: u32,
+    admin: &Path,
+    relay: &Path,
+) -> String {
     let mut text = String::new();
     // Writing to a string cannot fail.
     for address in addresses {
@@ -57,10 +65,12 @@ fn what_to_try(program: &str, addresses: &[String], workers: u32, admin: &Path) 
         );
     }
     let admin = admin.display().to_string();
+    let relay = relay.display().to_string();
     let (program, admin) = (quoted(program), quoted(&admin));
     for command in ["status", "top", "drain web/web-1"] {
         let _ = writeln!(text, "  {program} {command} --admin {admin}");
     }
+    let _ = writeln!(text, "  {program} relay stats --socket {}", quoted(&relay));
     text
 }
 
@@ -110,6 +120,8 @@ impl Drop for Directory {
             "dispatch.sock.lock",
             "dispatch.sock.take-over",
             "dispatch.sock.take-over.lock",
+            "relay.sock",
+            "relay.sock.lock",
         ] {
             let _ = std::fs::remove_file(self.path.join(name));
         }

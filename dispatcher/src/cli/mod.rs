@@ -135,7 +135,7 @@ enum Command {
     /// Show which addresses clients of a pool are advised, over all hosts, and why.
     #[command(after_help = advice::EXAMPLES)]
     Advice(advice::AdviceArgs),
-    /// Ask the relay's directory: who holds an id, which groups there are, its numbers.
+    /// Run the relay's directory, or ask it: which worker holds an id, which groups there are.
     #[command(after_help = relay::EXAMPLES)]
     Relay(relay::RelayArgs),
     /// Print a shell completion script.

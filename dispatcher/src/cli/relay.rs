@@ -1,22 +1,26 @@
 //! `dispatcher relay`: asks the relay's directory, not the dispatcher.
 
+use std::fmt::Write as _;
 use std::io;
 use std::path::PathBuf;
+use std::time::Duration;
 
 use clap::{Args, Subcommand};
 use dispatch_directory::Query;
-use dispatch_directory::config::DEFAULT_SOCKET;
+use dispatch_directory::config::{Config, DEFAULT_SOCKET};
 use dispatch_protocol::relay::{Id, Name, Place};
 use serde_json::json;
 
 use super::table::{Table, width};
 use super::{Exit, Failure, print, print_json, print_while_read};
+use crate::api::status::RelayStatus;
 
 pub(super) const EXAMPLES: &str = "\
 Examples:
   dispatcher relay who alice
   dispatcher relay who --namespace chat
   dispatcher relay groups --namespace chat
+  dispatcher relay serve --socket ./relay.sock
   dispatcher relay stats --json | jq .ids
   dispatcher relay stats --openmetrics > /var/lib/node_exporter/relay.prom";
 
@@ -28,6 +32,8 @@ pub(super) struct RelayArgs {
 
 #[derive(Debug, Subcommand)]
 enum Question {
+    /// Run a directory for this host until SIGTERM or SIGINT, like the program dispatch-directory.
+    Serve(ServeArgs),
     /// Show which worker holds an id, or list all registered ids.
     Who {
         /// The id.
@@ -51,6 +57,22 @@ enum Question {
 }
 
 #[derive(Debug, Args)]
+struct ServeArgs {
+    /// The configuration of the directory; without it the defaults apply.
+    #[arg(long, value_name = "FILE")]
+    config: Option<PathBuf>,
+    /// Its socket, instead of the configured one.
+    #[arg(long, value_name = "PATH")]
+    socket: Option<PathBuf>,
+    /// The file with the key of tickets, instead of the configured one.
+    #[arg(long, value_name = "FILE")]
+    ticket_key: Option<PathBuf>,
+    /// End when the standard input ends, too.
+    #[arg(long)]
+    end_with_stdin: bool,
+}
+
+#[derive(Debug, Args)]
 struct AskArgs {
     /// The socket of the directory.
     #[arg(long, value_name = "PATH", env = "DISPATCH_RELAY_SOCKET", default_value = DEFAULT_SOCKET)]
@@ -66,6 +88,7 @@ struct AskArgs {
 impl RelayArgs {
     pub(super) fn json(&self) -> bool {
         match &self.question {
+            Question::Serve(_) => false,
             Question::Who { ask, .. } | Question::Groups { ask } | Question::Stats { ask, .. } => {
                 ask.json
             }
@@ -97,12 +120,58 @@ impl AskArgs {
     }
 }
 
+/// One line of `dispatcher status`.
+pub(super) fn summary(relay: &RelayStatus) -> String {
+    let number = |name: &str| relay.numbers.get(name).copied().unwrap_or(0);
+    let mut line = format!("relay {} at {}", relay.state, relay.socket);
+    if relay.state == "up" {
+        let (members, ids, groups) = (number("members"), number("ids"), number("groups"));
+        let _ = write!(line, ": {members} members, {ids} ids, {groups} groups");
+    }
+    if let Some(error) = &relay.error {
+        let _ = write!(line, ": {error}");
+    }
+    line.push('\n');
+    line
+}
+
 pub(super) fn relay(arguments: &RelayArgs) -> Result<(), Failure> {
     match &arguments.question {
+        Question::Serve(serving) => serve(serving),
         Question::Who { id, ask } => who(id.as_deref(), ask),
         Question::Groups { ask } => groups(ask),
         Question::Stats { ask, openmetrics } => stats(ask, *openmetrics),
     }
+}
+
+fn serve(arguments: &ServeArgs) -> Result<(), Failure> {
+    let config = match &arguments.config {
+        Some(path) => Config::load(path),
+        None => Config::parse(""),
+    };
+    let mut config = config.map_err(|error| Failure::new(Exit::Config, error))?;
+    if let Some(socket) = &arguments.socket {
+        config.socket.clone_from(socket);
+    }
+    if let Some(key) = &arguments.ticket_key {
+        config.ticket_key = Some(key.clone());
+    }
+    let level = log::LevelFilter::Info;
+    crate::background::logger::init(level)
+        .map_err(|error| Failure::new(Exit::OsErr, format!("the log thread: {error}")))?;
+    let served = match arguments.end_with_stdin {
+        true => dispatch_directory::run_until_end_of(config, io::stdin()),
+        false => dispatch_directory::run(config),
+    };
+    crate::background::logger::flush(Duration::from_secs(1));
+    served.map_err(|error| {
+        let exit = match error.kind() {
+            io::ErrorKind::AddrInUse => Exit::Unavailable,
+            io::ErrorKind::PermissionDenied => Exit::NoPermission,
+            _ => Exit::CantCreate,
+        };
+        Failure::new(exit, error.to_string())
+    })
 }
 
 fn who(id: Option<&str>, ask: &AskArgs) -> Result<(), Failure> {

@@ -106,6 +106,9 @@ pub(super) fn table(status: &Status, faults: usize, width: usize) -> String {
     if let Some(advice) = &status.advice {
         text.push_str(&super::advice::summary(advice));
     }
+    if let Some(relay) = &status.relay {
+        text.push_str(&wrap(&clean(&super::relay::summary(relay)), "", width));
+    }
     if status.meters.log_lines_dropped > 0 {
         let _ = writeln!(text, "log lines dropped: {}", status.meters.log_lines_dropped);
     }

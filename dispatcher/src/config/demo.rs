@@ -5,7 +5,7 @@ use std::path::PathBuf;
 
 use super::{
     Address, AdviceSettings, Config, Limits, Listener, ListenerOptions, OnDispatcherLoss, Pool,
-    ProcessSetup, ReadyCheck, Spawn, UnixEndpoint, UnixSource, accounts, literal,
+    ProcessSetup, ReadyCheck, RelaySettings, Spawn, UnixEndpoint, UnixSource, accounts, literal,
 };
 use dispatcher_core::{AccessRules, AllowedAccounts, PoolSettings};
 
@@ -17,6 +17,7 @@ impl Config {
         workers: u32,
         admin_socket: PathBuf,
         dispatch_socket: PathBuf,
+        relay_socket: PathBuf,
         command: Vec<String>,
     ) -> Config {
         let private = |path: PathBuf| UnixEndpoint {
@@ -63,7 +64,9 @@ impl Config {
             admin_http: None,
             admin_http_hosts: Vec::new(),
             advice: AdviceSettings::default(),
+            relay: RelaySettings::default(),
             warnings: Vec::new(),
         }
+        .with_directory(relay_socket)
     }
 }

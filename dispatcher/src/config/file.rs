@@ -9,6 +9,7 @@ use toml::Spanned;
 
 use super::advice::{AdviceKeys, PeerKeys};
 use super::affinity::AffinityKeys;
+use super::relay::DirectoryKey;
 use super::scores::ScoreKeys;
 use super::spawn::{AJitter, ASurge};
 use super::value::{
@@ -49,6 +50,8 @@ pub(super) struct File {
     pub log_level: Option<LogLevel>,
     pub metrics_max_workers: Option<Count<0, 65_536>>,
     pub relay_ticket_key: Option<PathBuf>,
+    pub relay_directory: Option<Spanned<DirectoryKey>>,
+    pub relay_socket: Option<Spanned<String>>,
     pub max_handshakes: Option<Count<1, 65_536>>,
     pub connect_rate: Option<Count<1, 1_000_000>>,
     pub join_rate: Option<Count<1, 1_000_000>>,

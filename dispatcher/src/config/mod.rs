@@ -18,6 +18,7 @@ mod listener;
 mod process_setup;
 mod proxy;
 mod read;
+mod relay;
 mod scores;
 mod spawn;
 mod validate;
@@ -35,6 +36,7 @@ pub use advice::{AdviceSettings, MAX_ADVICE_PEERS, is_advisable};
 pub use error::{ConfigError, Diagnostic, Warning};
 pub(crate) use hints::SAMPLE;
 pub use process_setup::{Account, Limit, Output, ProcessLimits, ProcessSetup, UNLIMITED};
+pub use relay::{RelayDirectory, RelaySettings};
 pub use spawn::{NOT_INHERITED, Place, depends_on_process, expand, literal};
 
 use serde::{Deserialize, Serialize};
@@ -86,6 +88,8 @@ pub struct Config {
     pub admin_http_hosts: Vec<String>,
     /// Advice to clients.
     pub advice: AdviceSettings,
+    /// The directory of the relay.
+    pub relay: RelaySettings,
     /// In file order; `pool` of each is an index into `pools`.
     pub listeners: Vec<Listener>,
     /// In file order (a listener's `ListenerSettings::pool` refers to this order).

@@ -3,6 +3,7 @@
 mod access_rules;
 mod advice;
 mod proxy;
+mod relay;
 mod sample;
 mod scores;
 mod several;

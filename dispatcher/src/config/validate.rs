@@ -11,7 +11,7 @@ use super::listener::set_in_unit;
 use super::value::{AMode, AnAccount, Either, TextOrNumber};
 use super::{
     Address, Config, DEFAULT_ADMIN_SOCKET, DEFAULT_DISPATCH_SOCKET, Limits, Listener, Pool,
-    UnixEndpoint, UnixSource, accounts, advice, affinity, scores, spawn,
+    UnixEndpoint, UnixSource, accounts, advice, affinity, relay, scores, spawn,
 };
 use dispatcher_core::{AllowedAccounts, Peek, PoolSettings};
 
@@ -95,6 +95,7 @@ impl Check<'_> {
         check.keep(check_sockets(&file, &dispatch_socket, &admin_socket));
         let advice = advice::advice(check, &file);
         check.keep(advice::check_http(&file, admin_http, advice.listen));
+        let relay = relay::relay(check, &file, &dispatch_socket);
         let limits = limits(&file);
         let defaults = file.defaults.unwrap_or_default();
 
@@ -129,6 +130,7 @@ impl Check<'_> {
                 (&dispatch_socket, limits.stop_timeout),
             ));
         }
+        relay::tell_processes(&relay, &mut pools);
         if pools.len() > usize::from(u16::MAX) {
             check.mistake(Mistake::new(0..0, "more than 65535 pools"));
             return None;
@@ -177,6 +179,7 @@ impl Check<'_> {
             admin_http,
             admin_http_hosts,
             advice,
+            relay,
             listeners,
             pools,
             limits,

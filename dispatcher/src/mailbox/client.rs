@@ -13,7 +13,7 @@ use super::loads::{DeferredLoads, OwnLoads};
 use super::{DeferredStatus, Request};
 use crate::api::advice::AdviceStatus;
 use crate::api::command::{Answer, Command};
-use crate::api::status::Status;
+use crate::api::status::{RelayStatus, Status};
 use crate::listen::files::SocketFiles;
 use crate::wake::Wake;
 
@@ -111,6 +111,8 @@ pub(crate) struct MailboxClient {
     last_loads: Mutex<Option<(Instant, Arc<OwnLoads>)>>,
     /// Makes the part of the status about advice.
     advice: OnceLock<Box<dyn Fn() -> AdviceStatus + Send + Sync>>,
+    /// Makes the part of the status about the relay.
+    relay: OnceLock<Box<dyn Fn() -> Option<RelayStatus> + Send + Sync>>,
     /// Locked while a request is pending; holds the earliest time of the next one.
     commands: tokio::sync::Mutex<Instant>,
 }
@@ -130,6 +132,7 @@ impl MailboxClient {
             loads: Question::new(LOADS_EVERY),
             last_loads: Mutex::new(None),
             advice: OnceLock::new(),
+            relay: OnceLock::new(),
             commands: tokio::sync::Mutex::new(Instant::now()),
         })
     }
@@ -152,6 +155,7 @@ impl MailboxClient {
                     let mut status = finish();
                     status.socket_files_missing = mailbox.files.missing();
                     status.advice = mailbox.advice.get().map(|advice| advice());
+                    status.relay = mailbox.relay.get().and_then(|relay| relay());
                     Arc::new(status)
                 });
                 mailbox.status.answer(status.as_ref());
@@ -164,6 +168,15 @@ impl MailboxClient {
     pub(crate) fn set_advice(&self, advice: impl Fn() -> AdviceStatus + Send + Sync + 'static) {
         // Called once, at the start.
         let _ = self.advice.set(Box::new(advice));
+    }
+
+    /// Sets what makes the part of the status about the relay.
+    pub(crate) fn set_relay(
+        &self,
+        relay: impl Fn() -> Option<RelayStatus> + Send + Sync + 'static,
+    ) {
+        // There is one relay.
+        let _ = self.relay.set(Box::new(relay));
     }
 
     /// The figures for advice, and when they were asked for: at most 100 ms before this call. So

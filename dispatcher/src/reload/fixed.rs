@@ -26,5 +26,11 @@ pub(super) fn fixed(old: &Config, new: &Config) -> Vec<String> {
     if old.advice.listen != new.advice.listen {
         keys.push("advice_listen".to_owned());
     }
+    // The address of a directory of its own may change.
+    let started = old.relay.directory.is_some() || new.relay.directory.is_some();
+    if started && old.relay != new.relay {
+        let file = old.relay.directory != new.relay.directory;
+        keys.push(if file { "relay_directory" } else { "relay_socket" }.to_owned());
+    }
     keys
 }

@@ -78,6 +78,7 @@ fn the_defaults_in_the_sample_are_the_defaults() {
         "admin_socket_group",
         "admin_http",
         "relay_ticket_key",
+        "relay_socket",
         // Other accounts need a permission, and limits depend on the machine.
         "user",
         "group",

@@ -105,7 +105,7 @@ fn forked_processes_have_one_command() {
 fn the_demo_has_no_placeholders() {
     let command = vec!["/opt/{name}/run".to_owned()];
     let listen = ([127, 0, 0, 1], 0).into();
-    let config = Config::demo(listen, 1, "/a".into(), "/d".into(), command);
+    let config = Config::demo(listen, 1, "/a".into(), "/d".into(), "/r".into(), command);
     let spawn = config.pools[0].spawn.as_ref().expect("processes");
     let place = Place { number: 1, name: "web-1", pool: "web" };
     assert_eq!(expand(&spawn.command[0], place), "/opt/{name}/run");
