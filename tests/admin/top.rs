@@ -333,10 +333,13 @@ fn after_sigstop_top_takes_the_terminal_again() {
     stty(&["sane"]);
     assert!(!stty(&["-a"]).contains("-icanon"));
     let drawn = screen.count("quit");
-    // Some versions of script stop and continue together with their child.
-    kill(Pid::from_raw(screen.process.pid()), Signal::SIGCONT).unwrap();
     kill(top, Signal::SIGCONT).unwrap();
-    screen.wait_for_more("quit", drawn);
+    // Some versions of script stop together with their child, and perhaps only now.
+    let script = Pid::from_raw(screen.process.pid());
+    wait_until("the screen to be drawn again", || {
+        kill(script, Signal::SIGCONT).unwrap();
+        screen.count("quit") > drawn
+    });
     assert!(stty(&["-a"]).contains("-icanon"));
     screen.press("q");
     assert!(screen.process.wait().success());
