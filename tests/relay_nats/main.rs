@@ -3,6 +3,8 @@
 //! share this machine's loopback; what separates them is that they have nothing in common but NATS.
 #![allow(clippy::unwrap_used, clippy::expect_used, reason = "in a test a panic is the report")]
 
+mod namespaces;
+
 use std::io::{Read, Write};
 use std::net::{SocketAddr, TcpListener, TcpStream};
 use std::process::{Command, Stdio};
@@ -36,7 +38,8 @@ impl Nats {
     fn restart(&mut self) {
         self.process = None;
         let mut command = Command::new("nats-server");
-        command.args(["--addr", "127.0.0.1", "--port", &self.address.port().to_string()]);
+        let (ip, port) = (self.address.ip().to_string(), self.address.port().to_string());
+        command.args(["--addr", &ip, "--port", &port]);
         command.stdin(Stdio::null()).stdout(Stdio::null()).stderr(Stdio::null());
         let mut process = Process::start("nats-server", &mut command);
         wait_until("nats-server to listen", || {

@@ -3,29 +3,17 @@
 use std::io::{Read, Write};
 use std::net::TcpStream;
 use std::path::Path;
-use std::process::{Command, Stdio};
+use std::process::Stdio;
 use std::time::Duration;
 
 use nix::sys::signal::Signal;
 use tempfile::TempDir;
 use test_support::*;
 
+pub use super::network::Fault;
 use super::network::Network;
 
 const WORKERS: usize = 4;
-
-/// What happens to a host.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub enum Fault {
-    /// All processes are killed. Its kernel refuses connections.
-    Kill,
-    /// All processes are stopped. Its kernel accepts connections.
-    Stop,
-    /// Its link is down.
-    LinkDown,
-    /// No packet reaches it.
-    Drop,
-}
 
 pub struct Host {
     number: usize,
@@ -125,11 +113,4 @@ fn serves(address: &str) -> bool {
         stream.read_exact(&mut [0])
     };
     served().is_ok()
-}
-
-/// A command that has to succeed.
-pub fn must(command: &mut Command) {
-    let output = command.output().unwrap();
-    let error = String::from_utf8_lossy(&output.stderr);
-    assert!(output.status.success(), "{command:?}: {error}");
 }

@@ -9,13 +9,24 @@ use std::process::{Child, Command, Stdio};
 
 use test_support::*;
 
-use super::host::{Fault, must};
-
 /// Set in the run inside the namespace.
 const INSIDE: &str = "FAILOVER_INSIDE";
 
 /// Makes a namespace for a command: as root, or as root of a user namespace.
 const UNSHARE: [&[&str]; 2] = [&["--net"], &["--map-root-user", "--net"]];
+
+/// What happens to a host.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Fault {
+    /// All processes are killed. Its kernel refuses connections.
+    Kill,
+    /// All processes are stopped. Its kernel accepts connections.
+    Stop,
+    /// Its link is down.
+    LinkDown,
+    /// No packet reaches it.
+    Drop,
+}
 
 pub enum Network {
     Loopback,
@@ -145,6 +156,13 @@ impl Network {
             }
         }
     }
+}
+
+/// A command that has to succeed.
+pub fn must(command: &mut Command) {
+    let output = command.output().unwrap();
+    let error = String::from_utf8_lossy(&output.stderr);
+    assert!(output.status.success(), "{command:?}: {error}");
 }
 
 /// Before the rules that find the way to the clients.
