@@ -127,6 +127,48 @@ fn wrong_fds_child() {
     assert_eq!(worker.live(), 0);
 }
 
+#[test]
+fn a_client_without_free_descriptors_sets_no_server_aside() {
+    in_child("client_child");
+}
+
+#[test]
+fn client_child() {
+    use std::net::TcpListener;
+    use std::time::Duration;
+    use worker_sdk::connector::{self, Addresses, ConnectorConfig, Error, Selection};
+
+    if !is_child("client_child") {
+        return;
+    }
+    let listeners = [(); 2].map(|()| TcpListener::bind("127.0.0.1:0").unwrap());
+    let addresses = listeners.each_ref().map(|listener| listener.local_addr().unwrap());
+    let list = Addresses::list(addresses.map(|address| address.to_string())).unwrap();
+    let pause = Duration::from_secs(3_600);
+    let config = ConnectorConfig::new(list)
+        .selection(Selection::InOrder)
+        .back_off(Duration::from_millis(1), Duration::from_millis(1))
+        .set_aside(pause, pause);
+    let runtime = tokio::runtime::Builder::new_current_thread().enable_all().build().unwrap();
+    let blocks = connector::Connector::new(config.clone()).unwrap();
+    let tasks = connector::tokio::Connector::new(config).unwrap();
+    let connect = |with_tokio: bool| match with_tokio {
+        false => blocks.connect().map(|connection| connection.peer()),
+        true => runtime.block_on(tasks.connect()).map(|connection| connection.peer()),
+    };
+    let limit = rustix::process::getrlimit(rustix::process::Resource::Nofile);
+    for with_tokio in [false, true] {
+        let low = rustix::process::Rlimit { current: Some(0), ..limit };
+        rustix::process::setrlimit(rustix::process::Resource::Nofile, low).unwrap();
+        let failed = connect(with_tokio);
+        rustix::process::setrlimit(rustix::process::Resource::Nofile, limit).unwrap();
+        let Err(Error::ConnectionLost(lost)) = failed else { panic!("{failed:?}") };
+        assert_eq!(lost.attempts.len(), 5);
+        assert!(lost.attempts.iter().all(|outcome| outcome.local), "{lost:?}");
+        assert_eq!(connect(with_tokio), Ok(addresses[0]), "tokio: {with_tokio}");
+    }
+}
+
 /// Runs one test of this program again, alone in a process.
 fn in_child(name: &str) {
     let output = std::process::Command::new(std::env::current_exe().unwrap())

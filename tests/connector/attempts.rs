@@ -172,7 +172,7 @@ fn a_panic_of_a_handler_leaves_the_connector_usable() {
     let counted = Arc::clone(&count);
     let config = config(list(&[refuses.address, server.address]))
         .selection(Selection::InOrder)
-        .set_aside(Duration::ZERO, Duration::ZERO)
+        .set_aside(Duration::from_nanos(1), Duration::from_nanos(1))
         .on_attempt(move |attempt| {
             counted.fetch_add(1, Ordering::SeqCst);
             // The first attempt after the failure probes.
@@ -200,7 +200,7 @@ fn a_connect_that_is_dropped_is_given_up() {
             .selection(Selection::InOrder)
             .max_retries(1)
             .attempt_timeout(Duration::from_millis(300))
-            .set_aside(Duration::ZERO, Duration::ZERO)
+            .set_aside(Duration::from_nanos(1), Duration::from_nanos(1))
             .on_attempt(events.handler());
         let connector = worker_sdk::connector::tokio::Connector::new(config).unwrap();
         connector.connect().await.unwrap();

@@ -3,6 +3,7 @@
 
 mod advice;
 mod attempts;
+mod limits;
 mod names;
 mod sessions;
 mod support;

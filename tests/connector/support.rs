@@ -186,7 +186,15 @@ pub fn kinds(events: &[Attempt]) -> Vec<(bool, u32)> {
 /// A bound socket keeps the port, so that no other test gets it.
 pub struct Refusing {
     pub address: SocketAddr,
-    _socket: rustix::fd::OwnedFd,
+    socket: rustix::fd::OwnedFd,
+}
+
+impl Refusing {
+    /// From now on it accepts.
+    pub fn listen(self) -> TcpListener {
+        listen(&self.socket, 128).unwrap();
+        self.socket.into()
+    }
 }
 
 pub fn refusing() -> Refusing {
@@ -194,7 +202,7 @@ pub fn refusing() -> Refusing {
         socket_with(AddressFamily::INET, SocketType::STREAM, SocketFlags::CLOEXEC, None).unwrap();
     bind(&socket, &SocketAddr::from(([127, 0, 0, 1], 0))).unwrap();
     let address = SocketAddr::try_from(getsockname(&socket).unwrap()).unwrap();
-    Refusing { address, _socket: socket }
+    Refusing { address, socket }
 }
 
 /// An address that does not answer: the queue of its listener is full.

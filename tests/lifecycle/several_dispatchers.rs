@@ -1,8 +1,10 @@
 //! Workers that know the sockets of two dispatchers.
 #![allow(clippy::unwrap_used, clippy::expect_used)]
 
+use std::path::Path;
 use std::process::{Command, Stdio};
 
+use rustix::net::{AddressFamily, SocketAddrUnix, SocketFlags, SocketType};
 use test_support::*;
 
 const POOL: &str = r#"
@@ -80,6 +82,30 @@ fn a_dispatcher_that_refuses_the_worker_does_not_keep_it_from_the_other() {
     let refuses = Dispatcher::start(&POOL.replace("web", "other"));
     let serves = Dispatcher::start(POOL);
     let sockets = format!("{}:{}", refuses.dispatch().display(), serves.dispatch().display());
+    let _worker = start_worker(&sockets, "w");
+    serves.wait_joined("web", 1);
+    let client = Client::connect(serves.address("web")).unwrap();
+    assert_eq!(client.served_by, "w");
+}
+
+/// A socket that accepts, of a process that answers nothing.
+fn hanging(path: &Path) -> rustix::fd::OwnedFd {
+    let (family, kind) = (AddressFamily::UNIX, SocketType::SEQPACKET);
+    let socket = rustix::net::socket_with(family, kind, SocketFlags::CLOEXEC, None).unwrap();
+    rustix::net::bind(&socket, &SocketAddrUnix::new(path).unwrap()).unwrap();
+    rustix::net::listen(&socket, 128).unwrap();
+    socket
+}
+
+/// Each attempt at one that hangs takes its time limit, so this takes twice that.
+#[test]
+fn dispatchers_that_hang_do_not_keep_the_worker_from_the_third() {
+    let temp = tempfile::tempdir().unwrap();
+    let paths = ["one.sock", "two.sock"].map(|name| temp.path().join(name));
+    let _hanging = paths.each_ref().map(|path| hanging(path));
+    let serves = Dispatcher::start(POOL);
+    let [one, two] = paths.each_ref().map(|path| path.display());
+    let sockets = format!("{one}:{two}:{}", serves.dispatch().display());
     let _worker = start_worker(&sockets, "w");
     serves.wait_joined("web", 1);
     let client = Client::connect(serves.address("web")).unwrap();

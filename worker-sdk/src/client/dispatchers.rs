@@ -2,7 +2,8 @@
 //!
 //! They are tried in order, without a limit, by the state machine of the connector. Each is set
 //! aside after a failure: for a short time if it is away, for longer and longer if it refuses. The
-//! next one is tried at once. A worker that has joined stays until it loses that dispatcher.
+//! next one is tried at once, and none a second time before the others had their turn. A worker
+//! that has joined stays until it loses that dispatcher.
 
 use std::ffi::OsStr;
 use std::os::unix::ffi::OsStrExt;
@@ -124,7 +125,8 @@ impl Dispatchers {
     pub(super) fn begin(&mut self, socket: &Path, now: Instant) {
         let place = self.all.iter().position(|dispatcher| dispatcher.path == socket);
         self.current = place.unwrap_or(0);
-        self.machine.begin(&mut self.targets, socket.to_owned(), now);
+        // There is no limit of all attempts together.
+        let _ = self.machine.begin(&mut self.targets, socket.to_owned(), now);
     }
 
     /// The attempt failed. Returns the wait before the next one on the same socket.
@@ -251,6 +253,28 @@ mod tests {
             assert_eq!(dispatchers.current(), paths[joins]);
             now += Duration::from_secs(1);
             assert!(dispatchers.lost() <= min);
+        }
+    }
+
+    /// A process that hangs still has a socket that accepts; each attempt there takes its limit.
+    #[test]
+    fn two_that_hang_do_not_keep_a_worker_from_the_third() {
+        let (min, max) = (Duration::from_millis(50), Duration::from_secs(5));
+        let paths = ["/hangs", "/hangs-too", "/serves"].map(PathBuf::from);
+        let mut dispatchers = Dispatchers::new(paths.to_vec(), min, max);
+        let start = Instant::now();
+        let mut now = start;
+        for _ in 0..3 {
+            let tried: Vec<PathBuf> = paths
+                .iter()
+                .map(|_| {
+                    let tried = try_next(&mut dispatchers, &mut now);
+                    now += WELCOME_TIMEOUT;
+                    dispatchers.failed(Failed::Absent, false, now);
+                    tried
+                })
+                .collect();
+            assert_eq!(tried, paths);
         }
     }
 }

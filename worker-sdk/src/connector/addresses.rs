@@ -97,6 +97,11 @@ impl Addresses {
         Ok(self)
     }
 
+    /// The pool that hosts are asked for; empty without hosts.
+    pub(super) fn pool(&self) -> &str {
+        self.advice.as_ref().map_or("", |advice| &advice.pool)
+    }
+
     /// Each connector has a random order of its own, where the order matters: with
     /// [`Selection::InOrder`](super::Selection::InOrder) every client has a preferred server.
     #[must_use]

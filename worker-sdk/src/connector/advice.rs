@@ -9,6 +9,7 @@ use percent_encoding::{AsciiSet, NON_ALPHANUMERIC, utf8_percent_encode};
 use serde::Deserialize;
 
 use super::Address;
+use super::failure::Failure;
 use super::selection::Candidate;
 
 /// The longest head of an answer, in bytes.
@@ -76,7 +77,11 @@ struct Head {
 
 impl Reply {
     /// Adds received bytes; true when the answer is whole.
-    pub(super) fn push(&mut self, bytes: &[u8]) -> Result<bool, String> {
+    pub(super) fn push(&mut self, bytes: &[u8]) -> Result<bool, Failure> {
+        self.add(bytes).map_err(Failure::of_answer)
+    }
+
+    fn add(&mut self, bytes: &[u8]) -> Result<bool, String> {
         self.bytes.extend_from_slice(bytes);
         if self.head.is_none() {
             self.head = parse_head(&self.bytes)?;
@@ -96,7 +101,11 @@ impl Reply {
     }
 
     /// The answer, when it is whole or the connection has ended.
-    pub(super) fn finish(self, question: Question) -> Result<Answer, String> {
+    pub(super) fn finish(self, question: Question) -> Result<Answer, Failure> {
+        self.read(question).map_err(Failure::of_answer)
+    }
+
+    fn read(self, question: Question) -> Result<Answer, String> {
         let head = self.head.ok_or("it closed the connection without an answer")?;
         let mut body = self.bytes.get(head.size..).unwrap_or_default();
         if let Some(length) = head.length {
@@ -149,7 +158,7 @@ struct Advised {
 }
 
 #[derive(Deserialize)]
-struct Failure {
+struct Refusal {
     error: String,
 }
 
@@ -165,7 +174,7 @@ fn hundredths(weight: f64) -> u32 {
 
 fn answer(question: Question, status: u16, body: &[u8]) -> Result<Answer, String> {
     if status != 200 {
-        let said = serde_json::from_slice::<Failure>(body).map(|failure| failure.error);
+        let said = serde_json::from_slice::<Refusal>(body).map(|refusal| refusal.error);
         let said = said.map_or_else(|_| String::new(), |said| format!(": {}", shown(&said)));
         let problem = format!("it answered {status}{said}");
         return if matches!(status, 404 | 503) {
@@ -213,7 +222,7 @@ fn shown(text: &str) -> String {
 mod tests {
     use super::*;
 
-    fn ask(question: Question, reply: &str) -> Result<Answer, String> {
+    fn ask(question: Question, reply: &str) -> Result<Answer, Failure> {
         let mut arriving = Reply::default();
         // Byte by byte, as the slowest peer sends it.
         for byte in reply.as_bytes() {
@@ -290,7 +299,7 @@ mod tests {
             (with_length(200, &many), "more than"),
         ] {
             let problem = match ask(Question::Addresses, &reply) {
-                Err(problem) | Ok(Answer::Nothing(problem)) => problem,
+                Err(Failure { problem, .. }) | Ok(Answer::Nothing(problem)) => problem,
                 Ok(answer) => panic!("{answer:?}"),
             };
             assert!(problem.contains(expected), "{problem} is not {expected}");

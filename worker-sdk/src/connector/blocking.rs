@@ -10,9 +10,12 @@ use std::thread;
 use std::time::{Duration, Instant};
 
 use super::advice::{self, Answer, Question, Reply};
+use super::asking::Ask;
 use super::core::{Attempts, Core, Lost};
+use super::dialling::Reached;
+use super::failure::Failure;
 use super::machine::{Refresh, Step};
-use super::{Address, ConnectorConfig, Error};
+use super::{Address, ConnectorConfig, Error, watchdog};
 
 type Handler = dyn Fn(&mut TcpStream) -> io::Result<()> + Send + Sync;
 
@@ -73,8 +76,9 @@ impl Connector {
     }
 
     /// Called with each new connection before it is returned: to set options, or to wait for the
-    /// greeting of the server. An error makes the attempt fail. Reads and writes end with the time
-    /// limit of the attempt, each of them.
+    /// greeting of the server. An error makes the attempt fail. At the end of the attempt's time
+    /// limit the connection is shut down, so that every read and write on it ends, also in the
+    /// handshake of a protocol above it. Waits for anything else are the handler's own matter.
     #[must_use]
     pub fn on_connect(
         mut self,
@@ -85,7 +89,7 @@ impl Connector {
     }
 
     /// Called after that with each connection that replaces a lost one, to restore the session. An
-    /// error makes the attempt fail. Reads and writes end with the time limit of the attempt.
+    /// error makes the attempt fail. It has the same time limit.
     #[must_use]
     pub fn on_reconnect(
         mut self,
@@ -122,14 +126,14 @@ impl Connector {
                     thread::sleep(until.saturating_duration_since(Instant::now()));
                 }
                 Step::Attempt(attempt) => {
-                    let (address, deadline) = attempts.begin(attempt);
+                    let Some((address, deadline)) = attempts.begin(attempt) else { continue };
                     match self.open(&attempts, &address, deadline, reconnects) {
-                        Ok((stream, peer)) => {
-                            attempts.succeeded(peer);
-                            let connector = self.clone();
+                        Ok((stream, reached)) => {
+                            let (peer, connector) = (reached.peer, self.clone());
+                            attempts.succeeded(reached);
                             return Ok(Connection { stream, address, peer, connector });
                         }
-                        Err(error) => attempts.failed(&error),
+                        Err(failure) => attempts.failed(failure),
                     }
                 }
                 Step::Ask | Step::GiveUp => return Err(attempts.error()),
@@ -144,79 +148,55 @@ impl Connector {
         address: &Address,
         deadline: Instant,
         reconnects: bool,
-    ) -> io::Result<(TcpStream, SocketAddr)> {
-        let (mut stream, peer) = dial::dial(&self.core, address, attempts.preferred, deadline)?;
+    ) -> Result<(TcpStream, Reached), Failure> {
+        let (mut stream, reached) = dial::dial(&self.core, address, attempts.preferred, deadline)?;
         let on_reconnect = self.on_reconnect.as_ref().filter(|_| reconnects);
         let handlers = [self.on_connect.as_ref(), on_reconnect];
-        for handler in handlers.into_iter().flatten() {
-            let left = time_left(deadline)?;
-            stream.set_read_timeout(Some(left))?;
-            stream.set_write_timeout(Some(left))?;
-            let result = handler(&mut stream).map_err(|error| match error.kind() {
-                // As a socket reports the end of its time limit.
-                io::ErrorKind::WouldBlock => io::Error::from(io::ErrorKind::TimedOut),
-                _ => error,
-            });
-            if result.is_err() {
-                self.core.peer_failed(peer);
+        match run_handlers(handlers.into_iter().flatten(), &mut stream, deadline) {
+            Ok(()) => Ok((stream, reached)),
+            Err(failure) => {
+                reached.failed(&failure);
+                Err(failure)
             }
-            result?;
         }
-        if self.on_connect.is_some() || on_reconnect.is_some() {
-            stream.set_read_timeout(None)?;
-            stream.set_write_timeout(None)?;
-        }
-        Ok((stream, peer))
     }
 
     /// Asks for the list of addresses and for the best of them. Without an answer the last list
     /// stays.
     fn refresh(&self, attempts: &mut Attempts, what: Refresh) {
-        let questions = [(what.list, Question::Addresses), (what.best, Question::Best)];
-        let deadline = attempts.refresh_deadline();
-        for question in questions.into_iter().filter(|(wanted, _)| *wanted).map(|(_, what)| what) {
-            let limit = self.core.config.advice_timeout;
-            if question == Question::Addresses {
-                self.core.fetching(limit);
-            }
-            let (mut asked, mut is_known) = (Vec::new(), false);
-            while Instant::now() < deadline
-                && let Some(host) = self.core.next_host(&asked, what.urgent)
-            {
-                let until = deadline.min(Instant::now() + limit);
-                let answer = self.ask(question, host.address(), until);
-                let answered = self.core.answered(host.address(), answer);
-                asked.push(host.address().clone());
-                if let Ok(advised) = answered {
-                    advised.into_iter().for_each(|address| attempts.advise(address));
-                    is_known = true;
-                    break;
-                }
-            }
-            if !is_known {
-                // Another question would get no answer either.
-                return;
+        let mut asking = attempts.ask(what);
+        while let Some(ask) = asking.next() {
+            if let Some(best) = asking.answered(self.ask(&ask)) {
+                attempts.advise(best);
             }
         }
     }
 
-    fn ask(&self, question: Question, host: &Address, deadline: Instant) -> Result<Answer, String> {
-        let Some(advice) = &self.core.config.addresses.advice else {
-            return Err("no host to ask".to_owned());
-        };
-        let failed = |error: io::Error| match error.kind() {
-            io::ErrorKind::WouldBlock | io::ErrorKind::TimedOut => {
-                "it did not answer in time".to_owned()
-            }
-            _ => error.to_string(),
-        };
-        let (mut stream, _) = dial::dial(&self.core, host, None, deadline).map_err(failed)?;
+    fn ask(&self, Ask { question, host, until }: &Ask) -> Result<Answer, Failure> {
+        let (stream, reached) = dial::dial(&self.core, host, None, *until)?;
+        let answer = self.converse(stream, *question, host, *until);
+        match &answer {
+            Ok(_) => reached.serves(),
+            Err(failure) => reached.failed(failure),
+        }
+        answer
+    }
+
+    fn converse(
+        &self,
+        mut stream: TcpStream,
+        question: Question,
+        host: &Address,
+        until: Instant,
+    ) -> Result<Answer, Failure> {
+        let failed = |error: io::Error| of_handler(&error);
         let set = |stream: &TcpStream| {
-            let left = Some(time_left(deadline)?);
+            let left = Some(time_left(until)?);
             stream.set_read_timeout(left).and_then(|()| stream.set_write_timeout(left))
         };
         set(&stream).map_err(failed)?;
-        stream.write_all(&advice::request(question, &advice.pool, host)).map_err(failed)?;
+        let request = advice::request(question, self.core.config.addresses.pool(), host);
+        stream.write_all(&request).map_err(failed)?;
         let (mut reply, mut buffer) = (Reply::default(), [0; 4096]);
         loop {
             // The limit is that of the whole answer, however slowly it comes.
@@ -233,6 +213,45 @@ impl Connector {
             }
         }
         reply.finish(question)
+    }
+}
+
+/// Runs the handlers of a new connection until `deadline`.
+fn run_handlers<'a>(
+    handlers: impl Iterator<Item = &'a Arc<Handler>>,
+    stream: &mut TcpStream,
+    deadline: Instant,
+) -> Result<(), Failure> {
+    let mut watched = None;
+    for handler in handlers {
+        if watched.is_none() {
+            let watch = watchdog::watch(stream, deadline);
+            watched = Some(watch.map_err(|error| Failure::local(&error))?);
+        }
+        let set =
+            |left| stream.set_read_timeout(left).and_then(|()| stream.set_write_timeout(left));
+        let limited = time_left(deadline).and_then(|left| set(Some(left)));
+        limited.and_then(|()| handler(stream)).map_err(|error| match time_left(deadline) {
+            Ok(_) => of_handler(&error),
+            // The error may only show that the socket was shut down.
+            Err(late) => of_handler(&late),
+        })?;
+    }
+    let Some(watched) = watched else { return Ok(()) };
+    if !watched.ended_in_time() {
+        return Err(of_handler(&io::ErrorKind::TimedOut.into()));
+    }
+    let unset = stream.set_read_timeout(None).and_then(|()| stream.set_write_timeout(None));
+    unset.map_err(|error| of_handler(&error))
+}
+
+/// A socket reports the end of its time limit as if it were non-blocking.
+fn of_handler(error: &io::Error) -> Failure {
+    match error.kind() {
+        io::ErrorKind::WouldBlock | io::ErrorKind::TimedOut => {
+            Failure::timed_out("it did not answer in time")
+        }
+        _ => Failure::of_io(error),
     }
 }
 

@@ -17,6 +17,10 @@ use super::{Addresses, Error};
 /// The most attempts of one kind in a round. Each leaves its outcome in the error.
 const MAX_RETRIES: u32 = 1_000;
 
+/// A dispatcher with `mode = "fresh"` waits for silent ones of other hosts before it answers: by
+/// default 1 s.
+const ADVICE_TIMEOUT: Duration = Duration::from_secs(3);
+
 /// Longer than any process runs, and within the range of every clock.
 const FAR: Duration = Duration::from_secs(100 * 366 * 24 * 3600);
 
@@ -80,7 +84,7 @@ impl ConnectorConfig {
                 persistence: Persistence::Ask,
             },
             pauses: Pauses { first: Duration::from_secs(1), most: Duration::from_secs(15) },
-            advice_timeout: Duration::from_secs(1),
+            advice_timeout: ADVICE_TIMEOUT,
             resolver: Arc::new(resolve::system),
             on_attempt: None,
             on_connection_lost: None,
@@ -126,20 +130,24 @@ impl ConnectorConfig {
     }
 
     /// The longest wait before the second attempt, and before any: the wait grows exponentially and
-    /// is a random part of that (full jitter). Default: 100 ms and 5 s.
+    /// is a random part of that (full jitter). More than 0. Default: 100 ms and 5 s.
     pub fn back_off(mut self, first: Duration, most: Duration) -> Self {
         self.plan.back_off = BackOff { first, most };
         self
     }
 
     /// How long an address is set aside after its first failure, and at most. The pause doubles
-    /// with each failed probe, and is shortened by up to half at random. Default: 1 s and 15 s.
+    /// with each failed probe, and is shortened by up to half at random. More than 0. Default: 1 s
+    /// and 15 s.
     pub fn set_aside(mut self, first: Duration, most: Duration) -> Self {
         self.pauses = Pauses { first, most };
         self
     }
 
-    /// The time limit of a question to an advice host. Default: 1 s.
+    /// The time limit of a question to an advice host. Default: 3 s. It must be longer than the
+    /// `request_timeout` of the dispatchers (1 s), which each answer can take with `mode =
+    /// "fresh"`. The questions before an attempt take at most half of what is left of
+    /// [`total_timeout`](ConnectorConfig::total_timeout); then the last list is used.
     pub fn advice_timeout(mut self, limit: Duration) -> Self {
         self.advice_timeout = limit;
         self
@@ -201,18 +209,29 @@ impl ConnectorConfig {
             *time = (*time).min(FAR);
         }
         let Plan { back_off, .. } = &mut self.plan;
-        for (setting, first, most) in [
-            ("back_off", &mut back_off.first, &mut back_off.most),
-            ("set_aside", &mut self.pauses.first, &mut self.pauses.most),
+        for (setting, first, most, zero) in [
+            (
+                "back_off",
+                &mut back_off.first,
+                &mut back_off.most,
+                "attempts would keep a processor busy; write at least a millisecond",
+            ),
+            (
+                "set_aside",
+                &mut self.pauses.first,
+                &mut self.pauses.most,
+                "a failed address would be tried again at once; write at least a millisecond",
+            ),
         ] {
             if first > most {
                 let problem = "the first pause is longer than the longest; exchange them";
                 return Err(Error::config(setting, problem));
             }
+            // It is doubled with each failure.
+            if first.is_zero() {
+                return Err(Error::config(setting, format!("the first pause is 0; {zero}")));
+            }
             (*first, *most) = ((*first).min(FAR), (*most).min(FAR));
-        }
-        if self.plan.back_off.most.is_zero() {
-            return Err(Error::config("back_off", "is 0; attempts would keep a processor busy"));
         }
         if self.selection == Selection::Best && self.addresses.advice.is_none() {
             let problem = "best is known by advice only; use Addresses::advice";
@@ -248,7 +267,9 @@ fn a_bad_setting_is_named() {
         (config().advice_timeout(Duration::ZERO), "advice_timeout: "),
         (config().back_off(long, short), "back_off: "),
         (config().back_off(Duration::ZERO, Duration::ZERO), "back_off: "),
+        (config().back_off(Duration::ZERO, long), "back_off: the first pause is 0"),
         (config().set_aside(long, short), "set_aside: "),
+        (config().set_aside(Duration::ZERO, long), "set_aside: the first pause is 0"),
         (config().selection(Selection::Best), "selection: "),
     ] {
         let problem = config.checked().unwrap_err().to_string();

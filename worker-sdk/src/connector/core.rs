@@ -3,21 +3,24 @@
 //!
 //! No lock is held while a handler of the application runs.
 
+use std::fmt;
 use std::net::SocketAddr;
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::time::{Duration, Instant};
-use std::{fmt, io};
 
 use super::Address;
 use super::advice::Answer;
+use super::asking::Asking;
 use super::config::ConnectorConfig;
+use super::dialling::Reached;
 use super::error::{ConnectionLost, Error};
 use super::event::{Attempt, Decision};
-use super::machine::{Machine, Step};
+use super::failure::Failure;
+use super::machine::{Machine, Refresh, Step};
 use super::plan::Persistence;
 use super::race;
 use super::selection::{Candidate, Selection};
-use super::set_aside::SetAside;
+use super::set_aside::{SetAside, Standing};
 use super::targets::{Chosen, Targets};
 
 /// One connector.
@@ -83,26 +86,37 @@ impl Core {
         self.shared.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
-    /// The next host to ask for advice, in a series that has asked `asked` already. Hosts that are
-    /// set aside are asked only if it is urgent.
-    pub(super) fn next_host(&self, asked: &[Address], urgent: bool) -> Option<Asked<'_>> {
+    /// The next host to ask for advice, in a series that has asked `asked` already, and whether it
+    /// is the last one. Hosts that are set aside are asked only if it is urgent.
+    pub(super) fn next_host(
+        &self,
+        asked: &[Address],
+        urgent: bool,
+    ) -> Option<(Chosen<Address>, bool)> {
         let now = Instant::now();
         let mut shared = self.lock();
         let excluded = |host: &Address| asked.contains(host);
         let usable = shared.hosts.usable(now, excluded, None, &mut random);
         let forced = || urgent.then(|| shared.hosts.set_aside(now, excluded)).flatten();
         let host = usable.or_else(forced)?;
-        Some(Asked { core: self, host })
+        let is_last = shared.hosts.all(|other| *other == host.address || excluded(other));
+        Some((host, is_last))
+    }
+
+    /// A host was not asked after all.
+    pub(super) fn release_host(&self, host: &Chosen<Address>) {
+        self.lock().hosts.release(host);
     }
 
     /// Uses a host's answer, or notes its failure; returns the best address. After an error another
     /// host is asked.
     pub(super) fn answered(
         &self,
-        host: &Address,
-        answer: Result<Answer, String>,
+        chosen: &Chosen<Address>,
+        answer: Result<Answer, Failure>,
     ) -> Result<Option<Address>, ()> {
         let now = Instant::now();
+        let host = &chosen.address;
         let mut shared = self.lock();
         let problem = match answer {
             Ok(Answer::Best(address)) => {
@@ -119,11 +133,21 @@ impl Core {
                 return Ok(None);
             }
             // An empty list would help no client: the last one may still serve.
-            Ok(Answer::Addresses(..)) => "no address is usable".to_owned(),
-            Ok(Answer::Nothing(problem)) => problem,
-            Err(problem) => {
-                shared.hosts.failed(host, now, random());
+            Ok(Answer::Addresses(..)) => {
+                shared.hosts.works(host);
+                "no address is usable".to_owned()
+            }
+            Ok(Answer::Nothing(problem)) => {
+                shared.hosts.works(host);
                 problem
+            }
+            Err(failure) if failure.local => {
+                shared.hosts.release(chosen);
+                failure.problem
+            }
+            Err(failure) => {
+                shared.hosts.failed(host, now, random());
+                failure.problem
             }
         };
         log::debug!(target: "worker_sdk", "advice: {host}: {problem}");
@@ -156,48 +180,31 @@ impl Core {
             Selection::Random | Selection::Weighted | Selection::Best => fastrand::usize(..),
         };
         let preferred = preferred.or(shared.stuck_to);
-        let has_failed = |peer: &SocketAddr| !shared.peers.standing(peer, now).is_usable();
-        race::order(resolved, rotation, preferred, has_failed)
+        race::order(resolved, rotation, preferred, |peer| shared.peers.standing(peer, now))
     }
 
-    /// An address of a host name did not answer.
-    pub(super) fn peer_failed(&self, peer: SocketAddr) {
+    /// Changes what is known of the addresses of host names. `update` gets the time and a random
+    /// number; it returns its result, and whether an address has failed or recovered.
+    pub(super) fn update_peers<T>(
+        &self,
+        update: impl FnOnce(&mut SetAside<SocketAddr>, Instant, u64) -> (T, bool),
+    ) -> T {
+        let now = Instant::now();
         let mut shared = self.lock();
-        if shared.stuck_to == Some(peer) {
-            shared.stuck_to = None;
-        }
-        shared.peers.failed(&peer, Instant::now(), random());
-        shared.rotation = fastrand::usize(..);
-    }
-
-    fn peer_succeeded(&self, peer: SocketAddr) {
-        let mut shared = self.lock();
-        if shared.peers.succeeded(&peer) {
+        let (result, changed) = update(&mut shared.peers, now, random());
+        if changed {
             shared.rotation = fastrand::usize(..);
+            let is_usable =
+                |peer: &SocketAddr| shared.peers.standing(peer, now) == Standing::Usable;
+            shared.stuck_to = shared.stuck_to.filter(is_usable);
         }
+        result
+    }
+
+    fn stick_to(&self, peer: SocketAddr) {
         if self.config.sticky {
-            shared.stuck_to = Some(peer);
+            self.lock().stuck_to = Some(peer);
         }
-    }
-}
-
-/// A host that is being asked. Dropping it without an answer lets others ask it.
-#[derive(Debug)]
-pub(super) struct Asked<'a> {
-    core: &'a Core,
-    host: Chosen<Address>,
-}
-
-impl Asked<'_> {
-    pub(super) fn address(&self) -> &Address {
-        &self.host.address
-    }
-}
-
-impl Drop for Asked<'_> {
-    fn drop(&mut self) {
-        // After an answer this changes nothing.
-        self.core.lock().hosts.release(&self.host);
     }
 }
 
@@ -236,24 +243,26 @@ impl Attempts {
         }
     }
 
-    /// Tells the application, and begins the attempt; returns its address and its end.
-    pub(super) fn begin(&mut self, mut attempt: Attempt) -> (Address, Instant) {
+    /// Tells the application, and begins the attempt; returns its address and its end. None if the
+    /// application took all the time.
+    pub(super) fn begin(&mut self, mut attempt: Attempt) -> Option<(Address, Instant)> {
         if let Some(handler) = &self.core.config.on_attempt {
             handler(&mut attempt);
         }
         let now = Instant::now();
         let address = attempt.address;
-        let limit = self.machine.begin(&mut self.core.lock().targets, address.clone(), now);
-        (address, now + limit)
+        let limit = self.machine.begin(&mut self.core.lock().targets, address.clone(), now)?;
+        Some((address, now + limit))
     }
 
-    pub(super) fn succeeded(&mut self, peer: SocketAddr) {
-        self.core.peer_succeeded(peer);
+    pub(super) fn succeeded(&mut self, reached: Reached) {
+        let peer = reached.peer;
+        reached.serves();
+        self.core.stick_to(peer);
         self.machine.succeeded(&mut self.core.lock().targets);
     }
 
-    pub(super) fn failed(&mut self, error: &io::Error) {
-        let failure = (error.kind(), error.to_string());
+    pub(super) fn failed(&mut self, failure: Failure) {
         let now = Instant::now();
         self.machine.failed(&mut self.core.lock().targets, failure, now, &mut random);
     }
@@ -262,10 +271,10 @@ impl Attempts {
         self.machine.advise(best);
     }
 
-    /// The end of a question to the advice hosts.
-    pub(super) fn refresh_deadline(&self) -> Instant {
+    /// The questions to the advice hosts before the next choice.
+    pub(super) fn ask(&self, what: Refresh) -> Asking {
         let now = Instant::now();
-        now + self.machine.time_left(now)
+        Asking::new(&self.core, what, now + self.machine.time_for_advice(now))
     }
 
     fn lost(&self) -> ConnectionLost {

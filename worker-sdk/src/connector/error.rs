@@ -53,6 +53,9 @@ pub struct Outcome<A = Address> {
     pub kind: io::ErrorKind,
     /// The error.
     pub problem: String,
+    /// Whether the cause is a shortage of this machine, such as no free descriptor: then the
+    /// address has not been set aside.
+    pub local: bool,
 }
 
 impl Error {

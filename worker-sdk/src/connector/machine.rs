@@ -5,12 +5,12 @@
 //! connector, the one for tokio, and a worker that looks for its dispatcher drive the same machine.
 
 use std::hash::Hash;
-use std::io;
 use std::mem;
 use std::time::{Duration, Instant};
 
 use super::error::Outcome;
 use super::event::{Attempt, Decision};
+use super::failure::Failure;
 use super::plan::{Persistence, Plan};
 use super::selection::{Random, Selection};
 use super::targets::{Chosen, Targets};
@@ -171,7 +171,7 @@ impl<A: Clone + Eq + Hash> Machine<A> {
             return Some(Step::Refresh(refresh));
         }
         let chosen = if endless {
-            let chosen = targets.usable(now, |_| false, None, random);
+            let chosen = self.endless(targets, now, random);
             if chosen.is_none() {
                 let until = targets.first_end(now).unwrap_or(now + self.plan.attempt_timeout);
                 return Some(Step::Wait(until));
@@ -287,9 +287,38 @@ impl<A: Clone + Eq + Hash> Machine<A> {
         Some(Chosen { address, probe: false })
     }
 
-    /// The announced attempt begins, with this address. Returns its time limit.
-    pub(crate) fn begin(&mut self, targets: &mut Targets<A>, address: A, now: Instant) -> Duration {
+    /// Of endless attempts the next: each address has its turn before one that has failed is tried
+    /// again, so that slow failures of some do not keep it from the others.
+    fn endless(
+        &mut self,
+        targets: &mut Targets<A>,
+        now: Instant,
+        random: Random<'_>,
+    ) -> Option<Chosen<A>> {
+        let failed = &self.failed;
+        let fresh = targets.usable(now, |address| failed.contains(address), None, random);
+        fresh.or_else(|| {
+            self.failed.clear();
+            targets.usable(now, |_| false, None, random)
+        })
+    }
+
+    /// The announced attempt begins, with this address. Returns its time limit; none if there is no
+    /// time left for it, because the application took long to hear of it.
+    pub(crate) fn begin(
+        &mut self,
+        targets: &mut Targets<A>,
+        address: A,
+        now: Instant,
+    ) -> Option<Duration> {
+        let limit = self.plan.attempt_timeout.min(self.time_left(now));
         if let State::Announced(chosen, mut attempt) = mem::replace(&mut self.state, State::Ready) {
+            if limit.is_zero() {
+                targets.release(&chosen);
+                self.timed_out = true;
+                self.state = State::Over;
+                return None;
+            }
             let chosen = if chosen.address == address {
                 chosen
             } else {
@@ -300,7 +329,7 @@ impl<A: Clone + Eq + Hash> Machine<A> {
             self.asked = false;
             self.state = State::Under(chosen, attempt, now);
         }
-        self.plan.attempt_timeout.min(self.time_left(now))
+        Some(limit)
     }
 
     /// There is a connection. Returns its address.
@@ -314,11 +343,11 @@ impl<A: Clone + Eq + Hash> Machine<A> {
         }
     }
 
-    /// The attempt failed.
+    /// The attempt failed. A shortage of this machine uses it up, and says nothing of the address.
     pub(crate) fn failed(
         &mut self,
         targets: &mut Targets<A>,
-        (kind, problem): (io::ErrorKind, String),
+        Failure { kind, problem, local }: Failure,
         now: Instant,
         random: Random<'_>,
     ) {
@@ -327,13 +356,24 @@ impl<A: Clone + Eq + Hash> Machine<A> {
             return;
         };
         let Attempt { alternative, retries_left, address } = attempt;
-        targets.failed(&chosen.address, now, random());
-        self.failed.retain(|failed| *failed != address);
-        self.failed.push(address.clone());
+        if local {
+            targets.release(&chosen);
+        } else {
+            targets.failed(&chosen.address, now, random());
+            self.note_failed(&address);
+        }
         let made = if alternative { &mut self.made.1 } else { &mut self.made.0 };
         *made = made.saturating_add(1);
         let took = now.saturating_duration_since(since);
-        self.outcomes.push(Outcome { address, alternative, retries_left, took, kind, problem });
+        self.outcomes.push(Outcome {
+            address,
+            alternative,
+            retries_left,
+            took,
+            kind,
+            problem,
+            local,
+        });
         self.failures = self.failures.saturating_add(1);
         let wait = self.plan.back_off.wait(self.failures, random());
         self.state = if self.kind_of_next().is_none() {
@@ -348,11 +388,18 @@ impl<A: Clone + Eq + Hash> Machine<A> {
         };
     }
 
+    /// The last failure is the last of the list.
+    fn note_failed(&mut self, address: &A) {
+        self.failed.retain(|failed| failed != address);
+        self.failed.push(address.clone());
+    }
+
     /// The attempt failed, and its address is not tried for this time. For endless attempts only:
     /// the next one may be made at once, on another address.
     pub(crate) fn failed_for(&mut self, targets: &mut Targets<A>, now: Instant, pause: Duration) {
         if let State::Under(chosen, ..) = mem::replace(&mut self.state, State::Ready) {
             targets.failed_for(&chosen.address, now, pause);
+            self.note_failed(&chosen.address);
         }
     }
 
@@ -389,6 +436,11 @@ impl<A: Clone + Eq + Hash> Machine<A> {
         let used =
             self.round_began.map_or(Duration::ZERO, |began| now.saturating_duration_since(began));
         self.plan.total_timeout.saturating_sub(used)
+    }
+
+    /// How long a question for advice may take: attempts need time, too.
+    pub(crate) fn time_for_advice(&self, now: Instant) -> Duration {
+        self.time_left(now) / 2
     }
 
     /// The outcomes of the round, and whether the time limit ended it.

@@ -13,7 +13,10 @@
 //! - An alternative is never an address that has failed in the same series while another is left.
 //! - An address that fails is set aside with growing pauses, for all connections of the connector.
 //!   When its pause is over, one attempt at a time probes it, and after a success it has its share
-//!   of new connections again.
+//!   of new connections again. A shortage of this machine, such as no free descriptor, sets no
+//!   address aside.
+//! - Attempts and questions for advice end with their limits, also if a handler blocks on the new
+//!   connection.
 //! - It never sends a byte: what was written to a lost connection is the application's matter. A
 //!   handler (`on_reconnect`) restores the session.
 //!
@@ -53,13 +56,18 @@ mod addresses;
 #[cfg(feature = "connector")]
 mod advice;
 #[cfg(feature = "connector")]
+mod asking;
+#[cfg(feature = "connector")]
 mod blocking;
 #[cfg(feature = "connector")]
 mod config;
 #[cfg(feature = "connector")]
 mod core;
+#[cfg(feature = "connector")]
+mod dialling;
 pub(crate) mod error;
 pub(crate) mod event;
+pub(crate) mod failure;
 pub(crate) mod machine;
 pub(crate) mod plan;
 #[cfg(feature = "connector")]
@@ -71,6 +79,8 @@ pub(crate) mod set_aside;
 pub(crate) mod targets;
 #[cfg(all(feature = "connector", feature = "tokio"))]
 pub mod tokio;
+#[cfg(feature = "connector")]
+mod watchdog;
 
 pub use self::address::Address;
 #[cfg(feature = "connector")]

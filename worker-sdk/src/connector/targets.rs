@@ -206,6 +206,14 @@ impl<A: Clone + Eq + Hash> Targets<A> {
         }
     }
 
+    /// It answers, and another one may be of more use: in sticky mode it is not kept.
+    pub(super) fn works(&mut self, address: &A) {
+        self.set_aside.succeeded(address);
+        if self.stuck_to.as_ref() == Some(address) {
+            self.stuck_to = None;
+        }
+    }
+
     #[cfg(test)]
     pub(super) fn standing(&self, address: &A, now: Instant) -> Standing {
         self.set_aside.standing(address, now)

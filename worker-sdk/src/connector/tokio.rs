@@ -18,13 +18,19 @@ use tokio::sync::oneshot;
 use tokio::time::{sleep_until, timeout_at};
 
 use super::advice::{self, Answer, Question, Reply};
+use super::asking::Ask;
 use super::core::{Attempts, Core, Lost};
+use super::dialling::{Dialling, Reached};
+use super::failure::Failure;
 use super::machine::{Refresh, Step};
-use super::race::{Race, RaceStep};
+use super::race::RaceStep;
 use super::{Address, ConnectorConfig, Error, resolve};
 
 type Handled = Pin<Box<dyn Future<Output = io::Result<TcpStream>> + Send>>;
 type Handler = dyn Fn(TcpStream) -> Handled + Send + Sync;
+/// The problem of what has not ended in time.
+const LATE: &str = "it did not answer in time";
+
 type Connecting = Pin<Box<dyn Future<Output = io::Result<TcpStream>> + Send>>;
 
 /// Connects to a service with several addresses, in a tokio runtime with I/O and time enabled.
@@ -128,14 +134,14 @@ impl Connector {
                 Step::Refresh(what) => self.refresh(&mut attempts, what).await,
                 Step::Wait(until) => sleep_until(until.into()).await,
                 Step::Attempt(attempt) => {
-                    let (address, deadline) = attempts.begin(attempt);
+                    let Some((address, deadline)) = attempts.begin(attempt) else { continue };
                     match self.open(&attempts, &address, deadline, reconnects).await {
-                        Ok((stream, peer)) => {
-                            attempts.succeeded(peer);
-                            let connector = self.clone();
+                        Ok((stream, reached)) => {
+                            let (peer, connector) = (reached.peer, self.clone());
+                            attempts.succeeded(reached);
                             return Ok(Connection { stream, address, peer, connector });
                         }
-                        Err(error) => attempts.failed(&error),
+                        Err(failure) => attempts.failed(failure),
                     }
                 }
                 Step::Ask | Step::GiveUp => return Err(attempts.error()),
@@ -150,66 +156,50 @@ impl Connector {
         address: &Address,
         deadline: Instant,
         reconnects: bool,
-    ) -> io::Result<(TcpStream, SocketAddr)> {
-        let (mut stream, peer) = dial(&self.core, address, attempts.preferred, deadline).await?;
+    ) -> Result<(TcpStream, Reached), Failure> {
+        let (mut stream, reached) = dial(&self.core, address, attempts.preferred, deadline).await?;
         let on_reconnect = self.on_reconnect.as_ref().filter(|_| reconnects);
         let handlers = [self.on_connect.as_ref(), on_reconnect];
         for handler in handlers.into_iter().flatten() {
-            let handled = timeout_at(deadline.into(), handler(stream)).await;
-            let result = handled.unwrap_or_else(|_| Err(io::ErrorKind::TimedOut.into()));
-            if result.is_err() {
-                self.core.peer_failed(peer);
+            match timeout_at(deadline.into(), handler(stream)).await {
+                Ok(Ok(handled)) => stream = handled,
+                Ok(Err(error)) => return Err(fail(reached, Failure::of_io(&error))),
+                Err(_) => return Err(fail(reached, Failure::timed_out(LATE))),
             }
-            stream = result?;
         }
-        Ok((stream, peer))
+        Ok((stream, reached))
     }
 
     /// Asks for the list of addresses and for the best of them. Without an answer the last list
     /// stays.
     async fn refresh(&self, attempts: &mut Attempts, what: Refresh) {
-        let questions = [(what.list, Question::Addresses), (what.best, Question::Best)];
-        let deadline = attempts.refresh_deadline();
-        for question in questions.into_iter().filter(|(wanted, _)| *wanted).map(|(_, what)| what) {
-            let limit = self.core.config.advice_timeout;
-            if question == Question::Addresses {
-                self.core.fetching(limit);
-            }
-            let (mut asked, mut is_known) = (Vec::new(), false);
-            while Instant::now() < deadline
-                && let Some(host) = self.core.next_host(&asked, what.urgent)
-            {
-                let until = deadline.min(Instant::now() + limit);
-                let answer = self.ask(question, host.address(), until);
-                let late = |_| Err("it did not answer in time".to_owned());
-                let answer = timeout_at(until.into(), answer).await.unwrap_or_else(late);
-                let answered = self.core.answered(host.address(), answer);
-                asked.push(host.address().clone());
-                if let Ok(advised) = answered {
-                    advised.into_iter().for_each(|address| attempts.advise(address));
-                    is_known = true;
-                    break;
-                }
-            }
-            if !is_known {
-                // Another question would get no answer either.
-                return;
+        let mut asking = attempts.ask(what);
+        while let Some(ask) = asking.next() {
+            if let Some(best) = asking.answered(self.ask(&ask).await) {
+                attempts.advise(best);
             }
         }
     }
 
-    async fn ask(
+    async fn ask(&self, Ask { question, host, until }: &Ask) -> Result<Answer, Failure> {
+        let (stream, reached) = dial(&self.core, host, None, *until).await?;
+        let answer = timeout_at((*until).into(), self.converse(stream, *question, host)).await;
+        let answer = answer.unwrap_or_else(|_| Err(Failure::timed_out(LATE)));
+        match &answer {
+            Ok(_) => reached.serves(),
+            Err(failure) => reached.failed(failure),
+        }
+        answer
+    }
+
+    async fn converse(
         &self,
+        mut stream: TcpStream,
         question: Question,
         host: &Address,
-        deadline: Instant,
-    ) -> Result<Answer, String> {
-        let Some(advice) = &self.core.config.addresses.advice else {
-            return Err("no host to ask".to_owned());
-        };
-        let failed = |error: io::Error| error.to_string();
-        let (mut stream, _) = dial(&self.core, host, None, deadline).await.map_err(failed)?;
-        let request = advice::request(question, &advice.pool, host);
+    ) -> Result<Answer, Failure> {
+        let failed = |error: io::Error| Failure::of_io(&error);
+        let request = advice::request(question, self.core.config.addresses.pool(), host);
         stream.write_all(&request).await.map_err(failed)?;
         let (mut reply, mut buffer) = (Reply::default(), [0; 4096]);
         loop {
@@ -227,52 +217,44 @@ impl Connector {
     }
 }
 
-/// Connects to an address until `deadline`; returns the stream and its peer.
+fn fail(reached: Reached, failure: Failure) -> Failure {
+    reached.failed(&failure);
+    failure
+}
+
+/// Connects to an address until `deadline`; returns the stream and its server.
 async fn dial(
-    core: &Core,
+    core: &Arc<Core>,
     address: &Address,
     preferred: Option<SocketAddr>,
     deadline: Instant,
-) -> io::Result<(TcpStream, SocketAddr)> {
-    let late = || io::Error::new(io::ErrorKind::TimedOut, "no answer in the time limit");
+) -> Result<(TcpStream, Reached), Failure> {
     let ordered = match address.host_name() {
         None => address.socket_addr().into_iter().collect(),
         Some(host) => {
             let (sender, receiver) = oneshot::channel();
             let done = move |result| drop(sender.send(result));
-            resolve::begin(&core.config.resolver, host, address.port(), done)?;
+            let name = (host, address.port());
+            let asked = resolve::begin(&core.config.resolver, name, deadline, done)?;
             let resolved = match timeout_at(deadline.into(), receiver).await {
                 Ok(Ok(resolved)) => resolved?,
-                Ok(Err(_)) | Err(_) => return Err(resolve::timed_out(host)),
+                Ok(Err(_)) | Err(_) => return Err(asked.timed_out()),
             };
             core.order(&resolved, preferred)
         }
     };
-    let mut race = Race::new(ordered);
+    let mut dialling = Dialling::new(core, ordered, deadline);
+    // In the order in which they began.
     let mut under_way: Vec<(Connecting, SocketAddr)> = Vec::new();
     loop {
-        match race.next(Instant::now()) {
-            RaceStep::Failed(error) => return Err(error),
+        match dialling.next() {
+            RaceStep::Failed(failure) => return Err(failure),
             RaceStep::Begin(peer) => under_way.push((Box::pin(connect(peer)), peer)),
-            RaceStep::Wait(until) => {
-                let until = until.map_or(deadline, |until| until.min(deadline));
-                match timeout_at(until.into(), first(&mut under_way)).await {
-                    Ok((Ok(stream), peer, place)) => {
-                        // Those before it had a head start.
-                        under_way[..place].iter().for_each(|(_, peer)| core.peer_failed(*peer));
-                        return Ok((stream, peer));
-                    }
-                    Ok((Err(error), peer, _)) => {
-                        core.peer_failed(peer);
-                        race.failed(error);
-                    }
-                    Err(_) if Instant::now() >= deadline => {
-                        under_way.iter().for_each(|(_, peer)| core.peer_failed(*peer));
-                        return Err(late());
-                    }
-                    Err(_) => {}
-                }
-            }
+            RaceStep::Wait(until) => match timeout_at(until.into(), first(&mut under_way)).await {
+                Ok((Ok(stream), peer)) => return Ok((stream, dialling.won(peer))),
+                Ok((Err(error), peer)) => dialling.failed(peer, &error),
+                Err(_) => {}
+            },
         }
     }
 }
@@ -287,23 +269,18 @@ async fn connect(peer: SocketAddr) -> io::Result<TcpStream> {
     Ok(stream)
 }
 
-/// The first connect with a result; also how many began before it and have none.
-async fn first(
-    under_way: &mut Vec<(Connecting, SocketAddr)>,
-) -> (io::Result<TcpStream>, SocketAddr, usize) {
+/// The first connect with a result.
+async fn first<T>(under_way: &mut Vec<(Pin<Box<T>>, SocketAddr)>) -> (T::Output, SocketAddr)
+where
+    T: Future + ?Sized,
+{
     poll_fn(|context| {
-        let ready =
-            under_way.iter_mut().enumerate().find_map(|(place, (connecting, _))| match connecting
-                .as_mut()
-                .poll(context)
-            {
-                Poll::Ready(result) => Some((place, result)),
-                Poll::Pending => None,
-            });
-        match ready {
-            Some((place, result)) => Poll::Ready((result, under_way.remove(place).1, place)),
-            None => Poll::Pending,
+        for place in 0..under_way.len() {
+            if let Poll::Ready(result) = under_way[place].0.as_mut().poll(context) {
+                return Poll::Ready((result, under_way.remove(place).1));
+            }
         }
+        Poll::Pending
     })
     .await
 }
@@ -386,5 +363,15 @@ impl AsyncWrite for Connection {
 
     fn poll_shutdown(mut self: Pin<&mut Self>, context: &mut Context<'_>) -> Poll<io::Result<()>> {
         Pin::new(&mut self.stream).poll_shutdown(context)
+    }
+}
+
+#[test]
+fn of_several_results_the_first_is_that_of_the_connect_that_began_first() {
+    let runtime = tokio::runtime::Builder::new_current_thread().build().unwrap();
+    let peers = [1, 2, 3].map(|port| SocketAddr::from(([127, 0, 0, 1], port)));
+    let mut under_way: Vec<_> = peers.map(|peer| (Box::pin(std::future::ready(peer)), peer)).into();
+    for peer in peers {
+        assert_eq!(runtime.block_on(first(&mut under_way)), (peer, peer));
     }
 }

@@ -4,6 +4,7 @@
 use std::io;
 use std::net::{SocketAddr, TcpStream};
 use std::os::fd::OwnedFd;
+use std::sync::Arc;
 use std::time::Instant;
 
 use rustix::event::{PollFd, PollFlags, Timespec, poll};
@@ -11,60 +12,43 @@ use rustix::io::Errno;
 use rustix::net::{AddressFamily, SocketFlags, SocketType, connect, socket_with, sockopt};
 
 use crate::connector::core::Core;
-use crate::connector::race::{Race, RaceStep};
+use crate::connector::dialling::{Dialling, Reached};
+use crate::connector::failure::Failure;
+use crate::connector::race::RaceStep;
 use crate::connector::{Address, resolve};
 
-/// A connected stream in blocking mode, and its peer. `preferred` is tried first, if it belongs to
-/// a host name.
+/// A connected stream in blocking mode, and its server. `preferred` is tried first, if it belongs
+/// to a host name.
 pub(super) fn dial(
-    core: &Core,
+    core: &Arc<Core>,
     address: &Address,
     preferred: Option<SocketAddr>,
     deadline: Instant,
-) -> io::Result<(TcpStream, SocketAddr)> {
+) -> Result<(TcpStream, Reached), Failure> {
     let ordered = match address.host_name() {
         None => address.socket_addr().into_iter().collect(),
         Some(host) => {
-            let resolver = &core.config.resolver;
-            let resolved = resolve::wait(resolver, host, address.port(), deadline)?;
-            core.order(&resolved, preferred)
+            let name = (host, address.port());
+            core.order(&resolve::wait(&core.config.resolver, name, deadline)?, preferred)
         }
     };
-    let mut race = Race::new(ordered);
+    let mut dialling = Dialling::new(core, ordered, deadline);
+    // In the order in which they began.
     let mut under_way: Vec<(OwnedFd, SocketAddr)> = Vec::new();
     loop {
-        let now = Instant::now();
-        if now >= deadline {
-            under_way.iter().for_each(|(_, peer)| core.peer_failed(*peer));
-            return Err(io::Error::new(io::ErrorKind::TimedOut, "no answer in the time limit"));
-        }
-        match race.next(now) {
-            RaceStep::Failed(error) => return Err(error),
+        match dialling.next() {
+            RaceStep::Failed(failure) => return Err(failure),
             RaceStep::Begin(peer) => match begin(peer) {
                 Ok(socket) => under_way.push((socket, peer)),
-                Err(error) => {
-                    core.peer_failed(peer);
-                    race.failed(error.into());
-                }
+                Err(error) => dialling.failed(peer, &error.into()),
             },
             RaceStep::Wait(until) => {
-                let until = until.map_or(deadline, |until| until.min(deadline));
-                for (place, ready) in wait(&under_way, until)?.into_iter().enumerate().rev() {
-                    if !ready {
-                        continue;
-                    }
-                    let (socket, peer) = under_way.remove(place);
-                    match finish(socket) {
-                        Ok(stream) => {
-                            // Those before it had a head start.
-                            under_way[..place].iter().for_each(|(_, peer)| core.peer_failed(*peer));
-                            return Ok((stream, peer));
-                        }
-                        Err(error) => {
-                            core.peer_failed(peer);
-                            race.failed(error);
-                        }
-                    }
+                let first = first(&under_way, until).map_err(|error| Failure::local(&error))?;
+                let Some(place) = first else { continue };
+                let (socket, peer) = under_way.remove(place);
+                match finish(socket) {
+                    Ok(stream) => return Ok((stream, dialling.won(peer))),
+                    Err(error) => dialling.failed(peer, &error),
                 }
             }
         }
@@ -82,8 +66,8 @@ fn begin(peer: SocketAddr) -> rustix::io::Result<OwnedFd> {
     }
 }
 
-/// Which connects have a result; none of them at `until`, and after a signal.
-fn wait(under_way: &[(OwnedFd, SocketAddr)], until: Instant) -> io::Result<Vec<bool>> {
+/// The first connect with a result; none at `until`, and after a signal.
+fn first(under_way: &[(OwnedFd, SocketAddr)], until: Instant) -> io::Result<Option<usize>> {
     let mut polled: Vec<PollFd<'_>> =
         under_way.iter().map(|(socket, _)| PollFd::new(socket, PollFlags::OUT)).collect();
     let left = until.saturating_duration_since(Instant::now());
@@ -92,7 +76,7 @@ fn wait(under_way: &[(OwnedFd, SocketAddr)], until: Instant) -> io::Result<Vec<b
         Ok(_) | Err(Errno::INTR) => {}
         Err(error) => return Err(error.into()),
     }
-    Ok(polled.iter().map(|fd| !fd.revents().is_empty()).collect())
+    Ok(polled.iter().position(|fd| !fd.revents().is_empty()))
 }
 
 fn finish(socket: OwnedFd) -> io::Result<TcpStream> {
@@ -105,4 +89,21 @@ fn finish(socket: OwnedFd) -> io::Result<TcpStream> {
     }
     stream.set_nonblocking(false)?;
     Ok(stream)
+}
+
+#[test]
+fn of_several_results_the_first_is_that_of_the_connect_that_began_first() {
+    let far = Instant::now() + std::time::Duration::from_secs(60);
+    let listeners = [(); 3].map(|()| std::net::TcpListener::bind("127.0.0.1:0").unwrap());
+    let peers = listeners.each_ref().map(|listener| listener.local_addr().unwrap());
+    let mut under_way: Vec<_> = peers.map(|peer| (begin(peer).unwrap(), peer)).into();
+    for one in &under_way {
+        // Each has a result.
+        assert_eq!(first(std::slice::from_ref(one), far).unwrap(), Some(0));
+    }
+    for peer in peers {
+        let place = first(&under_way, far).unwrap().unwrap();
+        let (socket, reached) = under_way.remove(place);
+        assert_eq!((reached, finish(socket).unwrap().peer_addr().unwrap()), (peer, peer));
+    }
 }

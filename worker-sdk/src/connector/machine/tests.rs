@@ -2,6 +2,7 @@
 
 use std::cell::Cell;
 use std::collections::BTreeSet;
+use std::io;
 
 use super::*;
 use crate::connector::plan::BackOff;
@@ -30,6 +31,10 @@ fn targets(selection: Selection, servers: Server) -> Targets<Server> {
     let mut targets = Targets::new(selection, false, PAUSES);
     targets.replace((0..servers).map(Candidate::new).collect(), None);
     targets
+}
+
+fn no() -> Failure {
+    Failure::of_server(&io::Error::other("no"))
 }
 
 /// How a server answers.
@@ -107,7 +112,7 @@ impl World {
                 Step::Attempt(attempt) => {
                     let address = attempt.address;
                     events.push((self.time(), attempt));
-                    let limit = machine.begin(targets, address, now);
+                    let limit = machine.begin(targets, address, now).expect("time is left");
                     let failure = match answers(address, self.time()) {
                         Answer::Accepts => {
                             self.pass(MS);
@@ -117,11 +122,11 @@ impl World {
                         }
                         Answer::Refuses => {
                             self.pass(MS);
-                            (io::ErrorKind::ConnectionRefused, "refused".to_owned())
+                            Failure::of_server(&io::ErrorKind::ConnectionRefused.into())
                         }
                         Answer::Silent => {
                             self.pass(limit);
-                            (io::ErrorKind::TimedOut, "silent".to_owned())
+                            Failure::timed_out("silent")
                         }
                     };
                     machine.failed(targets, failure, self.now.get(), &mut || self.rng.u64(..));
@@ -216,7 +221,7 @@ fn the_handler_may_replace_the_address() {
     };
     assert_eq!(attempt.address, 0);
     machine.begin(&mut targets, 77, now);
-    machine.failed(&mut targets, (io::ErrorKind::Other, "no".to_owned()), now, &mut || 0);
+    machine.failed(&mut targets, no(), now, &mut || 0);
     assert!(targets.standing(&0, now).is_usable(), "it was not tried");
     assert_eq!(machine.outcomes().0[0].address, 77);
     let course = world.run(&mut machine, &mut targets, 0, |_, _| Answer::Accepts);
@@ -298,7 +303,7 @@ fn the_advised_address_comes_first_and_is_asked_for_when_one_is_chosen() {
         let step = machine.next(&mut targets, now, &mut random);
         assert_eq!(step, Step::Attempt(attempt));
         machine.begin(&mut targets, advised, now);
-        let failure = (io::ErrorKind::Other, "no".to_owned());
+        let failure = no();
         machine.failed(&mut targets, failure, now, &mut random);
         // The back-off is over.
         world.pass(Duration::from_secs(1));
@@ -321,7 +326,7 @@ fn a_list_that_has_failed_is_asked_for_again() {
             Step::Attempt(attempt) => {
                 tried.push(attempt.address);
                 machine.begin(&mut targets, attempt.address, now);
-                let failure = (io::ErrorKind::Other, "no".to_owned());
+                let failure = no();
                 machine.failed(&mut targets, failure, now, &mut || world.rng.u64(..));
             }
             Step::Refresh(what) => break what,
@@ -414,4 +419,74 @@ fn endless_attempts_go_in_order_to_whatever_is_not_set_aside() {
         }
     }
     assert_eq!(tried, [0, 1, 2, 0, 1, 2, 0, 1, 2]);
+}
+
+/// Each failure takes longer than the pause of an address.
+#[test]
+fn endless_attempts_reach_an_address_behind_others_that_fail_slowly() {
+    let mut targets = Targets::new(Selection::InOrder, false, PAUSES);
+    targets.replace((0..3).map(Candidate::new).collect(), None);
+    let endless =
+        Plan { persistence: Persistence::Endless, total_timeout: Duration::MAX, ..plan(1, 0) };
+    let mut machine: Machine<Server> = Machine::new(endless, None);
+    let mut now = Instant::now();
+    let mut tried = Vec::new();
+    while tried.len() < 9 {
+        match machine.next(&mut targets, now, &mut || 0) {
+            Step::Wait(until) => now = until,
+            Step::Attempt(attempt) => {
+                now += machine.begin(&mut targets, attempt.address, now).expect("no limit");
+                machine.failed_for(&mut targets, now, 100 * MS);
+                tried.push(attempt.address);
+            }
+            step => panic!("{step:?}"),
+        }
+    }
+    assert_eq!(tried, [0, 1, 2, 0, 1, 2, 0, 1, 2]);
+}
+
+#[test]
+fn a_shortage_of_this_machine_uses_up_attempts_and_sets_no_address_aside() {
+    let (mut world, mut targets) = (World::new(31), targets(Selection::InOrder, 3));
+    // One of them is probed.
+    targets.failed(&0, world.now.get(), 0);
+    world.pass(PAUSES.first);
+    let mut machine = Machine::new(plan(3, 2), None);
+    let mut tried = Vec::new();
+    loop {
+        let now = world.now.get();
+        match machine.next(&mut targets, now, &mut || world.rng.u64(..)) {
+            Step::Wait(until) => world.now.set(until),
+            Step::Attempt(attempt) => {
+                tried.push((attempt.alternative, attempt.retries_left));
+                machine.begin(&mut targets, attempt.address, now).expect("time is left");
+                let shortage = Failure::local(&io::Error::other("no descriptor"));
+                machine.failed(&mut targets, shortage, now, &mut || world.rng.u64(..));
+            }
+            Step::Ask => break,
+            step => panic!("{step:?}"),
+        }
+    }
+    assert_eq!(tried, [(false, 2), (false, 1), (false, 0), (true, 1), (true, 0)]);
+    assert!(machine.outcomes().0.iter().all(|outcome| outcome.local));
+    let now = world.now.get();
+    assert_eq!(targets.standing(&0, now), Standing::ToProbe, "the probe is left to others");
+    assert!((1..3).all(|server| targets.standing(&server, now) == Standing::Usable));
+}
+
+#[test]
+fn an_attempt_that_has_no_time_left_when_it_begins_is_not_made() {
+    let (mut world, mut targets) = (World::new(37), targets(Selection::InOrder, 2));
+    targets.failed(&0, world.now.get(), 0);
+    world.pass(PAUSES.first);
+    let mut machine = Machine::new(plan(3, 2), None);
+    let now = world.now.get();
+    let Step::Attempt(attempt) = machine.next(&mut targets, now, &mut || world.rng.u64(..)) else {
+        panic!("no attempt");
+    };
+    let late = now + plan(3, 2).total_timeout;
+    assert_eq!(machine.begin(&mut targets, attempt.address, late), None);
+    assert_eq!(machine.next(&mut targets, late, &mut || world.rng.u64(..)), Step::Ask);
+    assert_eq!(machine.outcomes(), (Vec::new(), true));
+    assert_eq!(targets.standing(&0, late), Standing::ToProbe);
 }
