@@ -125,7 +125,8 @@ fn run(network: &Network, source: Source) {
     });
     let calls = clients.stop();
     report(&calls, &outages);
-    check(&calls, &outages, hosts.len());
+    assert!(!outages.is_empty() && calls.iter().any(|call| call.reconnect), "nothing happened");
+    check(&calls, &outages, hosts.len()).unwrap_or_else(|problem| panic!("{problem}"));
     for host in &hosts {
         host.dispatcher().wait_status("the end of all sessions", |status| {
             pool(status, "web").workers.iter().all(|worker| worker.load == 0)
@@ -175,20 +176,66 @@ fn report(calls: &[Call], outages: &[Outage]) {
     );
 }
 
-fn check(calls: &[Call], outages: &[Outage], hosts: usize) {
-    assert!(!outages.is_empty() && calls.iter().any(|call| call.reconnect), "nothing happened");
+/// One host is up at every time.
+fn check(calls: &[Call], outages: &[Outage], hosts: usize) -> Result<(), String> {
+    let limit = LIMITS.total + SLACK;
+    // The begin of the time in which each client has had no server.
+    let mut without: BTreeMap<usize, Instant> = BTreeMap::new();
+    let mut calls: Vec<&Call> = calls.iter().collect();
+    calls.sort_by_key(|call| call.from);
     for call in calls {
+        // Whatever happened meanwhile: a call that is stuck overlaps with many outages.
+        if call.to - call.from > limit {
+            return Err(format!("longer than its limits: {call:?}"));
+        }
+        let since = *without.entry(call.client).or_insert(call.from);
+        if call.to - since > limit {
+            return Err(format!("without a server since {:?}: {call:?}", call.to - since));
+        }
+        if call.problem.is_none() {
+            without.remove(&call.client);
+            continue;
+        }
         let overlaps = |outage: &&Outage| outage.from <= call.to && outage.to >= call.from;
         let was_down =
             |host: usize| outages.iter().filter(overlaps).any(|outage| outage.host == host);
-        if (0..hosts).all(was_down) {
-            // No host was up during the whole call.
-            continue;
+        // Else no host was up during the whole call, and the next one has to succeed.
+        if !(0..hosts).all(was_down) {
+            return Err(format!("a host was up: {call:?}"));
         }
-        let took = call.to - call.from;
-        assert!(call.problem.is_none(), "a host was up: {call:?}");
-        assert!(took <= LIMITS.total + SLACK, "longer than its limits: {call:?}");
     }
+    Ok(())
+}
+
+#[test]
+fn a_call_that_is_stuck_is_a_failure_whatever_happened_meanwhile() {
+    let start = Instant::now();
+    let at = |seconds: u64| start + Duration::from_secs(seconds);
+    // Each host was down for a while.
+    let down =
+        |host: usize, from, to| Outage { host, fault: Fault::Kill, from: at(from), to: at(to) };
+    let outages = [down(0, 0, 5), down(1, 5, 10), down(2, 10, 15)];
+    let failed = Some("all attempts failed".to_owned());
+    let call = |from, to, problem| Call {
+        client: 7,
+        from: at(from),
+        to: at(to),
+        reconnect: false,
+        problem,
+    };
+    let check = |calls: &[Call]| check(calls, &outages, 3);
+    assert_eq!(check(&[call(1, 2, None), call(1, 14, failed.clone()), call(14, 16, None)]), Ok(()));
+    for stuck in [failed.clone(), None] {
+        let problem = check(&[call(0, 60, stuck)]).unwrap_err();
+        assert!(problem.contains("longer than its limits"), "{problem}");
+    }
+    // One failure after the other is the same for the client.
+    let often = (0..20).map(|n| call(2 * n, 2 * n + 2, failed.clone()));
+    let outages = [down(0, 0, 50), down(1, 0, 50), down(2, 0, 50)];
+    let problem = super::hosts::check(&often.collect::<Vec<_>>(), &outages, 3).unwrap_err();
+    assert!(problem.contains("without a server"), "{problem}");
+    let problem = super::hosts::check(&[call(1, 2, failed)], &outages[..2], 3).unwrap_err();
+    assert!(problem.contains("a host was up"), "{problem}");
 }
 
 /// Shared by clients and hosts: whether the run goes on.

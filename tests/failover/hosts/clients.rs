@@ -1,5 +1,6 @@
 //! Clients with sessions: half of them block, half of them are tasks of tokio.
 
+use std::collections::BTreeMap;
 use std::io::{self, Read, Write};
 use std::net::TcpStream;
 use std::sync::atomic::{AtomicBool, Ordering};
@@ -10,7 +11,7 @@ use std::time::{Duration, Instant};
 use tokio::io::{AsyncReadExt, AsyncWriteExt};
 use worker_sdk::connector::{self, ConnectorConfig};
 
-use super::Running;
+use super::{Running, SLACK};
 
 const EACH: usize = 100;
 
@@ -30,8 +31,10 @@ pub const LIMITS: Limits =
     Limits { attempt: Duration::from_secs(2), total: Duration::from_secs(15) };
 
 /// A connect or reconnect.
-#[derive(Debug)]
+#[derive(Clone, Debug)]
 pub struct Call {
+    /// The number of the client.
+    pub client: usize,
     pub from: Instant,
     pub to: Instant,
     pub reconnect: bool,
@@ -41,16 +44,25 @@ pub struct Call {
 
 #[derive(Clone)]
 struct Record {
+    client: usize,
     calls: Arc<Mutex<Vec<Call>>>,
+    /// The calls that have not returned, by client.
+    open: Arc<Mutex<BTreeMap<usize, (Instant, bool)>>>,
     running: Running,
     session: Duration,
 }
 
 impl Record {
-    fn note(&self, from: Instant, reconnect: bool, result: Result<(), connector::Error>) -> bool {
+    fn begin(&self, reconnect: bool) {
+        self.open.lock().unwrap().insert(self.client, (Instant::now(), reconnect));
+    }
+
+    fn end(&self, result: Result<(), connector::Error>) -> bool {
+        let (from, reconnect) = self.open.lock().unwrap().remove(&self.client).unwrap();
         let problem = result.err().map(|error| error.to_string());
         let succeeded = problem.is_none();
-        self.calls.lock().unwrap().push(Call { from, to: Instant::now(), reconnect, problem });
+        let (client, to) = (self.client, Instant::now());
+        self.calls.lock().unwrap().push(Call { client, from, to, reconnect, problem });
         succeeded
     }
 
@@ -68,7 +80,9 @@ impl Clients {
     /// `config` has the addresses.
     pub fn start(config: &ConnectorConfig, session: Duration, rng: &mut fastrand::Rng) -> Clients {
         let running = Arc::new(AtomicBool::new(true));
-        let record = Record { calls: Arc::default(), running, session };
+        let (calls, open) = (Arc::default(), Arc::default());
+        let record = Record { client: 0, calls, open, running, session };
+        let of = |client: usize| Record { client, ..record.clone() };
         let config = || {
             let config = config.clone();
             config
@@ -78,12 +92,12 @@ impl Clients {
                 .set_aside(Duration::from_millis(500), Duration::from_secs(4))
         };
         let mut threads = Vec::new();
-        for _ in 0..EACH {
-            let (config, record, first) = (config(), record.clone(), rng.f64());
+        for client in 0..EACH {
+            let (config, record, first) = (config(), of(client), rng.f64());
             threads.push(thread::spawn(move || blocking_client(config, &record, first)));
         }
         let tasks: Vec<(ConnectorConfig, Record, f64)> =
-            (0..EACH).map(|_| (config(), record.clone(), rng.f64())).collect();
+            (EACH..2 * EACH).map(|client| (config(), of(client), rng.f64())).collect();
         threads.push(thread::spawn(move || {
             let runtime = tokio::runtime::Builder::new_current_thread().enable_all().build();
             runtime.unwrap().block_on(async {
@@ -99,13 +113,24 @@ impl Clients {
         Clients { record, threads }
     }
 
-    /// Ends all clients; returns what they did.
+    /// Ends all clients; returns what they did. Calls that do not return are among it.
     pub fn stop(self) -> Vec<Call> {
         self.record.running.store(false, Ordering::SeqCst);
-        for thread in self.threads {
-            thread.join().unwrap();
+        let limit = Instant::now() + LIMITS.total + SLACK + ANSWER + SLACK;
+        while !self.threads.iter().all(JoinHandle::is_finished) && Instant::now() < limit {
+            thread::sleep(Duration::from_millis(10));
         }
-        std::mem::take(&mut *self.record.calls.lock().unwrap())
+        let mut calls = std::mem::take(&mut *self.record.calls.lock().unwrap());
+        for (&client, &(from, reconnect)) in self.record.open.lock().unwrap().iter() {
+            let problem = Some("it has not returned".to_owned());
+            calls.push(Call { client, from, to: Instant::now(), reconnect, problem });
+        }
+        for thread in self.threads {
+            if thread.is_finished() {
+                thread.join().unwrap();
+            }
+        }
+        calls
     }
 }
 
@@ -123,20 +148,19 @@ fn blocking_client(config: ConnectorConfig, record: &Record, first: f64) {
         connector::Connector::new(config).unwrap().on_connect(|stream| ask(stream, b"\n"));
     let mut length = record.session.mul_f64(first);
     while record.goes_on() {
-        let from = Instant::now();
-        let connected = connector.connect();
-        let (mut connection, result) = match connected {
+        record.begin(false);
+        let (mut connection, result) = match connector.connect() {
             Ok(connection) => (Some(connection), Ok(())),
             Err(error) => (None, Err(error)),
         };
-        record.note(from, false, result);
+        record.end(result);
         let Some(connection) = &mut connection else { continue };
         let end = Instant::now() + std::mem::replace(&mut length, record.session);
         while record.goes_on() && Instant::now() < end {
             connection.stream().set_read_timeout(Some(ANSWER)).unwrap();
             if ask(connection.stream(), b"a word of the session\n").is_err() {
-                let from = Instant::now();
-                if !record.note(from, true, connection.reconnect()) {
+                record.begin(true);
+                if !record.end(connection.reconnect()) {
                     break;
                 }
             }
@@ -162,20 +186,20 @@ async fn task_client(config: ConnectorConfig, record: Record, first: f64) {
     });
     let mut length = record.session.mul_f64(first);
     while record.goes_on() {
-        let from = Instant::now();
+        record.begin(false);
         let (connection, result) = match connector.connect().await {
             Ok(connection) => (Some(connection), Ok(())),
             Err(error) => (None, Err(error)),
         };
-        record.note(from, false, result);
+        record.end(result);
         let Some(mut connection) = connection else { continue };
         let end = Instant::now() + std::mem::replace(&mut length, record.session);
         while record.goes_on() && Instant::now() < end {
             let asked = ask_later(&mut connection, b"a word of the session\n");
             let answered = tokio::time::timeout(ANSWER, asked).await;
             if !matches!(answered, Ok(Ok(()))) {
-                let from = Instant::now();
-                if !record.note(from, true, connection.reconnect().await) {
+                record.begin(true);
+                if !record.end(connection.reconnect().await) {
                     break;
                 }
             }
