@@ -3,6 +3,7 @@
 
 mod access;
 mod answers;
+mod clients;
 mod commands;
 mod document;
 mod hosts;

@@ -10,17 +10,19 @@
 //! counts as one connection to its first server until newer data of that server can include it, and
 //! servers that are nearly equal are advised in proportion to their weights.
 
+mod advised;
 mod history;
 mod load;
 mod score;
 
-use std::collections::{HashMap, VecDeque};
+use std::collections::HashMap;
 use std::net::IpAddr;
 use std::sync::Arc;
 use std::time::Duration;
 
 use dispatch_protocol::scoreboard::gauge::GaugeName;
 
+use self::advised::Advised;
 use self::history::History;
 use super::random::Random;
 use super::types::Time;
@@ -35,9 +37,6 @@ pub const SETTLES_IN: Duration = Duration::from_millis(500);
 
 /// Servers whose scores exceed the lowest one by at most this part of it are nearly equal.
 const NEAR: f64 = 1.0 / 32.0;
-
-/// Answers within this time are counted as one entry, so that an entry is not kept for each.
-const GRAIN: Duration = Duration::from_millis(10);
 
 /// Bounds of a server's credit: a server that was passed over for long gets no burst.
 const MOST_CREDIT: f64 = 2.0;
@@ -138,8 +137,8 @@ pub struct Ranking {
 /// What the advisor of a pool remembers of a server.
 #[derive(Debug)]
 struct Remembered {
-    /// Answers that may not be in the server's load yet, oldest first: when, and how many.
-    advised: VecDeque<(Time, u64)>,
+    /// Answers that may not be in the server's load yet.
+    advised: Advised,
     /// Its claim to the next answer among nearly equal servers: grows by its share with each of
     /// them, falls by one with each that it gets.
     credit: f64,
@@ -187,12 +186,15 @@ impl Advisor {
         for server in servers {
             let random = &mut self.random;
             let new = || Remembered {
-                advised: VecDeque::new(),
+                advised: Advised::default(),
                 credit: random.below(1 << 20) as f64 / f64::from(1 << 20),
                 next: 0,
                 used: now,
             };
-            self.servers.entry(key(server)).or_insert_with(new).used = now;
+            let known = self.servers.entry(key(server)).or_insert_with(new);
+            known.used = now;
+            // Later figures are not older than these.
+            known.advised.forget_included(server.at);
         }
         let scored = self.scored(now, servers, terms, counts_for);
         let near = score::near(servers, &scored, terms);
@@ -214,10 +216,7 @@ impl Advisor {
         {
             known.credit = (known.credit - 1.0).max(-MOST_CREDIT);
             known.next += 1;
-            match known.advised.back_mut() {
-                Some((at, count)) if now - *at < GRAIN => *count += 1,
-                Some(_) | None => known.advised.push_back((now, 1)),
-            }
+            known.advised.add(now);
         }
         self.history.record(now, asked, client, &ranking);
         ranking
@@ -246,11 +245,7 @@ impl Advisor {
     ) -> Vec<(u64, f64)> {
         let advised = |server: &Server| {
             let known = self.servers.get(&key(server));
-            let counts =
-                |&&(at, _): &&(Time, u64)| at + counts_for > now && at + SETTLES_IN > server.at;
-            known.map_or(0, |known| {
-                known.advised.iter().filter(counts).map(|&(_, count)| count).sum()
-            })
+            known.map_or(0, |known| known.advised.count(now, counts_for, server.at))
         };
         score::scores(servers, terms, advised)
     }
@@ -294,9 +289,7 @@ impl Advisor {
     /// Forgets answers that count no more, and servers that are gone.
     fn forget(&mut self, now: Time, servers: &[Server], counts_for: Duration) {
         for known in self.servers.values_mut() {
-            while known.advised.front().is_some_and(|&(at, _)| at + counts_for <= now) {
-                known.advised.pop_front();
-            }
+            known.advised.forget_old(now, counts_for);
         }
         if self.servers.len() > servers.len() + MOST_REMEMBERED {
             let mut used: Vec<Time> = self.servers.values().map(|known| known.used).collect();

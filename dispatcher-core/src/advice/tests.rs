@@ -146,9 +146,39 @@ fn memory_does_not_grow_with_servers_that_come_and_go() {
     }
     let now = Time(1_000_000_000_000);
     let list = servers(&[0], now);
-    (0..100_000).for_each(|n| drop(best(&mut advisor, now + GRAIN * n / 100, &list, &terms)));
+    (0..100_000).for_each(|n| drop(best(&mut advisor, now + FOR / 1_000 * n, &list, &terms)));
     let entries = advisor.servers.values().map(|known| known.advised.len()).max();
-    assert!(entries <= Some((FOR.as_nanos() / GRAIN.as_nanos()) as usize + 1), "{entries:?}");
+    assert!(entries <= Some(advised::MOST), "{entries:?}");
+}
+
+/// A year of requests on figures that stay valid for a year, and are collected rarely or never.
+#[test]
+fn memory_and_time_do_not_grow_with_the_time_for_which_figures_are_valid() {
+    let terms = Terms::default();
+    let year = Duration::from_secs(366 * 24 * 3600);
+    let start = Time(0) + year;
+    for collected_each in [Duration::from_secs(3600), year * 2] {
+        let mut advisor = Advisor::new(3);
+        let (mut now, mut figures) = (start, start);
+        let mut given = 0;
+        // As many in a second at first as in a day at the end.
+        for n in 0..50_000u32 {
+            now = now
+                + Duration::from_millis(1)
+                + Duration::from_secs_f64(f64::from(n).powi(2) / 1.6e6);
+            if now - figures >= collected_each {
+                (figures, given) = (now, 0);
+            }
+            let list = servers(&[0], figures);
+            let ranking = advisor.advise(now, &list, &terms, year * 2, CLIENT);
+            // Exactly those that the figures cannot include.
+            assert_eq!(ranking.usable[0].advised, given, "{n}");
+            given += 1;
+            let entries = advisor.servers.values().map(|known| known.advised.len()).max();
+            assert!(entries <= Some(advised::MOST), "{entries:?}");
+        }
+        assert!(now - start > year / 2, "{:?}", now - start);
+    }
 }
 
 #[test]

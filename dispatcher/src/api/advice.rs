@@ -23,8 +23,16 @@ pub struct AddressesAnswer {
     pub pool: String,
     /// How long the answer may be used.
     pub valid_for_ms: u64,
-    /// Best first; with `?all` followed by those that cannot be given connections.
+    /// Addresses that the list has no room for: the last ones. Absent if it has all.
+    #[serde(default, skip_serializing_if = "is_zero")]
+    pub left_out: usize,
+    /// Best first; with `?all` followed by those that cannot be given connections. At most 1,024.
     pub addresses: Vec<AddressRecord>,
+}
+
+#[expect(clippy::trivially_copy_pass_by_ref, reason = "serde passes a reference")]
+fn is_zero(number: &usize) -> bool {
+    *number == 0
 }
 
 /// An address that clients can connect to.
@@ -179,6 +187,10 @@ pub struct AdviceStatus {
     /// Requests that got no advice: `denied` (not in `advice_allow`), `no_address`, `unknown_pool`,
     /// `busy`.
     pub refused: BTreeMap<String, u64>,
+    /// What answers had no room for, in all since the start: `addresses` of lists for clients,
+    /// `own` (pools, servers and addresses, for peers), `details` of both.
+    #[serde(default)]
+    pub left_out: BTreeMap<String, u64>,
     /// In the order of the configuration.
     pub peers: Vec<PeerStatus>,
     /// The addresses of each pool, from the figures that are known, by score.

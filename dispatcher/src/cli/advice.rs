@@ -164,6 +164,10 @@ pub(super) fn summary(advice: &AdviceStatus) -> String {
         clean(&advice.mode),
         count(asked("best") + asked("addresses"), "request"),
     );
+    if let Some(addresses) = advice.left_out.get("addresses").filter(|count| **count > 0) {
+        let _ =
+            writeln!(text, "lists for clients had no room for {}", count(*addresses, "address"));
+    }
     for peer in &advice.peers {
         let error = peer.error.as_deref().map(|error| format!(": {}", clean(error)));
         let (address, state) = (clean(&peer.address), clean(&peer.state));

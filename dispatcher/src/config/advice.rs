@@ -217,9 +217,29 @@ fn table(check: &mut Check<'_>, keys: &AdviceKeys, settings: &mut AdviceSettings
                 .help("otherwise figures are too old before they are collected again"),
         );
     }
+    if settings.interval.is_none() && settings.request_timeout >= settings.valid_for {
+        check.mistake(fresh_too_late(keys, settings));
+    }
     if let Some(multipliers) = &keys.multiplier {
         read_multipliers(check, multipliers.get_ref(), settings);
     }
+}
+
+/// A request that waits for a silent peer would find the figures of all others too old.
+fn fresh_too_late(keys: &AdviceKeys, settings: &AdviceSettings) -> Mistake {
+    let spans = [
+        keys.request_timeout.as_ref().map(Spanned::span),
+        keys.valid_for.as_ref().map(Spanned::span),
+        keys.mode.as_ref().map(Spanned::span),
+    ];
+    let span = spans.into_iter().flatten().next().unwrap_or(0..0);
+    let shown = |time: Duration| humantime::format_duration(time).to_string();
+    let (timeout, valid_for) = (shown(settings.request_timeout), shown(settings.valid_for));
+    Mistake::new(span, "`request_timeout` must be shorter than `valid_for` with mode = \"fresh\"")
+        .help(format!(
+            "a silent peer delays an answer by request_timeout ({timeout}), and figures older than \
+             valid_for ({valid_for}) are left out: make valid_for longer or request_timeout shorter"
+        ))
 }
 
 fn read_multipliers(

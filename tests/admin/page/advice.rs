@@ -31,6 +31,7 @@ fn addresses_and_peers_are_shown_and_nothing_without_advice() {
         mode: "interval".to_owned(),
         requests: [("best".to_owned(), 40), ("addresses".to_owned(), 2)].into(),
         refused: [("denied".to_owned(), 3)].into(),
+        left_out: [("addresses".to_owned(), 0)].into(),
         peers: vec![PeerStatus {
             address: "10.0.0.2:9901".to_owned(),
             state: "silent".to_owned(),

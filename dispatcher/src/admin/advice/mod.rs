@@ -9,6 +9,7 @@
 //! costs it nothing. With `mode = "fresh"` requests start a round, in which this dispatcher and all
 //! peers are asked at once; requests that come during a round share it.
 
+mod bounds;
 mod own;
 mod peers;
 mod records;
@@ -26,10 +27,12 @@ use tokio::sync::watch;
 use tokio::task::JoinSet;
 use tokio::time::Instant;
 
+use self::bounds::Bounded;
 use self::peers::Peer;
 use self::records::server;
 use crate::api::advice::OwnAnswer;
 use crate::api::command::{CommandError, Problem, unknown_pool};
+use crate::background::logger::value;
 use crate::config::AdviceSettings;
 use crate::mailbox::advice_faults::AdviceFaults;
 use crate::mailbox::client::{MailboxClient, NoAnswer, Question, Unanswered};
@@ -90,6 +93,17 @@ struct State {
     addresses: u64,
     own_asked: u64,
     refused: [u64; Refused::ALL.len()],
+    left_out: LeftOut,
+}
+
+/// What answers had no room for.
+#[derive(Debug, Default)]
+struct LeftOut {
+    addresses: u64,
+    own: u64,
+    details: u64,
+    /// The pools whose lists have been named in the log; empty: the answer to peers.
+    named: HashSet<String>,
 }
 
 /// Shared by all requests.
@@ -383,8 +397,8 @@ impl Adviser {
         error
     }
 
-    /// What peers ask for.
-    async fn own(&self) -> Result<OwnAnswer, CommandError> {
+    /// What peers ask for, as JSON.
+    async fn own(&self) -> Result<Vec<u8>, CommandError> {
         self.lock().own_asked += 1;
         let figures =
             self.ask_own().await.map_err(|why| self.refuse(Refused::Busy, no_answer(why)))?;
@@ -396,7 +410,33 @@ impl Adviser {
                 gauge.age_ms += age;
             }
         }
-        Ok(answer)
+        let bounded = bounds::own(answer);
+        self.note_left_out(None, &bounded);
+        Ok(bounded.body)
+    }
+
+    /// Counts what an answer has no room for, of this pool or of the answer to a peer, and names it
+    /// once.
+    fn note_left_out(&self, pool: Option<&str>, bounded: &Bounded) {
+        let Bounded { left_out, details_left_out: details, .. } = *bounded;
+        if left_out == 0 && details == 0 {
+            return;
+        }
+        let mut state = self.lock();
+        let counts = &mut state.left_out;
+        let count = if pool.is_some() { &mut counts.addresses } else { &mut counts.own };
+        *count += left_out as u64;
+        counts.details += details as u64;
+        let is_new = counts.named.len() < MOST_ADVISORS
+            && counts.named.insert(pool.unwrap_or_default().to_owned());
+        drop(state);
+        if is_new {
+            let to = if pool.is_some() { "clients" } else { "peers" };
+            let pool = pool.map(|pool| format!(" pool={}", value(pool))).unwrap_or_default();
+            log::warn!(
+                "event=advice_shortened to={to}{pool} left_out={left_out} details={details}"
+            );
+        }
     }
 }
 

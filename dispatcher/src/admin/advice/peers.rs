@@ -12,6 +12,9 @@ use hyper_util::rt::TokioIo;
 use tokio::net::TcpStream;
 use tokio::time::Instant;
 
+use super::bounds::{
+    MAX_LOAD, MAX_OWN, MOST_OF_POOL, MOST_OF_SERVER, MOST_POOLS, MOST_SERVERS, WEIGHTS,
+};
 use super::{Figures, milliseconds, state_of};
 use crate::api::advice::{OwnAnswer, PeerStatus, ServerRecord};
 use crate::background::logger::{quoted, value};
@@ -19,19 +22,8 @@ use crate::config::is_advisable;
 use crate::mailbox::advice_faults::{AdviceFaults, PeerEvent};
 use dispatcher_core::MAX_GAUGE_VALUE;
 
-/// Longest answer of a peer in bytes.
-const MAX_ANSWER: usize = 1024 * 1024;
-
 /// Longest head of an answer in bytes.
 const MAX_HEAD: usize = 16 * 1024;
-
-/// Most pools, servers and addresses in an answer.
-const MOST_POOLS: usize = 1024;
-const MOST_SERVERS: usize = 4096;
-const MOST_ADDRESSES: usize = 64;
-
-/// Most gauges of a server.
-const MOST_GAUGES: usize = 64;
 
 /// Shortest interval between two log lines about one peer.
 const LOG_EVERY: Duration = Duration::from_secs(1);
@@ -254,10 +246,10 @@ async fn exchange(peer: SocketAddr, began: &AtomicBool) -> Result<Bytes, PeerFau
         if response.status() != hyper::StatusCode::OK {
             return Err(PeerFault::Refused(response.status().to_string()));
         }
-        let body = Limited::new(response.into_body(), MAX_ANSWER).collect().await;
+        let body = Limited::new(response.into_body(), MAX_OWN).collect().await;
         body.map(|body| body.to_bytes()).map_err(|error| {
             if error.is::<LengthLimitError>() {
-                PeerFault::TooLong(format!("more than {MAX_ANSWER} bytes"))
+                PeerFault::TooLong(format!("more than {MAX_OWN} bytes"))
             } else {
                 PeerFault::Malformed(error.to_string())
             }
@@ -293,12 +285,15 @@ pub(super) fn check(body: &[u8]) -> Result<OwnAnswer, PeerFault> {
         if pool.pool.is_empty() || pool.pool.len() > dispatch_protocol::wire::MAX_NAME {
             return Err(PeerFault::Malformed("a pool without a valid name".to_owned()));
         }
+        if pool.servers.iter().map(|server| server.addresses.len()).sum::<usize>() > MOST_OF_POOL {
+            return too_long("addresses of a pool", MOST_OF_POOL);
+        }
         for server in &pool.servers {
-            if server.addresses.len() > MOST_ADDRESSES {
-                return too_long("addresses of a server", MOST_ADDRESSES);
+            if server.addresses.len() > MOST_OF_SERVER {
+                return too_long("addresses of a server", MOST_OF_SERVER);
             }
-            if server.gauges.len() > MOST_GAUGES {
-                return too_long("gauges of a server", MOST_GAUGES);
+            if server.gauges.len() > MOST_OF_SERVER {
+                return too_long("gauges of a server", MOST_OF_SERVER);
             }
             check_server(server).map_err(PeerFault::Malformed)?;
         }
@@ -316,12 +311,10 @@ fn check_server(server: &ServerRecord) -> Result<(), String> {
     if state_of(&server.state).is_none() {
         return Err("an unknown state".to_owned());
     }
-    // Scores stay finite.
-    if !(1e-6..=1e9).contains(&server.weight) {
+    if !WEIGHTS.contains(&server.weight) {
         return Err("an impossible weight".to_owned());
     }
-    // Sums of loads stay far below the greatest number.
-    if server.load > 1 << 48 || server.capacity.is_some_and(|most| most > 1 << 48) {
+    if server.load > MAX_LOAD || server.capacity.is_some_and(|most| most > MAX_LOAD) {
         return Err("an impossible load".to_owned());
     }
     let possible = |value: f64| value.abs() <= MAX_GAUGE_VALUE;

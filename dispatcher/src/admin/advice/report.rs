@@ -10,7 +10,7 @@ use tokio::time::Instant;
 
 use super::peers::Peer;
 use super::records::{address_record, advice_record};
-use super::{Adviser, MOST_SHOWN, Refused, Servers, State, mode, no_answer};
+use super::{Adviser, LeftOut, MOST_SHOWN, Refused, Servers, State, mode, no_answer};
 use crate::api::advice::{
     AddressRecord, AdviceAnswer, AdviceHistoryAnswer, AdvicePoolStatus, AdviceStatus,
 };
@@ -115,11 +115,14 @@ impl Adviser {
         let requests =
             [("best", state.best), ("addresses", state.addresses), ("own", state.own_asked)];
         let refused = Refused::ALL.map(|why| (why.name().to_owned(), state.refused[why as usize]));
+        let LeftOut { addresses, own, details, .. } = state.left_out;
+        let left_out = [("addresses", addresses), ("own", own), ("details", details)];
         AdviceStatus {
             listen: self.listen.to_string(),
             mode: mode(&settings).to_owned(),
             requests: requests.map(|(name, count)| (name.to_owned(), count)).into(),
             refused: BTreeMap::from(refused),
+            left_out: left_out.map(|(name, count)| (name.to_owned(), count)).into(),
             peers: state.peers.iter().map(Peer::status).collect(),
             pools,
         }

@@ -16,11 +16,11 @@ use tokio::net::TcpListener;
 use tokio::sync::{Semaphore, watch};
 
 use super::records::address_record;
-use super::{Adviser, Refused};
+use super::{Adviser, Refused, bounds};
 use crate::admin::client_limits::{AcceptPace, ClientId, ClientLimits};
 use crate::admin::http::{self, Times};
 use crate::admin::routes::{self, refused};
-use crate::api::advice::{AddressesAnswer, BestAnswer, OwnAnswer};
+use crate::api::advice::{AddressesAnswer, BestAnswer};
 use crate::api::command::{CommandError, Problem};
 use crate::background::logger::quoted;
 use dispatcher_core::advice::Asked;
@@ -163,8 +163,9 @@ async fn addresses(
         Ok(answer) => answer,
         Err(error) => return refused(&error),
     };
-    let usable = answer.ranking.usable.iter();
-    let others = answer.ranking.others.iter().filter(|_| all);
+    let others = if all { answer.ranking.others.as_slice() } else { &[] };
+    let total = answer.ranking.usable.len() + others.len();
+    let first = answer.ranking.usable.iter().chain(others).take(bounds::MOST_OF_POOL);
     let detail = adviser.settings().detail;
     let record = |one| {
         let mut record = address_record(one, &answer.records);
@@ -174,16 +175,20 @@ async fn addresses(
         }
         record
     };
-    json(&AddressesAnswer {
-        pool,
+    let list = AddressesAnswer {
         valid_for_ms: super::milliseconds(answer.valid_for),
-        addresses: usable.chain(others).map(record).collect(),
-    })
+        left_out: 0,
+        addresses: first.map(record).collect(),
+        pool: pool.clone(),
+    };
+    let list = bounds::list(list, total);
+    adviser.note_left_out(Some(&pool), &list);
+    written(list.body)
 }
 
 async fn own(State(adviser): State<Arc<Adviser>>) -> Response {
     match adviser.own().await {
-        Ok(answer) => json::<OwnAnswer>(&answer),
+        Ok(body) => written(body),
         Err(error) => refused(&error),
     }
 }
@@ -191,6 +196,12 @@ async fn own(State(adviser): State<Arc<Adviser>>) -> Response {
 /// JSON that no cache keeps.
 fn json<T: Serialize>(answer: &T) -> Response {
     (StatusCode::OK, [(header::CACHE_CONTROL, "no-store")], Json(answer)).into_response()
+}
+
+/// The same, already written.
+fn written(body: Vec<u8>) -> Response {
+    let kind = (header::CONTENT_TYPE, "application/json");
+    (StatusCode::OK, [kind, (header::CACHE_CONTROL, "no-store")], body).into_response()
 }
 
 /// The address that a listener is bound to.

@@ -21,6 +21,11 @@ impl Snapshot {
             "Requests that got no advice",
             advice.refused.iter().map(|(name, &n)| (Labels::new([("reason", name)]), n)),
         )?;
+        page.counters(
+            "advice_left_out",
+            "What answers had no room for: addresses for clients, own figures for peers, details",
+            advice.left_out.iter().map(|(name, &n)| (Labels::new([("what", name)]), n)),
+        )?;
         page.gauges(
             "advice_addresses",
             "Addresses that clients can be advised, by state",

@@ -198,6 +198,7 @@ fn each_status_field_has_its_own_metric() {
         advice: Some(AdviceStatus {
             requests: [("best".to_owned(), 81)].into(),
             refused: [("denied".to_owned(), 82)].into(),
+            left_out: [("own".to_owned(), 85)].into(),
             peers: vec![PeerStatus {
                 address: "10.0.0.2:1".to_owned(),
                 state: "itself".to_owned(),
@@ -323,6 +324,7 @@ handoff_latency_seconds_sum{pool="p"} 5.0
 handoff_latency_seconds_count{pool="p"} 33
 advice_requests_total{request="best"} 81
 advice_refused_total{reason="denied"} 82
+advice_left_out_total{what="own"} 85
 advice_addresses{pool="p",state="ok"} 0
 advice_addresses{pool="p",state="full"} 84
 advice_addresses{pool="p",state="draining"} 0

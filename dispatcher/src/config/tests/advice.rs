@@ -101,6 +101,18 @@ fn mistakes() {
     refused(&advised("[advice]\nvalid_for = ‹\"1s\"›"), "must be longer than `interval`", "");
     refused(&advised("[advice]\ninterval = ‹\"3s\"›"), "must be longer than `interval`", "");
     refused(&advised("[advice]\nrequest_timeout = ‹\"11s\"›"), "must be at most \"10s\"", "");
+    let late = "`request_timeout` must be shorter than `valid_for`";
+    let fresh = |keys: &str| advised(&format!("[advice]\nmode = \"fresh\"\n{keys}"));
+    refused(&fresh("valid_for = ‹\"1s\"›"), late, "request_timeout (1s)");
+    refused(&fresh("request_timeout = ‹\"3s\"›"), late, "valid_for (3s)");
+    refused(
+        &fresh("request_timeout = ‹\"300ms\"›\nvalid_for = \"300ms\""),
+        late,
+        "make valid_for longer or request_timeout shorter",
+    );
+    assert_eq!(settings(&fresh("valid_for = \"1001ms\"")).interval, None);
+    // With an interval no request waits for a peer.
+    settings(&advised("[advice]\nrequest_timeout = \"10s\""));
     refused(&advised("[advice]\nmultiplier.‹\"a b\"› = 1"), "not a name for a gauge", "");
     refused(&advised("[advice]\nmultiplier.x = ‹\"1\"›"), "wrong type", "");
     let peer = |address: &str| advised(&format!("[[advice_peer]]\naddress = ‹\"{address}\"›"));
