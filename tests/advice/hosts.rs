@@ -13,13 +13,21 @@ use serde_json::Value;
 use test_support::*;
 
 /// A free address at a loopback address that no other test uses.
+///
+/// It is free only until something binds it, so its port is none that the kernel chooses: the
+/// listeners of other hosts have those.
 pub fn free_address() -> SocketAddr {
     static NEXT: AtomicU32 = AtomicU32::new(0);
-    let host = NEXT.fetch_add(1, Ordering::Relaxed) % 16;
-    let [_, a, b, c] = (std::process::id() * 16 + host).to_be_bytes();
-    // Other tests use 127.0.x.x, and addresses with the highest bit set.
-    let ip = Ipv4Addr::from([127, (a & 0x3f) | 0x40, b, c.max(1)]);
-    TcpListener::bind((ip, 0)).unwrap().local_addr().unwrap()
+    loop {
+        let number = NEXT.fetch_add(1, Ordering::Relaxed);
+        let [_, a, b, c] = (std::process::id() * 16 + number % 16).to_be_bytes();
+        // Other tests use 127.0.x.x, and addresses with the highest bit set.
+        let ip = Ipv4Addr::from([127, (a & 0x3f) | 0x40, b, c.max(1)]);
+        let port = 10_000 + u16::try_from(number / 16 % 10_000).unwrap();
+        if let Ok(listener) = TcpListener::bind((ip, port)) {
+            return listener.local_addr().unwrap();
+        }
+    }
 }
 
 /// A dispatcher with advice, and its workers.
