@@ -88,3 +88,22 @@ fn its_tables_are_complete() {
         assert!(PAGE.contains(&format!("\n| `GET {path}` |")), "{path}");
     }
 }
+
+#[test]
+fn a_configuration_that_would_make_empty_answers_is_refused_as_shown() {
+    let text = "advice_listen = \"0.0.0.0:9901\"\n\n[advice]\nmode = \"fresh\"\n\
+                request_timeout = \"3s\"\n\n[[listener]]\nname = \"web\"\n\
+                address = \"10.0.0.1:8000\"\npool = \"web\"\n\n[pool.web]\n";
+    let temp = tempfile::tempdir().unwrap();
+    let file = temp.path().join("dispatcher.toml");
+    std::fs::write(&file, text).unwrap();
+    let file = file.to_str().unwrap();
+    for command in [vec!["check", file], vec!["run", "--config", file]] {
+        let output = std::process::Command::new(dispatcher_bin()).args(&command).output();
+        let output = output.unwrap();
+        assert!(!output.status.success(), "{command:?}");
+        let said = String::from_utf8_lossy(&output.stderr).replace(file, "etc/dispatcher.toml");
+        let lines: Vec<&str> = said.lines().take(4).collect();
+        assert!(PAGE.contains(&lines.join("\n")) && lines.len() == 4, "{command:?}: {said}");
+    }
+}
