@@ -19,12 +19,19 @@ fn a_silent_host_does_not_keep_clients_from_fresh_advice() {
     for selection in [Selection::Best, Selection::RoundRobin] {
         let advice = Addresses::advice(listen.map(|listen| listen.to_string()), "web").unwrap();
         let config = ConnectorConfig::new(advice).selection(selection);
-        let connector = Connector::new(config).unwrap();
-        let before = silent.asked();
-        let connection = connector.connect().unwrap();
-        assert!(web.contains(&connection.peer()), "{selection:?}");
-        // The silent one was waited for.
-        assert!(silent.asked() > before, "{selection:?}");
+        let blocks = Connector::new(config.clone()).unwrap();
+        let tasks = worker_sdk::connector::tokio::Connector::new(config).unwrap();
+        let runtime = tokio::runtime::Builder::new_current_thread().enable_all().build().unwrap();
+        for with_tokio in [true, false] {
+            let before = silent.asked();
+            let peer = match with_tokio {
+                true => runtime.block_on(tasks.connect()).map(|connection| connection.peer()),
+                false => blocks.connect().map(|connection| connection.peer()),
+            };
+            assert!(web.contains(&peer.unwrap()), "{selection:?}, tokio: {with_tokio}");
+            // The silent one was waited for.
+            assert!(silent.asked() > before, "{selection:?}, tokio: {with_tokio}");
+        }
     }
 }
 

@@ -226,7 +226,7 @@ mod tests {
             (1_025, short, 0, 1_024, 400..1_024),
             (5_000, short, 300, 1_024, 1..20),
             (700, short, 0, 700, 700..701),
-            (5_000, long_address, 0, 520, 0..1),
+            (5_000, long_address, 0, 520, 0..8),
             (3, short, 100_000, 3, 0..1),
         ] {
             let all = (0..count).map(|n| listed(n, address(n), workers)).collect();
@@ -255,7 +255,8 @@ mod tests {
                 head.push(byte[0]);
             }
             let head = format!("HTTP/1.0 200 OK\r\nContent-Length: {}\r\n\r\n", body.len());
-            stream.write_all(&[head.as_bytes(), &body].concat()).expect("room");
+            // The client may have read enough.
+            let _ = stream.write_all(&[head.as_bytes(), &body].concat());
             let _ = stream.read(&mut head.into_bytes());
         });
         let addresses = Addresses::advice([host], "web").expect("a host");
