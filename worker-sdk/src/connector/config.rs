@@ -171,7 +171,8 @@ impl ConnectorConfig {
         self
     }
 
-    /// Called before each attempt. It may replace [`Attempt::address`]. With tokio it runs on a
+    /// Called before each attempt. It may replace [`Attempt::address`]. Its time counts towards the
+    /// limit of all attempts; if nothing is left, the attempt is not made. With tokio it runs on a
     /// thread of the runtime, so it must not block.
     pub fn on_attempt(mut self, handler: impl Fn(&mut Attempt) + Send + Sync + 'static) -> Self {
         self.on_attempt = Some(Arc::new(handler));
@@ -179,7 +180,7 @@ impl ConnectorConfig {
     }
 
     /// Called when all attempts have failed: it decides whether they begin again. Without it the
-    /// result is the error. With tokio it must not block.
+    /// result is the error. It is outside all limits, so it may wait; with tokio it must not block.
     pub fn on_connection_lost(
         mut self,
         handler: impl Fn(&ConnectionLost) -> Decision + Send + Sync + 'static,

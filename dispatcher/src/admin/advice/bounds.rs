@@ -396,7 +396,7 @@ mod tests {
 
     #[test]
     fn usable_servers_are_the_last_to_be_left_out() {
-        let states = |n: usize| if n % 3 == 0 { "ok" } else { "draining" };
+        let states = |n: usize| if n.is_multiple_of(3) { "ok" } else { "draining" };
         let servers = (0..3_000).map(|n| server(one(n), states(n))).collect();
         let bounded = own(own_answer(vec![pool(0, servers)]));
         let read = check(&bounded.body).expect("an answer");
