@@ -164,6 +164,7 @@ impl Asked {
 
 /// Asks for a look-up; `done` gets the result, on another thread. If the resolver panics, or the
 /// look-up has not begun at `deadline`, `done` is dropped.
+#[cfg(feature = "tokio")]
 pub(super) fn begin(
     resolver: &Arc<Resolver>,
     (host, port): (&str, u16),
