@@ -44,6 +44,7 @@ impl Core {
     pub fn join(&mut self, now: Time, join: &Join) -> Result<WorkerId, Refusal> {
         let pool = self.admit(join)?;
         let id = self.add_worker(now, pool, join);
+        self.drain_with_host(now, id);
         self.process_joined(now, id.index as usize);
         // Fewer processes may be wanted than when it was started, or another one has its place.
         if self.is_surplus(id.index as usize) {

@@ -114,6 +114,9 @@ impl Core {
                 self.retired_counts.taken += old.counts.taken;
             }
         }
+        if self.host_drains() {
+            self.pools[p].processes.set_held(true);
+        }
         self.after(now, p);
         self.tick_processes(now, p);
         id

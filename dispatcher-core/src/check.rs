@@ -117,6 +117,7 @@ impl Core {
         }
         let usable = of_pool().filter(|worker| worker.is_usable()).count();
         assert_eq!(usable, pool.usable as usize);
+        assert!(usable == 0 || !self.host_drains(), "a draining host has no usable worker");
         match pool.worker_wait {
             WorkerWait::Off => assert!(usable > 0),
             WorkerWait::Since(_) => assert_eq!(usable, 0),

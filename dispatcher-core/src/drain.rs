@@ -93,7 +93,8 @@ impl Core {
     /// Resumes a draining worker. False if it is not draining.
     ///
     /// # Errors
-    /// [`CannotResume`] for a worker that leaves by itself, is surplus, or whose pool was removed.
+    /// [`CannotResume`] for a worker that leaves by itself, is surplus, whose pool was removed, or
+    /// whose host drains.
     pub fn resume_worker(&mut self, now: Time, worker: WorkerId) -> Result<bool, CannotResume> {
         let w = self.find(worker).ok_or(CannotResume::Leaving)?;
         let state = &mut self.workers[w];
@@ -111,6 +112,9 @@ impl Core {
         }
         if self.is_surplus(w) {
             return Err(CannotResume::Surplus);
+        }
+        if self.host_drains() {
+            return Err(CannotResume::HostDrains);
         }
         self.rebind(w);
         let state = &mut self.workers[w];
@@ -235,4 +239,6 @@ pub enum CannotResume {
     PoolRemoved,
     /// Its process is surplus: its pool has fewer processes now.
     Surplus,
+    /// The whole host drains.
+    HostDrains,
 }

@@ -85,6 +85,11 @@ pub enum Event {
     DrainOver { worker: WorkerId, resent: u32, live: u64, notified: bool },
     /// An operator resumed the worker.
     Resumed { worker: WorkerId },
+    /// An operator drains the host, which has `live` connections: after `after` its workers get no
+    /// connections, and `deadline` from now they end those that remain.
+    HostDraining { live: u64, after: Duration, deadline: Option<Duration> },
+    /// An operator ended the drain of the host.
+    HostResumed,
     /// A worker paused: `resent` untaken connections went to other workers, `live` stay with it.
     Paused { worker: WorkerId, resent: u32, live: u64 },
     /// A worker changed its weight or maximum, or ended its pause: the values now used.

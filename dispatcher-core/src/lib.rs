@@ -33,6 +33,7 @@ mod handoff;
 mod health;
 pub mod histogram;
 mod history;
+mod host;
 mod in_flight;
 mod ledger;
 mod place;
@@ -59,6 +60,7 @@ pub use effect::{Effect, Event};
 pub use gauges::MAX_GAUGE_VALUE;
 pub use health::LOST_PAUSE;
 pub use history::{CandidateSnapshot, Decision, Explanation, Obstacle};
+pub use host::{HostDrainSnapshot, HostState};
 pub use proxy::{HeaderSeen, ProxyControl, ProxyRules};
 pub use random::Random;
 pub use ring::SPARE_SLOTS;
@@ -85,6 +87,7 @@ use affinity::Memory;
 use awaiting::Awaiting;
 use handoff::Shares;
 use history::History;
+use host::HostDrain;
 use ledger::{Ledger, Place, PoolQueue};
 use place::WorkerWait;
 use policy::{Candidates, NEVER};
@@ -120,6 +123,7 @@ pub struct Core {
     /// `Some` while nothing is placed because this machine is short of descriptors or memory.
     out_of_resources: Option<Time>,
     stop: Option<Stop>,
+    host_drain: Option<HostDrain>,
     /// Connections that workers had at the deadlines of their drains and were notified to end.
     ended: u64,
     discarded: Vec<Discarded>,
@@ -226,6 +230,7 @@ impl Core {
             resource_pause: RESOURCE_PAUSE,
             out_of_resources: None,
             stop: None,
+            host_drain: None,
             ended: 0,
             discarded: Vec::new(),
             retired_counts: RetiredCounts::default(),
@@ -417,6 +422,7 @@ impl Core {
             self.tick_worker_wait(now, pool);
             self.tick_retired(now, pool);
         }
+        self.tick_host(now);
         self.tick_stop(now);
         self.after_all(now);
     }
@@ -435,6 +441,7 @@ impl Core {
             })
             .chain(self.listeners.iter().map(|listener| self.headers_due(listener)))
             .chain(self.out_of_resources)
+            .chain(self.host_due())
             .chain(stop.map(|stop| stop.deadline))
             .min()
             .filter(|&time| time != NEVER)

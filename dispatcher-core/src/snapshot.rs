@@ -2,6 +2,7 @@
 
 use std::time::Duration;
 
+use super::host::HostDrainSnapshot;
 use super::supervise::{Generation, LeavingGeneration, ProcessCounts, ProcessTotals, Roll};
 use super::types::*;
 use super::worker::Worker;
@@ -14,6 +15,8 @@ use crate::histogram::Histogram;
 pub struct Snapshot {
     /// Whether the dispatcher is stopping.
     pub stopping: bool,
+    /// The drain of the host, if there is one.
+    pub host_drain: Option<HostDrainSnapshot>,
     /// Connections by place.
     pub totals: Totals,
     /// Connections that workers were notified to end at the deadlines of their drains.
@@ -262,6 +265,7 @@ impl Core {
     pub fn snapshot(&self) -> Snapshot {
         Snapshot {
             stopping: self.stop.is_some(),
+            host_drain: self.host_drain(),
             totals: self.totals,
             ended_at_deadline: self.ended,
             listeners: self

@@ -267,6 +267,11 @@ impl Worker {
         self.weight * (FULL_WEIGHT / RAMP_STEPS) * step
     }
 
+    /// The same after its slow start.
+    pub(super) fn full_weight(&self) -> u32 {
+        self.weight * (FULL_WEIGHT / RAMP_STEPS) * RAMP_STEPS
+    }
+
     /// Starts a slow start: its weight grows to the full value over this time.
     pub(super) fn start_slowly(&mut self, now: Time, slow_start: Duration) {
         self.ramp = (!slow_start.is_zero()).then(|| Ramp {

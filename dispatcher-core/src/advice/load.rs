@@ -3,7 +3,7 @@
 
 use std::sync::Arc;
 
-use super::ServerState;
+use super::{AgentAnswer, ServerState};
 use crate::place::WorkerWait;
 use crate::policy::FULL_WEIGHT;
 use crate::types::{PoolId, Scored, State, Time, WorkerId};
@@ -19,6 +19,8 @@ pub struct PoolLoad {
     pub name: String,
     /// Whether it can be given connections.
     pub state: ServerState,
+    /// What HAProxy's agent check is answered.
+    pub answer: AgentAnswer,
     /// Live connections of the workers below.
     pub load: u64,
     /// The sum of their maximums.
@@ -56,11 +58,12 @@ impl Core {
         pools.map(|p| self.pool_load(now, p)).collect()
     }
 
-    fn pool_load(&self, now: Time, p: usize) -> PoolLoad {
+    /// The workers that the policy of a pool would choose among: active ones, and without any the
+    /// suspect ones (`false`). Full ones are included.
+    pub(super) fn offered(&self, now: Time, p: usize) -> (Vec<&Worker>, bool) {
         let pool = &self.pools[p];
         let of = |state: State| {
-            let workers = pool.candidates.workers().map(|w| &self.workers[w as usize]);
-            workers.filter(move |worker| {
+            self.members(pool).filter(move |worker| {
                 worker.state == state && !pool.candidates.stands_by(worker.at)
             })
         };
@@ -78,13 +81,25 @@ impl Core {
         if chosen.iter().any(fresh) {
             chosen.retain(fresh);
         }
+        (chosen, any_active)
+    }
+
+    /// The workers of a pool that have joined and not left.
+    pub(super) fn members<'a>(&'a self, pool: &'a Pool) -> impl Iterator<Item = &'a Worker> + 'a {
+        pool.candidates.workers().map(|w| &self.workers[w as usize])
+    }
+
+    fn pool_load(&self, now: Time, p: usize) -> PoolLoad {
+        let pool = &self.pools[p];
+        let (chosen, any_active) = self.offered(now, p);
+        let leaves = pool.retired || self.stop.is_some() || self.host_drain.is_some();
         let weight =
             |worker: &Worker| f64::from(worker.effective_weight()) / f64::from(FULL_WEIGHT);
         let advertised = |worker: &Worker| {
             Some(AdvertisedWorker {
                 worker: worker.id,
                 address: Arc::clone(worker.advertise.as_ref()?),
-                state: if pool.retired || self.stop.is_some() || worker.state == State::Draining {
+                state: if leaves || worker.state == State::Draining {
                     ServerState::Draining
                 } else if worker.state == State::Active && has_room(pool, worker) {
                     ServerState::Ok
@@ -96,12 +111,15 @@ impl Core {
                 weight: weight(worker),
             })
         };
-        let members = pool.candidates.workers().map(|w| &self.workers[w as usize]);
-        let draining = || of(State::Draining).next().is_some();
+        let draining = || {
+            self.members(pool).any(|worker| {
+                worker.state == State::Draining && !pool.candidates.stands_by(worker.at)
+            })
+        };
         PoolLoad {
             pool: PoolId(p as u16),
             name: pool.settings.name.clone(),
-            state: if pool.retired || self.stop.is_some() {
+            state: if leaves {
                 ServerState::Draining
             } else if pool.worker_wait == WorkerWait::Refusing {
                 ServerState::Refusing
@@ -112,10 +130,11 @@ impl Core {
             } else {
                 ServerState::Ok
             },
+            answer: self.answer_of(now, p),
             load: chosen.iter().map(|worker| worker.load()).sum(),
             capacity: chosen.iter().map(|worker| u64::from(worker.max)).sum(),
             weight: chosen.iter().map(|worker| weight(worker)).sum(),
-            advertised: members.filter_map(advertised).collect(),
+            advertised: self.members(pool).filter_map(advertised).collect(),
             workers: chosen.iter().map(|worker| (worker.id, weight(worker))).collect(),
         }
     }

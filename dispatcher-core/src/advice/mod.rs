@@ -11,6 +11,7 @@
 //! servers that are nearly equal are advised in proportion to their weights.
 
 mod advised;
+mod agent;
 mod history;
 mod load;
 mod score;
@@ -27,6 +28,7 @@ use self::history::History;
 use super::random::Random;
 use super::types::Time;
 
+pub use agent::{AgentAnswer, DownReason};
 pub use history::{Advice, Asked};
 pub use load::{AdvertisedWorker, PoolLoad};
 pub use score::Terms;
@@ -51,7 +53,7 @@ pub enum ServerState {
     Ok,
     /// All its workers are full or suspect.
     Full,
-    /// Its workers are draining, its dispatcher is stopping, or its pool was removed.
+    /// Its host or its workers are draining, its dispatcher is stopping, or its pool was removed.
     Draining,
     /// It has had no usable worker for `wait_for_worker`: clients are closed at once.
     Refusing,

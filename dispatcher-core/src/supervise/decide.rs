@@ -192,7 +192,7 @@ impl Processes {
 
     /// Whether the delays permit a start.
     fn may_start(&self, now: Time, place: usize) -> bool {
-        if self.stopped || self.places[place].not_before > now {
+        if self.stopped || self.held || self.places[place].not_before > now {
             return false;
         }
         !self.is_looping(place) || (self.next_trial <= now && !self.has_trial(now))
@@ -290,7 +290,7 @@ impl Processes {
     /// The next time at which a start that waits for a delay is due. A start that waits for another
     /// process is decided when that process changes.
     pub(crate) fn next_start(&self, now: Time) -> Option<Time> {
-        if self.stopped {
+        if self.stopped || self.held {
             return None;
         }
         let waits = |(_, place): &(usize, &Place)| match place.filling() {

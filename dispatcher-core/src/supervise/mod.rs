@@ -132,7 +132,7 @@ impl Core {
     /// connections of the oldest are ended.
     ///
     /// # Errors
-    /// [`RollRefusal::TooManyGenerations`].
+    /// [`RollRefusal::TooManyGenerations`], [`RollRefusal::HostDrains`].
     pub fn roll(
         &mut self,
         now: Time,
@@ -181,12 +181,15 @@ impl Core {
     /// matter here.
     ///
     /// # Errors
-    /// [`RollRefusal::NothingToUndo`].
+    /// [`RollRefusal::NothingToUndo`], [`RollRefusal::HostDrains`].
     pub fn undo_roll(&mut self, now: Time, pool: PoolId) -> Result<RollBegun, RollRefusal> {
         let p = usize::from(pool.0);
         let some = self.pools.get(p).is_some_and(|pool| pool.processes.last_roll().is_some());
         if !some {
             return Err(RollRefusal::NothingToUndo);
+        }
+        if self.host_drains() {
+            return Err(RollRefusal::HostDrains);
         }
         self.pools[p].processes.retry();
         let mut begun = None;
@@ -228,7 +231,8 @@ impl Core {
         self.after(now, p);
     }
 
-    /// Refuses a roll that would make too many generations leave, or ends the oldest.
+    /// Refuses a roll while the host drains, and one that would make too many generations leave, or
+    /// ends the oldest.
     fn make_room(
         &mut self,
         now: Time,
@@ -236,6 +240,10 @@ impl Core {
         place: Option<u32>,
         end_oldest: bool,
     ) -> Result<(), RollRefusal> {
+        // The new workers would get no connections, so no step could become ready.
+        if self.host_drains() {
+            return Err(RollRefusal::HostDrains);
+        }
         self.see_workers(p);
         while let Some((oldest, processes)) = self.pools[p].processes.too_many_leaving(place) {
             if !end_oldest {
@@ -412,6 +420,12 @@ impl Core {
     pub(crate) fn change_processes(&mut self, now: Time, p: usize) {
         let Some(pool) = self.pools.get_mut(p) else { return };
         pool.processes.change(pool.settings.processes, &pool.settings.supervision);
+        self.settle_processes(now, p);
+    }
+
+    /// Whether no process of a pool is started, because the host drains.
+    pub(crate) fn hold_processes(&mut self, now: Time, p: usize, held: bool) {
+        self.pools[p].processes.set_held(held);
         self.settle_processes(now, p);
     }
 

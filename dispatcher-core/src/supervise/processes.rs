@@ -109,6 +109,8 @@ pub(crate) struct Processes {
     pub(crate) told_crash_loop: bool,
     /// Nothing is started any more.
     pub(crate) stopped: bool,
+    /// Nothing is started for now, because the host drains.
+    pub(crate) held: bool,
     pub(crate) due: Time,
     /// When the last decisions were made.
     pub(crate) settled: Time,
@@ -155,6 +157,7 @@ impl Processes {
             next_trial: Time(0),
             told_crash_loop: false,
             stopped: false,
+            held: false,
             due: if wanted > 0 { now } else { NEVER },
             settled: now,
             restarts: 0,
@@ -343,6 +346,11 @@ impl Processes {
     /// Whether nothing is started any more.
     pub(crate) fn set_stopped(&mut self, stopped: bool) {
         self.stopped = stopped;
+    }
+
+    /// Whether nothing is started for now.
+    pub(crate) fn set_held(&mut self, held: bool) {
+        self.held = held;
     }
 
     /// Forgets what was known of all workers: [`Processes::see`] follows for each of them, and then

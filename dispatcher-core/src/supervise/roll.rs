@@ -116,6 +116,8 @@ pub enum RollRefusal {
     NothingToUndo,
     /// The process does not fill a place.
     NotServing,
+    /// The host drains: nothing is started.
+    HostDrains,
 }
 
 /// A roll has begun.

@@ -10,6 +10,7 @@ mod draining;
 mod failures;
 mod handoff;
 mod history;
+mod hosts;
 mod lifecycle;
 mod model;
 mod naive;

@@ -7,7 +7,7 @@ mod rolls;
 use super::*;
 
 /// Short forms for processes.
-trait ProcessSteps {
+pub(super) trait ProcessSteps {
     /// The processes that were to be started since the last call.
     fn starts(&mut self) -> Vec<ProcessId>;
     /// The same, as places.
