@@ -11,8 +11,8 @@
 //! tenth of even.
 
 mod clients;
-mod host;
-mod network;
+pub mod host;
+pub mod network;
 
 use std::collections::BTreeMap;
 use std::sync::Arc;
@@ -46,7 +46,7 @@ fn clients_with_a_list_survive_the_faults_of_hosts_on_loopback_addresses() {
 #[test]
 fn clients_with_advice_survive_the_faults_of_hosts_in_network_namespaces() {
     let test = "hosts::clients_with_advice_survive_the_faults_of_hosts_in_network_namespaces";
-    if let Some(network) = Network::namespaces(test) {
+    if let Some(network) = Network::namespaces(test, HOSTS) {
         run(&network, Source::Advice);
     }
 }

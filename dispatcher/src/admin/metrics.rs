@@ -4,6 +4,7 @@
 //! `metrics_max_workers` bounds the series per worker; the configuration bounds all others.
 
 mod advice;
+mod hosts;
 mod page;
 mod processes;
 mod relay;
@@ -157,6 +158,7 @@ impl Collector for Snapshot {
         self.pools(&mut page)?;
         self.advice(&mut page)?;
         self.relay(&mut page)?;
+        self.hosts(&mut page)?;
         self.workers(&mut page)
     }
 }
@@ -323,7 +325,7 @@ impl Snapshot {
         let headers = || {
             listeners().filter_map(|l| {
                 let labels = Labels::new([("listener", &l.name), ("pool", &l.pool)]);
-                l.proxy_headers.map(|headers| (labels, headers))
+                l.proxy_headers.as_ref().map(|headers| (labels, headers))
             })
         };
         page.gauges(

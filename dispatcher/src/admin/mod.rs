@@ -7,6 +7,7 @@
 
 mod access_check;
 mod advice;
+mod agent;
 pub mod client;
 mod client_limits;
 mod error_bodies;
@@ -29,6 +30,7 @@ use std::time::Duration;
 use tokio::sync::{Mutex, Notify, oneshot, watch};
 
 use self::advice::Adviser;
+use self::agent::Agents;
 use self::client_limits::ClientLimits;
 use self::file_thread::FileThread;
 use self::http::AdminSocket;
@@ -99,6 +101,8 @@ pub fn start(
     let (place, socket) = watch::channel(Arc::new(listener));
     let (running, configured) = watch::channel(None);
     let (accepting, gate) = watch::channel(!held);
+    let (agents, agent_sockets) = watch::channel(Vec::new());
+    let answering = Agents::new(Arc::clone(&mailbox), agent_sockets, gate.clone());
     let advice_faults = AdviceFaults::default();
     let directory = DirectoryProcess::new(configured.clone(), gate.clone());
     let reported = directory.clone();
@@ -169,6 +173,7 @@ pub fn start(
             let (keeper, asker) = (directory.clone(), directory.clone());
             tokio::spawn(restart::task("relay_directory", move || keeper.clone().keep()));
             tokio::spawn(restart::task("relay_numbers", move || asker.clone().ask()));
+            tokio::spawn(restart::task("agent_listen", move || Arc::clone(&answering).serve()));
             let socket = Arc::new(AdminSocket::new(socket));
             tokio::spawn(restart::task("admin_socket", move || {
                 http::serve(Arc::clone(&socket), app.clone(), limits.clone(), gate.clone())
@@ -197,6 +202,7 @@ pub fn start(
         running,
         accepting,
         hosts,
+        agents,
         advice_faults,
         files,
         manager,

@@ -139,6 +139,7 @@ fn carried_out(command: &Command) -> Answer {
             Err(command::unknown_pool(name, ["web"].into_iter()))
         }
         command => Ok(Outcome::Workers(WorkersChanged {
+            host: None,
             instance: format!("{command:?}"),
             workers: Vec::new(),
         })),
@@ -158,13 +159,21 @@ fn commands() {
     };
     let drain = serde_json::json!({ "action": "drain", "deadline": "30s" });
     let heard = post("/v1/workers/7", drain.clone()).expect("done");
-    assert!(heard.contains("Drain { target: Worker(Id(7)), deadline: Some(30s) }"), "{heard}");
+    assert!(
+        heard.contains("Drain { target: Worker(Id(7)), deadline: Some(30s), announce: 0ns }"),
+        "{heard}"
+    );
     let heard =
         post("/v1/workers/web%2Fa", serde_json::json!({ "action": "resume" })).expect("done");
     assert!(heard.contains("Resume { target: Worker(Named"), "{heard}");
     let heard = post("/v1/pools/web", drain.clone()).expect("done");
     assert!(heard.contains("Pool(") && heard.contains("web"), "{heard}");
     assert!(post("/v1/workers", drain.clone()).expect("done").contains("target: All"));
+
+    let host = serde_json::json!({ "action": "drain", "announce": "5s" });
+    assert!(post("/v1/workers", host.clone()).expect("done").contains("announce: 5s"));
+    let error = rejected("/v1/pools/web", host);
+    assert_eq!(error.message, "only a drain of the whole host can be announced");
 
     let error = rejected("/v1/pools/none", drain.clone());
     assert_eq!(error.problem, Problem::NotFound);

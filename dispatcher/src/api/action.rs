@@ -9,7 +9,7 @@ use std::time::Duration;
 use serde::{Deserialize, Serialize};
 
 use super::command::{Command, CommandError, Problem, ProcessCount, Target};
-use super::status::{Status, WorkerStatus};
+use super::status::{HostDrainStatus, Status, WorkerStatus};
 
 /// The body of a request that changes workers: `{"action": "drain", "deadline": "30s"}`.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
@@ -20,6 +20,10 @@ pub enum Action {
         /// After this duration the worker ends its remaining connections.
         #[serde(default, skip_serializing_if = "Option::is_none")]
         deadline: Option<String>,
+        /// All workers only: they get connections for this long, while advice and agents tell others
+        /// that the host drains.
+        #[serde(default, skip_serializing_if = "Option::is_none")]
+        announce: Option<String>,
     },
     /// The workers get connections again.
     Resume {},
@@ -51,7 +55,13 @@ impl Action {
     /// A drain, with or without a deadline.
     pub fn drain(deadline: Option<Duration>) -> Action {
         let deadline = deadline.map(|wait| humantime::format_duration(wait).to_string());
-        Action::Drain { deadline }
+        Action::Drain { deadline, announce: None }
+    }
+
+    /// A drain of the whole host, announced for this long.
+    pub fn drain_host(deadline: Option<Duration>, announce: Option<Duration>) -> Action {
+        let text = |wait: Duration| humantime::format_duration(wait).to_string();
+        Action::Drain { deadline: deadline.map(text), announce: announce.map(text) }
     }
 
     /// A restart.
@@ -76,8 +86,16 @@ impl Action {
     /// target.
     pub fn command(self, target: Target) -> Result<Command, CommandError> {
         Ok(match self {
-            Action::Drain { deadline } => {
-                Command::Drain { target, deadline: deadline.map(|text| wait(&text)).transpose()? }
+            Action::Drain { announce: Some(_), .. } if target != Target::All => {
+                let message = "only a drain of the whole host can be announced";
+                return Err(
+                    CommandError::new(Problem::Invalid, message).hint("post it to /v1/workers")
+                );
+            }
+            Action::Drain { deadline, announce } => {
+                let deadline = deadline.map(|text| wait("deadline", &text)).transpose()?;
+                let announce = announce.map(|text| wait("announce", &text)).transpose()?;
+                Command::Drain { target, deadline, announce: announce.unwrap_or_default() }
             }
             Action::Resume {} => Command::Resume { target },
             Action::Weight { weight } => {
@@ -126,9 +144,9 @@ impl Action {
     }
 }
 
-fn wait(text: &str) -> Result<Duration, CommandError> {
+fn wait(field: &str, text: &str) -> Result<Duration, CommandError> {
     humantime::parse_duration(text).map_err(|error| {
-        CommandError::new(Problem::Invalid, format!("deadline: {error}"))
+        CommandError::new(Problem::Invalid, format!("{field}: {error}"))
             .hint("write a duration, such as \"30s\" or \"5min\"")
     })
 }
@@ -148,6 +166,9 @@ pub enum Outcome {
 /// The workers that an action applied to, with their state after it.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
 pub struct WorkersChanged {
+    /// The drain of the whole host, after `drain --all`.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub host: Option<HostDrainStatus>,
     /// The instance of the dispatcher: worker ids are unique within it.
     #[serde(default)]
     pub instance: String,
@@ -285,8 +306,11 @@ mod tests {
             pool: "web".to_owned(),
             status: WorkerStatus { id: 3, name: "a".to_owned(), ..WorkerStatus::default() },
         };
-        let changed =
-            WorkersChanged { instance: "0a1b".to_owned(), workers: vec![worker.summary()] };
+        let changed = WorkersChanged {
+            host: None,
+            instance: "0a1b".to_owned(),
+            workers: vec![worker.summary()],
+        };
         assert_eq!(
             json(&Outcome::Workers(changed)),
             r#"{"instance":"0a1b","workers":[{"id":3,"load":0,"name":"a","pool":"web","state":"","weight":0}]}"#

@@ -22,6 +22,8 @@ pub enum Command {
         target: Target,
         /// After this time the workers end their remaining connections.
         deadline: Option<Duration>,
+        /// All workers only: they get connections for this long, while others are told.
+        announce: Duration,
     },
     /// Send new connections to workers again.
     Resume {

@@ -11,9 +11,11 @@ use serde::{Deserialize, Serialize};
 
 use super::advice::AdviceStatus;
 
+mod hosts;
 mod processes;
 mod relay;
 
+pub use hosts::{AgentStatus, HostDrainStatus};
 pub use processes::{LeavingStatus, ProcessesStatus, RollStatus};
 pub use relay::{RelayProcess, RelayStatus};
 
@@ -35,6 +37,9 @@ pub struct Status {
     pub uptime_seconds: u64,
     /// Whether a stop is in progress.
     pub stopping: bool,
+    /// The drain of the whole host; absent without one.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub draining: Option<HostDrainStatus>,
     /// Connections accepted since the start.
     pub accepted: u64,
     /// Connections waiting for a worker now.
@@ -187,8 +192,11 @@ pub struct ListenerStatus {
 }
 
 /// The PROXY headers of a listener.
-#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
+#[derive(Clone, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
 pub struct ProxyHeadersStatus {
+    /// The trusted networks; empty for a Unix listener, whose clients are all trusted.
+    #[serde(default)]
+    pub from: Vec<String>,
     /// Connections whose header is awaited now; they are part of the pool's `queued`.
     pub awaited: u64,
     /// Headers read since the start.
@@ -237,6 +245,9 @@ pub struct PoolStatus {
     /// The affinity table; absent without `affinity.key`.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub affinity: Option<AffinityStatus>,
+    /// What HAProxy's agent check is answered; absent without `agent_listen`.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub agent: Option<AgentStatus>,
     /// Its workers, by id.
     pub workers: Vec<WorkerStatus>,
 }
@@ -383,9 +394,11 @@ impl From<&ListenerSnapshot> for ListenerStatus {
             accepted: core.accepted,
             closed: by_reason(&core.closed, core.headers.is_some()),
             tracked_clients: core.tracked_clients,
-            proxy_headers: core
-                .headers
-                .map(|headers| ProxyHeadersStatus { awaited: headers.awaited, read: headers.read }),
+            proxy_headers: core.headers.map(|headers| ProxyHeadersStatus {
+                from: Vec::new(),
+                awaited: headers.awaited,
+                read: headers.read,
+            }),
         }
     }
 }
@@ -407,6 +420,7 @@ impl From<&PoolSnapshot> for PoolStatus {
             gone: core.gone,
             handoff: Distribution::from(&core.handoff),
             affinity: core.affinity.as_ref().map(AffinityStatus::from),
+            agent: None,
             workers: core.workers.iter().map(WorkerStatus::from).collect(),
         }
     }

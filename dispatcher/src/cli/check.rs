@@ -3,6 +3,7 @@
 use std::fmt::Write as _;
 use std::path::Path;
 
+use dispatcher_core::ProxyRules;
 use serde::Serialize;
 
 use super::{CheckArgs, Exit, Failure, print, print_error, print_json};
@@ -161,6 +162,15 @@ pub(super) fn load(path: &Path) -> Result<Config, Failure> {
     Ok(config)
 }
 
+/// Which networks send headers of the PROXY protocol.
+fn trusted(rules: &ProxyRules) -> String {
+    let from: Vec<String> = rules.from.iter().map(ToString::to_string).collect();
+    match from.is_empty() {
+        true => ", PROXY protocol".to_owned(),
+        false => format!(", PROXY protocol from {}", from.join(", ")),
+    }
+}
+
 fn summary(config: &Config) -> String {
     let mut text = String::new();
     for listener in &config.listeners {
@@ -168,10 +178,11 @@ fn summary(config: &Config) -> String {
         // Writing to a string cannot fail.
         let _ = writeln!(
             text,
-            "listener {}: {} -> pool {}",
+            "listener {}: {} -> pool {}{}",
             listener.name,
             listener.address_text,
             pool.map_or("?", |pool| &pool.settings.name),
+            listener.proxy.as_ref().map_or_else(String::new, trusted),
         );
     }
     for pool in &config.pools {
@@ -190,6 +201,14 @@ fn summary(config: &Config) -> String {
             pool.settings.name,
             pool.settings.policy.name(),
         );
+        if let Some(address) = &pool.agent_listen {
+            let whole = match (pool.settings.agent_workers, &pool.spawn) {
+                (Some(workers), _) => crate::plural::count(u64::from(workers), "worker"),
+                (None, Some(spawn)) => crate::plural::count(u64::from(spawn.processes), "process"),
+                (None, None) => "the workers that have joined".to_owned(),
+            };
+            let _ = writeln!(text, "agent of {}: {address}, 100% is {whole}", pool.settings.name);
+        }
     }
     for (name, socket) in [
         ("dispatch_socket", &config.dispatch_socket.source),

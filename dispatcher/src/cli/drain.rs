@@ -9,13 +9,15 @@ use clap_complete::engine::ArgValueCandidates;
 use super::table::{clean, count};
 use super::{AdminArgs, Exit, Failure, admin, complete, print, print_json, wait};
 use crate::api::action::{Action, WorkerSummary, WorkersChanged};
-use crate::api::command::{CommandError, WorkerRef};
+use crate::api::command::{CommandError, Problem, WorkerRef};
+use crate::api::status::HostDrainStatus;
 
 pub(super) const DRAIN_EXAMPLES: &str = "\
 Examples:
   dispatcher drain 3                             worker 3 gets no new connections
   dispatcher drain web/web-1 --deadline 30s      connections that remain after 30 s are ended
   dispatcher drain --pool web --wait             wait until its workers have no connections
+  dispatcher drain --all --announce 5s --wait    empty this host: tell HAProxy first
   dispatcher resume web/web-1                    new connections again";
 
 pub(super) const RESUME_EXAMPLES: &str = "\
@@ -39,7 +41,7 @@ pub(super) struct TargetArgs {
     /// All workers of this pool.
     #[arg(long, value_name = "POOL", add = ArgValueCandidates::new(complete::pools))]
     pool: Option<String>,
-    /// All workers.
+    /// The whole host: all workers of all pools, and those that join later.
     #[arg(long)]
     all: bool,
 }
@@ -82,6 +84,10 @@ pub(super) struct DrainArgs {
     /// End the remaining connections after this long, such as 30s [default: never]
     #[arg(long, value_name = "DURATION", value_parser = humantime::parse_duration)]
     deadline: Option<Duration>,
+    /// With --all: workers get connections for this long, while HAProxy's agent check and advice
+    /// tell that the host drains [default: 0s]
+    #[arg(long, value_name = "DURATION", value_parser = humantime::parse_duration)]
+    announce: Option<Duration>,
     /// Wait until the workers have no connections left; progress goes to stderr.
     #[arg(long)]
     wait: bool,
@@ -107,9 +113,18 @@ pub(super) struct ResumeArgs {
 }
 
 pub(super) fn drain(arguments: &DrainArgs) -> Result<(), Failure> {
+    if arguments.announce.is_some() && !arguments.target.all {
+        let message = "only a drain of the whole host can be announced";
+        let hint = "dispatcher drain --all --announce 5s";
+        return Err(usage(CommandError::new(Problem::Invalid, message).hint(hint)));
+    }
     let path = arguments.target.path("drain")?;
     let endpoint = admin::find(&arguments.admin)?;
-    let answer: WorkersChanged = admin::post(&endpoint, &path, &Action::drain(arguments.deadline))?;
+    let action = match arguments.target.all {
+        true => Action::drain_host(arguments.deadline, arguments.announce),
+        false => Action::drain(arguments.deadline),
+    };
+    let answer: WorkersChanged = admin::post(&endpoint, &path, &action)?;
     show(&answer, arguments.json)?;
     if !arguments.wait {
         return Ok(());
@@ -117,8 +132,13 @@ pub(super) fn drain(arguments: &DrainArgs) -> Result<(), Failure> {
     let workers = answer.workers.iter().map(|worker| (worker.id, name_of(worker)));
     let default =
         arguments.deadline.map_or(LONGEST_WAIT, |deadline| deadline.saturating_add(AFTER_DEADLINE));
+    let default = default.saturating_add(arguments.announce.unwrap_or_default());
+    let timeout = arguments.timeout.unwrap_or(default);
+    if arguments.target.all {
+        return wait::host_drained(&endpoint, &answer.instance, timeout);
+    }
     let drained = wait::Drained { workers: workers.collect(), instance: answer.instance };
-    drained.wait(&endpoint, arguments.timeout.unwrap_or(default))
+    drained.wait(&endpoint, timeout)
 }
 
 pub(super) fn resume(arguments: &ResumeArgs) -> Result<(), Failure> {
@@ -129,7 +149,28 @@ pub(super) fn resume(arguments: &ResumeArgs) -> Result<(), Failure> {
 
 /// Prints the answer: as JSON, or a line for each worker.
 fn show(answer: &WorkersChanged, json: bool) -> Result<(), Failure> {
-    if json { print_json(answer) } else { print(&lines(&answer.workers, |_| String::new())) }
+    if json {
+        return print_json(answer);
+    }
+    let host = answer.host.as_ref().map_or_else(String::new, |host| host_line(host) + "\n");
+    print(&(host + &lines(&answer.workers, |_| String::new())))
+}
+
+/// A drain of the host in one line.
+pub(super) fn host_line(host: &HostDrainStatus) -> String {
+    let time = |ms: u64| humantime::format_duration(Duration::from_secs(ms.div_ceil(1_000)));
+    let begins = match host.begins_in_ms {
+        0 => String::new(),
+        ms => format!(", begins in {}", time(ms)),
+    };
+    let deadline = host
+        .deadline_in_ms
+        .map_or_else(String::new, |ms| format!(", ends the remaining ones in {}", time(ms)));
+    format!(
+        "host: {}, {}{begins}{deadline}",
+        clean(&host.state),
+        count(host.connections, "connection")
+    )
 }
 
 /// A line for each worker; `first` is the text before its state.

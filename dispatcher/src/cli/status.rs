@@ -7,6 +7,7 @@ use std::time::Duration;
 use clap::Args;
 
 use super::admin::AdminEndpoint;
+use super::drain::host_line;
 pub(super) use super::table::{Table, clean};
 use super::table::{count, width, wrap};
 use super::{AdminArgs, Failure, admin, pause, print, print_while_read};
@@ -76,12 +77,13 @@ fn once(endpoint: &AdminEndpoint, arguments: &StatusArgs) -> Result<String, Fail
 /// The whole status in lines of at most `width` characters, with the last `faults` faults.
 pub(super) fn table(status: &Status, faults: usize, width: usize) -> String {
     let mut text = format!(
-        "dispatcher {}  pid {}  instance {}  up {}{}\n\n",
+        "dispatcher {}  pid {}  instance {}  up {}{}\n{}\n",
         clean(&status.version),
         status.pid,
         clean(&status.instance),
         humantime::format_duration(Duration::from_secs(status.uptime_seconds)),
         if status.stopping { "  stopping" } else { "" },
+        status.draining.as_ref().map_or_else(String::new, |host| host_line(host) + "\n"),
     );
     let mut totals = Table::new(&["ACCEPTED", "QUEUED", "INFLIGHT", "TAKEN", "CLOSED"], 0);
     totals.row([
@@ -125,6 +127,18 @@ pub(super) fn table(status: &Status, faults: usize, width: usize) -> String {
     }
     text.push('\n');
     listeners.show(&mut text, width);
+    for listener in &status.listeners {
+        let Some(headers) = &listener.proxy_headers else { continue };
+        let from = match headers.from.is_empty() {
+            true => String::new(),
+            false => format!(" from {}", headers.from.join(", ")),
+        };
+        let line = format!(
+            "PROXY headers of {}{from}: {} read, {} awaited",
+            listener.name, headers.read, headers.awaited
+        );
+        text.push_str(&wrap(&clean(&line), "", width));
+    }
 
     let mut pools = Table::new(&["POOL", "POLICY", "STATE", "WORKERS", "LOAD", "QUEUED"], 3);
     for pool in &status.pools {
@@ -139,6 +153,12 @@ pub(super) fn table(status: &Status, faults: usize, width: usize) -> String {
     }
     text.push('\n');
     pools.show(&mut text, width);
+    for pool in &status.pools {
+        let Some(agent) = &pool.agent else { continue };
+        let line =
+            format!("agent of {} at {}: {}", pool.name, agent.listen.join(", "), agent.answer);
+        text.push_str(&wrap(&clean(&line), "", width));
+    }
     for pool in &status.pools {
         let Some(processes) = &pool.processes else { continue };
         let changes = match processes.changes() {

@@ -8,7 +8,8 @@ use std::time::{Duration, Instant};
 use super::admin::AdminEndpoint;
 use super::table::count;
 use super::{Exit, Failure, admin, print_error};
-use crate::api::status::Status;
+use crate::api::status::{HostDrainStatus, Status};
+use dispatcher_core::HostState;
 
 /// No message appears before this time has passed.
 const SILENCE: Duration = Duration::from_secs(1);
@@ -50,35 +51,125 @@ impl Drained {
     }
 }
 
+/// Waits until a host that drains has no connections, on whatever worker.
+pub(super) fn host_drained(
+    endpoint: &AdminEndpoint,
+    instance: &str,
+    timeout: Duration,
+) -> Result<(), Failure> {
+    let mut progress = Progress::default();
+    let outcome = until_host_drained(endpoint, instance, timeout, &mut progress);
+    progress.end();
+    outcome
+}
+
+fn until_host_drained(
+    endpoint: &AdminEndpoint,
+    instance: &str,
+    timeout: Duration,
+    progress: &mut Progress,
+) -> Result<(), Failure> {
+    let restarted = |exit, how| {
+        let message = format!(
+            "the dispatcher {how} before it reported that this host had no connections left\n\
+             help: a drain ends with the dispatcher; if another one runs, drain again"
+        );
+        Failure::new(exit, message)
+    };
+    let mut statuses = Statuses::new(endpoint, timeout);
+    loop {
+        let status = match statuses.next()? {
+            Some(status) => status,
+            None => return Err(restarted(Exit::Unavailable, "has ended")),
+        };
+        if status.instance != instance {
+            return Err(restarted(Exit::DataErr, "was started again"));
+        }
+        let Some(host) = &status.draining else {
+            return Err(Failure::new(Exit::DataErr, "the host was resumed meanwhile"));
+        };
+        progress.say(&super::drain::host_line(&HostDrainStatus {
+            // They change with each look.
+            begins_in_ms: 0,
+            deadline_in_ms: None,
+            ..host.clone()
+        }));
+        if host.state == HostState::Drained.name() {
+            return Ok(());
+        }
+        if statuses.is_late() {
+            let waited = humantime::format_duration(timeout);
+            let connections = count(host.connections, "connection");
+            return Err(Failure::new(
+                Exit::TempFail,
+                format!(
+                    "{connections} left on this host after {waited}: the remaining connections go on; \
+                     wait longer with --timeout, or end them with --deadline"
+                ),
+            ));
+        }
+        statuses.pause();
+    }
+}
+
+/// Statuses of one dispatcher, until a time.
+struct Statuses<'a> {
+    endpoint: &'a AdminEndpoint,
+    /// `None` if the deadline is beyond the range of the clock: wait without a limit.
+    deadline: Option<Instant>,
+    /// Whether the last status was asked for after the deadline.
+    late: bool,
+    /// Whether an answer was partial.
+    broken: bool,
+}
+
+impl<'a> Statuses<'a> {
+    fn new(endpoint: &'a AdminEndpoint, timeout: Duration) -> Statuses<'a> {
+        let deadline = Instant::now().checked_add(timeout);
+        Statuses { endpoint, deadline, late: false, broken: false }
+    }
+
+    /// The next one; `None` if the dispatcher has ended.
+    fn next(&mut self) -> Result<Option<Status>, Failure> {
+        loop {
+            self.late = self.deadline.is_some_and(|deadline| Instant::now() >= deadline);
+            match fetch_status(self.endpoint) {
+                Ok(status) => return Ok(Some(status)),
+                // The dispatcher is busy for a moment; the wait may take an hour, so it goes on.
+                Err(failure) if failure.exit == Exit::TempFail && !self.late => {}
+                // A partial answer: the dispatcher has probably just ended. The next request shows
+                // it.
+                Err(failure) if failure.exit == Exit::Protocol && !self.broken => {
+                    self.broken = true;
+                }
+                Err(failure) if failure.exit == Exit::Unavailable => return Ok(None),
+                Err(failure) => return Err(failure),
+            }
+            std::thread::sleep(PACE);
+        }
+    }
+
+    fn is_late(&self) -> bool {
+        self.late
+    }
+
+    fn pause(&self) {
+        let left = self.deadline.map(|it| it.saturating_duration_since(Instant::now()));
+        std::thread::sleep(left.map_or(PACE, |left| PACE.min(left)));
+    }
+}
+
 fn until_drained(
     endpoint: &AdminEndpoint,
     mut drained: Drained,
     timeout: Duration,
     progress: &mut Progress,
 ) -> Result<(), Failure> {
-    // `None` if the deadline is beyond the range of the clock: wait without a limit.
-    let deadline = Instant::now().checked_add(timeout);
+    let mut statuses = Statuses::new(endpoint, timeout);
     let all = drained.workers.len();
-    let mut broken = false;
     loop {
-        let late = deadline.is_some_and(|deadline| Instant::now() >= deadline);
-        let status: Status = match fetch_status(endpoint) {
-            Ok(status) => status,
-            // The dispatcher is busy for a moment; the wait may take an hour, so it goes on.
-            Err(failure) if failure.exit == Exit::TempFail && !late => {
-                std::thread::sleep(PACE);
-                continue;
-            }
-            // A partial answer: the dispatcher has probably just ended. The next request shows it.
-            Err(failure) if failure.exit == Exit::Protocol && !broken => {
-                broken = true;
-                std::thread::sleep(PACE);
-                continue;
-            }
-            Err(failure) if failure.exit == Exit::Unavailable => {
-                return Err(drained.restarted(Exit::Unavailable, "has ended"));
-            }
-            Err(failure) => return Err(failure),
+        let Some(status) = statuses.next()? else {
+            return Err(drained.restarted(Exit::Unavailable, "has ended"));
         };
         // Earlier versions do not send the instance.
         if !drained.instance.is_empty() && status.instance != drained.instance {
@@ -109,7 +200,7 @@ fn until_drained(
         if workers.is_empty() {
             return Ok(());
         }
-        if late {
+        if statuses.is_late() {
             let names: Vec<&str> = workers.values().map(String::as_str).collect();
             let waited = humantime::format_duration(timeout);
             return Err(Failure::new(
@@ -121,8 +212,7 @@ fn until_drained(
                 ),
             ));
         }
-        let left = deadline.map(|deadline| deadline.saturating_duration_since(Instant::now()));
-        std::thread::sleep(left.map_or(PACE, |left| PACE.min(left)));
+        statuses.pause();
     }
 }
 

@@ -85,7 +85,7 @@ fn real_path(path: &Path) -> PathBuf {
     }
 }
 
-/// Whether two listeners have the same address.
+/// Whether two addresses are the same.
 fn same_address(one: &Address, two: &Address) -> bool {
     match (one, two) {
         (Address::Tcp(one), Address::Tcp(two)) => canonical(*one) == canonical(*two),
@@ -218,6 +218,17 @@ pub(super) fn check_distinct(
         }
     }
     Ok(())
+}
+
+/// Whether two sockets cannot be bound at once, each with whether it accepts only IPv6.
+pub(super) fn collides(one: (&Address, bool), two: (&Address, bool)) -> bool {
+    let tcp = |(address, ipv6_only): (&Address, bool)| match address {
+        Address::Tcp(address) => Some((canonical(*address), ipv6_only)),
+        Address::Unix(_) | Address::Systemd(_) => None,
+    };
+    (same_address(one.0, two.0) && !any_port(one.0))
+        || takes(tcp(one), tcp(two))
+        || takes(tcp(two), tcp(one))
 }
 
 fn any_port(address: &Address) -> bool {

@@ -48,6 +48,7 @@ impl Config {
                     ..PoolSettings::default()
                 },
                 unavailable_response: None,
+                agent_listen: None,
                 spawn: Some(Spawn {
                     command: command.iter().map(|word| literal(word)).collect(),
                     max_memory: None,

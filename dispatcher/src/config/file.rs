@@ -164,6 +164,8 @@ pub(super) struct PoolKeys {
     pub peek_timeout: Option<Spanned<Wait<1, YEAR>>>,
     pub peek_max_bytes: Option<Spanned<Count<256, 65_536>>>,
     pub max_awaiting: Option<Spanned<Count<1, 1_000_000>>>,
+    pub agent_listen: Option<Spanned<String>>,
+    pub agent_workers: Option<Spanned<Count<1, 65_536>>>,
     pub allow_users: Option<Vec<Spanned<Either<AnAccount>>>>,
     pub allow_groups: Option<Vec<Spanned<Either<AnAccount>>>>,
     pub unavailable_response: Option<Spanned<String>>,

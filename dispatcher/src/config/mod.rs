@@ -10,6 +10,7 @@ mod accounts;
 mod address;
 mod advice;
 mod affinity;
+mod agent;
 mod demo;
 mod error;
 mod file;
@@ -216,6 +217,17 @@ pub enum Address {
     Systemd(String),
 }
 
+impl std::fmt::Display for Address {
+    /// As it is written in the configuration.
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        match self {
+            Address::Tcp(address) => address.fmt(f),
+            Address::Unix(path) => write!(f, "unix:{}", path.display()),
+            Address::Systemd(name) => write!(f, "systemd:{name}"),
+        }
+    }
+}
+
 /// Options set on the listening socket; accepted connections inherit the TCP ones.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct ListenerOptions {
@@ -280,6 +292,8 @@ pub struct Pool {
     pub unavailable_response: Option<Arc<[u8]>>,
     /// The processes that the dispatcher starts.
     pub spawn: Option<Spawn>,
+    /// Where HAProxy's agent check is answered: TCP, or inherited from systemd.
+    pub agent_listen: Option<Address>,
 }
 
 impl Pool {

@@ -2,6 +2,7 @@
 
 mod access_rules;
 mod advice;
+mod agent;
 mod proxy;
 mod relay;
 mod sample;

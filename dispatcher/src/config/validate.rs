@@ -11,7 +11,7 @@ use super::listener::set_in_unit;
 use super::value::{AMode, AnAccount, Either, TextOrNumber};
 use super::{
     Address, Config, DEFAULT_ADMIN_SOCKET, DEFAULT_DISPATCH_SOCKET, Limits, Listener, Pool,
-    UnixEndpoint, UnixSource, accounts, advice, affinity, relay, scores, spawn,
+    UnixEndpoint, UnixSource, accounts, advice, affinity, agent, relay, scores, spawn,
 };
 use dispatcher_core::{AllowedAccounts, Peek, PoolSettings};
 
@@ -98,6 +98,7 @@ impl Check<'_> {
         let relay = relay::relay(check, &file, &dispatch_socket);
         let limits = limits(&file);
         let defaults = file.defaults.unwrap_or_default();
+        agent::check_defaults(check, &defaults);
 
         // serde sorts tables by name; messages and pools follow the order of the file.
         let mut tables: Vec<(Spanned<String>, PoolKeys)> = file.pool.into_iter().collect();
@@ -157,6 +158,13 @@ impl Check<'_> {
         if listeners.len() > usize::from(u16::MAX) {
             check.mistake(Mistake::new(0..0, "more than 65535 listeners"));
         }
+        let agents = tables.iter().zip(&pools).filter_map(|((name, keys), pool)| {
+            let (text, address) = (keys.agent_listen.as_ref()?, pool.agent_listen.clone()?);
+            Some((name.get_ref().as_str(), text, address))
+        });
+        let agents: Vec<_> = agents.collect();
+        let http = [("admin_http", admin_http), ("advice_listen", advice.listen)];
+        agent::check_distinct(check, &agents, &listeners, http);
         advice::check_advertised(check, &advice, &listeners, &file.listener);
         for (name, _) in &tables {
             let used =
@@ -464,6 +472,7 @@ impl Check<'_> {
             }
             None => (None, Peek::default()),
         };
+        let agent_listen = agent::agent_listen(self, &keys);
         // The core owns the defaults.
         let core = PoolSettings::default();
         let history_candidates = keys
@@ -505,10 +514,15 @@ impl Check<'_> {
             peek,
             access: AllowedAccounts { users, groups },
             processes: spawn.as_ref().map_or(0, |spawn| spawn.processes),
+            agent_workers: keys
+                .agent_workers
+                .as_ref()
+                .or(defaults.agent_workers.as_ref())
+                .map(|n| n.get_ref().0),
             supervision: supervision.unwrap_or_default(),
             name: name.to_owned(),
         };
-        Pool { settings, unavailable_response, spawn }
+        Pool { settings, unavailable_response, spawn, agent_listen }
     }
 }
 

@@ -58,7 +58,12 @@ pub(super) fn find(spawner: &Spawner, config: &mut Config, path: Option<PathBuf>
             let processes = 1;
             let settings =
                 PoolSettings { name: name.clone(), processes, ..PoolSettings::default() };
-            config.pools.push(Pool { settings, unavailable_response: None, spawn: None });
+            config.pools.push(Pool {
+                settings,
+                unavailable_response: None,
+                spawn: None,
+                agent_listen: None,
+            });
             config.pools.len() - 1
         });
         let Ok(id) = u16::try_from(position) else { continue };

@@ -19,7 +19,11 @@ impl EventLoop {
     /// Carries out a command.
     pub(super) fn command(&mut self, command: Command) -> Answer {
         match command {
-            Command::Drain { target, deadline } => {
+            Command::Drain { target: Target::All, deadline, announce } => {
+                self.core.drain_host(self.now, announce, deadline);
+                Ok(self.workers_changed(&self.targets(&Target::All)?))
+            }
+            Command::Drain { target, deadline, announce: _ } => {
                 let deadline = deadline.map(|wait| self.now + wait);
                 let workers = self.targets(&target)?;
                 for &worker in &workers {
@@ -37,7 +41,18 @@ impl EventLoop {
             Command::Scale { pool, wanted } => self.scale(&pool, wanted),
             Command::Restart { target, end_oldest } => self.restart(&target, end_oldest),
             Command::Undo { pool } => self.undo(&pool),
+            Command::Resume { target: Target::All } => {
+                self.core.resume_host(self.now);
+                Ok(self.workers_changed(&self.targets(&Target::All)?))
+            }
             Command::Resume { target } => {
+                let drains = self.core.host_drain().is_some();
+                if drains && let Target::Pool(name) = &target {
+                    self.pool_called(name)?;
+                    let message = format!("pool {name} cannot be resumed: the whole host drains");
+                    return Err(CommandError::new(Problem::Conflict, message)
+                        .hint("dispatcher resume --all"));
+                }
                 let workers = self.targets(&target)?;
                 for &worker in &workers {
                     let resumed = self.core.resume_worker(self.now, worker);
@@ -243,6 +258,10 @@ impl EventLoop {
                 format!("cannot be resumed: pool {pool} was removed from the configuration"),
                 format!("add [pool.{pool}] again and reload first"),
             ),
+            CannotResume::HostDrains => (
+                "cannot be resumed: the whole host drains".to_owned(),
+                "dispatcher resume --all".to_owned(),
+            ),
             CannotResume::Surplus => (
                 format!(
                     "cannot be resumed: its process is surplus: pool {pool} has fewer processes now"
@@ -268,6 +287,7 @@ impl EventLoop {
             weight: self.core.weight(worker).unwrap_or_default(),
         };
         Outcome::Workers(WorkersChanged {
+            host: self.host_drain_status(),
             instance: self.run.instance.clone(),
             workers: workers.iter().map(summary).collect(),
         })

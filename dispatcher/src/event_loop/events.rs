@@ -74,7 +74,7 @@ impl EventLoop {
             | Event::ProcessStopped { process, .. }
             | Event::CrashLoop { process, .. }
             | Event::RollStopped { process, .. } => Some(process.pool),
-            Event::OutOfResources { .. } => None,
+            Event::OutOfResources { .. } | Event::HostDraining { .. } | Event::HostResumed => None,
         }
     }
 
@@ -138,6 +138,12 @@ impl EventLoop {
             Event::Resumed { worker } => {
                 log::info!("event=worker_resumed {}", self.worker(*worker));
             }
+            Event::HostDraining { live, after, deadline } => log::info!(
+                "event=host_draining live={live} after={} deadline={}",
+                span(*after),
+                deadline.map_or("none".to_owned(), span)
+            ),
+            Event::HostResumed => log::info!("event=host_resumed"),
             Event::Paused { worker, resent, live } => {
                 log::info!(
                     "event=worker_paused {} resent={resent} live={live}",

@@ -101,6 +101,8 @@ impl EventLoop {
             | Event::Draining { .. }
             | Event::DrainOver { .. }
             | Event::Resumed { .. }
+            | Event::HostDraining { .. }
+            | Event::HostResumed
             | Event::Paused { .. }
             | Event::Updated { .. }
             | Event::Goodbye { .. }

@@ -80,6 +80,12 @@ pub(super) struct ListenerResources {
 }
 
 impl ListenerResources {
+    /// The networks whose PROXY headers are trusted.
+    pub(super) fn trusted_proxies(&self) -> Vec<String> {
+        let rules = self.proxy.iter().flat_map(|rules| &rules.from);
+        rules.map(ToString::to_string).collect()
+    }
+
     /// Splits off the core's part of a listener's configuration: name and pool.
     pub(super) fn split(listener: Listener) -> (String, PoolId, ListenerResources) {
         let Listener { name, address_text, address, pool, advertise, options, access_rules, proxy } =

@@ -7,6 +7,7 @@
 
 mod accept;
 mod adopt;
+mod agents;
 mod command;
 mod conditions;
 mod connections;
@@ -69,8 +70,9 @@ use crate::background::cleaner::Cleaner;
 use crate::background::closer::Closers;
 use crate::background::service_manager::State;
 use crate::background::service_manager::unit::{StopKind, Unit};
-use crate::config::{Config, Pool, Spawn};
+use crate::config::{Address, Config, Pool, Spawn};
 use crate::listen::bind::OwnedPath;
+use crate::mailbox::agents::AgentSockets;
 use crate::mailbox::{SideThread, StartSideThread};
 use dispatcher_core::{Core, PoolSettings, Time};
 
@@ -130,27 +132,30 @@ struct EventLoop {
     background: Background,
     side: SideThread,
     take_over: TakeOver,
+    /// The sockets for HAProxy's agent check.
+    agents: AgentSockets,
     observation: Observation,
 }
 
 /// The part of a pool's configuration that the core does not have.
+#[derive(Clone)]
 struct PoolResources {
     unavailable_response: Option<Arc<[u8]>>,
     spawn: Option<Spawn>,
+    agent_listen: Option<Address>,
 }
 
 impl PoolResources {
     /// Splits a pool's configuration into the core's part and this one.
     fn split(pool: Pool) -> (PoolSettings, PoolResources) {
-        let Pool { settings, unavailable_response, spawn } = pool;
-        (settings, PoolResources { unavailable_response, spawn })
+        let Pool { settings, unavailable_response, spawn, agent_listen } = pool;
+        (settings, PoolResources { unavailable_response, spawn, agent_listen })
     }
 
     /// The whole configuration of a pool.
     fn with(&self, settings: PoolSettings) -> Pool {
-        let PoolResources { unavailable_response, spawn } = self;
-        let (unavailable_response, spawn) = (unavailable_response.clone(), spawn.clone());
-        Pool { settings, unavailable_response, spawn }
+        let PoolResources { unavailable_response, spawn, agent_listen } = self.clone();
+        Pool { settings, unavailable_response, spawn, agent_listen }
     }
 }
 

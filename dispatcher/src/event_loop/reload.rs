@@ -165,6 +165,7 @@ impl EventLoop {
         self.handshakes.send(HandshakeCommand::Settings(settings));
         self.config.admin_http_hosts = plan.admin_http_hosts;
         self.config.advice = plan.advice;
+        self.put_agents(plan.agents);
         self.watch_socket_files();
         self.publish_running();
         Ok(reloaded)

@@ -311,6 +311,11 @@ impl EventLoop {
                 "to return to an earlier command, put it into the configuration again, then: \
                          dispatcher reload && dispatcher restart {name}"
             )),
+            RollRefusal::HostDrains => CommandError::new(
+                Problem::Conflict,
+                format!("no process of pool {name} is started: the whole host drains"),
+            )
+            .hint("dispatcher resume --all"),
             RollRefusal::NotServing => match target {
                 Target::Worker(worker) => {
                     let message = format!("worker {worker} is leaving already");

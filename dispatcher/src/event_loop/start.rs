@@ -19,7 +19,7 @@ use super::take_over::{Giver, SharedSockets, TakeOver, Taken};
 use super::token::Source;
 use super::wakeup::Wakeup;
 use super::workers::Workers;
-use super::{Background, Endpoints, EventLoop, PoolResources, Run, adopt, clock};
+use super::{Background, Endpoints, EventLoop, PoolResources, Run, adopt, agents, clock};
 use crate::background::cleaner::Cleaner;
 use crate::background::closer::{Bounds, Closers, Owner, Task};
 use crate::background::logger::{quoted, value};
@@ -30,6 +30,7 @@ use crate::listen::bind::{self, Listening};
 use crate::listen::error::RunError;
 use crate::listen::inherit::Inherited;
 use crate::listen::take_over::Kind;
+use crate::mailbox::agents::AgentSockets;
 use crate::mailbox::{StartSideThread, TcpListeners};
 use crate::reload::seed;
 use crate::signals;
@@ -41,6 +42,7 @@ struct Sockets {
     admin: Listening,
     admin_http: Option<Listening>,
     advice: Option<Listening>,
+    agents: AgentSockets,
     /// The take-over socket.
     offered: Option<Listening>,
     listeners: Listeners,
@@ -125,6 +127,9 @@ impl EventLoop {
                 listeners.push(ListenerIo::new(id, listening, place, listener.options.backlog));
             }
         }
+        let agents = agents::open(&config, &mut inherited, |pool, address| {
+            taken.as_mut()?.agent(pool, address)
+        })?;
         let listeners = Listeners::new(listeners, inherited.finish());
         let mut http = |kind, address: Option<SocketAddr>| {
             let Some(address) = address else { return Ok(None) };
@@ -135,9 +140,14 @@ impl EventLoop {
         };
         let admin_http = http(Kind::AdminHttp, config.admin_http)?;
         let advice = http(Kind::Advice, config.advice.listen)?;
-        let offered = take_over_socket(&config, &listeners, taken.as_mut());
+        let passed = agents.iter().any(|socket| socket.listening.inherited);
+        let offered = match passed {
+            true => None,
+            false => take_over_socket(&config, &listeners, taken.as_mut()),
+        };
         let held = taken.is_some();
-        let sockets = Sockets { dispatch, admin, admin_http, advice, offered, listeners, held };
+        let sockets =
+            Sockets { dispatch, admin, admin_http, advice, agents, offered, listeners, held };
         let mut event_loop = EventLoop::assemble(config, start_side, signals, sockets, settings)?;
         event_loop.run.descriptors = descriptors;
         if let Some(taken) = taken {
@@ -153,6 +163,7 @@ impl EventLoop {
         );
         event_loop.watch_socket_files();
         event_loop.publish_running();
+        event_loop.publish_agents();
         drop(event_loop.side.manager.tell(State::Ready));
         Ok(event_loop)
     }
@@ -164,7 +175,8 @@ impl EventLoop {
         sockets: Sockets,
         settings: Vec<ListenerSettings>,
     ) -> Result<EventLoop, RunError> {
-        let Sockets { dispatch, admin, admin_http, advice, offered, mut listeners, held } = sockets;
+        let Sockets { dispatch, admin, admin_http, advice, agents, offered, mut listeners, held } =
+            sockets;
         let poll = Poll::new().map_err(RunError::system("poll"))?;
         let registry = poll.registry();
         registry
@@ -197,6 +209,7 @@ impl EventLoop {
         if let Some(made) = &advice {
             log::info!("event=advice_listen address={}", value(&made.address));
         }
+        agents.iter().for_each(|socket| agents::log_opened(socket));
         let tcp = TcpListeners {
             admin_http: admin_http.map(|made| made.fd.into()),
             advice: advice.map(|made| made.fd.into()),
@@ -286,6 +299,7 @@ impl EventLoop {
             background: Background { closers, closing_due: None, cleaner },
             side,
             take_over,
+            agents,
             observation: Observation::new(now),
         })
     }

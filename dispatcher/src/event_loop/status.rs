@@ -13,7 +13,7 @@ use crate::background::logger::{quoted, value};
 use crate::background::spawner::{Report, SpawnRequest, UNKNOWN};
 use crate::config::UnixSource;
 use crate::mailbox::{DeferredStatus, Request};
-use dispatcher_core::ProcessId;
+use dispatcher_core::{ListenerId, ProcessId};
 
 /// The exit statuses of a process that ends as ordered.
 const ENDED_WELL: [&str; 2] = ["exit status 0", "signal 15 (SIGTERM)"];
@@ -79,6 +79,8 @@ impl EventLoop {
         self.note_socket_files();
         self.note_advice_peers();
         status.kept_sockets = self.kept_sockets();
+        status.draining = self.host_drain_status();
+        self.agent_status(&mut status);
         for pool in &mut status.pools {
             let Some(processes) = &mut pool.processes else { continue };
             let Some(id) = self.core.pool_named(&pool.name) else { continue };
@@ -90,6 +92,9 @@ impl EventLoop {
         }
         for (id, listener) in self.core.listeners().zip(&mut status.listeners) {
             listener.state = self.listener_state(id).to_owned();
+            if let Some(headers) = &mut listener.proxy_headers {
+                headers.from = self.trusted_proxies(id);
+            }
         }
         let (boards, faults) = (self.boards(), self.observation.faults.clone());
         DeferredStatus(Box::new(move || {
@@ -98,6 +103,11 @@ impl EventLoop {
             status.faults = faults.status();
             status
         }))
+    }
+
+    fn trusted_proxies(&self, id: ListenerId) -> Vec<String> {
+        let resources = self.listeners.resources(id);
+        resources.map_or_else(Vec::new, |resources| resources.trusted_proxies())
     }
 
     /// Asks the side thread to start a process, with a token that identifies it when it joins.

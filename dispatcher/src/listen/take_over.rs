@@ -66,6 +66,8 @@ pub(crate) enum Kind {
     Admin,
     AdminHttp,
     Advice,
+    /// For HAProxy's agent check; `name` is the pool.
+    Agent,
     TakeOver,
     Listener,
 }

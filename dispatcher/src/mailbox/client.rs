@@ -113,6 +113,8 @@ pub(crate) struct MailboxClient {
     advice: OnceLock<Box<dyn Fn() -> AdviceStatus + Send + Sync>>,
     /// Makes the part of the status about the relay.
     relay: OnceLock<Box<dyn Fn() -> Option<RelayStatus> + Send + Sync>>,
+    /// Adds to the status what is known of agents.
+    agents: OnceLock<Box<dyn Fn(&mut Status) + Send + Sync>>,
     /// Locked while a request is pending; holds the earliest time of the next one.
     commands: tokio::sync::Mutex<Instant>,
 }
@@ -133,6 +135,7 @@ impl MailboxClient {
             last_loads: Mutex::new(None),
             advice: OnceLock::new(),
             relay: OnceLock::new(),
+            agents: OnceLock::new(),
             commands: tokio::sync::Mutex::new(Instant::now()),
         })
     }
@@ -156,6 +159,9 @@ impl MailboxClient {
                     status.socket_files_missing = mailbox.files.missing();
                     status.advice = mailbox.advice.get().map(|advice| advice());
                     status.relay = mailbox.relay.get().and_then(|relay| relay());
+                    if let Some(agents) = mailbox.agents.get() {
+                        agents(&mut status);
+                    }
                     Arc::new(status)
                 });
                 mailbox.status.answer(status.as_ref());
@@ -177,6 +183,12 @@ impl MailboxClient {
     ) {
         // There is one relay.
         let _ = self.relay.set(Box::new(relay));
+    }
+
+    /// Sets what adds to the status about agents.
+    pub(crate) fn set_agents(&self, agents: impl Fn(&mut Status) + Send + Sync + 'static) {
+        // Called once, at the start.
+        let _ = self.agents.set(Box::new(agents));
     }
 
     /// The figures for advice, and when they were asked for: at most 100 ms before this call. So

@@ -26,10 +26,12 @@ use crate::listen::files::SocketFiles;
 use crate::reload::{Plan, RunningConfig};
 use crate::wake::Wake;
 use advice_faults::AdviceFaults;
+use agents::AgentSender;
 use hosts::Hosts;
 use loads::DeferredLoads;
 
 pub(crate) mod advice_faults;
+pub(crate) mod agents;
 pub(crate) mod hosts;
 pub(crate) mod loads;
 
@@ -145,6 +147,8 @@ pub struct SideThread {
     pub accepting: watch::Sender<bool>,
     /// The accepted host names over TCP; set at the start and by a reload.
     pub hosts: Hosts,
+    /// The sockets for HAProxy's agent check; set at the start and by a reload.
+    pub agents: AgentSender,
     /// Peers that advice leaves out.
     pub advice_faults: AdviceFaults,
     /// The socket files to check; set at the start and by a reload.

@@ -8,6 +8,7 @@
 //! The event loop's tables of pools and listeners are by id, like the core's: removed entries stay
 //! until the core uses their ids again.
 
+mod agents;
 mod fixed;
 mod plan;
 
@@ -19,6 +20,8 @@ use std::time::{Duration, Instant};
 
 use rustix::net::SocketType;
 
+use self::agents::plan_agents;
+pub(crate) use self::agents::{AgentPlan, AgentStep};
 use self::fixed::fixed;
 use self::plan::{make_again, new_mode, plan_listeners, plan_pools};
 use crate::api::command::{CommandError, Problem};
@@ -92,6 +95,7 @@ pub struct Plan {
     pub(crate) limits: Limits,
     pub(crate) admin_http_hosts: Vec<String>,
     pub(crate) advice: AdviceSettings,
+    pub(crate) agents: Vec<AgentPlan>,
     pub(crate) modes: Vec<(PathBuf, u32)>,
     pub(crate) reloaded: Reloaded,
 }
@@ -209,6 +213,7 @@ fn plan(now: &RunningConfig, new: Config) -> Result<Plan, CommandError> {
     }
     let (pools, removed_pools) = plan_pools(now, &new, &mut reloaded);
     let (listeners, removed_listeners) = plan_listeners(now, &new, &mut reloaded)?;
+    let agents = plan_agents(now, &new)?;
     if now.config.limits != new.limits {
         reloaded.changed.push("limits".to_owned());
     }
@@ -240,6 +245,7 @@ fn plan(now: &RunningConfig, new: Config) -> Result<Plan, CommandError> {
         limits: new.limits,
         admin_http_hosts: new.admin_http_hosts,
         advice,
+        agents,
         reloaded,
     })
 }

@@ -123,7 +123,8 @@ pub(super) fn plan_listeners(
     // Last, because clients could notice it.
     for (step, _, listener) in &mut steps {
         if let ListenerStep::Open(made) = step {
-            *made = listen(now, listener).map_err(|error| not_opened(now, listener, &error))?;
+            let opened = bind_when_free(now, &listener.address, &listener.options);
+            *made = opened.map_err(|error| not_opened(now, listener, &error))?;
         }
     }
     Ok((steps, rest.iter().map(|(id, _)| *id).collect()))
@@ -140,7 +141,7 @@ pub(super) fn plan_new(
     if let Address::Systemd(name) = &wanted.address {
         return match now.kept.contains(name) {
             true => Ok((ListenerStep::TakeKept(name.clone()), rules, wanted.clone())),
-            false => Err(not_inherited(&wanted.name, name)),
+            false => Err(not_inherited(&format!("listener `{}`", wanted.name), name)),
         };
     }
     let there = now.reusable().find(|there| there.address == wanted.address);
@@ -168,12 +169,16 @@ pub(super) fn plan_new(
 const ADDRESS_KEPT: Duration = Duration::from_secs(3);
 const LOCK_KEPT: Duration = Duration::from_millis(500);
 
-/// Opens a listener's address. Its former owner may be about to release it.
-pub(super) fn listen(now: &RunningConfig, listener: &Listener) -> Result<Vec<Listening>, RunError> {
+/// Opens an address. Its former owner may be about to release it.
+pub(super) fn bind_when_free(
+    now: &RunningConfig,
+    address: &Address,
+    options: &ListenerOptions,
+) -> Result<Vec<Listening>, RunError> {
     let began = Instant::now();
     let patience = if now.reusable().next().is_none() { LOCK_KEPT } else { ADDRESS_KEPT };
     loop {
-        match bind::listen(&listener.address, &listener.options, &mut Inherited::default()) {
+        match bind::listen(address, options, &mut Inherited::default()) {
             Err(error) if error.is_in_use() && began.elapsed() < patience => {
                 std::thread::sleep(Duration::from_millis(20));
             }
@@ -246,9 +251,9 @@ pub(super) fn new_mode(
     (old.options.mode != mode).then(|| (path.clone(), mode))
 }
 
-pub(super) fn not_inherited(listener: &str, name: &str) -> CommandError {
+pub(super) fn not_inherited(what: &str, name: &str) -> CommandError {
     let message = format!(
-        "listener `{listener}`: systemd:{name} is new, and systemd passes sockets only when it starts a service: \
+        "{what}: systemd:{name} is new, and systemd passes sockets only when it starts a service: \
          nothing was changed"
     );
     refused(message).hint("restart the dispatcher; connections that workers have stay open")
@@ -285,7 +290,14 @@ pub(super) fn own_listener(now: &RunningConfig, wanted: std::net::SocketAddr) ->
     });
     let admin = now.config.admin_http.filter(overlaps).map(|_| "`admin_http`".to_owned());
     let advice = now.config.advice.listen.filter(overlaps);
-    own.chain(admin).chain(advice.map(|_| "`advice_listen`".to_owned())).next()
+    let pools = now.pools.iter().filter_map(|id| now.config.pools.get(usize::from(id.0)));
+    let agents = pools.filter_map(|pool| match &pool.agent_listen {
+        Some(Address::Tcp(address)) if overlaps(address) => {
+            Some(format!("the agent of pool `{}`", pool.settings.name))
+        }
+        _ => None,
+    });
+    own.chain(admin).chain(agents).chain(advice.map(|_| "`advice_listen`".to_owned())).next()
 }
 
 pub(super) fn has_any_port(address: &Address) -> bool {

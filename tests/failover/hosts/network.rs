@@ -44,11 +44,11 @@ impl Drop for Holder {
 }
 
 impl Network {
-    /// The network, inside the namespace; none outside, where `test` has run inside already, or has
+    /// The network of so many hosts, inside the namespace; none outside, where `test` has run inside already, or has
     /// been skipped.
-    pub fn namespaces(test: &str) -> Option<Network> {
+    pub fn namespaces(test: &str, hosts: usize) -> Option<Network> {
         if std::env::var_os(INSIDE).is_some() {
-            return Some(Network::build());
+            return Some(Network::build(hosts));
         }
         let possible = |options: &&&[&str]| {
             let probe = "ip link add probe0 type veth peer name probe1 && unshare --net true";
@@ -67,14 +67,14 @@ impl Network {
         None
     }
 
-    fn build() -> Network {
+    fn build(hosts: usize) -> Network {
         let ip = |arguments: &str| must(Command::new("ip").args(arguments.split(' ')));
         ip("link set lo up");
         ip("link add bridge0 type bridge");
         ip("addr add 10.77.0.254/24 dev bridge0");
         ip("link set bridge0 up");
         let mut holders = Vec::new();
-        for number in 0..3 {
+        for number in 0..hosts {
             let mut holder = Command::new("unshare");
             // It ends when its input does, which is when this process ends.
             holder.args(["--net", "cat"]).stdin(Stdio::piped()).stdout(Stdio::null());
@@ -87,7 +87,7 @@ impl Network {
             holders.push(holder);
         }
         let network = Network::Namespaces(holders);
-        for number in 0..3 {
+        for number in 0..hosts {
             let address = format!("addr add {}/24 dev eth0", network.ip(number));
             for arguments in [address.as_str(), "link set eth0 up", "link set lo up"] {
                 let mut command = network.command(number, Path::new("ip"));

@@ -17,6 +17,7 @@ use std::collections::BTreeMap;
 use std::fs::File;
 use std::io::{BufRead, BufReader, Read, Write};
 use std::net::{SocketAddr, TcpStream};
+use std::os::fd::OwnedFd;
 use std::os::unix::fs::PermissionsExt;
 use std::os::unix::net::UnixStream;
 use std::os::unix::process::CommandExt;
@@ -209,7 +210,23 @@ impl Dispatcher {
 
     /// Starts by a command that becomes the dispatcher.
     pub fn start_by(dir: &Path, command: &mut Command) -> Dispatcher {
-        command.env("DISPATCHER_LOG", "debug").stdin(Stdio::null()).stdout(Stdio::null());
+        command.stdin(Stdio::null());
+        Dispatcher::started(dir, command)
+    }
+
+    /// Starts with a listening socket, as systemd passes it.
+    pub fn start_with_socket(dir: &Path, socket: OwnedFd, name: &str) -> Dispatcher {
+        let script = "exec 3<&0 0</dev/null; \
+            LISTEN_PID=$$ LISTEN_FDS=1 LISTEN_FDNAMES=\"$2\" exec \"$0\" run --config \"$1\"";
+        let log = File::options().create(true).append(true).open(dir.join("log")).unwrap();
+        let mut command = Command::new("sh");
+        command.args(["-c", script, dispatcher_bin()]).arg(dir.join("dispatcher.toml")).arg(name);
+        command.env_remove("NOTIFY_SOCKET").stdin(Stdio::from(socket)).stderr(log);
+        Dispatcher::started(dir, &mut command)
+    }
+
+    fn started(dir: &Path, command: &mut Command) -> Dispatcher {
+        command.env("DISPATCHER_LOG", "debug").stdout(Stdio::null());
         let process = Process::start("dispatcher", command);
         let mut dispatcher = Dispatcher { process, dir: dir.to_owned(), _temp: None };
         wait_until("the dispatcher to serve", || {

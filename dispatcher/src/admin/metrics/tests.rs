@@ -1,7 +1,8 @@
 use super::*;
 use crate::api::advice::{AddressRecord, AdvicePoolStatus, AdviceStatus, PeerStatus};
+use crate::api::status::ProxyHeadersStatus;
+use crate::api::status::{AgentStatus, HostDrainStatus, LeavingStatus, RollStatus};
 use crate::api::status::{Distribution, ListenerStatus, Meters, ProcessesStatus};
-use crate::api::status::{LeavingStatus, RollStatus};
 
 fn status(workers: u64) -> Status {
     let worker = |id| WorkerStatus {
@@ -110,8 +111,17 @@ fn each_status_field_has_its_own_metric() {
         not_scored: Some("gauge queue_wait never set".to_owned()),
         ..WorkerStatus::default()
     };
+    let agent = AgentStatus {
+        listen: vec!["10.0.0.1:9902".to_owned()],
+        answer: "ready up 85% maxconn:300".to_owned(),
+        answers: [("down", 86), ("drain", 87), ("ready", 88)]
+            .map(|(name, count)| (name.to_owned(), count))
+            .into(),
+        refused: 89,
+    };
     let pool = PoolStatus {
         name: "p".to_owned(),
+        agent: Some(agent),
         policy: "least-score".to_owned(),
         state: "back-pressure".to_owned(),
         queued: 11,
@@ -168,12 +178,17 @@ fn each_status_field_has_its_own_metric() {
         accepted: 8,
         closed: [("denied".to_owned(), 9)].into(),
         tracked_clients: 10,
+        proxy_headers: Some(ProxyHeadersStatus { from: Vec::new(), awaited: 57, read: 58 }),
         ..ListenerStatus::default()
     };
     let status = Status {
         version: "1.2.3".to_owned(),
         uptime_seconds: 30,
         stopping: true,
+        draining: Some(HostDrainStatus {
+            state: "draining".to_owned(),
+            ..HostDrainStatus::default()
+        }),
         accepted: 46,
         queued: 47,
         in_flight: 48,
@@ -271,6 +286,8 @@ listener_state{listener="l",pool="p",state="paused"} 1
 listener_state{listener="l",pool="p",state="refusing"} 0
 listener_state{listener="l",pool="p",state="closed"} 0
 tracked_clients{listener="l",pool="p"} 10
+awaited_proxy_headers{listener="l",pool="p"} 57
+proxy_headers_total{listener="l",pool="p"} 58
 pool_state{pool="p",state="ready"} 0
 pool_state{pool="p",state="back-pressure"} 1
 pool_state{pool="p",state="no-worker"} 0
@@ -332,6 +349,15 @@ advice_addresses{pool="p",state="refusing"} 0
 advice_addresses{pool="p",state="unserved"} 0
 advice_peer_up{peer="10.0.0.2:1"} 1
 advice_peer_failures_total{peer="10.0.0.2:1",reason="silent"} 83
+host_state{state="serving"} 0
+host_state{state="announced"} 0
+host_state{state="draining"} 1
+host_state{state="drained"} 0
+agent_capacity_percent{pool="p"} 85
+agent_answers_total{pool="p",answer="down"} 86
+agent_answers_total{pool="p",answer="drain"} 87
+agent_answers_total{pool="p",answer="ready"} 88
+agent_refused_connections_total{pool="p"} 89
 workers_not_shown{pool="p"} 0
 worker_state{pool="p",worker="w",id="31",state="suspect"} 1
 worker_live_connections{pool="p",worker="w",id="31"} 19

@@ -29,8 +29,8 @@ async fn healthz(State(app): State<App>) -> Response {
     }
 }
 
-/// Ready means: every pool with a listener has a usable worker, no stop is in progress, and the
-/// files of all sockets exist. Back-pressure counts as ready: the pool serves its clients later,
+/// Ready means: every pool with a listener has a usable worker, neither a stop nor a drain of the
+/// host is in progress, and the files of all sockets exist. Back-pressure counts as ready: the pool serves its clients later,
 /// and another dispatcher is not faster.
 async fn readyz(State(app): State<App>) -> Response {
     let status = match app.mailbox.status(PATIENCE).await {
@@ -48,6 +48,8 @@ async fn readyz(State(app): State<App>) -> Response {
         status.socket_files_missing.iter().map(|file| file.path.as_str()).collect();
     let error = if status.stopping {
         "the dispatcher is stopping".to_owned()
+    } else if status.draining.is_some() {
+        "the host is draining".to_owned()
     } else if !missing.is_empty() {
         format!("missing socket files, which a reload creates again: {}", missing.join(", "))
     } else if waiting.is_empty() {

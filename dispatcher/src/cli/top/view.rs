@@ -11,6 +11,7 @@ use ratatui::widgets::{Block, Cell, Paragraph, Row, Sparkline, Table, TableState
 use super::deploys;
 use super::model::{self, Model, Notice};
 use crate::api::status::Status;
+use crate::cli::drain::host_line;
 use crate::cli::status::clean;
 
 /// Most faults shown.
@@ -90,6 +91,10 @@ fn head(frame: &mut Frame<'_>, area: Rect, status: &Status, model: &Model, theme
     ];
     if status.stopping {
         first.push(Span::styled("  stopping", theme.of_state("stopping")));
+    }
+    if let Some(host) = &status.draining {
+        let text = format!("  {}", host_line(host));
+        first.push(Span::styled(text, theme.of_state("draining")));
     }
     if model.paused {
         first.push(Span::styled("  paused", theme.of_state("paused")));

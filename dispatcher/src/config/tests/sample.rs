@@ -57,6 +57,7 @@ fn the_defaults_in_the_sample_are_the_defaults() {
     let text = uncommented(&[
         "unavailable_response",
         "advertise",
+        "agent_",
         "advice_listen",
         "[[advice_peer]]",
         "address = \"10.",
@@ -123,6 +124,8 @@ fn the_examples_in_the_sample_are_valid() {
     assert_eq!(spawn.on_dispatcher_loss, OnDispatcherLoss::default());
     assert_eq!(config.listeners[0].options.keepalive_count, Some(4));
     assert_eq!(config.listeners[0].advertise.as_deref(), Some("www1.example.org:80"));
+    assert_eq!(config.pools[0].settings.agent_workers, Some(8));
+    assert_eq!(config.pools[0].agent_listen, Some(Address::Tcp(([127, 0, 0, 1], 9902).into())));
     assert_eq!(config.advice.peers.len(), 1);
     assert_eq!(config.advice.multipliers.len(), 2);
 }

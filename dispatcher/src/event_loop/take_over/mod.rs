@@ -187,7 +187,8 @@ impl EventLoop {
         let inherited = |listening: &Listening| listening.inherited;
         let sockets = self.listeners.sockets.iter();
         let passed = sockets.filter_map(|socket| socket.listening.as_ref()).any(inherited);
-        if passed || !self.listeners.unused.is_empty() {
+        let agents = self.agents.iter().any(|socket| inherited(&socket.listening));
+        if passed || agents || !self.listeners.unused.is_empty() {
             return Some(
                 "the running dispatcher has sockets of a service manager, which passes them to \
                  the next dispatcher itself; use systemctl restart"
@@ -226,6 +227,12 @@ impl EventLoop {
             let Some((configured, listening)) = shared else { continue };
             let about = about(kind, "", configured, &listening.address, None);
             sockets.push(Passed { about, fd: copy(&listening.fd)?, file: None, position: None });
+        }
+        for socket in &self.agents {
+            let configured = socket.configured.to_string();
+            let about = about(Kind::Agent, &socket.pool, &configured, socket.address(), None);
+            let fd = copy(&socket.listening.fd)?;
+            sockets.push(Passed { about, fd, file: None, position: None });
         }
         for (position, socket) in self.listeners.sockets.iter().enumerate() {
             let current = socket.leaving.is_none() && !socket.is_retiring();

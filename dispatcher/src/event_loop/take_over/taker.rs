@@ -19,7 +19,7 @@ use super::super::handshake::HandshakeCommand;
 use super::super::{EventLoop, PoolResources, adopt, clock};
 use crate::background::logger::quoted;
 use crate::background::service_manager::unit::Unit;
-use crate::config::{Config, Listener, UnixEndpoint, UnixSource};
+use crate::config::{Address, Config, Listener, UnixEndpoint, UnixSource};
 use crate::listen::bind::{self, Listening, OwnedPath, identity, identity_of_path};
 use crate::listen::error::RunError;
 use crate::listen::files::{PathLock, SocketFile};
@@ -160,6 +160,23 @@ impl Taken {
     ) -> Option<Listening> {
         let UnixSource::Path(path) = &endpoint.source else { return None };
         self.at(kind, &identity_of_path(path))
+    }
+
+    /// The socket for the agent check of a pool, or of another one at the same address.
+    pub(in crate::event_loop) fn agent(
+        &mut self,
+        pool: &str,
+        configured: &Address,
+    ) -> Option<Listening> {
+        let address = configured.to_string();
+        let same = |about: &About| about.kind == Kind::Agent && about.configured == address;
+        let found = self.take(|about| same(about) && about.name == pool);
+        // The kernel has chosen the port: another pool has another one.
+        let found = match found {
+            None if !address.ends_with(":0") => self.take(same),
+            found => found,
+        };
+        found.map(|(_, listening)| listening)
     }
 
     /// The socket of this kind at this address.
