@@ -157,10 +157,17 @@ impl Core {
         }
     }
 
-    /// A worker has just joined: it drains if the host does.
+    /// A worker has just joined: it drains if the host does. One without connections gets no
+    /// notice: it could end because of it, and its supervisor would start it again and again.
     pub(super) fn drain_with_host(&mut self, now: Time, worker: WorkerId) {
-        if let Some(drain) = self.host_drain.filter(|drain| drain.begun) {
+        let Some(drain) = self.host_drain.filter(|drain| drain.begun) else { return };
+        let Some(w) = self.find(worker) else { return };
+        if self.workers[w].load() > 0 {
             self.begin_drain(now, worker, drain.deadline);
+            return;
         }
+        self.drain(now, w);
+        self.event(Event::Draining { worker, live: 0, deadline: None });
+        self.refresh(w);
     }
 }

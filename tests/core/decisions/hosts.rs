@@ -1,5 +1,6 @@
 //! Several hosts behind a balancer: what a pool answers HAProxy's agent check, and draining a host.
 
+use dispatch_protocol::wire::Features;
 use proptest::prelude::*;
 
 use super::supervision::ProcessSteps;
@@ -215,6 +216,20 @@ fn a_draining_host_empties_and_returns() {
         assert_eq!(driver.state(worker), State::Active);
     }
     assert!(line(&driver).starts_with("ready up 100%"));
+}
+
+/// A worker that ends when it is drained would be started again and again by its supervisor.
+#[test]
+fn a_worker_that_joins_a_draining_host_is_told_only_if_it_has_connections() {
+    let notices = Hello { features: Features::DRAIN, ..hello() };
+    let mut driver = driver();
+    drain_host(&mut driver, 0, Some(60_000));
+    let idle = driver.join(notices.clone()).unwrap();
+    assert_eq!((driver.state(idle), driver.link(idle).notices.len()), (State::Draining, 0));
+    let serving = driver.join(Hello { base: 3, finished: 1, ..notices }).unwrap();
+    assert_eq!((driver.state(serving), driver.link(serving).notices.len()), (State::Draining, 1));
+    resume_host(&mut driver);
+    assert_eq!((driver.state(idle), driver.state(serving)), (State::Active, State::Active));
 }
 
 #[test]
