@@ -140,6 +140,7 @@ affinity.key = "client-ip"
 
 [pool.web]
 handoff_timeout = "10m"
+agent_listen = "127.0.0.1:0"
 
 [pool.chat]
 handoff_timeout = "10m"

@@ -5,6 +5,7 @@ mod advice;
 mod appearance;
 mod deploys;
 mod relay;
+mod hosts;
 
 use std::io::{Read, Write};
 use std::net::{Shutdown, TcpListener, TcpStream};

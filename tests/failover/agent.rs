@@ -1,7 +1,10 @@
 //! HAProxy's agent check, asked for as HAProxy does it: every answer, hostile clients, reloads.
 
+use std::fs::File;
 use std::io::{Read, Write};
 use std::net::{SocketAddr, TcpStream};
+use std::process::Command;
+use std::sync::atomic::{AtomicBool, Ordering};
 use std::time::Duration;
 
 use dispatcher::api::status::AgentStatus;
@@ -195,6 +198,40 @@ fn a_reload_opens_changes_and_closes_agents() {
 
 fn free_address() -> SocketAddr {
     std::net::TcpListener::bind("127.0.0.1:0").unwrap().local_addr().unwrap()
+}
+
+/// The sockets stay open, so a balancer that asks meanwhile waits for its answer.
+#[test]
+fn a_take_over_passes_agents_on() {
+    let two = "agent_listen = \"127.0.0.1:0\"\n[pool.chat]\nagent_listen = \"127.0.0.1:0\"";
+    let temp = configure(&one_pool(two));
+    let mut former = Dispatcher::start_in(temp.path());
+    let _worker = former.workers("blocking", "web", 1);
+    let (web, chat) = (agent_of(&former, "web"), agent_of(&former, "chat"));
+    let over = AtomicBool::new(false);
+    std::thread::scope(|scope| {
+        let asking = scope.spawn(|| {
+            let mut asked = 0;
+            while !over.load(Ordering::Relaxed) {
+                let answer = ask(chat).expect("neither refused nor reset");
+                assert!(answer.starts_with("down # "), "{answer}");
+                asked += 1;
+            }
+            asked
+        });
+        let mut command = Command::new(dispatcher_bin());
+        let log = File::options().append(true).open(temp.path().join("log")).unwrap();
+        command.args(["run", "--take-over", "--config"]).arg(temp.path().join("dispatcher.toml"));
+        command.env_remove("NOTIFY_SOCKET").stderr(log);
+        let new = Dispatcher::start_by(temp.path(), &mut command);
+        assert!(former.process.wait().success());
+        new.wait_joined("web", 1);
+        wait_answer(web, "ready up 100% maxconn:10000");
+        over.store(true, Ordering::Relaxed);
+        assert!(asking.join().unwrap() > 0);
+        // Each pool has its own socket again.
+        assert_eq!((agent_of(&new, "web"), agent_of(&new, "chat")), (web, chat));
+    });
 }
 
 #[test]
