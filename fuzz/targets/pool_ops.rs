@@ -92,6 +92,7 @@ fn settings(name: &str, processes: u32, bytes: &mut Bytes<'_>) -> PoolSettings {
         wait_for_worker: millis(bytes),
         access: AllowedAccounts { users: vec![0], groups: Vec::new() },
         processes,
+        agent_workers: None,
         supervision: Supervision {
             start_timeout: Duration::from_secs(5),
             stop_timeout: Duration::from_secs(1),

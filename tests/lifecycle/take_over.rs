@@ -326,7 +326,7 @@ fn headers_of_proxies_are_awaited_or_known_by_the_new_dispatcher() {
         })
         .collect();
     let awaited = |status: &dispatcher::api::status::Status| {
-        status.listeners[0].proxy_headers.is_some_and(|headers| headers.awaited == 10)
+        status.listeners[0].proxy_headers.as_ref().is_some_and(|headers| headers.awaited == 10)
     };
     dispatcher.wait_status("headers to be awaited", awaited);
     busy.kill();
@@ -344,5 +344,5 @@ fn headers_of_proxies_are_awaited_or_known_by_the_new_dispatcher() {
     let expected: Vec<String> = (1..=40).map(|n| format!("192.0.2.{n}:7000")).collect();
     assert_eq!(peers, expected);
     clients.into_iter().for_each(Client::finish);
-    assert_eq!(dispatcher.status().listeners[0].proxy_headers.unwrap().read, 10);
+    assert_eq!(dispatcher.status().listeners[0].proxy_headers.as_ref().unwrap().read, 10);
 }

@@ -190,7 +190,7 @@ fn a_worker_gets_every_byte_after_the_header_and_the_client_in_it() {
             }
         }
         let status = dispatcher.status();
-        let headers = status.listeners[0].proxy_headers.unwrap();
+        let headers = status.listeners[0].proxy_headers.as_ref().unwrap();
         assert_eq!((headers.awaited, headers.read), (0, expected_reads));
         assert_eq!(dispatcher.metric("dispatcher_proxy_headers_total"), expected_reads as f64);
         assert_eq!(dispatcher.metric("dispatcher_awaited_proxy_headers"), 0.0);
@@ -220,7 +220,7 @@ fn a_client_without_a_proxy_is_served_as_itself() {
         assert_eq!(seen.bytes, bytes);
         dispatcher.wait_status("it to end", |s| pool(s, "web").workers[0].load == 0);
     }
-    assert_eq!(dispatcher.status().listeners[0].proxy_headers.unwrap().read, 0);
+    assert_eq!(dispatcher.status().listeners[0].proxy_headers.as_ref().unwrap().read, 0);
 }
 
 #[test]

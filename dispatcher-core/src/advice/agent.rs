@@ -109,7 +109,7 @@ fn percent(usable: Sums, known: Sums, expected: u64) -> u32 {
     let rounded = |usable: u64, all: u64| {
         let part = u128::from(usable) * u128::from(known.workers) * 100;
         let whole = u128::from(all) * u128::from(expected);
-        if whole == 0 { 0 } else { ((part + whole / 2) / whole).min(100) as u32 }
+        (part + whole / 2).checked_div(whole).unwrap_or(0).min(100) as u32
     };
     rounded(usable.weight, known.weight).min(rounded(usable.max, known.max)).clamp(1, 100)
 }
@@ -140,10 +140,13 @@ impl Core {
                 false => AgentAnswer::Down(DownReason::NoWorker),
             };
         }
-        let answers = |worker: &Worker| worker.is_usable() && worker.trust.answer.is_some();
+        let fit = |worker: &Worker| {
+            let trusted = worker.is_trusted() && worker.has_room();
+            worker.is_usable() && (trusted || worker.trust.answer.is_some())
+        };
         let refuses = pool.worker_wait == WorkerWait::Refusing;
-        // A worker that answers its probe is tested with a client; without clients it never is.
-        if refuses && !self.members(pool).any(answers) {
+        // Such a worker is tested with a client; without clients it never is.
+        if refuses && !self.members(pool).any(fit) {
             return AgentAnswer::Down(DownReason::NotTaking);
         }
         self.capacity(now, p, refuses)

@@ -99,6 +99,9 @@ impl<T: Clone + Send + 'static> Drop for Unanswered<'_, T> {
     }
 }
 
+/// Adds a part to a status.
+type Addition = Box<dyn Fn(&mut Status) + Send + Sync>;
+
 /// Shared by all HTTP connections.
 pub(crate) struct MailboxClient {
     requests: SyncSender<Request>,
@@ -114,7 +117,7 @@ pub(crate) struct MailboxClient {
     /// Makes the part of the status about the relay.
     relay: OnceLock<Box<dyn Fn() -> Option<RelayStatus> + Send + Sync>>,
     /// Adds to the status what is known of agents.
-    agents: OnceLock<Box<dyn Fn(&mut Status) + Send + Sync>>,
+    agents: OnceLock<Addition>,
     /// Locked while a request is pending; holds the earliest time of the next one.
     commands: tokio::sync::Mutex<Instant>,
 }

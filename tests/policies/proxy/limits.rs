@@ -119,7 +119,7 @@ fn a_thousand_half_open_headers_are_bounded() {
         half_open.push(sent(connect(to), &header[..n % header.len()]));
         if n % 100 == 0 {
             let status = dispatcher.status();
-            most = most.max(status.listeners[1].proxy_headers.unwrap().awaited);
+            most = most.max(status.listeners[1].proxy_headers.as_ref().unwrap().awaited);
             // Others are served, on the other listener and behind the same proxy.
             Client::connect(plain).unwrap().finish();
             let mut client = Client::greeted(sent(connect(to), &header)).unwrap();
@@ -130,7 +130,7 @@ fn a_thousand_half_open_headers_are_bounded() {
     let status = dispatcher.wait_status("all to be accepted", |status| {
         status.listeners[1].accepted == CLIENTS as u64 + 10
     });
-    let headers = status.listeners[1].proxy_headers.unwrap();
+    let headers = status.listeners[1].proxy_headers.as_ref().unwrap();
     assert!(most <= MOST && headers.awaited <= MOST, "{most}, {headers:?}");
     assert!(headers.awaited > 0 && headers.read == 10, "{headers:?}");
     assert!(dispatcher.fds() <= fds + MOST as usize + 50, "{} after {fds}", dispatcher.fds());

@@ -52,7 +52,10 @@ fn side() -> (tempfile::TempDir, SideThread, mpsc::Receiver<()>) {
     let directory = tempfile::tempdir().expect("a directory");
     let listener = UnixListener::bind(directory.path().join("admin.sock")).expect("a socket");
     let (wake, woken) = mpsc::channel();
-    let wake = Arc::new(move || drop(wake.send(())));
+    let wake = Arc::new(move || {
+        // At the end of a test no loop is woken.
+        let _ = wake.send(());
+    });
     let side = start(listener, TcpListeners::default(), wake, false).expect("a side thread");
     (directory, side, woken)
 }
