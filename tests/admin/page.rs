@@ -4,8 +4,8 @@
 mod advice;
 mod appearance;
 mod deploys;
-mod relay;
 mod hosts;
+mod relay;
 
 use std::io::{Read, Write};
 use std::net::{Shutdown, TcpListener, TcpStream};
