@@ -166,7 +166,8 @@ fn drain_and_resume_apply_to_a_pool_and_to_all() {
         [(&["--pool", "web"][..], "active", 3), (&["--all"], "draining", 4)]
     {
         let said = done(&dispatcher, &[&["drain"], target].concat());
-        assert_eq!(said.matches(": draining, ").count(), lines, "{said}");
+        assert_eq!(said.matches("): draining, ").count(), lines, "{said}");
+        assert_eq!(said.starts_with("host: draining, "), target == ["--all"], "{said}");
         assert_eq!(states(), [first, "draining", "draining", "draining"], "{target:?}");
         if first == "active" {
             Client::connect(elsewhere).unwrap().finish();

@@ -86,6 +86,12 @@ fn singular_for_one() {
     let client = Client::connect(dispatcher.address("web")).unwrap();
     let ran = ask(&dispatcher, &["drain", "--all", "--wait", "--timeout", "300ms"]);
     assert_eq!(ran.code, 75, "{ran:?}");
+    let host = "host: draining, 1 connection\n";
+    assert_eq!(ran.out, format!("{host}worker 1 (web/w0): draining, 1 connection\n"));
+    assert!(ran.err.starts_with(host), "{ran:?}");
+    assert_eq!(ask(&dispatcher, &["resume", "--all"]).code, 0);
+    let ran = ask(&dispatcher, &["drain", "--pool", "web", "--wait", "--timeout", "300ms"]);
+    assert_eq!(ran.code, 75, "{ran:?}");
     assert_eq!(ran.out, "worker 1 (web/w0): draining, 1 connection\n");
     assert!(ran.err.starts_with("0 of 1 worker drained, 1 connection left\n"), "{ran:?}");
     assert!(ran.err.contains("dispatcher: 1 connection left after 300ms, at web/w0: "), "{ran:?}");
