@@ -40,6 +40,9 @@ const SENDING: Duration = Duration::from_secs(1);
 /// How long the client may take to close the connection after the answer.
 const CLOSING: Duration = Duration::from_millis(500);
 
+/// Pause before a socket is tried again that could not be copied.
+const AGAIN: Duration = Duration::from_secs(5);
+
 /// Most bytes that are read of a client.
 const MOST_READ: usize = 4096;
 
@@ -103,11 +106,13 @@ impl Agents {
         let mut tasks = JoinSet::new();
         // By the address of the shared socket: the entry keeps it, so that none other can have it.
         let mut serving: Vec<(Arc<AgentSocket>, AbortHandle)> = Vec::new();
+        let mut failed = false;
         loop {
             tokio::select! {
                 changed = changes.changed() => if changed.is_err() {
                     return;
                 },
+                () = tokio::time::sleep(AGAIN), if failed => {}
                 Some(ended) = tasks.join_next() => {
                     // The caller starts all of them again.
                     if let Err(Ok(panic)) = ended.map_err(tokio::task::JoinError::try_into_panic) {
@@ -117,6 +122,7 @@ impl Agents {
                 },
             }
             let wanted = changes.borrow_and_update().clone();
+            failed = false;
             serving.retain(|(socket, task)| {
                 let stays = wanted.iter().any(|other| Arc::ptr_eq(socket, other));
                 if !stays {
@@ -134,12 +140,15 @@ impl Agents {
                         let task = tasks.spawn(agents.accept(listener, pool));
                         serving.push((Arc::clone(socket), task));
                     }
-                    Err(error) => log::error!(
-                        "event=agent_not_served pool={} address={} error={}",
-                        socket.pool,
-                        value(socket.address()),
-                        quoted(error)
-                    ),
+                    Err(error) => {
+                        failed = true;
+                        log::error!(
+                            "event=agent_not_served pool={} address={} error={}",
+                            socket.pool,
+                            value(socket.address()),
+                            quoted(error)
+                        );
+                    }
                 }
             }
             let named = |pool: &String| wanted.iter().any(|socket| socket.pool == *pool);
