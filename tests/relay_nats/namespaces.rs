@@ -146,7 +146,7 @@ fn three_hosts_account_for_every_message_while_one_and_nats_go_and_return() {
     if Command::new("nats-server").arg("--version").output().is_err() {
         return test_support::skip("needs nats-server");
     }
-    let Some(network) = Network::namespaces(test) else { return };
+    let Some(network) = Network::namespaces(test, 3) else { return };
     let mut nats = Nats { process: None, address: NATS.parse().unwrap() };
     nats.restart();
     let hosts: Vec<Host> = (0..3).map(|number| Host::start(&network, number)).collect();
