@@ -45,13 +45,15 @@ fn id(n: usize) -> Id {
 fn an_id_takes_at_most_200_bytes() {
     let ids = std::env::var("RELAY_IDS").map_or(250_000, |text| text.parse().unwrap());
     let namespaces = [(Name::new("chat").unwrap(), Receives::Newest)];
-    let limits = Limits { ids: 2 * ids, ..Limits::default() };
+    let limits = Limits { ids: 2 * ids, ids_per_user: ids, ..Limits::default() };
     let mut registry = Registry::new(Name::new("one").unwrap(), namespaces, limits, false);
     let worker = Name::new("w").unwrap();
     let members: Vec<_> = (1..=4)
         .map(|number| {
             let worker = worker.clone();
-            registry.enter(Entry { namespace: 0, number, worker }).unwrap()
+            registry
+                .enter(Entry { namespace: 0, number, worker, user: 1, observes: false })
+                .unwrap()
         })
         .collect();
     let now = Now { wall: 1_000_000, steady: 0 };
@@ -68,7 +70,11 @@ fn an_id_takes_at_most_200_bytes() {
     let lookups = 200_000;
     for n in 0..lookups {
         let id = id(n * 7919 % ids);
-        registry.handle(now, members[0], ToDirectory::Lookup { request: 1, id, stale: 0 });
+        registry.handle(
+            now,
+            members[0],
+            ToDirectory::Lookup { request: 1, id, newest: 0, ended: false },
+        );
         while registry.effect().is_some() {}
     }
     let rate = lookups as f64 / start.elapsed().as_secs_f64();

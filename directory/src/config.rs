@@ -6,7 +6,7 @@ use std::collections::BTreeMap;
 use std::path::{Path, PathBuf};
 use std::time::Duration;
 
-use dispatch_protocol::relay::Name;
+use dispatch_protocol::relay::{Name, frame};
 use serde::Deserialize;
 
 use crate::registry::{Limits, Receives};
@@ -22,6 +22,8 @@ const MAX_FILE: u64 = 1024 * 1024;
 
 /// Most namespaces.
 const MAX_NAMESPACES: usize = 1024;
+
+const MIB: usize = 1024 * 1024;
 
 /// The largest message that can be configured: 64 MiB.
 const MAX_MESSAGE: u32 = 64 * 1024 * 1024;
@@ -43,8 +45,15 @@ pub struct Config {
     pub limits: Limits,
     /// The largest message, in bytes.
     pub max_message: u32,
-    /// Members of one user.
-    pub max_members_per_user: usize,
+    /// Bytes that wait for members which do not read: all, and those of one user.
+    pub max_queued_bytes: usize,
+    /// See `max_queued_bytes`.
+    pub max_queued_bytes_per_user: usize,
+    /// Bytes of messages to and from other hosts that wait in this process: all, and those of one
+    /// user.
+    pub max_gateway_bytes: usize,
+    /// See `max_gateway_bytes`.
+    pub max_gateway_bytes_per_user: usize,
     /// How long a connection may take for its hello.
     pub hello_timeout: Duration,
     /// The other hosts, if there are any.
@@ -89,14 +98,25 @@ struct File {
     grace: String,
     hello_timeout: String,
     max_ids: usize,
+    max_ids_per_user: usize,
     max_ids_per_member: u32,
     max_registrations_per_id: usize,
     max_members: usize,
     max_members_per_user: usize,
     max_groups: usize,
+    max_groups_per_user: usize,
     max_groups_per_member: usize,
+    max_memberships: usize,
+    max_memberships_per_user: usize,
+    max_watches_per_user: usize,
     max_watches_per_member: usize,
+    max_lookups_per_user: usize,
     max_lookups_per_member: usize,
+    max_links_per_user: usize,
+    max_queued_bytes: usize,
+    max_queued_bytes_per_user: usize,
+    max_gateway_bytes: usize,
+    max_gateway_bytes_per_user: usize,
     max_message: u32,
     nats: Option<String>,
     nats_credentials: Option<PathBuf>,
@@ -141,14 +161,25 @@ impl Default for File {
             grace: "2s".to_owned(),
             hello_timeout: "5s".to_owned(),
             max_ids: limits.ids,
+            max_ids_per_user: limits.ids_per_user,
             max_ids_per_member: limits.ids_per_member,
             max_registrations_per_id: limits.registrations_per_id,
             max_members: limits.members,
-            max_members_per_user: 1024,
+            max_members_per_user: limits.members_per_user,
             max_groups: limits.groups,
+            max_groups_per_user: limits.groups_per_user,
             max_groups_per_member: limits.groups_per_member,
+            max_memberships: limits.memberships,
+            max_memberships_per_user: limits.memberships_per_user,
+            max_watches_per_user: limits.watches_per_user,
             max_watches_per_member: limits.watches_per_member,
+            max_lookups_per_user: limits.lookups_per_user,
             max_lookups_per_member: limits.lookups_per_member,
+            max_links_per_user: limits.links_per_user,
+            max_queued_bytes: 256 * MIB,
+            max_queued_bytes_per_user: 64 * MIB,
+            max_gateway_bytes: 256 * MIB,
+            max_gateway_bytes_per_user: 128 * MIB,
             max_message: 1024 * 1024,
             nats: None,
             nats_credentials: None,
@@ -200,14 +231,46 @@ impl Config {
             ("max_members", file.max_members, 65_536),
             ("max_members_per_user", file.max_members_per_user, 65_536),
             ("max_groups", file.max_groups, 10_000_000),
+            ("max_groups_per_user", file.max_groups_per_user, 10_000_000),
             ("max_groups_per_member", file.max_groups_per_member, 10_000_000),
+            ("max_memberships", file.max_memberships, 500_000_000),
+            ("max_memberships_per_user", file.max_memberships_per_user, 500_000_000),
+            ("max_watches_per_user", file.max_watches_per_user, 500_000_000),
             ("max_watches_per_member", file.max_watches_per_member, 10_000_000),
+            ("max_lookups_per_user", file.max_lookups_per_user, 100_000_000),
             ("max_lookups_per_member", file.max_lookups_per_member, 1_000_000),
+            ("max_links_per_user", file.max_links_per_user, 100_000_000),
+            ("max_queued_bytes", file.max_queued_bytes, 1 << 40),
+            ("max_queued_bytes_per_user", file.max_queued_bytes_per_user, 1 << 40),
+            ("max_gateway_bytes", file.max_gateway_bytes, 1 << 40),
+            ("max_gateway_bytes_per_user", file.max_gateway_bytes_per_user, 1 << 40),
+            ("max_ids_per_user", file.max_ids_per_user, 500_000_000),
             ("max_ids_per_member", file.max_ids_per_member as usize, 500_000_000),
             ("max_message", file.max_message as usize, MAX_MESSAGE as usize),
         ] {
             if value == 0 || value > most {
                 return Err(format!("{key} = {value}: 1 to {most}"));
+            }
+        }
+        // A message is held whole on its way in and on its way out.
+        let least = 4 * frame::longest_forward(file.max_message as usize);
+        for (key, value) in [
+            ("max_gateway_bytes", file.max_gateway_bytes),
+            ("max_gateway_bytes_per_user", file.max_gateway_bytes_per_user),
+        ] {
+            if file.nats.is_some() && value < least {
+                return Err(format!(
+                    "{key} = {value}: at least {least} for max_message = {}",
+                    file.max_message
+                ));
+            }
+        }
+        for (key, value) in [
+            ("max_queued_bytes", file.max_queued_bytes),
+            ("max_queued_bytes_per_user", file.max_queued_bytes_per_user),
+        ] {
+            if value < MIB {
+                return Err(format!("{key} = {value}: at least {MIB}"));
             }
         }
         let host = match file.host {
@@ -216,13 +279,21 @@ impl Config {
         };
         let limits = Limits {
             ids: file.max_ids,
+            ids_per_user: file.max_ids_per_user,
             ids_per_member: file.max_ids_per_member,
             registrations_per_id: file.max_registrations_per_id,
             members: file.max_members,
+            members_per_user: file.max_members_per_user,
             groups: file.max_groups,
+            groups_per_user: file.max_groups_per_user,
             groups_per_member: file.max_groups_per_member,
+            memberships: file.max_memberships,
+            memberships_per_user: file.max_memberships_per_user,
+            watches_per_user: file.max_watches_per_user,
             watches_per_member: file.max_watches_per_member,
+            lookups_per_user: file.max_lookups_per_user,
             lookups_per_member: file.max_lookups_per_member,
+            links_per_user: file.max_links_per_user,
             grace: milliseconds("grace", &file.grace)?,
             ..Limits::default()
         };
@@ -251,7 +322,10 @@ impl Config {
             namespaces: namespaces(file.namespaces)?,
             limits,
             max_message: file.max_message,
-            max_members_per_user: file.max_members_per_user,
+            max_queued_bytes: file.max_queued_bytes,
+            max_queued_bytes_per_user: file.max_queued_bytes_per_user,
+            max_gateway_bytes: file.max_gateway_bytes,
+            max_gateway_bytes_per_user: file.max_gateway_bytes_per_user,
             hello_timeout: Duration::from_millis(milliseconds(
                 "hello_timeout",
                 &file.hello_timeout,
@@ -323,6 +397,12 @@ mod tests {
             ("grace = \"2h\"", "at most 1h"),
             ("socket_mode = \"9\"", "socket_mode"),
             ("max_ids = 0", "max_ids"),
+            (
+                "nats = \"nats://a\"\nmax_gateway_bytes_per_user = 1000000",
+                "max_gateway_bytes_per_user",
+            ),
+            ("nats = \"nats://a\"\nmax_message = 67108864", "max_gateway_bytes = 268435456"),
+            ("max_queued_bytes = 1000", "max_queued_bytes"),
             ("[namespaces.chat]\nusers = [\"no-such-user\"]", "no-such-user"),
             ("[namespaces.\"two words\"]", "two words"),
             ("[namespaces.chat]\nregistrations = \"last\"", "last"),

@@ -146,7 +146,10 @@ fn a_member_that_speaks_nonsense_on_a_link_loses_only_that_link() {
         // A member of its own, and a link to b.
         let number = 1000 + n as u64;
         let control = entered(&directory, number);
-        say(&control, &ToDirectory::Lookup { request: 1, id: id("alice"), stale: 0 });
+        say(
+            &control,
+            &ToDirectory::Lookup { request: 1, id: id("alice"), newest: 0, ended: false },
+        );
         let Some(FromDirectory::Found { places, .. }) = hear(&control) else { panic!("no place") };
         say(&control, &ToDirectory::Connect { member: places[0].member, after: 0 });
         let mut buffer = [0; 4096];

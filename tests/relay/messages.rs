@@ -158,7 +158,7 @@ fn requests_have_a_reply_or_a_reason() {
         let answer = scope.spawn(|| {
             let message = alice.recv().wait_for(PATIENCE).unwrap();
             assert!(message.is_request());
-            message.reply("pong");
+            message.reply("pong").unwrap();
             drop(alice.recv().wait_for(PATIENCE).unwrap());
             alice.recv().wait_for(PATIENCE).unwrap()
         });
@@ -166,11 +166,11 @@ fn requests_have_a_reply_or_a_reason() {
         assert_eq!(a.request(&id("alice"), "", PATIENCE).wait(), Err(RequestError::NoReply));
         assert_eq!(a.request(&id("alice"), "", short).wait(), Err(RequestError::TimedOut));
         let late = answer.join().unwrap();
-        late.reply("too late");
+        late.reply("too late").unwrap();
     });
     assert_eq!(a.request(&id("nobody"), "", PATIENCE).wait(), Err(RequestError::NotFound));
     std::thread::scope(|scope| {
-        scope.spawn(|| own.recv().wait_for(PATIENCE).unwrap().reply("own"));
+        scope.spawn(|| own.recv().wait_for(PATIENCE).unwrap().reply("own").unwrap());
         assert_eq!(&*a.request(&id("own"), "", PATIENCE).wait().unwrap(), b"own");
     });
     // A request that the application will not receive is answered.
@@ -190,7 +190,7 @@ fn tasks_await_what_threads_wait_for() {
         let alice = b.register(&id("alice")).await.unwrap();
         let receives = async {
             let message = alice.recv().await.unwrap();
-            message.reply(b"pong");
+            message.reply(b"pong").unwrap();
             alice.recv().await.map(|message| message.bytes().to_vec())
         };
         let sends = async {

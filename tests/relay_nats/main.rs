@@ -172,7 +172,7 @@ fn hosts_are_one_namespace() {
     assert_eq!(a.send(&id("bob"), &large).wait(), Outcome::Delivered);
     assert!(next(&bob) == large);
     std::thread::scope(|scope| {
-        scope.spawn(|| bob.recv().wait_for(PATIENCE).unwrap().reply("pong"));
+        scope.spawn(|| bob.recv().wait_for(PATIENCE).unwrap().reply("pong").unwrap());
         assert_eq!(&*c.request(&id("bob"), "ping", PATIENCE).wait().unwrap(), b"pong");
     });
 

@@ -1,5 +1,8 @@
 //! The way of messages between members of different hosts: member, directory, NATS, directory,
-//! member. A directory looks at the address of a frame and at nothing else.
+//! member. A directory looks at the address of a frame, and at its length: a frame that the other
+//! host would not accept is not sent, and ends nothing but that exchange.
+//!
+//! What waits here is counted for the user of the member, in both directions.
 
 use std::cell::{Cell, RefCell};
 use std::collections::HashMap;
@@ -16,16 +19,21 @@ use tokio::io::unix::AsyncFd;
 use tokio::sync::Notify;
 
 use super::{Cluster, FORWARD, PIECE, UNREACHABLE};
+use crate::server::budget::Share;
 
-/// Bytes that wait for one member of this host. What exceeds it is lost, which the members notice.
+/// Bytes that wait for one member of this host, or one longest forward. What exceeds it is lost, which
+/// the members notice.
 const MAX_WAITING: usize = 32 * 1024 * 1024;
 
-/// The longest frame from a member: what it collects in one, and one largest message.
-const MAX_FRAME: usize = 128 * 1024 * 1024;
+/// Members of other hosts of which a part of a frame is held, for one member of this host.
+const MAX_PIECES: usize = 4096;
 
 /// A member's link to this directory.
 pub(super) struct Gateway {
     out: RefCell<Vec<u8>>,
+    /// The bytes in `out`, and those received from the member.
+    waiting: Share,
+    received: Share,
     changed: Notify,
     ended: Cell<bool>,
     /// Frames of members of other hosts that have not arrived whole: by host and member.
@@ -36,23 +44,69 @@ struct Pieces {
     serial: u64,
     next: u32,
     bytes: Vec<u8>,
+    share: Share,
 }
 
 impl Gateway {
     fn push(&self, bytes: &[u8]) {
         let mut out = self.out.borrow_mut();
-        if out.len() + bytes.len() <= MAX_WAITING {
+        let fits = out.is_empty() || out.len() + bytes.len() <= MAX_WAITING;
+        if fits && self.waiting.grow(bytes.len()).is_ok() {
             out.extend_from_slice(bytes);
             self.changed.notify_one();
         }
     }
 }
 
-pub(super) fn open(cluster: &Rc<Cluster>, namespace: &Name, member: u64) -> Option<OwnedFd> {
+impl Gateway {
+    /// Adds a piece to those of its frame. Returns the frame if it is whole, and `None` if it is longer
+    /// than a member of this host accepts, or there is no room.
+    fn collect(
+        &self,
+        cluster: &Cluster,
+        from: (u64, u64),
+        (serial, index): (u64, u32),
+        more: bool,
+        bytes: &[u8],
+    ) -> Option<Option<Vec<u8>>> {
+        let mut all = self.pieces.borrow_mut();
+        let before = all.remove(&from).filter(|p| p.serial == serial && p.next == index);
+        let mut pieces = match before {
+            Some(pieces) => pieces,
+            None if index == 0 => {
+                let share = cluster.waiting.share(self.waiting.user());
+                Pieces { serial, next: 0, bytes: Vec::new(), share }
+            }
+            // Its beginning was lost, which the members notice.
+            None => return Some(None),
+        };
+        let longest = frame::longest_forward(cluster.max_message);
+        let fits = !bytes.is_empty() && pieces.bytes.len() + bytes.len() <= longest;
+        if !fits || all.len() >= MAX_PIECES || pieces.share.grow(bytes.len()).is_err() {
+            return None;
+        }
+        pieces.next = pieces.next.checked_add(1)?;
+        pieces.bytes.extend_from_slice(bytes);
+        if more {
+            all.insert(from, pieces);
+            return Some(None);
+        }
+        Some(Some(pieces.bytes))
+    }
+}
+
+pub(super) fn open(
+    cluster: &Rc<Cluster>,
+    namespace: &Name,
+    member: u64,
+    user: u32,
+) -> Option<OwnedFd> {
     let (own, theirs) = crate::server::socket::link().ok()?;
     let own = crate::sys::watch(own).ok()?;
     let gateway = Rc::new(Gateway {
         out: RefCell::default(),
+        waiting: cluster.waiting.share(user),
+        received: cluster.waiting.share(user),
         changed: Notify::new(),
         ended: Cell::new(false),
         pieces: RefCell::default(),
@@ -99,7 +153,13 @@ async fn serve(
         }
         match recv(link.get_ref(), &mut buffer[..], RecvFlags::DONTWAIT) {
             Ok((0, _)) | Err(Errno::CONNRESET) => return Ok(()),
-            Ok((count, _)) => partial.extend_from_slice(&buffer[..count]),
+            Ok((count, _)) => {
+                if gateway.received.grow(count).is_err() {
+                    let problem = "max_gateway_bytes or max_gateway_bytes_per_user is reached";
+                    return Err(io::Error::other(problem));
+                }
+                partial.extend_from_slice(&buffer[..count]);
+            }
             Err(Errno::AGAIN | Errno::INTR) => {
                 ready.clear_ready_matching(tokio::io::Ready::READABLE);
                 continue;
@@ -108,17 +168,23 @@ async fn serve(
         }
         let mut used = 0;
         while let Some(len) = Frame::len_of(&partial[used..]) {
-            if len > MAX_FRAME {
+            if len > frame::longest_forward(cluster.max_message) {
                 return Err(io::Error::other("its frame is too long"));
             }
             let Some(frame) = partial.get(used..used + len) else { break };
             used += len;
-            let Ok(Frame::Forward { host, member, .. }) = Frame::decode(frame) else {
+            let Ok(Frame::Forward { host, member, frames, .. }) = Frame::decode(frame) else {
                 return Err(io::Error::other("its frame is malformed"));
             };
-            forward(cluster, key, gateway, (host, member), frame).await;
+            let to = (host, member);
+            if cluster.accepts(host, frames) {
+                forward(cluster, key, gateway, to, frame).await;
+            } else {
+                unreachable_to(gateway, to);
+            }
         }
         partial.drain(..used);
+        gateway.received.shrink(used);
         if partial.is_empty() {
             partial.shrink_to(PIECE);
         }
@@ -142,6 +208,7 @@ fn flush(gateway: &Gateway, link: &AsyncFd<OwnedFd>) -> io::Result<bool> {
         }
     };
     out.drain(..head);
+    gateway.waiting.shrink(head);
     Ok(sent)
 }
 
@@ -174,6 +241,13 @@ fn parse(message: &[u8]) -> Option<Head<'_>> {
     Some(Head { namespace, host, from, to, rest })
 }
 
+/// Tells a member that what it has sent to another host does not arrive.
+fn unreachable_to(gateway: &Gateway, (host, to): (u64, u64)) {
+    let mut answer = Vec::new();
+    frame::unreachable(&mut answer, host, to);
+    gateway.push(&answer);
+}
+
 /// Sends a member's frame to another host, in pieces: serial u64, index u32, last u8, bytes.
 async fn forward(
     cluster: &Cluster,
@@ -184,9 +258,7 @@ async fn forward(
 ) {
     let now = cluster.steady();
     if !cluster.is_connected() || !cluster.peers.borrow().is_reachable(host, now) {
-        let mut answer = Vec::new();
-        frame::unreachable(&mut answer, host, to);
-        return gateway.push(&answer);
+        return unreachable_to(gateway, (host, to));
     }
     let serial = cluster.next_piece.get() + 1;
     cluster.next_piece.set(serial);
@@ -214,25 +286,13 @@ pub(super) async fn arrived(cluster: &Cluster, message: &[u8]) {
     let Some((index, rest)) = rest.split_first_chunk::<4>() else { return };
     let Some((last, bytes)) = rest.split_first() else { return };
     let (serial, index) = (u64::from_le_bytes(*serial), u32::from_le_bytes(*index));
-    let frame = {
-        let mut all = gateway.pieces.borrow_mut();
-        let whole = all.remove(&(host, from)).filter(|p| p.serial == serial && p.next == index);
-        let mut pieces = match whole {
-            Some(pieces) => pieces,
-            None if index == 0 => Pieces { serial, next: 0, bytes: Vec::new() },
-            // Its beginning was lost.
-            None => return,
-        };
-        pieces.next += 1;
-        pieces.bytes.extend_from_slice(bytes);
-        if *last == 0 {
-            if pieces.bytes.len() <= MAX_WAITING {
-                all.insert((host, from), pieces);
-            }
-            return;
-        }
-        pieces.bytes
+    let from_host = (host, from);
+    let Some(whole) = gateway.collect(cluster, from_host, (serial, index), *last == 0, bytes)
+    else {
+        let answer = head(UNREACHABLE, &key.0, (cluster.number, to), from);
+        return cluster.publish_to(host, answer).await;
     };
+    let Some(frame) = whole else { return };
     // The address is that of the sender now.
     if let Ok(Frame::Forward { epoch, other, reset, frames, .. }) = Frame::decode(&frame) {
         let mut out = Vec::with_capacity(frame.len() + MAX_OVERHEAD);

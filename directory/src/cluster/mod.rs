@@ -23,12 +23,13 @@ use std::time::Duration;
 
 use async_nats::connection::State as Connection;
 use async_nats::{Client, ConnectOptions, Subscriber};
-use dispatch_protocol::relay::{Name, Shared, VERSION, host_number};
+use dispatch_protocol::relay::{Name, Shared, VERSION, frame, host_number};
 use futures_core::Stream;
 use tokio::sync::Notify;
 
 use crate::config::Nats;
 use crate::server::Handle;
+use crate::server::budget::Budget;
 use gateway::Gateway;
 use peers::Peers;
 
@@ -52,6 +53,10 @@ pub(crate) struct Cluster {
     prefix: String,
     name: Name,
     number: u64,
+    /// The largest message of the own members.
+    max_message: usize,
+    /// What waits for NATS and for members.
+    pub(crate) waiting: Rc<Budget>,
     run: u64,
     /// The number of the last update.
     sequence: Cell<u64>,
@@ -67,10 +72,12 @@ pub(crate) struct Cluster {
 
 /// Connects, if NATS is configured; it may also come later.
 pub(crate) async fn start(state: &Handle) -> io::Result<()> {
-    let (nats, name, start) = {
+    let (nats, name, start, max_message, waiting) = {
         let state = state.borrow();
         let Some(nats) = state.config.nats.clone() else { return Ok(()) };
-        (nats, state.config.host.clone(), state.start)
+        let config = &state.config;
+        let waiting = Budget::new(config.max_gateway_bytes, config.max_gateway_bytes_per_user);
+        (nats, config.host.clone(), state.start, config.max_message, waiting)
     };
     let client = connect(&nats, &name).await?;
     let number = host_number(&name);
@@ -83,6 +90,8 @@ pub(crate) async fn start(state: &Handle) -> io::Result<()> {
         prefix,
         name,
         number,
+        max_message: max_message as usize,
+        waiting,
         run: RandomState::new().hash_one(0) | 1,
         sequence: Cell::new(0),
         outbox: RefCell::new(Vec::new()),
@@ -142,6 +151,13 @@ impl Cluster {
         u64::try_from(self.start.elapsed().as_millis()).unwrap_or(u64::MAX)
     }
 
+    /// Whether the members of a host accept messages as long as those in `frames`.
+    fn accepts(&self, host: u64, frames: &[u8]) -> bool {
+        let most = self.peers.borrow().max_message(host).unwrap_or(usize::MAX);
+        // Nearly always, and then there is nothing to look at.
+        most >= self.max_message || frame::longest_message(frames).is_some_and(|one| one <= most)
+    }
+
     fn is_connected(&self) -> bool {
         self.client.connection_state() == Connection::Connected
     }
@@ -167,7 +183,10 @@ impl Cluster {
         let wall = wall.map_or(0, |wall| u64::try_from(wall.as_millis()).unwrap_or(u64::MAX));
         let (host, run) = (self.name.clone(), self.run);
         let mut message = vec![SHARED];
-        append(&mut message, &Shared::Host { version: VERSION, host, run, sequence, wall });
+        let max_message = u32::try_from(self.max_message).unwrap_or(u32::MAX);
+        let version = VERSION;
+        let record = Shared::Host { version, host, run, sequence, wall, max_message };
+        append(&mut message, &record);
         message
     }
 
@@ -313,7 +332,12 @@ async fn read(state: Handle, cluster: Rc<Cluster>, mut subscription: Subscriber)
 
 impl Cluster {
     /// A new link between a member and this directory; the member's end.
-    pub(crate) fn gateway(self: &Rc<Self>, namespace: &Name, member: u64) -> Option<OwnedFd> {
-        gateway::open(self, namespace, member)
+    pub(crate) fn gateway(
+        self: &Rc<Self>,
+        namespace: &Name,
+        member: u64,
+        user: u32,
+    ) -> Option<OwnedFd> {
+        gateway::open(self, namespace, member, user)
     }
 }

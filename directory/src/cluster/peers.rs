@@ -15,19 +15,22 @@ const FORGET: u64 = 300_000;
 /// Between two requests for a snapshot of one host. Milliseconds.
 const ASK_AGAIN: u64 = 500;
 
-/// Updates that wait for a snapshot; with more, another one is asked for.
-const MAX_WAITING: usize = 4096;
+/// Records that wait for a snapshot; with more, another one is asked for.
+const MAX_WAITING: usize = 262_144;
 
 struct Peer {
     /// Its index in the registry.
     index: u16,
     run: u64,
+    /// The largest message of its members.
+    max_message: usize,
     /// The number of its last update that was applied; `None` until a snapshot has ended.
     sequence: Option<u64>,
     /// The number that the snapshot under way has.
     snapshot: Option<u64>,
     /// Updates after it.
     waiting: Vec<(u64, Vec<Shared>)>,
+    waiting_records: usize,
     heard: u64,
     asked: u64,
 }
@@ -43,6 +46,11 @@ impl Peers {
     /// Whether a host has said a moment ago that it is there.
     pub(super) fn is_reachable(&self, host: u64, now: u64) -> bool {
         self.hosts.get(&host).is_some_and(|peer| now < peer.heard + SILENT)
+    }
+
+    /// The largest message of a host's members.
+    pub(super) fn max_message(&self, host: u64) -> Option<usize> {
+        self.hosts.get(&host).map(|peer| peer.max_message)
     }
 
     /// Hosts that have been silent too long; they are no longer known.
@@ -69,7 +77,8 @@ impl Peers {
         asked: &mut Vec<u64>,
     ) -> Option<u64> {
         let mut records = records.into_iter();
-        let Some(Shared::Host { host: name, run: other_run, sequence, wall, .. }) = records.next()
+        let Some(Shared::Host { host: name, run: other_run, sequence, wall, max_message, .. }) =
+            records.next()
         else {
             return None;
         };
@@ -87,9 +96,11 @@ impl Peers {
         let new = Peer {
             index,
             run: other_run,
+            max_message: 0,
             sequence: None,
             snapshot: None,
             waiting: Vec::new(),
+            waiting_records: 0,
             heard: now.steady,
             asked: 0,
         };
@@ -101,10 +112,14 @@ impl Peers {
             new
         });
         peer.heard = now.steady;
+        if peer.max_message != max_message as usize {
+            log::info!("event=host_limits host={name} max_message={max_message}");
+            peer.max_message = max_message as usize;
+        }
         if peer.run != other_run {
             peer.run = other_run;
             (peer.sequence, peer.snapshot) = (None, None);
-            peer.waiting.clear();
+            peer.clear_waiting();
         }
         let mut update = Vec::new();
         let mut direct = false;
@@ -124,6 +139,7 @@ impl Peers {
                     peer.apply(registry, now, std::mem::take(&mut update));
                     registry.end_snapshot(now, index);
                     peer.sequence = peer.snapshot.take();
+                    peer.waiting_records = 0;
                     for (sequence, records) in std::mem::take(&mut peer.waiting) {
                         peer.update(registry, now, sequence, records);
                     }
@@ -155,17 +171,25 @@ impl Peers {
 }
 
 impl Peer {
+    fn clear_waiting(&mut self) {
+        self.waiting.clear();
+        self.waiting_records = 0;
+    }
+
     fn update(&mut self, registry: &mut Registry, now: Now, sequence: u64, records: Vec<Shared>) {
         match self.sequence {
             // The snapshot had it.
             Some(last) if sequence <= last => {}
-            Some(last) if sequence == last + 1 => {
+            Some(last) if last.checked_add(1) == Some(sequence) => {
                 self.sequence = Some(sequence);
                 self.apply(registry, now, records);
             }
             Some(_) => self.sequence = None,
-            None if self.waiting.len() < MAX_WAITING => self.waiting.push((sequence, records)),
-            None => self.waiting.clear(),
+            None if self.waiting_records + records.len() < MAX_WAITING => {
+                self.waiting_records += records.len();
+                self.waiting.push((sequence, records));
+            }
+            None => self.clear_waiting(),
         }
     }
 

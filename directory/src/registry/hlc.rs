@@ -2,6 +2,8 @@
 //!
 //! A stamp is milliseconds since 1970 (48 bits) and a counter (16 bits). Two hosts that exchange
 //! stamps order what happened on one because of the other; the host decides between equal stamps.
+//! Only stamps of other directories' clocks move this one. Those that members bring do not: they
+//! order the registrations of their id, and nothing else.
 
 /// Bits of the counter.
 const COUNTER: u32 = 16;
@@ -15,14 +17,24 @@ pub(crate) struct Hlc {
 impl Hlc {
     /// A stamp that is later than all that this clock has made or seen. `wall` in milliseconds.
     pub(crate) fn stamp(&mut self, wall: u64) -> u64 {
-        self.last = (self.last + 1).max(wall << COUNTER);
+        self.last = self.last.saturating_add(1).max(wall << COUNTER);
         self.last
+    }
+
+    /// The last stamp.
+    pub(crate) fn last(&self) -> u64 {
+        self.last
+    }
+
+    /// Whether a stamp is at most `drift` milliseconds ahead of `wall`.
+    pub(crate) fn is_near(stamp: u64, wall: u64, drift: u64) -> bool {
+        stamp >> COUNTER <= wall.saturating_add(drift)
     }
 
     /// Takes another clock's stamp into account; false if it is more than `drift` milliseconds
     /// ahead of `wall`, and then it is ignored: it would make every later stamp as wrong.
     pub(crate) fn observe(&mut self, stamp: u64, wall: u64, drift: u64) -> bool {
-        let near = stamp >> COUNTER <= wall.saturating_add(drift);
+        let near = Hlc::is_near(stamp, wall, drift);
         if near {
             self.last = self.last.max(stamp);
         }

@@ -1,9 +1,10 @@
-//! Registrations of ids: the newest wins or all receive; look-ups, and the grace after an end.
+//! Registrations of ids: the newest wins or all receive; the grace after an end.
 
-use dispatch_protocol::relay::{Change, FromDirectory, Id, Location, Shared};
+use dispatch_protocol::relay::{Change, FromDirectory, Id, Shared};
 
+use super::hlc::Hlc;
 use super::slots::NONE;
-use super::{MemberIndex, Now, Receives, Registry};
+use super::{Grace, MemberIndex, Now, Receives, Registry};
 
 /// What became of a registration.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -25,14 +26,14 @@ impl Registry {
         id: &Id,
         (stamp, key): (u64, u32),
     ) {
-        let stamp = match stamp {
-            0 => self.hlc.stamp(now.wall),
-            // One of an earlier directory.
-            _ if self.hlc.observe(stamp, now.wall, self.limits.drift) => stamp,
+        let (stamp, clock) = match stamp {
+            0 => self.next_stamp(now, from, id),
+            // One of an earlier directory. It orders the registrations of this id, and does not move
+            // the clock of all.
+            _ if Hlc::is_near(stamp, now.wall, self.limits.drift) => (stamp, false),
             _ => {
-                let reason =
-                    "the registration is of the future; are the clocks of the hosts right?";
-                return self.refuse(from, request, reason);
+                self.totals.stamps_ahead += 1;
+                self.next_stamp(now, from, id)
             }
         };
         match self.place(from, id, stamp, key) {
@@ -45,7 +46,7 @@ impl Registry {
                 let Some(member) = self.member(from) else { return };
                 let namespace = self.namespaces[usize::from(member.namespace)].name.clone();
                 let (member, id) = (member.number, id.clone());
-                self.share(Shared::Registered { namespace, member, id, stamp, key });
+                self.share(Shared::Registered { namespace, member, id, stamp, clock, key });
             }
             Placed::Late => {
                 self.send(from, FromDirectory::Registered { request, stamp });
@@ -55,13 +56,30 @@ impl Registry {
         }
     }
 
+    /// A stamp for a new registration of an id, later than all of this id, and whether it is of the
+    /// clock.
+    fn next_stamp(&mut self, now: Now, member: MemberIndex, id: &Id) -> (u64, bool) {
+        let stamp = self.hlc.stamp(now.wall);
+        let namespace = self.member(member).map_or(0, |member| member.namespace);
+        let slots = self.slots.find(namespace, id);
+        let newest = slots.iter().filter_map(|&slot| Some(self.slots.get(slot)?.stamp)).max();
+        match newest {
+            Some(newest) if newest >= stamp => (newest.saturating_add(1), false),
+            _ => (stamp, true),
+        }
+    }
+
     /// Enters a registration of a member of any host.
     pub(super) fn place(&mut self, member: MemberIndex, id: &Id, stamp: u64, key: u32) -> Placed {
         let Some(owner) = self.member(member) else { return Placed::Late };
         let (namespace, host) = (owner.namespace, self.host_of(owner));
-        if owner.ids >= self.limits.ids_per_member {
-            return Placed::Full("this member has max_ids_per_member ids");
-        }
+        let full = if owner.ids >= self.limits.ids_per_member {
+            Some("this member has max_ids_per_member ids")
+        } else if self.users.of(owner.user).ids >= self.limits.ids_per_user {
+            Some("the user has max_ids_per_user ids")
+        } else {
+            None
+        };
         let found = self.slots.find(namespace, id);
         let all = self.namespaces[usize::from(namespace)].receives == Receives::All;
         // The same registration again.
@@ -70,6 +88,9 @@ impl Registry {
         };
         if found.iter().any(same) {
             return Placed::There;
+        }
+        if let Some(full) = full {
+            return Placed::Full(full);
         }
         let live = |&number: &u32| self.slots.get(number).is_some_and(|slot| slot.member != NONE);
         let was_live = found.iter().any(live);
@@ -109,7 +130,7 @@ impl Registry {
         Placed::There
     }
 
-    fn add_slot(&mut self, namespace: u16, id: &Id) -> Option<u32> {
+    pub(super) fn add_slot(&mut self, namespace: u16, id: &Id) -> Option<u32> {
         (self.slots.len() < self.limits.ids).then(|| self.slots.add(namespace, id))
     }
 
@@ -131,11 +152,11 @@ impl Registry {
     }
 
     fn attach(&mut self, number: u32, index: MemberIndex, stamp: u64, key: u32) {
-        let Some(member) = self.members.get_mut(index as usize).and_then(Option::as_mut) else {
-            return;
-        };
+        let Some(member) = self.member_mut(index) else { return };
         let next = std::mem::replace(&mut member.first, number);
         member.ids += 1;
+        let user = member.user;
+        self.users.change(user, |usage| usage.ids += 1);
         if let Some(next) = self.slots.get_mut(next) {
             next.previous = number;
         }
@@ -156,11 +177,13 @@ impl Registry {
         if let Some(previous) = self.slots.get_mut(previous) {
             previous.next = next;
         }
-        if let Some(member) = self.members.get_mut(member as usize).and_then(Option::as_mut) {
+        let user = self.user_of(member);
+        if let Some(member) = self.member_mut(member) {
             member.ids -= 1;
             if member.first == number {
                 member.first = next;
             }
+            self.users.change(user, |usage| usage.ids -= 1);
         }
     }
 
@@ -175,104 +198,38 @@ impl Registry {
         }
     }
 
+    /// Remembers the slot of an ended registration for a while; false if that is too many. The bound:
+    /// with more ends than ids in a grace, the memory of the latest is given up.
+    pub(super) fn begin_grace(&mut self, grace: Grace) -> bool {
+        let of_user = self.users.of(grace.user).graces;
+        if self.graces.len() >= self.limits.ids || of_user >= self.limits.ids_per_user {
+            return false;
+        }
+        self.users.change(grace.user, |usage| usage.graces += 1);
+        self.graces.push_back(grace);
+        true
+    }
+
     /// Ends a registration; its grace begins if the id has no other.
     pub(super) fn end_registration(&mut self, now: Now, number: u32) {
         let Some(slot) = self.slots.get(number) else { return };
         let (namespace, stamp, member) = (slot.namespace, slot.stamp, slot.member);
         let Some(id) = slot.id.clone() else { return };
         let local = self.member(member).filter(|member| member.host == 0).map(|m| m.number);
+        let user = self.user_of(member);
         self.detach(number);
         let others = self.slots.find(namespace, &id).len() > 1;
         if !others {
             self.report(namespace, &id, Change::Went);
         }
-        // The bound: with more ends than ids in a grace, the memory of the latest is given up.
-        if others || self.limits.grace == 0 || self.graces.len() >= self.limits.ids {
+        let end = now.steady + self.limits.grace;
+        let grace = Grace { end, slot: number, stamp, user };
+        if others || self.limits.grace == 0 || !self.begin_grace(grace) {
             self.forget(number);
-        } else {
-            self.graces.push_back((now.steady + self.limits.grace, number, stamp));
         }
         if let Some(member) = local {
             let namespace = self.namespaces[usize::from(namespace)].name.clone();
             self.share(Shared::Unregistered { namespace, member, id, stamp });
         }
-    }
-
-    /// Frees a slot without a member; look-ups that waited for it find nothing.
-    pub(super) fn forget(&mut self, number: u32) {
-        self.slots.remove(number);
-        for (member, request) in self.waiting.remove(&number).unwrap_or_default() {
-            self.end_wait(member);
-            self.send(member, FromDirectory::Found { request, places: Vec::new() });
-        }
-    }
-
-    fn end_wait(&mut self, index: MemberIndex) {
-        if let Some(member) = self.members.get_mut(index as usize).and_then(Option::as_mut) {
-            member.lookups = member.lookups.saturating_sub(1);
-        }
-    }
-
-    pub(super) fn look_up(
-        &mut self,
-        now: Now,
-        from: MemberIndex,
-        request: u64,
-        id: &Id,
-        stale: u64,
-    ) {
-        let Some(member) = self.member(from) else { return };
-        let (namespace, waits) = (member.namespace, member.lookups);
-        self.totals.lookups += 1;
-        let mut slots = self.slots.find(namespace, id);
-        if slots.is_empty() && now.steady < self.settling {
-            // Whatever registers again takes this slot, because no stamp is lower.
-            if let Some(slot) = self.add_slot(namespace, id) {
-                self.graces.push_back((self.settling, slot, 0));
-                slots.push(slot);
-            }
-        }
-        let mut places = self.locations(&slots);
-        let all = self.namespaces[usize::from(namespace)].receives == Receives::All;
-        places.retain(|place| if all { place.stamp != stale } else { place.stamp > stale });
-        match slots.first() {
-            // It has ended a moment ago, or its end is on its way here, so the client may be on its
-            // way to another worker.
-            Some(&slot) if places.is_empty() && waits < self.limits.lookups_per_member => {
-                self.totals.waited += 1;
-                self.waiting.entry(slot).or_default().push((from, request));
-                if let Some(member) = self.members.get_mut(from as usize).and_then(Option::as_mut) {
-                    member.lookups += 1;
-                }
-            }
-            _ => {
-                self.totals.found += u64::from(!places.is_empty());
-                self.send(from, FromDirectory::Found { request, places });
-            }
-        }
-    }
-
-    /// Answers look-ups that waited for the id, which `member` has registered now.
-    pub(super) fn answer_waiting(&mut self, member: MemberIndex, id: &Id) {
-        let Some(namespace) = self.member(member).map(|member| member.namespace) else { return };
-        let slots = self.slots.find(namespace, id);
-        let places = self.locations(&slots);
-        for slot in slots {
-            for (member, request) in self.waiting.remove(&slot).unwrap_or_default() {
-                self.end_wait(member);
-                self.totals.found += 1;
-                self.send(member, FromDirectory::Found { request, places: places.clone() });
-            }
-        }
-    }
-
-    fn locations(&self, slots: &[u32]) -> Vec<Location> {
-        let location = |&number: &u32| {
-            let slot = self.slots.get(number)?;
-            let member = self.member(slot.member)?;
-            let host = self.host_of(member);
-            Some(Location { host, member: member.number, stamp: slot.stamp, key: slot.key })
-        };
-        slots.iter().filter_map(location).collect()
     }
 }

@@ -11,21 +11,27 @@
 mod groups;
 mod hlc;
 mod ids;
+mod links;
+mod lookups;
 mod presence;
 mod remote;
 mod slots;
 #[cfg(test)]
 mod tests;
+mod usage;
 
-use std::collections::{HashMap, HashSet, VecDeque};
+use std::collections::{BTreeSet, HashMap, HashSet, VecDeque};
 
 use dispatch_protocol::relay::{
-    Count, FromDirectory, Id, Membership, Name, Shared, ToDirectory, host_number, text,
+    Count, FromDirectory, Id, Membership, Name, Shared, ToDirectory, Wish, host_number, text,
 };
 
 use groups::Group;
 use hlc::Hlc;
+use links::Link;
+use lookups::Wait;
 use slots::{NONE, Slots};
+use usage::Users;
 
 /// The time, twice: the wall clock for stamps, a steady clock for waits. Milliseconds.
 #[derive(Clone, Copy, Debug, Default)]
@@ -41,20 +47,36 @@ pub struct Now {
 pub struct Limits {
     /// Registered ids of all namespaces, those of other hosts included.
     pub ids: usize,
+    /// Ids of one user's members; ended ones whose grace runs as many again.
+    pub ids_per_user: usize,
     /// Ids of one member.
     pub ids_per_member: u32,
     /// Registrations of one id, where all receive.
     pub registrations_per_id: usize,
     /// Members of all namespaces, those of other hosts included.
     pub members: usize,
+    /// Members of one user.
+    pub members_per_user: usize,
     /// Groups of one namespace.
     pub groups: usize,
-    /// Memberships of one member, and groups that it knows or watches.
+    /// Groups that exist because of one user.
+    pub groups_per_user: usize,
+    /// Memberships of one member, and groups that it sends to.
     pub groups_per_member: usize,
-    /// Ids that one member watches.
+    /// Memberships of all members, and groups that they send to.
+    pub memberships: usize,
+    /// Of these: of one user.
+    pub memberships_per_user: usize,
+    /// Ids and groups that one member watches.
     pub watches_per_member: usize,
+    /// Those of one user's members.
+    pub watches_per_user: usize,
     /// Look-ups of one member that wait for the end of a grace period.
     pub lookups_per_member: usize,
+    /// Those of one user's members.
+    pub lookups_per_user: usize,
+    /// Links that one user's members have asked for, to members that are there.
+    pub links_per_user: usize,
     /// How long after the end of a registration a look-up waits for the next one. Milliseconds.
     pub grace: u64,
     /// How far a stamp of another directory may be ahead of the own clock. Milliseconds.
@@ -65,13 +87,21 @@ impl Default for Limits {
     fn default() -> Self {
         Limits {
             ids: 2_000_000,
+            ids_per_user: 1_000_000,
             ids_per_member: 1_000_000,
             registrations_per_id: 16,
             members: 4096,
+            members_per_user: 1024,
             groups: 65_536,
+            groups_per_user: 32_768,
             groups_per_member: 65_536,
+            memberships: 2_000_000,
+            memberships_per_user: 1_000_000,
             watches_per_member: 65_536,
+            watches_per_user: 500_000,
             lookups_per_member: 4096,
+            lookups_per_user: 65_536,
+            links_per_user: 131_072,
             grace: 2000,
             drift: 60_000,
         }
@@ -91,16 +121,18 @@ pub enum Receives {
 /// A member, by its place in the registry. Places are reused.
 pub type MemberIndex = u32;
 
-/// How long a link that a member has not received is taken to be on its way, in milliseconds.
-const LINK_ON_ITS_WAY: u64 = 5000;
+/// Members that only ask; others do not take their places.
+const MAX_OBSERVERS: usize = 64;
 
 /// What the caller must do, in this order.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub enum Effect {
     /// Send a record to a member.
     Send(MemberIndex, FromDirectory),
-    /// Give two members a link with this number.
+    /// Give two members a link with this number; the first one has asked.
     Link(MemberIndex, MemberIndex, u64),
+    /// End the connection of a member that breaks the protocol, and say why in the log.
+    Cut(MemberIndex, &'static str),
     /// Tell the other directories.
     Share(Shared),
 }
@@ -113,6 +145,8 @@ pub(crate) struct Totals {
     lookups: u64,
     found: u64,
     waited: u64,
+    overdue: u64,
+    stamps_ahead: u64,
     links: u64,
     not_accepted: u64,
 }
@@ -142,6 +176,10 @@ struct Member {
     namespace: u16,
     /// An index into `hosts`.
     host: u16,
+    /// Of a member of this host.
+    user: Option<u32>,
+    /// Whether it only asks.
+    observes: bool,
     /// The first of its registrations.
     first: u32,
     ids: u32,
@@ -151,8 +189,25 @@ struct Member {
     watched: HashSet<(Id, bool)>,
     /// Look-ups that wait.
     lookups: usize,
-    /// By the number of the other member: the number of the last link, and when it was made.
-    links: HashMap<u64, (u64, u64)>,
+    /// By the number of the other member.
+    links: HashMap<u64, Link>,
+}
+
+impl Member {
+    fn can_link(&self) -> bool {
+        self.host == 0 && !self.observes
+    }
+}
+
+/// An ended registration, or an id that was asked for while members register again.
+#[derive(Clone, Copy, Debug)]
+struct Grace {
+    /// On the steady clock.
+    end: u64,
+    slot: u32,
+    stamp: u64,
+    /// Whose it was.
+    user: Option<u32>,
 }
 
 /// A wish to enter a namespace.
@@ -164,6 +219,10 @@ pub struct Entry {
     pub number: u64,
     /// The worker's name.
     pub worker: Name,
+    /// The user of its process.
+    pub user: u32,
+    /// Whether it only asks. Others do not see it.
+    pub observes: bool,
 }
 
 /// See the module.
@@ -177,10 +236,15 @@ pub struct Registry {
     /// Indexes of members that have left.
     vacant: Vec<MemberIndex>,
     slots: Slots,
-    /// Ended registrations whose grace runs, in the order of their ends: end, slot, stamp.
-    graces: VecDeque<(u64, u32, u64)>,
-    /// Look-ups that wait for a slot: member and request.
-    waiting: HashMap<u32, Vec<(MemberIndex, u64)>>,
+    users: Users,
+    observers: usize,
+    /// Ended registrations whose grace runs, in the order of their ends.
+    graces: VecDeque<Grace>,
+    /// Look-ups that wait for a slot.
+    waiting: HashMap<u32, Vec<Wait>>,
+    /// When each of them is answered in any case: time, serial, slot.
+    overdue: BTreeSet<(u64, u64, u32)>,
+    next_wait: u64,
     /// Until then members of an earlier directory may not have registered again. Steady clock.
     settling: u64,
     /// Snapshots under way, by host.
@@ -214,8 +278,12 @@ impl Registry {
             members: Vec::new(),
             vacant: Vec::new(),
             slots: Slots::new(),
+            users: Users::default(),
+            observers: 0,
             graces: VecDeque::new(),
             waiting: HashMap::new(),
+            overdue: BTreeSet::new(),
+            next_wait: 0,
             settling: 0,
             confirmed: HashMap::new(),
             shares,
@@ -245,8 +313,20 @@ impl Registry {
     /// # Errors
     /// A sentence for people, if it cannot.
     pub fn enter(&mut self, entry: Entry) -> Result<MemberIndex, &'static str> {
-        let Entry { namespace, number, worker } = entry;
-        let index = self.add_member(namespace, 0, number, worker.clone())?;
+        let Entry { namespace, number, worker, user, observes } = entry;
+        if observes && self.observers >= MAX_OBSERVERS {
+            return Err("64 observers ask the directory now; try again");
+        }
+        if !observes && self.users.of(Some(user)).members >= self.limits.members_per_user {
+            return Err("the user has max_members_per_user members");
+        }
+        let of = (0, Some(user), observes);
+        let index = self.add_member(namespace, of, number, worker.clone())?;
+        if observes {
+            self.observers += 1;
+            return Ok(index);
+        }
+        self.users.change(Some(user), |usage| usage.members += 1);
         if let Some(namespace) = self.namespaces.get(usize::from(namespace)) {
             let namespace = namespace.name.clone();
             self.share(Shared::Member { namespace, member: number, worker });
@@ -254,14 +334,18 @@ impl Registry {
         Ok(index)
     }
 
+    fn member_count(&self) -> usize {
+        self.members.len() - self.vacant.len() - self.observers
+    }
+
     fn add_member(
         &mut self,
         namespace: u16,
-        host: u16,
+        (host, user, observes): (u16, Option<u32>, bool),
         number: u64,
         worker: Name,
     ) -> Result<MemberIndex, &'static str> {
-        if self.members.len() - self.vacant.len() >= self.limits.members {
+        if !observes && self.member_count() >= self.limits.members {
             return Err("the directory has max_members members");
         }
         let Some(space) = self.namespaces.get_mut(usize::from(namespace)) else {
@@ -275,6 +359,8 @@ impl Registry {
             worker,
             namespace,
             host,
+            user,
+            observes,
             first: NONE,
             ids: 0,
             joined: HashSet::new(),
@@ -300,15 +386,12 @@ impl Registry {
         while let Some(first) = self.member(index).map(|m| m.first).filter(|&first| first != NONE) {
             self.end_registration(now, first);
         }
-        let Some(member) = self.members.get_mut(index as usize).and_then(Option::as_mut) else {
-            return;
-        };
+        let Some(member) = self.member_mut(index) else { return };
         let joined = std::mem::take(&mut member.joined);
         let subscribed = std::mem::take(&mut member.subscribed);
         let watched = std::mem::take(&mut member.watched);
-        let links = std::mem::take(&mut member.links);
         let (namespace, number, waits) = (member.namespace, member.number, member.lookups > 0);
-        let local = member.host == 0;
+        let (local, user, observes) = (member.host == 0, member.user, member.observes);
         for (group, key) in joined {
             self.end_membership(index, namespace, &group, key);
         }
@@ -319,21 +402,17 @@ impl Registry {
             self.end_watch(index, namespace, &id, group);
         }
         if waits {
-            self.waiting.retain(|_, waiting| {
-                waiting.retain(|(member, _)| *member != index);
-                !waiting.is_empty()
-            });
+            self.end_waits_of(index);
         }
+        self.end_links(index);
         self.members[index as usize] = None;
         self.vacant.push(index);
         let Some(space) = self.namespaces.get_mut(usize::from(namespace)) else { return };
         space.members.remove(&number);
-        for other in links.into_keys().filter_map(|number| space.members.get(&number)) {
-            if let Some(other) = self.members.get_mut(*other as usize).and_then(Option::as_mut) {
-                other.links.remove(&number);
-            }
-        }
-        if local {
+        if observes {
+            self.observers -= 1;
+        } else if local {
+            self.users.change(user, |usage| usage.members -= 1);
             let namespace = space.name.clone();
             self.share(Shared::Gone { namespace, member: number });
         }
@@ -343,25 +422,34 @@ impl Registry {
     pub fn handle(&mut self, now: Now, from: MemberIndex, record: ToDirectory) {
         let Some(member) = self.member(from) else { return };
         let namespace = member.namespace;
+        if member.observes && !only_asks(&record) {
+            return self.cut(from, "an observer may only ask");
+        }
         match record {
-            ToDirectory::Hello { .. } => self.refuse(from, 0, "hello was said before"),
+            ToDirectory::Hello { .. } => self.cut(from, "hello was said before"),
             ToDirectory::Register { request, id, stamp, key } => {
                 self.register(now, from, request, &id, (stamp, key));
             }
             ToDirectory::Unregister { id, stamp } => self.unregister(now, from, &id, stamp),
-            ToDirectory::Lookup { request, id, stale } => {
-                self.look_up(now, from, request, &id, stale);
+            ToDirectory::Lookup { request, id, newest, ended } => {
+                self.look_up(now, from, request, &id, (newest, ended));
             }
             ToDirectory::Connect { member, after } => self.connect(now, from, member, after),
             ToDirectory::Join { group, key, weight } => self.join(from, group, key, weight),
             ToDirectory::Leave { group, key } => {
                 let key_of = (group, key);
-                let member = self.members.get_mut(from as usize).and_then(Option::as_mut);
+                let member = self.member_mut(from);
                 if member.is_some_and(|member| member.joined.remove(&key_of)) {
                     self.end_membership(from, namespace, &key_of.0, key);
                 }
             }
             ToDirectory::Subscribe { group } => self.subscribe(from, group),
+            ToDirectory::Unsubscribe { group } => {
+                let member = self.member_mut(from);
+                if member.is_some_and(|member| member.subscribed.remove(&group)) {
+                    self.unsubscribe(from, namespace, &group);
+                }
+            }
             ToDirectory::Who { request, id } => self.who(namespace, from, request, &id),
             ToDirectory::Online { request, cursor } => {
                 self.online(namespace, from, request, cursor);
@@ -372,7 +460,7 @@ impl Registry {
             ToDirectory::Watch { id, group } => self.watch(from, id, group),
             ToDirectory::Unwatch { id, group } => {
                 let key = (id, group);
-                let member = self.members.get_mut(from as usize).and_then(Option::as_mut);
+                let member = self.member_mut(from);
                 if member.is_some_and(|member| member.watched.remove(&key)) {
                     self.end_watch(from, namespace, &key.0, group);
                 }
@@ -384,40 +472,48 @@ impl Registry {
         }
     }
 
-    /// Ends grace periods. Returns when the next one ends, on the steady clock.
+    /// Ends grace periods, and answers look-ups that have waited long enough. Returns when the next
+    /// one ends, on the steady clock.
     pub fn tick(&mut self, now: Now) -> Option<u64> {
-        while let Some(&(end, slot, stamp)) = self.graces.front() {
-            if end > now.steady {
-                return Some(end);
-            }
+        while let Some(&grace) = self.graces.front().filter(|grace| grace.end <= now.steady) {
             self.graces.pop_front();
+            self.users.change(grace.user, |usage| usage.graces -= 1);
             // Otherwise a later registration has the slot.
-            if self.slots.get(slot).is_some_and(|s| s.member == NONE && s.stamp == stamp) {
-                self.forget(slot);
+            let ended = |slot: &slots::Slot| slot.member == NONE && slot.stamp == grace.stamp;
+            if self.slots.get(grace.slot).is_some_and(ended) {
+                self.forget(grace.slot);
             }
         }
-        None
+        self.answer_overdue(now);
+        let grace = self.graces.front().map(|grace| grace.end);
+        let overdue = self.overdue.first().map(|wait| wait.0);
+        grace.into_iter().chain(overdue).min()
     }
 
     /// The directory's numbers: state first, then what has happened since the start.
     pub fn counts(&self) -> Vec<Count> {
         let groups: usize = self.namespaces.iter().map(|space| space.groups.len()).sum();
         let waiting: usize = self.waiting.values().map(Vec::len).sum();
-        let members = self.members.len() - self.vacant.len();
+        let users = &self.users;
         let ids = self.members.iter().flatten().map(|member| u64::from(member.ids)).sum();
         let totals = &self.totals;
         let numbers = [
             ("ids", ids),
             ("ids_in_grace", (self.slots.len() as u64).saturating_sub(ids)),
-            ("members", members as u64),
+            ("members", self.member_count() as u64),
             ("hosts", self.hosts.len() as u64),
             ("groups", groups as u64),
+            ("memberships", users.sum(|usage| usage.memberships) as u64),
+            ("watches", users.sum(|usage| usage.watches) as u64),
+            ("links", users.sum(|usage| usage.links) as u64),
             ("lookups_waiting", waiting as u64),
             ("registered_total", totals.registered),
             ("superseded_total", totals.superseded),
             ("lookups_total", totals.lookups),
             ("lookups_found_total", totals.found),
             ("lookups_waited_total", totals.waited),
+            ("lookups_overdue_total", totals.overdue),
+            ("stamps_ahead_total", totals.stamps_ahead),
             ("links_total", totals.links),
             ("not_accepted_total", totals.not_accepted),
         ];
@@ -425,32 +521,17 @@ impl Registry {
         numbers.into_iter().filter_map(count).collect()
     }
 
-    fn connect(&mut self, now: Now, from: MemberIndex, number: u64, after: u64) {
-        let Some(member) = self.member(from) else { return };
-        let own = member.number;
-        let last = member.links.get(&number).copied();
-        let space = &self.namespaces[usize::from(member.namespace)];
-        let other = space.members.get(&number).copied();
-        let other = other.filter(|&other| self.member(other).is_some_and(|m| m.host == 0));
-        let Some(other) = other.filter(|&other| other != from) else {
-            return self.send(from, FromDirectory::NoMember { member: number });
-        };
-        // Both have asked at the same time, and the link is on its way.
-        if last.is_some_and(|(link, made)| link > after && now.steady < made + LINK_ON_ITS_WAY) {
-            return;
-        }
-        self.totals.links += 1;
-        let link = self.hlc.stamp(now.wall);
-        for (index, number) in [(from, number), (other, own)] {
-            if let Some(member) = self.members.get_mut(index as usize).and_then(Option::as_mut) {
-                member.links.insert(number, (link, now.steady));
-            }
-        }
-        self.effects.push_back(Effect::Link(from, other, link));
-    }
-
     fn member(&self, index: MemberIndex) -> Option<&Member> {
         self.members.get(index as usize)?.as_ref()
+    }
+
+    fn member_mut(&mut self, index: MemberIndex) -> Option<&mut Member> {
+        self.members.get_mut(index as usize)?.as_mut()
+    }
+
+    /// The user of a member; `None` for one of another host.
+    fn user_of(&self, index: MemberIndex) -> Option<u32> {
+        self.member(index)?.user
     }
 
     /// The number of a member's host.
@@ -470,6 +551,15 @@ impl Registry {
         }
     }
 
+    fn cut(&mut self, member: MemberIndex, reason: &'static str) {
+        self.effects.push_back(Effect::Cut(member, reason));
+    }
+
+    fn decline(&mut self, to: MemberIndex, wish: Wish, id: Id, key: u32, reason: &str) {
+        self.totals.not_accepted += 1;
+        self.send(to, FromDirectory::Declined { wish, id, key, reason: text(reason) });
+    }
+
     fn refuse(&mut self, to: MemberIndex, request: u64, reason: &str) {
         self.totals.not_accepted += 1;
         self.send(to, FromDirectory::NotAccepted { request, reason: text(reason) });
@@ -479,5 +569,26 @@ impl Registry {
         if self.shares {
             self.effects.push_back(Effect::Share(record));
         }
+    }
+}
+
+/// Whether a record only asks, which an observer may.
+fn only_asks(record: &ToDirectory) -> bool {
+    match record {
+        ToDirectory::Who { .. }
+        | ToDirectory::Online { .. }
+        | ToDirectory::Groups { .. }
+        | ToDirectory::Stats { .. } => true,
+        ToDirectory::Hello { .. }
+        | ToDirectory::Register { .. }
+        | ToDirectory::Unregister { .. }
+        | ToDirectory::Lookup { .. }
+        | ToDirectory::Connect { .. }
+        | ToDirectory::Join { .. }
+        | ToDirectory::Leave { .. }
+        | ToDirectory::Subscribe { .. }
+        | ToDirectory::Unsubscribe { .. }
+        | ToDirectory::Watch { .. }
+        | ToDirectory::Unwatch { .. } => false,
     }
 }

@@ -1,6 +1,6 @@
 //! Presence: who holds an id, what is registered, and reports of changes.
 
-use dispatch_protocol::relay::{Change, FromDirectory, GroupSize, Id, MAX_PAGE, Place};
+use dispatch_protocol::relay::{Change, FromDirectory, GroupSize, Id, MAX_PAGE, Place, Wish};
 
 use super::{MemberIndex, Registry};
 
@@ -62,30 +62,35 @@ impl Registry {
     }
 
     pub(super) fn watch(&mut self, from: MemberIndex, id: Id, group: bool) {
-        let Some(member) = self.members.get_mut(from as usize).and_then(Option::as_mut) else {
-            return;
-        };
-        let namespace = member.namespace;
-        if member.watched.len() >= self.limits.watches_per_member {
-            return self.refuse(from, 0, "this member has max_watches_per_member watches");
-        }
-        if !member.watched.insert((id.clone(), group)) {
+        let Some(member) = self.member(from) else { return };
+        let (namespace, user) = (member.namespace, member.user);
+        if member.watched.contains(&(id.clone(), group)) {
             return;
         }
-        if !group {
-            let watches = &mut self.namespaces[usize::from(namespace)].watches;
-            watches.entry(id).or_default().push(from);
-        } else if let Some(found) = self.group(namespace, &id) {
-            found.watchers.push(from);
+        let watched = if member.watched.len() >= self.limits.watches_per_member {
+            Err("this member has max_watches_per_member watches")
+        } else if self.users.of(user).watches >= self.limits.watches_per_user {
+            Err("the user has max_watches_per_user watches")
+        } else if group {
+            self.group(namespace, &id, user).map(|found| found.watchers.push(from))
         } else {
-            if let Some(member) = self.members.get_mut(from as usize).and_then(Option::as_mut) {
-                member.watched.remove(&(id, group));
-            }
-            self.refuse(from, 0, "the namespace has max_groups groups");
+            let watches = &mut self.namespaces[usize::from(namespace)].watches;
+            watches.entry(id.clone()).or_default().push(from);
+            Ok(())
+        };
+        if let Err(reason) = watched {
+            let wish = if group { Wish::WatchGroup } else { Wish::Watch };
+            return self.decline(from, wish, id, 0, reason);
+        }
+        self.users.change(user, |usage| usage.watches += 1);
+        if let Some(member) = self.member_mut(from) {
+            member.watched.insert((id, group));
         }
     }
 
     pub(super) fn end_watch(&mut self, index: MemberIndex, namespace: u16, id: &Id, group: bool) {
+        let user = self.user_of(index);
+        self.users.change(user, |usage| usage.watches -= 1);
         if group {
             return self.unwatch_group(index, namespace, id);
         }

@@ -7,6 +7,7 @@ use std::collections::HashSet;
 
 use dispatch_protocol::relay::{Id, Name, Shared, host_number};
 
+use super::hlc::Hlc;
 use super::ids::Placed;
 use super::slots::NONE;
 use super::{Host, MemberIndex, Now, Registry};
@@ -45,7 +46,7 @@ impl Registry {
                 let Some(space) = self.namespace_index(&namespace) else { return true };
                 let index = match self.remote_member(space, host, member) {
                     Some(index) => index,
-                    None => match self.add_member(space, host, member, worker) {
+                    None => match self.add_member(space, (host, None, false), member, worker) {
                         Ok(index) => index,
                         Err(_) => return false,
                     },
@@ -62,12 +63,18 @@ impl Registry {
                 }
                 true
             }
-            Shared::Registered { namespace, member, id, stamp, key } => {
+            Shared::Registered { namespace, member, id, stamp, clock, key } => {
                 let space = self.namespace_index(&namespace);
                 let Some(index) = space.and_then(|s| self.remote_member(s, host, member)) else {
                     return space.is_none();
                 };
-                if !self.hlc.observe(stamp, now.wall, self.limits.drift) {
+                let near = if clock {
+                    self.hlc.observe(stamp, now.wall, self.limits.drift)
+                } else {
+                    Hlc::is_near(stamp, now.wall, self.limits.drift)
+                };
+                if !near {
+                    self.totals.stamps_ahead += 1;
                     return false;
                 }
                 match self.place(index, &id, stamp, key) {
@@ -98,7 +105,7 @@ impl Registry {
                         if let Some(confirmed) = self.confirmed.get_mut(&host) {
                             confirmed.memberships.insert((index, group.clone(), key));
                         }
-                        self.add_membership(index, &group, key, weight)
+                        self.add_membership(index, &group, key, weight).is_ok()
                     }
                     None => space.is_none(),
                 }
@@ -107,7 +114,7 @@ impl Registry {
                 let Some(space) = self.namespace_index(&namespace) else { return true };
                 let Some(index) = self.remote_member(space, host, member) else { return true };
                 let entry = (group, key);
-                let member = self.members.get_mut(index as usize).and_then(Option::as_mut);
+                let member = self.member_mut(index);
                 if member.is_some_and(|member| member.joined.remove(&entry)) {
                     self.end_membership(index, space, &entry.0, key);
                 }
@@ -150,8 +157,7 @@ impl Registry {
             let left: Vec<_> = member.joined.iter().filter(unconfirmed).cloned().collect();
             ended.into_iter().for_each(|slot| self.end_registration(now, slot));
             for entry in left {
-                if let Some(member) = self.members.get_mut(index as usize).and_then(Option::as_mut)
-                {
+                if let Some(member) = self.member_mut(index) {
                     member.joined.remove(&entry);
                 }
                 self.end_membership(index, namespace, &entry.0, entry.1);
@@ -169,7 +175,8 @@ impl Registry {
     /// All members, registrations and memberships of the own host.
     pub fn snapshot(&self) -> Vec<Shared> {
         let mut records = Vec::new();
-        for member in self.members.iter().flatten().filter(|member| member.host == 0) {
+        let own = self.members.iter().flatten();
+        for member in own.filter(|member| member.host == 0 && !member.observes) {
             let Some(space) = self.namespaces.get(usize::from(member.namespace)) else { continue };
             let (namespace, number) = (space.name.clone(), member.number);
             let worker = member.worker.clone();
@@ -180,7 +187,10 @@ impl Registry {
                 next = slot.next;
                 let Some(id) = slot.id.clone() else { break };
                 let (namespace, stamp, key) = (namespace.clone(), slot.stamp, slot.key);
-                records.push(Shared::Registered { namespace, member: number, id, stamp, key });
+                let member = number;
+                // Of which clock it is does not matter: updates move the clock.
+                let clock = false;
+                records.push(Shared::Registered { namespace, member, id, stamp, clock, key });
             }
             for (group, key) in &member.joined {
                 let of = |entry: &&(MemberIndex, u32, u16)| {

@@ -7,38 +7,46 @@ use proptest::prelude::*;
 
 use super::*;
 
-fn name(text: &str) -> Name {
+pub(super) fn name(text: &str) -> Name {
     Name::new(text).unwrap()
 }
 
-fn id(text: &str) -> Id {
+pub(super) fn id(text: &str) -> Id {
     Id::new(text).unwrap()
 }
 
-fn at(steady: u64) -> Now {
+pub(super) fn at(steady: u64) -> Now {
     Now { wall: 1_000_000 + steady, steady }
 }
 
-fn registry(receives: Receives, shares: bool) -> Registry {
+pub(super) fn registry(receives: Receives, shares: bool) -> Registry {
     registry_of("one", receives, shares)
 }
 
-fn registry_of(host: &str, receives: Receives, shares: bool) -> Registry {
+pub(super) fn registry_of(host: &str, receives: Receives, shares: bool) -> Registry {
     let namespaces = [(name("chat"), receives), (name("other"), receives)];
     let limits = Limits { grace: 100, ..Limits::default() };
     Registry::new(name(host), namespaces, limits, shares)
 }
 
-fn enter(registry: &mut Registry, namespace: u16, number: u64) -> MemberIndex {
+pub(super) fn entry(namespace: u16, number: u64, user: u32) -> Entry {
     let worker = name(&format!("w{number}"));
-    registry.enter(Entry { namespace, number, worker }).unwrap()
+    Entry { namespace, number, worker, user, observes: false }
 }
 
-fn drain(registry: &mut Registry) -> Vec<Effect> {
+pub(super) fn enter(registry: &mut Registry, namespace: u16, number: u64) -> MemberIndex {
+    registry.enter(entry(namespace, number, 1)).unwrap()
+}
+
+pub(super) fn lookup(request: u64, text: &str, newest: u64, ended: bool) -> ToDirectory {
+    ToDirectory::Lookup { request, id: id(text), newest, ended }
+}
+
+pub(super) fn drain(registry: &mut Registry) -> Vec<Effect> {
     std::iter::from_fn(|| registry.effect()).collect()
 }
 
-fn register(registry: &mut Registry, now: u64, member: MemberIndex, text: &str) -> u64 {
+pub(super) fn register(registry: &mut Registry, now: u64, member: MemberIndex, text: &str) -> u64 {
     registry.handle(
         at(now),
         member,
@@ -53,8 +61,12 @@ fn register(registry: &mut Registry, now: u64, member: MemberIndex, text: &str) 
 }
 
 /// The answer, if it does not wait.
-fn look_up(registry: &mut Registry, member: MemberIndex, text: &str) -> Option<Vec<Location>> {
-    registry.handle(at(0), member, ToDirectory::Lookup { request: 9, id: id(text), stale: 0 });
+pub(super) fn look_up(
+    registry: &mut Registry,
+    member: MemberIndex,
+    text: &str,
+) -> Option<Vec<Location>> {
+    registry.handle(at(0), member, lookup(9, text, 0, false));
     drain(registry).into_iter().find_map(|effect| match effect {
         Effect::Send(to, FromDirectory::Found { request: 9, places }) if to == member => {
             Some(places)
@@ -112,7 +124,7 @@ fn two_that_ask_at_once_get_one_link() {
     let effects = drain(&mut registry);
     let [Effect::Link(_, _, first)] = effects[..] else { panic!("{effects:?}") };
     // It broke, and one of them asks for another.
-    registry.handle(at(1), b, ToDirectory::Connect { member: 1, after: first });
+    registry.handle(at(200), b, ToDirectory::Connect { member: 1, after: first });
     let effects = drain(&mut registry);
     assert!(matches!(effects[..], [Effect::Link(_, _, second)] if second > first), "{effects:?}");
     registry.leave(at(2), a);
@@ -127,8 +139,9 @@ fn a_look_up_waits_for_the_grace_and_no_longer() {
     register(&mut registry, 0, a, "alice");
     register(&mut registry, 0, a, "bob");
     registry.leave(at(10), a);
-    assert_eq!(look_up(&mut registry, b, "alice"), None);
-    assert_eq!(look_up(&mut registry, b, "bob"), None);
+    registry.handle(at(10), b, lookup(9, "alice", 0, false));
+    registry.handle(at(10), b, lookup(9, "bob", 0, false));
+    assert_eq!(drain(&mut registry), [], "both wait");
     assert_eq!(registry.tick(at(50)), Some(110));
     registry.handle(
         at(60),
@@ -154,7 +167,7 @@ fn a_look_up_can_be_ahead_of_the_end_of_a_registration() {
     let mut registry = registry(Receives::Newest, false);
     let (a, b) = (enter(&mut registry, 0, 1), enter(&mut registry, 0, 2));
     let stale = register(&mut registry, 0, a, "alice");
-    registry.handle(at(0), b, ToDirectory::Lookup { request: 9, id: id("alice"), stale });
+    registry.handle(at(0), b, lookup(9, "alice", stale, true));
     assert_eq!(drain(&mut registry), [], "it waits");
     registry.handle(at(1), a, ToDirectory::Unregister { id: id("alice"), stamp: stale });
     registry.tick(at(101));
@@ -176,7 +189,7 @@ fn a_new_directory_gives_members_time_to_register_again() {
     assert!(matches!(&effects[1], Effect::Send(_, FromDirectory::Found { places, .. })
         if places[0].stamp == stamp));
     let stale = stamp + 1;
-    registry.handle(at(2), a, ToDirectory::Lookup { request: 8, id: id("alice"), stale });
+    registry.handle(at(2), a, lookup(8, "alice", stale, false));
     assert_eq!(drain(&mut registry), []);
     registry.tick(at(100));
     let none = FromDirectory::Found { request: 9, places: Vec::new() };
@@ -267,7 +280,7 @@ fn limits_are_kept_and_named() {
     let mut registry =
         Registry::new(name("one"), [(name("chat"), Receives::Newest)], limits, false);
     let (a, b) = (enter(&mut registry, 0, 1), enter(&mut registry, 0, 2));
-    let third = Entry { namespace: 0, number: 3, worker: name("w3") };
+    let third = entry(0, 3, 1);
     assert!(registry.enter(third).unwrap_err().contains("max_members"));
     let mut refused = |member, text: &str| {
         registry.handle(

@@ -2,9 +2,11 @@
 //!
 //! One thread runs everything; the registry is its state. Each member has a task and a bounded
 //! queue. A member that does not read loses reports of changes first, and its connection when its
-//! queue is full, so that no other member waits for it. Nothing here waits for a member.
+//! queue is full, so that no other member waits for it; when all queues of a user are full together, its
+//! largest one goes. Nothing here waits for a member.
 
 mod access;
+pub(crate) mod budget;
 mod session;
 pub(crate) mod socket;
 
@@ -22,7 +24,8 @@ use tokio::sync::Notify;
 use crate::config::Config;
 use crate::registry::{Effect, MemberIndex, Now, Registry};
 use crate::sys;
-use session::Session;
+use budget::{Budget, Full};
+use session::{Pushed, Session};
 
 /// Connections without a hello: all, and one user's.
 const MAX_PENDING: usize = 256;
@@ -38,8 +41,8 @@ pub(crate) struct State {
     key: Option<Key>,
     pub(crate) start: Instant,
     sessions: HashMap<MemberIndex, Rc<Session>>,
-    /// Members and unidentified connections of each user.
-    users: HashMap<u32, usize>,
+    /// What waits for members that do not read.
+    queued: Rc<Budget>,
     pending: usize,
     pending_of: HashMap<u32, usize>,
     /// Rung when a grace period may have begun.
@@ -73,6 +76,7 @@ impl State {
             match effect {
                 Effect::Send(to, record) => self.send(to, record, None),
                 Effect::Link(a, b, number) => self.link(a, b, number),
+                Effect::Cut(member, reason) => self.cut(member, reason),
                 #[cfg(feature = "nats")]
                 Effect::Share(record) => {
                     if let Some(cluster) = &self.cluster {
@@ -85,41 +89,93 @@ impl State {
         }
     }
 
-    fn send(&mut self, to: MemberIndex, record: FromDirectory, fd: Option<OwnedFd>) {
-        let Some(session) = self.sessions.get(&to) else { return };
-        let pushed = session.queue.push(&record, fd);
-        if !pushed {
+    fn send(&mut self, to: MemberIndex, record: FromDirectory, mut fd: Option<OwnedFd>) {
+        let Some(session) = self.sessions.get(&to).map(Rc::clone) else { return };
+        loop {
+            let full = match session.queue.push(&record, fd) {
+                Ok(()) => return,
+                Err((full, back)) => {
+                    fd = back;
+                    full
+                }
+            };
             if let FromDirectory::Changed { id, group, .. } = record {
                 // Told when there is room again.
                 let change = Change::Missed;
                 return session.queue.missed(FromDirectory::Changed { id, group, change });
             }
+            let user = match full {
+                Pushed::Ended => return,
+                Pushed::Queue => return self.cut(to, "it does not read"),
+                Pushed::Budget(Full::User) => Some(session.queue.user()),
+                Pushed::Budget(Full::All) => self.queued.largest(),
+            };
+            // Each turn ends a queue that had bytes, so there is an end.
+            let of_user = self
+                .sessions
+                .iter()
+                .filter(|(_, one)| user == Some(one.queue.user()) && one.queue.bytes() > 0);
+            let largest = of_user.max_by_key(|(_, one)| one.queue.bytes()).map(|(to, _)| *to);
+            self.cut(
+                largest.unwrap_or(to),
+                match full {
+                    Pushed::Budget(Full::All) => {
+                        "it does not read, and max_queued_bytes are reached"
+                    }
+                    _ => "it does not read, and its user has max_queued_bytes_per_user",
+                },
+            );
+        }
+    }
+
+    /// Ends the connection of a member.
+    fn cut(&mut self, member: MemberIndex, reason: &'static str) {
+        let Some(session) = self.sessions.get(&member) else { return };
+        if session.queue.cut(reason) {
             self.cut += 1;
-            session.queue.cut();
         }
     }
 
     fn link(&mut self, a: MemberIndex, b: MemberIndex, number: u64) {
         let numbers = (self.registry.number_of(a), self.registry.number_of(b));
         let (Some(number_a), Some(number_b)) = numbers else { return };
+        // A queue full of links costs the member that asks its link, not the other one its connection.
+        let has_room = |to| self.sessions.get(&to).is_some_and(|one| one.queue.has_room_for_fd());
+        if !has_room(a) || !has_room(b) {
+            return self.registry.link_failed(a, b, "too many links wait for one of the two");
+        }
+        let max_message = self.config.max_message;
         match socket::link() {
             // The other end first: it knows the link before the first message arrives.
             Ok((end_a, end_b)) => {
-                self.send(b, FromDirectory::Link { member: number_a, number }, Some(end_b));
-                self.send(a, FromDirectory::Link { member: number_b, number }, Some(end_a));
+                let record = FromDirectory::Link { member: number_a, number, max_message };
+                self.send(b, record, Some(end_b));
+                let record = FromDirectory::Link { member: number_b, number, max_message };
+                self.send(a, record, Some(end_a));
             }
             Err(error) => {
                 log::error!("event=link_failed error=\"{error}\"");
-                self.send(a, FromDirectory::NoMember { member: number_b }, None);
+                self.registry.link_failed(a, b, "the directory has no file descriptor left");
             }
         }
     }
 
+    #[cfg(feature = "nats")]
+    fn gateway_bytes(&self) -> u64 {
+        self.cluster.as_ref().map_or(0, |cluster| cluster.waiting.total() as u64)
+    }
+
+    #[cfg(not(feature = "nats"))]
+    fn gateway_bytes(&self) -> u64 {
+        0
+    }
+
     /// Numbers of the server, for stats.
-    fn own_counts(&self) -> [(&'static str, u64); 4] {
-        let queued = self.sessions.values().map(|session| session.queue.bytes() as u64).sum();
+    fn own_counts(&self) -> [(&'static str, u64); 5] {
+        let queued = self.queued.total() as u64;
         [
             ("queued_bytes", queued),
+            ("gateway_bytes", self.gateway_bytes()),
             ("connections_waiting", self.pending as u64),
             ("refused_total", self.refused),
             ("cut_total", self.cut),
@@ -149,6 +205,7 @@ pub(crate) async fn serve(
         .map_err(|error| named("socket", &config.socket, error))?;
     let namespaces = config.namespaces.iter().map(|space| (space.name.clone(), space.receives));
     let shares = config.nats.is_some();
+    let queued = Budget::new(config.max_queued_bytes, config.max_queued_bytes_per_user);
     let mut registry =
         Registry::new(config.host.clone(), namespaces, config.limits.clone(), shares);
     registry.settle(Now::default());
@@ -159,7 +216,7 @@ pub(crate) async fn serve(
         key,
         start: Instant::now(),
         sessions: HashMap::new(),
-        users: HashMap::new(),
+        queued,
         pending: 0,
         pending_of: HashMap::new(),
         timer: Rc::clone(&timer),

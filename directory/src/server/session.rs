@@ -13,6 +13,7 @@ use tokio::io::Interest;
 use tokio::io::unix::AsyncFd;
 use tokio::sync::Notify;
 
+use super::budget::{Full, Share};
 use super::{Handle, MAX_PENDING, MAX_PENDING_PER_USER, access, socket};
 use crate::registry::{Entry, MemberIndex};
 
@@ -21,6 +22,9 @@ const MAX_QUEUED: usize = 262_144;
 const MAX_QUEUED_BYTES: usize = 16 * 1024 * 1024;
 const MAX_QUEUED_FDS: usize = 128;
 
+/// Bytes that a record takes besides its own.
+const RECORD_OVERHEAD: usize = 48;
+
 /// Reports of changes are dropped when this many records wait.
 const MANY_QUEUED: usize = 4096;
 
@@ -28,46 +32,96 @@ const MANY_QUEUED: usize = 4096;
 const BATCH: usize = 64;
 
 /// What waits to be sent to one member.
-#[derive(Default)]
 pub(crate) struct Queue {
     records: RefCell<VecDeque<(Vec<u8>, Option<OwnedFd>)>>,
-    bytes: Cell<usize>,
+    share: Share,
     fds: Cell<usize>,
     missed: RefCell<Option<FromDirectory>>,
-    cut: Cell<bool>,
+    cut: Cell<Option<&'static str>>,
     changed: Notify,
 }
 
+/// Why a record was not queued.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(super) enum Pushed {
+    /// The queue is full.
+    Queue,
+    /// All queues together are.
+    Budget(Full),
+    /// The connection is ending.
+    Ended,
+}
+
 impl Queue {
-    /// False if there is no room.
-    pub(super) fn push(&self, record: &FromDirectory, fd: Option<OwnedFd>) -> bool {
+    pub(super) fn new(share: Share) -> Queue {
+        Queue {
+            records: RefCell::default(),
+            share,
+            fds: Cell::new(0),
+            missed: RefCell::default(),
+            cut: Cell::new(None),
+            changed: Notify::new(),
+        }
+    }
+
+    /// Queues a record.
+    ///
+    /// # Errors
+    /// There is no room; with the descriptor.
+    pub(super) fn push(
+        &self,
+        record: &FromDirectory,
+        fd: Option<OwnedFd>,
+    ) -> Result<(), (Pushed, Option<OwnedFd>)> {
+        if self.cut.get().is_some() {
+            return Err((Pushed::Ended, fd));
+        }
         let mut records = self.records.borrow_mut();
         let report = matches!(record, FromDirectory::Changed { .. });
         let full = records.len() >= if report { MANY_QUEUED } else { MAX_QUEUED };
-        if full || self.bytes.get() >= MAX_QUEUED_BYTES || self.fds.get() >= MAX_QUEUED_FDS {
-            return false;
+        if full
+            || self.share.bytes() >= MAX_QUEUED_BYTES
+            || (fd.is_some() && !self.has_room_for_fd())
+        {
+            return Err((Pushed::Queue, fd));
         }
         let mut bytes = Vec::new();
         record.encode(&mut bytes);
-        self.bytes.set(self.bytes.get() + bytes.len());
+        if let Err(full) = self.share.grow(bytes.len() + RECORD_OVERHEAD) {
+            return Err((Pushed::Budget(full), fd));
+        }
         self.fds.set(self.fds.get() + usize::from(fd.is_some()));
         records.push_back((bytes, fd));
         self.changed.notify_one();
-        true
+        Ok(())
+    }
+
+    pub(super) fn has_room_for_fd(&self) -> bool {
+        self.fds.get() < MAX_QUEUED_FDS
     }
 
     pub(super) fn missed(&self, record: FromDirectory) {
         *self.missed.borrow_mut() = Some(record);
     }
 
-    /// Ends the connection.
-    pub(super) fn cut(&self) {
-        self.cut.set(true);
-        self.changed.notify_one();
+    /// Ends the connection and gives its memory back; false if it was ending before.
+    pub(super) fn cut(&self, reason: &'static str) -> bool {
+        let first = self.cut.get().is_none();
+        if first {
+            self.cut.set(Some(reason));
+            self.records.borrow_mut().clear();
+            self.share.shrink(self.share.bytes());
+            self.changed.notify_one();
+        }
+        first
     }
 
     pub(super) fn bytes(&self) -> usize {
-        self.bytes.get()
+        self.share.bytes()
+    }
+
+    pub(super) fn user(&self) -> u32 {
+        self.share.user()
     }
 
     /// Sends what the socket has room for; true if all is sent.
@@ -77,7 +131,11 @@ impl Queue {
             let Some((bytes, fd)) = records.front() else {
                 drop(records);
                 let Some(missed) = self.missed.borrow_mut().take() else { return Ok(true) };
-                self.push(&missed, None);
+                // Without room it is told later.
+                if self.push(&missed, None).is_err() {
+                    self.missed(missed);
+                    return Ok(true);
+                }
                 continue;
             };
             match socket::send(socket, bytes, fd.as_ref()) {
@@ -86,7 +144,7 @@ impl Queue {
                 Err(error) => return Err(error),
             }
             if let Some((bytes, fd)) = records.pop_front() {
-                self.bytes.set(self.bytes.get() - bytes.len());
+                self.share.shrink(bytes.len() + RECORD_OVERHEAD);
                 self.fds.set(self.fds.get() - usize::from(fd.is_some()));
             }
         }
@@ -202,18 +260,14 @@ fn admit(state: &Handle, user: u32, hello: ToDirectory) -> Result<MemberIndex, F
     let spaces = &state.config.namespaces;
     let index = access::check(spaces, state.key.as_ref(), &namespace, user, &ticket, observes)
         .map_err(|reason| refused(false, &reason))?;
-    let of_user = state.users.get(&user).copied().unwrap_or(0);
-    if of_user >= state.config.max_members_per_user {
-        return Err(refused(true, "the user has max_members_per_user members"));
-    }
     // An observer is a member that registers nothing, with a number of its own.
     let number = if observes { observer_number() } else { member };
-    let entry = Entry { namespace: index, number, worker: worker.clone() };
+    let entry = Entry { namespace: index, number, worker: worker.clone(), user, observes };
     let index = state.registry.enter(entry).map_err(|reason| refused(true, reason))?;
-    let session = Rc::new(Session { queue: Queue::default() });
+    let session = Rc::new(Session { queue: Queue::new(state.queued.share(user)) });
     #[cfg(feature = "nats")]
     let gateway = match &state.cluster {
-        Some(cluster) if !observes => cluster.gateway(&namespace, number),
+        Some(cluster) if !observes => cluster.gateway(&namespace, number, user),
         _ => None,
     };
     #[cfg(not(feature = "nats"))]
@@ -224,9 +278,13 @@ fn admit(state: &Handle, user: u32, hello: ToDirectory) -> Result<MemberIndex, F
         max_message: state.config.max_message,
         gateway: gateway.is_some(),
     };
-    session.queue.push(&welcome, gateway);
+    if session.queue.push(&welcome, gateway).is_err() {
+        let now = state.now();
+        state.registry.leave(now, index);
+        state.perform();
+        return Err(refused(true, "max_queued_bytes or max_queued_bytes_per_user is reached"));
+    }
     state.sessions.insert(index, session);
-    *state.users.entry(user).or_default() += 1;
     log::info!("event=member_entered namespace={namespace} worker={worker} uid={user}");
     state.perform();
     Ok(index)
@@ -254,12 +312,6 @@ async fn serve(state: &Handle, connection: &AsyncFd<OwnedFd>, member: MemberInde
         ),
     }
     state.sessions.remove(&member);
-    if let Some(count) = state.users.get_mut(&user) {
-        *count -= 1;
-        if *count == 0 {
-            state.users.remove(&user);
-        }
-    }
     let now = state.now();
     state.registry.leave(now, member);
     state.perform();
@@ -278,8 +330,8 @@ async fn exchange(
             Err(error) if error.kind() == io::ErrorKind::BrokenPipe => return End::Closed,
             Err(error) => return End::Broken(error.to_string()),
         };
-        if session.queue.cut.get() {
-            return End::Broken("it does not read".to_owned());
+        if let Some(reason) = session.queue.cut.get() {
+            return End::Broken(reason.to_owned());
         }
         let interest =
             if sent { Interest::READABLE } else { Interest::READABLE | Interest::WRITABLE };
@@ -304,7 +356,12 @@ async fn exchange(
             match receive(connection, &mut buffer) {
                 Ok(0) => return End::Closed,
                 Ok(len) => match ToDirectory::decode(&buffer[..len]) {
-                    Ok(record) => handle(state, member, record),
+                    Ok(record) => {
+                        handle(state, member, record);
+                        if session.queue.cut.get().is_some() {
+                            break;
+                        }
+                    }
                     Err(error) => return End::Broken(error.to_string()),
                 },
                 Err(error) if error.kind() == io::ErrorKind::WouldBlock => {

@@ -1,6 +1,6 @@
 //! The bytes of one field of a record. Independent of the kind of record.
 
-use super::{Change, Id, MAX_TEXT, Name};
+use super::{Change, Id, MAX_TEXT, Name, Wish};
 use crate::wire::WireError;
 
 /// Takes fields from the front of a record.
@@ -84,6 +84,22 @@ impl Field for Change {
             2 => Ok(Change::Moved),
             3 => Ok(Change::Missed),
             _ => Err(WireError::Invalid("change")),
+        }
+    }
+}
+
+impl Field for Wish {
+    fn put(&self, out: &mut Vec<u8>) {
+        out.push(*self as u8);
+    }
+
+    fn take(reader: &mut Reader<'_>) -> Result<Self, WireError> {
+        match u8::take(reader)? {
+            0 => Ok(Wish::Join),
+            1 => Ok(Wish::Subscribe),
+            2 => Ok(Wish::Watch),
+            3 => Ok(Wish::WatchGroup),
+            _ => Err(WireError::Invalid("wish")),
         }
     }
 }

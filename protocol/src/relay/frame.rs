@@ -14,13 +14,65 @@
 //! | unreachable | host u64, member u64: nothing more is known of what was forwarded there |
 //!
 //! Sequences count up from 1 in each direction of a link, one for each data frame, and every data
-//! frame is answered once, in any order. A reader that meets a frame it cannot decode closes the
-//! link: a stream has no place at which to begin again.
+//! frame is answered once, in the order of the sequences. A reader that meets a frame it cannot
+//! decode, or one longer than [`longest`] allows, closes the link: a stream has no place at which to
+//! begin again. On a link to the directory [`longest_forward`] is the bound.
 
 use crate::wire::WireError;
 
 /// Most bytes of a frame besides its payload.
 pub const MAX_OVERHEAD: usize = 4 + 2 + 8 + 8 + 1 + super::MAX_ID + 4 + 2 + 32;
+
+/// The shortest bound of a frame: answers and spreads must fit, whatever `max_message` is.
+const MIN_FRAME: usize = 64 * 1024;
+
+/// Most bytes of whole frames in one forward, unless a single one is longer.
+pub const MAX_FORWARD: usize = 256 * 1024;
+
+/// Bytes of a forward before its frames.
+const FORWARD_HEAD: usize = 4 + 2 + 4 * 8;
+
+/// The longest frame between two members whose largest message has `max_message` bytes.
+pub const fn longest(max_message: usize) -> usize {
+    let payload = if max_message > MIN_FRAME { max_message } else { MIN_FRAME };
+    payload.saturating_add(MAX_OVERHEAD)
+}
+
+/// The longest frame between a member and its directory.
+pub const fn longest_forward(max_message: usize) -> usize {
+    let one = longest(max_message);
+    (if one > MAX_FORWARD { one } else { MAX_FORWARD }).saturating_add(FORWARD_HEAD)
+}
+
+/// The number of bytes of whole frames at the start of `frames` that one forward has: at most
+/// [`MAX_FORWARD`], or one frame; 0 if there is no whole one.
+pub fn forwarded_at_once(frames: &[u8]) -> usize {
+    let mut end = 0;
+    while let Some(len) = frames.get(end..).and_then(Frame::len_of) {
+        let next = end.saturating_add(len);
+        if next > frames.len() || (end > 0 && next > MAX_FORWARD) {
+            break;
+        }
+        end = next;
+    }
+    end
+}
+
+/// The longest message in `frames`, in bytes; `None` if these are not whole frames of a member.
+pub fn longest_message(frames: &[u8]) -> Option<usize> {
+    let (mut rest, mut longest) = (frames, 0);
+    while !rest.is_empty() {
+        let (one, after) = rest.split_at_checked(Frame::len_of(rest)?)?;
+        rest = after;
+        longest = longest.max(match Frame::decode(one).ok()? {
+            Frame::Data { payload, .. } => payload.len(),
+            Frame::Reply { reply: Reply::Payload(payload), .. } => payload.len(),
+            Frame::Reply { .. } | Frame::Answers(_) | Frame::Spread { .. } => 0,
+            Frame::Forward { .. } | Frame::Unreachable { .. } => return None,
+        });
+    }
+    Some(longest)
+}
 
 /// Flags of a data frame.
 pub mod flag {
@@ -33,6 +85,8 @@ pub mod flag {
     pub const RESET: u8 = 1;
     /// Of a reply: the application has dropped the request without a reply.
     pub const NO_REPLY: u8 = 1;
+    /// Of a reply: it was longer than the largest message, and is not here.
+    pub const TOO_LONG: u8 = 2;
 }
 
 /// What became of a message at the receiving member.
@@ -44,6 +98,17 @@ pub enum Status {
     NotHere,
     /// The application's queue is full; no process has received the message.
     Full,
+}
+
+/// What an application has answered to a request.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Reply<'a> {
+    /// These bytes.
+    Payload(&'a [u8]),
+    /// Nothing: it has dropped the request.
+    None,
+    /// Something longer than the largest message.
+    TooLong,
 }
 
 /// A decoded frame.
@@ -77,8 +142,8 @@ pub enum Frame<'a> {
     Reply {
         /// The request.
         sequence: u64,
-        /// The answer; `None` if the application gave none.
-        payload: Option<&'a [u8]>,
+        /// The answer, or why there is none.
+        reply: Reply<'a>,
     },
     /// Frames to or from a member of another host; only on a link to the directory.
     Forward {
@@ -189,8 +254,13 @@ impl Frame<'_> {
             }
             REPLY => {
                 let sequence = u64::from_le_bytes(chunk(&mut rest, "sequence")?);
-                let payload = (flags & flag::NO_REPLY == 0).then_some(rest);
-                Ok(Frame::Reply { sequence, payload })
+                let reply = match flags & (flag::NO_REPLY | flag::TOO_LONG) {
+                    0 => Reply::Payload(rest),
+                    flag::NO_REPLY => end(rest).map(|()| Reply::None)?,
+                    flag::TOO_LONG => end(rest).map(|()| Reply::TooLong)?,
+                    _ => return Err(WireError::Invalid("flags of a reply")),
+                };
+                Ok(Frame::Reply { sequence, reply })
             }
             FORWARD => {
                 let host = u64::from_le_bytes(chunk(&mut rest, "host")?);
@@ -255,10 +325,13 @@ pub fn spread(out: &mut Vec<u8>, sequence: u64, delivered: u32, full: u32) {
     out.extend_from_slice(&full.to_le_bytes());
 }
 
-/// Appends a reply; `None` if the application gave none.
-pub fn reply(out: &mut Vec<u8>, sequence: u64, payload: Option<&[u8]>) {
-    let flags = if payload.is_none() { flag::NO_REPLY } else { 0 };
-    let payload = payload.unwrap_or_default();
+/// Appends a reply.
+pub fn reply(out: &mut Vec<u8>, sequence: u64, reply: Reply<'_>) {
+    let (flags, payload) = match reply {
+        Reply::Payload(payload) => (0, payload),
+        Reply::None => (flag::NO_REPLY, &[][..]),
+        Reply::TooLong => (flag::TOO_LONG, &[][..]),
+    };
     head(out, REPLY, flags, 8 + payload.len());
     out.extend_from_slice(&sequence.to_le_bytes());
     out.extend_from_slice(payload);

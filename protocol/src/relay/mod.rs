@@ -12,7 +12,7 @@
 //! ```
 //! use dispatch_protocol::relay::{FromDirectory, Id, ToDirectory};
 //!
-//! let lookup = ToDirectory::Lookup { request: 7, id: Id::new(b"alice")?, stale: 0 };
+//! let lookup = ToDirectory::Lookup { request: 7, id: Id::new(b"alice")?, newest: 0, ended: false };
 //! let mut record = Vec::new();
 //! lookup.encode(&mut record);
 //! assert_eq!(ToDirectory::decode(&record)?, lookup);
@@ -175,6 +175,19 @@ pub enum Change {
     Missed,
 }
 
+/// What a member can ask for that is answered only if it is not accepted.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Wish {
+    /// A membership of a group.
+    Join,
+    /// The memberships of a group.
+    Subscribe,
+    /// The changes of an id.
+    Watch,
+    /// The changes of a group.
+    WatchGroup,
+}
+
 records! {
     /// A record of a member to its directory.
     ToDirectory {
@@ -185,7 +198,7 @@ records! {
             /// The namespace to enter.
             namespace: Name,
             /// A random number that the member has chosen and keeps when it connects again. 0: an
-            /// observer, which may only ask.
+            /// observer, which may only ask: who, online, groups and stats.
             member: u64,
             /// The worker's name, for people.
             worker: Name,
@@ -211,22 +224,25 @@ records! {
             /// The registration.
             stamp: u64,
         }
-        /// Asks where `id` is registered. While its grace runs the answer waits.
+        /// Asks where `id` is registered. While its grace runs the answer waits, one grace at most.
         4 = Lookup {
             /// For the answer.
             request: u64,
             /// The id.
             id: Id,
-            /// The newest registration that the member has known, which is not where it was; 0 for
-            /// none. The directory may not know yet that it has ended, and answers with later ones
-            /// only, or, where all receive, with all others.
-            stale: u64,
+            /// The newest registration that the member has known; 0 for none. A directory that has
+            /// just started may know only earlier ones, and does not answer with them.
+            newest: u64,
+            /// Whether that registration has refused a message, so it has ended. The directory may
+            /// not know it yet, and answers with later ones, or, where all receive, with all others.
+            ended: bool,
         }
         /// Asks for a link to a member of the same host.
         5 = Connect {
             /// The other member.
             member: u64,
-            /// The number of the last link to it that this member has received; 0 for none.
+            /// The number of the last link to it that this member has received on this connection;
+            /// 0 for none. A number that the directory has not given costs the member its connection.
             after: u64,
         }
         /// The member receives messages for a group.
@@ -290,6 +306,11 @@ records! {
             /// For the answer.
             request: u64,
         }
+        /// No memberships of the group any more.
+        15 = Unsubscribe {
+            /// The group.
+            group: Id,
+        }
     }
 }
 
@@ -322,9 +343,9 @@ records! {
             /// The registration.
             stamp: u64,
         }
-        /// A registration, join, watch or subscription was not accepted.
+        /// A registration was not accepted.
         4 = NotAccepted {
-            /// Of the request; 0 for records without one.
+            /// Of the request.
             request: u64,
             /// One sentence for people, UTF-8.
             reason: Vec<u8>,
@@ -349,6 +370,8 @@ records! {
             member: u64,
             /// The number of the link; later ones are larger.
             number: u64,
+            /// The largest message on this link, in bytes, the same for both ends.
+            max_message: u32,
         }
         /// There is no such member any more.
         8 = NoMember {
@@ -400,6 +423,24 @@ records! {
             /// The numbers.
             counts: Vec<Count>,
         }
+        /// There is no link now, because a limit is reached; the member may ask again later.
+        14 = NoLink {
+            /// The member that was asked for.
+            member: u64,
+            /// One sentence for people, UTF-8.
+            reason: Vec<u8>,
+        }
+        /// A join, subscription or watch was not accepted; the member may ask again later.
+        15 = Declined {
+            /// What was asked for.
+            wish: Wish,
+            /// The id or group.
+            id: Id,
+            /// The membership; 0 for the others.
+            key: u32,
+            /// One sentence for people, UTF-8.
+            reason: Vec<u8>,
+        }
     }
 }
 
@@ -420,6 +461,8 @@ records! {
             sequence: u64,
             /// The sender's wall clock in milliseconds.
             wall: u64,
+            /// The largest message that its members accept, in bytes.
+            max_message: u32,
         }
         /// What follows, up to `SnapshotEnd`, is everything; what is not in it does not exist.
         2 = SnapshotBegin {
@@ -462,6 +505,8 @@ records! {
             id: Id,
             /// The registration.
             stamp: u64,
+            /// Whether the stamp is of the sender's clock, not one that a member has brought.
+            clock: bool,
             /// See [`Location::key`].
             key: u32,
         }

@@ -2,7 +2,7 @@
 
 use proptest::prelude::*;
 
-use super::frame::{self, Frame, Status};
+use super::frame::{self, Frame, Reply, Status};
 use super::*;
 
 fn id() -> impl Strategy<Value = Id> {
@@ -37,6 +37,12 @@ fn to_directory() -> impl Strategy<Value = ToDirectory> {
             weight
         }),
         (id(), any::<bool>()).prop_map(|(id, group)| ToDirectory::Watch { id, group }),
+        (id(), any::<u64>(), any::<bool>()).prop_map(|(id, newest, ended)| ToDirectory::Lookup {
+            request: 5,
+            id,
+            newest,
+            ended
+        }),
         any::<u64>().prop_map(|request| ToDirectory::Stats { request }),
     ]
 }
@@ -65,6 +71,12 @@ fn from_directory() -> impl Strategy<Value = FromDirectory> {
                 removed
             }
         ),
+        (id(), any::<u32>()).prop_map(|(id, key)| FromDirectory::Declined {
+            wish: Wish::WatchGroup,
+            id,
+            key,
+            reason: b"full".to_vec()
+        }),
         id().prop_map(|id| FromDirectory::Changed { id, group: true, change: Change::Moved }),
     ]
 }
@@ -104,8 +116,9 @@ proptest! {
         frame::data(&mut stream, frame::flag::REQUEST, 1, 2, to.as_bytes(), &payload);
         frame::answers(&mut stream, &[(1, 5, Status::Full), (9, 1, Status::Delivered)]);
         frame::spread(&mut stream, 3, 4, 5);
-        frame::reply(&mut stream, 6, Some(&payload));
-        frame::reply(&mut stream, 7, None);
+        frame::reply(&mut stream, 6, Reply::Payload(&payload));
+        frame::reply(&mut stream, 7, Reply::None);
+        frame::reply(&mut stream, 7, Reply::TooLong);
         let inner = stream.clone();
         frame::forward(&mut stream, 8, 9, (1, 2), true, &inner);
         frame::unreachable(&mut stream, 10, 11);
@@ -124,13 +137,43 @@ proptest! {
         let answers: Vec<_> = answers.collect();
         prop_assert_eq!(answers, [(1, 5, Status::Full), (9, 1, Status::Delivered)]);
         prop_assert_eq!(next(), Frame::Spread { sequence: 3, delivered: 4, full: 5 });
-        prop_assert_eq!(next(), Frame::Reply { sequence: 6, payload: Some(&payload) });
-        prop_assert_eq!(next(), Frame::Reply { sequence: 7, payload: None });
+        prop_assert_eq!(next(), Frame::Reply { sequence: 6, reply: Reply::Payload(&payload) });
+        prop_assert_eq!(next(), Frame::Reply { sequence: 7, reply: Reply::None });
+        prop_assert_eq!(next(), Frame::Reply { sequence: 7, reply: Reply::TooLong });
         let expected = Frame::Forward {
             host: 8, member: 9, epoch: 1, other: 2, reset: true, frames: &inner,
         };
         prop_assert_eq!(next(), expected);
         prop_assert_eq!(next(), Frame::Unreachable { host: 10, member: 11 });
+        prop_assert_eq!(frame::longest_message(&inner), Some(payload.len()));
+        prop_assert_eq!(frame::longest_message(&inner[1..]), None);
+    }
+
+    /// What one forward takes is whole frames within the bound, and all of them come in turn.
+    #[test]
+    fn forwards_split_between_frames(sizes in proptest::collection::vec(0..400_000usize, 1..12)) {
+        let mut stream = Vec::new();
+        for (n, size) in sizes.iter().enumerate() {
+            frame::data(&mut stream, 0, n as u64, 1, b"a", &vec![0; *size]);
+        }
+        let (mut rest, mut frames) = (&stream[..], 0);
+        while !rest.is_empty() {
+            let end = frame::forwarded_at_once(rest);
+            let (mut part, after) = rest.split_at(end);
+            let first = Frame::len_of(part).unwrap();
+            prop_assert!(end <= frame::MAX_FORWARD || end == first, "{}", end);
+            let mut whole = Vec::new();
+            frame::forward(&mut whole, 1, 2, (3, 4), false, part);
+            prop_assert!(whole.len() <= frame::longest_forward(400_000));
+            while let Some(len) = Frame::len_of(part) {
+                prop_assert!(Frame::decode(&part[..len]).is_ok());
+                part = &part[len..];
+                frames += 1;
+            }
+            rest = after;
+        }
+        prop_assert_eq!(frames, sizes.len());
+        prop_assert_eq!(frame::forwarded_at_once(&stream[..3]), 0);
     }
 }
 

@@ -26,7 +26,7 @@ mod live_connections;
 mod log_queue;
 mod outbox;
 mod prefork;
-mod process;
+pub(crate) mod process;
 mod readiness;
 mod sample;
 mod standalone;

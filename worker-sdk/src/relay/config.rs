@@ -6,8 +6,9 @@ use std::time::Duration;
 use dispatch_protocol::relay::Name;
 use dispatch_protocol::relay::ticket::MAX_TICKET;
 
-use super::Error;
 use super::engine::Settings;
+use super::queue::Capacity;
+use super::{Error, milliseconds};
 
 /// Settings of a [`Relay`](super::Relay). Every field has a default, and a method of the same name.
 ///
@@ -32,11 +33,16 @@ pub struct RelayConfig {
     timeout: Duration,
     join_timeout: Duration,
     queue: usize,
+    queue_bytes: usize,
+    queues_bytes: usize,
     window: usize,
     link_bytes: usize,
     waiting: usize,
+    recipient_bytes: usize,
     waiting_bytes: usize,
     routes: usize,
+    requests: usize,
+    group_ttl: Duration,
 }
 
 /// Checked settings.
@@ -47,7 +53,8 @@ pub(crate) struct Checked {
     pub(super) name: Name,
     pub(super) ticket: Vec<u8>,
     pub(super) join_timeout: Duration,
-    pub(super) queue: usize,
+    pub(super) queue: Capacity,
+    pub(super) queues_bytes: usize,
     pub(super) settings: Settings,
 }
 
@@ -61,11 +68,16 @@ impl Default for RelayConfig {
             timeout: Duration::from_secs(5),
             join_timeout: Duration::from_secs(10),
             queue: 1024,
+            queue_bytes: 8 * 1024 * 1024,
+            queues_bytes: 256 * 1024 * 1024,
             window: 8192,
             link_bytes: 8 * 1024 * 1024,
             waiting: 1024,
+            recipient_bytes: 4 * 1024 * 1024,
             waiting_bytes: 16 * 1024 * 1024,
             routes: 65_536,
+            requests: 65_536,
+            group_ttl: Duration::from_secs(60),
         }
     }
 }
@@ -134,6 +146,19 @@ impl RelayConfig {
         self
     }
 
+    /// Bytes in the queue of one registration, membership or watch. One message may exceed it. Default:
+    /// 8 MiB.
+    pub fn queue_bytes(mut self, bytes: usize) -> RelayConfig {
+        self.queue_bytes = bytes;
+        self
+    }
+
+    /// Bytes in the queues of all registrations, memberships and watches together. Default: 256 MiB.
+    pub fn queues_bytes(mut self, bytes: usize) -> RelayConfig {
+        self.queues_bytes = bytes;
+        self
+    }
+
     /// Messages that wait for an outcome at one other worker. Default: 8,192.
     pub fn window(mut self, messages: usize) -> RelayConfig {
         self.window = messages;
@@ -153,6 +178,12 @@ impl RelayConfig {
         self
     }
 
+    /// Bytes of these. One message may exceed it. Default: 4 MiB.
+    pub fn recipient_bytes(mut self, bytes: usize) -> RelayConfig {
+        self.recipient_bytes = bytes;
+        self
+    }
+
     /// Bytes of these for all recipients. Default: 16 MiB.
     pub fn waiting_bytes(mut self, bytes: usize) -> RelayConfig {
         self.waiting_bytes = bytes;
@@ -162,6 +193,19 @@ impl RelayConfig {
     /// Recipients and groups whose place is remembered. Default: 65,536 of each.
     pub fn routes(mut self, recipients: usize) -> RelayConfig {
         self.routes = recipients;
+        self
+    }
+
+    /// Requests that wait for a reply. Default: 65,536.
+    pub fn requests(mut self, requests: usize) -> RelayConfig {
+        self.requests = requests;
+        self
+    }
+
+    /// How long the members of a group are remembered to which nothing is sent; at least `timeout`.
+    /// Default: 60 s.
+    pub fn group_ttl(mut self, time: Duration) -> RelayConfig {
+        self.group_ttl = time;
         self
     }
 
@@ -176,6 +220,9 @@ impl RelayConfig {
         }
         for (field, value) in [
             ("queue", self.queue),
+            ("queue_bytes", self.queue_bytes),
+            ("queues_bytes", self.queues_bytes),
+            ("requests", self.requests),
             ("window", self.window),
             ("link_bytes", self.link_bytes),
             ("waiting", self.waiting),
@@ -185,7 +232,7 @@ impl RelayConfig {
                 return Err(wrong(field, "must not be 0"));
             }
         }
-        let timeout = u64::try_from(self.timeout.as_millis()).unwrap_or(u64::MAX);
+        let timeout = milliseconds(self.timeout);
         if timeout == 0 {
             return Err(wrong("timeout", "must be at least 1 ms"));
         }
@@ -195,13 +242,18 @@ impl RelayConfig {
             socket: self.socket,
             ticket: self.ticket,
             join_timeout: self.join_timeout,
-            queue: self.queue,
+            queue: Capacity { items: self.queue, bytes: self.queue_bytes },
+            queues_bytes: self.queues_bytes,
             settings: Settings {
                 window: self.window,
                 link_bytes: self.link_bytes,
                 waiting: self.waiting,
+                recipient_bytes: self.recipient_bytes,
                 waiting_bytes: self.waiting_bytes,
                 routes: self.routes,
+                requests: self.requests,
+                // A message in flight may still need the members.
+                group_ttl: milliseconds(self.group_ttl).max(timeout),
                 timeout,
             },
         })

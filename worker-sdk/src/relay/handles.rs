@@ -152,7 +152,8 @@ impl Registration {
 
     /// Ends the registration; what has arrived before can still be received.
     pub fn close(&self) {
-        self.relay.shared().with(|engine, _| engine.unregister(&self.id, self.key));
+        // In a fork it has no effect.
+        let _ = self.relay.shared().with(|engine, _| engine.unregister(&self.id, self.key));
     }
 }
 
@@ -164,7 +165,8 @@ impl Membership {
 
     /// Leaves the group; what has arrived before can still be received.
     pub fn leave(&self) {
-        self.relay.shared().with(|engine, _| engine.leave(&self.group, self.key));
+        // In a fork it has no effect.
+        let _ = self.relay.shared().with(|engine, _| engine.leave(&self.group, self.key));
     }
 }
 
@@ -177,6 +179,11 @@ impl Watch {
     /// The next change, if one is there.
     pub fn try_recv(&self) -> Option<PresenceEvent> {
         self.queue.try_take()
+    }
+
+    /// Why nothing more comes; `None` while more may come.
+    pub fn ended(&self) -> Option<Ended> {
+        self.queue.ended()
     }
 }
 
@@ -199,7 +206,8 @@ impl Drop for Membership {
 impl Drop for Watch {
     fn drop(&mut self) {
         let (group, serial) = (self.group, self.serial);
-        self.relay.shared().with(|engine, _| engine.unwatch(&self.id, group, serial));
+        // In a fork it has no effect.
+        let _ = self.relay.shared().with(|engine, _| engine.unwatch(&self.id, group, serial));
     }
 }
 

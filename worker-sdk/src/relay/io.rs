@@ -3,16 +3,20 @@
 //! One thread of the process receives everything and sends what did not fit at once; a call of the
 //! application sends by itself if the socket has room. The state is behind one lock, which no
 //! thread holds while it waits. Results are set and queues are woken after it is released.
+//!
+//! The thread sleeps until something is due. A call after which something is due earlier rings the
+//! doorbell, whatever it was that the call has changed.
 
+mod flush;
 mod receive;
 
 use std::collections::HashMap;
 use std::io;
-use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
+use std::os::fd::OwnedFd;
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
-use std::time::{Duration, Instant};
+use std::time::{Duration, Instant, SystemTime, UNIX_EPOCH};
 
-use dispatch_protocol::relay::frame::MAX_OVERHEAD;
+use dispatch_protocol::relay::frame;
 use dispatch_protocol::relay::{FromDirectory, MAX_RECORD, ToDirectory, VERSION, readable};
 use rustix::buffer::spare_capacity;
 use rustix::event::epoll::{self, CreateFlags, EventData, EventFlags};
@@ -23,17 +27,22 @@ use rustix::net::{
 };
 
 use self::receive::{read_frames, receive_record};
-use super::Error;
 use super::config::Checked;
 use super::engine::Engine;
 use super::message::ReplyTo;
+use super::queue::Budget;
 use super::slot::Slot;
+use super::{Error, ReplyError};
+use crate::client::process::Process;
 
 /// Between two attempts to connect to the directory.
 const RETRY: Duration = Duration::from_millis(100);
 
 /// After a refusal that a changed configuration may lift.
 const RETRY_REFUSED: Duration = Duration::from_secs(1);
+
+/// How long the directory may take for its answer to hello.
+const GREETING: Duration = Duration::from_secs(10);
 
 /// How often deadlines are looked at, and how long after the last one.
 const TICK: Duration = Duration::from_millis(20);
@@ -65,7 +74,10 @@ enum Control {
         retry: Instant,
     },
     /// Hello was sent.
-    Greeted(OwnedFd),
+    Greeted {
+        fd: OwnedFd,
+        until: Instant,
+    },
     Joined {
         fd: OwnedFd,
         waits: bool,
@@ -82,6 +94,14 @@ struct Gateway {
     members: Vec<u64>,
 }
 
+/// What the thread does.
+#[derive(Clone, Copy, Debug)]
+enum Sleep {
+    Awake,
+    Until(Instant),
+    Forever,
+}
+
 struct Inner {
     engine: Engine,
     links: HashMap<u64, Link>,
@@ -89,8 +109,10 @@ struct Inner {
     next_token: u64,
     control: Control,
     gateway: Option<Gateway>,
-    /// Whether the thread waits without a time limit.
-    idle: bool,
+    sleep: Sleep,
+    /// Deadlines are looked at for a while after the last one, so that a steady flow of messages need
+    /// not ring the doorbell for each.
+    tick_until: Instant,
     closed: bool,
     start: Option<Arc<Slot<Result<(), Error>>>>,
     start_deadline: Instant,
@@ -102,8 +124,16 @@ pub(crate) struct Shared {
     epoll: OwnedFd,
     doorbell: OwnedFd,
     pub(super) config: Checked,
+    /// The bytes in all queues of the application.
+    pub(super) budget: Arc<Budget>,
     started: Instant,
+    /// A fork has copies of the descriptors, but not the thread, and perhaps a taken lock.
+    process: Process,
 }
+
+/// This process is a fork of the one that has the relay.
+#[derive(Clone, Copy, Debug)]
+pub(super) struct Forked;
 
 fn broken(error: Errno) -> Error {
     Error::Io(io::Error::from(error))
@@ -125,7 +155,9 @@ pub(super) fn start(
         filled +=
             rustix::rand::getrandom(rest, rustix::rand::GetRandomFlags::empty()).map_err(broken)?;
     }
-    let engine = Engine::new(config.settings.clone(), u64::from_ne_bytes(number).max(1));
+    let wall = SystemTime::now().duration_since(UNIX_EPOCH).unwrap_or_default();
+    let wall = u64::try_from(wall.as_micros()).unwrap_or(0);
+    let engine = Engine::new(config.settings.clone(), u64::from_ne_bytes(number).max(1), wall);
     let now = Instant::now();
     let inner = Inner {
         engine,
@@ -134,13 +166,21 @@ pub(super) fn start(
         next_token: FIRST_LINK,
         control: Control::None { retry: now },
         gateway: None,
-        idle: false,
+        sleep: Sleep::Awake,
+        tick_until: now,
         closed: false,
         start: Some(slot),
         start_deadline: now + config.join_timeout,
     };
-    let shared =
-        Arc::new(Shared { inner: Mutex::new(inner), epoll, doorbell, config, started: now });
+    let shared = Arc::new(Shared {
+        inner: Mutex::new(inner),
+        epoll,
+        doorbell,
+        budget: Arc::new(Budget::new(config.queues_bytes)),
+        config,
+        started: now,
+        process: Process::current(),
+    });
     let thread = Arc::clone(&shared);
     std::thread::Builder::new()
         .name("relay".to_owned())
@@ -159,14 +199,20 @@ impl Shared {
     }
 
     /// Changes the state, sends what results from it, and then tells what waits.
-    pub(super) fn with<T>(&self, change: impl FnOnce(&mut Engine, u64) -> T) -> T {
+    ///
+    /// # Errors
+    /// [`Forked`]: nothing was changed.
+    pub(super) fn with<T>(&self, change: impl FnOnce(&mut Engine, u64) -> T) -> Result<T, Forked> {
+        if !self.process.is_current() {
+            return Err(Forked);
+        }
         let now = self.now();
         let mut inner = self.lock();
         let result = change(&mut inner.engine, now);
         inner.flush(&self.epoll, now);
-        let ring = inner.idle && inner.engine.has_deadlines();
+        let ring = inner.sleeps_too_long(self.started);
         if ring {
-            inner.idle = false;
+            inner.sleep = Sleep::Awake;
         }
         let fired = std::mem::take(&mut inner.engine.fired);
         drop(inner);
@@ -174,18 +220,19 @@ impl Shared {
             self.ring();
         }
         fired.into_iter().for_each(super::engine::Fired::fire);
-        result
+        Ok(result)
     }
 
-    pub(super) fn reply(&self, to: &ReplyTo, payload: Option<Arc<[u8]>>) {
-        self.with(|engine, _| engine.reply(to, payload));
+    pub(super) fn reply(&self, to: &ReplyTo, payload: Option<&[u8]>) -> Result<(), ReplyError> {
+        self.with(|engine, _| engine.reply(to, payload)).unwrap_or(Err(ReplyError::Forked))
     }
 
-    /// Ends everything; the thread ends, too.
+    /// Ends everything; the thread ends, too. In a fork it does nothing.
     pub(super) fn close(&self) {
-        self.with(|engine, now| engine.close(now));
-        self.lock().closed = true;
-        self.ring();
+        if self.with(|engine, now| engine.close(now)).is_ok() {
+            self.lock().closed = true;
+            self.ring();
+        }
     }
 
     fn ring(&self) {
@@ -196,7 +243,6 @@ impl Shared {
     fn run(&self) {
         let mut events = Vec::with_capacity(64);
         let mut scratch = vec![0; RECEIVE];
-        let mut tick_until = Instant::now();
         let mut next_tick = 0;
         loop {
             let timeout = {
@@ -206,17 +252,11 @@ impl Shared {
                 }
                 let now = Instant::now();
                 if inner.engine.has_deadlines() {
-                    tick_until = now + TICK_ON;
+                    inner.tick_until = now + TICK_ON;
                 }
-                let timeout = match &inner.control {
-                    Control::None { retry } => Some(retry.saturating_duration_since(now)),
-                    Control::Greeted(_) => Some(TICK),
-                    Control::Joined { .. } => None,
-                };
-                let tick = (now < tick_until).then_some(TICK);
-                let timeout = timeout.into_iter().chain(tick).min();
-                inner.idle = timeout.is_none();
-                timeout
+                let due = inner.due(now, self.started);
+                inner.sleep = due.map_or(Sleep::Forever, Sleep::Until);
+                due.map(|due| due.saturating_duration_since(now))
             };
             events.clear();
             let limit = timeout.and_then(|timeout| rustix::time::Timespec::try_from(timeout).ok());
@@ -230,7 +270,7 @@ impl Shared {
             }
             let now = self.now();
             let mut inner = self.lock();
-            inner.idle = false;
+            inner.sleep = Sleep::Awake;
             inner.turn(self, &events, &mut scratch, now);
             // It looks at everything that waits, so not in every turn.
             if now >= next_tick {
@@ -246,16 +286,51 @@ impl Shared {
 }
 
 impl Inner {
+    /// When the thread has something to do without an event.
+    fn due(&self, now: Instant, started: Instant) -> Option<Instant> {
+        let control = match &self.control {
+            Control::None { retry } => Some(*retry),
+            Control::Greeted { until, .. } => Some(*until),
+            Control::Joined { .. } => None,
+        };
+        let start = self.start.is_some().then_some(self.start_deadline);
+        let tick = (self.engine.has_deadlines() || now < self.tick_until).then(|| now + TICK);
+        let sweep = self.engine.sweep_at().and_then(|at| {
+            // At most once in a tick, also when it is late.
+            Some(started.checked_add(Duration::from_millis(at))?.max(now + TICK))
+        });
+        [control, start, tick, sweep].into_iter().flatten().min()
+    }
+
+    /// Whether something is due before the thread wakes.
+    fn sleeps_too_long(&self, started: Instant) -> bool {
+        let until = match self.sleep {
+            Sleep::Awake => return false,
+            Sleep::Until(until) => Some(until),
+            Sleep::Forever => None,
+        };
+        let now = Instant::now();
+        // Soon enough for anything; the usual case while messages flow.
+        if until.is_some_and(|until| until <= now + TICK) {
+            return false;
+        }
+        let due = self.due(now, started);
+        due.is_some_and(|due| until.is_none_or(|until| due < until))
+    }
+
     fn turn(&mut self, shared: &Shared, events: &[epoll::Event], scratch: &mut [u8], now: u64) {
         for event in events {
             if event.data.u64() == DOORBELL {
                 let _ = rustix::io::read(&shared.doorbell, &mut [0; 8]);
             }
         }
-        if let Control::None { retry } = self.control
-            && retry <= Instant::now()
-        {
-            self.connect(shared);
+        match self.control {
+            Control::None { retry } if retry <= Instant::now() => self.connect(shared),
+            Control::Greeted { until, .. } if until <= Instant::now() => {
+                log::warn!("event=relay_directory_error reason=\"no answer to hello\"");
+                self.lose_control(now, RETRY);
+            }
+            Control::None { .. } | Control::Greeted { .. } | Control::Joined { .. } => {}
         }
         // The directory first, and always: what it says of registrations that have ended must be
         // known before messages that were sent later.
@@ -310,7 +385,7 @@ impl Inner {
             Ok::<_, Errno>(fd)
         };
         self.control = match greet() {
-            Ok(fd) => Control::Greeted(fd),
+            Ok(fd) => Control::Greeted { fd, until: Instant::now() + GREETING },
             Err(_) => Control::None { retry: Instant::now() + RETRY },
         };
     }
@@ -325,7 +400,7 @@ impl Inner {
         for _ in 0..RECORDS {
             let fd = match &self.control {
                 Control::None { .. } => return,
-                Control::Greeted(fd) | Control::Joined { fd, .. } => fd,
+                Control::Greeted { fd, .. } | Control::Joined { fd, .. } => fd,
             };
             let (len, fds) = match receive_record(fd, &mut scratch[..MAX_RECORD]) {
                 Ok((0, _)) => return self.lose_control(now, RETRY),
@@ -335,9 +410,10 @@ impl Inner {
             };
             let record = match FromDirectory::decode(&scratch[..len]) {
                 Ok(record) if record.fds() == fds.len() => record,
-                Ok(FromDirectory::Link { .. }) => {
-                    // This process has no descriptor left; the messages that wait will time out.
+                Ok(FromDirectory::Link { member, number, .. }) => {
+                    // This process has no descriptor left. It asks again for as long as messages wait.
                     log::error!("event=relay_link_lost reason=\"no file descriptor\"");
+                    self.engine.link_missed(now, member, number);
                     continue;
                 }
                 Ok(_) | Err(_) => {
@@ -356,7 +432,7 @@ impl Inner {
                     &mut self.control,
                     Control::None { retry: Instant::now() + RETRY_REFUSED },
                 );
-                let Control::Greeted(fd) = control else { return };
+                let Control::Greeted { fd, .. } = control else { return };
                 if version != VERSION {
                     log::error!("event=relay_directory_error reason=\"version {version}\"");
                     return;
@@ -380,9 +456,9 @@ impl Inner {
                     self.started(Err(Error::Refused(reason)));
                 }
             }
-            FromDirectory::Link { member, number } => {
+            FromDirectory::Link { member, number, max_message } => {
                 let Some(fd) = fds.pop() else { return };
-                let generation = self.engine.link_up(now, member, number);
+                let generation = self.engine.link_up(now, member, number, max_message as usize);
                 let token = self.next_token;
                 self.next_token += 1;
                 let data = EventData::new_u64(token);
@@ -414,11 +490,12 @@ impl Inner {
 
     fn read_link(&mut self, token: u64, scratch: &mut [u8], now: u64) {
         let Some(link) = self.links.get_mut(&token) else { return };
-        if !self.engine.has_link(link.member, link.generation) {
-            return self.drop_link(token, now);
-        }
         let member = link.member;
-        let most = self.engine.max_message.max(1 << 20) + MAX_OVERHEAD;
+        let peer = self.engine.peers.get(&member);
+        let Some(peer) = peer.filter(|peer| peer.is(link.generation)) else {
+            return self.drop_link(token, now);
+        };
+        let most = peer.longest_frame();
         let engine = &mut self.engine;
         let read = read_frames(&link.fd, &mut link.partial, scratch, most, |frame| {
             engine.frame(now, member, frame).map_err(|error| error.to_string())
@@ -436,7 +513,7 @@ impl Inner {
 
     fn read_gateway(&mut self, scratch: &mut [u8], now: u64) {
         let Some(gateway) = &mut self.gateway else { return };
-        let most = self.engine.max_message.max(1 << 20) + RECEIVE + 2 * MAX_OVERHEAD;
+        let most = frame::longest_forward(self.engine.max_message);
         let engine = &mut self.engine;
         let read = read_frames(&gateway.fd, &mut gateway.partial, scratch, most, |frame| {
             engine.gateway_frame(now, frame).map_err(|error| error.to_string())
@@ -446,123 +523,7 @@ impl Inner {
             self.lose_control(now, RETRY);
         }
     }
-
-    /// Sends what can be sent without waiting.
-    fn flush(&mut self, poll: &OwnedFd, now: u64) {
-        self.flush_gateway(poll, now);
-        while let Some(member) = self.engine.dirty.pop() {
-            if self.engine.is_forwarded(member) {
-                if let Some(gateway) = &mut self.gateway {
-                    gateway.members.push(member);
-                    self.flush_gateway(poll, now);
-                } else {
-                    self.engine.link_down(now, member);
-                }
-                continue;
-            }
-            let Some(&token) = self.tokens.get(&member) else { continue };
-            let (Some(link), Some(peer)) =
-                (self.links.get_mut(&token), self.engine.peers.get_mut(&member))
-            else {
-                continue;
-            };
-            if !peer.is(link.generation) {
-                continue;
-            }
-            let flags = SendFlags::NOSIGNAL | SendFlags::DONTWAIT;
-            let sent = loop {
-                if peer.unsent().is_empty() {
-                    break Ok(true);
-                }
-                match send(&link.fd, peer.unsent(), flags) {
-                    Ok(count) => peer.advance(count),
-                    Err(Errno::INTR) => {}
-                    Err(Errno::AGAIN) => break Ok(false),
-                    Err(error) => break Err(error),
-                }
-            };
-            match sent {
-                Ok(all) => {
-                    if link.waits == all {
-                        link.waits = !all;
-                        wait_for_room(poll, link.fd.as_fd(), token, !all);
-                    }
-                }
-                Err(_) => self.drop_link(token, now),
-            }
-        }
-        self.flush_control(poll, now);
-    }
-
-    fn flush_gateway(&mut self, poll: &OwnedFd, now: u64) {
-        let Some(gateway) = &mut self.gateway else { return };
-        self.engine.take_resets(&mut gateway.out);
-        let flags = SendFlags::NOSIGNAL | SendFlags::DONTWAIT;
-        let sent = loop {
-            let engine = &mut self.engine;
-            let out = &mut gateway.out;
-            gateway.members.retain(|member| !engine.take_forwards(*member, out, RECEIVE));
-            if gateway.head == gateway.out.len() {
-                gateway.out.clear();
-                gateway.head = 0;
-                break Ok(true);
-            }
-            match send(&gateway.fd, &gateway.out[gateway.head..], flags) {
-                Ok(count) => {
-                    gateway.head += count;
-                    if gateway.head == gateway.out.len() {
-                        gateway.out.clear();
-                        gateway.head = 0;
-                    } else if gateway.head > gateway.out.len() / 2 {
-                        gateway.out.drain(..gateway.head);
-                        gateway.head = 0;
-                    }
-                }
-                Err(Errno::INTR) => {}
-                Err(Errno::AGAIN) => break Ok(false),
-                Err(error) => break Err(error),
-            }
-        };
-        match sent {
-            Ok(all) => {
-                if gateway.waits == all {
-                    gateway.waits = !all;
-                    wait_for_room(poll, gateway.fd.as_fd(), GATEWAY, !all);
-                }
-            }
-            Err(_) => self.lose_control(now, RETRY),
-        }
-    }
-
-    fn flush_control(&mut self, poll: &OwnedFd, now: u64) {
-        let Control::Joined { fd, waits } = &mut self.control else { return };
-        let flags = SendFlags::NOSIGNAL | SendFlags::DONTWAIT;
-        let sent = loop {
-            let Some(record) = self.engine.control.front() else { break Ok(true) };
-            match send(&*fd, record, flags) {
-                Ok(_) => {
-                    self.engine.control.pop_front();
-                }
-                Err(Errno::INTR) => {}
-                Err(Errno::AGAIN) => break Ok(false),
-                Err(error) => break Err(error),
-            }
-        };
-        match sent {
-            Ok(all) => {
-                if *waits == all {
-                    *waits = !all;
-                    wait_for_room(poll, fd.as_fd(), CONTROL, !all);
-                }
-            }
-            Err(_) => self.lose_control(now, RETRY),
-        }
-    }
 }
 
-fn wait_for_room(poll: &OwnedFd, fd: BorrowedFd<'_>, token: u64, wait: bool) {
-    let flags = if wait { EventFlags::IN | EventFlags::OUT } else { EventFlags::IN };
-    if let Err(error) = epoll::modify(poll, fd, EventData::new_u64(token), flags) {
-        log::error!("event=relay_poll_failed error=\"{error}\"");
-    }
-}
+#[cfg(test)]
+mod tests;

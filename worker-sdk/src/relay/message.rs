@@ -3,7 +3,9 @@
 use std::fmt;
 use std::sync::{Arc, Weak};
 
+use super::ReplyError;
 use super::io::Shared;
+use super::queue::Weigh;
 
 /// Where the reply to a request goes.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -45,26 +47,39 @@ impl Message {
         self.reply_to.is_some()
     }
 
-    /// Replies to a request; of anything else the bytes are dropped. A reply is not acknowledged: if
-    /// the way back is lost, the requester learns it by its timeout.
-    pub fn reply(mut self, bytes: impl AsRef<[u8]>) {
-        self.answer(Some(bytes.as_ref().into()));
+    /// Replies to a request. A reply is not acknowledged: if the way back is lost later, the requester
+    /// learns it by its timeout.
+    ///
+    /// # Errors
+    /// [`ReplyError`]: the reply was not sent. One that is longer than `max_message` is reported to
+    /// the requester.
+    pub fn reply(mut self, bytes: impl AsRef<[u8]>) -> Result<(), ReplyError> {
+        self.answer(Some(bytes.as_ref()))
     }
 
     pub(super) fn forget_request(mut self) {
         self.reply_to = None;
     }
 
-    fn answer(&mut self, payload: Option<Arc<[u8]>>) {
-        if let (Some(to), Some(relay)) = (self.reply_to.take(), self.relay.upgrade()) {
-            relay.reply(&to, payload);
-        }
+    fn answer(&mut self, payload: Option<&[u8]>) -> Result<(), ReplyError> {
+        let to = self.reply_to.take().ok_or(ReplyError::NotARequest)?;
+        self.relay.upgrade().ok_or(ReplyError::Lost)?.reply(&to, payload)
     }
 }
 
 impl Drop for Message {
     fn drop(&mut self) {
-        self.answer(None);
+        // Nothing can be done about a word that does not reach the requester.
+        let _ = self.answer(None);
+    }
+}
+
+/// Bytes besides the payload that one message takes.
+const OVERHEAD: usize = size_of::<Message>() + 16;
+
+impl Weigh for Message {
+    fn weight(&self) -> usize {
+        self.payload.len() + OVERHEAD
     }
 }
 

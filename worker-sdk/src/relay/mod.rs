@@ -30,7 +30,9 @@
 //! process, or the way to it, ended at the wrong moment. A message arrives at most once, and the
 //! messages of one relay to one id arrive in their order.
 //!
-//! One thread of the process (`relay`) receives. Connect after forking.
+//! One thread of the process (`relay`) receives. Connect after forking: in a forked child every call on
+//! the parent's relay fails ([`Outcome::Forked`], [`Error::Forked`]), and dropping its handles does
+//! nothing.
 
 mod config;
 mod engine;
@@ -50,12 +52,14 @@ pub use self::engine::{Options, Pick, Stats};
 pub use self::handles::{Connecting, Incoming, Membership, Registering, Registration, Watch};
 pub use self::message::Message;
 pub use self::queue::{Ended, Receive};
-pub use self::results::{Error, Outcome, Page, Place, PresenceEvent, Published, RequestError};
+pub use self::results::{
+    Error, Outcome, Page, Place, PresenceEvent, Published, ReplyError, RequestError,
+};
 pub use self::slot::Pending;
 pub use dispatch_protocol::relay::{Change, GroupSize, Id, MAX_ID};
 
 use self::engine::Done;
-use self::io::Shared;
+use self::io::{Forked, Shared};
 use self::queue::Queue;
 use self::slot::Slot;
 
@@ -81,7 +85,7 @@ impl Drop for Handle {
 /// let membership = relay.join(&jobs);
 /// std::thread::spawn(move || {
 ///     while let Some(job) = membership.recv().wait() {
-///         job.reply(b"done");
+///         let _ = job.reply(b"done");
 ///     }
 /// });
 /// let reply = relay.request_any(&jobs, b"resize 7", Duration::from_secs(2), Options::new());
@@ -114,8 +118,9 @@ impl Relay {
         &self.0.0
     }
 
-    fn queue<T>(&self) -> Arc<Queue<T>> {
-        Arc::new(Queue::new(self.shared().config.queue))
+    fn queue<T: queue::Weigh>(&self) -> Arc<Queue<T>> {
+        let shared = self.shared();
+        Arc::new(Queue::new(shared.config.queue, Arc::clone(&shared.budget)))
     }
 
     /// Registers an id: messages to it come to the registration from now on. If it is registered
@@ -125,14 +130,21 @@ impl Relay {
     /// Without a directory the result waits until it returns.
     ///
     /// # Errors
-    /// [`Error::NotAccepted`] if a limit of the directory is reached, [`Error::Closed`].
+    /// [`Error::NotAccepted`] if a limit of the directory is reached, [`Error::Closed`],
+    /// [`Error::Forked`].
     pub fn register(&self, id: &Id) -> Registering {
         let queue = self.queue();
         let (slot, done) = Slot::new();
+        let forked = Arc::clone(&slot);
         let key = {
             let queue = Arc::clone(&queue);
             self.shared().with(|engine, _| engine.register(id, queue, slot))
         };
+        let key = key.unwrap_or_else(|Forked| {
+            queue.end(Ended::Forked);
+            forked.set(Err(Error::Forked));
+            0
+        });
         let registration =
             Registration { relay: self.clone(), id: id.clone(), stamp: 0, key, queue };
         Registering { registration: Some(registration), done }
@@ -168,12 +180,27 @@ impl Relay {
     }
 
     fn start_send(&self, id: &Id, bytes: &[u8], done: Done) {
-        self.shared().with(|engine, now| {
+        self.start(done, bytes, |engine, now, payload, done| {
+            engine.send_to_id(now, id, payload, done);
+        });
+    }
+
+    fn start(
+        &self,
+        done: Done,
+        bytes: &[u8],
+        send: impl FnOnce(&mut engine::Engine, u64, Arc<[u8]>, Done),
+    ) {
+        let forked = done.clone();
+        let started = self.shared().with(|engine, now| {
             if engine.is_too_long(bytes.len()) {
                 return engine.refuse(done);
             }
-            engine.send_to_id(now, id, bytes.into(), done);
+            send(engine, now, bytes.into(), done);
         });
+        if let Err(Forked) = started {
+            forked.set_forked();
+        }
     }
 
     /// Joins a group: what is published to it comes to the membership, with weight 1 in
@@ -189,6 +216,10 @@ impl Relay {
             let queue = Arc::clone(&queue);
             self.shared().with(|engine, _| engine.join(group, weight, queue))
         };
+        let key = key.unwrap_or_else(|Forked| {
+            queue.end(Ended::Forked);
+            0
+        });
         Membership { relay: self.clone(), group: group.clone(), key, queue }
     }
 
@@ -198,13 +229,17 @@ impl Relay {
     pub fn publish(&self, group: &Id, bytes: impl AsRef<[u8]>) -> Pending<Published> {
         let (slot, pending) = Slot::new();
         let bytes = bytes.as_ref();
-        self.shared().with(|engine, now| {
+        let forked = Arc::clone(&slot);
+        let unknown = Published { unknown: true, ..Published::default() };
+        let started = self.shared().with(|engine, now| {
             if engine.is_too_long(bytes.len()) {
-                let published = Published { unknown: true, ..Published::default() };
-                return engine.fired.push(engine::Fired::Publish(slot, published));
+                return engine.fired.push(engine::Fired::Publish(slot, unknown));
             }
             engine.publish(now, group, bytes.into(), Some(slot));
         });
+        if let Err(Forked) = started {
+            forked.set(unknown);
+        }
         pending
     }
 
@@ -237,44 +272,49 @@ impl Relay {
     }
 
     fn start_send_any(&self, group: &Id, bytes: &[u8], options: Options, done: Done) {
-        self.shared().with(|engine, now| {
-            if engine.is_too_long(bytes.len()) {
-                return engine.refuse(done);
-            }
-            engine.send_any(now, group, bytes.into(), options, done);
+        self.start(done, bytes, |engine, now, payload, done| {
+            engine.send_any(now, group, payload, options, done);
         });
+    }
+
+    /// Asks the directory.
+    fn ask<T>(
+        &self,
+        question: impl FnOnce(&mut engine::Engine, u64, Arc<Slot<Result<T, Error>>>),
+    ) -> Pending<Result<T, Error>> {
+        let (slot, pending) = Slot::new();
+        let forked = Arc::clone(&slot);
+        let asked = self.shared().with(|engine, now| question(engine, now, slot));
+        if let Err(Forked) = asked {
+            forked.set(Err(Error::Forked));
+        }
+        pending
     }
 
     /// Where an id is registered: at most 64 places, none if it is not.
     ///
     /// # Errors
-    /// [`Error::DirectoryAbsent`].
+    /// [`Error::DirectoryAbsent`], [`Error::Backpressure`], [`Error::Forked`].
     pub fn who(&self, id: &Id) -> Pending<Result<Page, Error>> {
-        let (slot, pending) = Slot::new();
-        self.shared().with(|engine, now| engine.places(now, Some(id.clone()), 0, slot));
-        pending
+        self.ask(|engine, now, slot| engine.places(now, Some(id.clone()), 0, slot))
     }
 
     /// A page of the registered ids of the namespace: begin with 0, and go on with
     /// [`Page::next`] until that is 0. An id that is registered all the time is in exactly one page.
     ///
     /// # Errors
-    /// [`Error::DirectoryAbsent`].
+    /// [`Error::DirectoryAbsent`], [`Error::Backpressure`], [`Error::Forked`].
     pub fn online(&self, cursor: u64) -> Pending<Result<Page, Error>> {
-        let (slot, pending) = Slot::new();
-        self.shared().with(|engine, now| engine.places(now, None, cursor, slot));
-        pending
+        self.ask(|engine, now, slot| engine.places(now, None, cursor, slot))
     }
 
     /// A page of groups with their sizes, in the order of their names, after this one (empty at the
     /// start); fewer than 64 at the end.
     ///
     /// # Errors
-    /// [`Error::DirectoryAbsent`].
+    /// [`Error::DirectoryAbsent`], [`Error::Backpressure`], [`Error::Forked`].
     pub fn groups(&self, after: &[u8]) -> Pending<Result<Vec<GroupSize>, Error>> {
-        let (slot, pending) = Slot::new();
-        self.shared().with(|engine, now| engine.group_sizes(now, after, slot));
-        pending
+        self.ask(|engine, now, slot| engine.group_sizes(now, after, slot))
     }
 
     /// The changes of an id from now on: it came, went, or moved to another worker.
@@ -293,18 +333,22 @@ impl Relay {
             let queue = Arc::clone(&queue);
             self.shared().with(|engine, _| engine.watch(id, group, queue))
         };
+        let serial = serial.unwrap_or_else(|Forked| {
+            queue.end(Ended::Forked);
+            0
+        });
         Watch { relay: self.clone(), id: id.clone(), group, serial, queue }
     }
 
     /// Whether the directory is there now.
     pub fn is_joined(&self) -> bool {
-        self.shared().with(|engine, _| engine.is_connected())
+        self.shared().with(|engine, _| engine.is_connected()).unwrap_or(false)
     }
 
     /// The numbers of this relay. Every message that was sent is in exactly one of `delivered`,
     /// `not_found`, `backpressure` and `lost`, as soon as it has an outcome.
     pub fn stats(&self) -> Stats {
-        self.shared().with(|engine, _| engine.stats)
+        self.shared().with(|engine, _| engine.stats()).unwrap_or_default()
     }
 }
 

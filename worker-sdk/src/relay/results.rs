@@ -5,6 +5,9 @@ use std::path::PathBuf;
 
 use dispatch_protocol::relay::{Change, Id};
 
+use super::queue::Weigh;
+use super::slot::Orphan;
+
 /// What became of a message.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
 #[must_use = "a message that was not delivered has to be dealt with, if only by counting it"]
@@ -20,6 +23,8 @@ pub enum Outcome {
     Lost,
     /// It is longer than the directory's `max_message`; it was not sent, and is not counted.
     TooLong,
+    /// This process is a fork of the one that has the relay; it was not sent, and is not counted.
+    Forked,
 }
 
 /// How many memberships of a group received a message.
@@ -32,7 +37,8 @@ pub struct Published {
     pub dropped: u32,
     /// Unknown, as [`Outcome::Lost`].
     pub lost: u32,
-    /// The directory did not tell the members of the group in time; no process has the message.
+    /// The members of the group are not known, because the directory did not tell them in time or a
+    /// limit is reached, or this process is a fork; no process has the message.
     pub unknown: bool,
 }
 
@@ -50,6 +56,10 @@ pub enum RequestError {
     TooLong,
     /// It was delivered, and the recipient dropped it without a reply.
     NoReply,
+    /// It was delivered, and the recipient's reply was longer than `max_message`.
+    ReplyTooLong,
+    /// This process is a fork of the one that has the relay; it was not sent.
+    Forked,
     /// It was delivered, and the reply took too long.
     TimedOut,
 }
@@ -62,12 +72,54 @@ impl fmt::Display for RequestError {
             RequestError::Lost => "the recipient or the way to it was lost",
             RequestError::TooLong => "it is longer than max_message",
             RequestError::NoReply => "the recipient gave no reply",
+            RequestError::ReplyTooLong => "the reply is longer than max_message",
+            RequestError::Forked => FORKED,
             RequestError::TimedOut => "the reply took too long",
         })
     }
 }
 
 impl std::error::Error for RequestError {}
+
+const FORKED: &str = "this process is a fork of the one that has the relay; connect after forking";
+
+/// Why a reply was not sent. The link to the requester goes on.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
+#[non_exhaustive]
+pub enum ReplyError {
+    /// It is longer than the largest message. The requester is told:
+    /// [`RequestError::ReplyTooLong`].
+    TooLong {
+        /// Bytes of the reply.
+        len: usize,
+        /// Bytes of the largest message.
+        max: usize,
+    },
+    /// The message is no request, so no process waits for a reply.
+    NotARequest,
+    /// The queue to the requester's process is full. The requester learns it by its timeout.
+    Backpressure,
+    /// The requester's process or the way to it was lost, or the relay was closed.
+    Lost,
+    /// This process is a fork of the one that has the relay.
+    Forked,
+}
+
+impl fmt::Display for ReplyError {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        match self {
+            ReplyError::TooLong { len, max } => {
+                write!(f, "the reply has {len} bytes, max_message allows {max}")
+            }
+            ReplyError::NotARequest => f.write_str("the message is no request"),
+            ReplyError::Backpressure => f.write_str("the queue to the requester is full"),
+            ReplyError::Lost => f.write_str("the requester or the way to it was lost"),
+            ReplyError::Forked => f.write_str(FORKED),
+        }
+    }
+}
+
+impl std::error::Error for ReplyError {}
 
 /// Why an operation failed.
 #[derive(Debug)]
@@ -83,6 +135,10 @@ pub enum Error {
     NotAccepted(String),
     /// The directory is not there now.
     DirectoryAbsent,
+    /// Too many questions wait for the directory's answer.
+    Backpressure,
+    /// This process is a fork of the one that has the relay.
+    Forked,
     /// The relay was closed.
     Closed,
     /// A system call failed.
@@ -99,6 +155,8 @@ impl fmt::Display for Error {
             }
             Error::NotAccepted(reason) => write!(f, "not registered: {reason}"),
             Error::DirectoryAbsent => f.write_str("the directory does not answer"),
+            Error::Backpressure => f.write_str("too many questions wait for the directory"),
+            Error::Forked => f.write_str(FORKED),
             Error::Closed => f.write_str("the relay was closed"),
             Error::Io(error) => error.fmt(f),
         }
@@ -146,4 +204,34 @@ pub struct PresenceEvent {
     pub group: bool,
     /// What happened. After [`Change::Missed`] ask again for what matters.
     pub change: Change,
+}
+
+impl Weigh for PresenceEvent {
+    fn weight(&self) -> usize {
+        self.id.as_bytes().len() + size_of::<PresenceEvent>()
+    }
+}
+
+impl Orphan for Outcome {
+    fn forked() -> Self {
+        Outcome::Forked
+    }
+}
+
+impl Orphan for Published {
+    fn forked() -> Self {
+        Published { unknown: true, ..Published::default() }
+    }
+}
+
+impl<T> Orphan for Result<T, Error> {
+    fn forked() -> Self {
+        Err(Error::Forked)
+    }
+}
+
+impl<T> Orphan for Result<T, RequestError> {
+    fn forked() -> Self {
+        Err(RequestError::Forked)
+    }
 }

@@ -6,15 +6,24 @@ use std::pin::Pin;
 use std::sync::{Arc, Condvar, Mutex, MutexGuard, PoisonError};
 use std::task::{Context, Poll, Waker};
 
+use crate::client::process::Process;
+
 /// A result that comes later: `.await` it in a task of any runtime, or [`wait`](Pending::wait) in a
 /// thread. Dropping it gives up the result, not the operation.
 #[must_use = "the operation runs, but its result is lost; use `wait` or `.await`"]
-pub struct Pending<T>(Arc<Slot<T>>);
+pub struct Pending<T: Orphan>(Arc<Slot<T>>);
+
+/// What a result is in a fork of the process that waits for it: no thread there sets it.
+pub trait Orphan {
+    /// The result.
+    fn forked() -> Self;
+}
 
 /// The place of the result.
 pub(super) struct Slot<T> {
     state: Mutex<State<T>>,
     changed: Condvar,
+    process: Process,
 }
 
 struct State<T> {
@@ -24,10 +33,11 @@ struct State<T> {
     waits: bool,
 }
 
-impl<T> Slot<T> {
+impl<T: Orphan> Slot<T> {
     pub(super) fn new() -> (Arc<Slot<T>>, Pending<T>) {
         let state = State { value: None, waker: None, waits: false };
-        let slot = Arc::new(Slot { state: Mutex::new(state), changed: Condvar::new() });
+        let (state, process) = (Mutex::new(state), Process::current());
+        let slot = Arc::new(Slot { state, changed: Condvar::new(), process });
         (Arc::clone(&slot), Pending(slot))
     }
 
@@ -50,7 +60,7 @@ impl<T> Slot<T> {
     }
 }
 
-impl<T> Pending<T> {
+impl<T: Orphan> Pending<T> {
     pub(super) fn ready(value: T) -> Pending<T> {
         let (slot, pending) = Slot::new();
         slot.set(value);
@@ -59,6 +69,9 @@ impl<T> Pending<T> {
 
     /// Blocks until the result is there.
     pub fn wait(self) -> T {
+        if !self.0.process.is_current() {
+            return T::forked();
+        }
         let mut state = self.0.lock();
         loop {
             if let Some(value) = state.value.take() {
@@ -71,14 +84,20 @@ impl<T> Pending<T> {
 
     /// The result, if it is there.
     pub fn try_take(&mut self) -> Option<T> {
+        if !self.0.process.is_current() {
+            return Some(T::forked());
+        }
         self.0.lock().value.take()
     }
 }
 
-impl<T> Future for Pending<T> {
+impl<T: Orphan> Future for Pending<T> {
     type Output = T;
 
     fn poll(self: Pin<&mut Self>, context: &mut Context<'_>) -> Poll<T> {
+        if !self.0.process.is_current() {
+            return Poll::Ready(T::forked());
+        }
         let mut state = self.0.lock();
         match state.value.take() {
             Some(value) => Poll::Ready(value),
@@ -90,7 +109,7 @@ impl<T> Future for Pending<T> {
     }
 }
 
-impl<T> fmt::Debug for Pending<T> {
+impl<T: Orphan> fmt::Debug for Pending<T> {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         f.write_str("Pending(..)")
     }

@@ -2,10 +2,13 @@
 
 use std::sync::Arc;
 
-use dispatch_protocol::relay::{Change, FromDirectory, Id, MAX_PAGE, ToDirectory, readable};
+use dispatch_protocol::relay::{Change, FromDirectory, Id, MAX_PAGE, ToDirectory, Wish, readable};
 
-use super::peers::Way;
-use super::{Engine, Fired, GroupSize, Local, LocalMembership, Question, Request, page};
+use super::peer::Way;
+use super::{
+    CONTROL_BYTES, Engine, Fired, GroupSize, Local, LocalMembership, MAX_QUESTIONS, Question,
+    Request, page,
+};
 use crate::relay::message::Message;
 use crate::relay::queue::{Ended, Queue};
 use crate::relay::slot::Slot;
@@ -18,7 +21,9 @@ impl Engine {
         let again = self.host != 0;
         self.host = host;
         self.max_message = max_message;
-        self.control.clear();
+        self.clear_records();
+        // The new directory has given no links yet.
+        self.last_links.clear();
         // The gateway's link is new.
         self.gateway_down(now);
         self.gateway = gateway;
@@ -51,16 +56,14 @@ impl Engine {
         let asked =
             |(member, peer): (&u64, &super::Peer)| (peer.way == Way::Asked).then_some(*member);
         let members: Vec<u64> = self.peers.iter().filter_map(asked).collect();
-        for member in members {
-            let after = self.last_links.get(&member).copied().unwrap_or(0);
-            self.tell(&ToDirectory::Connect { member, after });
-        }
+        members.into_iter().for_each(|member| self.ask_link(member));
+        self.control_limit = self.control_bytes + CONTROL_BYTES;
     }
 
     /// The directory has gone. Links to members of this host continue.
     pub(crate) fn directory_lost(&mut self, now: u64) {
         self.connected = false;
-        self.control.clear();
+        self.clear_records();
         self.gateway_down(now);
         let numbers: Vec<u64> = self.questions.keys().copied().collect();
         numbers.into_iter().for_each(|number| self.fail_question(number));
@@ -186,6 +189,16 @@ impl Engine {
         }
     }
 
+    fn may_ask(&self) -> Result<(), Error> {
+        if !self.connected {
+            return Err(Error::DirectoryAbsent);
+        }
+        if self.questions.len() >= MAX_QUESTIONS {
+            return Err(Error::Backpressure);
+        }
+        Ok(())
+    }
+
     /// Asks for places; `None` as id asks for a page of all.
     pub(crate) fn places(
         &mut self,
@@ -194,8 +207,8 @@ impl Engine {
         cursor: u64,
         slot: Arc<Slot<Result<Page, Error>>>,
     ) {
-        if !self.connected {
-            return self.fired.push(Fired::Places(slot, Err(Error::DirectoryAbsent)));
+        if let Err(error) = self.may_ask() {
+            return self.fired.push(Fired::Places(slot, Err(error)));
         }
         let request = self.number();
         let deadline = now.saturating_add(self.settings.timeout);
@@ -213,8 +226,8 @@ impl Engine {
         after: &[u8],
         slot: Arc<Slot<Result<Vec<GroupSize>, Error>>>,
     ) {
-        if !self.connected {
-            return self.fired.push(Fired::Groups(slot, Err(Error::DirectoryAbsent)));
+        if let Err(error) = self.may_ask() {
+            return self.fired.push(Fired::Groups(slot, Err(error)));
         }
         let request = self.number();
         let deadline = now.saturating_add(self.settings.timeout);
@@ -243,13 +256,19 @@ impl Engine {
             FromDirectory::NotAccepted { request, reason } => {
                 let reason = readable(&reason);
                 let Some(Request::Register { id, key }) = self.requests.remove(&request) else {
-                    return log::warn!("event=relay_not_accepted reason={reason:?}");
+                    return;
                 };
                 if let Some(local) = self.take_local(&id, |local| local.key == key) {
                     local.queue.end(Ended::NotAccepted);
                     let error = Err(Error::NotAccepted(reason));
                     self.fired.extend(local.done.map(|done| Fired::Registered(done, error)));
                 }
+            }
+            FromDirectory::Declined { wish, id, key, reason } => {
+                self.declined(now, wish, &id, key, &readable(&reason));
+            }
+            FromDirectory::NoLink { member, reason } => {
+                self.no_link(now, member, &readable(&reason));
             }
             FromDirectory::Superseded { id, stamp } => {
                 if let Some(local) = self.take_local(&id, |local| local.stamp == stamp) {
@@ -294,6 +313,28 @@ impl Engine {
             | FromDirectory::Refused { .. }
             | FromDirectory::Link { .. }
             | FromDirectory::Counts { .. } => {}
+        }
+    }
+
+    /// What the directory does not accept ends, so that the application sees it and may ask again.
+    fn declined(&mut self, now: u64, wish: Wish, id: &Id, key: u32, reason: &str) {
+        log::warn!("event=relay_not_accepted reason={reason:?}");
+        match wish {
+            Wish::Join => {
+                let Some(all) = self.memberships.get_mut(id) else { return };
+                let Some(index) = all.iter().position(|one| one.key == key) else { return };
+                all.swap_remove(index).queue.end(Ended::NotAccepted);
+                if all.is_empty() {
+                    self.memberships.remove(id);
+                }
+            }
+            Wish::Subscribe => self.subscription_declined(now, id),
+            Wish::Watch | Wish::WatchGroup => {
+                let key = (id.clone(), wish == Wish::WatchGroup);
+                for (_, queue) in self.watches.remove(&key).unwrap_or_default() {
+                    queue.end(Ended::NotAccepted);
+                }
+            }
         }
     }
 

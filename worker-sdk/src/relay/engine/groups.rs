@@ -11,6 +11,7 @@ use super::{Done, Engine, Fired, Outbound, Verdict, What};
 use crate::relay::message::ReplyTo;
 use crate::relay::slot::Slot;
 use crate::relay::{Outcome, Published};
+use dispatch_protocol::relay::frame::MAX_OVERHEAD;
 
 /// Most members that one message is offered to.
 const MAX_TRIES: usize = 64;
@@ -73,6 +74,8 @@ pub(super) struct AnyOne {
     tried: Vec<(u64, u32)>,
     /// Whether one of them was full.
     full: bool,
+    /// Whether the way to one of them was lost before it had left.
+    unsent: bool,
 }
 
 /// What waits for the memberships of a group.
@@ -90,23 +93,29 @@ impl GroupOperation {
     }
 
     fn size(&self) -> usize {
-        let payload = match self {
-            GroupOperation::Publish { payload, .. } => payload,
-            GroupOperation::Any(message) => &message.payload,
-        };
-        payload.len() + dispatch_protocol::relay::frame::MAX_OVERHEAD
+        match self {
+            GroupOperation::Publish { payload, .. } => payload.len() + MAX_OVERHEAD,
+            GroupOperation::Any(message) => message.size(),
+        }
     }
 }
 
 /// What is known of a group.
 #[derive(Default)]
 pub(super) struct View {
+    /// Whether a list has begun since the group was subscribed to; what the directory has sent before
+    /// belongs to an earlier subscription.
+    begun: bool,
     /// Whether the list is complete.
     complete: bool,
     members: Vec<Membership>,
     /// The next turn of round-robin.
     turn: usize,
     waiting: VecDeque<GroupOperation>,
+    /// The bytes of these.
+    bytes: usize,
+    /// When something was sent to it last.
+    used: u64,
 }
 
 /// Whose outcome several parts make.
@@ -153,7 +162,8 @@ impl Engine {
     ) {
         self.stats.sent += 1;
         let deadline = now.saturating_add(self.settings.timeout);
-        let any = AnyOne { group: group.clone(), options, tried: Vec::new(), full: false };
+        let any =
+            AnyOne { group: group.clone(), options, tried: Vec::new(), full: false, unsent: false };
         let message = Outbound { payload, what: What::Any(Box::new(any)), done, deadline };
         self.operate(now, group, GroupOperation::Any(message));
     }
@@ -162,27 +172,73 @@ impl Engine {
         if self.closed {
             return self.give_up(operation, Outcome::Lost);
         }
+        if let GroupOperation::Any(message) = &operation
+            && !self.has_room_for(&message.done)
+        {
+            return self.give_up(operation, Outcome::Backpressure);
+        }
         match self.views.get_mut(group) {
-            Some(view) if view.complete => self.carry_out(now, group, operation),
+            Some(view) if view.complete => {
+                view.used = now;
+                self.carry_out(now, group, operation);
+            }
             found => {
                 let new = found.is_none();
-                let size = operation.size();
-                let room = self.waiting_bytes == 0
-                    || self.waiting_bytes + size <= self.settings.waiting_bytes;
+                if new && self.views.len() >= self.settings.routes {
+                    self.forget_views(now, self.settings.timeout);
+                }
                 if new && self.views.len() >= self.settings.routes {
                     return self.give_up(operation, Outcome::Backpressure);
                 }
-                let view = self.views.entry(group.clone()).or_default();
-                if room && view.waiting.len() < self.settings.waiting {
-                    self.waiting_bytes += size;
-                    view.waiting.push_back(operation);
-                } else {
-                    self.give_up(operation, Outcome::Backpressure);
-                }
+                self.wait_for_view(now, group, operation);
                 if new {
+                    if self.sweep_views_at <= now {
+                        self.sweep_views_at = now.saturating_add(self.settings.group_ttl / 4);
+                    }
                     self.tell(&ToDirectory::Subscribe { group: group.clone() });
                 }
             }
+        }
+        self.settle(now);
+    }
+
+    fn wait_for_view(&mut self, now: u64, group: &Id, operation: GroupOperation) {
+        let size = operation.size();
+        let fits = |used: usize, most: usize| used == 0 || used + size <= most;
+        let limits = &self.settings;
+        let view = self.views.entry(group.clone()).or_default();
+        view.used = now;
+        if view.waiting.len() < limits.waiting
+            && fits(view.bytes, limits.recipient_bytes)
+            && fits(self.waiting_bytes, limits.waiting_bytes)
+        {
+            self.waiting_bytes += size;
+            view.bytes += size;
+            view.waiting.push_back(operation);
+        } else {
+            self.give_up(operation, Outcome::Backpressure);
+        }
+    }
+
+    /// Forgets groups to which nothing was sent for so long, and tells the directory.
+    fn forget_views(&mut self, now: u64, unused: u64) {
+        let idle = |(group, view): (&Id, &View)| {
+            let idle = view.waiting.is_empty() && view.used.saturating_add(unused) <= now;
+            idle.then(|| group.clone())
+        };
+        let forgotten: Vec<Id> = self.views.iter().filter_map(idle).collect();
+        for group in forgotten {
+            self.views.remove(&group);
+            self.tell(&ToDirectory::Unsubscribe { group });
+        }
+    }
+
+    /// The directory does not tell the members of a group. The next message asks again.
+    pub(super) fn subscription_declined(&mut self, now: u64, group: &Id) {
+        let Some(view) = self.views.remove(group) else { return };
+        self.waiting_bytes -= view.bytes;
+        for operation in view.waiting {
+            self.give_up(operation, Outcome::Backpressure);
         }
         self.settle(now);
     }
@@ -202,7 +258,7 @@ impl Engine {
         match operation {
             GroupOperation::Any(message) => self.try_one(now, message),
             GroupOperation::Publish { payload, slot, deadline } => {
-                self.spread(group, payload, slot, deadline);
+                self.spread(now, group, payload, slot, deadline);
             }
         }
         self.settle(now);
@@ -211,6 +267,7 @@ impl Engine {
     /// One message to each member process; it serves all its memberships.
     fn spread(
         &mut self,
+        now: u64,
         group: &Id,
         payload: Arc<[u8]>,
         slot: Option<Arc<Slot<Published>>>,
@@ -239,10 +296,7 @@ impl Engine {
                 self.verdicts.push_back((part, verdict));
                 continue;
             }
-            let sent = self.transmit(host, member, flag::GROUP, 0, group.as_bytes(), part);
-            if let Err(part) = sent {
-                self.verdicts.push_back((part, Verdict::Full));
-            }
+            self.transmit(now, (host, member), flag::GROUP, 0, group.as_bytes(), part);
         }
     }
 
@@ -251,19 +305,24 @@ impl Engine {
         let Some(entry) = self.fans.get_mut(&fan) else { return };
         let so_far = &mut entry.so_far;
         match verdict {
-            Verdict::Delivered => so_far.delivered += memberships,
+            Verdict::Delivered => so_far.delivered = so_far.delivered.saturating_add(memberships),
+            // Another process has counted: any number is possible.
             Verdict::Spread(delivered, full) => {
-                so_far.delivered += delivered;
-                so_far.dropped += full;
+                so_far.delivered = so_far.delivered.saturating_add(delivered);
+                so_far.dropped = so_far.dropped.saturating_add(full);
             }
-            Verdict::Full => so_far.dropped += memberships,
-            Verdict::Lost => so_far.lost += memberships,
+            Verdict::Full | Verdict::TooLong => {
+                so_far.dropped = so_far.dropped.saturating_add(memberships);
+            }
+            Verdict::Lost | Verdict::Unsent => {
+                so_far.lost = so_far.lost.saturating_add(memberships);
+            }
             // It has left a moment ago.
             Verdict::NotHere => {}
         }
         entry.parts -= 1;
         let ended = if entry.parts == 0 { self.fans.remove(&fan) } else { None };
-        if verdict == Verdict::NotHere
+        if matches!(verdict, Verdict::NotHere | Verdict::Unsent | Verdict::Lost)
             && let Some(id) = id
         {
             self.distrust(&id);
@@ -290,7 +349,11 @@ impl Engine {
         let What::Any(any) = &mut message.what else { return };
         let Some(chosen) = self.choose(any) else {
             let What::Any(any) = &message.what else { return };
-            let outcome = if any.full { Outcome::Backpressure } else { Outcome::NotFound };
+            let outcome = match **any {
+                AnyOne { full: true, .. } => Outcome::Backpressure,
+                AnyOne { unsent: true, .. } => Outcome::Lost,
+                AnyOne { .. } => Outcome::NotFound,
+            };
             return self.finish(message.done, outcome);
         };
         any.tried.push((chosen.member, chosen.key));
@@ -310,9 +373,7 @@ impl Engine {
         }
         let flags = flag::GROUP | if request { flag::REQUEST } else { 0 };
         let (host, member) = (chosen.host, chosen.member);
-        if let Err(message) = self.transmit(host, member, flags, key, group.as_bytes(), message) {
-            self.verdicts.push_back((message, Verdict::Full));
-        }
+        self.transmit(now, (host, member), flags, key, group.as_bytes(), message);
     }
 
     pub(super) fn settle_any(&mut self, now: u64, mut message: Outbound, verdict: Verdict) {
@@ -327,6 +388,14 @@ impl Engine {
                 self.try_one(now, message);
             }
             Verdict::NotHere => self.try_one(now, message),
+            Verdict::Unsent => {
+                // The member may still be there: once it may be chosen again.
+                if !std::mem::replace(&mut any.unsent, true) {
+                    any.tried.pop();
+                }
+                self.try_one(now, message);
+            }
+            Verdict::TooLong => self.too_long(message.done),
         }
     }
 
@@ -389,6 +458,10 @@ impl Engine {
         if reset {
             view.members.clear();
             view.complete = false;
+            view.begun = true;
+        }
+        if !view.begun {
+            return;
         }
         let same = |a: &Membership, b: &Membership| (a.member, a.key) == (b.member, b.key);
         view.members.retain(|one| !removed.iter().chain(&added).any(|other| same(one, other)));
@@ -397,6 +470,7 @@ impl Engine {
             return;
         }
         view.complete = true;
+        view.bytes = 0;
         for operation in std::mem::take(&mut view.waiting) {
             self.waiting_bytes -= operation.size();
             self.carry_out(now, group, operation);
@@ -404,13 +478,19 @@ impl Engine {
     }
 
     pub(super) fn expire_views(&mut self, now: u64) {
+        if now >= self.sweep_views_at {
+            self.sweep_views_at = now.saturating_add(self.settings.group_ttl / 4).max(1);
+            self.forget_views(now, self.settings.group_ttl);
+        }
         if self.waiting_bytes == 0 {
             return;
         }
         let mut expired = Vec::new();
         for view in self.views.values_mut() {
             while view.waiting.front().is_some_and(|one| one.deadline() <= now) {
-                expired.extend(view.waiting.pop_front());
+                let operation = view.waiting.pop_front();
+                view.bytes -= operation.as_ref().map_or(0, GroupOperation::size);
+                expired.extend(operation);
             }
         }
         for operation in expired {

@@ -17,7 +17,11 @@
 //!   once.
 
 mod control;
+#[cfg(test)]
+mod faults;
+mod gateway;
 mod groups;
+mod peer;
 mod peers;
 mod routes;
 #[cfg(test)]
@@ -26,16 +30,16 @@ mod tests;
 use std::collections::{HashMap, VecDeque};
 use std::sync::Arc;
 
-use dispatch_protocol::relay::frame::Status;
+use dispatch_protocol::relay::frame::{MAX_OVERHEAD, Reply, Status};
 use dispatch_protocol::relay::{GroupSize, Id, Place, ToDirectory};
 
 pub use groups::{Options, Pick};
-pub(super) use peers::Peer;
+use peer::Peer;
 
 use super::message::{Message, ReplyTo};
 use super::queue::Queue;
 use super::slot::Slot;
-use super::{Error, Outcome, Page, PresenceEvent, Published, RequestError};
+use super::{Error, Outcome, Page, PresenceEvent, Published, ReplyError, RequestError};
 use groups::{Fan, View};
 use routes::Route;
 
@@ -48,13 +52,25 @@ pub(super) struct Settings {
     pub(super) link_bytes: usize,
     /// Messages that wait for a look-up, for each recipient.
     pub(super) waiting: usize,
-    /// Bytes that wait for look-ups, in all.
+    /// Bytes that wait for the look-up of one recipient, and in all.
+    pub(super) recipient_bytes: usize,
     pub(super) waiting_bytes: usize,
     /// Recipients whose place is remembered.
     pub(super) routes: usize,
+    /// Requests that wait for a reply.
+    pub(super) requests: usize,
+    /// How long a group is remembered to which nothing is sent.
+    pub(super) group_ttl: u64,
     /// How long an answer may take.
     pub(super) timeout: u64,
 }
+
+/// Bytes of records for a directory that does not read, besides what it is told when it returns;
+/// with more the connection to it is given up.
+const CONTROL_BYTES: usize = 16 * 1024 * 1024;
+
+/// Questions that wait for the directory.
+const MAX_QUESTIONS: usize = 16_384;
 
 /// Cumulative numbers of one relay.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
@@ -78,8 +94,11 @@ pub struct Stats {
     pub refused: u64,
     /// Look-ups at the directory.
     pub lookups: u64,
-    /// Replies that were dropped, because the link to the requester was full or gone.
+    /// Replies that were dropped, because they were too long, or the link to the requester was full or
+    /// gone.
     pub replies_dropped: u64,
+    /// Groups whose members are known now, because something was sent to them.
+    pub groups: u64,
     /// Links to other members that exist now.
     pub links: u64,
 }
@@ -92,6 +111,17 @@ pub(super) enum Done {
     Send(Arc<Slot<Outcome>>),
     /// The reply, and how long it may take from the delivery on.
     Request(Arc<Slot<Result<Arc<[u8]>, RequestError>>>, u64),
+}
+
+impl Done {
+    /// This process is a fork: nothing was begun.
+    pub(super) fn set_forked(self) {
+        match self {
+            Done::Counted => {}
+            Done::Send(slot) => slot.set(Outcome::Forked),
+            Done::Request(slot, _) => slot.set(Err(RequestError::Forked)),
+        }
+    }
 }
 
 /// A result to set when the engine is unlocked.
@@ -140,6 +170,13 @@ pub(super) struct Outbound {
     what: What,
     done: Done,
     deadline: u64,
+}
+
+impl Outbound {
+    /// What it takes of the limits in bytes.
+    fn size(&self) -> usize {
+        self.payload.len() + MAX_OVERHEAD
+    }
 }
 
 /// A registration of this process.
@@ -192,8 +229,14 @@ pub(super) struct Engine {
     connected: bool,
     gateway: bool,
     /// Records for the directory.
-    pub(super) control: VecDeque<Vec<u8>>,
+    control: VecDeque<Vec<u8>>,
+    /// Their bytes, and how many may wait.
+    control_bytes: usize,
+    control_limit: usize,
     next_number: u64,
+    /// The wall clock at the steady clock's 0, and the last epoch. Microseconds.
+    wall: u64,
+    epoch: u64,
     next_key: u32,
     requests: HashMap<u64, Request>,
     questions: HashMap<u64, Question>,
@@ -202,12 +245,15 @@ pub(super) struct Engine {
     routes: HashMap<Id, Route>,
     waiting_bytes: usize,
     views: HashMap<Id, View>,
+    /// When groups that are not used any more are looked for again.
+    sweep_views_at: u64,
     fans: HashMap<u64, Fan>,
     pub(super) peers: HashMap<u64, Peer>,
     /// By member: the number of the last link to it.
     last_links: HashMap<u64, u64>,
-    /// Members of other hosts whose epoch cannot be followed: host, member, epoch.
-    resets: Vec<(u64, u64, u64)>,
+    /// Members of other hosts whose epoch cannot be followed: host, member, epoch, and the epoch that
+    /// its next one must exceed.
+    resets: Vec<(u64, u64, u64, u64)>,
     /// Members whose links have bytes to send.
     pub(super) dirty: Vec<u64>,
     replies: HashMap<(u64, u64), AwaitedReply>,
@@ -225,10 +271,15 @@ pub(super) struct Engine {
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 enum Verdict {
     Delivered,
-    /// Nobody has received it, and the recipient is not where it was looked for.
+    /// No process has received it, and the recipient is not where it was looked for.
     NotHere,
-    /// Nobody has received it, because a queue is full.
+    /// No process has received it, because the way was lost before it had left whole. The recipient
+    /// may still be there.
+    Unsent,
+    /// No process has received it, because a queue is full.
     Full,
+    /// No process has received it: it is longer than the other member accepts.
+    TooLong,
     /// For all memberships at one member.
     Spread(u32, u32),
     Lost,
@@ -245,8 +296,9 @@ impl From<Status> for Verdict {
 }
 
 impl Engine {
-    /// `own` is a random number, not 0.
-    pub(super) fn new(settings: Settings, own: u64) -> Engine {
+    /// `own` is a random number, not 0; `wall` the wall clock at the steady clock's 0, in microseconds
+    /// since 1970.
+    pub(super) fn new(settings: Settings, own: u64, wall: u64) -> Engine {
         Engine {
             settings,
             own,
@@ -255,8 +307,13 @@ impl Engine {
             connected: false,
             gateway: false,
             control: VecDeque::new(),
+            control_bytes: 0,
+            control_limit: CONTROL_BYTES,
             next_number: 1,
-            next_key: 0,
+            wall,
+            epoch: 0,
+            // A later process with the same member number must not repeat them.
+            next_key: (wall / 1000) as u32,
             requests: HashMap::new(),
             questions: HashMap::new(),
             local: HashMap::new(),
@@ -264,6 +321,7 @@ impl Engine {
             routes: HashMap::new(),
             waiting_bytes: 0,
             views: HashMap::new(),
+            sweep_views_at: 0,
             fans: HashMap::new(),
             peers: HashMap::new(),
             last_links: HashMap::new(),
@@ -284,7 +342,27 @@ impl Engine {
         !self.replies.is_empty()
             || !self.questions.is_empty()
             || self.waiting_bytes > 0
-            || self.peers.values().any(Peer::waits)
+            || self.peers.values().any(|peer| peer.waits() || peer.way == peer::Way::Asked)
+    }
+
+    /// When something must be looked at that has no hurry.
+    pub(super) fn sweep_at(&self) -> Option<u64> {
+        (!self.views.is_empty()).then_some(self.sweep_views_at)
+    }
+
+    pub(super) fn stats(&self) -> Stats {
+        Stats { groups: self.views.len() as u64, ..self.stats }
+    }
+
+    fn wall_at(&self, now: u64) -> u64 {
+        self.wall.saturating_add(now.saturating_mul(1000))
+    }
+
+    /// The number of a new exchange with a member: larger than all before, also those of an earlier
+    /// process, because it follows the wall clock.
+    fn epoch(&mut self, now: u64) -> u64 {
+        self.epoch = self.epoch.saturating_add(1).max(self.wall_at(now));
+        self.epoch
     }
 
     pub(crate) fn own_number(&self) -> u64 {
@@ -324,8 +402,32 @@ impl Engine {
         if self.connected {
             let mut bytes = Vec::new();
             record.encode(&mut bytes);
+            self.control_bytes += bytes.len();
             self.control.push_back(bytes);
         }
+    }
+
+    /// The next record for the directory.
+    pub(super) fn record(&self) -> Option<&[u8]> {
+        self.control.front().map(Vec::as_slice)
+    }
+
+    /// It has left this process.
+    pub(super) fn record_sent(&mut self) {
+        if let Some(record) = self.control.pop_front() {
+            self.control_bytes -= record.len();
+        }
+    }
+
+    fn clear_records(&mut self) {
+        self.control.clear();
+        self.control_bytes = 0;
+    }
+
+    /// Whether the directory has not read for so long that its connection must be given up; it is told
+    /// everything again when it returns.
+    pub(super) fn has_too_many_records(&self) -> bool {
+        self.control_bytes > self.control_limit
     }
 
     /// Ends a message.
@@ -335,7 +437,7 @@ impl Engine {
             Outcome::NotFound => self.stats.not_found += 1,
             Outcome::Backpressure => self.stats.backpressure += 1,
             Outcome::Lost => self.stats.lost += 1,
-            Outcome::TooLong => {}
+            Outcome::TooLong | Outcome::Forked => {}
         }
         match done {
             Done::Counted => {}
@@ -347,6 +449,7 @@ impl Engine {
                     Outcome::NotFound => RequestError::NotFound,
                     Outcome::Backpressure => RequestError::Backpressure,
                     Outcome::TooLong => RequestError::TooLong,
+                    Outcome::Forked => RequestError::Forked,
                 };
                 self.fired.push(Fired::Request(slot, Err(error)));
             }
@@ -364,30 +467,50 @@ impl Engine {
         }
     }
 
-    /// A reply, or `None` if the application gave none.
-    fn replied(&mut self, member: u64, sequence: u64, payload: Option<&[u8]>) {
+    fn replied(&mut self, member: u64, sequence: u64, reply: Reply<'_>) {
         if let Some(awaited) = self.replies.remove(&(member, sequence)) {
-            let result = payload.map(Arc::from).ok_or(RequestError::NoReply);
+            let result = match reply {
+                Reply::Payload(payload) => Ok(Arc::from(payload)),
+                Reply::None => Err(RequestError::NoReply),
+                Reply::TooLong => Err(RequestError::ReplyTooLong),
+            };
             self.fired.push(Fired::Request(awaited.slot, result));
         }
     }
 
-    /// The application's reply to a message of a member.
-    pub(super) fn reply(&mut self, to: &ReplyTo, payload: Option<Arc<[u8]>>) {
-        if to.member == self.own {
-            return self.replied(self.own, to.sequence, payload.as_deref());
-        }
-        let limit = self.settings.link_bytes;
-        let sent = self
-            .peers
-            .get_mut(&to.member)
-            .filter(|peer| peer.generation == to.generation)
-            .is_some_and(|peer| peer.push_reply(limit, to.sequence, payload.as_deref()));
-        if sent {
+    /// Whether one more request may wait for its reply.
+    fn has_room_for(&self, done: &Done) -> bool {
+        !matches!(done, Done::Request(..)) || self.replies.len() < self.settings.requests
+    }
+
+    /// The application's reply to a message of a member; `None` if it gives none. A reply that is too
+    /// long is replaced by a word that says so.
+    pub(super) fn reply(&mut self, to: &ReplyTo, payload: Option<&[u8]>) -> Result<(), ReplyError> {
+        let own = to.member == self.own;
+        let peer = self.peers.get_mut(&to.member).filter(|peer| peer.is(to.generation));
+        let max = match &peer {
+            _ if own => self.max_message,
+            Some(peer) => peer.max_message,
+            None => {
+                self.stats.replies_dropped += 1;
+                return Err(ReplyError::Lost);
+            }
+        };
+        let len = payload.map_or(0, <[u8]>::len);
+        let (reply, mut result) = match payload {
+            None => (Reply::None, Ok(())),
+            Some(_) if len > max => (Reply::TooLong, Err(ReplyError::TooLong { len, max })),
+            Some(payload) => (Reply::Payload(payload), Ok(())),
+        };
+        if own {
+            self.replied(self.own, to.sequence, reply);
+        } else if peer.is_some_and(|p| p.push_reply(self.settings.link_bytes, to.sequence, reply)) {
             self.dirty.push(to.member);
         } else {
-            self.stats.replies_dropped += 1;
+            result = result.and(Err(ReplyError::Backpressure));
         }
+        self.stats.replies_dropped += u64::from(result.is_err());
+        result
     }
 
     /// Puts a message into the queues of this process.
@@ -456,7 +579,14 @@ impl Engine {
         }
     }
 
-    /// Ends what has waited too long.
+    /// Ends a message that the other member does not accept. As one that is too long for the own
+    /// directory it is not counted.
+    fn too_long(&mut self, done: Done) {
+        self.stats.sent = self.stats.sent.saturating_sub(1);
+        self.finish(done, Outcome::TooLong);
+    }
+
+    /// Ends what has waited too long, and asks again for what has not come.
     pub(super) fn tick(&mut self, now: u64) {
         let members: Vec<u64> = self.peers.keys().copied().collect();
         for member in members {
@@ -464,6 +594,7 @@ impl Engine {
                 peer.expire(now, &mut self.verdicts);
             }
         }
+        self.ask_links_again(now);
         self.expire_routes(now);
         self.expire_views(now);
         let late = |deadline: u64| deadline <= now;

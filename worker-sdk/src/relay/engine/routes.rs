@@ -13,24 +13,27 @@ use crate::relay::Outcome;
 /// One recipient.
 pub(super) struct Route {
     state: State,
-    /// Messages that wait for a look-up, in order.
+    /// Messages that wait for a look-up, in order, and their bytes.
     waiting: VecDeque<Outbound>,
+    bytes: usize,
     /// Messages that did not find the recipient where it should have been; before the others.
     again: VecDeque<Outbound>,
     /// Messages on their way.
     in_flight: u32,
-    /// The newest registration that was known and is not there any more. A directory that has just
-    /// started may for a moment know only an older one: what goes there would be out of order.
-    stale: u64,
+    /// The newest registration that was known; 0 for none. A directory that has just started may for
+    /// a moment know only an older one: what goes there would be out of order.
+    newest: u64,
+    /// Whether that one has refused a message, so it has ended.
+    ended: bool,
 }
 
 enum State {
     /// The directory is asked with the next message.
     Unknown,
-    /// The directory was asked.
-    Asked,
+    /// The directory was asked with this request.
+    Asked(u64),
     Known(Vec<Location>),
-    /// The place is wrong; the directory is asked when no message is on its way any more.
+    /// The place is in doubt; the directory is asked when no message is on its way any more.
     Stale,
 }
 
@@ -40,7 +43,22 @@ impl Route {
     }
 
     fn is_idle(&self) -> bool {
-        !self.waits() && self.in_flight == 0 && !matches!(self.state, State::Asked)
+        !self.waits() && self.in_flight == 0 && !matches!(self.state, State::Asked(_))
+    }
+
+    /// The place is in doubt: the recipient was not there (`ended`), or the way there was lost.
+    fn doubt(&mut self, ended: bool) {
+        if let State::Known(places) = &self.state {
+            let newest = places.iter().map(|place| place.stamp).max().unwrap_or(0);
+            if newest > self.newest {
+                (self.newest, self.ended) = (newest, ended);
+            } else if newest == self.newest {
+                self.ended |= ended;
+            }
+        }
+        if !matches!(self.state, State::Asked(_)) {
+            self.state = State::Stale;
+        }
     }
 }
 
@@ -53,6 +71,9 @@ impl Engine {
         let message = Outbound { payload, what, done, deadline };
         if self.closed {
             return self.finish(message.done, Outcome::Lost);
+        }
+        if !self.has_room_for(&message.done) {
+            return self.finish(message.done, Outcome::Backpressure);
         }
         match self.routes.get(id) {
             Some(route) if matches!(route.state, State::Known(_)) && !route.waits() => {
@@ -73,11 +94,13 @@ impl Engine {
                     return self.finish(message.done, Outcome::Backpressure);
                 }
                 let route = Route {
-                    state: State::Asked,
+                    state: State::Unknown,
                     waiting: VecDeque::new(),
+                    bytes: 0,
                     again: VecDeque::new(),
                     in_flight: 0,
-                    stale: 0,
+                    newest: 0,
+                    ended: false,
                 };
                 self.routes.insert(id.clone(), route);
                 self.ask(id);
@@ -88,13 +111,17 @@ impl Engine {
     }
 
     fn wait_for_route(&mut self, id: &Id, message: Outbound) {
-        let size = message.payload.len() + dispatch_protocol::relay::frame::MAX_OVERHEAD;
-        let room =
-            self.waiting_bytes == 0 || self.waiting_bytes + size <= self.settings.waiting_bytes;
-        let most = self.settings.waiting;
+        let size = message.size();
+        let fits = |used: usize, most: usize| used == 0 || used + size <= most;
+        let limits = &self.settings;
         match self.routes.get_mut(id) {
-            Some(route) if room && route.waiting.len() < most => {
+            Some(route)
+                if route.waiting.len() < limits.waiting
+                    && fits(route.bytes, limits.recipient_bytes)
+                    && fits(self.waiting_bytes, limits.waiting_bytes) =>
+            {
                 self.waiting_bytes += size;
+                route.bytes += size;
                 route.waiting.push_back(message);
             }
             _ => self.finish(message.done, Outcome::Backpressure),
@@ -104,11 +131,14 @@ impl Engine {
     pub(super) fn ask(&mut self, id: &Id) {
         self.stats.lookups += 1;
         let request = self.number();
-        self.requests.insert(request, Request::Lookup { id: id.clone() });
         let Some(route) = self.routes.get_mut(id) else { return };
-        route.state = State::Asked;
-        let stale = route.stale;
-        self.tell(&ToDirectory::Lookup { request, id: id.clone(), stale });
+        if let State::Asked(before) = route.state {
+            self.requests.remove(&before);
+        }
+        route.state = State::Asked(request);
+        let (newest, ended) = (route.newest, route.ended);
+        self.requests.insert(request, Request::Lookup { id: id.clone() });
+        self.tell(&ToDirectory::Lookup { request, id: id.clone(), newest, ended });
     }
 
     /// Sends one message to where the id is known to be.
@@ -125,7 +155,7 @@ impl Engine {
             [] => self.finish(message.done, Outcome::NotFound),
             [_, _, ..] if !request => {
                 let places = places.clone();
-                self.dispatch_to_all(id, &places, message);
+                self.dispatch_to_all(now, id, &places, message);
             }
             _ => {
                 let Some(place) = newest else { return };
@@ -145,15 +175,12 @@ impl Engine {
                 }
                 let flags = if request { flag::REQUEST } else { 0 };
                 let (host, member, key) = (place.host, place.member, place.key.into());
-                let sent = self.transmit(host, member, flags, key, id.as_bytes(), message);
-                if let Err(message) = sent {
-                    self.verdicts.push_back((message, Verdict::Full));
-                }
+                self.transmit(now, (host, member), flags, key, id.as_bytes(), message);
             }
         }
     }
 
-    fn dispatch_to_all(&mut self, id: &Id, places: &[Location], message: Outbound) {
+    fn dispatch_to_all(&mut self, now: u64, id: &Id, places: &[Location], message: Outbound) {
         let fan = self.number();
         let parts = places.len() as u32;
         self.fans.insert(fan, Fan::new(Kind::All(message.done), parts));
@@ -171,9 +198,7 @@ impl Engine {
                 continue;
             }
             let (host, member, key) = (place.host, place.member, place.key.into());
-            if let Err(part) = self.transmit(host, member, 0, key, id.as_bytes(), part) {
-                self.verdicts.push_back((part, Verdict::Full));
-            }
+            self.transmit(now, (host, member), 0, key, id.as_bytes(), part);
         }
     }
 
@@ -196,25 +221,31 @@ impl Engine {
         match verdict {
             Verdict::Delivered => self.finish(message.done, Outcome::Delivered),
             Verdict::Full => self.finish(message.done, Outcome::Backpressure),
-            Verdict::Lost | Verdict::Spread(..) => self.finish(message.done, Outcome::Lost),
-            Verdict::NotHere => {
+            Verdict::TooLong => self.too_long(message.done),
+            Verdict::Lost | Verdict::Spread(..) => {
+                self.finish(message.done, Outcome::Lost);
+                // The id may have moved away from a member that does not answer.
                 if let Some(route) = self.routes.get_mut(&id) {
-                    if let State::Known(places) = &route.state {
-                        let newest = places.iter().map(|place| place.stamp).max();
-                        route.stale = route.stale.max(newest.unwrap_or(0));
-                    }
-                    route.state = State::Stale;
-                    if *again {
-                        self.finish(message.done, Outcome::NotFound);
-                    } else {
+                    route.doubt(false);
+                }
+            }
+            Verdict::NotHere | Verdict::Unsent => {
+                let ended = verdict == Verdict::NotHere;
+                let outcome = if ended { Outcome::NotFound } else { Outcome::Lost };
+                match self.routes.get_mut(&id) {
+                    Some(route) if !*again => {
+                        route.doubt(ended);
                         *again = true;
                         // What waits was within the limits before.
-                        self.waiting_bytes +=
-                            message.payload.len() + dispatch_protocol::relay::frame::MAX_OVERHEAD;
+                        self.waiting_bytes += message.size();
                         route.again.push_back(message);
                     }
-                } else {
-                    self.finish(message.done, Outcome::NotFound);
+                    found => {
+                        if let Some(route) = found {
+                            route.doubt(ended);
+                        }
+                        self.finish(message.done, outcome);
+                    }
                 }
             }
         }
@@ -239,9 +270,9 @@ impl Engine {
         route.state = State::Known(places);
         let mut waiting = std::mem::take(&mut route.again);
         waiting.append(&mut route.waiting);
+        route.bytes = 0;
         for message in waiting {
-            self.waiting_bytes -=
-                message.payload.len() + dispatch_protocol::relay::frame::MAX_OVERHEAD;
+            self.waiting_bytes -= message.size();
             // An earlier one may have found that this place is wrong, too.
             match self.routes.get_mut(id) {
                 Some(route) if matches!(route.state, State::Known(_)) => {
@@ -252,15 +283,18 @@ impl Engine {
                 None => self.finish(message.done, Outcome::NotFound),
             }
         }
-        // Nowhere is not remembered: the id may register at any time.
-        if nowhere
-            && let Some(route) = self.routes.get_mut(id)
-            && route.is_idle()
-        {
-            route.state = State::Unknown;
-            if route.stale == 0 {
-                self.routes.remove(id);
+        let Some(route) = self.routes.get_mut(id) else { return };
+        match route.state {
+            // Messages wait behind one that found the place to be wrong and has its outcome.
+            State::Unknown if route.waits() => self.ask(id),
+            // Nowhere is not remembered: the id may register at any time.
+            State::Known(_) if nowhere && route.is_idle() => {
+                route.state = State::Unknown;
+                if route.newest == 0 {
+                    self.routes.remove(id);
+                }
             }
+            _ => {}
         }
     }
 
@@ -270,15 +304,26 @@ impl Engine {
         }
         let mut expired = Vec::new();
         for route in self.routes.values_mut() {
-            for queue in [&mut route.again, &mut route.waiting] {
-                while queue.front().is_some_and(|message| message.deadline <= now) {
-                    expired.extend(queue.pop_front());
-                }
+            let before = expired.len();
+            while route.again.front().is_some_and(|message| message.deadline <= now) {
+                expired.extend(route.again.pop_front());
+            }
+            while route.waiting.front().is_some_and(|message| message.deadline <= now) {
+                let message = route.waiting.pop_front();
+                route.bytes -= message.as_ref().map_or(0, Outbound::size);
+                expired.extend(message);
+            }
+            // A look-up that was not answered in time is not waited for by later messages.
+            if expired.len() > before
+                && !route.waits()
+                && let State::Asked(request) = route.state
+            {
+                self.requests.remove(&request);
+                route.state = State::Unknown;
             }
         }
         for message in expired {
-            self.waiting_bytes -=
-                message.payload.len() + dispatch_protocol::relay::frame::MAX_OVERHEAD;
+            self.waiting_bytes -= message.size();
             // Whether the id is registered is unknown: the directory has not answered.
             self.finish(message.done, Outcome::Lost);
         }
@@ -287,7 +332,7 @@ impl Engine {
     /// Asks again for what an earlier directory has not answered.
     pub(super) fn ask_again(&mut self) {
         let asked =
-            |(id, route): (&Id, &Route)| matches!(route.state, State::Asked).then(|| id.clone());
+            |(id, route): (&Id, &Route)| matches!(route.state, State::Asked(_)).then(|| id.clone());
         let ids: Vec<Id> = self.routes.iter().filter_map(asked).collect();
         self.requests.retain(|_, request| !matches!(request, Request::Lookup { .. }));
         ids.iter().for_each(|id| self.ask(id));

@@ -7,20 +7,40 @@ use dispatch_protocol::relay::{FromDirectory, Location};
 use proptest::prelude::*;
 
 use super::*;
+use crate::relay::queue::{Budget, Capacity};
 use crate::relay::slot::Pending;
 
-const A: u64 = 1;
-const B: u64 = 2;
+pub(super) const A: u64 = 1;
+pub(super) const B: u64 = 2;
 
-fn settings() -> Settings {
+pub(super) fn settings() -> Settings {
     Settings {
         window: 8,
         link_bytes: 4096,
         waiting: 4,
+        recipient_bytes: 4096,
         waiting_bytes: 4096,
         routes: 16,
+        requests: 16,
+        group_ttl: 5000,
         timeout: 1000,
     }
+}
+
+/// The next record for the directory.
+pub(super) fn told(engine: &mut Engine) -> Option<ToDirectory> {
+    let record = ToDirectory::decode(engine.record()?).unwrap();
+    engine.record_sent();
+    Some(record)
+}
+
+pub(super) fn engine(own: u64) -> Engine {
+    Engine::new(settings(), own, 1_000_000)
+}
+
+pub(super) fn queue<T: crate::relay::queue::Weigh>(items: usize) -> Arc<Queue<T>> {
+    let budget = Arc::new(Budget::new(usize::MAX));
+    Arc::new(Queue::new(Capacity { items, bytes: usize::MAX }, budget))
 }
 
 /// What is between two engines: bytes each way that have left one and not reached the other.
@@ -40,7 +60,7 @@ struct World {
 
 impl World {
     fn new() -> World {
-        let mut engines = [Engine::new(settings(), A), Engine::new(settings(), B)];
+        let mut engines = [engine(A), engine(B)];
         engines.iter_mut().for_each(|engine| engine.welcomed(0, 7, 1 << 20, false));
         World {
             engines,
@@ -58,11 +78,11 @@ impl World {
     /// The directory answers everything that it was asked.
     fn directory(&mut self) {
         for index in 0..2 {
-            while let Some(record) = self.engines[index].control.pop_front() {
-                match ToDirectory::decode(&record).unwrap() {
-                    ToDirectory::Lookup { request, stale, .. } => {
-                        let places =
-                            self.registered.as_ref().filter(|(_, stamp, _)| *stamp > stale);
+            while let Some(record) = told(&mut self.engines[index]) {
+                match record {
+                    ToDirectory::Lookup { request, newest, ended, .. } => {
+                        let later = |stamp| stamp > newest || (!ended && stamp == newest);
+                        let places = self.registered.as_ref().filter(|one| later(one.1));
                         let location = |&(key, stamp, _): &(u32, u64, _)| Location {
                             host: 7,
                             member: B,
@@ -83,8 +103,8 @@ impl World {
                         self.links += 1;
                         self.linked = true;
                         self.wires = [Vec::new(), Vec::new()];
-                        self.engines[1].link_up(self.now, A, self.links);
-                        self.engines[0].link_up(self.now, B, self.links);
+                        self.engines[1].link_up(self.now, A, self.links, 1 << 20);
+                        self.engines[0].link_up(self.now, B, self.links, 1 << 20);
                     }
                     _ => {}
                 }
@@ -145,7 +165,7 @@ impl World {
 
     fn register(&mut self) {
         self.unregister();
-        let queue = Arc::new(Queue::new(6));
+        let queue = queue(6);
         let (slot, _pending) = Slot::new();
         let id = Id::new("x").unwrap();
         let key = self.engines[1].register(&id, Arc::clone(&queue), slot);
