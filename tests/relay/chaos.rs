@@ -22,6 +22,9 @@ use super::Directory;
 const WORKERS: usize = 4;
 const IDS: u64 = 12;
 
+/// Messages in each queue of a worker, as `worker.rs` configures it.
+const QUEUE: usize = 64;
+
 struct Run {
     name: String,
     log: PathBuf,
@@ -108,7 +111,7 @@ fn every_acknowledged_message_arrived_once_and_in_order() {
     }
     let counts = check(&ended).unwrap_or_else(|problem| panic!("seed {seed}: {problem}"));
     println!("{counts:?}");
-    assert!(counts["Delivered"] > 100, "{counts:?}, seed {seed}");
+    assert!(counts["Delivered"] > 100 && counts["jobs"] > 100, "{counts:?}, seed {seed}");
 }
 
 fn leave(run: &mut Run) {
@@ -140,7 +143,6 @@ fn check(runs: &[(Run, bool)]) -> Result<BTreeMap<String, u64>, String> {
     let mut job_outcomes: BTreeMap<(String, u64), String> = BTreeMap::new();
     let mut counts: BTreeMap<String, u64> = BTreeMap::new();
     let mut unordered: BTreeSet<String> = BTreeSet::new();
-    let any_killed = runs.iter().any(|(_, killed)| *killed);
     for (run, killed) in runs {
         let text = std::fs::read_to_string(&run.log).unwrap_or_default();
         let mut open: BTreeMap<String, Incarnation> = BTreeMap::new();
@@ -211,21 +213,52 @@ fn check(runs: &[(Run, bool)]) -> Result<BTreeMap<String, u64>, String> {
         let all = incarnations.get(id).unwrap_or(&none);
         check_stream(sender, id, stream, all, unordered.contains(id), &mut counts)?;
     }
-    for (job, times) in &jobs {
-        let outcome = job_outcomes.get(job).map_or("unknown", String::as_str);
-        if *times > 1 || matches!(outcome, "NotFound" | "Backpressure") {
-            return Err(format!("job {job:?}: received {times} times, {outcome}"));
-        }
-    }
-    let missing: BTreeSet<_> = job_outcomes
-        .iter()
-        .filter(|(job, outcome)| *outcome == "Delivered" && !jobs.contains_key(job))
-        .collect();
-    if !missing.is_empty() && !any_killed {
-        return Err(format!("acknowledged jobs were not received: {missing:?}"));
-    }
+    let killed: BTreeSet<String> =
+        runs.iter().filter(|(_, killed)| *killed).map(|(run, _)| run.name.clone()).collect();
+    check_jobs(&jobs, &job_outcomes, &killed)?;
     *counts.entry("jobs".to_owned()).or_default() += jobs.len() as u64;
     Ok(counts)
+}
+
+/// Jobs have no order, and any worker may have one in its queue when it is killed; but no more than
+/// that queue holds.
+fn check_jobs(
+    received: &BTreeMap<(String, u64), u64>,
+    outcomes: &BTreeMap<(String, u64), String>,
+    killed: &BTreeSet<String>,
+) -> Result<(), String> {
+    let mut last: BTreeMap<&str, (u64, u64)> = BTreeMap::new();
+    for (sender, sequence) in outcomes.keys() {
+        let (count, last) = last.entry(sender).or_default();
+        *count += 1;
+        *last = (*last).max(*sequence);
+    }
+    for (sender, (count, last)) in last {
+        if !killed.contains(sender) && count != last {
+            return Err(format!("jobs of {sender}: {last} sent, {count} outcomes"));
+        }
+    }
+    for (job, times) in received {
+        let outcome = outcomes.get(job).map(String::as_str);
+        let fits = match outcome {
+            Some("Delivered" | "Lost") => true,
+            Some(_) => false,
+            // It was killed before it knew.
+            None => killed.contains(&job.0),
+        };
+        if *times > 1 || !fits {
+            return Err(format!("job {job:?}: received {times} times, {outcome:?}"));
+        }
+    }
+    let missing = outcomes
+        .iter()
+        .filter(|(job, outcome)| *outcome == "Delivered" && !received.contains_key(job))
+        .count();
+    if missing > killed.len() * QUEUE {
+        let dead = killed.len();
+        return Err(format!("{missing} acknowledged jobs were not received, {dead} were killed"));
+    }
+    Ok(())
 }
 
 fn check_stream(
@@ -307,4 +340,28 @@ fn the_checker_finds_what_is_wrong() {
     assert!(check(&[d, d], &[incarnation(1, true, &[1])]), "in a killed queue");
     assert!(!check(&[d, d, d], &[incarnation(1, true, &[1, 3])]), "not at the end of the queue");
     assert!(!check(&[n], &[incarnation(1, false, &[1])]), "not found and received");
+}
+
+#[test]
+fn the_checker_finds_wrong_jobs() {
+    let of = |sender: &str, sequence: u64| (sender.to_owned(), sequence);
+    let check = |received: &[(&str, u64, u64)], outcomes: &[(&str, u64, &str)], killed: &[&str]| {
+        let received = received.iter().map(|&(s, n, times)| (of(s, n), times)).collect();
+        let outcomes = outcomes.iter().map(|&(s, n, what)| (of(s, n), what.to_owned())).collect();
+        let killed = killed.iter().map(|&name| name.to_owned()).collect();
+        check_jobs(&received, &outcomes, &killed).is_ok()
+    };
+    let (d, l) = ("Delivered", "Lost");
+    assert!(check(&[("a", 1, 1), ("a", 2, 1)], &[("a", 1, d), ("a", 2, l)], &[]));
+    assert!(!check(&[("a", 1, 2)], &[("a", 1, d)], &[]), "twice");
+    assert!(!check(&[("a", 1, 1), ("a", 2, 1)], &[("a", 1, d)], &[]), "received and never sent");
+    assert!(check(&[("a", 1, 1), ("a", 2, 1)], &[("a", 1, d)], &["a"]), "killed before it knew");
+    assert!(!check(&[("a", 1, 1)], &[("a", 1, "Backpressure")], &[]), "refused and received");
+    assert!(!check(&[("a", 2, 1)], &[("a", 2, d)], &[]), "one has no outcome");
+    assert!(!check(&[], &[("a", 1, d)], &[]), "acknowledged and not received");
+    let many: Vec<_> = (1..=QUEUE as u64).map(|n| ("a", n, d)).collect();
+    assert!(check(&[], &many, &["b"]), "in the queue of the killed one");
+    let more: Vec<_> = (1..=QUEUE as u64 + 1).map(|n| ("a", n, d)).collect();
+    assert!(!check(&[], &more, &["b"]), "more than that queue holds");
+    assert!(!check(&[], &many, &[]), "none was killed");
 }

@@ -84,27 +84,3 @@ fn a_message_without_a_directory_is_lost_after_the_timeout() {
     assert_eq!(a.send(&id("alice"), "").wait(), Outcome::Lost);
     assert!(a.publish(&id("room"), "").wait().unknown);
 }
-
-#[test]
-fn nothing_leaks_when_members_come_and_go() {
-    let directory = Directory::start("grace = \"0s\"");
-    let stays = directory.relay("stays");
-    let own = || std::fs::read_dir("/proc/self/fd").unwrap().count();
-    let inbox = stays.register(&id("stays")).wait().unwrap();
-    let round = || {
-        let comes = directory.relay("comes");
-        let goes = comes.register(&id("goes")).wait().unwrap();
-        assert_eq!(comes.send(&id("stays"), "x").wait(), Outcome::Delivered);
-        assert_eq!(text_of!(inbox).as_deref(), Some("x"));
-        assert_eq!(stays.send(&id("goes"), "y").wait(), Outcome::Delivered);
-        assert_eq!(text_of!(goes).as_deref(), Some("y"));
-    };
-    round();
-    wait_until("the links to be closed", || stays.stats().links == 0);
-    let before = directory.pid().fds();
-    (0..20).for_each(|_| round());
-    wait_until("the links to be closed", || stays.stats().links == 0);
-    wait_until("the directory to have closed everything", || directory.pid().fds() <= before);
-    // Other tests of this program run at the same time, so its own descriptors are only bounded.
-    assert!(own() < 2000);
-}

@@ -11,6 +11,8 @@
 mod groups;
 mod hlc;
 mod ids;
+#[cfg(test)]
+mod limit_tests;
 mod links;
 mod lookups;
 mod presence;

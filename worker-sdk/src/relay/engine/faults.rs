@@ -7,6 +7,7 @@ use dispatch_protocol::relay::{FromDirectory, Location, Membership, Wish};
 use super::peer::{FrameError, Way};
 use super::tests::{A, B, engine, queue, settings, told};
 use super::*;
+use crate::relay::Published;
 use crate::relay::slot::Pending;
 
 const HOST: u64 = 7;
