@@ -108,10 +108,13 @@ struct File {
     max_groups_per_member: usize,
     max_memberships: usize,
     max_memberships_per_user: usize,
+    max_watches: usize,
     max_watches_per_user: usize,
     max_watches_per_member: usize,
+    max_lookups: usize,
     max_lookups_per_user: usize,
     max_lookups_per_member: usize,
+    max_links: usize,
     max_links_per_user: usize,
     max_queued_bytes: usize,
     max_queued_bytes_per_user: usize,
@@ -171,10 +174,13 @@ impl Default for File {
             max_groups_per_member: limits.groups_per_member,
             max_memberships: limits.memberships,
             max_memberships_per_user: limits.memberships_per_user,
+            max_watches: limits.watches,
             max_watches_per_user: limits.watches_per_user,
             max_watches_per_member: limits.watches_per_member,
+            max_lookups: limits.lookups,
             max_lookups_per_user: limits.lookups_per_user,
             max_lookups_per_member: limits.lookups_per_member,
+            max_links: limits.links,
             max_links_per_user: limits.links_per_user,
             max_queued_bytes: 256 * MIB,
             max_queued_bytes_per_user: 64 * MIB,
@@ -192,7 +198,37 @@ impl Default for File {
     }
 }
 
+/// What one of each takes at most, in bytes, with ids of the largest length: a registration and the
+/// memory of one that has ended, a membership or watch, a look-up that waits, a link, a member.
+const ID_BYTES: usize = 270;
+const ENTRY_BYTES: usize = 160;
+const LOOKUP_BYTES: usize = 150;
+const LINK_BYTES: usize = 128;
+const MEMBER_BYTES: usize = 8192;
+
+/// The program, the connection to NATS and its updates.
+const BASE_BYTES: usize = 64 * MIB;
+
 impl Config {
+    /// About how many bytes the directory takes when every limit is reached. The `MemoryMax` of its
+    /// unit must be larger.
+    pub fn most_memory(&self) -> usize {
+        let limits = &self.limits;
+        [
+            (limits.ids, ID_BYTES),
+            (limits.memberships, ENTRY_BYTES),
+            (limits.watches, ENTRY_BYTES),
+            (limits.lookups, LOOKUP_BYTES),
+            (limits.links, LINK_BYTES),
+            (limits.members, MEMBER_BYTES),
+            (self.max_queued_bytes, 1),
+            (self.max_gateway_bytes, 1),
+            (BASE_BYTES, 1),
+        ]
+        .into_iter()
+        .fold(0, |sum: usize, (count, bytes)| sum.saturating_add(count.saturating_mul(bytes)))
+    }
+
     /// Reads and checks a file.
     ///
     /// # Errors
@@ -235,10 +271,13 @@ impl Config {
             ("max_groups_per_member", file.max_groups_per_member, 10_000_000),
             ("max_memberships", file.max_memberships, 500_000_000),
             ("max_memberships_per_user", file.max_memberships_per_user, 500_000_000),
+            ("max_watches", file.max_watches, 500_000_000),
             ("max_watches_per_user", file.max_watches_per_user, 500_000_000),
             ("max_watches_per_member", file.max_watches_per_member, 10_000_000),
+            ("max_lookups", file.max_lookups, 100_000_000),
             ("max_lookups_per_user", file.max_lookups_per_user, 100_000_000),
             ("max_lookups_per_member", file.max_lookups_per_member, 1_000_000),
+            ("max_links", file.max_links, 100_000_000),
             ("max_links_per_user", file.max_links_per_user, 100_000_000),
             ("max_queued_bytes", file.max_queued_bytes, 1 << 40),
             ("max_queued_bytes_per_user", file.max_queued_bytes_per_user, 1 << 40),
@@ -289,10 +328,13 @@ impl Config {
             groups_per_member: file.max_groups_per_member,
             memberships: file.max_memberships,
             memberships_per_user: file.max_memberships_per_user,
+            watches: file.max_watches,
             watches_per_user: file.max_watches_per_user,
             watches_per_member: file.max_watches_per_member,
+            lookups: file.max_lookups,
             lookups_per_user: file.max_lookups_per_user,
             lookups_per_member: file.max_lookups_per_member,
+            links: file.max_links,
             links_per_user: file.max_links_per_user,
             grace: milliseconds("grace", &file.grace)?,
             ..Limits::default()
@@ -435,9 +477,28 @@ mod tests {
         let defaults = defaults.split("[namespaces").next().unwrap();
         let (set, default) = (Config::parse(defaults).unwrap(), Config::parse("").unwrap());
         assert_eq!(format!("{set:?}"), format!("{default:?}"));
-        for key in ["nats_subject", "max_groups", "hello_timeout", "ticket_key"] {
+        // An unknown key is refused with the list of those that there are.
+        let error = Config::parse("no_such_key = 1").unwrap_err();
+        let keys: Vec<&str> =
+            error.split('`').skip(3).step_by(2).filter(|key| *key != "namespaces").collect();
+        assert!(keys.len() > 30, "{error}");
+        for key in keys {
             assert!(sample.contains(&format!("\n#{key} ")), "{key}");
         }
+    }
+
+    /// What the limits allow fits into what the unit allows.
+    #[test]
+    fn the_unit_has_memory_for_what_the_defaults_allow() {
+        let unit = include_str!("../../etc/dispatch-directory.service");
+        let most = unit.lines().find_map(|line| line.strip_prefix("MemoryMax=")).unwrap();
+        let most = most.strip_suffix('G').unwrap().parse::<usize>().unwrap() * 1024 * MIB;
+        let needed = Config::parse("").unwrap().most_memory();
+        assert!(needed < most, "{needed} of {most} bytes");
+        // Not only because the unit allows anything.
+        assert!(needed > most / 2, "{needed} of {most} bytes");
+        let more = Config::parse("max_gateway_bytes = 1073741824").unwrap().most_memory();
+        assert!(more > most, "{more} of {most} bytes");
     }
 
     #[test]

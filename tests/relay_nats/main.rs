@@ -111,10 +111,14 @@ struct Host {
 
 impl Host {
     fn start(name: &str, nats: SocketAddr) -> Host {
+        Host::start_with(name, nats, "")
+    }
+
+    fn start_with(name: &str, nats: SocketAddr, more: &str) -> Host {
         let proxy = Proxy::start(nats);
         let dir = tempfile::tempdir().unwrap();
         let text = format!(
-            "socket = \"{}/relay.sock\"\nhost = \"{name}\"\ngrace = \"300ms\"\nnats = \"nats://{}\"\n",
+            "socket = \"{}/relay.sock\"\nhost = \"{name}\"\ngrace = \"300ms\"\nnats = \"nats://{}\"\n{more}",
             dir.path().display(),
             proxy.address
         );
@@ -202,6 +206,39 @@ fn hosts_are_one_namespace() {
     drop(newer);
     wait_until("its end to be known", || a.who(&id("bob")).wait().unwrap().places.is_empty());
     assert_eq!(a.send(&id("bob"), "").wait(), Outcome::NotFound);
+}
+
+#[test]
+fn no_message_between_hosts_costs_a_member_its_directory() {
+    let Some(nats) = Nats::start() else { return };
+    let large = Host::start_with("one", nats.address, "max_message = 2000000\n");
+    let small = Host::start_with("two", nats.address, "max_message = 100000\n");
+    let (a, b) = (large.relay("a"), small.relay("b"));
+    let bob = b.register(&id("bob")).wait().unwrap();
+    let alice = a.register(&id("alice")).wait().unwrap();
+    knows(&a, "bob", "two");
+    knows(&b, "alice", "one");
+    assert_eq!(a.send(&id("bob"), "1").wait(), Outcome::Delivered);
+    assert_eq!(next(&bob), b"1");
+    // Longer than the other host accepts: it is not sent, and only what was on its way there is lost.
+    assert_eq!(a.send(&id("bob"), vec![0; 100_001]).wait(), Outcome::Lost);
+    assert_eq!(a.send(&id("bob"), vec![0; 100_000]).wait(), Outcome::Delivered);
+    assert_eq!(next(&bob).len(), 100_000);
+    // Megabytes at once, which one forward must not carry.
+    for (from, to, inbox) in [(&a, "bob", &bob), (&b, "alice", &alice)] {
+        let pending: Vec<_> = (0..400).map(|_| from.send(&id(to), vec![1; 20_000])).collect();
+        let delivered = pending.into_iter().map(|one| one.wait());
+        let delivered = delivered.filter(|outcome| *outcome == Outcome::Delivered).count();
+        assert!(delivered > 100, "{delivered} of 400 to {to}");
+        (0..delivered).for_each(|_| assert_eq!(next(inbox).len(), 20_000));
+    }
+    for host in [&large, &small] {
+        let log = host.log();
+        for event in ["member_cut", "member_left", "gateway_closed"] {
+            assert!(!log.contains(event), "{log}");
+        }
+    }
+    assert!(a.is_joined() && b.is_joined());
 }
 
 /// What one sender sent and what arrived, with its numbers from 0.

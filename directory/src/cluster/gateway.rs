@@ -25,6 +25,11 @@ use crate::server::budget::Share;
 /// the members notice.
 const MAX_WAITING: usize = 32 * 1024 * 1024;
 
+thread_local! {
+    /// For one receive, of whatever member: no use of it waits.
+    static BUFFER: RefCell<Vec<u8>> = RefCell::new(vec![0; 128 * 1024]);
+}
+
 /// Members of other hosts of which a part of a frame is held, for one member of this host.
 const MAX_PIECES: usize = 4096;
 
@@ -136,7 +141,6 @@ async fn serve(
     link: &AsyncFd<OwnedFd>,
 ) -> io::Result<()> {
     let mut partial: Vec<u8> = Vec::new();
-    let mut buffer = vec![0; 128 * 1024];
     while !gateway.ended.get() {
         let sent = flush(gateway, link)?;
         let interest =
@@ -151,14 +155,18 @@ async fn serve(
         if !ready.ready().is_readable() {
             continue;
         }
-        match recv(link.get_ref(), &mut buffer[..], RecvFlags::DONTWAIT) {
+        let received = BUFFER.with_borrow_mut(|buffer| {
+            let (count, _) = recv(link.get_ref(), &mut buffer[..], RecvFlags::DONTWAIT)?;
+            let room = gateway.received.grow(count);
+            partial.extend_from_slice(&buffer[..count]);
+            Ok((count, room))
+        });
+        match received {
             Ok((0, _)) | Err(Errno::CONNRESET) => return Ok(()),
-            Ok((count, _)) => {
-                if gateway.received.grow(count).is_err() {
-                    let problem = "max_gateway_bytes or max_gateway_bytes_per_user is reached";
-                    return Err(io::Error::other(problem));
-                }
-                partial.extend_from_slice(&buffer[..count]);
+            Ok((_, Ok(()))) => {}
+            Ok((_, Err(_))) => {
+                let problem = "max_gateway_bytes or max_gateway_bytes_per_user is reached";
+                return Err(io::Error::other(problem));
             }
             Err(Errno::AGAIN | Errno::INTR) => {
                 ready.clear_ready_matching(tokio::io::Ready::READABLE);

@@ -46,6 +46,9 @@ impl Registry {
             None if self.users.of(user).links >= self.limits.links_per_user => {
                 return self.no_link(from, number, "the user has max_links_per_user links");
             }
+            None if self.users.sum(|usage| usage.links) >= self.limits.links => {
+                return self.no_link(from, number, "the directory has max_links links");
+            }
             None => {
                 self.users.change(user, |usage| usage.links += 1);
                 user

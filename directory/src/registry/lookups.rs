@@ -46,7 +46,8 @@ impl Registry {
         }
         let places = self.later(namespace, &slots, known);
         let room = waits < self.limits.lookups_per_member
-            && self.users.of(user).lookups < self.limits.lookups_per_user;
+            && self.users.of(user).lookups < self.limits.lookups_per_user
+            && self.overdue.len() < self.limits.lookups;
         match slots.first() {
             // It has ended a moment ago, or its end is on its way here, so the client may be on its
             // way to another worker.

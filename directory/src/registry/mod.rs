@@ -71,13 +71,19 @@ pub struct Limits {
     pub memberships_per_user: usize,
     /// Ids and groups that one member watches.
     pub watches_per_member: usize,
+    /// Those of all members of this host.
+    pub watches: usize,
     /// Those of one user's members.
     pub watches_per_user: usize,
     /// Look-ups of one member that wait for the end of a grace period.
     pub lookups_per_member: usize,
+    /// Those of all members.
+    pub lookups: usize,
     /// Those of one user's members.
     pub lookups_per_user: usize,
-    /// Links that one user's members have asked for, to members that are there.
+    /// Links between members that are there.
+    pub links: usize,
+    /// Of these: links that one user's members have asked for.
     pub links_per_user: usize,
     /// How long after the end of a registration a look-up waits for the next one. Milliseconds.
     pub grace: u64,
@@ -100,9 +106,12 @@ impl Default for Limits {
             memberships: 2_000_000,
             memberships_per_user: 1_000_000,
             watches_per_member: 65_536,
+            watches: 1_000_000,
             watches_per_user: 500_000,
             lookups_per_member: 4096,
+            lookups: 262_144,
             lookups_per_user: 65_536,
+            links: 524_288,
             links_per_user: 131_072,
             grace: 2000,
             drift: 60_000,

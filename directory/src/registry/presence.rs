@@ -71,6 +71,8 @@ impl Registry {
             Err("this member has max_watches_per_member watches")
         } else if self.users.of(user).watches >= self.limits.watches_per_user {
             Err("the user has max_watches_per_user watches")
+        } else if self.users.sum(|usage| usage.watches) >= self.limits.watches {
+            Err("the directory has max_watches watches")
         } else if group {
             self.group(namespace, &id, user).map(|found| found.watchers.push(from))
         } else {

@@ -31,6 +31,11 @@ const MANY_QUEUED: usize = 4096;
 /// Records of one member that are handled before others have their turn.
 const BATCH: usize = 64;
 
+thread_local! {
+    /// For one record, of whatever member: no use of it waits.
+    static BUFFER: RefCell<Vec<u8>> = RefCell::new(vec![0; MAX_RECORD]);
+}
+
 /// What waits to be sent to one member.
 pub(crate) struct Queue {
     records: RefCell<VecDeque<(Vec<u8>, Option<OwnedFd>)>>,
@@ -323,7 +328,6 @@ async fn exchange(
     member: MemberIndex,
     session: &Session,
 ) -> End {
-    let mut buffer = vec![0; MAX_RECORD];
     loop {
         let sent = match session.queue.flush(connection.get_ref()) {
             Ok(sent) => sent,
@@ -353,17 +357,19 @@ async fn exchange(
             continue;
         }
         for _ in 0..BATCH {
-            match receive(connection, &mut buffer) {
-                Ok(0) => return End::Closed,
-                Ok(len) => match ToDirectory::decode(&buffer[..len]) {
-                    Ok(record) => {
-                        handle(state, member, record);
-                        if session.queue.cut.get().is_some() {
-                            break;
-                        }
+            let record = BUFFER.with_borrow_mut(|buffer| {
+                let len = receive(connection, buffer)?;
+                Ok((len > 0).then(|| ToDirectory::decode(&buffer[..len])))
+            });
+            match record {
+                Ok(None) => return End::Closed,
+                Ok(Some(Ok(record))) => {
+                    handle(state, member, record);
+                    if session.queue.cut.get().is_some() {
+                        break;
                     }
-                    Err(error) => return End::Broken(error.to_string()),
-                },
+                }
+                Ok(Some(Err(error))) => return End::Broken(error.to_string()),
                 Err(error) if error.kind() == io::ErrorKind::WouldBlock => {
                     ready.clear_ready_matching(tokio::io::Ready::READABLE);
                     break;
