@@ -155,7 +155,7 @@ async fn serve(
         if !ready.ready().is_readable() {
             continue;
         }
-        let received = BUFFER.with_borrow_mut(|buffer| {
+        let received: Result<_, Errno> = BUFFER.with_borrow_mut(|buffer| {
             let (count, _) = recv(link.get_ref(), &mut buffer[..], RecvFlags::DONTWAIT)?;
             let room = gateway.received.grow(count);
             partial.extend_from_slice(&buffer[..count]);

@@ -357,7 +357,7 @@ async fn exchange(
             continue;
         }
         for _ in 0..BATCH {
-            let record = BUFFER.with_borrow_mut(|buffer| {
+            let record: io::Result<_> = BUFFER.with_borrow_mut(|buffer| {
                 let len = receive(connection, buffer)?;
                 Ok((len > 0).then(|| ToDirectory::decode(&buffer[..len])))
             });
