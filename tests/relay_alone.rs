@@ -10,8 +10,9 @@ use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::{Mutex, PoisonError};
 use std::time::Duration;
 
+use nix::sys::signal::{Signal, kill};
 use nix::sys::wait::{WaitPidFlag, WaitStatus, waitpid};
-use nix::unistd::ForkResult;
+use nix::unistd::{ForkResult, Pid};
 use test_support::{PATIENCE, wait_until};
 use worker_sdk::relay::{Ended, Error, Id, Options, Outcome, Relay, ReplyError, RequestError};
 
@@ -24,6 +25,19 @@ fn id(text: &str) -> Id {
     Id::new(text).unwrap()
 }
 
+/// A child that does not outlive its test.
+struct Child(Pid);
+
+impl Drop for Child {
+    fn drop(&mut self) {
+        // It has mostly ended, and was waited for.
+        if waitpid(self.0, Some(WaitPidFlag::WNOHANG)) == Ok(WaitStatus::StillAlive) {
+            let _ = kill(self.0, Signal::SIGKILL);
+            let _ = waitpid(self.0, None);
+        }
+    }
+}
+
 /// Runs in a child; its exit code says which check failed.
 fn in_child(checks: impl FnOnce() -> i32) {
     // SAFETY: the child runs the checks, which the C library supports after a fork, and `_exit`.
@@ -34,6 +48,7 @@ fn in_child(checks: impl FnOnce() -> i32) {
             unsafe { libc::_exit(code) }
         }
         ForkResult::Parent { child } => {
+            let _child = Child(child);
             wait_until("the child to end", || {
                 match waitpid(child, Some(WaitPidFlag::WNOHANG)).unwrap() {
                     WaitStatus::StillAlive => false,

@@ -136,7 +136,8 @@ fn a_task_that_is_dropped_after_its_wake_passes_it_on() {
 
 #[test]
 fn many_tasks_receive_while_others_are_cancelled() {
-    const ITEMS: usize = 5000;
+    const ITEMS: usize = 16_000;
+    const BATCH: usize = 32;
     let runtime = tokio::runtime::Builder::new_multi_thread()
         .worker_threads(2)
         .enable_time()
@@ -146,38 +147,47 @@ fn many_tasks_receive_while_others_are_cancelled() {
     let received = Arc::new(AtomicUsize::new(0));
     let work = async {
         let mut tasks = Vec::new();
-        for n in 0..32 {
+        for _ in 0..8 {
             let (queue, received) = (Arc::clone(&queue), Arc::clone(&received));
             tasks.push(tokio::spawn(async move {
-                loop {
-                    // Half of them give up whenever something else is ready first.
-                    let next = async { Some(queue.receive().await) };
-                    let next = if n % 2 == 0 {
-                        next.await
-                    } else {
-                        tokio::select! {
-                            next = next => next,
-                            () = tokio::task::yield_now() => None,
-                        }
-                    };
-                    match next {
-                        Some(Some(_)) => {
-                            received.fetch_add(1, Ordering::SeqCst);
-                        }
-                        Some(None) => return,
-                        None => {}
-                    }
+                while queue.receive().await.is_some() {
+                    received.fetch_add(1, Ordering::SeqCst);
                 }
             }));
         }
-        for sent in 1..=ITEMS {
-            give(&queue);
-            while sent % 7 == 0 && received.load(Ordering::SeqCst) < sent {
+        let mut sent = 0;
+        while sent < ITEMS {
+            // They wait, give up, some after their wake, and do not come back.
+            let give_up: Vec<_> = (0..BATCH)
+                .map(|n| {
+                    let (queue, received) = (Arc::clone(&queue), Arc::clone(&received));
+                    tokio::spawn(async move {
+                        let patience = async {
+                            for _ in 0..n % 5 {
+                                tokio::task::yield_now().await;
+                            }
+                        };
+                        tokio::select! {
+                            biased;
+                            next = queue.receive() => if next.is_some() {
+                                received.fetch_add(1, Ordering::SeqCst);
+                            },
+                            () = patience => {}
+                        }
+                    })
+                })
+                .collect();
+            for _ in 0..BATCH {
+                give(&queue);
+                sent += 1;
                 tokio::task::yield_now().await;
             }
-        }
-        while received.load(Ordering::SeqCst) < ITEMS {
-            tokio::task::yield_now().await;
+            for task in give_up {
+                task.await.unwrap();
+            }
+            while received.load(Ordering::SeqCst) < sent {
+                tokio::task::yield_now().await;
+            }
         }
         queue.end(Ended::Closed);
         for task in tasks {
