@@ -516,7 +516,7 @@ impl Registry {
             ("groups", groups as u64),
             ("memberships", users.sum(|usage| usage.memberships) as u64),
             ("watches", users.sum(|usage| usage.watches) as u64),
-            ("links", users.sum(|usage| usage.links) as u64),
+            ("linked_pairs", users.sum(|usage| usage.links) as u64),
             ("lookups_waiting", waiting as u64),
             ("registered_total", totals.registered),
             ("superseded_total", totals.superseded),
