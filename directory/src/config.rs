@@ -3,6 +3,7 @@
 //! It reads a file and looks up users; it opens no sockets.
 
 use std::collections::BTreeMap;
+use std::net::SocketAddr;
 use std::path::{Path, PathBuf};
 use std::time::Duration;
 
@@ -56,6 +57,8 @@ pub struct Config {
     pub max_gateway_bytes_per_user: usize,
     /// How long a connection may take for its hello.
     pub hello_timeout: Duration,
+    /// Where the numbers can be read over HTTP.
+    pub metrics_listen: Option<SocketAddr>,
     /// The other hosts, if there are any.
     pub nats: Option<Nats>,
 }
@@ -95,6 +98,7 @@ struct File {
     socket_mode: String,
     host: Option<String>,
     ticket_key: Option<PathBuf>,
+    metrics_listen: Option<String>,
     grace: String,
     hello_timeout: String,
     max_ids: usize,
@@ -161,6 +165,7 @@ impl Default for File {
             socket_mode: "0666".to_owned(),
             host: None,
             ticket_key: None,
+            metrics_listen: None,
             grace: "2s".to_owned(),
             hello_timeout: "5s".to_owned(),
             max_ids: limits.ids,
@@ -339,6 +344,12 @@ impl Config {
             grace: milliseconds("grace", &file.grace)?,
             ..Limits::default()
         };
+        let metrics_listen = match &file.metrics_listen {
+            None => None,
+            Some(text) => Some(text.parse().map_err(|_| {
+                format!("metrics_listen = {text:?}: an address and a port, like \"127.0.0.1:9903\"")
+            })?),
+        };
         let tls_client = match (file.nats_tls_certificate, file.nats_tls_key) {
             (Some(certificate), Some(key)) => Some((certificate, key)),
             (None, None) => None,
@@ -372,6 +383,7 @@ impl Config {
                 "hello_timeout",
                 &file.hello_timeout,
             )?),
+            metrics_listen,
             nats,
         })
     }
@@ -438,6 +450,7 @@ mod tests {
             ("grace = \"1\"", "grace"),
             ("grace = \"2h\"", "at most 1h"),
             ("socket_mode = \"9\"", "socket_mode"),
+            ("metrics_listen = \"9903\"", "127.0.0.1:9903"),
             ("max_ids = 0", "max_ids"),
             (
                 "nats = \"nats://a\"\nmax_gateway_bytes_per_user = 1000000",

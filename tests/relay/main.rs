@@ -9,6 +9,7 @@ mod faults;
 mod groups;
 mod hostile;
 mod messages;
+mod metrics;
 mod outages;
 mod presence;
 

@@ -7,6 +7,7 @@
 
 mod access;
 pub(crate) mod budget;
+mod metrics;
 mod session;
 pub(crate) mod socket;
 
@@ -18,7 +19,7 @@ use std::rc::Rc;
 use std::time::{Duration, Instant, SystemTime, UNIX_EPOCH};
 
 use dispatch_protocol::relay::ticket::Key;
-use dispatch_protocol::relay::{Change, FromDirectory};
+use dispatch_protocol::relay::{Change, Count, FromDirectory, Name};
 use tokio::sync::Notify;
 
 use crate::config::Config;
@@ -49,6 +50,8 @@ pub(crate) struct State {
     timer: Rc<Notify>,
     refused: u64,
     cut: u64,
+    scrapes: u64,
+    scrapes_refused: u64,
     #[cfg(feature = "nats")]
     pub(crate) cluster: Option<Rc<crate::cluster::Cluster>>,
 }
@@ -171,7 +174,7 @@ impl State {
     }
 
     /// Numbers of the server, for stats.
-    fn own_counts(&self) -> [(&'static str, u64); 5] {
+    fn own_counts(&self) -> [(&'static str, u64); 7] {
         let queued = self.queued.total() as u64;
         [
             ("queued_bytes", queued),
@@ -179,7 +182,19 @@ impl State {
             ("connections_waiting", self.pending as u64),
             ("refused_total", self.refused),
             ("cut_total", self.cut),
+            ("scrapes_total", self.scrapes),
+            ("scrapes_refused_total", self.scrapes_refused),
         ]
+    }
+
+    /// All numbers.
+    fn counts(&self) -> Vec<Count> {
+        let own = self.own_counts().into_iter();
+        let own =
+            own.filter_map(|(name, value)| Some(Count { name: Name::new(name).ok()?, value }));
+        let mut counts = self.registry.counts();
+        counts.extend(own);
+        counts
     }
 }
 
@@ -222,6 +237,8 @@ pub(crate) async fn serve(
         timer: Rc::clone(&timer),
         refused: 0,
         cut: 0,
+        scrapes: 0,
+        scrapes_refused: 0,
         #[cfg(feature = "nats")]
         cluster: None,
     }));
@@ -231,6 +248,11 @@ pub(crate) async fn serve(
     if shares {
         let problem = "nats is set, and this program was built without the feature nats";
         return Err(io::Error::other(problem));
+    }
+    let address = state.borrow().config.metrics_listen;
+    if let Some(address) = address {
+        let listener = metrics::listen(address).await?;
+        tokio::task::spawn_local(metrics::serve(Rc::clone(&state), listener));
     }
     ready();
     let accepting = accept_all(&state, listener);
@@ -287,6 +309,45 @@ async fn end_graces(state: &Handle, changed: Rc<Notify>) {
         match wait {
             Some(wait) => tokio::time::sleep(wait).await,
             None => changed.notified().await,
+        }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    #![allow(clippy::unwrap_used, reason = "in a test a panic is the report")]
+
+    use super::*;
+
+    #[test]
+    fn every_number_has_a_meaning_and_no_gauge_the_name_of_a_counter() {
+        let config = Config::parse("").unwrap();
+        let names = config.namespaces.iter().map(|space| (space.name.clone(), space.receives));
+        let registry = Registry::new(config.host.clone(), names, config.limits.clone(), false);
+        let state = State {
+            registry,
+            queued: Budget::new(1, 1),
+            config,
+            key: None,
+            start: Instant::now(),
+            sessions: HashMap::new(),
+            pending: 0,
+            pending_of: HashMap::new(),
+            timer: Rc::new(Notify::new()),
+            refused: 0,
+            cut: 0,
+            scrapes: 0,
+            scrapes_refused: 0,
+            #[cfg(feature = "nats")]
+            cluster: None,
+        };
+        let counts = state.counts();
+        assert!(counts.len() > 20);
+        let names: Vec<&str> = counts.iter().map(|count| count.name.as_str()).collect();
+        for name in &names {
+            assert!(metrics::has_help(name), "{name}");
+            let family = name.strip_suffix("_total").filter(|family| names.contains(family));
+            assert_eq!(family, None, "a gauge and a counter");
         }
     }
 }

@@ -6,9 +6,7 @@ use std::io;
 use std::os::fd::OwnedFd;
 use std::rc::Rc;
 
-use dispatch_protocol::relay::{
-    Count, FromDirectory, MAX_RECORD, Name, ToDirectory, VERSION, readable, text,
-};
+use dispatch_protocol::relay::{FromDirectory, MAX_RECORD, ToDirectory, VERSION, readable, text};
 use tokio::io::Interest;
 use tokio::io::unix::AsyncFd;
 use tokio::sync::Notify;
@@ -386,11 +384,7 @@ fn handle(state: &Handle, member: MemberIndex, record: ToDirectory) {
     let mut state = state.borrow_mut();
     let now = state.now();
     if let ToDirectory::Stats { request } = record {
-        let mut counts = state.registry.counts();
-        let own = state.own_counts().into_iter();
-        counts.extend(
-            own.filter_map(|(name, value)| Some(Count { name: Name::new(name).ok()?, value })),
-        );
+        let counts = state.counts();
         return state.send(member, FromDirectory::Counts { request, counts }, None);
     }
     state.registry.handle(now, member, record);
