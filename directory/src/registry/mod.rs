@@ -433,7 +433,7 @@ impl Registry {
     pub fn handle(&mut self, now: Now, from: MemberIndex, record: ToDirectory) {
         let Some(member) = self.member(from) else { return };
         let namespace = member.namespace;
-        if member.observes && !only_asks(&record) {
+        if member.observes && !presence::only_asks(&record) {
             return self.cut(from, "an observer may only ask");
         }
         match record {
@@ -580,26 +580,5 @@ impl Registry {
         if self.shares {
             self.effects.push_back(Effect::Share(record));
         }
-    }
-}
-
-/// Whether a record only asks, which an observer may.
-fn only_asks(record: &ToDirectory) -> bool {
-    match record {
-        ToDirectory::Who { .. }
-        | ToDirectory::Online { .. }
-        | ToDirectory::Groups { .. }
-        | ToDirectory::Stats { .. } => true,
-        ToDirectory::Hello { .. }
-        | ToDirectory::Register { .. }
-        | ToDirectory::Unregister { .. }
-        | ToDirectory::Lookup { .. }
-        | ToDirectory::Connect { .. }
-        | ToDirectory::Join { .. }
-        | ToDirectory::Leave { .. }
-        | ToDirectory::Subscribe { .. }
-        | ToDirectory::Unsubscribe { .. }
-        | ToDirectory::Watch { .. }
-        | ToDirectory::Unwatch { .. } => false,
     }
 }

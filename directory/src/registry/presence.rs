@@ -1,6 +1,8 @@
 //! Presence: who holds an id, what is registered, and reports of changes.
 
-use dispatch_protocol::relay::{Change, FromDirectory, GroupSize, Id, MAX_PAGE, Place, Wish};
+use dispatch_protocol::relay::{
+    Change, FromDirectory, GroupSize, Id, MAX_PAGE, Place, ToDirectory, Wish,
+};
 
 use super::{MemberIndex, Registry};
 
@@ -117,5 +119,26 @@ impl Registry {
         for watcher in watchers.unwrap_or_default() {
             self.send(watcher, FromDirectory::Changed { id: name.clone(), group: true, change });
         }
+    }
+}
+
+/// Whether a record only asks, which an observer may.
+pub(super) fn only_asks(record: &ToDirectory) -> bool {
+    match record {
+        ToDirectory::Who { .. }
+        | ToDirectory::Online { .. }
+        | ToDirectory::Groups { .. }
+        | ToDirectory::Stats { .. } => true,
+        ToDirectory::Hello { .. }
+        | ToDirectory::Register { .. }
+        | ToDirectory::Unregister { .. }
+        | ToDirectory::Lookup { .. }
+        | ToDirectory::Connect { .. }
+        | ToDirectory::Join { .. }
+        | ToDirectory::Leave { .. }
+        | ToDirectory::Subscribe { .. }
+        | ToDirectory::Unsubscribe { .. }
+        | ToDirectory::Watch { .. }
+        | ToDirectory::Unwatch { .. } => false,
     }
 }
