@@ -102,7 +102,7 @@ fn what_a_client_sends_does_not_cost_it_the_answer() {
 }
 
 #[test]
-fn hostile_clients_delay_nobody_else_and_leave_nothing() {
+fn hostile_clients_delay_no_other_client_and_leave_nothing() {
     let dispatcher = Dispatcher::start(&with_agent(""));
     let agent = agent_of(&dispatcher, "web");
     let _worker = dispatcher.workers("tokio", "web", 1);
