@@ -10,6 +10,8 @@ mod bytes;
 mod config;
 #[path = "../fuzz/targets/first_bytes.rs"]
 mod first_bytes;
+#[path = "../fuzz/targets/line.rs"]
+mod line;
 #[path = "../fuzz/targets/pool_ops.rs"]
 mod pool_ops;
 #[path = "../fuzz/targets/replay.rs"]
@@ -37,6 +39,11 @@ fn wire_prefork() {
 #[test]
 fn config() {
     replay("config", config::config);
+}
+
+#[test]
+fn line() {
+    replay("line", line::line);
 }
 
 #[test]

@@ -10,6 +10,7 @@ mod bytes;
 mod config;
 mod dispatcher_path;
 mod first_bytes;
+mod line;
 mod listen_fds;
 mod pool_ops;
 mod sockets;
@@ -21,6 +22,7 @@ use worker_sdk::fuzzing as worker_fuzzing;
 
 pub use config::config;
 pub use first_bytes::first_bytes;
+pub use line::line;
 pub use listen_fds::listen_fds;
 pub use pool_ops::pool_ops;
 pub use wire::{wire_channel, wire_control, wire_prefork};
