@@ -3,6 +3,7 @@
 use dispatch_protocol::wire::{Features, Hello, RefusedCode, VERSION};
 
 use super::handoff::Shares;
+use super::line::Line;
 use super::policy::Member;
 use super::ring::Ring;
 use super::trust::Trust;
@@ -43,7 +44,7 @@ impl Core {
     /// needs, and sends it on success.
     pub fn join(&mut self, now: Time, join: &Join) -> Result<WorkerId, Refusal> {
         let pool = self.admit(join)?;
-        let id = self.add_worker(now, pool, join);
+        let id = self.add_worker(now, pool, join, None);
         self.drain_with_host(now, id);
         self.process_joined(now, id.index as usize);
         // Fewer processes may be wanted than when it was started, or another one has its place.
@@ -141,7 +142,13 @@ impl Core {
     }
 
     /// Adds an admitted worker.
-    pub(super) fn add_worker(&mut self, now: Time, p: usize, join: &Join) -> WorkerId {
+    pub(super) fn add_worker(
+        &mut self,
+        now: Time,
+        p: usize,
+        join: &Join,
+        line: Option<Box<Line>>,
+    ) -> WorkerId {
         self.joins += 1;
         let index = match self.free_workers.pop() {
             Some(index) => index,
@@ -199,7 +206,11 @@ impl Core {
             starved: None,
             checking: false,
             // A worker that has served before, under this dispatcher or another, starts with trust.
-            trust: Trust::new(now, hello.base > 0),
+            trust: match line {
+                // It takes what it is sent, as far as the dispatcher can see.
+                Some(_) => Trust::full(now),
+                None => Trust::new(now, hello.base > 0),
+            },
             threads: None,
             trial_wait: None,
             purging: false,
@@ -210,6 +221,7 @@ impl Core {
             reported_decrease: false,
             reported_gauges: [false; GaugeProblem::COUNT],
             channel_full: 0,
+            line,
         };
         worker.start_slowly(now, pool.settings.slow_start);
         pool.counts.joined += 1;

@@ -112,6 +112,7 @@ impl Core {
             Some(entry) => {
                 let old = std::mem::replace(entry, pool);
                 self.retired_counts.taken += old.counts.taken;
+                self.retired_counts.returned += old.counts.returned;
             }
         }
         if self.host_drains() {

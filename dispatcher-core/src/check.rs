@@ -25,7 +25,8 @@ impl Core {
             self.pools.iter().flat_map(|pool| &pool.memory).map(|memory| memory.size()).sum();
         // Each pool looks at every listener and every worker.
         let tables = self.pools.len() * (self.listeners.len() + self.workers.len());
-        let cost = tables + self.workers.len() + self.ledger.entries().len() + memory;
+        let sockets = self.tracked.len();
+        let cost = tables + self.workers.len() + self.ledger.entries().len() + memory + sockets;
         self.check_credit = (self.check_credit + CREDIT).min(2 * cost + CREDIT);
         if self.check_credit >= cost {
             self.check_credit -= cost;
@@ -54,6 +55,7 @@ impl Core {
         let unread = self.check_headers();
         assert_eq!(queued + awaited + unread, self.totals.queued);
         self.check_access_controls();
+        self.check_lines();
 
         let mut in_flight = 0;
         for p in 0..self.pools.len() {

@@ -196,6 +196,9 @@ impl Core {
         }
         let (pool, at, usable) = (worker.pool, worker.at, worker.is_usable());
         worker.state = State::Gone;
+        if let Some(line) = &mut worker.line {
+            line.left = Some(why);
+        }
         self.pools[pool].counts.gone += 1;
         if let Some(memory) = &mut self.pools[pool].memory {
             memory.unbind(worker.binding, w as u32);
@@ -267,10 +270,11 @@ impl Core {
         }
     }
 
-    /// Empties the worker's channel; [`Core::purged`] follows.
+    /// Empties the worker's channel; [`Core::purged`] follows. A worker of the line protocol has
+    /// none.
     fn purge(&mut self, w: usize) {
         let worker = &mut self.workers[w];
-        if !std::mem::replace(&mut worker.purging, true) {
+        if worker.line.is_none() && !std::mem::replace(&mut worker.purging, true) {
             let worker = worker.id;
             self.effects.push_back(Effect::Purge { worker });
         }

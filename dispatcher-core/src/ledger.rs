@@ -26,6 +26,9 @@ pub(super) enum Place {
     Queued,
     /// In flight to this worker.
     InFlight(u32),
+    /// Sent to a worker of the line protocol, and so taken; the event loop has its copy until the
+    /// worker has read it. `tracked`: the kernel tells the end of its socket.
+    Kept { tracked: bool },
     /// Taken or closed; the event loop still has its copy.
     Leaving,
 }
@@ -223,6 +226,10 @@ impl Ledger {
 
     pub(super) fn entries(&self) -> &[Conn] {
         &self.conns
+    }
+
+    pub(super) fn entries_mut(&mut self) -> &mut [Conn] {
+        &mut self.conns
     }
 
     /// Appends a connection to the queue of returned or of new connections.

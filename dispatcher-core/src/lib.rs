@@ -11,7 +11,7 @@
 //! sleep until [`Core::deadline`].
 //!
 //! Invariants, checked after every public mutator in debug builds and tests (`Core::check`):
-//! 1. `accepted = queued + in flight + taken + Σ closed`.
+//! 1. `accepted + returned = queued + in flight + taken + Σ closed`.
 //! 2. Every connection is in exactly one place: the ticket of one worker, or the queue of one pool.
 //! 3. A worker's load is `base + taken + untaken − finished`, never below what it certainly has.
 //! 4. A slot has at most one ticket; sequence numbers of a worker only grow.
@@ -36,6 +36,7 @@ mod history;
 mod host;
 mod in_flight;
 mod ledger;
+mod line;
 mod place;
 mod policy;
 mod proxy;
@@ -61,6 +62,7 @@ pub use gauges::MAX_GAUGE_VALUE;
 pub use health::LOST_PAUSE;
 pub use history::{CandidateSnapshot, Decision, Explanation, Obstacle};
 pub use host::{HostDrainSnapshot, HostState};
+pub use line::{LineJoin, LineSnapshot, Recovery};
 pub use proxy::{HeaderSeen, ProxyControl, ProxyRules};
 pub use random::Random;
 pub use ring::SPARE_SLOTS;
@@ -89,6 +91,7 @@ use handoff::Shares;
 use history::History;
 use host::HostDrain;
 use ledger::{Ledger, Place, PoolQueue};
+use line::Tracked;
 use place::WorkerWait;
 use policy::{Candidates, NEVER};
 use proxy::Headers;
@@ -117,6 +120,8 @@ pub struct Core {
     free_workers: Vec<u32>,
     joins: u64,
     ledger: Ledger,
+    /// Connections of workers of the line protocol.
+    tracked: Tracked,
     totals: Totals,
     effects: VecDeque<Effect>,
     resource_pause: Duration,
@@ -225,6 +230,7 @@ impl Core {
             free_workers: Vec::new(),
             joins: 0,
             ledger: Ledger::default(),
+            tracked: Tracked::default(),
             totals: Totals::default(),
             effects,
             resource_pause: RESOURCE_PAUSE,
@@ -383,7 +389,7 @@ impl Core {
             Place::Queued => self.dequeue(pool, conn.index),
             Place::Awaiting => self.end_await(pool, conn.index),
             Place::Header => self.end_header(conn.index),
-            Place::Free | Place::InFlight(_) | Place::Leaving => return,
+            Place::Free | Place::InFlight(_) | Place::Kept { .. } | Place::Leaving => return,
         }
         self.close(conn.index, reason);
         self.after(now, pool);

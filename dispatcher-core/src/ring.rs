@@ -100,6 +100,11 @@ impl Ring {
         self.len < self.limit
     }
 
+    /// The same with so many slots less.
+    pub(super) fn has_room_beside(&self, others: u32) -> bool {
+        self.len.saturating_add(others) < self.limit
+    }
+
     /// Issues a ticket for `item`; a connection is due at `due`. The caller has checked
     /// [`Ring::has_room`].
     pub(super) fn issue(&mut self, now: Time, item: Item, due: Time) -> Ticket {

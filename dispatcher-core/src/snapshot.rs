@@ -3,6 +3,7 @@
 use std::time::Duration;
 
 use super::host::HostDrainSnapshot;
+use super::line::LineSnapshot;
 use super::supervise::{Generation, LeavingGeneration, ProcessCounts, ProcessTotals, Roll};
 use super::types::*;
 use super::worker::Worker;
@@ -129,6 +130,8 @@ pub struct PoolSnapshot {
     pub suspects: u64,
     /// The processes that the pool starts; `None` if it starts none.
     pub processes: Option<ProcessSnapshot>,
+    /// Connections that came back from workers of the line protocol that have left.
+    pub returned: u64,
     /// Workers that have joined.
     pub joined: u64,
     /// Workers that have left.
@@ -216,13 +219,18 @@ pub struct WorkerSnapshot {
     pub idle_threads: Option<u32>,
     /// Connections that it was notified to end at the deadline of its drain.
     pub ended_at_deadline: u64,
+    /// `Some` if it speaks the line protocol.
+    pub line: Option<LineSnapshot>,
 }
 
-/// Connections by place. Always `accepted = queued + in flight + taken + Σ closed`.
+/// Connections by place. Always `accepted + returned = queued + in flight + taken + Σ closed`.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
 pub struct Totals {
     /// Accepted since the start.
     pub accepted: u64,
+    /// Sent to a worker of the line protocol, and not read before it left, since the start. They
+    /// count among `taken` too, and once more in the place that they have then.
+    pub returned: u64,
     /// Waiting for a worker now.
     pub queued: u64,
     /// Sent and not yet taken now.
@@ -241,6 +249,7 @@ pub(super) struct Counts {
     pub(super) lost: u64,
     pub(super) channel_full: u64,
     pub(super) suspects: u64,
+    pub(super) returned: u64,
     pub(super) joined: u64,
     pub(super) gone: u64,
 }
@@ -251,12 +260,14 @@ pub(super) struct RetiredCounts {
     pub(super) accepted: u64,
     pub(super) closed: u64,
     pub(super) taken: u64,
+    pub(super) returned: u64,
 }
 
 impl Totals {
     /// Whether every connection is in exactly one place.
     pub fn is_conserved(&self) -> bool {
-        self.accepted == self.queued + self.in_flight + self.taken + self.closed.iter().sum::<u64>()
+        self.accepted + self.returned
+            == self.queued + self.in_flight + self.taken + self.closed.iter().sum::<u64>()
     }
 }
 
@@ -324,6 +335,7 @@ impl Core {
             channel_full: pool.counts.channel_full,
             suspects: pool.counts.suspects,
             processes: self.process_snapshot(p),
+            returned: pool.counts.returned,
             joined: pool.counts.joined,
             gone: pool.counts.gone,
             handoff: pool.handoff.clone(),
@@ -358,11 +370,13 @@ impl Core {
         let closed: u64 = self.listeners.iter().flat_map(|listener| listener.closed).sum();
         let queued: u64 = self.pools.iter().map(Pool::held).sum();
         let taken: u64 = self.pools.iter().map(|pool| pool.counts.taken).sum();
+        let returned: u64 = self.pools.iter().map(|pool| pool.counts.returned).sum();
         let in_flight: u64 = self.workers.iter().map(|worker| u64::from(worker.untaken())).sum();
         let retired_counts = &self.retired_counts;
         let placed =
             queued + in_flight + taken + retired_counts.taken + closed + retired_counts.closed;
-        (arrived + retired_counts.accepted).wrapping_sub(placed).cast_signed()
+        let arrived = arrived + retired_counts.accepted + returned + retired_counts.returned;
+        arrived.wrapping_sub(placed).cast_signed()
     }
 
     /// Sizes of the tables of pools, listeners and workers, including free entries.
@@ -469,5 +483,6 @@ fn worker_snapshot(worker: &Worker) -> WorkerSnapshot {
         longest_take: worker.trust.peak,
         idle_threads: worker.threads.map(|threads| threads.idle),
         ended_at_deadline: worker.ended,
+        line: worker.line.as_ref().map(|line| line.snapshot()),
     }
 }

@@ -414,11 +414,14 @@ pub enum CloseReason {
     ProxyTooLong,
     /// The PROXY header of a trusted proxy did not come within `proxy_timeout`.
     ProxyTimeout,
+    /// It was in the socket of a worker of the line protocol that has left, and could not be given
+    /// to another worker.
+    Unread,
 }
 
 impl CloseReason {
     /// Every reason, in the order of the status.
-    pub const ALL: [CloseReason; 13] = [
+    pub const ALL: [CloseReason; 14] = [
         CloseReason::NoWorker,
         CloseReason::ClientGone,
         CloseReason::Shutdown,
@@ -432,6 +435,7 @@ impl CloseReason {
         CloseReason::ProxyMalformed,
         CloseReason::ProxyTooLong,
         CloseReason::ProxyTimeout,
+        CloseReason::Unread,
     ];
 
     /// Whether only listeners with `proxy_protocol` have it.
@@ -444,6 +448,11 @@ impl CloseReason {
                 | CloseReason::ProxyTooLong
                 | CloseReason::ProxyTimeout
         )
+    }
+
+    /// Whether only pools with `line_socket` have it.
+    pub fn is_of_line_protocol(self) -> bool {
+        self == CloseReason::Unread
     }
 
     /// The name in the status and in logs.
@@ -462,6 +471,7 @@ impl CloseReason {
             CloseReason::ProxyMalformed => "proxy_malformed",
             CloseReason::ProxyTooLong => "proxy_too_long",
             CloseReason::ProxyTimeout => "proxy_timeout",
+            CloseReason::Unread => "unread",
         }
     }
 }

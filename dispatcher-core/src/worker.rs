@@ -8,6 +8,7 @@ use std::time::Duration;
 
 use super::drain::Notice;
 use super::handoff::Shares;
+use super::line::Line;
 use super::policy::{Available, FULL_WEIGHT, NEVER};
 use super::ring::Ring;
 use super::trust::Trust;
@@ -139,12 +140,19 @@ pub(super) struct Worker {
     pub(super) reported_gauges: [bool; GaugeProblem::COUNT],
     /// Times its channel had no room.
     pub(super) channel_full: u64,
+    /// `Some` if it speaks the line protocol.
+    pub(super) line: Option<Box<Line>>,
 }
 
 impl Worker {
     /// Connections sent and not yet taken.
     pub(super) fn untaken(&self) -> u32 {
         self.ring.conns()
+    }
+
+    /// Connections that a worker of the line protocol has not read yet.
+    pub(super) fn unread(&self) -> u32 {
+        self.line.as_ref().map_or(0, |line| line.unread())
     }
 
     /// Live connections, untaken ones included.
@@ -171,7 +179,7 @@ impl Worker {
     /// Whether a record can be sent to it, however slow it is.
     pub(super) fn can_be_sent_to(&self) -> bool {
         self.is_usable()
-            && self.ring.has_room()
+            && self.ring.has_room_beside(self.unread())
             && self.blocked.is_none()
             && self.starved.is_none()
             && !self.checking

@@ -9,6 +9,7 @@
 
 pub mod advice;
 mod clients;
+pub mod lines;
 mod plan;
 mod process;
 mod run;

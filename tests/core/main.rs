@@ -3,6 +3,7 @@
 
 mod advice;
 mod decisions;
+mod lines;
 mod load_balancing;
 mod simulator;
 mod waits;
