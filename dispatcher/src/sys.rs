@@ -451,3 +451,91 @@ pub fn refuse_descriptors(socket: impl AsFd) -> io::Result<()> {
     };
     if result == 0 { Ok(()) } else { Err(io::Error::last_os_error()) }
 }
+
+/// Bytes of memory that the peer of a Unix stream socket has not read yet (`SIOCOUTQ`): the sizes
+/// of its buffers, not of the data. Takes no lock.
+///
+/// # Errors
+/// What `ioctl` answers.
+pub fn unread_by_peer(socket: impl AsFd) -> io::Result<u64> {
+    let mut unread: libc::c_int = 0;
+    // SAFETY: the request writes one `int`, which lives across the call.
+    let result =
+        unsafe { libc::ioctl(socket.as_fd().as_raw_fd(), libc::TIOCOUTQ, &raw mut unread) };
+    if result != 0 {
+        return Err(io::Error::last_os_error());
+    }
+    Ok(u64::try_from(unread).unwrap_or(0))
+}
+
+/// Identifies the network namespace of a socket (`SO_NETNS_COOKIE`, Linux 5.14). Takes no lock.
+///
+/// # Errors
+/// What `getsockopt` answers.
+pub fn network_namespace(socket: impl AsFd) -> io::Result<u64> {
+    // The number is the same on every architecture that Rust's standard library supports, except
+    // these.
+    const SO_NETNS_COOKIE: libc::c_int =
+        if cfg!(any(target_arch = "sparc", target_arch = "sparc64")) { 0x0050 } else { 71 };
+    let mut cookie: u64 = 0;
+    let mut len = size_of::<u64>() as libc::socklen_t;
+    // SAFETY: the buffer has `len` writable bytes, and the kernel writes at most that many.
+    let result = unsafe {
+        libc::getsockopt(
+            socket.as_fd().as_raw_fd(),
+            libc::SOL_SOCKET,
+            SO_NETNS_COOKIE,
+            (&raw mut cookie).cast(),
+            &raw mut len,
+        )
+    };
+    if result == 0 { Ok(cookie) } else { Err(io::Error::last_os_error()) }
+}
+
+/// The part of `TCP_INFO` that shows whether a program has used a connection.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct TcpUse {
+    /// The state: `TCP_ESTABLISHED` is 1, `TCP_CLOSE_WAIT` is 8.
+    pub state: u8,
+    /// Payload that has arrived; one more for the end of the stream.
+    pub received: u64,
+    /// Payload sent, and payload that waits to be sent.
+    pub sent: u64,
+}
+
+/// Reads [`TcpUse`]. Takes the lock of the socket, which a process that has it may hold.
+///
+/// # Errors
+/// What `getsockopt` answers, for example that this is no TCP socket; `EOPNOTSUPP` before Linux
+/// 4.19.
+pub fn tcp_use(socket: impl AsFd) -> io::Result<TcpUse> {
+    // The kernel's `struct tcp_info`, which only grows at its end.
+    const BYTES_RECEIVED: usize = 128;
+    const NOT_SENT: usize = 144;
+    const BYTES_SENT: usize = 200;
+    let mut info = [0u8; BYTES_SENT + size_of::<u64>()];
+    let mut len = info.len() as libc::socklen_t;
+    // SAFETY: the buffer has `len` writable bytes, and the kernel writes at most that many.
+    let result = unsafe {
+        libc::getsockopt(
+            socket.as_fd().as_raw_fd(),
+            libc::IPPROTO_TCP,
+            libc::TCP_INFO,
+            info.as_mut_ptr().cast(),
+            &raw mut len,
+        )
+    };
+    if result != 0 {
+        return Err(io::Error::last_os_error());
+    }
+    if (len as usize) < info.len() {
+        return Err(io::Error::from_raw_os_error(libc::EOPNOTSUPP));
+    }
+    let word = |at: usize| info[at..at + 4].try_into().map_or(0, u32::from_ne_bytes);
+    let long = |at: usize| info[at..at + 8].try_into().map_or(0, u64::from_ne_bytes);
+    Ok(TcpUse {
+        state: info[0],
+        received: long(BYTES_RECEIVED),
+        sent: long(BYTES_SENT).saturating_add(u64::from(word(NOT_SENT))),
+    })
+}

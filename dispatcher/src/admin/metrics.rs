@@ -5,6 +5,7 @@
 
 mod advice;
 mod hosts;
+mod line;
 mod page;
 mod processes;
 mod relay;
@@ -159,6 +160,7 @@ impl Collector for Snapshot {
         self.advice(&mut page)?;
         self.relay(&mut page)?;
         self.hosts(&mut page)?;
+        self.line(&mut page)?;
         self.workers(&mut page)
     }
 }
@@ -257,6 +259,11 @@ impl Snapshot {
             "connections_accepted",
             &format!("Connections accepted, {all}"),
             status.accepted,
+        )?;
+        page.counter(
+            "connections_returned",
+            "Connections that line workers had not read when they left: they are taken, and placed once more",
+            status.returned,
         )?;
         page.gauge(
             "connections_queued",

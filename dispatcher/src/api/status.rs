@@ -12,15 +12,17 @@ use serde::{Deserialize, Serialize};
 use super::advice::AdviceStatus;
 
 mod hosts;
+mod line;
 mod processes;
 mod relay;
 
 pub use hosts::{AgentStatus, HostDrainStatus};
+pub use line::{LineStatus, LineWorkerStatus};
 pub use processes::{LeavingStatus, ProcessesStatus, RollStatus};
 pub use relay::{RelayProcess, RelayStatus};
 
 /// Everything about one dispatcher at one instant.
-/// `accepted = queued + in flight + taken + Σ closed` always holds.
+/// `accepted + returned = queued + in flight + taken + Σ closed` always holds.
 #[derive(Clone, Debug, Default, PartialEq, Serialize, Deserialize)]
 pub struct Status {
     /// The version of the dispatcher.
@@ -42,6 +44,10 @@ pub struct Status {
     pub draining: Option<HostDrainStatus>,
     /// Connections accepted since the start.
     pub accepted: u64,
+    /// Connections that came back from workers of the line protocol since the start: they count
+    /// among `taken` too, and in the place that they have now.
+    #[serde(default)]
+    pub returned: u64,
     /// Connections waiting for a worker now.
     pub queued: u64,
     /// Connections sent and not yet taken now.
@@ -78,6 +84,9 @@ pub struct Status {
     /// The directory of the relay; absent without `relay_directory` and `relay_socket`.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub relay: Option<RelayStatus>,
+    /// The line protocol; absent without `line_socket`.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub line: Option<LineStatus>,
     /// Sockets that a service manager keeps open although no listener uses them: their clients are
     /// refused.
     #[serde(default, skip_serializing_if = "Vec::is_empty")]
@@ -230,6 +239,9 @@ pub struct PoolStatus {
     /// Times a worker became suspect.
     #[serde(default)]
     pub suspects: u64,
+    /// Connections that came back from its workers of the line protocol that have left.
+    #[serde(default)]
+    pub returned: u64,
     /// The processes that the dispatcher starts; absent if the pool starts none.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub processes: Option<ProcessesStatus>,
@@ -340,6 +352,9 @@ pub struct WorkerStatus {
     /// ago`.
     #[serde(default)]
     pub not_scored: Option<String>,
+    /// What it has reported, if it speaks the line protocol.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub line: Option<LineWorkerStatus>,
     /// Its gauges, in the order in which it named them.
     #[serde(default)]
     pub gauges: Vec<GaugeStatus>,
@@ -349,6 +364,12 @@ impl WorkerStatus {
     /// The state for display: `paused` for an active worker that has asked for no connections.
     pub fn shown_state(&self) -> &str {
         if self.paused && self.state == "active" { "paused" } else { &self.state }
+    }
+
+    /// The state, with `line` for a worker of the line protocol.
+    pub fn shown_kind(&self) -> String {
+        let state = self.shown_state();
+        if self.line.is_some() { format!("{state} line") } else { state.to_owned() }
     }
 }
 
@@ -369,6 +390,7 @@ impl From<&Snapshot> for Status {
         Status {
             stopping: core.stopping,
             accepted: core.totals.accepted,
+            returned: core.totals.returned,
             queued: core.totals.queued,
             ended_at_deadline: core.ended_at_deadline,
             in_flight: core.totals.in_flight,
@@ -415,6 +437,7 @@ impl From<&PoolSnapshot> for PoolStatus {
             lost: core.lost,
             channel_full: core.channel_full,
             suspects: core.suspects,
+            returned: core.returned,
             processes: core.processes.as_ref().map(ProcessesStatus::from),
             joined: core.joined,
             gone: core.gone,
@@ -469,6 +492,7 @@ impl From<&WorkerSnapshot> for WorkerStatus {
             longest_take_ms: u64::try_from(core.longest_take.as_millis()).unwrap_or(u64::MAX),
             idle_threads: core.idle_threads,
             ended_at_deadline: core.ended_at_deadline,
+            line: core.line.as_ref().map(LineWorkerStatus::from),
             ..WorkerStatus::default()
         }
     }
@@ -484,7 +508,8 @@ impl From<&Histogram> for Distribution {
     }
 }
 
-/// Without `proxy_protocol` the reasons that only it has are left out, unless they have occurred.
+/// Without `proxy_protocol` the reasons that only it has are left out, unless they have occurred;
+/// so is the one that only the line protocol has.
 fn by_reason(
     counts: &[u64; CloseReason::ALL.len()],
     proxy_protocol: bool,
@@ -492,7 +517,10 @@ fn by_reason(
     CloseReason::ALL
         .iter()
         .zip(counts)
-        .filter(|(reason, count)| proxy_protocol || **count > 0 || !reason.is_of_proxy_protocol())
+        .filter(|(reason, count)| {
+            let usual = proxy_protocol || !reason.is_of_proxy_protocol();
+            **count > 0 || (usual && !reason.is_of_line_protocol())
+        })
         .map(|(reason, &count)| (reason.name().to_owned(), count))
         .collect()
 }

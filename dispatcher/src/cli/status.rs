@@ -105,6 +105,13 @@ pub(super) fn table(status: &Status, faults: usize, width: usize) -> String {
         );
         text.push_str(&wrap(&clean(&line), "", width));
     }
+    if let Some(line) = &status.line {
+        let loads = match &line.reason {
+            Some(reason) => format!("loads by count, because of: {reason}"),
+            None => "loads exact".to_owned(),
+        };
+        text.push_str(&wrap(&clean(&format!("line protocol: {loads}")), "", width));
+    }
     if let Some(advice) = &status.advice {
         text.push_str(&super::advice::summary(advice));
     }
@@ -185,7 +192,7 @@ pub(super) fn table(status: &Status, faults: usize, width: usize) -> String {
             workers.row([
                 clean(&pool.name),
                 clean(&worker.name),
-                clean(worker.shown_state()),
+                clean(&worker.shown_kind()),
                 worker.id.to_string(),
                 worker.pid.to_string(),
                 worker.weight.to_string(),

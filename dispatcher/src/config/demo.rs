@@ -49,6 +49,7 @@ impl Config {
                 },
                 unavailable_response: None,
                 agent_listen: None,
+                line: None,
                 spawn: Some(Spawn {
                     command: command.iter().map(|word| literal(word)).collect(),
                     max_memory: None,

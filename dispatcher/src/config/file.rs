@@ -169,6 +169,9 @@ pub(super) struct PoolKeys {
     pub allow_users: Option<Vec<Spanned<Either<AnAccount>>>>,
     pub allow_groups: Option<Vec<Spanned<Either<AnAccount>>>>,
     pub unavailable_response: Option<Spanned<String>>,
+    pub line_socket: Option<Spanned<String>>,
+    pub line_socket_mode: Option<Spanned<Either<AMode>>>,
+    pub line_types: Option<Spanned<BTreeMap<Spanned<String>, Spanned<String>>>>,
     pub spawn: Option<Spanned<SpawnKeys>>,
 }
 

@@ -15,6 +15,7 @@ mod demo;
 mod error;
 mod file;
 mod hints;
+mod line;
 mod listener;
 mod process_setup;
 mod proxy;
@@ -36,6 +37,7 @@ use std::time::Duration;
 pub use advice::{AdviceSettings, MAX_ADVICE_PEERS, is_advisable};
 pub use error::{ConfigError, Diagnostic, Warning};
 pub(crate) use hints::SAMPLE;
+pub use line::LineSocket;
 pub use process_setup::{Account, Limit, Output, ProcessLimits, ProcessSetup, UNLIMITED};
 pub use relay::{RelayDirectory, RelaySettings};
 pub use spawn::{NOT_INHERITED, Place, depends_on_process, expand, literal};
@@ -294,6 +296,8 @@ pub struct Pool {
     pub spawn: Option<Spawn>,
     /// Where HAProxy's agent check is answered: TCP, or inherited from systemd.
     pub agent_listen: Option<Address>,
+    /// The socket for workers of the line protocol.
+    pub line: Option<LineSocket>,
 }
 
 impl Pool {

@@ -3,6 +3,7 @@
 mod access_rules;
 mod advice;
 mod agent;
+mod line;
 mod proxy;
 mod relay;
 mod sample;

@@ -11,7 +11,7 @@ use super::listener::set_in_unit;
 use super::value::{AMode, AnAccount, Either, TextOrNumber};
 use super::{
     Address, Config, DEFAULT_ADMIN_SOCKET, DEFAULT_DISPATCH_SOCKET, Limits, Listener, Pool,
-    UnixEndpoint, UnixSource, accounts, advice, affinity, agent, relay, scores, spawn,
+    UnixEndpoint, UnixSource, accounts, advice, affinity, agent, line, relay, scores, spawn,
 };
 use dispatcher_core::{AllowedAccounts, Peek, PoolSettings};
 
@@ -99,6 +99,7 @@ impl Check<'_> {
         let limits = limits(&file);
         let defaults = file.defaults.unwrap_or_default();
         agent::check_defaults(check, &defaults);
+        line::check_defaults(check, &defaults);
 
         // serde sorts tables by name; messages and pools follow the order of the file.
         let mut tables: Vec<(Spanned<String>, PoolKeys)> = file.pool.into_iter().collect();
@@ -180,7 +181,7 @@ impl Check<'_> {
                 );
             }
         }
-        Some(Config {
+        let config = Config {
             file: None,
             dispatch_socket,
             admin_socket,
@@ -192,7 +193,9 @@ impl Check<'_> {
             pools,
             limits,
             warnings: Vec::new(),
-        })
+        };
+        line::check_lines(check, &config, &tables);
+        Some(config)
     }
 }
 
@@ -522,7 +525,8 @@ impl Check<'_> {
             supervision: supervision.unwrap_or_default(),
             name: name.to_owned(),
         };
-        Pool { settings, unavailable_response, spawn, agent_listen }
+        let line = line::line_socket(self, &keys, defaults, &settings);
+        Pool { settings, unavailable_response, spawn, agent_listen, line }
     }
 }
 

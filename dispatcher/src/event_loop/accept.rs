@@ -87,6 +87,7 @@ impl EventLoop {
                             watched: false,
                             at_worker: None,
                             search_cost: 0,
+                            header_len: 0,
                             proxy: None,
                         },
                     );

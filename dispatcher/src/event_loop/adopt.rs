@@ -63,6 +63,7 @@ pub(super) fn find(spawner: &Spawner, config: &mut Config, path: Option<PathBuf>
                 unavailable_response: None,
                 spawn: None,
                 agent_listen: None,
+                line: None,
             });
             config.pools.len() - 1
         });

@@ -24,6 +24,8 @@ pub(super) struct Conn {
     pub(super) at_worker: Option<u64>,
     /// What looking at its first bytes has cost so far.
     pub(super) search_cost: u32,
+    /// Length of its PROXY header, which was read.
+    pub(super) header_len: u32,
     /// What a proxy said about it, once its PROXY header is read: `peer` is the client then.
     pub(super) proxy: Option<Box<ProxyHeader>>,
 }

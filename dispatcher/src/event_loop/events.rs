@@ -82,7 +82,8 @@ impl EventLoop {
     fn write(&self, event: &Event, ordered: bool) {
         match event {
             Event::Joined { worker, live } => {
-                log::info!("event=worker_joined {} live={live}", self.worker(*worker));
+                let kind = if self.lines.has(*worker) { " kind=line" } else { "" };
+                log::info!("event=worker_joined {} live={live}{kind}", self.worker(*worker));
             }
             Event::Goodbye { worker, resent, live } => log::info!(
                 "event=worker_goodbye {} resent={resent} live={live}",
@@ -130,11 +131,17 @@ impl EventLoop {
             Event::DrainOver { worker, resent, live, notified: true } => {
                 log::info!("event=drain_over {} resent={resent} ended={live}", self.worker(*worker))
             }
-            Event::DrainOver { worker, resent, live, notified: false } => log::warn!(
-                "event=drain_over {} resent={resent} left={live} \
-                 hint=\"its SDK does not support notices: restart the worker to end them\"",
-                self.worker(*worker)
-            ),
+            Event::DrainOver { worker, resent, live, notified: false } => {
+                let why = match self.lines.has(*worker) {
+                    true => "the line protocol has no notices",
+                    false => "its SDK does not support notices",
+                };
+                log::warn!(
+                    "event=drain_over {} resent={resent} left={live} hint={}",
+                    self.worker(*worker),
+                    quoted(&format!("{why}: restart the worker to end them"))
+                );
+            }
             Event::Resumed { worker } => {
                 log::info!("event=worker_resumed {}", self.worker(*worker));
             }

@@ -8,6 +8,7 @@ pub(super) enum FaultKind {
     WorkerExpelled,
     WorkerRefused,
     ConnectionLostByWorker,
+    ConnectionUnread,
     ChannelFull,
     CounterClamped,
     GaugeImpossible,
@@ -28,12 +29,13 @@ pub(super) enum FaultKind {
 
 impl FaultKind {
     #[cfg(test)]
-    const ALL: [FaultKind; 21] = [
+    const ALL: [FaultKind; 22] = [
         FaultKind::WorkerGone,
         FaultKind::WorkerSuspect,
         FaultKind::WorkerExpelled,
         FaultKind::WorkerRefused,
         FaultKind::ConnectionLostByWorker,
+        FaultKind::ConnectionUnread,
         FaultKind::ChannelFull,
         FaultKind::CounterClamped,
         FaultKind::GaugeImpossible,
@@ -60,6 +62,7 @@ impl FaultKind {
             FaultKind::WorkerExpelled => "worker_expelled",
             FaultKind::WorkerRefused => "worker_refused",
             FaultKind::ConnectionLostByWorker => "connection_lost_by_worker",
+            FaultKind::ConnectionUnread => "connection_unread",
             FaultKind::ChannelFull => "channel_full",
             FaultKind::CounterClamped => "counter_clamped",
             FaultKind::GaugeImpossible => "gauge_impossible",

@@ -45,16 +45,8 @@ impl EventLoop {
                 HandshakeEvent::Left(worker, why) => self.core.leave(self.now, worker, why),
                 HandshakeEvent::Broke(worker, fault) => self.expel(worker, &fault),
                 HandshakeEvent::Refused { pid, uid, gid, reason, key, more } => {
-                    self.observation.meters.workers_refused += 1 + more;
-                    log::warn!(
-                        "event=worker_refused pid={pid} uid={uid} gid={gid} reason={} key={} suppressed={more}",
-                        quoted(&reason),
-                        value(key.as_deref().unwrap_or("-"))
-                    );
-                    self.fault(FaultKind::WorkerRefused, "dispatch_socket", || {
-                        let key = key.as_ref().map_or(String::new(), |key| format!(" (see {key})"));
-                        format!("process {pid} of user {uid} was refused: {reason}{key}")
-                    });
+                    let peer = (pid, uid, gid);
+                    self.worker_refused(peer, &reason, key.as_deref(), more, "dispatch_socket");
                 }
                 HandshakeEvent::RefusedMore { uid, count } => {
                     self.observation.meters.workers_refused += count;
@@ -62,20 +54,44 @@ impl EventLoop {
                         "event=lines_suppressed kind=worker_refused uid={uid} count={count}"
                     );
                 }
-                HandshakeEvent::Short(error) => {
-                    let limit = self.observation.allow(self.now, None, Cause::Shortage);
-                    if let Some(suppressed) = limit {
-                        log::warn!(
-                            "event=worker_not_accepted error={error} suppressed={suppressed}",
-                            error = quoted(&error)
-                        );
-                        let pause = humantime::format_duration(self.config.limits.resource_pause);
-                        self.fault(FaultKind::WorkerNotAccepted, "dispatch_socket", || {
-                            format!("a worker waits for {pause}: {error}")
-                        });
-                    }
-                }
+                HandshakeEvent::Short(error) => self.worker_not_accepted(&error, "dispatch_socket"),
             }
+        }
+    }
+
+    /// A worker was refused at this socket, after `more` others whose lines were suppressed.
+    pub(super) fn worker_refused(
+        &mut self,
+        (pid, uid, gid): (i32, u32, u32),
+        reason: &str,
+        key: Option<&str>,
+        more: u64,
+        socket: &str,
+    ) {
+        self.observation.meters.workers_refused += 1 + more;
+        log::warn!(
+            "event=worker_refused pid={pid} uid={uid} gid={gid} reason={} key={} suppressed={more}",
+            quoted(&reason),
+            value(key.unwrap_or("-"))
+        );
+        self.fault(FaultKind::WorkerRefused, socket, || {
+            let key = key.map_or(String::new(), |key| format!(" (see {key})"));
+            format!("process {pid} of user {uid} was refused: {reason}{key}")
+        });
+    }
+
+    /// Descriptors or memory ran out at this socket.
+    pub(super) fn worker_not_accepted(&mut self, error: &str, socket: &str) {
+        let limit = self.observation.allow(self.now, None, Cause::Shortage);
+        if let Some(suppressed) = limit {
+            log::warn!(
+                "event=worker_not_accepted error={error} suppressed={suppressed}",
+                error = quoted(&error)
+            );
+            let pause = humantime::format_duration(self.config.limits.resource_pause);
+            self.fault(FaultKind::WorkerNotAccepted, socket, || {
+                format!("a worker waits for {pause}: {error}")
+            });
         }
     }
 

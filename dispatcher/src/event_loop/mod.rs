@@ -27,6 +27,7 @@ mod handshake;
 
 mod join;
 mod leaving;
+mod line;
 mod listeners;
 mod loads;
 mod meters;
@@ -58,6 +59,7 @@ use signal_hook_mio::v1_0::Signals;
 
 use self::connections::Connections;
 use self::handshake::Handshakes;
+use self::line::Lines;
 use self::listeners::Listeners;
 use self::observation::Observation;
 use self::rolls::Rolls;
@@ -70,10 +72,11 @@ use crate::background::cleaner::Cleaner;
 use crate::background::closer::Closers;
 use crate::background::service_manager::State;
 use crate::background::service_manager::unit::{StopKind, Unit};
-use crate::config::{Address, Config, Pool, Spawn};
+use crate::config::{Address, Config, LineSocket, Pool, Spawn};
 use crate::listen::bind::OwnedPath;
 use crate::mailbox::agents::AgentSockets;
 use crate::mailbox::{SideThread, StartSideThread};
+use crate::wake::Wake;
 use dispatcher_core::{Core, PoolSettings, Time};
 
 pub use crate::listen::error::RunError;
@@ -128,6 +131,9 @@ struct EventLoop {
     endpoints: Endpoints,
     handshakes: Handshakes,
     workers: Workers,
+    lines: Lines,
+    /// Wakes this thread; for threads that are started later.
+    wake: Wake,
     connections: Connections,
     background: Background,
     side: SideThread,
@@ -143,19 +149,20 @@ struct PoolResources {
     unavailable_response: Option<Arc<[u8]>>,
     spawn: Option<Spawn>,
     agent_listen: Option<Address>,
+    line: Option<LineSocket>,
 }
 
 impl PoolResources {
     /// Splits a pool's configuration into the core's part and this one.
     fn split(pool: Pool) -> (PoolSettings, PoolResources) {
-        let Pool { settings, unavailable_response, spawn, agent_listen } = pool;
-        (settings, PoolResources { unavailable_response, spawn, agent_listen })
+        let Pool { settings, unavailable_response, spawn, agent_listen, line } = pool;
+        (settings, PoolResources { unavailable_response, spawn, agent_listen, line })
     }
 
     /// The whole configuration of a pool.
     fn with(&self, settings: PoolSettings) -> Pool {
-        let PoolResources { unavailable_response, spawn, agent_listen } = self.clone();
-        Pool { settings, unavailable_response, spawn, agent_listen }
+        let PoolResources { unavailable_response, spawn, agent_listen, line } = self.clone();
+        Pool { settings, unavailable_response, spawn, agent_listen, line }
     }
 }
 
@@ -248,6 +255,7 @@ impl EventLoop {
             Source::Waker => {
                 self.wakeup.side_ready = true;
                 self.handshakes.ready = true;
+                self.lines.ready = true;
             }
             Source::Listener(position) => {
                 if let Some(listener) = self.listeners.sockets.get_mut(position) {
@@ -258,6 +266,7 @@ impl EventLoop {
             Source::Dispatch | Source::Pending(_) | Source::Control(_) | Source::Process(_) => {}
             // The scan has already read the worker's scoreboard.
             Source::Doorbell(key) => self.rang(key),
+            Source::LineRoom(key) => self.line_room(key),
             // `handle_all` handles these.
             Source::Queued(_) => {}
         }
@@ -268,6 +277,7 @@ impl EventLoop {
         if self.handshakes.ready {
             self.handle_handshakes();
         }
+        self.handle_lines();
         if std::mem::take(&mut self.wakeup.side_ready) {
             self.handle_side();
             self.handle_take_over();

@@ -44,6 +44,9 @@ impl EventLoop {
 
     fn carry_out(&mut self, effect: Effect) {
         match effect {
+            Effect::Send { worker, conn, ticket, log, .. } if self.lines.has(worker) => {
+                self.send_line(worker, conn, ticket, log);
+            }
             Effect::Send { worker, conn, ticket, listener, flags, log } => {
                 self.connections.unwatch(self.wakeup.registry(), conn);
                 let found = self.connections.get_mut(conn.index);
@@ -130,10 +133,15 @@ impl EventLoop {
                 self.close_client(conn, reason, shared);
             }
             Effect::Disconnect { worker, reason } => {
-                let Some(io) = self.workers.get(worker) else { return };
-                // Both at once: the worker finds its channel ended, and rejoins if it can.
-                io.lane.shut();
-                self.handshakes.send(HandshakeCommand::Cut(worker));
+                if let Some(io) = self.workers.get(worker) {
+                    // Both at once: the worker finds its channel ended, and rejoins if it can.
+                    io.lane.shut();
+                    self.handshakes.send(HandshakeCommand::Cut(worker));
+                } else if self.lines.has(worker) {
+                    self.cut_line(worker);
+                } else {
+                    return;
+                }
                 let pool = self.core.pool_of_worker(worker);
                 if let Some(suppressed) = self.observation.allow(self.now, pool, Cause::Broken) {
                     log::warn!(
@@ -143,6 +151,7 @@ impl EventLoop {
                     );
                 }
             }
+            Effect::Forget { worker } if self.lines.has(worker) => self.forget_line(worker),
             Effect::Forget { worker } => {
                 if let Some(io) = self.workers.remove(self.wakeup.registry(), worker) {
                     self.put_away(io);
@@ -287,8 +296,9 @@ impl EventLoop {
         let Some(taken) = self.connections.take(conn) else { return };
         let source = taken.source();
         let Conn { fd, peer, listener, at_worker, .. } = taken;
-        if reason == CloseReason::HandedOver {
-            // Another dispatcher has a copy. The last close of this socket is not here.
+        if matches!(reason, CloseReason::HandedOver | CloseReason::Unread) {
+            // Another dispatcher has a copy, or a worker that has left may have one. The last close
+            // of this socket is not here.
             return self.background.closers.task(Task::Drop(Owner::Other, Box::new(fd)));
         }
         match reason {
@@ -315,7 +325,8 @@ impl EventLoop {
             | CloseReason::ProxyUntrusted
             | CloseReason::ProxyMalformed
             | CloseReason::ProxyTooLong
-            | CloseReason::ProxyTimeout => None,
+            | CloseReason::ProxyTimeout
+            | CloseReason::Unread => None,
         };
         let owner = match (at_worker, source) {
             // A worker that had the connection may hold a copy, and the socket's lock.

@@ -61,6 +61,7 @@ impl EventLoop {
                     Ok(fds) if fds.is_empty() => {
                         conn.peer = client.unwrap_or(conn.peer);
                         conn.proxy = Some(header);
+                        conn.header_len = len as u32;
                         HeaderSeen::Whole(client)
                     }
                     Ok(fds) => {

@@ -113,6 +113,7 @@ impl Cause {
                 | CloseReason::ClientGone
                 | CloseReason::Shutdown
                 | CloseReason::HandedOver
+                | CloseReason::Unread
                 | CloseReason::Unsendable,
             ) => "client_turned_away",
             Cause::NoListener => "client_turned_away",

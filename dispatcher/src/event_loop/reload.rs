@@ -62,7 +62,11 @@ impl EventLoop {
         let listeners = self.listeners.sockets.iter().filter(current).filter_map(|listener| {
             Some((Socket::Listener(listener.id), listener.listening.as_ref()?.file()?))
         });
-        dispatch.chain(admin).chain(listeners).collect()
+        let lines =
+            self.lines.sockets.iter().filter_map(|socket| {
+                Some((Socket::Line(socket.pool), socket.path.as_ref()?.file()))
+            });
+        dispatch.chain(admin).chain(listeners).chain(lines).collect()
     }
 
     /// Passes the socket files to the side thread, which watches them.
@@ -72,6 +76,7 @@ impl EventLoop {
                 Socket::Dispatch => "dispatch_socket".to_owned(),
                 Socket::Admin => "admin_socket".to_owned(),
                 Socket::Listener(id) => format!("listener {}", self.core.listener_name(id)),
+                Socket::Line(id) => format!("line_socket of pool {}", self.core.pool_name(id)),
             };
             (name, file)
         };
@@ -105,6 +110,8 @@ impl EventLoop {
                     self.open(id, listening, backlog);
                     None
                 }
+                // Part of the plan's `lines`.
+                Socket::Line(_) => None,
             };
             // A file system may be slow.
             if let Some(old) = old {
@@ -166,6 +173,11 @@ impl EventLoop {
         self.config.admin_http_hosts = plan.admin_http_hosts;
         self.config.advice = plan.advice;
         self.put_agents(plan.agents);
+        let lines = plan.lines.into_iter();
+        let lines = lines.filter_map(|(at, made)| Some((ids.get(at).copied()?, made))).collect();
+        if let Err(error) = self.serve_lines(lines, false) {
+            reloaded.needs_restart.push(format!("line_socket ({error})"));
+        }
         self.watch_socket_files();
         self.publish_running();
         Ok(reloaded)

@@ -92,7 +92,8 @@ impl EventLoop {
     pub(super) fn before_sleep(&mut self) -> Option<Duration> {
         self.watch_queued();
         let clients = self.watch_listeners();
-        if clients || self.handshakes.ready || self.wakeup.side_ready {
+        let events = self.handshakes.ready || self.wakeup.side_ready || self.lines.ready;
+        if clients || events {
             return Some(Duration::ZERO);
         }
         let mut changed = false;

@@ -12,6 +12,7 @@ use signal_hook_mio::v1_0::Signals;
 
 use super::connections::Connections;
 use super::handshake::Handshakes;
+use super::line::Lines;
 use super::listeners::{ListenerIo, ListenerResources, Listeners};
 use super::observation::Observation;
 use super::rolls::Rolls;
@@ -43,6 +44,8 @@ struct Sockets {
     admin_http: Option<Listening>,
     advice: Option<Listening>,
     agents: AgentSockets,
+    /// The sockets of the line protocol.
+    lines: Vec<(PoolId, Listening)>,
     /// The take-over socket.
     offered: Option<Listening>,
     listeners: Listeners,
@@ -108,6 +111,12 @@ impl EventLoop {
         };
         let dispatch = endpoint(Kind::Dispatch, &config.dispatch_socket, SocketType::SEQPACKET)?;
         let admin = endpoint(Kind::Admin, &config.admin_socket, SocketType::STREAM)?;
+        let mut lines = Vec::new();
+        for (id, pool) in (0u16..).map(PoolId).zip(&config.pools) {
+            if let Some(line) = &pool.line {
+                lines.push((id, endpoint(Kind::Line, &line.endpoint(), SocketType::STREAM)?));
+            }
+        }
         let mut listeners = Vec::new();
         let mut settings = Vec::new();
         for (position, listener) in (0u16..).zip(&config.listeners) {
@@ -146,8 +155,17 @@ impl EventLoop {
             false => take_over_socket(&config, &listeners, taken.as_mut()),
         };
         let held = taken.is_some();
-        let sockets =
-            Sockets { dispatch, admin, admin_http, advice, agents, offered, listeners, held };
+        let sockets = Sockets {
+            dispatch,
+            admin,
+            admin_http,
+            advice,
+            agents,
+            lines,
+            offered,
+            listeners,
+            held,
+        };
         let mut event_loop = EventLoop::assemble(config, start_side, signals, sockets, settings)?;
         event_loop.run.descriptors = descriptors;
         if let Some(taken) = taken {
@@ -175,8 +193,17 @@ impl EventLoop {
         sockets: Sockets,
         settings: Vec<ListenerSettings>,
     ) -> Result<EventLoop, RunError> {
-        let Sockets { dispatch, admin, admin_http, advice, agents, offered, mut listeners, held } =
-            sockets;
+        let Sockets {
+            dispatch,
+            admin,
+            admin_http,
+            advice,
+            agents,
+            lines,
+            offered,
+            mut listeners,
+            held,
+        } = sockets;
         let poll = Poll::new().map_err(RunError::system("poll"))?;
         let registry = poll.registry();
         registry
@@ -191,6 +218,7 @@ impl EventLoop {
         });
         let wake_closers = Arc::clone(&wake) as crate::wake::Wake;
         let wake_handshakes = Arc::clone(&wake) as crate::wake::Wake;
+        let wake_later = Arc::clone(&wake) as crate::wake::Wake;
         let mut shared = SharedSockets::default();
         if offered.is_some() {
             shared.dispatch = dispatch.fd.try_clone().ok();
@@ -271,7 +299,7 @@ impl EventLoop {
                 );
             }
         }
-        Ok(EventLoop {
+        let mut event_loop = EventLoop {
             config,
             pools,
             rolls,
@@ -295,13 +323,17 @@ impl EventLoop {
             endpoints: Endpoints { dispatch_address, dispatch_path, admin_path },
             handshakes,
             workers: Workers::new(purged, tokens),
+            lines: Lines::default(),
+            wake: wake_later,
             connections,
             background: Background { closers, closing_due: None, cleaner },
             side,
             take_over,
             agents,
             observation: Observation::new(now),
-        })
+        };
+        event_loop.serve_lines(lines, held).map_err(RunError::system("line thread"))?;
+        Ok(event_loop)
     }
 
     /// Ends everything: channels before control connections, so that a worker reads its channel to
@@ -332,6 +364,7 @@ impl EventLoop {
         }
         self.end_processes();
         let longest_end = self.longest_end();
+        self.end_lines(CLOSES_END);
         if let Some(dispatch) = self.handshakes.end(CLOSES_END) {
             self.background.closers.task(Task::Drop(Owner::Other, Box::new(dispatch)));
         }

@@ -81,6 +81,7 @@ impl EventLoop {
         status.kept_sockets = self.kept_sockets();
         status.draining = self.host_drain_status();
         self.agent_status(&mut status);
+        status.line = self.line_status();
         for pool in &mut status.pools {
             let Some(processes) = &mut pool.processes else { continue };
             let Some(id) = self.core.pool_named(&pool.name) else { continue };

@@ -25,6 +25,8 @@ pub(super) enum Source {
     /// The client of a queued connection did something; it matters only if it has gone, or if its
     /// first bytes are awaited.
     Queued(Key),
+    /// A worker of the line protocol has read something.
+    LineRoom(Key),
     /// A worker took or closed a connection; the scan at the beginning of the turn sees it.
     Doorbell(Key),
 }
@@ -79,6 +81,7 @@ impl Source {
             Source::Control(key) => (6, key.index, key.serial),
             Source::Process(key) => (7, key.index, key.serial),
             Source::Queued(key) => (8, key.index, key.serial),
+            Source::LineRoom(key) => (9, key.index, key.serial),
         };
         let bits = kind << (SERIAL_BITS + INDEX_BITS)
             | (u64::from(index) & INDEX_MASK) << SERIAL_BITS
@@ -101,6 +104,7 @@ impl Source {
             6 => Source::Control(key),
             7 => Source::Process(key),
             8 => Source::Queued(key),
+            9 => Source::LineRoom(key),
             _ => return None,
         })
     }
@@ -123,6 +127,7 @@ mod tests {
             Source::Control(Key { index: 3, serial: 9 }),
             Source::Process(key),
             Source::Queued(key),
+            Source::LineRoom(key),
         ] {
             assert_eq!(Source::of(source.token()), Some(source));
         }

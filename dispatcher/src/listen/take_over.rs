@@ -69,6 +69,7 @@ pub(crate) enum Kind {
     /// For HAProxy's agent check; `name` is the pool.
     Agent,
     TakeOver,
+    Line,
     Listener,
 }
 

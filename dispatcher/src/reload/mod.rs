@@ -23,7 +23,7 @@ use rustix::net::SocketType;
 use self::agents::plan_agents;
 pub(crate) use self::agents::{AgentPlan, AgentStep};
 use self::fixed::fixed;
-use self::plan::{make_again, new_mode, plan_listeners, plan_pools};
+use self::plan::{line_modes, make_again, new_mode, plan_lines, plan_listeners, plan_pools};
 use crate::api::command::{CommandError, Problem};
 use crate::api::reload::Reloaded;
 use crate::config::{
@@ -67,6 +67,7 @@ pub(crate) enum Socket {
     Dispatch,
     Admin,
     Listener(ListenerId),
+    Line(PoolId),
 }
 
 /// The socket of a removed listener, which a reload may use again.
@@ -89,6 +90,8 @@ pub struct Plan {
     /// The admin socket among them: the side thread serves it.
     pub(crate) admin: Option<UnixListener>,
     pub(crate) pools: Vec<(PoolStep, Pool)>,
+    /// New sockets of the line protocol, by the position of the pool.
+    pub(crate) lines: Vec<(usize, Listening)>,
     pub(crate) listeners: Vec<(ListenerStep, Rules, Listener)>,
     pub(crate) removed_pools: Vec<PoolId>,
     pub(crate) removed_listeners: Vec<ListenerId>,
@@ -214,6 +217,8 @@ fn plan(now: &RunningConfig, new: Config) -> Result<Plan, CommandError> {
     let (pools, removed_pools) = plan_pools(now, &new, &mut reloaded);
     let (listeners, removed_listeners) = plan_listeners(now, &new, &mut reloaded)?;
     let agents = plan_agents(now, &new)?;
+    let lines = plan_lines(now, &new)?;
+    let line_modes: Vec<(PathBuf, u32)> = line_modes(now, &new).collect();
     if now.config.limits != new.limits {
         reloaded.changed.push("limits".to_owned());
     }
@@ -233,11 +238,13 @@ fn plan(now: &RunningConfig, new: Config) -> Result<Plan, CommandError> {
         Some(Err(error)) => return Err(refused(format!("admin_socket: {error}"))),
     };
     let modes = listeners.iter().filter_map(|(step, _, listener)| new_mode(now, step, listener));
+    let modes = modes.chain(line_modes);
     Ok(Plan {
         generation: now.generation,
         again,
         admin,
         pools,
+        lines,
         modes: modes.collect(),
         listeners,
         removed_pools,

@@ -16,6 +16,8 @@ pub(super) fn make_again(
                 (SocketType::SEQPACKET, SocketAttributes::of(&now.config.dispatch_socket))
             }
             Socket::Admin => (SocketType::STREAM, SocketAttributes::of(&now.config.admin_socket)),
+            // Planned with the pools.
+            Socket::Line(_) => continue,
             Socket::Listener(id) => {
                 let stays = listeners.iter().find(|(step, _, _)| {
                     matches!(step, ListenerStep::Keep(other) | ListenerStep::TakeOver(other) if other == id)
@@ -72,6 +74,59 @@ pub(super) fn plan_pools(
         }
     }
     (pools, removed)
+}
+
+/// The pool of this name that runs now.
+fn pool_now<'a>(now: &'a RunningConfig, name: &str) -> Option<(PoolId, &'a Pool)> {
+    now.pools.iter().find_map(|&id| {
+        let pool = now.config.pools.get(usize::from(id.0))?;
+        (pool.settings.name == name).then_some((id, pool))
+    })
+}
+
+/// Opens the new sockets of the line protocol, and those whose files were removed.
+pub(super) fn plan_lines(
+    now: &RunningConfig,
+    new: &Config,
+) -> Result<Vec<(usize, Listening)>, CommandError> {
+    let mut opened = Vec::new();
+    for (position, pool) in new.pools.iter().enumerate() {
+        let (name, Some(line)) = (&pool.settings.name, &pool.line) else { continue };
+        let before = pool_now(now, name);
+        let stays = before.is_some_and(|(_, pool)| {
+            pool.line.as_ref().is_some_and(|before| before.path == line.path)
+        });
+        let file = before.filter(|_| stays).and_then(|(id, _)| {
+            let is_it = |(socket, _): &&(Socket, SocketFile)| *socket == Socket::Line(id);
+            now.files.iter().find(is_it).map(|(_, file)| file)
+        });
+        let endpoint = line.endpoint();
+        let made = match file {
+            Some(file) if !file.is_missing() => continue,
+            Some(file) => {
+                bind::listen_again(file, SocketType::STREAM, SocketAttributes::of(&endpoint))
+            }
+            None => bind::listen_endpoint(&endpoint, SocketType::STREAM, &mut Inherited::default()),
+        };
+        let made = made.map_err(|error| {
+            refused(format!("line_socket of pool `{name}`: {error}")).hint("nothing was changed")
+        })?;
+        opened.push((position, made));
+    }
+    Ok(opened)
+}
+
+/// The socket files of the line protocol that stay, and their new permission bits.
+pub(super) fn line_modes<'a>(
+    now: &'a RunningConfig,
+    new: &'a Config,
+) -> impl Iterator<Item = (PathBuf, u32)> + 'a {
+    new.pools.iter().filter_map(|pool| {
+        let line = pool.line.as_ref()?;
+        let before = pool_now(now, &pool.settings.name)?.1.line.as_ref()?;
+        let changed = before.path == line.path && before.mode != line.mode;
+        changed.then(|| (line.path.clone(), line.mode))
+    })
 }
 
 type Steps = Vec<(ListenerStep, Rules, Listener)>;

@@ -388,11 +388,13 @@ impl Drop for Dispatcher {
     }
 }
 
-/// `accepted = queued + in flight + taken + Σ closed`, at every instant.
+/// `accepted + returned = queued + in flight + taken + Σ closed`, at every instant.
 pub fn assert_conserved(status: &Status) {
     let closed: u64 = status.closed.values().sum();
-    let (arrived, placed) =
-        (status.accepted, status.queued + status.in_flight + status.taken + closed);
+    let (arrived, placed) = (
+        status.accepted + status.returned,
+        status.queued + status.in_flight + status.taken + closed,
+    );
     assert_eq!(arrived, placed, "conservation: {status:?}");
     for worker in status.pools.iter().flat_map(|pool| &pool.workers) {
         let load = worker.base + worker.taken + worker.in_flight - worker.finished;

@@ -1,8 +1,8 @@
 use super::*;
 use crate::api::advice::{AddressRecord, AdvicePoolStatus, AdviceStatus, PeerStatus};
-use crate::api::status::ProxyHeadersStatus;
 use crate::api::status::{AgentStatus, HostDrainStatus, LeavingStatus, RollStatus};
 use crate::api::status::{Distribution, ListenerStatus, Meters, ProcessesStatus};
+use crate::api::status::{LineStatus, LineWorkerStatus, ProxyHeadersStatus};
 
 fn status(workers: u64) -> Status {
     let worker = |id| WorkerStatus {
@@ -109,6 +109,7 @@ fn each_status_field_has_its_own_metric() {
         revoked: 25,
         channel_full: 26,
         not_scored: Some("gauge queue_wait never set".to_owned()),
+        line: Some(LineWorkerStatus { unread: 85, ..LineWorkerStatus::default() }),
         ..WorkerStatus::default()
     };
     let agent = AgentStatus {
@@ -129,6 +130,7 @@ fn each_status_field_has_its_own_metric() {
         revoked: 13,
         lost: 14,
         suspects: 15,
+        returned: 0,
         channel_full: 16,
         processes: Some(ProcessesStatus {
             wanted: 71,
@@ -190,6 +192,7 @@ fn each_status_field_has_its_own_metric() {
             ..HostDrainStatus::default()
         }),
         accepted: 46,
+        returned: 86,
         queued: 47,
         in_flight: 48,
         taken: 49,
@@ -210,6 +213,15 @@ fn each_status_field_has_its_own_metric() {
         },
         listeners: vec![listener],
         pools: vec![pool],
+        line: Some(LineStatus {
+            exact: true,
+            reason: None,
+            overruns: 87,
+            tracked: 88,
+            reports: 89,
+            recovered: 90,
+            unread_closed: 91,
+        }),
         advice: Some(AdviceStatus {
             requests: [("best".to_owned(), 81)].into(),
             refused: [("denied".to_owned(), 82)].into(),
@@ -259,6 +271,7 @@ build_info{version="1.2.3"} 1
 uptime_seconds 30
 stopping 1
 connections_accepted_total 46
+connections_returned_total 86
 connections_queued 47
 connections_in_flight 48
 connections_taken_total 49
@@ -358,6 +371,13 @@ agent_answers_total{pool="p",answer="down"} 86
 agent_answers_total{pool="p",answer="drain"} 87
 agent_answers_total{pool="p",answer="ready"} 88
 agent_refused_connections_total{pool="p"} 89
+line_loads_exact 1
+line_overruns_total 87
+line_tracked_sockets 88
+line_reports_total 89
+line_recovered_connections_total 90
+line_workers{pool="p"} 1
+line_unread_connections{pool="p"} 85
 workers_not_shown{pool="p"} 0
 worker_state{pool="p",worker="w",id="31",state="suspect"} 1
 worker_live_connections{pool="p",worker="w",id="31"} 19

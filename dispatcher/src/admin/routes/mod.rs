@@ -3,6 +3,7 @@
 //! To add a route, write a function `routes()` in a file of its own, merge it in [`all`], and add
 //! its path to [`PATHS`].
 
+mod acl;
 mod advice;
 mod decisions;
 mod health;
@@ -41,7 +42,7 @@ const MAX_BODY: usize = 64 * 1024;
 pub(super) const PATIENCE: Duration = Duration::from_secs(3);
 
 /// All paths, for the answer to an unknown path.
-const PATHS: [&str; 14] = [
+const PATHS: [&str; 15] = [
     "/",
     "/v1/status",
     "/v1/pools/NAME",
@@ -53,6 +54,7 @@ const PATHS: [&str; 14] = [
     "/v1/workers/ID",
     "/v1/log_level",
     "/v1/reload",
+    "/acl/status",
     "/metrics",
     "/healthz",
     "/readyz",
@@ -74,6 +76,7 @@ pub(super) fn all(app: App) -> Router {
     Router::new()
         .merge(page::routes())
         .merge(status::routes())
+        .merge(acl::routes())
         .merge(advice::routes())
         .merge(decisions::routes())
         .merge(pools::routes())

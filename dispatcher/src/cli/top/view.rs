@@ -276,7 +276,7 @@ impl Column {
             Column::Worker => Cell::new(clean(&worker.name)),
             Column::State => {
                 let state = worker.shown_state();
-                Cell::new(clean(state)).style(theme.of_state(state))
+                Cell::new(clean(&worker.shown_kind())).style(theme.of_state(state))
             }
             Column::Load => right(worker.load.to_string()),
             Column::InFlight => right(worker.in_flight.to_string()),

@@ -58,6 +58,7 @@ fn the_defaults_in_the_sample_are_the_defaults() {
         "unavailable_response",
         "advertise",
         "agent_",
+        "line_",
         "advice_listen",
         "[[advice_peer]]",
         "address = \"10.",

@@ -17,7 +17,7 @@
 //! all registered with a new poll.
 
 mod pending;
-mod rates;
+pub(super) mod rates;
 mod thread;
 mod ticket;
 

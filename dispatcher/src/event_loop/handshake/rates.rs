@@ -14,13 +14,18 @@ const SHARED: u32 = u32::MAX;
 
 /// One bucket.
 #[derive(Clone, Copy, Debug, Default)]
-pub(super) struct Bucket {
+pub(in crate::event_loop) struct Bucket {
     full: Time,
 }
 
 impl Bucket {
     /// Takes a token, if there is one; otherwise returns when there will be one.
-    pub(super) fn take(&mut self, now: Time, per_second: u32, burst: u32) -> Result<(), Time> {
+    pub(in crate::event_loop) fn take(
+        &mut self,
+        now: Time,
+        per_second: u32,
+        burst: u32,
+    ) -> Result<(), Time> {
         let every = Duration::from_secs(1) / per_second.max(1);
         let full = self.full.max(now) + every;
         let most = every * burst.max(1);
@@ -34,12 +39,18 @@ impl Bucket {
 
 /// The buckets of all users.
 #[derive(Debug, Default)]
-pub(super) struct Rates {
+pub(in crate::event_loop) struct Rates {
     users: HashMap<u32, Bucket>,
 }
 
 impl Rates {
-    pub(super) fn take(&mut self, now: Time, uid: u32, per_second: u32, burst: u32) -> bool {
+    pub(in crate::event_loop) fn take(
+        &mut self,
+        now: Time,
+        uid: u32,
+        per_second: u32,
+        burst: u32,
+    ) -> bool {
         let key = if self.users.contains_key(&uid) || self.users.len() < MOST {
             uid
         } else {

@@ -19,6 +19,7 @@ use std::time::{Duration, Instant};
 use rustix::net::Shutdown;
 
 use super::handshake::HandshakeCommand;
+use super::line::LineCommand;
 use super::{EventLoop, clock};
 use crate::background::logger::quoted;
 use crate::listen::bind::{Listening, identity, identity_of_path};
@@ -222,6 +223,9 @@ impl EventLoop {
         if let Some(giver) = &self.take_over.giver {
             endpoint(Kind::TakeOver, &Some(copy(&giver.socket)?), file(&giver.path))?;
         }
+        for socket in &self.lines.sockets {
+            endpoint(Kind::Line, &socket.copy, file(&socket.path))?;
+        }
         let http = [(Kind::AdminHttp, &shared.admin_http), (Kind::Advice, &shared.advice)];
         for (kind, shared) in http {
             let Some((configured, listening)) = shared else { continue };
@@ -344,6 +348,7 @@ impl EventLoop {
     /// Begins or ends the time in which the other threads accept nothing.
     pub(super) fn hold(&self, held: bool) {
         self.handshakes.send(HandshakeCommand::Hold(held));
+        self.line_command(LineCommand::Hold(held));
         self.side.accepting.send_replace(!held);
     }
 

@@ -363,6 +363,7 @@ impl EventLoop {
                 watched: false,
                 at_worker: resent.then_some(FORMER_WORKER),
                 search_cost: 0,
+                header_len: 0,
                 proxy: proxy.map(|PassedHeader { address, local, tlvs }| {
                     let address = address.map_or(ClientAddr::Unix, ClientAddr::from);
                     Box::new(ProxyHeader { address, local, tlvs })
