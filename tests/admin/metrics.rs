@@ -144,6 +144,7 @@ agent_listen = "127.0.0.1:0"
 
 [pool.chat]
 handoff_timeout = "10m"
+line_socket = "DIR/line.sock"
 "#;
 
 /// A dispatcher with taken, untaken and denied clients, and with workers that joined and left.
@@ -482,8 +483,9 @@ fn dashboard_and_alerts_use_existing_metrics() {
         }
     }
     // These totals exist only for the equation that `dispatcher_conservation_residual` checks.
-    const NOT_SHOWN: [&str; 6] = [
+    const NOT_SHOWN: [&str; 7] = [
         "dispatcher_connections_accepted_total",
+        "dispatcher_connections_returned_total",
         "dispatcher_connections_queued",
         "dispatcher_connections_in_flight",
         "dispatcher_connections_taken_total",
