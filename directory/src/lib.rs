@@ -10,6 +10,7 @@
 #[cfg(feature = "nats")]
 mod cluster;
 pub mod config;
+mod numbers;
 mod query;
 pub mod registry;
 mod run;
@@ -22,5 +23,6 @@ pub mod ticket_key;
 #[doc = include_str!("../../docs/RELAY.md")]
 struct Guide;
 
+pub use numbers::NUMBERS;
 pub use query::Query;
 pub use run::{run, run_until_end_of};

@@ -12,6 +12,7 @@ use tokio::io::{AsyncReadExt, AsyncWriteExt};
 use tokio::net::{TcpListener, TcpStream};
 
 use super::{Handle, PAUSE};
+use crate::numbers::NUMBERS;
 
 /// Connections at once; more are closed.
 const MAX_CONNECTIONS: usize = 16;
@@ -21,35 +22,6 @@ const LIMIT: Duration = Duration::from_secs(5);
 
 /// Most bytes of a request.
 const MAX_REQUEST: usize = 8192;
-
-/// What the numbers mean, by name.
-const HELP: [(&str, &str); 25] = [
-    ("ids", "Registered client ids of all hosts"),
-    ("ids_in_grace", "Ids whose client has gone and may come back"),
-    ("members", "Workers that are known, those of other hosts included"),
-    ("hosts", "Hosts that are known, the own one included"),
-    ("groups", "Groups that a member is in, sends to or watches"),
-    ("memberships", "Memberships of this host, and groups that its members send to"),
-    ("watches", "Ids and groups that members of this host watch"),
-    ("linked_pairs", "Pairs of workers that were given a link"),
-    ("lookups_waiting", "Look-ups that wait for the end of a grace"),
-    ("registered_total", "Registrations"),
-    ("superseded_total", "Registrations that a newer one of the same id has ended"),
-    ("lookups_total", "Look-ups of ids"),
-    ("lookups_found_total", "Look-ups that found a registration"),
-    ("lookups_waited_total", "Look-ups that waited for a client to come back"),
-    ("lookups_overdue_total", "Look-ups that waited for a whole grace"),
-    ("stamps_ahead_total", "Registrations whose stamp was too far ahead of the clock"),
-    ("links_total", "Links given to two workers"),
-    ("not_accepted_total", "Registrations, memberships, watches and links refused at a limit"),
-    ("queued_bytes", "Bytes that wait to be sent to workers"),
-    ("gateway_bytes", "Bytes of messages to and from other hosts that wait"),
-    ("connections_waiting", "Connections that have not said hello"),
-    ("refused_total", "Connections refused"),
-    ("cut_total", "Connections ended because they broke the protocol or did not read"),
-    ("scrapes_total", "Requests for these metrics"),
-    ("scrapes_refused_total", "Connections for metrics that were too many"),
-];
 
 /// Binds the address.
 ///
@@ -132,7 +104,7 @@ fn page(counts: &[Count]) -> String {
     for count in counts {
         let name = count.name.as_str();
         let kind = if name.ends_with("_total") { "counter" } else { "gauge" };
-        let help = HELP.iter().find(|(of, _)| *of == name).map_or(name, |(_, help)| help);
+        let help = NUMBERS.iter().find(|(of, _)| *of == name).map_or(name, |(_, help)| help);
         text.push_str(&format!("# HELP dispatch_relay_{name} {help}.\n"));
         text.push_str(&format!("# TYPE dispatch_relay_{name} {kind}\n"));
         text.push_str(&format!("dispatch_relay_{name} {}\n", count.value));
@@ -143,5 +115,5 @@ fn page(counts: &[Count]) -> String {
 /// Whether a number has a help text of its own.
 #[cfg(test)]
 pub(super) fn has_help(name: &str) -> bool {
-    HELP.iter().any(|(of, _)| *of == name)
+    NUMBERS.iter().any(|(of, _)| *of == name)
 }
