@@ -1,0 +1,631 @@
+// SPDX-License-Identifier: MIT OR GPL-2.0-only
+/*
+ * Gives each new connection of a pool to the worker with the fewest connections for its weight.
+ *
+ * `steer_lookup` runs for each SYN, and for each segment without a socket, in a network namespace
+ * and chooses the listener. `steer_events` runs for sockets of a cgroup: it registers listeners and
+ * counts connections.
+ *
+ * The look-up does not see TCP flags. It counts a connection as pending at once, so that a burst
+ * does not go to one worker. If the kernel then does not remember the handshake (a SYN cookie, a
+ * stray ACK, a full backlog), the next look-up on the same processor takes the count back.
+ */
+#include <linux/bpf.h>
+#include <bpf/bpf_endian.h>
+#include <bpf/bpf_helpers.h>
+
+#include "steer.h"
+
+#define AF_INET 2
+#define AF_INET6 10
+#define IPPROTO_TCP 6
+#define EAFNOSUPPORT 97
+#define SECOND_NS 1000000000ULL
+/* Attempts to change a word that other processors change, too. */
+#define TRIES 16
+/* Workers tried for one SYN before it is given up. */
+#define ASSIGN_TRIES 4
+
+char _license[] SEC("license") = "Dual MIT/GPL";
+
+struct {
+	__uint(type, BPF_MAP_TYPE_ARRAY);
+	__uint(max_entries, 1);
+	__type(key, __u32);
+	__type(value, struct steer_settings);
+} settings SEC(".maps");
+
+struct {
+	__uint(type, BPF_MAP_TYPE_ARRAY);
+	__uint(max_entries, STEER_MAX_WORKERS);
+	__type(key, __u32);
+	__type(value, struct steer_worker);
+} workers SEC(".maps");
+
+struct {
+	__uint(type, BPF_MAP_TYPE_ARRAY);
+	__uint(max_entries, STEER_MAX_WORKERS);
+	__type(key, __u32);
+	__type(value, struct steer_counts);
+} counts SEC(".maps");
+
+struct {
+	__uint(type, BPF_MAP_TYPE_ARRAY);
+	__uint(max_entries, 1);
+	__type(key, __u32);
+	__type(value, struct steer_state);
+} state SEC(".maps");
+
+struct {
+	__uint(type, BPF_MAP_TYPE_SOCKMAP);
+	__uint(max_entries, 2 * STEER_MAX_WORKERS + 1);
+	__type(key, __u32);
+	__type(value, __u64);
+} listeners SEC(".maps");
+
+struct {
+	__uint(type, BPF_MAP_TYPE_HASH);
+	__uint(max_entries, 8 * STEER_MAX_WORKERS);
+	__type(key, struct steer_address);
+	__type(value, __u32);
+} members SEC(".maps");
+
+struct {
+	__uint(type, BPF_MAP_TYPE_HASH);
+	__uint(max_entries, 256);
+	__type(key, struct steer_address);
+	__type(value, __u32);
+} publics SEC(".maps");
+
+struct {
+	__uint(type, BPF_MAP_TYPE_LRU_HASH);
+	__uint(max_entries, STEER_MAX_REMOTES);
+	__type(key, struct steer_remote);
+	__type(value, struct steer_handshake);
+} remotes SEC(".maps");
+
+struct {
+	__uint(type, BPF_MAP_TYPE_SK_STORAGE);
+	__uint(map_flags, BPF_F_NO_PREALLOC | BPF_F_CLONE);
+	__type(key, int);
+	__type(value, struct steer_owner);
+} owners SEC(".maps");
+
+struct {
+	__uint(type, BPF_MAP_TYPE_PERCPU_ARRAY);
+	__uint(max_entries, 1);
+	__type(key, __u32);
+	__type(value, struct steer_undecided);
+} undecided SEC(".maps");
+
+/*
+ * An address of a context. All words are read, whatever the family: otherwise the compiler merges
+ * the loads of both branches into one through a computed pointer, which the verifier refuses.
+ */
+#define FIELD(field) (*(volatile __u32 *)&(field))
+#define read_ip(to, ctx, side, is_v6)                                                              \
+	do {                                                                                       \
+		__u32 v4 = FIELD((ctx)->side##_ip4), a = FIELD((ctx)->side##_ip6[0]),              \
+		      b = FIELD((ctx)->side##_ip6[1]), c = FIELD((ctx)->side##_ip6[2]),            \
+		      d = FIELD((ctx)->side##_ip6[3]);                                             \
+		(to)[0] = (is_v6) ? a : 0;                                                         \
+		(to)[1] = (is_v6) ? b : 0;                                                         \
+		(to)[2] = (is_v6) ? c : bpf_htonl(0xffff);                                         \
+		(to)[3] = (is_v6) ? d : v4;                                                        \
+	} while (0)
+
+static __always_inline int is_remote(const struct steer_remote *a, const struct steer_remote *b)
+{
+	return a->ip[0] == b->ip[0] && a->ip[1] == b->ip[1] && a->ip[2] == b->ip[2] &&
+	       a->ip[3] == b->ip[3] && a->port == b->port && a->local_port == b->local_port;
+}
+
+/* ---- pending connections ---- */
+
+/* 1 if the connection counts now. */
+static __always_inline int pending_add(struct steer_counts *counts, __u32 second)
+{
+	__u64 *slot = &counts->pending[second % STEER_PENDING_SECONDS];
+
+	for (int i = 0; i < TRIES; i++) {
+		__u64 old = *(volatile __u64 *)slot;
+		__u64 new = (old >> 32) == second ? old + 1 : ((__u64)second << 32 | 1);
+
+		if (__sync_val_compare_and_swap(slot, old, new) == old)
+			return 1;
+	}
+	return 0;
+}
+
+/* Not static: the verifier checks it once, not for each call. 1 if there was one to remove. */
+__noinline int pending_remove(__u32 worker, __u32 second)
+{
+	struct steer_counts *c = bpf_map_lookup_elem(&counts, &worker);
+	__u64 *slot;
+
+	if (!c)
+		return 0;
+	slot = &c->pending[second % STEER_PENDING_SECONDS];
+	for (int i = 0; i < TRIES; i++) {
+		__u64 old = *(volatile __u64 *)slot;
+
+		if ((old >> 32) != second || !(__u32)old)
+			return 0;
+		if (__sync_val_compare_and_swap(slot, old, old - 1) == old)
+			return 1;
+	}
+	return 0;
+}
+
+static __always_inline __u64 load_of(const struct steer_counts *counts, __u32 second)
+{
+	__u64 load = counts->live > 0 ? counts->live : 0;
+
+	for (int i = 0; i < STEER_PENDING_SECONDS; i++) {
+		__u64 slot = counts->pending[i];
+
+		if (second - (__u32)(slot >> 32) < STEER_PENDING_SECONDS)
+			load += (__u32)slot;
+	}
+	return load;
+}
+
+/* Takes back what the last look-up on this processor counted, unless the kernel remembers it. */
+static __always_inline void settle(struct steer_undecided *last)
+{
+	struct steer_handshake *handshake;
+
+	if (!last->armed)
+		return;
+	last->armed = 0;
+	handshake = bpf_map_lookup_elem(&remotes, &last->remote);
+	if (!handshake || handshake->flags & STEER_REQUESTED)
+		return;
+	if (__sync_fetch_and_and(&handshake->flags, ~STEER_COUNTED) & STEER_COUNTED)
+		pending_remove(handshake->worker, handshake->second);
+}
+
+/* ---- the choice: `src/decision.rs` is the same in Rust ---- */
+
+struct choice {
+	__u32 workers;
+	__u32 start;
+	__u32 second;
+	__u32 is_v6;
+	__u64 turn;
+	/* The workers that this SYN was refused by. */
+	__u32 excluded[ASSIGN_TRIES];
+	/* Of the best worker so far. */
+	__u64 cost;
+	__u64 weight;
+	__u32 worker;
+	__u32 found;
+	__u32 suspect;
+	/* A usable worker is at its maximum. */
+	__u32 full;
+	/* Trusted workers with room among the draws. */
+	__u32 drawn;
+};
+
+static __always_inline int is_usable(const struct steer_worker *w, const struct steer_counts *c,
+				     __u32 is_v6)
+{
+	int v4, v6;
+
+	if (!w->weight || w->draining)
+		return 0;
+	v4 = c->listeners[0] && !is_v6;
+	v6 = c->listeners[1] && (is_v6 || c->no_v4_at != c->listens);
+	return (v4 || v6) && c->lost_at != c->listens;
+}
+
+static __always_inline void consider(__u32 worker, struct choice *choice)
+{
+	struct steer_worker *w = bpf_map_lookup_elem(&workers, &worker);
+	struct steer_counts *c = bpf_map_lookup_elem(&counts, &worker);
+	__u64 load, weight;
+	__u32 suspect;
+
+	if (!w || !c || !is_usable(w, c, choice->is_v6))
+		return;
+	for (int i = 0; i < ASSIGN_TRIES; i++)
+		if (choice->excluded[i] == worker)
+			return;
+	load = load_of(c, choice->second);
+	if (w->maximum && load >= w->maximum) {
+		choice->full = 1;
+		return;
+	}
+	suspect = w->suspect != 0;
+	choice->drawn += !suspect;
+	weight = (__u64)w->weight * w->slow_start;
+	if (choice->found) {
+		if (suspect > choice->suspect)
+			return;
+		/* load + 1 is below 2^37, a weight below 2^26: no overflow. */
+		if (suspect == choice->suspect && (load + 1) * choice->weight >= choice->cost * weight)
+			return;
+	}
+	choice->found = 1;
+	choice->suspect = suspect;
+	choice->cost = load + 1;
+	choice->weight = weight;
+	choice->worker = worker;
+}
+
+static long scan(__u32 i, struct choice *choice)
+{
+	__u32 worker = choice->start + i;
+
+	if (worker >= choice->workers)
+		worker -= choice->workers;
+	consider(worker, choice);
+	return 0;
+}
+
+static long draw(__u32 i, struct choice *choice)
+{
+	__u64 z = (choice->turn * STEER_DRAWS + i + 1) * 0x9e3779b97f4a7c15ULL;
+
+	z = (z ^ (z >> 30)) * 0xbf58476d1ce4e5b9ULL;
+	z = (z ^ (z >> 27)) * 0x94d049bb133111ebULL;
+	z ^= z >> 31;
+	consider((__u32)(z >> 32) % choice->workers, choice);
+	return choice->drawn >= 2;
+}
+
+/*
+ * True if a worker was found. Not static: the verifier checks it once, not for each call. bpf_loop
+ * wants its argument on the stack of the caller, hence the copy.
+ */
+__noinline int choose(struct choice *result)
+{
+	struct choice choice;
+
+	if (!result)
+		return 0;
+	choice = *result;
+	choice.found = 0;
+	choice.full = 0;
+	choice.drawn = 0;
+	if (choice.workers > STEER_SCAN_WORKERS)
+		bpf_loop(STEER_DRAWS, draw, &choice, 0);
+	if (!choice.drawn) {
+		choice.found = 0;
+		bpf_loop(choice.workers, scan, &choice, 0);
+	}
+	*result = choice;
+	return choice.found;
+}
+
+/* ---- look-up ---- */
+
+static __always_inline int drop(struct bpf_sk_lookup *ctx, struct steer_state *state)
+{
+	__u32 gate = STEER_GATE;
+	struct bpf_sock *sk = bpf_map_lookup_elem(&listeners, &gate);
+	long error;
+
+	if (sk) {
+		/* A listener whose filter drops every segment. */
+		error = bpf_sk_assign(ctx, sk, 0);
+		bpf_sk_release(sk);
+		if (!error)
+			return SK_PASS;
+	}
+	__sync_fetch_and_add(&state->ungated, 1);
+	return SK_DROP;
+}
+
+static __always_inline int unserved(struct bpf_sk_lookup *ctx, struct steer_state *state,
+				    __u64 wait_ns, __u64 now)
+{
+	__u64 since = *(volatile __u64 *)&state->unserved_since;
+
+	if (!since) {
+		__sync_val_compare_and_swap(&state->unserved_since, 0, now);
+		since = now;
+	}
+	/* Another processor may have read the clock later. */
+	if (wait_ns && (since > now || now - since < wait_ns)) {
+		__sync_fetch_and_add(&state->waited, 1);
+		return drop(ctx, state);
+	}
+	__sync_fetch_and_add(&state->unserved, 1);
+	return SK_DROP;
+}
+
+/* 0, or the error; then the worker is marked so that the next choice leaves it out. */
+static __always_inline long assign(struct bpf_sk_lookup *ctx, __u32 worker, __u32 is_v6)
+{
+	struct steer_counts *c = bpf_map_lookup_elem(&counts, &worker);
+	__u32 listens, index;
+	struct bpf_sock *sk;
+	long error;
+
+	if (!c)
+		return -1;
+	listens = *(volatile __u32 *)&c->listens;
+	is_v6 = is_v6 || !c->listeners[0];
+	index = STEER_LISTENER(worker, is_v6);
+	sk = bpf_map_lookup_elem(&listeners, &index);
+	if (!sk) {
+		c->lost_at = listens;
+		return -1;
+	}
+	error = bpf_sk_assign(ctx, sk, 0);
+	bpf_sk_release(sk);
+	if (error == -EAFNOSUPPORT)
+		c->no_v4_at = listens;
+	return error;
+}
+
+SEC("sk_lookup")
+int steer_lookup(struct bpf_sk_lookup *ctx)
+{
+	struct steer_address public = {};
+	struct steer_remote remote = {};
+	struct steer_handshake *known, handshake = {};
+	struct steer_settings *conf;
+	struct steer_undecided *last;
+	struct steer_counts *c;
+	struct steer_state *st;
+	struct choice choice = {};
+	__u32 zero = 0, is_v6 = ctx->family == AF_INET6;
+	__u64 now;
+
+	if (ctx->protocol != IPPROTO_TCP)
+		return SK_PASS;
+	public.port = ctx->local_port;
+	read_ip(public.ip, ctx, local, is_v6);
+	if (!bpf_map_lookup_elem(&publics, &public)) {
+		if (is_v6)
+			public.ip[0] = public.ip[1] = public.ip[2] = 0;
+		public.ip[3] = 0;
+		if (!bpf_map_lookup_elem(&publics, &public))
+			return SK_PASS;
+	}
+	conf = bpf_map_lookup_elem(&settings, &zero);
+	st = bpf_map_lookup_elem(&state, &zero);
+	last = bpf_map_lookup_elem(&undecided, &zero);
+	if (!conf || !st || !last)
+		return SK_PASS;
+	settle(last);
+
+	remote.port = bpf_ntohs(ctx->remote_port);
+	remote.local_port = public.port;
+	read_ip(remote.ip, ctx, remote, is_v6);
+	now = bpf_ktime_get_ns();
+	choice.second = now / SECOND_NS;
+	known = bpf_map_lookup_elem(&remotes, &remote);
+	if (known) {
+		__u32 old = known->flags;
+
+		/* The listener answered with a SYN cookie: only this listener accepts the ACK. */
+		if (old & STEER_ANSWERED && !(old & STEER_REQUESTED) &&
+		    choice.second - known->second < STEER_PENDING_SECONDS &&
+		    !assign(ctx, known->worker, is_v6)) {
+			__sync_fetch_and_add(&st->repeated, 1);
+			return SK_PASS;
+		}
+		if (__sync_fetch_and_and(&known->flags, ~STEER_COUNTED) & STEER_COUNTED)
+			pending_remove(known->worker, known->second);
+	}
+
+	choice.is_v6 = is_v6;
+	choice.workers = conf->workers;
+	if (choice.workers > STEER_MAX_WORKERS)
+		choice.workers = STEER_MAX_WORKERS;
+	choice.start = *(volatile __u32 *)&st->last + 1;
+	if (choice.start >= choice.workers)
+		choice.start = 0;
+	choice.turn = __sync_fetch_and_add(&st->turn, 1);
+	st->second = choice.second;
+	for (int i = 0; i < ASSIGN_TRIES; i++)
+		choice.excluded[i] = ~0U;
+	for (int i = 0; i < ASSIGN_TRIES; i++) {
+		if (!choose(&choice))
+			break;
+		if (!assign(ctx, choice.worker, is_v6))
+			goto chosen;
+		__sync_fetch_and_add(&st->failed, 1);
+		choice.excluded[i] = choice.worker;
+	}
+	if (choice.full) {
+		__sync_fetch_and_add(&st->full, 1);
+		return drop(ctx, st);
+	}
+	return unserved(ctx, st, conf->wait_ns, now);
+
+chosen:
+	st->last = choice.worker;
+	if (st->unserved_since)
+		st->unserved_since = 0;
+	__sync_fetch_and_add(&st->chosen, 1);
+	c = bpf_map_lookup_elem(&counts, &choice.worker);
+	if (!c)
+		return SK_PASS;
+	handshake.worker = choice.worker;
+	handshake.second = choice.second;
+	handshake.flags = pending_add(c, choice.second) ? STEER_COUNTED : 0;
+	bpf_map_update_elem(&remotes, &remote, &handshake, BPF_ANY);
+	last->remote = remote;
+	last->armed = 1;
+	return SK_PASS;
+}
+
+/* ---- events of sockets ---- */
+
+static __always_inline void remote_of(struct bpf_sock_ops *ops, struct steer_remote *remote,
+				      int is_v6)
+{
+	remote->port = bpf_ntohl(ops->remote_port);
+	remote->local_port = ops->local_port;
+	read_ip(remote->ip, ops, remote, is_v6);
+}
+
+/*
+ * The handshake that this event belongs to. The request of an IPv4 client at an IPv6 listener has
+ * the family of the listener and an IPv4 address, so both forms are tried.
+ */
+static __always_inline struct steer_handshake *handshake_of(struct bpf_sock_ops *ops,
+							    struct steer_remote *remote)
+{
+	struct steer_handshake *handshake;
+
+	if (ops->family == AF_INET6) {
+		remote_of(ops, remote, 1);
+		handshake = bpf_map_lookup_elem(&remotes, remote);
+		if (handshake)
+			return handshake;
+	}
+	remote_of(ops, remote, 0);
+	return bpf_map_lookup_elem(&remotes, remote);
+}
+
+static __always_inline void decided(const struct steer_remote *remote)
+{
+	__u32 zero = 0;
+	struct steer_undecided *last = bpf_map_lookup_elem(&undecided, &zero);
+
+	if (last && last->armed && is_remote(&last->remote, remote))
+		last->armed = 0;
+}
+
+static __always_inline void listening(struct bpf_sock_ops *ops, struct bpf_sock *sk)
+{
+	struct steer_address address = {};
+	struct steer_settings *conf;
+	struct steer_owner *owner;
+	struct steer_counts *c;
+	struct steer_state *st;
+	__u32 zero = 0, *member, worker, index, is_v6 = ops->family == AF_INET6;
+	long error;
+
+	conf = bpf_map_lookup_elem(&settings, &zero);
+	st = bpf_map_lookup_elem(&state, &zero);
+	if (!conf || !st || bpf_get_netns_cookie(ops) != conf->netns)
+		return;
+	address.port = ops->local_port;
+	read_ip(address.ip, ops, local, is_v6);
+	member = bpf_map_lookup_elem(&members, &address);
+	if (!member)
+		return;
+	worker = *member;
+	c = bpf_map_lookup_elem(&counts, &worker);
+	if (!c)
+		return;
+	owner = bpf_sk_storage_get(&owners, sk, 0, BPF_SK_STORAGE_GET_F_CREATE);
+	if (!owner) {
+		c->refused = -12 /* ENOMEM */;
+		return;
+	}
+	owner->worker = worker;
+	owner->counted = 0;
+	index = STEER_LISTENER(worker, is_v6);
+	error = bpf_sock_map_update(ops, &listeners, &index, BPF_ANY);
+	if (error) {
+		bpf_sk_storage_delete(&owners, sk);
+		c->refused = error;
+		return;
+	}
+	c->refused = 0;
+	__sync_fetch_and_add(&c->listens, 1);
+	__sync_fetch_and_add(&c->listeners[is_v6], 1);
+	bpf_sock_ops_cb_flags_set(ops, ops->bpf_sock_ops_cb_flags | BPF_SOCK_OPS_STATE_CB_FLAG);
+	st->unserved_since = 0;
+}
+
+static __always_inline void established(struct bpf_sock_ops *ops, struct bpf_sock *sk)
+{
+	struct steer_owner *owner = bpf_sk_storage_get(&owners, sk, 0, 0);
+	struct steer_remote remote = {};
+	struct steer_handshake *handshake;
+	struct steer_counts *c;
+
+	if (!owner || owner->counted)
+		return;
+	c = bpf_map_lookup_elem(&counts, &owner->worker);
+	if (!c)
+		return;
+	owner->counted = 1;
+	__sync_fetch_and_add(&c->live, 1);
+	__sync_fetch_and_add(&c->total, 1);
+	bpf_sock_ops_cb_flags_set(ops, ops->bpf_sock_ops_cb_flags | BPF_SOCK_OPS_STATE_CB_FLAG);
+	handshake = handshake_of(ops, &remote);
+	if (!handshake)
+		return;
+	if (__sync_fetch_and_and(&handshake->flags, ~STEER_COUNTED) & STEER_COUNTED)
+		pending_remove(handshake->worker, handshake->second);
+	bpf_map_delete_elem(&remotes, &remote);
+	decided(&remote);
+}
+
+static __always_inline void changed(struct bpf_sock_ops *ops, struct bpf_sock *sk)
+{
+	struct steer_owner *owner = bpf_sk_storage_get(&owners, sk, 0, 0);
+	__u32 old = ops->args[0], new = ops->args[1];
+	struct steer_counts *c;
+
+	if (!owner)
+		return;
+	c = bpf_map_lookup_elem(&counts, &owner->worker);
+	if (!c)
+		return;
+	if (old == BPF_TCP_LISTEN) {
+		__sync_fetch_and_add(&c->listeners[ops->family == AF_INET6], -1);
+		return;
+	}
+	/* The client's half-close (CLOSE_WAIT) leaves the worker with the connection. With TCP Fast
+	 * Open a connection counts from SYN_RECV on. */
+	if (!owner->counted || new == BPF_TCP_ESTABLISHED || new == BPF_TCP_CLOSE_WAIT ||
+	    new == BPF_TCP_SYN_RECV)
+		return;
+	owner->counted = 0;
+	__sync_fetch_and_add(&c->live, -1);
+}
+
+SEC("sockops")
+int steer_events(struct bpf_sock_ops *ops)
+{
+	struct steer_handshake *handshake;
+	struct steer_remote remote = {};
+	struct bpf_sock *sk;
+
+	switch (ops->op) {
+	case BPF_SOCK_OPS_RWND_INIT:
+		/* Of a request: the listener answers the SYN. */
+		if (ops->is_fullsock)
+			break;
+		handshake = handshake_of(ops, &remote);
+		if (handshake)
+			__sync_fetch_and_or(&handshake->flags, STEER_ANSWERED);
+		break;
+	case BPF_SOCK_OPS_TIMEOUT_INIT:
+		/* Of a request: the kernel remembers it, so this is no SYN cookie. */
+		if (ops->is_fullsock)
+			break;
+		handshake = handshake_of(ops, &remote);
+		if (handshake) {
+			__sync_fetch_and_or(&handshake->flags, STEER_REQUESTED);
+			decided(&remote);
+		}
+		break;
+	case BPF_SOCK_OPS_TCP_LISTEN_CB:
+		sk = ops->sk;
+		if (sk)
+			listening(ops, sk);
+		break;
+	case BPF_SOCK_OPS_PASSIVE_ESTABLISHED_CB:
+		sk = ops->sk;
+		if (sk)
+			established(ops, sk);
+		break;
+	case BPF_SOCK_OPS_STATE_CB:
+		sk = ops->sk;
+		if (sk)
+			changed(ops, sk);
+		break;
+	}
+	return 1;
+}

@@ -1,0 +1,32 @@
+//! Chooses the worker of each new connection in the kernel.
+//!
+//! The workers are servers of any kind; each listens on an address of its own. Two programs in the
+//! kernel do the rest, without a process in the path of a connection:
+//!
+//! - one in a network namespace chooses, for each SYN to a public address of the pool, the listener
+//!   of the worker with the fewest connections for its weight;
+//! - one in a cgroup registers the listeners of the workers by themselves and counts connections.
+//!
+//! [`Steering`] loads, pins and adopts the programs and has the settings and counts. [`decision`] is
+//! the choice as a pure function. [`machine`] says what a machine supports.
+//!
+//! The programs are in `bpf/`, compiled, so that a build needs no C compiler. They are licensed
+//! under MIT or GPL-2.0.
+
+pub mod decision;
+mod error;
+mod gate;
+mod layout;
+pub mod machine;
+mod pins;
+mod steering;
+mod sys;
+
+pub use error::Error;
+pub use layout::{
+    FULL_SPEED, MAX_WORKERS, PENDING_SECONDS, SCAN_WORKERS, Totals, WorkerCounts, WorkerSettings,
+};
+pub use steering::{Options, Steering, second};
+
+/// The compiled programs.
+pub const OBJECT: &[u8] = aya::include_bytes_aligned!("../bpf/steer.bpf.o");

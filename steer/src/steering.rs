@@ -1,0 +1,573 @@
+//! Loads the programs, attaches them by links, and has their settings and counts.
+
+use std::net::{IpAddr, Ipv4Addr, Ipv6Addr, SocketAddr};
+use std::os::fd::{AsFd, OwnedFd};
+use std::path::{Path, PathBuf};
+use std::time::Duration;
+
+use aya::maps::{Array, HashMap, Map, MapData, MapError};
+use aya::programs::links::{FdLink, PinnedLink};
+use aya::programs::{CgroupAttachMode, SkLookup, SockOps};
+use aya::{Ebpf, EbpfLoader};
+use rustix::fs::{Mode, OFlags};
+use rustix::time::{ClockId, clock_gettime};
+
+use crate::error::Error;
+use crate::layout::{
+    Address, FULL_SPEED, GATE, MAX_WORKERS, Settings, Totals, VERSION, WorkerCounts,
+    WorkerSettings,
+};
+use crate::machine::{self, Places};
+use crate::{OBJECT, gate, sys};
+
+/// Insert or replace.
+const ANY: u64 = 0;
+
+/// How a pool is steered.
+#[derive(Clone, Debug)]
+pub struct Options {
+    /// The cgroup v2 directory whose processes are the workers; those in its descendants, too.
+    pub cgroup: PathBuf,
+    /// How long SYNs are dropped, so that clients try again, while no worker is usable; then they
+    /// are reset. Zero: they are reset at once.
+    pub wait: Duration,
+}
+
+/// The programs and maps of one pool.
+///
+/// Dropping it detaches the programs, unless they were pinned.
+#[derive(Debug)]
+pub struct Steering {
+    pub(crate) maps: Maps,
+    pub(crate) links: Links,
+    settings: Settings,
+    /// SYNs are dropped by it; the map of sockets does not keep it open.
+    _gate: OwnedFd,
+}
+
+/// The maps, by the names that they have in the object and as pins.
+#[derive(Debug)]
+pub(crate) struct Maps {
+    settings: Map,
+    workers: Map,
+    counts: Map,
+    state: Map,
+    members: Map,
+    publics: Map,
+    remotes: Map,
+    pub listeners: MapData,
+}
+
+/// The programs are attached as long as these exist.
+#[derive(Debug)]
+#[expect(dead_code, reason = "links are kept, not used")]
+pub(crate) enum Links {
+    /// They end with their descriptors.
+    Own { lookup: FdLink, events: FdLink },
+    /// They end when the files are removed, too.
+    Pinned { lookup: PinnedLink, events: PinnedLink, directory: PathBuf },
+}
+
+impl Steering {
+    /// Loads the programs and attaches them: to the network namespace of the calling thread, and to
+    /// the cgroup of the workers. There are no workers and no public addresses yet.
+    ///
+    /// # Errors
+    ///
+    /// [`Error::Missing`] if the machine lacks something; [`Error::Path`] if the cgroup is none;
+    /// [`Error::Refused`] if the kernel refuses a map, a program or a link.
+    pub fn load(options: &Options) -> Result<Steering, Error> {
+        let missing = machine::missing(&Places::default());
+        if !missing.is_empty() {
+            return Err(Error::Missing(missing));
+        }
+        let cgroup = open_cgroup(&options.cgroup)?;
+        let (mut ebpf, mut maps) = load_programs()?;
+        let gate = open_gate(&maps)?;
+        let netns = sys::netns_cookie(&gate)
+            .map_err(|error| Error::System { step: "identify the network namespace", error })?;
+        let settings = Settings { version: VERSION, workers: 0, netns, wait_ns: nanos(options.wait) };
+        maps.settings_mut()
+            .and_then(|mut map| map.set(0, settings, ANY))
+            .map_err(|error| Error::refused("write settings", error))?;
+
+        let refused = |error| Error::refused("count connections of the cgroup", error);
+        let events: &mut SockOps = program(&mut ebpf, "steer_events")?;
+        let id = events.attach(cgroup, CgroupAttachMode::AllowMultiple).map_err(refused)?;
+        let link = events.take_link(id).map_err(refused)?;
+        let events = FdLink::try_from(link).map_err(|e| Error::refused("keep a link", e))?;
+
+        let refused = |error| Error::refused("attach to the network namespace", error);
+        let namespace = open_namespace()?;
+        let lookup: &mut SkLookup = program(&mut ebpf, "steer_lookup")?;
+        let id = lookup.attach(namespace).map_err(refused)?;
+        let lookup = FdLink::from(lookup.take_link(id).map_err(refused)?);
+        Ok(Steering { maps, links: Links::Own { lookup, events }, settings, _gate: gate })
+    }
+
+    /// From pinned maps and links; the gate opens again.
+    pub(crate) fn adopted(maps: Maps, links: Links) -> Result<Steering, Error> {
+        let settings = maps.read_settings()?;
+        let gate = open_gate(&maps)?;
+        Ok(Steering { maps, links, settings, _gate: gate })
+    }
+
+    /// Adds a public address: SYNs to it go to workers. `[::]:P` stands for IPv4, too.
+    ///
+    /// # Errors
+    ///
+    /// [`Error::Invalid`] for port 0, [`Error::Refused`] if there are too many (256).
+    pub fn add_public(&mut self, address: SocketAddr) -> Result<(), Error> {
+        check_port(address.port())?;
+        for address in public_forms(address) {
+            let inserted = self.publics()?.insert(Address::from(address), 1, ANY);
+            inserted.map_err(|error| Error::refused("add a public address", error))?;
+        }
+        Ok(())
+    }
+
+    /// Removes a public address: the kernel looks up its listeners as without steering.
+    ///
+    /// # Errors
+    ///
+    /// [`Error::Refused`] if the kernel fails.
+    pub fn remove_public(&mut self, address: SocketAddr) -> Result<(), Error> {
+        for address in public_forms(address) {
+            absent_is_fine(self.publics()?.remove(&Address::from(address)))
+                .map_err(|error| Error::refused("remove a public address", error))?;
+        }
+        Ok(())
+    }
+
+    /// Adds a worker, or changes its settings. The change applies to the next SYN.
+    ///
+    /// # Errors
+    ///
+    /// [`Error::Invalid`] if a value is out of range, or if the number is that of a removed worker
+    /// that still has listeners or connections.
+    pub fn set_worker(&mut self, worker: u32, settings: WorkerSettings) -> Result<(), Error> {
+        check_worker(worker)?;
+        if !(1..=65_535).contains(&settings.weight) {
+            return Err(Error::Invalid(format!("weight {}: 1 to 65535", settings.weight)));
+        }
+        if !(1..=FULL_SPEED).contains(&settings.slow_start) {
+            let text = format!("slow start {}: 1 to {FULL_SPEED}", settings.slow_start);
+            return Err(Error::Invalid(text));
+        }
+        if self.worker(worker)?.weight == 0 && !self.is_free(worker)? {
+            return Err(Error::Invalid(format!(
+                "worker number {worker} still has listeners or connections of a removed worker"
+            )));
+        }
+        self.write_worker(worker, settings)?;
+        if worker >= self.settings.workers {
+            self.write_settings(Settings { workers: worker + 1, ..self.settings })?;
+        }
+        Ok(())
+    }
+
+    /// Removes a worker and its addresses. Its connections go on and count; the number can be used
+    /// again when [`Steering::is_free`] is true.
+    ///
+    /// # Errors
+    ///
+    /// [`Error::Invalid`] for a number out of range, [`Error::Refused`] if the kernel fails.
+    pub fn remove_worker(&mut self, worker: u32) -> Result<(), Error> {
+        check_worker(worker)?;
+        self.write_worker(worker, WorkerSettings::default())?;
+        let refused = |error| Error::refused("read the addresses of workers", error);
+        let mut own = Vec::new();
+        for entry in self.maps.members().map_err(refused)?.iter() {
+            let (address, of) = entry.map_err(refused)?;
+            if of == worker {
+                own.push(address);
+            }
+        }
+        for address in own {
+            absent_is_fine(self.members()?.remove(&address))
+                .map_err(|error| Error::refused("remove the address of a worker", error))?;
+        }
+        for is_v6 in 0..2 {
+            sys::clear_socket(self.maps.listeners.fd().as_fd(), 2 * worker + is_v6)
+                .map_err(|error| Error::System { step: "remove a listener", error })?;
+        }
+        self.forget_last_workers()
+    }
+
+    /// Registers listeners at exactly this address as the worker's. Add it before the worker listens.
+    ///
+    /// # Errors
+    ///
+    /// [`Error::Invalid`] for port 0, a number out of range, or an address of another worker.
+    pub fn add_address(&mut self, worker: u32, address: SocketAddr) -> Result<(), Error> {
+        check_worker(worker)?;
+        check_port(address.port())?;
+        let key = Address::from(address);
+        if let Ok(other) = self.members()?.get(&key, 0)
+            && other != worker
+        {
+            return Err(Error::Invalid(format!("{address} is the address of worker {other}")));
+        }
+        let inserted = self.members()?.insert(key, worker, ANY);
+        inserted.map_err(|error| Error::refused("add the address of a worker", error))
+    }
+
+    /// Registers listeners at this port as the worker's, at the loopback addresses or at all
+    /// addresses, IPv4 and IPv6.
+    ///
+    /// # Errors
+    ///
+    /// As [`Steering::add_address`].
+    pub fn add_port(&mut self, worker: u32, port: u16) -> Result<(), Error> {
+        let all: [IpAddr; 4] = [
+            Ipv4Addr::LOCALHOST.into(),
+            Ipv4Addr::UNSPECIFIED.into(),
+            Ipv6Addr::LOCALHOST.into(),
+            Ipv6Addr::UNSPECIFIED.into(),
+        ];
+        all.into_iter().try_for_each(|ip| self.add_address(worker, SocketAddr::new(ip, port)))
+    }
+
+    /// The addresses of workers, in no order.
+    ///
+    /// # Errors
+    ///
+    /// [`Error::Refused`] if the kernel fails.
+    pub fn addresses(&self) -> Result<Vec<(SocketAddr, u32)>, Error> {
+        let entry = |entry: Result<(Address, u32), MapError>| {
+            entry.map(|(address, worker)| (address.socket_addr(), worker))
+        };
+        let all = self.maps.members().and_then(|map| map.iter().map(entry).collect());
+        all.map_err(|error| Error::refused("read the addresses of workers", error))
+    }
+
+    /// The settings of a worker; the weight is 0 if there is none.
+    ///
+    /// # Errors
+    ///
+    /// [`Error::Invalid`] for a number out of range, [`Error::Refused`] if the kernel fails.
+    pub fn worker(&self, worker: u32) -> Result<WorkerSettings, Error> {
+        check_worker(worker)?;
+        let settings = self.maps.workers().and_then(|map| map.get(&worker, 0));
+        settings.map_err(|error| Error::refused("read the settings of a worker", error))
+    }
+
+    /// What the programs count for a worker.
+    ///
+    /// # Errors
+    ///
+    /// [`Error::Invalid`] for a number out of range, [`Error::Refused`] if the kernel fails.
+    pub fn counts(&self, worker: u32) -> Result<WorkerCounts, Error> {
+        check_worker(worker)?;
+        let counts = self.maps.counts().and_then(|map| map.get(&worker, 0));
+        counts.map_err(|error| Error::refused("read the counts of a worker", error))
+    }
+
+    /// What the programs count for the pool.
+    ///
+    /// # Errors
+    ///
+    /// [`Error::Refused`] if the kernel fails.
+    pub fn totals(&self) -> Result<Totals, Error> {
+        let totals = self.maps.state().and_then(|map| map.get(&0, 0));
+        totals.map_err(|error| Error::refused("read the totals", error))
+    }
+
+    /// The cookie of the worker's registered listener (`SO_COOKIE`), IPv4 or IPv6.
+    ///
+    /// # Errors
+    ///
+    /// [`Error::Invalid`] for a number out of range, [`Error::System`] if the kernel fails.
+    pub fn listener(&self, worker: u32, is_v6: bool) -> Result<Option<u64>, Error> {
+        check_worker(worker)?;
+        let index = 2 * worker + u32::from(is_v6);
+        sys::socket_cookie(self.maps.listeners.fd().as_fd(), index)
+            .map_err(|error| Error::System { step: "look a listener up", error })
+    }
+
+    /// Whether no listener and no connection refers to this number.
+    ///
+    /// # Errors
+    ///
+    /// As [`Steering::counts`].
+    pub fn is_free(&self, worker: u32) -> Result<bool, Error> {
+        let counts = self.counts(worker)?;
+        Ok(counts.listeners == [0, 0] && counts.live == 0)
+    }
+
+    /// The number of handshakes that the programs remember: those under way, and those that were
+    /// not completed, until newer ones need the room (65,536). Reads them all.
+    ///
+    /// # Errors
+    ///
+    /// [`Error::Refused`] if the kernel fails.
+    pub fn handshakes(&self) -> Result<usize, Error> {
+        let count = self.maps.remotes().and_then(|map| {
+            map.keys().try_fold(0, |count, key| key.map(|_| count + 1))
+        });
+        count.map_err(|error| Error::refused("read the handshakes", error))
+    }
+
+    /// Sets how long SYNs are dropped while no worker is usable, before they are reset.
+    ///
+    /// # Errors
+    ///
+    /// [`Error::Refused`] if the kernel fails.
+    pub fn set_wait(&mut self, wait: Duration) -> Result<(), Error> {
+        self.write_settings(Settings { wait_ns: nanos(wait), ..self.settings })
+    }
+
+    /// Detaches the programs and removes the pins. Connections go on; nothing counts them.
+    ///
+    /// # Errors
+    ///
+    /// [`Error::Path`] if a pin cannot be removed; then the programs may still be attached.
+    pub fn detach(self) -> Result<(), Error> {
+        match self.links {
+            Links::Own { .. } => Ok(()),
+            Links::Pinned { directory, .. } => crate::pins::remove(&directory),
+        }
+    }
+
+    fn publics(&mut self) -> Result<Addresses<&mut MapData>, Error> {
+        self.maps.publics_mut().map_err(|error| Error::refused("use the public addresses", error))
+    }
+
+    fn members(&mut self) -> Result<Addresses<&mut MapData>, Error> {
+        self.maps.members_mut().map_err(|error| Error::refused("use the addresses of workers", error))
+    }
+
+    /// Ends the scan after the last worker that exists.
+    fn forget_last_workers(&mut self) -> Result<(), Error> {
+        let mut workers = self.settings.workers;
+        while workers > 0 && self.worker(workers - 1)?.weight == 0 {
+            workers -= 1;
+        }
+        self.write_settings(Settings { workers, ..self.settings })
+    }
+
+    fn write_worker(&mut self, worker: u32, settings: WorkerSettings) -> Result<(), Error> {
+        let written = self.maps.workers_mut().and_then(|mut map| map.set(worker, settings, ANY));
+        written.map_err(|error| Error::refused("write the settings of a worker", error))
+    }
+
+    fn write_settings(&mut self, settings: Settings) -> Result<(), Error> {
+        let written = self.maps.settings_mut().and_then(|mut map| map.set(0, settings, ANY));
+        written.map_err(|error| Error::refused("write settings", error))?;
+        self.settings = settings;
+        Ok(())
+    }
+}
+
+/// The second of CLOCK_MONOTONIC, as the programs count it.
+pub fn second() -> u32 {
+    // Wraps after 136 years.
+    clock_gettime(ClockId::Monotonic).tv_sec as u32
+}
+
+/// Loads maps and programs into the kernel, without attaching them.
+///
+/// # Errors
+///
+/// [`Error::Refused`] with the kernel's reason.
+pub(crate) fn load_programs() -> Result<(Ebpf, Maps), Error> {
+    let loaded = EbpfLoader::new().load(OBJECT);
+    let mut ebpf = loaded.map_err(|error| Error::refused("create the maps", error))?;
+    let refused = |error| Error::refused("load the programs", error);
+    program::<SockOps>(&mut ebpf, "steer_events")?.load().map_err(refused)?;
+    program::<SkLookup>(&mut ebpf, "steer_lookup")?.load().map_err(refused)?;
+    let maps = Maps::from_source(|name| {
+        ebpf.take_map(name).ok_or_else(|| absent(format!("the object has no map `{name}`")))
+    })?;
+    Ok((ebpf, maps))
+}
+
+fn program<'a, P>(ebpf: &'a mut Ebpf, name: &str) -> Result<&'a mut P, Error>
+where
+    &'a mut P: TryFrom<&'a mut aya::programs::Program>,
+{
+    let found = ebpf.program_mut(name).and_then(|program| program.try_into().ok());
+    found.ok_or_else(|| absent(format!("the object has no program `{name}`")))
+}
+
+fn absent(reason: String) -> Error {
+    Error::Refused { step: "use the compiled programs", reason }
+}
+
+type Addresses<T> = HashMap<T, Address, u32>;
+
+impl Maps {
+    /// Names of the maps that have pins. `owners` and `undecided` are used by the programs only,
+    /// which keep them.
+    pub const NAMES: [&str; 8] = [
+        "settings", "workers", "counts", "state", "members", "publics", "remotes", "listeners",
+    ];
+
+    /// Takes each map from a source by its name and checks the sizes of its entries.
+    pub fn from_source(
+        mut source: impl FnMut(&'static str) -> Result<Map, Error>,
+    ) -> Result<Maps, Error> {
+        let Map::SockMap(listeners) = source("listeners")? else {
+            return Err(absent("`listeners` is no map of sockets".to_owned()));
+        };
+        let maps = Maps {
+            settings: source("settings")?,
+            workers: source("workers")?,
+            counts: source("counts")?,
+            state: source("state")?,
+            members: source("members")?,
+            publics: source("publics")?,
+            remotes: source("remotes")?,
+            listeners,
+        };
+        let check = || {
+            maps.settings()?;
+            maps.workers()?;
+            maps.counts()?;
+            maps.state()?;
+            maps.members()?;
+            Addresses::try_from(&maps.publics)?;
+            maps.remotes().map(drop)
+        };
+        check().map_err(|error: MapError| Error::refused("use a map", error))?;
+        Ok(maps)
+    }
+
+    pub fn read_settings(&self) -> Result<Settings, Error> {
+        let settings = self.settings().and_then(|map| map.get(&0, 0));
+        settings.map_err(|error| Error::refused("read settings", error))
+    }
+
+    /// Each map with its name, except `listeners`, which is no [`Map`].
+    pub fn named(&self) -> [(&'static str, &Map); 7] {
+        [
+            ("settings", &self.settings),
+            ("workers", &self.workers),
+            ("counts", &self.counts),
+            ("state", &self.state),
+            ("members", &self.members),
+            ("publics", &self.publics),
+            ("remotes", &self.remotes),
+        ]
+    }
+
+    pub fn settings(&self) -> Result<Array<&MapData, Settings>, MapError> {
+        Array::try_from(&self.settings)
+    }
+
+    pub fn settings_mut(&mut self) -> Result<Array<&mut MapData, Settings>, MapError> {
+        Array::try_from(&mut self.settings)
+    }
+
+    pub fn workers(&self) -> Result<Array<&MapData, WorkerSettings>, MapError> {
+        Array::try_from(&self.workers)
+    }
+
+    pub fn workers_mut(&mut self) -> Result<Array<&mut MapData, WorkerSettings>, MapError> {
+        Array::try_from(&mut self.workers)
+    }
+
+    pub fn counts(&self) -> Result<Array<&MapData, WorkerCounts>, MapError> {
+        Array::try_from(&self.counts)
+    }
+
+    /// Only for tests: the programs are the writers.
+    #[cfg(test)]
+    pub fn counts_mut(&mut self) -> Result<Array<&mut MapData, WorkerCounts>, MapError> {
+        Array::try_from(&mut self.counts)
+    }
+
+    pub fn state(&self) -> Result<Array<&MapData, Totals>, MapError> {
+        Array::try_from(&self.state)
+    }
+
+    /// Only for tests: the programs are the writers.
+    #[cfg(test)]
+    pub fn state_mut(&mut self) -> Result<Array<&mut MapData, Totals>, MapError> {
+        Array::try_from(&mut self.state)
+    }
+
+    pub fn members(&self) -> Result<Addresses<&MapData>, MapError> {
+        HashMap::try_from(&self.members)
+    }
+
+    pub fn members_mut(&mut self) -> Result<Addresses<&mut MapData>, MapError> {
+        HashMap::try_from(&mut self.members)
+    }
+
+    pub fn publics_mut(&mut self) -> Result<Addresses<&mut MapData>, MapError> {
+        HashMap::try_from(&mut self.publics)
+    }
+
+    pub fn remotes(&self) -> Result<HashMap<&MapData, [u8; 20], [u8; 12]>, MapError> {
+        HashMap::try_from(&self.remotes)
+    }
+}
+
+fn open_cgroup(path: &Path) -> Result<OwnedFd, Error> {
+    let step = "use the cgroup of the workers";
+    let failed = |error: std::io::Error, help| Error::Path { step, path: path.into(), error, help };
+    let opened = rustix::fs::open(
+        path,
+        OFlags::RDONLY | OFlags::DIRECTORY | OFlags::CLOEXEC,
+        Mode::empty(),
+    );
+    let cgroup = opened.map_err(|error| failed(error.into(), None))?;
+    if !machine::is_cgroup2(&cgroup) {
+        let error = std::io::Error::other("not a directory of cgroup v2");
+        return Err(failed(error, Some("give one below the mount point of cgroup2".to_owned())));
+    }
+    Ok(cgroup)
+}
+
+fn open_namespace() -> Result<OwnedFd, Error> {
+    // Of the thread: its namespace can differ from that of the process.
+    let path = "/proc/thread-self/ns/net";
+    let opened = rustix::fs::open(path, OFlags::RDONLY | OFlags::CLOEXEC, Mode::empty());
+    opened.map_err(|error| Error::Path {
+        step: "open the network namespace",
+        path: path.into(),
+        error: error.into(),
+        help: Some("mount /proc".to_owned()),
+    })
+}
+
+fn open_gate(maps: &Maps) -> Result<OwnedFd, Error> {
+    let failed = |error| Error::System { step: "open the listener that drops SYNs", error };
+    let gate = gate::open().map_err(failed)?;
+    sys::set_socket(maps.listeners.fd().as_fd(), GATE, gate.as_fd()).map_err(failed)?;
+    Ok(gate)
+}
+
+fn public_forms(address: SocketAddr) -> impl Iterator<Item = SocketAddr> {
+    let any_v6 = address.ip() == IpAddr::from(Ipv6Addr::UNSPECIFIED);
+    let v4 = SocketAddr::new(Ipv4Addr::UNSPECIFIED.into(), address.port());
+    std::iter::once(address).chain(any_v6.then_some(v4))
+}
+
+fn absent_is_fine(result: Result<(), MapError>) -> Result<(), MapError> {
+    match result {
+        Err(MapError::KeyNotFound) => Ok(()),
+        Err(MapError::SyscallError(error))
+            if error.io_error.raw_os_error() == Some(libc::ENOENT) =>
+        {
+            Ok(())
+        }
+        other => other,
+    }
+}
+
+fn check_worker(worker: u32) -> Result<(), Error> {
+    if worker < MAX_WORKERS {
+        return Ok(());
+    }
+    Err(Error::Invalid(format!("worker number {worker}: 0 to {}", MAX_WORKERS - 1)))
+}
+
+fn check_port(port: u16) -> Result<(), Error> {
+    if port != 0 { Ok(()) } else { Err(Error::Invalid("port 0: 1 to 65535".to_owned())) }
+}
+
+fn nanos(wait: Duration) -> u64 {
+    u64::try_from(wait.as_nanos()).unwrap_or(u64::MAX)
+}

@@ -1,0 +1,152 @@
+//! Which worker gets a connection.
+
+use std::fs;
+use std::net::TcpStream;
+
+use dispatch_steer::WorkerSettings;
+
+use crate::lab::*;
+
+#[test]
+fn sequential_connections_to_http_servers_are_shared_exactly() {
+    let Some(mut lab) = Lab::new() else { return };
+    for _ in 0..4 {
+        lab.start(&["python3", "-m", "http.server", "PORT", "--bind", "127.0.0.1"]);
+    }
+    for _ in 0..200 {
+        assert!(http(V4).starts_with("HTTP/1.0 200"));
+    }
+    assert_eq!(lab.total(), [50; 4]);
+    lab.empty();
+    // The servers' own logs.
+    for worker in 0..4 {
+        let log = fs::read_to_string(lab.log_of(worker)).unwrap();
+        assert_eq!(log.matches("\"GET / HTTP/1.0\" 200").count(), 50, "{log}");
+    }
+}
+
+#[test]
+fn sequential_connections_to_nginx_are_shared_exactly() {
+    if !has(&["nginx"]) {
+        return;
+    }
+    let Some(mut lab) = Lab::new() else { return };
+    for worker in 0..3 {
+        let port = 9000 + worker;
+        let folder = lab.files.path().display().to_string();
+        let configuration = format!(
+            "daemon off; master_process off; pid {folder}/{worker}.pid; error_log stderr;\n\
+             events {{}}\nhttp {{ access_log {folder}/{worker}.access; server {{ \
+             listen 127.0.0.1:{port}; location / {{ return 200 \"hello\"; }} }} }}\n"
+        );
+        let path = lab.files.path().join(format!("{worker}.conf"));
+        fs::write(&path, configuration).unwrap();
+        lab.start(&["nginx", "-c", path.to_str().unwrap()]);
+    }
+    for _ in 0..60 {
+        assert!(http(V4).ends_with("hello"));
+    }
+    lab.empty();
+    assert_eq!(lab.total(), [20; 3]);
+}
+
+#[test]
+fn a_thousand_held_connections_to_redis_are_even() {
+    if !has(&["redis-server"]) {
+        return;
+    }
+    let Some(mut lab) = Lab::new() else { return };
+    for _ in 0..4 {
+        let persistent = ["--save", "", "--appendonly", "no", "--maxclients", "2000"];
+        let command = ["redis-server", "--port", "PORT", "--bind", "127.0.0.1"];
+        lab.start(&[&command[..], &persistent[..]].concat());
+    }
+    // Eight clients at a time, so that handshakes overlap.
+    let held: Vec<TcpStream> = std::thread::scope(|scope| {
+        let threads: Vec<_> = (0..8).map(|_| scope.spawn(|| hold(125))).collect();
+        threads.into_iter().flat_map(|thread| thread.join().unwrap()).collect()
+    });
+    assert_eq!(held.len(), 1000);
+    lab.settled();
+    let live = lab.live();
+    assert_eq!(live.iter().sum::<i64>(), 1000);
+    assert!(spread(&live) <= 1, "{live:?}");
+    drop(held);
+    lab.empty();
+}
+
+fn hold(many: usize) -> Vec<TcpStream> {
+    (0..many).map(|_| dial(V4)).collect()
+}
+
+#[test]
+fn churn_keeps_workers_even() {
+    let Some(mut lab) = Lab::keepers(4) else { return };
+    let mut held: Vec<TcpStream> = (0..80).map(|_| connect(V4)).collect();
+    // Clients end in an order that has nothing to do with their workers.
+    let mut at = 7usize;
+    for _ in 0..600 {
+        at = (at * 31 + 17) % held.len();
+        drop(held.swap_remove(at));
+        eventually("a connection to end", 79, || lab.live().iter().sum::<i64>());
+        held.push(connect(V4));
+        let live = lab.live();
+        // One worker may have lost several in a row; new ones make up for it.
+        assert!(live.iter().all(|&live| (10..=30).contains(&live)), "{live:?}");
+    }
+    held.clear();
+    lab.empty();
+    let total = lab.total();
+    assert_eq!(total.iter().sum::<u64>(), 680);
+}
+
+#[test]
+fn weights_slow_start_and_suspicion_decide() {
+    let Some(mut lab) = Lab::keepers(3) else { return };
+    lab.steering().set_worker(0, WorkerSettings::new(3)).unwrap();
+    let slow = WorkerSettings { slow_start: 500, ..WorkerSettings::new(2) };
+    lab.steering().set_worker(2, slow).unwrap();
+    let held: Vec<TcpStream> = (0..50).map(|_| connect(V4)).collect();
+    assert_eq!(lab.live(), [30, 10, 10]);
+    drop(held);
+    lab.empty();
+
+    let suspect = WorkerSettings { suspect: 1, ..WorkerSettings::new(1) };
+    lab.steering().set_worker(0, suspect).unwrap();
+    let limited = WorkerSettings { maximum: 2, ..WorkerSettings::new(1) };
+    lab.steering().set_worker(1, limited).unwrap();
+    lab.steering().set_worker(2, limited).unwrap();
+    let held: Vec<TcpStream> = (0..7).map(|_| connect(V4)).collect();
+    assert_eq!(lab.live(), [3, 2, 2], "suspects only when the others are full");
+    drop(held);
+    lab.empty();
+}
+
+#[test]
+fn a_draining_worker_keeps_its_clients_and_gets_no_new_ones() {
+    let Some(mut lab) = Lab::keepers(2) else { return };
+    let mut held: Vec<TcpStream> = (0..10).map(|_| connect(V4)).collect();
+    let draining = WorkerSettings { draining: 1, ..WorkerSettings::new(1) };
+    lab.steering().set_worker(1, draining).unwrap();
+    held.extend((0..10).map(|_| connect(V4)));
+    assert_eq!(lab.live(), [15, 5]);
+    lab.steering().set_worker(1, WorkerSettings::new(1)).unwrap();
+    held.extend((0..10).map(|_| connect(V4)));
+    assert_eq!(lab.live(), [15, 15]);
+    lab.settled();
+    drop(held);
+    lab.empty();
+}
+
+#[test]
+fn direct_connections_count_as_load() {
+    let Some(mut lab) = Lab::keepers(2) else { return };
+    let own = std::net::SocketAddr::new(V4.ip(), lab.servers[0].port);
+    let mut held: Vec<TcpStream> = (0..6).map(|_| connect(own)).collect();
+    assert_eq!(lab.live(), [6, 0]);
+    held.extend((0..8).map(|_| connect(V4)));
+    assert_eq!(lab.live(), [7, 7]);
+    lab.settled();
+    drop(held);
+    lab.empty();
+}

@@ -1,0 +1,358 @@
+//! What the tests share: a namespace, a cgroup, servers in it, and what the kernel says of sockets.
+
+use std::collections::BTreeMap;
+use std::fs::{self, File};
+use std::io::{Read, Write};
+use std::net::{IpAddr, Ipv4Addr, Ipv6Addr, SocketAddr, TcpStream};
+use std::path::{Path, PathBuf};
+use std::process::{Child, Command, Stdio};
+use std::sync::atomic::{AtomicU32, Ordering};
+use std::time::Duration;
+
+use dispatch_steer::machine::{self, Places};
+use dispatch_steer::{Options, Steering, WorkerSettings, second};
+use nix::sched::{CloneFlags, unshare};
+use tempfile::TempDir;
+use test_support::{descriptors, skip, wait_for, wait_until};
+
+/// The public port of every test.
+pub const PUBLIC: u16 = 8000;
+const FIRST_PORT: u16 = 9000;
+
+pub const V4: SocketAddr = SocketAddr::new(IpAddr::V4(Ipv4Addr::LOCALHOST), PUBLIC);
+pub const V6: SocketAddr = SocketAddr::new(IpAddr::V6(Ipv6Addr::LOCALHOST), PUBLIC);
+
+/// Accepts and keeps connections until the client ends them; says hello to each.
+pub const KEEPER: &str = r#"
+import socket, selectors, sys
+family = socket.AF_INET6 if ":" in sys.argv[1] else socket.AF_INET
+listener = socket.socket(family)
+listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+if len(sys.argv) > 3: listener.setsockopt(socket.IPPROTO_IPV6, socket.IPV6_V6ONLY, int(sys.argv[3]))
+listener.bind((sys.argv[1], int(sys.argv[2])))
+listener.listen(4096)
+poll = selectors.DefaultSelector()
+poll.register(listener, selectors.EVENT_READ)
+while True:
+    for key, _ in poll.select():
+        if key.fileobj is listener:
+            client, _ = listener.accept()
+            client.sendall(b"hello\n")
+            poll.register(client, selectors.EVENT_READ)
+            continue
+        try: data = key.fileobj.recv(4096)
+        except OSError: data = b""
+        if data == b"half\n": continue
+        # The client's end is answered by the server's only when the client asks for it.
+        if data == b"" and key.data == "stay": poll.unregister(key.fileobj); continue
+        if data == b"stay\n": poll.modify(key.fileobj, selectors.EVENT_READ, "stay"); continue
+        poll.unregister(key.fileobj); key.fileobj.close()
+"#;
+
+/// Listens and never accepts.
+pub const DEAF: &str = r#"
+import socket, sys, time
+listener = socket.socket()
+listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+listener.bind((sys.argv[1], int(sys.argv[2])))
+listener.listen(int(sys.argv[3]))
+time.sleep(600)
+"#;
+
+/// A namespace and a cgroup with servers, steered.
+pub struct Lab {
+    pub steering: Option<Steering>,
+    pub servers: Vec<Server>,
+    pub files: TempDir,
+    cgroup: Cgroup,
+}
+
+/// One server process.
+pub struct Server {
+    pub port: u16,
+    child: Child,
+}
+
+struct Cgroup(PathBuf);
+
+/// Whether this machine can steer; says visibly why not.
+fn can_steer() -> bool {
+    let missing: Vec<String> = machine::findings(&Places::default())
+        .into_iter()
+        .filter(|finding| !finding.ok && !finding.optional)
+        .map(|finding| finding.found)
+        .collect();
+    if !missing.is_empty() {
+        skip(&missing.join("; "));
+        return false;
+    }
+    if !rustix_is_root() {
+        skip("a network namespace of the test's own needs root");
+        return false;
+    }
+    true
+}
+
+fn rustix_is_root() -> bool {
+    nix::unistd::geteuid().is_root()
+}
+
+/// Whether these programs are installed; says visibly if one is not.
+pub fn has(tools: &[&str]) -> bool {
+    tools.iter().all(|tool| {
+        let path = std::env::var_os("PATH").unwrap_or_default();
+        let found = std::env::split_paths(&path).any(|folder| folder.join(tool).exists());
+        if !found {
+            skip(&format!("{tool} is not installed"));
+        }
+        found
+    })
+}
+
+/// Runs a command that must succeed, in the namespaces of the calling thread; its output.
+pub fn run(line: &str) -> String {
+    let words: Vec<&str> = line.split_whitespace().collect();
+    let out = Command::new(words[0]).args(&words[1..]).output().unwrap_or_else(|error| {
+        panic!("{line}: {error}");
+    });
+    assert!(out.status.success(), "{line}: {}", String::from_utf8_lossy(&out.stderr));
+    String::from_utf8(out.stdout).unwrap()
+}
+
+impl Lab {
+    /// Moves the calling thread to a namespace of its own and steers there, without workers.
+    /// `None`, after a notice, if that is not possible here.
+    pub fn new() -> Option<Lab> {
+        Lab::with_wait(Duration::ZERO)
+    }
+
+    pub fn with_wait(wait: Duration) -> Option<Lab> {
+        if !can_steer() || !has(&["ip", "ss", "python3", "sh"]) || !descriptors(8_000) {
+            return None;
+        }
+        unshare(CloneFlags::CLONE_NEWNET).unwrap();
+        run("ip link set lo up");
+        let cgroup = Cgroup::new();
+        let mut steering = Steering::load(&Options { cgroup: cgroup.0.clone(), wait }).unwrap();
+        steering.add_public(V4).unwrap();
+        steering.add_public(V6).unwrap();
+        let files = tempfile::tempdir().unwrap();
+        Some(Lab { steering: Some(steering), servers: Vec::new(), files, cgroup })
+    }
+
+    /// With this many keepers of connections, at IPv4 addresses.
+    pub fn keepers(many: u32) -> Option<Lab> {
+        let mut lab = Lab::new()?;
+        for _ in 0..many {
+            lab.keeper("127.0.0.1");
+        }
+        Some(lab)
+    }
+
+    pub fn steering(&mut self) -> &mut Steering {
+        self.steering.as_mut().unwrap()
+    }
+
+    pub fn cgroup(&self) -> &Path {
+        &self.cgroup.0
+    }
+
+    /// Adds a worker and starts its server with these arguments; `PORT` stands for its port.
+    pub fn start(&mut self, command: &[&str]) -> u32 {
+        let worker = self.announce();
+        self.spawn(worker, command);
+        self.wait_listening(worker);
+        worker
+    }
+
+    /// Adds a worker without a server.
+    pub fn announce(&mut self) -> u32 {
+        let worker = self.servers.len() as u32;
+        let port = FIRST_PORT + worker as u16;
+        self.steering().add_port(worker, port).unwrap();
+        self.steering().set_worker(worker, WorkerSettings::new(1)).unwrap();
+        let child = Command::new("true").spawn().unwrap();
+        self.servers.push(Server { port, child });
+        worker
+    }
+
+    /// Starts the server of a worker in the cgroup.
+    pub fn spawn(&mut self, worker: u32, command: &[&str]) {
+        let port = self.servers[worker as usize].port.to_string();
+        let log = File::create(self.log_of(worker)).unwrap();
+        let child = Command::new("sh")
+            .args(["-c", "echo 0 > \"$0\"/cgroup.procs && exec \"$@\""])
+            .arg(&self.cgroup.0)
+            .args(command.iter().map(|word| word.replace("PORT", &port)))
+            .current_dir(self.files.path())
+            .stdin(Stdio::null())
+            .stdout(log.try_clone().unwrap())
+            .stderr(log)
+            .spawn()
+            .unwrap();
+        let mut old = std::mem::replace(&mut self.servers[worker as usize].child, child);
+        let _ = old.kill();
+        let _ = old.wait();
+    }
+
+    pub fn log_of(&self, worker: u32) -> PathBuf {
+        self.files.path().join(format!("{worker}.log"))
+    }
+
+    pub fn wait_listening(&mut self, worker: u32) {
+        let log = self.log_of(worker);
+        wait_until("the server to listen", || {
+            let counts = self.steering().counts(worker).unwrap();
+            assert_eq!(counts.problem(), None, "{}", fs::read_to_string(&log).unwrap_or_default());
+            counts.listeners != [0, 0]
+        });
+    }
+
+    pub fn keeper(&mut self, address: &str) -> u32 {
+        self.start(&["python3", "-c", KEEPER, address, "PORT"])
+    }
+
+    /// Kills the server of a worker and waits until the programs know.
+    pub fn kill(&mut self, worker: u32) {
+        let server = &mut self.servers[worker as usize];
+        server.child.kill().unwrap();
+        server.child.wait().unwrap();
+        wait_until("the listener to be gone", || {
+            self.steering().counts(worker).unwrap().listeners == [0, 0]
+        });
+    }
+
+    /// Live connections by worker.
+    pub fn live(&mut self) -> Vec<i64> {
+        (0..self.servers.len() as u32)
+            .map(|worker| self.steering().counts(worker).unwrap().live)
+            .collect()
+    }
+
+    /// Handshakes under way, of all workers.
+    pub fn pending(&mut self) -> u64 {
+        let workers = 0..self.servers.len() as u32;
+        workers.map(|worker| self.steering().counts(worker).unwrap().pending(second())).sum()
+    }
+
+    /// Connections whose handshake was completed, by worker.
+    pub fn total(&mut self) -> Vec<u64> {
+        (0..self.servers.len() as u32)
+            .map(|worker| self.steering().counts(worker).unwrap().total)
+            .collect()
+    }
+
+    /// Waits until the counts are those of the kernel's own list of sockets, worker by worker, and
+    /// no handshake is remembered. Connections that wait to be accepted have no process there.
+    pub fn settled(&mut self) {
+        wait_until("counts to equal the kernel's", || {
+            let live = self.live();
+            let sockets = sockets_by_process();
+            let own = |server: &Server| sockets.get(&server.child.id()).copied().unwrap_or(0);
+            let kernel: Vec<i64> = self.servers.iter().map(own).collect();
+            let pending = self.pending();
+            live == kernel && pending == 0 && !sockets.contains_key(&0)
+        });
+        assert_eq!(self.steering().handshakes().unwrap(), 0, "no entry is left");
+    }
+
+    /// As [`Lab::settled`] at the end of a test: every client is gone.
+    pub fn empty(&mut self) {
+        self.settled();
+        assert!(self.live().iter().all(|&live| live == 0), "{:?}", self.live());
+    }
+}
+
+impl Drop for Lab {
+    fn drop(&mut self) {
+        // Detached first, so that a failed test shows no second failure.
+        self.steering = None;
+        for server in &mut self.servers {
+            let _ = server.child.kill();
+            let _ = server.child.wait();
+        }
+    }
+}
+
+impl Cgroup {
+    fn new() -> Cgroup {
+        static NEXT: AtomicU32 = AtomicU32::new(0);
+        let mounts = fs::read_to_string("/proc/mounts").unwrap();
+        let root = machine::cgroup2_mount(&mounts).unwrap();
+        let number = NEXT.fetch_add(1, Ordering::Relaxed);
+        let path = root.join(format!("dispatch-steer-test-{}-{number}", std::process::id()));
+        fs::create_dir(&path).unwrap();
+        Cgroup(path)
+    }
+}
+
+impl Drop for Cgroup {
+    fn drop(&mut self) {
+        // A killed process leaves its cgroup a moment after it was waited for.
+        for _ in 0..400 {
+            if fs::remove_dir(&self.0).is_ok() {
+                return;
+            }
+            std::thread::sleep(Duration::from_millis(5));
+        }
+    }
+}
+
+impl Server {
+    pub fn id(&self) -> u32 {
+        self.child.id()
+    }
+}
+
+/// Sockets at the servers' side that are connected or half-closed by the client, by process. 0: those
+/// without a process, which wait to be accepted.
+pub fn sockets_by_process() -> BTreeMap<u32, i64> {
+    let mut found = BTreeMap::new();
+    for state in ["established", "close-wait"] {
+        for line in run(&format!("ss -tnpH state {state}")).lines() {
+            let words: Vec<&str> = line.split_whitespace().collect();
+            let port = |word: &str| word.rsplit(':').next().and_then(|port| port.parse().ok());
+            let local: u16 = port(words[2]).unwrap();
+            if local != PUBLIC && !(FIRST_PORT..FIRST_PORT + 100).contains(&local) {
+                continue;
+            }
+            let pid = line.split("pid=").nth(1).and_then(|rest| rest.split(',').next());
+            *found.entry(pid.map_or(0, |pid| pid.parse().unwrap())).or_insert(0) += 1;
+        }
+    }
+    found
+}
+
+/// Connects and reads the keeper's hello.
+pub fn connect(to: SocketAddr) -> TcpStream {
+    let mut client = dial(to);
+    let mut hello = [0; 6];
+    client.read_exact(&mut hello).unwrap();
+    assert_eq!(&hello, b"hello\n");
+    client
+}
+
+pub fn dial(to: SocketAddr) -> TcpStream {
+    let client = TcpStream::connect_timeout(&to, Duration::from_secs(20)).unwrap();
+    client.set_read_timeout(Some(Duration::from_secs(20))).unwrap();
+    client
+}
+
+/// One HTTP request; the whole answer.
+pub fn http(to: SocketAddr) -> String {
+    let mut client = dial(to);
+    client.write_all(b"GET / HTTP/1.0\r\n\r\n").unwrap();
+    let mut answer = String::new();
+    client.read_to_string(&mut answer).unwrap();
+    answer
+}
+
+/// The largest difference of two workers.
+pub fn spread(counts: &[i64]) -> i64 {
+    counts.iter().max().unwrap() - counts.iter().min().unwrap()
+}
+
+/// Waits for a value of the programs.
+pub fn eventually<T: PartialEq + std::fmt::Debug>(what: &str, wanted: T, mut now: impl FnMut() -> T) {
+    wait_for(what, || (now() == wanted).then_some(()));
+}

@@ -1,0 +1,9 @@
+//! Steering in the kernel, with unmodified servers: each test has a network namespace and a cgroup
+//! of its own. They are skipped, visibly, where the machine cannot steer.
+
+mod choosing;
+mod counting;
+mod families;
+mod hostile;
+mod lab;
+mod life;
