@@ -93,7 +93,8 @@ impl Steering {
 
         let refused = |error| Error::refused("count connections of the cgroup", error);
         let events: &mut SockOps = program(&mut ebpf, "steer_events")?;
-        let id = events.attach(cgroup, CgroupAttachMode::AllowMultiple).map_err(refused)?;
+        // No flags: programs attached by links always allow others beside them.
+        let id = events.attach(cgroup, CgroupAttachMode::Single).map_err(refused)?;
         let link = events.take_link(id).map_err(refused)?;
         let events = FdLink::try_from(link).map_err(|e| Error::refused("keep a link", e))?;
 
