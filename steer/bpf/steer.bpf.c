@@ -21,6 +21,7 @@
 #define IPPROTO_TCP 6
 #define EAFNOSUPPORT 97
 #define SECOND_NS 1000000000ULL
+#define SECOND(ns) ((__u32)((ns) / SECOND_NS))
 /* Attempts to change a word that other processors change, too. */
 #define TRIES 16
 /* Workers tried for one SYN before it is given up. */
@@ -58,7 +59,7 @@ struct {
 
 struct {
 	__uint(type, BPF_MAP_TYPE_SOCKMAP);
-	__uint(max_entries, 2 * STEER_MAX_WORKERS + 1);
+	__uint(max_entries, 2 * (STEER_MAX_WORKERS + 1));
 	__type(key, __u32);
 	__type(value, __u64);
 } listeners SEC(".maps");
@@ -182,7 +183,7 @@ static __always_inline void settle(struct steer_undecided *last)
 	if (!handshake || handshake->flags & STEER_REQUESTED)
 		return;
 	if (__sync_fetch_and_and(&handshake->flags, ~STEER_COUNTED) & STEER_COUNTED)
-		pending_remove(handshake->worker, handshake->second);
+		pending_remove(handshake->worker, SECOND(handshake->at));
 }
 
 /* ---- the choice: `src/decision.rs` is the same in Rust ---- */
@@ -302,7 +303,7 @@ __noinline int choose(struct choice *result)
 
 static __always_inline int drop(struct bpf_sk_lookup *ctx, struct steer_state *state)
 {
-	__u32 gate = STEER_GATE;
+	__u32 gate = STEER_LISTENER(STEER_MAX_WORKERS, ctx->family == AF_INET6);
 	struct bpf_sock *sk = bpf_map_lookup_elem(&listeners, &gate);
 	long error;
 
@@ -396,20 +397,20 @@ int steer_lookup(struct bpf_sk_lookup *ctx)
 	remote.local_port = public.port;
 	read_ip(remote.ip, ctx, remote, is_v6);
 	now = bpf_ktime_get_ns();
-	choice.second = now / SECOND_NS;
+	choice.second = SECOND(now);
 	known = bpf_map_lookup_elem(&remotes, &remote);
 	if (known) {
-		__u32 old = known->flags;
-
-		/* The listener answered with a SYN cookie: only this listener accepts the ACK. */
-		if (old & STEER_ANSWERED && !(old & STEER_REQUESTED) &&
-		    choice.second - known->second < STEER_PENDING_SECONDS &&
+		/*
+		 * Perhaps the ACK of a SYN cookie: only a listener that sent one accepts it, so it
+		 * goes where the SYN went. With a remembered handshake it would not come here.
+		 */
+		if (!(known->flags & STEER_REQUESTED) && now - known->at < STEER_COOKIE_NS &&
 		    !assign(ctx, known->worker, is_v6)) {
 			__sync_fetch_and_add(&st->repeated, 1);
 			return SK_PASS;
 		}
 		if (__sync_fetch_and_and(&known->flags, ~STEER_COUNTED) & STEER_COUNTED)
-			pending_remove(known->worker, known->second);
+			pending_remove(known->worker, SECOND(known->at));
 	}
 
 	choice.is_v6 = is_v6;
@@ -446,7 +447,7 @@ chosen:
 	if (!c)
 		return SK_PASS;
 	handshake.worker = choice.worker;
-	handshake.second = choice.second;
+	handshake.at = now;
 	handshake.flags = pending_add(c, choice.second) ? STEER_COUNTED : 0;
 	bpf_map_update_elem(&remotes, &remote, &handshake, BPF_ANY);
 	last->remote = remote;
@@ -556,7 +557,7 @@ static __always_inline void established(struct bpf_sock_ops *ops, struct bpf_soc
 	if (!handshake)
 		return;
 	if (__sync_fetch_and_and(&handshake->flags, ~STEER_COUNTED) & STEER_COUNTED)
-		pending_remove(handshake->worker, handshake->second);
+		pending_remove(handshake->worker, SECOND(handshake->at));
 	bpf_map_delete_elem(&remotes, &remote);
 	decided(&remote);
 }
@@ -593,14 +594,6 @@ int steer_events(struct bpf_sock_ops *ops)
 	struct bpf_sock *sk;
 
 	switch (ops->op) {
-	case BPF_SOCK_OPS_RWND_INIT:
-		/* Of a request: the listener answers the SYN. */
-		if (ops->is_fullsock)
-			break;
-		handshake = handshake_of(ops, &remote);
-		if (handshake)
-			__sync_fetch_and_or(&handshake->flags, STEER_ANSWERED);
-		break;
 	case BPF_SOCK_OPS_TIMEOUT_INIT:
 		/* Of a request: the kernel remembers it, so this is no SYN cookie. */
 		if (ops->is_fullsock)

@@ -29,9 +29,12 @@
 /* Handshakes that are remembered, in the whole pool; the least recently used are forgotten. */
 #define STEER_MAX_REMOTES 65536
 
-/* Index in `listeners`: two for each worker, and one for the gate. */
+/* An ACK that comes later than this is not taken for the answer to a SYN cookie: clients send a SYN
+ * again after a second, and that one may go to another worker. In nanoseconds. */
+#define STEER_COOKIE_NS 900000000ULL
+
+/* Index in `listeners`: IPv4 and IPv6 of each worker; the gates follow as one more worker. */
 #define STEER_LISTENER(worker, is_v6) (2 * (worker) + (is_v6))
-#define STEER_GATE (2 * STEER_MAX_WORKERS)
 
 /* Map `settings`, one entry. */
 struct steer_settings {
@@ -121,15 +124,14 @@ struct steer_remote {
 
 /* The handshake counts in `pending` of its worker. */
 #define STEER_COUNTED 1
-/* The worker's listener has taken the SYN. */
-#define STEER_ANSWERED 2
 /* The kernel remembers the handshake: it did not answer with a SYN cookie. */
-#define STEER_REQUESTED 4
+#define STEER_REQUESTED 2
 
 /* Value of `remotes`. */
 struct steer_handshake {
+	/* When the worker was chosen, CLOCK_MONOTONIC in nanoseconds. */
+	__u64 at;
 	__u32 worker;
-	__u32 second;
 	__u32 flags;
 };
 

@@ -7,9 +7,7 @@
 //! draining. Among usable workers below their maximum, trusted ones come before suspect ones; then
 //! the fewest connections for the weight win; ties go to the first one after the last choice.
 
-use crate::layout::{
-    ASSIGN_TRIES, DRAWS, SCAN_WORKERS, Totals, WorkerCounts, WorkerSettings,
-};
+use crate::layout::{ASSIGN_TRIES, DRAWS, SCAN_WORKERS, Totals, WorkerCounts, WorkerSettings};
 
 /// The state that a decision depends on. `settings` and `counts` have an entry for each worker.
 #[derive(Clone, Copy, Debug)]

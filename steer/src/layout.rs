@@ -20,8 +20,6 @@ pub const FULL_SPEED: u32 = 1000;
 pub const PENDING_SECONDS: u32 = 4;
 /// Workers that are tried for one SYN.
 pub(crate) const ASSIGN_TRIES: usize = 4;
-/// Index of the gate in the map of listeners.
-pub(crate) const GATE: u32 = 2 * MAX_WORKERS;
 
 /// The one entry of `settings`.
 #[repr(C)]

@@ -14,8 +14,7 @@ use rustix::time::{ClockId, clock_gettime};
 
 use crate::error::Error;
 use crate::layout::{
-    Address, FULL_SPEED, GATE, MAX_WORKERS, Settings, Totals, VERSION, WorkerCounts,
-    WorkerSettings,
+    Address, FULL_SPEED, MAX_WORKERS, Settings, Totals, VERSION, WorkerCounts, WorkerSettings,
 };
 use crate::machine::{self, Places};
 use crate::{OBJECT, gate, sys};
@@ -41,8 +40,8 @@ pub struct Steering {
     pub(crate) maps: Maps,
     pub(crate) links: Links,
     settings: Settings,
-    /// SYNs are dropped by it; the map of sockets does not keep it open.
-    _gate: OwnedFd,
+    /// SYNs are dropped by them; the map of sockets does not keep them open.
+    _gates: (OwnedFd, Option<OwnedFd>),
 }
 
 /// The maps, by the names that they have in the object and as pins.
@@ -83,10 +82,11 @@ impl Steering {
         }
         let cgroup = open_cgroup(&options.cgroup)?;
         let (mut ebpf, mut maps) = load_programs()?;
-        let gate = open_gate(&maps)?;
-        let netns = sys::netns_cookie(&gate)
+        let gates = open_gates(&maps)?;
+        let netns = sys::netns_cookie(&gates.0)
             .map_err(|error| Error::System { step: "identify the network namespace", error })?;
-        let settings = Settings { version: VERSION, workers: 0, netns, wait_ns: nanos(options.wait) };
+        let settings =
+            Settings { version: VERSION, workers: 0, netns, wait_ns: nanos(options.wait) };
         maps.settings_mut()
             .and_then(|mut map| map.set(0, settings, ANY))
             .map_err(|error| Error::refused("write settings", error))?;
@@ -103,14 +103,14 @@ impl Steering {
         let lookup: &mut SkLookup = program(&mut ebpf, "steer_lookup")?;
         let id = lookup.attach(namespace).map_err(refused)?;
         let lookup = FdLink::from(lookup.take_link(id).map_err(refused)?);
-        Ok(Steering { maps, links: Links::Own { lookup, events }, settings, _gate: gate })
+        Ok(Steering { maps, links: Links::Own { lookup, events }, settings, _gates: gates })
     }
 
     /// From pinned maps and links; the gate opens again.
     pub(crate) fn adopted(maps: Maps, links: Links) -> Result<Steering, Error> {
         let settings = maps.read_settings()?;
-        let gate = open_gate(&maps)?;
-        Ok(Steering { maps, links, settings, _gate: gate })
+        let gates = open_gates(&maps)?;
+        Ok(Steering { maps, links, settings, _gates: gates })
     }
 
     /// Adds a public address: SYNs to it go to workers. `[::]:P` stands for IPv4, too.
@@ -303,9 +303,10 @@ impl Steering {
     ///
     /// [`Error::Refused`] if the kernel fails.
     pub fn handshakes(&self) -> Result<usize, Error> {
-        let count = self.maps.remotes().and_then(|map| {
-            map.keys().try_fold(0, |count, key| key.map(|_| count + 1))
-        });
+        let count = self
+            .maps
+            .remotes()
+            .and_then(|map| map.keys().try_fold(0, |count, key| key.map(|_| count + 1)));
         count.map_err(|error| Error::refused("read the handshakes", error))
     }
 
@@ -335,7 +336,9 @@ impl Steering {
     }
 
     fn members(&mut self) -> Result<Addresses<&mut MapData>, Error> {
-        self.maps.members_mut().map_err(|error| Error::refused("use the addresses of workers", error))
+        self.maps
+            .members_mut()
+            .map_err(|error| Error::refused("use the addresses of workers", error))
     }
 
     /// Ends the scan after the last worker that exists.
@@ -400,9 +403,8 @@ type Addresses<T> = HashMap<T, Address, u32>;
 impl Maps {
     /// Names of the maps that have pins. `owners` and `undecided` are used by the programs only,
     /// which keep them.
-    pub const NAMES: [&str; 8] = [
-        "settings", "workers", "counts", "state", "members", "publics", "remotes", "listeners",
-    ];
+    pub const NAMES: [&str; 8] =
+        ["settings", "workers", "counts", "state", "members", "publics", "remotes", "listeners"];
 
     /// Takes each map from a source by its name and checks the sizes of its entries.
     pub fn from_source(
@@ -500,7 +502,7 @@ impl Maps {
         HashMap::try_from(&mut self.publics)
     }
 
-    pub fn remotes(&self) -> Result<HashMap<&MapData, [u8; 20], [u8; 12]>, MapError> {
+    pub fn remotes(&self) -> Result<HashMap<&MapData, [u8; 20], [u8; 16]>, MapError> {
         HashMap::try_from(&self.remotes)
     }
 }
@@ -508,11 +510,8 @@ impl Maps {
 fn open_cgroup(path: &Path) -> Result<OwnedFd, Error> {
     let step = "use the cgroup of the workers";
     let failed = |error: std::io::Error, help| Error::Path { step, path: path.into(), error, help };
-    let opened = rustix::fs::open(
-        path,
-        OFlags::RDONLY | OFlags::DIRECTORY | OFlags::CLOEXEC,
-        Mode::empty(),
-    );
+    let opened =
+        rustix::fs::open(path, OFlags::RDONLY | OFlags::DIRECTORY | OFlags::CLOEXEC, Mode::empty());
     let cgroup = opened.map_err(|error| failed(error.into(), None))?;
     if !machine::is_cgroup2(&cgroup) {
         let error = std::io::Error::other("not a directory of cgroup v2");
@@ -533,11 +532,15 @@ fn open_namespace() -> Result<OwnedFd, Error> {
     })
 }
 
-fn open_gate(maps: &Maps) -> Result<OwnedFd, Error> {
-    let failed = |error| Error::System { step: "open the listener that drops SYNs", error };
-    let gate = gate::open().map_err(failed)?;
-    sys::set_socket(maps.listeners.fd().as_fd(), GATE, gate.as_fd()).map_err(failed)?;
-    Ok(gate)
+fn open_gates(maps: &Maps) -> Result<(OwnedFd, Option<OwnedFd>), Error> {
+    let failed = |error| Error::System { step: "open the listeners that drop SYNs", error };
+    let gates = gate::open().map_err(failed)?;
+    let listeners = maps.listeners.fd().as_fd();
+    // As one more worker.
+    for (is_v6, gate) in (0..).zip(std::iter::once(&gates.0).chain(&gates.1)) {
+        sys::set_socket(listeners, 2 * MAX_WORKERS + is_v6, gate.as_fd()).map_err(failed)?;
+    }
+    Ok(gates)
 }
 
 fn public_forms(address: SocketAddr) -> impl Iterator<Item = SocketAddr> {

@@ -32,31 +32,41 @@ struct ElementAttr {
     flags: u64,
 }
 
-/// One element of a map with 32-bit keys and 64-bit values.
-fn element(command: libc::c_int, map: BorrowedFd<'_>, key: u32, value: &mut u64) -> io::Result<()> {
+/// One element of a map with 32-bit keys and 64-bit values; without a value to remove it.
+fn element(
+    command: libc::c_int,
+    map: BorrowedFd<'_>,
+    key: u32,
+    value: Option<&mut u64>,
+) -> io::Result<()> {
     let attr = ElementAttr {
         map_fd: map.as_raw_fd() as u32,
         padding: 0,
         key: std::ptr::from_ref(&key) as u64,
-        value: std::ptr::from_mut(value) as u64,
+        value: value.map_or(0, |value| std::ptr::from_mut(value) as u64),
         flags: 0,
     };
     // SAFETY: the attributes are valid for their size; key and value live for the call and have the
     // sizes that the map declares.
-    let answer = unsafe { libc::syscall(libc::SYS_bpf, command, &raw const attr, size_of::<ElementAttr>()) };
+    let answer =
+        unsafe { libc::syscall(libc::SYS_bpf, command, &raw const attr, size_of::<ElementAttr>()) };
     if answer < 0 { Err(io::Error::last_os_error()) } else { Ok(()) }
 }
 
 /// Puts a socket into a map of sockets. aya has this only for maps with 32-bit values, whose sockets
 /// cannot be looked up.
-pub(crate) fn set_socket(map: BorrowedFd<'_>, index: u32, socket: BorrowedFd<'_>) -> io::Result<()> {
+pub(crate) fn set_socket(
+    map: BorrowedFd<'_>,
+    index: u32,
+    socket: BorrowedFd<'_>,
+) -> io::Result<()> {
     let mut value = socket.as_raw_fd() as u64;
-    element(BPF_MAP_UPDATE_ELEM, map, index, &mut value)
+    element(BPF_MAP_UPDATE_ELEM, map, index, Some(&mut value))
 }
 
 /// Removes a socket from a map of sockets; it is no error if there is none.
 pub(crate) fn clear_socket(map: BorrowedFd<'_>, index: u32) -> io::Result<()> {
-    match element(BPF_MAP_DELETE_ELEM, map, index, &mut 0) {
+    match element(BPF_MAP_DELETE_ELEM, map, index, None) {
         // The kernel's answer for an empty entry.
         Err(error) if error.raw_os_error() == Some(libc::EINVAL) => Ok(()),
         answer => answer,
@@ -66,7 +76,7 @@ pub(crate) fn clear_socket(map: BorrowedFd<'_>, index: u32) -> io::Result<()> {
 /// The cookie of a socket in a map of sockets.
 pub(crate) fn socket_cookie(map: BorrowedFd<'_>, index: u32) -> io::Result<Option<u64>> {
     let mut cookie = 0;
-    match element(BPF_MAP_LOOKUP_ELEM, map, index, &mut cookie) {
+    match element(BPF_MAP_LOOKUP_ELEM, map, index, Some(&mut cookie)) {
         Ok(()) => Ok(Some(cookie)),
         Err(error) if error.raw_os_error() == Some(libc::ENOENT) => Ok(None),
         Err(error) => Err(error),
@@ -93,12 +103,8 @@ pub(crate) fn netns_cookie(socket: impl AsFd) -> io::Result<u64> {
 
 /// Gives a socket a filter that drops every segment.
 pub(crate) fn drop_everything(socket: impl AsFd) -> io::Result<()> {
-    let mut code = [libc::sock_filter {
-        code: (libc::BPF_RET | libc::BPF_K) as u16,
-        jt: 0,
-        jf: 0,
-        k: 0,
-    }];
+    let mut code =
+        [libc::sock_filter { code: (libc::BPF_RET | libc::BPF_K) as u16, jt: 0, jf: 0, k: 0 }];
     let program = libc::sock_fprog { len: 1, filter: code.as_mut_ptr() };
     // SAFETY: the kernel copies the one instruction during the call.
     let answer = unsafe {

@@ -31,6 +31,7 @@ listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
 if len(sys.argv) > 3: listener.setsockopt(socket.IPPROTO_IPV6, socket.IPV6_V6ONLY, int(sys.argv[3]))
 listener.bind((sys.argv[1], int(sys.argv[2])))
 listener.listen(4096)
+kept = []
 poll = selectors.DefaultSelector()
 poll.register(listener, selectors.EVENT_READ)
 while True:
@@ -44,7 +45,7 @@ while True:
         except OSError: data = b""
         if data == b"half\n": continue
         # The client's end is answered by the server's only when the client asks for it.
-        if data == b"" and key.data == "stay": poll.unregister(key.fileobj); continue
+        if data == b"" and key.data == "stay": poll.unregister(key.fileobj); kept.append(key.fileobj); continue
         if data == b"stay\n": poll.modify(key.fileobj, selectors.EVENT_READ, "stay"); continue
         poll.unregister(key.fileobj); key.fileobj.close()
 "#;
@@ -183,7 +184,7 @@ impl Lab {
         let child = Command::new("sh")
             .args(["-c", "echo 0 > \"$0\"/cgroup.procs && exec \"$@\""])
             .arg(&self.cgroup.0)
-            .args(command.iter().map(|word| word.replace("PORT", &port)))
+            .args(command.iter().map(|word| if *word == "PORT" { port.clone() } else { (*word).to_owned() }))
             .current_dir(self.files.path())
             .stdin(Stdio::null())
             .stdout(log.try_clone().unwrap())
@@ -243,7 +244,7 @@ impl Lab {
     }
 
     /// Waits until the counts are those of the kernel's own list of sockets, worker by worker, and
-    /// no handshake is remembered. Connections that wait to be accepted have no process there.
+    /// no handshake counts. Connections that wait to be accepted have no process there.
     pub fn settled(&mut self) {
         wait_until("counts to equal the kernel's", || {
             let live = self.live();
@@ -253,7 +254,6 @@ impl Lab {
             let pending = self.pending();
             live == kernel && pending == 0 && !sockets.contains_key(&0)
         });
-        assert_eq!(self.steering().handshakes().unwrap(), 0, "no entry is left");
     }
 
     /// As [`Lab::settled`] at the end of a test: every client is gone.
@@ -295,12 +295,6 @@ impl Drop for Cgroup {
             }
             std::thread::sleep(Duration::from_millis(5));
         }
-    }
-}
-
-impl Server {
-    pub fn id(&self) -> u32 {
-        self.child.id()
     }
 }
 
@@ -353,6 +347,10 @@ pub fn spread(counts: &[i64]) -> i64 {
 }
 
 /// Waits for a value of the programs.
-pub fn eventually<T: PartialEq + std::fmt::Debug>(what: &str, wanted: T, mut now: impl FnMut() -> T) {
+pub fn eventually<T: PartialEq + std::fmt::Debug>(
+    what: &str,
+    wanted: T,
+    mut now: impl FnMut() -> T,
+) {
     wait_for(what, || (now() == wanted).then_some(()));
 }
