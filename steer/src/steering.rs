@@ -502,6 +502,12 @@ impl Maps {
         HashMap::try_from(&mut self.publics)
     }
 
+    /// Only for tests: the programs are the writers.
+    #[cfg(test)]
+    pub fn remotes_mut(&mut self) -> Result<HashMap<&mut MapData, [u8; 20], [u8; 16]>, MapError> {
+        HashMap::try_from(&mut self.remotes)
+    }
+
     pub fn remotes(&self) -> Result<HashMap<&MapData, [u8; 20], [u8; 16]>, MapError> {
         HashMap::try_from(&self.remotes)
     }

@@ -121,3 +121,76 @@ pub(crate) fn drop_everything(socket: impl AsFd) -> io::Result<()> {
 
 // The kernel reads the attributes at these offsets.
 const _: () = assert!(offset_of!(ElementAttr, key) == 8 && offset_of!(ElementAttr, flags) == 24);
+
+/// Runs the look-up program for a SYN of an IPv4 client, without a packet: its verdict, and the
+/// cookie of the socket that it chose or 0.
+#[cfg(test)]
+pub(crate) fn run_lookup(
+    program: BorrowedFd<'_>,
+    ip: std::net::Ipv4Addr,
+    remote_port: u16,
+    local_port: u16,
+) -> io::Result<(u32, u64)> {
+    const BPF_PROG_TEST_RUN: libc::c_int = 10;
+
+    /// `struct bpf_sk_lookup`.
+    #[repr(C)]
+    #[derive(Default)]
+    struct Context {
+        cookie: u64,
+        family: u32,
+        protocol: u32,
+        remote_ip4: u32,
+        remote_ip6: [u32; 4],
+        remote_port: u16,
+        padding: u16,
+        local_ip4: u32,
+        local_ip6: [u32; 4],
+        local_port: u32,
+        ingress_ifindex: u32,
+        /// The kernel wants it to be zero.
+        tail: u32,
+    }
+
+    /// The part of `union bpf_attr` for test runs.
+    #[repr(C)]
+    #[derive(Default)]
+    struct RunAttr {
+        program: u32,
+        verdict: u32,
+        data: [u32; 2],
+        pointers: [u64; 2],
+        repeat: u32,
+        duration: u32,
+        context_size_in: u32,
+        context_size_out: u32,
+        context_in: u64,
+        context_out: u64,
+    }
+
+    let ip4 = u32::from_ne_bytes(ip.octets());
+    let mut context = Context {
+        family: libc::AF_INET as u32,
+        protocol: libc::IPPROTO_TCP as u32,
+        remote_ip4: ip4,
+        remote_port: remote_port.to_be(),
+        local_ip4: ip4,
+        local_port: local_port.into(),
+        ..Default::default()
+    };
+    let size = size_of::<Context>() as u32;
+    let at = std::ptr::from_mut(&mut context) as u64;
+    let mut attr = RunAttr {
+        program: program.as_raw_fd() as u32,
+        repeat: 1,
+        context_size_in: size,
+        context_size_out: size,
+        context_in: at,
+        context_out: at,
+        ..Default::default()
+    };
+    let bytes = size_of::<RunAttr>();
+    // SAFETY: the attributes and the context, both of the sizes stated, live for the call.
+    let answer = unsafe { libc::syscall(libc::SYS_bpf, BPF_PROG_TEST_RUN, &raw mut attr, bytes) };
+    if answer < 0 { Err(io::Error::last_os_error()) } else { Ok((attr.verdict, context.cookie)) }
+}

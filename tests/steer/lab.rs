@@ -184,7 +184,11 @@ impl Lab {
         let child = Command::new("sh")
             .args(["-c", "echo 0 > \"$0\"/cgroup.procs && exec \"$@\""])
             .arg(&self.cgroup.0)
-            .args(command.iter().map(|word| if *word == "PORT" { port.clone() } else { (*word).to_owned() }))
+            .args(
+                command
+                    .iter()
+                    .map(|word| if *word == "PORT" { port.clone() } else { (*word).to_owned() }),
+            )
             .current_dir(self.files.path())
             .stdin(Stdio::null())
             .stdout(log.try_clone().unwrap())

@@ -1,1 +1,267 @@
 use super::*;
+use crate::layout::{FULL_SPEED, PENDING_SECONDS};
+
+fn pool(settings: &[WorkerSettings], loads: &[i64]) -> Vec<WorkerCounts> {
+    assert_eq!(settings.len(), loads.len());
+    let counts = |&live| WorkerCounts { live, listeners: [1, 0], listens: 1, ..Default::default() };
+    loads.iter().map(counts).collect()
+}
+
+fn choose(settings: &[WorkerSettings], counts: &[WorkerCounts], last: u32) -> Choice {
+    let totals = Totals { last, ..Default::default() };
+    Pool { settings, counts, totals, second: 100, is_v6: false }.choose(&[])
+}
+
+#[test]
+fn fewest_connections_for_the_weight_and_ties_rotate() {
+    let settings = [1, 2, 1].map(WorkerSettings::new);
+    assert_eq!(choose(&settings, &pool(&settings, &[3, 5, 3]), 0), Choice::Worker(1));
+    let counts = pool(&settings, &[1, 3, 1]);
+    for last in 0..3 {
+        assert_eq!(choose(&settings, &counts, last), Choice::Worker((last + 1) % 3));
+    }
+    assert_eq!(choose(&settings, &counts, 3), Choice::Worker(0), "a worker was removed");
+    assert_eq!(choose(&settings, &counts, u32::MAX), Choice::Worker(0));
+}
+
+#[test]
+fn the_largest_numbers_do_not_overflow() {
+    let heavy = WorkerSettings::new(u16::MAX);
+    let light = WorkerSettings { slow_start: 1, ..WorkerSettings::new(1) };
+    let mut counts = pool(&[heavy, light], &[i64::from(u32::MAX), i64::from(u32::MAX)]);
+    for worker in &mut counts {
+        worker.pending = std::array::from_fn(|n| (97 + n as u64) << 32 | u64::from(u32::MAX));
+    }
+    assert_eq!(choose(&[light, heavy], &counts, 0), Choice::Worker(1));
+}
+
+#[test]
+fn full_is_not_the_same_as_no_worker() {
+    let full = WorkerSettings { maximum: 2, ..WorkerSettings::new(1) };
+    let draining = WorkerSettings { draining: 1, ..WorkerSettings::new(1) };
+    let suspect = WorkerSettings { suspect: 1, ..WorkerSettings::new(1) };
+    let absent = WorkerSettings::default();
+    let decide = |settings: &[WorkerSettings]| {
+        let counts = pool(settings, &[2; 3][..settings.len()]);
+        choose(settings, &counts, 0)
+    };
+    assert_eq!(decide(&[full, draining, full]), Choice::Full);
+    assert_eq!(decide(&[draining, absent]), Choice::NoWorker);
+    assert_eq!(decide(&[full, suspect, draining]), Choice::Worker(1));
+    assert_eq!(decide(&[]), Choice::NoWorker);
+}
+
+#[test]
+fn listeners_decide_on_families() {
+    let settings = [WorkerSettings::new(1); 2];
+    let counts = |listeners, no_v4_at, lost_at| {
+        [WorkerCounts { listeners, listens: 1, no_v4_at, lost_at, ..Default::default() }; 2]
+    };
+    let decide = |counts: [WorkerCounts; 2], is_v6| {
+        let totals = Totals::default();
+        Pool { settings: &settings, counts: &counts, totals, second: 0, is_v6 }.choose(&[1])
+    };
+    assert_eq!(decide(counts([1, 0], 0, 0), false), Choice::Worker(0));
+    assert_eq!(decide(counts([1, 0], 0, 0), true), Choice::NoWorker);
+    assert_eq!(decide(counts([0, 1], 0, 0), false), Choice::Worker(0), "dual stack");
+    assert_eq!(decide(counts([0, 1], 1, 0), false), Choice::NoWorker, "IPv6 only");
+    assert_eq!(decide(counts([0, 1], 1, 0), true), Choice::Worker(0));
+    assert_eq!(decide(counts([1, 1], 0, 1), true), Choice::NoWorker, "lost");
+}
+
+#[test]
+fn two_choices_are_nearly_even() {
+    let settings = vec![WorkerSettings::new(1); 400];
+    let mut counts = pool(&settings, &[0; 400]);
+    for turn in 0..40_000 {
+        let totals = Totals { turn, ..Default::default() };
+        let pool = Pool { settings: &settings, counts: &counts, totals, second: 1, is_v6: false };
+        let Choice::Worker(worker) = pool.choose(&[]) else { panic!("no worker") };
+        counts[worker as usize].live += 1;
+    }
+    let most = counts.iter().map(|counts| counts.live).max();
+    assert!(most <= Some(105), "a mean of 100: {most:?}");
+}
+
+mod kernel {
+    //! The program in the kernel decides the same.
+
+    use std::cell::RefCell;
+    use std::net::{Ipv4Addr, TcpListener};
+    use std::os::fd::AsFd;
+
+    use aya::programs::SkLookup;
+    use nix::sched::{CloneFlags, unshare};
+    use proptest::prelude::*;
+    use proptest::test_runner::{Config, TestRunner};
+    use rustix::net::sockopt::socket_cookie;
+
+    use super::*;
+    use crate::layout::{Address, MAX_WORKERS, Settings};
+    use crate::machine::{Places, missing};
+    use crate::steering::{Maps, load_programs};
+    use crate::sys;
+
+    const LISTENERS: u32 = 300;
+
+    #[derive(Clone, Debug)]
+    struct Case {
+        workers: Vec<(WorkerSettings, WorkerCounts)>,
+        last: u32,
+        turn: u64,
+    }
+
+    fn worker() -> impl Strategy<Value = (WorkerSettings, WorkerCounts)> {
+        let settings = (
+            prop_oneof![1 => Just(0u32), 9 => 1..4u32, 1 => Just(65_535)],
+            prop_oneof![3 => Just(FULL_SPEED), 1 => 1..=FULL_SPEED],
+            prop_oneof![2 => Just(0), 1 => 1..8u32],
+            proptest::bool::weighted(0.1),
+            proptest::bool::weighted(0.2),
+        );
+        let age = 0..2 * u64::from(PENDING_SECONDS);
+        let slots = proptest::collection::vec((age, 0..3u64), PENDING_SECONDS as usize);
+        let counts = (-1..6i64, slots, 0..10u8);
+        (settings, counts).prop_map(|((weight, slow_start, maximum, draining, suspect), counts)| {
+            let (live, slots, mood) = counts;
+            let settings = WorkerSettings {
+                weight,
+                slow_start,
+                maximum,
+                draining: draining.into(),
+                suspect: suspect.into(),
+                reserved: 0,
+            };
+            let mut counts = WorkerCounts { live, listens: 3, ..Default::default() };
+            // Ages; the test makes seconds of them.
+            counts.pending = std::array::from_fn(|n| slots[n].0 << 32 | slots[n].1);
+            counts.listeners = [u32::from(mood != 0), 0];
+            counts.lost_at = if mood == 1 { 3 } else { 0 };
+            (settings, counts)
+        })
+    }
+
+    fn case() -> impl Strategy<Value = Case> {
+        let few = proptest::collection::vec(worker(), 0..9);
+        let many =
+            proptest::collection::vec(worker(), SCAN_WORKERS as usize - 2..LISTENERS as usize);
+        (prop_oneof![3 => few, 1 => many], 0..310u32, any::<u32>())
+            .prop_map(|(workers, last, turn)| Case { workers, last, turn: turn.into() })
+    }
+
+    struct Kernel {
+        ebpf: aya::Ebpf,
+        maps: Maps,
+        cookies: Vec<u64>,
+        gate: u64,
+        port: u16,
+        _open: Vec<TcpListener>,
+    }
+
+    impl Kernel {
+        fn new() -> Kernel {
+            let (ebpf, mut maps) = load_programs().unwrap();
+            let listen = || TcpListener::bind((Ipv4Addr::UNSPECIFIED, 0)).unwrap();
+            let open: Vec<TcpListener> = (0..=LISTENERS).map(|_| listen()).collect();
+            for (worker, listener) in open.iter().enumerate() {
+                let is_gate = worker == LISTENERS as usize;
+                let index = if is_gate { 2 * MAX_WORKERS } else { 2 * worker as u32 };
+                sys::set_socket(maps.listeners.fd().as_fd(), index, listener.as_fd()).unwrap();
+            }
+            let mut cookies: Vec<u64> = open.iter().map(|l| socket_cookie(l).unwrap()).collect();
+            let gate = cookies.pop().unwrap();
+            let public = Address::new(Ipv4Addr::LOCALHOST.into(), 80);
+            maps.publics_mut().unwrap().insert(public, 1, 0).unwrap();
+            Kernel { ebpf, maps, cookies, gate, port: 1, _open: open }
+        }
+
+        /// Runs the program on a state; the choice, and the counts and totals after it.
+        fn decide(&mut self, case: &Case) -> (Choice, Vec<WorkerCounts>, Totals) {
+            let many = case.workers.len() as u32;
+            let settings = Settings { workers: many, ..Default::default() };
+            self.maps.settings_mut().unwrap().set(0, settings, 0).unwrap();
+            for (worker, (settings, counts)) in (0..).zip(&case.workers) {
+                self.maps.workers_mut().unwrap().set(worker, settings, 0).unwrap();
+                self.maps.counts_mut().unwrap().set(worker, counts, 0).unwrap();
+            }
+            let totals = Totals { last: case.last, turn: case.turn, ..Default::default() };
+            self.maps.state_mut().unwrap().set(0, totals, 0).unwrap();
+            // Another client each time, and no handshake of an earlier one.
+            self.port = self.port % 60_000 + 1;
+            for key in self.maps.remotes().unwrap().keys().collect::<Vec<_>>() {
+                self.maps.remotes_mut().unwrap().remove(&key.unwrap()).unwrap();
+            }
+            let program = self.ebpf.program("steer_lookup").unwrap();
+            let program: &SkLookup = program.try_into().unwrap();
+            let fd = program.fd().unwrap().as_fd();
+            let (verdict, cookie) =
+                sys::run_lookup(fd, Ipv4Addr::LOCALHOST, self.port, 80).unwrap();
+            let choice = if cookie == self.gate {
+                Choice::Full
+            } else if let Some(at) = self.cookies.iter().position(|&other| other == cookie) {
+                Choice::Worker(at as u32)
+            } else {
+                assert_eq!((verdict, cookie), (0, 0), "reset");
+                Choice::NoWorker
+            };
+            let counts = self.maps.counts().unwrap();
+            let after = (0..many).map(|worker| counts.get(&worker, 0).unwrap()).collect();
+            (choice, after, self.maps.state().unwrap().get(&0, 0).unwrap())
+        }
+    }
+
+    #[test]
+    fn the_program_decides_as_the_function() {
+        let missing = missing(&Places::default());
+        if !missing.is_empty() || unshare(CloneFlags::CLONE_NEWNET).is_err() {
+            test_support::skip(&format!("needs root and BPF: {}", missing.join("; ")));
+            return;
+        }
+        let kernel = RefCell::new(Kernel::new());
+        let outcomes = RefCell::new([0; 3]);
+        let config = Config { cases: 400, failure_persistence: None, ..Config::default() };
+        TestRunner::new(config)
+            .run(&case(), |mut case| {
+                // Ages of pending connections become seconds. The clock may go on before the program
+                // reads it, so the function uses the second that the program has used.
+                let now = u64::from(crate::second());
+                for (_, counts) in &mut case.workers {
+                    for slot in &mut counts.pending {
+                        *slot = (now - (*slot >> 32)) << 32 | (*slot & 0xffff_ffff);
+                    }
+                }
+                let (choice, after, totals) = kernel.borrow_mut().decide(&case);
+                let (settings, mut counts): (Vec<_>, Vec<_>) = case.workers.iter().copied().unzip();
+                let pool = Pool {
+                    settings: &settings,
+                    counts: &counts,
+                    totals: Totals { last: case.last, turn: case.turn, ..Default::default() },
+                    second: totals.second,
+                    is_v6: false,
+                };
+                let expected = pool.choose(&[]);
+                prop_assert_eq!(choice, expected);
+                prop_assert_eq!(totals.turn, case.turn + 1);
+                outcomes.borrow_mut()[match choice {
+                    Choice::Worker(worker) => {
+                        counts[worker as usize].add_pending(totals.second);
+                        prop_assert_eq!((totals.last, totals.chosen), (worker, 1));
+                        0
+                    }
+                    Choice::Full => {
+                        prop_assert_eq!(totals.full, 1);
+                        1
+                    }
+                    Choice::NoWorker => {
+                        prop_assert_eq!(totals.unserved, 1);
+                        2
+                    }
+                }] += 1;
+                prop_assert_eq!(after, counts);
+                Ok(())
+            })
+            .unwrap();
+        let outcomes = outcomes.into_inner();
+        assert!(outcomes.iter().all(|&many| many > 5), "every outcome was seen: {outcomes:?}");
+    }
+}
