@@ -7,6 +7,7 @@ mod complete;
 mod decisions;
 #[cfg(feature = "demo")]
 mod demo;
+mod doctor;
 mod drain;
 mod exit;
 mod log_level;
@@ -60,6 +61,7 @@ Examples:
   dispatcher advice web                    which host should clients of a pool connect to?
   dispatcher log-level debug               log more until the next reload
   dispatcher relay who alice               which worker holds this client id
+  dispatcher doctor                        what this machine supports
 
 Environment:
   DISPATCHER_LOG     what `run` and `demo` log: error, warn, info (default), debug, trace
@@ -138,6 +140,9 @@ enum Command {
     /// Run the relay's directory, or ask it: which worker holds an id, which groups there are.
     #[command(after_help = relay::EXAMPLES)]
     Relay(relay::RelayArgs),
+    /// Show what this machine supports, what is missing, and how to grant it.
+    #[command(after_help = doctor::EXAMPLES)]
+    Doctor(doctor::DoctorArgs),
     /// Print a shell completion script.
     #[command(after_help = manual::COMPLETIONS_EXAMPLES)]
     Completions(manual::CompletionsArgs),
@@ -243,7 +248,8 @@ struct FailureJson<'a> {
 }
 
 impl Command {
-    /// Whether the command's output is JSON. `check` is excluded: its output contains the mistakes.
+    /// Whether the command's output is JSON. `check` and `doctor` are excluded: their output contains
+    /// the mistakes.
     fn for_programs(&self) -> bool {
         match self {
             Command::Status(arguments) => arguments.json,
@@ -260,9 +266,12 @@ impl Command {
             Command::Explain(arguments) => arguments.json,
             Command::Advice(arguments) => arguments.json,
             Command::Relay(arguments) => arguments.json(),
-            Command::Run(_) | Command::Check(_) | Command::Completions(_) | Command::Man(_) => {
-                false
-            }
+            // They print what they found themselves.
+            Command::Run(_)
+            | Command::Check(_)
+            | Command::Doctor(_)
+            | Command::Completions(_)
+            | Command::Man(_) => false,
             #[cfg(feature = "tui")]
             Command::Top(_) => false,
             #[cfg(feature = "demo")]
@@ -303,6 +312,7 @@ fn execute(arguments: impl IntoIterator<Item = OsString>) -> Exit {
         Command::Check(arguments) => check::check(arguments),
         #[cfg(feature = "tui")]
         Command::Top(arguments) => top::top(arguments),
+        Command::Doctor(arguments) => doctor::doctor(arguments),
         Command::Completions(arguments) => manual::completions(arguments),
         Command::Man(arguments) => manual::man(arguments),
         Command::Drain(arguments) => drain::drain(arguments),
