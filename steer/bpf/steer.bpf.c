@@ -23,8 +23,8 @@
 #define SECOND_NS 1000000000ULL
 #define SECOND(ns) ((__u32)((ns) / SECOND_NS))
 /* Attempts to change a word that other processors change, too. */
-#define TRIES 16
-/* Workers tried for one SYN before it is given up. */
+#define TRIES 8
+/* Workers tried for one SYN; one that cannot be given it is marked, so the next choice differs. */
 #define ASSIGN_TRIES 4
 
 char _license[] SEC("license") = "Dual MIT/GPL";
@@ -121,13 +121,32 @@ static __always_inline int is_remote(const struct steer_remote *a, const struct 
 	       a->ip[3] == b->ip[3] && a->port == b->port && a->local_port == b->local_port;
 }
 
+/*
+ * Counts an open listener (1) or a closed one (-1). Both counters are one word here: the verifier
+ * refuses a computed pointer into an entry to users without CAP_PERFMON.
+ */
+static __always_inline void count_listener(struct steer_counts *counts, int is_v6, __s64 change)
+{
+	__sync_fetch_and_add((__u64 *)counts->listeners, is_v6 ? change << 32 : change);
+}
+
 /* ---- pending connections ---- */
 
-/* 1 if the connection counts now. */
-static __always_inline int pending_add(struct steer_counts *counts, __u32 second)
-{
-	__u64 *slot = &counts->pending[second % STEER_PENDING_SECONDS];
+/*
+ * Functions that are not static are checked once by the verifier, not for each call. Loops are
+ * unrolled: without CAP_PERFMON it also follows paths that a processor might only speculate on.
+ */
 
+/* 1 if the connection counts now. */
+__noinline int pending_add(__u32 worker, __u32 second)
+{
+	struct steer_counts *c = bpf_map_lookup_elem(&counts, &worker);
+	__u64 *slot;
+
+	if (!c)
+		return 0;
+	slot = &c->pending[second % STEER_PENDING_SECONDS];
+#pragma unroll
 	for (int i = 0; i < TRIES; i++) {
 		__u64 old = *(volatile __u64 *)slot;
 		__u64 new = (old >> 32) == second ? old + 1 : ((__u64)second << 32 | 1);
@@ -138,7 +157,7 @@ static __always_inline int pending_add(struct steer_counts *counts, __u32 second
 	return 0;
 }
 
-/* Not static: the verifier checks it once, not for each call. 1 if there was one to remove. */
+/* 1 if there was one to remove. */
 __noinline int pending_remove(__u32 worker, __u32 second)
 {
 	struct steer_counts *c = bpf_map_lookup_elem(&counts, &worker);
@@ -147,6 +166,7 @@ __noinline int pending_remove(__u32 worker, __u32 second)
 	if (!c)
 		return 0;
 	slot = &c->pending[second % STEER_PENDING_SECONDS];
+#pragma unroll
 	for (int i = 0; i < TRIES; i++) {
 		__u64 old = *(volatile __u64 *)slot;
 
@@ -194,8 +214,6 @@ struct choice {
 	__u32 second;
 	__u32 is_v6;
 	__u64 turn;
-	/* The workers that this SYN was refused by. */
-	__u32 excluded[ASSIGN_TRIES];
 	/* Of the best worker so far. */
 	__u64 cost;
 	__u64 weight;
@@ -220,38 +238,37 @@ static __always_inline int is_usable(const struct steer_worker *w, const struct 
 	return (v4 || v6) && c->lost_at != c->listens;
 }
 
-static __always_inline void consider(__u32 worker, struct choice *choice)
+/* Notes the worker if it is the best so far. Always 0. */
+__noinline int consider(__u32 worker, struct choice *choice)
 {
 	struct steer_worker *w = bpf_map_lookup_elem(&workers, &worker);
 	struct steer_counts *c = bpf_map_lookup_elem(&counts, &worker);
 	__u64 load, weight;
 	__u32 suspect;
 
-	if (!w || !c || !is_usable(w, c, choice->is_v6))
-		return;
-	for (int i = 0; i < ASSIGN_TRIES; i++)
-		if (choice->excluded[i] == worker)
-			return;
+	if (!choice || !w || !c || !is_usable(w, c, choice->is_v6))
+		return 0;
 	load = load_of(c, choice->second);
 	if (w->maximum && load >= w->maximum) {
 		choice->full = 1;
-		return;
+		return 0;
 	}
 	suspect = w->suspect != 0;
 	choice->drawn += !suspect;
 	weight = (__u64)w->weight * w->slow_start;
 	if (choice->found) {
 		if (suspect > choice->suspect)
-			return;
+			return 0;
 		/* load + 1 is below 2^37, a weight below 2^26: no overflow. */
 		if (suspect == choice->suspect && (load + 1) * choice->weight >= choice->cost * weight)
-			return;
+			return 0;
 	}
 	choice->found = 1;
 	choice->suspect = suspect;
 	choice->cost = load + 1;
 	choice->weight = weight;
 	choice->worker = worker;
+	return 0;
 }
 
 static long scan(__u32 i, struct choice *choice)
@@ -276,8 +293,8 @@ static long draw(__u32 i, struct choice *choice)
 }
 
 /*
- * True if a worker was found. Not static: the verifier checks it once, not for each call. bpf_loop
- * wants its argument on the stack of the caller, hence the copy.
+ * True if a worker was found. bpf_loop wants its argument on the stack of the caller, hence the
+ * copy.
  */
 __noinline int choose(struct choice *result)
 {
@@ -336,8 +353,11 @@ static __always_inline int unserved(struct bpf_sk_lookup *ctx, struct steer_stat
 	return SK_DROP;
 }
 
-/* 0, or the error; then the worker is marked so that the next choice leaves it out. */
-static __always_inline long assign(struct bpf_sk_lookup *ctx, __u32 worker, __u32 is_v6)
+/*
+ * 0, or the error; then the worker is marked so that the next choice leaves it out. A function of its
+ * own, with its own stack: a place for a pointer may not be used for a number without CAP_PERFMON.
+ */
+static __noinline long assign(struct bpf_sk_lookup *ctx, __u32 worker, __u32 is_v6)
 {
 	struct steer_counts *c = bpf_map_lookup_elem(&counts, &worker);
 	__u32 listens, index;
@@ -356,8 +376,10 @@ static __always_inline long assign(struct bpf_sk_lookup *ctx, __u32 worker, __u3
 	}
 	error = bpf_sk_assign(ctx, sk, 0);
 	bpf_sk_release(sk);
-	if (error == -EAFNOSUPPORT)
+	if (error == -EAFNOSUPPORT && ctx->family == AF_INET)
 		c->no_v4_at = listens;
+	else if (error)
+		c->lost_at = listens;
 	return error;
 }
 
@@ -369,7 +391,6 @@ int steer_lookup(struct bpf_sk_lookup *ctx)
 	struct steer_handshake *known, handshake = {};
 	struct steer_settings *conf;
 	struct steer_undecided *last;
-	struct steer_counts *c;
 	struct steer_state *st;
 	struct choice choice = {};
 	__u32 zero = 0, is_v6 = ctx->family == AF_INET6;
@@ -422,15 +443,13 @@ int steer_lookup(struct bpf_sk_lookup *ctx)
 		choice.start = 0;
 	choice.turn = __sync_fetch_and_add(&st->turn, 1);
 	st->second = choice.second;
-	for (int i = 0; i < ASSIGN_TRIES; i++)
-		choice.excluded[i] = ~0U;
+#pragma unroll
 	for (int i = 0; i < ASSIGN_TRIES; i++) {
 		if (!choose(&choice))
 			break;
 		if (!assign(ctx, choice.worker, is_v6))
 			goto chosen;
 		__sync_fetch_and_add(&st->failed, 1);
-		choice.excluded[i] = choice.worker;
 	}
 	if (choice.full) {
 		__sync_fetch_and_add(&st->full, 1);
@@ -443,12 +462,9 @@ chosen:
 	if (st->unserved_since)
 		st->unserved_since = 0;
 	__sync_fetch_and_add(&st->chosen, 1);
-	c = bpf_map_lookup_elem(&counts, &choice.worker);
-	if (!c)
-		return SK_PASS;
 	handshake.worker = choice.worker;
 	handshake.at = now;
-	handshake.flags = pending_add(c, choice.second) ? STEER_COUNTED : 0;
+	handshake.flags = pending_add(choice.worker, choice.second) ? STEER_COUNTED : 0;
 	bpf_map_update_elem(&remotes, &remote, &handshake, BPF_ANY);
 	last->remote = remote;
 	last->armed = 1;
@@ -532,7 +548,7 @@ static __always_inline void listening(struct bpf_sock_ops *ops, struct bpf_sock 
 	}
 	c->refused = 0;
 	__sync_fetch_and_add(&c->listens, 1);
-	__sync_fetch_and_add(&c->listeners[is_v6], 1);
+	count_listener(c, is_v6, 1);
 	bpf_sock_ops_cb_flags_set(ops, ops->bpf_sock_ops_cb_flags | BPF_SOCK_OPS_STATE_CB_FLAG);
 	st->unserved_since = 0;
 }
@@ -574,7 +590,7 @@ static __always_inline void changed(struct bpf_sock_ops *ops, struct bpf_sock *s
 	if (!c)
 		return;
 	if (old == BPF_TCP_LISTEN) {
-		__sync_fetch_and_add(&c->listeners[ops->family == AF_INET6], -1);
+		count_listener(c, ops->family == AF_INET6, -1);
 		return;
 	}
 	/* The client's half-close (CLOSE_WAIT) leaves the worker with the connection. With TCP Fast

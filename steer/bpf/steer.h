@@ -75,7 +75,7 @@ struct steer_counts {
 	__u32 listeners[2];
 	/* Number of registered listeners, ever. */
 	__u32 listens;
-	/* `listens` when the map had no socket although one was open; then the worker is unusable. */
+	/* `listens` when the map had no usable socket although one was open: the worker is unusable. */
 	__u32 lost_at;
 	/* `listens` when the IPv6 listener refused an IPv4 connection (IPV6_V6ONLY). */
 	__u32 no_v4_at;

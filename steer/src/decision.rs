@@ -7,7 +7,7 @@
 //! draining. Among usable workers below their maximum, trusted ones come before suspect ones; then
 //! the fewest connections for the weight win; ties go to the first one after the last choice.
 
-use crate::layout::{ASSIGN_TRIES, DRAWS, SCAN_WORKERS, Totals, WorkerCounts, WorkerSettings};
+use crate::layout::{DRAWS, SCAN_WORKERS, Totals, WorkerCounts, WorkerSettings};
 
 /// The state that a decision depends on. `settings` and `counts` have an entry for each worker.
 #[derive(Clone, Copy, Debug)]
@@ -51,14 +51,14 @@ struct Search {
 }
 
 impl Pool<'_> {
-    /// The choice for one SYN that the workers in `excluded` could not be given.
-    pub fn choose(&self, excluded: &[u32]) -> Choice {
+    /// The choice for one SYN.
+    pub fn choose(&self) -> Choice {
         let workers = self.settings.len().min(self.counts.len()) as u32;
         let mut search = Search::default();
         if workers > SCAN_WORKERS {
             for draw in 0..DRAWS {
                 let random = mix(self.totals.turn, draw);
-                self.consider(&mut search, random % workers, excluded);
+                self.consider(&mut search, random % workers);
                 if search.drawn >= 2 {
                     break;
                 }
@@ -69,7 +69,7 @@ impl Pool<'_> {
             let next = self.totals.last.wrapping_add(1);
             let start = if next < workers { next } else { 0 };
             for worker in (start..workers).chain(0..start) {
-                self.consider(&mut search, worker, excluded);
+                self.consider(&mut search, worker);
             }
         }
         match search.best {
@@ -79,11 +79,9 @@ impl Pool<'_> {
         }
     }
 
-    fn consider(&self, search: &mut Search, worker: u32, excluded: &[u32]) {
+    fn consider(&self, search: &mut Search, worker: u32) {
         let (settings, counts) = (self.settings[worker as usize], self.counts[worker as usize]);
-        if !is_usable(&settings, &counts, self.is_v6)
-            || excluded.iter().take(ASSIGN_TRIES).any(|&other| other == worker)
-        {
+        if !is_usable(&settings, &counts, self.is_v6) {
             return;
         }
         let load = counts.load(self.second);

@@ -18,8 +18,6 @@ pub(crate) const DRAWS: u32 = 8;
 pub const FULL_SPEED: u32 = 1000;
 /// Seconds in which a pending connection counts: the current one and those before it.
 pub const PENDING_SECONDS: u32 = 4;
-/// Workers that are tried for one SYN.
-pub(crate) const ASSIGN_TRIES: usize = 4;
 
 /// The one entry of `settings`.
 #[repr(C)]

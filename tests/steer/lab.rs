@@ -17,7 +17,7 @@ use test_support::{descriptors, skip, wait_for, wait_until};
 
 /// The public port of every test.
 pub const PUBLIC: u16 = 8000;
-const FIRST_PORT: u16 = 9000;
+pub const FIRST_PORT: u16 = 9000;
 
 pub const V4: SocketAddr = SocketAddr::new(IpAddr::V4(Ipv4Addr::LOCALHOST), PUBLIC);
 pub const V6: SocketAddr = SocketAddr::new(IpAddr::V6(Ipv6Addr::LOCALHOST), PUBLIC);
@@ -181,23 +181,30 @@ impl Lab {
     pub fn spawn(&mut self, worker: u32, command: &[&str]) {
         let port = self.servers[worker as usize].port.to_string();
         let log = File::create(self.log_of(worker)).unwrap();
-        let child = Command::new("sh")
-            .args(["-c", "echo 0 > \"$0\"/cgroup.procs && exec \"$@\""])
-            .arg(&self.cgroup.0)
-            .args(
-                command
-                    .iter()
-                    .map(|word| if *word == "PORT" { port.clone() } else { (*word).to_owned() }),
-            )
-            .current_dir(self.files.path())
-            .stdin(Stdio::null())
-            .stdout(log.try_clone().unwrap())
-            .stderr(log)
-            .spawn()
-            .unwrap();
+        let words = command.iter().map(|word| if *word == "PORT" { port.as_str() } else { word });
+        let child = self.in_cgroup(words).stderr(log).spawn().unwrap();
         let mut old = std::mem::replace(&mut self.servers[worker as usize].child, child);
         let _ = old.kill();
         let _ = old.wait();
+    }
+
+    /// A Python server that is no worker of [`Lab::steering`]; killed when dropped.
+    pub fn server(&self, port: u16, code: &str) -> Server {
+        let text = port.to_string();
+        let words = ["python3", "-c", code, "127.0.0.1", &text];
+        Server { port, child: self.in_cgroup(words.into_iter()).spawn().unwrap() }
+    }
+
+    fn in_cgroup<'a>(&self, words: impl Iterator<Item = &'a str>) -> Command {
+        let mut command = Command::new("sh");
+        command
+            .args(["-c", "echo 0 > \"$0\"/cgroup.procs && exec \"$@\""])
+            .arg(&self.cgroup.0)
+            .args(words)
+            .current_dir(self.files.path())
+            .stdin(Stdio::null())
+            .stdout(Stdio::null());
+        command
     }
 
     pub fn log_of(&self, worker: u32) -> PathBuf {
@@ -271,10 +278,14 @@ impl Drop for Lab {
     fn drop(&mut self) {
         // Detached first, so that a failed test shows no second failure.
         self.steering = None;
-        for server in &mut self.servers {
-            let _ = server.child.kill();
-            let _ = server.child.wait();
-        }
+        self.servers.clear();
+    }
+}
+
+impl Drop for Server {
+    fn drop(&mut self) {
+        let _ = self.child.kill();
+        let _ = self.child.wait();
     }
 }
 

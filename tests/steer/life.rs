@@ -1,8 +1,9 @@
 //! Workers that end and return, pools without workers, pins.
 
-use std::io::{ErrorKind, Read, Write};
+use std::io::{BufRead, BufReader, ErrorKind, Read, Write};
 use std::net::TcpStream;
 use std::path::Path;
+use std::process::{Command, Stdio};
 use std::time::{Duration, Instant};
 
 use dispatch_steer::{Error, Options, Steering, WorkerSettings};
@@ -200,4 +201,64 @@ fn without_steering_accepted_connections_go_on() {
     );
     let refused = TcpStream::connect_timeout(&V4, Duration::from_secs(10)).unwrap_err();
     assert_eq!(refused.kind(), ErrorKind::ConnectionRefused);
+}
+
+/// The variable that tells the test below that it is the steering process; its value is the cgroup.
+const INNER: &str = "STEER_TEST_CGROUP";
+
+#[test]
+fn an_ordinary_user_with_two_capabilities_can_steer() {
+    if let Some(cgroup) = std::env::var_os(INNER) {
+        return steer_until_told(Path::new(&cgroup));
+    }
+    if !has(&["setpriv"]) {
+        return;
+    }
+    let Some(mut lab) = Lab::new() else { return };
+    lab.steering = None;
+    let name = "life::an_ordinary_user_with_two_capabilities_can_steer";
+    let mut steerer = Command::new("setpriv")
+        .args(["--reuid=65534", "--regid=65534", "--clear-groups"])
+        .args(["--inh-caps=-all,+bpf,+net_admin", "--ambient-caps=-all,+bpf,+net_admin"])
+        .args(["--bounding-set=-all,+bpf,+net_admin"])
+        .arg(std::env::current_exe().unwrap())
+        .args(["--exact", name, "--nocapture"])
+        .env(INNER, lab.cgroup())
+        .stdin(Stdio::piped())
+        .stdout(Stdio::piped())
+        .spawn()
+        .unwrap();
+    let mut said = BufReader::new(steerer.stdout.take().unwrap()).lines();
+    let ready = said.by_ref().map(Result::unwrap).find(|line| line.starts_with("ready"));
+    assert!(ready.is_some(), "{:?}", steerer.wait());
+    let ports: Vec<u16> = (0..2).map(|worker| FIRST_PORT + worker).collect();
+    let servers: Vec<_> = ports.iter().map(|&port| lab.server(port, KEEPER)).collect();
+    wait_until("both to listen", || {
+        ports.iter().all(|&port| TcpStream::connect((V4.ip(), port)).is_ok())
+    });
+    let held: Vec<TcpStream> = (0..20).map(|_| connect(V4)).collect();
+    // What it says when its input ends.
+    drop(steerer.stdin.take());
+    let live = said.map(Result::unwrap).find(|line| line.starts_with("live"));
+    assert!(steerer.wait().unwrap().success());
+    assert_eq!(live.as_deref(), Some("live 10 10"));
+    drop((held, servers));
+}
+
+fn steer_until_told(cgroup: &Path) {
+    let options = Options { cgroup: cgroup.into(), wait: Duration::ZERO };
+    let mut steering = Steering::load(&options).unwrap();
+    steering.add_public(V4).unwrap();
+    for worker in 0..2 {
+        steering.add_port(worker, FIRST_PORT + worker as u16).unwrap();
+        steering.set_worker(worker, WorkerSettings::new(1)).unwrap();
+    }
+    println!("\nready");
+    std::io::stdin().read_to_end(&mut Vec::new()).unwrap();
+    // Those that only looked whether the servers listen end first.
+    wait_until("the probes to end", || {
+        (0..2).map(|worker| steering.counts(worker).unwrap().live).sum::<i64>() == 20
+    });
+    let live = |worker| steering.counts(worker).unwrap().live;
+    println!("live {} {}", live(0), live(1));
 }

@@ -1,6 +1,7 @@
 //! Steering in the kernel, with unmodified servers: each test has a network namespace and a cgroup
 //! of its own. They are skipped, visibly, where the machine cannot steer.
 
+mod chaos;
 mod choosing;
 mod counting;
 mod families;

@@ -9,7 +9,7 @@ fn pool(settings: &[WorkerSettings], loads: &[i64]) -> Vec<WorkerCounts> {
 
 fn choose(settings: &[WorkerSettings], counts: &[WorkerCounts], last: u32) -> Choice {
     let totals = Totals { last, ..Default::default() };
-    Pool { settings, counts, totals, second: 100, is_v6: false }.choose(&[])
+    Pool { settings, counts, totals, second: 100, is_v6: false }.choose()
 }
 
 #[test]
@@ -58,8 +58,8 @@ fn listeners_decide_on_families() {
         [WorkerCounts { listeners, listens: 1, no_v4_at, lost_at, ..Default::default() }; 2]
     };
     let decide = |counts: [WorkerCounts; 2], is_v6| {
-        let totals = Totals::default();
-        Pool { settings: &settings, counts: &counts, totals, second: 0, is_v6 }.choose(&[1])
+        let totals = Totals { last: 1, ..Default::default() };
+        Pool { settings: &settings, counts: &counts, totals, second: 0, is_v6 }.choose()
     };
     assert_eq!(decide(counts([1, 0], 0, 0), false), Choice::Worker(0));
     assert_eq!(decide(counts([1, 0], 0, 0), true), Choice::NoWorker);
@@ -76,7 +76,7 @@ fn two_choices_are_nearly_even() {
     for turn in 0..40_000 {
         let totals = Totals { turn, ..Default::default() };
         let pool = Pool { settings: &settings, counts: &counts, totals, second: 1, is_v6: false };
-        let Choice::Worker(worker) = pool.choose(&[]) else { panic!("no worker") };
+        let Choice::Worker(worker) = pool.choose() else { panic!("no worker") };
         counts[worker as usize].live += 1;
     }
     let most = counts.iter().map(|counts| counts.live).max();
@@ -239,7 +239,7 @@ mod kernel {
                     second: totals.second,
                     is_v6: false,
                 };
-                let expected = pool.choose(&[]);
+                let expected = pool.choose();
                 prop_assert_eq!(choice, expected);
                 prop_assert_eq!(totals.turn, case.turn + 1);
                 outcomes.borrow_mut()[match choice {
