@@ -1,6 +1,7 @@
 //! The command line: output streams, exit codes, and files that are kept or removed.
 #![allow(clippy::unwrap_used, clippy::expect_used)]
 
+mod doctor;
 mod output;
 mod programs;
 
