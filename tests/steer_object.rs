@@ -1,7 +1,8 @@
 //! The checked-in programs are what their sources compile to.
 //!
-//! Compared are instructions, what they refer to, and maps. Debug information has paths, so the bytes
-//! of two files can differ.
+//! Compared are instructions, what they refer to, and maps. Debug information has paths, so the
+//! bytes of two files can differ.
+#![allow(clippy::unwrap_used, clippy::expect_used)]
 
 use std::collections::BTreeMap;
 use std::path::Path;

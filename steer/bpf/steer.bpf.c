@@ -15,6 +15,7 @@
 #include <bpf/bpf_helpers.h>
 
 #include "steer.h"
+#include "maps.h"
 
 #define AF_INET 2
 #define AF_INET6 10
@@ -28,76 +29,6 @@
 #define ASSIGN_TRIES 4
 
 char _license[] SEC("license") = "Dual MIT/GPL";
-
-struct {
-	__uint(type, BPF_MAP_TYPE_ARRAY);
-	__uint(max_entries, 1);
-	__type(key, __u32);
-	__type(value, struct steer_settings);
-} settings SEC(".maps");
-
-struct {
-	__uint(type, BPF_MAP_TYPE_ARRAY);
-	__uint(max_entries, STEER_MAX_WORKERS);
-	__type(key, __u32);
-	__type(value, struct steer_worker);
-} workers SEC(".maps");
-
-struct {
-	__uint(type, BPF_MAP_TYPE_ARRAY);
-	__uint(max_entries, STEER_MAX_WORKERS);
-	__type(key, __u32);
-	__type(value, struct steer_counts);
-} counts SEC(".maps");
-
-struct {
-	__uint(type, BPF_MAP_TYPE_ARRAY);
-	__uint(max_entries, 1);
-	__type(key, __u32);
-	__type(value, struct steer_state);
-} state SEC(".maps");
-
-struct {
-	__uint(type, BPF_MAP_TYPE_SOCKMAP);
-	__uint(max_entries, 2 * (STEER_MAX_WORKERS + 1));
-	__type(key, __u32);
-	__type(value, __u64);
-} listeners SEC(".maps");
-
-struct {
-	__uint(type, BPF_MAP_TYPE_HASH);
-	__uint(max_entries, 8 * STEER_MAX_WORKERS);
-	__type(key, struct steer_address);
-	__type(value, __u32);
-} members SEC(".maps");
-
-struct {
-	__uint(type, BPF_MAP_TYPE_HASH);
-	__uint(max_entries, 256);
-	__type(key, struct steer_address);
-	__type(value, __u32);
-} publics SEC(".maps");
-
-struct {
-	__uint(type, BPF_MAP_TYPE_LRU_HASH);
-	__uint(max_entries, STEER_MAX_REMOTES);
-	__type(key, struct steer_remote);
-	__type(value, struct steer_handshake);
-} remotes SEC(".maps");
-
-struct {
-	__uint(type, BPF_MAP_TYPE_SK_STORAGE);
-	__uint(map_flags, BPF_F_NO_PREALLOC | BPF_F_CLONE);
-	__type(key, int);
-	__type(value, struct steer_owner);
-} owners SEC(".maps");
-
-struct {
-	__uint(type, BPF_MAP_TYPE_PERCPU_ARRAY);
-	__uint(max_entries, 1);
-	__type(key, __u32);
-	__type(value, struct steer_undecided);
-} undecided SEC(".maps");
 
 /*
  * An address of a context. All words are read, whatever the family: otherwise the compiler merges
@@ -320,8 +251,8 @@ __noinline int choose(struct choice *result)
 
 static __always_inline int drop(struct bpf_sk_lookup *ctx, struct steer_state *state)
 {
-	__u32 gate = STEER_LISTENER(STEER_MAX_WORKERS, ctx->family == AF_INET6);
-	struct bpf_sock *sk = bpf_map_lookup_elem(&listeners, &gate);
+	__u32 sink = STEER_LISTENER(STEER_MAX_WORKERS, ctx->family == AF_INET6);
+	struct bpf_sock *sk = bpf_map_lookup_elem(&listeners, &sink);
 	long error;
 
 	if (sk) {
@@ -331,7 +262,7 @@ static __always_inline int drop(struct bpf_sk_lookup *ctx, struct steer_state *s
 		if (!error)
 			return SK_PASS;
 	}
-	__sync_fetch_and_add(&state->ungated, 1);
+	__sync_fetch_and_add(&state->no_sink, 1);
 	return SK_DROP;
 }
 
@@ -354,8 +285,9 @@ static __always_inline int unserved(struct bpf_sk_lookup *ctx, struct steer_stat
 }
 
 /*
- * 0, or the error; then the worker is marked so that the next choice leaves it out. A function of its
- * own, with its own stack: a place for a pointer may not be used for a number without CAP_PERFMON.
+ * 0, or the error; then the worker is marked so that the next choice leaves it out. A function of
+ * its own, with its own stack: a place for a pointer may not be used for a number without
+ * CAP_PERFMON.
  */
 static __noinline long assign(struct bpf_sk_lookup *ctx, __u32 worker, __u32 is_v6)
 {

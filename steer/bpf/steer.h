@@ -33,7 +33,7 @@
  * again after a second, and that one may go to another worker. In nanoseconds. */
 #define STEER_COOKIE_NS 900000000ULL
 
-/* Index in `listeners`: IPv4 and IPv6 of each worker; the gates follow as one more worker. */
+/* Index in `listeners`: IPv4 and IPv6 of each worker; the sinks follow as one more worker. */
 #define STEER_LISTENER(worker, is_v6) (2 * (worker) + (is_v6))
 
 /* Map `settings`, one entry. */
@@ -103,8 +103,8 @@ struct steer_state {
 	__u64 waited;
 	/* SYNs reset because no worker was usable. */
 	__u64 unserved;
-	/* SYNs reset instead of dropped, because the gate was missing. */
-	__u64 ungated;
+	/* SYNs reset instead of dropped, because the sink was missing. */
+	__u64 no_sink;
 	/* Workers whose listener could not be given a connection. */
 	__u64 failed;
 };

@@ -1,8 +1,8 @@
 //! The entries of the maps, as `bpf/steer.h` has them. A test compares sizes and offsets with the
 //! compiled object.
 //!
-//! Each map has one writer: the loader writes [`Settings`], [`WorkerSettings`], and the two maps with
-//! [`Address`] as key; the programs write everything else.
+//! Each map has one writer: the loader writes [`Settings`], [`WorkerSettings`], and the two maps
+//! with [`Address`] as key; the programs write everything else.
 
 use std::net::{IpAddr, Ipv6Addr, SocketAddr};
 
@@ -154,8 +154,8 @@ pub struct Totals {
     pub waited: u64,
     /// SYNs reset because no worker was usable.
     pub unserved: u64,
-    /// SYNs reset instead of dropped, because the gate was missing.
-    pub ungated: u64,
+    /// SYNs reset instead of dropped, because the sink was missing.
+    pub no_sink: u64,
     /// Workers whose listener could not be given a connection.
     pub failed: u64,
 }

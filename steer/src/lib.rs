@@ -7,18 +7,18 @@
 //!   of the worker with the fewest connections for its weight;
 //! - one in a cgroup registers the listeners of the workers by themselves and counts connections.
 //!
-//! [`Steering`] loads, pins and adopts the programs and has the settings and counts. [`decision`] is
-//! the choice as a pure function. [`machine`] says what a machine supports.
+//! [`Steering`] loads, pins and adopts the programs and has the settings and counts. [`decision`]
+//! is the choice as a pure function. [`machine`] says what a machine supports.
 //!
 //! The programs are in `bpf/`, compiled, so that a build needs no C compiler. They are licensed
 //! under MIT or GPL-2.0.
 
 pub mod decision;
 mod error;
-mod gate;
 mod layout;
 pub mod machine;
 mod pins;
+mod sink;
 mod steering;
 mod sys;
 

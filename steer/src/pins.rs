@@ -107,8 +107,8 @@ impl Steering {
     }
 }
 
-/// Removes the pins of a directory, and the directory. The programs are detached when no process has
-/// a descriptor of the links either.
+/// Removes the pins of a directory, and the directory. The programs are detached when no process
+/// has a descriptor of the links either.
 ///
 /// # Errors
 ///

@@ -17,7 +17,7 @@ use crate::layout::{
     Address, FULL_SPEED, MAX_WORKERS, Settings, Totals, VERSION, WorkerCounts, WorkerSettings,
 };
 use crate::machine::{self, Places};
-use crate::{OBJECT, gate, sys};
+use crate::{OBJECT, sink, sys};
 
 /// Insert or replace.
 const ANY: u64 = 0;
@@ -41,7 +41,7 @@ pub struct Steering {
     pub(crate) links: Links,
     settings: Settings,
     /// SYNs are dropped by them; the map of sockets does not keep them open.
-    _gates: (OwnedFd, Option<OwnedFd>),
+    _sinks: (OwnedFd, Option<OwnedFd>),
 }
 
 /// The maps, by the names that they have in the object and as pins.
@@ -82,8 +82,8 @@ impl Steering {
         }
         let cgroup = open_cgroup(&options.cgroup)?;
         let (mut ebpf, mut maps) = load_programs()?;
-        let gates = open_gates(&maps)?;
-        let netns = sys::netns_cookie(&gates.0)
+        let sinks = open_sinks(&maps)?;
+        let netns = sys::netns_cookie(&sinks.0)
             .map_err(|error| Error::System { step: "identify the network namespace", error })?;
         let settings =
             Settings { version: VERSION, workers: 0, netns, wait_ns: nanos(options.wait) };
@@ -103,14 +103,14 @@ impl Steering {
         let lookup: &mut SkLookup = program(&mut ebpf, "steer_lookup")?;
         let id = lookup.attach(namespace).map_err(refused)?;
         let lookup = FdLink::from(lookup.take_link(id).map_err(refused)?);
-        Ok(Steering { maps, links: Links::Own { lookup, events }, settings, _gates: gates })
+        Ok(Steering { maps, links: Links::Own { lookup, events }, settings, _sinks: sinks })
     }
 
-    /// From pinned maps and links; the gate opens again.
+    /// From pinned maps and links; the sink opens again.
     pub(crate) fn adopted(maps: Maps, links: Links) -> Result<Steering, Error> {
         let settings = maps.read_settings()?;
-        let gates = open_gates(&maps)?;
-        Ok(Steering { maps, links, settings, _gates: gates })
+        let sinks = open_sinks(&maps)?;
+        Ok(Steering { maps, links, settings, _sinks: sinks })
     }
 
     /// Adds a public address: SYNs to it go to workers. `[::]:P` stands for IPv4, too.
@@ -195,7 +195,8 @@ impl Steering {
         self.forget_last_workers()
     }
 
-    /// Registers listeners at exactly this address as the worker's. Add it before the worker listens.
+    /// Registers listeners at exactly this address as the worker's. Add it before the worker
+    /// listens.
     ///
     /// # Errors
     ///
@@ -538,15 +539,15 @@ fn open_namespace() -> Result<OwnedFd, Error> {
     })
 }
 
-fn open_gates(maps: &Maps) -> Result<(OwnedFd, Option<OwnedFd>), Error> {
+fn open_sinks(maps: &Maps) -> Result<(OwnedFd, Option<OwnedFd>), Error> {
     let failed = |error| Error::System { step: "open the listeners that drop SYNs", error };
-    let gates = gate::open().map_err(failed)?;
+    let sinks = sink::open().map_err(failed)?;
     let listeners = maps.listeners.fd().as_fd();
     // As one more worker.
-    for (is_v6, gate) in (0..).zip(std::iter::once(&gates.0).chain(&gates.1)) {
-        sys::set_socket(listeners, 2 * MAX_WORKERS + is_v6, gate.as_fd()).map_err(failed)?;
+    for (is_v6, sink) in (0..).zip(std::iter::once(&sinks.0).chain(&sinks.1)) {
+        sys::set_socket(listeners, 2 * MAX_WORKERS + is_v6, sink.as_fd()).map_err(failed)?;
     }
-    Ok(gates)
+    Ok(sinks)
 }
 
 fn public_forms(address: SocketAddr) -> impl Iterator<Item = SocketAddr> {

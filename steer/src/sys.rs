@@ -53,8 +53,8 @@ fn element(
     if answer < 0 { Err(io::Error::last_os_error()) } else { Ok(()) }
 }
 
-/// Puts a socket into a map of sockets. aya has this only for maps with 32-bit values, whose sockets
-/// cannot be looked up.
+/// Puts a socket into a map of sockets. aya has this only for maps with 32-bit values, whose
+/// sockets cannot be looked up.
 pub(crate) fn set_socket(
     map: BorrowedFd<'_>,
     index: u32,

@@ -92,7 +92,7 @@ fn counts_equal_the_kernels_after_random_faults() {
     }
     eventually("no connection to count", vec![0; WORKERS as usize], || lab.live());
     let counts = lab.steering().totals().unwrap();
-    assert_eq!((counts.full, counts.ungated), (0, 0), "{counts:?}");
+    assert_eq!((counts.full, counts.no_sink), (0, 0), "{counts:?}");
     // Those of stray segments, which the kernel forgets when it needs their room.
     let remembered = lab.steering().handshakes().unwrap();
     assert!((remembered as u64) < counts.chosen / 10 + 10, "{remembered} of {}", counts.chosen);

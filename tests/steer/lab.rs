@@ -45,7 +45,8 @@ while True:
         except OSError: data = b""
         if data == b"half\n": continue
         # The client's end is answered by the server's only when the client asks for it.
-        if data == b"" and key.data == "stay": poll.unregister(key.fileobj); kept.append(key.fileobj); continue
+        if data == b"" and key.data == "stay":
+            poll.unregister(key.fileobj); kept.append(key.fileobj); continue
         if data == b"stay\n": poll.modify(key.fileobj, selectors.EVENT_READ, "stay"); continue
         poll.unregister(key.fileobj); key.fileobj.close()
 "#;
@@ -87,15 +88,11 @@ fn can_steer() -> bool {
         skip(&missing.join("; "));
         return false;
     }
-    if !rustix_is_root() {
+    if !nix::unistd::geteuid().is_root() {
         skip("a network namespace of the test's own needs root");
         return false;
     }
     true
-}
-
-fn rustix_is_root() -> bool {
-    nix::unistd::geteuid().is_root()
 }
 
 /// Whether these programs are installed; says visibly if one is not.
@@ -313,8 +310,8 @@ impl Drop for Cgroup {
     }
 }
 
-/// Sockets at the servers' side that are connected or half-closed by the client, by process. 0: those
-/// without a process, which wait to be accepted.
+/// Sockets at the servers' side that are connected or half-closed by the client, by process. 0:
+/// those without a process, which wait to be accepted.
 pub fn sockets_by_process() -> BTreeMap<u32, i64> {
     let mut found = BTreeMap::new();
     for state in ["established", "close-wait"] {

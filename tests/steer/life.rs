@@ -72,7 +72,7 @@ fn when_all_workers_are_full_clients_wait_and_then_get_the_first_place() {
     held.pop();
     held.push(waiting.join().unwrap());
     assert_eq!(lab.live(), [3, 3]);
-    assert_eq!(lab.steering().totals().unwrap().ungated, 0);
+    assert_eq!(lab.steering().totals().unwrap().no_sink, 0);
     drop(held);
     lab.empty();
 }
@@ -147,7 +147,7 @@ fn the_kernel_goes_on_choosing_and_the_next_process_adopts() {
     lab.steering = Some(Steering::adopt(&pins).unwrap());
     eventually("the counts to be right", 16, || lab.live().iter().sum());
     lab.settled();
-    // Settings work as before, and so does the gate.
+    // Settings work as before, and so does the sink.
     for worker in 0..2 {
         let limited = WorkerSettings { maximum: 8, ..WorkerSettings::new(1) };
         lab.steering().set_worker(worker, limited).unwrap();

@@ -1,5 +1,6 @@
 //! Steering in the kernel, with unmodified servers: each test has a network namespace and a cgroup
 //! of its own. They are skipped, visibly, where the machine cannot steer.
+#![allow(clippy::unwrap_used, clippy::expect_used)]
 
 mod chaos;
 mod choosing;

@@ -153,7 +153,7 @@ mod kernel {
         ebpf: aya::Ebpf,
         maps: Maps,
         cookies: Vec<u64>,
-        gate: u64,
+        sink: u64,
         port: u16,
         _open: Vec<TcpListener>,
     }
@@ -164,15 +164,15 @@ mod kernel {
             let listen = || TcpListener::bind((Ipv4Addr::UNSPECIFIED, 0)).unwrap();
             let open: Vec<TcpListener> = (0..=LISTENERS).map(|_| listen()).collect();
             for (worker, listener) in open.iter().enumerate() {
-                let is_gate = worker == LISTENERS as usize;
-                let index = if is_gate { 2 * MAX_WORKERS } else { 2 * worker as u32 };
+                let is_sink = worker == LISTENERS as usize;
+                let index = if is_sink { 2 * MAX_WORKERS } else { 2 * worker as u32 };
                 sys::set_socket(maps.listeners.fd().as_fd(), index, listener.as_fd()).unwrap();
             }
             let mut cookies: Vec<u64> = open.iter().map(|l| socket_cookie(l).unwrap()).collect();
-            let gate = cookies.pop().unwrap();
+            let sink = cookies.pop().unwrap();
             let public = Address::new(Ipv4Addr::LOCALHOST.into(), 80);
             maps.publics_mut().unwrap().insert(public, 1, 0).unwrap();
-            Kernel { ebpf, maps, cookies, gate, port: 1, _open: open }
+            Kernel { ebpf, maps, cookies, sink, port: 1, _open: open }
         }
 
         /// Runs the program on a state; the choice, and the counts and totals after it.
@@ -196,7 +196,7 @@ mod kernel {
             let fd = program.fd().unwrap().as_fd();
             let (verdict, cookie) =
                 sys::run_lookup(fd, Ipv4Addr::LOCALHOST, self.port, 80).unwrap();
-            let choice = if cookie == self.gate {
+            let choice = if cookie == self.sink {
                 Choice::Full
             } else if let Some(at) = self.cookies.iter().position(|&other| other == cookie) {
                 Choice::Worker(at as u32)
@@ -222,8 +222,8 @@ mod kernel {
         let config = Config { cases: 400, failure_persistence: None, ..Config::default() };
         TestRunner::new(config)
             .run(&case(), |mut case| {
-                // Ages of pending connections become seconds. The clock may go on before the program
-                // reads it, so the function uses the second that the program has used.
+                // Ages of pending connections become seconds. The clock may go on before the
+                // program reads it, so the function uses the second that the program has used.
                 let now = u64::from(crate::second());
                 for (_, counts) in &mut case.workers {
                     for slot in &mut counts.pending {

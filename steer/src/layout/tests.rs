@@ -81,7 +81,7 @@ fn types_are_those_of_the_compiled_programs() {
             full,
             waited,
             unserved,
-            ungated,
+            no_sink,
             failed
         ]
     );

@@ -1,8 +1,8 @@
-//! The gates: listeners that drop every segment, one for IPv4 and one for IPv6.
+//! The sinks: listeners that drop every segment, one for IPv4 and one for IPv6.
 //!
 //! A look-up can choose a socket or reset, not drop. So SYNs that should be dropped go to such a
 //! listener, whose filter drops them. It listens on a loopback address and accepts nothing.
-//! A map of sockets holds no reference: a gate exists as long as a process has its descriptor.
+//! A map of sockets holds no reference: a sink exists as long as a process has its descriptor.
 
 use std::io;
 use std::net::{IpAddr, Ipv4Addr, Ipv6Addr, SocketAddr};
@@ -12,7 +12,7 @@ use rustix::net::{AddressFamily, SocketFlags, SocketType, bind, ipproto, listen,
 
 use crate::sys;
 
-/// Opens the gates, IPv4 first, in the network namespace of the calling thread. Without IPv6 there
+/// Opens the sinks, IPv4 first, in the network namespace of the calling thread. Without IPv6 there
 /// are no IPv6 clients.
 pub(crate) fn open() -> io::Result<(OwnedFd, Option<OwnedFd>)> {
     Ok((open_at(Ipv4Addr::LOCALHOST.into())?, open_at(Ipv6Addr::LOCALHOST.into()).ok()))
