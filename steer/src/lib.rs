@@ -30,3 +30,8 @@ pub use steering::{Options, Steering, second};
 
 /// The compiled programs.
 pub const OBJECT: &[u8] = aya::include_bytes_aligned!("../bpf/steer.bpf.o");
+
+/// The program of the page compiles.
+#[cfg(doctest)]
+#[doc = include_str!("../../docs/STEER.md")]
+struct Page;

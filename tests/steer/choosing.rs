@@ -1,9 +1,10 @@
 //! Which worker gets a connection.
 
 use std::fs;
-use std::net::TcpStream;
+use std::net::{SocketAddr, TcpStream};
+use std::time::Duration;
 
-use dispatch_steer::WorkerSettings;
+use dispatch_steer::{Options, Steering, WorkerSettings};
 
 use crate::lab::*;
 
@@ -142,12 +143,38 @@ fn a_draining_worker_keeps_its_clients_and_gets_no_new_ones() {
 #[test]
 fn direct_connections_count_as_load() {
     let Some(mut lab) = Lab::keepers(2) else { return };
-    let own = std::net::SocketAddr::new(V4.ip(), lab.servers[0].port);
+    let own = SocketAddr::new(V4.ip(), lab.servers[0].port);
     let mut held: Vec<TcpStream> = (0..6).map(|_| connect(own)).collect();
     assert_eq!(lab.live(), [6, 0]);
     held.extend((0..8).map(|_| connect(V4)));
     assert_eq!(lab.live(), [7, 7]);
     lab.settled();
+    drop(held);
+    lab.empty();
+}
+
+#[test]
+fn two_pools_in_one_namespace_and_cgroup_do_not_meet() {
+    let Some(mut lab) = Lab::keepers(2) else { return };
+    let options = Options { cgroup: lab.cgroup().into(), wait: Duration::ZERO };
+    let mut other = Steering::load(&options).unwrap();
+    let public = SocketAddr::new(V4.ip(), PUBLIC + 1);
+    other.add_public(public).unwrap();
+    let own = FIRST_PORT + 50;
+    other.add_port(7, own).unwrap();
+    other.set_worker(7, WorkerSettings::new(1)).unwrap();
+    let server = lab.server(own, KEEPER);
+    eventually("the other pool's server to listen", [1, 0], || other.counts(7).unwrap().listeners);
+
+    let mut held: Vec<TcpStream> = (0..10).map(|_| connect(V4)).collect();
+    held.extend((0..5).map(|_| connect(public)));
+    assert_eq!(lab.live(), [5, 5]);
+    assert_eq!(other.counts(7).unwrap().live, 5);
+    assert_eq!((other.totals().unwrap().chosen, other.handshakes().unwrap()), (5, 0));
+    drop(other);
+    held.extend((0..10).map(|_| connect(V4)));
+    assert_eq!(lab.live(), [10, 10], "the end of one pool changes nothing for the other");
+    drop(server);
     drop(held);
     lab.empty();
 }

@@ -239,9 +239,10 @@ fn an_ordinary_user_with_two_capabilities_can_steer() {
     let held: Vec<TcpStream> = (0..20).map(|_| connect(V4)).collect();
     // What it says when its input ends.
     drop(steerer.stdin.take());
-    let live = said.map(Result::unwrap).find(|line| line.starts_with("live"));
+    // To the end: the test harness fails if it cannot print.
+    let said: Vec<String> = said.map(Result::unwrap).collect();
     assert!(steerer.wait().unwrap().success());
-    assert_eq!(live.as_deref(), Some("live 10 10"));
+    assert!(said.iter().any(|line| line == "live 10 10"), "{said:?}");
     drop((held, servers));
 }
 
