@@ -13,7 +13,7 @@ use dispatch_steer::machine::{self, Places};
 use dispatch_steer::{Options, Steering, WorkerSettings, second};
 use nix::sched::{CloneFlags, unshare};
 use tempfile::TempDir;
-use test_support::{descriptors, skip, wait_for, wait_until};
+use test_support::{descriptors, skip, skip_on_this_kernel, wait_for, wait_until};
 
 /// The public port of every test.
 pub const PUBLIC: u16 = 8000;
@@ -85,7 +85,7 @@ fn can_steer() -> bool {
         .map(|finding| finding.found)
         .collect();
     if !missing.is_empty() {
-        skip(&missing.join("; "));
+        skip_on_this_kernel(&missing.join("; "));
         return false;
     }
     if !nix::unistd::geteuid().is_root() {

@@ -62,6 +62,12 @@ pub fn skip(reason: &str) {
     let _ = writeln!(std::io::stderr(), "SKIPPED: {reason}");
 }
 
+/// Reports visibly that a test is skipped because the kernel of this machine refuses what it needs.
+/// No tool could be installed for it, so it is a skip everywhere.
+pub fn skip_on_this_kernel(reason: &str) {
+    let _ = writeln!(std::io::stderr(), "SKIPPED on this kernel: {reason}");
+}
+
 /// Raises this process's descriptor limit; false (after a notice) if `wanted` is not allowed.
 pub fn descriptors(wanted: u64) -> bool {
     let (soft, hard) = getrlimit(Resource::RLIMIT_NOFILE).unwrap();
