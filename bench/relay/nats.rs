@@ -91,6 +91,8 @@ async fn next(subscription: &mut Subscriber) -> Message {
 
 pub fn receive(address: &str) {
     let runtime = runtime();
+    // Subscriptions are dropped within the runtime.
+    let _inside = runtime.enter();
     let (client, mut plain, mut sure) = runtime.block_on(async {
         let client = async_nats::connect(address).await.unwrap();
         let plain = client.subscribe(SUBJECT).await.unwrap();

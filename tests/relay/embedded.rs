@@ -95,6 +95,30 @@ fn one_line_starts_a_directory_and_workers_find_it() {
     assert!(!socket.exists());
 }
 
+/// The accept rate cannot depend on messages: the thread that accepts does nothing for them.
+#[test]
+fn messages_and_registrations_do_not_wake_the_hot_thread() {
+    let dispatcher = Dispatcher::start(&format!("relay_directory = true\n{LISTENER}"));
+    up(&dispatcher);
+    let a = Relay::connect(config(&dispatcher.dir, "a")).wait().unwrap();
+    let b = Relay::connect(config(&dispatcher.dir, "b")).wait().unwrap();
+    let turns = || -> u64 { dispatcher.status().meters.turn.counts.iter().sum() };
+    let before = turns();
+    let began = std::time::Instant::now();
+    for number in 0..200 {
+        let id = id(&format!("client{number}"));
+        let inbox = b.register(&id).wait().unwrap();
+        for _ in 0..10 {
+            assert_eq!(a.send(&id, "x").wait(), Outcome::Delivered);
+            assert!(inbox.recv().wait().is_some());
+        }
+    }
+    let turned = turns() - before;
+    // The status above, and timers of the dispatcher itself: a few in a second.
+    let timers = 20 * (1 + began.elapsed().as_secs());
+    assert!(turned <= timers, "{turned} turns for 2,000 messages and 200 registrations");
+}
+
 #[test]
 fn it_ends_with_a_dispatcher_that_is_killed_or_replaced() {
     let body = format!("relay_directory = true\n{LISTENER}");
