@@ -403,6 +403,19 @@ impl Core {
         for id in ids {
             self.drain_unwanted(now, id, None);
         }
+        // A worker of the line protocol cannot be told. Without its stream it joins again, perhaps
+        // another pool; its clients stay with it.
+        let silent = |worker: &&Worker| {
+            let line = worker.line.as_ref().filter(|line| line.unread() == 0);
+            worker.pool == p && worker.state != State::Gone && line.is_some()
+        };
+        let ids: Vec<WorkerId> =
+            self.workers.iter().filter(silent).map(|worker| worker.id).collect();
+        for id in ids {
+            if let Some(w) = self.find(id) {
+                self.remove(now, w, Departure::Expelled("its pool was removed"));
+            }
+        }
         // No client waits for a worker.
         self.pools[p].worker_wait = WorkerWait::Refusing;
     }

@@ -75,8 +75,10 @@ pub(super) struct Line {
     untracked: u32,
     /// Tracked and untracked connections that it has not read yet.
     unread: [u32; 2],
-    /// The largest number of tracked connections that it had read, since its last report.
+    /// The largest and the smallest number of tracked connections that it had read, since its last
+    /// report.
     peak: u32,
+    low: u32,
     reported_clamped: bool,
     /// Why it has left, once it has.
     pub(super) left: Option<Departure>,
@@ -103,6 +105,7 @@ impl Line {
             untracked: 0,
             unread: [0; 2],
             peak: 0,
+            low: 0,
             reported_clamped: false,
             left: None,
         }
@@ -169,6 +172,7 @@ impl Core {
         let name = self.line_name(pool, &join.report.kind);
         let line = Box::new(Line::new(join.report.clone()));
         let id = self.add_worker(now, pool, &join.as_join(name), Some(line));
+        self.drain_with_host(now, id);
         self.note_count(id.index as usize, join.report.count);
         self.after(now, pool);
         Ok(id)
@@ -201,17 +205,23 @@ impl Core {
             return;
         };
         let Some(line) = &mut self.workers[w].line else { return };
-        let said = report.count;
+        let (said, count) = (report.count, report.count);
         let kind = std::mem::replace(&mut line.report, report).kind;
         if line.report.kind.is_empty() {
             line.report.kind = kind;
         }
         line.peak = line.peak.max(line.has_read());
-        let foreign = said.min(MOST_LIVE).saturating_sub(u64::from(line.peak));
-        line.peak = line.has_read();
+        line.low = line.low.min(line.has_read());
+        // When it wrote the report, it had between `low` and `peak` of them. Within that, the number
+        // of others is the one of before, so that a burst between two reports does not change it.
+        let said = said.min(MOST_LIVE);
+        let least = said.saturating_sub(u64::from(line.peak));
+        let most = said.saturating_sub(u64::from(line.low));
+        (line.peak, line.low) = (line.has_read(), line.has_read());
         line.untracked = line.unread[0];
-        self.workers[w].base = foreign;
-        self.note_count(w, said);
+        let worker = &mut self.workers[w];
+        worker.base = worker.base.clamp(least, most);
+        self.note_count(w, count);
         self.recount(w);
         self.after(now, self.workers[w].pool);
     }
@@ -267,6 +277,9 @@ impl Core {
         pool.handoff.record(now - entry.accepted);
         entry.place = Place::Kept { tracked };
         self.recount(w);
+        // The worker may have left in the same turn, before the send was carried out.
+        self.end_round(now, w);
+        self.refresh(w);
         self.served(p);
         self.after(now, p);
     }
@@ -345,6 +358,7 @@ impl Core {
         let Some(w) = self.find(socket.worker) else { return };
         if let Some(line) = &mut self.workers[w].line {
             line.tracked = line.tracked.saturating_sub(1);
+            line.low = line.low.min(line.has_read());
         }
         self.recount(w);
     }
@@ -366,7 +380,7 @@ impl Core {
             let Some(line) = &mut self.workers[w].line else { continue };
             line.untracked += std::mem::take(&mut line.tracked);
             line.unread[0] += std::mem::take(&mut line.unread[1]);
-            line.peak = 0;
+            (line.peak, line.low) = (0, 0);
             self.recount(w);
         }
         for conn in self.ledger.entries_mut() {

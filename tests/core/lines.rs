@@ -184,3 +184,80 @@ fn a_list_of_open_sockets_ends_those_that_are_missing() {
     core.sockets_alive(later, NOW, &[].into());
     assert_eq!(core.load(worker), Some(1));
 }
+
+#[test]
+fn a_worker_that_left_before_a_send_was_carried_out_is_forgotten() {
+    let mut core = core();
+    let worker = join(&mut core, "a", 0).unwrap();
+    core.accepted(NOW, Client::new(ListenerId(0), ClientAddr::Unix));
+    core.leave(NOW, worker, Departure::Expelled("it broke the protocol"));
+    let (mut sent, mut forgotten) = (None, false);
+    while let Some(effect) = core.effect() {
+        match effect {
+            // The stream was still open.
+            Effect::Send { worker, conn, ticket, .. } => {
+                core.line_sent(NOW, worker, ticket, Some(1));
+                sent = Some(conn);
+            }
+            Effect::Forget { worker: gone } => forgotten = gone == worker,
+            _ => {}
+        }
+    }
+    assert!(forgotten, "what was in its stream is looked at");
+    core.recovered(NOW, worker, sent.unwrap(), Recovery::Untouched);
+    assert_eq!(core.totals().queued, 1);
+    core.check();
+}
+
+#[test]
+fn a_worker_that_joins_a_draining_host_gets_no_clients() {
+    let mut core = core();
+    join(&mut core, "a", 0).unwrap();
+    core.drain_host(NOW, Duration::ZERO, None);
+    while core.effect().is_some() {}
+    join(&mut core, "b", 0).unwrap();
+    assert_eq!(accept(&mut core, 1), None);
+    core.check();
+}
+
+#[test]
+fn a_burst_between_two_reports_does_not_change_the_number_of_other_connections() {
+    let mut core = core();
+    let worker = join(&mut core, "a", 1000).unwrap();
+    for cookie in 0..100 {
+        let (_, conn) = accept(&mut core, cookie).unwrap();
+        core.line_read(NOW, worker, conn);
+        core.sockets_ended(NOW, &[cookie]);
+        while core.effect().is_some() {}
+    }
+    let load = |core: &Core| core.load(worker).unwrap();
+    for count in [1000, 1000] {
+        core.line_report(NOW, worker, Report { count, ..Report::default() });
+        assert_eq!(load(&core), 1000);
+    }
+    // Some of the others have ended, and later some more have come.
+    for count in [900, 950] {
+        core.line_report(NOW, worker, Report { count, ..Report::default() });
+        assert_eq!(load(&core), count);
+    }
+    core.check();
+}
+
+#[test]
+fn a_worker_of_a_removed_pool_is_cut_once_it_has_read_everything() {
+    let mut core = core();
+    let worker = join(&mut core, "a", 0).unwrap();
+    let (_, conn) = accept(&mut core, 1).unwrap();
+    core.retire_listener(ListenerId(0));
+    core.retire_pool(NOW, PoolId(0));
+    core.listener_closed(NOW, ListenerId(0));
+    let cut = |core: &mut Core| {
+        let effects: Vec<Effect> = std::iter::from_fn(|| core.effect()).collect();
+        effects.iter().any(|effect| matches!(effect, Effect::Disconnect { .. }))
+    };
+    assert!(!cut(&mut core), "it has not read its connection");
+    core.line_read(NOW, worker, conn);
+    core.tick(NOW);
+    assert!(cut(&mut core));
+    core.check();
+}

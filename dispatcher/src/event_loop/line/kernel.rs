@@ -92,6 +92,14 @@ impl Kernel {
         Ok(Kernel { socket, namespace, ports: HashSet::new() })
     }
 
+    /// The cookies of the sockets whose ends matter and that are open now.
+    ///
+    /// # Errors
+    /// The kernel does not answer; loads may then be higher than they are.
+    pub(super) fn list(&self) -> io::Result<HashSet<u64>> {
+        list(&self.ports)
+    }
+
     /// Reads what has come, without waiting.
     ///
     /// # Errors
@@ -167,15 +175,15 @@ enum Part {
     Broken,
 }
 
-/// The cookies of all TCP sockets of this network namespace that a process has. Waits for at most
-/// [`LIST`].
-pub(super) fn list() -> io::Result<HashSet<u64>> {
+/// The cookies of the TCP sockets of this network namespace that a process has, on these local
+/// ports. Waits for at most [`LIST`].
+fn list(ports: &HashSet<u16>) -> io::Result<HashSet<u64>> {
     let socket = open()?;
     let mut cookies = HashSet::new();
     let deadline = Instant::now() + LIST;
     for family in [libc::AF_INET as u8, libc::AF_INET6 as u8] {
         rustix::net::send(&socket, &request(family), SendFlags::empty())?;
-        while !read_part(&socket, deadline, &mut cookies)? {}
+        while !read_part(&socket, deadline, ports, &mut cookies)? {}
     }
     Ok(cookies)
 }
@@ -185,26 +193,33 @@ fn request(family: u8) -> Vec<u8> {
     const REQUEST: u16 = 1;
     const DUMP: u16 = 0x300;
     const BODY: usize = 56;
+    // Every state of a socket that a process can have: not SYN_RECV (3), TIME_WAIT (6), LISTEN (10)
+    // and NEW_SYN_RECV (12).
+    const STATES: u32 = !(1 << 3 | 1 << 6 | 1 << 10 | 1 << 12);
     let mut bytes = Vec::with_capacity(HEADER + BODY);
     bytes.extend_from_slice(&((HEADER + BODY) as u32).to_ne_bytes());
     bytes.extend_from_slice(&BY_FAMILY.to_ne_bytes());
     bytes.extend_from_slice(&(REQUEST | DUMP).to_ne_bytes());
     bytes.extend_from_slice(&[0; 8]);
     bytes.extend_from_slice(&[family, libc::IPPROTO_TCP as u8, 0, 0]);
-    // Every state.
-    bytes.extend_from_slice(&u32::MAX.to_ne_bytes());
+    bytes.extend_from_slice(&STATES.to_ne_bytes());
     bytes.resize(HEADER + BODY, 0);
     bytes
 }
 
 /// Reads one part of the list; true if it was the last.
-fn read_part(socket: &OwnedFd, deadline: Instant, all: &mut HashSet<u64>) -> io::Result<bool> {
+fn read_part(
+    socket: &OwnedFd,
+    deadline: Instant,
+    ports: &HashSet<u16>,
+    all: &mut HashSet<u64>,
+) -> io::Result<bool> {
     let mut buffer = vec![0; PART];
     loop {
         match rustix::net::recv(socket, &mut buffer[..], RecvFlags::DONTWAIT) {
             Ok((read, _)) => {
                 let part = cookies(&buffer[..read], |socket| {
-                    if socket.held {
+                    if socket.held && ports.contains(&socket.port) {
                         all.insert(socket.cookie);
                     }
                 });
@@ -311,7 +326,7 @@ mod tests {
         kernel.ports.insert(listener.local_addr().unwrap().port());
         assert_eq!(sys::network_namespace(&server).ok(), kernel.namespace);
         let cookie = sockopt::socket_cookie(&server).unwrap();
-        assert!(list().unwrap().contains(&cookie), "it is open");
+        assert!(kernel.list().unwrap().contains(&cookie), "it is open");
         drop((server, client));
         let deadline = Instant::now() + Duration::from_secs(10);
         let mut told = false;
@@ -322,7 +337,7 @@ mod tests {
             std::thread::yield_now();
         }
         assert!(told, "the end of the socket");
-        while list().unwrap().contains(&cookie) {
+        while kernel.list().unwrap().contains(&cookie) {
             assert!(Instant::now() < deadline, "it is not listed any more");
         }
     }

@@ -23,7 +23,7 @@ pub(super) fn recover(unread: Unread) -> Vec<(ConnId, Recovery)> {
     let held = if died { Some(HashSet::new()) } else { sockets_of(pid) };
     let look = |(id, fd, read): (ConnId, Option<std::os::fd::OwnedFd>, u64)| {
         let recovery = match &fd {
-            Some(fd) => recovery(fd, read, (died, closed), held.as_ref()),
+            Some(fd) => recovery(fd, read, closed, held.as_ref()),
             None => Recovery::Unknown,
         };
         (id, recovery)
@@ -34,7 +34,7 @@ pub(super) fn recover(unread: Unread) -> Vec<(ConnId, Recovery)> {
 fn recovery(
     fd: impl AsFd + Copy,
     read: u64,
-    (died, closed): (bool, bool),
+    closed: bool,
     held: Option<&HashSet<u64>>,
 ) -> Recovery {
     if held.is_some_and(|held| inode(fd).is_none_or(|inode| held.contains(&inode))) {
@@ -42,8 +42,9 @@ fn recovery(
     }
     match is_untouched(fd, read) {
         Some(false) => Recovery::Read,
-        // What is still in a socket that is open can be read later.
-        Some(true) if died || (closed && held.is_some()) => Recovery::Untouched,
+        // What is still in a socket that is open can be read later: a process that has died may have
+        // left the socket to another one.
+        Some(true) if closed && held.is_some() => Recovery::Untouched,
         Some(true) | None => Recovery::Unknown,
     }
 }
@@ -138,14 +139,13 @@ mod tests {
         let (_client, server) = pair();
         let own = sockets_of(std::process::id() as i32).unwrap();
         assert!(own.contains(&inode(&server).unwrap()));
-        assert_eq!(recovery(&server, 0, (false, true), Some(&own)), Recovery::Read);
+        assert_eq!(recovery(&server, 0, true, Some(&own)), Recovery::Read);
         let none = HashSet::new();
-        assert_eq!(recovery(&server, 0, (false, true), Some(&none)), Recovery::Untouched);
-        assert_eq!(recovery(&server, 0, (true, false), Some(&none)), Recovery::Untouched);
-        let open = recovery(&server, 0, (false, false), Some(&none));
+        assert_eq!(recovery(&server, 0, true, Some(&none)), Recovery::Untouched);
+        let open = recovery(&server, 0, false, Some(&none));
         assert_eq!(open, Recovery::Unknown, "the worker may still read it");
-        assert_eq!(recovery(&server, 0, (false, true), None), Recovery::Unknown);
+        assert_eq!(recovery(&server, 0, true, None), Recovery::Unknown);
         let (unix, _other) = UnixStream::pair().unwrap();
-        assert_eq!(recovery(&unix, 0, (true, true), Some(&none)), Recovery::Unknown);
+        assert_eq!(recovery(&unix, 0, true, Some(&none)), Recovery::Unknown);
     }
 }

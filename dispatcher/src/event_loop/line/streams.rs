@@ -13,6 +13,7 @@ use rustix::net::{RecvAncillaryBuffer, RecvAncillaryMessage, RecvFlags, ReturnFl
 use super::super::control::Peer;
 use super::super::token::Key;
 use super::Fault;
+use crate::sys;
 use dispatcher_core::{Time, WorkerId};
 
 /// Room for bytes of a stream. Its reports come once a second and have about a hundred bytes each.
@@ -152,6 +153,16 @@ impl Stream {
             }
         }
         Received::Bytes(last)
+    }
+
+    /// Whether the worker has read everything, once the end of the stream was seen. A stream that was
+    /// only shut down has an end, too, while messages are in it; and a close that destroys messages
+    /// is told once, by an error.
+    pub(super) fn has_read_all(&mut self, rubbish: &mut Vec<OwnedFd>) -> bool {
+        // In this order: what is destroyed between the two gives the error.
+        let empty = sys::unread_by_peer(&self.socket).is_ok_and(|unread| unread == 0);
+        let end = matches!(self.read(rubbish), Received::End);
+        empty && end && self.read_all == Some(true)
     }
 }
 

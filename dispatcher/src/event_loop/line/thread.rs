@@ -24,7 +24,7 @@ use super::super::handshake::rates::Rates;
 use super::super::join::forget;
 use super::super::rate_limit::RateLimit;
 use super::super::token::{Key, Source};
-use super::kernel::{self, Kernel};
+use super::kernel::Kernel;
 use super::recovery::recover;
 use super::streams::{Received, Stage, Stream, Streams, later};
 use super::{LineCommand, LineEvent, Outbox, Socket, Tracking, Unread};
@@ -51,7 +51,8 @@ const DYING: Duration = Duration::from_millis(3);
 /// closed.
 const RECOVERIES: usize = 64;
 
-/// When to list all sockets again after that failed.
+/// The least time between two lists of all sockets: ends are not read meanwhile, so more of them
+/// could be missed without end.
 const LIST_AGAIN: Duration = Duration::from_secs(1);
 
 /// A listening socket.
@@ -86,6 +87,7 @@ pub(super) struct LineThread {
     more_ends: bool,
     /// Ends were missed: when to list all sockets.
     list_at: Option<Time>,
+    listed_at: Time,
     /// Each thread of [`LineThread::recover`] has a copy.
     recoveries: Arc<()>,
     outbox: Outbox,
@@ -120,6 +122,7 @@ impl LineThread {
             overruns: 0,
             more_ends: false,
             list_at: None,
+            listed_at: Time::default(),
             recoveries: Arc::new(()),
             outbox,
             commands,
@@ -303,7 +306,7 @@ impl LineThread {
                 }
                 if ends.overrun {
                     self.overruns += 1;
-                    self.list_at = Some(self.now);
+                    self.list_at = Some(self.now.max(self.listed_at + LIST_AGAIN));
                     let (namespace, overruns) = (kernel.namespace, self.overruns);
                     let tracking = Tracking::Exact { namespace, overruns };
                     self.outbox.report(LineEvent::Tracking(tracking));
@@ -323,12 +326,14 @@ impl LineThread {
     /// Ends were missed: tells the hot thread which sockets are left.
     fn list(&mut self) {
         self.list_at = None;
+        let Some(kernel) = &self.kernel else { return };
         let began = clock();
-        match kernel::list() {
+        match kernel.list() {
             Ok(cookies) => self.outbox.report(LineEvent::Alive { began, cookies }),
             // Until it succeeds, loads are higher than they are.
             Err(_) => self.list_at = Some(clock() + LIST_AGAIN),
         }
+        self.listed_at = clock();
     }
 
     // --- reading ---------------------------------------------------------------------------
@@ -453,7 +458,7 @@ impl LineThread {
                     break;
                 }
             }
-            let read = stream.read_all == Some(true);
+            let read = stream.read_all == Some(true) && stream.has_read_all(&mut rubbish);
             self.bin.close(rubbish);
             self.outbox.report(LineEvent::Left { worker, why, read });
         }
@@ -486,8 +491,12 @@ impl LineThread {
             }
             LineCommand::Recover(unread) => self.recover(unread),
             LineCommand::Ports(ports) => {
-                if let Some(kernel) = &mut self.kernel {
-                    kernel.ports.extend(ports);
+                let Some(kernel) = &mut self.kernel else { return };
+                let before = kernel.ports.len();
+                kernel.ports.extend(ports);
+                // Ends on a new port may have been left out before.
+                if kernel.ports.len() > before {
+                    self.list_at = Some(self.now.max(self.listed_at + LIST_AGAIN));
                 }
             }
             LineCommand::Sockets(sockets) => self.replace_sockets(sockets),
