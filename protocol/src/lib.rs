@@ -1,7 +1,7 @@
 //! The protocol between the dispatcher and its workers, shared by both sides.
 //!
 //! [`wire`] encodes and decodes the records on the control connection and on the channel.
-//! [`line`] has the line protocol, for servers of the acl framework.
+//! [`mod@line`] has the line protocol, for servers of the acl framework.
 //! [`relay`] has the records of messages between workers.
 //! [`scoreboard`] is the memory that both sides map: slots, counters and gauges.
 //! [`scoreboard::slot`] has every state transition of a slot with its memory ordering.
