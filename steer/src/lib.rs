@@ -16,6 +16,7 @@
 pub mod decision;
 mod error;
 mod layout;
+pub mod listening;
 pub mod machine;
 mod pins;
 mod sink;
@@ -26,6 +27,7 @@ pub use error::Error;
 pub use layout::{
     FULL_SPEED, MAX_WORKERS, PENDING_SECONDS, SCAN_WORKERS, Totals, WorkerCounts, WorkerSettings,
 };
+pub use pins::remove as remove_pins;
 pub use steering::{Options, Steering, second};
 
 /// The compiled programs.

@@ -196,6 +196,23 @@ pub fn cgroup2_mount(mounts: &str) -> Option<PathBuf> {
     })
 }
 
+/// The cgroup v2 directory of this process, seen from its mount point.
+///
+/// # Errors
+///
+/// cgroup v2 is not mounted, or `/proc` is not.
+pub fn own_cgroup() -> std::io::Result<PathBuf> {
+    let mounts = fs::read_to_string("/proc/self/mounts")?;
+    let mount = cgroup2_mount(&mounts);
+    let mount = mount.ok_or_else(|| std::io::Error::other("cgroup v2 is not mounted"))?;
+    let own = fs::read_to_string("/proc/self/cgroup")?;
+    let path = own.lines().find_map(|line| line.strip_prefix("0::")).unwrap_or("/");
+    // A process outside of its cgroup namespace has `..` in its path.
+    let path = path.trim_end_matches(" (deleted)").trim_start_matches('/');
+    let directory = mount.join(path);
+    Ok(if directory.is_dir() { directory } else { mount })
+}
+
 /// A path of /proc/mounts: blanks, tabs, newlines and backslashes are three octal digits.
 fn unescaped(path: &str) -> String {
     [("\\040", " "), ("\\011", "\t"), ("\\012", "\n"), ("\\134", "\\")]

@@ -140,6 +140,17 @@ impl Steering {
         Ok(())
     }
 
+    /// The public addresses, in no order. `[::]:P` is there as `0.0.0.0:P`, too.
+    ///
+    /// # Errors
+    ///
+    /// [`Error::Refused`] if the kernel fails.
+    pub fn public_addresses(&self) -> Result<Vec<SocketAddr>, Error> {
+        let address = |key: Result<Address, MapError>| key.map(|key| key.socket_addr());
+        let all = self.maps.publics().and_then(|map| map.keys().map(address).collect());
+        all.map_err(|error| Error::refused("read the public addresses", error))
+    }
+
     /// Adds a worker, or changes its settings. The change applies to the next SYN.
     ///
     /// # Errors
@@ -497,6 +508,10 @@ impl Maps {
 
     pub fn members_mut(&mut self) -> Result<Addresses<&mut MapData>, MapError> {
         HashMap::try_from(&mut self.members)
+    }
+
+    pub fn publics(&self) -> Result<Addresses<&MapData>, MapError> {
+        HashMap::try_from(&self.publics)
     }
 
     pub fn publics_mut(&mut self) -> Result<Addresses<&mut MapData>, MapError> {
