@@ -3,12 +3,11 @@
 use dispatch_protocol::wire::{Features, Hello, RefusedCode, VERSION};
 
 use super::handoff::Shares;
-use super::line::Line;
 use super::policy::Member;
 use super::ring::Ring;
 use super::trust::Trust;
 use super::types::*;
-use super::worker::{Worker, node};
+use super::worker::{Peer, Worker, node};
 use super::{Core, Event};
 
 /// More takes than any process can reach: 285 years at a million a second. Sums stay exact in an
@@ -44,16 +43,21 @@ impl Core {
     /// needs, and sends it on success.
     pub fn join(&mut self, now: Time, join: &Join) -> Result<WorkerId, Refusal> {
         let pool = self.admit(join)?;
-        let id = self.add_worker(now, pool, join, None);
+        let id = self.add_worker(now, pool, join, Peer::Native);
         self.drain_with_host(now, id);
+        self.settle_join(now, id);
+        Ok(id)
+    }
+
+    /// A worker has joined: the supervision of its process learns of it.
+    pub(super) fn settle_join(&mut self, now: Time, id: WorkerId) {
         self.process_joined(now, id.index as usize);
         // Fewer processes may be wanted than when it was started, or another one has its place.
         if self.is_surplus(id.index as usize) {
             let deadline = self.drain_deadline(now, id.index as usize);
             self.drain_unwanted(now, id, deadline);
         }
-        self.after(now, pool);
-        Ok(id)
+        self.after(now, self.workers[id.index as usize].pool);
     }
 
     /// The pool that a worker may join, or the refusal.
@@ -71,16 +75,7 @@ impl Core {
                 ),
             ));
         }
-        let stopping = || {
-            refusal(
-                RefusedCode::Stopping,
-                None,
-                "the dispatcher is stopping: try again after its restart".to_owned(),
-            )
-        };
-        if self.stop.is_some_and(|stop| stop.over) {
-            return Err(stopping());
-        }
+        self.is_not_over()?;
         // A process outlives its pool: its worker joins to be drained.
         let own = || {
             let pool = join.spawned?.pool;
@@ -100,12 +95,20 @@ impl Core {
             ));
         };
         let pool = &self.pools[p];
-        // Before its release a pool accepts workers even during a stop, because its clients wait
-        // for one.
         if pool.released {
             return Err(stopping());
         }
         let name = &pool.settings.name;
+        if pool.settings.steered {
+            return Err(refusal(
+                RefusedCode::NotAllowed,
+                Some(format!("pool.{name}.mode")),
+                format!(
+                    "the kernel chooses the workers of pool `{name}` (mode = \"steer\"): its workers \
+                     listen at addresses of their own, and do not join"
+                ),
+            ));
+        }
         if !self.is_allowed(p, join) {
             let groups: Vec<String> = join.gids.iter().map(u32::to_string).collect();
             return Err(refusal(
@@ -120,18 +123,39 @@ impl Core {
                 ),
             ));
         }
-        let max = pool.settings.max_workers;
+        self.may_hold_one_more(p)?;
+        Ok(p)
+    }
+
+    /// Whether the stop of the dispatcher leaves time for a worker.
+    fn is_not_over(&self) -> Result<(), Refusal> {
+        match self.stop.is_some_and(|stop| stop.over) {
+            true => Err(stopping()),
+            false => Ok(()),
+        }
+    }
+
+    /// Whether a pool takes one more worker, of any kind.
+    pub(super) fn may_hold_one_more(&self, p: usize) -> Result<(), Refusal> {
+        self.is_not_over()?;
+        let Some(pool) = self.pools.get(p) else { return Err(stopping()) };
+        // Before its release a pool accepts workers even during a stop, because its clients wait
+        // for one.
+        if pool.released {
+            return Err(stopping());
+        }
+        let (name, max) = (&pool.settings.name, pool.settings.max_workers);
         if pool.candidates.len() >= max as usize {
-            return Err(refusal(
-                RefusedCode::TooManyWorkers,
-                Some(format!("pool.{name}.max_workers")),
-                format!(
+            return Err(Refusal {
+                code: RefusedCode::TooManyWorkers,
+                key: Some(format!("pool.{name}.max_workers")),
+                reason: format!(
                     "pool `{name}` has {max} worker{}, as many as pool.{name}.max_workers allows",
                     if max == 1 { "" } else { "s" }
                 ),
-            ));
+            });
         }
-        Ok(p)
+        Ok(())
     }
 
     fn is_allowed(&self, pool: usize, join: &Join) -> bool {
@@ -142,13 +166,7 @@ impl Core {
     }
 
     /// Adds an admitted worker.
-    pub(super) fn add_worker(
-        &mut self,
-        now: Time,
-        p: usize,
-        join: &Join,
-        line: Option<Box<Line>>,
-    ) -> WorkerId {
+    pub(super) fn add_worker(&mut self, now: Time, p: usize, join: &Join, peer: Peer) -> WorkerId {
         self.joins += 1;
         let index = match self.free_workers.pop() {
             Some(index) => index,
@@ -206,10 +224,10 @@ impl Core {
             starved: None,
             checking: false,
             // A worker that has served before, under this dispatcher or another, starts with trust.
-            trust: match line {
+            trust: match peer {
                 // It takes what it is sent, as far as the dispatcher can see.
-                Some(_) => Trust::full(now),
-                None => Trust::new(now, hello.base > 0),
+                Peer::Line(_) | Peer::Steered(_) => Trust::full(now),
+                Peer::Native => Trust::new(now, hello.base > 0),
             },
             threads: None,
             trial_wait: None,
@@ -221,8 +239,14 @@ impl Core {
             reported_decrease: false,
             reported_gauges: [false; GaugeProblem::COUNT],
             channel_full: 0,
-            line,
+            line: None,
+            steered: None,
         };
+        match peer {
+            Peer::Native => {}
+            Peer::Line(line) => worker.line = Some(line),
+            Peer::Steered(steered) => worker.steered = Some(steered),
+        }
         worker.start_slowly(now, pool.settings.slow_start);
         pool.counts.joined += 1;
         let live = worker.load();
@@ -259,5 +283,13 @@ impl Core {
             .zip(&used)
             .find(|(free, used)| free != *used)
             .map_or(used.len() as u32, |(free, _)| free)
+    }
+}
+
+fn stopping() -> Refusal {
+    Refusal {
+        code: RefusedCode::Stopping,
+        key: None,
+        reason: "the dispatcher is stopping: try again after its restart".to_owned(),
     }
 }

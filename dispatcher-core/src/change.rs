@@ -113,6 +113,7 @@ impl Core {
                 let old = std::mem::replace(entry, pool);
                 self.retired_counts.taken += old.counts.taken;
                 self.retired_counts.returned += old.counts.returned;
+                self.retired_counts.steered += old.counts.steered;
             }
         }
         if self.host_drains() {

@@ -56,6 +56,7 @@ impl Core {
         assert_eq!(queued + awaited + unread, self.totals.queued);
         self.check_access_controls();
         self.check_lines();
+        self.check_steered();
 
         let mut in_flight = 0;
         for p in 0..self.pools.len() {

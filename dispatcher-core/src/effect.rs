@@ -7,6 +7,7 @@ use dispatch_protocol::scoreboard::gauge::GaugeName;
 use dispatch_protocol::wire::EntryFlags;
 
 use super::drain::Notice;
+use super::steer::SteerSettings;
 use super::supervise::{EndReason, Generation, Replacement, StepFailure};
 use super::types::*;
 
@@ -62,6 +63,8 @@ pub enum Effect {
     /// The connection of a ready check is not in flight any more: `taken`, close the dispatcher's
     /// copy, then write RELEASED; else close it.
     CheckOver { worker: WorkerId, ticket: Ticket, taken: bool },
+    /// Have the kernel treat a steered worker like this, from its next connection on.
+    Steer { worker: WorkerId, settings: SteerSettings },
     /// Write an event to the log.
     Event(Event),
 }

@@ -77,6 +77,7 @@ impl Core {
     pub(super) fn probe(&mut self, now: Time, w: usize) {
         let worker = &mut self.workers[w];
         let wanted = worker.is_usable() && !worker.trust.proven && worker.trust.answer.is_none();
+        let wanted = wanted && worker.steered.is_none();
         if wanted && !worker.is_asked() && !worker.purging && worker.ring.has_room() {
             let ticket = worker.ring.issue(now, Item::Probe, NEVER);
             let worker = worker.id;
@@ -271,10 +272,13 @@ impl Core {
     }
 
     /// Empties the worker's channel; [`Core::purged`] follows. A worker of the line protocol has
-    /// none.
+    /// none, and a steered one neither.
     fn purge(&mut self, w: usize) {
         let worker = &mut self.workers[w];
-        if worker.line.is_none() && !std::mem::replace(&mut worker.purging, true) {
+        if worker.steered.is_none()
+            && worker.line.is_none()
+            && !std::mem::replace(&mut worker.purging, true)
+        {
             let worker = worker.id;
             self.effects.push_back(Effect::Purge { worker });
         }

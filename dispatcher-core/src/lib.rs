@@ -45,6 +45,7 @@ mod ready_check;
 mod redispatch;
 mod ring;
 mod snapshot;
+mod steer;
 mod stop;
 mod supervise;
 mod trust;
@@ -70,6 +71,7 @@ pub use snapshot::{
     AffinitySnapshot, HeaderSnapshot, ListenerSnapshot, PoolSnapshot, PoolState, ProcessSnapshot,
     Snapshot, Totals, WorkerSnapshot,
 };
+pub use steer::{SteerCounts, SteerJoin, SteerSettings};
 pub use supervise::{
     EndReason, Generation, LeavingGeneration, PREFERRED_LOAD, ProcessCounts, ProcessTotals,
     RESTART_MAX, RESTART_MIN, RESTART_RESET, Replacement, Roll, RollBegun, RollRefusal, RollState,
@@ -319,6 +321,8 @@ impl Core {
         let pool = &self.pools[listener.pool];
         if self.stop.is_some() || listener.retired {
             Accepting::Finish
+        } else if pool.settings.steered {
+            Accepting::Pause
         } else if pool.worker_wait == WorkerWait::Refusing {
             Accepting::Refuse
         } else if self.out_of_resources.is_none()
@@ -475,6 +479,7 @@ impl Core {
             | Effect::EndProcess { .. }
             | Effect::CheckReady { .. }
             | Effect::CheckOver { .. }
+            | Effect::Steer { .. }
             | Effect::Event(_) => {}
         }
         Some(effect)

@@ -26,6 +26,7 @@ use dispatch_protocol::wire::{Features, Hello, VERSION};
 use super::ledger::Place;
 use super::ring::Item;
 use super::types::*;
+use super::worker::Peer;
 use super::{Core, Effect, Event};
 
 /// More live connections than `max_connections_per_worker` can be.
@@ -171,7 +172,7 @@ impl Core {
         let pool = self.admit(&join.as_join(String::new()))?;
         let name = self.line_name(pool, &join.report.kind);
         let line = Box::new(Line::new(join.report.clone()));
-        let id = self.add_worker(now, pool, &join.as_join(name), Some(line));
+        let id = self.add_worker(now, pool, &join.as_join(name), Peer::Line(line));
         self.drain_with_host(now, id);
         self.note_count(id.index as usize, join.report.count);
         self.after(now, pool);

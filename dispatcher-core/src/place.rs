@@ -285,6 +285,7 @@ impl Core {
 
     /// Updates everything cached about a worker. Called after every change of a worker.
     pub(super) fn refresh(&mut self, w: usize) {
+        self.steer(w);
         let timeouts = self.has_timeouts();
         let worker = &mut self.workers[w];
         self.out[w] = worker.ring.len();

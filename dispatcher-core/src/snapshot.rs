@@ -4,6 +4,7 @@ use std::time::Duration;
 
 use super::host::HostDrainSnapshot;
 use super::line::LineSnapshot;
+use super::steer::SteerCounts;
 use super::supervise::{Generation, LeavingGeneration, ProcessCounts, ProcessTotals, Roll};
 use super::types::*;
 use super::worker::Worker;
@@ -221,6 +222,8 @@ pub struct WorkerSnapshot {
     pub ended_at_deadline: u64,
     /// `Some` if it speaks the line protocol.
     pub line: Option<LineSnapshot>,
+    /// `Some` if the kernel chooses its connections: its last counts.
+    pub steered: Option<SteerCounts>,
 }
 
 /// Connections by place. Always `accepted + returned = queued + in flight + taken + Σ closed`.
@@ -250,6 +253,8 @@ pub(super) struct Counts {
     pub(super) channel_full: u64,
     pub(super) suspects: u64,
     pub(super) returned: u64,
+    /// Connections that the kernel gave to its workers.
+    pub(super) steered: u64,
     pub(super) joined: u64,
     pub(super) gone: u64,
 }
@@ -261,6 +266,7 @@ pub(super) struct RetiredCounts {
     pub(super) closed: u64,
     pub(super) taken: u64,
     pub(super) returned: u64,
+    pub(super) steered: u64,
 }
 
 impl Totals {
@@ -375,7 +381,9 @@ impl Core {
         let retired_counts = &self.retired_counts;
         let placed =
             queued + in_flight + taken + retired_counts.taken + closed + retired_counts.closed;
-        let arrived = arrived + retired_counts.accepted + returned + retired_counts.returned;
+        let steered: u64 = self.pools.iter().map(|pool| pool.counts.steered).sum();
+        let arrived = arrived + retired_counts.accepted + steered + retired_counts.steered;
+        let arrived = arrived + returned + retired_counts.returned;
         arrived.wrapping_sub(placed).cast_signed()
     }
 
@@ -484,5 +492,6 @@ fn worker_snapshot(worker: &Worker) -> WorkerSnapshot {
         idle_threads: worker.threads.map(|threads| threads.idle),
         ended_at_deadline: worker.ended,
         line: worker.line.as_ref().map(|line| line.snapshot()),
+        steered: worker.steered.as_ref().map(|steered| steered.snapshot()),
     }
 }

@@ -213,6 +213,9 @@ pub struct PoolSettings {
     pub agent_workers: Option<u32>,
     /// How these processes are supervised.
     pub supervision: Supervision,
+    /// The kernel chooses the workers of its connections: nothing is accepted from its listeners,
+    /// and no worker can join by itself.
+    pub steered: bool,
 }
 
 impl Default for PoolSettings {
@@ -237,6 +240,7 @@ impl Default for PoolSettings {
             processes: 0,
             agent_workers: None,
             supervision: Supervision::default(),
+            steered: false,
         }
     }
 }

@@ -11,6 +11,7 @@ use super::handoff::Shares;
 use super::line::Line;
 use super::policy::{Available, FULL_WEIGHT, NEVER};
 use super::ring::Ring;
+use super::steer::Steered;
 use super::trust::Trust;
 use super::types::{
     AffinityKey, Departure, GaugeProblem, ProcessId, State, Threads, Time, WorkerId,
@@ -142,6 +143,19 @@ pub(super) struct Worker {
     pub(super) channel_full: u64,
     /// `Some` if it speaks the line protocol.
     pub(super) line: Option<Box<Line>>,
+    /// `Some` if the kernel chooses its connections.
+    pub(super) steered: Option<Box<Steered>>,
+}
+
+/// How a worker gets its connections.
+#[derive(Debug)]
+pub(super) enum Peer {
+    /// It speaks the native protocol.
+    Native,
+    /// It speaks the line protocol.
+    Line(Box<Line>),
+    /// It speaks neither: the kernel gives it connections.
+    Steered(Box<Steered>),
 }
 
 impl Worker {
@@ -309,6 +323,11 @@ impl Worker {
     /// Its current share of its weight, in per cent.
     pub(super) fn warm_percent(&self) -> u32 {
         self.ramp.map_or(100, |ramp| ramp.step * 100 / RAMP_STEPS)
+    }
+
+    /// Its current share of its weight, in thousandths; at least 1.
+    pub(super) fn warm_thousandths(&self) -> u32 {
+        self.ramp.map_or(1000, |ramp| ramp.step * 1000 / RAMP_STEPS)
     }
 
     /// When its next timer is due. Without `timeouts`, untaken connections have none.

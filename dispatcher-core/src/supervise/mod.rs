@@ -463,6 +463,7 @@ impl Core {
                 served: worker.base.saturating_add(worker.taken),
                 suspect_since: suspect.then_some(worker.suspect_since),
                 stays: !worker.said_goodbye && !worker.closed,
+                unaware: worker.steered.is_some(),
             };
             processes.see(process, view);
         }

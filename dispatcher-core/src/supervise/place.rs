@@ -12,6 +12,10 @@ use super::settings::Supervision;
 use crate::policy::NEVER;
 use crate::types::{ProcessId, Time};
 
+/// How long a process that knows nothing of the dispatcher may be without connections before it is
+/// ended, once it gets no more.
+const UNAWARE: Duration = Duration::from_secs(1);
+
 /// Why a process gets no more connections.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(crate) enum Leave {
@@ -36,6 +40,8 @@ pub(crate) struct View {
     pub(crate) suspect_since: Option<Time>,
     /// No worker has announced that it leaves.
     pub(crate) stays: bool,
+    /// It knows nothing of the dispatcher: the kernel gives it connections.
+    pub(crate) unaware: bool,
 }
 
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -147,7 +153,11 @@ impl Process {
                 let idle = known && seen.load == 0;
                 let idle_since = idle.then(|| idle_since.unwrap_or(now));
                 self.phase = Phase::Leaving { why, since, idle_since };
-                let patience = settings.stop_timeout;
+                // A process that knows nothing of the dispatcher does not end by itself.
+                let patience = match seen.unaware {
+                    true => settings.stop_timeout.min(UNAWARE),
+                    false => settings.stop_timeout,
+                };
                 let stayed = idle_since.is_some_and(|idle| now - idle >= patience);
                 let most = settings.drain_timeout.map(|most| most + patience);
                 let kept = most.is_some_and(|most| now - since >= most) || self.end_by <= now;

@@ -373,6 +373,7 @@ impl Processes {
             (one, other) => one.or(other),
         };
         view.stays &= seen.stays;
+        view.unaware |= seen.unaware;
     }
 
     // --- questions -------------------------------------------------------------------------
