@@ -304,13 +304,13 @@ pub fn start_with_recorded_id(command: &mut Command, file: RawFd, mut line: Vec<
     unsafe { command.pre_exec(record) };
 }
 
-/// Makes the kernel kill the program that `command` starts when the calling thread ends, and so at
-/// the latest when this process ends. Does not apply to what the program forks. A change of the
+/// Makes the kernel send `signal` to the program that `command` starts when the calling thread ends,
+/// and so at the latest when this process ends. Does not apply to what the program forks. A change of the
 /// user would undo it, so this comes after [`set_up_child`].
-pub fn end_with_this_thread(command: &mut Command) {
+pub fn end_with_this_thread(command: &mut Command, signal: rustix::process::Signal) {
     let own = rustix::process::getpid();
     let bind = move || {
-        rustix::process::set_parent_process_death_signal(Some(rustix::process::Signal::KILL))?;
+        rustix::process::set_parent_process_death_signal(Some(signal))?;
         // This process may have ended before the call.
         match rustix::process::getppid() {
             Some(parent) if parent == own => Ok(()),

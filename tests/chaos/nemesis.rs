@@ -325,6 +325,7 @@ impl<'a> Nemesis<'a> {
             stopped_until: None,
             starved_until: None,
             leaving: false,
+            address: None,
             flavour,
         });
         self.did(What::Start, Some(number));

@@ -17,6 +17,7 @@ mod start;
 mod stops;
 mod task;
 
+use std::net::SocketAddr;
 use std::path::PathBuf;
 use std::sync::Arc;
 use std::sync::mpsc::{self, Receiver};
@@ -79,6 +80,8 @@ pub struct SpawnRequest {
     pub setup: ProcessSetup,
     /// With `fork = true`: how long the parent of the pool may take to fork it.
     pub fork: Option<Duration>,
+    /// Where it is to listen, in a steered pool.
+    pub address: Option<SocketAddr>,
 }
 
 /// A report about a process.

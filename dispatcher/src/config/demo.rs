@@ -49,6 +49,7 @@ impl Config {
                 },
                 unavailable_response: None,
                 agent_listen: None,
+                steer: None,
                 line: None,
                 spawn: Some(Spawn {
                     command: command.iter().map(|word| literal(word)).collect(),
@@ -67,6 +68,7 @@ impl Config {
             admin_http_hosts: Vec::new(),
             advice: AdviceSettings::default(),
             relay: RelaySettings::default(),
+            steer_pins: None,
             warnings: Vec::new(),
         }
         .with_directory(relay_socket)

@@ -144,12 +144,21 @@ fn policy<'de, D: Deserializer<'de>>(deserializer: D) -> Result<Option<Policy>, 
     PolicyName::deserialize(deserializer).map(Some)
 }
 
+/// The values of `mode`.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Deserialize)]
+#[serde(rename_all = "kebab-case")]
+pub(super) enum ModeName {
+    Pass,
+    Steer,
+}
+
 /// `[pool.NAME]` and `[defaults]`, which have the same keys.
 #[derive(Clone, Debug, Default, Deserialize)]
 #[serde(deny_unknown_fields)]
 pub(super) struct PoolKeys {
     #[serde(default, deserialize_with = "policy")]
     pub policy: Option<Policy>,
+    pub mode: Option<ModeName>,
     pub max_connections_per_worker: Option<Count<1, 10_000_000>>,
     pub max_untaken: Option<Count<1, 4096>>,
     pub max_workers: Option<Count<1, 65_536>>,

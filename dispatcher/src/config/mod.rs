@@ -23,6 +23,7 @@ mod read;
 mod relay;
 mod scores;
 mod spawn;
+mod steer;
 mod validate;
 mod value;
 
@@ -41,6 +42,7 @@ pub use line::LineSocket;
 pub use process_setup::{Account, Limit, Output, ProcessLimits, ProcessSetup, UNLIMITED};
 pub use relay::{RelayDirectory, RelaySettings};
 pub use spawn::{NOT_INHERITED, Place, depends_on_process, expand, literal};
+pub use steer::{Member, Ports, Steer};
 
 use serde::{Deserialize, Serialize};
 
@@ -99,6 +101,8 @@ pub struct Config {
     pub pools: Vec<Pool>,
     /// Bounds and timeouts of the dispatcher itself.
     pub limits: Limits,
+    /// The directory on bpffs with which the kernel's choice outlives the dispatcher.
+    pub steer_pins: Option<PathBuf>,
     /// Values that are valid but probably wrong, such as a user that does not exist.
     pub warnings: Vec<Warning>,
 }
@@ -298,6 +302,8 @@ pub struct Pool {
     pub agent_listen: Option<Address>,
     /// The socket for workers of the line protocol.
     pub line: Option<LineSocket>,
+    /// With `mode = "steer"`.
+    pub steer: Option<Steer>,
 }
 
 impl Pool {

@@ -65,7 +65,7 @@ pub(super) fn spawn(
     {
         check.warn(warning);
     }
-    let place = Place { number: 1, name: &format!("{pool}-1"), pool };
+    let place = Place { number: 1, name: &format!("{pool}-1"), pool, address: None, fd: None };
     for text in command.into_iter().flat_map(Spanned::get_ref).chain(directory) {
         check.keep(argument(text));
         let known = placeholder::known(check, text);
@@ -195,7 +195,7 @@ fn missing_directory(
     let processes = if placeholder::varies(text) { processes } else { 1 };
     (1..=processes).find_map(|number| {
         let name = format!("{pool}-{number}");
-        let path = expand(text, Place { number, name: &name, pool });
+        let path = expand(text, Place { number, name: &name, pool, address: None, fd: None });
         if !Path::new(&path).is_dir() {
             let message = format!("there is no directory `{path}`");
             return Some(Mistake::new(directory.span(), message).help(NOT_NOW));
@@ -282,7 +282,7 @@ fn forked_variables(
     (pool, processes): (&str, u32),
 ) -> Checked<()> {
     let name = format!("{pool}-{processes}");
-    let place = Place { number: processes, name: &name, pool };
+    let place = Place { number: processes, name: &name, pool, address: None, fd: None };
     let own = environment.iter().filter(|(_, value)| depends_on_process(value));
     let fork = Fork {
         id: 0,

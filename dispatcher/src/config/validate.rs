@@ -192,6 +192,7 @@ impl Check<'_> {
             listeners,
             pools,
             limits,
+            steer_pins: None,
             warnings: Vec::new(),
         };
         line::check_lines(check, &config, &tables);
@@ -475,6 +476,12 @@ impl Check<'_> {
             }
             None => (None, Peek::default()),
         };
+        let steer = (keys.mode == Some(super::file::ModeName::Steer)).then(|| super::Steer {
+            members: Vec::new(),
+            ports: super::Ports::Own,
+            address: std::net::Ipv4Addr::LOCALHOST.into(),
+            fallback: false,
+        });
         let agent_listen = agent::agent_listen(self, &keys);
         // The core owns the defaults.
         let core = PoolSettings::default();
@@ -523,10 +530,11 @@ impl Check<'_> {
                 .or(defaults.agent_workers.as_ref())
                 .map(|n| n.get_ref().0),
             supervision: supervision.unwrap_or_default(),
+            steered: steer.is_some(),
             name: name.to_owned(),
         };
         let line = line::line_socket(self, &keys, defaults, &settings);
-        Pool { settings, unavailable_response, spawn, agent_listen, line }
+        Pool { settings, unavailable_response, spawn, agent_listen, line, steer }
     }
 }
 

@@ -13,6 +13,7 @@
 //! dispatcher-processes 1 BOOT_ID
 //! start TOKEN PLACE START POOL      a process is about to be started
 //! generation TOKEN GENERATION       its generation
+//! address TOKEN ADDRESS             where it listens, in a steered pool
 //! pid TOKEN PID [STARTED]           its process id, and when the kernel started it
 //! leaving TOKEN                     it gets no more connections
 //! stays TOKEN                       it gets connections again
@@ -23,6 +24,7 @@
 use std::collections::{BTreeMap, HashMap};
 use std::fs::{File, OpenOptions};
 use std::io::{self, Read, Write};
+use std::net::SocketAddr;
 use std::os::fd::{AsFd, BorrowedFd};
 use std::os::unix::fs::{MetadataExt, OpenOptionsExt};
 use std::path::{Path, PathBuf};
@@ -68,6 +70,8 @@ pub struct Record {
     pub started: Option<u64>,
     /// It gets no more connections.
     pub leaving: bool,
+    /// Where it listens, in a steered pool.
+    pub address: Option<SocketAddr>,
 }
 
 impl Record {
@@ -166,9 +170,12 @@ impl Journal {
 
     /// A process is about to be started.
     pub fn starts(&mut self, token: Token, record: Record) {
-        let Record { pool, place, start, generation, .. } = &record;
-        let line =
+        let Record { pool, place, start, generation, address, .. } = &record;
+        let mut line =
             format!("start {token} {place} {start} {pool}\ngeneration {token} {generation}\n");
+        if let Some(address) = address {
+            line.push_str(&format!("address {token} {address}\n"));
+        }
         self.records.insert(token, record);
         self.append(&line);
     }
@@ -271,9 +278,12 @@ impl Journal {
     fn rewrite(&mut self) -> io::Result<()> {
         let mut text = format!("{HEADER} {}\n", self.boot);
         for (token, record) in self.records() {
-            let Record { pool, place, start, generation, pid, started, leaving } = record;
+            let Record { pool, place, start, generation, pid, started, leaving, address } = record;
             text.push_str(&format!("start {token} {place} {start} {pool}\n"));
             text.push_str(&format!("generation {token} {generation}\n"));
+            if let Some(address) = address {
+                text.push_str(&format!("address {token} {address}\n"));
+            }
             if let Some(pid) = pid {
                 let started = started.map_or(String::new(), |started| format!(" {started}"));
                 text.push_str(&format!("pid {token} {pid}{started}\n"));
@@ -348,7 +358,8 @@ fn record(line: &str, records: &mut HashMap<Token, Record>) -> Option<()> {
             let pool = words.next()?.to_owned();
             let (pid, started) = (None, None);
             let generation = Record::UNKNOWN_GENERATION;
-            let record = Record { pool, place, start, generation, pid, started, leaving: false };
+            let (leaving, address) = (false, None);
+            let record = Record { pool, place, start, generation, pid, started, leaving, address };
             records.insert(token, record);
         }
         "pid" => {
@@ -358,6 +369,7 @@ fn record(line: &str, records: &mut HashMap<Token, Record>) -> Option<()> {
             record.started = words.next().and_then(|started| started.parse().ok());
         }
         "generation" => records.get_mut(&token)?.generation = words.next()?.parse().ok()?,
+        "address" => records.get_mut(&token)?.address = words.next()?.parse().ok(),
         "leaving" => records.get_mut(&token)?.leaving = true,
         "stays" => records.get_mut(&token)?.leaving = false,
         "end" => drop(records.remove(&token)),
@@ -376,7 +388,17 @@ mod tests {
 
     fn web(place: u32, start: u32) -> Record {
         let pool = "web".to_owned();
-        Record { pool, place, start, generation: 3, pid: None, started: None, leaving: false }
+        Record {
+            pool,
+            place,
+            start,
+            generation: 3,
+            pid: None,
+            started: None,
+            leaving: false,
+            // Processes of steered pools have one.
+            address: (place % 2 == 1).then(|| SocketAddr::from(([127, 0, 0, 1], 20_000))),
+        }
     }
 
     #[test]

@@ -103,6 +103,7 @@ fn template(request: &SpawnRequest) -> SpawnRequest {
         max_memory: None,
         patience: Duration::ZERO,
         fork: None,
+        address: None,
         ..request.clone()
     }
 }
@@ -143,7 +144,8 @@ impl Gate {
 impl Order {
     fn new(request: &SpawnRequest, within: Duration, reply: oneshot::Sender<Answer>) -> Order {
         let number = request.process.place + 1;
-        let place = Place { number, name: &request.name, pool: &request.pool };
+        let place =
+            Place { number, name: &request.name, pool: &request.pool, address: None, fd: None };
         let own = request.environment.iter().filter(|(_, value)| depends_on_process(value));
         Order {
             name: request.name.clone(),

@@ -4,7 +4,7 @@
 //! the worker like a client's connection; this task keeps the other end. Guarantees: one result for
 //! each check, at its deadline at the latest, unless the process has ended meanwhile.
 
-use std::net::{Ipv4Addr, Ipv6Addr, SocketAddr};
+use std::net::{IpAddr, Ipv4Addr, Ipv6Addr, SocketAddr};
 use std::os::fd::OwnedFd;
 use std::sync::mpsc;
 use std::time::Duration;
@@ -32,6 +32,9 @@ pub struct CheckRequest {
     pub check: ReadyCheck,
     /// How long the check may take.
     pub timeout: Duration,
+    /// Where the worker listens, in a steered pool: the check connects to it. Otherwise the event
+    /// loop sends the worker a connection.
+    pub address: Option<SocketAddr>,
 }
 
 /// A connection for the worker of a process.
@@ -108,6 +111,33 @@ async fn attempt(
     connections: &CheckConnections,
     reports: &Reports,
 ) -> Result<(), Failed> {
+    let own = match request.address {
+        Some(address) => connect_to(address).await?,
+        None => pass(request, connections, reports).await?,
+    };
+    match &request.check {
+        ReadyCheck::None | ReadyCheck::Tcp => Ok(()),
+        ReadyCheck::Http(path) => get(own, path).await.map_err(Failed::Because),
+    }
+}
+
+/// Connects to a worker that listens.
+async fn connect_to(address: SocketAddr) -> Result<TcpStream, Failed> {
+    let ip = match address.ip() {
+        IpAddr::V4(ip) if ip.is_unspecified() => Ipv4Addr::LOCALHOST.into(),
+        IpAddr::V6(ip) if ip.is_unspecified() => Ipv6Addr::LOCALHOST.into(),
+        ip => ip,
+    };
+    let connected = TcpStream::connect((ip, address.port())).await;
+    connected.map_err(|error| Failed::Because(format!("cannot connect to {address}: {error}")))
+}
+
+/// Has the event loop send the worker a connection, and waits until its application has taken it.
+async fn pass(
+    request: &CheckRequest,
+    connections: &CheckConnections,
+    reports: &Reports,
+) -> Result<TcpStream, Failed> {
     let failed =
         |error| Failed::Because(format!("the dispatcher has no connection for it: {error}"));
     let (own, theirs) = connect().await.map_err(failed)?;
@@ -121,19 +151,13 @@ async fn attempt(
     (reports.wake)();
     let because = |text: &str| Err(Failed::Because(text.to_owned()));
     match taken.await {
-        Ok(CheckFate::Taken) => {}
-        Ok(CheckFate::Lost) => {
-            return because(
-                "the connection did not reach its application; the worker may be out of file \
+        Ok(CheckFate::Taken) => Ok(own),
+        Ok(CheckFate::Lost) => because(
+            "the connection did not reach its application; the worker may be out of file \
                  descriptors",
-            );
-        }
-        Ok(CheckFate::Over) => return Err(Failed::Over),
-        Err(_) => return because("its worker could not be sent a connection"),
-    }
-    match &request.check {
-        ReadyCheck::None | ReadyCheck::Tcp => Ok(()),
-        ReadyCheck::Http(path) => get(own, path).await.map_err(Failed::Because),
+        ),
+        Ok(CheckFate::Over) => Err(Failed::Over),
+        Err(_) => because("its worker could not be sent a connection"),
     }
 }
 

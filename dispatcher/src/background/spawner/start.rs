@@ -7,7 +7,7 @@ use std::os::fd::{AsRawFd, BorrowedFd};
 use std::process::Stdio;
 
 use nix::unistd::Pid;
-use rustix::process::{Gid, Resource, Rlimit, Uid};
+use rustix::process::{Gid, Resource, Rlimit, Signal, Uid};
 use tokio::process::Child;
 
 use super::SpawnRequest;
@@ -39,7 +39,13 @@ pub(super) fn start(
     prefork: Option<BorrowedFd<'_>>,
 ) -> Result<Started, String> {
     let number = request.process.place.saturating_add(1);
-    let place = Place { number, name: &request.name, pool: &request.pool };
+    let place = Place {
+        number,
+        name: &request.name,
+        pool: &request.pool,
+        address: request.address,
+        fd: None,
+    };
     let words: Vec<String> = request.command.iter().map(|word| expand(word, place)).collect();
     let (program, arguments) = words.split_first().ok_or("no command")?;
     let directory = request.directory.as_ref().map(|directory| expand(directory, place));
@@ -96,10 +102,13 @@ pub(super) fn start(
         sys::start_with_recorded_id(command.as_std_mut(), journal.as_raw_fd(), line);
     }
     sys::set_up_child(command.as_std_mut(), setup);
+    // Processes are started on a thread that lasts as long as the dispatcher.
     if prefork.is_some() {
-        // Until it serves its channel, it would not notice the end of the dispatcher. Processes are
-        // started on a thread that lasts as long as the dispatcher.
-        sys::end_with_this_thread(command.as_std_mut());
+        // Until it serves its channel, it would not notice the end of the dispatcher.
+        sys::end_with_this_thread(command.as_std_mut(), Signal::KILL);
+    } else if request.address.is_some() && request.on_dispatcher_loss != OnDispatcherLoss::Serve {
+        // It knows nothing of the dispatcher.
+        sys::end_with_this_thread(command.as_std_mut(), Signal::TERM);
     }
     let child = command
         .spawn()

@@ -119,6 +119,7 @@ fn record(request: &SpawnRequest) -> Record {
         pid: None,
         started: None,
         leaving: false,
+        address: request.address,
     }
 }
 

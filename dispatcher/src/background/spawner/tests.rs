@@ -64,6 +64,7 @@ impl Bench {
             setup: ProcessSetup::default(),
             max_memory: None,
             fork: None,
+            address: None,
             patience: PATIENCE,
         };
         change(&mut request);
@@ -324,6 +325,7 @@ fn nothing_starts_while_stopping() {
         setup: ProcessSetup::default(),
         max_memory: None,
         fork: None,
+        address: None,
         patience: PATIENCE,
     };
     bench.spawner.spawn(request).expect_err("no service any more");

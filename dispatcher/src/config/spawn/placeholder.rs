@@ -1,6 +1,7 @@
 //! `{n}`, `{name}` and `{pool}` in command, environment and directory. `{{` and `}}` are literal
 //! braces.
 
+use std::net::SocketAddr;
 use std::ops::Range;
 
 use toml::Spanned;
@@ -9,7 +10,7 @@ use super::super::error::{Mistake, nearest};
 use super::super::validate::{Check, Checked};
 
 /// The placeholders.
-const NAMES: [&str; 3] = ["n", "name", "pool"];
+const NAMES: [&str; 6] = ["n", "name", "pool", "addr", "port", "fd"];
 
 /// The values of the placeholders for one process.
 #[derive(Clone, Copy, Debug)]
@@ -20,6 +21,10 @@ pub struct Place<'a> {
     pub name: &'a str,
     /// The name of the pool.
     pub pool: &'a str,
+    /// Where it is to listen, in a steered pool.
+    pub address: Option<SocketAddr>,
+    /// Its inherited listener.
+    pub fd: Option<i32>,
 }
 
 /// A part of a text.
@@ -39,6 +44,13 @@ pub fn expand(text: &str, place: Place<'_>) -> String {
             Piece::Placeholder("n") => out.push_str(&place.number.to_string()),
             Piece::Placeholder("name") => out.push_str(place.name),
             Piece::Placeholder("pool") => out.push_str(place.pool),
+            Piece::Placeholder("addr") if let Some(address) = place.address => {
+                out.push_str(&address.ip().to_string());
+            }
+            Piece::Placeholder("port") if let Some(address) = place.address => {
+                out.push_str(&address.port().to_string());
+            }
+            Piece::Placeholder("fd") if let Some(fd) = place.fd => out.push_str(&fd.to_string()),
             // A checked text has no bad piece.
             Piece::Text(text) | Piece::Placeholder(text) | Piece::Bad(text, _) => {
                 out.push_str(text);
@@ -148,7 +160,8 @@ impl<'a> Iterator for Pieces<'a> {
 mod tests {
     use super::*;
 
-    const PLACE: Place<'_> = Place { number: 3, name: "web-3", pool: "web" };
+    const PLACE: Place<'_> =
+        Place { number: 3, name: "web-3", pool: "web", address: None, fd: None };
 
     #[test]
     fn placeholders_have_the_values_of_the_process() {

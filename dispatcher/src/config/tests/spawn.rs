@@ -35,7 +35,7 @@ fn placeholders() {
         "environment = { A = '{pool}-{n}', B = '{{{name}}}' }\ndirectory = '/{n}'\n",
     ));
     assert!(config.warnings[0].0.message.contains("there is no directory `/1`"));
-    let place = Place { number: 2, name: "web-2", pool: "web" };
+    let place = Place { number: 2, name: "web-2", pool: "web", address: None, fd: None };
     let spawn = config.pools[0].spawn.as_ref().expect("processes");
     assert_eq!(expand(&spawn.environment[0].1, place), "web-2");
     assert_eq!(expand(&spawn.environment[1].1, place), "{web-2}");
@@ -107,7 +107,7 @@ fn the_demo_has_no_placeholders() {
     let listen = ([127, 0, 0, 1], 0).into();
     let config = Config::demo(listen, 1, "/a".into(), "/d".into(), "/r".into(), command);
     let spawn = config.pools[0].spawn.as_ref().expect("processes");
-    let place = Place { number: 1, name: "web-1", pool: "web" };
+    let place = Place { number: 1, name: "web-1", pool: "web", address: None, fd: None };
     assert_eq!(expand(&spawn.command[0], place), "/opt/{name}/run");
 }
 
