@@ -505,6 +505,7 @@ fn stopping_ends_the_processes_first() {
         on_dispatcher_loss: crate::config::OnDispatcherLoss::Drain,
         max_memory: None,
         fork: None,
+        address: None,
         patience: PATIENCE,
         descriptors: None,
         setup: crate::config::ProcessSetup::default(),

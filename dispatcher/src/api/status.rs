@@ -15,11 +15,13 @@ mod hosts;
 mod line;
 mod processes;
 mod relay;
+mod steer;
 
 pub use hosts::{AgentStatus, HostDrainStatus};
 pub use line::{LineStatus, LineWorkerStatus};
 pub use processes::{LeavingStatus, ProcessesStatus, RollStatus};
 pub use relay::{RelayProcess, RelayStatus};
+pub use steer::{SteerStatus, SteerWorkerStatus};
 
 /// Everything about one dispatcher at one instant.
 /// `accepted + returned = queued + in flight + taken + Σ closed` always holds.
@@ -260,6 +262,9 @@ pub struct PoolStatus {
     /// What HAProxy's agent check is answered; absent without `agent_listen`.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub agent: Option<AgentStatus>,
+    /// What the kernel counts; absent unless it chooses the workers (`mode = "steer"`).
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub steer: Option<SteerStatus>,
     /// Its workers, by id.
     pub workers: Vec<WorkerStatus>,
 }
@@ -355,6 +360,9 @@ pub struct WorkerStatus {
     /// What it has reported, if it speaks the line protocol.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub line: Option<LineWorkerStatus>,
+    /// What the kernel counts for it, if the kernel chooses its connections.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub steer: Option<SteerWorkerStatus>,
     /// Its gauges, in the order in which it named them.
     #[serde(default)]
     pub gauges: Vec<GaugeStatus>,
@@ -366,10 +374,16 @@ impl WorkerStatus {
         if self.paused && self.state == "active" { "paused" } else { &self.state }
     }
 
-    /// The state, with `line` for a worker of the line protocol.
+    /// The state, with `line` for a worker of the line protocol, and `steered` for one whose
+    /// connections the kernel chooses.
     pub fn shown_kind(&self) -> String {
         let state = self.shown_state();
-        if self.line.is_some() { format!("{state} line") } else { state.to_owned() }
+        match (&self.line, &self.steer) {
+            (Some(_), _) => format!("{state} line"),
+            (_, Some(steer)) if steer.problem.is_some() => format!("{state} not steered"),
+            (_, Some(_)) => format!("{state} steered"),
+            (None, None) => state.to_owned(),
+        }
     }
 }
 
@@ -444,6 +458,7 @@ impl From<&PoolSnapshot> for PoolStatus {
             handoff: Distribution::from(&core.handoff),
             affinity: core.affinity.as_ref().map(AffinityStatus::from),
             agent: None,
+            steer: None,
             workers: core.workers.iter().map(WorkerStatus::from).collect(),
         }
     }
@@ -493,6 +508,7 @@ impl From<&WorkerSnapshot> for WorkerStatus {
             idle_threads: core.idle_threads,
             ended_at_deadline: core.ended_at_deadline,
             line: core.line.as_ref().map(LineWorkerStatus::from),
+            steer: core.steered.as_ref().map(SteerWorkerStatus::from),
             ..WorkerStatus::default()
         }
     }

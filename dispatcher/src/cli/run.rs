@@ -47,7 +47,9 @@ fn serve_with<F: FnOnce(&[String])>(
 
 fn exit_for(error: &RunError) -> Exit {
     match error {
-        RunError::InUse { .. } | RunError::TakeOver(_) => Exit::Unavailable,
+        RunError::InUse { .. } | RunError::TakeOver(_) | RunError::Steer { .. } => {
+            Exit::Unavailable
+        }
         RunError::Bind { error, .. } | RunError::Lock { error, .. }
             if error.kind() == ErrorKind::PermissionDenied =>
         {

@@ -195,8 +195,10 @@ impl EventLoop {
         if sockets.any(|listener| listener.paused_until.is_some()) {
             return "paused";
         }
+        let pool = self.core.pool_of_listener(id);
         match self.core.accepting(id) {
             Accepting::Yes => "accepting",
+            Accepting::Pause if pool.is_some_and(|pool| self.is_steered(pool)) => "steered",
             Accepting::Pause => "paused",
             Accepting::Refuse => "refusing",
             Accepting::Finish => "closed",

@@ -2,6 +2,7 @@
 //! dispatcher starts, and leaves them to the next one when it restarts.
 
 use std::collections::{BTreeSet, HashMap};
+use std::net::SocketAddr;
 use std::path::{Path, PathBuf};
 use std::time::{Duration, Instant};
 
@@ -63,6 +64,7 @@ pub(super) fn find(spawner: &Spawner, config: &mut Config, path: Option<PathBuf>
                 unavailable_response: None,
                 spawn: None,
                 agent_listen: None,
+                steer: None,
                 line: None,
             });
             config.pools.len() - 1
@@ -76,8 +78,17 @@ pub(super) fn find(spawner: &Spawner, config: &mut Config, path: Option<PathBuf>
     survivors
 }
 
+/// Processes of an earlier dispatcher, in their places.
+#[derive(Default)]
+pub(super) struct Adopted {
+    /// The tokens with which their workers join.
+    pub(super) tokens: HashMap<Token, ProcessId>,
+    /// Those of steered pools, with their process ids, and where they listen.
+    pub(super) listening: Vec<(ProcessId, i32, SocketAddr)>,
+}
+
 impl Survivors {
-    /// Puts the processes into their places, and has their ends watched. Returns their tokens.
+    /// Puts the processes into their places, and has their ends watched.
     pub(super) fn adopt(
         self,
         now: Time,
@@ -85,8 +96,8 @@ impl Survivors {
         spawner: &Spawner,
         pools: &[PoolResources],
         rolls: &mut Rolls,
-    ) -> HashMap<Token, ProcessId> {
-        let mut tokens = HashMap::new();
+    ) -> Adopted {
+        let mut adopted_processes = Adopted::default();
         let adopted: BTreeSet<PoolId> = self.list.iter().map(|(pool, _)| *pool).collect();
         for (pool, mut survivor) in self.list {
             let record = &survivor.record;
@@ -102,7 +113,10 @@ impl Survivors {
                 survivor.pid,
                 record.leaving
             );
-            tokens.insert(survivor.token, process);
+            adopted_processes.tokens.insert(survivor.token, process);
+            if let Some(address) = survivor.record.address {
+                adopted_processes.listening.push((process, survivor.pid, address));
+            }
             let settings = core.pool_settings(pool);
             let patience = settings.map_or(AFTER_DRAIN, |pool| pool.supervision.stop_timeout);
             let spawn = pools.get(usize::from(pool.0)).and_then(|pool| pool.spawn.as_ref());
@@ -132,15 +146,19 @@ impl Survivors {
         for pool in self.removed {
             core.retire_pool(now, pool);
         }
-        tokens
+        adopted_processes
     }
 }
 
 impl EventLoop {
-    /// Whether the processes of a pool outlive the dispatcher.
+    /// Whether the processes of a pool outlive the dispatcher, or the kernel goes on choosing among
+    /// its members.
     fn survives(&self, pool: PoolId) -> bool {
-        let spawn = self.pools.get(usize::from(pool.0)).and_then(|pool| pool.spawn.as_ref());
+        let Some(resources) = self.pools.get(usize::from(pool.0)) else { return false };
+        let members = resources.steer.as_ref().is_some_and(|steer| !steer.members.is_empty());
+        let spawn = resources.spawn.as_ref();
         spawn.is_some_and(|spawn| spawn.on_dispatcher_loss == OnDispatcherLoss::Serve)
+            || (members && self.steers.is_pinned(pool))
     }
 
     /// Whether the processes of any pool outlive the dispatcher.
@@ -162,7 +180,8 @@ impl EventLoop {
         let settings = self.core.pool_settings(process.pool);
         let timeout = settings
             .map_or(self.config.limits.stop_timeout, |settings| settings.supervision.stop_timeout);
-        match has_connections {
+        // An unmodified server ends with SIGTERM only, and finishes its connections then.
+        match has_connections && !self.is_steered(process.pool) {
             true => {
                 let patience = timeout.min(AFTER_DRAIN);
                 self.side.spawner.stop_process(process, timeout, patience);

@@ -25,11 +25,12 @@ pub(super) enum FaultKind {
     WorkerNotAccepted,
     SocketFileMissing,
     AdvicePeer,
+    Steering,
 }
 
 impl FaultKind {
     #[cfg(test)]
-    const ALL: [FaultKind; 22] = [
+    const ALL: [FaultKind; 23] = [
         FaultKind::WorkerGone,
         FaultKind::WorkerSuspect,
         FaultKind::WorkerExpelled,
@@ -52,6 +53,7 @@ impl FaultKind {
         FaultKind::WorkerNotAccepted,
         FaultKind::SocketFileMissing,
         FaultKind::AdvicePeer,
+        FaultKind::Steering,
     ];
 
     /// The name in the status.
@@ -79,6 +81,7 @@ impl FaultKind {
             FaultKind::WorkerNotAccepted => "worker_not_accepted",
             FaultKind::SocketFileMissing => "socket_file_missing",
             FaultKind::AdvicePeer => "advice_peer",
+            FaultKind::Steering => "steering",
         }
     }
 }

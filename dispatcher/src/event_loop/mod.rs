@@ -42,6 +42,7 @@ mod rolls;
 mod scan;
 mod start;
 mod status;
+mod steer;
 mod take_over;
 mod time;
 mod token;
@@ -63,6 +64,7 @@ use self::line::Lines;
 use self::listeners::Listeners;
 use self::observation::Observation;
 use self::rolls::Rolls;
+use self::steer::Steers;
 use self::take_over::TakeOver;
 use self::time::{clock, realtime};
 use self::token::Source;
@@ -72,7 +74,7 @@ use crate::background::cleaner::Cleaner;
 use crate::background::closer::Closers;
 use crate::background::service_manager::State;
 use crate::background::service_manager::unit::{StopKind, Unit};
-use crate::config::{Address, Config, LineSocket, Pool, Spawn};
+use crate::config::{Address, Config, LineSocket, Pool, Spawn, Steer};
 use crate::listen::bind::OwnedPath;
 use crate::mailbox::agents::AgentSockets;
 use crate::mailbox::{SideThread, StartSideThread};
@@ -132,6 +134,7 @@ struct EventLoop {
     handshakes: Handshakes,
     workers: Workers,
     lines: Lines,
+    steers: Steers,
     /// Wakes this thread; for threads that are started later.
     wake: Wake,
     connections: Connections,
@@ -150,19 +153,20 @@ struct PoolResources {
     spawn: Option<Spawn>,
     agent_listen: Option<Address>,
     line: Option<LineSocket>,
+    steer: Option<Steer>,
 }
 
 impl PoolResources {
     /// Splits a pool's configuration into the core's part and this one.
     fn split(pool: Pool) -> (PoolSettings, PoolResources) {
-        let Pool { settings, unavailable_response, spawn, agent_listen, line } = pool;
-        (settings, PoolResources { unavailable_response, spawn, agent_listen, line })
+        let Pool { settings, unavailable_response, spawn, agent_listen, line, steer } = pool;
+        (settings, PoolResources { unavailable_response, spawn, agent_listen, line, steer })
     }
 
     /// The whole configuration of a pool.
     fn with(&self, settings: PoolSettings) -> Pool {
-        let PoolResources { unavailable_response, spawn, agent_listen, line } = self.clone();
-        Pool { settings, unavailable_response, spawn, agent_listen, line }
+        let PoolResources { unavailable_response, spawn, agent_listen, line, steer } = self.clone();
+        Pool { settings, unavailable_response, spawn, agent_listen, line, steer }
     }
 }
 
@@ -256,6 +260,7 @@ impl EventLoop {
                 self.wakeup.side_ready = true;
                 self.handshakes.ready = true;
                 self.lines.ready = true;
+                self.steers.ready = true;
             }
             Source::Listener(position) => {
                 if let Some(listener) = self.listeners.sockets.get_mut(position) {
@@ -278,6 +283,7 @@ impl EventLoop {
             self.handle_handshakes();
         }
         self.handle_lines();
+        self.handle_steering();
         if std::mem::take(&mut self.wakeup.side_ready) {
             self.handle_side();
             self.handle_take_over();
@@ -355,6 +361,7 @@ impl EventLoop {
         self.log_stop(name, patience);
         if self.run.stop_deadline.is_none() {
             drop(self.side.manager.tell(State::Stopping));
+            self.stop_steering();
             self.finish_listeners();
         }
         self.stop_within(patience);
@@ -366,6 +373,7 @@ impl EventLoop {
         let patience = patience.min(self.config.limits.stop_timeout);
         self.log_stop("none", patience);
         self.stop_within(patience);
+        self.stop_steering();
         self.give_listeners_away(positions);
     }
 

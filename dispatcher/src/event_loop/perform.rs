@@ -47,6 +47,10 @@ impl EventLoop {
             Effect::Send { worker, conn, ticket, log, .. } if self.lines.has(worker) => {
                 self.send_line(worker, conn, ticket, log);
             }
+            // No listener of a steered pool is accepted from.
+            Effect::Send { worker, ticket, .. } if self.steers.has(worker) => {
+                self.core.send_failed(self.now, worker, ticket, SendFailure::Client);
+            }
             Effect::Send { worker, conn, ticket, listener, flags, log } => {
                 self.connections.unwatch(self.wakeup.registry(), conn);
                 let found = self.connections.get_mut(conn.index);
@@ -152,12 +156,17 @@ impl EventLoop {
                 }
             }
             Effect::Forget { worker } if self.lines.has(worker) => self.forget_line(worker),
+            Effect::Forget { worker } if self.steers.has(worker) => self.forget_steered(worker),
             Effect::Forget { worker } => {
                 if let Some(io) = self.workers.remove(self.wakeup.registry(), worker) {
                     self.put_away(io);
                 }
             }
-            Effect::Spawn { process } => self.spawn(process),
+            Effect::Spawn { process } => {
+                if !self.prepare_process(process) {
+                    self.spawn_at(process, None);
+                }
+            }
             Effect::StopProcess { process, timeout } => {
                 self.side.spawner.stop_process(process, Duration::ZERO, timeout);
             }
@@ -170,6 +179,7 @@ impl EventLoop {
                 self.send_check(worker, ticket);
             }
             Effect::CheckOver { worker, ticket, taken } => self.check_over(worker, ticket, taken),
+            Effect::Steer { worker, settings } => self.steer(worker, settings),
             Effect::Event(event) => self.write_event_in_order(event),
         }
     }

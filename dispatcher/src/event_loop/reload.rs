@@ -178,6 +178,10 @@ impl EventLoop {
         if let Err(error) = self.serve_lines(lines, false) {
             reloaded.needs_restart.push(format!("line_socket ({error})"));
         }
+        self.change_steered();
+        if let Err(error) = self.serve_steered(&[]) {
+            reloaded.needs_restart.push(format!("mode of new pools ({error})"));
+        }
         self.watch_socket_files();
         self.publish_running();
         Ok(reloaded)

@@ -480,7 +480,8 @@ impl EventLoop {
         let settings = self.core.pool_settings(process.pool);
         let timeout = settings.map(|settings| settings.supervision.ready_timeout);
         let timeout = timeout.unwrap_or_default();
-        self.side.spawner.check_ready(CheckRequest { process, check, timeout });
+        let address = self.steered_address(process);
+        self.side.spawner.check_ready(CheckRequest { process, check, timeout, address });
     }
 
     /// A connection for a worker that is being checked.

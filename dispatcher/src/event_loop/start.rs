@@ -16,6 +16,7 @@ use super::line::Lines;
 use super::listeners::{ListenerIo, ListenerResources, Listeners};
 use super::observation::Observation;
 use super::rolls::Rolls;
+use super::steer::Steers;
 use super::take_over::{Giver, SharedSockets, TakeOver, Taken};
 use super::token::Source;
 use super::wakeup::Wakeup;
@@ -276,7 +277,7 @@ impl EventLoop {
         core.set_resource_pause(config.limits.resource_pause);
         core.set_seed(seed());
         let mut rolls = Rolls::default();
-        let tokens = survivors.adopt(now, &mut core, &side.spawner, &pools, &mut rolls);
+        let adopted = survivors.adopt(now, &mut core, &side.spawner, &pools, &mut rolls);
         for (position, listener) in (0u16..).zip(std::mem::take(&mut config.listeners)) {
             core.set_access_control(
                 ListenerId(position),
@@ -322,8 +323,9 @@ impl EventLoop {
             listeners,
             endpoints: Endpoints { dispatch_address, dispatch_path, admin_path },
             handshakes,
-            workers: Workers::new(purged, tokens),
+            workers: Workers::new(purged, adopted.tokens),
             lines: Lines::default(),
+            steers: Steers::default(),
             wake: wake_later,
             connections,
             background: Background { closers, closing_due: None, cleaner },
@@ -333,6 +335,10 @@ impl EventLoop {
             observation: Observation::new(now),
         };
         event_loop.serve_lines(lines, held).map_err(RunError::system("line thread"))?;
+        // The former dispatcher decides until it has committed.
+        if !held {
+            event_loop.begin_steering(&adopted.listening)?;
+        }
         Ok(event_loop)
     }
 
@@ -365,6 +371,7 @@ impl EventLoop {
         self.end_processes();
         let longest_end = self.longest_end();
         self.end_lines(CLOSES_END);
+        self.end_steering();
         if let Some(dispatch) = self.handshakes.end(CLOSES_END) {
             self.background.closers.task(Task::Drop(Owner::Other, Box::new(dispatch)));
         }

@@ -1,6 +1,8 @@
 //! Requests and reports of the side thread: answers the status, starts processes, records their
 //! ends.
 
+use std::net::SocketAddr;
+
 use dispatch_protocol::wire::Token;
 use rustix::rand::GetRandomFlags;
 
@@ -82,6 +84,7 @@ impl EventLoop {
         status.draining = self.host_drain_status();
         self.agent_status(&mut status);
         status.line = self.line_status();
+        self.steer_status(&mut status);
         for pool in &mut status.pools {
             let Some(processes) = &mut pool.processes else { continue };
             let Some(id) = self.core.pool_named(&pool.name) else { continue };
@@ -111,8 +114,9 @@ impl EventLoop {
         resources.map_or_else(Vec::new, |resources| resources.trusted_proxies())
     }
 
-    /// Asks the side thread to start a process, with a token that identifies it when it joins.
-    pub(super) fn spawn(&mut self, process: ProcessId) {
+    /// Asks the side thread to start a process, with a token that identifies it when it joins. In a
+    /// steered pool it is to listen at `address`.
+    pub(super) fn spawn_at(&mut self, process: ProcessId, address: Option<SocketAddr>) {
         let spawn = self.spawn_of(process).cloned();
         let (Some(spawn), Some(settings)) = (spawn, self.core.pool_settings(process.pool)) else {
             return;
@@ -146,6 +150,7 @@ impl EventLoop {
             patience: settings.supervision.stop_timeout,
             max_memory: spawn.max_memory,
             fork: spawn.fork.then_some(settings.supervision.start_timeout),
+            address,
         };
         if self.side.spawner.spawn(request).is_err() {
             self.core.spawned(self.now, process, false);
@@ -165,25 +170,11 @@ impl EventLoop {
                     log::info!("event=process_started {process} pid={pid} suppressed={suppressed}");
                 }
                 self.core.spawned(self.now, process, true);
+                self.steered_process_runs(process, pid);
             }
             Report::SpawnFailed { process, error } => {
-                let pool = Some(process.pool);
-                if let Some(suppressed) =
-                    self.observation.allow(self.now, pool, Cause::Process(ProcessEvent::NotStarted))
-                {
-                    log::error!(
-                        "event=process_not_started {} error={error} suppressed={suppressed}",
-                        self.process(process),
-                        error = quoted(&error)
-                    );
-                    let subject = self.process_name(process);
-                    let text = || format!("could not start: {error}");
-                    self.fault(FaultKind::ProcessNotStarted, &subject, text);
-                }
-                self.workers.forget_tokens(process);
-                self.side.spawner.forget(process);
-                self.rolls.note(process, &error);
-                self.core.spawned(self.now, process, false);
+                self.steered_process_ended(process);
+                self.not_started(process, &error);
             }
             Report::Exited { process, pid, status_text } => {
                 // A crash is a fault, even if the process was told to end.
@@ -209,6 +200,7 @@ impl EventLoop {
                 self.workers.forget_tokens(process);
                 self.side.spawner.forget(process);
                 self.rolls.note(process, &status_text);
+                self.steered_process_ended(process);
                 self.core.exited(self.now, process);
             }
             Report::ExceedsMemory { process, bytes } => {
@@ -220,6 +212,27 @@ impl EventLoop {
             // Only the end of a stop produces this report, and waits for it elsewhere.
             Report::Stopped { .. } => {}
         }
+    }
+
+    /// A process could not be started.
+    pub(super) fn not_started(&mut self, process: ProcessId, error: &str) {
+        let pool = Some(process.pool);
+        if let Some(suppressed) =
+            self.observation.allow(self.now, pool, Cause::Process(ProcessEvent::NotStarted))
+        {
+            log::error!(
+                "event=process_not_started {} error={error} suppressed={suppressed}",
+                self.process(process),
+                error = quoted(error)
+            );
+            let subject = self.process_name(process);
+            let text = || format!("could not start: {error}");
+            self.fault(FaultKind::ProcessNotStarted, &subject, text);
+        }
+        self.workers.forget_tokens(process);
+        self.side.spawner.forget(process);
+        self.rolls.note(process, error);
+        self.core.spawned(self.now, process, false);
     }
 
     fn process(&self, process: ProcessId) -> String {

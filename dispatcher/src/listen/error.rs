@@ -36,6 +36,13 @@ pub enum RunError {
     },
     /// The configuration names an inherited socket that was not passed, or that has the wrong type.
     Inherited(String),
+    /// The kernel cannot choose the workers of a pool with `mode = "steer"`.
+    Steer {
+        /// The pool.
+        pool: String,
+        /// What is missing.
+        error: String,
+    },
     /// The running dispatcher was not taken over; it serves on.
     TakeOver(String),
     /// An essential system call failed.
@@ -127,6 +134,7 @@ impl RunError {
             | RunError::NotASocket(_)
             | RunError::Inherited(_)
             | RunError::TakeOver(_)
+            | RunError::Steer { .. }
             | RunError::System { .. } => false,
         }
     }
@@ -151,6 +159,11 @@ impl fmt::Display for RunError {
             RunError::Bind { what, error } => write!(f, "cannot listen on {what}: {error}"),
             RunError::Inherited(text) => f.write_str(text),
             RunError::TakeOver(text) => write!(f, "take-over: {text}"),
+            RunError::Steer { pool, error } => write!(
+                f,
+                "the kernel cannot choose the workers of pool {pool} (mode = \"steer\"): {error}; \
+                 `dispatcher doctor` lists what this machine supports"
+            ),
             RunError::System { what, error } => write!(f, "{what}: {error}"),
         }
     }
@@ -165,6 +178,7 @@ impl std::error::Error for RunError {
             RunError::InUse { .. }
             | RunError::NotASocket(_)
             | RunError::Inherited(_)
+            | RunError::Steer { .. }
             | RunError::TakeOver(_) => None,
         }
     }

@@ -3,6 +3,7 @@
 
 use std::collections::HashMap;
 use std::fs::File;
+use std::net::SocketAddr;
 use std::os::fd::{AsFd, OwnedFd};
 use std::path::Path;
 use std::sync::Arc;
@@ -27,7 +28,7 @@ use crate::listen::take_over::{
     About, Broken, Channel, Kind, PassedClient, PassedHeader, Record, VERSION, path_of,
 };
 use crate::sys;
-use dispatcher_core::{Client, HeaderRead, ListenerId, Time};
+use dispatcher_core::{Client, HeaderRead, ListenerId, ProcessId, Time};
 
 /// How long the running dispatcher may take to answer. It may have another take-over under way.
 const WELCOME: Duration = Duration::from_secs(60);
@@ -266,7 +267,8 @@ impl EventLoop {
         taken.locks.iter().for_each(|lock| lock.own());
         self.now = clock();
         self.listen_anew();
-        self.adopt_processes();
+        let listening = self.adopt_processes();
+        self.begin_steering(&listening)?;
         let connections = clients.len();
         for (client, fd) in clients {
             self.take_client(&taken, client, fd);
@@ -312,8 +314,8 @@ impl EventLoop {
     }
 
     /// Adopts the processes that the former dispatcher leaves. It gives the journal up when it has
-    /// committed.
-    fn adopt_processes(&mut self) {
+    /// committed. Returns those of steered pools.
+    fn adopt_processes(&mut self) -> Vec<(ProcessId, i32, SocketAddr)> {
         let path = adopt::journal_path(&self.endpoints.dispatch_address);
         // The configuration of the pools is in the core already.
         let mut config = Config { pools: Vec::new(), ..self.config.clone() };
@@ -330,12 +332,13 @@ impl EventLoop {
             self.pools.push(resources);
         }
         let (core, spawner) = (&mut self.core, &self.side.spawner);
-        let tokens = survivors.adopt(self.now, core, spawner, &self.pools, &mut self.rolls);
-        self.workers.tokens.extend(tokens);
+        let adopted = survivors.adopt(self.now, core, spawner, &self.pools, &mut self.rolls);
+        self.workers.tokens.extend(adopted.tokens);
         let pools = (0..self.pools.len() as u16).map(dispatcher_core::PoolId);
         let settings = pools.filter_map(|pool| self.core.pool_settings(pool));
         let settings = EventLoop::handshake_settings(&self.config.limits, settings);
         self.handshakes.send(HandshakeCommand::Settings(settings));
+        adopted.listening
     }
 
     /// A connection that the former dispatcher had accepted.

@@ -1,0 +1,59 @@
+//! Steered pools in the status: the kernel chooses their workers.
+
+use dispatcher_core::SteerCounts;
+use serde::{Deserialize, Serialize};
+
+/// What the kernel counts for a pool. Counts are since its programs were attached, by this
+/// dispatcher or an earlier one.
+#[derive(Clone, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
+pub struct SteerStatus {
+    /// The kernel has accepted the programs.
+    pub attached: bool,
+    /// The kernel goes on choosing while the dispatcher is restarted.
+    pub pinned: bool,
+    /// Why it does not, although it is to.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub not_pinned: Option<String>,
+    /// What does not work.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub error: Option<String>,
+    /// SYNs that were given to a worker.
+    pub chosen: u64,
+    /// SYNs that were dropped because all workers were at their maximum: the client's kernel tries
+    /// again.
+    pub dropped_full: u64,
+    /// SYNs that were dropped while there was no usable worker.
+    pub dropped_no_worker: u64,
+    /// SYNs that were reset because there was no usable worker.
+    pub refused: u64,
+    /// Workers whose listener could not be given a connection.
+    pub failed: u64,
+}
+
+/// A worker whose connections the kernel chooses.
+#[derive(Clone, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
+pub struct SteerWorkerStatus {
+    /// Where it listens.
+    pub address: String,
+    /// Open connections.
+    pub live: u64,
+    /// Handshakes under way.
+    pub pending: u64,
+    /// Connections in its accept queue.
+    pub queued: u64,
+    /// Why it gets no connections although it listens.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub problem: Option<String>,
+}
+
+impl From<&SteerCounts> for SteerWorkerStatus {
+    fn from(counts: &SteerCounts) -> SteerWorkerStatus {
+        SteerWorkerStatus {
+            address: String::new(),
+            live: counts.live,
+            pending: counts.pending,
+            queued: counts.queued,
+            problem: None,
+        }
+    }
+}

@@ -1,0 +1,599 @@
+//! The hot thread's part: passes the events of the thread to the core, and the core's decisions to
+//! the thread.
+
+use std::collections::HashSet;
+use std::net::SocketAddr;
+use std::path::{Path, PathBuf};
+use std::sync::mpsc::channel;
+use std::time::{Duration, Instant};
+
+use super::super::fault_kind::FaultKind;
+use super::super::{EventLoop, RunError};
+use super::{
+    Holder, Opened, PoolSpec, Slot, SlotIo, SteerCommand, SteerEvent, SteeredPool, start_thread,
+};
+use crate::api::status::{Status, SteerStatus};
+use crate::background::logger::{quoted, value};
+use crate::config::{OnDispatcherLoss, Ports, Steer};
+use dispatcher_core::{
+    Departure, PoolId, ProcessId, SteerCounts, SteerJoin, SteerSettings, WorkerId,
+};
+
+/// Most events of the thread handled in one turn; the rest waits for the next turn.
+const EVENTS_PER_TURN: usize = 256;
+
+/// The longest time that the kernel may take to accept the programs of a pool.
+const OPENING: Duration = Duration::from_secs(30);
+
+/// The longest time that the end waits for the thread.
+const ENDING: Duration = Duration::from_secs(2);
+
+impl EventLoop {
+    // --- pools -----------------------------------------------------------------------------
+
+    /// Whether the kernel chooses the workers of a pool.
+    pub(in crate::event_loop) fn is_steered(&self, pool: PoolId) -> bool {
+        self.steers.pools.contains_key(&pool)
+    }
+
+    /// The start: has the kernel choose for the pools that want it, and waits until it does. A pool
+    /// with `fallback` is passed where the kernel cannot choose.
+    ///
+    /// # Errors
+    /// The kernel cannot choose for a pool without `fallback`.
+    pub(in crate::event_loop) fn begin_steering(
+        &mut self,
+        survivors: &[(ProcessId, i32, SocketAddr)],
+    ) -> Result<(), RunError> {
+        self.serve_steered(survivors).map_err(RunError::system("steer thread"))?;
+        let deadline = Instant::now() + OPENING;
+        while self.steers.pools.values().any(|pool| pool.opened.is_none()) {
+            let left = deadline.saturating_duration_since(Instant::now());
+            let running = self.steers.running.as_ref();
+            let event = running.and_then(|it| it.events.recv_timeout(left).ok());
+            let event = event.ok_or(std::io::ErrorKind::TimedOut);
+            match event.map_err(RunError::system("programs in the kernel"))? {
+                SteerEvent::Opened(pool, Err(error)) => self.pass_instead(pool, error)?,
+                event => self.steer_event(event),
+            }
+        }
+        Ok(())
+    }
+
+    /// The kernel cannot choose for a pool.
+    fn pass_instead(&mut self, pool: PoolId, error: String) -> Result<(), RunError> {
+        let name = self.core.pool_name(pool).to_owned();
+        let resources = self.pools.get_mut(usize::from(pool.0));
+        let falls_back = |steer: &mut Steer| steer.fallback;
+        let steer = resources.and_then(|pool| pool.steer.take_if(falls_back));
+        if steer.is_none() {
+            return Err(RunError::Steer { pool: name, error });
+        }
+        self.steers.pools.remove(&pool);
+        self.core.pass_instead(pool);
+        log::warn!(
+            "event=steering_not_possible pool={} mode=pass error={} hint=\"dispatcher doctor\"",
+            value(&name),
+            quoted(&error)
+        );
+        let text = || format!("the kernel cannot choose its workers, so they are passed: {error}");
+        self.fault(FaultKind::Steering, &name, text);
+        Ok(())
+    }
+
+    /// Has the kernel choose for every pool that is to be steered, and was not yet. To be called
+    /// before the first process is started, and after each reload. `survivors`: processes of an
+    /// earlier dispatcher, with their process ids and addresses.
+    ///
+    /// # Errors
+    /// No thread can be started.
+    pub(in crate::event_loop) fn serve_steered(
+        &mut self,
+        survivors: &[(ProcessId, i32, SocketAddr)],
+    ) -> std::io::Result<()> {
+        for id in (0..self.pools.len() as u16).map(PoolId) {
+            let steers = self.pools.get(usize::from(id.0)).is_some_and(|it| it.steer.is_some());
+            if !steers || self.core.is_pool_retired(id) || self.is_steered(id) {
+                continue;
+            }
+            let Some(spec) = self.pool_spec(id) else { continue };
+            if self.steers.running.is_none() {
+                self.steers.running = Some(start_thread(std::sync::Arc::clone(&self.wake))?);
+            }
+            self.steers.pools.insert(id, SteeredPool::default());
+            self.steers.send(SteerCommand::Open(Box::new(spec)));
+            for &(process, pid, address) in survivors.iter().filter(|it| it.0.pool == id) {
+                let holder = Holder::Process(process);
+                self.steers.expected.insert(holder, pid);
+                let address = Some(address);
+                self.steers.send(SteerCommand::Prepare { pool: id, holder, address, adopt: true });
+            }
+            self.prepare_members(id);
+            self.steers.send(SteerCommand::Sweep(id));
+        }
+        Ok(())
+    }
+
+    fn opened(&mut self, id: PoolId, opened: Result<Opened, String>) {
+        let opened = match opened {
+            Ok(opened) => opened,
+            Err(error) => return self.pool_failed(id, error),
+        };
+        let name = value(self.core.pool_name(id));
+        let Opened { pinned, adopted, .. } = opened;
+        log::info!("event=steering pool={name} pinned={pinned} adopted={adopted}");
+        if let Some(error) = &opened.not_pinned {
+            log::warn!(
+                "event=steering_not_pinned pool={name} error={} \
+                 hint=\"the kernel's choice ends with this process\"",
+                quoted(error)
+            );
+        }
+        if let Some(pool) = self.steers.pools.get_mut(&id) {
+            pool.opened = Some(opened);
+        }
+    }
+
+    fn pool_failed(&mut self, pool: PoolId, error: String) {
+        let name = self.core.pool_name(pool).to_owned();
+        log::error!("event=steering_failed pool={} error={}", value(&name), quoted(&error));
+        let text = || format!("the kernel's programs of pool {name}: {error}");
+        self.fault(FaultKind::Steering, &name, text);
+        if let Some(pool) = self.steers.pools.get_mut(&pool) {
+            pool.failure = Some(error);
+        }
+    }
+
+    /// What the thread is to know of a pool.
+    fn pool_spec(&self, id: PoolId) -> Option<PoolSpec> {
+        let resources = self.pools.get(usize::from(id.0))?;
+        let steer = resources.steer.as_ref()?;
+        let settings = self.core.pool_settings(id)?;
+        let listeners = self.core.listeners().filter(|&it| {
+            self.core.pool_of_listener(it) == Some(id) && !self.core.is_listener_retired(it)
+        });
+        let publics = listeners
+            .flat_map(|listener| self.listeners.of(listener))
+            .filter_map(|socket| socket.listening.as_ref()?.address.parse().ok());
+        let serves = resources.spawn.as_ref().is_some_and(|spawn| {
+            spawn.on_dispatcher_loss == OnDispatcherLoss::Serve || !steer.members.is_empty()
+        });
+        let outlives = serves || !steer.members.is_empty();
+        Some(PoolSpec {
+            pool: id,
+            name: settings.name.clone(),
+            cgroup: common_cgroup(steer.members.iter().map(|member| member.cgroup.as_path())),
+            ip: steer.address,
+            publics: publics.collect(),
+            wait: settings.wait_for_worker,
+            policy: settings.policy,
+            pins: self.config.steer_pins.as_ref().filter(|_| outlives).map(|pins| {
+                let dispatcher = pin_name(&self.endpoints.dispatch_address);
+                pins.join(dispatcher).join(pin_name(&settings.name))
+            }),
+        })
+    }
+
+    /// The settings, listeners or members of pools may have changed.
+    pub(in crate::event_loop) fn change_steered(&mut self) {
+        let ids: Vec<PoolId> = self.steers.pools.keys().copied().collect();
+        for id in ids {
+            if self.core.is_pool_retired(id) {
+                self.close_pool(id);
+            } else if let Some(spec) = self.pool_spec(id) {
+                self.steers.send(SteerCommand::Change(Box::new(spec)));
+                self.prepare_members(id);
+            }
+        }
+    }
+
+    /// A pool was removed: clients find its listeners closed, its workers keep what they have.
+    fn close_pool(&mut self, id: PoolId) {
+        let busy = self.steers.slots.keys().any(|slot| slot.pool == id);
+        if !busy {
+            self.steers.pools.remove(&id);
+            self.steers.send(SteerCommand::Close(id));
+        }
+    }
+
+    /// Asks for slots of members that have none, and frees those of members that are gone.
+    fn prepare_members(&mut self, id: PoolId) {
+        let steer = self.pools.get(usize::from(id.0)).and_then(|pool| pool.steer.clone());
+        let Some(steer) = steer else { return };
+        let wanted = |io: &SlotIo| steer.members.iter().any(|it| it.address == io.address);
+        let gone = self.steers.slots.iter().filter(|(slot, io)| {
+            slot.pool == id && matches!(io.holder, Holder::Member(..)) && !wanted(io)
+        });
+        let gone: Vec<Slot> = gone.map(|(slot, _)| *slot).collect();
+        for slot in gone {
+            self.lose_slot(slot, Departure::Disconnected);
+        }
+        for (position, member) in (0..).zip(&steer.members) {
+            let of_member =
+                |slot: &Slot, io: &SlotIo| slot.pool == id && io.address == member.address;
+            let known = self.steers.slots.iter_mut().find(|(slot, io)| of_member(slot, io));
+            let holder = Holder::Member(id, position);
+            match known {
+                Some((_, io)) => io.holder = holder,
+                None => {
+                    let address = Some(member.address);
+                    self.steers.expected.insert(holder, 0);
+                    self.steers.send(SteerCommand::Prepare {
+                        pool: id,
+                        holder,
+                        address,
+                        adopt: true,
+                    });
+                }
+            }
+        }
+    }
+
+    /// A stop begins: clients of pools that do not outlive it find them closed.
+    pub(in crate::event_loop) fn stop_steering(&mut self) {
+        let ids: Vec<PoolId> = self.steers.pools.keys().copied().collect();
+        for id in ids.into_iter().filter(|&id| !self.leaves(id)) {
+            if let Some(spec) = self.pool_spec(id) {
+                let spec = PoolSpec { publics: Vec::new(), ..spec };
+                self.steers.send(SteerCommand::Change(Box::new(spec)));
+            }
+        }
+    }
+
+    /// Ends the thread. The kernel goes on choosing for pools that outlive the dispatcher.
+    pub(in crate::event_loop) fn end_steering(&mut self) {
+        let kept: HashSet<PoolId> =
+            self.steers.pools.keys().copied().filter(|&id| self.leaves(id)).collect();
+        for &id in &kept {
+            let pinned = self.steers.is_pinned(id);
+            log::info!("event=steering_left pool={} pinned={pinned}", self.core.pool_name(id));
+        }
+        let (answer, ended) = channel();
+        self.steers.send(SteerCommand::End(kept, answer));
+        if self.steers.running.take().is_some() {
+            let _ = ended.recv_timeout(ENDING);
+        }
+    }
+
+    /// Adds what the kernel counts to the status.
+    pub(in crate::event_loop) fn steer_status(&self, status: &mut Status) {
+        for pool in &mut status.pools {
+            let Some(id) = self.core.pool_named(&pool.name) else { continue };
+            let Some(known) = self.steers.pools.get(&id) else { continue };
+            let (opened, totals) = (known.opened.as_ref(), known.totals);
+            pool.steer = Some(SteerStatus {
+                attached: opened.is_some(),
+                pinned: opened.is_some_and(|opened| opened.pinned),
+                not_pinned: opened.and_then(|opened| opened.not_pinned.clone()),
+                error: known.failure.clone(),
+                chosen: totals.chosen,
+                dropped_full: totals.full,
+                dropped_no_worker: totals.waited,
+                refused: totals.unserved,
+                failed: totals.failed,
+            });
+        }
+        let workers = status.pools.iter_mut().flat_map(|pool| &mut pool.workers);
+        for worker in workers {
+            let Some(steer) = &mut worker.steer else { continue };
+            let of = |(id, _): &(&WorkerId, &Slot)| id.serial == worker.id;
+            let Some((_, slot)) = self.steers.workers.iter().find(of) else { continue };
+            let Some(io) = self.steers.slots.get(slot) else { continue };
+            steer.address = io.address.to_string();
+            steer.problem.clone_from(&io.problem);
+        }
+    }
+
+    // --- processes -------------------------------------------------------------------------
+
+    /// A process of a steered pool is to be started: it gets an address first. False if the pool is
+    /// not steered, or its processes inherit their listeners.
+    pub(in crate::event_loop) fn prepare_process(&mut self, process: ProcessId) -> bool {
+        let resources = self.pools.get(usize::from(process.pool.0));
+        let own = resources.and_then(|pool| pool.steer.as_ref());
+        if own.is_none_or(|steer| steer.ports != Ports::Own) || !self.is_steered(process.pool) {
+            return false;
+        }
+        let (pool, holder) = (process.pool, Holder::Process(process));
+        self.steers.send(SteerCommand::Prepare { pool, holder, address: None, adopt: false });
+        true
+    }
+
+    /// Where a process of a steered pool listens.
+    pub(in crate::event_loop) fn steered_address(&self, process: ProcessId) -> Option<SocketAddr> {
+        let slot = self.steers.of_process(process)?;
+        self.steers.slots.get(&slot).map(|io| io.address)
+    }
+
+    /// A process runs.
+    pub(in crate::event_loop) fn steered_process_runs(&mut self, process: ProcessId, pid: i32) {
+        let Some(slot) = self.steers.of_process(process) else { return };
+        if let Some(io) = self.steers.slots.get_mut(&slot) {
+            io.pid = Some(pid);
+        }
+        self.join_slot(slot);
+    }
+
+    /// A process has ended, or could not be started.
+    pub(in crate::event_loop) fn steered_process_ended(&mut self, process: ProcessId) {
+        self.steers.expected.remove(&Holder::Process(process));
+        if let Some(slot) = self.steers.of_process(process) {
+            self.lose_slot(slot, Departure::Died);
+        }
+    }
+
+    // --- workers ---------------------------------------------------------------------------
+
+    /// Nothing holds a slot any more.
+    fn lose_slot(&mut self, slot: Slot, why: Departure) {
+        let Some(io) = self.steers.slots.remove(&slot) else { return };
+        if let Some(worker) = io.worker {
+            self.core.leave(self.now, worker, why);
+        }
+        self.steers.send(SteerCommand::Free(slot));
+        if self.core.is_pool_retired(slot.pool) {
+            self.close_pool(slot.pool);
+        }
+    }
+
+    /// The core has forgotten a worker.
+    pub(in crate::event_loop) fn forget_steered(&mut self, worker: WorkerId) {
+        let Some(slot) = self.steers.workers.remove(&worker) else { return };
+        if let Some(io) = self.steers.slots.get_mut(&slot)
+            && io.worker == Some(worker)
+        {
+            io.worker = None;
+        }
+    }
+
+    /// The core has decided how the kernel is to treat a worker.
+    pub(in crate::event_loop) fn steer(&mut self, worker: WorkerId, settings: SteerSettings) {
+        if let Some(&slot) = self.steers.workers.get(&worker) {
+            self.steers.send(SteerCommand::Set(slot, settings));
+        }
+    }
+
+    /// The worker of a slot joins, if it listens and its process is known.
+    fn join_slot(&mut self, slot: Slot) {
+        let Some(io) = self.steers.slots.get(&slot) else { return };
+        let (Some(counts), Some(pid), None) = (io.listens, io.pid, io.worker) else { return };
+        let Some(join) = self.steer_join(slot, io, pid, counts) else { return };
+        match self.core.join_steered(self.now, &join) {
+            Ok(worker) => {
+                self.steers.workers.insert(worker, slot);
+                if let Some(io) = self.steers.slots.get_mut(&slot) {
+                    io.worker = Some(worker);
+                }
+            }
+            Err(refusal) => {
+                log::warn!(
+                    "event=worker_refused pool={} name={} pid={pid} reason={}",
+                    self.core.pool_name(slot.pool),
+                    value(&join.name),
+                    quoted(&refusal.reason)
+                );
+            }
+        }
+    }
+
+    fn steer_join(
+        &self,
+        slot: Slot,
+        io: &SlotIo,
+        pid: i32,
+        counts: SteerCounts,
+    ) -> Option<SteerJoin> {
+        let pool = slot.pool;
+        let join = match io.holder {
+            Holder::Process(process) => SteerJoin {
+                pool,
+                name: format!("{}-{}", self.core.pool_name(pool), process.place + 1),
+                pid,
+                process: Some(process),
+                weight: 1,
+                priority: 0,
+                counts,
+            },
+            Holder::Member(_, position) => {
+                let steer = self.pools.get(usize::from(pool.0))?.steer.as_ref()?;
+                let member = steer.members.get(position as usize)?;
+                SteerJoin {
+                    pool,
+                    name: member.name.clone(),
+                    pid,
+                    process: None,
+                    weight: member.weight,
+                    priority: member.priority,
+                    counts,
+                }
+            }
+        };
+        Some(join)
+    }
+
+    // --- events ----------------------------------------------------------------------------
+
+    /// Handles the events of the thread.
+    pub(in crate::event_loop) fn handle_steering(&mut self) {
+        if !std::mem::take(&mut self.steers.ready) {
+            return;
+        }
+        for _ in 0..EVENTS_PER_TURN {
+            let event = self.steers.running.as_ref().and_then(|it| it.events.try_recv().ok());
+            let Some(event) = event else { return };
+            self.steer_event(event);
+        }
+        self.steers.ready = true;
+    }
+
+    fn steer_event(&mut self, event: SteerEvent) {
+        match event {
+            SteerEvent::Prepared { holder, slot, address } => self.prepared(holder, slot, address),
+            SteerEvent::NotPrepared { holder, error } => self.not_prepared(holder, &error),
+            SteerEvent::Listens(slot, counts) => self.slot_listens(slot, counts),
+            SteerEvent::Closed(slot, counts) => {
+                let Some(io) = self.steers.slots.get_mut(&slot) else { return };
+                io.listens = None;
+                let Some(worker) = io.worker else { return };
+                self.core.steer_counts(self.now, worker, counts);
+                self.core.steer_closed(self.now, worker);
+                self.end_member(slot, counts);
+            }
+            SteerEvent::Counts(slot, counts) => {
+                let Some(io) = self.steers.slots.get_mut(&slot) else { return };
+                if let Some(listens) = &mut io.listens {
+                    *listens = counts;
+                }
+                let Some(worker) = io.worker else { return };
+                self.core.steer_counts(self.now, worker, counts);
+                self.end_member(slot, counts);
+            }
+            SteerEvent::Problem(slot, problem) => self.slot_problem(slot, problem),
+            SteerEvent::Totals(pool, totals) => {
+                if let Some(pool) = self.steers.pools.get_mut(&pool) {
+                    pool.totals = totals;
+                    pool.failure = None;
+                }
+            }
+            SteerEvent::Failed(pool, error) => self.pool_failed(pool, error),
+            SteerEvent::Opened(pool, opened) => self.opened(pool, opened),
+        }
+    }
+
+    fn prepared(&mut self, holder: Holder, slot: Slot, address: SocketAddr) {
+        let pid = self.steers.expected.remove(&holder);
+        let wanted = match holder {
+            // It may have ended, or its pool may have been removed meanwhile.
+            Holder::Process(process) => pid.is_some() || self.core.generation_of(process).is_some(),
+            Holder::Member(..) => true,
+        };
+        if !wanted {
+            return self.steers.send(SteerCommand::Free(slot));
+        }
+        let io = SlotIo { holder, address, pid, worker: None, listens: None, problem: None };
+        self.steers.slots.insert(slot, io);
+        if let Holder::Process(process) = holder
+            && pid.is_none()
+        {
+            self.spawn_at(process, Some(address));
+        }
+    }
+
+    fn not_prepared(&mut self, holder: Holder, error: &str) {
+        let expected = self.steers.expected.remove(&holder);
+        match holder {
+            Holder::Process(process) if expected.is_none() => self.not_started(process, error),
+            Holder::Process(process) => {
+                let name = self.process_name(process);
+                log::error!(
+                    "event=worker_not_steered pool={} worker={} error={} \
+                     hint=\"it gets no new connections: restart it\"",
+                    self.core.pool_name(process.pool),
+                    value(&name),
+                    quoted(error)
+                );
+                let text = || format!("it gets no new connections: {error}");
+                self.fault(FaultKind::Steering, &name, text);
+            }
+            Holder::Member(pool, position) => {
+                let steer = self.pools.get(usize::from(pool.0)).and_then(|it| it.steer.as_ref());
+                let member = steer.and_then(|steer| steer.members.get(position as usize));
+                let name = member.map(|member| member.name.clone()).unwrap_or_default();
+                log::error!(
+                    "event=worker_not_steered pool={} worker={} error={}",
+                    self.core.pool_name(pool),
+                    value(&name),
+                    quoted(error)
+                );
+                let text = || format!("it gets no connections: {error}");
+                self.fault(FaultKind::Steering, &name, text);
+            }
+        }
+    }
+
+    fn slot_listens(&mut self, slot: Slot, counts: SteerCounts) {
+        let Some(io) = self.steers.slots.get_mut(&slot) else { return };
+        io.listens = Some(counts);
+        if let (Holder::Member(..), Some(worker)) = (io.holder, io.worker.take()) {
+            // It listens again while connections of before are open: they count for the new one.
+            self.core.leave(self.now, worker, Departure::Disconnected);
+        }
+        self.join_slot(slot);
+    }
+
+    /// A member that listens no more is gone with its last connection. A process is gone when it
+    /// ends.
+    fn end_member(&mut self, slot: Slot, counts: SteerCounts) {
+        let Some(io) = self.steers.slots.get(&slot) else { return };
+        let over = io.listens.is_none() && counts.live == 0;
+        if let (Holder::Member(..), Some(worker), true) = (io.holder, io.worker, over) {
+            self.core.leave(self.now, worker, Departure::Disconnected);
+        }
+    }
+
+    fn slot_problem(&mut self, slot: Slot, problem: Option<String>) {
+        let Some(io) = self.steers.slots.get_mut(&slot) else { return };
+        io.problem.clone_from(&problem);
+        let (holder, address) = (io.holder, io.address);
+        let Some(problem) = problem else { return };
+        let name = match holder {
+            Holder::Process(process) => self.process_name(process),
+            Holder::Member(..) => address.to_string(),
+        };
+        let pool = self.core.pool_name(slot.pool);
+        log::warn!(
+            "event=worker_not_steered pool={} worker={} address={address} error={}",
+            value(pool),
+            value(&name),
+            quoted(&problem)
+        );
+        let text = || format!("it gets no connections: {problem}");
+        self.fault(FaultKind::Steering, &name, text);
+    }
+}
+
+/// The cgroup that is above all workers, and stays when one of them is restarted.
+fn common_cgroup<'a>(cgroups: impl Iterator<Item = &'a Path>) -> Option<PathBuf> {
+    cgroups.map(|path| path.parent().unwrap_or(path).to_path_buf()).reduce(|one, other| {
+        let same = one.components().zip(other.components()).take_while(|(a, b)| a == b);
+        same.map(|(part, _)| part).collect()
+    })
+}
+
+/// A name for a file of bpffs, where dots are reserved.
+fn pin_name(text: &str) -> String {
+    let plain = |c: char| c.is_ascii_alphanumeric() || c == '-';
+    let mut name = String::new();
+    for c in text.trim_start_matches("unix:").chars() {
+        match c {
+            c if plain(c) => name.push(c),
+            c => name.push_str(&format!("_{:x}", u32::from(c))),
+        }
+    }
+    // The longest name of a file; longer ones are told apart by their ends.
+    let skip = name.len().saturating_sub(200);
+    name.split_off(skip)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn the_cgroup_is_above_all_members() {
+        let of = |paths: &[&str]| common_cgroup(paths.iter().map(Path::new));
+        assert_eq!(of(&[]), None);
+        assert_eq!(of(&["/s/web.service"]), Some("/s".into()));
+        assert_eq!(of(&["/s/web@1.service", "/s/web@2.service"]), Some("/s".into()));
+        assert_eq!(of(&["/s/a/web@1.service", "/s/b/web@2.service"]), Some("/s".into()));
+        assert_eq!(of(&["/s/a/b/1", "/s/a/2"]), Some("/s/a".into()));
+    }
+
+    #[test]
+    fn names_of_pins_differ_and_have_no_dots() {
+        let names = ["web", "web.1", "web_1", "web-1", "web/1", "w\u{e9}b"].map(pin_name);
+        assert!(names.iter().all(|name| !name.contains(['.', '/'])), "{names:?}");
+        assert_eq!(names.iter().collect::<HashSet<_>>().len(), names.len());
+        assert!(pin_name(&"x".repeat(1000)).len() <= 200);
+    }
+}

@@ -1,0 +1,219 @@
+//! Pools whose workers the kernel chooses (`mode = "steer"`).
+//!
+//! A thread of its own ([`thread`]) has the programs and maps: it registers addresses of workers,
+//! writes what the core decides about them, and reads what the kernel counts. It starts with the
+//! first such pool, and reports to the hot thread over a bounded mailbox. The hot thread ([`hot`])
+//! passes the reports to the core, and the core's decisions to the thread.
+//!
+//! A worker is known by its slot: its number in the maps of its pool. A slot belongs to a process
+//! of the dispatcher, or to a member of the configuration; the core has a worker for it as long as
+//! it listens or has connections.
+
+mod hot;
+#[cfg(feature = "steer")]
+mod ports;
+#[cfg(feature = "steer")]
+mod thread;
+
+use std::collections::{HashMap, HashSet};
+use std::net::{IpAddr, SocketAddr};
+use std::path::PathBuf;
+use std::sync::mpsc::{Receiver, Sender};
+use std::time::Duration;
+
+use crate::wake::Wake;
+use dispatcher_core::{Policy, PoolId, ProcessId, SteerCounts, SteerSettings, WorkerId};
+
+/// A pool for the thread.
+#[derive(Clone, Debug)]
+pub(super) struct PoolSpec {
+    pub(super) pool: PoolId,
+    /// Its name, for the log.
+    pub(super) name: String,
+    /// The cgroup whose processes are the workers, or that of the dispatcher.
+    pub(super) cgroup: Option<PathBuf>,
+    /// Where new processes listen.
+    pub(super) ip: IpAddr,
+    /// Where clients connect.
+    pub(super) publics: Vec<SocketAddr>,
+    /// How long clients wait while there is no usable worker.
+    pub(super) wait: Duration,
+    pub(super) policy: Policy,
+    /// The directory on bpffs with which the choice outlives the dispatcher.
+    pub(super) pins: Option<PathBuf>,
+}
+
+/// A slot of a pool.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
+pub(super) struct Slot {
+    pub(super) pool: PoolId,
+    /// The worker's number in the maps.
+    pub(super) number: u32,
+}
+
+/// What a slot belongs to.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
+pub(super) enum Holder {
+    /// A process of the dispatcher.
+    Process(ProcessId),
+    /// A member of a pool, by its position in the configuration.
+    Member(PoolId, u32),
+}
+
+/// What the hot thread asks the thread to do.
+#[derive(Debug)]
+pub(super) enum SteerCommand {
+    /// Attach the programs of a pool: [`SteerEvent::Opened`].
+    Open(Box<PoolSpec>),
+    /// The settings of a pool have changed; its workers stay.
+    Change(Box<PoolSpec>),
+    /// Find a slot for a worker: [`SteerEvent::Prepared`] or [`SteerEvent::NotPrepared`]. Without an
+    /// address it gets a free one. `adopt`: it may listen already.
+    Prepare { pool: PoolId, holder: Holder, address: Option<SocketAddr>, adopt: bool },
+    /// Every worker of an earlier dispatcher was asked for: other slots are freed.
+    Sweep(PoolId),
+    /// Treat a worker like this.
+    Set(Slot, SteerSettings),
+    /// The worker will not come back.
+    Free(Slot),
+    /// The pool is removed: detach its programs.
+    Close(PoolId),
+    /// End the thread. The choice goes on for these pools, if it has pins.
+    End(HashSet<PoolId>, Sender<()>),
+}
+
+/// How a pool was opened.
+#[derive(Clone, Debug, Default)]
+pub(super) struct Opened {
+    /// The choice outlives the dispatcher.
+    pub(super) pinned: bool,
+    /// Programs and counts are those of an earlier dispatcher.
+    pub(super) adopted: bool,
+    /// Why the choice does not outlive the dispatcher although it is to.
+    pub(super) not_pinned: Option<String>,
+}
+
+/// What the thread reports.
+#[derive(Debug)]
+pub(super) enum SteerEvent {
+    /// The kernel chooses the workers of this pool, or why it cannot.
+    Opened(PoolId, Result<Opened, String>),
+    /// The worker is to listen at this address.
+    Prepared { holder: Holder, slot: Slot, address: SocketAddr },
+    /// There is no slot for it.
+    NotPrepared { holder: Holder, error: String },
+    /// A worker listens.
+    Listens(Slot, SteerCounts),
+    /// It has closed its last listener.
+    Closed(Slot, SteerCounts),
+    /// What the kernel counts for it.
+    Counts(Slot, SteerCounts),
+    /// Why it gets no connections although it listens; `None` if it does again.
+    Problem(Slot, Option<String>),
+    /// What the kernel counts for a pool.
+    Totals(PoolId, SteerTotals),
+    /// The counts of a pool cannot be read, or its settings cannot be written.
+    Failed(PoolId, String),
+}
+
+/// What the kernel counts for a pool.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub(super) struct SteerTotals {
+    /// SYNs given to a worker.
+    pub(super) chosen: u64,
+    /// SYNs dropped because all workers were at their maximum.
+    pub(super) full: u64,
+    /// SYNs dropped while no worker was usable.
+    pub(super) waited: u64,
+    /// SYNs reset because no worker was usable.
+    pub(super) unserved: u64,
+    /// Workers whose listener could not be given a connection.
+    pub(super) failed: u64,
+}
+
+/// The hot thread's table.
+#[derive(Debug, Default)]
+pub(super) struct Steers {
+    /// The thread has reported.
+    pub(super) ready: bool,
+    running: Option<SteerHandle>,
+    pools: HashMap<PoolId, SteeredPool>,
+    slots: HashMap<Slot, SlotIo>,
+    workers: HashMap<WorkerId, Slot>,
+    /// Workers of before that were asked for, with their process ids.
+    expected: HashMap<Holder, i32>,
+}
+
+/// One steered pool.
+#[derive(Debug, Default)]
+struct SteeredPool {
+    /// `None` until the kernel has accepted the programs.
+    opened: Option<Opened>,
+    totals: SteerTotals,
+    /// What does not work.
+    failure: Option<String>,
+}
+
+/// One slot.
+#[derive(Debug)]
+struct SlotIo {
+    holder: Holder,
+    address: SocketAddr,
+    /// The process id, once the process runs; 0 for a member.
+    pid: Option<i32>,
+    /// Its worker in the core.
+    worker: Option<WorkerId>,
+    /// The last counts, if it listens.
+    listens: Option<SteerCounts>,
+    problem: Option<String>,
+}
+
+/// The thread.
+#[derive(Debug)]
+struct SteerHandle {
+    commands: Sender<SteerCommand>,
+    events: Receiver<SteerEvent>,
+}
+
+/// Starts the thread.
+#[cfg(feature = "steer")]
+fn start_thread(wake: Wake) -> std::io::Result<SteerHandle> {
+    use std::sync::mpsc::{channel, sync_channel};
+    let (commands, receiver) = channel();
+    let (sender, events) = sync_channel(thread::MAILBOX);
+    let seed = std::process::id();
+    let thread = thread::SteerThread::new(receiver, sender, wake, seed);
+    std::thread::Builder::new().name("steer".to_owned()).spawn(move || thread.run())?;
+    Ok(SteerHandle { commands, events })
+}
+
+#[cfg(not(feature = "steer"))]
+fn start_thread(_wake: Wake) -> std::io::Result<SteerHandle> {
+    // The configuration refuses the mode.
+    Err(std::io::ErrorKind::Unsupported.into())
+}
+
+impl Steers {
+    /// Whether the kernel chooses this worker's connections.
+    pub(super) fn has(&self, worker: WorkerId) -> bool {
+        self.workers.contains_key(&worker)
+    }
+
+    /// Whether the kernel goes on choosing for a pool without this dispatcher.
+    pub(super) fn is_pinned(&self, pool: PoolId) -> bool {
+        let opened = self.pools.get(&pool).and_then(|pool| pool.opened.as_ref());
+        opened.is_some_and(|opened| opened.pinned)
+    }
+
+    fn of_process(&self, process: ProcessId) -> Option<Slot> {
+        let of = |(_, io): &(&Slot, &SlotIo)| io.holder == Holder::Process(process);
+        self.slots.iter().find(of).map(|(slot, _)| *slot)
+    }
+
+    fn send(&self, command: SteerCommand) {
+        if let Some(running) = &self.running {
+            // The thread ends only when told to.
+            let _ = running.commands.send(command);
+        }
+    }
+}
