@@ -1,15 +1,13 @@
 //! Reads control connections and identifies their peers. Bytes of a peer end here: the result is a
 //! record or an error.
 
-use std::io::IoSliceMut;
-use std::mem::MaybeUninit;
-use std::os::fd::{AsFd, OwnedFd};
+use std::os::fd::OwnedFd;
 
 use dispatch_protocol::wire::{Control, MAX_CONTROL_RECORD, WireError};
 use nix::sys::socket::sockopt::{PeerCredentials, PeerPidfd};
 use rustix::io::Errno;
-use rustix::net::{RecvAncillaryBuffer, RecvAncillaryMessage, RecvFlags, ReturnFlags};
 
+use super::peer_thread;
 use crate::sys;
 
 /// The identity of the peer of a Unix socket, as the kernel reports it.
@@ -86,41 +84,14 @@ impl std::fmt::Display for Fault {
     }
 }
 
-/// The most descriptors that the kernel lets a message carry.
-const MOST_FDS: usize = 253;
-
-/// Receives one record. Its descriptors are added to `rubbish`, to be closed on a thread that may
-/// block; the kernel closes those without room (`MSG_CTRUNC`) here.
+/// Receives one record. Its descriptors are added to `rubbish`: see [`peer_thread::receive`].
 pub(super) fn receive(socket: &OwnedFd, rubbish: &mut Vec<OwnedFd>) -> Received {
     let mut buffer = [0; MAX_CONTROL_RECORD];
-    let mut space = [MaybeUninit::uninit(); rustix::cmsg_space!(ScmRights(MOST_FDS))];
-    let before = rubbish.len();
-    let received = loop {
-        let mut ancillary = RecvAncillaryBuffer::new(&mut space);
-        let flags = RecvFlags::DONTWAIT | RecvFlags::CMSG_CLOEXEC;
-        let mut parts = [IoSliceMut::new(&mut buffer)];
-        match rustix::net::recvmsg(socket.as_fd(), &mut parts, &mut ancillary, flags) {
-            Err(Errno::INTR) => {}
-            other => {
-                for message in ancillary.drain() {
-                    if let RecvAncillaryMessage::ScmRights(fds) = message {
-                        rubbish.extend(fds);
-                    }
-                }
-                break other;
-            }
-        }
-    };
-    match received {
-        Ok(_) if rubbish.len() > before => Received::Broken(Fault::Descriptors),
+    match peer_thread::receive(socket, &mut buffer, rubbish) {
         Err(Errno::AGAIN) => Received::Empty,
         Err(_) => Received::End,
-        Ok(message) if message.flags.contains(ReturnFlags::CTRUNC) => {
-            Received::Broken(Fault::Descriptors)
-        }
-        Ok(message) if message.flags.contains(ReturnFlags::TRUNC) => {
-            Received::Broken(Fault::TooLong)
-        }
+        Ok(message) if message.had_fds => Received::Broken(Fault::Descriptors),
+        Ok(message) if message.truncated => Received::Broken(Fault::TooLong),
         // An empty record looks the same and has the same meaning.
         Ok(message) if message.bytes == 0 => Received::End,
         Ok(message) => match buffer.get(..message.bytes).map(Control::decode) {

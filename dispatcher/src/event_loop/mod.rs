@@ -24,7 +24,6 @@ pub mod fuzzing;
 mod gauges;
 mod handoff_check;
 mod handshake;
-
 mod join;
 mod leaving;
 mod line;
@@ -33,6 +32,7 @@ mod loads;
 mod meters;
 mod observation;
 mod peek;
+mod peer_thread;
 mod perform;
 mod proxy;
 mod queued;

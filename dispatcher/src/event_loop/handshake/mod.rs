@@ -33,6 +33,7 @@ use rustix::event::EventfdFlags;
 
 use self::thread::HandshakeThread;
 use super::control::Fault;
+use super::peer_thread::Outbox;
 use super::token::Key;
 use super::worker_io::{Lane, LaneFds};
 use crate::background::closer::{Bin, Watch};
@@ -139,7 +140,7 @@ impl Handshakes {
             &waker,
             (listener, held),
             settings,
-            (event_sender, wake),
+            Outbox::new(event_sender, wake),
             command_receiver,
             bin,
         )?;

@@ -1,10 +1,10 @@
 //! The handshake thread.
 
-use std::collections::{HashMap, VecDeque};
+use std::collections::VecDeque;
 use std::io;
 use std::os::fd::{AsFd, AsRawFd, OwnedFd};
 use std::sync::Arc;
-use std::sync::mpsc::{Receiver, SyncSender, TrySendError};
+use std::sync::mpsc::Receiver;
 use std::time::Duration;
 
 use dispatch_protocol::wire::{Control, Hello, RefusedCode};
@@ -14,7 +14,7 @@ use mio::{Events, Interest, Poll};
 use super::super::clock;
 use super::super::control::{self, Fault, Peer, Received};
 use super::super::join::{forget, name_of};
-use super::super::rate_limit::RateLimit;
+use super::super::peer_thread::{self, DYING, Outbox, PeerThread, Refusals};
 use super::super::token::{Key, Source};
 use super::super::worker_io::{Lane, send_record};
 use super::pending::{Pending, Table};
@@ -22,8 +22,6 @@ use super::rates::{Bucket, Rates};
 use super::ticket::Tickets;
 use super::{HandshakeCommand, HandshakeEvent, JoinRequest, Settings};
 use crate::background::closer::{Bin, Watched};
-use crate::background::restart;
-use crate::wake::Wake;
 use dispatcher_core::{Departure, Join, Refusal, Time, WorkerId};
 
 mod admit;
@@ -53,10 +51,6 @@ struct Member {
     ended: Option<Time>,
 }
 
-/// How long the end of a connection waits for the end of its process: a killed process closes its
-/// descriptors just before its end is visible.
-const DYING: Duration = Duration::from_millis(3);
-
 pub(super) struct HandshakeThread {
     poll: Poll,
     /// The hot thread's eventfd: commands are waiting.
@@ -82,17 +76,13 @@ pub(super) struct HandshakeThread {
     ending: VecDeque<(Key, Time)>,
     connects: Bucket,
     rates: Rates,
-    /// By user.
-    refusals: HashMap<u32, RateLimit>,
-    events: SyncSender<HandshakeEvent>,
-    wake: Wake,
-    /// There are events that the hot thread was not woken for.
-    unannounced: bool,
+    refusals: Refusals,
+    outbox: Outbox<HandshakeEvent>,
     commands: Receiver<HandshakeCommand>,
     /// The worker that is being welcomed.
     welcomed: Option<WorkerId>,
     bin: Bin,
-    /// The hot thread has ended, or has told this thread to end.
+    /// The hot thread has told this thread to end.
     over: bool,
     now: Time,
 }
@@ -102,7 +92,7 @@ impl HandshakeThread {
         waker: &Arc<OwnedFd>,
         (listener, held): (OwnedFd, bool),
         settings: Settings,
-        (events, wake): (SyncSender<HandshakeEvent>, Wake),
+        outbox: Outbox<HandshakeEvent>,
         commands: Receiver<HandshakeCommand>,
         bin: Bin,
     ) -> io::Result<HandshakeThread> {
@@ -122,10 +112,8 @@ impl HandshakeThread {
             ending: VecDeque::new(),
             connects: Bucket::default(),
             rates: Rates::default(),
-            refusals: HashMap::new(),
-            events,
-            wake,
-            unannounced: false,
+            refusals: Refusals::default(),
+            outbox,
             commands,
             welcomed: None,
             bin,
@@ -138,60 +126,11 @@ impl HandshakeThread {
 
     /// Runs until the hot thread ends it; returns the listening socket.
     pub(super) fn run(mut self, watched: Option<&Watched>) -> OwnedFd {
-        let mut failed = false;
-        restart::thread("handshakes", || {
-            if std::mem::replace(&mut failed, true) {
-                if let Some(watched) = watched {
-                    watched.end();
-                }
-                self.begin_again().map_err(|error| error.to_string())?;
-            }
-            self.rounds(watched).map_err(|error| error.to_string())
-        });
+        peer_thread::run(&mut self, watched);
         let pending: Vec<OwnedFd> = self.pending.drain().map(|pending| pending.socket).collect();
         let members = self.members.drain(..).flatten().map(|member| member.control);
         self.bin.close(members.chain(pending).collect());
         self.listener
-    }
-
-    fn rounds(&mut self, watched: Option<&Watched>) -> io::Result<()> {
-        let mut events = Events::with_capacity(256);
-        while !self.over {
-            let timeout = self.timeout();
-            if let Err(error) = self.poll.poll(&mut events, timeout) {
-                if error.kind() != io::ErrorKind::Interrupted {
-                    return Err(error);
-                }
-                events.clear();
-            }
-            if let Some(watched) = watched {
-                watched.begin();
-            }
-            self.now = clock();
-            self.round(&events, watched);
-            if let Some(watched) = watched {
-                watched.end();
-            }
-            if std::mem::take(&mut self.unannounced) {
-                (self.wake)();
-            }
-        }
-        Ok(())
-    }
-
-    /// Restarts after a failure. Edges may have been missed, so everything is registered with a new
-    /// poll, which reports them again.
-    fn begin_again(&mut self) -> io::Result<()> {
-        self.poll = Poll::new()?;
-        self.register_all()?;
-        self.now = clock();
-        // The thread failed while it welcomed this worker.
-        if let Some(worker) = self.welcomed.take()
-            && self.member(Key::from(worker)).is_none()
-        {
-            self.report(HandshakeEvent::Left(worker, Departure::Disconnected));
-        }
-        Ok(())
     }
 
     fn register_all(&mut self) -> io::Result<()> {
@@ -215,8 +154,17 @@ impl HandshakeThread {
         }
         Ok(())
     }
+}
 
-    fn round(&mut self, events: &Events, watched: Option<&Watched>) {
+impl PeerThread for HandshakeThread {
+    const NAME: &'static str = "handshakes";
+
+    fn poll(&mut self) -> &mut Poll {
+        &mut self.poll
+    }
+
+    fn round(&mut self, now: Time, events: &Events, watched: Option<&Watched>) {
+        self.now = now;
         // Without the entries that this round adds.
         let unread = self.again.len();
         for event in events {
@@ -270,29 +218,35 @@ impl HandshakeThread {
         if self.ready && self.paused_until.is_none() {
             return Some(Duration::ZERO);
         }
-        let unreported = self.refusals.values().filter_map(RateLimit::due).min();
+        let unreported = self.refusals.due();
         let ending = self.ending.front().map(|(_, until)| *until);
         let next = [self.paused_until, self.pending.deadline(), again, unreported, ending];
         Some(next.into_iter().flatten().min()? - clock())
     }
 
-    fn report(&mut self, event: HandshakeEvent) {
-        let event = match self.events.try_send(event) {
-            Ok(()) => {
-                self.unannounced = true;
-                return;
-            }
-            Err(TrySendError::Disconnected(_)) => {
-                self.over = true;
-                return;
-            }
-            Err(TrySendError::Full(event)) => event,
-        };
-        (self.wake)();
-        self.unannounced = true;
-        self.over |= self.events.send(event).is_err();
+    fn announce(&mut self) {
+        self.outbox.announce();
     }
 
+    fn is_over(&self) -> bool {
+        self.over || self.outbox.is_over()
+    }
+
+    fn begin_again(&mut self) -> io::Result<()> {
+        self.poll = Poll::new()?;
+        self.register_all()?;
+        self.now = clock();
+        // The thread failed while it welcomed this worker.
+        if let Some(worker) = self.welcomed.take()
+            && self.member(Key::from(worker)).is_none()
+        {
+            self.outbox.report(HandshakeEvent::Left(worker, Departure::Disconnected));
+        }
+        Ok(())
+    }
+}
+
+impl HandshakeThread {
     /// A control connection without a hello is readable: its hello, or its end.
     fn hello(&mut self, key: Key) {
         let Some(pending) = self.pending.get(key) else { return };
@@ -333,7 +287,7 @@ impl HandshakeThread {
         let join = Join { pid, uid, gids, hello, spawned: None };
         pending.deadline = None;
         pending.pool.clone_from(&join.hello.pool);
-        self.report(HandshakeEvent::Hello(Box::new(JoinRequest { key, join, lane })));
+        self.outbox.report(HandshakeEvent::Hello(Box::new(JoinRequest { key, join, lane })));
     }
 
     fn carry_out(&mut self, command: HandshakeCommand) {
@@ -445,18 +399,18 @@ impl HandshakeThread {
                 Received::Empty => return,
                 Received::Record(Control::Claim(claim)) => {
                     member.claims.1 += 1;
-                    self.report(HandshakeEvent::Claim(id, claim));
+                    self.outbox.report(HandshakeEvent::Claim(id, claim));
                     continue;
                 }
                 Received::Record(Control::Update(update)) => {
                     // Updates count towards the same bound.
                     member.claims.1 += 1;
-                    self.report(HandshakeEvent::Update(id, update));
+                    self.outbox.report(HandshakeEvent::Update(id, update));
                     continue;
                 }
                 Received::Record(Control::Goodbye(_)) if !member.said_goodbye => {
                     member.said_goodbye = true;
-                    self.report(HandshakeEvent::Goodbye(id));
+                    self.outbox.report(HandshakeEvent::Goodbye(id));
                     continue;
                 }
                 Received::End => return self.ended(key),
@@ -465,7 +419,7 @@ impl HandshakeThread {
             };
             member.over = true;
             self.bin.close(rubbish);
-            return self.report(HandshakeEvent::Broke(id, fault));
+            return self.outbox.report(HandshakeEvent::Broke(id, fault));
         }
         // There may be more records, without a new edge.
         self.read_on(key, now);
@@ -496,7 +450,7 @@ impl HandshakeThread {
         member.over = true;
         member.ended = None;
         let id = member.id;
-        self.report(HandshakeEvent::Left(id, why));
+        self.outbox.report(HandshakeEvent::Left(id, why));
     }
 
     fn member(&mut self, key: Key) -> Option<&mut Member> {

@@ -20,13 +20,14 @@ use std::collections::{BTreeMap, HashSet};
 use std::io;
 use std::os::fd::OwnedFd;
 use std::sync::Arc;
-use std::sync::mpsc::{Receiver, Sender, SyncSender, TrySendError, channel, sync_channel};
+use std::sync::mpsc::{Receiver, Sender, SyncSender, channel, sync_channel};
 use std::time::Duration;
 
 use dispatch_protocol::line::{LineError, Report};
 use rustix::event::EventfdFlags;
 
 use self::thread::LineThread;
+use super::peer_thread::Outbox;
 use super::token::Key;
 use crate::background::closer::{Bin, Watch};
 use crate::config;
@@ -201,44 +202,5 @@ impl LineHandle {
         // The thread may be waiting for room.
         drop(self.events);
         self.ended.recv_timeout(patience).unwrap_or_default()
-    }
-}
-
-/// The way to the hot thread.
-struct Outbox {
-    events: SyncSender<LineEvent>,
-    wake: Wake,
-    /// There are events that the hot thread was not woken for.
-    unannounced: bool,
-    /// The hot thread has ended.
-    over: bool,
-}
-
-impl Outbox {
-    fn new(events: SyncSender<LineEvent>, wake: Wake) -> Outbox {
-        Outbox { events, wake, unannounced: false, over: false }
-    }
-
-    fn report(&mut self, event: LineEvent) {
-        let event = match self.events.try_send(event) {
-            Ok(()) => {
-                self.unannounced = true;
-                return;
-            }
-            Err(TrySendError::Disconnected(_)) => {
-                self.over = true;
-                return;
-            }
-            Err(TrySendError::Full(event)) => event,
-        };
-        (self.wake)();
-        self.unannounced = true;
-        self.over |= self.events.send(event).is_err();
-    }
-
-    fn announce(&mut self) {
-        if std::mem::take(&mut self.unannounced) {
-            (self.wake)();
-        }
     }
 }

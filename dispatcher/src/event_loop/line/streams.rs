@@ -1,16 +1,14 @@
 //! The streams of workers, before and after they have joined.
 
 use std::collections::BTreeMap;
-use std::io::IoSliceMut;
-use std::mem::MaybeUninit;
-use std::os::fd::{AsFd, OwnedFd};
+use std::os::fd::OwnedFd;
 use std::sync::Arc;
 
 use dispatch_protocol::line::{Lines, Report};
 use rustix::io::Errno;
-use rustix::net::{RecvAncillaryBuffer, RecvAncillaryMessage, RecvFlags, ReturnFlags};
 
 use super::super::control::Peer;
+use super::super::peer_thread::receive;
 use super::super::token::Key;
 use super::Fault;
 use crate::sys;
@@ -18,9 +16,6 @@ use dispatcher_core::{Time, WorkerId};
 
 /// Room for bytes of a stream. Its reports come once a second and have about a hundred bytes each.
 const BYTES: usize = 4096;
-
-/// The most descriptors that the kernel lets a message carry.
-const MOST_FDS: usize = 253;
 
 /// What is known about the peer of a stream.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -111,25 +106,7 @@ impl Stream {
     /// Reads once. A later report replaces an earlier one. Descriptors are added to `rubbish`.
     pub(super) fn read(&mut self, rubbish: &mut Vec<OwnedFd>) -> Received {
         let mut buffer = [0; BYTES];
-        let mut space = [MaybeUninit::uninit(); rustix::cmsg_space!(ScmRights(MOST_FDS))];
-        let before = rubbish.len();
-        let received = loop {
-            let mut ancillary = RecvAncillaryBuffer::new(&mut space);
-            let flags = RecvFlags::DONTWAIT | RecvFlags::CMSG_CLOEXEC;
-            let mut parts = [IoSliceMut::new(&mut buffer)];
-            match rustix::net::recvmsg(self.socket.as_fd(), &mut parts, &mut ancillary, flags) {
-                Err(Errno::INTR) => {}
-                other => {
-                    for message in ancillary.drain() {
-                        if let RecvAncillaryMessage::ScmRights(fds) = message {
-                            rubbish.extend(fds);
-                        }
-                    }
-                    break other;
-                }
-            }
-        };
-        let message = match received {
+        let message = match receive(&self.socket, &mut buffer, rubbish) {
             Err(Errno::AGAIN) => return Received::Empty,
             // ECONNRESET: the peer has left something unread.
             Err(_) => {
@@ -138,7 +115,7 @@ impl Stream {
             }
             Ok(message) => message,
         };
-        if rubbish.len() > before || message.flags.contains(ReturnFlags::CTRUNC) {
+        if message.had_fds {
             return Received::Broken(Fault::Descriptors);
         }
         let Some(mut bytes) = buffer.get(..message.bytes).filter(|bytes| !bytes.is_empty()) else {

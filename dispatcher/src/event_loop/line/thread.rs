@@ -8,7 +8,7 @@
 //! much of each stream in one round. This thread may wait for the hot thread; the hot thread never
 //! waits for this thread.
 
-use std::collections::{HashMap, VecDeque};
+use std::collections::VecDeque;
 use std::io;
 use std::os::fd::{AsRawFd, OwnedFd};
 use std::sync::Arc;
@@ -22,14 +22,13 @@ use super::super::clock;
 use super::super::control::{self, Peer};
 use super::super::handshake::rates::Rates;
 use super::super::join::forget;
-use super::super::rate_limit::RateLimit;
+use super::super::peer_thread::{self, DYING, Outbox, PeerThread, Refusals};
 use super::super::token::{Key, Source};
 use super::kernel::Kernel;
 use super::recovery::recover;
 use super::streams::{Received, Stage, Stream, Streams, later};
-use super::{LineCommand, LineEvent, Outbox, Socket, Tracking, Unread};
+use super::{LineCommand, LineEvent, Socket, Tracking, Unread};
 use crate::background::closer::{Bin, Watched};
-use crate::background::restart;
 use crate::config::Limits;
 use dispatcher_core::{Departure, LineJoin, Recovery, Time, WorkerId};
 
@@ -42,10 +41,6 @@ const READ_AGAIN: Duration = Duration::from_millis(10);
 
 /// Reads at the end of a stream: more than fits into its socket.
 const LAST_READS: usize = 256;
-
-/// How long the end of a stream waits for the end of its process: a killed process closes its
-/// descriptors just before its end is visible.
-const DYING: Duration = Duration::from_millis(3);
 
 /// Most workers whose unread connections are looked at at the same time; those of further ones are
 /// closed.
@@ -79,8 +74,7 @@ pub(super) struct LineThread {
     /// Streams that have ended, in the order of the report.
     ending: VecDeque<(Key, Time)>,
     rates: Rates,
-    /// By user.
-    refusals: HashMap<u32, RateLimit>,
+    refusals: Refusals,
     kernel: Option<Kernel>,
     overruns: u64,
     /// More ends may be waiting than one round reads.
@@ -90,7 +84,7 @@ pub(super) struct LineThread {
     listed_at: Time,
     /// Each thread of [`LineThread::recover`] has a copy.
     recoveries: Arc<()>,
-    outbox: Outbox,
+    outbox: Outbox<LineEvent>,
     commands: Receiver<LineCommand>,
     bin: Bin,
     over: bool,
@@ -102,7 +96,7 @@ impl LineThread {
         waker: &Arc<OwnedFd>,
         held: bool,
         limits: Limits,
-        outbox: Outbox,
+        outbox: Outbox<LineEvent>,
         commands: Receiver<LineCommand>,
         bin: Bin,
     ) -> io::Result<LineThread> {
@@ -117,7 +111,7 @@ impl LineThread {
             again: VecDeque::new(),
             ending: VecDeque::new(),
             rates: Rates::default(),
-            refusals: HashMap::new(),
+            refusals: Refusals::default(),
             kernel: None,
             overruns: 0,
             more_ends: false,
@@ -146,50 +140,10 @@ impl LineThread {
 
     /// Runs until the hot thread ends it; returns the listening sockets.
     pub(super) fn run(mut self, watched: Option<&Watched>) -> Vec<OwnedFd> {
-        let mut failed = false;
-        restart::thread("line", || {
-            if std::mem::replace(&mut failed, true) {
-                if let Some(watched) = watched {
-                    watched.end();
-                }
-                self.begin_again().map_err(|error| error.to_string())?;
-            }
-            self.rounds(watched).map_err(|error| error.to_string())
-        });
+        peer_thread::run(&mut self, watched);
         let streams: Vec<OwnedFd> = self.streams.drain().map(|stream| stream.socket).collect();
         self.bin.close(streams);
         self.listeners.into_iter().filter_map(|listener| listener.socket.fd).collect()
-    }
-
-    fn rounds(&mut self, watched: Option<&Watched>) -> io::Result<()> {
-        let mut events = Events::with_capacity(256);
-        while !self.over && !self.outbox.over {
-            let timeout = self.timeout();
-            if let Err(error) = self.poll.poll(&mut events, timeout) {
-                if error.kind() != io::ErrorKind::Interrupted {
-                    return Err(error);
-                }
-                events.clear();
-            }
-            if let Some(watched) = watched {
-                watched.begin();
-            }
-            self.now = clock();
-            self.round(&events, watched);
-            if let Some(watched) = watched {
-                watched.end();
-            }
-            self.outbox.announce();
-        }
-        Ok(())
-    }
-
-    /// Restarts after a failure. Edges may have been missed, so everything is registered with a new
-    /// poll, which reports them again.
-    fn begin_again(&mut self) -> io::Result<()> {
-        self.poll = Poll::new()?;
-        self.now = clock();
-        self.register_all()
     }
 
     fn register_all(&mut self) -> io::Result<()> {
@@ -214,8 +168,17 @@ impl LineThread {
         }
         Ok(())
     }
+}
 
-    fn round(&mut self, events: &Events, watched: Option<&Watched>) {
+impl PeerThread for LineThread {
+    const NAME: &'static str = "line";
+
+    fn poll(&mut self) -> &mut Poll {
+        &mut self.poll
+    }
+
+    fn round(&mut self, now: Time, events: &Events, watched: Option<&Watched>) {
+        self.now = now;
         // Without the entries that this round adds.
         let unread = self.again.len();
         let mut kernel = std::mem::take(&mut self.more_ends);
@@ -287,13 +250,29 @@ impl LineThread {
             return Some(Duration::ZERO);
         }
         let again = self.again.iter().map(|(_, time)| *time).min();
-        let unreported = self.refusals.values().filter_map(RateLimit::due).min();
+        let unreported = self.refusals.due();
         let ending = self.ending.front().map(|(_, until)| *until);
         let first = self.streams.earliest().map(|(_, until)| until);
         let next = [self.paused_until, again, unreported, ending, first, self.list_at];
         Some(next.into_iter().flatten().min()? - clock())
     }
 
+    fn announce(&mut self) {
+        self.outbox.announce();
+    }
+
+    fn is_over(&self) -> bool {
+        self.over || self.outbox.is_over()
+    }
+
+    fn begin_again(&mut self) -> io::Result<()> {
+        self.poll = Poll::new()?;
+        self.now = clock();
+        self.register_all()
+    }
+}
+
+impl LineThread {
     // --- the kernel ------------------------------------------------------------------------
 
     fn read_ends(&mut self) {
@@ -514,7 +493,7 @@ impl LineThread {
     fn recover(&mut self, unread: Box<Unread>) {
         let worker = unread.worker;
         let connections: Vec<_> = unread.connections.iter().map(|(id, ..)| *id).collect();
-        let (events, wake) = (self.outbox.events.clone(), Arc::clone(&self.outbox.wake));
+        let (events, wake) = self.outbox.ends();
         let running = Arc::clone(&self.recoveries);
         let spawned = (Arc::strong_count(&running) <= RECOVERIES + 1).then(|| {
             std::thread::Builder::new().name("line-recovery".to_owned()).spawn(move || {

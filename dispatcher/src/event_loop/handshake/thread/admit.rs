@@ -22,9 +22,6 @@ use dispatcher_core::Refusal;
 /// Most control connections accepted in one round.
 const ACCEPTS_PER_ROUND: usize = 64;
 
-/// Most users whose refusals are counted separately.
-const REFUSED_USERS: usize = 1_024;
-
 impl HandshakeThread {
     pub(super) fn watch(&mut self) -> io::Result<()> {
         let raw = self.listener.as_raw_fd();
@@ -93,7 +90,7 @@ impl HandshakeThread {
                 Err(errno) => {
                     // EMFILE or a similar error: the worker stays in the socket's queue.
                     self.pause(self.settings.limits.resource_pause);
-                    return self.report(HandshakeEvent::Short(errno.to_string()));
+                    return self.outbox.report(HandshakeEvent::Short(errno.to_string()));
                 }
             }
         }
@@ -181,24 +178,14 @@ impl HandshakeThread {
     pub(super) fn refused(&mut self, peer: &Peer, reason: String, key: Option<String>) {
         let Peer { pid, uid, .. } = *peer;
         let gid = peer.gids.first().copied().unwrap_or_default();
-        let known = self.refusals.len() < REFUSED_USERS || self.refusals.contains_key(&uid);
-        let limit = self.refusals.entry(if known { uid } else { u32::MAX }).or_default();
-        if let Some(more) = limit.allow(self.now) {
-            self.report(HandshakeEvent::Refused { pid, uid, gid, reason, key, more });
+        if let Some(more) = self.refusals.allow(self.now, uid) {
+            self.outbox.report(HandshakeEvent::Refused { pid, uid, gid, reason, key, more });
         }
     }
 
     pub(super) fn report_suppressed(&mut self) {
-        let now = self.now;
-        let mut unreported = Vec::new();
-        self.refusals.retain(|&uid, limit| {
-            if limit.due().is_some_and(|due| due <= now) {
-                unreported.push((uid, limit.take_suppressed()));
-            }
-            !limit.is_over(now)
-        });
-        for (uid, count) in unreported {
-            self.report(HandshakeEvent::RefusedMore { uid, count });
+        for (uid, count) in self.refusals.unreported(self.now) {
+            self.outbox.report(HandshakeEvent::RefusedMore { uid, count });
         }
     }
 }

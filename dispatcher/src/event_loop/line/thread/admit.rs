@@ -23,9 +23,6 @@ const FIRST_REPORT: Duration = Duration::from_secs(5);
 /// Most streams accepted from one socket in one round.
 const ACCEPTS_PER_ROUND: usize = 64;
 
-/// Most users whose refusals are counted separately.
-const REFUSED_USERS: usize = 1_024;
-
 impl LineThread {
     /// Puts the sockets into the poll, or takes them out.
     pub(super) fn watch(&mut self) {
@@ -132,23 +129,13 @@ impl LineThread {
     pub(super) fn refused(&mut self, peer: &Peer, reason: String, key: Option<String>) {
         let Peer { pid, uid, .. } = *peer;
         let gid = peer.gids.first().copied().unwrap_or_default();
-        let known = self.refusals.len() < REFUSED_USERS || self.refusals.contains_key(&uid);
-        let limit = self.refusals.entry(if known { uid } else { u32::MAX }).or_default();
-        if let Some(more) = limit.allow(self.now) {
+        if let Some(more) = self.refusals.allow(self.now, uid) {
             self.outbox.report(LineEvent::Refused { pid, uid, gid, reason, key, more });
         }
     }
 
     pub(super) fn report_suppressed(&mut self) {
-        let now = self.now;
-        let mut unreported = Vec::new();
-        self.refusals.retain(|&uid, limit| {
-            if limit.due().is_some_and(|due| due <= now) {
-                unreported.push((uid, limit.take_suppressed()));
-            }
-            !limit.is_over(now)
-        });
-        for (uid, count) in unreported {
+        for (uid, count) in self.refusals.unreported(self.now) {
             self.outbox.report(LineEvent::RefusedMore { uid, count });
         }
     }
