@@ -7,13 +7,16 @@ use std::net::{IpAddr, Ipv4Addr, Ipv6Addr, SocketAddr, TcpStream};
 use std::path::{Path, PathBuf};
 use std::process::{Child, Command, Stdio};
 use std::sync::atomic::{AtomicU32, Ordering};
-use std::time::Duration;
+use std::time::{Duration, Instant};
 
 use dispatch_steer::machine::{self, Places};
 use dispatch_steer::{Options, Steering, WorkerSettings, second};
 use nix::sched::{CloneFlags, unshare};
 use tempfile::TempDir;
 use test_support::{descriptors, skip, skip_on_this_kernel, wait_for, wait_until};
+
+/// How long a killed process may take to leave its cgroup after it was waited for.
+const LEAVES: Duration = Duration::from_secs(10);
 
 /// The public port of every test.
 pub const PUBLIC: u16 = 8000;
@@ -300,11 +303,8 @@ impl Cgroup {
 
 impl Drop for Cgroup {
     fn drop(&mut self) {
-        // A killed process leaves its cgroup a moment after it was waited for.
-        for _ in 0..400 {
-            if fs::remove_dir(&self.0).is_ok() {
-                return;
-            }
+        let deadline = Instant::now() + LEAVES;
+        while fs::remove_dir(&self.0).is_err() && Instant::now() < deadline {
             std::thread::sleep(Duration::from_millis(5));
         }
     }
