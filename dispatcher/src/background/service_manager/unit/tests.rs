@@ -74,10 +74,11 @@ fn the_job_of_the_unit_tells_a_stop_from_a_restart() {
     }
 }
 
-/// Started by the next test as a service. Writes the kind of each stop to a file.
-#[test]
-#[ignore = "a service of another test"]
-fn a_service_that_asks_for_the_kind_of_its_stop() {
+/// Set in the service that the next test starts: there the test is this service.
+const AS_SERVICE: &str = "TEST_ASKS_FOR_THE_KIND_OF_ITS_STOP";
+
+/// Writes its unit to a file and then, once it is stopped, the kind of its stop.
+fn asks_for_the_kind_of_its_stop() {
     let mut signals = signal_hook::iterator::Signals::new([libc::SIGTERM]).expect("a handler");
     let cgroup = std::fs::read_to_string("/proc/self/cgroup");
     let unit = Unit::own();
@@ -93,18 +94,22 @@ fn a_service_that_asks_for_the_kind_of_its_stop() {
 
 #[test]
 fn systemd_tells_a_stop_from_a_restart() {
+    if std::env::var_os(AS_SERVICE).is_some() {
+        return asks_for_the_kind_of_its_stop();
+    }
     let Some(machine) = Machine::boot() else { return };
     let shared = machine.shared();
     let program = std::env::current_exe().expect("this test");
     let inside = Path::new("/run/test/program");
     std::fs::copy(program, shared.join("program")).expect("a copy");
-    let service = "a_service_that_asks_for_the_kind_of_its_stop";
+    let test = "systemd_tells_a_stop_from_a_restart";
     // Its name needs the escaping of systemd.
     let name = "asks@a\\x2db.service";
     let text = format!(
         "[Unit]\nDefaultDependencies=no\n[Service]\nKillMode=mixed\n\
+         Environment={AS_SERVICE}=1\n\
          StandardOutput=append:/run/test/log\nStandardError=append:/run/test/log\n\
-         ExecStart={} --ignored --exact background::service_manager::unit::tests::{service}\n",
+         ExecStart={} --exact background::service_manager::unit::tests::{test}\n",
         inside.display()
     );
     std::fs::write(shared.join("units/asks@.service"), text).expect("a unit");
