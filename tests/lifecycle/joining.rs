@@ -37,7 +37,7 @@ fn greeted(streams: Vec<TcpStream>) -> Vec<Client> {
 
 #[test]
 fn a_worker_joins_and_leaves() {
-    // A connection that moves because the machine is busy would change who serves it.
+    // A connection that moves because the machine is busy would change its worker.
     let dispatcher = Dispatcher::start(&one_pool("handoff_timeout = \"30s\"\n"));
     let address = dispatcher.address("web");
     let _first = dispatcher.worker("blocking", "web", "first");

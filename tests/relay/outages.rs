@@ -20,7 +20,7 @@ fn known_workers_continue_and_everything_registers_again() {
     assert_eq!(a.send(&id("alice"), "2").wait(), Outcome::Delivered, "without a directory");
     assert_eq!(a.publish(&id("room"), "y").wait().delivered, 1);
     assert!(a.who(&id("alice")).wait().is_err());
-    // A registration and a message to someone unknown wait for the directory.
+    // A registration and a message to an unknown id wait for the directory.
     let bob = b.register(&id("bob"));
     let to_carol = a.send(&id("carol"), "");
 

@@ -1,4 +1,4 @@
-//! Links between two members of this host: who may have one, and how often.
+//! Links between two members of this host: which members may have one, and how often.
 
 use dispatch_protocol::relay::{FromDirectory, text};
 

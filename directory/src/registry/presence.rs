@@ -6,7 +6,7 @@ use dispatch_protocol::relay::{
 
 use super::{MemberIndex, Registry};
 
-/// Most slots that one page looks at, so that a page of a sparse registry holds up no one else.
+/// Most slots that one page looks at, so that a page of a sparse registry delays no others.
 const LOOKED_AT: u32 = 16_384;
 
 impl Registry {
