@@ -124,6 +124,7 @@ pub(super) fn check_defaults(check: &mut Check<'_>, defaults: &PoolKeys) {
 pub(super) fn check_lines(
     check: &mut Check<'_>,
     config: &Config,
+    defaults: &PoolKeys,
     tables: &[(Spanned<String>, PoolKeys)],
 ) {
     let mut seen: Vec<(&str, PathBuf)> = Vec::new();
@@ -150,7 +151,8 @@ pub(super) fn check_lines(
         seen.push((name.get_ref(), line.path.clone()));
     }
     let known = |pool: &str| tables.iter().any(|(name, _)| name.get_ref() == pool);
-    let maps = tables.iter().filter_map(|(_, keys)| keys.line_types.as_ref());
+    let all = std::iter::once(defaults).chain(tables.iter().map(|(_, keys)| keys));
+    let maps = all.filter_map(|keys| keys.line_types.as_ref());
     for pool in maps.flat_map(|map| map.get_ref().values()) {
         if !known(pool.get_ref()) {
             let names = tables.iter().map(|(name, _)| name.get_ref().as_str());

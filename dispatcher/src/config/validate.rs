@@ -195,7 +195,7 @@ impl Check<'_> {
             steer_pins: None,
             warnings: Vec::new(),
         };
-        line::check_lines(check, &config, &tables);
+        line::check_lines(check, &config, &defaults, &tables);
         Some(config)
     }
 }

@@ -53,6 +53,10 @@ fn types_name_pools_that_exist() {
     pool_refused(&bad("‹\"\"› = \"web\""), "a type has 1 to 64 bytes", "type=");
     let long = format!("‹\"{}\"› = \"web\"", "x".repeat(65));
     pool_refused(&bad(&long), "a type has 1 to 64 bytes", "");
+    for socket in ["", "line_socket = \"/run/l\"\n"] {
+        let text = format!("[defaults]\nline_types = {{ a = ‹\"wbe\"› }}\n{GOOD}{socket}");
+        refused(&text, "there is no pool `wbe`", "did you mean `web`?");
+    }
 }
 
 #[test]
