@@ -121,7 +121,7 @@ impl Document {
     }
 }
 
-/// Text in XML. Types have no control characters.
+/// Text in XML. Types have no control characters, but may have two characters that XML excludes.
 fn escaped(text: &str) -> String {
     let mut out = String::with_capacity(text.len());
     for c in text.chars() {
@@ -130,6 +130,7 @@ fn escaped(text: &str) -> String {
             '<' => out.push_str("&lt;"),
             '>' => out.push_str("&gt;"),
             '"' => out.push_str("&quot;"),
+            '\u{fffe}' | '\u{ffff}' => out.push(char::REPLACEMENT_CHARACTER),
             other => out.push(other),
         }
     }
@@ -247,6 +248,14 @@ mod tests {
         assert!(text.contains("<type>a&lt;b&amp;&quot;c&quot;</type></proc><proc>"), "{text}");
         assert!(text.ends_with("<qlen>0</qlen><type></type></proc></server>\r\n"), "{text}");
         assert!(document().xml(false).starts_with("<server "));
+    }
+
+    #[test]
+    fn characters_that_xml_excludes_are_replaced() {
+        assert_eq!(escaped("a\u{fffe}b\u{ffff}c\u{fffd}"), "a\u{fffd}b\u{fffd}c\u{fffd}");
+        // These are characters of XML 1.0.
+        let others = "\u{85}\u{9f}\u{d7ff}\u{e000}\u{fdd0}\u{1ffff}\u{10ffff}";
+        assert_eq!(escaped(others), others);
     }
 
     #[test]
