@@ -84,6 +84,7 @@ impl Pool {
                 now,
                 seeds.number(),
             ),
+            unrecovered: 0,
             counts: Counts::default(),
             handoff: Histogram::new(histogram::HANDOFF),
             retired: false,

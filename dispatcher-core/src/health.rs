@@ -199,6 +199,7 @@ impl Core {
         worker.state = State::Gone;
         if let Some(line) = &mut worker.line {
             line.left = Some(why);
+            self.pools[pool].unrecovered += line.unread();
         }
         self.pools[pool].counts.gone += 1;
         if let Some(memory) = &mut self.pools[pool].memory {

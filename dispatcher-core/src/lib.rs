@@ -175,6 +175,9 @@ struct Pool {
     usable: u32,
     /// Connections sent to its workers and not yet taken.
     untaken: u32,
+    /// Connections that its line workers had perhaps not read when they left, as long as that is
+    /// not known.
+    unrecovered: u32,
     /// Sums over its workers.
     shares: Shares,
     /// Queued connections wait until then for the outcome of a trial.

@@ -23,7 +23,7 @@ use std::collections::{HashMap, HashSet};
 use dispatch_protocol::line::Report;
 use dispatch_protocol::wire::{Features, Hello, VERSION};
 
-use super::ledger::Place;
+use super::ledger::{Conn, Place};
 use super::ring::Item;
 use super::types::*;
 use super::worker::Peer;
@@ -267,6 +267,7 @@ impl Core {
             line.tracked += u32::from(tracked);
             line.untracked += u32::from(!tracked);
             line.unread[usize::from(tracked)] += 1;
+            self.pools[worker.pool].unrecovered += u32::from(line.left.is_some());
         }
         let p = worker.pool;
         self.totals.in_flight -= 1;
@@ -289,17 +290,28 @@ impl Core {
     pub fn line_read(&mut self, now: Time, worker: WorkerId, conn: ConnId) {
         let Some(entry) = self.ledger.find(conn) else { return };
         let Place::Kept { tracked } = entry.place else { return };
-        if let Some(w) = self.find(worker) {
-            let p = self.workers[w].pool;
-            if let Some(line) = &mut self.workers[w].line {
-                let unread = &mut line.unread[usize::from(tracked)];
-                *unread = unread.saturating_sub(1);
-                line.peak = line.peak.max(line.has_read());
-                self.refresh(w);
-            }
-            self.after(now, p);
+        let p = self.pool_of(entry.listener);
+        if let Some(w) = self.find(worker)
+            && let Some(line) = &mut self.workers[w].line
+        {
+            let unread = &mut line.unread[usize::from(tracked)];
+            *unread = unread.saturating_sub(1);
+            line.peak = line.peak.max(line.has_read());
+            self.refresh(w);
         }
+        self.end_unrecovered(worker, conn);
         self.release_kept(worker, conn);
+        self.after(now, p);
+    }
+
+    /// It is known of this connection whether its worker had read it. Counts if the worker has left.
+    fn end_unrecovered(&mut self, worker: WorkerId, conn: ConnId) {
+        let line = self.find(worker).and_then(|w| self.workers[w].line.as_ref());
+        if line.is_none_or(|line| line.left.is_some()) {
+            let p = self.pool_of(self.ledger.get(conn.index).listener);
+            let pool = &mut self.pools[p];
+            pool.unrecovered = pool.unrecovered.saturating_sub(1);
+        }
     }
 
     fn release_kept(&mut self, worker: WorkerId, conn: ConnId) {
@@ -316,8 +328,10 @@ impl Core {
             return;
         }
         let p = self.pool_of(entry.listener);
+        self.end_unrecovered(worker, conn);
         if recovery == Recovery::Read {
-            return self.release_kept(worker, conn);
+            self.release_kept(worker, conn);
+            return self.after(now, p);
         }
         self.totals.returned += 1;
         self.pools[p].counts.returned += 1;
@@ -419,6 +433,12 @@ impl Core {
             assert!(worker.load() >= live + u64::from(worker.untaken()));
             assert!(line.unread[0] <= line.untracked, "{}", worker.name);
         }
+        let here = self.workers.iter().filter_map(|worker| worker.line.as_deref());
+        let here = here.filter(|line| line.left.is_none()).map(Line::unread).sum::<u32>();
+        let unrecovered: u32 = self.pools.iter().map(|pool| pool.unrecovered).sum();
+        let kept = |conn: &&Conn| matches!(conn.place, Place::Kept { .. });
+        let kept = self.ledger.entries().iter().filter(kept).count();
+        assert_eq!(kept, (here + unrecovered) as usize, "connections of which there is a copy");
     }
 }
 

@@ -1,7 +1,7 @@
 //! The stop of the dispatcher: when pools are released, and when the stop is complete.
 //!
-//! A pool is released when its listeners are closed and none of its connections is queued or in
-//! flight. Its workers are released with it, independently of other pools. Until then workers may
+//! A pool is released when its listeners are closed, none of its connections is queued or in flight,
+//! and it is known of each whether a line worker that has left had read it. Its workers are released with it, independently of other pools. Until then workers may
 //! join it, because its clients may wait for them.
 
 use super::types::*;
@@ -35,9 +35,12 @@ impl Core {
         self.after_all(now);
     }
 
-    /// Whether a stop is complete: nothing is queued or in flight, or the deadline has passed.
+    /// Whether a stop is complete: nothing is queued or in flight and nothing can come back from a
+    /// worker that has left, or the deadline has passed.
     pub fn stopped(&self) -> bool {
-        self.stop.is_some_and(|stop| stop.over || self.totals.queued + self.totals.in_flight == 0)
+        let held = || self.totals.queued + self.totals.in_flight;
+        let done = || held() == 0 && self.pools.iter().all(|pool| pool.unrecovered == 0);
+        self.stop.is_some_and(|stop| stop.over || done())
     }
 
     /// Every connection that no worker has: those in queues, and those whose PROXY header or first
@@ -90,10 +93,12 @@ impl Core {
         self.effects.extend(ends);
     }
 
-    /// Whether a pool has connections that no worker has taken.
+    /// Whether a pool has connections that no worker has taken, or that may come back from a worker
+    /// that has left.
     pub(super) fn has_clients(&self, p: usize) -> bool {
         let pool = &self.pools[p];
         pool.held() > 0
+            || pool.unrecovered > 0
             || self.workers.iter().any(|worker| worker.pool == p && worker.untaken() > 0)
     }
 

@@ -170,6 +170,51 @@ fn what_a_lost_worker_had_not_read_waits_for_the_next_one() {
 }
 
 #[test]
+fn a_stop_waits_for_what_may_come_back_from_a_worker_that_has_left() {
+    let mut core = core();
+    let worker = join(&mut core, "a", 0).unwrap();
+    let (_, first) = accept(&mut core, 1).unwrap();
+    let (_, second) = accept(&mut core, 2).unwrap();
+    core.leave(NOW, worker, Departure::Died);
+    core.stop(NOW, NOW + Duration::from_secs(10));
+    core.listener_closed(NOW, ListenerId(0));
+    core.tick(NOW);
+    assert!(!core.stopped());
+    core.recovered(NOW, worker, first, Recovery::Read);
+    core.tick(NOW);
+    assert!(!core.stopped(), "the second one may come back");
+    core.recovered(NOW, worker, second, Recovery::Untouched);
+    while core.effect().is_some() {}
+    assert!(!core.stopped(), "it has come back");
+    let next = join(&mut core, "b", 0).expect("a pool with clients is not released");
+    while let Some(effect) = core.effect() {
+        if let Effect::Send { worker, ticket, .. } = effect {
+            core.line_sent(NOW, worker, ticket, Some(3));
+        }
+    }
+    // What is in the socket of a worker that stays is read by that worker.
+    assert!(core.stopped());
+    core.tick(NOW);
+    assert_eq!(core.line_departure(next), Some(Departure::Released));
+    core.recovered(NOW, next, second, Recovery::Read);
+    assert!(core.stopped());
+    core.check();
+}
+
+#[test]
+fn a_stop_ends_at_its_deadline_without_a_word_about_a_worker_that_has_left() {
+    let mut core = core();
+    let worker = join(&mut core, "a", 0).unwrap();
+    accept(&mut core, 1).unwrap();
+    core.leave(NOW, worker, Departure::Died);
+    let deadline = NOW + Duration::from_secs(10);
+    core.stop(NOW, deadline);
+    assert!(!core.stopped());
+    core.tick(deadline);
+    assert!(core.stopped());
+}
+
+#[test]
 fn a_list_of_open_sockets_ends_those_that_are_missing() {
     let mut core = core();
     let worker = join(&mut core, "", 0).unwrap();
