@@ -4,9 +4,10 @@
 //! had read at the end. So each connection is looked at: if no program has read or written a byte
 //! of it, and the worker cannot have it any more, it can be given to another worker.
 
-use std::collections::HashSet;
+use std::collections::{HashMap, HashSet};
 use std::os::fd::AsFd;
 use std::os::unix::fs::MetadataExt;
+use std::sync::Arc;
 
 use super::Unread;
 use crate::sys;
@@ -15,6 +16,32 @@ use dispatcher_core::{ConnId, Recovery};
 /// `TCP_ESTABLISHED` and `TCP_CLOSE_WAIT`.
 const ESTABLISHED: u8 = 1;
 const CLOSE_WAIT: u8 = 8;
+
+/// Most workers whose unread connections are looked at at the same time; those of further ones are
+/// closed.
+const RECOVERIES: usize = 128;
+
+/// The threads that look at unread connections, by the user of the worker. Such a thread waits for
+/// as long as a process of that user holds the lock of a socket.
+///
+/// A user has at most as many of them as are free for others, so none can take them all: alone it
+/// gets half of them, of two each gets a third.
+#[derive(Debug, Default)]
+pub(super) struct Recoveries {
+    /// Each thread has a copy.
+    users: HashMap<u32, Arc<()>>,
+}
+
+impl Recoveries {
+    /// Counts one more thread of this user while the result exists; `None` if it has too many.
+    pub(super) fn begin(&mut self, uid: u32) -> Option<Arc<()>> {
+        let running = |user: &Arc<()>| Arc::strong_count(user) - 1;
+        self.users.retain(|_, user| running(user) > 0);
+        let free = RECOVERIES.saturating_sub(self.users.values().map(running).sum());
+        let own = self.users.get(&uid).map_or(0, running);
+        (own < free).then(|| Arc::clone(self.users.entry(uid).or_default()))
+    }
+}
 
 /// Looks at all connections of a worker that has left.
 pub(super) fn recover(unread: Unread) -> Vec<(ConnId, Recovery)> {
@@ -132,6 +159,25 @@ mod tests {
         server.shutdown(Shutdown::Write).unwrap();
         assert_eq!(is_untouched(&server, 0), Some(false), "a worker has ended it");
         assert_eq!(is_untouched(&UnixStream::pair().unwrap().0, 0), None);
+    }
+
+    #[test]
+    fn a_user_cannot_take_all_recoveries() {
+        let mut recoveries = Recoveries::default();
+        let mut all =
+            |uid| std::iter::from_fn(|| recoveries.begin(uid)).take(RECOVERIES).collect::<Vec<_>>();
+        let first = all(1);
+        assert_eq!(first.len(), RECOVERIES / 2);
+        let second = all(2);
+        assert!(second.len() >= RECOVERIES / 4, "{}", second.len());
+        // Many users that hold all they can leave one for the next.
+        let others: Vec<_> = (3..8).map(&mut all).collect();
+        assert!(others.iter().all(|own| !own.is_empty()), "{others:?}");
+        assert_eq!(all(1).len(), 0);
+        drop((second, others));
+        drop(first);
+        assert_eq!(all(1).len(), RECOVERIES / 2, "what has ended does not count");
+        assert_eq!(recoveries.users.len(), 1, "nor does it need memory");
     }
 
     #[test]

@@ -25,7 +25,7 @@ use super::super::join::forget;
 use super::super::peer_thread::{self, DYING, Outbox, PeerThread, Refusals};
 use super::super::token::{Key, Source};
 use super::kernel::Kernel;
-use super::recovery::recover;
+use super::recovery::{Recoveries, recover};
 use super::streams::{Received, Stage, Stream, Streams, later};
 use super::{LineCommand, LineEvent, Socket, Tracking, Unread};
 use crate::background::closer::{Bin, Watched};
@@ -41,10 +41,6 @@ const READ_AGAIN: Duration = Duration::from_millis(10);
 
 /// Reads at the end of a stream: more than fits into its socket.
 const LAST_READS: usize = 256;
-
-/// Most workers whose unread connections are looked at at the same time; those of further ones are
-/// closed.
-const RECOVERIES: usize = 64;
 
 /// The least time between two lists of all sockets: ends are not read meanwhile, so more of them
 /// could be missed without end.
@@ -82,8 +78,7 @@ pub(super) struct LineThread {
     /// Ends were missed: when to list all sockets.
     list_at: Option<Time>,
     listed_at: Time,
-    /// Each thread of [`LineThread::recover`] has a copy.
-    recoveries: Arc<()>,
+    recoveries: Recoveries,
     outbox: Outbox<LineEvent>,
     commands: Receiver<LineCommand>,
     bin: Bin,
@@ -117,7 +112,7 @@ impl LineThread {
             more_ends: false,
             list_at: None,
             listed_at: Time::default(),
-            recoveries: Arc::new(()),
+            recoveries: Recoveries::default(),
             outbox,
             commands,
             bin,
@@ -494,8 +489,9 @@ impl LineThread {
         let worker = unread.worker;
         let connections: Vec<_> = unread.connections.iter().map(|(id, ..)| *id).collect();
         let (events, wake) = self.outbox.ends();
-        let running = Arc::clone(&self.recoveries);
-        let spawned = (Arc::strong_count(&running) <= RECOVERIES + 1).then(|| {
+        let stream = self.streams.of(worker).and_then(|key| self.streams.get(key));
+        let uid = stream.map_or(u32::MAX, |stream| stream.peer.uid);
+        let spawned = self.recoveries.begin(uid).map(|running| {
             std::thread::Builder::new().name("line-recovery".to_owned()).spawn(move || {
                 let recovered = recover(*unread);
                 drop(running);
