@@ -125,6 +125,31 @@ fn a_reload_opens_and_closes_line_sockets() {
     drop((second, third));
 }
 
+/// Each number of descriptors is missing at another step of the start.
+#[test]
+fn a_start_that_is_short_of_descriptors_leaves_no_thread() {
+    let mut failures = 0;
+    for spare in 0.. {
+        let (dispatcher, _) = start_one_pool("");
+        let process = &dispatcher.process;
+        write_config(&dispatcher.dir, &one_pool("line_socket = \"DIR/line.sock\""));
+        process.limit_descriptors(Some(spare));
+        process.signal(nix::sys::signal::Signal::SIGHUP);
+        let over = ["event=reloaded", "event=reload_refused", "event=reload_late"];
+        wait_until("the reload", || over.iter().any(|event| dispatcher.log().contains(event)));
+        process.limit_descriptors(None);
+        if dispatcher.status().line.is_some() {
+            break;
+        }
+        let tasks = std::fs::read_dir(format!("/proc/{}/task", process.pid())).unwrap();
+        let names = tasks.map(|task| std::fs::read_to_string(task.unwrap().path().join("comm")));
+        let runs = names.flatten().any(|name| name == "line\n");
+        assert!(!runs, "{spare}: {}", dispatcher.log());
+        failures += u32::from(dispatcher.log().contains("line_socket ("));
+    }
+    assert!(failures > 0, "the start of the thread has failed");
+}
+
 #[test]
 fn a_real_client_behind_a_proxy_is_named() {
     let dispatcher = Dispatcher::start(

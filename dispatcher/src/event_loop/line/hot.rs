@@ -16,7 +16,7 @@ use super::super::rate_limit::Cause;
 use super::super::token::Key;
 use super::super::worker_io::classify;
 use super::super::{EventLoop, PoolResources};
-use super::workers::{LineIo, LinePath, Written};
+use super::workers::{Costs, LineIo, LinePath, Written};
 use super::{Fault, LineCommand, LineEvent, LineHandle, Socket, Tracking, Unread};
 use crate::api::status::LineStatus;
 use crate::background::closer::{Owner, Task};
@@ -54,8 +54,9 @@ impl EventLoop {
             let wake = Arc::clone(&self.wake);
             let closers = &self.background.closers;
             let (bin, watch) = (closers.bin(), closers.watch());
+            let costs = Costs::new()?;
             let handle = LineHandle::start(&self.config.limits, held, wake, bin, Some(watch))?;
-            self.lines.set_running(handle)?;
+            self.lines.set_running(handle, costs);
         }
         let mut opened: Vec<(PoolId, Option<OwnedFd>)> = opened
             .into_iter()

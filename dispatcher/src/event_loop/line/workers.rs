@@ -165,7 +165,7 @@ pub(in crate::event_loop) struct Costs {
 }
 
 impl Costs {
-    fn new() -> std::io::Result<Costs> {
+    pub(super) fn new() -> std::io::Result<Costs> {
         let flags = SocketFlags::CLOEXEC | SocketFlags::NONBLOCK;
         let pair = rustix::net::socketpair(AddressFamily::UNIX, SocketType::STREAM, flags, None)?;
         Ok(Costs { pair, known: [0; MAX_ADDRESS + 1] })
@@ -229,10 +229,9 @@ pub(in crate::event_loop) struct Running {
 }
 
 impl Lines {
-    /// The thread was started.
-    pub(super) fn set_running(&mut self, handle: LineHandle) -> std::io::Result<()> {
-        self.running = Some(Running { handle, costs: Costs::new()? });
-        Ok(())
+    /// The thread was started. Its only end is [`LineHandle::end`], so nothing can fail after that.
+    pub(super) fn set_running(&mut self, handle: LineHandle, costs: Costs) {
+        self.running = Some(Running { handle, costs });
     }
 
     pub(super) fn get(&mut self, worker: WorkerId) -> Option<&mut LineIo> {
