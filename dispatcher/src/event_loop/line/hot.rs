@@ -352,7 +352,7 @@ impl EventLoop {
         let Some(mut io) = self.lines.remove(self.wakeup.registry(), worker) else { return };
         let unread: Vec<ConnId> = io.unread.drain(..).map(|(conn, _)| conn).collect();
         let closed = io.occupied() == 0;
-        if !left || io.read_all {
+        if !left || io.has_read_all() {
             // It has them; or the dispatcher ends, and the worker still finds them in its socket.
             for conn in unread {
                 self.core.recovered(self.now, worker, conn, Recovery::Read);

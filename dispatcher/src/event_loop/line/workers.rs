@@ -36,8 +36,12 @@ pub(in crate::event_loop) struct LineIo {
     occupied: u64,
     /// The rest of a message that was not written whole.
     rest: Vec<u8>,
-    /// It has left, and had read everything.
+    /// It has left, and had read everything, as the thread sees it.
     pub(super) read_all: bool,
+    /// A send was told that the worker's end was closed with unread messages. The kernel tells it
+    /// once, so the thread may see an end like that of a stream that was read. Never cleared: what
+    /// was destroyed does not come back, and a closed end is not opened again.
+    reset: bool,
 }
 
 /// What became of a message.
@@ -58,11 +62,14 @@ impl LineIo {
             occupied: 0,
             rest: Vec::new(),
             read_all: false,
+            reset: false,
         }
     }
 
     /// Writes one message with one descriptor, without waiting. The descriptor goes with the first
     /// byte; what is not written stays pending, and nothing else is written before it.
+    ///
+    /// EPIPE and ECONNRESET are final: the worker can be sent nothing any more.
     pub(super) fn write(
         &mut self,
         costs: &mut Costs,
@@ -73,7 +80,7 @@ impl LineIo {
         if !self.write_rest(costs)? {
             return Ok(Written::Held);
         }
-        let written = send(self.stream.as_fd(), text, Some(fd))?;
+        let written = self.note_reset(send(self.stream.as_fd(), text, Some(fd)))?;
         let cost = costs.of(written);
         self.unread.push_back((conn, cost));
         self.occupied += cost;
@@ -86,7 +93,8 @@ impl LineIo {
     /// Writes what is pending; false if some is left.
     pub(super) fn write_rest(&mut self, costs: &mut Costs) -> Result<bool, Errno> {
         while !self.rest.is_empty() {
-            match send(self.stream.as_fd(), &self.rest, None) {
+            let sent = send(self.stream.as_fd(), &self.rest, None);
+            match self.note_reset(sent) {
                 Ok(0) | Err(Errno::AGAIN) => return Ok(false),
                 Ok(written) => {
                     self.rest.drain(..written.min(self.rest.len()));
@@ -101,6 +109,16 @@ impl LineIo {
             }
         }
         Ok(true)
+    }
+
+    fn note_reset(&mut self, sent: Result<usize, Errno>) -> Result<usize, Errno> {
+        self.reset |= sent == Err(Errno::CONNRESET);
+        sent
+    }
+
+    /// Whether the worker has left, and had read everything.
+    pub(super) fn has_read_all(&self) -> bool {
+        self.read_all && !self.reset
     }
 
     /// The next connection that the worker has read since the last call. `occupied`: what its
@@ -305,11 +323,16 @@ mod tests {
     use super::*;
 
     thread_local! {
+        /// The result of the next sends.
+        static FAILURE: Cell<Option<Errno>> = const { Cell::new(None) };
         /// Most bytes of the next sends; `None` for all.
         static MOST: Cell<Option<usize>> = const { Cell::new(None) };
     }
 
     pub(super) fn shortened(bytes: &[u8]) -> Result<&[u8], Errno> {
+        if let Some(errno) = FAILURE.get() {
+            return Err(errno);
+        }
         match MOST.get() {
             Some(0) => Err(Errno::AGAIN),
             Some(most) => Ok(&bytes[..bytes.len().min(most)]),
@@ -438,6 +461,37 @@ mod tests {
         assert_eq!(left, 2 * costs.of(10));
         drop(theirs);
         assert_eq!((io.occupied(), io.unread_now()), (0, None));
+    }
+
+    /// The kernel tells the reset to one call only: to a receive, or to a send that is under way.
+    #[test]
+    fn a_reset_that_a_send_was_told_is_not_taken_for_a_read_end() {
+        let (mut io, theirs, mut costs) = pair();
+        write(&mut io, &mut costs, 1, "10.0.0.1:1").unwrap();
+        drop(theirs);
+        assert_eq!(rustix::net::sockopt::socket_error(&io.stream), Ok(Err(Errno::CONNRESET)));
+        let end = rustix::net::recv(&io.stream, &mut [0; 8], RecvFlags::DONTWAIT);
+        assert_eq!(end, Ok((0, 0)), "the thread sees a clean end");
+        io.read_all = true;
+
+        FAILURE.set(Some(Errno::CONNRESET));
+        assert_eq!(write(&mut io, &mut costs, 2, "10.0.0.1:2"), Err(Errno::CONNRESET));
+        FAILURE.set(None);
+        assert!(!io.has_read_all());
+        assert_eq!(io.unread.len(), 1, "it is looked at");
+        assert_eq!(write(&mut io, &mut costs, 2, "10.0.0.1:2"), Err(Errno::PIPE));
+        assert!(!io.has_read_all(), "later sends change nothing");
+
+        // The same with what was pending.
+        let (mut io, _theirs, mut costs) = pair();
+        MOST.set(Some(3));
+        write(&mut io, &mut costs, 1, "10.0.0.1:1").unwrap();
+        MOST.set(None);
+        FAILURE.set(Some(Errno::CONNRESET));
+        assert_eq!(io.write_rest(&mut costs), Err(Errno::CONNRESET));
+        FAILURE.set(None);
+        io.read_all = true;
+        assert!(!io.has_read_all());
     }
 
     #[test]
