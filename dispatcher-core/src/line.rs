@@ -304,7 +304,7 @@ impl Core {
         self.after(now, p);
     }
 
-    /// It is known of this connection whether its worker had read it. Counts if the worker has left.
+    /// It is known of this connection whether its worker had read it. Counts if that has left.
     fn end_unrecovered(&mut self, worker: WorkerId, conn: ConnId) {
         let line = self.find(worker).and_then(|w| self.workers[w].line.as_ref());
         if line.is_none_or(|line| line.left.is_some()) {

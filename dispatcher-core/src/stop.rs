@@ -1,8 +1,9 @@
 //! The stop of the dispatcher: when pools are released, and when the stop is complete.
 //!
-//! A pool is released when its listeners are closed, none of its connections is queued or in flight,
-//! and it is known of each whether a line worker that has left had read it. Its workers are released with it, independently of other pools. Until then workers may
-//! join it, because its clients may wait for them.
+//! A pool is released when its listeners are closed, none of its connections is queued or in
+//! flight, and none can come back from a line worker that has left. Its workers are released with
+//! it, independently of other pools. Until then workers may join it, because its clients may wait
+//! for them.
 
 use super::types::*;
 use super::{Core, Effect};

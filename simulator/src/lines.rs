@@ -271,7 +271,7 @@ impl Lines {
         let worker = self.workers.swap_remove(w);
         self.core.leave(self.now, worker.id, Departure::Died);
         for serial in worker.live {
-            // A connection that no worker used is not closed for good while the dispatcher has a copy.
+            // A connection that no worker used is open while the dispatcher has a copy.
             let client = self.clients.get_mut(&serial).expect("known");
             if client.used || !client.copy {
                 self.close(serial);
