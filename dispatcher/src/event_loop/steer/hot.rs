@@ -418,12 +418,37 @@ impl EventLoop {
         if !std::mem::take(&mut self.steers.ready) {
             return;
         }
+        // A pool whose first workers are leaving would seem to have none.
+        let mut leaving = Vec::new();
         for _ in 0..EVENTS_PER_TURN {
             let event = self.steers.running.as_ref().and_then(|it| it.events.try_recv().ok());
-            let Some(event) = event else { return };
-            self.steer_event(event);
+            match event {
+                Some(event) if self.is_of_leaving(&event, &leaving) => leaving.push(event),
+                Some(event) => self.steer_event(event),
+                None => {
+                    leaving.into_iter().for_each(|event| self.steer_event(event));
+                    return;
+                }
+            }
         }
+        leaving.into_iter().for_each(|event| self.steer_event(event));
         self.steers.ready = true;
+    }
+
+    /// Whether the worker of a process that gets no connections listens, or one of `others` is about
+    /// the same worker.
+    fn is_of_leaving(&self, event: &SteerEvent, others: &[SteerEvent]) -> bool {
+        let (SteerEvent::Listens(slot, _)
+        | SteerEvent::Closed(slot, _)
+        | SteerEvent::Counts(slot, _)) = event
+        else {
+            return false;
+        };
+        let same = |other: &SteerEvent| matches!(other, SteerEvent::Listens(of, _) if of == slot);
+        let holder = self.steers.slots.get(slot).map(|io| io.holder);
+        let leaves =
+            matches!(holder, Some(Holder::Process(process)) if !self.core.wants_process(process));
+        others.iter().any(same) || (leaves && matches!(event, SteerEvent::Listens(..)))
     }
 
     fn steer_event(&mut self, event: SteerEvent) {

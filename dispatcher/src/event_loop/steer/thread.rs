@@ -460,12 +460,17 @@ impl PoolMaps {
     }
 
     fn detach(self) {
+        let pins = self.spec.pins.clone();
         if let Err(error) = self.steering.detach() {
             log::warn!(
                 "event=steer_not_detached pool={} error={}",
                 self.spec.name,
                 crate::background::logger::quoted(&error)
             );
+        }
+        if let Some(parent) = pins.as_deref().and_then(Path::parent) {
+            // Another pool of this dispatcher may have pins there.
+            let _ = std::fs::remove_dir(parent);
         }
     }
 }
