@@ -307,6 +307,7 @@ impl Driver {
             | Effect::EndProcess { .. }
             | Effect::CheckReady { .. }
             | Effect::CheckOver { taken: false, .. }
+            | Effect::Steer { .. }
             | Effect::Event(_) => {}
         }
     }

@@ -440,7 +440,7 @@ impl Model {
                 assert!(refused, "at {now:?}, since {since:?}, {unserved}");
                 self.unserved = None;
             }
-            Effect::Event(_) => {}
+            Effect::Steer { .. } | Effect::Event(_) => {}
         }
     }
 

@@ -1,0 +1,104 @@
+//! The dispatcher ends, is killed, restarts: the kernel goes on choosing where that was asked for.
+
+use std::net::TcpStream;
+
+use nix::sys::signal::Signal;
+use test_support::{Dispatcher, configure, wait_until};
+
+use crate::place::*;
+
+#[test]
+fn a_stop_ends_the_processes_and_refuses_clients() {
+    if !enter() {
+        return;
+    }
+    let mut dispatcher = Dispatcher::start(&keepers(2, ""));
+    let processes = processes_of(&ready(&dispatcher, 2));
+    let held = connect();
+    assert!(dispatcher.stop().success());
+    drop(held);
+    assert!(processes.iter().all(|&pid| !is_alive(pid)));
+    assert!(TcpStream::connect(PUBLIC).is_err());
+}
+
+/// The processes know nothing of the dispatcher, and end with it nevertheless.
+#[test]
+fn a_killed_dispatcher_leaves_no_process_behind() {
+    if !enter() {
+        return;
+    }
+    let mut dispatcher = Dispatcher::start(&keepers(2, ""));
+    let processes = processes_of(&ready(&dispatcher, 2));
+    dispatcher.process.kill();
+    wait_until("the processes to end", || processes.iter().all(|&pid| !is_alive(pid)));
+    assert!(TcpStream::connect(PUBLIC).is_err());
+}
+
+/// With pins and `on_dispatcher_loss = "serve"`, nothing is noticed by clients.
+#[test]
+fn the_kernel_chooses_while_the_dispatcher_is_gone() {
+    if !enter() {
+        return;
+    }
+    let pins = bpffs();
+    let config = format!(
+        "steer_pins = \"{}/pins\"\n{}on_dispatcher_loss = \"serve\"\n",
+        pins.path().display(),
+        keepers(3, "")
+    );
+    let folder = configure(&config);
+    let mut dispatcher = Dispatcher::start_in(folder.path());
+    let processes = processes_of(&ready(&dispatcher, 3));
+    assert!(dispatcher.status().pools[0].steer.as_ref().unwrap().pinned);
+    let mut held: Vec<TcpStream> = (0..30).map(|_| connect()).collect();
+    wait_loads(&dispatcher, &[10; 3]);
+    for (round, signal) in [Signal::SIGKILL, Signal::SIGUSR1].into_iter().enumerate() {
+        dispatcher.process.signal(signal);
+        dispatcher.process.wait();
+        // No dispatcher: the kernel shares these exactly, too.
+        held.extend((0..15).map(|_| connect()));
+        dispatcher = Dispatcher::start_in(folder.path());
+        let pool = ready(&dispatcher, 3);
+        assert_eq!(processes_of(&pool).len(), 3);
+        assert!(processes_of(&pool).iter().all(|pid| processes.contains(pid)));
+        let each = 10 + 5 * (round as u64 + 1);
+        wait_loads(&dispatcher, &[each; 3]);
+    }
+    // It is in command again.
+    command(&dispatcher, &["drain", "web/web-2"]);
+    held.extend((0..10).map(|_| connect()));
+    wait_loads(&dispatcher, &[25, 25]);
+    command(&dispatcher, &["resume", "web/web-2"]);
+    drop(held);
+    wait_loads(&dispatcher, &[0; 3]);
+    command(&dispatcher, &["restart", "web", "--wait"]);
+    assert!(dispatcher.stop().success());
+    assert!(!has_files(pins.path()), "no pin is left");
+    assert!(TcpStream::connect(PUBLIC).is_err());
+}
+
+/// A process that died while there was no dispatcher is replaced, and its slot used again.
+#[test]
+fn a_process_that_died_meanwhile_is_replaced() {
+    if !enter() {
+        return;
+    }
+    let pins = bpffs();
+    let config = format!(
+        "steer_pins = \"{}/pins\"\n{}on_dispatcher_loss = \"serve\"\n",
+        pins.path().display(),
+        keepers(2, "")
+    );
+    let folder = configure(&config);
+    let mut dispatcher = Dispatcher::start_in(folder.path());
+    let processes = processes_of(&ready(&dispatcher, 2));
+    dispatcher.process.kill();
+    nix::sys::signal::kill(nix::unistd::Pid::from_raw(processes[0]), Signal::SIGKILL).unwrap();
+    let held: Vec<TcpStream> = (0..4).map(|_| connect()).collect();
+    let dispatcher = Dispatcher::start_in(folder.path());
+    ready(&dispatcher, 2);
+    let more: Vec<TcpStream> = (0..4).map(|_| connect()).collect();
+    wait_loads(&dispatcher, &[4, 4]);
+    drop((held, more));
+    command(&dispatcher, &["status"]);
+}

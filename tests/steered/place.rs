@@ -1,0 +1,199 @@
+//! What the tests share: a network namespace with a dispatcher, servers and clients.
+
+use std::io::Read;
+use std::net::{Ipv4Addr, SocketAddr, TcpStream};
+use std::path::Path;
+use std::process::Command;
+use std::time::Duration;
+
+use dispatch_steer::machine;
+use dispatcher::api::status::{PoolStatus, Status};
+use nix::sched::{CloneFlags, unshare};
+use tempfile::TempDir;
+use test_support::{Dispatcher, PATIENCE, assert_conserved, skip, skip_on_this_kernel, wait_for};
+
+/// The public address of every test.
+pub const PUBLIC: SocketAddr = SocketAddr::new(std::net::IpAddr::V4(Ipv4Addr::LOCALHOST), 8000);
+
+/// Says hello to each connection and keeps it until the client ends it. Ends with SIGTERM.
+pub const KEEPER: &str = r#"
+import selectors, signal, socket, sys
+address = (sys.argv[1], int(sys.argv[2]))
+listener = socket.create_server(address, backlog=4096)
+listener.setblocking(False)
+poll = selectors.DefaultSelector()
+poll.register(listener, selectors.EVENT_READ)
+signal.signal(signal.SIGTERM, lambda *_: sys.exit(0))
+while True:
+    for key, _ in poll.select():
+        if key.fileobj is listener:
+            try: client, _ = listener.accept()
+            except OSError: continue
+            try: client.sendall(b"hello %d\n" % address[1])
+            except OSError: client.close(); continue
+            poll.register(client, selectors.EVENT_READ)
+            continue
+        try: data = key.fileobj.recv(4096)
+        except OSError: data = b""
+        if not data:
+            poll.unregister(key.fileobj)
+            key.fileobj.close()
+"#;
+
+/// The configuration of a pool `web` at [`PUBLIC`] with so many keepers.
+pub fn keepers(processes: u32, more: &str) -> String {
+    let pool = format!("[pool.web]\nmode = \"steer\"\nwait_for_worker = \"2s\"\n{more}");
+    format!("{}{pool}\n{}", listener(), spawn(processes, &["python3", "-c", KEEPER]))
+}
+
+pub fn listener() -> String {
+    format!("[[listener]]\nname = \"web\"\naddress = \"{PUBLIC}\"\npool = \"web\"\n")
+}
+
+/// `[pool.web.spawn]`; the address follows the command.
+pub fn spawn(processes: u32, command: &[&str]) -> String {
+    let words = command.iter().copied().chain(["{addr}", "{port}"]);
+    let escaped = |word: &str| match word {
+        "{addr}" | "{port}" => format!("{word:?}"),
+        word => format!("{:?}", word.replace('{', "{{").replace('}', "}}")),
+    };
+    let command: Vec<String> = words.map(escaped).collect();
+    format!("[pool.web.spawn]\nprocesses = {processes}\ncommand = [{}]\n", command.join(", "))
+}
+
+/// Moves the calling thread, and what it starts, to a network namespace of its own. False, after a
+/// notice, if the kernel cannot choose here.
+pub fn enter() -> bool {
+    let findings = machine::findings(&machine::Places::default());
+    let missing = findings.iter().find(|it| !it.ok && !it.optional);
+    if let Some(missing) = missing {
+        // Root may do everything that the kernel supports.
+        let notice = if nix::unistd::geteuid().is_root() { skip_on_this_kernel } else { skip };
+        notice(&missing.found);
+        return false;
+    }
+    if let Err(error) = unshare(CloneFlags::CLONE_NEWNET) {
+        skip(&format!("no network namespace: {error}"));
+        return false;
+    }
+    has(&["ip", "python3"]) && run(&["ip", "link", "set", "lo", "up"])
+}
+
+/// Whether these programs are installed; says visibly if one is not.
+pub fn has(tools: &[&str]) -> bool {
+    tools.iter().all(|tool| {
+        let path = std::env::var_os("PATH").unwrap_or_default();
+        let found = std::env::split_paths(&path).any(|folder| folder.join(tool).exists());
+        if !found {
+            skip(&format!("{tool} is not installed"));
+        }
+        found
+    })
+}
+
+/// Runs a command that must succeed.
+pub fn run(words: &[&str]) -> bool {
+    let out = Command::new(words[0]).args(&words[1..]).output().unwrap();
+    assert!(out.status.success(), "{words:?}: {}", String::from_utf8_lossy(&out.stderr));
+    true
+}
+
+/// A directory in which the calling thread, and what it starts, sees a bpffs of its own.
+pub fn bpffs() -> TempDir {
+    let folder = tempfile::tempdir().unwrap();
+    unshare(CloneFlags::CLONE_NEWNS).unwrap();
+    run(&["mount", "--make-rprivate", "/"]);
+    run(&["mount", "-t", "bpf", "bpf", folder.path().to_str().unwrap()]);
+    folder
+}
+
+/// Connects, and waits for the first bytes.
+pub fn connect() -> TcpStream {
+    try_connect().expect("a client that is served")
+}
+
+pub fn try_connect() -> std::io::Result<TcpStream> {
+    let mut stream = TcpStream::connect_timeout(&PUBLIC, PATIENCE)?;
+    stream.set_read_timeout(Some(PATIENCE))?;
+    let mut first = [0; 6];
+    stream.read_exact(&mut first)?;
+    assert_eq!(&first, b"hello ");
+    Ok(stream)
+}
+
+/// The pool, once `processes` workers of it are active and listen.
+pub fn ready(dispatcher: &Dispatcher, processes: usize) -> PoolStatus {
+    let status = dispatcher.wait_status("the workers to listen", |status| {
+        active(&status.pools[0]).len() == processes
+    });
+    status.pools[0].clone()
+}
+
+/// Names and loads of the active workers, by name.
+pub fn active(pool: &PoolStatus) -> Vec<(String, u64)> {
+    let active = pool.workers.iter().filter(|worker| worker.state == "active");
+    let mut all: Vec<_> = active.map(|worker| (worker.name.clone(), worker.load)).collect();
+    all.sort();
+    all
+}
+
+/// Waits until the loads of the active workers are these, in the order of their names.
+pub fn wait_loads(dispatcher: &Dispatcher, expected: &[u64]) -> Status {
+    let mut last = Vec::new();
+    let status = wait_for(&format!("the loads {expected:?}"), || {
+        let status = dispatcher.status();
+        assert_conserved(&status);
+        let loads: Vec<u64> = active(&status.pools[0]).into_iter().map(|(_, load)| load).collect();
+        if loads != last {
+            last.clone_from(&loads);
+            eprintln!("loads: {loads:?}");
+        }
+        (loads == expected).then_some(status)
+    });
+    status
+}
+
+/// Connections that each worker has had, by name.
+pub fn taken(status: &Status) -> Vec<u64> {
+    let mut all: Vec<_> =
+        status.pools[0].workers.iter().map(|it| (it.name.clone(), it.taken)).collect();
+    all.sort();
+    all.into_iter().map(|(_, taken)| taken).collect()
+}
+
+/// Runs a command of the dispatcher against a running one, which must succeed.
+pub fn command(dispatcher: &Dispatcher, arguments: &[&str]) -> String {
+    let out = Command::new(test_support::dispatcher_bin())
+        .args(arguments)
+        .arg("--admin")
+        .arg(dispatcher.admin())
+        .output()
+        .unwrap();
+    let text = String::from_utf8_lossy(&out.stdout).into_owned();
+    assert!(out.status.success(), "{arguments:?}: {text}{}", String::from_utf8_lossy(&out.stderr));
+    text
+}
+
+/// The processes that run with this directory as their working directory or argument.
+pub fn processes_of(pool: &PoolStatus) -> Vec<i32> {
+    pool.workers.iter().map(|worker| worker.pid).collect()
+}
+
+/// Whether a process exists, other than as a zombie.
+pub fn is_alive(pid: i32) -> bool {
+    let stat = std::fs::read_to_string(format!("/proc/{pid}/stat")).unwrap_or_default();
+    let state = stat.rsplit(") ").next().and_then(|rest| rest.chars().next());
+    state.is_some_and(|state| state != 'Z')
+}
+
+/// A short pause of a load; no test depends on it.
+pub const PACE: Duration = Duration::from_millis(2);
+
+/// Whether the directory has any file, at any depth.
+pub fn has_files(path: &Path) -> bool {
+    let entries = std::fs::read_dir(path).map(|it| it.flatten().collect::<Vec<_>>());
+    entries.unwrap_or_default().into_iter().any(|entry| {
+        let path = entry.path();
+        !path.is_dir() || has_files(&path)
+    })
+}

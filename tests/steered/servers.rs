@@ -1,0 +1,1 @@
+//! Real servers, unmodified: each gets exactly its share.
