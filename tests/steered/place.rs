@@ -123,9 +123,8 @@ pub fn try_connect() -> std::io::Result<TcpStream> {
 
 /// The pool, once `processes` workers of it are active and listen.
 pub fn ready(dispatcher: &Dispatcher, processes: usize) -> PoolStatus {
-    let status = dispatcher.wait_status("the workers to listen", |status| {
-        active(&status.pools[0]).len() == processes
-    });
+    let status = dispatcher
+        .wait_status("the workers to listen", |status| active(&status.pools[0]).len() == processes);
     status.pools[0].clone()
 }
 

@@ -12,6 +12,7 @@ use super::affinity::AffinityKeys;
 use super::relay::DirectoryKey;
 use super::scores::ScoreKeys;
 use super::spawn::{AJitter, ASurge};
+use super::steer::{FallbackName, MemberKeys, ModeName, PinsKey};
 use super::value::{
     ACount, AMask, AMode, ASize, AnAccount, Count, Either, KERNEL_SECONDS, SECOND, Wait, Whole,
     YEAR,
@@ -50,6 +51,7 @@ pub(super) struct File {
     pub log_level: Option<LogLevel>,
     pub metrics_max_workers: Option<Count<0, 65_536>>,
     pub relay_ticket_key: Option<PathBuf>,
+    pub steer_pins: Option<Spanned<PinsKey>>,
     pub relay_directory: Option<Spanned<DirectoryKey>>,
     pub relay_socket: Option<Spanned<String>>,
     pub max_handshakes: Option<Count<1, 65_536>>,
@@ -140,27 +142,22 @@ enum PolicyName {
     LeastScore,
 }
 
-fn policy<'de, D: Deserializer<'de>>(deserializer: D) -> Result<Option<Policy>, D::Error> {
-    PolicyName::deserialize(deserializer).map(Some)
-}
-
-/// The values of `mode`.
-#[derive(Clone, Copy, Debug, PartialEq, Eq, Deserialize)]
-#[serde(rename_all = "kebab-case")]
-pub(super) enum ModeName {
-    Pass,
-    Steer,
-}
+/// The value of `policy`.
+#[derive(Clone, Copy, Debug, Deserialize)]
+#[serde(transparent)]
+pub(super) struct PolicyKey(#[serde(with = "PolicyName")] pub Policy);
 
 /// `[pool.NAME]` and `[defaults]`, which have the same keys.
 #[derive(Clone, Debug, Default, Deserialize)]
 #[serde(deny_unknown_fields)]
 pub(super) struct PoolKeys {
-    #[serde(default, deserialize_with = "policy")]
-    pub policy: Option<Policy>,
-    pub mode: Option<ModeName>,
+    pub policy: Option<Spanned<PolicyKey>>,
+    pub mode: Option<Spanned<ModeName>>,
+    pub fallback: Option<Spanned<FallbackName>>,
+    #[serde(default)]
+    pub member: Vec<Spanned<MemberKeys>>,
     pub max_connections_per_worker: Option<Count<1, 10_000_000>>,
-    pub max_untaken: Option<Count<1, 4096>>,
+    pub max_untaken: Option<Spanned<Count<1, 4096>>>,
     pub max_workers: Option<Count<1, 65_536>>,
     pub handoff_timeout: Option<Wait<1, YEAR>>,
     pub max_handoff_timeout: Option<Wait<1, YEAR>>,
@@ -253,13 +250,14 @@ impl From<OutputName> for Output {
 }
 
 /// All tables with their keys, from the types above.
-pub(super) fn tables() -> [(&'static str, &'static [&'static str]); 9] {
+pub(super) fn tables() -> [(&'static str, &'static [&'static str]); 10] {
     [
         ("", keys_of::<File>()),
         ("[[listener]]", keys_of::<ListenerKeys>()),
         ("[advice]", keys_of::<AdviceKeys>()),
         ("[[advice_peer]]", keys_of::<PeerKeys>()),
         ("[pool.NAME]", keys_of::<PoolKeys>()),
+        ("[[pool.NAME.member]]", keys_of::<MemberKeys>()),
         ("[pool.NAME.scores]", keys_of::<ScoreKeys>()),
         ("[pool.NAME.affinity]", keys_of::<AffinityKeys>()),
         ("[pool.NAME.spawn]", keys_of::<SpawnKeys>()),

@@ -148,6 +148,7 @@ fn header(path: &[String]) -> Option<String> {
         ["defaults"] => Some("[defaults]".to_owned()),
         ["pool"] => Some("[pool.web]".to_owned()),
         ["pool", name] => Some(format!("[pool.{name}]")),
+        ["pool", name, "member"] => Some(format!("[[pool.{name}.member]]")),
         ["pool", name, ref tables @ ..] => {
             let tables = tables.join(".");
             let sample = format!("[pool.web.{tables}]");

@@ -248,11 +248,10 @@ fn word_and_list(rest: &str) -> (&str, Vec<&str>) {
 
 /// The right table for a key that is valid in another table.
 fn elsewhere(word: &str, here: &[&str]) -> Option<String> {
-    tables()
-        .into_iter()
-        .find(|(_, keys)| keys.contains(&word) && !here.iter().any(|key| keys.contains(key)))
-        .map(|(table, _)| match table {
+    tables().into_iter().find(|(_, keys)| keys.contains(&word) && *keys != here).map(
+        |(table, _)| match table {
             "" => format!("`{word}` is a top-level key: move it above the first [table]"),
             table => format!("`{word}` belongs in {table}"),
-        })
+        },
+    )
 }

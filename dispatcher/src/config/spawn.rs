@@ -23,6 +23,7 @@ mod limits;
 mod placeholder;
 mod supervision;
 
+pub(super) use self::placeholder::uses;
 pub use self::placeholder::{Place, depends_on_process, expand, literal};
 pub(super) use self::supervision::{AJitter, ASurge};
 

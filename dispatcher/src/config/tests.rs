@@ -10,6 +10,7 @@ mod sample;
 mod scores;
 mod several;
 mod spawn;
+mod steer;
 mod whole;
 
 use super::*;

@@ -11,7 +11,7 @@ use super::listener::set_in_unit;
 use super::value::{AMode, AnAccount, Either, TextOrNumber};
 use super::{
     Address, Config, DEFAULT_ADMIN_SOCKET, DEFAULT_DISPATCH_SOCKET, Limits, Listener, Pool,
-    UnixEndpoint, UnixSource, accounts, advice, affinity, agent, line, relay, scores, spawn,
+    UnixEndpoint, UnixSource, accounts, advice, affinity, agent, line, relay, scores, spawn, steer,
 };
 use dispatcher_core::{AllowedAccounts, Peek, PoolSettings};
 
@@ -97,9 +97,11 @@ impl Check<'_> {
         check.keep(advice::check_http(&file, admin_http, advice.listen));
         let relay = relay::relay(check, &file, &dispatch_socket);
         let limits = limits(&file);
+        let steer_pins = steer::pins(check, file.steer_pins.as_ref());
         let defaults = file.defaults.unwrap_or_default();
         agent::check_defaults(check, &defaults);
         line::check_defaults(check, &defaults);
+        steer::check_defaults(check, &defaults);
 
         // serde sorts tables by name; messages and pools follow the order of the file.
         let mut tables: Vec<(Spanned<String>, PoolKeys)> = file.pool.into_iter().collect();
@@ -181,7 +183,7 @@ impl Check<'_> {
                 );
             }
         }
-        let config = Config {
+        let mut config = Config {
             file: None,
             dispatch_socket,
             admin_socket,
@@ -192,10 +194,11 @@ impl Check<'_> {
             listeners,
             pools,
             limits,
-            steer_pins: None,
+            steer_pins,
             warnings: Vec::new(),
         };
         line::check_lines(check, &config, &defaults, &tables);
+        steer::check_steered(check, &mut config, &tables, &file.listener);
         Some(config)
     }
 }
@@ -465,7 +468,8 @@ impl Check<'_> {
             Some(list) => self.accounts(list, accounts::Kind::Group),
             None => Vec::new(),
         };
-        let policy = keys.policy.or(defaults.policy).unwrap_or_default();
+        let policy = keys.policy.as_ref().or(defaults.policy.as_ref());
+        let policy = policy.map(|policy| policy.get_ref().0).unwrap_or_default();
         let scores = scores::scores(self, keys.scores.as_ref(), defaults.scores.as_ref(), policy);
         let awaits_headers = self.proxied.iter().any(|pool| pool == name);
         let known = affinity::affinity_settings(&keys, defaults, awaits_headers);
@@ -476,12 +480,6 @@ impl Check<'_> {
             }
             None => (None, Peek::default()),
         };
-        let steer = (keys.mode == Some(super::file::ModeName::Steer)).then(|| super::Steer {
-            members: Vec::new(),
-            ports: super::Ports::Own,
-            address: std::net::Ipv4Addr::LOCALHOST.into(),
-            fallback: false,
-        });
         let agent_listen = agent::agent_listen(self, &keys);
         // The core owns the defaults.
         let core = PoolSettings::default();
@@ -499,8 +497,9 @@ impl Check<'_> {
                 .map_or(core.max_connections_per_worker, |n| n.0),
             max_untaken: keys
                 .max_untaken
-                .or(defaults.max_untaken)
-                .map_or(core.max_untaken, |n| n.0),
+                .as_ref()
+                .or(defaults.max_untaken.as_ref())
+                .map_or(core.max_untaken, |n| n.get_ref().0),
             max_workers: keys
                 .max_workers
                 .or(defaults.max_workers)
@@ -530,9 +529,14 @@ impl Check<'_> {
                 .or(defaults.agent_workers.as_ref())
                 .map(|n| n.get_ref().0),
             supervision: supervision.unwrap_or_default(),
-            steered: steer.is_some(),
+            steered: false,
             name: name.to_owned(),
         };
+        let steer = steer::steer(self, (name, &keys, defaults), &settings, spawn.as_ref());
+        if steer.is_some() {
+            steer::missing_cgroups(self, &keys);
+        }
+        let settings = PoolSettings { steered: steer.is_some(), ..settings };
         let line = line::line_socket(self, &keys, defaults, &settings);
         Pool { settings, unavailable_response, spawn, agent_listen, line, steer }
     }

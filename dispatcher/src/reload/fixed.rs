@@ -32,5 +32,8 @@ pub(super) fn fixed(old: &Config, new: &Config) -> Vec<String> {
         let file = old.relay.directory != new.relay.directory;
         keys.push(if file { "relay_directory" } else { "relay_socket" }.to_owned());
     }
+    if old.steer_pins != new.steer_pins {
+        keys.push("steer_pins".to_owned());
+    }
     keys
 }

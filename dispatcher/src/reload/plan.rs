@@ -58,6 +58,12 @@ pub(super) fn plan_pools(
             }
             Some((id, old)) => {
                 removed.retain(|other| *other != id);
+                if old.steer.is_some() != pool.steer.is_some() {
+                    // Its workers get connections in another way, and are other programs.
+                    reloaded.needs_restart.push(format!("mode of pool {name}"));
+                    pools.push((PoolStep::Keep(id), old.clone()));
+                    continue;
+                }
                 if old == pool {
                     PoolStep::Keep(id)
                 } else {

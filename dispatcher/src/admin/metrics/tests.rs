@@ -123,6 +123,7 @@ fn each_status_field_has_its_own_metric() {
     let pool = PoolStatus {
         name: "p".to_owned(),
         agent: Some(agent),
+        steer: None,
         policy: "least-score".to_owned(),
         state: "back-pressure".to_owned(),
         queued: 11,

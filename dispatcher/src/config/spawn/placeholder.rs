@@ -12,6 +12,9 @@ use super::super::validate::{Check, Checked};
 /// The placeholders.
 const NAMES: [&str; 6] = ["n", "name", "pool", "addr", "port", "fd"];
 
+const KNOWN: &str = "the placeholders are {n}, {name} and {pool}, and in a steered pool {addr} and \
+                     {port}";
+
 /// The values of the placeholders for one process.
 #[derive(Clone, Copy, Debug)]
 pub struct Place<'a> {
@@ -72,7 +75,13 @@ pub(super) fn varies(text: &str) -> bool {
 
 /// Whether the text differs between the processes of a pool.
 pub fn depends_on_process(text: &str) -> bool {
-    Pieces::of(text).any(|piece| matches!(piece, Piece::Placeholder("n" | "name")))
+    let own = |name| matches!(name, "n" | "name" | "addr" | "port" | "fd");
+    Pieces::of(text).any(|piece| matches!(piece, Piece::Placeholder(name) if own(name)))
+}
+
+/// Whether the text has this placeholder.
+pub(in crate::config) fn uses(text: &str, name: &str) -> bool {
+    Pieces::of(text).any(|piece| piece == Piece::Placeholder(name))
 }
 
 /// Refuses unknown placeholders and single braces.
@@ -89,13 +98,11 @@ pub(super) fn known(check: &Check<'_>, text: &Spanned<String>) -> Checked<()> {
     };
     let Some(word) = bad.strip_prefix('{').and_then(|rest| rest.strip_suffix('}')) else {
         return Err(Mistake::new(span, format!("a single `{bad}`"))
-            .help("write `{{` and `}}` for braces; the placeholders are {n}, {name} and {pool}"));
+            .help(format!("write `{{{{` and `}}}}` for braces; {KNOWN}")));
     };
     let help = match nearest(word, NAMES) {
         Some(near) => format!("did you mean `{{{near}}}`? Write `{{{{` and `}}}}` for braces"),
-        None => {
-            "the placeholders are {n}, {name} and {pool}; write `{{` and `}}` for braces".to_owned()
-        }
+        None => format!("{KNOWN}; write `{{{{` and `}}}}` for braces"),
     };
     Err(Mistake::new(span, format!("unknown placeholder `{bad}`")).help(help))
 }

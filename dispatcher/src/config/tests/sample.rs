@@ -12,6 +12,18 @@ fn uncommented(skip: &[&str]) -> String {
         let first = rest.chars().next()?;
         (first == '[' || first.is_ascii_lowercase()).then(|| rest.to_owned())
     };
+    // Another kind of pool.
+    let steered = [
+        "mode = \"steer\"",
+        "fallback",
+        "[[pool.web.member]]",
+        "address  = \"127.0.0.1:8001\"",
+        "cgroup",
+        "name     = \"web-a\"",
+        "weight   =",
+        "priority =",
+    ];
+    let skip: Vec<&str> = skip.iter().copied().chain(steered).collect();
     SAMPLE
         .lines()
         .filter(|line| !skip.iter().any(|key| line.trim_start_matches('#').starts_with(key)))
