@@ -28,7 +28,7 @@ pub use layout::{
     FULL_SPEED, MAX_WORKERS, PENDING_SECONDS, SCAN_WORKERS, Totals, WorkerCounts, WorkerSettings,
 };
 pub use pins::remove as remove_pins;
-pub use steering::{Options, Steering, second};
+pub use steering::{Options, Steering, Writer, second};
 
 /// The compiled programs.
 pub const OBJECT: &[u8] = aya::include_bytes_aligned!("../bpf/steer.bpf.o");

@@ -67,6 +67,25 @@ pub(crate) enum Links {
     Pinned { lookup: PinnedLink, events: PinnedLink, directory: PathBuf },
 }
 
+/// Changes the settings of workers that [`Steering::set_worker`] has added. It never waits.
+#[derive(Debug)]
+pub struct Writer(Map);
+
+impl Writer {
+    /// Changes the settings of a worker, from the next SYN on.
+    ///
+    /// # Errors
+    ///
+    /// As [`Steering::set_worker`].
+    pub fn set(&mut self, worker: u32, settings: WorkerSettings) -> Result<(), Error> {
+        check_worker(worker)?;
+        check_settings(&settings)?;
+        let map = Array::<&mut MapData, WorkerSettings>::try_from(&mut self.0);
+        map.and_then(|mut map| map.set(worker, settings, ANY))
+            .map_err(|error| Error::refused("write the settings of a worker", error))
+    }
+}
+
 impl Steering {
     /// Loads the programs and attaches them: to the network namespace of the calling thread, and to
     /// the cgroup of the workers. There are no workers and no public addresses yet.
@@ -159,13 +178,7 @@ impl Steering {
     /// that still has listeners or connections.
     pub fn set_worker(&mut self, worker: u32, settings: WorkerSettings) -> Result<(), Error> {
         check_worker(worker)?;
-        if !(1..=65_535).contains(&settings.weight) {
-            return Err(Error::Invalid(format!("weight {}: 1 to 65535", settings.weight)));
-        }
-        if !(1..=FULL_SPEED).contains(&settings.slow_start) {
-            let text = format!("slow start {}: 1 to {FULL_SPEED}", settings.slow_start);
-            return Err(Error::Invalid(text));
-        }
+        check_settings(&settings)?;
         if self.worker(worker)?.weight == 0 && !self.is_free(worker)? {
             return Err(Error::Invalid(format!(
                 "worker number {worker} still has listeners or connections of a removed worker"
@@ -263,6 +276,23 @@ impl Steering {
         check_worker(worker)?;
         let settings = self.maps.workers().and_then(|map| map.get(&worker, 0));
         settings.map_err(|error| Error::refused("read the settings of a worker", error))
+    }
+
+    /// A handle that changes settings of workers, for another thread. Each worker is to have one
+    /// writer at a time.
+    ///
+    /// # Errors
+    ///
+    /// [`Error::System`] if there is no descriptor for it.
+    pub fn writer(&self) -> Result<Writer, Error> {
+        let step = "share the settings of workers";
+        let Map::Array(workers) = &self.maps.workers else {
+            return Err(absent("`workers` is no array".to_owned()));
+        };
+        let fd = workers.fd().as_fd().try_clone_to_owned();
+        let fd = fd.map_err(|error| Error::System { step, error })?;
+        let data = MapData::from_fd(fd).map_err(|error| Error::refused(step, error))?;
+        Ok(Writer(Map::Array(data)))
     }
 
     /// What the programs count for a worker.
@@ -588,6 +618,17 @@ fn check_worker(worker: u32) -> Result<(), Error> {
         return Ok(());
     }
     Err(Error::Invalid(format!("worker number {worker}: 0 to {}", MAX_WORKERS - 1)))
+}
+
+fn check_settings(settings: &WorkerSettings) -> Result<(), Error> {
+    if !(1..=65_535).contains(&settings.weight) {
+        return Err(Error::Invalid(format!("weight {}: 1 to 65535", settings.weight)));
+    }
+    if !(1..=FULL_SPEED).contains(&settings.slow_start) {
+        let text = format!("slow start {}: 1 to {FULL_SPEED}", settings.slow_start);
+        return Err(Error::Invalid(text));
+    }
+    Ok(())
 }
 
 fn check_port(port: u16) -> Result<(), Error> {

@@ -73,7 +73,7 @@ fn the_kernel_chooses_while_the_dispatcher_is_gone() {
     wait_loads(&dispatcher, &[0; 3]);
     command(&dispatcher, &["restart", "web", "--wait"]);
     assert!(dispatcher.stop().success());
-    assert!(!has_files(pins.path()), "no pin is left");
+    assert!(!has_files(&pins.path().join("pins")), "no pin is left");
     assert!(TcpStream::connect(PUBLIC).is_err());
 }
 

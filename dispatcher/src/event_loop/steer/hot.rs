@@ -120,7 +120,7 @@ impl EventLoop {
             Err(error) => return self.pool_failed(id, error),
         };
         let name = value(self.core.pool_name(id));
-        let Opened { pinned, adopted, .. } = opened;
+        let Opened { pinned, adopted, .. } = &opened;
         log::info!("event=steering pool={name} pinned={pinned} adopted={adopted}");
         if let Some(error) = &opened.not_pinned {
             log::warn!(
@@ -348,8 +348,11 @@ impl EventLoop {
 
     /// The core has decided how the kernel is to treat a worker.
     pub(in crate::event_loop) fn steer(&mut self, worker: WorkerId, settings: SteerSettings) {
-        if let Some(&slot) = self.steers.workers.get(&worker) {
-            self.steers.send(SteerCommand::Set(slot, settings));
+        let Some(&slot) = self.steers.workers.get(&worker) else { return };
+        let pool = self.steers.pools.get_mut(&slot.pool);
+        let Some(opened) = pool.and_then(|pool| pool.opened.as_mut()) else { return };
+        if let Err(error) = opened.set(slot.number, settings) {
+            self.pool_failed(slot.pool, error);
         }
     }
 

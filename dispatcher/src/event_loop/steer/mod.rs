@@ -72,8 +72,6 @@ pub(super) enum SteerCommand {
     Prepare { pool: PoolId, holder: Holder, address: Option<SocketAddr>, adopt: bool },
     /// Every worker of an earlier dispatcher was asked for: other slots are freed.
     Sweep(PoolId),
-    /// Treat a worker like this.
-    Set(Slot, SteerSettings),
     /// The worker will not come back.
     Free(Slot),
     /// The pool is removed: detach its programs.
@@ -83,7 +81,7 @@ pub(super) enum SteerCommand {
 }
 
 /// How a pool was opened.
-#[derive(Clone, Debug, Default)]
+#[derive(Debug, Default)]
 pub(super) struct Opened {
     /// The choice outlives the dispatcher.
     pub(super) pinned: bool,
@@ -91,6 +89,9 @@ pub(super) struct Opened {
     pub(super) adopted: bool,
     /// Why the choice does not outlive the dispatcher although it is to.
     pub(super) not_pinned: Option<String>,
+    /// For what the core decides about workers: it applies from the next SYN on.
+    #[cfg(feature = "steer")]
+    pub(super) writer: Option<dispatch_steer::Writer>,
 }
 
 /// What the thread reports.
@@ -191,6 +192,29 @@ fn start_thread(wake: Wake) -> std::io::Result<SteerHandle> {
 fn start_thread(_wake: Wake) -> std::io::Result<SteerHandle> {
     // The configuration refuses the mode.
     Err(std::io::ErrorKind::Unsupported.into())
+}
+
+impl Opened {
+    /// Has the kernel treat a worker like this.
+    #[cfg(feature = "steer")]
+    fn set(&mut self, number: u32, settings: SteerSettings) -> Result<(), String> {
+        use dispatch_steer::{FULL_SPEED, WorkerSettings};
+        let Some(writer) = &mut self.writer else { return Ok(()) };
+        let weight = u16::try_from(settings.weight).unwrap_or(u16::MAX).max(1);
+        let settings = WorkerSettings {
+            slow_start: settings.slow_start.clamp(1, FULL_SPEED),
+            maximum: settings.maximum,
+            draining: settings.draining.into(),
+            suspect: settings.suspect.into(),
+            ..WorkerSettings::new(weight)
+        };
+        writer.set(number, settings).map_err(|error| error.to_string())
+    }
+
+    #[cfg(not(feature = "steer"))]
+    fn set(&mut self, _number: u32, _settings: SteerSettings) -> Result<(), String> {
+        Ok(())
+    }
 }
 
 impl Steers {

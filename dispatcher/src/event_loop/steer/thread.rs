@@ -11,10 +11,9 @@ use std::sync::mpsc::{Receiver, RecvTimeoutError, SyncSender, TrySendError};
 use std::time::{Duration, Instant};
 
 use dispatch_steer::{
-    Error, FULL_SPEED, MAX_WORKERS, Options, Steering, WorkerCounts, WorkerSettings, listening,
-    second,
+    Error, MAX_WORKERS, Options, Steering, WorkerCounts, WorkerSettings, listening, second,
 };
-use dispatcher_core::{PoolId, SteerCounts, SteerSettings};
+use dispatcher_core::{PoolId, SteerCounts};
 
 use super::ports::Ports;
 use super::{Opened, PoolSpec, Slot, SteerCommand, SteerEvent, SteerTotals};
@@ -160,10 +159,6 @@ impl SteerThread {
                 let swept = self.pools.get_mut(&id).map(PoolMaps::sweep);
                 self.note(id, swept.unwrap_or(Ok(())));
             }
-            SteerCommand::Set(slot, settings) => {
-                let set = self.pools.get_mut(&slot.pool).map(|pool| pool.set(slot, settings));
-                self.note(slot.pool, set.unwrap_or(Ok(())));
-            }
             SteerCommand::Free(slot) => {
                 let freed = self.pools.get_mut(&slot.pool).map(|pool| pool.free(slot.number));
                 self.note(slot.pool, freed.unwrap_or(Ok(())));
@@ -285,6 +280,7 @@ fn open(spec: PoolSpec) -> Result<(PoolMaps, Opened), String> {
     pool.recover().map_err(|error| error.to_string())?;
     let spec = pool.spec.clone();
     pool.change(spec).map_err(|error| error.to_string())?;
+    opened.writer = Some(pool.steering.writer().map_err(|error| error.to_string())?);
     Ok((pool, opened))
 }
 
@@ -391,21 +387,6 @@ impl PoolMaps {
             // TODO
         }
         Ok(number)
-    }
-
-    fn set(&mut self, slot: Slot, settings: SteerSettings) -> Result<(), Error> {
-        if !self.slots.contains_key(&slot.number) {
-            return Ok(());
-        }
-        let weight = u16::try_from(settings.weight).unwrap_or(u16::MAX).max(1);
-        let settings = WorkerSettings {
-            slow_start: settings.slow_start.clamp(1, FULL_SPEED),
-            maximum: settings.maximum,
-            draining: settings.draining.into(),
-            suspect: settings.suspect.into(),
-            ..WorkerSettings::new(weight)
-        };
-        self.steering.set_worker(slot.number, settings)
     }
 
     fn free(&mut self, number: u32) -> Result<(), Error> {
