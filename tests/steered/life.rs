@@ -94,6 +94,7 @@ fn a_process_that_died_meanwhile_is_replaced() {
     let processes = processes_of(&ready(&dispatcher, 2));
     dispatcher.process.kill();
     nix::sys::signal::kill(nix::unistd::Pid::from_raw(processes[0]), Signal::SIGKILL).unwrap();
+    wait_until("its end", || !is_alive(processes[0]));
     let held: Vec<TcpStream> = (0..4).map(|_| connect()).collect();
     let dispatcher = Dispatcher::start_in(folder.path());
     ready(&dispatcher, 2);
