@@ -12,10 +12,10 @@ use super::{Core, Event};
 
 /// More takes than any process can reach: 285 years at a million a second. Sums stay exact in an
 /// `f64`, too.
-const MOST_TAKEN: u64 = 1 << 53;
+pub(super) const MOST_TAKEN: u64 = 1 << 53;
 
 /// More live connections than `max_connections_per_worker` can be.
-const MOST_LIVE: u64 = 10_000_000;
+pub(super) const MOST_LIVE: u64 = 10_000_000;
 
 /// The taken and finished counts of a hello. If they are impossible, the worker counts as having
 /// its own maximum of connections.

@@ -157,13 +157,18 @@ impl Core {
 
     /// Changes a pool's settings; its name stays. `max_untaken` applies to workers that join later,
     /// because the size of a scoreboard is fixed at the join; so do the accounts that may join: no
-    /// worker is expelled.
+    /// worker is expelled. Whether the kernel chooses its workers stays while it has any.
     pub fn change_pool(&mut self, now: Time, pool: PoolId, settings: PoolSettings, seed: u64) {
         let p = usize::from(pool.0);
         let mut seeds = Random::new(seed);
         let Some(entry) = self.pools.get_mut(p) else { return };
         let name = entry.settings.name.clone();
-        let old = std::mem::replace(&mut entry.settings, PoolSettings { name, ..settings });
+        let steered = match entry.candidates.len() {
+            0 => settings.steered,
+            _ => entry.settings.steered,
+        };
+        let settings = PoolSettings { name, steered, ..settings };
+        let old = std::mem::replace(&mut entry.settings, settings);
         let new = &entry.settings;
         let forgotten = entry.history.resize(new.history, new.history_candidates);
         let chooses = old.policy != new.policy || old.scores != new.scores;

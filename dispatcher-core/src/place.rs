@@ -41,7 +41,10 @@ impl Core {
     /// new ones.
     pub(super) fn put(&mut self, now: Time, pool: usize, conn: u32, returned: bool) {
         let over = self.stop.is_some_and(|stop| stop.over);
-        if over {
+        if self.pools[pool].settings.steered {
+            // Its workers can be sent nothing. Such a client came before the kernel chose for it.
+            self.close(conn, CloseReason::NoWorker);
+        } else if over {
             match self.choose_last(now, pool, conn) {
                 Some(worker) => self.send(now, worker, conn),
                 None => self.close(conn, CloseReason::Shutdown),

@@ -9,8 +9,9 @@
 //! A worker is suspect if connections wait in its accept queue and it has accepted none for longer
 //! than its patience, as a worker that leaves connections untaken.
 
-use dispatch_protocol::wire::{Features, Hello, VERSION};
+use dispatch_protocol::wire::{Features, Hello, RefusedCode, VERSION};
 
+use super::admit::{MOST_LIVE, MOST_TAKEN};
 use super::types::*;
 use super::worker::{Peer, Worker};
 use super::{Core, Effect};
@@ -45,6 +46,24 @@ pub struct SteerCounts {
     pub total: u64,
     /// Connections in its accept queue: it has not accepted them.
     pub queued: u64,
+}
+
+impl SteerCounts {
+    /// Connections that the worker has accepted, ever.
+    fn accepted(&self) -> u64 {
+        self.total.saturating_sub(self.queued)
+    }
+
+    /// No sum of possible counts overflows.
+    fn possible(self) -> SteerCounts {
+        let live = self.live.min(MOST_LIVE);
+        SteerCounts {
+            live,
+            pending: self.pending.min(MOST_LIVE - live),
+            total: self.total.min(MOST_TAKEN),
+            queued: self.queued.min(MOST_LIVE),
+        }
+    }
 }
 
 /// How the kernel is to treat a worker.
@@ -111,7 +130,16 @@ impl Core {
     pub fn join_steered(&mut self, now: Time, join: &SteerJoin) -> Result<WorkerId, Refusal> {
         let p = usize::from(join.pool.0);
         self.may_hold_one_more(p)?;
-        let counts = join.counts;
+        let pool = &self.pools[p];
+        // A process outlives its pool: its worker joins to be drained.
+        if pool.retired && join.process.is_none() {
+            return Err(Refusal {
+                code: RefusedCode::UnknownPool,
+                key: None,
+                reason: format!("pool `{}` was removed from the configuration", pool.settings.name),
+            });
+        }
+        let counts = join.counts.possible();
         let hello = Hello {
             version: VERSION,
             features: Features::NONE,
@@ -127,7 +155,7 @@ impl Core {
         let steered = Box::new(Steered {
             counts,
             joined_live: counts.live,
-            accepted: counts.total.saturating_sub(counts.queued),
+            accepted: counts.accepted(),
             waits_since: None,
             told: None,
         });
@@ -147,7 +175,12 @@ impl Core {
         };
         let state = &mut self.workers[w];
         let Some(steered) = &mut state.steered else { return };
+        let counts = counts.possible();
         let new = counts.total.saturating_sub(steered.counts.total);
+        if counts.total < steered.counts.total {
+            // New programs count from zero.
+            steered.accepted = counts.accepted();
+        }
         steered.counts = counts;
         state.sent += new;
         state.taken += new;
@@ -186,7 +219,7 @@ impl Core {
         let settings = &self.pools[worker.pool].settings;
         let (timeout, longest) = (settings.handoff_timeout, settings.max_handoff_timeout);
         let Some(steered) = &mut worker.steered else { return };
-        let accepted = steered.counts.total.saturating_sub(steered.counts.queued);
+        let accepted = steered.counts.accepted();
         let accepts = accepted > steered.accepted;
         steered.accepted = steered.accepted.max(accepted);
         let since = steered.waits_since;
@@ -219,10 +252,13 @@ impl Core {
         }
     }
 
-    /// Has the kernel told if the settings of a worker have changed.
+    /// Has the kernel told if the settings of a worker have changed. What was its number may be
+    /// another worker's when it is gone.
     pub(super) fn steer(&mut self, w: usize) {
         let worker = &self.workers[w];
-        let Some(steered) = &worker.steered else { return };
+        let Some(steered) = worker.steered.as_ref().filter(|_| worker.state != State::Gone) else {
+            return;
+        };
         let settings = worker.steer_settings();
         if steered.told != Some(settings) {
             let worker = worker.id;

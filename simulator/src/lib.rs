@@ -309,6 +309,7 @@ impl Driver {
             | Effect::CheckOver { taken: false, .. }
             | Effect::Steer { .. }
             | Effect::Event(_) => {}
+            Effect::Steer { .. } => panic!("no pool of the simulator is steered"),
         }
     }
 

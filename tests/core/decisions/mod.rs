@@ -17,6 +17,7 @@ mod naive;
 mod policies;
 mod proxy;
 mod scores;
+mod steered;
 mod supervision;
 mod waiting;
 mod weights;
