@@ -103,6 +103,7 @@ fn settings(name: &str, processes: u32, bytes: &mut Bytes<'_>) -> PoolSettings {
             crash_loop_after: 3,
             ..Supervision::default()
         },
+        steered: false,
     }
 }
 

@@ -325,7 +325,6 @@ impl<'a> Nemesis<'a> {
             stopped_until: None,
             starved_until: None,
             leaving: false,
-            address: None,
             flavour,
         });
         self.did(What::Start, Some(number));
