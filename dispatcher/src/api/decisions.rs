@@ -16,6 +16,8 @@ use dispatcher_core::{Decision, Explanation, Time};
 pub struct RawHistory {
     /// The policy of the pool.
     pub policy: &'static str,
+    /// The kernel chooses the pool's workers.
+    pub steered: bool,
     /// Number of decisions that are kept.
     pub size: u32,
     /// One instant in the clock of the decisions and in wall-clock time, for conversion.
@@ -31,6 +33,8 @@ pub struct RawHistory {
 pub struct RawExplanation {
     /// The policy of the pool.
     pub policy: &'static str,
+    /// The kernel chooses the pool's workers.
+    pub steered: bool,
     /// One instant in the clock of the decision and in wall-clock time, for conversion.
     pub clock: (Time, SystemTime),
     /// The decision.
@@ -44,6 +48,9 @@ pub struct HistoryAnswer {
     pub pool: String,
     /// The policy of the pool.
     pub policy: String,
+    /// The kernel chooses the pool's workers: no decision is kept.
+    #[serde(default, skip_serializing_if = "is_false")]
+    pub steered: bool,
     /// Number of decisions that are kept; 0 if none are.
     pub size: u32,
     /// Oldest first.
@@ -103,11 +110,19 @@ pub struct ExplainAnswer {
     pub pool: String,
     /// The policy of the pool.
     pub policy: String,
+    /// The kernel chooses the pool's workers: this is what it would choose, by the counts that were read last.
+    #[serde(default, skip_serializing_if = "is_false")]
+    pub steered: bool,
     /// Why the connection would not be sent now; `null` if it would.
     pub obstacle: Option<String>,
     /// The decision.
     #[serde(flatten)]
     pub decision: DecisionRecord,
+}
+
+#[expect(clippy::trivially_copy_pass_by_ref, reason = "serde passes a reference")]
+fn is_false(value: &bool) -> bool {
+    !*value
 }
 
 impl RawHistory {
@@ -117,6 +132,7 @@ impl RawHistory {
         HistoryAnswer {
             pool,
             policy: self.policy.to_owned(),
+            steered: self.steered,
             size: self.size,
             decisions: decisions
                 .map(|d| DecisionRecord::write(d, self.clock, &self.listeners))
@@ -132,6 +148,7 @@ impl RawExplanation {
         ExplainAnswer {
             pool,
             policy: self.policy.to_owned(),
+            steered: self.steered,
             obstacle: self.explanation.obstacle.map(|obstacle| obstacle.name().to_owned()),
             decision: DecisionRecord { number: None, ..decision },
         }

@@ -21,7 +21,7 @@ pub use hosts::{AgentStatus, HostDrainStatus};
 pub use line::{LineStatus, LineWorkerStatus};
 pub use processes::{LeavingStatus, ProcessesStatus, RollStatus};
 pub use relay::{RelayProcess, RelayStatus};
-pub use steer::{SteerStatus, SteerWorkerStatus};
+pub use steer::{NotSteered, SteerStatus, SteerWorkerStatus};
 
 /// Everything about one dispatcher at one instant.
 /// `accepted + returned = queued + in flight + taken + Σ closed` always holds.
@@ -372,6 +372,11 @@ impl WorkerStatus {
     /// The state for display: `paused` for an active worker that has asked for no connections.
     pub fn shown_state(&self) -> &str {
         if self.paused && self.state == "active" { "paused" } else { &self.state }
+    }
+
+    /// The process id, or `-` if it is not known: a member of a steered pool has none.
+    pub fn shown_pid(&self) -> String {
+        if self.pid == 0 { "-".to_owned() } else { self.pid.to_string() }
     }
 
     /// The state, with `line` for a worker of the line protocol, and `steered` for one whose

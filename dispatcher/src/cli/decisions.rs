@@ -84,7 +84,7 @@ fn follow(endpoint: &AdminEndpoint, path: &str, json: bool) -> Result<(), Failur
     loop {
         let body = admin::get(endpoint, &format!("{path}?after={after}"))?;
         let history: HistoryAnswer = admin::parse(&body, endpoint)?;
-        if history.size == 0 {
+        if history.size == 0 || history.steered {
             return print(&past(&history));
         }
         for decided in &history.decisions {
@@ -113,6 +113,13 @@ fn follow(endpoint: &AdminEndpoint, path: &str, json: bool) -> Result<(), Failur
 }
 
 fn past(history: &HistoryAnswer) -> String {
+    if history.steered {
+        return format!(
+            "the kernel chooses the workers of pool {pool}, and keeps no decisions: \
+             dispatcher explain {pool} says what it would choose next\n",
+            pool = clean(&history.pool)
+        );
+    }
     if history.size == 0 {
         return format!(
             "pool {pool} keeps no decisions: set a number, such as history = 100, in [pool.{pool}]\n",
@@ -202,13 +209,19 @@ pub(super) fn explain(arguments: &ExplainArgs) -> Result<(), Failure> {
 }
 
 fn next(explained: &ExplainAnswer) -> String {
-    let ExplainAnswer { pool, policy, obstacle, decision } = explained;
+    let ExplainAnswer { pool, policy, steered, obstacle, decision } = explained;
+    let again = "the client's kernel tries again";
     let mut text = match obstacle.as_deref() {
+        None if *steered => format!("goes to {}, if the kernel counts the same", chosen(decision)),
         None => format!("goes to {}", chosen(decision)),
         Some("refusing") => {
             "is refused: there has been no usable worker for wait_for_worker".to_owned()
         }
         Some("stopping") => "is not accepted any more: the dispatcher is stopping".to_owned(),
+        Some("no-worker") if *steered => format!("is dropped, and {again}: there is no worker"),
+        Some("back-pressure") if *steered => {
+            format!("goes to a suspect worker that has room, or is dropped, and {again}")
+        }
         Some("no-worker") => "waits: there is no worker".to_owned(),
         Some("back-pressure") => "waits: no worker has room".to_owned(),
         Some("queue") => format!("waits in the queue, then goes to {}", chosen(decision)),
@@ -220,6 +233,9 @@ fn next(explained: &ExplainAnswer) -> String {
         key(decision),
         clean(policy)
     );
+    if *steered {
+        text.push_str("(the kernel chooses: equal workers take turns, and counts are 0.1 s old)\n");
+    }
     if policy == "hash" && decision.key.is_none() {
         text.push_str("(for a client without a key; --from IP sets the client)\n");
     }
@@ -270,12 +286,17 @@ mod tests {
         let mut history = HistoryAnswer {
             pool: "web".to_owned(),
             policy: String::new(),
+            steered: false,
             size: 0,
             decisions: vec![],
         };
         assert!(past(&history).contains("set a number, such as history = 100, in [pool.web]"));
         history.size = 5;
         assert_eq!(past(&history), "no decisions yet\n");
+        history.steered = true;
+        assert!(
+            past(&history).starts_with("the kernel chooses the workers of pool web, and keeps")
+        );
     }
 
     #[test]
@@ -283,6 +304,7 @@ mod tests {
         let mut explained = ExplainAnswer {
             pool: "web".to_owned(),
             policy: "hash".to_owned(),
+            steered: false,
             obstacle: None,
             decision: decided(),
         };
@@ -299,5 +321,16 @@ mod tests {
         assert!(head(&explained).is_some_and(|head| head.contains("waits: no worker has room")));
         explained.obstacle = Some("short-of-resources".to_owned());
         assert!(head(&explained).is_some_and(|head| head.contains("waits: short-of-resources")));
+        explained.steered = true;
+        assert!(next(&explained).contains("(the kernel chooses: equal workers take turns"));
+        for (obstacle, words) in [
+            (None, "goes to worker 3 (web-1), if the kernel counts the same, by hash"),
+            (Some("no-worker"), "is dropped, and the client's kernel tries again: there is no"),
+            (Some("back-pressure"), "goes to a suspect worker that has room, or is dropped"),
+            (Some("refusing"), "is refused: there has been no usable worker"),
+        ] {
+            explained.obstacle = obstacle.map(str::to_owned);
+            assert!(next(&explained).contains(words), "{}", next(&explained));
+        }
     }
 }

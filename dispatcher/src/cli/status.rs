@@ -11,7 +11,7 @@ use super::drain::host_line;
 pub(super) use super::table::{Table, clean};
 use super::table::{count, width, wrap};
 use super::{AdminArgs, Failure, admin, pause, print, print_while_read};
-use crate::api::status::{FaultStatus, Status};
+use crate::api::status::{FaultStatus, PoolStatus, Status};
 
 pub(super) const EXAMPLES: &str = "\
 Examples:
@@ -179,6 +179,12 @@ pub(super) fn table(status: &Status, faults: usize, width: usize) -> String {
         text.push_str(&wrap(&clean(&line), "", width));
     }
 
+    for pool in &status.pools {
+        for line in steering(pool) {
+            text.push_str(&wrap(&clean(&line), "", width));
+        }
+    }
+
     let mut workers = Table::new(
         &[
             "POOL", "WORKER", "STATE", "ID", "PID", "WEIGHT", "LOAD", "MAX", "SENT", "TAKEN",
@@ -194,7 +200,7 @@ pub(super) fn table(status: &Status, faults: usize, width: usize) -> String {
                 clean(&worker.name),
                 clean(&worker.shown_kind()),
                 worker.id.to_string(),
-                worker.pid.to_string(),
+                worker.shown_pid(),
                 worker.weight.to_string(),
                 worker.load.to_string(),
                 worker.max_connections.to_string(),
@@ -214,6 +220,32 @@ pub(super) fn table(status: &Status, faults: usize, width: usize) -> String {
     }
     last_faults(&mut text, &status.faults, faults, width);
     text
+}
+
+/// What the kernel says of a steered pool.
+fn steering(pool: &PoolStatus) -> Vec<String> {
+    let (name, Some(steer)) = (&pool.name, &pool.steer) else { return Vec::new() };
+    let mut parts = vec![
+        steer.state().to_owned(),
+        format!("{} chosen", count(steer.chosen, "connection")),
+        format!("{} dropped (workers full)", count(steer.dropped_full, "SYN")),
+    ];
+    if steer.dropped_no_worker > 0 {
+        parts.push(format!("{} dropped (no worker)", count(steer.dropped_no_worker, "SYN")));
+    }
+    parts.push(format!("{} refused", steer.refused));
+    if steer.failed > 0 {
+        parts.push(format!("{} failed", steer.failed));
+    }
+    let mut lines = vec![format!("steering of {name}: {}", parts.join(", "))];
+    lines.extend(steer.error.iter().map(|error| format!("steering of {name} fails: {error}")));
+    let unpinned = steer.not_pinned.iter();
+    lines.extend(unpinned.map(|why| format!("steering of {name} ends with the dispatcher: {why}")));
+    let not_steered = steer.not_steered.iter();
+    lines.extend(
+        not_steered.map(|it| format!("not steered: {} at {}: {}", it.name, it.address, it.problem)),
+    );
+    lines
 }
 
 /// The newest fault is last, as in a log.

@@ -3,7 +3,10 @@
 use std::path::Path;
 
 use super::*;
-use crate::api::status::{FaultStatus, ListenerStatus, PoolStatus, Status, WorkerStatus};
+use crate::api::status::{
+    FaultStatus, ListenerStatus, NotSteered, PoolStatus, Status, SteerStatus, SteerWorkerStatus,
+    WorkerStatus,
+};
 
 fn run(arguments: &[&str]) -> Exit {
     execute(std::iter::once(&"dispatcher").chain(arguments).map(OsString::from))
@@ -279,4 +282,68 @@ web   a\u{fffd}[2J   active   1   77       1    12  10000   997    990       985
     let text = status::table(&status, 5, 80);
     assert!(text.contains("\nlast faults\n2026-01-02 03:04:01Z worker_gone web/w1\n"), "{text}");
     assert!(!status::table(&status, 0, 80).contains("last faults"));
+}
+
+#[test]
+fn steered_pools_in_the_table() {
+    let worker = |name: &str, pid, problem: Option<&str>| WorkerStatus {
+        name: name.to_owned(),
+        pid,
+        state: "active".to_owned(),
+        steer: Some(SteerWorkerStatus {
+            problem: problem.map(str::to_owned),
+            ..SteerWorkerStatus::default()
+        }),
+        ..WorkerStatus::default()
+    };
+    let not_steered = NotSteered {
+        name: "web/b".to_owned(),
+        address: "127.0.0.1:9001".to_owned(),
+        problem: "it uses MPTCP".to_owned(),
+    };
+    let mut steer = SteerStatus {
+        attached: true,
+        pinned: true,
+        chosen: 1_234,
+        dropped_full: 3,
+        not_steered: vec![not_steered],
+        ..SteerStatus::default()
+    };
+    let shown = |steer: &SteerStatus| {
+        let pool = PoolStatus {
+            name: "web".to_owned(),
+            steer: Some(steer.clone()),
+            workers: vec![worker("a", 0, None), worker("b", 77, Some("it uses MPTCP"))],
+            ..PoolStatus::default()
+        };
+        status::table(&Status { pools: vec![pool], ..Status::default() }, 5, 200)
+    };
+    let text = shown(&steer);
+    for line in [
+        "steering of web: pinned, 1234 connections chosen, 3 SYNs dropped (workers full), 0 refused",
+        "not steered: web/b at 127.0.0.1:9001: it uses MPTCP",
+    ] {
+        assert!(text.lines().any(|it| it == line), "{text}");
+    }
+    let words = |name: &str| {
+        let row = text.lines().find(|line| line.starts_with(&format!("web   {name} ")));
+        row.map(|row| row.split_whitespace().skip(2).take(5).collect::<Vec<_>>().join(" "))
+    };
+    assert_eq!(words("a").as_deref(), Some("active steered 0 - 0"));
+    assert_eq!(words("b").as_deref(), Some("active not steered 0 77"));
+    steer.pinned = false;
+    steer.not_pinned = Some("bpffs is not mounted".to_owned());
+    steer.error = Some("Operation not permitted".to_owned());
+    (steer.dropped_full, steer.dropped_no_worker, steer.failed) = (1, 2, 5);
+    let text = shown(&steer);
+    for line in [
+        "steering of web: attached, 1234 connections chosen, 1 SYN dropped (workers full), \
+         2 SYNs dropped (no worker), 0 refused, 5 failed",
+        "steering of web fails: Operation not permitted",
+        "steering of web ends with the dispatcher: bpffs is not mounted",
+    ] {
+        assert!(text.lines().any(|it| it == line), "{text}");
+    }
+    steer.attached = false;
+    assert!(shown(&steer).contains("steering of web: not attached, "));
 }

@@ -45,9 +45,9 @@ pub(super) fn workers(arguments: &WorkersArgs) -> Result<(), Failure> {
         let status = &worker.status;
         table.row([
             format!("{}/{}", clean(&worker.pool), clean(&status.name)),
-            clean(&status.state),
+            clean(&status.shown_kind()),
             status.id.to_string(),
-            status.pid.to_string(),
+            status.shown_pid(),
             status.weight.to_string(),
             status.load.to_string(),
             status.max_connections.to_string(),

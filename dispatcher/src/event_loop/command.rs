@@ -199,6 +199,7 @@ impl EventLoop {
             .map(|n| self.core.listener_name(ListenerId(n)).to_owned());
         Ok(RawHistory {
             policy: settings.map_or("", |settings| settings.policy.name()),
+            steered: self.is_steered(id),
             size: settings.map_or(0, |settings| settings.history),
             clock: (clock(), SystemTime::now()),
             listeners: listeners.collect(),
@@ -216,6 +217,7 @@ impl EventLoop {
         let unknown = || unknown_pool(pool, self.core.pool_names());
         Ok(RawExplanation {
             policy: self.core.pool_settings(id).map_or("", |settings| settings.policy.name()),
+            steered: self.is_steered(id),
             clock: (clock(), SystemTime::now()),
             explanation: self.core.explain(self.now, id, peer).ok_or_else(unknown)?,
         })

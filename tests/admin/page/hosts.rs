@@ -1,6 +1,8 @@
 //! The sections about several hosts: the drain of this one, agents, PROXY headers.
 
-use dispatcher::api::status::{AgentStatus, HostDrainStatus, ProxyHeadersStatus};
+use dispatcher::api::status::{
+    AgentStatus, HostDrainStatus, NotSteered, ProxyHeadersStatus, SteerStatus, SteerWorkerStatus,
+};
 
 use super::*;
 
@@ -86,5 +88,52 @@ fn agents_drains_and_headers_are_shown_and_nothing_without_them() {
     for part in PARTS {
         browser.wait_true(&is_hidden(part));
     }
+    assert_eq!(browser.complaints, [] as [Value; 0]);
+}
+
+#[test]
+fn steered_pools_are_shown_and_nothing_without_them() {
+    let Some(shared) = Browser::shared() else { return };
+    let mut browser = Browser::take(&shared);
+    let (_dispatcher, _door) = idle(&mut browser);
+    assert_eq!(browser.value(&is_hidden("steer-section")), true);
+    let mut status = crowd(2);
+    let pool = &mut status.pools[0];
+    pool.steer = Some(SteerStatus {
+        attached: true,
+        not_pinned: Some("no bpffs".to_owned()),
+        chosen: 1_234,
+        dropped_full: 1,
+        dropped_no_worker: 2,
+        refused: 3,
+        failed: 4,
+        not_steered: vec![NotSteered {
+            name: HOSTILE.to_owned(),
+            address: "127.0.0.1:9001".to_owned(),
+            problem: "MPTCP".to_owned(),
+        }],
+        ..SteerStatus::default()
+    });
+    let address = "127.0.0.1:9000".to_owned();
+    pool.workers[0].pid = 0;
+    pool.workers[0].steer =
+        Some(SteerWorkerStatus { address: address.clone(), ..SteerWorkerStatus::default() });
+    pool.workers[1].steer = Some(SteerWorkerStatus {
+        address,
+        problem: Some("MPTCP".to_owned()),
+        ..SteerWorkerStatus::default()
+    });
+    pretend(&mut browser, &status);
+    browser.wait_true(&format!("!{}", is_hidden("steer-section")));
+    let faults = format!("no bpffs; {HOSTILE} at 127.0.0.1:9001: MPTCP");
+    assert_eq!(
+        cells(&mut browser, "steers"),
+        [[&*status.pools[0].name, "attached", "1,234", "1", "2", "3", "4", &faults]]
+    );
+    let workers = browser.text("document.getElementById('workers').innerText");
+    assert!(workers.contains("pid –, steered at 127.0.0.1:9000"), "{workers}");
+    assert!(workers.contains(", not steered at 127.0.0.1:9000: MPTCP"), "{workers}");
+    pretend(&mut browser, &crowd(2));
+    browser.wait_true(&is_hidden("steer-section"));
     assert_eq!(browser.complaints, [] as [Value; 0]);
 }

@@ -28,6 +28,31 @@ pub struct SteerStatus {
     pub refused: u64,
     /// Workers whose listener could not be given a connection.
     pub failed: u64,
+    /// Workers that get no connections, whether or not they have joined.
+    #[serde(default, skip_serializing_if = "Vec::is_empty")]
+    pub not_steered: Vec<NotSteered>,
+}
+
+/// A process or member of a steered pool that gets no connections.
+#[derive(Clone, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
+pub struct NotSteered {
+    /// Its pool and name.
+    pub name: String,
+    /// Where it is to listen.
+    pub address: String,
+    /// Why it gets none.
+    pub problem: String,
+}
+
+impl SteerStatus {
+    /// Whether the kernel chooses, in a word or two.
+    pub fn state(&self) -> &'static str {
+        match (self.attached, self.pinned) {
+            (false, _) => "not attached",
+            (true, true) => "pinned",
+            (true, false) => "attached",
+        }
+    }
 }
 
 /// A worker whose connections the kernel chooses.

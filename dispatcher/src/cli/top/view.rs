@@ -178,6 +178,9 @@ fn pools(frame: &mut Frame<'_>, area: Rect, status: &Status, model: &Model, them
     frame.render_widget(Table::new(rows, widths).header(Row::new(head).style(theme.head())), area);
 }
 
+/// The narrowest and the widest column of states: `suspect`, `suspect not steered`.
+const STATE: (u16, u16) = (9, 19);
+
 /// A column of the worker table.
 #[derive(Clone, Copy, PartialEq, Eq)]
 enum Column {
@@ -238,11 +241,12 @@ impl Column {
         }
     }
 
-    fn width(self) -> u16 {
+    /// The width, where the longest state has `state` characters.
+    fn width(self, state: u16) -> u16 {
         match self {
             Column::Pool => 12,
             Column::Worker => 14,
-            Column::State => 9,
+            Column::State => state,
             Column::Load | Column::Revoked => 7,
             Column::InFlight => 8,
             Column::Rate => 10,
@@ -257,10 +261,10 @@ impl Column {
     }
 
     /// The columns that fit.
-    fn fitting(width: u16) -> Vec<Column> {
+    fn fitting(width: u16, state: u16) -> Vec<Column> {
         let mut shown = Column::ALL.to_vec();
         for dropped in Column::OPTIONAL.iter().rev() {
-            let needed: u16 = shown.iter().map(|column| column.width() + 1).sum();
+            let needed: u16 = shown.iter().map(|column| column.width(state) + 1).sum();
             if needed < width {
                 break;
             }
@@ -282,7 +286,7 @@ impl Column {
             Column::InFlight => right(worker.in_flight.to_string()),
             Column::Rate => right(row.rate.map_or("-".to_owned(), |rate| format!("{rate:.1}"))),
             Column::Id => right(worker.id.to_string()),
-            Column::Pid => right(worker.pid.to_string()),
+            Column::Pid => right(worker.shown_pid()),
             Column::Bar => {
                 Cell::new(bar(worker.load, worker.in_flight, most)).style(theme.with(Color::Blue))
             }
@@ -301,12 +305,14 @@ fn workers(frame: &mut Frame<'_>, area: Rect, model: &mut Model, theme: Theme) {
         return;
     }
     let most = rows.iter().map(|row| row.worker.load).max().unwrap_or(0).max(1);
-    let columns = Column::fitting(area.width);
+    let states = rows.iter().map(|row| row.worker.shown_kind().len() as u16);
+    let state = states.max().unwrap_or(0).clamp(STATE.0, STATE.1);
+    let columns = Column::fitting(area.width, state);
     let table = rows.iter().map(|row| Row::new(columns.iter().map(|c| c.cell(row, most, theme))));
     let head = columns.iter().map(|column| heading(column.head(), column.is_number()));
     let widths = columns.iter().map(|column| match column {
         Column::Worker => Constraint::Fill(1),
-        other => Constraint::Length(other.width()),
+        other => Constraint::Length(other.width(state)),
     });
     let table = Table::new(table, widths)
         .header(Row::new(head).style(theme.head()))

@@ -12,7 +12,6 @@ use super::super::{EventLoop, RunError};
 use super::{
     Holder, Opened, PoolSpec, Slot, SlotIo, SteerCommand, SteerEvent, SteeredPool, start_thread,
 };
-use crate::api::status::{Status, SteerStatus};
 use crate::background::logger::{quoted, value};
 use crate::config::{OnDispatcherLoss, Ports, Steer};
 use dispatcher_core::{
@@ -252,35 +251,6 @@ impl EventLoop {
         self.steers.send(SteerCommand::End(kept, answer));
         if self.steers.running.take().is_some() {
             let _ = ended.recv_timeout(ENDING);
-        }
-    }
-
-    /// Adds what the kernel counts to the status.
-    pub(in crate::event_loop) fn steer_status(&self, status: &mut Status) {
-        for pool in &mut status.pools {
-            let Some(id) = self.core.pool_named(&pool.name) else { continue };
-            let Some(known) = self.steers.pools.get(&id) else { continue };
-            let (opened, totals) = (known.opened.as_ref(), known.totals);
-            pool.steer = Some(SteerStatus {
-                attached: opened.is_some(),
-                pinned: opened.is_some_and(|opened| opened.pinned),
-                not_pinned: opened.and_then(|opened| opened.not_pinned.clone()),
-                error: known.failure.clone(),
-                chosen: totals.chosen,
-                dropped_full: totals.full,
-                dropped_no_worker: totals.waited,
-                refused: totals.unserved,
-                failed: totals.failed,
-            });
-        }
-        let workers = status.pools.iter_mut().flat_map(|pool| &mut pool.workers);
-        for worker in workers {
-            let Some(steer) = &mut worker.steer else { continue };
-            let of = |(id, _): &(&WorkerId, &Slot)| id.serial == worker.id;
-            let Some((_, slot)) = self.steers.workers.iter().find(of) else { continue };
-            let Some(io) = self.steers.slots.get(slot) else { continue };
-            steer.address = io.address.to_string();
-            steer.problem.clone_from(&io.problem);
         }
     }
 

@@ -12,6 +12,7 @@
 mod hot;
 #[cfg(feature = "steer")]
 mod ports;
+mod status;
 #[cfg(feature = "steer")]
 mod thread;
 
