@@ -9,6 +9,7 @@ mod line;
 mod page;
 mod processes;
 mod relay;
+mod steer;
 
 use std::fmt;
 use std::sync::Arc;
@@ -161,6 +162,7 @@ impl Collector for Snapshot {
         self.relay(&mut page)?;
         self.hosts(&mut page)?;
         self.line(&mut page)?;
+        self.steering(&mut page)?;
         self.workers(&mut page)
     }
 }
@@ -316,7 +318,7 @@ impl Snapshot {
             "listener_state",
             "1 for the state the listener is in",
             listeners().flat_map(|l| {
-                ["accepting", "paused", "refusing", "closed"].map(|state| {
+                ["accepting", "paused", "refusing", "steered", "closed"].map(|state| {
                     let labels = [("listener", &*l.name), ("pool", &l.pool), ("state", state)];
                     (Labels::new(labels), u64::from(l.state == state))
                 })

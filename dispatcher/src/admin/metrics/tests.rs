@@ -3,6 +3,7 @@ use crate::api::advice::{AddressRecord, AdvicePoolStatus, AdviceStatus, PeerStat
 use crate::api::status::{AgentStatus, HostDrainStatus, LeavingStatus, RollStatus};
 use crate::api::status::{Distribution, ListenerStatus, Meters, ProcessesStatus};
 use crate::api::status::{LineStatus, LineWorkerStatus, ProxyHeadersStatus};
+use crate::api::status::{NotSteered, SteerStatus, SteerWorkerStatus};
 
 fn status(workers: u64) -> Status {
     let worker = |id| WorkerStatus {
@@ -110,6 +111,7 @@ fn each_status_field_has_its_own_metric() {
         channel_full: 26,
         not_scored: Some("gauge queue_wait never set".to_owned()),
         line: Some(LineWorkerStatus { unread: 85, ..LineWorkerStatus::default() }),
+        steer: Some(SteerWorkerStatus { pending: 97, queued: 98, ..SteerWorkerStatus::default() }),
         ..WorkerStatus::default()
     };
     let agent = AgentStatus {
@@ -123,7 +125,18 @@ fn each_status_field_has_its_own_metric() {
     let pool = PoolStatus {
         name: "p".to_owned(),
         agent: Some(agent),
-        steer: None,
+        steer: Some(SteerStatus {
+            attached: true,
+            pinned: false,
+            not_pinned: None,
+            error: Some("no right".to_owned()),
+            chosen: 92,
+            dropped_full: 93,
+            dropped_no_worker: 94,
+            refused: 95,
+            failed: 96,
+            not_steered: vec![NotSteered::default(); 3],
+        }),
         policy: "least-score".to_owned(),
         state: "back-pressure".to_owned(),
         queued: 11,
@@ -298,6 +311,7 @@ listener_closed_connections_total{listener="l",pool="p",reason="denied"} 9
 listener_state{listener="l",pool="p",state="accepting"} 0
 listener_state{listener="l",pool="p",state="paused"} 1
 listener_state{listener="l",pool="p",state="refusing"} 0
+listener_state{listener="l",pool="p",state="steered"} 0
 listener_state{listener="l",pool="p",state="closed"} 0
 tracked_clients{listener="l",pool="p"} 10
 awaited_proxy_headers{listener="l",pool="p"} 57
@@ -379,6 +393,17 @@ line_reports_total 89
 line_recovered_connections_total 90
 line_workers{pool="p"} 1
 line_unread_connections{pool="p"} 85
+steer_attached{pool="p"} 1
+steer_pinned{pool="p"} 0
+steer_failing{pool="p"} 1
+steer_chosen_connections_total{pool="p"} 92
+steer_dropped_syns_total{pool="p",reason="full"} 93
+steer_dropped_syns_total{pool="p",reason="no_worker"} 94
+steer_refused_syns_total{pool="p"} 95
+steer_failed_choices_total{pool="p"} 96
+steer_not_steered_workers{pool="p"} 3
+steer_pending_connections{pool="p"} 97
+steer_unaccepted_connections{pool="p"} 98
 workers_not_shown{pool="p"} 0
 worker_state{pool="p",worker="w",id="31",state="suspect"} 1
 worker_live_connections{pool="p",worker="w",id="31"} 19
@@ -390,4 +415,31 @@ worker_finished_connections_total{pool="p",worker="w",id="31"} 24
 worker_revoked_connections_total{pool="p",worker="w",id="31"} 25
 worker_channel_full_total{pool="p",worker="w",id="31"} 26"#;
     assert_eq!(samples, expected.lines().collect::<Vec<_>>());
+}
+
+/// A steered pool needs root, so the test that reads a running dispatcher has none.
+#[test]
+fn the_metrics_of_steered_pools_are_documented() {
+    let mut status = status(1);
+    assert!(!text(1, 1).contains("dispatcher_steer_"), "no series without a steered pool");
+    status.pools[0].steer = Some(SteerStatus::default());
+    let status = Arc::new(status);
+    let open =
+        openmetrics(Snapshot { status, last_reload: RELOAD, max_workers: 1 }, Process::read());
+    let docs = include_str!("../../../../docs/METRICS.md");
+    let rows: Vec<&str> =
+        docs.lines().filter(|line| line.starts_with("| `dispatcher_steer_")).collect();
+    let text = plain(&open);
+    let kinds = text.lines().filter_map(|line| line.strip_prefix("# TYPE dispatcher_steer_"));
+    let mut families = 0;
+    for (name, kind) in kinds.filter_map(|line| line.split_once(' ')) {
+        families += 1;
+        let sample =
+            text.lines().find(|line| line.starts_with(&format!("dispatcher_steer_{name}{{")));
+        let inside = sample.and_then(|sample| sample.split(['{', '}']).nth(1)).unwrap_or_default();
+        let labels: Vec<&str> = inside.split(',').filter_map(|it| it.split('=').next()).collect();
+        let start = format!("| `dispatcher_steer_{name}` | {kind} | {} |", labels.join(", "));
+        assert!(rows.iter().any(|row| row.starts_with(&start)), "{start}");
+    }
+    assert_eq!(families, rows.len());
 }
