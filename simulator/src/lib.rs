@@ -309,7 +309,6 @@ impl Driver {
             | Effect::CheckOver { taken: false, .. }
             | Effect::Steer { .. }
             | Effect::Event(_) => {}
-            Effect::Steer { .. } => panic!("no pool of the simulator is steered"),
         }
     }
 

@@ -430,8 +430,7 @@ impl Model {
             | Effect::EndProcess { .. }
             | Effect::CheckReady { .. }
             | Effect::SendCheck { .. }
-            | Effect::CheckOver { .. }
-            | Effect::Steer { .. } => panic!("no processes and no steered pools are configured"),
+            | Effect::CheckOver { .. } => panic!("no processes are configured"),
             // The model ignores these.
             Effect::Notify { .. } => panic!("a notice for a worker without support"),
             // A pool may take nothing for longer than this, depending on its workers' usual times.
