@@ -215,6 +215,40 @@ fn a_dispatcher_with_capabilities_passes_none_on() {
     assert!(!Path::new(&format!("/proc/{pid}")).exists(), "the stop left it");
 }
 
+/// A process without a `user` keeps what its service may need, but not what the kernel's choice of
+/// workers needs.
+#[test]
+fn capabilities_for_steering_stay_with_the_dispatcher() {
+    if !is_root() {
+        return;
+    }
+    if Command::new("setpriv").arg("--version").output().is_err() {
+        return skip("needs setpriv");
+    }
+    let temp = directory();
+    let dir = temp.path().to_owned();
+    write_config(&dir, &scripted(&dir, "WORKER", ""));
+    let program = unprivileged(&dir).get_program().to_owned();
+    std::os::unix::fs::chown(&dir, Some(NOBODY), Some(NOBODY)).unwrap();
+    let mut command = Command::new("setpriv");
+    command.args(["--reuid=65534", "--regid=65534", "--clear-groups"]);
+    for set in ["inh", "ambient"] {
+        command.arg(format!("--{set}-caps=+bpf,+net_admin,+sys_ptrace,+net_bind_service"));
+    }
+    command.arg(&program).env_remove("NOTIFY_SOCKET");
+    let mut dispatcher = Dispatcher::start_as(&dir, &mut command);
+    dispatcher.keep(temp);
+    dispatcher.wait_joined("web", 1);
+    let bits = |pid, set| u64::from_str_radix(&words(pid, "status", set)[0], 16).unwrap();
+    let few = 1 << 10;
+    let own = 1 << 39 | 1 << 12 | 1 << 19;
+    assert_eq!(bits(dispatcher.process.pid(), "CapAmb:"), own | few, "the test gave it these");
+    let pid = pid(&dispatcher, "web-1");
+    for set in ["CapPrm:", "CapEff:", "CapAmb:"] {
+        assert_eq!(bits(pid, set), few, "{set}");
+    }
+}
+
 #[test]
 fn a_step_that_fails_is_named_and_tried_again() {
     if !is_root() {

@@ -7,6 +7,11 @@ use rustix::fs::Mode;
 use rustix::process::{Gid, Resource, Rlimit, Uid};
 use rustix::thread::{CapabilitySet, CapabilitySets};
 
+/// What the dispatcher may have got for itself, to have the kernel choose workers. A process that
+/// has it could change or end that choice.
+const OWN: [CapabilitySet; 3] =
+    [CapabilitySet::BPF, CapabilitySet::NET_ADMIN, CapabilitySet::SYS_PTRACE];
+
 /// What a child does between fork and exec, in this order.
 ///
 /// The limits come first, because a user without privileges cannot raise them. The directory comes
@@ -86,6 +91,13 @@ impl ChildSetup {
         }
         if let Some(gid) = self.gid {
             rustix::thread::set_thread_res_gid(gid, gid, gid).map_err(|e| Step::Group.failed(e))?;
+        }
+        for capability in OWN {
+            match rustix::thread::configure_capability_in_ambient_set(capability, false) {
+                // The kernel does not know it, so the process cannot have it.
+                Ok(()) | Err(rustix::io::Errno::INVAL) => {}
+                Err(error) => return Err(Step::Capabilities.failed(error)),
+            }
         }
         if let Some(uid) = self.uid {
             rustix::thread::set_thread_res_uid(uid, uid, uid).map_err(|e| Step::User.failed(e))?;
