@@ -46,7 +46,8 @@ if [ -e "$directory" ]; then
     install -D -m 644 etc/directory.toml "$root/usr/share/doc/dispatcher/directory.toml"
 fi
 
-for unit in dispatcher.service dispatcher-workers.service dispatcher.socket dispatcher-dispatch.socket; do
+for unit in dispatcher.service dispatcher-workers.service dispatcher-steer.service \
+    dispatcher.socket dispatcher-dispatch.socket; do
     install -D -m 644 "etc/$unit" "$units/$unit"
 done
 if [ "${1:-}" = --workers ]; then

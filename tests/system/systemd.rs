@@ -17,6 +17,9 @@ use test_support::systemd::{CONFIG, Machine};
 use test_support::*;
 
 const SERVICE: &str = "dispatcher.service";
+
+/// The unit for pools that the kernel balances.
+const STEER: &str = "dispatcher-steer.service";
 const SOCKETS: [&str; 2] = ["dispatcher.socket", "dispatcher-dispatch.socket"];
 
 /// A booted machine with listening sockets and no dispatcher yet.
@@ -58,11 +61,59 @@ fn the_units_are_valid() {
     let Some(machine) = Machine::boot() else {
         return;
     };
-    let mut arguments = vec!["verify", "--man=no", SERVICE, "dispatcher-workers.service"];
+    let mut arguments = vec!["verify", "--man=no", SERVICE, "dispatcher-workers.service", STEER];
     arguments.extend(SOCKETS);
     let output = machine.run("systemd-analyze", &arguments);
     let complaints = String::from_utf8_lossy(&output.stderr);
     assert!(output.status.success() && complaints.is_empty(), "{complaints}");
+}
+
+/// As an ordinary user that every machine has, because the one of the unit is made by `useradd`.
+#[test]
+fn the_unit_for_steering_has_two_capabilities_and_a_place_for_pins() {
+    let Some(machine) = Machine::boot() else {
+        return;
+    };
+    let unit = std::fs::read_to_string(
+        std::path::Path::new(env!("CARGO_MANIFEST_DIR")).join("../etc").join(STEER),
+    )
+    .unwrap();
+    let before = unit.lines().filter(|line| line.starts_with("ExecStartPre="));
+    let before: Vec<String> =
+        before.map(|line| line.replace("dispatcher:dispatcher", "nobody:") + "\n").collect();
+    let probe = "ExecStartPre=/run/bin/dispatcher doctor --bpffs /run/dispatcher/bpf\n\
+                 ExecStartPre=/bin/mkdir -m 0700 /run/dispatcher/bpf/mine\n";
+    let drop_in = format!(
+        "[Service]\nUser=nobody\nGroup=\nExecStartPre=\n{}{probe}\
+         StandardOutput=journal\nStandardError=journal\n",
+        before.concat()
+    );
+    machine.write_drop_in(STEER, "user", &drop_in);
+    machine.configure(
+        "[[listener]]\nname = \"l\"\naddress = \"127.0.0.1:0\"\npool = \"web\"\n[pool.web]\n",
+    );
+    machine.order(&["daemon-reload"]);
+    // A file system that only some kernels have.
+    let known = std::fs::read_to_string("/proc/filesystems").unwrap();
+    if !known.lines().any(|line| line.ends_with("\tbpf")) {
+        return skip("needs bpffs");
+    }
+    machine.order(&["start", STEER]);
+    let output = machine.run("systemctl", &["show", "-P", "MainPID", STEER]);
+    let pid = String::from_utf8(output.stdout).unwrap().trim().to_owned();
+    let output = machine.run("cat", &[&format!("/proc/{pid}/status")]);
+    let status = String::from_utf8(output.stdout).unwrap();
+    let value = |name: &str| {
+        let line = status.lines().find_map(|line| line.strip_prefix(name));
+        line.unwrap_or_default().split_whitespace().next().unwrap_or_default().to_owned()
+    };
+    let two = format!("{:016x}", 1_u64 << 39 | 1 << 12);
+    for set in ["CapPrm:", "CapEff:", "CapBnd:", "CapAmb:"] {
+        assert_eq!(value(set), two, "{set}");
+    }
+    assert_ne!(value("Uid:"), "0");
+    let output = machine.run("ls", &["-ld", "/run/dispatcher/bpf/mine"]);
+    assert!(String::from_utf8_lossy(&output.stdout).starts_with("drwx------ "), "{output:?}");
 }
 
 #[test]

@@ -30,9 +30,10 @@ const STUBS: [&str; 9] = [
 ];
 
 /// The units under test, unchanged. Drop-ins below contain the changes of the tests.
-const UNITS: [&str; 4] = [
+const UNITS: [&str; 5] = [
     "dispatcher.service",
     "dispatcher-workers.service",
+    "dispatcher-steer.service",
     "dispatcher.socket",
     "dispatcher-dispatch.socket",
 ];
@@ -295,6 +296,7 @@ fn write_units(units: &Path, address: SocketAddr) {
     for (unit, text) in [
         ("dispatcher.service", SERVICE),
         ("dispatcher-workers.service", SERVICE),
+        ("dispatcher-steer.service", SERVICE),
         ("dispatcher.socket", &socket),
     ] {
         write_drop_in(units, unit, "test", text);
