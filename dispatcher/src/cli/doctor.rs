@@ -17,8 +17,8 @@ Examples:
   dispatcher doctor                          what this machine supports, and what is missing
   dispatcher doctor --json | jq -e .steer.ok   can connections be steered in the kernel?
 
-Run it as the user and in the unit or container of the dispatcher: capabilities differ. It changes nothing. Steering is a
-library so far; no configuration key uses it yet.
+Run it as the user and in the unit or container of the dispatcher: capabilities differ. It changes nothing. Steering is
+for pools with mode = \"steer\".
 Exit code 0 if connections can be passed, 69 if not.";
 
 #[derive(Debug, Args)]
