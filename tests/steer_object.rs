@@ -49,7 +49,7 @@ fn the_description_has_programs_maps_and_references() {
         assert!(found.contains_key(name), "{name}: {:?}", found.keys());
     }
     assert_eq!(found["licence"], "\"Dual MIT/GPL\"");
-    assert_eq!(found["map workers"], "type 2 flags 0 key 4 value 16 entries 1024");
+    assert_eq!(found["map workers"], "type 2 flags 0 key 4 value 24 entries 1024");
     assert!(found.values().any(|to| to.contains("\"listeners\"")), "{found:?}");
 }
 

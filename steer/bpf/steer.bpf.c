@@ -1,6 +1,6 @@
 // SPDX-License-Identifier: MIT OR GPL-2.0-only
 /*
- * Gives each new connection of a pool to the worker with the fewest connections for its weight.
+ * Gives each new connection of a pool to the worker that the policy of the pool chooses.
  *
  * `steer_lookup` runs for each SYN, and for each segment without a socket, in a network namespace
  * and chooses the listener. `steer_events` runs for sockets of a cgroup: it registers listeners and
@@ -266,6 +266,14 @@ int steer_lookup(struct bpf_sk_lookup *ctx)
 	if (choice.start >= choice.workers)
 		choice.start = 0;
 	choice.turn = __sync_fetch_and_add(&st->turn, 1);
+	choice.seed = conf->seed;
+	choice.policy = conf->policy;
+	if (choice.policy == STEER_ROUND_ROBIN)
+		choice.key = *(volatile __u64 *)&st->clock;
+	if (choice.policy == STEER_HASH) {
+		choice.key = key_of(remote.ip, is_v6);
+		choice.start = 0;
+	}
 	st->second = choice.second;
 #pragma unroll
 	for (int i = 0; i < ASSIGN_TRIES; i++) {
@@ -282,6 +290,8 @@ int steer_lookup(struct bpf_sk_lookup *ctx)
 	return unserved(ctx, st, conf->wait_ns, now);
 
 chosen:
+	if (choice.policy == STEER_ROUND_ROBIN)
+		take_turn(&choice);
 	st->last = choice.worker;
 	if (st->unserved_since)
 		st->unserved_since = 0;

@@ -15,7 +15,7 @@
 #include <linux/types.h>
 
 /* Changes when a layout or the meaning of a field changes. */
-#define STEER_VERSION 1
+#define STEER_VERSION 2
 
 #define STEER_MAX_WORKERS 1024
 /* With more workers than this, two random ones are compared instead of all. */
@@ -33,6 +33,24 @@
  * again after a second, and that one may go to another worker. In nanoseconds. */
 #define STEER_COOKIE_NS 900000000ULL
 
+/* With round-robin: virtual time between two turns of a worker with the least weight, at the slowest
+ * of its slow start. */
+#define STEER_TURN (1ULL << 40)
+/* A turn that is further ahead than this is one that was missed. */
+#define STEER_TURN_FAR (1ULL << 50)
+
+/* With hash: keys of the hash of addresses, those of `dispatcher-core`. */
+#define STEER_KEY_0 0x6469737061746368ULL
+#define STEER_KEY_1 0x616666696e697479ULL
+
+/* Policies. */
+#define STEER_LEAST_CONNECTIONS 0
+#define STEER_ROUND_ROBIN 1
+#define STEER_RANDOM 2
+#define STEER_TWO_CHOICES 3
+#define STEER_HASH 4
+#define STEER_FAILOVER 5
+
 /* Index in `listeners`: IPv4 and IPv6 of each worker; the sinks follow as one more worker. */
 #define STEER_LISTENER(worker, is_v6) (2 * (worker) + (is_v6))
 
@@ -45,6 +63,10 @@ struct steer_settings {
 	__u64 netns;
 	/* How long SYNs are dropped while no worker is usable, in nanoseconds; then they are reset. */
 	__u64 wait_ns;
+	/* Random: the source of draws, with the number of the decision. */
+	__u64 seed;
+	__u32 policy;
+	__u32 reserved;
 };
 
 /* Map `workers`, by worker. */
@@ -59,7 +81,10 @@ struct steer_worker {
 	__u8 draining;
 	/* Boolean: gets new connections only if no other worker has room. */
 	__u8 suspect;
-	__u16 reserved;
+	/* With failover: workers of the highest priority get all connections. */
+	__u16 priority;
+	/* With hash: what the worker's draws depend on; 0: on its number. */
+	__u64 node;
 };
 
 /* Map `counts`, by worker. */
@@ -81,11 +106,13 @@ struct steer_counts {
 	__u32 no_v4_at;
 	/* The error with which the last listener could not be registered, negative; 0 if it was. */
 	__s32 refused;
+	/* With round-robin: the virtual time of its last turn. */
+	__u64 last_turn;
 };
 
 /* Map `state`, one entry. */
 struct steer_state {
-	/* Decisions, ever; the source of random draws. */
+	/* Decisions, ever. */
 	__u64 turn;
 	/* Since when there is no usable worker, CLOCK_MONOTONIC in nanoseconds; 0: there is one. */
 	__u64 unserved_since;
@@ -107,6 +134,8 @@ struct steer_state {
 	__u64 no_sink;
 	/* Workers whose listener could not be given a connection. */
 	__u64 failed;
+	/* With round-robin: the virtual time of the last turn. */
+	__u64 clock;
 };
 
 /* Key of `members` (value: the worker) and `publics` (value: 1). */

@@ -1,17 +1,25 @@
 //! The choice as a pure function: what the program in the kernel decides for one SYN.
 //!
-//! The program in `bpf/steer.bpf.c` and this module have the same rules; a property test lets both
+//! The program in `bpf/choose.h` and this module have the same rules; a property test lets both
 //! decide on the same state. Change them together.
 //!
 //! A worker is usable if it has a weight and a listener for the client's family, and is not
-//! draining. Among usable workers below their maximum, trusted ones come before suspect ones; then
-//! the fewest connections for the weight win; ties go to the first one after the last choice.
+//! draining. Every policy chooses among usable workers below their maximum, trusted ones before
+//! suspect ones. Where workers are compared, ties go to the first one after the last choice.
 
-use crate::layout::{DRAWS, SCAN_WORKERS, Totals, WorkerCounts, WorkerSettings};
+mod hash;
+
+use self::hash::{distance, mixed};
+use crate::layout::{DRAWS, SCAN_WORKERS, TURN, TURN_FAR, Totals, WorkerCounts, WorkerSettings};
+use crate::policy::Policy;
 
 /// The state that a decision depends on. `settings` and `counts` have an entry for each worker.
 #[derive(Clone, Copy, Debug)]
 pub struct Pool<'a> {
+    /// How workers are compared.
+    pub policy: Policy,
+    /// The random number that draws depend on, with the number of the decision.
+    pub seed: u64,
     /// What the loader decides, by worker.
     pub settings: &'a [WorkerSettings],
     /// What the programs count, by worker.
@@ -22,6 +30,8 @@ pub struct Pool<'a> {
     pub second: u32,
     /// Whether the client has an IPv6 address.
     pub is_v6: bool,
+    /// With hash: the key of the client's address, [`crate::policy::key_of`].
+    pub key: u64,
 }
 
 /// What happens with a SYN.
@@ -48,6 +58,8 @@ struct Search {
     best: Option<Best>,
     full: bool,
     drawn: u32,
+    /// With failover: workers of a lower priority stand by.
+    top: u16,
 }
 
 impl Pool<'_> {
@@ -55,19 +67,29 @@ impl Pool<'_> {
     pub fn choose(&self) -> Choice {
         let workers = self.settings.len().min(self.counts.len()) as u32;
         let mut search = Search::default();
-        if workers > SCAN_WORKERS {
-            for draw in 0..DRAWS {
-                let random = mix(self.totals.turn, draw);
-                self.consider(&mut search, random % workers);
-                if search.drawn >= 2 {
-                    break;
+        let mut sure = false;
+        match self.policy {
+            Policy::LeastConnections if workers > SCAN_WORKERS => {
+                for draw in 0..DRAWS {
+                    self.consider(&mut search, (self.random(draw) >> 32) as u32 % workers);
+                    if search.drawn >= 2 {
+                        break;
+                    }
                 }
+                sure = search.drawn > 0;
             }
+            Policy::Random | Policy::TwoChoices => {
+                self.sample(&mut search, workers);
+                sure = search.best.is_some();
+            }
+            Policy::Failover => search.top = self.top(workers),
+            Policy::LeastConnections | Policy::RoundRobin | Policy::Hash => {}
         }
-        if search.drawn == 0 {
+        if !sure {
             search.best = None;
             let next = self.totals.last.wrapping_add(1);
-            let start = if next < workers { next } else { 0 };
+            let rotates = self.policy != Policy::Hash && next < workers;
+            let start = if rotates { next } else { 0 };
             for worker in (start..workers).chain(0..start) {
                 self.consider(&mut search, worker);
             }
@@ -79,19 +101,20 @@ impl Pool<'_> {
         }
     }
 
+    /// Notes the worker if it is the best so far.
     fn consider(&self, search: &mut Search, worker: u32) {
-        let (settings, counts) = (self.settings[worker as usize], self.counts[worker as usize]);
-        if !is_usable(&settings, &counts, self.is_v6) {
+        let settings = &self.settings[worker as usize];
+        if !self.is_usable(worker) || settings.priority < search.top {
             return;
         }
-        let load = counts.load(self.second);
-        if settings.maximum != 0 && load >= u64::from(settings.maximum) {
+        if !self.has_room(worker) {
             search.full = true;
             return;
         }
         let suspect = settings.suspect != 0;
         search.drawn += u32::from(!suspect);
-        let found = Best { worker, suspect, cost: load + 1, weight: settings.effective_weight() };
+        let (cost, weight) = self.cost(worker);
+        let found = Best { worker, suspect, cost, weight };
         // Fractions are compared by cross-multiplication: exact, and within 64 bits.
         let before = |best: Best| {
             (suspect, found.cost * best.weight) < (best.suspect, best.cost * found.weight)
@@ -100,23 +123,102 @@ impl Pool<'_> {
             search.best = Some(found);
         }
     }
-}
 
-fn is_usable(settings: &WorkerSettings, counts: &WorkerCounts, is_v6: bool) -> bool {
-    if settings.weight == 0 || settings.draining != 0 || counts.lost_at == counts.listens {
-        return false;
+    /// What the policy compares: a cost, and the weight by which it is divided.
+    fn cost(&self, worker: u32) -> (u64, u64) {
+        let settings = &self.settings[worker as usize];
+        let weight = settings.effective_weight();
+        match self.policy {
+            Policy::RoundRobin => (self.ahead(worker), 1),
+            Policy::Hash => {
+                let node = if settings.node == 0 { u64::from(worker) + 1 } else { settings.node };
+                (distance(mixed(self.key ^ node)), weight)
+            }
+            Policy::LeastConnections | Policy::Random | Policy::TwoChoices | Policy::Failover => {
+                (self.load(worker) + 1, weight)
+            }
+        }
     }
-    if is_v6 { counts.listeners[1] > 0 } else { counts.serves_v4() }
-}
 
-/// A random number for a draw of a decision (SplitMix64).
-fn mix(turn: u64, draw: u32) -> u32 {
-    let n = turn.wrapping_mul(DRAWS.into()).wrapping_add(u64::from(draw) + 1);
-    let mut z = n.wrapping_mul(0x9e37_79b9_7f4a_7c15);
-    z = (z ^ (z >> 30)).wrapping_mul(0xbf58_476d_1ce4_e5b9);
-    z = (z ^ (z >> 27)).wrapping_mul(0x94d0_49bb_1331_11eb);
-    z ^= z >> 31;
-    (z >> 32) as u32
+    /// Virtual time until the worker's next turn: a worker's turns are `1 / weight` apart. A worker
+    /// does not catch up on turns that it missed. Sums wrap, so a distance that is too long is a
+    /// time in the past.
+    fn ahead(&self, worker: u32) -> u64 {
+        let weight = self.settings[worker as usize].effective_weight();
+        let next = self.counts[worker as usize].last_turn.wrapping_add(TURN / weight);
+        let ahead = next.wrapping_sub(self.totals.clock);
+        if ahead < TURN_FAR { ahead } else { 0 }
+    }
+
+    /// With round-robin: the virtual time of the worker's next turn.
+    pub fn turn(&self, worker: u32) -> u64 {
+        self.totals.clock.wrapping_add(self.ahead(worker))
+    }
+
+    /// With failover: the highest priority of the workers that are up: usable and trusted, even if
+    /// full. If none is up, no worker stands by.
+    fn top(&self, workers: u32) -> u16 {
+        let up = (0..workers).filter(|&worker| {
+            self.is_usable(worker) && self.settings[worker as usize].suspect == 0
+        });
+        up.map(|worker| self.settings[worker as usize].priority).max().unwrap_or(0)
+    }
+
+    /// Draws a worker in proportion to weights; with two choices another one, too, of which the
+    /// less loaded is taken.
+    fn sample(&self, search: &mut Search, workers: u32) {
+        let usable = (0..workers).filter(|&worker| self.is_usable(worker));
+        let (with_room, full): (Vec<u32>, Vec<u32>) =
+            usable.partition(|&worker| self.has_room(worker));
+        search.full = !full.is_empty();
+        let (suspect, trusted): (Vec<u32>, Vec<u32>) =
+            with_room.into_iter().partition(|&worker| self.settings[worker as usize].suspect != 0);
+        let mut from = if trusted.is_empty() { suspect } else { trusted };
+        let Some(first) = self.draw(&from, 0) else { return };
+        self.consider(search, first);
+        from.retain(|&worker| worker != first);
+        if self.policy == Policy::TwoChoices
+            && let Some(second) = self.draw(&from, 1)
+        {
+            self.consider(search, second);
+        }
+    }
+
+    /// A worker of these, in proportion to weights.
+    fn draw(&self, from: &[u32], draw: u32) -> Option<u32> {
+        let weight = |worker: u32| self.settings[worker as usize].effective_weight();
+        let all: u64 = from.iter().map(|&worker| weight(worker)).sum();
+        let mut rest = self.random(draw).checked_rem(all)?;
+        from.iter().copied().find(|&worker| {
+            let found = rest < weight(worker);
+            rest = rest.saturating_sub(weight(worker));
+            found
+        })
+    }
+
+    fn load(&self, worker: u32) -> u64 {
+        self.counts[worker as usize].load(self.second)
+    }
+
+    fn has_room(&self, worker: u32) -> bool {
+        let maximum = self.settings[worker as usize].maximum;
+        maximum == 0 || self.load(worker) < u64::from(maximum)
+    }
+
+    fn is_usable(&self, worker: u32) -> bool {
+        let settings = &self.settings[worker as usize];
+        let counts = &self.counts[worker as usize];
+        if settings.weight == 0 || settings.draining != 0 || counts.lost_at == counts.listens {
+            return false;
+        }
+        if self.is_v6 { counts.listeners[1] > 0 } else { counts.serves_v4() }
+    }
+
+    /// A random number for a draw of this decision (SplitMix64).
+    fn random(&self, draw: u32) -> u64 {
+        let n = self.totals.turn.wrapping_mul(DRAWS.into()).wrapping_add(u64::from(draw) + 1);
+        mixed(self.seed.wrapping_add(n.wrapping_mul(0x9e37_79b9_7f4a_7c15)))
+    }
 }
 
 #[cfg(test)]

@@ -7,7 +7,7 @@
 use std::net::{IpAddr, Ipv6Addr, SocketAddr};
 
 /// Changes when a layout or the meaning of a field changes.
-pub(crate) const VERSION: u32 = 1;
+pub(crate) const VERSION: u32 = 2;
 /// Most workers of a pool.
 pub const MAX_WORKERS: u32 = 1024;
 /// With more workers than this, two random ones are compared instead of all.
@@ -16,6 +16,11 @@ pub const SCAN_WORKERS: u32 = 256;
 pub(crate) const DRAWS: u32 = 8;
 /// [`WorkerSettings::slow_start`] of a worker at full speed.
 pub const FULL_SPEED: u32 = 1000;
+/// With round-robin: virtual time between two turns of a worker with the least weight, at the slowest
+/// of its slow start.
+pub(crate) const TURN: u64 = 1 << 40;
+/// A turn that is further ahead than this is one that was missed.
+pub(crate) const TURN_FAR: u64 = 1 << 50;
 /// Seconds in which a pending connection counts: the current one and those before it.
 pub const PENDING_SECONDS: u32 = 4;
 
@@ -30,6 +35,11 @@ pub(crate) struct Settings {
     pub netns: u64,
     /// How long SYNs are dropped while no worker is usable, in nanoseconds; then they are reset.
     pub wait_ns: u64,
+    /// Random: the source of draws, with the number of the decision.
+    pub seed: u64,
+    /// The number of a [`crate::Policy`].
+    pub policy: u32,
+    pub reserved: u32,
 }
 
 /// What the loader decides about a worker.
@@ -46,8 +56,10 @@ pub struct WorkerSettings {
     pub draining: u8,
     /// Not 0: gets new connections only if no other worker has room.
     pub suspect: u8,
-    /// Zero.
-    pub reserved: u16,
+    /// With failover: workers of the highest priority get all connections.
+    pub priority: u16,
+    /// With hash: what the worker's draws depend on, see [`crate::policy::node`]; 0: its number.
+    pub node: u64,
 }
 
 impl WorkerSettings {
@@ -83,6 +95,8 @@ pub struct WorkerCounts {
     pub no_v4_at: u32,
     /// The error with which the last listener could not be registered, negative; 0 if it was.
     pub refused: i32,
+    /// With round-robin: the virtual time of its last turn.
+    pub last_turn: u64,
 }
 
 impl WorkerCounts {
@@ -136,7 +150,7 @@ impl WorkerCounts {
 #[repr(C)]
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
 pub struct Totals {
-    /// Decisions, ever; the source of random draws.
+    /// Decisions, ever.
     pub turn: u64,
     /// Since when there is no usable worker, CLOCK_MONOTONIC in nanoseconds; 0: there is one.
     pub unserved_since: u64,
@@ -158,6 +172,8 @@ pub struct Totals {
     pub no_sink: u64,
     /// Workers whose listener could not be given a connection.
     pub failed: u64,
+    /// With round-robin: the virtual time of the last turn.
+    pub clock: u64,
 }
 
 /// An address: IPv4 as IPv4-mapped IPv6.

@@ -4,7 +4,7 @@
 //! kernel do the rest, without a process in the path of a connection:
 //!
 //! - one in a network namespace chooses, for each SYN to a public address of the pool, the listener
-//!   of the worker with the fewest connections for its weight;
+//!   of the worker that the policy of the pool chooses;
 //! - one in a cgroup registers the listeners of the workers by themselves and counts connections.
 //!
 //! [`Steering`] loads, pins and adopts the programs and has the settings and counts. [`decision`]
@@ -19,6 +19,7 @@ mod layout;
 pub mod listening;
 pub mod machine;
 mod pins;
+pub mod policy;
 mod sink;
 mod steering;
 mod sys;
@@ -28,6 +29,7 @@ pub use layout::{
     FULL_SPEED, MAX_WORKERS, PENDING_SECONDS, SCAN_WORKERS, Totals, WorkerCounts, WorkerSettings,
 };
 pub use pins::remove as remove_pins;
+pub use policy::Policy;
 pub use steering::{Options, Steering, Writer, second};
 
 /// The compiled programs.

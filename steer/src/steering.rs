@@ -39,7 +39,7 @@ pub struct Options {
 pub struct Steering {
     pub(crate) maps: Maps,
     pub(crate) links: Links,
-    settings: Settings,
+    pub(crate) settings: Settings,
     /// SYNs are dropped by them; the map of sockets does not keep them open.
     _sinks: (OwnedFd, Option<OwnedFd>),
 }
@@ -104,8 +104,13 @@ impl Steering {
         let sinks = open_sinks(&maps)?;
         let netns = sys::netns_cookie(&sinks.0)
             .map_err(|error| Error::System { step: "identify the network namespace", error })?;
-        let settings =
-            Settings { version: VERSION, workers: 0, netns, wait_ns: nanos(options.wait) };
+        let settings = Settings {
+            version: VERSION,
+            netns,
+            wait_ns: nanos(options.wait),
+            seed: seed()?,
+            ..Default::default()
+        };
         maps.settings_mut()
             .and_then(|mut map| map.set(0, settings, ANY))
             .map_err(|error| Error::refused("write settings", error))?;
@@ -397,7 +402,7 @@ impl Steering {
         written.map_err(|error| Error::refused("write the settings of a worker", error))
     }
 
-    fn write_settings(&mut self, settings: Settings) -> Result<(), Error> {
+    pub(crate) fn write_settings(&mut self, settings: Settings) -> Result<(), Error> {
         let written = self.maps.settings_mut().and_then(|mut map| map.set(0, settings, ANY));
         written.map_err(|error| Error::refused("write settings", error))?;
         self.settings = settings;
@@ -633,6 +638,13 @@ fn check_settings(settings: &WorkerSettings) -> Result<(), Error> {
 
 fn check_port(port: u16) -> Result<(), Error> {
     if port != 0 { Ok(()) } else { Err(Error::Invalid("port 0: 1 to 65535".to_owned())) }
+}
+
+fn seed() -> Result<u64, Error> {
+    let mut seed = [0; 8];
+    let got = rustix::rand::getrandom(&mut seed, rustix::rand::GetRandomFlags::empty());
+    got.map_err(|error| Error::System { step: "draw a random number", error: error.into() })?;
+    Ok(u64::from_ne_bytes(seed))
 }
 
 fn nanos(wait: Duration) -> u64 {

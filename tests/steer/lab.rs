@@ -332,10 +332,14 @@ pub fn sockets_by_process() -> BTreeMap<u32, i64> {
 /// Connects and reads the keeper's hello.
 pub fn connect(to: SocketAddr) -> TcpStream {
     let mut client = dial(to);
+    read_hello(&mut client);
+    client
+}
+
+pub fn read_hello(client: &mut TcpStream) {
     let mut hello = [0; 6];
     client.read_exact(&mut hello).unwrap();
     assert_eq!(&hello, b"hello\n");
-    client
 }
 
 pub fn dial(to: SocketAddr) -> TcpStream {

@@ -9,3 +9,4 @@ mod families;
 mod hostile;
 mod lab;
 mod life;
+mod policies;

@@ -1,15 +1,31 @@
 use super::*;
 use crate::layout::{FULL_SPEED, PENDING_SECONDS};
 
+mod policies;
+
 fn pool(settings: &[WorkerSettings], loads: &[i64]) -> Vec<WorkerCounts> {
     assert_eq!(settings.len(), loads.len());
     let counts = |&live| WorkerCounts { live, listeners: [1, 0], listens: 1, ..Default::default() };
     loads.iter().map(counts).collect()
 }
 
+/// A pool with least connections, of an IPv4 client.
+fn of<'a>(settings: &'a [WorkerSettings], counts: &'a [WorkerCounts]) -> Pool<'a> {
+    Pool {
+        policy: Policy::LeastConnections,
+        seed: 0,
+        settings,
+        counts,
+        totals: Totals::default(),
+        second: 100,
+        is_v6: false,
+        key: 0,
+    }
+}
+
 fn choose(settings: &[WorkerSettings], counts: &[WorkerCounts], last: u32) -> Choice {
     let totals = Totals { last, ..Default::default() };
-    Pool { settings, counts, totals, second: 100, is_v6: false }.choose()
+    Pool { totals, ..of(settings, counts) }.choose()
 }
 
 #[test]
@@ -59,7 +75,7 @@ fn listeners_decide_on_families() {
     };
     let decide = |counts: [WorkerCounts; 2], is_v6| {
         let totals = Totals { last: 1, ..Default::default() };
-        Pool { settings: &settings, counts: &counts, totals, second: 0, is_v6 }.choose()
+        Pool { totals, is_v6, ..of(&settings, &counts) }.choose()
     };
     assert_eq!(decide(counts([1, 0], 0, 0), false), Choice::Worker(0));
     assert_eq!(decide(counts([1, 0], 0, 0), true), Choice::NoWorker);
@@ -70,13 +86,13 @@ fn listeners_decide_on_families() {
 }
 
 #[test]
-fn two_choices_are_nearly_even() {
+fn draws_of_large_pools_are_nearly_even() {
     let settings = vec![WorkerSettings::new(1); 400];
     let mut counts = pool(&settings, &[0; 400]);
     for turn in 0..40_000 {
         let totals = Totals { turn, ..Default::default() };
-        let pool = Pool { settings: &settings, counts: &counts, totals, second: 1, is_v6: false };
-        let Choice::Worker(worker) = pool.choose() else { panic!("no worker") };
+        let choice = Pool { totals, ..of(&settings, &counts) }.choose();
+        let Choice::Worker(worker) = choice else { panic!("no worker") };
         counts[worker as usize].live += 1;
     }
     let most = counts.iter().map(|counts| counts.live).max();
@@ -99,6 +115,7 @@ mod kernel {
     use super::*;
     use crate::layout::{Address, MAX_WORKERS, Settings};
     use crate::machine::{Places, missing};
+    use crate::policy::key_of;
     use crate::steering::{Maps, load_programs};
     use crate::sys;
 
@@ -109,6 +126,18 @@ mod kernel {
         workers: Vec<(WorkerSettings, WorkerCounts)>,
         last: u32,
         turn: u64,
+        seed: u64,
+        policy: Policy,
+        client: Ipv4Addr,
+        clock: u64,
+    }
+
+    impl Case {
+        /// Before the decision.
+        fn totals(&self) -> Totals {
+            let (last, turn, clock) = (self.last, self.turn, self.clock);
+            Totals { last, turn, clock, ..Default::default() }
+        }
     }
 
     fn worker() -> impl Strategy<Value = (WorkerSettings, WorkerCounts)> {
@@ -118,21 +147,26 @@ mod kernel {
             prop_oneof![2 => Just(0), 1 => 1..8u32],
             proptest::bool::weighted(0.1),
             proptest::bool::weighted(0.2),
+            (0..3u16, prop_oneof![Just(0), any::<u64>()]),
         );
         let age = 0..2 * u64::from(PENDING_SECONDS);
         let slots = proptest::collection::vec((age, 0..3u64), PENDING_SECONDS as usize);
-        let counts = (-1..6i64, slots, 0..10u8);
-        (settings, counts).prop_map(|((weight, slow_start, maximum, draining, suspect), counts)| {
-            let (live, slots, mood) = counts;
+        // Around the virtual clock, and long ago.
+        let last_turn = prop_oneof![4 => -(1 << 41)..1i64 << 41, 1 => any::<i64>()];
+        let counts = (-1..6i64, slots, 0..10u8, last_turn);
+        (settings, counts).prop_map(|(settings, (live, slots, mood, last_turn))| {
+            let (weight, slow_start, maximum, draining, suspect, (priority, node)) = settings;
             let settings = WorkerSettings {
                 weight,
                 slow_start,
                 maximum,
                 draining: draining.into(),
                 suspect: suspect.into(),
-                reserved: 0,
+                priority,
+                node,
             };
-            let mut counts = WorkerCounts { live, listens: 3, ..Default::default() };
+            let last_turn = last_turn as u64;
+            let mut counts = WorkerCounts { live, listens: 3, last_turn, ..Default::default() };
             // Ages; the test makes seconds of them.
             counts.pending = std::array::from_fn(|n| slots[n].0 << 32 | slots[n].1);
             counts.listeners = [u32::from(mood != 0), 0];
@@ -145,8 +179,18 @@ mod kernel {
         let few = proptest::collection::vec(worker(), 0..9);
         let many =
             proptest::collection::vec(worker(), SCAN_WORKERS as usize - 2..LISTENERS as usize);
-        (prop_oneof![3 => few, 1 => many], 0..310u32, any::<u32>())
-            .prop_map(|(workers, last, turn)| Case { workers, last, turn: turn.into() })
+        let policy = proptest::sample::select(Policy::ALL.to_vec());
+        let clock = prop_oneof![Just(0), any::<u64>()];
+        let numbers = (0..310u32, any::<u32>(), any::<u64>(), any::<[u8; 4]>(), clock);
+        (prop_oneof![3 => few, 1 => many], policy, numbers).prop_map(
+            |(mut workers, policy, (last, turn, seed, client, clock))| {
+                for (_, counts) in &mut workers {
+                    counts.last_turn = counts.last_turn.wrapping_add(clock);
+                }
+                let (turn, client) = (turn.into(), client.into());
+                Case { workers, last, turn, seed, policy, client, clock }
+            },
+        )
     }
 
     struct Kernel {
@@ -170,7 +214,7 @@ mod kernel {
             }
             let mut cookies: Vec<u64> = open.iter().map(|l| socket_cookie(l).unwrap()).collect();
             let sink = cookies.pop().unwrap();
-            let public = Address::new(Ipv4Addr::LOCALHOST.into(), 80);
+            let public = Address::new(Ipv4Addr::UNSPECIFIED.into(), 80);
             maps.publics_mut().unwrap().insert(public, 1, 0).unwrap();
             Kernel { ebpf, maps, cookies, sink, port: 1, _open: open }
         }
@@ -178,13 +222,14 @@ mod kernel {
         /// Runs the program on a state; the choice, and the counts and totals after it.
         fn decide(&mut self, case: &Case) -> (Choice, Vec<WorkerCounts>, Totals) {
             let many = case.workers.len() as u32;
-            let settings = Settings { workers: many, ..Default::default() };
+            let (policy, seed) = (case.policy.number(), case.seed);
+            let settings = Settings { workers: many, policy, seed, ..Default::default() };
             self.maps.settings_mut().unwrap().set(0, settings, 0).unwrap();
             for (worker, (settings, counts)) in (0..).zip(&case.workers) {
                 self.maps.workers_mut().unwrap().set(worker, settings, 0).unwrap();
                 self.maps.counts_mut().unwrap().set(worker, counts, 0).unwrap();
             }
-            let totals = Totals { last: case.last, turn: case.turn, ..Default::default() };
+            let totals = case.totals();
             self.maps.state_mut().unwrap().set(0, totals, 0).unwrap();
             // Another client each time, and no handshake of an earlier one.
             self.port = self.port % 60_000 + 1;
@@ -194,8 +239,7 @@ mod kernel {
             let program = self.ebpf.program("steer_lookup").unwrap();
             let program: &SkLookup = program.try_into().unwrap();
             let fd = program.fd().unwrap().as_fd();
-            let (verdict, cookie) =
-                sys::run_lookup(fd, Ipv4Addr::LOCALHOST, self.port, 80).unwrap();
+            let (verdict, cookie) = sys::run_lookup(fd, case.client, self.port, 80).unwrap();
             let choice = if cookie == self.sink {
                 Choice::Full
             } else if let Some(at) = self.cookies.iter().position(|&other| other == cookie) {
@@ -222,7 +266,8 @@ mod kernel {
         }
         let kernel = RefCell::new(Kernel::new());
         let outcomes = RefCell::new([0; 3]);
-        let config = Config { cases: 400, failure_persistence: None, ..Config::default() };
+        let chosen_by = RefCell::new([0; Policy::ALL.len()]);
+        let config = Config { cases: 1200, failure_persistence: None, ..Config::default() };
         TestRunner::new(config)
             .run(&case(), |mut case| {
                 // Ages of pending connections become seconds. The clock may go on before the
@@ -238,15 +283,25 @@ mod kernel {
                 let pool = Pool {
                     settings: &settings,
                     counts: &counts,
-                    totals: Totals { last: case.last, turn: case.turn, ..Default::default() },
+                    totals: case.totals(),
+                    policy: case.policy,
+                    seed: case.seed,
                     second: totals.second,
                     is_v6: false,
+                    key: key_of(case.client.into()),
                 };
                 let expected = pool.choose();
+                let turn = match expected {
+                    Choice::Worker(worker) if case.policy == Policy::RoundRobin => {
+                        Some((worker, pool.turn(worker)))
+                    }
+                    _ => None,
+                };
                 prop_assert_eq!(choice, expected);
                 prop_assert_eq!(totals.turn, case.turn + 1);
                 outcomes.borrow_mut()[match choice {
                     Choice::Worker(worker) => {
+                        chosen_by.borrow_mut()[case.policy.number() as usize] += 1;
                         counts[worker as usize].add_pending(totals.second);
                         prop_assert_eq!((totals.last, totals.chosen), (worker, 1));
                         0
@@ -260,11 +315,17 @@ mod kernel {
                         2
                     }
                 }] += 1;
+                if let Some((worker, at)) = turn {
+                    counts[worker as usize].last_turn = at;
+                }
+                prop_assert_eq!(totals.clock, turn.map_or(case.clock, |(_, at)| at));
                 prop_assert_eq!(after, counts);
                 Ok(())
             })
             .unwrap();
         let outcomes = outcomes.into_inner();
         assert!(outcomes.iter().all(|&many| many > 5), "every outcome was seen: {outcomes:?}");
+        let chosen_by = chosen_by.into_inner();
+        assert!(chosen_by.iter().all(|&many| many > 50), "every policy chose: {chosen_by:?}");
     }
 }

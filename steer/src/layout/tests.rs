@@ -54,18 +54,23 @@ macro_rules! same {
 #[test]
 fn types_are_those_of_the_compiled_programs() {
     let all = structures();
-    same!(all, "steer_settings", Settings, [version, workers, netns, wait_ns]);
+    same!(
+        all,
+        "steer_settings",
+        Settings,
+        [version, workers, netns, wait_ns, seed, policy, reserved]
+    );
     same!(
         all,
         "steer_worker",
         WorkerSettings,
-        [weight, slow_start, maximum, draining, suspect, reserved]
+        [weight, slow_start, maximum, draining, suspect, priority, node]
     );
     same!(
         all,
         "steer_counts",
         WorkerCounts,
-        [live, total, pending, listeners, listens, lost_at, no_v4_at, refused]
+        [live, total, pending, listeners, listens, lost_at, no_v4_at, refused, last_turn]
     );
     same!(
         all,
@@ -82,7 +87,8 @@ fn types_are_those_of_the_compiled_programs() {
             waited,
             unserved,
             no_sink,
-            failed
+            failed,
+            clock
         ]
     );
     same!(all, "steer_address", Address, [ip, port]);
@@ -95,12 +101,18 @@ fn constants_are_those_of_the_header() {
         let line = header.lines().find(|line| line.starts_with(&format!("#define {name} ")));
         line.unwrap().rsplit(' ').next().unwrap().parse().unwrap()
     };
+    for policy in crate::Policy::ALL {
+        let name = policy.name().to_uppercase().replace('-', "_");
+        assert_eq!(constant(&format!("STEER_{name}")), policy.number());
+    }
     assert_eq!(constant("STEER_VERSION"), VERSION);
     assert_eq!(constant("STEER_MAX_WORKERS"), MAX_WORKERS);
     assert_eq!(constant("STEER_SCAN_WORKERS"), SCAN_WORKERS);
     assert_eq!(constant("STEER_DRAWS"), DRAWS);
     assert_eq!(constant("STEER_FULL_SPEED"), FULL_SPEED);
     assert_eq!(constant("STEER_PENDING_SECONDS"), PENDING_SECONDS);
+    assert!(header.contains(&format!("STEER_TURN (1ULL << {})\n", TURN.trailing_zeros())));
+    assert!(header.contains(&format!("STEER_TURN_FAR (1ULL << {})\n", TURN_FAR.trailing_zeros())));
 }
 
 #[test]
