@@ -20,6 +20,8 @@ struct {
 struct {
 	__uint(type, BPF_MAP_TYPE_ARRAY);
 	__uint(max_entries, STEER_MAX_WORKERS);
+	/* The loader corrects counts with atomic additions, too. */
+	__uint(map_flags, BPF_F_MMAPABLE);
 	__type(key, __u32);
 	__type(value, struct steer_counts);
 } counts SEC(".maps");

@@ -4,7 +4,9 @@
  * compare sizes and offsets with those in the compiled object.
  *
  * Each map has one writer. The loader writes `settings`, `workers`, `members` and `publics`; the
- * programs write everything else. So no counter is overwritten by a change of a weight.
+ * programs write everything else. So no counter is overwritten by a change of a weight. There are
+ * two exceptions, for listeners that were open before and for corrections: the loader adds to
+ * `counts` atomically, and makes entries of `owners`.
  *
  * Addresses are IPv6 or IPv4-mapped IPv6, in network byte order. Ports are in host byte order.
  * A second is CLOCK_MONOTONIC divided by 10^9. Fields without a name in words are padding, zero.

@@ -41,6 +41,13 @@ pub enum Error {
         /// The version found.
         found: u32,
     },
+    /// A listener that was open before cannot be registered; the text has why and what to do.
+    Listener {
+        /// Its address.
+        address: std::net::SocketAddr,
+        /// Why, and what to do.
+        reason: String,
+    },
     /// A value is outside its range; the text has the range.
     Invalid(String),
 }
@@ -85,6 +92,9 @@ impl fmt::Display for Error {
                 path.display(),
                 crate::layout::VERSION
             ),
+            Error::Listener { address, reason } => {
+                write!(f, "cannot register the listener at {address}: {reason}")
+            }
             Error::Invalid(text) => f.write_str(text),
         }
     }
@@ -97,6 +107,7 @@ impl std::error::Error for Error {
             Error::Missing(_)
             | Error::Refused { .. }
             | Error::Version { .. }
+            | Error::Listener { .. }
             | Error::Invalid(_) => None,
         }
     }

@@ -2,7 +2,7 @@
 //! compiled object.
 //!
 //! Each map has one writer: the loader writes [`Settings`], [`WorkerSettings`], and the two maps
-//! with [`Address`] as key; the programs write everything else.
+//! with [`Address`] as key; the programs write everything else. `bpf/steer.h` has two exceptions.
 
 use std::net::{IpAddr, Ipv6Addr, SocketAddr};
 

@@ -15,12 +15,15 @@
 
 pub mod decision;
 mod error;
+mod existing;
 mod layout;
 pub mod listening;
 pub mod machine;
 mod pins;
 pub mod policy;
+mod reconcile;
 mod sink;
+mod sockets;
 mod steering;
 mod sys;
 
@@ -30,6 +33,7 @@ pub use layout::{
 };
 pub use pins::remove as remove_pins;
 pub use policy::Policy;
+pub use reconcile::{Correction, Count};
 pub use steering::{Options, Steering, Writer, second};
 
 /// The compiled programs.

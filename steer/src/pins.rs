@@ -147,7 +147,7 @@ fn check_owner(directory: &Path) -> Result<(), Error> {
     Ok(())
 }
 
-fn own_namespace() -> Result<u64, Error> {
+pub(crate) fn own_namespace() -> Result<u64, Error> {
     let step = "identify the network namespace";
     let socket = rustix::net::socket_with(
         rustix::net::AddressFamily::INET,

@@ -1,7 +1,7 @@
 //! Loads the programs, attaches them by links, and has their settings and counts.
 
 use std::net::{IpAddr, Ipv4Addr, Ipv6Addr, SocketAddr};
-use std::os::fd::{AsFd, OwnedFd};
+use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
 use std::path::{Path, PathBuf};
 use std::time::Duration;
 
@@ -17,6 +17,8 @@ use crate::layout::{
     Address, FULL_SPEED, MAX_WORKERS, Settings, Totals, VERSION, WorkerCounts, WorkerSettings,
 };
 use crate::machine::{self, Places};
+use crate::reconcile::Suspicions;
+use crate::sys::LiveCounts;
 use crate::{OBJECT, sink, sys};
 
 /// Insert or replace.
@@ -40,6 +42,7 @@ pub struct Steering {
     pub(crate) maps: Maps,
     pub(crate) links: Links,
     pub(crate) settings: Settings,
+    pub(crate) suspicions: Suspicions,
     /// SYNs are dropped by them; the map of sockets does not keep them open.
     _sinks: (OwnedFd, Option<OwnedFd>),
 }
@@ -54,7 +57,10 @@ pub(crate) struct Maps {
     members: Map,
     publics: Map,
     remotes: Map,
+    owners: Map,
     pub listeners: MapData,
+    /// The memory of `counts`, which the programs change meanwhile.
+    pub live_counts: LiveCounts,
 }
 
 /// The programs are attached as long as these exist.
@@ -127,14 +133,20 @@ impl Steering {
         let lookup: &mut SkLookup = program(&mut ebpf, "steer_lookup")?;
         let id = lookup.attach(namespace).map_err(refused)?;
         let lookup = FdLink::from(lookup.take_link(id).map_err(refused)?);
-        Ok(Steering { maps, links: Links::Own { lookup, events }, settings, _sinks: sinks })
+        Ok(Steering {
+            maps,
+            links: Links::Own { lookup, events },
+            settings,
+            suspicions: Suspicions::default(),
+            _sinks: sinks,
+        })
     }
 
     /// From pinned maps and links; the sink opens again.
     pub(crate) fn adopted(maps: Maps, links: Links) -> Result<Steering, Error> {
         let settings = maps.read_settings()?;
         let sinks = open_sinks(&maps)?;
-        Ok(Steering { maps, links, settings, _sinks: sinks })
+        Ok(Steering { maps, links, settings, suspicions: Suspicions::default(), _sinks: sinks })
     }
 
     /// Adds a public address: SYNs to it go to workers. `[::]:P` stands for IPv4, too.
@@ -448,10 +460,18 @@ fn absent(reason: String) -> Error {
 type Addresses<T> = HashMap<T, Address, u32>;
 
 impl Maps {
-    /// Names of the maps that have pins. `owners` and `undecided` are used by the programs only,
-    /// which keep them.
-    pub const NAMES: [&str; 8] =
-        ["settings", "workers", "counts", "state", "members", "publics", "remotes", "listeners"];
+    /// Names of the maps that have pins. `undecided` is used by the programs only, which keep it.
+    pub const NAMES: [&str; 9] = [
+        "settings",
+        "workers",
+        "counts",
+        "state",
+        "members",
+        "publics",
+        "remotes",
+        "owners",
+        "listeners",
+    ];
 
     /// Takes each map from a source by its name and checks the sizes of its entries.
     pub fn from_source(
@@ -460,15 +480,19 @@ impl Maps {
         let Map::SockMap(listeners) = source("listeners")? else {
             return Err(absent("`listeners` is no map of sockets".to_owned()));
         };
+        let counts = source("counts")?;
+        let live_counts = live_counts(&counts)?;
         let maps = Maps {
             settings: source("settings")?,
             workers: source("workers")?,
-            counts: source("counts")?,
+            counts,
             state: source("state")?,
             members: source("members")?,
             publics: source("publics")?,
             remotes: source("remotes")?,
+            owners: source("owners")?,
             listeners,
+            live_counts,
         };
         let check = || {
             maps.settings()?;
@@ -489,7 +513,7 @@ impl Maps {
     }
 
     /// Each map with its name, except `listeners`, which is no [`Map`].
-    pub fn named(&self) -> [(&'static str, &Map); 7] {
+    pub fn named(&self) -> [(&'static str, &Map); 8] {
         [
             ("settings", &self.settings),
             ("workers", &self.workers),
@@ -498,6 +522,7 @@ impl Maps {
             ("members", &self.members),
             ("publics", &self.publics),
             ("remotes", &self.remotes),
+            ("owners", &self.owners),
         ]
     }
 
@@ -559,9 +584,25 @@ impl Maps {
         HashMap::try_from(&mut self.remotes)
     }
 
+    /// The storage of sockets.
+    pub fn owners(&self) -> std::io::Result<BorrowedFd<'_>> {
+        match &self.owners {
+            Map::SkStorage(map) => Ok(map.fd().as_fd()),
+            _ => Err(std::io::Error::other("`owners` is no storage of sockets")),
+        }
+    }
+
     pub fn remotes(&self) -> Result<HashMap<&MapData, [u8; 20], [u8; 16]>, MapError> {
         HashMap::try_from(&self.remotes)
     }
+}
+
+fn live_counts(counts: &Map) -> Result<LiveCounts, Error> {
+    let Map::Array(counts) = counts else {
+        return Err(absent("`counts` is no array".to_owned()));
+    };
+    LiveCounts::map(counts.fd().as_fd())
+        .map_err(|error| Error::System { step: "map the counts", error })
 }
 
 fn open_cgroup(path: &Path) -> Result<OwnedFd, Error> {
@@ -618,7 +659,7 @@ fn absent_is_fine(result: Result<(), MapError>) -> Result<(), MapError> {
     }
 }
 
-fn check_worker(worker: u32) -> Result<(), Error> {
+pub(crate) fn check_worker(worker: u32) -> Result<(), Error> {
     if worker < MAX_WORKERS {
         return Ok(());
     }

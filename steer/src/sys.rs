@@ -4,8 +4,12 @@
 use std::io;
 use std::mem::{offset_of, size_of};
 use std::os::fd::{AsFd, AsRawFd, BorrowedFd};
+use std::ptr::NonNull;
+use std::sync::atomic::{AtomicI32, AtomicI64, AtomicU32, Ordering};
 
-use crate::layout::{Address, Settings, Totals, WorkerCounts, WorkerSettings};
+use rustix::mm::{MapFlags, ProtFlags, mmap, munmap};
+
+use crate::layout::{Address, MAX_WORKERS, Settings, Totals, WorkerCounts, WorkerSettings};
 
 // SAFETY: `repr(C)`, integers only, no padding (a test compares with the compiled object).
 unsafe impl aya::Pod for Settings {}
@@ -82,6 +86,101 @@ pub(crate) fn socket_cookie(map: BorrowedFd<'_>, index: u32) -> io::Result<Optio
         Err(error) => Err(error),
     }
 }
+
+/// Makes a worker the owner of a socket. The connections that it accepts from now on have a copy.
+pub(crate) fn set_owner(
+    owners: BorrowedFd<'_>,
+    socket: BorrowedFd<'_>,
+    worker: u32,
+) -> io::Result<()> {
+    // `struct steer_owner`, not counted; the processor is a little-endian one.
+    let mut value = u64::from(worker);
+    element(BPF_MAP_UPDATE_ELEM, owners, socket.as_raw_fd() as u32, Some(&mut value))
+}
+
+/// Removes the owner of a socket.
+pub(crate) fn clear_owner(owners: BorrowedFd<'_>, socket: BorrowedFd<'_>) -> io::Result<()> {
+    element(BPF_MAP_DELETE_ELEM, owners, socket.as_raw_fd() as u32, None)
+}
+
+/// The memory of the map `counts`. The programs change it at any time, so it is only read as a whole
+/// and changed by atomic additions.
+#[derive(Debug)]
+pub(crate) struct LiveCounts(NonNull<WorkerCounts>);
+
+// SAFETY: the memory belongs to the value, is not tied to a thread, and every change is atomic.
+unsafe impl Send for LiveCounts {}
+// SAFETY: as above.
+unsafe impl Sync for LiveCounts {}
+
+const COUNTS_SIZE: usize = MAX_WORKERS as usize * size_of::<WorkerCounts>();
+
+impl LiveCounts {
+    /// Maps an array of [`MAX_WORKERS`] entries that allows it.
+    pub(crate) fn map(map: BorrowedFd<'_>) -> io::Result<LiveCounts> {
+        let protection = ProtFlags::READ | ProtFlags::WRITE;
+        // SAFETY: a new mapping at an address that the kernel chooses.
+        let at = unsafe {
+            mmap(std::ptr::null_mut(), COUNTS_SIZE, protection, MapFlags::SHARED, map, 0)
+        }?;
+        NonNull::new(at.cast()).map(LiveCounts).ok_or_else(|| io::ErrorKind::OutOfMemory.into())
+    }
+
+    /// All counts. Those of one worker may be from different moments.
+    pub(crate) fn all(&self) -> Vec<WorkerCounts> {
+        let worker = |worker| {
+            // SAFETY: aligned, within the mapping, and any bytes are valid. Volatile: the kernel
+            // changes the words, each of them atomically.
+            unsafe { self.at(worker).read_volatile() }
+        };
+        (0..MAX_WORKERS).map(worker).collect()
+    }
+
+    /// Adds to `live`.
+    pub(crate) fn change_live(&self, worker: u32, change: i64) {
+        // SAFETY: the field is aligned and within the mapping; others change it only atomically.
+        let live = unsafe { AtomicI64::from_ptr(&raw mut (*self.at(worker)).live) };
+        live.fetch_add(change, Ordering::Relaxed);
+    }
+
+    /// Adds to the number of listeners. Both counters are one word, as in the program.
+    pub(crate) fn change_listeners(&self, worker: u32, is_v6: bool, change: i64) {
+        // SAFETY: both counters together are aligned as one word (a constant below checks it), and
+        // within the mapping; others change them only atomically.
+        let both =
+            unsafe { AtomicI64::from_ptr((&raw mut (*self.at(worker)).listeners).cast::<i64>()) };
+        both.fetch_add(if is_v6 { change << 32 } else { change }, Ordering::Relaxed);
+    }
+
+    /// Counts a new listener, as the program does.
+    pub(crate) fn add_listener(&self, worker: u32, is_v6: bool) {
+        // SAFETY: aligned and within the mapping; others change it only atomically.
+        let (refused, listens) = unsafe {
+            let at = self.at(worker);
+            let refused = AtomicI32::from_ptr(&raw mut (*at).refused);
+            (refused, AtomicU32::from_ptr(&raw mut (*at).listens))
+        };
+        refused.store(0, Ordering::Relaxed);
+        listens.fetch_add(1, Ordering::Relaxed);
+        self.change_listeners(worker, is_v6, 1);
+    }
+
+    fn at(&self, worker: u32) -> *mut WorkerCounts {
+        assert!(worker < MAX_WORKERS, "a number that was checked");
+        // SAFETY: within the mapping.
+        unsafe { self.0.as_ptr().add(worker as usize) }
+    }
+}
+
+impl Drop for LiveCounts {
+    fn drop(&mut self) {
+        // SAFETY: the mapping was made with this size, and nothing refers to it any more. A failure
+        // leaves it mapped.
+        let _ = unsafe { munmap(self.0.as_ptr().cast(), COUNTS_SIZE) };
+    }
+}
+
+const _: () = assert!(offset_of!(WorkerCounts, listeners) % 8 == 0);
 
 /// The cookie of the network namespace of a socket.
 pub(crate) fn netns_cookie(socket: impl AsFd) -> io::Result<u64> {

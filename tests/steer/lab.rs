@@ -190,8 +190,12 @@ impl Lab {
 
     /// A Python server that is no worker of [`Lab::steering`]; killed when dropped.
     pub fn server(&self, port: u16, code: &str) -> Server {
+        self.server_at("127.0.0.1", port, code)
+    }
+
+    pub fn server_at(&self, address: &str, port: u16, code: &str) -> Server {
         let text = port.to_string();
-        let words = ["python3", "-c", code, "127.0.0.1", &text];
+        let words = ["python3", "-c", code, address, &text];
         Server { port, child: self.in_cgroup(words.into_iter()).spawn().unwrap() }
     }
 
@@ -265,6 +269,9 @@ impl Lab {
             let pending = self.pending();
             live == kernel && pending == 0 && !sockets.contains_key(&0)
         });
+        for _ in 0..2 {
+            assert_eq!(self.steering().reconcile().unwrap(), [], "nothing is to be corrected");
+        }
     }
 
     /// As [`Lab::settled`] at the end of a test: every client is gone.
@@ -279,6 +286,12 @@ impl Drop for Lab {
         // Detached first, so that a failed test shows no second failure.
         self.steering = None;
         self.servers.clear();
+    }
+}
+
+impl Server {
+    pub fn pid(&self) -> u32 {
+        self.child.id()
     }
 }
 
@@ -327,6 +340,13 @@ pub fn sockets_by_process() -> BTreeMap<u32, i64> {
         }
     }
     found
+}
+
+/// Gives the calling thread a bpffs that no other process sees.
+pub fn own_bpffs(folder: &Path) {
+    unshare(CloneFlags::CLONE_NEWNS).unwrap();
+    run("mount --make-rprivate /");
+    run(&format!("mount -t bpf bpf {}", folder.display()));
 }
 
 /// Connects and reads the keeper's hello.

@@ -7,7 +7,6 @@ use std::process::{Command, Stdio};
 use std::time::{Duration, Instant};
 
 use dispatch_steer::{Error, Options, Steering, WorkerSettings};
-use nix::sched::{CloneFlags, unshare};
 use test_support::wait_until;
 
 use crate::lab::*;
@@ -119,13 +118,6 @@ fn values_out_of_range_are_refused_and_named() {
             "127.0.0.1:9000 is the address of worker 0",
         ]
     );
-}
-
-/// Gives the calling thread a bpffs that no other process sees.
-fn own_bpffs(folder: &Path) {
-    unshare(CloneFlags::CLONE_NEWNS).unwrap();
-    run("mount --make-rprivate /");
-    run(&format!("mount -t bpf bpf {}", folder.display()));
 }
 
 #[test]

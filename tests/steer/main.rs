@@ -5,8 +5,10 @@
 mod chaos;
 mod choosing;
 mod counting;
+mod existing;
 mod families;
 mod hostile;
 mod lab;
 mod life;
 mod policies;
+mod reconcile;
