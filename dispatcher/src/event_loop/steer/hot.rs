@@ -453,6 +453,13 @@ impl EventLoop {
                     pool.failure = None;
                 }
             }
+            SteerEvent::Corrected(pool, corrections) => {
+                log::warn!(
+                    "event=steering_corrected pool={} corrections={}",
+                    value(self.core.pool_name(pool)),
+                    quoted(&corrections.join(", "))
+                );
+            }
             SteerEvent::Failed(pool, error) => self.pool_failed(pool, error),
             SteerEvent::Opened(pool, opened) => self.opened(pool, opened),
         }

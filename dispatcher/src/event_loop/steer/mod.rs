@@ -114,6 +114,8 @@ pub(super) enum SteerEvent {
     Problem(Slot, Option<String>),
     /// What the kernel counts for a pool.
     Totals(PoolId, SteerTotals),
+    /// Counts of a pool differed from the kernel's list of sockets, and were corrected.
+    Corrected(PoolId, Vec<String>),
     /// The counts of a pool cannot be read, or its settings cannot be written.
     Failed(PoolId, String),
 }
@@ -207,6 +209,8 @@ impl Opened {
             maximum: settings.maximum,
             draining: settings.draining.into(),
             suspect: settings.suspect.into(),
+            priority: settings.priority,
+            node: settings.node,
             ..WorkerSettings::new(weight)
         };
         writer.set(number, settings).map_err(|error| error.to_string())

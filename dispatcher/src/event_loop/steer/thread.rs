@@ -6,12 +6,13 @@
 
 use std::collections::{BTreeMap, HashMap, HashSet};
 use std::net::{IpAddr, SocketAddr};
-use std::path::Path;
+use std::path::{Path, PathBuf};
 use std::sync::mpsc::{Receiver, RecvTimeoutError, SyncSender, TrySendError};
 use std::time::{Duration, Instant};
 
 use dispatch_steer::{
-    Error, MAX_WORKERS, Options, Steering, WorkerCounts, WorkerSettings, listening, second,
+    Correction, Count, Error, MAX_WORKERS, Options, Policy, Steering, WorkerCounts, WorkerSettings,
+    listening, second,
 };
 use dispatcher_core::{PoolId, SteerCounts};
 
@@ -22,6 +23,12 @@ use crate::wake::Wake;
 /// How often the counts are read.
 const TICK: Duration = Duration::from_millis(100);
 
+/// How often listeners are compared with the kernel's list of them, in ticks.
+const VERIFY: u32 = 10;
+
+/// How often counts are compared with the kernel's list of all sockets, in ticks.
+const RECONCILE: u32 = 300;
+
 /// Most events that wait for the hot thread.
 pub(super) const MAILBOX: usize = 256;
 
@@ -31,6 +38,7 @@ pub(super) struct SteerThread {
     wake: Wake,
     pools: BTreeMap<PoolId, PoolMaps>,
     ports: Ports,
+    ticks: u32,
     /// There are events that the hot thread was not woken for.
     unannounced: bool,
     /// The hot thread has ended.
@@ -41,6 +49,8 @@ pub(super) struct SteerThread {
 struct PoolMaps {
     spec: PoolSpec,
     steering: Steering,
+    /// The cgroup of its workers.
+    cgroup: PathBuf,
     slots: BTreeMap<u32, Known>,
     totals: SteerTotals,
     /// The last failure that was reported.
@@ -54,6 +64,8 @@ struct Known {
     counts: SteerCounts,
     listens: bool,
     problem: Option<String>,
+    /// Why the listener that it had before is not registered.
+    not_adopted: Option<String>,
     /// Nothing holds it: it is removed when it is free.
     freed: bool,
 }
@@ -71,6 +83,7 @@ impl SteerThread {
             wake,
             pools: BTreeMap::new(),
             ports: Ports::new(seed),
+            ticks: 0,
             unannounced: false,
             over: false,
         }
@@ -216,11 +229,13 @@ impl SteerThread {
             true => Queues::read(),
             false => Queues::default(),
         };
+        self.ticks = self.ticks.wrapping_add(1);
         let ids: Vec<PoolId> = self.pools.keys().copied().collect();
         for id in ids {
             let Some(pool) = self.pools.get_mut(&id) else { continue };
             let mut events = Vec::new();
-            let read = pool.read(id, &queues, &mut events);
+            let compared = pool.compare(id, self.ticks, &mut events);
+            let read = compared.and_then(|()| pool.read(id, &queues, &mut events));
             events.into_iter().for_each(|event| self.report(event));
             match read {
                 Ok(()) => {
@@ -252,17 +267,17 @@ fn open(spec: PoolSpec) -> Result<(PoolMaps, Opened), String> {
             }
         }
     }
+    let cgroup = match &spec.cgroup {
+        Some(cgroup) => cgroup.clone(),
+        None => dispatch_steer::machine::own_cgroup().map_err(|error| error.to_string())?,
+    };
     let steering = match adopted {
         Some(steering) => {
             (opened.adopted, opened.pinned) = (true, true);
             steering
         }
         None => {
-            let cgroup = match &spec.cgroup {
-                Some(cgroup) => cgroup.clone(),
-                None => dispatch_steer::machine::own_cgroup().map_err(|error| error.to_string())?,
-            };
-            let options = Options { cgroup, wait: spec.wait };
+            let options = Options { cgroup: cgroup.clone(), wait: spec.wait };
             let steering = Steering::load(&options).map_err(|error| error.to_string())?;
             match &spec.pins {
                 None => steering,
@@ -273,6 +288,7 @@ fn open(spec: PoolSpec) -> Result<(PoolMaps, Opened), String> {
     let mut pool = PoolMaps {
         spec,
         steering,
+        cgroup,
         slots: BTreeMap::new(),
         totals: SteerTotals::default(),
         failure: None,
@@ -343,6 +359,7 @@ impl PoolMaps {
 
     fn change(&mut self, spec: PoolSpec) -> Result<(), Error> {
         self.steering.set_wait(spec.wait)?;
+        self.steering.set_policy(policy(spec.policy))?;
         for &new in &spec.publics {
             self.steering.add_public(new)?;
         }
@@ -363,7 +380,9 @@ impl PoolMaps {
                 return Err(Error::Invalid(format!("{address} is the address of another worker")));
             }
             *known = Known::new(address);
-            return Ok(*number);
+            let number = *number;
+            self.adopt(number);
+            return Ok(number);
         }
         let mut number = None;
         for candidate in (0..MAX_WORKERS).filter(|number| !self.slots.contains_key(number)) {
@@ -384,9 +403,46 @@ impl PoolMaps {
         }
         self.slots.insert(number, Known::new(address));
         if adopt {
-            // TODO
+            self.adopt(number);
         }
         Ok(number)
+    }
+
+    /// Registers listeners that the worker has already.
+    fn adopt(&mut self, number: u32) {
+        let adopted = self.steering.adopt_listeners(number, &self.cgroup);
+        if let Some(known) = self.slots.get_mut(&number) {
+            known.not_adopted = adopted.err().map(|error| error.to_string());
+        }
+    }
+
+    /// Compares listeners and counts with the kernel's lists.
+    fn compare(
+        &mut self,
+        id: PoolId,
+        ticks: u32,
+        events: &mut Vec<SteerEvent>,
+    ) -> Result<(), Error> {
+        let corrections = match ticks {
+            ticks if ticks.is_multiple_of(RECONCILE) => self.steering.reconcile()?,
+            ticks if ticks.is_multiple_of(VERIFY) => self.steering.verify_listeners()?,
+            _ => return Ok(()),
+        };
+        if !corrections.is_empty() {
+            let text = |it: &Correction| {
+                let count = match it.count {
+                    Count::Live => "connections",
+                    Count::ListenersV4 => "IPv4 listeners",
+                    Count::ListenersV6 => "IPv6 listeners",
+                };
+                let known = self.slots.get(&it.worker);
+                let at = known.map_or(String::new(), |known| known.address.to_string());
+                format!("{count} of {at} by {:+}", it.change)
+            };
+            let texts = corrections.iter().map(text).collect();
+            events.push(SteerEvent::Corrected(id, texts));
+        }
+        Ok(())
     }
 
     fn free(&mut self, number: u32) -> Result<(), Error> {
@@ -411,8 +467,10 @@ impl PoolMaps {
             let found = self.steering.counts(number)?;
             let listens = found.listeners != [0, 0];
             let counts = counts(&found, now, if listens { queues.of(known.address) } else { 0 });
-            if found.problem() != known.problem {
-                known.problem = found.problem();
+            let not_adopted = known.not_adopted.as_ref().filter(|_| !listens).cloned();
+            let problem = found.problem().or(not_adopted);
+            if problem != known.problem {
+                known.problem = problem;
                 events.push(SteerEvent::Problem(slot, known.problem.clone()));
             }
             let before = std::mem::replace(&mut known.counts, counts);
@@ -463,8 +521,22 @@ impl Known {
             counts: SteerCounts::default(),
             listens: false,
             problem: None,
+            not_adopted: None,
             freed: false,
         }
+    }
+}
+
+fn policy(policy: dispatcher_core::Policy) -> Policy {
+    use dispatcher_core::Policy as Core;
+    match policy {
+        // The configuration refuses the last one here.
+        Core::LeastConnections | Core::LeastScore => Policy::LeastConnections,
+        Core::RoundRobin => Policy::RoundRobin,
+        Core::Random => Policy::Random,
+        Core::TwoChoices => Policy::TwoChoices,
+        Core::Hash => Policy::Hash,
+        Core::Failover => Policy::Failover,
     }
 }
 

@@ -1,0 +1,179 @@
+//! Workers that something else starts, at addresses and in cgroups of the configuration.
+
+use std::net::TcpStream;
+use std::path::{Path, PathBuf};
+use std::process::{Command, Stdio};
+use std::sync::atomic::{AtomicU32, Ordering};
+
+use nix::sys::signal::Signal;
+use test_support::{Dispatcher, Process, configure, skip, wait_until, write_config};
+
+use crate::place::*;
+
+/// A cgroup of its own; removed at the end.
+struct Cgroup(PathBuf);
+
+impl Cgroup {
+    /// `None`, after a notice, if there is no place for one.
+    fn new() -> Option<Cgroup> {
+        static NUMBER: AtomicU32 = AtomicU32::new(0);
+        let mounts = std::fs::read_to_string("/proc/self/mounts").unwrap();
+        let mount = dispatch_steer::machine::cgroup2_mount(&mounts)?;
+        let number = NUMBER.fetch_add(1, Ordering::Relaxed);
+        let path = mount.join(format!("dispatcher-members-{}-{number}", std::process::id()));
+        match std::fs::create_dir(&path) {
+            Ok(()) => Some(Cgroup(path)),
+            Err(error) => {
+                skip(&format!("{}: {error}", path.display()));
+                None
+            }
+        }
+    }
+
+    /// A keeper of connections in a cgroup below.
+    fn keeper(&self, name: &str, port: u16) -> Process {
+        let own = self.0.join(name);
+        std::fs::create_dir_all(&own).unwrap();
+        let mut command = Command::new("sh");
+        command
+            .args(["-c", "echo 0 > \"$0\"/cgroup.procs && exec \"$@\""])
+            .arg(&own)
+            .args(["python3", "-c", KEEPER, "127.0.0.1", &port.to_string()])
+            .stdin(Stdio::null());
+        Process::start(name, &mut command)
+    }
+
+    /// The member of this name.
+    fn member(&self, name: &str, port: u16) -> String {
+        format!(
+            "[[pool.web.member]]\nname = \"{name}\"\naddress = \"127.0.0.1:{port}\"\n\
+             cgroup = \"{}\"\n",
+            self.0.join(name).display()
+        )
+    }
+}
+
+impl Drop for Cgroup {
+    fn drop(&mut self) {
+        let remove = |path: &Path| std::fs::remove_dir(path).is_ok() || !path.exists();
+        let below = std::fs::read_dir(&self.0).unwrap().flatten().filter(|it| it.path().is_dir());
+        for entry in below {
+            wait_until("the cgroup to be empty", || remove(&entry.path()));
+        }
+        wait_until("the cgroup to be empty", || remove(&self.0));
+    }
+}
+
+fn pool(more: &str) -> String {
+    format!("{}[pool.web]\nmode = \"steer\"\nwait_for_worker = \"5s\"\n{more}", listener())
+}
+
+#[test]
+fn members_join_when_they_listen_and_return_after_a_restart() {
+    let Some(cgroup) = enter().then(Cgroup::new).flatten() else { return };
+    let members = [cgroup.member("a", 9001), cgroup.member("b", 9002)].concat();
+    let dispatcher = Dispatcher::start(&pool(&members));
+    let waiting = std::thread::spawn(connect);
+    let first = cgroup.keeper("a", 9001);
+    let mut held = vec![waiting.join().unwrap()];
+    let mut second = cgroup.keeper("b", 9002);
+    ready(&dispatcher, 2);
+    held.extend((0..19).map(|_| connect()));
+    let status = wait_loads(&dispatcher, &[10, 10]);
+    assert_eq!(status.pools[0].workers[0].steer.as_ref().unwrap().address, "127.0.0.1:9001");
+    // The unit is restarted.
+    second.signal(Signal::SIGTERM);
+    second.wait();
+    dispatcher.wait_status("it to be gone", |status| active(&status.pools[0]).len() == 1);
+    let _again = cgroup.keeper("b", 9002);
+    ready(&dispatcher, 2);
+    held.extend((0..10).map(|_| connect()));
+    wait_loads(&dispatcher, &[10, 10]);
+    command(&dispatcher, &["drain", "web/a"]);
+    held.extend((0..5).map(|_| connect()));
+    wait_loads(&dispatcher, &[15]);
+    drop((held, first));
+}
+
+/// Servers that ran before the dispatcher are found, and need not be restarted.
+#[test]
+fn members_that_listen_already_are_found() {
+    let Some(cgroup) = enter().then(Cgroup::new).flatten() else { return };
+    let (_a, b) = (cgroup.keeper("a", 9001), cgroup.keeper("b", 9002));
+    for port in [9001, 9002] {
+        wait_until("it to listen", || TcpStream::connect(("127.0.0.1", port)).is_ok());
+    }
+    let members = [cgroup.member("a", 9001), cgroup.member("b", 9002)].concat();
+    let dispatcher = Dispatcher::start(&pool(&members));
+    ready(&dispatcher, 2);
+    let held: Vec<TcpStream> = (0..20).map(|_| connect()).collect();
+    wait_loads(&dispatcher, &[10, 10]);
+    drop(held);
+    wait_loads(&dispatcher, &[0, 0]);
+    drop(b);
+    dispatcher.wait_status("its end to be seen", |status| active(&status.pools[0]).len() == 1);
+    drop(connect());
+}
+
+#[test]
+fn a_reload_adds_and_removes_members() {
+    let Some(cgroup) = enter().then(Cgroup::new).flatten() else { return };
+    let names = [("a", 9001), ("b", 9002), ("c", 9003)];
+    let keepers = names.map(|(name, port)| cgroup.keeper(name, port));
+    let of = |names: &[(&str, u16)]| {
+        let members: Vec<String> =
+            names.iter().map(|(name, port)| cgroup.member(name, *port)).collect();
+        pool(&members.concat())
+    };
+    let folder = configure(&of(&names[..2]));
+    let dispatcher = Dispatcher::start_in(folder.path());
+    ready(&dispatcher, 2);
+    let held: Vec<TcpStream> = (0..10).map(|_| connect()).collect();
+    write_config(folder.path(), &of(&names[1..]));
+    command(&dispatcher, &["reload"]);
+    dispatcher.wait_status("b and c", |status| {
+        let names: Vec<String> = active(&status.pools[0]).into_iter().map(|it| it.0).collect();
+        names == ["b", "c"]
+    });
+    let more: Vec<TcpStream> = (0..5).map(|_| connect()).collect();
+    wait_loads(&dispatcher, &[5, 5]);
+    // Their connections go on with a member that is gone, too.
+    assert!(held.iter().all(|stream| stream.peer_addr().is_ok()));
+    drop((held, more, keepers));
+}
+
+/// The policies of the kernel, by name.
+#[test]
+fn policies_apply() {
+    let Some(cgroup) = enter().then(Cgroup::new).flatten() else { return };
+    let keepers = [("a", 9001), ("b", 9002)].map(|(name, port)| cgroup.keeper(name, port));
+    let members = [
+        cgroup.member("a", 9001),
+        "priority = 2\n".to_owned(),
+        cgroup.member("b", 9002),
+        "weight = 3\npriority = 1\n".to_owned(),
+    ]
+    .concat();
+    let of = |policy: &str| pool(&format!("policy = \"{policy}\"\n{members}"));
+    let folder = configure(&of("failover"));
+    let dispatcher = Dispatcher::start_in(folder.path());
+    ready(&dispatcher, 2);
+    let held: Vec<TcpStream> = (0..8).map(|_| connect()).collect();
+    wait_loads(&dispatcher, &[8, 0]);
+    write_config(folder.path(), &of("hash"));
+    command(&dispatcher, &["reload"]);
+    drop(held);
+    wait_loads(&dispatcher, &[0, 0]);
+    let held: Vec<TcpStream> = (0..8).map(|_| connect()).collect();
+    let one = dispatcher.wait_status("all at one worker", |status| {
+        active(&status.pools[0]).iter().any(|(_, load)| *load == 8)
+    });
+    assert_eq!(one.pools[0].policy, "hash");
+    drop(held);
+    wait_loads(&dispatcher, &[0, 0]);
+    write_config(folder.path(), &of("least-connections"));
+    command(&dispatcher, &["reload"]);
+    let held: Vec<TcpStream> = (0..40).map(|_| connect()).collect();
+    wait_loads(&dispatcher, &[10, 30]);
+    drop((held, keepers));
+}
