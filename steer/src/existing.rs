@@ -146,7 +146,8 @@ impl Steering {
             let text = "the pool belongs to another network namespace than this thread";
             return Err(Error::Invalid(text.to_owned()));
         }
-        sockets::read(self.maps.owners().map_err(failed)?, states, each).map_err(failed)
+        let owners = self.maps.owners().map_err(failed)?;
+        sockets::read(Some(owners), states, each).map_err(failed)
     }
 }
 

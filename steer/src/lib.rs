@@ -19,6 +19,7 @@ mod existing;
 mod layout;
 pub mod listening;
 pub mod machine;
+mod maps;
 mod pins;
 pub mod policy;
 mod reconcile;

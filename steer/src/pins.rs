@@ -14,7 +14,8 @@ use aya::programs::links::PinnedLink;
 use crate::error::Error;
 use crate::layout::VERSION;
 use crate::machine;
-use crate::steering::{Links, Maps, Steering};
+use crate::maps::Maps;
+use crate::steering::{Links, Steering};
 use crate::sys;
 
 const LOOKUP: &str = "lookup";

@@ -1,8 +1,8 @@
 //! The kernel's own list of TCP sockets (`NETLINK_SOCK_DIAG`), each with its entry in `owners`.
 //!
 //! An entry is read by the kernel, by the map's descriptor: that needs CAP_BPF. The list is that of
-//! the network namespace of the thread that opens it, and is no snapshot: the kernel goes from
-//! socket to socket while others open and close.
+//! the network namespace of the calling thread, and is no snapshot: the kernel goes from socket to
+//! socket while others open and close. It answers at once, so a read does not wait.
 
 use std::io;
 use std::net::{IpAddr, Ipv4Addr, Ipv6Addr, SocketAddr};
@@ -21,6 +21,8 @@ pub(crate) const CONNECTED: u32 = 1 << 1 | 1 << 3 | 1 << 8;
 const HEADER: usize = 16;
 /// `struct inet_diag_req_v2`.
 const REQUEST: usize = 56;
+/// The attribute that asks for entries of one map.
+const STORAGES: usize = 12;
 /// `struct inet_diag_msg`.
 const MESSAGE: usize = 72;
 
@@ -45,6 +47,10 @@ const BUFFER: usize = 1 << 16;
 pub(crate) struct Socket {
     pub local: SocketAddr,
     pub is_v6: bool,
+    /// Of a listener: connections to be accepted.
+    pub queued: u32,
+    /// The user that opened it.
+    pub uid: u32,
     /// The number that descriptors of it have; 0 if no process has it.
     pub inode: u32,
     /// `SO_COOKIE`.
@@ -63,9 +69,10 @@ pub(crate) struct Owner {
     pub is_counted: bool,
 }
 
-/// Calls `each` for all sockets in these states, of both families.
+/// Calls `each` for all sockets in these states, of both families. Without `owners` no entries are
+/// read, and no privilege is needed.
 pub(crate) fn read(
-    owners: BorrowedFd<'_>,
+    owners: Option<BorrowedFd<'_>>,
     states: u32,
     each: &mut dyn FnMut(Socket),
 ) -> io::Result<()> {
@@ -84,8 +91,8 @@ fn open() -> io::Result<OwnedFd> {
     Ok(socket_with(AddressFamily::NETLINK, SocketType::RAW, flags, Some(netlink::SOCK_DIAG))?)
 }
 
-fn request(family: u8, states: u32, owners: BorrowedFd<'_>) -> Vec<u8> {
-    let length = HEADER + REQUEST + 12;
+fn request(family: u8, states: u32, owners: Option<BorrowedFd<'_>>) -> Vec<u8> {
+    let length = HEADER + REQUEST + if owners.is_some() { STORAGES } else { 0 };
     let mut request = Vec::with_capacity(length);
     request.extend((length as u32).to_ne_bytes());
     request.extend(SOCK_DIAG_BY_FAMILY.to_ne_bytes());
@@ -95,9 +102,11 @@ fn request(family: u8, states: u32, owners: BorrowedFd<'_>) -> Vec<u8> {
     request.extend([family, libc::IPPROTO_TCP as u8, 0, 0]);
     request.extend(states.to_ne_bytes());
     request.resize(HEADER + REQUEST, 0);
-    for (length, kind) in
-        [(12u16, INET_DIAG_REQ_SK_BPF_STORAGES | NLA_F_NESTED), (8, SK_DIAG_BPF_STORAGE_REQ_MAP_FD)]
-    {
+    let Some(owners) = owners else { return request };
+    for (length, kind) in [
+        (STORAGES as u16, INET_DIAG_REQ_SK_BPF_STORAGES | NLA_F_NESTED),
+        (8, SK_DIAG_BPF_STORAGE_REQ_MAP_FD),
+    ] {
         request.extend(length.to_ne_bytes());
         request.extend(kind.to_ne_bytes());
     }
@@ -108,7 +117,11 @@ fn request(family: u8, states: u32, owners: BorrowedFd<'_>) -> Vec<u8> {
 /// Reads one datagram; false after the last one.
 fn answers(netlink: &OwnedFd, buffer: &mut [u8], each: &mut dyn FnMut(Socket)) -> io::Result<bool> {
     let (_, length) = rustix::io::retry_on_intr(|| recv(netlink, &mut *buffer, RecvFlags::TRUNC))?;
-    let mut rest = buffer.get(..length).ok_or_else(malformed)?;
+    parse(buffer.get(..length).ok_or_else(malformed)?, each)
+}
+
+/// Reads the messages of a datagram; false after the last one of all.
+fn parse(mut rest: &[u8], each: &mut dyn FnMut(Socket)) -> io::Result<bool> {
     while !rest.is_empty() {
         let length = u32_at(rest, 0)? as usize;
         let message = rest.get(HEADER..length).ok_or_else(malformed)?;
@@ -145,6 +158,8 @@ fn socket(message: &[u8]) -> io::Result<Socket> {
     let mut found = Socket {
         local: SocketAddr::new(ip, port),
         is_v6,
+        queued: u32_at(message, 56)?,
+        uid: u32_at(message, 64)?,
         inode: u32_at(message, 68)?,
         cookie: u64::from_ne_bytes(bytes_at(message, 44)?),
         cgroup: None,
@@ -215,6 +230,23 @@ fn u16_at(bytes: &[u8], at: usize) -> io::Result<u16> {
 #[cfg(test)]
 mod tests {
     use super::*;
+
+    #[test]
+    fn any_bytes_are_within_bounds() {
+        let mut message = ((HEADER + MESSAGE) as u32).to_ne_bytes().to_vec();
+        message.extend_from_slice(&SOCK_DIAG_BY_FAMILY.to_ne_bytes());
+        message.resize(HEADER + MESSAGE, 0);
+        for cut in 0..=message.len() {
+            let mut found = 0;
+            let answer = parse(&message[..cut], &mut |_| found += 1);
+            assert_eq!(found, usize::from(cut == message.len()));
+            assert_eq!(answer.is_ok(), cut == 0 || cut == message.len(), "{cut}");
+        }
+        for length in [0_u32, 15, 1_000_000] {
+            message[..4].copy_from_slice(&length.to_ne_bytes());
+            assert!(parse(&message, &mut |_| ()).is_err());
+        }
+    }
 
     #[test]
     fn malformed_answers_are_errors() {

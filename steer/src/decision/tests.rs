@@ -115,8 +115,9 @@ mod kernel {
     use super::*;
     use crate::layout::{Address, MAX_WORKERS, Settings};
     use crate::machine::{Places, missing};
+    use crate::maps::Maps;
     use crate::policy::key_of;
-    use crate::steering::{Maps, load_programs};
+    use crate::steering::load_programs;
     use crate::sys;
 
     const LISTENERS: u32 = 300;
