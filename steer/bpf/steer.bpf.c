@@ -158,8 +158,8 @@ static __always_inline int drop(struct bpf_sk_lookup *ctx, struct steer_state *s
 	return SK_DROP;
 }
 
-static __always_inline int unserved(struct bpf_sk_lookup *ctx, struct steer_state *state,
-				    __u64 wait_ns, __u64 now)
+/* No worker is usable: true if the SYN is to be dropped, false if it is to be reset. */
+static __always_inline int is_waiting(struct steer_state *state, __u64 wait_ns, __u64 now)
 {
 	__u64 since = *(volatile __u64 *)&state->unserved_since;
 
@@ -170,10 +170,10 @@ static __always_inline int unserved(struct bpf_sk_lookup *ctx, struct steer_stat
 	/* Another processor may have read the clock later. */
 	if (wait_ns && (since > now || now - since < wait_ns)) {
 		__sync_fetch_and_add(&state->waited, 1);
-		return drop(ctx, state);
+		return 1;
 	}
 	__sync_fetch_and_add(&state->unserved, 1);
-	return SK_DROP;
+	return 0;
 }
 
 /*
@@ -287,7 +287,7 @@ int steer_lookup(struct bpf_sk_lookup *ctx)
 		__sync_fetch_and_add(&st->full, 1);
 		return drop(ctx, st);
 	}
-	return unserved(ctx, st, conf->wait_ns, now);
+	return is_waiting(st, conf->wait_ns, now) ? drop(ctx, st) : SK_DROP;
 
 chosen:
 	if (choice.policy == STEER_ROUND_ROBIN)
@@ -412,6 +412,14 @@ static __always_inline void established(struct bpf_sock_ops *ops, struct bpf_soc
 	decided(&remote);
 }
 
+/* The client's half-close (CLOSE_WAIT) leaves the worker with the connection. With TCP Fast Open a
+ * connection counts from SYN_RECV on. */
+static __always_inline int has_ended(__u32 state)
+{
+	return state != BPF_TCP_ESTABLISHED && state != BPF_TCP_CLOSE_WAIT &&
+	       state != BPF_TCP_SYN_RECV;
+}
+
 static __always_inline void changed(struct bpf_sock_ops *ops, struct bpf_sock *sk)
 {
 	struct steer_owner *owner = bpf_sk_storage_get(&owners, sk, 0, 0);
@@ -427,32 +435,35 @@ static __always_inline void changed(struct bpf_sock_ops *ops, struct bpf_sock *s
 		count_listener(c, ops->family == AF_INET6, -1);
 		return;
 	}
-	/* The client's half-close (CLOSE_WAIT) leaves the worker with the connection. With TCP Fast
-	 * Open a connection counts from SYN_RECV on. */
-	if (!owner->counted || new == BPF_TCP_ESTABLISHED || new == BPF_TCP_CLOSE_WAIT ||
-	    new == BPF_TCP_SYN_RECV)
+	if (!owner->counted || !has_ended(new))
 		return;
 	owner->counted = 0;
 	__sync_fetch_and_add(&c->live, -1);
 }
 
-SEC("sockops")
-int steer_events(struct bpf_sock_ops *ops)
+/* Of a request: the kernel remembers it, so this is no SYN cookie. */
+static __always_inline void requested(struct bpf_sock_ops *ops)
 {
 	struct steer_handshake *handshake;
 	struct steer_remote remote = {};
+
+	if (ops->is_fullsock)
+		return;
+	handshake = handshake_of(ops, &remote);
+	if (!handshake)
+		return;
+	__sync_fetch_and_or(&handshake->flags, STEER_REQUESTED);
+	decided(&remote);
+}
+
+SEC("sockops")
+int steer_events(struct bpf_sock_ops *ops)
+{
 	struct bpf_sock *sk;
 
 	switch (ops->op) {
 	case BPF_SOCK_OPS_TIMEOUT_INIT:
-		/* Of a request: the kernel remembers it, so this is no SYN cookie. */
-		if (ops->is_fullsock)
-			break;
-		handshake = handshake_of(ops, &remote);
-		if (handshake) {
-			__sync_fetch_and_or(&handshake->flags, STEER_REQUESTED);
-			decided(&remote);
-		}
+		requested(ops);
 		break;
 	case BPF_SOCK_OPS_TCP_LISTEN_CB:
 		sk = ops->sk;
@@ -472,3 +483,5 @@ int steer_events(struct bpf_sock_ops *ops)
 	}
 	return 1;
 }
+
+#include "shared.h"

@@ -7,12 +7,17 @@
 //!   of the worker that the policy of the pool chooses;
 //! - one in a cgroup registers the listeners of the workers by themselves and counts connections.
 //!
+//! Or the workers share the public port: the program in the kernel chooses among the listeners of a
+//! group (`SO_REUSEPORT`), which this library opens and the workers inherit
+//! ([`Steering::load_shared`]).
+//!
 //! [`Steering`] loads, pins and adopts the programs and has the settings and counts. [`decision`]
 //! is the choice as a pure function. [`machine`] says what a machine supports.
 //!
 //! The programs are in `bpf/`, compiled, so that a build needs no C compiler. They are licensed
 //! under MIT or GPL-2.0.
 
+mod attach;
 pub mod decision;
 mod error;
 mod existing;
@@ -23,6 +28,7 @@ mod maps;
 mod pins;
 pub mod policy;
 mod reconcile;
+mod shared;
 mod sink;
 mod sockets;
 mod steering;
@@ -35,6 +41,7 @@ pub use layout::{
 pub use pins::remove as remove_pins;
 pub use policy::Policy;
 pub use reconcile::{Correction, Count};
+pub use shared::Moves;
 pub use steering::{Options, Steering, Writer, second};
 
 /// The compiled programs.

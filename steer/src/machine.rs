@@ -84,7 +84,7 @@ pub fn findings(places: &Places) -> Vec<Finding> {
 
 /// Loads the programs into the kernel and drops them again: the proof that they would work.
 pub fn trial() -> Finding {
-    let loaded = crate::steering::load_programs();
+    let loaded = crate::steering::load_programs().and_then(|_| crate::shared::load_programs());
     let found = loaded.map(|_| "the kernel accepts them".to_owned()).map_err(|error| {
         let remedy = "grant what is missing above; if nothing is, report this message";
         (error.to_string(), remedy.to_owned())

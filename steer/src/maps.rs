@@ -5,8 +5,9 @@ use std::os::fd::{AsFd, BorrowedFd};
 use aya::maps::{Array, HashMap, Map, MapData, MapError};
 
 use crate::error::Error;
-use crate::layout::{Address, Settings, Totals, WorkerCounts, WorkerSettings};
-use crate::steering::absent;
+use crate::layout::{Address, Settings, Totals, VERSION, WorkerCounts, WorkerSettings};
+use crate::pins;
+use crate::steering::{ANY, Options, absent, nanos, seed};
 use crate::sys::LiveCounts;
 
 /// The maps, by the names that they have in the object and as pins.
@@ -73,6 +74,18 @@ impl Maps {
         };
         check().map_err(|error: MapError| Error::refused("use a map", error))?;
         Ok(maps)
+    }
+
+    /// Writes the settings of a new pool.
+    pub fn start(&mut self, options: &Options) -> Result<Settings, Error> {
+        let netns = pins::own_namespace()?;
+        let wait_ns = nanos(options.wait);
+        let (version, seed) = (VERSION, seed()?);
+        let settings = Settings { version, netns, wait_ns, seed, ..Default::default() };
+        self.settings_mut()
+            .and_then(|mut map| map.set(0, settings, ANY))
+            .map_err(|error| Error::refused("write settings", error))?;
+        Ok(settings)
     }
 
     pub fn read_settings(&self) -> Result<Settings, Error> {

@@ -9,12 +9,13 @@ use std::os::unix::fs::{DirBuilderExt, MetadataExt};
 use std::path::Path;
 
 use aya::maps::{Map, MapData};
-use aya::programs::links::PinnedLink;
+use aya::programs::links::{FdLink, PinnedLink};
 
 use crate::error::Error;
 use crate::layout::VERSION;
 use crate::machine;
 use crate::maps::Maps;
+use crate::shared::Shared;
 use crate::steering::{Links, Steering};
 use crate::sys;
 
@@ -65,9 +66,13 @@ impl Steering {
             map.pin(directory.join(name)).map_err(refused)?;
         }
         self.maps.listeners.pin(directory.join("listeners")).map_err(refused)?;
+        if let Some(shared) = &mut self.shared {
+            shared.pin(directory)?;
+        }
         if let Links::Own { lookup, events } = self.links {
             let refused = |error| Error::refused("pin a link", error);
-            let lookup = lookup.pin(directory.join(LOOKUP)).map_err(refused)?;
+            let pin_lookup = |link: FdLink| link.pin(directory.join(LOOKUP)).map_err(refused);
+            let lookup = lookup.map(pin_lookup).transpose()?;
             let events = events.pin(directory.join(EVENTS)).map_err(refused)?;
             self.links = Links::Pinned { lookup, events, directory: directory.into() };
         }
@@ -92,17 +97,21 @@ impl Steering {
         if settings.version != VERSION {
             return Err(Error::Version { path: directory.into(), found: settings.version });
         }
-        let refused = |error| Error::refused("open a pinned link", error);
-        let links = Links::Pinned {
-            lookup: PinnedLink::from_pin(directory.join(LOOKUP)).map_err(refused)?,
-            events: PinnedLink::from_pin(directory.join(EVENTS)).map_err(refused)?,
-            directory: directory.into(),
+        let link = |name| {
+            PinnedLink::from_pin(directory.join(name))
+                .map_err(|error| Error::refused("open a pinned link", error))
         };
+        let shared = Shared::is_pinned(directory);
+        let lookup = if shared { None } else { Some(link(LOOKUP)?) };
+        let links = Links::Pinned { lookup, events: link(EVENTS)?, directory: directory.into() };
         if settings.netns != own_namespace()? {
             return Err(Error::Invalid(format!(
                 "{} belongs to another network namespace: adopt it there",
                 directory.display()
             )));
+        }
+        if shared {
+            return Steering::adopted_shared(maps, links, Shared::from_pins(directory)?);
         }
         Steering::adopted(maps, links)
     }
@@ -119,8 +128,9 @@ pub fn remove(directory: &Path) -> Result<(), Error> {
         let path = path.to_path_buf();
         move |error| Error::Path { step: "remove a pin", path, error, help: None }
     };
+    Shared::unpin(directory)?;
     // The link in the namespace first: no SYN is chosen a worker for that is not counted.
-    for name in [LOOKUP, EVENTS].into_iter().chain(Maps::NAMES) {
+    for name in [LOOKUP, EVENTS].into_iter().chain(Maps::NAMES).chain(Shared::PINS) {
         let path = directory.join(name);
         match fs::remove_file(&path) {
             Err(error) if error.kind() == io::ErrorKind::NotFound => {}

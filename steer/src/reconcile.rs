@@ -133,15 +133,22 @@ impl Steering {
     /// As [`Steering::verify_listeners`].
     pub fn reconcile(&mut self) -> Result<Vec<Correction>, Error> {
         let mut corrected = self.verify_listeners()?;
+        let moves = self.moves()?;
         let before = self.maps.live_counts.all();
         let mut found = vec![0i64; before.len()];
         self.read_sockets(CONNECTED, &mut |socket| {
             let owner = socket.owner.filter(|owner| owner.is_counted);
-            if let Some(found) = owner.and_then(|owner| found.get_mut(owner.worker as usize)) {
+            let worker = owner.map(|owner| self.present_worker(socket.cookie, owner.worker));
+            if let Some(found) = worker.and_then(|worker| found.get_mut(worker as usize)) {
                 *found += 1;
             }
         })?;
         let after = self.maps.live_counts.all();
+        if self.moves()? != moves {
+            // Counts went from worker to worker meanwhile: the bounds do not hold.
+            self.suspicions.live.clear();
+            return Ok(corrected);
+        }
         let mut suspicions = Vec::new();
         for (worker, (before, after)) in (0..).zip(before.iter().zip(&after)) {
             let grown = i64::try_from(after.total.wrapping_sub(before.total)).unwrap_or(i64::MAX);

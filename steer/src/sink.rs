@@ -6,15 +6,29 @@
 
 use std::io;
 use std::net::{IpAddr, Ipv4Addr, Ipv6Addr, SocketAddr};
-use std::os::fd::OwnedFd;
+use std::os::fd::{AsFd, OwnedFd};
 
 use rustix::net::{AddressFamily, SocketFlags, SocketType, bind, ipproto, listen, socket_with};
 
+use crate::error::Error;
+use crate::layout::MAX_WORKERS;
+use crate::maps::Maps;
 use crate::sys;
+
+/// Opens the sinks of a pool and registers them as one more worker.
+pub(crate) fn open_for(maps: &Maps) -> Result<(OwnedFd, Option<OwnedFd>), Error> {
+    let failed = |error| Error::System { step: "open the listeners that drop SYNs", error };
+    let sinks = open().map_err(failed)?;
+    let listeners = maps.listeners.fd().as_fd();
+    for (is_v6, sink) in (0..).zip(std::iter::once(&sinks.0).chain(&sinks.1)) {
+        sys::set_socket(listeners, 2 * MAX_WORKERS + is_v6, sink.as_fd()).map_err(failed)?;
+    }
+    Ok(sinks)
+}
 
 /// Opens the sinks, IPv4 first, in the network namespace of the calling thread. Without IPv6 there
 /// are no IPv6 clients.
-pub(crate) fn open() -> io::Result<(OwnedFd, Option<OwnedFd>)> {
+fn open() -> io::Result<(OwnedFd, Option<OwnedFd>)> {
     Ok((open_at(Ipv4Addr::LOCALHOST.into())?, open_at(Ipv6Addr::LOCALHOST.into()).ok()))
 }
 

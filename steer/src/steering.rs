@@ -2,27 +2,26 @@
 
 use std::net::{IpAddr, Ipv4Addr, Ipv6Addr, SocketAddr};
 use std::os::fd::{AsFd, OwnedFd};
-use std::path::{Path, PathBuf};
+use std::path::PathBuf;
 use std::time::Duration;
 
 use aya::maps::{Array, Map, MapData, MapError};
 use aya::programs::links::{FdLink, PinnedLink};
-use aya::programs::{CgroupAttachMode, SkLookup, SockOps};
+use aya::programs::{SkLookup, SockOps};
 use aya::{Ebpf, EbpfLoader};
-use rustix::fs::{Mode, OFlags};
 use rustix::time::{ClockId, clock_gettime};
 
 use crate::error::Error;
 use crate::layout::{
-    Address, FULL_SPEED, MAX_WORKERS, Settings, Totals, VERSION, WorkerCounts, WorkerSettings,
+    Address, FULL_SPEED, MAX_WORKERS, Settings, Totals, WorkerCounts, WorkerSettings,
 };
-use crate::machine::{self, Places};
 use crate::maps::{Addresses, Maps};
 use crate::reconcile::Suspicions;
-use crate::{OBJECT, sink, sys};
+use crate::shared::{Shared, SharedMaps};
+use crate::{OBJECT, attach, sink, sys};
 
 /// Insert or replace.
-const ANY: u64 = 0;
+pub(crate) const ANY: u64 = 0;
 
 /// How a pool is steered.
 #[derive(Clone, Debug)]
@@ -43,8 +42,11 @@ pub struct Steering {
     pub(crate) links: Links,
     pub(crate) settings: Settings,
     pub(crate) suspicions: Suspicions,
-    /// SYNs are dropped by them; the map of sockets does not keep them open.
-    _sinks: (OwnedFd, Option<OwnedFd>),
+    /// `Some` if the workers share the public ports.
+    pub(crate) shared: Option<Shared>,
+    /// SYNs are dropped by them; the map of sockets does not keep them open. A shared port has its
+    /// own.
+    _sinks: Option<(OwnedFd, Option<OwnedFd>)>,
 }
 
 /// The programs are attached as long as these exist.
@@ -52,9 +54,9 @@ pub struct Steering {
 #[expect(dead_code, reason = "links are kept, not used")]
 pub(crate) enum Links {
     /// They end with their descriptors.
-    Own { lookup: FdLink, events: FdLink },
+    Own { lookup: Option<FdLink>, events: FdLink },
     /// They end when the files are removed, too.
-    Pinned { lookup: PinnedLink, events: PinnedLink, directory: PathBuf },
+    Pinned { lookup: Option<PinnedLink>, events: PinnedLink, directory: PathBuf },
 }
 
 /// Changes the settings of workers that [`Steering::set_worker`] has added. It never waits.
@@ -85,52 +87,31 @@ impl Steering {
     /// [`Error::Missing`] if the machine lacks something; [`Error::Path`] if the cgroup is none;
     /// [`Error::Refused`] if the kernel refuses a map, a program or a link.
     pub fn load(options: &Options) -> Result<Steering, Error> {
-        let missing = machine::missing(&Places::default());
-        if !missing.is_empty() {
-            return Err(Error::Missing(missing));
-        }
-        let cgroup = open_cgroup(&options.cgroup)?;
+        let cgroup = attach::usable_cgroup(options)?;
         let (mut ebpf, mut maps) = load_programs()?;
-        let sinks = open_sinks(&maps)?;
-        let netns = sys::netns_cookie(&sinks.0)
-            .map_err(|error| Error::System { step: "identify the network namespace", error })?;
-        let settings = Settings {
-            version: VERSION,
-            netns,
-            wait_ns: nanos(options.wait),
-            seed: seed()?,
-            ..Default::default()
-        };
-        maps.settings_mut()
-            .and_then(|mut map| map.set(0, settings, ANY))
-            .map_err(|error| Error::refused("write settings", error))?;
-
-        let refused = |error| Error::refused("count connections of the cgroup", error);
-        let events: &mut SockOps = program(&mut ebpf, "steer_events")?;
-        // No flags: programs attached by links always allow others beside them.
-        let id = events.attach(cgroup, CgroupAttachMode::Single).map_err(refused)?;
-        let link = events.take_link(id).map_err(refused)?;
-        let events = FdLink::try_from(link).map_err(|e| Error::refused("keep a link", e))?;
-
-        let refused = |error| Error::refused("attach to the network namespace", error);
-        let namespace = open_namespace()?;
-        let lookup: &mut SkLookup = program(&mut ebpf, "steer_lookup")?;
-        let id = lookup.attach(namespace).map_err(refused)?;
-        let lookup = FdLink::from(lookup.take_link(id).map_err(refused)?);
-        Ok(Steering {
-            maps,
-            links: Links::Own { lookup, events },
-            settings,
-            suspicions: Suspicions::default(),
-            _sinks: sinks,
-        })
+        let sinks = sink::open_for(&maps)?;
+        let settings = maps.start(options)?;
+        let events = attach::events(program(&mut ebpf, "steer_events")?, cgroup)?;
+        let lookup = Some(attach::lookup(program(&mut ebpf, "steer_lookup")?)?);
+        let links = Links::Own { lookup, events };
+        Ok(Steering { _sinks: Some(sinks), ..Steering::of(maps, links, settings, None) })
     }
 
-    /// From pinned maps and links; the sink opens again.
+    pub(crate) fn of(
+        maps: Maps,
+        links: Links,
+        settings: Settings,
+        shared: Option<Shared>,
+    ) -> Steering {
+        let suspicions = Suspicions::default();
+        Steering { maps, links, settings, suspicions, shared, _sinks: None }
+    }
+
+    /// From pinned maps and links; the sinks open again.
     pub(crate) fn adopted(maps: Maps, links: Links) -> Result<Steering, Error> {
         let settings = maps.read_settings()?;
-        let sinks = open_sinks(&maps)?;
-        Ok(Steering { maps, links, settings, suspicions: Suspicions::default(), _sinks: sinks })
+        let sinks = Some(sink::open_for(&maps)?);
+        Ok(Steering { _sinks: sinks, ..Steering::of(maps, links, settings, None) })
     }
 
     /// Adds a public address: SYNs to it go to workers. `[::]:P` stands for IPv4, too.
@@ -139,6 +120,7 @@ impl Steering {
     ///
     /// [`Error::Invalid`] for port 0, [`Error::Refused`] if there are too many (256).
     pub fn add_public(&mut self, address: SocketAddr) -> Result<(), Error> {
+        self.check_own_ports()?;
         check_port(address.port())?;
         for address in public_forms(address) {
             let inserted = self.publics()?.insert(Address::from(address), 1, ANY);
@@ -153,6 +135,9 @@ impl Steering {
     ///
     /// [`Error::Refused`] if the kernel fails.
     pub fn remove_public(&mut self, address: SocketAddr) -> Result<(), Error> {
+        if let Some(shared) = &mut self.shared {
+            shared.close_group(address)?;
+        }
         for address in public_forms(address) {
             absent_is_fine(self.publics()?.remove(&Address::from(address)))
                 .map_err(|error| Error::refused("remove a public address", error))?;
@@ -201,6 +186,9 @@ impl Steering {
     pub fn remove_worker(&mut self, worker: u32) -> Result<(), Error> {
         check_worker(worker)?;
         self.write_worker(worker, WorkerSettings::default())?;
+        if let Some(shared) = &mut self.shared {
+            shared.close_worker(worker)?;
+        }
         let refused = |error| Error::refused("read the addresses of workers", error);
         let mut own = Vec::new();
         for entry in self.maps.members().map_err(refused)?.iter() {
@@ -227,6 +215,7 @@ impl Steering {
     ///
     /// [`Error::Invalid`] for port 0, a number out of range, or an address of another worker.
     pub fn add_address(&mut self, worker: u32, address: SocketAddr) -> Result<(), Error> {
+        self.check_own_ports()?;
         check_worker(worker)?;
         check_port(address.port())?;
         let key = Address::from(address);
@@ -374,8 +363,13 @@ impl Steering {
         }
     }
 
-    fn publics(&mut self) -> Result<Addresses<&mut MapData>, Error> {
+    pub(crate) fn publics(&mut self) -> Result<Addresses<&mut MapData>, Error> {
         self.maps.publics_mut().map_err(|error| Error::refused("use the public addresses", error))
+    }
+
+    fn check_own_ports(&self) -> Result<(), Error> {
+        let text = "the workers of this pool share public ports: open listeners for them";
+        if self.shared.is_none() { Ok(()) } else { Err(Error::Invalid(text.to_owned())) }
     }
 
     fn members(&mut self) -> Result<Addresses<&mut MapData>, Error> {
@@ -393,7 +387,11 @@ impl Steering {
         self.write_settings(Settings { workers, ..self.settings })
     }
 
-    fn write_worker(&mut self, worker: u32, settings: WorkerSettings) -> Result<(), Error> {
+    pub(crate) fn write_worker(
+        &mut self,
+        worker: u32,
+        settings: WorkerSettings,
+    ) -> Result<(), Error> {
         let written = self.maps.workers_mut().and_then(|mut map| map.set(worker, settings, ANY));
         written.map_err(|error| Error::refused("write the settings of a worker", error))
     }
@@ -412,24 +410,36 @@ pub fn second() -> u32 {
     clock_gettime(ClockId::Monotonic).tv_sec as u32
 }
 
-/// Loads maps and programs into the kernel, without attaching them.
+/// Loads maps, and the programs for workers with ports of their own, without attaching them.
 ///
 /// # Errors
 ///
 /// [`Error::Refused`] with the kernel's reason.
 pub(crate) fn load_programs() -> Result<(Ebpf, Maps), Error> {
-    let loaded = EbpfLoader::new().load(OBJECT);
-    let mut ebpf = loaded.map_err(|error| Error::refused("create the maps", error))?;
+    let (mut ebpf, maps) = create_maps(&SharedMaps::LARGE)?;
     let refused = |error| Error::refused("load the programs", error);
     program::<SockOps>(&mut ebpf, "steer_events")?.load().map_err(refused)?;
     program::<SkLookup>(&mut ebpf, "steer_lookup")?.load().map_err(refused)?;
-    let maps = Maps::from_source(|name| {
-        ebpf.take_map(name).ok_or_else(|| absent(format!("the object has no map `{name}`")))
-    })?;
     Ok((ebpf, maps))
 }
 
-fn program<'a, P>(ebpf: &'a mut Ebpf, name: &str) -> Result<&'a mut P, Error>
+/// Creates the maps; those that are not used have the least size.
+pub(crate) fn create_maps(unused: &[&'static str]) -> Result<(Ebpf, Maps), Error> {
+    let mut loader = EbpfLoader::new();
+    for name in unused {
+        loader.map_max_entries(name, 1);
+    }
+    let loaded = loader.load(OBJECT);
+    let mut ebpf = loaded.map_err(|error| Error::refused("create the maps", error))?;
+    let maps = Maps::from_source(|name| take_map(&mut ebpf, name))?;
+    Ok((ebpf, maps))
+}
+
+pub(crate) fn take_map(ebpf: &mut Ebpf, name: &str) -> Result<Map, Error> {
+    ebpf.take_map(name).ok_or_else(|| absent(format!("the object has no map `{name}`")))
+}
+
+pub(crate) fn program<'a, P>(ebpf: &'a mut Ebpf, name: &str) -> Result<&'a mut P, Error>
 where
     &'a mut P: TryFrom<&'a mut aya::programs::Program>,
 {
@@ -439,42 +449,6 @@ where
 
 pub(crate) fn absent(reason: String) -> Error {
     Error::Refused { step: "use the compiled programs", reason }
-}
-
-fn open_cgroup(path: &Path) -> Result<OwnedFd, Error> {
-    let step = "use the cgroup of the workers";
-    let failed = |error: std::io::Error, help| Error::Path { step, path: path.into(), error, help };
-    let opened =
-        rustix::fs::open(path, OFlags::RDONLY | OFlags::DIRECTORY | OFlags::CLOEXEC, Mode::empty());
-    let cgroup = opened.map_err(|error| failed(error.into(), None))?;
-    if !machine::is_cgroup2(&cgroup) {
-        let error = std::io::Error::other("not a directory of cgroup v2");
-        return Err(failed(error, Some("give one below the mount point of cgroup2".to_owned())));
-    }
-    Ok(cgroup)
-}
-
-fn open_namespace() -> Result<OwnedFd, Error> {
-    // Of the thread: its namespace can differ from that of the process.
-    let path = "/proc/thread-self/ns/net";
-    let opened = rustix::fs::open(path, OFlags::RDONLY | OFlags::CLOEXEC, Mode::empty());
-    opened.map_err(|error| Error::Path {
-        step: "open the network namespace",
-        path: path.into(),
-        error: error.into(),
-        help: Some("mount /proc".to_owned()),
-    })
-}
-
-fn open_sinks(maps: &Maps) -> Result<(OwnedFd, Option<OwnedFd>), Error> {
-    let failed = |error| Error::System { step: "open the listeners that drop SYNs", error };
-    let sinks = sink::open().map_err(failed)?;
-    let listeners = maps.listeners.fd().as_fd();
-    // As one more worker.
-    for (is_v6, sink) in (0..).zip(std::iter::once(&sinks.0).chain(&sinks.1)) {
-        sys::set_socket(listeners, 2 * MAX_WORKERS + is_v6, sink.as_fd()).map_err(failed)?;
-    }
-    Ok(sinks)
 }
 
 fn public_forms(address: SocketAddr) -> impl Iterator<Item = SocketAddr> {
@@ -513,17 +487,17 @@ fn check_settings(settings: &WorkerSettings) -> Result<(), Error> {
     Ok(())
 }
 
-fn check_port(port: u16) -> Result<(), Error> {
+pub(crate) fn check_port(port: u16) -> Result<(), Error> {
     if port != 0 { Ok(()) } else { Err(Error::Invalid("port 0: 1 to 65535".to_owned())) }
 }
 
-fn seed() -> Result<u64, Error> {
+pub(crate) fn seed() -> Result<u64, Error> {
     let mut seed = [0; 8];
     let got = rustix::rand::getrandom(&mut seed, rustix::rand::GetRandomFlags::empty());
     got.map_err(|error| Error::System { step: "draw a random number", error: error.into() })?;
     Ok(u64::from_ne_bytes(seed))
 }
 
-fn nanos(wait: Duration) -> u64 {
+pub(crate) fn nanos(wait: Duration) -> u64 {
     u64::try_from(wait.as_nanos()).unwrap_or(u64::MAX)
 }

@@ -1,15 +1,19 @@
 //! System calls that need `unsafe`, in one place. Decides nothing.
 #![allow(unsafe_code)]
 
+use std::ffi::CString;
 use std::io;
 use std::mem::{offset_of, size_of};
-use std::os::fd::{AsFd, AsRawFd, BorrowedFd};
+use std::os::fd::{AsFd, AsRawFd, BorrowedFd, FromRawFd, OwnedFd};
+use std::os::unix::ffi::OsStrExt;
+use std::path::Path;
 use std::ptr::NonNull;
 use std::sync::atomic::{AtomicI32, AtomicI64, AtomicU32, Ordering};
 
 use rustix::mm::{MapFlags, ProtFlags, mmap, munmap};
 
 use crate::layout::{Address, MAX_WORKERS, Settings, Totals, WorkerCounts, WorkerSettings};
+use crate::shared::{Moves, SharedSettings};
 
 // SAFETY: `repr(C)`, integers only, no padding (a test compares with the compiled object).
 unsafe impl aya::Pod for Settings {}
@@ -21,6 +25,10 @@ unsafe impl aya::Pod for WorkerCounts {}
 unsafe impl aya::Pod for Totals {}
 // SAFETY: as above.
 unsafe impl aya::Pod for Address {}
+// SAFETY: as above.
+unsafe impl aya::Pod for SharedSettings {}
+// SAFETY: as above.
+unsafe impl aya::Pod for Moves {}
 
 const BPF_MAP_LOOKUP_ELEM: libc::c_int = 1;
 const BPF_MAP_UPDATE_ELEM: libc::c_int = 2;
@@ -71,8 +79,8 @@ pub(crate) fn set_socket(
 /// Removes a socket from a map of sockets; it is no error if there is none.
 pub(crate) fn clear_socket(map: BorrowedFd<'_>, index: u32) -> io::Result<()> {
     match element(BPF_MAP_DELETE_ELEM, map, index, None) {
-        // The kernel's answer for an empty entry.
-        Err(error) if error.raw_os_error() == Some(libc::EINVAL) => Ok(()),
+        // The kernel's answers for an empty entry of a map, and of an array for shared ports.
+        Err(error) if matches!(error.raw_os_error(), Some(libc::EINVAL | libc::ENOENT)) => Ok(()),
         answer => answer,
     }
 }
@@ -182,6 +190,43 @@ impl Drop for LiveCounts {
 
 const _: () = assert!(offset_of!(WorkerCounts, listeners) % 8 == 0);
 
+/// Attaches a program to `setsockopt` of the sockets of a cgroup; the link ends with its descriptor.
+pub(crate) fn link_setsockopt(
+    program: BorrowedFd<'_>,
+    cgroup: BorrowedFd<'_>,
+) -> io::Result<OwnedFd> {
+    const BPF_LINK_CREATE: libc::c_int = 28;
+    const BPF_CGROUP_SETSOCKOPT: u32 = 22;
+    let attr = [program.as_raw_fd() as u32, cgroup.as_raw_fd() as u32, BPF_CGROUP_SETSOCKOPT, 0];
+    // SAFETY: the attributes are valid for their size and live for the call.
+    let answer = unsafe {
+        libc::syscall(libc::SYS_bpf, BPF_LINK_CREATE, &raw const attr, size_of_val(&attr))
+    };
+    if answer < 0 {
+        return Err(io::Error::last_os_error());
+    }
+    // SAFETY: the call has just made this descriptor, and nothing else owns it.
+    Ok(unsafe { OwnedFd::from_raw_fd(answer as libc::c_int) })
+}
+
+/// Pins a link, which then ends when the file is removed and all descriptors are closed.
+pub(crate) fn pin(link: BorrowedFd<'_>, path: &Path) -> io::Result<()> {
+    const BPF_OBJ_PIN: libc::c_int = 6;
+    /// The part of `union bpf_attr` for pins.
+    #[repr(C)]
+    struct PinAttr {
+        path: u64,
+        fd: u32,
+        flags: u32,
+    }
+    let path = CString::new(path.as_os_str().as_bytes())?;
+    let attr = PinAttr { path: path.as_ptr() as u64, fd: link.as_raw_fd() as u32, flags: 0 };
+    // SAFETY: the attributes are valid for their size; they and the path live for the call.
+    let answer =
+        unsafe { libc::syscall(libc::SYS_bpf, BPF_OBJ_PIN, &raw const attr, size_of::<PinAttr>()) };
+    if answer < 0 { Err(io::Error::last_os_error()) } else { Ok(()) }
+}
+
 /// The cookie of the network namespace of a socket.
 pub(crate) fn netns_cookie(socket: impl AsFd) -> io::Result<u64> {
     const SO_NETNS_COOKIE: libc::c_int = 71;
@@ -198,6 +243,57 @@ pub(crate) fn netns_cookie(socket: impl AsFd) -> io::Result<u64> {
         )
     };
     if answer < 0 { Err(io::Error::last_os_error()) } else { Ok(cookie) }
+}
+
+/// From now on no process can change the filters of the socket, or attach a program to its group
+/// through it.
+pub(crate) fn lock_filters(socket: impl AsFd) -> io::Result<()> {
+    let on: libc::c_int = 1;
+    // SAFETY: the option is an integer, which lives for the call.
+    let answer = unsafe {
+        libc::setsockopt(
+            socket.as_fd().as_raw_fd(),
+            libc::SOL_SOCKET,
+            libc::SO_LOCK_FILTER,
+            (&raw const on).cast(),
+            size_of::<libc::c_int>() as libc::socklen_t,
+        )
+    };
+    if answer < 0 { Err(io::Error::last_os_error()) } else { Ok(()) }
+}
+
+/// The queue of a listener: connections that wait in it, and the backlog. `None` if the socket does
+/// not listen.
+pub(crate) fn accept_queue(socket: impl AsFd) -> io::Result<Option<(u32, u32)>> {
+    /// The beginning of `struct tcp_info`.
+    #[repr(C)]
+    #[derive(Default)]
+    struct TcpInfo {
+        state: u8,
+        bytes: [u8; 7],
+        times: [u32; 4],
+        /// Of a listener: connections in its queue.
+        unacked: u32,
+        /// Of a listener: its backlog.
+        sacked: u32,
+    }
+    const TCP_LISTEN: u8 = 10;
+    let mut info = TcpInfo::default();
+    let mut size = size_of::<TcpInfo>() as libc::socklen_t;
+    // SAFETY: the kernel writes at most the `size` bytes that `info` has.
+    let answer = unsafe {
+        libc::getsockopt(
+            socket.as_fd().as_raw_fd(),
+            libc::IPPROTO_TCP,
+            libc::TCP_INFO,
+            (&raw mut info).cast(),
+            &raw mut size,
+        )
+    };
+    if answer < 0 {
+        return Err(io::Error::last_os_error());
+    }
+    Ok((info.state == TCP_LISTEN).then_some((info.unacked, info.sacked)))
 }
 
 /// Gives a socket a filter that drops every segment.

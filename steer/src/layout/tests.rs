@@ -2,6 +2,7 @@ use std::collections::BTreeMap;
 use std::mem::{offset_of, size_of};
 
 use super::*;
+use crate::shared::{Moves, SharedSettings};
 
 /// Structures of the compiled object: size, and the offset of each member in bytes.
 type Structures = BTreeMap<String, (usize, BTreeMap<String, usize>)>;
@@ -60,6 +61,8 @@ fn types_are_those_of_the_compiled_programs() {
         Settings,
         [version, workers, netns, wait_ns, seed, policy, reserved]
     );
+    same!(all, "steer_shared_settings", SharedSettings, [pinned, reserved]);
+    same!(all, "steer_moves", Moves, [migrated, lost]);
     same!(
         all,
         "steer_worker",
