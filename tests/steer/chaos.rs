@@ -12,7 +12,7 @@ const WORKERS: u32 = 4;
 const STEPS: u32 = 1_500;
 
 /// `STEER_SEED` repeats a run; `STEER_STEPS` makes a longer one.
-fn number(name: &str, default: u64) -> u64 {
+pub fn number(name: &str, default: u64) -> u64 {
     std::env::var(name).ok().and_then(|text| text.parse().ok()).unwrap_or(default)
 }
 

@@ -75,7 +75,7 @@ fn a_full_backlog_leaves_nothing_behind() {
 }
 
 /// Begins to connect and does not wait.
-fn begin() -> TcpStream {
+pub fn begin() -> TcpStream {
     use rustix::net::{AddressFamily, SocketFlags, SocketType, connect, socket_with};
 
     let flags = SocketFlags::NONBLOCK | SocketFlags::CLOEXEC;

@@ -8,28 +8,30 @@ use rustix::net::{AddressFamily, SendFlags, SocketFlags, SocketType, sendto, soc
 
 use crate::lab::*;
 
-const SYN: u8 = 2;
-const ACK: u8 = 16;
+pub const SYN: u8 = 2;
+pub const ACK: u8 = 16;
 
 /// A bridge without members and without ARP: what is sent to its network vanishes.
-fn black_hole() {
+pub fn black_hole() {
     run("ip link add hole type bridge");
     run("ip link set hole arp off up");
     run("ip addr add 10.9.0.1/16 dev hole");
+    // Otherwise the kernel has no route for its answers, and drops each SYN.
+    std::fs::write("/proc/sys/net/ipv4/conf/hole/route_localnet", "1").unwrap();
 }
 
 /// Sends TCP segments with forged sources to the public address.
-struct Forger(OwnedFd);
+pub struct Forger(OwnedFd);
 
 impl Forger {
-    fn new() -> Forger {
+    pub fn new() -> Forger {
         let raw = SocketType::RAW;
         let all = rustix::net::ipproto::RAW;
         // Protocol RAW: the IP header is part of what is sent.
         Forger(socket_with(AddressFamily::INET, raw, SocketFlags::CLOEXEC, Some(all)).unwrap())
     }
 
-    fn send(&self, from: u32, port: u16, flags: u8) {
+    pub fn send(&self, from: u32, port: u16, flags: u8) {
         let source = Ipv4Addr::from(u32::from(Ipv4Addr::new(10, 9, 1, 0)) + from);
         let to = Ipv4Addr::LOCALHOST;
         let mut tcp = Vec::new();

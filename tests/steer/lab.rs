@@ -9,6 +9,7 @@ use std::process::{Child, Command, Stdio};
 use std::sync::atomic::{AtomicU32, Ordering};
 use std::time::{Duration, Instant};
 
+use crate::shared_lab::Home;
 use dispatch_steer::machine::{self, Places};
 use dispatch_steer::{Options, Steering, WorkerSettings, second};
 use nix::sched::{CloneFlags, unshare};
@@ -69,19 +70,21 @@ pub struct Lab {
     pub steering: Option<Steering>,
     pub servers: Vec<Server>,
     pub files: TempDir,
-    cgroup: Cgroup,
+    pub cgroup: Cgroup,
+    /// The cgroup of the calling thread, if that opens the listeners.
+    pub home: Option<Home>,
 }
 
 /// One server process.
 pub struct Server {
     pub port: u16,
-    child: Child,
+    pub child: Child,
 }
 
-struct Cgroup(PathBuf);
+pub struct Cgroup(pub PathBuf);
 
 /// Whether this machine can steer; says visibly why not.
-fn can_steer() -> bool {
+pub fn can_steer() -> bool {
     let missing: Vec<String> = machine::findings(&Places::default())
         .into_iter()
         .filter(|finding| !finding.ok && !finding.optional)
@@ -138,7 +141,7 @@ impl Lab {
         steering.add_public(V4).unwrap();
         steering.add_public(V6).unwrap();
         let files = tempfile::tempdir().unwrap();
-        Some(Lab { steering: Some(steering), servers: Vec::new(), files, cgroup })
+        Some(Lab { steering: Some(steering), servers: Vec::new(), files, cgroup, home: None })
     }
 
     /// With this many keepers of connections, at IPv4 addresses.
@@ -199,7 +202,7 @@ impl Lab {
         Server { port, child: self.in_cgroup(words.into_iter()).spawn().unwrap() }
     }
 
-    fn in_cgroup<'a>(&self, words: impl Iterator<Item = &'a str>) -> Command {
+    pub fn in_cgroup<'a>(&self, words: impl Iterator<Item = &'a str>) -> Command {
         let mut command = Command::new("sh");
         command
             .args(["-c", "echo 0 > \"$0\"/cgroup.procs && exec \"$@\""])
@@ -304,7 +307,7 @@ impl Drop for Server {
 }
 
 impl Cgroup {
-    fn new() -> Cgroup {
+    pub fn new() -> Cgroup {
         static NEXT: AtomicU32 = AtomicU32::new(0);
         let mounts = fs::read_to_string("/proc/mounts").unwrap();
         let root = machine::cgroup2_mount(&mounts).unwrap();

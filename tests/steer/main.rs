@@ -12,3 +12,8 @@ mod lab;
 mod life;
 mod policies;
 mod reconcile;
+mod shared;
+mod shared_chaos;
+mod shared_dispatcher;
+mod shared_lab;
+mod shared_life;
