@@ -126,7 +126,7 @@ impl Steering {
     /// them. A difference is corrected when the next call finds it again. Returns what was
     /// corrected: the programs count each socket in and out, so nothing is expected to be.
     ///
-    /// It reads all TCP sockets of the network namespace: about a millisecond for a thousand.
+    /// It reads all connected TCP sockets of the network namespace: some microseconds for each.
     ///
     /// # Errors
     ///
