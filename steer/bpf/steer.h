@@ -35,8 +35,8 @@
  * again after a second, and that one may go to another worker. In nanoseconds. */
 #define STEER_COOKIE_NS 900000000ULL
 
-/* With round-robin: virtual time between two turns of a worker with the least weight, at the slowest
- * of its slow start. */
+/* With round-robin: virtual time between two turns of a worker with the least weight, at the
+ * slowest of its slow start. */
 #define STEER_TURN (1ULL << 40)
 /* A turn that is further ahead than this is one that was missed. */
 #define STEER_TURN_FAR (1ULL << 50)

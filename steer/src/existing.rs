@@ -1,9 +1,9 @@
 //! Listeners that were open before the programs were attached.
 //!
 //! The program registers a listener when it begins to listen. One that listens already is found in
-//! the kernel's list of sockets, fetched from its process as a descriptor, and registered from here.
-//! The connections that it accepts from then on count as others do. Those that it has accepted
-//! before do not: the program can only watch sockets that were made under its eyes.
+//! the kernel's list of sockets, fetched from its process as a descriptor, and registered from
+//! here. The connections that it accepts from then on count as others do. Those that it has
+//! accepted before do not: the program watches only sockets that a registered listener made.
 
 use std::collections::BTreeSet;
 use std::fs;
@@ -35,7 +35,7 @@ struct Group {
     processes: Vec<u32>,
 }
 
-/// Why a process did not give its descriptor.
+/// Why a process has not given its descriptor.
 enum Absent {
     /// It does not have the socket, or has ended.
     Elsewhere,

@@ -16,8 +16,8 @@ pub const SCAN_WORKERS: u32 = 256;
 pub(crate) const DRAWS: u32 = 8;
 /// [`WorkerSettings::slow_start`] of a worker at full speed.
 pub const FULL_SPEED: u32 = 1000;
-/// With round-robin: virtual time between two turns of a worker with the least weight, at the slowest
-/// of its slow start.
+/// With round-robin: virtual time between two turns of a worker with the least weight, at the
+/// slowest of its slow start.
 pub(crate) const TURN: u64 = 1 << 40;
 /// A turn that is further ahead than this is one that was missed.
 pub(crate) const TURN_FAR: u64 = 1 << 50;

@@ -15,7 +15,7 @@ pub struct Listening {
     pub is_v6: bool,
     /// Connections in its accept queue.
     pub queued: u32,
-    /// The user who made it.
+    /// The user that opened it.
     pub uid: u32,
     /// Its inode, as in `/proc/PID/fd`.
     pub inode: u32,

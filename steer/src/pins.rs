@@ -5,6 +5,7 @@
 
 use std::fs::{self, DirBuilder};
 use std::io;
+use std::os::fd::AsFd;
 use std::os::unix::fs::{DirBuilderExt, MetadataExt};
 use std::path::Path;
 
@@ -88,15 +89,13 @@ impl Steering {
     /// network namespace than that of the calling thread; [`Error::Refused`] if the kernel fails.
     pub fn adopt(directory: &Path) -> Result<Steering, Error> {
         check_owner(directory)?;
+        check_version(directory)?;
         let maps = Maps::from_source(|name| {
             let refused = |error| Error::refused("open a pinned map", error);
             let data = MapData::from_pin(directory.join(name)).map_err(refused)?;
             Map::from_map_data(data).map_err(refused)
         })?;
         let settings = maps.read_settings()?;
-        if settings.version != VERSION {
-            return Err(Error::Version { path: directory.into(), found: settings.version });
-        }
         let link = |name| {
             PinnedLink::from_pin(directory.join(name))
                 .map_err(|error| Error::refused("open a pinned link", error))
@@ -156,6 +155,20 @@ fn check_owner(directory: &Path) -> Result<(), Error> {
         return Err(failed(error, Some("remove it: the next start makes a new one")));
     }
     Ok(())
+}
+
+/// Before anything else is opened: another version can have other maps and sizes.
+fn check_version(directory: &Path) -> Result<(), Error> {
+    let step = "read the version of pinned maps";
+    let settings = MapData::from_pin(directory.join("settings"));
+    let settings = settings.map_err(|error| Error::refused(step, error))?;
+    let size = settings.info().map_err(|error| Error::refused(step, error))?.value_size();
+    let found = sys::first_word(settings.fd().as_fd(), size)
+        .map_err(|error| Error::System { step, error })?;
+    if found == VERSION {
+        return Ok(());
+    }
+    Err(Error::Version { path: directory.into(), found })
 }
 
 pub(crate) fn own_namespace() -> Result<u64, Error> {

@@ -44,18 +44,18 @@ struct ElementAttr {
     flags: u64,
 }
 
-/// One element of a map with 32-bit keys and 64-bit values; without a value to remove it.
+/// One element of a map with 32-bit keys; without a value to remove it.
 fn element(
     command: libc::c_int,
     map: BorrowedFd<'_>,
     key: u32,
-    value: Option<&mut u64>,
+    value: Option<&mut [u64]>,
 ) -> io::Result<()> {
     let attr = ElementAttr {
         map_fd: map.as_raw_fd() as u32,
         padding: 0,
         key: std::ptr::from_ref(&key) as u64,
-        value: value.map_or(0, |value| std::ptr::from_mut(value) as u64),
+        value: value.map_or(0, |value| value.as_mut_ptr() as u64),
         flags: 0,
     };
     // SAFETY: the attributes are valid for their size; key and value live for the call and have the
@@ -65,6 +65,15 @@ fn element(
     if answer < 0 { Err(io::Error::last_os_error()) } else { Ok(()) }
 }
 
+/// The first word of the first entry of an array whose entries have this size.
+pub(crate) fn first_word(map: BorrowedFd<'_>, size: u32) -> io::Result<u32> {
+    // Whole words, so that it is aligned.
+    let mut value = vec![0u64; (size as usize).div_ceil(8).max(1)];
+    // The kernel writes `size` bytes.
+    element(BPF_MAP_LOOKUP_ELEM, map, 0, Some(&mut value))?;
+    Ok(value[0] as u32)
+}
+
 /// Puts a socket into a map of sockets. aya has this only for maps with 32-bit values, whose
 /// sockets cannot be looked up.
 pub(crate) fn set_socket(
@@ -72,8 +81,8 @@ pub(crate) fn set_socket(
     index: u32,
     socket: BorrowedFd<'_>,
 ) -> io::Result<()> {
-    let mut value = socket.as_raw_fd() as u64;
-    element(BPF_MAP_UPDATE_ELEM, map, index, Some(&mut value))
+    let value = socket.as_raw_fd() as u64;
+    element(BPF_MAP_UPDATE_ELEM, map, index, Some(&mut [value]))
 }
 
 /// Removes a socket from a map of sockets; it is no error if there is none.
@@ -87,9 +96,9 @@ pub(crate) fn clear_socket(map: BorrowedFd<'_>, index: u32) -> io::Result<()> {
 
 /// The cookie of a socket in a map of sockets.
 pub(crate) fn socket_cookie(map: BorrowedFd<'_>, index: u32) -> io::Result<Option<u64>> {
-    let mut cookie = 0;
+    let mut cookie = [0];
     match element(BPF_MAP_LOOKUP_ELEM, map, index, Some(&mut cookie)) {
-        Ok(()) => Ok(Some(cookie)),
+        Ok(()) => Ok(Some(cookie[0])),
         Err(error) if error.raw_os_error() == Some(libc::ENOENT) => Ok(None),
         Err(error) => Err(error),
     }
@@ -102,8 +111,8 @@ pub(crate) fn set_owner(
     worker: u32,
 ) -> io::Result<()> {
     // `struct steer_owner`, not counted; the processor is a little-endian one.
-    let mut value = u64::from(worker);
-    element(BPF_MAP_UPDATE_ELEM, owners, socket.as_raw_fd() as u32, Some(&mut value))
+    let value = u64::from(worker);
+    element(BPF_MAP_UPDATE_ELEM, owners, socket.as_raw_fd() as u32, Some(&mut [value]))
 }
 
 /// Removes the owner of a socket.

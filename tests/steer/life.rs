@@ -6,6 +6,7 @@ use std::path::Path;
 use std::process::{Command, Stdio};
 use std::time::{Duration, Instant};
 
+use aya::maps::{Array, Map, MapData};
 use dispatch_steer::{Error, Options, Steering, WorkerSettings};
 use test_support::wait_until;
 
@@ -157,6 +158,26 @@ fn the_kernel_goes_on_choosing_and_the_next_process_adopts() {
     assert!(!pins.exists());
     let refused = TcpStream::connect_timeout(&V4, Duration::from_secs(10)).unwrap_err();
     assert_eq!(refused.kind(), ErrorKind::ConnectionRefused, "nothing is attached");
+}
+
+#[test]
+fn pins_of_another_version_are_refused_whatever_they_are() {
+    let Some(mut lab) = Lab::new() else { return };
+    let mounted = tempfile::tempdir().unwrap();
+    own_bpffs(mounted.path());
+    let pins = mounted.path().join("pool");
+    drop(lab.steering.take().unwrap().pin(&pins).unwrap());
+    let pinned = |name| Map::from_map_data(MapData::from_pin(pins.join(name)).unwrap()).unwrap();
+    let mut settings: Array<_, [u8; 40]> = pinned("settings").try_into().unwrap();
+    let mut entry = settings.get(&0, 0).unwrap();
+    entry[..4].copy_from_slice(&1u32.to_ne_bytes());
+    settings.set(0, entry, 0).unwrap();
+    // Version 1 had no pin of that name, and smaller settings.
+    std::fs::remove_file(pins.join("owners")).unwrap();
+    let text = Steering::adopt(&pins).unwrap_err().to_string();
+    assert!(text.contains("its maps have version 1, this program needs version 2"), "{text}");
+    dispatch_steer::remove_pins(&pins).unwrap();
+    assert!(!pins.exists());
 }
 
 #[test]

@@ -71,6 +71,23 @@ fn round_robin_counts_connections_not_load() {
 }
 
 #[test]
+fn round_robin_is_even_when_many_connect_at_once() {
+    let Some(mut lab) = lab(Policy::RoundRobin, &[1, 1, 2]) else { return };
+    let held: Vec<TcpStream> = std::thread::scope(|scope| {
+        let threads: Vec<_> = (0..8).map(|_| scope.spawn(|| connections(50))).collect();
+        threads.into_iter().flat_map(|thread| thread.join().unwrap()).collect()
+    });
+    // Processors that choose at the same moment can give a worker the same turn; it waits longer
+    // for the next one.
+    let live = lab.live();
+    let processors = std::thread::available_parallelism().unwrap().get() as u64;
+    let error = (live[0].abs_diff(100)).max(live[1].abs_diff(100)).max(live[2].abs_diff(200));
+    assert!(error <= processors, "{live:?}");
+    drop(held);
+    lab.empty();
+}
+
+#[test]
 fn random_and_two_choices_draw_by_weight() {
     let Some(mut lab) = lab(Policy::Random, &[1, 1, 2]) else { return };
     let held = connections(400);
