@@ -107,7 +107,7 @@ __noinline int consider(__u32 worker, struct choice *choice)
 	if (choice->found) {
 		if (suspect > choice->suspect)
 			return 0;
-		/* A cost is below 2^37, a weight below 2^26, and a turn has no weight: no overflow. */
+		/* Costs are below 2^37, weights below 2^26, turns have none: no overflow. */
 		if (suspect == choice->suspect && cost * choice->weight >= choice->cost * weight)
 			return 0;
 	}

@@ -4,7 +4,7 @@ use std::io::Write;
 use std::net::{Shutdown, TcpStream};
 use std::time::Duration;
 
-use dispatch_steer::WorkerSettings;
+use dispatch_steer::{Policy, WorkerSettings};
 
 use crate::lab::*;
 
@@ -53,6 +53,8 @@ fn counts_equal_the_kernels_after_random_faults() {
                 let weight = random.u16(1..4);
                 let settings = WorkerSettings { draining, ..WorkerSettings::new(weight) };
                 lab.steering().set_worker(worker, settings).unwrap();
+                let policy = random.choice(Policy::ALL).unwrap();
+                lab.steering().set_policy(policy).unwrap();
                 // At least one worker must be usable.
                 let other = (worker + 1) % WORKERS;
                 lab.steering().set_worker(other, WorkerSettings::new(1)).unwrap();
