@@ -110,7 +110,8 @@ pub struct ExplainAnswer {
     pub pool: String,
     /// The policy of the pool.
     pub policy: String,
-    /// The kernel chooses the pool's workers: this is what it would choose, by the counts that were read last.
+    /// The kernel chooses the pool's workers: this is what it would choose, by the counts that were
+    /// read last.
     #[serde(default, skip_serializing_if = "is_false")]
     pub steered: bool,
     /// Why the connection would not be sent now; `null` if it would.

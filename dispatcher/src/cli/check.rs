@@ -193,11 +193,15 @@ fn summary(config: &Config) -> String {
                 let command = spawn.command.join(" ");
                 format!("{} x {command}{}", spawn.processes, user.unwrap_or_default())
             }
-            None => "workers join by themselves".to_owned(),
+            None => match &pool.steer {
+                Some(steer) => crate::plural::count(steer.members.len() as u64, "member"),
+                None => "workers join by themselves".to_owned(),
+            },
         };
+        let steered = if pool.steer.is_some() { "the kernel chooses by " } else { "" };
         let _ = writeln!(
             text,
-            "pool {}: {}, {workers}",
+            "pool {}: {steered}{}, {workers}",
             pool.settings.name,
             pool.settings.policy.name(),
         );

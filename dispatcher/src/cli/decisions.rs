@@ -220,7 +220,10 @@ fn next(explained: &ExplainAnswer) -> String {
         Some("stopping") => "is not accepted any more: the dispatcher is stopping".to_owned(),
         Some("no-worker") if *steered => format!("is dropped, and {again}: there is no worker"),
         Some("back-pressure") if *steered => {
-            format!("goes to a suspect worker that has room, or is dropped, and {again}")
+            match decision.candidates.iter().any(|worker| worker.why == "suspect") {
+                true => "goes to a suspect worker: no other has room".to_owned(),
+                false => format!("is dropped, and {again}: no worker has room"),
+            }
         }
         Some("no-worker") => "waits: there is no worker".to_owned(),
         Some("back-pressure") => "waits: no worker has room".to_owned(),
@@ -326,11 +329,17 @@ mod tests {
         for (obstacle, words) in [
             (None, "goes to worker 3 (web-1), if the kernel counts the same, by hash"),
             (Some("no-worker"), "is dropped, and the client's kernel tries again: there is no"),
-            (Some("back-pressure"), "goes to a suspect worker that has room, or is dropped"),
+            (
+                Some("back-pressure"),
+                "is dropped, and the client's kernel tries again: no worker has",
+            ),
             (Some("refusing"), "is refused: there has been no usable worker"),
         ] {
             explained.obstacle = obstacle.map(str::to_owned);
             assert!(next(&explained).contains(words), "{}", next(&explained));
         }
+        explained.obstacle = Some("back-pressure".to_owned());
+        explained.decision.candidates[1].why = "suspect".to_owned();
+        assert!(next(&explained).contains("goes to a suspect worker: no other has room"));
     }
 }

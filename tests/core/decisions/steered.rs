@@ -478,6 +478,13 @@ fn what_would_be_chosen_next_is_the_policys_choice() {
     let next = lab.core.explain(lab.now, PoolId(0), ClientAddr::Unix).unwrap();
     assert_eq!((next.obstacle, next.decision.chosen), (None, Some(workers[1].serial)));
     assert!(lab.core.history(PoolId(0), 0).is_empty(), "the kernel keeps none");
+    // Only a suspect worker has room: the kernel gives it connections.
+    lab.core.drain_worker(lab.now, workers[0], None);
+    lab.counts(workers[1], counts(1, 1, 1));
+    lab.idle(workers[1], ms(1_200));
+    let next = lab.core.explain(lab.now, PoolId(0), ClientAddr::Unix).unwrap();
+    assert_eq!(next.obstacle, Some(Obstacle::BackPressure));
+    assert!(next.decision.candidates.iter().any(|it| it.why == Why::Suspect));
 }
 
 #[test]
