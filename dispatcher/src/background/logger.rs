@@ -90,7 +90,13 @@ fn environment() -> Option<String> {
 }
 
 fn build(queue: &Queue, style: Style, selected: &str) -> env_logger::Logger {
-    env_logger::Builder::new()
+    let mut builder = env_logger::Builder::new();
+    if selected.starts_with("debug") || selected.starts_with("trace") {
+        // They write hundreds of lines for each program of the kernel, unless they are named.
+        builder.filter_module("aya", LevelFilter::Warn);
+        builder.filter_module("aya_obj", LevelFilter::Warn);
+    }
+    builder
         .parse_filters(selected)
         .target(env_logger::Target::Pipe(Box::new(queue.clone())))
         .write_style(env_logger::WriteStyle::Never)

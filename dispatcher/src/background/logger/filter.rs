@@ -20,9 +20,6 @@ const CRATES: [&str; 10] = [
     "signal_hook",
 ];
 
-/// They write hundreds of lines for each program that they load.
-const LOUD: &str = ",aya=warn,aya_obj=warn";
-
 /// The top-level modules of this crate. Log lines show them without the crate's name, so a
 /// directive may name them in the same way.
 const MODULES: [&str; 15] = [
@@ -78,9 +75,6 @@ pub(super) fn parse(text: &str, level: LevelFilter) -> Filter {
         }
     }
     let mut directives = name(all).to_owned();
-    if all > LevelFilter::Info {
-        directives.push_str(LOUD);
-    }
     for directive in rest {
         directives.push(',');
         directives.push_str(&directive);
@@ -131,9 +125,8 @@ mod tests {
     #[test]
     fn what_is_right_counts_and_what_is_wrong_is_named() {
         for (text, directives, mistakes) in [
-            ("debug", "debug,aya=warn,aya_obj=warn", 0),
-            ("DEBUG", "debug,aya=warn,aya_obj=warn", 0),
-            ("trace,aya=debug", "trace,aya=warn,aya_obj=warn,aya=debug", 0),
+            ("debug", "debug", 0),
+            ("DEBUG", "debug", 0),
             ("off", "off", 0),
             ("", "warn", 0),
             ("warning", "warn", 1),
@@ -144,7 +137,7 @@ mod tests {
             ("event_lop=debug", "warn", 1),
             ("dispatcher::event_lop=debug", "warn", 1),
             ("event_loop=loud , hyper=info", "warn,hyper=info", 1),
-            ("debug,nonsense=1,event_loop=7", "debug,aya=warn,aya_obj=warn", 2),
+            ("debug,nonsense=1,event_loop=7", "debug", 2),
             ("info/worker_joined", "info/worker_joined", 0),
         ] {
             assert_eq!(parsed(text), (directives.to_owned(), mistakes), "{text}");
