@@ -90,11 +90,11 @@ fn environment() -> Option<String> {
 }
 
 fn build(queue: &Queue, style: Style, selected: &str) -> env_logger::Logger {
+    let all = selected.split([',', '/']).next().and_then(|level| level.parse().ok());
+    let loud = all.unwrap_or(LevelFilter::Warn).min(LevelFilter::Warn);
     let mut builder = env_logger::Builder::new();
-    if selected.starts_with("debug") || selected.starts_with("trace") {
-        // They write hundreds of lines for each program of the kernel, unless they are named.
-        builder.filter_module("aya", LevelFilter::Warn);
-        builder.filter_module("aya_obj", LevelFilter::Warn);
+    for target in filter::LOUD {
+        builder.filter_module(target, loud);
     }
     builder
         .parse_filters(selected)
@@ -420,6 +420,23 @@ mod tests {
 
         fn flush(&mut self) -> io::Result<()> {
             Ok(())
+        }
+    }
+
+    #[test]
+    fn loud_crates_are_quiet_unless_they_are_named() {
+        let queue = Queue::start(io::sink(), 8, Style::Plain).expect("a thread");
+        for (selected, target, level, shown) in [
+            ("debug", "dispatcher::sys", Level::Debug, true),
+            ("debug", "aya::maps", Level::Info, false),
+            ("debug", "aya_obj", Level::Warn, true),
+            ("error", "aya", Level::Warn, false),
+            ("warn,aya=debug", "aya::maps", Level::Debug, true),
+            ("trace/worker", "aya", Level::Info, false),
+        ] {
+            let logger = build(&queue, Style::Plain, selected);
+            let metadata = log::Metadata::builder().target(target).level(level).build();
+            assert_eq!(log::Log::enabled(&logger, &metadata), shown, "{selected} {target} {level}");
         }
     }
 

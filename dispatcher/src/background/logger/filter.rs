@@ -20,6 +20,10 @@ const CRATES: [&str; 10] = [
     "signal_hook",
 ];
 
+/// They write hundreds of lines for each program that they load. At most warnings of them are
+/// logged, unless they are named.
+pub(super) const LOUD: [&str; 2] = ["aya", "aya_obj"];
+
 /// The top-level modules of this crate. Log lines show them without the crate's name, so a
 /// directive may name them in the same way.
 const MODULES: [&str; 15] = [
@@ -127,6 +131,7 @@ mod tests {
         for (text, directives, mistakes) in [
             ("debug", "debug", 0),
             ("DEBUG", "debug", 0),
+            ("trace,aya=debug", "trace,aya=debug", 0),
             ("off", "off", 0),
             ("", "warn", 0),
             ("warning", "warn", 1),
