@@ -83,43 +83,7 @@ struct {
 	__type(value, __u32);
 } moved SEC(".maps");
 
-/* One for each processor: a stack has no room for it beside the copy of `choose`. */
-struct {
-	__uint(type, BPF_MAP_TYPE_PERCPU_ARRAY);
-	__uint(max_entries, 1);
-	__type(key, __u32);
-	__type(value, struct choice);
-} choices SEC(".maps");
-
 /* ---- the choice ---- */
-
-static __always_inline int is_mapped_v4(const __be32 *ip)
-{
-	return !ip[0] && !ip[1] && ip[2] == bpf_htonl(0xffff);
-}
-
-static __always_inline void prepare(struct choice *choice, const struct steer_settings *conf,
-				    struct steer_state *st, const struct steer_remote *remote,
-				    __u32 second, __u32 is_v6)
-{
-	choice->second = second;
-	choice->is_v6 = is_v6;
-	choice->workers = conf->workers;
-	if (choice->workers > STEER_MAX_WORKERS)
-		choice->workers = STEER_MAX_WORKERS;
-	choice->start = *(volatile __u32 *)&st->last + 1;
-	if (choice->start >= choice->workers)
-		choice->start = 0;
-	choice->turn = __sync_fetch_and_add(&st->turn, 1);
-	choice->seed = conf->seed;
-	choice->policy = conf->policy;
-	if (choice->policy == STEER_ROUND_ROBIN)
-		choice->key = *(volatile __u64 *)&st->clock;
-	if (choice->policy == STEER_HASH) {
-		choice->key = key_of(remote->ip, !is_mapped_v4(remote->ip));
-		choice->start = 0;
-	}
-}
 
 /* 0, or the error; then the worker is marked so that the next choice leaves it out. */
 __noinline int select_worker(struct sk_reuseport_md *ctx, __u32 group, __u32 worker)

@@ -181,7 +181,7 @@ static __always_inline int is_waiting(struct steer_state *state, __u64 wait_ns, 
  * its own, with its own stack: a place for a pointer may not be used for a number without
  * CAP_PERFMON.
  */
-static __noinline long assign(struct bpf_sk_lookup *ctx, __u32 worker, __u32 is_v6)
+__noinline int assign(struct bpf_sk_lookup *ctx, __u32 worker, __u32 is_v6)
 {
 	struct steer_counts *c = bpf_map_lookup_elem(&counts, &worker);
 	__u32 listens, index;
@@ -207,6 +207,28 @@ static __noinline long assign(struct bpf_sk_lookup *ctx, __u32 worker, __u32 is_
 	return error;
 }
 
+/* Gives the client to the best worker of the prepared choice: its number, or -1. Then `full` says
+ * whether some were full. */
+__noinline int assign_best(struct bpf_sk_lookup *ctx, __u32 is_v6)
+{
+	__u32 zero = 0, worker;
+	struct choice *choice = bpf_map_lookup_elem(&choices, &zero);
+	struct steer_state *st = bpf_map_lookup_elem(&state, &zero);
+
+	if (!choice || !st)
+		return -1;
+#pragma unroll
+	for (int i = 0; i < ASSIGN_TRIES; i++) {
+		if (!choose(choice))
+			return -1;
+		worker = choice->worker;
+		if (!assign(ctx, worker, is_v6))
+			return worker;
+		__sync_fetch_and_add(&st->failed, 1);
+	}
+	return -1;
+}
+
 SEC("sk_lookup")
 int steer_lookup(struct bpf_sk_lookup *ctx)
 {
@@ -216,9 +238,10 @@ int steer_lookup(struct bpf_sk_lookup *ctx)
 	struct steer_settings *conf;
 	struct steer_undecided *last;
 	struct steer_state *st;
-	struct choice choice = {};
+	struct choice *choice;
 	__u32 zero = 0, is_v6 = ctx->family == AF_INET6;
 	__u64 now;
+	int worker;
 
 	if (ctx->protocol != IPPROTO_TCP)
 		return SK_PASS;
@@ -234,7 +257,8 @@ int steer_lookup(struct bpf_sk_lookup *ctx)
 	conf = bpf_map_lookup_elem(&settings, &zero);
 	st = bpf_map_lookup_elem(&state, &zero);
 	last = bpf_map_lookup_elem(&undecided, &zero);
-	if (!conf || !st || !last)
+	choice = bpf_map_lookup_elem(&choices, &zero);
+	if (!conf || !st || !last || !choice)
 		return SK_PASS;
 	settle(last);
 
@@ -242,7 +266,6 @@ int steer_lookup(struct bpf_sk_lookup *ctx)
 	remote.local_port = public.port;
 	read_ip(remote.ip, ctx, remote, is_v6);
 	now = bpf_ktime_get_ns();
-	choice.second = SECOND(now);
 	known = bpf_map_lookup_elem(&remotes, &remote);
 	if (known) {
 		/*
@@ -258,47 +281,27 @@ int steer_lookup(struct bpf_sk_lookup *ctx)
 			pending_remove(known->worker, SECOND(known->at));
 	}
 
-	choice.is_v6 = is_v6;
-	choice.workers = conf->workers;
-	if (choice.workers > STEER_MAX_WORKERS)
-		choice.workers = STEER_MAX_WORKERS;
-	choice.start = *(volatile __u32 *)&st->last + 1;
-	if (choice.start >= choice.workers)
-		choice.start = 0;
-	choice.turn = __sync_fetch_and_add(&st->turn, 1);
-	choice.seed = conf->seed;
-	choice.policy = conf->policy;
-	if (choice.policy == STEER_ROUND_ROBIN)
-		choice.key = *(volatile __u64 *)&st->clock;
-	if (choice.policy == STEER_HASH) {
-		choice.key = key_of(remote.ip, is_v6);
-		choice.start = 0;
-	}
-	st->second = choice.second;
-#pragma unroll
-	for (int i = 0; i < ASSIGN_TRIES; i++) {
-		if (!choose(&choice))
-			break;
-		if (!assign(ctx, choice.worker, is_v6))
-			goto chosen;
-		__sync_fetch_and_add(&st->failed, 1);
-	}
-	if (choice.full) {
+	prepare(choice, conf, st, &remote, SECOND(now), is_v6);
+	st->second = choice->second;
+	worker = assign_best(ctx, is_v6);
+	if (worker >= 0)
+		goto chosen;
+	if (choice->full) {
 		__sync_fetch_and_add(&st->full, 1);
 		return drop(ctx, st);
 	}
 	return is_waiting(st, conf->wait_ns, now) ? drop(ctx, st) : SK_DROP;
 
 chosen:
-	if (choice.policy == STEER_ROUND_ROBIN)
-		take_turn(&choice);
-	st->last = choice.worker;
+	if (choice->policy == STEER_ROUND_ROBIN)
+		take_turn(choice);
+	st->last = worker;
 	if (st->unserved_since)
 		st->unserved_since = 0;
 	__sync_fetch_and_add(&st->chosen, 1);
-	handshake.worker = choice.worker;
+	handshake.worker = worker;
 	handshake.at = now;
-	handshake.flags = pending_add(choice.worker, choice.second) ? STEER_COUNTED : 0;
+	handshake.flags = pending_add(worker, choice->second) ? STEER_COUNTED : 0;
 	bpf_map_update_elem(&remotes, &remote, &handshake, BPF_ANY);
 	last->remote = remote;
 	last->armed = 1;

@@ -73,3 +73,18 @@ fn releases() {
     assert_eq!(version("5.4"), Some((5, 4)));
     assert_eq!(version("unknown"), None);
 }
+
+/// The kernel checks at most a million instructions of a program, and follows more paths for users
+/// without CAP_PERFMON, and in other versions.
+#[test]
+fn the_verifier_has_room() {
+    let Ok((own, _)) = crate::steering::load_programs() else {
+        return test_support::skip_on_this_kernel("programs cannot be loaded");
+    };
+    let loaded = own.programs().filter_map(|(name, program)| Some((name, program.info().ok()?)));
+    let checked: Vec<_> = loaded
+        .filter_map(|(name, info)| Some((name, info.verified_instruction_count()?)))
+        .collect();
+    assert!(checked.len() >= 2, "{checked:?}");
+    assert!(checked.iter().all(|(_, count)| *count < 100_000), "{checked:?}");
+}
