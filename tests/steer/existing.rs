@@ -12,8 +12,9 @@ use crate::lab::*;
 
 /// Starts servers for ports without workers, then steers: as after an update of the dispatcher.
 struct Earlier {
-    lab: Lab,
+    // Before the cgroup of the lab, which is removed when it is empty.
     servers: Vec<Server>,
+    lab: Lab,
 }
 
 impl Earlier {

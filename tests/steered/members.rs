@@ -142,6 +142,29 @@ fn a_reload_adds_and_removes_members() {
     drop((held, more, keepers));
 }
 
+/// A pool that is removed leaves its public address to another one.
+#[test]
+fn a_removed_pool_gives_its_address_up() {
+    let Some(cgroup) = enter().then(Cgroup::new).flatten() else { return };
+    let keepers = [("a", 9001), ("b", 9002)].map(|(name, port)| cgroup.keeper(name, port));
+    let folder = configure(&pool(&cgroup.member("a", 9001)));
+    let dispatcher = Dispatcher::start_in(folder.path());
+    ready(&dispatcher, 1);
+    let held = connect();
+    let other = pool(&cgroup.member("b", 9002)).replace("web]", "next]").replace("web.", "next.");
+    let other = other.replace("pool = \"web\"", "pool = \"next\"");
+    write_config(folder.path(), &other);
+    command(&dispatcher, &["reload"]);
+    dispatcher.wait_status("the other pool", |status| {
+        let next = status.pools.iter().find(|pool| pool.name == "next");
+        next.is_some_and(|pool| active(pool).len() == 1)
+            && !status.pools.iter().any(|pool| pool.name == "web")
+    });
+    let more: Vec<TcpStream> = (0..5).map(|_| connect()).collect();
+    wait_loads(&dispatcher, &[5]);
+    drop((held, more, keepers));
+}
+
 /// The policies of the kernel, by name.
 #[test]
 fn policies_apply() {

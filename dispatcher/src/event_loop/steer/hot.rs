@@ -177,16 +177,32 @@ impl EventLoop {
     pub(in crate::event_loop) fn change_steered(&mut self) {
         let ids: Vec<PoolId> = self.steers.pools.keys().copied().collect();
         for id in ids {
-            if self.core.is_pool_retired(id) {
-                self.close_pool(id);
-            } else if let Some(spec) = self.pool_spec(id) {
+            // Without its listeners, a removed pool has no public addresses.
+            if let Some(spec) = self.pool_spec(id) {
                 self.steers.send(SteerCommand::Change(Box::new(spec)));
-                self.prepare_members(id);
+            }
+            match self.core.is_pool_retired(id) {
+                true => self.retire_pool(id),
+                false => self.prepare_members(id),
             }
         }
     }
 
-    /// A pool was removed: clients find its listeners closed, its workers keep what they have.
+    /// A pool was removed. Its processes are drained; its members are no workers any more.
+    fn retire_pool(&mut self, id: PoolId) {
+        let members = self
+            .steers
+            .slots
+            .iter()
+            .filter(|(slot, io)| slot.pool == id && matches!(io.holder, Holder::Member(..)));
+        let members: Vec<Slot> = members.map(|(slot, _)| *slot).collect();
+        for slot in members {
+            self.lose_slot(slot, Departure::Disconnected);
+        }
+        self.close_pool(id);
+    }
+
+    /// Detaches the programs of a removed pool without workers.
     fn close_pool(&mut self, id: PoolId) {
         let busy = self.steers.slots.keys().any(|slot| slot.pool == id);
         if !busy {
