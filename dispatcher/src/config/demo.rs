@@ -59,6 +59,7 @@ impl Config {
                     fork: false,
                     environment: Vec::new(),
                     directory: None,
+                    address: None,
                     on_dispatcher_loss: OnDispatcherLoss::default(),
                     ready_check: ReadyCheck::default(),
                 }),

@@ -165,7 +165,7 @@ pub(super) struct PoolKeys {
     pub scores: Option<Spanned<ScoreKeys>>,
     pub slow_start: Option<Wait<0, YEAR>>,
     pub history: Option<Spanned<Count<0, 10_000>>>,
-    pub history_candidates: Option<Count<1, 1024>>,
+    pub history_candidates: Option<Spanned<Count<1, 1024>>>,
     pub affinity: Option<Spanned<AffinityKeys>>,
     pub peek_timeout: Option<Spanned<Wait<1, YEAR>>>,
     pub peek_max_bytes: Option<Spanned<Count<256, 65_536>>>,

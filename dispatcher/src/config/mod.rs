@@ -30,7 +30,7 @@ mod value;
 #[cfg(test)]
 mod tests;
 
-use std::net::SocketAddr;
+use std::net::{IpAddr, SocketAddr};
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
 use std::time::Duration;
@@ -41,8 +41,8 @@ pub(crate) use hints::SAMPLE;
 pub use line::LineSocket;
 pub use process_setup::{Account, Limit, Output, ProcessLimits, ProcessSetup, UNLIMITED};
 pub use relay::{RelayDirectory, RelaySettings};
-pub use spawn::{NOT_INHERITED, Place, depends_on_process, expand, literal};
-pub use steer::{Member, Ports, Steer};
+pub use spawn::{NOT_INHERITED, Place, depends_on_process, expand, has_placeholder, literal};
+pub use steer::{MAX_STEERED_WORKERS, Member, Ports, Steer};
 
 use serde::{Deserialize, Serialize};
 
@@ -335,6 +335,9 @@ pub struct Spawn {
     pub max_memory: Option<u64>,
     /// `on_dispatcher_loss`. Default [`OnDispatcherLoss::Drain`].
     pub on_dispatcher_loss: OnDispatcherLoss,
+    /// Where the processes listen, in a steered pool: `{addr}`.
+    #[serde(default)]
+    pub address: Option<IpAddr>,
     /// `ready_check`. Default [`ReadyCheck::Tcp`].
     #[serde(default)]
     pub ready_check: ReadyCheck,

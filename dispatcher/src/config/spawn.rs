@@ -23,8 +23,8 @@ mod limits;
 mod placeholder;
 mod supervision;
 
-pub(super) use self::placeholder::uses;
-pub use self::placeholder::{Place, depends_on_process, expand, literal};
+pub(super) use self::placeholder::has_address;
+pub use self::placeholder::{Place, depends_on_process, expand, has_placeholder, literal};
 pub(super) use self::supervision::{AJitter, ASurge};
 
 /// The kernel's limit for one argument or variable (`MAX_ARG_STRLEN`), with the terminating zero.
@@ -126,6 +126,8 @@ pub(super) fn spawn(
         directory: directory.map(|directory| directory.get_ref().clone()),
         setup,
         on_dispatcher_loss,
+        // Its listeners decide on it.
+        address: None,
         max_memory,
         ready_check,
     };
@@ -193,6 +195,10 @@ fn missing_directory(
     account: Option<&Account>,
 ) -> Option<Mistake> {
     let text = directory.get_ref();
+    if has_address(text) {
+        // It is known when the process starts.
+        return None;
+    }
     let processes = if placeholder::varies(text) { processes } else { 1 };
     (1..=processes).find_map(|number| {
         let name = format!("{pool}-{number}");
@@ -220,6 +226,10 @@ fn missing_program(
     environment: &[(String, String)],
     (account, place): (Option<&Account>, Place<'_>),
 ) -> Option<Mistake> {
+    let known = |text: &str| !has_address(text);
+    if !known(program.get_ref()) || !directory.is_none_or(|it| known(it.get_ref())) {
+        return None;
+    }
     let name = expand(program.get_ref(), place);
     let name = name.as_str();
     let runs = |path: &Path| {

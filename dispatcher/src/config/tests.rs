@@ -10,6 +10,7 @@ mod sample;
 mod scores;
 mod several;
 mod spawn;
+#[cfg(feature = "steer")]
 mod steer;
 mod whole;
 
@@ -291,5 +292,16 @@ fn addresses() {
     assert_eq!(
         good(&format!("dispatch_socket = 'systemd:dispatch'\n{GOOD}")).dispatch_socket.source,
         UnixSource::Systemd("dispatch".to_owned())
+    );
+}
+
+#[cfg(not(feature = "steer"))]
+#[test]
+fn a_pool_cannot_be_steered_without_the_feature() {
+    let spawn = "[pool.web.spawn]\ncommand = [\"/bin/sh\", \"{addr}\", \"{port}\"]\n";
+    refused(
+        &format!("{GOOD}mode = ‹\"steer\"›\n{spawn}"),
+        "it was built without the feature",
+        "--features steer",
     );
 }

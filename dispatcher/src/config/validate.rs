@@ -198,7 +198,7 @@ impl Check<'_> {
             warnings: Vec::new(),
         };
         line::check_lines(check, &config, &defaults, &tables);
-        steer::check_steered(check, &mut config, &tables, &file.listener);
+        steer::check_steered(check, &mut config, (&tables, &defaults), &file.listener);
         Some(config)
     }
 }
@@ -485,8 +485,9 @@ impl Check<'_> {
         let core = PoolSettings::default();
         let history_candidates = keys
             .history_candidates
-            .or(defaults.history_candidates)
-            .map_or(core.history_candidates, |n| n.0);
+            .as_ref()
+            .or(defaults.history_candidates.as_ref())
+            .map_or(core.history_candidates, |n| n.get_ref().0);
         let history = history(&keys, defaults, (core.history, history_candidates));
         let settings = PoolSettings {
             policy,
@@ -533,9 +534,6 @@ impl Check<'_> {
             name: name.to_owned(),
         };
         let steer = steer::steer(self, (name, &keys, defaults), &settings, spawn.as_ref());
-        if steer.is_some() {
-            steer::missing_cgroups(self, &keys);
-        }
         let settings = PoolSettings { steered: steer.is_some(), ..settings };
         let line = line::line_socket(self, &keys, defaults, &settings);
         Pool { settings, unavailable_response, spawn, agent_listen, line, steer }

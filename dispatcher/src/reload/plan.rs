@@ -48,6 +48,7 @@ pub(super) fn plan_pools(
     let mut pools = Vec::with_capacity(new.pools.len());
     for pool in &new.pools {
         let name = &pool.settings.name;
+        let mut pool = pool.clone();
         let known = |id: &PoolId| {
             now.config.pools.get(usize::from(id.0)).filter(|pool| pool.settings.name == *name)
         };
@@ -58,13 +59,17 @@ pub(super) fn plan_pools(
             }
             Some((id, old)) => {
                 removed.retain(|other| *other != id);
-                if old.steer.is_some() != pool.steer.is_some() {
-                    // Its workers get connections in another way, and are other programs.
-                    reloaded.needs_restart.push(format!("mode of pool {name}"));
-                    pools.push((PoolStep::Keep(id), old.clone()));
-                    continue;
+                if let Some(key) = other_way(old, &pool) {
+                    reloaded.needs_restart.push(format!("{key} of pool {name}"));
+                    // Where the kernel could not choose, the pool is passed until the restart.
+                    let falls_back = pool.steer.take_if(|steer| steer.fallback).is_some();
+                    if !falls_back || old.steer.is_some() {
+                        pools.push((PoolStep::Keep(id), old.clone()));
+                        continue;
+                    }
+                    pool.settings.steered = false;
                 }
-                if old == pool {
+                if *old == pool {
                     PoolStep::Keep(id)
                 } else {
                     reloaded.changed.push(format!("pool {name}"));
@@ -72,7 +77,7 @@ pub(super) fn plan_pools(
                 }
             }
         };
-        pools.push((step, pool.clone()));
+        pools.push((step, pool));
     }
     for id in &removed {
         if let Some(pool) = now.config.pools.get(usize::from(id.0)) {
@@ -80,6 +85,15 @@ pub(super) fn plan_pools(
         }
     }
     (pools, removed)
+}
+
+/// The key whose change gives workers their connections in another way: they are other programs.
+fn other_way(old: &Pool, new: &Pool) -> Option<&'static str> {
+    match (&old.steer, &new.steer) {
+        (None, None) => None,
+        (Some(old), Some(new)) => (old.ports != new.ports).then_some("spawn.command"),
+        (Some(_), None) | (None, Some(_)) => Some("mode"),
+    }
 }
 
 /// The pool of this name that runs now.

@@ -79,8 +79,13 @@ pub fn depends_on_process(text: &str) -> bool {
     Pieces::of(text).any(|piece| matches!(piece, Piece::Placeholder(name) if own(name)))
 }
 
+/// Whether the text depends on where the process listens.
+pub(in crate::config) fn has_address(text: &str) -> bool {
+    ["addr", "port", "fd"].into_iter().any(|name| has_placeholder(text, name))
+}
+
 /// Whether the text has this placeholder.
-pub(in crate::config) fn uses(text: &str, name: &str) -> bool {
+pub fn has_placeholder(text: &str, name: &str) -> bool {
     Pieces::of(text).any(|piece| piece == Piece::Placeholder(name))
 }
 
